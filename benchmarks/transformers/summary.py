@@ -14,14 +14,13 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import get_args
 
-from benchmarks.transformers import drawing
 from benchmarks.transformers.points import NAMES, Group, Point, attention, groups
 from benchmarks.transformers.record import read
 from benchmarks.transformers.tables import tables
 from benchmarks.transformers.words import sentences
-from mla.bench.report import pictures
-from mla.bench.report.draw.svg import Caption
+from mla.bench.report import figures, page, theme
 from mla.bench.terminal.digits import number
 from mla.command.console import note, out
 from mla.errors import ResultError
@@ -66,11 +65,20 @@ def draw(group: Group, device: str) -> dict[str, str]:
         lines = {party: line for party, line in lines.items() if line}
         if lines:
             finding = "; ".join(f"{one}: {_span(line, label)}" for one, line in lines.items())
-            caption = Caption(f"{group.config}-{name}", title, finding)
+            drawn = figures.curves(list(map(_drawn, lines, lines.values())), [], ("tokens", label))
             subject = f"{group.config}: one request; {device}"
-            made |= drawing.render(f"{group.config}-{name}", caption, subject, label, lines)
+            chart = figures.Chart(f"{group.config}-{name}", title, subject, f"{finding}.", drawn)
+            for mode in get_args(theme.Mode):
+                made[f"{chart.name}-{mode}.svg"] = figures.svg(chart, mode, figures.NARROW, titled=True)
             note(f"{group.config}-{name}: {title}. {finding}.")
     return made
+
+
+def _drawn(party: str, line: Sequence[tuple[int, float]]) -> figures.Line:
+    """Return a party's line as it is drawn in all pictures."""
+    place = list(NAMES).index(party)
+    look = list(theme.SERIES)[place], figures.MARKERS[place], figures.DASHES[place]
+    return figures.Line(party, *look, [figures.Point(*point) for point in line])
 
 
 def _line(group: Group, phase: str, party: str, of: Quantity) -> Iterable[tuple[int, float]]:
@@ -104,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out("\n".join(map(text, found)))
     for group in found:
         if asked.pictures and group.requests == 1:
-            pictures.write(draw(group, f"{record.device}, {record.threads} threads"), asked.pictures)
+            page.write_pictures(draw(group, f"{record.device}, {record.threads} threads"), asked.pictures)
     return 0
 
 

@@ -74,8 +74,8 @@ class Progress(_Bar):
 
     def _left(self, taken: float) -> str:
         """Return how much longer it will take, if that can be told."""
-        known = []
-        if self._done >= BEGUN * self._total:  # what precedes the first forwards says nothing of them
+        known = []  # limits come before the first forwards, and say nothing of them
+        if self._done and self._done >= BEGUN * self._total:
             known.append(taken * (self._total - self._done) / self._done)
         known += [end - taken for end in self._ends if end > taken]
         if not known:

@@ -28,14 +28,13 @@ def test_long_work_says_now_and_then_what_runs_and_how_long_the_rest_takes(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Progress(100.0) as bar:
-        for second in range(1, 41):
+        for second in range(1, 91):
             clock.append(float(second))
-            bar.advance(f"forward {second}", 2.0)
+            bar.advance(f"forward {second}", 1.0)
     assert capsys.readouterr().err.splitlines() == [
-        "running    forward 10, about 40 s left",
-        "running    forward 20, about 30 s left",
-        "running    forward 30, about 20 s left",
-        "running    forward 40, about 10 s left",
+        "running    forward 10, about 90 s left",
+        "running    forward 30, about 70 s left",
+        "running    forward 70, about 30 s left",
     ]
 
 
@@ -44,7 +43,7 @@ def test_no_more_time_is_left_than_until_the_next_end(
 ) -> None:
     """The bar advances unevenly: none for limits, much for forwards that are left out."""
     with Progress(10000.0, ends=(60.0, 150.0)) as bar:
-        for second, done in ((15.0, 0.0), (30.0, 100.0), (70.0, 300.0)):
+        for second, done in ((15.0, 0.0), (40.0, 100.0), (90.0, 1400.0)):
             clock.append(second)
             bar.advance("measuring", done)
     with Progress(100.0) as bar:
@@ -52,7 +51,7 @@ def test_no_more_time_is_left_than_until_the_next_end(
         bar.advance("starting", 0.0)
     assert capsys.readouterr().err.splitlines() == [
         "running    measuring, about 45 s left",
-        "running    measuring, about 30 s left",
-        "running    measuring, about 80 s left",
+        "running    measuring, about 20 s left",
+        "running    measuring, about 60 s left",
         "running    starting",
     ]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import click
 
-from mla.bench.cli import ceilings, compare, devices, export, report, run, show
+from mla.bench.cli import ceilings, devices, report, run, stored
 from mla.command import console, launcher
 from mla.command.exit_codes import carried_out, guarded
 from mla.errors import did_you_mean
@@ -63,10 +63,10 @@ for command in (
     devices.list_backends,
     devices.doctor,
     devices.new_backend,
-    compare.compare,
-    show.show,
+    stored.compare,
+    stored.show,
     report.report,
-    export.export,
+    stored.export,
     devices.replay,
     ceilings.ceilings,
     devices.capacity_command,

@@ -8,8 +8,9 @@ from pathlib import Path
 import click
 
 from mla.bench import results
+from mla.bench.report import require
 from mla.bench.results.schema import Run
-from mla.command import console
+from mla.command import console, files
 from mla.command.exit_codes import Exit
 from mla.command.options import FILE, Word
 from mla.text import size
@@ -46,20 +47,20 @@ def report(runs: tuple[Path, ...], target: Path | None, folder: Path | None) -> 
 
     Exit code 0; 2 for a file that is not a result, a page that cannot be written, or missing libraries.
     """
-    from mla.bench.report import page  # with all its panels, for which no other command is to wait
-
     if target is None and folder is None:
         raise click.UsageError("Missing option '--html' (a page) or '--pictures' (a folder of charts).")
+    require()
+    from mla.bench.report import page  # for which no other command is to wait
+
     if target is not None:
         page.check_target(target, runs)
-    page.require()
     read = [results.read(path) for path in runs]
     names = [str(path) for path in runs]
     if folder is not None:
         _pictures(names, read, folder)
     if target is not None:
         text = page.render(names, read)
-        page.write(text, target)
+        files.write_bytes(text.encode("utf-8", "replace"), target)
         console.note(f"wrote {target}: {_cases(read)}, {size(len(text.encode()), KiB='.0f')}")
     return Exit.OK
 
@@ -70,9 +71,9 @@ def _cases(runs: Sequence[Run]) -> str:
 
 
 def _pictures(names: Sequence[str], runs: Sequence[Run], folder: Path) -> None:
-    from mla.bench.report import pictures  # needs matplotlib
+    from mla.bench.report import page
 
-    pictures.check_folder(folder)
-    made = pictures.render(names, runs)
-    pictures.write(made, folder)
+    page.check_folder(folder)
+    made = page.pictures(names, runs)
+    page.write_pictures(made, folder)
     console.note(f"wrote {len(made)} pictures into {folder}: {_cases(runs)}")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mla.bench import results
-from mla.bench.cli import compare
 from mla.bench.cli.run_options import run_options
+from mla.bench.cli.stored import verdict as compared_verdict
 from mla.bench.plan.options import RunOptions
 from mla.bench.plan.validate import check_gate
 from mla.bench.results.cases import labelled
@@ -253,4 +253,4 @@ def _gate(options: RunOptions, cases: Sequence[Comparison]) -> Exit:
     selected = any(
         (options.scenarios, options.batch_specs, options.axes, options.op, options.implementations)
     )
-    return compare.verdict(cases, options.fail_slower, selected=selected)
+    return compared_verdict(cases, options.fail_slower, selected=selected)

@@ -1,216 +1,174 @@
-"""Everything the page says about one file except its panels. Pure."""
+"""What the page says about a file beside charts and tables, its first screen above all. Pure."""
 
 from __future__ import annotations
 
-import shlex
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
-import msgspec
+from mla.bench.report.data import ResultFile, grouped
+from mla.bench.report.tables import css_class
+from mla.bench.results import compare
+from mla.bench.results.compare import Comparison, compare_implementations
+from mla.bench.results.schema import Case
+from mla.bench.terminal import ceilings, run_table, verdict
+from mla.bench.terminal.digits import between, known
+from mla.bench.terminal.lines import BUSY, name, of_case
+from mla.bench.terminal.verdict import is_yardstick, status, why_unreliable
 
-from mla.bench.report import doubts
-from mla.bench.report.doubts import Badge
-from mla.bench.report.panel import case_name
-from mla.bench.report.series import ResultFile, grouped
-from mla.bench.report.tables import ResultRow, css_class, result_rows
-from mla.bench.results.passes import as_planned
-from mla.bench.results.rows import case_rows
-from mla.bench.results.schema import Case, Run
-from mla.bench.terminal import ranks, run_table
-from mla.bench.terminal.digits import number
-from mla.bench.terminal.lines import quality_warnings
-from mla.bench.terminal.verdict import Verdict, verdicts, why_unreliable
-from mla.text import size
-
-# Most headlines of one file; a grid has a headline per point.
-MOST_LINES = 6
+# Most tiles of one file, and most cases without a number that are named on the first screen.
+MOST_TILES, MOST_NAMED = 6, 4
+# Kinds of cases that are not simply right, the worst first, as said of a count.
+_WORDS = {
+    "wrong": "wrong",
+    "doubtful": "doubtful: no number",
+    "in-doubt": "with limit or time in doubt",
+    "not-run": "not run",
+    "not-timed": "not timed",
+    "interrupted": "interrupted",
+}
+# Kinds of warnings, as said of a count, where the kind itself does not do.
+_WARNED = {"drifts": "drifting", "outliers": "with outliers", "skipped": "with ways of timing skipped"}
+_WARNED |= {"new lengths": "slower on unseen lengths"}
 
 
-@dataclass(frozen=True)
-class Headline:
-    """The number of a case: what it is, its value, and the share of the limit that it reaches."""
+class Badge(NamedTuple):
+    """Something about cases with one status; `status` is a CSS class."""
+
+    status: str
+    text: str
+
+
+class Tile(NamedTuple):
+    """The answer for one scenario: by how much, how far from the limit, how noisy."""
 
     status: str  # CSS class
-    what: str
-    value: str
-    share: float | None = None  # in percent
-    limit: str = ""  # which limit
+    where: str
+    value: str  # in the largest letters
+    bounds: str = ""  # its interval
+    text: str = ""  # what the value is compared with, and what has no number
+    number: str = ""  # the headline of the fastest
+    near: str = ""  # to the limit, in words
+    share: float | None = None  # and in percent
+    noise: str = ""
+    unsteady: bool = False
 
 
-@dataclass(frozen=True)
-class CaseMethod:
-    """How one case was measured, and the command that repeats it."""
-
-    name: str
-    repro: str
-    method: list[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """One file, ready for the template. `status` is that of the first badge, the worst of its cases."""
-
-    file: ResultFile
-    facts: list[tuple[str, str]]
-    verdicts: list[Verdict]
-    badges: list[Badge]
-    named: list[Badge]  # what is wrong or in doubt, case by case
-    headlines: list[Headline]
-    more: str  # how many cases have no headline here
-    counted: str  # how many cases the warnings are about
-    warnings: list[str]
-    limits: list[str]  # what is uncertain about the limits
-    agreement: list[str]
-    columns: list[str]
-    rows: list[ResultRow]
-    environment: list[tuple[str, str]]
-    config: list[tuple[str, str]]
-    cases: list[CaseMethod]
-
-    @property
-    def status(self) -> str:
-        """The worst status of the file's cases, as a CSS class."""
-        return self.badges[0].status
+def badges(cases: Sequence[Case]) -> list[Badge]:
+    """Return what is wrong, the worst first, and what is unsteady; "ok" only if nothing is wrong."""
+    kinds = Counter(map(css_class, cases))
+    yardsticks, judged = kinds["yardstick"], len(cases) - kinds["yardstick"]
+    kinds["interrupted"] = sum(case.interrupted for case in cases if not is_yardstick(case))
+    of = f"of {judged} case{'s' * (judged > 1)}"
+    found = [Badge(kind, f"{kinds[kind]} {of} {words}") for kind, words in _WORDS.items() if kinds[kind]]
+    if not found:
+        agree = f"all {judged} cases agree" if judged > 1 else "the only case agrees"
+        found = [Badge("ok", f"{agree} with the oracle") if judged else Badge("not-run", "no case was run")]
+    warned = Counter(kind for case in cases for kind in sorted(_warned(case)))
+    for mark, busy in (("unsteady", True), ("soft", False)):
+        told = [f"{n} {_WARNED.get(kind, kind)}" for kind, n in warned.items() if (kind in BUSY) == busy]
+        found += [Badge(mark, f"{of}: {', '.join(told)}")] * bool(told)
+    return found + [Badge("soft", f"{yardsticks} yardsticks, which compute nothing")] * bool(yardsticks)
 
 
-def summary(file: ResultFile) -> Summary:
-    """Return what the page says about a file."""
-    run = file.run
-    leading = run_table.leading(msgspec.structs.replace(run, cases=_headlined(run)))
-    return Summary(
-        file,
-        _facts(file),
-        verdicts(run)[:MOST_LINES],
-        doubts.badges(run.cases),
-        doubts.named(run.cases),
-        list(map(_headline, leading[:MOST_LINES])),
-        _more(run, len(leading)),
-        doubts.counted_remarks(run),
-        quality_warnings(run),
-        list(dict.fromkeys(doubts.of_limits(run.ceilings))),
-        run_table.comparisons(run),
-        list(run_table.columns(run.cases)),
-        result_rows(case_rows(run)),
-        environment(file),
-        config(file),
-        [CaseMethod(case_name(case), case.repro, method(case)) for case in run.cases],
+def _warned(case: Case) -> set[str]:
+    """Return the kinds of the warnings about a case; a doubt has a badge of its own."""
+    return {warned.kind for warned in of_case(case)} - {"above 100 % of its limit"}
+
+
+def named(cases: Sequence[Case]) -> list[Badge]:
+    """Return the cases that are wrong or in doubt, with the reasons; the worst first, and not too many."""
+    found = []
+    for kind in ("wrong", "doubtful", "in-doubt"):
+        for case in (case for case in cases if css_class(case) == kind):
+            doubt = f"limit or time in doubt: {case.roofline.doubt}"
+            reason = doubt if kind == "in-doubt" else f"{kind}: {case.check.reason}"
+            found.append(Badge(kind, f"{name(case)}: {reason}"))
+    more = len(found) - MOST_NAMED
+    return found[:MOST_NAMED] + [Badge("soft", f"and {more} more in the table")] * (more > 0)
+
+
+def tiles(file: ResultFile) -> list[Tile]:
+    """Return the answer for every scenario outside of a grid, and for the points of a small grid alone."""
+    plain = [case for case in file.run.cases if not case.point]
+    cases = plain or file.run.cases * (len(file.run.cases) <= MOST_TILES)
+    return [_tile(*group) for group in grouped(cases, lambda case: case.scenario).items()][:MOST_TILES]
+
+
+def _tile(scenario: str, cases: Sequence[Case]) -> Tile:
+    found = verdict.contest(cases)
+    without = ", ".join(f"{case.implementation} ({status(case)})" for case in found.without)
+    worst = min((css_class(case) for case in found.without), key=list(_WORDS).index, default="ok")
+    if not found.leaders:
+        return Tile(worst, scenario, "no number", text=without or "nothing was compared")
+    first, *others = [*found.leaders, *found.beaten]
+    value, bounds, text = _ratio(first, others, found.outcome) if others else ("", "", "")
+    number = run_table.headline(first).rpartition(": ")[2]
+    limit, unreliable, busy = first.roofline, why_unreliable(first), _warned(first) & set(BUSY)
+    return Tile(
+        "in-doubt" if limit.doubt else "unsteady" if unreliable and worst == "ok" else worst,
+        f"{scenario}: {first.implementation}",
+        value or number,
+        bounds,
+        "; ".join(filter(None, (text, f"no number: {without}" * bool(without)))),
+        number if value else "",
+        verdict.near(first),
+        None if limit.doubt or unreliable or limit.fraction is None else 100 * limit.fraction,
+        _noise(first, busy),
+        bool(busy),
     )
 
 
-def _headline(case: Case) -> Headline:
-    text, limit = run_table.headline(case), case.roofline
-    if case.latency_ms is None:
-        what, _, value = text.rpartition(": no number, check: ")
-        return Headline(css_class(case), what, f"no number: {value}")
-    what, _, value = text.rpartition(": ")
-    if why_unreliable(case):
-        return Headline("doubtful", what, value)  # looks like a number that is withheld
-    if limit.fraction is None or limit.doubt:
-        return Headline(css_class(case), what, value)
-    return Headline(css_class(case), what, value, 100 * limit.fraction, f"{limit.bound} limit")
+def _ratio(first: Case, others: Sequence[Case], outcome: str) -> tuple[str, str, str]:
+    """Return how many times as fast a case is as the next, the interval, and what that decides."""
+    found = compare_implementations(others[0], first)
+    decided = {"open": "no decision: ", "doubt": "in doubt: "}.get(outcome, "")
+    rank = f", the next of {len(others)}" * (len(others) > 1)
+    reason = f" ({found.reason})" * bool(found.reason)
+    return *_times(found), f"{decided}as fast as {others[0].implementation}{rank}{reason}"
 
 
-def _headlined(run: Run) -> list[Case]:
-    """Return the cases outside of a grid; of a grid alone, all of its points if they are few."""
-    plain = [case for case in run.cases if not case.point]
-    return plain or (run.cases if len(run.cases) <= MOST_LINES else [])
+def _times(found: Comparison) -> tuple[str, str]:
+    """Return a speedup and its interval."""
+    speedup, interval = found.speedup, found.speedup_interval
+    return f"{known(speedup, interval)}x" * bool(speedup), between(interval, speedup, interval) * bool(
+        interval
+    )
 
 
-def _more(run: Run, headlines: int) -> str:
-    points = sum(bool(case.point) for case in run.cases)
-    if points:
-        return f"{'and ' * bool(headlines)}{points} grid cases in the table"
-    return f"and {headlines - MOST_LINES} more in the table" if headlines > MOST_LINES else ""
+def _noise(case: Case, busy: set[str]) -> str:
+    """Return how far the times of a case lie apart, and how they drifted."""
+    latency = case.latency_ms
+    assert latency is not None
+    spread = between((latency.p10, latency.p90), latency.median, latency.ci95)
+    drift = f", drift {100 * latency.drift:+.1f} %" if latency.drift is not None else ""
+    return f"{', '.join(kind for kind in BUSY if kind in busy) or 'steady'}: 80 % within {spread} ms{drift}"
 
 
-def _facts(file: ResultFile) -> list[tuple[str, str]]:
-    run = file.run
-    layer = ", ".join(filter(None, (file.config, run.dtype, f"attention {run.attention}", _pages(run))))
-    return [
-        ("device", f"{run.backend.device} (backend {run.backend.name})"),
-        ("layer", layer),
-        ("measured", run.created.replace("T", " ").replace("+00:00", " UTC")),
-        ("commit", _short(run.git_commit)),
-    ]
+def said(file: ResultFile) -> list[str]:
+    """Return a sentence for every grid, for scenarios that got no tile, and for the limits."""
+    tiled = {tile.where.partition(": ")[0] for tile in tiles(file)}
+    sentences = [str(found) for found in verdict.verdicts(file.run) if found.where not in tiled]
+    return [*sentences[:MOST_TILES], *ceilings.run_lines(file.run.ceilings)]
 
 
-def _short(commit: str | None) -> str:
-    """Return an abbreviated commit, keeping its "-dirty" suffix."""
-    name, dash, rest = (commit or "unknown").partition("-")
-    return f"{name[:12]}{dash}{rest}"
+def between_files(base: ResultFile, new: ResultFile) -> tuple[list[Tile], list[str]]:
+    """Return how much faster or slower a file is than the base: tiles, and sentences on the rest."""
+    pair, cases = f"{new.title} against {base.title}", compare.compare(base.run, new.run)
+    shown = [case for case in cases if case.ratio and case.new and not case.new.point][:MOST_TILES]
+    tiles = []
+    for case in shown:
+        where = f"{case.verdict}: {case.scenario}, {case.implementation}"
+        text = "; ".join(filter(None, (f"as fast: {pair}", case.remarks)))
+        tiles.append(Tile(case.verdict.lower(), where, *_times(case), text))
+    rest = Counter(case.verdict for case in cases if case not in shown)
+    told = ", ".join(f"{count} {word}" for word, count in rest.items())
+    sentences = [f"{pair}: {'further cases: ' * bool(shown)}{told}"] * bool(told)
+    return tiles, sentences + [f"Warning: {warning}." for warning in compare.warnings(base.run, new.run)]
 
 
-def _pages(run: Run) -> str:
-    return f"page size {run.page_size}"
-
-
-def environment(file: ResultFile) -> list[tuple[str, str]]:
-    """Return everything a file records about where and how it was measured."""
-    run = file.run
-    rows = [
-        ("command", " ".join([*run.argv[:1], shlex.join(run.argv[1:])])),
-        ("created", run.created),
-        ("commit", run.git_commit or "unknown"),
-        ("schema version", str(run.schema_version)),
-        ("backend", " ".join(filter(None, (run.backend.name, run.backend.version)))),
-        ("device", run.backend.device),
-        ("device memory", _bytes(run.backend.memory_bytes)),
-        ("last-level cache", _bytes(run.backend.cache_bytes)),
-        ("dtype", run.dtype),
-        ("attention", run.attention),
-        ("page size", str(run.page_size)),
-        ("seed", str(run.seed)),
-    ]
-    return [*rows, *run.environment.items()]
-
-
-def config(file: ResultFile) -> list[tuple[str, str]]:
-    """Return the dimensions of the layer that was run."""
-    known = {**file.run.config, "name": file.config or None}  # the name may be a whole path
-    return [(key, _value(value)) for key, value in known.items() if value is not None]
-
-
-def _value(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {item}" for key, item in value.items() if item is not None)
-    return str(value)
-
-
-def _bytes(count: int | None) -> str:
-    return size(count, unknown="unknown", GiB=".1f", MiB=".0f")
-
-
-def method(case: Case) -> list[tuple[str, str]]:
-    """Return how a case was measured."""
-    lengths = f"new tokens {_runs(case.query_lens)}; history {_runs(case.history)}"
-    passes = f"{case.passes} passes of {case.steps_per_pass}"
-    if case.planned and not as_planned(case):
-        passes += f" (planned were {case.planned.passes} of {case.planned.steps})"
-    rows = [
-        ("requests", f"{len(case.query_lens)}; {lengths}"),
-        ("timed", f"{passes} after {case.warmups} warm-ups, {case.clock} clock"),
-        ("interleaved with", ", ".join(case.interleaved_with) or "nothing: it ran alone"),
-    ]
-    if case.spread is not None and case.spread.predicted:
-        rows.append(("predicted", ranks.prediction(case.spread, number).replace("\n", " ")))
-    rows += [("ops", _ops(case))] * bool(case.ops)
-    rows += [(name, "; ".join(remarks)) for name, remarks in case.op_remarks.items()]
-    states = [", ".join(f"{key} {value}" for key, value in state.items()) for state in case.device_state]
-    return rows + [("device state", "; then ".join(states))] * bool(states)
-
-
-def _ops(case: Case) -> str:
-    """Return each op with the roles it served."""
-    names = grouped(case.ops, lambda role: case.ops[role])
-    return "; ".join(f"{name} for {', '.join(roles)}" for name, roles in names.items())
-
-
-def _runs(lengths: Sequence[int]) -> str:
+def folded(lengths: Sequence[int]) -> str:
     """Return lengths with repeats folded, such as "50 x4, 100 x4"."""
-    folded: list[list[int]] = []
-    for length in lengths:
-        if folded and folded[-1][0] == length:
-            folded[-1][1] += 1
-        else:
-            folded.append([length, 1])
-    return ", ".join(f"{length}" if count == 1 else f"{length} x{count}" for length, count in folded)
+    runs = [(length, sum(1 for _ in same)) for length, same in groupby(lengths)]
+    return ", ".join(f"{length} x{count}" if count > 1 else str(length) for length, count in runs)

@@ -2,66 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
-from mla.bench.report.roofline_data import Roof, RooflineData
-from mla.bench.report.series import Curves, Measure, Quantity, ReportEntry, position
-from mla.bench.results import passes, stats
-from mla.bench.results.compare import Comparison
-from mla.bench.results.rows import Row
-from mla.bench.results.schema import Case, Interval, Latency, Timing
-from mla.bench.terminal import run_table
-from mla.bench.terminal.digits import between, number
+from mla.bench.report.data import ResultFile
+from mla.bench.results import compare, passes, stats
+from mla.bench.results.cases import repeated
+from mla.bench.results.rows import COLUMNS, case_rows, timing_rows
+from mla.bench.results.scaling import scaling
+from mla.bench.results.schema import Case, Latency
+from mla.bench.terminal import ranks, run_table
+from mla.bench.terminal.comparison import SCALING_COLUMNS, bounds, scaling_cells
+from mla.bench.terminal.digits import known, limit, number, percent
 from mla.bench.terminal.stages import total
 from mla.bench.terminal.verdict import is_yardstick, status
 
-# Letters that fit beside each other on a phone, that the gap beside a column takes, and that a name has in
-# one line at most.
-PHONE, NARROW, LONGEST = 46, 2, 60
+NAMES = ("scenario", "implementation")
+# Columns of the CSV file that are said once, elsewhere on the page.
+_ELSEWHERE = {
+    *NAMES,
+    "file",
+    "created",
+    "backend",
+    "backend_version",
+    "device",
+    "torch",
+    "mla",
+    "commit",
+    "config",
+}
 
 
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells. The first `names` columns hold words, and the last if `reasons`; the others numbers."""
+class Table(NamedTuple):
+    """Rows of cells. The first `names` columns hold words, and one called "reason"; the others numbers.
 
+    `marks` are CSS classes of rows, and `remarks` what stands below some of them, by place.
+    """
+
+    caption: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
-    names: int = 1
-    reasons: bool = False
-    caption: str = "data"
-
-    @property
-    def wide(self) -> bool:
-        """Return whether the table may be wider than a phone: it scrolls there, and keys must reach it."""
-        columns = zip(self.head, *self.rows, strict=True)
-        return sum(NARROW + max(min(len(cell), LONGEST) for cell in column) for column in columns) > PHONE
+    names: int = 3
+    marks: Sequence[str] = ()
+    remarks: Sequence[str] = ()
 
     def is_words(self, column: int) -> bool:
         """Return whether a column holds words."""
-        return column < self.names or (self.reasons and column == len(self.head) - 1)
-
-
-@dataclass(frozen=True)
-class ResultRow:
-    """A case as the terminal shows it. `status` is a CSS class; `reason` says what is wrong or in doubt."""
-
-    cells: Sequence[str]
-    status: str
-    reason: str
-
-
-def result_rows(found: Sequence[Row]) -> list[ResultRow]:
-    """Return the rows of the results table, with the columns of the terminal's."""
-    rows, columns = [], run_table.columns([row.case for row in found])
-    for row in found:
-        case, cells = row.case, [cell(row) for cell in columns.values()]
-        bad = case.check.status != "ok"
-        reasons = [case.check.reason] * bad + [f"limit or time in doubt: {case.roofline.doubt}"] * bool(
-            case.roofline.doubt
-        )
-        rows.append(ResultRow(cells, css_class(case), "; ".join(filter(None, reasons))))
-    return rows
+        return column < self.names or self.head[column] == "reason"
 
 
 def css_class(case: Case) -> str:
@@ -73,156 +61,89 @@ def css_class(case: Case) -> str:
     return status(case).replace(" ", "-")
 
 
-def interval(bounds: Interval | None) -> str:
-    """Return an interval; "-" for None."""
-    return "-" if bounds is None else f"{number(bounds[0])} .. {number(bounds[1])}"
+def results(file: ResultFile) -> Table:
+    """Return the cases of a file with the terminal's columns, and what is wrong or in doubt."""
+    columns, remarks = run_table.columns(file.run.cases), []
+    for case in file.run.cases:
+        doubt = f"limit or time in doubt: {case.roofline.doubt}" if case.roofline.doubt else ""
+        reason = case.check.reason if case.check.status != "ok" else ""
+        remarks.append("; ".join(filter(None, (reason, doubt))))
+    rows = [[cell(row) for cell in columns.values()] for row in case_rows(file.run)]
+    return Table("Results", list(columns), rows, 2, list(map(css_class, file.run.cases)), remarks)
 
 
-def _measure(measure: Measure | None) -> tuple[str, str]:
-    """Return the cells of a median and its interval."""
-    if measure is None:
-        return "-", "-"
-    return str(measure), between(measure.interval, measure.value, measure.interval)
+def every_number(file: ResultFile) -> Table:
+    """Return the columns of the CSV file that say something, for every way in which a case was timed."""
+    rows = timing_rows([(Path(file.name), file.run)])
+    names = [*NAMES, *(name for name in COLUMNS if name not in _ELSEWHERE)]
+    columns = {name.replace("_", " "): [_cell(COLUMNS[name](row)) for row in rows] for name in names}
+    shown = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
+    return Table(file.title, list(shown), list(zip(*shown.values(), strict=True)), 2)
 
 
-def _case_cells(entry: ReportEntry) -> list[str]:
-    """Return the cells that name a case: its file if there are several, scenario and implementation."""
-    return [entry.file.key] * bool(entry.file.key) + [entry.case.scenario, entry.case.implementation]
+def _cell(value: object) -> str:
+    return number(value) if isinstance(value, float) else "-" if value in (None, "") else str(value)
 
 
-def _case_titles(entries: Sequence[ReportEntry]) -> list[str]:
-    return ["file"] * bool(entries and entries[0].file.key) + ["scenario", "implementation"]
-
-
-def curve(group: Curves, quantities: Sequence[Quantity]) -> Table:
-    """Return the points of all lines."""
-    members = [entry for line in group.lines for _, entry in line.points]
-    return _quantities(members, quantities, group.axis)
-
-
-def bars(entries: Sequence[ReportEntry], quantities: Sequence[Quantity]) -> Table:
-    """Return the values of all bars."""
-    return _quantities(entries, quantities)
-
-
-def _quantities(entries: Sequence[ReportEntry], quantities: Sequence[Quantity], axis: str = "") -> Table:
-    head = [*_case_titles(entries), *[axis] * bool(axis)]
-    names = len(head) - bool(axis)
-    for quantity in quantities:
-        head += [f"{quantity.name} {quantity.unit}", "95% CI"]
+def scalings(files: Sequence[ResultFile]) -> Table:
+    """Return every case that is there on one device and over ranks."""
     rows = []
-    for entry in entries:
-        row = _case_cells(entry) + ([f"{position(entry.case, axis):g}"] if axis else [])
-        for quantity in quantities:
-            row += _measure(quantity.of(entry.case))
-        rows.append(row)
-    return Table(head, rows, names, caption="values")
+    for of in scaling([file.run for file in files]):
+        for row in of.rows:
+            where = [of.scenario, of.implementation, files[row.run].key, row.layout, str(row.resources)]
+            rows.append([*where, *scaling_cells(row)])
+    return Table("data", (*NAMES, "file", "layout", "on", *SCALING_COLUMNS), rows, 5)
 
 
-def roofline(data: RooflineData) -> Table:
-    """Return where every case lies and how near it comes to its limit."""
-    head = ["scenario", "implementation", "limit", "FLOP/byte", "TFLOP/s", "GB/s", "floor ms", "% of limit"]
-    rows = []
-    for dot in data.dots:
-        case = dot.entry.case
-        limit = case.roofline
-        rate = [number(dot.intensity), number(dot.rate / 1e12), number(dot.rate / dot.intensity / 1e9)]
-        share = "-" if limit.fraction is None else f"{100 * limit.fraction:.0f}"
-        share = "in doubt" if limit.doubt else share
-        row = [case.scenario, case.implementation, limit.bound or "-", *rate, number(limit.floor_ms)]
-        rows.append([*row, share])
-    return Table(head, rows, 3, caption="cases")
-
-
-def roofs(limits: Sequence[Roof]) -> Table:
-    """Return the limits, their sources and how far repeated measurements of them lie apart."""
-    rows = []
-    for roof in limits:
-        factor, unit = (1e9, "GB/s") if roof.bound == "memory" else (1e12, "TFLOP/s")
-        value = f"{number(roof.value / factor)} {unit}"
-        lowest = "-" if roof.lowest is None else f"{number(roof.lowest / factor)} {unit}"
-        source = f"{roof.source or '-'}{' (our own op: nothing outside judges it)' if roof.ours else ''}"
-        rows.append([roof.bound, roof.detail or "-", source, value, lowest])
-    return Table(["limit", "of", "source", "value", "lowest"], rows, 3, caption="limits")
-
-
-def new_lengths(entries: Sequence[ReportEntry]) -> Table:
-    """Return how forwards on new lengths compare with forwards whose lengths repeat."""
-    head = ["new ms", "repeated ms", "ratio", "new plan ms", "repeated plan ms", "forwards"]
-    rows = []
-    for entry in entries:
-        found = entry.case.new_lengths
-        if found is not None:
-            ratio = found.ms / found.repeated_ms if found.repeated_ms > 0 else None
-            times = (found.ms, found.repeated_ms, ratio, found.plan_ms, found.repeated_plan_ms)
-            rows.append([*_case_cells(entry), *map(number, times), str(found.forwards)])
-    titles = _case_titles(entries)
-    return Table([*titles, *head], rows, len(titles), caption="times")
-
-
-def stages(entries: Sequence[ReportEntry]) -> Table:
-    """Return every stage with its share of the sum and of its own limit."""
-    head = [*_case_titles(entries), "stage", "ms", "% of the sum", "% of limit", "bound by"]
-    rows = []
-    for entry in entries:
-        whole = total(entry.case.stages)
-        for stage in entry.case.stages:
-            limit = stage.roofline
-            near = "-" if limit is None or limit.fraction is None else f"{100 * limit.fraction:.0f}"
-            share = f"{100 * stage.ms / whole:.0f}" if whole else "-"
-            bound = (limit.bound if limit else None) or "-"
-            rows.append([*_case_cells(entry), stage.name, number(stage.ms), share, near, bound])
-    return Table(head, rows, len(_case_titles(entries)) + 1, caption="stages")
-
-
-def timings(entries: Sequence[ReportEntry]) -> Table:
-    """Return the headline of every case and its further timings, with their checks."""
-    head = ["scenario", "implementation", "timed", "ms", "95% CI", "ratio", "check"]
-    rows = []
-    for entry in entries:
-        case = entry.case
-        names = [case.scenario, case.implementation]
-        unit = "1" if case.latency_ms else "-"
-        rows.append([*names, f"headline, {case.clock}", *_latency(case.latency_ms), unit, case.check.status])
-        for timing in case.timings:
-            ratio = "-"
-            if timing.latency_ms and case.latency_ms:
-                ratio = number(timing.latency_ms.median / case.latency_ms.median)
-            withheld = case.check.status in ("wrong", "doubtful")  # no way of timing it counts, then
-            cells = (*_latency(None if withheld else timing.latency_ms), ratio, timing.check.status)
-            rows.append([*names, timing_name(timing), *cells])
-    return Table(head, rows, 3, caption="timings")
-
-
-def _latency(latency: Latency | None) -> tuple[str, str]:
-    return (number(latency.median), interval(latency.ci95)) if latency else ("-", "-")
-
-
-def timing_name(timing: Timing) -> str:
-    """Return mode, cache and clock of a timing, such as "graph, cold, host"."""
-    return f"{timing.mode}, {timing.cache}, {timing.clock}"
-
-
-def comparison(cases: Sequence[Comparison]) -> Table:
+def comparison(base: ResultFile, new: ResultFile) -> Table:
     """Return every case of a file compared with the base, refusals with their reason."""
-    head = ["scenario", "implementation", "verdict", "base ms", "new ms", "time ratio", "90% CI", "reason"]
     rows = []
-    for case in cases:
-        bounds = f"{case.interval[0]:.3f} .. {case.interval[1]:.3f}" if case.interval else "-"
+    for case in compare.compare(base.run, new.run):
         ratio = "-" if case.ratio is None else f"{case.ratio:.3f}"
-        times = [number(one.median if one else None) for one in case.times]
-        rows.append([case.scenario, case.implementation, case.verdict, *times, ratio, bounds, case.remarks])
-    if any(case.remarks for case in cases):
-        return Table(head, rows, 3, True, "cases")
-    return Table(head[:-1], [row[:-1] for row in rows], 3, caption="cases")
+        numbers = [*map(_median, case.times), ratio, bounds(case.interval)]
+        rows.append([case.scenario, case.implementation, case.verdict, *numbers, case.remarks])
+    head = (*NAMES, "verdict", "base ms", "new ms", "time ratio", "90% CI", "reason")
+    return Table(f"{new.title} against {base.title}", head, rows)
 
 
-def pass_table(entries: Sequence[ReportEntry]) -> Table:
-    """Return statistics of every pass; the samples themselves are in the result file."""
-    head = [*_case_titles(entries), "pass", "forwards", "min ms", "median ms", "p90 ms", "max ms"]
-    rows = []
-    for entry in entries:
-        for place, samples in enumerate(passes.of(entry.case), start=1):
-            summary = (min(samples), stats.median(samples), stats.percentile(samples, 90), max(samples))
-            rows.append([*_case_cells(entry), str(place), str(len(samples)), *map(number, summary)])
-    return Table(head, rows, len(_case_titles(entries)), caption="passes")
+def _ranks(case: Case) -> Iterator[list[str]]:
+    """Yield what each rank did of a case that was spread over several."""
+    if case.spread is not None:
+        share = repeated(case)
+        again = percent(share.of(case.roofline.bound) if share else None)
+        for row in ranks.rows(case.spread):
+            yield [f"{case.spread.layout} over {case.spread.library}", *row, again]
+
+
+def _stages(case: Case) -> Iterator[list[str]]:
+    """Yield every stage with its share of the sum and of its own limit."""
+    whole = total(case.stages)
+    for stage in case.stages:
+        share = percent(stage.ms / whole if whole else None)
+        yield [stage.name, number(stage.ms), share, limit(stage.roofline) if stage.roofline else "-"]
+
+
+def _median(latency: Latency | None) -> str:
+    return known(latency.median, latency.ci95) if latency else "-"
+
+
+def _passes(case: Case) -> Iterator[list[str]]:
+    """Yield statistics of every pass; the samples themselves are in the result file."""
+    for place, times in enumerate(passes.of(case), start=1):
+        summary = (min(times), stats.median(times), stats.percentile(times, 90), max(times))
+        yield [str(place), str(len(times)), *map(number, summary)]
+
+
+# What is shown of each case of a file, by section: the columns, and the rows of a case.
+PER_CASE: dict[str, tuple[Sequence[str], Callable[[Case], Iterator[list[str]]]]] = {
+    "ranks": (("layout", *ranks.COLUMNS, "repeated"), _ranks),
+    "stages": (("stage", "ms", "of the sum", "% of limit"), _stages),
+    "passes": (("pass", "forwards", "min ms", "median ms", "p90 ms", "max ms"), _passes),
+}
+
+
+def per_case(kind: str, file: ResultFile) -> Table:
+    """Return a table of all cases of a file, of one of the kinds `PER_CASE`."""
+    head, of = PER_CASE[kind]
+    rows = [[case.scenario, case.implementation, *cells] for case in file.run.cases for cells in of(case)]
+    return Table(file.title, (*NAMES, *head), rows)

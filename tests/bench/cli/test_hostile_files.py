@@ -19,7 +19,7 @@ import pytest
 import mla.bench.results.file
 import mla_backends.outside
 from mla.bench import results
-from mla.bench.cli import show
+from mla.bench.cli import stored
 from mla.bench.workload.grid import points_of
 from mla.bench.workload.workload_file import read_workload
 from mla.checkpoint import read_layer
@@ -39,7 +39,7 @@ NAMED: dict[str, Reader] = {
     "config.json": MLAConfig.from_pretrained,
     "workload.toml": lambda path: read_workload(str(path)),
     "run.json": results.read,
-    "ceilings.json": lambda path: show.stored(path, "table"),
+    "ceilings.json": lambda path: stored.stored(path, "table"),
     "tuning.json": read_tuning,
     "xfails.txt": Xfails.read,
     "failure.safetensors": failure_file.read,

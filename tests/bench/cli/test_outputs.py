@@ -21,7 +21,7 @@ import pytest
 from benchmarks.peers.scaling import FIGURE
 from benchmarks.transformers.record import RECORD
 from mla.bench import results
-from mla.bench.cli import show
+from mla.bench.cli import stored
 from mla.bench.measure.trace import Trace
 from mla.command.files import RESULT, TRACE, check_writable, write_bytes
 from mla.errors import ResultError
@@ -289,4 +289,4 @@ def test_a_run_onto_stdout_is_read_by_the_next_command(process: Bench, small: li
         assert cat.stdout is not None
         cat.stdin.write(text.encode())
         cat.stdin.close()
-        assert "Decode Throughput" in show.stored(Path(f"/dev/fd/{cat.stdout.fileno()}"), "table")
+        assert "Decode Throughput" in stored.stored(Path(f"/dev/fd/{cat.stdout.fileno()}"), "table")

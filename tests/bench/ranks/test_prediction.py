@@ -30,7 +30,7 @@ def test_a_layout_that_fails_costs_no_other(
 
     monkeypatch.setattr(prediction, "run", run)
     monkeypatch.setattr(prediction, "pairs", pairs)
-    layouts = ("--layout", "tp=2", "--layout", "dcp=2", "--layout", "dp=2")
+    layouts = ("tp=2", "dcp=2", "dp=2")
     assert prediction.main([str(tmp_path), *layouts, "--", "--backend", "cpu"]) == 5
     shown, said = capsys.readouterr()
     assert [line.split("|")[1].strip() for line in shown.splitlines()[2:]] == ["tp=2", "dp=2"]

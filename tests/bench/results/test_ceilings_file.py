@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from mla.bench import results
-from mla.bench.cli import show
+from mla.bench.cli import stored
 from mla.bench.results.file import decode_ceilings
 from mla.bench.results.schema import CeilingRun
 from mla.errors import ResultError
@@ -30,7 +30,7 @@ def test_ceilings_survive_the_round_trip_and_faults_are_named(
     ):
         (tmp_path / "bad.json").write_bytes(msgspec.json.encode({**document, **change}))
         with pytest.raises(ResultError) as refused:
-            show.stored(tmp_path / "bad.json", "table")
+            stored.stored(tmp_path / "bad.json", "table")
         assert str(refused.value) == f"'{tmp_path / 'bad.json'}' is not a ceilings file: {expected}."
     with pytest.raises(ResultError, match="schema version 9, but this mla reads only up to 1"):
         decode_ceilings(msgspec.json.encode({**document, "schema_version": 9}))

@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import asdict
 
 from mla.bench import results
-from mla.bench.report.draw.rows import LETTERS, wrapped
+from mla.bench.report.figures import wrapped
 
 Bench = Callable[..., Any]
 
@@ -252,4 +252,4 @@ def test_a_report_keeps_the_names_apart(measure: Bench, bench: Bench) -> None:
     page = Path("page.html").read_text()
     assert all(page.count(name) >= 2 for name in pair), "in tables and legends"
     assert len({wrapped(name) for name in pair}) == 2
-    assert all(len(line) <= LETTERS for name in pair for line in wrapped(name).splitlines())
+    assert all(len(line) <= 46 for name in pair for line in wrapped(name).splitlines())

@@ -179,4 +179,17 @@ LATENT = (
         old="at = (first + token).to(tl.int64)",
         new="at = first + token",
     ),
+    _latent(
+        "the 33rd and the 65th part are lost", old="range(0, parts, PARTS)", new="range(0, parts - 1, PARTS)"
+    ),
+    _latent(
+        "parts beyond the memory for them",
+        old="tl.minimum(tl.maximum((keys + keys_per_split - 1) // keys_per_split, 1), max_splits)",
+        new="tl.maximum((keys + keys_per_split - 1) // keys_per_split, 1)",
+    ),
+    _latent(
+        "value sums are kept in 16 bits",
+        old="latent, value * shrink[:, None])",
+        new="latent, (value * shrink[:, None]).to(latent.dtype).to(tl.float32))",
+    ),
 )

@@ -41,4 +41,14 @@ SMALL = (
         new="(wide * factor * by).to(cache.dtype.element_ty))",
     ),
     _pointwise("the shared key is not turned", old="(a * cos - b * sin).to(cache", new="a.to(cache"),
+    _pointwise(
+        "a norm is rounded before its weight",
+        old="(wide * factor * by).to(out",
+        new="((wide * factor).to(out.dtype.element_ty).to(tl.float32) * by).to(out",
+    ),
+    _pointwise(
+        "slots are held in 32 bits",
+        old="tl.load(slots + token) * (",
+        new="tl.load(slots + token).to(tl.int32) * (",
+    ),
 )

@@ -2,86 +2,83 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import interpreting
 import pytest
 import torch
-from kernel_problems.latent import LatentProblem
+from kernel_cases import KernelCase, latent
 
 from mla_backends.triton_ops.latent import Splits
 from mla_backends.triton_ops.tuning import Tile
 
-DECODE = LatentProblem((1, 1, 1, 1), (1, 17, 100, 257))
+DECODE = latent((1, 1, 1, 1), (1, 17, 100, 257))
 LARGE = Tile(64, 64, 4, 2)
-EMPTY = LatentProblem((1, 0, 2, 1, 0), (0, 0, 5, 33, 20), splits=Splits(16, 3))
+EMPTY = latent((1, 0, 2, 1, 0), (0, 0, 5, 33, 20), splits=Splits(16, 3))
 # Two tokens of which the first sees nothing, three of which two do, and one that is beyond its first tile.
-UNSEEING = LatentProblem((2, 3, 1), (1, 1, 40), heads=20, splits=Splits(16, 3))
-SEVERAL = LatentProblem((2, 1, 3), (70, 33, 5), heads=20)
+UNSEEING = latent((2, 3, 1), (1, 1, 40), heads=20, splits=Splits(16, 3))
+SEVERAL = latent((2, 1, 3), (70, 33, 5), heads=20)
 
 
-def check(problem: LatentProblem) -> None:
-    assert problem.wrong() == []
+def check(case: KernelCase) -> None:
+    assert case.wrong() == []
 
 
 @pytest.mark.parametrize("page", [1, 16, 64, 3])
 @pytest.mark.parametrize("splits", [Splits(1 << 20, 1), Splits(64, 5)], ids=["whole", "split"])
 def test_pages_of_any_size(page: int, splits: Splits) -> None:
-    check(replace(DECODE, page=page, splits=splits))
+    check(DECODE.but(page_size=page, splits=splits))
 
 
 @pytest.mark.parametrize("tile", [Tile(64, 32, 8, 2), Tile(32, 128, 4, 1)], ids=str)
 @pytest.mark.parametrize("page", [1, 32, 64])
 def test_tiles_of_any_size(tile: Tile, page: int) -> None:
-    check(replace(SEVERAL, tile=tile, page=page, splits=Splits(32, 3)))
+    check(SEVERAL.but(tile=tile, page_size=page, splits=Splits(32, 3)))
 
 
 @pytest.mark.parametrize("heads", [1, 8, 12, 20, 40, 96])
 @pytest.mark.parametrize("tokens", [1, 2, 3])
 def test_any_number_of_heads_and_of_new_tokens(heads: int, tokens: int) -> None:
     tile = SEVERAL.tile if heads < 40 else LARGE
-    check(LatentProblem((tokens, 1), (66, tokens), heads=heads, tile=tile))
+    check(latent((tokens, 1), (66, tokens), heads=heads, tile=tile))
 
 
 @pytest.mark.parametrize("widths", [(512, 64), (256, 64), (512, 0), (48, 8), (100, 24), (16, 0)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("halves", [True, False])
 def test_latents_of_any_width(widths: tuple[int, int], dtype: torch.dtype, halves: bool) -> None:
-    latent, rope = widths
-    problem = LatentProblem((2, 1), (50, 33), splits=Splits(32, 2))
-    check(replace(problem, latent=latent, rope=rope, dtype=dtype, halves=halves))
+    case = latent((2, 1), (50, 33), latent=widths[0], rope=widths[1], dtype=dtype, splits=Splits(32, 2))
+    check(case.but(halves=halves))
 
 
 @pytest.mark.parametrize("splits", [Splits(n, -(-257 // n)) for n in (16, 48, 100, 256)], ids=str)
 @pytest.mark.parametrize("page", [1, 64])
 def test_any_number_of_parts(splits: Splits, page: int) -> None:
-    check(replace(DECODE, splits=splits, page=page))
+    check(DECODE.but(splits=splits, page_size=page))
 
 
 def test_more_parts_than_the_merge_takes_in_one_step() -> None:
-    check(LatentProblem((1, 2), (1300, 3), heads=2, latent=48, rope=8, splits=Splits(16, 82)))
+    check(latent((1, 2), (1300, 3), heads=2, latent=48, rope=8, splits=Splits(16, 82)))
 
 
 def test_parts_without_keys() -> None:
     """More parts than tiles: what is behind the last key is merged all the same."""
-    check(LatentProblem((1,), (49,), heads=2, tile=Tile(16, 64, 4, 1), splits=Splits(16, 4)))
+    check(latent((1,), (49,), heads=2, tile=Tile(16, 64, 4, 1), splits=Splits(16, 4)))
 
 
-@pytest.mark.parametrize("problem", [EMPTY, UNSEEING], ids=["requests", "rows"])
+@pytest.mark.parametrize("case", [EMPTY, UNSEEING], ids=["requests", "rows"])
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "split"])
-def test_what_is_empty_gives_zeros(problem: LatentProblem, whole: bool) -> None:
-    check(replace(problem, splits=Splits(1 << 20, 1) if whole else problem.splits))
+def test_what_is_empty_gives_zeros(case: KernelCase, whole: bool) -> None:
+    check(case.but(splits=Splits(1 << 20, 1) if whole else case.splits))
 
 
-@pytest.mark.parametrize("problem", [DECODE, UNSEEING], ids=["decode", "several"])
-def test_large_logits(problem: LatentProblem) -> None:
+@pytest.mark.parametrize("case", [DECODE, UNSEEING], ids=["decode", "several"])
+def test_large_logits(case: KernelCase) -> None:
     """Weights beyond what fp32 holds without a maximum, in one part and between parts."""
-    check(replace(problem, magnitude=200.0, splits=Splits(32, 9)))
+    check(case.but(gain=200.0, splits=Splits(32, 9)))
 
 
-@pytest.mark.parametrize("problem", [DECODE, EMPTY], ids=["decode", "empty"])
-def test_nobody_needs_the_log_sum_exp(problem: LatentProblem) -> None:
-    check(replace(problem, with_lse=False, splits=Splits(32, 9)))
+@pytest.mark.parametrize("case", [DECODE, EMPTY], ids=["decode", "empty"])
+def test_nobody_needs_the_log_sum_exp(case: KernelCase) -> None:
+    check(case.but(with_lse=False, splits=Splits(32, 9)))
 
 
 @pytest.mark.parametrize(
@@ -90,24 +87,24 @@ def test_nobody_needs_the_log_sum_exp(problem: LatentProblem) -> None:
 @pytest.mark.parametrize("splits", [Splits(32, 9), Splits(100, 3), None], ids=str)
 def test_lengths_that_change_after_planning(planned: tuple[int, ...], splits: Splits | None) -> None:
     """A captured call follows them, up to the width of the block table."""
-    check(replace(DECODE, planned=planned, splits=splits))
+    check(DECODE.but(planned=planned, splits=splits))
 
 
 def test_requests_that_become_empty() -> None:
-    check(replace(EMPTY, planned=(40, 20, 33, 5, 1)))
+    check(EMPTY.but(planned=(40, 20, 33, 5, 1)))
 
 
 @pytest.mark.parametrize("page", [1, 64])
 def test_a_cache_beyond_32_bits(page: int) -> None:
-    check(LatentProblem((1, 2), (150, 20), page=page, far=True, splits=Splits(64, 3)))
+    check(latent((1, 2), (150, 20), page_size=page, far=True, splits=Splits(64, 3)))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_programs_in_any_order(seed: int) -> None:
     with interpreting.shuffled(seed):
-        check(replace(UNSEEING, kv_lens=(70, 1, 200), splits=Splits(16, 13)))
+        check(UNSEEING.but(kv_lens=(70, 1, 200), splits=Splits(16, 13)))
 
 
 @pytest.mark.parametrize("kv_lens", [(1500,), (1500, 700), (40, 1100, 3)], ids=str)
 def test_splits_that_the_op_chooses_itself(kv_lens: tuple[int, ...]) -> None:
-    check(LatentProblem((1,) * len(kv_lens), kv_lens, heads=4, page=64, tile=LARGE))
+    check(latent((1,) * len(kv_lens), kv_lens, heads=4, page_size=64, tile=LARGE))

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import interpreting
 import mutants
 import pytest
-from kernel_problems.expanded import ExpandedProblem
-from kernel_problems.latent import LatentProblem
-from kernel_problems.small import NormProblem, RotationProblem, WriteProblem
+from kernel_cases import FarWrite, KernelCase, expanded, latent, norm, rotation, write
 from mutating import Mutant
 
 from mla_backends.triton_ops.latent import Splits
@@ -18,27 +15,32 @@ from mla_backends.triton_ops.latent import Splits
 FAR = 1_100_000_000  # the third row is beyond 32 bits
 NARROW = {"latent": 48, "rope": 8}
 LATENT = (
-    LatentProblem((1, 1, 1), (1, 33, 70), heads=20, page=3, splits=Splits(32, 3), **NARROW),
-    LatentProblem((1, 1), (49, 64), heads=2, page=32, splits=Splits(20, 4), magnitude=100.0, **NARROW),
-    LatentProblem((2, 3, 0, 2), (1, 40, 0, 30), heads=12, page=1, **NARROW),
-    LatentProblem((2, 1), (600, 3), heads=1, page=16, splits=Splits(16, 40), halves=False, **NARROW),
-    LatentProblem((1,), (20,), heads=1, page=1, far=True),
-    LatentProblem((1,), (70,), heads=1, page=64, far=True),
-    LatentProblem((3,), (5,), heads=1, step=FAR, **NARROW),
+    latent((1, 1, 1), (1, 33, 70), heads=20, page_size=3, splits=Splits(32, 3), **NARROW),
+    latent((1, 1), (49, 64), heads=2, page_size=32, splits=Splits(20, 4), gain=100.0, **NARROW),
+    latent((2, 3, 0, 2), (1, 40, 0, 30), heads=12, page_size=1, **NARROW),
+    latent((2, 1), (600, 3), heads=6, splits=Splits(16, 40), halves=False, gain=4.0, **NARROW),
+    latent((1,), (20,), heads=1, page_size=1, far=True),
+    latent((1,), (70,), heads=1, page_size=64, far=True),
+    latent((3,), (5,), heads=1, apart=FAR, **NARROW),
+    latent((1, 1), (200, 33), heads=2, splits=Splits(16, 5), **NARROW),  # as of a captured step that grew
+    latent((1, 1), (33 * 16, 65 * 16), heads=4, splits=Splits(16, 65), gain=3.0, **NARROW),
+    latent((1,), (4096,), heads=2, page_size=64, splits=Splits(1 << 20, 1), **NARROW),
 )
 EXPANDED = (
-    ExpandedProblem((5, 1, 20), (5, 70, 33), heads=2, nope=16, rope=8, values=12),
-    ExpandedProblem((2, 3), (40, 1), heads=2, nope=16, rope=8, values=12, causal=False),
-    ExpandedProblem((3, 2), (1, 20), heads=2, nope=16, rope=8, values=12),
-    ExpandedProblem((3,), (3,), heads=1, nope=16, rope=8, values=12, step=FAR),
+    expanded((5, 1, 20), (5, 70, 33), heads=2, widths=(16, 8, 12)),
+    expanded((2, 3), (40, 1), heads=2, widths=(16, 8, 12), causal=False),
+    expanded((3, 2), (1, 20), heads=2, widths=(16, 8, 12)),
+    expanded((3,), (3,), heads=1, widths=(16, 8, 12), apart=FAR),
 )
 SMALL = (
-    NormProblem(3, 100),
-    RotationProblem(2, 3),
-    RotationProblem(2, 20, width=24, interleaved=False),
-    WriteProblem(5, latent=100, rope=8),
+    norm(3, 100),
+    rotation(2, 3),
+    rotation(2, 20, width=24, interleaved=False),
+    write(5, latent=100, rope=8),
+    norm(8, 1536),
+    FarWrite(write(3).case),
 )
-MUTANTS: list[tuple[Mutant, tuple[Any, ...]]] = [
+MUTANTS: list[tuple[Mutant, tuple[KernelCase | FarWrite, ...]]] = [
     *((one, LATENT) for one in mutants.LATENT),
     *((one, (*LATENT, *EXPANDED)) for one in (*mutants.SOFTMAX, *mutants.PLACES)),
     *((one, EXPANDED) for one in mutants.EXPANDED),
@@ -46,18 +48,20 @@ MUTANTS: list[tuple[Mutant, tuple[Any, ...]]] = [
 ]
 
 
-def caught(problems: tuple[Any, ...]) -> bool:
-    """Return whether a problem shows a mistake: a wrong result, or a fault. Anything else is raised."""
+def caught(cases: tuple[KernelCase | FarWrite, ...]) -> bool:
+    """Return whether a case shows a mistake: a wrong result, or a fault. Anything else is raised."""
     try:
-        return any(problem.wrong() for problem in problems)
+        return any(case.wrong() for case in cases)
     except interpreting.KernelFault:
         return True
 
 
-@pytest.mark.parametrize(("mutant", "problems"), MUTANTS, ids=lambda one: getattr(one, "name", ""))
-def test_a_mistake_is_caught(mutant: Mutant, problems: tuple[Any, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mutant", "cases"), MUTANTS, ids=lambda one: getattr(one, "name", ""))
+def test_a_mistake_is_caught(
+    mutant: Mutant, cases: tuple[KernelCase | FarWrite, ...], tmp_path: Path
+) -> None:
     with mutant.installed(tmp_path):
-        assert caught(problems)
+        assert caught(cases)
 
 
 def test_kernels_without_a_mistake_pass(tmp_path: Path) -> None:

@@ -1,0 +1,259 @@
+"""Commands about result files: `compare`, `show`, `export`. None needs torch."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from mla.bench import results
+from mla.bench.results import infinimetrics
+from mla.bench.results.compare import REFUSED, Comparison, slower
+from mla.bench.results.file import decode_ceilings, is_ceilings
+from mla.bench.results.rows import as_csv, timing_rows
+from mla.bench.results.scaling import scaling
+from mla.bench.results.schema import Run
+from mla.bench.terminal import ceilings, run_table
+from mla.bench.terminal.comparison import compare_runs, scaling_tables
+from mla.command import files
+from mla.command.console import note, out
+from mla.command.exit_codes import Exit
+from mla.command.options import DETAIL, FILE, Word, add_options, parsed_by, percent
+from mla.errors import ResultError, UsageError
+
+Files = Sequence[tuple[Path, Run]]
+
+TABLE = files.Kind("a table of results", lambda data: data.startswith(as_csv(()).encode()))
+DOCUMENT = files.Kind("a document of a case", lambda data: infinimetrics.START.match(data) is not None)
+
+
+@click.command(short_help="Compare result files; torch is not needed.")
+@click.argument("base", cls=Word, type=FILE, help="Result file (-o) that the others are compared with.")
+@click.argument("runs", cls=Word, type=FILE, nargs=-1, required=True, help="Result files to compare.")
+@click.option(
+    "--noise", callback=parsed_by(percent), default="2%", show_default=True, help="What counts as the same."
+)
+@click.option(
+    "--fail-slower",
+    callback=parsed_by(percent),
+    metavar="PERCENT",
+    help="Exit 1 if the whole interval of a case's time ratio lies above this.",
+)
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["table", "md"]),
+    default="table",
+    show_default=True,
+    help="Format of what is printed; md for a pull request.",
+)
+def compare(base: Path, runs: tuple[Path, ...], noise: float, fail_slower: float | None, kind: str) -> int:
+    """Say for every case whether it is FASTER, SLOWER, the SAME or UNDECIDED against the base run.
+
+    Milliseconds and their intervals are those that the runs print. Verdicts come from the interval of the
+    ratio of times, never from a single number. Cases whose workload, config, dtype or clock differ, that have
+    no number in one of the runs, or that only one of them has are REFUSED, with the reason; other differences
+    are named. A run and a copy of it are not compared. Where one result is of one device and others are of
+    several ranks, a table says how they scale.
+
+    Exit code 0; 1 with --fail-slower and a case that is slower beyond doubt, or one that the base has a
+    number for and that was not compared; 2 for a file that is not a result; 4 if a case turned wrong or a
+    new one is; 5 if nothing could be compared; 6 if a case turned doubtful or a new one is.
+    """
+    first, *others = [results.read(path) for path in (base, *runs)]
+    cases: list[Comparison] = []
+    text = ""
+    same = [run == first for run in others]
+    for path, run, is_same in zip(runs, others, same, strict=True):
+        if is_same:
+            what = "is compared with itself" if path == base else f"holds the same run as {base}"
+            text += f"{path} {what}: there is nothing to tell apart\n"
+            continue
+        printed, compared = compare_runs(first, run, f"{path} against {base}", kind, noise)
+        text += printed
+        cases += compared
+    scaled = scaling_tables(scaling([first, *others]), kind)
+    out(text + "\n" * bool(scaled) + scaled)
+    return Exit.OK if all(same) else verdict(cases, fail_slower)
+
+
+def verdict(cases: Sequence[Comparison], limit: float | None, *, selected: bool = False) -> Exit:
+    """Return the exit code, and say on stderr why it is not 0.
+
+    With a `limit` this is a gate: what the base has a number for must not get out of it by being wrong,
+    doubtful, missing or something else. If the new run `selected` its cases, others may be missing.
+    """
+    wrong, doubtful = (_named(cases, status) for status in ("wrong", "doubtful"))
+    red = _red(cases, limit, selected) if limit is not None else []
+    for line in [*wrong, *red, *doubtful]:
+        note(line)
+    if wrong:
+        return Exit.WRONG
+    if not any(case.verdict != REFUSED for case in cases) and not doubtful:
+        note("nothing could be compared")
+        return Exit.NOTHING_RAN
+    if red:
+        return Exit.REGRESSION
+    if doubtful:
+        return Exit.DOUBTFUL
+    if limit is not None and not any(case.judged for case in cases):
+        note("no case has an interval, so none can be slower beyond doubt: time at least 6 passes")
+        return Exit.NOTHING_RAN
+    return Exit.OK
+
+
+def _named(cases: Sequence[Comparison], status: str) -> list[str]:
+    """Return a line for every case that turned wrong, or doubtful, or that is new and so."""
+    return [
+        f"{status} result: {case.scenario}, {case.implementation} has no number"
+        for case in cases
+        if case.status == status and (case.expected or not case.known)
+    ]
+
+
+def _red(cases: Sequence[Comparison], limit: float, selected: bool) -> list[str]:
+    """Return why a gate is closed: what is slower, and what could not be compared."""
+    found = []
+    for case in slower(cases, limit):
+        times = f"takes {case.ratio:.3f} times as long"
+        if case.passes is not None and not (case.interval and case.interval[0] > 1 + limit):
+            times = f"takes at least {case.passes[0]:.3f} times as long in whole passes"
+        found.append(f"regression: {case.scenario}, {case.implementation} {times}")
+    for case in cases:
+        lost = case.verdict == REFUSED and case.expected and case.status not in ("wrong", "doubtful")
+        if lost and not (selected and case.status == "missing"):
+            found.append(f"not compared: {case.scenario}, {case.implementation}: {case.reason}")
+    return found
+
+
+@click.command(short_help="Print a stored run again; torch is not needed.")
+@click.argument("run", cls=Word, type=FILE, help="Result file (-o).")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(run_table.FORMATS),
+    default="table",
+    show_default=True,
+    help="Format of what is printed.",
+)
+@add_options(DETAIL)
+def show(run: Path, kind: str, detail: run_table.Detail | None) -> int:
+    """Print a run from its result file, in any format."""
+    out(stored(run, kind, detail or "short"))
+    return Exit.OK
+
+
+def stored(path: Path, kind: str, detail: run_table.Detail = "short") -> str:
+    """Return a stored run, or what `ceilings` stored, as it was printed. Raises `ResultError`."""
+    data = results.content(path)  # of a pipe there is only one reading
+    if is_ceilings(data):
+        return ceilings.render(results.decoded(data, path, decode_ceilings), kind)
+    return run_table.render(results.decoded(data, path, results.decode), kind, detail)
+
+
+@click.command(short_help="Write results as CSV or for InfiniMetrics; torch is not needed.")
+@click.argument("runs", cls=Word, type=FILE, nargs=-1, required=True, help="Result files (-o).")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["csv", "infinimetrics"]),
+    default="csv",
+    show_default=True,
+    help="csv: one table, a row for every way in which a case was timed. infinimetrics: a JSON document per "
+    "case, as its importer and dashboard read them.",
+)
+@click.option(
+    "-o",
+    "--output",
+    "target",
+    metavar="FILE|DIR",
+    type=FILE,
+    help="Where to write it instead of stdout. infinimetrics: a folder that gets a file per case, or "
+    "FILE.json for a single one.",
+)
+def export(runs: tuple[Path, ...], kind: str, target: Path | None) -> int:
+    """Write result files in a format that other tools read.
+
+    A case that is wrong or doubtful keeps its row or its document, with the reason and without any number.
+    On stdout, InfiniMetrics documents are JSON Lines.
+
+    Exit code 0; 2 for a file that is not a result, or that cannot be written; 5 if there is no case.
+    """
+    _check_inputs(runs)
+    read = [(path, results.read(path)) for path in runs]
+    if target is not None:
+        _check_target(target, runs)
+    states = Counter(case.check.status for _, run in read for case in run.cases)
+    if not states:
+        note("nothing to export: no case in " + ", ".join(map(str, runs)))
+        return Exit.NOTHING_RAN
+    wrote = (_csv if kind == "csv" else _infinimetrics)(read, target)
+    missing = ", ".join(f"{count} {state}" for state, count in states.items() if state != "ok")
+    without = f"; without a number: {missing}" if missing else ""
+    note(f"exported {wrote} of {_count(states.total(), 'case')} in {_count(len(read), 'file')}{without}")
+    return Exit.OK
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _check_inputs(inputs: Sequence[Path]) -> None:
+    """Raise `UsageError` for a file that is given twice: its cases would be two measurements each."""
+    seen = Counter(path.resolve() for path in inputs)
+    twice = next((path for path in inputs if seen[path.resolve()] > 1), None)
+    if twice is not None:
+        raise UsageError(f"'{twice}' is given twice: name every result file once.")
+
+
+def _check_target(target: Path, inputs: Sequence[Path]) -> None:
+    """Raise `ResultError` for a result file that would be overwritten."""
+    if target.exists() and any(path.samefile(target) for path in inputs):
+        raise ResultError(f"cannot write '{target}': it is one of the result files; name another file.")
+
+
+def _csv(read: Files, target: Path | None) -> str:
+    rows = timing_rows(read)
+    text = as_csv(rows)
+    if target is None:
+        out(text)
+    else:
+        files.check_writable(target, TABLE)
+        files.write_bytes(text.encode("utf-8", "replace"), target)
+    return _count(len(rows), "row")
+
+
+def _infinimetrics(read: Files, target: Path | None) -> str:
+    documents = [document for _, run in read for document in infinimetrics.documents(run)]
+    said = _count(len(documents), "document")
+    if target is None or files.is_stream(target):
+        lines = "".join(f"{json.dumps(document)}\n" for document in documents)
+        out(lines) if target is None else files.write_bytes(lines.encode(), target)
+        return said
+    if target.suffix == ".json" and not target.is_dir():
+        if len(documents) != 1:
+            raise UsageError(
+                f"InfiniMetrics reads one result per file, and these are {len(documents)}: give -o a folder, "
+                f"such as -o {target.with_suffix('')}."
+            )
+        targets = [target]
+    else:
+        _make_folder(target)
+        targets = [target / infinimetrics.file_name(document) for document in documents]
+    for path in targets:
+        files.check_writable(path, DOCUMENT)
+    for document, path in zip(documents, targets, strict=True):
+        files.write_bytes(json.dumps(document, indent=1).encode() + b"\n", path)
+    return said
+
+
+def _make_folder(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise ResultError(f"cannot make the folder '{path}': there is no folder '{path.parent}'.")
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ResultError(f"cannot make the folder '{path}': {error.strerror}.") from error

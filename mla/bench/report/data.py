@@ -1,0 +1,201 @@
+"""Select from runs what charts and tables show. Pure: no drawing, no HTML, no file access."""
+
+from __future__ import annotations
+
+import os.path
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import compress
+from operator import itemgetter
+from string import ascii_uppercase
+from typing import Literal, NamedTuple, TypeVar
+
+from mla.bench.results.cases import device_cost
+from mla.bench.results.schema import Case, Ceiling, Latency, Run, Throughput
+from mla.bench.terminal.verdict import is_yardstick
+from mla_backends.outside import escaped
+
+T = TypeVar("T")
+K = TypeVar("K")
+# What cases must have in common to appear in one chart: base scenario, op, config and dtype.
+Workload = tuple[str, str, str, str]
+
+# Roofs within this share of each other are drawn as one.
+NEAR = 0.10
+# Axes of a grid that get curves, and what they count.
+AXES = {"kv": "history (tokens per request)", "batch": "batch (requests)"}
+
+
+@dataclass(frozen=True)
+class ResultFile:
+    """One result file. `key` is the letter that stands for it; empty for a single file.
+
+    `name` and `config` are as short as tells them from those of the other files; `config` is "" if the file
+    does not name it.
+    """
+
+    key: str
+    name: str
+    run: Run
+    config: str = ""
+
+    @property
+    def title(self) -> str:
+        """Letter and name."""
+        return f"{self.key} {self.name}".strip()
+
+    @property
+    def about(self) -> str:
+        """Letter, device and config."""
+        return ", ".join(filter(None, (f"{self.key} {self.run.backend.device}".strip(), self.config)))
+
+
+class Entry(NamedTuple):
+    """One case and the file it is from."""
+
+    file: ResultFile
+    case: Case
+
+    @property
+    def name(self) -> str:
+        """Name among the cases of one workload, such as "A mla"."""
+        return f"{self.file.key} {self.case.implementation}".strip()
+
+
+class Quantity(NamedTuple):
+    """What a bar, or the y axis of a curve, shows."""
+
+    name: str
+    unit: str
+    of: Callable[[Case], Latency | Throughput | None]
+
+
+LATENCY = Quantity("latency", "ms", lambda case: case.latency_ms)
+THROUGHPUT = Quantity("throughput", "tok/s", lambda case: case.tokens_per_s)
+
+
+def result_files(paths: Sequence[str], runs: Sequence[Run]) -> list[ResultFile]:
+    """Return the files with their letters if there are several: A to Z, A1, B1 and so on."""
+    given = [str(run.config.get("name") or "") for run in runs]
+    names, configs = short_names(paths), short_names(filter(None, given))
+    keys = [f"{ascii_uppercase[at % 26]}{at // 26 or ''}" * (len(runs) > 1) for at in range(len(runs))]
+    return [
+        ResultFile(key, escaped(names[path]), run, configs.get(config, "").removesuffix(".json"))
+        for key, path, run, config in zip(keys, paths, runs, given, strict=True)
+    ]
+
+
+def short_names(paths: Iterable[str]) -> dict[str, str]:
+    """Return for every path its last part, and as many folders before it as tell it from the others."""
+    parts = {path: re.split(r"[/\\]+", os.path.normpath(path)) for path in paths}
+    names: dict[str, str] = {}
+    for path, own in parts.items():
+        others = [other for other in parts.values() if other != own]
+        lengths = (n for n in range(1, len(own)) if all(other[-n:] != own[-n:] for other in others))
+        names[path] = "/".join(own[-next(lengths, len(own)) :])
+    return names
+
+
+def entries(files: Iterable[ResultFile]) -> list[Entry]:
+    """Return every case of every file but yardsticks: charts would be flattened by their numbers."""
+    return [Entry(file, case) for file in files for case in file.run.cases if not is_yardstick(case)]
+
+
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Group in order of first appearance."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def workload(entry: Entry) -> Workload:
+    """Return a case's workload; a dtype that is an axis of the grid does not split it."""
+    case = entry.case
+    return case.base, case.op or "", entry.file.config, "" if "dtype" in case.point else case.dtype
+
+
+def titles(workloads: Iterable[Workload]) -> dict[Workload, str]:
+    """Name each workload by its base scenario and by any other part in which they differ."""
+    distinct = list(dict.fromkeys(workloads))
+    telling = [at == 0 or len(set(parts)) > 1 for at, parts in enumerate(zip(*distinct, strict=True))]
+    return {each: ", ".join(filter(None, compress(each, telling))) for each in distinct}
+
+
+class Curve(NamedTuple):
+    """Cases that differ only along an axis, by place. `others` are the grid's other values, as "batch 8"."""
+
+    others: str
+    points: list[tuple[float, Entry]]
+
+    @property
+    def entry(self) -> Entry:
+        """Any case of the curve: all are of one file and implementation."""
+        return self.points[0][1]
+
+    @property
+    def name(self) -> str:
+        """File, implementation and the grid's other values."""
+        return ", ".join(filter(None, (self.entry.name, self.others)))
+
+
+def curves(cases: Iterable[Entry], axis: str) -> dict[Workload, list[Curve]]:
+    """Return the curves along `axis`, for workloads whose grid has numbers at two values of it."""
+    found = {}
+    for which, members in grouped(cases, workload).items():
+        placed = [(x, entry) for entry in members if (x := _position(entry.case, axis)) is not None]
+        if len({x for x, entry in placed if entry.case.latency_ms}) > 1:
+            groups = grouped(placed, lambda point: (point[1].name, _others(point[1].case, axis)))
+            lines = [Curve(rest, sorted(same, key=itemgetter(0))) for (_, rest), same in groups.items()]
+            found[which] = [line for line in lines if any(entry.case.latency_ms for _, entry in line.points)]
+    return found
+
+
+def _position(case: Case, axis: str) -> float | None:
+    """Return a case's place on an axis; None if its grid has no such axis or the value is not a number."""
+    try:
+        return float(case.point[axis])
+    except (KeyError, ValueError):
+        return None
+
+
+def _others(case: Case, axis: str) -> str:
+    return ", ".join(f"{name} {value}" for name, value in case.point.items() if name != axis)
+
+
+def bars(cases: Sequence[Entry]) -> dict[Workload, list[Entry]]:
+    """Return the cases that are on no curve, by workload; workloads without any number are left out."""
+    lines = [line for axis in AXES for group in curves(cases, axis).values() for line in group]
+    on_curve = {id(entry.case) for line in lines for _, entry in line.points}
+    groups = grouped((entry for entry in cases if id(entry.case) not in on_curve), workload).items()
+    return {which: same for which, same in groups if any(entry.case.latency_ms for entry in same)}
+
+
+def roofs(file: ResultFile) -> list[Ceiling]:
+    """Return the measured limits of a file, else those that its cases' floors imply; highest first."""
+    measured = [ceiling for ceiling in file.run.ceilings if ceiling.work != "copy"]
+    implied = [roof for case in file.run.cases if (roof := _implied(case)) is not None]
+    unique = {(f"{roof.value:.6g}", roof.work, roof.source, roof.dtype): roof for roof in implied}
+    return sorted(measured or unique.values(), key=lambda roof: (roof.work == "matmul", -roof.value))
+
+
+def _implied(case: Case) -> Ceiling | None:
+    """Return the limit that a case's floor was computed from: its work over the floor."""
+    limit, cost = case.roofline, device_cost(case)
+    if not limit.floor_ms or limit.bound is None or cost is None:
+        return None
+    work, dtype = (cost.flops, case.dtype) if limit.bound == "compute" else (cost.bytes, None)
+    kind: Literal["matmul", "read"] = "matmul" if dtype else "read"
+    source = limit.peak_source or "-"
+    return Ceiling(work=kind, value=1e3 * work / limit.floor_ms, source=source, dtype=dtype)
+
+
+def drawn(roofs: Iterable[Ceiling]) -> list[Ceiling]:
+    """Return the roofs to draw: of near-equal ones the highest, at most two of memory and four of compute."""
+    kept: list[Ceiling] = []
+    for roof in roofs:
+        if not kept or kept[-1].work != roof.work or roof.value < (1 - NEAR) * kept[-1].value:
+            kept.append(roof)
+    read, compute = ([roof for roof in kept if roof.work == work] for work in ("read", "matmul"))
+    return [*read[:1], *read[1:][-1:], *compute[:4]]

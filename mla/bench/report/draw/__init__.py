@@ -1,1 +1,0 @@
-"""Drawing: from selected data to inline SVG. Imports matplotlib."""

@@ -1,0 +1,164 @@
+"""What charts and tables show: selected from runs, without drawing anything."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from mla.bench import results
+from mla.bench.report import data, theme
+from mla.bench.report.data import ResultFile
+
+Case = Callable[..., results.Case]
+
+
+@pytest.fixture
+def source(make_run: Any) -> Callable[..., ResultFile]:
+    """Return a maker of a file with the given cases."""
+
+    def source(*cases: results.Case, **changes: Any) -> ResultFile:
+        run = make_run()
+        run.cases = list(cases)
+        for name, value in changes.items():
+            setattr(run, name, value)
+        return data.result_files(["run.json"], [run])[0]
+
+    return source
+
+
+def point(case: Case, implementation: str = "mla", **values: Any) -> results.Case:
+    return case(scenario=f"sweep {values}", base="sweep", implementation=implementation, point=values)
+
+
+def places(entries: Sequence[data.Entry], axis: str = "kv") -> list[tuple[str, list[float]]]:
+    """Return name and places of every curve."""
+    lines = [line for group in data.curves(entries, axis).values() for line in group]
+    return [(line.name, [x for x, _ in line.points]) for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["/a/b/run.json"], ["run.json"]),
+        (["/a/x.json", "/b/y.json"], ["x.json", "y.json"]),
+        (["/r/old/run.json", "/r/new/run.json"], ["old/run.json", "new/run.json"]),
+        (["C:\\r\\a\\run.json", "C:\\r\\b\\run.json"], ["a/run.json", "b/run.json"]),
+        (["run.json", "a/run.json"], ["run.json", "a/run.json"]),
+    ],
+)
+def test_names_are_as_short_as_tells_them_apart(paths: list[str], names: list[str]) -> None:
+    assert list(data.short_names(paths).values()) == names
+
+
+def test_different_paths_never_share_a_name() -> None:
+    every = ["/".join(parts) for length in (1, 2, 3, 4) for parts in itertools.product("ab", repeat=length)]
+    every += [f"{path}/x/run.json" for path in every]
+    assert len(set(data.short_names(every).values())) == len(every)
+
+
+def test_several_files_get_letters_and_short_names(make_run: Any) -> None:
+    runs = [make_run() for _ in range(3)]
+    runs[0].config = {"name": "/home/somebody/tiny.json"}
+    runs[2].config = {"name": "other"}
+    found = data.result_files(["/r/old/run.json", "/r/new/run.json", "/r/x\x1b.json"], runs)
+    assert [file.title for file in found] == ["A old/run.json", "B new/run.json", "C x\\x1b.json"]
+    assert [file.config for file in found] == ["tiny", "", "other"]
+    assert data.result_files(["x"], runs[:1])[0].key == ""
+    assert [file.key for file in data.result_files(["x"] * 28, [make_run()] * 28)][25:] == ["Z", "A1", "B1"]
+
+
+def test_a_curve_has_one_implementation_and_one_value_of_every_other_axis(source: Any, case: Case) -> None:
+    cases = [
+        point(case, name, kv=kv, batch=batch)
+        for kv in (64, 16, 32)
+        for batch in (1, 8)
+        for name in ("mla", "other")
+    ]
+    entries = data.entries([source(*cases)])
+    assert places(entries) == [
+        ("mla, batch 1", [16, 32, 64]),
+        ("other, batch 1", [16, 32, 64]),
+        ("mla, batch 8", [16, 32, 64]),
+        ("other, batch 8", [16, 32, 64]),
+    ]
+    assert len(places(entries, "batch")) == 6
+    assert data.bars(entries) == {}
+
+
+def test_files_have_curves_of_their_own(make_run: Any, case: Case) -> None:
+    runs = [make_run(), make_run()]
+    for run in runs:
+        run.cases = [point(case, kv=kv) for kv in (1, 2)]
+    entries = data.entries(data.result_files(["x", "x"], runs))
+    assert places(entries) == [("A mla", [1, 2]), ("B mla", [1, 2])]
+
+
+@pytest.mark.parametrize("values", [[{"kv": 5}, {"kv": 5}], [{"kv": "1..5"}, {"kv": "2..6"}], [{"heads": 8}]])
+def test_what_makes_no_curve_is_a_bar(source: Any, case: Case, values: list[dict[str, Any]]) -> None:
+    entries = data.entries([source(*(point(case, **each) for each in values))])
+    assert places(entries) == []
+    assert [len(group) for group in data.bars(entries).values()] == [len(values)]
+
+
+def test_yardsticks_are_in_no_chart(source: Any, case: Case) -> None:
+    yardstick = {"implementation": "read", "check": results.Check(status="not run", reason="only reads")}
+    points = [point(case, kv=kv) for kv in (1, 2)]
+    entries = data.entries([source(case(), case(**yardstick), *points, case(base="sweep", **yardstick))])
+    assert len(entries) == 3
+    assert places(entries) == [("mla", [1, 2])]
+
+
+def test_charts_hold_one_workload_and_say_what_tells_them_apart(make_run: Any, case: Case) -> None:
+    runs = [make_run(), make_run()]
+    for run, name in zip(runs, ("small", "large"), strict=True):
+        run.config = {"name": name}
+        run.cases = [case(), case(scenario="decode", base="decode", op="latent_attention")]
+    groups = data.bars(data.entries(data.result_files(["x", "y"], runs)))
+    assert list(data.titles(groups).values()) == [
+        "prefill, small",
+        "decode, latent_attention, small",
+        "prefill, large",
+        "decode, latent_attention, large",
+    ]
+    assert list(data.titles(list(groups)[:1]).values()) == ["prefill"]
+
+
+def test_ceilings_are_the_roofs_and_near_ones_are_drawn_once(source: Any, case: Case) -> None:
+    def ceiling(work: Any, value: float, **more: Any) -> results.Ceiling:
+        return results.Ceiling(work=work, value=value, source="here", **more)
+
+    limits = [
+        ceiling("read", 1e9),
+        ceiling("read", 5e9),
+        ceiling("read", 0.99e9),
+        ceiling("copy", 9e9),
+        ceiling("matmul", 1e12, dtype="bfloat16"),
+    ]
+    roofs = data.roofs(source(case(roofline=floor(7.0, "memory")), ceilings=limits))
+    assert [roof.value for roof in roofs] == [5e9, 1e9, 0.99e9, 1e12]
+    assert [roof.value for roof in data.drawn(roofs)] == [5e9, 1e9, 1e12]
+
+
+def floor(ms: float, bound: Any) -> results.Roofline:
+    return results.Roofline(floor_ms=ms, fraction=0.5, bound=bound, peak_source="there")
+
+
+def test_without_ceilings_roofs_are_what_the_floors_were_computed_from(source: Any, case: Case) -> None:
+    cost = results.Cost(flops=4 * 10**9, bytes=10**6)
+    cases = case(cost=cost, roofline=floor(0.5, "memory")), case(cost=cost, roofline=floor(4, "compute"))
+    roofs = data.roofs(source(*cases, *cases))
+    assert [(roof.work, roof.value, roof.dtype) for roof in roofs] == [
+        ("read", pytest.approx(2e9), None),
+        ("matmul", pytest.approx(1e12), "bfloat16"),
+    ]
+    assert data.roofs(source(case())) == []
+
+
+def test_colours_of_known_implementations_are_the_same_in_all_reports_and_no_two_are_equal() -> None:
+    names = [*theme.KNOWN, "a", "b", "c", "d", "e"]
+    found = theme.colours(names)
+    assert len(set(found.values())) == len(names)
+    assert theme.colours(["z", "transformers"])["transformers"] == found["transformers"]

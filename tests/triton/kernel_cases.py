@@ -1,0 +1,186 @@
+"""Cases for our Triton kernels: an `OpCase` in poisoned memory, with a tile, splits and a plan of its own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from mla.cases.call import GuardedCall, host
+from mla.cases.case import Lengths, OpCase
+from mla.cases.memory import Layout
+from mla.cases.stress import Stress
+from mla_backends.api import AttentionSpec, BatchView, FusedOp, NormSpec
+from mla_backends.triton_ops.expanded import ExpandedAttention
+from mla_backends.triton_ops.latent import LatentAttention, LatentState, Splits
+from mla_backends.triton_ops.launcher import Launcher
+from mla_backends.triton_ops.pointwise import RmsNorm, RotateQuery, WriteLatent
+from mla_backends.triton_ops.tuning import Tile, Tuning
+
+SMALL = Tile(16, 16, 1, 1)
+CPU = torch.device("cpu")
+NO_PAGE = 10**9  # in entries of a table that no request owns: whoever follows them leaves the cache
+EPS = 0.01  # large enough to be missed
+# A cache beyond 2^31 numbers and 2^32 bytes. Nothing but the pages of a case is ever touched.
+FAR_NUMBERS = 2_300_000_000
+POISONED = Layout(page_size=16, unowned=math.nan, tail=math.nan, strided=True)
+
+
+class Split(LatentAttention):
+    """The op with given splits, and parts that hold NaN until they are written."""
+
+    splits: Splits | None = None
+
+    def prepare(self, spec: AttentionSpec, batch: BatchView) -> LatentState:
+        state = super().prepare(spec, batch)
+        splits = self.splits or state.splits
+        parts = state.rows * splits.max_splits if splits.max_splits > 1 else 0
+        memory = torch.full((parts * (spec.kv_lora_rank + 1),), torch.nan)
+        return replace(state, splits=splits, parts=memory)
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """One call of one kernel."""
+
+    case: OpCase
+    tile: Tile = SMALL
+    halves: bool = True  # latents as two products
+    splits: Splits | None = None  # None: as the op chooses
+    planned: Lengths | None = None  # the lengths when the state was prepared, if others
+    with_lse: bool = True
+    in_place: bool = False
+    far: bool = False  # pages lie at the end of a cache beyond 32 bits
+
+    def but(self, **changes: Any) -> KernelCase:
+        """Return another case. A name is a field of this class, or one that `OpCase.but` takes."""
+        own = {name: changes.pop(name) for name in {one.name for one in fields(self)} & changes.keys()}
+        return replace(self, **own, case=self.case.but(**changes))
+
+    @property
+    def op(self) -> FusedOp:
+        """Return an op that has not been called."""
+        tile = replace(self.tile, halves=self.halves)
+        launcher, tuning = Launcher(), Tuning(latent={1: tile}, expanded={1: tile})
+        if self.case.kind == "latent_attention":
+            op = Split(launcher, tuning, 8)
+            op.splits = self.splits
+            return op
+        if self.case.kind == "expanded_attention":
+            return ExpandedAttention(launcher, tuning)
+        kinds = {"rms_norm": RmsNorm, "rotate_query": RotateQuery, "write_latent": WriteLatent}
+        return kinds[self.case.kind](launcher)
+
+    def wrong(self) -> list[str]:
+        """Run the op. Return what is wrong with what it wrote, and where else it wrote."""
+        call = self._placed(self.case.kv_lens)
+        instead: dict[str, Any] = {} if self.with_lse else {"lse": None}
+        if self.planned:
+            call, later = self._placed(self.planned), call
+            call.prepare()
+            call.hold(later)
+        if self.in_place:
+            instead["out"] = call.arguments["x"]
+        outputs = call.run(**instead)
+        faults = call.faults(call.results(outputs, **instead))
+        strays = call.strays(outputs, inputs=not (self.in_place or self.planned))
+        said = [*filter(None, (reason for _, reason in faults)), *filter(None, strays)]
+        if self.case.kind == "rms_norm" and not _rounded_once(outputs["out"].part, call.pool.truth["out"]):
+            said.append("it is rounded more than once")
+        return said
+
+    def _placed(self, kv_lens: Lengths) -> GuardedCall:
+        """Return a call of these lengths. Its table ends where its memory does, and names no spare page."""
+        case = self._in_memory(kv_lens)
+        call = GuardedCall(host(case), self.op, case)
+        if "block_table" in call.arguments:
+            placed = call.arguments["block_table"]
+            (count, columns), row = placed.shape, placed.shape[1] + 3
+            memory = torch.full(((count - 1) * row + columns,), NO_PAGE, dtype=torch.int32)
+            table = call.arguments["block_table"] = memory.as_strided((count, columns), (row, 1))
+            for entries, pages, keys in zip(table, placed, kv_lens, strict=True):
+                owned = -(-keys // case.layout.page_size)
+                entries[:owned] = pages[:owned]
+        return call
+
+    def _in_memory(self, kv_lens: Lengths) -> OpCase:
+        """Return the case with these lengths. Planned and later ones have tables and caches of one shape."""
+        size, case = self.case.layout.page_size, self.case
+        owned = {
+            lens: [-(-keys // size) for keys in lens] for lens in (case.kv_lens, self.planned or kv_lens)
+        }
+        columns = max(max(1, *pages) for pages in owned.values()) - max(1, *owned[kv_lens])
+        spare = 2 + max(map(sum, owned.values())) - sum(owned[kv_lens])
+        width = case.spec.kv_lora_rank + case.spec.qk_rope_head_dim if self.far else 1
+        before = FAR_NUMBERS // (size * width) if self.far else 0
+        return case.but(kv_lens=kv_lens, columns=columns, spare=spare, pages_before=before)
+
+
+def _rounded_once(out: torch.Tensor, truth: torch.Tensor) -> bool:
+    """Return whether numbers are those of float64, rounded: fp32 errors move few of them across a border."""
+    return out.dtype == torch.float32 or bool((out != truth.to(out.dtype)).double().mean() < 0.01)
+
+
+@dataclass(frozen=True)
+class FarWrite:
+    """`write_latent` to the last slots of a cache beyond 2^31 numbers, of which nothing else is touched."""
+
+    case: OpCase
+
+    def wrong(self) -> list[str]:
+        """Run the op. Return what is wrong with the rows it wrote."""
+        call, width = GuardedCall(host(self.case), WriteLatent(Launcher())), sum(self.case.shape("c+r"))
+        cache = torch.empty(FAR_NUMBERS // (64 * width), 64, width, dtype=self.case.spec.dtype)
+        slots = cache.shape[0] * 64 - 1 - torch.arange(self.case.rows)
+        call.op(**{**call.arguments, "cache": cache, "slots": slots})
+        results = call.pool.entry.written({**call.arguments, "cache": cache, "slots": slots})
+        return [reason for _, reason in call.faults(results) if reason]
+
+
+def latent(
+    query_lens: Lengths, kv_lens: Lengths, *, heads: int = 12, latent: int = 512, rope: int = 64,
+    dtype: torch.dtype = torch.bfloat16, **changes: Any,
+) -> KernelCase:  # fmt: skip
+    """Return a case of `latent_attention`."""
+    spec = AttentionSpec(heads, latent, 128, rope, 128, (latent + rope) ** -0.5, dtype, CPU)
+    case = OpCase("latent_attention", spec, query_lens, kv_lens, stress=Stress(), layout=POISONED)
+    return KernelCase(case).but(**changes)
+
+
+def expanded(
+    query_lens: Lengths, kv_lens: Lengths, *, heads: int = 3, widths: tuple[int, int, int] = (128, 64, 128),
+    dtype: torch.dtype = torch.bfloat16, **changes: Any,
+) -> KernelCase:  # fmt: skip
+    """Return a case of `expanded_attention`: keys of nope + rope channels and values, `widths`."""
+    nope, rope, values = widths
+    spec = AttentionSpec(heads, 512, nope, rope, values, (nope + rope) ** -0.5, dtype, CPU)
+    case = OpCase("expanded_attention", spec, query_lens, kv_lens, stress=Stress(), layout=POISONED)
+    return KernelCase(case).but(**changes)
+
+
+def norm(tokens: int, width: int, dtype: torch.dtype = torch.bfloat16) -> KernelCase:
+    """Return a case of `rms_norm` of rows [tokens, width]."""
+    return _small("rms_norm", NormSpec(width, dtype, CPU), tokens)
+
+
+def rotation(
+    tokens: int, heads: int, width: int = 64, *, dtype: torch.dtype = torch.bfloat16, **changes: Any
+) -> KernelCase:
+    """Return a case of `rotate_query` of [tokens, heads, width]."""
+    spec = AttentionSpec(heads, 512, 128, width, 128, 1.0, dtype, CPU)
+    return _small("rotate_query", spec, tokens).but(**changes)
+
+
+def write(
+    tokens: int, *, latent: int = 512, rope: int = 64, dtype: torch.dtype = torch.bfloat16, **changes: Any
+) -> KernelCase:
+    """Return a case of `write_latent` of [tokens, latent + rope] to slots in no order."""
+    spec = AttentionSpec(1, latent, 128, rope, 128, 1.0, dtype, CPU)
+    return _small("write_latent", spec, tokens).but(page_size=4, **changes)
+
+
+def _small(kind: str, spec: NormSpec | AttentionSpec, tokens: int) -> KernelCase:
+    lengths, stress = (tokens,), Stress(size=0.1)
+    return KernelCase(OpCase(kind, spec, lengths, lengths, eps=EPS, stress=stress, layout=POISONED))
