@@ -135,4 +135,4 @@ def test_tables_of_numbers_have_them_too(files: list[str], capsys: pytest.Captur
         assert shares == pytest.approx([1.75 / 1.65 - 1, 0.2, 0.5])
     assert main(["show", files[0], "--format", "csv"]) == 0
     (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
-    assert (row["layout"], row["imbalance"], row["predicted"]) == ("", "", "False")
+    assert (row["layout"], row["imbalance"], row["predicted"]) == ("", "", "false")
