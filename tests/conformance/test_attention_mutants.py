@@ -23,7 +23,9 @@ FEW: Mapping[str, set[str]] = {
     "latent.far_pages": {"latent.keys", "latent.long", "latent.lse"},  # whose caches reach `FAR`, too
     "latent.graph_lengths": set(),
     "latent.heads": set(),
-    "latent.inputs": {"latent.reuse", "latent.again", "latent.alive", "latent.kept", "latent.tables"},
+    "latent.inputs": {  # of which "strided" looks at inputs, too; the others call again
+        *("latent.strided", "latent.reuse", "latent.again", "latent.alive", "latent.kept", "latent.tables"),
+    },
     "latent.large": set(),
     "latent.long": {"latent.lse", "latent.keys"},  # which have long requests, too
     "latent.page_sizes": {"latent.other_widths", "latent.slots"},  # of other pages
