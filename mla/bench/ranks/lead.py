@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import torch
@@ -23,34 +23,18 @@ from mla.bench.subjects.tokens import LayerChecker
 from mla.bench.subjects.turns import forward_number
 from mla.bench.workload.scenario import Scenario
 from mla.errors import OutOfMemory, UnsupportedBatch
-from mla.parallel.layout import Layout
-from mla.parallel.link import Line
 from mla.verify.layer_check import Forward
 from mla.verify.places import Places
 from mla.verify.verdict import Check
+
+if TYPE_CHECKING:
+    from mla.bench.ranks.crew import Crew
 
 # Bound before any plugin loads.
 _random = random.SystemRandom()
 
 T = TypeVar("T")
 Outputs = dict[int, torch.Tensor]  # by forward, of one rank
-
-
-class Talk(Protocol):
-    """How rank 0 reaches the others (`mla.bench.ranks.crew.Crew`)."""
-
-    layout: Layout
-    library: str
-
-    def tell(self, *command: Any) -> None: ...
-    def blamed(self) -> AbstractContextManager[None]: ...
-    def gather(self, mine: Any) -> list[Any]: ...
-    def wait(self) -> None: ...
-    def parts(self, mine: T | Failure) -> list[T]: ...
-    def concerted(self, implementation: str, work: Callable[[], object]) -> bool: ...
-    def alike(self, error: Exception, implementation: str) -> Failure | None: ...
-    def attempt(self, implementation: str, work: Callable[[], T]) -> list[T]: ...
-    def measure_link(self, device: torch.device, synchronize: Callable[[], None]) -> dict[str, Line]: ...
 
 
 class LeadLayer(TakesInputs):
@@ -60,7 +44,7 @@ class LeadLayer(TakesInputs):
     runner does, right after that.
     """
 
-    def __init__(self, setting: Setting, part: RankLayer, crew: Talk) -> None:
+    def __init__(self, setting: Setting, part: RankLayer, crew: Crew) -> None:
         super().__init__(setting)
         self.name = part.name
         self._part, self._crew = part, crew

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any
 
 from mla.bench.doubts.new_lengths import LayerBench, Lengths, Times
 from mla.bench.ranks.part import RankLayer
@@ -31,18 +31,10 @@ class RankBench:
         return [(times.forward[0], times.plan[0]) for times in rounds]
 
 
-class Lead(Protocol):
-    """What rank 0 has all ranks do (`mla.bench.ranks.lead.LeadLayer`)."""
-
-    def run_lengths(
-        self, bench: RankBench, lengths: Lengths, count: int, beat: Callable[[], None]
-    ) -> list[list[Sample]]: ...
-
-
 class LeadBench:
     """The bench of all ranks together (`mla.bench.doubts.new_lengths.Bench`): the slowest counts."""
 
-    def __init__(self, lead: Lead, own: RankBench) -> None:
+    def __init__(self, lead: Any, own: RankBench) -> None:
         self._lead, self._own = lead, own
         self.layer = own.layer
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -20,7 +20,7 @@ from mla.bench.results.schema import LinkLine, RankFacts, Spread
 from mla.bench.results.stats import median
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.inputs import Inputs, Requests
-from mla.bench.subjects.setting import Setting
+from mla.bench.subjects.setting import Ranks, Setting
 from mla.bench.workload.scenario import Scenario
 from mla.command.clock import now_ns
 from mla.parallel.groups import SimulatedWorld
@@ -31,54 +31,21 @@ from mla.parallel.link import Link
 _random = random.SystemRandom()
 
 
-class Simulation:
-    """The ranks of `layout` on one device (`mla.bench.subjects.setting.Ranks`)."""
+class Simulation(Ranks):
+    """The ranks of `layout` on one device."""
 
     library = "a model of the link"
 
     def __init__(self, layout: Layout, link: Link, source: str) -> None:
         """`source` says where the numbers of the link are from."""
         self.layout, self.link, self.source = layout, link, source
+        self.assumed = f"link {link} ({source})"
 
     @classmethod
     def of(cls, options: RunOptions, layout: Layout) -> Simulation:
         """Return the simulation that a run was asked for."""
         assert options.link is not None
         return cls(layout, Link.parse(options.link), options.link_source)
-
-    @property
-    def assumed(self) -> str:
-        """What stands for the ranks that are not there."""
-        return f"link {self.link} ({self.source})"
-
-    @property
-    def world(self) -> int:
-        """Number of ranks."""
-        return self.layout.world
-
-    @property
-    def here(self) -> int:
-        """Number of ranks on this device."""
-        return self.world
-
-    @property
-    def beside(self) -> int:
-        """Number of further ranks on this host."""
-        return 0
-
-    def told(self) -> AbstractContextManager[None]:
-        """Nobody has to be told how the run ends."""
-        return nullcontext()
-
-    def leave(self, reason: str, code: int) -> None:
-        """Nobody else is there to be told."""
-
-    def behind(self) -> str:
-        """No rank lags behind."""
-        return ""
-
-    def when_lost(self, die: Callable[[Any], None]) -> None:
-        """No rank can be lost."""
 
     def layer(
         self, setting: Setting, state: Mapping[str, torch.Tensor], name: str, ops: str | None

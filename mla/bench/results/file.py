@@ -128,9 +128,11 @@ def _faults(case: Case) -> Faults:
         yield "Expected a history for every request, and a new token", ".query_lens"
     if (case.latency_ms is None) != (case.tokens_per_s is None):
         yield "Expected both `latency_ms` and `tokens_per_s` or neither", ""
-    for where, timed in (("", case), *((f".timings[{at}]", one) for at, one in enumerate(case.timings))):
-        if timed.latency_ms is not None and timed.check.status in ("wrong", "doubtful"):
-            yield f"Expected no number where the check is {timed.check.status}", f"{where}.latency_ms"
+    ways = [("", case.check, case.latency_ms)]
+    ways += [(f".timings[{at}]", way.check, way.latency_ms) for at, way in enumerate(case.timings)]
+    for where, check, latency in ways:
+        if latency is not None and check.status in ("wrong", "doubtful"):
+            yield f"Expected no number where the check is {check.status}", f"{where}.latency_ms"
     if case.latency_ms is not None:
         yield from _numbers(case)
     if case.spread is not None:
@@ -159,12 +161,11 @@ def _numbers(case: Case) -> Faults:
         yield "Expected passes that take time", ".latency_ms.samples"
     else:
         tokens = sum(case.query_lens)
-        pairs = (("latency_ms", latency, passes.latency(samples)),)
-        pairs += (("tokens_per_s", rate, passes.throughput(samples, tokens)),)  # type: ignore[assignment]
-        for name, said, given in pairs:
-            if not math.isclose(said.median, given.median, rel_tol=CLOSE):
-                text = f"Expected {given.median:.6g}, as the samples say, got {said.median:.6g}"
-                yield text, f".{name}.median"
+        given = {"latency_ms": passes.latency(samples), "tokens_per_s": passes.throughput(samples, tokens)}
+        for name, said in (("latency_ms", latency), ("tokens_per_s", rate)):
+            median = given[name].median
+            if not math.isclose(said.median, median, rel_tol=CLOSE):
+                yield f"Expected {median:.6g}, as the samples say, got {said.median:.6g}", f".{name}.median"
             if said.ci95 and not said.ci95[0] <= said.ci95[1]:
                 yield "Expected the lower end first", f".{name}.ci95"
 
