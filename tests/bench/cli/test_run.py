@@ -37,8 +37,8 @@ def test_a_run_prints_its_result_on_stdout_and_its_plan_on_stderr(bench: Bench, 
     assert re.fullmatch(r"Prefill Latency: ([\d.]+ ms|unreliable \(.* ms\))", prefill)
     assert re.fullmatch(r"Decode Throughput: ([\d.]+ tok/s|unreliable \(.* tok/s\))", decode)
     for word in ("backend", "config", "ops", "scenario", "plan", "memory"):
-        assert any(line.startswith(f"{word} ") for line in done.err.splitlines())
-        assert not any(line.startswith(f"{word} ") for line in done.out.splitlines()[1:])
+        assert any(line.startswith(f"{word:11}") for line in done.err.splitlines())
+        assert not any(line.startswith(f"{word:11}") for line in done.out.splitlines())
 
 
 def test_the_reference_is_left_out_where_it_would_be_the_same(bench: Bench, small: list[str]) -> None:
