@@ -130,7 +130,8 @@ def _run_on_ranks(options: RunOptions, request: Request, measure: Callable[[Requ
     with crew, crew.told():
         request = crew.agreed(request, facts(request, options))
         if crew.rank:
-            return follow(request, crew)
+            with last_words.while_running(request.setting.backend.name):
+                return follow(request, crew)
         return crew.end(_list_ops(request) if options.list_ops else measure(request))
 
 

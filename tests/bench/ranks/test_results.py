@@ -106,7 +106,7 @@ def test_the_report_has_a_table_of_ranks(files: list[str], tmp_path: Path) -> No
     assert "tp=2 over gloo" in page
     assert "5 MiB" in page
     assert "Strong scaling: mla" in page
-    assert "prefill: tp=2, 2 devices: 2 times as fast, 100 % of the ideal." in page
+    assert "prefill: tp=2, 2 devices: 2x, 100 % of the ideal" in page
     assert msgspec.json.decode((tmp_path / "two.json").read_bytes())["cases"][0]["spread"]["layout"] == "tp=2"
 
 

@@ -111,7 +111,7 @@ def test_collectives_are_added_and_every_place_says_so(bench: Bench, tiny: list[
     for kind in ("table", "md"):
         printed = bench("show", "run.json", "--format", kind, "-v").out
         named = [line for line in printed.splitlines() if "mla-reference" in line]
-        assert len(named) > 6
+        assert len(named) >= 6
         assert all("mla-reference (predicted)" in line for line in named)
     table = bench("show", "run.json", "--format", "csv").out
     assert ",predicted," in table.splitlines()[0]
