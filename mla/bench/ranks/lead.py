@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,15 +16,11 @@ from mla.bench.ranks.errors import Failure, RanksError, failure
 from mla.bench.ranks.lengths_bench import LeadBench, RankBench, Sample
 from mla.bench.ranks.part import CLOCKED, RankLayer
 from mla.bench.results.schema import LinkLine, Spread
-from mla.bench.subjects.base import TakesInputs
+from mla.bench.subjects.base import Facts, Implementation, LayerChecker, Outputs
 from mla.bench.subjects.inputs import Inputs, Requests
 from mla.bench.subjects.setting import Setting
-from mla.bench.subjects.tokens import LayerChecker
-from mla.bench.subjects.turns import forward_number
 from mla.bench.workload.scenario import Scenario
 from mla.errors import OutOfMemory, UnsupportedBatch
-from mla.verify.layer_check import Forward
-from mla.verify.places import Places
 from mla.verify.verdict import Check
 
 if TYPE_CHECKING:
@@ -34,10 +30,9 @@ if TYPE_CHECKING:
 _random = random.SystemRandom()
 
 T = TypeVar("T")
-Outputs = dict[int, torch.Tensor]  # by forward, of one rank
 
 
-class LeadLayer(TakesInputs):
+class LeadLayer(Implementation):
     """Has every rank do its part of each forward, from a common start, and checks the outputs of all.
 
     A sample is that of the slowest rank. Others start their clock when all have met, and rank 0 when its
@@ -49,34 +44,30 @@ class LeadLayer(TakesInputs):
         self.name = part.name
         self._part, self._crew = part, crew
         self.held_to_reference = part.held_to_reference
-        self._idle = False
-        self._number = 0
         self._outputs: list[Outputs] = []  # of the last pass, by rank
-        self._last: list[list[float]] = []  # milliseconds of the last pass, by rank
         self._kept: list[list[float]] = []  # of the result's passes, by rank
 
     # ------------------------------------------------------------------------------------------ passes
 
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
-        self.scenario, self._turns = scenario, inputs.turns
-        self._kept = [[] for _ in range(self._crew.layout.world)]
+        self.scenario = scenario
+        self._kept = self._kept or [[] for _ in range(self._crew.layout.world)]
         seed = _random.getrandbits(63)
-        self._crew.tell("load", scenario.name, self.name, seed)
+        self._crew.tell("load", scenario.name, self.name, seed, inputs.seed)
         self._crew.concerted(self.name, partial(self._part.load_alike, scenario, inputs, seed))
 
     def restore(self, number: int = 0) -> None:
-        self._number = number
+        self._number, self._outputs = number, []
         self._crew.tell("restore", self.name, number)
         self._crew.concerted(self.name, partial(self._part.restore, number))
-        self.plan_ms = self._part.plan_ms
 
-    def ready(self, index: int) -> None:
-        self._part.ready(index)
+    def before(self, index: int) -> None:
+        self._index = index
+        self._part.before(index)
 
-    def show(self, index: int) -> None:
+    def meet(self) -> None:
         with self._awaited():
-            self._crew.tell("idle" if self._idle else "forward", index)
-            self._part.show(index)
+            self._crew.tell("forward", self._index)
             self._crew.wait()
 
     def step(self, index: int) -> None:
@@ -93,30 +84,21 @@ class LeadLayer(TakesInputs):
         self._crew.tell("after", index)
         self._part.after(index)
 
-    @contextmanager
-    def idle(self) -> Iterator[None]:
-        self._idle = True
-        try:
-            yield
-        finally:
-            self._idle = False
-
     def slowest(self, samples: list[float]) -> list[float]:
-        if self._idle:
-            return samples
         self._crew.tell("times")
-        self._last = self._of_all(samples)
-        return [max(times) for times in zip(*self._last, strict=True)]
+        last = self._of_all(samples)
+        if 1 <= self._number <= self.scenario.rounds:  # a pass of the result
+            for kept, times in zip(self._kept, last, strict=True):
+                kept += times
+        return [max(times) for times in zip(*last, strict=True)]
 
-    def recorded(self) -> None:
-        for kept, last in zip(self._kept, self._last, strict=True):
-            kept += last
-
-    def collect(self) -> None:
-        with self._awaited():
-            self._crew.tell("collect")
-            self._part.collect()
-        self._outputs = self._of_all(self._part.compared())
+    def outputs(self) -> Outputs:
+        if not self._outputs:
+            with self._awaited():
+                self._crew.tell("outputs")
+                mine = self._part.outputs()
+            self._outputs = self._of_all(mine)
+        return self._whole(0)
 
     def _of_all(self, mine: T | Failure) -> list[T]:
         """Return what every rank gave; where one gave a failure instead, no rank keeps this layer."""
@@ -126,21 +108,8 @@ class LeadLayer(TakesInputs):
             self._crew.tell("drop", self.name)
             raise
 
-    @contextmanager
-    def fed(self, seed: int, count: int) -> Iterator[list[torch.Tensor]]:
-        self._crew.tell("feed", self.name, seed, count)
-        hidden: list[torch.Tensor] = []
-        try:
-            self._crew.concerted(self.name, lambda: hidden.extend(self._part.feed(seed, count)))
-            yield hidden
-        finally:
-            self._part.feed(None)
-        self._crew.tell("feed", self.name, None, 0)  # after an error, the others may not listen
-
-    def keep_collected(self, indices: Collection[int]) -> None:
-        self._outputs = [{index: one[index] for index in indices if index in one} for one in self._outputs]
-
     def lengths_bench(self) -> LeadBench | None:
+        """Return what runs forwards of all ranks on new lengths; None: nothing."""
         if self._crew.layout.dcp > 1:  # whose batches are laid out for the lengths of a pass
             return None
         self._crew.tell("bench", self.name)
@@ -173,8 +142,9 @@ class LeadLayer(TakesInputs):
 
     def check(self, checker: LayerChecker) -> Check:
         """Check what every rank has: each has the outputs of all heads, of its requests."""
+        self.outputs()
         found = [
-            checker.check_forwards(self._forwards(checker, copy), self.held_to_reference)
+            checker.check_pass(self._whole(copy), self._number, self.held_to_reference)
             for copy in range(self._copies())
         ]
         worst = max(range(len(found)), key=lambda copy: _badness(found[copy]))
@@ -182,9 +152,6 @@ class LeadLayer(TakesInputs):
             wrong = [copy for copy, one in enumerate(found) if one.status == found[worst].status]
             found[worst].reason = f"{self._blamed(checker, worst, wrong)}: {found[worst].reason}"
         return found[worst]
-
-    def doubt(self, checker: LayerChecker, check: Check) -> str:
-        return self._part.doubt(checker, check)
 
     def _blamed(self, checker: LayerChecker, worst: int, wrong: Sequence[int]) -> str:
         """Say on which ranks outputs are wrong; a wrong part of a sum cannot be told from the others."""
@@ -199,7 +166,7 @@ class LeadLayer(TakesInputs):
         ranks, count = self._ranks(copy), self._crew.layout.dp
         rows = [Requests.of(self.scenario, part, count).rows(self.scenario) for part in range(count)]
         far = [0.0] * count
-        for forward in self._forwards(checker, copy):
+        for _, forward in checker.forwards(self._whole(copy), self._number):
             error = (forward.found.cpu().double() - forward.expected).nan_to_num(*[torch.inf] * 3)
             far = [max(old, float(error[part].norm())) for old, part in zip(far, rows, strict=True)]
         return ranks[far.index(max(far))]
@@ -220,28 +187,13 @@ class LeadLayer(TakesInputs):
             raise RuntimeError("ranks kept the outputs of different forwards, so that none can be checked.")
         return {index: torch.cat([part[index] for part in parts]) for index in common}
 
-    def _forwards(self, checker: LayerChecker, copy: int) -> Iterator[Forward]:
-        scenario = self.scenario
-        word = "step" if scenario.mode == "decode" else "forward"
-        for index, found in self._whole(copy).items():
-            step = index if scenario.mode == "decode" else 0
-            turn = self._turns.turn(forward_number(scenario, self._number, index))
-            expected = checker.expected_rows(step, turn)
-            yield Forward(step, found, expected, f"{word} {index}", partial(self._places, step))
-
-    def _places(self, step: int) -> Places:
-        return Places.new_tokens(self.scenario.query_lens, self.scenario.kv_lens(step))
-
-    def compared(self) -> Outputs:
-        return self._whole(0)
-
     # ------------------------------------------------------------------------------------------- facts
 
     def spread(self) -> Spread:
         """Run a pass in which collectives are clocked, and return every rank's part."""
         with self._awaited(), self._crew.blamed():
             self._crew.tell("clock", self.name, CLOCKED)
-            own = self._part.facts(CLOCKED, self._crew.wait)
+            own = self._part.rank_facts(CLOCKED, self._crew.wait)
         found = self._crew.gather(own)
         ranks = [
             msgspec.structs.replace(one, samples=samples)
@@ -253,22 +205,11 @@ class LeadLayer(TakesInputs):
         source = f"measured among the ranks of {layout} over {library}" if link else ""
         return Spread(layout=layout, library=library, ranks=ranks, link=link, link_source=source)
 
-    def cache_bytes(self) -> int:
-        return self._part.cache_bytes()
-
-    def weight_bytes(self) -> int:
-        return self._part.weight_bytes()
-
-    def scratch_bytes(self) -> int:
-        return self._part.scratch_bytes()
-
-    def ops(self) -> dict[str, str]:
-        return self._part.ops()
-
-    def remarks(self) -> dict[str, list[str]]:
-        return self._part.remarks()
+    def facts(self) -> Facts:
+        return self._part.facts()
 
     def replace_ops(self, replace: Callable[[str, Any], Any]) -> None:
+        """Put `replace(role, op)` in place of every op of rank 0; called before `load`."""
         self._part.replace_ops(replace)
 
 

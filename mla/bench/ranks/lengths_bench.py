@@ -7,7 +7,6 @@ from typing import Any
 
 from mla.bench.doubts.new_lengths import LayerBench, Lengths, Times
 from mla.bench.ranks.part import RankLayer
-from mla.command.clock import now_ns
 
 # Of one forward, in milliseconds: with all that it takes, and planning alone.
 Sample = tuple[float, float]
@@ -19,7 +18,7 @@ class RankBench:
     def __init__(self, part: RankLayer, meet: Callable[[], None]) -> None:
         """`meet` returns once every rank has called it."""
         self.layer, self._meet = part, meet
-        self._bench = LayerBench(part, part.scenario, now_ns)
+        self._bench = LayerBench(part)
 
     def run(self, lengths: Lengths, count: int, beat: Callable[[], None] = lambda: None) -> list[Sample]:
         """Run `count` forwards on these lengths of all requests, and return what this rank's part took."""
@@ -32,7 +31,7 @@ class RankBench:
 
 
 class LeadBench:
-    """The bench of all ranks together (`mla.bench.doubts.new_lengths.Bench`): the slowest counts."""
+    """The bench of all ranks together (as `mla.bench.doubts.new_lengths.LayerBench`): the slowest counts."""
 
     def __init__(self, lead: Any, own: RankBench) -> None:
         self._lead, self._own = lead, own

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from time import perf_counter_ns as now_ns
 from typing import Any
 
 import torch
 
 from mla.bench.results.schema import RankFacts
 from mla.bench.results.stats import median
-from mla.bench.subjects import shelf
+from mla.bench.subjects.base import Shelf, buffers, poison
 from mla.bench.subjects.inputs import Inputs, Requests
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.setting import SPARE_PAGES, Setting
-from mla.bench.subjects.shelf import Shelf
-from mla.bench.subjects.tokens import poison
 from mla.bench.workload.scenario import Scenario
 from mla.cache import LatentCache
-from mla.command.clock import now_ns
 from mla.layer.attention import MLA
 from mla.parallel.cache import ShardedCache
 from mla.parallel.groups import Groups, SimulatedGroups, Traffic
@@ -54,16 +52,9 @@ class RankLayer(MlaLayer):
         )
 
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
-        self.buffers = shelf.buffers(scenario.steps, inputs.hidden[0].nbytes)  # on every rank as many
+        self.buffers = buffers(scenario.steps, inputs.hidden[0].nbytes)  # on every rank as many
         self.requests = Requests.of(scenario, self._groups.place.dp, self._groups.layout.dp)
-        self._rows, self._shape = self.requests.rows(scenario), inputs.hidden.shape[1:]
         super().load(self.requests.scenario(scenario), self.requests.inputs(scenario, inputs))
-
-    def _whole_shape(self) -> torch.Size:
-        return self._shape
-
-    def _own_rows(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden[self._rows]
 
     def load_alike(self, scenario: Scenario, inputs: Inputs, seed: int) -> None:
         """Load, and keep the outputs of the same forwards as every rank that is given this seed."""
@@ -93,7 +84,7 @@ class RankLayer(MlaLayer):
     def places(self, step: int) -> Places:
         return Places.new_tokens(self.scenario.query_lens, self.scenario.kv_lens(step))
 
-    def facts(self, number: int, meet: Callable[[], None]) -> RankFacts:
+    def rank_facts(self, number: int, meet: Callable[[], None]) -> RankFacts:
         """Run a pass in which collectives are clocked, and return what a result says of this rank.
 
         All ranks must do it together, and `meet` before every forward. The samples are left to the caller.
@@ -107,13 +98,14 @@ class RankLayer(MlaLayer):
             with self._groups.clocked(self._now_ns, traffic):
                 self.step(index)
             self.after(index)
+        facts = self.facts()
         return RankFacts(
             rank=self._groups.rank,
             samples=[0.0],
             collective_ms=median([one.ns / 1e6 for one in steps]),  # as of samples
             collective_bytes=sum(one.sent for one in steps) // len(steps),
-            cache_bytes=self.cache_bytes(),
-            weight_bytes=self.weight_bytes(),
+            cache_bytes=facts.cache_bytes,
+            weight_bytes=facts.weight_bytes,
         )
 
     def _now_ns(self) -> int:
@@ -140,11 +132,10 @@ class SimulatedPart(RankLayer):
             super()._make_buffers(scenario, inputs)
         if self.first is not self:
             first = self.first
-            self.scenario, self._hidden, self._turns = scenario, first._hidden, first._turns
+            self.scenario, self._hidden, self._inputs = scenario, first._hidden, first._inputs
         if not self.keeps:
             only = torch.empty_like(first._shelf.next())
-            self._shelf = Shelf([only], 1, poison)
-            self._number = 0
+            self._shelf, self._held = Shelf([only], 1, poison), {}
 
     def extend(self, table_tokens: int = 0) -> Any:
         self._extended = super().extend(table_tokens)
@@ -161,7 +152,7 @@ class SimulatedPart(RankLayer):
         if self.scenario.mode == "decode":
             self.extend()
 
-    def meet(self) -> None:
+    def meet_ranks(self) -> None:
         """Run the forward that was begun, as far as other ranks let it."""
         self.forward(self._present_batch, self.x, self.out)
 
