@@ -14,7 +14,7 @@ from mla.bench import results
 from mla.bench.ranks.crew import Crew
 from mla.bench.ranks.errors import Failure, error_of
 from mla.bench.ranks.follower import _Follower
-from mla.bench.ranks.lead import LeadLayer
+from mla.bench.ranks.layers import LeadLayer
 from mla.errors import OutOfMemory, UnsupportedBatch
 from mla.parallel.layout import Layout
 from mla_backends.host import memory_available
