@@ -163,7 +163,8 @@ def _run(
     from mla.bench.run.outcome import verdict
     from mla.bench.run.steering import steering
 
-    preview.describe(request, options.detail == "verbose" or options.dry_run)
+    if options.detail != "quiet" or options.dry_run:
+        preview.describe(request, options.detail == "verbose" or options.dry_run)
     preview.require_memory(request)
     if options.dry_run:
         preview.dry_run(request)

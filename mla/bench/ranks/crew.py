@@ -19,8 +19,7 @@ import torch.distributed as dist
 from mla.bench.ranks import link_fit
 from mla.bench.ranks.agreement import Facts, agree, common_ops, demoted, remark
 from mla.bench.ranks.errors import INTERRUPTED, Failure, RanksError, error_of, failure, word_of
-from mla.bench.ranks.lead import LeadLayer
-from mla.bench.ranks.part import RankLayer
+from mla.bench.ranks.layers import LeadLayer, RankLayer
 from mla.bench.ranks.pulse import Place, Pulse, blamed_on
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.setting import Ranks, Setting

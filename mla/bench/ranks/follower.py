@@ -15,8 +15,7 @@ from mla.bench.limits.growth import no_garbage_collection
 from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.ranks.crew import Crew
 from mla.bench.ranks.errors import Failure
-from mla.bench.ranks.lengths_bench import RankBench
-from mla.bench.ranks.part import RankLayer
+from mla.bench.ranks.layers import RankBench, RankLayer
 from mla.bench.subjects.fixture import Fixture, make_fixture
 
 

@@ -14,20 +14,74 @@ from typing import Any, cast
 import torch
 
 from mla.bench.plan.options import RunOptions
-from mla.bench.ranks.lead import LeadLayer
-from mla.bench.ranks.part import SimulatedPart
+from mla.bench.ranks.layers import LeadLayer, RankLayer
 from mla.bench.results.schema import LinkLine, RankFacts, Spread
 from mla.bench.results.stats import median
-from mla.bench.subjects.base import Implementation, Outputs
+from mla.bench.subjects.base import Implementation, Outputs, Shelf, poison
 from mla.bench.subjects.inputs import Inputs, Requests
 from mla.bench.subjects.setting import Ranks, Setting
 from mla.bench.workload.scenario import Scenario
-from mla.parallel.groups import SimulatedWorld
+from mla.parallel.groups import SimulatedGroups, SimulatedWorld
 from mla.parallel.layout import Layout
 from mla.parallel.link import Link
 
 # Bound before any plugin loads.
 _random = random.SystemRandom()
+
+
+class SimulatedPart(RankLayer):
+    """One rank's part, whose forward may be run again. Ranks with the same requests share their inputs.
+
+    Of a rank that `keeps` none, outputs are overwritten by the next forward.
+    """
+
+    def __init__(
+        self, setting: Setting, state: Any, name: str, ops: str | None, groups: SimulatedGroups
+    ) -> None:
+        super().__init__(setting, state, name, ops, groups)
+        self.groups = groups
+        self.keeps = groups.place.tp == 0  # the parts of tp have the same outputs
+        self.first: SimulatedPart = self  # of the ranks with the same requests
+
+    def _make_buffers(self, scenario: Scenario, inputs: Inputs) -> None:
+        if self.keeps:
+            super()._make_buffers(scenario, inputs)
+        if self.first is not self:
+            first = self.first
+            self.scenario, self._hidden, self._inputs = scenario, first._hidden, first._inputs
+        if not self.keeps:
+            only = torch.empty_like(first._shelf.next())
+            self._shelf, self._held = Shelf([only], 1, poison), {}
+
+    def extend(self, table_tokens: int = 0) -> Any:
+        self._extended = super().extend(table_tokens)
+        return self._extended
+
+    @property
+    def _present_batch(self) -> Any:
+        """The batch of the last forward."""
+        return self.batch if self.scenario.mode == "prefill" else self._extended
+
+    def begin_meeting(self) -> None:
+        """Make the batch of a forward that all ranks run."""
+        poison(self.out)
+        if self.scenario.mode == "decode":
+            self.extend()
+
+    def meet_ranks(self) -> None:
+        """Run the forward that was begun, as far as other ranks let it."""
+        self.forward(self._present_batch, self.x, self.out)
+
+    def undo(self) -> None:
+        """Go back to before the last forward, whose results are overwritten, and receive again."""
+        batch = self._present_batch
+        self.clear_new(batch)
+        if self.scenario.mode == "decode":
+            grown = list(zip(self._sequences, self.scenario.query_lens, strict=True))
+            for sequence, new in reversed(grown):  # the free list, and so the next pages, are as before
+                self._cache.truncate(sequence, self._cache.length(sequence) - new)
+        poison(self.out)
+        self.groups.receive_again()
 
 
 class Simulation(Ranks):

@@ -14,7 +14,16 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from mla.bench.results import passes
-from mla.bench.results.schema import CEILINGS_VERSION, SCHEMA_VERSION, Case, CeilingRun, Run, Spread
+from mla.bench.results.schema import (
+    CEILINGS_VERSION,
+    SCHEMA_VERSION,
+    Case,
+    CeilingRun,
+    Latency,
+    Run,
+    Spread,
+    Throughput,
+)
 from mla.command.files import write_bytes
 from mla.errors import ResultError, UsageError
 from mla.parallel.layout import Layout
@@ -161,9 +170,11 @@ def _numbers(case: Case) -> Faults:
         yield "Expected passes that take time", ".latency_ms.samples"
     else:
         tokens = sum(case.query_lens)
-        given = {"latency_ms": passes.latency(samples), "tokens_per_s": passes.throughput(samples, tokens)}
-        for name, said in (("latency_ms", latency), ("tokens_per_s", rate)):
-            median = given[name].median
+        pairs: tuple[tuple[str, Latency | Throughput, float], ...] = (
+            ("latency_ms", latency, passes.latency(samples).median),
+            ("tokens_per_s", rate, passes.throughput(samples, tokens).median),
+        )
+        for name, said, median in pairs:
             if not math.isclose(said.median, median, rel_tol=CLOSE):
                 yield f"Expected {median:.6g}, as the samples say, got {said.median:.6g}", f".{name}.median"
             if said.ci95 and not said.ci95[0] <= said.ci95[1]:

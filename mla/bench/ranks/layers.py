@@ -1,4 +1,7 @@
-"""`LeadLayer`: a layer over several ranks as one implementation, on rank 0."""
+"""A layer over several ranks: `RankLayer` is one rank's part, and `LeadLayer` on rank 0 the whole.
+
+`RankBench` and `LeadBench` are the same for forwards on new lengths.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,30 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from time import perf_counter_ns as now_ns
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import torch
 
-from mla.bench.doubts.new_lengths import Lengths
+from mla.bench.doubts.new_lengths import LayerBench, Lengths, Times
 from mla.bench.ranks.errors import Failure, RanksError, failure
-from mla.bench.ranks.lengths_bench import LeadBench, RankBench, Sample
-from mla.bench.ranks.part import CLOCKED, RankLayer
-from mla.bench.results.schema import LinkLine, Spread
-from mla.bench.subjects.base import Facts, Implementation, LayerChecker, Outputs
+from mla.bench.results.schema import LinkLine, RankFacts, Spread
+from mla.bench.results.stats import median
+from mla.bench.subjects.base import Facts, Implementation, LayerChecker, Outputs, buffers
 from mla.bench.subjects.inputs import Inputs, Requests
-from mla.bench.subjects.setting import Setting
+from mla.bench.subjects.layer import MlaLayer
+from mla.bench.subjects.setting import SPARE_PAGES, Setting
 from mla.bench.workload.scenario import Scenario
+from mla.cache import LatentCache
 from mla.errors import OutOfMemory, UnsupportedBatch
+from mla.layer.attention import MLA
+from mla.parallel.cache import ShardedCache
+from mla.parallel.groups import Groups, Traffic
+from mla.parallel.layer import ParallelMLA
+from mla.parallel.layout import Share
+from mla.verify.layer_oracle import State
+from mla.verify.places import Places
 from mla.verify.verdict import Check
 
 if TYPE_CHECKING:
@@ -30,6 +42,124 @@ if TYPE_CHECKING:
 _random = random.SystemRandom()
 
 T = TypeVar("T")
+# The number of the pass in which collectives are clocked: no other pass has it.
+CLOCKED = 1 << 22
+# Of one forward, in milliseconds: with all that it takes, and planning alone.
+Sample = tuple[float, float]
+
+
+class RankLayer(MlaLayer):
+    """What one rank does of a layer; `load` takes the whole scenario and its inputs."""
+
+    def __init__(self, setting: Setting, state: State, name: str, ops: str | None, groups: Groups) -> None:
+        self._groups = groups
+        super().__init__(setting, state, name, ops)
+
+    def _make_layer(self, ops: str | None, index: int) -> MLA:
+        setting = self.setting
+        return ParallelMLA(
+            setting.config,
+            self._groups,
+            backend=setting.backend,
+            dtype=setting.dtype,
+            attention=setting.attention,
+            ops=ops or setting.ops,
+            overrides=dict(setting.overrides),
+        )
+
+    def load(self, scenario: Scenario, inputs: Inputs) -> None:
+        self.buffers = buffers(scenario.steps, inputs.hidden[0].nbytes)  # on every rank as many
+        self.requests = Requests.of(scenario, self._groups.place.dp, self._groups.layout.dp)
+        super().load(self.requests.scenario(scenario), self.requests.inputs(scenario, inputs))
+
+    def load_alike(self, scenario: Scenario, inputs: Inputs, seed: int) -> None:
+        """Load, and keep the outputs of the same forwards as every rank that is given this seed."""
+        self.load(scenario, inputs)
+        self._shelf.draw_from(random.Random(seed))
+
+    def _make_cache(self, scenario: Scenario) -> LatentCache:
+        layout = self._groups.layout
+        if layout.dcp == 1:
+            return super()._make_cache(scenario)
+        size, share = self.setting.page_size, Share(self._groups.place.dcp, layout.dcp)
+        pages = sum(-(-share.first(length) // size) for length in scenario.final_lens) + SPARE_PAGES
+        cache: Any = ShardedCache(
+            self.setting.config,
+            share,
+            max_tokens=pages * size * layout.dcp,
+            page_size=size,
+            device=self.setting.device,
+            dtype=self.setting.dtype,
+            shuffle=self.setting.seed,
+        )
+        return cache  # has what this class uses of one
+
+    def extend(self, table_tokens: int = 0) -> Any:
+        return self._cache.extend(self._sequences, self.scenario.query_lens)
+
+    def places(self, step: int) -> Places:
+        return Places.new_tokens(self.scenario.query_lens, self.scenario.kv_lens(step))
+
+    def rank_facts(self, number: int, meet: Callable[[], None]) -> RankFacts:
+        """Run a pass in which collectives are clocked, and return what a result says of this rank.
+
+        All ranks must do it together, and `meet` before every forward. The samples are left to the caller.
+        """
+        self.restore(number)
+        steps = [Traffic() for _ in range(self.scenario.steps)]
+        for index, traffic in enumerate(steps):
+            self.before(index)
+            self._now_ns()
+            meet()
+            with self._groups.clocked(self._now_ns, traffic):
+                self.step(index)
+            self.after(index)
+        facts = self.facts()
+        return RankFacts(
+            rank=self._groups.rank,
+            samples=[0.0],
+            collective_ms=median([one.ns / 1e6 for one in steps]),  # as of samples
+            collective_bytes=sum(one.sent for one in steps) // len(steps),
+            cache_bytes=facts.cache_bytes,
+            weight_bytes=facts.weight_bytes,
+        )
+
+    def _now_ns(self) -> int:
+        self.setting.backend.synchronize()
+        return now_ns()
+
+
+class RankBench:
+    """One rank's part of it. Every rank must make one, and run it, at the same time."""
+
+    def __init__(self, part: RankLayer, meet: Callable[[], None]) -> None:
+        """`meet` returns once every rank has called it."""
+        self.layer, self._meet = part, meet
+        self._bench = LayerBench(part)
+
+    def run(self, lengths: Lengths, count: int, beat: Callable[[], None] = lambda: None) -> list[Sample]:
+        """Run `count` forwards on these lengths of all requests, and return what this rank's part took."""
+        first, stop = self.layer.requests.first, self.layer.requests.stop
+        own = Lengths(lengths.query_lens[first:stop], lengths.kv_lens[first:stop])
+        rounds = [Times() for _ in range(count)]
+        self._meet()  # once: a rank that refuses such lengths comes to no further forward
+        self._bench.run(own, rounds, beat)
+        return [(times.forward[0], times.plan[0]) for times in rounds]
+
+
+class LeadBench:
+    """The bench of all ranks together (as `mla.bench.doubts.new_lengths.LayerBench`): the slowest counts."""
+
+    def __init__(self, lead: LeadLayer, own: RankBench) -> None:
+        self._lead, self._own = lead, own
+        self.layer = own.layer
+
+    def run(self, lengths: Lengths, rounds: Sequence[Times], beat: Callable[[], None]) -> None:
+        by_rank = self._lead.run_lengths(self._own, lengths, len(rounds), beat)
+        for times, *samples in zip(rounds, *by_rank, strict=True):
+            forward, plan = (max(each) for each in zip(*samples, strict=True))
+            times.forward.append(forward)
+            times.plan.append(plan)
 
 
 class LeadLayer(Implementation):
