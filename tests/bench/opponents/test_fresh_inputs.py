@@ -78,7 +78,7 @@ def test_nor_does_it_help_to_do_nothing_on_them(play: Play) -> None:
 
 def test_nor_does_it_help_to_remember_what_was_made_of_the_history(play: Play) -> None:
     """Its keys and values are rebuilt in every forward, and its rows were the same in all passes."""
-    opponent = RemembersContext(200, CONFIG["kv_lora_rank"], slow=20)
+    opponent = RemembersContext(200, CONFIG["kv_lora_rank"], slow=60)
     duel = play(opponent, "prompt", *HERE, "--attention", "expanded")
     assert opponent.gains > 60, str(duel)
     assert duel.lost, str(duel)
