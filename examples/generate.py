@@ -29,7 +29,7 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers.generation.streamers import BaseStreamer
 
-from mla.bench.measure.transient_memory import TransientBytes
+from mla.bench.measure.samples import TransientBytes
 from mla.integrations.transformers import restore, use_mla
 from mla.text import size
 from mla_backends.api import Packed

@@ -321,8 +321,7 @@ class TorchBackend(Backend):
             "graphs": lambda: self.graphs,
             "host_threads": lambda: self._host_threads,
         }
-        answers = {name: attempt(function) for name, function in asked.items()}
-        return {name: str(value) for name, value in answers.items() if value is not None}
+        return report({name: functools.partial(_fact, name, function) for name, function in asked.items()})
 
 
 # -------------------------------------------------------------------------------------- environment
@@ -336,6 +335,12 @@ def report(parts: Mapping[str, Callable[[], Mapping[str, str]]]) -> dict[str, st
         except Exception as error:  # noqa: BLE001  # vendor stacks raise anything
             facts[name] = f"unknown ({describe(error)})"
     return facts
+
+
+def _fact(name: str, function: Callable[[], Any]) -> dict[str, str]:
+    """Return what a function answers as a fact, or none for None."""
+    value = function()
+    return {} if value is None else {name: str(value)}
 
 
 def set_variables(names: Sequence[str]) -> dict[str, str]:

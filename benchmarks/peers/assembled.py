@@ -16,10 +16,9 @@ from torch.nn import functional
 
 from benchmarks.peers.choice import Unavailable, built, fastest
 from benchmarks.peers.problem import PeerProblem, rotate
-from mla.bench.subjects.inputs import Inputs
+from mla.bench.subjects.base import Facts, LayerImplementation
+from mla.bench.subjects.inputs import Inputs, Turn
 from mla.bench.subjects.setting import Setting
-from mla.bench.subjects.tokens import LayerImplementation
-from mla.bench.subjects.turns import Turn
 from mla.bench.workload.scenario import Scenario
 from mla.verify.layer_oracle import State
 
@@ -183,11 +182,10 @@ class Assembled(LayerImplementation):
         weight = self._state[f"{name}.weight"]
         return functional.rms_norm(x, weight.shape, weight, self.setting.config.rms_norm_eps)
 
-    def cache_bytes(self) -> int:
-        return self._problem.rows.nbytes
-
-    def weight_bytes(self) -> int:
-        return sum(weight.nbytes for weight in self._state.values())
-
-    def ops(self) -> dict[str, str]:
-        return self._parts.chosen
+    def facts(self) -> Facts:
+        loaded = hasattr(self, "_parts")
+        return Facts(
+            cache_bytes=self._problem.rows.nbytes if loaded else 0,
+            weight_bytes=sum(weight.nbytes for weight in self._state.values()),
+            ops=self._parts.chosen if loaded else {},
+        )

@@ -15,35 +15,33 @@ def minor_faults() -> int:
 class FaultCounter:
     """Count an implementation's faults per forward, from right before it to right after it.
 
-    `restore` begins a pass; forwards before the first `restore` after loading are not counted, nor is what
-    an idle pass does beside its forwards.
+    `restore` begins a pass; forwards before the first `restore` after loading are not counted.
     """
 
     def __init__(self, one: Implementation) -> None:
-        self._restore, self._show, self._step, self._after = one.restore, one.show, one.step, one.after
-        self._mark, self._ran = 0, False
+        self._restore, self._before, self._step, self._after = one.restore, one.before, one.step, one.after
+        self._mark = 0
         self.passes: list[list[int]] = []
         # On the instance, so that the rest of its interface stays untouched.
-        vars(one).update(restore=self.restore, show=self.show, step=self.step, after=self.after)
+        vars(one).update(restore=self.restore, before=self.before, step=self.step, after=self.after)
 
     def restore(self, number: int = 0) -> None:
         """Begin a pass."""
         self._restore(number)
         self.passes.append([])
 
-    def show(self, index: int) -> None:
+    def before(self, index: int) -> None:
         """Record the faults so far."""
-        self._show(index)
-        self._mark, self._ran = minor_faults(), False
+        self._before(index)
+        self._mark = minor_faults()
 
     def step(self, index: int) -> None:
         """Run the forward."""
-        self._ran = True
         self._step(index)
 
     def after(self, index: int) -> None:
         """Count the faults of the forward."""
-        if self.passes and self._ran:
+        if self.passes:
             self.passes[-1].append(minor_faults() - self._mark)
         self._after(index)
 

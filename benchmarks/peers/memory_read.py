@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.peers.choice import fastest
 from mla import cost
-from mla.bench.subjects.base import Implementation
+from mla.bench.subjects.base import Facts, Implementation, Outputs
 from mla.bench.subjects.inputs import Inputs
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
@@ -45,10 +45,13 @@ class MemoryRead(Implementation):
     def restore(self, number: int = 0) -> None:
         """Keep the data: there is no cache."""
 
-    def collect(self) -> None:
+    def before(self, index: int) -> None:
+        """Do nothing: there are no inputs."""
+
+    def after(self, index: int) -> None:
         """Do nothing: there are no outputs."""
 
-    def compared(self) -> dict[int, torch.Tensor]:
+    def outputs(self) -> Outputs:
         return {}
 
     def step(self, index: int) -> None:
@@ -58,11 +61,8 @@ class MemoryRead(Implementation):
         """Always pass, so that it is timed; `PeerRun` marks the case as unchecked."""
         return Check(status="ok")
 
-    def cache_bytes(self) -> int:
-        return 0
-
-    def weight_bytes(self) -> int:
-        return self._data.nbytes
-
-    def ops(self) -> dict[str, str]:
-        return {"read": f"torch {self._reader} of {self._bytes / 2**20:.1f} MiB"}
+    def facts(self) -> Facts:
+        if not hasattr(self, "_data"):
+            return Facts()
+        ops = {"read": f"torch {self._reader} of {self._bytes / 2**20:.1f} MiB"}
+        return Facts(weight_bytes=self._data.nbytes, ops=ops)

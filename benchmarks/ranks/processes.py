@@ -39,7 +39,7 @@ LITTLE: Mapping[str, Any] = {
     "mla.bench.ranks.link_fit.LARGE": 64 << 10,
     "mla.bench.ranks.link_fit.TIMES": 2,
     "mla_backend_cpu.products.fastest": lambda *functions: [1.0] * len(functions),
-    "mla.bench.doubts.evidence.MORE": 4,
+    "mla.bench.doubts.evidence.ROUNDS": 1,
 }
 
 

@@ -54,8 +54,13 @@ def aligned(
         grid.add_column(Text(title), justify="left" if title in left else "right", no_wrap=True)
     for place, row in enumerate(rows):
         grid.add_row(*map(Text, row), style=styles[place] if styles else "")
-    colours = None if styles is None else "standard"
-    wide = Console(file=io.StringIO(), width=_WIDE, force_terminal=styles is not None, color_system=colours)
+    coloured = styles is not None
+    wide = Console(
+        file=io.StringIO(),
+        width=_WIDE,
+        force_terminal=coloured,
+        color_system="standard" if coloured else None,
+    )
     wide.print(grid)
     lines = wide.file.getvalue().splitlines()  # type: ignore[attr-defined]  # a StringIO
     return "".join(f"{line.rstrip()}\n" for line in lines)

@@ -66,7 +66,7 @@ class CheckResult(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     id: str  # check, and the subject in brackets
     check: str
-    kind: str  # why kernels fail it: a key of `mla.conformance.kinds.KINDS`
+    kind: str  # why kernels fail it: a key of `mla.conformance.registry.KINDS`
     of: str  # op, or the policy of a layer's ops; "" for the device
     dtype: str  # "" where it does not matter
     status: Status

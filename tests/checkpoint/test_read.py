@@ -12,10 +12,11 @@ import checkpoint_maker as maker
 import pytest
 import torch
 from checkpoint_checks import same
-from safetensors.torch import save_file
+from checkpoint_maker import Made
+from safetensors.torch import load_file, save_file
 
 import mla
-from mla.checkpoint import CheckpointError, StoredLayer, read_layer
+from mla.checkpoint import CheckpointError, StoredLayer, fingerprint, read_layer
 from mla.checkpoint import stored as stored_module
 from mla.errors import WeightError
 from mla.weights import weight_shapes
@@ -99,8 +100,6 @@ def test_a_layer_can_be_cut_out_and_kept_with_the_models_config(tmp_path: Path) 
 
 
 # ------------------------------------------------------------------------------------------ which layer
-
-
 def with_layers(folder: Path, *layers: int, **changes: Any) -> tuple[Path, mla.MLAConfig]:
     values = maker.values_of("tiny", **changes)
     tensors = {}
@@ -206,8 +205,6 @@ def test_layers_of_another_attention_are_passed_over(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------ lazily
-
-
 def test_only_the_shards_of_the_layer_are_opened(tmp_path: Path) -> None:
     """A folder into which only this layer's shards were downloaded is enough; the others may be anything."""
     values = maker.values_of("tiny")
@@ -283,3 +280,39 @@ def test_a_folder_may_itself_be_a_link_and_hold_links_within(tmp_path: Path) -> 
     (made.folder / "model.safetensors").symlink_to(os.path.join("weights", "data"))
     (tmp_path / "link").symlink_to(made.folder)
     same(read_layer(tmp_path / "link", made.config), made.state)
+
+
+# --------------------------------------------------------------------------------- test fingerprint
+# Two folders have the same fingerprint if they hold the same weights, however these lie in files.
+def of(made: Made) -> dict[str, str]:
+    return fingerprint(read_layer(made.folder, made.config, made.layer))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("full-names", "sharded"), ("bare-names", "whole-layer"), ("fp8", "fp8-sharded")]
+)
+def test_names_and_shards_are_no_difference(tmp_path: Path, one: str, other: str) -> None:
+    first = of(maker.LAYOUTS[one].make(tmp_path / "one"))
+    assert first == of(maker.LAYOUTS[other].make(tmp_path / "other"))
+    assert len({*first.values()}) == len(first)
+
+
+@pytest.mark.parametrize("layout", ["biases", "fp8"])
+def test_whatever_was_trained_further_is_named(tmp_path: Path, layout: str) -> None:
+    made = maker.LAYOUTS[layout].make(tmp_path / "model")
+    before = of(made)
+    (file,) = made.folder.glob("*.safetensors")
+    tensors = load_file(file)
+    trained = [key for key in tensors if key.endswith((".weight", ".bias")) and "q_b" not in key]
+    for key in trained:
+        changed = tensors[key].view(torch.uint8).clone()
+        changed[-1].bitwise_xor_(128)  # the last row alone, in its signs
+        save_file(tensors | {key: changed.view(tensors[key].dtype)}, file, metadata={"format": "pt"})
+        after = of(made)
+        assert [name for name in before if before[name] != after[name]] == [key.rpartition("self_attn.")[2]]
+
+
+def test_another_dtype_is_another_checkpoint(tmp_path: Path) -> None:
+    first = of(maker.LAYOUTS["fp32"].make(tmp_path / "one"))
+    second = of(maker.LAYOUTS["full-names"].make(tmp_path / "other"))
+    assert {*first.values()}.isdisjoint(second.values())

@@ -17,7 +17,7 @@ from benchmarks.peers.faults import FaultCounter
 from benchmarks.peers.scenarios import scenario, scenarios
 from mla.bench import results
 from mla.bench.results.schema import Ceiling
-from mla.bench.subjects.base import Implementation
+from mla.bench.subjects.base import Facts, Implementation
 from mla.bench.subjects.inputs import Inputs
 from mla.bench.workload.scenario import Scenario
 from mla.errors import ResultError, UsageError
@@ -108,25 +108,22 @@ class Toucher(Implementation):
     def restore(self, number: int = 0) -> None:
         """Nothing to restore."""
 
-    def collect(self) -> None:
-        """Nothing to collect."""
+    def before(self, index: int) -> None:
+        """Nothing to read."""
 
-    def check(self, checker: Any) -> Any:
-        """Nothing to check."""
+    def after(self, index: int) -> None:
+        """Nothing to keep."""
 
-    def compared(self) -> dict[int, Any]:
+    def outputs(self) -> dict[int, Any]:
         return {}
+
+    def facts(self) -> Facts:
+        return Facts()
 
     def step(self, index: int) -> None:
         if self._size:
             with mmap.mmap(-1, self._size) as memory:
                 memory[:: mmap.PAGESIZE] = bytes(self._size // mmap.PAGESIZE)
-
-    def cache_bytes(self) -> int:
-        return 0
-
-    def weight_bytes(self) -> int:
-        return 0
 
 
 @pytest.mark.parametrize(("pages", "least", "most"), [(0, 0, 20), (300, 300, 400)])

@@ -16,9 +16,9 @@ from benchmarks.peers import sglang_tools
 from benchmarks.peers.assembled import Assembled, Toolbox
 from benchmarks.peers.choice import Unavailable, fastest
 from benchmarks.peers.torch_tools import TORCH
+from mla.bench.subjects.base import LayerChecker
 from mla.bench.subjects.inputs import expected_outputs, make_inputs
 from mla.bench.subjects.setting import Setting
-from mla.bench.subjects.tokens import LayerChecker
 from mla.bench.workload.scenario import Scenario
 from mla.config import YarnScaling
 from mla.weights import random_state_dict
@@ -57,10 +57,9 @@ def run(config: MLAConfig, scenario: Scenario, tools: Toolbox) -> tuple[Assemble
             one.before(index)
             one.step(index)
             one.after(index)
-        one.collect()
     expected = expected_outputs(config, state, scenario, inputs)
     unused = lambda: pytest.fail("a peer is not held to the reference")  # noqa: E731
-    return one, LayerChecker(expected.plain, dtype, unused, turned=expected)
+    return one, LayerChecker(expected.plain, dtype, unused, inputs=inputs, turned=expected)
 
 
 def torch_refuses(name: str) -> bool:
@@ -100,8 +99,8 @@ def test_slots_past_the_history_are_poisoned_before_every_pass(tiny: Callable[..
 
 def test_the_chosen_ways_are_named(tiny: Callable[..., MLAConfig]) -> None:
     one, _ = run(tiny(), DECODE, only("decode", "products_by_length"))
-    assert one.ops()["latent_attention"] == "products_by_length"
-    assert one.ops()["o_proj"] in TORCH.product
+    assert one.facts().ops["latent_attention"] == "products_by_length"
+    assert one.facts().ops["o_proj"] in TORCH.product
 
 
 def test_the_fastest_way_is_kept() -> None:
@@ -139,7 +138,7 @@ def test_a_way_that_the_processor_or_the_build_cannot_take_is_refused_by_name(
     with pytest.raises(Unavailable, match=r"cannot compute qkv_a: onednn_prepacked: .+\.$"):
         run(tiny(), DECODE, only("product", "onednn_prepacked"))
     one, checker = run(tiny(), DECODE, TORCH)  # the other way serves
-    assert one.ops()["o_proj"] == "linear"
+    assert one.facts().ops["o_proj"] == "linear"
     assert one.check(checker).status == "ok"
 
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from mla.bench.doubts import backend_clocks, clock
+from mla.bench.doubts import evidence
 from mla.bench.measure import passes
 from mla.bench.measure.engine import CHECKED, measure
 from mla.bench.measure.hooks import Hooks
 from mla.bench.measure.samples import Measurement
 from mla.bench.measure.variants import Variants
-from mla.bench.subjects.base import Implementation
+from mla.bench.subjects.base import Facts, Implementation, Outputs
 from mla.bench.subjects.inputs import Inputs, make_inputs
 from mla.bench.workload.scenario import Scenario
 from mla.verify.layer_check import Checker, Forward
@@ -47,7 +47,6 @@ class Parrot(Implementation):
         self.numbers: list[int] = []  # by which inputs were selected
         self.collecting: list[bool] = []
         self._found: dict[int, torch.Tensor] = {}
-        self._outputs: dict[int, torch.Tensor] = {}
 
     def _note(self, what: str) -> None:
         self._bench.log.append((self.name, what))
@@ -61,11 +60,8 @@ class Parrot(Implementation):
         self.numbers.append(number)
         self._found = {}
 
-    def ready(self, index: int) -> None:
-        self._note("ready")
-
-    def show(self, index: int) -> None:
-        self._note("show")
+    def before(self, index: int) -> None:
+        self._note("before")
 
     def step(self, index: int) -> None:
         self._note("step")
@@ -77,26 +73,20 @@ class Parrot(Implementation):
     def after(self, index: int) -> None:
         self._note("after")
 
-    def collect(self) -> None:
-        self._note("collect")
-        self._outputs = self._found
+    def outputs(self) -> Outputs:
+        self._note("outputs")
+        return self._found
+
+    def facts(self) -> Facts:
+        return Facts()
 
     def check(self, checker: Checker) -> Check:
         steps = len(self._bench.expected)
         found = [
             Forward(index % steps, rows, checker.expected[index % steps], f"step {index}")
-            for index, rows in self._outputs.items()
+            for index, rows in self._found.items()
         ]
         return checker.check_forwards(found, False)
-
-    def compared(self) -> dict[int, torch.Tensor]:
-        return self._outputs
-
-    def cache_bytes(self) -> int:
-        return 0
-
-    def weight_bytes(self) -> int:
-        return 0
 
 
 class Time:
@@ -162,11 +152,8 @@ class Bench:
         self.log: Log = []
         self.time = Time(self.log, {})
         self.checker = Checker(self.expected.double(), torch.float32, lambda: self.expected)
-        for module in (passes, backend_clocks, clock):
+        for module in (passes, evidence):
             monkeypatch.setattr(module, "now_ns", lambda: self.time.read())
-        for module in (passes, clock):
-            monkeypatch.setattr(module, "cpu_ns", lambda: self.time.now, raising=False)
-        monkeypatch.setattr(clock, "system_ns", lambda which: self.time.now)
         timed = passes.PassRunner.time
 
         def noted(runner: passes.PassRunner, *arguments: Any) -> None:

@@ -46,6 +46,7 @@ def _become(words: Sequence[str], folder: Path, before: Callable[[], object], ou
         os.dup2(out, 1)
         os.dup2(err, 2)
         os.chdir(folder)
+        os.environ["MLA_SUPERVISE"] = "0"  # which would start what was forked once more, not these words
         before()
         sys.argv = list(words)
         runpy.run_module(words[0], run_name="__main__", alter_sys=True)

@@ -91,5 +91,4 @@ class OpBench:
             one.step(index)
             each(index)
             one.after(index)
-        one.collect()
         return one.check(self.checker)

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from opponents.memory import RemembersForwards
 
-from mla.bench.ranks.part import RankLayer
+from mla.bench.ranks.layers import RankLayer
 from mla.checkpoint.folder import StoredTensor
 from mla.reference import REFERENCE
 from mla_backends import BackendError, FusedOp

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from mla.bench.doubts import evidence, new_lengths
-from mla.bench.doubts.pass_times import PassTimes
-from mla.bench.measure import engine, stages, warmup
+from mla.bench.measure import engine, passes, stages
 from mla.bench.measure.passes import PassRunner
 from mla.bench.measure.setup import Setup
 
@@ -20,7 +19,7 @@ def script_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     Scripted times contradict all other evidence, which is not asked for then.
     """
     make_runner = Setup._runner
-    warm_up = warmup.warm_up
+    warm_up = passes.warm_up
 
     def runner(self: Setup, *arguments: Any) -> PassRunner:
         made = make_runner(self, *arguments)
@@ -57,13 +56,12 @@ def script_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def time_new_lengths(one: Any, *others: Any, **options: Any) -> Any:
         scripted = hasattr(one.setting.backend, "scripted")
-        return None if scripted else measure_new_lengths(one, *others, **options)
+        return new_lengths.Told() if scripted else measure_new_lengths(one, *others, **options)
 
     stages_timer = stages.HostTimer
     look_for_doubts, measure_new_lengths = evidence.doubts, new_lengths.measure
     monkeypatch.setattr(evidence, "doubts", doubts)
     monkeypatch.setattr(new_lengths, "measure", time_new_lengths)
     monkeypatch.setattr(Setup, "_runner", runner)
-    monkeypatch.setattr(PassRunner, "idle", lambda *_: PassTimes())
     monkeypatch.setattr(engine, "warm_up", warmed)
     monkeypatch.setattr(stages, "HostTimer", stage_timer)

@@ -28,7 +28,7 @@ REST: dict[str, tuple[str, tuple[str, ...]]] = {
     "mutants": (
         "wrong ops, and right ones in other forms, by the hundred",
         (
-            r"tests/conformance/test_(\w+_mutants|small_op_kinds|right_\w+|pytest_suite|plugin)",
+            r"tests/conformance/test_(\w+_mutants|right_\w+|pytest_suite|plugin)",
             r"tests/frozen/test_(wrong|commands)",
             r"tests/verify/test_right_forms",
         ),

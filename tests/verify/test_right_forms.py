@@ -18,9 +18,8 @@ from benchmarks.rounding.cases import (
     LayerProblem,
     product_ratio,
 )
-from benchmarks.rounding.forms import EXACT, ONE_BY_ONE, REFERENCE, RIGHT, Form
+from benchmarks.rounding.forms import ONE_BY_ONE, RIGHT, Form
 from benchmarks.rounding.wrong import WRONG
-from mla.bench.subjects.tokens import TOO_EXACT
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 PREFILL, ALIKE, DECODE, ONE_TOKEN, WIDE = LAYERS
@@ -92,13 +91,3 @@ def test_narrow_arithmetic_in_a_float32_layer_is_far_outside() -> None:
     for form, dtypes in WRONG:
         if torch.float32 in dtypes:
             assert LayerProblem(DECODE, torch.float32, 0).ratio(form) > 5, form.name
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_no_right_layer_looks_like_a_copy_of_the_oracle(dtype: torch.dtype) -> None:
-    """Not even one whose ops round nothing but their results, in a single row."""
-    for seed in range(8):
-        for case in (DECODE, ONE_TOKEN):
-            problem = LayerProblem(case, dtype, seed)
-            assert problem.roundings(EXACT) > 1.2 * TOO_EXACT, (case.name, seed)
-            assert problem.roundings(REFERENCE) > 1.2 * TOO_EXACT, (case.name, seed)

@@ -14,10 +14,10 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter_ns as now_ns
 
 import torch
 
-from mla.command.clock import now_ns
 from mla.errors import UsageError
 
 VISIT_MS, WARM_MS = 30.0, 6.0  # of timed and of untimed calls

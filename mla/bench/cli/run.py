@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -130,7 +130,8 @@ def _run_on_ranks(options: RunOptions, request: Request, measure: Callable[[Requ
     with crew, crew.told():
         request = crew.agreed(request, facts(request, options))
         if crew.rank:
-            return follow(request, crew)
+            with last_words.while_running(request.setting.backend.name):
+                return follow(request, crew)
         return crew.end(_list_ops(request) if options.list_ops else measure(request))
 
 
@@ -162,7 +163,8 @@ def _run(
     from mla.bench.run.outcome import verdict
     from mla.bench.run.steering import steering
 
-    preview.describe(request, options.detail == "verbose" or options.dry_run)
+    if options.detail != "quiet" or options.dry_run:
+        preview.describe(request, options.detail == "verbose" or options.dry_run)
     preview.require_memory(request)
     if options.dry_run:
         preview.dry_run(request)
@@ -218,7 +220,8 @@ def _show(options: RunOptions, run: results.Run) -> None:
     if run.cases:
         run = printable(run)  # what a plugin says of itself and of its device goes to a terminal as well
         if not files.is_stdout(options.target):
-            out(run_table.render(run, options.kind, options.detail or "short", _next(options)))
+            detail = cast("run_table.Detail", options.detail or "short")
+            out(run_table.render(run, options.kind, detail, _next(options)))
         warn = quality_warnings if options.detail == "verbose" else folded_warnings
         for warning in [] if options.detail == "quiet" else warn(labelled(run)):
             note(warning)

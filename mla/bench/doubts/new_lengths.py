@@ -2,6 +2,7 @@
 
 A schedule that is kept per tuple of lengths, or a kernel that is compiled for one, costs nothing in a pass.
 Here it does. Each new tuple is run once, and then again: the forwards differ in nothing but having been seen.
+The outputs of one of them, chosen when all have run, are judged.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import NamedTuple, Protocol
+from time import perf_counter_ns as now_ns
+from typing import Any, NamedTuple
 
 import torch
 
-from mla.bench.doubts.clock import now_ns
 from mla.bench.results.schema import NewLengths
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.layer import MlaLayer
@@ -51,42 +52,45 @@ class Times:
     plan: list[float] = field(default_factory=list)
 
 
-class Bench(Protocol):
-    """Runs forwards on lengths other than the scenario's, without changing what is cached."""
+class Told(NamedTuple):
+    """What came out of it: nothing where the scenario leaves no room for other lengths."""
 
-    layer: MlaLayer  # whose ops say which lengths they serve
-
-    def run(self, lengths: Lengths, rounds: Sequence[Times], beat: Callable[[], None]) -> None:
-        """Time a forward for each of `rounds`, tables, plan and all; `beat` is called after every one.
-
-        Raises `UnsupportedBatch` or `BackendError` for lengths that an op refuses.
-        """
+    times: NewLengths | None = None
+    doubt: str = ""  # why the outputs are wrong
 
 
 def measure(
     one: Implementation,
     scenario: Scenario,
+    checker: Any = None,
     now: Callable[[], int] = now_ns,
-    heartbeat: Callable[[], None] = lambda: None,
-) -> NewLengths | None:
-    """Time forwards of a loaded layer on new lengths; None if the scenario leaves no room for any.
+    beat: Callable[[], None] = lambda: None,
+) -> Told:
+    """Time forwards of a loaded layer on new lengths.
 
-    `now` returns nanoseconds; `heartbeat` is called after every forward. Lengths are at most those of the
+    `now` returns nanoseconds; `beat` is called after every forward. Lengths are at most those of the
     scenario, so that no memory grows. The history is left as it was.
     """
     new, again, start = Times(), Times(), now()
-    bench: Bench | None = LayerBench(one, scenario, now) if isinstance(one, MlaLayer) else one.lengths_bench()
+    bench = LayerBench(one, now) if isinstance(one, MlaLayer) else _bench(one)
     if bench is None:
-        return None
+        return Told()
     for lengths in new_lengths(bench.layer, scenario):
         try:
-            bench.run(lengths, (new, *[again] * AGAIN), heartbeat)
+            bench.run(lengths, (new, *[again] * AGAIN), beat)
         except (UnsupportedBatch, BackendError):  # such lengths are refused, as late as it may be
             continue
         if now() - start > 1e9 * SECONDS:
             break
+    doubt = bench.doubt(checker) if isinstance(bench, LayerBench) and checker is not None else ""
     one.restore()
-    return _summary(new, again, scenario.layers) if new.forward else None
+    return Told(_summary(new, again, scenario.layers), doubt) if new.forward else Told()
+
+
+def _bench(one: Any) -> Any:
+    """Return what runs forwards of a layer over ranks on new lengths, as `LayerBench` does; None: nothing."""
+    make = getattr(one, "lengths_bench", None)
+    return make() if make else None
 
 
 def _summary(new: Times, again: Times, layers: int) -> NewLengths:
@@ -153,15 +157,16 @@ def _served(one: MlaLayer, lengths: Lengths) -> bool:
 
 
 class LayerBench:
-    """The bench of a layer in this process."""
+    """Runs forwards of a layer in this process on any lengths, without changing what is cached."""
 
-    def __init__(self, one: MlaLayer, scenario: Scenario, now: Callable[[], int]) -> None:
+    def __init__(self, one: MlaLayer, now: Callable[[], int] = now_ns) -> None:
         self.layer, self._now = one, now
         one.restore()
         one.before(0)
-        full = one.batch if scenario.mode == "prefill" else one.extend()
+        full = one.batch if one.scenario.mode == "prefill" else one.extend()
         self._table, self._device = full.block_table_host, full.device
         self._memory = self._memory_for(full.num_tokens)
+        self._ran: list[tuple[Lengths, torch.Tensor]] = []  # with the outputs of the first forward
 
     def _memory_for(self, tokens: int) -> BatchMemory:
         return BatchMemory(tokens, self._table, self._device)
@@ -175,12 +180,20 @@ class LayerBench:
         )
 
     def run(self, lengths: Lengths, rounds: Sequence[Times], beat: Callable[[], None]) -> None:
-        """Time a forward for each of `rounds`; afterwards, the cache holds what it did."""
+        """Time a forward for each of `rounds`, tables, plan and all; `beat` is called after every one.
+
+        Afterwards, the cache holds what it did. Raises `UnsupportedBatch` or `BackendError` for lengths that
+        an op refuses.
+        """
         slots = self._batch(lengths).slots.clone()  # which the forwards write, in all layers
         saved = self._rows().index_select(1, slots)
+        out = self.layer.out.narrow(-2, 0, len(slots))
         try:
-            for times in rounds:
-                self._time(lengths, times)
+            for place, times in enumerate(rounds):
+                out.fill_(torch.nan)
+                self._time(lengths, times, out)
+                if place == 0:
+                    self._ran.append((lengths, out.to("cpu", copy=True)))
                 beat()
         finally:
             self._rows().index_copy_(1, slots, saved)
@@ -189,9 +202,12 @@ class LayerBench:
         pages = self.layer.cache.pages
         return pages.view(pages.shape[0], -1, pages.shape[-1])
 
-    def _time(self, lengths: Lengths, times: Times) -> None:
-        one, synchronize, tokens = self.layer, self.layer.setting.backend.synchronize, sum(lengths.query_lens)
-        x, out = one.x[:tokens], one.out.narrow(-2, 0, tokens)
+    def _time(self, lengths: Lengths, times: Times, out: torch.Tensor) -> None:
+        one, synchronize, x = (
+            self.layer,
+            self.layer.setting.backend.synchronize,
+            self.layer.x[: out.shape[-2]],
+        )
         synchronize()
         start = self._now()
         batch = self._batch(lengths)
@@ -202,3 +218,11 @@ class LayerBench:
         synchronize()
         times.forward.append((self._now() - start) / 1e6)
         times.plan.append((planned - planning) / 1e6)
+
+    def doubt(self, checker: Any) -> str:
+        """Return why the outputs of one of the tuples that ran are wrong, or nothing."""
+        if not self._ran:
+            return ""
+        lengths, out = _random.choice(self._ran)
+        check = checker.on_lengths(*lengths, out[0] if out.dim() > 2 else out)
+        return f"outputs on lengths that nothing had seen are wrong: {check.reason}" if check.reason else ""

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mla.bench.failures.search import Search, present_pass, search
-from mla.bench.subjects.base import Implementation
-from mla.bench.subjects.tokens import LayerImplementation
+from mla.bench.subjects.base import Implementation, LayerImplementation
 from mla.bench.workload.grid import Point
 from mla.cases.memory import Tensors
 from mla.command import environment

@@ -33,14 +33,15 @@ def present_pass(one: Implementation) -> int:
 def search(one: Implementation, point: Point, inputs: Any, heartbeat: Callable[[], None]) -> Search:
     """Run an implementation's pass again until an op is wrong; it is of no further use."""
     watcher = Watcher(one.setting.backend.synchronize, heartbeat)
-    names, forwards, number = one.ops(), 0, present_pass(one)
+    names, forwards, number = one.facts().ops, 0, present_pass(one)
     roles = layer_roles(one.setting.config, one.setting.dtype, one.setting.device)
 
     def watched(role: str, op: Any) -> Watched:
         reads_lse = point.op is not None or role != "latent_attention"  # a layer does not read that one
         return Watched(role, names[role], op, watcher, roles[role][1], reads_lse)
 
-    one.replace_ops(watched)
+    if replace_ops := getattr(one, "replace_ops", None):  # ours
+        replace_ops(watched)
     if isinstance(one, OpImplementation):
         one.load(point, inputs)  # its call is bound to the op
     one.restore(number)
@@ -48,6 +49,7 @@ def search(one: Implementation, point: Point, inputs: Any, heartbeat: Callable[[
         step = index if point.mode == "decode" else 0
         watcher.lengths = (point.query_lens, point.kv_lens(step))
         one.before(index)
+        one.meet()
         one.step(index)
         one.after(index)
         forwards += 1

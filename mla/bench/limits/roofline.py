@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from time import perf_counter_ns as now_ns
 from typing import Literal
 
 import msgspec
 import torch
 
-from mla.bench.doubts import clock
 from mla.bench.limits.microbench import Microbenchmark
 from mla.bench.limits.placing import higher, implausible, place, rounded
 from mla.bench.results.schema import Ceiling, Cost, Roofline
@@ -106,9 +106,9 @@ class RooflineModel:
         None is measured more than `times` times in a process. One that was measured only once is measured
         again whatever the time: it has no spread yet. `anew` tries every way again.
         """
-        end = clock.now_ns() + 1e9 * seconds
+        end = now_ns() + 1e9 * seconds
         for record in sorted(self._records(), key=lambda record: record.times):
-            if record.times >= times or (record.times > 1 and clock.now_ns() >= end):
+            if record.times >= times or (record.times > 1 and now_ns() >= end):
                 break
             try:
                 record.again(anew)

@@ -19,17 +19,14 @@ from statistics import median
 from typing import Any
 
 from mla.bench.doubts import evidence, new_lengths
-from mla.bench.doubts.clock import SecondOpinion
 from mla.bench.limits.growth import no_garbage_collection
-from mla.bench.measure import refusals
+from mla.bench.measure import hooks as refusals
 from mla.bench.measure.hooks import Hooks
-from mla.bench.measure.passes import PassRunner
-from mla.bench.measure.samples import Measurement, Samples, read_sensors
+from mla.bench.measure.passes import PassRunner, warm_up
+from mla.bench.measure.samples import Measurement, Samples, TransientBytes, read_sensors
 from mla.bench.measure.setup import Setup
 from mla.bench.measure.target import FEWEST, LEFT_OUT, Timetable
-from mla.bench.measure.transient_memory import TransientBytes
 from mla.bench.measure.variants import HEADLINE, Variants
-from mla.bench.measure.warmup import warm_up
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.workload.scenario import Scenario
@@ -62,7 +59,7 @@ def measure(
     """
     setup = Setup(backend, variants or Variants(), scenario)
     names = [one.name for one in implementations]
-    engine = _Engine(scenario, checker, setup, backend, progress, hooks, names)
+    engine = _Engine(scenario, inputs, checker, setup, backend, progress, hooks, names)
     gc.collect()
     with no_garbage_collection():  # the same for checks and timing: no op can tell them apart by it
         try:
@@ -86,6 +83,7 @@ class _Engine:
     def __init__(
         self,
         scenario: Scenario,
+        inputs: Any,
         checker: Any,
         setup: Setup,
         backend: Backend,
@@ -95,9 +93,9 @@ class _Engine:
     ) -> None:
         self.measurements: dict[str, Measurement] = {}
         self._headlines: dict[str, PassRunner] = {}
-        self._scenario, self._checker, self._setup, self._backend = scenario, checker, setup, backend
+        self._scenario, self._inputs, self._checker = scenario, inputs, checker
+        self._setup, self._backend = setup, backend
         self._progress, self._hooks = progress, hooks
-        self._second_opinion = SecondOpinion()
         self._first, self._unplanned = hooks.first or names[0], len(names)  # whose passes are not planned yet
         prefill, asked = scenario.mode == "prefill", setup.asked
         self._times = Timetable(hooks.target, prefill, asked, self._first, self._correct)
@@ -142,7 +140,7 @@ class _Engine:
         self._times.each.setdefault(runner, each)  # without a warm-up
         found.headline.check = one.check(self._checker)
         if found.check.status == "ok":
-            found.outputs = one.compared()
+            found.outputs = one.outputs()
         else:
             self._hooks.failed(one, found.check)
 
@@ -153,12 +151,13 @@ class _Engine:
         one.restore(CHECKED)
         for index in indices:
             one.before(index)
+            one.meet()
             with transient if index == indices[-1] else nullcontext():
                 one.step(index)
             one.after(index)
             self._tick("checking", one)
-        one.collect()
-        return transient.peak + one.scratch_bytes()
+        one.outputs()
+        return transient.peak + one.facts().scratch_bytes
 
     def _shorten(self, runner: PassRunner) -> None:
         """Let a yardstick run less that is much slower than the first implementation, or for lack of time.
@@ -203,7 +202,7 @@ class _Engine:
         runner.run(next(self._untimed), self._hooks.heartbeat)
         self._tick("checking", one, len(runner.steps.run))
         runner.samples.check = one.check(self._checker)
-        self._times.taken[runner] = [2 * (self._hooks.target.now() - start)]  # an idle one flushes as well
+        self._times.taken[runner] = [self._hooks.target.now() - start]
         if runner.samples.check.status != "ok":
             self._hooks.failed(one, runner.samples.check)
         elif not self._times.variant_fits(runner, 0.0):
@@ -296,7 +295,7 @@ class _Engine:
     def _time_pass(self, runner: PassRunner, switched: bool) -> None:
         self._hooks.enter(runner.implementation.name)
         start = self._hooks.target.now()
-        runner.time(self._number(runner), self._untimed, self._hooks.heartbeat)
+        runner.time(self._number(runner), next(self._untimed), self._hooks.heartbeat)
         runner.samples.after_switch.append(switched)
         of = f"pass {len(runner.passes)} of {runner.steps.passes} of"
         self._tick(f"timing {of}", runner.implementation, len(runner.steps.run))
@@ -324,39 +323,33 @@ class _Engine:
 
     def examine(self, runners: Sequence[PassRunner]) -> None:
         """Hold the times against other evidence; an implementation that it contradicts loses its numbers."""
-        own_waits: list[float] = []
-        for runner in sorted(runners, key=evidence.has_own_ops, reverse=True):
-            one = runner.implementation
+        for runner in runners:
             if runner.passes and self._correct(runner):
+                one, beat = runner.implementation, self._hooks.heartbeat
                 self._hooks.enter(one.name)
                 self._tick("looking for doubts about", one, 0)
-                measurement = self.measurements[one.name]
-                beat = self._hooks.heartbeat
-                evidence_of = runner, self._backend, self._checker, self._untimed, beat, own_waits
-                found = evidence.doubts(*evidence_of)
-                where = "" if runner.samples.variant == HEADLINE else f"{runner.samples.variant}: "
-                measurement.doubts += [f"{where}{doubt}" for doubt in found]
-                if runner.headline:
+                found = evidence.doubts(runner, self._inputs, self._checker, self._untimed, beat)
+                where = "" if runner.headline else f"{runner.samples.variant}: "
+                self.measurements[one.name].doubts += [f"{where}{doubt}" for doubt in found]
+                if runner.headline and not found:
                     self._time_new_lengths(runner)
-                self._hooks.heartbeat()
+                beat()
         self._withhold()
 
     def _time_new_lengths(self, runner: PassRunner) -> None:
         one, fit = runner.implementation, self._times.new_lengths_fit(runner)
         measurement, cut = self.measurements[one.name], runner in self._times.cut
         if measurement.due is None and fit:
-            measurement.new_lengths = new_lengths.measure(
-                one, self._scenario, heartbeat=self._hooks.heartbeat
-            )
+            told = new_lengths.measure(one, self._scenario, self._checker, beat=self._hooks.heartbeat)
+            measurement.new_lengths = told.times
+            measurement.doubts += [told.doubt] if told.doubt else []
         elif isinstance(one, MlaLayer) and (measurement.due is None or cut):
             said = "forwards on new lengths are left out for lack of time"
             self._hooks.say(f"{self._scenario.name}, {one.name}: {said}")
 
     def _withhold(self) -> None:
         """Take the numbers of what is in doubt."""
-        clock = self._second_opinion.doubt()
         for measurement in self.measurements.values():
-            measurement.doubts += [clock] * bool(clock and measurement.passes)
             if measurement.doubts:
                 measurement.discard()
 
@@ -373,9 +366,9 @@ class _Engine:
                 found.headline = nothing  # while it warmed up
         for runner in self._runners:
             if runner.passes and self._correct(runner):
-                doubts = evidence.at_hand(runner, self._checker)
-                self.measurements[runner.implementation.name].doubts += doubts
-                if evidence.region_doubt(runner):  # which costs that variant alone
+                late = evidence.late_doubt(runner.passes)
+                self.measurements[runner.implementation.name].doubts += [late] if late else []
+                if runner.timer is not None:  # whose clock only further forwards could confirm
                     runner.samples.check = not_run
                     runner.samples.discard()
         self._withhold()

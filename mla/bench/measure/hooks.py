@@ -1,4 +1,4 @@
-"""Callbacks of the engine: when to stop, and signs of life. None is called inside a timed region."""
+"""Callbacks of the engine, none of them inside a timed region; and what costs a case and not the run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from mla.bench.measure.target import Target
 from mla.bench.measure.variants import Steps
 from mla.bench.subjects.base import Implementation
+from mla.bench.workload.implementations import parse_one
+from mla.command import error_origin
+from mla.errors import OutOfMemory, UnsupportedBatch
 from mla.verify.verdict import Check
+from mla_backends import BackendError
 
 # Implementation -> what it runs of the headline, and of nothing else, and the clause that says why.
 Shorter = Mapping[str, tuple[Steps, str]]
@@ -31,3 +35,27 @@ class Hooks:
     say: Callable[[str], None] = lambda text: None  # what a reader of the numbers should know
     first: str = ""  # the run's first implementation; by default the first that is measured
     target: Target = Target()  # noqa: RUF009  # without limits, nothing of it changes
+
+
+def reason(error: Exception, implementation: str) -> str:
+    """Return why an op of `implementation` refuses its batch, and the cure; "" for any other error.
+
+    A `BackendError` that an op raises is a refusal, as the contract says.
+    """
+    if isinstance(error, UnsupportedBatch):
+        return str(error)
+    if isinstance(error, BackendError) and error_origin.in_op(error):
+        op = error_origin.op_name(error)
+        return f"{op}{': ' if op else ''}{str(error).rstrip('.')}. {_cure(implementation)}"
+    return ""
+
+
+def too_large(error: Exception) -> bool:
+    """Return whether memory was short, of the host or of a device."""
+    return isinstance(error, (OutOfMemory, MemoryError)) or type(error).__name__ == "OutOfMemoryError"
+
+
+def _cure(implementation: str) -> str:
+    if parse_one(implementation).ops:
+        return f"Leave `{implementation}` out of --implementations."
+    return "Use the reference ops for it (`--ops reference`)."

@@ -16,8 +16,8 @@ import torch
 
 from mla.bench.limits.roofline import RooflineModel
 from mla.bench.results.schema import Case, Cost, Roofline, Stage
+from mla.bench.subjects.base import LayerChecker
 from mla.bench.subjects.layer import MlaLayer
-from mla.bench.subjects.tokens import LayerChecker
 from mla.bench.workload.scenario import Scenario
 from mla.cache.ragged_batch import RaggedBatch
 from mla.cost import Work
@@ -151,7 +151,6 @@ def time_forwards(
                 steps.step(index)
                 one.after(index)
                 samples.append(watch.take())
-            one.collect()
             found = check()
             progress(f"{scenario.name}: stages of {one.name}", scenario.inputs)
     finally:

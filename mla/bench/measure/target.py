@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from mla.bench.doubts import backend_clocks, fresh_inputs, new_lengths
+from mla.bench.doubts import evidence, new_lengths
 
 if TYPE_CHECKING:
     from mla.bench.measure.passes import PassRunner
@@ -136,8 +136,6 @@ class Timetable:
         return sum(self._evidence_forwards(one) * self.each.get(one, 0.0) for one in right)
 
     def _evidence_forwards(self, runner: PassRunner) -> int:
-        """Return how many forwards the evidence of a headline has: on new inputs, and waited for twice."""
-        ms, steps = 1e3 * self.each.get(runner, 0.0), len(runner.steps.run)
-        prefills = fresh_inputs.PREFILLS if ms <= fresh_inputs.LONG else 1
-        new = prefills if self._prefill else fresh_inputs.STEPS
-        return min(new, steps) + (backend_clocks.LONG if ms <= backend_clocks.SLOW else 1)
+        """Return how many forwards the evidence of a headline has: on inputs that nothing has seen."""
+        new = min(evidence.STEPS, len(runner.steps.run)) if not self._prefill else 1
+        return new + 2  # one before them, and one on other lengths

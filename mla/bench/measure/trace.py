@@ -85,8 +85,9 @@ def with_ranges(one: Implementation) -> Implementation:
 
     Of several layers, the range says which: "layer 3: role (op)".
     """
-    names = one.ops()
-    one.replace_ops(lambda where, op: Ranged(f"{where} ({names[where.rpartition(': ')[2]]})", op))
+    names = one.facts().ops
+    if replace_ops := getattr(one, "replace_ops", None):  # ours
+        replace_ops(lambda where, op: Ranged(f"{where} ({names[where.rpartition(': ')[2]]})", op))
     return one
 
 
@@ -100,6 +101,7 @@ def record(
 
     def forward(index: int) -> None:
         one.before(index)
+        one.meet()
         with torch.profiler.record_function(f"forward {index}"):
             one.step(index)
         one.after(index)

@@ -12,11 +12,11 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 from mla import cost
-from mla.bench.measure.cold_cache import sweep
+from mla.bench.measure.setup import sweep
 from mla.bench.subjects import op as one_op
-from mla.bench.subjects import shelf, turns
+from mla.bench.subjects.base import buffers
 from mla.bench.subjects.fixture import Fixture, OpFixture
-from mla.bench.subjects.inputs import Requests, oracle_runs
+from mla.bench.subjects.inputs import Requests, choices, oracle_runs
 from mla.bench.subjects.setting import SPARE_PAGES, Setting
 from mla.bench.workload.grid import Point
 from mla.cases.varied import Pool
@@ -225,12 +225,12 @@ def _context_bytes(setting: Setting, point: Point, dcp: int) -> int:
 def _output_bytes(setting: Setting, point: Point, of: Point) -> int:
     """Return the outputs of a pass, in as many buffers as there are for those of all requests, `of`."""
     each = setting.config.hidden_size * setting.dtype.itemsize
-    return shelf.buffers(of.steps, of.layers * of.tokens * each) * point.layers * point.tokens * each
+    return buffers(of.steps, of.layers * of.tokens * each) * point.layers * point.tokens * each
 
 
 def _input_numbers(setting: Setting, point: Point) -> int:
     """Return the hidden states' numbers: those of the present turn, the plain ones and all others."""
-    count = turns.choices(point, signed=not setting.config.attention_bias) - 1
+    count = choices(point, signed=not setting.config.attention_bias) - 1
     rows = point.inputs * point.tokens
     others = len(point.query_lens) if point.mode == "prefill" else rows
     return (2 * rows + count * others) * setting.config.hidden_size

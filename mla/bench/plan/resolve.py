@@ -27,7 +27,7 @@ from mla.command.backend import OpenedBackend, open_backend
 from mla.command.console import note
 from mla.command.progress import Reading
 from mla.config.presets import DEFAULT_CONFIG
-from mla.errors import UsageError, did_you_mean
+from mla.errors import UsageError
 from mla.parallel.layout import Layout
 from mla.parallel.link import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, IDEAL, Link
 
@@ -319,20 +319,17 @@ def _overrides(setting: Setting, names: Sequence[str]) -> dict[str, list[str]]:
 def _listed_implementations(options: RunOptions, points: Sequence[Point]) -> list[str]:
     """Return the implementations that were named, or that a checkpoint brings. Raises `UsageError`."""
     from mla.bench.subjects import transformers_layer
-    from mla.bench.subjects.fixture import IMPLEMENTATIONS
+    from mla.bench.subjects.fixture import check_name
 
     names = options.implementation_names
-    for base in (parse_one(name).base for name in names):
-        if base not in IMPLEMENTATIONS:
-            hint = did_you_mean(base, list(IMPLEMENTATIONS))
-            raise UsageError(
-                f"unknown implementation '{base}'.{hint} There are: {', '.join(IMPLEMENTATIONS)}."
-            )
+    for name in names:
+        check_name(parse_one(name).base)
     other = next((name for name in names if not is_ours(name)), None)
     if other is None:
         return names
     try:
-        transformers_layer.require()
+        if "transformers" in other or not options.implementations:
+            transformers_layer.require()
     except transformers_layer.TransformersMissing as error:
         if not options.implementations:  # a checkpoint is compared only where it is installed
             note(f"transformers is skipped: {error}")

@@ -19,11 +19,10 @@ import torch.distributed as dist
 from mla.bench.ranks import link_fit
 from mla.bench.ranks.agreement import Facts, agree, common_ops, demoted, remark
 from mla.bench.ranks.errors import INTERRUPTED, Failure, RanksError, error_of, failure, word_of
-from mla.bench.ranks.lead import LeadLayer
-from mla.bench.ranks.part import RankLayer
+from mla.bench.ranks.layers import LeadLayer, RankLayer
 from mla.bench.ranks.pulse import Place, Pulse, blamed_on
 from mla.bench.subjects.base import Implementation
-from mla.bench.subjects.setting import Setting
+from mla.bench.subjects.setting import Ranks, Setting
 from mla.command.console import note
 from mla.parallel.groups import Groups
 from mla.parallel.layout import Layout
@@ -40,10 +39,10 @@ PATIENCE = timedelta(days=7)
 T = TypeVar("T")
 
 
-class Crew:
+class Crew(Ranks):
     """This process's place among the ranks of `layout`. Every rank must make one, at the same time."""
 
-    assumed = ""  # no rank is simulated
+    here = 1
 
     groups: Groups  # once all have agreed on the layout
 
@@ -54,6 +53,8 @@ class Crew:
         """
         self.layout, self.library = layout, library
         self._timeout, self._pulse, self._store = timeout, pulse, store
+        hosts = [pulse.members[rank].host for rank in range(layout.world)]
+        self.beside = hosts.count(hosts[self.rank]) - 1
         self._forwards, self._inside = 0, False
         self._before = 0, 0  # collectives that were entered, and left, before this forward
         self._demoted: dict[Any, dict[str, str]] = {}  # roles that run as reference, by layer
@@ -65,22 +66,6 @@ class Crew:
     def rank(self) -> int:
         """This process's number; 0 leads."""
         return self._pulse.rank
-
-    @property
-    def world(self) -> int:
-        """Number of ranks."""
-        return self.layout.world
-
-    @property
-    def here(self) -> int:
-        """Number of ranks on this process's device."""
-        return 1
-
-    @property
-    def beside(self) -> int:
-        """Number of further ranks on this process's host."""
-        members = self._pulse.members
-        return [member.host for member in members.values()].count(members[self.rank].host) - 1
 
     def __enter__(self) -> Crew:
         return self

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from mla.bench.measure import refusals
+from mla.bench.measure import hooks as refusals
 from mla.command.exit_codes import Exit, interrupted
 from mla.errors import MLAError, OutOfMemory, UnsupportedBatch, UnsupportedOps
 from mla_backends import BackendError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from functools import partial
+from time import perf_counter_ns as now_ns
 from typing import Any
 
 import torch
@@ -14,10 +15,8 @@ from mla.bench.limits.growth import no_garbage_collection
 from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.ranks.crew import Crew
 from mla.bench.ranks.errors import Failure
-from mla.bench.ranks.lengths_bench import RankBench
-from mla.bench.ranks.part import RankLayer
+from mla.bench.ranks.layers import RankBench, RankLayer
 from mla.bench.subjects.fixture import Fixture, make_fixture
-from mla.command.clock import now_ns
 
 
 def follow(request: Request, crew: Crew) -> int:
@@ -45,13 +44,16 @@ class _Follower:
         self._failure: Failure | None = None  # of a forward of it, until rank 0 asks
         self._times: list[float] = []  # of this pass
 
-    def load(self, scenario: str, implementation: str, seed: int) -> None:
-        """Build an implementation's part, with the scenario's weights, history and inputs."""
+    def load(self, scenario: str, implementation: str, seed: int, fresh: int | None) -> None:
+        """Build an implementation's part, with the scenario's weights, history and inputs.
+
+        One that is there already takes `fresh` inputs of this seed, or the scenario's own again.
+        """
         plan = next(one for one in self._request.scenarios if one.name == scenario)
         if self._fixture is None or self._fixture.point.name != scenario:
             self._renew(plan)
         self._failure = None
-        self._concerted(implementation, partial(self._load, plan, implementation, seed))
+        self._concerted(implementation, partial(self._load, plan, implementation, seed, fresh))
 
     def _concerted(self, implementation: str, work: Callable[[], object]) -> None:
         """Do this rank's part of a preparation; where any rank's failed, no rank keeps the layer."""
@@ -66,11 +68,11 @@ class _Follower:
             self._layer, self._failure = layer, None
         return layer
 
-    def _load(self, plan: ScenarioPlan, implementation: str, seed: int) -> None:
+    def _load(self, plan: ScenarioPlan, implementation: str, seed: int, fresh: int | None) -> None:
         assert self._fixture is not None
         inputs = self._fixture.inputs()
-        part: Any = self._fixture.build(implementation)
-        part.load_alike(plan.point, inputs, seed)
+        part: Any = self._layers.get(implementation) or self._fixture.build(implementation)
+        part.load_alike(plan.point, inputs if fresh is None else inputs.fresh(fresh), seed)
         self._layers[implementation] = part
 
     def _renew(self, plan: ScenarioPlan) -> None:
@@ -125,18 +127,6 @@ class _Follower:
         assert self._bench is not None
         self._crew.attempt(self._layer.name, partial(self._bench.run, lengths, count))
 
-    def feed(self, implementation: str, seed: int | None, count: int) -> None:
-        """Give the forwards of a plain pass so many new inputs; without a seed, the scenario's again."""
-        if seed is None:
-            self._layers[implementation].feed(None)
-        else:
-            self._concerted(implementation, partial(self._turn_to(implementation).feed, seed, count))
-
-    def idle(self, index: int) -> None:
-        """Prepare a forward that is not run, and meet the others."""
-        self._layer.before(index)
-        self._crew.wait()
-
     def after(self, index: int) -> None:
         """Keep the output of a forward."""
         if self._failure is None:
@@ -146,15 +136,13 @@ class _Follower:
         """Send the milliseconds of this pass's forwards, or why one failed."""
         self._crew.parts(self._failure or self._times)
 
-    def collect(self) -> None:
+    def outputs(self) -> None:
         """Send the outputs of this pass, or why a forward failed."""
-        if self._failure is None:
-            self._layer.collect()
-        self._crew.parts(self._failure or self._layer.compared())
+        self._crew.parts(self._failure or self._layer.outputs())
 
     def clock(self, implementation: str, number: int) -> None:
         """Clock the collectives of a pass and the link, and send what the result says of this rank."""
-        facts = self._layers[implementation].facts(number, self._crew.wait)
+        facts = self._layers[implementation].rank_facts(number, self._crew.wait)
         self._crew.gather(facts)
         backend = self._request.setting.backend
         self._crew.measure_link(self._request.setting.device, backend.synchronize)

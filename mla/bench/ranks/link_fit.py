@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from time import perf_counter_ns as now_ns
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from mla.bench.results.stats import median
-from mla.command.clock import now_ns
 from mla.parallel.groups import Groups, all_gather
 from mla.parallel.link import Call, Line, fit
 

@@ -261,8 +261,9 @@ class Pulse:
             self._judging = True
             self._loop.call_later(MORE, self._judge)
 
-    def _silent(self) -> list[int]:
-        return [other for other, beats in self._quiet.items() if beats * BEAT > SILENT]
+    def _silent(self, soon: int = 0) -> list[int]:
+        """Return who has not been heard of for too long, or will not have been in so many beats."""
+        return [other for other, beats in self._quiet.items() if (beats + soon) * BEAT > SILENT]
 
     def _judge(self) -> None:
         """Say what has become of the ranks that were lost: a word comes before being gone, or silent."""
@@ -275,7 +276,7 @@ class Pulse:
         reasons = []
         if self._gone:
             reasons.append(f"{self._names(self._gone)}: killed, perhaps for lack of memory, or crashed")
-        if silent := self._silent():
+        if silent := self._silent(soon=4):
             reasons.append(
                 f"{self._names(silent)}: not heard of for {SILENT:.0f} s; stopped, or the node is gone"
             )

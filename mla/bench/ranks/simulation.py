@@ -7,23 +7,21 @@ alone, with what the others gave it already in its memory, and collectives are a
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from time import perf_counter_ns as now_ns
 from typing import Any, cast
 
 import torch
 
 from mla.bench.plan.options import RunOptions
-from mla.bench.ranks.lead import LeadLayer
-from mla.bench.ranks.part import SimulatedPart
+from mla.bench.ranks.layers import LeadLayer, RankLayer
 from mla.bench.results.schema import LinkLine, RankFacts, Spread
 from mla.bench.results.stats import median
-from mla.bench.subjects.base import Implementation
+from mla.bench.subjects.base import Implementation, Outputs, Shelf, poison
 from mla.bench.subjects.inputs import Inputs, Requests
-from mla.bench.subjects.setting import Setting
+from mla.bench.subjects.setting import Ranks, Setting
 from mla.bench.workload.scenario import Scenario
-from mla.command.clock import now_ns
-from mla.parallel.groups import SimulatedWorld
+from mla.parallel.groups import SimulatedGroups, SimulatedWorld
 from mla.parallel.layout import Layout
 from mla.parallel.link import Link
 
@@ -31,54 +29,76 @@ from mla.parallel.link import Link
 _random = random.SystemRandom()
 
 
-class Simulation:
-    """The ranks of `layout` on one device (`mla.bench.subjects.setting.Ranks`)."""
+class SimulatedPart(RankLayer):
+    """One rank's part, whose forward may be run again. Ranks with the same requests share their inputs.
+
+    Of a rank that `keeps` none, outputs are overwritten by the next forward.
+    """
+
+    def __init__(
+        self, setting: Setting, state: Any, name: str, ops: str | None, groups: SimulatedGroups
+    ) -> None:
+        super().__init__(setting, state, name, ops, groups)
+        self.groups = groups
+        self.keeps = groups.place.tp == 0  # the parts of tp have the same outputs
+        self.first: SimulatedPart = self  # of the ranks with the same requests
+
+    def _make_buffers(self, scenario: Scenario, inputs: Inputs) -> None:
+        if self.keeps:
+            super()._make_buffers(scenario, inputs)
+        if self.first is not self:
+            first = self.first
+            self.scenario, self._hidden, self._inputs = scenario, first._hidden, first._inputs
+        if not self.keeps:
+            only = torch.empty_like(first._shelf.next())
+            self._shelf, self._held = Shelf([only], 1, poison), {}
+
+    def extend(self, table_tokens: int = 0) -> Any:
+        self._extended = super().extend(table_tokens)
+        return self._extended
+
+    @property
+    def _present_batch(self) -> Any:
+        """The batch of the last forward."""
+        return self.batch if self.scenario.mode == "prefill" else self._extended
+
+    def begin_meeting(self) -> None:
+        """Make the batch of a forward that all ranks run."""
+        poison(self.out)
+        if self.scenario.mode == "decode":
+            self.extend()
+
+    def meet_ranks(self) -> None:
+        """Run the forward that was begun, as far as other ranks let it."""
+        self.forward(self._present_batch, self.x, self.out)
+
+    def undo(self) -> None:
+        """Go back to before the last forward, whose results are overwritten, and receive again."""
+        batch = self._present_batch
+        self.clear_new(batch)
+        if self.scenario.mode == "decode":
+            grown = list(zip(self._sequences, self.scenario.query_lens, strict=True))
+            for sequence, new in reversed(grown):  # the free list, and so the next pages, are as before
+                self._cache.truncate(sequence, self._cache.length(sequence) - new)
+        poison(self.out)
+        self.groups.receive_again()
+
+
+class Simulation(Ranks):
+    """The ranks of `layout` on one device."""
 
     library = "a model of the link"
 
     def __init__(self, layout: Layout, link: Link, source: str) -> None:
         """`source` says where the numbers of the link are from."""
         self.layout, self.link, self.source = layout, link, source
+        self.assumed = f"link {link} ({source})"
 
     @classmethod
     def of(cls, options: RunOptions, layout: Layout) -> Simulation:
         """Return the simulation that a run was asked for."""
         assert options.link is not None
         return cls(layout, Link.parse(options.link), options.link_source)
-
-    @property
-    def assumed(self) -> str:
-        """What stands for the ranks that are not there."""
-        return f"link {self.link} ({self.source})"
-
-    @property
-    def world(self) -> int:
-        """Number of ranks."""
-        return self.layout.world
-
-    @property
-    def here(self) -> int:
-        """Number of ranks on this device."""
-        return self.world
-
-    @property
-    def beside(self) -> int:
-        """Number of further ranks on this host."""
-        return 0
-
-    def told(self) -> AbstractContextManager[None]:
-        """Nobody has to be told how the run ends."""
-        return nullcontext()
-
-    def leave(self, reason: str, code: int) -> None:
-        """Nobody else is there to be told."""
-
-    def behind(self) -> str:
-        """No rank lags behind."""
-        return ""
-
-    def when_lost(self, die: Callable[[Any], None]) -> None:
-        """No rank can be lost."""
 
     def layer(
         self, setting: Setting, state: Mapping[str, torch.Tensor], name: str, ops: str | None
@@ -91,8 +111,6 @@ class Simulation:
 
 class SimulatedLayer(LeadLayer):
     """Runs all ranks before each forward that is timed, which is rank 0's; the others are timed beside it."""
-
-    rehearses = True
 
     def __init__(
         self, setting: Setting, parts: Sequence[SimulatedPart], world: SimulatedWorld, simulation: Simulation
@@ -108,13 +126,13 @@ class SimulatedLayer(LeadLayer):
     # ------------------------------------------------------------------------------------------ passes
 
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
-        self.scenario, self._turns = scenario, inputs.turns
+        self.scenario = scenario
         seed = _random.getrandbits(63)
         for part in self._parts:
             part.load_alike(scenario, inputs, seed)
         self._stands_for = [self._timed(part, scenario) for part in self._parts]
         self._others = sorted(set(self._stands_for) - {0}, reverse=True)
-        self._passes = {rank: [] for rank in (0, *self._others)}
+        self._passes = self._passes or {rank: [] for rank in (0, *self._others)}
 
     def _timed(self, part: SimulatedPart, scenario: Scenario) -> int:
         """Return the first rank whose share is like this one: its requests as long, and its tokens."""
@@ -129,37 +147,31 @@ class SimulatedLayer(LeadLayer):
         return next(rank for rank in range(layout.world) if share(rank) == own)
 
     def restore(self, number: int = 0) -> None:
-        self._number = number
+        self._number, self._outputs = number, []
         self._times = {rank: [] for rank in self._others}
         for part in self._parts:
             part.restore(number)
-        self.plan_ms = self._part.plan_ms
 
     def before(self, index: int) -> None:
-        self.ready(index)
-        self.rehearse(index)
-        self.show(index)
-
-    def ready(self, index: int) -> None:
+        """Run the forward of all ranks, then every other rank that is timed, and leave rank 0 ready."""
         for part in self._parts:
             part.ready(index)
-
-    def rehearse(self, index: int) -> None:
-        """Run the forward of all ranks, then every other rank that is timed, and leave rank 0 ready."""
-        if self._idle:
-            return
         for part in self._parts:
             if part.first is part:
                 part.show(index)
             part.begin_meeting()
         for ranks in self._world.layout.head_groups():
-            self._world.run(ranks, lambda rank: self._parts[rank].meet())
+            self._world.run(ranks, lambda rank: self._parts[rank].meet_ranks())
         for part in self._kept_parts:
             if part.groups.rank not in self._passes:
                 self._world.complete(part.groups.rank, part.out)
         for rank in self._others:
             self._times[rank].append(self._time(rank, index))
         self._warm(0, index)
+        self._part.show(index)
+
+    def meet(self) -> None:
+        """Nobody is waited for: all have run."""
 
     def _warm(self, rank: int, index: int) -> None:
         """Have the caches hold what they do after this rank's own last forward; then it may run again."""
@@ -180,50 +192,35 @@ class SimulatedLayer(LeadLayer):
         self._world.complete(rank, part.out)
         return taken
 
-    def show(self, index: int) -> None:
-        self._part.show(index)
-
     def step(self, index: int) -> None:
         self._part.step(index)
 
     def after(self, index: int) -> None:
-        if not self._idle:
-            self._world.complete(0, self._part.out)
+        self._world.complete(0, self._part.out)
         for part in self._kept_parts:
             part.after(index)
 
     def slowest(self, samples: list[float]) -> list[float]:
-        if not self._idle:
-            self._times[0] = samples
-        return samples
+        """Return the predicted milliseconds: of the slowest rank, its collectives included."""
+        times = {0: samples, **self._times}
+        if 1 <= self._number <= self.scenario.rounds:  # a pass of the result
+            for rank, kept in self._passes.items():
+                kept += times[rank]
+        predicted = ([ms + self._collective_ms(rank) for ms in own] for rank, own in times.items())
+        return [max(own) for own in zip(*predicted, strict=True)]
 
-    def recorded(self) -> None:
-        for rank, kept in self._passes.items():
-            kept += self._times[rank]
-
-    def collect(self) -> None:
-        self._outputs = [{} for _ in self._parts]
-        for part in self._kept_parts:
-            part.collect()
-            self._outputs[part.groups.rank] = part.compared()
+    def outputs(self) -> Outputs:
+        if not self._outputs:
+            self._outputs = [part.outputs() if part.keeps else {} for part in self._parts]
+        return self._whole(0)
 
     def _copies(self) -> int:
         return self._world.layout.dcp
-
-    @contextmanager
-    def fed(self, seed: int, count: int) -> Iterator[list[torch.Tensor]]:
-        with ExitStack() as stack:
-            drawn = [stack.enter_context(part.fed(seed, count)) for part in self._parts if part.first is part]
-            yield drawn[0]
 
     def lengths_bench(self) -> None:
         """Nothing runs on new lengths: all ranks would have to rehearse every one."""
 
     # ------------------------------------------------------------------------------------------- facts
-
-    def reported(self, passes: Sequence[Sequence[float]]) -> list[list[float]]:
-        slowest = iter([max(samples) for samples in zip(*map(self._predicted, self._passes), strict=True)])
-        return [[next(slowest) for _ in one] for one in passes]
 
     def _predicted(self, rank: int) -> list[float]:
         """Return the milliseconds of a rank's forwards: its own, and its collectives."""
@@ -247,14 +244,14 @@ class SimulatedLayer(LeadLayer):
         )
 
     def _facts(self, part: SimulatedPart) -> RankFacts:
-        rank = part.groups.rank
+        rank, facts = part.groups.rank, part.facts()
         return RankFacts(
             rank=rank,
             samples=self._predicted(self._stands_for[rank]),
             collective_ms=self._collective_ms(self._stands_for[rank]),
             collective_bytes=sum(call.sent for call in part.groups.calls),
-            cache_bytes=part.cache_bytes(),
-            weight_bytes=part.weight_bytes(),
+            cache_bytes=facts.cache_bytes,
+            weight_bytes=facts.weight_bytes,
         )
 
     def replace_ops(self, replace: Callable[[str, Any], Any]) -> None:

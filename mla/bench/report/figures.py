@@ -229,7 +229,6 @@ def roofline(roofs: Sequence[Line], dots: Sequence[Line], legend: Sequence[Line]
         for roof in roofs:
             ends = zip(*((point.x, point.value) for point in roof.points), strict=True)
             axes.plot(*ends, color=paint(roof.colour), linestyle=roof.dash, linewidth=1.2)
-        axes.margins(y=0.08)
         _log(axes, "x")
         _log(axes, "y")
         axes.set_xlabel("arithmetic intensity, FLOP per byte")
@@ -254,7 +253,7 @@ def ratios(rows: Sequence[Row], label: str, band: float = 0.0) -> Draw:
             axes.plot(value, place, "o", color=colour, markersize=7)
             if row.mark:
                 axes.plot(row.mark, place, "|", color=paint("ink"), markersize=13, markeredgewidth=1.8)
-            axes.annotate(row.text, (max(high, value), place), **_BESIDE)
+            axes.annotate(row.text, (max(high, value, row.mark or 0.0), place), **_BESIDE)
             ends += [end for end in (low, high, row.mark) if end]
         span = max(ends) / min(ends)
         axes.set_xlim(min(ends) / span**0.05, max(ends) * span ** (2 / figure.get_figwidth()))

@@ -162,8 +162,9 @@ def between_files(base: ResultFile, new: ResultFile) -> tuple[list[Tile], list[s
         where = f"{case.verdict}: {case.scenario}, {case.implementation}"
         text = "; ".join(filter(None, (f"as fast: {pair}", case.remarks)))
         tiles.append(Tile(case.verdict.lower(), where, *_times(case), text))
-    rest = Counter(case.verdict for case in cases if case not in shown)
-    told = ", ".join(f"{count} {word}" for word, count in rest.items())
+    rest = [case for case in cases if case not in shown]
+    counts = Counter(case.verdict + f" ({case.reason})" * (not case.ratio) for case in rest)
+    told = "; ".join(f"{count} {words}" for words, count in counts.items())
     sentences = [f"{pair}: {'further cases: ' * bool(shown)}{told}"] * bool(told)
     return tiles, sentences + [f"Warning: {warning}." for warning in compare.warnings(base.run, new.run)]
 

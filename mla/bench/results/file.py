@@ -14,7 +14,16 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from mla.bench.results import passes
-from mla.bench.results.schema import CEILINGS_VERSION, SCHEMA_VERSION, Case, CeilingRun, Run, Spread
+from mla.bench.results.schema import (
+    CEILINGS_VERSION,
+    SCHEMA_VERSION,
+    Case,
+    CeilingRun,
+    Latency,
+    Run,
+    Spread,
+    Throughput,
+)
 from mla.command.files import write_bytes
 from mla.errors import ResultError, UsageError
 from mla.parallel.layout import Layout
@@ -128,9 +137,11 @@ def _faults(case: Case) -> Faults:
         yield "Expected a history for every request, and a new token", ".query_lens"
     if (case.latency_ms is None) != (case.tokens_per_s is None):
         yield "Expected both `latency_ms` and `tokens_per_s` or neither", ""
-    for where, timed in (("", case), *((f".timings[{at}]", one) for at, one in enumerate(case.timings))):
-        if timed.latency_ms is not None and timed.check.status in ("wrong", "doubtful"):
-            yield f"Expected no number where the check is {timed.check.status}", f"{where}.latency_ms"
+    ways = [("", case.check, case.latency_ms)]
+    ways += [(f".timings[{at}]", way.check, way.latency_ms) for at, way in enumerate(case.timings)]
+    for where, check, latency in ways:
+        if latency is not None and check.status in ("wrong", "doubtful"):
+            yield f"Expected no number where the check is {check.status}", f"{where}.latency_ms"
     if case.latency_ms is not None:
         yield from _numbers(case)
     if case.spread is not None:
@@ -159,12 +170,13 @@ def _numbers(case: Case) -> Faults:
         yield "Expected passes that take time", ".latency_ms.samples"
     else:
         tokens = sum(case.query_lens)
-        pairs = (("latency_ms", latency, passes.latency(samples)),)
-        pairs += (("tokens_per_s", rate, passes.throughput(samples, tokens)),)  # type: ignore[assignment]
-        for name, said, given in pairs:
-            if not math.isclose(said.median, given.median, rel_tol=CLOSE):
-                text = f"Expected {given.median:.6g}, as the samples say, got {said.median:.6g}"
-                yield text, f".{name}.median"
+        pairs: tuple[tuple[str, Latency | Throughput, float], ...] = (
+            ("latency_ms", latency, passes.latency(samples).median),
+            ("tokens_per_s", rate, passes.throughput(samples, tokens).median),
+        )
+        for name, said, median in pairs:
+            if not math.isclose(said.median, median, rel_tol=CLOSE):
+                yield f"Expected {median:.6g}, as the samples say, got {said.median:.6g}", f".{name}.median"
             if said.ci95 and not said.ci95[0] <= said.ci95[1]:
                 yield "Expected the lower end first", f".{name}.ci95"
 

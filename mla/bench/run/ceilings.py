@@ -6,10 +6,10 @@ import datetime
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from time import perf_counter_ns as now_ns
 from typing import TYPE_CHECKING
 
 from mla.bench import results
-from mla.bench.doubts import clock
 from mla.bench.results.schema import CEILINGS_VERSION, Ceiling, CeilingRun
 from mla.command import environment
 from mla.command.backend import OpenedBackend
@@ -104,10 +104,10 @@ def _projections(dtype: torch.dtype, backend: Backend) -> list[tuple[int, int]]:
 def run_tasks(tasks: list[Task]) -> Findings:
     """Carry out the tasks; what fails is named and skipped, and so is what is left after `MOST_SECONDS`."""
     found = Findings()
-    end = clock.now_ns() + 1e9 * MOST_SECONDS
+    end = now_ns() + 1e9 * MOST_SECONDS
     with Progress(len(tasks)) as progress:
         for number, (what, measure) in enumerate(tasks):
-            if clock.now_ns() >= end:
+            if now_ns() >= end:
                 note(f"skipped after {MOST_SECONDS} s: {', '.join(left for left, _ in tasks[number:])}")
                 break
             progress.advance(what, 0)

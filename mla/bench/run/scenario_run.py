@@ -13,7 +13,7 @@ from mla.bench import results
 from mla.bench.failures.keeper import Case, Keeper
 from mla.bench.limits import placing
 from mla.bench.limits.roofline import RooflineModel
-from mla.bench.measure import agreement, engine, stages, summary
+from mla.bench.measure import engine, stages, summary
 from mla.bench.measure.hooks import Hooks, Shorter
 from mla.bench.measure.samples import Measurement
 from mla.bench.plan import yardstick
@@ -22,7 +22,7 @@ from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.results.cases import busiest
 from mla.bench.results.schema import Cost
 from mla.bench.run import judging
-from mla.bench.subjects.base import Implementation
+from mla.bench.subjects.base import Implementation, Outputs
 from mla.bench.subjects.fixture import make_fixture
 from mla.bench.subjects.inputs import Requests
 from mla.bench.subjects.layer import MlaLayer
@@ -115,7 +115,7 @@ class ScenarioRun:
         self._fixture = make_fixture(scenario.setting, scenario.point, request.state, self._computing)
         self.ceilings = RooflineModel(self._setting)
         self.refusal: MLAError | None = None  # the first of an op
-        self._outputs: dict[str, agreement.Outputs] = {}  # of right implementations
+        self._outputs: dict[str, Outputs] = {}  # of right implementations
         # Of a forward of each right implementation that has run.
         self._ms = {one.implementation: one.latency_ms.median * one.layers for one in done if one.latency_ms}
 
@@ -225,12 +225,13 @@ class ScenarioRun:
 
     def compare(self, cases: Sequence[results.Case]) -> None:
         """Tell the right implementations of this scenario how they relate."""
-        agreement.compare(cases, self._outputs)
+        summary.compare(cases, self._outputs)
 
     def _case(self, one: Implementation, measured: Measurement, names: Sequence[str]) -> results.Case:
         loaded = measured.check.status != "not run"
         case = self._empty(one.name, "", interrupted=False)
-        summary.fill(case, self._point, measured, one)
+        facts = one.facts()
+        summary.fill(case, self._point, measured, facts)
         whole = case.latency_ms and not case.interrupted  # after that, ranks may be anywhere in a forward
         case.spread = one.spread() if whole else None
         case.cost = self._fixture.cost(case.steps_per_pass)
@@ -241,11 +242,11 @@ class ScenarioRun:
                 for rank, cost in zip(case.spread.ranks, costs, strict=True)
             ]
         case.interleaved_with = [name for name in names if name != one.name] if one.name in names else []
-        case.ops, case.op_remarks = one.ops(), one.remarks()
+        case.ops, case.op_remarks = facts.ops, facts.remarks
         say_remarks(case.op_remarks)  # those that came while it ran
         case.memory = results.Memory(
-            weight_bytes=one.weight_bytes(),
-            cache_bytes=one.cache_bytes() if loaded else 0,
+            weight_bytes=facts.weight_bytes,
+            cache_bytes=facts.cache_bytes if loaded else 0,
             peak_bytes=self._setting.backend.memory().peak,
             transient_bytes=measured.transient_bytes,
         )

@@ -13,7 +13,7 @@ import msgspec
 from mla.bench import results
 from mla.bench.limits import placing
 from mla.bench.limits.roofline import TIMES, RooflineModel
-from mla.bench.measure import refusals
+from mla.bench.measure import hooks as refusals
 from mla.bench.measure.hooks import Hooks
 from mla.bench.measure.target import MOST, SECONDS, Target
 from mla.bench.plan.memory import MemoryPlan, available_memory

@@ -1,69 +1,103 @@
-"""The interface of everything that is timed: implementations of one layer.
+"""Everything that is timed: seven methods, and what implementations of the whole layer share.
 
 All get the same host weights and inputs. A *pass* is `restore(number)`, then `before(i)`, `step(i)` and
-`after(i)` for every forward, then `collect()`; only `step` is timed. Every forward has inputs and an output
-buffer of its own: the number of the pass selects exact changes of the scenario's inputs whose outputs are
-known (a sign per request, say), the same for all implementations, and output buffers hold NaN before. So no
-result of another forward passes for this one's.
+`after(i)` for every forward, then `outputs()`; only `step` is timed. The number of the pass selects exact
+changes of the scenario's inputs whose outputs are known, the same for all implementations. So no result of
+another forward passes for this one's.
 """
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from mla.bench.results.schema import Spread
-from mla.bench.subjects.inputs import Inputs
+from mla.bench.subjects.inputs import Expected, Inputs, Turn, TurnedHidden
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
+from mla.verify.layer_check import Checker, Forward
+from mla.verify.places import Places
 from mla.verify.verdict import Check
+
+T = TypeVar("T")
+Outputs = dict[int, torch.Tensor]  # of the forwards of one pass, on the host
+
+# What a class needs to be an implementation.
+METHODS = ("load", "restore", "before", "step", "after", "outputs", "facts")
+# The most bytes of output buffers of one implementation.
+SHELF_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a result says of an implementation beside its times."""
+
+    cache_bytes: int = 0  # of the scenario, once it is loaded
+    weight_bytes: int = 0
+    scratch_bytes: int = 0  # that persist between forwards
+    plan_ms: float | None = None  # milliseconds in which the batch of the last pass was planned
+    ops: dict[str, str] = field(default_factory=dict)  # role -> name
+    remarks: dict[str, list[str]] = field(default_factory=dict)  # name -> what the op says of how it runs
 
 
 class Implementation(ABC):
-    """One way to run the layer."""
+    """One way to run the layer. Subclasses are made of a `Setting` and the layer's weights by HF names."""
 
     name: str
     held_to_reference = False  # at most twice its error, as well as the absolute bounds
-    plan_ms: float | None = None
-    rehearses = False  # `rehearse` does something
     computes = True  # the work that is counted: its time cannot be shorter than the device's limits allow
+    _number = 0  # of the present pass
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
 
     @abstractmethod
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
-        """Create a cache with the scenario's history, and buffers for its outputs."""
+        """Create a cache with the scenario's history, and buffers for its outputs.
+
+        Called again with other inputs of the same scenario, whose tensors may be copied to where the first
+        ones are.
+        """
 
     @abstractmethod
     def restore(self, number: int = 0) -> None:
         """Restore the cache to the history, and select the inputs of pass `number`. Never timed."""
 
+    @abstractmethod
     def before(self, index: int) -> None:
-        """Give `step(index)` inputs and an output buffer of its own. Never timed."""
-        self.ready(index)
-        self.show(index)
-
-    def ready(self, index: int) -> None:  # noqa: B027  # most implementations need nothing here
-        """Do all of `before` but writing the inputs."""
-
-    def show(self, index: int) -> None:  # noqa: B027  # most implementations need nothing here
-        """Write the inputs, as late as can be: nothing can work on them earlier."""
+        """Give `step(index)` inputs and an output buffer of its own, the inputs last. Never timed."""
 
     @abstractmethod
     def step(self, index: int) -> None:
         """Run one forward; in decode, the cache grows."""
 
-    def after(self, index: int) -> None:  # noqa: B027  # most implementations write in place
+    @abstractmethod
+    def after(self, index: int) -> None:
         """Keep the output of `step(index)`. Never timed."""
 
-    def idle(self) -> AbstractContextManager[None]:
-        """Return a context for a pass whose forwards are prepared, but not run."""
-        return nullcontext()
+    @abstractmethod
+    def outputs(self) -> Outputs:
+        """Return the outputs [T, d] of the pass, on the host, by forward. Never timed."""
+
+    @abstractmethod
+    def facts(self) -> Facts:
+        """Return what a result says of this implementation; also asked before `load`."""
+
+    def check(self, checker: Any) -> Check:
+        """Check all outputs of the last pass."""
+        found: Check = checker.check_pass(self.outputs(), self._number, self.held_to_reference)
+        return found
+
+    # ------------------------------------------------------------------------------- a layer over ranks
+
+    def meet(self) -> None:  # noqa: B027  # one device meets nobody
+        """Wait for all ranks, right before the clock of a forward starts. Never timed."""
 
     def slowest(self, samples: list[float]) -> list[float]:
         """Return the milliseconds of a pass's timed forwards on the slowest of all ranks.
@@ -72,79 +106,265 @@ class Implementation(ABC):
         """
         return samples
 
-    def rehearse(self, index: int) -> None:  # noqa: B027  # only a simulation needs it
-        """Run what has to be there before `show(index)`, for a while that counts nowhere."""
-
-    def reported(self, passes: Sequence[Sequence[float]]) -> Sequence[Sequence[float]]:
-        """Return the milliseconds to report for those of the result's passes, as this process timed them."""
-        return passes
-
-    def recorded(self) -> None:  # noqa: B027  # there is nothing to keep of one device
-        """Keep what `slowest` was last told of other ranks: the pass is one of the result's."""
-
     def spread(self) -> Spread | None:
         """Return how the work was spread over ranks, after all passes; None for one device."""
         return None
 
-    @abstractmethod
-    def collect(self) -> None:
-        """Copy the pass's outputs to the host, before anything else calls the backend. Never timed."""
 
-    @abstractmethod
-    def check(self, checker: Any) -> Check:
-        """Check all outputs of the last pass that were collected, and whatever else a subclass covers."""
+class Foreign(Implementation):
+    """An object from anywhere with the seven methods, driven and judged like one of ours."""
 
-    def doubt(self, checker: Any, check: Check) -> str:
-        """Return why outputs that are right cannot have been computed, or nothing."""
-        return ""
+    def __init__(self, setting: Setting, made: Any, name: str) -> None:
+        super().__init__(setting)
+        self.name, self._made = name, made
 
-    def lengths_bench(self) -> Any:
-        """Return what runs forwards on new lengths (`mla.bench.doubts.new_lengths.Bench`); None: nothing."""
-        return None
+    def load(self, scenario: Scenario, inputs: Inputs) -> None:
+        self._made.load(scenario, inputs)
 
-    @abstractmethod
-    def compared(self) -> dict[int, torch.Tensor]:
-        """Return the collected outputs, by forward, to compare with those of other implementations."""
+    def restore(self, number: int = 0) -> None:
+        self._number = number
+        self._made.restore(number)
 
-    @abstractmethod
-    def cache_bytes(self) -> int:
-        """Return the bytes the cache holds for the scenario."""
+    def before(self, index: int) -> None:
+        self._made.before(index)
 
-    @abstractmethod
-    def weight_bytes(self) -> int:
-        """Return the bytes of the weights."""
+    def step(self, index: int) -> None:
+        self._made.step(index)
 
-    def scratch_bytes(self) -> int:
-        """Return the bytes of scratch memory that persist between forwards."""
-        return 0
+    def after(self, index: int) -> None:
+        self._made.after(index)
 
-    def replace_ops(self, replace: Callable[[str, Any], Any]) -> None:  # noqa: B027  # others have none
-        """Put `replace(role, op)` in place of every op of ours; called before `load`.
+    def outputs(self) -> Outputs:
+        found: Outputs = self._made.outputs()
+        return found
 
-        Of several layers, "layer 3: " stands before the role.
+    def facts(self) -> Facts:
+        found: Facts = self._made.facts()
+        return found
+
+
+# ------------------------------------------------------------------------------------------------ outputs
+
+
+def buffers(wanted: int, size: int) -> int:
+    """Return the number of output buffers of `size` bytes for `wanted` forwards; at least three."""
+    return min(wanted, max(3, SHELF_BYTES // max(1, size)))
+
+
+class Shelf(Generic[T]):
+    """Hands out a poisoned buffer per forward, and keeps filled ones, all or a uniform random choice.
+
+    Which are kept is drawn after the forward, from the system's entropy, so no forward knows whether it is.
+    """
+
+    def __init__(self, items: Sequence[T], wanted: int, poison: Callable[[T], None]) -> None:
+        self._items, self._poison = list(items), poison
+        self._room = len(items) if len(items) >= wanted else len(items) - 1
+        self._random: random.Random = random.SystemRandom()
+        self.kept: dict[int, T] = {}  # index of the forward -> its buffer
+        self.clear()
+
+    def draw_from(self, numbers: random.Random) -> None:
+        """Draw what is kept from these numbers, which several shelves may share."""
+        self._random = numbers
+
+    def clear(self) -> None:
+        """Poison all buffers, for a new pass."""
+        for item in self._items:
+            self._poison(item)
+        self._free = list(reversed(self._items))
+        self._done = 0
+        self.kept = {}
+
+    def next(self) -> T:
+        """Return the buffer that the next forward writes."""
+        return self._free[-1]
+
+    def keep(self, index: int) -> None:
+        """Keep the buffer that forward `index` wrote, or one of those kept so far instead."""
+        self._done += 1
+        filled = self._free.pop()
+        if len(self.kept) < self._room:
+            self.kept[index] = filled
+            return
+        place = self._random.randrange(self._done)
+        if place < self._room:
+            given_up = list(self.kept)[place]
+            self.kept[index], filled = filled, self.kept.pop(given_up)
+        self._poison(filled)
+        self._free.append(filled)
+
+
+def poison(buffer: torch.Tensor) -> None:
+    """Fill an output buffer with NaN."""
+    buffer.fill_(torch.nan)
+
+
+# ------------------------------------------------------------------------------------ of the whole layer
+
+
+@dataclass
+class LayerChecker(Checker):
+    """Judges the layer's outputs for any turn of `inputs`.
+
+    `oracle` returns the outputs [n, T, d] in float64 of the first n forwards of a plain pass of any inputs,
+    and `any_oracle` those [T, d] of hidden states [T, d], lengths and history.
+    """
+
+    inputs: Inputs | None = None
+    turned: Expected | None = None
+    oracle: Callable[[Inputs, int], torch.Tensor] | None = None
+    any_oracle: Callable[..., torch.Tensor] | None = None
+
+    def expected_rows(self, step: int, turn: Turn) -> torch.Tensor:
+        """Return what the outputs [T, d] of one forward should be."""
+        assert self.turned is not None
+        return self.turned.rows(step, turn)
+
+    def of(self, inputs: Inputs, count: int) -> LayerChecker:
+        """Return a checker of the first forwards of a plain pass of other inputs, within the same bounds."""
+        assert self.turned is not None
+        assert self.oracle is not None
+        return replace(self, inputs=inputs, turned=replace(self.turned, plain=self.oracle(inputs, count)))
+
+    def on_lengths(self, query_lens: Sequence[int], kv_lens: Sequence[int], found: torch.Tensor) -> Check:
+        """Judge the outputs [t, d] of the first rows of a plain pass, run as a batch of other lengths.
+
+        The history of each request is cut to what its length leaves.
         """
+        assert self.inputs is not None
+        assert self.any_oracle is not None
+        past = [length - new for length, new in zip(kv_lens, query_lens, strict=True)]
+        history = [(kv[:n], pe[:n]) for n, (kv, pe) in zip(past, self.inputs.history, strict=True)]
+        expected = self.any_oracle(self.inputs.hidden[0, : len(found)], query_lens, history)
+        judge = Checker(expected[None], self.dtype, lambda: expected)
+        return judge.check(found[None], held_to_reference=False)
 
-    def ops(self) -> dict[str, str]:
-        """Return role -> implementation name."""
-        return {}
+    def forwards(
+        self, outputs: Outputs, number: int, places: Callable[[int], Places] | None = None
+    ) -> Iterator[tuple[int, Forward]]:
+        """Yield the forwards of pass `number`, each with what it should be; `places` of a step's rows."""
+        assert self.inputs is not None
+        scenario = self.inputs.scenario
+        decode, places = scenario.mode == "decode", places or partial(_new_tokens, scenario)
+        for index, found in sorted(outputs.items()):
+            step, turn = index if decode else 0, self.inputs.turn(number, index)
+            where = f"{'step' if decode else 'forward'} {index}"
+            yield index, Forward(step, found, self.expected_rows(step, turn), where, partial(places, step))
 
-    def remarks(self) -> dict[str, list[str]]:
-        """Return implementation name -> what that op says of how it runs here, so far."""
-        return {}
+    def check_pass(
+        self, outputs: Outputs, number: int, held: bool, places: Callable[[int], Places] | None = None
+    ) -> Check:
+        """Judge the outputs of pass `number`; `held`: an op of a backend is held to the reference."""
+        forwards = (forward for _, forward in self.forwards(outputs, number, places))
+        return self.check_forwards(forwards, held)
 
 
-class TakesInputs(Implementation):
-    """A layer whose forwards can be given inputs that nothing has seen."""
+def _new_tokens(scenario: Scenario, step: int) -> Places:
+    return Places.new_tokens(scenario.query_lens, scenario.kv_lens(step))
 
-    scenario: Scenario
 
-    @abstractmethod
-    def fed(self, seed: int, count: int) -> AbstractContextManager[list[torch.Tensor]]:
-        """Return a context in which forward i of a plain pass (number 0) has input i of those it yields.
+class LayerImplementation(Implementation):
+    """Takes turns with the scenario's inputs; a subclass runs `x` and writes `out`.
 
-        These are `count` hidden states [T, d] on the host, drawn from `seed` as the scenario's are.
-        """
+    What is left to it: `load`, which calls `prepare_buffers`; `restore`, which calls `begin`; `step`; and
+    `facts`.
+    """
 
-    @abstractmethod
-    def keep_collected(self, indices: Collection[int]) -> None:
-        """Leave only some of the collected forwards to be checked."""
+    buffers: int | None = None  # of outputs; None: as many as fit
+    scenario: Scenario  # once it is loaded
+    _hidden: TurnedHidden
+
+    def prepare_buffers(self, scenario: Scenario, inputs: Inputs, *before: int) -> None:
+        """Make buffers for inputs, and for outputs [.., T, d] with the dimensions `before`."""
+        self._inputs = inputs
+        if self.loaded(scenario):
+            self._hidden.change(inputs)
+            return
+        self.scenario, device = scenario, self.setting.device
+        self._hidden = TurnedHidden(scenario, inputs, device)
+        shape = (*before, *inputs.hidden.shape[1:])
+        size = torch.Size(shape).numel() * inputs.hidden.element_size()
+        count = self.buffers or buffers(scenario.steps, size)
+        made = torch.empty((count, *shape), dtype=inputs.hidden.dtype, device=device)
+        self._shelf = Shelf(list(made.unbind()), scenario.steps, poison)
+        self._held: Outputs = {}  # as they were when their clock had stopped
+
+    def loaded(self, scenario: Scenario) -> bool:
+        """Whether this scenario was loaded before: its buffers are there."""
+        return getattr(self, "scenario", None) == scenario
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """Inputs [inputs, T, d] on the device, always at the same address. `before` writes its forward's."""
+        return self._hidden.rows
+
+    @property
+    def x(self) -> torch.Tensor:
+        """The inputs [T, d] of the forward that `before` prepared."""
+        return self._x
+
+    @property
+    def out(self) -> torch.Tensor:
+        """The buffer [.., T, d] for the output of the forward that `before` prepared."""
+        return self._out
+
+    def begin(self, number: int) -> Turn:
+        """Start pass `number` with poisoned buffers, and return the turn of its first forward."""
+        self._number = number
+        self._shelf.clear()
+        self._held = {}
+        return self._inputs.turn(number, 0)
+
+    def take(self, turn: Turn) -> None:
+        """Take the inputs of a turn. A subclass that keeps history gives it the turn's signs, too."""
+        self._hidden.take(turn)
+
+    def before(self, index: int) -> None:
+        self.ready(index)
+        self.show(index)
+
+    def ready(self, index: int) -> None:
+        """Do all of `before` but writing the inputs."""
+        if self._prefills:
+            self.take(self._inputs.turn(self._number, index))
+        self._x = self.hidden[self._step(index)]
+        self._out = self._shelf.next()
+
+    def show(self, index: int) -> None:
+        """Write the inputs, as late as can be: nothing can work on them earlier."""
+        self._hidden.show(self._step(index))
+
+    @property
+    def _prefills(self) -> bool:
+        return self.scenario.mode == "prefill"
+
+    def _step(self, index: int) -> int:
+        return 0 if self._prefills else index
+
+    def after(self, index: int) -> None:
+        if self.setting.device.type == "cpu":  # where reading waits for nobody: what is there now counts
+            self._held[index] = _on_host(self._out)
+        self._shelf.keep(index)
+        self._held = {kept: self._held[kept] for kept in self._shelf.kept if kept in self._held}
+
+    def outputs(self) -> Outputs:
+        for index, buffer in self._shelf.kept.items():
+            if index not in self._held:
+                self._held[index] = _on_host(buffer)
+        return dict(self._held)
+
+    def check(self, checker: LayerChecker) -> Check:
+        return checker.check_pass(self.outputs(), self._number, self.held_to_reference, self.places)
+
+    def places(self, step: int) -> Places:
+        """Return what the rows of a forward are."""
+        return _new_tokens(self.scenario, step)
+
+    def forwards(self, checker: LayerChecker) -> Iterator[tuple[int, Forward]]:
+        """Yield the forwards of the last pass, by index, each with what it should be."""
+        return checker.forwards(self.outputs(), self._number, self.places)
+
+
+def _on_host(buffer: torch.Tensor) -> torch.Tensor:
+    return torch.empty(buffer.shape, dtype=buffer.dtype).copy_(buffer)

@@ -6,6 +6,7 @@ made at first use and shared by all implementations.
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,23 +18,22 @@ import torch
 from mla import cost
 from mla.bench import results
 from mla.bench.subjects import op as one_op
-from mla.bench.subjects.base import Implementation
-from mla.bench.subjects.inputs import Inputs, expected_of, expected_outputs, make_inputs
-from mla.bench.subjects.layer import MlaLayer
+from mla.bench.subjects.base import METHODS, Foreign, Implementation, LayerChecker
+from mla.bench.subjects.inputs import Inputs, expected_outputs, expected_plain, make_inputs
+from mla.bench.subjects.layer import MlaLayer, MlaStack
 from mla.bench.subjects.setting import Setting, implementation_setting, make_ops, sharing_weights
-from mla.bench.subjects.stack import MlaStack
-from mla.bench.subjects.tokens import LayerChecker
 from mla.bench.subjects.transformers_layer import TransformersLayer
 from mla.bench.workload.grid import Point
 from mla.bench.workload.implementations import parse_one
 from mla.cases.call import Checker
 from mla.cases.varied import Pool
 from mla.checkpoint import LazyState
-from mla.errors import UnsupportedBatch
+from mla.errors import UnsupportedBatch, UsageError, did_you_mean
 from mla.layer.ops import Ops
 from mla.layer.plan import check_lengths
-from mla.verify.layer_oracle import State
+from mla.verify.layer_oracle import State, oracle
 from mla.weights import random_state_dict
+from mla_backends.errors import describe
 
 # Name -> how to build it. `benchmarks/peers` adds comparators while it runs.
 IMPLEMENTATIONS: dict[str, Callable[[Setting, State], Implementation]] = {
@@ -49,6 +49,41 @@ def _ours(setting: Setting, state: State, name: str, ops: str | None) -> Impleme
         spread: Implementation = setting.ranks.layer(setting, state, name, ops)
         return spread
     return (MlaStack if setting.layers > 1 else MlaLayer)(setting, state, name, ops)
+
+
+def check_name(base: str) -> None:
+    """Raise `UsageError` for a name that no implementation has; `package.module:Class` is imported."""
+    if ":" in base:
+        foreign_class(base)
+    elif base not in IMPLEMENTATIONS:
+        known = ", ".join(IMPLEMENTATIONS)
+        raise UsageError(
+            f"unknown implementation '{base}'.{did_you_mean(base, list(IMPLEMENTATIONS))} There are: {known}."
+        )
+
+
+def foreign_class(path: str) -> Any:
+    """Return the class that `package.module:Class` names. Raises `UsageError`."""
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except Exception as error:  # a module may raise anything
+        raise UsageError(f"--implementations: '{path}' cannot be imported: {describe(error)}.") from error
+    lacking = [method for method in METHODS if not callable(getattr(found, method, None))]
+    if lacking:
+        raise UsageError(
+            f"--implementations: '{path}' lacks {', '.join(lacking)} (an implementation has {len(METHODS)} "
+            f"methods: {', '.join(METHODS)})."
+        )
+    return found
+
+
+def _make(base: str, setting: Setting, state: State) -> Implementation:
+    """Return an implementation by the name of what it is, or by where its class is."""
+    if ":" not in base:
+        return IMPLEMENTATIONS[base](setting, state)
+    made = foreign_class(base)(setting, state)
+    return made if isinstance(made, Implementation) else Foreign(setting, made, base)
 
 
 class Fixture(ABC):
@@ -140,8 +175,10 @@ class LayerFixture(Fixture):
             expected.plain,
             self.setting.dtype,
             self._reference_outputs,
+            inputs=inputs,
             turned=expected,
-            oracle=partial(expected_of, *what, inputs.history),
+            oracle=partial(expected_plain, self.setting.config, self._state),
+            any_oracle=partial(oracle, self.setting.config, self._state),
         )
 
     def _weights(self) -> State:
@@ -166,7 +203,7 @@ class LayerFixture(Fixture):
 
     def build(self, name: str) -> Implementation:
         named = parse_one(name)
-        one = IMPLEMENTATIONS[named.base](implementation_setting(self.setting, named), self._state)
+        one = _make(named.base, implementation_setting(self.setting, named), self._state)
         one.name = name
         return one
 

@@ -27,7 +27,7 @@ class NoGraph(Exception):
 
 
 class CapturedForwards(ABC):
-    """Forwards replayed from graphs, as `mla.bench.measure.passes.Forwards`. `method` is for the result."""
+    """Forwards replayed from graphs, driven as an implementation is. `method` is for the result."""
 
     method: str
 
@@ -41,17 +41,8 @@ class CapturedForwards(ABC):
 
     def before(self, index: int) -> None:
         """Write the inputs of a forward to where its graph reads them, and poison its output. Never timed."""
-        self.ready(index)
-        self.show(index)
-
-    def ready(self, index: int) -> None:
-        """Do all of `before` but writing the inputs."""
-        self._layer.ready(index)
         self.out.fill_(math.nan)
-
-    def show(self, index: int) -> None:
-        """Write the inputs of a forward to where its graph reads them."""
-        self._layer.show(index)
+        self._layer.before(index)
 
     def bookkeep(self) -> None:  # noqa: B027  # a prefill needs none
         """Do what the host does for every forward."""
@@ -79,15 +70,8 @@ class ReplayAlone:
         self.restore, self.after, self.out = captured.restore, captured.after, captured.out
 
     def before(self, index: int) -> None:
-        self.ready(index)
-        self.show(index)
-
-    def ready(self, index: int) -> None:
-        self._captured.ready(index)
         self._captured.bookkeep()
-
-    def show(self, index: int) -> None:
-        self._captured.show(index)
+        self._captured.before(index)
 
     def step(self, index: int) -> None:
         self._captured.replay()
@@ -143,8 +127,8 @@ class CapturedDecode(CapturedForwards):
         self._batch.update_(self._batch)  # drops the plan, so that planning is captured too
         self._layer.forward(self._batch, self._hidden, self.out)
 
-    def show(self, index: int) -> None:
-        super().show(index)
+    def before(self, index: int) -> None:
+        super().before(index)
         self._hidden.copy_(self._layer.x)
 
     def bookkeep(self) -> None:

@@ -1,36 +1,163 @@
-"""Seeded inputs of a scenario: hidden states and cached history, random in every channel.
+"""Seeded inputs of a scenario, exact changes of them whose outputs are known, and both on a device.
 
-Zero or constant inputs flatter a device (power, caches, branch-free softmax), so these inputs avoid both.
+Hidden states and cached history are random in every channel: zero or constant inputs flatter a device (power,
+caches, branch-free softmax). No two forwards are alike. A layer without biases is odd in its tokens: hidden
+states and history times -1 give outputs times -1, exactly, because norms, products and rotations are odd and
+attention weights do not change. Beyond signs, each request has a few inputs to choose from. In prefill they
+differ in the last new token, which no other row sees, so that each costs the oracle one row. In decode they
+differ in all tokens of a pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import msgspec
 import torch
 
-from mla.bench.subjects import turns
-from mla.bench.subjects.turns import Turn, Turns
 from mla.bench.workload.scenario import Scenario
+from mla.cache import LatentCache
 from mla.cases.case import generator
 from mla.config import MLAConfig
 from mla.verify.layer_oracle import State, oracle, oracle_of_choices, oracle_of_last
 from mla.verify.oracle_cost import Run
 
+# The most last tokens of a prefill's request; and rows of them over all requests.
+LAST_TOKENS, LAST_ROWS = 64, 256
+# Inputs of a decode pass over all requests: few requests have few signs, and more inputs to choose from.
+DECODE_INPUTS = 16
+# Rows of the cache that are negated at once.
+CHUNK = 1 << 16
+
 History = list[tuple[torch.Tensor, torch.Tensor]]
 AnyScenario = TypeVar("AnyScenario", bound=Scenario)
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """The inputs of a forward, or of a pass of decode steps. Positive signs and zero choices are plain."""
+
+    signs: torch.Tensor  # [B] int64, 1 or -1
+    choices: torch.Tensor  # [B] int64
+
+    def row_signs(self, query_lens: tuple[int, ...]) -> torch.Tensor:
+        """Return the sign of every row [T]."""
+        return self.signs.repeat_interleave(torch.tensor(query_lens))
+
+
+class Turns:
+    """The turns of a scenario by number, the same for all implementations; 0 is the plain one.
+
+    Numbers count through every sign and choice of a request in a shuffled order before one comes again, and
+    the orders of requests are independent: no combination is likely to come twice.
+    """
+
+    def __init__(self, requests: int, choices: int, signed: bool, seed: int) -> None:
+        self._requests, self._choices, self._seed = requests, choices, seed
+        self._period = choices * (2 if signed else 1)
+        self._epoch, self._orders = -1, torch.empty(0)
+
+    def turn(self, number: int) -> Turn:
+        """Return a turn by its number."""
+        if number == 0:
+            places = torch.zeros(self._requests, dtype=torch.int64)
+        else:
+            epoch, place = divmod(number - 1, self._period)
+            places = self._order(epoch)[:, place]
+        return Turn(1 - 2 * (places // self._choices), places % self._choices)
+
+    def _order(self, epoch: int) -> torch.Tensor:
+        """Return a permutation of the period for every request [B, period]."""
+        if epoch != self._epoch:
+            random = torch.Generator().manual_seed((self._seed * 1_000_003 + epoch) % 2**63)
+            self._orders = torch.rand(self._requests, self._period, generator=random).argsort(1)
+            self._epoch = epoch
+        return self._orders
+
+
+@dataclass(frozen=True)
+class PartTurns:
+    """The turns of some requests among those of a scenario."""
+
+    whole: Turns
+    part: slice
+
+    def turn(self, number: int) -> Turn:
+        """Return a turn by its number."""
+        turn = self.whole.turn(number)
+        return Turn(turn.signs[self.part], turn.choices[self.part])
+
+
+def choices(scenario: Scenario, signed: bool) -> int:
+    """Return how many inputs each request of a scenario has to choose from."""
+    requests = len(scenario.query_lens)
+    if scenario.mode == "prefill":
+        return max(2, min(LAST_TOKENS, -(-LAST_ROWS // requests)))
+    return max(1 if signed else 2, -(-DECODE_INPUTS // requests))
+
+
+def forward_number(scenario: Scenario, number: int, index: int) -> int:
+    """Return the turn of a forward: in prefill each has its own, in decode the whole pass has one."""
+    if scenario.mode == "decode" or number == 0:
+        return number
+    return (number - 1) * scenario.steps + index + 1
 
 
 @dataclass(frozen=True)
 class Inputs:
     """Host tensors shared by all implementations, and how forwards take turns with them."""
 
+    scenario: Scenario
     hidden: torch.Tensor  # [inputs, T, d]: the plain ones
     history: History  # per request: kv [s, c], normalized; pe [s, r], rotated
     others: torch.Tensor  # to choose from: prefill [n, B, d], last tokens; decode [n, inputs, T, d]
     turns: Turns
+    seed: int | None = None  # of `fresh` inputs
+
+    def turn(self, number: int, index: int) -> Turn:
+        """Return the turn of forward `index` of pass `number`."""
+        return self.turns.turn(forward_number(self.scenario, number, index))
+
+    def forward(self, number: int, index: int) -> tuple[torch.Tensor, History]:
+        """Return the hidden states [T, d] of forward `index` of pass `number`, and the history before it.
+
+        In decode the history is that of the pass: the tokens of earlier steps are not in it.
+        """
+        turn, step = self.turn(number, index), index if self.scenario.mode == "decode" else 0
+        hidden = _chosen(self.scenario, self.hidden, self.others, step, turn)
+        signs = turn.signs.to(hidden.dtype)
+        signed = [(sign * kv, sign * pe) for sign, (kv, pe) in zip(signs, self.history, strict=True)]
+        return hidden, signed
+
+    def fresh(self, seed: int) -> Inputs:
+        """Return inputs that nothing has seen: other plain hidden states, and another sign in every channel
+        of a request's history.
+        """
+        random = torch.Generator().manual_seed(seed)
+        hidden = torch.randn(self.hidden.shape, generator=random).to(self.hidden.dtype)
+
+        def changed(rows: torch.Tensor) -> torch.Tensor:
+            return rows * (1 - 2 * torch.randint(2, rows.shape[1:], generator=random)).to(rows.dtype)
+
+        history = [(changed(kv), changed(pe)) for kv, pe in self.history]
+        return replace(self, hidden=hidden, history=history, seed=seed)
+
+
+def _chosen(
+    scenario: Scenario, plain: torch.Tensor, others: torch.Tensor, step: int, turn: Turn
+) -> torch.Tensor:
+    """Return the rows [T, d] of one turn, from the plain ones [inputs, T, d] and the others."""
+    rows, lens = plain[step].clone(), torch.tensor(scenario.query_lens)
+    if scenario.mode == "prefill":
+        chosen = turn.choices.nonzero()[:, 0]
+        rows[lens.cumsum(0)[chosen] - 1] = others[turn.choices[chosen] - 1, chosen]
+    else:
+        of_row = turn.choices.repeat_interleave(lens)
+        chosen = of_row.nonzero()[:, 0]
+        rows[chosen] = others[of_row[chosen] - 1, step, chosen]
+    return rows.mul_(turn.row_signs(scenario.query_lens)[:, None])
 
 
 @dataclass(frozen=True)
@@ -43,15 +170,7 @@ class Expected:
 
     def rows(self, step: int, turn: Turn) -> torch.Tensor:
         """Return the outputs [T, d] of one forward; `step` is 0 in prefill."""
-        rows, lens = self.plain[step].clone(), torch.tensor(self.scenario.query_lens)
-        if self.scenario.mode == "prefill":
-            chosen = turn.choices.nonzero()[:, 0]
-            rows[lens.cumsum(0)[chosen] - 1] = self.others[turn.choices[chosen] - 1, chosen]
-        else:
-            of_row = turn.choices.repeat_interleave(lens)
-            chosen = of_row.nonzero()[:, 0]
-            rows[chosen] = self.others[of_row[chosen] - 1, step, chosen]
-        return rows.mul_(turn.row_signs(self.scenario.query_lens)[:, None])
+        return _chosen(self.scenario, self.plain, self.others, step, turn)
 
 
 @dataclass(frozen=True)
@@ -85,21 +204,13 @@ class Requests:
         others = inputs.others[:, part] if whole.mode == "prefill" else inputs.others[:, :, rows]
         turns: Any = PartTurns(inputs.turns, part)
         return replace(
-            inputs, hidden=inputs.hidden[:, rows], history=inputs.history[part], others=others, turns=turns
+            inputs,
+            scenario=self.scenario(whole),
+            hidden=inputs.hidden[:, rows],
+            history=inputs.history[part],
+            others=others,
+            turns=turns,
         )
-
-
-@dataclass(frozen=True)
-class PartTurns:
-    """The turns of some requests among those of a scenario."""
-
-    whole: Turns
-    part: slice
-
-    def turn(self, number: int) -> Turn:
-        """Return a turn by its number."""
-        turn = self.whole.turn(number)
-        return Turn(turn.signs[self.part], turn.choices[self.part])
 
 
 def make_inputs(config: MLAConfig, scenario: Scenario, seed: int, dtype: torch.dtype) -> Inputs:
@@ -116,12 +227,16 @@ def make_inputs(config: MLAConfig, scenario: Scenario, seed: int, dtype: torch.d
     widths = (config.kv_lora_rank, config.qk_rope_head_dim)
     history = [tuple(normal(length, width) for width in widths) for length in scenario.history]
     signed, requests = not config.attention_bias, len(scenario.query_lens)
-    count = turns.choices(scenario, signed)
+    count = choices(scenario, signed)
     if scenario.mode == "prefill":
         others = normal(count - 1, requests, config.hidden_size)
     else:
         others = torch.stack([hidden() for _ in range(count - 1)]) if count > 1 else plain[None][:0]
-    return Inputs(plain, history, others, Turns(requests, count, signed, seed))  # type: ignore[arg-type]  # pairs
+    turns = Turns(requests, count, signed, seed)
+    return Inputs(scenario, plain, history, others, turns)  # type: ignore[arg-type]  # pairs
+
+
+# ------------------------------------------------------------------------------------------------- oracle
 
 
 def expected_outputs(config: MLAConfig, state: State, scenario: Scenario, inputs: Inputs) -> Expected:
@@ -136,21 +251,20 @@ def expected_outputs(config: MLAConfig, state: State, scenario: Scenario, inputs
     return Expected(scenario, plain[None], last)
 
 
+def expected_plain(config: MLAConfig, state: State, inputs: Inputs, count: int) -> torch.Tensor:
+    """Return the oracle's outputs [count, T, d] of the first forwards of a plain pass."""
+    hidden = inputs.hidden[None, :count]
+    return _of_steps(config, state, inputs.scenario.query_lens, hidden, inputs.history)[0]
+
+
 def oracle_runs(config: MLAConfig, scenario: Scenario) -> list[Run]:
     """Return what the oracle computes for `expected_outputs`, request by request."""
-    count = turns.choices(scenario, signed=not config.attention_bias)
+    count = choices(scenario, signed=not config.attention_bias)
     requests = list(zip(scenario.query_lens, scenario.history, strict=True))
     if scenario.mode == "decode":
         return [Run(count, new * scenario.inputs, past) for new, past in requests]
     last = [Run(count - 1, 1, past + new - 1, uncached=new - 1) for new, past in requests]
-    return [*(Run(1, *one) for one in requests), *last]
-
-
-def expected_of(
-    config: MLAConfig, state: State, scenario: Scenario, history: History, hidden: torch.Tensor
-) -> torch.Tensor:
-    """Return the oracle's outputs [n, T, d] of `hidden` [n, T, d]: consecutive steps, from the history on."""
-    return _of_steps(config, state, scenario.query_lens, hidden[None], history)[0]
+    return [*(Run(1, *request) for request in requests), *last]
 
 
 def _of_steps(
@@ -162,3 +276,78 @@ def _of_steps(
     lengths = [length * steps for length in lens]
     found = oracle_of_choices(config, state, rows, lengths, history).split(lengths, dim=1)
     return torch.cat([request.unflatten(1, (steps, -1)) for request in found], dim=2)
+
+
+# ---------------------------------------------------------------------------------------------- on a device
+
+
+class TurnedHidden:
+    """`rows` [inputs, T, d]: hidden states at a fixed address, which a captured graph may read.
+
+    Those of a step are there once it is shown, right before its forward: no work can be done on them earlier.
+    """
+
+    def __init__(self, scenario: Scenario, inputs: Inputs, device: torch.device) -> None:
+        self.rows = inputs.hidden.to(device, copy=True)
+        self._plain = inputs.hidden.to(device, copy=True)
+        self._others = inputs.others.to(device)
+        self._lens = torch.tensor(scenario.query_lens)
+        self._last = (self._lens.cumsum(0) - 1).to(device)
+        self._prefill = scenario.mode == "prefill"
+
+    def change(self, inputs: Inputs) -> None:
+        """Take other plain inputs, at the same addresses."""
+        self._plain.copy_(inputs.hidden)
+
+    def take(self, turn: Turn) -> None:
+        """Hide the hidden states of the last turn; those of this one are there once they are shown."""
+        signs = turn.signs.repeat_interleave(self._lens)
+        self._choices, self._signs = turn.choices, signs.to(self.rows.device, self.rows.dtype)[:, None]
+        self.rows.fill_(torch.nan)
+
+    def show(self, step: int) -> None:
+        """Write the hidden states of one step of the turn."""
+        rows = self.rows[step]
+        rows.copy_(self._plain[step])
+        if self._prefill:
+            self._choose_last(rows)
+        else:
+            self._choose_all(rows, step)
+        rows.mul_(self._signs)
+
+    def _choose_last(self, rows: torch.Tensor) -> None:
+        """Replace the last row of every request that chooses another one."""
+        chosen = self._choices.nonzero()[:, 0]
+        if len(chosen):
+            choices, chosen = (self._choices[chosen] - 1).to(rows.device), chosen.to(rows.device)
+            rows.index_copy_(0, self._last[chosen], self._others[choices, chosen])
+
+    def _choose_all(self, rows: torch.Tensor, step: int) -> None:
+        """Replace all rows of every request that chooses others."""
+        of_row = self._choices.repeat_interleave(self._lens)
+        for choice in of_row.unique().tolist():
+            if choice:
+                chosen = (of_row == choice).nonzero()[:, 0].to(rows.device)
+                rows.index_copy_(0, chosen, self._others[choice - 1, step].index_select(0, chosen))
+
+
+class HistorySigns:
+    """Negates the cached history of requests in place. Created when the cache holds the history alone."""
+
+    def __init__(self, cache: LatentCache, sequences: Sequence[int]) -> None:
+        self._cache = cache
+        self._slots = [cache.slots(sequence) for sequence in sequences]
+        self._signs = torch.ones(len(sequences), dtype=torch.int64)
+
+    def take(self, signs: torch.Tensor) -> None:
+        """Give each request's history the sign [B] of a turn."""
+        changed = (signs != self._signs).nonzero()[:, 0].tolist()
+        self._signs = signs
+        if changed:
+            for rows in torch.cat([self._slots[index] for index in changed]).split(CHUNK):
+                self._negate(rows)
+
+    def _negate(self, rows: torch.Tensor) -> None:
+        for layer in self._cache.pages:
+            flat = layer.view(-1, self._cache.config.latent_dim)
+            flat.index_copy_(0, rows, -flat.index_select(0, rows))

@@ -6,12 +6,13 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Mapping
 from math import prod
+from time import perf_counter_ns as now_ns
 from typing import Any
 
 import torch
 
-from mla.bench.subjects import shelf
-from mla.bench.subjects.base import Implementation
+from mla.bench.subjects import base
+from mla.bench.subjects.base import Facts, Implementation, Outputs
 from mla.bench.subjects.setting import SPARE_PAGES, Setting, make_ops
 from mla.bench.workload.grid import Point
 from mla.bench.workload.scenario import Scenario
@@ -19,7 +20,6 @@ from mla.cases.call import Call, Checker
 from mla.cases.case import OpCase
 from mla.cases.memory import Layout, Tensors, on_host, poison_all
 from mla.cases.varied import Change, Pool
-from mla.command.clock import now_ns
 from mla.config import MLAConfig
 from mla.layer.ops import Choice, layer_roles
 from mla.verify.verdict import Check
@@ -92,28 +92,29 @@ class OpImplementation(Implementation):
         self.name, self._pool, self._role = name, pool, role
         self._ops = make_ops(setting, role)
         self._choice = self._ops[role]
+        self._plan_ms: float | None = None
 
     def load(self, scenario: Scenario, inputs: Any) -> None:
         """Lay the operands out on the device. Raises `UnsupportedBatch` if the op refuses the shape."""
         check_lengths(self._choice, self._pool.case)
         self._call = Call(self._pool, self._choice.op, self._choice.spec)
         stack = self._call.buffers(buffers(self._pool, self._pool.calls))
-        self._shelf = shelf.Shelf(stack, self._pool.calls, poison_all)
+        self._shelf = base.Shelf(stack, self._pool.calls, poison_all)
         self.restore()
 
     def restore(self, number: int = 0) -> None:
         """Plan the batch again, and begin pass `number`."""
         start = now_ns()
         if self._call.prepare():
-            self.plan_ms = (now_ns() - start) / 1e6
+            self._plan_ms = (now_ns() - start) / 1e6
         self._call.begin(number)
         self._shelf.clear()
         self._number = number
-        self._kept: dict[int, Tensors] = {}  # index of a call -> its results on the host
+        self._kept: dict[int, Tensors] | None = None  # index of a call -> its results on the host
         calls = self._pool.calls if self._pool.calls * self._pool.size[1] <= EARLY_ROWS else 0
         self._early = [self._call.upload(self.truth_of(index)) for index in range(calls)]
 
-    def ready(self, index: int) -> None:
+    def before(self, index: int) -> None:
         change = self._early[index] if self._early else self._call.upload(self.truth_of(index))
         self._call.take(change, self._shelf.next())
 
@@ -124,17 +125,32 @@ class OpImplementation(Implementation):
         self._call.fetch(self._shelf.next())
         self._shelf.keep(index)
 
-    def collect(self) -> None:
-        names = self._call.written
-        kept = {index: on_host(results) for index, results in sorted(self._shelf.kept.items())}
-        self._kept = {index: {name: results[name] for name in names} for index, results in kept.items()}
+    @property
+    def out(self) -> torch.Tensor:
+        """What the call that `before` prepared writes first."""
+        return self._shelf.next()[self._call.written[0]]
+
+    def _results(self) -> dict[int, Tensors]:
+        if self._kept is None:
+            names = self._call.written
+            kept = {index: on_host(results) for index, results in sorted(self._shelf.kept.items())}
+            self._kept = {index: {name: results[name] for name in names} for index, results in kept.items()}
+        return self._kept
+
+    def outputs(self) -> Outputs:
+        """Return the results [T, ..] without log-sum-exps, by call."""
+        names = [name for name in self._call.written if name != "lse"]
+        return {
+            index: torch.cat([results[name] for name in names], dim=-1)
+            for index, results in self._results().items()
+        }
 
     def check(self, checker: Checker) -> Check:
         """Check everything that the kept calls wrote, including log-sum-exps and the cache."""
         places = self._call.places()
         checks = {
             index: checker.check(results, self.truth_of(index), places)
-            for index, results in self._kept.items()
+            for index, results in self._results().items()
         }
         return summary(checks, self._call.damage())
 
@@ -142,28 +158,19 @@ class OpImplementation(Implementation):
         """Return the change of call `index` of the last pass, which knows what that must write."""
         return self._pool.change(self._number, index)
 
-    def compared(self) -> dict[int, torch.Tensor]:
-        """Return the results [T, ..] without log-sum-exps, by call."""
-        names = [name for name in self._call.written if name != "lse"]
-        return {
-            index: torch.cat([results[name] for name in names], dim=-1)
-            for index, results in self._kept.items()
-        }
-
-    def cache_bytes(self) -> int:
-        return self._call.cache_bytes
-
-    def weight_bytes(self) -> int:
-        return self._call.weight_bytes if hasattr(self, "_call") else 0  # the op may have refused to pack
+    def facts(self) -> Facts:
+        called = hasattr(self, "_call")  # the op may have refused to pack
+        return Facts(
+            cache_bytes=self._call.cache_bytes if called else 0,
+            weight_bytes=self._call.weight_bytes if called else 0,
+            plan_ms=self._plan_ms,
+            ops={self._role: self._choice.name},
+            remarks=self._ops.remarks(),
+        )
 
     def replace_ops(self, replace: Callable[[str, Any], Any]) -> None:
+        """Put `replace(role, op)` in place of the op; called before `load`."""
         self._choice = dataclasses.replace(self._choice, op=replace(self._role, self._choice.op))
-
-    def ops(self) -> dict[str, str]:
-        return {self._role: self._choice.name}
-
-    def remarks(self) -> dict[str, list[str]]:
-        return self._ops.remarks()
 
 
 def summary(checks: Mapping[int, Check], damage: str = "") -> Check:
@@ -199,7 +206,7 @@ def buffers(pool: Pool, calls: int) -> int:
     """Return how many buffers for results a pass of `calls` gets."""
     written = numbers(pool)
     kept = max(KEPT_CALLS, KEPT_NUMBERS // written)
-    return min(kept + 1, shelf.buffers(calls, written * pool.case.spec.dtype.itemsize))
+    return min(kept + 1, base.buffers(calls, written * pool.case.spec.dtype.itemsize))
 
 
 def output_bytes(pool: Pool) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -30,27 +31,40 @@ SPARE_PAGES = 16
 _SAID: set[str] = set()  # remarks of ops
 
 
-class Ranks(Protocol):
-    """The other ranks of a run, of which every one has a part of the layer (`mla.bench.ranks`)."""
+class Ranks(ABC):
+    """The ranks of a run, of which every one has a part of the layer; by default all are on this device."""
+
+    layout: Layout
+    beside = 0  # further ranks that share this process's host
+    assumed = ""  # what stands for ranks that are not there
 
     @property
-    def layout(self) -> Layout: ...
-    @property
-    def world(self) -> int: ...
-    def told(self) -> AbstractContextManager[None]: ...
-    def leave(self, reason: str, code: int) -> None: ...
-    def behind(self) -> str: ...
-    def when_lost(self, die: Callable[[Any], None]) -> None: ...
-    @property
-    def here(self) -> int: ...
-    @property
-    def beside(self) -> int: ...
-    @property
-    def assumed(self) -> str: ...
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.layout.world
 
-    def layer(
-        self, setting: Setting, state: Mapping[str, torch.Tensor], name: str, ops: str | None
-    ) -> Any: ...
+    @property
+    def here(self) -> int:
+        """Number of ranks on this process's device."""
+        return self.world
+
+    @abstractmethod
+    def layer(self, setting: Setting, state: Mapping[str, torch.Tensor], name: str, ops: str | None) -> Any:
+        """Return the implementation that has all ranks do their part."""
+
+    def told(self) -> AbstractContextManager[None]:
+        """Tell other ranks why this one fails in the block, if it does."""
+        return nullcontext()
+
+    def leave(self, reason: str, code: int) -> None:  # noqa: B027  # nobody else is there
+        """Tell other ranks why this one ends, unless they know."""
+
+    def behind(self) -> str:
+        """Name the ranks that keep the others waiting; "" if none does."""
+        return ""
+
+    def when_lost(self, die: Callable[[Any], None]) -> None:  # noqa: B027
+        """Have `die` end this process if another rank is lost while this one does something else."""
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from mla.bench.subjects.inputs import Inputs
+from mla.bench.subjects.base import Facts, LayerImplementation
+from mla.bench.subjects.inputs import Inputs, Turn
 from mla.bench.subjects.setting import Setting
-from mla.bench.subjects.tokens import LayerImplementation
 from mla.bench.subjects.transformers_classes import TransformersModel, transformers_model
-from mla.bench.subjects.turns import Turn
 from mla.bench.workload.scenario import Scenario
 from mla.config import MLAConfig
 from mla.errors import MLAError
@@ -97,12 +96,12 @@ class TransformersLayer(LayerImplementation):
         for hidden, out, cache, arguments in requests:
             out.copy_(self._layer(hidden[None], cache=cache, **arguments)[0][0])
 
-    def cache_bytes(self) -> int:
-        tokens = sum(self.scenario.final_lens)
-        return tokens * self.setting.config.latent_dim * self.setting.dtype.itemsize
-
-    def weight_bytes(self) -> int:
-        return sum(parameter.nbytes for parameter in self._layer.parameters())
+    def facts(self) -> Facts:
+        loaded = self.scenario.final_lens if hasattr(self, "scenario") else ()
+        return Facts(
+            cache_bytes=sum(loaded) * self.setting.config.latent_dim * self.setting.dtype.itemsize,
+            weight_bytes=sum(parameter.nbytes for parameter in self._layer.parameters()),
+        )
 
 
 def require() -> Any:

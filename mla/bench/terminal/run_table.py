@@ -15,7 +15,7 @@ from mla.bench.terminal import ceilings, ranks, stages
 from mla.bench.terminal.digits import between, known, limit, number, per_second, percent, quoted
 from mla.bench.terminal.lines import case_lines, name
 from mla.bench.terminal.verdict import headline_number, status, times_as_fast, verdicts, why_unreliable
-from mla.command.table import aligned, has_colours, table, width
+from mla.command.table import aligned, has_colours, markdown, width
 from mla.text import DTYPES, size
 
 FORMATS = ("table", "md", "csv", "json")
@@ -89,7 +89,7 @@ def _detailed(run: Run, kind: str) -> Iterator[list[str]]:
     """Yield everything that is known of a run, in blocks of lines."""
     rows, shown = case_rows(run), columns(run.cases)
     cells = [[cell(row) for cell in shown.values()] for row in rows]
-    yield table(kind, list(shown), cells, ("scenario", "implementation")).splitlines()
+    yield markdown(list(shown), cells).splitlines() if kind == "md" else _coloured(rows, list(shown), cells)
     yield _reasons(run.cases)
     yield _parts(run, kind)
     yield case_lines(run)
@@ -128,15 +128,20 @@ def _short_dtype(dtype: str) -> str:
 
 def _face(rows: Sequence[Row]) -> list[str]:
     """Return the short table, with as many of `_EXTRAS` as its width holds."""
-    header = ("scenario", "implementation", "latency", "throughput", "of peak", "speedup")
-    header = header if any(row.comparison for row in rows) else header[:-1]
-    styles = [_STYLES.get(row.check.status, "") for row in rows] if has_colours() else None
+    header = ["scenario", "implementation", "latency", "throughput", "of peak"]
+    header += ["speedup"] * any(row.comparison for row in rows)
     for kept in range(len(_EXTRAS), -1, -1):
         cells = [_face_cells(row, _EXTRAS[:kept])[: len(header)] for row in rows]
         plain = aligned(header, cells, _LEFT)
         if max(map(len, plain.splitlines())) <= width():
             break
-    return (aligned(header, cells, _LEFT, styles=styles) if styles else plain).splitlines()
+    return _coloured(rows, header, cells)
+
+
+def _coloured(rows: Sequence[Row], header: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+    """Return an aligned table, in which withheld rows have a colour on a terminal."""
+    styles = [_STYLES.get(row.check.status, "") for row in rows] if has_colours() else None
+    return aligned(header, cells, _LEFT, styles=styles).splitlines()
 
 
 def _face_cells(row: Row, extras: Collection[str]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ check watches the memory before the first and behind the last row of outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -14,13 +14,13 @@ import torch
 
 from mla.cases.case import OpCase
 from mla.cases.stress import EVEN, Stress
+from mla.conformance.checks import op_cases, op_check
 from mla.conformance.reach import far
-from mla.conformance.registry import OP, check
 from mla.conformance.trial import Refused, Trial, expect
 from mla_backends.api import AttentionSpec
 
 Lengths = tuple[int, ...]
-Both = tuple[Lengths, Lengths]  # new tokens and keys, per request
+Lens = tuple[Lengths, Lengths]  # new tokens and keys, per request
 Make = Callable[..., OpCase]  # of lengths, and what is not as usual
 
 # Widths of heads and latents: what every model of the family has, and every kernel is made for; and others.
@@ -48,8 +48,8 @@ def attention(kind: str, query_lens: Lengths, kv_lens: Lengths, heads: int = 16,
 
 latent: Make = partial(attention, "latent_attention")
 expanded: Make = partial(attention, "expanded_attention")
-MAKERS = {"latent": latent, "expanded": expanded}
-LATENT, EXPANDED = ("latent",), ("expanded",)
+LATENT, EXPANDED = {"latent": latent}, {"expanded": expanded}
+BOTH = LATENT | EXPANDED
 
 
 def decode(*kv_lens: int, **changes: Any) -> OpCase:
@@ -57,60 +57,13 @@ def decode(*kv_lens: int, **changes: Any) -> OpCase:
     return latent((1,) * len(kv_lens), kv_lens, **changes)
 
 
-def attention_check(
-    name: str, fails: str, catches: str, kinds: Iterable[str] = MAKERS
-) -> Callable[[Callable[[Trial, Make], None]], Callable[[Trial, Make], None]]:
-    """Register a function of a trial, and of what makes cases of an op, as a check of one op or of both."""
-
-    def register(body: Callable[[Trial, Make], None]) -> Callable[[Trial, Make], None]:
-        for kind in kinds:
-
-            def run(trial: Trial, make: Make = MAKERS[kind]) -> None:
-                body(trial, make)
-
-            run.__doc__ = body.__doc__
-            check(f"{kind}.{name}", catches=catches, scope=OP, kind=f"{kind}_attention", fails=fails)(run)
-        return body
-
-    return register
-
-
-Cases = Callable[[Make, bool], Iterable[OpCase]]
-
-
-def attention_cases(
-    name: str,
-    fails: str,
-    catches: str,
-    kinds: Iterable[str] = MAKERS,
-    *,
-    exact: bool = False,
-    inputs: bool = False,
-) -> Callable[[Cases], Cases]:
-    """Register cases as a check: the op's outputs are right.
-
-    The function gets what makes cases of the op, and whether the grid is the quick one. `exact`: an op that
-    refuses so few heads gets no more of them. `inputs`: these, and what lies around them, stay as they are.
-    """
-
-    def register(cases: Cases) -> Cases:
-        def body(trial: Trial, make: Make) -> None:
-            trial.check_cases(cases(make, trial.quick), exact=exact, inputs=inputs)
-
-        body.__doc__ = cases.__doc__
-        attention_check(name, fails, catches, kinds)(body)
-        return cases
-
-    return register
-
-
 # A request of each kind: prefill, decode, several tokens with history, one across a page's end.
-MIXED: Both = ((5, 1, 9, 2), (5, 70, 64, 129))
+MIXED: Lens = ((5, 1, 9, 2), (5, 70, 64, 129))
 # A segment without history, some with one, and a single query.
-SEGMENTS: Both = ((5, 1, 20, 3), (5, 70, 20, 67))
+SEGMENTS: Lens = ((5, 1, 20, 3), (5, 70, 20, 67))
 
 
-def usual(make: Make) -> Both:
+def usual(make: Make) -> Lens:
     """Return lengths of a batch of every kind of request."""
     return MIXED if make is latent else SEGMENTS
 
@@ -123,33 +76,33 @@ def around(*borders: int) -> Lengths:
 # ------------------------------------------------------------------------------------------------- formula
 
 
-@attention_cases("decode", "formula", "a block table row, a length or a head taken from a neighbour", LATENT)
+@op_cases("decode", "formula", "a block table row, a length or a head taken from a neighbour", LATENT)
 def decode_step(make: Make, quick: bool) -> Iterator[OpCase]:
     """One new token per request attends histories of different lengths."""
     yield from (decode(33, 7, 100, 64, 3), decode(90))
 
 
-@attention_cases("multi_token", "formula", "a mask that is off by one when tokens follow a history", LATENT)
+@op_cases("multi_token", "formula", "a mask that is off by one when tokens follow a history", LATENT)
 def multi_token(make: Make, quick: bool) -> Iterator[OpCase]:
     """Several new tokens per request, as in speculative decoding, are causal after their history."""
     for count in (2, 3) if quick else (2, 3, 4, 5, 8):
         yield make((count,) * 3, (70, count + 1, 64))
 
 
-@attention_cases("prefill", "formula", "a mask that leaks future tokens, which a long history hides")
+@op_cases("prefill", "formula", "a mask that leaks future tokens, which a long history hides", BOTH)
 def prefill(make: Make, quick: bool) -> Iterator[OpCase]:
     """Requests without history see their own tokens up to each query."""
     lengths = (5, 1, 40) if quick else (5, 1, 40, 64, 65, 129, 300)
     yield make(lengths, lengths)
 
 
-@attention_cases("history", "formula", "causality aligned at the first key instead of the last", EXPANDED)
+@op_cases("history", "formula", "causality aligned at the first key instead of the last", EXPANDED)
 def history(make: Make, quick: bool) -> Iterator[OpCase]:
     """The last query of a segment sees the last key, whatever the history before it."""
     yield from (make((3, 9), (40, 64)), make((1, 2, 5), (65, 129, 6)))
 
 
-@attention_cases("mixed", "formula", "tokens of one request that land in, or attend, another")
+@op_cases("mixed", "formula", "tokens of one request that land in, or attend, another", BOTH)
 def mixed(make: Make, quick: bool) -> Iterator[OpCase]:
     """Prefill, decode and several tokens after a history share a batch."""
     yield make(*usual(make))
@@ -157,21 +110,21 @@ def mixed(make: Make, quick: bool) -> Iterator[OpCase]:
         yield make((1, 12, 1), (65, 40, 9))
 
 
-@attention_cases("unmasked", "formula", "a mask that is applied although the call is not causal", EXPANDED)
+@op_cases("unmasked", "formula", "a mask that is applied although the call is not causal", EXPANDED)
 def unmasked(make: Make, quick: bool) -> Iterator[OpCase]:
     """Without a mask every query sees every key of its segment, even when there are fewer keys."""
     yield make((5, 1, 20), (3, 9, 20), causal=False)
 
 
-@attention_cases("scale", "formula", "a scale that is derived from the widths instead of taken from the call")
+@op_cases("scale", "formula", "a scale that is derived from the widths instead of taken from the call", BOTH)
 def scale(make: Make, quick: bool) -> Iterator[OpCase]:
     """The softmax scale is the one that is passed."""
     for factor in (0.4, 1.9):
         yield make(*usual(make), softmax_scale=factor * SPEC.softmax_scale)
 
 
-@attention_cases(
-    "other_widths", "contract", "a kernel compiled for the usual widths that runs on others anyway"
+@op_cases(
+    "other_widths", "contract", "a kernel compiled for the usual widths that runs on others anyway", BOTH
 )
 def other_widths(make: Make, quick: bool) -> Iterator[OpCase]:
     """Widths other than the usual are served, or refused with a reason."""
@@ -197,15 +150,13 @@ def ragged(count: int, most: int) -> Lengths:
     return tuple(1 + (7 * i + i // 3) % most for i in range(count))
 
 
-def of_several(count: int, most: int) -> Both:
+def of_several(count: int, most: int) -> Lens:
     """Return lengths of queries, 1 to 3, and of keys: `most` more at most."""
     queries = ragged(count, 3)
     return queries, tuple(new + more - 1 for new, more in zip(queries, ragged(count, most), strict=True))
 
 
-@attention_cases(
-    "requests", "grid", "a table of a fixed number of requests, or a grid that ends early", LATENT
-)
+@op_cases("requests", "grid", "a table of a fixed number of requests, or a grid that ends early", LATENT)
 def requests(make: Make, quick: bool) -> Iterator[OpCase]:
     """Hundreds of short requests are attended, each by its own row of the tables."""
     single, several = REQUESTS if quick else MOST_REQUESTS
@@ -214,9 +165,7 @@ def requests(make: Make, quick: bool) -> Iterator[OpCase]:
         yield make(*of_several(count, 5), heads)
 
 
-@attention_cases(
-    "segments", "grid", "a table of a fixed number of segments, or a grid that ends early", EXPANDED
-)
+@op_cases("segments", "grid", "a table of a fixed number of segments, or a grid that ends early", EXPANDED)
 def segments(make: Make, quick: bool) -> Iterator[OpCase]:
     """Hundreds of short segments are attended, with and without a mask."""
     for count in REQUESTS if quick else MOST_REQUESTS:
@@ -226,7 +175,7 @@ def segments(make: Make, quick: bool) -> Iterator[OpCase]:
         yield make(*of_several(count, 5), heads)
 
 
-@attention_cases("rows", "grid", "rows beyond the last of a grid, or a number of them that is too narrow")
+@op_cases("rows", "grid", "rows beyond the last of a grid, or a number of them that is too narrow", BOTH)
 def rows(make: Make, quick: bool) -> Iterator[OpCase]:
     """Thousands of rows are attended, in one request and in many, the first of them without history."""
     for count, tokens, heads in ROWS if quick else MOST_ROWS:
@@ -242,7 +191,7 @@ MORE_CACHES = (*CACHES, (64, 4400), (32, 4400), (128, 1100))
 PLACES = "places that are computed in 32 bits, and lie elsewhere in memory"
 
 
-@attention_check("far_pages", "index", PLACES, LATENT)
+@op_check("far_pages", "index", PLACES, LATENT)
 def far_pages(trial: Trial, make: Make) -> None:
     """Pages whose place in memory is beyond 32 bits are read where they are."""
     with far(trial, what="from the start") as numbers:
@@ -251,7 +200,7 @@ def far_pages(trial: Trial, make: Make) -> None:
             trial.check_cases([case.but(pages_before=pages)])
 
 
-@attention_check("far_rows", "index", PLACES)
+@op_check("far_rows", "index", PLACES, BOTH)
 def far_rows(trial: Trial, make: Make) -> None:
     """Rows of queries, keys, values and outputs may lie apart, the last of them beyond 32 bits."""
     # Of q and out; of k and v as well, which are longer.
@@ -262,16 +211,14 @@ def far_rows(trial: Trial, make: Make) -> None:
             trial.check_cases([case])
 
 
-@attention_cases(
-    "shared_pages", "index", "a page that is one request's alone, or looked up by its owner", LATENT
-)
+@op_cases("shared_pages", "index", "a page that is one request's alone, or looked up by its owner", LATENT)
 def shared_pages(make: Make, quick: bool) -> Iterator[OpCase]:
     """Requests with a common beginning may share the pages that hold it."""
     for lengths in (((1, 1), (150, 70)), ((2, 1, 9), (66, 200, 140))):
         yield make(*lengths, 4, common=64, unowned=torch.nan)
 
 
-@attention_cases("slots", "index", "numbers of pages or slots that are kept in 8, 12, 15 or 16 bits", LATENT)
+@op_cases("slots", "index", "numbers of pages or slots that are kept in 8, 12, 15 or 16 bits", LATENT)
 def slots(make: Make, quick: bool) -> Iterator[OpCase]:
     """Pages next to powers of two, and slots beyond 2^16, are read where they are."""
     for size, pages in CACHES if quick else MORE_CACHES:
@@ -281,7 +228,7 @@ def slots(make: Make, quick: bool) -> Iterator[OpCase]:
             yield make(*lengths, heads, page_size=size, pages=pages)
 
 
-@attention_cases("positions", "index", "positions, or entries of the block table, kept in 15 or 16 bits")
+@op_cases("positions", "index", "positions, or entries of the block table, kept in 15 or 16 bits", BOTH)
 def positions(make: Make, quick: bool) -> Iterator[OpCase]:
     """Keys beyond 2^16, queries beyond 2^15 and tables of more than 2^16 entries are found."""
     if make is expanded:
@@ -321,30 +268,26 @@ TOKENS = (*around(*BORDERS), 200, 300)
 LONG, LONGEST = 33_000, 66_000  # keys: positions beyond 2^15 and 2^16
 
 
-@attention_cases(
-    "page_boundaries", "tiles", "a last page that is dropped, or read past the request's end", LATENT
-)
+@op_cases("page_boundaries", "tiles", "a last page that is dropped, or read past the request's end", LATENT)
 def page_boundaries(make: Make, quick: bool) -> Iterator[OpCase]:
     """Lengths just below, at and just above a page's end are attended in full."""
     yield decode(*BOUNDARIES)
     yield from (decode(length) for length in BOUNDARIES[1:6])
 
 
-@attention_cases("page_sizes", "tiles", "an op that assumes pages of 64 tokens without saying so", LATENT)
+@op_cases("page_sizes", "tiles", "an op that assumes pages of 64 tokens without saying so", LATENT)
 def page_sizes(make: Make, quick: bool) -> Iterator[OpCase]:
     """Pages of any size are served, or refused with a reason."""
     for size in (1, 16, 128) if quick else (1, 2, 4, 8, 16, 32, 128, 256):
         yield from (decode(33, 7, 130, page_size=size), make(*MIXED, page_size=size))
 
 
-@attention_cases(
-    "heads", "tiles", "a head count that is padded, cut or grouped without saying so", exact=True
-)
+@op_cases("heads", "tiles", "a head count that is padded, cut or grouped without saying so", BOTH, exact=True)
 def heads(make: Make, quick: bool) -> Iterator[OpCase]:
     """Any number of heads from 1 to 128 is served, or refused with a reason."""
     for count in FEW_HEADS if quick else ALL_HEADS:
         # Batches of 1, 2, 3 and more new tokens per request; each number alone as well.
-        lengths: list[Both] = [((1, 1), (9, 3)), ((2, 1, *range(3, 10)), (2, 66, 3, 7, 5, 16, 7, 9, 9))]
+        lengths: list[Lens] = [((1, 1), (9, 3)), ((2, 1, *range(3, 10)), (2, 66, 3, 7, 5, 16, 7, 9, 9))]
         if not quick and count <= SMALL_HEADS:
             lengths += [((2, 2), (3, 66)), ((3, 3), (70, 3)), ((4, 4), (4, 9)), ((7,), (20,))]
         yield from (make(*both, count) for both in lengths)
@@ -354,7 +297,7 @@ def heads(make: Make, quick: bool) -> Iterator[OpCase]:
             yield make((10, 17, 33), (12, 17, 40), count)
 
 
-@attention_cases(
+@op_cases(
     "cut_tokens",
     "tiles",
     "a last key lost where a tile of rows ends between the heads of a token",
@@ -374,8 +317,8 @@ def cut(tile: int, count: int) -> Iterator[OpCase]:
         yield latent((token + 1,), (FIRST_KEY + 1,), count, gain=EVEN)
 
 
-@attention_cases(
-    "keys", "tiles", "a last tile of keys that is dropped, or a split that loses its first or last key"
+@op_cases(
+    "keys", "tiles", "a last tile of keys that is dropped, or a split that loses its first or last key", BOTH
 )
 def keys(make: Make, quick: bool) -> Iterator[OpCase]:
     """Lengths next to the borders of tiles and splits are attended in full, alone and together."""
@@ -403,7 +346,7 @@ def _expanded_keys(quick: bool) -> Iterator[OpCase]:
         yield from (expanded(*other, aimed=True, causal=causal) for causal in (True, False))
 
 
-@attention_cases("new_tokens", "tiles", "a tile of new tokens whose mask or last row is wrong")
+@op_cases("new_tokens", "tiles", "a tile of new tokens whose mask or last row is wrong", BOTH)
 def new_tokens(make: Make, quick: bool) -> Iterator[OpCase]:
     """Numbers of new tokens next to the borders of tiles are attended, without history and after one."""
     aimed = partial(make, aimed=True)
@@ -417,8 +360,8 @@ def new_tokens(make: Make, quick: bool) -> Iterator[OpCase]:
     yield from [few] if make is latent else [few.but(causal=False), few]
 
 
-@attention_cases(
-    "long", "tiles", "partial results of a split context that are merged wrongly, or a narrow sum"
+@op_cases(
+    "long", "tiles", "partial results of a split context that are merged wrongly, or a narrow sum", BOTH
 )
 def long(make: Make, quick: bool) -> Iterator[OpCase]:
     """A context of thousands of tokens next to short ones is attended in full."""
@@ -441,7 +384,7 @@ def long(make: Make, quick: bool) -> Iterator[OpCase]:
 # ---------------------------------------------------------------------------------------- order and emptiness
 
 # Equal requests, and pairs of equal ones between others.
-EQUAL: tuple[Both, ...] = (
+EQUAL: tuple[Lens, ...] = (
     ((1,) * 40, (70,) * 40),
     ((3,) * 6, (66,) * 6),
     ((1, 2, 1, 2, 1, 2), (9, 9, 9, 9, 65, 65)),
@@ -450,14 +393,14 @@ EQUAL: tuple[Both, ...] = (
 PAIRS = ((1, 3), (5, 5), (2, 70), (1, 64), (1, 130), (9, 20), (1, 3), (2, 65))
 
 
-@attention_cases("equal", "order", "requests of equal length that change places when they are sorted")
+@op_cases("equal", "order", "requests of equal length that change places when they are sorted", BOTH)
 def equal(make: Make, quick: bool) -> Iterator[OpCase]:
     """Requests of the same lengths keep their own rows."""
     return (make(*lengths, 4) for lengths in EQUAL)
 
 
-@attention_cases(
-    "permuted", "order", "rows that come back sorted, or a plan kept for requests in another order"
+@op_cases(
+    "permuted", "order", "rows that come back sorted, or a plan kept for requests in another order", BOTH
 )
 def permuted(make: Make, quick: bool) -> Iterator[OpCase]:
     """The same requests in another order give the same rows in that order."""
@@ -466,9 +409,7 @@ def permuted(make: Make, quick: bool) -> Iterator[OpCase]:
         yield make(*(tuple(lengths) for lengths in zip(*pairs, strict=True)), 4)
 
 
-@attention_cases(
-    "zero_queries", "emptiness", "a request without new tokens that shifts those after it", LATENT
-)
+@op_cases("zero_queries", "emptiness", "a request without new tokens that shifts those after it", LATENT)
 def zero_queries(make: Make, quick: bool) -> Iterator[OpCase]:
     """Requests without new tokens take no row, wherever they are in the batch."""
     yield make((0, 2, 0, 1, 0), (5, 66, 0, 30, 64))
@@ -476,16 +417,14 @@ def zero_queries(make: Make, quick: bool) -> Iterator[OpCase]:
     yield make((1, 0, 0, 0, 1), (65, 64, 3, 0, 20))
 
 
-@attention_cases("empty_rows", "emptiness", "NaN in the rows a captured graph pads its batch with", LATENT)
+@op_cases("empty_rows", "emptiness", "NaN in the rows a captured graph pads its batch with", LATENT)
 def empty_rows(make: Make, quick: bool) -> Iterator[OpCase]:
     """A token without keys gets 0 and a log-sum-exp of -inf, at every place of a batch and alone."""
     for lengths in ((0, 40, 0, 65), (0, 0), (70, 3, 0), (0, 9), (1, 0, 0, 0, 64, 0), (0,)):
         yield decode(*lengths, unowned=torch.nan)
 
 
-@attention_cases(
-    "empty_segments", "emptiness", "an empty segment that shifts its neighbours or gives NaN", EXPANDED
-)
+@op_cases("empty_segments", "emptiness", "an empty segment that shifts its neighbours or gives NaN", EXPANDED)
 def empty_segments(make: Make, quick: bool) -> Iterator[OpCase]:
     """Segments may lack queries, or keys: then `out` is 0 and the log-sum-exp -inf."""
     for lengths in (((0, 4, 0, 3), (6, 9, 0, 3)), ((3, 0), (70, 5)), ((0, 0, 2), (3, 70, 2))):
@@ -494,7 +433,7 @@ def empty_segments(make: Make, quick: bool) -> Iterator[OpCase]:
         yield make(*lengths, causal=False)
 
 
-@attention_cases("no_tokens", "emptiness", "a grid of no blocks, which cannot be launched")
+@op_cases("no_tokens", "emptiness", "a grid of no blocks, which cannot be launched", BOTH)
 def no_tokens(make: Make, quick: bool) -> Iterator[OpCase]:
     """A batch may have no new tokens at all."""
     yield from (make((0, 0), (5, 64)), make((0,), (70,)), make((0,), (0,)))
@@ -503,23 +442,21 @@ def no_tokens(make: Make, quick: bool) -> Iterator[OpCase]:
 # ------------------------------------------------------------------------------------------------- memory
 
 
-@attention_cases(
-    "poison", "memory", "memory that is read and then multiplied by zero, which NaN survives", LATENT
-)
+@op_cases("poison", "memory", "memory that is read and then multiplied by zero, which NaN survives", LATENT)
 def poison(make: Make, quick: bool) -> Iterator[OpCase]:
     """Pages that no request owns hold NaN, including those that unused columns of a table name."""
     return (case.but(unowned=torch.nan) for case in (decode(*BOUNDARIES), make(*MIXED)))
 
 
-@attention_check("tail", "memory", "slots past a request's end that leak into its softmax", LATENT)
+@op_check("tail", "memory", "slots past a request's end that leak into its softmax", LATENT)
 def tail(trial: Trial, make: Make) -> None:
     """Slots past a request's end hold 1e4, or NaN where the op declares nan_safe_tail."""
     held = torch.nan if trial.op is not None and trial.op.nan_safe_tail else 1e4
     trial.check_cases(one.but(unowned=torch.nan, tail=held) for one in (decode(*BOUNDARIES), make(*MIXED)))
 
 
-@attention_cases(
-    "strided", "memory", "a kernel that ignores strides, or writes outside its output", inputs=True
+@op_cases(
+    "strided", "memory", "a kernel that ignores strides, or writes outside its output", BOTH, inputs=True
 )
 def strided(make: Make, quick: bool) -> Iterator[OpCase]:
     """Operands may be slices of wider tensors; memory around them is left alone."""
@@ -527,7 +464,7 @@ def strided(make: Make, quick: bool) -> Iterator[OpCase]:
     return (case.but(strided=True) for case in (make(*usual(make)), other))
 
 
-@attention_cases("inputs", "memory", "a kernel that scales or rotates its input in place", inputs=True)
+@op_cases("inputs", "memory", "a kernel that scales or rotates its input in place", BOTH, inputs=True)
 def inputs(make: Make, quick: bool) -> Iterator[OpCase]:
     """Queries, keys, values, cache and tables are unchanged after the call."""
     other = decode(33, 7, 64) if make is latent else make((1, 1), (33, 7))
@@ -546,7 +483,7 @@ def require_lse(trial: Trial) -> None:
         raise Refused(NO_LSE)
 
 
-@attention_check("lse", "numbers", "a log-sum-exp to base 2, transposed, or without the scale")
+@op_check("lse", "numbers", "a log-sum-exp to base 2, transposed, or without the scale", BOTH)
 def lse(trial: Trial, make: Make) -> None:
     """The log-sum-exp is the natural logarithm, in fp32, laid out token by token."""
     require_lse(trial)
@@ -560,8 +497,8 @@ def lse(trial: Trial, make: Make) -> None:
     trial.check_cases(cases, only=("lse",))
 
 
-@attention_check(
-    "large", "numbers", "logits that overflow: exp() without the maximum, or a narrow accumulator"
+@op_check(
+    "large", "numbers", "logits that overflow: exp() without the maximum, or a narrow accumulator", BOTH
 )
 def large(trial: Trial, make: Make) -> None:
     """Logits in the thousands, of either sign, still give a finite output that is close to the truth."""
@@ -585,7 +522,7 @@ def large(trial: Trial, make: Make) -> None:
                 expect(worst <= LSE_BOUND, f"lse has relative error {worst:.1e}, allowed {LSE_BOUND:g}")
 
 
-@attention_check("without_lse", "contract", "a path without the log-sum-exp that skips more than that")
+@op_check("without_lse", "contract", "a path without the log-sum-exp that skips more than that", BOTH)
 def without_lse(trial: Trial, make: Make) -> None:
     """An op that declares lse_optional gives the same output when it gets no lse to write."""
     both = (

@@ -9,12 +9,12 @@ import torch
 from mla.cases.call import GuardedCall, host
 from mla.cases.case import OpCase
 from mla.cases.memory import Tensors
+from mla.conformance.checks import op_cases, op_check
 from mla.conformance.checks.attention import (
+    BOTH,
     EXPANDED,
     LATENT,
     Make,
-    attention_cases,
-    attention_check,
     decode,
     require_lse,
     usual,
@@ -36,8 +36,8 @@ def other(make: Make) -> OpCase:
     return make((1, 12, 1), (65, 40, 9))
 
 
-@attention_check(
-    "reuse", "state", "a plan that is used up by one layer, or scratch memory that two batches share"
+@op_check(
+    "reuse", "state", "a plan that is used up by one layer, or scratch memory that two batches share", BOTH
 )
 def reuse(trial: Trial, make: Make) -> None:
     """One prepared state serves several layers, with another batch's calls in between."""
@@ -51,7 +51,7 @@ def reuse(trial: Trial, make: Make) -> None:
             trial.check(call)
 
 
-@attention_check("prepare", "state", "a plan step that waits for the device or copies lengths back from it")
+@op_check("prepare", "state", "a plan step that waits for the device or copies lengths back from it", BOTH)
 def prepare(trial: Trial, make: Make) -> None:
     """Preparing a batch does not wait for pending work on the device."""
     case = trial.fitted(make(*usual(make)))
@@ -72,8 +72,8 @@ def prepare(trial: Trial, make: Make) -> None:
         expect(waited < 0.5 * pending, f"prepare() waited {waited:.3g} of {pending:.3g} ms of pending work")
 
 
-@attention_check(
-    "refilled", "state", "keys gathered once per state, or a result that is remembered by addresses"
+@op_check(
+    "refilled", "state", "keys gathered once per state, or a result that is remembered by addresses", BOTH
 )
 def refilled(trial: Trial, make: Make) -> None:
     """One state on the same memory follows what that memory holds."""
@@ -89,8 +89,8 @@ def refilled(trial: Trial, make: Make) -> None:
             trial.judge(call, call.run(outputs))
 
 
-@attention_check(
-    "kept", "state", "an output that is written again at a later call, or an input that is read again"
+@op_check(
+    "kept", "state", "an output that is written again at a later call, or an input that is read again", BOTH
 )
 def kept(trial: Trial, make: Make) -> None:
     """What a call wrote stays as it is, and its inputs may be overwritten afterwards."""
@@ -110,7 +110,7 @@ def kept(trial: Trial, make: Make) -> None:
             expect(same_bits(then, outputs[name].part), f"`{name}` of an earlier call was written again")
 
 
-@attention_check("again", "state", "a counter or a ring of buffers that runs out after some calls")
+@op_check("again", "state", "a counter or a ring of buffers that runs out after some calls", BOTH)
 def again(trial: Trial, make: Make) -> None:
     """The same call gives the same result hundreds of times."""
     case = trial.fitted(other(make).but(num_heads=2))
@@ -126,7 +126,7 @@ def again(trial: Trial, make: Make) -> None:
                 trial.judge(call, outputs, only=("out",))
 
 
-@attention_check("alive", "state", "states in a ring of a few, or scratch memory that later states take over")
+@op_check("alive", "state", "states in a ring of a few, or scratch memory that later states take over", BOTH)
 def alive(trial: Trial, make: Make) -> None:
     """Many states live at a time, and are called in any order."""
     case = trial.fitted(make((1, 2), (5, 9), 2))
@@ -140,13 +140,13 @@ def alive(trial: Trial, make: Make) -> None:
             trial.judge(call, outputs)
 
 
-@attention_cases("stepping", "state", "lengths remembered from the first time a batch was prepared", LATENT)
+@op_cases("stepping", "state", "lengths remembered from the first time a batch was prepared", LATENT)
 def stepping(make: Make, quick: bool) -> list[OpCase]:
     """The same requests, one token longer each step, are attended in full every step."""
     return [decode(length, length - 30) for length in range(62, 67)]
 
 
-@attention_check("tables", "state", "a block table or lengths kept for every batch of the same shape", LATENT)
+@op_check("tables", "state", "a block table or lengths kept for every batch of the same shape", LATENT)
 def tables(trial: Trial, make: Make) -> None:
     """States of equal shapes, alive at the same time, keep their own tables and lengths apart."""
     first, swapped = (trial.fitted(decode(*lengths, heads=4)) for lengths in ((33, 7, 100), (100, 33, 7)))
@@ -155,7 +155,7 @@ def tables(trial: Trial, make: Make) -> None:
         alternate(trial, [trial.serve(case) for case in (first, *others)])
 
 
-@attention_check("lengths", "state", "lengths that are kept for every batch of the same shape", EXPANDED)
+@op_check("lengths", "state", "lengths that are kept for every batch of the same shape", EXPANDED)
 def lengths(trial: Trial, make: Make) -> None:
     """States of equal shapes, alive at the same time, keep their own lengths apart."""
     batches = (((5, 1, 3), (9, 40, 3)), ((3, 5, 1), (3, 9, 40)), ((3, 5, 1), (40, 9, 3)))
@@ -206,9 +206,7 @@ def captured(trial: Trial, first: OpCase, second: OpCase, follows: bool) -> None
         trial.judge(call, outputs, only=("out",), around=False)
 
 
-@attention_check(
-    "graph", "state", "a call that waits, allocates or reads inputs on the host while captured", LATENT
-)
+@op_check("graph", "state", "a call that waits, allocates or reads inputs on the host while captured", LATENT)
 def graph(trial: Trial, make: Make) -> None:
     """A captured call gives the right output for other queries and other cache contents."""
     first = trial.fitted(decode(50, 10, 100))
@@ -216,7 +214,7 @@ def graph(trial: Trial, make: Make) -> None:
         captured(trial, first, first.but(seed=1), follows=False)
 
 
-@attention_check("graph_lengths", "state", "a schedule or a longest length that is frozen at capture", LATENT)
+@op_check("graph_lengths", "state", "a schedule or a longest length that is frozen at capture", LATENT)
 def graph_lengths(trial: Trial, make: Make) -> None:
     """A captured call follows lengths and block tables that change in place, if its state declares it."""
     first = trial.fitted(decode(50, 10, 100, 3))
@@ -228,7 +226,7 @@ def graph_lengths(trial: Trial, make: Make) -> None:
 # -------------------------------------------------------------------------------------------------- shares
 
 
-@attention_check(
+@op_check(
     "shares",
     "numbers",
     "a log-sum-exp that does not weigh parts of a context: in another base, or without keys",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from mla.cases.call import host
 from mla.cases.case import OpCase
 from mla.cases.memory import allocate
 from mla.cases.stress import Stress
+from mla.conformance.checks import op_cases, op_check
 from mla.conformance.checks.attention import DEEPSEEK, SMALL
 from mla.conformance.reach import far, memory_may_end
-from mla.conformance.registry import OP, check
 from mla.conformance.trial import Trial, expect
 from mla.verify.tolerances import same_bits
 from mla_backends.api import AttentionSpec, LinearSpec, NormSpec, Packed
@@ -45,45 +45,10 @@ PRODUCTS, NORM, ROTATE, WRITE = (
 )
 HEADED = ("batched_linear", "rotate_query")
 
-Body = Callable[[Trial, OpCase], None]
-Cases = Callable[[OpCase, bool], Iterable[OpCase]]
 
-
-def small_check(
-    name: str, fails: str, catches: str, kinds: Iterable[str] = EXAMPLES
-) -> Callable[[Body], Body]:
-    """Register a function of a trial and an example as check `name` of every kind."""
-
-    def register(body: Body) -> Body:
-        for kind in kinds:
-
-            def run(trial: Trial, example: OpCase = EXAMPLES[kind]) -> None:
-                body(trial, example)
-
-            run.__doc__ = body.__doc__
-            check(f"{kind}.{name}", catches=catches, scope=OP, kind=kind, fails=fails)(run)
-        return body
-
-    return register
-
-
-def small_cases(
-    name: str, fails: str, catches: str, kinds: Iterable[str] = EXAMPLES
-) -> Callable[[Cases], Cases]:
-    """Register cases, made of an example, as a check: each is right, and nothing else is written.
-
-    The function also gets whether the grid is the quick one.
-    """
-
-    def register(cases: Cases) -> Cases:
-        def body(trial: Trial, example: OpCase) -> None:
-            trial.check_cases(cases(example, trial.quick), inputs=True)
-
-        body.__doc__ = cases.__doc__
-        small_check(name, fails, catches, kinds)(body)
-        return cases
-
-    return register
+def of(kinds: Iterable[str]) -> Mapping[str, OpCase]:
+    """Return the examples of some kinds."""
+    return {kind: EXAMPLES[kind] for kind in kinds}
 
 
 def other_way(case: OpCase) -> OpCase:
@@ -117,8 +82,12 @@ OVERFLOW = "squares that overflow a narrow dtype"
 HALVES = "the `interleaved` argument ignored"
 
 
-@small_cases(
-    "product", "tiles", "a weight that is transposed or a neighbour's, or a last tile missing", PRODUCTS
+@op_cases(
+    "product",
+    "tiles",
+    "a weight that is transposed or a neighbour's, or a last tile missing",
+    of(PRODUCTS),
+    inputs=True,
 )
 def product(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """The product is correct for one token and for many."""
@@ -130,34 +99,38 @@ def product(example: OpCase, quick: bool) -> Iterator[OpCase]:
         yield example.but(tokens=tokens, in_features=inputs, out_features=outputs, groups=groups)
 
 
-@small_cases("bias", "formula", "a bias that is ignored", ("linear",))
+@op_cases("bias", "formula", "a bias that is ignored", of(("linear",)), inputs=True)
 def bias(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """A bias is added to every row."""
     return of_tokens(example.but(in_features=128, out_features=256, biased=True), 1, 7, 130)
 
 
-@small_cases("formula", "formula", "a norm over the wrong width, or without its weight", NORM)
+@op_cases("formula", "formula", "a norm over the wrong width, or without its weight", of(NORM), inputs=True)
 def norm_formula(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """x / sqrt(mean(x^2) + eps) * weight, over rows of any width."""
     for width in (1536, 33) if quick else (1536, 768, 33, 1):
         yield from of_tokens(example.but(features=width), 1, 70)
 
 
-@small_cases(
-    "formula", "formula", "a key that is cached unrotated, or a latent without its norm's weight", WRITE
+@op_cases(
+    "formula",
+    "formula",
+    "a key that is cached unrotated, or a latent without its norm's weight",
+    of(WRITE),
+    inputs=True,
 )
 def write_formula(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """The latent is normed and the key rotated, each as accurately as the dtype allows."""
     return of_tokens(example, 1, 9, 130)
 
 
-@small_cases("eps", "formula", EPS, (*NORM, *WRITE))
+@op_cases("eps", "formula", EPS, of((*NORM, *WRITE)), inputs=True)
 def eps(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """With small inputs eps matters, and it is the one that is passed."""
     return (_usual(example).but(size=1e-3, eps=value) for value in (1e-6, 1e-5))
 
 
-@small_cases("large", "numbers", OVERFLOW, (*NORM, *WRITE))
+@op_cases("large", "numbers", OVERFLOW, of((*NORM, *WRITE)), inputs=True)
 def large(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """Inputs in the hundreds give results as accurate as small ones."""
     yield _usual(example).but(size=500.0)
@@ -168,20 +141,20 @@ def _usual(example: OpCase) -> OpCase:
     return example.but(features=1536) if example.kind == "rms_norm" else example
 
 
-@small_cases("interleaved", "formula", "halves rotated where channels alternate", ROTATE)
+@op_cases("interleaved", "formula", "halves rotated where channels alternate", of(ROTATE), inputs=True)
 def rotate_interleaved(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """Interleaved: channels 2i and 2i + 1 are rotated together, and stay where they are."""
     return (example.but(num_heads=heads) for heads in ((16, 3) if quick else (16, 1, 3, 128)))
 
 
-@small_cases("halves", "formula", HALVES, (*ROTATE, *WRITE))
+@op_cases("halves", "formula", HALVES, of((*ROTATE, *WRITE)), inputs=True)
 def halves(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """Not interleaved: channels i and i + r/2 are rotated together."""
     yield example.but(num_heads=16, interleaved=False)
 
 
-@small_check(
-    "pack", "contract", "a layout that loses bits, so that a checkpoint cannot be saved again", PRODUCTS
+@op_check(
+    "pack", "contract", "a layout that loses bits, so that a checkpoint cannot be saved again", of(PRODUCTS)
 )
 def pack(trial: Trial, example: OpCase) -> None:
     """unpack(pack(weight)) is the weight, bit for bit, whatever its strides."""
@@ -221,13 +194,17 @@ ROTARY = (2, 32, 62, 96, 128)
 HEADS = (*range(1, 34), 40, 48, 63, 64, 65, 96, 127, 128)
 
 
-@small_cases("rows", "grid", "rows beyond a launch grid, or beside a multiple of its blocks")
+@op_cases(
+    "rows", "grid", "rows beyond a launch grid, or beside a multiple of its blocks", EXAMPLES, inputs=True
+)
 def rows(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """From one row to thousands, every row is right."""
     return by_turns(of_tokens(example, *((*FEW, MOST_ROWS) if quick else (*MANY, MOST_ROWS, BEYOND_GRID))))
 
 
-@small_cases("rows_and_heads", "grid", "tokens times heads that a launch grid does not hold", HEADED)
+@op_cases(
+    "rows_and_heads", "grid", "tokens times heads that a launch grid does not hold", of(HEADED), inputs=True
+)
 def rows_and_heads(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """Tokens times heads may exceed 65535."""
     case = _of_heads(example, 128).but(tokens=521)
@@ -235,18 +212,19 @@ def rows_and_heads(example: OpCase, quick: bool) -> Iterator[OpCase]:
     yield from [other_way(case)] if quick else both_ways([case])
 
 
-@small_cases("empty", "emptiness", "an empty launch that raises, or that writes anyway")
+@op_cases("empty", "emptiness", "an empty launch that raises, or that writes anyway", EXAMPLES, inputs=True)
 def empty(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """A call without tokens is allowed and writes nothing."""
     nothing = example.but(tokens=0)
     yield from (*both_ways([nothing]), nothing.but(strided=True))
 
 
-@small_cases(
+@op_cases(
     "wide",
     "grid",
     "more tiles of outputs than a grid was made for, or columns counted in 15 bits",
-    ("linear",),
+    of(("linear",)),
+    inputs=True,
 )
 def wide(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """Every one of tens of thousands of outputs is right."""
@@ -254,7 +232,9 @@ def wide(example: OpCase, quick: bool) -> Iterator[OpCase]:
     return both_ways(few.but(out_features=outputs) for outputs in (WIDE[-1:] if quick else WIDE))
 
 
-@small_cases("widths", "tiles", "a last tile that is missing, or filled with what lies behind")
+@op_cases(
+    "widths", "tiles", "a last tile that is missing, or filled with what lies behind", EXAMPLES, inputs=True
+)
 def widths(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """Widths that no tile divides are served, or refused with a reason."""
     if example.kind == "write_latent":
@@ -271,7 +251,13 @@ def widths(example: OpCase, quick: bool) -> Iterator[OpCase]:
             yield from by_turns(dict.fromkeys(case.but(**{side: width}) for width, side in sides))
 
 
-@small_cases("heads", "tiles", "heads left over by a tile of heads, or a head count that is assumed", HEADED)
+@op_cases(
+    "heads",
+    "tiles",
+    "heads left over by a tile of heads, or a head count that is assumed",
+    of(HEADED),
+    inputs=True,
+)
 def heads(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """Any number of heads from 1 to 128 is served, or refused with a reason."""
     narrow = {"in_features": 64, "out_features": 64} if quick and example.kind == "batched_linear" else {}
@@ -283,15 +269,25 @@ def _of_heads(case: OpCase, count: int) -> OpCase:
     return case.but(**{"groups" if case.kind == "batched_linear" else "num_heads": count})
 
 
-@small_cases("page_sizes", "tiles", "a slot that is split into page and offset with a fixed page size", WRITE)
+@op_cases(
+    "page_sizes",
+    "tiles",
+    "a slot that is split into page and offset with a fixed page size",
+    of(WRITE),
+    inputs=True,
+)
 def page_sizes(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """Slots are rows of the flattened cache, whatever the page size."""
     sizes = (1, 16, 128) if quick else (1, 2, 4, 8, 16, 32, 128, 256)
     return by_turns(example.but(page_size=size) for size in sizes)
 
 
-@small_cases(
-    "other_widths", "tiles", "a kernel compiled for 512 + 64 that runs on other widths anyway", WRITE
+@op_cases(
+    "other_widths",
+    "tiles",
+    "a kernel compiled for 512 + 64 that runs on other widths anyway",
+    of(WRITE),
+    inputs=True,
 )
 def other_widths(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """Widths other than 512 + 64 are served, or refused with a reason."""
@@ -304,11 +300,11 @@ def other_widths(example: OpCase, quick: bool) -> Iterator[OpCase]:
 SPREAD = {torch.bfloat16: 12, torch.float16: 6, torch.float32: 12}
 
 
-@small_check(
+@op_check(
     "long_sums",
     "numbers",
     "sums, or parts of a split, that are kept or rounded in a narrow dtype",
-    (*PRODUCTS, *NORM),
+    of((*PRODUCTS, *NORM)),
 )
 def long_sums(trial: Trial, example: OpCase) -> None:
     """Sums over thousands of inputs are as accurate as short ones, even where their parts cancel."""
@@ -324,13 +320,13 @@ def long_sums(trial: Trial, example: OpCase) -> None:
         trial.check_cases(cases, inputs=True)
 
 
-@small_check("sizes", "numbers", "a scale that rows share, as of numbers in 8 bits")
+@op_check("sizes", "numbers", "a scale that rows share, as of numbers in 8 bits", EXAMPLES)
 def sizes(trial: Trial, example: OpCase) -> None:
     """Rows that are thousands of times as large as others of the same call are all right."""
     trial.check_cases(of_tokens(example.but(spread=SPREAD[trial.dtype]), 7, 66), inputs=True)
 
 
-@small_cases("outlier", "numbers", "a scale that an outlier sets for a whole row", PRODUCTS)
+@op_cases("outlier", "numbers", "a scale that an outlier sets for a whole row", of(PRODUCTS), inputs=True)
 def outlier(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """An input that is far larger than others, and counts as much, costs no accuracy."""
     return of_tokens(example.but(outlier=True), 1, 66)
@@ -354,21 +350,27 @@ def _shapes(example: OpCase) -> Iterator[OpCase]:
         yield example.but(interleaved=False, page_size=16)
 
 
-@small_cases("strided", "memory", "a kernel that ignores strides, or writes outside its output")
+@op_cases(
+    "strided", "memory", "a kernel that ignores strides, or writes outside its output", EXAMPLES, inputs=True
+)
 def strided(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """Operands may be slices of wider tensors; memory around them is neither read nor written."""
     return (case.but(strided=True) for case in _shapes(example))
 
 
-@small_cases(
-    "inputs", "memory", "a kernel that uses an input as scratch memory, or rounds its rows up to whole tiles"
+@op_cases(
+    "inputs",
+    "memory",
+    "a kernel that uses an input as scratch memory, or rounds its rows up to whole tiles",
+    EXAMPLES,
+    inputs=True,
 )
 def inputs(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """Inputs, and memory before and behind every operand, are neither read nor written by the call."""
     return _shapes(example)
 
 
-@small_check("in_place", "memory", "a second channel computed from the rotated first", ROTATE)
+@op_check("in_place", "memory", "a second channel computed from the rotated first", of(ROTATE))
 def rotate_in_place(trial: Trial, example: OpCase) -> None:
     """`out` may be x itself, as a slice of a wider tensor."""
     for interleaved in (True, False):
@@ -379,7 +381,7 @@ def rotate_in_place(trial: Trial, example: OpCase) -> None:
             trial.judge(call, out, inputs=True)
 
 
-@small_check("untouched", "memory", "a write past the row, to a neighbour's slot or to another layer", WRITE)
+@op_check("untouched", "memory", "a write past the row, to a neighbour's slot or to another layer", of(WRITE))
 def untouched(trial: Trial, example: OpCase) -> None:
     """Slots that are not written keep every bit, NaN included, and so do the other layers."""
     for case in (example, example.but(tokens=1, page_size=16), example.but(tokens=70)):
@@ -389,20 +391,20 @@ def untouched(trial: Trial, example: OpCase) -> None:
                 expect(not clause, clause)
 
 
-@small_cases("order", "order", "slots that are taken to rise, or to follow each other", WRITE)
+@op_cases("order", "order", "slots that are taken to rise, or to follow each other", of(WRITE), inputs=True)
 def order(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """Slots may come in any order, with and without gaps."""
     return both_ways(case.but(order=order) for order in ORDERS for case in of_tokens(example, 2, 9, 130))
 
 
-@small_check("slots", "index", "slots or pages that are counted in 8 to 16 bits", WRITE)
+@op_check("slots", "index", "slots or pages that are counted in 8 to 16 bits", of(WRITE))
 def slots(trial: Trial, example: OpCase) -> None:
     """Rows are written to slots all over a cache of 131072 and more, and beside them nothing is."""
     for page_size in (64, 1) if trial.quick else (64, 1, 16, 256):
         check_sparse(trial, example, list(_beside_powers(1 << BITS)), page_size)
 
 
-@small_check("far_slots", "index", "places of rows that are computed in 32 bits", WRITE)
+@op_check("far_slots", "index", "places of rows that are computed in 32 bits", of(WRITE))
 def far_slots(trial: Trial, example: OpCase) -> None:
     """Rows whose place in memory is beyond 32 bits are written where they belong."""
     with far(trial, what="from the start") as numbers:
@@ -432,7 +434,7 @@ def check_sparse(trial: Trial, example: OpCase, some: Sequence[int], page_size: 
         expect(bool(rows[beside].isnan().all()), "a slot beside those that are written has changed")
 
 
-@small_check("far_rows", "index", "places of rows that are computed in 32 bits")
+@op_check("far_rows", "index", "places of rows that are computed in 32 bits", EXAMPLES)
 def far_rows(trial: Trial, example: OpCase) -> None:
     """Rows of a tensor that is larger than 32 bits count are read and written where they are."""
     with far(trial) as numbers:
@@ -462,10 +464,11 @@ TURNS = (7, 7, 130, 1, 7, 33, 130, 7, 7)
 LARGE = {torch.bfloat16: 2.0**16, torch.float16: 2.0**8, torch.float32: 2.0**16}
 
 
-@small_check(
+@op_check(
     "earlier_outputs",
     "state",
     "an output that is kept and written to by a later call, or a weight kept for another",
+    EXAMPLES,
 )
 def earlier_outputs(trial: Trial, example: OpCase) -> None:
     """Calls on other tensors, with other weights of the same shape, leave earlier outputs as they were."""
@@ -482,7 +485,7 @@ def earlier_outputs(trial: Trial, example: OpCase) -> None:
             trial.judge(call, out, inputs=True)
 
 
-@small_check("new_contents", "state", "a result or an input that is remembered by its address")
+@op_check("new_contents", "state", "a result or an input that is remembered by its address", EXAMPLES)
 def new_contents(trial: Trial, example: OpCase) -> None:
     """Tensors whose contents have changed in place are read again, and outputs are written again."""
     for case in (example, other_way(example)) if example.kind == "linear" else (example,):
@@ -498,7 +501,7 @@ def new_contents(trial: Trial, example: OpCase) -> None:
                 trial.judge(call, call.run(outputs), around=False)
 
 
-@small_check("call_before", "state", "scratch memory that still holds something of the call before")
+@op_check("call_before", "state", "scratch memory that still holds something of the call before", EXAMPLES)
 def call_before(trial: Trial, example: OpCase) -> None:
     """A call whose numbers are small is right after one whose numbers are large."""
     gain = LARGE[trial.dtype]
@@ -511,11 +514,11 @@ def call_before(trial: Trial, example: OpCase) -> None:
             trial.check(call)
 
 
-@small_check(
+@op_check(
     "packed_again",
     "state",
     "a packed weight that is found again by the address or shape of the weight",
-    PRODUCTS,
+    of(PRODUCTS),
 )
 def packed_again(trial: Trial, example: OpCase) -> None:
     """Other weights that are packed from the same memory, one after the other, are other weights."""

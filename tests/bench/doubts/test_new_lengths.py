@@ -108,7 +108,6 @@ class Loaded:
             self.one.before(index)
             self.one.step(index)
             self.one.after(index)
-        self.one.collect()
         return self.one.check(self.checker)
 
 
@@ -130,7 +129,8 @@ def attention(time: Time, make: Callable[..., Op] = Op, *words: Any) -> list[Op]
 
 def measured(loaded: Loaded, time: Time) -> NewLengths:
     assert loaded.run(1).status == "ok"
-    found = measure(loaded.one, loaded.scenario, time)
+    found, doubt = measure(loaded.one, loaded.scenario, loaded.checker, time)
+    assert doubt == ""
     assert found is not None
     return found
 
@@ -185,11 +185,12 @@ def test_what_is_cached_and_kept_stays_as_it_was(
     loaded = Loaded(tiny(), scenario, *attention(time), layers=layers)
     loaded.run(1)
     loaded.one.restore(2)
-    pages, scratch = loaded.one.cache.pages.clone(), loaded.one.scratch_bytes()
-    found = measure(loaded.one, scenario, time)
+    pages, scratch = loaded.one.cache.pages.clone(), loaded.one.facts().scratch_bytes
+    found, doubt = measure(loaded.one, scenario, loaded.checker, time)
+    assert doubt == ""
     assert found is not None
     assert found.ms == (2 if found.ms > 1 else 1) * 1, "per layer"
-    assert loaded.one.scratch_bytes() == scratch
+    assert loaded.one.facts().scratch_bytes == scratch
     loaded.one.restore(2)
     assert torch.equal(loaded.one.cache.pages.nan_to_num(7), pages.nan_to_num(7))
     for number in (2, 3):
@@ -208,7 +209,7 @@ def test_lengths_are_new_and_no_longer_than_planned(
     found: list[Lengths] = []
     for _ in range(2):
         first.planned.clear()
-        measure(loaded.one, scenario, time)
+        measure(loaded.one, scenario, now=time)
         new = [lengths for lengths in first.planned if lengths not in before]
         assert new == [lengths for lengths in dict.fromkeys(new) for _ in range(3)]
         found += dict.fromkeys(new)
@@ -221,6 +222,22 @@ def test_lengths_are_new_and_no_longer_than_planned(
         assert len({lengths.kv_lens[request] for lengths in found[:TUPLES]}) == TUPLES
 
 
+class Idle(Op):
+    """Computes only lengths that it has planned twice."""
+
+    def __call__(self, *leading: Any, **tensors: Any) -> None:
+        if self.planned.count(self.planned[-1]) > 1:
+            super().__call__(*leading, **tensors)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_outputs_on_new_lengths_are_judged(tiny: Callable[..., MLAConfig], time: Time, name: str) -> None:
+    loaded = Loaded(tiny(), SCENARIOS[name], *attention(time, Idle))
+    loaded.run(1)
+    doubt = measure(loaded.one, loaded.scenario, loaded.checker, time).doubt
+    assert doubt.startswith("outputs on lengths that nothing had seen are wrong: ")
+
+
 @pytest.mark.parametrize(
     ("query_lens", "history", "mode"),
     [((1, 1), (0, 0), "decode"), ((3,), (0,), "decode"), ((1, 1), (0, 0), "prefill")],
@@ -230,7 +247,7 @@ def test_a_scenario_without_room_says_nothing(
 ) -> None:
     scenario = Scenario(name="n", mode=mode, query_lens=tuple(query_lens), history=tuple(history), runs=2)
     loaded = Loaded(tiny(), scenario)
-    assert measure(loaded.one, scenario, time) is None
+    assert measure(loaded.one, scenario, loaded.checker, time) == (None, "")
     assert loaded.run(1).status == "ok"
 
 
@@ -256,7 +273,7 @@ def test_lengths_that_an_op_refuses_are_left_out(
     scenario = Scenario(name="e", mode="prefill", query_lens=(2,), history=(30,), runs=2, passes=2)
     op = Even("latent_attention", time)
     loaded = Loaded(tiny(), scenario, op, attention="absorbed")
-    found = measure(loaded.one, scenario, time)
+    found, _ = measure(loaded.one, scenario, loaded.checker, time)
     assert found is not None
     assert 0 < found.forwards <= TUPLES
     assert all(kv_len % 2 == 0 for lengths in op.planned for kv_len in lengths.kv_lens)
@@ -271,7 +288,7 @@ def test_a_slow_layer_runs_fewer(tiny: Callable[..., MLAConfig], time: Time) -> 
         next(beats)
         time.spend(600)
 
-    found = measure(loaded.one, DECODE, time, beat)
+    found, _ = measure(loaded.one, DECODE, None, time, beat)
     assert found is not None
     assert found.forwards == 2  # the second ends after 3.6 of 2 seconds
     assert next(beats) == 6

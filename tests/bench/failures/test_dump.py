@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 
-from mla.bench.measure import warmup
+from mla.bench.measure import passes as warmup
 from mla.failures import file
 
 Bench = Callable[..., Any]

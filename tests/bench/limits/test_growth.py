@@ -42,24 +42,6 @@ def test_noise_makes_no_result_absurd(short: float, long: float, least: float, m
     assert grown(7 * short, 7 * long, 7) == pytest.approx(grown(short, long, 1))
 
 
-@pytest.mark.parametrize("disturbed", [0, 1, 2])
-def test_regions_that_waited_for_a_cpu_make_no_limit_too_high(
-    monkeypatch: pytest.MonkeyPatch, disturbed: int
-) -> None:
-    """Regions of N calls, of 2N, or all of them take half as long again, while other work has the CPUs."""
-    waited = itertools.accumulate(itertools.repeat(10**9))
-    spoilt = False
-    monkeypatch.setattr("mla.bench.doubts.clock.delayed_ns", lambda: next(waited) if spoilt else 0)
-
-    def region(calls: int) -> float:
-        nonlocal spoilt
-        number = calls.bit_length() % 2  # of N = 1, 4, 16, ... and of 2N
-        spoilt = disturbed == 2 or number == disturbed
-        return calls * 1e-3 * (1.5 if spoilt else 1.0)
-
-    assert per_call(region) >= 1e-3 * (1 - 1e-9)
-
-
 def test_a_call_of_seconds_is_made_twice() -> None:
     asked: list[int] = []
 

@@ -343,7 +343,8 @@ def test_a_wait_that_always_costs_the_same_lowers_no_ceiling(
     wait: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ticking = Ticking(each=1e-4, wait=wait)
-    monkeypatch.setattr(growth.clock, "now_ns", ticking.now_ns)
+    for module in (growth, microbench):
+        monkeypatch.setattr(module, "now_ns", ticking.now_ns)
     monkeypatch.setattr(microbench, "wait", ticking.wait)
     monkeypatch.setattr(microbench, "read_ways", lambda weight: [Way("x", ticking.call)])
     monkeypatch.setattr(microbench, "own_ways", lambda *where: [])

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers_peer import needs_transformers
 
-from mla.bench.measure import agreement
-from mla.bench.measure.transient_memory import TransientBytes
+from mla.bench.measure import summary as agreement
+from mla.bench.measure.samples import TransientBytes
 
 MIB = 1 << 20
 
@@ -58,7 +58,7 @@ def test_counting_does_not_load_torchs_compiler() -> None:
     """In a process of its own: this one may have loaded it for another test."""
     code = (
         "import sys, torch\n"
-        "from mla.bench.measure.transient_memory import TransientBytes\n"
+        "from mla.bench.measure.samples import TransientBytes\n"
         "with TransientBytes() as counted: torch.ones(5)\n"
         "print(counted.peak, 'torch._dynamo' in sys.modules)"
     )

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from mla.bench.measure import cold_cache
-from mla.bench.measure.cold_cache import FALLBACK, LEAST, MOST, CacheFlush, sweep
+from mla.bench.measure import setup as cold_cache
+from mla.bench.measure.setup import FALLBACK, LEAST, MOST, CacheFlush, sweep
 from mla_backends.testing import HostBackend
 
 MIB = 1 << 20

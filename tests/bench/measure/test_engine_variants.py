@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import msgspec
 import pytest
 from engine_bench import CHECKED, DECODE, PREFILL, Bench, MakeBench, Parrot, Wrong
 
+from mla.bench.doubts import evidence
 from mla.bench.measure.variants import Variant, VariantError, Variants
 
 # All variants that need no graphs.
@@ -59,15 +61,13 @@ def test_nothing_of_the_backend_is_called_between_a_flush_and_the_clock(
     def flush(self: object) -> None:
         decode.log.append(("", "flush"))
 
-    monkeypatch.setattr("mla.bench.measure.cold_cache.CacheFlush.__call__", flush)
+    monkeypatch.setattr("mla.bench.measure.setup.CacheFlush.__call__", flush)
     decode.measure(decode.parrot("a"), variants=COLD)
     words = [what for _, what in decode.log]
     places = [place for place, what in enumerate(words) if what == "flush"]
-    assert len(places) == (2 * DECODE.passes + 1) * DECODE.runs  # an idle pass is as cold as its pass
+    assert len(places) == (DECODE.passes + 1) * DECODE.runs
     for place in places:
-        assert words[place - 2 : place + 4] == ["ready", "read", "flush", "read", "show", "read"]
-        assert words[place + 4] in ("step", "wait")
-    assert [words[place + 4] for place in places].count("step") == (DECODE.passes + 1) * DECODE.runs
+        assert words[place - 1 : place + 3] == ["before", "flush", "read", "step"]
 
 
 def test_a_warm_pass_begins_with_an_untimed_forward_and_a_cold_one_does_not(decode: Bench) -> None:
@@ -117,7 +117,7 @@ def flushes(monkeypatch: pytest.MonkeyPatch) -> None:
     def flush(self: object) -> None:
         Spoilt.flushed = True
 
-    monkeypatch.setattr("mla.bench.measure.cold_cache.CacheFlush.__call__", flush)
+    monkeypatch.setattr("mla.bench.measure.setup.CacheFlush.__call__", flush)
 
 
 @pytest.mark.usefixtures("flushes")
@@ -139,6 +139,28 @@ def test_a_variant_that_goes_wrong_while_it_is_timed_costs_the_case_its_numbers(
     assert ": right at first, wrong in pass " in measured["a"].check.reason
     assert not any(one.passes for one in measured["a"].samples)
     assert all(len(one.passes) == DECODE.passes for one in measured["b"].samples)
+
+
+def test_every_variant_has_evidence_of_its_own_the_headline_first(
+    decode: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def doubts(runner: Any, *others: Any) -> list[str]:
+        asked.append((runner.implementation.name, str(runner.samples.variant)))
+        return (
+            ["it looks wrong"]
+            if runner.samples.clock == "virtual" and runner.implementation.name == "b"
+            else []
+        )
+
+    monkeypatch.setattr(evidence, "doubts", doubts)
+    measured = decode.measure(decode.parrot("a"), decode.parrot("b"), variants=EAGER)
+    assert len(set(asked)) == 4 + 3
+    assert asked[0] == ("a", "eager, warm cache, host clock")
+    assert measured["a"].check.status == "ok"
+    assert measured["b"].check.reason == "eager, warm cache, device clock: it looks wrong"
+    assert not any(one.passes for one in measured["b"].samples)
 
 
 def test_an_implementation_without_graphs_says_so(decode: Bench) -> None:

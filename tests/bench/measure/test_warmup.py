@@ -7,7 +7,7 @@ from itertools import chain, count, repeat
 
 import pytest
 
-from mla.bench.measure.warmup import FEWEST, MOST, SECONDS, WINDOW, WarmupResult, settled, warm_up
+from mla.bench.measure.passes import FEWEST, MOST, SECONDS, WINDOW, WarmupResult, settled, warm_up
 
 
 class Script:

@@ -15,7 +15,6 @@ from opponents.base import CONFIG, Opponent
 
 from mla.bench import results
 from mla.bench.cli.main import main
-from mla.bench.doubts import clock
 
 WORKLOAD = """
 [[scenario]]
@@ -110,9 +109,6 @@ def play(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
         kept = tmp_path / "run.json"
         kept.unlink(missing_ok=True)
         capsys.readouterr()
-        if type(opponent).__module__ not in ("opponents.base", "opponents.honest"):
-            # A machine that runs other tests must not speak for an opponent.
-            monkeypatch.setattr(clock, "delayed_ns", lambda: None)
         with opponent.patches:
             code = main(
                 [

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from opponents.memory import RemembersForwards
+from opponents.base import CONFIG
+from opponents.memory import RemembersContext, RemembersForwards
 
 Play = Callable[..., Any]
 
@@ -73,6 +74,15 @@ def test_nor_does_it_help_to_do_nothing_on_them(play: Play) -> None:
     duel = play(opponent, "prompt", *HERE)
     assert duel.lost, str(duel)
     assert "outputs on inputs that nothing had seen are wrong: " in duel.case().check.reason, str(duel)
+
+
+def test_nor_does_it_help_to_remember_what_was_made_of_the_history(play: Play) -> None:
+    """Its keys and values are rebuilt in every forward, and its rows were the same in all passes."""
+    opponent = RemembersContext(200, CONFIG["kv_lora_rank"], slow=60)
+    duel = play(opponent, "prompt", *HERE, "--attention", "expanded")
+    assert opponent.gains > 60, str(duel)
+    assert duel.lost, str(duel)
+    assert duel.case().check.reason.endswith(", as if results were remembered")
 
 
 @pytest.mark.parametrize("scenario", ["alone", "sixteen", "prompt"])

@@ -23,7 +23,7 @@ Play = Callable[..., Any]
     ],
 )
 def test_a_wait_that_does_not_wait_at_the_stop(play: Play, waits: str, copies: tuple[str, ...]) -> None:
-    """Outputs are not there when their clock has stopped, or the time shows up between the timed regions."""
+    """Outputs are not there when their clock has stopped, or a copy waits for them."""
     duel = play(Late(waits, copies))
     assert duel.lost, str(duel)
 
@@ -49,13 +49,6 @@ def test_an_op_alone_that_is_late(play: Play, waits: str) -> None:
     assert duel.lost, str(duel)
 
 
-def test_a_timer_that_reads_before_it_waits_is_not_used(play: Play) -> None:
-    """The runner's own clock waits for the device: the number is what the calls took, or there is none."""
-    opponent = HastyClock("host")
-    duel = play(opponent)
-    assert duel.lost or duel.case().latency_ms.median > 0.6 * opponent.typical_ms(), str(duel)
-
-
 def test_a_device_timer_that_reads_before_it_waits(play: Play) -> None:
-    duel = play(HastyClock("device"), ways=("--mode", "eager", "--cache", "warm"))
+    duel = play(HastyClock(), ways=("--mode", "eager", "--cache", "warm"))
     assert duel.lost, str(duel)

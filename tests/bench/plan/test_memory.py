@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import mla
-from mla.bench.measure.cold_cache import sweep
+from mla.bench.measure.setup import sweep
 from mla.bench.plan import memory, request
 from mla.bench.plan.request import plan_scenarios
-from mla.bench.subjects import shelf
+from mla.bench.subjects import base as shelf
 from mla.bench.subjects.fixture import make_fixture
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.setting import Setting
@@ -37,7 +37,7 @@ def test_the_memory_plan_counts_every_layer() -> None:
     ]
     one, five = (plan.memory for plan in plan_scenarios(setting, points, ["mla"])[0])
     layer = MlaLayer(setting, random_state_dict(config))
-    assert five.per_implementation - one.per_implementation >= 4 * layer.weight_bytes()
+    assert five.per_implementation - one.per_implementation >= 4 * layer.facts().weight_bytes
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
@@ -98,17 +98,13 @@ def test_the_plan_counts_the_outputs_that_implementations_keep_on_the_host(
         one.load(plan.point, inputs)
         for number in (1, 2):
             one.restore(number)
-            assert not one.compared(), "those of the pass before are not kept beside those of this one"
+            assert not one.outputs(), "those of the pass before are not kept beside those of this one"
             for index in range(5):
                 one.before(index)
                 one.step(index)
                 one.after(index)
-            one.collect()
             kept.append(
-                {
-                    x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
-                    for x in one.compared().values()
-                }
+                {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in one.outputs().values()}
             )
     bytes_kept = [sum(one.values()) for one in kept]
     spare = plan.memory.outputs - bytes_kept[0]

@@ -93,7 +93,7 @@ def test_every_rank_runs_its_part_of_new_lengths(start: Start, tmp_path: Path, l
 
 
 def test_where_new_lengths_cannot_be_tried_the_run_says_so(start: Start) -> None:
-    ranks = start("--parallel", "dcp=2", "--scenario", "decode", "-o", "run.json")
+    ranks = start("--parallel", "dcp=2", "--scenario", "decode", "-o", "run.json", "-v")
     assert ranks.wait(BOUND) == [0, 0], ranks.err()
     assert results.read(ranks.folder / "run.json").cases[0].new_lengths is None
-    assert "decode, mla: lengths never seen before were not tried with dcp=2" in ranks.out()
+    assert "decode, mla: unseen lengths were not tried with dcp=2" in ranks.out()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from mla.bench import results
 from mla.bench.ranks.crew import Crew
 from mla.bench.ranks.errors import Failure, error_of
 from mla.bench.ranks.follower import _Follower
-from mla.bench.ranks.lead import LeadLayer
+from mla.bench.ranks.layers import LeadLayer
 from mla.errors import OutOfMemory, UnsupportedBatch
 from mla.parallel.layout import Layout
 from mla_backends.host import memory_available
@@ -173,25 +174,32 @@ class Two:
     def wait(self) -> None: ...
 
 
-def no_memory(seed: int | None = 0, count: int = 0) -> None:
-    if seed is not None:
-        raise MemoryError("no memory for inputs")
+def no_memory(*_: Any) -> None:
+    raise MemoryError("no memory for inputs")
 
 
 @pytest.mark.parametrize("what", ["feed", "bench"])
 def test_short_memory_for_other_inputs_or_lengths_is_told_to_all_ranks(what: str) -> None:
     part: Any = SimpleNamespace(name="mla", held_to_reference=False, scenario=None)
-    part.feed = part.restore = no_memory
+    part.load_alike = part.restore = no_memory
     setting: Any = SimpleNamespace(backend=HostBackend())
+    scenario: Any = SimpleNamespace(name="decode")
+    inputs: Any = SimpleNamespace(seed=2, fresh=lambda seed: None)
     second: Any = Two(1)
-    follower = _Follower(SimpleNamespace(setting=setting), second)  # type: ignore[arg-type]
-    follower._layers["mla"] = part
-    getattr(follower, what)(*("mla", 1, 2)[: 3 if what == "feed" else 1])
+    plan = SimpleNamespace(name="decode", point=scenario)
+    request: Any = SimpleNamespace(setting=setting, scenarios=[plan])
+    follower = _Follower(request, second)
+    fixture: Any = SimpleNamespace(point=scenario, inputs=lambda: inputs)
+    follower._fixture, follower._layers = fixture, {"mla": part}
+    if what == "bench":
+        follower.bench("mla")
+    else:
+        follower.load("decode", "mla", 1, 2)
     assert second.found == [None, Failure("no memory for inputs", False)]
     assert not follower._layers
     first: Any = Two(0)
     lead = LeadLayer(setting, part, first)
-    prepare: Any = lead.lengths_bench if what == "bench" else lead.fed(1, 2).__enter__
+    prepare: Any = lead.lengths_bench if what == "bench" else partial(lead.load, scenario, inputs)
     with pytest.raises(OutOfMemory, match=r"^rank 0: no memory for inputs$"):
         prepare()
 

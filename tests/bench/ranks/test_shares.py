@@ -21,7 +21,7 @@ from mla.bench import results
 from mla.bench.plan import memory
 from mla.bench.plan.memory import Available, MemoryPlan
 from mla.bench.plan.request import plan_scenarios
-from mla.bench.ranks.part import RankLayer
+from mla.bench.ranks.layers import RankLayer
 from mla.bench.ranks.simulation import Simulation
 from mla.bench.subjects.inputs import make_inputs
 from mla.bench.subjects.setting import Setting

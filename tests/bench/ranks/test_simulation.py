@@ -109,13 +109,13 @@ def test_collectives_are_added_and_every_place_says_so(bench: Bench, tiny: list[
         assert "--simulate --link alpha=1e+06us,beta=1GB/s" in case.repro
         assert "torchrun" not in case.repro
     for kind in ("table", "md"):
-        printed = bench("show", "run.json", "--format", kind).out
+        printed = bench("show", "run.json", "--format", kind, "-v").out
         named = [line for line in printed.splitlines() if "mla-reference" in line]
-        assert len(named) > 6
+        assert len(named) >= 6
         assert all("mla-reference (predicted)" in line for line in named)
     table = bench("show", "run.json", "--format", "csv").out
     assert ",predicted," in table.splitlines()[0]
-    assert ",True," in table.splitlines()[1]
+    assert ",true," in table.splitlines()[1]
     assert bench("report", "run.json", "--html", "run.html").code == 0
     page = Path("run.html").read_text()
     assert "mla-reference (predicted)" in page

@@ -157,7 +157,9 @@ def test_files_are_compared_with_their_intervals_and_verdicts(against: Any) -> N
 def test_what_cannot_be_compared_is_counted(against: Any) -> None:
     tiles, sentences = against({"mla": 2.0}, {"b": 2.0})
     assert tiles == []
-    assert sentences == ["B new.json against A old.json: 2 REFUSED"]
+    reasons = [f"the {which} run has no such case" for which in ("base", "new")]
+    refused = "; ".join(f"1 REFUSED ({reason})" for reason in reasons)
+    assert sentences == [f"B new.json against A old.json: {refused}"]
 
 
 def test_lengths_are_folded() -> None:

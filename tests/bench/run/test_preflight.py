@@ -98,7 +98,7 @@ def test_what_an_op_says_of_itself_is_listed_said_once_and_kept(
     """A tile may turn out too large before anything is timed, or later."""
     later = "type(self).prepare = lambda op, *given: op.remarks.append('late') or super(type(op), op)"
     name = prep("self.remarks = ['small tile']; " + later + ".prepare(*given); return []")
-    done = bench("--backend", name, *small, *FEW, "-a", "heads=2,4", "-o", "run.json")
+    done = bench("--backend", name, *small, *FEW, "-v", "-a", "heads=2,4", "-o", "run.json")
     lines = done.err.splitlines()
     assert lines.count("mine: small tile") == lines.count("mine: late") == 1
     assert lines.index("mine: small tile") < next(i for i, line in enumerate(lines) if "scenario " in line)

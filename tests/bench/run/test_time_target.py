@@ -34,7 +34,7 @@ def passes() -> list[int]:
 
 
 def test_one_pass_is_left_and_why_there_is_no_interval_is_said(late: Bench) -> None:
-    done = late()
+    done = late("-v")
     assert (done.code, passes()) == (0, [1, 1])
     said = "1 of 6 passes fit into a scenario's time, too few for an interval"
     assert f"decode, mla: {said}; give --passes or --runs to time them all" in done.err

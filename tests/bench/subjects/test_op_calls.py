@@ -13,8 +13,8 @@ from float64_attention import attend_segments
 from op_bench import ROLES, OpBench, WrappedOp
 
 from mla import MLAConfig
+from mla.bench.subjects import base as shelf
 from mla.bench.subjects import op as problems
-from mla.bench.subjects import shelf
 from mla.bench.subjects.op import OpImplementation, buffers, output_bytes
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.op_scenario import OpScenario
@@ -136,8 +136,8 @@ def test_implementations_get_the_same_operands_at_fixed_addresses(make: Make, ro
     ours, other = bench.implementation(WrappedOp(ROLES[role])), bench.implementation()
     bench.run(ours, 0), bench.run(other, 0), bench.run(ours, 7)  # another history
     bench.run(other, 7)
-    assert ours.compared().keys() == other.compared().keys() == set(range(12))
-    assert all(torch.equal(result, other.compared()[index]) for index, result in ours.compared().items())
+    assert ours.outputs().keys() == other.outputs().keys() == set(range(12))
+    assert all(torch.equal(result, other.outputs()[index]) for index, result in ours.outputs().items())
     addresses = set()
     for one in (ours, other):
         one.restore(3)

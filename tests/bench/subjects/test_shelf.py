@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from mla.bench.subjects.shelf import SHELF_BYTES, Shelf, buffers
+from mla.bench.subjects.base import SHELF_BYTES, Shelf, buffers
 
 
 class Buffer:

@@ -14,10 +14,10 @@ import torch
 
 import mla
 from mla.bench import results
+from mla.bench.subjects.base import LayerChecker
 from mla.bench.subjects.inputs import expected_outputs, make_inputs
+from mla.bench.subjects.layer import MlaStack, layer_state
 from mla.bench.subjects.setting import Setting
-from mla.bench.subjects.stack import MlaStack, layer_state
-from mla.bench.subjects.tokens import LayerChecker
 from mla.bench.workload.scenario import Scenario
 from mla.weights import random_state_dict
 
@@ -145,7 +145,9 @@ def make_stack(tiny: Callable[..., MLAConfig]) -> Callable[..., tuple[MlaStack, 
         stack = MlaStack(setting, state, "mla-reference", "reference")
         stack.load(scenario, inputs)
         expected = expected_outputs(config, state, scenario, inputs)
-        return stack, LayerChecker(expected.plain, dtype, lambda: expected.plain, turned=expected)
+        return stack, LayerChecker(
+            expected.plain, dtype, lambda: expected.plain, inputs=inputs, turned=expected
+        )
 
     return make
 
@@ -158,7 +160,6 @@ def run(stack: MlaStack, scenario: Scenario, number: int = 0, mutate: Mutation =
         mutate(stack)
         stack.step(index)
         stack.after(index)
-    stack.collect()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,10 +8,16 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from mla.bench.subjects import turned
-from mla.bench.subjects.inputs import expected_outputs, make_inputs
-from mla.bench.subjects.turned import HistorySigns, TurnedHidden
-from mla.bench.subjects.turns import Turns, choices, forward_number
+from mla.bench.subjects import inputs as turned
+from mla.bench.subjects.inputs import (
+    HistorySigns,
+    TurnedHidden,
+    Turns,
+    choices,
+    expected_outputs,
+    forward_number,
+    make_inputs,
+)
 from mla.bench.workload.scenario import Scenario
 from mla.cache import LatentCache
 from mla.verify.layer_oracle import oracle

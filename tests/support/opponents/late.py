@@ -106,7 +106,7 @@ def _waiting(name: str, queue: Queue) -> Callable[..., Any]:
 class HastyTimer:
     """Reads the clock first and waits then."""
 
-    clock = "host"
+    clock = "device"
 
     def __init__(self, queue: Queue) -> None:
         self._queue = queue
@@ -122,14 +122,10 @@ class HastyTimer:
 
 
 class HastyClock(Late):
-    """Waits honestly in `synchronize`; `which`: the timer that does not, "host" or "device"."""
+    """Waits honestly in `synchronize`, and not in its device's timer."""
 
-    def __init__(self, which: str = "host", **given: Any) -> None:
+    def __init__(self, **given: Any) -> None:
         super().__init__("always", **given)
-        self._which = which
-
-    def timer(self) -> Timer:
-        return HastyTimer(self.queue) if self._which == "host" else super().timer()
 
     def device_timer(self) -> Timer | None:
-        return HastyTimer(self.queue) if self._which == "device" else None
+        return HastyTimer(self.queue)

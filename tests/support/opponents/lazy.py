@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
@@ -16,8 +16,7 @@ from opponents.base import Call, Opponent
 Works = Callable[["Lazy"], bool]
 
 
-# Of the six timed passes, each follows two that are not timed. Counted through, they have every remainder by
-# five, wherever the first one is.
+# Counted through, the six timed passes have every remainder by five, wherever the first one is.
 PASSES = 5
 
 
@@ -39,8 +38,6 @@ WHEN: dict[str, Works] = {
     "40 forwards": lambda lazy: lazy.forwards < 40,
     "collector on": lambda lazy: gc.isenabled(),
     "collector off": lambda lazy: not gc.isenabled(),
-    "same stack": lambda lazy: lazy.stack(names=True) == lazy.first_stack(names=True),
-    "same lines": lambda lazy: lazy.stack(names=False) == lazy.first_stack(names=False),
     "not while the runner times": lambda lazy: not lazy.being_timed,
 }
 
@@ -92,7 +89,6 @@ class Lazy(Opponent):
         self._works, self._instead = WHEN[when], INSTEAD[instead]
         self._wraps = when == "not while the runner times"
         self.being_timed = 0
-        self._first: dict[bool, tuple[Any, ...]] = {}
         self._new, self._real = True, True  # the next call begins a forward; this one is computed
 
     def arrives(self) -> None:
@@ -109,14 +105,6 @@ class Lazy(Opponent):
         else:
             self.gain()
             self._instead(call)
-
-    def stack(self, names: bool) -> tuple[Any, ...]:
-        """Return the names of the functions of the program that are running, or their lines."""
-        return tuple(_frames(names))
-
-    def first_stack(self, names: bool) -> tuple[Any, ...]:
-        """Return what `stack` returned when it was first asked for, in the first forward."""
-        return self._first.setdefault(names, self.stack(names))
 
     def _wrap_runner(self) -> None:
         """Wrap every method of the runner's rooms that has to do with time, to know when it is running."""
@@ -135,14 +123,6 @@ class Lazy(Opponent):
                 self.being_timed -= 1
 
         return timed
-
-
-def _frames(names: bool) -> Iterator[Any]:
-    frame = sys._getframe(1)
-    while frame is not None:
-        if "/mla/bench/" in frame.f_code.co_filename:
-            yield frame.f_code.co_name if names else (frame.f_code, frame.f_lineno)
-        frame = frame.f_back  # type: ignore[assignment]
 
 
 class LazySequence(Opponent):

@@ -12,7 +12,7 @@ from mla.reference import REFERENCE
 Tensor = torch.Tensor
 Body = Callable[..., None]
 SMALL_OPS = ("linear", "batched_linear", "rms_norm", "rotate_query", "write_latent")
-# Checks of what an op computes, whose mutants are in `tests/conformance/test_small_op_mutants.py`.
+# Checks of what an op computes, whose mutants are in `formulas.py`.
 FORMULAS = {
     *(f"linear.{name}" for name in ("product", "pack", "bias")),
     *(f"batched_linear.{name}" for name in ("product", "pack")),

@@ -22,7 +22,7 @@ from tiny_run import DIMS, write_tiny_run
 
 import mla
 from mla.bench.cli.main import main
-from mla.bench.measure import warmup
+from mla.bench.measure import passes as warmup
 from mla_backends.api import Backend
 
 __all__ = ["pytest_collection_finish", "pytest_unconfigure"]

@@ -1,15 +1,22 @@
-"""Deliberately wrong attention: each mutant must fail the check that is there for it."""
+"""Deliberately wrong ops: each check has some, and their faults are not smeared over the report.
+
+That each is found by its check is in `tests/frozen/test_wrong.py`.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
-from wrong_attention import ALL, NARROW
+from wrong_attention import ALL
 from wrong_attention.base import FAR, Latent, after
 from wrong_attention.latent import last_key_lost
+from wrong_ops.base import FORMULAS, SMALL_OPS
+from wrong_ops.by_kind import KINDS
+from wrong_ops.formulas import MUTANTS
 
 from mla.conformance import reach
 from mla.conformance.checks import attention
@@ -23,7 +30,9 @@ FEW: Mapping[str, set[str]] = {
     "latent.far_pages": {"latent.keys", "latent.long", "latent.lse"},  # whose caches reach `FAR`, too
     "latent.graph_lengths": set(),
     "latent.heads": set(),
-    "latent.inputs": {"latent.reuse", "latent.again", "latent.alive", "latent.kept", "latent.tables"},
+    "latent.inputs": {  # of which "strided" looks at inputs, too; the others call again
+        *("latent.strided", "latent.reuse", "latent.again", "latent.alive", "latent.kept", "latent.tables"),
+    },
     "latent.large": set(),
     "latent.long": {"latent.lse", "latent.keys"},  # which have long requests, too
     "latent.page_sizes": {"latent.other_widths", "latent.slots"},  # of other pages
@@ -34,7 +43,8 @@ FEW: Mapping[str, set[str]] = {
     "expanded.reuse": {"expanded.kept", "expanded.refilled"},
     "expanded.strided": {"expanded.far_rows"},  # whose operands are strided, too
 }
-CASES = [(name, number) for name, makers in ALL.items() for number in range(len(makers))]
+# Small ops so wrong in one way that no other check of their group may notice.
+ALONE = ("rms_norm.eps", "rotate_query.in_place", "write_latent.eps")
 
 
 def failed(results: list[CheckResult]) -> set[str]:
@@ -48,21 +58,21 @@ def test_every_check_of_attention_has_a_mutant() -> None:
     assert set(ALL) == {one.id for one in all_checks() if one.kind in kinds}
 
 
-@pytest.mark.parametrize(("check", "number"), CASES)
-def test_the_check_fails_a_wrong_op(
-    judge: Run, sound: Any, request: pytest.FixtureRequest, check: str, number: int
-) -> None:
-    if check.endswith(".prepare"):
-        request.getfixturevalue("asynchronous")
-    backend = sound(ops={"mine": ALL[check][number]()})
-    assert failed(judge(backend, f"{check}[mine-*]")) == {check}
+def test_every_check_of_small_ops_has_mutants_of_its_kind() -> None:
+    """One for what is computed; two for how kernels fail."""
+    assert set(MUTANTS) - {f"{kind}.inputs" for kind in SMALL_OPS} == FORMULAS
+    checks = {one.id: one.fails for one in all_checks() if one.kind in SMALL_OPS}
+    kinds = [(check, kind) for kind, those in KINDS.items() for check, _, _ in those]
+    assert [(check, kind) for check, kind in kinds if checks[check] != kind] == []
+    counts = Counter(check for check, _ in kinds)
+    assert set(counts) == checks.keys() - FORMULAS
+    assert min(counts.values()) > 1
 
 
-@pytest.mark.parametrize("check", NARROW)
-def test_a_narrow_sum_fails(judge: Run, sound: Any, check: str) -> None:
-    for maker in NARROW[check]:
-        backend = sound(ops={"mine": maker()})
-        assert failed(judge(backend, f"{check}[mine-*]", dtypes=(torch.bfloat16,))) == {check}
+@pytest.mark.parametrize("check", ALONE)
+def test_no_other_check_fails_for_what_is_its_alone(judge: Run, sound: Any, check: str) -> None:
+    backend = sound(ops={"mine": MUTANTS[check][0]})
+    assert failed(judge(backend, f"{check.partition('.')[0]}.*[mine-*]")) == {check}
 
 
 @pytest.mark.usefixtures("smaller")

@@ -1,0 +1,260 @@
+"""Evidence against a time, on scripted milliseconds: late forwards, a clock, inputs that nothing has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import count
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import mla
+from mla.bench.doubts import evidence
+from mla.bench.doubts.evidence import ROUNDS, TURNS, device_doubt, fresh_doubt, late_doubt
+from mla.bench.measure.passes import PassRunner, PassTimes
+from mla.bench.measure.samples import Samples
+from mla.bench.measure.variants import HEADLINE, Steps
+from mla.bench.subjects.base import LayerChecker
+from mla.bench.subjects.inputs import Inputs, expected_outputs, expected_plain, make_inputs
+from mla.bench.subjects.layer import MlaLayer, MlaStack
+from mla.bench.subjects.setting import Setting
+from mla.bench.workload.scenario import Scenario
+from mla.verify.verdict import Check
+from mla.weights import random_state_dict
+
+if TYPE_CHECKING:
+    from mla import MLAConfig
+
+PREFILL = Scenario(name="p", mode="prefill", query_lens=(3, 2), history=(4, 0), runs=12, passes=3)
+DECODE = Scenario(name="d", mode="decode", query_lens=(1, 1), history=(4, 3), runs=10)
+SHORT = Scenario(name="s", mode="decode", query_lens=(1,), history=(5,), runs=2)
+STACK = Scenario(name="l", mode="decode", query_lens=(1, 1), history=(4, 3), runs=3, layers=2)
+SCENARIOS = [PREFILL, DECODE, SHORT, STACK]
+
+Ms = Callable[[bool, int], float]  # of a forward, by whether its inputs are fresh and the number of the run
+
+
+# ------------------------------------------------------------------------------------------ late forwards
+
+
+def times(late: list[float], inside: float = 1.0) -> list[PassTimes]:
+    return [PassTimes(inside=[inside] * len(late), late=late)]
+
+
+@pytest.mark.parametrize(
+    ("late", "inside"),
+    [
+        ([0.0] * 40, 1.0),
+        ([0.14] * 40, 1.0),  # caches are colder after a forward
+        ([0.04] * 40, 0.01),
+        ([9.0] * 2, 1.0),  # too few to tell
+        ([9.0] * 4 + [0.0] * 36, 1.0),  # a busy machine
+        ([-5.0] * 40, 1.0),
+    ],
+)
+def test_forwards_that_were_done_in_time(late: list[float], inside: float) -> None:
+    assert late_doubt(times(late, inside)) == ""
+
+
+@pytest.mark.parametrize("late", [[0.9] * 3, [0.9] * 40, [0.9] * 8 + [0.0] * 32])
+def test_forwards_that_went_on_after_their_clock(late: list[float]) -> None:
+    found = sum(ms > 0 for ms in late)
+    assert late_doubt(times(late)) == (
+        f"in {found} of {len(late)} timed forwards the device worked for another 0.9 ms after their 1 ms, as "
+        "if `synchronize` returned early"
+    )
+
+
+# --------------------------------------------------------------------------------------- a device's clock
+
+
+class Clocks:
+    """Forwards of 1 ms, the host's clock, and a device's that says `lie` of what it counted."""
+
+    clock = "virtual"
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, lie: Callable[[float, int], float]) -> None:
+        self.now, self.windows, self.steps, self._lie = 0.0, 0, 0, lie
+        self.out = torch.ones(1)
+        monkeypatch.setattr(evidence, "now_ns", lambda: int(self.now * 1e6))
+        self.runner: Any = SimpleNamespace(
+            timer=self, forwards=self, steps=Steps(range(4), range(4), 6), wait=lambda: None
+        )
+        self.runner.passes = [PassTimes(inside=[1.0] * 4)]
+
+    def start(self) -> None:
+        self.windows, self._start = self.windows + 1, self.now
+
+    def stop(self) -> float:
+        return self._lie(self.now - self._start, self.windows)
+
+    def restore(self, number: int) -> None:
+        self.now += 0.3
+
+    def before(self, index: int) -> None:
+        self.now += 0.1
+
+    def step(self, index: int) -> None:
+        self.now, self.steps = self.now + 1.0, self.steps + 1
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        lambda ms, window: ms,
+        lambda ms, window: 0.92 * ms,
+        lambda ms, window: ms - 0.4,
+        lambda ms, window: ms if window == TURNS else 3 * ms,  # others had the CPUs
+    ],
+)
+def test_a_device_clock_that_agrees_is_believed(monkeypatch: pytest.MonkeyPatch, lie: Any) -> None:
+    clocks = Clocks(monkeypatch, lie)
+    assert device_doubt(clocks.runner, count(), lambda: None) == ""
+    assert clocks.steps >= 20, "a window is long enough for both clocks to be exact"
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.69, 0.85, 1.3, 10.0])
+def test_a_device_clock_that_does_not_is_not(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    clocks = Clocks(monkeypatch, lambda ms, window: factor * ms)
+    told = device_doubt(clocks.runner, count(), lambda: None)
+    assert told.startswith("20 forwards take ")
+    assert told.endswith(" ms on the host's")
+    assert clocks.windows == TURNS
+
+
+def test_outputs_that_are_not_there_end_a_window_when_the_timer_stops(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stops(ms: float, window: int) -> float:
+        clocks.now += 30.0  # the work is done only now
+        return ms
+
+    clocks = Clocks(monkeypatch, stops)
+    clocks.out.fill_(torch.nan)
+    assert "on the host's" in device_doubt(clocks.runner, count(), lambda: None)
+
+
+# -------------------------------------------------------------------------------- inputs nothing has seen
+
+
+class Scripted(PassRunner):
+    """Runs a real layer, whose forwards take scripted times; `mutate` may spoil outputs."""
+
+    takes: Ms = staticmethod(lambda fresh, number: 1.0)
+    mutate: Any = staticmethod(lambda out, fresh: None)
+
+    def __init__(self, one: MlaLayer, scenario: Scenario) -> None:
+        every = range(scenario.steps)
+        samples = Samples(HEADLINE, Check(status="ok"), passes=[[1.0] * scenario.steps] * 3)
+        steps = Steps(every, every, scenario.passes)
+        super().__init__(one, one, lambda: None, None, None, steps, samples)
+        self.runs: list[bool] = []  # whether its inputs were fresh
+        self.seen: list[Inputs] = []
+        self.forwards_run = 0
+
+    def run(self, number: int, beat: Any, count: int | None = None) -> PassTimes:
+        inputs = self.implementation._inputs  # type: ignore[attr-defined]
+        self.runs.append(inputs.seed is not None)
+        self.seen.append(inputs)
+        return super().run(number, beat, count)
+
+    def _region(self, index: int, taken: PassTimes, timer: Any) -> None:
+        self.forwards.step(index)
+        self.mutate(self.forwards.out, self.runs[-1])
+        self.forwards_run += 1
+        taken.samples.append(self.takes(self.runs[-1], len(self.runs)))
+
+
+@pytest.fixture
+def make(tiny: Callable[..., MLAConfig]) -> Any:
+    """Return a maker of a runner and what asks it for evidence."""
+
+    def make(scenario: Scenario, **changes: Any) -> tuple[Scripted, Callable[[], str]]:
+        config, dtype = tiny(**changes), torch.float32
+        backend = mla.load_backend("cpu", threads=1)
+        setting = Setting(config, backend, dtype, "auto", 16, 0, layers=scenario.layers)
+        state, inputs = random_state_dict(config, 0, dtype), make_inputs(config, scenario, 0, dtype)
+        kind = MlaStack if scenario.layers > 1 else MlaLayer
+        one = kind(setting, state, "mla-reference", "reference")
+        one.load(scenario, inputs)
+        expected, oracle = (
+            expected_outputs(config, state, scenario, inputs),
+            partial(expected_plain, config, state),
+        )
+        checker = LayerChecker(
+            expected.plain, dtype, lambda: expected.plain, inputs=inputs, turned=expected, oracle=oracle
+        )
+        runner = Scripted(one, scenario)
+
+        def ask() -> str:
+            told = fresh_doubt(runner, inputs, checker, count(1), lambda: None)
+            runner.run(0, lambda: None)
+            assert not runner.runs.pop(), "the inputs of the passes are back"
+            assert one.check(checker).status == "ok" or runner.mutate is not Scripted.mutate
+            return told
+
+        return runner, ask
+
+    return make
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda one: one.name)
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True}])
+def test_an_honest_layer_is_as_fast_and_right(make: Any, scenario: Scenario, changes: dict[str, Any]) -> None:
+    runner, ask = make(scenario, **changes)
+    runner.takes = lambda fresh, number: 1.4
+    runner.implementation.restore(7)  # whatever turn came before
+    assert ask() == ""
+    assert runner.runs == [True]
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda one: one.name)
+def test_slow_on_new_inputs_alone_is_doubted(make: Any, scenario: Scenario) -> None:
+    runner, ask = make(scenario)
+    runner.takes = lambda fresh, number: 5.2 if fresh else 1.0
+    assert ask() == (
+        "forwards on inputs that nothing had seen take 5.2 ms, on those of the passes 1 ms, as if results "
+        "were remembered"
+    )
+    assert runner.runs == [True, False] * ROUNDS
+
+
+def test_every_round_has_inputs_of_its_own_history_included(make: Any) -> None:
+    runner, ask = make(DECODE)
+    runner.takes = lambda fresh, number: 5.2 if fresh else 1.0
+    ask()
+    fresh = [inputs for inputs in runner.seen if inputs.seed is not None]
+    for what in (lambda one: one.hidden, lambda one: one.history[0][0]):
+        seen = {what(inputs).numpy().tobytes() for inputs in [*fresh, runner.seen[-1]]}
+        assert len(seen) == ROUNDS + 1
+
+
+@pytest.mark.parametrize(
+    "ms",
+    [
+        lambda fresh, number: 1.0 if number >= 2 * ROUNDS - 1 else 9.0 if fresh else 1.0,
+        lambda fresh, number: 6.0,  # whatever the inputs: the machine is busy
+        lambda fresh, number: 9.0 if fresh else 6.1,
+    ],
+    ids=["one quiet round", "all slow", "nearly all"],
+)
+@pytest.mark.parametrize("scenario", [PREFILL, DECODE], ids=lambda one: one.name)
+def test_a_busy_machine_is_no_evidence(make: Any, scenario: Scenario, ms: Ms) -> None:
+    runner, ask = make(scenario)
+    runner.takes = ms
+    assert ask() == ""
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda one: one.name)
+def test_wrong_outputs_on_new_inputs_are_found(make: Any, scenario: Scenario) -> None:
+    runner, ask = make(scenario)
+    runner.mutate = lambda out, fresh: out.mul_(1.1) if fresh else None
+    assert ask().startswith("outputs on inputs that nothing had seen are wrong: ")
+
+
+def test_one_op_has_other_inputs_in_every_call() -> None:
+    runner: Any = SimpleNamespace(implementation=None, steps=SimpleNamespace(timed=range(1)))
+    assert fresh_doubt(runner, None, object(), count(), lambda: None) == ""

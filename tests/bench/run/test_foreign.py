@@ -1,0 +1,134 @@
+"""`--implementations package.module:Class`: a class from anywhere is timed and checked like ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mla.bench import results
+
+Bench = Callable[..., Any]
+
+MODULE = """
+import torch
+from mla.bench.subjects.base import Facts
+from mla.verify.layer_oracle import oracle
+
+class Plain:
+    off = 1.0
+
+    def __init__(self, setting, state):
+        self.config, self.state = setting.config, state
+
+    def load(self, scenario, inputs):
+        self.scenario, self.inputs = scenario, inputs
+
+    def restore(self, number=0):
+        self.number, self.kept, self.rows = number, {}, []
+
+    def before(self, index):
+        self.hidden, self.history = self.inputs.forward(self.number, index)
+
+    def step(self, index):
+        lens = self.scenario.query_lens
+        if self.scenario.mode == "prefill":
+            found = oracle(self.config, self.state, self.hidden, lens, self.history)
+        else:  # all tokens of the pass so far, request by request
+            self.rows.append(self.hidden)
+            steps = len(self.rows)
+            every = torch.cat([torch.stack(rows) for rows in zip(*(one.unbind() for one in self.rows))])
+            found = oracle(self.config, self.state, every, [steps] * len(lens), self.history)
+            found = found[steps - 1 :: steps]
+        self.out = (self.off * found).to(self.hidden.dtype)
+
+    def after(self, index):
+        self.kept[index] = self.out
+
+    def outputs(self):
+        return self.kept
+
+    def facts(self):
+        weights = sum(weight.nbytes for weight in self.state.values())
+        return Facts(weight_bytes=weights, ops={"layer": "plain"})
+
+class Wrong(Plain):
+    off = 1.1
+
+class Half:
+    load = restore = step = lambda self, *given: None
+
+class Remembers(Plain):
+    known = {}
+
+    def step(self, index):
+        key = self.hidden.abs().sum().item()
+        if key in self.known:
+            self.out = self.known[key]
+        else:
+            super().step(index)
+            self.known[key] = self.out
+"""
+
+
+@pytest.fixture
+def measure(bench: Bench, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """Return a function that times implementations by name, in both scenarios."""
+    (tmp_path / "elsewhere.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def measure(names: str, *words: str) -> Any:
+        chosen = ["--implementations", names, "-o", "run.json", "--passes", "2", "--runs", "3"]
+        return bench("--backend", "cpu", *small, *chosen, *words)
+
+    return measure
+
+
+def cases() -> dict[tuple[str, str], results.Case]:
+    run = results.decode(Path("run.json").read_bytes())
+    return {(case.scenario, case.implementation): case for case in run.cases}
+
+
+def test_it_is_timed_checked_and_compared(measure: Bench) -> None:
+    done = measure("mla,elsewhere:Plain")
+    assert done.code == 0, done.err
+    for scenario in ("prefill", "decode"):
+        case = cases()[scenario, "elsewhere:Plain"]
+        assert (case.check.status, case.passes) == ("ok", 2), case.check
+        assert case.ops == {"layer": "plain"}
+        assert case.memory.weight_bytes > 0
+        assert [one.implementation for one in case.agreement] == ["mla"]
+        assert "elsewhere:Plain" in case.repro
+
+
+def test_a_wrong_one_has_no_number(measure: Bench) -> None:
+    done = measure("elsewhere:Wrong", "--scenario", "decode")
+    assert done.code == 4, done.err
+    assert cases()["decode", "elsewhere:Wrong"].latency_ms is None
+
+
+def test_one_that_remembers_what_it_should_not_is_wrong(measure: Bench) -> None:
+    assert measure("elsewhere:Remembers", "--scenario", "decode").code == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "nowhere:Plain",
+            "'nowhere:Plain' cannot be imported: ModuleNotFoundError: No module named 'nowhere'.",
+        ),
+        ("elsewhere:Missing", "'elsewhere:Missing' cannot be imported: AttributeError: "),
+        (
+            "elsewhere:Half",
+            "'elsewhere:Half' lacks before, after, outputs, facts (an implementation has 7 methods",
+        ),
+    ],
+)
+def test_what_is_none_is_said_in_one_sentence(measure: Bench, name: str, said: str) -> None:
+    done = measure(name)
+    assert done.code == 2
+    assert f"--implementations: {said}" in done.err
+    assert done.err.count("error: ") == 1
