@@ -39,7 +39,7 @@ LITTLE: Mapping[str, Any] = {
     "mla.bench.ranks.link_fit.LARGE": 64 << 10,
     "mla.bench.ranks.link_fit.TIMES": 2,
     "mla_backend_cpu.products.fastest": lambda *functions: [1.0] * len(functions),
-    "mla.bench.doubts.evidence.ROUNDS": 1,
+    "mla.bench.measure.evidence.ROUNDS": 1,
 }
 
 
@@ -154,8 +154,8 @@ def _become(
         os.close(opened)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
     _set(environment)
-    evidence = importlib.import_module("mla.bench.doubts.evidence")
-    believed = {"mla.bench.doubts.evidence.doubts": _believed(evidence.doubts)}
+    evidence = importlib.import_module("mla.bench.measure.evidence")
+    believed = {"mla.bench.measure.evidence.doubts": _believed(evidence.doubts)}
     for name, value in {**LITTLE, **believed, **constants}.items():
         module, _, attribute = name.rpartition(".")
         if not hasattr(importlib.import_module(module), attribute):

@@ -19,7 +19,6 @@ FLOORS = (
     {"failures"},
     {"conformance", "bench.results", "bench.doctor", "bench.scaffold"},
     {"bench.terminal", "bench.subjects"},
-    {"bench.doubts"},
     {"bench.limits", "bench.report"},
     {"bench.measure"},
     {"bench.plan"},

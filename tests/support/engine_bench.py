@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from mla.bench.doubts import evidence
-from mla.bench.measure import passes
+from mla.bench.measure import evidence, passes
 from mla.bench.measure.engine import CHECKED, measure
 from mla.bench.measure.hooks import Hooks
 from mla.bench.measure.samples import Measurement

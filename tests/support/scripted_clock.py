@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from mla.bench.doubts import evidence, new_lengths
-from mla.bench.measure import engine, passes, stages
+from mla.bench.measure import engine, evidence, new_lengths, passes, stages
 from mla.bench.measure.passes import PassRunner
 from mla.bench.measure.setup import Setup
 

@@ -18,8 +18,8 @@ from itertools import count, pairwise
 from statistics import median
 from typing import Any
 
-from mla.bench.doubts import evidence, new_lengths
 from mla.bench.limits.growth import no_garbage_collection
+from mla.bench.measure import evidence, new_lengths
 from mla.bench.measure import hooks as refusals
 from mla.bench.measure.hooks import Hooks
 from mla.bench.measure.passes import PassRunner, warm_up

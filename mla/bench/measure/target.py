@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from mla.bench.doubts import evidence, new_lengths
+from mla.bench.measure import evidence, new_lengths
 
 if TYPE_CHECKING:
     from mla.bench.measure.passes import PassRunner

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 import torch
 
-from mla.bench.doubts.new_lengths import LayerBench, Lengths, Times
+from mla.bench.measure.new_lengths import LayerBench, Lengths, Times
 from mla.bench.ranks.errors import Failure, RanksError, failure
 from mla.bench.results.schema import LinkLine, RankFacts, Spread
 from mla.bench.results.stats import median
@@ -148,7 +148,7 @@ class RankBench:
 
 
 class LeadBench:
-    """The bench of all ranks together (as `mla.bench.doubts.new_lengths.LayerBench`): the slowest counts."""
+    """The bench of all ranks together (as `mla.bench.measure.new_lengths.LayerBench`): the slowest counts."""
 
     def __init__(self, lead: LeadLayer, own: RankBench) -> None:
         self._lead, self._own = lead, own

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from engine_bench import CHECKED, DECODE, PREFILL, Bench, MakeBench, Parrot, Wrong
 
-from mla.bench.doubts import evidence
+from mla.bench.measure import evidence
 from mla.bench.measure.variants import Variant, VariantError, Variants
 
 # All variants that need no graphs.

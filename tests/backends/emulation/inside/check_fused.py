@@ -16,7 +16,7 @@ from tiny_run import HEADLINE
 
 import mla
 from mla.bench import results
-from mla.bench.doubts import evidence, new_lengths
+from mla.bench.measure import evidence, new_lengths
 from mla.conformance.checks import attention
 from mla.conformance.selection import Xfails
 from mla.conformance.suite import carry_out, instances

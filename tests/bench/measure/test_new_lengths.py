@@ -12,8 +12,8 @@ import torch
 from op_bench import WrappedOp
 
 from mla import MLAConfig
-from mla.bench.doubts import new_lengths
-from mla.bench.doubts.new_lengths import TUPLES, Lengths, measure
+from mla.bench.measure import new_lengths
+from mla.bench.measure.new_lengths import TUPLES, Lengths, measure
 from mla.bench.results.schema import NewLengths
 from mla.bench.subjects.fixture import LayerFixture
 from mla.bench.subjects.layer import MlaLayer

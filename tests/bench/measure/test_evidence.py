@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import mla
-from mla.bench.doubts import evidence
-from mla.bench.doubts.evidence import ROUNDS, TURNS, device_doubt, fresh_doubt, late_doubt
+from mla.bench.measure import evidence
+from mla.bench.measure.evidence import ROUNDS, TURNS, device_doubt, fresh_doubt, late_doubt
 from mla.bench.measure.passes import PassRunner, PassTimes
 from mla.bench.measure.samples import Samples
 from mla.bench.measure.variants import HEADLINE, Steps

@@ -1,1 +1,0 @@
-"""Evidence against a number: what makes a time doubtful although the outputs are right."""
