@@ -75,6 +75,7 @@ def _candidates(bad: torch.Tensor, where: Coordinates) -> Iterator[tuple[torch.T
         if int(members.sum()) > 1:
             partial = where.kv_len % where.page_size != 0
             yield partial, "every row of the requests whose last page is not full"
+            yield ~partial & (where.kv_len > 0), "every row of the requests whose last page is full"
         last = (where.kv_len - 1) // where.page_size
         yield where.position // where.page_size == last, "every row in the last page of its request"
     few = _few("request", members)

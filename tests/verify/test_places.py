@@ -82,6 +82,7 @@ def read_back(text: str, heads: int) -> torch.Tensor:
             inside = {
                 "every row in the last page of its request": last,
                 "every row of the requests whose last page is not full": kv % PAGE != 0,
+                "every row of the requests whose last page is full": kv % PAGE == 0 < kv,
                 "the last row of every request with several": new > 1 and token == new - 1,
                 "the first row of every request with several": new > 1 and token == 0,
             }[row_part]
@@ -107,6 +108,7 @@ EXACT = (
     "every row from row 39 on",
     "every row in the last page of its request",
     "every row of the requests whose last page is not full",
+    "every row of the requests whose last page is full",
     "the last row of every request with several",
     "the first row of every request with several",
 )
