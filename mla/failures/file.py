@@ -62,6 +62,7 @@ class Document(msgspec.Struct, kw_only=True):
     call: CallFacts | None = None
     reason: str = ""  # of the call
     damage: str = ""
+    alone: bool | None = None  # whether the call was wrong without those before it; None: nobody tried
 
 
 class Failure(msgspec.Struct):
@@ -122,6 +123,7 @@ def write_call(folder: Path, judged: JudgedCall, origin: Origin) -> None:
         call=call.facts,
         reason=judged.reason,
         damage=judged.made.damage,
+        alone=judged.alone,
     )
     tensors = {
         f"operand.{name}": _shaped(piece, call.facts.views, name) for name, piece in call.memory.items()

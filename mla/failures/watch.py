@@ -12,7 +12,7 @@ import torch
 from mla.cases import KINDS
 from mla.failures.call import Known, Lengths, RecordedCall, TooLarge, poison_outputs, record, without_cache
 from mla.failures.memory import views
-from mla.failures.verdict import Expected, Made, copied, expected, judged, made, raised
+from mla.failures.verdict import Expected, Made, copied, expected, judged, made, make, raised
 from mla_backends.api import FusedOp, LinearSpec, NormSpec, Packed, SegmentLengths
 from mla_backends.errors import BackendError
 
@@ -28,6 +28,7 @@ class JudgedCall:
     made: Made
     expected: Expected
     reason: str  # "": it was right
+    alone: bool | None = None  # whether it is wrong as well when it is made again, with no call before it
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,21 @@ class Watcher:
         found, right = made(recorded, pieces, cache, before), expected(recorded)
         self.judged += 1
         self._beat()
-        one = JudgedCall(recorded, found, right, judged(recorded, found, right))
-        if one.reason:
-            self.wrong = one
+        reason = judged(recorded, found, right)
+        if reason:
+            alone = self._wrong_alone(recorded, op, tensors, right)
+            self.wrong = JudgedCall(recorded, found, right, reason, alone)
         else:
-            self.last = one
+            self.last = JudgedCall(recorded, found, right, reason)
+
+    def _wrong_alone(
+        self, call: RecordedCall, op: FusedOp, tensors: Mapping[str, Any], right: Expected
+    ) -> bool:
+        device = next(one.device for one in tensors.values() if torch.is_tensor(one))
+        try:
+            return bool(judged(call, make(call, op, device, self._synchronize), right))
+        except Exception:  # noqa: BLE001  # whatever an op raises is wrong
+            return True
 
     def _raised(self, recorded: RecordedCall | None, error: Exception) -> None:
         """Keep a call that ended in an exception; what it wrote may be out of reach by now."""

@@ -14,6 +14,7 @@ from mla.bench.cli.main import main as bench
 from mla.conformance.cli import main
 from mla.failures import file
 from mla.failures.watch import Watched, Watcher
+from mla.reference import REFERENCE
 
 FAULTY = ["--backend", "faulty_backend:FaultyBackend", "--dtype", "float32", "--quick"]
 
@@ -48,6 +49,12 @@ def test_the_first_failure_is_kept(
     assert (kept.call.kind, kept.call.op) == (kind, "faulty")
     assert bench(["replay", "kept"]) == 4
     assert bench(["replay", "kept", "--op", "reference"]) == 0
+    monkeypatch.setattr(faulty_backend.FaultyBackend, "ops", lambda self: {"faulty": REFERENCE[kind]})
+    capsys.readouterr()
+    assert bench(["replay", "kept"]) == 0
+    assert (
+        "did not repeat: the op has changed since: this call was wrong by itself" in capsys.readouterr().err
+    )
 
 
 def test_the_case_that_failed_is_kept_and_not_one_before_it(
@@ -67,7 +74,7 @@ def test_the_case_that_failed_is_kept_and_not_one_before_it(
     monkeypatch.setattr(faulty_backend.FaultyOp, "__call__", many_rows)
     options = ["-O", "op=linear", "--only", "linear.product", "--dump-failure", "kept"]
     assert main([*FAULTY, *options]) == 4
-    assert rows == [1, 7, 130, 5, 130]  # every case, and the wrong one again
+    assert rows == [1, 7, 130, 5, 130, 130]  # every case, the wrong one again, and its call alone
     origin = file.read(Path("kept")).document.origin
     assert origin.where == "linear.product[faulty-float32]#3"
     words = shlex.split(origin.command)

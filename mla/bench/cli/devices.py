@@ -166,7 +166,12 @@ def replay(
     wrong = [reason for reason in found if reason]
     what = f"{facts.role} (op '{name or facts.op}') on {opened.backend.device}"
     if not wrong and not name:
-        note("the failure did not repeat: it may depend on the calls before it, or come and go (--runs 1000)")
+        why = {
+            True: "the op has changed since: this call was wrong by itself when it was kept",
+            False: "it depends on the calls before it, as it did when it was kept",
+            None: "it may depend on the calls before it, or come and go (--runs 1000)",
+        }[kept.document.alone]
+        note(f"the failure did not repeat: {why}")
     if not wrong:
         out(f"{what}: right{f' in {runs} of {runs} calls' if runs > 1 else ''}\n")
         return Exit.OK
