@@ -155,30 +155,30 @@ class Player:
         """
         for case in scene.cases:
             self.require(case)
-        cases = [Laid(case, self.op, scene) for case in scene.cases]
+        calls = [Laid(case, self.op, scene) for case in scene.cases]
         states: dict[int, tuple[Any, ...]] = {}
         if scene.early:
-            for index, case in enumerate(cases):
-                states[index] = self._leading(case, scene)
+            for index, call in enumerate(calls):
+                states[index] = self._leading(call, scene)
         written: dict[int, Tensors] = {}
         number, total = 0, sum(times for _, times in scene.order)
         for index, times in scene.order:
-            case = cases[index]
-            host = cases[0] if scene.one_memory else case
+            call = calls[index]
+            host = calls[0] if scene.one_memory else call
             for turn in range(times):
                 number += 1
                 self.calls += 1
-                of = 0 if scene.lent or (scene.one_memory and not case.pool.entry.packed) else index
+                of = 0 if scene.lent or (scene.one_memory and not call.pool.entry.packed) else index
                 if of not in states or not scene.kept:
-                    states[of] = self._leading(cases[of], scene)
+                    states[of] = self._leading(calls[of], scene)
                 if 1 < turn < times - 1:
                     host.op(*states[of], **host.arguments)
                     continue
-                reason = host.call_as(case, states[of])
+                reason = host.call_as(call, states[of])
                 if reason and number > unjudged:
                     return reason if total == 1 else f"call {number} of {total}: {reason}"
             written[id(host)] = host.copies()
-            for other in {id(one): one for one in cases}.values():
+            for other in {id(one): one for one in calls}.values():
                 if id(other) in written and not other.kept(written[id(other)]):
                     return f"call {number} of {total}: an output of an earlier call was written again"
         return ""

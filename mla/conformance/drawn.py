@@ -214,7 +214,7 @@ def _words(values: Counter[Any]) -> str:
     return ", ".join(most) + f" and {len(values) - MOST_WORDS} more" * (len(values) > MOST_WORDS)
 
 
-def usual_spec(kind: str, dtype: torch.dtype, device: torch.device) -> Any:
+def usual_spec(kind: str, dtype: torch.dtype, device: torch.device | None) -> Any:
     """Return the spec of an op in a layer as most are."""
     if KINDS[kind].packed:
         return KINDS[kind].spec(128, 96, 4 if kind == "batched_linear" else 1, dtype, device)
