@@ -68,7 +68,6 @@ def backend_options(help: str) -> Callable[[Command], Command]:
         how("-O", "backend_options", metavar="KEY=VALUE", multiple=True, help="Backend option; repeatable."),
         how(
             "--threads",
-            metavar="N",
             type=click.IntRange(1, 4096),
             common=True,
             show_default="chosen by the backend",

@@ -18,6 +18,7 @@ _MOST_SAID = 4000  # characters of a sentence: more can only be what a file says
 
 _results: TextIO | None = None  # stdout while `results_apart` keeps it for results; None: sys.stdout
 _rank = 0  # of a run over several ranks: rank 0 speaks for all
+_verbose = False  # `detail` prints
 _complaint = ""  # why the command ends
 _unsaid = False  # that it was left to rank 0
 _unshown = ""  # why a result could not be printed
@@ -90,6 +91,18 @@ def note(text: str) -> None:
     """Print a remark where it cannot disturb the result; on rank 0 alone, as the others have the same."""
     if not _rank:
         _print(text)
+
+
+def verbose(on: bool) -> None:
+    """Choose whether `detail` prints."""
+    global _verbose
+    _verbose = on
+
+
+def detail(text: str) -> None:
+    """Print a remark that only -v asks for."""
+    if _verbose:
+        note(text)
 
 
 def become(rank: int) -> None:

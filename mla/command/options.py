@@ -41,7 +41,7 @@ class Option(click.Option):
         """Return flags and sentence; ranges are left to errors, aliases to the sentence."""
         short = [flag for flag in self.opts if not flag.startswith("--")]
         flags = short + [flag for flag in self.opts if flag not in short][:1]
-        words = f"{', '.join(flags)} {self.metavar or ''}".rstrip()
+        words = ", ".join(flags) + ("" if self.is_flag else f" {self.metavar or 'N'}")
         default = self.default if self.show_default is True else self.show_default
         return words, (self.help or "") + (f"  [default: {default}]" if self.show_default else "")
 

@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -25,6 +26,9 @@ from mla.command.options import (
 )
 from mla.errors import UsageError
 from mla.text import DTYPES
+
+if TYPE_CHECKING:
+    from mla.conformance.suite import Suite
 
 LEAST_PYTEST = (8,)
 EPILOG = """\b
@@ -50,7 +54,7 @@ Exit codes:
   4 a check failed
   5 nothing ran
   7 incomplete: all is right, but fewer than 300 drawn cases of an op in a
-    dtype were judged
+    dtype were judged (never with --quick, which is a first look)
   130 interrupted, 143 ended by SIGTERM, 129 by SIGHUP (the partial report is
     written)
 """
@@ -71,18 +75,16 @@ Exit codes:
 @how("--quick", is_flag=True, help="A smaller grid of shapes, in about a minute; every check still runs.")
 @how(
     "--minutes",
-    metavar="N",
     type=click.FloatRange(0, min_open=True),
     show_default="5, or 1 with --quick",
     help="Duration: fixed checks first, drawn cases in the rest.",
 )
 @how(
     "--draws",
-    metavar="N",
-    type=click.IntRange(1),
+    type=click.IntRange(0),
     help="Cases drawn per op and dtype, in place of --minutes: for CI and interpreted kernels.",
 )
-@how("--seed", metavar="N", type=click.IntRange(0), default=0, show_default=True, help="Seed of drawn cases.")
+@how("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of drawn cases.")
 @how(
     "--every-case",
     is_flag=True,
@@ -169,11 +171,15 @@ def cli(
     options = BackendOptions(backend, device, backend_options, threads)
     asked = Asked(options, dtypes, only, quick, every_case or list_only, minutes, draws, seed)
     suite = Suite.opened(asked, xfails)
-    planned = suite.planned
     if list_only:
-        return selection.list_cases(planned, suite.subject)
+        return selection.list_cases(suite.planned, suite.subject)
     if dump_failure:
         suite.keeper = Keeper.into(dump_failure, suite)
+    return _run(suite, words, report_file, verbose)
+
+
+def _run(suite: Suite, words: Sequence[str], report_file: Path | None, verbose: bool) -> int:
+    """Run the checks, print the card and write the report; return the exit code."""
     from mla.conformance.card import card
     from mla.conformance.report import write
     from mla.conformance.run import carry_out, verdict

@@ -109,8 +109,8 @@ def draw(trial: Trial) -> None:
     """Draw cases for an op, and judge them. Raises `Refused`, or `CheckFailed` for the smallest wrong one."""
     drawing, op = trial.subject.drawing, trial.op
     assert op is not None
-    if drawing.count is None and drawing.seconds <= 0:
-        raise Refused("there is no time to draw cases")
+    if drawing.count == 0 or (drawing.count is None and drawing.seconds <= 0):
+        raise Refused("no cases were to be drawn")
     player = _player(trial, op)
     name = f"{trial.kind}[{trial.name}-{dtype_name(trial.dtype)}]"
     if drawing.again:

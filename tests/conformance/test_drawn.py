@@ -98,7 +98,7 @@ def test_one_seed_gives_one_sequence(judge: Run, sound: Any) -> None:
 
 def test_without_time_nothing_is_drawn(judge: Run, sound: Any) -> None:
     (result,) = judge(sound(), "rms_norm.drawn")
-    assert (result.status, result.reason) == ("refused", "there is no time to draw cases")
+    assert (result.status, result.reason) == ("refused", "no cases were to be drawn")
 
 
 def test_too_few_draws_are_incomplete_and_a_kept_failure_comes_first(

@@ -21,7 +21,7 @@ from mla.bench.terminal.comparison import compare_runs
 from mla.bench.terminal.lines import OTHERS, folded_warnings, quality_warnings
 from mla.bench.workload.implementations import parse_one
 from mla.command import files, last_words
-from mla.command.console import note, out
+from mla.command.console import note, out, verbose
 from mla.command.environment import OtherLoad
 from mla.command.exit_codes import Exit, graver
 from mla.command.options import HELP_NAMES, GroupedCommand
@@ -156,6 +156,7 @@ def _run(
     from mla.bench.run.outcome import verdict
     from mla.bench.run.steering import steering
 
+    verbose(options.detail == "verbose")
     if options.detail != "quiet" or options.dry_run:
         preview.describe(request, options.detail == "verbose" or options.dry_run)
     preview.require_memory(request)

@@ -46,7 +46,6 @@ WHAT_TO_RUN = (
     ),
     what_to_run(
         "--layer",
-        metavar="N",
         show_default="the only one",
         help="Checkpoint layer: 3, or 3.1 for the second of two attentions.",
     ),
@@ -87,7 +86,6 @@ WHAT_TO_RUN = (
     what_to_run(
         "--batch",
         type=click.IntRange(1, MAX_REQUESTS),
-        metavar="N",
         show_default=str(DEFAULT_BATCH),
         help="Requests of --op.",
     ),
@@ -101,14 +99,12 @@ WHAT_TO_RUN = (
     what_to_run(
         "--q-len",
         type=click.IntRange(1, MAX_COUNT),
-        metavar="N",
         show_default=str(DEFAULT_QUERY),
         help="New tokens per request of --op.",
     ),
     what_to_run(
         "--heads",
         type=click.IntRange(1, MAX_COUNT),
-        metavar="N",
         show_default="the config's",
         help="Heads of --op or --batch-spec.",
     ),
@@ -153,7 +149,6 @@ HOW = (
     ),
     how(
         "--page-size",
-        metavar="N",
         type=int,
         show_default=str(DEFAULT_PAGE_SIZE),
         help="Tokens per cache page.",
@@ -178,28 +173,24 @@ HOW = (
     ),
     how(
         "--runs",
-        metavar="N",
         type=click.IntRange(1, MAX_COUNT),
         show_default="workload's, 100",
         help="Forwards (prefill), steps per pass (decode), calls per pass (--op).",
     ),
     how(
         "--passes",
-        metavar="N",
         type=click.IntRange(1, MAX_COUNT),
         show_default="workload's, 10 or 6",
         help="Interleaved passes; a 95% interval needs 6.",
     ),
     how(
         "--warmups",
-        metavar="N",
         type=click.IntRange(0, MAX_COUNT),
         show_default="workload's, 10",
         help="Least number of untimed forwards first; 0: none.",
     ),
     how(
         "--seed",
-        metavar="N",
         type=click.IntRange(min=0, max=2**32 - 1),
         default=0,
         show_default=True,
@@ -218,7 +209,6 @@ SCALE = (
     ),
     scale(
         "--layers",
-        metavar="N",
         type=click.IntRange(1, MAX_LAYERS),
         show_default="workload's, 1",
         help="Layers in a row, each with its own cache; numbers are per layer.",

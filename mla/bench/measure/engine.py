@@ -172,7 +172,7 @@ class _Engine:
         if name in (less := self._hooks.shorten(ms, most)):
             runner.steps, reason = less[name]
             self.measurements[name].due = runner.steps.passes
-            self._hooks.say(f"{self._scenario.name}, {name}: {reason}")
+            self._hooks.detail(f"{self._scenario.name}, {name}: {reason}")
 
     def make_runners(self, implementations: Sequence[Implementation]) -> list[PassRunner]:
         """Return the runners of all correct implementations, each variant checked before it is timed."""
@@ -345,7 +345,7 @@ class _Engine:
             measurement.doubts += [told.doubt] if told.doubt else []
         elif isinstance(one, MlaLayer) and (measurement.due is None or cut):
             said = "forwards on new lengths are left out for lack of time"
-            self._hooks.say(f"{self._scenario.name}, {one.name}: {said}")
+            self._hooks.detail(f"{self._scenario.name}, {one.name}: {said}")
 
     def _withhold(self) -> None:
         """Take the numbers of what is in doubt."""

@@ -33,6 +33,7 @@ class Hooks:
     shorten: Callable[[Mapping[str, float], float], Shorter] = lambda ms, most: {}
     warmups: int = 0  # that the user asked for: they run however long they take
     say: Callable[[str], None] = lambda text: None  # what a reader of the numbers should know
+    detail: Callable[[str], None] = lambda text: None  # what only -v shows
     first: str = ""  # the run's first implementation; by default the first that is measured
     target: Target = Target()  # noqa: RUF009  # without limits, nothing of it changes
 

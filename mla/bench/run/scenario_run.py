@@ -28,7 +28,7 @@ from mla.bench.subjects.inputs import Requests
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.setting import Setting, say_remarks
 from mla.bench.workload.scenario import Scenario
-from mla.command.console import note
+from mla.command.console import detail, note
 from mla.errors import MLAError, UnsupportedBatch
 from mla.parallel.layout import Layout, Place
 from mla.parallel.work import rank_work
@@ -146,7 +146,8 @@ class ScenarioRun:
         built = [self._build(name) for name in names]
         backend, seed, variants = self._setting.backend, self._setting.seed, self._request.variants
         warmups, first = self._request.warmups or 0, self._request.implementations[0]
-        hooks = replace(self._hooks, shorten=self._shorten, say=note, warmups=warmups, first=first)
+        hooks = replace(self._hooks, shorten=self._shorten, say=note, detail=detail)
+        hooks = replace(hooks, warmups=warmups, first=first)
         measured = engine.measure(
             built, self._point, inputs, checker, backend, seed, variants, self._progress, hooks
         )

@@ -113,7 +113,7 @@ def test_the_environment_sets_the_number_where_the_user_names_none() -> None:
 @pytest.mark.parametrize("level", [instruction_sets.EMULATED, levels_here()[0]])
 def test_the_conformance_checks_pass(level: str) -> None:
     """The checks of the reference ops are left out: they are not of this plugin."""
-    options = ("--backend", "cpu", "-O", f"native={level}", "--quick", "--dtype", "bfloat16")
+    options = ("--backend", "cpu", "-O", f"native={level}", "--quick", "--dtype", "bfloat16", "--draws", "20")
     options += ("--only", "*[*native_*]")
     if level != instruction_sets.EMULATED:  # it differs from the others inside its kernels alone
         options += ("--only", "device", "--only", "layer")

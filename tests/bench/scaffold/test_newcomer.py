@@ -31,7 +31,7 @@ BENCH = ("-m", "mla.bench", "--backend", "acme", "--config", "tiny.json", "--wor
 BENCH += ("--cache", "warm")  # the device's caches are emulated elsewhere
 # All are errors, but for that of an editable install of mla: its finder is imported before pytest is.
 WARNINGS = ("-W", "error", "-W", "ignore:Module already imported so cannot be rewritten")
-CONFORMANCE = ("-m", "mla.conformance", "--backend", "acme", "--quick")
+CONFORMANCE = ("-m", "mla.conformance", "--backend", "acme", "--quick", "--draws", "2")
 
 
 @dataclass(frozen=True)
