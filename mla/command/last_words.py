@@ -224,4 +224,4 @@ def _dismissing(show: Callable[..., Any]) -> Callable[..., None]:
 
 def loads_plugins(words: Sequence[str], others: Sequence[str] = ()) -> bool:
     """Return whether a command line may load a plugin into this process: it is none of `others`, nor help."""
-    return bool(words) and words[0] not in {*others, "--help", "--version"} and "--help" not in words
+    return bool(words) and words[0] not in {*others, "--version"} and not {"--help", "--help-all"} & {*words}
