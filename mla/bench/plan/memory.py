@@ -308,14 +308,16 @@ def _input_numbers(setting: Setting, point: Point) -> int:
 def _host_bytes(setting: Setting, point: Point) -> int:
     """Return what the host holds for all implementations together; outputs of a pass are not among it.
 
-    These are weights, inputs, the oracle in float64, and one forward's rows with those that are expected.
+    These are weights, inputs, the oracle in float64, and one forward's rows with those that are expected. The
+    evidence has hidden states and a history of its own, as large, and outputs that are expected.
     """
     config, itemsize = setting.config, setting.dtype.itemsize
     copies = 1 if point.layers == 1 else 2  # of the layer that is being rolled
     weights = cost.parameters(config) * (copies * itemsize + 8)
-    history = sum(point.history) * config.latent_dim * itemsize
+    history = 2 * sum(point.history) * config.latent_dim * itemsize
+    evidence = point.inputs * point.tokens * config.hidden_size * (itemsize + 8)
     judged = point.tokens * config.hidden_size * (itemsize + 4 * 8)
-    return weights + history + judged + oracle_bytes(config, oracle_runs(config, point), itemsize)
+    return weights + history + evidence + judged + oracle_bytes(config, oracle_runs(config, point), itemsize)
 
 
 def _other_bytes(setting: Setting, point: Point, lazy: bool) -> int:
