@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +17,9 @@ from mla.command.exit_codes import carried_out, guarded
 from mla.command.options import FILE, result_path
 from mla.errors import UsageError
 from mla.text import DTYPES
+
+if TYPE_CHECKING:
+    from mla.conformance.suite import Suite
 
 PROGRAM = "python -m mla.conformance"
 LEAST_PYTEST = (8,)
@@ -157,11 +161,15 @@ def cli(
     options = BackendOptions(backend, device, backend_options, threads)
     asked = Asked(options, dtypes, only, quick, every_case or list_only, minutes, draws, seed)
     suite = Suite.opened(asked, xfails)
-    planned = suite.planned
     if list_only:
-        return selection.list_cases(planned, suite.subject)
+        return selection.list_cases(suite.planned, suite.subject)
     if dump_failure:
         suite.keeper = Keeper.into(dump_failure, suite)
+    return _run(suite, words, report_file, verbose)
+
+
+def _run(suite: Suite, words: Sequence[str], report_file: Path | None, verbose: bool) -> int:
+    """Run the checks, print the card and write the report; return the exit code."""
     from mla.conformance.card import card
     from mla.conformance.report import write
     from mla.conformance.run import carry_out, verdict

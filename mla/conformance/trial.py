@@ -62,7 +62,7 @@ class Case:
         return ": ".join(filter(None, (self.label, self.reason)))
 
 
-@dataclass
+@dataclass(eq=False)  # a subject is a key of what a run keeps
 class Drawing:
     """How many cases are drawn; the same for all checks of a run but `seconds`."""
 

@@ -197,7 +197,7 @@ def test_a_new_op_is_timed_and_checked(kind: str, dtype: torch.dtype) -> None:
     for number in range(3):
         check = bench.run(one, number, lambda index: given.add(next(iter(operands(one))).numpy().tobytes()))
         assert (check.status, check.reason) == ("ok", "")
-        assert len(one.compared()) == 6
+        assert len(one.outputs()) == 6
     assert len(given) == 18, "calls had operands alike"
     assert op_bytes(bench.fixture.pool) > 0
 

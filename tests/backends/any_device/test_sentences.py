@@ -149,7 +149,7 @@ def test_the_cpu_runs_as_any_device_does(
         "--cache",
         "warm",
     ]
-    words += ["-o", "run.json"]
+    words += ["-v", "-o", "run.json"]
     assert main(words) == 0
     out, err = capsys.readouterr()
     assert out.count(" ok") == 2

@@ -28,7 +28,6 @@ PLACES = {
     "device_count": "device_count()",
     "device_info": "device_info() of backend 'leaving'",
     "dtypes": "dtypes() of backend 'leaving'",
-    "timer": "timer() of backend 'leaving'",
     "device_timer": "device_timer() of backend 'leaving'",
     "memory": "memory() of backend 'leaving'",
     "environment": "environment() of backend 'leaving'",

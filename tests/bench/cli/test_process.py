@@ -128,8 +128,8 @@ def test_what_is_written_to_a_file_needs_no_stream(redirected: Bench) -> None:
 
 @pytest.mark.parametrize("again", ["", AGAIN], ids=["once", "and while the result is written"])
 def test_ctrl_c_keeps_the_complete_passes(start: Start, again: str) -> None:
-    """A pass of 4 forwards, and the idle one before it, wait 10 times: the 25th is in the third pass."""
-    words = ("-O", "interrupt=25", "--warmups", "0", "--scenario", "decode", "-o", "run.json")
+    """A pass of 4 forwards waits 5 times: the 12th is in the third pass."""
+    words = ("-O", "interrupt=12", "--warmups", "0", "--scenario", "decode", "-o", "run.json")
     with start(*words, before=again) as child:
         out, err = child.communicate(timeout=120)
     assert child.returncode == 130
@@ -251,7 +251,7 @@ def test_a_terminal_that_cannot_show_lines_gets_plain_ones(process: Bench, small
     done = process(*VIRTUAL, *small, *options, fakes=["virtual_clock"], PYTHONIOENCODING="ascii")
     assert done.code == 0
     assert done.out.isascii()
-    assert "| decode " in done.out.replace("|decode", "| decode")
+    assert "\ndecode  " in done.out
     assert done.out.splitlines()[-1].startswith("Decode Throughput: ")
 
 
@@ -260,7 +260,7 @@ def test_a_name_the_terminal_cannot_show_does_not_cost_the_result(process: Bench
     options = ["--passes", "1", "--scenario", "größe", "--format", "csv"]
     done = process(*VIRTUAL, *small, *options, fakes=["virtual_clock"], PYTHONIOENCODING="ascii")
     assert done.code == 0
-    assert "gr??e,decode,mla,ok," in done.out
+    assert ",gr??e," in done.out
 
 
 @pytest.fixture

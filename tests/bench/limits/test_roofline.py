@@ -104,15 +104,15 @@ def test_the_nearer_limit_is_the_floor(setting: Setting, script: Scripted) -> No
     assert compute.peak_source == "measured: mine, y"
 
 
-@pytest.mark.parametrize("low", [3.0, 10.0, 1000.0])
+@pytest.mark.parametrize(("low", "said"), [(3.0, "333 MB/s"), (10.0, "100 MB/s"), (1000.0, "1 MB/s")])
 def test_a_declared_peak_that_is_too_low_loses_and_is_named(
-    setting: Setting, script: Scripted, monkeypatch: pytest.MonkeyPatch, low: float
+    setting: Setting, script: Scripted, monkeypatch: pytest.MonkeyPatch, low: float, said: str
 ) -> None:
     declare(setting, monkeypatch, 1e9 / low, 1e12 / low)
     found = RooflineModel(setting)
     read, product = found.bandwidth(8 << 20), found.flops()
     assert (read.value, product.value, product.ours) == (1e9, 1e12, True)
-    assert read.source == f"measured: x; declared: {1 / low:.3g} GB/s, a sheet"
+    assert read.source == f"measured: x; declared: {said}, a sheet"
     assert product.source.startswith("measured: mine, y; declared: ")
     assert product.source.endswith("FLOP/s, another sheet")
 

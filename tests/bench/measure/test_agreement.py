@@ -86,7 +86,7 @@ def test_a_wrong_case_is_compared_with_nobody(case: Any) -> None:
 @needs_transformers
 def test_a_run_says_how_implementations_relate(bench: Any, small: list[str], tmp_path: Path) -> None:
     path = tmp_path / "run.json"
-    done = bench("--backend", "cpu", *small, "--implementations", "mla,transformers", "-o", str(path))
+    done = bench("--backend", "cpu", *small, "--implementations", "mla,transformers", "-v", "-o", str(path))
     assert done.code == 0, done.err
     cases = json.loads(path.read_text())["cases"]
     for case in cases:

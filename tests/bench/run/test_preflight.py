@@ -36,9 +36,8 @@ class Prep(HostBackend):
     def probe(self):
         log("probe")
         return super().probe()
-    def timer(self):
-        log("timer")
-        return super().timer()
+    def synchronize(self):
+        log("synchronize")
 """
 LINE = "preparing mine: it compiles its kernel (a minute)"
 FEW = ("--implementations", "mla", "--scenario", "decode")
@@ -73,7 +72,7 @@ def test_a_run_prepares_each_kernel_once_before_anything_is_timed(
     assert done.err.splitlines().count(LINE) == 2  # per spec
     events = [line for line in logged() if line != "probe"]
     assert sorted(events[:2]) == ["preflight 2", "preflight 4"]
-    assert set(events[2:]) == {"timer"}
+    assert set(events[2:]) == {"synchronize"}
     cases = json.loads(Path("run.json").read_text())["cases"]
     assert {case["ops"]["latent_attention"] for case in cases} == {"mine"}
     assert LINE not in done.out

@@ -143,11 +143,11 @@ def test_a_backend_that_fails_outside_of_its_ops_ends_the_run(
     measure: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(self: HostBackend) -> Any:
-        raise BackendError("the clock is gone.")
+        raise BackendError("the device is gone.")
 
-    monkeypatch.setattr(HostBackend, "timer", broken)
+    monkeypatch.setattr(HostBackend, "synchronize", broken)
     done = measure(NAMES, "second:call", *LONG)
-    assert (done.code, done.error) == (3, "error: the clock is gone.")
+    assert (done.code, done.error) == (3, "error: the device is gone.")
 
 
 def test_a_resumed_run_keeps_what_was_measured_and_asks_the_op_again(measure: Bench) -> None:

@@ -137,7 +137,7 @@ def test_an_op_that_goes_wrong_while_it_is_timed_loses_its_numbers(bench: Bench,
 def test_the_backend_s_own_attention_is_judged(bench: Bench, small: list[str], fault: str, code: int) -> None:
     words = ["-O", f"fault={fault}", "--op", "latent_attention", "--batch", "2", "--kv", "5", "--q-len", "3"]
     done = bench(
-        "--backend", "fake-wrong-op", *small[:2], *words, *QUICK, "--cache", "warm", fakes=["wrong_op"]
+        "--backend", "fake-wrong-op", *small[:2], *words, *QUICK, "--cache", "warm", "-v", fakes=["wrong_op"]
     )
     assert done.code == code
     if fault == "batch":

@@ -41,7 +41,7 @@ def read() -> list[results.Case]:
 def test_times_are_per_layer_and_work_is_that_of_one(bench: Bench, small: list[str]) -> None:
     bench(*VIRTUAL, *small, "-o", "run.json", fakes=["virtual_clock"])
     alone = read()
-    done = bench(*VIRTUAL, *small, "--layers", "4", "-o", "run.json", fakes=["virtual_clock"])
+    done = bench(*VIRTUAL, *small, "--layers", "4", "-v", "-o", "run.json", fakes=["virtual_clock"])
     assert done.code == 0
     for one, case in zip(alone, read(), strict=True):
         assert (one.layers, case.layers, case.check.status) == (1, 4, "ok")
