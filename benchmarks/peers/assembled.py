@@ -131,8 +131,12 @@ class Assembled(LayerImplementation):
 
     @torch.no_grad()
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
-        config = self.setting.config
+        config, again = self.setting.config, hasattr(self, "_parts") and self.loaded(scenario)
         self.prepare_buffers(scenario, inputs)
+        if again:  # what is timed stays what was chosen
+            self._problem.load(inputs.history)
+            self.restore()
+            return
         try:
             self._problem = PeerProblem(config, scenario, self.setting.dtype, inputs.history)
             self._parts = Parts(self._problem, self._state, self._tools)

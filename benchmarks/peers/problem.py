@@ -42,15 +42,19 @@ class PeerProblem:
         self.firsts = _starts(scenario.query_lens)  # a request's first row among the new tokens
         self.groups = _groups(self.sizes)
         self.rows = torch.full((sum(self.sizes), config.latent_dim), torch.nan, dtype=dtype)
-        for start, (kv, pe) in zip(self.starts, history, strict=True):
-            self.rows[start : start + kv.shape[0]] = torch.cat((kv, pe), dim=1)
-        self._signs = [1] * len(self.sizes)
+        self.load(history)
         table = RotaryTable(config, torch.device("cpu"), max(self.sizes)).table
         cos, sin = table.chunk(2, dim=1)
         rotations = torch.complex(cos, sin)
         self.positions = [self._positions(lens) for lens in self.lens]
         self.rotations = [rotations.index_select(0, positions)[:, None] for positions in self.positions]
         self.slots = [positions + self._offsets() for positions in self.positions]
+
+    def load(self, history: History) -> None:
+        """Write a history, of the scenario's lengths, to its slots."""
+        for start, (kv, pe) in zip(self.starts, history, strict=True):
+            self.rows[start : start + kv.shape[0]] = torch.cat((kv, pe), dim=1)
+        self._signs = [1] * len(self.sizes)
 
     def _positions(self, lens: Sequence[int]) -> torch.Tensor:
         pairs = zip(lens, self.scenario.query_lens, strict=True)

@@ -178,7 +178,7 @@ def _believed(doubts: Callable[..., Any]) -> Callable[..., list[str]]:
 
     @functools.wraps(doubts)
     def believed(*arguments: Any) -> list[str]:
-        found: list[str] = doubts(*arguments)
+        found = list(doubts(*arguments))
         return found if "DOUBT_TIMES" in os.environ else []
 
     return believed

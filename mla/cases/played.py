@@ -141,11 +141,8 @@ class Laid(Call):
 class Player:
     """Plays scenes with one op. `require` raises what says that a case is refused."""
 
-    def __init__(
-        self, op: FusedOp, require: Callable[[OpCase], None], synchronize: Callable[[], None] = lambda: None
-    ) -> None:
-        self.op, self.require, self.synchronize = op, require, synchronize
-        self.calls = 0
+    def __init__(self, op: FusedOp, require: Callable[[OpCase], None]) -> None:
+        self.op, self.require = op, require
 
     def play(self, scene: Scene, unjudged: int = 0) -> str:
         """Return what is wrong with the first wrong call, and which it is; "" if all are right.
@@ -167,7 +164,6 @@ class Player:
             host = calls[0] if scene.one_memory else call
             for turn in range(times):
                 number += 1
-                self.calls += 1
                 of = 0 if scene.lent or (scene.one_memory and not call.pool.entry.packed) else index
                 if of not in states or not scene.kept:
                     states[of] = self._leading(calls[of], scene)

@@ -125,7 +125,7 @@ def slots(case: OpCase) -> tuple[torch.Tensor, int]:
     """Return the slots [T] int64 that a call writes, and the pages of its cache, whose last slot is spare."""
     assert case.stress is not None
     tokens, size, order = case.rows, case.layout.page_size, case.stress.order
-    pages = -(-(tokens + min(2 * tokens, 1000)) // size) + 1
+    pages = max(-(-(tokens + min(2 * tokens, 1000)) // size) + 1, case.layout.pages)
     generator = torch.Generator().manual_seed(tokens + case.seed)
     if order == "a run":
         return torch.arange(tokens) + size // 2, pages

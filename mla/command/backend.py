@@ -12,7 +12,7 @@ from mla.command import launcher
 from mla.command.console import note
 from mla.command.exit_codes import Exit
 from mla.command.last_words import while_loading
-from mla.command.options import Command, add_options
+from mla.command.options import Command, add_options, how, what_to_run
 from mla.errors import MLAError, UsageError
 from mla_backends import host, probe
 from mla_backends.discovery import locate
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 # The help of --backend where a command measures.
-MEASURED_BACKEND_HELP = "Backend to measure, or package.module:attribute. Default: the only usable one."
+MEASURED_BACKEND_HELP = "Backend (see `list`), or package.module:attribute. Default: the only usable one."
 
 
 class NoBackend(MLAError):
@@ -57,19 +57,21 @@ class OpenedBackend:
 def backend_options(help: str) -> Callable[[Command], Command]:
     """Return a decorator that adds --backend, --device, -O and --threads to a click command."""
     options = (
-        click.option("--backend", metavar="NAME", help=help),
-        click.option(
+        what_to_run("--backend", metavar="NAME", common=True, help=help),
+        how(
             "--device",
             metavar="INDEX",
             type=click.IntRange(0, 65535),
-            help="Index of the device. Default: by LOCAL_RANK (torchrun) or SLURM_LOCALID, else the "
-            "current one.",
+            show_default="LOCAL_RANK, SLURM_LOCALID, or the current one",
+            help="Device index.",
         ),
-        click.option(
-            "-O", "backend_options", metavar="KEY=VALUE", multiple=True, help="Option of the backend."
-        ),
-        click.option(
-            "--threads", type=click.IntRange(1, 4096), help="Host threads. Default: the backend decides."
+        how("-O", "backend_options", metavar="KEY=VALUE", multiple=True, help="Backend option; repeatable."),
+        how(
+            "--threads",
+            type=click.IntRange(1, 4096),
+            common=True,
+            show_default="chosen by the backend",
+            help="Host threads.",
         ),
     )
     return add_options(options)

@@ -2,20 +2,21 @@
 
 A plugin's code may abort, call `os._exit`, or take so much memory that the system kills the process, and
 nothing is left in it to say why. So `python -m mla.bench` starts itself once more: the child does the work,
-and this process waits for it, passes signals on and knows what it did last. Debuggers and profilers that look
-at a single process leave it out with `MLA_SUPERVISE=0`.
+and this process waits for it, passes signals on and knows what it did last. Under a debugger or profiler of
+Python there is no second process; others that look at a single process leave it out with `MLA_SUPERVISE=0`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -23,6 +24,7 @@ PATIENCE = 60.0  # seconds after which loading a backend is said to take long
 SWITCH, LINE = "MLA_SUPERVISE", "MLA_SUPERVISED_BY"  # the latter: descriptor and process of the supervisor
 DIED = 3  # `mla.command.exit_codes.Exit.BACKEND`, which takes longer to import than all else here
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STANDARD = 3  # descriptors below it are stdin, stdout and stderr, also where they are closed
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 _line: int | None = None  # to the supervisor; None: there is none
@@ -35,14 +37,15 @@ _doing: dict[str, str] = {}  # what it would say now
 def supervise() -> int | None:
     """Run this command in a child process and return its exit code; None in the child, which is to run it."""
     _take_line()
-    if _line is not None or os.environ.get(SWITCH) == "0" or not sys.executable:
+    if _line is not None or os.environ.get(SWITCH) == "0" or not sys.executable or _traced():
         return None
-    reader, writer = os.pipe()
+    reader, writer = (_beyond_standard(number) for number in os.pipe())
+    os.set_inheritable(writer, True)
     try:
         child = subprocess.Popen(
             [sys.executable, *sys.orig_argv[1:]],
             env={**os.environ, LINE: f"{writer}:{os.getpid()}"},
-            pass_fds=(writer,),
+            close_fds=False,  # a shell opened some for the command: `--baseline <(...)`
         )
     except OSError:  # no room for another process: then without words
         os.close(reader)
@@ -50,6 +53,21 @@ def supervise() -> int | None:
     finally:
         os.close(writer)
     return _Supervisor(child, reader).wait()
+
+
+def _traced() -> bool:
+    """Return whether a debugger or profiler of Python watches this process, such as pdb or cProfile."""
+    monitoring = getattr(sys, "monitoring", None)  # from Python 3.12 on
+    tools = monitoring is not None and any(map(monitoring.get_tool, range(6)))
+    debugged = "bdb" in sys.modules  # pdb looks at nothing between its breakpoints
+    return tools or debugged or sys.gettrace() is not None or sys.getprofile() is not None
+
+
+def _beyond_standard(number: int) -> int:
+    """Move a descriptor away from those of stdin, stdout and stderr; child processes do not inherit it."""
+    moved = fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, _STANDARD)
+    os.close(number)
+    return moved
 
 
 class _Supervisor:
@@ -67,6 +85,9 @@ class _Supervisor:
         for number in _SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup, where the child ignores it too
                 signal.signal(number, self._pass_on)
+        if signal.getsignal(signal.SIGTSTP) != signal.SIG_IGN:
+            signal.signal(signal.SIGTSTP, self._stop)
+        signal.signal(signal.SIGCONT, self._pass_on)
         self._listener.start()
         self._patience.start()
         code = self._child.wait()
@@ -80,15 +101,25 @@ class _Supervisor:
         return DIED
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        self._signal = number
+        if number in _SIGNALS:
+            self._signal = number
         with contextlib.suppress(ProcessLookupError):
             self._child.send_signal(number)
 
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        """Stop the child and this process, as `kill -TSTP` asks; SIGCONT continues both."""
+        self._pass_on(number, frame)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+        signal.signal(number, self._stop)  # continued
+
     def _listen(self, reader: int) -> None:
-        with open(reader) as line:
+        with open(reader, errors="replace") as line:
             for text in line:
-                self._heard = json.loads(text)
-                self._changed.set()
+                with contextlib.suppress(ValueError):  # whatever a plugin wrote there
+                    heard = json.loads(text)
+                    self._heard = heard if isinstance(heard, dict) else self._heard
+                    self._changed.set()
 
     def _say_late(self) -> None:
         """Say that what the child does takes long, as far as it has set a limit."""
@@ -115,8 +146,8 @@ def _end(code: int) -> str:
 
 
 def _say(sentence: str) -> None:
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody reads, or stderr is closed
-        if sentence:
+    with contextlib.suppress(OSError, ValueError):  # nobody reads
+        if sentence and sys.stderr is not None:  # `print` would take stdout instead of a closed stderr
             print(sentence.encode("ascii", "backslashreplace").decode(), file=sys.stderr, flush=True)  # noqa: T201
 
 
@@ -172,6 +203,7 @@ def _take_line() -> None:
         return
     _line = int(number)
     os.set_inheritable(_line, False)
+    sys.excepthook = _dismissing(sys.excepthook)
     with contextlib.suppress(Exception):
         import ctypes
 
@@ -180,6 +212,16 @@ def _take_line() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _dismissing(show: Callable[..., Any]) -> Callable[..., None]:
+    """Return a hook for an exception that ends this process: its traceback says all there is to say."""
+
+    def hook(kind: type[BaseException], *rest: Any) -> None:
+        dismiss(128 + signal.SIGINT if issubclass(kind, KeyboardInterrupt) else 1)
+        show(kind, *rest)
+
+    return hook
+
+
 def loads_plugins(words: Sequence[str], others: Sequence[str] = ()) -> bool:
     """Return whether a command line may load a plugin into this process: it is none of `others`, nor help."""
-    return bool(words) and words[0] not in {*others, "--help", "--version"} and "--help" not in words
+    return bool(words) and words[0] not in {*others, "--version"} and not {"--help", "--help-all"} & {*words}

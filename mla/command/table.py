@@ -20,8 +20,9 @@ _NARROW = 100
 
 def width() -> int:
     """Return how many columns a result may take: those of its terminal, and 100 where it goes elsewhere."""
-    if os.environ.get("COLUMNS", "").isdecimal():
-        return int(os.environ["COLUMNS"])
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns):
+        return int(columns)
     try:
         return os.get_terminal_size(results_stream().fileno()).columns or _NARROW
     except (AttributeError, OSError, ValueError):  # no terminal; the stream of a test or a notebook

@@ -13,107 +13,117 @@ from mla.command import files
 from mla.command.backend import BackendOptions, backend_options
 from mla.command.console import out
 from mla.command.exit_codes import carried_out, guarded
-from mla.command.options import FILE, result_path
+from mla.command.options import (
+    FILE,
+    HELP_NAMES,
+    GroupedCommand,
+    how,
+    output,
+    program,
+    result_path,
+    what_to_run,
+)
 from mla.errors import UsageError
 from mla.text import DTYPES
 
 if TYPE_CHECKING:
     from mla.conformance.suite import Suite
 
-PROGRAM = "python -m mla.conformance"
 LEAST_PYTEST = (8,)
 EPILOG = """\b
 Examples:
   python -m mla.conformance --backend cpu
-  python -m mla.conformance --backend my_module:MyBackend --only latent --dtype bfloat16
-  python -m mla.conformance --backend cpu --only 'latent.heads[my_op-bfloat16]#3' --dump-failure failed
+  python -m mla.conformance --backend my_module:MyBackend --only latent
+  python -m mla.conformance --backend cpu --only 'latent.heads[my_op-bfloat16]#3'
   python -m mla.conformance --backend cpu --xfails known.txt --report out.json
 
-\b
-A check is named by its id, by its group, or with wildcards: latent.heads, latent, '*.strided',
-'latent.heads[my_op-bfloat16]'; #3 behind that is its third case, numbered as by --list and on the card. The
-file of --xfails holds one line per expected failure, 'check: reason'.
+A check is named by its id, its group, or with wildcards: latent.heads, latent, '*.strided',
+'latent.heads[my_op-bfloat16]'; #3 behind that is its third case, numbered as by --list and on the card.
 
 \b
-The checks are tests of pytest, which must be installed. With pytest's own options:
+The checks are tests of pytest, which must be installed. With its own options:
   pytest --pyargs mla.conformance --mla-backend cpu -k latent -x
 
 \b
-Exit codes: 0 all passed, 1 an expected failure passed, 2 usage, or a report that cannot be written, 3 backend
-missing or unusable, 4 a check failed, 5 nothing ran, 7 incomplete (all is right, but fewer than 300 drawn
-cases of an op in a dtype were judged; never with --quick, which is a first look), 130 interrupted, 143 ended
-by SIGTERM, 129 by SIGHUP (the partial report is written).
+Exit codes:
+  0 all passed
+  1 an expected failure passed
+  2 usage, or a report that cannot be written
+  3 backend missing or unusable
+  4 a check failed
+  5 nothing ran
+  7 incomplete: all is right, but fewer than 300 drawn cases of an op in a
+    dtype were judged (never with --quick, which is a first look)
+  130 interrupted, 143 ended by SIGTERM, 129 by SIGHUP (the partial report is
+    written)
 """
 
 
-@click.command(epilog=EPILOG)
-@click.version_option(package_name="mla")
+@click.command(cls=GroupedCommand, epilog=EPILOG, context_settings=HELP_NAMES)
 @backend_options("Backend to check, or package.module:attribute.")
-@click.option(
+@what_to_run(
     "--dtype",
     "dtypes",
+    metavar="DTYPE",
     multiple=True,
     type=click.Choice([*DTYPES.values()]),
-    help="Check only this dtype; may be repeated.  [those the backend claims]",
+    show_default="all that the backend claims",
+    help="Check only this dtype; repeatable.",
 )
-@click.option(
-    "--only", metavar="PATTERN", multiple=True, help="Run only these checks or cases; may be repeated."
-)
-@click.option(
-    "--quick",
-    is_flag=True,
-    help="A smaller grid of shapes, and about a minute in all; every check still runs.",
-)
-@click.option(
+@what_to_run("--only", metavar="PATTERN", multiple=True, help="Run only these checks or cases; repeatable.")
+@how("--quick", is_flag=True, help="A smaller grid of shapes, in about a minute; every check still runs.")
+@how(
     "--minutes",
     type=click.FloatRange(0, min_open=True),
-    help="How long a run takes: what fixed checks leave of it is for drawn cases.  [1 with --quick, else 5]",
+    show_default="5, or 1 with --quick",
+    help="Duration: fixed checks first, drawn cases in the rest.",
 )
-@click.option(
+@how(
     "--draws",
     type=click.IntRange(0),
-    help="Draw so many cases of every op and dtype, in place of a time: for interpreted kernels, and in CI.",
+    help="Cases drawn per op and dtype, in place of --minutes: for CI and interpreted kernels.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, help="Of what is drawn.  [0]")
-@click.option(
+@how("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of drawn cases.")
+@how(
     "--every-case",
     is_flag=True,
-    help="Run every case of dtypes that are slow on the device, too.  [a handful of each check]",
+    help="Run every case of slow dtypes, too, in place of a handful per check.",
 )
-@click.option(
+@how(
     "--xfails",
     "xfails_file",
     metavar="FILE",
     type=FILE,
     help="Expected failures, one 'check: reason' per line.",
 )
-@click.option(
+@output(
     "--report",
     "report_file",
     metavar="FILE",
     type=FILE,
     callback=result_path,
-    help="Write the report as JSON. %t is the task's number under srun or torchrun, %j the job's.",
+    help="Save the report as JSON; %t is the task number under srun or torchrun, %j the job's.",
 )
-@click.option(
+@output(
     "--dump-failure",
     metavar="DIR",
     type=FILE,
     callback=result_path,
-    help="Keep the first call of an op that is wrong in DIR, for `python -m mla.bench replay DIR`.",
+    help="Keep the first wrong call in DIR, for `python -m mla.bench replay DIR`.",
 )
-@click.option(
+@output(
     "--list",
     "list_only",
     is_flag=True,
-    help="Describe every check, and stop; with --backend, list the cases of each op and dtype.",
+    help="Describe every check, or with --backend its cases; then exit.",
 )
-@click.option(
+@output(
     "-v",
     "--verbose",
     is_flag=True,
-    help="Name every check on stderr before it runs, in case one ends the process; at the end, the slowest.",
+    help="Name every check on stderr before it runs, and the slowest at the end.",
 )
+@click.version_option(package_name="mla")
 @click.pass_obj
 @carried_out
 def cli(
@@ -204,4 +214,6 @@ def _require_pytest() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     words = sys.argv[1:] if arguments is None else arguments
-    return guarded(lambda: cli.main(words, prog_name=PROGRAM, standalone_mode=False, obj=words))
+    return guarded(
+        lambda: cli.main(words, prog_name=program("mla.conformance"), standalone_mode=False, obj=words)
+    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+import random
 import re
 import time
 import warnings
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mla.cases.case import KINDS, OpCase
+from mla.command.console import note
 from mla.conformance.report import Drawn
 from mla.conformance.trial import CheckFailed, Drawing, Refused, Trial, ask, raised
 from mla.text import dtype_name
@@ -25,8 +28,10 @@ from mla_backends.errors import BackendError, plugin_code
 if TYPE_CHECKING:
     from mla.cases.drawn import Field, Scene
 
-HOPELESS = 60  # draws one after the other that an op refuses: there is nothing to wait for
+# Draws in a row that come to nothing, and of all per judged one, after which there is nothing to wait for.
+HOPELESS, SHARE = 60, 20
 SHRINKING = 60.0  # seconds for the search of a smaller case, beside those for drawing
+BYTES = 1 << 13  # that a case is made of, at most
 MOST_WORDS = 6  # of an axis, on the card
 FOLDER = "drawn"  # of the failures that are kept, in that of `--dump-failure`
 RARELY = "the same case was right when it ran again: the op is not always wrong"
@@ -40,17 +45,18 @@ class _Wrong(Exception):
 class Search:
     """The draws of one op in one dtype, and what came of them."""
 
-    trial: Trial
+    strategy: Any  # of scenes
     play: Callable[[Scene], str]
     judged: int = 0
     refused: int = 0
     kept: int = 0  # failures of earlier runs that were played first
     why: str = ""  # it refused
-    in_a_row: int = 0
+    wasted: int = 0  # draws that were refused, or were there before
+    in_a_row: int = 0  # that were wasted
     reusing: bool = False
     wrong: tuple[Scene, str] | None = None  # the smallest so far
     shrink_until: float = math.inf
-    seen: set[int] = field(default_factory=set)
+    seen: set[Scene] = field(default_factory=set)
     axes: dict[str, Counter[Any]] = field(default_factory=lambda: defaultdict(Counter))
 
     def body(self, scene: Scene) -> None:
@@ -59,22 +65,22 @@ class Search:
 
         if time.monotonic() > self.shrink_until:
             return
-        key = hash(scene.label)
-        if self.wrong is None and not self.reusing and key in self.seen:  # the simplest begins every batch
-            return
-        self.seen.add(key)
+        if self.wrong is None and not self.reusing:
+            if scene in self.seen:
+                return
+            self.seen.add(scene)
         try:
             with plugin_code():
                 reason = self.play(scene)
         except (Refused, BackendError) as why:
             if self.wrong is None:
-                self.refused, self.why, self.in_a_row = self.refused + 1, str(why), self.in_a_row + 1
+                self.refused, self.why = self.refused + 1, str(why)
             return
         except Exception as error:  # noqa: BLE001  # whatever an op raises
             reason = raised(error)
         if self.wrong is None:
-            self.in_a_row = 0
-            self.judged += not self.reusing
+            if not self.reusing:
+                self.judged, self.wasted, self.in_a_row = self.judged + 1, self.wasted - 1, 0
             for axis, value in axes(scene):
                 self.axes[axis][value] += 1
         if reason:
@@ -83,30 +89,53 @@ class Search:
             self.wrong = scene, reason
             raise _Wrong
 
-    def run(self, strategy: Any, seed: int) -> None:
-        """Have hypothesis draw a case, and shrink it if it is wrong."""
+    @property
+    def hopeless(self) -> bool:
+        """Whether hardly anything is left that the op serves."""
+        return self.in_a_row >= HOPELESS and self.wasted > SHARE * self.judged
+
+    @functools.cached_property
+    def _test(self) -> Any:
+        """The body as a test of hypothesis, which shrinks what its database has: what failed as bytes."""
         import hypothesis
+        from hypothesis.database import InMemoryExampleDatabase
 
         settings = hypothesis.settings(
-            max_examples=2,  # the simplest, and one that is no variation of another
-            database=None,  # which a seed would leave unused
+            database=InMemoryExampleDatabase(),
             deadline=None,
-            phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+            phases=[hypothesis.Phase.reuse, hypothesis.Phase.shrink],
             print_blob=False,
             report_multiple_bugs=False,
             suppress_health_check=list(hypothesis.HealthCheck),
         )
-        test = hypothesis.given(strategy)(lambda scene: self.body(scene))
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", hypothesis.errors.HypothesisWarning)
-                hypothesis.seed(seed)(settings(test))()
-        except (_Wrong, hypothesis.errors.Flaky):
-            pass
+        return settings(hypothesis.given(self.strategy)(lambda scene: self.body(scene)))
+
+    @functools.cached_property
+    def _play_bytes(self) -> Callable[[bytes], object]:
+        """Draws and plays a case of bytes, several times as fast as a run of the test."""
+        play: Callable[[bytes], object] = self._test.hypothesis.fuzz_one_input
+        return play
+
+    def run(self, number: int) -> None:
+        """Draw a case by its number, and have hypothesis shrink it if it is wrong."""
+        import hypothesis
+
+        if not self.reusing:
+            self.wasted, self.in_a_row = self.wasted + 1, self.in_a_row + 1  # until it is judged
+        ends = contextlib.suppress(_Wrong, hypothesis.errors.Flaky)
+        with ends:
+            self._play_bytes(random.Random(number).randbytes(BYTES))
+        if self.wrong is None:
+            return
+        with ends, warnings.catch_warnings():
+            warnings.simplefilter("ignore", hypothesis.errors.HypothesisWarning)
+            self._test()
 
 
 def draw(trial: Trial) -> None:
     """Draw cases for an op, and judge them. Raises `Refused`, or `CheckFailed` for the smallest wrong one."""
+    from mla.cases.drawn import scenes
+
     drawing, op = trial.subject.drawing, trial.op
     assert op is not None
     if drawing.count == 0 or (drawing.count is None and drawing.seconds <= 0):
@@ -117,9 +146,9 @@ def draw(trial: Trial) -> None:
         if name in drawing.smallest:
             _fail(drawing.smallest[name], player.play(drawing.smallest[name]), player)
         return
-    start, search = time.monotonic(), Search(trial, player.play)
+    start, search = time.monotonic(), Search(scenes(field_of(trial, op)), player.play)
     file = re.sub(r"[^\w.-]+", "-", name) + ".txt"
-    _search(search, drawing, field_of(trial, op), drawing.folder and drawing.folder / FOLDER / file)
+    _search(search, drawing, drawing.folder and drawing.folder / FOLDER / file)
     trial.drawn = Drawn(
         judged=search.judged,
         refused=search.refused,
@@ -137,29 +166,52 @@ def draw(trial: Trial) -> None:
         raise Refused(search.why)
 
 
-def _search(search: Search, drawing: Drawing, of: Field, kept: Path | None) -> None:
+def _search(search: Search, drawing: Drawing, kept: Path | None) -> None:
     """Draw what failed before, by the numbers in the file `kept`, and then by numbers from the seed on."""
-    from mla.cases.drawn import scenes
-
-    strategy = scenes(of)
-    if kept is not None and kept.exists():
-        search.reusing = True
-        for line in kept.read_text().split():
-            if search.wrong is None:
-                search.run(strategy, int(line))
-                search.kept += 1
-        search.reusing = False
+    search.reusing = True
+    for number in kept_numbers(kept) if kept is not None else ():
+        if search.wrong is None:
+            search.run(number)
+            search.kept += 1
+    search.reusing = False
     end, number = time.monotonic() + drawing.seconds, drawing.seed * 1_000_003
-    while search.wrong is None and search.in_a_row < HOPELESS:
-        tried = search.judged + search.refused
-        if time.monotonic() >= end if drawing.count is None else tried >= drawing.count:
+    while search.wrong is None and not search.hopeless:
+        if time.monotonic() >= end if drawing.count is None else search.judged >= drawing.count:
             break
-        search.run(strategy, number)
+        search.run(number)
         if search.wrong is not None and kept is not None:
-            kept.parent.mkdir(exist_ok=True)
-            with kept.open("a") as file:
-                file.write(f"{number}\n")
+            _keep(kept, number)
         number += 1
+
+
+def kept_numbers(file: Path) -> list[int]:
+    """Return the numbers of draws that failed before; what is wrong with the file is said on stderr."""
+    try:
+        words = file.read_text().split()
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        note(f"'{file}' cannot be read, so that no earlier failure comes first: {reason_of(error)}.")
+        return []
+    numbers = [int(word) for word in words if re.fullmatch("[0-9]{1,18}", word)]
+    if len(numbers) < len(words):
+        note(f"'{file}' is damaged: {len(words) - len(numbers)} of {len(words)} words in it are no numbers.")
+    return list(dict.fromkeys(numbers))
+
+
+def _keep(file: Path, number: int) -> None:
+    """Add the number of a draw that failed; where that cannot be, it is said on stderr."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as lines:
+            lines.write(f"{number}\n")
+    except OSError as error:
+        note(f"'{file}' cannot be written, so that draw {number} is not kept: {reason_of(error)}.")
+
+
+def reason_of(error: Exception) -> str:
+    """Return what the system says."""
+    return getattr(error, "strerror", None) or type(error).__name__
 
 
 def _player(trial: Trial, op: FusedOp) -> Any:
@@ -172,7 +224,7 @@ def _player(trial: Trial, op: FusedOp) -> Any:
             if reasons := op.unsupported_batch(case.spec, case.query_lens, case.kv_lens, size):
                 raise Refused("; ".join(reasons))
 
-    return Player(op, require, trial.backend.synchronize)
+    return Player(op, require)
 
 
 def field_of(trial: Trial, op: FusedOp) -> Field:
@@ -182,7 +234,12 @@ def field_of(trial: Trial, op: FusedOp) -> Field:
     def serves(spec: Any) -> bool:
         return not ask(lambda: list(op.unsupported_reasons(spec)), [])
 
-    return Field(trial.kind, trial.dtype, trial.device, functools.cache(serves), bool(op.lse_optional))
+    @functools.lru_cache(4096)
+    def takes(spec: Any, new: tuple[int, ...], keys: tuple[int, ...], page: int | None) -> bool:
+        return not ask(lambda: list(op.unsupported_batch(spec, new, keys, page)), [])
+
+    served = functools.cache(serves)
+    return Field(trial.kind, trial.dtype, trial.device, served, bool(op.lse_optional), takes)
 
 
 def _fail(scene: Scene, reason: str, player: Any) -> None:

@@ -12,7 +12,7 @@ from mla.command import environment
 from mla.command.console import note
 from mla.conformance.report import CheckResult, Failure
 from mla.conformance.selection import split
-from mla.conformance.suite import Asked, Instance, Suite
+from mla.conformance.suite import DRAWN, Asked, Instance, Suite
 from mla.conformance.trial import BackendUnderTest
 from mla.failures import file
 from mla.failures.watch import Watched, Watcher
@@ -47,7 +47,8 @@ class Keeper:
             note(f"--dump-failure kept nothing of {case.id}: {describe(error)}")
 
     def _see(self, instance: Instance, case: Failure) -> None:
-        watcher = Watcher(self.subject.backend.synchronize)
+        drawn = instance.check.fails == DRAWN  # and says what outputs hold before a call
+        watcher = Watcher(self.subject.backend.synchronize, poisons=not drawn)
         op = instance.op and Watched(instance.check.kind, instance.of, instance.op, watcher)
         backend = with_watched_ops(self.subject.backend, watcher)
         number = split(case.id)[1]

@@ -6,6 +6,7 @@ Every pytest beside `mla` loads this plugin, so it imports nothing but pytest be
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,15 @@ def suite_of(config: pytest.Config) -> Suite:
     return suite
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Share the time for draws among the checks that were selected, by -k and the like."""
+    suite: Suite | None = getattr(session.config, SUITE, None)
+    if suite is not None:
+        found = (getattr(item, "callspec", None) for item in session.items)
+        suite.selected = [call.params["instance"] for call in found if call and "instance" in call.params]
+        suite.start = time.monotonic()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Have OpenMP's threads sleep, as the command does: cases are small, and there may be other workers."""
     if config.option.mla_backend:
@@ -59,6 +69,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _opened(options: Any) -> Suite:
+    for name, right, least in (
+        ("minutes", options.mla_minutes is None or 0 < options.mla_minutes < float("inf"), "above 0"),
+        ("draws", options.mla_draws is None or options.mla_draws >= 0, "0 or more"),
+        ("seed", options.mla_seed >= 0, "0 or more"),
+    ):
+        if not right:
+            raise pytest.Collector.CollectError(f"--mla-{name} takes a number that is {least}.")
     if options.mla_backend is None:
         raise pytest.Collector.CollectError(
             "--mla-backend is missing; `python -m mla.bench list` shows what there is."

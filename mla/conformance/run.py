@@ -21,7 +21,7 @@ from mla.conformance import plugin, test_backend
 from mla.conformance.card import Extent, blind, coverage
 from mla.conformance.plugin import PROPERTY, SUITE
 from mla.conformance.report import SCHEMA_VERSION, CheckedBackend, CheckResult, ConformanceReport
-from mla.conformance.suite import Suite, claimed_dtypes, weight
+from mla.conformance.suite import Suite, claimed_dtypes
 from mla.conformance.trial import ask
 from mla.text import dtype_name
 
@@ -44,7 +44,7 @@ class Results:
         self.suite, self.verbose = suite, verbose
         self.by_id: dict[str, CheckResult] = {}
         self.progress = Progress(len(suite.planned))
-        self.start = time.monotonic()
+        suite.start = time.monotonic()
         self.error: BaseException | None = None  # of our own making: what a backend raises is a result
 
     def pytest_configure(self, config: pytest.Config) -> None:
@@ -58,19 +58,10 @@ class Results:
             return (yield)
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        """Name what runs now, in case it ends the process, and say how long it may draw cases."""
-        self.suite.subject.drawing.seconds = self.share(id_of(item))
+        """Name what runs now, in case it ends the process."""
         self.progress.advance(id_of(item), 0)
         if self.verbose:
             note(id_of(item))
-
-    def share(self, name: str) -> float:
-        """Return the seconds for a check that draws: its share of those left, and of half of all at least."""
-        weights = {one.id: weight(one) for one in self.suite.planned if one.id not in self.by_id}
-        drawn = sum(one.seconds for one in self.by_id.values() if one.drawn)
-        total, now = self.suite.asked.seconds, time.monotonic()
-        left = max(total - (now - self.start), total / 2 - drawn, 0.0)
-        return left * weights.get(name, 0.0) / (sum(weights.values()) or 1.0)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Keep the result of a check."""

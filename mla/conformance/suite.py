@@ -223,7 +223,7 @@ def _verdict(trial: Trial, expected: str | None) -> tuple[Status, str]:
         return ("fail", reason) if expected is None else ("xfail", f"{expected} ({reason})")
     if not trial.ended("passed"):
         return "refused", "; ".join(dict.fromkeys(one.reason for one in trial.cases))
-    if expected is None and trial.drawn is not None and trial.drawn.judged < ENOUGH:
+    if trial.drawn is not None and trial.drawn.judged < ENOUGH:
         return "incomplete", f"{trial.drawn.judged} of {ENOUGH} drawn cases were judged"
     return ("pass", "") if expected is None else ("xpass", expected)
 
@@ -273,6 +273,8 @@ class Asked:
         for flag, value in (("--device", self.backend.device), ("--threads", self.backend.threads)):
             words += [] if value is None else [flag, str(value)]
         words += ["--seed", str(self.seed)] * bool(self.seed)
+        for flag, number in (("--minutes", self.minutes), ("--draws", self.draws)):
+            words += [] if number is None else [flag, f"{number:g}"]
         return [*words, *(["--quick"] * self.quick)]
 
 
@@ -286,6 +288,9 @@ class Suite:
     slow: tuple[Slow, ...] = ()
     xfails: Xfails = field(default_factory=Xfails)
     keeper: Keeper | None = None
+    selected: Sequence[Instance] | None = None  # what of the plan a pytest runs; None: all
+    ended: dict[str, float] = field(default_factory=dict)  # id of a check that ended -> seconds, if it drew
+    start: float = field(default_factory=time.monotonic)  # of the run
 
     @classmethod
     def opened(cls, asked: Asked, xfails: Xfails) -> Suite:
@@ -314,12 +319,21 @@ class Suite:
         if not planned:
             raise nothing_matches(only, [one.id for one in instances(self.subject, self.dtypes)])
         require_cases(planned, self.subject)
-        self.subject.drawing.seconds = self.asked.seconds / max(1, sum(weight(one) > 0 for one in planned))
         return planned
+
+    def share(self, instance: Instance) -> float:
+        """Return the seconds for a check that draws: its share of those left, and of half of all at least."""
+        among = self.planned if self.selected is None else self.selected
+        weights = {one.id: weight(one) for one in among if one.id not in self.ended}
+        total, now = self.asked.seconds, time.monotonic()
+        left = max(total - (now - self.start), total / 2 - sum(self.ended.values()), 0.0)
+        return left * weight(instance) / (sum(weights.values()) or 1.0)
 
     def carry_out(self, instance: Instance) -> CheckResult:
         """Run one check, and keep the first wrong call if that was asked for."""
+        self.subject.drawing.seconds = self.share(instance)
         result = carry_out(instance, self.subject, self.xfails)
+        self.ended[instance.id] = result.seconds if result.drawn else 0.0
         if self.keeper is not None:
             self.keeper.see(instance, result)
         return result

@@ -170,7 +170,7 @@ def scratch_per_token(config: MLAConfig, dcp: int, itemsize: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class ContextPath:
-    """Absorbed attention over a context that is spread over ranks; see `exchange.merge`."""
+    """Absorbed attention over a context that is spread over ranks."""
 
     config: MLAConfig  # with this rank's heads
     weights: PackedWeights

@@ -106,6 +106,8 @@ class _Tally:
                 self.place = f"{named}{forward.common(ratios > 1)}"
 
     def verdict(self) -> Check:
+        if not self.count:
+            return Check(status="wrong", reason="there are no outputs to judge")
         if self.broken:
             return Check(
                 status="wrong",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -107,6 +109,82 @@ def test_what_happens_after_the_last_word_changes_no_exit_code(end: str) -> None
     body = f"with last_words.while_running('x'):\n    last_words.dismiss(5)\n    {end}"
     done = supervised(body)
     assert (done.returncode, done.stderr) == (5, "")
+
+
+def test_an_ordinary_exception_keeps_its_exit_code() -> None:
+    done = supervised("raise ValueError('a mistake of ours')")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "ValueError: a mistake of ours"
+
+
+def test_what_nobody_can_read_on_the_line_is_ignored() -> None:
+    done = supervised("os.write(last_words._line, b'\\xff\\n[1]\\n')\nlast_words.dismiss(6)\nos._exit(6)")
+    assert (done.returncode, done.stderr) == (6, "")
+
+
+def in_a_shell(body: str, redirections: str) -> subprocess.CompletedProcess[str]:
+    words = shlex.join([sys.executable, "-c", CHILD + body])
+    return subprocess.run(
+        ["bash", "-c", f"{words} {redirections}"], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_the_child_has_what_the_shell_opened_for_the_command() -> None:
+    """`--baseline <(...)`."""
+    done = in_a_shell("print(open(sys.argv[1]).read())\nlast_words.dismiss()", "<(echo one)")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "one\n\n", "")
+
+
+@pytest.mark.parametrize("closed", ["<&- >&-", "<&-", "<&- >&- 2>&-"])
+def test_closed_standard_descriptors_stay_closed(closed: str) -> None:
+    body = "missing = [n for n in (0, 1) if not os.path.exists(f'/proc/self/fd/{n}')]\n"
+    count = closed.replace("2>&-", "").count("&-")
+    done = in_a_shell(f"{body}last_words.dismiss(len(missing))\nos._exit(len(missing))", closed)
+    assert (done.returncode, done.stdout, done.stderr) == (count, "", "")
+
+
+def test_an_error_never_goes_to_stdout() -> None:
+    done = in_a_shell("os.abort()", "2>&-")
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", "")
+
+
+def state(process: int) -> str:
+    return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0]
+
+
+def test_stopping_and_continuing_reach_the_child() -> None:
+    body = "import time\nprint(os.getpid(), flush=True)\ntime.sleep(60)"
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD + body],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=os.setpgrp,  # the group that a shell gives it
+    ) as parent:
+        assert parent.stdout is not None
+        both = [parent.pid, int(parent.stdout.readline())]
+        for number, states in ((signal.SIGTSTP, "T"), (signal.SIGCONT, "SR"), (signal.SIGTSTP, "T")):
+            parent.send_signal(number)
+            assert within_seconds(lambda states=states: all(state(one) in states for one in both))
+        parent.kill()
+
+
+def within_seconds(true: Callable[[], bool]) -> bool:
+    """Return whether something becomes true soon."""
+    for _ in range(200):
+        if true():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize("module", ["cProfile", "pdb -c continue"])
+def test_debuggers_and_profilers_see_the_process_itself(tmp_path: Path, module: str) -> None:
+    (tmp_path / "body.py").write_text(CHILD + "print(os.getppid())")
+    words = [sys.executable, "-m", *module.split(), "body.py"]
+    done = subprocess.run(
+        words, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False, stdin=subprocess.DEVNULL
+    )
+    assert str(os.getpid()) in done.stdout.split()
 
 
 def test_nothing_outlives_a_supervisor_that_is_killed() -> None:

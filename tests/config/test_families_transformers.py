@@ -188,7 +188,9 @@ class Twin:
         more = self.model.arguments(embedding, positions)
         out = self.attention(hidden[None], attention_mask=mask[None, None], cache=cache, **more)[0][0]
         kv, pe = cache.layers[0].keys[0, 0], cache.layers[0].values[0, 0]
-        return out, kv, self.model.from_cache(pe)
+        if self.model.reorders:
+            pe = torch.stack(pe.chunk(2, dim=-1), dim=-1).flatten(-2)
+        return out, kv, pe
 
 
 def errors(case: Any, twin: Twin) -> tuple[float, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from benchmarks.peers.assembled import Assembled, Toolbox
 from benchmarks.peers.choice import Unavailable, fastest
 from benchmarks.peers.torch_tools import TORCH
 from mla.bench.subjects.base import LayerChecker
-from mla.bench.subjects.inputs import expected_outputs, make_inputs
+from mla.bench.subjects.inputs import expected_outputs, expected_plain, make_inputs
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
 from mla.config import YarnScaling
@@ -95,6 +96,19 @@ def test_slots_past_the_history_are_poisoned_before_every_pass(tiny: Callable[..
     one.restore()
     assert int(rows.isnan().all(dim=1).sum()) == len(DECODE.query_lens) * DECODE.inputs
     assert int(rows.isfinite().all(dim=1).sum()) == sum(DECODE.history)
+
+
+def test_other_inputs_of_a_scenario_leave_the_chosen_ways_as_they_are(tiny: Callable[..., MLAConfig]) -> None:
+    one, checker = run(tiny(), DECODE, TORCH)
+    chosen, fresh = one._parts, checker.inputs.fresh(7)
+    one.load(DECODE, fresh)
+    assert one._parts is chosen, "no trial is timed again"
+    for index in range(DECODE.inputs):
+        one.before(index)
+        one.step(index)
+        one.after(index)
+    checker.oracle = partial(expected_plain, one.setting.config, one._state)
+    assert one.check(checker.of(fresh, DECODE.inputs)).status == "ok"
 
 
 def test_the_chosen_ways_are_named(tiny: Callable[..., MLAConfig]) -> None:

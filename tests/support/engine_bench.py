@@ -30,7 +30,7 @@ __all__ = ["CHECKED", "DECODE", "PREFILL", "Bench", "MakeBench", "Parrot", "Wron
 Log = list[tuple[str, str]]
 Wrong = Callable[[int], bool]
 
-SETTING: Any = SimpleNamespace(device=torch.device("cpu"))
+SETTING: Any = SimpleNamespace(ranks=None, device=torch.device("cpu"))
 DECODE = Scenario(name="d", mode="decode", query_lens=(1, 1), history=(2, 3), runs=3, passes=4, warmups=0)
 PREFILL = Scenario(name="p", mode="prefill", query_lens=(2,), history=(0,), runs=6, passes=3, warmups=0)
 

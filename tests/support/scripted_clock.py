@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -50,7 +50,7 @@ def script_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
         backend = synchronize.__self__
         return backend.scripted() if hasattr(backend, "scripted") else stages_timer(synchronize)
 
-    def doubts(one: Any, *others: Any) -> list[str]:
+    def doubts(one: Any, *others: Any) -> Iterable[str]:
         return [] if hasattr(one, "scripted") else look_for_doubts(one, *others)
 
     def time_new_lengths(one: Any, *others: Any, **options: Any) -> Any:

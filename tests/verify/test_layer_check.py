@@ -45,6 +45,11 @@ def test_rounded_outputs_pass(expected: torch.Tensor, dtype: torch.dtype, ours: 
     assert 0 < result.error_ratio <= 1
 
 
+def test_nothing_to_judge_is_not_right(expected: torch.Tensor) -> None:
+    result = checker(expected).check_forwards([], False)
+    assert (result.status, result.reason) == ("wrong", "there are no outputs to judge")
+
+
 @pytest.mark.parametrize("ours", [True, False])
 def test_one_exchanged_token_is_caught_and_named(expected: torch.Tensor, ours: bool) -> None:
     found = expected.clone()

@@ -49,7 +49,7 @@ class CeilingOptions(BackendOptions):
         return list(dict.fromkeys(names))
 
 
-@click.command(short_help="Measure a device's peak bandwidth and FLOP rate.")
+@click.command(short_help="A device's peak bandwidth and FLOP rate.")
 @backend_options(MEASURED_BACKEND_HELP)
 @click.option(
     "--dtype",

@@ -7,10 +7,12 @@ import sys
 from collections.abc import Sequence
 
 import click
+from click.shell_completion import CompletionItem
 
 from mla.bench.cli import ceilings, devices, report, run, stored
 from mla.command import console, launcher
 from mla.command.exit_codes import carried_out, guarded
+from mla.command.options import program, write_groups
 from mla.errors import did_you_mean
 
 
@@ -22,8 +24,16 @@ def _unreadable(word: str) -> str:
     return "is UTF-8, and this locale is not: set LC_ALL=C.UTF-8"
 
 
+EPILOG = """
+Everything else: --help-all
+
+Exit codes: 0 ok, 1 regression, 2 usage, 3 backend unusable or op failed, 4 wrong result, 5 nothing ran,
+6 doubtful time, 130 interrupted, 143 ended by SIGTERM, 129 by SIGHUP.
+"""
+
+
 class DefaultGroup(click.Group):
-    """A group whose options without a command mean `run`, and whose help shows the options of `run`.
+    """A group whose options without a command mean `run`, and whose help shows the common options of `run`.
 
     No word at all asks for help: a run takes minutes, and nobody has said of what.
     """
@@ -35,11 +45,26 @@ class DefaultGroup(click.Group):
         for word in args:
             if word != word.encode(errors="replace").decode():  # it could not be written to a result
                 raise click.UsageError(f"argument {word!a} {_unreadable(word)}.")
-        if not args or args[0] == "--help":
-            args = [self.default, "--help"]
-        elif args[0].startswith("-") and args[0] != "--version":
+        if not args and not ctx.resilient_parsing:  # which is that of shell completion
+            args = ["--help"]
+        elif args and args[0].startswith("-") and args[0] not in ("--help", "--version"):
             args = [self.default, *args]
         return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands, and the options of `run` that most people need first."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, one.get_short_help_str()) for name, one in self.commands.items()])
+        options = self.commands[self.default].params
+        write_groups(ctx, formatter, [one for one in options if getattr(one, "common", False)])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete commands, and the options of `run`, which need none."""
+        found = super().shell_complete(ctx, incomplete)
+        if incomplete.startswith("-"):
+            default = self.commands[self.default]
+            found += default.shell_complete(click.Context(default, parent=ctx), incomplete)
+        return found
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -52,24 +77,29 @@ class DefaultGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.group(cls=DefaultGroup)
+@click.group(
+    cls=DefaultGroup,
+    options_metavar="[COMMAND]",
+    subcommand_metavar="[OPTIONS]",
+    epilog=EPILOG,
+)
 @click.version_option(package_name="mla")
 def cli() -> None:
-    """Measure MLA on an accelerator."""
+    """Measure DeepSeek's Multi-head Latent Attention (MLA): a layer, or one op."""
 
 
 for command in (
     run.run,
     devices.list_backends,
     devices.doctor,
-    devices.new_backend,
     stored.compare,
-    stored.show,
     report.report,
+    stored.show,
     stored.export,
     devices.replay,
-    ceilings.ceilings,
     devices.capacity_command,
+    ceilings.ceilings,
+    devices.new_backend,
 ):
     assert command.callback is not None
     command.callback = carried_out(command.callback)
@@ -84,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
         if _on_ranks(words):
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a page of frames for a closed connection
             console.become(launcher.rank() or 0)
-        return cli.main(words, prog_name="python -m mla.bench", standalone_mode=False)
+        return cli.main(words, prog_name=program("mla.bench"), standalone_mode=False)
 
     console.become(0)
     code = guarded(command)

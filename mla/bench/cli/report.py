@@ -16,7 +16,7 @@ from mla.command.options import FILE, Word
 from mla.text import size
 
 
-@click.command(short_help="Make an HTML page or pictures of result files; torch is not needed.")
+@click.command(short_help="An HTML page, or pictures, of result files.")
 @click.argument(
     "runs",
     cls=Word,

@@ -24,6 +24,7 @@ from mla.command import files, last_words
 from mla.command.console import note, out, verbose
 from mla.command.environment import OtherLoad
 from mla.command.exit_codes import Exit, graver
+from mla.command.options import HELP_NAMES, GroupedCommand
 from mla.errors import UsageError
 
 if TYPE_CHECKING:
@@ -60,30 +61,22 @@ Exit codes:
   0 ok
   1 regression (or, with --fail-slower, a case that was lost)
   2 usage, or a result that cannot be written (-o, stdout)
-  3 backend missing, unusable or hung, the device does not exist, an op raised or ended the process, or the
-    ops refused every case of mla
+  3 backend missing, unusable or hung, the device does not exist, an op raised
+    or ended the process, or every case of mla was refused
   4 wrong result
   5 nothing ran (no case of mla, if any was asked for)
   6 a doubtful time, or with --strict an unreliable one
-  130 interrupted, 143 ended by SIGTERM, 129 by SIGHUP (the partial result is written)
+  130 interrupted, 143 ended by SIGTERM, 129 by SIGHUP (the partial result is
+    written)
 """
 
 
-class RunCommand(click.Command):
-    """`run`, whose help also lists the other commands."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options and then the commands other than `run`."""
-        super().format_options(ctx, formatter)
-        assert ctx.parent is not None
-        group = ctx.parent.command
-        assert isinstance(group, click.Group)
-        others = [(name, one.get_short_help_str()) for name, one in group.commands.items() if one is not self]
-        with formatter.section("Commands"):
-            formatter.write_dl([("run", "What is described here; the default."), *others])
-
-
-@click.command(cls=RunCommand, epilog=EPILOG, short_help="Measure the layer (the default).")
+@click.command(
+    cls=GroupedCommand,
+    context_settings=HELP_NAMES,
+    epilog=EPILOG,
+    short_help="Time a layer, or one op, on a backend (default).",
+)
 @run_options
 def run(**values: Any) -> int:
     """Measure one MLA layer on one device.

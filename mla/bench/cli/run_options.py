@@ -11,303 +11,307 @@ from mla.bench.workload.quantities import duration, size
 from mla.bench.workload.scenario import MAX_COUNT, MAX_LAYERS, MAX_REQUESTS
 from mla.bench.workload.workload_file import PRESETS, STANDARD
 from mla.command.backend import MEASURED_BACKEND_HELP, backend_options
-from mla.command.options import DETAIL, FILE, Command, add_options, parsed_by, percent, result_path
+from mla.command.options import (
+    DETAIL,
+    FILE,
+    Command,
+    add_options,
+    evidence,
+    how,
+    output,
+    parsed_by,
+    percent,
+    result_path,
+    scale,
+    what_to_run,
+)
 from mla.config.presets import DEFAULT_CONFIG
 from mla.parallel.layout import Layout
 from mla.text import DTYPES
 
-# One op of the layer alone, and its shape.
-OP = (
-    click.option(
-        "--op",
-        metavar="NAME",
-        help="Time one op of the contract without the layer, on lengths below or of batch specs: its name, "
-        "or its role (see --list-ops).",
-    ),
-    click.option(
-        "--batch",
-        type=click.IntRange(1, MAX_REQUESTS),
-        metavar="N",
-        help=f"--op: requests.  [default: {DEFAULT_BATCH}]",
-    ),
-    click.option(
-        "--kv",
-        callback=parsed_by(size),
-        metavar="LEN",
-        help=f"--op: tokens per request cached before the new ones (4k).  [default: {DEFAULT_HISTORY}]",
-    ),
-    click.option(
-        "--q-len",
-        type=click.IntRange(1, MAX_COUNT),
-        metavar="N",
-        help=f"--op: new tokens per request.  [default: {DEFAULT_QUERY}]",
-    ),
-    click.option(
-        "--heads",
-        type=click.IntRange(1, MAX_COUNT),
-        metavar="N",
-        help="--op, --batch-spec: heads, instead of the config's.",
-    ),
-)
-
-
-# What is measured.
-WORKLOAD = (
-    click.option(
+WHAT_TO_RUN = (
+    what_to_run(
         "--config",
         metavar="NAME|PATH",
+        common=True,
         show_default=DEFAULT_CONFIG,
-        help="Preset, or a config.json (or its folder).",
+        help="Preset (`list --configs`), config.json, or its folder.",
     ),
-    click.option(
+    what_to_run(
         "--model-path",
         metavar="DIR",
         type=FILE,
-        help="Checkpoint folder: config.json and safetensors of one layer or more, instead of --config.",
+        common=True,
+        help="Checkpoint (config.json, safetensors), in place of --config.",
     ),
-    click.option(
+    what_to_run(
         "--layer",
-        metavar="N",
-        help="Layer of the checkpoint: 3, or 3.1 for the second of two attentions. Default: the only one.",
+        show_default="the only one",
+        help="Checkpoint layer: 3, or 3.1 for the second of two attentions.",
     ),
-    click.option(
-        "--preset",
-        metavar="NAME",
-        type=click.Choice(PRESETS),
-        help="A shipped workload instead of --workload: smoke takes seconds, or minutes where torch has no "
-        f"fast bf16; full adds sweeps; published ones are {', '.join(PRESETS[3:])} (`list --workloads`).",
-    ),
-    click.option(
-        "--workload",
-        metavar="NAME|FILE",
-        show_default=STANDARD,
-        help="Scenarios to run: a TOML file of [[scenario]] tables with name, mode, query_lens, "
-        "history (or batch_spec), runs, passes, warmups, heads, layers, axes.",
-    ),
-    click.option(
-        "--scenario",
-        "scenarios",
-        metavar="NAME",
-        multiple=True,
-        help="Run only this scenario of the workload; may be repeated.",
-    ),
-    click.option(
+    what_to_run(
         "--batch-spec",
         "--batch-specs",
         "batch_specs",
         metavar="SPEC,...",
         multiple=True,
-        help="Time one forward over a batch, instead of a workload: vLLM's [COUNT]qLEN[k][sLEN[k]], joined "
-        "with _, such as 4q8s2049_16q1s3072. q: new tokens of a request; s: all of its tokens, the new ones "
-        "included; may be repeated.",
+        common=True,
+        help="Your own batch (vLLM's --batch-specs), such as 4q8s2049_16q1s3072: [COUNT]qNEW[sTOTAL].",
+    ),
+    what_to_run(
+        "--preset",
+        metavar="NAME",
+        type=click.Choice(PRESETS),
+        help="Shipped workload (`list --workloads`): smoke takes seconds, full adds sweeps.",
+    ),
+    what_to_run(
+        "--workload",
+        metavar="NAME|FILE",
+        show_default=STANDARD,
+        help="TOML file of scenarios (name, mode, query_lens, history, ...).",
+    ),
+    what_to_run(
+        "--scenario",
+        "scenarios",
+        metavar="NAME",
+        multiple=True,
+        help="Run only this scenario of the workload; repeatable.",
+    ),
+    what_to_run(
+        "--op",
+        metavar="NAME",
+        common=True,
+        help="One op alone, by name or role (see --list-ops).",
+    ),
+    what_to_run(
+        "--batch",
+        type=click.IntRange(1, MAX_REQUESTS),
+        show_default=str(DEFAULT_BATCH),
+        help="Requests of --op.",
+    ),
+    what_to_run(
+        "--kv",
+        callback=parsed_by(size),
+        metavar="LEN",
+        show_default=str(DEFAULT_HISTORY),
+        help="Cached tokens per request of --op, such as 4k.",
+    ),
+    what_to_run(
+        "--q-len",
+        type=click.IntRange(1, MAX_COUNT),
+        show_default=str(DEFAULT_QUERY),
+        help="New tokens per request of --op.",
+    ),
+    what_to_run(
+        "--heads",
+        type=click.IntRange(1, MAX_COUNT),
+        show_default="the config's",
+        help="Heads of --op or --batch-spec.",
+    ),
+    what_to_run(
+        "--implementations",
+        metavar="A,B",
+        common=True,
+        help="Any of mla, mla-reference, transformers, transformers-eager, mla[ROLE=OP,...].",
     ),
 )
 
-# How it is measured.
-METHOD = (
-    click.option(
+HOW = (
+    how(
+        "--dtype",
+        metavar="DTYPE",
+        type=click.Choice([*DTYPES.values()]),
+        common=True,
+        show_default=DEFAULT_DTYPE,
+        help=f"Dtype of weights, cache and activations: {', '.join(DTYPES.values())}.",
+    ),
+    how(
+        "--budget",
+        metavar="TIME",
+        callback=parsed_by(duration),
+        common=True,
+        help="Time limit: 90s, 10m or 1h; what does not fit is skipped.",
+    ),
+    how(
+        "--attention",
+        metavar="PATH",
+        type=click.Choice(["auto", "absorbed", "expanded"]),
+        default="auto",
+        show_default=True,
+        help="absorbed, expanded, or auto: fewer FLOPs per request.",
+    ),
+    how(
+        "--ops",
+        metavar="POLICY",
+        default="auto",
+        show_default=True,
+        help="auto (fused ops that fit), fused (fail where one does not), reference, or op names.",
+    ),
+    how(
+        "--page-size",
+        type=int,
+        show_default=str(DEFAULT_PAGE_SIZE),
+        help="Tokens per cache page.",
+    ),
+    how(
+        "--mode",
+        metavar="A,B",
+        show_default="both, if the backend has graphs",
+        help="Launch mode: eager, graph.",
+    ),
+    how(
+        "--cache",
+        metavar="A,B",
+        show_default="both",
+        help="Device caches before a forward: warm, cold (flushed).",
+    ),
+    how(
+        "--clock",
+        metavar="A,B",
+        show_default="both, if the device has a timer",
+        help="Timer: host, device. The headline is eager, warm, host.",
+    ),
+    how(
+        "--runs",
+        type=click.IntRange(1, MAX_COUNT),
+        show_default="workload's, 100",
+        help="Forwards (prefill), steps per pass (decode), calls per pass (--op).",
+    ),
+    how(
+        "--passes",
+        type=click.IntRange(1, MAX_COUNT),
+        show_default="workload's, 10 or 6",
+        help="Interleaved passes; a 95% interval needs 6.",
+    ),
+    how(
+        "--warmups",
+        type=click.IntRange(0, MAX_COUNT),
+        show_default="workload's, 10",
+        help="Least number of untimed forwards first; 0: none.",
+    ),
+    how(
+        "--seed",
+        type=click.IntRange(min=0, max=2**32 - 1),
+        default=0,
+        show_default=True,
+        help="Seed of weights, inputs, page order and scenario order.",
+    ),
+)
+
+SCALE = (
+    scale(
         "-a",
         "--axis",
         "axes",
         metavar="AXIS=VALUES",
         multiple=True,
-        help="Lay a grid over every scenario; may be repeated. Axes: batch, kv (history), q_len (new tokens "
-        "of a request), heads, dtype, page_size. Values: 1,8,64 or 1k..64k*4 or 1..8+1; k is 1024.",
+        help="Sweep batch, kv, q_len, heads, dtype or page_size: 1,8,64 or 1k..64k*4 or 1..8+1; repeatable.",
     ),
-    click.option(
-        "--implementations",
-        metavar="A,B",
-        help="What to time, interleaved: mla, mla-reference, transformers, transformers-eager. "
-        "mla[ROLE=OP,...] is mla with these ops, as --list-ops names them, or reference. Default: mla, and "
-        "mla-reference where a fused op makes it differ.",
-    ),
-    click.option(
-        "--runs",
-        type=click.IntRange(1, MAX_COUNT),
-        help="Prefill: timed forwards, rounded up to equal passes. Decode: steps of a pass. "
-        "--op: calls of a pass.  [workload: 100]",
-    ),
-    click.option(
-        "--passes",
-        type=click.IntRange(1, MAX_COUNT),
-        help="Passes per implementation, interleaved; a 95% interval needs 6.  [workload: 10 and 6]",
-    ),
-    click.option(
+    scale(
         "--layers",
         type=click.IntRange(1, MAX_LAYERS),
-        help="Layers with weights and caches of their own, one after the other, as in a model; numbers are "
-        "per layer.  [workload: 1]",
+        show_default="workload's, 1",
+        help="Layers in a row, each with its own cache; numbers are per layer.",
     ),
-    click.option(
-        "--warmups",
-        type=click.IntRange(0, MAX_COUNT),
-        help="Untimed forwards first, and more until latencies settle; 0: none. Those of a workload end "
-        "after 2 s; a count given here is run whatever it takes.  [workload: 10]",
-    ),
-    click.option(
+    scale(
         "--parallel",
         metavar="LAYOUT",
         is_eager=True,  # -o asks whether it was given
         callback=parsed_by(Layout.parse),
-        help="Spread the layer over the processes of torchrun or srun: tp=2 (heads), dcp=2 (tokens of the "
-        "context), dp=2 (requests), or a combination such as tp=2,dcp=2. One result, of the slowest rank.",
+        help="Spread over torchrun or srun: tp=2 (heads), dcp=2 (context), dp=2 (requests), tp=2,dcp=2.",
     ),
-    click.option(
+    scale(
         "--simulate",
         is_flag=True,
-        help="Predict --parallel on one device, without other processes: all ranks are run here and merged, "
-        "each that differs is timed alone, and collectives are added from --link.",
+        help="Predict --parallel on one device: time each distinct rank, add collectives from --link.",
     ),
-    click.option(
+    scale(
         "--link",
         metavar="MODEL|FILE",
-        help="The link that --simulate assumes: alpha=5us,beta=300GB/s (latency of a message, bandwidth of a "
-        "rank), the result file of a run over real ranks, which measures both, or ideal: collectives take "
-        "no time.  [default: ideal]",
-    ),
-    click.option(
-        "--mode",
-        metavar="A,B",
-        help="How forwards are launched: eager, graph (replayed). Default: both, if the backend has graphs.",
-    ),
-    click.option(
-        "--cache",
-        metavar="A,B",
-        help="Caches before a forward: warm, cold (flushed). Default: both.",
-    ),
-    click.option(
-        "--clock",
-        metavar="A,B",
-        help="host, device. Default: both, if the device has a timer. Every combination of the three is "
-        "timed; eager, warm, host is the headline and always is.",
-    ),
-    click.option(
-        "--dtype",
-        type=click.Choice([*DTYPES.values()]),
-        show_default=DEFAULT_DTYPE,
-        help="Dtype of weights, cache and activations.",
-    ),
-    click.option(
-        "--attention",
-        type=click.Choice(["auto", "absorbed", "expanded"]),
-        default="auto",
-        show_default=True,
-        help="Path of attention; auto takes the one with fewer FLOPs per request.",
-    ),
-    click.option("--page-size", type=int, show_default=str(DEFAULT_PAGE_SIZE), help="Tokens per cache page."),
-    click.option(
-        "--ops",
-        metavar="POLICY",
-        default="auto",
-        show_default=True,
-        help="auto: the backend's fused ops where they fit; reference: none; fused: an error where one is "
-        "offered and does not fit; or names of ops to insist on, comma-separated (see --list-ops).",
-    ),
-    click.option(
-        "--seed",
-        type=click.IntRange(min=0, max=2**32 - 1),
-        default=0,
-        show_default=True,
-        help="Seed of weights, inputs, page order and the order of scenarios.",
+        help="Link of --simulate: ideal (default), alpha=5us,beta=300GB/s, or a result file.",
     ),
 )
 
-# Where the result goes, what a run resumes from, and what ends it.
-CONTROL = (
-    click.option(
+OUTPUT = (
+    output(
         "-o",
         "--output",
         metavar="FILE",
         type=FILE,
         callback=result_path,
-        help="Write the complete result as JSON. %t is the task's number under srun or torchrun, %j the "
-        "job's.",
+        common=True,
+        help="Save the result as JSON; %t is the task number under srun or torchrun, %j the job's.",
     ),
-    click.option(
-        "--resume",
-        metavar="FILE",
-        type=FILE,
-        callback=result_path,
-        help="Resume the run in this result file: its complete cases are kept; without -o the file is "
-        "rewritten.",
+    *DETAIL,
+    output(
+        "--format",
+        "kind",
+        metavar="FORMAT",
+        type=click.Choice(FORMATS),
+        default="table",
+        show_default=True,
+        help=f"Format of stdout: {', '.join(FORMATS)}.",
     ),
-    click.option(
-        "--budget",
-        metavar="TIME",
-        callback=parsed_by(duration),
-        help="Stay within this time, such as 90s, 10m or 1h; what does not fit is skipped.",
+    output("--list-ops", is_flag=True, help="Print which op runs where, and why; then exit."),
+    output(
+        "--dry-run",
+        is_flag=True,
+        help="Run one forward per case, print memory and estimated time on stderr; then exit.",
     ),
-    click.option(
+)
+
+EVIDENCE = (
+    evidence(
         "--hang-after",
         metavar="TIME",
         callback=parsed_by(duration),
         default="10m",
         show_default=True,
-        help="Abort the run, keeping the results so far, if no forward finishes for this long.",
+        help="Abort if no forward finishes for this long; results so far are kept.",
     ),
-    click.option(
+    evidence(
+        "--resume",
+        metavar="FILE",
+        type=FILE,
+        callback=result_path,
+        help="Resume the run in this result file; without -o, rewrite it.",
+    ),
+    evidence(
         "--baseline",
         metavar="FILE",
         type=FILE,
         help="Compare with this result file after the run.",
     ),
-    click.option(
+    evidence(
         "--fail-slower",
         metavar="PERCENT",
         callback=parsed_by(percent),
         help="With --baseline: exit 1 if the whole interval of a case's time ratio lies above this.",
     ),
-    click.option(
+    evidence(
         "--strict",
         is_flag=True,
-        help="Exit 6 if a headline is unreliable: its interval is wider than its number, or missing because "
-        "there was time for few passes only.",
+        help="Exit 6 if a headline is unreliable: no interval, or one wider than its number.",
     ),
-)
-
-# What is printed.
-OUTPUT = (
-    *DETAIL,
-    click.option(
-        "--format",
-        "kind",
-        type=click.Choice(FORMATS),
-        default="table",
-        show_default=True,
-        help="Format of what is printed on stdout.",
-    ),
-    click.option(
-        "--stages",
-        is_flag=True,
-        help="Afterwards time every op of the layer alone, and print where a forward's time goes.",
-    ),
-    click.option(
+    evidence("--stages", is_flag=True, help="Afterwards, time every op alone: where a forward's time goes."),
+    evidence(
         "--profile",
         metavar="FILE",
         type=FILE,
         callback=result_path,
-        help="Afterwards record an untimed pass of every case with torch.profiler, and write them as one "
-        "Chrome trace (FILE.json or FILE.json.gz) with a range for every op.",
+        help="Afterwards, record an untimed pass per case: a Chrome trace, .json or .json.gz.",
     ),
-    click.option(
+    evidence(
         "--dump-failure",
         metavar="DIR",
         type=FILE,
         callback=result_path,
-        help="If a result is wrong, find the op and keep its call in DIR (operands, output, expected rows) "
-        "for `python -m mla.bench replay DIR`.",
+        help="Keep the call of the op that made a result wrong in DIR, for `replay DIR`.",
     ),
-    click.option(
-        "--dry-run",
-        is_flag=True,
-        help="Run a forward of each case, after another that warms it up, print its memory and estimated "
-        "time on stderr, and stop.",
-    ),
-    click.option("--list-ops", is_flag=True, help="Print which op runs where, and why, and stop."),
 )
 
 
 def run_options(command: Command) -> Command:
     """Add the options of `run` to a click command."""
-    others = add_options((*WORKLOAD, *OP, *METHOD, *CONTROL, *OUTPUT))
+    others = add_options((*WHAT_TO_RUN, *HOW, *SCALE, *OUTPUT, *EVIDENCE))
     return backend_options(MEASURED_BACKEND_HELP)(others(command))

@@ -30,7 +30,7 @@ TABLE = files.Kind("a table of results", lambda data: data.startswith(as_csv(())
 DOCUMENT = files.Kind("a document of a case", lambda data: infinimetrics.START.match(data) is not None)
 
 
-@click.command(short_help="Compare result files; torch is not needed.")
+@click.command(short_help="Result files against the first one.")
 @click.argument("base", cls=Word, type=FILE, help="Result file (-o) that the others are compared with.")
 @click.argument("runs", cls=Word, type=FILE, nargs=-1, required=True, help="Result files to compare.")
 @click.option(
@@ -129,7 +129,7 @@ def _red(cases: Sequence[Comparison], limit: float, selected: bool) -> list[str]
     return found
 
 
-@click.command(short_help="Print a stored run again; torch is not needed.")
+@click.command(short_help="A stored run, printed again.")
 @click.argument("run", cls=Word, type=FILE, help="Result file (-o).")
 @click.option(
     "--format",
@@ -154,7 +154,7 @@ def stored(path: Path, kind: str, detail: run_table.Detail = "short") -> str:
     return run_table.render(results.decoded(data, path, results.decode), kind, detail)
 
 
-@click.command(short_help="Write results as CSV or for InfiniMetrics; torch is not needed.")
+@click.command(short_help="Results as CSV, or for InfiniMetrics.")
 @click.argument("runs", cls=Word, type=FILE, nargs=-1, required=True, help="Result files (-o).")
 @click.option(
     "--format",

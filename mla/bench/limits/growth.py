@@ -53,10 +53,11 @@ def _size(region: Region, most_calls: int) -> tuple[int, float, float]:
 def grown(short: float, long: float, calls: int) -> float:
     """Return the seconds per call from those of regions of `calls` and of twice as many.
 
-    At most those of a whole region, and at least half of them: noise cannot make it absurd.
+    Where the longer region takes less than `RATIO` times as long, as if the shorter ones alone were
+    disturbed, what is constant cannot be told from noise, and counts.
     """
-    most = min(short, long / 2) / calls
-    return max(min((long - short) / calls, most), most / 2)
+    grew = long - short if long >= RATIO * short else long
+    return min(grew, short, long / 2) / calls
 
 
 @contextmanager

@@ -101,6 +101,7 @@ class _Engine:
         self._times = Timetable(hooks.target, prefill, asked, self._first, self._correct)
         self._runners: Sequence[PassRunner] = ()  # once they are timed
         self._untimed = count(UNTIMED)  # numbers of passes that are not timed
+        self._unseen: evidence.Unseen | None = None
 
     def _tick(self, doing: str, one: Implementation, count: int = 1) -> None:
         self._progress(f"{self._scenario.name}: {doing} {one.name}", count)
@@ -243,11 +244,40 @@ class _Engine:
     def time(self, runners: Sequence[PassRunner], order: random.Random) -> None:
         """Time all passes, between two readings of the device's sensors."""
         self._runners = runners
+        self._draw_unseen(runners)
         self._hooks.target.checked()
         self._sense("before")
         self._time_passes(runners, order)
         self._say_cut()
         self._sense("after")
+
+    def _draw_unseen(self, runners: Sequence[PassRunner]) -> None:
+        """Make the inputs of the evidence and their oracle, before time is shared out among the passes."""
+        if not runners or not hasattr(self._checker, "of"):  # of one op operands change from call to call
+            return
+        prefill = self._scenario.mode == "prefill"
+        count = max(evidence.forwards(runner.steps, prefill) for runner in runners)
+        self._progress(f"{self._scenario.name}: drawing inputs that nothing has seen", 0)
+        with self._spared():
+            self._unseen = evidence.Unseen(self._inputs, self._checker, count)
+        self._hooks.heartbeat()
+
+    @contextmanager
+    def _spared(self, one: Implementation | None = None) -> Iterator[None]:
+        """Let lack of memory cost evidence, and no finished number; `one` gets the inputs of its passes back.
+
+        Layers over ranks are gone by then, on all of them.
+        """
+        try:
+            yield
+        except Exception as error:  # all others are raised again
+            if not refusals.too_large(error) or (one is not None and one.setting.ranks is not None):
+                raise
+            self._unseen = None
+            said = "memory is short: times are not held against forwards on inputs that nothing has seen"
+            self._hooks.say(f"{self._scenario.name}: {said}")
+            if one is not None:
+                one.load(self._scenario, self._inputs)
 
     def _sense(self, when: str) -> None:
         state = read_sensors(self._backend, when)
@@ -328,10 +358,12 @@ class _Engine:
                 one, beat = runner.implementation, self._hooks.heartbeat
                 self._hooks.enter(one.name)
                 self._tick("looking for doubts about", one, 0)
-                found = evidence.doubts(runner, self._inputs, self._checker, self._untimed, beat)
                 where = "" if runner.headline else f"{runner.samples.variant}: "
-                self.measurements[one.name].doubts += [f"{where}{doubt}" for doubt in found]
-                if runner.headline and not found:
+                known = self.measurements[one.name].doubts
+                with self._spared(one):
+                    for doubt in evidence.doubts(runner, self._unseen, self._untimed, beat):
+                        known.append(f"{where}{doubt}")
+                if runner.headline and not known:
                     self._time_new_lengths(runner)
                 beat()
         self._withhold()
@@ -362,13 +394,13 @@ class _Engine:
             nothing = Samples(HEADLINE, not_run)
             found = self.measurements.setdefault(one.name, Measurement(nothing))
             found.interrupted = True
-            if found.check.status == "not run" and not found.refused:
+            if found.check.status == "not run" and not found.check.reason:
                 found.headline = nothing  # while it warmed up
         for runner in self._runners:
             if runner.passes and self._correct(runner):
                 late = evidence.late_doubt(runner.passes)
                 self.measurements[runner.implementation.name].doubts += [late] if late else []
-                if runner.timer is not None:  # whose clock only further forwards could confirm
+                if runner.timer is not None and not runner.confirmed:
                     runner.samples.check = not_run
                     runner.samples.discard()
         self._withhold()

@@ -17,6 +17,7 @@ from mla_backends.api import Timer
 
 if TYPE_CHECKING:
     from mla.bench.measure.passes import PassRunner, PassTimes
+    from mla.bench.measure.variants import Steps
 
 # A device's clock is believed that agrees with the host's within this ratio, and so many milliseconds a
 # forward, in one of TURNS windows of at least so many milliseconds.
@@ -35,19 +36,58 @@ ROUNDS = 6
 _random = random.SystemRandom()
 
 
+class Unseen:
+    """Inputs of a layer that none of its forwards has seen, with an oracle of their own.
+
+    Both are made once, and serve all variants and implementations of a scenario. They are replaced once they
+    have contradicted a time: who remembers them is known from then on.
+    """
+
+    def __init__(self, plain: Any, checker: Any, count: int) -> None:
+        """`plain`: the inputs of the passes; `count`: forwards that are judged at most.
+
+        Draws the first inputs and runs the oracle, which may take minutes.
+        """
+        self.plain, self._checker, self._count = plain, checker, count
+        self._inputs: Any = None
+        self._judge: Any = None
+        self.judge()
+
+    @property
+    def inputs(self) -> Any:
+        """The inputs, drawn when they are asked for."""
+        if self._inputs is None:
+            self._inputs = self.plain.fresh(_random.getrandbits(63))
+        return self._inputs
+
+    def forget(self) -> None:
+        """Have others drawn."""
+        self._judge = self._inputs = None
+
+    def judge(self) -> Any:
+        """Return the checker of a pass on these inputs."""
+        if self._judge is None:
+            self._judge = self._checker.of(self.inputs, self._count)
+        return self._judge
+
+
+def forwards(steps: Steps, prefill: bool) -> int:
+    """Return how many forwards of a pass are run on inputs that nothing has seen."""
+    most = 1 if prefill else STEPS if len(steps.timed) == len(steps.run) else SOME
+    return steps.timed[min(len(steps.timed), most) - 1] + 1
+
+
 def doubts(
-    runner: PassRunner, inputs: Any, checker: Any, numbers: Iterator[int], beat: Callable[[], None]
-) -> list[str]:
-    """Return why the times of one variant cannot be right, a clause each.
+    runner: PassRunner, new: Unseen | None, numbers: Iterator[int], beat: Callable[[], None]
+) -> Iterator[str]:
+    """Yield why the times of one variant cannot be right, a clause each.
 
     Forwards are run, whose passes take `numbers`; `beat` is called after each.
     """
-    found = (
-        late_doubt(runner.passes),
-        device_doubt(runner, numbers, beat),
-        fresh_doubt(runner, inputs, checker, numbers, beat),
-    )
-    return [doubt for doubt in found if doubt]
+    found = late_doubt(runner.passes), device_doubt(runner, numbers, beat)
+    yield from filter(None, found)
+    if new is not None and (told := fresh_doubt(runner, new, numbers, beat)):
+        yield told
 
 
 def late_doubt(passes: Sequence[PassTimes]) -> str:
@@ -74,6 +114,7 @@ def device_doubt(runner: PassRunner, numbers: Iterator[int], beat: Callable[[], 
         beat()
         device, host = _window(runner, timer, count, numbers)
         if abs(device - host) <= WITHIN * host + EACH * count:
+            runner.confirmed = True
             return ""
     return (
         f"{count} forwards take {device:.3g} ms on the clock '{timer.clock}' and {host:.3g} ms on the host's"
@@ -105,42 +146,42 @@ def _window(runner: PassRunner, timer: Timer, count: int, numbers: Iterator[int]
     return taken, ((done if is_there else now_ns()) - start) / 1e6
 
 
-def fresh_doubt(
-    runner: PassRunner, inputs: Any, checker: Any, numbers: Iterator[int], beat: Callable[[], None]
-) -> str:
+def fresh_doubt(runner: PassRunner, new: Unseen, numbers: Iterator[int], beat: Callable[[], None]) -> str:
     """Return how forwards on inputs that nothing has seen contradict the passes of a layer, or nothing.
 
     Hidden states and history are new: nothing can have been remembered for them. Slow ones speak against the
     passes only where the same forwards on the inputs of the passes, run in turn with them, are not slow.
     """
-    layer, timed = runner.implementation, runner.steps.timed
-    if not hasattr(checker, "of"):  # of one op, whose operands change from call to call
-        return ""
-    decode = inputs.scenario.mode == "decode"
-    some = min(len(timed), STEPS if len(timed) == len(runner.steps.run) else SOME) if decode else 1
-    count = timed[some - 1] + 1
-    known = _known(runner, count if decode else len(runner.steps.run))
+    layer, scenario = runner.implementation, new.plain.scenario
+    prefill = scenario.mode == "prefill"
+    count = forwards(runner.steps, prefill)
+    known = _known(runner, len(runner.steps.run) if prefill else count)
     found, again = list[float](), list[float]()
-    for _ in range(ROUNDS):
-        fresh = inputs.fresh(_random.getrandbits(63))
+    while True:
         runner.rewarm(next(numbers))
-        layer.load(inputs.scenario, fresh)
+        layer.load(scenario, new.inputs)
         found.append(median(runner.run(0, beat, count).samples))
-        check = layer.check(checker.of(fresh, count)) if not _slower(found[-1], known) else None
-        layer.load(inputs.scenario, inputs)
+        quick = not _slower(found[-1], known)
+        check = layer.check(new.judge()) if quick else None
+        layer.load(scenario, new.plain)
         if check is not None:
             break
         again.append(median(runner.run(next(numbers), beat, count).samples))
-    else:
+        new.forget()
+        if len(found) < ROUNDS:
+            continue
         if _slower(min(found), min(again)):
             return (
                 f"forwards on inputs that nothing had seen take {min(found):.3g} ms, on those of the "
                 f"passes {known:.3g} ms, as if results were remembered"
             )
-        layer.load(inputs.scenario, fresh)
+        layer.load(scenario, new.inputs)
         runner.run(0, beat, count)
-        check = layer.check(checker.of(fresh, count))
-        layer.load(inputs.scenario, inputs)
+        check = layer.check(new.judge())
+        layer.load(scenario, new.plain)
+        break
+    if check.reason:
+        new.forget()
     return f"outputs on inputs that nothing had seen are wrong: {check.reason}" if check.reason else ""
 
 

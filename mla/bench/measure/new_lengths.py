@@ -2,7 +2,7 @@
 
 A schedule that is kept per tuple of lengths, or a kernel that is compiled for one, costs nothing in a pass.
 Here it does. Each new tuple is run once, and then again: the forwards differ in nothing but having been seen.
-The outputs of one of them, chosen when all have run, are judged.
+The outputs of one of them, a random choice, are judged.
 """
 
 from __future__ import annotations
@@ -159,14 +159,16 @@ def _served(one: MlaLayer, lengths: Lengths) -> bool:
 class LayerBench:
     """Runs forwards of a layer in this process on any lengths, without changing what is cached."""
 
-    def __init__(self, one: MlaLayer, now: Callable[[], int] = now_ns) -> None:
-        self.layer, self._now = one, now
+    def __init__(self, one: MlaLayer, now: Callable[[], int] = now_ns, judged: bool = True) -> None:
+        """`judged`: outputs of one of the tuples are kept, for `doubt`."""
+        self.layer, self._now, self.judged = one, now, judged
         one.restore()
         one.before(0)
         full = one.batch if one.scenario.mode == "prefill" else one.extend()
         self._table, self._device = full.block_table_host, full.device
         self._memory = self._memory_for(full.num_tokens)
-        self._ran: list[tuple[Lengths, torch.Tensor]] = []  # with the outputs of the first forward
+        self._ran = 0  # tuples of lengths
+        self._kept: tuple[Lengths, torch.Tensor] | None = None  # one of them, with its outputs in layer 0
 
     def _memory_for(self, tokens: int) -> BatchMemory:
         return BatchMemory(tokens, self._table, self._device)
@@ -192,11 +194,17 @@ class LayerBench:
             for place, times in enumerate(rounds):
                 out.fill_(torch.nan)
                 self._time(lengths, times, out)
-                if place == 0:
-                    self._ran.append((lengths, out.to("cpu", copy=True)))
+                if place == 0 and self.judged:
+                    self._keep(lengths, out)
                 beat()
         finally:
             self._rows().index_copy_(1, slots, saved)
+
+    def _keep(self, lengths: Lengths, out: torch.Tensor) -> None:
+        """Keep outputs [.., t, d], or those kept so far instead: each tuple is as likely to be judged."""
+        self._ran += 1
+        if not _random.randrange(self._ran):
+            self._kept = lengths, (out[0] if out.dim() > 2 else out).to("cpu", copy=True)
 
     def _rows(self) -> torch.Tensor:
         pages = self.layer.cache.pages
@@ -221,8 +229,8 @@ class LayerBench:
 
     def doubt(self, checker: Any) -> str:
         """Return why the outputs of one of the tuples that ran are wrong, or nothing."""
-        if not self._ran:
+        if self._kept is None:
             return ""
-        lengths, out = _random.choice(self._ran)
-        check = checker.on_lengths(*lengths, out[0] if out.dim() > 2 else out)
+        lengths, out = self._kept
+        check = checker.on_lengths(*lengths, out)
         return f"outputs on lengths that nothing had seen are wrong: {check.reason}" if check.reason else ""

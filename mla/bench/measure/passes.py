@@ -63,6 +63,7 @@ class PassRunner:
         self._here = torch.zeros(1)
         self.passes: list[PassTimes] = []
         self.ms = 0.0  # of the fastest forward of the warm-up after its first
+        self.confirmed = False  # whether the host's clock agrees with that of the timer
 
     @property
     def headline(self) -> bool:

@@ -96,7 +96,8 @@ class Timetable:
         Its forwards take about `forward` seconds, if none was run.
         """
         seconds = self.seconds(runner) or 2 * forward * len(runner.steps.run)
-        return self._asked or runner.steps.passes * seconds <= self.spare() - self._due(self.variants)
+        own = runner.steps.passes * seconds + self._evidence_of(runner)
+        return self._asked or own <= self.spare() - self._due(self.variants)
 
     def new_lengths_fit(self, runner: PassRunner) -> bool:
         """Return whether forwards on new lengths fit, which follow the passes of a headline."""
@@ -132,10 +133,16 @@ class Timetable:
 
     def _evidence(self) -> float:
         """Return the seconds of all evidence, which follows the passes."""
-        right = [one for one in self.headlines if self._right(one)]
-        return sum(self._evidence_forwards(one) * self.each.get(one, 0.0) for one in right)
+        right = [one for one in [*self.headlines, *self.variants] if self._right(one)]
+        return sum(self._evidence_of(one) for one in right)
+
+    def _evidence_of(self, runner: PassRunner) -> float:
+        each = self.seconds(runner) / max(1, len(runner.steps.run))  # of a variant
+        return self._evidence_forwards(runner) * self.each.get(runner, each)
 
     def _evidence_forwards(self, runner: PassRunner) -> int:
-        """Return how many forwards the evidence of a headline has: on inputs that nothing has seen."""
-        new = min(evidence.STEPS, len(runner.steps.run)) if not self._prefill else 1
-        return new + 2  # one before them, and one on other lengths
+        """Return how many forwards the evidence of a variant has: on inputs that nothing has seen.
+
+        Those and their oracle are made before time is shared out.
+        """
+        return evidence.forwards(runner.steps, self._prefill) + 2  # one before, and one for loading them

@@ -11,17 +11,20 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any, NamedTuple
 
+import msgspec
+
 from mla import cost
 from mla.bench.measure.setup import sweep
 from mla.bench.subjects import op as one_op
 from mla.bench.subjects.base import buffers
 from mla.bench.subjects.fixture import Fixture, OpFixture
 from mla.bench.subjects.inputs import Requests, choices, oracle_runs
-from mla.bench.subjects.setting import SPARE_PAGES, Setting
+from mla.bench.subjects.setting import SPARE_PAGES, Setting, implementation_setting, make_ops
 from mla.bench.workload.grid import Point
+from mla.bench.workload.implementations import Named, is_ours, parse_one
 from mla.cases.varied import Pool
 from mla.errors import OutOfMemory
-from mla.layer.plan import WORKSPACE_BYTES
+from mla.layer.plan import WORKSPACE_BYTES, grown_bytes, rebuilt_bytes
 from mla.layer.rope import RotaryTable
 from mla.parallel.context import scratch_per_token
 from mla.parallel.layout import Layout
@@ -33,6 +36,8 @@ from mla_backends.api import Backend
 
 # Logits, gathered keys, masks, and what is rebuilt of a context, at most.
 WORKSPACE = 1 << 30
+# Roles whose packed weights may be views of one tensor: they count as shared if all of them are.
+_PACKED_TOGETHER = (("qkv_a_proj",), ("q_b_proj",), ("o_proj",), ("kv_b_proj", "w_uk", "w_uv"))
 
 
 class Available(NamedTuple):
@@ -63,6 +68,8 @@ class MemoryPlan:
     gathered: int = 1  # copies of the outputs that are being checked
     others: int = 0  # further ranks on this host
     per_other: int = 0  # what each holds there, apart from what is on its device
+    shared_weights: int = 0  # on the device, which all implementations and the reference save between them
+    shared_alone: int = 0  # which any single implementation and the reference save
 
     @property
     def side_by_side(self) -> bool:
@@ -81,8 +88,9 @@ class MemoryPlan:
         return _within(device, self.device_available) and _within(on_host, self.host_available)
 
     def device_bytes(self, count: int) -> int:
-        """Return what `count` implementations need on the device."""
-        return count * self.per_implementation + self.per_reference + self.sweep
+        """Return what `count` implementations need on the device; weights that they share count once."""
+        saved = self.shared_weights if count == self.implementations else self.shared_alone
+        return count * self.per_implementation + self.per_reference + self.sweep - saved
 
     def host_bytes(self, count: int) -> int:
         """Return what the host needs while `count` implementations are measured, for all ranks that it has.
@@ -148,14 +156,17 @@ def plan_memory(
     layout, gathered = Layout() if setting.ranks is None else setting.ranks.layout, 1
     if setting.ranks is not None:  # once per rank that has them, and twice while they come from others
         gathered = layout.dcp if setting.here > 1 else 2 * layout.head_parts
+    one_layer = replace(setting, ranks=None, layers=1), msgspec.structs.replace(point, layers=1)
     return MemoryPlan(
         per_implementation=layer_bytes(setting, point),
         host=_host_bytes(setting, point),
         outputs=_output_bytes(setting, point, point),
-        per_reference=layer_bytes(replace(setting, ranks=None), point) if fused else 0,
+        per_reference=layer_bytes(*one_layer) if fused else 0,
         gathered=gathered,
         others=setting.beside,
         per_other=_other_bytes(setting, point, lazy),
+        shared_weights=shared_bytes(setting, names, fused),
+        shared_alone=min(shared_bytes(setting, [name], fused) for name in names),
         **common,
     )
 
@@ -181,9 +192,11 @@ def layer_bytes(setting: Setting, point: Point) -> int:
             for block in blocks
         )
         return max(each)
-    # A rank that waits for its turn keeps what it has sent: its queries, and results once.
+    # A rank that waits for its turn keeps its workspace and what it has sent: its queries, and results once.
     each = (
-        _held_bytes(rank, block, layout.dcp) + _context_bytes(rank, block, layout.dcp) * 5 // 4
+        _held_bytes(rank, block, layout.dcp)
+        + _rebuilt_bytes(rank, block)
+        + _context_bytes(rank, block, layout.dcp) * 5 // 4
         for block in blocks
     )
     parts = 2 * layout.head_parts * point.tokens * setting.config.hidden_size * setting.dtype.itemsize
@@ -211,7 +224,63 @@ def _forward_bytes(setting: Setting, point: Point, share: int = 1) -> int:
     longest = (
         4 * math.ceil(max(point.final_lens) / share) * config.latent_dim
     )  # one request's keys, gathered and widened
-    return (activations + longest + _input_numbers(setting, point)) * setting.dtype.itemsize + WORKSPACE
+    numbers = activations + longest + _input_numbers(setting, point)
+    kept = (point.layers - 1) * _rebuilt_bytes(setting, point)  # that of one layer is in `WORKSPACE`
+    return numbers * setting.dtype.itemsize + WORKSPACE + kept + _grown_bytes(setting, point)
+
+
+def _expanded_lens(setting: Setting, point: Point) -> list[int]:
+    """Return the final lengths of the requests whose keys are rebuilt in the first or last forward."""
+    lengths = list(point.final_lens)
+    if setting.attention != "auto":
+        return lengths if setting.attention == cost.EXPANDED else []
+    chooser = cost.PathChooser(setting.config)
+    ends = zip(point.query_lens, point.kv_lens(0), lengths, strict=True)
+    return [
+        last
+        for new, first, last in ends
+        if new and cost.EXPANDED in (chooser.path(new, first), chooser.path(new, last))
+    ]
+
+
+def _rebuilt_bytes(setting: Setting, point: Point) -> int:
+    """Return the rebuilt keys and values that a layer keeps memory for."""
+    keys = sum(_expanded_lens(setting, point))
+    return min(rebuilt_bytes(setting.config, setting.dtype.itemsize, keys), WORKSPACE_BYTES)
+
+
+def _grown_bytes(setting: Setting, point: Point) -> int:
+    """Return what the longest request takes where its op needs all keys at once; layers use it in turn."""
+    keys = max(_expanded_lens(setting, point), default=0)
+    what = setting.config, setting.dtype.itemsize, keys
+    if rebuilt_bytes(*what) <= WORKSPACE_BYTES or make_ops(setting)["expanded_attention"].op.writes_lse:
+        return 0
+    return grown_bytes(*what)
+
+
+def shared_bytes(setting: Setting, names: Sequence[str], fused: bool) -> int:
+    """Return the bytes of weights that implementations of ours save on the device by sharing them.
+
+    Those that several pack alike exist once. `fused`: the reference judges, with a layer of its own. Ranks
+    hold parts of the layer, and share none.
+    """
+    named = [parse_one(name) for name in names if is_ours(name)]
+    if setting.ranks is not None or not named:
+        return 0
+    ops = [make_ops(implementation_setting(setting, one)) for one in named]
+    judges = [make_ops(implementation_setting(setting, Named("mla-reference")))] if fused else []
+    saved = 0
+    for group in _PACKED_TOGETHER:
+        if group[0] not in ops[0].names():
+            continue
+        layouts, judging = (
+            [tuple(one[role].key() for role in group) for one in several] for several in (ops, judges)
+        )
+        copies = (len(layouts) - len(set(layouts))) * setting.layers
+        copies += sum(layout in layouts for layout in judging)
+        specs = [ops[0][role].spec for role in group]
+        saved += copies * sum(spec.groups * spec.in_features * spec.out_features for spec in specs)
+    return saved * setting.dtype.itemsize
 
 
 def _context_bytes(setting: Setting, point: Point, dcp: int) -> int:
@@ -239,14 +308,16 @@ def _input_numbers(setting: Setting, point: Point) -> int:
 def _host_bytes(setting: Setting, point: Point) -> int:
     """Return what the host holds for all implementations together; outputs of a pass are not among it.
 
-    These are weights, inputs, the oracle in float64, and one forward's rows with those that are expected.
+    These are weights, inputs, the oracle in float64, and one forward's rows with those that are expected. The
+    evidence has hidden states and a history of its own, as large, and outputs that are expected.
     """
     config, itemsize = setting.config, setting.dtype.itemsize
     copies = 1 if point.layers == 1 else 2  # of the layer that is being rolled
     weights = cost.parameters(config) * (copies * itemsize + 8)
-    history = sum(point.history) * config.latent_dim * itemsize
+    history = 2 * sum(point.history) * config.latent_dim * itemsize
+    evidence = point.inputs * point.tokens * config.hidden_size * (itemsize + 8)
     judged = point.tokens * config.hidden_size * (itemsize + 4 * 8)
-    return weights + history + judged + oracle_bytes(config, oracle_runs(config, point), itemsize)
+    return weights + history + evidence + judged + oracle_bytes(config, oracle_runs(config, point), itemsize)
 
 
 def _other_bytes(setting: Setting, point: Point, lazy: bool) -> int:

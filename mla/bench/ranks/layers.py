@@ -135,7 +135,7 @@ class RankBench:
     def __init__(self, part: RankLayer, meet: Callable[[], None]) -> None:
         """`meet` returns once every rank has called it."""
         self.layer, self._meet = part, meet
-        self._bench = LayerBench(part)
+        self._bench = LayerBench(part, judged=False)  # an oracle of its lengths has no rank
 
     def run(self, lengths: Lengths, count: int, beat: Callable[[], None] = lambda: None) -> list[Sample]:
         """Run `count` forwards on these lengths of all requests, and return what this rank's part took."""

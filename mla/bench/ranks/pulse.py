@@ -63,17 +63,21 @@ class News(msgspec.Struct, omit_defaults=True):
 
 
 def late(places: Mapping[int, Place], groups: Sequence[Sequence[int]]) -> list[int]:
-    """Return the ranks for which others wait: those at work, or where all wait, those that are less far.
+    """Return the ranks for which others wait: of each group those at work, or else those that are less far.
 
     All ranks meet before a forward, and in it only those of a group share collectives: none is compared
     with ranks of other groups by the number of these.
     """
-    if working := [rank for rank, place in places.items() if place.inside and place.entered == place.left]:
-        return working
     newest, found = max(place.forward for place in places.values()), []
     for group in groups:
-        come = {rank: (places[rank].forward, places[rank].entered) for rank in group if rank in places}
-        found += [rank for rank in come if come[rank] < max(come.values()) or come[rank][0] < newest]
+        come = {rank: places[rank] for rank in group if rank in places}
+        far = max((place.forward, place.entered) for place in come.values()) if come else (0, 0)
+        working = [rank for rank, place in come.items() if place.inside and place.entered == place.left]
+        found += working or [
+            rank
+            for rank, place in come.items()
+            if (place.forward, place.entered) < far or place.forward < newest
+        ]
     return found
 
 

@@ -21,6 +21,7 @@ from mla.bench.results.schema import Spread
 from mla.bench.subjects.inputs import Expected, Inputs, Turn, TurnedHidden
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
+from mla.errors import UsageError
 from mla.verify.layer_check import Checker, Forward
 from mla.verify.places import Places
 from mla.verify.verdict import Check
@@ -112,35 +113,85 @@ class Implementation(ABC):
 
 
 class Foreign(Implementation):
-    """An object from anywhere with the seven methods, driven and judged like one of ours."""
+    """An object from anywhere with the seven methods, driven and judged like one of ours.
+
+    It has to return the outputs of every forward of a pass. Raises `UsageError` for a method that takes other
+    arguments, and for facts that are none.
+    """
 
     def __init__(self, setting: Setting, made: Any, name: str) -> None:
         super().__init__(setting)
         self.name, self._made = name, made
+        self._ran: set[int] = set()  # forwards of the present pass
+        self._shape: tuple[int, int] = (0, 0)  # of a forward's outputs
 
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
-        self._made.load(scenario, inputs)
+        self._shape = (scenario.tokens, self.setting.config.hidden_size)
+        called(self.name, self._made.load, scenario, inputs)
 
     def restore(self, number: int = 0) -> None:
-        self._number = number
-        self._made.restore(number)
+        self._number, self._ran = number, set()
+        called(self.name, self._made.restore, number)
 
     def before(self, index: int) -> None:
-        self._made.before(index)
+        called(self.name, self._made.before, index)
 
     def step(self, index: int) -> None:
         self._made.step(index)
 
     def after(self, index: int) -> None:
-        self._made.after(index)
+        called(self.name, self._made.after, index)
+        self._ran.add(index)
 
     def outputs(self) -> Outputs:
-        found: Outputs = self._made.outputs()
+        found: Outputs = called(self.name, self._made.outputs)
         return found
 
     def facts(self) -> Facts:
-        found: Facts = self._made.facts()
+        found = called(self.name, self._made.facts)
+        if not isinstance(found, Facts):
+            raise UsageError(
+                f"--implementations: facts() of '{self.name}' returns {_a(found)}, not a `Facts` of "
+                f"{Facts.__module__}."
+            )
         return found
+
+    def check(self, checker: Any) -> Check:
+        """Check all outputs of the last pass, none of which may be missing."""
+        outputs = self.outputs()
+        if wrong := self._not_outputs(outputs):
+            return Check(status="wrong", reason=f"outputs() of '{self.name}' {wrong}")
+        return super().check(checker)
+
+    def _not_outputs(self, outputs: Any) -> str:
+        """Return why these are not the outputs of the pass, as a clause; "" if they are."""
+        if not isinstance(outputs, dict):
+            return f"returns {_a(outputs)}, not a dict of forwards"
+        if lacking := sorted(self._ran - outputs.keys()):
+            return f"lacks {len(lacking)} of {len(self._ran)} forwards, the first of them {lacking[0]}"
+        if unknown := [index for index in outputs if index not in self._ran]:
+            return f"has {unknown[0]!r}, which is no forward of the pass"
+        for index, rows in outputs.items():
+            if not torch.is_tensor(rows):
+                return f"has {_a(rows)} for forward {index}, not a tensor"
+            if tuple(rows.shape) != self._shape:
+                return f"has {list(rows.shape)} for forward {index}, not {list(self._shape)}"
+        return ""
+
+
+def called(name: str, function: Callable[..., Any], *given: Any) -> Any:
+    """Call what a user has written, of class `name`. Raises `UsageError` if it takes no such arguments."""
+    try:
+        return function(*given)
+    except TypeError as error:
+        if error.__traceback__ is None or error.__traceback__.tb_next is not None:  # raised inside it
+            raise
+        raise UsageError(f"--implementations: '{name}' cannot be called as here: {error}.") from error
+
+
+def _a(value: Any) -> str:
+    kind = type(value).__name__
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 # ------------------------------------------------------------------------------------------------ outputs

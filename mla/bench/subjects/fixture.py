@@ -18,7 +18,7 @@ import torch
 from mla import cost
 from mla.bench import results
 from mla.bench.subjects import op as one_op
-from mla.bench.subjects.base import METHODS, Foreign, Implementation, LayerChecker
+from mla.bench.subjects.base import METHODS, Foreign, Implementation, LayerChecker, called
 from mla.bench.subjects.inputs import Inputs, expected_outputs, expected_plain, make_inputs
 from mla.bench.subjects.layer import MlaLayer, MlaStack
 from mla.bench.subjects.setting import Setting, implementation_setting, make_ops, sharing_weights
@@ -82,7 +82,7 @@ def _make(base: str, setting: Setting, state: State) -> Implementation:
     """Return an implementation by the name of what it is, or by where its class is."""
     if ":" not in base:
         return IMPLEMENTATIONS[base](setting, state)
-    made = foreign_class(base)(setting, state)
+    made = called(base, foreign_class(base), setting, state)
     return made if isinstance(made, Implementation) else Foreign(setting, made, base)
 
 

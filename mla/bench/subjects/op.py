@@ -179,7 +179,7 @@ def summary(checks: Mapping[int, Check], damage: str = "") -> Check:
     The reason is that of the first wrong call.
     """
     wrong = [index for index, check in checks.items() if check.status != "ok"]
-    reasons = [damage] * bool(damage)
+    reasons = [damage] * bool(damage) or ["there are no results to judge"] * (not checks)
     if wrong:
         numbers = ", ".join(str(index + 1) for index in wrong[:NAMED])  # the first call is 1
         calls = f"call{'s' * (len(wrong) > 1)} {numbers}{', ..' * (len(wrong) > NAMED)} of the pass"
@@ -188,8 +188,8 @@ def summary(checks: Mapping[int, Check], damage: str = "") -> Check:
     squares = [check.relative_error**2 for check in checks.values() if check.relative_error is not None]
     return Check(
         status="wrong" if reasons else "ok",
-        error_ratio=max(ratios) if len(ratios) == len(checks) else None,
-        relative_error=statistics.fmean(squares) ** 0.5 if len(squares) == len(checks) else None,
+        error_ratio=max(ratios) if checks and len(ratios) == len(checks) else None,
+        relative_error=statistics.fmean(squares) ** 0.5 if checks and len(squares) == len(checks) else None,
         reason="; ".join(reasons),
     )
 

@@ -98,10 +98,6 @@ class TransformersModel:
         """Return rotary keys [.., r] in the channel order of its cache, given in the checkpoint's."""
         return torch.cat((pe[..., 0::2], pe[..., 1::2]), dim=-1) if self.reorders else pe
 
-    def from_cache(self, pe: torch.Tensor) -> torch.Tensor:
-        """Undo `to_cache`."""
-        return torch.stack(pe.chunk(2, dim=-1), dim=-1).flatten(-2) if self.reorders else pe
-
 
 def transformers_model(config: MLAConfig, kind: str = "sdpa") -> TransformersModel:
     """Return the family's own class if the config has a known `model_type`, else one that computes the same.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.shell_completion import BashComplete
 
 from mla.bench.cli.main import cli
 from mla.command.exit_codes import Exit
@@ -18,22 +21,70 @@ Bench = Callable[..., Any]
 PRESET_LIST = ", ".join(PRESETS)
 IMPLEMENTATIONS = "mla, mla-reference, transformers, transformers-eager"
 CPU = ("--backend", "cpu")
+COMMON = [
+    *("--backend", "--config", "--model-path", "--batch-spec", "--op", "--implementations"),
+    *("--threads", "--dtype", "--budget", "--output", "--verbose", "--quiet"),
+]
 
 
-def test_help_names_every_option_command_and_exit_code(bench: Bench) -> None:
+def test_help_has_the_commands_and_the_options_that_most_people_need(bench: Bench) -> None:
     done = bench("--help")
+    assert done.code == 0
+    assert len(done.out.splitlines()) < 60
+    commands, _, options = done.out.partition("What to run:\n")
+    assert re.findall(r"^  ([a-z-]+)  ", commands, re.MULTILINE) == list(cli.commands)
+    assert re.findall(r"^  (?:-\w, )?(--[a-z-]+)", options, re.MULTILINE) == COMMON
+    assert "Everything else: --help-all" in options
+    codes = re.findall(r"(?:, |: |by )(\d+) ", " ".join(options.partition("Exit codes")[2].split()))
+    assert codes == ["0", "1", "2", "3", "4", "5", "6", "130", "143", "129"]
+    assert bench() == done
+
+
+def test_help_fits_into_80_columns_with_two_lines_an_option(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    out = bench("--help").out
+    assert max(map(len, out.splitlines())) <= 80
+    assert re.findall(r"^  -.*\n {20}.*\n {20}.*", out, re.MULTILINE) == []
+
+
+def test_help_all_names_every_option_by_group_and_every_exit_code(bench: Bench) -> None:
+    done = bench("--help-all")
     assert done.code == 0
     for option in cli.commands["run"].params:
         assert all(flag in done.out for flag in option.opts)
+    titles = re.findall(r"^([A-Z].*):$", done.out, re.MULTILINE)
+    assert titles == ["What to run", "How", "Variants and scale", "Output", "Limits and evidence"]
     lines = map(str.strip, done.out.partition("Exit codes:\n")[2].splitlines())
     codes = [line.split()[0] for line in lines if line[:1].isdigit()]
-    assert codes == [str(int(code)) for code in Exit if code not in (Exit.HUNG_UP, Exit.TERMINATED)]
+    elsewhere = (Exit.HUNG_UP, Exit.TERMINATED, Exit.INCOMPLETE)  # another line; the conformance command's
+    assert codes == [str(int(code)) for code in Exit if code not in elsewhere]
     assert "143 ended by SIGTERM, 129 by SIGHUP" in done.out
     for words in ("3 backend missing", "the device does not exist", "an op raised"):
         assert words in done.out
-    assert all(f"\n  {name} " in done.out for name in cli.commands)
-    assert bench("run", "--help").out.splitlines()[1:] == done.out.splitlines()[1:]
-    assert bench() == done
+    assert bench("run", "--help") == bench("run", "--help-all") == bench("--backend", "cpu", "--help") == done
+
+
+@pytest.mark.parametrize(
+    ("before", "word", "offered"),
+    [
+        ((), "c", ["capacity", "ceilings", "compare"]),
+        ((), "--mod", ["--model-path", "--mode"]),
+        (("--attention",), "a", ["auto", "absorbed"]),
+        (("compare", "a.json"), "--noi", ["--noise"]),
+    ],
+)
+def test_a_shell_completes_commands_and_the_options_of_a_run(
+    before: tuple[str, ...], word: str, offered: list[str]
+) -> None:
+    shell = BashComplete(cli, {}, "mla-bench", "_MLA_BENCH_COMPLETE")
+    assert [one.value for one in shell.get_completions(list(before), word)] == offered
+
+
+def test_a_script_goes_by_its_own_name(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/mla-bench"])
+    assert bench("--help").out.startswith("Usage: mla-bench [COMMAND] [OPTIONS]\n")
 
 
 def test_every_command_and_option_explains_itself(bench: Bench) -> None:

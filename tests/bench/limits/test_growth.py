@@ -31,7 +31,8 @@ def test_one_quiet_repetition_of_each_region_is_enough() -> None:
     ("short", "long", "least", "most"),
     [
         (1.0, 2.0, 1.0, 1.0),
-        (3.0, 4.0, 1.0, 1.0),  # a constant cost of twice the work
+        (2.0, 3.0, 1.0, 1.0),  # a constant cost as large as the work
+        (1.9, 2.0, 1.0, 1.0),  # the shorter ones alone were disturbed
         (5.0, 2.0, 0.5, 1.0),  # nothing but noise: not negative
         (2.0, 2.0, 0.5, 1.0),
         (1.0, 9.0, 1.0, 1.0),  # noise in the longer one: the shorter one alone is a bound

@@ -10,8 +10,9 @@ import msgspec
 import pytest
 from engine_bench import CHECKED, DECODE, Bench, MakeBench, Parrot
 
-from mla.bench.measure import passes
+from mla.bench.measure import evidence, passes
 from mla.bench.measure.hooks import Hooks
+from mla.bench.measure.passes import PassRunner
 from mla.bench.measure.variants import HEADLINE, Steps, Variant, Variants
 from mla.bench.subjects.inputs import Inputs
 from mla.bench.workload.scenario import Scenario
@@ -185,6 +186,54 @@ def test_an_interrupt_during_the_last_check_keeps_the_passes(
     assert result.interrupted
 
 
+def test_an_interrupt_keeps_what_another_clock_has_confirmed(
+    decode: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    confirm = evidence.device_doubt
+
+    def interrupted(runner: PassRunner, *given: Any) -> str:
+        if runner.timer is not None and runner.implementation.name == "b":
+            raise KeyboardInterrupt
+        return confirm(runner, *given)
+
+    monkeypatch.setattr(evidence, "device_doubt", interrupted)
+    variants = Variants((HEADLINE, Variant(clock="device")))
+    measured = decode.measure(decode.parrot("a"), decode.parrot("b"), variants=variants)
+    assert all(one.passes for one in measured.values())
+    assert [len(one.others[0].passes) > 0 for one in measured.values()] == [True, False]
+
+
+def test_an_interrupt_does_not_hide_why_something_was_not_run(decode: Bench) -> None:
+    reasons = iter(["", "too little time", ""])
+
+    def should_stop(seconds: float, what: str) -> str:
+        if what == "another pass":
+            raise KeyboardInterrupt
+        return next(reasons)
+
+    measured = decode.measure(*map(decode.parrot, "abc"), hooks=Hooks(should_stop=should_stop))
+    assert measured["b"].check.reason == "too little time"
+
+
+@pytest.mark.parametrize("where", ["oracle", "forwards"])
+def test_memory_that_is_short_costs_evidence_and_no_number(
+    decode: Bench, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def short(*given: Any) -> Any:
+        raise MemoryError
+
+    checker: Any = decode.checker
+    checker.of = short if where == "oracle" else lambda inputs, count: checker
+    monkeypatch.setattr(evidence, "fresh_doubt", short)
+    said: list[str] = []
+    parrot = decode.parrot("a")
+    measured = decode.measure(parrot, hooks=Hooks(say=said.append))
+    assert len(measured["a"].passes) == DECODE.passes
+    assert measured["a"].check.status == "ok"
+    assert said == ["d: memory is short: times are not held against forwards on inputs that nothing has seen"]
+    assert [what for _, what in decode.log].count("load") == (1 if where == "oracle" else 2)
+
+
 def test_the_garbage_collector_rests_in_every_forward_so_that_none_can_tell(decode: Bench) -> None:
     parrot = decode.parrot("a")
     decode.measure(parrot)
@@ -255,7 +304,7 @@ def cut(make_bench: MakeBench) -> Any:
 
     variants = Variants((HEADLINE, Variant(cache="cold")))
     slow = bench.parrot("slow")
-    hooks = Hooks(shorten=shorten, say=said.append)
+    hooks = Hooks(shorten=shorten, detail=said.append)
     found = bench.measure(bench.parrot("fast"), slow, variants=variants, hooks=hooks)
     return SimpleNamespace(bench=bench, found=found, asked=asked, said=said, slow=slow)
 

@@ -13,7 +13,7 @@ import torch
 
 import mla
 from mla.bench.measure import evidence
-from mla.bench.measure.evidence import ROUNDS, TURNS, device_doubt, fresh_doubt, late_doubt
+from mla.bench.measure.evidence import ROUNDS, TURNS, Unseen, device_doubt, fresh_doubt, late_doubt
 from mla.bench.measure.passes import PassRunner, PassTimes
 from mla.bench.measure.samples import Samples
 from mla.bench.measure.variants import HEADLINE, Steps
@@ -153,7 +153,7 @@ class Scripted(PassRunner):
         super().__init__(one, one, lambda: None, None, None, steps, samples)
         self.runs: list[bool] = []  # whether its inputs were fresh
         self.seen: list[Inputs] = []
-        self.forwards_run = 0
+        self.unseen: Any = None
 
     def run(self, number: int, beat: Any, count: int | None = None) -> PassTimes:
         inputs = self.implementation._inputs  # type: ignore[attr-defined]
@@ -164,8 +164,19 @@ class Scripted(PassRunner):
     def _region(self, index: int, taken: PassTimes, timer: Any) -> None:
         self.forwards.step(index)
         self.mutate(self.forwards.out, self.runs[-1])
-        self.forwards_run += 1
         taken.samples.append(self.takes(self.runs[-1], len(self.runs)))
+
+
+class Oracle:
+    """An oracle that notes which inputs it was run on."""
+
+    def __init__(self, oracle: Any) -> None:
+        self._oracle, self.inputs = oracle, list[Inputs]()
+
+    def __call__(self, inputs: Inputs, count: int) -> torch.Tensor:
+        self.inputs.append(inputs)
+        found: torch.Tensor = self._oracle(inputs, count)
+        return found
 
 
 @pytest.fixture
@@ -188,9 +199,11 @@ def make(tiny: Callable[..., MLAConfig]) -> Any:
             expected.plain, dtype, lambda: expected.plain, inputs=inputs, turned=expected, oracle=oracle
         )
         runner = Scripted(one, scenario)
+        unseen = Unseen(inputs, checker, evidence.forwards(runner.steps, scenario.mode == "prefill"))
+        runner.unseen = unseen
 
         def ask() -> str:
-            told = fresh_doubt(runner, inputs, checker, count(1), lambda: None)
+            told = fresh_doubt(runner, unseen, count(1), lambda: None)
             runner.run(0, lambda: None)
             assert not runner.runs.pop(), "the inputs of the passes are back"
             assert one.check(checker).status == "ok" or runner.mutate is not Scripted.mutate
@@ -255,6 +268,24 @@ def test_wrong_outputs_on_new_inputs_are_found(make: Any, scenario: Scenario) ->
     assert ask().startswith("outputs on inputs that nothing had seen are wrong: ")
 
 
-def test_one_op_has_other_inputs_in_every_call() -> None:
-    runner: Any = SimpleNamespace(implementation=None, steps=SimpleNamespace(timed=range(1)))
-    assert fresh_doubt(runner, None, object(), count(), lambda: None) == ""
+def test_variants_and_implementations_share_inputs_and_one_oracle(make: Any) -> None:
+    runner, ask = make(DECODE)
+    runs = runner.unseen._checker.oracle = Oracle(runner.unseen._checker.oracle)
+    assert (ask(), ask()) == ("", "")
+    assert runs.inputs == [], "it ran when they were drawn"
+    assert runner.seen[0] is runner.seen[2]
+
+
+@pytest.mark.parametrize("spoiled", [True, False])
+def test_inputs_that_contradicted_a_time_serve_nobody_else(make: Any, spoiled: bool) -> None:
+    """Who remembers them, known or wrong, would be quick and right on them afterwards."""
+    runner, ask = make(DECODE)
+    before = runner.unseen.inputs
+    if spoiled:
+        runner.mutate = lambda out, fresh: out.mul_(1.1) if fresh else None
+    else:
+        runner.takes = lambda fresh, number: 5.2 if fresh else 1.0
+    assert ask()
+    drawn = runner.unseen.inputs
+    assert drawn is not before
+    assert not any(drawn is one for one in runner.seen)

@@ -37,4 +37,6 @@ def test_fused_ops_bring_the_reference_and_its_memory(
     assert implementations == chosen
     each = plan.memory.per_implementation
     assert plan.memory.per_reference == references * each
-    assert plan.memory.device_bytes(len(chosen)) == (len(chosen) + references) * each
+    saved = plan.memory.shared_weights
+    assert plan.memory.device_bytes(len(chosen)) == (len(chosen) + references) * each - saved
+    assert (saved > 0) == (fused and len(chosen) > 1), "two copies of the reference share its weights"

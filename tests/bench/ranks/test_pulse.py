@@ -164,6 +164,7 @@ NEXT, LIBRARY = Place(5), Place(4, False, 1, 0)  # waits before forward 5; in a 
         ("dp=2,tp=2", [NEXT, NEXT, WAITS, WORKS], [3]),
         ("dp=2,tp=2", [Place(4, False, 1, 1), Place(4, False, 1, 1), WAITS, WORKS], [3]),
         ("dp=2,tp=2", [WORKS, WAITS, DONE, DONE], [0]),
+        ("dp=2,tp=2", [WORKS, WAITS, WAITS, Place(4, True, 1, 0)], [0, 3]),  # in groups of their own
         ("dp=2,tp=2", [Place(4, True, 9, 8), Place(4, True, 8, 8), WAITS, WORKS], [1, 3]),
         ("tp=2,dcp=2", [Place(4, True, 3, 2), Place(4, True, 3, 2), WAITS, WORKS], [3]),  # 2 waits for 3
     ],

@@ -57,6 +57,30 @@ class Plain:
 class Wrong(Plain):
     off = 1.1
 
+class Nothing(Plain):
+    outputs = lambda self: {}
+
+class Few(Plain):
+    outputs = lambda self: dict(list(self.kept.items())[1:])
+
+class Strange(Plain):
+    outputs = lambda self: {**self.kept, 99: self.out}
+
+class OneRow(Plain):
+    outputs = lambda self: {index: rows[:1] for index, rows in self.kept.items()}
+
+class Listed(Plain):
+    outputs = lambda self: list(self.kept.values())
+
+class Plainly(Plain):
+    facts = lambda self: {"weight_bytes": 0}
+
+class Bare(Plain):
+    __init__ = lambda self: None
+
+class Numberless(Plain):
+    restore = lambda self: None
+
 class Half:
     load = restore = step = lambda self, *given: None
 
@@ -111,6 +135,44 @@ def test_a_wrong_one_has_no_number(measure: Bench) -> None:
 
 def test_one_that_remembers_what_it_should_not_is_wrong(measure: Bench) -> None:
     assert measure("elsewhere:Remembers", "--scenario", "decode").code == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Nothing", "lacks 3 of 3 forwards, the first of them 0"),
+        ("Few", "lacks 1 of 3 forwards, the first of them 0"),
+        ("Strange", "has 99, which is no forward of the pass"),
+        ("OneRow", "for forward 0, not ["),
+        ("Listed", "returns a list, not a dict of forwards"),
+    ],
+)
+def test_every_output_of_a_pass_is_due(measure: Bench, name: str, said: str) -> None:
+    done = measure(f"elsewhere:{name}", "--scenario", "decode")
+    assert done.code == 4, done.err
+    case = cases()["decode", f"elsewhere:{name}"]
+    assert case.latency_ms is None
+    assert case.check.reason.startswith(f"outputs() of 'elsewhere:{name}' ")
+    assert said in case.check.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "Plainly",
+            "facts() of 'elsewhere:Plainly' returns a dict, not a `Facts` of mla.bench.",
+        ),
+        ("Bare", "'elsewhere:Bare' cannot be called as here: "),
+        ("Numberless", "'elsewhere:Numberless' cannot be called as here: "),
+    ],
+)
+def test_a_class_that_is_called_otherwise_is_a_mistake_of_its_author(
+    measure: Bench, name: str, said: str
+) -> None:
+    done = measure(f"elsewhere:{name}", "--scenario", "decode")
+    assert done.code == 2, done.err
+    assert f"error: --implementations: {said}" in done.err
 
 
 @pytest.mark.parametrize(
