@@ -220,3 +220,10 @@ def test_an_infinite_error_is_on_the_card(
     assert main([*COMMAND[:3], *chosen]) == 4
     (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| linear.product"))
     assert [cell.strip() for cell in row.split("|")][3:6] == ["FAIL", "4, 4 wrong", "inf"]
+
+
+@pytest.mark.parametrize(("word", "least"), [("minutes=0", "above 0"), ("draws=-1", "0 or more")])
+def test_pytest_refuses_numbers_as_the_command_does(tmp_path: Path, word: str, least: str) -> None:
+    done = run_pytest(tmp_path, "--pyargs", "mla.conformance", *FAULTY, f"--mla-{word}")
+    assert done.returncode != 0
+    assert f"--mla-{word.partition('=')[0]} takes a number that is {least}." in done.stdout
