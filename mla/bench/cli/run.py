@@ -161,14 +161,19 @@ def _run(
         preview.describe(request, options.detail == "verbose" or options.dry_run)
     preview.require_memory(request)
     if options.dry_run:
-        preview.dry_run(request)
+        with last_words.while_running(request.setting.backend.name):
+            preview.dry_run(request)
         return Exit.OK
     empty = empty_run(request)
     course = steering(options, request, empty, budget, old, lambda run: _show(options, run))
     load = OtherLoad()
     with last_words.while_running(request.setting.backend.name):
         outcome = scheduler.measure(request, empty, course)
-    if options.simulate or not options.parallel:  # otherwise the others are ranks of this run
+    kept = {(case.scenario, case.implementation) for case in course.kept}
+    new = [
+        one for one in outcome.run.cases if one.latency_ms and (one.scenario, one.implementation) not in kept
+    ]
+    if new and (options.simulate or not options.parallel):  # otherwise the others are ranks of this run
         _note_load(load, outcome.run)
     _report(options, request, outcome)
     compared = _compare(options, baseline, outcome.run)
@@ -181,11 +186,14 @@ def _run(
 
 
 def _note_load(load: OtherLoad, run: results.Run) -> None:
-    """Keep how many CPUs others used meanwhile, where this run's threads needed them."""
+    """Keep how many CPUs others used meanwhile, where this run's threads needed them.
+
+    What was kept of an earlier run keeps what that run said of it.
+    """
     facts = run.environment
     threads = int(facts["torch_threads"]) if facts["processor"] == run.backend.device else 1
     if others := load.remark(threads):
-        facts[OTHERS] = others
+        facts.setdefault(OTHERS, others)
 
 
 def _profile(options: RunOptions, request: Request, outcome: Outcome, budget: Budget, code: Exit) -> Exit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -24,8 +25,8 @@ from mla_backends.errors import plugin_code
 
 # More scenarios than this are counted, not listed.
 LISTED = 8
-# Seconds after which a dry run tries no further case.
-TRYING = 20.0
+# Seconds after which a dry run tries no further case, and of a first forward after which there is no second.
+TRYING, LONG = 20.0, 3.0
 _HEADER = ("case", "scenario", "implementation", "about forwards", "device", "host", "one forward")
 
 
@@ -167,34 +168,75 @@ def require_memory(request: Request) -> None:
         min(plans, key=lambda one: one.device_bytes(1)).require()
 
 
+@dataclass
+class _Case:
+    """An implementation of a scenario in a dry run."""
+
+    scenario: ScenarioPlan
+    name: str
+    work: float  # of a forward: FLOPs and bytes, added
+    said: str = ""  # of its forward
+    seconds: float = 0.0  # of its forward; 0: unknown
+
+    def estimate(self, tried: Sequence[_Case]) -> None:
+        """Set the seconds by the rate of what was tried, best of this implementation and mode."""
+        mode = self.scenario.point.mode
+        by_name = [one for one in tried if one.name == self.name]
+        alike = [one for one in by_name if one.scenario.point.mode == mode] or by_name or tried
+        if work := sum(one.work for one in alike):
+            self.seconds = sum(one.seconds for one in alike) * self.work / work
+        self.said = f"not tried, about {spoken(self.seconds)}" if self.seconds else "not tried"
+
+    def row(self, number: int, count: int) -> tuple[str, ...]:
+        """Return the line of the table; `count`: forwards of a run."""
+        sizes = self.scenario.memory.device_bytes(1), self.scenario.memory.host_bytes(1)
+        return (str(number), self.scenario.name, self.name, str(count), *map(gib, sizes), self.said)
+
+
 def dry_run(request: Request) -> None:
-    """List every case with its memory, and the time of a forward where one can be run.
+    """List every case with its memory and the time of a forward, measured or estimated from others.
 
     What is spread over ranks is not tried: all would have to take part.
     """
-    end, rows, total = time.monotonic() + TRYING, list[tuple[str, ...]](), 0.0
-    for scenario in request.scenarios:
-        fixture = make_fixture(scenario.setting, scenario.point, request.state)
-        seconds, memory = 0.0, scenario.memory
-        for name in request.implementations:
-            said = _unable(scenario, name)
-            if not said and request.setting.ranks is None and time.monotonic() < end:
-                seconds += (taken := _tried(fixture, scenario, name)) * forwards(
-                    request.variants.timed, scenario.point
-                )
-                said = spoken(taken) if taken else "failed"
-            sizes = gib(memory.device_bytes(1)), gib(memory.host_bytes(1))
-            count = str(forwards(request.variants.timed, scenario.point))
-            rows.append((str(len(rows) + 1), scenario.name, name, count, *sizes, said or "not tried"))
-        total += seconds if request.counted else min(seconds, MOST)
+    cases = _cases(request)
+    tried = [case for case in cases if case.seconds]
+    for case in cases:
+        if not case.said:
+            case.estimate(tried)
+    counts = [forwards(request.variants.timed, case.scenario.point) for case in cases]
+    seconds: dict[str, float] = {}
+    for case, count in zip(cases, counts, strict=True):
+        seconds[case.scenario.name] = seconds.get(case.scenario.name, 0.0) + count * case.seconds
+    total = sum(one if request.counted else min(one, MOST) for one in seconds.values())
+    rows = [
+        case.row(*numbers) for case, *numbers in zip(cases, range(1, len(cases) + 1), counts, strict=True)
+    ]
     note("")
     note(aligned(_HEADER, rows, _HEADER).rstrip("\n"))
     note("")
     for scenario in request.scenarios:
         for name, reason in scenario.refused.items():
             note(f"{scenario.name}, {name} will be skipped: {reason}")
-    beside = "limits, float64 oracle and what was not tried come on top"
-    note(f"{_count(len(rows), 'case')}, about {spoken(total)} of forwards; {beside}")
+    unknown = any(case.said == "not tried" for case in cases)
+    beside = (
+        f"limits{', ' if unknown else ' and '}float64 oracle{' and what was not tried' if unknown else ''}"
+    )
+    note(f"{_count(len(cases), 'case')}, about {spoken(total)} of forwards; {beside} come on top")
+
+
+def _cases(request: Request) -> list[_Case]:
+    """Return all cases, and try as many as `TRYING` allows."""
+    end, found = time.monotonic() + TRYING, list[_Case]()
+    for scenario in request.scenarios:
+        fixture = make_fixture(scenario.setting, scenario.point, request.state)
+        each = fixture.cost()
+        for name in request.implementations:
+            work = scenario.point.layers * float(each.flops + each.bytes)
+            found.append(case := _Case(scenario, name, work, _unable(scenario, name)))
+            if not case.said and request.setting.ranks is None and time.monotonic() < end:
+                case.seconds = _tried(fixture, scenario, name)
+                case.said = spoken(case.seconds) if case.seconds else "failed"
+    return found
 
 
 def _unable(scenario: ScenarioPlan, name: str) -> str:
@@ -205,7 +247,7 @@ def _unable(scenario: ScenarioPlan, name: str) -> str:
 
 
 def _tried(fixture: Fixture, scenario: ScenarioPlan, name: str) -> float:
-    """Return the seconds of a case's second forward; 0 if it fails, which is said."""
+    """Return the seconds of a forward; 0 if it fails, which is said."""
     try:
         with plugin_code(), torch.no_grad():
             return _forward(fixture, scenario, name)
@@ -215,7 +257,10 @@ def _tried(fixture: Fixture, scenario: ScenarioPlan, name: str) -> float:
 
 
 def _forward(fixture: Fixture, scenario: ScenarioPlan, name: str) -> float:
-    """Return the seconds of the second forward; the first one may compile what all others use."""
+    """Return the seconds of the second forward, as the first may compile what others use.
+
+    Of a first one that takes `LONG`, return its own.
+    """
     inputs = fixture.inputs()
     one, synchronize = fixture.build(name), scenario.setting.backend.synchronize
     one.load(scenario.point, inputs)
@@ -227,4 +272,6 @@ def _forward(fixture: Fixture, scenario: ScenarioPlan, name: str) -> float:
         synchronize()
         taken = time.monotonic() - start
         one.after(0)
+        if taken > LONG:
+            break
     return taken

@@ -328,7 +328,8 @@ def _listed_implementations(options: RunOptions, points: Sequence[Point]) -> lis
     if other is None:
         return names
     try:
-        if "transformers" in other or not options.implementations:
+        bases = [parse_one(name).base for name in names]
+        if any(base.startswith("transformers") and ":" not in base for base in bases):
             transformers_layer.require()
     except transformers_layer.TransformersMissing as error:
         if not options.implementations:  # a checkpoint is compared only where it is installed

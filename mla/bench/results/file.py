@@ -7,7 +7,7 @@ reader would fail on it, or would show a number that its samples do not give.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -142,8 +142,11 @@ def _faults(case: Case) -> Faults:
     for where, check, latency in ways:
         if latency is not None and check.status in ("wrong", "doubtful"):
             yield f"Expected no number where the check is {check.status}", f"{where}.latency_ms"
+    if case.check.status == "ok" and (case.check.error_ratio or 0) > 1:
+        yield f"Expected at most 1 for a check that is ok, got {case.check.error_ratio}", ".check.error_ratio"
     if case.latency_ms is not None:
         yield from _numbers(case)
+    yield from _fraction(case)
     if case.spread is not None:
         yield from _ranks(case.spread, len(case.latency_ms.samples) if case.latency_ms else 0)
 
@@ -170,15 +173,36 @@ def _numbers(case: Case) -> Faults:
         yield "Expected passes that take time", ".latency_ms.samples"
     else:
         tokens = sum(case.query_lens)
-        pairs: tuple[tuple[str, Latency | Throughput, float], ...] = (
-            ("latency_ms", latency, passes.latency(samples).median),
-            ("tokens_per_s", rate, passes.throughput(samples, tokens).median),
-        )
-        for name, said, median in pairs:
-            if not math.isclose(said.median, median, rel_tol=CLOSE):
-                yield f"Expected {median:.6g}, as the samples say, got {said.median:.6g}", f".{name}.median"
-            if said.ci95 and not said.ci95[0] <= said.ci95[1]:
-                yield "Expected the lower end first", f".{name}.ci95"
+        rates = [passes.throughput([one], tokens).median for one in samples]
+        yield from _statistics(latency, passes.latency(samples), latency.samples, ".latency_ms")
+        yield from _statistics(rate, passes.throughput(samples, tokens), rates, ".tokens_per_s")
+
+
+def _statistics(
+    said: Latency | Throughput, made: Latency | Throughput, values: Sequence[float], path: str
+) -> Faults:
+    """Yield that statistics are not those `made` again, or an interval not one of the `values`."""
+    for name in ("median", "p10", "p90"):
+        one, other = getattr(said, name, 0.0), getattr(made, name, 0.0)
+        if not math.isclose(one, other, rel_tol=CLOSE):
+            yield f"Expected {other:.6g}, as the samples say, got {one:.6g}", f"{path}.{name}"
+    low, high = said.ci95 or (min(values), max(values))
+    if low > high:
+        yield "Expected the lower end first", f"{path}.ci95"
+    elif low < min(values) * (1 - CLOSE) or high > max(values) * (1 + CLOSE):
+        yield f"Expected an interval within {min(values):.6g} and {max(values):.6g}", f"{path}.ci95"
+
+
+def _fraction(case: Case) -> Faults:
+    """Yield that the share of the limit is not the floor over the latency."""
+    said, floor, latency = case.roofline.fraction, case.roofline.floor_ms, case.latency_ms
+    if said is None:
+        return
+    if latency is None or floor is None:
+        yield "Expected a fraction only with a latency and a floor", ".roofline.fraction"
+    elif not math.isclose(said, floor / latency.median, rel_tol=CLOSE):
+        expected = f"{floor / latency.median:.6g}, the floor over the latency"
+        yield f"Expected {expected}, got {said:.6g}", ".roofline.fraction"
 
 
 def _ranks(spread: Spread, samples: int) -> Faults:

@@ -181,7 +181,9 @@ def _warning(old: Run, now: Run) -> str:
 
 
 def _mark(old: Run, now: Run, remark: str) -> None:
-    """Keep a warning, and those of earlier times, in the file that is completed."""
+    """Keep in the completed file what disturbed the kept cases: other load, this warning and earlier ones."""
+    if others := old.environment.get(OTHERS):
+        now.environment[OTHERS] = others
     remarks = [old.environment.get(MARK, ""), remark]
     if any(remarks):
         now.environment[MARK] = "; ".join(filter(None, dict.fromkeys(remarks)))

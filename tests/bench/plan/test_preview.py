@@ -49,7 +49,7 @@ def test_a_dry_run_lists_every_case(bench: Bench, small: list[str]) -> None:
     )
     assert rows == [(str(kv), name) for kv in range(1, 11) for name in ("mla", "mla-reference")]
     assert "scenario   decode: 10 points (--dry-run lists them)" in done.err
-    assert re.search(r"20 cases, about [\d.e-]+ s of forwards; limits, float64 oracle and what ", done.err)
+    assert re.search(r"20 cases, about [\d.e-]+ s of forwards; limits and float64 oracle come ", done.err)
 
 
 def test_a_forward_of_each_case_is_run_and_counts(
@@ -75,6 +75,46 @@ def test_no_more_than_the_time_of_a_run_is_announced_unless_counts_are_given(
     words = (*CPU, *small, "--scenario", "decode", "--dry-run")
     assert announced(bench(*words).err) <= MOST
     assert announced(bench(*words, "--passes", "50").err) > 2000
+
+
+def test_what_is_not_tried_is_estimated_from_its_work(
+    bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preview, "_forward", lambda *_: 1.0)
+    now = iter(range(0, 10_000, 15))
+    monkeypatch.setattr(preview.time, "monotonic", lambda: float(next(now)))
+    done = bench(*CPU, *small, *FEW, "-a", "batch=1,8", "-a", "kv=4", "--dry-run")
+    assert re.search(r"^1 +decode batch=1 .* 1 s$", done.err, re.MULTILINE)
+    estimate = re.search(r"^2 +decode batch=8 .* not tried, about ([\d.]+) s$", done.err, re.MULTILINE)
+    assert estimate
+    assert 1 < float(estimate[1]) <= 8
+    assert announced(done.err) > 2
+
+
+def test_a_slow_first_forward_is_the_only_one(
+    bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    step = preview.make_fixture
+
+    def counted(*facts: Any) -> Any:
+        fixture = step(*facts)
+        build = fixture.build
+
+        def built(name: str) -> Any:
+            one = build(name)
+            one.step = lambda index: steps.append(index)
+            return one
+
+        fixture.build = built
+        return fixture
+
+    monkeypatch.setattr(preview, "make_fixture", counted)
+    for long, count in ((3.0, 2), (-1.0, 1)):
+        steps.clear()
+        monkeypatch.setattr(preview, "LONG", long)
+        assert bench(*CPU, *small, *FEW, "--dry-run").code == 0
+        assert len(steps) == count
 
 
 def test_a_forward_that_fails_is_told_and_the_others_are_tried(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mla.bench import results
+from mla.bench.subjects import transformers_layer
 
 Bench = Callable[..., Any]
 
@@ -194,3 +195,20 @@ def test_what_is_none_is_said_in_one_sentence(measure: Bench, name: str, said: s
     assert done.code == 2
     assert f"--implementations: {said}" in done.err
     assert done.err.count("error: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "code"), [("elsewhere:Plain,transformers", 2), ("transformers_like:Plain", 0)]
+)
+def test_transformers_is_required_where_it_is_named(
+    measure: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: str, code: int
+) -> None:
+    (tmp_path / "transformers_like.py").write_text(MODULE)
+
+    def missing() -> None:
+        raise transformers_layer.TransformersMissing("this needs transformers")
+
+    monkeypatch.setattr(transformers_layer, "require", missing)
+    done = measure(names, "--scenario", "decode", "--dry-run")
+    assert done.code == code, done.err
+    assert ("error: this needs transformers" in done.err) == bool(code)

@@ -18,6 +18,8 @@ import pytest
 from mla.bench import results
 from mla.bench.limits.placing import limits
 from mla.bench.results import passes
+from mla.bench.terminal.lines import OTHERS
+from mla.command.environment import OtherLoad
 
 Bench = Callable[..., Any]
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -132,6 +134,34 @@ def test_nothing_is_measured_when_nothing_is_missing(bench: Bench, partial: list
     done = bench(*partial, "--resume", "run.json")
     assert (done.code, read("run.json").cases) == (0, first)
     assert "of 3  decode" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("before", "missing", "after"),
+    [
+        ("1.6 of 2", True, "1.6 of 2"),
+        ("1.6 of 2", False, "1.6 of 2"),
+        ("", True, "0.9 of 2"),
+        ("", False, ""),
+    ],
+)
+def test_other_load_beside_kept_cases_is_kept(
+    bench: Bench,
+    partial: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    before: str,
+    missing: bool,
+    after: str,
+) -> None:
+    monkeypatch.setattr(OtherLoad, "remark", lambda *_: "0.9 of 2")
+    if not missing:
+        assert bench(*partial, "--resume", "run.json").code == 0
+    run = read("run.json")
+    run.environment.pop(OTHERS, None)
+    run.environment |= {OTHERS: before} if before else {}
+    results.write(run, Path("run.json"))
+    assert bench(*partial, "--resume", "run.json").code == 0
+    assert read("run.json").environment.get(OTHERS, "") == after
 
 
 def test_what_was_cut_short_or_left_out_is_measured_again(bench: Bench, partial: list[str]) -> None:
