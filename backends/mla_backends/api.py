@@ -248,7 +248,8 @@ class FusedOp(ABC):
       lse is the natural logarithm; a request without keys gives out 0 and lse -inf
     - ``expanded_attention/1``: ``op(state, q=[Tq, h, n + r], k=[Tk, h, n + r], v=[Tk, h, v],
       softmax_scale=float, out=[Tq, h, v], lse=[Tq, h] fp32)`` with ``state = op.prepare(spec, lengths)``
-      from ``SegmentLengths``; when causal, the last query of a segment sees the last key
+      from ``SegmentLengths``; when causal, the last query of a segment sees the last key, and there are as
+      many keys as queries at least, or none; a segment without keys gives out 0 and lse -inf
 
     `cos_sin[t]` holds the r/2 cosines and then the r/2 sines of token t's position. Angle i turns one pair
     (a, b) into (a cos - b sin, b cos + a sin), and both stay in their places: `x[2 i]` and `x[2 i + 1]` if
@@ -267,7 +268,8 @@ class FusedOp(ABC):
     takes another way, or raises `BackendError`.
 
     Values are any that layers have: rows of zeros, such as padding, rotations by angle 0, rows and channels a
-    thousand times larger than others, denormals, logits in the thousands of either sign.
+    thousand times larger than others, denormals, logits in the thousands of either sign. An op may take
+    denormals for 0, and write 0 in their place.
 
     Sums, norms and rotations are in fp32 and rounded once, to the dtype of the output. Rows do not depend on
     each other. An op may keep packed weights and scratch memory, but nothing that a later result depends on:
@@ -279,10 +281,11 @@ class FusedOp(ABC):
 
     Operands of attention: q, k, v, out, lse and block_table may be strided, but elements of their last
     dimension are adjacent; the cache, kv_lens and cu_q are contiguous. Entries of block_table past the pages
-    of a request name some page of the cache, which may hold NaN. Requests with a common prefix may share
-    its pages: attention only reads them. q, k, v, the cache and out are in the layer's dtype, lse is in fp32.
-    out and lse overlap no other operand, q included. There is at least one request or segment; T, Tq and Tk
-    may be 0.
+    of a request name some page of the cache, which may hold NaN. Slots past a request's end hold finite
+    numbers of up to 1e4 in size, or NaN as well where an op declares `nan_safe_tail`. Requests with a common
+    prefix may share its pages, and a request may name a page twice: attention only reads them. q, k, v, the
+    cache and out are in the layer's dtype, lse is in fp32. out and lse overlap no other operand, q included.
+    There is at least one request or segment; T, Tq and Tk may be 0.
 
     A call keeps nothing that it was given: the caller may overwrite inputs and outputs after it, and pass
     others, of another layer, with the same state. Only what `prepare` gets lives as long as the state.

@@ -10,11 +10,22 @@ from typing import Any
 import pytest
 import torch
 
+from mla.cases.case import OpCase
+from mla.cases.drawn import Field, Scene, scenes
+from mla.cases.memory import Layout
+from mla.cases.played import Player
+from mla.cases.stress import Stress, slots
+from mla.command.backend import BackendOptions
 from mla.conformance import suite
 from mla.conformance.cli import main
+from mla.conformance.drawn import Search
 from mla.conformance.report import CheckResult, decode
+from mla.conformance.selection import Xfails
+from mla.conformance.suite import Asked, Suite
 from mla.conformance.trial import Drawing
 from mla.reference import REFERENCE
+from mla_backends.api import AttentionSpec, LinearSpec, NormSpec
+from mla_backends.errors import BackendError
 
 Run = Callable[..., list[CheckResult]]
 FEW = 12  # draws of a right op: enough to see that it runs, too few to see that it is right
@@ -118,3 +129,212 @@ def test_too_few_draws_are_incomplete_and_a_kept_failure_comes_first(
     (check,) = decode(Path("out.json").read_bytes()).checks
     assert check.drawn is not None
     assert (check.drawn.judged, check.drawn.kept) == (0, 1)
+
+
+# ------------------------------------------------------------------------------------- what is drawn
+
+CPU = torch.device("cpu")
+
+
+def drawn_scenes(of: Field, count: int) -> list[Scene]:
+    """Return the scenes of the first numbers."""
+    found: list[Scene] = []
+    search = Search(scenes(of), lambda scene: found.append(scene) or "")  # type: ignore[func-returns-value]
+    for number in range(count):
+        search.run(number)
+    return found
+
+
+@pytest.fixture(scope="module")
+def writes() -> list[Scene]:
+    """Return scenes of a write to a cache as wide as most are."""
+    return drawn_scenes(Field("write_latent", torch.float32, CPU, lambda spec: spec.kv_lora_rank == 512), 600)
+
+
+def test_cases_in_the_same_memory_differ_in_nothing_but_numbers(writes: list[Scene]) -> None:
+    alike = [scene for scene in writes if scene.one_memory]
+    assert alike
+    for scene in alike:
+        first, second = scene.cases
+        assert (first.layout, first.eps, first.interleaved) == (
+            second.layout,
+            second.eps,
+            second.interleaved,
+        )
+        assert (first.spec, first.lengths) == (second.spec, second.lengths)
+
+
+def test_some_writes_are_large_and_some_far(writes: list[Scene]) -> None:
+    cases = [scene.cases[0] for scene in writes]
+    assert any(case.rows > 455 for case in cases)
+    far = [case for case in cases if case.layout.pages]
+    assert any(int(slots(case)[0].max()) > 1 << 15 for case in far if case.rows)
+
+
+class Flushes(type(REFERENCE["rms_norm"])):  # type: ignore[misc]
+    """Takes denormals for zeros, as some devices do."""
+
+    def __call__(self, *, x: torch.Tensor, **rest: Any) -> None:
+        super().__call__(x=torch.where(x.abs() < torch.finfo(x.dtype).tiny, 0, x), **rest)
+
+
+class FlushesValues(type(REFERENCE["latent_attention"])):  # type: ignore[misc]
+    def __call__(self, state: Any, *, cache: torch.Tensor, **rest: Any) -> None:
+        tiny = torch.finfo(cache.dtype).tiny
+        super().__call__(state, cache=torch.where(cache.abs() < tiny, 0, cache), **rest)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 5, 40])
+@pytest.mark.parametrize("others", [(), ("all zero",), ("weights of zero",)])
+def test_denormals_may_be_flushed(width: int, others: tuple[str, ...]) -> None:
+    values = tuple(sorted(("denormals", *others)))
+    spec = NormSpec(width, torch.float32, CPU)
+    norm = OpCase("rms_norm", spec, (7,), (7,), stress=Stress(), values=values)
+    assert Player(Flushes(), lambda case: None).play(Scene((norm,))) == ""
+    if others != ("weights of zero",):
+        of = AttentionSpec(2, width, 8, 4, 8, 0.3, torch.float32, CPU)
+        latent = OpCase(
+            "latent_attention", of, (1, 2), (9, 4), stress=Stress(), values=values, layout=Layout(4)
+        )
+        assert Player(FlushesValues(), lambda case: None).play(Scene((latent,))) == ""
+
+
+class OneWay(type(REFERENCE["latent_attention"])):  # type: ignore[misc]
+    """Serves pages of 64 and one new token of every request."""
+
+    def unsupported_batch(self, spec: Any, new: Any, keys: Any, page_size: int | None = None) -> list[str]:
+        few = {*new} == {1} and page_size in (None, 64)
+        return [] if few else ["it serves pages of 64 and one token each"]
+
+
+class EverySeventh(type(REFERENCE["rms_norm"])):  # type: ignore[misc]
+    """Refuses most of what it is given."""
+
+    def __call__(self, *, x: torch.Tensor, **rest: Any) -> None:
+        if x.shape[0] % 7:
+            raise BackendError("it takes rows by the seven")
+        super().__call__(x=x, **rest)
+
+
+class Later(type(REFERENCE["rms_norm"])):  # type: ignore[misc]
+    """Refuses 80 calls in a row, after 20 that it made."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, **tensors: Any) -> None:
+        self.calls += 1
+        if 20 < self.calls <= 100:
+            raise BackendError("not now")
+        super().__call__(**tensors)
+
+
+class Never(type(REFERENCE["rms_norm"])):  # type: ignore[misc]
+    def __call__(self, **tensors: Any) -> None:
+        raise BackendError("never")
+
+
+def test_what_an_op_takes_is_drawn(judge: Run, sound: Any) -> None:
+    (result,) = judge(sound(ops={"mine": OneWay()}), "latent.drawn[mine-*]", drawing=Drawing(FEW))
+    assert result.drawn is not None
+    assert (result.drawn.judged, result.drawn.refused) == (FEW, 0)
+
+
+def test_draws_are_those_that_are_judged(judge: Run, sound: Any) -> None:
+    counted = drawn(judge, sound(ops={"mine": EverySeventh()}), "rms_norm", FEW).drawn
+    assert counted is not None
+    assert counted.judged == FEW
+    assert counted.refused > FEW
+    assert drawn(judge, sound(ops={"mine": Later()}), "rms_norm", 30).drawn.judged == 30  # type: ignore[union-attr]
+    assert drawn(judge, sound(ops={"mine": Never()}), "rms_norm", FEW).status == "refused"
+
+
+def test_cases_that_differ_in_memory_alone_are_drawn_both() -> None:
+    from hypothesis import strategies as st
+
+    case = OpCase("linear", LinearSpec(8, 8, 1, torch.float32, CPU), (1,), (1,), stress=Stress())
+    two = Scene((case,)), Scene((case.but(layout=Layout(spare=3)),))
+    assert two[0].label == two[1].label
+    search = Search(st.sampled_from(two), lambda scene: "")
+    for number in range(20):
+        search.run(number)
+    assert search.judged == 2
+
+
+# --------------------------------------------------------------------------------------- how it ends
+
+
+def test_the_command_that_runs_a_case_draws_as_much() -> None:
+    words = Asked(BackendOptions("cpu", None, (), None), minutes=0.5, draws=40, seed=3).alone()
+    assert words[-6:] == ["--seed", "3", "--minutes", "0.5", "--draws", "40"]
+
+
+def test_an_expected_failure_with_too_few_draws_is_no_surprise(judge: Run, sound: Any) -> None:
+    (result,) = judge(
+        sound(), "rms_norm.drawn", drawing=Drawing(3), xfails=Xfails({"rms_norm.drawn": "a bug"})
+    )
+    assert result.status == "incomplete"
+
+
+def test_time_is_shared_among_what_is_selected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.monotonic", lambda: 0.0)
+    asked = Asked(BackendOptions("faulty_backend:FaultyBackend", None, (), None), ["float32"], minutes=1)
+    opened = Suite.opened(asked, Xfails())
+    opened.start = 0.0
+    (norm,) = (one for one in opened.planned if one.check.id == "rms_norm.drawn")
+    (latent,) = (one for one in opened.planned if one.check.id == "latent.drawn")
+    assert 0 < opened.share(norm) * 4 == opened.share(latent) < 30
+    opened.selected = [norm, latent]
+    assert opened.share(norm) == 12
+    opened.ended[latent.id] = 5.0
+    assert opened.share(norm) == 60
+
+
+class WrongOverOnes(type(REFERENCE["rotate_query"])):  # type: ignore[misc]
+    """Wrong where `out` held ones."""
+
+    def __call__(self, *, x: torch.Tensor, out: torch.Tensor, **rest: Any) -> None:
+        ones = out is not x and out.numel() > 0 and bool((out == 1).all())
+        super().__call__(x=x, out=out, **rest)
+        out += ones
+
+
+def test_what_depends_on_the_output_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.setattr("faulty_backend.FaultyBackend.ops", lambda self: {"mine": WrongOverOnes()})
+    words = [
+        "--backend",
+        "faulty_backend:FaultyBackend",
+        "--only",
+        "rotate_query.drawn",
+        "--dtype",
+        "float32",
+    ]
+    assert main([*words, "--draws", "40", "--dump-failure", str(tmp_path)]) == 4
+    assert "the first wrong call is kept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["damaged", "folder"])
+def test_kept_numbers_that_cannot_be_used_are_no_fault_of_the_op(
+    sound: Any, judge: Run, tmp_path: Path, capsys: Any, damage: str
+) -> None:
+    file = tmp_path / "drawn" / "rms_norm-mine-float32-.txt"
+    file.parent.mkdir()
+    if damage == "folder":
+        file.mkdir()
+    else:
+        file.write_text("3\nx7\n")
+    result = drawn_into(judge, sound(ops={"mine": REFERENCE["rms_norm"]}), tmp_path)
+    assert result.status == "incomplete"
+    wrong = drawn_into(judge, sound(ops={"mine": Rarely()}), tmp_path, 300)
+    assert "rows are wrong" in wrong.failures[0].reason
+    said = capsys.readouterr().err
+    assert str(file) in said
+    assert ("is damaged: 1 of 2 words" if damage == "damaged" else "cannot be read") in said
+    assert ("cannot be written" in said) == (damage == "folder")
+
+
+def drawn_into(judge: Run, backend: Any, folder: Path, count: int = FEW) -> CheckResult:
+    (result,) = judge(backend, "rms_norm.drawn[mine-*]", drawing=Drawing(count, folder=folder))
+    return result
