@@ -125,6 +125,8 @@ def absorbed(parts: Parts, attend: LatentAttention) -> Attention:
 class Assembled(LayerImplementation):
     """A peer: the fastest candidate of one toolbox for each part of a scenario."""
 
+    _problem: PeerProblem  # of the scenario that is loaded
+
     def __init__(self, setting: Setting, state: State, name: str, tools: Toolbox) -> None:
         super().__init__(setting)
         self.name, self._state, self._tools = name, state, tools
