@@ -137,6 +137,9 @@ class AnyDevice(TorchBackend):
     def visible_devices(self) -> int | None:
         return whole(ask(self.module, "device_count"))
 
+    def _check_index(self, index: int | None, count: int | None) -> None:
+        super()._check_index(index, self.visible_devices())  # which counts beside an index in `-O device` too
+
     def setup(self, index: int | None = None) -> torch.device:
         if None not in (index, self._index) and index != self._index:
             raise BackendOptionError(

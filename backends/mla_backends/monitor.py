@@ -1,6 +1,6 @@
 """Clocks, power and temperature of a device, for the result file; reading them can never break a run.
 
-A sampler may raise, and a driver may hang: `Monitor` asks it in a separate thread, for a bounded time, and
+A `Sampler` may raise, and a driver may hang: `Monitor` asks it in a separate thread, for a bounded time, and
 turns every failure into one line of text.
 
 `NvmlSampler` reads management libraries that have NVML's functions, under NVML's or their own names.
@@ -17,17 +17,29 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 from mla_backends.errors import describe
 
 PATIENCE = 3.0  # seconds that a management library may take to answer
 
 
+class Sampler(Protocol):
+    """What a vendor's management library knows about one device. Both methods may raise anything."""
+
+    def facts(self) -> Mapping[str, str]:
+        """Return what does not change: the driver's version."""
+        ...
+
+    def sample(self) -> Mapping[str, str]:
+        """Return what changes: clocks, power, temperature, each with its unit in the key."""
+        ...
+
+
 class Monitor:
     """A sampler that cannot break a run. After the first failure it is never asked again."""
 
-    def __init__(self, sampler: NvmlSampler, patience: float = PATIENCE) -> None:
+    def __init__(self, sampler: Sampler, patience: float = PATIENCE) -> None:
         self._sampler = sampler
         self._patience = patience
         self._problem = ""

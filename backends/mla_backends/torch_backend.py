@@ -118,9 +118,13 @@ class TorchBackend(Backend):
     def setup(self, index: int | None = None) -> torch.device:
         self.set_threads()
         try:
-            self._check_index(index)
+            self._check_index(index, self.device_count())
             self.device = self._start(index)
             self.prepare_device()
+        except DeviceUnavailable as error:
+            if hint := self.cure(error.reason):
+                raise DeviceUnavailable(self.name, error.reason, hint, error.evidence) from error
+            raise
         except BackendError:
             raise
         except Exception as error:
@@ -138,8 +142,8 @@ class TorchBackend(Backend):
         """Return how many devices torch sees; None if it cannot say."""
         return int(self.module.device_count())
 
-    def _check_index(self, index: int | None) -> None:
-        count = self.visible_devices()
+    def _check_index(self, index: int | None, count: int | None) -> None:
+        """Raise `BackendError` unless device `index` is one of `count`; None: that is unknown."""
         if count == 0:
             raise DeviceUnavailable(self.name, "torch sees 0 devices", self.device_hint())
         if index is not None and count is not None and not 0 <= index < count:
@@ -270,7 +274,9 @@ class TorchBackend(Backend):
         )
 
     def memory(self) -> MemoryInfo:
-        found = ask(self.module, "mem_get_info")
+        found = ask(self.module, "mem_get_info", self.device)
+        if found is None:  # of the current device, where the function takes none
+            found = ask(self.module, "mem_get_info")
         free, total = found if isinstance(found, tuple) and len(found) == 2 else (None, None)
         return MemoryInfo(
             free=whole(free),

@@ -125,18 +125,26 @@ def absorbed(parts: Parts, attend: LatentAttention) -> Attention:
 class Assembled(LayerImplementation):
     """A peer: the fastest candidate of one toolbox for each part of a scenario."""
 
+    _problem: PeerProblem  # of the scenario that is loaded
+
     def __init__(self, setting: Setting, state: State, name: str, tools: Toolbox) -> None:
         super().__init__(setting)
         self.name, self._state, self._tools = name, state, tools
+        self._problem: PeerProblem
 
     @torch.no_grad()
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
-        config, again = self.setting.config, hasattr(self, "_parts") and self.loaded(scenario)
+        again = hasattr(self, "_parts") and self.loaded(scenario)
         self.prepare_buffers(scenario, inputs)
         if again:  # what is timed stays what was chosen
             self._problem.load(inputs.history)
-            self.restore()
-            return
+        else:
+            self._prepare(scenario, inputs)
+        self.restore()
+
+    def _prepare(self, scenario: Scenario, inputs: Inputs) -> None:
+        """Choose the fastest candidate for each part."""
+        config = self.setting.config
         try:
             self._problem = PeerProblem(config, scenario, self.setting.dtype, inputs.history)
             self._parts = Parts(self._problem, self._state, self._tools)
@@ -148,7 +156,6 @@ class Assembled(LayerImplementation):
             config.kv_lora_rank,
             config.qk_rope_head_dim,
         )
-        self.restore()
 
     def restore(self, number: int = 0) -> None:
         self.take(self.begin(number))

@@ -346,9 +346,12 @@ def served_lengths(field: Field, spec: AttentionSpec, pairs: Pairs, page: int | 
         pairs, whole, decode, [(min(pair), min(pair)) for pair in whole], whole[:1], decode[:1],
         [(1, keys + -keys % (page or 1)) for _, keys in decode], [whole[0]] * len(whole), SMALLEST,
     )  # fmt: skip
-    columns = ((pairs, *(tuple(column) for column in zip(*pairs, strict=True))) for pairs in tried)
-    taken = (pairs for pairs, new, keys in columns if field.takes(spec, new, keys, page))
-    return next(taken, pairs)
+
+    def takes(pairs: Pairs) -> bool:
+        new, keys = (tuple(column) for column in zip(*pairs, strict=True))
+        return field.takes(spec, new, keys, page)
+
+    return next(filter(takes, tried), pairs)
 
 
 CASES: Mapping[str, Callable[[Field], st.SearchStrategy[OpCase]]] = {

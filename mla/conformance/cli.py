@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -166,8 +165,10 @@ def cli(
     if not list_only:
         _require_pytest()
     from mla.conformance.failures import Keeper
-    from mla.conformance.suite import Asked, Suite
+    from mla.conformance.suite import Asked, Suite, require_hypothesis
 
+    if not list_only:
+        require_hypothesis()
     options = BackendOptions(backend, device, backend_options, threads)
     asked = Asked(options, dtypes, only, quick, every_case or list_only, minutes, draws, seed)
     suite = Suite.opened(asked, xfails)
@@ -202,11 +203,6 @@ def _require_pytest() -> None:
         found = "" if here >= LEAST_PYTEST else f"here in version {pytest.__version__}"
     except ImportError:
         found = "not installed"
-    if not found and importlib.util.find_spec("hypothesis") is None:
-        raise UsageError(
-            "the suite draws cases with hypothesis, which is not installed: `pip install hypothesis` "
-            "(it comes with `mla[conformance]`)."
-        )
     if found:
         least = LEAST_PYTEST[0]
         raise UsageError(

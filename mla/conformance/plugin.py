@@ -83,7 +83,7 @@ def _opened(options: Any) -> Suite:
     from mla.command.backend import BackendOptions
     from mla.conformance.failures import Keeper
     from mla.conformance.selection import Xfails
-    from mla.conformance.suite import Asked, Suite
+    from mla.conformance.suite import Asked, Suite, require_hypothesis
     from mla.errors import MLAError
     from mla_backends.errors import BackendError
 
@@ -93,6 +93,7 @@ def _opened(options: Any) -> Suite:
     how = (options.mla_minutes, options.mla_draws, options.mla_seed)
     asked = Asked(chosen, options.mla_dtype, (), options.mla_quick, options.mla_every_case, *how)
     try:
+        require_hypothesis()
         xfails = Xfails.read(Path(options.mla_xfails)) if options.mla_xfails else Xfails()
         suite = Suite.opened(asked, xfails)
         if options.mla_dump_failure:

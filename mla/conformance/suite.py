@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -237,6 +238,15 @@ def weight(instance: Instance) -> float:
     if instance.check.fails != DRAWN:
         return 0.0
     return ATTENTION if KINDS[instance.check.kind].prepares else 1.0
+
+
+def require_hypothesis() -> None:
+    """Raise `UsageError` where cases cannot be drawn."""
+    if importlib.util.find_spec("hypothesis") is None:
+        raise UsageError(
+            "the suite draws cases with hypothesis, which is not installed: `pip install hypothesis` "
+            "(it comes with `mla[conformance]`)."
+        )
 
 
 @dataclass(frozen=True)

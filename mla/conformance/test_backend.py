@@ -33,4 +33,4 @@ def test_conformance(instance: Instance, suite: Suite, request: pytest.FixtureRe
     result = suite.carry_out(instance)
     recorded = json.dumps(msgspec.to_builtins(result))  # which knows infinite errors
     request.node.user_properties.append((PROPERTY, recorded))
-    conclude(instance.check.description, [result])
+    conclude(instance.check.description, [result], first_look=suite.subject.quick)

@@ -122,6 +122,38 @@ def test_a_mistake_is_one_sentence_for_pytest_too(
     assert "Traceback" not in done.stdout + done.stderr
 
 
+UNDRAWN = """
+import mla
+import pytest
+from mla.conformance import BackendConformance
+
+@pytest.fixture
+def backend():
+    return mla.load_backend("faulty_backend:FaultyBackend")
+
+class TestMine(BackendConformance):
+    pass
+"""
+
+
+def test_without_hypothesis_the_backend_is_not_to_blame(tmp_path: Path) -> None:
+    """The class needs it for its drawn checks alone."""
+    (tmp_path / "without.py").write_text("import sys\nsys.modules['hypothesis'] = None\n")
+    (tmp_path / "test_mine.py").write_text(UNDRAWN)
+    sentence = (
+        "the suite draws cases with hypothesis, which is not installed: `pip install hypothesis` (it comes"
+    )
+    hidden = ("-p", "without", "-p", "no:hypothesispytest")
+    done = run_pytest(tmp_path, *hidden, "--pyargs", "mla.conformance", *FAULTY)
+    assert done.returncode == 2
+    assert sum(line.startswith(sentence) for line in done.stdout.splitlines()) == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    done = run_pytest(tmp_path, *hidden, "-n0", "test_mine.py", "-k", "rms_norm.drawn or rms_norm.eps")
+    assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
+    assert sentence in done.stdout
+    assert "ModuleNotFoundError" not in done.stdout
+
+
 COMMAND = ("--backend", "faulty_backend:FaultyBackend", "--quick", "--only", "device.probe")
 
 

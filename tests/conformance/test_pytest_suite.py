@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 import mla
 import mla_backends
 from mla.conformance import BackendConformance
+from mla.conformance.pytest_suite import conclude
 from mla.conformance.registry import all_checks
 from mla_backends import Backend
 
@@ -65,6 +67,9 @@ class TestExpected(BackendConformance):
         path.write_text("linear.bias[nobias-float32]: no bias before SDK 4.3\nlinear.pack: wrong\n")
         return path
 
+class TestUndrawn(BackendConformance):
+    draws = 0
+
 class TestMisspelt(BackendConformance):
     @pytest.fixture
     def xfails(self):
@@ -93,7 +98,7 @@ def test_an_author_sees_which_check_failed_and_why(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sorted(folders))}
     editable = "ignore:Module already imported so cannot be rewritten"  # mla, whose finder is imported first
     flags = ["-q", "-rA", "-p", "no:cacheprovider", "-W", "error", "-W", editable]
-    chosen = ["-k", "linear.bias or linear.pack or device.graph"]
+    chosen = ["-k", "linear.bias or linear.pack or device.graph or linear.drawn or rms_norm.drawn"]
     command = [sys.executable, "-m", "pytest", *flags, *chosen]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     lines = done.stdout.splitlines()
@@ -110,8 +115,23 @@ def test_an_author_sees_which_check_failed_and_why(tmp_path: Path) -> None:
         assert case in done.stdout
     assert outcome("TestMine::test_conformance[linear.pack]") == "PASSED"
     assert "the backend offers no graphs" in done.stdout
+    assert outcome("TestMine::test_conformance[linear.drawn]") == "FAILED", "a bias is drawn"
+    assert outcome("TestMine::test_conformance[rms_norm.drawn]") == "PASSED", "few draws, all right"
+    assert outcome("TestUndrawn::test_conformance[linear.bias]") == "FAILED"
+    assert "no cases were to be drawn" in done.stdout
+    assert "TestUndrawn::test_conformance[linear.drawn]" not in done.stdout, "it is skipped"
     assert outcome("TestExpected::test_conformance[linear.bias]") == "XFAIL"
     assert outcome("TestExpected::test_conformance[linear.pack]") == "FAILED"
     assert "expected to fail, but passed" in done.stdout
     assert outcome("TestMisspelt::test_conformance[linear.bias]") == "ERROR"
     assert "unknown check 'linear.bais'. Did you mean 'linear.bias'?" in done.stdout
+
+
+def test_few_draws_are_skipped_where_a_run_is_to_be_complete() -> None:
+    """In pytest's own run of the full suite, as the command's exit code 7; a first look passes."""
+    few: Any = SimpleNamespace(
+        id="rms_norm.drawn[a-float32]", status="incomplete", reason="9 of 300", cases=None
+    )
+    conclude("right", [few], first_look=True)
+    with pytest.raises(pytest.skip.Exception, match=r"incomplete: rms_norm\.drawn\[a-float32\]: 9 of 300"):
+        conclude("right", [few], first_look=False)

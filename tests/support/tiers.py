@@ -90,7 +90,7 @@ EVERYDAY: tuple[str, ...] = (
     r"tests/integrations/test_tokens.py::test_every_family_generates_the_same_tokens",
     r"tests/bench/report/test_page.py::test_a_(rich|wrong|doubtful)",
     r"tests/bench/report/test_browser.py::test_everything_is_in_the_rendered_page",
-    r"tests/bench/scaffold/test_newcomer.py::test_a_run_is_right_and_uses_the_op",
+    r"tests/bench/scaffold/test_newcomer.py::test_(a_run_is_right_and_uses_the_op|its_own_tests_pass)",
     r"tests/bench/cli/test_process.py::test_(a_closed_stdout_is_told|ctrl_c_keeps)",
     r"tests/bench/cli/test_run.py::test_(a_|an_|code|impl|list)",
     r"tests/bench/cli/test_(plugin_boundary|odd_plugins|batch_spec).py::test_(a_plugin|an_op|a_spec|an_option|a_misspelt)",

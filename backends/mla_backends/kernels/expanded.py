@@ -293,7 +293,10 @@ class TorchVarlen(VarlenOp):
         few = replace(spec, num_heads=TRIED_HEADS)
 
         def attempt() -> str:
-            return try_expanded(self, few, TRIED) or try_expanded(self, few, TRIED, causal=False)
+            for causal, how in ((True, "causal"), (False, "without a mask")):
+                if wrong := try_expanded(self, few, TRIED, causal):
+                    return f"{wrong} ({how})"
+            return ""
 
         return failures(attempt, "torch's own flash attention", VARLEN_CURE)
 

@@ -53,7 +53,7 @@ def measure(
     """Return implementation name -> measurement.
 
     `inputs` and `checker` are what the implementations are loaded and checked with. An interrupt or
-    `hooks.should_stop` ends timing early; complete passes are kept. What an op refuses costs its own
+    `hooks.should_stop` ends it early; complete passes are kept. What an op refuses costs its own
     implementation its numbers, and no other. Raises `VariantError` if graphs are
     required and the first implementation has none.
     """
@@ -66,8 +66,7 @@ def measure(
             for one in implementations:
                 hooks.enter(one.name)
                 with engine.refusable(one):
-                    one.load(scenario, inputs)
-                    engine.run_and_check(one)
+                    engine.load_and_check(one)
             runners = engine.make_runners(implementations)
             engine.warm_up(runners)
             engine.time(runners, random.Random(seed))
@@ -123,16 +122,24 @@ class _Engine:
 
     # ------------------------------------------------------------------------------------------ before
 
-    def run_and_check(self, one: Implementation) -> None:
+    def _too_long(self, seconds: float, what: str) -> str:
+        """Return why something does not fit before the first implementation's pass and evidence, or ""."""
+        return self._hooks.should_stop(seconds + self._times.promised() + self._hooks.oracle, what)
+
+    def load_and_check(self, one: Implementation) -> None:
         """Warm up and run a whole pass, untimed; the transient memory of the last forward is counted."""
         found = self.measurements[one.name] = Measurement(Samples(HEADLINE, Check(status="not run")))
+        if reason := self._too_long(0.0, "loading and checks"):
+            found.headline.check.reason = reason
+            return
+        one.load(self._scenario, self._inputs)
         runner = self._headlines[one.name] = self._setup.headline(one, found)
         self._warm_up(runner)
         self._shorten(runner)
         self._times.headlines.append(runner)
         forwards = min(self._scenario.inputs, len(runner.steps.run)) + len(runner.steps.run)
         whole = forwards * self._times.each.get(runner, 0.0)
-        if reason := self._hooks.should_stop(whole, "checks and one timed pass"):
+        if reason := self._too_long(whole, "checks and one timed pass"):
             found.headline.check = Check(status="not run", reason=reason)
             return
         start = self._hooks.target.now()
@@ -200,6 +207,10 @@ class _Engine:
         if not self._times.variant_fits(runner, self._times.each[self._headlines[one.name]]):
             runner.samples.check = left_out
             return
+        seconds = 2 * self._times.each[self._headlines[one.name]] * len(runner.steps.run)
+        if reason := self._too_long(seconds, "its check"):
+            runner.samples.check = Check(status="not run", reason=reason)
+            return
         runner.run(next(self._untimed), self._hooks.heartbeat)
         self._tick("checking", one, len(runner.steps.run))
         runner.samples.check = one.check(self._checker)
@@ -244,6 +255,8 @@ class _Engine:
     def time(self, runners: Sequence[PassRunner], order: random.Random) -> None:
         """Time all passes, between two readings of the device's sensors."""
         self._runners = runners
+        if self._too_long(0.0, "a timed pass"):
+            return
         self._draw_unseen(runners)
         self._hooks.target.checked()
         self._sense("before")
@@ -291,7 +304,10 @@ class _Engine:
             due = [runner for runner in runners if runner.steps.due(index, rounds)]
             order.shuffle(due)
             for runner in due:
-                if self._hooks.should_stop(self._times.seconds(runner), "another pass"):
+                promised = 0.0 if runner in self._times.first() else self._times.promised()
+                if self._hooks.should_stop(self._times.ending(runner) + promised, "another pass"):
+                    if promised:
+                        continue
                     return
                 if not self._correct(runner) or not self._times.another(runner):
                     continue
@@ -371,6 +387,7 @@ class _Engine:
     def _time_new_lengths(self, runner: PassRunner) -> None:
         one, fit = runner.implementation, self._times.new_lengths_fit(runner)
         measurement, cut = self.measurements[one.name], runner in self._times.cut
+        fit = fit and not self._hooks.should_stop(self._times.new_lengths(runner), "new lengths")
         if measurement.due is None and fit:
             told = new_lengths.measure(one, self._scenario, self._checker, beat=self._hooks.heartbeat)
             measurement.new_lengths = told.times

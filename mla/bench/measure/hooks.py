@@ -22,7 +22,7 @@ Shorter = Mapping[str, tuple[Steps, str]]
 class Hooks:
     """By default the engine runs to the end, without a watchdog."""
 
-    # Asked before checks and every timed pass, with their seconds and name: why they do not fit, or "".
+    # Asked before all that may take long, with its seconds and name: why it does not fit, or "".
     should_stop: Callable[[float, str], str] = lambda seconds, what: ""
     enter: Callable[[str], None] = lambda name: None  # the implementation that runs from now on
     heartbeat: Callable[[], None] = lambda: None  # called between forwards
@@ -36,6 +36,7 @@ class Hooks:
     detail: Callable[[str], None] = lambda text: None  # what only -v shows
     first: str = ""  # the run's first implementation; by default the first that is measured
     target: Target = Target()  # noqa: RUF009  # without limits, nothing of it changes
+    oracle: float = 0.0  # seconds that the oracle of the evidence takes, which follows the checks
 
 
 def reason(error: Exception, implementation: str) -> str:

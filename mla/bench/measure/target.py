@@ -101,8 +101,7 @@ class Timetable:
 
     def new_lengths_fit(self, runner: PassRunner) -> bool:
         """Return whether forwards on new lengths fit, which follow the passes of a headline."""
-        seconds = self.each.get(runner, 0.0) * new_lengths.TUPLES * (1 + new_lengths.AGAIN)
-        return seconds < CHEAP or self._target.spare() > new_lengths.SECONDS
+        return self.new_lengths(runner) < CHEAP or self._target.spare() > new_lengths.SECONDS
 
     def another(self, runner: PassRunner) -> bool:
         """Return whether another pass fits; every headline has one. What does not fit is cut for good."""
@@ -125,6 +124,20 @@ class Timetable:
         if taken := self.taken.get(runner):
             return fmean(taken)
         return WHOLE * len(runner.steps.run) * self.each.get(runner, 0.0)
+
+    def ending(self, runner: PassRunner) -> float:
+        """Return the seconds of another pass, with all evidence that follows the last one."""
+        others = [one for one in [*self.headlines, *self.variants] if one.passes and one is not runner]
+        return self.seconds(runner) + sum(map(self._evidence_of, [runner, *filter(self._right, others)]))
+
+    def promised(self) -> float:
+        """Return the seconds of a pass of the first implementation with its evidence, until it had one."""
+        due = [one for one in self.first() if not one.passes and self._right(one)]
+        return sum(map(self.ending, due))
+
+    def new_lengths(self, runner: PassRunner) -> float:
+        """Return the seconds of forwards on new lengths."""
+        return self.each.get(runner, 0.0) * new_lengths.TUPLES * (1 + new_lengths.AGAIN)
 
     def _due(self, runners: Sequence[PassRunner]) -> float:
         """Return the seconds of all passes that are still due of these."""

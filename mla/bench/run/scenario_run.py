@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,7 +25,7 @@ from mla.bench.results.schema import Cost
 from mla.bench.run import judging
 from mla.bench.subjects.base import Implementation, Outputs
 from mla.bench.subjects.fixture import make_fixture
-from mla.bench.subjects.inputs import Requests
+from mla.bench.subjects.inputs import Requests, choices
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.setting import Setting, say_remarks
 from mla.bench.workload.scenario import Scenario
@@ -124,13 +125,20 @@ class ScenarioRun:
         """Whether anything large was made."""
         return self._fixture.prepared
 
+    def measure_limits(self) -> None:
+        """Measure the limits that the device puts to this scenario."""
+        self._progress(f"{self._point.name}: limits of the device", 0)
+        self.ceilings.known(self._whole(self._costs(self._setting)).bytes)
+
     def prepare(self) -> tuple[Any, Any]:
         """Make operands, and compute the oracle: on the host, once, which may take minutes."""
         if not self.prepared:
-            self._progress(f"{self._point.name}: limits of the device", 0)
-            self.ceilings.known(self._whole(self._costs(self._setting)).bytes)
+            start = time.monotonic()
             self._computing()
-            self._fixture.prepare()
+            _, checker = self._fixture.prepare()
+            if hasattr(checker, "of"):  # the oracle of the evidence is one of so many runs
+                runs = 1 if self._point.mode == "prefill" else choices(self._point, signed=False)
+                self._hooks = replace(self._hooks, oracle=(time.monotonic() - start) / runs)
             self._hooks.target.prepared()
         return self._fixture.prepare()
 

@@ -177,6 +177,10 @@ class _Scheduler:
                 f"{scenario.name} is not interleaved: the implementations do not fit into memory together, "
                 "so each runs alone"
             )
+        work.measure_limits()
+        if reason := self._steering.budget.short(0.0, "oracle and checks"):
+            self._keep(work.not_run(names, reason))
+            return
         work.prepare()
         waiting = [names] if memory.side_by_side else [[name] for name in names]
         done: list[results.Case] = []

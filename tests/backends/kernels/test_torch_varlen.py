@@ -198,8 +198,8 @@ def test_a_kernel_aligned_at_the_first_key_is_refused(stacked: Any, make_spec: A
     with stacked("first_key"):
         assert TorchVarlen().unsupported_reasons(make_spec()) == []
         assert TorchVarlen().preflight(make_spec()) == [
-            "torch's own flash attention gives wrong results on a tiny batch here; update the package, or "
-            "use another op (`--ops reference` takes none of its kind)"
+            "torch's own flash attention gives wrong results (causal) on a tiny batch here; update the "
+            "package, or use another op (`--ops reference` takes none of its kind)"
         ]
 
 
@@ -223,6 +223,11 @@ class NoScale(TorchVarlen):
 class NoMask(TorchVarlen):
     def attend(self, state: Any, *rest: Any) -> Any:
         return super().attend(replace(state, causal=False), *rest)
+
+
+class AlwaysMask(TorchVarlen):
+    def attend(self, state: Any, *rest: Any) -> Any:
+        return super().attend(replace(state, causal=True), *rest)
 
 
 class ForeignKeys(TorchVarlen):
@@ -265,10 +270,15 @@ class ValuesBehind(TorchVarlen):
         return super()._values(k, v).roll(k.shape[2] - v.shape[2], dims=2)
 
 
-@pytest.mark.parametrize("mutant", [NoScale, NoMask, ForeignKeys, Base2, RawLogs, StaleLogs, ValuesBehind])
+@pytest.mark.parametrize(
+    "mutant", [NoScale, NoMask, AlwaysMask, ForeignKeys, Base2, RawLogs, StaleLogs, ValuesBehind]
+)
 def test_the_preflight_fails_what_is_wrong(stacked: Any, make_spec: Any, mutant: type[TorchVarlen]) -> None:
     """It stands between an undocumented stack and wrong results, so it must see every kind of them."""
     with stacked("cuda"):
         assert TorchVarlen(TORCH_LIMITS).preflight(make_spec()) == []
         (reason,) = mutant(TORCH_LIMITS).preflight(make_spec())
     assert reason.startswith("torch's own flash attention gives ")
+    assert (
+        "(without a mask) on a tiny" if mutant in (AlwaysMask, StaleLogs) else "(causal) on a tiny"
+    ) in reason

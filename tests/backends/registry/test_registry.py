@@ -50,6 +50,20 @@ def test_the_contract_exports_exactly_its_public_names() -> None:
     assert all(hasattr(mla_backends, name) for name in mla_backends.__all__)
 
 
+def test_what_older_generated_tests_import_from_the_registry_is_still_there(python: Python) -> None:
+    """And is not loaded before: `python -m mla_backends.probe` must not find itself imported."""
+    code = """
+import sys
+from mla_backends import registry
+print("mla_backends.probe" in sys.modules)
+from mla_backends.registry import Status, status, statuses
+from mla_backends import probe
+print((Status, status, statuses) == (probe.Status, probe.status, probe.statuses))
+print(hasattr(registry, "nothing"))
+"""
+    assert python(code).split() == ["False", "True", "False"]
+
+
 def test_entries_come_from_metadata_and_import_no_plugin(python: Python) -> None:
     code = """
 import sys

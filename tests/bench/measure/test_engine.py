@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from engine_bench import CHECKED, DECODE, Bench, MakeBench, Parrot
 
-from mla.bench.measure import evidence, passes
+from mla.bench.measure import evidence, new_lengths, passes
 from mla.bench.measure.hooks import Hooks
 from mla.bench.measure.passes import PassRunner
 from mla.bench.measure.variants import HEADLINE, Steps, Variant, Variants
@@ -209,7 +209,7 @@ def test_an_interrupt_does_not_hide_why_something_was_not_run(decode: Bench) -> 
     def should_stop(seconds: float, what: str) -> str:
         if what == "another pass":
             raise KeyboardInterrupt
-        return next(reasons)
+        return next(reasons) if what == "checks and one timed pass" else ""
 
     measured = decode.measure(*map(decode.parrot, "abc"), hooks=Hooks(should_stop=should_stop))
     assert measured["b"].check.reason == "too little time"
@@ -249,12 +249,55 @@ def test_the_garbage_collector_is_back_after_an_error(decode: Bench) -> None:
 
 
 def test_no_pass_starts_when_the_time_is_over_and_all_that_ran_are_checked(decode: Bench) -> None:
-    answers = iter(["", "", "", "", "", "it is over"])  # of two checks, and then of passes
-    hooks = Hooks(should_stop=lambda seconds, what: next(answers))
+    answers = iter(["", "", "", "it is over"])
+    hooks = Hooks(should_stop=lambda seconds, what: next(answers) if what == "another pass" else "")
     measured = decode.measure(decode.parrot("a"), decode.parrot("b"), hooks=hooks)
     assert sorted(len(one.passes) for one in measured.values()) == [1, 2]
     assert [one.check.status for one in measured.values()] == ["ok", "ok"]
     assert not any(one.interrupted for one in measured.values())
+
+
+def test_others_begin_only_if_a_pass_of_the_first_implementation_and_its_oracle_still_fit(
+    decode: Bench,
+) -> None:
+    asked: list[float] = []
+
+    def should_stop(seconds: float, what: str) -> str:
+        if what == "loading and checks":
+            asked.append(seconds)
+        return "too little time" if what == "loading and checks" and seconds > 100.0 else ""
+
+    measured = decode.measure(*map(decode.parrot, "ab"), hooks=Hooks(should_stop=should_stop, oracle=100.0))
+    assert asked[0] == 100.0
+    assert asked[1] > 100.0
+    assert measured["b"].check.reason == "too little time"
+    assert [len(one.passes) for one in measured.values()] == [DECODE.passes, 0]
+    assert ("b", "load") not in decode.log
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_new_lengths_are_left_out_where_time_is_short(
+    decode: Bench, monkeypatch: pytest.MonkeyPatch, short: bool
+) -> None:
+    begun: list[str] = []
+    measure = new_lengths.measure
+    monkeypatch.setattr(
+        new_lengths,
+        "measure",
+        lambda one, *given, **named: (begun.append(one.name), measure(one, *given, **named))[1],
+    )
+    hooks = Hooks(should_stop=lambda seconds, what: what if short and what == "new lengths" else "")
+    assert decode.measure(decode.parrot("a"), hooks=hooks)["a"].passes
+    assert begun == ([] if short else ["a"])
+
+
+def test_a_variant_that_does_not_fit_is_not_checked_and_says_why(decode: Bench) -> None:
+    hooks = Hooks(should_stop=lambda seconds, what: "too little time" if what == "its check" else "")
+    found = decode.measure(
+        decode.parrot("a"), hooks=hooks, variants=Variants((HEADLINE, Variant(clock="device")))
+    )
+    assert found["a"].passes
+    assert [one.check.reason for one in found["a"].others] == ["too little time"]
 
 
 def test_the_engine_tells_who_runs_and_that_it_is_alive_outside_of_timed_regions(decode: Bench) -> None:

@@ -13,9 +13,12 @@ import msgspec
 import pytest
 
 from mla.bench import results
+from mla.bench.limits.roofline import RooflineModel
 from mla.bench.run import scheduler
 from mla.bench.run.steering import HANG_AFTER, Steering
 from mla.bench.run.watchdog import OVER_BUDGET, Budget
+from mla.bench.subjects.fixture import LayerFixture
+from mla.bench.subjects.layer import MlaLayer
 from mla.bench.workload.quantities import duration, spoken
 
 Bench = Callable[..., Any]
@@ -93,11 +96,11 @@ def run_inside(bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch) 
 def test_scenarios_that_do_not_fit_are_left_out_and_the_note_says_how_to_go_on(
     run_inside: Any, bench: Bench
 ) -> None:
-    """The clock moves on by a second per look: before a scenario, its checks, and each of its 6 passes."""
-    done = run_inside(Budget(8.5, Clock(step=1.0)))
+    """The clock moves on by a second per look: 5 until the first pass, and one before each of 6 passes."""
+    done = run_inside(Budget(11.5, Clock(step=1.0)))
     assert done.code == 0
     cases = results.read(Path("run.json")).cases
-    reason = f"{OVER_BUDGET}: 0 s of 8 s were left"
+    reason = f"{OVER_BUDGET}: 0 s of 12 s were left"
     assert sorted((case.check.status, case.check.reason) for case in cases) == [
         ("not run", reason),
         ("not run", reason),
@@ -117,7 +120,7 @@ def test_scenarios_that_do_not_fit_are_left_out_and_the_note_says_how_to_go_on(
 
 
 def test_passes_stop_at_the_deadline_and_what_was_measured_is_kept_and_checked(run_inside: Any) -> None:
-    done = run_inside(Budget(4.5, Clock(step=1.0)), "-a", "batch=1")
+    done = run_inside(Budget(7.5, Clock(step=1.0)), "-a", "batch=1")
     assert done.code == 0
     measured = [case for case in results.read(Path("run.json")).cases if case.latency_ms]
     assert [case.passes for case in measured] == [2]
@@ -128,23 +131,23 @@ def test_passes_stop_at_the_deadline_and_what_was_measured_is_kept_and_checked(r
 
 
 def test_a_scenario_without_a_timed_pass_counts_as_left_out(run_inside: Any) -> None:
-    done = run_inside(Budget(2.5, Clock(step=1.0)))
+    done = run_inside(Budget(5.5, Clock(step=1.0)))
     assert done.code == 5
     cases = results.read(Path("run.json")).cases
     assert {case.check.status for case in cases} == {"not run"}
     assert {case.check.reason.partition(": ")[2] for case in cases} == {
         "after the checks, no timed pass fitted into what was left",
-        "0 s of 2 s were left",
+        "0 s of 6 s were left",
     }
 
 
 class Slow(Budget):
-    """Takes forwards for so many times as long as they are."""
+    """Takes the first forwards for so many times as long as they are."""
 
     times = 1e7
 
     def short(self, seconds: float, what: str = "another pass") -> str:
-        return super().short(self.times * seconds, what)
+        return super().short(self.times * seconds if what == "checks and one timed pass" else 0.0, what)
 
 
 def test_what_the_first_forwards_show_to_be_too_long_is_not_checked(run_inside: Any) -> None:
@@ -163,7 +166,7 @@ def test_a_yardstick_that_does_not_fit_costs_nothing_else(run_inside: Any) -> No
 
         def short(self, seconds: float, what: str = "another pass") -> str:
             self.asked += what == "checks and one timed pass"
-            self.times = 1e7 if self.asked % 2 == 0 and what != "another pass" else 1.0
+            self.times = 1e7 if self.asked % 2 == 0 else 1.0
             return super().short(seconds, what)
 
     words = ("-a", "batch=1", "--implementations", "mla,mla-reference")
@@ -173,6 +176,26 @@ def test_a_yardstick_that_does_not_fit_costs_nothing_else(run_inside: Any) -> No
     for case in cases:
         assert (case.latency_ms is not None) == (case.implementation == "mla")
         assert case.check.reason.startswith(OVER_BUDGET) == (case.implementation == "mla-reference")
+
+
+@pytest.mark.parametrize(
+    ("budget", "done"), [(0.5, ""), (1.5, "limits"), (2.5, "limits oracle"), (3.5, "limits oracle load")]
+)
+def test_nothing_that_takes_long_begins_once_the_time_is_over(
+    run_inside: Any, monkeypatch: pytest.MonkeyPatch, budget: float, done: str
+) -> None:
+    """The clock moves on by a second per look."""
+    log: list[str] = []
+
+    def logged(owner: type, name: str, what: str) -> None:
+        method = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given: (log.append(what), method(*given))[1])
+
+    logged(RooflineModel, "known", "limits")
+    logged(LayerFixture, "prepare", "oracle")
+    logged(MlaLayer, "load", "load")
+    assert run_inside(Budget(budget, Clock(step=1.0)), "--implementations", "mla-reference").code == 5
+    assert list(dict.fromkeys(log)) == done.split()
 
 
 def test_a_budget_that_is_over_at_once_runs_nothing(bench: Bench, small: list[str]) -> None:

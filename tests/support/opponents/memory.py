@@ -128,6 +128,10 @@ class RemembersForwards(Opponent):
         return cache.view(-1, cache.shape[-1])
 
 
+# Channels of a history by which it is known.
+KEYED = 40
+
+
 class RemembersContext(Opponent):
     """Rebuilds keys and values only of rows that it has not seen, by their numbers but for signs.
 
@@ -145,7 +149,7 @@ class RemembersContext(Opponent):
             call.make()
             return
         old, signs = x[: self._rows], x[: self._rows, :1].sign()
-        key = _bytes(old[:, :8] * signs)
+        key = _bytes(old[:, :KEYED] * signs)  # few channels would take one history's signs for another's
         if key in self._known:
             tensors = {**call.tensors, "x": x[self._rows :], "out": call.tensors["out"][self._rows :]}
             call.op.right(*call.leading, **tensors)
