@@ -117,25 +117,32 @@ def some(draw: Draw, one_in: int) -> bool:
 # ---------------------------------------------------------------------------------------------- lengths
 
 
+RELATIONS = (
+    "alone", "decode", "mixed", "equal", "full pages", "prefill", "many", "uneven", "one long", "history",
+)  # fmt: skip
+
+
 @st.composite
 def requests(draw: Draw, page: int, causal: bool) -> Pairs:
     """Draw new tokens and keys per request, in one of the relations that kernels tell apart."""
-    kind = draw(
-        st.sampled_from(
-            (
-                "alone",
-                "decode",
-                "mixed",
-                "equal",
-                "full pages",
-                "prefill",
-                "many",
-                "uneven",
-                "one long",
-                "history",
-            )
+    pairs = draw(related(page))
+    if some(draw, 5):  # nothing new of some, no keys of others
+        at = draw(st.integers(0, len(pairs)))
+        empty = st.sampled_from(((0, 5), (0, page), (1, 0), (0, 0), (0, 70)))
+        pairs = [*pairs[:at], *draw(st.lists(empty, min_size=1, max_size=3)), *pairs[at:]]
+    if not causal and some(draw, 2):
+        pairs = (
+            [(draw(near(60)), keys) for _, keys in pairs[:6]]
+            if draw(st.booleans())
+            else [(k, n) for n, k in pairs]
         )
-    )
+    return [(new, keys) for new, keys in pairs if not causal or keys >= new or not keys]
+
+
+@st.composite
+def related(draw: Draw, page: int) -> Pairs:
+    """Draw new tokens and keys per request, every request with at least as many keys as new tokens."""
+    kind = draw(st.sampled_from(RELATIONS))
     keys = near(700, step=page)
     if kind == "alone":
         new = draw(st.one_of(st.just(1), near(140)))
@@ -174,17 +181,7 @@ def requests(draw: Draw, page: int, causal: bool) -> Pairs:
                 )
             )
         ]
-    if some(draw, 5):  # nothing new of some, no keys of others
-        at = draw(st.integers(0, len(pairs)))
-        empty = st.sampled_from(((0, 5), (0, page), (1, 0), (0, 0), (0, 70)))
-        pairs = [*pairs[:at], *draw(st.lists(empty, min_size=1, max_size=3)), *pairs[at:]]
-    if not causal and some(draw, 2):
-        pairs = (
-            [(draw(near(60)), keys) for _, keys in pairs[:6]]
-            if draw(st.booleans())
-            else [(k, n) for n, k in pairs]
-        )
-    return [(new, keys) for new, keys in pairs if not causal or keys >= new or not keys]
+    return pairs
 
 
 SMALLEST: Pairs = [(1, 1)]

@@ -102,6 +102,7 @@ def test_files_count_in_their_rooms() -> None:
 
 
 HELD = """# Why.
+#   product_lines = 55
 product_lines = {most}
 docstring_share = 0.001
 

@@ -179,9 +179,9 @@ def lowered(text: str) -> str:
         now, most, extra = weighed[name], budgets.rooms[name], budgets.added.get(name, Weight())
         lines, tokens = min(most.lines, now.lines - extra.lines), min(most.tokens, now.tokens - extra.tokens)
         rows.append(f'"{name}" = [{lines}, {tokens}]')
-    head, _, rest = text.partition("product_lines = ")
+    head, _, rest = text.partition("\nproduct_lines = ")  # not that of the example in the comment
     _, mark, added = rest.partition("\n[[added]]")
-    return head + "\n".join(rows) + "\n" + mark + added
+    return f"{head}\n" + "\n".join(rows) + "\n" + mark + added
 
 
 def main() -> None:
