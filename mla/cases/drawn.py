@@ -53,6 +53,8 @@ MORE_HEADS = (4, 16, 64, 128)  # what an op is given that refuses fewer
 # The most numbers of operands, and pairs of a query and a key, that a case has; one of a few has more.
 NUMBERS, LOGITS, MORE, HUGE_MORE = 1 << 18, 1 << 17, 8, 32
 MOST_REQUESTS, MOST_KEYS, HUGE = 300, 5000, (1 << 17) + 70
+OFTEN = (20, 130, 1100)  # calls
+MOST_PRODUCTS = 1 << 25  # of a projection, which devices are slow in that lack the dtype
 FAR, MOST_CACHED = 1 << 15, 1 << 25  # slots that 16 bits do not name, and numbers of a cache with as many
 
 
@@ -240,7 +242,7 @@ def linear_cases(draw: Draw, field: Field) -> OpCase:
     if some(draw, 8):  # one side very wide
         inputs, outputs = draw(st.permutations((draw(st.integers(1, 16)), draw(st.integers(2048, 40_000)))))
     groups = max(1, min(groups, NUMBERS // (inputs * outputs)))
-    rows = some_rows(draw, groups * max(inputs, outputs))
+    rows = min(some_rows(draw, groups * max(inputs, outputs)), MOST_PRODUCTS // (groups * inputs * outputs))
     spec = LinearSpec(inputs, outputs, groups, field.dtype, field.device)
     if not field.serves(spec):
         spec = replace(spec, in_features=128, out_features=96, groups=min(groups, 4))
@@ -322,7 +324,9 @@ def attention_cases(draw: Draw, field: Field) -> OpCase:
         of = page if latent else 1  # what keys come by
         tokens, keys = sum(new for new, _ in pairs), sum(-(-keys // of) * of for _, keys in pairs)
         size = (c + r if latent else n + r) * (tokens * count + keys * (1 if latent else count))
-        return size <= NUMBERS * more and count * sum(new * keys for new, keys in pairs) <= LOGITS * more
+        return size <= NUMBERS * more and count * sum(new * keys for new, keys in pairs) <= LOGITS * min(
+            more, 4
+        )
 
     if not fits(pairs, heads):  # rather fewer heads than fewer requests
         fewer = (count for count in HEADS if count < heads and field.serves(spec_of(count)))
@@ -493,7 +497,7 @@ def sequences(draw: Draw, field: Field, scene: Scene) -> Scene:
     if kind == "again":
         return replace(scene, order=((0, 1), (0, draw(st.integers(1, 3)))), kept=kept)
     if kind == "often":
-        times = draw(st.sampled_from((20, 130, 1100)))
+        times = draw(st.sampled_from(OFTEN))
         return replace(scene, cases=(small(case),), order=((0, 1), (0, times)), kept=True)
     if kind == "others":
         other = draw(CASES[field.kind](field))

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 HANDFUL = {True: 2, False: 3}
 MINUTES = {True: 1.0, False: 5.0}  # that a run takes, on the quick grid and on the full one
 ENOUGH = 300  # judged draws of an op in a dtype, with which its check is green
-ATTENTION = 4.0  # times the time of other ops, for draws
+ATTENTION = 2.0  # times the time of other ops, for draws
+UNUSUAL = 0.2  # times the time of an op that serves what most layers have
 DRAWN = "drawn"  # what fails checks that draw their cases
 # A product [ROWS, WIDTH] x [WIDTH, WIDTH] that takes this many times as long as in a wider dtype is slow.
 FACTOR = 3.0
@@ -324,10 +325,18 @@ class Suite:
     def share(self, instance: Instance) -> float:
         """Return the seconds for a check that draws: its share of those left, and of half of all at least."""
         among = self.planned if self.selected is None else self.selected
-        weights = {one.id: weight(one) for one in among if one.id not in self.ended}
+        weights = {one.id: self._weight(one) for one in among if one.id not in self.ended}
         total, now = self.asked.seconds, time.monotonic()
         left = max(total - (now - self.start), total / 2 - sum(self.ended.values()), 0.0)
-        return left * weight(instance) / (sum(weights.values()) or 1.0)
+        return left * self._weight(instance) / (sum(weights.values()) or 1.0)
+
+    def _weight(self, instance: Instance) -> float:
+        """Return a check's weight; hardly any where its op refuses what most layers have, as it ends soon."""
+        of, op, dtype = weight(instance), instance.op, instance.dtype
+        if not of or op is None or dtype is None:
+            return of
+        spec = usual_spec(instance.check.kind, dtype, self.subject.device)
+        return of * (UNUSUAL if ask(partial(op.unsupported_reasons, spec), []) else 1.0)
 
     def carry_out(self, instance: Instance) -> CheckResult:
         """Run one check, and keep the first wrong call if that was asked for."""

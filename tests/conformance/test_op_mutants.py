@@ -55,13 +55,14 @@ def failed(results: list[CheckResult]) -> set[str]:
 
 def test_every_check_of_attention_has_a_mutant() -> None:
     kinds = ("latent_attention", "expanded_attention")
-    assert set(ALL) == {one.id for one in all_checks() if one.kind in kinds}
+    assert set(ALL) == {one.id for one in all_checks() if one.kind in kinds and one.fails != "drawn"}
 
 
 def test_every_check_of_small_ops_has_mutants_of_its_kind() -> None:
     """One for what is computed; two for how kernels fail."""
     assert set(MUTANTS) - {f"{kind}.inputs" for kind in SMALL_OPS} == FORMULAS
-    checks = {one.id: one.fails for one in all_checks() if one.kind in SMALL_OPS}
+    fixed = [one for one in all_checks() if one.fails != "drawn"]  # which has wrong ops of its own
+    checks = {one.id: one.fails for one in fixed if one.kind in SMALL_OPS}
     kinds = [(check, kind) for kind, those in KINDS.items() for check, _, _ in those]
     assert [(check, kind) for check, kind in kinds if checks[check] != kind] == []
     counts = Counter(check for check, _ in kinds)

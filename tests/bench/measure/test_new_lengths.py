@@ -13,7 +13,7 @@ from op_bench import WrappedOp
 
 from mla import MLAConfig
 from mla.bench.measure import new_lengths
-from mla.bench.measure.new_lengths import TUPLES, Lengths, measure
+from mla.bench.measure.new_lengths import TUPLES, LayerBench, Lengths, measure
 from mla.bench.results.schema import NewLengths
 from mla.bench.subjects.fixture import LayerFixture
 from mla.bench.subjects.layer import MlaLayer
@@ -236,6 +236,16 @@ def test_outputs_on_new_lengths_are_judged(tiny: Callable[..., MLAConfig], time:
     loaded.run(1)
     doubt = measure(loaded.one, loaded.scenario, loaded.checker, time).doubt
     assert doubt.startswith("outputs on lengths that nothing had seen are wrong: ")
+
+
+def test_a_part_of_a_layer_over_ranks_keeps_no_outputs(tiny: Callable[..., MLAConfig], time: Time) -> None:
+    loaded = Loaded(tiny(), DECODE, *attention(time, Idle))
+    loaded.run(1)
+    for judged in (True, False):
+        bench = LayerBench(loaded.one, time, judged)
+        for lengths in new_lengths.new_lengths(loaded.one, DECODE):
+            bench.run(lengths, [new_lengths.Times()], lambda: None)
+        assert bool(bench.doubt(loaded.checker)) == judged
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -13,8 +14,8 @@ from engine_bench import DECODE, PREFILL, Bench, MakeBench, Parrot
 
 from mla.bench.measure.hooks import Hooks, Shorter
 from mla.bench.measure.samples import Measurement
-from mla.bench.measure.target import CHEAP, FEWEST, LEFT_OUT, MOST, SECONDS, Target
-from mla.bench.measure.variants import EXTRA_PASSES, HEADLINE, Variant, Variants
+from mla.bench.measure.target import CHEAP, FEWEST, LEFT_OUT, MOST, SECONDS, Target, Timetable
+from mla.bench.measure.variants import EXTRA_PASSES, HEADLINE, Steps, Variant, Variants
 from mla.bench.plan import yardstick
 from mla.bench.workload.scenario import Scenario
 
@@ -127,6 +128,25 @@ def test_no_variant_begins_that_does_not_fit_beside_the_others(make_bench: MakeB
     whole = EXTRA_PASSES
     assert all(set(cold) <= {0, whole} for cold in timed)
     assert [whole, whole, 0] in timed
+
+
+class Runner(SimpleNamespace):
+    """What a timetable reads of a runner, as a key."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+    __eq__ = object.__eq__
+
+
+def test_the_evidence_of_a_variant_has_time_of_its_own() -> None:
+    times = Timetable(Target(1000.0, clock=lambda: 0.0), False, False, "first", lambda runner: True)
+    headline: Any
+    cold: Any
+    headline, cold = (Runner(steps=Steps(range(20), range(20), 0), passes=[]) for _ in range(2))
+    times.each[headline], times.taken[cold] = 1.0, [40.0]
+    times.headlines.append(headline)
+    before = times.spare()
+    times.variants.append(cold)
+    assert (1000.0 - before, before - times.spare()) == (10.0, 20.0), "8 new forwards and what goes with them"
 
 
 def test_a_first_forward_that_compiles_for_long_leaves_what_costs_little(make_bench: MakeBench) -> None:

@@ -44,6 +44,18 @@ def test_the_memory_plan_counts_every_layer() -> None:
     assert five.per_implementation - one.per_implementation >= 4 * layer.facts().weight_bytes
 
 
+def test_the_history_exists_twice_on_the_host() -> None:
+    """Once for the passes, and once with other signs for the evidence; the oracle widens one request."""
+    config, backend = mla.MLAConfig.preset("deepseek-v2-lite"), mla.load_backend("cpu", threads=1)
+    setting = Setting(config, backend, torch.bfloat16, "auto", 64, 0)
+    points = [
+        Point(name=str(place), base="d", mode="decode", runs=2, query_lens=(1,) * 16, history=history)
+        for place, history in enumerate([(4000,) + (0,) * 15, (4000,) * 16])
+    ]
+    one, sixteen = (plan.memory for plan in plan_scenarios(setting, points, ["mla"])[0])
+    assert sixteen.host - one.host >= 2 * 15 * 4000 * config.latent_dim * setting.dtype.itemsize
+
+
 class Copying(FaultyOp):
     """An op that keeps a copy of its weight, as one with a layout of its own does."""
 

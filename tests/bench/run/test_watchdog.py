@@ -99,5 +99,5 @@ def test_every_forward_of_a_run_is_a_sign_of_life(
     monkeypatch.setattr(scheduler, "Watchdog", Counting)
     virtual = ("--backend", "fake-virtual-clock", "--scenario", "decode")
     assert bench(*virtual, *small, fakes=["virtual_clock"]).code == 0
-    assert callers["_pass"] == 6 * 4
+    assert callers["run"] >= 6 * 4
     assert callers["_tick"] >= 4 + 1, "the check and the warm-up"

@@ -1,0 +1,33 @@
+"""Ops that are right in other forms: no drawn case calls one wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from flash import Flash
+from right_ops import RIGHT_OPS
+
+from mla.conformance.report import CheckResult
+from mla.conformance.trial import Drawing
+from mla_backends import FusedOp
+
+Run = Callable[..., list[CheckResult]]
+DRAWS = 60
+FORMS: dict[str, Callable[[], FusedOp]] = {op.__name__: op for op in RIGHT_OPS} | {
+    f"Flash-{kind}-{splits}": lambda kind=kind, splits=splits: Flash(f"{kind}_attention/1", 64, splits)  # type: ignore[misc]
+    for kind in ("latent", "expanded")
+    for splits in (1, 3)
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_no_drawn_case_is_called_wrong(judge: Run, sound: Any, form: str, dtype: torch.dtype) -> None:
+    backend = sound(ops={"mine": FORMS[form]()})
+    (result,) = judge(backend, "*.drawn[mine-*]", dtypes=(dtype,), drawing=Drawing(DRAWS, seed=1))
+    assert (result.status, result.failures) == ("incomplete", [])
+    assert result.drawn is not None
+    assert result.drawn.judged == DRAWS
