@@ -16,7 +16,7 @@ DEVICE = HERE.parent / "emulation" / "device"
 PROCESSES = {
     "kernels": (("interpreter", "latent", "expanded", "small_ops"), 180),
     "mutations": (("mutations", "preflight"), 88),
-    "conformance": (("conformance",), 2),
+    "conformance": (("conformance",), 7),
 }
 # The `-c` of a process that has imported triton as it is.
 TOO_LATE = """
