@@ -57,6 +57,9 @@ Examples:
   python -m mla.bench new-backend acme ./acme
 
 \b
+MLA_SUPERVISE=0 in the environment keeps the work in one process, as some debuggers and profilers need.
+
+\b
 Exit codes:
   0 ok
   1 regression (or, with --fail-slower, a case that was lost)
