@@ -23,6 +23,26 @@ if TYPE_CHECKING:
 
     from mla_backends.discovery import Entry
 
+__all__ = [
+    "API_VERSION",
+    "OPS",
+    "AttentionSpec",
+    "Availability",
+    "Backend",
+    "BatchView",
+    "DeviceInfo",
+    "FusedOp",
+    "HostTimer",
+    "LinearSpec",
+    "MemoryInfo",
+    "NormSpec",
+    "OpCall",
+    "Packed",
+    "Peak",
+    "SegmentLengths",
+    "Timer",
+]
+
 API_VERSION = 1
 
 

@@ -213,7 +213,7 @@ def of_the_benchmark() -> Iterator[Call]:
 FAULTY = ("--backend", "faulty_backend:FaultyBackend")
 REFUSES = ("batch", "prepare", "call", "raise")
 LEAVES = (
-    *("init", "probe", "setup", "synchronize", "device_count", "device_info", "dtypes", "timer", "memory"),
+    *("init", "probe", "setup", "synchronize", "device_count", "device_info", "dtypes", "memory"),
     *("environment", "sensors", "remarks", "ops", "unsupported_reasons", "pack", "call"),
 )
 GROUPS: Mapping[str, Callable[[], Iterator[Call]]] = {

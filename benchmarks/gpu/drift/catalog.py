@@ -73,13 +73,13 @@ LIBRARIES = (
         "flashinfer-python",
         (
             Call(f"{_WRAPPER}.__init__", ("backend",), "flashinfer.mla", "flashinfer_07", placed=1),
-            Call("MLAPlanMetadata.csr", ("flashinfer.release:FLAT",), "flashinfer.mla", "flashinfer_07"),
+            Call("MLAPlanMetadata.csr", ("flashinfer:FLAT",), "flashinfer.mla", "flashinfer_07"),
             Call(
-                f"{_WRAPPER}.plan", ("metadata", "flashinfer.release:PLAN"), "flashinfer.mla",
+                f"{_WRAPPER}.plan", ("metadata", "flashinfer:PLAN"), "flashinfer.mla",
                 "flashinfer_07", where_taken=("query_layout", "kv_cache_layout", "lse_mode"),
             ),
             Call(
-                f"{_WRAPPER}.run", ("flashinfer.release:PAIRS", "flashinfer.release:RUN"), "flashinfer.mla",
+                f"{_WRAPPER}.run", ("flashinfer:PAIRS", "flashinfer:RUN"), "flashinfer.mla",
                 "flashinfer_07", where_taken=("return_lse_base_on_e",),
             ),
         ),

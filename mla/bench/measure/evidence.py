@@ -31,7 +31,7 @@ LATE, SHARE, FEW = 0.05, 0.1, 2
 # times as long as in the passes, and so many milliseconds longer.
 STEPS, SOME, SLOWER, LEAST = 8, 3, 1.5, 0.05
 # Rounds of them: others only make forwards slower, so the fastest of all counts.
-ROUNDS = 6
+ROUNDS = 12
 
 _random = random.SystemRandom()
 

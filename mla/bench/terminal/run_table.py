@@ -63,7 +63,7 @@ def render(run: Run, kind: str, detail: Detail = "short", hint: str = "") -> str
     if kind == "json":
         return results.encode(run).decode()
     if kind == "csv":
-        return as_csv(case_rows(run))
+        return as_csv(case_rows(run)).replace("\r\n", "\n")  # for a terminal; names are printable by now
     run = labelled(run)
     if kind == "table" and detail == "quiet":
         blocks = [headlines(run)]
