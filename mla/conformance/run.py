@@ -148,4 +148,4 @@ def verdict(report: ConformanceReport) -> Exit:
         return Exit.REGRESSION
     if counts["incomplete"] and not report.quick:  # a first look is not meant to be complete
         return Exit.INCOMPLETE
-    return Exit.OK if counts["pass"] + counts["xfail"] else Exit.NOTHING_RAN
+    return Exit.OK if counts["pass"] + counts["xfail"] + counts["incomplete"] else Exit.NOTHING_RAN

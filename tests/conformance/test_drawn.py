@@ -107,9 +107,18 @@ def test_one_seed_gives_one_sequence(judge: Run, sound: Any) -> None:
     assert along[0] == along[1] != along[2]
 
 
-def test_without_time_nothing_is_drawn(judge: Run, sound: Any) -> None:
-    (result,) = judge(sound(), "rms_norm.drawn")
+@pytest.mark.parametrize(
+    "drawing", [Drawing(), Drawing(count=0, seconds=9.0)], ids=["no time", "none asked for"]
+)
+def test_without_time_nothing_is_drawn(judge: Run, sound: Any, drawing: Drawing) -> None:
+    (result,) = judge(sound(), "rms_norm.drawn", drawing=drawing)
     assert (result.status, result.reason) == ("refused", "no cases were to be drawn")
+
+
+@pytest.mark.parametrize(("words", "code"), [((), 7), (("--quick",), 0)], ids=["whole", "a first look"])
+def test_only_a_whole_run_ends_as_incomplete(words: tuple[str, ...], code: int) -> None:
+    backend = ("--backend", "mla_backends.testing:HostBackend", "--dtype", "float32")
+    assert main([*backend, *words, "--only", "rms_norm.drawn", "--draws", "2"]) == code
 
 
 def test_too_few_draws_are_incomplete_and_a_kept_failure_comes_first(

@@ -117,7 +117,8 @@ def skipped(options: RunOptions, request: Request, run: results.Run) -> str | No
     words = [*request.command, *request.selection, "--implementations", ",".join(request.implementations)]
     command = commands.command([*words, "--resume", str(options.target)])
     on = f"resume with: {command}" if options.target else "with -o, a later run could --resume it"
-    cut = f"--budget skipped {len(reasons)} of {len(run.cases)} cases and cut short {short}"
+    did = [f"skipped {len(reasons)}"] * bool(reasons) + [f"cut short {short}"] * bool(short)
+    cut = f"--budget {' and '.join(did)} of {len(run.cases)} cases"
     if not reasons or any(case.latency_ms for case in run.cases):
         return f"{cut}; {on}"
     less = "measure less with --runs, --passes, --scenario or --mode eager --cache warm"

@@ -107,7 +107,7 @@ def test_scenarios_that_do_not_fit_are_left_out_and_the_note_says_how_to_go_on(
         ("ok", ""),
     ]
     assert not any(case.interrupted for case in cases)
-    assert "--budget skipped 2 of 3 cases and cut short 0; resume with: " in done.error
+    assert "--budget skipped 2 of 3 cases; resume with: " in done.error
     words = shlex.split(done.error.partition("python -m mla.bench ")[2])
     assert bench(*words).code == 0
     after = results.read(Path("run.json")).cases
@@ -127,7 +127,7 @@ def test_passes_stop_at_the_deadline_and_what_was_measured_is_kept_and_checked(r
     assert measured[0].check.status == "ok"
     assert measured[0].latency_ms is not None
     assert len(measured[0].latency_ms.samples) == 2 * 4
-    assert "skipped 2 of 3 cases and cut short 1; " in done.error
+    assert "skipped 2 and cut short 1 of 3 cases; " in done.error
 
 
 def test_a_scenario_without_a_timed_pass_counts_as_left_out(run_inside: Any) -> None:
@@ -202,7 +202,7 @@ def test_a_budget_that_is_over_at_once_runs_nothing(bench: Bench, small: list[st
     done = bench(*VIRTUAL, *small, *GRID, "--budget", "0.001", fakes=["virtual_clock"])
     assert done.code == 5
     assert "--budget was too short for any number (0 s of 0.001 s were left): give it more, or " in done.err
-    assert "--budget skipped 3 of 3 cases and cut short 0; with -o, a later run could" in done.err
+    assert "--budget skipped 3 of 3 cases; with -o, a later run could" in done.err
     assert "is not a valid duration" in bench(*VIRTUAL, "--budget", "soon").err
 
 
