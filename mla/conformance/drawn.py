@@ -136,8 +136,7 @@ def draw(trial: Trial) -> None:
     """Draw cases for an op, and judge them. Raises `Refused`, or `CheckFailed` for the smallest wrong one."""
     from mla.cases.drawn import scenes
 
-    drawing, op = trial.subject.drawing, trial.op
-    assert op is not None
+    drawing, op = trial.subject.drawing, trial.op_of_contract()
     if drawing.count == 0 or (drawing.count is None and drawing.seconds <= 0):
         raise Refused("no cases were to be drawn")
     player = _player(trial, op)

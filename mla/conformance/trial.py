@@ -270,16 +270,21 @@ class Trial:
 
     def require(self, spec: Any, query_lens: Sequence[int] = (), kv_lens: Sequence[int] = ()) -> FusedOp:
         """Return the op if it serves this spec and these lengths; raises `Refused` with its reasons."""
+        op = self.op_of_contract()
+        reasons = list(op.unsupported_reasons(spec))
+        if not reasons:
+            reasons = preflight_reasons(self.name, op, spec, self.subject.say)
+        if not reasons and query_lens:
+            reasons = list(op.unsupported_batch(spec, query_lens, kv_lens))
+        if reasons:
+            raise Refused("; ".join(reasons))
+        return op
+
+    def op_of_contract(self) -> FusedOp:
+        """Return the op; raises `Refused` if it implements another version of its contract."""
         assert self.op is not None, "only checks of ops have one"
         if self.op.contract != OPS[self.kind]:
             raise Refused(f"it implements {self.op.contract}, but this suite checks {OPS[self.kind]}")
-        reasons = list(self.op.unsupported_reasons(spec))
-        if not reasons:
-            reasons = preflight_reasons(self.name, self.op, spec, self.subject.say)
-        if not reasons and query_lens:
-            reasons = list(self.op.unsupported_batch(spec, query_lens, kv_lens))
-        if reasons:
-            raise Refused("; ".join(reasons))
         return self.op
 
 

@@ -12,6 +12,7 @@ import torch
 import mla
 from mla.conformance.registry import all_checks
 from mla.conformance.report import CheckResult
+from mla.conformance.trial import Drawing
 from mla.reference import REFERENCE
 from mla_backends.api import OPS
 
@@ -31,7 +32,9 @@ def by_status(results: list[CheckResult]) -> dict[str, list[str]]:
 @pytest.mark.usefixtures("smaller")
 def test_a_backend_without_ops_passes_and_refuses_only_what_it_does_not_offer(judge: Run, sound: Any) -> None:
     plain = type("Plain", (sound,), {"graph": lambda self, fn: None})()
-    results = judge(plain, dtypes=WITHOUT_BF16, slow=frozenset({torch.float16}))  # a handful of cases of it
+    # In fp16 only a handful of cases run; one draw a check leaves those of draws incomplete.
+    facts = {"slow": frozenset({torch.float16}), "drawing": Drawing(1)}
+    results = [one for one in judge(plain, dtypes=WITHOUT_BF16, **facts) if one.status != "incomplete"]
     found = by_status(results)
     assert set(found) == {"pass", "refused"}, found.get("fail")
     refused = {one.check for one in results if one.status == "refused"}
