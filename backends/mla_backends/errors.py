@@ -147,7 +147,7 @@ class BackendVersionError(NamedError):
     ) -> None:
         """Compare `speaks` with `built_for`; if that is unknown, name what the backend found `missing`."""
         core = (
-            "mla-backends (`pip install ./backends` in a newer checkout; from the first release on "
+            "mla-backends (`pip install ./backends` in a newer checkout; once released, "
             "`pip install -U mla-backends`)"
         )
         contract = "another contract" if missing else f"contract {built_for}"

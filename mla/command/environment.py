@@ -99,13 +99,19 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def mixed_installation() -> str | None:
-    """Return a note when `mla` runs from a checkout whose `mla_backends` is not the one imported.
+    """Return a note when two installations are mixed, or None.
 
+    `mla` was the distribution's name before `mla-bench`: pip keeps both, and both own the folder `mla`.
     `python -m mla.bench` in a checkout takes `mla` from it and everything else from site-packages. That is
     fine while both hold the same code, and confusing after an edit.
     """
     import mla_backends
 
+    if distribution_version("mla") and distribution_version("mla-bench"):
+        return (
+            "note: `mla`, the old name of `mla-bench`, is installed beside it and owns the same files: run "
+            "`pip uninstall mla mla-bench`, then install mla-bench again."
+        )
     used = Path(str(mla_backends.__file__)).parent
     beside = Path(str(mla.__file__)).parents[1] / "backends" / "mla_backends"
     if not beside.is_dir() or beside.resolve() == used.resolve():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+import mla
 from mla.command import files
 from mla.command.backend import BackendOptions, backend_options
 from mla.command.console import out
@@ -123,7 +124,7 @@ Exit codes:
     is_flag=True,
     help="Name every check on stderr before it runs, and the slowest at the end.",
 )
-@click.version_option(package_name="mla")
+@click.version_option(mla.__version__)
 @click.pass_obj
 @carried_out
 def cli(
@@ -207,7 +208,7 @@ def _require_pytest() -> None:
         least = LEAST_PYTEST[0]
         raise UsageError(
             f"the suite runs on pytest {least} or later, which is {found}: `pip install 'pytest>={least}'` "
-            "(it comes with `mla[conformance]`)."
+            "(it comes with `mla-bench[conformance]`)."
         )
 
 

@@ -245,7 +245,7 @@ def require_hypothesis() -> None:
     if importlib.util.find_spec("hypothesis") is None:
         raise UsageError(
             "the suite draws cases with hypothesis, which is not installed: `pip install hypothesis` "
-            "(it comes with `mla[conformance]`)."
+            "(it comes with `mla-bench[conformance]`)."
         )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import click
 from click.shell_completion import CompletionItem
 
+import mla
 from mla.bench.cli import ceilings, devices, report, run, stored
 from mla.command import console, launcher
 from mla.command.exit_codes import carried_out, guarded
@@ -83,7 +84,7 @@ class DefaultGroup(click.Group):
     subcommand_metavar="[OPTIONS]",
     epilog=EPILOG,
 )
-@click.version_option(package_name="mla")
+@click.version_option(mla.__version__)
 def cli() -> None:
     """Measure DeepSeek's Multi-head Latent Attention (MLA): a layer, or one op."""
 
