@@ -22,6 +22,7 @@ from mla.cache.ragged_batch import (
     whole_numbers,
 )
 from mla.config import MLAConfig
+from mla.config.layer_config import require_config
 from mla.errors import CacheFull
 from mla_backends.api import misfit
 
@@ -65,6 +66,7 @@ class LatentCache:
         dtype: torch.dtype = torch.bfloat16,
         shuffle: int | None = None,
     ) -> None:
+        require_config(config)
         page_size = check_page_size(page_size)
         max_tokens, num_layers = whole_numbers("max_tokens and num_layers", (max_tokens, num_layers))
         if max_tokens < 1 or num_layers < 1:
@@ -108,6 +110,14 @@ class LatentCache:
     def sequences(self) -> list[int]:
         """The ids of all sequences, in the order in which they were made."""
         return list(self._sequences)
+
+    def __repr__(self) -> str:
+        """Return the shape, dtype and device of `pages`, and how full they are."""
+        tokens = sum(entry.length for entry in self._sequences.values())
+        return (
+            f"{type(self).__name__}(pages={list(self.pages.shape)} {self.pages.dtype} on {self.pages.device}, "
+            f"sequences={len(self._sequences)}, tokens={tokens}, free_pages={self.free_pages})"
+        )
 
     def __contains__(self, sequence: int) -> bool:
         """Return whether the cache has a sequence of this id."""

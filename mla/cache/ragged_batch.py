@@ -44,7 +44,8 @@ def whole_numbers(name: str, values: Iterable[Any]) -> list[int]:
     try:
         return [*map(index, values)]
     except (TypeError, RuntimeError) as error:
-        raise ValueError(f"{name} must be whole numbers, got {values!r:.80}.") from error
+        kind = "whole numbers" if isinstance(values, Iterable) else "a list of whole numbers"
+        raise ValueError(f"{name} must be {kind}, got {values!r:.80}.") from error
 
 
 def check_page_size(page_size: Any) -> int:
@@ -173,6 +174,17 @@ class RaggedBatch:
         self._generation = 0 if cache is None else cache.generation
         self._memo: dict[Hashable, Any] = {}
 
+    def __repr__(self) -> str:
+        """Return the lengths of the step, its device, and whether the cache has changed since."""
+        cache = self._cache()
+        old = self._source is not None and (cache is None or cache.generation != self._generation)
+        return (
+            f"RaggedBatch(requests={len(self.query_lens)}, tokens={self.num_tokens}, "
+            f"query_lens={_first(self.query_lens)}, kv_lens={_first(self.kv_lens)}, "
+            f"block_table={list(self.block_table.shape)}, page_size={self.page_size}, device={self.device}"
+            f"{', out of date' if old else ''})"
+        )
+
     def _cache(self) -> PagedCache | None:
         """Return the cache that this batch describes, if there is one and somebody still has it."""
         return None if self._source is None else self._source()
@@ -248,6 +260,11 @@ class RaggedBatch:
             raise StaleBatch(
                 "this batch is out of date: the cache was extended, truncated or released since."
             )
+
+
+def _first(lengths: Sequence[int]) -> str:
+    """Return the first eight lengths."""
+    return f"[{', '.join(map(str, lengths[:8]))}{', ...' if len(lengths) > 8 else ''}]"
 
 
 def _lengths(query_lens: Sequence[int], kv_lens: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -250,7 +250,7 @@ DIMENSIONS = (
 _READ_APART = {"rope_theta", "rope_scaling", "query_scaling", "model_type", "name"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MLAConfig:
     """One MLA layer.
 
@@ -299,6 +299,16 @@ class MLAConfig:
             raise self._error("rope_theta must not be 1 under YaRN")
         if self.q_lora_rank is None and self.q_latent_scale != 1:
             raise self._error("q_latent_scale needs a q_lora_rank, without which queries have no latent")
+
+    def __repr__(self) -> str:
+        """Return the name, all dimensions, and every other field that has no default value."""
+        shown = [f"{key}={getattr(self, key)}" for key in DIMENSIONS]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in (*DIMENSIONS, "name") and value != field.default:
+                scaling = isinstance(value, (YarnScaling, LongRopeScaling, QueryScaling))
+                shown.append(f"{field.name}={f'{type(value).__name__}(...)' if scaling else repr(value)}")
+        return f"MLAConfig({self.name!r}, {', '.join(shown)})"
 
     def _error(self, what: str) -> ConfigError:
         return ConfigError(f"config '{self.name}': {what}.")
@@ -392,6 +402,13 @@ class MLAConfig:
         return replace(
             config, rope_theta=rope.theta, rope_scaling=rope.scaling, query_scaling=rope.query_scaling
         )
+
+
+def require_config(config: Any) -> None:
+    """Raise ValueError unless this is an `MLAConfig`."""
+    if not isinstance(config, MLAConfig):
+        got = quoted(config) if isinstance(config, str) else f"a {type(config).__name__}"
+        raise ValueError(f"config must be an MLAConfig, as MLAConfig.named('deepseek-r1') returns, got {got}.")
 
 
 def _plain(cls: type[MLAConfig], family: Family, values: Mapping[str, Any], **names: Any) -> MLAConfig:

@@ -18,6 +18,7 @@ from torch.compiler import is_compiling
 from mla.cache.ragged_batch import RaggedBatch, plain
 from mla.checkpoint import read_layer, refuse_other_formats
 from mla.config import MLAConfig
+from mla.config.layer_config import require_config
 from mla.errors import WeightError
 from mla.layer.forward import Step, make_step
 from mla.layer.ops import Ops
@@ -25,6 +26,7 @@ from mla.layer.packed_weights import PackedWeights, SharedWeights
 from mla.layer.plan import WORKSPACE_BYTES, Growth, StepPlan, make_plan
 from mla.layer.rope import RotaryTable
 from mla.layer.workspace import StepViews, Turn, Workspace, check_batch, require
+from mla.text import size
 from mla_backends.api import Backend, FusedOp, OpCall
 
 
@@ -128,6 +130,11 @@ class MLA(nn.Module):
         workspace_bytes: int = WORKSPACE_BYTES,
     ) -> None:
         super().__init__()
+        require_config(config)
+        if backend is not None and not isinstance(backend, Backend):
+            raise ValueError(f"backend must be what mla.load_backend() returns, got a {type(backend).__name__}.")
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype must be a torch.dtype, such as torch.bfloat16, got {dtype!r:.80}.")
         if attention not in ATTENTION_MODES:
             raise ValueError(f"attention must be one of {ATTENTION_MODES}, got {attention!r}.")
         if backend is not None and backend.device is None:
@@ -150,6 +157,16 @@ class MLA(nn.Module):
         self.step: Step = make_step(config, self.ops, self._weights, views, self._scratch)
         self._repeated = Repeated(backend if self._calls_ops_alone() else None)
         self._plan_key = self._make_plan_key()
+
+    def extra_repr(self) -> str:
+        """Return what `repr` shows: the model, shapes, dtype and device, ops, and the weights held."""
+        config, names = self.config, list(self.ops.names().values())
+        weights = f"{size(self.weight_bytes())} of weights" if self._weights.packed else "no weights"
+        return (
+            f"{config.name!r}, hidden={config.hidden_size}, heads={config.num_attention_heads}, "
+            f"latent={config.kv_lora_rank}+{config.qk_rope_head_dim}, {self.dtype} on {self.device}, "
+            f"attention={self.attention!r}, {len(names) - names.count("reference")} of {len(names)} ops fused, {weights}"
+        )
 
     def _calls_ops_alone(self) -> bool:
         """Return whether a step is nothing but calls of ops, which can be recorded."""

@@ -34,6 +34,14 @@ def test_every_preset_is_a_config_that_knows_its_name_and_source(name: str) -> N
     assert PRESETS[name].source.startswith("https://")
 
 
+def test_a_config_shows_its_dimensions_and_what_is_not_default() -> None:
+    assert repr(MLAConfig.preset("deepseek-v2-lite")) == (
+        "MLAConfig('deepseek-v2-lite', hidden_size=2048, num_attention_heads=16, q_lora_rank=None, "
+        "kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, "
+        "rope_scaling=YarnScaling(...), model_type='deepseek_v2')"
+    )
+
+
 def test_an_unknown_preset_suggests_the_closest_and_lists_all() -> None:
     with pytest.raises(
         ConfigError, match=r"unknown config 'deepsek-r1'\. Did you mean 'deepseek-r1'\?"

@@ -148,6 +148,10 @@ class PagedCache(Cache):
         self._last: Step
         super().__init__(layers=[PagedLayer(self, layer, index) for index, layer in enumerate(layers)])
 
+    def __repr__(self) -> str:
+        """Return the cache's pages and how full they are."""
+        return f"PagedCache({self.latents!r})"
+
     @property
     def argument(self) -> dict[str, PagedCache]:
         """The keyword argument that forwards and `generate` of this `transformers` take caches as."""
