@@ -161,11 +161,12 @@ class MLA(nn.Module):
     def extra_repr(self) -> str:
         """Return what `repr` shows: the model, shapes, dtype and device, ops, and the weights held."""
         config, names = self.config, list(self.ops.names().values())
+        fused = len(names) - names.count("reference")
         weights = f"{size(self.weight_bytes())} of weights" if self._weights.packed else "no weights"
         return (
             f"{config.name!r}, hidden={config.hidden_size}, heads={config.num_attention_heads}, "
             f"latent={config.kv_lora_rank}+{config.qk_rope_head_dim}, {self.dtype} on {self.device}, "
-            f"attention={self.attention!r}, {len(names) - names.count("reference")} of {len(names)} ops fused, {weights}"
+            f"attention={self.attention!r}, {fused} of {len(names)} ops fused, {weights}"
         )
 
     def _calls_ops_alone(self) -> bool:
