@@ -106,8 +106,8 @@ class NoPlugin(NamedError):
     def __init__(self, known: KnownDevice) -> None:
         start = f", and `{known.plugin_command}` starts a plugin" if known.plugin_command else ""
         hint = (
-            f"with {known.torch} installed, `{known.command}` measures them on the reference ops, which "
-            f"nobody has tried yet{start}"
+            f"with {known.torch} installed, `{known.command}` measures them on the reference ops "
+            f"(untried){start}"
         )
         super().__init__(known.name, f"there is no plugin for {known.device}", hint)
 

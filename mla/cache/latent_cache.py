@@ -115,8 +115,9 @@ class LatentCache:
         """Return the shape, dtype and device of `pages`, and how full they are."""
         tokens = sum(entry.length for entry in self._sequences.values())
         return (
-            f"{type(self).__name__}(pages={list(self.pages.shape)} {self.pages.dtype} on {self.pages.device}, "
-            f"sequences={len(self._sequences)}, tokens={tokens}, free_pages={self.free_pages})"
+            f"{type(self).__name__}(pages={list(self.pages.shape)} {self.pages.dtype} on "
+            f"{self.pages.device}, sequences={len(self._sequences)}, tokens={tokens}, "
+            f"free_pages={self.free_pages})"
         )
 
     def __contains__(self, sequence: int) -> bool:

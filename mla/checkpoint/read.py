@@ -288,7 +288,7 @@ def _unexpected(name: str) -> str:
     for pattern, reason in _REASONS:
         if re.match(pattern, name):
             served = name.partition(".")[0] in KNOWN
-            return reason if served else f"{reason}, which this layer does not compute"
+            return reason if served else f"{reason}; this layer does not compute that"
     return "is not one of this layer's weights, and ignoring it could change the result"
 
 
@@ -304,7 +304,7 @@ def _headers(folder: Folder, entries: Mapping[str, tuple[str, str]]) -> dict[str
             if key not in tensors:
                 raise CheckpointError(
                     f"'{folder.path / str(folder.index)}' says that tensor {quoted(key)} is in "
-                    f"{quoted(file)}, which does not hold it."
+                    f"{quoted(file)}, but that file lacks it."
                 )
             found[name] = tensors[key]
     return found
@@ -335,7 +335,7 @@ def _weight(
 
 def _fp8(tensor: StoredTensor, scale: StoredTensor | None, facts: Facts) -> StoredWeight:
     if scale is None:
-        raise CheckpointError(f"{tensor} is FP8 and has no scale, without which its numbers mean nothing.")
+        raise CheckpointError(f"{tensor} is FP8 but has no scale.")
     block = facts.block_size(str(tensor))
     grid = tuple(-(-length // size) for length, size in zip(tensor.shape, block, strict=True))
     if scale.shape != grid:

@@ -109,7 +109,7 @@ def mixed_installation() -> str | None:
 
     if distribution_version("mla") and distribution_version("mla-bench"):
         return (
-            "note: `mla`, the old name of `mla-bench`, is installed beside it and owns the same files: run "
+            "note: `mla` (the old name) and `mla-bench` are both installed and own the same files: run "
             "`pip uninstall mla mla-bench`, then install mla-bench again."
         )
     used = Path(str(mla_backends.__file__)).parent

@@ -196,7 +196,7 @@ def check_keys(name: str, family: Family, values: Mapping[str, Any]) -> None:
     for key, reason in CHANGES.items():
         off = not values.get(key) or values.get(SWITCHES.get(key, "")) is False
         if not off and key not in family.ignores and key not in family.demands:
-            raise ConfigError(f"config '{name}': {key} is set, so {reason}, which is not supported.")
+            raise ConfigError(f"config '{name}': {key} is set, so {reason}; that is not supported.")
     for key, only in {**DEMANDS, **family.demands}.items():
         found = values.get(key, only)
         alike = found.upper() == only.upper() if isinstance(found, str) and isinstance(only, str) else False

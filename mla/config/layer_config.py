@@ -157,7 +157,7 @@ def _check_share(name: str, share: Any, head: tuple[int, int], of_head: bool) ->
     if not is_positive(share) or round(share * whole) != head[1]:
         raise ConfigError(
             f"config '{name}': partial_rotary_factor {quoted(share)} of {whole} channels does not rotate the "
-            f"{head[1]} of qk_rope_head_dim, which is not supported."
+            f"{head[1]} of qk_rope_head_dim; that is not supported."
         )
 
 
@@ -217,8 +217,8 @@ def _longrope(spec: _Spec, values: Mapping[str, Any], half: int) -> LongRopeScal
             )
     if lists[0] != lists[1]:
         raise ConfigError(
-            f"{spec.where} short_factor and long_factor differ, so cached keys would have to change as a "
-            "sequence grows, which is not supported."
+            f"{spec.where} short_factor and long_factor differ, so cached keys would change as a sequence "
+            "grows; that is not supported."
         )
     return LongRopeScaling(tuple(lists[0] or ()), _longrope_magnitude(spec, values))
 
@@ -298,7 +298,7 @@ class MLAConfig:
         if self.rope_theta == 1 and isinstance(self.rope_scaling, YarnScaling):
             raise self._error("rope_theta must not be 1 under YaRN")
         if self.q_lora_rank is None and self.q_latent_scale != 1:
-            raise self._error("q_latent_scale needs a q_lora_rank, without which queries have no latent")
+            raise self._error("q_latent_scale needs a q_lora_rank: without one, queries have no latent")
 
     def __repr__(self) -> str:
         """Return the name, all dimensions, and every other field that has no default value."""
@@ -408,7 +408,7 @@ def require_config(config: Any) -> None:
     """Raise ValueError unless this is an `MLAConfig`."""
     if not isinstance(config, MLAConfig):
         got = quoted(config) if isinstance(config, str) else f"a {type(config).__name__}"
-        raise ValueError(f"config must be an MLAConfig, as MLAConfig.named('deepseek-r1') returns, got {got}.")
+        raise ValueError(f"config must be an MLAConfig, as MLAConfig.named(NAME) returns, got {got}.")
 
 
 def _plain(cls: type[MLAConfig], family: Family, values: Mapping[str, Any], **names: Any) -> MLAConfig:
@@ -427,7 +427,7 @@ def _check_agreement(config: MLAConfig, values: Mapping[str, Any]) -> None:
     if heads is not None and heads != config.num_attention_heads:
         raise ConfigError(
             f"config '{config.name}': num_key_value_heads {quoted(heads)} is not num_attention_heads "
-            f"{config.num_attention_heads}, so heads share keys and values in groups, which is not MLA."
+            f"{config.num_attention_heads}, so heads share keys and values in groups: that is not MLA."
         )
     for key in _WIDTHS:
         width = values.get(key)

@@ -201,13 +201,13 @@ def _require_pytest() -> None:
         import pytest
 
         here = getattr(pytest, "version_tuple", (0,))  # which pytest 6 lacks
-        found = "" if here >= LEAST_PYTEST else f"here in version {pytest.__version__}"
+        found = "" if here >= LEAST_PYTEST else f"version {pytest.__version__} is installed"
     except ImportError:
-        found = "not installed"
+        found = "it is not installed"
     if found:
         least = LEAST_PYTEST[0]
         raise UsageError(
-            f"the suite runs on pytest {least} or later, which is {found}: `pip install 'pytest>={least}'` "
+            f"the suite needs pytest {least} or later, and {found}: `pip install 'pytest>={least}'` "
             "(it comes with `mla-bench[conformance]`)."
         )
 

@@ -132,7 +132,8 @@ class MLA(nn.Module):
         super().__init__()
         require_config(config)
         if backend is not None and not isinstance(backend, Backend):
-            raise ValueError(f"backend must be what mla.load_backend() returns, got a {type(backend).__name__}.")
+            kind = type(backend).__name__
+            raise ValueError(f"backend must be what mla.load_backend() returns, got a {kind}.")
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype must be a torch.dtype, such as torch.bfloat16, got {dtype!r:.80}.")
         if attention not in ATTENTION_MODES:

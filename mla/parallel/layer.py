@@ -92,9 +92,7 @@ class ParallelMLA(MLA):
     def __init__(self, config: MLAConfig, groups: Groups, **arguments: Any) -> None:
         groups.layout.check(config)
         if groups.layout.dcp > 1 and arguments.get("attention") == "expanded":
-            raise UnsupportedOps(
-                "a context that is spread over ranks is attended absorbed: leave `expanded` out."
-            )
+            raise UnsupportedOps("dcp supports attention='absorbed' only: leave 'expanded' out.")
         own = config.with_heads(config.num_attention_heads // groups.layout.head_parts)
         self._groups = groups  # before the layer is made, which asks for them
         super().__init__(own, **arguments)
@@ -115,8 +113,8 @@ class ParallelMLA(MLA):
         choice = self.ops["latent_attention"]
         if not choice.op.writes_lse:
             raise UnsupportedOps(
-                f"op '{choice.name}' writes no log-sum-exp, without which attention over a part of the "
-                "tokens cannot be merged: use a layout without dcp, or another op (`--ops reference`)."
+                f"op '{choice.name}' writes no log-sum-exp, and dcp needs it to merge parts of a context: "
+                "use a layout without dcp, or another op (`--ops reference`)."
             )
 
     def load_state_dict(

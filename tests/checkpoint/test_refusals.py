@@ -87,7 +87,7 @@ PLAIN: list[tuple[Callable[[Tensors], Tensors], str]] = [
         lambda t: put(t, indexer__wq_b__weight=torch.ones(2)),
         "indexer.wq_b.weight' in .* belongs to an indexer",
     ),
-    (lambda t: put(t, sinks=torch.ones(2)), "sinks' in .* is an attention sink, which this layer does not"),
+    (lambda t: put(t, sinks=torch.ones(2)), "sinks' in .* is an attention sink; this layer does not"),
     (lambda t: put(t, g_proj__weight=torch.ones(2)), "g_proj.weight' in .* gates the attention's output"),
     (lambda t: put(t, q_gate_proj__weight=torch.ones(2)), "gates the attention's output"),
     (

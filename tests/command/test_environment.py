@@ -33,7 +33,7 @@ def test_what_nobody_tells_is_no_load(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_old_and_the_new_name_of_the_distribution_are_a_mixed_installation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(environment.metadata, "version", lambda name: {"mla": "0.1.0", "mla-bench": "0.2.0"}[name])
+    monkeypatch.setattr(environment.metadata, "version", {"mla": "0.1.0", "mla-bench": "0.2.0"}.__getitem__)
     note = environment.mixed_installation()
     assert note is not None
     assert "run `pip uninstall mla mla-bench`, then install mla-bench again." in note

@@ -1,4 +1,4 @@
-"""`pip install mla-backend-NAME` in a fresh environment, from a folder of our own wheels, then the one command."""
+"""`pip install mla-backend-NAME` in a fresh environment, from a folder of our wheels, then one command."""
 
 from __future__ import annotations
 

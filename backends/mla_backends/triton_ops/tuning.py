@@ -123,7 +123,7 @@ def read_tuning(path: str | Path) -> Tuning:
         content = outside.read(path)
         found = json.loads(content)
         if not isinstance(found, dict) or found.get("format") != FORMAT:
-            raise ValueError(f"it is no tuning of format {FORMAT}")
+            raise ValueError(f"it is not a tuning of format {FORMAT}")
         tiles = {name: _tiles(found[name]) for name in ("latent", "expanded")}
         where = ", ".join(str(found[key]) for key in ("card", "date") if found.get(key))
         where = shortened(escaped(where))

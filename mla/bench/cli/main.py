@@ -29,7 +29,7 @@ EPILOG = """
 Everything else: --help-all
 
 Exit codes: 0 ok, 1 regression, 2 usage, 3 backend unusable or op failed, 4 wrong result, 5 nothing ran,
-6 doubtful time, 130 interrupted, 143 ended by SIGTERM, 129 by SIGHUP.
+6 suspect timing, 130 interrupted, 143 ended by SIGTERM, 129 by SIGHUP.
 """
 
 

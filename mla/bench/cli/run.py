@@ -93,7 +93,7 @@ def run(**values: Any) -> int:
     check_gate(options)
     baseline = results.read(options.baseline) if options.baseline else None
     if options.resume and not options.output and files.is_stream(options.resume):
-        raise UsageError(f"'{options.resume}' is a pipe, which a result cannot go back to: give -o FILE.")
+        raise UsageError(f"'{options.resume}' is a pipe and cannot be rewritten: give -o FILE.")
     old = results.read(options.resume) if options.resume else None
     from mla.bench.plan.resolve import resolve
 

@@ -100,7 +100,7 @@ def verdict(cases: Sequence[Comparison], limit: float | None, *, selected: bool 
     if doubtful:
         return Exit.DOUBTFUL
     if limit is not None and not any(case.judged for case in cases):
-        note("no case has an interval, so none can be slower beyond doubt: time at least 6 passes")
+        note("no case has an interval, so the gate cannot decide: time at least 6 passes")
         return Exit.NOTHING_RAN
     return Exit.OK
 

@@ -270,7 +270,7 @@ class _Engine:
             return
         prefill = self._scenario.mode == "prefill"
         count = max(evidence.forwards(runner.steps, prefill) for runner in runners)
-        self._progress(f"{self._scenario.name}: drawing inputs that nothing has seen", 0)
+        self._progress(f"{self._scenario.name}: drawing fresh inputs", 0)
         with self._spared():
             self._unseen = evidence.Unseen(self._inputs, self._checker, count)
         self._hooks.heartbeat()
@@ -287,7 +287,7 @@ class _Engine:
             if not refusals.too_large(error) or (one is not None and one.setting.ranks is not None):
                 raise
             self._unseen = None
-            said = "memory is short: times are not held against forwards on inputs that nothing has seen"
+            said = "memory is short: times are not cross-checked on fresh inputs"
             self._hooks.say(f"{self._scenario.name}: {said}")
             if one is not None:
                 one.load(self._scenario, self._inputs)
@@ -373,7 +373,7 @@ class _Engine:
             if runner.passes and self._correct(runner):
                 one, beat = runner.implementation, self._hooks.heartbeat
                 self._hooks.enter(one.name)
-                self._tick("looking for doubts about", one, 0)
+                self._tick("cross-checking", one, 0)
                 where = "" if runner.headline else f"{runner.samples.variant}: "
                 known = self.measurements[one.name].doubts
                 with self._spared(one):
@@ -393,7 +393,7 @@ class _Engine:
             measurement.new_lengths = told.times
             measurement.doubts += [told.doubt] if told.doubt else []
         elif isinstance(one, MlaLayer) and (measurement.due is None or cut):
-            said = "forwards on new lengths are left out for lack of time"
+            said = "no time is left for unseen lengths"
             self._hooks.detail(f"{self._scenario.name}, {one.name}: {said}")
 
     def _withhold(self) -> None:

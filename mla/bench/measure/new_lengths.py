@@ -233,4 +233,4 @@ class LayerBench:
             return ""
         lengths, out = self._kept
         check = checker.on_lengths(*lengths, out)
-        return f"outputs on lengths that nothing had seen are wrong: {check.reason}" if check.reason else ""
+        return f"outputs on unseen lengths are wrong: {check.reason}" if check.reason else ""

@@ -54,7 +54,7 @@ def sweep(backend: Backend) -> Sweep:
     cache = max(declared or 0, own or 0)
     reason = f"for a last-level cache of {_size(cache)}"
     if own and declared is not None and declared < own:
-        reason += f", which the host reports and the backend declares as {_size(declared)}"
+        reason += f" (as the host reports; the backend declares {_size(declared)})"
     if TIMES * cache > MOST:
         reason += ": less than twice its size, so that some of it may stay warm"
     return Sweep(min(max(TIMES * cache, LEAST), MOST), reason)

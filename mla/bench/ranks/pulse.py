@@ -128,8 +128,8 @@ class Pulse:
         if missing := [rank for rank in range(self.world) if rank not in self.members]:
             hosts = listed(list(dict.fromkeys(member.host for member in self.members.values())))
             sentence = (
-                f"{numbered(missing)} did not come within {seconds:.0f} s, as those on {hosts} did: ended "
-                "before that, or still loading, or without a way to this port; their own output says more"
+                f"{numbered(missing)} did not join within {seconds:.0f} s; the ranks on {hosts} did. Check "
+                "the log of each, and that its node can reach this port"
             )
             self.leave(sentence, 3)
             raise RanksError(sentence)
@@ -282,7 +282,7 @@ class Pulse:
             reasons.append(f"{self._names(self._gone)}: killed, perhaps for lack of memory, or crashed")
         if silent := self._silent(soon=4):
             reasons.append(
-                f"{self._names(silent)}: not heard of for {SILENT:.0f} s; stopped, or the node is gone"
+                f"{self._names(silent)}: no heartbeat for {SILENT:.0f} s; stopped, or the node is gone"
             )
         self._lose(Word("; ".join(reasons), 3, False))
 
@@ -323,7 +323,7 @@ def blamed_on(pulse: Pulse, own: bool = False) -> Iterator[None]:
         if lost is not None:
             raise lost from error
         if isinstance(error, CollectiveError) and (late := pulse.behind()):
-            raise RanksError(f"{late} did not come to a collective in which others wait: {HANGS}") from error
+            raise RanksError(f"{late} did not join a collective that other ranks wait in: {HANGS}") from error
         raise
 
 

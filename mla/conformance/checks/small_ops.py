@@ -195,7 +195,7 @@ HEADS = (*range(1, 34), 40, 48, 63, 64, 65, 96, 127, 128)
 
 
 @op_cases(
-    "rows", "grid", "rows beyond a launch grid, or beside a multiple of its blocks", EXAMPLES, inputs=True
+    "rows", "grid", "rows beyond a launch grid, or no multiple of its blocks", EXAMPLES, inputs=True
 )
 def rows(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """From one row to thousands, every row is right."""
@@ -431,7 +431,7 @@ def check_sparse(trial: Trial, example: OpCase, some: Sequence[int], page_size: 
         rows, on_device = cache.flatten(0, 1), chosen.to(trial.device)
         rows[on_device] = rows[beside] = torch.nan
         trial.judge(call, call.run({}, slots=on_device, cache=cache), slots=on_device, cache=cache)
-        expect(bool(rows[beside].isnan().all()), "a slot beside those that are written has changed")
+        expect(bool(rows[beside].isnan().all()), "a slot other than those written has changed")
 
 
 @op_check("far_rows", "index", "places of rows that are computed in 32 bits", EXAMPLES)

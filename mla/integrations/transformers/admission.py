@@ -51,8 +51,8 @@ def visible_keys(
 
     if mask_function is not causal_mask_function or int(kv_offset):
         raise UnsupportedModel(
-            "this step's mask is not plain causal attention (packed sequences, a window, or a mask of its "
-            "own), which the ops of `use_mla` do not serve: call `restore(model)` before."
+            "`use_mla` serves plain causal attention only, and this step has packed sequences, a window or "
+            "another mask: call `restore(model)` first."
         )
     tokens = int(q_offset) + q_length
     if attention_mask is None:
@@ -101,7 +101,8 @@ class Survey(NamedTuple):
 def survey(model: Any) -> Survey:
     """Return what there is to serve. Raises `UnsupportedModel`."""
     if isinstance(model, type) or not hasattr(model, "set_attn_implementation"):
-        raise UnsupportedModel(f"{type(model).__name__} is no loaded model of `transformers` 5.20 or later.")
+        kind = type(model).__name__
+        raise UnsupportedModel(f"{kind} is not a loaded model of `transformers` 5.20 or later.")
     layers = find_attention(model)
     if any(hasattr(layer, "mla_attention") for layer in layers):
         raise UnsupportedModel("this model runs our ops already: call `restore(model)` first.")
@@ -160,13 +161,12 @@ def _check_placement(model: Any, layers: list[Any]) -> None:
 def _check_layer(layer: Any) -> None:
     if not hasattr(layer, "expand_kv"):
         raise UnsupportedModel(
-            f"{type(layer).__name__} is no class of `transformers`, and caches expanded keys: load the model "
-            "without `trust_remote_code`."
+            f"{type(layer).__name__} is not a class of `transformers`, and caches expanded keys: load the "
+            "model without `trust_remote_code`."
         )
     if "expand_kv" in vars(layer):
         raise UnsupportedModel(
-            f"{type(layer).__name__} has an expand_kv of its own, which our ops would leave out: "
-            "take it away first."
+            f"{type(layer).__name__} has its own expand_kv, and our ops would skip it: remove it first."
         )
     if not getattr(layer, "is_causal", True):
         raise UnsupportedModel(NOT_CAUSAL)
@@ -186,8 +186,8 @@ def _check_shared(model: Any, layers: list[Any]) -> None:
         for name, linear in _projections(layer):
             if modules[id(linear)] > 1 or weights[id(linear.weight)] > 1:
                 raise UnsupportedModel(
-                    f"{name} of layer {layer.layer_idx} shares its weight with another module, which packing "
-                    "would leave without one: untie them first."
+                    f"{name} of layer {layer.layer_idx} shares its weight with another module, and packing "
+                    "would take it away: untie them first."
                 )
 
 

@@ -34,9 +34,7 @@ class NewLatents:
     @classmethod
     def __torch_function__(cls, *arguments: Any) -> NoReturn:
         """Raise `UnsupportedModel`."""
-        raise UnsupportedModel(
-            "a PagedCache is read by our ops alone: call `use_mla` on the model that it is given to."
-        )
+        raise UnsupportedModel("only our ops read a PagedCache: call `use_mla` on this model first.")
 
     @property
     def shape(self) -> NoReturn:
@@ -65,7 +63,7 @@ class PagedLayer(CacheLayerMixin):
     ) -> tuple[Any, torch.Tensor]:
         """Hand new latents [B, 1, t, c] and [B, 1, t, r] to the attention, which writes them to the pages."""
         if not hasattr(self._layer, "mla_attention"):
-            raise UnsupportedModel("this model does not run our ops any more, which alone read a PagedCache.")
+            raise UnsupportedModel("this model no longer runs our ops, and only they read a PagedCache.")
         pages, width = self._cache.latents.pages, key_states.shape[-1] + value_states.shape[-1]
         holds = (pages.shape[-1], pages.dtype, pages.device)
         if holds != (width, key_states.dtype, key_states.device):
@@ -127,10 +125,11 @@ class PagedCache(Cache):
     def __init__(self, model: Any, *, max_tokens: int, page_size: int = 64) -> None:
         layers = find_attention(model)
         if not layers or not hasattr(layers[0], "mla_attention"):
-            raise UnsupportedModel("a PagedCache is read by our ops alone: call `use_mla(model)` first.")
+            raise UnsupportedModel("only our ops read a PagedCache: call `use_mla(model)` first.")
         if [layer.layer_idx for layer in layers] != list(range(len(layers))):
             raise UnsupportedModel(
-                f"{type(model).__name__} has layers of other kinds, whose state a PagedCache does not hold."
+                f"{type(model).__name__} has layers without latent attention, and a PagedCache cannot hold "
+                "their state."
             )
         self._model, core = model, layers[0].mla_attention.core
         self.latents = LatentCache(
@@ -215,8 +214,8 @@ class PagedCache(Cache):
         new = [min(queries, length) for length in kv_lens]
         if len(held) != len(new) or [old + more for old, more in zip(held, new, strict=True)] != kv_lens:
             raise UnsupportedModel(
-                f"attention_mask names {kv_lens} tokens of {len(new)} requests, of which {new} are new, and "
-                f"this cache holds {held}: call `reset()`, or `use` the sequences that the batch is of."
+                f"attention_mask names {kv_lens} tokens of {len(new)} requests, {new} of them new, but this cache "
+                f"holds {held}: call `reset()`, or `use` the sequences of this batch."
             )
         batch = self._extend(new)
         if any(new):  # or no layer writes

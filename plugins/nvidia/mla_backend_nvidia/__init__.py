@@ -69,7 +69,7 @@ class Nvidia(TritonBackend, CudaBackend):
         super().prepare_device()
         found = str(self.properties().name)
         if any(word in found.lower() for word in FOREIGN):
-            reason = f"torch.cuda offers '{found}', which is not an NVIDIA device"
+            reason = f"torch.cuda offers '{found}', not an NVIDIA device"
             raise DeviceUnavailable(
                 self.name, reason, "`python -m mla.bench list` shows the backend that serves it"
             )

@@ -158,7 +158,7 @@ def test_a_run_that_is_resumed_from_a_pipe_needs_a_file(run: str, bench: Bench) 
         assert cat.stdout is not None
         name = f"/dev/fd/{cat.stdout.fileno()}"
         done = bench(*VIRTUAL, "--resume", name, fakes=["virtual_clock"])
-    said = f"error: '{name}' is a pipe, which a result cannot go back to: give -o FILE."
+    said = f"error: '{name}' is a pipe and cannot be rewritten: give -o FILE."
     assert (done.code, done.error) == (2, said)
 
 
@@ -171,7 +171,7 @@ def test_a_file_of_somebody_else_in_a_sticky_folder_is_refused(run: str) -> None
         Path(folder).chmod(stat.S_ISVTX | 0o777)
         os.seteuid(12345)
         try:
-            with pytest.raises(ResultError, match="it is somebody else's, in a folder"):
+            with pytest.raises(ResultError, match="it belongs to another user"):
                 check_writable(path, RESULT)
         finally:
             os.seteuid(0)

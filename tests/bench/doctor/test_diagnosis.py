@@ -203,7 +203,7 @@ def test_ops_are_listed_with_every_reason_for_the_default_config(process: Bench,
     reason = lines[lines.index("rotate_query: reference") + 1]
     assert reason == "fused op 'turn' not used because it rotates float16 only, not torch.float32"
     assert lines[-2] == "put: one token at a time"
-    assert lines[-1] == "norm: offered for rms_norm/1, which this config does not call"
+    assert lines[-1] == "norm: offered for rms_norm/1, not called by this config"
 
 
 @pytest.mark.parametrize("below", ["", "file"])

@@ -65,7 +65,7 @@ def test_several_that_are_silent_are_named_together(ranks: Callable[[int], Ranks
     found = run.zero.lost(PATIENCE)
     assert (
         str(found)
-        == f"{AWAY.format(1)} and {AWAY.format(2)}: not heard of for 0 s; stopped, or the node is gone."
+        == f"{AWAY.format(1)} and {AWAY.format(2)}: no heartbeat for 0 s; stopped, or the node is gone."
     )
     assert found is not None
     assert (found.exit_code, found.common) == (3, False)
@@ -104,9 +104,9 @@ def test_ranks_that_never_come_are_named_on_all(
     monkeypatch.setattr(pulse, "WORD", 1.0)
     run = ranks(4)
     other = run.real(2)
-    with pytest.raises(RanksError, match=r"^ranks 1 and 3 did not come within 0 s, as those on \S+ did: "):
+    with pytest.raises(RanksError, match=r"^ranks 1 and 3 did not join within 0 s; the ranks on \S+ did\. "):
         run.zero.meet(0.3)
-    with pytest.raises(RanksError, match=r"^rank 0 .* ended: ranks 1 and 3 did not come within 0 s, "):
+    with pytest.raises(RanksError, match=r"^rank 0 .* ended: ranks 1 and 3 did not join within 0 s; "):
         other.meet(PATIENCE)
 
 

@@ -43,12 +43,12 @@ def run_of(make_run: MakeRun) -> Callable[..., results.Run]:
         (
             {"mla": "not run", "mla_reference": "ok"},
             Exit.NOTHING_RAN,
-            ("nothing to judge: mla has no number",),
+            ("mla produced no result; only the baselines did",),
         ),
         (
             {"transformers": "ok", "mla": "not run"},
             Exit.NOTHING_RAN,
-            ("nothing to judge: mla has no number",),
+            ("mla produced no result; only the baselines did",),
         ),
         ({"mla_reference": "ok", "transformers": "not run"}, Exit.OK, ()),
         ({"mla": "not run"}, Exit.NOTHING_RAN, ()),
