@@ -214,8 +214,8 @@ class PagedCache(Cache):
         new = [min(queries, length) for length in kv_lens]
         if len(held) != len(new) or [old + more for old, more in zip(held, new, strict=True)] != kv_lens:
             raise UnsupportedModel(
-                f"attention_mask names {kv_lens} tokens of {len(new)} requests, {new} of them new, but this cache "
-                f"holds {held}: call `reset()`, or `use` the sequences of this batch."
+                f"attention_mask names {kv_lens} tokens of {len(new)} requests, {new} of them new, but this "
+                f"cache holds {held}: call `reset()`, or `use` the sequences of this batch."
             )
         batch = self._extend(new)
         if any(new):  # or no layer writes
