@@ -140,7 +140,7 @@ def main(prompt: str | None, prompt_file: TextIO | None, **asked: Any) -> None:
     try:
         text = prompt_file.read() if prompt_file else PROMPT if prompt is None else prompt
     except UnicodeDecodeError as error:
-        raise click.ClickException(f"the prompt file is no UTF-8 text: {error}") from error
+        raise click.ClickException(f"the prompt file is not UTF-8 text: {error}") from error
     with one_sentence():
         compare(prompt=text, **asked)
 

@@ -183,9 +183,9 @@ def test_links_of_every_form_are_found_and_code_is_none(packaging_script: Script
 @pytest.mark.parametrize(
     ("link", "sentence"),
     [
-        ("[a](../nowhere.md#b)", "links to ../nowhere.md, which is not there."),
-        ("[a](../../..)", "links to ../../.., which is outside of the repository."),
-        ("[a][b]\n\n[b]: nowhere.md", "links to nowhere.md, which is not there."),
+        ("[a](../nowhere.md#b)", "links to ../nowhere.md: it does not exist."),
+        ("[a](../../..)", "links to ../../..: it is outside of the repository."),
+        ("[a][b]\n\n[b]: nowhere.md", "links to nowhere.md: it does not exist."),
     ],
 )
 def test_a_dead_link_ends_a_release_and_changes_nothing(

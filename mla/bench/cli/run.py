@@ -68,7 +68,7 @@ Exit codes:
     or ended the process, or every case of mla was refused
   4 wrong result
   5 nothing ran (no case of mla, if any was asked for)
-  6 a doubtful time, or with --strict an unreliable one
+  6 a suspect timing, or with --strict an unreliable one
   130 interrupted, 143 ended by SIGTERM, 129 by SIGHUP (the partial result is
     written)
 """

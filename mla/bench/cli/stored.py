@@ -61,7 +61,7 @@ def compare(base: Path, runs: tuple[Path, ...], noise: float, fail_slower: float
 
     Exit code 0; 1 with --fail-slower and a case that is slower beyond doubt, or one that the base has a
     number for and that was not compared; 2 for a file that is not a result; 4 if a case turned wrong or a
-    new one is; 5 if nothing could be compared; 6 if a case turned doubtful or a new one is.
+    new one is; 5 if nothing could be compared; 6 if a case turned suspect or a new one is.
     """
     first, *others = [results.read(path) for path in (base, *runs)]
     cases: list[Comparison] = []
