@@ -80,8 +80,8 @@ def measure(model: Any, ids: torch.Tensor, name: str, new_tokens: int, console: 
             ticks = Ticks(progress, progress.add_task(f"{name}: {doing}", total=new_tokens))
             words = {"max_new_tokens": new_tokens, "do_sample": False, "streamer": ticks}
             words["return_dict_in_generate"] = False  # which the model's generation_config may ask for
-            found = model.generate(ids, attention_mask=torch.ones_like(ids), **words)
-            return found[0].tolist(), ticks.times
+            tokens = model.generate(ids, attention_mask=torch.ones_like(ids), **words)
+            return tokens[0].tolist(), ticks.times
 
         with TransientBytes() as memory:
             generate("warming up, counting memory")
@@ -90,12 +90,12 @@ def measure(model: Any, ids: torch.Tensor, name: str, new_tokens: int, console: 
 
 def weight_bytes(model: Any) -> int:
     """Return the bytes of all weights: those that are as they were loaded, and those packed for our ops."""
-    found = sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
+    count = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     for module in model.modules():
-        found += sum(one.nbytes for one in vars(module).values() if isinstance(one, Packed))
+        count += sum(packed.nbytes for packed in vars(module).values() if isinstance(packed, Packed))
         if attention := getattr(module, "mla_attention", None):
-            found += attention.core.weight_bytes()  # kv_b_proj
-    return found
+            count += attention.core.weight_bytes()  # kv_b_proj
+    return count
 
 
 def show(tokenizer: Any, runs: list[Run]) -> None:

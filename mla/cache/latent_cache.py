@@ -32,8 +32,8 @@ def check_history(config: MLAConfig, kv: Any, pe: Any) -> int:
     widths = (config.kv_lora_rank, config.qk_rope_head_dim)
     for name, rows, width in zip(("kv", "pe"), (kv, pe), widths, strict=True):
         if not isinstance(rows, torch.Tensor) or rows.shape != (len(kv), width):
-            found = list(rows.shape) if isinstance(rows, torch.Tensor) else f"a {type(rows).__name__}"
-            raise ValueError(f"load() takes kv [s, {widths[0]}] and pe [s, {widths[1]}], got {name} {found}.")
+            got = list(rows.shape) if isinstance(rows, torch.Tensor) else f"a {type(rows).__name__}"
+            raise ValueError(f"load() takes kv [s, {widths[0]}] and pe [s, {widths[1]}], got {name} {got}.")
         if wrong := misfit(rows.resolve_neg(), rows.shape, rows.dtype, rows.device):
             raise ValueError(f"{name} {wrong}")
         if not rows.is_floating_point() or rows.is_meta:

@@ -21,7 +21,7 @@ from mla_backends.upload import upload_into
 
 Value = TypeVar("Value")
 
-MOST_TOKENS = 2**31 - 1  # lengths and positions are int32
+MAX_TOKENS = 2**31 - 1  # lengths and positions are int32
 
 
 class PagedCache(Protocol):
@@ -272,8 +272,8 @@ def _lengths(query_lens: Sequence[int], kv_lens: Sequence[int]) -> tuple[list[in
     new, kept = whole_numbers("query_lens", query_lens), whole_numbers("kv_lens", kv_lens)
     if len(kept) != len(new) or any(not 0 <= q <= kv for q, kv in zip(new, kept, strict=True)):
         raise ValueError(f"kv_lens {kept} do not count the new tokens {new}, as they must.")
-    if max((*kept, sum(new))) > MOST_TOKENS:
-        raise ValueError(f"a step has at most {MOST_TOKENS} tokens, new or of a request.")
+    if max((*kept, sum(new))) > MAX_TOKENS:
+        raise ValueError(f"a step has at most {MAX_TOKENS} tokens, new or of a request.")
     return new, kept
 
 

@@ -105,12 +105,12 @@ def read_rope(name: str, family: Family, values: Mapping[str, Any], head: tuple[
     if not family.rotates:
         return Rope(None)
     key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
-    found = values.get(key) or family.defaults.get("rope_parameters") or {}
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"config '{name}': {key} must be an object or null, got {quoted(found)}.")
-    given = {key: value for key, value in found.items() if value is not None or key in _NULL_COUNTS}
+    rope = values.get(key) or family.defaults.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise ConfigError(f"config '{name}': {key} must be an object or null, got {quoted(rope)}.")
+    given = {key: value for key, value in rope.items() if value is not None or key in _NULL_COUNTS}
     spec = _Spec(f"config '{name}': {key}", given)
-    theta = found.get("rope_theta", values.get("rope_theta", family.defaults.get("rope_theta", 10000.0)))
+    theta = rope.get("rope_theta", values.get("rope_theta", family.defaults.get("rope_theta", 10000.0)))
     share = spec.values.pop("partial_rotary_factor", values.get("partial_rotary_factor"))
     if share is not None:
         _check_share(name, share, head, family.rotary_share_of_head)
@@ -194,21 +194,14 @@ def _yarn(spec: _Spec) -> YarnScaling:
         raise ConfigError(f"{spec.where} key 'truncate' must be true or false.")
     for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"):
         if key in spec.values and not is_positive(spec.values[key]):
-            found = spec.values[key]
-            raise ConfigError(f"{spec.where} key '{key}' must be a positive number, got {quoted(found)}.")
+            value = spec.values[key]
+            raise ConfigError(f"{spec.where} key '{key}' must be a positive number, got {quoted(value)}.")
     return YarnScaling(**{key: value for key, value in spec.values.items() if key in known})
 
 
 def _longrope(spec: _Spec, values: Mapping[str, Any], half: int) -> LongRopeScaling:
-    spec.check_known(
-        {
-            "short_factor",
-            "long_factor",
-            "factor",
-            "attention_factor",
-            "original_max_position_embeddings",
-        }
-    )
+    known = ("short_factor", "long_factor", "factor", "attention_factor", "original_max_position_embeddings")
+    spec.check_known(set(known))
     lists = [spec.values.get(key) for key in ("short_factor", "long_factor")]
     for factors in lists:
         if not isinstance(factors, list) or len(factors) != half or not all(map(is_positive, factors)):
@@ -415,8 +408,7 @@ def _plain(cls: type[MLAConfig], family: Family, values: Mapping[str, Any], **na
     """Return the config without its rotary keys: given values, then derived ones, then fixed ones."""
     known = {field.name for field in fields(cls)} - _READ_APART
     absent = {key for key in family.derived if values.get(key) is None}
-    own = {key: value for key, value in values.items() if key in known - absent}
-    config = cls(**own, **names)
+    config = cls(**{key: value for key, value in values.items() if key in known - absent}, **names)
     derived = {key: family.derived[key](vars(config)) for key in absent}
     return replace(config, **derived, **family.fixed)
 

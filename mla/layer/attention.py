@@ -175,7 +175,7 @@ class MLA(nn.Module):
         return type(self) is MLA  # a subclass may do more
 
     def _attended_by(self) -> int:
-        """Return of how many layers like this one the heads attend the latents together."""
+        """Return how many tensor-parallel shards share this attention."""
         return 1
 
     @classmethod
@@ -221,18 +221,16 @@ class MLA(nn.Module):
         self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
         """Return the plain weights under Hugging Face names, bit for bit as loaded."""
-        found = {} if destination is None else destination
+        state = {} if destination is None else destination
         with self._scratch.turn:
             self._require_weights()
-            found.update({prefix + name: weight for name, weight in self._weights.state_dict().items()})
-        return found
+            state.update({prefix + name: weight for name, weight in self._weights.state_dict().items()})
+        return state
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         """Load as part of a larger module, whose state dict holds this layer's weights under `prefix`."""
-        own = {
-            name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)
-        }
-        self.load_state_dict(own)
+        names = (name for name in state_dict if name.startswith(prefix))
+        self.load_state_dict({name.removeprefix(prefix): state_dict[name] for name in names})
 
     def replace_ops(self, replace: Callable[[str, FusedOp], Any]) -> None:
         """Put `replace(role, op)` in place of every op; from now on they are called one by one.

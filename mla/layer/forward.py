@@ -128,7 +128,7 @@ class ExpandedPath:
     def _one_round(
         self, ops: Ops, only: Round, q: torch.Tensor, pages: torch.Tensor, out: torch.Tensor
     ) -> None:
-        """Attend the whole context at once: there is nothing to merge, so nobody reads the log-sum-exp."""
+        """Attend the whole context at once: there is nothing to merge, so the log-sum-exp is not read."""
         k, v = self.rebuild(ops, only.slots, pages)
         lse = None if self.lse_optional else self._lse(q)
         for piece in only.pieces:
@@ -189,7 +189,7 @@ def _merge(out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse:
 # ------------------------------------------------------------------------------------------ forward
 @dataclass(frozen=True, eq=False)
 class Step:
-    """Queries, latents, attention on either path, output. Keeps nothing but scratch memory."""
+    """Queries, latents, attention on either path, output. Stateless except for scratch memory."""
 
     config: MLAConfig
     weights: PackedWeights
@@ -336,7 +336,7 @@ class AttentionCore:
         return self._weights.nbytes()
 
     def queries(self, tokens: int) -> torch.Tensor:
-        """Return memory [T, h, n + r] for the queries of so many tokens; what it held before is lost."""
+        """Return memory [T, h, n + r] for the queries of T tokens; what it held before is lost."""
         return self.scratch.take("q", tokens, self.config.num_attention_heads, self.config.qk_head_dim)
 
     @torch.no_grad()
@@ -356,8 +356,8 @@ class AttentionCore:
         shape = (batch.num_tokens, config.num_attention_heads, config.qk_head_dim)
         require("q", q, shape, self.dtype, self._at)
         require("pages", pages, (None, batch.page_size, config.latent_dim), self.dtype, self._at)
-        own = self.queries(batch.num_tokens)  # which views are kept of
-        q = q if q.data_ptr() == own.data_ptr() and q.stride() == own.stride() else own.copy_(q)
+        held = self.queries(batch.num_tokens)  # which views are kept of
+        q = q if q.data_ptr() == held.data_ptr() and q.stride() == held.stride() else held.copy_(q)
         heads = self.scratch.take("heads", *q.shape[:2], self.config.v_head_dim)
         flat = q.flatten(1)
         projected = Projected(flat, flat, None, flat, q, flat, heads, heads.flatten(1))

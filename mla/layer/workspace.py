@@ -17,8 +17,7 @@ from mla.layer.ops import Ops
 from mla_backends.api import Backend, misfit
 
 Views = TypeVar("Views")
-# Most sets of views kept; prompts come in any length.
-MOST_VIEWS = 256
+MAX_VIEWS = 256  # sets of views kept; prompts come in any length
 
 Tokens = slice | torch.Tensor  # rows of a step: contiguous, or by index
 
@@ -99,7 +98,7 @@ class Workspace:
         return held[:size].view(shape)
 
     def for_round(self, nbytes: int) -> Callable[..., torch.Tensor]:
-        """Return `take` for a round of so many bytes, or what makes memory that is not kept after the round.
+        """Return `take` for a round of `nbytes` bytes, or what makes memory that is not kept after the round.
 
         Every layer of a model has a workspace: were the memory of an exceptionally long context kept, it
         would be needed once per layer. The device's allocator hands it from one layer to the next instead.
@@ -115,7 +114,7 @@ class Workspace:
         """
         if key not in self._views:
             built = build()  # may grow memory, which forgets all views
-            if len(self._views) >= MOST_VIEWS:
+            if len(self._views) >= MAX_VIEWS:
                 self._views.clear()
             self._views[key] = built
         return cast("Views", self._views[key])

@@ -194,9 +194,7 @@ ROTARY = (2, 32, 62, 96, 128)
 HEADS = (*range(1, 34), 40, 48, 63, 64, 65, 96, 127, 128)
 
 
-@op_cases(
-    "rows", "grid", "rows beyond a launch grid, or no multiple of its blocks", EXAMPLES, inputs=True
-)
+@op_cases("rows", "grid", "rows beyond a launch grid, or no multiple of its blocks", EXAMPLES, inputs=True)
 def rows(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """From one row to thousands, every row is right."""
     return by_turns(of_tokens(example, *((*FEW, MOST_ROWS) if quick else (*MANY, MOST_ROWS, BEYOND_GRID))))

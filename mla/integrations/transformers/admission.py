@@ -73,7 +73,7 @@ def _marked(flags: torch.Tensor, queries: int) -> torch.Tensor:
 
 
 def is_ours(mask: object, queries: int | None = None) -> bool:
-    """Return whether `visible_keys` made this mask, for a step of so many queries; None is any."""
+    """Return whether `visible_keys` made this mask, for a step of `queries` queries; None is any."""
     made_for = getattr(mask, "mla_queries", None)
     return made_for is not None and queries in (None, made_for)
 
@@ -109,7 +109,7 @@ def survey(model: Any) -> Survey:
     if not layers:
         raise UnsupportedModel(f"{type(model).__name__} has no multi-head latent attention (no kv_b_proj).")
     models = [
-        one for one in model.modules() if hasattr(one, "set_attn_implementation") and find_attention(one)
+        part for part in model.modules() if hasattr(part, "set_attn_implementation") and find_attention(part)
     ]
     _check_placement(model, layers)
     config = _config(model, layers)
@@ -130,17 +130,19 @@ def survey(model: Any) -> Survey:
 def find_attention(model: Any) -> list[Any]:
     """Return the model's latent attention layers, in their order."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    return [one for one in modules if hasattr(one, "kv_b_proj") and hasattr(one, "kv_a_layernorm")]
+    return [
+        module for module in modules if hasattr(module, "kv_b_proj") and hasattr(module, "kv_a_layernorm")
+    ]
 
 
 def _owner(model: Any, models: list[Any], layers: list[Any]) -> Any:
     """Return the model that all layers have their config from; other parts attend as they did."""
-    owner = next((one for one in models if all(layer.config is one.config for layer in layers)), None)
+    owner = next((part for part in models if all(layer.config is part.config for layer in layers)), None)
     if owner is None:
         raise UnsupportedModel(
             f"{type(model).__name__} holds several language models: call `use_mla` on each of them."
         )
-    if any(one.config.output_attentions for one in models):
+    if any(part.config.output_attentions for part in models):
         raise UnsupportedModel(NO_WEIGHTS)
     if owner.config._attn_implementation == NAME:
         raise UnsupportedModel(NOT_PREPARED)
@@ -192,8 +194,8 @@ def _check_shared(model: Any, layers: list[Any]) -> None:
 
 
 def _projections(layer: Any) -> list[tuple[str, Any]]:
-    found = [(name, getattr(layer, name, None)) for name in PROJECTIONS]
-    return [(name, linear) for name, linear in found if linear is not None]
+    projections = [(name, getattr(layer, name, None)) for name in PROJECTIONS]
+    return [(name, linear) for name, linear in projections if linear is not None]
 
 
 def _more_than_a_weight(linear: Any, may_have_bias: bool) -> str:
@@ -235,19 +237,19 @@ def _check_scaling(layers: list[Any], config: MLAConfig) -> None:
 class Check:
     """A forward pre-hook of the innermost model, which runs the layers."""
 
-    def __init__(self, found: Survey) -> None:
-        self._device = found.device.type
-        self._scaled = [(layer, layer.scaling) for layer in found.layers]
+    def __init__(self, surveyed: Survey) -> None:
+        self._device = surveyed.device.type
+        self._scaled = [(layer, layer.scaling) for layer in surveyed.layers]
 
     @uncompiled
     def __call__(self, model: Any, arguments: tuple[Any, ...], words: dict[str, Any]) -> None:
         """Raise `UnsupportedModel` for a forward that cannot be served."""
         values = (*arguments, *words.values())
-        tensors, caches = list(_tensors(values)), [one for one in values if isinstance(one, Cache)]
+        tensors, caches = list(_tensors(values)), [value for value in values if isinstance(value, Cache)]
         if words.get("output_attentions", model.config.output_attentions):
             raise UnsupportedModel(NO_WEIGHTS)
-        masks = [one for one in tensors if one.ndim == 4]
-        if masks or not caches or any(getattr(one, "is_uneven", False) for one in caches):
+        masks = [tensor for tensor in tensors if tensor.ndim == 4]
+        if masks or not caches or any(getattr(cache, "is_uneven", False) for cache in caches):
             _check_shapes(_bound(model, arguments, words), masks, caches)
         if torch.is_autocast_enabled(self._device):
             raise UnsupportedModel(
@@ -282,14 +284,14 @@ def _bound(model: Any, arguments: tuple[Any, ...], words: dict[str, Any]) -> dic
 
 
 def _check_shapes(given: dict[str, Any], masks: list[torch.Tensor], caches: list[Cache]) -> None:
-    """Raise `UnsupportedModel` for masks of another step, and for positions that nobody names."""
+    """Raise `UnsupportedModel` for masks of another step, and for positions that are not given."""
     if not all(map(is_ours, masks)):
         raise UnsupportedModel(OWN_MASK)
     inputs = (given.get(name) for name in ("input_ids", "inputs_embeds"))
-    shape = next((one.shape[:2] for one in inputs if one is not None), None)
+    shape = next((tensor.shape[:2] for tensor in inputs if tensor is not None), None)
     if shape is None:
         return  # the model says that it needs them
-    if not all(_is_of_this_step(one, shape, caches) for one in masks):
+    if not all(_is_of_this_step(mask, shape, caches) for mask in masks):
         raise UnsupportedModel(OWN_MASK)
     mask = given.get("attention_mask")
     if not caches and isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape != shape:
@@ -307,7 +309,7 @@ def _is_of_this_step(mask: torch.Tensor, shape: torch.Size, caches: list[Cache])
     if not is_ours(mask, queries) or mask.shape[0] != batch:
         return False
     held: list[Any] = [cache.get_seq_length() for cache in caches]
-    if any(isinstance(one, torch.Tensor) and one.device.type != "cpu" for one in held):
+    if any(isinstance(count, torch.Tensor) and count.device.type != "cpu" for count in held):
         return True  # or the device would be waited for
     return bool(mask.shape[-1] == queries + sum(map(int, held)))
 

@@ -34,7 +34,7 @@ class UnsupportedModel(MLAError):
 
 def require_inference(*tensors: torch.Tensor, training: bool = False) -> None:
     """Raise `UnsupportedModel` where gradients are wanted: our ops have none."""
-    if training or (torch.is_grad_enabled() and any(one.requires_grad for one in tensors)):
+    if training or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         raise UnsupportedModel(
             "`use_mla` serves inference: call `model.eval()` and run under `torch.no_grad()`, or "
             "`restore(model)` to train."

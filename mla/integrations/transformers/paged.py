@@ -273,7 +273,7 @@ class PagedCache(Cache):
             (count - 1) * -(-self.latents.length(old[place]) // size) for place, count in counts.items()
         )
         left = [sequence for sequence in old if sequence not in kept]
-        free = self.latents.free_pages + sum(-(-self.latents.length(one) // size) for one in left)
+        free = self.latents.free_pages + sum(-(-self.latents.length(sequence) // size) for sequence in left)
         if more > free:
             raise CacheFull(f"copies of requests need {more} more pages, and the cache has {free}.")
         self.latents.release(left)
