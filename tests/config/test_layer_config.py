@@ -31,7 +31,9 @@ def test_presets_hold_the_published_numbers() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_a_config_that_knows_its_name_and_source(name: str) -> None:
     assert MLAConfig.preset(name).name == name
-    assert PRESETS[name].source.startswith("https://")
+    assert PRESETS[name].source.startswith("https://huggingface.co/")
+    assert PRESETS[name].source.endswith("/config.json")
+    assert PRESETS[name].read_from.startswith("https://")
 
 
 def test_a_config_shows_its_dimensions_and_what_is_not_default() -> None:
