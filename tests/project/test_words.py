@@ -88,6 +88,17 @@ def test_messages_and_help_use_the_words_of_the_field(folder: str) -> None:
     assert found == [], "\n".join(found)
 
 
+def test_descriptions_of_commands_use_the_words_of_the_field() -> None:
+    """Help that is a docstring."""
+    from mla.bench.cli.main import cli as bench
+    from mla.conformance.cli import cli as conformance
+
+    commands = [*bench.commands.values(), conformance]
+    assert len(commands) > 10
+    found = [f"{command.name}: {phrase}" for command in commands for phrase in banned(command.help or "")]
+    assert found == []
+
+
 def test_pages_use_the_words_of_the_field() -> None:
     pages = [path for path in tracked("*.md") if path.name != "CHANGELOG.md" and "tests" not in path.parts]
     assert len(pages) > 20
