@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import accumulate
 from operator import index
-from typing import Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
@@ -19,18 +19,12 @@ from mla.errors import StaleBatch
 from mla_backends.api import is_plain
 from mla_backends.upload import upload_into
 
+if TYPE_CHECKING:
+    from mla.cache.latent_cache import LatentCache
+
 Value = TypeVar("Value")
 
 MAX_TOKENS = 2**31 - 1  # lengths and positions are int32
-
-
-class PagedCache(Protocol):
-    """The cache a batch describes; its generation changes with every change of lengths."""
-
-    generation: int
-    num_pages: int
-
-    __weakref__: Any  # it can be referred to weakly
 
 
 def host_ints(values: Iterable[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -64,7 +58,7 @@ def plain(made: torch.Tensor) -> torch.Tensor:
     return made
 
 
-class _Source(weakref.ref[PagedCache]):
+class _Source(weakref.ref[Any]):
     """Weak: a plan in the memo refers to its batch, and this cycle must not hold the pages of a cache."""
 
     def __deepcopy__(self, memo: Any) -> _Source:
@@ -146,7 +140,7 @@ class RaggedBatch:
         block_table: torch.Tensor,  # [B, n] int32, on the host
         page_size: int,
         device: torch.device,
-        source: PagedCache | None = None,
+        source: LatentCache | None = None,
         slots: Sequence[int] | None = None,  # of the new tokens, where the caller knows them
         memory: BatchMemory | None = None,  # of this shape, where the caller has some to reuse
     ) -> None:
@@ -185,7 +179,7 @@ class RaggedBatch:
             f"{', out of date' if old else ''})"
         )
 
-    def _cache(self) -> PagedCache | None:
+    def _cache(self) -> LatentCache | None:
         """Return the cache that this batch describes, if there is one and somebody still has it."""
         return None if self._source is None else self._source()
 

@@ -263,22 +263,22 @@ def make_step(
     config: MLAConfig, ops: Ops, weights: PackedWeights, views: StepViews, scratch: Workspace
 ) -> Step:
     """Return the step of one layer, which reads and writes `views` of `scratch`."""
-    interleaved, softmax_scale = config.rope_interleave, config.softmax_scale
-    rebuild = Rebuild(config, weights, scratch)
-    return Step(
-        config,
-        weights,
-        views,
-        AbsorbedPath(weights, scratch, views, interleaved, softmax_scale),
-        ExpandedPath(
-            scratch,
-            rebuild,
-            config.qk_nope_head_dim,
-            interleaved,
-            softmax_scale,
-            ops["expanded_attention"].op.lse_optional,
-        ),
-    )
+    paths = _paths(config, ops, weights, views, scratch, config.rope_interleave)
+    return Step(config, weights, views, *paths)
+
+
+def _paths(
+    config: MLAConfig,
+    ops: Ops,
+    weights: PackedWeights,
+    views: StepViews,
+    scratch: Workspace,
+    interleaved: bool,
+) -> tuple[AbsorbedPath, ExpandedPath]:
+    scale, rebuild = config.softmax_scale, Rebuild(config, weights, scratch)
+    optional = ops["expanded_attention"].op.lse_optional
+    absorbed = AbsorbedPath(weights, scratch, views, interleaved, scale)
+    return absorbed, ExpandedPath(scratch, rebuild, config.qk_nope_head_dim, interleaved, scale, optional)
 
 
 # --------------------------------------------------------------------------------------------- core
@@ -314,12 +314,9 @@ class AttentionCore:
         self._at = torch.empty(0, device=self.device).device  # as tensors say it: with an index
         self._weights = PackedWeights(config, self.ops, dtype, self.device)
         self._growth = Growth(backend)
-        self._views = StepViews(config, self.ops, self.scratch)
-        scale = config.softmax_scale
-        rebuild = Rebuild(config, self._weights, self.scratch)
-        optional = self.ops["expanded_attention"].op.lse_optional
-        self._absorbed = AbsorbedPath(self._weights, self.scratch, self._views, False, scale)
-        self._expanded = ExpandedPath(self.scratch, rebuild, config.qk_nope_head_dim, False, scale, optional)
+        views = StepViews(config, self.ops, self.scratch)
+        paths = _paths(config, self.ops, self._weights, views, self.scratch, False)
+        self._absorbed, self._expanded = paths
 
     def load(self, kv_b_proj: torch.Tensor) -> None:
         """Pack the weight [h (n + v), c]. Raises `WeightError` for another shape."""
