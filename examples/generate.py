@@ -115,7 +115,7 @@ def show(tokenizer: Any, runs: list[Run]) -> None:
 
 
 def compare(model_dir: str, prompt: str, new_tokens: int, backend: str, dtype: str) -> None:
-    """Run both ways and print them; ours first, so that a model which is not served is said at once."""
+    """Run both ways and print them; ours first, so that an unsupported model is refused at once."""
     console = Console(stderr=True)
     model, tokenizer = load(model_dir, backend, dtype)
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)

@@ -1,4 +1,4 @@
-"""Loading a model directory, for the examples: what goes wrong is one sentence, whoever raises it."""
+"""Loading a model directory, for the examples: any error becomes one sentence."""
 
 from __future__ import annotations
 

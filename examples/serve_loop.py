@@ -76,7 +76,7 @@ class Server:
         latents = self.cache.latents
         while self.waiting and len(self.running) < self.at_once:
             if sum(map(self._pages, [*self.running, self.waiting[0]])) > latents.num_pages:
-                return  # until somebody leaves
+                return  # until a request ends
             request = self.waiting.popleft()
             (request.sequence,) = latents.new_sequences(1)
             self._append([request])

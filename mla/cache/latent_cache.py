@@ -136,7 +136,7 @@ class LatentCache:
         return rows.reshape(-1)[: entry.length].to(self.pages.device)
 
     def slot(self, sequence: int, token: int) -> int:
-        """Return the row of a flattened layer that holds a token of a sequence, which must be there."""
+        """Return the row of a flattened layer that holds a token of a sequence; the token must exist."""
         return self._get(sequence).pages[token // self.page_size] * self.page_size + token % self.page_size
 
     def new_sequences(self, count: int) -> list[int]:
@@ -225,7 +225,7 @@ class LatentCache:
     def _batch_memory(self, tokens: int, table: torch.Tensor, reserved: bool) -> BatchMemory:
         """Return where the step's tables go: the last step's memory while the shape is the same.
 
-        Steps of a reserved width have memory of their own, which other steps leave alone.
+        Steps of a reserved width have their own memory.
         """
         memory = self._memory.get(reserved)
         if memory is None or not memory.fits(tokens, table):

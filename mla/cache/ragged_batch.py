@@ -180,7 +180,7 @@ class RaggedBatch:
         )
 
     def _cache(self) -> LatentCache | None:
-        """Return the cache that this batch describes, if there is one and somebody still has it."""
+        """Return the cache that this batch describes, or None if there is none or it is gone."""
         return None if self._source is None else self._source()
 
     def _pack(self, slots: Sequence[int] | None) -> torch.Tensor:

@@ -152,7 +152,7 @@ def _only_main(locations: Collection[Location], facts: Facts, folder: str) -> in
 
 
 def _numbered(locations: Collection[Location], number: int | None, facts: Facts, folder: str) -> int | None:
-    """Return the stored number of layer `number`, which a folder of one layer may have lost or changed."""
+    """Return the stored number of layer `number`; a folder of one layer may have lost or changed it."""
     layers = {location.layer for location in locations}
     if number in layers:
         return number

@@ -153,7 +153,7 @@ WRAPPERS = ("text_config", "language_config", "llm_config")
 
 
 def language_model(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the language model's part of a config.json, which is all of it for a text model."""
+    """Return the language model's part of a config.json, or all of a text model's."""
     if "kv_lora_rank" not in values:
         for key in WRAPPERS:
             if isinstance(values.get(key), Mapping):

@@ -55,7 +55,7 @@ def _mscale(factor: float, mscale: float) -> float:
 class LongRopeScaling:
     """LongRoPE (https://arxiv.org/abs/2402.13753) with one list of divisors for every length.
 
-    Two lists would mean that cached keys change when a sequence grows, which no cache can follow.
+    With two lists, cached keys would change as a sequence grows.
     """
 
     factors: tuple[float, ...]  # [r/2], each divides one frequency
@@ -66,7 +66,7 @@ class LongRopeScaling:
         return self.attention_factor
 
     def softmax_factor(self) -> float:
-        """Return the factor on the softmax scale, which is 1."""
+        """Return the factor on the softmax scale: 1."""
         return 1.0
 
 
@@ -267,7 +267,7 @@ class MLAConfig:
     rope_interleave: bool = True  # channels (0, 1), (2, 3), ... are rotated together, else i and i + r/2
     rope_scaling: RopeScaling | None = None
     q_latent_scale: float = 1.0  # on the normed query latent, and so on queries
-    kv_latent_scale: float = 1.0  # on the normed latent, which is cached scaled
+    kv_latent_scale: float = 1.0  # on the normed latent, before it is cached
     query_scaling: QueryScaling | None = None  # of queries by position
     model_type: str | None = None  # the family it was read as; computes nothing
     name: str = "custom"

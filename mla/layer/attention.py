@@ -171,7 +171,7 @@ class MLA(nn.Module):
         )
 
     def _calls_ops_alone(self) -> bool:
-        """Return whether a step is nothing but calls of ops, which can be recorded."""
+        """Return whether a step consists of op calls alone, so that it can be recorded."""
         return type(self) is MLA  # a subclass may do more
 
     def _attended_by(self) -> int:

@@ -262,7 +262,7 @@ class Step:
 def make_step(
     config: MLAConfig, ops: Ops, weights: PackedWeights, views: StepViews, scratch: Workspace
 ) -> Step:
-    """Return the step of one layer, which reads and writes `views` of `scratch`."""
+    """Return the step of one layer over `views` of `scratch`."""
     paths = _paths(config, ops, weights, views, scratch, config.rope_interleave)
     return Step(config, weights, views, *paths)
 

@@ -259,7 +259,7 @@ class Ops:
         """
         remarks = {}
         for choice in self._choices.values():
-            answer = getattr(choice.op, "remarks", ())  # of what replaces an op, which may be no `FusedOp`
+            answer = getattr(choice.op, "remarks", ())  # a replacement may not be a `FusedOp`
             lines = sentences(choice.name, "remarks", answer, "for none")
             if lines:
                 remarks[choice.name] = [*map(one_line, lines)]

@@ -116,7 +116,7 @@ class PackedWeights:
         return out
 
     def _fused_bias(self, vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return the bias of the fused first projection; q_proj has none, which counts as zero."""
+        """Return the bias of the fused first projection; that of q_proj is zero."""
         kv_a = vectors["kv_a_proj_with_mqa.bias"]
         width = self._ops["qkv_a_proj"].spec.out_features - kv_a.shape[0]
         return torch.cat((vectors.get(f"{self._first}.bias", kv_a.new_zeros(width)), kv_a))

@@ -181,7 +181,7 @@ def _check_layer(layer: Any) -> None:
 
 
 def _check_shared(model: Any, layers: list[Any]) -> None:
-    """Raise `UnsupportedModel` where packing a projection would take its weight from somebody else."""
+    """Raise `UnsupportedModel` where packing a projection would take its weight from another module."""
     modules = Counter(id(linear) for layer in layers for _, linear in _projections(layer))
     weights = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
     for layer in layers:
@@ -315,7 +315,7 @@ def _is_of_this_step(mask: torch.Tensor, shape: torch.Size, caches: list[Cache])
 
 
 def _check_cache(cache: Cache) -> None:
-    """Raise `UnsupportedModel` for a cache of which a layer has dropped tokens."""
+    """Raise `UnsupportedModel` for a cache with a layer that has dropped tokens."""
     layer: Any
     for index, layer in enumerate(cache.layers):
         if getattr(layer, "is_sliding", False) and layer.get_mask_sizes(1)[1]:

@@ -28,7 +28,7 @@ Keys = slice | torch.Tensor
 
 
 class Span(NamedTuple):
-    """Queries of a request of which each sees one key more than the one before."""
+    """Consecutive queries of a request; each sees one key more than the one before."""
 
     request: int
     first: int
@@ -55,7 +55,7 @@ class Step:
 
     @classmethod
     def of(cls, flags: torch.Tensor, queries: int, device: torch.device) -> Step:
-        """Describe a step of `queries` queries a request, of which the last is that of the last key."""
+        """Describe a step of `queries` queries a request; the last query is that of the last key."""
         seen = flags[:, 0, 0] != 0
         starts = left_padding(seen)
         if starts is None:

@@ -1,4 +1,4 @@
-"""`use_mla` and `restore`: a loaded model's attention layers run our ops, and theirs again."""
+"""`use_mla` and `restore`: switch a loaded model's attention layers to our ops, and back."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def restore(model: Any) -> Any:
 
 
 def _undo(use: Use) -> None:
-    """Give back what layers had, of which some may have been prepared."""
+    """Give back what layers had; some may not have been prepared."""
     for model, guards in use.guards.items():
         for take_away in guards if model() is not None else ():
             take_away()

@@ -61,7 +61,7 @@ class Packed(nn.Module):
         """Return the module that this one stands in for, and give it its weight."""
         (linear,) = self._linear
         with torch.inference_mode(False):
-            linear.weight.data = self.weight_as_loaded()  # whoever put another one here in between
+            linear.weight.data = self.weight_as_loaded()  # even if it was replaced in between
         return linear.train(self.training)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Packed:
@@ -123,7 +123,7 @@ class PackedLinear(Packed):
 
 
 class PackedKvB(Packed):
-    """`kv_b_proj`, which the attention has absorbed."""
+    """`kv_b_proj`, absorbed into the attention."""
 
     def __init__(self, linear: nn.Linear, core: AttentionCore) -> None:
         super().__init__(linear)

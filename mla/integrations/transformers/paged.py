@@ -23,7 +23,7 @@ from mla.integrations.transformers.errors import UnsupportedModel, uncompiled
 
 
 class NewLatents:
-    """A step's new latents [B, 1, t, c], for the attention alone, which reads all others from the pages.
+    """A step's new latents [B, 1, t, c], for the attention alone: it reads all others from the pages.
 
     A model that does not run our ops would take them for the whole history: it is stopped at its first use.
     """
@@ -43,7 +43,7 @@ class NewLatents:
 
 
 class PagedLayer(CacheLayerMixin):
-    """One layer of the cache, which it does not keep alive: its pages go when nobody has it any more."""
+    """One layer of the cache. It does not keep the cache, and so its pages, alive."""
 
     is_compileable = False
     is_croppable = True
@@ -61,7 +61,7 @@ class PagedLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *arguments: Any, **words: Any
     ) -> tuple[Any, torch.Tensor]:
-        """Hand new latents [B, 1, t, c] and [B, 1, t, r] to the attention, which writes them to the pages."""
+        """Hand new latents [B, 1, t, c] and [B, 1, t, r] to the attention, to be written to the pages."""
         if not hasattr(self._layer, "mla_attention"):
             raise UnsupportedModel("this model no longer runs our ops, and only they read a PagedCache.")
         pages, width = self._cache.latents.pages, key_states.shape[-1] + value_states.shape[-1]
@@ -143,7 +143,7 @@ class PagedCache(Cache):
         self.columns = 0  # tokens of the longest request, with its padding
         self._sequences: list[int] = []
         self._named = False  # whether `use` said which they are
-        self._unfinished = set[int]()  # sequences of which some layers have not written what is counted
+        self._unfinished = set[int]()  # sequences whose counted tokens some layers have not written
         self._last: Step
         super().__init__(layers=[PagedLayer(self, layer, index) for index, layer in enumerate(layers)])
 
@@ -164,7 +164,7 @@ class PagedCache(Cache):
         return self._named and len({self.latents.length(sequence) for sequence in self._sequences}) > 1
 
     def use(self, sequences: Sequence[int]) -> None:
-        """Say of which sequences the next forward is, in the order of its rows.
+        """Name the sequences of the next forward, in the order of its rows.
 
         Its attention_mask pads shorter ones on the left, and its position_ids say where each goes on.
         """
