@@ -64,7 +64,7 @@ PLAIN: list[tuple[Callable[[Tensors], Tensors], str]] = [
     ),
     (lambda t: put(t, o_proj__weight=t[O_PROJ].double()), "o_proj.weight' in .* is F64: only"),
     (lambda t: put(t, o_proj__weight=t[O_PROJ].to(torch.float8_e5m2)), "is F8_E5M2: only"),
-    (lambda t: put(t, o_proj__weight=t[O_PROJ].to(torch.float8_e4m3fn)), "is FP8 and has no scale"),
+    (lambda t: put(t, o_proj__weight=t[O_PROJ].to(torch.float8_e4m3fn)), "is FP8 but has no scale"),
     (
         lambda t: put(t, kv_a_layernorm__weight=torch.ones(40).to(torch.float8_e4m3fn)),
         "kv_a_layernorm.weight' in .* is F8_E4M3: only .* for matrices",
@@ -113,7 +113,7 @@ def test_broken_tensors_are_named(damage: Callable[[Tensors], Tensors], reason: 
 
 
 FP8: list[tuple[Callable[[Tensors], Tensors], str]] = [
-    (lambda t: put(t, o_proj__weight_scale_inv=None), "o_proj.weight' in .* is FP8 and has no scale"),
+    (lambda t: put(t, o_proj__weight_scale_inv=None), "o_proj.weight' in .* is FP8 but has no scale"),
     (
         lambda t: put(t, o_proj__weight_scale_inv=torch.ones(5, 3)),
         r"weight_scale_inv' in .* has shape \[5, 3\]: \[72, 36\] in blocks of \[16, 20\] needs \[5, 2\]",
