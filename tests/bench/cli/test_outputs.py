@@ -22,7 +22,7 @@ from benchmarks.peers.scaling import FIGURE
 from benchmarks.transformers.record import RECORD
 from mla.bench import results
 from mla.bench.cli import stored
-from mla.bench.measure.trace import Trace
+from mla.bench.measure.profile import Trace
 from mla.command.files import RESULT, TRACE, check_writable, write_bytes
 from mla.errors import ResultError
 
@@ -187,7 +187,7 @@ def test_a_file_that_is_mounted_is_refused(run: str) -> None:
     check = "from mla.command.files import *; check_writable(Path('mounted'), RESULT)"
     words = [*namespace, f'{mount}; exec "$0" -c "$1"', sys.executable, check]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.stderr.endswith("it is a mount point, which cannot be replaced; name another file.\n")
+    assert done.stderr.endswith("it is a mount point and cannot be replaced; name another file.\n")
 
 
 def test_ctrl_c_after_the_replacement_is_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,9 +37,21 @@ def run_of(make_run: MakeRun) -> Callable[..., results.Run]:
     [
         ({"mla": "ok", "mla_reference": "ok"}, Exit.OK, ()),
         ({"mla": "ok", "transformers": "not run"}, Exit.OK, ()),
-        ({"mla": "doubtful", "mla_reference": "ok"}, Exit.DOUBTFUL, ("doubtful",)),
-        ({"mla": "ok", "mla_reference": "doubtful"}, Exit.DOUBTFUL, ("doubtful",)),
-        ({"mla": "doubtful", "mla_reference": "wrong"}, Exit.WRONG, ("wrong", "doubtful")),
+        (
+            {"mla": "doubtful", "mla_reference": "ok"},
+            Exit.DOUBTFUL,
+            ("suspect timing: rejected for 1 case ",),
+        ),
+        (
+            {"mla": "ok", "mla_reference": "doubtful"},
+            Exit.DOUBTFUL,
+            ("suspect timing: rejected for 1 case ",),
+        ),
+        (
+            {"mla": "doubtful", "mla_reference": "wrong"},
+            Exit.WRONG,
+            ("wrong result: 1 case ", "suspect timing"),
+        ),
         (
             {"mla": "not run", "mla_reference": "ok"},
             Exit.NOTHING_RAN,
