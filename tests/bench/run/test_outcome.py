@@ -40,17 +40,17 @@ def run_of(make_run: MakeRun) -> Callable[..., results.Run]:
         (
             {"mla": "doubtful", "mla_reference": "ok"},
             Exit.DOUBTFUL,
-            ("suspect timing: rejected for 1 case ",),
+            ("suspect timing: ",),
         ),
         (
             {"mla": "ok", "mla_reference": "doubtful"},
             Exit.DOUBTFUL,
-            ("suspect timing: rejected for 1 case ",),
+            ("suspect timing: ",),
         ),
         (
             {"mla": "doubtful", "mla_reference": "wrong"},
             Exit.WRONG,
-            ("wrong result: 1 case ", "suspect timing"),
+            ("wrong result: ", "suspect"),
         ),
         (
             {"mla": "not run", "mla_reference": "ok"},
