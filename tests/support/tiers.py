@@ -84,7 +84,7 @@ EVERYDAY: tuple[str, ...] = (
     r"tests/gpu_campaign/test_sections",
     r"tests/peers/test_run.py::test_ours",
     r"tests/bench/scaffold/test_new_backend.py::test_a",
-    r"tests/backends/emulation/test_process.py::test_the_command_line_writes_a_checked_result\[n",
+    r"tests/backends/emulation/test_process.py::test_the_command_line_writes_a_checked_result",
     r"tests/bench/opponents/test_clocks",
     r"tests/parallel/test_ranks.py::test_every_layout_equals_one_device\[2\]",
     r"tests/integrations/test_tokens.py::test_every_family_generates_the_same_tokens",

@@ -33,7 +33,7 @@ from mla_backend_cpu.compilation import (
 )
 
 # Made by hatch_build.py. Who can write them can write the Python beside them, which is trusted as well.
-PREBUILT = Path(__file__).parent / "kernels"  # made by hatch_build.py
+PREBUILT = Path(__file__).parent / "kernels"
 
 
 def find_prebuilt(level: Level) -> Artifact | str:

@@ -225,6 +225,6 @@ def test_what_was_checked_is_what_is_loaded(
         path = Path(os.readlink(f"/proc/self/fd/{found.descriptor}"))
         path.unlink()
         path.write_bytes(kept.read_bytes())
-        values.append(library._open(found).mla_dot_bf16())
+        values.append(library._library(PORTABLE, found, "", {}).dot_bf16)
     assert values == [1, 2]
     assert ctypes.CDLL(str(kept)).mla_dot_bf16() == 0

@@ -12,14 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mla_backend_iluvatar.kernels import DEFAULTS, kernels, refusal
 from mla_backends import FusedOp, hookimpl
 from mla_backends.cuda import CudaBackend
-from mla_backends.errors import DeviceUnavailable
+from mla_backends.errors import DeviceUnavailable, describe
+from mla_backends.kernels import IxformerMla, SdpaExpanded
 from mla_backends.known import KNOWN
 from mla_backends.torch_backend import TF32_VARIABLES
-from mla_backends.triton_ops import Tuning
-from mla_backends.triton_ops.backend import TritonBackend
+from mla_backends.triton_ops import Tile, TritonBackend, Tuning
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["Iluvatar", "mla_backend"]
 
 GRAPH_VARIABLE = "VLLM_ENFORCE_CUDA_GRAPH"  # the vendor's own deployments set it to allow graphs
+# Of the Triton kernels; not run on hardware. Eight warps and no pipeline, as FlagGems has it here; 64 KiB of
+# shared memory hold these.
+TILES = Tuning(latent={1: Tile(16, 32, 8, 1)}, expanded={1: Tile(64, 32, 8, 1)})
 
 
 class Iluvatar(TritonBackend, CudaBackend):
@@ -66,14 +68,39 @@ class Iluvatar(TritonBackend, CudaBackend):
         return tuple(dtype for dtype, why in self._refusals.items() if not why)
 
     def kernels(self) -> Mapping[str, FusedOp]:
-        return kernels()
+        """Return ixformer's attention, one query token per row, and SDPA.
+
+        Which widths CoreX's SDPA serves fast is not public. Values are padded to the width of keys, which
+        FlashAttention 2 and its relatives require; not run on hardware.
+        """
+        return {
+            "ixformer": IxformerMla(install="it comes with the CoreX SDK"),
+            "sdpa": SdpaExpanded(pads_values=True),
+        }
 
     def default_tuning(self) -> Tuning:
-        return DEFAULTS
+        return TILES
 
     def vendor_facts(self) -> Mapping[str, str]:
         refused = {str(dtype): why for dtype, why in self._refusals.items() if why}
         return {**super().vendor_facts(), **{f"refused.{name}": why for name, why in refused.items()}}
+
+
+def refusal(dtype: torch.dtype, device: torch.device) -> str:
+    """Return why the device does not multiply in `dtype`; empty if a product is exactly right.
+
+    The factors are small integers, so that the product [16, 16] has no rounding in any floating dtype.
+    """
+    import torch
+
+    factor = (torch.arange(256) * 5 % 7 - 3).view(16, 16)
+    try:
+        there = factor.to(device, dtype)
+        product = (there @ there).cpu()
+    except Exception as error:  # noqa: BLE001  # vendor stacks raise anything
+        return f"a product raised {describe(error)}"
+    right = torch.equal(product.double(), (factor @ factor).double())
+    return "" if right else "a product came out wrong"
 
 
 @hookimpl

@@ -7,8 +7,7 @@ from importlib import metadata
 import pytest
 import torch
 
-from mla_backend_iluvatar import Iluvatar
-from mla_backend_iluvatar.kernels import refusal
+from mla_backend_iluvatar import Iluvatar, refusal
 from mla_backends.errors import BackendError, DeviceUnavailable
 from mla_backends.registry import open_backend
 

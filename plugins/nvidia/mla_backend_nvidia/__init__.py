@@ -19,8 +19,7 @@ from mla_backends.errors import DeviceUnavailable
 from mla_backends.known import KNOWN
 from mla_backends.monitor import Address, Dialect, Monitor, NvmlSampler
 from mla_backends.torch_backend import TF32_VARIABLES
-from mla_backends.triton_ops import Tuning
-from mla_backends.triton_ops.backend import TritonBackend
+from mla_backends.triton_ops import TritonBackend, Tuning
 
 if TYPE_CHECKING:
     import torch

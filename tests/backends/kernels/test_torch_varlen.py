@@ -266,8 +266,8 @@ class StaleLogs(TorchVarlen):
 class ValuesBehind(TorchVarlen):
     """Values are padded in front and cut behind."""
 
-    def _values(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return super()._values(k, v).roll(k.shape[2] - v.shape[2], dims=2)
+    def attend(self, state: Any, q: Any, k: Any, v: Any, softmax_scale: float) -> Any:
+        return super().attend(state, q, k, v.roll(192 - 128, dims=2), softmax_scale)
 
 
 @pytest.mark.parametrize(

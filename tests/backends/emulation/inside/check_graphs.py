@@ -43,7 +43,7 @@ def test_a_layer_can_be_captured(capturing: Any, config: Any) -> None:
         assert captured.isfinite().all()
 
 
-@pytest.mark.only("moore", "nvidia")  # once per way of attaching the device
+@pytest.mark.only("nvidia")  # the suite looks at moore
 def test_decode_in_plain_torch_is_replayed_as_its_lengths_grow(bench: Any, tmp_path: Path) -> None:
     """The history of the tiny run crosses the end of a page, and one graph follows it."""
     done = bench("--ops", "reference", "--scenario", "decode", "-O", "graph=on", "-o", "run.json")
@@ -55,7 +55,7 @@ def test_decode_in_plain_torch_is_replayed_as_its_lengths_grow(bench: Any, tmp_p
     assert graphs[0].method == "replay of one captured graph, its block table as wide as the pass needs"
 
 
-@pytest.mark.only("moore", "nvidia")  # once per way of attaching the device
+@pytest.mark.only("nvidia")  # the suite looks at moore
 def test_a_captured_call_of_the_reference_follows_its_batch(name: str) -> None:
     subject = BackendUnderTest(mla.load_backend(name, options={"graph": "on"}), name, quick=True)
     wanted = ("latent.graph*[reference-*]", "layer.graph*")
