@@ -89,7 +89,11 @@ def demanded(function: Callable[..., Any]) -> frozenset[str]:
     """Return the arguments that `function` cannot be called without; empty if unknown."""
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     known = (_signature(function) or {}).items()
-    return frozenset(name for name, one in known if one.default is one.empty and one.kind not in variable)
+    return frozenset(
+        name
+        for name, parameter in known
+        if parameter.default is parameter.empty and parameter.kind not in variable
+    )
 
 
 def _signature(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:

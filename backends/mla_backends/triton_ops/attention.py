@@ -452,14 +452,14 @@ def _expanded_arguments(
     """Return the kernel's arguments but those of the tile."""
     width, values = q.shape[2], v.shape[2]
     front = max(MIN_SIDE, 1 << (width.bit_length() - 1))
-    found: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "q": q, "k": k, "v": v, "cu_q": state.cu_q, "cu_k": state.cu_k,
         "out": out, "lse": out if lse is None else lse, "scale": softmax_scale * math.log2(math.e),
     }  # fmt: skip
     for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
-        found[f"{name}_token"], found[f"{name}_head"] = tensor.stride(0), tensor.stride(1)
+        arguments[f"{name}_token"], arguments[f"{name}_head"] = tensor.stride(0), tensor.stride(1)
     return {
-        **found,
+        **arguments,
         "lse_token": 0 if lse is None else lse.stride(0),
         "lse_head": 0 if lse is None else lse.stride(1),
         "segments": state.segments,

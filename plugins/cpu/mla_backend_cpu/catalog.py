@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from mla_backend_cpu import instruction_sets, products
 from mla_backend_cpu.cache import note
 from mla_backend_cpu.compilation import LEVELS
 from mla_backend_cpu.library import Library, loaded
-from mla_backend_cpu.native_ops import (
-    NativeBatchedLinear,
-    NativeExpandedAttention,
-    NativeLatentAttention,
-    NativeLinear,
-    NativeOp,
-    NativeRmsNorm,
-    NativeRotateQuery,
-    NativeWriteLatent,
-)
+from mla_backend_cpu.native_ops import OPS
 from mla_backends import BackendError, FusedOp
-
-_OPS: Mapping[str, type[NativeOp]] = {
-    "native_linear": NativeLinear,
-    "native_batched_linear": NativeBatchedLinear,
-    "native_rms_norm": NativeRmsNorm,
-    "native_rotate_query": NativeRotateQuery,
-    "native_write_latent": NativeWriteLatent,
-    "native_latent_attention": NativeLatentAttention,
-    "native_expanded_attention": NativeExpandedAttention,
-}
 
 
 class NotBuilt(FusedOp):
@@ -61,16 +41,16 @@ def native_ops(level: str) -> dict[str, FusedOp]:
         return _built(kernels, insist=level != "auto")
     if level not in ("auto", "off"):  # the user named it: nothing else may run instead
         raise BackendError(f"backend 'cpu' has no kernels for native={level}: {kernels}.")
-    return {name: NotBuilt(op.contract, kernels) for name, op in _OPS.items()}
+    return {name: NotBuilt(op.contract, kernels) for name, op in OPS.items()}
 
 
 def _built(kernels: Library, insist: bool) -> dict[str, FusedOp]:
     """Return the ops on these kernels, after stand-ins for those of better levels that are not available."""
     ops: dict[str, FusedOp] = {}
     for level, reason in kernels.passed_over.items():
-        ops |= {f"{level}_{name}": NotBuilt(op.contract, reason) for name, op in _OPS.items()}
+        ops |= {f"{level}_{name}": NotBuilt(op.contract, reason) for name, op in OPS.items()}
     prefix = f"{kernels.level}_" if kernels.emulated else ""  # emulation must show wherever ops are named
-    return ops | {f"{prefix}{name}": op(kernels, insist=insist) for name, op in _OPS.items()}
+    return ops | {f"{prefix}{name}": op(kernels, insist=insist) for name, op in OPS.items()}
 
 
 def facts(level: str) -> dict[str, str]:

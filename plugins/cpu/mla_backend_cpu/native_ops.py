@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -477,3 +478,16 @@ class NativeExpandedAttention(NativeOp):
             query_lens, kv_lens, segments, state.causal, threads(),
         )  # fmt: skip
         finish(wrong, target, out)
+
+
+OPS: Mapping[str, type[NativeOp]] = {
+    "native_linear": NativeLinear,
+    "native_batched_linear": NativeBatchedLinear,
+    "native_rms_norm": NativeRmsNorm,
+    "native_rotate_query": NativeRotateQuery,
+    "native_write_latent": NativeWriteLatent,
+    "native_latent_attention": NativeLatentAttention,
+    "native_expanded_attention": NativeExpandedAttention,
+}
+# Those that do nothing but call one kernel; a subclass may do more.
+RECORDABLE = frozenset(OPS.values()) - {NativeExpandedAttention}

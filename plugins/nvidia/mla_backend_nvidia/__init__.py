@@ -66,17 +66,17 @@ class Nvidia(TritonBackend, CudaBackend):
     def prepare_device(self) -> None:
         """Refuse a device of another vendor that got past the marks of the build."""
         super().prepare_device()
-        found = str(self.properties().name)
-        if any(word in found.lower() for word in FOREIGN):
-            reason = f"torch.cuda offers '{found}', which is not an NVIDIA device"
+        name = str(self.properties().name)
+        if any(word in name.lower() for word in FOREIGN):
+            reason = f"torch.cuda offers '{name}', which is not an NVIDIA device"
             raise DeviceUnavailable(
                 self.name, reason, "`python -m mla.bench list` shows the backend that serves it"
             )
 
     def architecture(self) -> tuple[int, int]:
         """Return the compute capability, (9, 0) for Hopper."""
-        found = self.properties()
-        return found.major, found.minor
+        properties = self.properties()
+        return properties.major, properties.minor
 
     def dtypes(self) -> tuple[torch.dtype, ...]:
         import torch

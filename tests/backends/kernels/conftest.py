@@ -16,8 +16,11 @@ import pytest
 import torch
 from float64_attention import attend_segments
 
+from mla import MLA, MLAConfig
+from mla.cases.layer import LayerCall, LayerCase
 from mla_backends import FusedOp
 from mla_backends.api import AttentionSpec, SegmentLengths
+from mla_backends.testing import HostBackend
 
 FAKES = Path(__file__).resolve().parents[2] / "fakes" / "kernels"
 PACKAGES = (
@@ -236,3 +239,23 @@ def run_expanded(make_spec: Any) -> Callable[..., tuple[Outputs, Outputs]]:
         return (out, lse), attend_segments(segments, SCALE, causal)
 
     return run
+
+
+# ----------------------------------------------------------------------------------------- whole layers
+
+
+@pytest.fixture(scope="session")
+def check_layer() -> Callable[[str, Callable[[], FusedOp]], None]:
+    """Return a check of a layer on an op, in one round and in several, which are merged by lse."""
+
+    def check(role: str, make: Callable[[], FusedOp]) -> None:
+        case = LayerCase((3, 8, 1), (70, 0, 64), MLAConfig(64, 5), dtype=torch.bfloat16)
+        for workspace in (1 << 28, 300_000):  # the second cuts a history of 70
+            backend = HostBackend(ops={"op": make()})
+            layer = MLA(case.config, backend=backend, attention="expanded", workspace_bytes=workspace)
+            assert layer.ops.names()[role] == "op", layer.ops.explain()
+            layer.load_state_dict(case.host.state)
+            result = case.host.check(LayerCall(case, layer).run())
+            assert result.status == "ok", result.reason
+
+    return check

@@ -10,14 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from judged import judged_op
 
 from mla.conformance import reach
-from mla.conformance.report import CheckResult
-from mla.conformance.selection import Xfails
-from mla.conformance.suite import carry_out, instances
-from mla.conformance.trial import BackendUnderTest
 from mla_backends.kernels import FlashInferMla, KernelRefused, flashinfer
-from mla_backends.testing import HostBackend
 
 CPU = torch.device("cpu")
 RELEASES = ("flashinfer", "flashinfer_old", "flashinfer_07")
@@ -332,15 +328,10 @@ class Unfenced(FlashInferMla):
 def test_the_suite_finds_out_an_adapter_without_these_limits(
     installed: Any, monkeypatch: pytest.MonkeyPatch, check: str, release: str
 ) -> None:
-    def judged(op: FlashInferMla) -> CheckResult:
-        subject = BackendUnderTest(HostBackend(ops={"mine": op}), "host", quick=True)
-        (one,) = instances(subject, (torch.bfloat16,), [f"{check}[mine-bfloat16]"])
-        return carry_out(one, subject, Xfails({}))
-
     with installed(release):
         for module, name in ((reach, "PLACES"), (ragged(), "FAR"), (flashinfer, "FAR")):
             monkeypatch.setattr(module, name, (1 << 22,) if name == "PLACES" else 1 << 22)
-        right, wrong = judged(FlashInferMla()), judged(Unfenced())
+        (right,), (wrong,) = (judged_op(op, f"{check}[op-bfloat16]") for op in (FlashInferMla(), Unfenced()))
     assert right.cases.failed == 0
     assert right.cases.refused == wrong.cases.failed > 0
     assert wrong.cases.refused == 0

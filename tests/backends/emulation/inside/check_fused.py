@@ -11,6 +11,7 @@ from typing import Any
 import emulated
 import pytest
 import torch
+from judged import judged
 from smaller_cases import make_smaller
 from tiny_run import HEADLINE
 
@@ -18,9 +19,6 @@ import mla
 from mla.bench import results
 from mla.bench.measure import evidence, new_lengths
 from mla.conformance.checks import attention
-from mla.conformance.selection import Xfails
-from mla.conformance.suite import carry_out, instances
-from mla.conformance.trial import BackendUnderTest
 from mla.verify.layer_check import Checker
 from mla.verify.layer_oracle import oracle
 from mla.weights import random_state_dict
@@ -241,10 +239,9 @@ def test_a_decode_step_through_the_kernel_does_not_wait(kernel: Any, backend: An
 
 def conform(name: str, *only: str) -> dict[str, str]:
     """Return how the suite's own checks of an op end, in bfloat16."""
-    subject = BackendUnderTest(mla.load_backend(name, options={"graph": "on"}), name, quick=True)
-    found = [carry_out(one, subject, Xfails({})) for one in instances(subject, (torch.bfloat16,), only)]
-    assert not [(one.id, one.reason) for one in found if one.status == "fail"]
-    return {one.id: one.status for one in found}
+    results = judged(mla.load_backend(name, options={"graph": "on"}), *only)
+    assert not [(result.id, result.reason) for result in results if result.status == "fail"]
+    return {result.id: result.status for result in results}
 
 
 # One for every number that heads are padded to, and of more than one kernel's tile.
