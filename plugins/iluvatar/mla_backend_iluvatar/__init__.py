@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 from mla_backends import FusedOp, hookimpl
 from mla_backends.cuda import CudaBackend
-from mla_backends.errors import DeviceUnavailable, describe
+from mla_backends.errors import DeviceUnavailable
 from mla_backends.kernels import IxformerMla, SdpaExpanded
 from mla_backends.known import KNOWN
-from mla_backends.torch_backend import TF32_VARIABLES
+from mla_backends.torch_backend import TF32_VARIABLES, working_dtypes
 from mla_backends.triton_ops import Tile, TritonBackend, Tuning
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ class Iluvatar(TritonBackend, CudaBackend):
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
         super().__init__(options)
-        self._refusals: dict[torch.dtype, str] = {}  # dtype -> why it is not native, "" if it is
+        self._dtypes: tuple[torch.dtype, ...] = ()
+        self._refused: Mapping[str, str] = {}  # name of a dtype -> why it is not native
 
     def graphs_by_default(self) -> bool:
         """Graphs are opt-in on this stack: -O graph=on, or the variable the vendor's deployments use."""
@@ -53,19 +54,17 @@ class Iluvatar(TritonBackend, CudaBackend):
 
     def prepare_device(self) -> None:
         """Multiply in each dtype once. Raises `DeviceUnavailable` when none of them works."""
-        import torch
-
         super().prepare_device()
-        device = torch.device("cuda", self.module.current_device())
-        candidates = (torch.bfloat16, torch.float16, torch.float32)
-        self._refusals = {dtype: refusal(dtype, device) for dtype in candidates}
-        if all(self._refusals.values()):
-            reason = f"the device cannot multiply in any floating dtype ({self._refusals[torch.float32]})"
+        assert self.device is not None  # it has just started
+        works, self._refused = working_dtypes(self.device, self.synchronize)
+        self._dtypes = tuple(works)
+        if not works:
+            reason = f"the device cannot multiply in any floating dtype ({self._refused['float32']})"
             raise DeviceUnavailable(self.name, reason, self.device_hint())
 
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Return the dtypes whose products were right at setup."""
-        return tuple(dtype for dtype, why in self._refusals.items() if not why)
+        return self._dtypes
 
     def kernels(self) -> Mapping[str, FusedOp]:
         """Return ixformer's attention, one query token per row, and SDPA.
@@ -82,25 +81,8 @@ class Iluvatar(TritonBackend, CudaBackend):
         return TILES
 
     def vendor_facts(self) -> Mapping[str, str]:
-        refused = {str(dtype): why for dtype, why in self._refusals.items() if why}
-        return {**super().vendor_facts(), **{f"refused.{name}": why for name, why in refused.items()}}
-
-
-def refusal(dtype: torch.dtype, device: torch.device) -> str:
-    """Return why the device does not multiply in `dtype`; empty if a product is exactly right.
-
-    The factors are small integers, so that the product [16, 16] has no rounding in any floating dtype.
-    """
-    import torch
-
-    factor = (torch.arange(256) * 5 % 7 - 3).view(16, 16)
-    try:
-        there = factor.to(device, dtype)
-        product = (there @ there).cpu()
-    except Exception as error:  # noqa: BLE001  # vendor stacks raise anything
-        return f"a product raised {describe(error)}"
-    right = torch.equal(product.double(), (factor @ factor).double())
-    return "" if right else "a product came out wrong"
+        refused = {f"refused.torch.{name}": why for name, why in self._refused.items()}
+        return {**super().vendor_facts(), **refused}
 
 
 @hookimpl

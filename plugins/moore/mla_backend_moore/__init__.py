@@ -47,13 +47,7 @@ class Moore(TritonBackend):
 
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Return the native dtypes. MTT S80 and S3000 can store bfloat16, but their ops then fail."""
-        import torch
-
-        native = self.native_bfloat16()
-        if native is None:  # a torch_musa that only reports whether a tensor can be created
-            properties = self.properties()
-            native = (properties.major, properties.minor) >= FIRST_WITH_BFLOAT16
-        return (*((torch.bfloat16,) if native else ()), torch.float16, torch.float32)
+        return self.floats_since(FIRST_WITH_BFLOAT16)
 
     def kernels(self) -> Mapping[str, FusedOp]:
         return kernels(self.capability, self.multiprocessors())

@@ -79,12 +79,7 @@ class Nvidia(TritonBackend, CudaBackend):
         return properties.major, properties.minor
 
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        import torch
-
-        native = self.native_bfloat16()
-        if native is None:  # a torch that includes emulation
-            native = self.architecture() >= (8, 0)
-        return (*((torch.bfloat16,) if native else ()), torch.float16, torch.float32)
+        return self.floats_since((8, 0))
 
     def device_info(self) -> DeviceInfo:
         info = super().device_info()

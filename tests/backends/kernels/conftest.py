@@ -105,12 +105,15 @@ class Problem:
         spec, view = self.spec, self.view
         return op.unsupported_reasons(spec) + op.unsupported_batch(spec, view.query_lens, view.kv_lens)
 
-    def run(self, op: FusedOp, state: Any = None, out: torch.Tensor | None = None) -> Outputs:
-        """Return out and lse, which held NaN before the call."""
+    def run(self, op: FusedOp, state: Any = None, **given: Any) -> Outputs:
+        """Return out and lse, which held NaN before the call. `given`: other operands."""
         assert self.refusals(op) == []
-        if out is None:
-            out = torch.full((*self.q.shape[:2], LATENT), torch.nan, dtype=self.q.dtype)
-        lse = torch.full(self.q.shape[:2], torch.nan)
+        outputs = {
+            "out": torch.full((*self.q.shape[:2], LATENT), torch.nan, dtype=self.q.dtype),
+            "lse": torch.full(self.q.shape[:2], torch.nan),
+            "softmax_scale": self.spec.softmax_scale,
+            **given,
+        }
         op(
             op.prepare(self.spec, self.view) if state is None else state,
             q=self.q,
@@ -118,11 +121,9 @@ class Problem:
             block_table=self.view.block_table,
             kv_lens=self.view.kv_lens_device,
             cu_q=self.view.cu_q,
-            softmax_scale=self.spec.softmax_scale,
-            out=out,
-            lse=lse,
+            **outputs,
         )
-        return out, lse
+        return outputs["out"], outputs["lse"]
 
     def truth(self) -> Outputs:
         """Return out and lse in float64, by the definition, request by request."""
@@ -204,6 +205,38 @@ def check_latent(make_problem: Any, assert_right: Any) -> Callable[..., None]:
             for query_lens, kv_lens in steps:
                 problem = make_problem(query_lens, kv_lens, heads=count, **kwargs)
                 assert_right(problem.run(op), problem.truth(), with_lse)
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def check_drawn(make_problem: Any, assert_right: Any) -> Callable[..., None]:
+    """Return a check of an op over requests of (new tokens, cached ones), as `requests` draws them."""
+
+    def check(op: FusedOp, drawn: Sequence[tuple[int, int]], **changes: Any) -> None:
+        query_lens, kv_lens = [new for new, _ in drawn], [new + old for new, old in drawn]
+        if sum(query_lens) == 0:
+            query_lens[0], kv_lens[0] = 1, kv_lens[0] + 1
+        problem = make_problem(query_lens, kv_lens, **changes)
+        assert_right(problem.run(op), problem.truth())
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def check_strided(make_problem: Any, assert_right: Any) -> Callable[[FusedOp], None]:
+    """Return a check of an op with queries and an output that are slices of wider tensors."""
+
+    def check(op: FusedOp) -> None:
+        problem = make_problem([3, 1, 3], [40, 70, 3])
+        tokens, heads, width = problem.q.shape
+        wide = torch.full((tokens, heads + 1, width + 32), torch.nan, dtype=problem.q.dtype)
+        wide[:, :heads, 16 : 16 + width] = problem.q
+        problem.q = wide[:, :heads, 16 : 16 + width]
+        room = torch.full((tokens, heads + 1, 544), torch.nan, dtype=problem.q.dtype)
+        assert_right(problem.run(op, out=room[:, :heads, 16:528]), problem.truth())
+        room[:, :heads, 16:528] = torch.nan
+        assert room.isnan().all(), "memory beside out was written"
 
     return check
 

@@ -287,21 +287,10 @@ def test_the_log_sum_exp_is_left_out_where_nobody_reads_it(
         assert op.lse_optional
         for with_lse in (False, False, True, True, False, False):
             problem = make_problem([3, 1, 1], [70, 33, 0])
-            state, (truth, sums) = op.prepare(problem.spec, problem.view), problem.truth()
-            out, lse = torch.full_like(truth, torch.nan).bfloat16(), torch.full(truth.shape[:2], torch.nan)
+            state = op.prepare(problem.spec, problem.view)
             for _ in range(2):
-                op(
-                    state,
-                    q=problem.q,
-                    cache=problem.cache,
-                    block_table=problem.view.block_table,
-                    kv_lens=problem.view.kv_lens_device,
-                    cu_q=problem.view.cu_q,
-                    softmax_scale=problem.spec.softmax_scale,
-                    out=out,
-                    lse=lse if with_lse else None,
-                )
-            assert_right((out, lse), (truth, sums), with_lse)
+                outputs = problem.run(op, state) if with_lse else problem.run(op, state, lse=None)
+            assert_right(outputs, problem.truth(), with_lse)
         assert fakes.CALLS["plan"] == 6 + (2 if release == "flashinfer_07" else 0)  # when it changes its mind
 
 
