@@ -17,8 +17,7 @@ from mla.bench.results.schema import Cost, LinkLine, RankFacts, Spread
 from mla.config import MLAConfig
 from mla.parallel.groups import SimulatedGroups
 from mla.parallel.layer import ParallelMLA
-from mla.parallel.layout import Layout
-from mla.parallel.work import rank_work
+from mla.parallel.layout import Layout, rank_work
 
 Bench = Callable[..., Any]
 # Two messages of an all-reduce between two ranks: two seconds that no forward here takes.
