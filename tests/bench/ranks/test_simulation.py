@@ -12,7 +12,7 @@ import torch
 from tiny_run import write_tiny_run
 
 from mla.bench import results
-from mla.bench.ranks import launch
+from mla.bench.ranks import launch, pulse
 from mla.bench.results.schema import Cost, LinkLine, RankFacts, Spread
 from mla.config import MLAConfig
 from mla.parallel.groups import SimulatedGroups
@@ -219,7 +219,8 @@ def test_mistakes_are_one_sentence(
     variables: dict[str, str],
     message: str,
 ) -> None:
-    monkeypatch.setattr(launch, "WORD", 0.1)  # nobody is there to hear it
+    for module in (launch, pulse):
+        monkeypatch.setattr(module, "WORD", 0.1)  # nobody is there to hear it
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     done = bench(*tiny, *words)
