@@ -11,16 +11,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mla.config import MLAConfig
-from mla.cost.by_op import latent_attention_flops
-from mla.cost.step import (
+from mla.cost import (
+    Work,
     head_parameters,
     kv_b_parameters,
+    latent_attention_flops,
     parameters,
     projection_parameters,
-    step_bytes,
-    step_flops,
+    step_work,
 )
-from mla.cost.work import Work
 from mla.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -169,8 +168,7 @@ def rank_work(
     part = config.with_heads(config.num_attention_heads // layout.head_parts)
     if layout.dcp > 1:
         return _of_context(part, layout.dcp, layout.place(rank).dcp, query_lens, kv_lens, itemsize)
-    flops = step_flops(part, query_lens, kv_lens, attention)
-    return Work(flops, step_bytes(part, query_lens, kv_lens, itemsize))
+    return step_work(part, query_lens, kv_lens, itemsize, attention)
 
 
 def _of_context(

@@ -17,7 +17,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from mla.bench.measure import hooks as refusals
+from mla.bench.measure.engine import refusal, too_large
 from mla.bench.ranks.agreement import REFERENCE, Facts, agree, common_ops
 from mla.bench.ranks.layers import LeadLayer, RankLayer
 from mla.bench.ranks.pulse import Pulse, RanksError, blamed_on
@@ -65,10 +65,10 @@ class Failure(msgspec.Struct, frozen=True):
 
 def failure(error: Exception, implementation: str, entered: int = 0) -> Failure | None:
     """Return what to tell the other ranks of an error; None for one that ends the run."""
-    reason = str(error) if isinstance(error, UnsupportedOps) else refusals.reason(error, implementation)
+    reason = str(error) if isinstance(error, UnsupportedOps) else refusal(error, implementation)
     if reason:
         return Failure(reason, True, entered)
-    if refusals.too_large(error):
+    if too_large(error):
         return Failure(first_line(error) or type(error).__name__, False, entered)
     return None
 

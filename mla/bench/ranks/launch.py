@@ -28,6 +28,7 @@ MEETING, WORD, TRY = 120.0, 20.0, 10.0
 _TCPStore: Any = vars(dist)["TCPStore"]  # whose stubs do not export them
 _PrefixStore: Any = vars(dist)["PrefixStore"]
 _JOINED: list[tuple[Pulse, Any]] = []  # what `connect` returned, which lives as long as this process
+_unreached = False  # `connect` has waited in vain
 
 
 def join(options: RunOptions, opened: OpenedBackend, layout: Layout) -> Crew:
@@ -83,6 +84,8 @@ def connect(seconds: float, word: Word | None = None) -> tuple[Pulse, Any]:
         )
         _JOINED.append((Pulse(rank, world, beats, die, word), store))
     except Exception as error:
+        global _unreached
+        _unreached = True
         raise RanksError(_unreachable(holds, host, port, seconds, error)) from error
     finally:
         watch.cancel()
@@ -116,7 +119,7 @@ def _unreachable(holds: bool, host: str, port: int, seconds: float, error: Excep
 
 def leave_word(sentence: str, code: int) -> bool:
     """Tell other ranks why this one ends, unless they know; return whether they may hear it."""
-    if (launcher.count() or 1) == 1:
+    if (launcher.count() or 1) == 1 or _unreached:
         return False
     try:
         pulse, _ = _JOINED[0] if _JOINED else connect(WORD, Word(sentence.rstrip("."), code))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from time import perf_counter_ns as now_ns
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 import torch
 
-from mla.bench.limits.growth import no_garbage_collection
-from mla.bench.measure.new_lengths import LayerBench, Lengths, Times
+from mla.bench.limits.microbench import no_garbage_collection
+from mla.bench.measure.evidence import LayerBench, Lengths, Sample
 from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.results.schema import LinkLine, RankFacts, Spread
 from mla.bench.results.stats import median
@@ -46,8 +46,6 @@ _random = random.SystemRandom()
 T = TypeVar("T")
 # The number of the pass in which collectives are clocked: no other pass has it.
 CLOCKED = 1 << 22
-# Of one forward, in milliseconds: with all that it takes, and planning alone.
-Sample = tuple[float, float]
 
 
 class RankLayer(MlaLayer):
@@ -151,10 +149,8 @@ class RankLayer(MlaLayer):
         All ranks must do it together.
         """
         mine = slice(self.requests.first, self.requests.stop)
-        rounds = [Times() for _ in range(count)]
         self._meet()  # once: a rank that refuses such lengths comes to no further forward
-        self._bench.run(Lengths(lengths.query_lens[mine], lengths.kv_lens[mine]), rounds, beat)
-        return [(times.forward[0], times.plan[0]) for times in rounds]
+        return self._bench.run(Lengths(lengths.query_lens[mine], lengths.kv_lens[mine]), count, beat)
 
 
 class LeadLayer(Implementation):
@@ -239,16 +235,13 @@ class LeadLayer(Implementation):
         self._all(self._part.make_bench, "make_bench", self.name)
         return self
 
-    def run(self, lengths: Lengths, rounds: Sequence[Times], beat: Callable[[], None]) -> None:
-        """Time a forward of all ranks for each of `rounds`, of which the slowest rank counts."""
-        work = partial(self._part.run_bench, lengths, len(rounds), beat)
-        self._crew.tell("run_bench", lengths, len(rounds))
+    def run(self, lengths: Lengths, count: int, beat: Callable[[], None]) -> list[Sample]:
+        """Run `count` forwards of all ranks, and return of each the times of the slowest rank."""
+        work = partial(self._part.run_bench, lengths, count, beat)
+        self._crew.tell("run_bench", lengths, count)
         with self._crew.blamed():
             by_rank = self._crew.attempt(self.name, work, together=True)  # the layer stays if one refuses
-        for times, *samples in zip(rounds, *by_rank, strict=True):
-            forward, plan = (max(column) for column in zip(*samples, strict=True))
-            times.forward.append(forward)
-            times.plan.append(plan)
+        return [Sample(*map(max, zip(*samples, strict=True))) for samples in zip(*by_rank, strict=True)]
 
     # ------------------------------------------------------------------------------------------ checks
 
