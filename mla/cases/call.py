@@ -29,8 +29,8 @@ from mla.cases.stress import Drawing
 from mla.cases.values import shape as unusual
 from mla.cases.varied import Change, Pool
 from mla.reference import REFERENCE
+from mla.verify.layer_check import TAIL
 from mla.verify.places import Places
-from mla.verify.poison import TAIL
 from mla.verify.verdict import Check
 from mla_backends.api import FusedOp, Packed
 

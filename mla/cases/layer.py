@@ -12,9 +12,8 @@ from mla.cache.ragged_batch import RaggedBatch
 from mla.cases.case import Lengths
 from mla.config import MLAConfig
 from mla.layer.attention import MLA
-from mla.verify.layer_check import Checker
+from mla.verify.layer_check import Checker, Poison
 from mla.verify.layer_oracle import oracle
-from mla.verify.poison import Poison
 from mla.verify.verdict import Check
 from mla.weights import random_state_dict
 

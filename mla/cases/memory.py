@@ -123,22 +123,23 @@ class Pages:
     @classmethod
     def of(cls, lengths: Sequence[int], layout: Layout, common: int = 0) -> Pages:
         """Hand out pages to requests of these lengths, which share full pages of `common` first keys."""
-        size, owned = layout.page_size, [-(-length // layout.page_size) for length in lengths]
-        order, count = _order(layout.spare + sum(owned), layout)
-        columns = max(1 + layout.repeated, *owned) + layout.columns
+        size, keys = layout.page_size, torch.tensor(lengths)
+        owned = (keys + size - 1) // size
+        order, count = _order(layout.spare + int(owned.sum()), layout)
+        columns = max(1 + layout.repeated, int(owned.max())) + layout.columns
         table = torch.full((len(lengths), columns), int(order[0]), dtype=torch.int32)
-        for row, pages in zip(table, order[layout.spare :].split(owned), strict=True):
-            row[: len(pages)] = pages
+        table[torch.arange(columns) < owned[:, None]] = order[layout.spare :].int()
         table[1:, : common // size] = table[:1, : common // size]
         for request, first in enumerate(layout.shared):
-            table[request, :first] = table[request - 1, :first]
+            if first:
+                table[request, :first] = table[request - 1, :first]
         if layout.repeated:
-            full = torch.tensor(lengths) >= 2 * size
+            full = keys >= 2 * size
             table[full, 1] = table[full, 0]
-        slots = []
-        for row, pages, length in zip(table.long(), owned, lengths, strict=True):
-            slots.append((row[:pages, None] * size + torch.arange(size)).flatten()[:length])
-        return cls(layout, count, order, table, torch.cat(slots))
+        request = torch.arange(len(lengths)).repeat_interleave(keys)
+        place = torch.arange(len(request)) - (keys.cumsum(0) - keys)[request]
+        slots = table[request, place // size].long() * size + place % size
+        return cls(layout, count, order, table, slots)
 
     @property
     def first(self) -> torch.Tensor:
@@ -305,7 +306,7 @@ class Piece:
             stride[dim] = stride[dim + 1] * max(1, shape[dim + 1]) + behind
         row = stride[0] if len(shape) > 1 else 1
         beside = -(-min(guard * row, MOST_BESIDE) // ALIGNED) * ALIGNED
-        before, count = beside + gaps[0], 2 * beside + gaps[0] + shape[0] * row
+        before, count = beside + gaps[0], 2 * beside + -(-(gaps[0] + shape[0] * row) // ALIGNED) * ALIGNED
         self.whole = poison(torch.empty(count, dtype=dtype, device=device))
         self.part = self.whole.as_strided(tuple(shape), tuple(stride), before)
         self.sealed = self.own = self.whole  # what it holds before a call; and of which it was made
@@ -322,10 +323,10 @@ class Piece:
 
     def damage(self, name: str, output: bool) -> str:
         """Return what has been written that should not have been, as a clause; "" if nothing."""
-        now, then = self.whole.to("cpu", copy=True), self.sealed.cpu()
+        now, then = self.whole.to("cpu", copy=output), self.sealed.cpu()
         if output:
             now.as_strided(*self._view).copy_(then.as_strided(*self._view))
-        if same_bits(now, then):
+        if torch.equal(now.view(torch.int64), then.view(torch.int64)):  # of as many numbers as fill them
             return ""
         changed, before = (bits(now) != bits(then)).any(-1), self._view[2]
         if not output and bool(changed.as_strided(*self._view).any()):

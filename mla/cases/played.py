@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from mla.cases.call import Call, Host
 from mla.cases.case import OpCase
 from mla.cases.drawn import LARGE_ONES, Scene
 from mla.cases.memory import GUARD, Pages, Piece, Tensors
+from mla.verify.places import Places
 from mla_backends.api import FusedOp
 
 CPU = torch.device("cpu")
@@ -22,16 +23,38 @@ UNDERFLOW = 1e-30  # of values, relative to others: a weight may be as small, or
 USUAL = 1.0  # the gain of queries up to which logits are ordinary
 
 
-@functools.lru_cache(maxsize=8)
-def known(case: OpCase) -> tuple[Host, Tensors]:
-    """Return the host's side of a case, and the errors that are unavoidable in every row."""
-    host = Host(case)
-    errors, noise = dict(host.errors), logit_noise(host)
-    if noise is not None:
-        sizes = host.truth["out"].norm(dim=-1)
+class Known(Host):
+    """The host's side of a case, and how far rows may be from the truth."""
+
+    @functools.cached_property
+    def least(self) -> Tensors:
+        """The errors that no op can avoid, in every row: beside those, the table of bounds decides."""
+        rows = {name: torch.zeros(self.truth[name].shape[:-1]).double() for name in self.entry.held}
+        return rows | self.unavoidable
+
+    @functools.cached_property
+    def allowed(self) -> Tensors:
+        """Those of the reference as well, which runs where the others are not enough."""
+        errors = dict(self.errors)
+        if "lse" in self.unavoidable:
+            errors["out"] = errors["out"].maximum(self.unavoidable["out"])
+        return self.unavoidable | errors
+
+    @functools.cached_property
+    def unavoidable(self) -> Tensors:
+        """What logits cost that are large and cancel; empty where they are ordinary."""
+        noise = logit_noise(self)
+        if noise is None:
+            return {}
+        sizes = self.truth["out"].norm(dim=-1)
         unseen = (UNDERFLOW * sizes.amax() / sizes).nan_to_num(posinf=1e300) if sizes.numel() else sizes
-        errors |= {"out": errors["out"].maximum(noise).maximum(unseen), "lse": noise}
-    return host, errors
+        return {"out": noise.maximum(unseen), "lse": noise}
+
+
+@functools.lru_cache(maxsize=8)
+def known(case: OpCase) -> Known:
+    """Return the host's side of a case that is on the host; the last ones are kept, to shrink a scene."""
+    return Known(case)
 
 
 def logit_noise(host: Host) -> torch.Tensor | None:
@@ -45,19 +68,21 @@ def logit_noise(host: Host) -> torch.Tensor | None:
         return None
     sizes = host.given["q"].double().norm(dim=-1)
     keys, _ = case.entry.keys(case.spec, host.given)  # type: ignore[attr-defined]  # of attention
-    lengths = keys.double().norm(dim=-1).split(list(case.kv_lens))
-    parts = zip(sizes.split(list(case.query_lens)), lengths, strict=True)
-    most = [q * k.amax(0) if len(k) else torch.zeros_like(q) for q, k in parts]
-    return NOISE * case.spec.softmax_scale * torch.cat(most)
+    lengths, requests = keys.double().norm(dim=-1), torch.arange(len(case.kv_lens))
+    longest = torch.zeros(len(requests), keys.shape[1]).double()
+    of_key = requests.repeat_interleave(torch.tensor(case.kv_lens))[:, None].expand_as(lengths)
+    longest.scatter_reduce_(0, of_key, lengths, "amax")
+    of_query = requests.repeat_interleave(torch.tensor(case.query_lens))
+    return NOISE * case.spec.softmax_scale * sizes * longest[of_query]
 
 
 class Laid(Call):
     """A call whose operands lie amid poison, as far apart as the case's layout says."""
 
     def __init__(self, case: OpCase, op: FusedOp, scene: Scene) -> None:
-        host, _ = known(on_host(case))
+        self.known = known(on_host(case))
         self.pieces: dict[str, Piece] = {}
-        super().__init__(host, op, case.spec, case)  # type: ignore[arg-type]  # as a pool of one call
+        super().__init__(self.known, op, case.spec, case)  # type: ignore[arg-type]  # as a pool of one call
         self.pieces.pop("weight" if self.pool.entry.packed else "", None)  # as long as what is packed lives
         for name, before in self.pool.entry.blank(case).items():
             self.lay(name, before)
@@ -72,6 +97,7 @@ class Laid(Call):
         self.outputs = {*OUTPUTS, *(["x"] * scene.in_place), *(["cache"] * ("slots" in self.arguments))}
         for piece in self.pieces.values():
             piece.seal()
+        self.untouched = True  # since it was laid
 
     def laid(
         self, name: str, tensor: torch.Tensor, fill: float = torch.nan, guard: int = GUARD
@@ -95,35 +121,40 @@ class Laid(Call):
 
     def call_as(self, case: Laid, leading: tuple[Any, ...]) -> str:
         """Call the op once in this memory, with the operands of `case`; return what was wrong, or ""."""
-        for name, piece in self.pieces.items():
-            piece.restore(case.pieces[name])
+        if case is not self or not self.untouched:
+            for name, piece in self.pieces.items():
+                piece.restore(case.pieces[name])
+        self.untouched = False
         self.op(*leading, **self.arguments)
         return self.judge(case)
 
     def judge(self, case: Laid) -> str:
         """Return what is wrong with the last call, given whose operands it had."""
-        host, errors = known(on_host(case.case))
-        entry, spec = host.entry, case.case.spec
-        written = {
-            name: one.cpu() for name, one in entry.written(self.arguments).items() if name in self.written
-        }
-        if "lse" in errors and "lse" in written and written["lse"].shape == errors["lse"].shape:
-            true = host.truth["lse"]
-            near = (written["lse"].double() - true).abs() <= errors["lse"]
-            written["lse"] = torch.where(near, true.float(), written["lse"])
         clauses = [piece.damage(name, name in self.outputs) for name, piece in self.pieces.items()]
-        clauses.append(entry.strays(case.case, self.arguments))
-        places = case.case.places(self.arguments.get("block_table")) if entry.prepares else None
-        for alike in case.case.alike:  # rows of one size are judged together
-            rows, right, allowed = (
-                {name: x[alike] for name, x in of.items()} for of in (written, host.truth, errors)
-            )
-            known_rows = places if alike == slice(0, None, 1) else None
-            clauses += [
-                said
-                for _, said in entry.faults(rows, right, errors=allowed, dtype=spec.dtype, places=known_rows)
-            ]
+        clauses.append(case.known.entry.strays(case.case, self.arguments))
+        written = {
+            name: rows.cpu()
+            for name, rows in case.known.entry.written(self.arguments).items()
+            if name in self.written
+        }
+        if any(self._faults(case, written, case.known.least, None)):
+            table = self.arguments.get("block_table")
+            places = case.case.places(table) if case.known.entry.prepares else None
+            clauses += self._faults(case, written, case.known.allowed, places)
         return "; ".join(filter(None, clauses))
+
+    def _faults(self, case: Laid, written: Tensors, errors: Tensors, places: Places | None) -> Iterator[str]:
+        """Yield what is wrong with results, given the errors that rows may have beside those of the table."""
+        entry, truth = case.known.entry, case.known.truth
+        if "lse" in errors and "lse" in written and written["lse"].shape == errors["lse"].shape:
+            near = (written["lse"].double() - truth["lse"]).abs() <= errors["lse"]
+            written = written | {"lse": torch.where(near, truth["lse"].float(), written["lse"])}
+        for alike in case.case.alike:  # rows of one size are judged together
+            parts = ({name: rows[alike] for name, rows in of.items()} for of in (written, truth))
+            allowed = {name: rows[alike] for name, rows in errors.items()}
+            named = places if alike == slice(0, None, 1) else None
+            for _, fault in entry.faults(*parts, errors=allowed, dtype=case.case.spec.dtype, places=named):
+                yield fault
 
     def copies(self) -> Tensors:
         """Return copies of what the last call wrote."""
@@ -134,7 +165,8 @@ class Laid(Call):
     def kept(self, copies: Tensors) -> bool:
         """Return whether outputs are what they were."""
         return all(
-            torch.equal(self.arguments[name].nan_to_num(7), one.nan_to_num(7)) for name, one in copies.items()
+            torch.equal(self.arguments[name].nan_to_num(7), rows.nan_to_num(7))
+            for name, rows in copies.items()
         )
 
 
@@ -158,7 +190,7 @@ class Player:
             for index, call in enumerate(calls):
                 states[index] = self._leading(call, scene)
         written: dict[int, Tensors] = {}
-        number, total = 0, sum(times for _, times in scene.order)
+        number, total = 0, scene.calls
         for index, times in scene.order:
             call = calls[index]
             host = calls[0] if scene.one_memory else call
@@ -173,8 +205,10 @@ class Player:
                 reason = host.call_as(call, states[of])
                 if reason and number > unjudged:
                     return reason if total == 1 else f"call {number} of {total}: {reason}"
+            if len(calls) == 1:
+                continue
             written[id(host)] = host.copies()
-            for other in {id(one): one for one in calls}.values():
+            for other in calls:
                 if id(other) in written and not other.kept(written[id(other)]):
                     return f"call {number} of {total}: an output of an earlier call was written again"
         return ""

@@ -1,13 +1,136 @@
-"""When an output is right: row by row and as a whole, within the bounds of `mla.verify.bounds`."""
+"""How far from the truth an output may be, and when it is right: row by row and as a whole.
+
+Truth is float64. The reference, run in the op's dtype, shows which error the numbers at hand make
+unavoidable, but as one sample of it: another order of sums errs elsewhere. benchmarks/README.md derives what
+follows, and `benchmarks/rounding` shows what it leaves to right ops.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from mla.verify.bounds import ALLOWED, TINY, op_bounds
 from mla.verify.places import Places, describe, name_row, pattern_of
+
+
+class Allowed(NamedTuple):
+    """Relative errors in one dtype."""
+
+    op: float  # of an op's result, as a root mean square, that any right op may have
+    layer: float  # the same of a layer's output
+    whole: float  # of a layer's whole output at most, whatever the reference's
+    lse: float  # of a log-sum-exp at most
+
+
+# The one table. u is the unit roundoff: 2^-8 in bfloat16, 2^-11 in float16, 2^-24 in float32.
+#
+# - bfloat16, float16: sums are fp32, so what counts is rounding rows to the dtype, 0.43 u each. An op rounds
+#   its result. A layer rounds three rows one after another at least (what attention gives, what W_UV gives or
+#   the values, what o_proj gives): 0.43 u sqrt(3).
+# - float32: sums themselves are rounded. In the worst order, one accumulator for all of n terms, they err by
+#   0.43 u sqrt(n / 2): 5e-6 for the 2^16 terms of a long context. One of a layer's sums may be that long.
+#
+# A log-sum-exp is fp32 whatever the dtype, and its error is a relative error of the merged output.
+ALLOWED = {
+    torch.bfloat16: Allowed(op=1.7e-3, layer=2.9e-3, whole=2e-2, lse=1e-3),
+    torch.float16: Allowed(op=2.1e-4, layer=3.6e-4, whole=4e-3, lse=1e-3),
+    torch.float32: Allowed(op=5e-6, layer=5e-6, whole=1e-5, lse=2e-5),
+}
+BOUNDS = {dtype: one.whole for dtype, one in ALLOWED.items()}  # of whole outputs of layers
+UNITS = {dtype: one.op for dtype, one in ALLOWED.items()}
+
+TWICE = 2.0  # an output may err by twice the typical error
+ROW_SLACK = 1.5  # ... with this in a row of an op, beside what the reference errs there,
+# ... or this in a row of a layer: a rounding of a query that falls the other way moves a logit, and one logit
+# may decide a row, which then errs like one number and not like a mean.
+LAYER_SLACK = 2.5
+CAP_SLACK = 2.0  # one row of a layer may exceed the largest error of the whole by this
+NARROW = 6.0  # numbers of a row that may cancel
+# The probability that a row of random numbers is smaller by chance than the rule allows for.
+CHANCE = 1e-7
+# A logit of size s has a rounding error of several 2^-24 s in fp32, and its weight that relative error.
+LOGIT = 8 * 2.0**-24
+TINY = torch.finfo(torch.float64).tiny  # stands in for the norm of zeros
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Largest relative errors of outputs that are right."""
+
+    many: float  # of the whole of many rows
+    rows: torch.Tensor  # of each row
+
+    def of_whole(self, allowed: torch.Tensor, sizes: torch.Tensor) -> float:
+        """Return the bound on the whole of some rows, from what each may err by and their norms.
+
+        Beside `many`, any one of them may be as wrong as a row may.
+        """
+        worst = (allowed * sizes).max().item() if sizes.numel() else 0.0
+        return math.hypot(self.many, worst / max(sizes.norm().item(), TINY))
+
+
+def op_bounds(
+    own: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype, lse: torch.Tensor | None = None
+) -> Bounds:
+    """Return the bounds on an op's result [.., w], given the reference's relative error in every row.
+
+    `lse` is the true log-sum-exp of every row, if it has one: the size of the largest logit.
+    """
+    sizes, floor = truth.norm(dim=-1), torch.tensor(ALLOWED[dtype].op, dtype=torch.float64)
+    if lse is not None:
+        floor = floor.maximum(LOGIT * lse.double().abs().nan_to_num(posinf=0.0))
+    means = mean_over(own, sizes), mean_over(floor.expand(sizes.shape), sizes)
+    typical = max(*means, ALLOWED[dtype].op)  # which is left where all rows are zero
+    return Bounds(TWICE * typical, _rows(own, sizes, truth.shape[-1], ROW_SLACK * floor.clamp_min(typical)))
+
+
+def layer_bounds(own: torch.Tensor | None, truth: torch.Tensor, dtype: torch.dtype) -> Bounds:
+    """Return the bounds on a layer's output [.., d], given the reference's relative error in every row.
+
+    None means that the output is held to the table alone.
+    """
+    one, sizes = ALLOWED[dtype], truth.norm(dim=-1)
+    cap = CAP_SLACK * one.whole
+    if own is None:
+        return Bounds(one.whole, torch.full_like(sizes, cap))
+    typical = max(mean_over(own, sizes), one.layer)
+    others = torch.tensor(LAYER_SLACK * typical, dtype=torch.float64)
+    rows = _rows(own, sizes, truth.shape[-1], others).clamp_max(cap)
+    return Bounds(min(TWICE * typical, one.whole), rows)
+
+
+def table_decides(dtype: torch.dtype) -> bool:
+    """Return whether a layer needs no reference: any right one has what the table allows at most."""
+    return TWICE * ALLOWED[dtype].layer >= ALLOWED[dtype].whole
+
+
+def mean_over(errors: torch.Tensor, sizes: torch.Tensor) -> float:
+    """Return the relative error of the whole, given those of its rows and their norms."""
+    return ((errors * sizes).norm() / sizes.norm().clamp_min(TINY)).item()
+
+
+def _rows(own: torch.Tensor, sizes: torch.Tensor, width: int, others: torch.Tensor) -> torch.Tensor:
+    """Return what each row may err by, given what the reference does in it and `others` may add to that.
+
+    Both are independent: squares add. A narrow row may be small because its numbers cancel, which takes no
+    errors away. A wide one is small for other reasons, such as a mean over more keys, and its errors are
+    small with it.
+    """
+    usual = (sizes.square().mean() / sizes.square().clamp_min(TINY)).clamp_max(shrinkage(width))
+    cancelled = torch.where(sizes > 0, 1 + NARROW / width * usual, 1.0)
+    return TWICE * (own.square() + others.square() * cancelled).sqrt()
+
+
+def shrinkage(width: int) -> float:
+    """Return how many times smaller than usual, in squares, a row of random numbers hardly ever is.
+
+    The sum of `width` squares of N(0, 1) is below x width with probability at most (x e)^(width / 2) /
+    sqrt(pi width): the lower tail of the chi-square distribution, with Stirling's formula.
+    """
+    return float(math.e * (1 / (CHANCE * math.sqrt(math.pi * width))) ** (2 / width))
 
 
 def judge(

@@ -10,7 +10,7 @@ import torch
 
 from mla.bench.limits.growth import MOST_CALLS
 from mla.layer.ops import Choice, choose
-from mla.verify.bounds import BOUNDS, ROW_SLACK
+from mla.verify.tolerances import BOUNDS, ROW_SLACK
 from mla_backends.api import Backend, LinearSpec
 from mla_backends.errors import describe, plugin_code
 

@@ -20,8 +20,7 @@ import torch
 from mla.conformance.registry import DTYPE, check
 from mla.conformance.trial import BackendUnderTest, CheckFailed, Refused, Trial, expect, raised
 from mla.text import dtype_name
-from mla.verify.bounds import UNITS
-from mla.verify.tolerances import relative_error, same_bits
+from mla.verify.tolerances import UNITS, relative_error, same_bits
 from mla_backends.api import API_VERSION, Availability, DeviceInfo, MemoryInfo, Peak
 from mla_backends.errors import BackendError
 

@@ -14,7 +14,7 @@ from mla.cases.case import OpCase
 from mla.cases.memory import allocate
 from mla.cases.stress import Stress
 from mla.conformance.checks import op_cases, op_check
-from mla.conformance.checks.attention import DEEPSEEK, SMALL
+from mla.conformance.checks.attention import DEEPSEEK
 from mla.conformance.reach import far, memory_may_end
 from mla.conformance.trial import Trial, expect
 from mla.verify.tolerances import same_bits
@@ -79,7 +79,6 @@ def of_tokens(case: OpCase, *counts: int) -> Iterator[OpCase]:
 
 EPS = "an eps that is fixed, or added after the square root"
 OVERFLOW = "squares that overflow a narrow dtype"
-HALVES = "the `interleaved` argument ignored"
 
 
 @op_cases(
@@ -97,12 +96,6 @@ def product(example: OpCase, quick: bool) -> Iterator[OpCase]:
         sizes += [(64, 512, 2048 if groups == 1 else 128), (300, 128, 512), (5, 96, 70)]
     for tokens, inputs, outputs in sizes:
         yield example.but(tokens=tokens, in_features=inputs, out_features=outputs, groups=groups)
-
-
-@op_cases("bias", "formula", "a bias that is ignored", of(("linear",)), inputs=True)
-def bias(example: OpCase, quick: bool) -> Iterator[OpCase]:
-    """A bias is added to every row."""
-    return of_tokens(example.but(in_features=128, out_features=256, biased=True), 1, 7, 130)
 
 
 @op_cases("formula", "formula", "a norm over the wrong width, or without its weight", of(NORM), inputs=True)
@@ -139,18 +132,6 @@ def large(example: OpCase, quick: bool) -> Iterator[OpCase]:
 def _usual(example: OpCase) -> OpCase:
     """Return a norm of a width that models have."""
     return example.but(features=1536) if example.kind == "rms_norm" else example
-
-
-@op_cases("interleaved", "formula", "halves rotated where channels alternate", of(ROTATE), inputs=True)
-def rotate_interleaved(example: OpCase, quick: bool) -> Iterator[OpCase]:
-    """Interleaved: channels 2i and 2i + 1 are rotated together, and stay where they are."""
-    return (example.but(num_heads=heads) for heads in ((16, 3) if quick else (16, 1, 3, 128)))
-
-
-@op_cases("halves", "formula", HALVES, of((*ROTATE, *WRITE)), inputs=True)
-def halves(example: OpCase, quick: bool) -> Iterator[OpCase]:
-    """Not interleaved: channels i and i + r/2 are rotated together."""
-    yield example.but(num_heads=16, interleaved=False)
 
 
 @op_check(
@@ -212,13 +193,6 @@ def rows_and_heads(example: OpCase, quick: bool) -> Iterator[OpCase]:
     yield from [other_way(case)] if quick else both_ways([case])
 
 
-@op_cases("empty", "emptiness", "an empty launch that raises, or that writes anyway", EXAMPLES, inputs=True)
-def empty(example: OpCase, quick: bool) -> Iterator[OpCase]:
-    """A call without tokens is allowed and writes nothing."""
-    nothing = example.but(tokens=0)
-    yield from (*both_ways([nothing]), nothing.but(strided=True))
-
-
 @op_cases(
     "wide",
     "grid",
@@ -269,31 +243,6 @@ def _of_heads(case: OpCase, count: int) -> OpCase:
     return case.but(**{"groups" if case.kind == "batched_linear" else "num_heads": count})
 
 
-@op_cases(
-    "page_sizes",
-    "tiles",
-    "a slot that is split into page and offset with a fixed page size",
-    of(WRITE),
-    inputs=True,
-)
-def page_sizes(example: OpCase, quick: bool) -> Iterator[OpCase]:
-    """Slots are rows of the flattened cache, whatever the page size."""
-    sizes = (1, 16, 128) if quick else (1, 2, 4, 8, 16, 32, 128, 256)
-    return by_turns(example.but(page_size=size) for size in sizes)
-
-
-@op_cases(
-    "other_widths",
-    "tiles",
-    "a kernel compiled for 512 + 64 that runs on other widths anyway",
-    of(WRITE),
-    inputs=True,
-)
-def other_widths(example: OpCase, quick: bool) -> Iterator[OpCase]:
-    """Widths other than 512 + 64 are served, or refused with a reason."""
-    yield example.but(**SMALL, page_size=16)
-
-
 # ------------------------------------------------------------------------------------------------ numbers
 
 # Powers of two between rows; float16 has few.
@@ -334,40 +283,7 @@ def outlier(example: OpCase, quick: bool) -> Iterator[OpCase]:
 
 # ------------------------------------------------------------------------------------------ memory and places
 
-ORDERS = ("rising", "falling", "a run", "a shuffled run", "shuffled")
 BITS = 17  # slots beyond what 16 bits count, in a cache that is small enough for any device
-
-
-def _shapes(example: OpCase) -> Iterator[OpCase]:
-    """Yield cases of one token, of few and of many, of even and of odd widths."""
-    yield from both_ways(of_tokens(example, 1, 7, 130))
-    if example.kind in PRODUCTS:
-        odd = ((130, 96, 70), (5, 33, 17))
-        yield from (example.but(tokens=t, in_features=i, out_features=o) for t, i, o in odd)
-    if example.kind == "rms_norm":
-        yield from (example.but(features=width) for width in (1536, 33))
-    if example.kind == "write_latent":
-        yield example.but(interleaved=False, page_size=16)
-
-
-@op_cases(
-    "strided", "memory", "a kernel that ignores strides, or writes outside its output", EXAMPLES, inputs=True
-)
-def strided(example: OpCase, quick: bool) -> Iterator[OpCase]:
-    """Operands may be slices of wider tensors; memory around them is neither read nor written."""
-    return (case.but(strided=True) for case in _shapes(example))
-
-
-@op_cases(
-    "inputs",
-    "memory",
-    "a kernel that uses an input as scratch memory, or rounds its rows up to whole tiles",
-    EXAMPLES,
-    inputs=True,
-)
-def inputs(example: OpCase, quick: bool) -> Iterator[OpCase]:
-    """Inputs, and memory before and behind every operand, are neither read nor written by the call."""
-    return _shapes(example)
 
 
 @op_check("in_place", "memory", "a second channel computed from the rotated first", of(ROTATE))
@@ -389,12 +305,6 @@ def untouched(trial: Trial, example: OpCase) -> None:
             call = trial.serve(case)
             for clause in call.strays(call.run()):
                 expect(not clause, clause)
-
-
-@op_cases("order", "order", "slots that are taken to rise, or to follow each other", of(WRITE), inputs=True)
-def order(example: OpCase, quick: bool) -> Iterator[OpCase]:
-    """Slots may come in any order, with and without gaps."""
-    return both_ways(case.but(order=order) for order in ORDERS for case in of_tokens(example, 2, 9, 130))
 
 
 @op_check("slots", "index", "slots or pages that are counted in 8 to 16 bits", of(WRITE))
@@ -483,22 +393,6 @@ def earlier_outputs(trial: Trial, example: OpCase) -> None:
             same = all(same_bits(now, first[name]) for name, now in call.results(out).items())
             expect(same, f"a later call changed the output of an earlier one ({call.case.label})")
             trial.judge(call, out, inputs=True)
-
-
-@op_check("new_contents", "state", "a result or an input that is remembered by its address", EXAMPLES)
-def new_contents(trial: Trial, example: OpCase) -> None:
-    """Tensors whose contents have changed in place are read again, and outputs are written again."""
-    for case in (example, other_way(example)) if example.kind == "linear" else (example,):
-        with trial.case(case.label):
-            call = trial.serve(case)
-            outputs = trial.check(call, inputs=True)
-            for seed, cleared in ((1, False), (2, True), (0, False)):
-                same = {"others": 0} if case.entry.packed else {}  # the packed weight is the call's
-                call.hold(trial.serve(case.but(seed=seed, **same)))
-                if cleared:
-                    for placed in outputs.values():
-                        placed.part.fill_(torch.nan)
-                trial.judge(call, call.run(outputs), around=False)
 
 
 @op_check("call_before", "state", "scratch memory that still holds something of the call before", EXAMPLES)
