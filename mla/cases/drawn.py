@@ -1,6 +1,6 @@
 """Cases drawn over all axes at once, with hypothesis: biased to borders, and to relations between numbers.
 
-A `Scene` is calls of one op, one after another. `scenes` draws them; what is drawn shrinks to what is small.
+`scenes` draws calls of one op, one after another; what is drawn shrinks to what is small.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from mla.cases.case import KINDS, OpCase
 from mla.cases.memory import Layout, edges
+from mla.cases.played import Scene
 from mla.cases.stress import Stress, words
-from mla.cases.values import patterns_of
+from mla.cases.values import LARGE_ONES, patterns_of
 from mla_backends.api import AttentionSpec, LinearSpec, NormSpec
 
 Draw = Callable[..., Any]
@@ -51,40 +52,6 @@ MAX_REQUESTS, MAX_KEYS, HUGE = 300, 5000, (1 << 17) + 70
 REPEATS = (20, 130, 1100)  # of one call
 MAX_PRODUCTS = 1 << 24  # of a projection, which devices are slow in that lack the dtype
 FAR, MAX_CACHED = 1 << 15, 1 << 25  # slots that 16 bits do not name, and numbers of a cache with as many
-
-
-@dataclass(frozen=True)
-class Scene:
-    """Calls of one op, one after another. Every case has a state, or a packed weight, of its own."""
-
-    cases: tuple[OpCase, ...]
-    order: tuple[tuple[int, int], ...] = ((0, 1),)  # which case is called, and how often in a row
-    one_memory: bool = False  # cases of the same shapes lie at the same addresses, one after the other
-    kept: bool = True  # a state is prepared, or a weight packed, once for all calls of its case
-    early: bool = False  # ... before the first call of any
-    lent: bool = False  # the state of the first case serves others of the same lengths
-    held: float = math.nan  # what outputs hold before a call
-    lse: bool = True  # attention is given an lse to write
-    in_place: bool = False  # a rotation writes to what it reads
-
-    @property
-    def label(self) -> str:
-        """The scene in one line."""
-        words = [self.cases[0].label]
-        words += [f"then {case.label}" for case in self.cases[1:]]
-        if self.order != ((0, 1),):
-            called = " ".join(f"{index + 1}" + f"x{times}" * (times > 1) for index, times in self.order)
-            words.append(f"called {called}" if len(self.cases) > 1 else f"called {self.calls} times")
-            words += ["prepared anew every time"] * (not self.kept) + ["all prepared before"] * self.early
-            words += ["in the same memory"] * self.one_memory + ["with one state"] * self.lent
-        words += [f"out holds {self.held:g} before"] * (self.held == self.held)
-        words += ["without lse"] * (not self.lse) + ["in place"] * self.in_place
-        return "; ".join(words)
-
-    @property
-    def calls(self) -> int:
-        """The number of calls."""
-        return sum(times for _, times in self.order)
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -429,10 +396,6 @@ LOGITS_OF: Mapping[str, Mapping[str, Any]] = {
     "huge logits": {"gain": 1000.0},
     "even": {"gain": 0.1},
 }
-# Of these a case has one at most: the product of two is beyond fp16.
-LARGE_ONES = frozenset(
-    ("one large row", "one large channel", "three sizes", "large", "outlier", "large rows")
-) | frozenset(("large logits", "huge logits", "all logits low", "rising logits", "falling logits"))
 
 
 def stresses(kind: str) -> Mapping[str, Mapping[str, Any]]:
@@ -502,9 +465,10 @@ def sequence(draw: Draw, field: Field, scene: Scene) -> Scene:
     as_first = replace(case.stress, order=other.stress.order)  # type: ignore[type-var]  # which all here have
     alike = replace(other, seed=case.seed, values=case.values, stress=as_first) == case
     memory = alike and draw(st.booleans())
+    lent = alike and case.entry.prepares and draw(st.booleans())
     return replace(
         scene, cases=(case, other), order=order, kept=kept, early=early,
-        one_memory=memory, lent=alike and case.entry.prepares and draw(st.booleans()),
+        one_memory=memory, states=(0, 0) if lent else (),
     )  # fmt: skip
 
 

@@ -132,6 +132,11 @@ _OF_ATTENTION = {
 }
 PATTERNS: Mapping[str, Pattern] = {**_OF_ROWS, **_OF_WEIGHTS, **_OF_ANGLES, **_OF_ATTENTION}
 
+# Of these a case has one at most: the product of two is beyond fp16.
+LARGE_ONES = frozenset(
+    ("one large row", "one large channel", "three sizes", "large", "outlier", "large rows")
+) | frozenset(("large logits", "huge logits", "all logits low", "rising logits", "falling logits"))
+
 
 def patterns_of(kind: str) -> list[str]:
     """Return the names of the patterns that operands of a kind can have."""

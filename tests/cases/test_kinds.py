@@ -14,7 +14,7 @@ from mla import MLAConfig
 from mla.cases import KINDS
 from mla.cases.call import Call, Checker
 from mla.cases.case import OpCase
-from mla.cases.memory import Layout, Pages, place
+from mla.cases.memory import Layout, Pages, Piece
 from mla.cases.varied import Pool
 from mla.reference import REFERENCE
 from mla_backends.api import OPS, AttentionSpec, LinearSpec, NormSpec
@@ -241,10 +241,12 @@ def test_rows_around_a_strided_operand_are_poisoned() -> None:
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_write_beside_rows_is_seen_even_beside_a_single_one(rows: int) -> None:
-    placed = place(torch.zeros(rows, 8), CPU, strided=True)
-    assert placed.around("out") == ""
-    placed.whole[placed.where[0], -1] = 5
-    assert placed.around("out") == "memory beside rows of `out` was written"
+    piece = Piece((rows, 8), torch.float32, CPU, (2, 3, 0))
+    piece.seal()
+    assert piece.damage("out", output=True) == ""
+    piece.part.as_strided((rows, 9), piece.part.stride())[:, -1] = 5
+    where = "beside rows" if rows > 1 else "behind the last row"
+    assert piece.damage("out", output=True) == f"memory {where} of `out` was written"
 
 
 def test_nothing_is_not_right() -> None:

@@ -16,7 +16,7 @@ from mla.cases.case import OpCase
 from mla.cases.stress import EVEN, Stress
 from mla.conformance.checks import op_cases, op_check
 from mla.conformance.reach import far
-from mla.conformance.trial import Refused, Trial, expect
+from mla.conformance.trial import Refused, Trial
 from mla_backends.api import AttentionSpec
 
 Lengths = tuple[int, ...]
@@ -417,13 +417,9 @@ def no_tokens(make: Make, quick: bool) -> Iterator[OpCase]:
     yield from (make((0, 0), (5, 64)), make((0,), (70,)), make((0,), (0,)))
 
 
-# ------------------------------------------------------------------------------------------------- memory
-
-
 # ------------------------------------------------------------------------------------------------ numbers
 
 NO_LSE = "it does not supply the log-sum-exp (writes_lse is False)"
-LSE_BOUND = 1e-3  # relative, of huge logits, whose rounding errors are large themselves
 
 
 def require_lse(trial: Trial) -> None:
@@ -446,26 +442,12 @@ def lse(trial: Trial, make: Make) -> None:
     trial.check_cases(cases, only=("lse",))
 
 
-@op_check(
+@op_cases(
     "large", "numbers", "logits that overflow: exp() without the maximum, or a narrow accumulator", BOTH
 )
-def large(trial: Trial, make: Make) -> None:
+def large(make: Make, quick: bool) -> Iterator[OpCase]:
     """Logits in the thousands, of either sign, still give a finite output that is close to the truth."""
-    others = ((5, 9), (5, 70)), ((1, 1, 1), (1, 1, 1))
-    cases = [
-        decode(33, 130, 5, 1, 2),
-        *(make(*both, count) for both, count in zip(others, (16, 3), strict=True)),
-    ]
+    cases = [decode(33, 130, 5, 1, 2), make((5, 9), (5, 70)), make((1, 1, 1), (1, 1, 1), 3)]
     if make is expanded:
         cases = [make(*SEGMENTS), make((1, 1, 1), (1, 1, 2), 3)]
-    for case in cases:
-        case = trial.fitted(case.but(gain=1e3))
-        with trial.case(case.label):
-            call = trial.serve(case)
-            outputs = call.run()
-            trial.judge(call, outputs, only=("out",))
-            if "lse" in call.written:
-                truth = call.pool.truth["lse"]
-                gap = (call.results(outputs)["lse"].double() - truth).abs() / truth.abs().clamp_min(1)
-                worst = gap.max().item()
-                expect(worst <= LSE_BOUND, f"lse has relative error {worst:.1e}, allowed {LSE_BOUND:g}")
+    return (case.but(gain=1e3) for case in cases)
