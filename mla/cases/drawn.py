@@ -279,7 +279,7 @@ def attention_case(draw: Draw, field: Field) -> OpCase:
     pairs, room = requests(draw, page, causal), draw(among(*ROOMS))
     if any(keys > 900 for _, keys in pairs):
         room = max(room, LONG_ROOM)
-    if latent and widths == SMALL and some(draw, 40):
+    if latent and widths == SMALL and some(draw, 60):
         room, pairs, heads = HUGE_ROOM, [(1, 5), (1, draw(whole(HUGE, HUGE + 200)))], min(heads, 2)
 
     def fits(pairs: Pairs, count: int) -> bool:

@@ -262,7 +262,7 @@ class Piece:
         now, then = self.whole.to("cpu", copy=output), self.sealed.cpu()
         if output:
             now.as_strided(*self._view).copy_(then.as_strided(*self._view))
-        if torch.equal(now.view(torch.int64), then.view(torch.int64)):  # of as many numbers as fill them
+        if same_words(now, then):
             return ""
         changed, before = (bits(now) != bits(then)).any(-1), self._view[2]
         if not output and bool(changed.as_strided(*self._view).any()):
@@ -272,6 +272,11 @@ class Piece:
         words = ("before the first row of", "behind the last row of", "beside rows of")
         side = next(word for word, side in zip(words, sides, strict=True) if bool(changed[side].any()))
         return f"memory {side} `{name}` was written"
+
+
+def same_words(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Return whether two pieces, whose numbers fill words of 64 bits, hold the same bits."""
+    return torch.equal(left.view(torch.int64), right.view(torch.int64))
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,17 @@ import torch
 
 from mla.cases.call import Call
 from mla.cases.case import OpCase
-from mla.cases.memory import GUARD, PLAIN, Layout, Pages, Piece, Tensors, hardly_touched, scattered
+from mla.cases.memory import (
+    GUARD,
+    PLAIN,
+    Layout,
+    Pages,
+    Piece,
+    Tensors,
+    hardly_touched,
+    same_words,
+    scattered,
+)
 from mla.cases.stress import Drawing
 from mla.cases.values import LARGE_ONES
 from mla.cases.values import shape as unusual
@@ -75,6 +85,7 @@ class Host:
             drawn = unusual(case, self.entry.draw(case, Drawing(case), self.entry.rows(case)))
         shapes = {name: case.shape(self.entry.operands[name]) for name in self.entry.varied}
         self.given = drawn | {name: drawn[name].view(shape) for name, shape in shapes.items()}
+        self.numbers = sum(x.numel() for x in self.given.values()) + sum(map(prod, case.results.values()))
 
     @functools.cached_property
     def truth(self) -> Tensors:
@@ -116,11 +127,6 @@ class Host:
         out = self.truth["out"].norm(dim=-1)
         unseen = (UNDERFLOW * out.amax() / out).nan_to_num(posinf=1e300) if out.numel() else out
         return {"out": noise.maximum(unseen), "lse": noise}
-
-    @property
-    def numbers(self) -> int:
-        """How many numbers it holds, about."""
-        return sum(x.numel() for x in self.given.values()) + sum(map(prod, self.case.results.values()))
 
 
 _hosts: dict[OpCase, Host] = {}  # the last used are last
@@ -265,6 +271,15 @@ class Laid(Call):
             dtype = self.case.spec.dtype
             yield from self.pool.entry.faults(rows, right, errors=allowed, dtype=dtype, places=named)
 
+    def again(self, case: Laid, leading: tuple[Any, ...]) -> bool:
+        """Call the op once more; return whether it wrote what it wrote before, bit for bit."""
+        outputs = {name: piece for name, piece in self.pieces.items() if name in self.outputs}
+        before = {name: piece.whole.clone() for name, piece in outputs.items()}
+        for name, piece in outputs.items():
+            piece.restore(case.pieces[name])
+        self.op(*leading, **self.arguments)
+        return all(same_words(before[name], piece.whole) for name, piece in outputs.items())
+
     def copies(self) -> Tensors:
         """Return copies of what the last call wrote."""
         return {
@@ -312,7 +327,7 @@ class Player:
                 number += 1
                 if owner not in states or not scene.kept:
                     states[owner] = self._leading(calls[owner], scene)
-                if 1 < turn < times - 1 and self._same(calls[place], call, states[owner]):
+                if 1 < turn < times - 1 and calls[place].again(call, states[owner]):
                     continue
                 reason = calls[place].call_as(call, states[owner])
                 self.worst = max(self.worst, call.worst)
@@ -323,13 +338,6 @@ class Player:
             if not all(calls[other].kept(copies) for other, copies in written.items()):
                 return f"call {number} of {scene.calls}: an output of an earlier call was written again"
         return ""
-
-    def _same(self, place: Laid, case: Laid, leading: tuple[Any, ...]) -> bool:
-        """Call the op once more; return whether it wrote what it wrote before, bit for bit."""
-        before = place.copies()
-        place.restore(case)
-        self.op(*leading, **place.arguments)
-        return place.kept(before)
 
     def _leading(self, case: Laid, scene: Scene) -> tuple[Any, ...]:
         """Return a packed weight, or a prepared state."""
