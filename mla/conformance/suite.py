@@ -136,7 +136,7 @@ def _seconds(backend: Backend, dtype: torch.dtype) -> float:
 
 def dtypes_of(slow: Sequence[Slow]) -> frozenset[torch.dtype]:
     """Return the dtypes themselves."""
-    return frozenset(getattr(torch, one.dtype) for one in slow)
+    return frozenset(getattr(torch, entry.dtype) for entry in slow)
 
 
 def claimed_dtypes(subject: BackendUnderTest) -> tuple[torch.dtype, ...]:
@@ -157,9 +157,9 @@ def instances(
     """Return what runs on this backend, in order; `only` keeps what matches any of its patterns."""
     offers: Mapping[str, FusedOp] = ask(lambda: dict(subject.backend.ops()), {})
     offered = {str(name): op for name, op in offers.items() if isinstance(op, FusedOp)}
-    every = (one for check in all_checks() for one in _of_check(check, subject, dtypes, offered))
-    kept = ((one, chosen_cases(only, one.check.id, one.subject)) for one in every)
-    return tuple(replace(one, chosen=numbers) for one, numbers in kept if numbers != frozenset())
+    every = (instance for check in all_checks() for instance in _of_check(check, subject, dtypes, offered))
+    kept = ((instance, chosen_cases(only, instance.check.id, instance.subject)) for instance in every)
+    return tuple(replace(instance, chosen=numbers) for instance, numbers in kept if numbers != frozenset())
 
 
 def _of_check(
@@ -205,10 +205,10 @@ def carry_out(instance: Instance, subject: BackendUnderTest, xfails: Xfails) -> 
             passed=len(trial.ended("passed")),
             refused=len(refused),
             failed=len(failed),
-            left_out=len(trial.labels) - sum(one.number > 0 for one in trial.cases),
+            left_out=len(trial.labels) - sum(case.number > 0 for case in trial.cases),
         ),
-        failures=[Failure(case_id(instance.id, one.number), one.label, one.reason) for one in failed],
-        refusals=[Refusal(one.label, one.reason) for one in refused],
+        failures=[Failure(case_id(instance.id, case.number), case.label, case.reason) for case in failed],
+        refusals=[Refusal(case.label, case.reason) for case in refused],
         error_ratio=trial.worst,
         note=trial.note,
         seconds=round(time.perf_counter() - start, 4),
@@ -223,7 +223,7 @@ def _verdict(trial: Trial, expected: str | None) -> tuple[Status, str]:
         reason = f"{of}{failed[0]}"
         return ("fail", reason) if expected is None else ("xfail", f"{expected} ({reason})")
     if not trial.ended("passed"):
-        return "refused", "; ".join(dict.fromkeys(one.reason for one in trial.cases))
+        return "refused", "; ".join(dict.fromkeys(case.reason for case in trial.cases))
     if trial.drawn is not None and trial.drawn.judged < ENOUGH:
         return "incomplete", f"{trial.drawn.judged} of {ENOUGH} drawn cases were judged"
     return ("pass", "") if expected is None else ("xpass", expected)
@@ -318,14 +318,14 @@ class Suite:
         only = self.asked.only
         planned = instances(self.subject, self.dtypes, only)
         if not planned:
-            raise nothing_matches(only, [one.id for one in instances(self.subject, self.dtypes)])
+            raise nothing_matches(only, [peer.id for peer in instances(self.subject, self.dtypes)])
         require_cases(planned, self.subject)
         return planned
 
     def share(self, instance: Instance) -> float:
         """Return the seconds for a check that draws: its share of those left, and of half of all at least."""
         among = self.planned if self.selected is None else self.selected
-        weights = {one.id: self._weight(one) for one in among if one.id not in self.ended}
+        weights = {peer.id: self._weight(peer) for peer in among if peer.id not in self.ended}
         total, now = self.asked.seconds, time.monotonic()
         left = max(total - (now - self.start), total / 2 - sum(self.ended.values()), 0.0)
         return left * self._weight(instance) / (sum(weights.values()) or 1.0)

@@ -234,7 +234,9 @@ class Trial:
         tried = [case] + [case.but(num_heads=count) for count in MORE_HEADS if count > case.spec.num_heads]
         with contextlib.suppress(Exception):  # the case itself reports what an op raises
             if self._refuses(case):
-                return next((one for one in tried if _is_small(one) and not self._refuses(one)), case)
+                return next(
+                    (fitted for fitted in tried if _is_small(fitted) and not self._refuses(fitted)), case
+                )
         return case
 
     def _refuses(self, case: OpCase) -> bool:
