@@ -28,17 +28,7 @@ Serves = Callable[[Any], bool]
 Takes = Callable[[Any, tuple[int, ...], tuple[int, ...], "int | None"], bool]  # of a spec: lengths, page size
 
 # Sizes of tiles, pages, splits and blocks, and their neighbours.
-BORDERS = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    7,
-    8,
-    9,
-    *(n + by for bits in range(4, 13) for n in (1 << bits,) for by in (-1, 0, 1)),
-)
+BORDERS = (*range(1, 6), *range(7, 10), *((1 << bits) + by for bits in range(4, 13) for by in (-1, 0, 1)))
 PAGE_SIZES = (64, 16, 1, 32, 128, 2, 4, 8, 256)
 # Widths c, r, n and v: what every model of the family has, and many kernels serve alone; and small ones.
 DEEPSEEK = (512, 64, 128, 128)

@@ -21,6 +21,7 @@ from mla.cases.memory import (
     Piece,
     Tensors,
     hardly_touched,
+    poison,
     same_words,
     scattered,
 )
@@ -280,6 +281,11 @@ class Laid(Call):
         self.op(*leading, **self.arguments)
         return all(same_words(before[name], piece.whole) for name, piece in outputs.items())
 
+    def spoil(self) -> None:
+        """Overwrite inputs: an op that has returned reads them no more."""
+        for name in ({*self.pool.entry.varied, "k", "v", "cache"} & self.pieces.keys()) - self.outputs:
+            poison(self.pieces[name].part)
+
     def copies(self) -> Tensors:
         """Return copies of what the last call wrote."""
         return {
@@ -335,6 +341,7 @@ class Player:
                     return reason if scene.calls == 1 else f"call {number} of {scene.calls}: {reason}"
             if len(calls) > 1:
                 written[place] = calls[place].copies()
+                calls[place].spoil()
             if not all(calls[other].kept(copies) for other, copies in written.items()):
                 return f"call {number} of {scene.calls}: an output of an earlier call was written again"
         return ""

@@ -25,7 +25,7 @@ NO_PAGE = 10**9  # in entries of a table that no request owns: whoever follows t
 EPS = 0.01  # large enough to be missed
 # A cache beyond 2^31 numbers and 2^32 bytes. Nothing but the pages of a case is ever touched.
 FAR_NUMBERS = 2_300_000_000
-STRIDED = {name: (0, 16, 16) for name in ("q", "k", "v", "x", "kv_a", "cos_sin", "out", "lse")}
+STRIDED = dict.fromkeys(("q", "k", "v", "x", "kv_a", "cos_sin", "out", "lse"), (0, 16, 16))
 POISONED = Layout(page_size=16, unowned=math.nan, gaps=STRIDED)
 
 
