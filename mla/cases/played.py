@@ -103,7 +103,8 @@ class Host:
     def errors(self) -> Tensors:
         """Those of the reference as well, which runs where the others are not enough."""
         call = Laid(self.case, REFERENCE[self.case.kind], host=self)
-        call.call()
+        call.prepare()
+        call.run()
         errors = self.entry.errors(call.results(), self.truth)
         return errors | {name: errors.get(name, noise).maximum(noise) for name, noise in self._noise.items()}
 
