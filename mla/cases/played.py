@@ -334,9 +334,12 @@ class Player:
                 number += 1
                 if owner not in states or not scene.kept:
                     states[owner] = self._leading(calls[owner], scene)
-                if 1 < turn < times - 1 and calls[place].again(call, states[owner]):
+                if turn < 2 or turn == times - 1:
+                    reason = calls[place].call_as(call, states[owner])
+                elif calls[place].again(call, states[owner]):
                     continue
-                reason = calls[place].call_as(call, states[owner])
+                else:
+                    reason = calls[place].judge(call)
                 self.worst = max(self.worst, call.worst)
                 if reason and number > unjudged:
                     return reason if scene.calls == 1 else f"call {number} of {scene.calls}: {reason}"
