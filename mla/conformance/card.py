@@ -260,7 +260,10 @@ def _cut(extent: Extent, checks: Sequence[CheckResult]) -> Iterator[str]:
     if extent.only:
         yield f"What other checks ask: only {', '.join(extent.only)} ran."
     if extent.quick:
-        yield "Many sizes: the quick grid has a few of each kind, the full one (without --quick) all."
+        yield (
+            "Many sizes: the quick grid has a few of each kind, the full one (without --quick) all. And the "
+            "reference on the device, where an op of the backend serves what most layers have."
+        )
 
 
 def _few(checks: Sequence[CheckResult]) -> Iterator[str]:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 HANDFUL = {True: 2, False: 3}
 MINUTES = {True: 1.0, False: 5.0}  # that a run takes, on the quick grid and on the full one
 ENOUGH = 300  # judged draws of an op in a dtype, with which its check is green
+FOR_DRAWS = {True: 0.25, False: 0.5}  # of the time at least, on the quick grid and on the full one
 ATTENTION = 2.0  # times the time of other ops, for draws
 UNUSUAL = 0.2  # times the time of an op that serves what most layers have
 DRAWN = "drawn"  # what fails checks that draw their cases
@@ -177,10 +178,9 @@ def _of_check(
         for dtype in dtypes:
             own = {name: op for name, op in offered.items() if _kind(op) == check.kind}
             yield from (Instance(check, name, dtype, op) for name, op in own.items())
-            spec = None
-            if check.fails == DRAWN:  # of the reference where it is all there is
-                spec = usual_spec(check.kind, dtype, ask(lambda: subject.device, None))
-            if spec is None or all(ask(partial(op.unsupported_reasons, spec), ["?"]) for op in own.values()):
+            whole = check.fails != DRAWN and not subject.quick  # of the reference where it is all there is
+            spec = usual_spec(check.kind, dtype, ask(lambda: subject.device, None))
+            if whole or all(ask(partial(op.unsupported_reasons, spec), ["?"]) for op in own.values()):
                 yield Instance(check, "reference", dtype, REFERENCE[check.kind])
     else:  # without fused ops both policies are the same
         policies = ("auto", "reference") if offered and not subject.quick else ("auto",)
@@ -323,11 +323,12 @@ class Suite:
         return planned
 
     def share(self, instance: Instance) -> float:
-        """Return the seconds for a check that draws: its share of those left, and of half of all at least."""
+        """Return the seconds for a check that draws: its share of those left, or of `FOR_DRAWS` of all."""
         among = self.planned if self.selected is None else self.selected
         weights = {peer.id: self._weight(peer) for peer in among if peer.id not in self.ended}
         total, now = self.asked.seconds, time.monotonic()
-        left = max(total - (now - self.start), total / 2 - sum(self.ended.values()), 0.0)
+        least = total * FOR_DRAWS[self.asked.quick] - sum(self.ended.values())
+        left = max(total - (now - self.start), least, 0.0)
         return left * self._weight(instance) / (sum(weights.values()) or 1.0)
 
     def _weight(self, instance: Instance) -> float:
