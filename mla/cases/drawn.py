@@ -42,6 +42,10 @@ MAX_REQUESTS, MAX_KEYS, HUGE = 300, 5000, (1 << 17) + 70
 REPEATS = (20, 130, 1100)  # of one call
 MAX_PRODUCTS = 1 << 24  # of a projection, which devices are slow in that lack the dtype
 FAR, MAX_CACHED = 1 << 15, 1 << 25  # slots that 16 bits do not name, and numbers of a cache with as many
+MAX_SPREAD, MAX_SHARED = (
+    1 << 21,
+    12,
+)  # numbers of a large cache at most times; pairs that are asked one by one
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -244,7 +248,8 @@ def write_case(draw: Draw, field: Field) -> OpCase:
     page = draw(among(*PAGE_SIZES))
     width = spec.kv_lora_rank + spec.qk_rope_head_dim
     rows = some_rows(draw, width, page)
-    pages = FAR // page + draw(whole(1, 9)) if some(draw, 40) and width * FAR <= MAX_CACHED else 0
+    rare = 20 if width * FAR <= MAX_SPREAD else 80
+    pages = FAR // page + draw(whole(1, 9)) if some(draw, rare) and width * FAR <= MAX_CACHED else 0
     return OpCase(
         field.kind, spec, (rows,), (rows,), interleaved=draw(st.booleans()), eps=draw(among(1e-6, 1e-5)),
         layout=Layout(page_size=page, pages=pages), stress=Stress(order=draw(among(*ORDERS))),
@@ -368,8 +373,6 @@ def layout_of(draw: Draw, case: OpCase) -> Layout:
         layout = replace(layout, shared=(0, *shared, *full[MAX_SHARED:]))
     return replace(layout, repeated=some(draw, 12) and not any(layout.shared))
 
-
-MAX_SPREAD, MAX_SHARED = 1 << 20, 12  # numbers of a large cache; requests that are asked one by one
 
 # --------------------------------------------------------------------------------------------- numbers
 

@@ -233,13 +233,6 @@ def _kind(op: FusedOp) -> str:
     return str(getattr(op, "contract", "")).partition("/")[0]
 
 
-def weight(instance: Instance) -> float:
-    """Return how much of the time for draws a check gets; 0 for one that draws nothing."""
-    if instance.check.fails != DRAWN:
-        return 0.0
-    return ATTENTION if KINDS[instance.check.kind].prepares else 1.0
-
-
 def require_hypothesis() -> None:
     """Raise `UsageError` where cases cannot be drawn."""
     if importlib.util.find_spec("hypothesis") is None:
@@ -332,12 +325,13 @@ class Suite:
         return left * self._weight(instance) / (sum(weights.values()) or 1.0)
 
     def _weight(self, instance: Instance) -> float:
-        """Return a check's weight; hardly any where its op refuses what most layers have, as it ends soon."""
-        of, op, dtype = weight(instance), instance.op, instance.dtype
-        if not of or op is None or dtype is None:
-            return of
-        spec = usual_spec(instance.check.kind, dtype, self.subject.device)
-        return of * (UNUSUAL if ask(partial(op.unsupported_reasons, spec), []) else 1.0)
+        """Return the weight of a check that draws, which is small if its op refuses what most layers have."""
+        check, op, dtype = instance.check, instance.op, instance.dtype
+        if check.fails != DRAWN or op is None or dtype is None:
+            return 0.0
+        spec = usual_spec(check.kind, dtype, self.subject.device)
+        usual = ATTENTION if KINDS[check.kind].prepares else 1.0
+        return usual * (UNUSUAL if ask(partial(op.unsupported_reasons, spec), []) else 1.0)
 
     def carry_out(self, instance: Instance) -> CheckResult:
         """Run one check, and keep the first wrong call if that was asked for."""
