@@ -90,9 +90,8 @@ def changed_slots(
 
     Rows `written` [T] of the flattened cache do not count.
     """
-    before = before.to(cache.device)
-    same = same_numbers(cache, before) if before.isnan().any() else cache == before  # which takes less memory
-    changed = (~same.all(-1)).flatten().cpu()
+    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[cache.itemsize]  # NaN equals NaN
+    changed = (cache.view(words) != before.to(cache.device).view(words)).any(-1).flatten().cpu()
     if written is not None:
         changed[written.cpu()] = False
     page, slot = divmod(int(changed.int().argmax()), cache.shape[1])
