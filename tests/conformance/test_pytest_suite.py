@@ -6,12 +6,14 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from smaller_cases import make_smaller
 
 import mla
 import mla_backends
@@ -77,6 +79,13 @@ class TestMisspelt(BackendConformance):
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _smaller() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patches:
+        make_smaller(patches)
+        yield
+
+
 @pytest.fixture(scope="module")
 def backend(sound: Any, right_ops: Any) -> Backend:
     made: Backend = type("Fp32Only", (sound,), {"dtypes": lambda self: (torch.float32,)})(ops=right_ops)
@@ -85,6 +94,8 @@ def backend(sound: Any, right_ops: Any) -> Backend:
 
 class TestPlain(BackendConformance):
     """The class itself, on a backend that offers everything."""
+
+    draws = 3
 
 
 def test_every_check_is_one_test() -> None:

@@ -32,7 +32,7 @@ from tiny_run import HEADLINE, write_tiny_run
 from wrong_ops import by_kind, formulas, habits, of_layers, places
 from wrong_ops.base import SMALL_OPS
 
-from mla.conformance import drawn
+from mla.conformance import drawn, trial
 
 MODULE = types.ModuleType("in_play")  # `--backend in_play:backend`
 # Faults that no check of their own is for, but that of drawn cases.
@@ -176,10 +176,23 @@ def put_in_play(backend: Any, waits: bool = False) -> None:
     """Let `in_play:backend` be this one; with `waits`, products queue as on a device."""
     MODULE.backend = backend  # type: ignore[attr-defined]
     sys.modules[MODULE.__name__] = MODULE
-    make_nearer(pytest.MonkeyPatch())
-    pytest.MonkeyPatch().setattr(drawn, "SHRINKING", 0.0)
+    patches = pytest.MonkeyPatch()
+    make_nearer(patches)
+    patches.setattr(drawn, "SHRINKING", 0.0)
+    patches.setattr(trial.Trial, "case", until_one_fails(trial.Trial.case))
     if waits:
         Asynchronous().__enter__()
+
+
+def until_one_fails(case: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `Trial.case` that runs no case behind one that has failed: that is all a finding takes."""
+
+    def next_case(self: Any, label: str = "") -> Any:
+        if self.ended("failed"):
+            self.chosen = frozenset()
+        return case(self, label)
+
+    return next_case
 
 
 def benchmark(key: str, *words: str) -> Call:
