@@ -84,9 +84,9 @@ class LayerHost:
         case = self.case
         by_request = self.hidden.split(list(case.query_lens), dim=1)  # each [steps, t, d]
         lengths = [length * case.steps for length in case.query_lens]
-        tokens = torch.cat([one.flatten(0, 1) for one in by_request])
+        tokens = torch.cat([tokens.flatten(0, 1) for tokens in by_request])
         flat = oracle(case.config, self.state, tokens, lengths, self.history)
-        parts = [one.unflatten(0, (case.steps, -1)) for one in flat.split(lengths) if len(one)]
+        parts = [part.unflatten(0, (case.steps, -1)) for part in flat.split(lengths) if len(part)]
         return torch.cat(parts, dim=1)
 
     @functools.cached_property

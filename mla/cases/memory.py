@@ -138,8 +138,8 @@ class Pages:
     def first(self) -> torch.Tensor:
         """The first key [K] int64 that lies where each key lies; itself where no page is shared."""
         slots, inverse = self.slots.unique(return_inverse=True)
-        found = torch.full((len(slots),), len(self.slots))
-        return found.scatter_reduce_(0, inverse, torch.arange(len(self.slots)), "amin")[inverse]
+        first = torch.full((len(slots),), len(self.slots))
+        return first.scatter_reduce_(0, inverse, torch.arange(len(self.slots)), "amin")[inverse]
 
     def blocks(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the pages [n, page, w] in `order`, that hold keys [K, w]."""

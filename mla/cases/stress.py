@@ -129,8 +129,8 @@ def slots(case: OpCase) -> tuple[torch.Tensor, int]:
         inner = 1 + torch.randperm(max(0, tokens - 2), generator=generator)
         ends = torch.arange(tokens)[:1], torch.arange(tokens)[1:][-1:]
         return torch.cat((ends[0], inner, ends[1])) + size // 2, pages
-    found = torch.randperm(pages * size - 1, generator=generator)[:tokens]
-    return found if order == "shuffled" else found.sort(descending=order == "falling").values, pages
+    slots = torch.randperm(pages * size - 1, generator=generator)[:tokens]
+    return slots if order == "shuffled" else slots.sort(descending=order == "falling").values, pages
 
 
 @functools.lru_cache(maxsize=8)
@@ -145,13 +145,13 @@ def held_before(shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor
 
 def words(stress: Any, usual: Any, leave_out: frozenset[str] = frozenset()) -> list[str]:
     """Return words for every field of a dataclass that is not as usual."""
-    found = []
+    words = []
     for name, value in vars(stress).items():
         if value == getattr(usual, name) or name in leave_out:
             continue
         name = name.replace("_", " ")
         if isinstance(value, bool):
-            found.append(name if value else f"not {name}")
+            words.append(name if value else f"not {name}")
         else:
-            found.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
-    return found
+            words.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
+    return words

@@ -60,8 +60,8 @@ def oracle_of_last(
     """Return the outputs [n, B, d] in float64 of the replaced last tokens; no other row sees them."""
     wide = {name: weight.double() for name, weight in _host(state).items()}
     requests = zip(hidden.cpu().double().split(list(query_lens)), last.unbind(1), history, strict=True)
-    found = [_last_rows(config, wide, new[:-1], own.cpu().double(), *past) for new, own, past in requests]
-    return torch.stack(found, dim=1)
+    rows = [_last_rows(config, wide, new[:-1], last.cpu().double(), *past) for new, last, past in requests]
+    return torch.stack(rows, dim=1)
 
 
 def _last_rows(
@@ -141,8 +141,8 @@ def _attend(
     heads = []
     for head, weight in enumerate(kv_b):
         seen = _expanded(weight, past, nope)
-        own = (x.split(at_once) for x in (q[:, :, head], *_expanded(weight, new, nope)))
-        chunks = zip(*own, strict=True)
+        parts = (x.split(at_once) for x in (q[:, :, head], *_expanded(weight, new, nope)))
+        chunks = zip(*parts, strict=True)
         heads.append(torch.cat([_softmax_attention(config.softmax_scale, *seen, *chunk) for chunk in chunks]))
     return torch.stack(heads, dim=2)
 
@@ -165,8 +165,8 @@ def _softmax_attention(
     """Return one head's attention [n, t, v] over what all choices see, and each over its own tokens."""
     (n, t), past = q.shape[:2], past_keys.shape[0]
     future = torch.ones(t, t, dtype=torch.bool).triu(1)
-    own = (q @ keys.mT).masked_fill_(future, -torch.inf)
-    logits = torch.cat((q.flatten(0, 1) @ past_keys.T, own.flatten(0, 1)), dim=1)
+    among_new = (q @ keys.mT).masked_fill_(future, -torch.inf)
+    logits = torch.cat((q.flatten(0, 1) @ past_keys.T, among_new.flatten(0, 1)), dim=1)
     weights = logits.mul_(scale).softmax(-1)
     from_past = (weights[:, :past] @ past_values).unflatten(0, (n, t))
     return from_past + weights[:, past:].unflatten(0, (n, t)) @ values
