@@ -113,8 +113,8 @@ def test_what_an_op_refused_as_a_whole_is_unseen() -> None:
         result("latent.decode", "pass", of["a"]),
         *(result("linear.product", "refused", one, "bfloat16") for one in of.values()),
         result("linear.product", "pass", of["b"], "float32"),
-        result("linear.pack", "refused", of["b"], "float32"),
-        result("linear.packed_again", "pass", of["b"], "float32"),
+        result("rotate_query.in_place", "refused", of["b"], "float32"),
+        result("write_latent.untouched", "pass", of["b"], "float32"),
     ]
     said = blind(extent(planned=len(found)), found)
     assert "What fails by tiles in float32 of mine: all of it was refused." in said
