@@ -29,6 +29,7 @@ Takes = Callable[[Any, tuple[int, ...], tuple[int, ...], "int | None"], bool]  #
 
 # Sizes of tiles, pages, splits and blocks, and their neighbours.
 BORDERS = (*range(1, 6), *range(7, 10), *((1 << bits) + by for bits in range(4, 13) for by in (-1, 0, 1)))
+MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # that an op may want widths to be
 PAGE_SIZES = (64, 16, 1, 32, 128, 2, 4, 8, 256)
 # Widths c, r, n and v: what every model of the family has, and many kernels serve alone; and small ones.
 DEEPSEEK = (512, 64, 128, 128)
@@ -184,6 +185,15 @@ class Field:
         """Return the page sizes that the op serves; all of them if it serves none."""
         return [size for size in PAGE_SIZES if self.takes(spec, (1,), (size,), size)] or [*PAGE_SIZES]
 
+    def served(self, spec: Any) -> Any:
+        """Return the spec, its widths rounded up to the first multiple that the op serves, if any."""
+        names = [name for name in ("in_features", "out_features", "features") if hasattr(spec, name)]
+        rounded = (
+            replace(spec, **{name: -(-getattr(spec, name) // step) * step for name in names})
+            for step in MULTIPLES
+        )
+        return next(filter(self.serves, rounded), replace(spec, **dict.fromkeys(names, 512)))
+
     def attention(self, heads: int, dims: Sequence[int], scale: float = 1.0) -> AttentionSpec:
         """Return the spec of attention with widths c, r, n and v."""
         c, r, n, v = dims
@@ -205,19 +215,17 @@ def linear_case(draw: Draw, field: Field) -> OpCase:
     if some(draw, 8):  # one side very wide
         inputs, outputs = draw(whole(1, 16)), draw(whole(2048, 40_000))
         inputs, outputs = (outputs, inputs) if draw(st.booleans()) else (inputs, outputs)
+    spec = field.served(LinearSpec(inputs, outputs, groups, field.dtype, field.device))
+    inputs, outputs = spec.in_features, spec.out_features
     groups = max(1, min(groups, 4 * NUMBERS // (inputs * outputs)))
+    spec = spec if groups == spec.groups else replace(spec, groups=groups)
     rows = min(some_rows(draw, groups * max(inputs, outputs)), MAX_PRODUCTS // (groups * inputs * outputs))
-    spec = LinearSpec(inputs, outputs, groups, field.dtype, field.device)
-    if not field.serves(spec):
-        spec = replace(spec, in_features=128, out_features=96, groups=min(groups, 4))
     biased = field.kind == "linear" and draw(st.booleans())
     return OpCase(field.kind, spec, (rows,), (rows,), stress=Stress(), biased=biased)
 
 
 def norm_case(draw: Draw, field: Field) -> OpCase:
-    spec = NormSpec(near(draw, draw(among(700, 8200))), field.dtype, field.device)
-    if not field.serves(spec):
-        spec = replace(spec, features=512)
+    spec = field.served(NormSpec(near(draw, draw(among(700, 8200))), field.dtype, field.device))
     rows, eps = some_rows(draw, spec.features), draw(among(1e-6, 1e-5, 1e-2))
     return OpCase(field.kind, spec, (rows,), (rows,), stress=Stress(), eps=eps)
 

@@ -275,12 +275,11 @@ class Laid(Call):
 
     def again(self, case: Laid, leading: tuple[Any, ...]) -> bool:
         """Call the op once more; return whether it wrote what it wrote before, bit for bit."""
-        outputs = {name: piece for name, piece in self.pieces.items() if name in self.outputs}
-        before = {name: piece.whole.clone() for name, piece in outputs.items()}
-        for name, piece in outputs.items():
-            piece.restore(case.pieces[name])
+        before = self.copies()
+        for name in before:
+            self.pieces[name].restore(case.pieces[name])
         self.op(*leading, **self.arguments)
-        return all(same_words(before[name], piece.whole) for name, piece in outputs.items())
+        return self.kept(before)
 
     def spoil(self) -> None:
         """Overwrite inputs: an op that has returned reads them no more."""
@@ -288,17 +287,12 @@ class Laid(Call):
             poison(self.pieces[name].part)
 
     def copies(self) -> Tensors:
-        """Return copies of what the last call wrote."""
-        return {
-            name: self.arguments[name].clone() for name in OUTPUTS if self.arguments.get(name) is not None
-        }
+        """Return copies of the memory of outputs."""
+        return {name: piece.whole.clone() for name, piece in self.pieces.items() if name in self.outputs}
 
     def kept(self, copies: Tensors) -> bool:
-        """Return whether outputs are what they were."""
-        return all(
-            torch.equal(self.arguments[name].nan_to_num(7), rows.nan_to_num(7))
-            for name, rows in copies.items()
-        )
+        """Return whether the memory of outputs is what it was."""
+        return all(same_words(self.pieces[name].whole, then) for name, then in copies.items())
 
 
 MAX_FILLED = 1 << 20  # numbers of a cache, most of which nobody reads, that are written nevertheless
