@@ -34,6 +34,7 @@ from mla_backends.api import FusedOp, Packed
 
 CPU = torch.device("cpu")
 OUTPUTS = ("out", "lse")
+AROUND = 77.0  # what outputs lie in; neither 0 nor NaN, which is what is written by mistake
 NOISE = 4 * 2.0**-24  # of a sum of products in fp32, relative to the sizes of what is multiplied
 UNDERFLOW = 1e-30  # of values, relative to others: a weight may be as small, or 0
 USUAL = 1.0  # the gain of queries up to which logits are ordinary
@@ -171,7 +172,7 @@ class Laid(Call):
         super().__init__(host or host_of(case), op, case.spec, case, packed)  # type: ignore[arg-type]
         self.pieces.pop("weight" if self.pool.entry.packed else "", None)  # as long as what is packed lives
         for name, before in self.pool.entry.blank(case).items():
-            self.lay(name, before)
+            self.lay(name, before, AROUND)
             if name in OUTPUTS:
                 self.arguments[name].fill_(scene.held)
         if not scene.lse:
