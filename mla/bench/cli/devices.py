@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from mla.bench.workload.quantities import memory as read_memory
 from mla.bench.workload.scenario import MAX_LAYERS
+from mla.bench.workload.scenario import memory as read_memory
 from mla.command import environment
 from mla.command.backend import BackendOptions, backend_options, key_values, open_backend
 from mla.command.console import note, out
