@@ -13,9 +13,8 @@ from mla.cache.ragged_batch import RaggedBatch
 from mla.cases.case import Lengths
 from mla.config import MLAConfig
 from mla.layer.attention import MLA
-from mla.verify.layer_check import Checker
+from mla.verify.layer_check import Checker, Poison
 from mla.verify.layer_oracle import oracle
-from mla.verify.poison import Poison
 from mla.verify.verdict import Check
 from mla.weights import random_state_dict
 
@@ -87,9 +86,9 @@ class LayerHost:
         case = self.case
         by_request = self.hidden.split(list(case.query_lens), dim=1)  # each [steps, t, d]
         lengths = [length * case.steps for length in case.query_lens]
-        tokens = torch.cat([one.flatten(0, 1) for one in by_request])
+        tokens = torch.cat([tokens.flatten(0, 1) for tokens in by_request])
         flat = oracle(case.config, self.state, tokens, lengths, self.history)
-        parts = [one.unflatten(0, (case.steps, -1)) for one in flat.split(lengths) if len(one)]
+        parts = [part.unflatten(0, (case.steps, -1)) for part in flat.split(lengths) if len(part)]
         return torch.cat(parts, dim=1)
 
     @functools.cached_property

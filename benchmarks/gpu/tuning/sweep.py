@@ -131,7 +131,7 @@ class Tuner:
         self, trial: Trial, bound: problems.Bound, one: problems.Problem, name: str, launcher: Launcher
     ) -> None:
         """Call once, unless something was wrong before, and note what is: another tile, or the numbers."""
-        from mla.verify.bounds import BOUNDS
+        from mla.verify.tolerances import BOUNDS
 
         if trial.fault:
             return

@@ -36,12 +36,13 @@ HOST = {"state", "order", "contract"}  # of ops without a plan, what the host do
 DRAWS = 10
 TINY = {
     "NUMBERS": 1 << 12,
-    "OFTEN": (20,),
+    "REPEATS": (20,),
     "LOGITS": 1 << 10,
-    "MORE": 2,
+    "ROOMS": (1, 2),
+    "LONG_ROOM": 2,
     "HUGE": 2050,
-    "HUGE_MORE": 32,
-    "MOST_REQUESTS": 40,
+    "HUGE_ROOM": 32,
+    "MAX_REQUESTS": 40,
     "FAR": 1 << 11,
 }
 LAYERS = ("layer.prefill", "layer.decode", "layer.mixed")
