@@ -263,7 +263,7 @@ class ScenarioRun:
             fewest = replace(self._setting, attention="auto")  # paths that others may take
             least = self._whole(self._costs(fewest, case.steps_per_pass))
             judging.judge(case, least, self.ceilings, self._hooks.heartbeat)
-        placing.place_case(case, self.ceilings.used())
+            placing.place_case(case, self.ceilings.used())
         return case
 
     def _whole(self, costs: Sequence[results.Cost]) -> results.Cost:

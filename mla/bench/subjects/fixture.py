@@ -35,7 +35,7 @@ from mla.verify.layer_oracle import State, oracle
 from mla.weights import random_state_dict
 from mla_backends.errors import describe
 
-# Name -> how to build it. `benchmarks/peers` adds comparators while it runs.
+# Name -> how to build it. Others are named by where their class is.
 IMPLEMENTATIONS: dict[str, Callable[[Setting, State], Implementation]] = {
     "mla": lambda setting, state: _ours(setting, state, "mla", None),
     "mla-reference": lambda setting, state: _ours(setting, state, "mla-reference", "reference"),
