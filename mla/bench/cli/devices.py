@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from mla.bench.workload.quantities import memory as read_memory
 from mla.bench.workload.scenario import MAX_LAYERS
+from mla.bench.workload.scenario import memory as read_memory
 from mla.command import environment
 from mla.command.backend import BackendOptions, backend_options, key_values, open_backend
 from mla.command.console import note, out
@@ -20,8 +20,7 @@ from mla.command.table import aligned
 from mla.config import MLAConfig
 from mla.config.presets import DEFAULT_CONFIG
 from mla.errors import UsageError
-from mla.parallel.layout import Layout
-from mla.parallel.work import Capacity, capacity, layouts
+from mla.parallel.layout import Capacity, Layout, capacity, layouts
 from mla.text import DTYPES, size
 from mla_backends import BackendOptionError, probe
 from mla_backends.known import GENERAL, GENERAL_USE

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from mla import cost
-from mla.bench.measure.setup import sweep
+from mla.bench.measure.passes import sweep
 from mla.bench.subjects import op as one_op
 from mla.bench.subjects.base import buffers
 from mla.bench.subjects.fixture import Fixture, OpFixture
@@ -26,7 +26,7 @@ from mla.cases.varied import Pool
 from mla.errors import OutOfMemory
 from mla.layer.plan import WORKSPACE_BYTES, grown_bytes, rebuilt_bytes
 from mla.layer.rope import RotaryTable
-from mla.parallel.context import scratch_per_token
+from mla.parallel.layer import scratch_per_token
 from mla.parallel.layout import Layout
 from mla.text import size
 from mla.verify.layer_oracle import LOGITS_BYTES

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 from mla.bench.plan.options import RunOptions
 from mla.bench.workload import implementations
-from mla.bench.workload.grid import Axes, Point
-from mla.bench.workload.op_scenario import READS_HISTORY
+from mla.bench.workload.grid import READS_HISTORY, Axes, Point
 from mla.bench.workload.scenario import MAX_COUNT
 from mla.command import launcher
 from mla.errors import UsageError

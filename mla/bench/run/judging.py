@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from mla.bench.limits.roofline import MOST_TIMES, RooflineModel
+from mla.bench.limits.roofline import MAX_TIMES, RooflineModel
 from mla.bench.results.schema import Case, Cost, Roofline
 from mla.verify.verdict import Check
 
@@ -25,14 +25,14 @@ def judge(case: Case, least: Cost, ceilings: RooflineModel, beat: Callable[[], N
         return
     milliseconds = case.layers * case.latency_ms.median
     if ceilings.roofline(least, milliseconds).doubt:
-        ceilings.again(AGAIN, MOST_TIMES, anew=True)
+        ceilings.again(AGAIN, MAX_TIMES, anew=True)
     for pause in PAUSES:
         if not ceilings.implausible(least, milliseconds):
             return
         beat()
         time.sleep(pause)
         beat()
-        ceilings.again(AGAIN, MOST_TIMES, anew=True)
+        ceilings.again(AGAIN, MAX_TIMES, anew=True)
     if reason := ceilings.implausible(least, milliseconds):
         withhold(case, reason)
 

@@ -12,10 +12,10 @@ import torch
 
 from mla.bench import results
 from mla.bench.failures.keeper import Case, Keeper
-from mla.bench.limits import placing
+from mla.bench.limits import roofline
 from mla.bench.limits.roofline import RooflineModel
-from mla.bench.measure import engine, stages, summary
-from mla.bench.measure.hooks import Hooks, Shorter
+from mla.bench.measure import engine, profile, samples
+from mla.bench.measure.engine import Hooks, Shorter
 from mla.bench.measure.samples import Measurement
 from mla.bench.plan import yardstick
 from mla.bench.plan.options import case_command
@@ -31,8 +31,7 @@ from mla.bench.subjects.setting import Setting, say_remarks
 from mla.bench.workload.scenario import Scenario
 from mla.command.console import detail, note
 from mla.errors import MLAError, UnsupportedBatch
-from mla.parallel.layout import Layout, Place
-from mla.parallel.work import rank_work
+from mla.parallel.layout import Layout, Place, rank_work
 from mla.text import dtype_name
 from mla.verify.verdict import Check
 
@@ -130,6 +129,10 @@ class ScenarioRun:
         self._progress(f"{self._point.name}: limits of the device", 0)
         self.ceilings.known(self._whole(self._costs(self._setting)).bytes)
 
+    def oracle_seconds(self) -> float:
+        """Return about how long the oracle takes at least; 0 for less than a second, and once it is there."""
+        return 0.0 if self.prepared else self._fixture.oracle_seconds()
+
     def prepare(self) -> tuple[Any, Any]:
         """Make operands, and compute the oracle: on the host, once, which may take minutes."""
         if not self.prepared:
@@ -218,7 +221,7 @@ class ScenarioRun:
     def _add_stages(self, one: Implementation, case: results.Case, checker: Any) -> None:
         """Time the parts of our own layer's forward, if it has numbers at all."""
         if isinstance(one, MlaLayer) and case.latency_ms and not case.interrupted:
-            stages.add(case, one, self._point, checker, self.ceilings, self._progress)
+            profile.add_stages(case, one, self._point, checker, self.ceilings, self._progress)
 
     def _build(self, name: str) -> Implementation:
         self._hooks.enter(name)
@@ -234,13 +237,13 @@ class ScenarioRun:
 
     def compare(self, cases: Sequence[results.Case]) -> None:
         """Tell the right implementations of this scenario how they relate."""
-        summary.compare(cases, self._outputs)
+        samples.compare(cases, self._outputs)
 
     def _case(self, one: Implementation, measured: Measurement, names: Sequence[str]) -> results.Case:
         loaded = measured.check.status != "not run"
         case = self._empty(one.name, "", interrupted=False)
         facts = one.facts()
-        summary.fill(case, self._point, measured, facts)
+        samples.fill(case, self._point, measured, facts)
         whole = case.latency_ms and not case.interrupted  # after that, ranks may be anywhere in a forward
         case.spread = one.spread() if whole else None
         case.cost = self._fixture.cost(case.steps_per_pass)
@@ -263,7 +266,7 @@ class ScenarioRun:
             fewest = replace(self._setting, attention="auto")  # paths that others may take
             least = self._whole(self._costs(fewest, case.steps_per_pass))
             judging.judge(case, least, self.ceilings, self._hooks.heartbeat)
-            placing.place_case(case, self.ceilings.used())
+            roofline.place_case(case, self.ceilings.used())
         return case
 
     def _whole(self, costs: Sequence[results.Cost]) -> results.Cost:

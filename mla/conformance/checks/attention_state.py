@@ -21,7 +21,7 @@ from mla.conformance.checks.attention import (
 )
 from mla.conformance.checks.device import NO_GRAPH, best, elapsed, load_of, median
 from mla.conformance.trial import Refused, Trial, expect
-from mla.parallel.context import merge
+from mla.parallel.layer import merge
 from mla.parallel.layout import Share
 from mla.verify.tolerances import same_bits
 
@@ -254,7 +254,7 @@ def _attend(trial: Trial, case: OpCase, share: Share) -> Tensors:
         whole.given["keys"].split(case.kv_lens), case.query_lens, case.kv_lens, strict=True
     ):
         own = latents[share.rank :: share.world]
-        seen = share.count(torch.arange(length - new, length) + 1)
+        seen = share.held(torch.arange(length - new, length) + 1)
         keys += [own[:count] for count in seen.tolist()]
     lengths = tuple(map(len, keys))
     part = case.but(query_lens=(1,) * len(lengths), kv_lens=lengths)

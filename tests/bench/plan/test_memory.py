@@ -13,12 +13,12 @@ import torch
 from faulty_backend import FaultyOp
 
 import mla
-from mla.bench.measure.setup import sweep
+from mla.bench.measure.passes import sweep
 from mla.bench.plan import memory, request
 from mla.bench.plan.request import plan_scenarios
 from mla.bench.subjects import base as shelf
 from mla.bench.subjects.fixture import make_fixture
-from mla.bench.subjects.layer import MlaLayer, MlaStack
+from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.grid import Point
 from mla.layer.plan import WORKSPACE_BYTES
@@ -87,7 +87,7 @@ def test_the_plan_subtracts_the_weights_that_implementations_share(
     held = {
         packed.data.untyped_storage().data_ptr(): packed.data.untyped_storage().nbytes()
         for one in built
-        for layer in (one.layers if isinstance(one, MlaStack) else [one.layer])  # type: ignore[attr-defined]
+        for layer in one.layers  # type: ignore[attr-defined]
         for packed in layer._weights.packed.values()
     }
     saved = sum(one.facts().weight_bytes for one in built) - sum(held.values())
