@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks.peers.scaling import FIGURE
 from benchmarks.transformers.record import RECORD
 from mla.bench import results
 from mla.bench.cli import stored
@@ -207,7 +206,6 @@ def test_every_result_in_the_repository_is_ours() -> None:
     folder = Path(__file__).resolve().parents[3] / "benchmarks"
     for pattern, kind in (
         ("results/*.json", RESULT),
-        ("results/scaling-*.svg", FIGURE),
         ("transformers/results/*.json", RECORD),
     ):
         paths = list(folder.glob(pattern))
