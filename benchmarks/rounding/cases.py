@@ -9,9 +9,9 @@ import torch
 from benchmarks.rounding.forms import Form
 from benchmarks.rounding.ops import OPS, ops
 from mla import MLA, MLAConfig
-from mla.cases.call import GuardedCall, host
 from mla.cases.case import OpCase
 from mla.cases.layer import LayerCall, LayerCase
+from mla.cases.played import Laid
 from mla.cases.stress import Stress
 from mla.verify.layer_check import Checker, Forward
 from mla.verify.tolerances import relative_error
@@ -109,8 +109,12 @@ PRODUCTS = tuple(
 
 def op_ratio(case: OpCase, form: Form, dtype: torch.dtype, seed: int) -> float:
     """Return the largest error of a form over its bound: of out, and of the log-sum-exp."""
-    call = GuardedCall(host(case.but(dtype=dtype, seed=seed)), OPS[case.kind](form))
-    return max(ratio for ratio, _ in call.faults(call.results(call.run())))
+    call = Laid(case.but(dtype=dtype, seed=seed), OPS[case.kind](form))
+    call.prepare()
+    call.run()
+    known = call.pool
+    faults = case.entry.faults(call.results(), known.truth, errors=known.errors, dtype=dtype)
+    return max(ratio for ratio, _ in faults)
 
 
 def product_ratio(form: Form, dtype: torch.dtype, seed: int) -> float:

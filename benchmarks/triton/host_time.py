@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.triton.problems import MULTIPROCESSORS, PROBLEMS, decode, prefill
 from benchmarks.triton.shipped import H100
-from mla.cases.call import GuardedCall, host
+from mla.cases.played import Laid
 from mla_backends.triton_ops import Launcher, triton_ops
 
 STEP = (4096,) * 16  # keys of 16 requests
@@ -43,7 +43,7 @@ def calls() -> dict[str, Callable[[], None]]:
         "latent attention, one part": whole.bound(ops),
         "expanded attention": prefill().bound(ops),
         **small,
-        "plan of latent attention": GuardedCall(host(split.case), ops["triton_latent"], split.case).prepare,
+        "plan of latent attention": Laid(split.case, ops["triton_latent"]).prepare,
     }
 
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.triton.recording import Launch, Recorder
-from mla.cases.call import GuardedCall, host
 from mla.cases.case import Lengths, OpCase
 from mla.cases.memory import Layout
+from mla.cases.played import Laid, Scene
 from mla.cases.stress import Stress
 from mla_backends.api import AttentionSpec, FusedOp, NormSpec
 from mla_backends.triton_ops import Tuning, triton_ops
@@ -48,12 +47,9 @@ class Problem:
 
     def bound(self, ops: Mapping[str, FusedOp]) -> Callable[[], None]:
         """Return the call, with operands in memory; planning is done."""
-        call = GuardedCall(host(self.case), ops[OPS[self.case.kind]], self.case)
+        call = Laid(self.case, ops[OPS[self.case.kind]], Scene((self.case,), lse=self.with_lse))
         call.prepare()
-        outputs: dict[str, Any] = {name: placed.part for name, placed in call.outputs().items()}
-        if not self.with_lse:
-            outputs["lse"] = None
-        return partial(call.op, *call.leading, **{**call.arguments, **outputs})
+        return call.run
 
 
 def decode(heads: int, queries: int = 1, keys: Lengths = KEYS, **changes: Any) -> Problem:
@@ -70,9 +66,10 @@ def prefill(queries: int = 80, **changes: Any) -> Problem:
 
 def small(kind: str, spec: Any = SPEC) -> Problem:
     """Return two rows for a small op: slices of joined projections."""
-    return Problem(OpCase(kind, spec, (2,), (2,), stress=Stress(), layout=Layout(strided=True)))
+    return Problem(OpCase(kind, spec, (2,), (2,), stress=Stress(), layout=SLICES))
 
 
+SLICES = Layout(gaps=dict.fromkeys(("x", "kv_a", "cos_sin", "out"), (0, 16, 16)))
 FP16_NO_ROPE = {"dtype": torch.float16, "qk_rope_head_dim": 0}
 
 

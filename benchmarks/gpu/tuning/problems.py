@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.tuning.classes import Kind, Shape
-from mla.cases.call import GuardedCall, Host
 from mla.cases.case import Lengths, OpCase
+from mla.cases.played import Host, Laid
 from mla.cases.stress import Stress
 from mla.reference import REFERENCE
 from mla_backends.api import AttentionSpec, FusedOp
@@ -44,11 +44,11 @@ class Problem:
         self.case = replace(case, spec=replace(case.spec, device=torch.device(device)))
 
     @cached_property
-    def _call(self) -> GuardedCall:
+    def _call(self) -> Laid:
         """The reference's call, whose operands all others share."""
         drawn = Host(replace(self.case, spec=replace(self.case.spec, device=SPEC.device)))
-        call = GuardedCall(drawn, REFERENCE[self.case.kind], self.case)
-        call.inputs.clear()  # copies on the host, of gigabytes: nothing is watched
+        call = Laid(self.case, REFERENCE[self.case.kind], host=drawn)
+        call.pieces.clear()  # with copies, of gigabytes: nothing is watched
         drawn.given.clear()
         return call
 
