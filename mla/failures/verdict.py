@@ -74,7 +74,7 @@ def damage(call: RecordedCall, after: Mapping[str, torch.Tensor]) -> list[str]:
         for one, view in members.items():
             inside = covered(view, len(piece))
             if one not in OUTPUTS and bool((changed & inside).any()) and not _written(members, inside):
-                clauses.append(f"the op wrote to {one}, which it only reads")
+                clauses.append(f"the op wrote to its input {one}")
             changed &= ~inside
         if bool(changed.any()):
             clauses.append(f"memory {_beside(changed, members)} {' or '.join(members)} was written")

@@ -38,8 +38,8 @@ def report(runs: tuple[Path, ...], target: Path | None, folder: Path | None) -> 
 
     The page has no script and loads nothing. An earlier page is overwritten, any other file is not; the same
     holds for pictures, which are for slides and documents.
-    Needs matplotlib and jinja2: in a checkout, pip install '.[report]' ./backends (from the first release on,
-    pip install 'mla[report]').
+    Needs matplotlib and jinja2: in a checkout, pip install '.[report]' ./backends (once released,
+    pip install 'mla-bench[report]').
 
     \b
       python -m mla.bench report run.json --html report.html

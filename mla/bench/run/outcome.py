@@ -47,9 +47,9 @@ def verdict(outcome: Outcome) -> Exit:
         return end_early()
     found = {case.check.status for case in outcome.run.cases}
     if "wrong" in found:
-        note("wrong result: at least one implementation disagrees with the oracle and got no number")
+        note(f"wrong result: {_cases(outcome, 'wrong')} disagreed with float64 and got no number")
     if "doubtful" in found:
-        note("doubtful result: other evidence contradicts the time of at least one case, which got no number")
+        note(f"suspect timing: rejected for {_cases(outcome, 'doubtful')} (see above)")
     if "wrong" in found:
         return Exit.WRONG
     if "doubtful" in found:
@@ -58,14 +58,20 @@ def verdict(outcome: Outcome) -> Exit:
         return Exit.OK
     if any(case.latency_ms for case in outcome.run.cases):
         names = dict.fromkeys(case.implementation for case in subjects(outcome.run.cases))
-        note(f"nothing to judge: {', '.join(names)} has no number, only what it is compared with has")
+        note(f"{', '.join(names)} produced no result; only the baselines did")
     return Exit.NOTHING_RAN
+
+
+def _cases(outcome: Outcome, status: str) -> str:
+    """Return the number of cases with a status, such as "1 case"."""
+    count = sum(case.check.status == status for case in outcome.run.cases)
+    return f"{count} case{'s' * (count > 1)}"
 
 
 def subjects(cases: Sequence[results.Case]) -> list[results.Case]:
     """Return the cases that a run is about: those of `mla`, or all if it was not asked for `mla`.
 
-    A run that measured nothing but yardsticks (`mla-reference`, `transformers`) did not do what it was for.
+    A run that measured only baselines (`mla-reference`, `transformers`) did not do what it was for.
     """
     ours = [case for case in cases if parse_one(case.implementation).base == "mla"]
     return ours or list(cases)

@@ -69,7 +69,7 @@ def scaling_tables(found: Sequence[Scaling], kind: str) -> str:
     if not found:
         return ""
     units = "cores" if all(scenario.base.threads is not None for scenario in found) else "devices"
-    title = f"strong scaling: speedup over the base, and efficiency, which is speedup over {units} used\n"
+    title = f"strong scaling: speedup over the base; efficiency = speedup / {units} used\n"
     return "\n".join([title, *(_scaling_table(scenario, kind) for scenario in found)])
 
 
