@@ -33,8 +33,7 @@ from mla.bench.limits.roofline import RooflineModel
 from mla.bench.plan import options
 from mla.bench.plan.request import Request, plan_scenarios
 from mla.bench.plan.resolve import resolve
-from mla.bench.run.outcome import Outcome, verdict
-from mla.bench.run.scheduler import measure
+from mla.bench.run.scheduler import Outcome, measure, verdict
 from mla.bench.terminal import run_table
 from mla.bench.terminal.lines import quality_warnings
 from mla.bench.workload.grid import Point

@@ -25,7 +25,7 @@ from benchmarks.peers.run import defaults
 from mla.bench import results
 from mla.bench.plan.resolve import resolve
 from mla.bench.run import scheduler
-from mla.bench.run.outcome import verdict
+from mla.bench.run.scheduler import verdict
 from mla.bench.workload.grid import Point
 from mla.command import console, files
 from mla.command.exit_codes import guarded

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mla.bench.results.passes import same_steps
+from mla.bench.results.cases import same_steps
 from mla.bench.results.schema import Case, Ceiling
 from mla.bench.terminal.digits import number
 

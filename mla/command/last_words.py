@@ -222,6 +222,7 @@ def _dismissing(show: Callable[..., Any]) -> Callable[..., None]:
     return hook
 
 
-def loads_plugins(words: Sequence[str], others: Sequence[str] = ()) -> bool:
-    """Return whether a command line may load a plugin into this process: it is none of `others`, nor help."""
-    return bool(words) and words[0] not in {*others, "--version"} and not {"--help", "--help-all"} & {*words}
+def loads_plugins(words: Sequence[str], harmless: Sequence[str] = ()) -> bool:
+    """Return whether a command may load a plugin into this process: it is not `harmless`, nor for help."""
+    asks = {"--help", "--help-all"} & {*words}
+    return bool(words) and words[0] not in {*harmless, "--version"} and not asks

@@ -14,9 +14,9 @@ import pytest
 
 from mla.command import environment
 from mla.command.console import note
+from mla.command.display import Progress
 from mla.command.exit_codes import Exit
 from mla.command.exit_codes import interrupted as ended_early
-from mla.command.progress import Progress
 from mla.conformance import plugin, test_backend
 from mla.conformance.card import Extent, blind, coverage
 from mla.conformance.plugin import PROPERTY, SUITE

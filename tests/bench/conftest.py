@@ -22,7 +22,7 @@ import mla
 import mla_backends
 from mla.bench import results
 from mla.bench.cli.main import main
-from mla.bench.results.passes import latency, throughput
+from mla.bench.results.cases import latency_of, throughput_of
 from mla.bench.run import scheduler
 
 __all__ = ["ceiling_run", "quick_ceilings"]
@@ -126,7 +126,8 @@ def isolated(process: Bench, without_backends: Path) -> Bench:
 def numbers(samples: Sequence[float], steps: int, tokens: int) -> dict[str, Any]:
     """Return the fields of a case that follow from its samples."""
     passes = [list(samples[first : first + steps]) for first in range(0, len(samples), steps)]
-    return {"passes": len(passes), "latency_ms": latency(passes), "tokens_per_s": throughput(passes, tokens)}
+    latency, rate = latency_of(passes), throughput_of(passes, tokens)
+    return {"passes": len(passes), "latency_ms": latency, "tokens_per_s": rate}
 
 
 @pytest.fixture(scope="session")

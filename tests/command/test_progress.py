@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from mla.command import progress
-from mla.command.progress import EVERY, Progress
+from mla.command import display
+from mla.command.display import EVERY, Progress
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Return a list whose last entry is the time."""
     times = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: times[-1])
+    monkeypatch.setattr(display.time, "monotonic", lambda: times[-1])
     return times
 
 

@@ -10,12 +10,13 @@ from mla.bench.workload.op_scenario import DEFAULT_BATCH, DEFAULT_HISTORY, DEFAU
 from mla.bench.workload.quantities import duration, size
 from mla.bench.workload.scenario import MAX_COUNT, MAX_LAYERS, MAX_REQUESTS
 from mla.bench.workload.workload_file import PRESETS, STANDARD
-from mla.command.backend import MEASURED_BACKEND_HELP, backend_options
 from mla.command.options import (
     DETAIL,
     FILE,
+    MEASURED_BACKEND_HELP,
     Command,
     add_options,
+    backend_options,
     evidence,
     how,
     output,
@@ -313,5 +314,5 @@ EVIDENCE = (
 
 def run_options(command: Command) -> Command:
     """Add the options of `run` to a click command."""
-    others = add_options((*WHAT_TO_RUN, *HOW, *SCALE, *OUTPUT, *EVIDENCE))
-    return backend_options(MEASURED_BACKEND_HELP)(others(command))
+    ours = add_options((*WHAT_TO_RUN, *HOW, *SCALE, *OUTPUT, *EVIDENCE))
+    return backend_options(MEASURED_BACKEND_HELP)(ours(command))

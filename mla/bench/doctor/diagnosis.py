@@ -175,11 +175,11 @@ def diagnose(name: str | None = None, options: Mapping[str, str] | None = None) 
     chosen = names() if name is None else [name]
     with ThreadPoolExecutor(max_workers=len(chosen) + 1) as pool:
         torch = pool.submit(check_torch, chosen)
-        backends = list(pool.map(lambda one: _diagnose(one, options=options), chosen))
+        backends = list(pool.map(lambda backend: _diagnose(backend, options=options), chosen))
         if name is None and not any(backend.state == USABLE for backend in backends):
             backends.append(_diagnose(GENERAL))
         if torch.result().autoload_is_to_blame:
-            backends = list(pool.map(lambda one: _retried(one, options), backends))
+            backends = list(pool.map(lambda backend: _retried(backend, options), backends))
     return DoctorReport(_host(), torch.result(), backends)
 
 
@@ -290,4 +290,4 @@ def _fact_lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, contract in facts["idle_ops"].items():
         yield "", f"{name}: offered for {contract}, which this config does not call"
     if facts["triton"]:
-        yield from (("triton", one) for one in facts["triton"]["missing"] or ["lacks nothing here"])
+        yield from (("triton", gap) for gap in facts["triton"]["missing"] or ["lacks nothing here"])

@@ -25,7 +25,7 @@ from mla.bench.measure.hooks import Hooks
 from mla.bench.measure.passes import PassRunner, warm_up
 from mla.bench.measure.samples import Measurement, Samples, TransientBytes, read_sensors
 from mla.bench.measure.setup import Setup
-from mla.bench.measure.target import FEWEST, LEFT_OUT, Timetable
+from mla.bench.measure.target import FEWEST, NO_TIME, Timetable
 from mla.bench.measure.variants import HEADLINE, Variants
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.layer import MlaLayer
@@ -203,7 +203,7 @@ class _Engine:
 
     def _check_variant(self, runner: PassRunner) -> None:
         one, start = runner.implementation, self._hooks.target.now()
-        left_out = Check(status="not run", reason=LEFT_OUT)
+        left_out = Check(status="not run", reason=NO_TIME)
         if not self._times.variant_fits(runner, self._times.each[self._headlines[one.name]]):
             runner.samples.check = left_out
             return
@@ -320,7 +320,7 @@ class _Engine:
         for runner, before in self._times.cut.items():
             name, done, due = runner.implementation.name, len(runner.passes), runner.steps.passes
             if not done:  # no headline: each has one
-                runner.samples.check = Check(status="not run", reason=LEFT_OUT)
+                runner.samples.check = Check(status="not run", reason=NO_TIME)
             elif self._correct(runner):
                 what = ", ".join(part for part in (name, runner.samples.variant.kind) if part)
                 few = ", too few for an interval" if done < FEWEST else ""

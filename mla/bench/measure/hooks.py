@@ -9,7 +9,7 @@ from mla.bench.measure.target import Target
 from mla.bench.measure.variants import Steps
 from mla.bench.subjects.base import Implementation
 from mla.bench.workload.implementations import parse_one
-from mla.command import error_origin
+from mla.command import exit_codes
 from mla.errors import OutOfMemory, UnsupportedBatch
 from mla.verify.verdict import Check
 from mla_backends import BackendError
@@ -46,8 +46,8 @@ def reason(error: Exception, implementation: str) -> str:
     """
     if isinstance(error, UnsupportedBatch):
         return str(error)
-    if isinstance(error, BackendError) and error_origin.in_op(error):
-        op = error_origin.op_name(error)
+    if isinstance(error, BackendError) and exit_codes.in_op(error):
+        op = exit_codes.op_name(error)
         return f"{op}{': ' if op else ''}{str(error).rstrip('.')}. {_cure(implementation)}"
     return ""
 

@@ -5,7 +5,7 @@ without bf16 instructions a forward of the reference ops takes ten times as long
 take nearly all of the run. Such a yardstick is timed in the headline's way alone. Its passes become fewer,
 but never too few for an interval, and then shorter: fewer of the forwards of a prefill, which are alike, or
 the first steps of a decode. The cache grows in those, so ratios are formed from the same steps of both
-(`mla.bench.results.passes`). Any other implementation than the first runs less for lack of time as well.
+(`mla.bench.results.cases`). Any other implementation than the first runs less for lack of time as well.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from mla.bench.measure.variants import EXTRA_PASSES, HEADLINE, Steps, Variant, steps
-from mla.bench.results.passes import ENOUGH
+from mla.bench.results.cases import ENOUGH
 from mla.bench.workload.quantities import spoken
 from mla.bench.workload.scenario import Scenario
 

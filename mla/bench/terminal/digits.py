@@ -40,7 +40,7 @@ def per_second(rate: float | None, unit: str) -> str:
     """Return a rate of `unit`, such as "FLOP/s", with the prefix that leaves 1 to 999; "-" for None."""
     if rate is None:
         return "-"
-    prefix, factor = next((one for one in _PREFIXES if rate >= one[1]), _PREFIXES[-1])
+    prefix, factor = next((prefix for prefix in _PREFIXES if rate >= prefix[1]), _PREFIXES[-1])
     return f"{rate / factor:.3g} {prefix}{unit}"
 
 

@@ -7,15 +7,14 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Literal
 
 from mla.bench import results
-from mla.bench.results.cases import labelled
-from mla.bench.results.passes import as_planned
+from mla.bench.results.cases import as_planned, labelled
 from mla.bench.results.rows import Row, as_csv, baseline, by_scenario, case_rows, withheld
 from mla.bench.results.schema import Case, Latency, Run, Throughput
-from mla.bench.terminal import ceilings, ranks, stages
+from mla.bench.terminal import ceilings, tables
 from mla.bench.terminal.digits import between, known, limit, number, per_second, percent, quoted
 from mla.bench.terminal.lines import case_lines, name
 from mla.bench.terminal.verdict import headline_number, status, times_as_fast, verdicts, why_unreliable
-from mla.command.table import aligned, has_colours, markdown, width
+from mla.command.display import aligned, has_colours, markdown, width
 from mla.text import DTYPES, size
 
 FORMATS = ("table", "md", "csv", "json")
@@ -101,7 +100,9 @@ def _detailed(run: Run, kind: str) -> Iterator[list[str]]:
 
 def _parts(run: Run, kind: str) -> list[str]:
     """Return the tables of ranks and of stages, which only some runs have."""
-    return (ranks.render(run.cases, kind) + stages.render(run.cases, kind)).rstrip("\n").splitlines()
+    return (
+        (tables.rank_tables(run.cases, kind) + tables.stage_tables(run.cases, kind)).rstrip("\n").splitlines()
+    )
 
 
 def columns(cases: Sequence[Case]) -> dict[str, Callable[[Row], str]]:
@@ -227,9 +228,9 @@ def comparisons(run: Run) -> list[str]:
     lines = []
     for scenario, cases in by_scenario(run.cases).items():
         first = _first_run(cases)
-        others = {case.implementation: case for case in cases if case is not first}
+        by_name = {case.implementation: case for case in cases if case is not first}
         for agreement in first.agreement:
-            other = others.get(agreement.implementation)
+            other = by_name.get(agreement.implementation)
             if other is not None:
                 lines.append(f"{scenario}: {_differences(first, other, agreement.relative_difference)}")
     return lines

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers_peer import needs_transformers
 
 from mla.bench import results
 
@@ -181,11 +182,18 @@ def test_list_ops_names_every_role_and_measures_nothing(bench: Bench, small: lis
     assert {"latent_attention", "expanded_attention", "write_latent", "o_proj"} <= set(roles)
 
 
-def test_the_main_job_runs_at_full_size(bench: Bench) -> None:
-    done = bench("--backend", "cpu", "--runs", "6", "--passes", "6", "--warmups", "0", "-o", "run.json")
+@needs_transformers
+def test_the_main_job_runs_at_full_size_and_compares_with_transformers(bench: Bench) -> None:
+    done = bench("--backend", "cpu", "--runs", "2", "--passes", "2", "--warmups", "0", "-o", "run.json")
     assert done.code == 0
-    prefill, decode = (case for case in read("run.json").cases if case.implementation == "mla")
-    assert (len(latency(prefill).samples), len(latency(decode).samples)) == (6, 36)
-    for case in read("run.json").cases:
-        assert case.check.status == "ok"
-        assert [(one.cache, one.check.status, one.passes) for one in case.timings] == [("cold", "ok", 6)]
+    names = ["mla", "mla-reference", "transformers"]
+    cases = read("run.json").cases
+    assert [(case.scenario, case.implementation) for case in cases] == [
+        (scenario, name) for scenario in ("prefill", "decode") for name in names
+    ]
+    assert {case.check.status for case in cases} == {"ok"}
+    prefill, decode = (case for case in cases if case.implementation == "mla")
+    assert (len(latency(prefill).samples), len(latency(decode).samples)) == (2, 4)
+    assert [(way.cache, way.check.status, way.passes) for way in prefill.timings] == [("cold", "ok", 2)]
+    assert len(done.out.splitlines()) <= 26
+    assert len(done.err.splitlines()) <= 6
