@@ -29,6 +29,7 @@ __all__ = ["ceiling_run", "quick_ceilings"]
 
 
 Bench = Callable[..., Outcome]
+QUICK = str(Path(__file__).resolve().parents[1] / "support" / "quick")  # limits in no time
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +85,7 @@ def process(install: Callable[[str], Path], tmp_path: Path) -> Bench:
         flags: Sequence[str] = (),
         **environment: str,
     ) -> Outcome:
-        folders = [*map(str, path), *(str(install(fake)) for fake in fakes)]
+        folders = [*map(str, path), *(str(install(fake)) for fake in fakes), QUICK]
         if not flags:
             folders += filter(None, [os.environ.get("PYTHONPATH", "")])
         done = subprocess.run(

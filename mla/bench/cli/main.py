@@ -78,12 +78,7 @@ class DefaultGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.group(
-    cls=DefaultGroup,
-    options_metavar="[COMMAND]",
-    subcommand_metavar="[OPTIONS]",
-    epilog=EPILOG,
-)
+@click.group(cls=DefaultGroup, options_metavar="[COMMAND]", subcommand_metavar="[OPTIONS]", epilog=EPILOG)
 @click.version_option(package_name="mla")
 def cli() -> None:
     """Measure DeepSeek's Multi-head Latent Attention (MLA): a layer, or one op."""

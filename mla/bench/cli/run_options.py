@@ -78,12 +78,7 @@ WHAT_TO_RUN = (
         multiple=True,
         help="Run only this scenario of the workload; repeatable.",
     ),
-    what_to_run(
-        "--op",
-        metavar="NAME",
-        common=True,
-        help="One op alone, by name or role (see --list-ops).",
-    ),
+    what_to_run("--op", metavar="NAME", common=True, help="One op alone, by name or role (see --list-ops)."),
     what_to_run(
         "--batch",
         type=click.IntRange(1, MAX_REQUESTS),
@@ -148,12 +143,7 @@ HOW = (
         show_default=True,
         help="auto (fused ops that fit), fused (fail where one does not), reference, or op names.",
     ),
-    how(
-        "--page-size",
-        type=int,
-        show_default=str(DEFAULT_PAGE_SIZE),
-        help="Tokens per cache page.",
-    ),
+    how("--page-size", type=int, show_default=str(DEFAULT_PAGE_SIZE), help="Tokens per cache page."),
     how(
         "--mode",
         metavar="A,B",
@@ -277,12 +267,7 @@ EVIDENCE = (
         callback=result_path,
         help="Resume the run in this result file; without -o, rewrite it.",
     ),
-    evidence(
-        "--baseline",
-        metavar="FILE",
-        type=FILE,
-        help="Compare with this result file after the run.",
-    ),
+    evidence("--baseline", metavar="FILE", type=FILE, help="Compare with this result file after the run."),
     evidence(
         "--fail-slower",
         metavar="PERCENT",

@@ -115,12 +115,7 @@ class RunOptions(BackendOptions):
     @property
     def op_shape(self) -> dict[str, int | None]:
         """Flag -> value of the options that shape one op."""
-        return {
-            "--batch": self.batch,
-            "--kv": self.kv,
-            "--q-len": self.q_len,
-            "--heads": self.heads,
-        }
+        return {"--batch": self.batch, "--kv": self.kv, "--q-len": self.q_len, "--heads": self.heads}
 
     @property
     def implementation_names(self) -> list[str]:

@@ -247,11 +247,7 @@ def _layer(
 
 
 def _ranks(
-    options: RunOptions,
-    opened: OpenedBackend,
-    config: MLAConfig,
-    points: Sequence[Point],
-    join: Join | None,
+    options: RunOptions, opened: OpenedBackend, config: MLAConfig, points: Sequence[Point], join: Join | None
 ) -> Ranks | None:
     """Return the other ranks of the run; None for one device. Raises `UsageError` and `RanksError`."""
     layout = options.parallel

@@ -14,14 +14,7 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from mla.bench.results import cases
-from mla.bench.results.schema import (
-    CEILINGS_VERSION,
-    SCHEMA_VERSION,
-    Case,
-    CeilingRun,
-    Run,
-    Spread,
-)
+from mla.bench.results.schema import CEILINGS_VERSION, SCHEMA_VERSION, Case, CeilingRun, Run, Spread
 from mla.command.files import write_bytes
 from mla.errors import ResultError, UsageError
 from mla.parallel.layout import Layout

@@ -151,10 +151,4 @@ def _metrics(row: Row) -> Iterator[Document]:
 
 
 def _scalar(name: str, value: Cell, unit: str) -> Document:
-    return {
-        "name": f"{CATEGORY}.{name}",
-        "type": "scalar",
-        "value": value,
-        "raw_data_url": "",
-        "unit": unit,
-    }
+    return {"name": f"{CATEGORY}.{name}", "type": "scalar", "value": value, "raw_data_url": "", "unit": unit}

@@ -78,7 +78,7 @@ class Profiling:
         backend.empty_cache()
 
     def _hung(self, scenario: str, implementation: str) -> None:
-        note(f"profiling hangs at {scenario} / {implementation} and is given up; the result is complete")
+        note(f"profiling hung at {scenario} / {implementation} and was stopped; the result is complete")
         os._exit(self._code)
 
 

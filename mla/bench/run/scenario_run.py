@@ -48,10 +48,8 @@ class Threads:
         now = torch.get_num_threads()
         if now != self._count and not self._said:
             self._said = True
-            note(
-                f"{self._scenario}: torch had {self._count} host threads before it and has {now} after it: "
-                f"code of backend '{self._backend}' changes them, so not all ran on as many"
-            )
+            changed = f"backend '{self._backend}' changed torch's host threads from {self._count} to {now}"
+            note(f"{self._scenario}: {changed}, so not all forwards ran on as many")
 
     def restore(self) -> None:
         """Set the number that the run was opened with, if it has changed."""
@@ -356,8 +354,5 @@ def withhold(case: Case, reason: str) -> None:
 def doubtful(check: Check, reason: str) -> Check:
     """Return the check of a number that is withheld."""
     return Check(
-        status="doubtful",
-        error_ratio=check.error_ratio,
-        relative_error=check.relative_error,
-        reason=reason,
+        status="doubtful", error_ratio=check.error_ratio, relative_error=check.relative_error, reason=reason
     )

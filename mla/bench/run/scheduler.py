@@ -313,20 +313,19 @@ def verdict(outcome: Outcome) -> Exit:
         raise outcome.failure
     if outcome.interrupted:
         return end_early()
-    statuses = {case.check.status for case in outcome.run.cases}
-    if "wrong" in statuses:
-        note("wrong result: at least one implementation disagrees with the oracle and got no number")
-    if "doubtful" in statuses:
-        note("doubtful result: other evidence contradicts the time of at least one case, which got no number")
-    if "wrong" in statuses:
-        return Exit.WRONG
-    if "doubtful" in statuses:
-        return Exit.DOUBTFUL
+    cases, ends = outcome.run.cases, {"wrong": Exit.WRONG, "doubtful": Exit.DOUBTFUL}
+    counts = {status: sum(case.check.status == status for case in cases) for status in ends}
+    if wrong := counts["wrong"]:
+        note(f"error: {wrong} of {len(cases)} cases {'is' if wrong == 1 else 'are'} wrong (details above)")
+    if doubtful := counts["doubtful"]:
+        note(f"error: timing rejected for {doubtful} of {len(cases)} cases (details above)")
+    if worst := next((status for status in ends if counts[status]), ""):
+        return ends[worst]
     if any(case.latency_ms for case in subjects(outcome.run.cases)):
         return Exit.OK
     if any(case.latency_ms for case in outcome.run.cases):
         names = dict.fromkeys(case.implementation for case in subjects(outcome.run.cases))
-        note(f"nothing to judge: {', '.join(names)} has no number, only what it is compared with has")
+        note(f"error: {', '.join(names)} produced no result; only the baselines did")
     return Exit.NOTHING_RAN
 
 

@@ -159,7 +159,7 @@ def test_an_op_that_changes_the_threads_is_remarked_on(
     options = ["--threads", "2", "--passes", "1", "--dtype", "float32", "--scenario", "decode"]
     done = bench(*words, *small, *options)
     assert done.code == 0
-    assert "decode: torch had 2 host threads before it and has 1 after it: code of backend 'odd'" in done.err
+    assert "decode: backend 'odd' changed torch's host threads from 2 to 1, " in done.err
 
 
 # -------------------------------------------------------------------------------------- device, clock, name

@@ -37,18 +37,22 @@ def run_of(make_run: MakeRun) -> Callable[..., results.Run]:
     [
         ({"mla": "ok", "mla_reference": "ok"}, Exit.OK, ()),
         ({"mla": "ok", "transformers": "not run"}, Exit.OK, ()),
-        ({"mla": "doubtful", "mla_reference": "ok"}, Exit.DOUBTFUL, ("doubtful",)),
-        ({"mla": "ok", "mla_reference": "doubtful"}, Exit.DOUBTFUL, ("doubtful",)),
-        ({"mla": "doubtful", "mla_reference": "wrong"}, Exit.WRONG, ("wrong", "doubtful")),
+        ({"mla": "doubtful", "mla_reference": "ok"}, Exit.DOUBTFUL, ("error: timing rejected for 1 of 2",)),
+        ({"mla": "ok", "mla_reference": "doubtful"}, Exit.DOUBTFUL, ("error: timing rejected for 1 of 2",)),
+        (
+            {"mla": "doubtful", "mla_reference": "wrong"},
+            Exit.WRONG,
+            ("error: 1 of 2 cases is wrong", "error: timing rejected"),
+        ),
         (
             {"mla": "not run", "mla_reference": "ok"},
             Exit.NOTHING_RAN,
-            ("nothing to judge: mla has no number",),
+            ("error: mla produced no result",),
         ),
         (
             {"transformers": "ok", "mla": "not run"},
             Exit.NOTHING_RAN,
-            ("nothing to judge: mla has no number",),
+            ("error: mla produced no result",),
         ),
         ({"mla_reference": "ok", "transformers": "not run"}, Exit.OK, ()),
         ({"mla": "not run"}, Exit.NOTHING_RAN, ()),
