@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import filecmp
 import hashlib
 import os
@@ -45,6 +46,11 @@ def environment(backend: Backend) -> dict[str, str]:
     facts |= {key: value for key in THREADS if (value := os.environ.get(key))}
     facts |= launcher.facts()
     return facts | {f"backend.{key}": str(value) for key, value in backend.environment().items()}
+
+
+def now() -> str:
+    """Return the time, as results say it: ISO 8601, UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 class OtherLoad:

@@ -27,7 +27,7 @@ LETTERS = {
     "A": ("SLURM_ARRAY_JOB_ID",),
     "a": ("SLURM_ARRAY_TASK_ID",),
 }
-_MOST_DIGITS = 9  # of a number of tasks; Python refuses to read thousands
+_MAX_DIGITS = 9  # of a number of tasks; Python refuses to read thousands
 _PATTERN = re.compile(rf"%(\d?)([%{''.join(LETTERS)}])")
 
 
@@ -163,6 +163,6 @@ def _number(names: tuple[str, ...]) -> int | None:
     variable = _first(names)
     if variable is None:
         return None
-    if not variable[1].isdecimal() or len(variable[1]) > _MOST_DIGITS:
+    if not variable[1].isdecimal() or len(variable[1]) > _MAX_DIGITS:
         raise LaunchError(f"the variable {variable[0]} must be a number from 0, got '{variable[1]}'.")
     return int(variable[1])

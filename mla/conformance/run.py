@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import time
@@ -116,7 +115,7 @@ def make_report(words: Sequence[str], found: Results, interrupted: bool) -> Conf
         schema_version=SCHEMA_VERSION,
         argv=["python", "-m", "mla.conformance", *words],
         alone=asked.alone(),
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        created=environment.now(),
         git_commit=environment.git_commit(),
         interrupted=interrupted,
         quick=subject.quick,

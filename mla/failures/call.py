@@ -214,6 +214,8 @@ def poison_outputs(tensors: Mapping[str, Any]) -> None:
 
 # ---------------------------------------------------------------------------------------------------- memory
 
+# Tensors as they lie in memory: with their strides, what is between their rows, and what they share.
+
 # What an op writes, besides the cache.
 OUTPUTS = ("out", "lse")
 # So many numbers before and behind an output are copied with it, if its memory has them: an op may hit them.

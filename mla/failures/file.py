@@ -195,8 +195,10 @@ def _read(path: Path) -> Failure:
 
 # --------------------------------------------------------------------------- whether a kept call can be made
 
+# A kept failure may come from anybody, and ops take addresses: no op is called before all of this holds.
+
 _OTHERS = frozenset({"weight.packed", "cache.pages", "cache.rows"})
-_MOST = 2**31 - 1  # of a size in a spec, and of a length
+_MAX_SIZE = 2**31 - 1  # of a size in a spec, and of a length
 
 
 def _others(kind: Kind, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, str]]:
@@ -246,7 +248,7 @@ def _spec_sizes(kind: Kind, facts: CallFacts) -> dict[str, int]:
     _require(_is(float, facts.spec.get("softmax_scale", 1.0)), "softmax_scale is no number")
     for name in kind.letters.values():
         size = facts.spec[name]
-        _require(type(size) is int and 0 < size <= _MOST, f"{name} of its spec is no size")
+        _require(type(size) is int and 0 < size <= _MAX_SIZE, f"{name} of its spec is no size")
     return {letter: facts.spec[name] for letter, name in kind.letters.items()}
 
 

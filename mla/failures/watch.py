@@ -203,6 +203,8 @@ class Watched(FusedOp):
 
 # ----------------------------------------------------------------------------------------------- the verdict
 
+# Whether a recorded call was right: its results against float64, and the memory around them.
+
 
 @dataclass(frozen=True)
 class Made:

@@ -1,4 +1,4 @@
-"""Commands about backends and devices: `list`, `doctor`, `new-backend`, `replay`, `capacity`."""
+"""Commands about backends and devices: `list`, `doctor`, `new-backend`, `replay`, `capacity`, `ceilings`."""
 
 from __future__ import annotations
 

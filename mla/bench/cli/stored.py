@@ -1,4 +1,4 @@
-"""Commands about result files: `compare`, `show`, `export`. None needs torch."""
+"""Commands about result files: `compare`, `show`, `export`, `report`. None needs torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line of `run` as typed values, and the command lines that repeat or resume a run."""
+"""The command line of `run` as typed values, its mistakes, and the lines that repeat or resume a run."""
 
 from __future__ import annotations
 
@@ -196,8 +196,11 @@ def command(words: Iterable[str]) -> str:
 
 # ------------------------------------------------------------------------------------------------ validation
 
+# Every mistake shows here, before any work. `check_gate`, `check_lengths`, `check_options` and `check_points`
+# need only the command line and the workload; the others also the layer or the device, which starts slowly.
+
 # Ranks that --simulate runs one after the other: more take hours.
-MOST_SIMULATED = 256
+MAX_SIMULATED = 256
 
 
 def _first(flags: Mapping[str, object]) -> str:
@@ -279,9 +282,9 @@ def _check_simulation(options: RunOptions) -> None:
             f"--simulate runs all ranks in one process, and {count} were started: start one, or leave it out "
             "to measure the real ranks."
         )
-    if options.parallel.world > MOST_SIMULATED:
+    if options.parallel.world > MAX_SIMULATED:
         raise UsageError(
-            f"--simulate runs every rank here, {MOST_SIMULATED} at most, and layout '{options.parallel}' has "
+            f"--simulate runs every rank here, {MAX_SIMULATED} at most, and layout '{options.parallel}' has "
             f"{options.parallel.world}."
         )
 

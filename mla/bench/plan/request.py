@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -16,7 +15,6 @@ from mla.bench import results
 from mla.bench.measure import stages
 from mla.bench.measure.variants import Variants, forwards
 from mla.bench.plan.memory import MemoryPlan, available_memory, plan_memory
-from mla.bench.results.schema import BackendFacts
 from mla.bench.subjects.fixture import make_fixture
 from mla.bench.subjects.setting import Setting, scenario_setting
 from mla.bench.workload.grid import Point
@@ -112,11 +110,7 @@ def empty_run(request: Request) -> results.Run:
     setting = request.setting
     return results.Run(
         schema_version=results.SCHEMA_VERSION,
-        argv=["python -m mla.bench", *sys.argv[1:]],
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        git_commit=environment.git_commit(),
-        backend=backend_facts(setting.backend, request.backend_version),
-        environment=environment.environment(setting.backend),
+        **provenance(setting.backend, request.backend_version),
         config=asdict(setting.config),
         dtype=dtype_name(setting.dtype),
         attention=setting.attention,
@@ -132,14 +126,20 @@ def empty_run(request: Request) -> results.Run:
     )
 
 
-def backend_facts(backend: Backend, version: str | None) -> BackendFacts:
-    """Return what ran; `version` is that of the backend's distribution."""
+def provenance(backend: Backend, version: str | None) -> dict[str, Any]:
+    """Return what a result says of its making, by field; `version` is that of the backend's distribution."""
     info = backend.device_info()
-    return BackendFacts(
-        name=backend.name,
-        version=version,
-        device=info.name,
-        memory_bytes=info.memory_bytes,
-        cache_bytes=info.cache_bytes,
-        build=environment.build_digest(backend),
-    )
+    return {
+        "argv": ["python -m mla.bench", *sys.argv[1:]],
+        "created": environment.now(),
+        "git_commit": environment.git_commit(),
+        "backend": results.BackendFacts(
+            name=backend.name,
+            version=version,
+            device=info.name,
+            memory_bytes=info.memory_bytes,
+            cache_bytes=info.cache_bytes,
+            build=environment.build_digest(backend),
+        ),
+        "environment": environment.environment(backend),
+    }

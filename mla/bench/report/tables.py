@@ -13,32 +13,13 @@ from mla.bench.results.compare import scaling
 from mla.bench.results.rows import COLUMNS, case_rows, cell, timing_rows
 from mla.bench.results.schema import Case
 from mla.bench.terminal import run_table
-from mla.bench.terminal.digits import limit, number, percent
-from mla.bench.terminal.tables import (
-    RANK_COLUMNS,
-    SCALING_COLUMNS,
-    bounds,
-    median_ms,
-    rank_rows,
-    scaling_cells,
-    stages_ms,
-)
+from mla.bench.terminal import tables as terminal
+from mla.bench.terminal.digits import estimated, limit, number, percent
 from mla.bench.terminal.verdict import is_yardstick, status
 
 NAMES = ("scenario", "implementation")
-# Columns of the CSV file that are said once, elsewhere on the page.
-_ELSEWHERE = {
-    *NAMES,
-    "file",
-    "created",
-    "backend",
-    "backend_version",
-    "device",
-    "torch",
-    "mla",
-    "commit",
-    "config",
-}
+# Columns of the CSV file that are said once, elsewhere on the page: what ran where.
+_ELSEWHERE = {*NAMES, *list(COLUMNS)[:9]}
 
 
 class Table(NamedTuple):
@@ -98,8 +79,8 @@ def scalings(files: Sequence[ResultFile]) -> Table:
     for of in scaling([file.run for file in files]):
         for row in of.rows:
             where = [of.scenario, of.implementation, files[row.run].key, row.layout, str(row.resources)]
-            rows.append([*where, *scaling_cells(row)])
-    return Table("data", (*NAMES, "file", "layout", "on", *SCALING_COLUMNS), rows, 5)
+            rows.append([*where, *terminal.scaling_cells(row)])
+    return Table("data", (*NAMES, "file", "layout", "on", *terminal.SCALING_COLUMNS), rows, 5)
 
 
 def comparison(base: ResultFile, new: ResultFile) -> Table:
@@ -107,7 +88,7 @@ def comparison(base: ResultFile, new: ResultFile) -> Table:
     rows = []
     for case in compare.compare(base.run, new.run):
         ratio = "-" if case.ratio is None else f"{case.ratio:.3f}"
-        numbers = [*map(median_ms, case.times), ratio, bounds(case.interval)]
+        numbers = [*map(estimated, case.times), ratio, terminal.bounds(case.interval)]
         rows.append([case.scenario, case.implementation, case.verdict, *numbers, case.remarks])
     head = (*NAMES, "verdict", "base ms", "new ms", "time ratio", "90% CI", "reason")
     return Table(f"{new.title} against {base.title}", head, rows)
@@ -118,13 +99,13 @@ def _ranks(case: Case) -> Iterator[list[str]]:
     if case.spread is not None:
         share = repeated(case)
         again = percent(share.of(case.roofline.bound) if share else None)
-        for row in rank_rows(case.spread):
+        for row in terminal.rank_rows(case.spread):
             yield [f"{case.spread.layout} over {case.spread.library}", *row, again]
 
 
 def _stages(case: Case) -> Iterator[list[str]]:
     """Yield every stage with its share of the sum and of its own limit."""
-    whole = stages_ms(case.stages)
+    whole = terminal.stages_ms(case.stages)
     for stage in case.stages:
         share = percent(stage.ms / whole if whole else None)
         yield [stage.name, number(stage.ms), share, limit(stage.roofline) if stage.roofline else "-"]
@@ -139,7 +120,7 @@ def _passes(case: Case) -> Iterator[list[str]]:
 
 # What is shown of each case of a file, by section: the columns, and the rows of a case.
 PER_CASE: dict[str, tuple[Sequence[str], Callable[[Case], Iterator[list[str]]]]] = {
-    "ranks": (("layout", *RANK_COLUMNS, "repeated"), _ranks),
+    "ranks": (("layout", *terminal.RANK_COLUMNS, "repeated"), _ranks),
     "stages": (("stage", "ms", "of the sum", "% of limit"), _stages),
     "passes": (("pass", "forwards", "min ms", "median ms", "p90 ms", "max ms"), _passes),
 }

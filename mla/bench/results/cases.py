@@ -1,6 +1,5 @@
-"""What follows from a case's fields: its ways of timing, whether it is predicted, and the shares of ranks.
-
-Needs no torch.
+"""What follows from a case's fields: its ways of timing, whether it is predicted, the shares of ranks,
+and the statistics of its passes. Needs no torch.
 """
 
 from __future__ import annotations

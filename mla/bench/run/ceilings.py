@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from time import perf_counter_ns as now_ns
 from typing import TYPE_CHECKING
 
-from mla.bench.plan.request import backend_facts
+from mla.bench.plan.request import provenance
 from mla.bench.results.schema import CEILINGS_VERSION, Ceiling, CeilingRun
-from mla.command import environment
 from mla.command.console import note
 from mla.command.display import Progress
 from mla.command.options import OpenedBackend
@@ -140,11 +137,7 @@ def report(opened: OpenedBackend, findings: Findings) -> CeilingRun:
     return CeilingRun(
         report="ceilings",
         schema_version=CEILINGS_VERSION,
-        argv=["python -m mla.bench", *sys.argv[1:]],
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        git_commit=environment.git_commit(),
-        backend=backend_facts(opened.backend, opened.version),
-        environment=environment.environment(opened.backend),
+        **provenance(opened.backend, opened.version),
         measured=findings.ceilings,
         declared=declared(opened.backend),
         interrupted=findings.interrupted,

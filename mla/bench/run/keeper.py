@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -87,7 +86,7 @@ class Keeper:
             where=f"{case.point.name}, {impl.name}",
             reason=check.reason,
             seed=impl.setting.seed,
-            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            created=environment.now(),
             git_commit=environment.git_commit(),
             environment={**environment.environment(backend), "argv": " ".join(sys.argv[1:])},
         )
@@ -145,6 +144,8 @@ def is_wrong(forward: Forward, impl: LayerImplementation, checker: Checker) -> b
 
 
 # ------------------------------------------------------------------------------------------------ the search
+
+# The forwards of a pass again, each op judged by float64.
 
 
 @dataclass(frozen=True)

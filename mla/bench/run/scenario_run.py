@@ -312,6 +312,8 @@ class ScenarioRun:
 
 # --------------------------------------------------------------------------------------- the device's limits
 
+# A number far above a limit is withheld, whoever measured wrongly.
+
 # Seconds for which limits are measured again after the cases of a scenario.
 LIMITS_AGAIN_S = 0.5
 # A case far above its limit: waits before the limit is measured again, in full, for about AGAIN seconds each

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from mla.bench.results.schema import Interval, Roofline
+from mla.bench.results.schema import Interval, Latency, Roofline, Throughput
 
 # Fewest and most significant digits, whatever the interval.
 FEWEST, MOST = 2, 6
@@ -29,6 +29,11 @@ def known(value: float | None, interval: Interval | None) -> str:
         return "-"
     place = _place(value, interval)
     return number(value) if place is None else _rounded(value, place)
+
+
+def estimated(estimate: Latency | Throughput | None) -> str:
+    """Return a median with the digits that its interval supports; "-" for None."""
+    return known(estimate.median, estimate.ci95) if estimate else "-"
 
 
 def percent(share: float | None) -> str:

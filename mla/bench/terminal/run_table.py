@@ -9,9 +9,9 @@ from typing import Literal
 from mla.bench import results
 from mla.bench.results.cases import as_planned, labelled
 from mla.bench.results.rows import Row, as_csv, baseline, by_scenario, case_rows, withheld
-from mla.bench.results.schema import Case, Latency, Run, Throughput
+from mla.bench.results.schema import Case, Latency, Run
 from mla.bench.terminal import ceilings, tables
-from mla.bench.terminal.digits import between, known, limit, number, per_second, percent, quoted
+from mla.bench.terminal.digits import between, estimated, limit, number, per_second, percent, quoted
 from mla.bench.terminal.lines import case_lines, name
 from mla.bench.terminal.verdict import headline_number, status, times_as_fast, verdicts, why_unreliable
 from mla.command.display import aligned, has_colours, markdown, width
@@ -24,11 +24,11 @@ Detail = Literal["quiet", "short", "verbose"]
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "scenario": lambda row: row.case.scenario + _layers(row.case),
     "implementation": lambda row: row.case.implementation,
-    "latency ms": lambda row: _estimate(row.latency),
+    "latency ms": lambda row: estimated(row.latency),
     "95% CI": lambda row: _interval(row.latency),
     "p10 .. p90": lambda row: _spread(row.latency),
-    "cold ms": lambda row: _estimate(row.cold()),
-    "tok/s": lambda row: _estimate(row.throughput),
+    "cold ms": lambda row: estimated(row.cold()),
+    "tok/s": lambda row: estimated(row.throughput),
     "FLOP/s": lambda row: per_second(row.per_second(row.case.cost.flops, 1), ""),
     "GB/s": lambda row: number(row.per_second(row.case.cost.bytes, 1e9)),
     "% of limit": lambda row: limit(row.case.roofline),
@@ -156,7 +156,7 @@ def _face_cells(row: Row, extras: Collection[str]) -> tuple[str, ...]:
     return (
         case.scenario,
         case.implementation,
-        f"{_estimate(latency)} ms{interval}",
+        f"{estimated(latency)} ms{interval}",
         _work_rate(row),
         "in doubt" if case.roofline.doubt else percent(row.share) + bound,
         _speedup(row, "interval of the speedup" in extras),
@@ -170,7 +170,7 @@ def _work_rate(row: Row) -> str:
         computes = case.roofline.bound == "compute"
         amount = case.cost.flops if computes else case.cost.bytes
         return per_second(row.per_second(amount, 1), "FLOP/s" if computes else "B/s")
-    return f"{_estimate(rate)} tok/s" if rate else "-"
+    return f"{estimated(rate)} tok/s" if rate else "-"
 
 
 def _speedup(row: Row, with_interval: bool) -> str:
@@ -291,10 +291,6 @@ def unreliable_headlines(run: Run) -> list[str]:
 def _layers(case: Case) -> str:
     """Return a note that numbers are per layer, if several ran."""
     return f" per layer of {case.layers}" if case.layers > 1 else ""
-
-
-def _estimate(estimate: Latency | Throughput | None) -> str:
-    return known(estimate.median, estimate.ci95) if estimate else "-"
 
 
 def _interval(latency: Latency | None) -> str:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from mla.bench.results import compare
 from mla.bench.results.cases import imbalance, imbalances, repeated
 from mla.bench.results.compare import Comparison, Scaled, Scaling
-from mla.bench.results.schema import Case, Interval, Latency, RankFacts, Roofline, Run, Spread, Stage
+from mla.bench.results.schema import Case, Interval, RankFacts, Roofline, Run, Spread, Stage
 from mla.bench.results.stats import median
-from mla.bench.terminal.digits import known, limit, number, per_second, percent
+from mla.bench.terminal.digits import estimated, limit, number, per_second, percent
 from mla.command.display import table
 from mla.parallel.link import IDEAL, Link
 from mla.text import size
@@ -37,11 +37,6 @@ _MEASURED_RANKS = (
 )
 # Most cases that a remark about many names.
 MAX_NAMED = 3
-
-
-def median_ms(latency: Latency | None) -> str:
-    """Return a median with the digits that its interval supports; "-" for None."""
-    return known(latency.median, latency.ci95) if latency else "-"
 
 
 def bounds(interval: Interval | None, places: int = 3) -> str:
@@ -71,7 +66,7 @@ def compare_runs(
 
 def _compared(case: Comparison) -> tuple[str, ...]:
     ratio = "-" if case.ratio is None else f"{'' if case.interval else '~'}{case.ratio:.3f}"
-    times = map(median_ms, case.times)
+    times = map(estimated, case.times)
     return (case.scenario, case.implementation, *times, ratio, bounds(case.interval), case.verdict)
 
 
@@ -99,7 +94,7 @@ def scaling_tables(scalings: Sequence[Scaling], kind: str) -> str:
 def scaling_cells(row: Scaled) -> tuple[str, ...]:
     """Return what `SCALING_COLUMNS` say of a row."""
     return (
-        median_ms(row.case.latency_ms),
+        estimated(row.case.latency_ms),
         f"{row.speedup:.2f}",
         bounds(row.interval, 2),
         percent(row.efficiency),
