@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
-PATIENCE = 60.0  # seconds after which loading a backend is said to take long
+LOADING_S = 60.0  # seconds after which loading a backend is said to take long
 SWITCH, LINE = "MLA_SUPERVISE", "MLA_SUPERVISED_BY"  # the latter: descriptor and process of the supervisor
 DIED = 3  # `mla.command.exit_codes.Exit.BACKEND`, which takes longer to import than all else here
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -155,7 +155,7 @@ def _say(sentence: str) -> None:
 
 
 @contextlib.contextmanager
-def while_loading(name: str, patience: float = PATIENCE) -> Iterator[None]:
+def while_loading(name: str, patience: float = LOADING_S) -> Iterator[None]:
     """Have the supervisor say that backend `name` takes long to load, or has ended this process."""
     why = f"`python -m mla.bench doctor {name}` finds out where"
     late = f"backend '{name}' has not been loaded and set up within {patience:g} s; {why}"

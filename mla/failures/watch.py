@@ -31,7 +31,7 @@ from mla_backends.api import FusedOp, LinearSpec, NormSpec, Packed, SegmentLengt
 from mla_backends.errors import BackendError, describe
 
 # Seconds after which calls are made without being judged: the oracle may take a while.
-PATIENCE = 120.0
+JUDGING_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Watcher:
         self,
         synchronize: Callable[[], None],
         beat: Callable[[], None] = lambda: None,
-        patience: float = PATIENCE,
+        patience: float = JUDGING_S,
         poisons: bool = True,
     ) -> None:
         """`beat` is called after every call that was judged. `poisons`: outputs, before every call."""

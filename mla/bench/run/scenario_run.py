@@ -316,9 +316,9 @@ class ScenarioRun:
 
 # Seconds for which limits are measured again after the cases of a scenario.
 LIMITS_AGAIN_S = 0.5
-# A case far above its limit: waits before the limit is measured again, in full, for about AGAIN seconds each
+# A case far above its limit: waits before the limit is measured again, in full, for about ANEW_S each
 # time. Another load may have slowed it down, and a load comes and goes in seconds.
-PAUSES, AGAIN = (0.3, 1.0, 2.0), 5.0
+PAUSES_S, ANEW_S = (0.3, 1.0, 2.0), 5.0
 
 
 def judge(case: Case, least: Cost, ceilings: RooflineModel, beat: Callable[[], None] = lambda: None) -> None:
@@ -330,14 +330,14 @@ def judge(case: Case, least: Cost, ceilings: RooflineModel, beat: Callable[[], N
         return
     milliseconds = case.layers * case.latency_ms.median
     if ceilings.roofline(least, milliseconds).doubt:
-        ceilings.again(AGAIN, MOST_TIMES, anew=True)
-    for pause in PAUSES:
+        ceilings.again(ANEW_S, MOST_TIMES, anew=True)
+    for pause in PAUSES_S:
         if not ceilings.implausible(least, milliseconds):
             return
         beat()
         time.sleep(pause)
         beat()
-        ceilings.again(AGAIN, MOST_TIMES, anew=True)
+        ceilings.again(ANEW_S, MOST_TIMES, anew=True)
     if reason := ceilings.implausible(least, milliseconds):
         withhold(case, reason)
 

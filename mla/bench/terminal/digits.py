@@ -12,7 +12,7 @@ import math
 from mla.bench.results.schema import Interval, Latency, Roofline, Throughput
 
 # Fewest and most significant digits, whatever the interval.
-FEWEST, MOST = 2, 6
+MIN_DIGITS, MAX_DIGITS = 2, 6
 _PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6))
 
 
@@ -85,7 +85,7 @@ def _place(value: float, interval: Interval | None) -> int | None:
         return None
     leading = math.floor(math.log10(value))
     place = math.floor(math.log10(half * (1 + 1e-9)))  # so that 0.001 is not rounded down a place
-    return min(max(place, leading - MOST + 1), leading - FEWEST + 1)
+    return min(max(place, leading - MAX_DIGITS + 1), leading - MIN_DIGITS + 1)
 
 
 def _own(end: float, place: int) -> int:
