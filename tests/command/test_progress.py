@@ -38,6 +38,19 @@ def test_long_work_says_now_and_then_what_runs_and_how_long_the_rest_takes(
     ]
 
 
+def test_news_makes_the_next_line_wait(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(100.0) as bar:
+        for second in range(1, 20):
+            clock.append(float(second))
+            if second == 9:
+                bar.say("1 of 2  prefill: mla 3 ms")
+            bar.advance(f"forward {second}", 1.0)
+    assert capsys.readouterr().err.splitlines() == [
+        "1 of 2  prefill: mla 3 ms",
+        "running    forward 19, about 81 s left",
+    ]
+
+
 def test_no_more_time_is_left_than_until_the_next_end(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,18 +41,19 @@ def peaks(ceilings: Sequence[Ceiling]) -> str:
         low, high = (rate(choose(members, key=lambda ceiling: ceiling.value)) for choose in (min, max))
         low = low.removesuffix(f" {high.partition(' ')[2]}")
         span = high if high.startswith(f"{low} ") else f"{low} to {high}"
-        names.append(" ".join(filter(None, (span, _short(members[0].dtype)))))
+        names.append(" ".join(filter(None, (span, short(members[0].dtype)))))
     return f"Peak{'s' * (len(names) > 1)} {', '.join(names)}." if names else ""
 
 
 def of_our_own(ceilings: Sequence[Ceiling]) -> str:
     """Return whose peak only our own op reached, such as "memory and bf16"; "" if something else did."""
     return " and ".join(
-        dict.fromkeys(_short(ceiling.dtype) or "memory" for ceiling in ceilings if ceiling.ours)
+        dict.fromkeys(short(ceiling.dtype) or "memory" for ceiling in ceilings if ceiling.ours)
     )
 
 
-def _short(dtype: str | None) -> str:
+def short(dtype: str | None) -> str:
+    """Return a dtype's short name, such as "bf16"; "" for None."""
     return next((short for short, long in DTYPES.items() if long == dtype), dtype or "")
 
 

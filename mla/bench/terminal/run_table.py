@@ -15,7 +15,7 @@ from mla.bench.terminal.digits import between, estimated, limit, number, per_sec
 from mla.bench.terminal.lines import case_lines, name
 from mla.bench.terminal.verdict import headline_number, status, times_as_fast, verdicts, why_unreliable
 from mla.command.display import aligned, has_colours, markdown, width
-from mla.text import DTYPES, size
+from mla.text import size
 
 FORMATS = ("table", "md", "csv", "json")
 Detail = Literal["quiet", "short", "verbose"]
@@ -112,7 +112,7 @@ def columns(cases: Sequence[Case]) -> dict[str, Callable[[Row], str]]:
 
 def context(run: Run) -> str:
     """Return what ran where, in one line."""
-    facts, layer = run.environment, [str(run.config.get("name") or ""), _short_dtype(run.dtype)]
+    facts, layer = run.environment, [str(run.config.get("name") or ""), ceilings.short(run.dtype)]
     threads = facts.get("torch_threads", "")
     device = f"{run.backend.name}: {run.backend.device}"
     device += f", {threads} thread{'s' * (threads != '1')}" * (facts.get("processor") == run.backend.device)
@@ -121,10 +121,6 @@ def context(run: Run) -> str:
     layer += [f"op {op}" for op in ops] + list(layouts)
     versions = [f"{package} {facts[package]}" for package in ("mla", "torch") if package in facts]
     return " | ".join([*versions[:1], device, *versions[1:], ", ".join(filter(None, layer))])
-
-
-def _short_dtype(dtype: str) -> str:
-    return next((short for short, long in DTYPES.items() if long == dtype), dtype)
 
 
 def _face(rows: Sequence[Row]) -> list[str]:

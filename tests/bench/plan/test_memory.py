@@ -63,14 +63,6 @@ def test_the_judging_reference_has_one_layer() -> None:
     assert nine.per_reference == one.per_reference == one.per_implementation
 
 
-def test_other_implementations_share_no_weights() -> None:
-    config = mla.MLAConfig(hidden_size=64, num_attention_heads=2, kv_lora_rank=32)
-    setting = Setting(config, HostBackend(), torch.float32, "auto", 16, 0)
-    point = Point(name="d", base="d", mode="decode", query_lens=(1,), history=(3,), runs=2)
-    (plan,), _ = plan_scenarios(setting, [point], ["mla", "transformers"])
-    assert plan.memory.device_bytes(2) == 2 * plan.memory.per_implementation
-
-
 def test_the_plan_counts_what_every_layer_keeps_for_rebuilt_keys() -> None:
     config = mla.MLAConfig.preset("deepseek-r1")
     setting = Setting(config, HostBackend(), torch.bfloat16, "expanded", 64, 0)
