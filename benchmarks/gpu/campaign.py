@@ -40,7 +40,7 @@ from benchmarks.gpu.record import Ledger, opened
 from benchmarks.gpu.report import tables
 from benchmarks.gpu.sections import first_hour, sections
 from benchmarks.gpu.steps import Machine, Section
-from mla.bench.workload.quantities import duration
+from mla.bench.workload.scenario import duration
 from mla.command import console
 from mla.command.exit_codes import Exit, guarded, interrupted
 from mla.command.files import write_bytes

@@ -25,7 +25,7 @@ import click
 
 from benchmarks.gpu.tuning import choice, trials
 from benchmarks.gpu.tuning.classes import TileClass, classes
-from mla.bench.workload.quantities import duration
+from mla.bench.workload.scenario import duration
 from mla.command import console, environment
 from mla.command.display import aligned
 from mla.command.exit_codes import Exit, guarded

@@ -14,7 +14,7 @@ from benchmarks.peers.torch_tools import TORCH
 from mla.bench.subjects import fixture, transformers_layer
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.setting import Setting
-from mla.bench.subjects.transformers_classes import transformers_model
+from mla.bench.subjects.transformers_layer import transformers_model
 from mla.config import MLAConfig
 from mla.errors import MLAError, UsageError, did_you_mean
 from mla.verify.layer_oracle import State

@@ -36,7 +36,7 @@ class MemoryRead(Implementation):
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
         lens = [scenario.kv_lens(step) for step in range(scenario.inputs)]
         size = self.setting.dtype.itemsize
-        moved = [cost.step_bytes(self.setting.config, scenario.query_lens, kv, size) for kv in lens]
+        moved = [cost.step_work(self.setting.config, scenario.query_lens, kv, size).bytes for kv in lens]
         self._bytes = round(sum(moved) / len(moved))
         self._data = torch.rand(self._bytes // 4)
         self._reader = fastest({name: partial(reader, self._data) for name, reader in READERS.items()})

@@ -33,9 +33,9 @@ MODULES = [
 # Measurements that nothing here looks at take no time: limits, the link, and which of two products is faster.
 LITTLE: Mapping[str, Any] = {
     "mla.bench.limits.microbench.SIDES": (64, 128),
-    "mla.bench.limits.growth.SECONDS": 0.0,
-    "mla.bench.limits.growth.REPEATS": 1,
-    "mla.bench.run.scenario_run.SECONDS": 0.0,
+    "mla.bench.limits.microbench.REPEAT_S": 0.0,
+    "mla.bench.limits.microbench.REPEATS": 1,
+    "mla.bench.run.scenario_run.LIMITS_AGAIN_S": 0.0,
     "mla.bench.ranks.link_fit.LARGE": 64 << 10,
     "mla.bench.ranks.link_fit.TIMES": 2,
     "mla_backend_cpu.products.fastest": lambda *functions: [1.0] * len(functions),

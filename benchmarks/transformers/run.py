@@ -33,7 +33,7 @@ from benchmarks.transformers import worker
 from benchmarks.transformers.meters import require_meter
 from benchmarks.transformers.record import LAYERS, RECORD, Record, write
 from benchmarks.transformers.work import PHASES
-from mla.bench.measure.setup import CacheFlush
+from mla.bench.measure.passes import CacheFlush
 from mla.command import files
 from mla.command.console import note
 from mla.command.environment import environment, git_commit

@@ -18,7 +18,7 @@ from benchmarks.transformers.record import Row
 from benchmarks.transformers.sides import Side, make_sides
 from benchmarks.transformers.turns import measure
 from benchmarks.transformers.work import Work
-from mla.bench.measure.setup import CacheFlush
+from mla.bench.measure.passes import CacheFlush
 from mla.config import MLAConfig
 from mla.errors import MLAError
 from mla_backends.api import Backend

@@ -6,16 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mla.config import MLAConfig
-from mla.cost.by_op import latent_attention_flops
-from mla.cost.step import (
+from mla.cost import (
+    Work,
     head_parameters,
     kv_b_parameters,
+    latent_attention_flops,
     parameters,
     projection_parameters,
-    step_bytes,
-    step_flops,
+    step_work,
 )
-from mla.cost.work import Work
 from mla.parallel.layout import Layout
 
 
@@ -36,8 +35,7 @@ def rank_work(
     own = config.with_heads(config.num_attention_heads // layout.head_parts)
     if layout.dcp > 1:
         return _of_context(own, layout.dcp, layout.place(rank).dcp, query_lens, kv_lens, itemsize)
-    flops = step_flops(own, query_lens, kv_lens, attention)
-    return Work(flops, step_bytes(own, query_lens, kv_lens, itemsize))
+    return step_work(own, query_lens, kv_lens, itemsize, attention)
 
 
 def _of_context(

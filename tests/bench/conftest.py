@@ -57,7 +57,7 @@ def bench(
 
     Nothing gives way for lack of time, however busy the machine is.
     """
-    for name in ("SECONDS", "MOST"):
+    for name in ("TARGET_S", "MAX_S"):
         monkeypatch.setattr(scheduler, name, 1e6)
 
     def bench(*words: str, fakes: Sequence[str] = ()) -> Outcome:

@@ -1,6 +1,6 @@
 """Every served family against its own class in `transformers`: one tiny config.json, one state dict, fp32.
 
-Both sides read the same config.json and the same cached latents. `mla.bench.subjects.transformers_classes` is
+Both sides read the same config.json and the same cached latents. `mla.bench.subjects.transformers_layer` is
 judged here too: what it builds from our config must compute the same as what `transformers` builds from
 config.json.
 """
@@ -18,7 +18,7 @@ from transformers import AutoConfig, DynamicCache
 from transformers_peer import needs_transformers
 
 from mla import MLA, MLAConfig
-from mla.bench.subjects.transformers_classes import NoEquivalentClass, TransformersModel, transformers_model
+from mla.bench.subjects.transformers_layer import NoEquivalentClass, TransformersModel, transformers_model
 from mla.config import QueryScaling, YarnScaling
 from mla.config.families import FAMILIES
 from mla.config.presets import PRESETS

@@ -18,7 +18,7 @@ from mla.bench.cli.devices import capacity_command
 from mla.bench.cli.run import run
 from mla.bench.measure import variants
 from mla.bench.workload import grid, implementations
-from mla.bench.workload.batch_spec import batch_scenarios
+from mla.bench.workload.grid import batch_scenarios
 from mla.bench.workload.scenario import MAX_COUNT, MAX_REQUESTS, Scenario
 from mla.command import launcher
 from mla.command.options import key_values

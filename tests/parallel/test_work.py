@@ -7,8 +7,7 @@ import random
 import pytest
 
 from mla.config import MLAConfig
-from mla.cost import step_bytes, step_flops
-from mla.cost.work import Work
+from mla.cost import Work, step_work
 from mla.parallel.layout import Layout
 from mla.parallel.work import rank_work
 
@@ -74,9 +73,8 @@ def test_all_ranks_do_what_one_device_does_and_repeat_what_is_shared(text: str) 
         cache = 2 * (sum(lengths) + sum(new)) * 7  # on every part of tp
         again = [Work(0, 0), Work(0, (layout.tp - 1) * cache)]
         again += [shared(sum(new))] * (layout.world - 1)
-        flops, moved = (sum(column) for column in zip(*ranks, strict=True))
-        assert flops == step_flops(CONFIG, new, lengths, "absorbed") + sum(one.flops for one in again)
-        assert moved == step_bytes(CONFIG, new, lengths, 2) + sum(one.bytes for one in again)
+        whole = step_work(CONFIG, new, lengths, 2, "absorbed")
+        assert sum(ranks, Work()) == sum(again, whole)
 
 
 def test_a_path_is_chosen_as_on_one_device() -> None:

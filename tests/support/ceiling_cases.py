@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mla.bench import results
-from mla.bench.limits import growth, microbench
+from mla.bench.limits import microbench
 from mla.bench.results.schema import Ceiling, CeilingRun
 from mla.bench.run import ceilings as ceilings_command
 from mla.bench.run import scenario_run
@@ -14,8 +14,8 @@ from mla.bench.run import scenario_run
 def measure_limits_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take little time for limits, which may come out low: for runs whose limits are not looked at."""
     monkeypatch.setattr(microbench, "SIDES", (256, 512))
-    monkeypatch.setattr(growth, "SECONDS", 0.0)
-    monkeypatch.setattr(growth, "REPEATS", 2)
+    monkeypatch.setattr(microbench, "REPEAT_S", 0.0)
+    monkeypatch.setattr(microbench, "REPEATS", 2)
     monkeypatch.setattr(scenario_run, "LIMITS_AGAIN_S", 0.0)
 
 
@@ -23,8 +23,8 @@ def measure_limits_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 def quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure little, and once."""
     monkeypatch.setattr(microbench, "SIDES", (16, 32))
-    monkeypatch.setattr(growth, "SECONDS", 0.0)
-    monkeypatch.setattr(growth, "REPEATS", 1)
+    monkeypatch.setattr(microbench, "REPEAT_S", 0.0)
+    monkeypatch.setattr(microbench, "REPEATS", 1)
     monkeypatch.setattr(ceilings_command, "LARGEST", 1 << 20)
     monkeypatch.setattr(ceilings_command, "TOKENS", (2, 3))
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from mla.bench.measure import evidence, passes
-from mla.bench.measure.engine import CHECKED, measure
-from mla.bench.measure.hooks import Hooks
+from mla.bench.measure.engine import CHECKED, Hooks, measure
 from mla.bench.measure.samples import Measurement
 from mla.bench.measure.variants import Variants
 from mla.bench.subjects.base import Facts, Implementation, Outputs

@@ -10,7 +10,7 @@ import torch
 from mla.bench.subjects.fixture import OpFixture
 from mla.bench.subjects.op import OpImplementation
 from mla.bench.subjects.setting import Setting
-from mla.bench.workload.op_scenario import OpScenario
+from mla.bench.workload.grid import OpScenario
 from mla.config import MLAConfig
 from mla.reference import REFERENCE
 from mla.verify.verdict import Check

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from mla.bench.measure import engine, evidence, new_lengths, passes, stages
-from mla.bench.measure.passes import PassRunner
-from mla.bench.measure.setup import Setup
+from mla.bench.measure import engine, evidence, passes, profile
+from mla.bench.measure.passes import PassRunner, Setup
 
 
 def script_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,12 +54,12 @@ def script_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def time_new_lengths(one: Any, *others: Any, **options: Any) -> Any:
         scripted = hasattr(one.setting.backend, "scripted")
-        return new_lengths.Told() if scripted else measure_new_lengths(one, *others, **options)
+        return evidence.Told() if scripted else measure_new_lengths(one, *others, **options)
 
-    stages_timer = stages.HostTimer
-    look_for_doubts, measure_new_lengths = evidence.doubts, new_lengths.measure
+    stages_timer = profile.HostTimer
+    look_for_doubts, measure_new_lengths = evidence.doubts, evidence.on_new_lengths
     monkeypatch.setattr(evidence, "doubts", doubts)
-    monkeypatch.setattr(new_lengths, "measure", time_new_lengths)
+    monkeypatch.setattr(evidence, "on_new_lengths", time_new_lengths)
     monkeypatch.setattr(Setup, "_runner", runner)
     monkeypatch.setattr(engine, "warm_up", warmed)
-    monkeypatch.setattr(stages, "HostTimer", stage_timer)
+    monkeypatch.setattr(profile, "HostTimer", stage_timer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mla.bench.measure import setup as cold_cache
+from mla.bench.measure import passes as cold_cache
 
 
 def flush_little(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ def tf32(backend: Backend) -> Asked:
 def l2_flush(backend: Backend) -> Asked:
     import torch
 
-    from mla.bench.measure.setup import CacheFlush
+    from mla.bench.measure.passes import CacheFlush
 
     device_module(backend)
     timer = backend.device_timer()

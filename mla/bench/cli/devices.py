@@ -12,8 +12,8 @@ import click
 from mla.bench import results
 from mla.bench.plan.options import check_dtype
 from mla.bench.terminal import ceilings as terminal
-from mla.bench.workload.quantities import memory as read_memory
 from mla.bench.workload.scenario import MAX_LAYERS
+from mla.bench.workload.scenario import memory as read_memory
 from mla.command import environment, files
 from mla.command.console import note, out
 from mla.command.display import aligned

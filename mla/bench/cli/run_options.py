@@ -6,9 +6,8 @@ import click
 
 from mla.bench.plan.options import DEFAULT_DTYPE, DEFAULT_PAGE_SIZE
 from mla.bench.terminal.run_table import FORMATS
-from mla.bench.workload.op_scenario import DEFAULT_BATCH, DEFAULT_HISTORY, DEFAULT_QUERY
-from mla.bench.workload.quantities import duration, size
-from mla.bench.workload.scenario import MAX_COUNT, MAX_LAYERS, MAX_REQUESTS
+from mla.bench.workload.grid import DEFAULT_BATCH, DEFAULT_HISTORY, DEFAULT_QUERY
+from mla.bench.workload.scenario import MAX_COUNT, MAX_LAYERS, MAX_REQUESTS, duration, size
 from mla.bench.workload.workload_file import PRESETS, STANDARD
 from mla.command.options import (
     DETAIL,

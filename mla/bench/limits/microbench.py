@@ -1,29 +1,220 @@
 """Peak bandwidth and FLOP rate of a device, measured.
 
-A ceiling is the fastest of several ways to do the same work: torch's own operations and the layer's
-projections. Which way is fastest depends on device, threads and footprint. Reading is measured over as many
-bytes as a forward moves, because a footprint that fits a cache is read several times faster than one that
-does not.
+A ceiling is the fastest of several ways to do the same work: torch's own operations, which are trusted, and
+the layer's projections, which are checked. Which way is fastest depends on device, threads and footprint.
+Reading is measured over as many bytes as a forward moves, because a footprint that fits a cache is read
+several times faster than one that does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import gc
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from time import perf_counter_ns as now_ns
+from typing import Literal
 
 import torch
 
-from mla.bench.limits import growth
-from mla.bench.limits.ways import OwnFailed, Way, own_ways, product_ways, random_rows, read_ways, wait
 from mla.bench.results.schema import Ceiling
 from mla.command.console import note
+from mla.layer.ops import Choice, choose
 from mla.text import dtype_name, size
-from mla_backends.api import Backend
+from mla.verify.bounds import BOUNDS, ROW_SLACK
+from mla_backends.api import Backend, LinearSpec
 from mla_backends.errors import describe, plugin_code
 
-# Sides of the square matrices that are multiplied; larger ones are skipped once torch takes LONG seconds.
+# ---------------------------------------------------------------------------------------- seconds per call
+# As the growth from N to 2N calls: what a region costs whatever it holds drops out.
+
+# How long regions are repeated, the fewest repetitions, and the time after which even those are cut short.
+REPEAT_S, REPEATS, MAX_REPEAT_S = 0.02, 3, 0.2
+# Seconds by which 2N calls must take longer than N, unless the longer region takes LONG_REGION_S already.
+MIN_GROWTH_S, LONG_REGION_S = 2e-4, 5e-2
+# The longer region takes at least so many times as long: a constant cost is then no more than the work.
+RATIO = 1.5
+# Calls that take longer are not repeated beyond a second try.
+LONG_CALL_S = 0.25
+MAX_CALLS = 4096
+
+Region = Callable[[int], float]  # number of calls -> seconds
+
+
+def per_call(region: Region, max_calls: int = MAX_CALLS, enough: float = float("inf")) -> float:
+    """Return the seconds of one call. More than `enough` need not be exact.
+
+    Regions are repeated; the shortest of N and of 2N calls count, because noise only adds.
+    """
+    once = region(1)  # loads kernels and touches pages
+    if once > LONG_CALL_S:
+        return min(once, region(1))
+    calls, short, long = _size(region, max_calls)
+    end, done = now_ns() + 1e9 * REPEAT_S, 1
+    last = now_ns() + 1e9 * MAX_REPEAT_S
+    while (done < REPEATS or now_ns() < end) and now_ns() < last:
+        if done >= 2 and long / (2 * calls) > enough:
+            break
+        short, long = min(short, region(calls)), min(long, region(2 * calls))
+        done += 1
+    return grown(short, long, calls)
+
+
+def _size(region: Region, max_calls: int) -> tuple[int, float, float]:
+    """Return N, large enough for the growth to be measured, and the seconds of N and of 2N calls."""
+    calls = 1
+    while True:
+        short, long = region(calls), region(2 * calls)
+        clear = long - short >= MIN_GROWTH_S and long >= RATIO * short
+        if clear or long >= LONG_REGION_S or 8 * calls > max_calls:
+            return calls, short, long
+        calls *= 4
+
+
+def grown(short: float, long: float, calls: int) -> float:
+    """Return the seconds per call from those of regions of `calls` and of twice as many.
+
+    Where the longer region takes less than `RATIO` times as long, as if the shorter ones alone were
+    disturbed, what is constant cannot be told from noise, and counts.
+    """
+    grew = long - short if long >= RATIO * short else long
+    return min(grew, short, long / 2) / calls
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Turn Python's garbage collector off inside the `with` block, as it is while forwards are timed."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+# --------------------------------------------------------------------------------------- ways to do the work
+
+# Rows of random numbers, repeated to fill the factors of a product; constant data would draw less power.
+RANDOM_ROWS = 256
+# Rows that our own product gets in addition to those of one call: every call begins at another of them.
+SPARE_ROWS = 64
+# Most bytes of outputs, one for each call of a region; two of them always.
+OUTPUT_BYTES = 64 << 20
+# After a region: outputs, and rows and columns of each, that are compared with torch's product.
+CHECKED = (8, 4, 32)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to do the work. `call(i)` does it for the i-th time in a region and returns what it wrote."""
+
+    name: str
+    call: Callable[[int], torch.Tensor]
+    prepare: Callable[[int], None] = lambda calls: None  # before a region of so many calls, untimed
+    right: Callable[[int], bool] = lambda calls: True  # whether that region's results are, untimed
+    max_calls: int = MAX_CALLS
+    ours: bool = False
+
+
+def wait(written: torch.Tensor) -> None:
+    """Wait for a tensor by reading one element of it back, in the order of the device's stream.
+
+    Not by the backend's `synchronize`, which could take longer here than where forwards are timed.
+    """
+    written[(0,) * written.dim()].to("cpu")
+
+
+def random_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return [rows, columns] of N(0, 1); blocks of `RANDOM_ROWS` repeat."""
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randn(min(rows, RANDOM_ROWS), columns, generator=generator)
+    return block.to(device, dtype).repeat(-(-rows // RANDOM_ROWS), 1)[:rows].contiguous()
+
+
+def read_ways(weight: torch.Tensor) -> list[Way]:
+    """Return torch's ways to read all of a weight [rows, features]."""
+    x, out = weight[:1].clone(), weight.new_empty(1, weight.shape[0])
+    numbers = weight.view(torch.float32)  # sums of other dtypes are widened first, which is slow
+    return [
+        Way("sum", lambda call: numbers.sum()),
+        Way("sums of rows", lambda call: numbers.sum(1)),
+        Way("maximum", lambda call: numbers.amax()),
+        Way("dot", lambda call: torch.dot(numbers.view(-1), numbers.view(-1))),
+        Way("torch.mm of one token", lambda call: torch.mm(x, weight.t(), out=out)),
+    ]
+
+
+def product_ways(x: torch.Tensor, weight: torch.Tensor) -> list[Way]:
+    """Return torch's ways to multiply x [tokens, inputs] by the transpose of weight [outputs, inputs]."""
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    ways = [Way("torch.mm", lambda call: torch.mm(x, weight.t(), out=out))]
+    if x.dtype != torch.float32:
+        wide = x.float(), weight.float(), out.float()
+        ways.append(
+            Way("torch.mm in float32", lambda call: torch.mm(wide[0], wide[1].t(), out=wide[2])),
+        )
+    return ways
+
+
+class OwnProduct:
+    """Products by an op of the backend that can only be right if every call was made.
+
+    Each call of a region has an output of its own, and gets rows from another place of a pool that is
+    rescaled before every region: neither a remembered result nor a skipped call passes.
+    """
+
+    def __init__(self, choice: Choice, weight: torch.Tensor, tokens: int) -> None:
+        self._choice, self._weight, self._tokens = choice, weight, tokens
+        self._packed = choice.op.pack(weight)
+        self._base = random_rows(tokens + SPARE_ROWS, weight.shape[1], weight.dtype, weight.device)
+        self._pool = torch.empty_like(self._base)
+        size_of_one = tokens * weight.shape[0] * weight.itemsize
+        count = max(2, min(MAX_CALLS, OUTPUT_BYTES // size_of_one))
+        self._out = weight.new_empty(count, tokens, weight.shape[0])
+        self._starts: list[int] = []
+        self._random = random.Random()  # unlike a seeded one, known to nobody beforehand
+
+    def way(self) -> Way:
+        """Return the way, checked after every region."""
+        count = len(self._out)
+        return Way(self._choice.name, self._call, self._prepare, self._right, count, ours=True)
+
+    def _prepare(self, calls: int) -> None:
+        self._starts = [self._random.randrange(SPARE_ROWS + 1) for _ in range(calls)]
+        scales = torch.tensor([[self._random.uniform(0.5, 1.5)] for _ in range(len(self._base))])
+        torch.mul(self._base, scales.to(self._base), out=self._pool)
+        wait(self._pool)
+
+    def _call(self, call: int) -> torch.Tensor:
+        start, out = self._starts[call], self._out[call]
+        self._choice.op(self._packed, x=self._pool[start : start + self._tokens], bias=None, out=out)
+        return out
+
+    def _right(self, calls: int) -> bool:
+        """Return whether a sample of the region's results is what the float64 product of the operands is."""
+        outputs, most_rows, most_columns = CHECKED
+        columns = self._sample(self._weight.shape[0], most_columns)
+        weight = self._weight[columns].cpu().double()
+        bound = ROW_SLACK * BOUNDS[self._weight.dtype]
+        for call in self._sample(calls, outputs).tolist():
+            rows = self._sample(self._tokens, most_rows)
+            truth = self._pool[self._starts[call] + rows].cpu().double() @ weight.t()
+            error = self._out[call][rows][:, columns].cpu().double() - truth
+            if not bool((error.norm(dim=-1) <= bound * truth.norm(dim=-1)).all()):
+                return False
+        return True
+
+    def _sample(self, count: int, most: int) -> torch.Tensor:
+        return torch.tensor(self._random.sample(range(count), min(count, most)), device=self._weight.device)
+
+
+# --------------------------------------------------------------------------------------------- the ceilings
+
+# Sides of the square matrices that are multiplied; larger ones are skipped once torch takes LONG_PRODUCT_S.
 # The small ones are for a busy machine, on which only short work is ever undisturbed.
-SIDES, LONG = (256, 512, 1024, 2048, 4096, 8192), 5e-3
+SIDES, LONG_PRODUCT_S = (256, 512, 1024, 2048, 4096, 8192), 5e-3
 # Features of the weight that is streamed: a multiple of the register blocks of any kernel.
 FEATURES = 2048
 # A way that takes so many times as long as the fastest is not repeated; is not tried again for the same
@@ -56,15 +247,8 @@ class Microbenchmark:
         count = rows * FEATURES * self._dtype.itemsize
         weight = random_rows(rows, FEATURES, self._dtype, self._device)
         work = f"reading {size(count, MiB='.3g')}"
-        ways = [*read_ways(weight), *self._own(weight, 1, work)]
-        seconds, way = self._best(ways, work)
-        return Ceiling(
-            work="read",
-            value=count / seconds,
-            source=_measured(way, size(count, MiB=".3g")),
-            footprint_bytes=count,
-            ours=way.ours,
-        )
+        fastest = self._best([*read_ways(weight), *self._own(weight, 1, work)], work)
+        return _ceiling("read", count, fastest, size(count, MiB=".3g"), count)
 
     def copy(self, count: int) -> Ceiling:
         """Return bytes per second, reads plus writes, of copying half of `count` bytes to the other half."""
@@ -75,33 +259,27 @@ class Microbenchmark:
             Way("copy_", lambda call: target.copy_(source)),
             Way("neg", lambda call: torch.neg(source, out=target)),
         ]
-        seconds, way = self._best(ways, f"copying {moved}")
-        return Ceiling(
-            work="copy",
-            value=moved / seconds,
-            source=_measured(way, size(moved, MiB=".3g")),
-            footprint_bytes=moved,
-        )
+        return _ceiling("copy", moved, self._best(ways, f"copying {moved}"), size(moved, MiB=".3g"), moved)
 
     def product(self, tokens: int, inputs: int, outputs: int) -> Ceiling:
         """Return FLOP per second of [tokens, inputs] x [inputs, outputs]; a multiply-add counts as 2."""
         return self._product(tokens, inputs, outputs)[0]
 
     def squares(self, sides: Sequence[int] = ()) -> Iterator[Ceiling]:
-        """Yield products of square matrices, from small to large, until one takes torch `LONG`."""
+        """Yield products of square matrices, from small to large, until one takes torch `LONG_PRODUCT_S`."""
         for side in sides or SIDES:
             ceiling, by_torch = self._product(side, side, side)
             yield ceiling
-            if by_torch > LONG:
+            if by_torch > LONG_PRODUCT_S:
                 return
 
     def square(self) -> Ceiling:
         """Return the fastest square; measuring it again leaves out those that are not nearly as fast."""
         tried = SIDES if self.anew or not self._sides else self._sides
-        found = list(self.squares(tried))
-        best = max(found, key=lambda one: one.value)
-        timed = zip(tried, found, strict=False)
-        self._sides = [side for side, one in timed if one.value * BEATEN >= best.value]
+        ceilings = list(self.squares(tried))
+        best = max(ceilings, key=lambda ceiling: ceiling.value)
+        timed = zip(tried, ceilings, strict=False)
+        self._sides = [side for side, ceiling in timed if ceiling.value * BEATEN >= best.value]
         return best
 
     def _product(self, tokens: int, inputs: int, outputs: int) -> tuple[Ceiling, float]:
@@ -111,34 +289,35 @@ class Microbenchmark:
         shape = f"{tokens} x {inputs} x {outputs} {dtype}"
         ways = [*product_ways(x, weight), *self._own(weight, tokens, f"multiplying {shape}")]
         timed = self._timed(ways, f"multiplying {shape}")
-        seconds, way = min(timed, key=lambda one: one[0])
-        by_torch = min((slow for slow, other in timed if not other.ours), default=seconds)
+        fastest = min(timed, key=lambda pair: pair[0])
+        by_torch = min((seconds for seconds, way in timed if not way.ours), default=fastest[0])
         if tokens == inputs == outputs:
-            self._hopeless |= {other.name for slow, other in timed if slow > HOPELESS * by_torch}
-        ceiling = Ceiling(
-            work="matmul",
-            value=2 * tokens * inputs * outputs / seconds,
-            source=_measured(way, shape),
-            dtype=dtype,
-            footprint_bytes=self._dtype.itemsize * (tokens * inputs + inputs * outputs + tokens * outputs),
-            ours=way.ours,
-        )
+            self._hopeless |= {way.name for seconds, way in timed if seconds > HOPELESS * by_torch}
+        numbers, flops = tokens * inputs + inputs * outputs + tokens * outputs, 2 * tokens * inputs * outputs
+        ceiling = _ceiling("matmul", flops, fastest, shape, self._dtype.itemsize * numbers, dtype)
         return ceiling, by_torch
 
     def _own(self, weight: torch.Tensor, tokens: int, work: str) -> list[Way]:
-        """Return our own way, if there is one; one that fails is named, and torch's ways remain."""
+        """Return the layer's own projection of so many tokens, if it has a fused one.
+
+        One that fails is named, and torch's ways remain.
+        """
+        name = f"linear of backend '{self._backend.name}'"
         try:
             with plugin_code():
-                return own_ways(self._backend, self._policy, weight, tokens)
-        except OwnFailed as failed:
-            _say_failed(failed.name, work, failed.reason)
+                spec = LinearSpec(weight.shape[1], weight.shape[0], 1, weight.dtype, weight.device)
+                choice = choose("linear", spec, self._backend.ops(), self._policy)
+                name = choice.name
+                if name == "reference":  # which is torch.mm
+                    return []
+                return [OwnProduct(choice, weight, tokens).way()]
         except Exception as error:  # noqa: BLE001  # a plugin may raise anything
-            _say_failed(f"linear of backend '{self._backend.name}'", work, describe(error))
+            _leave_out(name, f"failed as a way of {work}, and is left out of the limits: {describe(error)}")
         return []
 
     def _best(self, ways: Sequence[Way], work: str) -> tuple[float, Way]:
         """Return the seconds of the fastest way, and the way. Raises the first error if all ways fail."""
-        return min(self._timed(ways, work), key=lambda one: one[0])
+        return min(self._timed(ways, work), key=lambda pair: pair[0])
 
     def _timed(self, ways: Sequence[Way], work: str) -> list[tuple[float, Way]]:
         """Return the seconds of every way worth timing. Raises the first error if all of them fail."""
@@ -151,11 +330,12 @@ class Microbenchmark:
                     timed.append((self._seconds(way, SLOW * best), way))
             except Wrong:
                 self._wrong.add(way.name)
-                _say_wrong(way.name, work)
+                _leave_out(way.name, f"is left out of the limits: its result is wrong for {work}")
             except Exception as error:  # noqa: BLE001  # a device may lack an operation
                 failed.append(error)
                 if way.ours:
-                    _say_failed(way.name, work, describe(error))
+                    why = f"failed as a way of {work}, and is left out of the limits: {describe(error)}"
+                    _leave_out(way.name, why)
         if not timed:
             raise failed[0] if failed else Wrong(f"no way of {work} gives the right result")
         best = min(seconds for seconds, _ in timed)
@@ -173,8 +353,8 @@ class Microbenchmark:
 
     def _seconds(self, way: Way, enough: float) -> float:
         """Return the seconds per call of one way. Raises `Wrong`."""
-        with growth.no_garbage_collection():
-            return growth.per_call(lambda calls: self._region(way, calls), way.most_calls, enough)
+        with no_garbage_collection():
+            return per_call(lambda calls: self._region(way, calls), way.max_calls, enough)
 
     def _region(self, way: Way, calls: int) -> float:
         """Return the seconds of so many calls, until the last one's result is there. Raises `Wrong`."""
@@ -189,20 +369,31 @@ class Microbenchmark:
         return seconds
 
 
-_SAID: set[str] = set()  # ways that were said to be wrong or to fail, once in a process
+_SAID: set[str] = set()  # ways that were said to be left out, once in a process
 
 
-def _say_wrong(way: str, work: str) -> None:
+def _leave_out(way: str, why: str) -> None:
+    """Say once in a process why a way does not count; `why` follows its name."""
     if way not in _SAID:
         _SAID.add(way)
-        note(f"{way} is left out of the limits: its result is wrong for {work}")
+        note(f"{way} {why}")
 
 
-def _say_failed(way: str, work: str, reason: str) -> None:
-    if way not in _SAID:
-        _SAID.add(way)
-        note(f"{way} failed as a way of {work}, and is left out of the limits: {reason}")
-
-
-def _measured(way: Way, what: str) -> str:
-    return f"measured: {way.name}, {what}"
+def _ceiling(
+    work: Literal["read", "copy", "matmul"],
+    amount: int,
+    fastest: tuple[float, Way],
+    what: str,
+    footprint: int,
+    dtype: str | None = None,
+) -> Ceiling:
+    """Return what the fastest way, with its seconds per call, reaches of an amount of bytes or FLOPs."""
+    seconds, way = fastest
+    return Ceiling(
+        work=work,
+        value=amount / seconds,
+        source=f"measured: {way.name}, {what}",
+        dtype=dtype,
+        footprint_bytes=footprint,
+        ours=way.ours,
+    )

@@ -12,31 +12,77 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import count, pairwise
 from statistics import median
 from typing import Any
 
-from mla.bench.limits.growth import no_garbage_collection
-from mla.bench.measure import evidence, new_lengths
-from mla.bench.measure import hooks as refusals
-from mla.bench.measure.hooks import Hooks
-from mla.bench.measure.passes import PassRunner, warm_up
+from mla.bench.limits.microbench import no_garbage_collection
+from mla.bench.measure import evidence
+from mla.bench.measure.passes import PassRunner, Setup, warm_up
 from mla.bench.measure.samples import Measurement, Samples, TransientBytes, read_sensors
-from mla.bench.measure.setup import Setup
-from mla.bench.measure.target import FEWEST, NO_TIME, Timetable
-from mla.bench.measure.variants import HEADLINE, Variants
+from mla.bench.measure.target import MIN_PASSES, NO_TIME, Target, Timetable
+from mla.bench.measure.variants import HEADLINE, Steps, Variants
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.layer import MlaLayer
+from mla.bench.workload.implementations import parse_one
 from mla.bench.workload.scenario import Scenario
+from mla.command import exit_codes
+from mla.errors import OutOfMemory, UnsupportedBatch
 from mla.verify.verdict import Check
+from mla_backends import BackendError
 from mla_backends.api import Backend
 
 # Numbers of the pass that is checked first, and of passes that are not timed: no timed pass has them.
 CHECKED, UNTIMED = 1 << 20, 1 << 21
 
 ProgressCallback = Callable[[str, int], None]  # what is running, forwards done since the last call
+# Implementation -> what it runs of the headline, and of nothing else, and the clause that says why.
+Shorter = Mapping[str, tuple[Steps, str]]
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Callbacks, none of them inside a timed region. By default the engine runs to the end."""
+
+    # Asked before all that may take long, with its seconds and name: why it does not fit, or "".
+    should_stop: Callable[[float, str], str] = lambda seconds, what: ""
+    enter: Callable[[str], None] = lambda name: None  # the implementation that runs from now on
+    heartbeat: Callable[[], None] = lambda: None  # called between forwards
+    # An implementation whose pass was wrong, while its inputs, cache and collected outputs are in place.
+    failed: Callable[[Implementation, Check], None] = lambda implementation, check: None
+    # Asked after every warm-up, with the milliseconds of a forward of each implementation that is
+    # not wrong, in their order, and how many forwards of the last one fit into the time that is left.
+    shorten: Callable[[Mapping[str, float], float], Shorter] = lambda ms, most: {}
+    warmups: int = 0  # that the user asked for: they run however long they take
+    say: Callable[[str], None] = lambda text: None  # what a reader of the numbers should know
+    detail: Callable[[str], None] = lambda text: None  # what only -v shows
+    first: str = ""  # the run's first implementation; by default the first that is measured
+    target: Target = Target()  # noqa: RUF009  # without limits, nothing of it changes
+    oracle: float = 0.0  # seconds that the oracle of the evidence takes, which follows the checks
+
+
+def refusal(error: Exception, implementation: str) -> str:
+    """Return why an op of `implementation` refuses its batch, and the cure; "" for any other error.
+
+    A `BackendError` that an op raises is a refusal, as the contract says.
+    """
+    if isinstance(error, UnsupportedBatch):
+        return str(error)
+    if isinstance(error, BackendError) and exit_codes.in_op(error):
+        op = exit_codes.op_name(error)
+        cure = "Use the reference ops for it (`--ops reference`)."
+        if parse_one(implementation).ops:
+            cure = f"Leave `{implementation}` out of --implementations."
+        return f"{op}{': ' if op else ''}{str(error).rstrip('.')}. {cure}"
+    return ""
+
+
+def too_large(error: Exception) -> bool:
+    """Return whether memory was short, of the host or of a device."""
+    return isinstance(error, (OutOfMemory, MemoryError)) or type(error).__name__ == "OutOfMemoryError"
 
 
 def measure(
@@ -48,7 +94,7 @@ def measure(
     seed: int,
     variants: Variants | None = None,
     progress: ProgressCallback = lambda what, done: None,
-    hooks: Hooks = Hooks(),  # noqa: B008  # immutable
+    hooks: Hooks = Hooks(),  # immutable
 ) -> dict[str, Measurement]:
     """Return implementation name -> measurement.
 
@@ -58,15 +104,15 @@ def measure(
     required and the first implementation has none.
     """
     setup = Setup(backend, variants or Variants(), scenario)
-    names = [one.name for one in implementations]
+    names = [implementation.name for implementation in implementations]
     engine = _Engine(scenario, inputs, checker, setup, backend, progress, hooks, names)
     gc.collect()
     with no_garbage_collection():  # the same for checks and timing: no op can tell them apart by it
         try:
-            for one in implementations:
-                hooks.enter(one.name)
-                with engine.refusable(one):
-                    engine.load_and_check(one)
+            for implementation in implementations:
+                hooks.enter(implementation.name)
+                with engine.refusable(implementation):
+                    engine.load_and_check(implementation)
             runners = engine.make_runners(implementations)
             engine.warm_up(runners)
             engine.time(runners, random.Random(seed))
@@ -95,30 +141,29 @@ class _Engine:
         self._scenario, self._inputs, self._checker = scenario, inputs, checker
         self._setup, self._backend = setup, backend
         self._progress, self._hooks = progress, hooks
-        self._first, self._unplanned = hooks.first or names[0], len(names)  # whose passes are not planned yet
-        prefill, asked = scenario.mode == "prefill", setup.asked
-        self._times = Timetable(hooks.target, prefill, asked, self._first, self._correct)
+        self._prefill, self._first = scenario.mode == "prefill", hooks.first or names[0]
+        self._unplanned = len(names)  # whose passes are not planned yet
+        self._times = Timetable(hooks.target, self._prefill, setup.asked, self._first, self._correct)
         self._runners: Sequence[PassRunner] = ()  # once they are timed
         self._untimed = count(UNTIMED)  # numbers of passes that are not timed
         self._unseen: evidence.Unseen | None = None
 
-    def _tick(self, doing: str, one: Implementation, count: int = 1) -> None:
-        self._progress(f"{self._scenario.name}: {doing} {one.name}", count)
+    def _tick(self, doing: str, implementation: Implementation, count: int = 1) -> None:
+        self._progress(f"{self._scenario.name}: {doing} {implementation.name}", count)
 
     def _correct(self, runner: PassRunner) -> bool:
         return self.measurements[runner.implementation.name].check.status == "ok"
 
     @contextmanager
-    def refusable(self, one: Implementation) -> Iterator[None]:
+    def refusable(self, implementation: Implementation) -> Iterator[None]:
         """Record what an op refuses inside the `with` block: the implementation was not run."""
         try:
             yield
         except Exception as error:  # all others are raised again
-            reason = refusals.reason(error, one.name)
+            reason = refusal(error, implementation.name)
             if not reason:
                 raise
-            check = Check(status="not run", reason=reason)
-            self.measurements[one.name] = Measurement(Samples(HEADLINE, check), refused=True)
+            self.measurements[implementation.name] = Measurement(_not_run(reason), refused=True)
 
     # ------------------------------------------------------------------------------------------ before
 
@@ -126,46 +171,45 @@ class _Engine:
         """Return why something does not fit before the first implementation's pass and evidence, or ""."""
         return self._hooks.should_stop(seconds + self._times.promised() + self._hooks.oracle, what)
 
-    def load_and_check(self, one: Implementation) -> None:
+    def load_and_check(self, implementation: Implementation) -> None:
         """Warm up and run a whole pass, untimed; the transient memory of the last forward is counted."""
-        found = self.measurements[one.name] = Measurement(Samples(HEADLINE, Check(status="not run")))
+        measurement = self.measurements[implementation.name] = Measurement(_not_run())
         if reason := self._too_long(0.0, "loading and checks"):
-            found.headline.check.reason = reason
+            measurement.headline.check.reason = reason
             return
-        one.load(self._scenario, self._inputs)
-        runner = self._headlines[one.name] = self._setup.headline(one, found)
+        implementation.load(self._scenario, self._inputs)
+        runner = self._headlines[implementation.name] = self._setup.headline(implementation, measurement)
         self._warm_up(runner)
         self._shorten(runner)
         self._times.headlines.append(runner)
         forwards = min(self._scenario.inputs, len(runner.steps.run)) + len(runner.steps.run)
-        whole = forwards * self._times.each.get(runner, 0.0)
-        if reason := self._too_long(whole, "checks and one timed pass"):
-            found.headline.check = Check(status="not run", reason=reason)
+        if reason := self._too_long(forwards * runner.forward_s, "checks and one timed pass"):
+            measurement.headline.check = Check(status="not run", reason=reason)
             return
         start = self._hooks.target.now()
-        found.transient_bytes = self._whole_pass(runner)
-        each = (self._hooks.target.now() - start) / self._scenario.inputs
-        self._times.each.setdefault(runner, each)  # without a warm-up
-        found.headline.check = one.check(self._checker)
-        if found.check.status == "ok":
-            found.outputs = one.outputs()
+        measurement.transient_bytes = self._whole_pass(runner)
+        if not runner.forward_s:  # without a warm-up
+            runner.forward_s = (self._hooks.target.now() - start) / self._scenario.inputs
+        measurement.headline.check = implementation.check(self._checker)
+        if measurement.check.status == "ok":
+            measurement.outputs = implementation.outputs()
         else:
-            self._hooks.failed(one, found.check)
+            self._hooks.failed(implementation, measurement.check)
 
     def _whole_pass(self, runner: PassRunner) -> int:
         """Run a pass, and of a prefill one forward; return the transient bytes of the last, the longest."""
-        one, transient = runner.implementation, TransientBytes()
+        implementation, transient = runner.implementation, TransientBytes()
         indices = runner.steps.run[: self._scenario.inputs]
-        one.restore(CHECKED)
+        implementation.restore(CHECKED)
         for index in indices:
-            one.before(index)
-            one.meet()
+            implementation.before(index)
+            implementation.meet()
             with transient if index == indices[-1] else nullcontext():
-                one.step(index)
-            one.after(index)
-            self._tick("checking", one)
-        one.outputs()
-        return transient.peak + one.facts().scratch_bytes
+                implementation.step(index)
+            implementation.after(index)
+            self._tick("checking", implementation)
+        implementation.outputs()
+        return transient.peak + implementation.facts().scratch_bytes
 
     def _shorten(self, runner: PassRunner) -> None:
         """Let a yardstick run less that is much slower than the first implementation, or for lack of time.
@@ -173,9 +217,11 @@ class _Engine:
         Its own fastest forward counts, and the median of others: a disturbance makes it no slower.
         """
         name = runner.implementation.name
-        right = {n: one for n, one in self.measurements.items() if one.check.status in ("ok", "not run")}
-        warm = {n: one for n, one in right.items() if one.warm_ms}  # its own check follows
-        ms = {n: (one.warm_ms if n == name else one.typical_ms) or 0.0 for n, one in warm.items()}
+        ms = {
+            other: (measurement.warm_ms if other == name else measurement.typical_ms) or 0.0
+            for other, measurement in self.measurements.items()
+            if measurement.warm_ms and measurement.check.status in ("ok", "not run")  # its own check follows
+        }
         most, self._unplanned = self._times.forwards(runner, self._unplanned), self._unplanned - 1
         if name in (less := self._hooks.shorten(ms, most)):
             runner.steps, reason = less[name]
@@ -185,38 +231,39 @@ class _Engine:
     def make_runners(self, implementations: Sequence[Implementation]) -> list[PassRunner]:
         """Return the runners of all correct implementations, each variant checked before it is timed."""
         self._hooks.target.begun()
-        found = []
-        for one in implementations:
-            self._hooks.enter(one.name)
-            measurement = self.measurements[one.name]
+        runners = []
+        for implementation in implementations:
+            self._hooks.enter(implementation.name)
+            measurement = self.measurements[implementation.name]
             if measurement.check.status == "ok":
-                found.append(self._headlines[one.name])
+                runners.append(self._headlines[implementation.name])
                 if measurement.due is None:
-                    with self.refusable(one):
-                        found += self._setup.others(one, measurement, one.name == self._first)
-        for runner in found:
-            if runner.samples.variant != HEADLINE and self._correct(runner):
+                    with self.refusable(implementation):
+                        first = implementation.name == self._first
+                        runners += self._setup.others(implementation, measurement, first)
+        for runner in runners:
+            if not runner.headline and self._correct(runner):
                 self._hooks.enter(runner.implementation.name)
                 with self.refusable(runner.implementation):
                     self._check_variant(runner)
-        return [one for one in found if self._correct(one) and one.samples.check.status == "ok"]
+        return [runner for runner in runners if self._correct(runner) and runner.samples.check.status == "ok"]
 
     def _check_variant(self, runner: PassRunner) -> None:
-        one, start = runner.implementation, self._hooks.target.now()
+        implementation, start = runner.implementation, self._hooks.target.now()
         left_out = Check(status="not run", reason=NO_TIME)
-        if not self._times.variant_fits(runner, self._times.each[self._headlines[one.name]]):
+        forward = self._headlines[implementation.name].forward_s
+        if not self._times.variant_fits(runner, forward):
             runner.samples.check = left_out
             return
-        seconds = 2 * self._times.each[self._headlines[one.name]] * len(runner.steps.run)
-        if reason := self._too_long(seconds, "its check"):
+        if reason := self._too_long(2 * forward * len(runner.steps.run), "its check"):
             runner.samples.check = Check(status="not run", reason=reason)
             return
         runner.run(next(self._untimed), self._hooks.heartbeat)
-        self._tick("checking", one, len(runner.steps.run))
-        runner.samples.check = one.check(self._checker)
-        self._times.taken[runner] = [self._hooks.target.now() - start]
+        self._tick("checking", implementation, len(runner.steps.run))
+        runner.samples.check = implementation.check(self._checker)
+        runner.seconds = [self._hooks.target.now() - start]
         if runner.samples.check.status != "ok":
-            self._hooks.failed(one, runner.samples.check)
+            self._hooks.failed(implementation, runner.samples.check)
         elif not self._times.variant_fits(runner, 0.0):
             runner.samples.check = left_out
         else:
@@ -225,30 +272,30 @@ class _Engine:
     def warm_up(self, runners: Sequence[PassRunner]) -> None:
         """Warm up every further mode as well, timed separately."""
         for runner in runners:
-            variant, one = runner.samples.variant, runner.implementation
-            if variant == HEADLINE or variant.cache == "cold" or variant.clock == "device":
+            variant = runner.samples.variant
+            if runner.headline or variant.cache == "cold" or variant.clock == "device":
                 continue  # the checked pass is warm-up enough: caches are flushed, or warm already
-            self._hooks.enter(one.name)
-            with self.refusable(one):
+            self._hooks.enter(runner.implementation.name)
+            with self.refusable(runner.implementation):
                 self._warm_up(runner)
 
     def _warm_up(self, runner: PassRunner) -> None:
-        one, ends = runner.implementation, list[float]()
+        implementation, ends = runner.implementation, list[float]()
 
         def tick(count: int) -> None:
             ends.append(self._hooks.target.now())
-            self._tick("warming up", one, count)
+            self._tick("warming up", implementation, count)
 
         steps, least = self._scenario.steps, self._scenario.warmups
         must = min(least, self._hooks.warmups)
-        done = warm_up(runner.forwards, steps, least, runner.time_step, self._untimed, tick, must)
-        runner.ms = done.ms or 0.0
-        if runner.samples.variant == HEADLINE:
-            found = self.measurements[one.name]
-            found.warmups, found.settled = done.forwards, done.settled
-            found.warm_ms, found.typical_ms = done.ms, done.typical_ms
+        result = warm_up(runner.forwards, steps, least, runner.time_step, self._untimed, tick, must)
+        runner.ms = result.ms or 0.0
+        if runner.headline:
+            measurement = self.measurements[implementation.name]
+            measurement.warmups, measurement.settled = result.forwards, result.settled
+            measurement.warm_ms, measurement.typical_ms = result.ms, result.typical_ms
             if len(ends) > 1:
-                self._times.each[runner] = median(after - before for before, after in pairwise(ends))
+                runner.forward_s = median(after - before for before, after in pairwise(ends))
 
     # ------------------------------------------------------------------------------------------ timing
 
@@ -268,38 +315,37 @@ class _Engine:
         """Make the inputs of the evidence and their oracle, before time is shared out among the passes."""
         if not runners or not hasattr(self._checker, "of"):  # of one op operands change from call to call
             return
-        prefill = self._scenario.mode == "prefill"
-        count = max(evidence.forwards(runner.steps, prefill) for runner in runners)
+        count = max(evidence.forwards(runner.steps, self._prefill) for runner in runners)
         self._progress(f"{self._scenario.name}: drawing inputs that nothing has seen", 0)
         with self._spared():
             self._unseen = evidence.Unseen(self._inputs, self._checker, count)
         self._hooks.heartbeat()
 
     @contextmanager
-    def _spared(self, one: Implementation | None = None) -> Iterator[None]:
-        """Let lack of memory cost evidence, and no finished number; `one` gets the inputs of its passes back.
+    def _spared(self, implementation: Implementation | None = None) -> Iterator[None]:
+        """Let lack of memory cost evidence, and no finished number; the passes' inputs are loaded again.
 
         Layers over ranks are gone by then, on all of them.
         """
         try:
             yield
         except Exception as error:  # all others are raised again
-            if not refusals.too_large(error) or (one is not None and one.setting.ranks is not None):
+            over_ranks = implementation is not None and implementation.setting.ranks is not None
+            if not too_large(error) or over_ranks:
                 raise
             self._unseen = None
             said = "memory is short: times are not held against forwards on inputs that nothing has seen"
             self._hooks.say(f"{self._scenario.name}: {said}")
-            if one is not None:
-                one.load(self._scenario, self._inputs)
+            if implementation is not None:
+                implementation.load(self._scenario, self._inputs)
 
     def _sense(self, when: str) -> None:
         state = read_sensors(self._backend, when)
         for measurement in self.measurements.values():
-            measurement.device_state += [dict(one) for one in state]
+            measurement.device_state += [dict(reading) for reading in state]
 
     def _time_passes(self, runners: Sequence[PassRunner], order: random.Random) -> None:
-        previous = None
-        rounds = self._scenario.rounds
+        previous, rounds = None, self._scenario.rounds
         for index in range(rounds):
             due = [runner for runner in runners if runner.steps.due(index, rounds)]
             order.shuffle(due)
@@ -323,7 +369,7 @@ class _Engine:
                 runner.samples.check = Check(status="not run", reason=NO_TIME)
             elif self._correct(runner):
                 what = ", ".join(part for part in (name, runner.samples.variant.kind) if part)
-                few = ", too few for an interval" if done < FEWEST else ""
+                few = ", too few for an interval" if done < MIN_PASSES else ""
                 said = f"{what}: {done} of {due} passes fit into a scenario's time{few}"
                 self._hooks.say(f"{self._scenario.name}, {said}; give --passes or --runs to time them all")
             if runner.headline and self._correct(runner):
@@ -346,12 +392,12 @@ class _Engine:
         of = f"pass {len(runner.passes)} of {runner.steps.passes} of"
         self._tick(f"timing {of}", runner.implementation, len(runner.steps.run))
         self._check_pass(runner)
-        self._times.taken.setdefault(runner, []).append(self._hooks.target.now() - start)
+        runner.seconds.append(self._hooks.target.now() - start)
 
     def _number(self, runner: PassRunner) -> int:
         """Return the number of a variant's next pass: inputs are the same for all implementations."""
-        variants = [one.variant for one in self.measurements[runner.implementation.name].samples]
-        place = variants.index(runner.samples.variant)
+        samples = self.measurements[runner.implementation.name].samples
+        place = [variant.variant for variant in samples].index(runner.samples.variant)
         return 1 + place * self._scenario.rounds + len(runner.passes)
 
     def _check_pass(self, runner: PassRunner) -> None:
@@ -370,31 +416,32 @@ class _Engine:
     def examine(self, runners: Sequence[PassRunner]) -> None:
         """Hold the times against other evidence; an implementation that it contradicts loses its numbers."""
         for runner in runners:
-            if runner.passes and self._correct(runner):
-                one, beat = runner.implementation, self._hooks.heartbeat
-                self._hooks.enter(one.name)
-                self._tick("looking for doubts about", one, 0)
-                where = "" if runner.headline else f"{runner.samples.variant}: "
-                known = self.measurements[one.name].doubts
-                with self._spared(one):
-                    for doubt in evidence.doubts(runner, self._unseen, self._untimed, beat):
-                        known.append(f"{where}{doubt}")
-                if runner.headline and not known:
-                    self._time_new_lengths(runner)
-                beat()
+            if not runner.passes or not self._correct(runner):
+                continue
+            implementation, beat = runner.implementation, self._hooks.heartbeat
+            self._hooks.enter(implementation.name)
+            self._tick("looking for doubts about", implementation, 0)
+            where = "" if runner.headline else f"{runner.samples.variant}: "
+            known = self.measurements[implementation.name].doubts
+            with self._spared(implementation):
+                for doubt in evidence.doubts(runner, self._unseen, self._untimed, beat):
+                    known.append(f"{where}{doubt}")
+            if runner.headline and not known:
+                self._time_new_lengths(runner)
+            beat()
         self._withhold()
 
     def _time_new_lengths(self, runner: PassRunner) -> None:
-        one, fit = runner.implementation, self._times.new_lengths_fit(runner)
-        measurement, cut = self.measurements[one.name], runner in self._times.cut
-        fit = fit and not self._hooks.should_stop(self._times.new_lengths(runner), "new lengths")
+        implementation, fit = runner.implementation, self._times.new_lengths_fit(runner)
+        measurement, cut = self.measurements[implementation.name], runner in self._times.cut
+        fit = fit and not self._hooks.should_stop(evidence.new_lengths_s(runner), "new lengths")
         if measurement.due is None and fit:
-            told = new_lengths.measure(one, self._scenario, self._checker, beat=self._hooks.heartbeat)
-            measurement.new_lengths = told.times
-            measurement.doubts += [told.doubt] if told.doubt else []
-        elif isinstance(one, MlaLayer) and (measurement.due is None or cut):
+            what = (implementation, self._scenario, self._checker)
+            measurement.new_lengths, doubt = evidence.on_new_lengths(*what, beat=self._hooks.heartbeat)
+            measurement.doubts += [doubt] if doubt else []
+        elif isinstance(implementation, MlaLayer) and (measurement.due is None or cut):
             said = "forwards on new lengths are left out for lack of time"
-            self._hooks.detail(f"{self._scenario.name}, {one.name}: {said}")
+            self._hooks.detail(f"{self._scenario.name}, {implementation.name}: {said}")
 
     def _withhold(self) -> None:
         """Take the numbers of what is in doubt."""
@@ -406,18 +453,21 @@ class _Engine:
 
     def interrupt(self, implementations: Sequence[Implementation]) -> None:
         """Mark what an interrupt left undone, including implementations that had not started."""
-        not_run = Check(status="not run", reason="interrupted")
-        for one in implementations:
-            nothing = Samples(HEADLINE, not_run)
-            found = self.measurements.setdefault(one.name, Measurement(nothing))
-            found.interrupted = True
-            if found.check.status == "not run" and not found.check.reason:
-                found.headline = nothing  # while it warmed up
+        for implementation in implementations:
+            nothing = _not_run("interrupted")
+            measurement = self.measurements.setdefault(implementation.name, Measurement(nothing))
+            measurement.interrupted = True
+            if measurement.check.status == "not run" and not measurement.check.reason:
+                measurement.headline = nothing  # while it warmed up
         for runner in self._runners:
             if runner.passes and self._correct(runner):
                 late = evidence.late_doubt(runner.passes)
                 self.measurements[runner.implementation.name].doubts += [late] if late else []
                 if runner.timer is not None and not runner.confirmed:
-                    runner.samples.check = not_run
+                    runner.samples.check = Check(status="not run", reason="interrupted")
                     runner.samples.discard()
         self._withhold()
+
+
+def _not_run(reason: str = "") -> Samples:
+    return Samples(HEADLINE, Check(status="not run", reason=reason))

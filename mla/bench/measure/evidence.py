@@ -1,7 +1,10 @@
 """Evidence against a number whose outputs are right: what speaks against the time, and forwards that tell.
 
 A backend is trusted code, and may be wrong: its `synchronize` may return early, its device's clock may count
-something else, and its kernels may keep results of earlier calls.
+something else, and its kernels may keep results of earlier calls. And every pass repeats its lengths, which a
+server never does: a schedule that is kept per tuple of lengths, or a kernel that is compiled for one, costs
+nothing in a pass. It does where lengths are new: each tuple of them is run once, and then again, so that the
+forwards differ in nothing but having been seen.
 """
 
 from __future__ import annotations
@@ -11,8 +14,19 @@ from collections.abc import Callable, Iterator, Sequence
 from math import ceil
 from statistics import fmean, median
 from time import perf_counter_ns as now_ns
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
+from mla.bench.results.schema import NewLengths
+from mla.bench.subjects.base import Implementation
+from mla.bench.subjects.layer import MlaLayer
+from mla.bench.workload.scenario import Scenario
+from mla.cache.ragged_batch import BatchMemory, RaggedBatch
+from mla.cost import PathChooser
+from mla.errors import UnsupportedBatch
+from mla.layer.plan import check_lengths
+from mla_backends import BackendError
 from mla_backends.api import Timer
 
 if TYPE_CHECKING:
@@ -21,19 +35,27 @@ if TYPE_CHECKING:
 
 # A device's clock is believed that agrees with the host's within this ratio, and so many milliseconds a
 # forward, in one of TURNS windows of at least so many milliseconds.
-WITHIN, EACH, WINDOW, TURNS = 0.10, 0.02, 20.0, 5
+AGREES, EACH, WINDOW, TURNS = 0.10, 0.02, 20.0, 5
 # The most forwards of a window.
-MOST = 4096
+MAX_FORWARDS = 4096
 # A forward ends late if a copy to the host waits for so many milliseconds more once its clock has stopped,
-# beyond WITHIN of its time. So may this share of the forwards, and these few, on a busy machine.
+# beyond AGREES of its time. So may this share of the forwards, and these few, on a busy machine.
 LATE, SHARE, FEW = 0.05, 0.1, 2
 # Forwards on new inputs: of a decode, or timed ones of passes that time only some. They may take so many
 # times as long as in the passes, and so many milliseconds longer.
-STEPS, SOME, SLOWER, LEAST = 8, 3, 1.5, 0.05
+STEPS, SOME, SLOWER, MIN_EXCESS_MS = 8, 3, 1.5, 0.05
 # Rounds of them: others only make forwards slower, so the fastest of all counts.
 ROUNDS = 12
 
-_random = random.SystemRandom()
+# New tuples of lengths; how often each is run again; and the seconds after which no further one is begun.
+TUPLES, AGAIN, TUPLES_S = 6, 2, 2.0
+# A length shrinks by at most a part, so that the work stays much the same, or by so many tokens.
+PART, TOKENS = 8, 16
+# Draws after which there are no new tuples to be had.
+DRAWS = 20
+
+_random = random.SystemRandom()  # otherwise two implementations of one run would see the same
+_seen: set[Lengths] = set()
 
 
 class Unseen:
@@ -44,9 +66,9 @@ class Unseen:
     """
 
     def __init__(self, plain: Any, checker: Any, count: int) -> None:
-        """`plain`: the inputs of the passes; `count`: forwards that are judged at most.
+        """Draw inputs and run the oracle, which may take minutes.
 
-        Draws the first inputs and runs the oracle, which may take minutes.
+        `plain`: the inputs of the passes; `count`: forwards that are judged at most.
         """
         self.plain, self._checker, self._count = plain, checker, count
         self._inputs: Any = None
@@ -84,16 +106,15 @@ def doubts(
 
     Forwards are run, whose passes take `numbers`; `beat` is called after each.
     """
-    found = late_doubt(runner.passes), device_doubt(runner, numbers, beat)
-    yield from filter(None, found)
-    if new is not None and (told := fresh_doubt(runner, new, numbers, beat)):
-        yield told
+    yield from filter(None, (late_doubt(runner.passes), device_doubt(runner, numbers, beat)))
+    if new is not None and (doubt := fresh_doubt(runner, new, numbers, beat)):
+        yield doubt
 
 
 def late_doubt(passes: Sequence[PassTimes]) -> str:
     """Return why forwards were not done when their clock stopped, or nothing."""
-    pairs = [pair for one in passes for pair in zip(one.late, one.inside, strict=True)]
-    late = [(rest, ms) for rest, ms in pairs if rest > WITHIN * ms + LATE]
+    pairs = [pair for times in passes for pair in zip(times.late, times.inside, strict=True)]
+    late = [(rest, ms) for rest, ms in pairs if rest > AGREES * ms + LATE]
     if len(late) <= max(FEW, SHARE * len(pairs)):
         return ""
     rest, ms = (median(values) for values in zip(*late, strict=True))
@@ -108,12 +129,12 @@ def device_doubt(runner: PassRunner, numbers: Iterator[int], beat: Callable[[], 
     timer = runner.timer
     if timer is None:
         return ""
-    each = median(ms for one in runner.passes for ms in one.inside)
-    count = min(MOST, max(3, ceil(WINDOW / max(each, 1e-3))))
+    each = median(ms for times in runner.passes for ms in times.inside)
+    count = min(MAX_FORWARDS, max(3, ceil(WINDOW / max(each, 1e-3))))
     for _ in range(TURNS):
         beat()
         device, host = _window(runner, timer, count, numbers)
-        if abs(device - host) <= WITHIN * host + EACH * count:
+        if abs(device - host) <= AGREES * host + EACH * count:
             runner.confirmed = True
             return ""
     return (
@@ -156,37 +177,38 @@ def fresh_doubt(runner: PassRunner, new: Unseen, numbers: Iterator[int], beat: C
     prefill = scenario.mode == "prefill"
     count = forwards(runner.steps, prefill)
     known = _known(runner, len(runner.steps.run) if prefill else count)
-    found, again = list[float](), list[float]()
-    while True:
+    fresh, again = list[float](), list[float]()
+    for _ in range(ROUNDS):
         runner.rewarm(next(numbers))
         layer.load(scenario, new.inputs)
-        found.append(median(runner.run(0, beat, count).samples))
-        quick = not _slower(found[-1], known)
-        check = layer.check(new.judge()) if quick else None
+        fresh.append(median(runner.run(0, beat, count).samples))
+        if not _slower(fresh[-1], known):
+            return _wrong_outputs(runner, new)
         layer.load(scenario, new.plain)
-        if check is not None:
-            break
         again.append(median(runner.run(next(numbers), beat, count).samples))
         new.forget()
-        if len(found) < ROUNDS:
-            continue
-        if _slower(min(found), min(again)):
-            return (
-                f"forwards on inputs that nothing had seen take {min(found):.3g} ms, on those of the "
-                f"passes {known:.3g} ms, as if results were remembered"
-            )
-        layer.load(scenario, new.inputs)
-        runner.run(0, beat, count)
-        check = layer.check(new.judge())
-        layer.load(scenario, new.plain)
-        break
-    if check.reason:
-        new.forget()
-    return f"outputs on inputs that nothing had seen are wrong: {check.reason}" if check.reason else ""
+    if _slower(min(fresh), min(again)):
+        return (
+            f"forwards on inputs that nothing had seen take {min(fresh):.3g} ms, on those of the "
+            f"passes {known:.3g} ms, as if results were remembered"
+        )
+    layer.load(scenario, new.inputs)
+    runner.run(0, beat, count)
+    return _wrong_outputs(runner, new)
+
+
+def _wrong_outputs(runner: PassRunner, new: Unseen) -> str:
+    """Judge the pass that ran on the new inputs, and load those of the passes again."""
+    reason = runner.implementation.check(new.judge()).reason
+    runner.implementation.load(new.plain.scenario, new.plain)
+    if not reason:
+        return ""
+    new.forget()
+    return f"outputs on inputs that nothing had seen are wrong: {reason}"
 
 
 def _slower(new: float, known: float) -> bool:
-    return new > SLOWER * known and new - known > LEAST
+    return new > SLOWER * known and new - known > MIN_EXCESS_MS
 
 
 def _known(runner: PassRunner, count: int) -> float:
@@ -194,6 +216,196 @@ def _known(runner: PassRunner, count: int) -> float:
 
     The median is the latency, and throughput follows from the average: neither may be too low.
     """
-    pairs = [pair for one in runner.samples.passes for pair in zip(runner.steps.timed, one, strict=True)]
+    pairs = [pair for ms in runner.samples.passes for pair in zip(runner.steps.timed, ms, strict=True)]
     taken = [ms for index, ms in pairs if index < count]
     return min(median(taken), fmean(taken))
+
+
+# ----------------------------------------------------------------------------------------- new lengths
+
+
+class Lengths(NamedTuple):
+    """The lengths of a batch, per request."""
+
+    query_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+
+
+class Sample(NamedTuple):
+    """Milliseconds of a forward with all that it takes, and of planning it."""
+
+    forward: float
+    plan: float
+
+
+class Told(NamedTuple):
+    """What came out of it: nothing where the scenario leaves no room for other lengths."""
+
+    times: NewLengths | None = None
+    doubt: str = ""  # why the outputs are wrong
+
+
+def on_new_lengths(
+    impl: Implementation,
+    scenario: Scenario,
+    checker: Any = None,
+    now: Callable[[], int] = now_ns,
+    beat: Callable[[], None] = lambda: None,
+) -> Told:
+    """Time forwards of a loaded layer on new lengths; the outputs of a tuple, a random choice, are judged.
+
+    `now` returns nanoseconds; `beat` is called after every forward. Lengths are at most those of the
+    scenario, so that no memory grows. The history is left as it was.
+    """
+    new, again, start = list[Sample](), list[Sample](), now()
+    over_ranks = getattr(impl, "lengths_bench", lambda: None)  # of a layer over ranks, made as `LayerBench`
+    bench = LayerBench(impl, now) if isinstance(impl, MlaLayer) else over_ranks()
+    if bench is None:
+        return Told()
+    for lengths in new_lengths(bench.layer, scenario):
+        try:
+            first, *repeated = bench.run(lengths, 1 + AGAIN, beat)
+        except (UnsupportedBatch, BackendError):  # such lengths are refused, as late as it may be
+            continue
+        new.append(first)
+        again += repeated
+        if now() - start > 1e9 * TUPLES_S:
+            break
+    doubt = bench.doubt(checker) if isinstance(bench, LayerBench) and checker is not None else ""
+    impl.restore()
+    if not new:
+        return Told()
+    times = (median(ms) / scenario.layers for samples in (new, again) for ms in zip(*samples, strict=True))
+    names = ("ms", "plan_ms", "repeated_ms", "repeated_plan_ms")
+    return Told(NewLengths(forwards=len(new), **dict(zip(names, times, strict=True))), doubt)
+
+
+def new_lengths_s(runner: PassRunner) -> float:
+    """Return the seconds that forwards on new lengths take."""
+    return runner.forward_s * TUPLES * (1 + AGAIN)
+
+
+def new_lengths(impl: MlaLayer, scenario: Scenario) -> Iterator[Lengths]:
+    """Yield tuples of lengths that this process has not run, and that take the paths of the scenario's."""
+    shrinking = [_amounts(*pair) for pair in zip(scenario.query_lens, scenario.history, strict=True)]
+    planned = Lengths(scenario.query_lens, scenario.kv_lens(0))
+    paths = _paths(impl, planned)
+    for _ in range(TUPLES):
+        for _ in range(DRAWS):
+            shrunk = _shrunk(scenario, [next(amounts) for amounts in shrinking])
+            known = shrunk == planned or shrunk in _seen
+            if not known and _paths(impl, shrunk) == paths and _served(impl, shrunk):
+                _seen.add(shrunk)
+                yield shrunk
+                break
+
+
+def _amounts(new: int, history: int) -> Iterator[int]:
+    """Yield by how much to shrink one request, each amount once before one comes again; 0 if by nothing."""
+    length = history or new
+    room = min(length if history else length - 1, max(TOKENS, length // PART))
+    amounts = list(range(1, room + 1)) or [0]
+    while True:
+        _random.shuffle(amounts)
+        yield from amounts
+
+
+def _shrunk(scenario: Scenario, amounts: Sequence[int]) -> Lengths:
+    """Return the scenario's lengths with less history, or fewer new tokens in a request that has none."""
+    requests = list(zip(scenario.query_lens, scenario.history, amounts, strict=True))
+    decode = scenario.mode == "decode"
+    query_lens = tuple(new if past or decode else new - less for new, past, less in requests)
+    kept = (past - less if past else 0 for _, past, less in requests)
+    return Lengths(query_lens, tuple(past + new for past, new in zip(kept, query_lens, strict=True)))
+
+
+def _paths(impl: MlaLayer, lengths: Lengths) -> list[str]:
+    if impl.setting.attention != "auto":
+        return []
+    chooser = PathChooser(impl.setting.config)
+    return [chooser.path(*pair) for pair in zip(*lengths, strict=True)]
+
+
+def _served(impl: MlaLayer, lengths: Lengths) -> bool:
+    """Return whether the ops accept these lengths."""
+    setting = impl.setting
+    try:
+        check_lengths(setting.config, impl.layer.ops, *lengths, setting.page_size, setting.attention)
+    except UnsupportedBatch:
+        return False
+    return True
+
+
+class LayerBench:
+    """Runs forwards of a layer in this process on any lengths, without changing what is cached."""
+
+    def __init__(self, impl: MlaLayer, now: Callable[[], int] = now_ns, judged: bool = True) -> None:
+        """`judged`: outputs of one of the tuples are kept, for `doubt`."""
+        self.layer, self._now, self.judged = impl, now, judged
+        impl.restore()
+        impl.before(0)
+        full = impl.batch if impl.scenario.mode == "prefill" else impl.extend()
+        self._table, self._device = full.block_table_host, full.device
+        self._memory = BatchMemory(full.num_tokens, self._table, self._device)
+        self._ran = 0  # tuples of lengths
+        self._kept: tuple[Lengths, torch.Tensor] | None = None  # one of them, with its outputs in layer 0
+
+    def _batch(self, lengths: Lengths) -> RaggedBatch:
+        cache = self.layer.cache
+        if not self._memory.fits(tokens := sum(lengths.query_lens), self._table):
+            self._memory = BatchMemory(tokens, self._table, self._device)
+        return RaggedBatch(
+            *lengths, self._table, cache.page_size, self._device, source=cache, memory=self._memory
+        )
+
+    def run(self, lengths: Lengths, count: int, beat: Callable[[], None]) -> list[Sample]:
+        """Time `count` forwards, tables, plan and all; `beat` is called after every one.
+
+        Afterwards, the cache holds what it did. Raises `UnsupportedBatch` or `BackendError` for lengths that
+        an op refuses.
+        """
+        slots = self._batch(lengths).slots.clone()  # which the forwards write, in all layers
+        saved = self._rows().index_select(1, slots)
+        out = self.layer.out.narrow(-2, 0, len(slots))
+        try:
+            samples = []
+            for place in range(count):
+                out.fill_(torch.nan)
+                samples.append(self._time(lengths, out))
+                if place == 0 and self.judged:
+                    self._keep(lengths, out)
+                beat()
+            return samples
+        finally:
+            self._rows().index_copy_(1, slots, saved)
+
+    def _keep(self, lengths: Lengths, out: torch.Tensor) -> None:
+        """Keep outputs [.., t, d], or those kept so far instead: each tuple is as likely to be judged."""
+        self._ran += 1
+        if not _random.randrange(self._ran):
+            self._kept = lengths, (out[0] if out.dim() > 2 else out).to("cpu", copy=True)
+
+    def _rows(self) -> torch.Tensor:
+        pages = self.layer.cache.pages
+        return pages.view(pages.shape[0], -1, pages.shape[-1])
+
+    def _time(self, lengths: Lengths, out: torch.Tensor) -> Sample:
+        impl, synchronize = self.layer, self.layer.setting.backend.synchronize
+        x = impl.x[: out.shape[-2]]
+        synchronize()
+        start = self._now()
+        batch = self._batch(lengths)
+        planning = self._now()
+        impl.layer.plan(batch)
+        planned = self._now()
+        impl.forward(batch, x, out)
+        synchronize()
+        return Sample((self._now() - start) / 1e6, (planned - planning) / 1e6)
+
+    def doubt(self, checker: Any) -> str:
+        """Return why the outputs of one of the tuples that ran are wrong, or nothing."""
+        if self._kept is None:
+            return ""
+        lengths, out = self._kept
+        check = checker.on_lengths(*lengths, out)
+        return f"outputs on lengths that nothing had seen are wrong: {check.reason}" if check.reason else ""

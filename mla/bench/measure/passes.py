@@ -1,4 +1,10 @@
-"""Passes: forwards from a restored history, timed one by one; and the warm-up before them."""
+"""Passes: forwards from a restored history, timed one by one; the warm-up before them; and what they need.
+
+A cache flush reads and writes a buffer of twice the last-level cache on the device, and is finished before
+timing starts. That evicts weights, latents, hidden states and tables from every data cache on the way to
+memory. It does not empty instruction caches, branch predictors or TLBs, and leaves an accelerator's host
+alone.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +13,24 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from time import perf_counter_ns as now_ns
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from mla.bench.measure.samples import Samples
-from mla.bench.measure.variants import HEADLINE, Steps
+from mla.bench.measure.samples import Measurement, Samples
+from mla.bench.measure.variants import HEADLINE, Steps, VariantError, Variants, steps
 from mla.bench.subjects.base import Implementation
+from mla.bench.subjects.layer import CapturedForwards, NoGraph, captured
+from mla.bench.workload.scenario import Scenario
 from mla.errors import MLAError
-from mla_backends.api import Timer
+from mla.text import size
+from mla.verify.verdict import Check
+from mla_backends import host
+from mla_backends.api import Backend, Timer
 
 # Milliseconds of a forward beside which what it finds in a cache does not count: even a large cache is read
 # again in a hundredth of that.
-LONG = 250.0
+LONG_MS = 250.0
 
 
 class ClockError(MLAError):
@@ -63,6 +74,8 @@ class PassRunner:
         self._here = torch.zeros(1)
         self.passes: list[PassTimes] = []
         self.ms = 0.0  # of the fastest forward of the warm-up after its first
+        self.forward_s = 0.0  # seconds of a forward of the headline, with all that goes with it, once known
+        self.seconds: list[float] = []  # of passes, with all that goes with them
         self.confirmed = False  # whether the host's clock agrees with that of the timer
 
     @property
@@ -85,7 +98,7 @@ class PassRunner:
 
     def rewarm(self, number: int) -> None:
         """Reload into the caches what checks or another variant have evicted, unless they are flushed."""
-        if self._flush is None and self.ms < LONG:
+        if self._flush is None and self.ms < LONG_MS:
             self.forwards.restore(number)
             self.forwards.before(0)
             self.implementation.meet()
@@ -108,7 +121,7 @@ class PassRunner:
 
     def run(self, number: int, beat: Callable[[], None], count: int | None = None) -> PassTimes:
         """Run a pass, or its first `count` forwards; `beat` is called after every forward."""
-        forwards, one, taken = self.forwards, self.implementation, PassTimes()
+        forwards, implementation, taken = self.forwards, self.implementation, PassTimes()
         forwards.restore(number)
         self._synchronize()
         for index in self.steps.run[:count]:
@@ -116,16 +129,17 @@ class PassRunner:
             forwards.before(index)
             if timed and self._flush is not None:
                 self._flush()
-            one.meet()
+            implementation.meet()
             self.wait()
             self._region(index, taken if timed else PassTimes(), self.timer if timed else None)
             forwards.after(index)
             beat()
-        one.outputs()  # are copied to the host before anything else calls the backend
-        taken.samples = one.slowest(taken.samples)
+        implementation.outputs()  # are copied to the host before anything else calls the backend
+        taken.samples = implementation.slowest(taken.samples)
         return taken
 
     def _region(self, index: int, taken: PassTimes, timer: Timer | None) -> None:
+        """Time a forward, and how long copies to the host wait for the device afterwards."""
         sample = None
         start = now_ns()
         if timer is None:
@@ -147,13 +161,13 @@ class PassRunner:
 
 # ------------------------------------------------------------------------------------------------ warm-up
 
-# Latencies have settled once the median of the last WINDOW is within WITHIN of that of the WINDOW before.
-WINDOW, WITHIN = 5, 0.05
+# Latencies have settled once the median of the last WINDOW is within SETTLED of that of the WINDOW before.
+WINDOW, SETTLED = 5, 0.05
 # The most forwards beyond those that a workload names, and the seconds, without the first forward, after
 # which no more are run: that one may compile or load what all others use.
-MOST, SECONDS = 100, 2.0
+MAX_EXTRA, WARMUP_S = 100, 2.0
 # Forwards that run however long they take.
-FEWEST = 2
+MIN_WARMUPS = 2
 
 
 @dataclass(frozen=True)
@@ -177,14 +191,14 @@ def warm_up(
 ) -> WarmupResult:
     """Run forwards until latencies settle; the history is restored every `steps` forwards, as in a pass.
 
-    At least `least` forwards run, unless they take `SECONDS`; `must` of them run whatever they take; 0: none.
+    At least `least` forwards run (0: none), unless they take `WARMUP_S`; `must` of them run in any case.
     `time_step` runs a step and returns its milliseconds. Every pass takes the next of `numbers`. `tick` is
     called after every forward, with 1 for the first `least` forwards and 0 afterwards.
     """
     if not least:
         return WarmupResult()
     taken: list[float] = []
-    while not _done(taken, least, max(must, FEWEST)):
+    while not _done(taken, least, max(must, MIN_WARMUPS)):
         index = len(taken) % steps
         if index == 0:
             forwards.restore(next(numbers))
@@ -192,24 +206,150 @@ def warm_up(
         taken.append(time_step(index))
         forwards.after(index)
         tick(int(len(taken) <= least))
-    too_few = len(taken) <= FEWEST and taken[-1] <= taken[0]  # the first one may have made what all use
-    known = None if too_few and not settled(taken) else settled(taken)
-    return WarmupResult(len(taken), known, min(taken[1:]), median(taken[1:]))
+    too_few = len(taken) <= MIN_WARMUPS and taken[-1] <= taken[0]  # the first may have made what all use
+    is_settled = settled(taken) or (None if too_few else False)
+    return WarmupResult(len(taken), is_settled, min(taken[1:]), median(taken[1:]))
 
 
 def _done(taken: Sequence[float], least: int, must: int) -> bool:
     count = len(taken)
     if count < must:
         return False
-    if sum(taken[1:]) >= 1e3 * SECONDS:
+    if sum(taken[1:]) >= 1e3 * WARMUP_S:
         return True
-    return count >= least and (count >= least + MOST or (count >= 2 * WINDOW and settled(taken)))
+    return count >= least and (count >= least + MAX_EXTRA or (count >= 2 * WINDOW and settled(taken)))
 
 
 def settled(taken: Sequence[float]) -> bool:
-    """Return whether the last window of milliseconds is as fast as the one before, within `WITHIN`."""
+    """Return whether the last window of milliseconds is as fast as the one before, within `SETTLED`."""
     window = max(1, min(WINDOW, len(taken) // 2))
     if len(taken) < 2:
         return False
     before, now = median(taken[-2 * window : -window]), median(taken[-window:])
-    return abs(now - before) <= WITHIN * before
+    return abs(now - before) <= SETTLED * before
+
+
+# ------------------------------------------------------------------------------ flushes, clocks and graphs
+
+# Size of the buffer relative to the cache: replacement is not strictly oldest first.
+CACHE_SIZES = 2
+# Size of the buffer in bytes if the size of the cache is unknown, or declared below what any device has.
+FALLBACK_BYTES, MIN_CACHE_BYTES = 256 << 20, 1 << 20
+# Bounds of the buffer in bytes: flushing a whole machine's shared cache would take longer than the forwards.
+MIN_FLUSH_BYTES, MAX_FLUSH_BYTES = 64 << 20, 512 << 20
+
+
+class Sweep(NamedTuple):
+    """How much is read and written, and why so much."""
+
+    bytes: int
+    reason: str
+
+
+def sweep(backend: Backend) -> Sweep:
+    """Return what flushes the last-level cache of a backend's device.
+
+    Its declared size is held against what is known from elsewhere: the host's own caches, where it is the
+    device, and what no device falls short of.
+    """
+    declared, reported = backend.device_info().cache_bytes, None
+    if backend.device is not None and backend.device.type == "cpu":
+        reported = host.last_level_cache()
+    if declared is not None and declared < MIN_CACHE_BYTES and reported is None:
+        return Sweep(FALLBACK_BYTES, f"as {_size(declared)} cannot be the last-level cache that was declared")
+    if declared is None and reported is None:
+        return Sweep(FALLBACK_BYTES, "for a last-level cache of unknown size")
+    cache = max(declared or 0, reported or 0)
+    reason = f"for a last-level cache of {_size(cache)}"
+    if reported and declared is not None and declared < reported:
+        reason += f", which the host reports and the backend declares as {_size(declared)}"
+    if CACHE_SIZES * cache > MAX_FLUSH_BYTES:
+        reason += ": less than twice its size, so that some of it may stay warm"
+    return Sweep(min(max(CACHE_SIZES * cache, MIN_FLUSH_BYTES), MAX_FLUSH_BYTES), reason)
+
+
+def _size(count: int) -> str:
+    return size(count, MiB="g") if count >= MIN_CACHE_BYTES else f"{count} bytes"
+
+
+class CacheFlush:
+    """A buffer on the backend's device; calling the object flushes the cache and waits for the device."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.bytes, self._reason = sweep(backend)
+        self._buffer = torch.zeros(self.bytes // 4, dtype=torch.float32, device=backend.device)
+
+    def __call__(self) -> None:
+        """Flush. Nothing of the backend is called: it could warm the cache again."""
+        self._buffer.add_(1)
+        self._buffer[-1].to("cpu")  # waits for the sweep, in the order of the stream
+
+    def method(self) -> str:
+        """Return how the cache is flushed, for the result."""
+        return f"{size(self.bytes, MiB='g')} read and written before every timed forward, {self._reason}"
+
+
+class Setup:
+    """What one scenario is timed with on one backend."""
+
+    def __init__(self, backend: Backend, variants: Variants, scenario: Scenario) -> None:
+        self._backend, self._variants, self._scenario = backend, variants, scenario
+        self.asked = variants.asked
+        cold = any(variant.cache == "cold" for variant in variants.timed)
+        self._flush = CacheFlush(backend) if cold else None
+
+    def headline(self, implementation: Implementation, measurement: Measurement) -> PassRunner:
+        """Return the runner of an implementation's headline."""
+        return self._runner(implementation, implementation, measurement.headline)
+
+    def others(
+        self, implementation: Implementation, measurement: Measurement, first: bool
+    ) -> list[PassRunner]:
+        """Return a runner per further variant of an implementation that has run a whole pass.
+
+        All variants are noted in `measurement`, unavailable ones with the reason. Raises `VariantError` if
+        graphs are required and this is the `first` implementation and has none.
+        """
+        replayed = self._captured(implementation, first)
+        runners = []
+        for variant in self._variants.timed:
+            if variant == HEADLINE:
+                continue
+            samples = Samples(variant, Check(status="not run"))
+            measurement.others.append(samples)
+            if variant.mode == "eager":
+                runners.append(self._runner(implementation, implementation, samples))
+            elif isinstance(replayed, CapturedForwards):
+                forwards = replayed.without_bookkeeping() if variant.clock == "device" else replayed
+                runners.append(self._runner(implementation, forwards, samples))
+            else:
+                samples.check.reason = replayed
+        return runners
+
+    def _captured(self, implementation: Implementation, first: bool) -> CapturedForwards | str:
+        """Return the captured forwards, or why there are none."""
+        if not any(variant.mode == "graph" for variant in self._variants.timed):
+            return ""
+        try:
+            return captured(implementation, self._scenario)
+        except NoGraph as error:
+            if first and self._variants.graphs_required:
+                where = f"{self._scenario.name}, {implementation.name}"
+                raise VariantError(
+                    f"--mode graph: {where} cannot be replayed from graphs: {error}."
+                ) from error
+            return str(error)
+
+    def _runner(self, implementation: Implementation, forwards: Any, samples: Samples) -> PassRunner:
+        variant, backend = samples.variant, self._backend
+        plan = steps(variant, self._scenario)
+        timer = backend.device_timer() if variant.clock == "device" else None
+        if timer is None and variant.clock == "device":
+            raise VariantError(
+                f"backend '{backend.name}' no longer has a device timer: device_timer() returned None."
+            )
+        flush = self._flush if variant.cache == "cold" else None
+        parts = [getattr(forwards, "method", ""), flush.method() if flush else "", plan.method()]
+        samples.clock = timer.clock if timer else "host"
+        samples.method = "; ".join(part for part in parts if part)
+        return PassRunner(implementation, forwards, backend.synchronize, timer, flush, plan, samples)

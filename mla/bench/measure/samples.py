@@ -1,8 +1,8 @@
-"""Raw samples of timed passes, variant by variant; and the peak memory of a forward."""
+"""Samples of timed passes, variant by variant; the case they make; and the peak memory of a forward."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mla.bench import results
 from mla.bench.measure.variants import Variant
-from mla.bench.results.schema import NewLengths
+from mla.bench.results.cases import by_kind, latency_of, throughput_of
+from mla.bench.results.compare import compare_cases
+from mla.bench.results.schema import Agreement, Case, NewLengths
+from mla.bench.subjects.base import Facts, Outputs
+from mla.bench.workload.scenario import Scenario
+from mla.verify.tolerances import relative_error
 from mla.verify.verdict import Check
 from mla_backends.api import Backend
 from mla_backends.errors import describe
@@ -71,14 +77,10 @@ class Measurement:
 
         Right outputs whose times are in doubt are "doubtful".
         """
-        for one in self.others:
-            if one.check.status == "wrong":
-                return Check(
-                    status="wrong",
-                    error_ratio=one.check.error_ratio,
-                    relative_error=one.check.relative_error,
-                    reason=f"{one.variant}: {one.check.reason}",
-                )
+        for samples in self.others:
+            if samples.check.status == "wrong":
+                reason = f"{samples.variant}: {samples.check.reason}"
+                return msgspec.structs.replace(samples.check, reason=reason)
         check = self.headline.check
         if check.status == "ok" and self.doubts:
             return msgspec.structs.replace(check, status="doubtful", reason="; ".join(self.doubts))
@@ -86,20 +88,100 @@ class Measurement:
 
     def discard(self) -> None:
         """Drop all samples of an implementation that was wrong in one variant, or is in doubt."""
-        for one in self.samples:
-            one.discard()
+        for samples in self.samples:
+            samples.discard()
 
 
 def read_sensors(backend: Backend, when: str) -> list[dict[str, str]]:
     """Return one reading of a device's clocks, power and temperature, labelled with `when`.
 
-    None if the backend has no sensors. Never raises.
+    Empty if the backend has no sensors. Never raises.
     """
     try:
-        found = {str(name): str(value) for name, value in backend.sensors().items()}
+        readings = {str(name): str(value) for name, value in backend.sensors().items()}
     except Exception as error:  # noqa: BLE001  # a sensor must not cost a run
-        found = {"sensors": f"unknown ({describe(error)})"}
-    return [{"when": when, **found}] if found else []
+        readings = {"sensors": f"unknown ({describe(error)})"}
+    return [{"when": when, **readings}] if readings else []
+
+
+# ------------------------------------------------------------------------------------------------ cases
+
+# A case is launch bound from this ratio of host time to device time.
+LAUNCH_BOUND = 1.3
+
+
+def fill(case: Case, scenario: Scenario, measurement: Measurement, facts: Facts) -> None:
+    """Fill `case` with everything that was measured."""
+    case.check, case.interrupted = measurement.check, measurement.interrupted
+    case.passes, case.clock = len(measurement.passes), measurement.headline.clock
+    case.warmups, case.settled = measurement.warmups, measurement.settled
+    case.device_state, case.new_lengths = measurement.device_state, measurement.new_lengths
+    case.timings = [_timing(samples, scenario.layers) for samples in measurement.others]
+    case.planned = results.Planned(
+        passes=scenario.rounds, steps=scenario.steps, due=measurement.due or scenario.rounds
+    )
+    if not measurement.passes:
+        return
+    passes = _per_layer(measurement.passes, scenario.layers)
+    case.latency_ms, case.tokens_per_s = latency_of(passes), throughput_of(passes, scenario.tokens)
+    case.plan_ms = None if facts.plan_ms is None else facts.plan_ms / scenario.layers
+    switched = enumerate(measurement.headline.after_switch)
+    case.steps_per_pass = len(passes[0])
+    case.switch_steps = [index * case.steps_per_pass for index, flag in switched if flag]
+    case.launch_bound = launch_bound(case)
+
+
+def _per_layer(passes: Sequence[Sequence[float]], layers: int) -> list[list[float]]:
+    return [[sample / layers for sample in samples] for samples in passes]
+
+
+def _timing(samples: Samples, layers: int) -> results.Timing:
+    return results.Timing(
+        mode=samples.variant.mode,
+        cache=samples.variant.cache,
+        clock=samples.clock,
+        passes=len(samples.passes),
+        check=samples.check,
+        latency_ms=latency_of(_per_layer(samples.passes, layers)) if samples.passes else None,
+        method=samples.method,
+    )
+
+
+def launch_bound(case: Case) -> bool | None:
+    """Return whether the host takes much longer to launch a forward than the device to compute it.
+
+    The device's time is that of a replayed graph, warm, on either clock; None if neither was timed.
+    """
+    timings = by_kind(case)
+    graphs = [timings[name].latency_ms for name in ("graph", "graph_device") if name in timings]
+    medians = [replayed.median for replayed in graphs if replayed is not None]
+    if case.latency_ms is None or not medians:
+        return None
+    return case.latency_ms.median > LAUNCH_BOUND * min(medians)
+
+
+def compare(cases: Sequence[Case], outputs: Mapping[str, Outputs]) -> None:
+    """Fill the `agreement` of every case with the others; `outputs` are of the same inputs."""
+    compared = [case for case in cases if case.implementation in outputs]
+    for case in compared:
+        others = (_agreement(case, other, outputs) for other in compared if other is not case)
+        case.agreement = [agreement for agreement in others if agreement is not None]
+
+
+def _agreement(case: Case, other: Case, outputs: Mapping[str, Outputs]) -> Agreement | None:
+    """Compare two cases by the forwards whose outputs both kept; None if there are none."""
+    mine, theirs = outputs[case.implementation], outputs[other.implementation]
+    pairs = [(mine[index], theirs[index]) for index in sorted(mine.keys() & theirs.keys())]
+    if not pairs:
+        return None
+    return Agreement(
+        implementation=other.implementation,
+        relative_difference=relative_error(*pairs),
+        speed_ratio=compare_cases(other, case).speedup,
+    )
+
+
+# ----------------------------------------------------------------------------------------------- memory
 
 
 class _Storages:
@@ -118,18 +200,13 @@ class _Storages:
         given = {_address(tensor) for tensor in _tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
         made = [tensor for tensor in _tensors(result) if _address(tensor) not in given]
-        self._forget()  # before adding: a new storage may reuse the address of a freed one
+        # Freed ones are forgotten before new ones are added, which may reuse their addresses.
+        self._seen = {key: value for key, value in self._seen.items() if not value[0].expired()}
         for tensor in made:
             storage = tensor.untyped_storage()
             self._seen.setdefault(storage.data_ptr(), (StorageWeakRef(storage), storage.nbytes()))
-        self._count()
-        return result
-
-    def _forget(self) -> None:
-        self._seen = {key: value for key, value in self._seen.items() if not value[0].expired()}
-
-    def _count(self) -> None:
         self.peak = max(self.peak, sum(size for _, size in self._seen.values()))
+        return result
 
 
 class TransientBytes(_Storages, TorchDispatchMode):

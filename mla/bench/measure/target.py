@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from mla.bench.measure import evidence, new_lengths
+from mla.bench.measure import evidence
 from mla.bench.results.cases import LEFT_OUT
 
 if TYPE_CHECKING:
     from mla.bench.measure.passes import PassRunner
 
 # Seconds that a scenario should take, and seconds after which no further pass of it begins.
-SECONDS, MOST = 30.0, 75.0
+TARGET_S, MAX_S = 30.0, 75.0
 # What takes no longer is not left out, however late it is: a first forward may compile for a minute.
-CHEAP = 2.0
+CHEAP_S = 2.0
 # Passes that the first of them leaves at least: as many as an interval needs.
-FEWEST = 6
+MIN_PASSES = 6
 # Times as long as its forwards a pass takes, with all that goes with it, until one has been timed.
 WHOLE = 1.25
-NO_TIME = f"{LEFT_OUT}a scenario should end in about {SECONDS:.0f} s"
+NO_TIME = f"{LEFT_OUT}a scenario should end in about {TARGET_S:.0f} s"
 
 
 class Target:
@@ -44,7 +44,7 @@ class Target:
 
     def begun(self) -> None:
         """Leave time to what costs little: first forwards may have taken all of it."""
-        self._end = max(self._end, self.now() + CHEAP)
+        self._end = max(self._end, self.now() + CHEAP_S)
 
     def checked(self) -> None:
         """Leave at least half of the time to passes: what precedes them may have taken all of it."""
@@ -75,20 +75,18 @@ class Timetable:
         self.headlines: list[PassRunner] = []
         self.variants: list[PassRunner] = []  # whose passes all fit
         self.cut: dict[PassRunner, int] = {}  # for which no time was left -> passes of the first by then
-        self.taken: dict[PassRunner, list[float]] = {}  # seconds of passes, with all that goes with them
-        self.each: dict[PassRunner, float] = {}  # seconds of a headline's forward
 
     def first(self) -> list[PassRunner]:
         """Return the headline of the first implementation; nothing if it does not run here."""
-        return [one for one in self.headlines if one.implementation.name == self._first]
+        return [runner for runner in self.headlines if runner.implementation.name == self._first]
 
     def spare(self) -> float:
         """Return the seconds that are left beside the evidence and all passes of the headlines."""
-        return self._target.spare() - self._evidence() - self._due(self.headlines)
+        return self._target.spare() - self._all_evidence() - self._due(self.headlines)
 
     def forwards(self, runner: PassRunner, implementations: int) -> float:
         """Return how many timed forwards of one of so many implementations fit, its evidence aside."""
-        seconds, each = max(self.spare(), CHEAP) / implementations, self.each.get(runner) or 1e-9
+        seconds, each = max(self.spare(), CHEAP_S) / implementations, runner.forward_s or 1e-9
         return (seconds / each - self._evidence_forwards(runner)) / WHOLE
 
     def variant_fits(self, runner: PassRunner, forward: float) -> bool:
@@ -96,63 +94,56 @@ class Timetable:
 
         Its forwards take about `forward` seconds, if none was run.
         """
-        seconds = self.seconds(runner) or 2 * forward * len(runner.steps.run)
-        own = runner.steps.passes * seconds + self._evidence_of(runner)
-        return self._asked or own <= self.spare() - self._due(self.variants)
+        seconds = pass_seconds(runner) or 2 * forward * len(runner.steps.run)
+        needed = runner.steps.passes * seconds + self._evidence(runner)
+        return self._asked or needed <= self.spare() - self._due(self.variants)
 
     def new_lengths_fit(self, runner: PassRunner) -> bool:
         """Return whether forwards on new lengths fit, which follow the passes of a headline."""
-        return self.new_lengths(runner) < CHEAP or self._target.spare() > new_lengths.SECONDS
+        return evidence.new_lengths_s(runner) < CHEAP_S or self._target.spare() > evidence.TUPLES_S
 
     def another(self, runner: PassRunner) -> bool:
         """Return whether another pass fits; every headline has one. What does not fit is cut for good."""
         if runner not in self.cut and not self._fits(runner):
-            self.cut[runner] = sum(len(one.passes) for one in self.first())
+            self.cut[runner] = sum(len(first.passes) for first in self.first())
         return runner not in self.cut
 
     def _fits(self, runner: PassRunner) -> bool:
-        target, seconds, done, first = self._target, self.seconds(runner), len(runner.passes), self.first()
+        target, seconds, passes, first = self._target, pass_seconds(runner), len(runner.passes), self.first()
         if runner not in self.headlines:
             return self._asked or seconds <= self.spare()
         whole = runner in first and self._prefill  # the forwards of a headline, in however many passes
-        if done >= FEWEST and not whole and seconds > target.spare() - self._evidence():
+        if passes >= MIN_PASSES and not whole and seconds > target.spare() - self._all_evidence():
             return False
         ahead = 0.0 if runner in first else self._due(first)
-        return not done or seconds <= target.left() - self._evidence() - ahead
-
-    def seconds(self, runner: PassRunner) -> float:
-        """Return the seconds that another pass takes, an idle one before it included."""
-        if taken := self.taken.get(runner):
-            return fmean(taken)
-        return WHOLE * len(runner.steps.run) * self.each.get(runner, 0.0)
+        return not passes or seconds <= target.left() - self._all_evidence() - ahead
 
     def ending(self, runner: PassRunner) -> float:
         """Return the seconds of another pass, with all evidence that follows the last one."""
-        others = [one for one in [*self.headlines, *self.variants] if one.passes and one is not runner]
-        return self.seconds(runner) + sum(map(self._evidence_of, [runner, *filter(self._right, others)]))
+        others = [timed for timed in self._timed() if timed.passes and timed is not runner]
+        return pass_seconds(runner) + sum(map(self._evidence, [runner, *others]))
 
     def promised(self) -> float:
         """Return the seconds of a pass of the first implementation with its evidence, until it had one."""
-        due = [one for one in self.first() if not one.passes and self._right(one)]
+        due = [first for first in self.first() if not first.passes and self._right(first)]
         return sum(map(self.ending, due))
 
-    def new_lengths(self, runner: PassRunner) -> float:
-        """Return the seconds of forwards on new lengths."""
-        return self.each.get(runner, 0.0) * new_lengths.TUPLES * (1 + new_lengths.AGAIN)
+    def _timed(self) -> list[PassRunner]:
+        """Return what has outputs that are right so far."""
+        return list(filter(self._right, [*self.headlines, *self.variants]))
 
-    def _due(self, runners: Sequence[PassRunner]) -> float:
+    def _due(self, runners: Iterable[PassRunner]) -> float:
         """Return the seconds of all passes that are still due of these."""
-        right = [one for one in runners if self._right(one)]
-        return sum((one.steps.passes - len(one.passes)) * self.seconds(one) for one in right)
+        right = filter(self._right, runners)
+        return sum((runner.steps.passes - len(runner.passes)) * pass_seconds(runner) for runner in right)
 
-    def _evidence(self) -> float:
+    def _all_evidence(self) -> float:
         """Return the seconds of all evidence, which follows the passes."""
-        right = [one for one in [*self.headlines, *self.variants] if self._right(one)]
-        return sum(self._evidence_of(one) for one in right)
+        return sum(map(self._evidence, self._timed()))
 
-    def _evidence_of(self, runner: PassRunner) -> float:
-        each = self.seconds(runner) / max(1, len(runner.steps.run))  # of a variant
-        return self._evidence_forwards(runner) * self.each.get(runner, each)
+    def _evidence(self, runner: PassRunner) -> float:
+        each = pass_seconds(runner) / max(1, len(runner.steps.run))  # of a variant
+        return self._evidence_forwards(runner) * (runner.forward_s or each)
 
     def _evidence_forwards(self, runner: PassRunner) -> int:
         """Return how many forwards the evidence of a variant has: on inputs that nothing has seen.
@@ -160,3 +151,10 @@ class Timetable:
         Those and their oracle are made before time is shared out.
         """
         return evidence.forwards(runner.steps, self._prefill) + 2  # one before, and one for loading them
+
+
+def pass_seconds(runner: PassRunner) -> float:
+    """Return the seconds that another pass takes, an idle one before it included."""
+    if runner.seconds:
+        return fmean(runner.seconds)
+    return WHOLE * len(runner.steps.run) * runner.forward_s

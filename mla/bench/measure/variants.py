@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal, cast
+from typing import Literal, TypeVar
 
 from mla.bench.workload.scenario import Scenario
 from mla.errors import MLAError, UsageError, did_you_mean
@@ -19,6 +19,7 @@ from mla_backends.errors import describe
 Mode = Literal["eager", "graph"]
 Cache = Literal["warm", "cold"]
 Clock = Literal["host", "device"]
+Value = TypeVar("Value", bound=str)
 
 # Passes of a variant other than the headline: the fewest that give a 95 % interval.
 EXTRA_PASSES = 6
@@ -48,12 +49,8 @@ class Variant:
     @property
     def kind(self) -> str:
         """Return the short name (`mla.bench.results.cases.KINDS`); "" for the headline."""
-        parts = {
-            "graph": self.mode == "graph",
-            "device": self.clock == "device",
-            "cold": self.cache == "cold",
-        }
-        return "_".join(part for part, there in parts.items() if there)
+        values = (self.mode, self.clock, self.cache)
+        return "_".join(value for value in values if value in ("graph", "device", "cold"))
 
 
 HEADLINE = Variant()
@@ -69,10 +66,8 @@ class Variants:
 
     def __str__(self) -> str:
         """Return, for example, "eager, graph; warm, cold; host and device clock"."""
-        modes, caches, clocks = (
-            list(dict.fromkeys(values))
-            for values in zip(*((one.mode, one.cache, one.clock) for one in self.timed), strict=True)
-        )
+        values = zip(*((v.mode, v.cache, v.clock) for v in self.timed), strict=True)
+        modes, caches, clocks = map(list, map(dict.fromkeys, values))
         return f"{', '.join(modes)}; {', '.join(caches)}; {' and '.join(clocks)} clock"
 
 
@@ -85,12 +80,15 @@ class Wanted:
     clocks: tuple[Clock, ...] | None = None
 
 
+MODES: Sequence[Mode] = ("eager", "graph")
+CACHES: Sequence[Cache] = ("warm", "cold")
+CLOCKS: Sequence[Clock] = ("host", "device")
+
+
 def parse(mode: str | None, cache: str | None, clock: str | None) -> Wanted:
     """Read the comma-separated values of the three options. Raises `UsageError`; needs no backend."""
     return Wanted(
-        cast("tuple[Mode, ...] | None", _values("--mode", mode, ["eager", "graph"])),
-        cast("tuple[Cache, ...] | None", _values("--cache", cache, ["warm", "cold"])),
-        cast("tuple[Clock, ...] | None", _values("--clock", clock, ["host", "device"])),
+        _values("--mode", mode, MODES), _values("--cache", cache, CACHES), _values("--clock", clock, CLOCKS)
     )
 
 
@@ -100,9 +98,7 @@ def available(wanted: Wanted, backend: Backend) -> Variants:
     Graphs and a device timer that the backend lacks are omitted by default. Raises `VariantError` if they
     were requested.
     """
-    modes: list[Mode] = list(wanted.modes or ("eager", "graph"))
-    caches: list[Cache] = list(wanted.caches or ("warm", "cold"))
-    clocks: list[Clock] = list(wanted.clocks or ("host", "device"))
+    modes, clocks = list(wanted.modes or MODES), list(wanted.clocks or CLOCKS)
     if "device" in clocks and backend.device_timer() is None:
         if wanted.clocks:
             raise VariantError(f"backend '{backend.name}' has no device timer (required by --clock device).")
@@ -111,22 +107,22 @@ def available(wanted: Wanted, backend: Backend) -> Variants:
         if wanted.modes:
             raise VariantError(f"{problem} (required by --mode graph).")
         modes.remove("graph")
-    combined = [Variant(*values) for values in product(modes, caches, clocks)]
+    combined = [Variant(*values) for values in product(modes, wanted.caches or CACHES, clocks)]
     timed = tuple(dict.fromkeys((HEADLINE, *combined)))
     return Variants(timed, graphs_required=wanted.modes is not None, asked=wanted != Wanted())
 
 
-def _values(option: str, given: str | None, known: list[str]) -> tuple[str, ...] | None:
+def _values(option: str, given: str | None, known: Sequence[Value]) -> tuple[Value, ...] | None:
     if given is None:
         return None
-    values = [value.strip() for value in given.split(",") if value.strip()]
-    for value in values:
-        if value not in known:
-            hint = did_you_mean(value, known)
-            raise UsageError(f"{option} takes {' and '.join(known)}, got '{value}'.{hint}")
-    if not values:
+    words: list[str] = [word.strip() for word in given.split(",") if word.strip()]
+    for word in words:
+        if word not in known:
+            hint = did_you_mean(word, list(known))
+            raise UsageError(f"{option} takes {' and '.join(known)}, got '{word}'.{hint}")
+    if not words:
         raise UsageError(f"{option} takes {' and '.join(known)}, got nothing.")
-    return tuple(dict.fromkeys(values))
+    return tuple(known[known.index(word)] for word in dict.fromkeys(words))  # type: ignore[arg-type]
 
 
 def _no_graphs(backend: Backend) -> str:
@@ -134,12 +130,8 @@ def _no_graphs(backend: Backend) -> str:
     import torch
 
     number = torch.zeros(1, device=backend.device)
-
-    def add() -> None:
-        number.add_(1)
-
     try:
-        if backend.graph(add) is not None:
+        if backend.graph(lambda: number.add_(1)) is not None:
             return ""
     except Exception as error:  # noqa: BLE001  # a stack raises anything when it cannot capture
         return f"backend '{backend.name}' cannot capture graphs: {describe(error)}"
@@ -182,4 +174,4 @@ def forwards(variants: Sequence[Variant], scenario: Scenario) -> int:
     extra = [steps(variant, scenario) for variant in variants if variant != HEADLINE]
     warmed = sum(variant.cache == "warm" and variant.clock == "host" for variant in variants)
     headline = scenario.inputs + warmed * scenario.warmups + scenario.rounds * scenario.steps
-    return headline + sum((one.passes + 1) * len(one.run) for one in extra)
+    return headline + sum((plan.passes + 1) * len(plan.run) for plan in extra)

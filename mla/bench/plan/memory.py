@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from mla import cost
-from mla.bench.measure.setup import sweep
+from mla.bench.measure.passes import sweep
 from mla.bench.subjects import op as one_op
 from mla.bench.subjects.base import buffers
 from mla.bench.subjects.fixture import Fixture, OpFixture

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mla.bench.workload import implementations
-from mla.bench.workload.grid import Axes, Point
+from mla.bench.workload.grid import READS_HISTORY, Axes, Point
 from mla.bench.workload.implementations import parse
-from mla.bench.workload.op_scenario import READS_HISTORY
 from mla.bench.workload.scenario import MAX_COUNT
 from mla.bench.workload.workload_file import STANDARD
 from mla.command import launcher

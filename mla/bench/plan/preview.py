@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mla.bench.measure.target import MOST
+from mla.bench.measure.target import MAX_S
 from mla.bench.measure.variants import forwards
 from mla.bench.plan.memory import gib
 from mla.bench.plan.request import Request, ScenarioPlan
@@ -16,7 +16,7 @@ from mla.bench.subjects.fixture import Fixture, make_fixture
 from mla.bench.subjects.setting import Setting, implementation_setting, make_ops
 from mla.bench.workload.grid import Point
 from mla.bench.workload.implementations import Named, is_ours, parse_one
-from mla.bench.workload.quantities import spoken
+from mla.bench.workload.scenario import spoken
 from mla.command import environment
 from mla.command.console import note
 from mla.command.display import aligned
@@ -207,7 +207,7 @@ def dry_run(request: Request) -> None:
     seconds: dict[str, float] = {}
     for case, count in zip(cases, counts, strict=True):
         seconds[case.scenario.name] = seconds.get(case.scenario.name, 0.0) + count * case.seconds
-    total = sum(duration if request.counted else min(duration, MOST) for duration in seconds.values())
+    total = sum(duration if request.counted else min(duration, MAX_S) for duration in seconds.values())
     rows = [
         case.row(*numbers) for case, *numbers in zip(cases, range(1, len(cases) + 1), counts, strict=True)
     ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from mla.bench import results
-from mla.bench.measure import stages
+from mla.bench.measure import profile
 from mla.bench.measure.variants import Variants, forwards
 from mla.bench.plan.memory import MemoryPlan, available_memory, plan_memory
 from mla.bench.subjects.fixture import make_fixture
@@ -58,7 +58,7 @@ def plan_scenarios(
     """
     fixtures = [make_fixture(scenario_setting(setting, point), point, state) for point in points]
     ours = [name for name in names or ["mla"] if is_ours(name)]
-    ops = [{name: fixture.ops(name) for name in ours} for fixture in fixtures]
+    ops = [{name: fixture.ops(name).names() for name in ours} for fixture in fixtures]
     fused = [any({*roles.values()} != {"reference"} for roles in named.values()) for named in ops]
     chosen = list(names) or ["mla", *["mla-reference"] * any(fused), *baselines]
     available = available_memory(setting.backend)
@@ -102,7 +102,7 @@ class Request:
         """Return roughly the forwards of a scenario, checks and warm-ups included; slow ones run fewer."""
         count = len(self.implementations) * forwards(self.variants.timed, point)
         ours = sum(map(is_ours, self.implementations)) if self.stages else 0
-        return count + ours * stages.total_forwards(point)
+        return count + ours * profile.total_forwards(point)
 
 
 def empty_run(request: Request) -> results.Run:

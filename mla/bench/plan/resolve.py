@@ -16,10 +16,8 @@ from mla.bench.measure import variants
 from mla.bench.plan import options as commands
 from mla.bench.plan.options import DEFAULT_DTYPE, DEFAULT_PAGE_SIZE, RunOptions
 from mla.bench.workload import grid
-from mla.bench.workload.batch_spec import batch_scenarios
-from mla.bench.workload.grid import Point
+from mla.bench.workload.grid import Point, batch_scenarios, expand_ops, op_of_batch, op_scenario
 from mla.bench.workload.implementations import is_ours, parse_one
-from mla.bench.workload.op_scenario import expand_ops, op_of_batch, op_scenario
 from mla.bench.workload.scenario import Scenario
 from mla.bench.workload.workload_file import Workload, read_workload, select
 from mla.command import environment, files, launcher

@@ -16,8 +16,7 @@ from dataclasses import replace
 
 from mla.bench.measure.variants import EXTRA_PASSES, HEADLINE, Steps, Variant, steps
 from mla.bench.results.cases import ENOUGH
-from mla.bench.workload.quantities import spoken
-from mla.bench.workload.scenario import Scenario
+from mla.bench.workload.scenario import Scenario, spoken
 
 # Seconds beyond which a yardstick is cut, or a share of what the first implementation takes; and the part of
 # them that its timed passes may take then.

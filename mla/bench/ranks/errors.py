@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from mla.bench.measure import hooks as refusals
+from mla.bench.measure.engine import refusal, too_large
 from mla.command.exit_codes import Exit, interrupted
 from mla.errors import MLAError, OutOfMemory, UnsupportedBatch, UnsupportedOps
 from mla_backends import BackendError
@@ -67,10 +67,10 @@ class Failure(msgspec.Struct, frozen=True):
 
 def failure(error: Exception, implementation: str, entered: int = 0) -> Failure | None:
     """Return what to tell the other ranks of an error; None for one that ends the run."""
-    reason = str(error) if isinstance(error, UnsupportedOps) else refusals.reason(error, implementation)
+    reason = str(error) if isinstance(error, UnsupportedOps) else refusal(error, implementation)
     if reason:
         return Failure(reason, True, entered)
-    if refusals.too_large(error):
+    if too_large(error):
         return Failure(first_line(error) or type(error).__name__, False, entered)
     return None
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from mla.bench.limits.growth import no_garbage_collection
-from mla.bench.measure.new_lengths import Lengths
+from mla.bench.limits.microbench import no_garbage_collection
+from mla.bench.measure.evidence import Lengths
 from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.ranks.crew import Crew
 from mla.bench.ranks.errors import Failure

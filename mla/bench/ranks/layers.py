@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 import torch
 
-from mla.bench.measure.new_lengths import LayerBench, Lengths, Times
+from mla.bench.measure.evidence import LayerBench, Lengths, Sample
 from mla.bench.ranks.errors import Failure, RanksError, failure
 from mla.bench.results.schema import LinkLine, RankFacts, Spread
 from mla.bench.results.stats import median
@@ -44,8 +44,6 @@ _random = random.SystemRandom()
 T = TypeVar("T")
 # The number of the pass in which collectives are clocked: no other pass has it.
 CLOCKED = 1 << 22
-# Of one forward, in milliseconds: with all that it takes, and planning alone.
-Sample = tuple[float, float]
 
 
 class RankLayer(MlaLayer):
@@ -141,25 +139,21 @@ class RankBench:
         """Run `count` forwards on these lengths of all requests, and return what this rank's part took."""
         first, stop = self.layer.requests.first, self.layer.requests.stop
         own = Lengths(lengths.query_lens[first:stop], lengths.kv_lens[first:stop])
-        rounds = [Times() for _ in range(count)]
         self._meet()  # once: a rank that refuses such lengths comes to no further forward
-        self._bench.run(own, rounds, beat)
-        return [(times.forward[0], times.plan[0]) for times in rounds]
+        return self._bench.run(own, count, beat)
 
 
 class LeadBench:
-    """The bench of all ranks together (as `mla.bench.measure.new_lengths.LayerBench`): the slowest counts."""
+    """The bench of all ranks together (as `mla.bench.measure.evidence.LayerBench`): the slowest counts."""
 
     def __init__(self, lead: LeadLayer, own: RankBench) -> None:
         self._lead, self._own = lead, own
         self.layer = own.layer
 
-    def run(self, lengths: Lengths, rounds: Sequence[Times], beat: Callable[[], None]) -> None:
-        by_rank = self._lead.run_lengths(self._own, lengths, len(rounds), beat)
-        for times, *samples in zip(rounds, *by_rank, strict=True):
-            forward, plan = (max(each) for each in zip(*samples, strict=True))
-            times.forward.append(forward)
-            times.plan.append(plan)
+    def run(self, lengths: Lengths, count: int, beat: Callable[[], None]) -> list[Sample]:
+        """Return of each forward the times of the slowest rank."""
+        by_rank = self._lead.run_lengths(self._own, lengths, count, beat)
+        return [Sample(*map(max, zip(*samples, strict=True))) for samples in zip(*by_rank, strict=True)]
 
 
 class LeadLayer(Implementation):

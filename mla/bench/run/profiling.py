@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mla.bench import results
-from mla.bench.measure import trace
+from mla.bench.measure import profile as passes
 from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.run.watchdog import Budget, Watchdog
 from mla.bench.subjects.fixture import make_fixture
@@ -35,7 +35,7 @@ class Profiling:
         self._numbers = {(case.scenario, case.implementation) for case in run.cases if case.latency_ms}
         self._watchdog = Watchdog(hang_after, self._hung)
         self._case = "the start"
-        self.trace = trace.Trace()
+        self.trace = passes.Trace()
 
     def record(self, budget: Budget) -> Exit:
         """Record every case; return the exit code of the run, another one if this is interrupted."""
@@ -70,9 +70,9 @@ class Profiling:
             progress.advance(f"profiling {self._case}", 0)
             self._watchdog.enter(name)
             with self._watchdog.watching(scenario.name):
-                impl = trace.with_ranges(fixture.build(name))
+                impl = passes.with_ranges(fixture.build(name))
                 impl.load(point, inputs)
-                self.trace.add(trace.record(impl, point, backend.synchronize, self._watchdog.beat))
+                self.trace.add(passes.record(impl, point, backend.synchronize, self._watchdog.beat))
             del impl
             progress.advance(f"profiling {self._case}", 1)
         backend.empty_cache()
@@ -102,13 +102,13 @@ def profile(
     return code
 
 
-def _summary(recorded: trace.Trace, request: Request) -> str:
+def _summary(recorded: passes.Trace, request: Request) -> str:
     """Return what the trace holds, and what it lacks."""
     device = request.setting.device
-    passes = f"{recorded.passes} pass{'es' * (recorded.passes > 1)}"
-    said = f"{passes}, eager, with {recorded.operators} operators of torch"
+    count = f"{recorded.passes} pass{'es' * (recorded.passes > 1)}"
+    said = f"{count}, eager, with {recorded.operators} operators of torch"
     if recorded.launches:
         return f"{said} and {recorded.launches} kernels"
-    names = ", ".join(activity.name for activity in trace.activities(device))
+    names = ", ".join(activity.name for activity in passes.activities(device))
     lacking = f" and no kernels of {device.type} (this torch records: {names})"
     return said + lacking * (device.type != "cpu")

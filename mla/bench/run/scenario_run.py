@@ -11,10 +11,10 @@ import msgspec
 import torch
 
 from mla.bench import results
-from mla.bench.limits import placing
-from mla.bench.limits.roofline import MOST_TIMES, RooflineModel
-from mla.bench.measure import engine, stages, summary
-from mla.bench.measure.hooks import Hooks, Shorter
+from mla.bench.limits import roofline
+from mla.bench.limits.roofline import MAX_TIMES, RooflineModel
+from mla.bench.measure import engine, profile, samples
+from mla.bench.measure.engine import Hooks, Shorter
 from mla.bench.measure.samples import Measurement
 from mla.bench.plan import yardstick
 from mla.bench.plan.options import case_command
@@ -129,6 +129,10 @@ class ScenarioRun:
         self._progress(f"{self._point.name}: limits of the device", 0)
         self.ceilings.known(self._whole(self._costs(self._setting)).bytes)
 
+    def oracle_seconds(self) -> float:
+        """Return about how long the oracle takes at least; 0 for less than a second, and once it is there."""
+        return 0.0 if self.prepared else self._fixture.oracle_seconds()
+
     def prepare(self) -> tuple[Any, Any]:
         """Make operands, and compute the oracle: on the host, once, which may take minutes."""
         if not self.prepared:
@@ -217,7 +221,7 @@ class ScenarioRun:
     def _add_stages(self, impl: Implementation, case: results.Case, checker: Any) -> None:
         """Time the parts of our own layer's forward, if it has numbers at all."""
         if isinstance(impl, MlaLayer) and case.latency_ms and not case.interrupted:
-            stages.add(case, impl, self._point, checker, self.ceilings, self._progress)
+            profile.add_stages(case, impl, self._point, checker, self.ceilings, self._progress)
 
     def _build(self, name: str) -> Implementation:
         self._hooks.enter(name)
@@ -233,13 +237,13 @@ class ScenarioRun:
 
     def compare(self, cases: Sequence[results.Case]) -> None:
         """Tell the right implementations of this scenario how they relate."""
-        summary.compare(cases, self._outputs)
+        samples.compare(cases, self._outputs)
 
     def _case(self, impl: Implementation, measured: Measurement, names: Sequence[str]) -> results.Case:
         loaded = measured.check.status != "not run"
         case = self._empty(impl.name, "", interrupted=False)
         facts = impl.facts()
-        summary.fill(case, self._point, measured, facts)
+        samples.fill(case, self._point, measured, facts)
         whole = case.latency_ms and not case.interrupted  # after that, ranks may be anywhere in a forward
         case.spread = impl.spread() if whole else None
         case.cost = self._fixture.cost(case.steps_per_pass)
@@ -262,7 +266,7 @@ class ScenarioRun:
             fewest = replace(self._setting, attention="auto")  # paths that others may take
             least = self._whole(self._costs(fewest, case.steps_per_pass))
             judge(case, least, self.ceilings, self._hooks.heartbeat)
-        placing.place_case(case, self.ceilings.used())
+        roofline.place_case(case, self.ceilings.used())
         return case
 
     def _whole(self, costs: Sequence[results.Cost]) -> results.Cost:
@@ -330,14 +334,14 @@ def judge(case: Case, least: Cost, ceilings: RooflineModel, beat: Callable[[], N
         return
     milliseconds = case.layers * case.latency_ms.median
     if ceilings.roofline(least, milliseconds).doubt:
-        ceilings.again(ANEW_S, MOST_TIMES, anew=True)
+        ceilings.again(ANEW_S, MAX_TIMES, anew=True)
     for pause in PAUSES_S:
         if not ceilings.implausible(least, milliseconds):
             return
         beat()
         time.sleep(pause)
         beat()
-        ceilings.again(ANEW_S, MOST_TIMES, anew=True)
+        ceilings.again(ANEW_S, MAX_TIMES, anew=True)
     if reason := ceilings.implausible(least, milliseconds):
         withhold(case, reason)
 

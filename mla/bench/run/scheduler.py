@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from mla.bench import results
-from mla.bench.limits import placing
+from mla.bench.limits import roofline
 from mla.bench.limits.roofline import TIMES, RooflineModel
-from mla.bench.measure import hooks as refusals
-from mla.bench.measure.hooks import Hooks
-from mla.bench.measure.target import MOST, SECONDS, Target
+from mla.bench.measure.engine import Hooks, too_large
+from mla.bench.measure.target import MAX_S, TARGET_S, Target
 from mla.bench.plan.memory import MemoryPlan, available_memory
 from mla.bench.plan.request import Request, ScenarioPlan, empty_run
 from mla.bench.results.cases import label
@@ -24,7 +23,7 @@ from mla.bench.run.steering import Steering
 from mla.bench.run.watchdog import OVER_BUDGET, Watchdog
 from mla.bench.terminal.digits import number, quoted, unreliable
 from mla.bench.workload.implementations import parse_one
-from mla.bench.workload.quantities import spoken
+from mla.bench.workload.scenario import spoken
 from mla.command import exit_codes
 from mla.command.console import note
 from mla.command.display import Progress
@@ -46,7 +45,7 @@ def measure(request: Request, empty: results.Run | None = None, steering: Steeri
     """
     empty, steering = empty or empty_run(request), steering or Steering()
     bounded = not request.counted and steering.budget.seconds is None
-    ends = [seconds * len(request.scenarios) for seconds in (SECONDS, MOST)] if bounded else []
+    ends = [seconds * len(request.scenarios) for seconds in (TARGET_S, MAX_S)] if bounded else []
     with Progress(sum(map(request.forwards, request.points)), ends) as progress:
         if len(request.scenarios) > 1:
             steering = replace(steering, log=progress.say)
@@ -124,7 +123,7 @@ class _Scheduler:
     def _measure_limits_again(self) -> None:
         """Measure the limits once more after all cases, in a small share of the time they took."""
         taken = time.monotonic() - self._start
-        seconds = min(LIMITS_SHARE * taken, SECONDS * len(self._request.scenarios) - taken)
+        seconds = min(LIMITS_SHARE * taken, TARGET_S * len(self._request.scenarios) - taken)
         for model in self._limits:
             if self._steering.budget.left() > 0:
                 self._watchdog.beat()
@@ -179,7 +178,9 @@ class _Scheduler:
                 "so each runs alone"
             )
         work.measure_limits()
-        if reason := self._steering.budget.short(0.0, "oracle and checks"):
+        budget = self._steering.budget
+        seconds = 0.0 if budget.seconds is None else work.oracle_seconds()
+        if reason := budget.short(seconds, "oracle and checks"):
             self._keep(work.not_run(names, reason))
             return
         work.prepare()
@@ -191,7 +192,7 @@ class _Scheduler:
                 with self._watchdog.watching(scenario.name):
                     cases = work.measure(together)
             except Exception as error:
-                if self._request.setting.ranks is not None or not refusals.too_large(error):
+                if self._request.setting.ranks is not None or not too_large(error):
                     raise
                 waiting = [*self._without_memory(work, scenario, together, error), *waiting]
                 continue
@@ -226,7 +227,7 @@ class _Scheduler:
         """Return the engine's hooks: what the user gave ends the passes, and else the time of a scenario."""
         budget = self._steering.budget
         given = self._request.counted or budget.seconds is not None
-        target = Target() if given else Target(self._share(SECONDS, 2 * SECONDS), self._share(MOST, MOST))
+        target = Target() if given else Target(self._share(TARGET_S, 2 * TARGET_S), self._share(MAX_S, MAX_S))
         return Hooks(budget.short, self._watchdog.enter, self._watchdog.beat, target=target)
 
     def _share(self, each: float, most: float) -> float:
@@ -236,7 +237,7 @@ class _Scheduler:
 
     def _others_may_run(self, error: Exception) -> bool:
         """Return whether other scenarios may go well: this one was too large."""
-        return len(self._request.scenarios) > 1 and refusals.too_large(error)
+        return len(self._request.scenarios) > 1 and too_large(error)
 
     def _skip(self, work: ScenarioRun, scenario: ScenarioPlan, names: Sequence[str], reason: str) -> None:
         note(f"{scenario.name} is skipped: {reason}")
@@ -250,10 +251,10 @@ class _Scheduler:
         names = self._request.implementations
         keys = [(scenario.name, name) for scenario in self._request.scenarios for name in names]
         used = [ceiling for model in self._limits for ceiling in model.used()]
-        ceilings = placing.merged([*self._steering.ceilings, *used])
+        ceilings = roofline.merged([*self._steering.ceilings, *used])
         cases = [self._cases[key] for key in keys if key in self._cases]
         for case in cases:
-            placing.place_case(case, ceilings)
+            roofline.place_case(case, ceilings)
         return msgspec.structs.replace(self._empty, cases=cases, ceilings=ceilings)
 
     def _hung(self, scenario: str, implementation: str) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-from mla.bench.workload.quantities import spoken
+from mla.bench.workload.scenario import spoken
 
 OVER_BUDGET = "skipped by --budget"
 # Looks per limit; a hang is noticed at most one look late.

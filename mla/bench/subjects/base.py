@@ -92,8 +92,8 @@ class Implementation(ABC):
 
     def check(self, checker: Any) -> Check:
         """Check all outputs of the last pass."""
-        found: Check = checker.check_pass(self.outputs(), self._number, self.held_to_reference)
-        return found
+        check: Check = checker.check_pass(self.outputs(), self._number, self.held_to_reference)
+        return check
 
     # ------------------------------------------------------------------------------- a layer over ranks
 
@@ -144,17 +144,17 @@ class Foreign(Implementation):
         self._ran.add(index)
 
     def outputs(self) -> Outputs:
-        found: Outputs = called(self.name, self._made.outputs)
-        return found
+        outputs: Outputs = called(self.name, self._made.outputs)
+        return outputs
 
     def facts(self) -> Facts:
-        found = called(self.name, self._made.facts)
-        if not isinstance(found, Facts):
+        facts = called(self.name, self._made.facts)
+        if not isinstance(facts, Facts):
             raise UsageError(
-                f"--implementations: facts() of '{self.name}' returns {_a(found)}, not a `Facts` of "
+                f"--implementations: facts() of '{self.name}' returns {_a(facts)}, not a `Facts` of "
                 f"{Facts.__module__}."
             )
-        return found
+        return facts
 
     def check(self, checker: Any) -> Check:
         """Check all outputs of the last pass, none of which may be missing."""
@@ -187,6 +187,16 @@ def called(name: str, function: Callable[..., Any], *given: Any) -> Any:
         if error.__traceback__ is None or error.__traceback__.tb_next is not None:  # raised inside it
             raise
         raise UsageError(f"--implementations: '{name}' cannot be called as here: {error}.") from error
+
+
+def worst(checks: Sequence[Check]) -> int:
+    """Return the place of the worst of several verdicts: a wrong one, and the one with the largest error."""
+
+    def badness(place: int) -> tuple[bool, float]:
+        check = checks[place]
+        return check.status != "ok", float("inf") if check.error_ratio is None else check.error_ratio
+
+    return max(range(len(checks)), key=badness)
 
 
 def _a(value: Any) -> str:
@@ -267,18 +277,13 @@ class LayerChecker(Checker):
     oracle: Callable[[Inputs, int], torch.Tensor] | None = None
     any_oracle: Callable[..., torch.Tensor] | None = None
 
-    def expected_rows(self, step: int, turn: Turn) -> torch.Tensor:
-        """Return what the outputs [T, d] of one forward should be."""
-        assert self.turned is not None
-        return self.turned.rows(step, turn)
-
     def of(self, inputs: Inputs, count: int) -> LayerChecker:
         """Return a checker of the first forwards of a plain pass of other inputs, within the same bounds."""
         assert self.turned is not None
         assert self.oracle is not None
         return replace(self, inputs=inputs, turned=replace(self.turned, plain=self.oracle(inputs, count)))
 
-    def on_lengths(self, query_lens: Sequence[int], kv_lens: Sequence[int], found: torch.Tensor) -> Check:
+    def on_lengths(self, query_lens: Sequence[int], kv_lens: Sequence[int], outputs: torch.Tensor) -> Check:
         """Judge the outputs [t, d] of the first rows of a plain pass, run as a batch of other lengths.
 
         The history of each request is cut to what its length leaves.
@@ -287,21 +292,23 @@ class LayerChecker(Checker):
         assert self.any_oracle is not None
         past = [length - new for length, new in zip(kv_lens, query_lens, strict=True)]
         history = [(kv[:n], pe[:n]) for n, (kv, pe) in zip(past, self.inputs.history, strict=True)]
-        expected = self.any_oracle(self.inputs.hidden[0, : len(found)], query_lens, history)
+        expected = self.any_oracle(self.inputs.hidden[0, : len(outputs)], query_lens, history)
         judge = Checker(expected[None], self.dtype, lambda: expected)
-        return judge.check(found[None], held_to_reference=False)
+        return judge.check(outputs[None], held_to_reference=False)
 
     def forwards(
         self, outputs: Outputs, number: int, places: Callable[[int], Places] | None = None
     ) -> Iterator[tuple[int, Forward]]:
         """Yield the forwards of pass `number`, each with what it should be; `places` of a step's rows."""
         assert self.inputs is not None
+        assert self.turned is not None
         scenario = self.inputs.scenario
         decode, places = scenario.mode == "decode", places or partial(_new_tokens, scenario)
-        for index, found in sorted(outputs.items()):
-            step, turn = index if decode else 0, self.inputs.turn(number, index)
+        for index, rows in sorted(outputs.items()):
+            step = index if decode else 0
+            expected = self.turned.rows(step, self.inputs.turn(number, index))
             where = f"{'step' if decode else 'forward'} {index}"
-            yield index, Forward(step, found, self.expected_rows(step, turn), where, partial(places, step))
+            yield index, Forward(step, rows, expected, where, partial(places, step))
 
     def check_pass(
         self, outputs: Outputs, number: int, held: bool, places: Callable[[int], Places] | None = None

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from time import perf_counter_ns as now_ns
 from typing import Any
 
 import torch
 
-from mla import cost
 from mla.bench import results
 from mla.bench.subjects import op as one_op
 from mla.bench.subjects.base import METHODS, Foreign, Implementation, LayerChecker, called
-from mla.bench.subjects.inputs import Inputs, expected_outputs, expected_plain, make_inputs
-from mla.bench.subjects.layer import MlaLayer, MlaStack
+from mla.bench.subjects.inputs import Inputs, expected_outputs, expected_plain, make_inputs, oracle_flops
+from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.setting import Setting, implementation_setting, make_ops, sharing_weights
 from mla.bench.subjects.transformers_layer import TransformersLayer
 from mla.bench.workload.grid import Point
@@ -28,6 +28,7 @@ from mla.bench.workload.implementations import parse_one
 from mla.cases.call import Checker
 from mla.cases.varied import Pool
 from mla.checkpoint import LazyState
+from mla.cost import Work, step_work
 from mla.errors import UnsupportedBatch, UsageError, did_you_mean
 from mla.layer.ops import Ops
 from mla.layer.plan import check_lengths
@@ -35,6 +36,8 @@ from mla.verify.layer_oracle import State, oracle
 from mla.weights import random_state_dict
 from mla_backends.errors import describe
 
+# Side of the product in float64 that tells how fast the oracle may be.
+ORACLE_SIDE = 1024
 # Name -> how to build it. `benchmarks/peers` adds comparators while it runs.
 IMPLEMENTATIONS: dict[str, Callable[[Setting, State], Implementation]] = {
     "mla": lambda setting, state: _ours(setting, state, "mla", None),
@@ -48,7 +51,7 @@ def _ours(setting: Setting, state: State, name: str, ops: str | None) -> Impleme
     if setting.ranks is not None:
         spread: Implementation = setting.ranks.layer(setting, state, name, ops)
         return spread
-    return (MlaStack if setting.layers > 1 else MlaLayer)(setting, state, name, ops)
+    return MlaLayer(setting, state, name, ops)
 
 
 def check_name(base: str) -> None:
@@ -66,16 +69,16 @@ def foreign_class(path: str) -> Any:
     """Return the class that `package.module:Class` names. Raises `UsageError`."""
     module, _, name = path.partition(":")
     try:
-        found = getattr(importlib.import_module(module), name)
+        made = getattr(importlib.import_module(module), name)
     except Exception as error:  # a module may raise anything
         raise UsageError(f"--implementations: '{path}' cannot be imported: {describe(error)}.") from error
-    lacking = [method for method in METHODS if not callable(getattr(found, method, None))]
+    lacking = [method for method in METHODS if not callable(getattr(made, method, None))]
     if lacking:
         raise UsageError(
             f"--implementations: '{path}' lacks {', '.join(lacking)} (an implementation has {len(METHODS)} "
             f"methods: {', '.join(METHODS)})."
         )
-    return found
+    return made
 
 
 def _make(base: str, setting: Setting, state: State) -> Implementation:
@@ -93,8 +96,7 @@ class Fixture(ABC):
 
     def __init__(self, setting: Setting, point: Point) -> None:
         """`setting`: that of the scenario, with its own heads, dtype and layers."""
-        self.setting = setting
-        self.point = point
+        self.setting, self.point = setting, point
         self._inputs: Any = None
         self._checker: Any = None
 
@@ -115,6 +117,10 @@ class Fixture(ABC):
             self._checker = self._make_checker(self.inputs())
         return self.inputs(), self._checker
 
+    def oracle_seconds(self) -> float:
+        """Return about how long the oracle takes at least; 0 for less than a second."""
+        return 0.0
+
     @abstractmethod
     def _make_inputs(self) -> Any: ...
 
@@ -130,14 +136,14 @@ class Fixture(ABC):
     def cost(self, steps: int | None = None) -> results.Cost:
         """Return the work of one forward: its mean over a pass, or so many first `steps` of it, per layer."""
 
-    def ops(self, name: str) -> dict[str, str]:
-        """Return role -> op of an implementation of ours. Raises `UsageError` or `UnsupportedOps`."""
-        return make_ops(implementation_setting(self.setting, parse_one(name)), self.op).names()
+    def ops(self, name: str) -> Ops:
+        """Return the ops of an implementation of ours. Raises `UsageError` or `UnsupportedOps`."""
+        return make_ops(implementation_setting(self.setting, parse_one(name)), self.op)
 
     def refusal(self, name: str) -> str:
         """Return why an op of an implementation of ours refuses the scenario's lengths; "" if none does."""
         try:
-            self._check_lengths(make_ops(implementation_setting(self.setting, parse_one(name)), self.op))
+            self._check_lengths(self.ops(name))
         except UnsupportedBatch as error:
             return str(error)
         except Exception:  # noqa: BLE001  # what a plugin raises is told when the scenario runs
@@ -163,6 +169,15 @@ class LayerFixture(Fixture):
         self._given, self._after_forward = state, after_forward
         self._state: State = {}
         self._costs: dict[int, results.Cost] = {}  # by the number of steps
+
+    def oracle_seconds(self) -> float:
+        x, taken = torch.ones(ORACLE_SIDE, ORACLE_SIDE, dtype=torch.float64), list[int]()
+        for _ in range(3):
+            start = now_ns()
+            x.mm(x)
+            taken.append(now_ns() - start)
+        seconds = min(taken) / 1e9 * oracle_flops(self.setting.config, self.point) / (2 * ORACLE_SIDE**3)
+        return seconds if seconds >= 1 else 0.0
 
     def _make_inputs(self) -> Inputs:
         self._state = self._weights()
@@ -203,23 +218,20 @@ class LayerFixture(Fixture):
 
     def build(self, name: str) -> Implementation:
         named = parse_one(name)
-        one = _make(named.base, implementation_setting(self.setting, named), self._state)
-        one.name = name
-        return one
+        made = _make(named.base, implementation_setting(self.setting, named), self._state)
+        made.name = name
+        return made
 
     def cost(self, steps: int | None = None) -> results.Cost:
-        count = min(self.point.inputs, steps or self.point.inputs)
+        """Return the mean work of the first forwards of a pass, counted for our layer's paths."""
+        setting, point = self.setting, self.point
+        count = min(point.inputs, steps or point.inputs)
         if count not in self._costs:
-            self._costs[count] = self._mean_cost(range(count))
+            what = (setting.dtype.itemsize, setting.attention)
+            lengths = [(point.query_lens, point.kv_lens(step)) for step in range(count)]
+            flops, moved = sum((step_work(setting.config, *lens, *what) for lens in lengths), Work())
+            self._costs[count] = results.Cost(flops=round(flops / count), bytes=round(moved / count))
         return self._costs[count]
-
-    def _mean_cost(self, steps: Sequence[int]) -> results.Cost:
-        """Return the mean work of the forwards at these steps, counted for our layer's paths."""
-        setting, new = self.setting, self.point.query_lens
-        lengths = [self.point.kv_lens(step) for step in steps]
-        flops = [cost.step_flops(setting.config, new, kv, setting.attention) for kv in lengths]
-        moved = [cost.step_bytes(setting.config, new, kv, setting.dtype.itemsize) for kv in lengths]
-        return results.Cost(flops=round(sum(flops) / len(flops)), bytes=round(sum(moved) / len(moved)))
 
     def _check_lengths(self, ops: Ops) -> None:
         point, setting = self.point, self.setting
@@ -257,8 +269,8 @@ class OpFixture(Fixture):
 
     def repeated_as(self, name: str) -> str:
         named = parse_one(name)
-        own = dict(implementation_setting(self.setting, named).overrides)
-        return name if self.op in own else named.base
+        overrides = dict(implementation_setting(self.setting, named).overrides)
+        return name if self.op in overrides else named.base
 
 
 def make_fixture(

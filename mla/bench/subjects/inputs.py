@@ -11,8 +11,9 @@ differ in all tokens of a pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 import torch
@@ -21,6 +22,7 @@ from mla.bench.workload.scenario import Scenario
 from mla.cache import LatentCache
 from mla.cases.case import generator
 from mla.config import MLAConfig
+from mla.cost import kv_b_parameters, projection_parameters
 from mla.verify.layer_oracle import State, oracle, oracle_of_choices, oracle_of_last
 from mla.verify.oracle_cost import Run
 
@@ -42,10 +44,6 @@ class Turn:
     signs: torch.Tensor  # [B] int64, 1 or -1
     choices: torch.Tensor  # [B] int64
 
-    def row_signs(self, query_lens: tuple[int, ...]) -> torch.Tensor:
-        """Return the sign of every row [T]."""
-        return self.signs.repeat_interleave(torch.tensor(query_lens))
-
 
 class Turns:
     """The turns of a scenario by number, the same for all implementations; 0 is the plain one.
@@ -56,6 +54,7 @@ class Turns:
 
     def __init__(self, requests: int, choices: int, signed: bool, seed: int) -> None:
         self._requests, self._choices, self._seed = requests, choices, seed
+        self._part = slice(None)  # of the requests
         self._period = choices * (2 if signed else 1)
         self._epoch, self._orders = -1, torch.empty(0)
 
@@ -66,7 +65,14 @@ class Turns:
         else:
             epoch, place = divmod(number - 1, self._period)
             places = self._order(epoch)[:, place]
+        places = places[self._part]
         return Turn(1 - 2 * (places // self._choices), places % self._choices)
+
+    def of(self, part: slice) -> Turns:
+        """Return the turns of some of the requests."""
+        turns = copy(self)
+        turns._part = part
+        return turns
 
     def _order(self, epoch: int) -> torch.Tensor:
         """Return a permutation of the period for every request [B, period]."""
@@ -75,19 +81,6 @@ class Turns:
             self._orders = torch.rand(self._requests, self._period, generator=random).argsort(1)
             self._epoch = epoch
         return self._orders
-
-
-@dataclass(frozen=True)
-class PartTurns:
-    """The turns of some requests among those of a scenario."""
-
-    whole: Turns
-    part: slice
-
-    def turn(self, number: int) -> Turn:
-        """Return a turn by its number."""
-        turn = self.whole.turn(number)
-        return Turn(turn.signs[self.part], turn.choices[self.part])
 
 
 def choices(scenario: Scenario, signed: bool) -> int:
@@ -148,16 +141,34 @@ class Inputs:
 def _chosen(
     scenario: Scenario, plain: torch.Tensor, others: torch.Tensor, step: int, turn: Turn
 ) -> torch.Tensor:
-    """Return the rows [T, d] of one turn, from the plain ones [inputs, T, d] and the others."""
-    rows, lens = plain[step].clone(), torch.tensor(scenario.query_lens)
-    if scenario.mode == "prefill":
-        chosen = turn.choices.nonzero()[:, 0]
-        rows[lens.cumsum(0)[chosen] - 1] = others[turn.choices[chosen] - 1, chosen]
-    else:
-        of_row = turn.choices.repeat_interleave(lens)
-        chosen = of_row.nonzero()[:, 0]
-        rows[chosen] = others[of_row[chosen] - 1, step, chosen]
-    return rows.mul_(turn.row_signs(scenario.query_lens)[:, None])
+    """Return the rows [T, d] of a turn, from the plain ones [inputs, T, d] and the others (see `Inputs`)."""
+    rows = torch.empty_like(plain[step])
+    _write(rows, scenario, plain, others, step, turn)
+    return rows
+
+
+def _write(
+    rows: torch.Tensor,
+    scenario: Scenario,
+    plain: torch.Tensor,
+    others: torch.Tensor,
+    step: int,
+    turn: Turn,
+) -> None:
+    """Write the rows [T, d] of one step of a turn in place, on the device that these tensors are on."""
+    lens, device = torch.tensor(scenario.query_lens), rows.device
+    rows.copy_(plain[step])
+    if scenario.mode == "prefill":  # the last row of every request that chooses another one
+        requests = turn.choices.nonzero()[:, 0]
+        chosen, places = lens.cumsum(0)[requests] - 1, (turn.choices[requests] - 1, requests)
+    else:  # all rows of every request that chooses others
+        choices = turn.choices.repeat_interleave(lens)
+        chosen = choices.nonzero()[:, 0]
+        others, places = others[:, step], (choices[chosen] - 1, chosen)
+    if len(chosen):
+        choice, place = (index.to(device) for index in places)
+        rows.index_copy_(0, chosen.to(device), others[choice, place])
+    rows.mul_(turn.signs.repeat_interleave(lens).to(device, rows.dtype)[:, None])
 
 
 @dataclass(frozen=True)
@@ -202,14 +213,13 @@ class Requests:
         """Return the block's part of a scenario's inputs."""
         part, rows = slice(self.first, self.stop), self.rows(whole)
         others = inputs.others[:, part] if whole.mode == "prefill" else inputs.others[:, :, rows]
-        turns: Any = PartTurns(inputs.turns, part)
         return replace(
             inputs,
             scenario=self.scenario(whole),
             hidden=inputs.hidden[:, rows],
             history=inputs.history[part],
             others=others,
-            turns=turns,
+            turns=inputs.turns.of(part),
         )
 
 
@@ -244,8 +254,8 @@ def expected_outputs(config: MLAConfig, state: State, scenario: Scenario, inputs
     lens, history = scenario.query_lens, inputs.history
     if scenario.mode == "decode":
         every = torch.cat((inputs.hidden[None], inputs.others))
-        found = _of_steps(config, state, lens, every, history)
-        return Expected(scenario, found[0], found[1:])
+        outputs = _of_steps(config, state, lens, every, history)
+        return Expected(scenario, outputs[0], outputs[1:])
     plain = oracle(config, state, inputs.hidden[0], lens, history)
     last = oracle_of_last(config, state, inputs.hidden[0], inputs.others, lens, history)
     return Expected(scenario, plain[None], last)
@@ -267,6 +277,20 @@ def oracle_runs(config: MLAConfig, scenario: Scenario) -> list[Run]:
     return [*(Run(1, *request) for request in requests), *last]
 
 
+def oracle_flops(config: MLAConfig, scenario: Scenario) -> int:
+    """Return the FLOPs in float64 of `expected_outputs`, masked keys included."""
+    latents, q_kv_o = config.hidden_size * config.latent_dim, projection_parameters(config)
+    heads, width = config.num_attention_heads, config.qk_head_dim + config.v_head_dim
+    multiplied = sum(
+        run.rows * q_kv_o
+        + run.uncached * latents
+        + (run.past + run.rows) * kv_b_parameters(config)
+        + run.pairs * heads * width
+        for run in oracle_runs(config, scenario)
+    )
+    return 2 * multiplied
+
+
 def _of_steps(
     config: MLAConfig, state: State, lens: tuple[int, ...], every: torch.Tensor, history: History
 ) -> torch.Tensor:
@@ -274,8 +298,8 @@ def _of_steps(
     steps = every.shape[1]
     rows = torch.cat([request.flatten(1, 2) for request in every.split(lens, dim=2)], dim=1)
     lengths = [length * steps for length in lens]
-    found = oracle_of_choices(config, state, rows, lengths, history).split(lengths, dim=1)
-    return torch.cat([request.unflatten(1, (steps, -1)) for request in found], dim=2)
+    outputs = oracle_of_choices(config, state, rows, lengths, history).split(lengths, dim=1)
+    return torch.cat([request.unflatten(1, (steps, -1)) for request in outputs], dim=2)
 
 
 # ---------------------------------------------------------------------------------------------- on a device
@@ -289,11 +313,8 @@ class TurnedHidden:
 
     def __init__(self, scenario: Scenario, inputs: Inputs, device: torch.device) -> None:
         self.rows = inputs.hidden.to(device, copy=True)
-        self._plain = inputs.hidden.to(device, copy=True)
+        self._scenario, self._plain = scenario, inputs.hidden.to(device, copy=True)
         self._others = inputs.others.to(device)
-        self._lens = torch.tensor(scenario.query_lens)
-        self._last = (self._lens.cumsum(0) - 1).to(device)
-        self._prefill = scenario.mode == "prefill"
 
     def change(self, inputs: Inputs) -> None:
         """Take other plain inputs, at the same addresses."""
@@ -301,34 +322,12 @@ class TurnedHidden:
 
     def take(self, turn: Turn) -> None:
         """Hide the hidden states of the last turn; those of this one are there once they are shown."""
-        signs = turn.signs.repeat_interleave(self._lens)
-        self._choices, self._signs = turn.choices, signs.to(self.rows.device, self.rows.dtype)[:, None]
+        self._turn = turn
         self.rows.fill_(torch.nan)
 
     def show(self, step: int) -> None:
         """Write the hidden states of one step of the turn."""
-        rows = self.rows[step]
-        rows.copy_(self._plain[step])
-        if self._prefill:
-            self._choose_last(rows)
-        else:
-            self._choose_all(rows, step)
-        rows.mul_(self._signs)
-
-    def _choose_last(self, rows: torch.Tensor) -> None:
-        """Replace the last row of every request that chooses another one."""
-        chosen = self._choices.nonzero()[:, 0]
-        if len(chosen):
-            choices, chosen = (self._choices[chosen] - 1).to(rows.device), chosen.to(rows.device)
-            rows.index_copy_(0, self._last[chosen], self._others[choices, chosen])
-
-    def _choose_all(self, rows: torch.Tensor, step: int) -> None:
-        """Replace all rows of every request that chooses others."""
-        of_row = self._choices.repeat_interleave(self._lens)
-        for choice in of_row.unique().tolist():
-            if choice:
-                chosen = (of_row == choice).nonzero()[:, 0].to(rows.device)
-                rows.index_copy_(0, chosen, self._others[choice - 1, step].index_select(0, chosen))
+        _write(self.rows[step], self._scenario, self._plain, self._others, step, self._turn)
 
 
 class HistorySigns:

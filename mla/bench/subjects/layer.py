@@ -1,15 +1,17 @@
-"""Our layer as an implementation that can be timed, and N layers, which have cold weights, as in a model."""
+"""Our layer, or N of them with cold weights as in a model, as an implementation; and its graphs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from time import perf_counter_ns as now_ns
 from typing import Any
 
 import torch
 
-from mla.bench.subjects.base import Facts, LayerChecker, LayerImplementation, Outputs
+from mla.bench.subjects.base import Facts, Implementation, LayerChecker, LayerImplementation, Outputs, worst
 from mla.bench.subjects.inputs import HistorySigns, Inputs, Turn
 from mla.bench.subjects.setting import SPARE_PAGES, Setting
 from mla.bench.workload.scenario import Scenario
@@ -21,10 +23,19 @@ from mla.verify.layer_oracle import State
 from mla.verify.places import Places
 from mla.verify.poison import Poison
 from mla.verify.verdict import Check
+from mla_backends import BackendError
+from mla_backends.api import Backend
+from mla_backends.errors import describe
 
 
 class MlaLayer(LayerImplementation):
-    """Our layer, with the backend's fused ops (`mla`) or without (`mla-reference`)."""
+    """Our layer, with the backend's fused ops (`mla`) or without (`mla-reference`).
+
+    Of `setting.layers` layers over one cache, each step is one extend, one plan, and a forward each of the
+    same hidden states. Layer i computes what layer 0 computes, with channels rolled by i in two places: in
+    the latent, inside the layer and its cache, and in the output. So one oracle serves all layers, yet a
+    layer that uses another's weights or cache is wrong.
+    """
 
     batch: RaggedBatch  # the prepared one of a prefill
     _cache: LatentCache
@@ -33,8 +44,10 @@ class MlaLayer(LayerImplementation):
     def __init__(self, setting: Setting, state: State, name: str = "mla", ops: str | None = None) -> None:
         super().__init__(setting)
         self.name = name
-        self.layer = self._make_layer(ops, 0)
-        self.layer.load_state_dict(state)
+        self.layers = [self._make_layer(ops, index) for index in range(setting.layers)]
+        for index, layer in enumerate(self.layers):
+            layer.load_state_dict(layer_state(state, index) if index else state)
+        self.layer, self._stacked = self.layers[0], setting.layers > 1
         self.held_to_reference = not self.layer.ops.all_reference()
 
     def _make_layer(self, ops: str | None, index: int) -> MLA:
@@ -69,11 +82,14 @@ class MlaLayer(LayerImplementation):
         self.restore()
 
     def _make_buffers(self, scenario: Scenario, inputs: Inputs) -> None:
-        self.prepare_buffers(scenario, inputs)
+        self.prepare_buffers(scenario, inputs, *[len(self.layers)] * self._stacked)
 
     def _load_history(self, inputs: Inputs) -> None:
         for sequence, (kv, pe) in zip(self._sequences, inputs.history, strict=True):
             self._cache.load(sequence, kv, pe)
+            for index in range(1, len(self.layers)):
+                self._cache.load(sequence, kv.roll(index, 1), pe, layer=index)
+        self._pages = list(self._cache.pages)
 
     def _make_cache(self, scenario: Scenario) -> LatentCache:
         size = self.setting.page_size
@@ -94,15 +110,11 @@ class MlaLayer(LayerImplementation):
         return self._cache
 
     def restore(self, number: int = 0) -> None:
-        self.rewind(number)
-        if self._prefills:
-            self._plan()
-
-    def rewind(self, number: int = 0) -> None:
-        """Put the cache back to the history, without a batch for the next forward."""
         self._shrink()
         self.take(self.begin(number))
         self._poison.apply()
+        if self._prefills:
+            self._plan()
 
     def take(self, turn: Turn) -> None:
         super().take(turn)
@@ -119,13 +131,14 @@ class MlaLayer(LayerImplementation):
 
     def _plan(self) -> None:
         """Prepare the batch that every prefill forward runs; its time is reported separately."""
-        self.batch = self._cache.extend(self._sequences, self.scenario.query_lens)
+        self.batch = self.extend()
         start = now_ns()
         self.layer.plan(self.batch)
         self._plan_ms: float | None = (now_ns() - start) / 1e6
 
     def ready(self, index: int) -> None:
         super().ready(index)
+        self._outs = self._by_layer(self._out)
         if self._prefills:
             self.clear_new(self.batch)
 
@@ -135,15 +148,23 @@ class MlaLayer(LayerImplementation):
             layer.view(-1, layer.shape[-1]).index_fill_(0, batch.slots, torch.nan)
 
     def step(self, index: int) -> None:
-        self.forward(self.batch if self._prefills else self.extend(), self._x, self._out)
+        self._run(self.batch if self._prefills else self.extend(), self._x, self._outs)
 
     def extend(self, table_tokens: int = 0) -> RaggedBatch:
         """Make room for the next decode step and return its batch (`LatentCache.extend`)."""
         return self._cache.extend(self._sequences, self.scenario.query_lens, table_tokens=table_tokens)
 
     def forward(self, batch: RaggedBatch, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        """Run the layer on any batch of the cache."""
-        self.layer(hidden, batch, self._cache.pages[0], out=out)
+        """Run the layers on any batch of the cache."""
+        self._run(batch, hidden, self._by_layer(out))
+
+    def _by_layer(self, out: torch.Tensor) -> list[torch.Tensor]:
+        """Return the outputs [T, d] of each layer as views, made before anything is timed."""
+        return list(out) if self._stacked else [out]
+
+    def _run(self, batch: RaggedBatch, hidden: torch.Tensor, outs: list[torch.Tensor]) -> None:
+        for layer, pages, out in zip(self.layers, self._pages, outs, strict=True):
+            layer(hidden, batch, pages, out=out)
 
     def places(self, step: int) -> Places:
         size = self._cache.page_size
@@ -152,26 +173,60 @@ class MlaLayer(LayerImplementation):
         return Places.new_tokens(self.scenario.query_lens, self.scenario.kv_lens(step), table, size)
 
     def facts(self) -> Facts:
-        layers = self.each_layer()
         return Facts(
             cache_bytes=self._cache.pages.nbytes if hasattr(self, "_cache") else 0,
-            weight_bytes=sum(layer.weight_bytes() for layer in layers),
-            scratch_bytes=sum(layer.scratch_bytes() for layer in layers),
+            weight_bytes=sum(layer.weight_bytes() for layer in self.layers),
+            scratch_bytes=sum(layer.scratch_bytes() for layer in self.layers),
             plan_ms=getattr(self, "_plan_ms", None),
             ops=self.layer.ops.names(),
             remarks=self.layer.ops.remarks(),
         )
-
-    def each_layer(self) -> list[MLA]:
-        """Return the layers, in their order."""
-        return [self.layer]
 
     def replace_ops(self, replace: Callable[[str, Any], Any]) -> None:
         """Put `replace(role, op)` in place of every op; called before `load`.
 
         Of several layers, "layer 3: " stands before the role.
         """
-        self.layer.replace_ops(replace)
+
+        def in_layer(index: int, role: str, op: Any) -> Any:
+            return replace(f"layer {index}: {role}" if self._stacked else role, op)
+
+        for index, layer in enumerate(self.layers):
+            layer.replace_ops(partial(in_layer, index))
+
+    def check(self, checker: LayerChecker) -> Check:
+        """Check every layer's outputs, and that its new latents are in its own part of the cache."""
+        if not self._stacked:
+            return super().check(checker)
+        checks = [self._check_layer(checker, index) for index in range(len(self.layers))]
+        for index, check in enumerate(checks):
+            if check.status == "ok" and not self._cached(index):
+                check.status, check.reason = "wrong", "its latents are not in its part of the cache"
+        index = worst(checks)
+        if checks[index].reason:
+            checks[index].reason = f"layer {index}: {checks[index].reason}"
+        return checks[index]
+
+    def _check_layer(self, checker: LayerChecker, index: int) -> Check:
+        outputs = {forward: rows[index].roll(-index, -1) for forward, rows in super().outputs().items()}
+        return checker.check_pass(outputs, self._number, self.held_to_reference, self.places)
+
+    def _cached(self, index: int) -> bool:
+        """Return whether a layer cached the same as layer 0, rolled and up to rounding."""
+        bound = ROW_SLACK * BOUNDS[self.setting.dtype]
+        for sequence in self._sequences:
+            first, other = (self._unrolled(sequence, layer) for layer in (0, index))
+            errors = (other - first).norm(dim=1) / first.norm(dim=1)
+            if not bool((errors <= bound).all()):  # NaN is not
+                return False
+        return True
+
+    def _unrolled(self, sequence: int, index: int) -> torch.Tensor:
+        kv, pe = self._cache.read(sequence, layer=index)
+        return torch.cat((kv.float().roll(-index, 1), pe.float()), dim=1)
+
+    def outputs(self) -> Outputs:
+        return {index: rows[0] if self._stacked else rows for index, rows in super().outputs().items()}
 
 
 def layer_state(state: State, index: int) -> dict[str, torch.Tensor]:
@@ -190,87 +245,132 @@ def layer_state(state: State, index: int) -> dict[str, torch.Tensor]:
     return {**state, **rolled}
 
 
-class MlaStack(MlaLayer):
-    """`setting.layers` layers over one cache: one extend, one plan, and a forward each of the same hidden.
+# ------------------------------------------------------------------------------------------------- graphs
 
-    Layer i computes what layer 0 computes, with channels rolled by i in two places: in the latent, inside the
-    layer and its cache, and in the output. So one oracle serves all layers, yet a layer that uses another's
-    weights or cache is wrong.
+
+class NoGraph(Exception):
+    """Raised with the reason why an implementation cannot be captured, as one clause."""
+
+
+class CapturedForwards:
+    """Our layer's forwards replayed from one device graph, driven as an implementation is.
+
+    prefill: the forward on the prepared batch. decode: all steps of a pass. Its batch has fixed addresses and
+    a block table as wide as the pass needs at most; planning is captured along with the forward. A replayed
+    step is `extend`, `update_` of that batch, and the replay. Raises `NoGraph` if a replay would not follow
+    the growing lengths.
     """
 
-    def __init__(self, setting: Setting, state: State, name: str = "mla", ops: str | None = None) -> None:
-        super().__init__(setting, state, name, ops)
-        self.layers = [self.layer, *(self._make_layer(ops, index) for index in range(1, setting.layers))]
-        for index, layer in enumerate(self.layers[1:], 1):
-            layer.load_state_dict(layer_state(state, index))
+    def __init__(self, layer: MlaLayer, scenario: Scenario) -> None:
+        self._layer, self._decode = layer, scenario.mode == "decode"
+        self._bookkeeps = self._decode  # in a step
+        self.method = "replay of one captured forward of the prepared batch"  # for the result
+        self.out = torch.empty_like(layer.out)  # where the graph writes
+        self._max_tokens = max(scenario.final_lens)
+        if self._decode:
+            self.method = "replay of one captured graph, its block table as wide as the pass needs"
+            self._prepare_decode(scenario)
+        else:
+            layer.restore()
+            layer.before(0)
+            self._batch, self._hidden = layer.batch, layer.hidden[0]
+            self._plan = layer.layer.plan(
+                self._batch
+            )  # kept alive, as the batch is: the graph reads its memory
+        self._replay = capture(layer.setting.backend, self._work)  # of a decode the last step, the longest
+        layer.restore()
 
-    def _make_buffers(self, scenario: Scenario, inputs: Inputs) -> None:
-        self.prepare_buffers(scenario, inputs, len(self.layers))
+    def _prepare_decode(self, scenario: Scenario) -> None:
+        layer = self._layer
+        _check_scaling(layer, scenario)
+        layer.layer.rotary.reserve(self._max_tokens)  # growing would move what the graph reads
+        layer.restore()
+        for _ in range(scenario.inputs):
+            self._batch = layer.extend(self._max_tokens)
+            _check_plan(layer, self._batch)
+        layer.before(scenario.inputs - 1)
+        self._hidden = layer.x.clone()
 
-    def _load_history(self, inputs: Inputs) -> None:
-        for index in range(len(self.layers)):
-            for sequence, (kv, pe) in zip(self._sequences, inputs.history, strict=True):
-                self._cache.load(sequence, kv.roll(index, 1), pe, layer=index)
-        self._pages = list(self._cache.pages)
+    def _work(self) -> None:
+        if self._decode:
+            self._batch.update_(self._batch)  # drops the plan, so that planning is captured too
+        self._layer.forward(self._batch, self._hidden, self.out)
 
-    def ready(self, index: int) -> None:
-        super().ready(index)
-        self._outs = list(self._out)  # views, made before anything is timed
+    def without_bookkeeping(self) -> CapturedForwards:
+        """Return the same forwards for the device's clock: the host's part of a step is done before it."""
+        alone = copy(self)
+        alone._bookkeeps = False
+        alone.method = f"{self.method}; bookkeeping of the host outside the timed region"
+        return alone
+
+    def restore(self, number: int = 0) -> None:
+        """Restore the cache to the history, and select the inputs of pass `number`. Never timed."""
+        self._layer.restore(number)
+        if not self._decode and not torch.equal(
+            self._layer.batch.block_table_host, self._batch.block_table_host
+        ):
+            raise RuntimeError("a restored cache handed out pages other than the captured ones.")
+
+    def before(self, index: int) -> None:
+        """Write the inputs of a forward to where its graph reads them, and poison its output. Never timed."""
+        if self._decode and not self._bookkeeps:
+            self._bookkeep()
+        self.out.fill_(math.nan)
+        self._layer.before(index)
+        if self._decode:
+            self._hidden.copy_(self._layer.x)
+
+    def _bookkeep(self) -> None:
+        """Do what the host does for every decode step."""
+        self._batch.update_(self._layer.extend(self._max_tokens))
 
     def step(self, index: int) -> None:
-        self._run(self.batch if self._prefills else self.extend(), self._x, self._outs)
+        """Run one forward."""
+        if self._bookkeeps:
+            self._bookkeep()
+        self._replay()
 
-    def forward(self, batch: RaggedBatch, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        self._run(batch, hidden, list(out))
-
-    def _run(self, batch: RaggedBatch, hidden: torch.Tensor, outs: list[torch.Tensor]) -> None:
-        for layer, pages, out in zip(self.layers, self._pages, outs, strict=True):
-            layer(hidden, batch, pages, out=out)
-
-    def check(self, checker: LayerChecker) -> Check:
-        """Check every layer's outputs, and that its new latents are in its own part of the cache."""
-        found = [self._check_layer(checker, index) for index in range(len(self.layers))]
-        for index, one in enumerate(found):
-            if one.status == "ok" and not self._cached(index):
-                one.status, one.reason = "wrong", "its latents are not in its part of the cache"
-        worst = max(range(len(found)), key=lambda index: _badness(found[index]))
-        if found[worst].reason:
-            found[worst].reason = f"layer {worst}: {found[worst].reason}"
-        return found[worst]
-
-    def _check_layer(self, checker: LayerChecker, index: int) -> Check:
-        outputs = {forward: found[index].roll(-index, -1) for forward, found in super().outputs().items()}
-        return checker.check_pass(outputs, self._number, self.held_to_reference, self.places)
-
-    def _cached(self, index: int) -> bool:
-        """Return whether a layer cached the same as layer 0, rolled and up to rounding."""
-        bound = ROW_SLACK * BOUNDS[self.setting.dtype]
-        for sequence in self._sequences:
-            first, own = (torch.cat(self._unrolled(sequence, layer), dim=1) for layer in (0, index))
-            errors = (own - first).norm(dim=1) / first.norm(dim=1)
-            if not bool((errors <= bound).all()):  # NaN is not
-                return False
-        return True
-
-    def _unrolled(self, sequence: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        kv, pe = self._cache.read(sequence, layer=index)
-        return kv.float().roll(-index, 1), pe.float()
-
-    def outputs(self) -> Outputs:
-        return {index: found[0] for index, found in super().outputs().items()}
-
-    def each_layer(self) -> list[MLA]:
-        return self.layers
-
-    def replace_ops(self, replace: Callable[[str, Any], Any]) -> None:
-        for index, layer in enumerate(self.layers):
-            layer.replace_ops(partial(_in_layer, replace, index))
+    def after(self, index: int) -> None:
+        """Copy the output of a forward to a buffer of its own. Never timed."""
+        self._layer.out.copy_(self.out)
+        self._layer.after(index)
 
 
-def _in_layer(replace: Callable[[str, Any], Any], index: int, role: str, op: Any) -> Any:
-    """Call `replace` with the layer in front of the role: "layer 3: o_proj"."""
-    return replace(f"layer {index}: {role}", op)
+def captured(implementation: Implementation, scenario: Scenario) -> CapturedForwards:
+    """Return an implementation's forwards as graph replays; it has run a whole pass. Raises `NoGraph`."""
+    if not isinstance(implementation, MlaLayer):
+        raise NoGraph(f"{implementation.name} is not captured")
+    return CapturedForwards(implementation, scenario)
 
 
-def _badness(check: Check) -> tuple[bool, float]:
-    return check.status != "ok", check.error_ratio if check.error_ratio is not None else float("inf")
+def capture(backend: Backend, work: Callable[[], None]) -> Callable[[], None]:
+    """Return the replay of `work`. Raises `NoGraph`."""
+    try:
+        replay = backend.graph(work)
+    except BackendError as error:
+        raise NoGraph(str(error).rstrip(".")) from error
+    except Exception as error:  # a stack raises anything when it cannot capture
+        raise NoGraph(f"capturing it raised {describe(error)}") from error
+    if replay is None:
+        raise NoGraph("the backend offers no graphs")
+    return replay
+
+
+def _check_plan(layer: MlaLayer, batch: RaggedBatch) -> None:
+    """Raise `NoGraph` for a plan whose host decisions change from step to step."""
+    plan = layer.layer.plan(batch)
+    if plan.expanded is not None:
+        raise NoGraph("requests that take the expanded path keep the lengths of their plan")
+    if plan.absorbed is not None and not getattr(plan.absorbed.state, "graph_safe", False):
+        name = layer.layer.ops["latent_attention"].name
+        raise NoGraph(
+            f"op '{name}' (latent_attention) does not promise that a captured call follows growing lengths"
+        )
+
+
+def _check_scaling(layer: MlaLayer, scenario: Scenario) -> None:
+    """Raise `NoGraph` if query scaling starts within a pass, which the host decides."""
+    scaling = layer.setting.config.query_scaling
+    first, last = max(scenario.kv_lens(0)), max(scenario.final_lens)
+    if scaling is not None and first <= scaling.period < last:
+        raise NoGraph(f"query scaling starts at {scaling.period} tokens, within the pass")

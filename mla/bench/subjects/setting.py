@@ -12,9 +12,8 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from mla.bench.workload.grid import Point
+from mla.bench.workload.grid import Point, roles_of
 from mla.bench.workload.implementations import Named
-from mla.bench.workload.op_scenario import roles_of
 from mla.command.console import note
 from mla.config import MLAConfig
 from mla.layer.ops import Ops, layer_roles
@@ -155,7 +154,7 @@ def make_ops(setting: Setting, role: str | None = None) -> Ops:
 def say_remarks(remarks: Mapping[str, Sequence[str]]) -> None:
     """Say on stderr what ops say of how they run here, by their names; once in a process."""
     for name, sentences in remarks.items():
-        for line in (f"{name}: {one}" for one in sentences):
+        for line in (f"{name}: {sentence}" for sentence in sentences):
             if line not in _SAID:
                 _SAID.add(line)
                 note(line)

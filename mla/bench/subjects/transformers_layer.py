@@ -1,12 +1,16 @@
 """The attention layer of `transformers` for the model's family, run one request at a time.
 
 Position embeddings and masks are computed outside the timed region, since a model computes them once per
-forward for all layers.
+forward for all layers. The class that computes a config is chosen here, and the channel order of its cache.
 """
 
 from __future__ import annotations
 
+import importlib
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,9 +18,8 @@ import torch
 from mla.bench.subjects.base import Facts, LayerImplementation
 from mla.bench.subjects.inputs import Inputs, Turn
 from mla.bench.subjects.setting import Setting
-from mla.bench.subjects.transformers_classes import TransformersModel, transformers_model
 from mla.bench.workload.scenario import Scenario
-from mla.config import MLAConfig
+from mla.config import DIMENSIONS, LongRopeScaling, MLAConfig, QueryScaling, YarnScaling
 from mla.errors import MLAError
 from mla.verify.layer_oracle import State
 
@@ -33,7 +36,8 @@ class TransformersLayer(LayerImplementation):
         self.name = "transformers" if kind == "sdpa" else f"transformers-{kind}"
         self._kind = kind
         self._make_cache = require()
-        self._model = _model(setting.config, kind)
+        with _missing_is_said():
+            self._model = transformers_model(setting.config, kind)
         with torch.device(setting.device):
             self._layer = self._model.attention().to(setting.dtype).eval()
             self._rotary = self._model.rotary()
@@ -43,13 +47,8 @@ class TransformersLayer(LayerImplementation):
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
         self.prepare_buffers(scenario, inputs)
         device, dtype = self.setting.device, self.setting.dtype
-        self._history = [
-            (
-                kv.to(device, dtype)[None, None],
-                self._model.to_cache(pe).to(device, dtype)[None, None],
-            )
-            for kv, pe in inputs.history
-        ]
+        cached = ((kv, self._model.to_cache(pe)) for kv, pe in inputs.history)
+        self._history = [tuple(part.to(device, dtype)[None, None] for part in pair) for pair in cached]
         self._steps = [self._arguments(step) for step in range(scenario.inputs)]
         self.restore()
 
@@ -97,22 +96,18 @@ class TransformersLayer(LayerImplementation):
             out.copy_(self._layer(hidden[None], cache=cache, **arguments)[0][0])
 
     def facts(self) -> Facts:
-        loaded = self.scenario.final_lens if hasattr(self, "scenario") else ()
+        cached = self.scenario.final_lens if hasattr(self, "scenario") else ()
         return Facts(
-            cache_bytes=sum(loaded) * self.setting.config.latent_dim * self.setting.dtype.itemsize,
+            cache_bytes=sum(cached) * self.setting.config.latent_dim * self.setting.dtype.itemsize,
             weight_bytes=sum(parameter.nbytes for parameter in self._layer.parameters()),
         )
 
 
 def require() -> Any:
     """Return the cache class of `transformers`. Raises `TransformersMissing`."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from transformers import DynamicCache, __version__
-            from transformers.utils.import_utils import is_torch_available
-    except ImportError as error:
-        raise _missing(error) from error
+    with _missing_is_said():
+        from transformers import DynamicCache, __version__
+        from transformers.utils.import_utils import is_torch_available
     if not is_torch_available():  # each release has an oldest torch, below which it runs without models
         raise TransformersMissing(
             f"implementation 'transformers' needs a newer torch: transformers {__version__} does not work "
@@ -121,18 +116,188 @@ def require() -> Any:
     return DynamicCache
 
 
-def _model(config: MLAConfig, kind: str) -> TransformersModel:
-    """Return the classes for `config`. Raises `TransformersMissing` or `NoEquivalentClass`."""
+@contextmanager
+def _missing_is_said() -> Iterator[None]:
+    """Import quietly inside the block. Raises `TransformersMissing` for what cannot be imported."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return transformers_model(config, kind)
+            yield
     except ImportError as error:
-        raise _missing(error) from error
+        raise TransformersMissing(
+            "implementation 'transformers' needs transformers >= 5.20: "
+            f"`pip install 'transformers>=5.20'` ({error})."
+        ) from error
 
 
-def _missing(error: ImportError) -> TransformersMissing:
-    return TransformersMissing(
-        "implementation 'transformers' needs transformers >= 5.20: "
-        f"`pip install 'transformers>=5.20'` ({error})."
+# ----------------------------------------------------------------------------- the class of a config
+
+
+class NoEquivalentClass(MLAError):
+    """No class of `transformers` computes a config."""
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """Where a family's classes are, and what they do regardless of their config."""
+
+    module: str
+    prefix: str
+    attention: str = "Attention"
+    interleaved: bool | None = None  # None: as rope_interleave says
+    reorders: bool = True  # interleaved channels are cached as evens, then odds
+    by_position: bool = False  # scales queries by position, and so takes position_ids
+    scales_latents: bool = False
+    rotates: bool = True
+    takes_head_dim: bool = False  # as a separate field, which must be r
+
+    def load(self) -> tuple[type, type | None, type]:
+        """Return the attention, rotary embedding (if any) and config classes. Raises `ImportError`."""
+        home = "transformers.models."
+        modeling = importlib.import_module(f"{home}{self.module}.modeling_{self.module}")
+        configs = importlib.import_module(f"{home}{self.module}.configuration_{self.module}")
+        rotary = getattr(modeling, f"{self.prefix}RotaryEmbedding") if self.rotates else None
+        return (
+            getattr(modeling, f"{self.prefix}{self.attention}"),
+            rotary,
+            getattr(configs, f"{self.prefix}Config"),
+        )
+
+
+_CLASSES: Mapping[str, _Classes] = {
+    "deepseek_v2": _Classes("deepseek_v2", "DeepseekV2", interleaved=True, reorders=False),
+    "deepseek_v3": _Classes("deepseek_v3", "DeepseekV3"),
+    "sarvam_mla": _Classes("deepseek_v3", "DeepseekV3"),  # that family's own class is a config only
+    "glm4_moe_lite": _Classes("glm4_moe_lite", "Glm4MoeLite"),
+    "youtu": _Classes("youtu", "Youtu"),
+    "axk1": _Classes("axk1", "AXK1"),
+    "minicpm3": _Classes("minicpm3", "MiniCPM3", interleaved=False),
+    "longcat_flash": _Classes(
+        "longcat_flash",
+        "LongcatFlash",
+        attention="MLA",
+        interleaved=True,
+        scales_latents=True,
+        takes_head_dim=True,
+    ),
+    "mistral4": _Classes("mistral4", "Mistral4", by_position=True),
+    "kimi_linear": _Classes("kimi_linear", "KimiLinear", reorders=False, rotates=False),
+}
+
+
+@dataclass(frozen=True)
+class TransformersModel:
+    """Classes and config of `transformers`; the caller chooses device and dtype to build modules with."""
+
+    attention_class: type
+    rotary_class: type | None
+    config: Any
+    eps: float
+    reorders: bool
+    takes_position_ids: bool
+
+    def attention(self) -> Any:
+        """Build the attention module, with the config's eps in its latent norms."""
+        module = self.attention_class(self.config, 0)
+        for name in ("q_a_layernorm", "kv_a_layernorm"):
+            norm = getattr(module, name, None)
+            if norm is not None:
+                norm.variance_epsilon = self.eps
+        return module.eval().requires_grad_(False)
+
+    def rotary(self) -> Any | None:
+        """Build the rotary embedding: call it with (hidden, position_ids [1, t]). None if unused."""
+        return self.rotary_class(self.config) if self.rotary_class is not None else None
+
+    def arguments(self, embedding: Any | None, positions: torch.Tensor) -> dict[str, Any]:
+        """Return the forward's arguments besides hidden states, mask and cache; positions are [1, t]."""
+        arguments = {} if embedding is None else {"position_embeddings": embedding}
+        return {**arguments, "position_ids": positions} if self.takes_position_ids else arguments
+
+    def to_cache(self, pe: torch.Tensor) -> torch.Tensor:
+        """Return rotary keys [.., r] in the channel order of its cache, given in the checkpoint's."""
+        return torch.cat((pe[..., 0::2], pe[..., 1::2]), dim=-1) if self.reorders else pe
+
+
+def transformers_model(config: MLAConfig, kind: str = "sdpa") -> TransformersModel:
+    """Return the family's own class if the config has a known `model_type`, else one that computes the same.
+
+    `kind` is "sdpa" or "eager". Raises `NoEquivalentClass`, and `ImportError` when `transformers` is
+    missing or too old to have the class.
+    """
+    family = config.model_type if config.model_type in _CLASSES else None
+    classes = _CLASSES[family] if family else _CLASSES[_closest(config)]
+    if not _computes(classes, config):
+        raise NoEquivalentClass(f"transformers has no attention that computes config '{config.name}'.")
+    attention, rotary, config_class = classes.load()
+    head = {"head_dim": config.qk_rope_head_dim} if classes.takes_head_dim else {}
+    built = config_class(**_dims(config), **head, **_rope(config, classes))
+    built._attn_implementation = kind
+    reorders = classes.reorders and config.rope_interleave
+    return TransformersModel(attention, rotary, built, config.rms_norm_eps, reorders, classes.by_position)
+
+
+def _closest(config: MLAConfig) -> str:
+    if config.rope_theta is None:
+        return "kimi_linear"
+    if config.query_scaling is not None:
+        return "mistral4"
+    return "longcat_flash" if _scales(config) != (1.0, 1.0) else "deepseek_v3"
+
+
+def _scales(config: MLAConfig) -> tuple[float, float]:
+    return config.q_latent_scale, config.kv_latent_scale
+
+
+def _computes(classes: _Classes, config: MLAConfig) -> bool:
+    """Return whether the classes honour every field of the config that a family may fix."""
+    scales = (1.0, 1.0)
+    if classes.scales_latents and config.q_lora_rank is not None:
+        ranks = (config.q_lora_rank, config.kv_lora_rank)
+        scales = ((config.hidden_size / ranks[0]) ** 0.5, (config.hidden_size / ranks[1]) ** 0.5)
+    return (
+        _scales(config) == scales
+        and (config.rope_theta is not None) == classes.rotates
+        and _computes_query_scaling(classes, config)
+        and (not classes.scales_latents or config.q_lora_rank is not None)
+        and (not classes.rotates or classes.interleaved in (None, config.rope_interleave))
     )
+
+
+def _computes_query_scaling(classes: _Classes, config: MLAConfig) -> bool:
+    """Return whether there is no query scale, or one whose period is YaRN's original length."""
+    if config.query_scaling is None:
+        return True
+    period, scaling = config.query_scaling.period, config.rope_scaling
+    original = scaling.original_max_position_embeddings if isinstance(scaling, YarnScaling) else period
+    return classes.by_position and original == period
+
+
+def _dims(config: MLAConfig) -> dict[str, Any]:
+    names = (*DIMENSIONS, "attention_bias", "rope_interleave")
+    return {
+        **{name: getattr(config, name) for name in names},
+        "num_key_value_heads": config.num_attention_heads,
+        "max_position_embeddings": 163840,
+    }
+
+
+def _rope(config: MLAConfig, classes: _Classes) -> dict[str, Any]:
+    """Return complete `rope_parameters`, so that the classes' own defaults never apply."""
+    if not classes.rotates:
+        return {}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    scaling = config.rope_scaling
+    if isinstance(scaling, YarnScaling):
+        rope |= {key: value for key, value in asdict(scaling).items() if value is not None}
+        rope["rope_type"] = "yarn"
+    if isinstance(scaling, LongRopeScaling):
+        factors = list(scaling.factors)
+        rope |= {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
+        rope |= {"factor": 1.0, "attention_factor": scaling.attention_factor}
+        rope |= {"original_max_position_embeddings": 163840}
+    if classes.by_position:
+        queries = config.query_scaling or QueryScaling(beta=0.0, period=1)
+        rope["llama_4_scaling_beta"] = queries.beta
+        rope.setdefault("original_max_position_embeddings", queries.period)
+    return {"rope_parameters": rope}

@@ -1,19 +1,19 @@
-"""Axes: a grid over the scenarios of a workload, one scenario per point."""
+"""Points to run: a grid over scenarios, batch specs such as 16q1s4k, and single ops. Needs no torch."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from mla.bench.workload.quantities import UNITS
-from mla.bench.workload.scenario import MAX_COUNT, MAX_REQUESTS, Scenario, check_lengths
+from mla.bench.workload.scenario import MAX_COUNT, MAX_REQUESTS, UNITS, Positive, Scenario, check_lengths
 from mla.errors import UsageError, did_you_mean
 from mla.text import DTYPES
+from mla_backends.api import OPS
 from mla_backends.outside import shortened
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def points_of(scenarios: Sequence[Scenario], axes: Axes) -> list[Point]:
 
     Command-line axes replace a scenario's own axes of the same name.
     """
-    grids = [(scenario, {**_own(scenario), **axes}) for scenario in scenarios]
+    grids = [(scenario, {**_own_axes(scenario), **axes}) for scenario in scenarios]
     count = sum(math.prod(map(len, grid.values())) for _, grid in grids)
     if count > MAX_POINTS:
         raise UsageError(
@@ -100,7 +100,7 @@ def points_of(scenarios: Sequence[Scenario], axes: Axes) -> list[Point]:
     return points
 
 
-def _own(scenario: Scenario) -> Axes:
+def _own_axes(scenario: Scenario) -> Axes:
     try:
         return {name: _values(name, _text(value)) for name, value in scenario.axes.items()}
     except (UsageError, ValueError) as error:
@@ -134,18 +134,18 @@ def _dtype(item: str) -> str:
 def _numbers(name: str, item: str) -> list[int]:
     if re.fullmatch(_NUMBER, item):
         return [_checked(name, _number(item))]
-    found = _RANGE.fullmatch(item)
-    if found is None:
+    match = _RANGE.fullmatch(item)
+    if match is None:
         raise UsageError(
             f"axis {name}: '{item}' is neither a number, such as 4k, nor a range, such as 1k..64k*4 "
             "or 1..8+1."
         )
-    first, last, by = (_number(found[group]) for group in (1, 2, 4))
-    if first > last or by < 1 or (found[3] == "*" and (by < 2 or first < 1)):
+    first, last, by = (_number(match[group]) for group in (1, 2, 4))
+    if first > last or by < 1 or (match[3] == "*" and (by < 2 or first < 1)):
         raise UsageError(f"axis {name}: the range '{item}' does not ascend.")
     values = [_checked(name, first)]
     while len(values) <= MAX_POINTS:  # one too many tells the caller
-        value = values[-1] * by if found[3] == "*" else values[-1] + by
+        value = values[-1] * by if match[3] == "*" else values[-1] + by
         if value > last:
             break
         values.append(_checked(name, value))
@@ -197,3 +197,258 @@ def _check_spec(scenario: Scenario, values: Mapping[str, Any]) -> None:
             f"axis {axis}: the lengths of '{scenario.name}' are those of a batch spec; list a spec for each "
             f"value of {axis}, or use the axes heads, dtype and page_size."
         )
+
+
+# ------------------------------------------------------------------------------------------ batch specs
+# The grammar of benchmarks/attention_benchmarks/batch_spec.py of github.com/vllm-project/vllm at 04028200.
+
+FORM = "[COUNT]qLEN[k][sLEN[k]], such as 16q1s4k"
+_DIGITS = "[0-9]{1,20}"
+_SEGMENT = re.compile(rf"({_DIGITS})?q({_DIGITS})(k?)(?:s({_DIGITS})(k?))?")
+PASSES = 10  # over which the 100 forwards of a spec on the command line are spread, as those of a prefill
+
+
+class BatchScenario(Point, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A batch spec of the command line: one forward over a batch, at exactly these lengths."""
+
+    @property
+    def selection(self) -> list[str]:
+        """The command-line arguments that select this point alone."""
+        return ["--batch-spec", self.base, *super().selection[2:]]
+
+
+def parse_batch_spec(spec: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the new tokens and the history of each request of, say, 4q8s2049_16q1s3072.
+
+    Segments [COUNT]qLEN[k][sLEN[k]] are joined with "_": COUNT requests (one without) with q new tokens each.
+    s counts *all* tokens of a request, the new ones included; without it there is no history. k is 1024.
+    Raises ValueError, which names the place.
+    """
+    query_lens: list[int] = []
+    history: list[int] = []
+    place = 1
+    for number, segment in enumerate(spec.split("_"), 1):
+        where = (
+            f"batch spec '{shortened(spec)}': segment {number}, '{shortened(segment)}' (character {place}),"
+        )
+        count, new, total = _segment(segment, where)
+        if len(query_lens) + count > MAX_REQUESTS:
+            raise ValueError(f"{where} makes more than {MAX_REQUESTS} requests")
+        query_lens += [new] * count
+        history += [total - new] * count
+        place += len(segment) + 1
+    return tuple(query_lens), tuple(history)
+
+
+def _segment(text: str, where: str) -> tuple[int, int, int]:
+    """Return count, new tokens and all tokens of a segment. Raises ValueError."""
+    match = _SEGMENT.fullmatch(text)
+    if match is None:
+        hint = " (q, s and k are lower-case)" if _SEGMENT.fullmatch(text.lower()) else ""
+        raise ValueError(f"{where} is not {FORM}{hint}")
+    count = int(match[1] or 1)
+    new = int(match[2]) * UNITS[match[3]]
+    total = int(match[4]) * UNITS[match[5]] if match[4] else new
+    if count < 1 or new < 1:
+        raise ValueError(f"{where} has no {'requests' if count < 1 else 'new tokens'}: count from 1")
+    if total < new:
+        raise ValueError(
+            f"{where} has s{total} for q{new}: s counts all tokens of a request, the new ones included"
+        )
+    if total > MAX_COUNT:
+        raise ValueError(f"{where} has a request of more than {MAX_COUNT} tokens")
+    return count, new, total
+
+
+def batch_scenarios(words: Iterable[str]) -> list[BatchScenario]:
+    """Return a scenario for each spec in comma-separated lists. Raises `UsageError`."""
+    specs = split(words)
+    twice = next((spec for spec in specs if specs.count(spec) > 1), None)
+    if twice:
+        raise UsageError(f"--batch-spec lists '{twice}' twice: it is measured once.")
+    try:
+        return list(map(_scenario, specs))
+    except ValueError as error:
+        raise UsageError(f"{error}.") from error
+
+
+def split(words: Iterable[str]) -> Sequence[str]:
+    """Return the specs in comma-separated lists. Raises `UsageError` if there is none."""
+    specs = [spec for word in words for spec in re.split(r"\s*,\s*|\s+", word.strip())]
+    if not all(specs):
+        raise UsageError(f"--batch-spec takes specs of the form {FORM}, comma-separated; one is empty.")
+    return specs
+
+
+def _scenario(spec: str) -> BatchScenario:
+    query_lens, history = parse_batch_spec(spec)
+    return BatchScenario(
+        name=spec,
+        base=spec,
+        mode="prefill",
+        query_lens=query_lens,
+        history=history,
+        passes=PASSES,
+        batch_spec=spec,
+    )
+
+
+# ------------------------------------------------------------------------------------ one op of the contract
+
+# Roles whose work depends on the history; the others only see new tokens.
+READS_HISTORY = frozenset({"kv_b_proj", "write_latent", "latent_attention", "expanded_attention"})
+DEFAULT_BATCH, DEFAULT_HISTORY, DEFAULT_QUERY = 16, 1024, 1
+# Axes that are not part of an op's shape and have no option of their own here.
+_ELSEWHERE = ("dtype", "page_size")
+# What an op takes over from the batch spec that it runs on.
+_SHARED = ("query_lens", "history", "runs", "passes", "warmups", "batch_spec")
+# Ops and roles that only layers with a query LoRA have.
+QUERY_LORA = frozenset({"rms_norm", "q_a_layernorm", "q_b_proj"})
+
+
+class OpScenario(Point, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One op on one prepared batch: a pass is `runs` identical calls. `role` as in `mla.layer.ops`."""
+
+    role: str  # before `expand`, also the name of an op, which means all of its roles
+    mode: Literal["prefill", "decode"] = "prefill"
+    passes: Positive = 10
+    words: tuple[str, ...] = ()  # what chooses the lengths of a batch spec on the command line
+
+    @property
+    def op(self) -> str:
+        """The role that is timed."""
+        return self.role
+
+    def expand(self, config: MLAConfig, kinds: Mapping[str, str]) -> list[Point]:
+        """Return one scenario per role of the op. Raises `UsageError` for an op that this layer lacks."""
+        return [_of_role(self, role, config) for role in roles_of(self.role, config, kinds, "--op takes")]
+
+    @property
+    def steps(self) -> int:
+        """Number of calls in one pass."""
+        return self.runs
+
+    @property
+    def rounds(self) -> int:
+        """Number of timed passes."""
+        return self.passes
+
+    @property
+    def selection(self) -> list[str]:
+        """The command-line arguments that select this scenario."""
+        lengths = ["--batch", str(len(self.query_lens)), "--q-len", str(self.query_lens[0])]
+        lengths += ["--kv", str(self.history[0])] * (self.role in READS_HISTORY)
+        words = ["--op", self.role, *(self.words or lengths)]
+        words += ["--heads", str(self.heads)] if self.heads else []
+        axes = [f"{name}={self.point[name]}" for name in _ELSEWHERE if name in self.point]
+        return words + [word for axis in axes for word in ("-a", axis)]
+
+
+def op_scenario(
+    op: str, batch: int | None, kv: int | None, q_len: int | None, heads: int | None
+) -> OpScenario:
+    """Return `batch` requests of `kv` cached and `q_len` new tokens; None is the default."""
+    requests = DEFAULT_BATCH if batch is None else batch
+    return OpScenario(
+        name=op,
+        base=op,
+        role=op,
+        query_lens=(DEFAULT_QUERY if q_len is None else q_len,) * requests,
+        history=(DEFAULT_HISTORY if kv is None else kv,) * requests,
+        heads=heads,
+    )
+
+
+def op_of_batch(op: str, batch: Scenario, heads: int | None) -> OpScenario:
+    """Return one op on the lengths of a batch spec, with `heads` instead of the scenario's if they are given.
+
+    Raises `UsageError` for a scenario that is no batch spec, or that has several layers.
+    """
+    if batch.batch_spec is None:
+        raise UsageError(
+            f"--op takes the lengths of batch specs, and scenario '{batch.name}' has none: give the op's own "
+            "with --batch, --kv and --q-len, or with --batch-spec."
+        )
+    if batch.layers > 1:
+        raise UsageError(
+            f"scenario '{batch.name}' has layers = {batch.layers}, and {op} is timed alone: leave one out."
+        )
+    shared = {name: getattr(batch, name) for name in _SHARED}
+    listed = isinstance(batch, Point)
+    return OpScenario(
+        name=f"{op} {batch.name}",
+        base=batch.name,
+        role=op,
+        words=("--batch-spec" if listed else "--scenario", batch.name),
+        heads=heads or batch.heads,
+        axes={name: values for name, values in batch.axes.items() if heads is None or name != "heads"},
+        **shared,
+    )
+
+
+def expand_ops(scenarios: Sequence[Point], config: MLAConfig, kinds: Mapping[str, str]) -> list[Point]:
+    """Replace each op with its roles in a layer of `config`, named after their shape; keep other scenarios.
+
+    `kinds`: role -> op. Raises `UsageError` for an op that is unknown or that this layer lacks.
+    """
+    expanded = [point for scenario in scenarios for point in scenario.expand(config, kinds)]
+    names = [scenario.name for scenario in expanded]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"'{twice}' would be measured twice: it is unaffected by the axes you vary.")
+    return expanded
+
+
+def roles_of(op: str, config: MLAConfig, kinds: Mapping[str, str], takes: str, what: str = "op") -> list[str]:
+    """Return the roles that the name of a role or an op stands for.
+
+    `takes`: start of the list of names in the `UsageError` for an unknown one, which is called `what`.
+    """
+    if op in kinds:
+        return [op]
+    roles = [role for role, kind in kinds.items() if kind == op]
+    if not roles and op in QUERY_LORA:
+        raise UsageError(
+            f"a layer of config '{config.name}' has no {op}, because it does not compress its queries: "
+            "choose a config that does, such as --config deepseek-r1."
+        )
+    if not roles:
+        known = list(dict.fromkeys([*OPS, *kinds]))
+        raise UsageError(f"unknown {what} '{op}'.{did_you_mean(op, known)} {takes}: {', '.join(known)}.")
+    return roles
+
+
+def _of_role(scenario: OpScenario, role: str, config: MLAConfig) -> OpScenario:
+    """Return the scenario for one role, without the values that do not affect it."""
+    history = scenario.history
+    if role not in READS_HISTORY and not scenario.batch_spec:
+        history = (DEFAULT_HISTORY,) * len(history)
+    point = _shape(scenario, role, config)
+    shown = {name: value for name, value in point.items() if (name, value) != ("q_len", DEFAULT_QUERY)}
+    base = f"{role} {scenario.base}" if scenario.batch_spec else role
+    return msgspec.structs.replace(
+        scenario,
+        role=role,
+        base=base,
+        history=history,
+        heads=scenario.heads if _has_heads(role, config) else None,
+        point=point,
+        name=" ".join([base, *(f"{name}={value}" for name, value in shown.items())]),
+    )
+
+
+def _shape(scenario: OpScenario, role: str, config: MLAConfig) -> dict[str, Value]:
+    """Return axis -> value for everything a role depends on, except the lengths of a batch spec."""
+    shape: dict[str, Value] = {}
+    if not scenario.batch_spec:
+        shape["batch"] = len(scenario.query_lens)
+        if role in READS_HISTORY:
+            shape["kv"] = scenario.history[0]
+        shape["q_len"] = scenario.query_lens[0]
+    if _has_heads(role, config):
+        shape["heads"] = scenario.heads or config.num_attention_heads
+    return shape | {name: scenario.point[name] for name in _ELSEWHERE if name in scenario.point}
+
+
+def _has_heads(role: str, config: MLAConfig) -> bool:
+    """Return whether a role's shape depends on the head count."""
+    return role not in ("q_a_layernorm", "write_latent") and not (role == "qkv_a_proj" and config.q_lora_rank)

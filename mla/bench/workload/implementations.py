@@ -31,11 +31,11 @@ class Named:
 
 def parse(text: str) -> list[Named]:
     """Read a comma-separated list; commas in brackets do not split it. Raises `UsageError`."""
-    found = [parse_one(part) for part in _split(text)]
-    named, count = Counter(found).most_common(1)[0] if found else (None, 0)
+    names = [parse_one(part) for part in _split(text)]
+    name, count = Counter(names).most_common(1)[0] if names else (None, 0)
     if count > 1:
-        raise UsageError(f"--implementations names '{named}' twice: it is measured once.")
-    return found
+        raise UsageError(f"--implementations names '{name}' twice: it is measured once.")
+    return names
 
 
 def parse_one(text: str) -> Named:

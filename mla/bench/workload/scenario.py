@@ -1,7 +1,8 @@
-"""A scenario: what is measured, and what lengths it can have."""
+"""A scenario: what is measured and its possible lengths; lengths, memory and durations as users type them."""
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 import msgspec
@@ -37,7 +38,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     heads: Positive | None = None  # overrides the config's: one tensor-parallel rank
     axes: dict[str, int | str | list[int | str]] = {}  # its own grid, see `mla.bench.workload.grid`
     layers: Layers = 1  # each with its own weights, run one after another: cold, as in a model
-    batch_spec: str | None = None  # what the lengths were read from, see `mla.bench.workload.batch_spec`
+    batch_spec: str | None = None  # what the lengths were read from, see `mla.bench.workload.grid`
 
     @property
     def steps(self) -> int:
@@ -84,3 +85,50 @@ def check_lengths(where: str, scenario: Scenario) -> None:
         raise UsageError(f"{where}: history must not be negative, got {min(scenario.history)}.")
     if max(scenario.final_lens) > MAX_COUNT:
         raise UsageError(f"{where}: no request may grow beyond {MAX_COUNT} tokens.")
+
+
+# -------------------------------------------------------------------------------- as users type them
+
+UNITS = {"": 1, "k": 2**10, "m": 2**20}
+
+
+def size(text: str) -> int:
+    """Return 4096 for "4k". Raises ValueError unless `text` is a length from 0 to `MAX_COUNT`."""
+    match = re.fullmatch(r"([0-9]{1,10})([km]?)", text.strip().lower())
+    value = int(match[1]) * UNITS[match[2]] if match else -1
+    if not 0 <= value <= MAX_COUNT:
+        raise ValueError(f"'{text}' is not a valid length: use a number such as 4096, 4k or 1m.")
+    return value
+
+
+_BYTES = {f"{prefix}ib": 2 ** (10 * power) for power, prefix in enumerate("kmgt", 1)}
+_BYTES |= {f"{prefix}b": 10 ** (3 * power) for power, prefix in enumerate("kmgt", 1)}
+
+
+def memory(text: str) -> int:
+    """Return the bytes of "80GiB" or "64 GB". Raises ValueError for anything else, and for 0."""
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?) ?([kmgt]i?b)", text.strip().lower())
+    value = int(float(match[1]) * _BYTES[match[2]]) if match else 0
+    if value < 1:
+        raise ValueError(f"'{text}' is not a valid amount of memory, such as 80GiB or 64GB")
+    return value
+
+
+MAX_SECONDS = 1e9  # 31 years: no clock of Python waits for much longer
+TIME_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
+
+
+def duration(text: str) -> float:
+    """Return the seconds of "90", "90s", "10m" or "1.5h". Raises ValueError for anything else, and for 0."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    seconds = float(match[1]) * TIME_UNITS[match[2]] if match else 0.0
+    if not 0 < seconds <= MAX_SECONDS:
+        raise ValueError(f"'{text}' is not a valid duration, such as 90s, 10m or 1.5h")
+    return seconds
+
+
+def spoken(seconds: float) -> str:
+    """Return a duration in the unit a reader would choose."""
+    if seconds < 120:
+        return f"{seconds:.0f} s" if seconds >= 1 or not seconds else f"{seconds:.1g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from mla.bench.workload.batch_spec import parse_batch_spec
+from mla.bench.workload.grid import parse_batch_spec
 from mla.bench.workload.scenario import MAX_REQUESTS, Scenario, check_lengths
 from mla.errors import UsageError, did_you_mean
 from mla_backends import outside
@@ -72,8 +72,9 @@ def read_workload(source: str) -> Workload:
         raise UsageError(f"workload '{source}': {_why(error)}; it needs [[scenario]] tables.") from error
     except (ValueError, RecursionError) as error:  # absurd numbers and nesting do not raise TOMLDecodeError
         raise UsageError(f"workload '{source}' is not valid TOML: {_why(error)}.") from error
-    tables = [one for table in document.scenario for one in _one_each(source, table)]
-    scenarios = [_scenario(source, table) for table in tables]
+    scenarios = [
+        _scenario(source, table) for given in document.scenario for table in _one_each(source, given)
+    ]
     names = [scenario.name for scenario in scenarios]
     if not names or len(set(names)) != len(names):
         raise UsageError(f"workload '{source}' needs at least one scenario, each with a unique name.")
@@ -83,8 +84,8 @@ def read_workload(source: str) -> Workload:
 
 def _beside(source: str, config: str) -> str:
     """Return the config that a file names; a path in it starts at the file's own folder."""
-    found = Path(source).parent / config
-    return str(found) if "/" in config or config.endswith(".json") or found.is_dir() else config
+    path = Path(source).parent / config
+    return str(path) if "/" in config or config.endswith(".json") or path.is_dir() else config
 
 
 def _one_each(source: str, table: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -151,7 +152,7 @@ def _check_keys(where: str, table: Mapping[str, Any]) -> None:
     for key in table:
         if key not in known:
             fixed = _FIXED_BY_SPEC if "batch_spec" in table else ()
-            free = [one for one in known if one not in fixed]
+            free = [name for name in known if name not in fixed]
             hint = did_you_mean(key, free)
             raise UsageError(f"{where}: unknown key {quoted(key)}.{hint} Choose from: {', '.join(free)}.")
     missing = [field.encode_name for field in fields if field.required and field.encode_name not in table]

@@ -96,7 +96,9 @@ def test_a_failure_that_does_not_repeat_keeps_what_the_layer_wrote(
 ) -> None:
     from faulty_backend import FaultyOp
 
-    monkeypatch.setattr(warmup, "MOST", 0)  # or a busy machine would warm up beyond the forward that is wrong
+    monkeypatch.setattr(
+        warmup, "MAX_EXTRA", 0
+    )  # or a busy machine would warm up beyond the forward that is wrong
     call = FaultyOp.__call__
     count = {"calls": 0}
 

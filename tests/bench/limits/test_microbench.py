@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,9 +12,8 @@ import pytest
 import torch
 
 import mla
-from mla.bench.limits import growth, microbench, ways
-from mla.bench.limits.microbench import Microbenchmark
-from mla.bench.limits.ways import Way
+from mla.bench.limits import microbench
+from mla.bench.limits.microbench import Microbenchmark, Way, grown, no_garbage_collection, per_call
 from mla.bench.results.schema import Ceiling
 from mla.reference import REFERENCE
 from mla_backends.testing import HostBackend
@@ -121,7 +122,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[Way], float]) ->
 def scripted(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
     found = [Way(name, lambda call: torch.ones(1)) for name in seconds]
     monkeypatch.setattr(microbench, "read_ways", lambda weight: found)
-    monkeypatch.setattr(microbench, "own_ways", lambda *where: [])
+    monkeypatch.setattr(Microbenchmark, "_own", lambda *where: [])
     counted(monkeypatch, lambda way: seconds[way.name])
 
 
@@ -140,7 +141,7 @@ def test_a_way_that_a_device_lacks_is_no_obstacle_and_all_of_them_are(
     def lacking(call: int) -> torch.Tensor:
         raise NotImplementedError("no such kernel")
 
-    monkeypatch.setattr(microbench, "own_ways", lambda *where: [])
+    monkeypatch.setattr(Microbenchmark, "_own", lambda *where: [])
     some = [Way("a", lacking), Way("b", lambda call: torch.ones(1))]
     monkeypatch.setattr(microbench, "read_ways", lambda weight: some)
     assert benchmark.read(1 << 20).source == "measured: b, 1 MiB"
@@ -154,7 +155,7 @@ def test_a_way_that_a_device_lacks_is_no_obstacle_and_all_of_them_are(
 def test_every_way_of_reading_reads_all_of_it(dtype: torch.dtype, place: int) -> None:
     """The largest number shows in the result of each way, wherever it is."""
     weight = torch.ones(32, microbench.FEATURES, dtype=dtype)
-    found = ways.read_ways(weight)
+    found = microbench.read_ways(weight)
     weight.view(-1)[place] = 1e12
     if dtype == torch.bfloat16:  # read in pairs as float32, whose leading half is the second
         weight.view(-1)[place : place + 2 or None] = 1e12
@@ -175,8 +176,8 @@ def test_every_route_to_a_product_is_timed(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_widened_operands_give_the_same_product() -> None:
-    x, weight = (ways.random_rows(rows, 48, torch.bfloat16, CPU) for rows in (8, 24))
-    plain, wide = (way.call(0) for way in ways.product_ways(x, weight))
+    x, weight = (microbench.random_rows(rows, 48, torch.bfloat16, CPU) for rows in (8, 24))
+    plain, wide = (way.call(0) for way in microbench.product_ways(x, weight))
     assert wide.dtype == torch.float32
     assert torch.allclose(wide, x.double().mm(weight.double().t()).float(), rtol=1e-4, atol=1e-4)
     assert torch.allclose(plain.float(), wide, rtol=2e-2, atol=2e-2)
@@ -206,9 +207,9 @@ def test_a_limit_that_only_our_own_op_reaches_says_so(
 @pytest.mark.parametrize("shape", [(1, 2048, 16), (3, 64, 40), (32, 128, 128)])
 def test_an_op_that_is_right_counts(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     tokens, inputs, outputs = shape
-    weight = ways.random_rows(outputs, inputs, dtype, CPU)
-    (way,) = ways.own_ways(HostBackend(ops={"mine": Linear()}), "auto", weight, tokens)
+    weight = microbench.random_rows(outputs, inputs, dtype, CPU)
     benchmark = with_op(Linear(), dtype)
+    (way,) = benchmark._own(weight, tokens, "a product")
     for calls in (1, 2, 7, 14):
         assert benchmark._region(way, calls) > 0
 
@@ -226,9 +227,9 @@ def test_an_op_whose_product_is_wrong_never_counts(
 ) -> None:
     if op is HalfTheRows and tokens == 1:
         op = Ones
-    monkeypatch.setattr(growth, "REPEATS", 12)
-    monkeypatch.setattr(growth, "MOST_SECONDS", 60.0)
-    monkeypatch.setattr(ways, "SPARE_ROWS", 1)  # operands come back to their addresses soon
+    monkeypatch.setattr(microbench, "REPEATS", 12)
+    monkeypatch.setattr(microbench, "MAX_REPEAT_S", 60.0)
+    monkeypatch.setattr(microbench, "SPARE_ROWS", 1)  # operands come back to their addresses soon
     monkeypatch.setattr(microbench, "_SAID", set())
     one = op()
     found = with_op(one).product(tokens, 256, 128) if tokens > 1 else with_op(one).read(1 << 19)
@@ -241,7 +242,7 @@ def test_an_op_whose_product_is_wrong_never_counts(
 def test_an_op_that_returns_at_once_does_not_make_the_squares_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong from 1024 rows on; and even one whose time counts would not."""
     monkeypatch.setattr(microbench, "SIDES", (2, 4, 8, 16))
-    times = {2: microbench.LONG / 2, 4: 2 * microbench.LONG, 8: 1.0}
+    times = {2: microbench.LONG_PRODUCT_S / 2, 4: 2 * microbench.LONG_PRODUCT_S, 8: 1.0}
     sides: Iterator[int] = iter(times)
     side = [0]
 
@@ -252,7 +253,7 @@ def test_an_op_that_returns_at_once_does_not_make_the_squares_go_on(monkeypatch:
 
     counted(monkeypatch, seconds)
     found = list(with_op(Linear()).squares())
-    assert [one.ours for one in found] == [True, True]
+    assert [ceiling.ours for ceiling in found] == [True, True]
 
 
 def test_a_square_that_was_slow_is_left_out_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +318,7 @@ def test_a_region_ends_when_its_last_result_can_be_read(monkeypatch: pytest.Monk
             torch.Tensor, "to", lambda self, where: read.append((self.shape, where)) or to(self, where)
         )
         for written in (torch.ones(3, 4), torch.tensor(1.0)):
-            ways.wait(written)
+            microbench.wait(written)
     assert read == [(torch.Size([]), "cpu")] * 2
 
 
@@ -343,18 +344,17 @@ def test_a_wait_that_always_costs_the_same_lowers_no_ceiling(
     wait: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ticking = Ticking(each=1e-4, wait=wait)
-    for module in (growth, microbench):
-        monkeypatch.setattr(module, "now_ns", ticking.now_ns)
+    monkeypatch.setattr(microbench, "now_ns", ticking.now_ns)
     monkeypatch.setattr(microbench, "wait", ticking.wait)
     monkeypatch.setattr(microbench, "read_ways", lambda weight: [Way("x", ticking.call)])
-    monkeypatch.setattr(microbench, "own_ways", lambda *where: [])
+    monkeypatch.setattr(Microbenchmark, "_own", lambda *where: [])
     found = Microbenchmark(HostBackend(), CPU, torch.float32).read(1 << 20)
     assert found.value == pytest.approx((1 << 20) / 1e-4, rel=0.01)
 
 
 def test_what_is_compared_after_a_region_cannot_be_known_before() -> None:
-    weight = ways.random_rows(64, 32, torch.float32, CPU)
-    (way,) = ways.own_ways(HostBackend(ops={"mine": Linear()}), "auto", weight, 8)
+    weight = microbench.random_rows(64, 32, torch.float32, CPU)
+    (way,) = with_op(Linear())._own(weight, 8, "a product")
     state = random.getstate()
     starts = []
     for _ in range(2):
@@ -362,3 +362,78 @@ def test_what_is_compared_after_a_region_cannot_be_known_before() -> None:
         way.prepare(8)
         starts.append(list(way.prepare.__self__._starts))  # type: ignore[attr-defined]
     assert starts[0] != starts[1]
+
+
+# -------------------------------------------------------------------------------- seconds per call
+
+
+@pytest.mark.parametrize("constant", [0.0, 1e-4, 3e-3, 9e-3])
+@pytest.mark.parametrize("each", [1e-5, 3e-4, 5e-2])
+def test_what_a_region_costs_whatever_it_holds_drops_out(constant: float, each: float) -> None:
+    assert per_call(lambda calls: constant + calls * each) == pytest.approx(each, rel=1e-6)
+
+
+def test_one_quiet_repetition_of_each_region_is_enough() -> None:
+    noise = itertools.cycle([0.7, 0.0, 0.3, 0.0, 0.9])
+    assert per_call(lambda calls: calls * 1e-3 + next(noise) * 1e-3) == pytest.approx(1e-3, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("short", "long", "least", "most"),
+    [
+        (1.0, 2.0, 1.0, 1.0),
+        (2.0, 3.0, 1.0, 1.0),  # a constant cost as large as the work
+        (1.9, 2.0, 1.0, 1.0),  # the shorter ones alone were disturbed
+        (5.0, 2.0, 0.5, 1.0),  # nothing but noise: not negative
+        (2.0, 2.0, 0.5, 1.0),
+        (1.0, 9.0, 1.0, 1.0),  # noise in the longer one: the shorter one alone is a bound
+    ],
+)
+def test_noise_makes_no_result_absurd(short: float, long: float, least: float, most: float) -> None:
+    assert least <= grown(short, long, 1) <= most
+    assert grown(7 * short, 7 * long, 7) == pytest.approx(grown(short, long, 1))
+
+
+def test_a_call_of_seconds_is_made_twice() -> None:
+    asked: list[int] = []
+
+    def region(calls: int) -> float:
+        asked.append(calls)
+        return 9.0 / len(asked)
+
+    assert per_call(region) == 4.5
+    assert asked == [1, 1]
+
+
+def asked(each: float = 1e-3, **limits: float) -> list[int]:
+    """Return the calls of every region that was asked for."""
+    calls_of_regions: list[int] = []
+
+    def region(calls: int) -> float:
+        calls_of_regions.append(calls)
+        return calls * each
+
+    per_call(region, **limits)  # type: ignore[arg-type]
+    return calls_of_regions
+
+
+def test_no_region_has_more_calls_than_there_are_outputs_for() -> None:
+    for most in range(2, 40):
+        assert max(asked(1e-9, max_calls=most)) <= most
+
+
+def test_a_way_that_cannot_win_is_not_repeated() -> None:
+    counts = [len(asked(enough=enough)) for enough in (2.0, 1e-6)]
+    assert counts[1] < counts[0]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_off_as_it_is_while_forwards_are_timed(enabled: bool) -> None:
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with no_garbage_collection():
+            assert not gc.isenabled()
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()

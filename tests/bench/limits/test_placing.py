@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mla.bench import results
-from mla.bench.limits.placing import implausible, limits, merged, place, place_case
+from mla.bench.limits.roofline import implausible, limits, merged, place, place_case
 from mla.bench.results.schema import Ceiling, Cost, RankFacts, Roofline, Spread, Stage
 
 READ = Ceiling(work="read", value=1e9, source="measured: x", footprint_bytes=8 << 20, lowest=1e9)

@@ -10,10 +10,9 @@ import torch
 
 import mla
 from mla.bench import results
-from mla.bench.limits import growth, microbench, roofline
+from mla.bench.limits import microbench, roofline
 from mla.bench.limits.microbench import Microbenchmark
-from mla.bench.limits.placing import GRAIN, MOST_BYTES, limits
-from mla.bench.limits.roofline import MOST_TIMES, TIMES, RooflineModel
+from mla.bench.limits.roofline import GRAIN, MAX_READ_BYTES, MAX_TIMES, TIMES, RooflineModel, limits
 from mla.bench.results.schema import Ceiling
 from mla.bench.subjects.setting import Setting
 from mla_backends.api import DeviceInfo, Peak
@@ -23,7 +22,7 @@ from mla_backends.api import DeviceInfo, Peak
 def setting(monkeypatch: pytest.MonkeyPatch) -> Setting:
     monkeypatch.setattr(roofline, "_MEASURED", {})
     monkeypatch.setattr(microbench, "SIDES", (64, 128))
-    monkeypatch.setattr(growth, "SECONDS", 0.0)
+    monkeypatch.setattr(microbench, "REPEAT_S", 0.0)
     backend = mla.load_backend("cpu")
     return Setting(mla.MLAConfig.preset("deepseek-v2-lite"), backend, torch.bfloat16, "auto", 64, 0)
 
@@ -80,7 +79,7 @@ def test_a_footprint_is_at_most_an_eighth_smaller_than_what_is_asked_for(
     setting: Setting, script: Scripted, count: int
 ) -> None:
     RooflineModel(setting).bandwidth(count)
-    wanted = max(GRAIN, min(count, MOST_BYTES))  # a long context is not made twice
+    wanted = max(GRAIN, min(count, MAX_READ_BYTES))  # a long context is not made twice
     assert wanted * 7 / 8 < script.asked[0] <= wanted
     assert script.asked[0] % GRAIN == 0
 
@@ -207,9 +206,9 @@ def test_a_limit_is_measured_twice_and_a_few_times_at_most_if_there_is_time(
         found.again(100.0)
     assert script.asked.count("square") == script.asked.count(8 << 20) == TIMES
     for _ in range(20):
-        found.again(100.0, MOST_TIMES, anew=True)
-    assert script.asked.count("square") == MOST_TIMES
-    assert script.anew[2 * TIMES :] == [True] * (2 * (MOST_TIMES - TIMES))
+        found.again(100.0, MAX_TIMES, anew=True)
+    assert script.asked.count("square") == MAX_TIMES
+    assert script.anew[2 * TIMES :] == [True] * (2 * (MAX_TIMES - TIMES))
 
 
 def test_what_fails_when_measured_again_stands(setting: Setting, script: Scripted) -> None:

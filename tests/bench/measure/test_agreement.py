@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers_peer import needs_transformers
 
-from mla.bench.measure import summary as agreement
+from mla.bench.measure import samples as agreement
 from mla.bench.measure.samples import TransientBytes
 
 MIB = 1 << 20

@@ -8,8 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from mla.bench.measure import setup as cold_cache
-from mla.bench.measure.setup import FALLBACK, LEAST, MOST, CacheFlush, sweep
+from mla.bench.measure import passes as cold_cache
+from mla.bench.measure.passes import (
+    FALLBACK_BYTES,
+    MAX_FLUSH_BYTES,
+    MIN_FLUSH_BYTES,
+    CacheFlush,
+    sweep,
+)
 from mla_backends.testing import HostBackend
 
 MIB = 1 << 20
@@ -27,18 +33,18 @@ class Card(HostBackend):
     ("declared", "flushed", "reason"),
     [
         (48 * MIB, 96 * MIB, "for a last-level cache of 48 MiB"),
-        (6 * MIB, LEAST, "for a last-level cache of 6 MiB"),
-        (MIB, LEAST, "for a last-level cache of 1 MiB"),
-        (None, FALLBACK, "for a last-level cache of unknown size"),
+        (6 * MIB, MIN_FLUSH_BYTES, "for a last-level cache of 6 MiB"),
+        (MIB, MIN_FLUSH_BYTES, "for a last-level cache of 1 MiB"),
+        (None, FALLBACK_BYTES, "for a last-level cache of unknown size"),
         (
             300 * MIB,
-            MOST,
+            MAX_FLUSH_BYTES,
             "for a last-level cache of 300 MiB: less than twice its size, so that some of it may stay warm",
         ),
-        (256 * MIB, MOST, "for a last-level cache of 256 MiB"),
-        (4096, FALLBACK, "as 4096 bytes cannot be the last-level cache that was declared"),
-        (0, FALLBACK, "as 0 bytes cannot be the last-level cache that was declared"),
-        (MIB - 1, FALLBACK, "as 1048575 bytes cannot be the last-level cache that was declared"),
+        (256 * MIB, MAX_FLUSH_BYTES, "for a last-level cache of 256 MiB"),
+        (4096, FALLBACK_BYTES, "as 4096 bytes cannot be the last-level cache that was declared"),
+        (0, FALLBACK_BYTES, "as 0 bytes cannot be the last-level cache that was declared"),
+        (MIB - 1, FALLBACK_BYTES, "as 1048575 bytes cannot be the last-level cache that was declared"),
     ],
 )
 def test_twice_the_cache_within_bounds_and_a_tiny_one_is_not_believed(
@@ -56,7 +62,7 @@ def test_twice_the_cache_within_bounds_and_a_tiny_one_is_not_believed(
         (2 * MIB, 96 * MIB, 192 * MIB, f"for a last-level cache of 96 MiB{AGAINST} 2 MiB"),
         (None, 96 * MIB, 192 * MIB, "for a last-level cache of 96 MiB"),
         (64 * MIB, None, 128 * MIB, "for a last-level cache of 64 MiB"),
-        (4096, None, FALLBACK, "as 4096 bytes cannot be the last-level cache that was declared"),
+        (4096, None, FALLBACK_BYTES, "as 4096 bytes cannot be the last-level cache that was declared"),
     ],
 )
 def test_on_the_host_its_own_caches_are_known_better(

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 from engine_bench import CHECKED, DECODE, Bench, MakeBench, Parrot
 
-from mla.bench.measure import evidence, new_lengths, passes
-from mla.bench.measure.hooks import Hooks
+from mla.bench.measure import evidence, passes
+from mla.bench.measure.engine import Hooks
 from mla.bench.measure.passes import PassRunner
 from mla.bench.measure.variants import HEADLINE, Steps, Variant, Variants
 from mla.bench.subjects.inputs import Inputs
@@ -280,10 +280,10 @@ def test_new_lengths_are_left_out_where_time_is_short(
     decode: Bench, monkeypatch: pytest.MonkeyPatch, short: bool
 ) -> None:
     begun: list[str] = []
-    measure = new_lengths.measure
+    measure = evidence.on_new_lengths
     monkeypatch.setattr(
-        new_lengths,
-        "measure",
+        evidence,
+        "on_new_lengths",
         lambda one, *given, **named: (begun.append(one.name), measure(one, *given, **named))[1],
     )
     hooks = Hooks(should_stop=lambda seconds, what: what if short and what == "new lengths" else "")
@@ -383,7 +383,7 @@ def test_long_forwards_do_without_one_that_reloads_the_caches(
     make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fastest forward of the warm-up takes a millisecond."""
-    monkeypatch.setattr(passes, "LONG", 1.0)
+    monkeypatch.setattr(passes, "LONG_MS", 1.0)
     bench = make_bench(msgspec.structs.replace(DECODE, warmups=1))
     bench.measure(bench.parrot("a"))
     for words in bench.timed():

@@ -61,7 +61,7 @@ def test_nothing_of_the_backend_is_called_between_a_flush_and_the_clock(
     def flush(self: object) -> None:
         decode.log.append(("", "flush"))
 
-    monkeypatch.setattr("mla.bench.measure.setup.CacheFlush.__call__", flush)
+    monkeypatch.setattr("mla.bench.measure.passes.CacheFlush.__call__", flush)
     decode.measure(decode.parrot("a"), variants=COLD)
     words = [what for _, what in decode.log]
     places = [place for place, what in enumerate(words) if what == "flush"]
@@ -117,7 +117,7 @@ def flushes(monkeypatch: pytest.MonkeyPatch) -> None:
     def flush(self: object) -> None:
         Spoilt.flushed = True
 
-    monkeypatch.setattr("mla.bench.measure.setup.CacheFlush.__call__", flush)
+    monkeypatch.setattr("mla.bench.measure.passes.CacheFlush.__call__", flush)
 
 
 @pytest.mark.usefixtures("flushes")

@@ -19,7 +19,7 @@ from mla.bench.measure.samples import Samples
 from mla.bench.measure.variants import HEADLINE, Steps
 from mla.bench.subjects.base import LayerChecker
 from mla.bench.subjects.inputs import Inputs, expected_outputs, expected_plain, make_inputs
-from mla.bench.subjects.layer import MlaLayer, MlaStack
+from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
 from mla.verify.verdict import Check
@@ -188,8 +188,7 @@ def make(tiny: Callable[..., MLAConfig]) -> Any:
         backend = mla.load_backend("cpu", threads=1)
         setting = Setting(config, backend, dtype, "auto", 16, 0, layers=scenario.layers)
         state, inputs = random_state_dict(config, 0, dtype), make_inputs(config, scenario, 0, dtype)
-        kind = MlaStack if scenario.layers > 1 else MlaLayer
-        one = kind(setting, state, "mla-reference", "reference")
+        one = MlaLayer(setting, state, "mla-reference", "reference")
         one.load(scenario, inputs)
         expected, oracle = (
             expected_outputs(config, state, scenario, inputs),

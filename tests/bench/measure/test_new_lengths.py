@@ -12,8 +12,8 @@ import torch
 from op_bench import WrappedOp
 
 from mla import MLAConfig
-from mla.bench.measure import new_lengths
-from mla.bench.measure.new_lengths import TUPLES, LayerBench, Lengths, measure
+from mla.bench.measure import evidence
+from mla.bench.measure.evidence import TUPLES, LayerBench, Lengths, new_lengths, on_new_lengths
 from mla.bench.results.schema import NewLengths
 from mla.bench.subjects.fixture import LayerFixture
 from mla.bench.subjects.layer import MlaLayer
@@ -118,9 +118,9 @@ def time() -> Time:
 
 @pytest.fixture(autouse=True)
 def _seen_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(new_lengths, "_seen", set())
+    monkeypatch.setattr(evidence, "_seen", set())
     # One run in a hundred would draw lengths of which half have sums that were there before.
-    monkeypatch.setattr(new_lengths, "_random", random.Random(1))
+    monkeypatch.setattr(evidence, "_random", random.Random(1))
 
 
 def attention(time: Time, make: Callable[..., Op] = Op, *words: Any) -> list[Op]:
@@ -129,7 +129,7 @@ def attention(time: Time, make: Callable[..., Op] = Op, *words: Any) -> list[Op]
 
 def measured(loaded: Loaded, time: Time) -> NewLengths:
     assert loaded.run(1).status == "ok"
-    found, doubt = measure(loaded.one, loaded.scenario, loaded.checker, time)
+    found, doubt = on_new_lengths(loaded.one, loaded.scenario, loaded.checker, time)
     assert doubt == ""
     assert found is not None
     return found
@@ -186,7 +186,7 @@ def test_what_is_cached_and_kept_stays_as_it_was(
     loaded.run(1)
     loaded.one.restore(2)
     pages, scratch = loaded.one.cache.pages.clone(), loaded.one.facts().scratch_bytes
-    found, doubt = measure(loaded.one, scenario, loaded.checker, time)
+    found, doubt = on_new_lengths(loaded.one, scenario, loaded.checker, time)
     assert doubt == ""
     assert found is not None
     assert found.ms == (2 if found.ms > 1 else 1) * 1, "per layer"
@@ -209,7 +209,7 @@ def test_lengths_are_new_and_no_longer_than_planned(
     found: list[Lengths] = []
     for _ in range(2):
         first.planned.clear()
-        measure(loaded.one, scenario, now=time)
+        on_new_lengths(loaded.one, scenario, now=time)
         new = [lengths for lengths in first.planned if lengths not in before]
         assert new == [lengths for lengths in dict.fromkeys(new) for _ in range(3)]
         found += dict.fromkeys(new)
@@ -234,7 +234,7 @@ class Idle(Op):
 def test_outputs_on_new_lengths_are_judged(tiny: Callable[..., MLAConfig], time: Time, name: str) -> None:
     loaded = Loaded(tiny(), SCENARIOS[name], *attention(time, Idle))
     loaded.run(1)
-    doubt = measure(loaded.one, loaded.scenario, loaded.checker, time).doubt
+    doubt = on_new_lengths(loaded.one, loaded.scenario, loaded.checker, time).doubt
     assert doubt.startswith("outputs on lengths that nothing had seen are wrong: ")
 
 
@@ -243,8 +243,8 @@ def test_a_part_of_a_layer_over_ranks_keeps_no_outputs(tiny: Callable[..., MLACo
     loaded.run(1)
     for judged in (True, False):
         bench = LayerBench(loaded.one, time, judged)
-        for lengths in new_lengths.new_lengths(loaded.one, DECODE):
-            bench.run(lengths, [new_lengths.Times()], lambda: None)
+        for lengths in new_lengths(loaded.one, DECODE):
+            bench.run(lengths, 1, lambda: None)
         assert bool(bench.doubt(loaded.checker)) == judged
 
 
@@ -257,7 +257,7 @@ def test_a_scenario_without_room_says_nothing(
 ) -> None:
     scenario = Scenario(name="n", mode=mode, query_lens=tuple(query_lens), history=tuple(history), runs=2)
     loaded = Loaded(tiny(), scenario)
-    assert measure(loaded.one, scenario, loaded.checker, time) == (None, "")
+    assert on_new_lengths(loaded.one, scenario, loaded.checker, time) == (None, "")
     assert loaded.run(1).status == "ok"
 
 
@@ -271,7 +271,7 @@ class Even(Op):
 
     def prepare(self, spec: Any, batch: Any) -> Any:
         if self.late and any(kv_len % 2 for kv_len in batch.kv_lens):
-            raise new_lengths.BackendError("it takes even lengths.")
+            raise evidence.BackendError("it takes even lengths.")
         return super().prepare(spec, batch)
 
 
@@ -283,7 +283,7 @@ def test_lengths_that_an_op_refuses_are_left_out(
     scenario = Scenario(name="e", mode="prefill", query_lens=(2,), history=(30,), runs=2, passes=2)
     op = Even("latent_attention", time)
     loaded = Loaded(tiny(), scenario, op, attention="absorbed")
-    found, _ = measure(loaded.one, scenario, loaded.checker, time)
+    found, _ = on_new_lengths(loaded.one, scenario, loaded.checker, time)
     assert found is not None
     assert 0 < found.forwards <= TUPLES
     assert all(kv_len % 2 == 0 for lengths in op.planned for kv_len in lengths.kv_lens)
@@ -298,7 +298,7 @@ def test_a_slow_layer_runs_fewer(tiny: Callable[..., MLAConfig], time: Time) -> 
         next(beats)
         time.spend(600)
 
-    found, _ = measure(loaded.one, DECODE, None, time, beat)
+    found, _ = on_new_lengths(loaded.one, DECODE, None, time, beat)
     assert found is not None
     assert found.forwards == 2  # the second ends after 3.6 of 2 seconds
     assert next(beats) == 6
@@ -308,6 +308,6 @@ def test_paths_stay_those_of_the_scenario(tiny: Callable[..., MLAConfig]) -> Non
     """A request at the border of two paths: fewer keys, or fewer tokens, would be expanded."""
     loaded = Loaded(tiny(), PREFILL)
     one, scenario = loaded.one, PREFILL
-    planned = new_lengths._paths(one, Lengths(scenario.query_lens, scenario.kv_lens(0)))
-    for lengths in new_lengths.new_lengths(one, scenario):
-        assert new_lengths._paths(one, lengths) == planned
+    planned = evidence._paths(one, Lengths(scenario.query_lens, scenario.kv_lens(0)))
+    for lengths in new_lengths(one, scenario):
+        assert evidence._paths(one, lengths) == planned

@@ -12,9 +12,9 @@ import msgspec
 import pytest
 from engine_bench import DECODE, PREFILL, Bench, MakeBench, Parrot
 
-from mla.bench.measure.hooks import Hooks, Shorter
+from mla.bench.measure.engine import Hooks, Shorter
 from mla.bench.measure.samples import Measurement
-from mla.bench.measure.target import CHEAP, FEWEST, MOST, NO_TIME, SECONDS, Target, Timetable
+from mla.bench.measure.target import CHEAP_S, MAX_S, MIN_PASSES, NO_TIME, TARGET_S, Target, Timetable
 from mla.bench.measure.variants import EXTRA_PASSES, HEADLINE, Steps, Variant, Variants
 from mla.bench.plan import yardstick
 from mla.bench.workload.scenario import Scenario
@@ -114,7 +114,7 @@ def test_variants_go_first_then_the_passes_of_others_and_then_those_of_the_first
     assert not (shrunk and (ran.cold or ran.other_cold)), "a variant was timed for want of passes"
     if len(ran.first) < 12:
         assert shrunk, "the first implementation lost passes before the other"
-    assert len(ran.first) >= FEWEST
+    assert len(ran.first) >= MIN_PASSES
     assert set(ran.first) == {4}, "passes are whole"
     if not ran.cold:
         assert ran.cold_reason == NO_TIME
@@ -131,7 +131,7 @@ def test_no_variant_begins_that_does_not_fit_beside_the_others(make_bench: MakeB
 
 
 class Runner(SimpleNamespace):
-    """What a timetable reads of a runner, as a key."""
+    """What a timetable reads of a runner."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]
     __eq__ = object.__eq__
@@ -139,10 +139,9 @@ class Runner(SimpleNamespace):
 
 def test_the_evidence_of_a_variant_has_time_of_its_own() -> None:
     times = Timetable(Target(1000.0, clock=lambda: 0.0), False, False, "first", lambda runner: True)
-    headline: Any
-    cold: Any
-    headline, cold = (Runner(steps=Steps(range(20), range(20), 0), passes=[]) for _ in range(2))
-    times.each[headline], times.taken[cold] = 1.0, [40.0]
+    steps = Steps(range(20), range(20), 0)
+    headline: Any = Runner(steps=steps, passes=[], forward_s=1.0, seconds=[])
+    cold: Any = Runner(steps=steps, passes=[], forward_s=0.0, seconds=[40.0])
     times.headlines.append(headline)
     before = times.spare()
     times.variants.append(cold)
@@ -150,7 +149,7 @@ def test_the_evidence_of_a_variant_has_time_of_its_own() -> None:
 
 
 def test_a_first_forward_that_compiles_for_long_leaves_what_costs_little(make_bench: MakeBench) -> None:
-    ran = run(make_bench(LONG), SECONDS, MOST, script=lambda number: 0.001 if number else 40.0)
+    ran = run(make_bench(LONG), TARGET_S, MAX_S, script=lambda number: 0.001 if number else 40.0)
     assert (ran.first, ran.cold) == ([4] * 12, [4] * EXTRA_PASSES)
     assert (ran.other, ran.other_cold) == (ran.first, ran.cold)
     assert (ran.due, ran.said) == ([None, None], [])
@@ -179,8 +178,8 @@ def test_every_step_of_shrinking_is_met(make_bench: MakeBench) -> None:
 def test_a_prefill_keeps_the_forwards_of_its_headline(make_bench: MakeBench) -> None:
     ran = run(make_bench(SHORT), 0.0)
     assert ran.first == [2] * 10
-    assert len(ran.other) == FEWEST
-    assert ran.due == [None, FEWEST]
+    assert len(ran.other) == MIN_PASSES
+    assert ran.due == [None, MIN_PASSES]
 
 
 def test_passes_of_the_first_that_ran_without_the_other_are_counted(make_bench: MakeBench) -> None:
@@ -195,7 +194,7 @@ def test_passes_of_the_first_that_ran_without_the_other_are_counted(make_bench: 
 
 
 def test_a_yardstick_that_runs_alone_is_not_taken_for_the_first(make_bench: MakeBench) -> None:
-    for name, passes in (("other", FEWEST), ("first", SHORT.passes)):
+    for name, passes in (("other", MIN_PASSES), ("first", SHORT.passes)):
         found = measured(make_bench(SHORT), name, seconds=0.0)
         assert len(found[name].passes) == passes
 
@@ -245,21 +244,21 @@ def test_an_oracle_leaves_half_of_the_time(make_bench: MakeBench) -> None:
     def clock() -> float:
         return now
 
-    target = Target(SECONDS, MOST, clock=clock)
+    target = Target(TARGET_S, MAX_S, clock=clock)
     now = 3.0
     target.prepared()
-    assert (target.spare(), target.left()) == (SECONDS - 3.0, MOST - 3.0)
+    assert (target.spare(), target.left()) == (TARGET_S - 3.0, MAX_S - 3.0)
     target.checked()
-    assert (target.spare(), target.left()) == (SECONDS - 3.0, MOST - 3.0)
+    assert (target.spare(), target.left()) == (TARGET_S - 3.0, MAX_S - 3.0)
     now = 1000.0
     target.prepared()
-    assert (target.spare(), target.left()) == (SECONDS / 2, MOST - 1000.0)
+    assert (target.spare(), target.left()) == (TARGET_S / 2, MAX_S - 1000.0)
     target.checked()
-    assert (target.spare(), target.left()) == (SECONDS / 2, MOST / 2)
+    assert (target.spare(), target.left()) == (TARGET_S / 2, MAX_S / 2)
     for after, late in ((target.begun, 2000.0), (target.checked, 3000.0)):
         now = late
         after()
-        assert target.spare() == CHEAP
+        assert target.spare() == CHEAP_S
 
 
 def test_by_default_there_is_no_limit(decode: Bench) -> None:

@@ -7,7 +7,7 @@ from itertools import chain, count, repeat
 
 import pytest
 
-from mla.bench.measure.passes import FEWEST, MOST, SECONDS, WINDOW, WarmupResult, settled, warm_up
+from mla.bench.measure.passes import MAX_EXTRA, MIN_WARMUPS, WARMUP_S, WINDOW, WarmupResult, settled, warm_up
 
 
 class Script:
@@ -68,14 +68,14 @@ def test_what_never_settles_ends_at_the_limit() -> None:
     assert Script([1.1**i for i in range(40)] * 10).warm_up(5).settled is False
     alternating = ([1.0] * WINDOW + [2.0] * WINDOW) * 100
     changing = [1.0 + 0.5 * i for i in range(15)]
-    assert Script(changing * 20 + alternating).warm_up(3).forwards <= 3 + MOST
+    assert Script(changing * 20 + alternating).warm_up(3).forwards <= 3 + MAX_EXTRA
 
 
 def test_a_hang_ends_the_warm_up_as_soon_as_a_few_were_run() -> None:
-    hang = 1e3 * SECONDS
+    hang = 1e3 * WARMUP_S
     growing = [1.2**i for i in range(8)]
-    assert Script([1.0, hang, *growing]).warm_up(4) == WarmupResult(FEWEST, False)
-    assert Script([hang, hang, *growing]).warm_up(1) == WarmupResult(FEWEST, True)
+    assert Script([1.0, hang, *growing]).warm_up(4) == WarmupResult(MIN_WARMUPS, False)
+    assert Script([hang, hang, *growing]).warm_up(1) == WarmupResult(MIN_WARMUPS, True)
     assert Script([*growing, hang, 1e5]).warm_up(4) == WarmupResult(9, False)
 
 
@@ -87,16 +87,16 @@ def test_a_first_forward_that_compiles_ends_no_warm_up_and_is_no_measure() -> No
 
 def test_a_count_that_was_asked_for_is_run_whatever_it_takes() -> None:
     slow = [3000.0 - 200 * i for i in range(12)]
-    assert Script(slow).warm_up(10).forwards == FEWEST
+    assert Script(slow).warm_up(10).forwards == MIN_WARMUPS
     assert Script(slow).warm_up(10, must=10) == WarmupResult(10, False)
     assert Script([3000.0] * 12).warm_up(10, must=10) == WarmupResult(10, True)
 
 
 def test_long_forwards_have_fewer_and_shorter_windows() -> None:
     """Ten of them would take ten seconds; what the first one loads does not count."""
-    assert Script([1500.0, 2000.0]).warm_up(10) == WarmupResult(FEWEST, False)
+    assert Script([1500.0, 2000.0]).warm_up(10) == WarmupResult(MIN_WARMUPS, False)
     few = Script([2500.0] + [2000.0] * 20).warm_up(10)
-    assert (few, few.ms) == (WarmupResult(FEWEST, None), 2000.0)
+    assert (few, few.ms) == (WarmupResult(MIN_WARMUPS, None), 2000.0)
     assert Script([1200.0] + [1000.0] * 20).warm_up(10) == WarmupResult(3, True)
     assert Script([700.0, 950.0, 1050.0]).warm_up(10) == WarmupResult(3, False)
     assert Script([280.0] * 20).warm_up(10) == WarmupResult(9, True)

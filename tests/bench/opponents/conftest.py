@@ -15,6 +15,7 @@ from opponents.base import CONFIG, Opponent
 
 from mla.bench import results
 from mla.bench.cli.main import main
+from mla.bench.run import scenario_run
 
 WORKLOAD = """
 [[scenario]]
@@ -86,6 +87,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _limits_soon(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure limits twice and no more, except where they are looked at."""
+    if request.path.name != "test_limits.py":
+        monkeypatch.setattr(scenario_run, "LIMITS_AGAIN_S", 0.0)
 
 
 @pytest.fixture

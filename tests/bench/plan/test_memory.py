@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import mla
-from mla.bench.measure.setup import sweep
+from mla.bench.measure.passes import sweep
 from mla.bench.plan import memory, request
 from mla.bench.plan.request import plan_scenarios
 from mla.bench.subjects import base as shelf

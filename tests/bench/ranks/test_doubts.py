@@ -11,7 +11,7 @@ from ranks_of_a_run import BOUND, Start
 from tiny_run import write_tiny_run
 
 from mla.bench import results
-from mla.bench.measure.new_lengths import TUPLES
+from mla.bench.measure.evidence import TUPLES
 
 # Few requests have few turns, and so many forwards come back to all of them.
 PROMPT = """

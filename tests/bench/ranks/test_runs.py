@@ -60,7 +60,7 @@ def test_a_run_is_resumed_by_another_launcher_and_by_no_other_layout(start: Star
 
 def test_a_run_whose_time_is_over_is_cut_alike_on_all_ranks(start: Start) -> None:
     """The clock of rank 0 decides: others run what they are told."""
-    over = {f"mla.bench.run.scheduler.{name}": 0.0 for name in ("SECONDS", "MOST")}
+    over = {f"mla.bench.run.scheduler.{name}": 0.0 for name in ("TARGET_S", "MAX_S")}
     found = run(start, "--parallel", "tp=2", "-o", "run.json", constants=over)
     for case in found.cases:
         assert (case.passes, case.check.status) == (1, "ok")

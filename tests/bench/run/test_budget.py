@@ -19,7 +19,7 @@ from mla.bench.run.steering import HANG_AFTER, Steering
 from mla.bench.run.watchdog import OVER_BUDGET, Budget
 from mla.bench.subjects.fixture import LayerFixture
 from mla.bench.subjects.layer import MlaLayer
-from mla.bench.workload.quantities import duration, spoken
+from mla.bench.workload.scenario import duration, spoken
 
 Bench = Callable[..., Any]
 
@@ -196,6 +196,15 @@ def test_nothing_that_takes_long_begins_once_the_time_is_over(
     logged(MlaLayer, "load", "load")
     assert run_inside(Budget(budget, Clock(step=1.0)), "--implementations", "mla-reference").code == 5
     assert list(dict.fromkeys(log)) == done.split()
+
+
+def test_an_oracle_that_would_outlast_the_budget_is_not_begun(
+    run_inside: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LayerFixture, "oracle_seconds", lambda self: 99.0)
+    assert run_inside(Budget(20, Clock())).code == 5
+    said = f"{OVER_BUDGET}: oracle and checks would take about 99 s, and 20 s of 20 s were left"
+    assert {case.check.reason for case in results.read(Path("run.json")).cases} == {said}
 
 
 def test_a_budget_that_is_over_at_once_runs_nothing(bench: Bench, small: list[str]) -> None:

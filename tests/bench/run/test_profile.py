@@ -15,7 +15,7 @@ import several_ops
 import torch
 
 from mla.bench import results
-from mla.bench.measure import engine, trace
+from mla.bench.measure import engine, profile
 from mla.bench.run import profiling
 from mla.bench.run.watchdog import Watchdog
 
@@ -118,8 +118,8 @@ def test_a_long_pass_is_cut_to_its_first_forwards(bench: Bench, small: list[str]
     words = ["--scenario", "decode", "--passes", "1", "--runs", "30", "--profile", "trace.json"]
     assert bench(*VIRTUAL, *small, *words, fakes=["virtual_clock"]).code == 0
     found = [event["name"] for event in ranges(read("trace.json"))]
-    assert found.count("o_proj (reference)") == trace.FORWARDS
-    assert f"forward {trace.FORWARDS - 1}" in found
+    assert found.count("o_proj (reference)") == profile.TRACE_FORWARDS
+    assert f"forward {profile.TRACE_FORWARDS - 1}" in found
 
 
 def test_nothing_is_recorded_before_all_is_timed_and_nothing_timed_changes(
@@ -138,9 +138,9 @@ def test_nothing_is_recorded_before_all_is_timed_and_nothing_timed_changes(
     ]
     assert bench(*words, fakes=["virtual_clock"]).code == 0
     plain, log = samples(), []
-    measure, record = engine.measure, trace.record
+    measure, record = engine.measure, profile.record
     monkeypatch.setattr(engine, "measure", lambda *args: (log.append("timed"), measure(*args))[1])
-    monkeypatch.setattr(trace, "record", lambda *args: (log.append("recorded"), record(*args))[1])
+    monkeypatch.setattr(profile, "record", lambda *args: (log.append("recorded"), record(*args))[1])
     assert bench(*words, "--profile", "trace.json").code == 0
     assert samples() == plain
     assert log == ["timed"] * 2 + ["recorded"] * 4
@@ -187,8 +187,8 @@ def test_a_profiler_that_fails_costs_no_result(
 def test_what_was_recorded_before_a_failure_is_kept(
     bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = iter([trace.record])
-    monkeypatch.setattr(trace, "record", lambda *args: next(found)(*args))
+    found = iter([profile.record])
+    monkeypatch.setattr(profile, "record", lambda *args: next(found)(*args))
     done = bench(*VIRTUAL, *small, "--profile", "trace.json", fakes=["virtual_clock"])
     assert done.code == 0
     assert re.search(
@@ -201,7 +201,7 @@ def test_what_was_recorded_before_a_failure_is_kept(
 def test_ctrl_c_keeps_the_result_and_the_passes_so_far(
     bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record, calls = trace.record, []
+    record, calls = profile.record, []
 
     def interrupted(*args: Any) -> Any:
         calls.append(args)
@@ -209,7 +209,7 @@ def test_ctrl_c_keeps_the_result_and_the_passes_so_far(
             raise KeyboardInterrupt
         return record(*args)
 
-    monkeypatch.setattr(trace, "record", interrupted)
+    monkeypatch.setattr(profile, "record", interrupted)
     done = bench(*VIRTUAL, *small, "--profile", "trace.json", "-o", "run.json", fakes=["virtual_clock"])
     assert done.code == 130
     assert "profiling was interrupted: the result is complete, the trace is not" in done.err
@@ -281,20 +281,20 @@ def one_pass(start: float, *links: Any) -> dict[str, Any]:
 
 
 def test_passes_lie_end_to_end_whenever_they_were_recorded() -> None:
-    joined = trace.Trace()
+    joined = profile.Trace()
     for start in (7e12, 1e3, 9e15):
         joined.add(one_pass(start))
     found = json.loads(joined.encode())
     assert (joined.passes, joined.operators, joined.launches) == (3, 3, 3)
     assert {key for key in found if key != "traceEvents"} == {"madeBy", "schemaVersion", "displayTimeUnit"}
     starts = [event["ts"] for event in found["traceEvents"] if event["name"] == "aten::mm"]
-    assert starts == [0, 13 + trace.GAP, 2 * (13 + trace.GAP)]
+    assert starts == [0, 13 + profile.GAP_US, 2 * (13 + profile.GAP_US)]
     kernels = [event["ts"] for event in found["traceEvents"] if event["name"] == "gemm"]
     assert [kernel - start for kernel, start in zip(kernels, starts, strict=True)] == [3] * 3
 
 
 def test_arrows_never_lead_from_one_pass_to_another() -> None:
-    joined = trace.Trace()
+    joined = profile.Trace()
     for _ in range(3):
         joined.add(one_pass(5, 1, 2))
     links = [

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from mla.bench import results
-from mla.bench.limits.placing import limits
+from mla.bench.limits.roofline import limits
 from mla.bench.results.cases import latency_of, passes_of, throughput_of
 from mla.bench.terminal.lines import OTHERS
 from mla.command.environment import OtherLoad

@@ -19,9 +19,9 @@ Bench = Callable[..., Any]
 @pytest.fixture
 def late(bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch) -> Bench:
     """Return a function that runs a decode whose time is over at once."""
-    monkeypatch.setattr(scheduler, "SECONDS", 0.0)
-    monkeypatch.setattr(scheduler, "MOST", 0.0)
-    monkeypatch.setattr(target, "CHEAP", 0.0)
+    monkeypatch.setattr(scheduler, "TARGET_S", 0.0)
+    monkeypatch.setattr(scheduler, "MAX_S", 0.0)
+    monkeypatch.setattr(target, "CHEAP_S", 0.0)
 
     def late(*words: str) -> Any:
         return bench("--backend", "cpu", *small, "--scenario", "decode", "-o", "run.json", *words)
@@ -84,7 +84,7 @@ def test_what_one_scenario_leaves_over_the_next_one_has_or_lacks(
             Clock.now += took.pop(0)
             super().__init__(seconds, most)
 
-    for name, value in (("SECONDS", 30.0), ("MOST", 75.0), ("time", Clock())):
+    for name, value in (("TARGET_S", 30.0), ("MAX_S", 75.0), ("time", Clock())):
         monkeypatch.setattr(scheduler, name, value)
     monkeypatch.setattr(scheduler, "Target", Noted)
     took = [5.0, 100.0, 300.0, 0.0]

@@ -17,7 +17,7 @@ from mla.bench.subjects import base as shelf
 from mla.bench.subjects import op as problems
 from mla.bench.subjects.op import OpImplementation, buffers, output_bytes
 from mla.bench.subjects.setting import Setting
-from mla.bench.workload.op_scenario import OpScenario
+from mla.bench.workload.grid import OpScenario
 from mla.cases import varied as pools
 from mla.verify.op_oracle import product, true_norm, true_rotation
 from mla_backends.testing import HostBackend

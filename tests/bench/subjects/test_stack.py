@@ -16,7 +16,7 @@ import mla
 from mla.bench import results
 from mla.bench.subjects.base import LayerChecker
 from mla.bench.subjects.inputs import expected_outputs, make_inputs
-from mla.bench.subjects.layer import MlaStack, layer_state
+from mla.bench.subjects.layer import MlaLayer, layer_state
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
 from mla.weights import random_state_dict
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mla import MLAConfig
 
 Bench = Callable[..., Any]
-Mutation = Callable[[MlaStack], None]
+Mutation = Callable[[MlaLayer], None]
 VIRTUAL = ("--backend", "fake-virtual-clock")
 LAYERS = 3
 DECODE = Scenario(name="d", mode="decode", query_lens=(1, 1), history=(5, 30), runs=3, layers=LAYERS)
@@ -133,7 +133,7 @@ def test_what_makes_no_sense_is_refused(bench: Bench, words: list[str], message:
 
 
 @pytest.fixture
-def make_stack(tiny: Callable[..., MLAConfig]) -> Callable[..., tuple[MlaStack, LayerChecker]]:
+def make_stack(tiny: Callable[..., MLAConfig]) -> Callable[..., tuple[MlaLayer, LayerChecker]]:
     """Return a maker of a loaded stack and its checker; keyword arguments replace fields of the config."""
 
     def make(scenario: Scenario, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
@@ -142,7 +142,7 @@ def make_stack(tiny: Callable[..., MLAConfig]) -> Callable[..., tuple[MlaStack, 
         setting = Setting(config, backend, dtype, "auto", 16, 0, layers=scenario.layers)
         state = random_state_dict(config, 0, dtype)
         inputs = make_inputs(config, scenario, 0, dtype)
-        stack = MlaStack(setting, state, "mla-reference", "reference")
+        stack = MlaLayer(setting, state, "mla-reference", "reference")
         stack.load(scenario, inputs)
         expected = expected_outputs(config, state, scenario, inputs)
         return stack, LayerChecker(
@@ -152,7 +152,7 @@ def make_stack(tiny: Callable[..., MLAConfig]) -> Callable[..., tuple[MlaStack, 
     return make
 
 
-def run(stack: MlaStack, scenario: Scenario, number: int = 0, mutate: Mutation = lambda stack: None) -> None:
+def run(stack: MlaLayer, scenario: Scenario, number: int = 0, mutate: Mutation = lambda stack: None) -> None:
     """Run a pass; `mutate` is called before every forward."""
     stack.restore(number)
     for index in range(scenario.inputs):
@@ -181,28 +181,28 @@ def test_every_layer_of_a_stack_is_right(
         assert stack.check(checker).status == "ok"
 
 
-def same_weights(stack: MlaStack) -> None:
+def same_weights(stack: MlaLayer) -> None:
     stack.layers[1:] = [stack.layers[0]] * (LAYERS - 1)
 
 
-def same_output_weights_alone(stack: MlaStack) -> None:
+def same_output_weights_alone(stack: MlaLayer) -> None:
     for layer in stack.layers[1:]:
         layer._weights.packed["o_proj"] = stack.layers[0]._weights.packed["o_proj"]
 
 
-def same_cache(stack: MlaStack) -> None:
+def same_cache(stack: MlaLayer) -> None:
     stack._pages[1:] = [stack._pages[0]] * (LAYERS - 1)
 
 
-def last_cache(stack: MlaStack) -> None:
+def last_cache(stack: MlaLayer) -> None:
     stack._pages[:-1] = [stack._pages[-1]] * (LAYERS - 1)
 
 
-def swapped_caches(stack: MlaStack) -> None:
+def swapped_caches(stack: MlaLayer) -> None:
     stack._pages[1], stack._pages[2] = stack._pages[2], stack._pages[1]
 
 
-def same_output(stack: MlaStack) -> None:
+def same_output(stack: MlaLayer) -> None:
     stack._outs[1:] = [stack._outs[0]] * (LAYERS - 1)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from mla.bench.subjects import inputs as turned
 from mla.bench.subjects.inputs import (
@@ -17,6 +18,7 @@ from mla.bench.subjects.inputs import (
     expected_outputs,
     forward_number,
     make_inputs,
+    oracle_flops,
 )
 from mla.bench.workload.scenario import Scenario
 from mla.cache import LatentCache
@@ -30,6 +32,19 @@ PREFILL = Scenario(name="p", mode="prefill", query_lens=(3, 1, 2), history=(4, 0
 DECODE = Scenario(name="d", mode="decode", query_lens=(1, 2), history=(4, 3), runs=3)
 ONE = Scenario(name="one", mode="decode", query_lens=(1,), history=(5,), runs=2)
 CHANGES = [{}, {"q_lora_rank": None}, {"attention_bias": True}]
+
+
+@pytest.mark.parametrize("scenario", [PREFILL, DECODE])
+@pytest.mark.parametrize("changes", CHANGES)
+def test_the_work_of_the_oracle_is_what_torch_counts(
+    tiny: Callable[..., MLAConfig], scenario: Scenario, changes: dict[str, object]
+) -> None:
+    config = tiny(**changes)
+    state = random_state_dict(config, 0, torch.float32)
+    inputs = make_inputs(config, scenario, 0, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        expected_outputs(config, state, scenario, inputs)
+    assert oracle_flops(config, scenario) == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
 def words(turns: Turns, number: int) -> tuple[tuple[int, int], ...]:
@@ -127,7 +142,7 @@ def test_hidden_states_of_a_turn_differ_as_its_number_says_and_keep_their_addres
         hidden.show(0)
         assert hidden.rows.data_ptr() == address
         seen.add(hidden.rows.view(torch.int16).numpy(force=True).tobytes())
-        signs = turn.row_signs(PREFILL.query_lens)
+        signs = turn.signs.repeat_interleave(torch.tensor(PREFILL.query_lens))
         assert torch.equal(hidden.rows[0, 0] * signs[0], inputs.hidden[0, 0]), "only last tokens are replaced"
     assert len(seen) == 39
     hidden.take(inputs.turns.turn(0))

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mla.bench.workload.batch_spec import batch_scenarios, parse_batch_spec
-from mla.bench.workload.grid import parse, points_of
+from mla.bench.workload.grid import batch_scenarios, parse, parse_batch_spec, points_of
 from mla.bench.workload.scenario import MAX_COUNT, MAX_REQUESTS
 from mla.errors import UsageError
 from mla_backends.outside import shortened

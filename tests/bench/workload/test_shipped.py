@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from mla.bench.terminal.catalog import workloads, workloads_table
-from mla.bench.workload.grid import points_of
-from mla.bench.workload.op_scenario import op_of_batch
+from mla.bench.workload.grid import op_of_batch, points_of
 from mla.bench.workload.scenario import Scenario
 from mla.bench.workload.workload_file import PRESETS, load_workload, read_workload
 from mla.config import MLAConfig

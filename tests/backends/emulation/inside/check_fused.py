@@ -16,7 +16,7 @@ from tiny_run import HEADLINE
 
 import mla
 from mla.bench import results
-from mla.bench.measure import evidence, new_lengths
+from mla.bench.measure import evidence
 from mla.conformance.checks import attention
 from mla.conformance.selection import Xfails
 from mla.conformance.suite import carry_out, instances
@@ -129,7 +129,7 @@ def make_layer(backend: Any, kernel: tuple[str, str], heads: int = 8) -> tuple[m
 def unexamined(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hold times against no other evidence: `check_life` does, and it is half of a run's time."""
     monkeypatch.setattr(evidence, "doubts", lambda *_: [])
-    monkeypatch.setattr(new_lengths, "measure", lambda *_, **__: new_lengths.Told())
+    monkeypatch.setattr(evidence, "on_new_lengths", lambda *_, **__: evidence.Told())
 
 
 @pytest.mark.usefixtures("unexamined")

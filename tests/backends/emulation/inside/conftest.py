@@ -135,7 +135,7 @@ def bench(
     options = write_tiny_run(tmp_path)
     measure_limits_quickly(monkeypatch)
     flush_little(monkeypatch)
-    monkeypatch.setattr(warmup, "MOST", 2)  # times of an emulation do not settle
+    monkeypatch.setattr(warmup, "MAX_EXTRA", 2)  # times of an emulation do not settle
 
     def bench(*words: str) -> Outcome:
         capsys.readouterr()

@@ -1,4 +1,4 @@
-"""FLOPs, bytes and the choice between the two attention paths."""
+"""FLOPs, bytes and the choice between the two attention paths: by hand, and of any lengths."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla import MLAConfig, cost
+from mla.cost import Work
 from mla.layer.ops import layer_roles
 from mla.weights import weight_shapes
 
 dims = st.integers(1, 600)
+PATHS = (cost.ABSORBED, cost.EXPANDED)
 lengths = st.tuples(st.integers(0, 500), st.integers(0, 5000)).map(lambda pair: (pair[0], sum(pair)))
 
 
@@ -26,6 +28,12 @@ def config_of(c: int, n: int, r: int, v: int, heads: int = 2) -> MLAConfig:
         qk_rope_head_dim=2 * r,
         v_head_dim=v,
     )
+
+
+def attention_flops(config: MLAConfig, query_len: int, kv_len: int, path: str) -> int:
+    """Return the FLOPs of a request's attention on one path, without the projections of its new tokens."""
+    step = cost.step_work(config, [query_len], [kv_len], 2, path)
+    return step.flops - 2 * cost.projection_parameters(config) * query_len
 
 
 @settings(max_examples=200, deadline=None)
@@ -42,8 +50,7 @@ def test_the_chosen_path_has_the_fewer_flops(
     c: int, n: int, r: int, v: int, request_lengths: tuple[int, int]
 ) -> None:
     config = config_of(c, n, r, v)
-    absorbed = cost.absorbed_flops(config, *request_lengths)
-    expanded = cost.expanded_flops(config, *request_lengths)
+    absorbed, expanded = (attention_flops(config, *request_lengths, path) for path in PATHS)
     expected = cost.ABSORBED if absorbed <= expanded else cost.EXPANDED
     assert cost.PathChooser(config).path(*request_lengths) == expected
 
@@ -51,10 +58,9 @@ def test_the_chosen_path_has_the_fewer_flops(
 @pytest.mark.parametrize(("new", "old", "pairs"), [(1, 0, 1), (1, 9, 10), (3, 2, 12)])
 def test_flops_of_a_small_step_by_hand(new: int, old: int, pairs: int) -> None:
     config = config_of(c=10, n=3, r=2, v=5)
-    assert cost.absorbed_flops(config, new, new + old) == 4 * (pairs * (10 + 4 + 10) + new * 10 * (3 + 5))
-    assert cost.expanded_flops(config, new, new + old) == 4 * (
-        pairs * (3 + 4 + 5) + (new + old) * 10 * (3 + 5)
-    )
+    absorbed, expanded = (attention_flops(config, new, new + old, path) for path in PATHS)
+    assert absorbed == 4 * (pairs * (10 + 4 + 10) + new * 10 * (3 + 5))
+    assert expanded == 4 * (pairs * (3 + 4 + 5) + (new + old) * 10 * (3 + 5))
 
 
 @pytest.mark.parametrize("preset", ["deepseek-r1", "deepseek-v2-lite", "kimi-k2"])
@@ -79,15 +85,9 @@ def test_a_step_costs_its_projections_and_the_cheaper_path_of_each_request(
 ) -> None:
     config = MLAConfig.preset("deepseek-v2-lite")
     query_lens, kv_lens = zip(*requests, strict=True)
-    steps = {
-        mode: cost.step_flops(config, query_lens, kv_lens, mode) for mode in ("absorbed", "expanded", "auto")
-    }
-    assert steps["auto"] <= min(steps["absorbed"], steps["expanded"])
     projections = 2 * cost.projection_parameters(config) * sum(query_lens)
-    cheaper = sum(
-        min(cost.absorbed_flops(config, *one), cost.expanded_flops(config, *one)) for one in requests
-    )
-    assert steps["auto"] == projections + cheaper
+    cheaper = sum(min(attention_flops(config, *request, path) for path in PATHS) for request in requests)
+    assert cost.step_work(config, query_lens, kv_lens, 2).flops == projections + cheaper
 
 
 @pytest.mark.parametrize("rank", [None, 24])
@@ -99,9 +99,11 @@ def test_parameters_count_every_matrix(tiny: Any, rank: int | None) -> None:
 
 def test_bytes_grow_with_the_attended_latents_and_the_element_size(tiny: Any) -> None:
     config = tiny()
-    short, long = (cost.step_bytes(config, [1, 1], lens, 2) for lens in ([10, 10], [10, 110]))
+    short, long = (cost.step_work(config, [1, 1], lens, 2).bytes for lens in ([10, 10], [10, 110]))
+    hidden = 2 * 2 * config.hidden_size
+    assert short == 2 * (cost.parameters(config) + (20 + 2) * config.latent_dim + hidden)
     assert long - short == 2 * 100 * config.latent_dim
-    assert cost.step_bytes(config, [1, 1], [10, 10], 4) == 2 * short
+    assert cost.step_work(config, [1, 1], [10, 10], 4).bytes == 2 * short
 
 
 @settings(max_examples=60, deadline=None)
@@ -160,3 +162,64 @@ def test_work_of_attention_by_hand() -> None:
     assert latent == (2 * 3 * pairs * (12 + 10), 2 * (4 * 3 * 12 + 14 * 12 + 4 * 3 * 10) + 4 * 4 * 3)
     expanded = cost.expanded_attention_cost(spec_of("expanded_attention"), *lengths)
     assert expanded == (2 * 3 * pairs * (6 + 5), 2 * 3 * (4 * 6 + 14 * 6 + 14 * 5 + 4 * 5) + 4 * 4 * 3)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(lengths, min_size=1, max_size=5),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from(["auto", "absorbed", "expanded"]),
+    st.sampled_from(["deepseek-r1", "deepseek-v2-lite"]),
+)
+def test_every_weight_and_latent_moves_once_whichever_path_is_taken(
+    requests: list[tuple[int, int]], size: int, attention: str, preset: str
+) -> None:
+    config = MLAConfig.preset(preset)
+    query_lens, kv_lens = zip(*requests, strict=True)
+    latents = (sum(kv_lens) + sum(query_lens)) * config.latent_dim
+    hidden = 2 * sum(query_lens) * config.hidden_size
+    moved = cost.step_work(config, query_lens, kv_lens, size, attention).bytes
+    assert moved == size * (cost.parameters(config) + latents + hidden)
+
+
+def test_an_absorbed_and_an_expanded_step_by_hand() -> None:
+    """Latents are 32 + 8 = 40 wide, queries and keys 16 + 8 = 24 per head, and kv_b makes 16 + 16."""
+    config = MLAConfig(
+        hidden_size=64,
+        num_attention_heads=4,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+    )
+    rows = (64 * (96 + 40), 64 * 64)  # weights of the first projection and of o
+    projections = {
+        "qkv_a_proj": Work(2 * 3 * rows[0], 2 * (rows[0] + 3 * 64)),
+        "write_latent": Work(0, 2 * 3 * 40),
+        "o_proj": Work(2 * 3 * rows[1], 2 * (rows[1] + 3 * 64)),
+    }
+    pairs, keys = 9 + (5 + 6), 9 + 6  # one token after 8, and two tokens after 4
+    assert cost.role_costs(config, [1, 2], [9, 6], 2, "absorbed") == {
+        **projections,
+        "w_uk": Work(2 * 3 * 4 * 16 * 32, 2 * 4 * 16 * 32),
+        "latent_attention": Work(2 * 4 * pairs * (40 + 32), 2 * keys * 40),
+        "w_uv": Work(2 * 3 * 4 * 32 * 16, 2 * 4 * 32 * 16),
+    }
+    assert cost.role_costs(config, [1, 2], [9, 6], 2, "expanded") == {
+        **projections,
+        "kv_b_proj": Work(2 * keys * 32 * 4 * 32, 2 * (32 * 4 * 32 + keys * 40)),
+        "expanded_attention": Work(2 * 4 * pairs * (24 + 16), 0),
+    }
+
+
+def test_where_both_paths_run_the_weights_they_share_count_once(tiny: Any) -> None:
+    config = tiny()
+    costs = cost.role_costs(config, [1, 200], [3000, 200], 2)
+    assert costs["w_uk"].bytes + costs["w_uv"].bytes == 2 * cost.kv_b_parameters(config)
+    assert costs["w_uk"].flops == 2 * cost.kv_b_parameters(config) - costs["w_uv"].flops
+    assert costs["kv_b_proj"].bytes == 2 * 200 * config.latent_dim
+
+
+@pytest.mark.parametrize(("rank", "roles"), [(None, False), (24, True)])
+def test_only_a_config_with_a_query_latent_expands_queries(tiny: Any, rank: int | None, roles: bool) -> None:
+    assert ("q_b_proj" in cost.role_costs(tiny(q_lora_rank=rank), [1], [5], 2)) == roles

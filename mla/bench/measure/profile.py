@@ -1,0 +1,321 @@
+"""Where a forward's time goes, in passes of their own after all others: stages, and a trace for viewers.
+
+Stages (`--stages`): every op timed alone. The device is synchronized between two ops, which a forward is not,
+so the parts add up to more than it takes. A trace (`--profile`): passes as torch's profiler sees them. Each
+op of ours is a range inside that of its forward: a viewer shows what each launches, and the gaps between.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import msgspec
+import torch
+
+from mla.bench.limits.microbench import no_garbage_collection
+from mla.bench.limits.roofline import RooflineModel
+from mla.bench.results.schema import Case, Cost, Roofline, Stage
+from mla.bench.subjects.base import Implementation, LayerChecker
+from mla.bench.subjects.layer import MlaLayer
+from mla.bench.workload.scenario import Scenario
+from mla.command.files import TRACE_START
+from mla.cost import Work, role_costs
+from mla.verify.verdict import Check
+from mla_backends.api import HostTimer, Timer
+
+
+class Inside:
+    """Stands in for an op: every call is inside a context, and all else is the op's own."""
+
+    def __init__(self, op: Any, context: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._op, self._context = op, context
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._op, name)
+
+    def __call__(self, *leading: Any, **tensors: Any) -> None:
+        with self._context():
+            self._op(*leading, **tensors)
+
+
+# ------------------------------------------------------------------------------------------------ stages
+
+# Minimum of timed forwards: whole passes, so that a growing cache counts as it does in the headline.
+STAGE_FORWARDS = 20
+BETWEEN = "between ops"
+# Numbers of the passes, which select their inputs.
+PASSES = 1 << 22
+
+# Stage -> its parts: roles of `mla.layer.ops`, `gather` (context latents, and keys made of them),
+# `extend` and `plan`, and the layer's own host code and copies between them.
+STAGES = {
+    "query and latent projections": ("qkv_a_proj", "q_a_layernorm", "q_b_proj"),
+    "cache write": ("write_latent",),
+    "attention": (
+        *("w_uk", "rotate_query", "latent_attention", "w_uv"),
+        *("kv_b_proj", "gather", "expanded_attention"),
+    ),
+    "output projection": ("o_proj",),
+    "bookkeeping": ("extend", "plan"),
+    BETWEEN: (BETWEEN,),
+}
+
+# Milliseconds of one forward, by part.
+Sample = dict[str, float]
+
+
+class Stopwatch:
+    """Adds up the milliseconds of named regions. A region inside another one interrupts it."""
+
+    def __init__(self, timer: Timer) -> None:
+        self._timer = timer
+        self._open: list[str] = []
+        self._times: Sample = {}
+
+    def take(self) -> Sample:
+        """Return the times since the last call."""
+        times, self._times = self._times, {}
+        return times
+
+    @contextmanager
+    def region(self, name: str) -> Iterator[None]:
+        """Time the `with` block, or a function that this decorates, excluding other regions inside it."""
+        if self._open:
+            self._stop()
+        self._open.append(name)
+        self._timer.start()
+        try:
+            yield
+        finally:
+            self._stop()
+            self._open.pop()
+            if self._open:
+                self._timer.start()
+
+    def _stop(self) -> None:
+        name = self._open[-1]
+        self._times[name] = self._times.get(name, 0.0) + self._timer.stop()
+
+
+def watch_parts(impl: MlaLayer, watch: Stopwatch) -> None:
+    """Put every part of a loaded layer's forwards into a region, for good."""
+    layer, step = impl.layer, impl.layer.step
+    impl.replace_ops(lambda role, op: Inside(op, partial(watch.region, role)))
+    rebuild = watch.region("gather")(step.expanded.rebuild)
+    layer.step = replace(step, expanded=replace(step.expanded, rebuild=rebuild))
+    impl.extend = watch.region("extend")(impl.extend)  # type: ignore[method-assign]
+    layer.plan = watch.region("plan")(layer.plan)  # type: ignore[method-assign]
+
+
+def watched_step(impl: MlaLayer, watch: Stopwatch) -> None:
+    """Run a forward as `step` does, and plan it in the open."""
+    with watch.region(BETWEEN):
+        batch = impl.batch if impl.scenario.mode == "prefill" else impl.extend()
+        impl.layer.plan(batch)
+        impl.forward(batch, impl.x, impl.out)
+
+
+def total_forwards(scenario: Scenario) -> int:
+    """Return how many forwards are timed: whole passes, each prefill being one."""
+    return scenario.inputs * -(-STAGE_FORWARDS // scenario.inputs)
+
+
+def time_forwards(
+    impl: MlaLayer,
+    scenario: Scenario,
+    timer: Timer,
+    progress: Callable[[str, int], None],
+    check: Callable[[], Check],
+) -> tuple[list[Sample], Check]:
+    """Run the passes; return a sample per forward, and the check of the last pass or the first wrong one."""
+    watch, samples, verdict = Stopwatch(timer), list[Sample](), Check(status="ok")
+    watch_parts(impl, watch)
+    gc.collect()
+    with no_garbage_collection():
+        while len(samples) < STAGE_FORWARDS and verdict.status == "ok":
+            impl.restore(PASSES + len(samples))  # inputs that no other pass had
+            for index in range(scenario.inputs):
+                impl.before(index)
+                watched_step(impl, watch)
+                impl.after(index)
+                samples.append(watch.take())
+            verdict = check()
+            progress(f"{scenario.name}: stages of {impl.name}", scenario.inputs)
+    return samples, verdict
+
+
+def add_stages(
+    case: Case,
+    impl: MlaLayer,
+    scenario: Scenario,
+    checker: LayerChecker,
+    ceilings: RooflineModel,
+    progress: Callable[[str, int], None],
+) -> None:
+    """Fill `case.stages`, the last thing that is done with a layer.
+
+    A case that is wrong in these passes loses its numbers.
+    """
+    try:
+        timer = HostTimer(impl.setting.backend.synchronize)
+        samples, check = time_forwards(impl, scenario, timer, progress, lambda: impl.check(checker))
+    except KeyboardInterrupt:
+        case.interrupted = True
+        return
+    if check.status == "ok":
+        case.stages = summary(samples, costs(impl, scenario), ceilings, case.cost.bytes)
+        return
+    check.reason = f"right in timed passes and wrong when its stages were timed: {check.reason}"
+    case.check, case.roofline = check, Roofline()
+    case.latency_ms = case.tokens_per_s = None
+
+
+def costs(impl: MlaLayer, scenario: Scenario) -> dict[str, Cost]:
+    """Return role -> its work, averaged over the forwards of a pass."""
+    setting, total, count = impl.setting, dict[str, Work](), scenario.inputs
+    for step in range(count):
+        lengths, size = (scenario.query_lens, scenario.kv_lens(step)), setting.dtype.itemsize
+        for role, work in role_costs(setting.config, *lengths, size, setting.attention).items():
+            total[role] = total.get(role, Work()) + work
+    return {role: Cost(flops=round(f / count), bytes=round(b / count)) for role, (f, b) in total.items()}
+
+
+def summary(
+    samples: Sequence[Sample], costs: Mapping[str, Cost], ceilings: RooflineModel, footprint: int
+) -> list[Stage]:
+    """Return a row per stage that ran and, where it has several parts, one for each: "stage: part".
+
+    `footprint`: the bytes of a whole forward.
+    """
+
+    def stage(name: str, parts: Sequence[str]) -> Stage:
+        ms = median(sum(sample.get(part, 0.0) for part in parts) for sample in samples)
+        known = [costs[part] for part in parts if part in costs]
+        if not known:
+            return Stage(name=name, ms=ms)
+        cost = Cost(flops=sum(part.flops for part in known), bytes=sum(part.bytes for part in known))
+        return Stage(
+            name=name, ms=ms, cost=cost, roofline=ceilings.roofline(cost, ms, footprint) if ms else None
+        )
+
+    rows = []
+    for name, parts in STAGES.items():
+        ran = [part for part in parts if any(part in sample for sample in samples)]
+        rows += [stage(name, ran)] if ran else []
+        rows += [stage(f"{name}: {part}", [part]) for part in ran if len(ran) > 1]
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------- traces
+
+# The most forwards of a recorded pass: enough to see launches and gaps, and a file that viewers still open.
+TRACE_FORWARDS = 10
+# Microseconds between passes on the time axis of the trace.
+GAP_US = 1000.0
+# Phases of events whose id links them to others of the same pass.
+_LINKED = frozenset("stfbne")
+# What the profiler writes anew for every pass.
+_OF_ONE_PASS = frozenset({"traceEvents", "traceName", "trace_id", "baseTimeNanoseconds"})
+
+
+class Trace:
+    """Passes in the order they are added, end to end: whatever happened between them is left out."""
+
+    def __init__(self) -> None:
+        self.passes = self.operators = self.launches = 0
+        self._facts: dict[str, Any] = {}
+        self._events: list[bytes] = []
+        self._end = 0.0
+        self._ids = 0
+
+    def add(self, document: Mapping[str, Any]) -> None:
+        """Append what the profiler wrote about one pass: an object with a list `traceEvents`."""
+        events = [dict(event) for event in document["traceEvents"]]
+        start = min(float(event["ts"]) for event in events if event["ph"] == "X")
+        end, ids = self._end, self._ids
+        for event in events:
+            if "ts" in event:
+                event["ts"] = max(self._end, self._end + float(event["ts"]) - start)
+                end = max(end, event["ts"] + float(event.get("dur", 0)))
+            if event["ph"] in _LINKED and isinstance(event.get("id"), int):
+                event["id"] += self._ids + 1
+                ids = max(ids, event["id"])
+        self._end, self._ids = end + GAP_US, ids
+        facts = {name: value for name, value in document.items() if name not in _OF_ONE_PASS}
+        self._facts = self._facts or facts
+        self._events.append(msgspec.json.encode(events)[1:-1])
+        self.passes += 1
+        self.operators += sum(event.get("cat") == "cpu_op" for event in events)
+        self.launches += sum(event.get("cat") == "kernel" for event in events)
+
+    def encode(self) -> bytes:
+        """Return the trace as JSON."""
+        facts = msgspec.json.encode(self._facts)[1:-1]
+        head = TRACE_START + b"," + facts + b"," * bool(facts)
+        return head + b'"traceEvents":[' + b",\n".join(self._events) + b"]}\n"
+
+
+def with_ranges(impl: Implementation) -> Implementation:
+    """Return an implementation, before it is loaded, with each op of ours in a range "role (op)".
+
+    Of several layers, the range says which: "layer 3: role (op)".
+    """
+    names = impl.facts().ops
+
+    def ranged(where: str, op: Any) -> Inside:
+        title = f"{where} ({names[where.rpartition(': ')[2]]})"
+        return Inside(op, partial(torch.profiler.record_function, title))
+
+    if replace_ops := getattr(impl, "replace_ops", None):  # ours
+        replace_ops(ranged)
+    return impl
+
+
+def record(
+    impl: Implementation, scenario: Scenario, synchronize: Callable[[], None], beat: Callable[[], None]
+) -> Mapping[str, Any]:
+    """Run the first forwards of a pass, eagerly, and return what the profiler wrote about them.
+
+    One forward runs unrecorded before; `beat` is called after each.
+    """
+
+    def forward(index: int) -> None:
+        impl.before(index)
+        impl.meet()
+        with torch.profiler.record_function(f"forward {index}"):
+            impl.step(index)
+        impl.after(index)
+        beat()
+
+    impl.restore()
+    forward(0)
+    impl.restore()
+    synchronize()
+    title = torch.profiler.record_function(f"{scenario.name} / {impl.name}")
+    with torch.profiler.profile(activities=activities(impl.setting.device)) as profiler, title:
+        for index in range(min(scenario.steps, TRACE_FORWARDS)):
+            forward(index)
+        synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(file))
+        document: dict[str, Any] = json.loads(
+            file.read_bytes(), strict=False
+        )  # names may hold control characters
+    return document
+
+
+def activities(device: torch.device) -> list[Any]:
+    """Return what the profiler can record of this device and its host."""
+    host = torch.profiler.ProfilerActivity.CPU
+    supported = sorted(torch.profiler.supported_activities(), key=str)
+    return [activity for activity in supported if activity == host or device.type != "cpu"]

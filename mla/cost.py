@@ -1,0 +1,224 @@
+"""FLOPs and bytes that are needed, from actual lengths. Arithmetic: needs no torch.
+
+A multiply-add counts as 2 FLOPs. Bytes are those that must move at least once. Letters as in the design: T
+tokens, h heads, n, r, c, v. `linear_cost` and the other `_cost` functions are of one call of an op, every
+operand of which moves. `role_costs` are the parts of a layer step, whose sum is `step_work`: what passes from
+one part to the next (queries, latent outputs, rebuilt keys) moves no bytes there, because a step need not
+take it to memory; norms and rotations count nothing at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from mla.config import MLAConfig
+
+if TYPE_CHECKING:
+    from mla_backends.api import AttentionSpec, LinearSpec, NormSpec
+
+# Attention paths a request can take.
+ABSORBED, EXPANDED = "absorbed", "expanded"
+
+
+class Work(NamedTuple):
+    """What a computation needs: FLOPs, and bytes that must move at least once."""
+
+    flops: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Work) -> Work:  # type: ignore[override]  # a sum, not a longer tuple
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+
+def attended_pairs(query_len: int, kv_len: int) -> int:
+    """Return the causal query-key pairs: query i of t sees kv_len - t + i + 1 keys."""
+    return query_len * (kv_len - query_len) + query_len * (query_len + 1) // 2
+
+
+def latent_attention_flops(heads: int, pairs: int, c: int, r: int) -> int:
+    """Return the FLOPs of scores over c + r and values of c, for every query-key pair of every head."""
+    return 2 * heads * pairs * (2 * c + r)
+
+
+def expanded_attention_flops(heads: int, pairs: int, qk_head_dim: int, v: int) -> int:
+    """Return the FLOPs of scores over n + r and values of v, for every query-key pair of every head."""
+    return 2 * heads * pairs * (qk_head_dim + v)
+
+
+# ------------------------------------------------------------------------------------- one call of an op
+
+
+def linear_cost(spec: LinearSpec, tokens: int) -> Work:
+    """Return the work of `linear`, and of `batched_linear`, which has a weight per head."""
+    weights = spec.groups * spec.in_features * spec.out_features
+    moved = weights + tokens * spec.groups * (spec.in_features + spec.out_features)
+    return Work(2 * tokens * weights, spec.dtype.itemsize * moved)
+
+
+def rms_norm_cost(spec: NormSpec, tokens: int) -> Work:
+    """Return the work of `rms_norm`: square and add, then scale and weigh."""
+    return Work(4 * tokens * spec.features, spec.dtype.itemsize * (2 * tokens + 1) * spec.features)
+
+
+def rotate_query_cost(spec: AttentionSpec, tokens: int) -> Work:
+    """Return the work of `rotate_query`: 6 FLOPs per pair of channels, and fp32 angles per token."""
+    channels, angles = tokens * spec.num_heads * spec.qk_rope_head_dim, tokens * spec.qk_rope_head_dim
+    return Work(3 * channels, 2 * spec.dtype.itemsize * channels + 4 * angles)
+
+
+def write_latent_cost(spec: AttentionSpec, tokens: int) -> Work:
+    """Return the work of `write_latent`: norm c channels, rotate r, with fp32 angles and int64 slots."""
+    c, r = spec.kv_lora_rank, spec.qk_rope_head_dim
+    moved = spec.dtype.itemsize * (2 * tokens * (c + r) + c) + tokens * (4 * r + 8)
+    return Work(tokens * (4 * c + 3 * r), moved)
+
+
+def latent_attention_cost(spec: AttentionSpec, query_lens: Sequence[int], kv_lens: Sequence[int]) -> Work:
+    """Return the work of `latent_attention`: one key of c + r and one value of c for all heads; fp32 lse."""
+    c, r, h, tokens = spec.kv_lora_rank, spec.qk_rope_head_dim, spec.num_heads, sum(query_lens)
+    moved = spec.dtype.itemsize * (tokens * h * (2 * c + r) + sum(kv_lens) * (c + r))
+    flops = latent_attention_flops(h, sum(map(attended_pairs, query_lens, kv_lens)), c, r)
+    return Work(flops, moved + 4 * tokens * h)
+
+
+def expanded_attention_cost(spec: AttentionSpec, query_lens: Sequence[int], kv_lens: Sequence[int]) -> Work:
+    """Return the work of `expanded_attention`: keys of n + r and values of v per head; fp32 lse."""
+    h, v, tokens = spec.num_heads, spec.v_head_dim, sum(query_lens)
+    width = spec.qk_nope_head_dim + spec.qk_rope_head_dim
+    moved = spec.dtype.itemsize * h * (width + v) * (tokens + sum(kv_lens))
+    flops = expanded_attention_flops(h, sum(map(attended_pairs, query_lens, kv_lens)), width, v)
+    return Work(flops, moved + 4 * tokens * h)
+
+
+# ------------------------------------------------------------------------------------- weights of a layer
+
+
+def projection_parameters(config: MLAConfig) -> int:
+    """Return the number of weights in the projections of every new token: q, kv_a and o."""
+    q_width = config.num_attention_heads * config.qk_head_dim
+    q = config.hidden_size * q_width
+    if config.q_lora_rank:
+        q = config.q_lora_rank * (config.hidden_size + q_width)
+    o = config.num_attention_heads * config.v_head_dim * config.hidden_size
+    return q + config.hidden_size * config.latent_dim + o
+
+
+def kv_b_parameters(config: MLAConfig) -> int:
+    """Return the number of weights in kv_b: W_UK and W_UV of all heads."""
+    return config.kv_lora_rank * config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
+
+
+def head_parameters(config: MLAConfig) -> int:
+    """Return the number of weights that belong to single heads: of q (or q_b), kv_b and o."""
+    h, inputs = config.num_attention_heads, config.q_lora_rank or config.hidden_size
+    return h * (config.qk_head_dim * inputs + config.v_head_dim * config.hidden_size) + kv_b_parameters(
+        config
+    )
+
+
+def parameters(config: MLAConfig) -> int:
+    """Return the number of weights in the layer, without norms and biases, which are negligible."""
+    return projection_parameters(config) + kv_b_parameters(config)
+
+
+# ------------------------------------------------------------------------------------------ a layer step
+
+
+class PathChooser:
+    """Picks the path with fewer FLOPs per request; the config's part of the sum is computed once."""
+
+    def __init__(self, config: MLAConfig) -> None:
+        self._per_pair = 2 * config.kv_lora_rank - config.qk_nope_head_dim - config.v_head_dim
+        self._per_token = config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
+
+    def path(self, query_len: int, kv_len: int) -> str:
+        """Return ABSORBED or EXPANDED: the sign of (absorbed - expanded) / 2h, as in `role_costs`."""
+        extra = attended_pairs(query_len, kv_len) * self._per_pair + (query_len - kv_len) * self._per_token
+        return ABSORBED if extra <= 0 else EXPANDED
+
+    def always_absorbs(self, least: int) -> bool:
+        """Return whether single tokens with at least `least` keys take the absorbed path, as in decode."""
+        return self._per_pair <= self._per_token and self.path(1, least) == ABSORBED
+
+
+def role_costs(
+    config: MLAConfig,
+    query_lens: Sequence[int],
+    kv_lens: Sequence[int],
+    element_size: int,
+    attention: str = "auto",
+) -> dict[str, Work]:
+    """Return role of `mla.layer.ops` -> its work in one forward; `attention` as in `MLA`.
+
+    Roles that do not run or count nothing are left out. kv_b's weights count once: for W_UK and W_UV if any
+    request is absorbed, else for kv_b_proj.
+    """
+    chooser = PathChooser(config)
+    requests: dict[str, list[tuple[int, int]]] = {ABSORBED: [], EXPANDED: []}
+    for query_len, kv_len in zip(query_lens, kv_lens, strict=True):
+        path = chooser.path(query_len, kv_len) if attention == "auto" else attention
+        requests[path].append((query_len, kv_len))
+    costs = _projections(config, sum(query_lens), element_size)
+    if requests[ABSORBED]:
+        costs |= _absorbed(config, requests[ABSORBED], element_size)
+    if requests[EXPANDED]:
+        weights = 0 if requests[ABSORBED] else kv_b_parameters(config)
+        costs |= _expanded(config, requests[EXPANDED], weights, element_size)
+    return costs
+
+
+def step_work(
+    config: MLAConfig,
+    query_lens: Sequence[int],
+    kv_lens: Sequence[int],
+    element_size: int,
+    attention: str = "auto",
+) -> Work:
+    """Return the work of one forward: weights once, each attended latent once, hidden states in and out."""
+    return sum(role_costs(config, query_lens, kv_lens, element_size, attention).values(), Work())
+
+
+def _projections(config: MLAConfig, tokens: int, element_size: int) -> dict[str, Work]:
+    """Projections of all new tokens, which the first reads and the last writes; and their latents."""
+    d, q_width = config.hidden_size, config.num_attention_heads * config.qk_head_dim
+    first = d * ((config.q_lora_rank or q_width) + config.latent_dim)  # q (or q_a) and kv_a as one weight
+    last = config.num_attention_heads * config.v_head_dim * d
+    costs = {
+        "qkv_a_proj": _product(first, tokens, element_size, moved=tokens * d),
+        "o_proj": _product(last, tokens, element_size, moved=tokens * d),
+        "write_latent": Work(bytes=element_size * tokens * config.latent_dim),
+    }
+    if config.q_lora_rank:
+        costs["q_b_proj"] = _product(config.q_lora_rank * q_width, tokens, element_size)
+    return costs
+
+
+def _absorbed(config: MLAConfig, requests: Sequence[tuple[int, int]], element_size: int) -> dict[str, Work]:
+    """W_UK and W_UV of every head on new tokens; each attended latent is read once."""
+    h, c, tokens = config.num_attention_heads, config.kv_lora_rank, sum(new for new, _ in requests)
+    pairs, keys = sum(attended_pairs(*request) for request in requests), sum(kv for _, kv in requests)
+    flops = latent_attention_flops(h, pairs, c, config.qk_rope_head_dim)
+    return {
+        "w_uk": _product(h * c * config.qk_nope_head_dim, tokens, element_size),
+        "latent_attention": Work(flops, element_size * keys * config.latent_dim),
+        "w_uv": _product(h * c * config.v_head_dim, tokens, element_size),
+    }
+
+
+def _expanded(
+    config: MLAConfig, requests: Sequence[tuple[int, int]], weights: int, element_size: int
+) -> dict[str, Work]:
+    """kv_b over the context, reading each latent and `weights` once; its keys and values move no byte."""
+    pairs, keys = sum(attended_pairs(*request) for request in requests), sum(kv for _, kv in requests)
+    flops = expanded_attention_flops(config.num_attention_heads, pairs, config.qk_head_dim, config.v_head_dim)
+    moved = element_size * (weights + keys * config.latent_dim)
+    return {
+        "kv_b_proj": Work(2 * keys * kv_b_parameters(config), moved),
+        "expanded_attention": Work(flops),
+    }
+
+
+def _product(weights: int, rows: int, element_size: int, moved: int = 0) -> Work:
+    """A product with weights that are read once; `moved` counts the other elements it moves."""
+    return Work(2 * rows * weights, element_size * (weights + moved))
