@@ -60,7 +60,7 @@ def check_served(backend: Backend, tuned: TileClass) -> None:
     op = backend.ops().get(tuned.op)
     if op is None:
         raise UnsupportedOps(f"backend '{backend.name}' offers no {tuned.op}: there is nothing to tune.")
-    spec = of_shape(tuned.kind, tuned.shapes[0], backend.device).inputs.spec
+    spec = of_shape(tuned.kind, tuned.shapes[0], backend.device).case.spec
     if why := refusals(tuned.op, op, f"{tuned.kind}_attention", spec, console.note):
         raise UnsupportedOps(f"{tuned.op} does not run here: {'; '.join(why)}.")
 

@@ -43,7 +43,7 @@ warmups = 1
 WORDS = ("--backend", "cpu", "--config", "tiny.json", "--workload", "tiny.toml", "--implementations", "mla")
 # What is done to a rank, and the codes that others may end with: 0 where all was over by then.
 FAULTS = {signal.SIGKILL: (0, 3), signal.SIGSTOP: (0, 3), signal.SIGTERM: (0, 143), signal.SIGINT: (0, 130)}
-BOUND = 40.0  # seconds in which all others must end: 20 of silence where one is stopped, and 10 to notice
+TIMEOUT_S = 40.0  # seconds in which all others must end: 20 of silence where one is stopped, and 10 to notice
 MEETING = 10.0  # seconds after which ranks miss one that never came: a run waits for two minutes
 
 
@@ -59,11 +59,11 @@ def judge(ranks: Ranks, fault: signal.Signals, rank: int, finished: Sequence[str
     """Yield what a run did not do that it should, after its rank got the signal."""
     others = [other for other in range(len(ranks.pids)) if other != rank]
     start = time.monotonic()
-    codes = ranks.wait(BOUND, others)
+    codes = ranks.wait(TIMEOUT_S, others)
     yield from (f"rank {other} did not end" for other in others if codes[other] is None)
     sys.stderr.write(f"ended after {time.monotonic() - start:.1f} s, codes {codes}")
     ranks.send(rank, signal.SIGCONT)  # a rank that wakes up must end as well
-    codes = ranks.wait(BOUND)
+    codes = ranks.wait(TIMEOUT_S)
     over = not any(codes[other] for other in others)  # the others had ended well by then
     for other, code in enumerate(codes):
         if code not in FAULTS[fault] + (-fault,) * (other == rank and (fault == signal.SIGKILL or over)):
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = (*WORDS, "--parallel", str(asked.parallel), "-o", "run.json")
         for _ in range(2):  # the first is slower
             start, ranks = time.monotonic(), processes.start(words, folder, world)
-            assert not any(ranks.wait(10 * BOUND)), ranks.err()
+            assert not any(ranks.wait(10 * TIMEOUT_S)), ranks.err()
         whole = time.monotonic() - start
         for number in range(1, asked.count + 1):
             (folder / "run.json").unlink(missing_ok=True)
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stderr.write(f"{number} of {asked.count}: {fault.name} to rank {rank} after {after:.1f} s, ")
             ranks.send(rank, fault)
             wrong = list(judge(ranks, fault, rank, finished))
-            sys.stderr.write("".join(f"; WRONG: {one}" for one in wrong) + "\n")
+            sys.stderr.write("".join(f"; WRONG: {mistake}" for mistake in wrong) + "\n")
             bad += bool(wrong)
             ranks.end()
     sys.stdout.write(f"{asked.count - bad} of {asked.count} runs ended as they should\n")

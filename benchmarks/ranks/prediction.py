@@ -70,11 +70,11 @@ def run(layout: Layout, folder: Path, words: Sequence[str]) -> tuple[Path, Path]
 
 def pairs(layout: Layout, real: Path, predicted: Path) -> Iterator[Pair]:
     """Yield the cases that both results have."""
-    found = {(case.scenario, case.implementation): case for case in results.read(predicted).cases}
+    simulated = {(case.scenario, case.implementation): case for case in results.read(predicted).cases}
     run = results.read(real)
     for case in run.cases:
         cpus = int(run.environment.get("cpus", layout.world))
-        yield Pair(str(layout), cpus, case, found[case.scenario, case.implementation])
+        yield Pair(str(layout), cpus, case, simulated[case.scenario, case.implementation])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,16 +85,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SystemExit(__doc__)
     folder, words = Path(every[0]), every[place + 1 :] or OPTIONS
     folder.mkdir(parents=True, exist_ok=True)
-    found: list[Pair] = []
+    measured: list[Pair] = []
     code = 0
     for layout in map(Layout.parse, every[1:place] or LAYOUTS):
         try:
-            found += pairs(layout, *run(layout, folder, words))
+            measured += pairs(layout, *run(layout, folder, words))
         except subprocess.CalledProcessError as error:
             sys.stderr.write(f"{layout} ended with exit code {error.returncode}; see above.\n")
             code = code or error.returncode
     header = ("layout", "ranks on CPUs", "scenario", "implementation", "real ms", "predicted ms", "error")
-    sys.stdout.write(markdown(header, [pair.row() for pair in found]))
+    sys.stdout.write(markdown(header, [pair.row() for pair in measured]))
     return code
 
 

@@ -28,7 +28,7 @@ MODULES = [
     *("torch.distributed", "torch._dynamo", "mla.bench.cli.main", "mla.bench.plan.resolve"),
     *("mla.bench.plan.request", "mla.bench.measure.engine", "mla.bench.run.scheduler"),
     *("mla.bench.run.steering", "mla.bench.plan.preview", "mla.bench.ranks.launch"),
-    *("mla.bench.ranks.follower", "mla.bench.run.scenario_run", "mla_backend_cpu"),
+    *("mla.bench.run.scenario_run", "mla_backend_cpu"),
 ]
 # Measurements that nothing here looks at take no time: limits, the link, and which of two products is faster.
 LITTLE: Mapping[str, Any] = {
@@ -36,8 +36,8 @@ LITTLE: Mapping[str, Any] = {
     "mla.bench.limits.microbench.REPEAT_S": 0.0,
     "mla.bench.limits.microbench.REPEATS": 1,
     "mla.bench.run.scenario_run.LIMITS_AGAIN_S": 0.0,
-    "mla.bench.ranks.link_fit.LARGE": 64 << 10,
-    "mla.bench.ranks.link_fit.TIMES": 2,
+    "mla.bench.ranks.crew.LINK_BYTES": (32 << 10, 64 << 10),
+    "mla.bench.ranks.crew.LINK_TIMES": 2,
     "mla_backend_cpu.products.fastest": lambda *functions: [1.0] * len(functions),
     "mla.bench.measure.evidence.ROUNDS": 1,
 }
@@ -178,8 +178,8 @@ def _believed(doubts: Callable[..., Any]) -> Callable[..., list[str]]:
 
     @functools.wraps(doubts)
     def believed(*arguments: Any) -> list[str]:
-        found = list(doubts(*arguments))
-        return found if "DOUBT_TIMES" in os.environ else []
+        reasons = list(doubts(*arguments))
+        return reasons if "DOUBT_TIMES" in os.environ else []
 
     return believed
 
@@ -195,6 +195,6 @@ def free_port() -> int:
     """Return a port that nobody listens at, and that no system gives to those who connect to others."""
     while True:
         port = random.SystemRandom().randrange(10000, 20000)
-        with socket.socket() as found, contextlib.suppress(OSError):
-            found.bind(("127.0.0.1", port))
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
             return port

@@ -5,32 +5,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from functools import cached_property
-from math import prod
 from typing import Any
 
 import torch
 
 from mla.cases.case import OPTIONAL, OpCase
 from mla.cases.memory import (
-    AROUND,
     GUARD,
-    PLAIN,
     Layout,
     Pages,
-    Placed,
     Tensors,
     blank,
-    hardly_touched,
-    place,
     poison_all,
-    scattered,
 )
-from mla.cases.stress import Drawing
-from mla.cases.values import shape as unusual
 from mla.cases.varied import Change, Pool
 from mla.reference import REFERENCE
+from mla.verify.layer_check import TAIL
 from mla.verify.places import Places
-from mla.verify.poison import TAIL
 from mla.verify.verdict import Check
 from mla_backends.api import FusedOp, Packed
 
@@ -189,153 +180,6 @@ class Call:
             target = operand[..., columns]
             values = pool[..., columns].index_select(0, change.rows[block].to(pool.device)).view(target.shape)
             yield target, values if signs is None else values * signs[block].to(pool)
-
-
-class Host:
-    """The host's side of one call: operands, what it must write, and how far the reference is from that."""
-
-    varied: tuple[str, ...] = ()  # every call has the same operands
-
-    def __init__(self, case: OpCase, given: Tensors | None = None) -> None:
-        """Draw the operands unless they are given. `case` has a stress, and is on the host."""
-        self.case, self.entry = case, case.entry
-        drawn = given
-        if drawn is None:
-            drawn = unusual(case, self.entry.draw(case, Drawing(case), self.entry.rows(case)))
-        shapes = {name: case.shape(self.entry.operands[name]) for name in self.entry.varied}
-        self.given = drawn | {name: drawn[name].view(shape) for name, shape in shapes.items()}
-
-    @cached_property
-    def truth(self) -> Tensors:
-        """What a call must write, in float64."""
-        return self.entry.truth(self.case.spec, self.given | self.case.scalars, self.case.lengths)
-
-    @cached_property
-    def errors(self) -> Tensors:
-        """The reference's relative error in every row."""
-        call = GuardedCall(self, REFERENCE[self.case.kind])
-        return self.entry.errors(call.results(call.run()), self.truth)
-
-    @property
-    def numbers(self) -> int:
-        """How many numbers it holds, about."""
-        return sum(one.numel() for one in self.given.values()) + sum(map(prod, self.case.results.values()))
-
-
-_hosts: dict[OpCase, Host] = {}  # the last used are last
-MOST_NUMBERS = 1 << 25  # in all of them; the last is kept whatever it has
-
-
-def host(case: OpCase) -> Host:
-    """Return the host's side of a case, wherever its call is placed. It is kept for other ops and layouts."""
-    spec = dataclasses.replace(case.spec, device=torch.device("cpu"))
-    case = dataclasses.replace(case, spec=spec, layout=PLAIN)
-    _hosts[case] = kept = _hosts.pop(case, None) or Host(case)
-    while len(_hosts) > 1 and sum(one.numbers for one in _hosts.values()) > MOST_NUMBERS:
-        del _hosts[next(iter(_hosts))]
-    return kept
-
-
-Outputs = dict[str, Placed]  # by operand
-
-
-class GuardedCall(Call):
-    """A call of a case with a stress: its operands lie amid memory that is watched, outputs as well.
-
-    Every `run` may write to memory of its own. The layout is the case's, but for pages as the host has them.
-    """
-
-    pool: Host  # type: ignore[assignment]
-
-    def __init__(
-        self, host: Host, op: FusedOp, case: OpCase | None = None, packed: Packed | None = None
-    ) -> None:
-        """`case`: that of the host, on another device or in another layout."""
-        self.inputs: dict[str, Placed] = {}
-        case = case or host.case
-        super().__init__(host, op, case.spec, case, packed)  # type: ignore[arg-type]  # as a pool of one call
-
-    @property
-    def layout(self) -> Layout:
-        return self.case.layout
-
-    def _placed(self, name: str, tensor: torch.Tensor, fill: float, guard: int) -> Placed:
-        layout = PLAIN if name == "cache" else self.layout
-        if layout.apart and tensor.dim() == 3:
-            return scattered(tensor, self.device, layout.apart)
-        return place(tensor, self.device, layout.strided, fill=fill, guard=guard)
-
-    def laid(
-        self, name: str, tensor: torch.Tensor, fill: float = torch.nan, guard: int = GUARD
-    ) -> torch.Tensor:
-        self.inputs[name] = self._placed(name, tensor, fill, guard)
-        return self.inputs[name].part
-
-    def lay_pages(self, pages: Pages, keys: torch.Tensor) -> None:
-        if self.layout.sparse:
-            self.arguments["cache"] = hardly_touched(pages, keys, self.device)
-        else:
-            self.lay("cache", pages.cache(keys), self.layout.unowned, guard=1)
-
-    def lay_tables(self, tables: Tensors) -> None:
-        for name, table in tables.items():
-            self.lay(name, table.int(), int(table[0, -1]) if name == "block_table" else 1)
-
-    def outputs(self) -> Outputs:
-        """Return memory to write to."""
-        blanks = self.pool.entry.blank(self.case)
-        return {
-            name: self._placed(name, tensor, AROUND, 1 if name == "cache" else GUARD)
-            for name, tensor in blanks.items()
-        }
-
-    def run(  # type: ignore[override]  # to memory of its own
-        self, outputs: Outputs | None = None, **instead: Any
-    ) -> Outputs:
-        """Call the op once, and return where it wrote. `instead`: operands in place of these."""
-        outputs = self.outputs() if outputs is None else outputs
-        if not self.leading:
-            self.prepare()
-        parts = {name: placed.part for name, placed in outputs.items()}
-        self.op(*self.leading, **{**self.arguments, **parts, **instead})
-        return {name: placed for name, placed in outputs.items() if name not in instead}
-
-    def share(self, other: GuardedCall) -> None:
-        """Have the state of another call, that was prepared for a batch of the same lengths and tables."""
-        self.leading, self._batch = other.leading, other._batch
-
-    def hold(self, other: GuardedCall) -> None:
-        """Hold the operands of another call of the same shapes, in the memory of this one."""
-        self.pool, self.case = other.pool, other.case
-        for name, operand in other.arguments.items():
-            if isinstance(operand, torch.Tensor):
-                self.arguments[name].copy_(operand)
-
-    def results(self, outputs: Outputs, **instead: Any) -> Tensors:
-        """Return what was written, rows [T, ..] on the host."""
-        parts = {name: placed.part for name, placed in outputs.items()} | instead
-        written = self.pool.entry.written(self.arguments | parts)
-        return {name: rows.cpu() for name, rows in written.items() if name in self.written}
-
-    def faults(self, results: Tensors) -> Iterator[tuple[float, str]]:
-        """Yield errors over their bounds, and what is wrong: "" if nothing is."""
-        entry, truth, errors = self.pool.entry, self.pool.truth, self.pool.errors
-        table = self.arguments.get("block_table")
-        places = self.case.places(table) if entry.prepares else None
-        for alike in self.case.alike:  # rows of one size are judged together
-            rows, right, known = (
-                {name: x[alike] for name, x in of.items()} for of in (results, truth, errors)
-            )
-            yield from entry.faults(rows, right, errors=known, dtype=self.case.spec.dtype, places=places)
-
-    def strays(self, outputs: Outputs, inputs: bool = False) -> Iterator[str]:
-        """Yield what was written beside the outputs; to inputs, or beside them, as well if that is asked."""
-        parts = {name: placed.part for name, placed in outputs.items()}
-        if outputs:
-            yield self.pool.entry.strays(self.case, self.arguments | parts)
-        yield from (placed.around(name) for name, placed in outputs.items())
-        if inputs:
-            yield from (placed.around(name) or placed.inside(name) for name, placed in self.inputs.items())
 
 
 class Checker:

@@ -73,7 +73,7 @@ class OpCase:
             changes["query_lens"] = changes["kv_lens"] = (changes.pop("tokens"),)
         for part in ("spec", "stress", "layout"):
             value = changes.pop(part, getattr(self, part))
-            names = {one.name for one in fields(value)} & changes.keys() if value else ()
+            names = {field.name for field in fields(value)} & changes.keys() if value else ()
             changes[part] = replace(value, **{name: changes.pop(name) for name in names}) if names else value
         return replace(self, **changes)
 
@@ -161,8 +161,8 @@ class OpCase:
         table.reserve(longest)
         pairs = zip(self.query_lens, self.kv_lens, strict=True)
         new = torch.cat([torch.arange(keys - tokens, keys) for tokens, keys in pairs])
-        others = torch.arange(rows - len(new)) * longest // rows
-        return table.gather(torch.cat((new, others)))
+        before = torch.arange(rows - len(new)) * longest // rows
+        return table.gather(torch.cat((new, before)))
 
 
 def runs(lengths: Lengths) -> str:

@@ -1,6 +1,6 @@
 """Cases drawn over all axes at once, with hypothesis: biased to borders, and to relations between numbers.
 
-A `Scene` is calls of one op, one after another. `scenes` draws them; what is drawn shrinks to what is small.
+`scenes` draws calls of one op, one after another; what is drawn shrinks to what is small.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from mla.cases.case import KINDS, OpCase
 from mla.cases.memory import Layout, edges
+from mla.cases.played import Scene
 from mla.cases.stress import Stress, words
-from mla.cases.values import patterns_of
+from mla.cases.values import LARGE_ONES, patterns_of
 from mla_backends.api import AttentionSpec, LinearSpec, NormSpec
 
 Draw = Callable[..., Any]
@@ -27,91 +28,63 @@ Serves = Callable[[Any], bool]
 Takes = Callable[[Any, tuple[int, ...], tuple[int, ...], "int | None"], bool]  # of a spec: lengths, page size
 
 # Sizes of tiles, pages, splits and blocks, and their neighbours.
-BORDERS = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    7,
-    8,
-    9,
-    *(n + by for bits in range(4, 13) for n in (1 << bits,) for by in (-1, 0, 1)),
-)
-FEW = (1, 1, 0, 2)  # rows
+BORDERS = (*range(1, 6), *range(7, 10), *((1 << bits) + by for bits in range(4, 13) for by in (-1, 0, 1)))
+MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # that an op may want widths to be
 PAGE_SIZES = (64, 16, 1, 32, 128, 2, 4, 8, 256)
-DEEPSEEK = (
-    512,
-    64,
-    128,
-    128,
-)  # c, r, n and v: what every model of the family has, and many kernels serve alone
+# Widths c, r, n and v: what every model of the family has, and many kernels serve alone; and small ones.
+DEEPSEEK = (512, 64, 128, 128)
 SMALL = (32, 8, 16, 12)
 ORDERS = ("shuffled", "rising", "falling", "a run", "a shuffled run")  # of slots
 HEADS = (1, 2, 3, 4, 5, 8, 12, 15, 16, 17, 20, 24, 31, 32, 33, 40, 48, 63, 64, 65, 96, 127, 128, 130)
 MORE_HEADS = (4, 16, 64, 128)  # what an op is given that refuses fewer
-# The most numbers of operands, and pairs of a query and a key, that a case has; one of a few has more.
-NUMBERS, LOGITS, MORE, HUGE_MORE = 1 << 18, 1 << 17, 8, 32
-MOST_REQUESTS, MOST_KEYS, HUGE = 300, 5000, (1 << 17) + 70
-OFTEN = (20, 130, 1100)  # calls
-MOST_PRODUCTS = 1 << 25  # of a projection, which devices are slow in that lack the dtype
-FAR, MOST_CACHED = 1 << 15, 1 << 25  # slots that 16 bits do not name, and numbers of a cache with as many
-
-
-@dataclass(frozen=True)
-class Scene:
-    """Calls of one op, one after another. Every case has a state, or a packed weight, of its own."""
-
-    cases: tuple[OpCase, ...]
-    order: tuple[tuple[int, int], ...] = ((0, 1),)  # which case is called, and how often in a row
-    one_memory: bool = False  # cases of the same shapes lie at the same addresses, one after the other
-    kept: bool = True  # a state is prepared, or a weight packed, once for all calls of its case
-    early: bool = False  # ... before the first call of any
-    lent: bool = False  # the state of the first case serves others of the same lengths
-    held: float = math.nan  # what outputs hold before a call
-    lse: bool = True  # attention is given an lse to write
-    in_place: bool = False  # a rotation writes to what it reads
-
-    @property
-    def label(self) -> str:
-        """The scene in one line."""
-        words = [self.cases[0].label]
-        words += [f"then {one.label}" for one in self.cases[1:]]
-        if self.order != ((0, 1),):
-            called = " ".join(f"{index + 1}" + f"x{times}" * (times > 1) for index, times in self.order)
-            words.append(f"called {called}" if len(self.cases) > 1 else f"called {sum_of(self.order)} times")
-            words += ["prepared anew every time"] * (not self.kept) + ["all prepared before"] * self.early
-            words += ["in the same memory"] * self.one_memory + ["with one state"] * self.lent
-        words += [f"out holds {self.held:g} before"] * (self.held == self.held)
-        words += ["without lse"] * (not self.lse) + ["in place"] * self.in_place
-        return "; ".join(words)
-
-
-def sum_of(order: Sequence[tuple[int, int]]) -> int:
-    """Return the number of calls."""
-    return sum(times for _, times in order)
+# The most numbers of operands, and pairs of a query and a key, that a case has, times one of ROOMS.
+NUMBERS, LOGITS, ROOMS, LONG_ROOM, HUGE_ROOM = 1 << 16, 1 << 15, (1, 1, 1, 2, 4, 16), 8, 128
+MAX_REQUESTS, MAX_KEYS, HUGE = 300, 5000, (1 << 17) + 70
+REPEATS = (20, 130, 1100)  # of one call
+MAX_PRODUCTS = 1 << 24  # of a projection, which devices are slow in that lack the dtype
+FAR, MAX_CACHED = 1 << 15, 1 << 25  # slots that 16 bits do not name, and numbers of a cache with as many
+MAX_SPREAD, MAX_SHARED = (
+    1 << 21,
+    12,
+)  # numbers of a large cache at most times; pairs that are asked one by one
 
 
 # ---------------------------------------------------------------------------------------------- numbers
+# Strategies are made once: making one takes longer than drawing from it.
 
 
 @functools.cache
-def near(most: int, least: int = 1, step: int = 1) -> st.SearchStrategy[int]:
-    """Draw a number: a border, a multiple of `step` or its neighbour, or any."""
-    borders = [number for number in BORDERS if least <= number <= most] or [least]
-    ways = [st.sampled_from(borders), st.integers(least, most)]
-    if step > 1 and most >= step:
-        multiple = st.integers(1, most // step).map(lambda count: count * step)
-        ways += [
-            multiple,
-            st.builds(lambda n, by: min(most, max(least, n + by)), multiple, st.sampled_from((0, -1, 1))),
-        ]
-    return st.one_of(ways)
+def whole(least: int, most: int) -> st.SearchStrategy[int]:
+    """Return a strategy of integers."""
+    return st.integers(least, most)
+
+
+@functools.cache
+def among(*choices: Any) -> st.SearchStrategy[Any]:
+    """Return a strategy of these choices, the simplest first."""
+    return st.sampled_from(choices)
+
+
+@functools.cache
+def borders(least: int, most: int) -> st.SearchStrategy[int]:
+    """Return a strategy of borders within a range."""
+    return st.sampled_from([number for number in BORDERS if least <= number <= most] or [least])
+
+
+def near(draw: Draw, most: int, least: int = 1, step: int = 1) -> int:
+    """Draw a number: a border, any, or a multiple of `step` or its neighbour."""
+    way = draw(whole(0, 3 if 1 < step <= most else 1))
+    if way == 0:
+        return int(draw(borders(least, most)))
+    if way == 1:
+        return int(draw(whole(least, most)))
+    number = step * draw(whole(1, most // step)) + (draw(among(0, -1, 1)) if way == 3 else 0)
+    return min(most, max(least, number))
 
 
 def some(draw: Draw, one_in: int) -> bool:
     """Return whether something happens that is rare; shrinks to no."""
-    return bool(draw(st.integers(0, one_in - 1)) == one_in - 1)
+    return bool(draw(whole(0, one_in - 1)) == one_in - 1)
 
 
 # ---------------------------------------------------------------------------------------------- lengths
@@ -120,67 +93,60 @@ def some(draw: Draw, one_in: int) -> bool:
 RELATIONS = (
     "alone", "decode", "mixed", "equal", "full pages", "prefill", "many", "uneven", "one long", "history",
 )  # fmt: skip
+NOTHING = ((0, 5), (0, None), (1, 0), (0, 0), (0, 70))  # new tokens and keys, None a page of them
 
 
-@st.composite
 def requests(draw: Draw, page: int, causal: bool) -> Pairs:
     """Draw new tokens and keys per request, in one of the relations that kernels tell apart."""
-    pairs = draw(related(page))
+    pairs = related(draw, page)
     if some(draw, 5):  # nothing new of some, no keys of others
-        at = draw(st.integers(0, len(pairs)))
-        empty = st.sampled_from(((0, 5), (0, page), (1, 0), (0, 0), (0, 70)))
-        pairs = [*pairs[:at], *draw(st.lists(empty, min_size=1, max_size=3)), *pairs[at:]]
+        at = draw(whole(0, len(pairs)))
+        empty = [draw(among(*NOTHING)) for _ in range(draw(whole(1, 3)))]
+        pairs[at:at] = [(new, page if keys is None else keys) for new, keys in empty]
     if not causal and some(draw, 2):
-        pairs = (
-            [(draw(near(60)), keys) for _, keys in pairs[:6]]
-            if draw(st.booleans())
-            else [(k, n) for n, k in pairs]
-        )
+        more = draw(st.booleans())
+        pairs = [(near(draw, 60), keys) for _, keys in pairs[:6]] if more else [(k, n) for n, k in pairs]
     return [(new, keys) for new, keys in pairs if not causal or keys >= new or not keys]
 
 
-@st.composite
 def related(draw: Draw, page: int) -> Pairs:
     """Draw new tokens and keys per request, every request with at least as many keys as new tokens."""
-    kind = draw(st.sampled_from(RELATIONS))
-    keys = near(700, step=page)
-    if kind == "alone":
-        new = draw(st.one_of(st.just(1), near(140)))
-        pairs = [(new, new + draw(st.one_of(st.integers(0, 700), near(MOST_KEYS, 0, page))))]
-    elif kind == "decode":
-        pairs = [(1, draw(keys)) for _ in range(draw(near(24)))]
-    elif kind == "equal":
-        new, old = draw(st.one_of(st.just(1), near(40))), draw(st.one_of(st.just(0), near(300, step=page)))
-        count = draw(near(20))
+    relation = draw(among(*RELATIONS))
+    if relation == "alone":
+        new = near(draw, 140) if draw(st.booleans()) else 1
+        old = near(draw, MAX_KEYS, 0, page) if draw(st.booleans()) else draw(whole(0, 700))
+        return [(new, new + old)]
+    if relation == "decode":
+        return [(1, near(draw, 700, step=page)) for _ in range(near(draw, 24))]
+    if relation == "equal":
+        new = near(draw, 40) if draw(st.booleans()) else 1
+        old = near(draw, 300, step=page) if draw(st.booleans()) else 0
         old += -(new + old) % page if draw(st.booleans()) else 0  # which fill whole pages
-        pairs = [(new, new + old)] * count
-    elif kind == "full pages":
-        pairs = [(1, page * draw(st.integers(1, max(1, 512 // page)))) for _ in range(draw(near(12)))]
-    elif kind == "prefill":
-        pairs = [(new, new) for new in draw(st.lists(near(150), min_size=1, max_size=6))]
-    elif kind == "many":
-        count, most = draw(st.integers(10, MOST_REQUESTS)), draw(st.integers(1, 4))
-        pattern = draw(st.lists(st.tuples(st.integers(1, most), near(70, 0, page)), min_size=1, max_size=5))
-        pairs = [(new, new + old) for new, old in itertools.islice(itertools.cycle(pattern), count)]
-    elif kind == "uneven":  # as many tokens as requests, and not one each
-        lengths = draw(st.permutations([2, 0, 1, 1] * draw(st.integers(1, 3))))
-        pairs = [(new, new + draw(near(130, 0, page))) for new in lengths]
-    elif kind == "one long":
-        shorts = [(1, draw(near(9))) for _ in range(draw(near(60)))]
-        at, long = draw(st.integers(0, len(shorts))), draw(near(MOST_KEYS, 200, page))
-        pairs = [*shorts[:at], (draw(st.sampled_from((1, 1, 3))), long), *shorts[at:]]
-    elif kind == "history":
-        new = draw(near(130, 20))
-        pairs = [(new, new + draw(near(2200, 500, page))), *[(1, 5)] * draw(st.integers(0, 2))]
-    else:
-        pairs = [
-            (new, new + old)
-            for new, old in draw(
-                st.lists(
-                    st.tuples(near(40), st.one_of(st.just(0), near(400, step=page))), min_size=1, max_size=8
-                )
-            )
-        ]
+        return [(new, new + old)] * near(draw, 20)
+    if relation == "full pages":
+        return [(1, page * draw(whole(1, max(1, 512 // page)))) for _ in range(near(draw, 12))]
+    if relation == "prefill":
+        lengths = [near(draw, 150) for _ in range(draw(whole(1, 6)))]
+        return [(new, new) for new in lengths]
+    if relation == "many":
+        count, most = draw(whole(10, MAX_REQUESTS)), draw(whole(1, 4))
+        pattern = [(draw(whole(1, most)), near(draw, 70, 0, page)) for _ in range(draw(whole(1, 5)))]
+        return [(new, new + old) for new, old in itertools.islice(itertools.cycle(pattern), count)]
+    if relation == "uneven":  # as many tokens as requests, and not one each
+        turn = draw(whole(0, 3))
+        lengths = ([2, 0, 1, 1] * 4)[turn : turn + 4 * draw(whole(1, 3))]
+        return [(new, new + near(draw, 130, 0, page)) for new in lengths]
+    if relation == "one long":
+        shorts = [(1, near(draw, 9)) for _ in range(near(draw, 60))]
+        at = draw(whole(0, len(shorts)))
+        return [*shorts[:at], (draw(among(1, 1, 3)), near(draw, MAX_KEYS, 200, page)), *shorts[at:]]
+    if relation == "history":
+        new = near(draw, 130, 20)
+        return [(new, new + near(draw, 2200, 500, page)), *[(1, 5)] * draw(whole(0, 2))]
+    pairs = []
+    for _ in range(draw(whole(1, 8))):
+        new = near(draw, 40)
+        pairs.append((new, new + (near(draw, 400, step=page) if draw(st.booleans()) else 0)))
     return pairs
 
 
@@ -219,6 +185,15 @@ class Field:
         """Return the page sizes that the op serves; all of them if it serves none."""
         return [size for size in PAGE_SIZES if self.takes(spec, (1,), (size,), size)] or [*PAGE_SIZES]
 
+    def served(self, spec: Any) -> Any:
+        """Return the spec, its widths rounded up to the first multiple that the op serves, if any."""
+        names = [name for name in ("in_features", "out_features", "features") if hasattr(spec, name)]
+        rounded = (
+            replace(spec, **{name: -(-getattr(spec, name) // step) * step for name in names})
+            for step in MULTIPLES
+        )
+        return next(filter(self.serves, rounded), replace(spec, **dict.fromkeys(names, 512)))
+
     def attention(self, heads: int, dims: Sequence[int], scale: float = 1.0) -> AttentionSpec:
         """Return the spec of attention with widths c, r, n and v."""
         c, r, n, v = dims
@@ -226,42 +201,38 @@ class Field:
 
 
 def some_rows(draw: Draw, width: int, page: int = 1) -> int:
-    """Draw a number of rows that each hold so many numbers; one of a few times has many."""
-    rows = draw(st.one_of(near(300, step=page), near(4200), st.sampled_from(FEW)))
-    return min(rows, max(1, NUMBERS * (MORE if some(draw, 8) else 1) // width))
+    """Draw a number of rows that each hold so many numbers, at times many of them."""
+    way = draw(whole(0, 2))
+    rows = (
+        near(draw, 300, step=page) if way == 0 else near(draw, 4200) if way == 1 else draw(among(1, 1, 0, 2))
+    )
+    return min(rows, max(1, NUMBERS * draw(among(*ROOMS)) // width))
 
 
-@st.composite
-def linear_cases(draw: Draw, field: Field) -> OpCase:
-    groups = draw(st.sampled_from(HEADS)) if field.kind == "batched_linear" else 1
-    width = st.one_of(near(600), near(600, step=16))
-    inputs, outputs = draw(width), draw(width)
+def linear_case(draw: Draw, field: Field) -> OpCase:
+    groups = draw(among(*HEADS)) if field.kind == "batched_linear" else 1
+    inputs, outputs = (near(draw, 600, step=draw(among(1, 16))) for _ in range(2))
     if some(draw, 8):  # one side very wide
-        inputs, outputs = draw(st.permutations((draw(st.integers(1, 16)), draw(st.integers(2048, 40_000)))))
-    groups = max(1, min(groups, NUMBERS // (inputs * outputs)))
-    rows = min(some_rows(draw, groups * max(inputs, outputs)), MOST_PRODUCTS // (groups * inputs * outputs))
-    spec = LinearSpec(inputs, outputs, groups, field.dtype, field.device)
-    if not field.serves(spec):
-        spec = replace(spec, in_features=128, out_features=96, groups=min(groups, 4))
+        inputs, outputs = draw(whole(1, 16)), draw(whole(2048, 40_000))
+        inputs, outputs = (outputs, inputs) if draw(st.booleans()) else (inputs, outputs)
+    spec = field.served(LinearSpec(inputs, outputs, groups, field.dtype, field.device))
+    inputs, outputs = spec.in_features, spec.out_features
+    groups = max(1, min(groups, 4 * NUMBERS // (inputs * outputs)))
+    spec = spec if groups == spec.groups else replace(spec, groups=groups)
+    rows = min(some_rows(draw, groups * max(inputs, outputs)), MAX_PRODUCTS // (groups * inputs * outputs))
     biased = field.kind == "linear" and draw(st.booleans())
     return OpCase(field.kind, spec, (rows,), (rows,), stress=Stress(), biased=biased)
 
 
-@st.composite
-def norm_cases(draw: Draw, field: Field) -> OpCase:
-    features = draw(st.one_of(near(700), near(8200)))
-    spec = NormSpec(features, field.dtype, field.device)
-    if not field.serves(spec):
-        spec = replace(spec, features=512)
-    rows = some_rows(draw, spec.features)
-    eps = draw(st.sampled_from((1e-6, 1e-5, 1e-2)))
+def norm_case(draw: Draw, field: Field) -> OpCase:
+    spec = field.served(NormSpec(near(draw, draw(among(700, 8200))), field.dtype, field.device))
+    rows, eps = some_rows(draw, spec.features), draw(among(1e-6, 1e-5, 1e-2))
     return OpCase(field.kind, spec, (rows,), (rows,), stress=Stress(), eps=eps)
 
 
-@st.composite
-def rotation_cases(draw: Draw, field: Field) -> OpCase:
-    half = draw(st.one_of(st.just(32), st.integers(1, 70)))
-    heads = draw(st.sampled_from(HEADS))
+def rotation_case(draw: Draw, field: Field) -> OpCase:
+    half = draw(whole(1, 70)) if draw(st.booleans()) else 32
+    heads = draw(among(*HEADS))
     spec = field.attention(heads, (512, 2 * half, 128, 128))
     if not field.serves(spec):
         spec = field.attention(heads, DEEPSEEK)
@@ -271,37 +242,34 @@ def rotation_cases(draw: Draw, field: Field) -> OpCase:
 
 def dims(draw: Draw) -> tuple[int, ...]:
     """Draw widths c, r, n and v."""
-    if draw(st.booleans()):
-        return DEEPSEEK
-    if draw(st.booleans()):
-        return SMALL
-    c, n, v = (draw(st.one_of(near(300), near(600, step=8))) for _ in range(3))
-    return c, 2 * draw(st.integers(1, 40)), n, v
+    way = draw(among(SMALL, DEEPSEEK, SMALL, None))
+    if way is not None:
+        return tuple(way)
+    c, n, v = (near(draw, draw(among(300, 600)), step=8) for _ in range(3))
+    return c, 2 * draw(whole(1, 40)), n, v
 
 
-@st.composite
-def write_cases(draw: Draw, field: Field) -> OpCase:
+def write_case(draw: Draw, field: Field) -> OpCase:
     spec = field.attention(16, dims(draw))
     if not field.serves(spec):
         spec = field.attention(16, DEEPSEEK)
-    page = draw(st.sampled_from(PAGE_SIZES))
+    page = draw(among(*PAGE_SIZES))
     width = spec.kv_lora_rank + spec.qk_rope_head_dim
     rows = some_rows(draw, width, page)
-    pages = FAR // page + draw(st.integers(1, 9)) if some(draw, 40) and width * FAR <= MOST_CACHED else 0
+    rare = 20 if width * FAR <= MAX_SPREAD else 80
+    pages = FAR // page + draw(whole(1, 9)) if some(draw, rare) and width * FAR <= MAX_CACHED else 0
     return OpCase(
-        field.kind, spec, (rows,), (rows,), interleaved=draw(st.booleans()),
-        eps=draw(st.sampled_from((1e-6, 1e-5))), layout=Layout(page_size=page, pages=pages),
-        stress=Stress(order=draw(st.sampled_from(ORDERS))),
+        field.kind, spec, (rows,), (rows,), interleaved=draw(st.booleans()), eps=draw(among(1e-6, 1e-5)),
+        layout=Layout(page_size=page, pages=pages), stress=Stress(order=draw(among(*ORDERS))),
     )  # fmt: skip
 
 
-@st.composite
-def attention_cases(draw: Draw, field: Field) -> OpCase:
+def attention_case(draw: Draw, field: Field) -> OpCase:
     latent = field.kind == "latent_attention"
-    scale = draw(st.sampled_from((1.0, 1.0, 0.5, 1.6)))
-    widths, heads = dims(draw), draw(st.sampled_from(HEADS))
-    causal = latent or draw(st.integers(0, 2)) > 0
-    page = draw(st.sampled_from(PAGE_SIZES))
+    scale = draw(among(1.0, 1.0, 0.5, 1.6))
+    widths, heads = dims(draw), draw(among(*HEADS))
+    causal = latent or draw(whole(0, 2)) > 0
+    page = draw(among(*PAGE_SIZES))
 
     def spec_of(count: int) -> AttentionSpec:
         spec = field.attention(count, widths, scale)
@@ -311,54 +279,56 @@ def attention_cases(draw: Draw, field: Field) -> OpCase:
         heads = next((count for count in MORE_HEADS if field.serves(spec_of(count))), heads)
     if latent and page not in (served := field.pages(spec_of(heads))):
         page = served[PAGE_SIZES.index(page) % len(served)]
-    pairs = draw(requests(page, causal))
-    more = MORE if some(draw, 8) or any(keys > 900 for _, keys in pairs) else 1
-    if latent and widths == SMALL and some(draw, 40):
-        more, pairs, heads = HUGE_MORE, [(1, 5), (1, draw(st.integers(HUGE, HUGE + 200)))], min(heads, 2)
+    pairs, room = requests(draw, page, causal), draw(among(*ROOMS))
+    if any(keys > 900 for _, keys in pairs):
+        room = max(room, LONG_ROOM)
+    if latent and widths == SMALL and some(draw, 60):
+        room, pairs, heads = HUGE_ROOM, [(1, 5), (1, draw(whole(HUGE, HUGE + 200)))], min(heads, 2)
 
     def fits(pairs: Pairs, count: int) -> bool:
-        c, r, n, _ = widths
+        spec = spec_of(count)
+        width = spec.qk_rope_head_dim + (spec.kv_lora_rank if latent else spec.qk_nope_head_dim)
         of = page if latent else 1  # what keys come by
         tokens, keys = sum(new for new, _ in pairs), sum(-(-keys // of) * of for _, keys in pairs)
-        size = (c + r if latent else n + r) * (tokens * count + keys * (1 if latent else count))
-        return size <= NUMBERS * more and count * sum(new * keys for new, keys in pairs) <= LOGITS * min(
-            more, 4
-        )
+        numbers = width * (tokens * count + keys * (1 if latent else count))
+        logits = count * sum(new * keys for new, keys in pairs)
+        return numbers <= NUMBERS * room and logits <= LOGITS * room
 
     if not fits(pairs, heads):  # rather fewer heads than fewer requests
         fewer = (count for count in HEADS if count < heads and field.serves(spec_of(count)))
         heads = max((count for count in fewer if fits(pairs, count)), default=heads)
     pairs = fitting(pairs, lambda pairs: fits(pairs, heads))
     pairs = served_lengths(field, spec_of(heads), pairs, page if latent else None)
-    new, keys = (tuple(column) for column in zip(*pairs, strict=True))
+    new, keys = columns(pairs)
     layout = Layout(page_size=page)
     return OpCase(field.kind, spec_of(heads), new, keys, causal=causal, stress=Stress(), layout=layout)
 
 
+def columns(pairs: Pairs) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return new tokens, and keys, of all requests."""
+    new, keys = zip(*pairs, strict=True)
+    return new, keys
+
+
 def served_lengths(field: Field, spec: AttentionSpec, pairs: Pairs, page: int | None) -> Pairs:
     """Return the lengths, or those most like them that an op takes which refuses them; else as they are."""
-    whole = [(new, keys) for new, keys in pairs if new and keys] or SMALLEST
-    decode = [(1, keys) for _, keys in whole]
+    full = [(new, keys) for new, keys in pairs if new and keys] or SMALLEST
+    decode = [(1, keys) for _, keys in full]
     tried = (
-        pairs, whole, decode, [(min(pair), min(pair)) for pair in whole], whole[:1], decode[:1],
-        [(1, keys + -keys % (page or 1)) for _, keys in decode], [whole[0]] * len(whole), SMALLEST,
+        pairs, full, decode, [(min(pair), min(pair)) for pair in full], full[:1], decode[:1],
+        [(1, keys + -keys % (page or 1)) for _, keys in decode], [full[0]] * len(full), SMALLEST,
     )  # fmt: skip
-
-    def takes(pairs: Pairs) -> bool:
-        new, keys = (tuple(column) for column in zip(*pairs, strict=True))
-        return field.takes(spec, new, keys, page)
-
-    return next(filter(takes, tried), pairs)
+    return next((pairs for pairs in tried if field.takes(spec, *columns(pairs), page)), pairs)
 
 
-CASES: Mapping[str, Callable[[Field], st.SearchStrategy[OpCase]]] = {
-    "linear": linear_cases,
-    "batched_linear": linear_cases,
-    "rms_norm": norm_cases,
-    "rotate_query": rotation_cases,
-    "write_latent": write_cases,
-    "latent_attention": attention_cases,
-    "expanded_attention": attention_cases,
+CASES: Mapping[str, Callable[[Draw, Field], OpCase]] = {
+    "linear": linear_case,
+    "batched_linear": linear_case,
+    "rms_norm": norm_case,
+    "rotate_query": rotation_case,
+    "write_latent": write_case,
+    "latent_attention": attention_case,
+    "expanded_attention": attention_case,
 }
 
 
@@ -377,47 +347,38 @@ def unit(case: OpCase, name: str) -> int:
     return 16 // bytes_each if aligned and name not in UNALIGNED else 1
 
 
-@st.composite
-def layouts(draw: Draw, case: OpCase) -> Layout:
+def layout_of(draw: Draw, case: OpCase) -> Layout:
     """Draw how a case lies in memory."""
-    names = [
-        *case.entry.operands,
-        *(["weight"] if case.entry.packed else []),
-        *(["cache"] if case.entry.cached else []),
-    ]
-    gaps = {}
-    wide = draw(st.sampled_from(("none", "none", "some", "all")))
+    entry = case.entry
+    names = [*entry.operands, *(["weight"] if entry.packed else []), *(["cache"] if entry.cached else [])]
+    gaps, wide = {}, draw(among("none", "none", "some", "all"))
     for name in names:
         if wide == "all" or (wide == "some" and draw(st.booleans())):
-            step, inner = unit(case, name), len(case.entry.operands.get(name, case.entry.packed).split()) > 2
-            shift, row, part = (step * draw(st.sampled_from((1, 0, 2, 5))) for _ in range(3))
-            gaps[name] = (
-                (shift, 0, 0)
-                if name in CONTIGUOUS and not (name == "weight" and case.entry.packed)
-                else (shift, row, part * inner)
-            )
+            step, inner = unit(case, name), len(entry.operands.get(name, entry.packed).split()) > 2
+            shift, row, part = (step * draw(among(1, 0, 2, 5)) for _ in range(3))
+            rows = name not in CONTIGUOUS or (name == "weight" and bool(entry.packed))
+            gaps[name] = (shift, row * rows, part * rows * inner)
     layout = replace(case.layout, gaps=gaps)
-    if not (case.entry.cached and case.entry.prepares):
+    if not (entry.cached and entry.prepares):
         return layout
-    size = layout.page_size
     layout = replace(
         layout,
-        shuffle=draw(st.integers(0, 3)),
-        spare=draw(st.sampled_from((1, 3))),
-        columns=draw(st.sampled_from((1, 0, 3))),
-        unowned=draw(st.sampled_from((math.nan, 0.0))),
+        shuffle=draw(whole(0, 3)),
+        spare=draw(among(1, 3)),
+        columns=draw(among(1, 0, 3)),
+        unowned=math.nan if draw(st.booleans()) else 0.0,
     )
-    needed, width = sum(-(-keys // size) for keys in case.kv_lens) + 3, case.shape(case.entry.cached)[0]
+    size = layout.page_size
+    needed, width = sum(-(-keys // size) for keys in case.kv_lens) + 3, case.shape(entry.cached)[0]
     if some(draw, 6):
-        count = draw(near(70_000, 200))
-        if needed <= len(edges(count)) and count * size * width <= 4 * NUMBERS:
+        count = near(draw, 70_000, 200)
+        if needed <= len(edges(count)) and count * size * width <= MAX_SPREAD:
             layout = replace(layout, pages=count)
     if some(draw, 4) and len(case.kv_lens) > 1:
-        full = [min(one, other) // size for one, other in itertools.pairwise(case.kv_lens)]
-        layout = replace(
-            layout,
-            shared=(0, *(count if some(draw, 2) else min(count, draw(st.integers(0, 2))) for count in full)),
-        )
+        full = [min(pair) // size for pair in itertools.pairwise(case.kv_lens)]
+        few = draw(whole(0, 2))
+        shared = [count if some(draw, 2) else min(count, few) for count in full[:MAX_SHARED]]
+        layout = replace(layout, shared=(0, *shared, *full[MAX_SHARED:]))
     return replace(layout, repeated=some(draw, 12) and not any(layout.shared))
 
 
@@ -436,10 +397,6 @@ LOGITS_OF: Mapping[str, Mapping[str, Any]] = {
     "huge logits": {"gain": 1000.0},
     "even": {"gain": 0.1},
 }
-# Of these a case has one at most: the product of two is beyond fp16.
-LARGE_ONES = frozenset(
-    ("one large row", "one large channel", "three sizes", "large", "outlier", "large rows")
-) | frozenset(("large logits", "huge logits", "all logits low", "rising logits", "falling logits"))
 
 
 def stresses(kind: str) -> Mapping[str, Mapping[str, Any]]:
@@ -451,19 +408,17 @@ def stresses(kind: str) -> Mapping[str, Mapping[str, Any]]:
     return {**ROWWISE, **(PRODUCTS if KINDS[kind].packed else {})}
 
 
-@st.composite
 def numbers(draw: Draw, case: OpCase) -> Mapping[str, Any]:
     """Draw what is unusual about the numbers of a case: fields of it, and of its stress."""
     own, patterns = stresses(case.kind), patterns_of(case.kind)
-    chosen = draw(
-        st.one_of(st.just([]), st.lists(st.sampled_from([*patterns, *own]), max_size=2, unique=True))
-    )
+    names = among(*patterns, *own)
+    chosen = dict.fromkeys(draw(names) for _ in range(draw(among(0, 0, 0, 1, 1, 2))))
     large = [name for name in chosen if name in LARGE_ONES]
-    chosen = sorted({*chosen} - {*large[1:]})
-    found: dict[str, Any] = {"aimed": True} if case.entry.prepares and draw(st.booleans()) else {}
-    for name in chosen:
-        found |= own.get(name, {})
-    return {**found, "values": tuple(name for name in chosen if name in patterns)}
+    changes: dict[str, Any] = {"aimed": True} if case.entry.prepares and draw(st.booleans()) else {}
+    kept = sorted({*chosen} - {*large[1:]})
+    for name in kept:
+        changes |= own.get(name, {})
+    return {**changes, "values": tuple(name for name in kept if name in patterns)}
 
 
 # ---------------------------------------------------------------------------------------------- scenes
@@ -472,75 +427,75 @@ def numbers(draw: Draw, case: OpCase) -> Mapping[str, Any]:
 @st.composite
 def scenes(draw: Draw, field: Field) -> Scene:
     """Draw calls of one op."""
-    case = draw(CASES[field.kind](field))
-    case = case.but(**draw(numbers(case)), seed=draw(st.integers(0, 3)))
-    case = replace(case, layout=draw(layouts(case)))
-    scene = Scene((case,), held=draw(st.sampled_from((math.nan, 0.0, 1.0))))
+    case = CASES[field.kind](draw, field)
+    case = case.but(**numbers(draw, case), seed=draw(whole(0, 3)))
+    case = replace(case, layout=layout_of(draw, case))
+    scene = Scene((case,), held=draw(among(math.nan, 0.0, 1.0)))
     if field.lse_optional and case.entry.prepares and some(draw, 4):
         scene = replace(scene, lse=False)
     if case.entry.in_place and some(draw, 4):
         scene = replace(scene, in_place=True)
-    return draw(sequences(field, scene)) if some(draw, 3) else scene
+    return sequence(draw, field, scene) if some(draw, 3) else scene
 
 
-@st.composite
-def sequences(draw: Draw, field: Field, scene: Scene) -> Scene:
+FOLLOWING = ("again", "other numbers", "fewer", "more", "other order", "others", "often")
+TURNS = (
+    ((0, 1), (1, 1)),
+    ((0, 1), (1, 1), (0, 1)),
+    ((1, 1), (0, 1), (1, 2)),
+    ((0, 2), (1, 1), (0, 1), (1, 1)),
+)  # which of two cases is called, and how often in a row
+
+
+def sequence(draw: Draw, field: Field, scene: Scene) -> Scene:
     """Draw what is called after the first case, and in which order."""
     (case,) = scene.cases
-    kind = draw(
-        st.sampled_from(("again", "other numbers", "fewer", "more", "other order", "others", "often"))
-    )
-    kept, early = draw(st.booleans()), draw(st.booleans())
-    if kind == "again":
-        return replace(scene, order=((0, 1), (0, draw(st.integers(1, 3)))), kept=kept)
-    if kind == "often":
-        times = draw(st.sampled_from(OFTEN))
-        return replace(scene, cases=(small(case),), order=((0, 1), (0, times)), kept=True)
-    if kind == "others":
-        other = draw(CASES[field.kind](field))
-        other = replace(other, layout=draw(layouts(other)))
+    what, kept, early = draw(among(*FOLLOWING)), draw(st.booleans()), draw(st.booleans())
+    if what == "again":
+        return replace(scene, order=((0, 1), (0, draw(whole(1, 3)))), kept=kept)
+    if what == "often":
+        times = draw(among(*REPEATS))
+        return replace(scene, cases=(small(case, times),), order=((0, 1), (0, times)), kept=True)
+    if what == "others":
+        other = CASES[field.kind](draw, field)
+        other = replace(other, layout=layout_of(draw, other))
     else:
-        other = derived(case, kind)
+        other = derived(case, what)
     other = replace(other, seed=case.seed + 1)
-    order = draw(
-        st.sampled_from(
-            (
-                ((0, 1), (1, 1)),
-                ((0, 1), (1, 1), (0, 1)),
-                ((1, 1), (0, 1), (1, 2)),
-                ((0, 2), (1, 1), (0, 1), (1, 1)),
-            )
-        )
-    )
+    order = draw(among(*TURNS))
     as_first = replace(case.stress, order=other.stress.order)  # type: ignore[type-var]  # which all here have
     alike = replace(other, seed=case.seed, values=case.values, stress=as_first) == case
     memory = alike and draw(st.booleans())
+    lent = alike and case.entry.prepares and draw(st.booleans())
     return replace(
         scene, cases=(case, other), order=order, kept=kept, early=early,
-        one_memory=memory, lent=alike and case.entry.prepares and draw(st.booleans()),
+        one_memory=memory, states=(0, 0) if lent else (),
     )  # fmt: skip
 
 
-def small(case: OpCase) -> OpCase:
-    """Return a case of the same spec that takes little time."""
-    new, keys = min(case.query_lens[0], 3), min(case.kv_lens[0], 70)
+def small(case: OpCase, times: int) -> OpCase:
+    """Return a case of the same spec that takes little time, the less the more often it is called."""
+    new, keys = (
+        min(case.query_lens[0], 3 if times < 100 else 1),
+        min(case.kv_lens[0], 70 if times < 100 else 9),
+    )
     layout = replace(case.layout, shared=(), repeated=False, pages=0)
     return replace(case, query_lens=(new,), kv_lens=(max(new, keys),), layout=layout)
 
 
-def derived(case: OpCase, kind: str) -> OpCase:
+def derived(case: OpCase, how: str) -> OpCase:
     """Return another case of the same spec: fewer or more tokens, or the same in another order."""
     pairs = list(zip(case.query_lens, case.kv_lens, strict=True))
-    rowwise = not case.entry.prepares
-    if kind == "fewer":
+    before, rowwise = pairs, not case.entry.prepares
+    if how == "fewer":
         pairs = [(pairs[0][0] // 2,) * 2] if rowwise else pairs[: max(1, len(pairs) // 2)]
-    elif kind == "more":
+    elif how == "more":
         pairs = [(pairs[0][0] + 1,) * 2] if rowwise else [(new, keys + bool(keys)) for new, keys in pairs]
-    elif kind == "other order":
+    elif how == "other order":
         pairs = pairs[::-1]
-    if kind == "other numbers" or pairs == list(zip(case.query_lens, case.kv_lens, strict=True)):
+    if pairs == before:  # only its numbers are others
         return case
-    new, keys = (tuple(column) for column in zip(*pairs, strict=True))
+    new, keys = columns(pairs)
     layout = replace(case.layout, shared=(), repeated=False, pages=0)
     return replace(case, query_lens=new, kv_lens=keys, layout=layout)
 
@@ -560,4 +515,4 @@ def axes(scene: Scene) -> Iterator[tuple[str, Any]]:
         yield "numbers", ", ".join([*words(case.stress, Stress()), *case.values]) or "ordinary"
         memory = [name for name in ("gaps", "repeated", "pages") if getattr(case.layout, name)]
         yield "memory", ", ".join(memory + ["shared"] * any(case.layout.shared)) or "plain"
-    yield "calls", sum_of(scene.order)
+    yield "calls", scene.calls

@@ -15,8 +15,8 @@ from mla.cases import stress
 from mla.cases.case import KINDS, Kind, Lengths, Normal, OpCase
 from mla.cases.memory import Pages, Tensors, changed_slots, poison
 from mla.cases.varied import Pool, Products, Queries, draw_signs
+from mla.verify.layer_check import TAIL
 from mla.verify.op_oracle import attend_requests, product, true_norm, true_rotation
-from mla.verify.poison import TAIL
 from mla_backends.api import AttentionSpec, LinearSpec, NormSpec, SegmentLengths
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -12,9 +13,8 @@ from mla.cache.ragged_batch import RaggedBatch
 from mla.cases.case import Lengths
 from mla.config import MLAConfig
 from mla.layer.attention import MLA
-from mla.verify.layer_check import Checker
+from mla.verify.layer_check import Checker, Poison
 from mla.verify.layer_oracle import oracle
-from mla.verify.poison import Poison
 from mla.verify.verdict import Check
 from mla.weights import random_state_dict
 
@@ -29,9 +29,10 @@ class LayerCase:
     history: Lengths
     config: MLAConfig
     steps: int = 1
-    seed: int = 0
+    seed: int = 0  # of inputs, which are drawn from it plus `SEED`
     model: int = 0  # seed of the weights
     dtype: torch.dtype = torch.float32
+    SEED: ClassVar[int] = 7
 
     @property
     def label(self) -> str:
@@ -67,7 +68,7 @@ class LayerHost:
 
     def __init__(self, case: LayerCase) -> None:
         self.case, config = case, case.config
-        generator = torch.Generator().manual_seed(case.seed + 7)
+        generator = torch.Generator().manual_seed(case.seed + case.SEED)
 
         def draw(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=generator).to(case.dtype)
@@ -85,9 +86,9 @@ class LayerHost:
         case = self.case
         by_request = self.hidden.split(list(case.query_lens), dim=1)  # each [steps, t, d]
         lengths = [length * case.steps for length in case.query_lens]
-        tokens = torch.cat([one.flatten(0, 1) for one in by_request])
+        tokens = torch.cat([tokens.flatten(0, 1) for tokens in by_request])
         flat = oracle(case.config, self.state, tokens, lengths, self.history)
-        parts = [one.unflatten(0, (case.steps, -1)) for one in flat.split(lengths) if len(one)]
+        parts = [part.unflatten(0, (case.steps, -1)) for part in flat.split(lengths) if len(part)]
         return torch.cat(parts, dim=1)
 
     @functools.cached_property

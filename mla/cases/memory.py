@@ -8,15 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mla.verify.tolerances import same_bits
-
 Tensors = dict[str, torch.Tensor]
 
 GUARD = 32  # rows before and behind a tensor, where a kernel writes that rounds its rows up
 ALIGNED, MOST_BESIDE = 64, 1 << 14  # numbers: pieces begin at multiples, and have as many beside them at most
-MARGIN = 16  # columns on either side of a slice
-NEIGHBOURS = 1  # heads on either side of a slice
-AROUND = 77.0  # what outputs lie in; neither 0 nor NaN, which is what is written by mistake
 
 # Bound before any plugin loads, which may replace methods of torch.
 _empty_like, _copy, _fill = torch.empty_like, torch.Tensor.copy_, torch.Tensor.fill_
@@ -34,7 +29,6 @@ class Layout:
     tail: float = 0.0  # in slots past a request's end
     pages_before: int = 0  # that lie in front of all others, nobody owns and nobody writes
     pages: int = 0  # of a large cache that is hardly ever touched; 0: those owned, and the spare ones
-    strided: bool = False  # operands are slices of wider tensors
     apart: int = 0  # numbers from one row of an operand to the next; 0: they are adjacent
     # Operand or result -> columns before and behind its own, in wider rows.
     margins: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
@@ -51,7 +45,7 @@ class Layout:
     @property
     def label(self) -> str:
         """What is special about the layout, for reports."""
-        words = [" strided"] * self.strided + [f" in {self.pages} pages"] * bool(self.pages)
+        words = [f" in {self.pages} pages"] * bool(self.pages)
         words += [f", strided {' '.join(sorted(self.gaps))}"] * bool(self.gaps)
         words += [", shared pages"] * any(self.shared) + [", a page named twice"] * self.repeated
         return "".join(words)
@@ -96,9 +90,8 @@ def changed_slots(
 
     Rows `written` [T] of the flattened cache do not count.
     """
-    before = before.to(cache.device)
-    same = same_numbers(cache, before) if before.isnan().any() else cache == before  # which takes less memory
-    changed = (~same.all(-1)).flatten().cpu()
+    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[cache.itemsize]  # NaN equals NaN
+    changed = (cache.view(words) != before.to(cache.device).view(words)).any(-1).flatten().cpu()
     if written is not None:
         changed[written.cpu()] = False
     page, slot = divmod(int(changed.int().argmax()), cache.shape[1])
@@ -123,29 +116,30 @@ class Pages:
     @classmethod
     def of(cls, lengths: Sequence[int], layout: Layout, common: int = 0) -> Pages:
         """Hand out pages to requests of these lengths, which share full pages of `common` first keys."""
-        size, owned = layout.page_size, [-(-length // layout.page_size) for length in lengths]
-        order, count = _order(layout.spare + sum(owned), layout)
-        columns = max(1 + layout.repeated, *owned) + layout.columns
+        size, keys = layout.page_size, torch.tensor(lengths)
+        owned = (keys + size - 1) // size
+        order, count = _order(layout.spare + int(owned.sum()), layout)
+        columns = max(1 + layout.repeated, int(owned.max())) + layout.columns
         table = torch.full((len(lengths), columns), int(order[0]), dtype=torch.int32)
-        for row, pages in zip(table, order[layout.spare :].split(owned), strict=True):
-            row[: len(pages)] = pages
+        table[torch.arange(columns) < owned[:, None]] = order[layout.spare :].int()
         table[1:, : common // size] = table[:1, : common // size]
         for request, first in enumerate(layout.shared):
-            table[request, :first] = table[request - 1, :first]
+            if first:
+                table[request, :first] = table[request - 1, :first]
         if layout.repeated:
-            full = torch.tensor(lengths) >= 2 * size
+            full = keys >= 2 * size
             table[full, 1] = table[full, 0]
-        slots = []
-        for row, pages, length in zip(table.long(), owned, lengths, strict=True):
-            slots.append((row[:pages, None] * size + torch.arange(size)).flatten()[:length])
-        return cls(layout, count, order, table, torch.cat(slots))
+        request = torch.arange(len(lengths)).repeat_interleave(keys)
+        place = torch.arange(len(request)) - (keys.cumsum(0) - keys)[request]
+        slots = table[request, place // size].long() * size + place % size
+        return cls(layout, count, order, table, slots)
 
     @property
     def first(self) -> torch.Tensor:
         """The first key [K] int64 that lies where each key lies; itself where no page is shared."""
         slots, inverse = self.slots.unique(return_inverse=True)
-        found = torch.full((len(slots),), len(self.slots))
-        return found.scatter_reduce_(0, inverse, torch.arange(len(self.slots)), "amin")[inverse]
+        first = torch.full((len(slots),), len(self.slots))
+        return first.scatter_reduce_(0, inverse, torch.arange(len(self.slots)), "amin")[inverse]
 
     def blocks(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the pages [n, page, w] in `order`, that hold keys [K, w]."""
@@ -195,65 +189,6 @@ def edges(pages: int) -> list[int]:
 # ------------------------------------------------------------------------------------------------ guards
 
 
-@dataclass(frozen=True)
-class Placed:
-    """A tensor on the device, and the memory that it is a part of."""
-
-    part: torch.Tensor
-    whole: torch.Tensor
-    before: torch.Tensor | None  # `whole` on the host, as it was placed; None: nobody watches it
-    where: tuple[slice, ...]  # of `whole` is `part`
-
-    def around(self, name: str) -> str:
-        """Return where memory around the tensor has changed, as a clause; "" if it has not."""
-        if self.before is None:
-            return ""
-        rows, inner, now = self.where[0], (slice(None), *self.where[1:]), self.whole.cpu()
-        sides = {
-            "before the first row of": slice(rows.start),
-            "behind the last row of": slice(rows.stop, None),
-        }
-        if self.whole[rows].shape != self.part.shape:  # a single row is contiguous, whatever is beside it
-            sides["beside rows of"] = rows
-        for side, some in sides.items():
-            right = self.before[some]
-            if some is rows:
-                right = right.clone()
-                right[inner] = now[self.where]
-            if not same_bits(now[some], right):
-                return f"memory {side} `{name}` was written"
-        return ""
-
-    def inside(self, name: str) -> str:
-        """Return whether the tensor itself has changed, as a clause; "" if it has not."""
-        same = self.before is None or same_bits(self.part.cpu(), self.before[self.where])
-        return "" if same else f"the op wrote to {name}, which was not its output"
-
-
-def place(
-    tensor: torch.Tensor,
-    device: torch.device,
-    strided: bool = False,
-    *,
-    fill: float = math.nan,
-    guard: int = GUARD,
-) -> Placed:
-    """Copy to the device, between `guard` rows full of `fill`.
-
-    If strided, a tensor of two or more dimensions becomes a slice of a wider one in the others as well.
-    """
-    around = [guard] + [0] * (tensor.dim() - 1)
-    if strided and tensor.dim() > 1:
-        around = [guard, *[NEIGHBOURS] * (tensor.dim() - 2), MARGIN]
-    pairs = list(zip(tensor.shape, around, strict=True))
-    where = tuple(slice(beside, beside + size) for size, beside in pairs)
-    shape = [size + 2 * beside for size, beside in pairs]
-    before = torch.full(shape, _of_dtype(fill, tensor.dtype), dtype=tensor.dtype)
-    before[where] = tensor
-    whole = before.to(device, copy=True)
-    return Placed(whole[where], whole, before, where)
-
-
 def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return memory that nobody has written to. Raises `NoRoom` if there is not as much."""
     try:
@@ -263,7 +198,7 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
         raise NoRoom(f"{gigabytes:.2g} GB could not be allocated") from error
 
 
-def scattered(tensor: torch.Tensor, device: torch.device, apart: int) -> Placed:
+def scattered(tensor: torch.Tensor, device: torch.device, apart: int) -> torch.Tensor:
     """Copy the rows of [n, h, d] to the device, so many numbers apart. What is between them is never touched.
 
     Raises `NoRoom` if that takes more memory than there is.
@@ -272,7 +207,7 @@ def scattered(tensor: torch.Tensor, device: torch.device, apart: int) -> Placed:
     part = whole.as_strided(tensor.shape, (apart, tensor.shape[2], 1))
     for row, values in zip(part, tensor, strict=True):  # an index could be too narrow, too
         row.copy_(values)
-    return Placed(part, whole, None, ())
+    return part
 
 
 def hardly_touched(pages: Pages, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -285,7 +220,7 @@ def hardly_touched(pages: Pages, rows: torch.Tensor, device: torch.device) -> to
 
 
 class Piece:
-    """Poisoned memory on a device, and a tensor that lies somewhere in it."""
+    """Memory on a device, full of `fill`, and a tensor that lies somewhere in it."""
 
     def __init__(
         self,
@@ -294,10 +229,11 @@ class Piece:
         device: torch.device,
         gaps: tuple[int, int, int] = (0, 0, 0),
         guard: int = GUARD,
+        fill: float = math.nan,
     ) -> None:
         """`gaps`: numbers before the first, behind every row, and behind every part of a row.
 
-        `guard`: rows of nobody before and behind. Poison is NaN; in integers, it is their largest.
+        `guard`: rows of nobody before and behind. In integers, NaN is their largest.
         """
         stride = [1] * len(shape)
         for dim in range(len(shape) - 2, -1, -1):
@@ -305,8 +241,8 @@ class Piece:
             stride[dim] = stride[dim + 1] * max(1, shape[dim + 1]) + behind
         row = stride[0] if len(shape) > 1 else 1
         beside = -(-min(guard * row, MOST_BESIDE) // ALIGNED) * ALIGNED
-        before, count = beside + gaps[0], 2 * beside + gaps[0] + shape[0] * row
-        self.whole = poison(torch.empty(count, dtype=dtype, device=device))
+        before, count = beside + gaps[0], 2 * beside + -(-(gaps[0] + shape[0] * row) // ALIGNED) * ALIGNED
+        self.whole = torch.full((count,), _of_dtype(fill, dtype), dtype=dtype, device=device)
         self.part = self.whole.as_strided(tuple(shape), tuple(stride), before)
         self.sealed = self.own = self.whole  # what it holds before a call; and of which it was made
         self._view = (tuple(shape), tuple(stride), before)
@@ -322,10 +258,10 @@ class Piece:
 
     def damage(self, name: str, output: bool) -> str:
         """Return what has been written that should not have been, as a clause; "" if nothing."""
-        now, then = self.whole.to("cpu", copy=True), self.sealed.cpu()
+        now, then = self.whole.to("cpu", copy=output), self.sealed.cpu()
         if output:
             now.as_strided(*self._view).copy_(then.as_strided(*self._view))
-        if same_bits(now, then):
+        if same_words(now, then):
             return ""
         changed, before = (bits(now) != bits(then)).any(-1), self._view[2]
         if not output and bool(changed.as_strided(*self._view).any()):
@@ -335,6 +271,11 @@ class Piece:
         words = ("before the first row of", "behind the last row of", "beside rows of")
         side = next(word for word, side in zip(words, sides, strict=True) if bool(changed[side].any()))
         return f"memory {side} `{name}` was written"
+
+
+def same_words(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Return whether two pieces, whose numbers fill words of 64 bits, hold the same bits."""
+    return torch.equal(left.view(torch.int64), right.view(torch.int64))
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,84 +1,197 @@
-"""A drawn scene on a device: its cases placed amid poison, called in its order, and judged."""
+"""Calls on a device amid poison: of one case, or of a scene of several, called in an order; and judged."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
-from dataclasses import replace
+import math
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
 from typing import Any
 
 import torch
 
-from mla.cases.call import Call, Host
+from mla.cases.call import Call
 from mla.cases.case import OpCase
-from mla.cases.drawn import LARGE_ONES, Scene
-from mla.cases.memory import GUARD, Pages, Piece, Tensors
-from mla_backends.api import FusedOp
+from mla.cases.memory import (
+    GUARD,
+    PLAIN,
+    Layout,
+    Pages,
+    Piece,
+    Tensors,
+    hardly_touched,
+    poison,
+    same_words,
+    scattered,
+)
+from mla.cases.stress import Drawing
+from mla.cases.values import LARGE_ONES
+from mla.cases.values import shape as unusual
+from mla.reference import REFERENCE
+from mla.verify.places import Places
+from mla_backends.api import FusedOp, Packed
 
 CPU = torch.device("cpu")
 OUTPUTS = ("out", "lse")
+AROUND = 77.0  # what outputs lie in; neither 0 nor NaN, which is what is written by mistake
 NOISE = 4 * 2.0**-24  # of a sum of products in fp32, relative to the sizes of what is multiplied
 UNDERFLOW = 1e-30  # of values, relative to others: a weight may be as small, or 0
 USUAL = 1.0  # the gain of queries up to which logits are ordinary
 
 
-@functools.lru_cache(maxsize=8)
-def known(case: OpCase) -> tuple[Host, Tensors]:
-    """Return the host's side of a case, and the errors that are unavoidable in every row."""
-    host = Host(case)
-    errors, noise = dict(host.errors), logit_noise(host)
-    if noise is not None:
-        sizes = host.truth["out"].norm(dim=-1)
-        unseen = (UNDERFLOW * sizes.amax() / sizes).nan_to_num(posinf=1e300) if sizes.numel() else sizes
-        errors |= {"out": errors["out"].maximum(noise).maximum(unseen), "lse": noise}
-    return host, errors
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """Calls of one op, one after another. Every case has a packed weight of its own."""
+
+    cases: tuple[OpCase, ...]
+    order: tuple[tuple[int, int], ...] = ((0, 1),)  # which case is called, and how often in a row
+    one_memory: bool = False  # cases of the same shapes lie at the same addresses, one after the other
+    kept: bool = True  # a state is prepared, or a weight packed, once for all calls of its case
+    early: bool = False  # ... before the first call of any
+    states: tuple[int, ...] = ()  # of which case each has the state; by default its own
+    held: float = math.nan  # what outputs hold before a call
+    lse: bool = True  # attention is given an lse to write
+    in_place: bool = False  # a rotation writes to what it reads
+
+    @property
+    def label(self) -> str:
+        """The scene in one line."""
+        words = [self.cases[0].label]
+        words += [f"then {case.label}" for case in self.cases[1:]]
+        if self.order != ((0, 1),):
+            called = " ".join(f"{index + 1}" + f"x{times}" * (times > 1) for index, times in self.order)
+            words.append(f"called {called}" if len(self.cases) > 1 else f"called {self.calls} times")
+            words += ["prepared anew every time"] * (not self.kept) + ["all prepared before"] * self.early
+            words += ["in the same memory"] * self.one_memory + ["with one state"] * bool(self.states)
+        words += [f"out holds {self.held:g} before"] * (self.held == self.held)
+        words += ["without lse"] * (not self.lse) + ["in place"] * self.in_place
+        return "; ".join(words)
+
+    @property
+    def calls(self) -> int:
+        """The number of calls."""
+        return sum(times for _, times in self.order)
 
 
-def logit_noise(host: Host) -> torch.Tensor | None:
-    """Return by how much fp32 may err in the logits of every query [T, h]; None where these are ordinary.
+class Host:
+    """The host's side of one call: operands, what it must write, and how far rows may be from that."""
 
-    What is large and cancels in a logit leaves an error that the logit does not show.
-    """
-    case = host.case
-    loud = case.stress is not None and case.stress.gain > USUAL
-    if not case.entry.prepares or not (loud or LARGE_ONES.intersection(case.values)):
-        return None
-    sizes = host.given["q"].double().norm(dim=-1)
-    keys, _ = case.entry.keys(case.spec, host.given)  # type: ignore[attr-defined]  # of attention
-    lengths = keys.double().norm(dim=-1).split(list(case.kv_lens))
-    parts = zip(sizes.split(list(case.query_lens)), lengths, strict=True)
-    most = [q * k.amax(0) if len(k) else torch.zeros_like(q) for q, k in parts]
-    return NOISE * case.spec.softmax_scale * torch.cat(most)
+    varied: tuple[str, ...] = ()  # every call has the same operands
+
+    def __init__(self, case: OpCase, given: Tensors | None = None) -> None:
+        """Draw the operands unless they are given. `case` has a stress, and is on the host."""
+        self.case, self.entry = case, case.entry
+        drawn = given
+        if drawn is None:
+            drawn = unusual(case, self.entry.draw(case, Drawing(case), self.entry.rows(case)))
+        shapes = {name: case.shape(self.entry.operands[name]) for name in self.entry.varied}
+        self.given = drawn | {name: drawn[name].view(shape) for name, shape in shapes.items()}
+        self.numbers = sum(x.numel() for x in self.given.values()) + sum(map(prod, case.results.values()))
+
+    @functools.cached_property
+    def truth(self) -> Tensors:
+        """What a call must write, in float64."""
+        return self.entry.truth(self.case.spec, self.given | self.case.scalars, self.case.lengths)
+
+    @functools.cached_property
+    def least(self) -> Tensors:
+        """The errors that no op can avoid, in every row: beside those, the table of bounds decides."""
+        rows = {name: torch.zeros(self.truth[name].shape[:-1]).double() for name in self.entry.held}
+        return rows | self._noise
+
+    @functools.cached_property
+    def errors(self) -> Tensors:
+        """Those of the reference as well, which runs where the others are not enough."""
+        call = Laid(self.case, REFERENCE[self.case.kind], host=self)
+        call.prepare()
+        call.run()
+        errors = self.entry.errors(call.results(), self.truth)
+        return errors | {name: errors.get(name, noise).maximum(noise) for name, noise in self._noise.items()}
+
+    @functools.cached_property
+    def _noise(self) -> Tensors:
+        """By how much fp32 may err in logits, per query [T, h]; empty where these are ordinary.
+
+        What is large and cancels in a logit leaves an error that the logit does not show.
+        """
+        case = self.case
+        loud = case.stress is not None and case.stress.gain > USUAL
+        if not case.entry.prepares or not (loud or LARGE_ONES.intersection(case.values)):
+            return {}
+        sizes = self.given["q"].double().norm(dim=-1)
+        keys, _ = case.entry.keys(case.spec, self.given)  # type: ignore[attr-defined]  # of attention
+        lengths, requests = keys.double().norm(dim=-1), torch.arange(len(case.kv_lens))
+        longest = torch.zeros(len(requests), keys.shape[1]).double()
+        of_key = requests.repeat_interleave(torch.tensor(case.kv_lens))[:, None].expand_as(lengths)
+        longest.scatter_reduce_(0, of_key, lengths, "amax")
+        of_query = requests.repeat_interleave(torch.tensor(case.query_lens))
+        noise = NOISE * case.spec.softmax_scale * sizes * longest[of_query]
+        out = self.truth["out"].norm(dim=-1)
+        unseen = (UNDERFLOW * out.amax() / out).nan_to_num(posinf=1e300) if out.numel() else out
+        return {"out": noise.maximum(unseen), "lse": noise}
+
+
+_hosts: dict[OpCase, Host] = {}  # the last used are last
+MAX_HOSTS, MAX_NUMBERS = 64, 1 << 25  # and numbers in all of them; the last is kept whatever it has
+
+
+def host_of(case: OpCase) -> Host:
+    """Return the host's side of a case, wherever its call lies. It is kept for other ops and layouts."""
+    spec, of = dataclasses.replace(case.spec, device=CPU), case.layout
+    layout = PLAIN  # but for pages that hold keys of several requests, or several times
+    if of.repeated or any(of.shared):
+        layout = Layout(page_size=of.page_size, shared=of.shared, repeated=of.repeated)
+    case = dataclasses.replace(case, spec=spec, layout=layout)
+    _hosts[case] = kept = _hosts.pop(case, None) or Host(case)
+    while len(_hosts) > 1 and (
+        len(_hosts) > MAX_HOSTS or sum(host.numbers for host in _hosts.values()) > MAX_NUMBERS
+    ):
+        del _hosts[next(iter(_hosts))]
+    return kept
 
 
 class Laid(Call):
     """A call whose operands lie amid poison, as far apart as the case's layout says."""
 
-    def __init__(self, case: OpCase, op: FusedOp, scene: Scene) -> None:
-        host, _ = known(on_host(case))
+    pool: Host  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        case: OpCase,
+        op: FusedOp,
+        scene: Scene | None = None,
+        *,
+        host: Host | None = None,
+        packed: Packed | None = None,
+    ) -> None:
+        """`scene`: of which it is a part. `host`: the case's host side, unless it is drawn."""
+        scene = scene or Scene((case,))
         self.pieces: dict[str, Piece] = {}
-        super().__init__(host, op, case.spec, case)  # type: ignore[arg-type]  # as a pool of one call
+        self.worst = 0.0  # the largest error over its bound
+        super().__init__(host or host_of(case), op, case.spec, case, packed)  # type: ignore[arg-type]
         self.pieces.pop("weight" if self.pool.entry.packed else "", None)  # as long as what is packed lives
         for name, before in self.pool.entry.blank(case).items():
-            self.lay(name, before)
+            self.lay(name, before, AROUND)
             if name in OUTPUTS:
                 self.arguments[name].fill_(scene.held)
         if not scene.lse:
-            self.arguments["lse"] = None
-            del self.pieces["lse"]
+            self.replace(lse=None)
         if scene.in_place:
-            self.arguments["out"] = self.arguments["x"]
-            del self.pieces["out"]
+            self.replace(out=self.arguments["x"])
         self.outputs = {*OUTPUTS, *(["x"] * scene.in_place), *(["cache"] * ("slots" in self.arguments))}
         for piece in self.pieces.values():
             piece.seal()
+        self.untouched = True  # since it was laid
 
     def laid(
         self, name: str, tensor: torch.Tensor, fill: float = torch.nan, guard: int = GUARD
     ) -> torch.Tensor:
+        if self.case.layout.apart and tensor.dim() == 3 and name != "cache":
+            return scattered(tensor, self.device, self.case.layout.apart)
         gaps, rows = self.case.layout.gaps.get(name, (0, 0, 0)), 1 if name == "cache" else guard
-        self.pieces[name] = Piece(tensor.shape, self.case.dtype(name), self.device, gaps, rows)
-        return self.pieces[name].part.copy_(tensor)
+        piece = self.pieces[name] = Piece(tensor.shape, self.case.dtype(name), self.device, gaps, rows, fill)
+        return piece.part.copy_(tensor)
 
     def weight(self) -> torch.Tensor:
         """Return the weight in memory of its own, which lives as long as what is packed."""
@@ -87,62 +200,111 @@ class Laid(Call):
         return weight
 
     def lay_pages(self, pages: Pages, keys: torch.Tensor) -> None:
-        self.lay("cache", pages.cache(keys))
+        if self.layout.sparse and pages.count * self.layout.page_size * keys.shape[1] > MAX_FILLED:
+            self.arguments["cache"] = hardly_touched(pages, keys, self.device)
+        else:
+            self.lay("cache", pages.cache(keys))
 
     def lay_tables(self, tables: Tensors) -> None:
         for name, table in tables.items():
-            self.lay(name, table.int())
+            self.lay(name, table.int(), int(table[0, -1]) if name == "block_table" else 1)
 
-    def call_as(self, case: Laid, leading: tuple[Any, ...]) -> str:
-        """Call the op once in this memory, with the operands of `case`; return what was wrong, or ""."""
+    def replace(self, **operands: Any) -> None:
+        """Give the op these operands, whose surroundings nobody watches."""
+        for name, operand in operands.items():
+            self.arguments[name] = operand
+            self.pieces.pop(name, None)
+
+    def restore(self, case: Laid) -> None:
+        """Hold what `case`, of the same shapes, held before its first call."""
         for name, piece in self.pieces.items():
             piece.restore(case.pieces[name])
-        self.op(*leading, **self.arguments)
-        return self.judge(case)
 
-    def judge(self, case: Laid) -> str:
+    def call(self, only: Sequence[str] = ()) -> str:
+        """Call the op once; return what was wrong, of the results `only` unless there are none, or ""."""
+        if not self.leading:
+            self.prepare()
+        return self.call_as(self, self.leading, only)
+
+    def call_as(self, case: Laid, leading: tuple[Any, ...], only: Sequence[str] = ()) -> str:
+        """Call the op once in this memory, with the operands of `case`; return what was wrong, or ""."""
+        if case is not self or not self.untouched:
+            self.restore(case)
+        self.untouched = False
+        self.op(*leading, **self.arguments)
+        return self.judge(case, only)
+
+    def results(self) -> Tensors:
+        """Return what the last call wrote, rows [T, ..] on the host."""
+        written = self.pool.entry.written(self.arguments)
+        return {name: rows.cpu() for name, rows in written.items() if name in self.written}
+
+    def judge(self, case: Laid, only: Sequence[str] = ()) -> str:
         """Return what is wrong with the last call, given whose operands it had."""
-        host, errors = known(on_host(case.case))
-        entry, spec = host.entry, case.case.spec
-        written = {
-            name: one.cpu() for name, one in entry.written(self.arguments).items() if name in self.written
-        }
-        if "lse" in errors and "lse" in written and written["lse"].shape == errors["lse"].shape:
-            true = host.truth["lse"]
-            near = (written["lse"].double() - true).abs() <= errors["lse"]
-            written["lse"] = torch.where(near, true.float(), written["lse"])
         clauses = [piece.damage(name, name in self.outputs) for name, piece in self.pieces.items()]
-        clauses.append(entry.strays(case.case, self.arguments))
-        places = case.case.places(self.arguments.get("block_table")) if entry.prepares else None
-        for alike in case.case.alike:  # rows of one size are judged together
+        if "cache" in self.pieces:
+            clauses.append(self.pool.entry.strays(case.case, self.arguments))
+        written = {name: rows for name, rows in self.results().items() if not only or name in only}
+        return "; ".join(filter(None, (*clauses, case.wrong(written))))
+
+    def wrong(self, written: Tensors) -> str:
+        """Return what is wrong with results, rows [T, ..] on the host, or ""."""
+        ratios, reasons = zip(*self._faults(written, self.pool.least, None), strict=True)
+        if any(reasons):
+            table = self.arguments.get("block_table")
+            places = self.case.places(table) if self.pool.entry.prepares else None
+            ratios, reasons = zip(*self._faults(written, self.pool.errors, places), strict=True)
+        self.worst = max(self.worst, *ratios)
+        return "; ".join(filter(None, reasons))
+
+    def _faults(
+        self, written: Tensors, errors: Tensors, places: Places | None
+    ) -> Iterator[tuple[float, str]]:
+        """Yield errors over their bounds, given those that rows may have beside those of the table."""
+        truth = self.pool.truth
+        if "lse" in errors and "lse" in written and written["lse"].shape == errors["lse"].shape:
+            near = (written["lse"].double() - truth["lse"]).abs() <= errors["lse"]
+            written = written | {"lse": torch.where(near, truth["lse"].float(), written["lse"])}
+        yield 0.0, ""
+        for alike in self.case.alike:  # rows of one size are judged together
             rows, right, allowed = (
-                {name: x[alike] for name, x in of.items()} for of in (written, host.truth, errors)
+                {name: x[alike] for name, x in of.items()} for of in (written, truth, errors)
             )
-            known_rows = places if alike == slice(0, None, 1) else None
-            clauses += [
-                said
-                for _, said in entry.faults(rows, right, errors=allowed, dtype=spec.dtype, places=known_rows)
-            ]
-        return "; ".join(filter(None, clauses))
+            named = places if alike == slice(0, None, 1) else None
+            dtype = self.case.spec.dtype
+            yield from self.pool.entry.faults(rows, right, errors=allowed, dtype=dtype, places=named)
+
+    def again(self, case: Laid, leading: tuple[Any, ...]) -> bool:
+        """Call the op once more; return whether it wrote what it wrote before, bit for bit."""
+        before = self.copies()
+        for name in before:
+            self.pieces[name].restore(case.pieces[name])
+        self.op(*leading, **self.arguments)
+        return self.kept(before)
+
+    def spoil(self) -> None:
+        """Overwrite inputs: an op that has returned reads them no more."""
+        for name in ({*self.pool.entry.varied, "k", "v", "cache"} & self.pieces.keys()) - self.outputs:
+            poison(self.pieces[name].part)
 
     def copies(self) -> Tensors:
-        """Return copies of what the last call wrote."""
-        return {
-            name: self.arguments[name].clone() for name in OUTPUTS if self.arguments.get(name) is not None
-        }
+        """Return copies of the memory of outputs."""
+        return {name: piece.whole.clone() for name, piece in self.pieces.items() if name in self.outputs}
 
     def kept(self, copies: Tensors) -> bool:
-        """Return whether outputs are what they were."""
-        return all(
-            torch.equal(self.arguments[name].nan_to_num(7), one.nan_to_num(7)) for name, one in copies.items()
-        )
+        """Return whether the memory of outputs is what it was."""
+        return all(same_words(self.pieces[name].whole, then) for name, then in copies.items())
+
+
+MAX_FILLED = 1 << 20  # numbers of a cache, most of which nobody reads, that are written nevertheless
 
 
 class Player:
     """Plays scenes with one op. `require` raises what says that a case is refused."""
 
-    def __init__(self, op: FusedOp, require: Callable[[OpCase], None]) -> None:
+    def __init__(self, op: FusedOp, require: Callable[[OpCase], object]) -> None:
         self.op, self.require = op, require
+        self.worst = 0.0  # the largest error over its bound
 
     def play(self, scene: Scene, unjudged: int = 0) -> str:
         """Return what is wrong with the first wrong call, and which it is; "" if all are right.
@@ -153,30 +315,34 @@ class Player:
         for case in scene.cases:
             self.require(case)
         calls = [Laid(case, self.op, scene) for case in scene.cases]
-        states: dict[int, tuple[Any, ...]] = {}
-        if scene.early:
-            for index, call in enumerate(calls):
-                states[index] = self._leading(call, scene)
+        states = (
+            {index: self._leading(call, scene) for index, call in enumerate(calls)} if scene.early else {}
+        )
         written: dict[int, Tensors] = {}
-        number, total = 0, sum(times for _, times in scene.order)
+        number = 0
         for index, times in scene.order:
-            call = calls[index]
-            host = calls[0] if scene.one_memory else call
+            call, place = calls[index], 0 if scene.one_memory else index
+            owner = scene.states[index] if scene.states else index
+            if scene.one_memory and not call.pool.entry.packed:
+                owner = 0
             for turn in range(times):
                 number += 1
-                of = 0 if scene.lent or (scene.one_memory and not call.pool.entry.packed) else index
-                if of not in states or not scene.kept:
-                    states[of] = self._leading(calls[of], scene)
-                if 1 < turn < times - 1:
-                    host.op(*states[of], **host.arguments)
+                if owner not in states or not scene.kept:
+                    states[owner] = self._leading(calls[owner], scene)
+                if turn < 2 or turn == times - 1:
+                    reason = calls[place].call_as(call, states[owner])
+                elif calls[place].again(call, states[owner]):
                     continue
-                reason = host.call_as(call, states[of])
+                else:
+                    reason = calls[place].judge(call)
+                self.worst = max(self.worst, call.worst)
                 if reason and number > unjudged:
-                    return reason if total == 1 else f"call {number} of {total}: {reason}"
-            written[id(host)] = host.copies()
-            for other in {id(one): one for one in calls}.values():
-                if id(other) in written and not other.kept(written[id(other)]):
-                    return f"call {number} of {total}: an output of an earlier call was written again"
+                    return reason if scene.calls == 1 else f"call {number} of {scene.calls}: {reason}"
+            if len(calls) > 1:
+                written[place] = calls[place].copies()
+                calls[place].spoil()
+            if not all(calls[other].kept(copies) for other, copies in written.items()):
+                return f"call {number} of {scene.calls}: an output of an earlier call was written again"
         return ""
 
     def _leading(self, case: Laid, scene: Scene) -> tuple[Any, ...]:
@@ -186,8 +352,3 @@ class Player:
         case.leading = ()
         case.prepare()
         return case.leading
-
-
-def on_host(case: OpCase) -> OpCase:
-    """Return the case on the host."""
-    return replace(case, spec=replace(case.spec, device=CPU))

@@ -91,27 +91,23 @@ def queries(case: OpCase, q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     assert stress is not None
     if not stress.aimed:
         return q * stress.gain
-    parts = zip(
-        q.unflatten(0, (case.rows, case.spec.num_heads)).split(list(case.query_lens)),
-        keys.split(list(case.kv_lens)),
-        strict=True,
-    )
-    return torch.cat([_aimed(case, *part, request) for request, part in enumerate(parts)]).flatten(0, 1)
-
-
-def _aimed(case: OpCase, q: torch.Tensor, keys: torch.Tensor, request: int) -> torch.Tensor:
-    (tokens, heads, _), length = q.shape, keys.shape[0]
-    if not tokens or not length:
+    if not len(keys):
         return q
-    token, head = torch.arange(tokens)[:, None], torch.arange(heads)[None]
-    last = (length - tokens + token).clamp_min(0) if case.causal else torch.full((tokens, 1), length - 1)
-    kind = (token * heads + head + request) % 4
+    query_lens, kv_lens = torch.tensor(case.query_lens), torch.tensor(case.kv_lens)
+    request = torch.arange(len(kv_lens)).repeat_interleave(query_lens)[:, None]  # [T, 1], as what follows
+    token = torch.arange(len(request))[:, None] - (query_lens.cumsum(0) - query_lens)[request]
+    length, first = kv_lens[request], (kv_lens.cumsum(0) - kv_lens)[request]
+    last = (length - query_lens[request] + token if case.causal else length - 1).clamp_min(0)
+    head = torch.arange(case.spec.num_heads)[None]
+    kind = (token * case.spec.num_heads + head + request) % 4
     anywhere = (token * 7919 + head * 104729 + request * 1299709) % (last + 1)
     place = torch.where(kind == 0, last, torch.where(kind == 1, last // TILE * TILE, anywhere))
-    chosen = keys[place, head if keys.shape[1] > 1 else 0].double()
+    chosen = keys[(first + place).clamp_max(len(keys) - 1), head if keys.shape[1] > 1 else 0].double()
     logit = (AIMED + (last + 1).double().log()) / case.spec.softmax_scale
     at = chosen * (logit / chosen.square().sum(-1).clamp_min(1))[..., None]
-    return torch.where((kind == 3)[..., None], q * EVEN, at.to(q.dtype))
+    q = q.unflatten(0, chosen.shape[:2])
+    aimed = torch.where((kind == 3)[..., None], q * EVEN, at.to(q.dtype))
+    return torch.where((length > 0)[..., None], aimed, q).flatten(0, 1)
 
 
 def angles(case: OpCase, count: int) -> torch.Tensor:
@@ -133,8 +129,8 @@ def slots(case: OpCase) -> tuple[torch.Tensor, int]:
         inner = 1 + torch.randperm(max(0, tokens - 2), generator=generator)
         ends = torch.arange(tokens)[:1], torch.arange(tokens)[1:][-1:]
         return torch.cat((ends[0], inner, ends[1])) + size // 2, pages
-    found = torch.randperm(pages * size - 1, generator=generator)[:tokens]
-    return found if order == "shuffled" else found.sort(descending=order == "falling").values, pages
+    slots = torch.randperm(pages * size - 1, generator=generator)[:tokens]
+    return slots if order == "shuffled" else slots.sort(descending=order == "falling").values, pages
 
 
 @functools.lru_cache(maxsize=8)
@@ -142,20 +138,20 @@ def held_before(shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor
     """Return what a cache [pages, page, w] holds before a write, on the host; its last page is NaN."""
     if not dtype.is_floating_point:
         return torch.full(shape, 77, dtype=dtype)
-    before = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    before = torch.arange(math.prod(shape), dtype=torch.int32).remainder_(251).view(shape).to(dtype)
     before[-1] = math.nan
     return before
 
 
 def words(stress: Any, usual: Any, leave_out: frozenset[str] = frozenset()) -> list[str]:
     """Return words for every field of a dataclass that is not as usual."""
-    found = []
+    words = []
     for name, value in vars(stress).items():
         if value == getattr(usual, name) or name in leave_out:
             continue
         name = name.replace("_", " ")
         if isinstance(value, bool):
-            found.append(name if value else f"not {name}")
+            words.append(name if value else f"not {name}")
         else:
-            found.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
-    return found
+            words.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
+    return words

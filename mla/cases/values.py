@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Pattern = Callable[["OpCase", Tensors], None]
 
 LARGE = 1000.0  # times as large as others
-LOW = (16.0, -1000.0)  # a channel of every key, and of every query: all logits are far below 0
+LOW = (16.0, -2000.0)  # a channel of every key, and of every query: all logits are far below 0
 RISE = 12.0  # by which logits rise, or fall, from the first key to the last
 
 
@@ -95,15 +95,20 @@ def low(case: OpCase, given: Tensors) -> None:
     given["q"][..., 0] = LOW[1]
 
 
+def _requests(case: OpCase) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the first key [K], and the number of keys [K], of the request of every key."""
+    lengths = torch.tensor(case.kv_lens)
+    return (lengths.cumsum(0) - lengths).repeat_interleave(lengths), lengths.repeat_interleave(lengths)
+
+
 def equal_keys(case: OpCase, given: Tensors) -> None:
-    for part in keys(given).split(list(case.kv_lens)):
-        part[:] = part[:1].clone()
+    keys(given)[:] = keys(given)[_requests(case)[0]]
 
 
 def _slope(case: OpCase, given: Tensors, sign: float) -> None:
     """Let logits rise along the last channel of keys, which all queries weigh alike."""
-    for part in keys(given).split(list(case.kv_lens)):
-        part[..., -1] = (torch.arange(len(part)) / max(1, len(part)))[:, None]
+    first, lengths = _requests(case)
+    keys(given)[..., -1] = ((torch.arange(len(first)) - first) / lengths)[:, None].to(given["q"].dtype)
     given["q"][..., -1] = sign * RISE / case.spec.softmax_scale
 
 
@@ -132,14 +137,19 @@ _OF_ATTENTION = {
 }
 PATTERNS: Mapping[str, Pattern] = {**_OF_ROWS, **_OF_WEIGHTS, **_OF_ANGLES, **_OF_ATTENTION}
 
+# Of these a case has one at most: the product of two is beyond fp16.
+LARGE_ONES = frozenset(
+    ("one large row", "one large channel", "three sizes", "large", "outlier", "large rows")
+) | frozenset(("large logits", "huge logits", "all logits low", "rising logits", "falling logits"))
+
 
 def patterns_of(kind: str) -> list[str]:
     """Return the names of the patterns that operands of a kind can have."""
-    found = dict(_OF_ROWS)
+    names = [*_OF_ROWS]
     if kind in ("rms_norm", "write_latent"):
-        found |= _OF_WEIGHTS
+        names += _OF_WEIGHTS
     if kind in ("rotate_query", "write_latent"):
-        found |= _OF_ANGLES
+        names += _OF_ANGLES
     if kind.endswith("attention"):
-        found = _OF_ATTENTION | {name: one for name, one in found.items() if name != "one large row"}
-    return list(found)
+        names = [*_OF_ATTENTION, *(name for name in names if name != "one large row")]
+    return names

@@ -206,8 +206,8 @@ class Queries(Pool):
         return self.case.shape(self.entry.operands["q"])[2]
 
     def _true(self) -> Tensors:
-        heads, own = self.case.spec.num_heads, self.size[1]
-        given = {**self.given, **self.case.scalars, "q": self.given["q"][:own].unflatten(0, (-1, heads))}
+        heads, count = self.case.spec.num_heads, self.size[1]
+        given = {**self.given, **self.case.scalars, "q": self.given["q"][:count].unflatten(0, (-1, heads))}
         truth = self.entry.truth(self.case.spec, given, self.case.lengths)
         parts = zip(truth.items(), self._alternatives(), strict=True)
         return {name: torch.cat((rows.flatten(0, 1), others)) for (name, rows), others in parts}
@@ -226,8 +226,8 @@ class Queries(Pool):
             if case.causal:
                 seen -= starts[request] + case.query_lens[request] - token - 1
             rows = slice(first_keys[request], first_keys[request] + seen)
-            own = slice(head, head + 1) if k.shape[1] > 1 else slice(None)
-            out, lse = attend(queries[None], k[rows, own], v[rows, own], scale, False)
+            head_of = slice(head, head + 1) if k.shape[1] > 1 else slice(None)
+            out, lse = attend(queries[None], k[rows, head_of], v[rows, head_of], scale, False)
             results.append((out[0], lse[0]))
         return tuple(torch.cat(part) for part in zip(*results, strict=True))
 
@@ -250,9 +250,9 @@ class Queries(Pool):
 
     def _chosen(self, choices: torch.Tensor) -> torch.Tensor:
         """Return the queries' rows in the pool [T * h], given what each home takes (0: itself)."""
-        count, others = self.size[1], self.choices - 1
+        count, more = self.size[1], self.choices - 1
         rows, homes = torch.arange(count), torch.tensor(self.homes)
-        alternatives = count + torch.arange(len(homes)) * others + choices - 1
+        alternatives = count + torch.arange(len(homes)) * more + choices - 1
         rows[homes] = torch.where(choices > 0, alternatives, homes)
         return rows
 

@@ -32,7 +32,7 @@ Key = TypeVar("Key", bound=Hashable)
 def card(report: ConformanceReport) -> str:
     """Return the report card: Markdown that is readable as plain text."""
     checks = report.checks
-    kinds = [(one.kind, str(one.checks), _counted([one.cases]), one.what) for one in report.coverage]
+    kinds = [(kind.kind, str(kind.checks), _counted([kind.cases]), kind.what) for kind in report.coverage]
     parts = [
         f"# mla conformance: {report.backend.name}\n",
         _header(report),
@@ -61,7 +61,7 @@ def _summary(report: ConformanceReport) -> str:
     listed = ", ".join(f"{counts[status]} {_WORDS[status]}" for status in told)
     cut = f" (interrupted, {report.planned} planned)" if report.interrupted else ""
     count = "1 check" if len(checks) == 1 else f"{len(checks)} checks"
-    return f"{count}{cut}: {listed}; {sum(one.seconds for one in checks):.1f} s"
+    return f"{count}{cut}: {listed}; {sum(result.seconds for result in checks):.1f} s"
 
 
 def _header(report: ConformanceReport) -> str:
@@ -81,104 +81,108 @@ def _header(report: ConformanceReport) -> str:
 
 def _failures(report: ConformanceReport) -> Iterator[str]:
     """Yield every failed check with its wrong cases, and how to run the first of them alone."""
-    for one in report.checks:
-        if one.status == "fail":
-            ran = one.cases.passed + one.cases.refused + one.cases.failed
-            of = f"{one.cases.failed} of {ran} cases" if ran > 1 else "its one case"
-            alone = shlex.join([*report.alone, "--only", one.failures[0].id])
-            lines = [f"`{one.id}`: {of}", *failed_cases(one), f"the first alone: `{alone}`"]
+    for result in report.checks:
+        if result.status == "fail":
+            ran = result.cases.passed + result.cases.refused + result.cases.failed
+            of = f"{result.cases.failed} of {ran} cases" if ran > 1 else "its one case"
+            alone = shlex.join([*report.alone, "--only", result.failures[0].id])
+            lines = [f"`{result.id}`: {of}", *failed_cases(result), f"the first alone: `{alone}`"]
             yield "\n  - ".join(lines)
 
 
-def failed_cases(one: CheckResult) -> list[str]:
+def failed_cases(result: CheckResult) -> list[str]:
     """Return a line for each of the first wrong cases of a check, and one that counts the others."""
-    texts = {case.id: ": ".join(filter(None, (case.case, case.reason))) for case in one.failures[:MOST_CASES]}
-    more = len(one.failures) - len(texts)
+    texts = {
+        case.id: ": ".join(filter(None, (case.case, case.reason))) for case in result.failures[:MOST_CASES]
+    }
+    more = len(result.failures) - len(texts)
     return [*(f"`{id}`: {_flat(text)}" for id, text in texts.items()), *([f"and {more} more"] * bool(more))]
 
 
 def _seconds(checks: Iterable[CheckResult]) -> str:
     """Return what every group of checks took, the longest first."""
     taken: Counter[str] = Counter()
-    for one in checks:
-        taken[_group(one)] += one.seconds  # type: ignore[assignment]  # a counter takes floats as well
+    for result in checks:
+        taken[_group(result)] += result.seconds  # type: ignore[assignment]  # a counter takes floats as well
     return ", ".join(f"{group} {seconds:.1f}" for group, seconds in taken.most_common())
 
 
 def _rows(checks: Iterable[CheckResult]) -> Iterator[tuple[str, ...]]:
     """Yield one row per check and op: the dtypes share it."""
-    for (name, of), members in _grouped(checks, lambda one: (one.check, one.of)).items():
-        ratios = [one.error_ratio for one in members if one.error_ratio is not None]
+    for (name, of), members in _grouped(checks, lambda result: (result.check, result.of)).items():
+        ratios = [result.error_ratio for result in members if result.error_ratio is not None]
         ratio = f"{max(ratios):.2g}" if ratios else ""
-        note = "; ".join(dict.fromkeys(one.note for one in members if one.note))
-        cases = _counted([one.cases for one in members])
+        note = "; ".join(dict.fromkeys(result.note for result in members if result.note))
+        cases = _counted([result.cases for result in members])
         yield tuple(map(_one_line, (name, of or "device", _result(members), cases, ratio, note)))
 
 
 def _result(members: Sequence[CheckResult]) -> str:
     """Return "pass", or the outcome of each dtype."""
     ends = _grouped(
-        members, lambda one: one.status.upper() if one.status in ("fail", "xpass") else one.status
+        members, lambda result: result.status.upper() if result.status in ("fail", "xpass") else result.status
     )
     if len(ends) == 1:
         return next(iter(ends))
-    return "; ".join(f"{word} {', '.join(one.dtype for one in ended)}" for word, ended in ends.items())
+    return "; ".join(f"{word} {', '.join(result.dtype for result in ended)}" for word, ended in ends.items())
 
 
 def _counted(members: Sequence[Cases]) -> str:
     """Return how many cases there are, and of them "3 wrong, 2 refused, 4 left out"."""
     words = {"passed": "", "failed": "wrong", "refused": "refused", "left_out": "left out"}
-    counts = {word: sum(getattr(one, name) for one in members) for name, word in words.items()}
+    counts = {word: sum(getattr(result, name) for result in members) for name, word in words.items()}
     extra = [f"{count} {word}" for word, count in counts.items() if word and count]
     return ", ".join([str(sum(counts.values())), *extra])
 
 
 def _drawn(checks: Iterable[CheckResult]) -> Iterator[str]:
     """Yield a line per check that drew its cases: how many, and what along which axis."""
-    for one in checks:
-        if (drawn := one.drawn) is not None and drawn.along:
+    for result in checks:
+        if (drawn := result.drawn) is not None and drawn.along:
             share = drawn.refused / (drawn.judged + drawn.refused or 1)
             kept = f", {drawn.kept} of earlier failures first" if drawn.kept else ""
             along = "; ".join(f"{axis} {values}" for axis, values in drawn.along.items())
             how = f"seed {drawn.seed}, {drawn.seconds:.0f} s"
-            yield f"`{one.id}`: {drawn.judged} judged, {share:.0%} refused{kept} ({how}): {along}"
+            yield f"`{result.id}`: {drawn.judged} judged, {share:.0%} refused{kept} ({how}): {along}"
 
 
 def _reasons(checks: Iterable[CheckResult], status: Status) -> list[str]:
-    return [f"`{one.id}`: {_flat(one.reason)}" for one in checks if one.status == status]
+    return [f"`{result.id}`: {_flat(result.reason)}" for result in checks if result.status == status]
 
 
 def _refusals(checks: Sequence[CheckResult]) -> Iterator[str]:
     """Yield one line per op and reason: which checks it concerns, "(some)" where other cases were served."""
     pairs = [
-        (one, reason) for one in checks for reason in dict.fromkeys(each.reason for each in one.refusals)
+        (result, reason)
+        for result in checks
+        for reason in dict.fromkeys(each.reason for each in result.refusals)
     ]
     for (of, reason), members in _grouped(pairs, lambda pair: (pair[0].of, pair[1])).items():
-        concerned = ", ".join(_concerned([one for one, _ in members], checks))
+        concerned = ", ".join(_concerned([result for result, _ in members], checks))
         yield f"{f'`{of}`: ' if of else ''}{_flat(reason)}: {concerned}"
 
 
 def _concerned(members: Sequence[CheckResult], checks: Sequence[CheckResult]) -> Iterator[str]:
     """Yield the names of checks with their dtypes, a group of several that is refused as a whole as one."""
 
-    def key(one: CheckResult) -> tuple[str, str, str]:
-        return _group(one), one.of, one.dtype
+    def key(result: CheckResult) -> tuple[str, str, str]:
+        return _group(result), result.of, result.dtype
 
     sizes = Counter(map(key, checks))
-    refused = Counter(key(one) for one in members if one.status == "refused")
+    refused = Counter(key(result) for result in members if result.status == "refused")
 
-    def name(one: CheckResult) -> str:
-        if refused[key(one)] == max(2, sizes[key(one)]):
-            return f"{_group(one)}.*"
-        return one.check if one.status == "refused" else f"{one.check} (some)"
+    def name(result: CheckResult) -> str:
+        if refused[key(result)] == max(2, sizes[key(result)]):
+            return f"{_group(result)}.*"
+        return result.check if result.status == "refused" else f"{result.check} (some)"
 
-    for named, found in _grouped(members, name).items():
-        dtypes = ", ".join(filter(None, dict.fromkeys(one.dtype for one in found)))
+    for named, results in _grouped(members, name).items():
+        dtypes = ", ".join(filter(None, dict.fromkeys(result.dtype for result in results)))
         yield f"{named} [{dtypes}]" if dtypes else named
 
 
-def _group(one: CheckResult) -> str:
-    return one.check.partition(".")[0]
+def _group(result: CheckResult) -> str:
+    return result.check.partition(".")[0]
 
 
 Item = TypeVar("Item")
@@ -221,11 +225,13 @@ _ALWAYS = (
 
 def coverage(checks: Sequence[CheckResult]) -> list[Coverage]:
     """Return how much ran of every kind, in the order of `KINDS`."""
-    return [_of_kind(kind, [one for one in checks if one.kind == kind]) for kind in KINDS]
+    return [_of_kind(kind, [result for result in checks if result.kind == kind]) for kind in KINDS]
 
 
 def _of_kind(kind: str, members: Sequence[CheckResult]) -> Coverage:
-    counts = {name: sum(getattr(one.cases, name) for one in members) for name in Cases.__struct_fields__}
+    counts = {
+        name: sum(getattr(result.cases, name) for result in members) for name in Cases.__struct_fields__
+    }
     return Coverage(kind=kind, what=KINDS[kind], checks=len(members), cases=Cases(**counts))
 
 
@@ -254,23 +260,26 @@ def _cut(extent: Extent, checks: Sequence[CheckResult]) -> Iterator[str]:
     if extent.only:
         yield f"What other checks ask: only {', '.join(extent.only)} ran."
     if extent.quick:
-        yield "Many sizes: the quick grid has a few of each kind, the full one (without --quick) all."
+        yield (
+            "Many sizes: the quick grid has a few of each kind, the full one (without --quick) all. And the "
+            "reference on the device, where an op of the backend serves what most layers have."
+        )
 
 
 def _few(checks: Sequence[CheckResult]) -> Iterator[str]:
-    few = [one.id for one in checks if one.status == "incomplete"]
+    few = [result.id for result in checks if result.status == "incomplete"]
     if few:
         yield f"What more draws would find: too few of {', '.join(few)} (--minutes gives more time)."
 
 
 def _thinned(extent: Extent, checks: Sequence[CheckResult]) -> Iterator[str]:
-    for one in extent.slow:
-        members = [check.cases for check in checks if check.dtype == one.dtype]
+    for slow in extent.slow:
+        members = [check.cases for check in checks if check.dtype == slow.dtype]
         ran = sum(cases.passed + cases.refused + cases.failed for cases in members)
         whole = ran + sum(cases.left_out for cases in members)
         if ran < whole:
             yield (
-                f"Most sizes in {one.dtype}: it takes {_times(one.factor)} as long as {one.than} here, "
+                f"Most sizes in {slow.dtype}: it takes {_times(slow.factor)} as long as {slow.than} here, "
                 f"so that {ran} of {whole} cases ran (--every-case runs them all)."
             )
 
@@ -281,18 +290,18 @@ def _times(factor: float) -> str:
 
 def _reached(checks: Sequence[CheckResult]) -> Iterator[str]:
     """Say how far checks of index widths got, as memory allowed."""
-    members = [one for one in checks if one.kind == "index" and one.note and one.cases.passed]
-    for check in dict.fromkeys(one.check for one in members):
-        notes = dict.fromkeys(one.note for one in members if one.check == check)
+    members = [result for result in checks if result.kind == "index" and result.note and result.cases.passed]
+    for check in dict.fromkeys(result.check for result in members):
+        notes = dict.fromkeys(result.note for result in members if result.check == check)
         yield f"Indices beyond what {check} reached: {', '.join(notes)}."
 
 
 def _all_refused(checks: Sequence[CheckResult]) -> Iterator[str]:
     """Say which ops refused a dtype as a whole, and which kinds of failure in what they serve."""
     served: dict[tuple[str, str], dict[str, bool]] = {}
-    for one in checks:
-        kinds = served.setdefault((one.dtype, one.of or "the device"), {})
-        kinds[one.kind] = kinds.get(one.kind, False) or one.status != "refused"
+    for result in checks:
+        kinds = served.setdefault((result.dtype, result.of or "the device"), {})
+        kinds[result.kind] = kinds.get(result.kind, False) or result.status != "refused"
     subjects: dict[tuple[str, str], list[str]] = {}
     for (dtype, of), kinds in served.items():
         none = [kind for kind, some in kinds.items() if not some]

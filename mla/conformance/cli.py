@@ -38,7 +38,7 @@ Examples:
   python -m mla.conformance --backend cpu --only 'latent.heads[my_op-bfloat16]#3'
   python -m mla.conformance --backend cpu --xfails known.txt --report out.json
 
-A check is named by its id, its group, or with wildcards: latent.heads, latent, '*.strided',
+A check is named by its id, its group, or with wildcards: latent.heads, latent, '*.drawn',
 'latent.heads[my_op-bfloat16]'; #3 behind that is its third case, numbered as by --list and on the card.
 
 \b

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mla.cases.case import KINDS, OpCase
+from mla.cases.case import KINDS
+from mla.cases.played import Player, Scene
 from mla.command.console import note
 from mla.conformance.report import Drawn
 from mla.conformance.trial import CheckFailed, Drawing, Refused, Trial, ask, raised
@@ -26,7 +27,7 @@ from mla_backends.api import FusedOp
 from mla_backends.errors import BackendError, plugin_code
 
 if TYPE_CHECKING:
-    from mla.cases.drawn import Field, Scene
+    from mla.cases.drawn import Field
 
 # Draws in a row that come to nothing, and of all per judged one, after which there is nothing to wait for.
 HOPELESS, SHARE = 60, 20
@@ -139,7 +140,7 @@ def draw(trial: Trial) -> None:
     drawing, op = trial.subject.drawing, trial.op_of_contract()
     if drawing.count == 0 or (drawing.count is None and drawing.seconds <= 0):
         raise Refused("no cases were to be drawn")
-    player = _player(trial, op)
+    player = Player(op, trial.require_case)
     name = f"{trial.kind}[{trial.name}-{dtype_name(trial.dtype)}]"
     if drawing.again:
         if name in drawing.smallest:
@@ -213,19 +214,6 @@ def reason_of(error: Exception) -> str:
     return getattr(error, "strerror", None) or type(error).__name__
 
 
-def _player(trial: Trial, op: FusedOp) -> Any:
-    from mla.cases.played import Player
-
-    def require(case: OpCase) -> None:
-        trial.require(case.spec, *((case.query_lens, case.kv_lens) if case.entry.prepares else ()))
-        if case.entry.prepares:
-            size = case.layout.page_size if case.entry.cached else None
-            if reasons := op.unsupported_batch(case.spec, case.query_lens, case.kv_lens, size):
-                raise Refused("; ".join(reasons))
-
-    return Player(op, require)
-
-
 def field_of(trial: Trial, op: FusedOp) -> Field:
     """Return what is drawn from: what the op serves."""
     from mla.cases.drawn import Field
@@ -241,12 +229,12 @@ def field_of(trial: Trial, op: FusedOp) -> Field:
     return Field(trial.kind, trial.dtype, trial.device, served, bool(op.lse_optional), takes)
 
 
-def _fail(scene: Scene, reason: str, player: Any) -> None:
+def _fail(scene: Scene, reason: str, player: Player) -> None:
     if reason:
         raise CheckFailed("; ".join([f"{scene.label}: {reason}", *hints(scene, player)]))
 
 
-def hints(scene: Scene, player: Any) -> Iterator[str]:
+def hints(scene: Scene, player: Player) -> Iterator[str]:
     """Yield what else is known of a wrong case: what it is right with."""
 
     def right(other: Scene, unjudged: int = 0) -> bool:
@@ -255,8 +243,7 @@ def hints(scene: Scene, player: Any) -> Iterator[str]:
     if right(scene):
         yield RARELY
         return
-    once = sum(times for _, times in scene.order) == 1
-    if once and right(replace(scene, order=((0, 1), (0, 1))), 1):
+    if scene.calls == 1 and right(replace(scene, order=((0, 1), (0, 1))), 1):
         yield "it is right the second time"
     if any(right(replace(scene, held=held)) for held in (math.nan, 0.0, 1.0)):
         yield "it depends on what the output held before"

@@ -57,8 +57,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Share the time for draws among the checks that were selected, by -k and the like."""
     suite: Suite | None = getattr(session.config, SUITE, None)
     if suite is not None:
-        found = (getattr(item, "callspec", None) for item in session.items)
-        suite.selected = [call.params["instance"] for call in found if call and "instance" in call.params]
+        calls = (getattr(item, "callspec", None) for item in session.items)
+        suite.selected = [call.params["instance"] for call in calls if call and "instance" in call.params]
         suite.start = time.monotonic()
 
 

@@ -81,7 +81,7 @@ class BackendConformance:
         drawing = Drawing(self.draws)
         subject = BackendUnderTest(backend, backend.name, self.quick, slow=_slow(backend), drawing=drawing)
         chosen = instances(subject, claimed_dtypes(subject), [check_id])
-        results = [carry_out(one, subject, expected_failures) for one in chosen]
+        results = [carry_out(instance, subject, expected_failures) for instance in chosen]
         conclude(_CHECKS[check_id].description, results, first_look=True)
 
 
@@ -101,13 +101,13 @@ def conclude(description: str, results: Sequence[CheckResult], first_look: bool)
     """Fail, xfail, skip or return, by the worst result. `first_look`: few draws that are right will do."""
 
     def reasons(status: Status) -> str:
-        return "\n".join(f"{one.id}: {one.reason}" for one in results if one.status == status)
+        return "\n".join(f"{result.id}: {result.reason}" for result in results if result.status == status)
 
     # Each wrong case by the id that `--only` of the command line takes.
     failed = [
-        "\n  ".join([f"{one.id}: {one.cases.failed} wrong", *failed_cases(one)])
-        for one in results
-        if one.status == "fail"
+        "\n  ".join([f"{result.id}: {result.cases.failed} wrong", *failed_cases(result)])
+        for result in results
+        if result.status == "fail"
     ]
     if failed:
         pytest.fail("\n".join([description, *failed]), pytrace=False)
@@ -119,5 +119,5 @@ def conclude(description: str, results: Sequence[CheckResult], first_look: bool)
     few = reasons("incomplete")
     if few and not first_look:
         pytest.skip(f"incomplete: {few}")
-    if not few and not any(one.status == "pass" for one in results):
+    if not few and not any(result.status == "pass" for result in results):
         pytest.skip(reasons("refused"))

@@ -128,7 +128,7 @@ class ConformanceReport(msgspec.Struct, kw_only=True):
 
     def counts(self) -> Counter[Status]:
         """Return status -> number of checks."""
-        return Counter(one.status for one in self.checks)
+        return Counter(result.status for result in self.checks)
 
 
 def decode(data: bytes) -> ConformanceReport:

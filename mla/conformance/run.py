@@ -77,8 +77,8 @@ class Results:
     def pytest_sessionfinish(self) -> None:
         """Name the checks that took longest."""
         if self.verbose:
-            longest = sorted(self.by_id.values(), key=lambda one: -one.seconds)[:SLOWEST]
-            note(f"slowest: {', '.join(f'{one.id} {one.seconds:.1f} s' for one in longest)}")
+            longest = sorted(self.by_id.values(), key=lambda result: -result.seconds)[:SLOWEST]
+            note(f"slowest: {', '.join(f'{result.id} {result.seconds:.1f} s' for result in longest)}")
 
 
 def id_of(item: pytest.Item) -> str:
@@ -104,11 +104,11 @@ def carry_out(suite: Suite, words: Sequence[str], verbose: bool) -> ConformanceR
     return make_report(words, results, code == pytest.ExitCode.INTERRUPTED)
 
 
-def make_report(words: Sequence[str], found: Results, interrupted: bool) -> ConformanceReport:
+def make_report(words: Sequence[str], collected: Results, interrupted: bool) -> ConformanceReport:
     """Put the results together with what they depend on; `words` are those of the command line."""
-    suite = found.suite
+    suite = collected.suite
     subject, asked = suite.subject, suite.asked
-    results = [found.by_id[one.id] for one in suite.planned if one.id in found.by_id]
+    results = [collected.by_id[instance.id] for instance in suite.planned if instance.id in collected.by_id]
     dtypes, claimed = (list(map(dtype_name, each)) for each in (suite.dtypes, claimed_dtypes(subject)))
     extent = Extent(subject.quick, asked.only, claimed, dtypes, suite.slow, len(suite.planned))
     return ConformanceReport(

@@ -59,22 +59,23 @@ def chosen_cases(patterns: Sequence[str], check_id: str, subject: str) -> Number
 
 def require_cases(planned: Iterable[Instance], subject: BackendUnderTest) -> None:
     """Raise `UsageError` unless every check has the cases that were chosen of it."""
-    for one in planned:
-        if one.chosen is None:
+    for instance in planned:
+        if instance.chosen is None:
             continue
-        count = max(1, len(one.labels(subject)))
-        missing = max(one.chosen)
+        count = max(1, len(instance.labels(subject)))
+        missing = max(instance.chosen)
         if missing > count:
             cases = f"{count} cases" if count > 1 else "one case"
             grid = "quick" if subject.quick else "full"
             raise UsageError(
-                f"there is no case '{case_id(one.id, missing)}': in the {grid} grid {one.id} has {cases}."
+                f"there is no case '{case_id(instance.id, missing)}': in the {grid} grid {instance.id} "
+                f"has {cases}."
             )
 
 
 def require_known(pattern: str, where: str) -> None:
     """Raise `UsageError` unless some check matches the pattern, whatever the subject."""
-    check, names = pattern.partition("[")[0], [one.id for one in all_checks()]
+    check, names = pattern.partition("[")[0], [known.id for known in all_checks()]
     if not any(matches(check, name) for name in names):
         hint = did_you_mean(check, [*names, *dict.fromkeys(name.partition(".")[0] for name in names)])
         raise UsageError(f"{where}: unknown check {quoted(check)}.{hint} `--list` shows all checks.")
@@ -96,10 +97,10 @@ def list_checks(only: Sequence[str]) -> Exit:
         if split(pattern)[1] is not None:
             raise UsageError(f"'{pattern}' is a case; --list shows cases with --backend alone.")
     names = [pattern.partition("[")[0] for pattern in only or ["*"]]
-    listed = [one for one in all_checks() if any(matches(name, one.id) for name in names)]
-    for one in listed:
-        out(f"{one.id} ({one.fails})\n  {one.description}\n  Catches {one.catches}.\n")
-    counts = [(kind, sum(one.fails == kind for one in listed)) for kind in KINDS]
+    listed = [check for check in all_checks() if any(matches(name, check.id) for name in names)]
+    for check in listed:
+        out(f"{check.id} ({check.fails})\n  {check.description}\n  Catches {check.catches}.\n")
+    counts = [(kind, sum(check.fails == kind for check in listed)) for kind in KINDS]
     of_kinds = ", ".join(f"{count} {kind}" for kind, count in counts if count)
     out(f"{len(listed)} check{'s' * (len(listed) != 1)}: {of_kinds}\n")
     return Exit.OK
@@ -108,13 +109,13 @@ def list_checks(only: Sequence[str]) -> Exit:
 def list_cases(planned: Sequence[Instance], subject: BackendUnderTest) -> Exit:
     """Print the id of every case of what would run."""
     count = 0
-    for one in planned:
-        of_ops = one.check.scope in (OP, LAYER)  # the cases of others are known when they have run
-        labels = one.labels(subject) if of_ops else ()
-        chosen = [n for n in range(1, len(labels) + 1) if one.chosen is None or n in one.chosen]
-        out(f"{one.id} ({one.check.fails})\n")
+    for instance in planned:
+        of_ops = instance.check.scope in (OP, LAYER)  # the cases of others are known when they have run
+        labels = instance.labels(subject) if of_ops else ()
+        chosen = [n for n in range(1, len(labels) + 1) if instance.chosen is None or n in instance.chosen]
+        out(f"{instance.id} ({instance.check.fails})\n")
         for number in chosen:
-            out(f"  {case_id(one.id, number)}  {labels[number - 1]}\n")
+            out(f"  {case_id(instance.id, number)}  {labels[number - 1]}\n")
         count += max(1, len(chosen))
     out(f"{len(planned)} checks, {count} cases\n")
     return Exit.OK
@@ -163,7 +164,7 @@ class Xfails:
 
     def reason(self, check_id: str, subject: str) -> str | None:
         """Return why this check is expected to fail, or None."""
-        pattern = next((one for one in self.entries if matches(one, check_id, subject)), None)
+        pattern = next((entry for entry in self.entries if matches(entry, check_id, subject)), None)
         self.used.update(filter(None, [pattern]))
         return None if pattern is None else self.entries[pattern]
 

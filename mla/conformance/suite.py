@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 HANDFUL = {True: 2, False: 3}
 MINUTES = {True: 1.0, False: 5.0}  # that a run takes, on the quick grid and on the full one
 ENOUGH = 300  # judged draws of an op in a dtype, with which its check is green
+FOR_DRAWS = {True: 0.25, False: 0.5}  # of the time at least, on the quick grid and on the full one
 ATTENTION = 2.0  # times the time of other ops, for draws
 UNUSUAL = 0.2  # times the time of an op that serves what most layers have
 DRAWN = "drawn"  # what fails checks that draw their cases
@@ -136,7 +137,7 @@ def _seconds(backend: Backend, dtype: torch.dtype) -> float:
 
 def dtypes_of(slow: Sequence[Slow]) -> frozenset[torch.dtype]:
     """Return the dtypes themselves."""
-    return frozenset(getattr(torch, one.dtype) for one in slow)
+    return frozenset(getattr(torch, entry.dtype) for entry in slow)
 
 
 def claimed_dtypes(subject: BackendUnderTest) -> tuple[torch.dtype, ...]:
@@ -157,9 +158,9 @@ def instances(
     """Return what runs on this backend, in order; `only` keeps what matches any of its patterns."""
     offers: Mapping[str, FusedOp] = ask(lambda: dict(subject.backend.ops()), {})
     offered = {str(name): op for name, op in offers.items() if isinstance(op, FusedOp)}
-    every = (one for check in all_checks() for one in _of_check(check, subject, dtypes, offered))
-    kept = ((one, chosen_cases(only, one.check.id, one.subject)) for one in every)
-    return tuple(replace(one, chosen=numbers) for one, numbers in kept if numbers != frozenset())
+    every = (instance for check in all_checks() for instance in _of_check(check, subject, dtypes, offered))
+    kept = ((instance, chosen_cases(only, instance.check.id, instance.subject)) for instance in every)
+    return tuple(replace(instance, chosen=numbers) for instance, numbers in kept if numbers != frozenset())
 
 
 def _of_check(
@@ -177,10 +178,9 @@ def _of_check(
         for dtype in dtypes:
             own = {name: op for name, op in offered.items() if _kind(op) == check.kind}
             yield from (Instance(check, name, dtype, op) for name, op in own.items())
-            spec = None
-            if check.fails == DRAWN:  # of the reference where it is all there is
-                spec = usual_spec(check.kind, dtype, ask(lambda: subject.device, None))
-            if spec is None or all(ask(partial(op.unsupported_reasons, spec), ["?"]) for op in own.values()):
+            whole = check.fails != DRAWN and not subject.quick  # of the reference where it is all there is
+            spec = usual_spec(check.kind, dtype, ask(lambda: subject.device, None))
+            if whole or all(ask(partial(op.unsupported_reasons, spec), ["?"]) for op in own.values()):
                 yield Instance(check, "reference", dtype, REFERENCE[check.kind])
     else:  # without fused ops both policies are the same
         policies = ("auto", "reference") if offered and not subject.quick else ("auto",)
@@ -205,10 +205,10 @@ def carry_out(instance: Instance, subject: BackendUnderTest, xfails: Xfails) -> 
             passed=len(trial.ended("passed")),
             refused=len(refused),
             failed=len(failed),
-            left_out=len(trial.labels) - sum(one.number > 0 for one in trial.cases),
+            left_out=len(trial.labels) - sum(case.number > 0 for case in trial.cases),
         ),
-        failures=[Failure(case_id(instance.id, one.number), one.label, one.reason) for one in failed],
-        refusals=[Refusal(one.label, one.reason) for one in refused],
+        failures=[Failure(case_id(instance.id, case.number), case.label, case.reason) for case in failed],
+        refusals=[Refusal(case.label, case.reason) for case in refused],
         error_ratio=trial.worst,
         note=trial.note,
         seconds=round(time.perf_counter() - start, 4),
@@ -223,7 +223,7 @@ def _verdict(trial: Trial, expected: str | None) -> tuple[Status, str]:
         reason = f"{of}{failed[0]}"
         return ("fail", reason) if expected is None else ("xfail", f"{expected} ({reason})")
     if not trial.ended("passed"):
-        return "refused", "; ".join(dict.fromkeys(one.reason for one in trial.cases))
+        return "refused", "; ".join(dict.fromkeys(case.reason for case in trial.cases))
     if trial.drawn is not None and trial.drawn.judged < ENOUGH:
         return "incomplete", f"{trial.drawn.judged} of {ENOUGH} drawn cases were judged"
     return ("pass", "") if expected is None else ("xpass", expected)
@@ -231,13 +231,6 @@ def _verdict(trial: Trial, expected: str | None) -> tuple[Status, str]:
 
 def _kind(op: FusedOp) -> str:
     return str(getattr(op, "contract", "")).partition("/")[0]
-
-
-def weight(instance: Instance) -> float:
-    """Return how much of the time for draws a check gets; 0 for one that draws nothing."""
-    if instance.check.fails != DRAWN:
-        return 0.0
-    return ATTENTION if KINDS[instance.check.kind].prepares else 1.0
 
 
 def require_hypothesis() -> None:
@@ -318,25 +311,27 @@ class Suite:
         only = self.asked.only
         planned = instances(self.subject, self.dtypes, only)
         if not planned:
-            raise nothing_matches(only, [one.id for one in instances(self.subject, self.dtypes)])
+            raise nothing_matches(only, [peer.id for peer in instances(self.subject, self.dtypes)])
         require_cases(planned, self.subject)
         return planned
 
     def share(self, instance: Instance) -> float:
-        """Return the seconds for a check that draws: its share of those left, and of half of all at least."""
+        """Return the seconds for a check that draws: its share of those left, or of `FOR_DRAWS` of all."""
         among = self.planned if self.selected is None else self.selected
-        weights = {one.id: self._weight(one) for one in among if one.id not in self.ended}
+        weights = {peer.id: self._weight(peer) for peer in among if peer.id not in self.ended}
         total, now = self.asked.seconds, time.monotonic()
-        left = max(total - (now - self.start), total / 2 - sum(self.ended.values()), 0.0)
+        least = total * FOR_DRAWS[self.asked.quick] - sum(self.ended.values())
+        left = max(total - (now - self.start), least, 0.0)
         return left * self._weight(instance) / (sum(weights.values()) or 1.0)
 
     def _weight(self, instance: Instance) -> float:
-        """Return a check's weight; hardly any where its op refuses what most layers have, as it ends soon."""
-        of, op, dtype = weight(instance), instance.op, instance.dtype
-        if not of or op is None or dtype is None:
-            return of
-        spec = usual_spec(instance.check.kind, dtype, self.subject.device)
-        return of * (UNUSUAL if ask(partial(op.unsupported_reasons, spec), []) else 1.0)
+        """Return the weight of a check that draws, which is small if its op refuses what most layers have."""
+        check, op, dtype = instance.check, instance.op, instance.dtype
+        if check.fails != DRAWN or op is None or dtype is None:
+            return 0.0
+        spec = usual_spec(check.kind, dtype, self.subject.device)
+        usual = ATTENTION if KINDS[check.kind].prepares else 1.0
+        return usual * (UNUSUAL if ask(partial(op.unsupported_reasons, spec), []) else 1.0)
 
     def carry_out(self, instance: Instance) -> CheckResult:
         """Run one check, and keep the first wrong call if that was asked for."""

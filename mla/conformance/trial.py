@@ -10,21 +10,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
-from mla.cases.call import GuardedCall, Host, host
 from mla.cases.case import OpCase
-from mla.cases.memory import NoRoom, Placed, Tensors
+from mla.cases.memory import NoRoom, Tensors
+from mla.cases.played import Host, Laid, Player, Scene
 from mla.conformance.report import Drawn
 from mla.errors import UnsupportedBatch
 from mla.layer.ops import Say, preflight_reasons
 from mla_backends.api import OPS, Backend, FusedOp, Packed
 from mla_backends.errors import BackendError, describe, original, plugin_code
-
-if TYPE_CHECKING:
-    from mla.cases.drawn import Scene
 
 # Dtypes that a layer can have.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -112,7 +109,7 @@ class BackendUnderTest:
 
 
 # What a case that is not chosen cannot have: without it nothing is drawn, computed or called.
-_NEEDED = frozenset({"subject", "dtype", "op", "backend", "device", "require", "serve"})
+_NEEDED = frozenset({"subject", "dtype", "op", "backend", "device", "require", "serve", "play"})
 
 
 @dataclass
@@ -198,60 +195,36 @@ class Trial:
             ended = "failed", raised(error)
         self.cases.append(Case(number, label, *ended))
 
-    def serve(self, case: OpCase, packed: Packed | None = None, given: Tensors | None = None) -> GuardedCall:
+    def serve(self, case: OpCase, packed: Packed | None = None, given: Tensors | None = None) -> Laid:
         """Return a call of the op for a case in the trial's dtype; its operands are drawn unless given.
 
         Raises `Refused` where the op does not serve the case.
         """
         case = case.but(dtype=self.dtype, device=self.device)
-        lengths = (case.query_lens, case.kv_lens) if case.entry.prepares else ()
-        op = self.require(case.spec, *lengths)
-        return GuardedCall(host(case) if given is None else Host(case, given), op, case, packed)
+        op = self.require_case(case)
+        return Laid(case, op, packed=packed, host=None if given is None else Host(case, given))
 
-    def check(self, call: GuardedCall, inputs: bool = False, only: Sequence[str] = ()) -> dict[str, Placed]:
-        """Make a call and judge it; return where it wrote. Raises `CheckFailed`."""
-        outputs = call.run()
-        self.judge(call, outputs, inputs, only)
-        return outputs
+    def check(self, call: Laid, only: Sequence[str] = ()) -> None:
+        """Make a call and judge it: its results, those in `only` if there are any. Raises `CheckFailed`."""
+        self.right(call, call.call(only))
 
-    def judge(
-        self,
-        call: GuardedCall,
-        outputs: dict[str, Placed],
-        inputs: bool = False,
-        only: Sequence[str] = (),
-        around: bool = True,
-        **instead: torch.Tensor,
-    ) -> None:
-        """Compare what a call wrote with the truth, and what lies around that with what it was.
+    def right(self, judged: Laid | Player, reason: str) -> None:
+        """Remember the largest error over its bound. Raises `CheckFailed` if there is a reason."""
+        self.worst = max(judged.worst, self.worst or 0.0)
+        expect(not reason, reason)
 
-        `inputs`: those, too. `only`: these results. `instead`: operands that the call had in place of its
-        own. Raises `CheckFailed`.
-        """
-        results = call.results(outputs, **instead)
-        self.found(call.faults({name: rows for name, rows in results.items() if not only or name in only}))
-        for clause in call.strays(outputs, inputs) if around else ():
-            expect(not clause, clause)
+    def play(self, *cases: OpCase, **how: Any) -> None:
+        """Make the calls of a scene, see `Scene` for `how`, and judge each. Raises `CheckFailed`."""
+        player = Player(self.op_of_contract(), self.require_case)
+        scene = Scene(tuple(case.but(dtype=self.dtype, device=self.device) for case in cases), **how)
+        self.right(player, player.play(scene))
 
-    def found(self, faults: Iterable[tuple[float, str]]) -> None:
-        """Remember the largest error over its bound. Raises `CheckFailed` if something is wrong."""
-        ratios, reasons = zip(*faults, strict=True)
-        self.worst = max(*ratios, self.worst or 0.0)
-        expect(not any(reasons), "; ".join(filter(None, reasons)))
-
-    def check_cases(
-        self,
-        cases: Iterable[OpCase],
-        *,
-        exact: bool = False,
-        inputs: bool = False,
-        only: Sequence[str] = (),
-    ) -> None:
+    def check_cases(self, cases: Iterable[OpCase], *, exact: bool = False, only: Sequence[str] = ()) -> None:
         """Make a call for each case and judge it. An op of attention may get more heads, unless `exact`."""
         for asked in cases:
             case = self.fitted(asked) if asked.entry.prepares and not exact else asked
             with self.case(case.label):
-                self.check(self.serve(case), inputs, only)
+                self.check(self.serve(case), only)
 
     def fitted(self, case: OpCase) -> OpCase:
         """Return the case with the fewest more heads that the op takes, if it refuses as few as these.
@@ -261,23 +234,32 @@ class Trial:
         tried = [case] + [case.but(num_heads=count) for count in MORE_HEADS if count > case.spec.num_heads]
         with contextlib.suppress(Exception):  # the case itself reports what an op raises
             if self._refuses(case):
-                return next((one for one in tried if _is_small(one) and not self._refuses(one)), case)
+                return next(
+                    (fitted for fitted in tried if _is_small(fitted) and not self._refuses(fitted)), case
+                )
         return case
 
     def _refuses(self, case: OpCase) -> bool:
         spec = replace(case.spec, dtype=self.dtype, device=self.device)
         return self.op is not None and bool(self.op.unsupported_reasons(spec))
 
-    def require(self, spec: Any, query_lens: Sequence[int] = (), kv_lens: Sequence[int] = ()) -> FusedOp:
-        """Return the op if it serves this spec and these lengths; raises `Refused` with its reasons."""
+    def require(self, spec: Any) -> FusedOp:
+        """Return the op if it serves this spec; raises `Refused` with its reasons."""
         op = self.op_of_contract()
-        reasons = list(op.unsupported_reasons(spec))
-        if not reasons:
-            reasons = preflight_reasons(self.name, op, spec, self.subject.say)
-        if not reasons and query_lens:
-            reasons = list(op.unsupported_batch(spec, query_lens, kv_lens))
+        reasons = list(op.unsupported_reasons(spec)) or preflight_reasons(
+            self.name, op, spec, self.subject.say
+        )
         if reasons:
             raise Refused("; ".join(reasons))
+        return op
+
+    def require_case(self, case: OpCase) -> FusedOp:
+        """Return the op if it serves a case; raises `Refused` with its reasons."""
+        op = self.require(case.spec)
+        if case.entry.prepares:
+            page_size = case.layout.page_size if case.entry.cached else None
+            if reasons := op.unsupported_batch(case.spec, case.query_lens, case.kv_lens, page_size):
+                raise Refused("; ".join(reasons))
         return op
 
     def op_of_contract(self) -> FusedOp:

@@ -22,16 +22,15 @@ import torch
 
 from mla.cache import LatentCache
 from mla.cache.latent_cache import check_history
-from mla.cache.ragged_batch import host_ints, plain, whole_numbers
+from mla.cache.ragged_batch import BatchMemory, host_ints, plain, whole_numbers
 from mla.config import MLAConfig
 from mla.errors import StaleBatch
 from mla.parallel.layout import Share
-from mla_backends.upload import upload_into
 
 Value = TypeVar("Value")
 
 
-class ShardedMemory:
+class ShardedMemory(BatchMemory):
     """The int32 device buffer of a step of so many new tokens, and views of its parts.
 
     A step of as many tokens may own fewer of them, or ask for fewer requests: it takes the first ones.
@@ -46,28 +45,18 @@ class ShardedMemory:
         self.own, self.slots, self.order, self.back = (part.view(torch.int64) for part in wide)
         self.block_table = table.view(rows, width)
         self._numbers = self.buffer[: self.buffer.shape[0] - rows * width]
-        self._held: torch.Tensor | None = None  # the host's block table that `block_table` is a copy of
-        self._kept: dict[Hashable, Any] = {}
+        self._held = None
+        self._kept = {}
 
-    def fits(self, tokens: int, rows: int, width: int) -> bool:
+    def fits_step(self, tokens: int, rows: int, width: int) -> bool:
         """Return whether a step of so many tokens, rows of attention and pages of each fits here."""
         return self.positions.shape[0] == tokens and self.block_table.shape == (rows, width)
 
-    def keep(self, key: Hashable, build: Callable[[], Value]) -> Value:
-        """Return memory for data derived from a batch, made once per key; every batch overwrites it."""
-        if key not in self._kept:
-            with torch.inference_mode(False):
-                self._kept[key] = build()
-        return cast("Value", self._kept[key])
-
     def fill(self, numbers: torch.Tensor, table: torch.Tensor) -> None:
         """Copy a batch's numbers, and its block table unless it is already here, in one copy."""
-        if table is self._held:
-            upload_into(numbers, self._numbers)
-            return
-        rest = self.buffer.shape[0] - numbers.shape[0] - table.numel()
-        upload_into(torch.cat((numbers, table.reshape(-1), numbers.new_zeros(rest))), self.buffer)
-        self._held = table
+        if rest := self.block_table.numel() - table.numel():
+            table = torch.cat((table.reshape(-1), table.new_zeros(rest)))
+        super().fill(numbers, table)
 
 
 def most_rows(share: Share, query_lens: Sequence[int]) -> int:
@@ -168,13 +157,15 @@ class ShardedBatch:
     @cached_property
     def _tokens(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The request [T], the position [T], and the keys that are here [T], of every new token."""
-        request, positions = _new_tokens(self.query_lens, self.kv_lens)
-        return request, positions, self._source.share.count(positions + 1)
+        queries, ends = host_ints(self.query_lens), host_ints(accumulate(self.query_lens))
+        request = torch.arange(len(queries), device="cpu").repeat_interleave(queries)
+        positions = torch.arange(self.num_tokens, device="cpu") + (host_ints(self.kv_lens) - ends)[request]
+        return request, positions, self._source.share.held(positions + 1)
 
     def _step(self) -> _Step:
         """Work out a step of any number of new tokens."""
         request, positions, seen = self._tokens
-        own = self._source.share.owned(positions).nonzero().view(-1)
+        own = self._source.share.owns(positions).nonzero().view(-1)
         index = seen[own] - 1
         page = self._table[request[own], index // self.page_size].long()
         slots = page * self.page_size + index % self.page_size
@@ -192,9 +183,9 @@ class ShardedBatch:
 
     def _describe(self, step: _Step) -> None:
         """Upload a step and name its parts."""
-        memory, own = self.memory, len(step.own)
+        memory, count = self.memory, len(step.own)
         memory.fill(_packed(self.num_tokens, len(memory.kv_lens), step), self._rows_of(step.cut))
-        self.own, self.slots, self.positions = memory.own[:own], memory.slots[:own], memory.positions
+        self.own, self.slots, self.positions = memory.own[:count], memory.slots[:count], memory.positions
         self._whole = self._part(slice(0, self.num_tokens), step.cut, memory)
 
     def _rows_of(self, cut: _Cut) -> torch.Tensor:
@@ -218,7 +209,7 @@ class ShardedBatch:
             yield self._part(tokens, cut, memory)
 
     def _cut(self, tokens: slice) -> _Cut:
-        request, positions, seen = (one[tokens] for one in self._tokens)
+        request, positions, seen = (column[tokens] for column in self._tokens)
         order = _order(self._source.share, request, positions, self.query_lens)
         if order is None:
             return _Cut(None, *_cut(request, seen))
@@ -251,14 +242,6 @@ class ShardedBatch:
             )
 
 
-def _new_tokens(query_lens: Sequence[int], kv_lens: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the request [T] and the position [T] of every new token."""
-    queries = host_ints(query_lens)
-    request = torch.arange(len(query_lens), device="cpu").repeat_interleave(queries)
-    ends = host_ints(accumulate(query_lens))
-    return request, torch.arange(sum(query_lens), device="cpu") + (host_ints(kv_lens) - ends)[request]
-
-
 def _order(
     share: Share, request: torch.Tensor, positions: torch.Tensor, query_lens: Sequence[int]
 ) -> torch.Tensor | None:
@@ -289,33 +272,16 @@ class ShardedCache:
     """A `LatentCache` that holds one share of the tokens; lengths are those of whole requests.
 
     `share` says which tokens. Other arguments are `LatentCache`'s, with `max_tokens` of all ranks together.
+    `pages` [layers, pages, page_size, c + r] hold this share's latents; every rank has `num_pages` of them.
     """
 
     def __init__(self, config: MLAConfig, share: Share, *, max_tokens: int, **arguments: Any) -> None:
         self.share = share
         self._local = LatentCache(config, max_tokens=share.first(max_tokens), **arguments)
+        self.config, self.pages = config, self._local.pages
+        self.page_size, self.num_pages = self._local.page_size, self._local.num_pages
         self._lengths: dict[int, int] = {}
         self._memory: ShardedMemory | None = None  # of the last step
-
-    @property
-    def config(self) -> MLAConfig:
-        """The layer's config."""
-        return self._local.config
-
-    @property
-    def pages(self) -> torch.Tensor:
-        """This share's latents [layers, pages, page_size, c + r]."""
-        return self._local.pages
-
-    @property
-    def page_size(self) -> int:
-        """Tokens of a page."""
-        return self._local.page_size
-
-    @property
-    def num_pages(self) -> int:
-        """Pages on this rank, and on every other."""
-        return self._local.num_pages
 
     @property
     def generation(self) -> int:
@@ -333,8 +299,7 @@ class ShardedCache:
 
     def slots(self, sequence: int) -> torch.Tensor:
         """Return the rows of a flattened layer that hold this rank's tokens of a sequence, in their order."""
-        own = int(self.share.count(torch.tensor([self.length(sequence)], device="cpu")))
-        return self._local.slots(sequence)[:own]
+        return self._local.slots(sequence)[: self.share.held(self.length(sequence))]
 
     def new_sequences(self, count: int) -> list[int]:
         """Return the ids of `count` empty sequences, the same on every rank."""
@@ -358,7 +323,7 @@ class ShardedCache:
         table = self._local.grow(sequences, grown)
         try:
             size = (sum(query_lens), most_rows(self.share, query_lens), table.shape[1])
-            if self._memory is None or not self._memory.fits(*size):
+            if self._memory is None or not self._memory.fits_step(*size):
                 self._memory = ShardedMemory(*size, self.pages.device)
             batch = ShardedBatch(self, sequences, query_lens, kv_lens, table, self._memory)
         except BaseException:
@@ -390,7 +355,7 @@ class ShardedCache:
         count = check_history(self.config, kv, pe)
         if self.length(sequence) not in (0, count):
             raise ValueError(f"load() got {count} tokens for a sequence of {self.length(sequence)}.")
-        own = self.share.owned(torch.arange(count, device="cpu"))
+        own = self.share.owns(torch.arange(count, device="cpu"))
         missing = self.share.first(count) - int(own.sum())  # rows that rank 0 has and this one has not
         spare = lambda x: torch.cat((x[own.to(x.device)], x.new_zeros(missing, x.shape[1])))  # noqa: E731
         self._local.load(sequence, spare(kv), spare(pe), layer)

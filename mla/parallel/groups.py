@@ -84,25 +84,24 @@ class Groups:
         if size == 1:
             return
         total = out if size <= MOST_HOPS else out.float()
-        # A ring sends every element but its own part twice.
-        self._run(2 * total.nbytes * (size - 1) // size, dist.all_reduce, total, group=self._heads)
+        self._run(Call.all_reduce(total.nbytes, size), dist.all_reduce, total, group=self._heads)
         if total is not out:
             out.copy_(total)
 
     def gather_context(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Write the contiguous x [t, ...] of every rank of the context group to out [dcp, t, ...]."""
-        sent = x.nbytes * (self.layout.dcp - 1)
-        self._run(sent, all_gather, out.flatten(0, 1), x, group=self._context)
+        call = Call.all_gather(x.nbytes, self.layout.dcp)
+        self._run(call, all_gather, out.flatten(0, 1), x, group=self._context)
 
     def exchange_context(self, parts: torch.Tensor, out: torch.Tensor) -> None:
         """Send parts[i] to rank i of the context group, and write what rank i sent to out[i].
 
         Both are contiguous [dcp, ...].
         """
-        size = self.layout.dcp
-        self._run(parts.nbytes * (size - 1) // size, dist.all_to_all_single, out, parts, group=self._context)
+        call = Call.all_to_all(parts.nbytes, self.layout.dcp)
+        self._run(call, dist.all_to_all_single, out, parts, group=self._context)
 
-    def _run(self, sent: int, collective: Callable[..., Any], *tensors: torch.Tensor, group: Any) -> None:
+    def _run(self, call: Call, collective: Callable[..., Any], *tensors: torch.Tensor, group: Any) -> None:
         self.entered += 1
         try:
             if self._clocked is None:
@@ -112,7 +111,7 @@ class Groups:
                 start = now_ns()
                 collective(*tensors, group=group)
                 traffic.ns += now_ns() - start
-                traffic.sent += sent
+                traffic.sent += call.sent
         except RuntimeError as error:
             raise CollectiveError(str(error)) from error
         self.left += 1
@@ -147,20 +146,19 @@ class SimulatedWorld:
         It may be called several times for each, and must do the same every time. Raises RuntimeError where
         ranks disagree about their collectives.
         """
-        members = [self.groups[rank] for rank in ranks]
-        for one in members:
-            one.forget()
-        left = members
+        left = members = [self.groups[rank] for rank in ranks]
+        for member in members:
+            member.forget()
         while left:
-            given = sum(len(one.given) for one in members)
-            left = [one for one in left if not one.runs_through(forward)]
-            if left and given == sum(len(one.given) for one in members):
+            given = sum(len(member.given) for member in members)
+            left = [member for member in left if not member.runs_through(forward)]
+            if left and given == sum(len(member.given) for member in members):
                 raise RuntimeError(f"rank {left[0].rank} waits for what no other rank gives.")
 
     def complete(self, rank: int, out: torch.Tensor) -> None:
         """Add to a rank's part of the output [T, d] those of the others, in place, rank by rank."""
-        own = self.groups[rank]
-        parts = [out if one is own else one.part for one in self._members(self.layout.head_groups(), rank)]
+        members = self._members(self.layout.head_groups(), rank)
+        parts = [out if member.rank == rank else member.part for member in members]
         total = parts[0].float() if len(parts) > MOST_HOPS else parts[0].clone()
         for part in parts[1:]:
             total += part
@@ -171,7 +169,7 @@ class SimulatedWorld:
         return self._members(self.layout.context_groups(), rank)
 
     def _members(self, groups: list[list[int]], rank: int) -> list[SimulatedGroups]:
-        return [self.groups[one] for one in next(group for group in groups if rank in group)]
+        return [self.groups[member] for member in next(group for group in groups if rank in group)]
 
 
 class SimulatedGroups(Groups):
@@ -211,57 +209,46 @@ class SimulatedGroups(Groups):
 
     def add_heads(self, out: torch.Tensor) -> None:
         """Keep this rank's part of the output, which `SimulatedWorld.complete` adds up."""
-        if self._meeting and self.layout.head_parts > 1:
-            self.calls.append(
-                Call.all_reduce(summed_bytes(out, self.layout.head_parts), self.layout.head_parts)
-            )
+        size = self.layout.head_parts
         if self._meeting:
             self.part = out.clone()
+            self.calls += [Call.all_reduce(summed_bytes(out, size), size)] if size > 1 else []
 
     def gather_context(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Write x [t, ...] of every rank of the context group to out [dcp, t, ...]."""
-        if self._meets(x, Call.all_gather(x.nbytes, self.layout.dcp)):
-            place = self._place
-
-            def receive() -> None:
-                for part, one in zip(out, self._world.context(self.rank), strict=True):
-                    part.copy_(one.given[place])
-
-            self._receive(receive, out)
-        self._arrive(out)
+        self._collective(Call.all_gather(x.nbytes, self.layout.dcp), x, out, lambda given: given)
 
     def exchange_context(self, parts: torch.Tensor, out: torch.Tensor) -> None:
         """Write to out[i] what rank i of the context group has for this one."""
-        if self._meets(parts, Call.all_to_all(parts.nbytes, self.layout.dcp)):
-            place, own = self._place, self.place.dcp
+        call = Call.all_to_all(parts.nbytes, self.layout.dcp)
+        self._collective(call, parts, out, lambda given: given[self.place.dcp])
+
+    def _collective(
+        self, call: Call, x: torch.Tensor, out: torch.Tensor, mine: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        """Give x to the others and receive theirs, in a forward that all run; alone, find what was received.
+
+        `mine`: what this rank gets of what another gave. Raises `_Waiting` if one has not given its own.
+        """
+        place = self._place
+        if not self._meeting:
+            receive, received = self._received[place]
+            if sum(buffer.data_ptr() == out.data_ptr() for _, buffer in self._received) > 1:
+                receive()  # on the clock, too: a later part of the same forward has overwritten it
+            elif received.data_ptr() != out.data_ptr():  # its memory has moved
+                out.copy_(received)
+        else:
+            members = self._world.context(self.rank)
+            if len(self.given) == place:
+                self.given.append(x.clone())
+            if any(len(member.given) <= place for member in members):
+                raise _Waiting
 
             def receive() -> None:
-                for part, one in zip(out, self._world.context(self.rank), strict=True):
-                    part.copy_(one.given[place][own])
+                for part, member in zip(out, members, strict=True):
+                    part.copy_(mine(member.given[place]))
 
-            self._receive(receive, out)
-        self._arrive(out)
-
-    def _meets(self, x: torch.Tensor, call: Call) -> bool:
-        """Give x to the others, in a forward that all run. Raises `_Waiting` if one has not given its own."""
-        if not self._meeting:
-            return False
-        if len(self.given) == self._place:
-            self.given.append(x.clone())
-        if any(len(one.given) <= self._place for one in self._world.context(self.rank)):
-            raise _Waiting
-        self.calls.append(call)
-        return True
-
-    def _receive(self, receive: Callable[[], None], out: torch.Tensor) -> None:
-        self._received.append((receive, out))
-        receive()
-
-    def _arrive(self, out: torch.Tensor) -> None:
-        """Go on to the next collective. What was received is in `out`, unless its memory has moved."""
-        receive, received = self._received[self._place]
-        if sum(one.data_ptr() == out.data_ptr() for _, one in self._received) > 1:
-            receive()  # on the clock, too: a later part of the same forward has overwritten it
-        elif received.data_ptr() != out.data_ptr():
-            out.copy_(received)
+            receive()
+            self.calls.append(call)
+            self._received.append((receive, out))
         self._place += 1

@@ -1,9 +1,15 @@
-"""`ParallelMLA`: one rank's part of an MLA layer, and `HeadShard`: the weights of its heads."""
+"""`ParallelMLA`: one rank's part of an MLA layer, and `HeadShard`: the weights of its heads.
+
+Where the context is spread over ranks, all ranks' queries attend this rank's tokens, and parts are merged:
+queries are exchanged for some new tokens, and results. The out of attention and its log-sum-exp travel in one
+message, row by row: a message costs more than its few bytes do.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,16 +19,21 @@ from mla.checkpoint import LazyState, Part, StoredLayer
 from mla.config import MLAConfig
 from mla.errors import UnsupportedOps, WeightError
 from mla.layer.attention import MLA
+from mla.layer.forward import AbsorbedPath, Step
+from mla.layer.ops import Ops
 from mla.layer.packed_weights import SharedWeights, check_weights
 from mla.layer.plan import AbsorbedGroup, StepPlan
+from mla.layer.workspace import Projected, Workspace
+from mla.parallel.cache import Part as StepPart
 from mla.parallel.cache import ShardedBatch
-from mla.parallel.context import ContextPath, ContextStep
 from mla.parallel.groups import Groups
 from mla.weights import weight_shapes
 
+FP32 = torch.float32
 _ROWS = ("q_proj.weight", "q_b_proj.weight", "kv_b_proj.weight")  # heads lie one below the other
 
 
+# ---------------------------------------------------------------------------------------------------- weights
 class HeadShard(LazyState):
     """Part `part` of `parts` of a layer's heads, with all weights that heads share.
 
@@ -77,6 +88,194 @@ class HeadShard(LazyState):
         return len(self._shapes)
 
 
+# ---------------------------------------------------------------------------------------------------- context
+def merge(
+    parts: torch.Tensor, lse: torch.Tensor, out: torch.Tensor, scratch: Sequence[torch.Tensor] | None = None
+) -> None:
+    """Merge attention over disjoint keys: parts [n, ..., c] with natural lse [n, ...] fp32, to out [..., c].
+
+    Each part weighs exp(lse) of the whole. One without keys is 0 with lse -inf, as ops write it, and weighs
+    nothing; some part must have keys, as every token sees itself. Sums are in fp32 and rounded once. With
+    `scratch`, of `merge_scratch`, nothing is allocated.
+    """
+    weights, merged, part = scratch or merge_scratch(parts, Workspace(out.dtype, out.device))
+    torch.softmax(lse[..., None], dim=0, out=weights)
+    merged.copy_(parts[0]).mul_(weights[0])
+    for index in range(1, len(parts)):
+        merged.addcmul_(part.copy_(parts[index]), weights[index])
+    out.copy_(merged)
+
+
+def merge_scratch(parts: torch.Tensor, scratch: Workspace) -> Sequence[torch.Tensor]:
+    """Return fp32 memory to merge parts [n, ..., c] in: weights [n, ..., 1], a sum and a part [..., c]."""
+    count, *rows, c = parts.shape
+    shapes = {"merge_weights": (count, *rows, 1), "merge_sum": (*rows, c), "merge_part": (*rows, c)}
+    return [scratch.take(name, *shape, dtype=FP32) for name, shape in shapes.items()]
+
+
+@dataclass(frozen=True, eq=False)
+class Exchange:
+    """Scratch memory for t new tokens of a step, of which this rank has h heads, and views of it.
+
+    Where attention has its tokens in another order, `ordered_q` is in that order, and `ordered_out` and
+    `ordered_lse` are in the order of the step again.
+    """
+
+    gathered: torch.Tensor  # [world, t, h, c + r]: queries, as they arrive
+    q: torch.Tensor  # [t, world h, c + r]: a copy by token; of one token, the same memory
+    out: torch.Tensor  # [t, world h, c]: attention over this rank's tokens
+    lse: torch.Tensor  # [t, world h] fp32
+    ordered_q: torch.Tensor  # [t, world h, c + r]
+    ordered_out: torch.Tensor  # [t, world h, c]
+    ordered_lse: torch.Tensor  # [t, world h] fp32
+    sent: torch.Tensor  # [world, t, h, width]: rows of out and lse
+    received: torch.Tensor  # [world, t, h, width]
+    merging: Sequence[torch.Tensor]
+
+    @classmethod
+    def of(
+        cls, scratch: Workspace, world: int, shape: tuple[int, int, int], c: int, ordered: bool
+    ) -> Exchange:
+        """Return memory for this rank's queries of `shape` [t, h, c + r], which `scratch` holds.
+
+        `ordered`: attention has its tokens in another order.
+        """
+        tokens, h, width = shape
+        row, take = _row(c, scratch.itemsize), scratch.take
+        gathered, received = take("gathered", world, *shape), take("received", world, tokens, h, row)
+
+        def results(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+            return take(f"{kind}_out", tokens, world * h, c), take(
+                f"{kind}_lse", tokens, world * h, dtype=FP32
+            )
+
+        q_shape = (tokens, world * h, width)
+        q = gathered.view(q_shape) if tokens == 1 else take("gathered_q", *q_shape)
+        results_here = results("context")
+        ordered_q, ordered_results = q, results_here
+        if ordered:
+            ordered_q, ordered_results = take("ordered_q", *q_shape), results("ordered")
+        sent, merging = take("sent", world, tokens, h, row), merge_scratch(received[..., :c], scratch)
+        return cls(gathered, q, *results_here, ordered_q, *ordered_results, sent, received, merging)
+
+    @cached_property
+    def _copies(self) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+        """Views to copy: the queries by token, then out and lse by rank, target and source."""
+        out, by_rank = self.ordered_out, lambda x: x.unflatten(1, (len(self.sent), -1)).transpose(0, 1)
+        return (
+            (by_rank(self.q), self.gathered),
+            (self.sent[..., : out.shape[-1]], by_rank(out)),
+            (_lse(self.sent), by_rank(self.ordered_lse)),
+        )
+
+    def gather(self, groups: Groups, q: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+        """Return the queries [t, world h, c + r] of all ranks, of which this one has q [t, h, c + r]."""
+        groups.gather_context(q, self.gathered)
+        if q.shape[0] > 1:
+            target, source = self._copies[0]
+            target.copy_(source)
+        return self.q if order is None else torch.index_select(self.q, 0, order, out=self.ordered_q)
+
+    def merge(self, groups: Groups, back: torch.Tensor | None, out: torch.Tensor) -> None:
+        """Merge what all ranks found for this one's heads, and write it to out [t, h, c]."""
+        if back is not None:
+            torch.index_select(self.out, 0, back, out=self.ordered_out)
+            torch.index_select(self.lse, 0, back, out=self.ordered_lse)
+        for target, source in self._copies[1:]:
+            target.copy_(source)
+        groups.exchange_context(self.sent, self.received)
+        merge(*self._results, out, self.merging)
+
+    @cached_property
+    def _results(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Out [world, t, h, c] and lse [world, t, h] of every rank."""
+        return self.received[..., : self.out.shape[-1]], _lse(self.received)
+
+
+def _lse(rows: torch.Tensor) -> torch.Tensor:
+    """Return the lse [...] of rows [..., width] of out and lse: their last four bytes."""
+    return rows.view(FP32)[..., -1]
+
+
+def _row(c: int, itemsize: int) -> int:
+    """Return the width of a row of out and lse: with what aligns the lse, and the elements that it takes."""
+    per = max(1, FP32.itemsize // itemsize)
+    return -(-c // per) * per + per
+
+
+def scratch_per_token(config: MLAConfig, dcp: int, itemsize: int) -> int:
+    """Return the bytes that an `Exchange` takes at most, for one new token; `config`: of one rank."""
+    heads, c = config.num_attention_heads, config.kv_lora_rank
+    numbers = 3 * config.latent_dim + 2 * c + 2 * _row(c, itemsize)  # of queries, and of results
+    weights = 3 * FP32.itemsize  # lse twice, and what a part weighs
+    return dcp * heads * (numbers * itemsize + weights) + heads * 2 * c * FP32.itemsize
+
+
+@dataclass(frozen=True, eq=False)
+class ContextPath(AbsorbedPath):
+    """Absorbed attention over a context that is spread over ranks."""
+
+    config: MLAConfig  # with this rank's heads
+    groups: Groups
+
+    def tokens_at_once(self, workspace: int) -> int:
+        """Return how many tokens' queries and results of all ranks fit into so many bytes, at least one."""
+        per_token = scratch_per_token(self.config, self.groups.layout.dcp, self.scratch.itemsize)
+        return max(1, workspace // per_token)
+
+    def run(self, ops: Ops, projected: Projected, group: AbsorbedGroup, pages: torch.Tensor) -> None:
+        """Attend as `AbsorbedPath.run` does, with this rank's `pages` and those of all others."""
+        views, packed = self.views.absorbed(projected, group.tokens), self.weights.packed
+        ops["w_uk"].op(packed["w_uk"], x=views.q_nope, out=views.latent_nope)
+        ops["rotate_query"].op(
+            x=views.q_pe, cos_sin=group.cos_sin, interleaved=self.interleaved, out=views.latent_pe
+        )
+        for part, state in group.state:
+            exchange = self._exchange(part)
+            ops["latent_attention"].op(
+                state,
+                q=exchange.gather(self.groups, views.latent_q[part.tokens], part.order),
+                cache=pages,
+                block_table=part.rows.block_table,
+                kv_lens=part.rows.kv_lens_device,
+                cu_q=part.rows.cu_q,
+                softmax_scale=self.softmax_scale,
+                out=exchange.out,
+                lse=exchange.lse,
+            )
+            exchange.merge(self.groups, part.back, views.latent_out[part.tokens])
+        ops["w_uv"].op(packed["w_uv"], x=views.latent_out, out=views.heads)
+
+    def _exchange(self, part: StepPart) -> Exchange:
+        """Return memory for the exchanges of a part."""
+        count, ordered = part.tokens.stop - part.tokens.start, part.order is not None
+        config, world = self.config, self.groups.layout.dcp
+        shape = (count, config.num_attention_heads, config.latent_dim)
+        return self.scratch.views(
+            ("exchange", count, ordered),
+            lambda: Exchange.of(self.scratch, world, shape, config.kv_lora_rank, ordered),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ContextStep(Step):
+    """`Step` where the context is spread over ranks: it writes this rank's new latents, and no others."""
+
+    def _write_latent(
+        self, ops: Ops, kv_a: torch.Tensor, batch: Any, plan: StepPlan, pages: torch.Tensor
+    ) -> None:
+        count, scratch = batch.own.shape[0], self.absorbed.scratch
+        if not count:
+            return
+        if count < batch.num_tokens:
+            rows = scratch.take("own_kv_a", count, kv_a.shape[1])
+            angles = scratch.take("own_cos_sin", count, plan.cos_sin.shape[1], dtype=FP32)
+            kv_a = torch.index_select(kv_a, 0, batch.own, out=rows)
+            plan = replace(plan, cos_sin=torch.index_select(plan.cos_sin, 0, batch.own, out=angles))
+        super()._write_latent(ops, kv_a, batch, plan, pages)
+
+
+# ------------------------------------------------------------------------------------------------------ layer
 class ParallelMLA(MLA):
     """The heads, and with `dcp` the tokens, that one rank of `groups` has of the layer `config`.
 
@@ -92,18 +291,17 @@ class ParallelMLA(MLA):
     def __init__(self, config: MLAConfig, groups: Groups, **arguments: Any) -> None:
         groups.layout.check(config)
         if groups.layout.dcp > 1 and arguments.get("attention") == "expanded":
-            raise UnsupportedOps(
-                "a context that is spread over ranks is attended absorbed: leave `expanded` out."
-            )
-        own = config.with_heads(config.num_attention_heads // groups.layout.head_parts)
+            raise UnsupportedOps("dcp supports attention='absorbed' only.")
+        share = config.with_heads(config.num_attention_heads // groups.layout.head_parts)
         self._groups = groups  # before the layer is made, which asks for them
-        super().__init__(own, **arguments)
+        super().__init__(share, **arguments)
         self._whole = config
         if groups.layout.dcp > 1:
             self._require_lse()
-            plain = {field.name: getattr(self.step, field.name) for field in dataclasses.fields(self.step)}
-            self._context = ContextPath(own, self._weights, self._scratch, self.step.views, groups)
-            self.step = ContextStep(**plain, context=self._context)
+            path = {field.name: getattr(self.step.absorbed, field.name) for field in fields(AbsorbedPath)}
+            self._context = ContextPath(**path, config=share, groups=groups)
+            views, expanded = self.step.views, self.step.expanded
+            self.step = ContextStep(share, self._weights, views, self._context, expanded)
 
     def _calls_ops_alone(self) -> bool:
         return type(self) is ParallelMLA and self._groups.layout.dcp == 1  # heads are added up afterwards
@@ -169,10 +367,12 @@ class ParallelMLA(MLA):
             )
         if out is not None:
             self._check_out(out, batch)  # type: ignore[arg-type]
-        own = out
+        part = out
         if out is not None and not out.is_contiguous():
             self.check(hidden, batch, pages, out)  # type: ignore[arg-type]
-            own = torch.empty_like(out).contiguous()
-        own = super().forward(hidden, batch, pages, own)  # type: ignore[arg-type]
-        self._groups.add_heads(own)  # memory, not rows, and out of turn: others need not wait for other ranks
-        return own if out is None else own if own is out else out.copy_(own)
+            part = torch.empty_like(out).contiguous()
+        part = super().forward(hidden, batch, pages, part)  # type: ignore[arg-type]
+        self._groups.add_heads(
+            part
+        )  # memory, not rows, and out of turn: others need not wait for other ranks
+        return part if out is None or part is out else out.copy_(part)

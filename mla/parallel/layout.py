@@ -1,19 +1,33 @@
-"""`Layout`: what is split over ranks, and which part each has; `Share`: which tokens it has. No torch."""
+"""`Layout`: what is split over ranks, and which part each has; `Share`: which tokens it has. No torch.
+
+Also what a layout costs each rank: FLOPs and bytes of a forward, and room for tokens.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mla.config import MLAConfig
+from mla.cost import (
+    Work,
+    head_parameters,
+    kv_b_parameters,
+    latent_attention_flops,
+    parameters,
+    projection_parameters,
+    step_work,
+)
 from mla.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
 
+Count = TypeVar("Count", int, "torch.Tensor")
 AXES = ("dp", "tp", "dcp")
-MOST = 4096  # larger sizes are typos
+MAX_SIZE = 4096  # larger sizes are typos
 
 
 @dataclass(frozen=True)
@@ -43,24 +57,24 @@ class Layout:
 
     def __post_init__(self) -> None:
         for axis in AXES:
-            if not 1 <= getattr(self, axis) <= MOST:
-                raise UsageError(f"{axis} must be between 1 and {MOST}, got {getattr(self, axis)}.")
+            if not 1 <= getattr(self, axis) <= MAX_SIZE:
+                raise UsageError(f"{axis} must be between 1 and {MAX_SIZE}, got {getattr(self, axis)}.")
 
     @classmethod
     def parse(cls, text: str) -> Layout:
         """Read "tp=2,dcp=2". Raises `UsageError`."""
         sizes: dict[str, int] = {}
         for word in text.split(","):
-            found = re.fullmatch(r"\s*([a-z]+)=([0-9]{1,6})\s*", word)
-            if found is None:
+            match = re.fullmatch(r"\s*([a-z]+)=([0-9]{1,6})\s*", word)
+            if match is None:
                 raise UsageError(f"a layout is written as in 'tp=2,dcp=2', got '{text}'.")
-            axis = found[1]
+            axis = match[1]
             if axis not in AXES:
                 hint = did_you_mean(axis, AXES)
                 raise UsageError(f"layout '{text}': unknown axis '{axis}'.{hint} Axes: {', '.join(AXES)}.")
             if axis in sizes:
                 raise UsageError(f"layout '{text}': {axis} is given twice.")
-            sizes[axis] = int(found[2])
+            sizes[axis] = int(match[2])
         return cls(**sizes)
 
     def __str__(self) -> str:
@@ -119,26 +133,119 @@ class Share:
                 f"no share has rank {self.rank} of {self.world} with runs of {self.interleave} tokens."
             )
 
-    def owned(self, positions: torch.Tensor) -> torch.Tensor:
-        """Return, for positions [T], whether each is on this rank."""
-        return positions.div(self.interleave, rounding_mode="floor").remainder(self.world) == self.rank
-
-    def count(self, lengths: torch.Tensor) -> torch.Tensor:
-        """Return, for lengths [T], how many of so many first tokens are on this rank."""
-        turns = lengths.div(self.world * self.interleave, rounding_mode="floor")
-        rest = lengths.remainder(self.world * self.interleave) - self.rank * self.interleave
-        return turns * self.interleave + rest.clamp(0, self.interleave)
-
-    def owns(self, position: int) -> bool:
-        """Return whether the token at a position is on this rank."""
+    def owns(self, position: Any) -> Any:
+        """Return whether the token at a position is on this rank; of positions [T], for each."""
         return position // self.interleave % self.world == self.rank
 
-    def held(self, length: int) -> int:
-        """Return how many of the first `length` tokens are on this rank."""
-        turns, rest = divmod(length, self.world * self.interleave)
-        return turns * self.interleave + min(max(rest - self.rank * self.interleave, 0), self.interleave)
+    def held(self, length: Count, rank: int | None = None) -> Count:
+        """Return how many of the first `length` tokens this rank has, or `rank`; of lengths [T], for each."""
+        period = self.world * self.interleave
+        rest = length - (self.rank if rank is None else rank) * self.interleave
+        run = rest % period
+        beyond = (run - self.interleave) * (run > self.interleave)  # minimum, also of a tensor
+        return rest // period * self.interleave + run - beyond
 
     def first(self, length: int) -> int:
         """Return how many of the first `length` tokens are on rank 0: the most that any rank has."""
-        turns, rest = divmod(length, self.world * self.interleave)
-        return turns * self.interleave + min(rest, self.interleave)
+        return self.held(length, 0)
+
+
+# ---------------------------------------------------------------------------------------------- costs
+def rank_work(
+    config: MLAConfig,
+    layout: Layout,
+    rank: int,
+    query_lens: Sequence[int],
+    kv_lens: Sequence[int],
+    itemsize: int,
+    attention: str = "auto",
+) -> Work:
+    """Return what a rank must do in a forward of the layer `config`, counted as in `mla.cost`.
+
+    `query_lens` and `kv_lens` are whole lengths of the requests of its `dp` part. Collectives move no bytes
+    here. With `dcp`, of which every request is absorbed, `attention` does not count.
+    """
+    part = config.with_heads(config.num_attention_heads // layout.head_parts)
+    if layout.dcp > 1:
+        return _of_context(part, layout.dcp, layout.place(rank).dcp, query_lens, kv_lens, itemsize)
+    return step_work(part, query_lens, kv_lens, itemsize, attention)
+
+
+def _of_context(
+    part: MLAConfig,
+    world: int,
+    place: int,
+    query_lens: Sequence[int],
+    kv_lens: Sequence[int],
+    itemsize: int,
+) -> Work:
+    """Return the work on every `world`-th token, from `place` on, for the heads of all ranks of `dcp`."""
+    share, tokens, keys, new, pairs = Share(place, world), sum(query_lens), 0, 0, 0
+    for query_len, kv_len in zip(query_lens, kv_lens, strict=True):
+        keys += share.held(kv_len)
+        new += share.held(kv_len) - share.held(kv_len - query_len)
+        pairs += _pairs(query_len, kv_len, world, place)
+    heads, c, r = (
+        world * part.num_attention_heads,
+        part.kv_lora_rank,
+        part.qk_rope_head_dim,
+    )
+    per_token = projection_parameters(part) + kv_b_parameters(part)
+    flops = 2 * tokens * per_token + latent_attention_flops(heads, pairs, c, r)
+    moved = parameters(part) + (keys + new) * part.latent_dim + 2 * tokens * part.hidden_size
+    return Work(flops, itemsize * moved)
+
+
+def _pairs(query_len: int, kv_len: int, world: int, place: int) -> int:
+    """Return the pairs of new tokens and keys that are held: the sum of `Share.held` over what they see."""
+    first, shift = kv_len - query_len, world - 1 - place
+    return _quotients(kv_len + shift, world) - _quotients(first + shift, world)
+
+
+def _quotients(last: int, world: int) -> int:
+    """Return the sum of x // world for x from 0 to `last`."""
+    whole = (last + 1) // world
+    return world * whole * (whole - 1) // 2 + whole * (last + 1 - whole * world)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What `layout` leaves for the cache, and how many tokens that is; bytes are of one device."""
+
+    layout: Layout
+    weight_bytes: int
+    cache_bytes: int  # 0 where the weights alone do not fit
+    tokens: int  # of all devices together, each counted once
+    copies: int  # of every token, on as many devices
+
+    @property
+    def repeated(self) -> float:
+        """The share of all cached bytes that is a copy of others."""
+        return 1 - 1 / self.copies
+
+
+def capacity(config: MLAConfig, layout: Layout, memory: int, layers: int, itemsize: int = 2) -> Capacity:
+    """Return what so many bytes on every device hold of `layers` layers and their cache.
+
+    Weights count once, `itemsize` bytes each; of the cache, tokens without any room lost in pages.
+    Raises `UsageError` where the heads cannot be split.
+    """
+    layout.check(config)
+    split = head_parameters(config)
+    weights = (parameters(config) - split + split // layout.head_parts) * itemsize * layers
+    room = max(0, memory - weights)
+    per_token = config.latent_dim * itemsize * layers
+    return Capacity(layout, weights, room, room // per_token * layout.dcp * layout.dp, layout.tp)
+
+
+def layouts(config: MLAConfig, world: int) -> Iterator[Layout]:
+    """Yield every layout of so many ranks that the heads of `config` can be split by."""
+    for dp in _divisors(world):
+        for dcp in _divisors(world // dp):
+            layout = Layout(tp=world // dp // dcp, dp=dp, dcp=dcp)
+            if config.num_attention_heads % layout.head_parts == 0:
+                yield layout
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]

@@ -101,9 +101,9 @@ class Link:
     def __str__(self) -> str:
         if not self.lines:
             return IDEAL
-        found = set(self.lines.values())
-        if len(found) == 1 and len(self.lines) == len(KINDS):
-            return str(found.pop())
+        lines = set(self.lines.values())
+        if len(lines) == 1 and len(self.lines) == len(KINDS):
+            return str(lines.pop())
         return ";".join(f"{kind}:{line}" for kind, line in self.lines.items())
 
     @property
@@ -132,12 +132,12 @@ def fit(small: tuple[Call, float], large: tuple[Call, float]) -> Line:
 
 
 def _line(text: str, whole: str) -> Line:
-    found = _LINE.fullmatch(text)
+    match = _LINE.fullmatch(text)
     try:
-        alpha, beta = (float(found[1]), float(found[3])) if found else (math.nan, math.nan)
+        alpha, beta = (float(match[1]), float(match[3])) if match else (math.nan, math.nan)
     except ValueError:  # as in 1.2.3
         alpha = beta = math.nan
-    if found is None or not (alpha < math.inf and beta > 0):
+    if match is None or not (alpha < math.inf and beta > 0):
         raise UsageError(f"{_SYNTAX}, got '{whole}'.")
-    unit = (1024 if found[5] else 1000) ** _PREFIXES[found[4].lower()]
-    return Line(alpha * _TIMES[found[2].lower()], beta * unit)
+    unit = (1024 if match[5] else 1000) ** _PREFIXES[match[4].lower()]
+    return Line(alpha * _TIMES[match[2].lower()], beta * unit)

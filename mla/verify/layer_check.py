@@ -1,20 +1,24 @@
 """Compare an implementation's outputs with the float64 oracle.
 
 Every output row is judged, because an aggregate hides one wrong token. Every implementation must stay within
-the table of `mla.verify.bounds` (six correct ones were measured: at worst 1.6e-2 in bf16 and 1.3e-6 in fp32),
-and a layer with fused ops near the error of the reference in the same dtype.
+the table of `mla.verify.tolerances` (six correct ones were measured: at worst 1.6e-2 in bf16 and 1.3e-6 in
+fp32), and a layer with fused ops near the error of the reference in the same dtype.
+
+The cache is poisoned, to expose a kernel that reads memory it does not own. Pages that no request will own
+hold NaN. Slots past a request's end, inside pages it owns, hold NaN for ops that declare `nan_safe_tail`,
+else a large finite number, because a kernel may read them and multiply by zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from mla.verify.bounds import TINY, Bounds, layer_bounds, mean_over, table_decides
+from mla.cache import LatentCache
 from mla.verify.places import Places, pattern_of
-from mla.verify.tolerances import row_errors
+from mla.verify.tolerances import TINY, Bounds, layer_bounds, mean_over, row_errors, table_decides
 from mla.verify.verdict import Check
 
 
@@ -127,3 +131,34 @@ class _Tally:
         if not self.bad:
             return f"relative error {total:.1e} of the whole output, allowed {bound:.1e}"
         return f"{self.bad} of {self.count} output rows are too far from the oracle; worst is {self.place}"
+
+
+TAIL = 1e4
+
+
+class Poison:
+    """What to write where, computed once for sequences that will grow to `final_lens`."""
+
+    def __init__(
+        self, cache: LatentCache, sequences: Sequence[int], final_lens: Sequence[int], nan_safe_tail: bool
+    ) -> None:
+        self._cache = cache
+        history = [cache.length(sequence) for sequence in sequences]
+        kept = torch.cat([cache.slots(sequence) for sequence in sequences])
+        growth = [final - now for final, now in zip(final_lens, history, strict=True)]
+        cache.extend(sequences, growth)
+        owned = torch.cat([cache.slots(sequence) for sequence in sequences])
+        for sequence, length in reversed(list(zip(sequences, history, strict=True))):
+            cache.truncate(sequence, length)  # last first, to restore the free list
+        value = torch.full((cache.num_pages, cache.page_size), torch.nan, device=owned.device)
+        value[owned // cache.page_size] = torch.nan if nan_safe_tail else TAIL
+        free = torch.ones(value.numel(), dtype=torch.bool, device=owned.device)
+        free[kept] = False
+        self._slots = free.nonzero()[:, 0]
+        self._rows = value.view(-1)[self._slots, None].to(cache.pages.dtype)
+
+    def apply(self) -> None:
+        """Overwrite every slot that holds no history."""
+        width = self._cache.config.latent_dim
+        for layer in self._cache.pages:
+            layer.view(-1, width).index_copy_(0, self._slots, self._rows.expand(-1, width))

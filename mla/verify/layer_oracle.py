@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -59,8 +60,8 @@ def oracle_of_last(
     """Return the outputs [n, B, d] in float64 of the replaced last tokens; no other row sees them."""
     wide = {name: weight.double() for name, weight in _host(state).items()}
     requests = zip(hidden.cpu().double().split(list(query_lens)), last.unbind(1), history, strict=True)
-    found = [_last_rows(config, wide, new[:-1], own.cpu().double(), *past) for new, own, past in requests]
-    return torch.stack(found, dim=1)
+    rows = [_last_rows(config, wide, new[:-1], last.cpu().double(), *past) for new, last, past in requests]
+    return torch.stack(rows, dim=1)
 
 
 def _last_rows(
@@ -140,8 +141,8 @@ def _attend(
     heads = []
     for head, weight in enumerate(kv_b):
         seen = _expanded(weight, past, nope)
-        own = (x.split(at_once) for x in (q[:, :, head], *_expanded(weight, new, nope)))
-        chunks = zip(*own, strict=True)
+        parts = (x.split(at_once) for x in (q[:, :, head], *_expanded(weight, new, nope)))
+        chunks = zip(*parts, strict=True)
         heads.append(torch.cat([_softmax_attention(config.softmax_scale, *seen, *chunk) for chunk in chunks]))
     return torch.stack(heads, dim=2)
 
@@ -164,8 +165,8 @@ def _softmax_attention(
     """Return one head's attention [n, t, v] over what all choices see, and each over its own tokens."""
     (n, t), past = q.shape[:2], past_keys.shape[0]
     future = torch.ones(t, t, dtype=torch.bool).triu(1)
-    own = (q @ keys.mT).masked_fill_(future, -torch.inf)
-    logits = torch.cat((q.flatten(0, 1) @ past_keys.T, own.flatten(0, 1)), dim=1)
+    among_new = (q @ keys.mT).masked_fill_(future, -torch.inf)
+    logits = torch.cat((q.flatten(0, 1) @ past_keys.T, among_new.flatten(0, 1)), dim=1)
     weights = logits.mul_(scale).softmax(-1)
     from_past = (weights[:, :past] @ past_values).unflatten(0, (n, t))
     return from_past + weights[:, past:].unflatten(0, (n, t)) @ values
@@ -192,3 +193,45 @@ def _rotate(config: MLAConfig, x: torch.Tensor, positions: torch.Tensor) -> torc
     half = x.shape[-1] // 2
     turned = torch.complex(x[..., :half], x[..., half:]) * turn
     return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+WIDE = 8  # bytes of a float64
+
+
+class Run(NamedTuple):
+    """What the oracle computes of one request at once: choices of new tokens over one past."""
+
+    choices: int
+    new: int
+    past: int
+    uncached: int = 0  # tokens of the past whose latents it computes as well
+
+    @property
+    def rows(self) -> int:
+        return self.choices * self.new
+
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs whose logits are made, masked ones too."""
+        return self.rows * (self.past + self.new)
+
+
+def oracle_bytes(config: MLAConfig, runs: Sequence[Run], itemsize: int) -> int:
+    """Return what inputs of `itemsize` bytes per number, the oracle and its outputs need at most.
+
+    Weights and history count elsewhere. The bounds of a check need less, once the oracle is done.
+    """
+    numbers = config.hidden_size * sum(run.rows for run in runs)
+    outputs = 3 * WIDE * numbers  # of single requests, of all, and by step
+    inputs = 3 * itemsize * numbers  # as they were drawn, all choices together, and by request
+    return inputs + outputs + max(_run_bytes(config, run) for run in runs)
+
+
+def _run_bytes(config: MLAConfig, run: Run) -> int:
+    """Return what one run needs: rows and their queries, the past with a head's keys and values, logits."""
+    per_row = 2 * config.hidden_size + 4 * config.num_attention_heads * config.qk_head_dim
+    per_key = 2 * config.latent_dim + 2 * config.qk_head_dim + config.v_head_dim
+    logits = WIDE * run.pairs
+    at_once = min(logits, max(logits // run.choices, LOGITS_BYTES))
+    uncached = run.uncached * (config.hidden_size + 2 * config.latent_dim)
+    return WIDE * (run.rows * per_row + run.past * per_key + uncached) + 3 * at_once

@@ -6,11 +6,14 @@ this one, so that neither can hide a mistake of the other.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator
+
 import torch
 
 from mla_backends.api import SegmentLengths
 
-# The most bytes of float64 logits in one step.
+# The most bytes of float64 logits in one step, before padding.
 LOGITS_BYTES = 256 << 20
 
 
@@ -47,17 +50,7 @@ def attend(
 
     When causal, the last query sees the last key. A query that sees no key gives 0 and -inf.
     """
-    tokens, keys = q.shape[0], k.shape[0]
-    logits = torch.matmul(q.double().permute(1, 0, 2), k.double().permute(1, 2, 0)) * scale  # [h, t, s]
-    if causal:
-        future = torch.arange(keys)[None, :] > torch.arange(keys - tokens, keys)[:, None]
-        logits = logits.masked_fill(future, -torch.inf)
-    lse = logits.logsumexp(-1)
-    if keys == 0:
-        lse = torch.full(lse.shape, -torch.inf, dtype=torch.float64)
-    weights = (logits - lse.clamp_min(-1e300)[..., None]).exp()
-    out = torch.matmul(weights, v.double().permute(1, 0, 2))  # [h, t, dv]
-    return out.permute(1, 0, 2), lse.T
+    return attend_requests(q, k, v, SegmentLengths((len(q),), (len(k),), causal), scale)
 
 
 def attend_requests(
@@ -65,18 +58,49 @@ def attend_requests(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend q [T, h, dk] request by request over k [K, 1 or h, dk] and v [K, 1 or h, dv], as `attend`.
 
-    A few heads at a time, to keep the logits small.
+    Requests of similar lengths are attended together, padded.
     """
-    found = []
-    for own, keys, values in zip(
-        q.split(list(lengths.query_lens)), *(x.split(list(lengths.kv_lens)) for x in (k, v)), strict=True
-    ):
-        count = max(1, LOGITS_BYTES // max(1, 8 * len(own) * len(keys)))
-        parts = []
-        for start in range(0, own.shape[1], count):
-            heads = slice(start, start + count)
-            k_part, v_part = (x if x.shape[1] == 1 else x[:, heads] for x in (keys, values))
-            parts.append(attend(own[:, heads], k_part, v_part, scale, lengths.causal))
-        found.append([torch.cat(part, dim=1) for part in zip(*parts, strict=True)])
-    out, lse = (torch.cat(part) for part in zip(*found, strict=True))
+    out = torch.zeros((*q.shape[:2], v.shape[2]), dtype=torch.float64)
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float64)
+    for runs in _alike(lengths, q.shape[1]):
+        first, new, first_key, keys, past = torch.tensor(runs)[..., None].unbind(1)  # each [n, 1]
+        token, key = torch.arange(int(new.max())), torch.arange(int(keys.max()))
+        seen = (past + token + 1).minimum(keys) if lengths.causal else keys.expand(-1, len(token))
+        hidden = key >= seen[..., None]  # [n, t, s]
+        parts = (first + token.minimum(new - 1), first_key + key.minimum(keys - 1))
+        rows, sums = _attend_padded(q[parts[0]], k[parts[1]], v[parts[1]], hidden, scale)
+        real = token < new
+        out[parts[0][real]], lse[parts[0][real]] = rows[real], sums[real]
     return out, lse
+
+
+Run = tuple[int, int, int, int, int]  # first query, queries, first key, keys, and keys before the first query
+
+
+def _alike(lengths: SegmentLengths, heads: int) -> Iterator[list[Run]]:
+    """Yield runs of queries of single requests, those of similar lengths together, within `LOGITS_BYTES`."""
+    groups: dict[tuple[int, int], list[Run]] = defaultdict(list)
+    first = first_key = 0
+    for new, keys in zip(lengths.query_lens, lengths.kv_lens, strict=True):
+        most = max(1, LOGITS_BYTES // (8 * heads * max(1, keys)))
+        for start in range(0, new if keys else 0, most):
+            run = (first + start, min(most, new - start), first_key, keys, keys - new + start)
+            groups[run[1].bit_length(), keys.bit_length()].append(run)
+        first, first_key = first + new, first_key + keys
+    for (new_bits, key_bits), runs in groups.items():
+        together = max(1, LOGITS_BYTES // (8 * heads << new_bits + key_bits))
+        yield from (runs[start : start + together] for start in range(0, len(runs), together))
+
+
+def _attend_padded(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend q [n, t, h, dk] over k [n, s, 1 or h, dk] and v, but for the `hidden` [n, t, s] pairs."""
+    tokens, shared = q.shape[1], q.shape[2] // k.shape[2]  # queries that share a head of keys
+    wide = q.double().unflatten(2, (-1, shared)).permute(0, 2, 1, 3, 4).flatten(2, 3)  # [n, heads, t g, dk]
+    logits = (wide @ k.double().permute(0, 2, 3, 1)).mul_(scale).unflatten(2, (tokens, shared))
+    logits.masked_fill_(hidden[:, None, :, None], -torch.inf)
+    lse = logits.logsumexp(-1)
+    weights = logits.sub_(lse.clamp_min(-1e300)[..., None]).exp_().flatten(2, 3)
+    out = (weights @ v.double().permute(0, 2, 1, 3)).unflatten(2, (tokens, shared))
+    return tuple(x.transpose(1, 2).flatten(2, 3) for x in (out, lse))  # type: ignore[return-value]  # two

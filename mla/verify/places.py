@@ -1,17 +1,22 @@
-"""Where rows of an output come from: request, position, head, and page and slot of the cache.
+"""Where rows of an output come from: request, position, head, and page and slot of the cache; and what wrong
+rows have in common, where that is clear: a hint at the bug.
 
 A reader looks for a wrong row in the request it belongs to. So rows are named by what they are, and not by
-their index alone.
+their index alone. Of several rows nothing is said rather than something vague: "every ..." names exactly the
+rows that are wrong, and "only ..." a small part of all rows that holds them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from mla.verify.patterns import Coordinates, pattern
+# As many runs of numbers are still a pattern: "requests 2, 5..7 and 9".
+MAX_RUNS = 3
+# "only ...": the part that holds all bad rows is at most this share of the whole.
+SMALL = 0.5
 
 
 @dataclass(frozen=True)
@@ -34,22 +39,7 @@ class Places:
         page_size: int | None = None,
     ) -> Places:
         """Return the places of a step's new tokens; with a block table also those in the cache."""
-        return cls._of(query_lens, kv_lens, block_table, page_size)
-
-    @classmethod
-    def context(cls, kv_lens: Sequence[int]) -> Places:
-        """Return the places of all tokens of all requests, for what works on the whole context."""
-        return cls._of(kv_lens, kv_lens, None, None)
-
-    @classmethod
-    def _of(
-        cls,
-        rows: Sequence[int],
-        kv_lens: Sequence[int],
-        block_table: torch.Tensor | None,
-        page_size: int | None,
-    ) -> Places:
-        counts, keys = torch.tensor(rows, dtype=torch.int64), torch.tensor(kv_lens, dtype=torch.int64)
+        counts, keys = torch.tensor(query_lens, dtype=torch.int64), torch.tensor(kv_lens, dtype=torch.int64)
         request = torch.arange(len(counts)).repeat_interleave(counts)
         starts = counts.cumsum(0) - counts
         first = (keys - counts)[request]
@@ -61,19 +51,13 @@ class Places:
             slot = table[request, pages] * page_size + position % page_size
         return cls(request, position, first, keys, slot, page_size)
 
+    @classmethod
+    def context(cls, kv_lens: Sequence[int]) -> Places:
+        """Return the places of all tokens of all requests, for what works on the whole context."""
+        return cls.new_tokens(kv_lens, kv_lens)
+
     def __len__(self) -> int:
         return len(self.request)
-
-    def coordinates(self) -> Coordinates:
-        """Return what patterns are looked for in."""
-        return Coordinates(
-            request=self.request,
-            position=self.position,
-            token=self.position - self.first,
-            kv_len=self.kv_lens[self.request],
-            page=None if self.slot is None or not self.page_size else self.slot // self.page_size,
-            page_size=self.page_size,
-        )
 
     def name(self, row: int, head: int | None = None) -> str:
         """Return "request 3, position 105, head 6 (row 12; page 9, slot 41)"."""
@@ -84,6 +68,37 @@ class Places:
             page, slot = divmod(int(self.slot[row]), self.page_size)
             where += f"; page {page}, slot {slot}"
         return f"{', '.join(words)} ({where})"
+
+    def sets(self, bad: torch.Tensor) -> Iterator[tuple[torch.Tensor, str]]:
+        """Yield sets of rows [T] that may be the bad ones, and their names; the likeliest first."""
+        members = _members(bad, self.request)
+        if self.slot is not None and self.page_size:
+            lengths = self.kv_lens[self.request]
+            if int(members.sum()) > 1:
+                partial = lengths % self.page_size != 0
+                yield partial, "every row of the requests whose last page is not full"
+                yield ~partial & (lengths > 0), "every row of the requests whose last page is full"
+            last = (lengths - 1) // self.page_size
+            yield self.position // self.page_size == last, "every row in the last page of its request"
+        few = _few("request", members)
+        if few and not bool(members[self.request.unique()].all()):
+            yield members[self.request], f"every row of {few}"
+        token = self.position - self.first
+        for values, text in (
+            (self.position, "every row from position {} on"),
+            (token, "every row from new token {} of its request on"),
+            (torch.arange(len(bad)), "every row from row {} on"),
+            (self.slot if self.slot is None else self.slot // (self.page_size or 1), PAGES),
+        ):
+            if values is not None:
+                least = int(values[bad].min())
+                yield values >= least, text.format(least)
+        of = torch.bincount(self.request)[self.request]
+        yield (token == of - 1) & (of > 1), "the last row of every request with several"
+        yield (token == 0) & (of > 1), "the first row of every request with several"
+
+
+PAGES = "every row whose page is {} or beyond"
 
 
 def name_row(index: Sequence[int], places: Places | None) -> str:
@@ -109,6 +124,64 @@ def describe(bad: torch.Tensor, places: Places | None, worst: int | None = None)
 
 
 def pattern_of(bad: torch.Tensor, places: Places | None) -> str:
-    """Return what all bad rows [T] or [T, h] have in common; "" where nothing is clear."""
-    where = Coordinates(torch.zeros(len(bad), dtype=torch.int64)) if places is None else places.coordinates()
-    return pattern(bad.detach().cpu(), where)
+    """Return what all bad rows [T] or [T, h] bool have in common; "" where nothing is clear."""
+    bad = bad.detach().cpu()
+    if int(bad.sum()) < 2 and bad.numel() > 1:
+        return ""  # its name says it all
+    if bad.dim() == 1:
+        return _rows(bad, places)
+    rows, heads = bad.any(1), bad.any(0)
+    whole = bool((bad == (rows[:, None] & heads)).all())  # the same heads in every bad row
+    if bool(heads.all()):
+        return _rows(rows, places) if whole else _part(rows, places)
+    named = _few("head", heads)
+    if not named:
+        return _part(rows, places)
+    if whole:
+        text = _rows(rows, places)
+        return f"{named} of {text}" if text.startswith(("every", "the")) else f"only {named}"
+    return f"only {named}" if int(heads.sum()) <= SMALL * len(heads) else _part(rows, places)
+
+
+def _rows(bad: torch.Tensor, places: Places | None) -> str:
+    count = int(bad.sum())
+    if count == len(bad) > 0:
+        return "every row"
+    if count < 2:
+        return ""
+    if places is None:
+        first = int(bad.int().argmax())
+        return f"every row from row {first} on" if bool(bad[first:].all()) else ""
+    return next((text for rows, text in places.sets(bad) if bool((rows == bad).all())), _part(bad, places))
+
+
+def _part(bad: torch.Tensor, places: Places | None) -> str:
+    """Return the few requests that hold all bad rows, "" if there are many, or a single bad row."""
+    if places is None:
+        return ""
+    members = _members(bad, places.request)
+    few = _few("request", members)
+    small = int(members.sum()) <= SMALL * len(members)
+    return f"only {few}" if few and small and int(bad.sum()) > 1 else ""
+
+
+def _members(bad: torch.Tensor, request: torch.Tensor) -> torch.Tensor:
+    """Return which requests [B] hold a bad row."""
+    return torch.bincount(request[bad], minlength=int(request.max()) + 1) > 0
+
+
+def _few(what: str, chosen: torch.Tensor) -> str:
+    """Return "head 6", "heads 6 and 7" or "requests 2, 5..7 and 9"; "" for none, or for too many runs."""
+    numbers, runs = [int(i) for i in chosen.nonzero()[:, 0]], list[list[int]]()
+    for number in numbers:  # first and last of every run of consecutive numbers
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    if not 0 < len(runs) <= MAX_RUNS:
+        return ""
+    words = []
+    for first, last in runs:
+        words += [f"{first}..{last}"] if last > first + 1 else [str(n) for n in range(first, last + 1)]
+    listed = " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+    return f"{what}{'s' * (len(numbers) > 1)} {listed}"

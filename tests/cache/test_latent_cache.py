@@ -436,7 +436,7 @@ def test_a_step_that_cannot_be_described_gives_its_pages_back(
         if fault == "fake mode":
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         elif fault == "no upload":
-            broken.setattr(room, "upload_into", fail)
+            broken.setattr(mla.cache.ragged_batch, "upload_into", fail)
         else:
             broken.setattr(room, "plain", fail)
         with pytest.raises((RuntimeError, ValueError)):

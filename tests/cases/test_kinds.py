@@ -14,10 +14,11 @@ from mla import MLAConfig
 from mla.cases import KINDS
 from mla.cases.call import Call, Checker
 from mla.cases.case import OpCase
-from mla.cases.memory import Layout, Pages, place
+from mla.cases.memory import Layout, Pages, Piece
 from mla.cases.varied import Pool
 from mla.reference import REFERENCE
-from mla_backends.api import OPS, AttentionSpec, LinearSpec, NormSpec
+from mla.verify import op_oracle
+from mla_backends.api import OPS, AttentionSpec, LinearSpec, NormSpec, SegmentLengths
 
 CPU = torch.device("cpu")
 CONFIG = MLAConfig(
@@ -112,6 +113,24 @@ def test_the_truth_of_a_kind_is_that_of_loops(kind: str, fields: dict[str, Any])
     assert {name: tuple(one.shape) for name, one in truth.items()} == case.results
     for name, right in slow(case, given).items():
         torch.testing.assert_close(truth[name], right, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("heads", [1, 3], ids=["shared keys", "keys of each head"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("logits", [op_oracle.LOGITS_BYTES, 2000], ids=["together", "a few at a time"])
+def test_requests_that_are_attended_together_keep_apart(
+    monkeypatch: pytest.MonkeyPatch, heads: int, causal: bool, logits: int
+) -> None:
+    """Requests of similar lengths are padded to the longest; some lack queries, or keys."""
+    monkeypatch.setattr(op_oracle, "LOGITS_BYTES", logits)
+    new, keys = (3, 0, 1, 5, 2, 4, 1, 1), (9, 4, 1, 17, 0, 4, 40, 33)
+    draw = torch.Generator().manual_seed(3)
+    q = torch.randn(sum(new), 3, 8, generator=draw)
+    k, v = (torch.randn(sum(keys), heads, width, generator=draw) for width in (8, 5))
+    out, lse = op_oracle.attend_requests(q, k, v, SegmentLengths(new, keys, causal), 0.3)
+    wide = (x.expand(-1, 3, -1).split(keys) for x in (k, v))
+    right = attend_segments(zip(q.split(new), *wide, strict=True), 0.3, causal)
+    torch.testing.assert_close((out, lse), right, rtol=1e-12, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------------- called and judged
@@ -241,10 +260,12 @@ def test_rows_around_a_strided_operand_are_poisoned() -> None:
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_write_beside_rows_is_seen_even_beside_a_single_one(rows: int) -> None:
-    placed = place(torch.zeros(rows, 8), CPU, strided=True)
-    assert placed.around("out") == ""
-    placed.whole[placed.where[0], -1] = 5
-    assert placed.around("out") == "memory beside rows of `out` was written"
+    piece = Piece((rows, 8), torch.float32, CPU, (2, 3, 0))
+    piece.seal()
+    assert piece.damage("out", output=True) == ""
+    piece.part.as_strided((rows, 9), piece.part.stride())[0, -1] = 5
+    where = "beside rows" if rows > 1 else "behind the last row"
+    assert piece.damage("out", output=True) == f"memory {where} of `out` was written"
 
 
 def test_nothing_is_not_right() -> None:

@@ -42,7 +42,9 @@ class Doubles(FusedOp):
         if self.fault == "raise":
             raise RuntimeError("illegal\\nmemory access")
         product = x.float() @ packed.data.float().T
-        out.copy_(product if bias is None or self.fault == "bias" else product + bias)
+        if self.fault == "outlier" and len(x) and x[:, 0].abs().sum() > 10 * x[:, 1:].abs().sum(0).max():
+            product *= 1.1
+        out.copy_(product if bias is None else product + bias)
 
 class Mine(Backend):
     name = "mine"
@@ -104,7 +106,7 @@ def read(name: str = "out.json") -> ConformanceReport:
     return decode(Path(name).read_bytes())
 
 
-PARTS = ("product", "bias", "pack", "outlier", "sizes")  # of which one has a bias
+PARTS = ("product", "pack", "outlier", "sizes", "call_before")
 LINEAR = (*(word for part in PARTS for word in ("--only", f"linear.{part}")), "--dtype", "float32")
 
 
@@ -116,43 +118,44 @@ def test_a_right_backend_gets_a_card_and_exit_code_0(conformance: Conformance) -
     assert head == "# mla conformance: mine_for_conformance:Mine"
     assert "- backend.sdk: 4.2" in lines
     assert any(line.startswith("- torch: ") for line in lines)
-    assert any(line.split("|")[1:4] == [" linear.bias    ", " doubles   ", " pass   "] for line in lines)
-    assert lines[-1].startswith("10 checks: 10 passed, 0 failed, 0 refused, 0 failed as expected, ")
+    assert any(line.split("|")[1:4] == [" linear.outlier     ", " doubles ", " pass   "] for line in lines)
+    assert lines[-1].startswith("5 checks: 5 passed, 0 failed, 0 refused, 0 failed as expected, ")
 
 
 def test_a_report_onto_stdout_has_no_card_behind_it(conformance: Conformance) -> None:
     done = conformance(*LINEAR, "--report", "/dev/stdout")
-    assert len(decode(done.out.encode()).checks) == 10
+    assert len(decode(done.out.encode()).checks) == 5
 
 
 def test_the_report_holds_what_the_card_shows(conformance: Conformance) -> None:
-    conformance(*LINEAR, "--report", "out.json", fault="bias")
+    conformance(*LINEAR, "--report", "out.json", fault="outlier")
     report = read()
     assert (report.schema_version, report.interrupted, report.quick) == (2, False, True)
     assert report.argv[:3] == ["python", "-m", "mla.conformance"]
-    assert report.argv[-1] == "fault=bias" or "fault=bias" in report.argv
+    assert report.argv[-1] == "fault=outlier" or "fault=outlier" in report.argv
     assert report.backend.name == "mine_for_conformance:Mine"
-    assert (report.planned, len(report.checks)) == (10, 10)
-    (bias,) = [one for one in report.checks if one.status == "fail"]
-    assert (bias.id, bias.of, bias.dtype) == ("linear.bias[doubles-float32]", "doubles", "float32")
-    assert bias.cases.failed == 3
-    assert [one.id for one in bias.failures] == [f"linear.bias[doubles-float32]#{n}" for n in (1, 2, 3)]
-    assert bias.failures[1].case == "7 tokens, 128 to 256, biased"
-    assert bias.failures[1].reason.startswith("out: 7 of 7 rows are wrong")
-    assert bias.error_ratio is not None
-    assert bias.error_ratio > 1
-    assert all(one.error_ratio is None or one.error_ratio <= 1 for one in report.checks if one is not bias)
+    assert (report.planned, len(report.checks)) == (5, 5)
+    (wrong,) = [check for check in report.checks if check.status == "fail"]
+    assert (wrong.id, wrong.of, wrong.dtype) == ("linear.outlier[doubles-float32]", "doubles", "float32")
+    assert wrong.cases.failed == 2
+    assert [case.id for case in wrong.failures] == [f"linear.outlier[doubles-float32]#{n}" for n in (1, 2)]
+    assert wrong.failures[1].case == "66 tokens, 256 to 128, outlier"
+    assert wrong.failures[1].reason.startswith("out: 66 of 66 rows are wrong")
+    assert wrong.error_ratio is not None
+    assert wrong.error_ratio > 1
+    others = [check for check in report.checks if check is not wrong]
+    assert all(check.error_ratio is None or check.error_ratio <= 1 for check in others)
 
 
 def test_a_wrong_op_is_exit_code_4_and_the_card_says_where(conformance: Conformance) -> None:
-    done = conformance(*LINEAR, fault="bias")
+    done = conformance(*LINEAR, fault="outlier")
     assert done.code == 4
     assert "## Failed" in done.out
-    assert "- `linear.bias[doubles-float32]`: 3 of 3 cases\n" in done.out
-    for number, tokens in enumerate((1, 7, 130), 1):
-        case = f"  - `linear.bias[doubles-float32]#{number}`: {tokens} tokens, 128 to 256, biased: out: "
+    assert "- `linear.outlier[doubles-float32]`: 2 of 2 cases\n" in done.out
+    for number, tokens in enumerate((1, 66), 1):
+        case = f"  - `linear.outlier[doubles-float32]#{number}`: {tokens} tokens, 256 to 128, outlier: out: "
         assert f"{case}{tokens} of " in done.out
-    assert "9 passed, 1 failed" in done.out
+    assert "4 passed, 1 failed" in done.out
     assert "Traceback" not in done.out + done.err
 
 
@@ -172,35 +175,34 @@ def test_refusals_are_listed_once_per_reason_and_are_no_failure(conformance: Con
 
 
 def test_nothing_but_refusals_is_exit_code_5(conformance: Conformance) -> None:
-    done = conformance("--only", "linear.bias[doubles-*]", fault="refuse")
+    done = conformance("--only", "linear.outlier[doubles-*]", fault="refuse")
     assert done.code == 5
 
 
 def test_an_expected_failure_is_none(conformance: Conformance, tmp_path: Path) -> None:
     (tmp_path / "known.txt").write_text(
-        "# SDK 4.2\n\nlinear.bias[doubles-float32]: the bias needs SDK 4.3\nlatent.heads: no such op here\n"
+        "# SDK 4.2\n\nlinear.outlier[doubles-float32]: it needs SDK 4.3\nlatent.heads: no such op here\n"
     )
-    done = conformance(*LINEAR, "--xfails", "known.txt", "--report", "out.json", fault="bias")
+    done = conformance(*LINEAR, "--xfails", "known.txt", "--report", "out.json", fault="outlier")
     assert done.code == 0
     assert (
-        "## Failed as expected\n\n- `linear.bias[doubles-float32]`: the bias needs SDK 4.3 (3 of 3"
-        in done.out
+        "## Failed as expected\n\n- `linear.outlier[doubles-float32]`: it needs SDK 4.3 (2 of 2" in done.out
     )
     assert "## Expected failures that matched no check\n\n- latent.heads\n" in done.out
     assert read().unused_xfails == ["latent.heads"]
 
 
 def test_an_expected_failure_that_passes_is_exit_code_1(conformance: Conformance, tmp_path: Path) -> None:
-    (tmp_path / "known.txt").write_text("linear.bias[doubles-*]: the bias needs SDK 4.3\n")
+    (tmp_path / "known.txt").write_text("linear.outlier[doubles-*]: it needs SDK 4.3\n")
     done = conformance(*LINEAR, "--xfails", "known.txt")
     assert done.code == 1
-    assert "linear.bias    | doubles   | XPASS " in done.out
+    assert "linear.outlier     | doubles | XPASS " in done.out
     assert "1 passed unexpectedly" in done.out
 
 
 def test_a_failure_counts_more_than_an_unexpected_pass(conformance: Conformance, tmp_path: Path) -> None:
     (tmp_path / "known.txt").write_text("linear.pack: it loses bits\n")
-    assert conformance(*LINEAR, "--xfails", "known.txt", fault="bias").code == 4
+    assert conformance(*LINEAR, "--xfails", "known.txt", fault="outlier").code == 4
 
 
 @pytest.mark.parametrize(("fault", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
@@ -209,13 +211,13 @@ def test_a_signal_keeps_what_was_found(conformance: Conformance, fault: str, cod
     assert done.code == code
     report = read()
     assert report.interrupted
-    assert 0 < len(report.checks) < report.planned == 10
-    assert f"{len(report.checks)} checks (interrupted, 10 planned): " in done.out
+    assert 0 < len(report.checks) < report.planned == 5
+    assert f"{len(report.checks)} checks (interrupted, 5 planned): " in done.out
 
 
 def test_the_command_on_the_card_works_when_it_is_pasted(conformance: Conformance, tmp_path: Path) -> None:
-    (tmp_path / "known to fail.txt").write_text("linear.bias: it $drops them\n")
-    words = ("--only", "linear.*", "--only", "*.bias", "--xfails", "known to fail.txt")
+    (tmp_path / "known to fail.txt").write_text("linear.outlier: it $rounds them\n")
+    words = ("--only", "linear.*", "--only", "*.outlier", "--xfails", "known to fail.txt")
     done = conformance(*words)
     (line,) = (line for line in done.out.splitlines() if line.startswith("- command: "))
     command = line.removeprefix("- command: `").removesuffix("`")
@@ -243,19 +245,19 @@ def test_a_device_that_cannot_describe_itself_still_gets_a_card(conformance: Con
             "no check of this backend matches --only latent.heads[nobody-*]",
         ),
         (
-            ["--only", "linear.bias[double-float32]"],
+            ["--only", "linear.outlier[double-float32]"],
             2,
-            "matches --only linear.bias[double-float32]. Did you mean 'linear.bias[doubles-float32]'?",
+            "matches --only linear.outlier[double-float32]. Did you mean 'linear.outlier[doubles-float32]'?",
         ),
-        (["--only", "linear.bias#first"], 2, "'linear.bias#first': a case is named by its number, as in "),
+        (["--only", "linear.outlier#1st"], 2, "'linear.outlier#1st': a case is named by its number, as in "),
         (["--only", "#3"], 2, "'#3': a case is named by its number, as in "),
-        (["--only", "linear.bias#0"], 2, "'linear.bias#0': a case is named by its number, as in "),
-        (["--only", "linear.bais#1"], 2, "unknown check 'linear.bais'. Did you mean 'linear.bias'?"),
+        (["--only", "linear.outlier#0"], 2, "'linear.outlier#0': a case is named by its number, as in "),
+        (["--only", "linear.outleir#1"], 2, "unknown check 'linear.outleir'. Did you mean 'linear.outlier'?"),
         (
-            ["--only", "linear.bias#4"],
+            ["--only", "linear.outlier#4"],
             2,
-            "there is no case 'linear.bias[doubles-bfloat16]#4': in the quick grid "
-            "linear.bias[doubles-bfloat16] has 3 cases.",
+            "there is no case 'linear.outlier[doubles-bfloat16]#4': in the quick grid "
+            "linear.outlier[doubles-bfloat16] has 2 cases.",
         ),
         (["--only", "device.probe#2"], 2, "in the quick grid device.probe has one case."),
         (["--dtype", "float16"], 2, "does not claim float16; it claims: bfloat16, float32."),
@@ -366,7 +368,7 @@ def test_host_threads_sleep_while_they_wait(tmp_path: Path, given: dict[str, str
         "runpy.run_module('mla.conformance', run_name='__main__', alter_sys=True)\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"} | given
-    command = [sys.executable, "loads.py", "--list", "--only", "linear.bias"]
+    command = [sys.executable, "loads.py", "--list", "--only", "linear.outlier"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"when torch is loaded: {found}\n" in done.stdout + done.stderr

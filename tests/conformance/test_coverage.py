@@ -50,8 +50,8 @@ def test_every_check_says_why_kernels_fail_it() -> None:
     assert {one.fails for one in all_checks()} <= set(KINDS)
     by_id = {one.id: one.fails for one in all_checks()}
     assert by_id["device.timer"] == by_id["linear.pack"] == "contract"
-    assert by_id["linear.strided"] == by_id["layer.untouched"] == "memory"
-    assert by_id["linear.bias"] == "formula"
+    assert by_id["rotate_query.in_place"] == by_id["layer.untouched"] == "memory"
+    assert by_id["rms_norm.formula"] == "formula"
 
 
 def test_a_kind_that_is_none_is_refused() -> None:
@@ -61,8 +61,8 @@ def test_a_kind_that_is_none_is_refused() -> None:
 
 def test_cases_are_counted_by_kind() -> None:
     found = [
-        result("linear.strided", cases={"passed": 3, "failed": 1, "left_out": 2}),
-        result("latent.poison", cases={"refused": 4}),
+        result("rotate_query.in_place", cases={"passed": 3, "failed": 1, "left_out": 2}),
+        result("write_latent.untouched", cases={"refused": 4}),
         result("latent.far_pages"),
     ]
     by_kind = {one.kind: one for one in coverage(found)}
@@ -73,45 +73,48 @@ def test_cases_are_counted_by_kind() -> None:
     assert (by_kind["index"].checks, by_kind["order"].checks) == (1, 0)
 
 
-QUICK = "Many sizes: the quick grid has a few of each kind, the full one (without --quick) all."
-ALWAYS = len(blind(extent(), [result("linear.bias")]))
+QUICK = (
+    "Many sizes: the quick grid has a few of each kind, the full one (without --quick) all. And the "
+    "reference on the device, where an op of the backend serves what most layers have."
+)
+ALWAYS = len(blind(extent(), [result("linear.product")]))
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"quick": True}, QUICK),
-        ({"only": ("linear", "*.bias")}, "What other checks ask: only linear, *.bias ran."),
+        ({"only": ("linear", "*.product")}, "What other checks ask: only linear, *.product ran."),
         ({"planned": 9}, "What 8 of 9 checks ask: the run ended before them."),
         ({"checked": ("float32",)}, "bfloat16: claimed, and not asked for."),
     ],
 )
 def test_a_run_that_was_cut_says_so(changes: dict[str, Any], sentence: str) -> None:
-    said = blind(extent(**changes), [result("linear.bias")])
+    said = blind(extent(**changes), [result("linear.product")])
     assert sentence in said
     assert len(said) == ALWAYS + 1
 
 
 def test_a_dtype_that_was_spared_says_so() -> None:
     slow = Slow(dtype="bfloat16", than="float32", factor=31.4)
-    thin = result("linear.bias", dtype="bfloat16", cases={"passed": 2, "left_out": 13})
+    thin = result("linear.product", dtype="bfloat16", cases={"passed": 2, "left_out": 13})
     said = blind(extent(slow=(slow,)), [thin])[0]
     assert said.startswith(
         "Most sizes in bfloat16: it takes 31 times as long as float32 here, so that 2 of 15 "
     )
-    assert len(blind(extent(slow=(slow,)), [result("linear.bias", dtype="bfloat16")])) == ALWAYS
+    assert len(blind(extent(slow=(slow,)), [result("linear.product", dtype="bfloat16")])) == ALWAYS
 
 
 def test_what_an_op_refused_as_a_whole_is_unseen() -> None:
     of = {"a": "mine", "b": "other"}
     found = [
-        result("latent.page_sizes", "refused", of["a"]),
+        result("latent.keys", "refused", of["a"]),
         result("latent.heads", "refused", of["a"]),
         result("latent.decode", "pass", of["a"]),
-        *(result("linear.bias", "refused", one, "bfloat16") for one in of.values()),
-        result("linear.bias", "pass", of["b"], "float32"),
-        result("linear.strided", "refused", of["b"], "float32"),
-        result("linear.inputs", "pass", of["b"], "float32"),
+        *(result("linear.product", "refused", one, "bfloat16") for one in of.values()),
+        result("linear.product", "pass", of["b"], "float32"),
+        result("rotate_query.in_place", "refused", of["b"], "float32"),
+        result("write_latent.untouched", "pass", of["b"], "float32"),
     ]
     said = blind(extent(planned=len(found)), found)
     assert "What fails by tiles in float32 of mine: all of it was refused." in said
@@ -122,7 +125,7 @@ def test_what_an_op_refused_as_a_whole_is_unseen() -> None:
 def test_how_far_an_index_got_is_said() -> None:
     found = [
         result("latent.far_pages", note="4.3 GB from the start"),
-        result("linear.bias", note="unrelated"),
+        result("linear.product", note="unrelated"),
         result("expanded.far_rows", "refused", note="8.6 GB from first to last", cases={"refused": 1}),
     ]
     assert "Indices beyond what latent.far_pages reached: 4.3 GB from the start." in blind(extent(), found)
@@ -143,10 +146,10 @@ def test_the_card_and_the_report_say_what_was_covered(tmp_path: Path, capsys: An
     assert main([*FAULTY, *words]) == 0
     card, report = capsys.readouterr().out, decode((tmp_path / "out.json").read_bytes())
     by_kind = {one.kind: one for one in report.coverage}
-    assert (by_kind["memory"].checks, by_kind["numbers"].checks, by_kind["index"].checks) == (4, 6, 2)
-    assert sum(one.checks for one in report.coverage) == len(report.checks) == 29
+    assert (by_kind["state"].checks, by_kind["numbers"].checks, by_kind["index"].checks) == (2, 3, 1)
+    assert sum(kind.checks for kind in report.coverage) == len(report.checks) == 11
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in card.splitlines() if line[:1] == "|"]
-    assert ["memory", "4", str(by_kind["memory"].cases.passed), KINDS["memory"]] in rows
+    assert ["state", "2", str(by_kind["state"].cases.passed), KINDS["state"]] in rows
     assert all(f"- {sentence}\n" in card for sentence in report.blind)
     assert report.blind[0] == "What other checks ask: only rms_norm ran."
     assert "bfloat16 and float16: claimed, and not asked for." in report.blind
@@ -154,12 +157,12 @@ def test_the_card_and_the_report_say_what_was_covered(tmp_path: Path, capsys: An
 
 
 def test_a_card_lists_a_few_wrong_cases_and_counts_the_others() -> None:
-    ids = [f"linear.bias[mine]#{number}" for number in range(1, 10)]
+    ids = [f"linear.product[mine]#{number}" for number in range(1, 10)]
     failures = [Failure(id=one, case="1 rows", reason="wrong | here") for one in ids]
-    lines = failed_cases(result("linear.bias", "fail", failures=failures, cases={"failed": 9}))
-    assert lines[0] == "`linear.bias[mine]#1`: 1 rows: wrong \\| here"
+    lines = failed_cases(result("linear.product", "fail", failures=failures, cases={"failed": 9}))
+    assert lines[0] == "`linear.product[mine]#1`: 1 rows: wrong \\| here"
     assert lines[MOST_CASES:] == ["and 4 more"]
-    assert len(failed_cases(result("linear.bias", "fail", failures=failures[:MOST_CASES]))) == MOST_CASES
+    assert len(failed_cases(result("linear.product", "fail", failures=failures[:MOST_CASES]))) == MOST_CASES
 
 
 def test_the_command_on_the_card_runs_the_first_wrong_case_alone(
@@ -193,7 +196,7 @@ def test_the_list_with_a_backend_has_every_case(capsys: Any) -> None:
     assert lines[0] == "device.probe (contract)"
     assert lines[1] == "rms_norm.formula[faulty-float32] (formula)"
     assert lines[2] == "  rms_norm.formula[faulty-float32]#1  1 tokens, 1536 features"
-    assert lines[-1] == "3 checks, 9 cases"
+    assert lines[-1] == "2 checks, 5 cases"
     assert main([*FAULTY, "--list", "-O", "op=rms_norm", "--only", "rms_norm.formula[faulty-float32]#4"]) == 0
     assert [one[:37] for one in capsys.readouterr().out.splitlines()[1:]] == [
         "  rms_norm.formula[faulty-float32]#4 ",

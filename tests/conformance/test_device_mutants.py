@@ -1,6 +1,6 @@
 """Devices so wrong that a run might end: the suite judges them to the end.
 
-That each wrong device is found by its check is in `tests/frozen/test_wrong.py`.
+That each wrong device, and each wrong layer, is found by its check is in `tests/frozen/test_wrong.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from wrong_devices import MUTANTS
+from wrong_ops import of_layers
 
 from mla.conformance.registry import all_checks
 from mla.conformance.report import CheckResult
@@ -19,6 +20,10 @@ Run = Callable[..., list[CheckResult]]
 
 def test_every_check_of_the_device_has_a_mutant() -> None:
     assert set(MUTANTS) == {one.id for one in all_checks() if one.id.startswith(("device.", "ops."))}
+
+
+def test_every_check_of_the_layer_has_a_mutant() -> None:
+    assert set(of_layers.MUTANTS) == {check.id for check in all_checks() if check.id.startswith("layer.")}
 
 
 def test_a_backend_that_is_not_set_up_fails_instead_of_ending_the_run(judge: Run, sound: type) -> None:

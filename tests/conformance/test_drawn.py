@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from mla.cases.case import OpCase
-from mla.cases.drawn import Field, Scene, scenes
+from mla.cases.drawn import Field, scenes
 from mla.cases.memory import Layout
-from mla.cases.played import Player
+from mla.cases.played import Player, Scene
 from mla.cases.stress import Stress, slots
 from mla.command.options import BackendOptions
 from mla.conformance import suite
@@ -206,6 +206,46 @@ def test_denormals_may_be_flushed(width: int, others: tuple[str, ...]) -> None:
             "latent_attention", of, (1, 2), (9, 4), stress=Stress(), values=values, layout=Layout(4)
         )
         assert Player(FlushesValues(), lambda case: None).play(Scene((latent,))) == ""
+
+
+NORM = OpCase("rms_norm", NormSpec(24, torch.float32, CPU), (7,), (7,), stress=Stress())
+
+
+class Once(type(REFERENCE["rms_norm"])):  # type: ignore[misc]
+    """Wrong in its 50th call alone."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, *, out: torch.Tensor, **tensors: Any) -> None:
+        super().__call__(out=out, **tensors)
+        self.calls += 1
+        out += self.calls == 50
+
+
+class WritesAgain(type(REFERENCE["rms_norm"])):  # type: ignore[misc]
+    """Makes the call before this one again."""
+
+    before: Any = None
+
+    def __call__(self, **tensors: Any) -> None:
+        if self.before is not None:
+            super().__call__(**self.before)
+        super().__call__(**tensors)
+        self.before = tensors
+
+
+def test_each_of_many_calls_is_judged() -> None:
+    said = Player(Once(), lambda case: None).play(Scene((NORM,), order=((0, 100),)))
+    assert said.startswith("call 50 of 100: out: ")
+
+
+def test_what_has_returned_neither_reads_nor_writes() -> None:
+    """Inputs are overwritten after a call, so that whoever reads them later shows it in an output."""
+    two = Scene((NORM, NORM.but(seed=1)), order=((0, 1), (1, 1)))
+    assert Player(REFERENCE["rms_norm"], lambda case: None).play(two) == ""
+    said = Player(WritesAgain(), lambda case: None).play(two)
+    assert said == "call 2 of 2: an output of an earlier call was written again"
 
 
 class OneWay(type(REFERENCE["latent_attention"])):  # type: ignore[misc]

@@ -6,12 +6,14 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from smaller_cases import make_smaller
 
 import mla
 import mla_backends
@@ -64,7 +66,7 @@ class TestExpected(BackendConformance):
     @pytest.fixture
     def xfails(self, tmp_path):
         path = tmp_path / "known.txt"
-        path.write_text("linear.bias[nobias-float32]: no bias before SDK 4.3\nlinear.pack: wrong\n")
+        path.write_text("linear.wide[nobias-float32]: no bias before SDK 4.3\nlinear.pack: wrong\n")
         return path
 
 class TestUndrawn(BackendConformance):
@@ -73,8 +75,15 @@ class TestUndrawn(BackendConformance):
 class TestMisspelt(BackendConformance):
     @pytest.fixture
     def xfails(self):
-        return {"linear.bais": "no such check"}
+        return {"linear.wied": "no such check"}
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _smaller() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patches:
+        make_smaller(patches)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +94,8 @@ def backend(sound: Any, right_ops: Any) -> Backend:
 
 class TestPlain(BackendConformance):
     """The class itself, on a backend that offers everything."""
+
+    draws = 3
 
 
 def test_every_check_is_one_test() -> None:
@@ -98,7 +109,7 @@ def test_an_author_sees_which_check_failed_and_why(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sorted(folders))}
     editable = "ignore:Module already imported so cannot be rewritten"  # mla, whose finder is imported first
     flags = ["-q", "-rA", "-p", "no:cacheprovider", "-W", "error", "-W", editable]
-    chosen = ["-k", "linear.bias or linear.pack or device.graph or linear.drawn or rms_norm.drawn"]
+    chosen = ["-k", "linear.wide or linear.pack or device.graph or linear.drawn or rms_norm.drawn"]
     command = [sys.executable, "-m", "pytest", *flags, *chosen]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     lines = done.stdout.splitlines()
@@ -108,23 +119,21 @@ def test_an_author_sees_which_check_failed_and_why(tmp_path: Path) -> None:
         (line,) = [line for line in lines if re.search(rf"^[A-Z]+ .*{re.escape(test)}", line)]
         return line.partition(" ")[0]
 
-    assert outcome("TestMine::test_conformance[linear.bias]") == "FAILED"
-    assert "linear.bias[nobias-float32]: 3 wrong" in done.stdout
-    for number, tokens in enumerate((1, 7, 130), 1):
-        case = f"`linear.bias[nobias-float32]#{number}`: {tokens} tokens, 128 to 256, biased: out: "
-        assert case in done.stdout
+    assert outcome("TestMine::test_conformance[linear.wide]") == "FAILED"
+    assert "linear.wide[nobias-float32]: 1 wrong" in done.stdout
+    assert "`linear.wide[nobias-float32]#2`: 3 tokens, 128 to 33024, biased: out: " in done.stdout
     assert outcome("TestMine::test_conformance[linear.pack]") == "PASSED"
     assert "the backend offers no graphs" in done.stdout
     assert outcome("TestMine::test_conformance[linear.drawn]") == "FAILED", "a bias is drawn"
     assert outcome("TestMine::test_conformance[rms_norm.drawn]") == "PASSED", "few draws, all right"
-    assert outcome("TestUndrawn::test_conformance[linear.bias]") == "FAILED"
+    assert outcome("TestUndrawn::test_conformance[linear.wide]") == "FAILED"
     assert "no cases were to be drawn" in done.stdout
     assert "TestUndrawn::test_conformance[linear.drawn]" not in done.stdout, "it is skipped"
-    assert outcome("TestExpected::test_conformance[linear.bias]") == "XFAIL"
+    assert outcome("TestExpected::test_conformance[linear.wide]") == "XFAIL"
     assert outcome("TestExpected::test_conformance[linear.pack]") == "FAILED"
     assert "expected to fail, but passed" in done.stdout
-    assert outcome("TestMisspelt::test_conformance[linear.bias]") == "ERROR"
-    assert "unknown check 'linear.bais'. Did you mean 'linear.bias'?" in done.stdout
+    assert outcome("TestMisspelt::test_conformance[linear.wide]") == "ERROR"
+    assert "unknown check 'linear.wied'. Did you mean 'linear.wide'?" in done.stdout
 
 
 def test_few_draws_are_skipped_where_a_run_is_to_be_complete() -> None:

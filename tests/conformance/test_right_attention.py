@@ -21,7 +21,6 @@ CHECKS = (
     "long",
     "equal",
     "refilled",
-    "strided",
     "large",
     "lse",
     "shares",

@@ -18,7 +18,7 @@ from mla.failures.replay import CannotReplay, replay
 from mla.failures.watch import Watched, Watcher, make
 from mla.layer.ops import layer_roles
 from mla.reference import REFERENCE
-from mla.verify.poison import Poison
+from mla.verify.layer_check import Poison
 from mla.weights import random_state_dict
 from mla_backends import BackendError
 from mla_backends.api import FusedOp

@@ -100,7 +100,7 @@ def test_few_tokens_launch_the_kernels_of_many() -> None:
         return {_compiled_for(case_of(launch, Target("cuda", 90, 32))) for launch in launches}
 
     for tuned in (FULL[0], FULL[3]):
-        few = replace(tuned, tiles=tuned.tiles[:2], shapes=tuned.shapes[1:3], changes=())
+        few = replace(tuned, tiles=tuned.tiles[:2], shapes=tuned.shapes[1:2], changes=())
         recorder = Recorder()
         for tile in few.tiles:
             op = triton_ops(Tuning({1: tile}, {1: tile}), 132, recorder)[few.op]

@@ -38,10 +38,10 @@ def test_a_share_is_what_counting_gives(layout: tuple[int, int], length: int) ->
     counts = [sum(owner(i, world, interleave) == rank for i in range(length)) for rank in range(world)]
     for rank in range(world):
         share = Share(rank, world, interleave)
-        assert share.count(torch.tensor([length])).item() == share.held(length) == counts[rank]
-        own = share.owned(torch.arange(length)).tolist()
+        assert share.held(torch.tensor([length])).item() == share.held(length) == counts[rank]
+        own = share.owns(torch.arange(length)).tolist()
         assert own == [owner(i, world, interleave) == rank for i in range(length)]
-        assert own == list(map(share.owns, range(length)))
+        assert own == [share.owns(i) for i in range(length)]
     assert Share(0, world, interleave).first(length) == max(counts)
 
 

@@ -7,8 +7,7 @@ import math
 import pytest
 
 from mla import MLAConfig
-from mla.parallel.layout import Layout
-from mla.parallel.work import capacity, layouts
+from mla.parallel.layout import Layout, capacity, layouts
 from mla.weights import weight_shapes
 
 GIB = 2**30

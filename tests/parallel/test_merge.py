@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mla.config import MLAConfig
 from mla.layer.workspace import Workspace
-from mla.parallel.context import Exchange, Merging, merge, scratch_per_token
+from mla.parallel.layer import Exchange, merge, merge_scratch, scratch_per_token
 
 
 def attend(q: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,7 +60,7 @@ def is_tensor(value: object) -> bool:
 
 def test_a_merge_in_memory_of_its_own_makes_no_more() -> None:
     parts, lse, out = torch.randn(3, 4, 2, 8), torch.randn(3, 4, 2), torch.empty(4, 2, 8)
-    held = Merging.of(parts, Workspace(torch.float32, torch.device("cpu")))
+    held = merge_scratch(parts, Workspace(torch.float32, torch.device("cpu")))
     made = {}
     for memory in (None, held):
         with MadeMemory() as mode:

@@ -8,8 +8,7 @@ import pytest
 
 from mla.config import MLAConfig
 from mla.cost import Work, step_work
-from mla.parallel.layout import Layout
-from mla.parallel.work import rank_work
+from mla.parallel.layout import Layout, rank_work
 
 # Weights: q_a 48, q_b 96, kv_a 56, kv_b 100, o 96; a token of the cache is 7 numbers.
 CONFIG = MLAConfig(

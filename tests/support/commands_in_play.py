@@ -111,7 +111,7 @@ def prepare(folder: Path) -> None:
     write_tiny_run(folder, passes=6, q_lora_rank=24)
     for name in ("broken.json", "broken.toml"):
         (folder / name).write_text("{")
-    (folder / "known.txt").write_text("linear.bias[faulty-*]: it is known\n")
+    (folder / "known.txt").write_text("linear.outlier[faulty-*]: it is known\n")
 
 
 def outcome(words: list[str], folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mla.bench.ranks import link_fit
+from mla.bench.ranks import crew
 from mla.parallel.groups import Groups
 from mla.parallel.layout import Layout
 
@@ -20,13 +20,13 @@ def main(words: Sequence[str]) -> int:
     """Measure among all ranks and, as parts of `dp`, each alone; write both to RANK.json."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     readings = itertools.count(step=(1 + rank) * 10**9)
-    link_fit.now_ns = lambda: next(readings)
+    crew.now_ns = lambda: next(readings)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method="file://" + str(Path("store").resolve()), rank=rank, world_size=world
     )
-    found = link_fit.measured(Groups(Layout(dcp=world)), torch.device("cpu"), lambda: None)
-    alone = link_fit.measured(Groups(Layout(dp=world)), torch.device("cpu"), lambda: None)
+    found = crew.measured_link(Groups(Layout(dcp=world)), torch.device("cpu"), lambda: None)
+    alone = crew.measured_link(Groups(Layout(dp=world)), torch.device("cpu"), lambda: None)
     Path(f"{rank}.json").write_text(
         json.dumps([{kind: str(line) for kind, line in found.items()}, len(alone)])
     )

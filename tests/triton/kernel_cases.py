@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from mla.cases.call import GuardedCall, host
 from mla.cases.case import Lengths, OpCase
 from mla.cases.memory import Layout
+from mla.cases.played import Laid, Scene
 from mla.cases.stress import Stress
 from mla_backends.api import AttentionSpec, BatchView, FusedOp, NormSpec
-from mla_backends.triton_ops.expanded import ExpandedAttention
-from mla_backends.triton_ops.latent import LatentAttention, LatentState, Splits
+from mla_backends.triton_ops.attention import ExpandedAttention, LatentAttention, LatentState, Splits
 from mla_backends.triton_ops.launcher import Launcher
 from mla_backends.triton_ops.pointwise import RmsNorm, RotateQuery, WriteLatent
 from mla_backends.triton_ops.tuning import Tile, Tuning
@@ -25,7 +24,8 @@ NO_PAGE = 10**9  # in entries of a table that no request owns: whoever follows t
 EPS = 0.01  # large enough to be missed
 # A cache beyond 2^31 numbers and 2^32 bytes. Nothing but the pages of a case is ever touched.
 FAR_NUMBERS = 2_300_000_000
-POISONED = Layout(page_size=16, unowned=math.nan, tail=math.nan, strided=True)
+STRIDED = dict.fromkeys(("q", "k", "v", "x", "kv_a", "cos_sin", "out", "lse"), (0, 16, 16))
+POISONED = Layout(page_size=16, unowned=math.nan, gaps=STRIDED)
 
 
 class Split(LatentAttention):
@@ -75,31 +75,28 @@ class KernelCase:
 
     def wrong(self) -> list[str]:
         """Run the op. Return what is wrong with what it wrote, and where else it wrote."""
-        call = self._placed(self.case.kv_lens)
-        instead: dict[str, Any] = {} if self.with_lse else {"lse": None}
+        call = later = self._placed(self.case.kv_lens)
         if self.planned:
-            call, later = self._placed(self.planned), call
+            call = self._placed(self.planned)
             call.prepare()
-            call.hold(later)
-        if self.in_place:
-            instead["out"] = call.arguments["x"]
-        outputs = call.run(**instead)
-        faults = call.faults(call.results(outputs, **instead))
-        strays = call.strays(outputs, inputs=not (self.in_place or self.planned))
-        said = [*filter(None, (reason for _, reason in faults)), *filter(None, strays)]
-        if self.case.kind == "rms_norm" and not _rounded_once(outputs["out"].part, call.pool.truth["out"]):
+            call.arguments["block_table"].copy_(later.arguments["block_table"])
+        reason = call.call_as(later, call.leading) if self.planned else call.call()
+        said = [reason] * bool(reason)
+        truth = later.pool.truth.get("out")
+        if self.case.kind == "rms_norm" and not _rounded_once(call.arguments["out"], truth):
             said.append("it is rounded more than once")
         return said
 
-    def _placed(self, kv_lens: Lengths) -> GuardedCall:
+    def _placed(self, kv_lens: Lengths) -> Laid:
         """Return a call of these lengths. Its table ends where its memory does, and names no spare page."""
         case = self._in_memory(kv_lens)
-        call = GuardedCall(host(case), self.op, case)
+        call = Laid(case, self.op, Scene((case,), lse=self.with_lse, in_place=self.in_place))
         if "block_table" in call.arguments:
             placed = call.arguments["block_table"]
             (count, columns), row = placed.shape, placed.shape[1] + 3
             memory = torch.full(((count - 1) * row + columns,), NO_PAGE, dtype=torch.int32)
-            table = call.arguments["block_table"] = memory.as_strided((count, columns), (row, 1))
+            table = memory.as_strided((count, columns), (row, 1))
+            call.replace(block_table=table)
             for entries, pages, keys in zip(table, placed, kv_lens, strict=True):
                 owned = -(-keys // case.layout.page_size)
                 entries[:owned] = pages[:owned]
@@ -131,12 +128,11 @@ class FarWrite:
 
     def wrong(self) -> list[str]:
         """Run the op. Return what is wrong with the rows it wrote."""
-        call, width = GuardedCall(host(self.case), WriteLatent(Launcher())), sum(self.case.shape("c+r"))
+        call, width = Laid(self.case, WriteLatent(Launcher())), sum(self.case.shape("c+r"))
         cache = torch.empty(FAR_NUMBERS // (64 * width), 64, width, dtype=self.case.spec.dtype)
         slots = cache.shape[0] * 64 - 1 - torch.arange(self.case.rows)
-        call.op(**{**call.arguments, "cache": cache, "slots": slots})
-        results = call.pool.entry.written({**call.arguments, "cache": cache, "slots": slots})
-        return [reason for _, reason in call.faults(results) if reason]
+        call.replace(cache=cache, slots=slots)
+        return list(filter(None, [call.call()]))
 
 
 def latent(

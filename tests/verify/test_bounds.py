@@ -7,9 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mla.verify.bounds import ALLOWED, UNITS, layer_bounds, op_bounds, shrinkage, table_decides
 from mla.verify.layer_check import Checker
-from mla.verify.tolerances import judge
+from mla.verify.tolerances import ALLOWED, UNITS, judge, layer_bounds, op_bounds, shrinkage, table_decides
 
 BF16, F32 = torch.bfloat16, torch.float32
 # u, the largest relative error of rounding a number once.

@@ -12,11 +12,10 @@ import torch
 from mla.bench.subjects.inputs import expected_outputs, make_inputs
 from mla.bench.workload.scenario import Scenario
 from mla.verify import layer_check
-from mla.verify.bounds import BOUNDS
 from mla.verify.layer_check import Checker, Forward
 from mla.verify.layer_oracle import oracle
 from mla.verify.places import Places
-from mla.verify.tolerances import row_errors
+from mla.verify.tolerances import BOUNDS, row_errors
 from mla.weights import random_state_dict
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
 from mla.cache import LatentCache
-from mla.verify.poison import TAIL, Poison
+from mla.verify.layer_check import TAIL, Poison
 from mla.weights import random_state_dict
 from mla_backends.testing import HostBackend
 

@@ -42,7 +42,7 @@ class Tuner:
 
     def __init__(
         self, backend: Backend, tuned: TileClass, make_ops: MakeOps, path: Path, sweep: Sweep,
-        effort: Effort, ragged: problems.Lengths,
+        effort: Effort, ragged: problems.Batch,
     ) -> None:  # fmt: skip
         self._backend, self._class, self._make_ops = backend, tuned, make_ops
         self._path, self._sweep, self._effort, self._ragged = path, sweep, effort, ragged
@@ -131,7 +131,7 @@ class Tuner:
         self, trial: Trial, bound: problems.Bound, one: problems.Problem, name: str, launcher: Launcher
     ) -> None:
         """Call once, unless something was wrong before, and note what is: another tile, or the numbers."""
-        from mla.verify.bounds import BOUNDS
+        from mla.verify.tolerances import BOUNDS
 
         if trial.fault:
             return

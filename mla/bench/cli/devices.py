@@ -32,8 +32,7 @@ from mla.command.options import (
 from mla.config import MLAConfig
 from mla.config.presets import DEFAULT_CONFIG
 from mla.errors import UsageError, did_you_mean
-from mla.parallel.layout import Layout
-from mla.parallel.work import Capacity, capacity, layouts
+from mla.parallel.layout import Capacity, Layout, capacity, layouts
 from mla.text import DTYPES, size
 from mla_backends import BackendOptionError, probe
 from mla_backends.known import GENERAL, GENERAL_USE

@@ -107,8 +107,10 @@ def _ranks(options: RunOptions, opened: OpenedBackend, layout: Layout) -> Any:
     """Meet the other ranks, or make simulated ones; torch is imported only then."""
     if options.simulate:
         from mla.bench.ranks.simulation import Simulation
+        from mla.parallel.link import Link
 
-        return Simulation.of(options, layout)
+        assert options.link is not None
+        return Simulation(layout, Link.parse(options.link), options.link_source)
     from mla.bench.ranks.launch import join
 
     return join(options, opened, layout)
@@ -118,7 +120,7 @@ def _run_on_ranks(options: RunOptions, request: Request, measure: Callable[[Requ
     """Run on rank 0, which has the others do their part; the others end as it does."""
     from mla.bench.ranks.agreement import facts
     from mla.bench.ranks.crew import Crew
-    from mla.bench.ranks.follower import follow
+    from mla.bench.ranks.layers import Follower
 
     crew = request.setting.ranks
     assert isinstance(crew, Crew)
@@ -126,7 +128,7 @@ def _run_on_ranks(options: RunOptions, request: Request, measure: Callable[[Requ
         request = crew.agreed(request, facts(request, options))
         if crew.rank:
             with last_words.while_running(request.setting.backend.name):
-                return follow(request, crew)
+                return Follower(request, crew).follow()
         return crew.end(_list_ops(request) if options.list_ops else measure(request))
 
 

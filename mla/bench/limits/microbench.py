@@ -22,7 +22,7 @@ from mla.bench.results.schema import Ceiling
 from mla.command.console import note
 from mla.layer.ops import Choice, choose
 from mla.text import dtype_name, size
-from mla.verify.bounds import BOUNDS, ROW_SLACK
+from mla.verify.tolerances import BOUNDS, ROW_SLACK
 from mla_backends.api import Backend, LinearSpec
 from mla_backends.errors import describe, plugin_code
 

@@ -25,11 +25,10 @@ from mla.cases.varied import Pool
 from mla.errors import OutOfMemory
 from mla.layer.plan import WORKSPACE_BYTES, grown_bytes, rebuilt_bytes
 from mla.layer.rope import RotaryTable
-from mla.parallel.context import scratch_per_token
+from mla.parallel.layer import scratch_per_token
 from mla.parallel.layout import Layout
 from mla.text import size
-from mla.verify.layer_oracle import LOGITS_BYTES
-from mla.verify.oracle_cost import oracle_bytes
+from mla.verify.layer_oracle import LOGITS_BYTES, oracle_bytes
 from mla_backends import host
 from mla_backends.api import Backend
 

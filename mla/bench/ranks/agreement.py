@@ -14,8 +14,9 @@ import torch
 
 import mla
 from mla.bench import results
-from mla.bench.ranks.errors import RanksError, listed, numbered
+from mla.bench.ranks.pulse import RanksError, listed, numbered
 from mla.checkpoint import fingerprint, read_layer
+from mla.command.console import note
 from mla.command.environment import build_digest
 
 if TYPE_CHECKING:
@@ -23,18 +24,18 @@ if TYPE_CHECKING:
     from mla.bench.plan.request import Request
 
 Facts = Mapping[str, Mapping[str, str]]  # kind -> name -> value or digest
-Roles = Mapping[str, str]  # role -> op
+Roles = dict[str, str]  # role -> op
 Chosen = Mapping[str, Mapping[str, Roles]]  # scenario -> implementation -> roles
 
 REFERENCE = "reference"
 # Options that may differ between ranks: rank 0 writes, each has a device of its own.
-_OWN = ("device", "output", "resume", "baseline", "profile", "dump_failure")
+_MAY_DIFFER = ("device", "output", "resume", "baseline", "profile", "dump_failure")
 _SHOWN = ("options", "versions", "host threads", "config")  # the values of others are digests
 _CURES = {
     "options": "all ranks must be started with the same options",
     "host threads": "set OMP_NUM_THREADS, `srun --cpus-per-task` or --threads to one number for all ranks",
 }
-_FILES = "all nodes must have the same files, and the same packages"
+_SAME_FILES = "all nodes must have the same files, and the same packages"
 
 
 def facts(request: Request, options: RunOptions) -> dict[str, dict[str, str]]:
@@ -43,7 +44,7 @@ def facts(request: Request, options: RunOptions) -> dict[str, dict[str, str]]:
     Raises `CheckpointError` and `ResultError`.
     """
     setting, backend = request.setting, request.setting.backend
-    given = {name: str(value) for name, value in vars(options).items() if name not in _OWN}
+    given = {name: str(value) for name, value in vars(options).items() if name not in _MAY_DIFFER}
     versions = {"mla": mla.__version__, "torch": str(torch.__version__), "Python": platform.python_version()}
     on_host = setting.device.type == "cpu"  # else no result counts them
     named = (option.partition("=") for option in options.backend_options)
@@ -67,38 +68,47 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def agree(every: Sequence[Facts]) -> None:
+def agree(by_rank: Sequence[Facts]) -> None:
     """Raise `RanksError`, on all ranks, where some have something else than rank 0."""
-    for kind, own in every[0].items():
-        differing = {rank: other[kind] for rank, other in enumerate(every) if other[kind] != own}
+    for kind, expected in by_rank[0].items():
+        differing = {rank: given[kind] for rank, given in enumerate(by_rank) if given[kind] != expected}
         if not differing:
             continue
         first = next(iter(differing.values()))
         parts = [
-            f"{name} ({first.get(name)}, not {own.get(name)})" if kind in _SHOWN else name
-            for name in {**own, **first}
-            if first.get(name) != own.get(name)
+            f"{name} ({first.get(name)}, not {expected.get(name)})" if kind in _SHOWN else name
+            for name in {**expected, **first}
+            if first.get(name) != expected.get(name)
         ]
         raise RanksError(
-            f"other {kind} on {numbered(list(differing))} than on rank 0: {listed(parts)}; "
-            f"{_CURES.get(kind, _FILES)}",
+            f"{numbered(list(differing))} differ{'s' * (len(differing) == 1)} from rank 0 in {kind}: "
+            f"{listed(parts)}; {_CURES.get(kind, _SAME_FILES)}",
             common=True,
         )
 
 
-def common_ops(chosen: Sequence[Chosen]) -> dict[str, dict[str, dict[str, str]]]:
+def common_ops(chosen: Sequence[Chosen]) -> dict[str, dict[str, Roles]]:
     """Return what all ranks run, from what each chose: the reference where one did not choose a fused op.
 
-    A backend may choose by a measurement, and then not alike on all. Raises `RanksError`, on all ranks, where
-    two have different fused ops.
+    A backend may choose by a measurement, and then not alike on all; a note says which ops do not run. Raises
+    `RanksError`, on all ranks, where two have different fused ops.
     """
-    return {
-        scenario: {
-            name: {role: _common_op(role, [rank[scenario][name][role] for rank in chosen]) for role in roles}
-            for name, roles in implementations.items()
-        }
-        for scenario, implementations in chosen[0].items()
-    }
+    common: dict[str, dict[str, Roles]] = {}
+    lacking: set[str] = set()
+    for scenario, implementations in chosen[0].items():
+        common[scenario] = {name: {} for name in implementations}
+        for name, roles in implementations.items():
+            for role in roles:
+                ops = [rank[scenario][name][role] for rank in chosen]
+                common[scenario][name][role] = op = _common_op(role, ops)
+                fused = next((other for other in ops if other != op), op)
+                lacking |= {f"{fused} (not rank {rank})" for rank, o in enumerate(ops) if o != fused}
+    if lacking:
+        note(
+            f"the reference runs on all ranks instead of {', '.join(sorted(lacking))}: a rank did not choose "
+            "it; --list-ops on that rank says why, and --ops fused makes that an error"
+        )
+    return common
 
 
 def _common_op(role: str, ops: Sequence[str]) -> str:
@@ -111,27 +121,3 @@ def _common_op(role: str, ops: Sequence[str]) -> str:
             common=True,
         )
     return REFERENCE if REFERENCE in ops else ops[0]
-
-
-def demoted(own: Roles, common: Roles) -> dict[str, str]:
-    """Return role -> reference for what this rank would run otherwise."""
-    return {role: REFERENCE for role, op in common.items() if op == REFERENCE and own[role] != REFERENCE}
-
-
-def remark(chosen: Sequence[Chosen]) -> str | None:
-    """Return what is not run because not all ranks have it; None if they agree."""
-    lacking = {
-        f"{op} (not rank {rank})"
-        for scenario, implementations in chosen[0].items()
-        for name, roles in implementations.items()
-        for role in roles
-        for op in {each[scenario][name][role] for each in chosen} - {REFERENCE}
-        for rank, each in enumerate(chosen)
-        if each[scenario][name][role] == REFERENCE
-    }
-    if not lacking:
-        return None
-    return (
-        f"the reference runs on all ranks instead of {', '.join(sorted(lacking))}: a rank did not choose it; "
-        "--list-ops on that rank says why, and --ops fused makes that an error"
-    )

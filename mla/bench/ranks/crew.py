@@ -5,10 +5,11 @@ Commands go from rank 0 to all others through gloo, on the host: the device's li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from time import perf_counter_ns as now_ns
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,27 +17,82 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from mla.bench.ranks import link_fit
-from mla.bench.ranks.agreement import Facts, agree, common_ops, demoted, remark
-from mla.bench.ranks.errors import INTERRUPTED, Failure, RanksError, error_of, failure, word_of
+from mla.bench.measure.engine import refusal, too_large
+from mla.bench.ranks.agreement import REFERENCE, Facts, agree, common_ops
 from mla.bench.ranks.layers import LeadLayer, RankLayer
-from mla.bench.ranks.pulse import Place, Pulse, blamed_on
+from mla.bench.ranks.pulse import Pulse, RanksError, blamed_on
+from mla.bench.results.stats import median
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.setting import Ranks, Setting
-from mla.command.console import note
-from mla.parallel.groups import Groups
+from mla.command.exit_codes import Exit, interrupted
+from mla.errors import MLAError, OutOfMemory, UnsupportedBatch, UnsupportedOps
+from mla.parallel.groups import Groups, all_gather
 from mla.parallel.layout import Layout
-from mla.parallel.link import Line
+from mla.parallel.link import Call, Line, fit
+from mla_backends import BackendError
+from mla_backends.errors import describe, first_line
 
 if TYPE_CHECKING:
     from mla.bench.plan.request import Request
 
 # Seconds in which ranks that share heads tell each other that a forward failed.
-GIVE = 5.0
+FAILED_S = 5.0
 # How long a rank may wait for a command: rank 0 computes the oracle, and reads files. That it is gone shows
 # at once, in a closed connection.
-PATIENCE = timedelta(days=7)
+COMMAND_TIMEOUT = timedelta(days=7)
+# Bytes of the tensors that the link is measured with: below the first, a message costs about as much as an
+# empty one; the second is that of a prefill's output. Collectives of each, after as many warm-ups.
+LINK_BYTES, LINK_TIMES, LINK_WARMUPS = (32 << 10, 8 << 20), 11, 3
+INTERRUPTED: dict[int, str] = {
+    Exit.INTERRUPTED: "interrupted",
+    Exit.TERMINATED: "by SIGTERM",
+    Exit.HUNG_UP: "by SIGHUP",
+}
 T = TypeVar("T")
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """Why a rank could not do its part of a case: an op refuses, or memory is short.
+
+    On one device the next case runs after that. On several it can if every rank knows, and none waits in a
+    collective for one that has given up.
+    """
+
+    sentence: str
+    refused: bool  # by an op; else memory is short
+    entered: int = 0  # collectives of a forward, until it failed
+
+
+def failure(error: Exception, implementation: str, entered: int = 0) -> Failure | None:
+    """Return what to tell the other ranks of an error; None for one that ends the run."""
+    reason = str(error) if isinstance(error, UnsupportedOps) else refusal(error, implementation)
+    if reason:
+        return Failure(reason, True, entered)
+    if too_large(error):
+        return Failure(first_line(error) or type(error).__name__, False, entered)
+    return None
+
+
+def error_of(failures: Sequence[Failure | None]) -> MLAError | None:
+    """Return what the failures of all ranks are on rank 0, with the first that failed; None if none did."""
+    failed = [(rank, each) for rank, each in enumerate(failures) if each is not None]
+    if not failed:
+        return None
+    rank, first = failed[0]
+    alike = len({each.sentence for _, each in failed}) == 1 and len(failed) == len(failures)
+    sentence = first.sentence if alike else f"rank {rank}: {first.sentence}"
+    return UnsupportedBatch(sentence) if first.refused else OutOfMemory(sentence)
+
+
+def word_of(error: BaseException) -> tuple[str, int]:
+    """Return what to tell the other ranks of an error of this one, and the exit code for all."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED[interrupted()], interrupted()
+    if isinstance(error, MLAError):
+        return str(error).rstrip("."), int(error.exit_code)
+    if isinstance(error, BackendError):
+        return str(error).rstrip("."), Exit.BACKEND
+    return describe(error), Exit.BACKEND
 
 
 class Crew(Ranks):
@@ -51,21 +107,17 @@ class Crew(Ranks):
 
         `store`: of `torch.distributed`, which must be initialized.
         """
-        self.layout, self.library = layout, library
+        self.layout, self.library, self.rank = layout, library, pulse.rank  # rank 0 leads
         self._timeout, self._pulse, self._store = timeout, pulse, store
+        self.leave, self.behind = pulse.leave, pulse.behind  # type: ignore[method-assign]
         hosts = [pulse.members[rank].host for rank in range(layout.world)]
         self.beside = hosts.count(hosts[self.rank]) - 1
-        self._forwards, self._inside = 0, False
-        self._before = 0, 0  # collectives that were entered, and left, before this forward
+        self._forwards, self._before = 0, 0  # and collectives that were entered before this forward
+        self._talks = False  # waits for the others, or for a command
         self._demoted: dict[Any, dict[str, str]] = {}  # roles that run as reference, by layer
         self._link: dict[str, Line] | None = None  # once measured
         with blamed_on(pulse):
-            self._control: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
-
-    @property
-    def rank(self) -> int:
-        """This process's number; 0 leads."""
-        return self._pulse.rank
+            self._control: Any = dist.new_group(backend="gloo", timeout=COMMAND_TIMEOUT)
 
     def __enter__(self) -> Crew:
         return self
@@ -86,34 +138,26 @@ class Crew(Ranks):
             self.leave(*word_of(error))
             raise
 
-    def leave(self, reason: str, code: int) -> None:
-        """Tell the others why this rank ends, unless they know."""
-        self._pulse.leave(reason, code)
-
     def agreed(self, request: Request, facts: Facts) -> Request:
         """Return what all ranks run: rank 0's implementations, with ops that all have. All must call it.
 
         Raises `RanksError` on all ranks where there is none, and where `facts` differ.
         """
-        own = {plan.name: plan.ops for plan in request.scenarios}
-        chosen, every = zip(*self.share((own, facts)), strict=True)
-        agree(every)
-        common = common_ops(chosen)
-        if said := remark(chosen):
-            note(said)
+        chosen = {plan.name: plan.ops for plan in request.scenarios}
+        chosen_by_all, facts_of_all = zip(*self.share((chosen, facts)), strict=True)
+        agree(facts_of_all)
+        common = common_ops(chosen_by_all)
         for plan in request.scenarios:
             for name, roles in plan.ops.items():
-                self._demoted[_key(plan.setting, name)] = demoted(roles, common[plan.name][name])
+                ops = common[plan.name][name]
+                demoted = {role: REFERENCE for role, op in roles.items() if ops[role] != op}
+                self._demoted[_key(plan.setting, name)] = demoted
         with blamed_on(self._pulse):
             self.groups = Groups(self.layout, self._timeout)
         self._group = next(group for group in self.layout.head_groups() if self.rank in group)
-        self._pulse.groups, self._pulse.place = self.layout.head_groups(), self._place
+        self._pulse.busy = lambda: not self._talks and self.groups.entered == self.groups.left
         plans = [replace(plan, ops=common[plan.name]) for plan in request.scenarios]
         return replace(request, scenarios=plans)
-
-    def behind(self) -> str:
-        """Name the ranks that keep the others waiting; "" if none does."""
-        return self._pulse.behind()
 
     def when_lost(self, die: Callable[[RanksError], None]) -> None:
         """Have `die` end this process if another rank is lost while this one does something else."""
@@ -125,8 +169,21 @@ class Crew(Ranks):
 
         Raises `RanksError`. What is no error of a collective is probably this rank's own.
         """
-        with blamed_on(self._pulse, own=True):
+        with blamed_on(self._pulse, computes=True):
             yield
+
+    @contextmanager
+    def awaited(self, implementation: str) -> Iterator[None]:
+        """End the run, on all ranks, if this one fails in the block: the others wait for it.
+
+        Raises `RanksError` for what would cost one device no more than the case.
+        """
+        try:
+            yield
+        except Exception as error:
+            if (failed := failure(error, implementation)) is not None:
+                raise RanksError(f"rank {self.rank}: {failed.sentence}", common=True) from error
+            raise
 
     def end(self, code: int) -> int:
         """Have all other ranks end with this exit code, and return it; rank 0 only.
@@ -139,16 +196,15 @@ class Crew(Ranks):
             self.tell("end", int(code))
         return code
 
-    def _place(self) -> Place:
-        entered, left = self._before
-        return Place(self._forwards, self._inside, self.groups.entered - entered, self.groups.left - left)
+    # ------------------------------------------------------------------------------------------- talking
 
     @contextmanager
     def _talking(self) -> Iterator[None]:
-        """Name the rank that is lost, if one is: ranks that talk are in no forward. Raises `RanksError`."""
-        self._inside = False
+        """Name the rank that is lost, if one is. Raises `RanksError`."""
+        self._talks = True
         with blamed_on(self._pulse):
             yield
+        self._talks = False
 
     def tell(self, *command: Any) -> None:
         """Send a command to all other ranks; rank 0 only."""
@@ -163,100 +219,78 @@ class Crew(Ranks):
         command: tuple[Any, ...] = box[0]
         return command
 
-    def gather(self, mine: Any) -> list[Any]:
+    def gather(self, mine: T) -> list[T]:
         """Return what every rank gave, by rank, on rank 0; elsewhere nothing. All ranks must call it."""
-        found: list[Any] | None = [None] * self.world if self.rank == 0 else None
+        every: list[Any] | None = [None] * self.world if self.rank == 0 else None
         with self._talking():
-            dist.gather_object(mine, found, dst=0, group=self._control)
-        return found or []
+            dist.gather_object(mine, every, dst=0, group=self._control)
+        return every or []
 
-    def share(self, mine: Any) -> list[Any]:
+    def share(self, mine: T) -> list[T]:
         """Return what every rank gave, by rank, on all of them."""
-        found: list[Any] = [None] * self.world
+        every: list[Any] = [None] * self.world
         with self._talking():
-            dist.all_gather_object(found, mine, group=self._control)
-        return found
+            dist.all_gather_object(every, mine, group=self._control)
+        return every
 
     def wait(self) -> None:
         """Return once every rank is here, before a forward."""
-        self._forwards, self._before = self._forwards + 1, (self.groups.entered, self.groups.left)
+        self._forwards, self._before = self._forwards + 1, self.groups.entered
         with self._talking():
             dist.barrier(group=self._control)
-        self._inside = True
 
-    def concerted(
-        self, implementation: str, work: Callable[[], object], failed: Failure | None = None
-    ) -> bool:
-        """Do this rank's part of a preparation; return whether all went well. All ranks must call it.
+    def attempt(
+        self,
+        implementation: str,
+        work: Callable[[], T],
+        failed: Failure | None = None,
+        together: bool = False,
+    ) -> list[T]:
+        """Do this rank's part of what all ranks do; on rank 0, return what each rank's part gave.
 
-        `failed`: what a forward has left to be told, instead of that part. On rank 0, raises
-        `UnsupportedBatch` or `OutOfMemory` where any rank's part failed that way.
+        `failed`: what a forward has left to be told, instead of that part. `together`: parts need each other,
+        as forwards do. On rank 0, raises `UnsupportedBatch` or `OutOfMemory` where any rank's part failed;
+        on one that leaves others waiting, `RanksError`.
         """
-        own = failed
+        mine: T | Failure
         try:
-            if own is None:
-                work()
+            mine = failed or work()
         except Exception as error:
-            own = failure(error, implementation)
-            if own is None:
-                raise
-        error_of_all = error_of(self.share(own))
-        if error_of_all is not None and self.rank == 0:
+            with self.awaited(implementation):
+                refused = (self.alike if together else failure)(error, implementation)
+                if refused is None:
+                    raise
+            mine = refused
+        parts: list[Any] = self.gather(mine)
+        error_of_all = error_of([part if isinstance(part, Failure) else None for part in parts])
+        if error_of_all is not None:
             raise error_of_all
-        return error_of_all is None
+        return parts
 
     def alike(self, error: Exception, implementation: str) -> Failure | None:
         """Return what to tell of an error of a forward if all that share collectives failed at one place.
 
         None if they did not: one that goes on waits in a collective, and cannot be told.
         """
-        own = failure(error, implementation, self._place().entered)
-        if own is None or len(self._group) == 1:
-            return own
+        mine = failure(error, implementation, self.groups.entered - self._before)
+        if mine is None or len(self._group) == 1:
+            return mine
         keys = [f"failed/{self._forwards}/{rank}" for rank in self._group]
         try:
-            self._store.set(keys[self._group.index(self.rank)], msgspec.json.encode(own))
-            self._store.wait(keys, timedelta(seconds=GIVE))
+            self._store.set(keys[self._group.index(self.rank)], msgspec.json.encode(mine))
+            self._store.wait(keys, timedelta(seconds=FAILED_S))
             places = {msgspec.json.decode(self._store.get(key), type=Failure).entered for key in keys}
         except RuntimeError:  # one has not failed, or is lost
             return None
-        return own if len(places) == 1 else None
+        return mine if len(places) == 1 else None
 
-    def parts(self, mine: T | Failure) -> list[T]:
-        """Return what every rank gave, as `gather` does.
-
-        On rank 0, raises `UnsupportedBatch` or `OutOfMemory` where any rank gave a failure.
-        """
-        found = self.gather(mine)
-        failed = error_of([one if isinstance(one, Failure) else None for one in found])
-        if failed is not None:
-            raise failed
-        return found
-
-    def attempt(self, implementation: str, work: Callable[[], T]) -> list[T]:
-        """Do this rank's part of forwards that all run; on rank 0, return what each rank's part gave.
-
-        On rank 0, raises `UnsupportedBatch` or `OutOfMemory` where a failure leaves no rank waiting; else
-        `RanksError`, on the rank that failed.
-        """
-        mine: T | Failure
-        try:
-            mine = work()
-        except Exception as error:
-            own = failure(error, implementation)
-            if own is None:
-                raise
-            alike = self.alike(error, implementation)
-            if alike is None:  # others need this rank's part
-                raise RanksError(f"rank {self.rank}: {own.sentence}", common=True) from error
-            mine = alike
-        return self.parts(mine)
+    # ----------------------------------------------------------------------------------------- measuring
 
     def measure_link(self, device: torch.device, synchronize: Callable[[], None]) -> dict[str, Line]:
         """Return what collectives cost, by kind, measured once per run. All ranks must call it together."""
         if self._link is None:
             with blamed_on(self._pulse):
-                self._link = link_fit.measured(self.groups, device, synchronize)
+                self._link = measured_link(self.groups, device, synchronize)
         return self._link
 
     def layer(
@@ -270,9 +304,51 @@ class Crew(Ranks):
             self.tell("drop")
         overrides = {**dict(setting.overrides), **self._demoted.get(_key(setting, name), {})}
         setting = replace(setting, overrides=tuple(overrides.items()))
-        part = RankLayer(setting, state, name, ops, self.groups)
+        part = RankLayer(setting, state, name, ops, self.groups, self.wait)
         return LeadLayer(setting, part, self) if self.rank == 0 else part
 
 
 def _key(setting: Setting, name: str) -> tuple[Any, ...]:
     return name, setting.dtype, setting.config.num_attention_heads
+
+
+def measured_link(groups: Groups, device: torch.device, synchronize: Callable[[], None]) -> dict[str, Line]:
+    """Return kind -> line, among the ranks that share all heads; {} for one rank alone.
+
+    All of them must call it together. Each has times of its own, and of a collective the slowest counts.
+    """
+    if groups.layout.head_parts == 1:
+        return {}
+    lines = {}
+    for small, large in zip(*(_collectives(groups, device, nbytes) for nbytes in LINK_BYTES), strict=True):
+        seconds = [_seconds(run, synchronize, groups.heads) for _, run in (small, large)]
+        lines[small[0].kind] = fit((small[0], seconds[0]), (large[0], seconds[1]))
+    return lines
+
+
+def _collectives(
+    groups: Groups, device: torch.device, nbytes: int
+) -> Iterator[tuple[Call, Callable[[], Any]]]:
+    """Yield every kind of collective on tensors of about so many bytes."""
+    ranks, group = groups.layout.head_parts, groups.heads
+    x = torch.zeros(ranks, nbytes // ranks // 2, dtype=torch.bfloat16, device=device)
+    out, part = torch.zeros_like(x), torch.zeros_like(x[0])
+    yield Call.all_reduce(x.nbytes, ranks), lambda: dist.all_reduce(x, group=group)
+    yield Call.all_gather(part.nbytes, ranks), lambda: all_gather(out.view(-1), part, group=group)
+    yield Call.all_to_all(x.nbytes, ranks), lambda: dist.all_to_all_single(out, x, group=group)
+
+
+def _seconds(run: Callable[[], Any], synchronize: Callable[[], None], group: Any) -> float:
+    """Return the seconds of a collective from a common start, on the slowest rank."""
+    taken = []
+    for turn in range(LINK_WARMUPS + LINK_TIMES):
+        dist.barrier(group=group)
+        synchronize()
+        start = now_ns()
+        run()
+        synchronize()
+        if turn >= LINK_WARMUPS:
+            taken.append((now_ns() - start) / 1e9)
+    slowest: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(slowest, taken, group=group)
+    return median([max(times) for times in zip(*slowest, strict=True)])

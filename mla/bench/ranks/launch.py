@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import threading
@@ -13,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from mla.bench.ranks.crew import Crew
-from mla.bench.ranks.errors import RanksError
-from mla.bench.ranks.pulse import SILENT, Pulse, Word, blamed_on, die
+from mla.bench.ranks.pulse import LOOK, SILENT, Pulse, RanksError, Word, blamed_on, die
 from mla.command import launcher
 from mla.errors import MLAError, UsageError
 from mla_backends.errors import describe
@@ -24,13 +22,13 @@ if TYPE_CHECKING:
     from mla.command.options import OpenedBackend
     from mla.parallel.layout import Layout
 
-# Seconds that ranks wait for each other, that one which ends early waits for rank 0, between looks, and for a
-# connection.
-MEETING, WORD, LOOK, TRY = 120.0, 20.0, 0.05, 10.0
+# Seconds that ranks wait for each other, that one which ends early waits for rank 0, and for a connection.
+MEETING, WORD, TRY = 120.0, 20.0, 10.0
 
 _TCPStore: Any = vars(dist)["TCPStore"]  # whose stubs do not export them
 _PrefixStore: Any = vars(dist)["PrefixStore"]
-_MET: list[tuple[Pulse, Any]] = []  # what `connect` returned, which lives as long as this process
+_JOINED: list[tuple[Pulse, Any]] = []  # what `connect` returned, which lives as long as this process
+_unreached = False  # `connect` has waited in vain
 
 
 def join(options: RunOptions, opened: OpenedBackend, layout: Layout) -> Crew:
@@ -64,7 +62,7 @@ def connect(seconds: float, word: Word | None = None) -> tuple[Pulse, Any]:
     """Return the pulse and the store of this rank, which waits so long for rank 0. Raises `RanksError`.
 
     `word`: of a rank that comes only to say why it ends. The store is held by rank 0 or, under torchrun, by
-    the launcher. No collective is needed for either, so the pulse can name a rank that never comes.
+    the launcher. It waits for nobody else, so the pulse can name a rank that never comes.
     """
     rank, world, (host, port) = launcher.rank() or 0, launcher.count() or 1, address()
     holds = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -73,44 +71,34 @@ def connect(seconds: float, word: Word | None = None) -> tuple[Pulse, Any]:
     watch = threading.Timer(seconds + SILENT, die, (unanswered,))  # operations of a store wait without limit
     watch.daemon = True
     watch.start()
-    limit = time.monotonic() + seconds
+    limit = timedelta(seconds=seconds)
     try:
         if not holds:
-            _dial(host, port, limit).close()  # torch would write a page of warnings, and not hear Ctrl-C
-        server = _TCPStore(
-            *(host, port, world, holds),
-            timeout=timedelta(seconds=seconds),
-            wait_for_workers=False,
-            multi_tenant=True,
+            _reach(host, port, seconds)  # torch would write a page of warnings, and not hear Ctrl-C
+        store, beats = (
+            _PrefixStore(
+                f"mla/{attempt}",
+                _TCPStore(host, port, world, master, limit, wait_for_workers=False, multi_tenant=True),
+            )
+            for master in (holds, False)
         )
-        store = _PrefixStore(f"mla/{attempt}", server)
-        if rank == 0:
-            peer = _listen(world)
-            store.set("pulse", str(peer.getsockname()[1]))
-        else:
-            while not store.check(["pulse"]) and time.monotonic() < limit:
-                time.sleep(LOOK)
-            peer = _dial(host, int(store.get("pulse")), limit)
+        _JOINED.append((Pulse(rank, world, beats, die, word), store))
     except Exception as error:
+        global _unreached
+        _unreached = True
         raise RanksError(_unreachable(holds, host, port, seconds, error)) from error
     finally:
         watch.cancel()
-    _MET.append((Pulse(rank, world, peer, die, word), store))
-    return _MET[0]
+    return _JOINED[0]
 
 
-def _listen(backlog: int) -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        with contextlib.suppress(OSError):  # it is turned off
-            return socket.create_server(("", 0), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
-    return socket.create_server(("", 0), backlog=backlog)
-
-
-def _dial(host: str, port: int, limit: float) -> socket.socket:
-    """Return a connection to whoever listens there. Raises OSError once time.monotonic() is past `limit`."""
+def _reach(host: str, port: int, seconds: float) -> None:
+    """Return once somebody listens there. Raises OSError after so many seconds."""
+    limit = time.monotonic() + seconds
     while True:
         try:
-            return socket.create_connection((host, port), min(TRY, max(0.1, limit - time.monotonic())))
+            socket.create_connection((host, port), min(TRY, max(0.1, limit - time.monotonic()))).close()
+            return
         except OSError:
             if time.monotonic() > limit:
                 raise
@@ -131,10 +119,10 @@ def _unreachable(holds: bool, host: str, port: int, seconds: float, error: Excep
 
 def leave_word(sentence: str, code: int) -> bool:
     """Tell other ranks why this one ends, unless they know; return whether they may hear it."""
-    if (launcher.count() or 1) == 1:
+    if (launcher.count() or 1) == 1 or _unreached:
         return False
     try:
-        pulse, _ = _MET[0] if _MET else connect(WORD, Word(sentence.rstrip("."), code))
+        pulse, _ = _JOINED[0] if _JOINED else connect(WORD, Word(sentence.rstrip("."), code))
     except MLAError:
         return False
     pulse.leave(sentence.rstrip("."), code)

@@ -1,13 +1,13 @@
 """A layer over several ranks: `RankLayer` is one rank's part, and `LeadLayer` on rank 0 the whole.
 
-`RankBench` and `LeadBench` are the same for forwards on new lengths.
+Every other rank has a `Follower`, which carries out the commands of rank 0.
 """
 
 from __future__ import annotations
 
+import gc
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from time import perf_counter_ns as now_ns
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 import torch
 
+from mla.bench.limits.microbench import no_garbage_collection
 from mla.bench.measure.evidence import LayerBench, Lengths, Sample
-from mla.bench.ranks.errors import Failure, RanksError, failure
+from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.results.schema import LinkLine, RankFacts, Spread
 from mla.bench.results.stats import median
 from mla.bench.subjects.base import Facts, Implementation, LayerChecker, Outputs, buffers
+from mla.bench.subjects.fixture import Fixture, make_fixture
 from mla.bench.subjects.inputs import Inputs, Requests
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.setting import SPARE_PAGES, Setting
@@ -36,7 +38,7 @@ from mla.verify.places import Places
 from mla.verify.verdict import Check
 
 if TYPE_CHECKING:
-    from mla.bench.ranks.crew import Crew
+    from mla.bench.ranks.crew import Crew, Failure
 
 # Bound before any plugin loads.
 _random = random.SystemRandom()
@@ -49,8 +51,17 @@ CLOCKED = 1 << 22
 class RankLayer(MlaLayer):
     """What one rank does of a layer; `load` takes the whole scenario and its inputs."""
 
-    def __init__(self, setting: Setting, state: State, name: str, ops: str | None, groups: Groups) -> None:
-        self._groups = groups
+    def __init__(
+        self,
+        setting: Setting,
+        state: State,
+        name: str,
+        ops: str | None,
+        groups: Groups,
+        meet: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`meet` returns once every rank has called it."""
+        self._groups, self._meet = groups, meet
         super().__init__(setting, state, name, ops)
 
     def _make_layer(self, ops: str | None, index: int) -> MLA:
@@ -98,17 +109,17 @@ class RankLayer(MlaLayer):
     def places(self, step: int) -> Places:
         return Places.new_tokens(self.scenario.query_lens, self.scenario.kv_lens(step))
 
-    def rank_facts(self, number: int, meet: Callable[[], None]) -> RankFacts:
+    def rank_facts(self, number: int) -> RankFacts:
         """Run a pass in which collectives are clocked, and return what a result says of this rank.
 
-        All ranks must do it together, and `meet` before every forward. The samples are left to the caller.
+        All ranks must do it together. The samples are left to the caller.
         """
         self.restore(number)
         steps = [Traffic() for _ in range(self.scenario.steps)]
         for index, traffic in enumerate(steps):
             self.before(index)
             self._now_ns()
-            meet()
+            self._meet()
             with self._groups.clocked(self._now_ns, traffic):
                 self.step(index)
             self.after(index)
@@ -116,8 +127,8 @@ class RankLayer(MlaLayer):
         return RankFacts(
             rank=self._groups.rank,
             samples=[0.0],
-            collective_ms=median([one.ns / 1e6 for one in steps]),  # as of samples
-            collective_bytes=sum(one.sent for one in steps) // len(steps),
+            collective_ms=median([traffic.ns / 1e6 for traffic in steps]),  # as of samples
+            collective_bytes=sum(traffic.sent for traffic in steps) // len(steps),
             cache_bytes=facts.cache_bytes,
             weight_bytes=facts.weight_bytes,
         )
@@ -126,46 +137,33 @@ class RankLayer(MlaLayer):
         self.setting.backend.synchronize()
         return now_ns()
 
+    def make_bench(self) -> None:
+        """Prepare forwards on new lengths."""
+        self._bench = LayerBench(self, judged=False)  # an oracle of its lengths has no rank
 
-class RankBench:
-    """One rank's part of it. Every rank must make one, and run it, at the same time."""
+    def run_bench(
+        self, lengths: Lengths, count: int, beat: Callable[[], None] = lambda: None
+    ) -> list[Sample]:
+        """Run `count` forwards on these lengths of all requests, and return what this rank's part took.
 
-    def __init__(self, part: RankLayer, meet: Callable[[], None]) -> None:
-        """`meet` returns once every rank has called it."""
-        self.layer, self._meet = part, meet
-        self._bench = LayerBench(part, judged=False)  # an oracle of its lengths has no rank
-
-    def run(self, lengths: Lengths, count: int, beat: Callable[[], None] = lambda: None) -> list[Sample]:
-        """Run `count` forwards on these lengths of all requests, and return what this rank's part took."""
-        first, stop = self.layer.requests.first, self.layer.requests.stop
-        own = Lengths(lengths.query_lens[first:stop], lengths.kv_lens[first:stop])
+        All ranks must do it together.
+        """
+        mine = slice(self.requests.first, self.requests.stop)
         self._meet()  # once: a rank that refuses such lengths comes to no further forward
-        return self._bench.run(own, count, beat)
-
-
-class LeadBench:
-    """The bench of all ranks together (as `mla.bench.measure.evidence.LayerBench`): the slowest counts."""
-
-    def __init__(self, lead: LeadLayer, own: RankBench) -> None:
-        self._lead, self._own = lead, own
-        self.layer = own.layer
-
-    def run(self, lengths: Lengths, count: int, beat: Callable[[], None]) -> list[Sample]:
-        """Return of each forward the times of the slowest rank."""
-        by_rank = self._lead.run_lengths(self._own, lengths, count, beat)
-        return [Sample(*map(max, zip(*samples, strict=True))) for samples in zip(*by_rank, strict=True)]
+        return self._bench.run(Lengths(lengths.query_lens[mine], lengths.kv_lens[mine]), count, beat)
 
 
 class LeadLayer(Implementation):
     """Has every rank do its part of each forward, from a common start, and checks the outputs of all.
 
     A sample is that of the slowest rank. Others start their clock when all have met, and rank 0 when its
-    runner does, right after that.
+    runner does, right after that. `Follower` has the other end of every command.
     """
 
     def __init__(self, setting: Setting, part: RankLayer, crew: Crew) -> None:
         super().__init__(setting)
         self.name = part.name
+        self.layer = part  # whose lengths `run` may shrink
         self._part, self._crew = part, crew
         self.held_to_reference = part.held_to_reference
         self._outputs: list[Outputs] = []  # of the last pass, by rank
@@ -173,24 +171,35 @@ class LeadLayer(Implementation):
 
     # ------------------------------------------------------------------------------------------ passes
 
+    def _all(self, work: Callable[[], T], command: str, *arguments: Any) -> list[T]:
+        """Have the others carry out a command, and rank 0 do `work`; return what every rank gave.
+
+        Where one cannot do its part, no rank keeps this layer. Raises what `Crew.attempt` does.
+        """
+        self._crew.tell(command, *arguments)
+        try:
+            return self._crew.attempt(self.name, work)
+        except (UnsupportedBatch, OutOfMemory):
+            self._crew.tell("drop", self.name)
+            raise
+
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
         self.scenario = scenario
         self._kept = self._kept or [[] for _ in range(self._crew.layout.world)]
         seed = _random.getrandbits(63)
-        self._crew.tell("load", scenario.name, self.name, seed, inputs.seed)
-        self._crew.concerted(self.name, partial(self._part.load_alike, scenario, inputs, seed))
+        load = partial(self._part.load_alike, scenario, inputs, seed)
+        self._all(load, "load", scenario.name, self.name, seed, inputs.seed)
 
     def restore(self, number: int = 0) -> None:
         self._number, self._outputs = number, []
-        self._crew.tell("restore", self.name, number)
-        self._crew.concerted(self.name, partial(self._part.restore, number))
+        self._all(partial(self._part.restore, number), "restore", self.name, number)
 
     def before(self, index: int) -> None:
         self._index = index
         self._part.before(index)
 
     def meet(self) -> None:
-        with self._awaited():
+        with self._crew.awaited(self.name):
             self._crew.tell("forward", self._index)
             self._crew.wait()
 
@@ -198,92 +207,60 @@ class LeadLayer(Implementation):
         try:
             self._part.step(index)
         except Exception as error:  # nothing is entered before a forward that is timed
-            if (own := self._crew.alike(error, self.name)) is None:
-                with self._awaited(), self._crew.blamed():
+            if (failed := self._crew.alike(error, self.name)) is None:
+                with self._crew.awaited(self.name), self._crew.blamed():
                     raise
-            self._crew.tell("times")
-            self._of_all(own)  # raises what it is on all ranks
+            self._all(lambda: failed, "times")  # raises what it is on all ranks
 
     def after(self, index: int) -> None:
         self._crew.tell("after", index)
         self._part.after(index)
 
     def slowest(self, samples: list[float]) -> list[float]:
-        self._crew.tell("times")
-        last = self._of_all(samples)
+        by_rank = self._all(lambda: samples, "times")
         if 1 <= self._number <= self.scenario.rounds:  # a pass of the result
-            for kept, times in zip(self._kept, last, strict=True):
+            for kept, times in zip(self._kept, by_rank, strict=True):
                 kept += times
-        return [max(times) for times in zip(*last, strict=True)]
+        return [max(times) for times in zip(*by_rank, strict=True)]
 
     def outputs(self) -> Outputs:
         if not self._outputs:
-            with self._awaited():
-                self._crew.tell("outputs")
-                mine = self._part.outputs()
-            self._outputs = self._of_all(mine)
+            self._outputs = self._all(self._part.outputs, "outputs")
         return self._whole(0)
 
-    def _of_all(self, mine: T | Failure) -> list[T]:
-        """Return what every rank gave; where one gave a failure instead, no rank keeps this layer."""
-        try:
-            return self._crew.parts(mine)
-        except (UnsupportedBatch, OutOfMemory):
-            self._crew.tell("drop", self.name)
-            raise
-
-    def lengths_bench(self) -> LeadBench | None:
-        """Return what runs forwards of all ranks on new lengths; None: nothing."""
+    def lengths_bench(self) -> LeadLayer | None:
+        """Return what runs forwards of all ranks on new lengths, by `run`; None: nothing."""
         if self._crew.layout.dcp > 1:  # whose batches are laid out for the lengths of a pass
             return None
-        self._crew.tell("bench", self.name)
-        made: list[RankBench] = []
-        self._crew.concerted(self.name, lambda: made.append(RankBench(self._part, self._crew.wait)))
-        return LeadBench(self, made[0])
+        self._all(self._part.make_bench, "make_bench", self.name)
+        return self
 
-    def run_lengths(
-        self, bench: RankBench, lengths: Lengths, count: int, beat: Callable[[], None]
-    ) -> list[list[Sample]]:
-        """Have all ranks run forwards on new lengths, and return what their parts took, by rank."""
-        self._crew.tell("run_lengths", lengths, count)
+    def run(self, lengths: Lengths, count: int, beat: Callable[[], None]) -> list[Sample]:
+        """Run `count` forwards of all ranks, and return of each the times of the slowest rank."""
+        work = partial(self._part.run_bench, lengths, count, beat)
+        self._crew.tell("run_bench", lengths, count)
         with self._crew.blamed():
-            return self._crew.attempt(self.name, partial(bench.run, lengths, count, beat))
-
-    @contextmanager
-    def _awaited(self) -> Iterator[None]:
-        """End the run, on all ranks, if this one fails in the block: the others wait for it.
-
-        Raises `RanksError` for what would cost one device no more than the case.
-        """
-        try:
-            yield
-        except Exception as error:
-            if (own := failure(error, self.name)) is not None:
-                raise RanksError(f"rank 0: {own.sentence}", common=True) from error
-            raise
+            by_rank = self._crew.attempt(self.name, work, together=True)  # the layer stays if one refuses
+        return [Sample(*map(max, zip(*samples, strict=True))) for samples in zip(*by_rank, strict=True)]
 
     # ------------------------------------------------------------------------------------------ checks
 
     def check(self, checker: LayerChecker) -> Check:
         """Check what every rank has: each has the outputs of all heads, of its requests."""
         self.outputs()
-        found = [
+        checks = [
             checker.check_pass(self._whole(copy), self._number, self.held_to_reference)
             for copy in range(self._copies())
         ]
-        worst = max(range(len(found)), key=lambda copy: _badness(found[copy]))
-        if found[worst].reason:
-            wrong = [copy for copy, one in enumerate(found) if one.status == found[worst].status]
-            found[worst].reason = f"{self._blamed(checker, worst, wrong)}: {found[worst].reason}"
-        return found[worst]
-
-    def _blamed(self, checker: LayerChecker, worst: int, wrong: Sequence[int]) -> str:
-        """Say on which ranks outputs are wrong; a wrong part of a sum cannot be told from the others."""
-        rank = self._worst_rank(checker, worst)
-        if len(wrong) == 1:
-            return f"on rank {rank}"
-        ranks = ", ".join(str(rank - worst + copy) for copy in wrong[:-1])
-        return f"on ranks {ranks} and {rank - worst + wrong[-1]}, which hold one sum: any may be at fault"
+        worst = max(range(len(checks)), key=lambda copy: _badness(checks[copy]))
+        check = checks[worst]
+        if check.reason:
+            wrong = [copy for copy, other in enumerate(checks) if other.status == check.status]
+            first = self._worst_rank(checker, worst) - worst
+            *ranks, last = [str(first + copy) for copy in wrong]
+            blamed = f"on ranks {', '.join(ranks)} and {last}, which hold one sum: any may be at fault"
+            check.reason = f"{blamed if ranks else f'on rank {last}'}: {check.reason}"
+        return check
 
     def _worst_rank(self, checker: LayerChecker, copy: int) -> int:
         """Return which of the ranks that have one copy of all outputs is farthest from the oracle."""
@@ -315,14 +292,11 @@ class LeadLayer(Implementation):
 
     def spread(self) -> Spread:
         """Run a pass in which collectives are clocked, and return every rank's part."""
-        with self._awaited(), self._crew.blamed():
+        with self._crew.awaited(self.name), self._crew.blamed():
             self._crew.tell("clock", self.name, CLOCKED)
-            own = self._part.rank_facts(CLOCKED, self._crew.wait)
-        found = self._crew.gather(own)
-        ranks = [
-            msgspec.structs.replace(one, samples=samples)
-            for one, samples in zip(found, self._kept, strict=True)
-        ]
+            facts = self._part.rank_facts(CLOCKED)
+        by_rank = zip(self._crew.gather(facts), self._kept, strict=True)
+        ranks = [msgspec.structs.replace(rank, samples=samples) for rank, samples in by_rank]
         layout, library = str(self._crew.layout), self._crew.library
         lines = self._crew.measure_link(self.setting.device, self.setting.backend.synchronize)
         link = [LinkLine.of(kind, line) for kind, line in lines.items()]
@@ -339,3 +313,119 @@ class LeadLayer(Implementation):
 
 def _badness(check: Check) -> tuple[bool, float]:
     return check.status != "ok", check.error_ratio if check.error_ratio is not None else float("inf")
+
+
+class Follower:
+    """What every rank but 0 does of the layer that is measured; a method per command."""
+
+    def __init__(self, request: Request, crew: Crew) -> None:
+        self._request, self._crew = request, crew
+        self._fixture: Fixture | None = None
+        self._layers: dict[str, RankLayer] = {}  # of the present scenario, by implementation
+        self._layer: Any = None  # the one that runs
+        self._failure: Failure | None = None  # of a forward of it, until rank 0 asks
+        self._times: list[float] = []  # of this pass
+
+    def follow(self) -> int:
+        """Carry out what rank 0 tells until it says "end", and return the exit code that it names."""
+        with no_garbage_collection():  # as on rank 0: the slowest rank gives the number
+            while True:
+                command, *arguments = self._crew.hear()
+                if command == "end":
+                    return int(arguments[0])
+                with self._crew.blamed():
+                    getattr(self, command)(*arguments)
+
+    def _attempt(self, implementation: str, work: Callable[[], object], together: bool = False) -> None:
+        """Do this rank's part, and send what it gave, or why a forward failed before."""
+        failed, self._failure = self._failure, None
+        self._crew.attempt(implementation, work, failed, together)
+
+    def load(self, scenario: str, implementation: str, seed: int, fresh: int | None) -> None:
+        """Build an implementation's part, with the scenario's weights, history and inputs.
+
+        One that is there already takes `fresh` inputs of this seed, or the scenario's own again.
+        """
+        plan = next(plan for plan in self._request.scenarios if plan.name == scenario)
+        self._failure = None
+        if self._fixture is None or self._fixture.point.name != scenario:
+            self._fixture = None  # the last one's weights are gone before there are others
+            self.drop()
+            self._fixture = make_fixture(plan.setting, plan.point, self._request.state)
+        self._attempt(implementation, partial(self._load, self._fixture, plan, implementation, seed, fresh))
+
+    def _load(
+        self, fixture: Fixture, plan: ScenarioPlan, implementation: str, seed: int, fresh: int | None
+    ) -> None:
+        inputs = fixture.inputs()
+        part: Any = self._layers.get(implementation) or fixture.build(implementation)
+        part.load_alike(plan.point, inputs if fresh is None else inputs.fresh(fresh), seed)
+        self._layers[implementation] = part
+
+    def drop(self, *implementations: str) -> None:
+        """Free the parts of these implementations, or of all."""
+        for name in implementations or list(self._layers):
+            self._layers.pop(name, None)
+        self._layer = self._failure = None
+        gc.collect()
+        self._request.setting.backend.empty_cache()
+
+    def _turn_to(self, implementation: str) -> Any:
+        """Return the layer that runs from now on."""
+        layer = self._layers[implementation]
+        if layer is not self._layer:
+            self._layer, self._failure = layer, None
+        return layer
+
+    def restore(self, implementation: str, number: int) -> None:
+        """Begin a pass."""
+        torch.set_num_threads(self._request.setting.threads)  # an op may have changed it
+        layer, self._times = self._turn_to(implementation), []
+        self._attempt(implementation, partial(layer.restore, number))
+
+    def forward(self, index: int) -> None:
+        """Prepare a forward, meet the others, and time it; after one that failed, only meet them."""
+        if self._failure is not None:
+            self._crew.wait()
+            return
+        layer, synchronize = self._layer, self._request.setting.backend.synchronize
+        layer.before(index)
+        synchronize()
+        self._crew.wait()
+        start = now_ns()
+        try:
+            layer.step(index)
+            synchronize()
+        except Exception as error:
+            self._failure = self._crew.alike(error, layer.name)
+            if self._failure is None:
+                raise
+            return
+        self._times.append((now_ns() - start) / 1e6)
+
+    def make_bench(self, implementation: str) -> None:
+        """Prepare forwards on new lengths."""
+        self._attempt(implementation, self._turn_to(implementation).make_bench)
+
+    def run_bench(self, lengths: Lengths, count: int) -> None:
+        """Run so many forwards on these lengths of all requests, and send what they took."""
+        self._attempt(self._layer.name, partial(self._layer.run_bench, lengths, count), together=True)
+
+    def after(self, index: int) -> None:
+        """Keep the output of a forward."""
+        if self._failure is None:
+            self._layer.after(index)
+
+    def times(self) -> None:
+        """Send the milliseconds of this pass's forwards, or why one failed."""
+        self._attempt(self._layer.name, lambda: self._times)
+
+    def outputs(self) -> None:
+        """Send the outputs of this pass, or why a forward failed."""
+        self._attempt(self._layer.name, self._layer.outputs)
+
+    def clock(self, implementation: str, number: int) -> None:
+        """Clock the collectives of a pass and the link, and send what the result says of this rank."""
+        self._crew.gather(self._layers[implementation].rank_facts(number))
+        backend = self._request.setting.backend
+        self._crew.measure_link(self._request.setting.device, backend.synchronize)

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 
-from mla.bench.plan.options import RunOptions
 from mla.bench.ranks.layers import LeadLayer, RankLayer
 from mla.bench.results.schema import LinkLine, RankFacts, Spread
 from mla.bench.results.stats import median
@@ -54,28 +53,22 @@ class SimulatedPart(RankLayer):
             self._shelf, self._held = Shelf([only], 1, poison), {}
 
     def extend(self, table_tokens: int = 0) -> Any:
-        self._extended = super().extend(table_tokens)
-        return self._extended
-
-    @property
-    def _present_batch(self) -> Any:
-        """The batch of the last forward."""
-        return self.batch if self.scenario.mode == "prefill" else self._extended
+        self.batch = super().extend(table_tokens)
+        return self.batch
 
     def begin_meeting(self) -> None:
-        """Make the batch of a forward that all ranks run."""
+        """Make the batch of a forward that all ranks run, in `meet_ranks`."""
         poison(self.out)
         if self.scenario.mode == "decode":
             self.extend()
 
     def meet_ranks(self) -> None:
         """Run the forward that was begun, as far as other ranks let it."""
-        self.forward(self._present_batch, self.x, self.out)
+        self.forward(self.batch, self.x, self.out)
 
     def undo(self) -> None:
         """Go back to before the last forward, whose results are overwritten, and receive again."""
-        batch = self._present_batch
-        self.clear_new(batch)
+        self.clear_new(self.batch)
         if self.scenario.mode == "decode":
             grown = list(zip(self._sequences, self.scenario.query_lens, strict=True))
             for sequence, new in reversed(grown):  # the free list, and so the next pages, are as before
@@ -93,12 +86,6 @@ class Simulation(Ranks):
         """`source` says where the numbers of the link are from."""
         self.layout, self.link, self.source = layout, link, source
         self.assumed = f"link {link} ({source})"
-
-    @classmethod
-    def of(cls, options: RunOptions, layout: Layout) -> Simulation:
-        """Return the simulation that a run was asked for."""
-        assert options.link is not None
-        return cls(layout, Link.parse(options.link), options.link_source)
 
     def layer(
         self, setting: Setting, state: Mapping[str, torch.Tensor], name: str, ops: str | None
@@ -143,8 +130,8 @@ class SimulatedLayer(LeadLayer):
             block = Requests.of(scenario, place.dp, layout.dp).scenario(scenario)
             return place.dcp, block.query_lens, block.history
 
-        own = share(part.groups.rank)
-        return next(rank for rank in range(layout.world) if share(rank) == own)
+        this = share(part.groups.rank)
+        return next(rank for rank in range(layout.world) if share(rank) == this)
 
     def restore(self, number: int = 0) -> None:
         self._number, self._outputs = number, []
@@ -206,8 +193,8 @@ class SimulatedLayer(LeadLayer):
         if 1 <= self._number <= self.scenario.rounds:  # a pass of the result
             for rank, kept in self._passes.items():
                 kept += times[rank]
-        predicted = ([ms + self._collective_ms(rank) for ms in own] for rank, own in times.items())
-        return [max(own) for own in zip(*predicted, strict=True)]
+        predicted = ([ms + self._collective_ms(rank) for ms in taken] for rank, taken in times.items())
+        return [max(by_rank) for by_rank in zip(*predicted, strict=True)]
 
     def outputs(self) -> Outputs:
         if not self._outputs:
@@ -224,7 +211,7 @@ class SimulatedLayer(LeadLayer):
 
     def _predicted(self, rank: int) -> list[float]:
         """Return the milliseconds of a rank's forwards: its own, and its collectives."""
-        return [one + self._collective_ms(rank) for one in self._passes[rank]]
+        return [ms + self._collective_ms(rank) for ms in self._passes[rank]]
 
     def _collective_ms(self, rank: int) -> float:
         return 1e3 * self._simulation.link.seconds(self._parts[rank].groups.calls)

@@ -30,8 +30,7 @@ from mla.bench.subjects.setting import Setting, say_remarks
 from mla.bench.workload.scenario import Scenario
 from mla.command.console import detail, note
 from mla.errors import MLAError, UnsupportedBatch
-from mla.parallel.layout import Layout, Place
-from mla.parallel.work import rank_work
+from mla.parallel.layout import Layout, Place, rank_work
 from mla.text import dtype_name
 from mla.verify.verdict import Check
 

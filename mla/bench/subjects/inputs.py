@@ -23,8 +23,7 @@ from mla.cache import LatentCache
 from mla.cases.case import generator
 from mla.config import MLAConfig
 from mla.cost import kv_b_parameters, projection_parameters
-from mla.verify.layer_oracle import State, oracle, oracle_of_choices, oracle_of_last
-from mla.verify.oracle_cost import Run
+from mla.verify.layer_oracle import Run, State, oracle, oracle_of_choices, oracle_of_last
 
 # The most last tokens of a prefill's request; and rows of them over all requests.
 LAST_TOKENS, LAST_ROWS = 64, 256

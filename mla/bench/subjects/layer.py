@@ -18,10 +18,10 @@ from mla.bench.workload.scenario import Scenario
 from mla.cache import LatentCache
 from mla.cache.ragged_batch import RaggedBatch
 from mla.layer.attention import MLA
-from mla.verify.bounds import BOUNDS, ROW_SLACK
+from mla.verify.layer_check import Poison
 from mla.verify.layer_oracle import State
 from mla.verify.places import Places
-from mla.verify.poison import Poison
+from mla.verify.tolerances import BOUNDS, ROW_SLACK
 from mla.verify.verdict import Check
 from mla_backends import BackendError
 from mla_backends.api import Backend

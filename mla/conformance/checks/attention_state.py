@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from mla.cases.call import GuardedCall, host
 from mla.cases.case import OpCase
 from mla.cases.memory import Tensors
-from mla.conformance.checks import op_cases, op_check
+from mla.cases.played import host_of
+from mla.conformance.checks import in_order, op_cases, op_check
 from mla.conformance.checks.attention import (
     BOTH,
     EXPANDED,
@@ -21,9 +21,8 @@ from mla.conformance.checks.attention import (
 )
 from mla.conformance.checks.device import NO_GRAPH, best, elapsed, load_of, median
 from mla.conformance.trial import Refused, Trial, expect
-from mla.parallel.context import merge
+from mla.parallel.layer import merge
 from mla.parallel.layout import Share
-from mla.verify.tolerances import same_bits
 
 UNITS = 4  # of pending work that a plan might wait for
 CALLS = 300  # of one state: beyond what a counter of 8 bits holds
@@ -43,12 +42,8 @@ def reuse(trial: Trial, make: Make) -> None:
     """One prepared state serves several layers, with another batch's calls in between."""
     first, second = trial.fitted(make(*usual(make))), trial.fitted(other(make))
     with trial.case(f"{first.label}, and {second.label} in between"):
-        layer, next_layer, between = (trial.serve(case) for case in (first, first.but(seed=1), second))
-        for call in (layer, between):
-            call.prepare()
-        next_layer.share(layer)
-        for call in (layer, between, next_layer, between, layer):
-            trial.check(call)
+        order = in_order(0, 1, 2, 1, 0)
+        trial.play(first, second, first.but(seed=1), order=order, early=True, states=(0, 1, 0))
 
 
 @op_check("prepare", "state", "a plan step that waits for the device or copies lengths back from it", BOTH)
@@ -78,15 +73,9 @@ def prepare(trial: Trial, make: Make) -> None:
 def refilled(trial: Trial, make: Make) -> None:
     """One state on the same memory follows what that memory holds."""
     case = trial.fitted(make(*usual(make), 4))
-    with trial.case(case.label):
-        call = trial.serve(case)
-        outputs = call.outputs()
-        # Keys that change under the queries, then queries as well, and then back.
-        for seed, others in ((0, 0), (0, 1), (1, 1), (1, 0), (0, 0)):
-            call.hold(trial.serve(case.but(seed=seed, others=others)))
-            for placed in outputs.values():
-                placed.part.fill_(torch.nan)
-            trial.judge(call, call.run(outputs))
+    with trial.case(case.label):  # keys that change under the queries, then queries as well, and then back
+        cases = [case.but(seed=seed, others=keys) for seed, keys in ((0, 0), (0, 1), (1, 1), (1, 0))]
+        trial.play(*cases, order=in_order(0, 1, 2, 3, 0), one_memory=True)
 
 
 @op_check(
@@ -96,18 +85,9 @@ def kept(trial: Trial, make: Make) -> None:
     """What a call wrote stays as it is, and its inputs may be overwritten afterwards."""
     first, second = trial.fitted(make(*usual(make), 4)), trial.fitted(other(make).but(num_heads=4))
     with trial.case(f"{first.label}, then {second.label}"):
-        call, layer, between = (trial.serve(case) for case in (first, first.but(seed=1), second))
-        outputs = call.run()
-        before = {name: placed.part.cpu().clone() for name, placed in outputs.items()}
-        for name in {"q", "cache", "k", "v"} & call.arguments.keys():
-            call.arguments[name].fill_(torch.nan)
-        trial.check(between, only=("out",))
-        own = trial.serve(first.but(seed=1))  # with a state of its own
-        layer.share(call)
-        for later in (layer, own, *[layer] * ALIVE):
-            trial.check(later, only=("out",))
-        for name, then in before.items():
-            expect(same_bits(then, outputs[name].part), f"`{name}` of an earlier call was written again")
+        layers = first.but(seed=1), first.but(seed=1)  # with the state of the first, and with one of its own
+        order = (*in_order(0, 1, 2, 3), (2, ALIVE))
+        trial.play(first, second, *layers, order=order, states=(0, 1, 0, 3))
 
 
 @op_check("again", "state", "a counter or a ring of buffers that runs out after some calls", BOTH)
@@ -115,15 +95,7 @@ def again(trial: Trial, make: Make) -> None:
     """The same call gives the same result hundreds of times."""
     case = trial.fitted(other(make).but(num_heads=2))
     with trial.case(f"{case.label}, {CALLS} times"):
-        call = trial.serve(case)
-        first = call.results(trial.check(call, only=("out",)))["out"]
-        outputs = call.outputs()
-        for _ in range(CALLS):
-            for placed in outputs.values():
-                placed.part.fill_(torch.nan)
-            call.run(outputs)
-            if not torch.equal(outputs["out"].part.cpu(), first):
-                trial.judge(call, outputs, only=("out",))
+        trial.play(case, order=((0, CALLS),))
 
 
 @op_check("alive", "state", "states in a ring of a few, or scratch memory that later states take over", BOTH)
@@ -132,12 +104,9 @@ def alive(trial: Trial, make: Make) -> None:
     case = trial.fitted(make((1, 2), (5, 9), 2))
     first, second = case.kv_lens
     cases = [case.but(kv_lens=(first + i, second + 2 * i)) for i in range(ALIVE)]
+    turns = range(ALIVE)
     with trial.case(f"{ALIVE} states, the first {case.label}"):
-        calls = [trial.serve(one) for one in cases]
-        for call in calls:
-            call.prepare()
-        for call, outputs in [(call, call.run()) for call in (*calls[::-1], *calls)]:
-            trial.judge(call, outputs)
+        trial.play(*cases, order=in_order(*turns[::-1], *turns), early=True)
 
 
 @op_cases("stepping", "state", "lengths remembered from the first time a batch was prepared", LATENT)
@@ -151,8 +120,8 @@ def tables(trial: Trial, make: Make) -> None:
     """States of equal shapes, alive at the same time, keep their own tables and lengths apart."""
     first, swapped = (trial.fitted(decode(*lengths, heads=4)) for lengths in ((33, 7, 100), (100, 33, 7)))
     with trial.case(f"{first.label}, {swapped.label}"):
-        others = (first.but(seed=1, shuffle=1), swapped, swapped.but(seed=1, shuffle=2))
-        alternate(trial, [trial.serve(case) for case in (first, *others)])
+        cases = (first, first.but(seed=1, shuffle=1), swapped, swapped.but(seed=1, shuffle=2))
+        trial.play(*cases, order=in_order(*range(4)) * 2, early=True)
 
 
 @op_check("lengths", "state", "lengths that are kept for every batch of the same shape", EXPANDED)
@@ -162,15 +131,7 @@ def lengths(trial: Trial, make: Make) -> None:
     cases = [trial.fitted(make(*both, 4)) for both in batches]
     cases += [cases[0].but(causal=False)]
     with trial.case(", ".join(case.label for case in cases)):
-        alternate(trial, [trial.serve(case) for case in cases])
-
-
-def alternate(trial: Trial, calls: list[GuardedCall]) -> None:
-    """Prepare all, then call all in turn, twice."""
-    for call in calls:
-        call.prepare()
-    for call in calls * 2:
-        trial.check(call)
+        trial.play(*cases, order=in_order(*range(4)) * 2, early=True)
 
 
 # -------------------------------------------------------------------------------------------------- graphs
@@ -192,18 +153,13 @@ def captured(trial: Trial, first: OpCase, second: OpCase, follows: bool) -> None
     call.prepare()
     if follows and not getattr(call.leading[0], "graph_safe", False):
         raise Refused(NOT_SAFE)
-    outputs = call.outputs()
-
-    def work() -> None:
-        call.run(outputs)
-
-    replay = capture(trial, work)
+    replay = capture(trial, lambda: call.op(*call.leading, **call.arguments))
     for case in (second, first, second):
-        call.hold(trial.serve(case))
-        outputs["out"].part.fill_(torch.nan)
+        held = trial.serve(case)
+        call.restore(held)
         replay()
         trial.backend.synchronize()
-        trial.judge(call, outputs, only=("out",), around=False)
+        trial.right(held, call.judge(held, only=("out",)))
 
 
 @op_check("graph", "state", "a call that waits, allocates or reads inputs on the host while captured", LATENT)
@@ -244,20 +200,21 @@ def shares(trial: Trial, make: Make) -> None:
                 out, sums = (torch.stack([part[name] for part in parts]) for name in ("out", "lse"))
                 merged = torch.empty_like(out[0])
                 merge(out, sums, merged)
-                trial.found(whole.faults({"out": merged}))
+                trial.right(whole, whole.wrong({"out": merged}))
 
 
 def _attend(trial: Trial, case: OpCase, share: Share) -> Tensors:
     """Return out [T, h, c] and lse [T, h] of one share, where each new token is a request of its own."""
-    whole, keys = host(case.but(dtype=trial.dtype)), []
+    whole, keys = host_of(case.but(dtype=trial.dtype)), []
     for latents, new, length in zip(
         whole.given["keys"].split(case.kv_lens), case.query_lens, case.kv_lens, strict=True
     ):
         own = latents[share.rank :: share.world]
-        seen = share.count(torch.arange(length - new, length) + 1)
+        seen = share.held(torch.arange(length - new, length) + 1)
         keys += [own[:count] for count in seen.tolist()]
     lengths = tuple(map(len, keys))
     part = case.but(query_lens=(1,) * len(lengths), kv_lens=lengths)
     given = {"q": whole.given["q"], "keys": torch.cat(keys)}
     call = trial.serve(part, given=given)
-    return call.results(call.run())
+    trial.check(call)
+    return call.results()

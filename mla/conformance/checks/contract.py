@@ -89,6 +89,8 @@ def specs(op: FusedOp, subject: BackendUnderTest) -> Iterator[Any]:
 
 def _expect_reasons(what: str, asked: list[Any]) -> None:
     for answer in asked:
-        right = isinstance(answer, (list, tuple)) and all(isinstance(one, str) and one for one in answer)
+        right = isinstance(answer, (list, tuple)) and all(
+            isinstance(reason, str) and reason for reason in answer
+        )
         expect(right, f"{what} returned {answer!r}, not a list of sentences")
     expect(list(asked[0]) == list(asked[1]), f"{what} returned {asked[0]!r} and then {asked[1]!r}")

@@ -20,8 +20,7 @@ import torch
 from mla.conformance.registry import DTYPE, check
 from mla.conformance.trial import BackendUnderTest, CheckFailed, Refused, Trial, expect, raised
 from mla.text import dtype_name
-from mla.verify.bounds import UNITS
-from mla.verify.tolerances import relative_error, same_bits
+from mla.verify.tolerances import UNITS, relative_error, same_bits
 from mla_backends.api import API_VERSION, Availability, DeviceInfo, MemoryInfo, Peak
 from mla_backends.errors import BackendError
 
@@ -47,10 +46,10 @@ def identity(trial: Trial) -> None:
 @check("device.probe", catches="a probe that raises, or calls a working device unusable")
 def probe(trial: Trial) -> None:
     """The probe finds the device usable, after setup as well, and gives evidence as text."""
-    found = trial.backend.probe()
-    expect(isinstance(found, Availability), f"probe() returned a {type(found).__name__}")
-    expect(found.ok is True, f"probe() says: {found.reason or found.ok!r}")
-    _expect_texts("evidence", found.evidence)
+    answer = trial.backend.probe()
+    expect(isinstance(answer, Availability), f"probe() returned a {type(answer).__name__}")
+    expect(answer.ok is True, f"probe() says: {answer.reason or answer.ok!r}")
+    _expect_texts("evidence", answer.evidence)
 
 
 @check("device.probe_speed", catches="a probe that scans the machine, so that listing backends takes seconds")
@@ -124,24 +123,24 @@ def options(trial: Trial) -> None:
 @check("device.count", catches="a count that sends a node's tasks to devices that do not exist")
 def count(trial: Trial) -> None:
     """The number of visible devices is None, or positive and greater than the index of the one in use."""
-    found = trial.backend.device_count()
-    whole = isinstance(found, int) and not isinstance(found, bool)
-    expect(found is None or (whole and found > 0), f"device_count() is {found!r}; use None for unknown")
+    answer = trial.backend.device_count()
+    whole = isinstance(answer, int) and not isinstance(answer, bool)
+    expect(answer is None or (whole and answer > 0), f"device_count() is {answer!r}; use None for unknown")
     used = trial.device.index or 0
-    expect(found is None or used < found, f"device_count() is {found}, but device {used} is in use")
+    expect(answer is None or used < answer, f"device_count() is {answer}, but device {used} is in use")
 
 
 @check("device.info", catches="zero or an empty text for an unknown fact")
 def info(trial: Trial) -> None:
     """Facts about the device are positive, peaks have a source, and unknown values are None."""
-    found = trial.backend.device_info()
-    expect(isinstance(found, DeviceInfo), f"device_info() returned a {type(found).__name__}")
-    expect(isinstance(found.name, str) and bool(found.name.strip()), f"the name is {found.name!r}")
-    trial.note = found.name
+    answer = trial.backend.device_info()
+    expect(isinstance(answer, DeviceInfo), f"device_info() returned a {type(answer).__name__}")
+    expect(isinstance(answer.name, str) and bool(answer.name.strip()), f"the name is {answer.name!r}")
+    trial.note = answer.name
     for fact in ("memory_bytes", "cache_bytes"):
-        value = getattr(found, fact)
+        value = getattr(answer, fact)
         expect(value is None or _positive(value), f"{fact} is {value!r}; use None for unknown")
-    peaks = {"bandwidth": found.bandwidth, **{f"flops[{key}]": peak for key, peak in found.flops.items()}}
+    peaks = {"bandwidth": answer.bandwidth, **{f"flops[{key}]": peak for key, peak in answer.flops.items()}}
     for fact, peak in peaks.items():
         right = peak is None or (isinstance(peak, Peak) and _positive(peak.value) and bool(peak.source))
         expect(right, f"{fact} is {peak!r}; it needs a positive value and a source")
@@ -158,24 +157,24 @@ def environment(trial: Trial) -> None:
         _expect_texts("environment()", trial.backend.environment())
 
 
-def _expect_texts(what: str, found: Any) -> None:
-    expect(isinstance(found, Mapping), f"{what} is a {type(found).__name__}, not a mapping")
-    for key, value in found.items():
+def _expect_texts(what: str, answer: Any) -> None:
+    expect(isinstance(answer, Mapping), f"{what} is a {type(answer).__name__}, not a mapping")
+    for key, value in answer.items():
         expect(isinstance(key, str) and isinstance(value, str), f"{what} has {key!r}: {value!r}, not text")
 
 
 @check("device.memory", catches="counters that are mixed up, in the wrong unit, or zero for unknown")
 def memory(trial: Trial) -> None:
     """Counters are None or consistent: free and allocated fit into total, allocated into peak."""
-    found = trial.backend.memory()
-    expect(isinstance(found, MemoryInfo), f"memory() returned a {type(found).__name__}")
+    answer = trial.backend.memory()
+    expect(isinstance(answer, MemoryInfo), f"memory() returned a {type(answer).__name__}")
     for name in ("free", "total", "allocated", "peak"):
-        value = getattr(found, name)
+        value = getattr(answer, name)
         right = value is None or (isinstance(value, int) and value >= 0)
         expect(right, f"{name} is {value!r}; it must be a number of bytes or None")
-    expect(found.total != 0, "total is 0; use None for unknown")
+    expect(answer.total != 0, "total is 0; use None for unknown")
     for less, more in (("free", "total"), ("allocated", "total"), ("allocated", "peak")):
-        low, high = getattr(found, less), getattr(found, more)
+        low, high = getattr(answer, less), getattr(answer, more)
         expect(low is None or high is None or low <= high, f"{less} is {low}, {more} is {high}")
 
 
@@ -217,9 +216,9 @@ def dtype(trial: Trial) -> None:
     for name, function in results.items():
         with trial.case(name):
             truth = function(a.double(), b.double(), rows)
-            found = function(*on_device)
-            expect(found.dtype == trial.dtype, f"the result is {found.dtype}")
-            error = relative_error((found, truth))
+            computed = function(*on_device)
+            expect(computed.dtype == trial.dtype, f"the result is {computed.dtype}")
+            error = relative_error((computed, truth))
             expect(error <= 2 * unit, f"relative error {error:.1e}, allowed {2 * unit:.1e}")
 
 
@@ -231,10 +230,10 @@ def dtypes(trial: Trial) -> None:
     except Exception as error:
         raise CheckFailed(raised(error)) from error
     expect(bool(claimed), "dtypes() is empty")
-    for one in claimed:
-        floating = isinstance(one, torch.dtype) and one.is_floating_point
-        expect(floating, f"dtypes() holds {one!r}, which is not a floating dtype")
-    trial.note = ", ".join(dtype_name(one) for one in claimed)
+    for claim in claimed:
+        floating = isinstance(claim, torch.dtype) and claim.is_floating_point
+        expect(floating, f"dtypes() holds {claim!r}, which is not a floating dtype")
+    trial.note = ", ".join(dtype_name(claim) for claim in claimed)
 
 
 # -------------------------------------------------- waiting and timing
@@ -347,12 +346,12 @@ def timer(trial: Trial) -> None:
         start = time.perf_counter()
         clock.start()
         work.submit(8)
-        found = clock.stop()
+        measured = clock.stop()
         work.read()  # what the timer did not wait for is waited for here
         passed = 1e3 * (time.perf_counter() - start)
         ceiling = SLACK * passed + RESOLUTION_MS
-        expect(found <= ceiling, f"the timer says {found:.3g} ms, but only {passed:.3g} ms had passed")
-        shares.append(found / passed)
+        expect(measured <= ceiling, f"the timer says {measured:.3g} ms, but only {passed:.3g} ms had passed")
+        shares.append(measured / passed)
     trial.note = f"{clock.clock} clock"
     share = statistics.median(shares)
     expect(share > 0.5, f"the timer covers only {share:.0%} of the time the work took")
@@ -365,25 +364,25 @@ def _timed(trial: Trial, work: MatmulLoad, units: int, pending: int = 0) -> floa
     work.submit(pending)
     clock.start()
     work.submit(units)
-    found = clock.stop()
+    measured = clock.stop()
     work.read()
-    return float(found)
+    return float(measured)
 
 
 @check("device.timer_scales", catches="a timer that is blind to the work, or measures launches only")
 def timer_scales(trial: Trial) -> None:
     """Eight times the work takes at least twice as long."""
     work = load_of(trial.subject)
-    one = eight = 0.0
+    single = eight = 0.0
     units = 1
     for units in WORK:
-        one, eight = (best(functools.partial(_timed, trial, work, count)) for count in (units, 8 * units))
-        if eight >= 2 * one > 0:
+        single, eight = (best(functools.partial(_timed, trial, work, count)) for count in (units, 8 * units))
+        if eight >= 2 * single > 0:
             break
-    trial.note = f"{eight / one if one else 0:.1f}x the time for 8x the work"
-    expect(one > 0, f"work of {work.milliseconds(units):.3g} ms took {one:.3g} ms")
+    trial.note = f"{eight / single if single else 0:.1f}x the time for 8x the work"
+    expect(single > 0, f"work of {work.milliseconds(units):.3g} ms took {single:.3g} ms")
     counts = f"{units} unit{'s' * (units > 1)} of work and {eight:.3g} ms for {8 * units}"
-    expect(eight >= 2 * one, f"{one:.3g} ms for {counts}")
+    expect(eight >= 2 * single, f"{single:.3g} ms for {counts}")
 
 
 @check("device.timer_start", catches="a timer that counts work submitted before it was started")

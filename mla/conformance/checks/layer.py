@@ -18,9 +18,8 @@ from mla.conformance.trial import CheckFailed, Refused, Trial, expect
 from mla.layer.attention import MLA
 from mla.layer.plan import rebuilt_bytes
 from mla.layer.rope import RotaryTable
-from mla.verify.bounds import ALLOWED, TWICE
 from mla.verify.op_oracle import true_norm, true_rotation
-from mla.verify.tolerances import relative_error, same_bits
+from mla.verify.tolerances import ALLOWED, TWICE, relative_error, same_bits
 
 # Small, but with the head widths that kernels are made for: without and with a query LoRA.
 PLAIN = MLAConfig(

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from mla.cases.call import host
 from mla.cases.case import OpCase
 from mla.cases.memory import allocate
+from mla.cases.played import host_of
 from mla.cases.stress import Stress
-from mla.conformance.checks import op_cases, op_check
-from mla.conformance.checks.attention import DEEPSEEK, SMALL
+from mla.conformance.checks import in_order, op_cases, op_check
+from mla.conformance.checks.attention import DEEPSEEK
 from mla.conformance.reach import far, memory_may_end
 from mla.conformance.trial import Trial, expect
 from mla.verify.tolerances import same_bits
@@ -79,7 +79,6 @@ def of_tokens(case: OpCase, *counts: int) -> Iterator[OpCase]:
 
 EPS = "an eps that is fixed, or added after the square root"
 OVERFLOW = "squares that overflow a narrow dtype"
-HALVES = "the `interleaved` argument ignored"
 
 
 @op_cases(
@@ -87,7 +86,6 @@ HALVES = "the `interleaved` argument ignored"
     "tiles",
     "a weight that is transposed or a neighbour's, or a last tile missing",
     of(PRODUCTS),
-    inputs=True,
 )
 def product(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """The product is correct for one token and for many."""
@@ -99,13 +97,7 @@ def product(example: OpCase, quick: bool) -> Iterator[OpCase]:
         yield example.but(tokens=tokens, in_features=inputs, out_features=outputs, groups=groups)
 
 
-@op_cases("bias", "formula", "a bias that is ignored", of(("linear",)), inputs=True)
-def bias(example: OpCase, quick: bool) -> Iterator[OpCase]:
-    """A bias is added to every row."""
-    return of_tokens(example.but(in_features=128, out_features=256, biased=True), 1, 7, 130)
-
-
-@op_cases("formula", "formula", "a norm over the wrong width, or without its weight", of(NORM), inputs=True)
+@op_cases("formula", "formula", "a norm over the wrong width, or without its weight", of(NORM))
 def norm_formula(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """x / sqrt(mean(x^2) + eps) * weight, over rows of any width."""
     for width in (1536, 33) if quick else (1536, 768, 33, 1):
@@ -117,20 +109,19 @@ def norm_formula(example: OpCase, quick: bool) -> Iterator[OpCase]:
     "formula",
     "a key that is cached unrotated, or a latent without its norm's weight",
     of(WRITE),
-    inputs=True,
 )
 def write_formula(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """The latent is normed and the key rotated, each as accurately as the dtype allows."""
     return of_tokens(example, 1, 9, 130)
 
 
-@op_cases("eps", "formula", EPS, of((*NORM, *WRITE)), inputs=True)
+@op_cases("eps", "formula", EPS, of((*NORM, *WRITE)))
 def eps(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """With small inputs eps matters, and it is the one that is passed."""
     return (_usual(example).but(size=1e-3, eps=value) for value in (1e-6, 1e-5))
 
 
-@op_cases("large", "numbers", OVERFLOW, of((*NORM, *WRITE)), inputs=True)
+@op_cases("large", "numbers", OVERFLOW, of((*NORM, *WRITE)))
 def large(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """Inputs in the hundreds give results as accurate as small ones."""
     yield _usual(example).but(size=500.0)
@@ -139,18 +130,6 @@ def large(example: OpCase, quick: bool) -> Iterator[OpCase]:
 def _usual(example: OpCase) -> OpCase:
     """Return a norm of a width that models have."""
     return example.but(features=1536) if example.kind == "rms_norm" else example
-
-
-@op_cases("interleaved", "formula", "halves rotated where channels alternate", of(ROTATE), inputs=True)
-def rotate_interleaved(example: OpCase, quick: bool) -> Iterator[OpCase]:
-    """Interleaved: channels 2i and 2i + 1 are rotated together, and stay where they are."""
-    return (example.but(num_heads=heads) for heads in ((16, 3) if quick else (16, 1, 3, 128)))
-
-
-@op_cases("halves", "formula", HALVES, of((*ROTATE, *WRITE)), inputs=True)
-def halves(example: OpCase, quick: bool) -> Iterator[OpCase]:
-    """Not interleaved: channels i and i + r/2 are rotated together."""
-    yield example.but(num_heads=16, interleaved=False)
 
 
 @op_check(
@@ -194,17 +173,13 @@ ROTARY = (2, 32, 62, 96, 128)
 HEADS = (*range(1, 34), 40, 48, 63, 64, 65, 96, 127, 128)
 
 
-@op_cases(
-    "rows", "grid", "rows beyond a launch grid, or beside a multiple of its blocks", EXAMPLES, inputs=True
-)
+@op_cases("rows", "grid", "rows beyond a launch grid, or beside a multiple of its blocks", EXAMPLES)
 def rows(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """From one row to thousands, every row is right."""
     return by_turns(of_tokens(example, *((*FEW, MOST_ROWS) if quick else (*MANY, MOST_ROWS, BEYOND_GRID))))
 
 
-@op_cases(
-    "rows_and_heads", "grid", "tokens times heads that a launch grid does not hold", of(HEADED), inputs=True
-)
+@op_cases("rows_and_heads", "grid", "tokens times heads that a launch grid does not hold", of(HEADED))
 def rows_and_heads(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """Tokens times heads may exceed 65535."""
     case = _of_heads(example, 128).but(tokens=521)
@@ -212,19 +187,11 @@ def rows_and_heads(example: OpCase, quick: bool) -> Iterator[OpCase]:
     yield from [other_way(case)] if quick else both_ways([case])
 
 
-@op_cases("empty", "emptiness", "an empty launch that raises, or that writes anyway", EXAMPLES, inputs=True)
-def empty(example: OpCase, quick: bool) -> Iterator[OpCase]:
-    """A call without tokens is allowed and writes nothing."""
-    nothing = example.but(tokens=0)
-    yield from (*both_ways([nothing]), nothing.but(strided=True))
-
-
 @op_cases(
     "wide",
     "grid",
     "more tiles of outputs than a grid was made for, or columns counted in 15 bits",
     of(("linear",)),
-    inputs=True,
 )
 def wide(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """Every one of tens of thousands of outputs is right."""
@@ -232,9 +199,7 @@ def wide(example: OpCase, quick: bool) -> Iterator[OpCase]:
     return both_ways(few.but(out_features=outputs) for outputs in (WIDE[-1:] if quick else WIDE))
 
 
-@op_cases(
-    "widths", "tiles", "a last tile that is missing, or filled with what lies behind", EXAMPLES, inputs=True
-)
+@op_cases("widths", "tiles", "a last tile that is missing, or filled with what lies behind", EXAMPLES)
 def widths(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """Widths that no tile divides are served, or refused with a reason."""
     if example.kind == "write_latent":
@@ -256,7 +221,6 @@ def widths(example: OpCase, quick: bool) -> Iterator[OpCase]:
     "tiles",
     "heads left over by a tile of heads, or a head count that is assumed",
     of(HEADED),
-    inputs=True,
 )
 def heads(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """Any number of heads from 1 to 128 is served, or refused with a reason."""
@@ -267,31 +231,6 @@ def heads(example: OpCase, quick: bool) -> Iterator[OpCase]:
 
 def _of_heads(case: OpCase, count: int) -> OpCase:
     return case.but(**{"groups" if case.kind == "batched_linear" else "num_heads": count})
-
-
-@op_cases(
-    "page_sizes",
-    "tiles",
-    "a slot that is split into page and offset with a fixed page size",
-    of(WRITE),
-    inputs=True,
-)
-def page_sizes(example: OpCase, quick: bool) -> Iterator[OpCase]:
-    """Slots are rows of the flattened cache, whatever the page size."""
-    sizes = (1, 16, 128) if quick else (1, 2, 4, 8, 16, 32, 128, 256)
-    return by_turns(example.but(page_size=size) for size in sizes)
-
-
-@op_cases(
-    "other_widths",
-    "tiles",
-    "a kernel compiled for 512 + 64 that runs on other widths anyway",
-    of(WRITE),
-    inputs=True,
-)
-def other_widths(example: OpCase, quick: bool) -> Iterator[OpCase]:
-    """Widths other than 512 + 64 are served, or refused with a reason."""
-    yield example.but(**SMALL, page_size=16)
 
 
 # ------------------------------------------------------------------------------------------------ numbers
@@ -310,23 +249,23 @@ def long_sums(trial: Trial, example: OpCase) -> None:
     """Sums over thousands of inputs are as accurate as short ones, even where their parts cancel."""
     if example.kind == "rms_norm":
         few = example.but(tokens=3)
-        trial.check_cases((few.but(features=width) for width in (7168, 16384)), inputs=True)
+        trial.check_cases(few.but(features=width) for width in (7168, 16384))
         return
     if trial.quick and example.kind == "batched_linear":
         example = example.but(out_features=64)
     lengths = list(itertools.product((7168,) if trial.quick else (2048, 7168, 16384), (3, 66)))
     for cancels in (False,) if trial.dtype == torch.float32 else (False, True):  # whose own sums err by it
         cases = (example.but(tokens=t, in_features=i, cancels=cancels) for i, t in lengths)
-        trial.check_cases(cases, inputs=True)
+        trial.check_cases(cases)
 
 
 @op_check("sizes", "numbers", "a scale that rows share, as of numbers in 8 bits", EXAMPLES)
 def sizes(trial: Trial, example: OpCase) -> None:
     """Rows that are thousands of times as large as others of the same call are all right."""
-    trial.check_cases(of_tokens(example.but(spread=SPREAD[trial.dtype]), 7, 66), inputs=True)
+    trial.check_cases(of_tokens(example.but(spread=SPREAD[trial.dtype]), 7, 66))
 
 
-@op_cases("outlier", "numbers", "a scale that an outlier sets for a whole row", of(PRODUCTS), inputs=True)
+@op_cases("outlier", "numbers", "a scale that an outlier sets for a whole row", of(PRODUCTS))
 def outlier(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """An input that is far larger than others, and counts as much, costs no accuracy."""
     return of_tokens(example.but(outlier=True), 1, 66)
@@ -334,67 +273,22 @@ def outlier(example: OpCase, quick: bool) -> Iterator[OpCase]:
 
 # ------------------------------------------------------------------------------------------ memory and places
 
-ORDERS = ("rising", "falling", "a run", "a shuffled run", "shuffled")
 BITS = 17  # slots beyond what 16 bits count, in a cache that is small enough for any device
-
-
-def _shapes(example: OpCase) -> Iterator[OpCase]:
-    """Yield cases of one token, of few and of many, of even and of odd widths."""
-    yield from both_ways(of_tokens(example, 1, 7, 130))
-    if example.kind in PRODUCTS:
-        odd = ((130, 96, 70), (5, 33, 17))
-        yield from (example.but(tokens=t, in_features=i, out_features=o) for t, i, o in odd)
-    if example.kind == "rms_norm":
-        yield from (example.but(features=width) for width in (1536, 33))
-    if example.kind == "write_latent":
-        yield example.but(interleaved=False, page_size=16)
-
-
-@op_cases(
-    "strided", "memory", "a kernel that ignores strides, or writes outside its output", EXAMPLES, inputs=True
-)
-def strided(example: OpCase, quick: bool) -> Iterator[OpCase]:
-    """Operands may be slices of wider tensors; memory around them is neither read nor written."""
-    return (case.but(strided=True) for case in _shapes(example))
-
-
-@op_cases(
-    "inputs",
-    "memory",
-    "a kernel that uses an input as scratch memory, or rounds its rows up to whole tiles",
-    EXAMPLES,
-    inputs=True,
-)
-def inputs(example: OpCase, quick: bool) -> Iterator[OpCase]:
-    """Inputs, and memory before and behind every operand, are neither read nor written by the call."""
-    return _shapes(example)
 
 
 @op_check("in_place", "memory", "a second channel computed from the rotated first", of(ROTATE))
 def rotate_in_place(trial: Trial, example: OpCase) -> None:
     """`out` may be x itself, as a slice of a wider tensor."""
     for interleaved in (True, False):
-        case = example.but(num_heads=16, interleaved=interleaved, strided=True)
+        case = example.but(num_heads=16, interleaved=interleaved, gaps={"x": (16, 32, 16)})
         with trial.case(case.label):
-            call = trial.serve(case)
-            out = call.run({"out": call.inputs.pop("x")})
-            trial.judge(call, out, inputs=True)
+            trial.play(case, in_place=True)
 
 
-@op_check("untouched", "memory", "a write past the row, to a neighbour's slot or to another layer", of(WRITE))
-def untouched(trial: Trial, example: OpCase) -> None:
+@op_cases("untouched", "memory", "a write past the row, to a neighbour's slot or to another layer", of(WRITE))
+def untouched(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """Slots that are not written keep every bit, NaN included, and so do the other layers."""
-    for case in (example, example.but(tokens=1, page_size=16), example.but(tokens=70)):
-        with trial.case(case.label):
-            call = trial.serve(case)
-            for clause in call.strays(call.run()):
-                expect(not clause, clause)
-
-
-@op_cases("order", "order", "slots that are taken to rise, or to follow each other", of(WRITE), inputs=True)
-def order(example: OpCase, quick: bool) -> Iterator[OpCase]:
-    """Slots may come in any order, with and without gaps."""
-    return both_ways(case.but(order=order) for order in ORDERS for case in of_tokens(example, 2, 9, 130))
+    yield from (example, example.but(tokens=1, page_size=16), example.but(tokens=70))
 
 
 @op_check("slots", "index", "slots or pages that are counted in 8 to 16 bits", of(WRITE))
@@ -430,7 +324,8 @@ def check_sparse(trial: Trial, example: OpCase, some: Sequence[int], page_size: 
         cache = allocate((pages, page_size, *case.shape(case.entry.cached)), trial.dtype, trial.device)
         rows, on_device = cache.flatten(0, 1), chosen.to(trial.device)
         rows[on_device] = rows[beside] = torch.nan
-        trial.judge(call, call.run({}, slots=on_device, cache=cache), slots=on_device, cache=cache)
+        call.replace(slots=on_device, cache=cache)
+        trial.check(call)
         expect(bool(rows[beside].isnan().all()), "a slot beside those that are written has changed")
 
 
@@ -447,13 +342,13 @@ def _check_far_rows(trial: Trial, case: OpCase, apart: int) -> None:
     """Lay the rows of the first operand so many numbers apart, and those of the output behind them."""
     call = trial.serve(case)
     wide = allocate((case.rows, apart), trial.dtype, trial.device)
-    name, outputs = case.entry.varied[0], call.outputs()
-    rows = call.arguments[name]
+    name = case.entry.varied[0]
+    rows, out = call.arguments[name], call.arguments.get("out")
     there = {name: wide[:, : rows[0].numel()].unflatten(1, rows.shape[1:]).copy_(rows)}
-    if "out" in outputs:  # and no cache, whose own check is far_slots
-        out = outputs["out"].part
+    if out is not None:  # and no cache, whose own check is far_slots
         there["out"] = wide[:, -out[0].numel() :].unflatten(1, out.shape[1:]).copy_(out)
-    trial.judge(call, call.run(outputs, **there), **there)
+    call.replace(**there)
+    trial.check(call)
 
 
 # -------------------------------------------------------------------------------------------------- state
@@ -473,45 +368,20 @@ LARGE = {torch.bfloat16: 2.0**16, torch.float16: 2.0**8, torch.float32: 2.0**16}
 def earlier_outputs(trial: Trial, example: OpCase) -> None:
     """Calls on other tensors, with other weights of the same shape, leave earlier outputs as they were."""
     cases = [example.but(tokens=tokens, seed=s, others=s % 3) for s, tokens in enumerate(TURNS)]
-    with trial.case(f"{len(cases)} calls, {example.label}"):
-        calls = [trial.serve(case) for case in cases]
-        outputs = [trial.check(call, inputs=True) for call in calls]
-        then = [call.results(out) for call, out in zip(calls, outputs, strict=True)]
-        for call in (*calls[::-1], *calls[::2]):  # and each weight once more, by turns
-            trial.check(call, inputs=True)
-        for call, out, first in zip(calls, outputs, then, strict=True):
-            same = all(same_bits(now, first[name]) for name, now in call.results(out).items())
-            expect(same, f"a later call changed the output of an earlier one ({call.case.label})")
-            trial.judge(call, out, inputs=True)
-
-
-@op_check("new_contents", "state", "a result or an input that is remembered by its address", EXAMPLES)
-def new_contents(trial: Trial, example: OpCase) -> None:
-    """Tensors whose contents have changed in place are read again, and outputs are written again."""
-    for case in (example, other_way(example)) if example.kind == "linear" else (example,):
-        with trial.case(case.label):
-            call = trial.serve(case)
-            outputs = trial.check(call, inputs=True)
-            for seed, cleared in ((1, False), (2, True), (0, False)):
-                same = {"others": 0} if case.entry.packed else {}  # the packed weight is the call's
-                call.hold(trial.serve(case.but(seed=seed, **same)))
-                if cleared:
-                    for placed in outputs.values():
-                        placed.part.fill_(torch.nan)
-                trial.judge(call, call.run(outputs), around=False)
+    turns = range(len(cases))
+    with trial.case(f"{len(cases)} calls, {example.label}"):  # and each weight once more, by turns
+        trial.play(*cases, order=in_order(*turns, *turns[::-1], *turns[::2]), early=True)
 
 
 @op_check("call_before", "state", "scratch memory that still holds something of the call before", EXAMPLES)
 def call_before(trial: Trial, example: OpCase) -> None:
     """A call whose numbers are small is right after one whose numbers are large."""
     gain = LARGE[trial.dtype]
+    many, few, large_many, large_few = range(4)
+    cases = [example.but(tokens=t, gain=g, seed=int(g > 1)) for g in (1.0, gain) for t in (130, 7)]
+    order = in_order(large_many, few, large_few, few, large_many, many, large_few, many)
     with trial.case(f"gains of {gain:g} and 1, {example.label}"):
-        (many, few), (large_many, large_few) = (
-            [trial.serve(example.but(tokens=t, gain=g, seed=int(g > 1))) for t in (130, 7)]
-            for g in (1.0, gain)
-        )
-        for call in (large_many, few, large_few, few, large_many, many, large_few, many):
-            trial.check(call)
+        trial.play(*cases, order=order)
 
 
 @op_check(
@@ -527,9 +397,9 @@ def packed_again(trial: Trial, example: OpCase) -> None:
         memory = call.pool.given["weight"].to(trial.device, copy=True)
         for model in (0, 1, 2, 1):
             case = example.but(others=model)
-            weight = host(case.but(dtype=trial.dtype)).given["weight"]
+            weight = host_of(case.but(dtype=trial.dtype)).given["weight"]
             memory.copy_(weight)
             call = trial.serve(case, packed=call.op.pack(memory))
             for _ in range(2):
-                trial.check(call, inputs=True)
+                trial.check(call)
             expect(same_bits(call.op.unpack(call.leading[0]), weight), "the op wrote to its weight")

@@ -243,7 +243,7 @@ def expanded_case(
 
 
 def check_attention(case: Any, op: Any, *layouts: str) -> None:
-    """Hold an op to the project's bounds (`mla.verify.bounds`), per token and head.
+    """Hold an op to the project's bounds (`mla.verify.tolerances`), per token and head.
 
     Few columns average the rounding of the weights less: 1.19 was measured with 32 and 64, and 0.93 above.
     """

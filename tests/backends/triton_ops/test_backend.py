@@ -11,8 +11,7 @@ import torch
 
 from mla_backends.api import DeviceInfo, NormSpec
 from mla_backends.errors import BackendOptionError
-from mla_backends.triton_ops import Tile, Tuning, write_tuning
-from mla_backends.triton_ops.backend import TritonBackend
+from mla_backends.triton_ops import Tile, TritonBackend, Tuning, write_tuning
 from mla_backends.triton_ops.tuning import CURE, card_file
 
 TILES = {1: Tile(16, 16, 4, 1)}

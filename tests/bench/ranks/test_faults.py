@@ -83,7 +83,7 @@ def test_a_stopped_rank_is_missed_and_ends_when_it_wakes_up(start: Start, rank: 
 def test_a_rank_0_that_is_stopped_before_all_have_met_is_missed(start: Start) -> None:
     """They wait for two that never come."""
     port = free_port()
-    constants = {**IMPATIENT, "mla.bench.ranks.launch.MEETING": 20.0}
+    constants = {**IMPATIENT, "mla.bench.ranks.launch.MEETING": 6.0}
     ranks = start("--parallel", "tp=4", constants=constants, WORLD_SIZE="4", MASTER_PORT=str(port))
     with socket.socket() as found:
         while found.connect_ex(("127.0.0.1", port)):
@@ -120,13 +120,17 @@ def test_what_one_rank_raises_ends_all(start: Start, rank: int) -> None:
         assert "the card fell off the bus" in second
 
 
-@pytest.mark.parametrize("to", [[0], [1], [0, 1]])
 @pytest.mark.parametrize(
-    ("number", "code", "word"),
-    [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGHUP, 129, "SIGHUP"), (signal.SIGINT, 130, "interrupted")],
+    ("to", "number", "code", "word"),
+    [
+        ([0], signal.SIGTERM, 143, "SIGTERM"),
+        ([1], signal.SIGTERM, 143, "SIGTERM"),
+        ([1], signal.SIGHUP, 129, "SIGHUP"),
+        ([0, 1], signal.SIGINT, 130, "interrupted"),
+    ],
 )
 def test_an_interrupted_rank_ends_all(
-    start: Start, number: signal.Signals, to: list[int], code: int, word: str
+    start: Start, to: list[int], number: signal.Signals, code: int, word: str
 ) -> None:
     ranks = start(*LONG, "--scenario", "decode")
     when_said(ranks, "plan ")

@@ -1,175 +1,203 @@
-"""Who is missed, and what is said of several: over real connections, of ranks of which some do not run."""
+"""Who is missed, and what is said of several: ranks of one process, which share a store."""
 
 from __future__ import annotations
 
-import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 from mla.bench.ranks import pulse
-from mla.bench.ranks.errors import RanksError
-from mla.bench.ranks.pulse import Member, News, Place, Pulse, Word
-from mla.parallel.layout import Layout
+from mla.bench.ranks.pulse import Member, Pulse, RanksError, Word
 
-PATIENCE = 60.0  # seconds
+TIMEOUT_S = 60.0
+ELSEWHERE = Member("elsewhere", 7)
 AWAY = "rank {} (process 7 on elsewhere)"
 
 
-class Ranks:
-    """Rank 0 of several, and the connections of others to it."""
+class Run:
+    """Rank 0 of several, and others that join it."""
 
     def __init__(self, world: int) -> None:
-        self.world, self._server = world, socket.create_server(("127.0.0.1", 0))
-        self.address = self._server.getsockname()
-        self.zero = Pulse(0, world, self._server, lambda lost: None)
-        self.others: list[Pulse] = []
-        self.peers: list[socket.socket] = []
+        self.world, self.store = world, vars(torch.distributed)["HashStore"]()
+        self.pulses: list[Pulse] = []
+        self.zero = self.real(0)
 
-    def connect(self, rank: int, word: Word | None = None) -> socket.socket:
-        """Have a rank come that then does nothing: process 7 of another host."""
-        self.peers.append(peer := socket.create_connection(self.address))
-        member = Member("elsewhere", 7)
-        peer.sendall(msgspec.json.encode(News(members={rank: member}, word=word)) + b"\n")
-        return peer
+    def real(self, rank: int, word: Word | None = None) -> Pulse:
+        """Have a rank join that beats."""
+        self.pulses.append(Pulse(rank, self.world, self.store, lambda lost: None, word))
+        return self.pulses[-1]
 
-    def real(self, rank: int) -> Pulse:
-        """Have a rank come that beats."""
-        self.others.append(Pulse(rank, self.world, socket.create_connection(self.address), lambda lost: None))
-        return self.others[-1]
+    def join(self, rank: int, word: Word | None = None, member: Member = ELSEWHERE) -> None:
+        """Have a rank join that then does nothing."""
+        self.store.set(f"beat/{rank}", "[1,false]")
+        if word:
+            self.store.set(f"word/{rank}", msgspec.json.encode(word))
+            self.store.add("words", 1)
+        self.store.set(f"member/{rank}", msgspec.json.encode(member))
 
 
 @pytest.fixture
-def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Ranks]]:
+def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Run]]:
     """Return a function from a number of ranks to them."""
     monkeypatch.setattr(pulse, "BEAT", 0.02)
     monkeypatch.setattr(pulse, "SILENT", 0.5)
-    made: list[Ranks] = []
+    made: list[Run] = []
 
-    def ranks(world: int) -> Ranks:
-        made.append(Ranks(world))
+    def start(world: int) -> Run:
+        made.append(Run(world))
         return made[-1]
 
-    yield ranks
+    yield start
     for each in made:
-        for end in (*each.others, each.zero, *each.peers):
+        for end in each.pulses:
             end.close()
 
 
-def test_several_that_are_silent_are_named_together(ranks: Callable[[int], Ranks]) -> None:
-    run = ranks(3)
-    run.connect(1)
-    run.connect(2)
-    found = run.zero.lost(PATIENCE)
-    assert (
-        str(found)
-        == f"{AWAY.format(1)} and {AWAY.format(2)}: not heard of for 0 s; stopped, or the node is gone."
-    )
-    assert found is not None
-    assert (found.exit_code, found.common) == (3, False)
+def test_several_that_are_silent_are_named_together(run: Callable[[int], Run]) -> None:
+    ranks = run(3)
+    ranks.join(1)
+    ranks.join(2)
+    lost = ranks.zero.lost(TIMEOUT_S)
+    names = f"{AWAY.format(1)} and {AWAY.format(2)}"
+    assert str(lost) == f"{names}: not heard of for 0 s; stopped, or the node is gone."
+    assert lost is not None
+    assert (lost.exit_code, lost.common) == (3, False)
 
 
-def test_one_that_is_gone_is_named_by_all_and_no_other(ranks: Callable[[int], Ranks]) -> None:
-    run = ranks(3)
-    other, peer = run.real(1), run.connect(2)
-    run.zero.meet(PATIENCE)
-    other.meet(PATIENCE)
-    peer.close()
-    for each in (run.zero, other):
-        found = each.lost(PATIENCE)
-        assert (
-            str(found) == "rank 2 (process 7 on elsewhere): killed, perhaps for lack of memory, or crashed."
-        )
-
-
-def test_all_that_say_the_same_are_named_and_a_word_comes_before_silence(
-    ranks: Callable[[int], Ranks],
+def test_a_process_that_is_gone_is_named_by_all_and_no_other(
+    run: Callable[[int], Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = ranks(4)
+    monkeypatch.setattr(pulse, "SILENT", TIMEOUT_S)
+    ranks = run(3)
+    other = ranks.real(1)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        ranks.join(2, member=Member(ranks.zero.members[0].host, process.pid))
+        ranks.zero.meet(TIMEOUT_S)
+        other.meet(TIMEOUT_S)
+        process.kill()
+    for each in (ranks.zero, other):
+        lost = str(each.lost(TIMEOUT_S))
+        assert lost.startswith(f"rank 2 (process {process.pid} on ")
+        assert lost.endswith("): killed, perhaps for lack of memory, or crashed.")
+
+
+def test_who_cannot_be_seen_from_here_is_not_looked_for(
+    run: Callable[[int], Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Containers may share a host's name, and number processes of their own."""
+    monkeypatch.setattr(pulse, "SILENT", TIMEOUT_S)
+    ranks = run(2)
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    ranks.join(1, member=Member(ranks.zero.members[0].host, process.pid))
+    ranks.zero.meet(TIMEOUT_S)
+    assert ranks.zero.lost(0.5) is None
+
+
+def test_all_that_say_the_same_are_named_and_a_word_comes_before_silence(run: Callable[[int], Run]) -> None:
+    ranks = run(4)
     word = Word("out of memory", 5)
     for rank in (1, 2):
-        run.connect(rank, word)
-    run.connect(3).close()
+        ranks.join(rank, word)
+    ranks.join(3)
     with pytest.raises(RanksError) as caught:
-        run.zero.meet(PATIENCE)
+        ranks.zero.meet(TIMEOUT_S)
     assert str(caught.value) == f"{AWAY.format(1)} and {AWAY.format(2)} ended: out of memory."
     assert (caught.value.exit_code, caught.value.common) == (5, True)
 
 
 def test_ranks_that_never_come_are_named_on_all(
-    ranks: Callable[[int], Ranks], monkeypatch: pytest.MonkeyPatch
+    run: Callable[[int], Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pulse, "WORD", 1.0)
-    run = ranks(4)
-    other = run.real(2)
-    with pytest.raises(RanksError, match=r"^ranks 1 and 3 did not come within 0 s, as those on \S+ did: "):
-        run.zero.meet(0.3)
-    with pytest.raises(RanksError, match=r"^rank 0 .* ended: ranks 1 and 3 did not come within 0 s, "):
-        other.meet(PATIENCE)
+    ranks = run(4)
+    other = ranks.real(2)
+    with pytest.raises(RanksError, match=r"^ranks 1 and 3 did not join those on \S+ within 0 s: "):
+        ranks.zero.meet(0.3)
+    with pytest.raises(RanksError, match=r"^rank 0 .* ended: ranks 1 and 3 did not join those on "):
+        other.meet(TIMEOUT_S)
 
 
 def test_rank_0_waits_for_those_that_have_not_heard_why_it_ends(
-    ranks: Callable[[int], Ranks], monkeypatch: pytest.MonkeyPatch
+    run: Callable[[int], Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pulse, "WORD", PATIENCE)
-    run = ranks(3)
-    leaving = threading.Thread(target=run.zero.leave, args=("the card is gone", 3), daemon=True)
+    monkeypatch.setattr(pulse, "WORD", TIMEOUT_S)
+    ranks = run(3)
+    leaving = threading.Thread(target=ranks.zero.leave, args=("the card is gone", 3), daemon=True)
     leaving.start()
     for rank in (1, 2):
         assert leaving.is_alive()
         with pytest.raises(RanksError, match=r"^rank 0 \(process \d+ on \S+\) ended: the card is gone\.$"):
-            run.real(rank).meet(PATIENCE)
-    leaving.join(PATIENCE)
+            ranks.real(rank).meet(TIMEOUT_S)
+    leaving.join(TIMEOUT_S)
     assert not leaving.is_alive()
 
 
-def test_a_rank_of_another_run_is_refused_and_the_first_goes_on(ranks: Callable[[int], Ranks]) -> None:
-    run = ranks(2)
-    run.real(1).meet(PATIENCE)
+def test_a_rank_of_another_run_is_refused_and_the_first_goes_on(run: Callable[[int], Run]) -> None:
+    ranks = run(2)
+    ranks.real(1).meet(TIMEOUT_S)
+    second = ranks.real(1)
     with pytest.raises(RanksError, match=r"^another run has a rank 1 at this port: set MASTER_PORT"):
-        run.real(1).meet(PATIENCE)
-    socket.create_connection(run.address).close()  # nor does a stranger count
-    assert run.zero.lost(0.2) is None
+        second.meet(TIMEOUT_S)
+    second.leave("it has no room", 2)
+    assert ranks.zero.lost(0.2) is None
 
 
-def test_a_rank_that_ends_well_is_not_missed(ranks: Callable[[int], Ranks]) -> None:
-    run = ranks(2)
-    run.real(1).meet(PATIENCE)
-    run.others[0].close()
-    assert run.zero.lost(1.0) is None
+def test_a_rank_that_ends_well_is_not_missed(run: Callable[[int], Run]) -> None:
+    ranks = run(2)
+    ranks.real(1).meet(TIMEOUT_S)
+    ranks.pulses[1].close()
+    assert ranks.zero.lost(1.0) is None
 
 
-MEETS, WORKS = Place(4), Place(4, True, 1, 1)  # waits for the others before forward 4; is in it
-WAITS, DONE = Place(4, True, 2, 1), Place(4, False, 2, 2)  # in its second collective; through with it
-NEXT, LIBRARY = Place(5), Place(4, False, 1, 0)  # waits before forward 5; in a collective of no forward
+@pytest.mark.parametrize("fails", [True, False], ids=["gone", "silent"])
+def test_a_store_that_is_gone_or_does_not_answer_is_rank_0s(run: Callable[[int], Run], fails: bool) -> None:
+    woken = threading.Event()
+
+    class Broken:
+        def __init__(self, store: Any) -> None:
+            self.store, self.broken = store, False
+
+        def __getattr__(self, name: str) -> Any:
+            if self.broken and fails:
+                raise RuntimeError("Connection reset by peer")
+            if self.broken:
+                woken.wait(TIMEOUT_S)
+            return getattr(self.store, name)
+
+    ranks = run(2)
+    whole, ranks.store = ranks.store, Broken(ranks.store)
+    other = ranks.real(1)
+    other.meet(TIMEOUT_S)
+    ranks.store.broken = True
+    lost = str(other.lost(TIMEOUT_S))
+    woken.set()
+    assert lost.startswith(f"rank 0 (process {ranks.zero.members[0].pid} on ")
+    assert ("): killed, " if fails else "): not heard of for 0 s; stopped, ") in lost
+    ranks.store = whole
 
 
 @pytest.mark.parametrize(
-    ("layout", "places", "late"),
-    [
-        ("tp=2", [WAITS, WORKS], [1]),
-        ("tp=2", [WORKS, WAITS], [0]),
-        ("tp=2", [DONE, WORKS], [1]),  # it hangs after the last collective
-        ("tp=2", [LIBRARY, MEETS], [1]),
-        ("tp=2", [WAITS, WAITS], []),  # so the library hangs
-        ("tp=2", [WORKS, WORKS], []),
-        ("tp=2", [WAITS, Place(4, True, 1, 0)], [1]),  # in another collective
-        ("tp=2", [MEETS, Place(3, False, 2, 2)], [1]),  # on its way to the meeting
-        ("dp=2", [DONE, Place(4, True)], [1]),  # without collectives
-        ("dp=2", [Place(4, True), DONE], [0]),
-        ("dp=2", [NEXT, Place(4, True)], [1]),
-        ("dp=2,tp=2", [Place(4, False, 9, 9), Place(4, False, 9, 9), WAITS, WORKS], [3]),
-        ("dp=2,tp=2", [NEXT, NEXT, WAITS, WORKS], [3]),
-        ("dp=2,tp=2", [Place(4, False, 1, 1), Place(4, False, 1, 1), WAITS, WORKS], [3]),
-        ("dp=2,tp=2", [WORKS, WAITS, DONE, DONE], [0]),
-        ("dp=2,tp=2", [WORKS, WAITS, WAITS, Place(4, True, 1, 0)], [0, 3]),  # in groups of their own
-        ("dp=2,tp=2", [Place(4, True, 9, 8), Place(4, True, 8, 8), WAITS, WORKS], [1, 3]),
-        ("tp=2,dcp=2", [Place(4, True, 3, 2), Place(4, True, 3, 2), WAITS, WORKS], [3]),  # 2 waits for 3
-    ],
+    ("busy", "named"),
+    [([0, 1, 0], [1]), ([1, 0, 0], [0]), ([0, 1, 1], [1, 2]), ([0, 0, 0], []), ([1, 1, 1], [])],
 )
-def test_only_those_are_late_for_whom_others_wait(layout: str, places: list[Place], late: list[int]) -> None:
-    """Ranks of another part of `dp` have collectives, requests and thus numbers of their own."""
-    found = pulse.late(dict(enumerate(places)), Layout.parse(layout).head_groups())
-    assert (found if len(found) < len(places) else []) == late
+def test_those_are_late_that_compute_while_others_wait(
+    run: Callable[[int], Run], busy: list[int], named: list[int]
+) -> None:
+    """Where all wait, the library hangs; where all compute, nobody knows."""
+    ranks = run(3)
+    for rank in (1, 2):
+        ranks.real(rank)
+    for each, computes in zip(ranks.pulses, busy, strict=True):
+        each.busy = lambda computes=computes: bool(computes)  # type: ignore[misc]
+    ranks.zero.meet(TIMEOUT_S)
+    time.sleep(10 * pulse.BEAT)
+    found = ranks.zero.behind()
+    assert [rank for rank in range(3) if f"rank {rank} (process " in found] == named

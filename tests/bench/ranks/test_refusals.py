@@ -12,10 +12,8 @@ import torch
 from ranks_of_a_run import BOUND, Start
 
 from mla.bench import results
-from mla.bench.ranks.crew import Crew
-from mla.bench.ranks.errors import Failure, error_of
-from mla.bench.ranks.follower import _Follower
-from mla.bench.ranks.layers import LeadLayer
+from mla.bench.ranks.crew import Crew, Failure, error_of
+from mla.bench.ranks.layers import Follower, LeadLayer
 from mla.errors import OutOfMemory, UnsupportedBatch
 from mla.parallel.layout import Layout
 from mla_backends.host import memory_available
@@ -89,7 +87,7 @@ def test_what_all_ranks_refuse_in_a_forward_costs_that_case(start: Start) -> Non
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_what_one_rank_refuses_in_a_forward_ends_all(start: Start, rank: str) -> None:
     """The other waits in a collective by then, which cannot be taken back."""
-    soon = {"mla.bench.ranks.crew.GIVE": 1.0}
+    soon = {"mla.bench.ranks.crew.FAILED_S": 1.0}
     ranks, cases = run(start, rank, "call", "refuse", constants=soon)
     assert ranks.code(0) == 3
     assert TILE in ranks.err(0)
@@ -161,17 +159,20 @@ class Two:
     layout = Layout(dp=2)
 
     def __init__(self, rank: int) -> None:
-        self.rank, self.found = rank, [None, None]
+        self.rank, self.told, self.gave = rank, [], None
 
-    def share(self, mine: Any) -> list[Any]:
-        self.found[self.rank] = mine
-        return self.found
+    def gather(self, mine: Any) -> list[Any]:
+        self.gave = mine
+        return [] if self.rank else [mine, None]
 
-    def concerted(self, *arguments: Any) -> bool:
-        return Crew.concerted(self, *arguments)  # type: ignore[arg-type]
+    def attempt(self, *arguments: Any, **more: Any) -> list[Any]:
+        return Crew.attempt(self, *arguments, **more)  # type: ignore[arg-type]
 
-    def tell(self, *command: Any) -> None: ...
-    def wait(self) -> None: ...
+    def awaited(self, implementation: str) -> Any:
+        return Crew.awaited(self, implementation)  # type: ignore[arg-type]
+
+    def tell(self, *command: Any) -> None:
+        self.told.append(command)
 
 
 def no_memory(*_: Any) -> None:
@@ -181,27 +182,25 @@ def no_memory(*_: Any) -> None:
 @pytest.mark.parametrize("what", ["feed", "bench"])
 def test_short_memory_for_other_inputs_or_lengths_is_told_to_all_ranks(what: str) -> None:
     part: Any = SimpleNamespace(name="mla", held_to_reference=False, scenario=None)
-    part.load_alike = part.restore = no_memory
+    part.load_alike = part.make_bench = no_memory
     setting: Any = SimpleNamespace(backend=HostBackend())
     scenario: Any = SimpleNamespace(name="decode")
     inputs: Any = SimpleNamespace(seed=2, fresh=lambda seed: None)
-    second: Any = Two(1)
-    plan = SimpleNamespace(name="decode", point=scenario)
-    request: Any = SimpleNamespace(setting=setting, scenarios=[plan])
-    follower = _Follower(request, second)
-    fixture: Any = SimpleNamespace(point=scenario, inputs=lambda: inputs)
-    follower._fixture, follower._layers = fixture, {"mla": part}
-    if what == "bench":
-        follower.bench("mla")
-    else:
-        follower.load("decode", "mla", 1, 2)
-    assert second.found == [None, Failure("no memory for inputs", False)]
-    assert not follower._layers
     first: Any = Two(0)
     lead = LeadLayer(setting, part, first)
     prepare: Any = lead.lengths_bench if what == "bench" else partial(lead.load, scenario, inputs)
     with pytest.raises(OutOfMemory, match=r"^rank 0: no memory for inputs$"):
         prepare()
+    second: Any = Two(1)
+    plan = SimpleNamespace(name="decode", point=scenario)
+    request: Any = SimpleNamespace(setting=setting, scenarios=[plan])
+    follower = Follower(request, second)
+    fixture: Any = SimpleNamespace(point=scenario, inputs=lambda: inputs)
+    follower._fixture, follower._layers = fixture, {"mla": part}
+    for number, (command, *arguments) in enumerate(first.told):
+        getattr(follower, command)(*arguments)
+        assert number or second.gave == Failure("no memory for inputs", False)
+    assert not follower._layers
 
 
 @pytest.mark.parametrize(
@@ -217,7 +216,7 @@ def test_ranks_fail_alike_at_the_same_place_of_one_forward(
     def fail(rank: int) -> Failure | None:
         crew: Any = Crew.__new__(Crew)
         crew.groups = SimpleNamespace(entered=before[rank], left=before[rank])
-        crew._pulse, crew._store = SimpleNamespace(rank=rank), store
+        crew.rank, crew._pulse, crew._store = rank, SimpleNamespace(), store
         crew._group, crew._forwards, crew._control = (0, 1), 0, None
         crew.wait()
         crew.groups.entered += inside[rank]

@@ -12,13 +12,12 @@ import torch
 from tiny_run import write_tiny_run
 
 from mla.bench import results
-from mla.bench.ranks import launch
+from mla.bench.ranks import launch, pulse
 from mla.bench.results.schema import Cost, LinkLine, RankFacts, Spread
 from mla.config import MLAConfig
 from mla.parallel.groups import SimulatedGroups
 from mla.parallel.layer import ParallelMLA
-from mla.parallel.layout import Layout
-from mla.parallel.work import rank_work
+from mla.parallel.layout import Layout, rank_work
 
 Bench = Callable[..., Any]
 # Two messages of an all-reduce between two ranks: two seconds that no forward here takes.
@@ -220,7 +219,8 @@ def test_mistakes_are_one_sentence(
     variables: dict[str, str],
     message: str,
 ) -> None:
-    monkeypatch.setattr(launch, "WORD", 0.1)  # nobody is there to hear it
+    for module in (launch, pulse):
+        monkeypatch.setattr(module, "WORD", 0.1)  # nobody is there to hear it
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     done = bench(*tiny, *words)

@@ -136,7 +136,7 @@ def test_it_conforms(newcomer: Newcomer, tmp_path: Path) -> None:
     assert (counts["fail"], counts["xfail"], counts["xpass"]) == (0, 0, 0)
     assert counts["pass"] > 80
     passed = {one.check for one in found.checks if one.of == "acme_rms_norm" and one.status == "pass"}
-    assert {"rms_norm.formula", "rms_norm.eps", "rms_norm.large", "rms_norm.strided"} <= passed
+    assert {"rms_norm.formula", "rms_norm.eps", "rms_norm.large", "rms_norm.rows"} <= passed
 
 
 def test_its_own_tests_pass(newcomer: Newcomer) -> None:
@@ -225,7 +225,7 @@ def replaced(newcomer: Newcomer, tmp_path: Path) -> Callable[[str, float], tuple
             text = re.sub(r"    def ops\(self\).*?\n\n\n", "\n\n", text, flags=re.DOTALL)
             assert "ops" not in text
         (package / "__init__.py").write_text(text)
-        checks = f"ops. or {kind or 'rms_norm'}.strided or layer.mixed"
+        checks = f"ops. or {kind or 'rms_norm'}.rows or layer.mixed"
         chosen = f"smoke or {checks}" if right == 1 else "smoke"
         words = ("-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *WARNINGS, "-k", chosen, "acme")
         done = newcomer.run(*words, path=[copy, newcomer.vendor])

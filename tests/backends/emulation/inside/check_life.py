@@ -172,6 +172,7 @@ def test_a_run_ends_in_a_result_file(name: str, vendor: Any, bench: Any, tmp_pat
     assert all(case.clock == "host" for case in run.cases)
 
 
+@pytest.mark.only("moore", "nvidia")  # once per way of attaching the device
 def test_a_run_on_the_second_card(name: str, vendor: Any, bench: Any, tmp_path: Any) -> None:
     assert bench("--device", "1", "--scenario", "decode", *HEADLINE, "-o", "run.json").code == 0
     run = json.loads((tmp_path / "run.json").read_text())
