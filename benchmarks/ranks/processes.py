@@ -38,6 +38,7 @@ LITTLE: Mapping[str, Any] = {
     "mla.bench.run.scenario_run.LIMITS_AGAIN_S": 0.0,
     "mla.bench.ranks.crew.LINK_BYTES": (32 << 10, 64 << 10),
     "mla.bench.ranks.crew.LINK_TIMES": 2,
+    "mla_backend_cpu.products.product_gain": lambda kernels, fp32: 1.0,
     "mla_backend_cpu.products.fastest": lambda *functions: [1.0] * len(functions),
     "mla.bench.measure.evidence.ROUNDS": 1,
 }

@@ -19,8 +19,8 @@ from mla.bench.terminal.digits import number
 from mla.command.display import markdown
 
 TITLES = {
-    "decode": "a decode step after so many tokens",
-    "append": "64 tokens appended to so many",
+    "decode": "a decode step, by context length",
+    "append": "64 tokens appended, by context length",
     "prefill": "prefill of a whole prompt",
 }
 TIMES = (

@@ -22,6 +22,8 @@ from mla_backends.api import Backend
 
 # Variables that say how many threads there are, where they run, and how they wait.
 THREADS = ("OMP_NUM_THREADS", "KMP_AFFINITY", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+# What glibc does with freed memory: mapping large tensors anew in every call costs as much as small ops.
+ALLOCATOR = "GLIBC_TUNABLES"
 # CPUs that others may use before a run is said to have shared its own.
 _TOLERATED = 0.25
 # What can change a number: sources, and libraries that were built from them. Not those in a folder `kernels`:
@@ -43,7 +45,7 @@ def environment(backend: Backend) -> dict[str, str]:
         "torch_threads": str(torch.get_num_threads()),
     }
     facts |= {name: value for name in ("transformers", "numpy") if (value := distribution_version(name))}
-    facts |= {key: value for key in THREADS if (value := os.environ.get(key))}
+    facts |= {key: value for key in (*THREADS, ALLOCATOR) if (value := os.environ.get(key))}
     facts |= launcher.facts()
     return facts | {f"backend.{key}": str(value) for key, value in backend.environment().items()}
 
@@ -112,11 +114,17 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def mixed_installation() -> str | None:
-    """Return a note when `mla` runs from a checkout whose `mla_backends` is not the one imported.
+    """Return a note when two installations are mixed, or None.
 
+    `mla` was the distribution's name before `mla-bench`: pip keeps both, and both own the folder `mla`.
     `python -m mla.bench` in a checkout takes `mla` from it and everything else from site-packages. That is
     fine while both hold the same code, and confusing after an edit.
     """
+    if distribution_version("mla") and distribution_version("mla-bench"):
+        return (
+            "note: `mla` (the old name) and `mla-bench` are both installed and own the same files: run "
+            "`pip uninstall mla mla-bench`, then install mla-bench again."
+        )
     used = Path(str(mla_backends.__file__)).parent
     beside = Path(str(mla.__file__)).parents[1] / "backends" / "mla_backends"
     if not beside.is_dir() or beside.resolve() == used.resolve():

@@ -121,9 +121,9 @@ def _objection(path: Path, kind: Kind | None) -> str:
         what = kind.name if kind else "empty"
         return f"it exists and is not {what}; remove it or name another file"
     elif _is_mounted(target):
-        return "it is a mount point, which cannot be replaced; name another file"
+        return "it is a mount point and cannot be replaced; name another file"
     elif _is_kept(status, target.parent.stat()):
-        return "it is somebody else's, in a folder where only its owner may replace it; name another file"
+        return "it belongs to another user, and only its owner may replace it there; name another file"
     handle, name = tempfile.mkstemp(dir=target.parent)
     os.close(handle)
     os.unlink(name)

@@ -62,8 +62,8 @@ def _value(text: str, letter: str) -> str:
     variable = _first(names)
     if variable is None:
         raise LaunchError(
-            f"%{letter} in '{text}' stands for {' or '.join(names)}, which is not set here; "
-            "a percent sign is written %%."
+            f"%{letter} in '{text}' stands for {' or '.join(names)}, but that is not set; write %% for a "
+            "percent sign."
         )
     return variable[1]
 

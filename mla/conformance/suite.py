@@ -237,8 +237,8 @@ def require_hypothesis() -> None:
     """Raise `UsageError` where cases cannot be drawn."""
     if importlib.util.find_spec("hypothesis") is None:
         raise UsageError(
-            "the suite draws cases with hypothesis, which is not installed: `pip install hypothesis` "
-            "(it comes with `mla[conformance]`)."
+            "the suite needs hypothesis to draw cases, and it is not installed: `pip install hypothesis` "
+            "(it comes with `mla-bench[conformance]`)."
         )
 
 

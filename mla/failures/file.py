@@ -245,10 +245,10 @@ def _spec_sizes(kind: Kind, facts: CallFacts) -> dict[str, int]:
     _require(facts.spec_type == name, f"an op of kind {facts.kind} has no {facts.spec_type}")
     _require(facts.spec.keys() == names, f"its {name} does not have the fields {', '.join(sorted(names))}")
     _require(facts.spec["dtype"] in DTYPES.values(), "no layer has the dtype of its spec")
-    _require(_is(float, facts.spec.get("softmax_scale", 1.0)), "softmax_scale is no number")
+    _require(_is(float, facts.spec.get("softmax_scale", 1.0)), "softmax_scale is not a number")
     for name in kind.letters.values():
         size = facts.spec[name]
-        _require(type(size) is int and 0 < size <= _MAX_SIZE, f"{name} of its spec is no size")
+        _require(type(size) is int and 0 < size <= _MAX_SIZE, f"{name} of its spec is not a size")
     return {letter: facts.spec[name] for letter, name in kind.letters.items()}
 
 

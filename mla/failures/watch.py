@@ -264,7 +264,7 @@ def damage(call: RecordedCall, after: Mapping[str, torch.Tensor]) -> list[str]:
         for member, view in members.items():
             inside = covered(view, len(piece))
             if member not in OUTPUTS and bool((changed & inside).any()) and not _written(members, inside):
-                clauses.append(f"the op wrote to {member}, which it only reads")
+                clauses.append(f"the op wrote to its input {member}")
             changed &= ~inside
         if bool(changed.any()):
             clauses.append(f"memory {_beside(changed, members)} {' or '.join(members)} was written")

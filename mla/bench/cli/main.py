@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import click
 from click.shell_completion import CompletionItem
 
+import mla
 from mla.bench.cli import devices, run, stored
 from mla.command import console, launcher
 from mla.command.exit_codes import carried_out, guarded
@@ -28,7 +29,7 @@ EPILOG = """
 Everything else: --help-all
 
 Exit codes: 0 ok, 1 regression, 2 usage, 3 backend unusable or op failed, 4 wrong result, 5 nothing ran,
-6 doubtful time, 130 interrupted, 143 ended by SIGTERM, 129 by SIGHUP.
+6 suspect timing, 130 interrupted, 143 ended by SIGTERM, 129 by SIGHUP.
 """
 
 
@@ -79,7 +80,7 @@ class DefaultGroup(click.Group):
 
 
 @click.group(cls=DefaultGroup, options_metavar="[COMMAND]", subcommand_metavar="[OPTIONS]", epilog=EPILOG)
-@click.version_option(package_name="mla")
+@click.version_option(mla.__version__)
 def cli() -> None:
     """Measure DeepSeek's Multi-head Latent Attention (MLA): a layer, or one op."""
 

@@ -67,7 +67,7 @@ Exit codes:
     or ended the process, or every case of mla was refused
   4 wrong result
   5 nothing ran (no case of mla, if any was asked for)
-  6 a doubtful time, or with --strict an unreliable one
+  6 a suspect timing, or with --strict an unreliable one
   130 interrupted, 143 ended by SIGTERM, 129 by SIGHUP (the partial result is
     written)
 """
@@ -92,7 +92,7 @@ def run(**values: Any) -> int:
     check_gate(options)
     baseline = results.read(options.baseline) if options.baseline else None
     if options.resume and not options.output and files.is_stream(options.resume):
-        raise UsageError(f"'{options.resume}' is a pipe, which a result cannot go back to: give -o FILE.")
+        raise UsageError(f"'{options.resume}' is a pipe and cannot be rewritten: give -o FILE.")
     old = results.read(options.resume) if options.resume else None
     from mla.bench.plan.resolve import resolve
 

@@ -60,9 +60,9 @@ def compare(base: Path, runs: tuple[Path, ...], noise: float, fail_slower: float
     are named. A run and a copy of it are not compared. Where one result is of one device and others are of
     several ranks, a table says how they scale.
 
-    Exit code 0; 1 with --fail-slower and a case that is slower beyond doubt, or one that the base has a
+    Exit code 0; 1 with --fail-slower and a case whose whole interval is slower, or one that the base has a
     number for and that was not compared; 2 for a file that is not a result; 4 if a case turned wrong or a
-    new one is; 5 if nothing could be compared; 6 if a case turned doubtful or a new one is.
+    new one is; 5 if nothing could be compared; 6 if a case turned suspect or a new one is.
     """
     first, *runs_after = [results.read(path) for path in (base, *runs)]
     cases: list[Comparison] = []
@@ -101,7 +101,7 @@ def verdict(cases: Sequence[Comparison], limit: float | None, *, selected: bool 
     if doubtful:
         return Exit.DOUBTFUL
     if limit is not None and not any(case.interval for case in cases):
-        note("no case has an interval, so none can be slower beyond doubt: time at least 6 passes")
+        note("no case has an interval, so the gate cannot decide: time at least 6 passes")
         return Exit.NOTHING_RAN
     return Exit.OK
 
@@ -178,7 +178,7 @@ def stored(path: Path, kind: str, detail: run_table.Detail = "short") -> str:
 def export(runs: tuple[Path, ...], kind: str, target: Path | None) -> int:
     """Write result files in a format that other tools read.
 
-    A case that is wrong or doubtful keeps its row or its document, with the reason and without any number.
+    A wrong or suspect case keeps its row or its document, with the reason and without any number.
     On stdout, InfiniMetrics documents are JSON Lines.
 
     Exit code 0; 2 for a file that is not a result, or that cannot be written; 5 if there is no case.
@@ -285,8 +285,8 @@ def report(runs: tuple[Path, ...], target: Path | None, folder: Path | None) -> 
 
     The page has no script and loads nothing. An earlier page is overwritten, any other file is not; the same
     holds for pictures, which are for slides and documents.
-    Needs matplotlib and jinja2: in a checkout, pip install '.[report]' ./backends (from the first release on,
-    pip install 'mla[report]').
+    Needs matplotlib and jinja2: in a checkout, pip install '.[report]' ./backends (once released,
+    pip install 'mla-bench[report]').
 
     \b
       python -m mla.bench report run.json --html report.html

@@ -288,6 +288,6 @@ def _fact_lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, remarks in facts["op_remarks"].items():
         yield from (("", f"{name}: {remark}") for remark in remarks)
     for name, contract in facts["idle_ops"].items():
-        yield "", f"{name}: offered for {contract}, which this config does not call"
+        yield "", f"{name}: offered for {contract}, not called by this config"
     if facts["triton"]:
         yield from (("triton", gap) for gap in facts["triton"]["missing"] or ["lacks nothing here"])

@@ -316,7 +316,7 @@ class _Engine:
         if not runners or not hasattr(self._checker, "of"):  # of one op operands change from call to call
             return
         count = max(evidence.forwards(runner.steps, self._prefill) for runner in runners)
-        self._progress(f"{self._scenario.name}: drawing inputs that nothing has seen", 0)
+        self._progress(f"{self._scenario.name}: drawing fresh inputs", 0)
         with self._spared():
             self._unseen = evidence.Unseen(self._inputs, self._checker, count)
         self._hooks.heartbeat()
@@ -334,7 +334,7 @@ class _Engine:
             if not too_large(error) or over_ranks:
                 raise
             self._unseen = None
-            said = "memory is short: times are not held against forwards on inputs that nothing has seen"
+            said = "memory is short: times are not cross-checked on fresh inputs"
             self._hooks.say(f"{self._scenario.name}: {said}")
             if implementation is not None:
                 implementation.load(self._scenario, self._inputs)
@@ -420,7 +420,7 @@ class _Engine:
                 continue
             implementation, beat = runner.implementation, self._hooks.heartbeat
             self._hooks.enter(implementation.name)
-            self._tick("looking for doubts about", implementation, 0)
+            self._tick("cross-checking", implementation, 0)
             where = "" if runner.headline else f"{runner.samples.variant}: "
             known = self.measurements[implementation.name].doubts
             with self._spared(implementation):
@@ -440,7 +440,7 @@ class _Engine:
             measurement.new_lengths, doubt = evidence.on_new_lengths(*what, beat=self._hooks.heartbeat)
             measurement.doubts += [doubt] if doubt else []
         elif isinstance(implementation, MlaLayer) and (measurement.due is None or cut):
-            said = "forwards on new lengths are left out for lack of time"
+            said = "no time is left for unseen lengths"
             self._hooks.detail(f"{self._scenario.name}, {implementation.name}: {said}")
 
     def _withhold(self) -> None:

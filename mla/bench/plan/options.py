@@ -261,7 +261,7 @@ def _check_parallel(options: RunOptions) -> None:
     if flag := _first(alone):
         raise UsageError(f"{flag} is for one device: leave it out with --parallel, or run without.")
     if options.parallel.dcp > 1 and options.attention == "expanded":
-        raise UsageError("--attention expanded is for whole contexts: dcp attends its part of one absorbed.")
+        raise UsageError("dcp supports --attention absorbed only: leave out expanded, or dcp.")
     foreign = [name for name in options.implementation_names if not implementations.is_ours(name)]
     if foreign:
         raise UsageError(f"{foreign[0]} runs on one device: --parallel times mla and mla-reference.")
@@ -356,7 +356,7 @@ def check_points(options: RunOptions, points: Sequence[Point]) -> None:
             )
     with_heads = [point.name for point in points if point.heads]
     if options.model_path and with_heads:
-        raise UsageError(f"scenario '{with_heads[0]}' sets heads, which a checkpoint's weights fix.")
+        raise UsageError(f"scenario '{with_heads[0]}' sets heads, but a checkpoint's weights fix them.")
     _check_stages(options, points)
 
 
@@ -425,6 +425,6 @@ def check_own_ops(
     for name, overridden in overrides.items():
         if options.op is not None and overridden and not any(role in overridden for role in roles):
             raise UsageError(
-                f"--op times {', '.join(roles)} alone, for which '{name}' has no op in its brackets: name "
+                f"--op times {', '.join(roles)} alone, and the brackets of '{name}' give it no op: name "
                 f"{'one of them' if len(roles) > 1 else roles[0]} there, or leave '{name}' out."
             )

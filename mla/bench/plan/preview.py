@@ -221,7 +221,7 @@ def dry_run(request: Request) -> None:
     beside = (
         f"limits{', ' if unknown else ' and '}float64 oracle{' and what was not tried' if unknown else ''}"
     )
-    note(f"{_count(len(cases), 'case')}, about {spoken(total)} of forwards; {beside} come on top")
+    note(f"{_count(len(cases), 'case')}, about {spoken(total)} of forwards, plus {beside}")
 
 
 def _cases(request: Request) -> list[_Case]:

@@ -181,7 +181,7 @@ def with_link(options: RunOptions) -> RunOptions:
     link, source = _read(options.link or IDEAL)
     if missing := link.missing(_kinds(options.parallel)):
         raise UsageError(
-            f"--link '{options.link}' has no {missing[0]}, which layout '{options.parallel}' needs: add "
+            f"--link '{options.link}' lacks {missing[0]}, needed by layout '{options.parallel}': add "
             f"'{missing[0]}:alpha=5us,beta=300GB/s' to it."
         )
     return replace(options, link=str(link), link_source=source)
@@ -200,8 +200,8 @@ def _read(text: str) -> tuple[Link, str]:
     path = Path(text)
     if not path.exists():
         raise UsageError(
-            f"--link takes alpha=5us,beta=300GB/s, the result file of a run over real ranks, or ideal, and "
-            f"'{text}' is none of them: {_MEASURE} measures a link."
+            f"--link takes alpha=5us,beta=300GB/s, the result file of a run over real ranks, or ideal, got "
+            f"'{text}'. {_MEASURE} measures a link."
         )
     return _measured(path, results.read(path))
 
@@ -211,7 +211,7 @@ def _measured(path: Path, run: results.Run) -> tuple[Link, str]:
     spreads = [case.spread for case in run.cases if case.spread and not case.spread.predicted]
     measured = next((spread for spread in spreads if spread.link), None)
     if measured is None:
-        raise UsageError(f"'{path}' holds no measured link, as a run over real ranks does: {_MEASURE}.")
+        raise UsageError(f"'{path}' holds no measured link; a run over real ranks does: {_MEASURE}.")
     link = Link({line.collective: line.line() for line in measured.link})
     return link, f"{measured.link_source}, {path.name}"
 

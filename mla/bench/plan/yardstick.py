@@ -71,12 +71,12 @@ def _fitting(scenario: Scenario, allowed: float) -> Steps:
 
 
 def _reason(seconds: float | None, planned: Steps, fewer: Steps, has_variants: bool) -> str:
-    """Return, say, "in full it would take about 46 s, so it runs 6 passes of 2 instead of 10 of 10".
+    """Return, say, "a full timing takes about 46 s; running 6 passes of 2 instead of 10 of 10".
 
     `seconds`: what all of it would take; None where the time that is left is why.
     """
-    why = "little time is left" if seconds is None else f"in full it would take about {spoken(seconds)}"
+    why = "little time is left" if seconds is None else f"a full timing takes about {spoken(seconds)}"
     if fewer == planned:
-        return f"{why}, so none of its other timings are made"
+        return f"{why}; leaving out its other timings"
     counts = f"{fewer.passes} passes of {len(fewer.run)} instead of {planned.passes} of {len(planned.run)}"
-    return f"{why}, so it runs {counts}{', and no other timings' * has_variants}"
+    return f"{why}; running {counts}{', and no other timings' * has_variants}"

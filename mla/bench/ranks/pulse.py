@@ -250,7 +250,7 @@ class Pulse:
             self._changed.notify_all()
 
     def _silent(self, ranks: Iterable[int]) -> str:
-        return f"{self._names(ranks)}: not heard of for {self.limit:.0f} s; stopped, or the node is gone"
+        return f"{self._names(ranks)}: no heartbeat for {self.limit:.0f} s; stopped, or the node is gone"
 
     def _names(self, ranks: Iterable[int]) -> str:
         where = {rank: f" (process {member.pid} on {member.host})" for rank, member in self.members.items()}
@@ -274,7 +274,7 @@ def blamed_on(pulse: Pulse, computes: bool = False) -> Iterator[None]:
             raise lost from error
         if isinstance(error, CollectiveError) and (behind := pulse.behind()):
             raise RanksError(
-                f"{behind} did not come to a collective in which others wait: {HANGS}"
+                f"{behind} did not join a collective that other ranks wait in: {HANGS}"
             ) from error
         raise
 

@@ -6,12 +6,12 @@ import base64
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple, get_args
 
 import jinja2
 
+import mla
 from mla.bench.report import data, summary, tables, theme
 from mla.bench.report.charts import Charts
 from mla.bench.report.figures import NARROW, WIDE, Chart, svg
@@ -66,7 +66,7 @@ def render(paths: Sequence[str], runs: Sequence[Run]) -> str:
     modules = (cases, lines, run_table, summary, tables, theme)
     environment.globals |= {module.__name__.rpartition(".")[2]: module for module in modules}
     environment.globals |= {"images": _images, "prediction": prediction, "join": shlex.join, "size": size}
-    drawn, version = list(sections(shown)), metadata.version("mla")
+    drawn, version = list(sections(shown)), mla.__version__
     return environment.get_template("template.html.j2").render(files=shown, sections=drawn, version=version)
 
 

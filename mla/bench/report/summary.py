@@ -23,7 +23,7 @@ MOST_TILES, MOST_NAMED = 6, 4
 _WORDS = {
     "wrong": "wrong",
     "doubtful": "doubtful: no number",
-    "in-doubt": "with limit or time in doubt",
+    "in-doubt": "with a suspect limit or time",
     "not-run": "not run",
     "not-timed": "not timed",
     "interrupted": "interrupted",
@@ -69,7 +69,7 @@ def badges(cases: Sequence[Case]) -> list[Badge]:
     for mark, busy in (("unsteady", True), ("soft", False)):
         told = [f"{n} {_WARNED.get(kind, kind)}" for kind, n in warned.items() if (kind in BUSY) == busy]
         badges += [Badge(mark, f"{of}: {', '.join(told)}")] * bool(told)
-    return badges + [Badge("soft", f"{yardsticks} yardsticks, which compute nothing")] * bool(yardsticks)
+    return badges + [Badge("soft", f"{yardsticks} without a result to check")] * bool(yardsticks)
 
 
 def _warned(case: Case) -> set[str]:
@@ -82,7 +82,7 @@ def named(cases: Sequence[Case]) -> list[Badge]:
     badges = []
     for kind in ("wrong", "doubtful", "in-doubt"):
         for case in (case for case in cases if css_class(case) == kind):
-            doubt = f"limit or time in doubt: {case.roofline.doubt}"
+            doubt = f"suspect limit or time: {case.roofline.doubt}"
             reason = doubt if kind == "in-doubt" else f"{kind}: {case.check.reason}"
             badges.append(Badge(kind, f"{name(case)}: {reason}"))
     more = len(badges) - MOST_NAMED
@@ -123,7 +123,7 @@ def _tile(scenario: str, cases: Sequence[Case]) -> Tile:
 def _ratio(first: Case, slower: Sequence[Case], outcome: str) -> tuple[str, str, str]:
     """Return how many times as fast a case is as the next, the interval, and what that decides."""
     comparison = compare_implementations(slower[0], first)
-    decided = {"open": "no decision: ", "doubt": "in doubt: "}.get(outcome, "")
+    decided = {"open": "no decision: ", "doubt": "suspect: "}.get(outcome, "")
     rank = f", the next of {len(slower)}" * (len(slower) > 1)
     reason = f" ({comparison.reason})" * bool(comparison.reason)
     return *_times(comparison), f"{decided}as fast as {slower[0].implementation}{rank}{reason}"

@@ -53,7 +53,7 @@ def results(file: ResultFile) -> Table:
     """Return the cases of a file with the terminal's columns, and what is wrong or in doubt."""
     columns, remarks = run_table.columns(file.run.cases), []
     for case in file.run.cases:
-        doubt = f"limit or time in doubt: {case.roofline.doubt}" if case.roofline.doubt else ""
+        doubt = f"suspect limit or time: {case.roofline.doubt}" if case.roofline.doubt else ""
         reason = case.check.reason if case.check.status != "ok" else ""
         remarks.append("; ".join(filter(None, (reason, doubt))))
     rows = [[column(row) for column in columns.values()] for row in case_rows(file.run)]

@@ -123,7 +123,7 @@ def compare_cases(base: Case, new: Case, noise: float = NOISE) -> Comparison:
     note, (base, new) = _note(base, new, cut), cut
     old, now = base.latency_ms, new.latency_ms
     if old is None or now is None or min(old.median, now.median) <= 0:
-        return Comparison(base, new, reason="there are not two numbers to compare", note=note)
+        return Comparison(base, new, reason="only one side has a number", note=note)
     ratio = now.median / old.median
     interval, passes = _ratio_interval(now.ci95, old.ci95, ratio), _passes_interval(base, new)
     verdict, reason = _verdict(interval, noise), ""
@@ -155,7 +155,7 @@ def compare(base: Run, new: Run, noise: float = NOISE) -> list[Comparison]:
     for case in new.cases:
         other = known.get((*key(case), case.dtype)) or by_key.get(key(case))
         if other is None:
-            comparisons.append(Comparison(None, case, reason="the base run has no such case"))
+            comparisons.append(Comparison(None, case, reason="missing from the base run"))
             continue
         met.add((*key(other), other.dtype))
         reason = "; ".join([*differ, *_case_differences(other, case)])
@@ -163,7 +163,7 @@ def compare(base: Run, new: Run, noise: float = NOISE) -> list[Comparison]:
             Comparison(other, case, reason=reason) if reason else compare_cases(other, case, noise)
         )
     missing = [case for which, case in known.items() if which not in met]
-    return comparisons + [Comparison(case, None, reason="the new run has no such case") for case in missing]
+    return comparisons + [Comparison(case, None, reason="missing from the new run") for case in missing]
 
 
 def key(case: Case) -> tuple[object, ...]:
@@ -254,7 +254,7 @@ def _note(base: Case, new: Case, cut: tuple[Case, Case]) -> str:
     if cut[0] is not base or cut[1] is not new:
         steps = shared_steps(base, new)
         which = f"steps {steps.start + 1} to {steps.stop}" if steps.stop > 1 else "the first steps"
-        notes.append(f"compared are {which} of each pass, which both have")
+        notes.append(f"comparing {which} of each pass, present in both")
     return "; ".join(notes)
 
 

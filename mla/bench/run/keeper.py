@@ -108,8 +108,8 @@ def not_found(outcome: Search) -> str:
         return "no op of its forwards can be judged alone, so there is no call to keep"
     again = f"{outcome.forwards} forward{'s' * (outcome.forwards > 1)}"
     return (
-        f"the failure did not repeat: every op was right in {again} made again op by op, so it comes and "
-        "goes, as a race does, or depends on what ran before, or on a graph"
+        f"the failure did not repeat: every op was right in {again} repeated op by op. It may be a race, or "
+        "depend on earlier work or a graph"
     )
 
 

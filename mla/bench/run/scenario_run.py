@@ -265,7 +265,7 @@ class ScenarioRun:
             fewest = replace(self._setting, attention="auto")  # paths that others may take
             least = self._whole(self._costs(fewest, case.steps_per_pass))
             judge(case, least, self.ceilings, self._hooks.heartbeat)
-        roofline.place_case(case, self.ceilings.used())
+            roofline.place_case(case, self.ceilings.used())
         return case
 
     def _whole(self, costs: Sequence[results.Cost]) -> results.Cost:

@@ -314,26 +314,30 @@ def verdict(outcome: Outcome) -> Exit:
         raise outcome.failure
     if outcome.interrupted:
         return end_early()
-    cases, ends = outcome.run.cases, {"wrong": Exit.WRONG, "doubtful": Exit.DOUBTFUL}
-    counts = {status: sum(case.check.status == status for case in cases) for status in ends}
-    if wrong := counts["wrong"]:
-        note(f"error: {wrong} of {len(cases)} cases {'is' if wrong == 1 else 'are'} wrong (details above)")
-    if doubtful := counts["doubtful"]:
-        note(f"error: timing rejected for {doubtful} of {len(cases)} cases (details above)")
-    if worst := next((status for status in ends if counts[status]), ""):
-        return ends[worst]
+    if wrong := _cases(outcome, "wrong"):
+        note(f"wrong result: {wrong} disagreed with float64 and got no number")
+    if suspect := _cases(outcome, "doubtful"):
+        note(f"suspect timing: rejected for {suspect} (see above)")
+    if wrong or suspect:
+        return Exit.WRONG if wrong else Exit.DOUBTFUL
     if any(case.latency_ms for case in subjects(outcome.run.cases)):
         return Exit.OK
     if any(case.latency_ms for case in outcome.run.cases):
         names = dict.fromkeys(case.implementation for case in subjects(outcome.run.cases))
-        note(f"error: {', '.join(names)} produced no result; only the baselines did")
+        note(f"{', '.join(names)} produced no result; only the baselines did")
     return Exit.NOTHING_RAN
+
+
+def _cases(outcome: Outcome, status: str) -> str:
+    """Return the number of cases with a status, such as "1 case"; "" if there is none."""
+    count = sum(case.check.status == status for case in outcome.run.cases)
+    return f"{count} case{'s' * (count > 1)}" * bool(count)
 
 
 def subjects(cases: Sequence[results.Case]) -> list[results.Case]:
     """Return the cases that a run is about: those of `mla`, or all if it was not asked for `mla`.
 
-    A run that measured nothing but yardsticks (`mla-reference`, `transformers`) did not do what it was for.
+    A run that measured only baselines (`mla-reference`, `transformers`) did not do what it was for.
     """
     ours = [case for case in cases if parse_one(case.implementation).base == "mla"]
     return ours or list(cases)

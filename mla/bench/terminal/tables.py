@@ -81,7 +81,7 @@ def scaling_tables(scalings: Sequence[Scaling], kind: str) -> str:
     if not scalings:
         return ""
     units = "cores" if all(scaling.base.threads is not None for scaling in scalings) else "devices"
-    text = f"strong scaling: speedup over the base, and efficiency, which is speedup over {units} used\n"
+    text = f"strong scaling: speedup over the base; efficiency = speedup / {units} used\n"
     for scaling in scalings:
         title = f"{scaling.scenario}, {scaling.implementation}"
         rows = [(row.layout, str(row.resources), *scaling_cells(row)) for row in scaling.rows]

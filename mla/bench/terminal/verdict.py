@@ -160,14 +160,14 @@ def near(case: Case) -> str:
     if why_unreliable(case):
         return "its share of the limit is unknown"
     if limit.doubt:
-        return "but its limit or its time is in doubt"
+        return "but its limit or its time is suspect"
     if limit.fraction is None:
         return "no limit known"
     return f"at {100 * limit.fraction:.0f} % of the {f'{limit.bound} ' if limit.bound else ''}limit"
 
 
 _COUNTED: dict[Outcome, str] = {
-    "doubt": "limit or time in doubt at",
+    "doubt": "suspect limit or time at",
     "open": "no decision at",
     "alone": "only one has a number at",
     "none": "no number at",

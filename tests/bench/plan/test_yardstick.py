@@ -32,12 +32,11 @@ def test_the_readme_run_on_a_cpu_without_bf16() -> None:
     ]
     assert (plan.passes, plan.run, plan.timed) == (6, range(1), range(1))
     assert reason == (
-        "in full it would take about 4 min, so it runs 6 passes of 1 instead of 10 of 10, "
-        "and no other timings"
+        "a full timing takes about 4 min; running 6 passes of 1 instead of 10 of 10, and no other timings"
     )
     plan, reason = shortened(DECODE, (HEADLINE,), {"mla": 4.2, "mla-reference": 80.0})["mla-reference"]
     assert (plan.passes, plan.run, plan.timed) == (6, range(6), range(6))
-    assert reason.endswith("so it runs 6 passes of 6 instead of 6 of 100")
+    assert reason.endswith("; running 6 passes of 6 instead of 6 of 100")
 
 
 def test_a_step_that_takes_a_second_leaves_three_of_them_in_a_pass() -> None:
@@ -50,7 +49,7 @@ def test_what_cannot_run_less_is_not_cut() -> None:
     ms = {"mla": 5.0, "other": 1000.0}
     assert shortened(least, (HEADLINE,), ms) == {}
     reason = shortened(least, (HEADLINE, COLD), ms)["other"][1]
-    assert reason == "in full it would take about 96 s, so none of its other timings are made"
+    assert reason == "a full timing takes about 96 s; leaving out its other timings"
 
 
 def test_other_timings_go_first_then_passes_then_steps() -> None:
@@ -60,7 +59,7 @@ def test_other_timings_go_first_then_passes_then_steps() -> None:
     whole = 1e3 * LEFT * BASELINE_S / (40 * 7)
     plan, reason = shortened(LONG, VARIANTS * 4, {"mla": 0.1, "other": 0.99 * whole})["other"]
     assert plan == steps(HEADLINE, LONG)
-    assert reason.endswith("so none of its other timings are made")
+    assert reason.endswith("; leaving out its other timings")
     assert (of(2.1 * whole).passes, len(of(2.1 * whole).run)) == (19, 7)
     assert (of(10 * whole).passes, len(of(10 * whole).run)) == (MIN_PASSES, 4)
 
@@ -112,9 +111,9 @@ def test_where_little_time_is_left_that_is_the_reason() -> None:
     for variants, more in ((VARIANTS, ", and no other timings"), ((HEADLINE,), "")):
         plan, reason = shortened(DECODE, variants, ms, 20)["other"]
         assert (plan.passes, plan.run) == (6, range(3))
-        assert reason == f"little time is left, so it runs 6 passes of 3 instead of 6 of 100{more}"
+        assert reason == f"little time is left; running 6 passes of 3 instead of 6 of 100{more}"
     slow = {"mla": 5.0, "other": 100.0}
     known = shortened(DECODE, VARIANTS, slow)["other"]
     assert shortened(DECODE, VARIANTS, slow, 1000) == {"other": known}
-    assert known[1].startswith("in full it would take")
+    assert known[1].startswith("a full timing takes")
     assert shortened(DECODE, VARIANTS, slow, 20)["other"][1].startswith("little time is left")

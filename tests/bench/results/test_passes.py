@@ -59,7 +59,7 @@ def test_the_first_of_three_steps_is_in_no_ratio(decode: Callable[..., Run]) -> 
     assert (found.speedup, found.speedup_interval) == (10.0, (10.0, 10.0))
     (compared,) = compare(decode([1.5, 1.0, 1.0, 9.0] * 6, 4), decode([30.0, 10.0, 10.0] * 6, 3))
     assert (compared.verdict, compared.ratio) == (SLOWER, 10.0)
-    assert compared.remarks == "compared are steps 2 to 3 of each pass, which both have"
+    assert compared.remarks == "comparing steps 2 to 3 of each pass, present in both"
 
 
 def test_equal_passes_are_compared_whole(decode: Callable[..., Run]) -> None:
@@ -85,7 +85,7 @@ def test_forwards_of_a_prefill_are_alike(make_run: MakeRun) -> None:
 def test_runs_are_compared_by_the_steps_that_both_have(decode: Callable[..., Run]) -> None:
     (found,) = compare(decode(GROWING, 4), decode([1.0, 2.0] * 6, 2))
     assert (found.verdict, found.ratio, medians(found)) == (SAME, 1.0, (1.5, 1.5))
-    assert (found.reason, found.note) == ("", "compared are steps 1 to 2 of each pass, which both have")
+    assert (found.reason, found.note) == ("", "comparing steps 1 to 2 of each pass, present in both")
     (found,) = compare(decode([1.0, 2.0, 9.0] * 6, 3), decode([2.0, 4.0] * 6, 2))
     assert (found.verdict, found.ratio) == (SLOWER, 2.0)
 

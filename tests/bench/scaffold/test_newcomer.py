@@ -109,7 +109,7 @@ def test_the_doctor_finds_it_usable(newcomer: Newcomer) -> None:
     assert "acme: usable (mla-backend-acme 0.1.0)" in done.out
     assert re.search(r"device +Acme One \(acme:0\)", done.out)
     assert "torch_acme of torch-acme 1.2" in done.out
-    assert "acme_rms_norm: offered for rms_norm/1, which this config does not call" in done.out
+    assert "acme_rms_norm: offered for rms_norm/1, not called by this config" in done.out
 
 
 def test_a_run_is_right_and_uses_the_op(newcomer: Newcomer, tmp_path: Path) -> None:
