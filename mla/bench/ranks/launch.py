@@ -19,7 +19,7 @@ from mla_backends.errors import describe
 
 if TYPE_CHECKING:
     from mla.bench.plan.options import RunOptions
-    from mla.command.backend import OpenedBackend
+    from mla.command.options import OpenedBackend
     from mla.parallel.layout import Layout
 
 # Seconds that ranks wait for each other, that one which ends early waits for rank 0, and for a connection.
