@@ -16,7 +16,7 @@ from benchmarks.transformers.points import (
 )
 from benchmarks.transformers.record import Row
 from mla.bench.terminal.digits import number
-from mla.command.table import markdown
+from mla.command.display import markdown
 
 TITLES = {
     "decode": "a decode step, by context length",

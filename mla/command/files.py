@@ -190,9 +190,10 @@ def _unread(path: Path) -> str:
 
 def _own(path: Path) -> int | None:
     """Return the number of a descriptor of this process; None for other paths."""
-    found = _descriptor(path)
-    own = found and str(found.parent) in ("/dev/fd", f"/proc/{os.getpid()}/fd") and found.name.isdigit()
-    return int(found.name) if found and own else None
+    link = _descriptor(path)
+    if link is None or str(link.parent) not in ("/dev/fd", f"/proc/{os.getpid()}/fd"):
+        return None
+    return int(link.name) if link.name.isdigit() else None
 
 
 def _send(data: bytes, path: Path) -> None:

@@ -11,13 +11,14 @@ import click
 
 import mla
 from mla.command import files
-from mla.command.backend import BackendOptions, backend_options
 from mla.command.console import out
 from mla.command.exit_codes import carried_out, guarded
 from mla.command.options import (
     FILE,
     HELP_NAMES,
+    BackendOptions,
     GroupedCommand,
+    backend_options,
     how,
     output,
     program,

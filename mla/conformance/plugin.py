@@ -80,7 +80,7 @@ def _opened(options: Any) -> Suite:
         raise pytest.Collector.CollectError(
             "--mla-backend is missing; `python -m mla.bench list` shows what there is."
         )
-    from mla.command.backend import BackendOptions
+    from mla.command.options import BackendOptions
     from mla.conformance.failures import Keeper
     from mla.conformance.selection import Xfails
     from mla.conformance.suite import Asked, Suite, require_hypothesis

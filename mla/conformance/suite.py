@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from mla.cases import KINDS
-from mla.command.backend import BackendOptions, open_backend
 from mla.command.console import note
+from mla.command.options import BackendOptions, open_backend
 from mla.conformance.drawn import usual_spec
 from mla.conformance.registry import DEVICE, DTYPE, LAYER, OP, ConformanceCheck, all_checks
 from mla.conformance.report import Cases, CheckResult, Failure, Refusal, Slow, Status

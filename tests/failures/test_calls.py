@@ -15,8 +15,7 @@ from mla.errors import ResultError, UnknownOp
 from mla.failures import call as calls
 from mla.failures import file
 from mla.failures.replay import CannotReplay, replay
-from mla.failures.verdict import make
-from mla.failures.watch import Watched, Watcher
+from mla.failures.watch import Watched, Watcher, make
 from mla.layer.ops import layer_roles
 from mla.reference import REFERENCE
 from mla.verify.layer_check import Poison

@@ -17,8 +17,7 @@ from mla.errors import OutOfMemory, ResultError
 from mla.failures import file
 from mla.failures.call import Known, record
 from mla.failures.replay import CannotReplay, replay
-from mla.failures.verdict import Made, expected
-from mla.failures.watch import JudgedCall
+from mla.failures.watch import JudgedCall, Made, expected
 from mla_backends.api import AttentionSpec, LinearSpec
 from mla_backends.testing import HostBackend
 

@@ -23,13 +23,13 @@ from mla.bench.limits.microbench import no_garbage_collection
 from mla.bench.measure import evidence
 from mla.bench.measure.passes import PassRunner, Setup, warm_up
 from mla.bench.measure.samples import Measurement, Samples, TransientBytes, read_sensors
-from mla.bench.measure.target import LEFT_OUT, MIN_PASSES, Target, Timetable
+from mla.bench.measure.target import MIN_PASSES, NO_TIME, Target, Timetable
 from mla.bench.measure.variants import HEADLINE, Steps, Variants
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.workload.implementations import parse_one
 from mla.bench.workload.scenario import Scenario
-from mla.command import error_origin
+from mla.command import exit_codes
 from mla.errors import OutOfMemory, UnsupportedBatch
 from mla.verify.verdict import Check
 from mla_backends import BackendError
@@ -71,8 +71,8 @@ def refusal(error: Exception, implementation: str) -> str:
     """
     if isinstance(error, UnsupportedBatch):
         return str(error)
-    if isinstance(error, BackendError) and error_origin.in_op(error):
-        op = error_origin.op_name(error)
+    if isinstance(error, BackendError) and exit_codes.in_op(error):
+        op = exit_codes.op_name(error)
         cure = "Use the reference ops for it (`--ops reference`)."
         if parse_one(implementation).ops:
             cure = f"Leave `{implementation}` out of --implementations."
@@ -250,7 +250,7 @@ class _Engine:
 
     def _check_variant(self, runner: PassRunner) -> None:
         implementation, start = runner.implementation, self._hooks.target.now()
-        left_out = Check(status="not run", reason=LEFT_OUT)
+        left_out = Check(status="not run", reason=NO_TIME)
         forward = self._headlines[implementation.name].forward_s
         if not self._times.variant_fits(runner, forward):
             runner.samples.check = left_out
@@ -366,7 +366,7 @@ class _Engine:
         for runner, before in self._times.cut.items():
             name, done, due = runner.implementation.name, len(runner.passes), runner.steps.passes
             if not done:  # no headline: each has one
-                runner.samples.check = Check(status="not run", reason=LEFT_OUT)
+                runner.samples.check = Check(status="not run", reason=NO_TIME)
             elif self._correct(runner):
                 what = ", ".join(part for part in (name, runner.samples.variant.kind) if part)
                 few = ", too few for an interval" if done < MIN_PASSES else ""

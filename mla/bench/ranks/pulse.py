@@ -24,7 +24,7 @@ from mla.parallel.groups import CollectiveError
 # Seconds between beats, and between looks while ranks still join; after SILENT without a beat a rank is lost,
 # or after BROKEN once a connection to some rank has. GRACE: for this rank to notice by itself, and to write
 # what it has. WORD: to be heard by the others.
-BEAT, LOOK, SILENT, BROKEN, GRACE, WORD = 0.5, 0.05, 20.0, 5.0, 10.0, 5.0
+BEAT, LOOK, SILENT, BROKEN, GRACE, WORD = 0.5, 0.05, 20.0, 5.0, 8.0, 5.0
 MAX_NAMED = 8  # ranks that a sentence names
 BYE = b"bye"  # the last beat of a rank that ends well
 HANGS = "it is assumed to hang; raise --hang-after to wait longer"
@@ -124,10 +124,9 @@ class Pulse:
         if self._lost:
             raise self._lost
         if missing := [rank for rank in range(self.world) if rank not in self.members]:
-            hosts = listed(list(dict.fromkeys(member.host for member in self.members.values())))
             sentence = (
-                f"{numbered(missing)} did not join those on {hosts} within {seconds:.0f} s: see the output "
-                "there, and whether this port can be reached"
+                f"{numbered(missing)} did not join within {seconds:.0f} s: check the output there, and that "
+                f"{self.members[self.rank].host} can be reached from there"
             )
             self.leave(sentence, 3)
             raise RanksError(sentence)

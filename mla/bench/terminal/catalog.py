@@ -8,7 +8,7 @@ from typing import Any
 from mla.bench.workload.grid import points_of
 from mla.bench.workload.workload_file import PRESETS as SHIPPED
 from mla.bench.workload.workload_file import read_workload
-from mla.command.table import aligned
+from mla.command.display import aligned
 from mla.config import LongRopeScaling, MLAConfig, YarnScaling
 from mla.config.presets import DEFAULT_CONFIG, PRESETS
 

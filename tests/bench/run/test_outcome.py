@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mla.bench import results
-from mla.bench.run.outcome import Outcome, verdict
+from mla.bench.run.scheduler import Outcome, verdict
 from mla.bench.terminal.run_table import headlines, render
 from mla.command.exit_codes import Exit
 
