@@ -71,6 +71,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Say which page is rendered to what resolves links, and write what only a site can show."""
     source_links.page = page.file.src_uri
     if page.is_homepage:
+        page.meta["hide"] = ["toc"]  # so that the terminal's table fits a laptop
         markdown = DOORS.sub(r'<div class="grid cards" markdown>\n\n\1\n</div>\n', markdown, count=1)
     if page.file.src_uri.startswith("docs/api/"):
         markdown = "".join(with_options(markdown))
