@@ -88,7 +88,7 @@ def test_a_model_of_other_numbers_does_not_write_to_it(
 
 
 def test_a_hybrid_model_has_state_that_it_does_not_hold() -> None:
-    with pytest.raises(UnsupportedModel, match="layers of other kinds"):
+    with pytest.raises(UnsupportedModel, match="layers without latent attention"):
         PagedCache(use_mla(make_model("kimi_linear")), max_tokens=64)
 
 

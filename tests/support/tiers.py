@@ -82,7 +82,7 @@ EVERYDAY: tuple[str, ...] = (
     r"tests/backends/triton/test_interpreted.py::test_(every_file|triton_that)",
     r"tests/fuzz/test_options",
     r"tests/gpu_campaign/test_sections",
-    r"tests/peers/test_run.py::test_ours",
+    r"tests/peers/test_run.py::test_(the|memory|workloads)",
     r"tests/bench/scaffold/test_new_backend.py::test_a",
     r"tests/backends/emulation/test_process.py::test_the_command_line_writes_a_checked_result",
     r"tests/bench/opponents/test_clocks",

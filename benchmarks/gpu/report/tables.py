@@ -16,7 +16,7 @@ from benchmarks.gpu.tuning.trials import sweeps_in
 from mla.bench import results
 from mla.bench.results.file import decode_ceilings
 from mla.bench.workload.scenario import spoken
-from mla.command.table import aligned, markdown
+from mla.command.display import aligned, markdown
 from mla.errors import MLAError
 from mla_backends.triton_ops.tuning import card_file
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from time import perf_counter_ns as now_ns
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,11 +25,9 @@ from mla.bench.subjects.base import Facts, Implementation, LayerChecker, Outputs
 from mla.bench.subjects.fixture import Fixture, make_fixture
 from mla.bench.subjects.inputs import Inputs, Requests
 from mla.bench.subjects.layer import MlaLayer
-from mla.bench.subjects.setting import SPARE_PAGES, Setting
+from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
-from mla.cache import LatentCache
 from mla.errors import OutOfMemory, UnsupportedBatch
-from mla.layer.attention import MLA
 from mla.parallel.cache import ShardedCache
 from mla.parallel.groups import Groups, Traffic
 from mla.parallel.layer import ParallelMLA
@@ -62,19 +61,11 @@ class RankLayer(MlaLayer):
     ) -> None:
         """`meet` returns once every rank has called it."""
         self._groups, self._meet = groups, meet
-        super().__init__(setting, state, name, ops)
-
-    def _make_layer(self, ops: str | None, index: int) -> MLA:
-        setting = self.setting
-        return ParallelMLA(
-            setting.config,
-            self._groups,
-            backend=setting.backend,
-            dtype=setting.dtype,
-            attention=setting.attention,
-            ops=ops or setting.ops,
-            overrides=dict(setting.overrides),
-        )
+        self.make_layer = partial(ParallelMLA, groups=groups)
+        if groups.layout.dcp > 1:
+            self.share = Share(groups.place.dcp, groups.layout.dcp)
+            self.make_cache: Any = partial(ShardedCache, share=self.share)  # has what is used of a cache
+        super().__init__(replace(setting, weights=None), state, name, ops)  # each packs its own part
 
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
         self.buffers = buffers(scenario.steps, inputs.hidden[0].nbytes)  # on every rank as many
@@ -85,23 +76,6 @@ class RankLayer(MlaLayer):
         """Load, and keep the outputs of the same forwards as every rank that is given this seed."""
         self.load(scenario, inputs)
         self._shelf.draw_from(random.Random(seed))
-
-    def _make_cache(self, scenario: Scenario) -> LatentCache:
-        layout = self._groups.layout
-        if layout.dcp == 1:
-            return super()._make_cache(scenario)
-        size, share = self.setting.page_size, Share(self._groups.place.dcp, layout.dcp)
-        pages = sum(-(-share.first(length) // size) for length in scenario.final_lens) + SPARE_PAGES
-        cache: Any = ShardedCache(
-            self.setting.config,
-            share,
-            max_tokens=pages * size * layout.dcp,
-            page_size=size,
-            device=self.setting.device,
-            dtype=self.setting.dtype,
-            shuffle=self.setting.seed,
-        )
-        return cache  # has what this class uses of one
 
     def extend(self, table_tokens: int = 0) -> Any:
         return self._cache.extend(self._sequences, self.scenario.query_lens)
