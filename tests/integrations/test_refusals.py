@@ -324,7 +324,7 @@ def window(model: Any) -> None:
         (window, "layer 0 of this cache keeps a window"),
         (own_mask, "takes no mask \\[batch, 1, queries, keys\\]"),
         (own_whole_numbers, "takes no mask \\[batch, 1, queries, keys\\]"),
-        (packed, "not plain causal attention"),
+        (packed, "serves plain causal attention only"),
         (training, "serves inference"),
         (gradients, "serves inference"),
     ],

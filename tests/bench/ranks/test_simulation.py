@@ -196,7 +196,7 @@ def test_the_link_of_a_run_over_real_ranks_is_used(
     assert "'run.json' holds no measured link" in predicted.error  # but what another one was
     lacks = bench(*tiny, "--parallel", "dcp=2", "--simulate", "--link", "real.json")
     assert lacks.code == 2
-    assert "--link 'real.json' has no all-gather, which layout 'dcp=2' needs" in lacks.error
+    assert "--link 'real.json' lacks all-gather, needed by layout 'dcp=2'" in lacks.error
 
 
 @pytest.mark.parametrize(
