@@ -21,7 +21,7 @@ from mla.bench.measure.evidence import LayerBench, Lengths, Sample
 from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.results.schema import LinkLine, RankFacts, Spread
 from mla.bench.results.stats import median
-from mla.bench.subjects.base import Facts, Implementation, LayerChecker, Outputs, buffers
+from mla.bench.subjects.base import Facts, Implementation, LayerChecker, Outputs, buffers, worst
 from mla.bench.subjects.fixture import Fixture, make_fixture
 from mla.bench.subjects.inputs import Inputs, Requests
 from mla.bench.subjects.layer import MlaLayer
@@ -226,12 +226,12 @@ class LeadLayer(Implementation):
             checker.check_pass(self._whole(copy), self._number, self.held_to_reference)
             for copy in range(self._copies())
         ]
-        worst = max(range(len(checks)), key=lambda copy: _badness(checks[copy]))
-        check = checks[worst]
+        copy = worst(checks)
+        check = checks[copy]
         if check.reason:
-            wrong = [copy for copy, other in enumerate(checks) if other.status == check.status]
-            first = self._worst_rank(checker, worst) - worst
-            *ranks, last = [str(first + copy) for copy in wrong]
+            wrong = [place for place, other in enumerate(checks) if other.status == check.status]
+            first = self._worst_rank(checker, copy) - copy
+            *ranks, last = [str(first + place) for place in wrong]
             blamed = f"on ranks {', '.join(ranks)} and {last}, which hold one sum: any may be at fault"
             check.reason = f"{blamed if ranks else f'on rank {last}'}: {check.reason}"
         return check
@@ -283,10 +283,6 @@ class LeadLayer(Implementation):
     def replace_ops(self, replace: Callable[[str, Any], Any]) -> None:
         """Put `replace(role, op)` in place of every op of rank 0; called before `load`."""
         self._part.replace_ops(replace)
-
-
-def _badness(check: Check) -> tuple[bool, float]:
-    return check.status != "ok", check.error_ratio if check.error_ratio is not None else float("inf")
 
 
 class Follower:

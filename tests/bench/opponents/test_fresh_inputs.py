@@ -46,8 +46,8 @@ name = "prompt"
 mode = "prefill"
 query_lens = [24]
 history = [200]
-runs = 1200
-passes = 20
+runs = 600
+passes = 10
 warmups = 2
 """
 HERE = ("--workload", "few.toml")
