@@ -23,8 +23,7 @@ import msgspec
 
 from benchmarks.gpu.questions.asking import QUESTIONS, NotHere
 from mla.command import console
-from mla.command.error_origin import place
-from mla.command.exit_codes import Exit, guarded
+from mla.command.exit_codes import Exit, guarded, place
 from mla.errors import UsageError, did_you_mean
 from mla_backends.errors import BackendError, describe, one_line
 

@@ -61,7 +61,7 @@ for path in sys.path:
         >"$(echo "$venv"/lib/python3*/site-packages)/around.pth"
     local pip=(env PIP_CONFIG_FILE=/dev/null "$PYTHON" "$(echo "$wheels"/pip-*.whl)/pip" --isolated
         install -q --no-deps --no-index -f "$wheels") # without the constraints of an image
-    "${pip[@]}" --ignore-installed mla mla-backends mla-backend-nvidia
+    "${pip[@]}" --ignore-installed mla-bench mla-backends mla-backend-nvidia
     "${pip[@]}" "${brought[@]}" || die "the wheels do not fit $python: run 'first_hour.sh pack VERSION'."
     cp "$wheels/sources" "$venv"
 }

@@ -29,7 +29,7 @@ from mla.bench.results.file import decode_ceilings
 from mla.bench.results.schema import Case, Latency, Run
 from mla.command import console
 from mla.command.exit_codes import guarded
-from mla.command.table import markdown
+from mla.command.display import markdown
 from mla.errors import MLAError
 
 Rows = list[list[str]]

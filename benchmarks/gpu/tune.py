@@ -27,9 +27,9 @@ from benchmarks.gpu.tuning import choice, trials
 from benchmarks.gpu.tuning.classes import TileClass, classes
 from mla.bench.workload.scenario import duration
 from mla.command import console, environment
+from mla.command.display import aligned
 from mla.command.exit_codes import Exit, guarded
 from mla.command.options import parsed_by
-from mla.command.table import aligned
 from mla.errors import UnsupportedOps
 from mla_backends.triton_ops.tuning import card_file, write_tuning
 

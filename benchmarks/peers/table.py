@@ -24,8 +24,8 @@ from mla.bench.results.rows import by_scenario
 from mla.bench.results.schema import Case, Run
 from mla.bench.terminal.digits import between, known, number, percent
 from mla.command import console
+from mla.command.display import markdown
 from mla.command.exit_codes import guarded
-from mla.command.table import markdown
 
 HEADER = ("implementation", "ms", "ours is", "% of read", "% of limit", "check")
 BASELINES = ("read", "MemoryRead")

@@ -81,7 +81,7 @@ def _compiler() -> str:
     if chosen is not None:
         if shutil.which(chosen):
             return ""
-        return f"Triton compiles with CC, and {chosen!r} is no program here: unset it, or name gcc or clang"
+        return f"Triton compiles with CC, but {chosen!r} is not a program: unset it, or name gcc or clang"
     if shutil.which("gcc") or shutil.which("clang"):
         return ""
     return "Triton finds no C compiler: install gcc or clang, or name one in CC"

@@ -123,7 +123,7 @@ def read_tuning(path: str | Path) -> Tuning:
         content = outside.read(path)
         document = json.loads(content)
         if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise ValueError(f"it is no tuning of format {FORMAT}")
+            raise ValueError(f"it is not a tuning of format {FORMAT}")
         tiles = {name: _tiles(document[name]) for name in ("latent", "expanded")}
         where = ", ".join(str(document[key]) for key in ("card", "date") if document.get(key))
         where = shortened(escaped(where))

@@ -19,7 +19,7 @@ from mla_backends.errors import describe
 
 if TYPE_CHECKING:
     from mla.bench.plan.options import RunOptions
-    from mla.command.backend import OpenedBackend
+    from mla.command.options import OpenedBackend
     from mla.parallel.layout import Layout
 
 # Seconds that ranks wait for each other, that one which ends early waits for rank 0, and for a connection.
@@ -109,11 +109,11 @@ def _unreachable(holds: bool, host: str, port: int, seconds: float, error: Excep
     if holds:
         return (
             f"rank 0 cannot listen at port {port} ({describe(error)}): another run may use it; "
-            "set MASTER_PORT to a free one, for all ranks"
+            "set MASTER_PORT to a free port on all ranks"
         )
     return (
-        f"rank 0 was not found at {host}:{port} within {seconds:.0f} s: it has not started, or has ended, or "
-        "MASTER_ADDR and MASTER_PORT are not those of its node"
+        f"rank 0 was not reached at {host}:{port} within {seconds:.0f} s: it has not started, or has ended, "
+        "or MASTER_ADDR or MASTER_PORT is wrong"
     )
 
 

@@ -68,7 +68,7 @@ class Nvidia(TritonBackend, CudaBackend):
         super().prepare_device()
         name = str(self.properties().name)
         if any(word in name.lower() for word in FOREIGN):
-            reason = f"torch.cuda offers '{name}', which is not an NVIDIA device"
+            reason = f"torch.cuda offers '{name}', not an NVIDIA device"
             raise DeviceUnavailable(
                 self.name, reason, "`python -m mla.bench list` shows the backend that serves it"
             )

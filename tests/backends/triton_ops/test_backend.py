@@ -106,7 +106,7 @@ def test_the_kernels_can_be_switched_off() -> None:
     ("text", "sentence"),
     [
         (None, "cannot be read: No such file or directory."),
-        ("[]", "cannot be used: it is no tuning of format 1."),
+        ("[]", "cannot be used: it is not a tuning of format 1."),
         ('{"format": 1, "latent": []}', "cannot be used: 'expanded' is missing."),
         (
             '{"format": 1, "latent": [], "expanded": []}',

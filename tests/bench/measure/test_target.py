@@ -14,7 +14,7 @@ from engine_bench import DECODE, PREFILL, Bench, MakeBench, Parrot
 
 from mla.bench.measure.engine import Hooks, Shorter
 from mla.bench.measure.samples import Measurement
-from mla.bench.measure.target import CHEAP_S, LEFT_OUT, MAX_S, MIN_PASSES, TARGET_S, Target, Timetable
+from mla.bench.measure.target import CHEAP_S, MAX_S, MIN_PASSES, NO_TIME, TARGET_S, Target, Timetable
 from mla.bench.measure.variants import EXTRA_PASSES, HEADLINE, Steps, Variant, Variants
 from mla.bench.plan import yardstick
 from mla.bench.workload.scenario import Scenario
@@ -117,7 +117,7 @@ def test_variants_go_first_then_the_passes_of_others_and_then_those_of_the_first
     assert len(ran.first) >= MIN_PASSES
     assert set(ran.first) == {4}, "passes are whole"
     if not ran.cold:
-        assert ran.cold_reason == LEFT_OUT
+        assert ran.cold_reason == NO_TIME
 
 
 def test_no_variant_begins_that_does_not_fit_beside_the_others(make_bench: MakeBench) -> None:

@@ -112,7 +112,7 @@ def test_a_slow_first_forward_is_the_only_one(
     monkeypatch.setattr(preview, "make_fixture", counted)
     for long, count in ((3.0, 2), (-1.0, 1)):
         steps.clear()
-        monkeypatch.setattr(preview, "LONG", long)
+        monkeypatch.setattr(preview, "SLOW_S", long)
         assert bench(*CPU, *small, *FEW, "--dry-run").code == 0
         assert len(steps) == count
 

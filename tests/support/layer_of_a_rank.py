@@ -1,14 +1,13 @@
 """One rank of a test: runs every case of its world, and writes how far its outputs are from float64.
 
-`python ranks.py FOLDER RANK WORLD`, for all ranks at once. FOLDER/RANK.json then maps each case to its worst
-error of a row, or to what it raised.
+RANK.json then maps each case to its worst error of a row, or to what it raised.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import sys
+import os
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,8 +15,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-
-sys.path.append(str(Path(__file__).parents[1] / "support"))
 from sequencing import Sequencing
 
 from mla import LatentCache, MLAConfig
@@ -170,9 +167,12 @@ def compare(
     return worst
 
 
-def main(folder: Path, rank: int, world: int) -> None:
+def main(words: Sequence[str]) -> int:
+    """Run all cases of a world of the variables' size, and return 0."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    store = Path("store").resolve()
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     groups = {layout: Groups(Layout.parse(layout)) for layout in LAYOUTS[world]}
     found: dict[str, float | str] = {}
     for case in cases(world):
@@ -181,9 +181,6 @@ def main(folder: Path, rank: int, world: int) -> None:
         except Exception:  # noqa: BLE001  # whatever it is, the test shows it
             found[str(case)] = traceback.format_exc()
             break  # the other ranks wait for this one
-    (folder / f"{rank}.json").write_text(json.dumps(found))
+    Path(f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    return 0
