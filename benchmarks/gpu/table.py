@@ -28,8 +28,8 @@ from mla.bench import results
 from mla.bench.results.file import decode_ceilings
 from mla.bench.results.schema import Case, Latency, Run
 from mla.command import console
-from mla.command.exit_codes import guarded
 from mla.command.display import markdown
+from mla.command.exit_codes import guarded
 from mla.errors import MLAError
 
 Rows = list[list[str]]
