@@ -88,6 +88,16 @@ def test_a_process_that_is_gone_is_named_by_all_and_no_other(
         assert lost.endswith("): killed, perhaps for lack of memory, or crashed.")
 
 
+def test_a_process_that_ends_after_its_last_beat_is_not_missed(run: Callable[[int], Run]) -> None:
+    ranks = run(2)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        ranks.join(1, member=Member(ranks.zero.members[0].host, process.pid))
+        ranks.zero.meet(TIMEOUT_S)
+        ranks.store.set("beat/1", pulse.BYE)
+        process.kill()
+    assert ranks.zero.lost(1.0) is None
+
+
 def test_who_cannot_be_seen_from_here_is_not_looked_for(
     run: Callable[[int], Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
