@@ -371,7 +371,7 @@ class _Engine:
                 what = ", ".join(part for part in (name, runner.samples.variant.kind) if part)
                 few = ", too few for an interval" if done < MIN_PASSES else ""
                 said = f"{what}: {done} of {due} passes fit into a scenario's time{few}"
-                self._hooks.say(f"{self._scenario.name}, {said}; give --passes or --runs to time them all")
+                self._hooks.detail(f"{self._scenario.name}, {said}; give --passes or --runs to time them all")
             if runner.headline and self._correct(runner):
                 self.measurements[name].due = done
                 self._say_alone(runner, before)
@@ -382,7 +382,7 @@ class _Engine:
             alone = len(first.passes) - before
             if first is not cut and alone and self._correct(first):
                 said = f"the last {alone} passes of {first.implementation.name} ran without it"
-                self._hooks.say(f"{self._scenario.name}, {cut.implementation.name}: {said}")
+                self._hooks.detail(f"{self._scenario.name}, {cut.implementation.name}: {said}")
 
     def _time_pass(self, runner: PassRunner, switched: bool) -> None:
         self._hooks.enter(runner.implementation.name)

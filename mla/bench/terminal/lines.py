@@ -129,6 +129,10 @@ def _busy(run: Run) -> Iterator[str]:
     """Yield that the machine was busy, or that its clock or temperature changed, if anything shows it."""
     unsteady = [case for case in run.cases if any(warned.kind in BUSY for warned in of_case(case))]
     load = run.environment.get(OTHERS, "")
+    short = sum(_lacks_passes(case) for case in run.cases)
+    if short:
+        count = f"{short} of {len(run.cases)} cases"
+        yield f"warning: {count} got too few passes for an interval; give --passes or --runs"
     if not unsteady and not load:
         return
     cause = f"other processes used {load} CPUs" if load else "another load or the device's clock changed"
@@ -137,6 +141,14 @@ def _busy(run: Run) -> Iterator[str]:
         extent = f" (drift up to {100 * drift:.0f} %)" if drift > DRIFTS else ""
         cause = f"timings of {len(unsteady)} of {len(run.cases)} cases are unsteady{extent}: {cause}"
     yield f"warning: {cause}; rerun when idle" + " (-v names the cases)" * bool(unsteady)
+
+
+def _lacks_passes(case: Case) -> bool:
+    """Return whether a case has no interval, because fewer passes were timed than were planned."""
+    planned, latency = case.planned, case.latency_ms
+    return (
+        planned is not None and latency is not None and latency.ci95 is None and case.passes < planned.passes
+    )
 
 
 def of_case(case: Case) -> Iterator[Warned]:

@@ -67,7 +67,7 @@ def run(
         return yardstick.shortened(bench.scenario, BOTH, dict.fromkeys(ms, 1e3), most)
 
     target = Target(seconds, most, lambda: Slow.now)
-    hooks = Hooks(shorten=shorten, say=said.append, target=target)
+    hooks = Hooks(shorten=shorten, say=said.append, detail=said.append, target=target)
     parrots = (Slow(bench, "first"), Slow(bench, "other"))
     found = bench.measure(*parrots, variants=Variants(BOTH, asked=asked), hooks=hooks)
     first, other = found["first"], found["other"]
@@ -93,7 +93,7 @@ def measured(
 ) -> dict[str, Measurement]:
     """Time these, none of which is shortened; "first" is the run's first."""
     Slow.now, Slow.forwards, Slow.seconds = 0.0, 0, staticmethod(script)
-    hooks = Hooks(say=say, target=Target(seconds, most, lambda: Slow.now), first="first")
+    hooks = Hooks(say=say, detail=say, target=Target(seconds, most, lambda: Slow.now), first="first")
     return bench.measure(*(Slow(bench, name) for name in names), hooks=hooks, variants=Variants(variants))
 
 

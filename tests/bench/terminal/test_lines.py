@@ -140,6 +140,16 @@ def test_all_signs_of_a_busy_machine_are_one_warning(make_run: MakeRun) -> None:
     assert folded_warnings(run) == ["warning: other processes used 1.6 of 2 CPUs; rerun when idle"]
 
 
+def test_cases_without_an_interval_for_lack_of_time_are_counted(make_run: MakeRun) -> None:
+    planned = results.Planned(passes=6, steps=1, due=3)
+    run = make_run(latency_ms=latency(), planned=planned)
+    assert folded_warnings(run) == [
+        "warning: 1 of 1 cases got too few passes for an interval; give --passes or --runs"
+    ]
+    run.cases[0].planned = results.Planned(passes=3, steps=1, due=3)  # as the user wants it
+    assert folded_warnings(run) == []
+
+
 def test_a_way_of_timing_that_was_left_out_is_named_once_with_its_reason(make_run: MakeRun) -> None:
     graphs = [
         results.Timing(mode="graph", cache=cache, clock="host", passes=0, check=NOT_RUN, latency_ms=None)
