@@ -464,7 +464,7 @@ def sequence(draw: Draw, field: Field, scene: Scene) -> Scene:
         other = derived(case, what)
     other = replace(other, seed=case.seed + 1)
     order = draw(among(*TURNS))
-    as_first = replace(case.stress, order=other.stress.order)  # type: ignore[type-var]  # which all here have
+    as_first = replace(case.stress, order=other.stress.order)  # type: ignore[union-attr, type-var]
     alike = replace(other, seed=case.seed, values=case.values, stress=as_first) == case
     memory = alike and draw(st.booleans()) and not case.layout.pages  # which nobody restores
     lent = alike and case.entry.prepares and draw(st.booleans())

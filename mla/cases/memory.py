@@ -130,9 +130,9 @@ class Pages:
         if layout.repeated:
             full = keys >= 2 * size
             table[full, 1] = table[full, 0]
-        request = torch.arange(len(lengths)).repeat_interleave(keys)
-        place = torch.arange(len(request)) - (keys.cumsum(0) - keys)[request]
-        slots = table[request, place // size].long() * size + place % size
+        owner = torch.arange(len(lengths)).repeat_interleave(keys)
+        place = torch.arange(len(owner)) - (keys.cumsum(0) - keys)[owner]
+        slots = table[owner, place // size].long() * size + place % size
         return cls(layout, count, order, table, slots)
 
     @property
