@@ -1,5 +1,7 @@
 """What glibc does with freed memory, chosen when a process starts.
 
+`python benchmarks/allocator.py COMMAND...` runs a command whose processes keep their temporaries.
+
 By default it maps tensors above a threshold (32 MiB at most), faults them in, and returns them in every call.
 That costs most where temporaries are large, and is no property of what is compared: so both are shown.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 
 VARIABLE = "GLIBC_TUNABLES"
@@ -29,3 +32,7 @@ def setting(tunables: str) -> Iterator[None]:
         del os.environ[VARIABLE]
         if before is not None:
             os.environ[VARIABLE] = before
+
+
+if __name__ == "__main__":
+    os.execvpe(sys.argv[1], sys.argv[1:], {**os.environ, VARIABLE: TUNABLES})

@@ -23,8 +23,7 @@ import click
 from mla.bench.plan import options
 from mla.bench.plan.resolve import resolve
 from mla.bench.results.schema import Case, Run
-from mla.bench.run.outcome import verdict
-from mla.bench.run.scheduler import measure
+from mla.bench.run.scheduler import measure, verdict
 from mla.command import console
 from mla.command.exit_codes import guarded
 from mla_backends.known import KNOWN, WITHOUT_PLUGIN

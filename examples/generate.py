@@ -80,8 +80,8 @@ def measure(model: Any, ids: torch.Tensor, name: str, new_tokens: int, console: 
             ticks = Ticks(progress, progress.add_task(f"{name}: {doing}", total=new_tokens))
             words = {"max_new_tokens": new_tokens, "do_sample": False, "streamer": ticks}
             words["return_dict_in_generate"] = False  # which the model's generation_config may ask for
-            found = model.generate(ids, attention_mask=torch.ones_like(ids), **words)
-            return found[0].tolist(), ticks.times
+            tokens = model.generate(ids, attention_mask=torch.ones_like(ids), **words)
+            return tokens[0].tolist(), ticks.times
 
         with TransientBytes() as memory:
             generate("warming up, counting memory")
@@ -90,12 +90,12 @@ def measure(model: Any, ids: torch.Tensor, name: str, new_tokens: int, console: 
 
 def weight_bytes(model: Any) -> int:
     """Return the bytes of all weights: those that are as they were loaded, and those packed for our ops."""
-    found = sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
+    count = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     for module in model.modules():
-        found += sum(one.nbytes for one in vars(module).values() if isinstance(one, Packed))
+        count += sum(packed.nbytes for packed in vars(module).values() if isinstance(packed, Packed))
         if attention := getattr(module, "mla_attention", None):
-            found += attention.core.weight_bytes()  # kv_b_proj
-    return found
+            count += attention.core.weight_bytes()  # kv_b_proj
+    return count
 
 
 def show(tokenizer: Any, runs: list[Run]) -> None:
@@ -115,7 +115,7 @@ def show(tokenizer: Any, runs: list[Run]) -> None:
 
 
 def compare(model_dir: str, prompt: str, new_tokens: int, backend: str, dtype: str) -> None:
-    """Run both ways and print them; ours first, so that a model which is not served is said at once."""
+    """Run both ways and print them; ours first, so that an unsupported model is refused at once."""
     console = Console(stderr=True)
     model, tokenizer = load(model_dir, backend, dtype)
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
@@ -140,7 +140,7 @@ def main(prompt: str | None, prompt_file: TextIO | None, **asked: Any) -> None:
     try:
         text = prompt_file.read() if prompt_file else PROMPT if prompt is None else prompt
     except UnicodeDecodeError as error:
-        raise click.ClickException(f"the prompt file is no UTF-8 text: {error}") from error
+        raise click.ClickException(f"the prompt file is not UTF-8 text: {error}") from error
     with one_sentence():
         compare(prompt=text, **asked)
 

@@ -1,4 +1,4 @@
-"""Loading a model directory, for the examples: what goes wrong is one sentence, whoever raises it."""
+"""Loading a model directory, for the examples: any error becomes one sentence."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def load(model_dir: str, backend: str, dtype: str = "auto") -> tuple[Any, Any]:
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
     """Return the tokens that end a text: what the model generates with says which, or else its tokenizer."""
     asked = (model.generation_config.eos_token_id, tokenizer.eos_token_id)
-    found: int | list[int] = next((ids for ids in asked if ids is not None), [])
-    return {found} if isinstance(found, int) else set(found)
+    tokens: int | list[int] = next((ids for ids in asked if ids is not None), [])
+    return {tokens} if isinstance(tokens, int) else set(tokens)
 
 
 @contextmanager

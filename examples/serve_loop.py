@@ -37,7 +37,7 @@ class Request:
 
 
 class Server:
-    """Serves requests with one model, so many at once."""
+    """Serves requests with one model, at most `at_once` at a time."""
 
     def __init__(
         self, model: Any, *, max_tokens: int, at_once: int, ends: Collection[int] = (), page_size: int = 64
@@ -51,56 +51,59 @@ class Server:
     def run(self, requests: Iterable[Request]) -> Iterator[Request]:
         """Yield requests as they end.
 
-        Raises, before any is served, `CacheFull` for one that never fits, and ValueError for an empty one.
+        Raises, before any is served, `CacheFull` for a request that never fits, ValueError for an empty one.
         """
-        asked = list(requests)
-        for one in asked:
-            if not one.prompt:
-                raise ValueError(f"request {one.number} has no tokens.")
-            if self._pages(one) > self.cache.latents.num_pages:
-                raise CacheFull(f"request {one.number} needs more pages than the cache has (--max-tokens).")
-        self.waiting.extend(asked)
+        requests = list(requests)
+        for request in requests:
+            if not request.prompt:
+                raise ValueError(f"request {request.number} has no tokens.")
+            if self._pages(request) > self.cache.latents.num_pages:
+                raise CacheFull(
+                    f"request {request.number} needs more pages than the cache has (--max-tokens)."
+                )
+        self.waiting.extend(requests)
         while self.waiting or self.running:
             self._admit()
-            if going := [one for one in self.running if not self._is_over(one)]:
+            if going := [request for request in self.running if not self._is_over(request)]:
                 self._append(going)
-            for one in filter(self._is_over, list(self.running)):
-                self.running.remove(one)
-                self.cache.latents.release([one.sequence])  # its pages are free for others from now on
-                yield one
+            for request in filter(self._is_over, list(self.running)):
+                self.running.remove(request)
+                self.cache.latents.release([request.sequence])  # its pages are free for others from now on
+                yield request
 
     def _admit(self) -> None:
         """Prefill those who wait, first come, first served, while there is room for all they may need."""
         latents = self.cache.latents
         while self.waiting and len(self.running) < self.at_once:
             if sum(map(self._pages, [*self.running, self.waiting[0]])) > latents.num_pages:
-                return  # until somebody leaves
-            one = self.waiting.popleft()
-            (one.sequence,) = latents.new_sequences(1)
-            self._append([one])
-            self.running.append(one)
+                return  # until a request ends
+            request = self.waiting.popleft()
+            (request.sequence,) = latents.new_sequences(1)
+            self._append([request])
+            self.running.append(request)
 
-    def _pages(self, one: Request) -> int:
+    def _pages(self, request: Request) -> int:
         """Return how many pages a request may need in all."""
-        return -(-(len(one.prompt) + one.wanted) // self.cache.latents.page_size)
+        return -(-(len(request.prompt) + request.wanted) // self.cache.latents.page_size)
 
     @torch.no_grad()
     def _append(self, requests: list[Request]) -> None:
-        """Run the model on prompts, or on everybody's last token, and append the best next one to each."""
-        self.cache.use([one.sequence for one in requests])
-        new = torch.tensor([one.tokens[-1:] or one.prompt for one in requests])
-        lengths = torch.tensor([[self.cache.latents.length(one.sequence)] for one in requests]) + new.shape[1]
+        """Run the model on prompts, or on each request's last token, and append the best next one to each."""
+        self.cache.use([request.sequence for request in requests])
+        new = torch.tensor([request.tokens[-1:] or request.prompt for request in requests])
+        cached = [[self.cache.latents.length(request.sequence)] for request in requests]
+        lengths = torch.tensor(cached) + new.shape[1]
         columns = int(lengths.max())  # shorter requests are padded on the left; padding takes no pages
         mask = (torch.arange(columns) >= columns - lengths).long()
         positions = lengths - torch.arange(new.shape[1], 0, -1)
         inputs = {"input_ids": new, "attention_mask": mask, "position_ids": positions}
         moved = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         logits = self.model(**moved, **self.cache.argument, use_cache=True).logits[:, -1]
-        for one, token in zip(requests, logits.argmax(dim=-1).tolist(), strict=True):
-            one.tokens.append(token)
+        for request, token in zip(requests, logits.argmax(dim=-1).tolist(), strict=True):
+            request.tokens.append(token)
 
-    def _is_over(self, one: Request) -> bool:
-        return len(one.tokens) >= one.wanted or one.tokens[-1] in self.ends
+    def _is_over(self, request: Request) -> bool:
+        return len(request.tokens) >= request.wanted or request.tokens[-1] in self.ends
 
 
 @click.command(help=__doc__)

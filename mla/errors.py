@@ -10,7 +10,7 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     """Return " Did you mean 'x'?" for the closest known word, or nothing."""
     if len(word) > 200:  # no option is as long, and comparing takes time
         return ""
-    begun = [one for one in known if word and one.startswith(word)]
+    begun = [name for name in known if word and name.startswith(word)]
     close = begun or difflib.get_close_matches(word, known, n=1)
     return f" Did you mean '{close[0]}'?" if close else ""
 

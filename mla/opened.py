@@ -13,7 +13,7 @@ from mla_backends.errors import BackendError
 from mla_backends.registry import REPORT
 
 # More than any device has: bytes of memory or cache, bytes per second, FLOP per second.
-MOST_BYTES, MOST_BANDWIDTH, MOST_FLOPS = 10**18, 1e18, 1e22
+MAX_BYTES, MAX_BANDWIDTH, MAX_FLOPS = 10**18, 1e18, 1e22
 
 
 def check_opened(name: str, backend: Backend) -> None:
@@ -54,12 +54,12 @@ def _of_device(info: DeviceInfo) -> Iterator[str]:
         if not _is_count(value := getattr(info, field), least=1):
             yield f"{field} {value!r}, not a positive number of bytes or None"
     if info.bandwidth is not None:
-        yield from _of_peak("bandwidth", info.bandwidth, MOST_BANDWIDTH)
+        yield from _of_peak("bandwidth", info.bandwidth, MAX_BANDWIDTH)
     if not isinstance(info.flops, Mapping):
         yield f"flops {info.flops!r}, not a mapping of dtype names"
         return
     for dtype, peak in info.flops.items():
-        yield from _of_peak(f"flops of {dtype!a}", peak, MOST_FLOPS)
+        yield from _of_peak(f"flops of {dtype!a}", peak, MAX_FLOPS)
 
 
 def _of_peak(field: str, peak: Any, most: float) -> Iterator[str]:
@@ -73,7 +73,7 @@ def _of_peak(field: str, peak: Any, most: float) -> Iterator[str]:
 
 def _is_count(value: Any, least: int) -> bool:
     whole = isinstance(value, int) and not isinstance(value, bool)
-    return value is None or (whole and least <= value <= MOST_BYTES)
+    return value is None or (whole and least <= value <= MAX_BYTES)
 
 
 def _is_real(value: Any) -> bool:

@@ -38,9 +38,9 @@ def absolute(text: str, folder: Path, base: str, tag: str) -> str:
     def replace(match: re.Match[str]) -> str:
         found = (folder / match["target"]).resolve()
         if not found.is_relative_to(ROOT):
-            raise ValueError(f"{page} links to {match['target']}, which is outside of the repository.")
+            raise ValueError(f"{page} links to {match['target']}: it is outside of the repository.")
         if not found.exists():
-            raise ValueError(f"{page} links to {match['target']}, which is not there.")
+            raise ValueError(f"{page} links to {match['target']}: it does not exist.")
         kind = "tree" if found.is_dir() else "raw" if found.suffix in _PICTURES else "blob"
         return f"{match['before']}{base}/{kind}/{tag}/{found.relative_to(ROOT).as_posix()}"
 

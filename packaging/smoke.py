@@ -19,7 +19,7 @@ from pathlib import Path
 
 from distributions import version
 
-NEEDED = ("mla", "mla_backends", "mla_backend_cpu")
+NEEDED = ("mla_bench", "mla_backends", "mla_backend_cpu")
 TORCH = "https://download.pytorch.org/whl/cpu"
 KERNELS = "from mla import load_backend; print(load_backend('cpu').environment()['kernels'])"
 

@@ -32,6 +32,7 @@ from mla_backends.torch_backend import (
     float32_facts,
     forbid_tf32,
     whole,
+    working_dtypes,
 )
 
 if TYPE_CHECKING:
@@ -40,11 +41,9 @@ if TYPE_CHECKING:
 # Names under which people know a device -> torch's name of its module. A ROCm build calls it cuda.
 ALIASES = {"hip": "cuda", "rocm": "cuda"}
 EXTENSIONS = "torch.backends"  # the group of entry points that torch loads by itself
-DTYPES = ("bfloat16", "float16", "float32")
-SIDE = 16  # of the products that are tried
 SLEEP_MS = 20.0
 # A pause of SLEEP_MS measured with events: clocks drift, and another unit is off by a factor of 1000.
-LEAST, SLACK = 0.8, 1.2
+MIN_SHARE, MAX_SHARE = 0.8, 1.2
 _DEVICE = re.compile(r"([a-z][a-z0-9_]*)(?::(\d{1,4}))?")
 
 
@@ -186,13 +185,13 @@ class AnyDevice(TorchBackend):
         """Describe the device as far as its module does; the host describes a CPU."""
         if self.device_type == "cpu":
             return DeviceInfo(host.processor_name(), host.memory_total(), host.last_level_cache())
-        found = self.properties()
-        name = getattr(found, "name", None) or ask(self.module, "get_device_name", self.device)
+        properties = self.properties()
+        name = getattr(properties, "name", None) or ask(self.module, "get_device_name", self.device)
         text = name.strip() if isinstance(name, str) else ""
         return DeviceInfo(
             name=f"{text} ({self.device_type})" if text else self.device_type,
-            memory_bytes=whole(getattr(found, "total_memory", None)) or self.memory().total,
-            cache_bytes=whole(getattr(found, "L2_cache_size", None)) or None,
+            memory_bytes=whole(getattr(properties, "total_memory", None)) or self.memory().total,
+            cache_bytes=whole(getattr(properties, "L2_cache_size", None)) or None,
         )
 
     def memory(self) -> MemoryInfo:
@@ -200,8 +199,8 @@ class AnyDevice(TorchBackend):
         if self.device_type == "cpu":
             free, total = host.memory_available(), host.memory_total()
             return MemoryInfo(free=free, total=total, peak=host.peak_resident())
-        found, newer = super().memory(), _accelerator("get_memory_info")
-        free, total, allocated = found.free, found.total or None, found.allocated
+        known, newer = super().memory(), _accelerator("get_memory_info")
+        free, total, allocated = known.free, known.total or None, known.allocated
         if total is None and isinstance(both := attempt(newer, self.device), tuple) and len(both) == 2:
             free, total = whole(both[0]), whole(both[1]) or None
         if allocated is None:
@@ -209,14 +208,15 @@ class AnyDevice(TorchBackend):
         if total is None and (total := whole(ask(self.module, "recommended_max_memory")) or None):
             held = whole(ask(self.module, "driver_allocated_memory")) or allocated  # of unified memory
             free = None if held is None else max(0, total - held)
-        return MemoryInfo(free=free if total else None, total=total, allocated=allocated, peak=found.peak)
+        return MemoryInfo(free=free if total else None, total=total, allocated=allocated, peak=known.peak)
 
     def remarks(self) -> Sequence[str]:
         """Name a device that was not chosen, and the backend of this project that is made for it."""
         said = [] if self._wanted else [f"device {self._device()}: {self.found.how} (-O device= chooses)"]
-        own = own_backend(self.device_type)
-        if own:
-            said.append(f"backend '{own}' is made for this device and has ops of its own: {how_to_use(own)}")
+        if name := own_backend(self.device_type):
+            said.append(
+                f"backend '{name}' is made for this device and has ops of its own: {how_to_use(name)}"
+            )
         return said
 
     def vendor_facts(self) -> Mapping[str, str]:
@@ -337,9 +337,9 @@ def _accelerator(name: str) -> Any:
 
 def _synchronize(device_type: str, module: ModuleType) -> Callable[[], Any]:
     """Return what waits for the device. Raises where nothing does: a clock would time launches."""
-    own, general = getattr(module, "synchronize", None), _accelerator("synchronize")
-    if callable(own):
-        return own
+    wait, general = getattr(module, "synchronize", None), _accelerator("synchronize")
+    if callable(wait):
+        return wait
     if general is not None and _current() == device_type:
         return general
     reason = f"torch.{device_type} has no synchronize(), so a clock would stop before the work is done"
@@ -377,47 +377,23 @@ def _choices(torch: ModuleType) -> str:
     """Return how to name a device, and which ones there are."""
     modules = device_modules(torch)
     here = [name for name in modules if _is_here(torch, name)]
-    others = ", ".join(name for name in modules if name not in here)
-    known = f"; this torch also knows {others}" if others else ""
+    absent = ", ".join(name for name in modules if name not in here)
+    known = f"; this torch also knows {absent}" if absent else ""
     return f"choose a device with -O device=NAME (available here: {', '.join(here) or 'none'}{known})"
 
 
 # --------------------------------------------------------------------------------------- what it can do
-def working_dtypes(
-    device: torch.device, synchronize: Callable[[], Any]
-) -> tuple[list[torch.dtype], dict[str, str]]:
-    """Return the dtypes in which a product comes out right, and why the others are left out, by name."""
-    import torch
-
-    works, left_out = [], {}
-    for name in DTYPES:
-        dtype = getattr(torch, name)
-        try:
-            ones = torch.ones(SIDE, SIDE).to(dtype).to(device)
-            product = ones @ ones
-            synchronize()
-            found = product.cpu().float()
-        except Exception as error:  # noqa: BLE001  # vendor stacks raise anything
-            left_out[name] = describe(error)
-            continue
-        if bool((found == SIDE).all()):
-            works.append(dtype)
-        else:
-            left_out[name] = f"a sum of {SIDE} ones came out as {found.flatten()[0].item():g}"
-    return works, left_out
-
-
 def clock_problem(module: ModuleType, device_type: str, synchronize: Callable[[], Any]) -> str:
     """Time a pause with two events; return why they are no clock, or "" if they are one."""
     if not hasattr(module, "Event"):
         return f"torch.{device_type} has no Event"
     try:
-        passed, found = _timed_pause(module, synchronize)
+        passed, measured = _timed_pause(module, synchronize)
     except Exception as error:  # noqa: BLE001  # several stacks have an Event that cannot time
         return f"torch.{device_type}.Event cannot time: {describe(error)}"
-    if math.isfinite(found) and LEAST * SLEEP_MS <= found <= SLACK * passed + 1:
+    if math.isfinite(measured) and MIN_SHARE * SLEEP_MS <= measured <= MAX_SHARE * passed + 1:
         return ""
-    return f"torch.{device_type}.Event called a pause of {passed:.1f} ms {found:.3g} ms"
+    return f"torch.{device_type}.Event called a pause of {passed:.1f} ms {measured:.3g} ms"
 
 
 def _timed_pause(module: ModuleType, synchronize: Callable[[], Any]) -> tuple[float, float]:

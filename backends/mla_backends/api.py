@@ -110,7 +110,7 @@ def misfit(x: Any, shape: Sequence[int | None], dtype: torch.dtype, device: torc
             return ""
         return _why(x, shape, dtype, device)
     except RuntimeError as error:  # a nested tensor has no sizes
-        return f"is no plain tensor ({str(error).splitlines()[0]})."
+        return f"is not a plain tensor ({str(error).splitlines()[0]})."
 
 
 def is_plain(x: torch.Tensor) -> bool:

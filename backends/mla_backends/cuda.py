@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -79,14 +80,9 @@ def _names_maca_home(torch: ModuleType) -> bool:
     return source.is_file() and b"MACA_HOME" in source.read_bytes()
 
 
-def _hip(torch: ModuleType) -> Marks:
-    version = getattr(torch.version, "hip", None)
-    return {"torch.version.hip": str(version)} if version else {}
-
-
-def _cuda(torch: ModuleType) -> Marks:
-    version = getattr(torch.version, "cuda", None)
-    return {"torch.version.cuda": str(version)} if version else {}
+def _built_for(name: str, torch: ModuleType) -> Marks:
+    version = getattr(torch.version, name, None)
+    return {f"torch.version.{name}": str(version)} if version else {}
 
 
 def _local_version(torch: ModuleType, suffix: str) -> Marks:
@@ -99,8 +95,8 @@ _BUILDS: tuple[tuple[str, str, Callable[[ModuleType], Marks]], ...] = (
     ("moore", "redirected by torchada to Moore Threads' torch.musa", _torchada),
     ("iluvatar", "Iluvatar's CoreX build", _corex),
     ("metax", "MetaX's MACA build", _maca),
-    ("", "a ROCm build", _hip),
-    ("nvidia", "NVIDIA's CUDA build", _cuda),
+    ("", "a ROCm build", partial(_built_for, "hip")),
+    ("nvidia", "NVIDIA's CUDA build", partial(_built_for, "cuda")),
 )
 
 

@@ -106,8 +106,8 @@ class NoPlugin(NamedError):
     def __init__(self, known: KnownDevice) -> None:
         start = f", and `{known.plugin_command}` starts a plugin" if known.plugin_command else ""
         hint = (
-            f"with {known.torch} installed, `{known.command}` measures them on the reference ops, which "
-            f"nobody has tried yet{start}"
+            f"with {known.torch} installed, `{known.command}` measures them on the reference ops "
+            f"(untried){start}"
         )
         super().__init__(known.name, f"there is no plugin for {known.device}", hint)
 
@@ -147,7 +147,7 @@ class BackendVersionError(NamedError):
     ) -> None:
         """Compare `speaks` with `built_for`; if that is unknown, name what the backend found `missing`."""
         core = (
-            "mla-backends (`pip install ./backends` in a newer checkout; from the first release on "
+            "mla-backends (`pip install ./backends` in a newer checkout; once released, "
             "`pip install -U mla-backends`)"
         )
         contract = "another contract" if missing else f"contract {built_for}"

@@ -34,11 +34,8 @@ class KnownBackend:
 
     @property
     def install(self) -> str:
-        """How to install it: from its folder in a checkout or, once there is a release, by its extra."""
-        return (
-            f"`pip install {self.folder}` in a checkout (from the first release on `pip install "
-            f"'mla[{self.name}]'`)"
-        )
+        """How to install it: from its folder in a checkout or, once there is a release, by its name."""
+        return f"`pip install {self.folder}` in a checkout (once released, `pip install {self.distribution}`)"
 
 
 KNOWN: Mapping[str, KnownBackend] = MappingProxyType(

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from mla_backends.errors import describe
 
-PATIENCE = 3.0  # seconds that a management library may take to answer
+TIMEOUT_S = 3.0  # that a management library may take to answer
 
 
 class Sampler(Protocol):
@@ -39,9 +39,9 @@ class Sampler(Protocol):
 class Monitor:
     """A sampler that cannot break a run. After the first failure it is never asked again."""
 
-    def __init__(self, sampler: Sampler, patience: float = PATIENCE) -> None:
+    def __init__(self, sampler: Sampler, timeout_s: float = TIMEOUT_S) -> None:
         self._sampler = sampler
-        self._patience = patience
+        self._timeout_s = timeout_s
         self._problem = ""
         self._facts: dict[str, str] | None = None
 
@@ -70,13 +70,19 @@ class Monitor:
         # A daemon, because a call into a hanging driver cannot be stopped.
         thread = threading.Thread(target=work, name="mla-monitor", daemon=True)
         thread.start()
-        thread.join(self._patience)
+        thread.join(self._timeout_s)
         if not answers:
-            self._problem = problems[0] if problems else f"no answer within {self._patience:g} s"
+            self._problem = problems[0] if problems else f"no answer within {self._timeout_s:g} s"
             return {}
         return dict(answers[0])
 
 
+# Reading -> the function of NVML that gives it, and the constant that says which.
+READINGS = {
+    "clock_mhz": ("DeviceGetClockInfo", "CLOCK_SM"),
+    "memory_clock_mhz": ("DeviceGetClockInfo", "CLOCK_MEM"),
+    "temperature_c": ("DeviceGetTemperature", "TEMPERATURE_GPU"),
+}
 # One function, under the name NVML has given it since CUDA 12 and under the one before.
 THROTTLE_REASONS = ("DeviceGetCurrentClocksEventReasons", "DeviceGetCurrentClocksThrottleReasons")
 
@@ -120,41 +126,24 @@ class NvmlSampler:
 
     def facts(self) -> Mapping[str, str]:
         self.device()
-        found: dict[str, str] = {}
         with suppress(Exception):
-            found["driver"] = _text(self.call("SystemGetDriverVersion"))
-        return found
+            return {"driver": _text(self.call("SystemGetDriverVersion"))}
+        return {}
 
     def sample(self) -> Mapping[str, str]:
-        device = self.device()
-        readings: dict[str, Callable[[], str]] = {
-            "clock_mhz": lambda: str(self.call("DeviceGetClockInfo", device, self.constant("CLOCK_SM"))),
-            "memory_clock_mhz": lambda: str(
-                self.call("DeviceGetClockInfo", device, self.constant("CLOCK_MEM"))
-            ),
-            "temperature_c": lambda: str(
-                self.call("DeviceGetTemperature", device, self.constant("TEMPERATURE_GPU"))
-            ),
-            **self._power(device),
-            "throttle_reasons": lambda: hex(self._first(THROTTLE_REASONS, device)),
-        }
-        found = {}
-        for name, read in readings.items():
+        device, sample = self.device(), {}
+        for name, (function, constant) in READINGS.items():
             with suppress(Exception):  # any of them may be unsupported on a card
-                found[name] = read()
-        return found
-
-    def _first(self, names: tuple[str, ...], *arguments: Any) -> Any:
-        """Call the first of these functions that works. Raises what the last one does."""
-        for name in names[:-1]:
+                sample[name] = str(self.call(function, device, self.constant(constant)))
+        with suppress(Exception):
+            power = self.call("DeviceGetPowerUsage", device)
+            known = {"power_w": f"{power / 1e3:.1f}"} if self.dialect.milliwatts else None
+            sample |= known or {"power_as_reported": str(power)}
+        for function in THROTTLE_REASONS:
             with suppress(Exception):
-                return self.call(name, *arguments)
-        return self.call(names[-1], *arguments)
-
-    def _power(self, device: Any) -> dict[str, Callable[[], str]]:
-        if self.dialect.milliwatts:
-            return {"power_w": lambda: f"{self.call('DeviceGetPowerUsage', device) / 1e3:.1f}"}
-        return {"power_as_reported": lambda: str(self.call("DeviceGetPowerUsage", device))}
+                sample["throttle_reasons"] = hex(self.call(function, device))
+                break
+        return sample
 
     @functools.cached_property
     def library(self) -> ModuleType:

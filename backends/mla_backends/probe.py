@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from mla_backends.discovery import Entry, entries, locate
+from mla_backends.discovery import entries, locate
 from mla_backends.errors import BackendError, BackendImportError, DeviceUnavailable, original
 from mla_backends.known import KNOWN
 from mla_backends.registry import create, probe_backend
@@ -73,20 +73,14 @@ def status(
         entry = locate(name)
     except BackendError as error:
         return Status(name, error.state, reason=error.reason, hint=error.hint)
-    answer = _probe(entry, timeout, variables, options or {})
-    return Status(name, distribution=entry.distribution, version=entry.version, **answer)
-
-
-def _probe(
-    entry: Entry, timeout: float, variables: Mapping[str, str] | None, options: Mapping[str, str]
-) -> dict[str, Any]:
-    """Probe `entry` in a child process and return the fields of its `Status`."""
+    words = [entry.name, *(f"{key}={value}" for key, value in (options or {}).items())]
     fields = ("state", "reason", "hint", "evidence")
-    words = [f"{key}={value}" for key, value in options.items()]
     try:
-        return ask(["-m", "mla_backends.probe", entry.name, *words], fields, timeout, variables)
+        answer = ask(["-m", "mla_backends.probe", *words], fields, timeout, variables)
     except NoAnswer as none:
-        return _no_answer(" ".join([entry.name, *words]), f"the probe {none}")
+        hint = f"`python -X faulthandler -m mla_backends.probe {' '.join(words)}` shows where it stops"
+        answer = {"state": DeviceUnavailable.state, "reason": f"the probe {none}", "hint": hint}
+    return Status(name, distribution=entry.distribution, version=entry.version, **answer)
 
 
 class NoAnswer(Exception):
@@ -124,11 +118,6 @@ def ask(
         raise NoAnswer(_ending(child)) from None
 
 
-def _no_answer(asked: str, reason: str) -> dict[str, Any]:
-    hint = f"`python -X faulthandler -m mla_backends.probe {asked}` shows where it stops"
-    return {"state": DeviceUnavailable.state, "reason": reason, "hint": hint, "evidence": {}}
-
-
 def _ending(child: subprocess.CompletedProcess[bytes]) -> str:
     """Return how a child that gave no answer ended."""
     if child.returncode < 0:
@@ -159,10 +148,10 @@ def probe_by_name(name: str, options: Mapping[str, str] | None = None) -> dict[s
     except BackendError as error:
         return _problem(error, BackendImportError.state)
     try:
-        found = probe_backend(name, backend)
+        available = probe_backend(name, backend)
     except BackendError as error:
         return _problem(error, DeviceUnavailable.state)
-    return {"state": USABLE, "reason": "", "hint": "", "evidence": _strings(found.evidence)}
+    return {"state": USABLE, "reason": "", "hint": "", "evidence": _strings(available.evidence)}
 
 
 def _problem(error: BackendError, state: str) -> dict[str, Any]:

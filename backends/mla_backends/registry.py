@@ -198,7 +198,7 @@ def _register(entry: Entry, found: Any) -> tuple[pluggy.PluginManager, list[str]
         manager.check_pending()  # otherwise a misspelt hook would look like no hook at all
     except pluggy.PluginValidationError as error:
         wrong = ", ".join(repr(hook.name) for hook in hooks if not hook.has_spec())
-        reason = f"{entry.origin} implements {wrong}, which is not a hook"
+        reason = f"{entry.origin} implements {wrong}, not a hook"
         raise BackendImportError(entry.name, reason, f"the only hook is {HOOK}(options)") from error
     return manager, [hook.name for hook in hooks]
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from mla_backends.api import AttentionSpec, FusedOp, NormSpec, SegmentLengths
 from mla_backends.errors import describe, one_line, out_of_memory
@@ -66,18 +66,6 @@ def _with_cause(error: BaseException) -> str:
 
 
 # -------------------------------------------------------------------------------------------- attention
-@dataclass(frozen=True)
-class TinyBatch:
-    """What `BatchView` asks for."""
-
-    query_lens: tuple[int, ...]
-    kv_lens: tuple[int, ...]
-    page_size: int
-    block_table: torch.Tensor
-    kv_lens_device: torch.Tensor
-    cu_q: torch.Tensor
-
-
 def try_latent(
     op: FusedOp, spec: AttentionSpec, page_size: int, lengths: Lengths = ROWS, with_lse: bool = True
 ) -> str:
@@ -123,21 +111,25 @@ def _pages(
     cache[0] = torch.nan
     table = torch.zeros(len(counts), max(counts) + 1, dtype=torch.int32, device="cpu")
     rows = []
-    own = torch.arange(1, len(cache), device="cpu").split(counts)
-    for row, pages, keys in zip(table, own, kv_lens, strict=True):
+    owned = torch.arange(1, len(cache), device="cpu").split(counts)
+    for row, pages, keys in zip(table, owned, kv_lens, strict=True):
         row[: len(pages)] = pages
         rows.append(cache[pages].flatten(0, 1)[:keys])
     return table, cache, rows
 
 
-def _batch(spec: AttentionSpec, page_size: int, lengths: Lengths, table: torch.Tensor) -> TinyBatch:
+def _batch(spec: AttentionSpec, page_size: int, lengths: Lengths, table: torch.Tensor) -> Any:
+    """Return what `BatchView` asks for, on the device."""
     import torch
 
     query_lens, kv_lens = lengths
-    lens = torch.tensor(kv_lens, dtype=torch.int32, device="cpu")
-    cu_q = torch.tensor([0, *accumulate(query_lens)], dtype=torch.int32, device="cpu")
-    there = (tensor.to(spec.device) for tensor in (table, lens, cu_q))
-    return TinyBatch(query_lens, kv_lens, page_size, *there)
+    tables = {
+        "block_table": table,
+        "kv_lens_device": torch.tensor(kv_lens, dtype=torch.int32, device="cpu"),
+        "cu_q": torch.tensor([0, *accumulate(query_lens)], dtype=torch.int32, device="cpu"),
+    }
+    there = {name: tensor.to(spec.device) for name, tensor in tables.items()}
+    return SimpleNamespace(query_lens=query_lens, kv_lens=kv_lens, page_size=page_size, **there)
 
 
 def try_expanded(

@@ -63,8 +63,8 @@ class TorchBackend(Backend):
         from torch import distributed
 
         names = getattr(getattr(distributed, "Backend", None), "default_device_backend_map", {})
-        found = names.get(self.device_type)
-        return None if found is None else str(found)
+        name = names.get(self.device_type)
+        return None if name is None else str(name)
 
     # ------------------------------------------------------------------------------------------ probe
 
@@ -103,9 +103,8 @@ class TorchBackend(Backend):
     def device_hint(self) -> str:
         """Return what to check when the software is installed but the device is not found."""
         tool = f"`{self.query_tool}`" if self.query_tool else "the driver"
-        found = set_variables(self.visibility)
-        if found:
-            hiding = " and ".join(f"{name}='{value}'" for name, value in found.items())
+        if chosen := set_variables(self.visibility):
+            hiding = " and ".join(f"{name}='{value}'" for name, value in chosen.items())
             return f"check that {tool} lists the device and that {hiding} does not hide it"
         return f"check that {tool} lists the device and that this container was given it"
 
@@ -246,10 +245,10 @@ class TorchBackend(Backend):
 
     def capability(self) -> str | None:
         """Return the capability as text. Its numbers mean something different for every vendor."""
-        found = self.properties()
-        if not (hasattr(found, "major") and hasattr(found, "minor")):
+        properties = self.properties()
+        if not (hasattr(properties, "major") and hasattr(properties, "minor")):
             return None
-        return f"{found.major}.{found.minor}"
+        return f"{properties.major}.{properties.minor}"
 
     def multiprocessors(self) -> int | None:
         """Return the number of multiprocessors; None if the stack does not report it."""
@@ -263,21 +262,33 @@ class TorchBackend(Backend):
         except TypeError:  # an older torch includes emulation
             return None
 
+    def floats_since(self, capability: tuple[int, int]) -> tuple[torch.dtype, ...]:
+        """Return float16, float32 and, where it is native, bfloat16.
+
+        A stack that cannot say has it from this capability on.
+        """
+        import torch
+
+        native, properties = self.native_bfloat16(), self.properties()
+        if native is None:
+            native = (properties.major, properties.minor) >= capability
+        return (*((torch.bfloat16,) if native else ()), torch.float16, torch.float32)
+
     def device_info(self) -> DeviceInfo:
-        found = self.properties()
-        if found is None:
+        properties = self.properties()
+        if properties is None:
             return DeviceInfo(name=self.device_type)
         return DeviceInfo(
-            name=str(found.name),
-            memory_bytes=known(found, "total_memory"),
-            cache_bytes=known(found, "L2_cache_size"),
+            name=str(properties.name),
+            memory_bytes=known(properties, "total_memory"),
+            cache_bytes=known(properties, "L2_cache_size"),
         )
 
     def memory(self) -> MemoryInfo:
-        found = ask(self.module, "mem_get_info", self.device)
-        if found is None:  # of the current device, where the function takes none
-            found = ask(self.module, "mem_get_info")
-        free, total = found if isinstance(found, tuple) and len(found) == 2 else (None, None)
+        both = ask(self.module, "mem_get_info", self.device)
+        if both is None:  # of the current device, where the function takes none
+            both = ask(self.module, "mem_get_info")
+        free, total = both if isinstance(both, tuple) and len(both) == 2 else (None, None)
         return MemoryInfo(
             free=whole(free),
             total=whole(total),
@@ -362,11 +373,11 @@ def known(properties: Any, name: str) -> int | None:
 
 def versions(modules: Sequence[str], distributions: Sequence[str]) -> dict[str, str]:
     """Return the versions of modules, which are imported, and of the distributions that are installed."""
-    found = {name: str(getattr(importlib.import_module(name), "__version__", "?")) for name in modules}
+    known = {name: str(getattr(importlib.import_module(name), "__version__", "?")) for name in modules}
     for name in distributions:
         with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            known[name] = metadata.version(name)
+    return known
 
 
 def sensor_facts(monitor: Monitor | None, at_setup: Mapping[str, str]) -> dict[str, str]:
@@ -390,7 +401,7 @@ def overheard() -> Iterator[list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield remarks
-    remarks += [str(one.message).partition("\n")[0].strip() for one in caught]
+    remarks += [str(warning.message).partition("\n")[0].strip() for warning in caught]
 
 
 def attempt(function: Callable[..., Any] | None, *arguments: Any) -> Any:
@@ -409,6 +420,36 @@ def ask(module: ModuleType, name: str, *arguments: Any) -> Any:
 def whole(value: Any) -> int | None:
     """Return `value` if it is a count, else None."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def working_dtypes(
+    device: torch.device, synchronize: Callable[[], Any]
+) -> tuple[list[torch.dtype], dict[str, str]]:
+    """Return the dtypes in which a product is exactly right, and by name why the others are left out.
+
+    The factors are small integers, so that the product [16, 16] has no rounding in any floating dtype.
+    """
+    import torch
+
+    factor, works, left_out = (torch.arange(256) * 5 % 7 - 3).view(16, 16), [], {}
+    right = (factor @ factor).float()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        try:
+            there = factor.to(dtype).to(device)
+            product = there @ there
+            synchronize()
+            result = product.cpu().float()
+        except Exception as error:  # noqa: BLE001  # vendor stacks raise anything
+            left_out[name] = describe(error)
+            continue
+        wrong = (result != right).flatten().nonzero()
+        if len(wrong):
+            seen, true = (numbers.flatten()[wrong[0]].item() for numbers in (result, right))
+            left_out[name] = f"a sum of 16 products came out as {seen:g}, and is {true:g}"
+        else:
+            works.append(dtype)
+    return works, left_out
 
 
 # ------------------------------------------------------------------------------------------- graphs
@@ -533,13 +574,12 @@ def _libraries() -> dict[str, Any]:
     """Return the members of `torch.backends` with a switch. Looked up only: to read a switch may raise."""
     import torch
 
-    members = {name: one for name, one in vars(torch.backends).items() if not name.startswith("_")}
-    return {name: one for name, one in members.items() if _has_switch(one)}
+    members = {name: member for name, member in vars(torch.backends).items() if not name.startswith("_")}
+    return {name: member for name, member in members.items() if _has_switch(member)}
 
 
 def _has_switch(member: Any) -> bool:
-    own = getattr(member, "__dict__", {})
-    return SWITCH in own or any(SWITCH in vars(one) for one in type(member).__mro__)
+    return any(SWITCH in getattr(place, "__dict__", {}) for place in (member, *type(member).__mro__))
 
 
 @contextlib.contextmanager

@@ -10,7 +10,9 @@ the host never waits.
 
 from __future__ import annotations
 
+from array import array
 from collections import defaultdict, deque
+from collections.abc import Iterable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,14 @@ if TYPE_CHECKING:
     import torch
 
 SMALLEST = 4096  # bytes of a slot; others are the next powers of two
+
+
+def integers(values: Iterable[int], *, wide: bool = False) -> torch.Tensor:
+    """Return a host tensor [n] of int32, or of int64 if `wide`."""
+    import torch
+
+    buffer, dtype = array("q" if wide else "i", values), torch.int64 if wide else torch.int32
+    return torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype, device="cpu")
 
 
 def upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -125,8 +135,8 @@ _RINGS: dict[torch.device, _Ring] = {}
 
 
 def _ring(device: torch.device) -> _Ring:
-    found = _RINGS.get(device)
-    return found if found is not None else _RINGS.setdefault(device, _Ring(device))
+    ring = _RINGS.get(device)
+    return ring if ring is not None else _RINGS.setdefault(device, _Ring(device))
 
 
 def _rounded(size: int) -> int:

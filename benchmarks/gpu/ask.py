@@ -22,14 +22,20 @@ import click
 import msgspec
 
 from benchmarks.gpu.questions.asking import QUESTIONS, NotHere
-from benchmarks.gpu.verdicts import Answer
 from mla.command import console
-from mla.command.error_origin import place
-from mla.command.exit_codes import Exit, guarded
+from mla.command.exit_codes import Exit, guarded, place
 from mla.errors import UsageError, did_you_mean
 from mla_backends.errors import BackendError, describe, one_line
 
 FAMILIES = ("attention", "copies", "device", "flashinfer", "launches", "libraries")
+
+
+class Answer(msgspec.Struct, kw_only=True):
+    """What a question prints as one line of JSON."""
+
+    question: str
+    answer: str
+    evidence: dict[str, object] = {}
 
 
 def load() -> None:

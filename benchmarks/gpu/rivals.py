@@ -3,8 +3,9 @@
 
     python benchmarks/gpu/rivals.py --backend nvidia --op latent_attention --heads 16 -a batch=1,8 -a kv=4k
 
-It takes the options of that command, adds --implementations, and becomes it. Kernels that do not run here are
-left out, each with its reason on stderr.
+It takes the options of that command, adds --implementations, and becomes it. Without --op, the layer runs
+with each absorbed attention, beside its own choice and the reference. Kernels that do not run here are left
+out, each with its reason on stderr.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ ASK = "ask"  # first word of the child's command line
 def options_of(words: list[str]) -> RunOptions:
     """Return the options of the run. Raises `click.ClickException` and `UsageError`."""
     options = RunOptions(**bench.make_context("rivals.py", list(words)).params)
-    if options.backend is None or options.op not in OPS:
-        raise UsageError(f"rivals.py needs --backend NAME, and --op {' or '.join(OPS)}.")
+    if options.backend is None or options.op not in (*OPS, None):
+        raise UsageError(f"rivals.py needs --backend NAME, and --op {' or '.join(OPS)} or no --op.")
     if options.implementations:
         raise UsageError("rivals.py names the --implementations itself: leave them out.")
     return options
@@ -69,14 +70,15 @@ def implementations(words: list[str]) -> str:
 
     options = options_of(words)
     config = MLAConfig.named(options.config or DEFAULT_CONFIG)
-    kind = str(options.op)
+    kind = options.op or OPS[0]
     backend = load_backend(str(options.backend), options=options.key_values())
     names, reasons = serving(backend, kind, config.with_heads(options.heads or config.num_attention_heads))
     if not names:
         raise UnsupportedOps(f"no kernel of {kind} runs here: {'; '.join(reasons) or 'none is offered'}.")
     for reason in reasons:
         console.note(reason)
-    return ",".join(f"mla[{kind}={name}]" for name in names)
+    rivals = [f"mla[{kind}={name}]" for name in names]
+    return ",".join(rivals if options.op else ["mla", *rivals, f"mla[{kind}=reference]"])
 
 
 def bench_words(words: list[str], named: str, gone: float) -> list[str]:

@@ -3,10 +3,10 @@
 
 \b
     python benchmarks/gpu/tune.py sweep latent-16 --backend nvidia --out latent-16.json --budget 2m
-    python benchmarks/gpu/tune.py choose --backend nvidia --out nvidia-h100-80gb-hbm3.json
+    python benchmarks/gpu/tune.py choose --backend nvidia --sweeps . --out tuning
 
-`sweep` goes on with its file where it was cut short; `choose` reads what lies beside FILE. `compile` fills
-Triton's cache with what all sweeps launch, in as many processes as there are cores, 16 at most.
+`sweep` goes on with its file where it was cut short; `choose` writes the tuning under the card's name.
+`compile` fills Triton's cache with what all sweeps launch, in a process per core, 16 at most.
 
 Exit codes: 0 done, 2 usage, 3 it cannot run here, 4 a tile gave a wrong result.
 """
@@ -27,11 +27,11 @@ from benchmarks.gpu.tuning import choice, trials
 from benchmarks.gpu.tuning.classes import TileClass, classes
 from mla.bench.workload.scenario import duration
 from mla.command import console, environment
+from mla.command.display import aligned
 from mla.command.exit_codes import Exit, guarded
 from mla.command.options import parsed_by
-from mla.command.table import aligned
 from mla.errors import UnsupportedOps
-from mla_backends.triton_ops.tuning import write_tuning
+from mla_backends.triton_ops.tuning import card_file, write_tuning
 
 if TYPE_CHECKING:
     from mla_backends.api import Backend
@@ -60,7 +60,7 @@ def check_served(backend: Backend, tuned: TileClass) -> None:
     op = backend.ops().get(tuned.op)
     if op is None:
         raise UnsupportedOps(f"backend '{backend.name}' offers no {tuned.op}: there is nothing to tune.")
-    spec = of_shape(tuned.kind, tuned.shapes[0], backend.device).inputs.spec
+    spec = of_shape(tuned.kind, tuned.shapes[0], backend.device).case.spec
     if why := refusals(tuned.op, op, f"{tuned.kind}_attention", spec, console.note):
         raise UnsupportedOps(f"{tuned.op} does not run here: {'; '.join(why)}.")
 
@@ -141,14 +141,17 @@ def say_best(found: trials.Sweep) -> int:
 @tune.command()
 @BACKEND
 @SMOKE
-@OUTPUT
-def choose(backend: str, smoke: bool, output: Path) -> int:
-    """Write the tuning that the sweeps in the folder of FILE speak for."""
+@click.option("--sweeps", type=click.Path(path_type=Path), required=True, help="Folder of the sweeps.")
+@click.option("--out", "folder", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
+def choose(backend: str, smoke: bool, sweeps: Path, folder: Path) -> int:
+    """Write the tuning that sweeps speak for, named after the card."""
     every = list(classes(smoke).values())
-    found = trials.sweeps_in(output.parent)
-    best, measured = choice.chosen(every, found), found[every[0].name].facts
+    by_class = trials.sweeps_in(sweeps)
+    best, measured = choice.chosen(every, by_class), by_class[every[0].name].facts
+    folder.mkdir(parents=True, exist_ok=True)
+    output = folder / card_file(measured["card"])
     write_tuning(output, choice.tuning_of(every, best), measured)
-    console.out(aligned(choice.HEADER, choice.table(every, found), {"calls", "tile"}))
+    console.out(aligned(choice.HEADER, choice.table(every, by_class), {"calls", "tile"}))
     console.out(f"{choice.usage(output, backend, measured['card'])}\n")
     return Exit.OK
 

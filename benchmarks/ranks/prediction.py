@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from mla.bench import results
 from mla.bench.terminal.digits import known, number
-from mla.command.table import markdown
+from mla.command.display import markdown
 from mla.parallel.layout import Layout
 
 LAYOUTS = ("tp=2", "dcp=2", "tp=2,dcp=2")

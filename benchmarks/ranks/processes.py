@@ -28,16 +28,17 @@ MODULES = [
     *("torch.distributed", "torch._dynamo", "mla.bench.cli.main", "mla.bench.plan.resolve"),
     *("mla.bench.plan.request", "mla.bench.measure.engine", "mla.bench.run.scheduler"),
     *("mla.bench.run.steering", "mla.bench.plan.preview", "mla.bench.ranks.launch"),
-    *("mla.bench.run.judging", "mla_backend_cpu"),
+    *("mla.bench.run.scenario_run", "mla_backend_cpu"),
 ]
 # Measurements that nothing here looks at take no time: limits, the link, and which of two products is faster.
 LITTLE: Mapping[str, Any] = {
     "mla.bench.limits.microbench.SIDES": (64, 128),
     "mla.bench.limits.microbench.REPEAT_S": 0.0,
     "mla.bench.limits.microbench.REPEATS": 1,
-    "mla.bench.run.judging.SECONDS": 0.0,
+    "mla.bench.run.scenario_run.LIMITS_AGAIN_S": 0.0,
     "mla.bench.ranks.crew.LINK_BYTES": (32 << 10, 64 << 10),
     "mla.bench.ranks.crew.LINK_TIMES": 2,
+    "mla_backend_cpu.products.product_gain": lambda kernels, fp32: 1.0,
     "mla_backend_cpu.products.fastest": lambda *functions: [1.0] * len(functions),
     "mla.bench.measure.evidence.ROUNDS": 1,
 }

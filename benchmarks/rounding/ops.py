@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,21 +30,21 @@ class _OfForm:
     def _attend(self, q: Any, k: Any, v: Any, scale: float, hidden: torch.Tensor, out: Any, lse: Any) -> None:
         """Attend one request: q [t, h, dk], k [s, 1 or h, dk], v [s, 1 or h, dv]."""
         q_wide, k_wide, v_wide = (x.transpose(0, 1).float() for x in (q, k, v))
-        found, sums = self._form.attend(q_wide, k_wide, v_wide, scale, hidden, q.dtype)
-        out.copy_(found.transpose(0, 1))
+        value, sums = self._form.attend(q_wide, k_wide, v_wide, scale, hidden, q.dtype)
+        out.copy_(value.transpose(0, 1))
         lse.copy_(sums[..., 0].T)
 
 
 class FormLinear(_OfForm, Linear):  # type: ignore[misc, valid-type]
     def __call__(self, packed: Any, *, x: Any, bias: Any, out: Any) -> None:
-        found = self._form.product(x.float(), packed.data.float())
-        out.copy_(found if bias is None else found + bias)
+        product = self._form.product(x.float(), packed.data.float())
+        out.copy_(product if bias is None else product + bias)
 
 
 class FormBatched(_OfForm, Batched):  # type: ignore[misc, valid-type]
     def __call__(self, packed: Any, *, x: Any, out: Any) -> None:
-        found = self._form.product(x.transpose(0, 1).float(), packed.data.mT.float())
-        out.copy_(found.transpose(0, 1))
+        product = self._form.product(x.transpose(0, 1).float(), packed.data.mT.float())
+        out.copy_(product.transpose(0, 1))
 
 
 class FormLatent(_OfForm, Latent):  # type: ignore[misc, valid-type]
@@ -74,7 +75,14 @@ class FormExpanded(_OfForm, Expanded):  # type: ignore[misc, valid-type]
             self._attend(one_q, one_k, one_v, softmax_scale, hidden, one_out, one_lse)
 
 
+OPS: dict[str, Callable[[Form], FusedOp]] = {
+    "linear": FormLinear,
+    "batched_linear": FormBatched,
+    "latent_attention": FormLatent,
+    "expanded_attention": FormExpanded,
+}
+
+
 def ops(form: Form) -> dict[str, FusedOp]:
-    """Return the ops of a form, by name."""
-    kinds = (FormLinear, FormBatched, FormLatent, FormExpanded)
-    return {kind.__name__: kind(form) for kind in kinds}
+    """Return the ops of a form, by kind."""
+    return {kind: made(form) for kind, made in OPS.items()}

@@ -22,9 +22,11 @@ from benchmarks.rounding.cases import (
     DECODE,
     LAYERS,
     LONG,
-    AttentionProblem,
-    LayerProblem,
+    layer_ratio,
+    new_ratio,
+    op_ratio,
     product_ratio,
+    roundings,
 )
 from benchmarks.rounding.forms import EXACT, ONE_BY_ONE, RIGHT
 from benchmarks.rounding.wrong import BF16, F16, F32, WRONG
@@ -32,51 +34,50 @@ from benchmarks.rounding.wrong import BF16, F16, F32, WRONG
 DTYPES = {"bf16": BF16, "fp16": F16, "fp32": F32}
 NEW = "as the reference, new inputs"
 FEW = 7  # rows
-Found = dict[tuple[str, str], list[float]]  # form, dtype -> ratios, one per seed and case
+Ratios = dict[tuple[str, str], list[float]]  # form, dtype -> ratios, one per seed and case
 
 
-def right(seeds: range) -> tuple[Found, Found, Found]:
+def right(seeds: range) -> tuple[Ratios, Ratios, Ratios]:
     """Return the ratios of right layers and ops, and errors over that of rounding once of the exact layer."""
-    layers: Found = defaultdict(list)
-    single: Found = defaultdict(list)
-    once: Found = defaultdict(list)
+    layers: Ratios = defaultdict(list)
+    single: Ratios = defaultdict(list)
+    once: Ratios = defaultdict(list)
     for name, dtype in DTYPES.items():
         forms = [form for form in RIGHT if dtype == F32 or form is not ONE_BY_ONE]
         for seed in seeds:
-            for case in LAYERS:
-                problem = LayerProblem(case, dtype, seed)
-                for form in forms[: case.forms]:
-                    layers[form.name, name].append(problem.ratio(form))
-                layers[NEW, name].append(problem.new_ratio())
-                if len(problem.truth[0]) < FEW:  # many rows are never near
-                    once[case.name, name].append(problem.roundings(EXACT))
-            for one in (AttentionProblem(case, dtype, seed) for case in ATTENTION):
+            for layer in LAYERS:
+                case = layer.drawn(dtype, seed)
+                for form in forms[: layer.forms]:
+                    layers[form.name, name].append(layer_ratio(case, form))
+                layers[NEW, name].append(new_ratio(case))
+                if sum(case.query_lens) < FEW:  # many rows are never near
+                    once[layer.name, name].append(roundings(case, EXACT))
+            for op_case in ATTENTION.values():
                 for form in forms:
-                    single[form.name, name].append(one.ratio(form))
+                    single[form.name, name].append(op_ratio(op_case, form, dtype, seed))
             for form in forms:
                 single[form.name, name].append(product_ratio(form, dtype, seed))
     return layers, single, once
 
 
-def wrong(seeds: range) -> tuple[Found, Found]:
+def wrong(seeds: range) -> tuple[Ratios, Ratios]:
     """Return the ratios of wrong layers of four heads, and of wrong ops."""
-    layers: Found = defaultdict(list)
-    single: Found = defaultdict(list)
+    layers: Ratios = defaultdict(list)
+    single: Ratios = defaultdict(list)
     for seed in seeds:
         for name, dtype in DTYPES.items():
             forms = [form for form, dtypes in WRONG if dtype in dtypes]
-            layer, op = LayerProblem(DECODE, dtype, seed), AttentionProblem(LONG, dtype, seed)
             for form in forms:
-                layers[form.name, name].append(layer.ratio(form))
-                single[form.name, name].append(op.ratio(form))
+                layers[form.name, name].append(layer_ratio(DECODE.drawn(dtype, seed), form))
+                single[form.name, name].append(op_ratio(LONG, form, dtype, seed))
     return layers, single
 
 
-def table(title: str, found: Found, pick: Callable[[Iterable[float]], float]) -> str:
+def table(title: str, ratios: Ratios, pick: Callable[[Iterable[float]], float]) -> str:
     """Return a Markdown table of one figure per form and dtype."""
     lines = [f"| {title} | {' | '.join(DTYPES)} |", "| --- |" + " --- |" * len(DTYPES)]
-    for form in dict.fromkeys(form for form, _ in found):
-        cells = [f"{pick(found[form, name]):.2f}" if found.get((form, name)) else "" for name in DTYPES]
+    for form in dict.fromkeys(form for form, _ in ratios):
+        cells = [f"{pick(ratios[form, name]):.2f}" if ratios.get((form, name)) else "" for name in DTYPES]
         lines.append(f"| {form} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -91,16 +92,16 @@ def main() -> int:
     torch.set_num_threads(1)
     layers, single, once = right(seeds)
     wrong_layers, wrong_ops = wrong(seeds)
-    for title, found, pick in (
+    for title, ratios, pick in (
         ("right layers, largest error over bound", layers, max),
         ("right ops, largest error over bound", single, max),
         ("exact layers, smallest error over that of rounding once", once, min),
         ("wrong layers, smallest error over bound", wrong_layers, min),
         ("wrong ops, smallest error over bound", wrong_ops, min),
     ):
-        print(f"{table(title, found, pick)}\n")  # noqa: T201
-    alarms = max(max(map(max, found.values())) for found in (layers, single))
-    both = [max(min(wrong_layers[one]), min(wrong_ops[one])) for one in wrong_layers]
+        print(f"{table(title, ratios, pick)}\n")  # noqa: T201
+    alarms = max(max(map(max, ratios.values())) for ratios in (layers, single))
+    both = [max(min(wrong_layers[form]), min(wrong_ops[form])) for form in wrong_layers]
     return int(alarms > 1 or min(both) <= 1)
 
 

@@ -77,7 +77,7 @@ def read(path: Path) -> Record:
     except OSError as error:
         raise ResultError(f"cannot read '{path}': {error.strerror}.") from error
     except msgspec.DecodeError as error:
-        raise ResultError(f"'{path}' is no record of this comparison: {error}.") from error
+        raise ResultError(f"'{path}' is not a record of this comparison: {error}.") from error
 
 
 def write(record: Record, path: Path) -> None:

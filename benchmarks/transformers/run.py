@@ -120,7 +120,7 @@ def _allocation() -> dict[str, str]:
 def _count(word: str) -> int:
     """Return a number of at least one."""
     if not word.isdecimal() or not int(word):
-        raise argparse.ArgumentTypeError(f"'{word}' is no number of at least 1")
+        raise argparse.ArgumentTypeError(f"'{word}' is not a number of at least 1")
     return int(word)
 
 

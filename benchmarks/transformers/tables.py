@@ -16,11 +16,11 @@ from benchmarks.transformers.points import (
 )
 from benchmarks.transformers.record import Row
 from mla.bench.terminal.digits import number
-from mla.command.table import markdown
+from mla.command.display import markdown
 
 TITLES = {
-    "decode": "a decode step after so many tokens",
-    "append": "64 tokens appended to so many",
+    "decode": "a decode step, by context length",
+    "append": "64 tokens appended, by context length",
     "prefill": "prefill of a whole prompt",
 }
 TIMES = (

@@ -69,7 +69,7 @@ class Work:
         available, needed = host.memory_available(), self.estimate(side)
         if side.model.device.type != "cpu" or available is None or needed < 0.9 * available:
             return ""
-        return f"needs about {needed / 2**30:.0f} GiB, of which {available / 2**30:.0f} are available"
+        return f"needs about {needed / 2**30:.0f} GiB, and {available / 2**30:.0f} are available"
 
     def estimate(self, side: Side) -> float:
         """Return the bytes that a forward takes on a host, about."""

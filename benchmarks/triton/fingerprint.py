@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import io
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,14 +19,14 @@ SILENT = (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING)
 
 
 def fingerprint() -> str:
-    """Return it. Comments, the shape of lines and run-time numbers do not change it."""
-    found = hashlib.sha256()
-    for path in sorted(KERNELS.glob("*.py")):
-        found.update("\n".join((path.name, *code(path))).encode())
+    """Return it. Comments, lines, run-time numbers, and the file that a kernel is in do not change it."""
+    digest = hashlib.sha256()
+    for definition in sorted(text for path in KERNELS.glob("*.py") for text in code(path)):
+        digest.update(definition.encode())
     for shipped in (*CURRENT, *PORTABLE):
         for name, case in shipped.cases().items():
-            found.update(f"{name} {_compiled_for(case)}".encode())
-    return found.hexdigest()[:16]
+            digest.update(f"{name} {_compiled_for(case)}".encode())
+    return digest.hexdigest()[:16]
 
 
 def _compiled_for(case: Case) -> str:
@@ -33,8 +35,13 @@ def _compiled_for(case: Case) -> str:
 
 
 def code(path: Path) -> Iterator[str]:
-    """Yield the tokens of a file that Python acts upon."""
-    with tokenize.open(path) as file:
-        for token in tokenize.generate_tokens(file.readline):
-            if token.type not in SILENT:
-                yield token.string.strip(" \t")
+    """Yield what a file defines, as the tokens that Python acts upon; imports are left out."""
+    source = path.read_text(encoding="utf-8")
+    lines = source.splitlines(keepends=True)
+    for node in ast.parse(source).body:
+        if not isinstance(node, (ast.Import, ast.ImportFrom, ast.Expr)):
+            decorators = getattr(node, "decorator_list", [])
+            first = min(part.lineno for part in (node, *decorators))
+            text = io.StringIO("".join(lines[first - 1 : node.end_lineno]))
+            tokens = tokenize.generate_tokens(text.readline)
+            yield "\n".join(token.string.strip(" \t") for token in tokens if token.type not in SILENT)

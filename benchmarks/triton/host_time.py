@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Callable, Mapping
-from functools import partial
 from statistics import median, quantiles
 from time import perf_counter_ns
 from typing import Any
 
-from benchmarks.triton.problems import MULTIPROCESSORS, Decode, Prefill, rms_norm, rotate_query, write_latent
+from benchmarks.triton.problems import MULTIPROCESSORS, PROBLEMS, decode, prefill
 from benchmarks.triton.shipped import H100
+from mla.cases.played import Laid
 from mla_backends.triton_ops import Launcher, triton_ops
 
 STEP = (4096,) * 16  # keys of 16 requests
@@ -36,15 +36,14 @@ class Idle(Launcher):
 def calls() -> dict[str, Callable[[], None]]:
     """Return by name what is timed."""
     ops = triton_ops(H100.tuning, MULTIPROCESSORS, Idle())
-    split, whole = Decode(16, keys=STEP, with_lse=True), Decode(16, keys=(60,) * 16)
+    split, whole = decode(16, keys=STEP, with_lse=True), decode(16, keys=(60,) * 16)
+    small = {name: PROBLEMS[name].bound(ops) for name in ("write_latent", "rotate_query", "rms_norm")}
     return {
-        "latent attention, with merge": split(ops),
-        "latent attention, one part": whole(ops),
-        "expanded attention": Prefill()(ops),
-        "write_latent": write_latent(ops),
-        "rotate_query": rotate_query(ops),
-        "rms_norm": rms_norm(ops),
-        "plan of latent attention": partial(ops["triton_latent"].prepare, split.spec(), split.batch()),
+        "latent attention, with merge": split.bound(ops),
+        "latent attention, one part": whole.bound(ops),
+        "expanded attention": prefill().bound(ops),
+        **small,
+        "plan of latent attention": Laid(split.case, ops["triton_latent"]).prepare,
     }
 
 

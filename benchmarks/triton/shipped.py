@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from benchmarks.triton.cases import Case, Target, case_of
 from benchmarks.triton.problems import launches
-from mla_backend_iluvatar.kernels import DEFAULTS as ILUVATAR
-from mla_backend_metax.kernels import DEFAULTS as METAX
-from mla_backend_moore.kernels import DEFAULTS as MOORE
+from mla_backend_iluvatar import TILES as ILUVATAR
+from mla_backend_metax import TILES as METAX
+from mla_backend_moore.kernels import TILES as MOORE
 from mla_backend_nvidia.cards import tuning_for
 from mla_backends.triton_ops import Tuning
 

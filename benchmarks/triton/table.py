@@ -65,21 +65,23 @@ class Row:
     def faults(self) -> list[str]:
         return faults(self.case, self.found, self.shipped.shared)
 
-    def __str__(self) -> str:
-        start = f"| {self.name} | {tile_of(self.case)} |"
+    @property
+    def cells(self) -> str:
+        """Every column but the first, the launch."""
+        start = f"{tile_of(self.case)} |"
         if "error" in self.found:
             return f"{start} {self.faults[0]} | | | | |"
         fit = programs(self.case.target, self.case.warps, self.found)
         spilled, known = self.found["spilled"], known_spill(self.case, self.found)
         counts = ", ".join(f"{n} {name}" for name, n in self.found["instructions"].items())
-        cells = (
+        counted = (
             str(self.found["registers"]),
             f"{spilled} (known)" if spilled and known else str(spilled),
             f"{self.found['shared'] / 1024:.1f}",
             "" if fit is None else str(fit),
             counts,
         )
-        return f"{start} {' | '.join(cells)} |"
+        return f"{start} {' | '.join(counted)} |"
 
 
 def compiled(part: Part, folder: Path, jobs: int) -> list[Row]:
@@ -95,10 +97,13 @@ def lines(part: Part, rows: Sequence[Row]) -> Iterator[str]:
     if known := sorted({text for row in rows if (text := _known(row))}):
         yield f"\nKnown, and no fault with this version: {'; '.join(known)}."
     for shipped in part.shipped:
-        of_it = [row for row in rows if row.shipped is shipped]
+        launches: dict[str, list[str]] = {}  # by what they need: equal ones are one row
+        for row in rows:
+            if row.shipped is shipped:
+                launches.setdefault(row.cells, []).append(row.name)
         yield f"\n{shipped.cards}, compiled for {shipped.target}; a block may use {shipped.shared} KiB:"
         yield COLUMNS
-        yield from map(str, of_it)
+        yield from (f"| {'; '.join(names)} | {cells}" for cells, names in launches.items())
 
 
 def _known(row: Row) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
@@ -32,6 +33,9 @@ PAGES = (
 ASSETS = ("docs/**/*.{}", "benchmarks/**/*.{}")
 KINDS = ("svg", "png", "webp", "jpg", "html")
 
+DOORS = re.compile(r"((?:^\* .+\n(?:  .+\n)*)+)", re.MULTILINE)  # the first list of the README
+HEADING = re.compile(r"(#+) ")
+
 source_links = SourceLinks(ROOT)
 
 
@@ -50,6 +54,7 @@ def on_config(config: MkDocsConfig) -> None:
     config.markdown_extensions += [source_links, names]
     url, commit = repository()
     if url:  # not `repo_url`: the theme would ask the forge about it from every reader's browser
+        config.nav.append({"Repository": url})
         config.copyright += f' · <a href="{url}/tree/{commit}">source, {commit[:8]}</a>'
 
 
@@ -63,11 +68,26 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Say which page is rendered next to what resolves links; the first page needs no list of itself."""
+    """Say which page is rendered to what resolves links, and write what only a site can show."""
     source_links.page = page.file.src_uri
     if page.is_homepage:
-        page.meta["hide"] = ["navigation"]
+        page.meta["hide"] = ["toc"]  # so that the terminal's table fits a laptop
+        markdown = DOORS.sub(r'<div class="grid cards" markdown>\n\n\1\n</div>\n', markdown, count=1)
+    if page.file.src_uri.startswith("docs/api/"):
+        markdown = "".join(with_options(markdown))
     return for_both_themes(markdown)
+
+
+def with_options(markdown: str) -> Iterator[str]:
+    """Yield a page of the reference: names one level below their heading, classes of data with all fields."""
+    level = 1
+    for line in markdown.splitlines(keepends=True):
+        if heading := HEADING.match(line):
+            level = len(heading[1])
+        yield line
+        if line.startswith("::: "):
+            more = ", show_if_no_docstring: true, show_bases: false" * line.startswith("::: mla.bench.")
+            yield f"    options: {{ heading_level: {level + 1}{more} }}\n\n"
 
 
 def expanded(nav: Any, pages: Iterable[str]) -> Any:

@@ -22,6 +22,7 @@ from mla.cache.ragged_batch import (
     whole_numbers,
 )
 from mla.config import MLAConfig
+from mla.config.layer_config import require_config
 from mla.errors import CacheFull
 from mla_backends.api import misfit
 
@@ -31,8 +32,8 @@ def check_history(config: MLAConfig, kv: Any, pe: Any) -> int:
     widths = (config.kv_lora_rank, config.qk_rope_head_dim)
     for name, rows, width in zip(("kv", "pe"), (kv, pe), widths, strict=True):
         if not isinstance(rows, torch.Tensor) or rows.shape != (len(kv), width):
-            found = list(rows.shape) if isinstance(rows, torch.Tensor) else f"a {type(rows).__name__}"
-            raise ValueError(f"load() takes kv [s, {widths[0]}] and pe [s, {widths[1]}], got {name} {found}.")
+            got = list(rows.shape) if isinstance(rows, torch.Tensor) else f"a {type(rows).__name__}"
+            raise ValueError(f"load() takes kv [s, {widths[0]}] and pe [s, {widths[1]}], got {name} {got}.")
         if wrong := misfit(rows.resolve_neg(), rows.shape, rows.dtype, rows.device):
             raise ValueError(f"{name} {wrong}")
         if not rows.is_floating_point() or rows.is_meta:
@@ -65,6 +66,7 @@ class LatentCache:
         dtype: torch.dtype = torch.bfloat16,
         shuffle: int | None = None,
     ) -> None:
+        require_config(config)
         page_size = check_page_size(page_size)
         max_tokens, num_layers = whole_numbers("max_tokens and num_layers", (max_tokens, num_layers))
         if max_tokens < 1 or num_layers < 1:
@@ -109,6 +111,15 @@ class LatentCache:
         """The ids of all sequences, in the order in which they were made."""
         return list(self._sequences)
 
+    def __repr__(self) -> str:
+        """Return the shape, dtype and device of `pages`, and how full they are."""
+        tokens = sum(entry.length for entry in self._sequences.values())
+        return (
+            f"{type(self).__name__}(pages={list(self.pages.shape)} {self.pages.dtype} on "
+            f"{self.pages.device}, sequences={len(self._sequences)}, tokens={tokens}, "
+            f"free_pages={self.free_pages})"
+        )
+
     def __contains__(self, sequence: int) -> bool:
         """Return whether the cache has a sequence of this id."""
         return sequence in self._sequences
@@ -125,7 +136,7 @@ class LatentCache:
         return rows.reshape(-1)[: entry.length].to(self.pages.device)
 
     def slot(self, sequence: int, token: int) -> int:
-        """Return the row of a flattened layer that holds a token of a sequence, which must be there."""
+        """Return the row of a flattened layer that holds a token of a sequence; the token must exist."""
         return self._get(sequence).pages[token // self.page_size] * self.page_size + token % self.page_size
 
     def new_sequences(self, count: int) -> list[int]:
@@ -214,7 +225,7 @@ class LatentCache:
     def _batch_memory(self, tokens: int, table: torch.Tensor, reserved: bool) -> BatchMemory:
         """Return where the step's tables go: the last step's memory while the shape is the same.
 
-        Steps of a reserved width have memory of their own, which other steps leave alone.
+        Steps of a reserved width have their own memory.
         """
         memory = self._memory.get(reserved)
         if memory is None or not memory.fits(tokens, table):

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import accumulate
 from operator import index
-from typing import Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
@@ -19,18 +19,12 @@ from mla.errors import StaleBatch
 from mla_backends.api import is_plain
 from mla_backends.upload import upload_into
 
+if TYPE_CHECKING:
+    from mla.cache.latent_cache import LatentCache
+
 Value = TypeVar("Value")
 
-MOST_TOKENS = 2**31 - 1  # lengths and positions are int32
-
-
-class PagedCache(Protocol):
-    """The cache a batch describes; its generation changes with every change of lengths."""
-
-    generation: int
-    num_pages: int
-
-    __weakref__: Any  # it can be referred to weakly
+MAX_TOKENS = 2**31 - 1  # lengths and positions are int32
 
 
 def host_ints(values: Iterable[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -44,7 +38,8 @@ def whole_numbers(name: str, values: Iterable[Any]) -> list[int]:
     try:
         return [*map(index, values)]
     except (TypeError, RuntimeError) as error:
-        raise ValueError(f"{name} must be whole numbers, got {values!r:.80}.") from error
+        kind = "whole numbers" if isinstance(values, Iterable) else "a list of whole numbers"
+        raise ValueError(f"{name} must be {kind}, got {values!r:.80}.") from error
 
 
 def check_page_size(page_size: Any) -> int:
@@ -63,7 +58,7 @@ def plain(made: torch.Tensor) -> torch.Tensor:
     return made
 
 
-class _Source(weakref.ref[PagedCache]):
+class _Source(weakref.ref[Any]):
     """Weak: a plan in the memo refers to its batch, and this cycle must not hold the pages of a cache."""
 
     def __deepcopy__(self, memo: Any) -> _Source:
@@ -145,7 +140,7 @@ class RaggedBatch:
         block_table: torch.Tensor,  # [B, n] int32, on the host
         page_size: int,
         device: torch.device,
-        source: PagedCache | None = None,
+        source: LatentCache | None = None,
         slots: Sequence[int] | None = None,  # of the new tokens, where the caller knows them
         memory: BatchMemory | None = None,  # of this shape, where the caller has some to reuse
     ) -> None:
@@ -173,8 +168,19 @@ class RaggedBatch:
         self._generation = 0 if cache is None else cache.generation
         self._memo: dict[Hashable, Any] = {}
 
-    def _cache(self) -> PagedCache | None:
-        """Return the cache that this batch describes, if there is one and somebody still has it."""
+    def __repr__(self) -> str:
+        """Return the lengths of the step, its device, and whether the cache has changed since."""
+        cache = self._cache()
+        old = self._source is not None and (cache is None or cache.generation != self._generation)
+        return (
+            f"RaggedBatch(requests={len(self.query_lens)}, tokens={self.num_tokens}, "
+            f"query_lens={_first(self.query_lens)}, kv_lens={_first(self.kv_lens)}, "
+            f"block_table={list(self.block_table.shape)}, page_size={self.page_size}, device={self.device}"
+            f"{', out of date' if old else ''})"
+        )
+
+    def _cache(self) -> LatentCache | None:
+        """Return the cache that this batch describes, or None if there is none or it is gone."""
         return None if self._source is None else self._source()
 
     def _pack(self, slots: Sequence[int] | None) -> torch.Tensor:
@@ -250,13 +256,18 @@ class RaggedBatch:
             )
 
 
+def _first(lengths: Sequence[int]) -> str:
+    """Return the first eight lengths."""
+    return f"[{', '.join(map(str, lengths[:8]))}{', ...' if len(lengths) > 8 else ''}]"
+
+
 def _lengths(query_lens: Sequence[int], kv_lens: Sequence[int]) -> tuple[list[int], list[int]]:
     """Return the lengths of a step as Python's integers. Raises ValueError for those of none."""
     new, kept = whole_numbers("query_lens", query_lens), whole_numbers("kv_lens", kv_lens)
     if len(kept) != len(new) or any(not 0 <= q <= kv for q, kv in zip(new, kept, strict=True)):
         raise ValueError(f"kv_lens {kept} do not count the new tokens {new}, as they must.")
-    if max((*kept, sum(new))) > MOST_TOKENS:
-        raise ValueError(f"a step has at most {MOST_TOKENS} tokens, new or of a request.")
+    if max((*kept, sum(new))) > MAX_TOKENS:
+        raise ValueError(f"a step has at most {MAX_TOKENS} tokens, new or of a request.")
     return new, kept
 
 

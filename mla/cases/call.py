@@ -167,7 +167,7 @@ class Call:
         if self._change is None:
             return self.pool.entry.strays(self.case, self.arguments)
         changed = [name for name in self._pools if not self._intact(self._change, name)]
-        clause = f"the op wrote to {' and '.join(changed)}, which it only reads" if changed else ""
+        clause = f"the op wrote to its input {' and '.join(changed)}" if changed else ""
         return "; ".join(filter(None, (self.pool.entry.strays(self.case, self.arguments), clause)))
 
     def _intact(self, change: Change, name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -28,9 +29,10 @@ class LayerCase:
     history: Lengths
     config: MLAConfig
     steps: int = 1
-    seed: int = 0
+    seed: int = 0  # of inputs, which are drawn from it plus `SEED`
     model: int = 0  # seed of the weights
     dtype: torch.dtype = torch.float32
+    SEED: ClassVar[int] = 7
 
     @property
     def label(self) -> str:
@@ -66,7 +68,7 @@ class LayerHost:
 
     def __init__(self, case: LayerCase) -> None:
         self.case, config = case, case.config
-        generator = torch.Generator().manual_seed(case.seed + 7)
+        generator = torch.Generator().manual_seed(case.seed + case.SEED)
 
         def draw(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=generator).to(case.dtype)

@@ -266,7 +266,7 @@ class Piece:
             return ""
         changed, before = (bits(now) != bits(then)).any(-1), self._view[2]
         if not output and bool(changed.as_strided(*self._view).any()):
-            return f"the op wrote to {name}, which was not its output"
+            return f"the op wrote to {name}, not one of its outputs"
         last = before + sum((size - 1) * step for size, step in zip(*self._view[:2], strict=True))
         sides = (slice(before), slice(last + 1, None), slice(before, last + 1))
         words = ("before the first row of", "behind the last row of", "beside rows of")

@@ -67,12 +67,12 @@ def keys(file: Path) -> list[str]:
 def headers(file: Path, names: Collection[str]) -> dict[str, StoredTensor]:
     """Return what the header says about the tensors in `names` that it lists. Raises `CheckpointError`."""
     _sniff(file)
-    found = {}
+    stored = {}
     with opened(file) as tensors:
         for key in set(tensors.keys()).intersection(names):
             part = tensors.get_slice(key)
-            found[key] = StoredTensor(file, key, tuple(part.get_shape()), part.get_dtype())
-    return found
+            stored[key] = StoredTensor(file, key, tuple(part.get_shape()), part.get_dtype())
+    return stored
 
 
 @contextmanager
@@ -188,7 +188,7 @@ class Folder:
 
     def _indexed(self, index: str) -> Iterator[tuple[str, str]]:
         weight_map = (self.json(index) or {}).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(one, str) for one in weight_map.values()):
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise CheckpointError(
                 f"'{self.path / index}' has no weight_map from tensor names to file names, so it is not an "
                 "index."

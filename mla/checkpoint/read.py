@@ -105,15 +105,13 @@ def choose(locations: Collection[Location], wanted: Wanted, facts: Facts, folder
     """Return the location of the wanted layer; None: of the only main layer. Raises `CheckpointError`."""
     _one_pattern(locations, folder)
     number, part = _parse(wanted, folder)
-    layer = (
-        _only_main(locations, facts, folder)
-        if wanted is None
-        else _numbered(locations, number, facts, folder)
-    )
+    if wanted is None:
+        layer = _only_main(locations, facts, folder)
+    else:
+        layer = _numbered(locations, number, facts, folder)
     parts = [location for location in locations if location.layer == layer]
-    for location in parts:
-        if location.part == part:
-            return location
+    if chosen := next((location for location in parts if location.part == part), None):
+        return chosen
     raise CheckpointError(_which_part(parts, layer, part, folder))
 
 
@@ -154,7 +152,7 @@ def _only_main(locations: Collection[Location], facts: Facts, folder: str) -> in
 
 
 def _numbered(locations: Collection[Location], number: int | None, facts: Facts, folder: str) -> int | None:
-    """Return the stored number of layer `number`, which a folder of one layer may have lost or changed."""
+    """Return the stored number of layer `number`; a folder of one layer may have lost or changed it."""
     layers = {location.layer for location in locations}
     if number in layers:
         return number
@@ -232,7 +230,7 @@ def read_layer(
     keys = _find(stored, layer, facts)
     shapes = weight_shapes(config)
     _check_names(stored, keys, shapes)
-    wanted = [name for one in shapes for name in (one, one + _SCALE) if name in keys]
+    wanted = [name for weight in shapes for name in (weight, weight + _SCALE) if name in keys]
     tensors = _headers(stored, {name: keys[name][0] for name in wanted})
     weights = {
         name: _weight(tensors[name], tensors.get(name + _SCALE), shape, facts)
@@ -274,13 +272,10 @@ def _check_names(folder: Folder, keys: Keys, shapes: Mapping[str, object]) -> No
             )
 
 
-def _twice(one: tuple[str, str], other: tuple[str, str]) -> str:
-    words = f"{quoted(one[1])} in {quoted(one[0])} and {quoted(other[1])} in {quoted(other[0])}"
-    return (
-        words
-        if one[0] == other[0]
-        else f"{words}, and the parts of a tensor-parallel conversion are not joined"
-    )
+def _twice(first: tuple[str, str], second: tuple[str, str]) -> str:
+    words = f"{quoted(first[1])} in {quoted(first[0])} and {quoted(second[1])} in {quoted(second[0])}"
+    split = first[0] != second[0]
+    return f"{words}, and the parts of a tensor-parallel conversion are not joined" if split else words
 
 
 def _unexpected(name: str) -> str:
@@ -288,7 +283,7 @@ def _unexpected(name: str) -> str:
     for pattern, reason in _REASONS:
         if re.match(pattern, name):
             served = name.partition(".")[0] in KNOWN
-            return reason if served else f"{reason}, which this layer does not compute"
+            return reason if served else f"{reason}; this layer does not compute that"
     return "is not one of this layer's weights, and ignoring it could change the result"
 
 
@@ -297,17 +292,17 @@ def _headers(folder: Folder, entries: Mapping[str, tuple[str, str]]) -> dict[str
     by_file: dict[str, dict[str, str]] = {}
     for name, (file, key) in entries.items():
         by_file.setdefault(file, {})[key] = name
-    found = {}
+    stored = {}
     for file, names in by_file.items():
         tensors = headers(folder.file(file), names)
         for key, name in names.items():
             if key not in tensors:
                 raise CheckpointError(
                     f"'{folder.path / str(folder.index)}' says that tensor {quoted(key)} is in "
-                    f"{quoted(file)}, which does not hold it."
+                    f"{quoted(file)}, but that file lacks it."
                 )
-            found[name] = tensors[key]
-    return found
+            stored[name] = tensors[key]
+    return stored
 
 
 def _weight(
@@ -335,7 +330,7 @@ def _weight(
 
 def _fp8(tensor: StoredTensor, scale: StoredTensor | None, facts: Facts) -> StoredWeight:
     if scale is None:
-        raise CheckpointError(f"{tensor} is FP8 and has no scale, without which its numbers mean nothing.")
+        raise CheckpointError(f"{tensor} is FP8 but has no scale.")
     block = facts.block_size(str(tensor))
     grid = tuple(-(-length // size) for length, size in zip(tensor.shape, block, strict=True))
     if scale.shape != grid:

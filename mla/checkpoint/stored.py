@@ -49,7 +49,7 @@ class StoredWeight:
     def nbytes(self) -> int:
         """Bytes in the files."""
         stored = (self.tensor, self.scale) if self.scale else (self.tensor,)
-        return sum(math.prod(one.shape) * _BYTES[one.dtype] for one in stored)
+        return sum(math.prod(tensor.shape) * _BYTES[tensor.dtype] for tensor in stored)
 
     def read_into(self, out: torch.Tensor, advance: Callable[[int], None], part: Part = WHOLE) -> None:
         """Write the numbers, rounded once to `out`'s dtype; `advance` gets the bytes of every block.
@@ -177,7 +177,7 @@ class StoredLayer(LazyState):
 # -------------------------------------------------------------------------------------- fingerprint
 # `fingerprint`: whether two folders hold the same weights, without reading them whole.
 
-ROWS = 8  # of each weight, evenly spread: any training has changed some of them
+SAMPLED_ROWS = 8  # of each weight, evenly spread: any training has changed some of them
 
 
 def fingerprint(layer: StoredLayer) -> dict[str, str]:
@@ -192,7 +192,7 @@ def _digest(layer: StoredLayer, name: str) -> str:
     shape, dtype = layer.shape(name), layer.dtype(name)
     digest = hashlib.sha256(f"{shape} {dtype}".encode())
     rows = shape[0] if len(shape) == 1 else 1  # a vector is read whole
-    for start in sorted({place * (shape[0] - rows) // (ROWS - 1) for place in range(ROWS)}):
+    for start in sorted({place * (shape[0] - rows) // (SAMPLED_ROWS - 1) for place in range(SAMPLED_ROWS)}):
         read = torch.empty((rows, *shape[1:]), dtype=dtype, device="cpu")
         layer.read_into(name, read, Part(slice(start, start + rows)))
         digest.update(bytes(read.view(torch.uint8).flatten().tolist()))  # torch may be without numpy

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from mla_backends.outside import escaped, safe, shortened, wait
 
-_MOST_SAID = 4000  # characters of a sentence: more can only be what a file says
+_MAX_SAID = 4000  # characters of a sentence: more can only be what a file says
 
 _results: TextIO | None = None  # stdout while `results_apart` keeps it for results; None: sys.stdout
 _rank = 0  # of a run over several ranks: rank 0 speaks for all
@@ -113,7 +113,7 @@ def become(rank: int) -> None:
 
 def fit(sentence: str) -> str:
     """Return a sentence as one printable line, which may repeat what a file or the user says."""
-    return shortened(escaped(sentence), _MOST_SAID)
+    return shortened(escaped(sentence), _MAX_SAID)
 
 
 def complain(sentence: str, common: bool, show: Callable[[], None] | None = None) -> None:

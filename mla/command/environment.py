@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import datetime
 import filecmp
+import hashlib
 import os
 import platform
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
 import mla
+import mla_backends
 from mla.command import launcher
 from mla_backends import host
 from mla_backends.api import Backend
 
 # Variables that say how many threads there are, where they run, and how they wait.
 THREADS = ("OMP_NUM_THREADS", "KMP_AFFINITY", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+# What glibc does with freed memory: mapping large tensors anew in every call costs as much as small ops.
+ALLOCATOR = "GLIBC_TUNABLES"
 # CPUs that others may use before a run is said to have shared its own.
 _TOLERATED = 0.25
+# What can change a number: sources, and libraries that were built from them. Not those in a folder `kernels`:
+# a plugin may find them elsewhere, and says in its environment which it uses.
+_SUFFIXES = {".py", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".mu", ".so", ".pyd"}
 
 
 def environment(backend: Backend) -> dict[str, str]:
@@ -35,9 +45,14 @@ def environment(backend: Backend) -> dict[str, str]:
         "torch_threads": str(torch.get_num_threads()),
     }
     facts |= {name: value for name in ("transformers", "numpy") if (value := distribution_version(name))}
-    facts |= {key: value for key in THREADS if (value := os.environ.get(key))}
+    facts |= {key: value for key in (*THREADS, ALLOCATOR) if (value := os.environ.get(key))}
     facts |= launcher.facts()
     return facts | {f"backend.{key}": str(value) for key, value in backend.environment().items()}
+
+
+def now() -> str:
+    """Return the time, as results say it: ISO 8601, UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 class OtherLoad:
@@ -63,8 +78,8 @@ def _seconds_of_others() -> float | None:
     """Return the seconds that this process's CPUs were busy with anything else; None if nobody tells."""
     try:
         lines = Path("/proc/stat").read_text().splitlines()
-        own = {f"cpu{number}" for number in os.sched_getaffinity(0)}
-        ticks = [list(map(int, line.split()[1:9])) for line in lines if line.split(" ", 1)[0] in own]
+        ours = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+        ticks = [list(map(int, line.split()[1:9])) for line in lines if line.split(" ", 1)[0] in ours]
         busy = sum(sum(cpu) - cpu[3] - cpu[4] for cpu in ticks)  # without idle and waiting for a disk
         return busy / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
     except (AttributeError, OSError, ValueError, IndexError):
@@ -99,13 +114,17 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def mixed_installation() -> str | None:
-    """Return a note when `mla` runs from a checkout whose `mla_backends` is not the one imported.
+    """Return a note when two installations are mixed, or None.
 
+    `mla` was the distribution's name before `mla-bench`: pip keeps both, and both own the folder `mla`.
     `python -m mla.bench` in a checkout takes `mla` from it and everything else from site-packages. That is
     fine while both hold the same code, and confusing after an edit.
     """
-    import mla_backends
-
+    if distribution_version("mla") and distribution_version("mla-bench"):
+        return (
+            "note: `mla` (the old name) and `mla-bench` are both installed and own the same files: run "
+            "`pip uninstall mla mla-bench`, then install mla-bench again."
+        )
     used = Path(str(mla_backends.__file__)).parent
     beside = Path(str(mla.__file__)).parents[1] / "backends" / "mla_backends"
     if not beside.is_dir() or beside.resolve() == used.resolve():
@@ -118,3 +137,38 @@ def mixed_installation() -> str | None:
         f"note: mla runs from the checkout '{beside.parents[1]}' but the installed mla_backends is older or "
         f"newer than its './backends': install again to run one state."
     )
+
+
+def build_digest(backend: object) -> str | None:
+    """Return a digest of the sources of `mla`, `mla_backends` and a backend; None if they are in no file.
+
+    A version or a commit does not tell two states of a work tree apart, nor plugins that are edited in place.
+    """
+    module = type(backend).__module__
+    names = {mla.__name__, mla_backends.__name__, module.partition(".")[0]}
+    digest = hashlib.sha256()
+    try:
+        for name in sorted(names):
+            for path, shown in _files(name):
+                digest.update(f"{name}/{shown}\n".encode())
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
+    except (OSError, KeyError, ValueError):
+        return None
+    return digest.hexdigest()[:16]
+
+
+def _files(name: str) -> Iterator[tuple[Path, str]]:
+    """Yield the files of a package that count, or the one of a module, with their names in it."""
+    module = sys.modules[name]
+    folders = [Path(folder) for folder in getattr(module, "__path__", ())]
+    if not folders:
+        file = getattr(module, "__file__", None)
+        if not file:
+            raise ValueError(f"{name} has no file")
+        yield Path(file), Path(file).name
+    for folder in folders:
+        for path in sorted(folder.rglob("*")):
+            shown = path.relative_to(folder)
+            built = path.suffix == ".so" and "kernels" in shown.parts
+            if path.suffix in _SUFFIXES and not built and path.is_file():
+                yield path, shown.as_posix()

@@ -1,21 +1,30 @@
-"""Exit codes of the runner, and the one place that turns an exception into one."""
+"""Exit codes of the runner, the one place that turns an exception into one, and signals that end a run.
+
+What asks a run to end interrupts it like Ctrl-C, so that what was measured is kept: Slurm sends SIGTERM some
+time before it kills; SIGHUP comes when the terminal or the connection is gone.
+"""
 
 from __future__ import annotations
 
 import enum
 import functools
+import os
 import signal
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any, TypeVar, cast
 
 import click
 
-from mla.command import console, files, signals
-from mla.command.error_origin import place
+from mla.command import console, files
 from mla.errors import MLAError
 from mla_backends import BackendError, BackendOptionError
+from mla_backends.api import Backend, FusedOp
 from mla_backends.errors import describe, original, plugin_code
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -41,14 +50,14 @@ class Exit(enum.IntEnum):
 _GRAVEST = (Exit.WRONG, Exit.DOUBTFUL, Exit.REGRESSION, Exit.NOTHING_RAN, Exit.OK)
 
 
-def graver(one: Exit, other: Exit) -> Exit:
+def graver(code: Exit, other: Exit) -> Exit:
     """Return the code of a run that has two: wrong before doubtful, and that before a regression."""
-    return min(one, other, key=_GRAVEST.index)
+    return min(code, other, key=_GRAVEST.index)
 
 
 def interrupted() -> Exit:
     """Return the code of a run that ended early: by SIGTERM, SIGHUP or Ctrl-C."""
-    return Exit(128 + (signals.received() or signal.SIGINT))
+    return Exit(128 + (_received or signal.SIGINT))
 
 
 def end_early() -> Exit:
@@ -58,7 +67,7 @@ def end_early() -> Exit:
 
 
 def _interruption() -> str:
-    by = signals.received() or signal.SIGINT
+    by = _received or signal.SIGINT
     return "interrupted" if by == signal.SIGINT else f"interrupted by {by.name}"
 
 
@@ -73,7 +82,7 @@ def guarded(command: Callable[[], int | None]) -> int:
             console.flush()
         return _unshown(code, reason) if (reason := console.unshown()) else code
 
-    with signals.interrupting():
+    with interrupting():
         return _guarded(flushed)  # Ctrl-C may come while a slow reader is waited for
 
 
@@ -144,7 +153,7 @@ def _unexpected(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name == "torch":
         return (
             "torch is not installed: install the build of your device's vendor, or for a CPU run "
-            "`pip install ./plugins/cpu` in a checkout (from the first release on `pip install 'mla[cpu]'`)."
+            "`pip install ./plugins/cpu` in a checkout (once released, `pip install mla-backend-cpu`)."
         )
     return f"{describe(error)} ({place(error)}); `python -X dev -m mla.bench ...` shows the traceback."
 
@@ -163,3 +172,128 @@ def _refuse(error: click.ClickException) -> int:
     vars(error).update(message=console.fit(error.message))  # which type checkers take for final
     console.complain(error.format_message(), common=True, show=error.show)
     return Exit.USAGE
+
+
+# --------------------------------------------------------------------------------------------------- signals
+
+# Seconds in which a second signal is taken for a copy of the first: srun and torchrun pass on what their
+# tasks have got already, and nobody presses Ctrl-C only once. It must not stop the writing of the result.
+SAME_SIGNAL_S = 10.0
+
+_HANDLERS: dict[signal.Signals, Any] = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,
+}
+_received: signal.Signals | None = None
+_last = 0.0  # when that was
+
+
+@contextmanager
+def interrupting() -> Iterator[None]:
+    """Let SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt in the block; `interrupted` tells them apart.
+
+    A signal that is ignored, as SIGHUP under nohup, or has a handler is left alone. Does nothing outside the
+    main thread.
+    """
+    global _received
+    _received = None
+    main = threading.current_thread() is threading.main_thread()
+    ours = [number for number, handler in _HANDLERS.items() if main and signal.getsignal(number) is handler]
+    for number in ours:
+        signal.signal(number, _interrupt)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, _HANDLERS[number])
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    global _received, _last
+    now = time.monotonic()
+    if _received is None or now - _last > SAME_SIGNAL_S:
+        _received, _last = signal.Signals(number), now
+        raise KeyboardInterrupt
+
+
+# --------------------------------------------------------------------------------- where an error was raised
+
+_Place = tuple[FrameType, int]  # a frame and its current line
+
+
+def place(error: BaseException) -> str:
+    """Return "file.py:12 in function", and the op or the backend's method that was running, if any.
+
+    It is the line of the op itself rather than the innermost line of torch below it.
+    """
+    frames, at = _frames(error)
+    if at is None:
+        return _text([place for place in frames if _package(place[0]) != "torch"] or frames) + _method(frames)
+    package = type(_self(frames[at][0])).__module__.partition(".")[0]
+    inside = [place for place in frames[at:] if _package(place[0]) == package]
+    return _text(inside or frames) + _name(frames, at)
+
+
+def in_op(error: BaseException) -> bool:
+    """Return whether an op raised the error, or what it called."""
+    return any(isinstance(_self(frame), FusedOp) for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def op_name(error: BaseException) -> str:
+    """Return "op 'name' of role" for an error that an op raised, as far as both are known; else ""."""
+    frames, at = _frames(error)
+    return "" if at is None else _name(frames, at).removeprefix(", ")
+
+
+def _frames(error: BaseException) -> tuple[list[_Place], int | None]:
+    """Return the frames of a traceback, and the place of the outermost one of an op; None without any."""
+    frames = list(traceback.walk_tb(original(error).__traceback__))
+    return frames, next(
+        (at for at, (frame, _) in enumerate(frames) if isinstance(_self(frame), FusedOp)), None
+    )
+
+
+def _method(frames: list[_Place]) -> str:
+    """Return ", ops() of backend 'name'" if a method of a backend was running; "" otherwise."""
+    for frame, _ in frames:
+        backend = _self(frame)
+        if isinstance(backend, Backend):
+            return f", {frame.f_code.co_name}() of backend '{getattr(backend, 'name', '?')}'"
+    return ""
+
+
+def _name(frames: list[_Place], at: int) -> str:
+    """Return ", op 'name' of role" for the op of frame `at`: the step that called the op knows both."""
+    from mla.layer.ops import Choice, Ops
+
+    op = _self(frames[at][0])
+    for frame, _ in reversed(frames[:at]):
+        step = _self(frame)
+        held = (getattr(step, name, None) for name in ("ops", "_ops", "_choice"))
+        ops = next(
+            (held for held in (frame.f_locals.get("ops"), *held) if isinstance(held, (Ops, Choice))), None
+        )
+        if isinstance(ops, Choice) and ops.op is op:
+            return f", op '{ops.name}'"
+        if isinstance(ops, Ops):
+            roles = [role for role in ops.names() if ops[role].op is op]
+            named = frame.f_locals.get("role")  # one op may serve several weights
+            roles = [named] if named in roles else roles
+            return f", op '{ops[roles[0]].name}' of {' or '.join(roles)}" if roles else ""
+        if frame.f_locals.get("op") is op and isinstance(name := frame.f_locals.get("name"), str):
+            return f", op '{name}'"  # it was being chosen
+    return ""
+
+
+def _self(frame: FrameType) -> object:
+    return frame.f_locals.get("self")
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
+def _text(frames: list[_Place]) -> str:
+    frame, line = frames[-1]
+    return f"{os.path.basename(frame.f_code.co_filename)}:{line} in {frame.f_code.co_name}"

@@ -121,9 +121,9 @@ def _objection(path: Path, kind: Kind | None) -> str:
         what = kind.name if kind else "empty"
         return f"it exists and is not {what}; remove it or name another file"
     elif _is_mounted(target):
-        return "it is a mount point, which cannot be replaced; name another file"
+        return "it is a mount point and cannot be replaced; name another file"
     elif _is_kept(status, target.parent.stat()):
-        return "it is somebody else's, in a folder where only its owner may replace it; name another file"
+        return "it belongs to another user, and only its owner may replace it there; name another file"
     handle, name = tempfile.mkstemp(dir=target.parent)
     os.close(handle)
     os.unlink(name)
@@ -190,9 +190,10 @@ def _unread(path: Path) -> str:
 
 def _own(path: Path) -> int | None:
     """Return the number of a descriptor of this process; None for other paths."""
-    found = _descriptor(path)
-    own = found and str(found.parent) in ("/dev/fd", f"/proc/{os.getpid()}/fd") and found.name.isdigit()
-    return int(found.name) if found and own else None
+    link = _descriptor(path)
+    if link is None or str(link.parent) not in ("/dev/fd", f"/proc/{os.getpid()}/fd"):
+        return None
+    return int(link.name) if link.name.isdigit() else None
 
 
 def _send(data: bytes, path: Path) -> None:

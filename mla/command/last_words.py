@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
-PATIENCE = 60.0  # seconds after which loading a backend is said to take long
+LOADING_S = 60.0  # seconds after which loading a backend is said to take long
 SWITCH, LINE = "MLA_SUPERVISE", "MLA_SUPERVISED_BY"  # the latter: descriptor and process of the supervisor
 DIED = 3  # `mla.command.exit_codes.Exit.BACKEND`, which takes longer to import than all else here
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -155,7 +155,7 @@ def _say(sentence: str) -> None:
 
 
 @contextlib.contextmanager
-def while_loading(name: str, patience: float = PATIENCE) -> Iterator[None]:
+def while_loading(name: str, patience: float = LOADING_S) -> Iterator[None]:
     """Have the supervisor say that backend `name` takes long to load, or has ended this process."""
     why = f"`python -m mla.bench doctor {name}` finds out where"
     late = f"backend '{name}' has not been loaded and set up within {patience:g} s; {why}"
@@ -222,6 +222,7 @@ def _dismissing(show: Callable[..., Any]) -> Callable[..., None]:
     return hook
 
 
-def loads_plugins(words: Sequence[str], others: Sequence[str] = ()) -> bool:
-    """Return whether a command line may load a plugin into this process: it is none of `others`, nor help."""
-    return bool(words) and words[0] not in {*others, "--version"} and not {"--help", "--help-all"} & {*words}
+def loads_plugins(words: Sequence[str], harmless: Sequence[str] = ()) -> bool:
+    """Return whether a command may load a plugin into this process: it is not `harmless`, nor for help."""
+    asks = {"--help", "--help-all"} & {*words}
+    return bool(words) and words[0] not in {*harmless, "--version"} and not asks

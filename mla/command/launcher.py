@@ -27,7 +27,7 @@ LETTERS = {
     "A": ("SLURM_ARRAY_JOB_ID",),
     "a": ("SLURM_ARRAY_TASK_ID",),
 }
-_MOST_DIGITS = 9  # of a number of tasks; Python refuses to read thousands
+_MAX_DIGITS = 9  # of a number of tasks; Python refuses to read thousands
 _PATTERN = re.compile(rf"%(\d?)([%{''.join(LETTERS)}])")
 
 
@@ -52,20 +52,20 @@ def result_path(path: Path, shared: bool = False) -> Path:
         raise LaunchError(
             f"{count} tasks would all write '{text}': put the task's number into the name, as in run-%t.json."
         )
-    return Path(_PATTERN.sub(lambda found: _value(text, found[2]).zfill(int(found[1] or 0)), text))
+    return Path(_PATTERN.sub(lambda match: _value(text, match[2]).zfill(int(match[1] or 0)), text))
 
 
 def _value(text: str, letter: str) -> str:
     if letter == "%":
         return letter
     names = LETTERS[letter]
-    found = _first(names)
-    if found is None:
+    variable = _first(names)
+    if variable is None:
         raise LaunchError(
-            f"%{letter} in '{text}' stands for {' or '.join(names)}, which is not set here; "
-            "a percent sign is written %%."
+            f"%{letter} in '{text}' stands for {' or '.join(names)}, but that is not set; write %% for a "
+            "percent sign."
         )
-    return found[1]
+    return variable[1]
 
 
 def rank() -> int | None:
@@ -154,15 +154,15 @@ def _first(names: tuple[str, ...]) -> tuple[str, str] | None:
 
 
 def _source(names: tuple[str, ...]) -> str:
-    found = _first(names)
-    return found[0] if found else ""
+    variable = _first(names)
+    return variable[0] if variable else ""
 
 
 def _number(names: tuple[str, ...]) -> int | None:
     """Return the first variable that is set, as a number. Raises `LaunchError` when it is none."""
-    found = _first(names)
-    if found is None:
+    variable = _first(names)
+    if variable is None:
         return None
-    if not found[1].isdecimal() or len(found[1]) > _MOST_DIGITS:
-        raise LaunchError(f"the variable {found[0]} must be a number from 0, got '{found[1]}'.")
-    return int(found[1])
+    if not variable[1].isdecimal() or len(variable[1]) > _MAX_DIGITS:
+        raise LaunchError(f"the variable {variable[0]} must be a number from 0, got '{variable[1]}'.")
+    return int(variable[1])

@@ -153,7 +153,7 @@ WRAPPERS = ("text_config", "language_config", "llm_config")
 
 
 def language_model(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the language model's part of a config.json, which is all of it for a text model."""
+    """Return the language model's part of a config.json, or all of a text model's."""
     if "kv_lora_rank" not in values:
         for key in WRAPPERS:
             if isinstance(values.get(key), Mapping):
@@ -196,12 +196,12 @@ def check_keys(name: str, family: Family, values: Mapping[str, Any]) -> None:
     for key, reason in CHANGES.items():
         off = not values.get(key) or values.get(SWITCHES.get(key, "")) is False
         if not off and key not in family.ignores and key not in family.demands:
-            raise ConfigError(f"config '{name}': {key} is set, so {reason}, which is not supported.")
+            raise ConfigError(f"config '{name}': {key} is set, so {reason}; that is not supported.")
     for key, only in {**DEMANDS, **family.demands}.items():
-        found = values.get(key, only)
-        alike = found.upper() == only.upper() if isinstance(found, str) and isinstance(only, str) else False
-        if found is not None and found != only and not alike:
-            raise ConfigError(f"config '{name}': {key} {quoted(found)} is not supported; {only!r} is.")
+        value = values.get(key, only)
+        alike = value.upper() == only.upper() if isinstance(value, str) and isinstance(only, str) else False
+        if value is not None and value != only and not alike:
+            raise ConfigError(f"config '{name}': {key} {quoted(value)} is not supported; {only!r} is.")
     for key in family.needs:
         if values.get(key, family.defaults.get(key)) is None:
             raise ConfigError(f"config '{name}': {key} must not be null in this family.")

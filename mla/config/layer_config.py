@@ -55,7 +55,7 @@ def _mscale(factor: float, mscale: float) -> float:
 class LongRopeScaling:
     """LongRoPE (https://arxiv.org/abs/2402.13753) with one list of divisors for every length.
 
-    Two lists would mean that cached keys change when a sequence grows, which no cache can follow.
+    With two lists, cached keys would change as a sequence grows.
     """
 
     factors: tuple[float, ...]  # [r/2], each divides one frequency
@@ -66,7 +66,7 @@ class LongRopeScaling:
         return self.attention_factor
 
     def softmax_factor(self) -> float:
-        """Return the factor on the softmax scale, which is 1."""
+        """Return the factor on the softmax scale: 1."""
         return 1.0
 
 
@@ -105,12 +105,12 @@ def read_rope(name: str, family: Family, values: Mapping[str, Any], head: tuple[
     if not family.rotates:
         return Rope(None)
     key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
-    found = values.get(key) or family.defaults.get("rope_parameters") or {}
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"config '{name}': {key} must be an object or null, got {quoted(found)}.")
-    given = {key: value for key, value in found.items() if value is not None or key in _NULL_COUNTS}
+    rope = values.get(key) or family.defaults.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise ConfigError(f"config '{name}': {key} must be an object or null, got {quoted(rope)}.")
+    given = {key: value for key, value in rope.items() if value is not None or key in _NULL_COUNTS}
     spec = _Spec(f"config '{name}': {key}", given)
-    theta = found.get("rope_theta", values.get("rope_theta", family.defaults.get("rope_theta", 10000.0)))
+    theta = rope.get("rope_theta", values.get("rope_theta", family.defaults.get("rope_theta", 10000.0)))
     share = spec.values.pop("partial_rotary_factor", values.get("partial_rotary_factor"))
     if share is not None:
         _check_share(name, share, head, family.rotary_share_of_head)
@@ -157,7 +157,7 @@ def _check_share(name: str, share: Any, head: tuple[int, int], of_head: bool) ->
     if not is_positive(share) or round(share * whole) != head[1]:
         raise ConfigError(
             f"config '{name}': partial_rotary_factor {quoted(share)} of {whole} channels does not rotate the "
-            f"{head[1]} of qk_rope_head_dim, which is not supported."
+            f"{head[1]} of qk_rope_head_dim; that is not supported."
         )
 
 
@@ -194,21 +194,14 @@ def _yarn(spec: _Spec) -> YarnScaling:
         raise ConfigError(f"{spec.where} key 'truncate' must be true or false.")
     for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"):
         if key in spec.values and not is_positive(spec.values[key]):
-            found = spec.values[key]
-            raise ConfigError(f"{spec.where} key '{key}' must be a positive number, got {quoted(found)}.")
+            value = spec.values[key]
+            raise ConfigError(f"{spec.where} key '{key}' must be a positive number, got {quoted(value)}.")
     return YarnScaling(**{key: value for key, value in spec.values.items() if key in known})
 
 
 def _longrope(spec: _Spec, values: Mapping[str, Any], half: int) -> LongRopeScaling:
-    spec.check_known(
-        {
-            "short_factor",
-            "long_factor",
-            "factor",
-            "attention_factor",
-            "original_max_position_embeddings",
-        }
-    )
+    known = ("short_factor", "long_factor", "factor", "attention_factor", "original_max_position_embeddings")
+    spec.check_known(set(known))
     lists = [spec.values.get(key) for key in ("short_factor", "long_factor")]
     for factors in lists:
         if not isinstance(factors, list) or len(factors) != half or not all(map(is_positive, factors)):
@@ -217,8 +210,8 @@ def _longrope(spec: _Spec, values: Mapping[str, Any], half: int) -> LongRopeScal
             )
     if lists[0] != lists[1]:
         raise ConfigError(
-            f"{spec.where} short_factor and long_factor differ, so cached keys would have to change as a "
-            "sequence grows, which is not supported."
+            f"{spec.where} short_factor and long_factor differ, so cached keys would change as a sequence "
+            "grows; that is not supported."
         )
     return LongRopeScaling(tuple(lists[0] or ()), _longrope_magnitude(spec, values))
 
@@ -250,7 +243,7 @@ DIMENSIONS = (
 _READ_APART = {"rope_theta", "rope_scaling", "query_scaling", "model_type", "name"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MLAConfig:
     """One MLA layer.
 
@@ -274,7 +267,7 @@ class MLAConfig:
     rope_interleave: bool = True  # channels (0, 1), (2, 3), ... are rotated together, else i and i + r/2
     rope_scaling: RopeScaling | None = None
     q_latent_scale: float = 1.0  # on the normed query latent, and so on queries
-    kv_latent_scale: float = 1.0  # on the normed latent, which is cached scaled
+    kv_latent_scale: float = 1.0  # on the normed latent, before it is cached
     query_scaling: QueryScaling | None = None  # of queries by position
     model_type: str | None = None  # the family it was read as; computes nothing
     name: str = "custom"
@@ -298,7 +291,17 @@ class MLAConfig:
         if self.rope_theta == 1 and isinstance(self.rope_scaling, YarnScaling):
             raise self._error("rope_theta must not be 1 under YaRN")
         if self.q_lora_rank is None and self.q_latent_scale != 1:
-            raise self._error("q_latent_scale needs a q_lora_rank, without which queries have no latent")
+            raise self._error("q_latent_scale needs a q_lora_rank: without one, queries have no latent")
+
+    def __repr__(self) -> str:
+        """Return the name, all dimensions, and every other field that has no default value."""
+        shown = [f"{key}={getattr(self, key)}" for key in DIMENSIONS]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in (*DIMENSIONS, "name") and value != field.default:
+                scaling = isinstance(value, (YarnScaling, LongRopeScaling, QueryScaling))
+                shown.append(f"{field.name}={f'{type(value).__name__}(...)' if scaling else repr(value)}")
+        return f"MLAConfig({self.name!r}, {', '.join(shown)})"
 
     def _error(self, what: str) -> ConfigError:
         return ConfigError(f"config '{self.name}': {what}.")
@@ -394,12 +397,18 @@ class MLAConfig:
         )
 
 
+def require_config(config: Any) -> None:
+    """Raise ValueError unless this is an `MLAConfig`."""
+    if not isinstance(config, MLAConfig):
+        got = quoted(config) if isinstance(config, str) else f"a {type(config).__name__}"
+        raise ValueError(f"config must be an MLAConfig, as MLAConfig.named(NAME) returns, got {got}.")
+
+
 def _plain(cls: type[MLAConfig], family: Family, values: Mapping[str, Any], **names: Any) -> MLAConfig:
     """Return the config without its rotary keys: given values, then derived ones, then fixed ones."""
     known = {field.name for field in fields(cls)} - _READ_APART
     absent = {key for key in family.derived if values.get(key) is None}
-    own = {key: value for key, value in values.items() if key in known - absent}
-    config = cls(**own, **names)
+    config = cls(**{key: value for key, value in values.items() if key in known - absent}, **names)
     derived = {key: family.derived[key](vars(config)) for key in absent}
     return replace(config, **derived, **family.fixed)
 
@@ -410,7 +419,7 @@ def _check_agreement(config: MLAConfig, values: Mapping[str, Any]) -> None:
     if heads is not None and heads != config.num_attention_heads:
         raise ConfigError(
             f"config '{config.name}': num_key_value_heads {quoted(heads)} is not num_attention_heads "
-            f"{config.num_attention_heads}, so heads share keys and values in groups, which is not MLA."
+            f"{config.num_attention_heads}, so heads share keys and values in groups: that is not MLA."
         )
     for key in _WIDTHS:
         width = values.get(key)

@@ -1,9 +1,11 @@
-"""Published MLA configurations: the checkpoint each belongs to, and the source of its numbers."""
+"""Published MLA configurations: the checkpoint each belongs to, and the file its numbers are from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+
+_HUB = "https://huggingface.co/"
 
 
 @dataclass(frozen=True)
@@ -12,7 +14,12 @@ class Preset:
 
     checkpoint: str  # on the Hugging Face hub
     values: dict[str, Any]
-    source: str  # the copy of config.json, or the account of it, that was read
+    read_from: str  # the copy of its config.json, or the account of it, that was at hand
+
+    @property
+    def source(self) -> str:
+        """The address of the model's own config.json."""
+        return f"{_HUB}{self.checkpoint}/blob/main/config.json"
 
 
 def _yarn(factor: float, mscale: float, beta_fast: float = 32, original: int = 4096) -> dict[str, Any]:
@@ -40,7 +47,6 @@ def _layer(
     }
 
 
-_HUB = "https://huggingface.co/"
 _GITHUB = "https://github.com/"
 _COPIES = f"{_GITHUB}hlky/dinoml_v2/blob/ac464cf1b3a8/agents/plans/transformers/"
 _V3_COPY = f"{_COPIES}deepseek_v3/_sources/deepseek-ai__DeepSeek-V3.config.json"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from mla.command.table import markdown
+from mla.command.display import markdown
 from mla.conformance.registry import KINDS
 from mla.conformance.report import Cases, CheckResult, ConformanceReport, Coverage, Slow, Status
 

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 
 import click
 
+import mla
 from mla.command import files
-from mla.command.backend import BackendOptions, backend_options
 from mla.command.console import out
 from mla.command.exit_codes import carried_out, guarded
 from mla.command.options import (
     FILE,
     HELP_NAMES,
+    BackendOptions,
     GroupedCommand,
+    backend_options,
     how,
     output,
     program,
@@ -123,7 +125,7 @@ Exit codes:
     is_flag=True,
     help="Name every check on stderr before it runs, and the slowest at the end.",
 )
-@click.version_option(package_name="mla")
+@click.version_option(mla.__version__)
 @click.pass_obj
 @carried_out
 def cli(
@@ -200,14 +202,14 @@ def _require_pytest() -> None:
         import pytest
 
         here = getattr(pytest, "version_tuple", (0,))  # which pytest 6 lacks
-        found = "" if here >= LEAST_PYTEST else f"here in version {pytest.__version__}"
+        found = "" if here >= LEAST_PYTEST else f"version {pytest.__version__} is installed"
     except ImportError:
-        found = "not installed"
+        found = "it is not installed"
     if found:
         least = LEAST_PYTEST[0]
         raise UsageError(
-            f"the suite runs on pytest {least} or later, which is {found}: `pip install 'pytest>={least}'` "
-            "(it comes with `mla[conformance]`)."
+            f"the suite needs pytest {least} or later, and {found}: `pip install 'pytest>={least}'` "
+            "(it comes with `mla-bench[conformance]`)."
         )
 
 

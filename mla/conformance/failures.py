@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import datetime
 import shlex
 from pathlib import Path
 
@@ -75,7 +74,7 @@ class Keeper:
             command=shlex.join([*self.asked.alone(), "--only", case.id]),
             where=case.id,
             reason=case.reason,
-            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            created=environment.now(),
             git_commit=environment.git_commit(),
             environment=environment.environment(self.subject.backend),
         )

@@ -26,9 +26,9 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "dtype": {"action": "append", "default": [], "help": "Check only this dtype; may be repeated."},
     "quick": {"action": "store_true", "help": "A smaller grid of shapes; every check still runs."},
     "every-case": {"action": "store_true", "help": "Run every case of dtypes that are slow on the device."},
-    "minutes": {"type": float, "metavar": "N", "help": "How long a run takes. Default: 1 if quick, else 5."},
-    "draws": {"type": int, "metavar": "N", "help": "Draw so many cases of every op and dtype instead."},
-    "seed": {"type": int, "default": 0, "metavar": "N", "help": "Of what is drawn."},
+    "minutes": {"type": float, "metavar": "N", "help": "Duration in minutes. Default: 1 if quick, else 5."},
+    "draws": {"type": int, "metavar": "N", "help": "Cases drawn per op and dtype, not --mla-minutes."},
+    "seed": {"type": int, "default": 0, "metavar": "N", "help": "Seed of drawn cases."},
     "xfails": {"metavar": "FILE", "help": "Expected failures, one 'check: reason' per line."},
     "dump-failure": {"metavar": "DIR", "help": "Keep the first call of an op that is wrong in DIR."},
 }
@@ -80,7 +80,7 @@ def _opened(options: Any) -> Suite:
         raise pytest.Collector.CollectError(
             "--mla-backend is missing; `python -m mla.bench list` shows what there is."
         )
-    from mla.command.backend import BackendOptions
+    from mla.command.options import BackendOptions
     from mla.conformance.failures import Keeper
     from mla.conformance.selection import Xfails
     from mla.conformance.suite import Asked, Suite, require_hypothesis

@@ -57,7 +57,7 @@ def check(
     """
     why = fails or ("contract" if scope in (DEVICE, DTYPE) else "formula")
     if why not in KINDS:
-        raise ValueError(f"check '{name}' fails by '{why}', which is not one of {', '.join(KINDS)}.")
+        raise ValueError(f"check '{name}' fails by '{why}', not one of {', '.join(KINDS)}.")
 
     def register(function: Callable[[Trial], None]) -> Callable[[Trial], None]:
         if name in _CHECKS:

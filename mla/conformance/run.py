@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import time
@@ -14,9 +13,9 @@ import pytest
 
 from mla.command import environment
 from mla.command.console import note
+from mla.command.display import Progress
 from mla.command.exit_codes import Exit
 from mla.command.exit_codes import interrupted as ended_early
-from mla.command.progress import Progress
 from mla.conformance import plugin, test_backend
 from mla.conformance.card import Extent, blind, coverage
 from mla.conformance.plugin import PROPERTY, SUITE
@@ -116,7 +115,7 @@ def make_report(words: Sequence[str], collected: Results, interrupted: bool) -> 
         schema_version=SCHEMA_VERSION,
         argv=["python", "-m", "mla.conformance", *words],
         alone=asked.alone(),
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        created=environment.now(),
         git_commit=environment.git_commit(),
         interrupted=interrupted,
         quick=subject.quick,

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from mla.cases import KINDS
-from mla.command.backend import BackendOptions, open_backend
 from mla.command.console import note
+from mla.command.options import BackendOptions, open_backend
 from mla.conformance.drawn import usual_spec
 from mla.conformance.registry import DEVICE, DTYPE, LAYER, OP, ConformanceCheck, all_checks
 from mla.conformance.report import Cases, CheckResult, Failure, Refusal, Slow, Status
@@ -237,8 +237,8 @@ def require_hypothesis() -> None:
     """Raise `UsageError` where cases cannot be drawn."""
     if importlib.util.find_spec("hypothesis") is None:
         raise UsageError(
-            "the suite draws cases with hypothesis, which is not installed: `pip install hypothesis` "
-            "(it comes with `mla[conformance]`)."
+            "the suite needs hypothesis to draw cases, and it is not installed: `pip install hypothesis` "
+            "(it comes with `mla-bench[conformance]`)."
         )
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import torch
@@ -14,7 +15,6 @@ from mla.cases import KINDS
 from mla.cases.case import Kind, OpCase
 from mla.cases.memory import Layout, Tensors, poison
 from mla.errors import MLAError
-from mla.failures.memory import OUTPUTS, Count, Pages, View, storage, views
 from mla.text import dtype_name, size
 from mla_backends.api import FusedOp, SegmentLengths
 
@@ -59,8 +59,8 @@ class RecordedCall:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the layer."""
-        found: torch.dtype = getattr(torch, self.facts.spec["dtype"])
-        return found
+        dtype: torch.dtype = getattr(torch, self.facts.spec["dtype"])
+        return dtype
 
     @property
     def entry(self) -> Kind:
@@ -129,7 +129,7 @@ def record(known: Known, tensors: Mapping[str, Any], of_step: Lengths | None = N
 
     `of_step`: new tokens and keys per request, to name the rows of ops that are not told.
     """
-    found, pieces = views(without_cache(tensors))
+    located, pieces = views(without_cache(tensors))
     cache = tensors.get("cache")
     kept = None if cache is None else KINDS[known.kind].touched(tensors, cache.shape[1])
     _require_room(known, pieces, cache, kept)
@@ -140,9 +140,9 @@ def record(known: Known, tensors: Mapping[str, Any], of_step: Lengths | None = N
         op=known.op,
         spec_type=type(known.spec).__name__,
         spec=_plain(known.spec),
-        scalars={name: one for name, one in tensors.items() if isinstance(one, (bool, int, float))},
-        absent=[name for name, one in tensors.items() if one is None],
-        views=found,
+        scalars={name: value for name, value in tensors.items() if isinstance(value, (bool, int, float))},
+        absent=[name for name, value in tensors.items() if value is None],
+        views=located,
         pages=None if cache is None or kept is None else _describe_pages(cache, kept),
         query_lens=lengths[0],
         kv_lens=lengths[1],
@@ -160,11 +160,11 @@ def record(known: Known, tensors: Mapping[str, Any], of_step: Lengths | None = N
 
 def without_cache(tensors: Mapping[str, Any]) -> Tensors:
     """Return the tensors of a call that are copied whole, with what is between their rows."""
-    return {name: one for name, one in tensors.items() if torch.is_tensor(one) and name != "cache"}
+    return {name: tensor for name, tensor in tensors.items() if torch.is_tensor(tensor) and name != "cache"}
 
 
 def _plain(spec: Any) -> dict[str, Any]:
-    values = {one.name: getattr(spec, one.name) for one in dataclasses.fields(spec)}
+    values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
     return {**values, "dtype": dtype_name(spec.dtype), "device": ""}
 
 
@@ -195,17 +195,115 @@ def _lengths(
 
 def _describe_pages(cache: torch.Tensor, kept: torch.Tensor) -> Pages:
     """Describe a cache; what is in its other pages is that of the first of them."""
-    others = torch.ones(cache.shape[0], dtype=torch.bool, device="cpu")
-    others[kept] = False
-    first = int(others.int().argmax()) if bool(others.any()) else None
+    unread = torch.ones(cache.shape[0], dtype=torch.bool, device="cpu")
+    unread[kept] = False
+    first = int(unread.int().argmax()) if bool(unread.any()) else None
     value = torch.nan if first is None else cache[first].flatten()[0].item()
     return Pages(list(cache.shape), list(cache.stride()), None if value != value else float(value))
 
 
 def poison_outputs(tensors: Mapping[str, Any]) -> None:
     """Poison `out` and `lse`, unless they share memory with what the op reads."""
-    read = {storage(one) for name, one in tensors.items() if torch.is_tensor(one) and name not in OUTPUTS}
+    operands = [tensor for name, tensor in tensors.items() if torch.is_tensor(tensor) and name not in OUTPUTS]
+    read = set(map(storage, operands))
     for name in OUTPUTS:
         out = tensors.get(name)
         if out is not None and storage(out) not in read:
             poison(out)
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+
+# Tensors as they lie in memory: with their strides, what is between their rows, and what they share.
+
+# What an op writes, besides the cache.
+OUTPUTS = ("out", "lse")
+# So many numbers before and behind an output are copied with it, if its memory has them: an op may hit them.
+BESIDE = 1 << 16
+# A size, a stride or a length in a file.
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
+
+
+class View(msgspec.Struct, frozen=True):
+    """Where a tensor lies in a copied piece of memory."""
+
+    memory: str
+    offset: Count
+    shape: list[Count]
+    stride: list[Count]
+
+    def of(self, memory: torch.Tensor) -> torch.Tensor:
+        """Return the tensor in a piece of memory."""
+        return torch.as_strided(memory, self.shape, self.stride, self.offset)
+
+
+class Pages(msgspec.Struct, frozen=True):
+    """A paged cache of which only some pages were copied; `fill` is in all others."""
+
+    shape: list[Count]
+    stride: list[Count]
+    fill: float | None  # None is NaN
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the cache holds."""
+        return math.prod(self.shape)
+
+    def empty(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Return a cache that holds `fill` everywhere."""
+        cache = torch.empty_strided(self.shape, self.stride, dtype=dtype, device=device)
+        return cache.fill_(torch.nan if self.fill is None else self.fill)
+
+
+def views(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, View], dict[str, torch.Tensor]]:
+    """Return where tensors lie, and the pieces of memory [n] that hold them, not yet copied.
+
+    A piece is named after its first tensor, and holds all that lies between the tensors of one storage;
+    beside outputs it holds more.
+    """
+    located: dict[str, View] = {}
+    pieces: dict[str, torch.Tensor] = {}
+    for members in _by_storage(tensors):
+        first = min(int(tensor.storage_offset()) for tensor in members.values())
+        stop = max(int(tensor.storage_offset()) + extent(tensor) for tensor in members.values())
+        if not members.keys().isdisjoint(OUTPUTS):
+            first, stop = _widened(next(iter(members.values())), first, stop)
+        name = next(iter(members))
+        pieces[name] = members[name].as_strided((stop - first,), (1,), first)
+        for member, tensor in members.items():
+            offset = int(tensor.storage_offset() - first)
+            located[member] = View(name, offset, list(tensor.shape), list(tensor.stride()))
+    return located, pieces
+
+
+def _widened(tensor: torch.Tensor, first: int, stop: int) -> tuple[int, int]:
+    """Return a range of a tensor's storage with as much, or `BESIDE`, on either side where there is any."""
+    beside = max(BESIDE, stop - first)
+    return max(0, first - beside), min(tensor.untyped_storage().nbytes() // tensor.itemsize, stop + beside)
+
+
+def _by_storage(tensors: Mapping[str, torch.Tensor]) -> Iterator[Tensors]:
+    groups: dict[Any, Tensors] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault((storage(tensor), tensor.dtype), {})[name] = tensor
+    yield from groups.values()
+
+
+def storage(tensor: torch.Tensor) -> tuple[str, int]:
+    """Return what identifies the memory that a tensor is a view of."""
+    return (str(tensor.device), tensor.untyped_storage().data_ptr())
+
+
+def extent(tensor: torch.Tensor) -> int:
+    """Return how many numbers lie from the tensor's first to its last."""
+    if not tensor.numel():
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def covered(view: View, size: int) -> torch.Tensor:
+    """Return which numbers [size] of its piece of memory a tensor consists of."""
+    inside = torch.zeros(size, dtype=torch.bool, device="cpu")
+    if math.prod(view.shape):
+        view.of(inside).fill_(True)
+    return inside

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import safetensors
 import safetensors.torch
 import torch
 
+from mla.cases import KINDS
+from mla.cases.case import OPTIONAL, Kind, dim
 from mla.cases.memory import Tensors
 from mla.command import files
 from mla.errors import ResultError
-from mla.failures import operands
-from mla.failures.call import CallFacts, RecordedCall
-from mla.failures.memory import View
-from mla.failures.verdict import Expected
-from mla.failures.watch import JudgedCall
-from mla.text import size
+from mla.failures.call import CONTEXT, OUTPUTS, CallFacts, RecordedCall, View, covered
+from mla.failures.watch import Expected, JudgedCall
+from mla.text import DTYPES, dtype_name, size
 from mla_backends import host, outside
 
 NAME = "failure.safetensors"
@@ -89,8 +92,8 @@ class Failure(msgspec.Struct):
         return Expected(self._part("expected."), self._part("reference."))
 
     def _part(self, prefix: str) -> Tensors:
-        found = {name: one for name, one in self.tensors.items() if name.startswith(prefix)}
-        return {name.removeprefix(prefix): one for name, one in found.items()}
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 def replay_command(folder: Path) -> str:
@@ -129,13 +132,13 @@ def write_call(folder: Path, judged: JudgedCall, origin: Origin) -> None:
         f"operand.{name}": _shaped(piece, call.facts.views, name) for name, piece in call.memory.items()
     }
     extra = {"weight.packed": call.weight, "cache.pages": call.kept_pages, "cache.rows": call.pages}
-    tensors |= {name: one for name, one in extra.items() if one is not None}
+    tensors |= {name: tensor for name, tensor in extra.items() if tensor is not None}
     tensors |= _prefixed("found", judged.made.results) | _prefixed("expected", judged.expected.truth)
     write(folder, document, tensors | _prefixed("reference", judged.expected.reference))
 
 
 def _prefixed(prefix: str, tensors: Tensors) -> Tensors:
-    return {f"{prefix}.{name}": one for name, one in tensors.items()}
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def _shaped(piece: torch.Tensor, views: dict[str, View], name: str) -> torch.Tensor:
@@ -149,7 +152,7 @@ def _shaped(piece: torch.Tensor, views: dict[str, View], name: str) -> torch.Ten
 
 def write(folder: Path, document: Document, tensors: Tensors) -> None:
     """Write a failure. Raises `ResultError`."""
-    whole = {name: one.detach().cpu().contiguous().clone() for name, one in tensors.items()}
+    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {"format": "pt", KEY: msgspec.json.encode(document).decode()}
     files.write_bytes(safetensors.torch.save(whole, metadata), folder / NAME)
 
@@ -164,7 +167,7 @@ def read(folder: Path) -> Failure:
         _require_room(path)
         failure = _read(path)
         if failure.document.call is not None:
-            operands.check(failure.document.call, failure.tensors)
+            _check(failure.document.call, failure.tensors)
     except FileNotFoundError as error:
         raise ResultError(f"'{folder}' holds no {NAME}: --dump-failure of a run writes one.") from error
     except (*_DAMAGED, safetensors.SafetensorError) as error:
@@ -176,10 +179,10 @@ def read(folder: Path) -> Failure:
 
 def _require_room(path: Path) -> None:
     """Raise OSError or ValueError unless a path is a regular file that fits into memory."""
-    _, found = outside.start(path, 0)
+    _, needed = outside.start(path, 0)
     available = host.memory_available()
-    if available is not None and found > available:
-        raise ValueError(f"it takes {size(found)}, and {size(available)} of memory are available")
+    if available is not None and needed > available:
+        raise ValueError(f"it takes {size(needed)}, and {size(available)} of memory are available")
 
 
 def _read(path: Path) -> Failure:
@@ -188,3 +191,178 @@ def _read(path: Path) -> Failure:
         if document.version != VERSION:
             raise ValueError(f"its version is {document.version}, and this program reads version {VERSION}")
         return Failure(document, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  # no mapping
+
+
+# --------------------------------------------------------------------------- whether a kept call can be made
+
+# A kept failure may come from anybody, and ops take addresses: no op is called before all of this holds.
+
+_OTHERS = frozenset({"weight.packed", "cache.pages", "cache.rows"})
+_MAX_SIZE = 2**31 - 1  # of a size in a spec, and of a length
+
+
+def _others(kind: Kind, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, str]]:
+    """Return the tensors that a file holds besides operands -> dtype and shape."""
+    tensors = {"weight.packed": (dtype, kind.packed)} if kind.packed else {}
+    if kind.cached:
+        rows = (kind.dtypes.get("cache", dtype), f"k page {kind.cached}")
+        tensors |= {"cache.pages": (torch.int64, "k"), "cache.rows": rows}
+    tensors |= {f"expected.{name}": (torch.float64, shape) for name, shape in kind.truths.items()}
+    held = {name: kind.results[name] for name in kind.held}
+    return tensors | {f"reference.{name}": (kind.dtypes.get(name, dtype), held[name]) for name in held}
+
+
+def _check(facts: CallFacts, tensors: Tensors) -> None:
+    """Raise ValueError, with one clause, unless the tensors of a file are those of the call it describes."""
+    kind = KINDS.get(facts.kind)
+    if kind is None:
+        raise ValueError(f"there is no kind of op '{facts.kind}'")
+    sizes = _spec_sizes(kind, facts)
+    _check_names(kind, facts, tensors)
+    _check_cache(kind, facts, sizes)
+    dtype = getattr(torch, facts.spec["dtype"])
+    for name in [name for name in kind.operands if name in facts.views]:
+        view = facts.views[name]
+        memory = tensors[f"operand.{view.memory}"]
+        _check_tensor(
+            name, memory.dtype, view.shape, kind.dtypes.get(name, dtype), kind.operands[name], sizes
+        )
+        _check_layout(name, view, memory.numel())
+    for name, (of, shape) in _others(kind, dtype).items():
+        _check_tensor(name, tensors[name].dtype, tensors[name].shape, of, shape, sizes)
+    _check_overlaps(facts, tensors)
+    _check_values(facts, tensors, sizes)
+
+
+def _require(holds: bool, clause: str) -> None:
+    if not holds:
+        raise ValueError(clause)
+
+
+def _spec_sizes(kind: Kind, facts: CallFacts) -> dict[str, int]:
+    """Return letter -> size of a spec that can be made."""
+    name, names = kind.spec.__name__, {field.name for field in dataclasses.fields(kind.spec)}
+    _require(facts.spec_type == name, f"an op of kind {facts.kind} has no {facts.spec_type}")
+    _require(facts.spec.keys() == names, f"its {name} does not have the fields {', '.join(sorted(names))}")
+    _require(facts.spec["dtype"] in DTYPES.values(), "no layer has the dtype of its spec")
+    _require(_is(float, facts.spec.get("softmax_scale", 1.0)), "softmax_scale is not a number")
+    for name in kind.letters.values():
+        size = facts.spec[name]
+        _require(type(size) is int and 0 < size <= _MAX_SIZE, f"{name} of its spec is not a size")
+    return {letter: facts.spec[name] for letter, name in kind.letters.items()}
+
+
+def _is(kind: type, value: Any) -> bool:
+    """Return whether a value of JSON is a bool, or a number that fp32 can hold."""
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    return isinstance(value, (int, float)) and abs(value) < 1e38
+
+
+def _check_names(kind: Kind, facts: CallFacts, tensors: Tensors) -> None:
+    """Check that every operand is there, or absent where that is allowed, and all that the file must hold."""
+    given, absent = set(facts.views), set(facts.absent)
+    whole = not given & absent and given | absent == kind.operands.keys() and absent <= OPTIONAL
+    _require(whole, f"the operands of {facts.kind} are {', '.join(kind.operands)}")
+    scalars = facts.scalars.keys() == kind.scalars.keys()
+    scalars = scalars and all(_is(of, facts.scalars[name]) for name, of in kind.scalars.items())
+    _require(scalars, f"the scalars of {facts.kind} are {', '.join(kind.scalars) or 'none'}")
+    needed = {f"operand.{view.memory}" for view in facts.views.values()}
+    needed |= _others(kind, torch.float32).keys()
+    missing = sorted(needed - tensors.keys())
+    _require(not missing, f"it lacks the tensor '{', '.join(missing)}'")
+    extra = sorted((tensors.keys() & _OTHERS) - needed)
+    _require(not extra, f"{facts.kind} takes no '{', '.join(extra)}'")
+
+
+def _check_cache(kind: Kind, facts: CallFacts, sizes: dict[str, int]) -> None:
+    """Check the cache, whose pages the file holds in part, and note its sizes."""
+    pages, needed = facts.pages, bool(kind.cached)
+    _require((pages is not None) == needed, f"{facts.kind} takes {'a' if needed else 'no'} cache")
+    if pages is None:
+        return
+    _require(len(pages.shape) == len(pages.stride) == 3, "its cache does not have three dimensions")
+    count, page, width = pages.shape
+    _require(min(count, page) > 0 and width == dim(kind.cached, sizes), "its cache does not fit its spec")
+    dense = zip(pages.shape, pages.stride, (page * width, width, 1), strict=True)
+    _require(all(size == 1 or stride == right for size, stride, right in dense), "its cache has gaps")
+    sizes["page"] = page
+
+
+def _check_tensor(
+    name: str,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    right_dtype: torch.dtype,
+    letters: str,
+    sizes: dict[str, int],
+) -> None:
+    """Check dtype and shape of a tensor; a letter that is met for the first time gets its size."""
+    words = letters.split()
+    fits = dtype == right_dtype and len(shape) == len(words)
+    for word, count in zip(words, shape, strict=False):
+        for letter in word.split("+"):
+            sizes.setdefault(letter, count)
+        fits = fits and count == dim(word, sizes)
+    what = f"{name} is {dtype_name(dtype)} {list(shape)}"
+    _require(fits, f"{what}, not {dtype_name(right_dtype)} [{', '.join(words)}]")
+
+
+def _check_layout(name: str, view: View, numbers: int) -> None:
+    """Check that a view lies inside its memory, meets no number twice, and has adjacent ones at the end."""
+    _require(len(view.stride) == len(view.shape), f"{name} does not have a stride for each dimension")
+    extent = 1
+    for stride, count in sorted(zip(view.stride, view.shape, strict=True)):
+        _require(count < 2 or stride >= extent, f"numbers of {name} overlap")
+        extent += max(0, count - 1) * stride
+    _require(view.shape[-1] < 2 or view.stride[-1] == 1, f"numbers at the end of {name} are not adjacent")
+    extent = extent if math.prod(view.shape) else 0
+    _require(view.offset + extent <= numbers, f"{name} reaches beyond its memory")
+
+
+def _check_overlaps(facts: CallFacts, tensors: Tensors) -> None:
+    """Check that outputs overlap nothing but, in a rotation, the whole of what is rotated."""
+    for name in facts.views.keys() & set(OUTPUTS):
+        view = facts.views[name]
+        numbers = tensors[f"operand.{view.memory}"].numel()
+        mine = covered(view, numbers)
+        for other, its in facts.views.items():
+            if other == name or its.memory != view.memory or (KINDS[facts.kind].in_place and its == view):
+                continue
+            _require(not bool((mine & covered(its, numbers)).any()), f"{name} overlaps {other}")
+
+
+def _check_values(facts: CallFacts, tensors: Tensors, sizes: Mapping[str, int]) -> None:
+    """Check what operands say about others: pages, slots and lengths."""
+    call = {name: view.of(tensors[f"operand.{view.memory}"].flatten()) for name, view in facts.views.items()}
+    lengths = (facts.query_lens, facts.kv_lens)
+    _require(len(facts.query_lens) == len(facts.kv_lens), "it does not have two lengths of every request")
+    if KINDS[facts.kind].prepares:
+        _require(facts.role != CONTEXT, "its role is of another kind of op")
+        _require(bool(facts.query_lens), "it has no request")
+        _require(sum(facts.query_lens) == sizes["T"], "its new tokens are not the rows of q")
+        if facts.causal:  # a request without keys is allowed
+            fewer = any(keys and keys < new for new, keys in zip(*lengths, strict=True))
+            _require(not fewer, "a request has fewer tokens than new ones")
+    elif facts.query_lens:
+        _require(sum(lengths[facts.role == CONTEXT]) == sizes["T"], "its lengths are not the rows of out")
+    if "K" in sizes and (facts.kv_lens or KINDS[facts.kind].prepares):
+        _require(sum(facts.kv_lens) == sizes["K"], "its keys are not the rows of k")
+    if facts.pages is None:
+        return
+    count, page = facts.pages.shape[:2]
+    if "slots" in call:
+        _require(_within(call["slots"], count * page), "slots name no slot of the cache")
+        _require(len(call["slots"].unique()) == len(call["slots"]), "slots are not distinct")
+    else:
+        counted = torch.tensor([0, *facts.query_lens]).cumsum(0).tolist()
+        _require(call["cu_q"].tolist() == counted, "cu_q does not count the new tokens")
+        _require(call["kv_lens"].tolist() == facts.kv_lens, "kv_lens are not its lengths")
+        _require(max(facts.kv_lens) <= sizes["m"] * page, "block_table has too few pages")
+        _require(_within(call["block_table"], count), "block_table names no page of the cache")
+    kept = KINDS[facts.kind].touched(call, page)
+    _require(torch.equal(kept, tensors["cache.pages"]), "it does not hold the pages that the call reads")
+
+
+def _within(numbers: torch.Tensor, stop: int) -> bool:
+    return not numbers.numel() or (int(numbers.min()) >= 0 and int(numbers.max()) < stop)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from mla.errors import MLAError, OutOfMemory, UnknownOp, did_you_mean
 from mla.failures.call import LIMIT, RecordedCall
 from mla.failures.file import Failure
-from mla.failures.verdict import judged, make, raised
+from mla.failures.watch import judged, make, raised
 from mla.layer.ops import refusals, sentences
 from mla.reference import REFERENCE
 from mla.text import size
@@ -33,23 +33,23 @@ def replay(failure: Failure, backend: Backend, name: str | None = None, runs: in
     assert backend.device is not None
     _require_served(call, name or call.facts.op, op, backend)
     _require_room(call, backend)
-    found = []
+    reasons = []
     for _ in range(runs):
         try:
-            one = make(call, op, backend.device, backend.synchronize)
+            made = make(call, op, backend.device, backend.synchronize)
         except BackendError:  # a refusal
             raise
         except Exception as error:  # noqa: BLE001  # whatever an op raises
-            found.append(raised(error))
+            reasons.append(raised(error))
         else:
-            found.append(judged(call, one, expected))
-    return found
+            reasons.append(judged(call, made, expected))
+    return reasons
 
 
 def op_of(call: RecordedCall, offered: Mapping[str, FusedOp], name: str) -> FusedOp:
     """Return an op by name. Raises `UnknownOp` if the backend has none of that kind and name."""
     kind = call.facts.kind
-    known = {one: op for one, op in offered.items() if op.contract == OPS[kind]}
+    known = {offered_name: op for offered_name, op in offered.items() if op.contract == OPS[kind]}
     if name == "reference":
         return REFERENCE[kind]
     if name not in known:
@@ -79,7 +79,7 @@ def _require_room(call: RecordedCall, backend: Backend) -> None:
     cache = call.facts.pages.numbers * call.dtype.itemsize if call.facts.pages else 0
     compared = cache if cache <= LIMIT else 0
     on_host = backend.device is not None and backend.device.type == "cpu"
-    needed = cache + compared * (4 if on_host else 1) + sum(one.nbytes for one in call.memory.values())
+    needed = cache + compared * (4 if on_host else 1) + sum(piece.nbytes for piece in call.memory.values())
     free = host.memory_available() if on_host else backend.memory().free
     if free is not None and needed > free:
         raise OutOfMemory(f"this call needs {size(needed)} of memory, and {size(free)} are free.")

@@ -10,14 +10,28 @@ from typing import Any
 import torch
 
 from mla.cases import KINDS
-from mla.failures.call import Known, Lengths, RecordedCall, TooLarge, poison_outputs, record, without_cache
-from mla.failures.memory import views
-from mla.failures.verdict import Expected, Made, copied, expected, judged, made, make, raised
+from mla.cases.memory import Tensors, changed_slots, same_numbers
+from mla.failures.call import (
+    LIMIT,
+    OUTPUTS,
+    Known,
+    Lengths,
+    RecordedCall,
+    TooLarge,
+    View,
+    covered,
+    poison_outputs,
+    record,
+    views,
+    without_cache,
+)
+from mla.reference import REFERENCE
+from mla.verify.places import Places
 from mla_backends.api import FusedOp, LinearSpec, NormSpec, Packed, SegmentLengths
-from mla_backends.errors import BackendError
+from mla_backends.errors import BackendError, describe
 
 # Seconds after which calls are made without being judged: the oracle may take a while.
-PATIENCE = 120.0
+JUDGING_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,7 @@ class Watcher:
         self,
         synchronize: Callable[[], None],
         beat: Callable[[], None] = lambda: None,
-        patience: float = PATIENCE,
+        patience: float = JUDGING_S,
         poisons: bool = True,
     ) -> None:
         """`beat` is called after every call that was judged. `poisons`: outputs, before every call."""
@@ -84,20 +98,20 @@ class Watcher:
             return
         self._synchronize()
         pieces = views(without_cache(tensors))[1]
-        found, right = made(recorded, pieces, cache, before), expected(recorded)
+        outcome, right = made(recorded, pieces, cache, before), expected(recorded)
         self.judged += 1
         self._beat()
-        reason = judged(recorded, found, right)
+        reason = judged(recorded, outcome, right)
         if reason:
             alone = self._wrong_alone(recorded, op, tensors, right)
-            self.wrong = JudgedCall(recorded, found, right, reason, alone)
+            self.wrong = JudgedCall(recorded, outcome, right, reason, alone)
         else:
-            self.last = JudgedCall(recorded, found, right, reason)
+            self.last = JudgedCall(recorded, outcome, right, reason)
 
     def _wrong_alone(
         self, call: RecordedCall, op: FusedOp, tensors: Mapping[str, Any], right: Expected
     ) -> bool:
-        device = next(one.device for one in tensors.values() if torch.is_tensor(one))
+        device = next(tensor.device for tensor in tensors.values() if torch.is_tensor(tensor))
         try:
             return bool(judged(call, make(call, op, device, self._synchronize), right))
         except Exception:  # noqa: BLE001  # whatever an op raises is wrong
@@ -164,8 +178,8 @@ class Watched(FusedOp):
         return Prepared(self._op.prepare(spec, batch), batch)
 
     def __call__(self, *leading: Any, **tensors: Any) -> None:
-        own = tuple(one.state if isinstance(one, Prepared) else one for one in leading)
-        self._watcher.call(self._known(leading, tensors), self._op, own, tensors)
+        unwrapped = tuple(state.state if isinstance(state, Prepared) else state for state in leading)
+        self._watcher.call(self._known(leading, tensors), self._op, unwrapped, tensors)
 
     def _known(self, leading: Sequence[Any], tensors: Mapping[str, Any]) -> Known | None:
         """Return what the tensors do not say; None if it is not known either."""
@@ -185,3 +199,131 @@ class Watched(FusedOp):
         if spec is None:
             return None
         return Known(kind, self._role, self._name, spec, weight, lengths, self.writes_lse and self._reads_lse)
+
+
+# ----------------------------------------------------------------------------------------------- the verdict
+
+# Whether a recorded call was right: its results against float64, and the memory around them.
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a call left behind, on the host."""
+
+    results: Tensors
+    damage: str = ""  # what was written besides, as a clause
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a call must write: float64, and the reference's own results in the op's dtype."""
+
+    truth: Tensors
+    reference: Tensors
+
+
+def make(
+    call: RecordedCall, op: FusedOp, device: torch.device, synchronize: Callable[[], None] = lambda: None
+) -> Made:
+    """Make a recorded call on a device, in fresh memory of the same layout."""
+    pieces, cache = call.pieces(device), call.cache(device)
+    before, arguments = copied(cache), call.arguments(pieces, cache)
+    op(*call.leading(op, call.spec(device), arguments), **arguments)
+    synchronize()
+    return made(call, pieces, cache, before)
+
+
+def copied(cache: torch.Tensor | None) -> torch.Tensor | None:
+    """Return a copy of a cache on its device, to find stray writes; None if it is too large."""
+    return None if cache is None or cache.nbytes > LIMIT else cache.clone()
+
+
+def made(
+    call: RecordedCall,
+    pieces: Mapping[str, torch.Tensor],
+    cache: torch.Tensor | None,
+    before: torch.Tensor | None,
+) -> Made:
+    """Return what a call that has been made left in its memory; `before` is the cache before it, if known."""
+    after = {name: piece.to("cpu", copy=True) for name, piece in pieces.items()}
+    clauses = damage(call, after)
+    if cache is not None and before is not None:
+        clauses += cache_damage(call, cache, before)
+    written = call.entry.written(call.arguments(after, cache))
+    judges_lse = call.facts.writes_lse
+    results = {name: tensor.cpu() for name, tensor in written.items() if name != "lse" or judges_lse}
+    return Made(results, "; ".join(clauses))
+
+
+def damage(call: RecordedCall, after: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return what has changed although the op only reads it, as clauses."""
+    clauses: list[str] = []
+    for name, piece in after.items():
+        changed = ~same_numbers(piece, call.memory[name])
+        members = {member: view for member, view in call.facts.views.items() if view.memory == name}
+        for member, view in members.items():
+            inside = covered(view, len(piece))
+            if member not in OUTPUTS and bool((changed & inside).any()) and not _written(members, inside):
+                clauses.append(f"the op wrote to its input {member}")
+            changed &= ~inside
+        if bool(changed.any()):
+            clauses.append(f"memory {_beside(changed, members)} {' or '.join(members)} was written")
+    return clauses
+
+
+def _beside(changed: torch.Tensor, members: Mapping[str, View]) -> str:
+    """Return where changed numbers [n] of a piece of memory lie, seen from the tensors in it."""
+    owned = torch.zeros_like(changed)
+    for view in members.values():
+        owned |= covered(view, len(changed))
+    places = owned.nonzero()
+    inside = len(places) and bool(changed[int(places[0]) : int(places[-1])].any())
+    return "between the rows of" if inside else "before or behind"
+
+
+def _written(members: Mapping[str, Any], inside: torch.Tensor) -> bool:
+    """Return whether an output lies in the same numbers, as in a rotation in place."""
+    return any(
+        bool((covered(view, len(inside)) & inside).any()) for name, view in members.items() if name in OUTPUTS
+    )
+
+
+def cache_damage(call: RecordedCall, cache: torch.Tensor, before: torch.Tensor) -> list[str]:
+    """Return which slots of the cache have changed that the op does not write, as clauses."""
+    written = call.operand("slots") if "slots" in call.facts.views else None
+    count, first = changed_slots(cache, before, written)
+    clause = f"{count} slots of the cache have changed that are not written; the first is {first}"
+    return [clause] * bool(count)
+
+
+# ------------------------------------------------------------------------------------------- the truth
+
+
+def expected(call: RecordedCall) -> Expected:
+    """Compute what a call must write, on the host."""
+    host, case = torch.device("cpu"), call.case
+    arguments = call.arguments(call.memory, call.cache(host))
+    if call.weight is not None:
+        arguments["weight"] = call.weight
+    given = call.entry.given(arguments, case.lengths)
+    reference = make(call, REFERENCE[case.kind], host).results
+    return Expected(call.entry.truth(case.spec, given, case.lengths), reference)
+
+
+def judged(call: RecordedCall, outcome: Made, right: Expected) -> str:
+    """Return why a call was wrong; "" if it was right."""
+    errors = call.entry.errors(right.reference, right.truth)
+    where = places(call)
+    return call.entry.judge(outcome.results, right.truth, errors, call.dtype, where, outcome.damage).reason
+
+
+def raised(error: Exception) -> str:
+    """Return why a call was wrong that ended in an exception."""
+    return f"it raised {describe(error)}"
+
+
+def places(call: RecordedCall) -> Places | None:
+    """Return where the rows of a call are, if that is known: of the op of a part of a batch it is not."""
+    if not call.facts.query_lens:
+        return None
+    return call.case.places(call.operand("block_table") if "block_table" in call.facts.views else None)

@@ -18,6 +18,7 @@ from torch.compiler import is_compiling
 from mla.cache.ragged_batch import RaggedBatch, plain
 from mla.checkpoint import read_layer, refuse_other_formats
 from mla.config import MLAConfig
+from mla.config.layer_config import require_config
 from mla.errors import WeightError
 from mla.layer.forward import Step, make_step
 from mla.layer.ops import Ops
@@ -25,6 +26,7 @@ from mla.layer.packed_weights import PackedWeights, SharedWeights
 from mla.layer.plan import WORKSPACE_BYTES, Growth, StepPlan, make_plan
 from mla.layer.rope import RotaryTable
 from mla.layer.workspace import StepViews, Turn, Workspace, check_batch, require
+from mla.text import size
 from mla_backends.api import Backend, FusedOp, OpCall
 
 
@@ -128,6 +130,12 @@ class MLA(nn.Module):
         workspace_bytes: int = WORKSPACE_BYTES,
     ) -> None:
         super().__init__()
+        require_config(config)
+        if backend is not None and not isinstance(backend, Backend):
+            kind = type(backend).__name__
+            raise ValueError(f"backend must be what mla.load_backend() returns, got a {kind}.")
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype must be a torch.dtype, such as torch.bfloat16, got {dtype!r:.80}.")
         if attention not in ATTENTION_MODES:
             raise ValueError(f"attention must be one of {ATTENTION_MODES}, got {attention!r}.")
         if backend is not None and backend.device is None:
@@ -151,12 +159,23 @@ class MLA(nn.Module):
         self._repeated = Repeated(backend if self._calls_ops_alone() else None)
         self._plan_key = self._make_plan_key()
 
+    def extra_repr(self) -> str:
+        """Return what `repr` shows: the model, shapes, dtype and device, ops, and the weights held."""
+        config, names = self.config, list(self.ops.names().values())
+        fused = len(names) - names.count("reference")
+        weights = f"{size(self.weight_bytes())} of weights" if self._weights.packed else "no weights"
+        return (
+            f"{config.name!r}, hidden={config.hidden_size}, heads={config.num_attention_heads}, "
+            f"latent={config.kv_lora_rank}+{config.qk_rope_head_dim}, {self.dtype} on {self.device}, "
+            f"attention={self.attention!r}, {fused} of {len(names)} ops fused, {weights}"
+        )
+
     def _calls_ops_alone(self) -> bool:
-        """Return whether a step is nothing but calls of ops, which can be recorded."""
+        """Return whether a step consists of op calls alone, so that it can be recorded."""
         return type(self) is MLA  # a subclass may do more
 
     def _attended_by(self) -> int:
-        """Return of how many layers like this one the heads attend the latents together."""
+        """Return how many tensor-parallel shards share this attention."""
         return 1
 
     @classmethod
@@ -202,18 +221,16 @@ class MLA(nn.Module):
         self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
         """Return the plain weights under Hugging Face names, bit for bit as loaded."""
-        found = {} if destination is None else destination
+        state = {} if destination is None else destination
         with self._scratch.turn:
             self._require_weights()
-            found.update({prefix + name: weight for name, weight in self._weights.state_dict().items()})
-        return found
+            state.update({prefix + name: weight for name, weight in self._weights.state_dict().items()})
+        return state
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         """Load as part of a larger module, whose state dict holds this layer's weights under `prefix`."""
-        own = {
-            name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)
-        }
-        self.load_state_dict(own)
+        names = (name for name in state_dict if name.startswith(prefix))
+        self.load_state_dict({name.removeprefix(prefix): state_dict[name] for name in names})
 
     def replace_ops(self, replace: Callable[[str, FusedOp], Any]) -> None:
         """Put `replace(role, op)` in place of every op; from now on they are called one by one.

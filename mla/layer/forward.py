@@ -128,7 +128,7 @@ class ExpandedPath:
     def _one_round(
         self, ops: Ops, only: Round, q: torch.Tensor, pages: torch.Tensor, out: torch.Tensor
     ) -> None:
-        """Attend the whole context at once: there is nothing to merge, so nobody reads the log-sum-exp."""
+        """Attend the whole context at once: there is nothing to merge, so the log-sum-exp is not read."""
         k, v = self.rebuild(ops, only.slots, pages)
         lse = None if self.lse_optional else self._lse(q)
         for piece in only.pieces:
@@ -189,7 +189,7 @@ def _merge(out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse:
 # ------------------------------------------------------------------------------------------ forward
 @dataclass(frozen=True, eq=False)
 class Step:
-    """Queries, latents, attention on either path, output. Keeps nothing but scratch memory."""
+    """Queries, latents, attention on either path, output. Stateless except for scratch memory."""
 
     config: MLAConfig
     weights: PackedWeights
@@ -262,23 +262,23 @@ class Step:
 def make_step(
     config: MLAConfig, ops: Ops, weights: PackedWeights, views: StepViews, scratch: Workspace
 ) -> Step:
-    """Return the step of one layer, which reads and writes `views` of `scratch`."""
-    interleaved, softmax_scale = config.rope_interleave, config.softmax_scale
-    rebuild = Rebuild(config, weights, scratch)
-    return Step(
-        config,
-        weights,
-        views,
-        AbsorbedPath(weights, scratch, views, interleaved, softmax_scale),
-        ExpandedPath(
-            scratch,
-            rebuild,
-            config.qk_nope_head_dim,
-            interleaved,
-            softmax_scale,
-            ops["expanded_attention"].op.lse_optional,
-        ),
-    )
+    """Return the step of one layer over `views` of `scratch`."""
+    paths = _paths(config, ops, weights, views, scratch, config.rope_interleave)
+    return Step(config, weights, views, *paths)
+
+
+def _paths(
+    config: MLAConfig,
+    ops: Ops,
+    weights: PackedWeights,
+    views: StepViews,
+    scratch: Workspace,
+    interleaved: bool,
+) -> tuple[AbsorbedPath, ExpandedPath]:
+    scale, rebuild = config.softmax_scale, Rebuild(config, weights, scratch)
+    optional = ops["expanded_attention"].op.lse_optional
+    absorbed = AbsorbedPath(weights, scratch, views, interleaved, scale)
+    return absorbed, ExpandedPath(scratch, rebuild, config.qk_nope_head_dim, interleaved, scale, optional)
 
 
 # --------------------------------------------------------------------------------------------- core
@@ -314,12 +314,9 @@ class AttentionCore:
         self._at = torch.empty(0, device=self.device).device  # as tensors say it: with an index
         self._weights = PackedWeights(config, self.ops, dtype, self.device)
         self._growth = Growth(backend)
-        self._views = StepViews(config, self.ops, self.scratch)
-        scale = config.softmax_scale
-        rebuild = Rebuild(config, self._weights, self.scratch)
-        optional = self.ops["expanded_attention"].op.lse_optional
-        self._absorbed = AbsorbedPath(self._weights, self.scratch, self._views, False, scale)
-        self._expanded = ExpandedPath(self.scratch, rebuild, config.qk_nope_head_dim, False, scale, optional)
+        views = StepViews(config, self.ops, self.scratch)
+        paths = _paths(config, self.ops, self._weights, views, self.scratch, False)
+        self._absorbed, self._expanded = paths
 
     def load(self, kv_b_proj: torch.Tensor) -> None:
         """Pack the weight [h (n + v), c]. Raises `WeightError` for another shape."""
@@ -336,7 +333,7 @@ class AttentionCore:
         return self._weights.nbytes()
 
     def queries(self, tokens: int) -> torch.Tensor:
-        """Return memory [T, h, n + r] for the queries of so many tokens; what it held before is lost."""
+        """Return memory [T, h, n + r] for the queries of T tokens; what it held before is lost."""
         return self.scratch.take("q", tokens, self.config.num_attention_heads, self.config.qk_head_dim)
 
     @torch.no_grad()
@@ -356,8 +353,8 @@ class AttentionCore:
         shape = (batch.num_tokens, config.num_attention_heads, config.qk_head_dim)
         require("q", q, shape, self.dtype, self._at)
         require("pages", pages, (None, batch.page_size, config.latent_dim), self.dtype, self._at)
-        own = self.queries(batch.num_tokens)  # which views are kept of
-        q = q if q.data_ptr() == own.data_ptr() and q.stride() == own.stride() else own.copy_(q)
+        held = self.queries(batch.num_tokens)  # which views are kept of
+        q = q if q.data_ptr() == held.data_ptr() and q.stride() == held.stride() else held.copy_(q)
         heads = self.scratch.take("heads", *q.shape[:2], self.config.v_head_dim)
         flat = q.flatten(1)
         projected = Projected(flat, flat, None, flat, q, flat, heads, heads.flatten(1))

@@ -41,10 +41,10 @@ def preflight_reasons(name: str, op: FusedOp, spec: Any, say: Say | None = None)
         return list(answers[spec])
     if say is not None and op.compiles:
         say(f"preparing {name}: {op.compiles}")
-    found = _ask(op, spec)
-    if not any(map(out_of_memory, found)):
-        answers[spec] = tuple(found)
-    return found
+    reasons = _ask(op, spec)
+    if not any(map(out_of_memory, reasons)):
+        answers[spec] = tuple(reasons)
+    return reasons
 
 
 def _answers(op: FusedOp) -> dict[Hashable, tuple[str, ...]]:
@@ -77,7 +77,7 @@ def check_overrides(
             raise UnknownOp(
                 f"this layer has no role '{role}'.{did_you_mean(role, known)} Its roles: {', '.join(known)}."
             )
-        fitting = ["reference", *(one for one, op in offered.items() if _kind(op) == kinds[role])]
+        fitting = ["reference", *(known for known, op in offered.items() if _kind(op) == kinds[role])]
         if name not in fitting:
             other = f"op '{name}' is of kind {_kind(offered[name])}." if name in offered else ""
             missing = f"this backend offers no op '{name}'.{did_you_mean(name, fitting)}"
@@ -182,7 +182,9 @@ def refusals(name: str, op: FusedOp, kind: str, spec: Any, say: Say | None = Non
 
 def sentences(name: str, asked: str, answer: Any, none: str = "if it can") -> list[str]:
     """Return what an op answered. Raises `BackendError` unless it is a list of sentences ([] `none`)."""
-    if isinstance(answer, (list, tuple)) and all(isinstance(one, str) and one.strip() for one in answer):
+    if isinstance(answer, (list, tuple)) and all(
+        isinstance(reason, str) and reason.strip() for reason in answer
+    ):
         return list(answer)
     raise BackendError(
         f"the backend's op '{name}': {asked} returned {answer!r}, not a list of sentences ([] {none})."
@@ -216,16 +218,15 @@ class Ops:
         roles = layer_roles(config, dtype, device, attended_by)
         check_overrides(overrides, {role: kind for role, (kind, _) in roles.items()}, offered)
         self._choices: dict[str, Choice] = {}
-        for one in roles if role is None else (role,):
-            kind, spec = roles[one]
-            name = overrides.get(one)
+        for chosen in roles if role is None else (role,):
+            kind, spec = roles[chosen]
+            name = overrides.get(chosen)
             if name is None or name == "reference":
-                self._choices[one] = choose(kind, spec, offered, name or policy, say=say)
+                self._choices[chosen] = choose(kind, spec, offered, name or policy, say=say)
             else:
-                only = {name: offered[name]}
-                override = f"{one}={name}"
-                chosen = choose(kind, spec, only, "fused", override, say)
-                self._choices[one] = dataclasses.replace(chosen, override=override)
+                override = f"{chosen}={name}"
+                choice = choose(kind, spec, {name: offered[name]}, "fused", override, say)
+                self._choices[chosen] = dataclasses.replace(choice, override=override)
 
     def __getitem__(self, role: str) -> Choice:
         return self._choices[role]
@@ -248,7 +249,7 @@ class Ops:
         lines, remarks = [], self.remarks()
         for role, choice in self._choices.items():
             below = [*remarks.pop(choice.name, ()), *choice.reasons]
-            lines += [f"{role}: {choice.name}", *(f"  {one}" for one in below)]
+            lines += [f"{role}: {choice.name}", *(f"  {line}" for line in below)]
         return lines
 
     def remarks(self) -> dict[str, list[str]]:
@@ -256,12 +257,13 @@ class Ops:
 
         Raises `BackendError` for what is no list of sentences.
         """
-        found = {}
+        remarks = {}
         for choice in self._choices.values():
-            answer = getattr(choice.op, "remarks", ())  # of what replaces an op, which may be no `FusedOp`
-            said = sentences(choice.name, "remarks", answer, "for none")
-            found[choice.name] = [one_line(one) for one in said]
-        return {name: said for name, said in found.items() if said}
+            answer = getattr(choice.op, "remarks", ())  # a replacement may not be a `FusedOp`
+            lines = sentences(choice.name, "remarks", answer, "for none")
+            if lines:
+                remarks[choice.name] = [*map(one_line, lines)]
+        return remarks
 
     def all_reference(self) -> bool:
         """Return whether no fused op was chosen."""

@@ -94,12 +94,12 @@ class PackedWeights:
         shared = WeakValueDictionary() if self.shared is None else self.shared
         keys = {role: (role, *self._ops[role].key()) for role in uses}
         known = {role: shared.get(key) for role, key in keys.items()}
-        found = {role: packed for role, packed in known.items() if packed is not None}
-        missing = [role for role in uses if role not in found]
+        held = {role: packed for role, packed in known.items() if packed is not None}
+        missing = [role for role in uses if role not in held]
         weight = self._take(state, *names) if missing else torch.empty(0, device="cpu")
         for role in missing:
-            shared[keys[role]] = found[role] = self._ops[role].op.pack(uses[role](weight))
-        yield from found.items()
+            shared[keys[role]] = held[role] = self._ops[role].op.pack(uses[role](weight))
+        yield from held.items()
 
     def _take(self, state: State, *names: str) -> torch.Tensor:
         """Return a copy of the weights, stacked by rows, in the layer's dtype on its device."""
@@ -116,7 +116,7 @@ class PackedWeights:
         return out
 
     def _fused_bias(self, vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return the bias of the fused first projection; q_proj has none, which counts as zero."""
+        """Return the bias of the fused first projection; that of q_proj is zero."""
         kv_a = vectors["kv_a_proj_with_mqa.bias"]
         width = self._ops["qkv_a_proj"].spec.out_features - kv_a.shape[0]
         return torch.cat((vectors.get(f"{self._first}.bias", kv_a.new_zeros(width)), kv_a))
@@ -169,9 +169,9 @@ def check_weights(state: State, shapes: Mapping[str, tuple[int, ...]], strict: b
     for name, shape in shapes.items():
         if name not in state:
             raise WeightError(f"weight '{name}' is missing.")
-        found = state.shape(name) if isinstance(state, LazyState) else _shape(name, state[name])
-        if found != shape:
-            raise WeightError(f"weight '{name}' has shape {list(found)}, expected {list(shape)}.")
+        actual = state.shape(name) if isinstance(state, LazyState) else _shape(name, state[name])
+        if actual != shape:
+            raise WeightError(f"weight '{name}' has shape {list(actual)}, expected {list(shape)}.")
     unknown = sorted(set(state) - set(shapes)) if strict else []
     if unknown:
         raise WeightError(f"weight '{unknown[0]}' does not belong to this layer ({len(unknown)} unknown).")

@@ -25,12 +25,12 @@ from mla_backends.upload import upload
 # Bytes that the rebuilt keys and values of one round usually take at most.
 WORKSPACE_BYTES = 256 << 20
 # An op that cannot merge rounds may take one part in this many of the free memory for a longer context. The
-# rest is for what such a context needs besides: queries, outputs, and what the op allocates.
+# rest is for queries, outputs and what the op allocates.
 FREE_PARTS = 4
 
 
 def rebuilt_bytes(config: MLAConfig, itemsize: int, keys: int) -> int:
-    """Return the bytes of this many rebuilt keys: k, kv_b's own output, which v is a part of, and latents."""
+    """Return the bytes of this many rebuilt keys: k, kv_b's output (v is part of it) and latents."""
     row = config.qk_head_dim + config.qk_nope_head_dim + config.v_head_dim
     return keys * (row * config.num_attention_heads + config.latent_dim) * itemsize
 

@@ -52,7 +52,7 @@ def query_factors(scaling: QueryScaling, positions: torch.Tensor) -> torch.Tenso
     return 1.0 + scaling.beta * torch.log1p(periods.float())
 
 
-ROWS = 4096  # of a new table
+TABLE_ROWS = 4096  # of a new table
 
 
 class RotaryTable:
@@ -61,7 +61,7 @@ class RotaryTable:
     Row p holds the r/2 cosines of position p and then its r/2 sines, both times the YaRN magnitude.
     """
 
-    def __init__(self, config: MLAConfig, device: torch.device, size: int = ROWS) -> None:
+    def __init__(self, config: MLAConfig, device: torch.device, size: int = TABLE_ROWS) -> None:
         self._inv_freq = inverse_frequencies(config)
         self._magnitude = config.rope_scaling.magnitude() if config.rope_scaling else 1.0
         self._device = device
@@ -73,8 +73,8 @@ class RotaryTable:
 
     @staticmethod
     def bytes_for(config: MLAConfig, positions: int) -> int:
-        """Return the most bytes of a table that has served so many positions."""
-        rows = ROWS if positions <= ROWS else 2 * positions
+        """Return the most bytes of a table that has served `positions` positions."""
+        rows = TABLE_ROWS if positions <= TABLE_ROWS else 2 * positions
         return 4 * rows * config.qk_rope_head_dim
 
     def reserve(self, positions: int) -> None:

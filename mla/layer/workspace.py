@@ -17,8 +17,7 @@ from mla.layer.ops import Ops
 from mla_backends.api import Backend, misfit
 
 Views = TypeVar("Views")
-# Most sets of views kept; prompts come in any length.
-MOST_VIEWS = 256
+MAX_VIEWS = 256  # sets of views kept; prompts come in any length
 
 Tokens = slice | torch.Tensor  # rows of a step: contiguous, or by index
 
@@ -28,7 +27,7 @@ _TURNS: WeakSet[Any] = WeakSet()
 
 
 class Turn(_Lock):  # type: ignore[misc]
-    """What a thread holds while it uses scratch memory, and ops, which may have some. A copy is another.
+    """The lock that a thread holds while it uses scratch memory and ops. A copy is another lock.
 
     `with` raises RuntimeError in a thread whose turn it is already: a signal handler, a finalizer or an op
     that calls a layer would overwrite what the call that it interrupts has in scratch memory.
@@ -47,7 +46,7 @@ class Turn(_Lock):  # type: ignore[misc]
 
     @classmethod
     def of(cls, backend: Backend | None) -> Turn:
-        """Return the one of all that call the ops of a backend; another one without a backend."""
+        """Return the turn that all callers of a backend's ops share; a new one without a backend."""
         return cls() if backend is None else cast("Turn", vars(backend).setdefault("_turn", cls()))
 
     @property
@@ -99,7 +98,7 @@ class Workspace:
         return held[:size].view(shape)
 
     def for_round(self, nbytes: int) -> Callable[..., torch.Tensor]:
-        """Return `take` for a round of so many bytes, or what makes memory that is not kept after the round.
+        """Return `take` for a round of `nbytes` bytes, or what makes memory that is not kept after the round.
 
         Every layer of a model has a workspace: were the memory of an exceptionally long context kept, it
         would be needed once per layer. The device's allocator hands it from one layer to the next instead.
@@ -114,8 +113,8 @@ class Workspace:
         `build` may take memory, and must give the same views for the same key while no memory grows.
         """
         if key not in self._views:
-            built = build()  # may grow memory, which forgets all views
-            if len(self._views) >= MOST_VIEWS:
+            built = build()  # may grow memory and so forget all views
+            if len(self._views) >= MAX_VIEWS:
                 self._views.clear()
             self._views[key] = built
         return cast("Views", self._views[key])
@@ -187,7 +186,7 @@ class Absorbed(NamedTuple):
     latent_nope: torch.Tensor  # its first c
     latent_pe: torch.Tensor  # its last r
     latent_out: torch.Tensor  # [t, h, c]
-    lse: torch.Tensor | None  # [t, h] fp32; None where the op need not write what nobody reads
+    lse: torch.Tensor | None  # [t, h] fp32; None where it is not read and the op may skip it
     heads: torch.Tensor  # [t, h, v]: the step's own rows, or memory to scatter them from
 
 

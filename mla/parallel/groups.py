@@ -40,7 +40,7 @@ class Traffic:
 
 
 class Groups:
-    """The groups of one rank. Every rank of the world must make them, in the same order.
+    """The groups of one rank: `heads` together have all heads. Every rank must make them, in the same order.
 
     `torch.distributed` must be initialized with as many ranks as the layout has. `timeout` bounds the wait
     for another rank, in seconds. Raises `UsageError`.
@@ -56,15 +56,10 @@ class Groups:
         self.layout = layout
         self.rank = dist.get_rank()
         self.place = layout.place(self.rank)
-        self._heads = _own(layout.head_groups(), self.rank, timeout)
-        self._context = _own(layout.context_groups(), self.rank, timeout)
+        self.heads = _group_of(layout.head_groups(), self.rank, timeout)
+        self._context = _group_of(layout.context_groups(), self.rank, timeout)
         self._clocked: tuple[Traffic, Callable[[], int]] | None = None
         self.entered = self.left = 0  # collectives, for whoever asks where this rank is
-
-    @property
-    def heads(self) -> dist.ProcessGroup | None:
-        """The ranks that together have all heads."""
-        return self._heads
 
     @contextmanager
     def clocked(self, now_ns: Callable[[], int], traffic: Traffic) -> Iterator[None]:
@@ -84,7 +79,7 @@ class Groups:
         if size == 1:
             return
         total = out if size <= MOST_HOPS else out.float()
-        self._run(Call.all_reduce(total.nbytes, size), dist.all_reduce, total, group=self._heads)
+        self._run(Call.all_reduce(total.nbytes, size), dist.all_reduce, total, group=self.heads)
         if total is not out:
             out.copy_(total)
 
@@ -122,7 +117,7 @@ def summed_bytes(out: torch.Tensor, ranks: int) -> int:
     return out.nbytes if ranks <= MOST_HOPS else out.numel() * torch.float32.itemsize
 
 
-def _own(groups: list[list[int]], rank: int, timeout: float | None) -> dist.ProcessGroup | None:
+def _group_of(groups: list[list[int]], rank: int, timeout: float | None) -> dist.ProcessGroup | None:
     """Make all groups, as every rank must, and return the one that `rank` is in."""
     limit = None if timeout is None else timedelta(seconds=timeout)
     made: list[tuple[list[int], Any]] = [(ranks, dist.new_group(ranks, timeout=limit)) for ranks in groups]

@@ -313,8 +313,8 @@ class ParallelMLA(MLA):
         choice = self.ops["latent_attention"]
         if not choice.op.writes_lse:
             raise UnsupportedOps(
-                f"op '{choice.name}' writes no log-sum-exp, without which attention over a part of the "
-                "tokens cannot be merged: use a layout without dcp, or another op (`--ops reference`)."
+                f"op '{choice.name}' writes no log-sum-exp, and dcp needs it to merge parts of a context: "
+                "use a layout without dcp, or another op (`--ops reference`)."
             )
 
     def load_state_dict(

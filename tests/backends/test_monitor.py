@@ -54,7 +54,7 @@ def test_whatever_is_raised_becomes_a_remark(error: BaseException) -> None:
 def test_a_library_that_hangs_is_left_behind() -> None:
     released = threading.Event()
     sampler = Sampler(lambda: {"late": str(released.wait(60))})
-    monitor = Monitor(sampler, patience=0.05)
+    monitor = Monitor(sampler, timeout_s=0.05)
     try:
         assert monitor.sample() == {}
         assert monitor.facts() == {"monitor": "none (no answer within 0.05 s)"}

@@ -11,6 +11,7 @@ import torch
 from mla_backends import BackendError, TorchBackend
 from mla_backends.any_device import AnyDevice
 from mla_backends.errors import DeviceUnavailable
+from mla_backends.torch_backend import working_dtypes
 
 
 class Host(TorchBackend):
@@ -87,3 +88,18 @@ def test_memory_is_that_of_the_backends_own_device() -> None:
     assert (backend.memory().free, backend.memory().total) == (700, 2000)
     backend = Host(mem_get_info=lambda: (300, 3000))  # a stack whose function takes no device
     assert (backend.memory().free, backend.memory().total) == (300, 3000)
+
+
+@pytest.mark.parametrize("scale", [1.01, 0.0, float("nan")])
+def test_a_dtype_whose_products_are_wrong_is_left_out(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And right ones are exact in every dtype."""
+    cpu, right = torch.device("cpu"), torch.Tensor.__matmul__
+    assert working_dtypes(cpu, lambda: None) == ([torch.bfloat16, torch.float16, torch.float32], {})
+
+    def wrong(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return right(a, b) * (scale if a.dtype == torch.float16 else 1)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", wrong)
+    works, left_out = working_dtypes(cpu, lambda: None)
+    assert works == [torch.bfloat16, torch.float32]
+    assert left_out["float16"].startswith("a sum of 16 products came out as ")

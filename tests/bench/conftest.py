@@ -22,13 +22,14 @@ import mla
 import mla_backends
 from mla.bench import results
 from mla.bench.cli.main import main
-from mla.bench.results.passes import latency, throughput
+from mla.bench.results.cases import latency_of, throughput_of
 from mla.bench.run import scheduler
 
 __all__ = ["ceiling_run", "quick_ceilings"]
 
 
 Bench = Callable[..., Outcome]
+QUICK = str(Path(__file__).resolve().parents[1] / "support" / "quick")  # limits in no time
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +85,7 @@ def process(install: Callable[[str], Path], tmp_path: Path) -> Bench:
         flags: Sequence[str] = (),
         **environment: str,
     ) -> Outcome:
-        folders = [*map(str, path), *(str(install(fake)) for fake in fakes)]
+        folders = [*map(str, path), *(str(install(fake)) for fake in fakes), QUICK]
         if not flags:
             folders += filter(None, [os.environ.get("PYTHONPATH", "")])
         done = subprocess.run(
@@ -126,7 +127,8 @@ def isolated(process: Bench, without_backends: Path) -> Bench:
 def numbers(samples: Sequence[float], steps: int, tokens: int) -> dict[str, Any]:
     """Return the fields of a case that follow from its samples."""
     passes = [list(samples[first : first + steps]) for first in range(0, len(samples), steps)]
-    return {"passes": len(passes), "latency_ms": latency(passes), "tokens_per_s": throughput(passes, tokens)}
+    latency, rate = latency_of(passes), throughput_of(passes, tokens)
+    return {"passes": len(passes), "latency_ms": latency, "tokens_per_s": rate}
 
 
 @pytest.fixture(scope="session")

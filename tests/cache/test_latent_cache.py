@@ -464,3 +464,18 @@ def test_pages_come_back_when_the_next_request_finds_no_room_for_its_table(
     with pytest.raises(MemoryError):
         cache.extend([1, 0], [5, 160])
     assert everything(cache)[1:-1] == before[1:-1]
+
+
+def test_a_cache_shows_its_pages_and_how_full_they_are(make_cache: Any) -> None:
+    cache = make_cache(64, 16, num_layers=2)
+    cache.extend(cache.new_sequences(2), [17, 1])
+    shape = list(cache.pages.shape)
+    assert repr(cache) == (
+        f"LatentCache(pages={shape} torch.float32 on cpu, sequences=2, tokens=18, free_pages=1)"
+    )
+
+
+def test_a_name_in_place_of_a_config_says_what_to_pass() -> None:
+    wanted: Any = "deepseek-r1"
+    with pytest.raises(ValueError, match=r"config must be an MLAConfig, as .*, got 'deepseek-r1'\."):
+        LatentCache(wanted, max_tokens=64)

@@ -224,7 +224,7 @@ def test_host_ints_keeps_values(dtype: torch.dtype) -> None:
         ([1], [2**40], torch.zeros(1, 1, dtype=torch.int32), 2**40, "at most 2147483647 tokens"),
         ([1.0], [9], torch.zeros(1, 1, dtype=torch.int32), 16, "query_lens must be whole numbers"),
         ([1], [9.5], torch.zeros(1, 1, dtype=torch.int32), 16, "kv_lens must be whole numbers"),
-        ([1], 9, torch.zeros(1, 1, dtype=torch.int32), 16, "kv_lens must be whole numbers"),
+        ([1], 9, torch.zeros(1, 1, dtype=torch.int32), 16, "kv_lens must be a list of whole numbers, got 9"),
         ([1], [9], [[0]], 16, r"block_table must be a tensor \[1, n\], got a list"),
         ([1, 1], [9], torch.zeros(2, 1, dtype=torch.int32), 16, "do not count the new tokens"),
         ([3], [2], torch.zeros(1, 1, dtype=torch.int32), 16, "do not count the new tokens"),
@@ -260,3 +260,15 @@ def test_a_batch_of_a_cache_is_copied_but_not_pickled(tiny: Any) -> None:
     alone = RaggedBatch([1], [9], torch.zeros(1, 1, dtype=torch.int32), 16, torch.device("cpu"))
     assert torch.equal(pickle.loads(pickle.dumps(alone)).positions, alone.positions)
     assert pickle.loads(pickle.dumps(cache)).length(0) == cache.length(0)
+
+
+def test_a_batch_shows_its_lengths_and_whether_it_is_out_of_date(tiny: Any) -> None:
+    cache = LatentCache(tiny(), max_tokens=640, page_size=16)
+    ids = cache.new_sequences(9)
+    batch = cache.extend(ids, [3] + [1] * 8)
+    assert repr(batch) == (
+        "RaggedBatch(requests=9, tokens=11, query_lens=[3, 1, 1, 1, 1, 1, 1, 1, ...], "
+        "kv_lens=[3, 1, 1, 1, 1, 1, 1, 1, ...], block_table=[9, 1], page_size=16, device=cpu)"
+    )
+    cache.extend(ids[:1], [1])
+    assert repr(batch).endswith("device=cpu, out of date)")

@@ -18,8 +18,8 @@ import torch
 from op_bench import OpBench
 
 from mla import MLAConfig
-from mla.bench.failures.search import search
 from mla.bench.plan.memory import op_bytes
+from mla.bench.run.keeper import search
 from mla.cases import KINDS
 from mla.cases.case import DTYPES, Kind, Normal, OpCase
 from mla.cases.kinds import WritesSlots
@@ -184,7 +184,7 @@ def in_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(KINDS, kind, ENTRIES[kind])
         monkeypatch.setitem(OPS, kind, op.contract)
         monkeypatch.setitem(REFERENCE, kind, op)  # type: ignore[arg-type]
-    for module in ("mla.layer.ops", "mla.bench.subjects.op", "mla.bench.failures.search"):
+    for module in ("mla.layer.ops", "mla.bench.subjects.op", "mla.bench.run.keeper"):
         monkeypatch.setattr(f"{module}.layer_roles", more)
 
 

@@ -64,7 +64,7 @@ PLAIN: list[tuple[Callable[[Tensors], Tensors], str]] = [
     ),
     (lambda t: put(t, o_proj__weight=t[O_PROJ].double()), "o_proj.weight' in .* is F64: only"),
     (lambda t: put(t, o_proj__weight=t[O_PROJ].to(torch.float8_e5m2)), "is F8_E5M2: only"),
-    (lambda t: put(t, o_proj__weight=t[O_PROJ].to(torch.float8_e4m3fn)), "is FP8 and has no scale"),
+    (lambda t: put(t, o_proj__weight=t[O_PROJ].to(torch.float8_e4m3fn)), "is FP8 but has no scale"),
     (
         lambda t: put(t, kv_a_layernorm__weight=torch.ones(40).to(torch.float8_e4m3fn)),
         "kv_a_layernorm.weight' in .* is F8_E4M3: only .* for matrices",
@@ -87,7 +87,7 @@ PLAIN: list[tuple[Callable[[Tensors], Tensors], str]] = [
         lambda t: put(t, indexer__wq_b__weight=torch.ones(2)),
         "indexer.wq_b.weight' in .* belongs to an indexer",
     ),
-    (lambda t: put(t, sinks=torch.ones(2)), "sinks' in .* is an attention sink, which this layer does not"),
+    (lambda t: put(t, sinks=torch.ones(2)), "sinks' in .* is an attention sink; this layer does not"),
     (lambda t: put(t, g_proj__weight=torch.ones(2)), "g_proj.weight' in .* gates the attention's output"),
     (lambda t: put(t, q_gate_proj__weight=torch.ones(2)), "gates the attention's output"),
     (
@@ -113,7 +113,7 @@ def test_broken_tensors_are_named(damage: Callable[[Tensors], Tensors], reason: 
 
 
 FP8: list[tuple[Callable[[Tensors], Tensors], str]] = [
-    (lambda t: put(t, o_proj__weight_scale_inv=None), "o_proj.weight' in .* is FP8 and has no scale"),
+    (lambda t: put(t, o_proj__weight_scale_inv=None), "o_proj.weight' in .* is FP8 but has no scale"),
     (
         lambda t: put(t, o_proj__weight_scale_inv=torch.ones(5, 3)),
         r"weight_scale_inv' in .* has shape \[5, 3\]: \[72, 36\] in blocks of \[16, 20\] needs \[5, 2\]",

@@ -11,7 +11,7 @@ import mla
 import mla.conformance.cli
 from mla.bench.cli import main as bench
 from mla.command import launcher
-from mla.command.backend import only_usable
+from mla.command.options import only_usable
 from mla_backends import BackendError, probe
 from mla_backends.probe import USABLE, Status
 

@@ -1,8 +1,9 @@
-"""What other processes used of this one's CPUs while a run was timed."""
+"""The load of other processes, and installations that are mixed."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -27,3 +28,12 @@ def test_others_count_where_this_process_needed_their_cpus(
 def test_what_nobody_tells_is_no_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "_seconds_of_others", lambda: None)
     assert OtherLoad().remark(2) == ""
+
+
+def test_the_old_and_the_new_name_of_the_distribution_are_a_mixed_installation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment.metadata, "version", {"mla": "0.1.0", "mla-bench": "0.2.0"}.__getitem__)
+    note = environment.mixed_installation()
+    assert note is not None
+    assert "run `pip uninstall mla mla-bench`, then install mla-bench again." in note

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from mla.command import progress
-from mla.command.progress import EVERY, Progress
+from mla.command import display
+from mla.command.display import EVERY, Progress
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Return a list whose last entry is the time."""
     times = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: times[-1])
+    monkeypatch.setattr(display.time, "monotonic", lambda: times[-1])
     return times
 
 
@@ -35,6 +35,19 @@ def test_long_work_says_now_and_then_what_runs_and_how_long_the_rest_takes(
         "running    forward 10, about 90 s left",
         "running    forward 30, about 70 s left",
         "running    forward 70, about 30 s left",
+    ]
+
+
+def test_news_makes_the_next_line_wait(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(100.0) as bar:
+        for second in range(1, 20):
+            clock.append(float(second))
+            if second == 9:
+                bar.say("1 of 2  prefill: mla 3 ms")
+            bar.advance(f"forward {second}", 1.0)
+    assert capsys.readouterr().err.splitlines() == [
+        "1 of 2  prefill: mla 3 ms",
+        "running    forward 19, about 81 s left",
     ]
 
 

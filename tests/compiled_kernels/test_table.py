@@ -59,8 +59,9 @@ def test_another_kernel_is_another_number(tmp_path: Path, monkeypatch: pytest.Mo
     assert fingerprint() == before
     kernel = tmp_path / "latent.py"
     kernel.write_text(kernel.read_text(encoding="utf-8").replace("exp2", "exp"), encoding="utf-8")
-    softmax = tmp_path / "softmax.py"
-    softmax.write_text(softmax.read_text(encoding="utf-8").replace("exp2", "exp"), encoding="utf-8")
+    assert fingerprint() == before  # it has none
+    shared = tmp_path / "shared.py"
+    shared.write_text(shared.read_text(encoding="utf-8").replace("exp2", "exp"), encoding="utf-8")
     assert fingerprint() != before
 
 
@@ -73,9 +74,9 @@ def test_another_tile_is_another_number(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_numbers_of_a_batch_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     before = fingerprint()
-    monkeypatch.setitem(problems.PROBLEMS, "latent: 128 heads", problems.Decode(128, keys=(1700, 90, 80, 77)))
+    monkeypatch.setitem(problems.PROBLEMS, "latent: 128 heads", problems.decode(128, keys=(1700, 90, 80, 77)))
     assert fingerprint() == before
-    monkeypatch.setitem(problems.PROBLEMS, "latent: 128 heads", problems.Decode(64))
+    monkeypatch.setitem(problems.PROBLEMS, "latent: 128 heads", problems.decode(64))
     assert fingerprint() != before
 
 

@@ -205,7 +205,7 @@ def test_a_key_that_changes_attention_is_refused_where_it_is_set(key: str) -> No
     for kind in ("deepseek_v3", None):
         with pytest.raises(ConfigError) as info:
             MLAConfig.from_dict({**V3, "model_type": kind, "name": "x", key: 128})
-        assert str(info.value) == f"config 'x': {key} is set, so {CHANGES[key]}, which is not supported."
+        assert str(info.value) == f"config 'x': {key} is set, so {CHANGES[key]}; that is not supported."
 
 
 def test_keys_that_a_family_knows_are_not_refused() -> None:

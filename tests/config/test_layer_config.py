@@ -31,7 +31,17 @@ def test_presets_hold_the_published_numbers() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_a_config_that_knows_its_name_and_source(name: str) -> None:
     assert MLAConfig.preset(name).name == name
-    assert PRESETS[name].source.startswith("https://")
+    assert PRESETS[name].source.startswith("https://huggingface.co/")
+    assert PRESETS[name].source.endswith("/config.json")
+    assert PRESETS[name].read_from.startswith("https://")
+
+
+def test_a_config_shows_its_dimensions_and_what_is_not_default() -> None:
+    assert repr(MLAConfig.preset("deepseek-v2-lite")) == (
+        "MLAConfig('deepseek-v2-lite', hidden_size=2048, num_attention_heads=16, q_lora_rank=None, "
+        "kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, "
+        "rope_scaling=YarnScaling(...), model_type='deepseek_v2')"
+    )
 
 
 def test_an_unknown_preset_suggests_the_closest_and_lists_all() -> None:

@@ -15,7 +15,7 @@ from mla.cases.drawn import Field, scenes
 from mla.cases.memory import Layout
 from mla.cases.played import Player, Scene
 from mla.cases.stress import Stress, slots
-from mla.command.backend import BackendOptions
+from mla.command.options import BackendOptions
 from mla.conformance import suite
 from mla.conformance.cli import main
 from mla.conformance.drawn import Search

@@ -141,7 +141,7 @@ def test_without_hypothesis_the_backend_is_not_to_blame(tmp_path: Path) -> None:
     (tmp_path / "without.py").write_text("import sys\nsys.modules['hypothesis'] = None\n")
     (tmp_path / "test_mine.py").write_text(UNDRAWN)
     sentence = (
-        "the suite draws cases with hypothesis, which is not installed: `pip install hypothesis` (it comes"
+        "the suite needs hypothesis to draw cases, and it is not installed: `pip install hypothesis` (it "
     )
     hidden = ("-p", "without", "-p", "no:hypothesispytest")
     done = run_pytest(tmp_path, *hidden, "--pyargs", "mla.conformance", *FAULTY)
@@ -179,8 +179,8 @@ def test_the_command_is_deaf_to_what_pytest_is_told_elsewhere(
 @pytest.mark.parametrize(
     ("module", "sentence"),
     [
-        (None, "pytest 8 or later, which is not installed: `pip install 'pytest>=8'`"),
-        (SimpleNamespace(version_tuple=(7, 4, 4), __version__="7.4.4"), "which is here in version 7.4.4: "),
+        (None, "pytest 8 or later, and it is not installed: `pip install 'pytest>=8'`"),
+        (SimpleNamespace(version_tuple=(7, 4, 4), __version__="7.4.4"), "and version 7.4.4 is installed: "),
     ],
 )
 def test_without_pytest_it_says_so(

@@ -17,8 +17,7 @@ from mla.errors import OutOfMemory, ResultError
 from mla.failures import file
 from mla.failures.call import Known, record
 from mla.failures.replay import CannotReplay, replay
-from mla.failures.verdict import Made, expected
-from mla.failures.watch import JudgedCall
+from mla.failures.watch import JudgedCall, Made, expected
 from mla_backends.api import AttentionSpec, LinearSpec
 from mla_backends.testing import HostBackend
 
@@ -92,7 +91,7 @@ LINEAR: list[tuple[Damage, str]] = [
     (lambda facts, kept: facts["views"].pop("x"), "the operands of linear are x, bias, out"),
     (lambda facts, kept: facts.update(absent=["out"]), "the operands of linear are"),
     (lambda facts, kept: facts["scalars"].update(eps=1.0), "the scalars of linear are none"),
-    (lambda facts, kept: facts["spec"].update(in_features=2**60), "in_features of its spec is no size"),
+    (lambda facts, kept: facts["spec"].update(in_features=2**60), "in_features of its spec is not a size"),
     (lambda facts, kept: facts["spec"].update(dtype="load"), "no layer has the dtype of its spec"),
     (lambda facts, kept: facts.update(kind="matmul"), "there is no kind of op 'matmul'"),
     (place("x", offset=1), "x reaches beyond its memory"),

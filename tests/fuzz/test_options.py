@@ -21,7 +21,7 @@ from mla.bench.workload import grid, implementations
 from mla.bench.workload.grid import batch_scenarios
 from mla.bench.workload.scenario import MAX_COUNT, MAX_REQUESTS, Scenario
 from mla.command import launcher
-from mla.command.backend import key_values
+from mla.command.options import key_values
 from mla.conformance import selection
 from mla.parallel.layout import AXES, Layout
 from mla.parallel.link import Link

@@ -14,10 +14,11 @@ import torch
 import mla
 from benchmarks.gpu import rivals
 from benchmarks.gpu.report import in_turns
-from benchmarks.gpu.sizes import HERE
 from mla.bench import results
 from mla.errors import UnsupportedOps, UsageError
 from mla_backends import FusedOp
+
+HERE = Path(__file__).parents[2] / "benchmarks" / "gpu"
 
 WORDS = ["--backend", "acme", "--op", "latent_attention", "--heads", "16", "-a", "batch=1,8", "-o", "x.json"]
 

@@ -1,4 +1,4 @@
-"""The tables: figures against the original's and against ceilings, recomputed from the files."""
+"""The table: figures against the original's and against ceilings, recomputed from the files."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu.record import Ledger, Record
-from benchmarks.gpu.report import figures, in_turns, tables
-from benchmarks.gpu.steps import Section, Step
+from benchmarks.gpu import table
+from benchmarks.gpu.report import in_turns
 from mla.bench import results
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -20,14 +19,14 @@ R1 = RESULTS / "cpu-epyc-zen5-avx512-bf16-2vcpu-deepseek-r1.json"
 
 
 def samples(run: results.Run, scenario: str) -> list[float]:
-    case = next(one for one in run.cases if (one.scenario, one.implementation) == (scenario, "mla"))
+    case = next(each for each in run.cases if (each.scenario, each.implementation) == (scenario, "mla"))
     assert case.latency_ms is not None
     return case.latency_ms.samples
 
 
 def test_standard_figures_are_means_over_the_originals() -> None:
     run = results.read(STORED)
-    rows = {row[1]: row for row in figures.standard_rows({"step": run})}
+    rows = {row[1]: row for row in table.standard_rows({"step": run})}
     prefill, decode = (statistics.fmean(samples(run, name)) for name in ("prefill", "decode"))
     assert rows["prefill, mla"][4:7] == [f"{prefill:.4g} ms", "2.22 ms", f"{2.22 / prefill:.3g}x"]
     rate = 16 / decode * 1000
@@ -35,7 +34,7 @@ def test_standard_figures_are_means_over_the_originals() -> None:
 
 
 def test_other_sizes_are_not_compared_with_the_original() -> None:
-    rows = figures.standard_rows({"step": results.read(R1)})
+    rows = table.standard_rows({"step": results.read(R1)})
     assert rows
     assert {tuple(row[5:7]) for row in rows} == {("-", "-")}
 
@@ -44,30 +43,36 @@ def test_a_wrong_case_has_no_figure_but_its_verdict() -> None:
     run = results.read(STORED)
     case = run.cases[0]
     case.latency_ms, case.check = None, results.Check(status="wrong", reason="row 3 is off")
-    assert figures.standard_rows({"step": run})[0][4:] == ["-", "-", "-", "wrong row 3 is off"]
+    assert table.standard_rows({"step": run})[0][4:] == ["-", "-", "-", "wrong row 3 is off"]
 
 
 def test_shares_are_of_the_measured_ceilings() -> None:
     run = results.read(STORED)
-    (case,) = (one for one in run.cases if (one.scenario, one.implementation) == ("decode", "mla"))
+    (case,) = (each for each in run.cases if (each.scenario, each.implementation) == ("decode", "mla"))
     assert case.latency_ms is not None
     rates = [work / (case.latency_ms.median / 1000) for work in (case.cost.bytes, case.cost.flops)]
     ceilings = {"copy": rates[0] / 0.25, "matmul": rates[1] / 0.5}
-    rows = {row[1]: row for row in figures.attention_rows({"step": run}, ceilings)}
+    rows = {row[1]: row for row in table.attention_rows({"step": run}, ceilings)}
     assert rows["decode, mla"][4:6] == ["25 %", "50 %"]
-    assert figures.attention_rows({"step": run}, {})[0][4:6] == ["-", "-"]
+    assert table.attention_rows({"step": run}, {})[0][4:6] == ["-", "-"]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Return the folder of a campaign that ran a step of each kind."""
-    for name in ("standard", "grid", "rivals-16", "facts", "questions"):
-        (tmp_path / name).mkdir()
-    shutil.copyfile(STORED, tmp_path / "standard" / "x-v2.json")
-    shutil.copyfile(STORED, tmp_path / "grid" / "x-heads.json")
-    shutil.copyfile(STORED, tmp_path / "rivals-16" / "x-latent.json")
+    """Return a folder of results with a step of each kind."""
+    for name in ("standard-v2", "grid-16", "rivals-16"):
+        shutil.copyfile(STORED, tmp_path / f"{name}.json")
+    shutil.copyfile(R1, tmp_path / "rivals-16-tuned.json")
     answer = {"question": "Why?", "answer": "Because | of it", "evidence": {"us": 3}}
-    (tmp_path / "questions" / "x-why.json").write_text(json.dumps(answer))
+    (tmp_path / "ask-why.out").write_text(f"a library says something\n{json.dumps(answer)}\n")
+    (tmp_path / "ask-broken.out").write_text("")
+    (tmp_path / "card").write_text("x, Card (tiny sizes, which say nothing about the card)\n")
+    (tmp_path / "left").write_text("1 step is left: facts\n")
+    (tmp_path / "steps.tsv").write_text(
+        'grid-16\tcrashed\tfailed\t1\t3\t200\tit said "so\n'
+        "ask-why\tok\tdone\t0\t2\t60\tasked\n"
+        "grid-16\tok\tcut\t0\t9\t200\tgrid is fine\n"
+    )
     made = results.read(STORED)
     ceilings = {
         "report": "ceilings", "schema_version": 1, "argv": [], "created": made.created, "git_commit": None,
@@ -82,32 +87,26 @@ def folder(tmp_path: Path) -> Path:
              "dtype": "bfloat16", "footprint_bytes": 9},
         ],
     }  # fmt: skip
-    (tmp_path / "facts" / "x-ceilings.json").write_text(json.dumps(ceilings))
+    (tmp_path / "facts.json").write_text(json.dumps(ceilings))
     return tmp_path
 
 
 def test_the_report_holds_steps_figures_answers_and_machine(folder: Path) -> None:
-    names = {
-        "facts": "ceilings", "standard": "v2", "grid": "heads", "rivals-16": "latent", "questions": "why",
-    }  # fmt: skip
-    sections = [Section(name, name, (Step(step, (), 1),)) for name, step in names.items()]
-    ledger = Ledger(backend="x", card="Card", smoke=True, facts={"driver": "1.2"}, ops={})
-    for name, step in reversed(names.items()):
-        ledger.put(Record(section=name, step=step, verdict="ok", reason=f"{step} is fine"))
-    report = tables.Report(ledger, folder, sections)
-    plain, text = report.plain(), report.markdown()
-    assert [line.split()[0] for line in plain.splitlines()[1:6]] == list(names)
-    assert "2224.27 tok/s" in plain
-    assert "decode of deepseek-v2-lite: attention was native_latent_attention" in plain
-    titles = [line for line in text.splitlines() if line.startswith("#")]
-    assert titles == [
-        "# Card, backend x (--smoke: tiny sizes, which say nothing about the card)",
-        "## Steps", "## Targets", "## Standard scenarios", "## Kernels in turns", "## Decode attention",
+    text = table.report(folder)
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        "# x, Card (tiny sizes, which say nothing about the card)",
+        "## Steps", "## Targets", "## Standard scenarios", "## Kernels in turns", "## Other runs",
         "## Answers", "## Machine",
     ]  # fmt: skip
+    assert "\n1 step is left: facts\n" in text
+    assert "| grid-16 | ok (cut short) | 0 | 9 | grid is fine |" in text
+    assert "crashed" not in text, "the last attempt counts"
+    assert "2224.27 tok/s" in text
+    assert "decode of deepseek-v2-lite: attention was native_latent_attention" in text
     assert "| Why? | Because \\| of it | us 3 |" in text
-    assert "| driver | 1.2 |" in text
-    grid = figures.attention_rows({"heads": results.read(STORED)}, {"copy": 1e11, "matmul": 1e12})
-    assert all(" | ".join(row[:6]) in text for row in grid)
-    limits = {in_turns.COPY: 1e11, in_turns.PRODUCT: 5e11}
-    assert all(" | ".join(row) in text for row in in_turns.rows({"latent": results.read(STORED)}, limits))
+    ceilings = {"copy": 1e11, "matmul": 1e12, in_turns.COPY: 1e11, in_turns.PRODUCT: 5e11}
+    assert table.ceilings_in(folder) == ceilings
+    rows = table.attention_rows({"grid-16": results.read(STORED)}, ceilings)
+    assert all(" | ".join(row[:6]) in text for row in rows)
+    tuned = in_turns.rows({"x": results.read(R1)}, ceilings)
+    assert all(" | ".join(row) in text for row in tuned), "with the tuning that was found"

@@ -308,8 +308,9 @@ def test_a_class_without_a_time_or_of_other_versions_gives_no_tuning() -> None:
 def test_the_file_is_what_a_plugin_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, one in SWEEPS.items():
         trials.save(one, tmp_path / f"card-{name}.json")
-    target = tmp_path / "card-1.json"
-    words = ["choose", "--backend", "acme", "--smoke", "--out", str(target)]
+    target = tmp_path / "tuning" / "card-1.json"
+    folders = ["--sweeps", str(tmp_path), "--out", str(target.parent)]
+    words = ["choose", "--backend", "acme", "--smoke", *folders]
     assert tune.tune(words, standalone_mode=False) == 0
     read = read_tuning(target)
     assert dict(read.latent) == {1: B2, 33: A, 65: replace(D, **WHOLE)}, "every class has its own programs"

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from triton_here import needs_triton
 
-from benchmarks.gpu.sizes import HERE
 from benchmarks.gpu.tuning import trials
 from benchmarks.gpu.tuning.classes import classes
+
+HERE = Path(__file__).parents[2] / "benchmarks" / "gpu"
 
 KERNELS = Path(__file__).parents[1] / "triton"
 

@@ -172,7 +172,7 @@ def test_the_prompt_comes_from_one_place(model_dir: Path, tmp_path: Path) -> Non
     main, path = importlib.import_module("generate").main, tmp_path / "prompt"
     path.write_bytes(b"\xff\xfe")
     done = CliRunner().invoke(main, [str(model_dir), "--prompt-file", str(path)])
-    assert (done.exit_code, "no UTF-8 text" in done.stderr) == (1, True)
+    assert (done.exit_code, "not UTF-8 text" in done.stderr) == (1, True)
     done = CliRunner().invoke(main, [str(model_dir), "--prompt-file", str(path), "--prompt", "once"])
     assert (done.exit_code, "exclude each other" in done.stderr) == (2, True)
 

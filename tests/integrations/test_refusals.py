@@ -139,7 +139,7 @@ def mixed() -> Any:
     ("make", "message"),
     [
         (without_mla, "LlamaForCausalLM has no multi-head latent attention"),
-        (lambda: nn.Linear(2, 2), "Linear is no loaded model of `transformers`"),
+        (lambda: nn.Linear(2, 2), "Linear is not a loaded model of `transformers`"),
         (quantized, r"kv_b_proj of this model is .*test_refusals\.Linear8bit: load it unquantized"),
         (offloaded, r"split over devices or offloaded \(cpu, disk\)"),
         (in_fp8, r"o_proj of this model is transformers\..*\.FP8Linear: load it unquantized"),
@@ -147,7 +147,7 @@ def mixed() -> Any:
         (two_models, "DeepseekV3ForCausalLM holds several language models"),
         (split, "split over devices"),
         (biased, "kv_b_proj of this model is an nn.Linear with a bias"),
-        (expanding, "has an expand_kv of its own"),
+        (expanding, "has its own expand_kv"),
         (of_all_keys, "is_causal = False"),
         (tied, "o_proj of layer 0 shares its weight"),
         (tied_to_another_part, "o_proj of layer 0 shares its weight"),
@@ -246,7 +246,7 @@ def test_a_projection_that_is_more_than_its_weight(model: Any, name: str) -> Non
 
 
 def test_a_name_is_no_model() -> None:
-    with pytest.raises(UnsupportedModel, match="str is no loaded model"):
+    with pytest.raises(UnsupportedModel, match="str is not a loaded model"):
         use_mla("path/to/model")
 
 
@@ -322,9 +322,9 @@ def window(model: Any) -> None:
         (attention_weights_of_a_generation, "computes no attention weights"),
         (dropped_tokens, "this cache returned 4 of 6 tokens"),
         (window, "layer 0 of this cache keeps a window"),
-        (own_mask, "takes no mask of one's own"),
-        (own_whole_numbers, "takes no mask of one's own"),
-        (packed, "not plain causal attention"),
+        (own_mask, "takes no mask \\[batch, 1, queries, keys\\]"),
+        (own_whole_numbers, "takes no mask \\[batch, 1, queries, keys\\]"),
+        (packed, "serves plain causal attention only"),
         (training, "serves inference"),
         (gradients, "serves inference"),
     ],

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla import MLAConfig
+from mla import MLA, MLAConfig
 from mla.config import YarnScaling
 from mla.verify.layer_oracle import oracle
 
@@ -183,3 +183,31 @@ def test_a_default_device_changes_nothing(make_case: Any, assert_rows_close: Any
         case = make_case([40, 1, 7], [0, 90, 33], attention=mode)
         out = case.run()
     assert_rows_close(out, case.truth(), BOUND[torch.bfloat16])
+
+
+def test_a_layer_shows_its_shapes_ops_and_weights(make_case: Any, tiny: Any) -> None:
+    config = tiny()
+    empty = repr(MLA(config, dtype=torch.float32))
+    assert empty == (
+        f"MLA({config.name!r}, hidden={config.hidden_size}, heads={config.num_attention_heads}, "
+        f"latent={config.kv_lora_rank}+{config.qk_rope_head_dim}, torch.float32 on cpu, attention='auto', "
+        f"0 of {len(MLA(config).ops.names())} ops fused, no weights)"
+    )
+    loaded = repr(make_case([1], [0], config, dtype=torch.float32).layer)
+    assert loaded.startswith(empty.partition("no weights")[0])
+    assert loaded.endswith("B of weights)")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"config": "deepseek-r1"}, "config must be an MLAConfig, as .*, got 'deepseek-r1'"),
+        ({"backend": "cpu"}, r"backend must be what mla.load_backend\(\) returns, got a str"),
+        ({"dtype": "bfloat16"}, "dtype must be a torch.dtype, such as torch.bfloat16, got 'bfloat16'"),
+    ],
+)
+def test_a_name_in_place_of_an_object_says_what_to_pass(
+    tiny: Any, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        MLA(**{"config": tiny(), **arguments})

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from ranks_of_a_run import BOUND as TIMEOUT_S
+from ranks_of_a_run import Start
 
-RANKS = Path(__file__).with_name("ranks.py")
 # Per token; 5e-7 and 1.2e-2 were measured.
 BOUND = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_every_layout_equals_one_device(world: int, tmp_path: Path) -> None:
+def test_every_layout_equals_one_device(start_ranks: Start, world: int, tmp_path: Path) -> None:
     """One start of the processes runs all cases: starting takes longer than they do."""
-    command = [sys.executable, str(RANKS), str(tmp_path)]
-    started = [subprocess.Popen([*command, str(rank), str(world)]) for rank in range(world)]
-    try:
-        assert [process.wait(timeout=240) for process in started] == [0] * world
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
+    ranks = start_ranks([], tmp_path, world, program="layer_of_a_rank:main")
+    codes = ranks.wait(2 * TIMEOUT_S)
+    ranks.end()
+    assert codes == [0] * world, [ranks.err(rank) for rank in range(world)]
     for rank in range(world):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert len(found) >= 30

@@ -1,4 +1,4 @@
-"""`pip install 'mla[NAME]'` in a fresh environment, from a folder of our own wheels, then the one command."""
+"""`pip install mla-backend-NAME` in a fresh environment, from a folder of our wheels, then one command."""
 
 from __future__ import annotations
 
@@ -73,15 +73,15 @@ def fresh(tmp_path: Path) -> Fresh:
 
 @pytest.fixture
 def install(fresh: Fresh, dist: Path) -> Callable[[str], None]:
-    """Return a function that installs an extra next to those before, which brings its plugin and no more.
+    """Return a function that installs a plugin next to those before, and nothing else of ours.
 
-    The first brings the core and the contract as well.
+    The first brings the runner and the contract as well.
     """
 
     def install(backend: str) -> None:
         before = fresh.installed()
-        fresh.pip_install("--no-index", "--find-links", dist, f"mla[{backend}]")
-        expected = {KNOWN[backend].distribution} | (set() if before else {"mla", "mla-backends"})
+        fresh.pip_install("--no-index", "--find-links", dist, KNOWN[backend].distribution)
+        expected = {KNOWN[backend].distribution} | (set() if before else {"mla-bench", "mla-backends"})
         assert fresh.installed() - before == expected
 
     return install
@@ -98,7 +98,7 @@ def test_a_vendors_machine(fresh: Fresh, install: Callable[[str], None]) -> None
         assert "torch" in without.stderr
         assert len(without.stderr.splitlines()) == 1
     listed = fresh.bench("list").stdout
-    assert "run `pip install ./plugins/cpu` in a checkout (from the first release on `pip" in listed
+    assert "run `pip install ./plugins/cpu` in a checkout (once released, `pip" in listed
 
 
 def test_a_machine_with_torch(fresh: Fresh, install: Callable[[str], None], tmp_path: Path) -> None:

@@ -73,14 +73,14 @@ def test_free_names_are_free(packaging_script: Script) -> None:
     with index("torch", "mlb") as address:
         done = packaging_script("names.py", "--index", address, **DIRECT)
     assert done.returncode == 0
-    assert done.stdout.startswith("free: mla, mla-backends, mla-backend-cpu, ")
+    assert done.stdout.startswith("free: mla-bench, mla-backends, mla-backend-cpu, ")
 
 
 @pytest.mark.parametrize(
     ("project", "sentence"),
     [
         ("mla-backend-metax", "'mla-backend-metax' is taken."),
-        ("mia", "'mla' will be refused: it is too similar to 'mia', which exists."),
+        ("mlabench", "'mla-bench' will be refused: it is too similar to 'mlabench', which exists."),
         (
             "m1a-backends",
             "'mla-backends' will be refused: it is too similar to 'm1a-backends', which exists.",
@@ -183,9 +183,9 @@ def test_links_of_every_form_are_found_and_code_is_none(packaging_script: Script
 @pytest.mark.parametrize(
     ("link", "sentence"),
     [
-        ("[a](../nowhere.md#b)", "links to ../nowhere.md, which is not there."),
-        ("[a](../../..)", "links to ../../.., which is outside of the repository."),
-        ("[a][b]\n\n[b]: nowhere.md", "links to nowhere.md, which is not there."),
+        ("[a](../nowhere.md#b)", "links to ../nowhere.md: it does not exist."),
+        ("[a](../../..)", "links to ../../..: it is outside of the repository."),
+        ("[a][b]\n\n[b]: nowhere.md", "links to nowhere.md: it does not exist."),
     ],
 )
 def test_a_dead_link_ends_a_release_and_changes_nothing(
@@ -208,7 +208,7 @@ def test_a_dead_link_ends_a_release_and_changes_nothing(
         ("build_all.py", ["FILE"], 2, "FILE cannot be made a folder: File exists."),
         ("build_all.py", ["FILE/dist"], 2, "FILE/dist cannot be made a folder: Not a directory."),
         ("build_all.py", ["dist", "--jobs", "0"], 2, "argument --jobs: '0' is not a number from 1 to 99"),
-        ("smoke.py", ["nowhere"], 1, "nowhere must have one wheel of mla "),
+        ("smoke.py", ["nowhere"], 1, "nowhere must have one wheel of mla_bench "),
     ],
 )
 def test_a_mistake_is_a_sentence(

@@ -23,7 +23,6 @@ FLOORS = (
     {"bench.measure"},
     {"bench.plan"},
     {"bench.ranks"},
-    {"bench.failures"},
     {"bench.run"},
     {"bench.cli"},
     {"bench.__main__"},

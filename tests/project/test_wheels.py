@@ -21,7 +21,7 @@ from mla_backends.known import KNOWN
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {
-    "mla": ROOT,
+    "mla-bench": ROOT,
     "mla-backends": ROOT / "backends",
     **{entry.distribution: ROOT / entry.folder for entry in KNOWN.values()},
 }
@@ -33,6 +33,11 @@ Script = Callable[..., subprocess.CompletedProcess[str]]
 
 def stem(name: str) -> str:
     return name.replace("-", "_")
+
+
+def package_of(name: str) -> str:
+    """Return the import package of a distribution; only the core's has another name."""
+    return "mla" if name == "mla-bench" else stem(name)
 
 
 def wheel(dist: Path, name: str) -> Path:
@@ -75,7 +80,7 @@ def test_all_seven_are_built_as_sdist_and_wheel(dist: Path) -> None:
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_wheel_from_the_sdist_holds_the_package_as_it_is_in_the_tree(dist: Path, name: str) -> None:
     inside = contents(wheel(dist, name))
-    package, facts = stem(name), f"{stem(name)}-{mla.__version__}.dist-info"
+    package, facts = package_of(name), f"{stem(name)}-{mla.__version__}.dist-info"
     tree = on_disk(FOLDERS[name], package)
     assert {path: inside.get(path) for path in tree} == tree
     more = {path for path in inside.keys() - tree.keys() if not path.startswith(facts)}
@@ -107,25 +112,26 @@ def test_an_sdist_holds_nothing_that_its_wheel_does_not_need(dist: Path, name: s
     with tarfile.open(dist / f"{stem(name)}-{mla.__version__}.tar.gz") as archive:
         top = {Path(path).parts[1] for path in archive.getnames()}
         small = sum(member.size for member in archive) < 4e6
-    wanted = {stem(name), "LICENSE", "README.md", "pyproject.toml", "PKG-INFO"}
+    wanted = {package_of(name), "LICENSE", "README.md", "pyproject.toml", "PKG-INFO"}
     assert wanted <= top
     assert top - wanted <= {".gitignore", "hatch_build.py", *(["tests"] if name == "mla-backend-cpu" else [])}
     assert small
 
 
 @pytest.mark.parametrize("backend", KNOWN)
-def test_an_extra_brings_its_plugin_and_torch_only_where_pip_has_the_right_one(
+def test_a_plugin_alone_brings_the_runner_and_torch_only_where_pip_has_the_right_one(
     dist: Path, backend: str
 ) -> None:
-    found = {canonicalize_name(one.name) for one in requirements(dist, "mla", backend)}
-    ours = {"mla-backends", KNOWN[backend].distribution}
-    assert found & FOLDERS.keys() == ours
+    plugin = KNOWN[backend].distribution
+    required = {canonicalize_name(wanted.name) for wanted in requirements(dist, plugin)}
     torch = {"torch", "numpy"} if "PyPI" in KNOWN[backend].torch_source else set()
-    assert found - ours == LIGHT | torch
+    assert required == {"mla-bench", "mla-backends"} | LIGHT | torch
+    extra = {canonicalize_name(wanted.name) for wanted in requirements(dist, "mla-bench", backend)}
+    assert extra == required | {plugin}
 
 
 def test_the_core_alone_brings_no_plugin_and_no_torch(dist: Path) -> None:
-    assert {one.name for one in requirements(dist, "mla")} == LIGHT | {"mla-backends"}
+    assert {one.name for one in requirements(dist, "mla-bench")} == LIGHT | {"mla-backends"}
 
 
 def test_old_files_are_never_mixed_with_new_ones(packaging_script: Script, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import built_site
 import markdown
@@ -85,6 +85,33 @@ def test_a_new_page_goes_to_the_longest_pattern() -> None:
         {"API": ["docs/api/core.md"]},
         "NEWS.md",
     ]
+
+
+def test_the_navigation_ends_with_the_repository_where_one_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pages import on_config
+
+    def nav() -> list[object]:
+        config = SimpleNamespace(nav=[{"Home": "README.md"}], markdown_extensions=[], copyright="")
+        on_config(config)
+        return list(config.nav)
+
+    for name in FORGE:
+        monkeypatch.delenv(name, raising=False)
+    assert nav() == [{"Home": "README.md"}]
+    for name, value in FORGE.items():
+        monkeypatch.setenv(name, value)
+    assert nav() == [{"Home": "README.md"}, {"Repository": "https://forge.example/someone/some"}]
+
+
+def test_names_of_the_reference_stand_one_level_below_their_heading() -> None:
+    from pages import with_options
+
+    page = "## Ops\n\n::: a.B\n::: mla.bench.results.C\n### D\n::: a.e\n"
+    assert "".join(with_options(page)) == (
+        "## Ops\n\n::: a.B\n    options: { heading_level: 3 }\n\n::: mla.bench.results.C\n"
+        "    options: { heading_level: 3, show_if_no_docstring: true, show_bases: false }\n\n"
+        "### D\n::: a.e\n    options: { heading_level: 4 }\n\n"
+    )
 
 
 FAULTS = {

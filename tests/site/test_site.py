@@ -57,6 +57,15 @@ def test_the_navigation_has_every_page_of_the_repository(pages: Pages) -> None:
     assert written - home == set()
 
 
+def test_the_home_page_has_three_doors_next_to_the_navigation(site: Path) -> None:
+    html = (site / "index.html").read_text(encoding="utf-8")
+    doors = html.partition('<div class="grid cards">')[2].partition("</div>")[0]
+    assert re.findall(r'href="([^"]+)"', doors) == [
+        f"docs/{name}.html" for name in ("benchmark", "new-backend", "transformers")
+    ]
+    assert re.search(r'<div class="md-sidebar md-sidebar--primary"[^>]*data-md-type="navigation"\s*>', html)
+
+
 def test_anchors_are_those_that_the_forge_gives(pages: Pages) -> None:
     """A link to a heading then works in the checkout as it does in the site."""
     for path in markdown():

@@ -15,7 +15,7 @@ import interpreting as interpreting  # first: it needs to come before triton
 
 from mla_backends import Backend, hookimpl
 from mla_backends.testing import HostBackend
-from mla_backends.triton_ops import Tile, Tuning, latent, triton_ops
+from mla_backends.triton_ops import Tile, Tuning, attention, triton_ops
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ TUNING = Tuning(
 )
 MULTIPROCESSORS = 2  # that requests are split for
 # Programs that run one after another need not be many.
-latent.MERGE_PROGRAMS = 8
+attention.MERGE_PROGRAMS = 8
 
 
 class Interpreted(HostBackend):

@@ -13,8 +13,7 @@ from mla.cases.memory import Layout
 from mla.cases.played import Laid, Scene
 from mla.cases.stress import Stress
 from mla_backends.api import AttentionSpec, BatchView, FusedOp, NormSpec
-from mla_backends.triton_ops.expanded import ExpandedAttention
-from mla_backends.triton_ops.latent import LatentAttention, LatentState, Splits
+from mla_backends.triton_ops.attention import ExpandedAttention, LatentAttention, LatentState, Splits
 from mla_backends.triton_ops.launcher import Launcher
 from mla_backends.triton_ops.pointwise import RmsNorm, RotateQuery, WriteLatent
 from mla_backends.triton_ops.tuning import Tile, Tuning

@@ -14,8 +14,9 @@ from benchmarks.rounding.cases import (
     ATTENTION,
     LAYERS,
     LONG,
-    AttentionProblem,
-    LayerProblem,
+    layer_ratio,
+    new_ratio,
+    op_ratio,
     product_ratio,
 )
 from benchmarks.rounding.forms import ONE_BY_ONE, RIGHT, Form
@@ -41,36 +42,35 @@ def forms(dtype: torch.dtype) -> list[Form]:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_right_layers_with_few_rows(dtype: torch.dtype) -> None:
     for seed in range(8):
-        for case in (DECODE, ONE_TOKEN):
-            problem = LayerProblem(case, dtype, seed)
-            found = {form.name: problem.ratio(form) for form in forms(dtype)}
-            assert max(found.values()) < WELL_BELOW, (case.name, seed, found)
-            assert problem.new_ratio() < WELL_BELOW, (case.name, seed)
+        for layer in (DECODE, ONE_TOKEN):
+            case = layer.drawn(dtype, seed)
+            ratios = {form.name: layer_ratio(case, form) for form in forms(dtype)}
+            assert max(ratios.values()) < WELL_BELOW, (layer.name, seed, ratios)
+            assert new_ratio(case) < WELL_BELOW, (layer.name, seed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_right_layers_with_hundreds_of_rows(dtype: torch.dtype) -> None:
     """Also where one key decides many rows, which then err several times as much as the whole."""
-    for case, seed in ((PREFILL, 0), (PREFILL, 1), (ALIKE, 0), (ALIKE, 1)):
-        problem = LayerProblem(case, dtype, seed)
-        found = {form.name: problem.ratio(form) for form in forms(dtype)[:4]}
-        assert max(found.values()) < WELL_BELOW, (case.name, seed, found)
-        assert case is ALIKE or problem.new_ratio() < WELL_BELOW, seed
+    for layer, seed in ((PREFILL, 0), (PREFILL, 1), (ALIKE, 0), (ALIKE, 1)):
+        case = layer.drawn(dtype, seed)
+        ratios = {form.name: layer_ratio(case, form) for form in forms(dtype)[:4]}
+        assert max(ratios.values()) < WELL_BELOW, (layer.name, seed, ratios)
+        assert layer is ALIKE or new_ratio(case) < WELL_BELOW, seed
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_right_layer_of_the_widths_of_deepseek_v2_lite(dtype: torch.dtype) -> None:
-    problem = LayerProblem(WIDE, dtype, 0)
-    assert max(problem.ratio(form) for form in forms(dtype)[:3]) < WELL_BELOW
+    case = WIDE.drawn(dtype, 0)
+    assert max(layer_ratio(case, form) for form in forms(dtype)[:3]) < WELL_BELOW
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_right_ops(dtype: torch.dtype) -> None:
     for seed in range(8):
-        for case in ATTENTION:
-            problem = AttentionProblem(case, dtype, seed)
-            found = {form.name: problem.ratio(form) for form in forms(dtype)}
-            assert max(found.values()) < WELL_BELOW, (case.name, seed, found)
+        for name, case in ATTENTION.items():
+            ratios = {form.name: op_ratio(case, form, dtype, seed) for form in forms(dtype)}
+            assert max(ratios.values()) < WELL_BELOW, (name, seed, ratios)
         assert max(product_ratio(form, dtype, seed) for form in forms(dtype)) < WELL_BELOW, seed
 
 
@@ -81,13 +81,13 @@ def test_right_ops(dtype: torch.dtype) -> None:
 )
 def test_wrong_arithmetic_is_found(form: Form, dtype: torch.dtype) -> None:
     for seed in range(3):
-        in_layer, alone = LayerProblem(DECODE, dtype, seed).ratio(form), 0.0
+        in_layer, alone = layer_ratio(DECODE.drawn(dtype, seed), form), 0.0
         if in_layer <= 1:
-            alone = AttentionProblem(LONG, dtype, seed).ratio(form)
+            alone = op_ratio(LONG, form, dtype, seed)
         assert max(in_layer, alone) > 1, seed
 
 
 def test_narrow_arithmetic_in_a_float32_layer_is_far_outside() -> None:
     for form, dtypes in WRONG:
         if torch.float32 in dtypes:
-            assert LayerProblem(DECODE, torch.float32, 0).ratio(form) > 5, form.name
+            assert layer_ratio(DECODE.drawn(torch.float32, 0), form) > 5, form.name

@@ -9,24 +9,25 @@ from __future__ import annotations
 import functools
 import math
 from abc import abstractmethod
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
 from mla_backends.api import OPS, AttentionSpec, FusedOp, SegmentLengths
 from mla_backends.kernels.vendor import (
+    DeviceReason,
     KernelRefused,
     Scratch,
     VendorModule,
     accepts,
-    capturing,
-    dtype_reasons,
+    is_aligned,
+    layer_reasons,
     missing,
+    padded,
 )
 from mla_backends.selftest import failures, try_expanded
-from mla_backends.upload import upload
+from mla_backends.upload import integers, upload
 
 if TYPE_CHECKING:
     import torch
@@ -47,10 +48,10 @@ class VarlenLimits:
     max_width: int = 256  # of keys
     multiple_of: int = 1  # of which the widths that the kernel is given must be multiples
     pads_values: bool = True  # values must always be as wide as keys
-    unpadded: tuple[tuple[int, int], ...] = (
-        (192, 128),
-    )  # else these widths of keys and values are taken too
-    device_reason: Callable[[torch.device], str] | None = None  # why this device cannot run it; "" if it can
+    unpadded: tuple[tuple[int, int], ...] = ((192, 128),)  # else these widths are taken too, keys and values
+    max_unlisted: int | None = None  # of widths that are not in `unpadded`; None: `max_width`
+    blind_tokens: bool = True  # a batch may have tokens that see no key
+    device_reason: DeviceReason | None = None
 
     def pads(self, key_width: int, value_width: int) -> bool:
         """Return whether values of this width are padded to the width of such keys."""
@@ -60,21 +61,23 @@ class VarlenLimits:
 
     def reasons(self, spec: AttentionSpec) -> list[str]:
         """Return why the function cannot serve layers like `spec` (empty if it can)."""
-        why = self.device_reason(spec.device) if self.device_reason else ""
-        found = [why] if why else []
-        found += dtype_reasons(self.dtypes, spec)
-        width = spec.qk_nope_head_dim + spec.qk_rope_head_dim
+        reasons = layer_reasons(self.device_reason, self.dtypes, spec)
+        width, values = spec.qk_nope_head_dim + spec.qk_rope_head_dim, spec.v_head_dim
         if width > self.max_width:
-            found.append(f"it takes heads of at most {self.max_width}, not {width}")
-        given = width if self.pads(width, spec.v_head_dim) else spec.v_head_dim
-        found += [
-            f"it takes heads in multiples of {self.multiple_of}, not {one}"
-            for one in dict.fromkeys((width, given))
-            if one % self.multiple_of
+            reasons.append(f"it takes heads of at most {self.max_width}, not {width}")
+        given = width if self.pads(width, values) else values
+        reasons += [
+            f"it takes heads in multiples of {self.multiple_of}, not {size}"
+            for size in dict.fromkeys((width, given))
+            if size % self.multiple_of
         ]
-        if self.pads(width, spec.v_head_dim) and spec.v_head_dim > width:
-            found.append(f"it takes values no wider than keys, not {spec.v_head_dim} and {width}")
-        return found
+        if self.pads(width, values) and values > width:
+            reasons.append(f"it takes values no wider than keys, not {values} and {width}")
+        most = self.max_unlisted
+        if most is not None and (width, values) not in self.unpadded and max(width, values) > most:
+            listed = " or ".join(f"{keys} and {narrower}" for keys, narrower in self.unpadded)
+            reasons.append(f"it takes heads of {listed} or of at most {most}, not {width} and {values}")
+        return reasons
 
 
 @dataclass(frozen=True)
@@ -101,15 +104,10 @@ class SegmentsOp(FusedOp):
 
     def prepare(self, spec: AttentionSpec, batch: SegmentLengths) -> VarlenState:
         """Copy the bounds of the segments to the device, without waiting for it."""
-        import torch
-
-        count = len(batch.query_lens)
-        bounds = array("i", accumulate(batch.query_lens, initial=0))
-        bounds.extend(accumulate(batch.kv_lens, initial=0))
-        bounds.extend(batch.kv_lens)
-        table = upload(torch.frombuffer(bounds, dtype=torch.int32), spec.device)
-        cu_q, cu_k, kv_lens = table.split([count + 1, count + 1, count])
-        longest_q, longest_k = (max(lengths, default=0) for lengths in (batch.query_lens, batch.kv_lens))
+        count, lengths = len(batch.query_lens), (batch.query_lens, batch.kv_lens)
+        bounds = chain(*(accumulate(lens, initial=0) for lens in lengths), batch.kv_lens)
+        cu_q, cu_k, kv_lens = upload(integers(bounds), spec.device).split([count + 1, count + 1, count])
+        longest_q, longest_k = (max(lens, default=0) for lens in lengths)
         return VarlenState(cu_q, cu_k, kv_lens, longest_q, longest_k, batch.causal)
 
     def __call__(
@@ -160,23 +158,23 @@ class VarlenOp(SegmentsOp):
     def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
         return self.limits.reasons(spec)
 
+    def unsupported_batch(
+        self, spec: Any, query_lens: Sequence[int], kv_lens: Sequence[int], page_size: int | None = None
+    ) -> list[str]:
+        blind = any(keys < queries for queries, keys in zip(query_lens, kv_lens, strict=True))
+        unknown = blind and not self.limits.blind_tokens
+        return ["what it gives for a token without keys is not documented"] if unknown else []
+
     def run(
         self, state: VarlenState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float,
         out: torch.Tensor, lse: torch.Tensor | None,
     ) -> None:  # fmt: skip
-        v = self._values(k, v)
+        if self.limits.pads(k.shape[2], v.shape[2]):
+            v = padded(self._scratch, k, v)
         value, sums = self.attend(state, _aligned(q), _aligned(k), _aligned(v), softmax_scale)
         out.copy_(value[..., : out.shape[2]])
         if lse is not None:
             lse.copy_(self._logs(sums, state, lse))
-
-    def _values(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Return v as the kernel needs it: as wide as k, with zeros after its own columns."""
-        if not self.limits.pads(k.shape[2], v.shape[2]):
-            return v
-        wide = self._scratch.take(f"v{v.shape[2]}", tuple(k.shape), v, fresh=capturing(v.device))
-        wide[..., : v.shape[2]].copy_(v)
-        return wide
 
     @staticmethod
     def _logs(sums: torch.Tensor, state: VarlenState, lse: torch.Tensor) -> torch.Tensor:
@@ -204,8 +202,7 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     """
     import torch
 
-    odd = any(stride % 8 for stride in tensor.stride()[:-1]) or tensor.data_ptr() % 16
-    if odd and tensor.shape[-1] % 8 == 0:
+    if tensor.shape[-1] % 8 == 0 and not is_aligned(tensor):
         return tensor.clone(memory_format=torch.contiguous_format)
     return tensor
 
@@ -214,11 +211,21 @@ class FlashAttnVarlen(VarlenOp):
     """`flash_attn.flash_attn_varlen_func`, or that of another `module` such as `flash_attn_interface`."""
 
     def __init__(
-        self, limits: VarlenLimits | None = None, *, module: str = "flash_attn", install: str = ""
+        self,
+        limits: VarlenLimits | None = None,
+        *,
+        module: str = "flash_attn",
+        install: str = "",
+        compiles: str = "",
+        cure: str = "",
     ) -> None:
-        """Take the function's limits on this vendor's devices, and the hint for a missing module."""
+        """Take the function's limits on this vendor's devices, and the hint for a missing module.
+
+        `compiles` is what it compiles at first use, and `cure` what to do where that fails: it is tried then.
+        """
         super().__init__(limits or VarlenLimits())
         self._vendor = VendorModule(module, (FUNCTION,), install)
+        self.compiles, self._cure = compiles, cure
 
     @property
     def _function(self) -> Any:
@@ -229,8 +236,13 @@ class FlashAttnVarlen(VarlenOp):
         return {name: True for name in ASKS if accepts(self._function, name)}
 
     def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
-        found = self._vendor.reasons() or missing(self._function, FUNCTION, ARGUMENTS)
-        return found + super().unsupported_reasons(spec)
+        reasons = self._vendor.reasons() or missing(self._function, FUNCTION, ARGUMENTS)
+        return reasons + super().unsupported_reasons(spec)
+
+    def preflight(self, spec: AttentionSpec) -> list[str]:
+        if not self._cure:
+            return []
+        return failures(lambda: try_expanded(self, spec), self._vendor.name, self._cure)
 
     def attend(
         self, state: VarlenState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float
@@ -274,7 +286,6 @@ TORCH_LIMITS = VarlenLimits(multiple_of=8)
 # Queries and keys of the tiny segments: one without history, one with it, a single query, more queries than
 # keys, no queries, queries without keys.
 TRIED = ((5, 3, 1, 4, 0, 2), (5, 70, 9, 2, 3, 0))
-TRIED_HEADS = 2
 VARLEN_CURE = "use a torch that is built with it, or another op (`--ops reference` takes none of its kind)"
 
 
@@ -290,7 +301,7 @@ class TorchVarlen(VarlenOp):
 
     def preflight(self, spec: AttentionSpec) -> list[str]:
         """Attend a few tiny segments and compare with the definition: reads back, so never while timing."""
-        few = replace(spec, num_heads=TRIED_HEADS)
+        few = replace(spec, num_heads=2)
 
         def attempt() -> str:
             for causal, how in ((True, "causal"), (False, "without a mask")):
@@ -338,7 +349,7 @@ def _no_kernel(device: torch.device) -> str:
 # itself, also on stacks that only imitate torch.cuda. `TorchVarlen` serves the same devices and tries its
 # kernel first.
 
-MASK = 1 << 28  # elements of the largest mask; only a causal segment with history needs one
+MAX_MASK = 1 << 28  # elements of the largest mask; only a causal segment with history needs one
 
 
 @dataclass(frozen=True)
@@ -368,15 +379,12 @@ class SdpaExpanded(FusedOp):
         self._scratch = Scratch()
 
     def unsupported_batch(
-        self,
-        spec: AttentionSpec,
-        query_lens: Sequence[int],
-        kv_lens: Sequence[int],
-        page_size: int | None = None,
+        self, spec: Any, query_lens: Sequence[int], kv_lens: Sequence[int], page_size: int | None = None
     ) -> list[str]:
         pairs = zip(query_lens, kv_lens, strict=True)
         largest = max((queries * keys for queries, keys in pairs if 1 < queries < keys), default=0)
-        return [f"its mask would have {largest} elements, more than {MASK}"] if largest > MASK else []
+        too_large = f"its mask would have {largest} elements, more than {MAX_MASK}"
+        return [too_large] if largest > MAX_MASK else []
 
     def prepare(self, spec: AttentionSpec, batch: SegmentLengths) -> SdpaState:
         """Build the masks of causal segments with history on the device."""
@@ -401,22 +409,16 @@ class SdpaExpanded(FusedOp):
     ) -> None:  # fmt: skip
         if lse is not None:
             lse.fill_(float("nan"))
-        wide = self._padded(k, v) if state.pads else v
+        wide = padded(self._scratch, k, v) if state.pads else v
         by_query = (tensor.split(state.query_lens) for tensor in (q, out))
         by_key = (tensor.split(state.kv_lens) for tensor in (k, v, wide))
         parts = zip(*by_query, *by_key, state.blind, state.masks, strict=True)
-        for one_q, one_out, one_k, one_v, one_wide, blind, mask in parts:
-            one_out[:blind] = 0
-            if blind < one_q.shape[0]:
-                values = one_wide if isinstance(mask, bool) else one_v
-                found = _attend(one_q[blind:], one_k, values, mask, softmax_scale)
-                one_out[blind:] = found[..., : v.shape[2]]
-
-    def _padded(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Return v with zeros after its own columns, as wide as k."""
-        wide = self._scratch.take(f"v{v.shape[2]}", tuple(k.shape), v, fresh=capturing(v.device))
-        wide[..., : v.shape[2]].copy_(v)
-        return wide
+        for queries, target, keys, values, wide_values, blind, mask in parts:
+            target[:blind] = 0
+            if blind < queries.shape[0]:
+                given = wide_values if isinstance(mask, bool) else values
+                value = _attend(queries[blind:], keys, given, mask, softmax_scale)
+                target[blind:] = value[..., : v.shape[2]]
 
 
 def _blind(queries: int, keys: int, causal: bool) -> int:
@@ -443,7 +445,7 @@ def _attend(
 
     q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))  # [1, h, t, d]
     causal, visible = (mask, None) if isinstance(mask, bool) else (False, mask)
-    found = torch.nn.functional.scaled_dot_product_attention(
+    value = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=visible, is_causal=causal, scale=scale
     )
-    return found[0].transpose(0, 1)
+    return value[0].transpose(0, 1)

@@ -12,8 +12,7 @@ import functools
 import importlib
 import math
 import re
-from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from mla_backends.errors import BackendError, describe, one_line
 from mla_backends.kernels.paged import LatentLimits
 from mla_backends.kernels.vendor import KernelRefused, VendorModule, accepts, capturing, missing
 from mla_backends.selftest import device_trouble, try_latent
-from mla_backends.upload import upload
+from mla_backends.upload import integers, upload
 
 if TYPE_CHECKING:
     import torch
@@ -52,9 +51,8 @@ class Release:
 
     def reasons(self) -> list[str]:
         """Return why it cannot be used (empty if it can)."""
-        found = self._vendor.reasons()
-        if found:
-            return found
+        if reasons := self._vendor.reasons():
+            return reasons
         plan = (*PLAN, "metadata") if self._structured else (*FLAT, *PLAN)
         run = (*(PAIRS if self._paired else PARTS), *RUN)
         return missing(self.wrapper.plan, f"{CLASS}.plan", plan) + missing(
@@ -81,8 +79,8 @@ class Release:
         numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
         if numbers is None:
             return False
-        found = tuple(int(number) for number in numbers.groups())
-        return found > WIDE_PAGES or (found == WIDE_PAGES and "dev" not in version)
+        release = tuple(map(int, numbers.groups()))
+        return release > WIDE_PAGES or (release == WIDE_PAGES and "dev" not in version)
 
     @functools.cached_property
     def _structured(self) -> bool:
@@ -173,11 +171,11 @@ def tile_reasons(
     for request, (count, keys) in enumerate(zip(query_lens, kv_lens, strict=True)):
         for end in range(tile, count * heads, tile):
             token, cut = divmod(end, heads)
-            own = keys - count + token
-            if cut and own >= 0 and own % keys_per_tile == 0:
+            key = keys - count + token
+            if cut and key >= 0 and key % keys_per_tile == 0:
                 return [
                     f"its tiles of {tile} rows cut tokens of {heads} heads, and new token {token} of request "
-                    f"{request} would miss key {own}"
+                    f"{request} would miss key {key}"
                 ]
     return []
 
@@ -210,7 +208,7 @@ def multiprocessors(device: torch.device) -> int:
 def key_tile(device: torch.device) -> int:
     """Return how many keys a tile has; where the device does not say, the fewest, which divide all others."""
     shared = getattr(_properties(device), "shared_memory_per_multiprocessor", None) or 0
-    return next(keys for least, keys in KEY_TILES if shared >= least)
+    return next(keys for bytes_needed, keys in KEY_TILES if shared >= bytes_needed)
 
 
 @functools.cache
@@ -249,12 +247,10 @@ def _places(counts: tuple[int, ...], width: int, device: torch.device) -> torch.
     if not total:
         return torch.empty(0, dtype=torch.int64, device=device)
     starts = accumulate(counts, initial=0)
-    host = array("q", (i * width - start for i, start in zip(range(len(counts)), starts, strict=False)))
-    host.extend(counts)
-    shifts, repeats = upload(torch.frombuffer(host, dtype=torch.int64), device).view(2, -1)
+    shifts = (i * width - start for i, start in zip(range(len(counts)), starts, strict=False))
+    shift, repeats = upload(integers((*shifts, *counts), wide=True), device).view(2, -1)
     # With the size of the result given, the device is not asked for the sum of the repeats.
-    shift = torch.repeat_interleave(shifts, repeats, output_size=total)
-    return shift.add_(torch.arange(total, device=device))
+    return torch.repeat_interleave(shift, repeats, output_size=total).add_(torch.arange(total, device=device))
 
 
 # ----------------------------------------------------------------------------------------- wrappers
@@ -381,7 +377,8 @@ class FlashInferMla(FusedOp):
             wrong = f"refuses a tiny batch ({one_line(describe(error))})"
         except Exception as error:  # noqa: BLE001  # compilers and loaders raise anything
             wrong = device_trouble(error) or (
-                f"cannot compile its kernel here ({one_line(describe(error))}): {_cure()}"
+                f"cannot compile its kernel here ({one_line(describe(error))}): "
+                f"install the CUDA toolkit, or `{compiled_kernels()}`"
             )
         if not wrong:
             return []
@@ -389,21 +386,17 @@ class FlashInferMla(FusedOp):
         return [f"flashinfer {wrong}"]
 
     def unsupported_batch(
-        self,
-        spec: AttentionSpec,
-        query_lens: Sequence[int],
-        kv_lens: Sequence[int],
-        page_size: int | None = None,
+        self, spec: Any, query_lens: Sequence[int], kv_lens: Sequence[int], page_size: int | None = None
     ) -> list[str]:
-        found = self.limits.page_reasons(page_size)
+        reasons = self.limits.page_reasons(page_size)
         if not sum(query_lens):
-            found.append("a batch must have new tokens")
+            reasons.append("a batch must have new tokens")
         if any(keys < count != 1 for count, keys in zip(query_lens, kv_lens, strict=True)):
-            found.append("a request must not have more new tokens than keys")
-        found += work_reasons(spec.num_heads, query_lens, spec.device)
-        found += tile_reasons(spec.num_heads, query_lens, kv_lens, spec.device)
+            reasons.append("a request must not have more new tokens than keys")
+        reasons += work_reasons(spec.num_heads, query_lens, spec.device)
+        reasons += tile_reasons(spec.num_heads, query_lens, kv_lens, spec.device)
         far = far_reasons(kv_lens, page_size, spec.kv_lora_rank + spec.qk_rope_head_dim)
-        return found + (far if far and not self.release.wide_pages else [])
+        return reasons + (far if far and not self.release.wide_pages else [])
 
     # --------------------------------------------------------------------------------------------- plans
 
@@ -427,10 +420,10 @@ class FlashInferMla(FusedOp):
         empty = [first for first, count, keys in requests if count and not keys]  # one token each
         return FlashInferState(
             plan={
-                "qo_indptr": _ints(accumulate(batch.query_lens, initial=0), "i"),
-                "kv_indptr": _ints(accumulate(pages, initial=0), "i"),
+                "qo_indptr": integers(accumulate(batch.query_lens, initial=0)),
+                "kv_indptr": integers(accumulate(pages, initial=0)),
                 "kv_indices": self._pages.gather(batch.block_table, pages),
-                "kv_len_arr": _ints(batch.kv_lens, "i"),
+                "kv_len_arr": integers(batch.kv_lens),
                 "num_heads": spec.num_heads,
                 "head_dim_ckv": spec.kv_lora_rank,
                 "head_dim_kpe": spec.qk_rope_head_dim,
@@ -440,7 +433,7 @@ class FlashInferMla(FusedOp):
                 "q_data_type": spec.dtype,
                 "kv_data_type": spec.dtype,
             },
-            empty=upload(_ints(empty, "q"), batch.block_table.device) if empty else None,
+            empty=upload(integers(empty, wide=True), batch.block_table.device) if empty else None,
         )
 
     # --------------------------------------------------------------------------------------------- calls
@@ -478,22 +471,9 @@ def _check_capture(device: torch.device) -> None:
         raise KernelRefused("flashinfer plans on the host, so no graph can capture it.")
 
 
-def _cure() -> str:
-    """Return how to get a compiled kernel."""
-    return f"install the CUDA toolkit, or `{compiled_kernels()}`"
-
-
 def compiled_kernels() -> str:
     """Return the command that installs compiled kernels, for the CUDA of the torch that is installed."""
     import torch
 
     cuda = f"cu{torch.version.cuda.replace('.', '')}" if torch.version.cuda else "cuXXX"
     return f"pip install flashinfer-jit-cache --index-url https://flashinfer.ai/whl/{cuda}"
-
-
-def _ints(values: Iterable[int], code: str) -> torch.Tensor:
-    """Return a host tensor of int32 ("i") or int64 ("q")."""
-    import torch
-
-    buffer, dtype = array(code, values), torch.int32 if code == "i" else torch.int64
-    return torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype, device="cpu")

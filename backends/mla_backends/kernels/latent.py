@@ -10,17 +10,14 @@ name, for calls that ask for it with `use_legacy` (read in FlashMLA 9a7d253 and 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mla_backends.api import AttentionSpec
 from mla_backends.kernels.paged import LatentLimits, Launch, PagedLatentOp, Result
 from mla_backends.kernels.vendor import KernelRefused, VendorModule, accepts, default, demanded, missing
-from mla_backends.selftest import failures, try_latent
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +58,7 @@ class FlashMla(PagedLatentOp):
         super().__init__(vendor, limits or LatentLimits())
         self.compiles = compiles
         self._install = install
-        self._cure = cure or install or "use the reference ops (`--ops reference`)"
+        self.cure = cure or install or "use the reference ops (`--ops reference`)"
 
     # ------------------------------------------------------------------------------------------- refusals
 
@@ -71,9 +68,9 @@ class FlashMla(PagedLatentOp):
         needs, legacy = demanded(function) - set(ARGUMENTS), accepts(function, LEGACY)
         if not legacy and (default(function, "is_fp8_kvcache") is True or "indices" in needs):
             return [f"this {self._vendor.name} has sparse attention only: {self._with_hint(DENSE)}"]
-        found = missing(function, name, ARGUMENTS)
-        found = found or [f"{name} needs {one}, which dense decoding has not" for one in sorted(needs)]
-        return found or (self._legacy_reasons() if legacy else [])
+        reasons = missing(function, name, ARGUMENTS)
+        reasons = reasons or [f"{name} needs {word}, which dense decoding has not" for word in sorted(needs)]
+        return reasons or (self._legacy_reasons() if legacy else [])
 
     def _legacy_reasons(self) -> list[str]:
         """Return why a package that keeps dense decoding apart lacks it."""
@@ -93,29 +90,15 @@ class FlashMla(PagedLatentOp):
     def _with_hint(self, text: str) -> str:
         return f"{text} ({self._install})" if self._install else text
 
-    def preflight(self, spec: AttentionSpec) -> list[str]:
-        """Return why the kernel does not work on this device, after one tiny batch."""
-        page = (self.limits.page_sizes or (64,))[0]
-        return failures(lambda: try_latent(self, spec, page), self._vendor.name, self._cure)
-
     def unsupported_batch(
-        self,
-        spec: AttentionSpec,
-        query_lens: Sequence[int],
-        kv_lens: Sequence[int],
-        page_size: int | None = None,
+        self, spec: Any, query_lens: Sequence[int], kv_lens: Sequence[int], page_size: int | None = None
     ) -> list[str]:
-        found = super().unsupported_batch(spec, query_lens, kv_lens, page_size)
-        return found + self._first_generation_reasons(spec, query_lens, kv_lens)
-
-    def _first_generation_reasons(
-        self, spec: AttentionSpec, query_lens: Sequence[int], kv_lens: Sequence[int]
-    ) -> list[str]:
+        reasons = super().unsupported_batch(spec, query_lens, kv_lens, page_size)
         few = sum(query_lens) <= FIRST_GENERATION_ROWS  # so the module need not be looked at
         if few or accepts(self._vendor.flash_mla_with_kvcache, "is_fp8_kvcache"):
-            return []
-        limits = dataclasses.replace(self.limits, max_rows=FIRST_GENERATION_ROWS)
-        return limits.row_reasons(spec.num_heads, query_lens, kv_lens)
+            return reasons
+        first_generation = replace(self.limits, max_rows=FIRST_GENERATION_ROWS)
+        return reasons + first_generation.row_reasons(spec.num_heads, query_lens, kv_lens)
 
     # --------------------------------------------------------------------------------------------- calls
 

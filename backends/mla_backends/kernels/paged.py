@@ -9,18 +9,25 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mla_backends.api import OPS, AttentionSpec, BatchView, FusedOp
-from mla_backends.kernels.vendor import KernelRefused, Scratch, VendorModule, dtype_reasons, either
-from mla_backends.torch_backend import capturing
-from mla_backends.upload import upload
+from mla_backends.kernels.vendor import (
+    DeviceReason,
+    KernelRefused,
+    Scratch,
+    VendorModule,
+    capturing,
+    either,
+    layer_reasons,
+)
+from mla_backends.selftest import failures, try_latent
+from mla_backends.upload import integers, upload
 
 if TYPE_CHECKING:
     import torch
@@ -72,19 +79,14 @@ def groups(batch: BatchView, most: int | None) -> tuple[Group, ...]:
     rows = sorted(cut(batch, most), key=lambda row: row.queries)  # stable: contiguous tokens stay so
     if not rows:
         return ()  # no new tokens
-    members = [list(found) for _, found in groupby(rows, key=lambda row: row.queries)]
+    members = [list(alike) for _, alike in groupby(rows, key=lambda row: row.queries)]
     if len(members) == 1 and [row.request for row in rows] == list(range(len(batch.query_lens))):
-        return (_whole(rows, batch),)
+        tokens = slice(0, sum(row.queries for row in rows))  # the rows are the requests, one by one
+        return (_describe(rows, tokens, batch.block_table, batch.kv_lens_device, True),)
     columns = ((row.request for row in rows), (row.keys for row in rows), (row.first for row in rows))
-    index = _upload(chain(*columns), batch.block_table).view(3, -1)
-    parts = index.split([len(found) for found in members], dim=1)
-    return tuple(_group(found, part, batch) for found, part in zip(members, parts, strict=True))
-
-
-def _whole(rows: Sequence[Row], batch: BatchView) -> Group:
-    """Return the group of rows that are the batch's requests, one by one."""
-    tokens = slice(0, sum(row.queries for row in rows))
-    return _describe(rows, tokens, batch.block_table, batch.kv_lens_device, True)
+    index = upload(integers(chain(*columns), wide=True), batch.block_table.device).view(3, -1)
+    parts = index.split([len(alike) for alike in members], dim=1)
+    return tuple(_group(alike, part, batch) for alike, part in zip(members, parts, strict=True))
 
 
 def _group(rows: Sequence[Row], index: torch.Tensor, batch: BatchView) -> Group:
@@ -108,19 +110,6 @@ def _describe(
 ) -> Group:
     keys = [row.keys for row in rows]
     return Group(len(rows), rows[0].queries, tokens, table, kv_lens, max(keys), min(keys) == 0, follows)
-
-
-def _upload(values: Iterable[int], like: torch.Tensor) -> torch.Tensor:
-    """Copy host integers to the device of `like` as int64, in one asynchronous copy."""
-    import torch
-
-    buffer = array("q", values)
-    host = (
-        torch.frombuffer(buffer, dtype=torch.int64)
-        if buffer
-        else torch.empty(0, dtype=torch.int64, device="cpu")
-    )
-    return upload(host, like.device)
 
 
 # ------------------------------------------------------------------------------------------- limits
@@ -151,7 +140,7 @@ class LatentLimits:
     lse_base: str = "e"  # or "2"
     empty_rows: bool = True  # rows without keys may be launched
     graph: bool = True  # calls can be captured
-    device_reason: Callable[[torch.device], str] | None = None  # why this device cannot run it; "" if it can
+    device_reason: DeviceReason | None = None
 
     def __post_init__(self) -> None:
         if self.lse_layout not in LSE_LAYOUTS or self.lse_base not in LSE_BASES:
@@ -173,23 +162,17 @@ class LatentLimits:
 
     def reasons(self, spec: AttentionSpec) -> list[str]:
         """Return why the kernel cannot serve layers like `spec` (empty if it can)."""
-        found = []
-        why = self.device_reason(spec.device) if self.device_reason else ""
-        if why:
-            found.append(why)
-        found += dtype_reasons(self.dtypes, spec)
+        reasons = layer_reasons(self.device_reason, self.dtypes, spec)
         if (spec.kv_lora_rank, spec.qk_rope_head_dim) not in self.widths:
             made_for = either(f"{c} + {r}" for c, r in self.widths)
-            found.append(
+            reasons.append(
                 f"it is made for latents of {made_for}, not {spec.kv_lora_rank} + {spec.qk_rope_head_dim}"
             )
         if self.padded_heads(spec.num_heads) is None:
-            found.append(f"it serves {self._served_heads()} heads, not {spec.num_heads}")
-        return found
-
-    def _served_heads(self) -> str:
-        listed = (*(self.heads or ()), *self.pads_heads_to)
-        return either(listed) if listed else f"at most {self.max_heads}"
+            listed = (*(self.heads or ()), *self.pads_heads_to)
+            served = either(listed) if listed else f"at most {self.max_heads}"
+            reasons.append(f"it serves {served} heads, not {spec.num_heads}")
+        return reasons
 
     def row_reasons(self, heads: int, query_lens: Sequence[int], kv_lens: Sequence[int]) -> list[str]:
         """Return why a launch cannot hold the rows of a batch (empty if it can)."""
@@ -275,6 +258,7 @@ class PagedLatentOp(FusedOp):
 
     contract = OPS["latent_attention"]
     lse_optional = True
+    cure = ""  # of a kernel that cannot be compiled or loaded; without one, none is tried beforehand
 
     def __init__(self, vendor: VendorModule, limits: LatentLimits) -> None:
         self._vendor = vendor
@@ -288,12 +272,15 @@ class PagedLatentOp(FusedOp):
         """Return how the vendor's functions differ from what is expected."""
         return []
 
+    def preflight(self, spec: AttentionSpec) -> list[str]:
+        """Return why the kernel does not work on this device, after one tiny batch."""
+        if not self.cure:
+            return []
+        page = (self.limits.page_sizes or (64,))[-1]
+        return failures(lambda: try_latent(self, spec, page), self._vendor.name, self.cure)
+
     def unsupported_batch(
-        self,
-        spec: AttentionSpec,
-        query_lens: Sequence[int],
-        kv_lens: Sequence[int],
-        page_size: int | None = None,
+        self, spec: Any, query_lens: Sequence[int], kv_lens: Sequence[int], page_size: int | None = None
     ) -> list[str]:
         rows = self.limits.row_reasons(spec.num_heads, query_lens, kv_lens)
         return self.limits.page_reasons(page_size) + rows
@@ -302,9 +289,8 @@ class PagedLatentOp(FusedOp):
         """Plan the batch without waiting for the device. Raises `KernelRefused` for pages it cannot read."""
         self.limits.check_page(batch.page_size)
         heads = self.limits.padded_heads(spec.num_heads) or spec.num_heads
-        found = groups(batch, self.limits.queries_per_row(heads))
-        captured = capturing(spec.device)
-        parts = tuple(self._part(group, heads, batch.page_size, captured) for group in found)
+        captured, cuts = capturing(spec.device), groups(batch, self.limits.queries_per_row(heads))
+        parts = tuple(self._part(group, heads, batch.page_size, captured) for group in cuts)
         return PagedState(parts, heads, self.limits.graph, captured)
 
     def _part(self, group: Group, heads: int, page_size: int, captured: bool) -> Part:

@@ -14,18 +14,23 @@ from __future__ import annotations
 
 import importlib
 import math
-from array import array
-from collections.abc import Callable
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
 from mla_backends.api import AttentionSpec, BatchView, SegmentLengths
 from mla_backends.kernels.expanded import SegmentsOp, VarlenState
 from mla_backends.kernels.paged import Group, LatentLimits, Launch, PagedLatentOp, PagedState, Part, Result
-from mla_backends.kernels.vendor import KernelRefused, VendorModule, dtype_reasons, missing
-from mla_backends.selftest import failures, try_expanded, try_latent
-from mla_backends.upload import upload
+from mla_backends.kernels.vendor import (
+    DeviceReason,
+    KernelRefused,
+    VendorModule,
+    is_aligned,
+    layer_reasons,
+    missing,
+)
+from mla_backends.selftest import failures, try_expanded
+from mla_backends.upload import integers, upload
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +62,7 @@ class TokenspeedMla(PagedLatentOp):
     """
 
     compiles = "tokenspeed_mla's decode kernel"
+    cure = CURE
 
     def __init__(self, limits: LatentLimits = LIMITS, *, install: str = "") -> None:
         """Take the kernel's limits, and the hint for a missing package."""
@@ -65,11 +71,6 @@ class TokenspeedMla(PagedLatentOp):
 
     def interface_reasons(self) -> list[str]:
         return unavailable() or missing(self._vendor.tokenspeed_mla_decode, DECODE, DECODE_ARGUMENTS)
-
-    def preflight(self, spec: AttentionSpec) -> list[str]:
-        """Compile the kernel for one new token per request, and return why it does not work here."""
-        page = (self.limits.page_sizes or (64,))[-1]
-        return failures(lambda: try_latent(self, spec, page), MODULE, CURE)
 
     def prepare(self, spec: AttentionSpec, batch: BatchView) -> PagedState:
         """Plan the batch, with a table per launch, without waiting for the device."""
@@ -81,10 +82,10 @@ class TokenspeedMla(PagedLatentOp):
         return replace(part, plan=own_pages(group.block_table, part.kv_lens, page_size))
 
     def launch(self, plan: Any, call: Launch) -> Result:
-        if not aligned(call.cache):
+        if not is_aligned(call.cache):
             raise KernelRefused("the rows of the latent cache must start at multiples of 16 bytes.")
         out, lse = self._vendor.tokenspeed_mla_decode(
-            query=call.q if aligned(call.q) else call.q.clone(),
+            query=call.q if is_aligned(call.q) else call.q.clone(),
             kv_cache=call.cache,
             workspace_buffer=self._workspace(call.q.device),
             kv_lora_rank=call.latent,
@@ -93,7 +94,7 @@ class TokenspeedMla(PagedLatentOp):
             seq_lens=call.kv_lens,
             max_seq_len=call.longest,
             softmax_scale=call.scale,
-            out=call.out if call.out is not None and aligned(call.out) else None,
+            out=call.out if call.out is not None and is_aligned(call.out) else None,
             causal_mask=True,
             return_lse=True,
         )
@@ -112,11 +113,6 @@ class TokenspeedMla(PagedLatentOp):
             with torch.inference_mode(False):  # a tensor made in that mode cannot be written outside it
                 self._workspaces[device] = torch.empty(size, dtype=torch.int8, device=device)
         return self._workspaces[device]
-
-
-def aligned(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor of 16-bit numbers and its rows start at multiples of 16 bytes."""
-    return tensor.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in tensor.stride()[:-1])
 
 
 def own_pages(table: torch.Tensor, kv_lens: torch.Tensor, page_size: int) -> torch.Tensor:
@@ -162,26 +158,18 @@ class TokenspeedPrefill(SegmentsOp):
 
     compiles = "tokenspeed_mla's prefill kernel"
 
-    def __init__(
-        self, device_reason: Callable[[torch.device], str] | None = None, *, install: str = ""
-    ) -> None:
+    def __init__(self, device_reason: DeviceReason | None = None, *, install: str = "") -> None:
         """Take why a device cannot run it ("" if it can), and the hint for a missing package."""
         self._vendor = VendorModule(MODULE, (PREFILL,), install)
         self._device_reason = device_reason
 
     def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
-        found = self._vendor.reasons() or self._interface_reasons()
-        why = self._device_reason(spec.device) if self._device_reason else ""
+        reasons = self._vendor.reasons() or unavailable()
+        reasons = reasons or missing(self._vendor.tokenspeed_mla_prefill, PREFILL, PREFILL_ARGUMENTS)
+        reasons += layer_reasons(self._device_reason, ("bfloat16",), spec)
         widths = (spec.qk_nope_head_dim + spec.qk_rope_head_dim, spec.v_head_dim)
-        return [
-            *found,
-            *([why] if why else []),
-            *dtype_reasons(("bfloat16",), spec),
-            *([] if widths == WIDTHS else [f"it takes keys of 192 and values of 128, not {widths}"]),
-        ]
-
-    def _interface_reasons(self) -> list[str]:
-        return unavailable() or missing(self._vendor.tokenspeed_mla_prefill, PREFILL, PREFILL_ARGUMENTS)
+        taken = f"it takes keys of {WIDTHS[0]} and values of {WIDTHS[1]}, not {widths}"
+        return reasons if widths == WIDTHS else [*reasons, taken]
 
     def preflight(self, spec: AttentionSpec) -> list[str]:
         """Compile the kernel and compute a small case; return why it does not work here."""
@@ -208,7 +196,7 @@ class TokenspeedPrefill(SegmentsOp):
             return_lse=True,
             cum_seq_lens_q=state.cu_q,
             max_seq_len_q=state.longest_q,
-            out=out if out.is_contiguous() and aligned(out) else None,
+            out=out if out.is_contiguous() and is_aligned(out) else None,
         )
         if value is not out:
             out.copy_(value)
@@ -224,19 +212,15 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor as the kernel reads it: contiguous, and aligned."""
     import torch
 
-    if tensor.is_contiguous() and aligned(tensor):
+    if tensor.is_contiguous() and is_aligned(tensor):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _blind(batch: SegmentLengths, device: torch.device) -> torch.Tensor | None:
     """Return the queries that see no key although their segment has some; None if there are none."""
-    import torch
-
     if not batch.causal:
         return None
-    starts = accumulate(batch.query_lens, initial=0)
-    found = array("q")
-    for first, queries, keys in zip(starts, batch.query_lens, batch.kv_lens, strict=False):
-        found.extend(range(first, first + queries - keys) if keys else ())
-    return upload(torch.frombuffer(found, dtype=torch.int64), device) if found else None
+    segments = zip(accumulate(batch.query_lens, initial=0), batch.query_lens, batch.kv_lens, strict=False)
+    tokens = [range(first, first + queries - keys) for first, queries, keys in segments if keys]
+    return upload(integers(chain(*tokens), wide=True), device) if any(tokens) else None

@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from mla_backends.api import AttentionSpec
 from mla_backends.errors import BackendError, describe, one_line
 from mla_backends.torch_backend import capturing as capturing
 
@@ -68,14 +67,11 @@ class VendorModule:
 
 def parameters(function: Callable[..., Any]) -> frozenset[str] | None:
     """Return the arguments that can be passed by keyword; None if any can, or if unknown."""
-    try:
-        found = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return None
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in found):
+    known = _signature(function)
+    if known is None or any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         return None
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return frozenset(parameter.name for parameter in found if parameter.kind in by_name)
+    return frozenset(name for name, parameter in known.items() if parameter.kind in by_name)
 
 
 def accepts(function: Callable[..., Any], name: str) -> bool:
@@ -85,21 +81,27 @@ def accepts(function: Callable[..., Any], name: str) -> bool:
 
 def default(function: Callable[..., Any], name: str) -> Any:
     """Return what `function` takes for an argument left out; None if it has no default, or if unknown."""
-    try:
-        found = inspect.signature(function).parameters.get(name)
-    except (TypeError, ValueError):
-        return None
-    return None if found is None or found.default is found.empty else found.default
+    parameter = (_signature(function) or {}).get(name)
+    return None if parameter is None or parameter.default is parameter.empty else parameter.default
 
 
 def demanded(function: Callable[..., Any]) -> frozenset[str]:
     """Return the arguments that `function` cannot be called without; empty if unknown."""
-    try:
-        found = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return frozenset()
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return frozenset(one.name for one in found if one.default is one.empty and one.kind not in variable)
+    known = (_signature(function) or {}).items()
+    return frozenset(
+        name
+        for name, parameter in known
+        if parameter.default is parameter.empty and parameter.kind not in variable
+    )
+
+
+def _signature(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
+    """Return the parameters by name; None if they are unknown."""
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return None
 
 
 def missing(function: Callable[..., Any], label: str, names: Iterable[str]) -> list[str]:
@@ -138,10 +140,27 @@ def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
         return like.new_zeros(shape)
 
 
-def dtype_reasons(dtypes: Sequence[str], spec: AttentionSpec) -> list[str]:
-    """Return why a kernel for `dtypes` cannot compute in the layer's own (empty if it can)."""
-    name = str(spec.dtype).removeprefix("torch.")
-    return [] if name in dtypes else [f"it computes in {either(dtypes)}, not {name}"]
+def padded(scratch: Scratch, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Return v [Tk, h, v] with zeros after its own columns, as wide as k [Tk, h, d]."""
+    wide = scratch.take(f"v{v.shape[2]}", tuple(k.shape), v, fresh=capturing(v.device))
+    wide[..., : v.shape[2]].copy_(v)
+    return wide
+
+
+def is_aligned(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor of 16-bit numbers and its rows start at multiples of 16 bytes."""
+    return tensor.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in tensor.stride()[:-1])
+
+
+# ------------------------------------------------------------------------------------------ reasons
+DeviceReason = Callable[["torch.device"], str]  # why a device cannot run a kernel; "" if it can
+
+
+def layer_reasons(device_reason: DeviceReason | None, dtypes: Sequence[str], spec: Any) -> list[str]:
+    """Return why a kernel cannot run on a layer's device, or in its dtype (empty if it can)."""
+    why, name = device_reason(spec.device) if device_reason else "", str(spec.dtype).removeprefix("torch.")
+    reasons = [why] if why else []
+    return reasons if name in dtypes else [*reasons, f"it computes in {either(dtypes)}, not {name}"]
 
 
 def either(values: object) -> str:

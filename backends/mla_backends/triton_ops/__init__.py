@@ -3,12 +3,11 @@
 One source for every GPU that has a Triton: what differs between cards is data, a `Tuning` that the plugin
 chooses. Nothing imports Triton before an op is tried, and what Triton lacks is a reason in `--list-ops`::
 
-    from mla_backends.triton_ops import Tile, Tuning, triton_ops
+    from mla_backends.triton_ops import Tile, TritonBackend, Tuning
 
-    class Acme(TorchBackend):
-        def ops(self):
-            tuning = Tuning(latent={1: Tile(16, 16, 4, 1)}, expanded={1: Tile(32, 32, 4, 1)})
-            return triton_ops(tuning, self.multiprocessors())  # keep it: ops hold scratch memory
+    class Acme(TritonBackend):
+        def default_tuning(self):
+            return Tuning(latent={1: Tile(16, 16, 4, 1)}, expanded={1: Tile(32, 32, 4, 1)})
 
 | op | launches | what it does |
 |---|---|---|
@@ -21,14 +20,26 @@ chooses. Nothing imports Triton before an op is tried, and what Triton lacks is 
 
 from __future__ import annotations
 
-from mla_backends.api import FusedOp
-from mla_backends.triton_ops.expanded import ExpandedAttention
-from mla_backends.triton_ops.latent import LatentAttention
-from mla_backends.triton_ops.launcher import DeviceReason, Launcher
-from mla_backends.triton_ops.pointwise import RmsNorm, RotateQuery, WriteLatent
-from mla_backends.triton_ops.tuning import Tile, Tuning, read_tuning, write_tuning
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["Launcher", "Tile", "Tuning", "read_tuning", "triton_ops", "write_tuning"]
+from mla_backends.api import FusedOp
+from mla_backends.errors import BackendError, BackendOptionError
+from mla_backends.kernels.vendor import DeviceReason
+from mla_backends.torch_backend import TorchBackend, known, set_variables
+from mla_backends.triton_ops.attention import ExpandedAttention, LatentAttention
+from mla_backends.triton_ops.launcher import VARIABLES, Launcher
+from mla_backends.triton_ops.pointwise import RmsNorm, RotateQuery, WriteLatent
+from mla_backends.triton_ops.tuning import Tile, Tuning, card_file, read_tuning, write_tuning
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Launcher", "Tile", "TritonBackend", "Tuning", "read_tuning", "triton_ops", "write_tuning"]
+
+OPTION, SWITCH = "tuning", "triton"
 
 
 def triton_ops(
@@ -46,3 +57,81 @@ def triton_ops(
         "triton_rotate_query": RotateQuery(starts, device_reason),
         "triton_rms_norm": RmsNorm(starts, device_reason),
     }
+
+
+class TritonBackend(TorchBackend):
+    """Base beside `TorchBackend` or one of its kinds, named before it.
+
+    The tuning is that of the file in `-O tuning=FILE`; else the one measured on a card of this name, from the
+    folder `tunings`; else `default_tuning()`. `-O triton=off` offers none of the ops, so that nothing is
+    compiled.
+    """
+
+    tunings: Path | None = None  # a folder of files that campaigns have written, named by `card_file`
+
+    def __init__(self, options: Mapping[str, str] | None = None) -> None:
+        super().__init__(options)
+        self._given = _read(self.name, self.options[OPTION]) if OPTION in self.options else None
+        chosen = self.options.get(SWITCH, "on")
+        if chosen not in ("on", "off"):
+            raise BackendOptionError(f"backend '{self.name}' takes -O {SWITCH}=on or off, got '{chosen}'.")
+        self._offers = chosen == "on"
+
+    @classmethod
+    def known_options(cls) -> tuple[str, ...]:
+        return (*super().known_options(), OPTION, SWITCH)
+
+    def default_tuning(self) -> Tuning:
+        """Return a tuning for a card that none was measured on, from what the device reports of itself."""
+        raise NotImplementedError
+
+    def triton_reason(self, device: torch.device) -> str:
+        """Return why the device cannot run the kernels; "" if it can, or may."""
+        return ""
+
+    @functools.cached_property
+    def tuning(self) -> Tuning:
+        """The tuning of the device, which is known after setup."""
+        if self._given is not None:
+            return self._given
+        file = self.tunings / card_file(self.device_info().name) if self.tunings is not None else None
+        return read_tuning(file) if file is not None and file.is_file() else self.default_tuning()
+
+    def shared_memory(self) -> int | None:
+        """Return the bytes of shared memory that a block may use; None if the stack does not report them."""
+        properties = self.properties()
+        most = known(properties, "shared_memory_per_block_optin")
+        whole = known(properties, "shared_memory_per_multiprocessor")
+        return most or (whole - 1024 if whole else None)  # CUDA keeps 1 KiB of each block
+
+    def kernels(self) -> Mapping[str, FusedOp]:
+        """Return the ops on the vendor's kernels, best first; called once the device is known."""
+        return {}
+
+    @functools.cached_property
+    def _ops(self) -> Mapping[str, FusedOp]:
+        """The vendor's ops and then ours, kept for their scratch memory; they import no kernel.
+
+        Ours come last, as long as no card has shown that one is faster than another kernel.
+        """
+        return {**self.kernels(), **self.triton_ops()}
+
+    def ops(self) -> Mapping[str, FusedOp]:
+        return self._ops
+
+    def triton_ops(self) -> Mapping[str, FusedOp]:
+        """Return the Triton ops for this device; keep them, because they hold scratch memory."""
+        if not self._offers:
+            return {}
+        return triton_ops(self.tuning, self.multiprocessors(), device_reason=self.triton_reason)
+
+    def vendor_facts(self) -> Mapping[str, str]:
+        tuning = {} if self.device is None else {"tuning": self.tuning.source}  # it is chosen by the device
+        return {**super().vendor_facts(), **tuning, **set_variables(VARIABLES)}
+
+
+def _read(backend: str, file: str) -> Tuning:
+    try:
+        return read_tuning(file)
+    except BackendError as error:
+        raise BackendOptionError(f"backend '{backend}' cannot take -O {OPTION}: {error}") from error

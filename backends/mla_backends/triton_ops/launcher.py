@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from mla_backends.api import FusedOp
 from mla_backends.errors import describe, one_line
-from mla_backends.kernels.vendor import KernelRefused
+from mla_backends.kernels.vendor import DeviceReason, KernelRefused, layer_reasons
 from mla_backends.selftest import failures
 from mla_backends.triton_ops.tuning import Tile
 
@@ -42,8 +42,8 @@ VARIABLES = (
 
 def absent() -> list[str]:
     """Return that Triton is not installed, and how to get it (empty if it is)."""
-    found = find_spec("triton")
-    if found is None or found.origin is None:  # a folder of that name, of anything
+    spec = find_spec("triton")
+    if spec is None or spec.origin is None:  # a folder of that name, of anything
         return [f"triton is not installed: {_source()}"]
     return []
 
@@ -53,8 +53,8 @@ def missing() -> list[str]:
 
     A launcher that is in the cache already needs no compiler: that kernels do not run is for a trial to say.
     """
-    if found := absent():
-        return found
+    if reasons := absent():
+        return reasons
     if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y"):
         return []  # nothing is compiled
     return [lack for lack in (_compiler(), _headers(), _cache()) if lack]
@@ -81,7 +81,7 @@ def _compiler() -> str:
     if chosen is not None:
         if shutil.which(chosen):
             return ""
-        return f"Triton compiles with CC, and {chosen!r} is no program here: unset it, or name gcc or clang"
+        return f"Triton compiles with CC, but {chosen!r} is not a program: unset it, or name gcc or clang"
     if shutil.which("gcc") or shutil.which("clang"):
         return ""
     return "Triton finds no C compiler: install gcc or clang, or name one in CC"
@@ -92,7 +92,7 @@ def _headers() -> str:
     # The scheme that Debian adds is not where its headers are; Triton does the same.
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
     folder = sysconfig.get_paths(scheme=scheme)["include"]
-    if any(Path(one, "Python.h").is_file() for one in (folder, *_searched())):
+    if any(Path(place, "Python.h").is_file() for place in (folder, *_searched())):
         return ""
     return (
         f"Triton compiles against Python, and {folder} has no Python.h: install the headers of this Python "
@@ -209,7 +209,6 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 # ---------------------------------------------------------------------------------------- kernel op
 # What the Triton ops share: what they need to run, and a trial before the first use.
 
-DeviceReason = Callable[["torch.device"], str]  # why a device cannot run the kernels; "" if it can
 CURE = "use the Triton that this torch asks for, or other ops (`-O triton=off` offers none of these)"
 
 
@@ -227,14 +226,12 @@ class KernelOp(FusedOp):
     @property
     def remarks(self) -> list[str]:  # type: ignore[override]
         """Say which of its tiles did not fit the device."""
-        return [one for one in self.launcher.remarks if self.tiled and one.startswith(self.tiled)]
+        return [said for said in self.launcher.remarks if self.tiled and said.startswith(self.tiled)]
 
     def unsupported_reasons(self, spec: Any) -> list[str]:
         """Return that there is no Triton, and what the kernel is not made for."""
-        why = self._device_reason(spec.device) if self._device_reason is not None else ""
-        name = str(spec.dtype).removeprefix("torch.")
-        computes = [] if name in self.dtypes else [f"it computes in {' or '.join(self.dtypes)}, not {name}"]
-        return ([why] if why else []) + computes + self.shape_reasons(spec) + absent()
+        reasons = layer_reasons(self._device_reason, self.dtypes, spec)
+        return reasons + self.shape_reasons(spec) + absent()
 
     def shape_reasons(self, spec: Any) -> list[str]:
         """Return why the kernel is not made for these sizes (empty if it is)."""
@@ -242,8 +239,8 @@ class KernelOp(FusedOp):
 
     def preflight(self, spec: Any) -> list[str]:
         """Run tiny problems, which compiles the kernels; where that fails, say first what Triton lacks."""
-        found = failures(lambda: self.attempt(spec), "the Triton kernel", CURE)
-        return (missing() or found) if found else []
+        reasons = failures(lambda: self.attempt(spec), "the Triton kernel", CURE)
+        return (missing() or reasons) if reasons else []
 
     def attempt(self, spec: Any) -> str:
         """Run a tiny problem; return what is wrong, "" if nothing."""

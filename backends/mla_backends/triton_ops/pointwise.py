@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 # The most elements that one program holds: a row of a norm must fit.
-MOST_WIDTH = 16384
+MAX_WIDTH = 16384
 # Elements of one program of a rotation.
 BLOCK_ELEMENTS = 1024
 
@@ -129,6 +129,6 @@ def _warps(width: int) -> int:
 
 
 def _width_reasons(width: int) -> list[str]:
-    if width <= MOST_WIDTH:
+    if width <= MAX_WIDTH:
         return []
-    return [f"a program holds a row of at most {MOST_WIDTH} elements, not {width}"]
+    return [f"a program holds a row of at most {MAX_WIDTH} elements, not {width}"]

@@ -19,10 +19,10 @@ from mla_backends.outside import escaped, quoted, shortened
 
 FORMAT = 1  # of the file
 CURE = (
-    "The campaign's section `tune` writes one (benchmarks/gpu); without one, the plugin's defaults are used."
+    "`tune-choose` of benchmarks/gpu writes one; without one, the plugin's defaults are used."
 )
-MOST = 65536  # of anything that a tile counts
-LEAST = 16  # rows or keys of a tile: the least that `tl.dot` takes
+MAX_SIZE = 65536  # of anything that a tile counts
+MIN_SIDE = 16  # rows or keys of a tile: the least that `tl.dot` takes
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,16 @@ class Tile:
     programs: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("rows", LEAST), ("keys", LEAST), ("warps", 1)):
+        for name, least in (("rows", MIN_SIDE), ("keys", MIN_SIDE), ("warps", 1)):
             value = getattr(self, name)
-            if type(value) is not int or not least <= value <= MOST or value & (value - 1):
+            if type(value) is not int or not least <= value <= MAX_SIZE or value & (value - 1):
                 raise ValueError(
-                    f"{name} must be a power of two from {least} to {MOST}, got {quoted(value)}."
+                    f"{name} must be a power of two from {least} to {MAX_SIZE}, got {quoted(value)}."
                 )
         for name in ("stages", "programs"):
             value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= MOST:
-                raise ValueError(f"{name} must be a number from 1 to {MOST}, got {quoted(value)}.")
+            if type(value) is not int or not 1 <= value <= MAX_SIZE:
+                raise ValueError(f"{name} must be a number from 1 to {MAX_SIZE}, got {quoted(value)}.")
         if type(self.halves) is not bool:
             raise ValueError(f"halves must be true or false, got {quoted(self.halves)}.")
 
@@ -61,11 +61,11 @@ class Tile:
         """
         tile = self
         while True:
-            if tile.keys > LEAST:
+            if tile.keys > MIN_SIDE:
                 tile = replace(tile, keys=tile.keys // 2)
             elif tile.stages > 1:
                 tile = replace(tile, stages=tile.stages - 1)
-            elif tile.rows > LEAST:
+            elif tile.rows > MIN_SIDE:
                 tile = replace(tile, rows=tile.rows // 2, keys=self.keys, stages=self.stages)
             elif tile.warps > 1:
                 tile = replace(tile, warps=tile.warps // 2)
@@ -121,11 +121,11 @@ def read_tuning(path: str | Path) -> Tuning:
     """Return what a campaign has written for a card. Raises `BackendError` naming what is wrong with it."""
     try:
         content = outside.read(path)
-        found = json.loads(content)
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            raise ValueError(f"it is no tuning of format {FORMAT}")
-        tiles = {name: _tiles(found[name]) for name in ("latent", "expanded")}
-        where = ", ".join(str(found[key]) for key in ("card", "date") if found.get(key))
+        document = json.loads(content)
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise ValueError(f"it is not a tuning of format {FORMAT}")
+        tiles = {name: _tiles(document[name]) for name in ("latent", "expanded")}
+        where = ", ".join(str(document[key]) for key in ("card", "date") if document.get(key))
         where = shortened(escaped(where))
         source = f"{Path(path).name}: {where or 'of an unknown card'} (crc32 {zlib.crc32(content):08x})"
         return Tuning(**tiles, source=source)

@@ -1,4 +1,4 @@
-"""What the project's own kernels are to reach on an H100, and whether a campaign has seen them do so."""
+"""What the project's own kernels are to reach on an H100, and whether a first hour has seen them do so."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DEVICE: tuple[Way, ...] = (("graph", True), ("eager", True))
 
 @dataclass(frozen=True)
 class Evidence:
-    """Result files of a campaign, by step, and the card's ceilings.
+    """Result files of a first hour, by step, and the card's ceilings.
 
     Of `layers` the first that has what is asked for counts.
     """
@@ -51,7 +51,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Target:
-    """What is to be reached, and how a campaign's results show it."""
+    """What is to be reached, and how results show it."""
 
     text: str
     look: Callable[[Evidence], Found]
@@ -167,7 +167,7 @@ def against_flashinfer(least: float) -> Callable[[Evidence], Found]:
 
 
 def _decodes(evidence: Evidence) -> dict[str, Run]:
-    return {step: run for step, run in evidence.rivals.items() if step.startswith("latent-")}
+    return {step: run for step, run in evidence.rivals.items() if not step.startswith("rivals-expanded")}
 
 
 def own_decodes(evidence: Evidence) -> list[Case]:

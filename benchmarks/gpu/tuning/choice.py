@@ -28,10 +28,10 @@ def chosen(classes: Sequence[TileClass], sweeps: Sweeps) -> dict[str, Trial]:
     if missing:
         raise NothingMeasured(
             f"no tile was timed and confirmed for {', '.join(missing)}: "
-            "run the section again, in the same folder."
+            "run the sweeps again, with the same files."
         )
     if len({tuple(sorted(sweeps[one.name].stack.items())) for one in classes}) > 1:
-        raise NothingMeasured("the sweeps are of different cards or versions: repeat them (--again tune).")
+        raise NothingMeasured("the sweeps are of different cards or versions: repeat them.")
     best = {one.name: sweeps[one.name].best() for one in classes}
     return {name: trial for name, trial in best.items() if trial is not None}
 

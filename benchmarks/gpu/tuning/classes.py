@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
-from mla_backends.triton_ops.tuning import LEAST, Tile
+from mla_backends.triton_ops.tuning import MIN_SIDE, Tile
 
 Kind = Literal["latent", "expanded"]  # field of `Tuning`
 Change = Mapping[str, Any]  # fields of `Tile` and their values
@@ -68,7 +68,7 @@ def _tiles(
 
 def _plausible(tile: Tile) -> bool:
     """Return whether a tile is worth a try: few keys are for devices that have no room for more stages."""
-    return tile.keys > LEAST or (tile.warps, tile.stages) == (4, 1)
+    return tile.keys > MIN_SIDE or (tile.warps, tile.stages) == (4, 1)
 
 
 def _decode(heads: int, *more: Shape) -> tuple[Shape, ...]:

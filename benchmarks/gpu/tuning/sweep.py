@@ -42,7 +42,7 @@ class Tuner:
 
     def __init__(
         self, backend: Backend, tuned: TileClass, make_ops: MakeOps, path: Path, sweep: Sweep,
-        effort: Effort, ragged: problems.Lengths,
+        effort: Effort, ragged: problems.Batch,
     ) -> None:  # fmt: skip
         self._backend, self._class, self._make_ops = backend, tuned, make_ops
         self._path, self._sweep, self._effort, self._ragged = path, sweep, effort, ragged

@@ -28,8 +28,8 @@ from benchmarks.peers.ggml.build import facts_of
 from benchmarks.peers.ggml.comparer import Comparer, choose
 from benchmarks.peers.ggml.peer import Peer
 from benchmarks.peers.ggml.ways import require_passive_waiting
-from benchmarks.peers.run import defaults, split
 from mla.bench import results
+from mla.bench.plan.options import RunOptions
 from mla.bench.plan.request import Request, empty_run
 from mla.bench.plan.resolve import resolve
 from mla.command import console
@@ -71,6 +71,18 @@ def measure(
         )
 
 
+def defaults(**changes: object) -> RunOptions:
+    """Return the runner's options on the CPU, with its own defaults for everything not in `changes`."""
+    from mla.bench.cli.run import run
+
+    return RunOptions(**{**run.make_context("run", []).params, "backend": "cpu", **changes})
+
+
+def split(context: click.Context, option: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """Return the words of a comma-separated option."""
+    return None if value is None else tuple(word.strip() for word in value.split(",") if word.strip())
+
+
 @click.command(help=__doc__)
 @click.option("--peer", "folder", type=click.Path(path_type=Path), help="Folder that build.py made.")
 @click.option("--only", callback=split, help="Cases: attention, product, names or patterns.  [all]")
@@ -102,11 +114,11 @@ def compare(
     # The widening product is measured whether or not the backend would choose it here.
     shared = {"threads": threads, "seed": seed, "output": output, "implementations": "mla"}
     request = resolve(defaults(**shared, backend_options=("fp32=on",)))
-    found = measure(request, folder, only, runs)
+    comparison = measure(request, folder, only, runs)
     if output:
-        results.write(found, output)
-    console.out(table.render(found))
-    wrong = any(timing.wrong for case in found.cases for timing in case.timings)
+        results.write(comparison, output)
+    console.out(table.render(comparison))
+    wrong = any(timing.wrong for case in comparison.cases for timing in case.timings)
     return Exit.WRONG if wrong else Exit.OK
 
 

@@ -1,29 +1,46 @@
-"""Commands about backends and devices: `list`, `doctor`, `new-backend`, `replay`, `capacity`."""
+"""Commands about backends and devices: `list`, `doctor`, `new-backend`, `replay`, `capacity`, `ceilings`."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from mla.bench import results
+from mla.bench.plan.options import check_dtype
+from mla.bench.terminal import ceilings as terminal
 from mla.bench.workload.scenario import MAX_LAYERS
 from mla.bench.workload.scenario import memory as read_memory
-from mla.command import environment
-from mla.command.backend import BackendOptions, backend_options, key_values, open_backend
+from mla.command import environment, files
 from mla.command.console import note, out
-from mla.command.exit_codes import Exit
-from mla.command.options import FILE, Word, parsed_by
-from mla.command.table import aligned
+from mla.command.display import aligned
+from mla.command.exit_codes import Exit, end_early
+from mla.command.options import (
+    FILE,
+    MEASURED_BACKEND_HELP,
+    BackendOptions,
+    Word,
+    backend_options,
+    key_values,
+    open_backend,
+    parsed_by,
+    result_path,
+)
 from mla.config import MLAConfig
 from mla.config.presets import DEFAULT_CONFIG
-from mla.errors import UsageError
+from mla.errors import UsageError, did_you_mean
 from mla.parallel.layout import Capacity, Layout, capacity, layouts
 from mla.text import DTYPES, size
 from mla_backends import BackendOptionError, probe
 from mla_backends.known import GENERAL, GENERAL_USE
+
+if TYPE_CHECKING:
+    import torch
+
+    from mla_backends.api import Backend
 
 LAYOUT_COLUMNS = ("layout", "weights", "cache", "tokens", "copies", "repeated")
 REPLAY_EPILOG = """\b
@@ -65,22 +82,22 @@ def _workloads(as_json: bool) -> str:
 def _backends(as_json: bool) -> str:
     backends = probe.statuses(chosen=[*probe.names(), GENERAL])
     if as_json:
-        return json.dumps([asdict(one) for one in backends], indent=1) + "\n"
+        return json.dumps([asdict(status) for status in backends], indent=1) + "\n"
     widths = [max(len(text) for text in column) for column in zip(*map(_named, backends), strict=True)]
-    return "".join(_line(one, *widths) for one in backends)
+    return "".join(_line(status, *widths) for status in backends)
 
 
-def _named(one: probe.Status) -> tuple[str, str]:
-    return one.name, one.state
+def _named(status: probe.Status) -> tuple[str, str]:
+    return status.name, status.state
 
 
-def _line(one: probe.Status, name: int, state: int) -> str:
-    version = f"{one.distribution} {one.version}" if one.distribution else ""
-    why = "; ".join(part for part in (one.reason, one.hint) if part)
-    if one.name == GENERAL and not why:
-        why = f"without a plugin, {GENERAL_USE} (here {one.evidence['device']})"
+def _line(status: probe.Status, name: int, state: int) -> str:
+    version = f"{status.distribution} {status.version}" if status.distribution else ""
+    why = "; ".join(part for part in (status.reason, status.hint) if part)
+    if status.name == GENERAL and not why:
+        why = f"without a plugin, {GENERAL_USE} (here {status.evidence['device']})"
     said = ": ".join(part for part in (version, why) if part)
-    return f"{one.name:{name}}  {one.state:{state}}  {said}".rstrip() + "\n"
+    return f"{status.name:{name}}  {status.state:{state}}  {said}".rstrip() + "\n"
 
 
 @click.command(short_help="Why a backend is or is not usable.")
@@ -108,7 +125,7 @@ def doctor(name: str | None, backend_options: tuple[str, ...], as_json: bool) ->
     report = diagnosis.diagnose(name, key_values(backend_options))
     facts = {**asdict(report), "usable": report.usable}
     out(json.dumps(facts, indent=1) + "\n" if as_json else diagnosis.as_text(report))
-    if any(one.state == BackendOptionError.state for one in report.backends):
+    if any(backend.state == BackendOptionError.state for backend in report.backends):
         return Exit.USAGE
     return Exit.OK if report.usable else Exit.BACKEND
 
@@ -161,8 +178,8 @@ def replay(
         backend, backend_options = origin.backend, (*origin.options, *backend_options)
     opened = open_backend(BackendOptions(backend, device, backend_options, threads))
     note(f"kept       {origin.where}: {kept.document.reason}")
-    found = repeat(kept, opened.backend, name, runs)
-    wrong = [reason for reason in found if reason]
+    reasons = repeat(kept, opened.backend, name, runs)
+    wrong = [reason for reason in reasons if reason]
     what = f"{facts.role} (op '{name or facts.op}') on {opened.backend.device}"
     if not wrong and not name:
         why = {
@@ -222,21 +239,21 @@ def capacity_command(config: str, memory: int, layout: Layout, layers: int, dtyp
     chosen = MLAConfig.named(config)
     itemsize = 4 if dtype == "fp32" else 2
 
-    def held_by(one: Layout) -> Capacity:
-        return capacity(chosen, one, memory, layers, itemsize)
+    def held_by(parallel: Layout) -> Capacity:
+        return capacity(chosen, parallel, memory, layers, itemsize)
 
-    others = [held_by(one) for one in layouts(chosen, layout.world) if one != layout]
-    rows = [held_by(layout), *sorted(others, key=lambda one: -one.tokens)]
-    out(json.dumps([_layout_object(one) for one in rows], indent=1) + "\n" if as_json else _layouts(rows))
+    alternatives = [held_by(parallel) for parallel in layouts(chosen, layout.world) if parallel != layout]
+    rows = [held_by(layout), *sorted(alternatives, key=lambda row: -row.tokens)]
+    out(json.dumps([_layout_object(row) for row in rows], indent=1) + "\n" if as_json else _layouts(rows))
     return Exit.OK
 
 
 def _layouts(rows: list[Capacity]) -> str:
     """Return one line per layout, the one that was asked for first."""
     lines = (
-        (str(one.layout), size(one.weight_bytes), size(one.cache_bytes) if one.cache_bytes else "no room",
-         f"{one.tokens:,}", str(one.copies), f"{one.repeated:.0%}")
-        for one in rows
+        (str(row.layout), size(row.weight_bytes), size(row.cache_bytes) if row.cache_bytes else "no room",
+         f"{row.tokens:,}", str(row.copies), f"{row.repeated:.0%}")
+        for row in rows
     )  # fmt: skip
     return aligned(LAYOUT_COLUMNS, lines, words=("layout",)) + (
         "\nweights and cache: of one device; tokens: of all together, each counted once; repeated: the share "
@@ -244,13 +261,112 @@ def _layouts(rows: list[Capacity]) -> str:
     )
 
 
-def _layout_object(one: Capacity) -> dict[str, Any]:
+def _layout_object(row: Capacity) -> dict[str, Any]:
     """Return a line as JSON."""
     return {
-        "layout": str(one.layout),
-        "devices": one.layout.world,
-        "weight_bytes_per_device": one.weight_bytes,
-        "cache_bytes_per_device": one.cache_bytes,
-        "tokens": one.tokens,
-        "copies": one.copies,
+        "layout": str(row.layout),
+        "devices": row.layout.world,
+        "weight_bytes_per_device": row.weight_bytes,
+        "cache_bytes_per_device": row.cache_bytes,
+        "tokens": row.tokens,
+        "copies": row.copies,
     }
+
+
+# -------------------------------------------------------------------------------------------------- ceilings
+
+DEFAULT_DTYPES = ("bf16", "fp32")
+
+
+@dataclass(frozen=True)
+class CeilingOptions(BackendOptions):
+    """The options of `ceilings`, one field each."""
+
+    dtype: str | None
+    output: Path | None
+    kind: str
+
+    def dtype_names(self) -> list[str]:
+        """Return what --dtype lists, under torch's names. Raises `UsageError`."""
+        words = list(DEFAULT_DTYPES) if self.dtype is None else self.dtype.split(",")
+        names = [DTYPES.get(word.strip(), word.strip()) for word in words]
+        for name in names:
+            if name not in DTYPES.values():
+                known = [*DTYPES, *DTYPES.values()]
+                raise UsageError(
+                    f"unknown dtype '{name}'.{did_you_mean(name, known)} --dtype takes {', '.join(DTYPES)}, "
+                    "comma-separated."
+                )
+        return list(dict.fromkeys(names))
+
+
+@click.command(short_help="A device's peak bandwidth and FLOP rate.")
+@backend_options(MEASURED_BACKEND_HELP)
+@click.option(
+    "--dtype",
+    metavar="A,B",
+    help="Dtypes of products: bf16, fp16, fp32. Default: bf16 and fp32, as far as they are native.",
+)
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    type=FILE,
+    callback=result_path,
+    help="Write the complete result as JSON; `show` prints it again. %t is the task's number under srun or "
+    "torchrun, %j the job's.",
+)
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(terminal.FORMATS),
+    default="table",
+    show_default=True,
+    help="Format of what is printed on stdout.",
+)
+def ceilings(**values: Any) -> int:
+    """Measure peak bandwidth and FLOP rate of a device.
+
+    Takes 10 to 30 seconds. On a slow CPU, what has not begun after a minute is left out and named.
+
+    Reading and copying of footprints from 256 KiB to beyond the last-level cache, square products, and those
+    of the default config's projections with 16 and 704 tokens; each in the way that was fastest, next to the
+    peaks that the backend declares.
+
+    Exit code 0; 2 for a mistake; 3 if the backend cannot be used; 5 if nothing could be measured; 130 if
+    interrupted, 143 by SIGTERM, 129 by SIGHUP.
+    """
+    options = CeilingOptions(**values)
+    if mixed := environment.mixed_installation():
+        note(mixed)
+    names = options.dtype_names()
+    options.key_values()  # a mistake shows before anything is opened
+    if options.output:
+        files.check_writable(options.output, files.RESULT)
+    from mla.bench.run.ceilings import all_tasks, report, run_tasks
+
+    opened = open_backend(options)
+    dtypes = _native(opened.backend, names, explicit=options.dtype is not None)
+    findings = run_tasks(all_tasks(opened.backend, dtypes))
+    result = report(opened, findings)
+    try:
+        if options.output:
+            results.write(result, options.output)
+    finally:
+        if not files.is_stdout(options.output):
+            out(terminal.render(result, options.kind))
+    if findings.interrupted:
+        return end_early()
+    return Exit.OK if findings.ceilings else Exit.NOTHING_RAN
+
+
+def _native(backend: Backend, names: list[str], *, explicit: bool) -> list[torch.dtype]:
+    """Return the dtypes to measure; those the user named must be native, others are skipped."""
+    import torch
+
+    dtypes = [getattr(torch, name) for name in names]
+    if explicit:
+        for dtype in dtypes:
+            check_dtype(backend, dtype)
+    native = backend.dtypes()
+    return [dtype for dtype in dtypes if dtype in native] or list(native)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import click
 from click.shell_completion import CompletionItem
 
-from mla.bench.cli import ceilings, devices, report, run, stored
+import mla
+from mla.bench.cli import devices, run, stored
 from mla.command import console, launcher
 from mla.command.exit_codes import carried_out, guarded
 from mla.command.options import program, write_groups
@@ -28,7 +29,7 @@ EPILOG = """
 Everything else: --help-all
 
 Exit codes: 0 ok, 1 regression, 2 usage, 3 backend unusable or op failed, 4 wrong result, 5 nothing ran,
-6 doubtful time, 130 interrupted, 143 ended by SIGTERM, 129 by SIGHUP.
+6 suspect timing, 130 interrupted, 143 ended by SIGTERM, 129 by SIGHUP.
 """
 
 
@@ -54,17 +55,18 @@ class DefaultGroup(click.Group):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the commands, and the options of `run` that most people need first."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, one.get_short_help_str()) for name, one in self.commands.items()])
+            rows = [(name, command.get_short_help_str()) for name, command in self.commands.items()]
+            formatter.write_dl(rows)
         options = self.commands[self.default].params
-        write_groups(ctx, formatter, [one for one in options if getattr(one, "common", False)])
+        write_groups(ctx, formatter, [option for option in options if getattr(option, "common", False)])
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Complete commands, and the options of `run`, which need none."""
-        found = super().shell_complete(ctx, incomplete)
+        items = super().shell_complete(ctx, incomplete)
         if incomplete.startswith("-"):
             default = self.commands[self.default]
-            found += default.shell_complete(click.Context(default, parent=ctx), incomplete)
-        return found
+            items += default.shell_complete(click.Context(default, parent=ctx), incomplete)
+        return items
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -77,13 +79,8 @@ class DefaultGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.group(
-    cls=DefaultGroup,
-    options_metavar="[COMMAND]",
-    subcommand_metavar="[OPTIONS]",
-    epilog=EPILOG,
-)
-@click.version_option(package_name="mla")
+@click.group(cls=DefaultGroup, options_metavar="[COMMAND]", subcommand_metavar="[OPTIONS]", epilog=EPILOG)
+@click.version_option(mla.__version__)
 def cli() -> None:
     """Measure DeepSeek's Multi-head Latent Attention (MLA): a layer, or one op."""
 
@@ -93,12 +90,12 @@ for command in (
     devices.list_backends,
     devices.doctor,
     stored.compare,
-    report.report,
+    stored.report,
     stored.show,
     stored.export,
     devices.replay,
     devices.capacity_command,
-    ceilings.ceilings,
+    devices.ceilings,
     devices.new_backend,
 ):
     assert command.callback is not None

@@ -11,14 +11,13 @@ import click
 from mla.bench import results
 from mla.bench.cli.run_options import run_options
 from mla.bench.cli.stored import verdict as compared_verdict
-from mla.bench.plan.options import RunOptions
-from mla.bench.plan.validate import check_gate
+from mla.bench.plan.options import RunOptions, check_gate
 from mla.bench.results.cases import labelled
 from mla.bench.results.file import printable
 from mla.bench.run.watchdog import Budget
 from mla.bench.terminal import run_table
-from mla.bench.terminal.comparison import compare_runs
 from mla.bench.terminal.lines import OTHERS, folded_warnings, quality_warnings
+from mla.bench.terminal.tables import compare_runs
 from mla.bench.workload.implementations import parse_one
 from mla.command import files, last_words
 from mla.command.console import note, out, verbose
@@ -30,8 +29,8 @@ from mla.errors import UsageError
 if TYPE_CHECKING:
     from mla.bench.plan.request import Request
     from mla.bench.results.compare import Comparison
-    from mla.bench.run.outcome import Outcome
-    from mla.command.backend import OpenedBackend
+    from mla.bench.run.scheduler import Outcome
+    from mla.command.options import OpenedBackend
     from mla.parallel.layout import Layout
 
 EPILOG = """\b
@@ -68,7 +67,7 @@ Exit codes:
     or ended the process, or every case of mla was refused
   4 wrong result
   5 nothing ran (no case of mla, if any was asked for)
-  6 a doubtful time, or with --strict an unreliable one
+  6 a suspect timing, or with --strict an unreliable one
   130 interrupted, 143 ended by SIGTERM, 129 by SIGHUP (the partial result is
     written)
 """
@@ -93,7 +92,7 @@ def run(**values: Any) -> int:
     check_gate(options)
     baseline = results.read(options.baseline) if options.baseline else None
     if options.resume and not options.output and files.is_stream(options.resume):
-        raise UsageError(f"'{options.resume}' is a pipe, which a result cannot go back to: give -o FILE.")
+        raise UsageError(f"'{options.resume}' is a pipe and cannot be rewritten: give -o FILE.")
     old = results.read(options.resume) if options.resume else None
     from mla.bench.plan.resolve import resolve
 
@@ -138,12 +137,12 @@ def _list_ops(request: Request) -> Exit:
     from mla.bench.subjects.setting import implementation_setting, make_ops
 
     named = [parse_one(name) for name in request.implementations]
-    own = [one for one in named if one.ops]
-    if len(own) < len(named):
+    overriding = [impl for impl in named if impl.ops]
+    if len(overriding) < len(named):
         out("".join(f"{line}\n" for line in make_ops(request.setting).explain()))
-    for one in own:
-        lines = make_ops(implementation_setting(request.setting, one)).explain()
-        out(f"{one}:\n" + "".join(f"  {line}\n" for line in lines))
+    for impl in overriding:
+        lines = make_ops(implementation_setting(request.setting, impl)).explain()
+        out(f"{impl}:\n" + "".join(f"  {line}\n" for line in lines))
     return Exit.OK
 
 
@@ -158,7 +157,7 @@ def _run(
     from mla.bench.plan import preview
     from mla.bench.plan.request import empty_run
     from mla.bench.run import scheduler
-    from mla.bench.run.outcome import verdict
+    from mla.bench.run.scheduler import verdict
     from mla.bench.run.steering import steering
 
     verbose(options.detail == "verbose")
@@ -176,7 +175,9 @@ def _run(
         outcome = scheduler.measure(request, empty, course)
     kept = {(case.scenario, case.implementation) for case in course.kept}
     new = [
-        one for one in outcome.run.cases if one.latency_ms and (one.scenario, one.implementation) not in kept
+        case
+        for case in outcome.run.cases
+        if case.latency_ms and (case.scenario, case.implementation) not in kept
     ]
     if new and (options.simulate or not options.parallel):  # otherwise the others are ranks of this run
         _note_load(load, outcome.run)
@@ -197,8 +198,8 @@ def _note_load(load: OtherLoad, run: results.Run) -> None:
     """
     facts = run.environment
     threads = int(facts["torch_threads"]) if facts["processor"] == run.backend.device else 1
-    if others := load.remark(threads):
-        facts.setdefault(OTHERS, others)
+    if busy := load.remark(threads):
+        facts.setdefault(OTHERS, busy)
 
 
 def _profile(options: RunOptions, request: Request, outcome: Outcome, budget: Budget, code: Exit) -> Exit:

@@ -9,12 +9,13 @@ from mla.bench.terminal.run_table import FORMATS
 from mla.bench.workload.grid import DEFAULT_BATCH, DEFAULT_HISTORY, DEFAULT_QUERY
 from mla.bench.workload.scenario import MAX_COUNT, MAX_LAYERS, MAX_REQUESTS, duration, size
 from mla.bench.workload.workload_file import PRESETS, STANDARD
-from mla.command.backend import MEASURED_BACKEND_HELP, backend_options
 from mla.command.options import (
     DETAIL,
     FILE,
+    MEASURED_BACKEND_HELP,
     Command,
     add_options,
+    backend_options,
     evidence,
     how,
     output,
@@ -76,12 +77,7 @@ WHAT_TO_RUN = (
         multiple=True,
         help="Run only this scenario of the workload; repeatable.",
     ),
-    what_to_run(
-        "--op",
-        metavar="NAME",
-        common=True,
-        help="One op alone, by name or role (see --list-ops).",
-    ),
+    what_to_run("--op", metavar="NAME", common=True, help="One op alone, by name or role (see --list-ops)."),
     what_to_run(
         "--batch",
         type=click.IntRange(1, MAX_REQUESTS),
@@ -146,12 +142,7 @@ HOW = (
         show_default=True,
         help="auto (fused ops that fit), fused (fail where one does not), reference, or op names.",
     ),
-    how(
-        "--page-size",
-        type=int,
-        show_default=str(DEFAULT_PAGE_SIZE),
-        help="Tokens per cache page.",
-    ),
+    how("--page-size", type=int, show_default=str(DEFAULT_PAGE_SIZE), help="Tokens per cache page."),
     how(
         "--mode",
         metavar="A,B",
@@ -275,12 +266,7 @@ EVIDENCE = (
         callback=result_path,
         help="Resume the run in this result file; without -o, rewrite it.",
     ),
-    evidence(
-        "--baseline",
-        metavar="FILE",
-        type=FILE,
-        help="Compare with this result file after the run.",
-    ),
+    evidence("--baseline", metavar="FILE", type=FILE, help="Compare with this result file after the run."),
     evidence(
         "--fail-slower",
         metavar="PERCENT",
@@ -312,5 +298,5 @@ EVIDENCE = (
 
 def run_options(command: Command) -> Command:
     """Add the options of `run` to a click command."""
-    others = add_options((*WHAT_TO_RUN, *HOW, *SCALE, *OUTPUT, *EVIDENCE))
-    return backend_options(MEASURED_BACKEND_HELP)(others(command))
+    ours = add_options((*WHAT_TO_RUN, *HOW, *SCALE, *OUTPUT, *EVIDENCE))
+    return backend_options(MEASURED_BACKEND_HELP)(ours(command))

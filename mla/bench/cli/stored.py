@@ -1,4 +1,4 @@
-"""Commands about result files: `compare`, `show`, `export`. None needs torch."""
+"""Commands about result files: `compare`, `show`, `export`, `report`. None needs torch."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from pathlib import Path
 import click
 
 from mla.bench import results
+from mla.bench.report import require
 from mla.bench.results import infinimetrics
-from mla.bench.results.compare import REFUSED, Comparison, slower
+from mla.bench.results.compare import REFUSED, Comparison, scaling
 from mla.bench.results.file import decode_ceilings, is_ceilings
 from mla.bench.results.rows import as_csv, timing_rows
-from mla.bench.results.scaling import scaling
 from mla.bench.results.schema import Run
 from mla.bench.terminal import ceilings, run_table
-from mla.bench.terminal.comparison import compare_runs, scaling_tables
-from mla.command import files
+from mla.bench.terminal.tables import compare_runs, scaling_tables
+from mla.command import console, files
 from mla.command.console import note, out
 from mla.command.exit_codes import Exit
 from mla.command.options import DETAIL, FILE, Word, add_options, parsed_by, percent
 from mla.errors import ResultError, UsageError
+from mla.text import size
 
 Files = Sequence[tuple[Path, Run]]
 
@@ -59,15 +60,15 @@ def compare(base: Path, runs: tuple[Path, ...], noise: float, fail_slower: float
     are named. A run and a copy of it are not compared. Where one result is of one device and others are of
     several ranks, a table says how they scale.
 
-    Exit code 0; 1 with --fail-slower and a case that is slower beyond doubt, or one that the base has a
+    Exit code 0; 1 with --fail-slower and a case whose whole interval is slower, or one that the base has a
     number for and that was not compared; 2 for a file that is not a result; 4 if a case turned wrong or a
-    new one is; 5 if nothing could be compared; 6 if a case turned doubtful or a new one is.
+    new one is; 5 if nothing could be compared; 6 if a case turned suspect or a new one is.
     """
-    first, *others = [results.read(path) for path in (base, *runs)]
+    first, *runs_after = [results.read(path) for path in (base, *runs)]
     cases: list[Comparison] = []
     text = ""
-    same = [run == first for run in others]
-    for path, run, is_same in zip(runs, others, same, strict=True):
+    same = [run == first for run in runs_after]
+    for path, run, is_same in zip(runs, runs_after, same, strict=True):
         if is_same:
             what = "is compared with itself" if path == base else f"holds the same run as {base}"
             text += f"{path} {what}: there is nothing to tell apart\n"
@@ -75,7 +76,7 @@ def compare(base: Path, runs: tuple[Path, ...], noise: float, fail_slower: float
         printed, compared = compare_runs(first, run, f"{path} against {base}", kind, noise)
         text += printed
         cases += compared
-    scaled = scaling_tables(scaling([first, *others]), kind)
+    scaled = scaling_tables(scaling([first, *runs_after]), kind)
     out(text + "\n" * bool(scaled) + scaled)
     return Exit.OK if all(same) else verdict(cases, fail_slower)
 
@@ -99,8 +100,8 @@ def verdict(cases: Sequence[Comparison], limit: float | None, *, selected: bool 
         return Exit.REGRESSION
     if doubtful:
         return Exit.DOUBTFUL
-    if limit is not None and not any(case.judged for case in cases):
-        note("no case has an interval, so none can be slower beyond doubt: time at least 6 passes")
+    if limit is not None and not any(case.interval for case in cases):
+        note("no case has an interval, so the gate cannot decide: time at least 6 passes")
         return Exit.NOTHING_RAN
     return Exit.OK
 
@@ -110,23 +111,23 @@ def _named(cases: Sequence[Comparison], status: str) -> list[str]:
     return [
         f"{status} result: {case.scenario}, {case.implementation} has no number"
         for case in cases
-        if case.status == status and (case.expected or not case.known)
+        if case.status == status and (case.expected or case.base is None)
     ]
 
 
 def _red(cases: Sequence[Comparison], limit: float, selected: bool) -> list[str]:
     """Return why a gate is closed: what is slower, and what could not be compared."""
-    found = []
-    for case in slower(cases, limit):
+    reasons = []
+    for case in (case for case in cases if case.slower_than(limit)):
         times = f"takes {case.ratio:.3f} times as long"
         if case.passes is not None and not (case.interval and case.interval[0] > 1 + limit):
             times = f"takes at least {case.passes[0]:.3f} times as long in whole passes"
-        found.append(f"regression: {case.scenario}, {case.implementation} {times}")
+        reasons.append(f"regression: {case.scenario}, {case.implementation} {times}")
     for case in cases:
         lost = case.verdict == REFUSED and case.expected and case.status not in ("wrong", "doubtful")
         if lost and not (selected and case.status == "missing"):
-            found.append(f"not compared: {case.scenario}, {case.implementation}: {case.reason}")
-    return found
+            reasons.append(f"not compared: {case.scenario}, {case.implementation}: {case.reason}")
+    return reasons
 
 
 @click.command(short_help="A stored run, printed again.")
@@ -177,7 +178,7 @@ def stored(path: Path, kind: str, detail: run_table.Detail = "short") -> str:
 def export(runs: tuple[Path, ...], kind: str, target: Path | None) -> int:
     """Write result files in a format that other tools read.
 
-    A case that is wrong or doubtful keeps its row or its document, with the reason and without any number.
+    A wrong or suspect case keeps its row or its document, with the reason and without any number.
     On stdout, InfiniMetrics documents are JSON Lines.
 
     Exit code 0; 2 for a file that is not a result, or that cannot be written; 5 if there is no case.
@@ -257,3 +258,69 @@ def _make_folder(path: Path) -> None:
         path.mkdir(exist_ok=True)
     except OSError as error:
         raise ResultError(f"cannot make the folder '{path}': {error.strerror}.") from error
+
+
+# ---------------------------------------------------------------------------------------------------- report
+
+
+@click.command(short_help="An HTML page, or pictures, of result files.")
+@click.argument(
+    "runs",
+    cls=Word,
+    type=FILE,
+    nargs=-1,
+    required=True,
+    help="Result files (-o); the others are compared with the first.",
+)
+@click.option("--html", "target", metavar="FILE", type=FILE, help="The page to write.")
+@click.option(
+    "--pictures",
+    "folder",
+    metavar="FOLDER",
+    type=FILE,
+    help="Write every chart as an SVG file of its own, for light and for dark surroundings.",
+)
+def report(runs: tuple[Path, ...], target: Path | None, folder: Path | None) -> int:
+    """Write tables, plots, environment and method of result files into one page that opens offline.
+
+    The page has no script and loads nothing. An earlier page is overwritten, any other file is not; the same
+    holds for pictures, which are for slides and documents.
+    Needs matplotlib and jinja2: in a checkout, pip install '.[report]' ./backends (once released,
+    pip install 'mla-bench[report]').
+
+    \b
+      python -m mla.bench report run.json --html report.html
+      python -m mla.bench report before.json after.json --pictures pictures
+
+    Exit code 0; 2 for a file that is not a result, a page that cannot be written, or missing libraries.
+    """
+    if target is None and folder is None:
+        raise click.UsageError("Missing option '--html' (a page) or '--pictures' (a folder of charts).")
+    require()
+    from mla.bench.report import page  # for which no other command is to wait
+
+    if target is not None:
+        page.check_target(target, runs)
+    read = [results.read(path) for path in runs]
+    names = [str(path) for path in runs]
+    if folder is not None:
+        _pictures(names, read, folder)
+    if target is not None:
+        text = page.render(names, read)
+        files.write_bytes(text.encode("utf-8", "replace"), target)
+        console.note(f"wrote {target}: {_cases(read)}, {size(len(text.encode()), KiB='.0f')}")
+    return Exit.OK
+
+
+def _cases(runs: Sequence[Run]) -> str:
+    count = sum(len(run.cases) for run in runs)
+    return f"{count} cases of {len(runs)} file{'s' * (len(runs) > 1)}"
+
+
+def _pictures(names: Sequence[str], runs: Sequence[Run], folder: Path) -> None:
+    from mla.bench.report import page
+
+    page.check_folder(folder)
+    made = page.pictures(names, runs)
+    page.write_pictures(made, folder)
+    console.note(f"wrote {len(made)} pictures into {folder}: {_cases(runs)}")

@@ -28,9 +28,9 @@ from mla_backends.probe import USABLE, NoAnswer, Status, ask, names, status
 
 SWITCH = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 OFF = {SWITCH: "0"}
-SECONDS = 60.0
+PROBE_S = 60.0
 # Setting up a device may compile kernels, and several ops may compile theirs, for a minute or two each.
-SETUP_SECONDS = 600.0
+SETUP_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _import(variables: Mapping[str, str]) -> dict[str, Any]:
     """Import torch in a child process; return its version and build, or the problem."""
     try:
         fields = ("version", "build", "problem", "missing")
-        return ask(["-m", "mla.bench.doctor.worker", "torch"], fields, SECONDS, variables)
+        return ask(["-m", "mla.bench.doctor.worker", "torch"], fields, PROBE_S, variables)
     except NoAnswer as none:
         return {
             "version": "",
@@ -124,7 +124,7 @@ def _with_culprits(report: TorchReport) -> TorchReport:
 def _tried(extension: Extension) -> Extension:
     command = ["-m", "mla.bench.doctor.worker", "extension", extension.name, extension.value]
     try:
-        return replace(extension, problem=ask(command, ("problem",), SECONDS, OFF)["problem"])
+        return replace(extension, problem=ask(command, ("problem",), PROBE_S, OFF)["problem"])
     except NoAnswer as none:
         return replace(extension, problem=f"a process that loads it {none}")
 
@@ -175,11 +175,11 @@ def diagnose(name: str | None = None, options: Mapping[str, str] | None = None) 
     chosen = names() if name is None else [name]
     with ThreadPoolExecutor(max_workers=len(chosen) + 1) as pool:
         torch = pool.submit(check_torch, chosen)
-        backends = list(pool.map(lambda one: _diagnose(one, options=options), chosen))
+        backends = list(pool.map(lambda backend: _diagnose(backend, options=options), chosen))
         if name is None and not any(backend.state == USABLE for backend in backends):
             backends.append(_diagnose(GENERAL))
         if torch.result().autoload_is_to_blame:
-            backends = list(pool.map(lambda one: _retried(one, options), backends))
+            backends = list(pool.map(lambda backend: _retried(backend, options), backends))
     return DoctorReport(_host(), torch.result(), backends)
 
 
@@ -196,14 +196,14 @@ def _diagnose(
     name: str, variables: Mapping[str, str] | None = None, options: Mapping[str, str] | None = None
 ) -> Diagnosis:
     """Probe a backend, and set it up if the probe succeeds."""
-    probed = status(name, SECONDS, variables, options)
+    probed = status(name, PROBE_S, variables, options)
     if probed.state != USABLE:
         return _diagnosis(probed, probed.state, probed.reason, probed.hint)
     words = [f"{key}={value}" for key, value in (options or {}).items()]
     command = ["-m", "mla.bench.doctor.worker", "backend", name, *words]
     try:
         fields = ("state", "reason", "hint", "facts")
-        return _diagnosis(probed, **ask(command, fields, SETUP_SECONDS, variables))
+        return _diagnosis(probed, **ask(command, fields, SETUP_S, variables))
     except NoAnswer as none:
         reason = f"the probe succeeds, but a process that sets up the device {none}"
         hint = f"`python -X faulthandler {' '.join(command)}` shows where it stops"
@@ -288,6 +288,6 @@ def _fact_lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, remarks in facts["op_remarks"].items():
         yield from (("", f"{name}: {remark}") for remark in remarks)
     for name, contract in facts["idle_ops"].items():
-        yield "", f"{name}: offered for {contract}, which this config does not call"
+        yield "", f"{name}: offered for {contract}, not called by this config"
     if facts["triton"]:
-        yield from (("triton", one) for one in facts["triton"]["missing"] or ["lacks nothing here"])
+        yield from (("triton", gap) for gap in facts["triton"]["missing"] or ["lacks nothing here"])

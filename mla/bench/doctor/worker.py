@@ -88,7 +88,7 @@ def _facts(opened: Backend) -> dict[str, Any]:
         "device": str(opened.device),
         "device_name": info.name,
         "memory_bytes": info.memory_bytes,
-        "dtypes": [dtype_name(one) for one in native],
+        "dtypes": [dtype_name(dtype) for dtype in native],
         "config": CONFIG,
         "dtype": dtype_name(dtype),
         "ops": {role: _choice(chosen, role) for role in chosen.names()},

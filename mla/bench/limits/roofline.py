@@ -76,7 +76,7 @@ def place(cost: Cost, latency_ms: float, read: Ceiling, product: Ceiling) -> Roo
     fraction: float | None = floor / latency_ms
     doubt = ""
     if floor > latency_ms:
-        fraction, doubt = None, f"the limit or the time is in doubt: {_excess(floor, latency_ms, limit)}"
+        fraction, doubt = None, f"the limit or the time is suspect: {_excess(floor, latency_ms, limit)}"
     return Roofline(
         floor_ms=floor,
         fraction=fraction,

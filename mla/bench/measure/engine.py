@@ -23,13 +23,13 @@ from mla.bench.limits.microbench import no_garbage_collection
 from mla.bench.measure import evidence
 from mla.bench.measure.passes import PassRunner, Setup, warm_up
 from mla.bench.measure.samples import Measurement, Samples, TransientBytes, read_sensors
-from mla.bench.measure.target import LEFT_OUT, MIN_PASSES, Target, Timetable
+from mla.bench.measure.target import MIN_PASSES, NO_TIME, Target, Timetable
 from mla.bench.measure.variants import HEADLINE, Steps, Variants
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.workload.implementations import parse_one
 from mla.bench.workload.scenario import Scenario
-from mla.command import error_origin
+from mla.command import exit_codes
 from mla.errors import OutOfMemory, UnsupportedBatch
 from mla.verify.verdict import Check
 from mla_backends import BackendError
@@ -71,8 +71,8 @@ def refusal(error: Exception, implementation: str) -> str:
     """
     if isinstance(error, UnsupportedBatch):
         return str(error)
-    if isinstance(error, BackendError) and error_origin.in_op(error):
-        op = error_origin.op_name(error)
+    if isinstance(error, BackendError) and exit_codes.in_op(error):
+        op = exit_codes.op_name(error)
         cure = "Use the reference ops for it (`--ops reference`)."
         if parse_one(implementation).ops:
             cure = f"Leave `{implementation}` out of --implementations."
@@ -250,7 +250,7 @@ class _Engine:
 
     def _check_variant(self, runner: PassRunner) -> None:
         implementation, start = runner.implementation, self._hooks.target.now()
-        left_out = Check(status="not run", reason=LEFT_OUT)
+        left_out = Check(status="not run", reason=NO_TIME)
         forward = self._headlines[implementation.name].forward_s
         if not self._times.variant_fits(runner, forward):
             runner.samples.check = left_out
@@ -316,7 +316,7 @@ class _Engine:
         if not runners or not hasattr(self._checker, "of"):  # of one op operands change from call to call
             return
         count = max(evidence.forwards(runner.steps, self._prefill) for runner in runners)
-        self._progress(f"{self._scenario.name}: drawing inputs that nothing has seen", 0)
+        self._progress(f"{self._scenario.name}: drawing fresh inputs", 0)
         with self._spared():
             self._unseen = evidence.Unseen(self._inputs, self._checker, count)
         self._hooks.heartbeat()
@@ -334,7 +334,7 @@ class _Engine:
             if not too_large(error) or over_ranks:
                 raise
             self._unseen = None
-            said = "memory is short: times are not held against forwards on inputs that nothing has seen"
+            said = "memory is short: times are not cross-checked on fresh inputs"
             self._hooks.say(f"{self._scenario.name}: {said}")
             if implementation is not None:
                 implementation.load(self._scenario, self._inputs)
@@ -366,12 +366,12 @@ class _Engine:
         for runner, before in self._times.cut.items():
             name, done, due = runner.implementation.name, len(runner.passes), runner.steps.passes
             if not done:  # no headline: each has one
-                runner.samples.check = Check(status="not run", reason=LEFT_OUT)
+                runner.samples.check = Check(status="not run", reason=NO_TIME)
             elif self._correct(runner):
                 what = ", ".join(part for part in (name, runner.samples.variant.kind) if part)
                 few = ", too few for an interval" if done < MIN_PASSES else ""
                 said = f"{what}: {done} of {due} passes fit into a scenario's time{few}"
-                self._hooks.say(f"{self._scenario.name}, {said}; give --passes or --runs to time them all")
+                self._hooks.detail(f"{self._scenario.name}, {said}; give --passes or --runs to time them all")
             if runner.headline and self._correct(runner):
                 self.measurements[name].due = done
                 self._say_alone(runner, before)
@@ -382,7 +382,7 @@ class _Engine:
             alone = len(first.passes) - before
             if first is not cut and alone and self._correct(first):
                 said = f"the last {alone} passes of {first.implementation.name} ran without it"
-                self._hooks.say(f"{self._scenario.name}, {cut.implementation.name}: {said}")
+                self._hooks.detail(f"{self._scenario.name}, {cut.implementation.name}: {said}")
 
     def _time_pass(self, runner: PassRunner, switched: bool) -> None:
         self._hooks.enter(runner.implementation.name)
@@ -420,7 +420,7 @@ class _Engine:
                 continue
             implementation, beat = runner.implementation, self._hooks.heartbeat
             self._hooks.enter(implementation.name)
-            self._tick("looking for doubts about", implementation, 0)
+            self._tick("cross-checking", implementation, 0)
             where = "" if runner.headline else f"{runner.samples.variant}: "
             known = self.measurements[implementation.name].doubts
             with self._spared(implementation):
@@ -440,7 +440,7 @@ class _Engine:
             measurement.new_lengths, doubt = evidence.on_new_lengths(*what, beat=self._hooks.heartbeat)
             measurement.doubts += [doubt] if doubt else []
         elif isinstance(implementation, MlaLayer) and (measurement.due is None or cut):
-            said = "forwards on new lengths are left out for lack of time"
+            said = "no time is left for unseen lengths"
             self._hooks.detail(f"{self._scenario.name}, {implementation.name}: {said}")
 
     def _withhold(self) -> None:

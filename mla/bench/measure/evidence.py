@@ -119,8 +119,8 @@ def late_doubt(passes: Sequence[PassTimes]) -> str:
         return ""
     rest, ms = (median(values) for values in zip(*late, strict=True))
     return (
-        f"in {len(late)} of {len(pairs)} timed forwards the device worked for another {rest:.3g} ms after "
-        f"their {ms:.3g} ms, as if `synchronize` returned early"
+        f"the device worked on for {rest:.3g} ms after {len(late)} of {len(pairs)} timed forwards of "
+        f"{ms:.3g} ms, as if `synchronize` returned early"
     )
 
 
@@ -138,7 +138,7 @@ def device_doubt(runner: PassRunner, numbers: Iterator[int], beat: Callable[[], 
             runner.confirmed = True
             return ""
     return (
-        f"{count} forwards take {device:.3g} ms on the clock '{timer.clock}' and {host:.3g} ms on the host's"
+        f"{count} forwards take {device:.3g} ms by the clock '{timer.clock}', but {host:.3g} ms by the host's"
     )
 
 
@@ -189,8 +189,8 @@ def fresh_doubt(runner: PassRunner, new: Unseen, numbers: Iterator[int], beat: C
         new.forget()
     if _slower(min(fresh), min(again)):
         return (
-            f"forwards on inputs that nothing had seen take {min(fresh):.3g} ms, on those of the "
-            f"passes {known:.3g} ms, as if results were remembered"
+            f"forwards on fresh inputs take {min(fresh):.3g} ms, those of the passes {known:.3g} ms, as if "
+            "results were remembered"
         )
     layer.load(scenario, new.inputs)
     runner.run(0, beat, count)
@@ -204,7 +204,7 @@ def _wrong_outputs(runner: PassRunner, new: Unseen) -> str:
     if not reason:
         return ""
     new.forget()
-    return f"outputs on inputs that nothing had seen are wrong: {reason}"
+    return f"outputs on fresh inputs are wrong: {reason}"
 
 
 def _slower(new: float, known: float) -> bool:
@@ -408,4 +408,4 @@ class LayerBench:
             return ""
         lengths, out = self._kept
         check = checker.on_lengths(*lengths, out)
-        return f"outputs on lengths that nothing had seen are wrong: {check.reason}" if check.reason else ""
+        return f"outputs on unseen lengths are wrong: {check.reason}" if check.reason else ""

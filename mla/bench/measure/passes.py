@@ -262,7 +262,7 @@ def sweep(backend: Backend) -> Sweep:
     cache = max(declared or 0, reported or 0)
     reason = f"for a last-level cache of {_size(cache)}"
     if reported and declared is not None and declared < reported:
-        reason += f", which the host reports and the backend declares as {_size(declared)}"
+        reason += f" (as the host reports; the backend declares {_size(declared)})"
     if CACHE_SIZES * cache > MAX_FLUSH_BYTES:
         reason += ": less than twice its size, so that some of it may stay warm"
     return Sweep(min(max(CACHE_SIZES * cache, MIN_FLUSH_BYTES), MAX_FLUSH_BYTES), reason)

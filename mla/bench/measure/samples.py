@@ -14,9 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from mla.bench import results
 from mla.bench.measure.variants import Variant
-from mla.bench.results.cases import by_kind
+from mla.bench.results.cases import by_kind, latency_of, throughput_of
 from mla.bench.results.compare import compare_cases
-from mla.bench.results.passes import latency, throughput
 from mla.bench.results.schema import Agreement, Case, NewLengths
 from mla.bench.subjects.base import Facts, Outputs
 from mla.bench.workload.scenario import Scenario
@@ -124,7 +123,7 @@ def fill(case: Case, scenario: Scenario, measurement: Measurement, facts: Facts)
     if not measurement.passes:
         return
     passes = _per_layer(measurement.passes, scenario.layers)
-    case.latency_ms, case.tokens_per_s = latency(passes), throughput(passes, scenario.tokens)
+    case.latency_ms, case.tokens_per_s = latency_of(passes), throughput_of(passes, scenario.tokens)
     case.plan_ms = None if facts.plan_ms is None else facts.plan_ms / scenario.layers
     switched = enumerate(measurement.headline.after_switch)
     case.steps_per_pass = len(passes[0])
@@ -143,7 +142,7 @@ def _timing(samples: Samples, layers: int) -> results.Timing:
         clock=samples.clock,
         passes=len(samples.passes),
         check=samples.check,
-        latency_ms=latency(_per_layer(samples.passes, layers)) if samples.passes else None,
+        latency_ms=latency_of(_per_layer(samples.passes, layers)) if samples.passes else None,
         method=samples.method,
     )
 

@@ -122,7 +122,7 @@ def _values(option: str, given: str | None, known: Sequence[Value]) -> tuple[Val
             raise UsageError(f"{option} takes {' and '.join(known)}, got '{word}'.{hint}")
     if not words:
         raise UsageError(f"{option} takes {' and '.join(known)}, got nothing.")
-    return tuple(known[known.index(word)] for word in dict.fromkeys(words))  # type: ignore[arg-type]
+    return tuple(known[known.index(word)] for word in dict.fromkeys(words))
 
 
 def _no_graphs(backend: Backend) -> str:
@@ -130,8 +130,12 @@ def _no_graphs(backend: Backend) -> str:
     import torch
 
     number = torch.zeros(1, device=backend.device)
+
+    def add() -> None:
+        number.add_(1)
+
     try:
-        if backend.graph(lambda: number.add_(1)) is not None:
+        if backend.graph(add) is not None:
             return ""
     except Exception as error:  # noqa: BLE001  # a stack raises anything when it cannot capture
         return f"backend '{backend.name}' cannot capture graphs: {describe(error)}"

@@ -19,9 +19,8 @@ from mla.bench.subjects import op as one_op
 from mla.bench.subjects.base import buffers
 from mla.bench.subjects.fixture import Fixture, OpFixture
 from mla.bench.subjects.inputs import Requests, choices, oracle_runs
-from mla.bench.subjects.setting import SPARE_PAGES, Setting, implementation_setting, make_ops
+from mla.bench.subjects.setting import SPARE_PAGES, Setting, make_ops
 from mla.bench.workload.grid import Point
-from mla.bench.workload.implementations import Named, is_ours, parse_one
 from mla.cases.varied import Pool
 from mla.errors import OutOfMemory
 from mla.layer.plan import WORKSPACE_BYTES, grown_bytes, rebuilt_bytes
@@ -35,8 +34,6 @@ from mla_backends.api import Backend
 
 # Logits, gathered keys, masks, and what is rebuilt of a context, at most.
 WORKSPACE = 1 << 30
-# Roles whose packed weights may be views of one tensor: they count as shared if all of them are.
-_PACKED_TOGETHER = (("qkv_a_proj",), ("q_b_proj",), ("o_proj",), ("kv_b_proj", "w_uk", "w_uv"))
 
 
 class Available(NamedTuple):
@@ -67,8 +64,6 @@ class MemoryPlan:
     gathered: int = 1  # copies of the outputs that are being checked
     others: int = 0  # further ranks on this host
     per_other: int = 0  # what each holds there, apart from what is on its device
-    shared_weights: int = 0  # on the device, which all implementations and the reference save between them
-    shared_alone: int = 0  # which any single implementation and the reference save
 
     @property
     def side_by_side(self) -> bool:
@@ -87,9 +82,8 @@ class MemoryPlan:
         return _within(device, self.device_available) and _within(on_host, self.host_available)
 
     def device_bytes(self, count: int) -> int:
-        """Return what `count` implementations need on the device; weights that they share count once."""
-        saved = self.shared_weights if count == self.implementations else self.shared_alone
-        return count * self.per_implementation + self.per_reference + self.sweep - saved
+        """Return what `count` implementations need on the device, at most: some share their weights."""
+        return count * self.per_implementation + self.per_reference + self.sweep
 
     def host_bytes(self, count: int) -> int:
         """Return what the host needs while `count` implementations are measured, for all ranks that it has.
@@ -150,8 +144,10 @@ def plan_memory(
         "sweep": sweep(setting.backend).bytes if cold else 0,
     }
     if isinstance(fixture, OpFixture):
-        own, outputs = op_bytes(fixture.pool), one_op.output_bytes(fixture.pool)
-        return MemoryPlan(own, _op_host_bytes(fixture.pool, own), outputs, per_reference=0, **common)
+        per_impl, outputs = op_bytes(fixture.pool), one_op.output_bytes(fixture.pool)
+        return MemoryPlan(
+            per_impl, _op_host_bytes(fixture.pool, per_impl), outputs, per_reference=0, **common
+        )
     layout, gathered = Layout() if setting.ranks is None else setting.ranks.layout, 1
     if setting.ranks is not None:  # once per rank that has them, and twice while they come from others
         gathered = layout.dcp if setting.here > 1 else 2 * layout.head_parts
@@ -164,8 +160,6 @@ def plan_memory(
         gathered=gathered,
         others=setting.beside,
         per_other=_other_bytes(setting, point, lazy),
-        shared_weights=shared_bytes(setting, names, fused),
-        shared_alone=min(shared_bytes(setting, [name], fused) for name in names),
         **common,
     )
 
@@ -257,31 +251,6 @@ def _grown_bytes(setting: Setting, point: Point) -> int:
     return grown_bytes(*what)
 
 
-def shared_bytes(setting: Setting, names: Sequence[str], fused: bool) -> int:
-    """Return the bytes of weights that implementations of ours save on the device by sharing them.
-
-    Those that several pack alike exist once. `fused`: the reference judges, with a layer of its own. Ranks
-    hold parts of the layer, and share none.
-    """
-    named = [parse_one(name) for name in names if is_ours(name)]
-    if setting.ranks is not None or not named:
-        return 0
-    ops = [make_ops(implementation_setting(setting, one)) for one in named]
-    judges = [make_ops(implementation_setting(setting, Named("mla-reference")))] if fused else []
-    saved = 0
-    for group in _PACKED_TOGETHER:
-        if group[0] not in ops[0].names():
-            continue
-        layouts, judging = (
-            [tuple(one[role].key() for role in group) for one in several] for several in (ops, judges)
-        )
-        copies = (len(layouts) - len(set(layouts))) * setting.layers
-        copies += sum(layout in layouts for layout in judging)
-        specs = [ops[0][role].spec for role in group]
-        saved += copies * sum(spec.groups * spec.in_features * spec.out_features for spec in specs)
-    return saved * setting.dtype.itemsize
-
-
 def _context_bytes(setting: Setting, point: Point, dcp: int) -> int:
     """Return the queries and results of all ranks that share a context, on a rank with this setting."""
     if dcp == 1:
@@ -300,8 +269,8 @@ def _input_numbers(setting: Setting, point: Point) -> int:
     """Return the hidden states' numbers: those of the present turn, the plain ones and all others."""
     count = choices(point, signed=not setting.config.attention_bias) - 1
     rows = point.inputs * point.tokens
-    others = len(point.query_lens) if point.mode == "prefill" else rows
-    return (2 * rows + count * others) * setting.config.hidden_size
+    rows_of_others = len(point.query_lens) if point.mode == "prefill" else rows
+    return (2 * rows + count * rows_of_others) * setting.config.hidden_size
 
 
 def _host_bytes(setting: Setting, point: Point) -> int:

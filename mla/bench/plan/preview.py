@@ -19,14 +19,14 @@ from mla.bench.workload.implementations import Named, is_ours, parse_one
 from mla.bench.workload.scenario import spoken
 from mla.command import environment
 from mla.command.console import note
-from mla.command.table import aligned
+from mla.command.display import aligned
 from mla_backends.errors import describe as describe_error
 from mla_backends.errors import plugin_code
 
 # More scenarios than this are counted, not listed.
 LISTED = 8
 # Seconds after which a dry run tries no further case, and of a first forward after which there is no second.
-TRYING, LONG = 20.0, 3.0
+TRYING_S, SLOW_S = 20.0, 3.0
 _HEADER = ("case", "scenario", "implementation", "about forwards", "device", "host", "one forward")
 
 
@@ -75,13 +75,13 @@ def _ops(request: Request) -> Iterator[str]:
     if request.scenarios[0].point.op is not None:
         yield from _measured_op(request.scenarios[0])
         return
-    if not named or any(one in (Named("mla"), Named("mla-reference")) for one in named):
+    if not named or any(impl in (Named("mla"), Named("mla-reference")) for impl in named):
         fused = _fused(make_ops(request.setting).names())
         yield f"ops        {fused or 'reference for every op'} (--list-ops says why)"
-    for one in named:
-        if one.ops:
-            fused = _fused(make_ops(implementation_setting(request.setting, one)).names())
-            yield f"ops        {one}: {fused or 'reference for every op'}"
+    for impl in named:
+        if impl.ops:
+            fused = _fused(make_ops(implementation_setting(request.setting, impl)).names())
+            yield f"ops        {impl}: {fused or 'reference for every op'}"
 
 
 def _measured_op(scenario: ScenarioPlan) -> Iterator[str]:
@@ -101,9 +101,9 @@ def _same_ops(request: Request) -> Iterator[str]:
     for place, name in enumerate(request.implementations):
         for other in request.implementations[:place]:
             pairs = [
-                (one.ops[other], one.ops[name])
-                for one in request.scenarios
-                if {other, name} <= one.ops.keys()
+                (scenario.ops[other], scenario.ops[name])
+                for scenario in request.scenarios
+                if {other, name} <= scenario.ops.keys()
             ]
             count = sum(first == second for first, second in pairs)
             if count:
@@ -143,7 +143,7 @@ def _count(number: int, what: str, plural: str = "s") -> str:
 
 def _plan(request: Request, verbose: bool) -> None:
     plans = [scenario.memory for scenario in request.scenarios]
-    together = all(one.side_by_side for one in plans if one.fits)
+    together = all(plan.side_by_side for plan in plans if plan.fits)
     order = "interleaved" if together else "one at a time where memory is short"
     count = sum(map(request.forwards, request.points))
     note(
@@ -152,9 +152,9 @@ def _plan(request: Request, verbose: bool) -> None:
     )
     if not verbose:
         return
-    counts = [one.implementations if one.side_by_side else 1 for one in plans]
-    device = max(one.device_bytes(count) for one, count in zip(plans, counts, strict=True))
-    on_host = max(one.host_bytes(count) for one, count in zip(plans, counts, strict=True))
+    counts = [plan.implementations if plan.side_by_side else 1 for plan in plans]
+    device = max(plan.device_bytes(count) for plan, count in zip(plans, counts, strict=True))
+    on_host = max(plan.host_bytes(count) for plan, count in zip(plans, counts, strict=True))
     note(
         f"memory     {gib(device)} on the device, {gib(on_host)} on the host; "
         f"available {gib(plans[0].device_available)} and {gib(plans[0].host_available)}"
@@ -164,8 +164,8 @@ def _plan(request: Request, verbose: bool) -> None:
 def require_memory(request: Request) -> None:
     """Raise `OutOfMemory` when no scenario fits; those that do not are skipped in a run with others."""
     plans = [scenario.memory for scenario in request.scenarios]
-    if not any(one.fits for one in plans):
-        min(plans, key=lambda one: one.device_bytes(1)).require()
+    if not any(plan.fits for plan in plans):
+        min(plans, key=lambda plan: plan.device_bytes(1)).require()
 
 
 @dataclass
@@ -181,10 +181,10 @@ class _Case:
     def estimate(self, tried: Sequence[_Case]) -> None:
         """Set the seconds by the rate of what was tried, best of this implementation and mode."""
         mode = self.scenario.point.mode
-        by_name = [one for one in tried if one.name == self.name]
-        alike = [one for one in by_name if one.scenario.point.mode == mode] or by_name or tried
-        if work := sum(one.work for one in alike):
-            self.seconds = sum(one.seconds for one in alike) * self.work / work
+        by_name = [case for case in tried if case.name == self.name]
+        alike = [case for case in by_name if case.scenario.point.mode == mode] or by_name or tried
+        if work := sum(case.work for case in alike):
+            self.seconds = sum(case.seconds for case in alike) * self.work / work
         self.said = f"not tried, about {spoken(self.seconds)}" if self.seconds else "not tried"
 
     def row(self, number: int, count: int) -> tuple[str, ...]:
@@ -207,7 +207,7 @@ def dry_run(request: Request) -> None:
     seconds: dict[str, float] = {}
     for case, count in zip(cases, counts, strict=True):
         seconds[case.scenario.name] = seconds.get(case.scenario.name, 0.0) + count * case.seconds
-    total = sum(one if request.counted else min(one, MAX_S) for one in seconds.values())
+    total = sum(duration if request.counted else min(duration, MAX_S) for duration in seconds.values())
     rows = [
         case.row(*numbers) for case, *numbers in zip(cases, range(1, len(cases) + 1), counts, strict=True)
     ]
@@ -221,22 +221,22 @@ def dry_run(request: Request) -> None:
     beside = (
         f"limits{', ' if unknown else ' and '}float64 oracle{' and what was not tried' if unknown else ''}"
     )
-    note(f"{_count(len(cases), 'case')}, about {spoken(total)} of forwards; {beside} come on top")
+    note(f"{_count(len(cases), 'case')}, about {spoken(total)} of forwards, plus {beside}")
 
 
 def _cases(request: Request) -> list[_Case]:
-    """Return all cases, and try as many as `TRYING` allows."""
-    end, found = time.monotonic() + TRYING, list[_Case]()
+    """Return all cases, and try as many as `TRYING_S` allows."""
+    end, cases = time.monotonic() + TRYING_S, list[_Case]()
     for scenario in request.scenarios:
         fixture = make_fixture(scenario.setting, scenario.point, request.state)
         each = fixture.cost()
         for name in request.implementations:
             work = scenario.point.layers * float(each.flops + each.bytes)
-            found.append(case := _Case(scenario, name, work, _unable(scenario, name)))
+            cases.append(case := _Case(scenario, name, work, _unable(scenario, name)))
             if not case.said and request.setting.ranks is None and time.monotonic() < end:
                 case.seconds = _tried(fixture, scenario, name)
                 case.said = spoken(case.seconds) if case.seconds else "failed"
-    return found
+    return cases
 
 
 def _unable(scenario: ScenarioPlan, name: str) -> str:
@@ -259,19 +259,19 @@ def _tried(fixture: Fixture, scenario: ScenarioPlan, name: str) -> float:
 def _forward(fixture: Fixture, scenario: ScenarioPlan, name: str) -> float:
     """Return the seconds of the second forward, as the first may compile what others use.
 
-    Of a first one that takes `LONG`, return its own.
+    Of a first one that takes `SLOW_S`, return its own.
     """
     inputs = fixture.inputs()
-    one, synchronize = fixture.build(name), scenario.setting.backend.synchronize
-    one.load(scenario.point, inputs)
+    impl, synchronize = fixture.build(name), scenario.setting.backend.synchronize
+    impl.load(scenario.point, inputs)
     for _ in range(2):
-        one.restore()
+        impl.restore()
         start = time.monotonic()
-        one.before(0)
-        one.step(0)
+        impl.before(0)
+        impl.step(0)
         synchronize()
         taken = time.monotonic() - start
-        one.after(0)
-        if taken > LONG:
+        impl.after(0)
+        if taken > SLOW_S:
             break
     return taken

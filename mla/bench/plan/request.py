@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -22,6 +22,9 @@ from mla.bench.workload.implementations import is_ours
 from mla.command import environment
 from mla.text import dtype_name
 from mla.verify.layer_oracle import State
+
+if TYPE_CHECKING:
+    from mla_backends.api import Backend
 
 
 @dataclass(frozen=True)
@@ -46,23 +49,24 @@ def plan_scenarios(
     names: Sequence[str] = (),
     cold: bool = False,
     state: State | None = None,
+    baselines: Sequence[str] = (),
 ) -> tuple[list[ScenarioPlan], list[str]]:
     """Return every scenario of a run with its needs, and the implementations to run.
 
-    Without names these are `mla` and, if a fused op makes it differ anywhere, `mla-reference`. `cold`: caches
-    are flushed before some forwards. `state`: the weights of a checkpoint.
+    Without names these are `mla`, `mla-reference` if a fused op makes it differ anywhere, and `baselines`.
+    `cold`: caches are flushed before some forwards. `state`: the weights of a checkpoint.
     """
     fixtures = [make_fixture(scenario_setting(setting, point), point, state) for point in points]
     ours = [name for name in names or ["mla"] if is_ours(name)]
     ops = [{name: fixture.ops(name).names() for name in ours} for fixture in fixtures]
-    fused = [any({*roles.values()} != {"reference"} for roles in found.values()) for found in ops]
-    chosen = list(names) or (["mla", "mla-reference"] if any(fused) else ["mla"])
+    fused = [any({*roles.values()} != {"reference"} for roles in named.values()) for named in ops]
+    chosen = list(names) or ["mla", *["mla-reference"] * any(fused), *baselines]
     available = available_memory(setting.backend)
     plans = []
-    for fixture, found, differs in zip(fixtures, ops, fused, strict=True):
+    for fixture, named, differs in zip(fixtures, ops, fused, strict=True):
         memory = plan_memory(fixture, chosen, differs, state is not None, available, cold)
         refused = {name: reason for name in ours if (reason := fixture.refusal(name))}
-        plans.append(ScenarioPlan(fixture.point, fixture.setting, memory, found, refused))
+        plans.append(ScenarioPlan(fixture.point, fixture.setting, memory, named, refused))
     return plans, chosen
 
 
@@ -106,11 +110,7 @@ def empty_run(request: Request) -> results.Run:
     setting = request.setting
     return results.Run(
         schema_version=results.SCHEMA_VERSION,
-        argv=["python -m mla.bench", *sys.argv[1:]],
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        git_commit=environment.git_commit(),
-        backend=results.backend_facts(setting.backend, request.backend_version),
-        environment=environment.environment(setting.backend),
+        **provenance(setting.backend, request.backend_version),
         config=asdict(setting.config),
         dtype=dtype_name(setting.dtype),
         attention=setting.attention,
@@ -124,3 +124,22 @@ def empty_run(request: Request) -> results.Run:
             digest=hashlib.sha256(msgspec.json.encode(request.points)).hexdigest()[:16],
         ),
     )
+
+
+def provenance(backend: Backend, version: str | None) -> dict[str, Any]:
+    """Return what a result says of its making, by field; `version` is that of the backend's distribution."""
+    info = backend.device_info()
+    return {
+        "argv": ["python -m mla.bench", *sys.argv[1:]],
+        "created": environment.now(),
+        "git_commit": environment.git_commit(),
+        "backend": results.BackendFacts(
+            name=backend.name,
+            version=version,
+            device=info.name,
+            memory_bytes=info.memory_bytes,
+            cache_bytes=info.cache_bytes,
+            build=environment.build_digest(backend),
+        ),
+        "environment": environment.environment(backend),
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,6 @@ import msgspec
 from mla.bench import results
 from mla.bench.measure import variants
 from mla.bench.plan import options as commands
-from mla.bench.plan import validate
 from mla.bench.plan.options import DEFAULT_DTYPE, DEFAULT_PAGE_SIZE, RunOptions
 from mla.bench.workload import grid
 from mla.bench.workload.grid import Point, batch_scenarios, expand_ops, op_of_batch, op_scenario
@@ -21,9 +21,9 @@ from mla.bench.workload.implementations import is_ours, parse_one
 from mla.bench.workload.scenario import Scenario
 from mla.bench.workload.workload_file import Workload, read_workload, select
 from mla.command import environment, files, launcher
-from mla.command.backend import OpenedBackend, open_backend
 from mla.command.console import note
-from mla.command.progress import Reading
+from mla.command.display import Reading
+from mla.command.options import OpenedBackend, open_backend
 from mla.config.presets import DEFAULT_CONFIG
 from mla.errors import UsageError
 from mla.parallel.layout import Layout
@@ -50,8 +50,8 @@ def resolve(options: RunOptions, join: Join | None = None) -> Request:
         note(mixed)
     options, points = _points(options)
     options = with_link(options)
-    one = ("eager", "warm", "host") if options.parallel else (options.mode, options.cache, options.clock)
-    wanted = variants.parse(*one)
+    words = ("eager", "warm", "host") if options.parallel else (options.mode, options.cache, options.clock)
+    wanted = variants.parse(*words)
     for file, kind in ((options.target, files.RESULT), (options.profile, files.TRACE)):
         if file is not None:
             files.check_writable(file, kind)
@@ -74,13 +74,14 @@ def _planned(
 
     roles = layer_roles(setting.config, setting.dtype, setting.device)
     points = expand_ops(points, setting.config, {role: kind for role, (kind, _) in roles.items()})
-    validate.check_op_uses_shape(options, points)
+    commands.check_op_uses_shape(options, points)
     listed = _listed_implementations(options, points)
     cold = "cold" in (wanted.caches or ("cold",))
-    plans, names = plan_scenarios(setting, points, listed, cold, state)
-    if not listed and names == ["mla"]:
+    baselines = _installed_baselines() if options.is_first_look else []
+    plans, names = plan_scenarios(setting, points, listed, cold, state, baselines)
+    if not listed and "mla-reference" not in names:
         note("mla-reference is skipped: no fused op was chosen, so it is identical to mla")
-    validate.check_own_ops(options, points, _overrides(setting, names))
+    commands.check_own_ops(options, points, _overrides(setting, names))
     return Request(
         setting=setting,
         scenarios=plans,
@@ -106,17 +107,17 @@ def _points(options: RunOptions) -> tuple[RunOptions, list[Point]]:
     Raises `UsageError`.
     """
     grid.parse(options.axes)  # what the user wrote is judged before any file
-    validate.check_lengths(options)
+    commands.check_lengths(options)
     alone = options.op is not None and options.workload_flag is None  # an op of equal requests
     workload = None if options.batch_specs or alone else read_workload(options.workload_name)
     by_file = workload.op if workload is not None and options.op is None else None
     options = _with_defaults(options, workload)
     axes = grid.parse(options.axes)
-    validate.check_options(options, axes, by_file)
+    commands.check_options(options, axes, by_file)
     if options.batch_specs and options.op is None and options.heads is not None:
         axes = {**axes, "heads": (options.heads,)}
     points = grid.points_of(_counted(options, workload), axes)
-    validate.check_points(options, points)
+    commands.check_points(options, points)
     return options, points
 
 
@@ -132,12 +133,12 @@ def _with_defaults(options: RunOptions, workload: Workload | None) -> RunOptions
     if config is None and options.model_path is None:
         config = workload.config
     op = workload.op if options.op is None else options.op
-    own = {axis for scenario in select(workload.scenarios, options.scenarios) for axis in scenario.axes}
-    own -= {axis.partition("=")[0] for axis in options.axes}
+    axes = {axis for scenario in select(workload.scenarios, options.scenarios) for axis in scenario.axes}
+    axes -= {axis.partition("=")[0] for axis in options.axes}
     options = replace(options, config=config, op=op)
-    if options.dtype is not None and "dtype" in own:
+    if options.dtype is not None and "dtype" in axes:
         options = replace(options, dtype=None, axes=(*options.axes, f"dtype={options.dtype}"))
-    if options.page_size is not None and "page_size" in own:
+    if options.page_size is not None and "page_size" in axes:
         options = replace(options, page_size=None, axes=(*options.axes, f"page_size={options.page_size}"))
     return options
 
@@ -162,7 +163,7 @@ def _chosen(options: RunOptions, workload: Workload | None) -> Sequence[Scenario
         return listed
     if not listed:
         return [op_scenario(options.op, options.batch, options.kv, options.q_len, options.heads)]
-    return [op_of_batch(options.op, one, options.heads) for one in listed]
+    return [op_of_batch(options.op, scenario, options.heads) for scenario in listed]
 
 
 # ---------------------------------------------------------------------------------------------- link
@@ -180,7 +181,7 @@ def with_link(options: RunOptions) -> RunOptions:
     link, source = _read(options.link or IDEAL)
     if missing := link.missing(_kinds(options.parallel)):
         raise UsageError(
-            f"--link '{options.link}' has no {missing[0]}, which layout '{options.parallel}' needs: add "
+            f"--link '{options.link}' lacks {missing[0]}, needed by layout '{options.parallel}': add "
             f"'{missing[0]}:alpha=5us,beta=300GB/s' to it."
         )
     return replace(options, link=str(link), link_source=source)
@@ -199,8 +200,8 @@ def _read(text: str) -> tuple[Link, str]:
     path = Path(text)
     if not path.exists():
         raise UsageError(
-            f"--link takes alpha=5us,beta=300GB/s, the result file of a run over real ranks, or ideal, and "
-            f"'{text}' is none of them: {_MEASURE} measures a link."
+            f"--link takes alpha=5us,beta=300GB/s, the result file of a run over real ranks, or ideal, got "
+            f"'{text}'. {_MEASURE} measures a link."
         )
     return _measured(path, results.read(path))
 
@@ -210,8 +211,8 @@ def _measured(path: Path, run: results.Run) -> tuple[Link, str]:
     spreads = [case.spread for case in run.cases if case.spread and not case.spread.predicted]
     measured = next((spread for spread in spreads if spread.link), None)
     if measured is None:
-        raise UsageError(f"'{path}' holds no measured link, as a run over real ranks does: {_MEASURE}.")
-    link = Link({one.collective: one.line() for one in measured.link})
+        raise UsageError(f"'{path}' holds no measured link; a run over real ranks does: {_MEASURE}.")
+    link = Link({line.collective: line.line() for line in measured.link})
     return link, f"{measured.link_source}, {path.name}"
 
 
@@ -228,10 +229,10 @@ def _layer(
 
     dtype = getattr(torch, options.dtype or points[0].dtype or DEFAULT_DTYPE)
     dtypes = dict.fromkeys(getattr(torch, point.dtype) if point.dtype else dtype for point in points)
-    for one in dtypes:
-        validate.check_dtype(opened.backend, one)
+    for dtype_needed in dtypes:
+        commands.check_dtype(opened.backend, dtype_needed)
     config = _config(options)
-    validate.check_heads(config, points)
+    commands.check_heads(config, points)
     stored = dtype if len(dtypes) == 1 else torch.float32  # each scenario rounds to its own
     state = _weights(options, config, stored) if options.model_path else None
     page_size = options.page_size
@@ -244,11 +245,7 @@ def _layer(
 
 
 def _ranks(
-    options: RunOptions,
-    opened: OpenedBackend,
-    config: MLAConfig,
-    points: Sequence[Point],
-    join: Join | None,
+    options: RunOptions, opened: OpenedBackend, config: MLAConfig, points: Sequence[Point], join: Join | None
 ) -> Ranks | None:
     """Return the other ranks of the run; None for one device. Raises `UsageError` and `RanksError`."""
     layout = options.parallel
@@ -312,6 +309,20 @@ def _overrides(setting: Setting, names: Sequence[str]) -> dict[str, list[str]]:
         name: [role for role, _ in implementation_setting(setting, named).overrides]
         for name, named in ours.items()
     }
+
+
+def _installed_baselines() -> list[str]:
+    """Return the implementation of `transformers`, if that is installed: a first look compares with it."""
+    if importlib.util.find_spec("transformers") is None:
+        return []
+    from mla.bench.subjects import transformers_layer
+
+    try:
+        transformers_layer.require()
+    except transformers_layer.TransformersMissing as error:
+        note(f"transformers is skipped: {error}")
+        return []
+    return ["transformers"]
 
 
 def _listed_implementations(options: RunOptions, points: Sequence[Point]) -> list[str]:

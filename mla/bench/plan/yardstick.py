@@ -5,7 +5,7 @@ without bf16 instructions a forward of the reference ops takes ten times as long
 take nearly all of the run. Such a yardstick is timed in the headline's way alone. Its passes become fewer,
 but never too few for an interval, and then shorter: fewer of the forwards of a prefill, which are alike, or
 the first steps of a decode. The cache grows in those, so ratios are formed from the same steps of both
-(`mla.bench.results.passes`). Any other implementation than the first runs less for lack of time as well.
+(`mla.bench.results.cases`). Any other implementation than the first runs less for lack of time as well.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from mla.bench.measure.variants import EXTRA_PASSES, HEADLINE, Steps, Variant, steps
-from mla.bench.results.passes import ENOUGH
+from mla.bench.results.cases import ENOUGH
 from mla.bench.workload.scenario import Scenario, spoken
 
 # Seconds beyond which a yardstick is cut, or a share of what the first implementation takes; and the part of
 # them that its timed passes may take then.
-SECONDS, SHARE, LEFT = 5.0, 0.25, 0.6
+BASELINE_S, SHARE, LEFT = 5.0, 0.25, 0.6
 # Forwards beside the timed ones: checks, warm-ups, evidence.
-BESIDE = 60
+EXTRA_FORWARDS = 60
 # A yardstick that takes fewer times as long as the first implementation keeps all of its forwards.
-MUCH = 2.0
+MUCH_SLOWER = 2.0
 # Passes that are left at least, enough for an interval, and steps of a decode pass: its cache grows, and
 # ratios leave out the first one.
-FEWEST, LEAST_STEPS = EXTRA_PASSES, ENOUGH
+MIN_PASSES, MIN_STEPS = EXTRA_PASSES, ENOUGH
 
 
 def shortened(
@@ -36,26 +36,27 @@ def shortened(
     """Return implementation -> what it runs, in the headline's way alone, and the clause that says so.
 
     `ms`: implementation -> milliseconds of one forward in its warm-up, the first one first; an implementation
-    that is not in it keeps what is planned. So does one whose forwards take no more than `SECONDS` in all, or
-    `SHARE` of those of the first implementation, or which cannot run less; unless time allows only for `most`
-    forwards of the headline.
+    that is not in it keeps what is planned. So does one whose forwards take no more than `BASELINE_S` in all,
+    or `SHARE` of those of the first implementation, or which cannot run less; unless time allows only for
+    `most` forwards of the headline.
     """
-    found: dict[str, tuple[Steps, str]] = {}
-    planned = BESIDE + sum(one.passes * len(one.run) for one in (steps(one, scenario) for one in variants))
-    for own in list(ms)[1:]:
+    shorter: dict[str, tuple[Steps, str]] = {}
+    counts = [steps(variant, scenario) for variant in variants]
+    planned = EXTRA_FORWARDS + sum(count.passes * len(count.run) for count in counts)
+    for name in list(ms)[1:]:
         first = next(iter(ms))
-        if not ms[own]:
+        if not ms[name]:
             continue
-        slow = ms[own] >= MUCH * ms[first]
-        allowed = max(1e3 * SECONDS, SHARE * planned * ms[first]) / ms[own] if slow else math.inf
-        whole, others = steps(HEADLINE, scenario), len(variants) > 1
+        slow = ms[name] >= MUCH_SLOWER * ms[first]
+        allowed = max(1e3 * BASELINE_S, SHARE * planned * ms[first]) / ms[name] if slow else math.inf
+        whole, has_variants = steps(HEADLINE, scenario), len(variants) > 1
         cut = planned > allowed
         enough = LEFT * allowed if cut else math.inf
         fewer = _fitting(scenario, min(most, enough))
-        if (cut and others) or fewer != whole:
-            seconds = None if fewer != _fitting(scenario, enough) else planned * ms[own] / 1e3
-            found[own] = fewer, _reason(seconds, whole, fewer, others)
-    return found
+        if (cut and has_variants) or fewer != whole:
+            seconds = None if fewer != _fitting(scenario, enough) else planned * ms[name] / 1e3
+            shorter[name] = fewer, _reason(seconds, whole, fewer, has_variants)
+    return shorter
 
 
 def _fitting(scenario: Scenario, allowed: float) -> Steps:
@@ -63,19 +64,19 @@ def _fitting(scenario: Scenario, allowed: float) -> Steps:
     planned = steps(HEADLINE, scenario)
     count = len(planned.run)
     allowed = min(allowed, planned.passes * count)
-    passes = min(planned.passes, max(FEWEST, math.floor(allowed / count)))
-    least = min(count, LEAST_STEPS if scenario.mode == "decode" else 1)
+    passes = min(planned.passes, max(MIN_PASSES, math.floor(allowed / count)))
+    least = min(count, MIN_STEPS if scenario.mode == "decode" else 1)
     some = range(min(count, max(least, math.floor(allowed / passes))))
     return replace(planned, run=some, timed=some, passes=passes)
 
 
-def _reason(seconds: float | None, planned: Steps, fewer: Steps, others: bool) -> str:
-    """Return, say, "in full it would take about 46 s, so it runs 6 passes of 2 instead of 10 of 10".
+def _reason(seconds: float | None, planned: Steps, fewer: Steps, has_variants: bool) -> str:
+    """Return, say, "a full timing takes about 46 s; running 6 passes of 2 instead of 10 of 10".
 
     `seconds`: what all of it would take; None where the time that is left is why.
     """
-    why = "little time is left" if seconds is None else f"in full it would take about {spoken(seconds)}"
+    why = "little time is left" if seconds is None else f"a full timing takes about {spoken(seconds)}"
     if fewer == planned:
-        return f"{why}, so none of its other timings are made"
+        return f"{why}; leaving out its other timings"
     counts = f"{fewer.passes} passes of {len(fewer.run)} instead of {planned.passes} of {len(planned.run)}"
-    return f"{why}, so it runs {counts}{', and no other timings' * others}"
+    return f"{why}; running {counts}{', and no other timings' * has_variants}"

@@ -15,9 +15,9 @@ import torch
 import mla
 from mla.bench import results
 from mla.bench.ranks.pulse import RanksError, listed, numbered
-from mla.bench.results.facts import build_digest
 from mla.checkpoint import fingerprint, read_layer
 from mla.command.console import note
+from mla.command.environment import build_digest
 
 if TYPE_CHECKING:
     from mla.bench.plan.options import RunOptions

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from time import perf_counter_ns as now_ns
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -110,6 +111,7 @@ class Crew(Ranks):
         self.layout, self.library, self.rank = layout, library, pulse.rank  # rank 0 leads
         self._timeout, self._pulse, self._store = timeout, pulse, store
         self.leave, self.behind = pulse.leave, pulse.behind  # type: ignore[method-assign]
+        self.blamed = partial(blamed_on, pulse, computes=True)  # for what a library raises in a block
         hosts = [pulse.members[rank].host for rank in range(layout.world)]
         self.beside = hosts.count(hosts[self.rank]) - 1
         self._forwards, self._before = 0, 0  # and collectives that were entered before this forward
@@ -162,15 +164,6 @@ class Crew(Ranks):
     def when_lost(self, die: Callable[[RanksError], None]) -> None:
         """Have `die` end this process if another rank is lost while this one does something else."""
         self._pulse.die = die
-
-    @contextmanager
-    def blamed(self) -> Iterator[None]:
-        """Name the rank that is lost, if one is, for what a library raises in the block.
-
-        Raises `RanksError`. What is no error of a collective is probably this rank's own.
-        """
-        with blamed_on(self._pulse, computes=True):
-            yield
 
     @contextmanager
     def awaited(self, implementation: str) -> Iterator[None]:

@@ -19,7 +19,7 @@ from mla_backends.errors import describe
 
 if TYPE_CHECKING:
     from mla.bench.plan.options import RunOptions
-    from mla.command.backend import OpenedBackend
+    from mla.command.options import OpenedBackend
     from mla.parallel.layout import Layout
 
 # Seconds that ranks wait for each other, that one which ends early waits for rank 0, and for a connection.
@@ -86,7 +86,16 @@ def connect(seconds: float, word: Word | None = None) -> tuple[Pulse, Any]:
     except Exception as error:
         global _unreached
         _unreached = True
-        raise RanksError(_unreachable(holds, host, port, seconds, error)) from error
+        sentence = (
+            f"rank 0 was not reached at {host}:{port} within {seconds:.0f} s: it has not started, or it has "
+            "ended, or MASTER_ADDR or MASTER_PORT is wrong"
+        )
+        if holds:
+            sentence = (
+                f"rank 0 cannot listen at port {port} ({describe(error)}): another run may use it; "
+                "set MASTER_PORT to a free port on all ranks"
+            )
+        raise RanksError(sentence) from error
     finally:
         watch.cancel()
     return _JOINED[0]
@@ -103,18 +112,6 @@ def _reach(host: str, port: int, seconds: float) -> None:
             if time.monotonic() > limit:
                 raise
             time.sleep(LOOK)
-
-
-def _unreachable(holds: bool, host: str, port: int, seconds: float, error: Exception) -> str:
-    if holds:
-        return (
-            f"rank 0 cannot listen at port {port} ({describe(error)}): another run may use it; "
-            "set MASTER_PORT to a free one, for all ranks"
-        )
-    return (
-        f"rank 0 was not found at {host}:{port} within {seconds:.0f} s: it has not started, or has ended, or "
-        "MASTER_ADDR and MASTER_PORT are not those of its node"
-    )
 
 
 def leave_word(sentence: str, code: int) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from time import perf_counter_ns as now_ns
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,15 +21,13 @@ from mla.bench.measure.evidence import LayerBench, Lengths, Sample
 from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.results.schema import LinkLine, RankFacts, Spread
 from mla.bench.results.stats import median
-from mla.bench.subjects.base import Facts, Implementation, LayerChecker, Outputs, buffers
+from mla.bench.subjects.base import Facts, Implementation, LayerChecker, Outputs, buffers, worst
 from mla.bench.subjects.fixture import Fixture, make_fixture
 from mla.bench.subjects.inputs import Inputs, Requests
 from mla.bench.subjects.layer import MlaLayer
-from mla.bench.subjects.setting import SPARE_PAGES, Setting
+from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
-from mla.cache import LatentCache
 from mla.errors import OutOfMemory, UnsupportedBatch
-from mla.layer.attention import MLA
 from mla.parallel.cache import ShardedCache
 from mla.parallel.groups import Groups, Traffic
 from mla.parallel.layer import ParallelMLA
@@ -62,19 +61,11 @@ class RankLayer(MlaLayer):
     ) -> None:
         """`meet` returns once every rank has called it."""
         self._groups, self._meet = groups, meet
-        super().__init__(setting, state, name, ops)
-
-    def _make_layer(self, ops: str | None, index: int) -> MLA:
-        setting = self.setting
-        return ParallelMLA(
-            setting.config,
-            self._groups,
-            backend=setting.backend,
-            dtype=setting.dtype,
-            attention=setting.attention,
-            ops=ops or setting.ops,
-            overrides=dict(setting.overrides),
-        )
+        self.make_layer = partial(ParallelMLA, groups=groups)
+        if groups.layout.dcp > 1:
+            self.share = Share(groups.place.dcp, groups.layout.dcp)
+            self.make_cache: Any = partial(ShardedCache, share=self.share)  # has what is used of a cache
+        super().__init__(replace(setting, weights=None), state, name, ops)  # each packs its own part
 
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
         self.buffers = buffers(scenario.steps, inputs.hidden[0].nbytes)  # on every rank as many
@@ -85,23 +76,6 @@ class RankLayer(MlaLayer):
         """Load, and keep the outputs of the same forwards as every rank that is given this seed."""
         self.load(scenario, inputs)
         self._shelf.draw_from(random.Random(seed))
-
-    def _make_cache(self, scenario: Scenario) -> LatentCache:
-        layout = self._groups.layout
-        if layout.dcp == 1:
-            return super()._make_cache(scenario)
-        size, share = self.setting.page_size, Share(self._groups.place.dcp, layout.dcp)
-        pages = sum(-(-share.first(length) // size) for length in scenario.final_lens) + SPARE_PAGES
-        cache: Any = ShardedCache(
-            self.setting.config,
-            share,
-            max_tokens=pages * size * layout.dcp,
-            page_size=size,
-            device=self.setting.device,
-            dtype=self.setting.dtype,
-            shuffle=self.setting.seed,
-        )
-        return cache  # has what this class uses of one
 
     def extend(self, table_tokens: int = 0) -> Any:
         return self._cache.extend(self._sequences, self.scenario.query_lens)
@@ -252,12 +226,12 @@ class LeadLayer(Implementation):
             checker.check_pass(self._whole(copy), self._number, self.held_to_reference)
             for copy in range(self._copies())
         ]
-        worst = max(range(len(checks)), key=lambda copy: _badness(checks[copy]))
-        check = checks[worst]
+        copy = worst(checks)
+        check = checks[copy]
         if check.reason:
-            wrong = [copy for copy, other in enumerate(checks) if other.status == check.status]
-            first = self._worst_rank(checker, worst) - worst
-            *ranks, last = [str(first + copy) for copy in wrong]
+            wrong = [place for place, other in enumerate(checks) if other.status == check.status]
+            first = self._worst_rank(checker, copy) - copy
+            *ranks, last = [str(first + place) for place in wrong]
             blamed = f"on ranks {', '.join(ranks)} and {last}, which hold one sum: any may be at fault"
             check.reason = f"{blamed if ranks else f'on rank {last}'}: {check.reason}"
         return check
@@ -309,10 +283,6 @@ class LeadLayer(Implementation):
     def replace_ops(self, replace: Callable[[str, Any], Any]) -> None:
         """Put `replace(role, op)` in place of every op of rank 0; called before `load`."""
         self._part.replace_ops(replace)
-
-
-def _badness(check: Check) -> tuple[bool, float]:
-    return check.status != "ok", check.error_ratio if check.error_ratio is not None else float("inf")
 
 
 class Follower:

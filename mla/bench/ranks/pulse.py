@@ -24,7 +24,7 @@ from mla.parallel.groups import CollectiveError
 # Seconds between beats, and between looks while ranks still join; after SILENT without a beat a rank is lost,
 # or after BROKEN once a connection to some rank has. GRACE: for this rank to notice by itself, and to write
 # what it has. WORD: to be heard by the others.
-BEAT, LOOK, SILENT, BROKEN, GRACE, WORD = 0.5, 0.05, 20.0, 5.0, 10.0, 5.0
+BEAT, LOOK, SILENT, BROKEN, GRACE, WORD = 0.5, 0.05, 20.0, 5.0, 8.0, 5.0
 MAX_NAMED = 8  # ranks that a sentence names
 BYE = b"bye"  # the last beat of a rank that ends well
 HANGS = "it is assumed to hang; raise --hang-after to wait longer"
@@ -103,9 +103,7 @@ class Pulse:
         self._changed, self._closed = threading.Condition(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
         if store.add(f"joined/{rank}", 1) > 1:
-            taken = (
-                f"another run has a rank {rank} at this port: set MASTER_PORT to a free one, for all ranks"
-            )
+            taken = f"another run has a rank {rank} at this port: set MASTER_PORT to a free port on all ranks"
             self._lose(Word(taken, 3, False))
             return
         self._beat()
@@ -124,10 +122,9 @@ class Pulse:
         if self._lost:
             raise self._lost
         if missing := [rank for rank in range(self.world) if rank not in self.members]:
-            hosts = listed(list(dict.fromkeys(member.host for member in self.members.values())))
             sentence = (
-                f"{numbered(missing)} did not join those on {hosts} within {seconds:.0f} s: see the output "
-                "there, and whether this port can be reached"
+                f"{numbered(missing)} did not join within {seconds:.0f} s: check the output there, and that "
+                f"{self.members[self.rank].host} can be reached from there"
             )
             self.leave(sentence, 3)
             raise RanksError(sentence)
@@ -250,7 +247,7 @@ class Pulse:
             self._changed.notify_all()
 
     def _silent(self, ranks: Iterable[int]) -> str:
-        return f"{self._names(ranks)}: not heard of for {self.limit:.0f} s; stopped, or the node is gone"
+        return f"{self._names(ranks)}: no heartbeat for {self.limit:.0f} s; stopped, or the node is gone"
 
     def _names(self, ranks: Iterable[int]) -> str:
         where = {rank: f" (process {member.pid} on {member.host})" for rank, member in self.members.items()}
@@ -274,7 +271,7 @@ def blamed_on(pulse: Pulse, computes: bool = False) -> Iterator[None]:
             raise lost from error
         if isinstance(error, CollectiveError) and (behind := pulse.behind()):
             raise RanksError(
-                f"{behind} did not come to a collective in which others wait: {HANGS}"
+                f"{behind} did not join a collective that other ranks wait in: {HANGS}"
             ) from error
         raise
 

@@ -56,16 +56,6 @@ class SimulatedPart(RankLayer):
         self.batch = super().extend(table_tokens)
         return self.batch
 
-    def begin_meeting(self) -> None:
-        """Make the batch of a forward that all ranks run, in `meet_ranks`."""
-        poison(self.out)
-        if self.scenario.mode == "decode":
-            self.extend()
-
-    def meet_ranks(self) -> None:
-        """Run the forward that was begun, as far as other ranks let it."""
-        self.forward(self.batch, self.x, self.out)
-
     def undo(self) -> None:
         """Go back to before the last forward, whose results are overwritten, and receive again."""
         self.clear_new(self.batch)
@@ -146,9 +136,11 @@ class SimulatedLayer(LeadLayer):
         for part in self._parts:
             if part.first is part:
                 part.show(index)
-            part.begin_meeting()
+            poison(part.out)
+            if self.scenario.mode == "decode":
+                part.extend()
         for ranks in self._world.layout.head_groups():
-            self._world.run(ranks, lambda rank: self._parts[rank].meet_ranks())
+            self._world.run(ranks, self._meet)
         for part in self._kept_parts:
             if part.groups.rank not in self._passes:
                 self._world.complete(part.groups.rank, part.out)
@@ -156,6 +148,11 @@ class SimulatedLayer(LeadLayer):
             self._times[rank].append(self._time(rank, index))
         self._warm(0, index)
         self._part.show(index)
+
+    def _meet(self, rank: int) -> None:
+        """Run a rank's part of a forward, as far as other ranks let it."""
+        part = self._parts[rank]
+        part.forward(part.batch, part.x, part.out)
 
     def meet(self) -> None:
         """Nobody is waited for: all have run."""

@@ -11,9 +11,9 @@ from mla.bench.report import data, figures
 from mla.bench.report.data import LATENCY, THROUGHPUT, Curve, Entry, Quantity, ResultFile, grouped
 from mla.bench.report.figures import DASHES, MARKERS, Chart, Draw, Line, Point, Row
 from mla.bench.report.theme import colours
-from mla.bench.results import compare, scaling
+from mla.bench.results import compare
 from mla.bench.results.cases import device_cost
-from mla.bench.results.scaling import Scaled, Scaling
+from mla.bench.results.compare import Scaled, Scaling
 from mla.bench.results.schema import Case, Ceiling
 from mla.bench.terminal import ceilings, verdict
 from mla.bench.terminal.digits import known, limit, number
@@ -121,7 +121,7 @@ class Charts:
 
     def scaling(self) -> Iterator[Chart]:
         """Yield how every case that is there on one device and over ranks scales."""
-        scalings = scaling.scaling([file.run for file in self.files])
+        scalings = compare.scaling([file.run for file in self.files])
         for name, members in grouped(scalings, lambda scaling: scaling.implementation).items():
             every = [(of, scaled) for of in members for scaled in of.rows[1:]]
             rows = [self._scaled(*pair) for pair in every[:MOST_ROWS]]

@@ -90,10 +90,10 @@ def short_names(paths: Iterable[str]) -> dict[str, str]:
     """Return for every path its last part, and as many folders before it as tell it from the others."""
     parts = {path: re.split(r"[/\\]+", os.path.normpath(path)) for path in paths}
     names: dict[str, str] = {}
-    for path, own in parts.items():
-        others = [other for other in parts.values() if other != own]
-        lengths = (n for n in range(1, len(own)) if all(other[-n:] != own[-n:] for other in others))
-        names[path] = "/".join(own[-next(lengths, len(own)) :])
+    for path, words in parts.items():
+        rest = [other for other in parts.values() if other != words]
+        lengths = (n for n in range(1, len(words)) if all(other[-n:] != words[-n:] for other in rest))
+        names[path] = "/".join(words[-next(lengths, len(words)) :])
     return names
 
 
@@ -142,14 +142,15 @@ class Curve(NamedTuple):
 
 def curves(cases: Iterable[Entry], axis: str) -> dict[Workload, list[Curve]]:
     """Return the curves along `axis`, for workloads whose grid has numbers at two values of it."""
-    found = {}
+    by_workload = {}
     for which, members in grouped(cases, workload).items():
         placed = [(x, entry) for entry in members if (x := _position(entry.case, axis)) is not None]
         if len({x for x, entry in placed if entry.case.latency_ms}) > 1:
             groups = grouped(placed, lambda point: (point[1].name, _others(point[1].case, axis)))
             lines = [Curve(rest, sorted(same, key=itemgetter(0))) for (_, rest), same in groups.items()]
-            found[which] = [line for line in lines if any(entry.case.latency_ms for _, entry in line.points)]
-    return found
+            timed = [line for line in lines if any(entry.case.latency_ms for _, entry in line.points)]
+            by_workload[which] = timed
+    return by_workload
 
 
 def _position(case: Case, axis: str) -> float | None:

@@ -6,20 +6,21 @@ import base64
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple, get_args
 
 import jinja2
 
+import mla
 from mla.bench.report import data, summary, tables, theme
 from mla.bench.report.charts import Charts
 from mla.bench.report.figures import NARROW, WIDE, Chart, svg
 from mla.bench.report.tables import Table
-from mla.bench.results import passes
+from mla.bench.results import cases
 from mla.bench.results.cases import labelled
 from mla.bench.results.schema import Run
-from mla.bench.terminal import lines, ranks, run_table
+from mla.bench.terminal import lines, run_table
+from mla.bench.terminal.tables import prediction
 from mla.command import files
 from mla.errors import ResultError
 from mla.text import size
@@ -62,10 +63,10 @@ def render(paths: Sequence[str], runs: Sequence[Run]) -> str:
     environment = jinja2.Environment(
         loader=loader, trim_blocks=True, lstrip_blocks=True, autoescape=True, undefined=jinja2.StrictUndefined
     )
-    modules = (lines, passes, ranks, run_table, summary, tables, theme)
+    modules = (cases, lines, run_table, summary, tables, theme)
     environment.globals |= {module.__name__.rpartition(".")[2]: module for module in modules}
-    environment.globals |= {"images": _images, "join": shlex.join, "size": size}
-    drawn, version = list(sections(shown)), metadata.version("mla")
+    environment.globals |= {"images": _images, "prediction": prediction, "join": shlex.join, "size": size}
+    drawn, version = list(sections(shown)), mla.__version__
     return environment.get_template("template.html.j2").render(files=shown, sections=drawn, version=version)
 
 

@@ -23,7 +23,7 @@ MOST_TILES, MOST_NAMED = 6, 4
 _WORDS = {
     "wrong": "wrong",
     "doubtful": "doubtful: no number",
-    "in-doubt": "with limit or time in doubt",
+    "in-doubt": "with a suspect limit or time",
     "not-run": "not run",
     "not-timed": "not timed",
     "interrupted": "interrupted",
@@ -61,15 +61,15 @@ def badges(cases: Sequence[Case]) -> list[Badge]:
     yardsticks, judged = kinds["yardstick"], len(cases) - kinds["yardstick"]
     kinds["interrupted"] = sum(case.interrupted for case in cases if not is_yardstick(case))
     of = f"of {judged} case{'s' * (judged > 1)}"
-    found = [Badge(kind, f"{kinds[kind]} {of} {words}") for kind, words in _WORDS.items() if kinds[kind]]
-    if not found:
+    badges = [Badge(kind, f"{kinds[kind]} {of} {words}") for kind, words in _WORDS.items() if kinds[kind]]
+    if not badges:
         agree = f"all {judged} cases agree" if judged > 1 else "the only case agrees"
-        found = [Badge("ok", f"{agree} with the oracle") if judged else Badge("not-run", "no case was run")]
+        badges = [Badge("ok", f"{agree} with the oracle") if judged else Badge("not-run", "no case was run")]
     warned = Counter(kind for case in cases for kind in sorted(_warned(case)))
     for mark, busy in (("unsteady", True), ("soft", False)):
         told = [f"{n} {_WARNED.get(kind, kind)}" for kind, n in warned.items() if (kind in BUSY) == busy]
-        found += [Badge(mark, f"{of}: {', '.join(told)}")] * bool(told)
-    return found + [Badge("soft", f"{yardsticks} yardsticks, which compute nothing")] * bool(yardsticks)
+        badges += [Badge(mark, f"{of}: {', '.join(told)}")] * bool(told)
+    return badges + [Badge("soft", f"{yardsticks} without a result to check")] * bool(yardsticks)
 
 
 def _warned(case: Case) -> set[str]:
@@ -79,14 +79,14 @@ def _warned(case: Case) -> set[str]:
 
 def named(cases: Sequence[Case]) -> list[Badge]:
     """Return the cases that are wrong or in doubt, with the reasons; the worst first, and not too many."""
-    found = []
+    badges = []
     for kind in ("wrong", "doubtful", "in-doubt"):
         for case in (case for case in cases if css_class(case) == kind):
-            doubt = f"limit or time in doubt: {case.roofline.doubt}"
+            doubt = f"suspect limit or time: {case.roofline.doubt}"
             reason = doubt if kind == "in-doubt" else f"{kind}: {case.check.reason}"
-            found.append(Badge(kind, f"{name(case)}: {reason}"))
-    more = len(found) - MOST_NAMED
-    return found[:MOST_NAMED] + [Badge("soft", f"and {more} more in the table")] * (more > 0)
+            badges.append(Badge(kind, f"{name(case)}: {reason}"))
+    more = len(badges) - MOST_NAMED
+    return badges[:MOST_NAMED] + [Badge("soft", f"and {more} more in the table")] * (more > 0)
 
 
 def tiles(file: ResultFile) -> list[Tile]:
@@ -97,13 +97,13 @@ def tiles(file: ResultFile) -> list[Tile]:
 
 
 def _tile(scenario: str, cases: Sequence[Case]) -> Tile:
-    found = verdict.contest(cases)
-    without = ", ".join(f"{case.implementation} ({status(case)})" for case in found.without)
-    worst = min((css_class(case) for case in found.without), key=list(_WORDS).index, default="ok")
-    if not found.leaders:
+    ranking = verdict.contest(cases)
+    without = ", ".join(f"{case.implementation} ({status(case)})" for case in ranking.without)
+    worst = min((css_class(case) for case in ranking.without), key=list(_WORDS).index, default="ok")
+    if not ranking.leaders:
         return Tile(worst, scenario, "no number", text=without or "nothing was compared")
-    first, *others = [*found.leaders, *found.beaten]
-    value, bounds, text = _ratio(first, others, found.outcome) if others else ("", "", "")
+    first, *slower = [*ranking.leaders, *ranking.beaten]
+    value, bounds, text = _ratio(first, slower, ranking.outcome) if slower else ("", "", "")
     number = run_table.headline(first).rpartition(": ")[2]
     limit, unreliable, busy = first.roofline, why_unreliable(first), _warned(first) & set(BUSY)
     return Tile(
@@ -120,18 +120,18 @@ def _tile(scenario: str, cases: Sequence[Case]) -> Tile:
     )
 
 
-def _ratio(first: Case, others: Sequence[Case], outcome: str) -> tuple[str, str, str]:
+def _ratio(first: Case, slower: Sequence[Case], outcome: str) -> tuple[str, str, str]:
     """Return how many times as fast a case is as the next, the interval, and what that decides."""
-    found = compare_implementations(others[0], first)
-    decided = {"open": "no decision: ", "doubt": "in doubt: "}.get(outcome, "")
-    rank = f", the next of {len(others)}" * (len(others) > 1)
-    reason = f" ({found.reason})" * bool(found.reason)
-    return *_times(found), f"{decided}as fast as {others[0].implementation}{rank}{reason}"
+    comparison = compare_implementations(slower[0], first)
+    decided = {"open": "no decision: ", "doubt": "suspect: "}.get(outcome, "")
+    rank = f", the next of {len(slower)}" * (len(slower) > 1)
+    reason = f" ({comparison.reason})" * bool(comparison.reason)
+    return *_times(comparison), f"{decided}as fast as {slower[0].implementation}{rank}{reason}"
 
 
-def _times(found: Comparison) -> tuple[str, str]:
+def _times(comparison: Comparison) -> tuple[str, str]:
     """Return a speedup and its interval."""
-    speedup, interval = found.speedup, found.speedup_interval
+    speedup, interval = comparison.speedup, comparison.speedup_interval
     return f"{known(speedup, interval)}x" * bool(speedup), between(interval, speedup, interval) * bool(
         interval
     )
@@ -149,7 +149,7 @@ def _noise(case: Case, busy: set[str]) -> str:
 def said(file: ResultFile) -> list[str]:
     """Return a sentence for every grid, for scenarios that got no tile, and for the limits."""
     tiled = {tile.where.partition(": ")[0] for tile in tiles(file)}
-    sentences = [str(found) for found in verdict.verdicts(file.run) if found.where not in tiled]
+    sentences = [str(line) for line in verdict.verdicts(file.run) if line.where not in tiled]
     return [*sentences[:MOST_TILES], *ceilings.run_lines(file.run.ceilings)]
 
 

@@ -94,6 +94,6 @@ def rc(mode: Mode) -> dict[Any, Any]:
 
 def colours(names: Iterable[str]) -> dict[str, str]:
     """Return a colour per implementation, the same in all charts; those of `KNOWN` are in all reports."""
-    found = dict(zip(KNOWN, SERIES, strict=False))
+    styles = dict(zip(KNOWN, SERIES, strict=False))
     rest = cycle([*list(SERIES)[len(KNOWN) :], *SERIES])
-    return found | dict(zip(sorted(set(names) - set(KNOWN)), rest, strict=False))
+    return styles | dict(zip(sorted(set(names) - set(KNOWN)), rest, strict=False))

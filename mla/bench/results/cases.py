@@ -1,18 +1,21 @@
-"""What follows from a case's fields: its ways of timing, whether it is predicted, and the shares of ranks.
-
-Needs no torch.
+"""What follows from a case's fields: its ways of timing, whether it is predicted, the shares of ranks,
+and the statistics of its passes. Needs no torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
-from mla.bench.results.schema import Agreement, Case, Cost, Run, Spread, Timing
-from mla.bench.results.stats import median
+from mla.bench.results import stats
+from mla.bench.results.schema import Agreement, Case, Cost, Latency, Run, Spread, Throughput, Timing
 
+_Named = TypeVar("_Named", Case, Agreement)
+
+# How the reason of a timing begins that nobody asked for, and for which no time was left.
+LEFT_OUT = "left out: "
 # What every place says with a time that was not measured.
 WORD = "predicted"
 _MARK = f" ({WORD})"
@@ -46,13 +49,19 @@ def labelled(run: Run) -> Run:
     """Return a run for readers: implementations whose times are predicted say so in their names."""
     if not any(map(is_predicted, run.cases)):
         return run
-    names = {(case.scenario, case.implementation): label(case) for case in run.cases}
+    labels = {(case.scenario, case.implementation): label(case) for case in run.cases}
 
-    def named(case: Case) -> Case:
-        agreement = [_named(one, names.get((case.scenario, one.implementation))) for one in case.agreement]
-        return msgspec.structs.replace(case, implementation=label(case), agreement=agreement)
+    def shown(scenario: str, item: _Named) -> _Named:
+        key = scenario, item.implementation
+        return msgspec.structs.replace(item, implementation=labels.get(key, item.implementation))
 
-    return msgspec.structs.replace(run, cases=list(map(named, run.cases)))
+    cases = [
+        msgspec.structs.replace(
+            shown(case.scenario, case), agreement=[shown(case.scenario, other) for other in case.agreement]
+        )
+        for case in run.cases
+    ]
+    return msgspec.structs.replace(run, cases=cases)
 
 
 def label(case: Case) -> str:
@@ -63,10 +72,6 @@ def label(case: Case) -> str:
 def unlabelled(implementation: str) -> str:
     """Return the implementation that a label is of."""
     return implementation.removesuffix(_MARK)
-
-
-def _named(one: Agreement, name: str | None) -> Agreement:
-    return one if name is None else msgspec.structs.replace(one, implementation=name)
 
 
 class Repeated(NamedTuple):
@@ -82,7 +87,7 @@ class Repeated(NamedTuple):
 
 def busiest(costs: Sequence[Cost]) -> Cost:
     """Return the most that any device has of each kind of work: under one limit, its floor is the highest."""
-    return Cost(flops=max(one.flops for one in costs), bytes=max(one.bytes for one in costs))
+    return Cost(flops=max(cost.flops for cost in costs), bytes=max(cost.bytes for cost in costs))
 
 
 def device_cost(case: Case) -> Cost | None:
@@ -99,16 +104,16 @@ def repeated(case: Case) -> Repeated | None:
     if not costs:
         return None
     return Repeated(
-        _excess(case.cost.flops, sum(one.flops for one in costs)),
-        _excess(case.cost.bytes, sum(one.bytes for one in costs)),
+        _excess(case.cost.flops, sum(cost.flops for cost in costs)),
+        _excess(case.cost.bytes, sum(cost.bytes for cost in costs)),
     )
 
 
 def imbalances(spread: Spread) -> list[float]:
     """Return by rank how much longer it works than the median one, collectives left out; 0.1: by 10 %."""
-    busy = [max(0.0, median(one.samples) - one.collective_ms) for one in spread.ranks]
-    middle = median(busy)
-    return [one / middle - 1 if middle else 0.0 for one in busy]
+    busy = [max(0.0, stats.median(rank.samples) - rank.collective_ms) for rank in spread.ranks]
+    middle = stats.median(busy)
+    return [time / middle - 1 if middle else 0.0 for time in busy]
 
 
 def imbalance(spread: Spread) -> float:
@@ -118,9 +123,106 @@ def imbalance(spread: Spread) -> float:
 
 def _costs(spread: Spread) -> list[Cost]:
     """Return the work of every rank; none if one does not say."""
-    costs = [one.cost for one in spread.ranks if one.cost is not None]
+    costs = [rank.cost for rank in spread.ranks if rank.cost is not None]
     return costs if len(costs) == len(spread.ranks) else []
 
 
 def _excess(needed: int, done: int) -> float:
     return max(0.0, 1 - needed / done) if done else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------- passes
+
+# Steps that two cases share from which the first one is left out of their ratio.
+ENOUGH = 3
+
+
+def latency_of(passes: Sequence[Sequence[float]]) -> Latency:
+    """Return the statistics of the milliseconds of at least one pass.
+
+    The interval is that of the median pass, widened where the median of all samples lies outside.
+    """
+    samples = [sample for times in passes for sample in times]
+    medians, median = [stats.median(times) for times in passes], stats.median(samples)
+    return Latency(
+        median=median,
+        ci95=_holding(median, stats.median_interval(medians)),
+        p10=stats.percentile(samples, 10),
+        p90=stats.percentile(samples, 90),
+        samples=samples,
+        drift=stats.drift(medians),
+        outliers=stats.outliers(passes),
+    )
+
+
+def throughput_of(passes: Sequence[Sequence[float]], tokens: int) -> Throughput:
+    """Return the tokens per second of all passes of forwards with so many new tokens, over their total time.
+
+    The interval is that of the median pass, widened where one slow pass takes the total out of it.
+    """
+    rates = [1e3 * tokens * len(samples) / sum(samples) for samples in passes]
+    total = 1e3 * tokens * sum(map(len, passes)) / sum(map(sum, passes))
+    return Throughput(median=total, ci95=_holding(total, stats.median_interval(rates)))
+
+
+def _holding(value: float, interval: tuple[float, float] | None) -> tuple[float, float] | None:
+    """Return an interval that holds its own value."""
+    return interval and (min(value, interval[0]), max(value, interval[1]))
+
+
+def passes_of(case: Case) -> list[list[float]]:
+    """Return the samples of each pass."""
+    samples: list[float] = case.latency_ms.samples if case.latency_ms else []
+    steps = max(1, case.steps_per_pass)
+    return [samples[start : start + steps] for start in range(0, len(samples), steps)]
+
+
+def due(case: Case, planned: int) -> int:
+    """Return the passes that make a case complete: of a slow yardstick fewer than the workload's."""
+    return planned if case.planned is None else case.planned.due
+
+
+def planned_steps(case: Case) -> int:
+    """Return the workload's forwards of a pass, of which a slow yardstick runs fewer."""
+    return case.steps_per_pass if case.planned is None else case.planned.steps
+
+
+def as_planned(case: Case) -> bool:
+    """Return whether a case has no number, or as many passes as the workload asks for, of as many steps."""
+    if case.latency_ms is None or case.planned is None:
+        return True
+    return (case.passes, case.steps_per_pass) == (case.planned.passes, case.planned.steps)
+
+
+def same_steps(case: Case, other: Case) -> tuple[Case, Case]:
+    """Return two cases of one scenario, of which one ran fewer steps, with the numbers of `shared_steps`.
+
+    The cache grows in a decode pass, so its first steps, all that a slow yardstick runs, are the fastest.
+    """
+    both = case.mode == other.mode == "decode" and case.latency_ms and other.latency_ms
+    if not both or case.steps_per_pass == other.steps_per_pass:
+        return case, other
+    steps = shared_steps(case, other)
+    mine, theirs = _only(case, steps), _only(other, steps)
+    return (mine, theirs) if mine is not None and theirs is not None else (case, other)
+
+
+def shared_steps(case: Case, other: Case) -> range:
+    """Return the steps that two cases are compared by: those of both, without the first if that leaves two.
+
+    The first step follows another implementation, whose weights are in the caches: in short passes that would
+    weigh more against the faster one.
+    """
+    steps = min(case.steps_per_pass, other.steps_per_pass)
+    return range(int(steps >= ENOUGH), steps)
+
+
+def _only(case: Case, steps: range) -> Case | None:
+    """Return a case with the numbers of some steps; None where a coarse clock saw none of them."""
+    if len(steps) == case.steps_per_pass:
+        return case
+    passes = [samples[steps.start : steps.stop] for samples in passes_of(case)]
+    if not all(map(sum, passes)) or not stats.median([sample for samples in passes for sample in samples]):
+        return None
+    latency, rate = latency_of(passes), throughput_of(passes, sum(case.query_lens))
+    return msgspec.structs.replace(case, latency_ms=latency, tokens_per_s=rate, steps_per_pass=len(steps))

@@ -12,13 +12,23 @@ there is SLOWER. Needs no torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mla.bench.results.cases import is_predicted, label, unlabelled
-from mla.bench.results.passes import planned_steps, same_steps, shared_steps
+from mla.bench.results.cases import (
+    WORD,
+    is_predicted,
+    label,
+    planned_steps,
+    repeated,
+    same_steps,
+    shared_steps,
+    unlabelled,
+)
 from mla.bench.results.schema import Case, Interval, Latency, Run
+from mla.bench.results.stats import median
 from mla.parallel.layout import Layout
 
 # Ratios this near 1 were noise on every machine tried.
@@ -76,11 +86,6 @@ class Comparison:
         return self.new.check.status if self.new else "missing"
 
     @property
-    def known(self) -> bool:
-        """Whether the base has this case."""
-        return self.base is not None
-
-    @property
     def expected(self) -> bool:
         """Whether the base has a number for this case."""
         return self.base is not None and self.base.latency_ms is not None
@@ -89,11 +94,6 @@ class Comparison:
     def remarks(self) -> str:
         """Reason and note."""
         return "; ".join(filter(None, (self.reason, self.note)))
-
-    @property
-    def judged(self) -> bool:
-        """Whether there is an interval, from which alone a verdict follows."""
-        return self.interval is not None
 
     @property
     def decided(self) -> bool:
@@ -123,7 +123,7 @@ def compare_cases(base: Case, new: Case, noise: float = NOISE) -> Comparison:
     note, (base, new) = _note(base, new, cut), cut
     old, now = base.latency_ms, new.latency_ms
     if old is None or now is None or min(old.median, now.median) <= 0:
-        return Comparison(base, new, reason="there are not two numbers to compare", note=note)
+        return Comparison(base, new, reason="only one side has a number", note=note)
     ratio = now.median / old.median
     interval, passes = _ratio_interval(now.ci95, old.ci95, ratio), _passes_interval(base, new)
     verdict, reason = _verdict(interval, noise), ""
@@ -137,10 +137,10 @@ def compare_cases(base: Case, new: Case, noise: float = NOISE) -> Comparison:
 
 def compare_implementations(base: Case, new: Case) -> Comparison:
     """Compare two implementations of one scenario of a run. A ratio between the same ops is noise."""
-    found = compare_cases(base, new, noise=0.0)
-    if found.ratio is not None and new.ops and new.ops == base.ops:
-        return replace(found, verdict=UNDECIDED, reason="they run the same ops")
-    return found
+    comparison = compare_cases(base, new, noise=0.0)
+    if comparison.ratio is not None and new.ops and new.ops == base.ops:
+        return replace(comparison, verdict=UNDECIDED, reason="they run the same ops")
+    return comparison
 
 
 def compare(base: Run, new: Run, noise: float = NOISE) -> list[Comparison]:
@@ -155,7 +155,7 @@ def compare(base: Run, new: Run, noise: float = NOISE) -> list[Comparison]:
     for case in new.cases:
         other = known.get((*key(case), case.dtype)) or by_key.get(key(case))
         if other is None:
-            comparisons.append(Comparison(None, case, reason="the base run has no such case"))
+            comparisons.append(Comparison(None, case, reason="missing from the base run"))
             continue
         met.add((*key(other), other.dtype))
         reason = "; ".join([*differ, *_case_differences(other, case)])
@@ -163,7 +163,7 @@ def compare(base: Run, new: Run, noise: float = NOISE) -> list[Comparison]:
             Comparison(other, case, reason=reason) if reason else compare_cases(other, case, noise)
         )
     missing = [case for which, case in known.items() if which not in met]
-    return comparisons + [Comparison(case, None, reason="the new run has no such case") for case in missing]
+    return comparisons + [Comparison(case, None, reason="missing from the new run") for case in missing]
 
 
 def key(case: Case) -> tuple[object, ...]:
@@ -184,8 +184,8 @@ def warnings(base: Run, new: Run) -> list[str]:
 
 def _layouts(run: Run) -> str:
     """Return how a run's cases were spread over ranks: their ratio to one device is the strong scaling."""
-    found = {case.spread.layout if case.spread else "one device" for case in run.cases if case.latency_ms}
-    return ", ".join(sorted(found))
+    layouts = {case.spread.layout if case.spread else "one device" for case in run.cases if case.latency_ms}
+    return ", ".join(sorted(layouts))
 
 
 def _run_differences(base: Run, new: Run) -> list[str]:
@@ -254,7 +254,7 @@ def _note(base: Case, new: Case, cut: tuple[Case, Case]) -> str:
     if cut[0] is not base or cut[1] is not new:
         steps = shared_steps(base, new)
         which = f"steps {steps.start + 1} to {steps.stop}" if steps.stop > 1 else "the first steps"
-        notes.append(f"compared are {which} of each pass, which both have")
+        notes.append(f"comparing {which} of each pass, present in both")
     return "; ".join(notes)
 
 
@@ -284,6 +284,136 @@ def _verdict(interval: Interval | None, noise: float) -> str:
     return SAME if low >= 1 - noise and high <= 1 + noise else UNDECIDED
 
 
-def slower(comparisons: Sequence[Comparison], limit: float) -> list[Comparison]:
-    """Return the cases whose whole interval is slower by more than `limit`."""
-    return [case for case in comparisons if case.slower_than(limit)]
+# -------------------------------------------------------------------------------------------- strong scaling
+
+ONE = "one device"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a case ran on: that many ranks, and threads of each where the device is the host's processor."""
+
+    ranks: int
+    threads: int | None
+
+    @property
+    def units(self) -> int:
+        """Number of cores, or of devices."""
+        return self.ranks * (self.threads or 1)
+
+    def __str__(self) -> str:
+        if self.threads is None:
+            return f"{self.ranks} device{'s' * (self.ranks > 1)}"
+        return f"{self.ranks} x {self.threads} thread{'s' * (self.threads > 1)}"
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A case compared with the base, whose own `speedup` is 1 and has no interval.
+
+    `efficiency` is the speedup over the cores or devices that it took; None where those are not of one kind,
+    or not the same: then the speedup holds what lies between the devices as well.
+    """
+
+    run: int  # place of its run among those given
+    case: Case
+    device: str
+    resources: Resources
+    comparison: Comparison | None  # None: this is the base
+    ideal: float | None  # the speedup of efficiency 1
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast the case is as the base; 1 if that cannot be told."""
+        return (self.comparison and self.comparison.speedup) or 1.0
+
+    @property
+    def interval(self) -> Interval | None:
+        """The interval of the speedup, with at least 90 % confidence."""
+        return self.comparison.speedup_interval if self.comparison else None
+
+    @property
+    def layout(self) -> str:
+        """The layout, and whether the time is predicted."""
+        layout = self.case.spread.layout if self.case.spread else ONE
+        return layout + f" ({WORD})" * is_predicted(self.case)
+
+    @property
+    def efficiency(self) -> float | None:
+        """The share of the ideal speedup."""
+        return self.speedup / self.ideal if self.ideal else None
+
+    @property
+    def collective_ms(self) -> float | None:
+        """Time in collectives of the median rank."""
+        spread = self.case.spread
+        return median([rank.collective_ms for rank in spread.ranks]) if spread else None
+
+    @property
+    def repeated(self) -> float | None:
+        """The share of all ranks' work that one device would not do, of what bounds the case."""
+        share = repeated(self.case)
+        return share.of(self.case.roofline.bound) if share else None
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """One scenario and implementation: on one device, and on ranks."""
+
+    scenario: str
+    implementation: str
+    base: Resources
+    rows: list[Scaled]  # the base first
+
+    def remark(self) -> str:
+        """Say that rows ran on other devices than the base; "" if none did."""
+        device = self.rows[0].device
+        elsewhere = list(dict.fromkeys(row.device for row in self.rows if row.device != device))
+        return f"no efficiency on {', '.join(elsewhere)}: the base ran on {device}" if elsewhere else ""
+
+
+def scaling(runs: Sequence[Run]) -> list[Scaling]:
+    """Return every case that is there both on one device and over ranks, of the same work and dtype.
+
+    Of several on one device, the base is that with the fewest threads, and the others are rows.
+    """
+    groups: dict[tuple[object, ...], list[tuple[int, Case]]] = {}
+    for place, run in enumerate(runs):
+        for case in run.cases:
+            if case.latency_ms is not None:
+                groups.setdefault((*key(case), case.dtype), []).append((place, case))
+    return [scaling for members in groups.values() if (scaling := _scaling(runs, members)) is not None]
+
+
+def _scaling(runs: Sequence[Run], members: Sequence[tuple[int, Case]]) -> Scaling | None:
+    alone = [(place, case) for place, case in members if case.spread is None]
+    if not alone:
+        return None
+    place, base = min(alone, key=lambda member: _resources(runs[member[0]], member[1]).units)
+    rows = [
+        _scaled(number, case, (runs[place], base), runs[number])
+        for number, case in members
+        if case is base or not other_work(runs[place], base, runs[number], case)
+    ]
+    rows.sort(key=lambda row: (row.case is not base, row.case.spread is not None, row.resources.units))
+    if not any(row.case.spread for row in rows):
+        return None
+    return Scaling(base.scenario, unlabelled(base.implementation), rows[0].resources, rows)
+
+
+def _scaled(place: int, case: Case, base: tuple[Run, Case], run: Run) -> Scaled:
+    before, after = _resources(*base), _resources(run, case)
+    device = run.backend.device
+    alike = device == base[0].backend.device and (before.threads is None) == (after.threads is None)
+    ideal = after.units / before.units if alike else None
+    comparison = None if case is base[1] else compare_cases(base[1], case)
+    return Scaled(place, case, device, after, comparison, ideal)
+
+
+def _resources(run: Run, case: Case) -> Resources:
+    """Return what a case ran on; threads count only where they are the device."""
+    threads = run.environment.get("torch_threads", "")
+    on_host = run.backend.device == run.environment.get("processor")
+    ranks = len(case.spread.ranks) if case.spread else 1
+    counted = re.fullmatch("[1-9][0-9]{0,5}", threads) if on_host else None  # not thousands of digits
+    return Resources(ranks, int(threads) if counted else None)

@@ -7,23 +7,14 @@ reader would fail on it, or would show a number that its samples do not give.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import msgspec
 
-from mla.bench.results import passes
-from mla.bench.results.schema import (
-    CEILINGS_VERSION,
-    SCHEMA_VERSION,
-    Case,
-    CeilingRun,
-    Latency,
-    Run,
-    Spread,
-    Throughput,
-)
+from mla.bench.results import cases
+from mla.bench.results.schema import CEILINGS_VERSION, SCHEMA_VERSION, Case, CeilingRun, Run, Spread
 from mla.command.files import write_bytes
 from mla.errors import ResultError, UsageError
 from mla.parallel.layout import Layout
@@ -33,7 +24,7 @@ from mla_backends.outside import escaped, shortened
 T = TypeVar("T")
 Faults = Iterator[tuple[str, str]]  # what is wrong, and the JSON path of where
 
-_MOST = 1 << 30  # bytes of a file: thousands of cases come to some 100 MB
+_MAX_BYTES = 1 << 30  # bytes of a file: thousands of cases come to some 100 MB
 
 # The first version whose throughput is that of all passes together.
 TOTAL = 4
@@ -92,11 +83,9 @@ class _Head(msgspec.Struct):
     def other(self) -> str:
         """Return what another file holds and how to read it; "" for a run, or what nobody knows."""
         if self.report == "ceilings":
-            return "it holds ceilings, which `python -m mla.bench show` prints."
+            return "it holds ceilings; `python -m mla.bench show` prints them."
         if self.checks is not None and self.planned is not None:
-            return (
-                "it holds the report of `python -m mla.conformance`, which prints its card when it is made."
-            )
+            return "it holds a report of `python -m mla.conformance`, whose card is printed when it is made."
         return ""
 
 
@@ -163,34 +152,33 @@ def _names(case: Case) -> Faults:
 
 
 def _numbers(case: Case) -> Faults:
-    """Yield that samples were cut, or that the headline is not what they give."""
-    latency, rate, samples = case.latency_ms, case.tokens_per_s, passes.of(case)
+    """Yield that samples were cut, or that statistics are not those of the samples."""
+    latency, rate, passes = case.latency_ms, case.tokens_per_s, cases.passes_of(case)
     assert latency is not None
     if len(latency.samples) != case.passes * case.steps_per_pass:
         expected = f"{case.passes} passes of {case.steps_per_pass} steps, got {len(latency.samples)}"
         yield f"Expected the samples of {expected}", ".latency_ms.samples"
-    elif not all(map(sum, samples)) or rate is None:
+        return
+    if not all(map(sum, passes)) or rate is None:
         yield "Expected passes that take time", ".latency_ms.samples"
-    else:
-        tokens = sum(case.query_lens)
-        rates = [passes.throughput([one], tokens).median for one in samples]
-        yield from _statistics(latency, passes.latency(samples), latency.samples, ".latency_ms")
-        yield from _statistics(rate, passes.throughput(samples, tokens), rates, ".tokens_per_s")
-
-
-def _statistics(
-    said: Latency | Throughput, made: Latency | Throughput, values: Sequence[float], path: str
-) -> Faults:
-    """Yield that statistics are not those `made` again, or an interval not one of the `values`."""
-    for name in ("median", "p10", "p90"):
-        one, other = getattr(said, name, 0.0), getattr(made, name, 0.0)
-        if not math.isclose(one, other, rel_tol=CLOSE):
-            yield f"Expected {other:.6g}, as the samples say, got {one:.6g}", f"{path}.{name}"
-    low, high = said.ci95 or (min(values), max(values))
-    if low > high:
-        yield "Expected the lower end first", f"{path}.ci95"
-    elif low < min(values) * (1 - CLOSE) or high > max(values) * (1 + CLOSE):
-        yield f"Expected an interval within {min(values):.6g} and {max(values):.6g}", f"{path}.ci95"
+        return
+    made, tokens = cases.latency_of(passes), sum(case.query_lens)
+    medians = [(name, getattr(latency, name), getattr(made, name)) for name in ("median", "p10", "p90")]
+    numbers = [(f".latency_ms.{name}", said, expected) for name, said, expected in medians]
+    numbers.append((".tokens_per_s.median", rate.median, cases.throughput_of(passes, tokens).median))
+    for where, said, expected in numbers:
+        if not math.isclose(said, expected, rel_tol=CLOSE):
+            yield f"Expected {expected:.6g}, as the samples say, got {said:.6g}", where
+    rates = [cases.throughput_of([samples], tokens).median for samples in passes]
+    for where, interval, values in (
+        (".latency_ms.ci95", latency.ci95, latency.samples),
+        (".tokens_per_s.ci95", rate.ci95, rates),
+    ):
+        low, high = interval or (min(values), max(values))
+        if low > high:
+            yield "Expected the lower end first", where
+        elif low < min(values) * (1 - CLOSE) or high > max(values) * (1 + CLOSE):
+            yield f"Expected an interval within {min(values):.6g} and {max(values):.6g}", where
 
 
 def _fraction(case: Case) -> Faults:
@@ -228,10 +216,10 @@ def _upgrade(run: Run) -> Run:
     for case in run.cases:
         case.base = case.base or case.scenario
         case.dtype = case.dtype or run.dtype
-        samples = passes.of(case)
+        samples = cases.passes_of(case)
         whole = sum(map(len, samples)) == case.passes * case.steps_per_pass
         if run.schema_version < TOTAL and case.tokens_per_s and whole and all(map(sum, samples)):
-            case.tokens_per_s = passes.throughput(samples, sum(case.query_lens))
+            case.tokens_per_s = cases.throughput_of(samples, sum(case.query_lens))
     return run
 
 
@@ -243,7 +231,7 @@ def read(path: Path) -> Run:
 def content(path: Path) -> bytes:
     """Return what a file or a pipe holds. Raises `ResultError`."""
     try:
-        return outside.read(path, most=_MOST)
+        return outside.read(path, most=_MAX_BYTES)
     except OSError as error:
         raise ResultError(f"cannot read '{path}': {error.strerror}.") from error
 
@@ -270,11 +258,11 @@ def _printable(value: Any) -> Any:
     if isinstance(value, str):
         return escaped(value)
     if isinstance(value, dict):
-        return {_printable(key): _printable(one) for key, one in value.items()}
+        return {_printable(key): _printable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         if value and isinstance(value[0], (int, float)):  # samples: many, and no text
             return value
-        return type(value)(_printable(one) for one in value)
+        return type(value)(map(_printable, value))
     if isinstance(value, msgspec.Struct):
         fields = value.__struct_fields__
         return type(value)(**{name: _printable(getattr(value, name)) for name in fields})

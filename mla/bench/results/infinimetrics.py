@@ -15,14 +15,30 @@ from typing import Any
 
 import msgspec
 
-from mla.bench.results.cases import by_kind
-from mla.bench.results.rows import withheld
+from mla.bench.results.cases import KINDS
+from mla.bench.results.rows import Cell, Row, cell
 from mla.bench.results.schema import Case, Run
 from mla.errors import ResultError
 
 CATEGORY = "operator"
 # Result codes: what was tested is at fault (there INTERNAL), or there is no number otherwise (GENERIC).
 CODES = {"ok": 0, "wrong": 2, "doubtful": 5, "not run": 5}
+
+_FIELDS = ("scenario", "batch_spec", "mode", "implementation", "query_lens", "history", "heads", "layers")
+# Metric -> column of the flat row, and unit. The dashboard finds the first three by words in their names, and
+# lists the others only: none of their names may hold such a word.
+_METRICS = {
+    "latency": ("latency_ms", "ms"),
+    "flops": ("needed_tflop_per_s", "TFLOPS"),
+    "bandwidth": ("needed_gb_per_s", "GB/s"),
+    "time_p10": ("latency_p10_ms", "ms"),
+    "time_p90": ("latency_p90_ms", "ms"),
+    "time_ci95_low": ("latency_ci95_low_ms", "ms"),
+    "time_ci95_high": ("latency_ci95_high_ms", "ms"),
+    **{f"time_{kind}": (f"{kind}_ms", "ms") for kind in KINDS},
+    "throughput": ("tokens_per_s", "tokens/s"),
+    "share_of_limit": ("limit_percent", "%"),
+}
 
 Document = dict[str, Any]
 
@@ -45,7 +61,7 @@ def file_name(document: Mapping[str, Any]) -> str:
 def _document(run: Run, case: Case) -> Document:
     created = _time(run.created)
     code = CODES[case.check.status]
-    found: Document = {
+    document: Document = {
         # The digest comes first, since the dashboard tells runs of one time apart by twelve letters.
         "run_id": f"{_digest(run, case)}_{created:%Y%m%d_%H%M%S}",
         "time": f"{created:%Y-%m-%d %H:%M:%S}",
@@ -54,10 +70,10 @@ def _document(run: Run, case: Case) -> Document:
         "environment": _environment(run),
         "result_code": code,
         "config": _config(run, case),
-        "metrics": list(_metrics(case)),
+        "metrics": list(_metrics(Row(run, case))),
         "resolved": {"nodes": 1, "gpus_per_node": 1, "device_used": 1},
     }
-    return found | {"error_msg": case.check.reason} if code else found
+    return document | {"error_msg": case.check.reason} if code else document
 
 
 def _time(text: str) -> datetime.datetime:
@@ -113,16 +129,9 @@ def _config(run: Run, case: Case) -> Document:
         "batch_size": len(case.query_lens),
         "warmup_iterations": case.warmups,
         "measured_iterations": case.passes * case.steps_per_pass,
-        "inputs": [{"name": "hidden", **one} for one in layer],
-        "outputs": [{"name": "out", **one} for one in layer],
-        "scenario": case.scenario,
-        "batch_spec": case.batch_spec,
-        "mode": case.mode,
-        "implementation": case.implementation,
-        "query_lens": case.query_lens,
-        "history": case.history,
-        "heads": case.heads,
-        "layers": case.layers,
+        "inputs": [{"name": "hidden", **tensor} for tensor in layer],
+        "outputs": [{"name": "out", **tensor} for tensor in layer],
+        **{name: getattr(case, name) for name in _FIELDS},
         "page_size": case.point.get("page_size", run.page_size),
         "attention": run.attention,
         "ops": case.ops,
@@ -132,46 +141,14 @@ def _config(run: Run, case: Case) -> Document:
     }
 
 
-def _metrics(case: Case) -> Iterator[Document]:
+def _metrics(row: Row) -> Iterator[Document]:
     """Yield the metrics that may leave a case: without its numbers, only what the check said."""
-    if case.check.status in ("ok", "wrong"):
-        yield _scalar("tensor_accuracy", "PASS" if case.check.status == "ok" else "FAIL", "")
-    latency = case.latency_ms
-    if withheld(case) or latency is None:
-        return
-    yield _scalar("latency", latency.median, "ms")
-    for name, amount, unit, size in (
-        ("flops", case.cost.flops, "TFLOPS", 1e12),
-        ("bandwidth", case.cost.bytes, "GB/s", 1e9),
-    ):
-        if amount:
-            yield _scalar(name, amount / latency.median * 1e3 / size, unit)
-    yield from _more(case)
+    if row.check.status in ("ok", "wrong"):
+        yield _scalar("tensor_accuracy", "PASS" if row.check.status == "ok" else "FAIL", "")
+    for name, (column, unit) in _METRICS.items():
+        if value := cell(row, column):  # an op without FLOPs has no rate of them
+            yield _scalar(name, value, unit)
 
 
-def _more(case: Case) -> Iterator[Document]:
-    """Yield what the dashboard lists only: no name here may hold a word that it looks for."""
-    latency, rate = case.latency_ms, case.tokens_per_s
-    assert latency is not None
-    times = {"time_p10": latency.p10, "time_p90": latency.p90}
-    if latency.ci95:
-        times |= {"time_ci95_low": latency.ci95[0], "time_ci95_high": latency.ci95[1]}
-    for name, timing in by_kind(case).items():
-        if timing.latency_ms and timing.check.status == "ok":
-            times[f"time_{name}"] = timing.latency_ms.median
-    for name, value in times.items():
-        yield _scalar(name, value, "ms")
-    if rate:
-        yield _scalar("throughput", rate.median, "tokens/s")
-    if case.roofline.fraction is not None and not case.roofline.doubt:
-        yield _scalar("share_of_limit", 100 * case.roofline.fraction, "%")
-
-
-def _scalar(name: str, value: float | str, unit: str) -> Document:
-    return {
-        "name": f"{CATEGORY}.{name}",
-        "type": "scalar",
-        "value": value,
-        "raw_data_url": "",
-        "unit": unit,
-    }
+def _scalar(name: str, value: Cell, unit: str) -> Document:
+    return {"name": f"{CATEGORY}.{name}", "type": "scalar", "value": value, "raw_data_url": "", "unit": unit}

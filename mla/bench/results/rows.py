@@ -7,16 +7,15 @@ import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, cast
 
-from mla.bench.results.cases import KINDS, by_kind, imbalance, is_predicted, repeated, unlabelled
+from mla.bench.results.cases import KINDS, Repeated, by_kind, imbalance, is_predicted, repeated, unlabelled
 from mla.bench.results.compare import Comparison, compare_implementations
-from mla.bench.results.schema import Case, Interval, Latency, RankFacts, Run, Spread, Throughput, Timing
+from mla.bench.results.schema import Case, Latency, Run, Spread, Throughput, Timing
 from mla.bench.results.stats import median
 from mla.verify.verdict import Check
 
 Cell = str | int | float | bool | None
-T = TypeVar("T")
 
 # A spreadsheet takes a cell that begins with one of these for a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -62,6 +61,11 @@ class Row:
     def spread(self) -> Spread | None:
         """How the case was spread over ranks, of the headline alone."""
         return self.case.spread if self.timing is None else None
+
+    @property
+    def repeated(self) -> Repeated | None:
+        """What the layout has ranks repeat, of the headline alone."""
+        return repeated(self.case) if self.spread else None
 
     @property
     def share(self) -> float | None:
@@ -126,76 +130,36 @@ def timing_rows(files: Iterable[tuple[Path, Run]]) -> list[Row]:
     ]
 
 
-def _end(bounds: Interval | None, end: int) -> float | None:
-    return bounds[end] if bounds else None
-
-
-def _of(part: Callable[[Row], T | None], cell: Callable[[T], Cell]) -> Callable[[Row], Cell]:
-    """Return a column of a part of a row; empty where there is no such part."""
+def _further(name: str) -> Callable[[Row], Cell]:
+    """Return the median of a further way of timing, of the headline's row alone."""
 
     def of(row: Row) -> Cell:
-        found = part(row)
-        return None if found is None else cell(found)
+        timing = by_kind(row.case).get(name) if row.headline else None
+        return timing.latency_ms.median if timing and timing.latency_ms else None
 
     return of
 
 
-def _latency(cell: Callable[[Latency], Cell]) -> Callable[[Row], Cell]:
-    return _of(lambda row: row.latency, cell)
-
-
-def _rate(cell: Callable[[Throughput], Cell]) -> Callable[[Row], Cell]:
-    return _of(lambda row: row.throughput, cell)
-
-
-def _headline(cell: Callable[[Case], Cell]) -> Callable[[Row], Cell]:
-    return _of(lambda row: row.headline, cell)
-
-
-def _spread(cell: Callable[[Spread], Cell]) -> Callable[[Row], Cell]:
-    return _of(lambda row: row.spread, cell)
-
-
-def _most(of: Callable[[RankFacts], int]) -> Callable[[Row], Cell]:
-    """Return the most that any rank has."""
-    return _spread(lambda spread: max(map(of, spread.ranks)))
-
-
-def _further(name: str) -> Callable[[Row], Cell]:
-    """Return the median of a further way of timing, of the headline's row alone."""
-
-    def of(case: Case) -> Cell:
-        timing = by_kind(case).get(name)
-        return timing.latency_ms.median if timing and timing.latency_ms else None
-
-    return _headline(of)
-
-
-def _planned(row: Row) -> tuple[int, int] | None:
-    planned = row.case.planned if row.timing is None else None
-    return (planned.passes, planned.steps) if planned else None
-
-
-# Column -> cell. The names and their order are stable: new columns come at the end.
-COLUMNS: dict[str, Callable[[Row], Cell]] = {
+# Column -> where its cell is in a row, or what makes it. Names and order are stable: new columns come last.
+COLUMNS: dict[str, str | Callable[[Row], Cell]] = {
     "file": lambda row: str(row.path) if row.path else None,
-    "created": lambda row: row.run.created,
-    "backend": lambda row: row.run.backend.name,
-    "backend_version": lambda row: row.run.backend.version,
-    "device": lambda row: row.run.backend.device,
-    "torch": lambda row: row.run.environment.get("torch"),
-    "mla": lambda row: row.run.environment.get("mla"),
-    "commit": lambda row: row.run.git_commit,
+    "created": "run.created",
+    "backend": "run.backend.name",
+    "backend_version": "run.backend.version",
+    "device": "run.backend.device",
+    "torch": "run.environment.torch",
+    "mla": "run.environment.mla",
+    "commit": "run.git_commit",
     "config": lambda row: str(row.run.config.get("name", "")),
-    "scenario": lambda row: row.case.scenario,
-    "base": lambda row: row.case.base,
-    "batch_spec": lambda row: row.case.batch_spec,
-    "mode": lambda row: row.case.mode,
-    "op": lambda row: row.case.op,
-    "implementation": lambda row: row.case.implementation,
-    "dtype": lambda row: row.case.dtype,
-    "heads": lambda row: row.case.heads,
-    "layers": lambda row: row.case.layers,
+    "scenario": "case.scenario",
+    "base": "case.base",
+    "batch_spec": "case.batch_spec",
+    "mode": "case.mode",
+    "op": "case.op",
+    "implementation": "case.implementation",
+    "dtype": "case.dtype",
+    "heads": "case.heads",
+    "layers": "case.layers",
     "page_size": lambda row: row.case.point.get("page_size", row.run.page_size),
     "requests": lambda row: len(row.case.query_lens),
     "new_tokens": lambda row: sum(row.case.query_lens),
@@ -203,60 +167,84 @@ COLUMNS: dict[str, Callable[[Row], Cell]] = {
     "history_max_tokens": lambda row: max(row.case.history),
     "launch": lambda row: row.timing.mode if row.timing else "eager",
     "cache": lambda row: row.timing.cache if row.timing else "warm",
-    "clock": lambda row: row.timing.clock if row.timing else row.case.clock,
-    "status": lambda row: row.check.status,
-    "reason": lambda row: row.check.reason,
-    "interrupted": lambda row: row.case.interrupted,
-    "latency_ms": _latency(lambda latency: latency.median),
-    "latency_ci95_low_ms": _latency(lambda latency: _end(latency.ci95, 0)),
-    "latency_ci95_high_ms": _latency(lambda latency: _end(latency.ci95, 1)),
-    "latency_p10_ms": _latency(lambda latency: latency.p10),
-    "latency_p90_ms": _latency(lambda latency: latency.p90),
-    "samples": _latency(lambda latency: len(latency.samples)),
+    "clock": lambda row: (row.timing or row.case).clock,
+    "status": "check.status",
+    "reason": "check.reason",
+    "interrupted": "case.interrupted",
+    "latency_ms": "latency.median",
+    "latency_ci95_low_ms": "latency.ci95.0",
+    "latency_ci95_high_ms": "latency.ci95.1",
+    "latency_p10_ms": "latency.p10",
+    "latency_p90_ms": "latency.p90",
+    "samples": lambda row: len(row.latency.samples) if row.latency else None,
     "passes": lambda row: (row.timing or row.case).passes if row.latency else None,
-    "tokens_per_s": _rate(lambda rate: rate.median),
-    "tokens_per_s_ci95_low": _rate(lambda rate: _end(rate.ci95, 0)),
-    "tokens_per_s_ci95_high": _rate(lambda rate: _end(rate.ci95, 1)),
+    "tokens_per_s": "throughput.median",
+    "tokens_per_s_ci95_low": "throughput.ci95.0",
+    "tokens_per_s_ci95_high": "throughput.ci95.1",
     "needed_tflop_per_s": lambda row: row.per_second(row.case.cost.flops, 1e12),
     "needed_gb_per_s": lambda row: row.per_second(row.case.cost.bytes, 1e9),
-    "needed_flop": lambda row: row.case.cost.flops,
-    "needed_bytes": lambda row: row.case.cost.bytes,
+    "needed_flop": "case.cost.flops",
+    "needed_bytes": "case.cost.bytes",
     "limit_percent": lambda row: None if row.share is None else 100 * row.share,
-    "limit": _headline(lambda case: case.roofline.bound),
-    "limit_doubt": _headline(lambda case: case.roofline.doubt),
-    "planning_ms": _headline(lambda case: case.plan_ms),
-    "relative_error": lambda row: row.check.relative_error,
-    "error_over_bound": lambda row: row.check.error_ratio,
-    "weight_bytes": lambda row: row.case.memory.weight_bytes,
-    "cache_bytes": lambda row: row.case.memory.cache_bytes,
-    "transient_bytes": _headline(lambda case: case.memory.transient_bytes),
-    "repro": lambda row: row.case.repro,
-    "layout": _spread(lambda spread: spread.layout),
-    "ranks": _spread(lambda spread: len(spread.ranks)),
+    "limit": "headline.roofline.bound",
+    "limit_doubt": "headline.roofline.doubt",
+    "planning_ms": "headline.plan_ms",
+    "relative_error": "check.relative_error",
+    "error_over_bound": "check.error_ratio",
+    "weight_bytes": "case.memory.weight_bytes",
+    "cache_bytes": "case.memory.cache_bytes",
+    "transient_bytes": "headline.memory.transient_bytes",
+    "repro": "case.repro",
+    "layout": "spread.layout",
+    "ranks": lambda row: len(row.spread.ranks) if row.spread else None,
     "predicted": lambda row: None if row.timing else is_predicted(row.case),
-    "collective_ms": _spread(lambda spread: median([rank.collective_ms for rank in spread.ranks])),
-    "collective_bytes": _most(lambda rank: rank.collective_bytes),
-    "imbalance": _spread(imbalance),
-    "rank_cache_bytes": _most(lambda rank: rank.cache_bytes),
-    "rank_weight_bytes": _most(lambda rank: rank.weight_bytes),
-    "repeated_flops": _of(lambda row: repeated(row.case) if row.spread else None, lambda share: share.flops),
-    "repeated_bytes": _of(lambda row: repeated(row.case) if row.spread else None, lambda share: share.bytes),
+    "collective_ms": lambda row: _of_ranks(row, "collective_ms", median),
+    "collective_bytes": lambda row: _of_ranks(row, "collective_bytes", max),
+    "imbalance": lambda row: imbalance(row.spread) if row.spread else None,
+    "rank_cache_bytes": lambda row: _of_ranks(row, "cache_bytes", max),
+    "rank_weight_bytes": lambda row: _of_ranks(row, "weight_bytes", max),
+    "repeated_flops": "repeated.flops",
+    "repeated_bytes": "repeated.bytes",
     "steps_per_pass": lambda row: row.case.steps_per_pass if row.timing is None else None,
-    "planned_passes": _of(_planned, lambda planned: planned[0]),
-    "planned_steps": _of(_planned, lambda planned: planned[1]),
-    "drift": _latency(lambda latency: latency.drift),
-    "outliers": _latency(lambda latency: latency.outliers),
-    "limit_ms": _headline(lambda case: case.roofline.floor_ms),
-    "limit_source": _headline(lambda case: case.roofline.peak_source),
-    "launch_bound": _headline(lambda case: case.launch_bound),
-    "unseen_lengths_ms": _headline(lambda case: case.new_lengths.ms if case.new_lengths else None),
-    "seen_lengths_ms": _headline(lambda case: case.new_lengths.repeated_ms if case.new_lengths else None),
-    "baseline": _of(lambda row: row.speedup, lambda found: found.base.implementation if found.base else None),
-    "speedup": _of(lambda row: row.speedup, lambda found: found.speedup),
-    "speedup_low": _of(lambda row: row.speedup, lambda found: _end(found.speedup_interval, 0)),
-    "speedup_high": _of(lambda row: row.speedup, lambda found: _end(found.speedup_interval, 1)),
+    "planned_passes": lambda row: None if row.timing else _at(row, "case.planned.passes"),
+    "planned_steps": lambda row: None if row.timing else _at(row, "case.planned.steps"),
+    "drift": "latency.drift",
+    "outliers": "latency.outliers",
+    "limit_ms": "headline.roofline.floor_ms",
+    "limit_source": "headline.roofline.peak_source",
+    "launch_bound": "headline.launch_bound",
+    "unseen_lengths_ms": "headline.new_lengths.ms",
+    "seen_lengths_ms": "headline.new_lengths.repeated_ms",
+    "baseline": "speedup.base.implementation",
+    "speedup": "speedup.speedup",
+    "speedup_low": "speedup.speedup_interval.0",
+    "speedup_high": "speedup.speedup_interval.1",
     **{f"{name}_ms": _further(name) for name in KINDS},
 }
+
+
+def cell(row: Row, column: str) -> Cell:
+    """Return a row's cell of one of `COLUMNS`; None if it is unknown."""
+    where = COLUMNS[column]
+    return _at(row, where) if isinstance(where, str) else where(row)
+
+
+def _at(row: Row, path: str) -> Cell:
+    """Return what names of fields, keys and places lead to; None where one of them leads to nothing."""
+    value: Any = row
+    for name in path.split("."):
+        if value is None:
+            break
+        if isinstance(value, dict):
+            value = value.get(name)
+        else:
+            value = value[int(name)] if name.isdigit() else getattr(value, name)
+    return cast("Cell", value)
+
+
+def _of_ranks(row: Row, field: str, of: Callable[[list[Any]], Cell]) -> Cell:
+    """Return one number for a field of all ranks; None on one device."""
+    return of([getattr(rank, field) for rank in row.spread.ranks]) if row.spread else None
 
 
 def as_csv(rows: Iterable[Row]) -> str:
@@ -264,12 +252,12 @@ def as_csv(rows: Iterable[Row]) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\r\n")
     writer.writerow(COLUMNS)
-    writer.writerows([_written(cell(row)) for cell in COLUMNS.values()] for row in rows)
+    writer.writerows([_written(cell(row, column)) for column in COLUMNS] for row in rows)
     return file.getvalue()
 
 
-def _written(cell: Cell) -> Cell:
+def _written(value: Cell) -> Cell:
     """Return a cell as it is written: text is never a formula, and unknown is empty."""
-    if isinstance(cell, bool):
-        return str(cell).lower()
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value

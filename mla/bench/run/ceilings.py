@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import datetime
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from time import perf_counter_ns as now_ns
 from typing import TYPE_CHECKING
 
-from mla.bench import results
+from mla.bench.plan.request import provenance
 from mla.bench.results.schema import CEILINGS_VERSION, Ceiling, CeilingRun
-from mla.command import environment
-from mla.command.backend import OpenedBackend
 from mla.command.console import note
-from mla.command.progress import Progress
+from mla.command.display import Progress
+from mla.command.options import OpenedBackend
 from mla.text import dtype_name, size
 from mla_backends.errors import first_line, plugin_code
 
@@ -103,7 +100,7 @@ def _projections(dtype: torch.dtype, backend: Backend) -> list[tuple[int, int]]:
 
 def run_tasks(tasks: list[Task]) -> Findings:
     """Carry out the tasks; what fails is named and skipped, and so is what is left after `MOST_SECONDS`."""
-    found = Findings()
+    findings = Findings()
     end = now_ns() + 1e9 * MOST_SECONDS
     with Progress(len(tasks)) as progress:
         for number, (what, measure) in enumerate(tasks):
@@ -113,39 +110,35 @@ def run_tasks(tasks: list[Task]) -> Findings:
             progress.advance(what, 0)
             try:
                 with plugin_code():
-                    found.ceilings += measure()
+                    findings.ceilings += measure()
             except KeyboardInterrupt:
-                found.interrupted = True
+                findings.interrupted = True
                 break
             except Exception as error:  # noqa: BLE001  # whatever a device refuses, the rest is worth having
                 reason = first_line(error)
                 note(f"skipped: {what}: {type(error).__name__}: {reason}")
             progress.advance(what, 1)
-    return found
+    return findings
 
 
 def declared(backend: Backend) -> list[Ceiling]:
     """Return the peaks that the backend declares."""
     info = backend.device_info()
     peak = info.bandwidth
-    found = [Ceiling(work="read", value=peak.value, source=peak.source)] if peak else []
-    return found + [
-        Ceiling(work="matmul", value=one.value, source=one.source, dtype=dtype)
-        for dtype, one in info.flops.items()
+    peaks = [Ceiling(work="read", value=peak.value, source=peak.source)] if peak else []
+    return peaks + [
+        Ceiling(work="matmul", value=flops.value, source=flops.source, dtype=dtype)
+        for dtype, flops in info.flops.items()
     ]
 
 
-def report(opened: OpenedBackend, found: Findings) -> CeilingRun:
+def report(opened: OpenedBackend, findings: Findings) -> CeilingRun:
     """Return the result file."""
     return CeilingRun(
         report="ceilings",
         schema_version=CEILINGS_VERSION,
-        argv=["python -m mla.bench", *sys.argv[1:]],
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        git_commit=environment.git_commit(),
-        backend=results.backend_facts(opened.backend, opened.version),
-        environment=environment.environment(opened.backend),
-        measured=found.ceilings,
+        **provenance(opened.backend, opened.version),
+        measured=findings.ceilings,
         declared=declared(opened.backend),
-        interrupted=found.interrupted,
+        interrupted=findings.interrupted,
     )

@@ -16,11 +16,11 @@ from mla.bench.measure import profile as passes
 from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.run.watchdog import Budget, Watchdog
 from mla.bench.subjects.fixture import make_fixture
-from mla.command import error_origin
+from mla.command import exit_codes
 from mla.command.console import note
+from mla.command.display import Progress
 from mla.command.exit_codes import Exit, interrupted
 from mla.command.files import write_bytes
-from mla.command.progress import Progress
 from mla.errors import ResultError
 from mla_backends.errors import first_line
 
@@ -50,7 +50,7 @@ class Profiling:
             note("profiling was interrupted: the result is complete, the trace is not")
             return interrupted()
         except Exception as error:  # noqa: BLE001  # a profiler must not cost a run
-            said = f"{type(error).__name__}: {first_line(error)} ({error_origin.place(error)})"
+            said = f"{type(error).__name__}: {first_line(error)} ({exit_codes.place(error)})"
             note(f"profiling failed at {self._case}: {said}; the result is complete")
         return self._code
 
@@ -70,15 +70,15 @@ class Profiling:
             progress.advance(f"profiling {self._case}", 0)
             self._watchdog.enter(name)
             with self._watchdog.watching(scenario.name):
-                one = passes.with_ranges(fixture.build(name))
-                one.load(point, inputs)
-                self.trace.add(passes.record(one, point, backend.synchronize, self._watchdog.beat))
-            del one
+                impl = passes.with_ranges(fixture.build(name))
+                impl.load(point, inputs)
+                self.trace.add(passes.record(impl, point, backend.synchronize, self._watchdog.beat))
+            del impl
             progress.advance(f"profiling {self._case}", 1)
         backend.empty_cache()
 
     def _hung(self, scenario: str, implementation: str) -> None:
-        note(f"profiling hangs at {scenario} / {implementation} and is given up; the result is complete")
+        note(f"profiling hung at {scenario} / {implementation} and was stopped; the result is complete")
         os._exit(self._code)
 
 
@@ -88,26 +88,27 @@ def profile(
     """Write the trace of one more pass of every case with a number; return the exit code of the run."""
     profiling = Profiling(request, run, hang_after, code)
     code = profiling.record(budget)
-    found = profiling.trace
-    if not found.passes:
+    recorded = profiling.trace
+    if not recorded.passes:
         note(f"profile    nothing was recorded, so '{target}' was not written")
         return code
     try:
-        data = found.encode()
+        data = recorded.encode()
         write_bytes(gzip.compress(data) if target.suffix == ".gz" else data, target)
     except ResultError as error:
         note(f"profile    {error}")
         return code
-    note(f"profile    {_summary(found, request)} in '{target}': {VIEWERS}")
+    note(f"profile    {_summary(recorded, request)} in '{target}': {VIEWERS}")
     return code
 
 
-def _summary(found: passes.Trace, request: Request) -> str:
+def _summary(recorded: passes.Trace, request: Request) -> str:
     """Return what the trace holds, and what it lacks."""
     device = request.setting.device
-    said = f"{found.passes} pass{'es' * (found.passes > 1)}, eager, with {found.operators} operators of torch"
-    if found.launches:
-        return f"{said} and {found.launches} kernels"
-    names = ", ".join(one.name for one in passes.activities(device))
+    count = f"{recorded.passes} pass{'es' * (recorded.passes > 1)}"
+    said = f"{count}, eager, with {recorded.operators} operators of torch"
+    if recorded.launches:
+        return f"{said} and {recorded.launches} kernels"
+    names = ", ".join(activity.name for activity in passes.activities(device))
     lacking = f" and no kernels of {device.type} (this torch records: {names})"
     return said + lacking * (device.type != "cpu")

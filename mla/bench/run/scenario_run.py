@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +11,8 @@ import msgspec
 import torch
 
 from mla.bench import results
-from mla.bench.failures.keeper import Case, Keeper
 from mla.bench.limits import roofline
-from mla.bench.limits.roofline import RooflineModel
+from mla.bench.limits.roofline import MAX_TIMES, RooflineModel
 from mla.bench.measure import engine, profile, samples
 from mla.bench.measure.engine import Hooks, Shorter
 from mla.bench.measure.samples import Measurement
@@ -21,8 +20,8 @@ from mla.bench.plan import yardstick
 from mla.bench.plan.options import case_command
 from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.results.cases import busiest
-from mla.bench.results.schema import Cost
-from mla.bench.run import judging
+from mla.bench.results.schema import Case, Cost, Roofline
+from mla.bench.run.keeper import FailedCase, Keeper
 from mla.bench.subjects.base import Implementation, Outputs
 from mla.bench.subjects.fixture import make_fixture
 from mla.bench.subjects.inputs import Requests, choices
@@ -48,10 +47,8 @@ class Threads:
         now = torch.get_num_threads()
         if now != self._count and not self._said:
             self._said = True
-            note(
-                f"{self._scenario}: torch had {self._count} host threads before it and has {now} after it: "
-                f"code of backend '{self._backend}' changes them, so not all ran on as many"
-            )
+            changed = f"backend '{self._backend}' changed torch's host threads from {self._count} to {now}"
+            note(f"{self._scenario}: {changed}, so not all forwards ran on as many")
 
     def restore(self) -> None:
         """Set the number that the run was opened with, if it has changed."""
@@ -77,14 +74,14 @@ def _alike(place: Place) -> Place:
 
 
 def _mean(setting: Setting, layout: Layout, rank: int, scenario: Scenario, steps: int) -> Cost:
-    own = Requests.of(scenario, layout.place(rank).dp, layout.dp).scenario(scenario)
+    part = Requests.of(scenario, layout.place(rank).dp, layout.dp).scenario(scenario)
     works = [
         rank_work(
             setting.config,
             layout,
             rank,
-            own.query_lens,
-            own.kv_lens(step),
+            part.query_lens,
+            part.kv_lens(step),
             setting.dtype.itemsize,
             setting.attention,
         )
@@ -117,7 +114,9 @@ class ScenarioRun:
         self.refusal: MLAError | None = None  # the first of an op
         self._outputs: dict[str, Outputs] = {}  # of right implementations
         # Of a forward of each right implementation that has run.
-        self._ms = {one.implementation: one.latency_ms.median * one.layers for one in done if one.latency_ms}
+        self._ms = {
+            case.implementation: case.latency_ms.median * case.layers for case in done if case.latency_ms
+        }
 
     @property
     def prepared(self) -> bool:
@@ -163,21 +162,21 @@ class ScenarioRun:
             built, self._point, inputs, checker, backend, seed, variants, self._progress, hooks
         )
         self._threads.restore()
-        for one in built:
-            if measured[one.name].check.status in ("ok", "doubtful"):
-                self._outputs[one.name] = measured[one.name].outputs
-            if measured[one.name].check.status == "ok":
-                self._ms[one.name] = measured[one.name].typical_ms or 0.0
-        for one in built:
-            if measured[one.name].refused:
-                self.refuse(one.name, measured[one.name].check.reason)
+        for impl in built:
+            if measured[impl.name].check.status in ("ok", "doubtful"):
+                self._outputs[impl.name] = measured[impl.name].outputs
+            if measured[impl.name].check.status == "ok":
+                self._ms[impl.name] = measured[impl.name].typical_ms or 0.0
+        for impl in built:
+            if measured[impl.name].refused:
+                self.refuse(impl.name, measured[impl.name].check.reason)
         self._progress(f"{self._point.name}: limits of the device", 0)
-        self.ceilings.again(min(judging.SECONDS, self._hooks.target.spare()))
-        ran = [one.name for one in built if not measured[one.name].refused]
-        cases = [self._case(one, measured[one.name], ran) for one in built]
+        self.ceilings.again(min(LIMITS_AGAIN_S, self._hooks.target.spare()))
+        ran = [impl.name for impl in built if not measured[impl.name].refused]
+        cases = [self._case(impl, measured[impl.name], ran) for impl in built]
         if self._request.stages:
-            for one, case in zip(built, cases, strict=True):
-                self._add_stages(one, case, checker)
+            for impl, case in zip(built, cases, strict=True):
+                self._add_stages(impl, case, checker)
         return cases
 
     def _shorten(self, ms: Mapping[str, float], most: float) -> Shorter:
@@ -192,12 +191,12 @@ class ScenarioRun:
         times = {first: known[first], **known}
         return yardstick.shortened(self._point, self._request.variants.timed, times, most)
 
-    def _failed(self, one: Implementation, check: Check) -> None:
+    def _failed(self, impl: Implementation, check: Check) -> None:
         """Keep the first failure of the run; the engine calls this once per wrong implementation."""
         assert self._keeper is not None
-        command = case_command(self._request.command, self._point, self._fixture.repeated_as(one.name))
-        case = Case(self._point, *self._fixture.prepare(), command, self._hooks.heartbeat)
-        self._keeper.keep(one, check, case)
+        command = case_command(self._request.command, self._point, self._fixture.repeated_as(impl.name))
+        case = FailedCase(self._point, *self._fixture.prepare(), command, self._hooks.heartbeat)
+        self._keeper.keep(impl, check, case)
 
     def _with_threads(self, hooks: Hooks) -> Hooks:
         """Return hooks that also look after torch's threads: every pass begins on as many."""
@@ -218,10 +217,10 @@ class ScenarioRun:
         where = f"scenario '{self._point.name}', implementation '{name}'"
         self.refusal = self.refusal or UnsupportedBatch(f"{where}: {reason}")
 
-    def _add_stages(self, one: Implementation, case: results.Case, checker: Any) -> None:
+    def _add_stages(self, impl: Implementation, case: results.Case, checker: Any) -> None:
         """Time the parts of our own layer's forward, if it has numbers at all."""
-        if isinstance(one, MlaLayer) and case.latency_ms and not case.interrupted:
-            profile.add_stages(case, one, self._point, checker, self.ceilings, self._progress)
+        if isinstance(impl, MlaLayer) and case.latency_ms and not case.interrupted:
+            profile.add_stages(case, impl, self._point, checker, self.ceilings, self._progress)
 
     def _build(self, name: str) -> Implementation:
         self._hooks.enter(name)
@@ -239,13 +238,13 @@ class ScenarioRun:
         """Tell the right implementations of this scenario how they relate."""
         samples.compare(cases, self._outputs)
 
-    def _case(self, one: Implementation, measured: Measurement, names: Sequence[str]) -> results.Case:
+    def _case(self, impl: Implementation, measured: Measurement, names: Sequence[str]) -> results.Case:
         loaded = measured.check.status != "not run"
-        case = self._empty(one.name, "", interrupted=False)
-        facts = one.facts()
+        case = self._empty(impl.name, "", interrupted=False)
+        facts = impl.facts()
         samples.fill(case, self._point, measured, facts)
         whole = case.latency_ms and not case.interrupted  # after that, ranks may be anywhere in a forward
-        case.spread = one.spread() if whole else None
+        case.spread = impl.spread() if whole else None
         case.cost = self._fixture.cost(case.steps_per_pass)
         if case.spread is not None:
             costs = self._costs(self._setting, case.steps_per_pass)
@@ -253,7 +252,7 @@ class ScenarioRun:
                 msgspec.structs.replace(rank, cost=cost)
                 for rank, cost in zip(case.spread.ranks, costs, strict=True)
             ]
-        case.interleaved_with = [name for name in names if name != one.name] if one.name in names else []
+        case.interleaved_with = [name for name in names if name != impl.name] if impl.name in names else []
         case.ops, case.op_remarks = facts.ops, facts.remarks
         say_remarks(case.op_remarks)  # those that came while it ran
         case.memory = results.Memory(
@@ -262,11 +261,11 @@ class ScenarioRun:
             peak_bytes=self._setting.backend.memory().peak,
             transient_bytes=measured.transient_bytes,
         )
-        if one.computes:
+        if impl.computes:
             fewest = replace(self._setting, attention="auto")  # paths that others may take
             least = self._whole(self._costs(fewest, case.steps_per_pass))
-            judging.judge(case, least, self.ceilings, self._hooks.heartbeat)
-        roofline.place_case(case, self.ceilings.used())
+            judge(case, least, self.ceilings, self._hooks.heartbeat)
+            roofline.place_case(case, self.ceilings.used())
         return case
 
     def _whole(self, costs: Sequence[results.Cost]) -> results.Cost:
@@ -312,3 +311,53 @@ class ScenarioRun:
             op=self._fixture.op,
             batch_spec=scenario.batch_spec,
         )
+
+
+# --------------------------------------------------------------------------------------- the device's limits
+
+# A number far above a limit is withheld, whoever measured wrongly.
+
+# Seconds for which limits are measured again after the cases of a scenario.
+LIMITS_AGAIN_S = 0.5
+# A case far above its limit: waits before the limit is measured again, in full, for about ANEW_S each
+# time. Another load may have slowed it down, and a load comes and goes in seconds.
+PAUSES_S, ANEW_S = (0.3, 1.0, 2.0), 5.0
+
+
+def judge(case: Case, least: Cost, ceilings: RooflineModel, beat: Callable[[], None] = lambda: None) -> None:
+    """Withhold the number of a case that is far above its limit; `least` is the work of a whole forward.
+
+    `beat` is called between measurements, which may take seconds.
+    """
+    if case.latency_ms is None:
+        return
+    milliseconds = case.layers * case.latency_ms.median
+    if ceilings.roofline(least, milliseconds).doubt:
+        ceilings.again(ANEW_S, MAX_TIMES, anew=True)
+    for pause in PAUSES_S:
+        if not ceilings.implausible(least, milliseconds):
+            return
+        beat()
+        time.sleep(pause)
+        beat()
+        ceilings.again(ANEW_S, MAX_TIMES, anew=True)
+    if reason := ceilings.implausible(least, milliseconds):
+        withhold(case, reason)
+
+
+def withhold(case: Case, reason: str) -> None:
+    """Take the numbers from a case that are in doubt; what its check found otherwise stays."""
+    case.check = doubtful(case.check, reason)
+    case.latency_ms = case.tokens_per_s = case.plan_ms = case.launch_bound = case.new_lengths = None
+    case.roofline, case.stages, case.switch_steps, case.passes = Roofline(), [], [], 0
+    case.spread = None
+    for timing in case.timings:
+        if timing.latency_ms is not None:
+            timing.check, timing.latency_ms, timing.passes = doubtful(timing.check, reason), None, 0
+
+
+def doubtful(check: Check, reason: str) -> Check:
+    """Return the check of a number that is withheld."""
+    return Check(
+        status="doubtful", error_ratio=check.error_ratio, relative_error=check.relative_error, reason=reason
+    )

@@ -6,7 +6,7 @@ import gc
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -18,18 +18,19 @@ from mla.bench.measure.target import MAX_S, TARGET_S, Target
 from mla.bench.plan.memory import MemoryPlan, available_memory
 from mla.bench.plan.request import Request, ScenarioPlan, empty_run
 from mla.bench.results.cases import label
-from mla.bench.run.outcome import Outcome, failure_of, subjects
 from mla.bench.run.scenario_run import ScenarioRun
 from mla.bench.run.steering import Steering
 from mla.bench.run.watchdog import OVER_BUDGET, Watchdog
 from mla.bench.terminal.digits import number, quoted, unreliable
+from mla.bench.workload.implementations import parse_one
 from mla.bench.workload.scenario import spoken
+from mla.command import exit_codes
 from mla.command.console import note
-from mla.command.exit_codes import Exit
-from mla.command.progress import Progress
+from mla.command.display import Progress
+from mla.command.exit_codes import Exit, end_early
 from mla.errors import MLAError
 from mla_backends import BackendError
-from mla_backends.errors import first_line, plugin_code
+from mla_backends.errors import describe, first_line, plugin_code
 
 # Most of a run's time that its limits are measured for once more after the last case.
 LIMITS_SHARE = 0.05
@@ -46,8 +47,8 @@ def measure(request: Request, empty: results.Run | None = None, steering: Steeri
     bounded = not request.counted and steering.budget.seconds is None
     ends = [seconds * len(request.scenarios) for seconds in (TARGET_S, MAX_S)] if bounded else []
     with Progress(sum(map(request.forwards, request.points)), ends) as progress:
-        if progress.hidden and len(request.scenarios) > 1:
-            steering = replace(steering, log=note)
+        if len(request.scenarios) > 1:
+            steering = replace(steering, log=progress.say)
         return execute(request, empty, progress.advance, steering)
 
 
@@ -84,10 +85,10 @@ class _Scheduler:
                 self._measure_limits_again()
             except KeyboardInterrupt:
                 return Outcome(self._result(), interrupted=True)
-        found = self._result()
-        nothing = not any(case.latency_ms for case in subjects(found.cases))
-        nothing &= not any(case.check.status in ("wrong", "doubtful") for case in found.cases)
-        return Outcome(found, failure=self._refusal if nothing else None)
+        result = self._result()
+        nothing = not any(case.latency_ms for case in subjects(result.cases))
+        nothing &= not any(case.check.status in ("wrong", "doubtful") for case in result.cases)
+        return Outcome(result, failure=self._refusal if nothing else None)
 
     def _visit(self, scenario: ScenarioPlan) -> Outcome | None:
         """Measure what is missing of a scenario; return an outcome if the run ends here."""
@@ -110,14 +111,14 @@ class _Scheduler:
             self._skip(work, scenario, self._missing(scenario), first_line(error) or type(error).__name__)
         self._refusal = self._refusal or work.refusal
         self._advance(self._place(), self._bar)  # with what was planned and not done
-        found = [self._cases[scenario.name, name] for name in names]
-        if any(case.check.status != "not run" for case in found):
-            self._settle(scenario, found)
+        cases = [self._cases[scenario.name, name] for name in names]
+        if any(case.check.status != "not run" for case in cases):
+            self._settle(scenario, cases)
         if work.prepared:
             del work
             gc.collect()  # weights and oracle are gone before the next ones are made
             self._request.setting.backend.empty_cache()
-        return Outcome(self._result(), interrupted=True) if any(one.interrupted for one in found) else None
+        return Outcome(self._result(), interrupted=True) if any(case.interrupted for case in cases) else None
 
     def _measure_limits_again(self) -> None:
         """Measure the limits once more after all cases, in a small share of the time they took."""
@@ -128,11 +129,11 @@ class _Scheduler:
                 self._watchdog.beat()
                 model.again(seconds / len(self._limits), TIMES + 1)
 
-    def _settle(self, scenario: ScenarioPlan, found: Sequence[results.Case]) -> None:
+    def _settle(self, scenario: ScenarioPlan, cases: Sequence[results.Case]) -> None:
         """Write the result so far, and log the scenario."""
         self._latest = self._result()
         self._steering.save(self._latest)
-        self._steering.log(f"{self._place()}  {scenario.name}: {', '.join(map(_in_short, found))}")
+        self._steering.log(f"{self._place()}  {scenario.name}: {', '.join(map(_in_short, cases))}")
 
     def _tick(self, what: str, done: int) -> None:
         """Advance the bar by so many forwards, but by no more than it has for this scenario."""
@@ -189,15 +190,15 @@ class _Scheduler:
             together = waiting.pop(0)
             try:
                 with self._watchdog.watching(scenario.name):
-                    found = work.measure(together)
+                    cases = work.measure(together)
             except Exception as error:
                 if self._request.setting.ranks is not None or not too_large(error):
                     raise
                 waiting = [*self._without_memory(work, scenario, together, error), *waiting]
                 continue
-            self._keep(found)
-            done += found
-            if any(case.interrupted for case in found):
+            self._keep(cases)
+            done += cases
+            if any(case.interrupted for case in cases):
                 self._keep(work.interrupted(self._missing(scenario)))
                 return
         work.compare(done)
@@ -247,8 +248,9 @@ class _Scheduler:
 
     def _result(self) -> results.Run:
         """Return the run so far, its cases in the workload's order, all under the highest limits known."""
-        keys = [(one.name, name) for one in self._request.scenarios for name in self._request.implementations]
-        used = [one for model in self._limits for one in model.used()]
+        names = self._request.implementations
+        keys = [(scenario.name, name) for scenario in self._request.scenarios for name in names]
+        used = [ceiling for model in self._limits for ceiling in model.used()]
         ceilings = roofline.merged([*self._steering.ceilings, *used])
         cases = [self._cases[key] for key in keys if key in self._cases]
         for case in cases:
@@ -277,3 +279,65 @@ def _in_short(case: results.Case) -> str:
     estimate = case.latency_ms.median, case.latency_ms.ci95
     known = quoted(*estimate, "ms") if unreliable(*estimate) else f"{number(estimate[0])} ms"
     return f"{label(case)} {known}"
+
+
+# ------------------------------------------------------------------------------------------- how a run ended
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run, complete or cut short by an interrupt or by an error; finished cases are kept."""
+
+    run: results.Run
+    interrupted: bool = False
+    failure: MLAError | BackendError | None = None
+
+
+class RunFailed(MLAError):
+    """An op, a backend or torch raised while a scenario ran."""
+
+    exit_code = 3
+
+
+def failure_of(scenario: str, error: Exception) -> MLAError | BackendError:
+    """Return what to print: our own sentence, or what was raised and where."""
+    if isinstance(error, BackendError) and (op := exit_codes.op_name(error)):
+        return RunFailed(f"scenario '{scenario}' failed: {op}: {str(error).rstrip('.')}.")
+    if isinstance(error, (MLAError, BackendError)):
+        return error.with_traceback(None)  # whose frames would keep weights alive
+    return RunFailed(f"scenario '{scenario}' failed: {describe(error)} ({exit_codes.place(error)}).")
+
+
+def verdict(outcome: Outcome) -> Exit:
+    """Return the exit code of a run, and say on stderr why it is not 0. Raises what made the run fail."""
+    if outcome.failure is not None:
+        raise outcome.failure
+    if outcome.interrupted:
+        return end_early()
+    if wrong := _cases(outcome, "wrong"):
+        note(f"wrong result: {wrong} disagreed with float64 and got no number")
+    if suspect := _cases(outcome, "doubtful"):
+        note(f"suspect timing: rejected for {suspect} (see above)")
+    if wrong or suspect:
+        return Exit.WRONG if wrong else Exit.DOUBTFUL
+    if any(case.latency_ms for case in subjects(outcome.run.cases)):
+        return Exit.OK
+    if any(case.latency_ms for case in outcome.run.cases):
+        names = dict.fromkeys(case.implementation for case in subjects(outcome.run.cases))
+        note(f"{', '.join(names)} produced no result; only the baselines did")
+    return Exit.NOTHING_RAN
+
+
+def _cases(outcome: Outcome, status: str) -> str:
+    """Return the number of cases with a status, such as "1 case"; "" if there is none."""
+    count = sum(case.check.status == status for case in outcome.run.cases)
+    return f"{count} case{'s' * (count > 1)}" * bool(count)
+
+
+def subjects(cases: Sequence[results.Case]) -> list[results.Case]:
+    """Return the cases that a run is about: those of `mla`, or all if it was not asked for `mla`.
+
+    A run that measured only baselines (`mla-reference`, `transformers`) did not do what it was for.
+    """
+    ours = [case for case in cases if parse_one(case.implementation).base == "mla"]
+    return ours or list(cases)

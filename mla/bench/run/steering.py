@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from mla.bench import results
-from mla.bench.failures.keeper import Keeper
 from mla.bench.plan import options as commands
 from mla.bench.plan.options import RunOptions
 from mla.bench.plan.request import Request, ScenarioPlan
+from mla.bench.results.cases import due
 from mla.bench.results.file import printable
-from mla.bench.results.passes import due, planned_steps
 from mla.bench.results.schema import Case, Run
+from mla.bench.run.keeper import Keeper
 from mla.bench.run.watchdog import OVER_BUDGET, Budget
 from mla.bench.terminal.lines import OTHERS
 from mla.command import files, last_words, launcher
@@ -24,7 +24,6 @@ from mla.command.console import Note, note
 from mla.command.exit_codes import Exit
 from mla.errors import ResultError
 from mla.failures import file
-from mla.text import dtype_name
 
 Show = Callable[[results.Run], None]
 # Seconds without a forward after which a device is assumed to hang.
@@ -160,7 +159,11 @@ def kept_cases(path: Path, old: Run, now: Run, scenarios: Sequence[ScenarioPlan]
         if plan is None or case.implementation not in old.plan.implementations:
             reasons.append(f"only it has a case '{case.scenario}, {case.implementation}'")
         elif _complete(case, plan.point.rounds):
-            reasons += _case_changes(case, plan)
+            where, ops = (
+                f" of case '{case.scenario}, {case.implementation}'",
+                plan.ops.get(case.implementation),
+            )
+            reasons += [] if ops is None else _changes(case.ops, ops, missing="no op", where=where)
             kept.append(case)
     if reasons:
         raise ResultError(
@@ -174,8 +177,8 @@ def _warning(old: Run, now: Run) -> str:
     """Return what may make the new cases differ from the kept ones, though it forbids nothing."""
 
     def reported(run: Run) -> dict[str, str | None]:
-        own = {key: value for key, value in run.environment.items() if key.startswith(REPORTED)}
-        return {"commit": run.git_commit, **dict(sorted(own.items()))}
+        facts = {key: value for key, value in run.environment.items() if key.startswith(REPORTED)}
+        return {"commit": run.git_commit, **dict(sorted(facts.items()))}
 
     changed = _changes(reported(old), reported(now), missing="None")
     return f"kept cases were measured under other conditions: {'; '.join(changed)}" if changed else ""
@@ -183,8 +186,8 @@ def _warning(old: Run, now: Run) -> str:
 
 def _mark(old: Run, now: Run, remark: str) -> None:
     """Keep in the completed file what disturbed the kept cases: other load, this warning and earlier ones."""
-    if others := old.environment.get(OTHERS):
-        now.environment[OTHERS] = others
+    if load := old.environment.get(OTHERS):
+        now.environment[OTHERS] = load
     remarks = [old.environment.get(MARK, ""), remark]
     if any(remarks):
         now.environment[MARK] = "; ".join(filter(None, dict.fromkeys(remarks)))
@@ -235,30 +238,10 @@ def _facts(run: Run) -> dict[str, str]:
     return {name: str(value) for name, value in facts.items() if value is not None}
 
 
-def _case_changes(case: Case, plan: ScenarioPlan) -> list[str]:
-    """Return what a kept case was not measured as."""
-    point, where = plan.point, f" of case '{case.scenario}, {case.implementation}'"
-    expected = {
-        "base": point.base,
-        "point": dict(point.point),
-        "mode": point.mode,
-        "query_lens": list(point.query_lens),
-        "history": list(point.history),
-        "steps_per_pass": point.steps,
-        "dtype": dtype_name(plan.setting.dtype),
-        "heads": plan.setting.config.num_attention_heads,
-        "layers": point.layers,
-    }
-    was = {name: getattr(case, name) for name in expected} | {"steps_per_pass": planned_steps(case)}
-    ops = plan.ops.get(case.implementation)
-    other = [] if ops is None else _changes(case.ops, ops, missing="no op", where=where)
-    return _changes(was, expected, missing="", where=where) + other
-
-
 def _scenario_changes(old: results.Plan, now: results.Plan) -> list[str]:
     new, gone = (
-        [name for name in one.scenarios if name not in other.scenarios]
-        for one, other in ((now, old), (old, now))
+        [name for name in plan.scenarios if name not in other.scenarios]
+        for plan, other in ((now, old), (old, now))
     )
     if new or gone:
         place = f"it has no scenario '{new[0]}'" if new else f"only it has scenario '{gone[0]}'"

@@ -170,7 +170,7 @@ class Foreign(Implementation):
         if lacking := sorted(self._ran - outputs.keys()):
             return f"lacks {len(lacking)} of {len(self._ran)} forwards, the first of them {lacking[0]}"
         if unknown := [index for index in outputs if index not in self._ran]:
-            return f"has {unknown[0]!r}, which is no forward of the pass"
+            return f"has {unknown[0]!r}, not a forward of the pass"
         for index, rows in outputs.items():
             if not torch.is_tensor(rows):
                 return f"has {_a(rows)} for forward {index}, not a tensor"

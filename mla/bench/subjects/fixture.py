@@ -38,7 +38,7 @@ from mla_backends.errors import describe
 
 # Side of the product in float64 that tells how fast the oracle may be.
 ORACLE_SIDE = 1024
-# Name -> how to build it. `benchmarks/peers` adds comparators while it runs.
+# Name -> how to build it. Others are named by where their class is.
 IMPLEMENTATIONS: dict[str, Callable[[Setting, State], Implementation]] = {
     "mla": lambda setting, state: _ours(setting, state, "mla", None),
     "mla-reference": lambda setting, state: _ours(setting, state, "mla-reference", "reference"),

@@ -18,6 +18,7 @@ from mla.bench.workload.scenario import Scenario
 from mla.cache import LatentCache
 from mla.cache.ragged_batch import RaggedBatch
 from mla.layer.attention import MLA
+from mla.parallel.layout import Share
 from mla.verify.layer_check import Poison
 from mla.verify.layer_oracle import State
 from mla.verify.places import Places
@@ -38,6 +39,9 @@ class MlaLayer(LayerImplementation):
     """
 
     batch: RaggedBatch  # the prepared one of a prefill
+    make_layer: Callable[..., MLA] = MLA
+    make_cache: Callable[..., LatentCache] = LatentCache
+    share = Share(0, 1)  # of every request's tokens
     _cache: LatentCache
     _sequences: list[int]
 
@@ -52,7 +56,7 @@ class MlaLayer(LayerImplementation):
 
     def _make_layer(self, ops: str | None, index: int) -> MLA:
         setting = self.setting
-        layer = MLA(
+        layer = self.make_layer(
             setting.config,
             backend=setting.backend,
             dtype=setting.dtype,
@@ -93,10 +97,10 @@ class MlaLayer(LayerImplementation):
 
     def _make_cache(self, scenario: Scenario) -> LatentCache:
         size = self.setting.page_size
-        pages = sum(-(-length // size) for length in scenario.final_lens) + SPARE_PAGES
-        return LatentCache(
+        pages = sum(-(-self.share.first(length) // size) for length in scenario.final_lens) + SPARE_PAGES
+        return self.make_cache(
             self.setting.config,
-            max_tokens=pages * size,
+            max_tokens=pages * size * self.share.world,
             page_size=size,
             num_layers=self.setting.layers,
             device=self.setting.device,

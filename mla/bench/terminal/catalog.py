@@ -8,7 +8,7 @@ from typing import Any
 from mla.bench.workload.grid import points_of
 from mla.bench.workload.workload_file import PRESETS as SHIPPED
 from mla.bench.workload.workload_file import read_workload
-from mla.command.table import aligned
+from mla.command.display import aligned
 from mla.config import LongRopeScaling, MLAConfig, YarnScaling
 from mla.config.presets import DEFAULT_CONFIG, PRESETS
 
@@ -22,9 +22,9 @@ def configs_table() -> str:
 
 
 def configs() -> list[dict[str, Any]]:
-    """Return per preset the config, its checkpoint and the source of its numbers."""
+    """Return per preset the config, its checkpoint, its config.json, and what was read in its place."""
     return [
-        {**_numbers(name), "checkpoint": preset.checkpoint, "source": preset.source}
+        {**_numbers(name), **{key: getattr(preset, key) for key in ("checkpoint", "source", "read_from")}}
         for name, preset in PRESETS.items()
     ]
 

@@ -9,7 +9,7 @@ import msgspec
 from mla.bench import results
 from mla.bench.results.schema import Ceiling, CeilingRun
 from mla.bench.terminal.digits import per_second
-from mla.command.table import table
+from mla.command.display import table
 from mla.errors import ResultError
 from mla.text import DTYPES, size
 
@@ -41,16 +41,19 @@ def peaks(ceilings: Sequence[Ceiling]) -> str:
         low, high = (rate(choose(members, key=lambda ceiling: ceiling.value)) for choose in (min, max))
         low = low.removesuffix(f" {high.partition(' ')[2]}")
         span = high if high.startswith(f"{low} ") else f"{low} to {high}"
-        names.append(" ".join(filter(None, (span, _short(members[0].dtype)))))
+        names.append(" ".join(filter(None, (span, short(members[0].dtype)))))
     return f"Peak{'s' * (len(names) > 1)} {', '.join(names)}." if names else ""
 
 
 def of_our_own(ceilings: Sequence[Ceiling]) -> str:
     """Return whose peak only our own op reached, such as "memory and bf16"; "" if something else did."""
-    return " and ".join(dict.fromkeys(_short(one.dtype) or "memory" for one in ceilings if one.ours))
+    return " and ".join(
+        dict.fromkeys(short(ceiling.dtype) or "memory" for ceiling in ceilings if ceiling.ours)
+    )
 
 
-def _short(dtype: str | None) -> str:
+def short(dtype: str | None) -> str:
+    """Return a dtype's short name, such as "bf16"; "" for None."""
     return next((short for short, long in DTYPES.items() if long == dtype), dtype or "")
 
 
@@ -85,7 +88,7 @@ def _range(ceilings: Sequence[Ceiling]) -> str:
 
 def _varied(ceilings: Sequence[Ceiling]) -> str:
     """Return by how much the lowest measurement of the same lies below the highest."""
-    lower = [1 - one.lowest / one.value for one in ceilings if one.lowest is not None]
+    lower = [1 - ceiling.lowest / ceiling.value for ceiling in ceilings if ceiling.lowest is not None]
     if not lower or (len(ceilings) == 1 and ceilings[0].lowest == ceilings[0].value):
         return ""
     if len(ceilings) == 1:
@@ -95,9 +98,9 @@ def _varied(ceilings: Sequence[Ceiling]) -> str:
 
 def _ours(ceilings: Sequence[Ceiling]) -> str:
     """Return a remark where no way but our own op is known to be as fast."""
-    if not any(one.ours for one in ceilings):
+    if not any(ceiling.ours for ceiling in ceilings):
         return ""
-    where = "" if all(one.ours for one in ceilings) else " at some of them"
+    where = "" if all(ceiling.ours for ceiling in ceilings) else " at some of them"
     return f"; caveat: measured with the kernel under test{where}, no other way was faster"
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 
-from mla.bench.results.schema import Interval, Roofline
+from mla.bench.results.schema import Interval, Latency, Roofline, Throughput
 
 # Fewest and most significant digits, whatever the interval.
-FEWEST, MOST = 2, 6
+MIN_DIGITS, MAX_DIGITS = 2, 6
 _PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6))
 
 
@@ -31,6 +31,11 @@ def known(value: float | None, interval: Interval | None) -> str:
     return number(value) if place is None else _rounded(value, place)
 
 
+def estimated(estimate: Latency | Throughput | None) -> str:
+    """Return a median with the digits that its interval supports; "-" for None."""
+    return known(estimate.median, estimate.ci95) if estimate else "-"
+
+
 def percent(share: float | None) -> str:
     """Return a share in percent; "-" if it is not known."""
     return "-" if share is None else f"{100 * share:.0f} %"
@@ -40,7 +45,7 @@ def per_second(rate: float | None, unit: str) -> str:
     """Return a rate of `unit`, such as "FLOP/s", with the prefix that leaves 1 to 999; "-" for None."""
     if rate is None:
         return "-"
-    prefix, factor = next((one for one in _PREFIXES if rate >= one[1]), _PREFIXES[-1])
+    prefix, factor = next((prefix for prefix in _PREFIXES if rate >= prefix[1]), _PREFIXES[-1])
     return f"{rate / factor:.3g} {prefix}{unit}"
 
 
@@ -80,7 +85,7 @@ def _place(value: float, interval: Interval | None) -> int | None:
         return None
     leading = math.floor(math.log10(value))
     place = math.floor(math.log10(half * (1 + 1e-9)))  # so that 0.001 is not rounded down a place
-    return min(max(place, leading - MOST + 1), leading - FEWEST + 1)
+    return min(max(place, leading - MAX_DIGITS + 1), leading - MIN_DIGITS + 1)
 
 
 def _own(end: float, place: int) -> int:

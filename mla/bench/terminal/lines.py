@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from mla.bench.results.cases import by_kind
-from mla.bench.results.passes import as_planned
+from mla.bench.results.cases import LEFT_OUT, as_planned, by_kind
 from mla.bench.results.schema import Case, Latency, NewLengths, Run, Timing
 from mla.bench.terminal.digits import known, number
 
@@ -117,7 +116,7 @@ def folded_warnings(run: Run) -> list[str]:
     """Return the same in one line for a busy machine, and one for everything else that cases share."""
     groups: dict[tuple[str, str], list[str]] = {}
     for warned in (warned for case in run.cases for warned in of_case(case)):
-        if warned.kind not in BUSY:
+        if warned.kind not in BUSY and not warned.text.startswith(LEFT_OUT):  # which -v says
             groups.setdefault((warned.kind, warned.text), []).append(warned.where)
     lines = [
         str(Warned(kind, places[0] + f" and {len(places) - 1} more" * (len(places) > 1), text))
@@ -129,15 +128,27 @@ def folded_warnings(run: Run) -> list[str]:
 def _busy(run: Run) -> Iterator[str]:
     """Yield that the machine was busy, or that its clock or temperature changed, if anything shows it."""
     unsteady = [case for case in run.cases if any(warned.kind in BUSY for warned in of_case(case))]
-    others = run.environment.get(OTHERS, "")
-    if not unsteady and not others:
+    load = run.environment.get(OTHERS, "")
+    short = sum(_lacks_passes(case) for case in run.cases)
+    if short:
+        count = f"{short} of {len(run.cases)} cases"
+        yield f"warning: {count} got too few passes for an interval; give --passes or --runs"
+    if not unsteady and not load:
         return
-    cause = f"other processes used {others} CPUs" if others else "another load or the device's clock changed"
+    cause = f"other processes used {load} CPUs" if load else "another load or the device's clock changed"
     if unsteady:
         drift = max(abs(case.latency_ms.drift or 0) if case.latency_ms else 0 for case in unsteady)
         extent = f" (drift up to {100 * drift:.0f} %)" if drift > DRIFTS else ""
         cause = f"timings of {len(unsteady)} of {len(run.cases)} cases are unsteady{extent}: {cause}"
     yield f"warning: {cause}; rerun when idle" + " (-v names the cases)" * bool(unsteady)
+
+
+def _lacks_passes(case: Case) -> bool:
+    """Return whether a case has no interval, because fewer passes were timed than were planned."""
+    planned, latency = case.planned, case.latency_ms
+    return (
+        planned is not None and latency is not None and latency.ci95 is None and case.passes < planned.passes
+    )
 
 
 def of_case(case: Case) -> Iterator[Warned]:

@@ -7,16 +7,15 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Literal
 
 from mla.bench import results
-from mla.bench.results.cases import labelled
-from mla.bench.results.passes import as_planned
+from mla.bench.results.cases import as_planned, labelled
 from mla.bench.results.rows import Row, as_csv, baseline, by_scenario, case_rows, withheld
-from mla.bench.results.schema import Case, Latency, Run, Throughput
-from mla.bench.terminal import ceilings, ranks, stages
-from mla.bench.terminal.digits import between, known, limit, number, per_second, percent, quoted
+from mla.bench.results.schema import Case, Latency, Run
+from mla.bench.terminal import ceilings, tables
+from mla.bench.terminal.digits import between, estimated, limit, number, per_second, percent, quoted
 from mla.bench.terminal.lines import case_lines, name
 from mla.bench.terminal.verdict import headline_number, status, times_as_fast, verdicts, why_unreliable
-from mla.command.table import aligned, has_colours, markdown, width
-from mla.text import DTYPES, size
+from mla.command.display import aligned, has_colours, markdown, width
+from mla.text import size
 
 FORMATS = ("table", "md", "csv", "json")
 Detail = Literal["quiet", "short", "verbose"]
@@ -25,11 +24,11 @@ Detail = Literal["quiet", "short", "verbose"]
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "scenario": lambda row: row.case.scenario + _layers(row.case),
     "implementation": lambda row: row.case.implementation,
-    "latency ms": lambda row: _estimate(row.latency),
+    "latency ms": lambda row: estimated(row.latency),
     "95% CI": lambda row: _interval(row.latency),
     "p10 .. p90": lambda row: _spread(row.latency),
-    "cold ms": lambda row: _estimate(row.cold()),
-    "tok/s": lambda row: _estimate(row.throughput),
+    "cold ms": lambda row: estimated(row.cold()),
+    "tok/s": lambda row: estimated(row.throughput),
     "FLOP/s": lambda row: per_second(row.per_second(row.case.cost.flops, 1), ""),
     "GB/s": lambda row: number(row.per_second(row.case.cost.bytes, 1e9)),
     "% of limit": lambda row: limit(row.case.roofline),
@@ -101,7 +100,9 @@ def _detailed(run: Run, kind: str) -> Iterator[list[str]]:
 
 def _parts(run: Run, kind: str) -> list[str]:
     """Return the tables of ranks and of stages, which only some runs have."""
-    return (ranks.render(run.cases, kind) + stages.render(run.cases, kind)).rstrip("\n").splitlines()
+    return (
+        (tables.rank_tables(run.cases, kind) + tables.stage_tables(run.cases, kind)).rstrip("\n").splitlines()
+    )
 
 
 def columns(cases: Sequence[Case]) -> dict[str, Callable[[Row], str]]:
@@ -111,7 +112,7 @@ def columns(cases: Sequence[Case]) -> dict[str, Callable[[Row], str]]:
 
 def context(run: Run) -> str:
     """Return what ran where, in one line."""
-    facts, layer = run.environment, [str(run.config.get("name") or ""), _short_dtype(run.dtype)]
+    facts, layer = run.environment, [str(run.config.get("name") or ""), ceilings.short(run.dtype)]
     threads = facts.get("torch_threads", "")
     device = f"{run.backend.name}: {run.backend.device}"
     device += f", {threads} thread{'s' * (threads != '1')}" * (facts.get("processor") == run.backend.device)
@@ -120,10 +121,6 @@ def context(run: Run) -> str:
     layer += [f"op {op}" for op in ops] + list(layouts)
     versions = [f"{package} {facts[package]}" for package in ("mla", "torch") if package in facts]
     return " | ".join([*versions[:1], device, *versions[1:], ", ".join(filter(None, layer))])
-
-
-def _short_dtype(dtype: str) -> str:
-    return next((short for short, long in DTYPES.items() if long == dtype), dtype)
 
 
 def _face(rows: Sequence[Row]) -> list[str]:
@@ -155,9 +152,9 @@ def _face_cells(row: Row, extras: Collection[str]) -> tuple[str, ...]:
     return (
         case.scenario,
         case.implementation,
-        f"{_estimate(latency)} ms{interval}",
+        f"{estimated(latency)} ms{interval}",
         _work_rate(row),
-        "in doubt" if case.roofline.doubt else percent(row.share) + bound,
+        "suspect" if case.roofline.doubt else percent(row.share) + bound,
         _speedup(row, "interval of the speedup" in extras),
     )
 
@@ -169,7 +166,7 @@ def _work_rate(row: Row) -> str:
         computes = case.roofline.bound == "compute"
         amount = case.cost.flops if computes else case.cost.bytes
         return per_second(row.per_second(amount, 1), "FLOP/s" if computes else "B/s")
-    return f"{_estimate(rate)} tok/s" if rate else "-"
+    return f"{estimated(rate)} tok/s" if rate else "-"
 
 
 def _speedup(row: Row, with_interval: bool) -> str:
@@ -227,9 +224,9 @@ def comparisons(run: Run) -> list[str]:
     lines = []
     for scenario, cases in by_scenario(run.cases).items():
         first = _first_run(cases)
-        others = {case.implementation: case for case in cases if case is not first}
+        by_name = {case.implementation: case for case in cases if case is not first}
         for agreement in first.agreement:
-            other = others.get(agreement.implementation)
+            other = by_name.get(agreement.implementation)
             if other is not None:
                 lines.append(f"{scenario}: {_differences(first, other, agreement.relative_difference)}")
     return lines
@@ -290,10 +287,6 @@ def unreliable_headlines(run: Run) -> list[str]:
 def _layers(case: Case) -> str:
     """Return a note that numbers are per layer, if several ran."""
     return f" per layer of {case.layers}" if case.layers > 1 else ""
-
-
-def _estimate(estimate: Latency | Throughput | None) -> str:
-    return known(estimate.median, estimate.ci95) if estimate else "-"
 
 
 def _interval(latency: Latency | None) -> str:

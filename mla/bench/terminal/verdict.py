@@ -116,39 +116,41 @@ def verdicts(run: Run) -> list[Verdict]:
 
 def of_scenario(where: str, cases: Iterable[Case]) -> Verdict:
     """Return which of the cases of one scenario is fastest."""
-    found = contest(cases)
-    if found.outcome == "none":
-        return Verdict(where, "none", _without(found).removeprefix("; ") or "nothing was compared")
-    text = _open(found) if len(found.leaders) > 1 else _ahead(found)
-    return Verdict(where, found.outcome, f"{text}, {near(found.leaders[0])}{_without(found)}")
+    ranking = contest(cases)
+    if ranking.outcome == "none":
+        return Verdict(where, "none", _without(ranking).removeprefix("; ") or "nothing was compared")
+    text = _open(ranking) if len(ranking.leaders) > 1 else _ahead(ranking)
+    return Verdict(where, ranking.outcome, f"{text}, {near(ranking.leaders[0])}{_without(ranking)}")
 
 
-def _ahead(found: Contest) -> str:
-    first = found.leaders[0]
-    if found.beaten:
-        comparison = compare_implementations(found.beaten[0], first)
+def _ahead(ranking: Contest) -> str:
+    first = ranking.leaders[0]
+    if ranking.beaten:
+        comparison = compare_implementations(ranking.beaten[0], first)
         speed = times_as_fast(comparison.speedup, comparison.speedup_interval)
         ratio, _, bounds = speed.partition(" ")
-        rank = f", the next of {len(found.beaten)}" if len(found.beaten) > 1 else ""
-        return f"{first.implementation} is {ratio} as fast as {found.beaten[0].implementation} {bounds}{rank}"
+        rank = f", the next of {len(ranking.beaten)}" if len(ranking.beaten) > 1 else ""
+        return (
+            f"{first.implementation} is {ratio} as fast as {ranking.beaten[0].implementation} {bounds}{rank}"
+        )
     latency = first.latency_ms
     number = quoted(latency.median, latency.ci95, "ms") if latency else "-"
     return f"only {first.implementation} has a number: {number}"
 
 
-def _open(found: Contest) -> str:
+def _open(ranking: Contest) -> str:
     """Return that several may be the fastest, and why: no ratio of theirs means anything."""
-    names = [case.implementation for case in found.leaders]
-    reasons = {compare_implementations(case, found.leaders[0]).reason for case in found.leaders[1:]}
+    names = [case.implementation for case in ranking.leaders]
+    reasons = {compare_implementations(case, ranking.leaders[0]).reason for case in ranking.leaders[1:]}
     why = reasons.pop() if len(reasons) == 1 else ""
-    slower = [case.implementation for case in found.beaten]
+    slower = [case.implementation for case in ranking.beaten]
     text = f"no decision between {', '.join(names[:-1])} and {names[-1]}: {why or 'their intervals overlap'}"
     return f"{text}; slower: {', '.join(slower)}" if slower else text
 
 
-def _without(found: Contest) -> str:
+def _without(ranking: Contest) -> str:
     """Name the cases without a number and why."""
-    names = [f"{case.implementation} ({status(case)})" for case in found.without]
+    names = [f"{case.implementation} ({status(case)})" for case in ranking.without]
     return f"; no number: {', '.join(names)}" if names else ""
 
 
@@ -158,14 +160,14 @@ def near(case: Case) -> str:
     if why_unreliable(case):
         return "its share of the limit is unknown"
     if limit.doubt:
-        return "but its limit or its time is in doubt"
+        return "but its limit or its time is suspect"
     if limit.fraction is None:
         return "no limit known"
     return f"at {100 * limit.fraction:.0f} % of the {f'{limit.bound} ' if limit.bound else ''}limit"
 
 
 _COUNTED: dict[Outcome, str] = {
-    "doubt": "limit or time in doubt at",
+    "doubt": "suspect limit or time at",
     "open": "no decision at",
     "alone": "only one has a number at",
     "none": "no number at",
@@ -174,11 +176,11 @@ _COUNTED: dict[Outcome, str] = {
 
 def _of_sweep(where: str, contests: Sequence[Contest]) -> Verdict:
     """Count the outcomes of all points."""
-    first = Counter(found.leaders[0].implementation for found in contests if found.outcome == "won")
-    outcomes = Counter(found.outcome for found in contests)
+    first = Counter(ranking.leaders[0].implementation for ranking in contests if ranking.outcome == "won")
+    outcomes = Counter(ranking.outcome for ranking in contests)
     parts = [f"{name} is fastest at {count}" for name, count in first.most_common()]
     parts += [f"{words} {outcomes[outcome]}" for outcome, words in _COUNTED.items() if outcomes[outcome]]
-    only = {case.implementation for found in contests for case in (*found.leaders, *found.without)}
+    only = {case.implementation for ranking in contests for case in (*ranking.leaders, *ranking.without)}
     if len(only) == 1 and set(outcomes) == {"alone"}:
         parts = [f"only {only.pop()} has numbers"]
     order: tuple[Outcome, ...] = ("doubt", "won", "open", "alone", "none")
@@ -189,15 +191,15 @@ def _of_sweep(where: str, contests: Sequence[Contest]) -> Verdict:
 
 def _ranges(contests: Sequence[Contest]) -> Iterator[str]:
     """Yield how much faster than the next the fastest are, how near their limits, and what has no number."""
-    pairs = [(found.beaten[0], found.leaders[0]) for found in contests if found.outcome == "won"]
+    pairs = [(ranking.beaten[0], ranking.leaders[0]) for ranking in contests if ranking.outcome == "won"]
     ratios = [speedup for pair in pairs if (speedup := compare_implementations(*pair).speedup)]
     if ratios:
         yield f"{_range(ratios, 'x')} as fast as the next"
-    leaders = [found.leaders[0] for found in contests if found.leaders]
+    leaders = [ranking.leaders[0] for ranking in contests if ranking.leaders]
     shares = [case.roofline.fraction for case in leaders if not why_unreliable(case)]
     if known_shares := [round(100 * share) for share in shares if share is not None]:
         yield f"at {_range(known_shares, ' %')} of the limit"
-    if counts := Counter(status(case) for found in contests for case in found.without):
+    if counts := Counter(status(case) for ranking in contests for case in ranking.without):
         yield "cases without a number: " + ", ".join(f"{count} {name}" for name, count in counts.items())
 
 

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from mla.bench.workload.scenario import MAX_COUNT, MAX_REQUESTS, UNITS, Positive, Scenario, check_lengths
+from mla.bench.workload.scenario import (
+    MAX_COUNT,
+    MAX_REQUESTS,
+    UNITS,
+    Positive,
+    Scenario,
+    check_lengths,
+    repeated,
+)
 from mla.errors import UsageError, did_you_mean
 from mla.text import DTYPES
 from mla_backends.api import OPS
@@ -94,9 +102,8 @@ def points_of(scenarios: Sequence[Scenario], axes: Axes) -> list[Point]:
         for scenario, grid in grids
         for values in itertools.product(*grid.values())
     ]
-    names = [point.name for point in points]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UsageError(f"two points are named '{twice[0]}': rename the scenario of that name.")
+    if twice := repeated(point.name for point in points):
+        raise UsageError(f"two points are named '{twice}': rename the scenario of that name.")
     return points
 
 
@@ -263,8 +270,7 @@ def _segment(text: str, where: str) -> tuple[int, int, int]:
 def batch_scenarios(words: Iterable[str]) -> list[BatchScenario]:
     """Return a scenario for each spec in comma-separated lists. Raises `UsageError`."""
     specs = split(words)
-    twice = next((spec for spec in specs if specs.count(spec) > 1), None)
-    if twice:
+    if twice := repeated(specs):
         raise UsageError(f"--batch-spec lists '{twice}' twice: it is measured once.")
     try:
         return list(map(_scenario, specs))
@@ -392,8 +398,7 @@ def expand_ops(scenarios: Sequence[Point], config: MLAConfig, kinds: Mapping[str
     `kinds`: role -> op. Raises `UsageError` for an op that is unknown or that this layer lacks.
     """
     expanded = [point for scenario in scenarios for point in scenario.expand(config, kinds)]
-    names = [scenario.name for scenario in expanded]
-    if twice := next((name for name in names if names.count(name) > 1), None):
+    if twice := repeated(scenario.name for scenario in expanded):
         raise UsageError(f"'{twice}' would be measured twice: it is unaffected by the axes you vary.")
     return expanded
 

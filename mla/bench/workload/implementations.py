@@ -7,10 +7,10 @@ roles), and what it runs: an op by its name, or `reference`. Needs no torch.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mla.bench.workload.scenario import repeated
 from mla.errors import UsageError
 
 # Implementations that run our layer, and thus take ops in brackets.
@@ -32,9 +32,8 @@ class Named:
 def parse(text: str) -> list[Named]:
     """Read a comma-separated list; commas in brackets do not split it. Raises `UsageError`."""
     names = [parse_one(part) for part in _split(text)]
-    name, count = Counter(names).most_common(1)[0] if names else (None, 0)
-    if count > 1:
-        raise UsageError(f"--implementations names '{name}' twice: it is measured once.")
+    if twice := repeated(names):
+        raise UsageError(f"--implementations names '{twice}' twice: it is measured once.")
     return names
 
 
@@ -51,9 +50,8 @@ def parse_one(text: str) -> Named:
             f"'{text.strip()}': {base} cannot be given ops in brackets; only {' and '.join(OURS)} can."
         )
     pairs = [_pair(item, text.strip()) for item in form[2].split(",")]
-    key, count = Counter(key for key, _ in pairs).most_common(1)[0]
-    if count > 1:
-        raise UsageError(f"'{text.strip()}' gives {key} two ops: keep one.")
+    if twice := repeated(key for key, _ in pairs):
+        raise UsageError(f"'{text.strip()}' gives {twice} two ops: keep one.")
     return Named(base, tuple(sorted(pairs)))
 
 

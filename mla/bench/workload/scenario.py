@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from collections import Counter
+from collections.abc import Iterable
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
@@ -16,6 +18,7 @@ MAX_COUNT = 2**31 - 1
 
 MAX_LAYERS = 1024
 
+Item = TypeVar("Item")
 Positive = Annotated[int, msgspec.Meta(ge=1, le=MAX_COUNT)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_COUNT)]
 Layers = Annotated[int, msgspec.Meta(ge=1, le=MAX_LAYERS)]
@@ -69,6 +72,11 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def final_lens(self) -> tuple[int, ...]:
         """Number of cached tokens per request at the end of a pass."""
         return self.kv_lens(self.inputs - 1)
+
+
+def repeated(items: Iterable[Item]) -> Item | None:
+    """Return the first of the items that come twice; None if none does."""
+    return next((item for item, count in Counter(items).items() if count > 1), None)
 
 
 def check_lengths(where: str, scenario: Scenario) -> None:

@@ -31,7 +31,7 @@ BLOCK_BYTES = 32 << 20  # allocated to see the memory counter move
 
 @check(
     "device.identity",
-    catches="a missing name or contract version, without which results cannot be told apart",
+    catches="a missing name or contract version: results could not be told apart",
 )
 def identity(trial: Trial) -> None:
     """The backend has a name and was written for this version of the contract."""
@@ -232,7 +232,7 @@ def dtypes(trial: Trial) -> None:
     expect(bool(claimed), "dtypes() is empty")
     for claim in claimed:
         floating = isinstance(claim, torch.dtype) and claim.is_floating_point
-        expect(floating, f"dtypes() holds {claim!r}, which is not a floating dtype")
+        expect(floating, f"dtypes() holds {claim!r}, not a floating dtype")
     trial.note = ", ".join(dtype_name(claim) for claim in claimed)
 
 

@@ -7,7 +7,7 @@ from mla.conformance.registry import OP, check
 from mla.conformance.trial import Trial
 
 GROUPS = {"latent_attention": "latent", "expanded_attention": "expanded"}  # other kinds have their own name
-CATCHES = "what nobody thought of: sizes, numbers, memory and sequences of calls that no table has together"
+CATCHES = "combinations of sizes, numbers, memory and sequences of calls that no table has"
 
 
 def drawn(trial: Trial) -> None:

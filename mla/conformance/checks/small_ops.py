@@ -173,7 +173,7 @@ ROTARY = (2, 32, 62, 96, 128)
 HEADS = (*range(1, 34), 40, 48, 63, 64, 65, 96, 127, 128)
 
 
-@op_cases("rows", "grid", "rows beyond a launch grid, or beside a multiple of its blocks", EXAMPLES)
+@op_cases("rows", "grid", "rows beyond a launch grid, or no multiple of its blocks", EXAMPLES)
 def rows(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """From one row to thousands, every row is right."""
     return by_turns(of_tokens(example, *((*FEW, MOST_ROWS) if quick else (*MANY, MOST_ROWS, BEYOND_GRID))))
@@ -326,7 +326,7 @@ def check_sparse(trial: Trial, example: OpCase, some: Sequence[int], page_size: 
         rows[on_device] = rows[beside] = torch.nan
         call.replace(slots=on_device, cache=cache)
         trial.check(call)
-        expect(bool(rows[beside].isnan().all()), "a slot beside those that are written has changed")
+        expect(bool(rows[beside].isnan().all()), "a slot other than those written has changed")
 
 
 @op_check("far_rows", "index", "places of rows that are computed in 32 bits", EXAMPLES)

@@ -51,8 +51,8 @@ def visible_keys(
 
     if mask_function is not causal_mask_function or int(kv_offset):
         raise UnsupportedModel(
-            "this step's mask is not plain causal attention (packed sequences, a window, or a mask of its "
-            "own), which the ops of `use_mla` do not serve: call `restore(model)` before."
+            "`use_mla` serves plain causal attention only, and this step has packed sequences, a window or "
+            "another mask: call `restore(model)` first."
         )
     tokens = int(q_offset) + q_length
     if attention_mask is None:
@@ -73,7 +73,7 @@ def _marked(flags: torch.Tensor, queries: int) -> torch.Tensor:
 
 
 def is_ours(mask: object, queries: int | None = None) -> bool:
-    """Return whether `visible_keys` made this mask, for a step of so many queries; None is any."""
+    """Return whether `visible_keys` made this mask, for a step of `queries` queries; None is any."""
     made_for = getattr(mask, "mla_queries", None)
     return made_for is not None and queries in (None, made_for)
 
@@ -101,14 +101,15 @@ class Survey(NamedTuple):
 def survey(model: Any) -> Survey:
     """Return what there is to serve. Raises `UnsupportedModel`."""
     if isinstance(model, type) or not hasattr(model, "set_attn_implementation"):
-        raise UnsupportedModel(f"{type(model).__name__} is no loaded model of `transformers` 5.20 or later.")
+        kind = type(model).__name__
+        raise UnsupportedModel(f"{kind} is not a loaded model of `transformers` 5.20 or later.")
     layers = find_attention(model)
     if any(hasattr(layer, "mla_attention") for layer in layers):
         raise UnsupportedModel("this model runs our ops already: call `restore(model)` first.")
     if not layers:
         raise UnsupportedModel(f"{type(model).__name__} has no multi-head latent attention (no kv_b_proj).")
     models = [
-        one for one in model.modules() if hasattr(one, "set_attn_implementation") and find_attention(one)
+        part for part in model.modules() if hasattr(part, "set_attn_implementation") and find_attention(part)
     ]
     _check_placement(model, layers)
     config = _config(model, layers)
@@ -129,17 +130,19 @@ def survey(model: Any) -> Survey:
 def find_attention(model: Any) -> list[Any]:
     """Return the model's latent attention layers, in their order."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    return [one for one in modules if hasattr(one, "kv_b_proj") and hasattr(one, "kv_a_layernorm")]
+    return [
+        module for module in modules if hasattr(module, "kv_b_proj") and hasattr(module, "kv_a_layernorm")
+    ]
 
 
 def _owner(model: Any, models: list[Any], layers: list[Any]) -> Any:
     """Return the model that all layers have their config from; other parts attend as they did."""
-    owner = next((one for one in models if all(layer.config is one.config for layer in layers)), None)
+    owner = next((part for part in models if all(layer.config is part.config for layer in layers)), None)
     if owner is None:
         raise UnsupportedModel(
             f"{type(model).__name__} holds several language models: call `use_mla` on each of them."
         )
-    if any(one.config.output_attentions for one in models):
+    if any(part.config.output_attentions for part in models):
         raise UnsupportedModel(NO_WEIGHTS)
     if owner.config._attn_implementation == NAME:
         raise UnsupportedModel(NOT_PREPARED)
@@ -160,13 +163,12 @@ def _check_placement(model: Any, layers: list[Any]) -> None:
 def _check_layer(layer: Any) -> None:
     if not hasattr(layer, "expand_kv"):
         raise UnsupportedModel(
-            f"{type(layer).__name__} is no class of `transformers`, and caches expanded keys: load the model "
-            "without `trust_remote_code`."
+            f"{type(layer).__name__} is not a class of `transformers`, and caches expanded keys: load the "
+            "model without `trust_remote_code`."
         )
     if "expand_kv" in vars(layer):
         raise UnsupportedModel(
-            f"{type(layer).__name__} has an expand_kv of its own, which our ops would leave out: "
-            "take it away first."
+            f"{type(layer).__name__} has its own expand_kv, and our ops would skip it: remove it first."
         )
     if not getattr(layer, "is_causal", True):
         raise UnsupportedModel(NOT_CAUSAL)
@@ -179,21 +181,21 @@ def _check_layer(layer: Any) -> None:
 
 
 def _check_shared(model: Any, layers: list[Any]) -> None:
-    """Raise `UnsupportedModel` where packing a projection would take its weight from somebody else."""
+    """Raise `UnsupportedModel` where packing a projection would take its weight from another module."""
     modules = Counter(id(linear) for layer in layers for _, linear in _projections(layer))
     weights = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
     for layer in layers:
         for name, linear in _projections(layer):
             if modules[id(linear)] > 1 or weights[id(linear.weight)] > 1:
                 raise UnsupportedModel(
-                    f"{name} of layer {layer.layer_idx} shares its weight with another module, which packing "
-                    "would leave without one: untie them first."
+                    f"{name} of layer {layer.layer_idx} shares its weight with another module, and packing "
+                    "would take it away: untie them first."
                 )
 
 
 def _projections(layer: Any) -> list[tuple[str, Any]]:
-    found = [(name, getattr(layer, name, None)) for name in PROJECTIONS]
-    return [(name, linear) for name, linear in found if linear is not None]
+    projections = [(name, getattr(layer, name, None)) for name in PROJECTIONS]
+    return [(name, linear) for name, linear in projections if linear is not None]
 
 
 def _more_than_a_weight(linear: Any, may_have_bias: bool) -> str:
@@ -235,19 +237,19 @@ def _check_scaling(layers: list[Any], config: MLAConfig) -> None:
 class Check:
     """A forward pre-hook of the innermost model, which runs the layers."""
 
-    def __init__(self, found: Survey) -> None:
-        self._device = found.device.type
-        self._scaled = [(layer, layer.scaling) for layer in found.layers]
+    def __init__(self, surveyed: Survey) -> None:
+        self._device = surveyed.device.type
+        self._scaled = [(layer, layer.scaling) for layer in surveyed.layers]
 
     @uncompiled
     def __call__(self, model: Any, arguments: tuple[Any, ...], words: dict[str, Any]) -> None:
         """Raise `UnsupportedModel` for a forward that cannot be served."""
         values = (*arguments, *words.values())
-        tensors, caches = list(_tensors(values)), [one for one in values if isinstance(one, Cache)]
+        tensors, caches = list(_tensors(values)), [value for value in values if isinstance(value, Cache)]
         if words.get("output_attentions", model.config.output_attentions):
             raise UnsupportedModel(NO_WEIGHTS)
-        masks = [one for one in tensors if one.ndim == 4]
-        if masks or not caches or any(getattr(one, "is_uneven", False) for one in caches):
+        masks = [tensor for tensor in tensors if tensor.ndim == 4]
+        if masks or not caches or any(getattr(cache, "is_uneven", False) for cache in caches):
             _check_shapes(_bound(model, arguments, words), masks, caches)
         if torch.is_autocast_enabled(self._device):
             raise UnsupportedModel(
@@ -282,14 +284,14 @@ def _bound(model: Any, arguments: tuple[Any, ...], words: dict[str, Any]) -> dic
 
 
 def _check_shapes(given: dict[str, Any], masks: list[torch.Tensor], caches: list[Cache]) -> None:
-    """Raise `UnsupportedModel` for masks of another step, and for positions that nobody names."""
+    """Raise `UnsupportedModel` for masks of another step, and for positions that are not given."""
     if not all(map(is_ours, masks)):
         raise UnsupportedModel(OWN_MASK)
     inputs = (given.get(name) for name in ("input_ids", "inputs_embeds"))
-    shape = next((one.shape[:2] for one in inputs if one is not None), None)
+    shape = next((tensor.shape[:2] for tensor in inputs if tensor is not None), None)
     if shape is None:
         return  # the model says that it needs them
-    if not all(_is_of_this_step(one, shape, caches) for one in masks):
+    if not all(_is_of_this_step(mask, shape, caches) for mask in masks):
         raise UnsupportedModel(OWN_MASK)
     mask = given.get("attention_mask")
     if not caches and isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape != shape:
@@ -307,13 +309,13 @@ def _is_of_this_step(mask: torch.Tensor, shape: torch.Size, caches: list[Cache])
     if not is_ours(mask, queries) or mask.shape[0] != batch:
         return False
     held: list[Any] = [cache.get_seq_length() for cache in caches]
-    if any(isinstance(one, torch.Tensor) and one.device.type != "cpu" for one in held):
+    if any(isinstance(count, torch.Tensor) and count.device.type != "cpu" for count in held):
         return True  # or the device would be waited for
     return bool(mask.shape[-1] == queries + sum(map(int, held)))
 
 
 def _check_cache(cache: Cache) -> None:
-    """Raise `UnsupportedModel` for a cache of which a layer has dropped tokens."""
+    """Raise `UnsupportedModel` for a cache with a layer that has dropped tokens."""
     layer: Any
     for index, layer in enumerate(cache.layers):
         if getattr(layer, "is_sliding", False) and layer.get_mask_sizes(1)[1]:

@@ -28,7 +28,7 @@ Keys = slice | torch.Tensor
 
 
 class Span(NamedTuple):
-    """Queries of a request of which each sees one key more than the one before."""
+    """Consecutive queries of a request; each sees one key more than the one before."""
 
     request: int
     first: int
@@ -55,7 +55,7 @@ class Step:
 
     @classmethod
     def of(cls, flags: torch.Tensor, queries: int, device: torch.device) -> Step:
-        """Describe a step of so many queries a request, of which the last is that of the last key."""
+        """Describe a step of `queries` queries a request; the last query is that of the last key."""
         seen = flags[:, 0, 0] != 0
         starts = left_padding(seen)
         if starts is None:
@@ -76,8 +76,8 @@ def left_padding(seen: torch.Tensor) -> list[int] | None:
     starts = seen.shape[1] - seen.sum(dim=1)
     if not torch.equal(seen, torch.arange(seen.shape[1], device="cpu") >= starts[:, None]):
         return None
-    found: list[int] = starts.tolist()
-    return found
+    first: list[int] = starts.tolist()
+    return first
 
 
 def left_padded(starts: list[int], keys: int, queries: int) -> Iterator[Span]:
@@ -101,7 +101,7 @@ def _spans(request: int, seen: torch.Tensor, queries: int) -> Iterator[Span]:
 
 
 def _pages(tokens: int) -> int:
-    """Return pages for so many tokens, in steps of up to an eighth, since they grow with every step."""
+    """Return pages for `tokens` tokens, in steps of up to an eighth, since they grow with every step."""
     pages = -(-tokens // PAGE_SIZE)
     unit = 1 << max(0, pages.bit_length() - 4)
     return -(-pages // unit) * unit
@@ -141,8 +141,8 @@ class Attention:
         for span, place in zip(step.spans, q.split(counts), strict=True):
             place.copy_(rows[span.request, span.queries])
         heads = self.core(q, step.batch, held.write(step, latent, pe))
-        for span, found in zip(step.spans, heads.split(counts), strict=True):
-            out[span.request, span.queries] = found
+        for span, rows_out in zip(step.spans, heads.split(counts), strict=True):
+            out[span.request, span.queries] = rows_out
         return out
 
 

@@ -14,21 +14,18 @@ NO_WEIGHTS = (
     "eager attention to get them."
 )
 NOT_CAUSAL = (
-    "a layer of this model has is_causal = False, and the ops of `use_mla` are causal: call `restore(model)` "
-    "before it is set."
+    "a layer of this model has is_causal = False, but `use_mla` computes causal attention only: call "
+    "`restore(model)` before setting it."
 )
 NOT_PREPARED = (
-    "this model's config selects the attention of `use_mla`, as that of a model in use does, but its layers "
-    "are stock ones: call `model.set_attn_implementation('sdpa')` on it first, with a config of its own."
+    "this config was copied from a model under `use_mla`. Give the model its own config and call "
+    "`model.set_attn_implementation('sdpa')` first."
 )
 NOT_NUMBERED = (
-    "the requests of this forward have different lengths in its PagedCache, and no position_ids say which "
-    "token is next in each: give position_ids [batch, tokens]."
+    "the requests of this forward have different lengths in the PagedCache: give position_ids "
+    "[batch, tokens]."
 )
-OWN_MASK = (
-    "`use_mla` takes no mask of one's own [batch, 1, queries, keys]: give attention_mask [batch, tokens], or "
-    "none."
-)
+OWN_MASK = "`use_mla` takes no mask [batch, 1, queries, keys]: give attention_mask [batch, tokens], or none."
 
 
 class UnsupportedModel(MLAError):
@@ -37,7 +34,7 @@ class UnsupportedModel(MLAError):
 
 def require_inference(*tensors: torch.Tensor, training: bool = False) -> None:
     """Raise `UnsupportedModel` where gradients are wanted: our ops have none."""
-    if training or (torch.is_grad_enabled() and any(one.requires_grad for one in tensors)):
+    if training or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         raise UnsupportedModel(
             "`use_mla` serves inference: call `model.eval()` and run under `torch.no_grad()`, or "
             "`restore(model)` to train."

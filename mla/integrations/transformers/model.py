@@ -1,4 +1,4 @@
-"""`use_mla` and `restore`: a loaded model's attention layers run our ops, and theirs again."""
+"""`use_mla` and `restore`: switch a loaded model's attention layers to our ops, and back."""
 
 from __future__ import annotations
 
@@ -45,27 +45,27 @@ def use_mla(model: Any, backend: str | Backend = "cpu", **arguments: Any) -> Any
     `transformers`. Raises `UnsupportedModel`, before anything is changed, for a model that cannot be served,
     and `BackendError` for a backend that is not there.
     """
-    found = survey(model)
-    opened = backend if isinstance(backend, Backend) else _load(backend, found.device, arguments)
+    surveyed = survey(model)
+    opened = backend if isinstance(backend, Backend) else _load(backend, surveyed.device, arguments)
     if opened is backend and arguments:
         raise UnsupportedModel(f"{', '.join(arguments)}: such arguments go to `mla.load_backend`.")
-    if opened.device is None or not _same(opened.device, found.device):
+    if opened.device is None or not _same(opened.device, surveyed.device):
         name = getattr(backend, "name", backend)
         raise UnsupportedModel(
-            f"this model is on {found.device}, and backend '{name}' computes on {opened.device}: move it "
+            f"this model is on {surveyed.device}, and backend '{name}' computes on {opened.device}: move it "
             "there with `model.to(...)` first."
         )
     _register()
-    steps = Steps(found.dtype, found.device, WORKSPACE_BYTES, Turn.of(opened))
-    use = _use(found)
+    steps = Steps(surveyed.dtype, surveyed.device, WORKSPACE_BYTES, Turn.of(opened))
+    use = _use(surveyed)
     try:
-        for layer in found.layers:
-            _prepare(layer, found, opened, steps)
+        for layer in surveyed.layers:
+            _prepare(layer, surveyed, opened, steps)
             layer.mla_use = use
-        found.owner.set_attn_implementation(NAME)
-        for one, guards in zip(found.models, use.guards.values(), strict=True):
-            guards.append(guard(one, found.dtype, found.device))
-        check = found.models[-1].register_forward_pre_hook(Check(found), with_kwargs=True)
+        surveyed.owner.set_attn_implementation(NAME)
+        for served, guards in zip(surveyed.models, use.guards.values(), strict=True):
+            guards.append(guard(served, surveyed.dtype, surveyed.device))
+        check = surveyed.models[-1].register_forward_pre_hook(Check(surveyed), with_kwargs=True)
         use.guards[use.models[-1]].append(check.remove)
     except BaseException:
         _undo(use)
@@ -80,12 +80,12 @@ def _load(name: str, device: torch.device, arguments: dict[str, Any]) -> Backend
     return mla.load_backend(name, **arguments)
 
 
-def _use(found: Survey) -> Use:
-    models = [weakref.ref(model) for model in found.models]
+def _use(surveyed: Survey) -> Use:
+    models = [weakref.ref(model) for model in surveyed.models]
     return Use(
-        [weakref.ref(layer) for layer in found.layers],
-        models[found.models.index(found.owner) :],
-        found.owner.config._attn_implementation,
+        [weakref.ref(layer) for layer in surveyed.layers],
+        models[surveyed.models.index(surveyed.owner) :],
+        surveyed.owner.config._attn_implementation,
         {model: [] for model in models},
     )
 
@@ -95,9 +95,9 @@ def _same(backend: torch.device, model: torch.device) -> bool:
     return backend.type == model.type and (model.index or 0) == (backend.index or 0)
 
 
-def _prepare(layer: Any, found: Survey, backend: Backend, steps: Steps) -> None:
+def _prepare(layer: Any, surveyed: Survey, backend: Backend, steps: Steps) -> None:
     """Have one layer run our ops; packed weights take the place of its plain ones."""
-    core = AttentionCore(found.config, backend=backend, dtype=found.dtype, scratch=steps.scratch)
+    core = AttentionCore(surveyed.config, backend=backend, dtype=surveyed.dtype, scratch=steps.scratch)
     core.load(layer.kv_b_proj.weight)
     layer.mla_attention, layer.expand_kv = Attention(core, steps), _as_they_are
     layer.kv_b_proj = PackedKvB(layer.kv_b_proj, core)
@@ -121,7 +121,7 @@ def restore(model: Any) -> Any:
 
 
 def _undo(use: Use) -> None:
-    """Give back what layers had, of which some may have been prepared."""
+    """Give back what layers had; some may not have been prepared."""
     for model, guards in use.guards.items():
         for take_away in guards if model() is not None else ():
             take_away()

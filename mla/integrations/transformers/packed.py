@@ -40,13 +40,13 @@ class Packed(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.training = linear.training
-        self._linear = (linear,)  # which is no child: nobody sees it
+        self._linear = (linear,)  # in a tuple, so that it is not a child
         self.weight, self.bias = linear.weight, linear.bias
 
     @property
     def trains(self) -> bool:
         """Whether a parameter wants gradients."""
-        return any(one.requires_grad for one in self.parameters(recurse=False))
+        return any(weight.requires_grad for weight in self.parameters(recurse=False))
 
     def take_weight(self) -> None:
         """Free the plain weight, when nothing can fail any more."""
@@ -61,7 +61,7 @@ class Packed(nn.Module):
         """Return the module that this one stands in for, and give it its weight."""
         (linear,) = self._linear
         with torch.inference_mode(False):
-            linear.weight.data = self.weight_as_loaded()  # whoever put another one here in between
+            linear.weight.data = self.weight_as_loaded()  # even if it was replaced in between
         return linear.train(self.training)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Packed:
@@ -103,11 +103,12 @@ class PackedLinear(Packed):
         """Return x [..., i] times the weight, plus the bias: [..., o]."""
         require_inference(x, training=torch.is_grad_enabled() and self.trains)
         spec = self._choice.spec
-        for one in (x, x if self.bias is None else self.bias):
-            if (one.dtype, one.device) != (spec.dtype, spec.device):
+        for operand in (x, x if self.bias is None else self.bias):
+            if (operand.dtype, operand.device) != (spec.dtype, spec.device):
                 raise UnsupportedModel(
-                    f"weights of this model are packed in {spec.dtype} on {spec.device}, and get {one.dtype} "
-                    f"on {one.device}: leave autocast out, and `restore(model)` before it is moved."
+                    f"weights of this model are packed in {spec.dtype} on {spec.device}, and get "
+                    f"{operand.dtype} on {operand.device}: leave autocast out, and `restore(model)` before "
+                    "it is moved."
                 )
         rows = x.reshape(-1, spec.in_features)
         out = rows.new_empty(rows.shape[0], spec.out_features)
@@ -122,7 +123,7 @@ class PackedLinear(Packed):
 
 
 class PackedKvB(Packed):
-    """`kv_b_proj`, which the attention has absorbed."""
+    """`kv_b_proj`, absorbed into the attention."""
 
     def __init__(self, linear: nn.Linear, core: AttentionCore) -> None:
         super().__init__(linear)
@@ -157,7 +158,7 @@ def guard(model: Any, dtype: torch.dtype, device: torch.device) -> Callable[[], 
     }
     if hasattr(model, GUESSES):
         guards[GUESSES] = _without_mtp(_method(model, GUESSES))
-    own = {name: vars(model)[name] for name in guards if name in vars(model)}
+    before = {name: vars(model)[name] for name in guards if name in vars(model)}
     vars(model).update(guards)
     alive = weakref.ref(model)
 
@@ -165,7 +166,7 @@ def guard(model: Any, dtype: torch.dtype, device: torch.device) -> Callable[[], 
         held = vars(alive())
         for name in guards:
             held.pop(name, None)
-        held.update(own)
+        held.update(before)
 
     return undo
 
@@ -173,10 +174,10 @@ def guard(model: Any, dtype: torch.dtype, device: torch.device) -> Callable[[], 
 def _method(model: Any, name: str) -> Callable[[], Method]:
     """Return how to get a method as it is now: the class's without keeping the model, or one of its own."""
     if name in vars(model):
-        own: Method = vars(model)[name]
-        return lambda: own
-    found: Any = weakref.WeakMethod(getattr(model, name))
-    return lambda: found()
+        method: Method = vars(model)[name]
+        return lambda: method
+    bound: Any = weakref.WeakMethod(getattr(model, name))
+    return lambda: bound()
 
 
 def _unmoved(apply: Callable[[], Method], dtype: torch.dtype, device: torch.device) -> Method:

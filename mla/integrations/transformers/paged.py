@@ -23,7 +23,7 @@ from mla.integrations.transformers.errors import UnsupportedModel, uncompiled
 
 
 class NewLatents:
-    """A step's new latents [B, 1, t, c], for the attention alone, which reads all others from the pages.
+    """A step's new latents [B, 1, t, c], for the attention alone: it reads all others from the pages.
 
     A model that does not run our ops would take them for the whole history: it is stopped at its first use.
     """
@@ -34,9 +34,7 @@ class NewLatents:
     @classmethod
     def __torch_function__(cls, *arguments: Any) -> NoReturn:
         """Raise `UnsupportedModel`."""
-        raise UnsupportedModel(
-            "a PagedCache is read by our ops alone: call `use_mla` on the model that it is given to."
-        )
+        raise UnsupportedModel("only our ops read a PagedCache: call `use_mla` on this model first.")
 
     @property
     def shape(self) -> NoReturn:
@@ -45,7 +43,7 @@ class NewLatents:
 
 
 class PagedLayer(CacheLayerMixin):
-    """One layer of the cache, which it does not keep alive: its pages go when nobody has it any more."""
+    """One layer of the cache. It does not keep the cache, and so its pages, alive."""
 
     is_compileable = False
     is_croppable = True
@@ -63,9 +61,9 @@ class PagedLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *arguments: Any, **words: Any
     ) -> tuple[Any, torch.Tensor]:
-        """Hand new latents [B, 1, t, c] and [B, 1, t, r] to the attention, which writes them to the pages."""
+        """Hand new latents [B, 1, t, c] and [B, 1, t, r] to the attention, to be written to the pages."""
         if not hasattr(self._layer, "mla_attention"):
-            raise UnsupportedModel("this model does not run our ops any more, which alone read a PagedCache.")
+            raise UnsupportedModel("this model no longer runs our ops, and only they read a PagedCache.")
         pages, width = self._cache.latents.pages, key_states.shape[-1] + value_states.shape[-1]
         holds = (pages.shape[-1], pages.dtype, pages.device)
         if holds != (width, key_states.dtype, key_states.device):
@@ -127,10 +125,11 @@ class PagedCache(Cache):
     def __init__(self, model: Any, *, max_tokens: int, page_size: int = 64) -> None:
         layers = find_attention(model)
         if not layers or not hasattr(layers[0], "mla_attention"):
-            raise UnsupportedModel("a PagedCache is read by our ops alone: call `use_mla(model)` first.")
+            raise UnsupportedModel("only our ops read a PagedCache: call `use_mla(model)` first.")
         if [layer.layer_idx for layer in layers] != list(range(len(layers))):
             raise UnsupportedModel(
-                f"{type(model).__name__} has layers of other kinds, whose state a PagedCache does not hold."
+                f"{type(model).__name__} has layers without latent attention, and a PagedCache cannot hold "
+                "their state."
             )
         self._model, core = model, layers[0].mla_attention.core
         self.latents = LatentCache(
@@ -144,9 +143,13 @@ class PagedCache(Cache):
         self.columns = 0  # tokens of the longest request, with its padding
         self._sequences: list[int] = []
         self._named = False  # whether `use` said which they are
-        self._unfinished = set[int]()  # sequences of which some layers have not written what is counted
+        self._unfinished = set[int]()  # sequences whose counted tokens some layers have not written
         self._last: Step
         super().__init__(layers=[PagedLayer(self, layer, index) for index, layer in enumerate(layers)])
+
+    def __repr__(self) -> str:
+        """Return the cache's pages and how full they are."""
+        return f"PagedCache({self.latents!r})"
 
     @property
     def argument(self) -> dict[str, PagedCache]:
@@ -161,7 +164,7 @@ class PagedCache(Cache):
         return self._named and len({self.latents.length(sequence) for sequence in self._sequences}) > 1
 
     def use(self, sequences: Sequence[int]) -> None:
-        """Say of which sequences the next forward is, in the order of its rows.
+        """Name the sequences of the next forward, in the order of its rows.
 
         Its attention_mask pads shorter ones on the left, and its position_ids say where each goes on.
         """
@@ -211,8 +214,8 @@ class PagedCache(Cache):
         new = [min(queries, length) for length in kv_lens]
         if len(held) != len(new) or [old + more for old, more in zip(held, new, strict=True)] != kv_lens:
             raise UnsupportedModel(
-                f"attention_mask names {kv_lens} tokens of {len(new)} requests, of which {new} are new, and "
-                f"this cache holds {held}: call `reset()`, or `use` the sequences that the batch is of."
+                f"attention_mask names {kv_lens} tokens of {len(new)} requests, {new} of them new, but this "
+                f"cache holds {held}: call `reset()`, or `use` the sequences of this batch."
             )
         batch = self._extend(new)
         if any(new):  # or no layer writes
@@ -270,7 +273,7 @@ class PagedCache(Cache):
             (count - 1) * -(-self.latents.length(old[place]) // size) for place, count in counts.items()
         )
         left = [sequence for sequence in old if sequence not in kept]
-        free = self.latents.free_pages + sum(-(-self.latents.length(one) // size) for one in left)
+        free = self.latents.free_pages + sum(-(-self.latents.length(sequence) // size) for sequence in left)
         if more > free:
             raise CacheFull(f"copies of requests need {more} more pages, and the cache has {free}.")
         self.latents.release(left)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from mla_backend_cpu.catalog import describe, measured, native_ops, origin, tell, told
+from mla_backend_cpu.catalog import facts, native_ops, tell, told
 from mla_backend_cpu.compilation import LEVELS
 from mla_backend_cpu.instruction_sets import EMULATED
 from mla_backend_cpu.products import Fp32BatchedLinear, Fp32Linear, fp32_gain
@@ -114,10 +114,8 @@ class Cpu(Backend):
             "threads": str(torch.get_num_threads()),
             "threads_from": self._threads_from,
             "cpu_limit": str(host.cpu_limit()),
-            "kernels": describe(self._native),
-            **origin(self._native),
+            **facts(self._native),
             "fp32_gain": f"{fp32_gain():.2f}",
-            **measured(self._native),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         }
 

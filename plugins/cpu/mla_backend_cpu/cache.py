@@ -33,7 +33,7 @@ from mla_backend_cpu.compilation import (
 )
 
 # Made by hatch_build.py. Who can write them can write the Python beside them, which is trusted as well.
-PREBUILT = Path(__file__).parent / "kernels"  # made by hatch_build.py
+PREBUILT = Path(__file__).parent / "kernels"
 
 
 def find_prebuilt(level: Level) -> Artifact | str:
@@ -41,8 +41,8 @@ def find_prebuilt(level: Level) -> Artifact | str:
     if not PREBUILT.is_dir():
         return "no kernels came with this installation"
     folder = PREBUILT / kernels_name(level)
-    if found := opened_kernels(folder):
-        return found
+    if kernels := opened_kernels(folder):
+        return kernels
     if folder.is_dir():
         return f"those that came with this installation are damaged: '{folder}'"
     if any(PREBUILT.glob(f"{level.name}-*")):
@@ -52,7 +52,7 @@ def find_prebuilt(level: Level) -> Artifact | str:
 
 # --------------------------------------------------------------------------------------- built here
 
-_ANOTHER = "set MLA_CACHE_DIR to a folder that only you can write"
+_OTHER_FOLDER = "set MLA_CACHE_DIR to a folder that only you can write"
 
 
 def find(level: Level) -> Artifact | None:
@@ -81,16 +81,16 @@ def make(level: Level, since: str) -> Artifact:
     kept = prepare() / f"{kernels_name(level)}-{_version(command)}"
     check_flags(command, level)
     with _alone(kept.parent / f".{level.name}.lock", level):
-        if found := _opened(kept):  # by another process in the meantime
-            return found
+        if kernels := _opened(kept):  # by another process in the meantime
+            return kernels
         note(f"building the CPU kernels for {level.name}, once, with {command[0]}, since {since} ...")
         try:
-            found = _build(command, level, kept)
+            kernels = _build(command, level, kept)
         except OSError as error:
             raise _not_stored(error) from error
-    if found is None:
-        raise BuildError(f"built kernels cannot be stored: '{kept}' cannot be replaced ({_ANOTHER})")
-    return found
+    if kernels is None:
+        raise BuildError(f"built kernels cannot be stored: '{kept}' cannot be replaced ({_OTHER_FOLDER})")
+    return kernels
 
 
 @contextlib.contextmanager
@@ -144,7 +144,7 @@ def prepare() -> Path:
 def _examine(kept: Path, partly: bool = False) -> None:
     """Raise `BuildError` if others can write the folder of the built kernels, or what exists of it."""
     if reason := distrust(kept, partly):
-        raise BuildError(f"the cache of built kernels is not used: {reason} ({_ANOTHER})")
+        raise BuildError(f"the cache of built kernels is not used: {reason} ({_OTHER_FOLDER})")
 
 
 def _compiler() -> tuple[str, ...]:
@@ -173,7 +173,7 @@ def folder() -> Path:
     if not os.path.isabs(base):  # the specification of XDG_CACHE_HOME says that others are ignored
         base = os.path.join(os.path.expanduser("~"), ".cache")
     if not os.path.isabs(base):  # "~" stays what it is for a user without HOME and entry in /etc/passwd
-        raise BuildError(f"this user has no home folder to keep built kernels in ({_ANOTHER})")
+        raise BuildError(f"this user has no home folder to keep built kernels in ({_OTHER_FOLDER})")
     return Path(os.path.realpath(os.path.join(base, "mla", "cpu")))
 
 
@@ -181,11 +181,11 @@ def _opened(kept: Path) -> Artifact | None:
     """Return kernels, unless they are damaged or others could have written them."""
     if distrust(kept / LIBRARY):
         return None
-    found = opened_kernels(kept)
-    if found and distrust_open(found.descriptor):
-        os.close(found.descriptor)
+    kernels = opened_kernels(kept)
+    if kernels and distrust_open(kernels.descriptor):
+        os.close(kernels.descriptor)
         return None
-    return found
+    return kernels
 
 
 def _version(command: tuple[str, ...]) -> str:
@@ -206,15 +206,13 @@ def _build(command: tuple[str, ...], level: Level, kept: Path) -> Artifact | Non
     try:
         make_kernels(command, level, private)
         private.chmod(0o755)  # an image may be built by root and run by another user
-        with contextlib.suppress(OSError):  # there are some: of another process, or damaged
-            private.rename(kept)
-        found = _opened(kept)
-        if found is None:
-            shutil.rmtree(kept, ignore_errors=True)
-            with contextlib.suppress(OSError):
+        for _ in range(2):
+            with contextlib.suppress(OSError):  # there are some: of another process, or damaged
                 private.rename(kept)
-            found = _opened(kept)
-        return found
+            if kernels := _opened(kept):
+                return kernels
+            shutil.rmtree(kept, ignore_errors=True)
+        return None
     finally:
         shutil.rmtree(private, ignore_errors=True)
 
@@ -257,15 +255,15 @@ def distrust(path: Path, partly: bool = False) -> str | None:
     added_by_anybody = False
     for part in (*reversed(path.parents), path):
         try:
-            found = part.lstat()
+            status = part.lstat()
         except (FileNotFoundError, NotADirectoryError):
             return None if partly else f"'{part}' does not exist"
         except OSError as error:
             return f"'{part}' cannot be examined ({error.strerror})"
         above = part != path and not added_by_anybody
-        if reason := _exposed(found, part, _root_and_me() | (_unmapped() if above else set())):
+        if reason := _exposed(status, part, _root_and_me() | (_unmapped() if above else set())):
             return f"'{part}' {reason}"
-        added_by_anybody = bool(found.st_mode & stat.S_ISVTX)
+        added_by_anybody = bool(status.st_mode & stat.S_ISVTX)
     return None
 
 
@@ -292,21 +290,21 @@ def _unmapped() -> set[int]:
     return set() if any(line.split()[1] == "0" for line in numbers) else {overflow}
 
 
-def _exposed(found: os.stat_result, where: Path | int, owners: set[int]) -> str | None:
+def _exposed(status: os.stat_result, where: Path | int, owners: set[int]) -> str | None:
     """Return how a user who is not among the owners may write to a file or in a folder."""
-    if stat.S_ISLNK(found.st_mode):
+    if stat.S_ISLNK(status.st_mode):
         return "is a symbolic link"
-    if found.st_uid not in owners:
-        return f"belongs to user {found.st_uid}"
-    if stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX:
+    if status.st_uid not in owners:
+        return f"belongs to user {status.st_uid}"
+    if stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX:
         return None  # others may add files, but not replace those of this user
-    if found.st_mode & stat.S_IWOTH:
+    if status.st_mode & stat.S_IWOTH:
         return "can be written by everybody"
-    if found.st_mode & stat.S_IWGRP:  # with an access list, the most that anybody named in it may do
+    if status.st_mode & stat.S_IWGRP:  # with an access list, the most that anybody named in it may do
         if _has_access_list(where):
             return "can be written by those in its access control list"
-        if not _is_private(found.st_gid):
-            return f"can be written by group {found.st_gid}"
+        if not _is_private(status.st_gid):
+            return f"can be written by group {status.st_gid}"
     return None
 
 

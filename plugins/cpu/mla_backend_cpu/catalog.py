@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from mla_backend_cpu import instruction_sets, products
 from mla_backend_cpu.cache import note
-from mla_backend_cpu.compilation import LEVELS, BuildError
-from mla_backend_cpu.library import Library, load
-from mla_backend_cpu.native_ops import (
-    NativeBatchedLinear,
-    NativeExpandedAttention,
-    NativeLatentAttention,
-    NativeLinear,
-    NativeOp,
-    NativeRmsNorm,
-    NativeRotateQuery,
-    NativeWriteLatent,
-)
+from mla_backend_cpu.compilation import LEVELS
+from mla_backend_cpu.library import Library, loaded
+from mla_backend_cpu.native_ops import OPS
 from mla_backends import BackendError, FusedOp
-
-_OPS: Mapping[str, type[NativeOp]] = {
-    "native_linear": NativeLinear,
-    "native_batched_linear": NativeBatchedLinear,
-    "native_rms_norm": NativeRmsNorm,
-    "native_rotate_query": NativeRotateQuery,
-    "native_write_latent": NativeWriteLatent,
-    "native_latent_attention": NativeLatentAttention,
-    "native_expanded_attention": NativeExpandedAttention,
-}
 
 
 class NotBuilt(FusedOp):
@@ -46,49 +26,53 @@ class NotBuilt(FusedOp):
         raise RuntimeError(self._reason)
 
 
+def in_use(level: str) -> Library | str:
+    """Return the kernels for "auto" or an instruction set, or why there are none; "off" asks for none."""
+    return "disabled by the option native=off" if level == "off" else loaded(level)
+
+
 def native_ops(level: str) -> dict[str, FusedOp]:
     """Return the ops by name; `level` is "auto", "off" or an instruction set.
 
     Raises `BackendError` if an instruction set was named and is not available.
     """
-    reason = "disabled by the option native=off"
-    if level != "off":
-        try:
-            return _built(load(level), insist=level != "auto")
-        except BuildError as error:
-            if level != "auto":  # the user named it: nothing else may run instead
-                raise BackendError(f"backend 'cpu' has no kernels for native={level}: {error}.") from error
-            reason = str(error)
-    return {name: NotBuilt(op.contract, reason) for name, op in _OPS.items()}
+    kernels = in_use(level)
+    if isinstance(kernels, Library):
+        return _built(kernels, insist=level != "auto")
+    if level not in ("auto", "off"):  # the user named it: nothing else may run instead
+        raise BackendError(f"backend 'cpu' has no kernels for native={level}: {kernels}.")
+    return {name: NotBuilt(op.contract, kernels) for name, op in OPS.items()}
 
 
 def _built(kernels: Library, insist: bool) -> dict[str, FusedOp]:
     """Return the ops on these kernels, after stand-ins for those of better levels that are not available."""
     ops: dict[str, FusedOp] = {}
     for level, reason in kernels.passed_over.items():
-        ops |= {f"{level}_{name}": NotBuilt(op.contract, reason) for name, op in _OPS.items()}
+        ops |= {f"{level}_{name}": NotBuilt(op.contract, reason) for name, op in OPS.items()}
     prefix = f"{kernels.level}_" if kernels.emulated else ""  # emulation must show wherever ops are named
-    return ops | {f"{prefix}{name}": op(kernels, insist=insist) for name, op in _OPS.items()}
+    return ops | {f"{prefix}{name}": op(kernels, insist=insist) for name, op in OPS.items()}
 
 
-def describe(level: str) -> str:
-    """Return the instruction set in use, or why there is none."""
-    if level == "off":
-        return "off"
-    try:
-        kernels = load(level)
-    except BuildError as error:
-        return f"none: {error}"
-    reasons = [f"; not {name}: {reason}" for name, reason in kernels.passed_over.items()]
-    return kernels.level + "".join(reasons + [f"; {reason}" for reason in _reported(kernels)])
+def facts(level: str) -> dict[str, str]:
+    """Return the kernels in use or why there are none, who built them, and what was measured to choose a way.
 
-
-def origin(level: str) -> dict[str, str]:
-    """Return who built the kernels in use, if there are any."""
-    try:
-        return {} if level == "off" else {"kernels_from": load(level).origin}
-    except BuildError:
-        return {}
+    `native_fp32_gain`: widened values against bf16 pairs, where the processor multiplies these.
+    `native_product_gain`: these kernels' products against torch's, where that may use AMX.
+    `native_product_gain_fp32`: the same for float32 layers, once one was made.
+    """
+    kernels = in_use(level)
+    if isinstance(kernels, str):
+        return {"kernels": "off" if level == "off" else f"none: {kernels}"}
+    passed_over = [f"not {name}: {reason}" for name, reason in kernels.passed_over.items()]
+    facts = {"kernels": "; ".join((kernels.level, *passed_over, *_believed(kernels)))}
+    facts["kernels_from"] = kernels.origin
+    if kernels.dot_bf16 and not kernels.tiles:
+        facts["native_fp32_gain"] = f"{products.widening_gain(kernels):.2f}"
+    if level == "auto" and products.torch_has_tiles():
+        facts["native_product_gain"] = f"{products.product_gain(kernels, False):.2f}"
+    if level == "auto" and True in products.PRODUCT_GAINS:
+        facts["native_product_gain_fp32"] = f"{products.PRODUCT_GAINS[True]:.2f}"
+    return facts
 
 
 _TOLD: set[str] = set()  # what this process has told its user
@@ -110,43 +94,18 @@ def tell(level: str) -> None:
 
 
 def _remarks(level: str) -> list[str]:
-    if level == "off":
-        return []
-    try:
-        kernels = load(level)
-    except BuildError as error:
-        return [f"no CPU kernels: the reference ops run, which is several times slower, since {error}"]
-    reported = [f"CPU kernels for {kernels.level}: {reason}" for reason in _reported(kernels)]
-    return reported + [
+    kernels = in_use(level)
+    if isinstance(kernels, str):
+        lost = f"no CPU kernels: the reference ops run, which is several times slower, since {kernels}"
+        return [] if level == "off" else [lost]
+    believed = [f"CPU kernels for {kernels.level}: {reason}" for reason in _believed(kernels)]
+    return believed + [
         f"CPU kernels for {kernels.level} instead of {better}: {reason}"
         for better, reason in kernels.passed_over.items()
     ]
 
 
-def _reported(kernels: Library) -> list[str]:
+def _believed(kernels: Library) -> list[str]:
     """Return what to say if /proc/cpuinfo was believed when the kernels were chosen."""
     why = instruction_sets.unasked() if kernels.level != LEVELS[-1].name else ""
     return [f"/proc/cpuinfo was believed, since {why}"] if why else []
-
-
-def measured(level: str) -> dict[str, str]:
-    """Return what was measured to choose between ways to compute a product, by name.
-
-    `native_fp32_gain`: widened values against bf16 pairs, where the processor multiplies these.
-    `native_product_gain`: these kernels' products against torch's, where that may use AMX.
-    `native_product_gain_fp32`: the same for float32 layers, once one was made.
-    """
-    if level == "off":
-        return {}
-    try:
-        kernels = load(level)
-    except BuildError:
-        return {}
-    found: dict[str, str] = {}
-    if kernels.dot_bf16 and not kernels.tiles:
-        found["native_fp32_gain"] = f"{products.widening_gain(kernels):.2f}"
-    if level == "auto" and products.torch_has_tiles():
-        found["native_product_gain"] = f"{products.product_gain(kernels, False):.2f}"
-    if level == "auto" and True in products.PRODUCT_GAINS:
-        found["native_product_gain_fp32"] = f"{products.PRODUCT_GAINS[True]:.2f}"
-    return found

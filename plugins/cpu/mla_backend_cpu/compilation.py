@@ -215,8 +215,8 @@ def opened_kernels(folder: Path) -> Artifact | None:
         descriptor = _open_file(folder / LIBRARY)
         undo.callback(os.close, descriptor)
         with open(descriptor, "rb", closefd=False) as file:
-            found = hashlib.sha256(file.read()).hexdigest()
-        if found == _text(folder / _CHECKSUM):
+            checksum = hashlib.sha256(file.read()).hexdigest()
+        if checksum == _text(folder / _CHECKSUM):
             kept = Artifact(folder / LIBRARY, descriptor, _text(folder / _COMPILER))
             undo.pop_all()  # it stays open
             return kept
@@ -226,8 +226,8 @@ def opened_kernels(folder: Path) -> Artifact | None:
 def _open_file(path: Path) -> int:
     """Open a regular file of bounded size, without waiting for the writer of a pipe. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    found = os.fstat(descriptor)
-    if stat.S_ISREG(found.st_mode) and found.st_size <= _MOST_BYTES:
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_size <= _MOST_BYTES:
         return descriptor
     os.close(descriptor)
     raise OSError(f"'{path}' is not a regular file of at most {_MOST_BYTES >> 20} MiB")

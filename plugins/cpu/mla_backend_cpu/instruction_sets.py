@@ -97,9 +97,9 @@ def _ask_processor() -> tuple[dict[tuple[int, int], tuple[int, ...]], int] | str
         return f"this process cannot ask the processor for its instructions ({reason})"
 
     def registers(leaf: int, subleaf: int) -> tuple[int, ...]:
-        found = (ctypes.c_uint32 * 4)()
-        cpuid(leaf, subleaf, found)
-        return tuple(found)
+        answer = (ctypes.c_uint32 * 4)()
+        cpuid(leaf, subleaf, answer)
+        return tuple(answer)
 
     most = registers(0, 0)[_EAX]
     leaves = {(1, 0): registers(1, 0), (7, 0): registers(7, 0) if most >= 7 else _NOTHING}

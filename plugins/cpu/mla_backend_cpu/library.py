@@ -78,14 +78,14 @@ def load(wanted: str) -> Library:
 
     Raises `BuildError`; what failed is not tried again in this process.
     """
-    found = _load(wanted)
-    if isinstance(found, str):
-        raise BuildError(found)
-    return found
+    kernels = loaded(wanted)
+    if isinstance(kernels, str):
+        raise BuildError(kernels)
+    return kernels
 
 
 @functools.cache
-def _load(wanted: str) -> Library | str:
+def loaded(wanted: str) -> Library | str:
     """Return the kernels, or why there are none.
 
     Torch comes first: the OpenMP runtime it has loaded is the one the kernels use.
@@ -126,48 +126,36 @@ def _first(wanted: str) -> Library:
 
 def _loaded(level: Level, passed_over: Mapping[str, str], build: bool) -> Library:
     """Load what came with this installation, else what was built here, else (`build`) build it now."""
-    found = cache.find_prebuilt(level)
-    if isinstance(found, Artifact):
+    prebuilt = cache.find_prebuilt(level)
+    if isinstance(prebuilt, Artifact):
         try:
-            return _library(level, found, "came with this installation", passed_over)
+            return _library(level, prebuilt, "came with this installation", passed_over)
         except OSError as error:  # pip keeps wheels it has built, perhaps on a newer system
-            found = f"those that came with this installation cannot be loaded ({error})"
+            prebuilt = f"those that came with this installation cannot be loaded ({error})"
     kept = cache.find(level)
     if kept is None:
         if not build:
             raise BuildError("nothing is built after a build that failed")
-        kept = cache.make(level, since=found)
+        kept = cache.make(level, since=prebuilt)
     try:
         return _library(level, kept, "built here", passed_over)
     except OSError as error:
         raise BuildError(f"the built kernels cannot be loaded: {error}{_cure(str(error))}") from error
 
 
-def _library(level: Level, found: Artifact, by: str, passed_over: Mapping[str, str]) -> Library:
-    """Load kernels. Raises OSError, which names their file, if they cannot be loaded or lack a function."""
-    try:
-        return Library(level.name, _open(found), f"{by}, {found.compiler}", passed_over)
-    except OSError as error:
-        os.close(found.descriptor)
-        raise OSError(_renamed(found, error)) from error
-    except AttributeError as error:  # it is loaded, and stays
-        raise OSError(_renamed(found, error)) from error
-
-
-def _renamed(found: Artifact, error: Exception) -> str:
-    return str(error).replace(_descriptor(found), f"'{found.path}'")
-
-
-def _open(found: Artifact) -> ctypes.CDLL:
+def _library(level: Level, kernels: Artifact, by: str, passed_over: Mapping[str, str]) -> Library:
     """Load exactly what was checked: a file may be replaced between two uses of its name.
 
     The descriptor stays open, because the loader would take another one of its number for the same library.
+    Raises OSError, which names their file, if they cannot be loaded or lack a function.
     """
-    return ctypes.CDLL(_descriptor(found))
-
-
-def _descriptor(found: Artifact) -> str:
-    return f"/proc/self/fd/{found.descriptor}"
+    name = f"/proc/self/fd/{kernels.descriptor}"
+    try:
+        return Library(level.name, ctypes.CDLL(name), f"{by}, {kernels.compiler}", passed_over)
+    except (OSError, AttributeError) as error:
+        if isinstance(error, OSError):  # else it is loaded, and stays
+            os.close(kernels.descriptor)
+        raise OSError(str(error).replace(name, f"'{kernels.path}'")) from error
 
 
 def _cure(message: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -164,6 +165,13 @@ def check(wrong: bytes | None) -> None:
         raise (MemoryError if wrong.startswith(b"out of memory") else ValueError)(wrong.decode())
 
 
+def finish(wrong: bytes | None, target: torch.Tensor, out: torch.Tensor) -> None:
+    """Raise what a kernel reports, as `check` does; copy what it wrote to a copy of `out` back."""
+    check(wrong)
+    if target is not out:
+        out.copy_(target)
+
+
 def multiple(name: str, value: int, of: int) -> list[str]:
     """Return a reason unless `value` is a multiple of `of`."""
     return [] if value > 0 and value % of == 0 else [f"{name} {value} is not a multiple of {of}"]
@@ -276,9 +284,7 @@ class NativeLinear(_Product):
             target.data_ptr(), target.stride(0), x.shape[0], inputs, outputs,
             *self._ways(data, x.shape[0]), threads(),
         )  # fmt: skip
-        check(wrong)
-        if target is not out:
-            out.copy_(target)
+        finish(wrong, target, out)
 
 
 class NativeBatchedLinear(_Product):
@@ -295,9 +301,7 @@ class NativeBatchedLinear(_Product):
             x.data_ptr(), *x.stride()[:2], data.data_ptr(), target.data_ptr(), *target.stride()[:2],
             x.shape[0], heads, inputs, outputs, *self._ways(data, x.shape[0]), threads(),
         )  # fmt: skip
-        check(wrong)
-        if target is not out:
-            out.copy_(target)
+        finish(wrong, target, out)
 
 
 class NativeRmsNorm(NativeOp):
@@ -319,8 +323,7 @@ class NativeRmsNorm(NativeOp):
             x.data_ptr(), x.stride(0), weight.data_ptr(), eps, target.data_ptr(), target.stride(0),
             *x.shape, threads(),
         )  # fmt: skip
-        if target is not out:
-            out.copy_(target)
+        finish(None, target, out)
 
 
 class NativeRotateQuery(NativeOp):
@@ -345,8 +348,7 @@ class NativeRotateQuery(NativeOp):
             x.data_ptr(), *x.stride()[:2], cos_sin.data_ptr(), cos_sin.stride(0), target.data_ptr(),
             *target.stride()[:2], *x.shape, interleaved, threads(),
         )  # fmt: skip
-        if target is not out:
-            out.copy_(target)
+        finish(None, target, out)
 
 
 class NativeWriteLatent(NativeOp):
@@ -424,9 +426,7 @@ class NativeLatentAttention(NativeOp):
             requests, cache.shape[1], heads, width, out.shape[2], softmax_scale,
             target.data_ptr(), *target.stride()[:2], lse.data_ptr(), *lse.stride(), threads(),
         )  # fmt: skip
-        check(wrong)
-        if target is not out:
-            out.copy_(target)
+        finish(wrong, target, out)
 
 
 @dataclass(frozen=True)
@@ -477,6 +477,17 @@ class NativeExpandedAttention(NativeOp):
             target.data_ptr(), *target.stride()[:2], lse.data_ptr(), *lse.stride(),
             query_lens, kv_lens, segments, state.causal, threads(),
         )  # fmt: skip
-        check(wrong)
-        if target is not out:
-            out.copy_(target)
+        finish(wrong, target, out)
+
+
+OPS: Mapping[str, type[NativeOp]] = {
+    "native_linear": NativeLinear,
+    "native_batched_linear": NativeBatchedLinear,
+    "native_rms_norm": NativeRmsNorm,
+    "native_rotate_query": NativeRotateQuery,
+    "native_write_latent": NativeWriteLatent,
+    "native_latent_attention": NativeLatentAttention,
+    "native_expanded_attention": NativeExpandedAttention,
+}
+# Those that do nothing but call one kernel; a subclass may do more.
+RECORDABLE = frozenset(OPS.values()) - {NativeExpandedAttention}

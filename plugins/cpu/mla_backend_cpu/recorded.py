@@ -11,40 +11,18 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mla_backend_cpu.library import SIGNATURES
-from mla_backend_cpu.native_ops import (
-    NativeBatchedLinear,
-    NativeLatentAttention,
-    NativeLinear,
-    NativeOp,
-    NativeRmsNorm,
-    NativeRotateQuery,
-    NativeWriteLatent,
-    check,
-    is_direct,
-    operand,
-    span,
-    threads,
-)
+from mla_backend_cpu.native_ops import RECORDABLE, NativeOp, check, is_direct, operand, span, threads
 from mla_backends.api import OpCall
 
 if TYPE_CHECKING:
     import torch
 
-# Ops that do nothing but call one kernel; a subclass may do more.
-_RECORDABLE = {
-    NativeLinear,
-    NativeBatchedLinear,
-    NativeRmsNorm,
-    NativeRotateQuery,
-    NativeWriteLatent,
-    NativeLatentAttention,
-}
 Made = tuple[str, tuple[Any, ...]]  # the name of a function and its arguments
 
 
 def sequence(calls: Sequence[OpCall], moving: Sequence[torch.Tensor]) -> Callable[..., None] | None:
     """Return `calls` as one (see `Backend.sequence`); None if one of them cannot be replayed."""
-    ops = [call.op for call in calls if isinstance(call.op, NativeOp) and type(call.op) in _RECORDABLE]
+    ops = [call.op for call in calls if isinstance(call.op, NativeOp) and type(call.op) in RECORDABLE]
     if len(ops) < len(calls) or len({op.kernels.level for op in ops}) != 1:
         return None
     made = _write_down(ops, calls)  # which refuses what has no address

@@ -90,9 +90,9 @@ def pure(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def nothing_loaded() -> Iterator[None]:
     """Forget what this process has loaded, before and after."""
-    library._load.cache_clear()
+    library.loaded.cache_clear()
     yield
-    library._load.cache_clear()
+    library.loaded.cache_clear()
 
 
 @pytest.fixture

@@ -188,7 +188,7 @@ def test_the_host_is_described_truthfully() -> None:
 def test_a_level_that_was_named_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     from mla_backend_cpu import instruction_sets, library
 
-    library._load.cache_clear()
+    library.loaded.cache_clear()
     monkeypatch.setattr(instruction_sets, "processor_flags", frozenset)
     try:
         with pytest.raises(BackendError, match=r"no kernels for native=avx2: this processor lacks avx2, "):
@@ -196,7 +196,7 @@ def test_a_level_that_was_named_never_falls_back(monkeypatch: pytest.MonkeyPatch
         backend = mla.load_backend("cpu")  # nobody named one
         assert backend.environment()["kernels"] == "portable"
     finally:
-        library._load.cache_clear()
+        library.loaded.cache_clear()
 
 
 @pytest.mark.usefixtures("no_level_named")

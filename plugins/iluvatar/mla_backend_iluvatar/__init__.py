@@ -12,14 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mla_backend_iluvatar.kernels import DEFAULTS, kernels, refusal
 from mla_backends import FusedOp, hookimpl
 from mla_backends.cuda import CudaBackend
 from mla_backends.errors import DeviceUnavailable
+from mla_backends.kernels import IxformerMla, SdpaExpanded
 from mla_backends.known import KNOWN
-from mla_backends.torch_backend import TF32_VARIABLES
-from mla_backends.triton_ops import Tuning
-from mla_backends.triton_ops.backend import TritonBackend
+from mla_backends.torch_backend import TF32_VARIABLES, working_dtypes
+from mla_backends.triton_ops import Tile, TritonBackend, Tuning
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["Iluvatar", "mla_backend"]
 
 GRAPH_VARIABLE = "VLLM_ENFORCE_CUDA_GRAPH"  # the vendor's own deployments set it to allow graphs
+# Of the Triton kernels; not run on hardware. Eight warps and no pipeline, as FlagGems has it here; 64 KiB of
+# shared memory hold these.
+TILES = Tuning(latent={1: Tile(16, 32, 8, 1)}, expanded={1: Tile(64, 32, 8, 1)})
 
 
 class Iluvatar(TritonBackend, CudaBackend):
@@ -43,7 +45,8 @@ class Iluvatar(TritonBackend, CudaBackend):
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
         super().__init__(options)
-        self._refusals: dict[torch.dtype, str] = {}  # dtype -> why it is not native, "" if it is
+        self._dtypes: tuple[torch.dtype, ...] = ()
+        self._refused: Mapping[str, str] = {}  # name of a dtype -> why it is not native
 
     def graphs_by_default(self) -> bool:
         """Graphs are opt-in on this stack: -O graph=on, or the variable the vendor's deployments use."""
@@ -51,29 +54,35 @@ class Iluvatar(TritonBackend, CudaBackend):
 
     def prepare_device(self) -> None:
         """Multiply in each dtype once. Raises `DeviceUnavailable` when none of them works."""
-        import torch
-
         super().prepare_device()
-        device = torch.device("cuda", self.module.current_device())
-        candidates = (torch.bfloat16, torch.float16, torch.float32)
-        self._refusals = {dtype: refusal(dtype, device) for dtype in candidates}
-        if all(self._refusals.values()):
-            reason = f"the device cannot multiply in any floating dtype ({self._refusals[torch.float32]})"
+        assert self.device is not None  # it has just started
+        works, self._refused = working_dtypes(self.device, self.synchronize)
+        self._dtypes = tuple(works)
+        if not works:
+            reason = f"the device cannot multiply in any floating dtype ({self._refused['float32']})"
             raise DeviceUnavailable(self.name, reason, self.device_hint())
 
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Return the dtypes whose products were right at setup."""
-        return tuple(dtype for dtype, why in self._refusals.items() if not why)
+        return self._dtypes
 
     def kernels(self) -> Mapping[str, FusedOp]:
-        return kernels()
+        """Return ixformer's attention, one query token per row, and SDPA.
+
+        Which widths CoreX's SDPA serves fast is not public. Values are padded to the width of keys, which
+        FlashAttention 2 and its relatives require; not run on hardware.
+        """
+        return {
+            "ixformer": IxformerMla(install="it comes with the CoreX SDK"),
+            "sdpa": SdpaExpanded(pads_values=True),
+        }
 
     def default_tuning(self) -> Tuning:
-        return DEFAULTS
+        return TILES
 
     def vendor_facts(self) -> Mapping[str, str]:
-        refused = {str(dtype): why for dtype, why in self._refusals.items() if why}
-        return {**super().vendor_facts(), **{f"refused.{name}": why for name, why in refused.items()}}
+        refused = {f"refused.torch.{name}": why for name, why in self._refused.items()}
+        return {**super().vendor_facts(), **refused}
 
 
 @hookimpl

@@ -10,19 +10,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mla_backend_metax.kernels import DEFAULTS, kernels
 from mla_backends import FusedOp, hookimpl
 from mla_backends.cuda import CudaBackend
+from mla_backends.kernels import FlashAttnVarlen, FlashMla, LatentLimits, SdpaExpanded
 from mla_backends.known import KNOWN
 from mla_backends.monitor import Address, Dialect, Monitor, NvmlSampler
 from mla_backends.torch_backend import TF32_VARIABLES
-from mla_backends.triton_ops import Tuning
-from mla_backends.triton_ops.backend import TritonBackend
+from mla_backends.triton_ops import Tile, TritonBackend, Tuning
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["Metax", "mla_backend"]
+
+KERNELS_HINT = "its wheel for this MACA SDK is on MetaX's own index; those on PyPI are not for this device"
+# Of the Triton kernels; not run on hardware. A block has 64 KiB of shared memory, and larger tiles have made
+# the compiler hang (FlagGems, issue 6191).
+TILES = Tuning(latent={1: Tile(16, 16, 4, 1)}, expanded={1: Tile(32, 32, 4, 1)})
 
 
 class Metax(TritonBackend, CudaBackend):
@@ -52,10 +56,24 @@ class Metax(TritonBackend, CudaBackend):
         return (torch.bfloat16, torch.float16, torch.float32)
 
     def kernels(self) -> Mapping[str, FusedOp]:
-        return kernels()
+        """Return mcFlashMLA, flash-attn built for MACA, and SDPA.
+
+        mcFlashMLA reportedly takes any power of two as page size; deployments use 64. Not documented: what it
+        gives for rows without keys, and whether its planning can be captured into a graph.
+
+        Values are padded to the width of keys: SDPA's FlashAttention requires that (check_head_dim_size_flash
+        in mcPytorch's sdp_utils.cpp at 2ee4c34), and flash-attn takes it; vLLM-metax calls flash-attn without
+        padding, which was not tried here. torch's own varlen operator is not offered, although mcPytorch
+        registers it: what the MACA library behind it does with bounds of int32 is not public.
+        """
+        return {
+            "flash_mla": FlashMla(LatentLimits(empty_rows=False, graph=False), install=KERNELS_HINT),
+            "flash_attn": FlashAttnVarlen(install=KERNELS_HINT),
+            "sdpa": SdpaExpanded(pads_values=True),
+        }
 
     def default_tuning(self) -> Tuning:
-        return DEFAULTS
+        return TILES
 
     def make_monitor(self) -> Monitor:
         """Use `pymxsml`, a wheel of the SDK (/opt/maca/share/mxsml); its unit of power is not documented."""

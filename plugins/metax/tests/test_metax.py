@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from mla_backend_metax import Metax
-from mla_backend_metax.kernels import kernels
 from mla_backends.api import AttentionSpec
 from mla_backends.errors import DeviceUnavailable
 from mla_backends.registry import open_backend
@@ -52,7 +51,7 @@ def test_both_variables_are_named_when_a_card_is_missing(monkeypatch: pytest.Mon
 
 def test_what_is_on_pypi_is_not_offered() -> None:
     spec = AttentionSpec(16, 512, 128, 64, 128, 0.1, torch.bfloat16, torch.device("cpu"))
-    for op in (op for name, op in kernels().items() if name != "sdpa"):  # that is torch's own
+    for op in (op for name, op in Metax().kernels().items() if name != "sdpa"):  # that is torch's own
         (missing, *_) = op.unsupported_reasons(spec)
         assert "MetaX's own index" in missing
 

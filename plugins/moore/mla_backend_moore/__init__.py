@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mla_backend_moore.kernels import DEFAULTS, kernels
-from mla_backend_moore.sensors import BANDWIDTH, LIBRARY, MtmlSampler
+from mla_backend_moore.kernels import TILES, kernels
 from mla_backends import FusedOp, hookimpl
 from mla_backends.api import DeviceInfo, Peak
 from mla_backends.known import KNOWN
-from mla_backends.monitor import Address, Monitor
+from mla_backends.monitor import Address, Dialect, Monitor, NvmlSampler
 from mla_backends.torch_backend import float32_facts, forbid_tf32
-from mla_backends.triton_ops import Tuning
-from mla_backends.triton_ops.backend import TritonBackend
+from mla_backends.triton_ops import TritonBackend, Tuning
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +27,7 @@ __all__ = ["Moore", "mla_backend"]
 
 # The first capability, in Moore Threads' own numbering, that computes bfloat16: MTT S4000.
 FIRST_WITH_BFLOAT16 = (2, 2)
+BANDWIDTH = "memory_bandwidth_gb_s"  # name of the fact
 
 
 class Moore(TritonBackend):
@@ -47,30 +47,25 @@ class Moore(TritonBackend):
 
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Return the native dtypes. MTT S80 and S3000 can store bfloat16, but their ops then fail."""
-        import torch
-
-        native = self.native_bfloat16()
-        if native is None:  # a torch_musa that only reports whether a tensor can be created
-            found = self.properties()
-            native = (found.major, found.minor) >= FIRST_WITH_BFLOAT16
-        return (*((torch.bfloat16,) if native else ()), torch.float16, torch.float32)
+        return self.floats_since(FIRST_WITH_BFLOAT16)
 
     def kernels(self) -> Mapping[str, FusedOp]:
         return kernels(self.capability, self.multiprocessors())
 
     def default_tuning(self) -> Tuning:
-        return DEFAULTS
+        return TILES
 
     def device_info(self) -> DeviceInfo:
         return replace(super().device_info(), bandwidth=self._bandwidth())
 
     def _bandwidth(self) -> Peak | None:
         """Return what the management library reports; no data sheet is public."""
-        found = self.monitor.facts().get(BANDWIDTH) if self.monitor else None
-        return Peak(1e9 * float(found), f"mtmlMemoryGetBandwidth, {LIBRARY}") if found else None
+        reported = self.monitor.facts().get(BANDWIDTH) if self.monitor else None
+        source = "mtmlMemoryGetBandwidth, mthreads-ml-py"
+        return Peak(1e9 * float(reported), source) if reported else None
 
     def make_monitor(self) -> Monitor:
-        return Monitor(MtmlSampler(self._address))
+        return Monitor(MtmlSampler(Dialect("pymtml"), self._address))
 
     def _address(self) -> Address:
         return Address(self.module.current_device(), visible=os.environ.get("MUSA_VISIBLE_DEVICES"))
@@ -84,8 +79,22 @@ class Moore(TritonBackend):
         import torch
 
         version = getattr(torch.version, "musa", None)
-        own = {"torch.version.musa": str(version)} if version else {}
-        return {**super().vendor_facts(), **own, **float32_facts()}
+        musa = {"torch.version.musa": str(version)} if version else {}
+        return {**super().vendor_facts(), **musa, **float32_facts()}
+
+
+class MtmlSampler(NvmlSampler):
+    """NVML's names over MTML (module `pymtml`), and the bandwidth, which NVML does not report."""
+
+    def facts(self) -> Mapping[str, str]:
+        facts = dict(super().facts())
+        with suppress(Exception):  # not every driver knows it
+            library, device = self.library, self.device()
+            with library.mtmlMemoryContext(device) as memory:
+                bandwidth = int(library.mtmlMemoryGetBandwidth(memory))
+            if bandwidth:
+                facts[BANDWIDTH] = str(bandwidth)
+        return facts
 
 
 @hookimpl

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mla_backends import FusedOp
-from mla_backends.api import AttentionSpec
 from mla_backends.kernels import (
     FlashAttnVarlen,
     FlashMla,
@@ -23,7 +22,6 @@ from mla_backends.kernels import (
     TorchVarlen,
     VarlenLimits,
 )
-from mla_backends.selftest import failures, try_expanded
 from mla_backends.triton_ops import Tile, Tuning
 
 if TYPE_CHECKING:
@@ -39,53 +37,7 @@ MATE_LATENT = LatentLimits(
 )
 # `_check_valid_asm_input` in mate/mha_interface.py: 192 and 128, or values as wide as keys of at most 128.
 # Other widths have kernels too, which its tests cover for 128 and 256 only.
-MATE_VARLEN = VarlenLimits(pads_values=False)
-
-Reason = Callable[["torch.device"], str]
-
-
-class MateMla(FlashMla):
-    """`mate.flashmla`: plans are two tensors, the log-sum-exp is [rows, s, h]."""
-
-    def __init__(self, device_reason: Reason) -> None:
-        super().__init__(
-            replace(MATE_LATENT, device_reason=device_reason),
-            module="mate.flashmla",
-            install=MATE_INSTALL,
-            compiles=COMPILES,
-            cure=MATE_CURE,
-        )
-
-
-class MateVarlen(FlashAttnVarlen):
-    """`mate.mha_interface.flash_attn_varlen_func`: keys of 192 and values of 128 as they are, with lse."""
-
-    compiles = COMPILES
-
-    def __init__(self, device_reason: Reason) -> None:
-        super().__init__(
-            replace(MATE_VARLEN, device_reason=device_reason),
-            module="mate.mha_interface",
-            install=MATE_INSTALL,
-        )
-
-    def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
-        found = super().unsupported_reasons(spec)
-        widths = (spec.qk_nope_head_dim + spec.qk_rope_head_dim, spec.v_head_dim)
-        if widths not in self.limits.unpadded and max(widths) > 128:
-            found.append(f"it takes heads of 192 and 128 or of at most 128, not {widths[0]} and {widths[1]}")
-        return found
-
-    def preflight(self, spec: AttentionSpec) -> list[str]:
-        return failures(lambda: try_expanded(self, spec), "mate.mha_interface", MATE_CURE)
-
-    def unsupported_batch(
-        self, spec: Any, query_lens: Sequence[int], kv_lens: Sequence[int], page_size: int | None = None
-    ) -> list[str]:
-        lengths = zip(query_lens, kv_lens, strict=True)
-        blind = any(keys < queries for queries, keys in lengths)
-        return ["what it gives for a token without keys is not documented"] if blind else []
-
+MATE_VARLEN = VarlenLimits(pads_values=False, max_unlisted=128, blind_tokens=False)
 
 # ------------------------------------------------------------------------------------------ kernels
 # MATE's kernels and MT-flashMLA serve capability 3.1 (MTT S5000) only. MT-flashMLA ends the process when a
@@ -109,26 +61,29 @@ def kernels(capability: Callable[[], str | None], multiprocessors: int | None) -
     """Return the ops, best first. `multiprocessors` None means unknown."""
 
     def device_reason(device: torch.device) -> str:
-        found = capability()
+        reported = capability()
         wanted = f"it runs on capability {CAPABILITY} (MTT S5000) only"
-        return "" if found == CAPABILITY else f"{wanted}, but this device reports {found}"
+        return "" if reported == CAPABILITY else f"{wanted}, but this device reports {reported}"
 
     def legacy_reason(device: torch.device) -> str:
         return device_reason(device) or _not_legacy()
 
     def flash_reason(device: torch.device) -> str:
-        found = capability()
-        why = f"it needs capability 2.2 (MTT S4000) or newer, but this device reports {found}"
-        return "" if found and tuple(map(int, found.split("."))) >= FIRST_WITH_FLASH else why
+        reported = capability()
+        why = f"it needs capability 2.2 (MTT S4000) or newer, but this device reports {reported}"
+        return "" if reported and tuple(map(int, reported.split("."))) >= FIRST_WITH_FLASH else why
 
     rows = (multiprocessors or 1) * LEGACY_TILE
+    mate = {"install": MATE_INSTALL, "compiles": COMPILES, "cure": MATE_CURE}
     return {
-        "mate": MateMla(device_reason),
+        "mate": FlashMla(replace(MATE_LATENT, device_reason=device_reason), module="mate.flashmla", **mate),
         "mt_flash_mla": FlashMla(
             replace(CAREFUL, dtypes=("bfloat16",), max_query_rows=rows, device_reason=legacy_reason),
             install=_LEGACY,
         ),
-        "mate_varlen": MateVarlen(device_reason),
+        "mate_varlen": FlashAttnVarlen(
+            replace(MATE_VARLEN, device_reason=device_reason), module="mate.mha_interface", **mate
+        ),
         "torch_varlen": TorchVarlen(replace(MUDNN, device_reason=flash_reason)),
         "sdpa": SdpaExpanded(),
     }
@@ -149,4 +104,4 @@ def _not_legacy() -> str:
 # Tiles of the Triton kernels on Moore Threads GPUs. Not run on hardware.
 
 # Eight warps and no pipeline, as FlagGems has it here; 64 KiB of shared memory hold these.
-DEFAULTS = Tuning(latent={1: Tile(16, 32, 8, 1)}, expanded={1: Tile(64, 32, 8, 1)})
+TILES = Tuning(latent={1: Tile(16, 32, 8, 1)}, expanded={1: Tile(64, 32, 8, 1)})

@@ -19,8 +19,7 @@ from mla_backends.errors import DeviceUnavailable
 from mla_backends.known import KNOWN
 from mla_backends.monitor import Address, Dialect, Monitor, NvmlSampler
 from mla_backends.torch_backend import TF32_VARIABLES
-from mla_backends.triton_ops import Tuning
-from mla_backends.triton_ops.backend import TritonBackend
+from mla_backends.triton_ops import TritonBackend, Tuning
 
 if TYPE_CHECKING:
     import torch
@@ -67,25 +66,20 @@ class Nvidia(TritonBackend, CudaBackend):
     def prepare_device(self) -> None:
         """Refuse a device of another vendor that got past the marks of the build."""
         super().prepare_device()
-        found = str(self.properties().name)
-        if any(word in found.lower() for word in FOREIGN):
-            reason = f"torch.cuda offers '{found}', which is not an NVIDIA device"
+        name = str(self.properties().name)
+        if any(word in name.lower() for word in FOREIGN):
+            reason = f"torch.cuda offers '{name}', not an NVIDIA device"
             raise DeviceUnavailable(
                 self.name, reason, "`python -m mla.bench list` shows the backend that serves it"
             )
 
     def architecture(self) -> tuple[int, int]:
         """Return the compute capability, (9, 0) for Hopper."""
-        found = self.properties()
-        return found.major, found.minor
+        properties = self.properties()
+        return properties.major, properties.minor
 
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        import torch
-
-        native = self.native_bfloat16()
-        if native is None:  # a torch that includes emulation
-            native = self.architecture() >= (8, 0)
-        return (*((torch.bfloat16,) if native else ()), torch.float16, torch.float32)
+        return self.floats_since((8, 0))
 
     def device_info(self) -> DeviceInfo:
         info = super().device_info()

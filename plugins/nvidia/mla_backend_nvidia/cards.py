@@ -102,7 +102,7 @@ def tuning_for(shared_memory: int | None, name: str = "") -> Tuning:
     """
     if DATACENTER_BLACKWELL.search(name):
         return BLACKWELL
-    return next(found for least, found in BY_SHARED_MEMORY.items() if least <= (shared_memory or 0))
+    return next(tuning for least, tuning in BY_SHARED_MEMORY.items() if least <= (shared_memory or 0))
 
 
 # ------------------------------------------------------------------------------------------- driver
@@ -114,8 +114,8 @@ WHEELS = ((525, "cu126"), (450, "cu118"))
 
 def driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str:
     """Return the version of the kernel driver, for hosts without a management library; "" if unknown."""
-    found = re.search(r"Module.*?\s(\d+(?:\.\d+)+)\s", file.read_text()) if file.is_file() else None
-    return found[1] if found else ""
+    match = re.search(r"Module.*?\s(\d+(?:\.\d+)+)\s", file.read_text()) if file.is_file() else None
+    return match[1] if match else ""
 
 
 def outdated(reason: str) -> str:

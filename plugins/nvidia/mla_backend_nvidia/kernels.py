@@ -28,13 +28,13 @@ from mla_backends.kernels.expanded import TORCH_LIMITS
 from mla_backends.kernels.flashinfer import LIMITS as FLASHINFER_LIMITS
 from mla_backends.kernels.flashinfer import compiled_kernels
 from mla_backends.kernels.tokenspeed import LIMITS as TOKENSPEED_LIMITS
+from mla_backends.kernels.vendor import DeviceReason
 from mla_backends.triton_ops.launcher import PACKAGES
 
 if TYPE_CHECKING:
     import torch
 
 Architecture = Callable[[], tuple[int, int]]
-Reason = Callable[["torch.device"], str]
 
 # FlashMLA plans one part per multiprocessor and tile of this many query rows; early releases perhaps none.
 TILE = 64
@@ -123,12 +123,12 @@ def _wants_equal_widths(architecture: Architecture) -> Callable[[AttentionSpec],
     return pads
 
 
-def _only(architecture: Architecture, *wanted: tuple[int, int]) -> Reason:
+def _only(architecture: Architecture, *wanted: tuple[int, int]) -> DeviceReason:
     names = ", ".join(map(_name, wanted))
 
     def reason(device: torch.device) -> str:
-        found = architecture()
-        return "" if found in wanted else f"it runs on {names} only, but this is {_name(found)}"
+        here = architecture()
+        return "" if here in wanted else f"it runs on {names} only, but this is {_name(here)}"
 
     return reason
 
@@ -142,8 +142,8 @@ def old_triton(architecture: Architecture) -> str:
     if not installed:
         return ""
     needed = next(least for since, least in OLDEST_TRITON.items() if architecture() >= since)
-    found = tuple(int(part) for part in installed.split(".")[:2] if part.isdecimal())
-    if found >= needed:
+    version = tuple(int(part) for part in installed.split(".")[:2] if part.isdecimal())
+    if version >= needed:
         return ""
     name = _name(architecture())
     return (
@@ -160,13 +160,13 @@ def _version(package: str) -> str:
         return ""
 
 
-def since_ampere(architecture: Architecture) -> Reason:
+def since_ampere(architecture: Architecture) -> DeviceReason:
     """Return what says why a card older than Ampere cannot run a kernel."""
 
     def reason(device: torch.device) -> str:
-        found = architecture()
-        why = f"it needs {_name(AMPERE)} or newer, but this is {_name(found)}"
-        return "" if found >= AMPERE else why
+        here = architecture()
+        why = f"it needs {_name(AMPERE)} or newer, but this is {_name(here)}"
+        return "" if here >= AMPERE else why
 
     return reason
 

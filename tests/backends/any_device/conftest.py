@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from outcome import Outcome
+from outcome import Outcome, run_python
 from tiny_run import write_tiny_run
 from torch.utils import backend_registration
 
@@ -28,23 +25,9 @@ def acme(tmp_path: Path) -> Acme:
         pytest.skip("this torch cannot take a device written in Python")
 
     def acme(*words: str, **environment: str) -> Outcome:
-        path = [*map(str, STACK), os.environ.get("PYTHONPATH", "")]
-        done = subprocess.run(
-            [sys.executable, *words],
-            cwd=tmp_path,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(filter(None, path)),
-                "OMP_NUM_THREADS": "1",
-                **environment,
-            },
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert "Traceback" not in done.stdout + done.stderr, done.stderr
-        return Outcome(done.returncode, done.stdout, done.stderr)
+        done = run_python(*words, cwd=tmp_path, folders=STACK, **environment)
+        assert "Traceback" not in done.out + done.err, done.err
+        return done
 
     return acme
 

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from outcome import Outcome
+from outcome import Outcome, run_python
 from torch.utils import backend_registration
 
 HERE = Path(__file__).parent
-collect_ignore = [
-    "inside",
-    "interpreted",
-    "device",
-    "torch_musa",
-    "cuda_builds",
-]  # for the emulated processes only
+collect_ignore = ["inside", "interpreted", "device", "torch_musa", "cuda_builds"]  # for those processes
 # backend -> (distribution that brings its device, environment)
 DEVICES = {
     "moore": ("torch_musa", {}),
@@ -51,22 +44,7 @@ def emulate(installed: dict[str, Path], tmp_path: Path) -> Emulate:
 
     def emulate(backend: str, *words: str, **environment: str) -> Outcome:
         brings, variables = DEVICES[backend]
-        folders = [str(installed["device"]), str(installed[brings]), os.environ.get("PYTHONPATH", "")]
-        done = subprocess.run(
-            [sys.executable, *words],
-            cwd=tmp_path,
-            env={
-                **{key: value for key, value in os.environ.items() if not key.endswith("_VISIBLE_DEVICES")},
-                **variables,
-                "PYTHONPATH": os.pathsep.join(filter(None, folders)),
-                "OMP_NUM_THREADS": "1",
-                **environment,
-            },
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=900,  # minutes on a slow machine
-        )
-        return Outcome(done.returncode, done.stdout, done.stderr)
+        folders = (installed["device"], installed[brings])
+        return run_python(*words, cwd=tmp_path, folders=folders, **{**variables, **environment})
 
     return emulate

@@ -1,12 +1,10 @@
-"""The campaign on an emulated device: its sections, and the questions that need a device of its own."""
+"""The questions of the first hour on an emulated device, which need a device of its own."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
-
-from mla.bench import results
 
 ROOT = Path(__file__).resolve().parents[3]
 ASK = """
@@ -36,16 +34,6 @@ ANSWERS = {
     "flashinfer-heads": (3, "not installed"),
     "flash-mla": (3, "not installed"),
 }
-
-
-def test_a_section_runs_and_names_its_files_after_the_card(emulate: Any, tmp_path: Path) -> None:
-    script = str(ROOT / "benchmarks" / "gpu" / "campaign.py")
-    done = emulate("nvidia", script, "--smoke", "--only", "grid", "--out", "out")
-    assert done.code == 0, done.out + done.err
-    (path,) = (tmp_path / "out" / "grid").glob("nvidia-*-heads-4.json")
-    assert [case.check.status for case in results.read(path).cases] == ["ok", "ok"]
-    assert done.out.splitlines()[1].split()[:3] == ["grid", "heads-4", "ok"]
-    assert "| backend.device_count | 2 |" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_questions_are_answered_on_a_device(emulate: Any) -> None:

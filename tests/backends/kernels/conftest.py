@@ -16,8 +16,11 @@ import pytest
 import torch
 from float64_attention import attend_segments
 
+from mla import MLA, MLAConfig
+from mla.cases.layer import LayerCall, LayerCase
 from mla_backends import FusedOp
 from mla_backends.api import AttentionSpec, SegmentLengths
+from mla_backends.testing import HostBackend
 
 FAKES = Path(__file__).resolve().parents[2] / "fakes" / "kernels"
 PACKAGES = (
@@ -102,12 +105,15 @@ class Problem:
         spec, view = self.spec, self.view
         return op.unsupported_reasons(spec) + op.unsupported_batch(spec, view.query_lens, view.kv_lens)
 
-    def run(self, op: FusedOp, state: Any = None, out: torch.Tensor | None = None) -> Outputs:
-        """Return out and lse, which held NaN before the call."""
+    def run(self, op: FusedOp, state: Any = None, **given: Any) -> Outputs:
+        """Return out and lse, which held NaN before the call. `given`: other operands."""
         assert self.refusals(op) == []
-        if out is None:
-            out = torch.full((*self.q.shape[:2], LATENT), torch.nan, dtype=self.q.dtype)
-        lse = torch.full(self.q.shape[:2], torch.nan)
+        outputs = {
+            "out": torch.full((*self.q.shape[:2], LATENT), torch.nan, dtype=self.q.dtype),
+            "lse": torch.full(self.q.shape[:2], torch.nan),
+            "softmax_scale": self.spec.softmax_scale,
+            **given,
+        }
         op(
             op.prepare(self.spec, self.view) if state is None else state,
             q=self.q,
@@ -115,11 +121,9 @@ class Problem:
             block_table=self.view.block_table,
             kv_lens=self.view.kv_lens_device,
             cu_q=self.view.cu_q,
-            softmax_scale=self.spec.softmax_scale,
-            out=out,
-            lse=lse,
+            **outputs,
         )
-        return out, lse
+        return outputs["out"], outputs["lse"]
 
     def truth(self) -> Outputs:
         """Return out and lse in float64, by the definition, request by request."""
@@ -205,6 +209,38 @@ def check_latent(make_problem: Any, assert_right: Any) -> Callable[..., None]:
     return check
 
 
+@pytest.fixture(scope="session")
+def check_drawn(make_problem: Any, assert_right: Any) -> Callable[..., None]:
+    """Return a check of an op over requests of (new tokens, cached ones), as `requests` draws them."""
+
+    def check(op: FusedOp, drawn: Sequence[tuple[int, int]], **changes: Any) -> None:
+        query_lens, kv_lens = [new for new, _ in drawn], [new + old for new, old in drawn]
+        if sum(query_lens) == 0:
+            query_lens[0], kv_lens[0] = 1, kv_lens[0] + 1
+        problem = make_problem(query_lens, kv_lens, **changes)
+        assert_right(problem.run(op), problem.truth())
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def check_strided(make_problem: Any, assert_right: Any) -> Callable[[FusedOp], None]:
+    """Return a check of an op with queries and an output that are slices of wider tensors."""
+
+    def check(op: FusedOp) -> None:
+        problem = make_problem([3, 1, 3], [40, 70, 3])
+        tokens, heads, width = problem.q.shape
+        wide = torch.full((tokens, heads + 1, width + 32), torch.nan, dtype=problem.q.dtype)
+        wide[:, :heads, 16 : 16 + width] = problem.q
+        problem.q = wide[:, :heads, 16 : 16 + width]
+        room = torch.full((tokens, heads + 1, 544), torch.nan, dtype=problem.q.dtype)
+        assert_right(problem.run(op, out=room[:, :heads, 16:528]), problem.truth())
+        room[:, :heads, 16:528] = torch.nan
+        assert room.isnan().all(), "memory beside out was written"
+
+    return check
+
+
 # ----------------------------------------------------------------------------------- expanded attention
 
 
@@ -236,3 +272,23 @@ def run_expanded(make_spec: Any) -> Callable[..., tuple[Outputs, Outputs]]:
         return (out, lse), attend_segments(segments, SCALE, causal)
 
     return run
+
+
+# ----------------------------------------------------------------------------------------- whole layers
+
+
+@pytest.fixture(scope="session")
+def check_layer() -> Callable[[str, Callable[[], FusedOp]], None]:
+    """Return a check of a layer on an op, in one round and in several, which are merged by lse."""
+
+    def check(role: str, make: Callable[[], FusedOp]) -> None:
+        case = LayerCase((3, 8, 1), (70, 0, 64), MLAConfig(64, 5), dtype=torch.bfloat16)
+        for workspace in (1 << 28, 300_000):  # the second cuts a history of 70
+            backend = HostBackend(ops={"op": make()})
+            layer = MLA(case.config, backend=backend, attention="expanded", workspace_bytes=workspace)
+            assert layer.ops.names()[role] == "op", layer.ops.explain()
+            layer.load_state_dict(case.host.state)
+            result = case.host.check(LayerCall(case, layer).run())
+            assert result.status == "ok", result.reason
+
+    return check

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from judged import faults, judged_op
 from smaller_cases import make_smaller
 
-from mla.conformance.selection import Xfails
-from mla.conformance.suite import carry_out, instances
-from mla.conformance.trial import BackendUnderTest
+from mla_backend_moore.kernels import CAPABILITY, kernels
 from mla_backends import FusedOp
 from mla_backends.kernels import (
     FlashAttnVarlen,
@@ -24,30 +23,15 @@ from mla_backends.kernels import (
     VarlenLimits,
     flashinfer,
 )
-from mla_backends.testing import HostBackend
 
-CAREFUL = LatentLimits(empty_rows=False, graph=False)
+# An adapter for each of its ways; `test_flash_mla` and its neighbours hold every generation to float64.
 OFFERS: dict[str, Callable[[], FusedOp]] = {
-    "nvidia_a": lambda: FlashMla(LatentLimits(max_query_rows=132 * 64)),
-    "nvidia_b": FlashMla,
-    "nvidia_c": FlashMla,
     "nvidia_sgl": FlashMla,
-    "metax": lambda: FlashMla(CAREFUL),
     "moore_legacy": lambda: FlashMla(
         LatentLimits(dtypes=("bfloat16",), max_query_rows=56 * 64, empty_rows=False, graph=False)
     ),
-    "moore_mate": lambda: FlashMla(
-        LatentLimits(
-            heads=(8, 16, 32, 64, 128),
-            pads_heads_to=(8, 16, 32, 64, 128),
-            lse_layout="tokens_first",
-            empty_rows=False,
-        ),
-        module="mate.flashmla",
-    ),
-    "ixformer": IxformerMla,
+    "moore_mate": lambda: kernels(lambda: CAPABILITY, 56)["mate"],
     "ixformer_old": IxformerMla,
-    "flashinfer": FlashInferMla,
     "flashinfer_old": FlashInferMla,
     "flashinfer_07": FlashInferMla,
     "tokenspeed": TokenspeedMla,
@@ -55,8 +39,6 @@ OFFERS: dict[str, Callable[[], FusedOp]] = {
     "flash_attn_2": FlashAttnVarlen,
     "flash_attn_3": lambda: FlashAttnVarlen(VarlenLimits(pads_values=False), module="flash_attn_interface"),
 }
-# Checks that time the device, which no fake has.
-TIMED = ("latent.prepare", "expanded.prepare")
 
 
 @pytest.mark.parametrize("folder", OFFERS)
@@ -64,16 +46,10 @@ def test_an_adapter_passes_the_suite(installed: Any, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 1024)
     make_smaller(monkeypatch)
     with installed(folder.partition(" ")[0]):
-        subject = BackendUnderTest(HostBackend(ops={"fake": OFFERS[folder]()}), "host", quick=True)
-        kind = OFFERS[folder]().contract.partition("_")[0]
-        chosen = [
-            one
-            for dtype, checks in ((torch.bfloat16, "*"), (torch.float16, "m*"))
-            for one in instances(subject, (dtype,), [f"{kind}.{checks}"])
-            if one.of == "fake" and one.check.id not in TIMED
-        ]
-        results = [carry_out(one, subject, Xfails({})) for one in chosen]
+        op = OFFERS[folder]()
+        kind = op.contract.partition("_")[0]
+        results = judged_op(op, f"{kind}.*") + judged_op(op, f"{kind}.m*", dtypes=(torch.float16,))
     assert len(results) > 15
-    assert not [(result.id, result.reason) for result in results if result.status not in ("pass", "refused")]
+    assert faults(results) == []
     assert sum(result.status == "pass" for result in results) >= 0.4 * len(results)
     assert all(result.reason for result in results if result.status == "refused")

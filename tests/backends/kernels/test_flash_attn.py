@@ -10,11 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla import MLA, LatentCache, MLAConfig
-from mla.verify.layer_oracle import oracle
-from mla.weights import random_state_dict
 from mla_backends.kernels import FlashAttnVarlen, VarlenLimits
-from mla_backends.testing import HostBackend
 
 RELEASES: dict[str, Callable[[], FlashAttnVarlen]] = {
     "flash_attn_2": FlashAttnVarlen,
@@ -76,35 +72,7 @@ def test_a_layer_it_cannot_serve_is_refused(
 
 @each_release
 def test_a_layer_on_the_adapter_is_right_in_one_round_and_in_several(
-    installed: Any, tiny_config: MLAConfig, release: str
+    installed: Any, check_layer: Any, release: str
 ) -> None:
-    config = tiny_config
-    for workspace in (1 << 28, 300_000):  # the second cuts a history of 70 into rounds that are merged by lse
-        with installed(release):
-            backend = HostBackend(ops={"flash_attn": RELEASES[release]()})
-            layer = MLA(config, backend=backend, attention="expanded", workspace_bytes=workspace)
-            assert layer.ops.names()["expanded_attention"] == "flash_attn", layer.ops.explain()
-            state = random_state_dict(config, 0, torch.bfloat16)
-            layer.load_state_dict(state)
-            cache = LatentCache(config, max_tokens=64 * 12)
-            ids = cache.new_sequences(3)
-            history = [(torch.randn(n, 512).bfloat16(), torch.randn(n, 64).bfloat16()) for n in (70, 0, 64)]
-            for sequence, past in zip(ids, history, strict=True):
-                cache.load(sequence, *past)
-            hidden = torch.randn(12, 64).bfloat16()
-            out = layer(hidden, cache.extend(ids, [3, 8, 1]), cache.pages[0]).double()
-            truth = oracle(config, state, hidden, [3, 8, 1], history)
-            assert ((out - truth).norm(dim=-1) <= 2e-2 * truth.norm(dim=-1)).all()
-
-
-@pytest.fixture
-def tiny_config() -> MLAConfig:
-    return MLAConfig(
-        name="narrow",
-        hidden_size=64,
-        num_attention_heads=5,
-        kv_lora_rank=512,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
-    )
+    with installed(release):
+        check_layer("expanded_attention", RELEASES[release])

@@ -11,13 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla import MLA, LatentCache, MLAConfig
-from mla.config import YarnScaling
-from mla.verify.layer_oracle import oracle
-from mla.weights import random_state_dict
 from mla_backends import BackendError
 from mla_backends.kernels import FlashMla, LatentLimits
-from mla_backends.testing import HostBackend
 
 
 @dataclass(frozen=True)
@@ -73,14 +68,10 @@ def test_every_kind_of_batch_is_right(installed: Any, check_latent: Any, variant
     seed=st.integers(0, 99),
 )
 def test_any_lengths_and_heads_are_right(
-    installed: Any, make_problem: Any, assert_right: Any, variant: Variant, drawn: Any, heads: int, seed: int
+    installed: Any, check_drawn: Any, variant: Variant, drawn: Any, heads: int, seed: int
 ) -> None:
-    query_lens, kv_lens = [new for new, _ in drawn], [new + old for new, old in drawn]
-    if sum(query_lens) == 0:
-        query_lens[0], kv_lens[0] = 1, kv_lens[0] + 1
     with installed(variant.folder):
-        problem = make_problem(query_lens, kv_lens, heads=heads, seed=seed)
-        assert_right(problem.run(variant.op()), problem.truth())
+        check_drawn(variant.op(), drawn, heads=heads, seed=seed)
 
 
 @each_variant
@@ -131,19 +122,10 @@ def test_without_that_limit_the_plan_is_empty_and_the_check_sees_it(
             assert_right(problem.run(FlashMla(LatentLimits())), problem.truth())
 
 
-def test_strided_queries_and_outputs(installed: Any, make_problem: Any, assert_right: Any) -> None:
-    for variant in VARIANTS.values():
-        with installed(variant.folder):
-            problem = make_problem([3, 1, 3], [40, 70, 3])
-            tokens, heads, width = problem.q.shape
-            wide = torch.full((tokens, heads + 1, width + 32), torch.nan, dtype=problem.q.dtype)
-            wide[:, :heads, 16 : 16 + width] = problem.q
-            problem.q = wide[:, :heads, 16 : 16 + width]
-            room = torch.full((tokens, heads + 1, 544), torch.nan, dtype=problem.q.dtype)
-            found = problem.run(variant.op(), out=room[:, :heads, 16:528])
-            assert_right(found, problem.truth())
-            room[:, :heads, 16:528] = torch.nan
-            assert room.isnan().all(), "memory beside out was written"
+@each_variant
+def test_strided_queries_and_outputs(installed: Any, check_strided: Any, variant: Variant) -> None:
+    with installed(variant.folder):
+        check_strided(variant.op())
 
 
 # ------------------------------------------------------------------------------------------------ plans
@@ -348,50 +330,3 @@ def test_the_narrower_of_two_limits_cuts_the_rows() -> None:
 def test_a_misspelt_declaration_is_an_error(wrong: Mapping[str, Any]) -> None:
     with pytest.raises(ValueError, match="lse_layout"):
         LatentLimits(**wrong)
-
-
-# ------------------------------------------------------------------------------------------- the layer
-
-
-@each_variant
-def test_a_layer_on_the_adapter_is_right(installed: Any, variant: Variant) -> None:
-    yarn = YarnScaling(40, 64, mscale=0.707, mscale_all_dim=0.707)
-    config = MLAConfig(
-        name="narrow",
-        hidden_size=64,
-        num_attention_heads=5,
-        kv_lora_rank=512,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
-        rope_scaling=yarn,
-    )
-    with installed(variant.folder):
-        layer = MLA(config, backend=HostBackend(ops={"flash_mla": variant.op()}), attention="absorbed")
-        assert layer.ops.names()["latent_attention"] == "flash_mla", layer.ops.explain()
-        state = random_state_dict(config, 0, torch.bfloat16)
-        layer.load_state_dict(state)
-        cache = LatentCache(config, max_tokens=64 * 12, shuffle=3)
-        cache.pages.fill_(torch.nan)
-        ids = cache.new_sequences(3)
-        history = [(torch.randn(n, 512).bfloat16(), torch.randn(n, 64).bfloat16()) for n in (70, 0, 64)]
-        for sequence, past in zip(ids, history, strict=True):
-            cache.load(sequence, *past)
-        hidden = torch.randn(9, 64).bfloat16()
-        for query_lens in ([3, 1, 2], [1, 1, 1]):  # the second step attends what the first one cached
-            batch = cache.extend(ids, query_lens)
-            finite_tails(cache, ids)
-            part, hidden = hidden.split([sum(query_lens), len(hidden) - sum(query_lens)])
-            out = layer(part, batch, cache.pages[0]).double()
-            truth = oracle(config, state, part, query_lens, history)
-            assert ((out - truth).norm(dim=-1) <= 2e-2 * truth.norm(dim=-1)).all()
-            read = [cache.read(sequence) for sequence in ids]
-            history = [(kv.clone(), pe.clone()) for kv, pe in read]
-
-
-def finite_tails(cache: LatentCache, ids: list[int]) -> None:
-    """Fill what is behind each sequence in its last page, which kernels multiply by zero."""
-    for sequence in ids:
-        pages = cache.slots(sequence) // cache.page_size
-        part = cache.pages[0, pages.unique()]
-        cache.pages[0, pages.unique()] = torch.where(part.isnan(), torch.tensor(1e4).bfloat16(), part)

@@ -42,48 +42,22 @@ def test_every_kind_of_batch_is_right(installed: Any, check_latent: Any, release
 @settings(max_examples=20, deadline=None)
 @given(drawn=requests, page_size=st.sampled_from([1, 8, 64]), seed=st.integers(0, 99))
 def test_any_lengths_are_right(
-    installed: Any,
-    make_problem: Any,
-    assert_right: Any,
-    release: str,
-    drawn: Any,
-    page_size: int,
-    seed: int,
+    installed: Any, check_drawn: Any, release: str, drawn: Any, page_size: int, seed: int
 ) -> None:
-    query_lens, kv_lens = [new for new, _ in drawn], [new + old for new, old in drawn]
-    if sum(query_lens) == 0:
-        query_lens[0], kv_lens[0] = 1, kv_lens[0] + 1
     with installed(release):
-        problem = make_problem(query_lens, kv_lens, page_size=page_size, seed=seed)
-        assert_right(problem.run(FlashInferMla()), problem.truth())
+        check_drawn(FlashInferMla(), drawn, page_size=page_size, seed=seed)
 
 
 @each_release
-def test_strided_outputs(installed: Any, make_problem: Any, assert_right: Any, release: str) -> None:
+def test_strided_queries_and_outputs(installed: Any, check_strided: Any, release: str) -> None:
     with installed(release):
-        problem = make_problem([3, 1], [40, 70])
-        room = torch.full((4, 17, 544), torch.nan, dtype=torch.bfloat16)
-        assert_right(problem.run(FlashInferMla(), out=room[:, :16, 16:528]), problem.truth())
-        room[:, :16, 16:528] = torch.nan
-        assert room.isnan().all(), "memory beside out was written"
+        check_strided(FlashInferMla())
 
 
 def test_a_strided_log_sum_exp(installed: Any, make_problem: Any, assert_right: Any) -> None:
     with installed("flashinfer"):
-        op, problem = FlashInferMla(), make_problem([3, 1], [40, 70])
-        out, room = torch.empty(4, 16, 512, dtype=torch.bfloat16), torch.full((4, 20), torch.nan)
-        op(
-            op.prepare(problem.spec, problem.view),
-            q=problem.q,
-            cache=problem.cache,
-            block_table=problem.view.block_table,
-            kv_lens=problem.view.kv_lens_device,
-            cu_q=problem.view.cu_q,
-            softmax_scale=problem.spec.softmax_scale,
-            out=out,
-            lse=room[:, 2:18],
-        )
-        assert_right((out, room[:, 2:18]), problem.truth())
+        problem, room = make_problem([3, 1], [40, 70]), torch.full((4, 20), torch.nan)
+        assert_right(problem.run(FlashInferMla(), lse=room[:, 2:18]), problem.truth())
         assert room[:, [0, 1, 18, 19]].isnan().all()
 
 
@@ -161,15 +135,8 @@ def test_a_capture_and_another_scale_are_refused(
     with installed("flashinfer"):
         op, problem = FlashInferMla(), make_problem([1], [33])
         state = op.prepare(problem.spec, problem.view)
-        tensors = {
-            "q": problem.q,
-            "cache": problem.cache,
-            "out": torch.empty(1, 16, 512, dtype=torch.bfloat16),
-        }
-        tables = {"block_table": problem.view.block_table, "kv_lens": problem.view.kv_lens_device}
-        rest = {"cu_q": problem.view.cu_q, "lse": torch.empty(1, 16)}
         with pytest.raises(KernelRefused, match="a different softmax scale"):
-            op(state, **tensors, **tables, **rest, softmax_scale=0.5)
+            problem.run(op, state, softmax_scale=0.5)
         monkeypatch.setattr(torch.cpu, "is_current_stream_capturing", lambda: True, raising=False)
         for call in (lambda: problem.run(op, state), lambda: op.prepare(problem.spec, problem.view)):
             with pytest.raises(KernelRefused, match="plans on the host"):

@@ -10,14 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from judged import judged_op
 
 from mla.conformance import reach
-from mla.conformance.report import CheckResult
-from mla.conformance.selection import Xfails
-from mla.conformance.suite import carry_out, instances
-from mla.conformance.trial import BackendUnderTest
 from mla_backends.kernels import FlashInferMla, KernelRefused, flashinfer
-from mla_backends.testing import HostBackend
 
 CPU = torch.device("cpu")
 RELEASES = ("flashinfer", "flashinfer_old", "flashinfer_07")
@@ -291,21 +287,10 @@ def test_the_log_sum_exp_is_left_out_where_nobody_reads_it(
         assert op.lse_optional
         for with_lse in (False, False, True, True, False, False):
             problem = make_problem([3, 1, 1], [70, 33, 0])
-            state, (truth, sums) = op.prepare(problem.spec, problem.view), problem.truth()
-            out, lse = torch.full_like(truth, torch.nan).bfloat16(), torch.full(truth.shape[:2], torch.nan)
+            state = op.prepare(problem.spec, problem.view)
             for _ in range(2):
-                op(
-                    state,
-                    q=problem.q,
-                    cache=problem.cache,
-                    block_table=problem.view.block_table,
-                    kv_lens=problem.view.kv_lens_device,
-                    cu_q=problem.view.cu_q,
-                    softmax_scale=problem.spec.softmax_scale,
-                    out=out,
-                    lse=lse if with_lse else None,
-                )
-            assert_right((out, lse), (truth, sums), with_lse)
+                outputs = problem.run(op, state) if with_lse else problem.run(op, state, lse=None)
+            assert_right(outputs, problem.truth(), with_lse)
         assert fakes.CALLS["plan"] == 6 + (2 if release == "flashinfer_07" else 0)  # when it changes its mind
 
 
@@ -332,15 +317,10 @@ class Unfenced(FlashInferMla):
 def test_the_suite_finds_out_an_adapter_without_these_limits(
     installed: Any, monkeypatch: pytest.MonkeyPatch, check: str, release: str
 ) -> None:
-    def judged(op: FlashInferMla) -> CheckResult:
-        subject = BackendUnderTest(HostBackend(ops={"mine": op}), "host", quick=True)
-        (one,) = instances(subject, (torch.bfloat16,), [f"{check}[mine-bfloat16]"])
-        return carry_out(one, subject, Xfails({}))
-
     with installed(release):
         for module, name in ((reach, "PLACES"), (ragged(), "FAR"), (flashinfer, "FAR")):
             monkeypatch.setattr(module, name, (1 << 22,) if name == "PLACES" else 1 << 22)
-        right, wrong = judged(FlashInferMla()), judged(Unfenced())
+        (right,), (wrong,) = (judged_op(op, f"{check}[op-bfloat16]") for op in (FlashInferMla(), Unfenced()))
     assert right.cases.failed == 0
     assert right.cases.refused == wrong.cases.failed > 0
     assert wrong.cases.refused == 0

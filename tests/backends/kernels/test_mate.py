@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 
-from mla_backend_moore.kernels import MateMla, MateVarlen
+from mla_backend_moore.kernels import CAPABILITY, kernels
 
 WIDTHS = [(128, 64, 128), (64, 64, 128), (16, 64, 16), (32, 32, 64)]  # nope, rope, values
 
 
-def here(device: Any) -> str:
-    return ""
+def offered(name: str) -> Any:
+    return kernels(lambda: CAPABILITY, 56)[name]
 
 
 def test_absorbed_attention_is_right(installed: Any, check_latent: Any) -> None:
     with installed("moore_mate"):
-        check_latent(MateMla(here), heads=(4, 16, 128))
+        check_latent(offered("mate"), heads=(4, 16, 128))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -25,14 +25,14 @@ def test_expanded_attention_is_right(
     installed: Any, run_expanded: Any, assert_right: Any, causal: bool
 ) -> None:
     with installed("moore_mate"):
-        op = MateVarlen(here)
+        op = offered("mate_varlen")
         for query_lens, kv_lens in (((5, 1, 20), (5, 1, 20)), ((3, 1), (40, 7)), ((4, 4), (4, 4))):
             assert_right(*run_expanded(op, query_lens, kv_lens, causal=causal))
 
 
 def test_widths_without_a_kernel_are_refused(installed: Any, make_spec: Any) -> None:
     with installed("moore_mate"):
-        op = MateVarlen(here)
+        op = offered("mate_varlen")
         for nope, rope, value in WIDTHS:
             spec = make_spec(qk_nope_head_dim=nope, qk_rope_head_dim=rope, v_head_dim=value)
             assert op.unsupported_reasons(spec) == []
@@ -46,22 +46,22 @@ def test_widths_without_a_kernel_are_refused(installed: Any, make_spec: Any) -> 
 
 def test_tokens_without_keys_are_refused(installed: Any, make_spec: Any) -> None:
     with installed("moore_mate"):
-        op, reason = MateVarlen(here), ["what it gives for a token without keys is not documented"]
+        op, reason = offered("mate_varlen"), ["what it gives for a token without keys is not documented"]
         assert op.unsupported_batch(make_spec(), (2, 1), (0, 5)) == reason
         assert op.unsupported_batch(make_spec(), (3,), (2,)) == reason
         assert op.unsupported_batch(make_spec(), (0, 3), (0, 3)) == []
 
 
-@pytest.mark.parametrize(("make", "module"), [(MateMla, "flashmla"), (MateVarlen, "mha_interface")])
+@pytest.mark.parametrize(("name", "module"), [("mate", "flashmla"), ("mate_varlen", "mha_interface")])
 def test_a_kernel_that_cannot_be_compiled_is_a_reason(
-    installed: Any, make_spec: Any, make: Any, module: str
+    installed: Any, make_spec: Any, name: str, module: str
 ) -> None:
     with installed("moore_mate") as fakes:
-        op = make(here)
+        op = offered(name)
         assert op.compiles
         assert op.preflight(make_spec()) == []
         fakes.CAPABILITY["mate"] = (2, 2)
-        (reason,) = make(here).preflight(make_spec())
+        (reason,) = offered(name).preflight(make_spec())
         assert reason == (
             f"mate.{module} raises RuntimeError: mate needs MP31 on a tiny batch here; install the MUSA "
             "toolkit with mcc, or a MATE with kernels built ahead of time"

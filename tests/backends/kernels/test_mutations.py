@@ -290,8 +290,8 @@ class NeverCausal(FlashAttnVarlen):
 class ValuesBehind(FlashAttnVarlen):
     """Values are padded in front and cut behind."""
 
-    def _values(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return super()._values(k, v).roll(k.shape[2] - v.shape[2], dims=2)
+    def attend(self, state: Any, q: Any, k: Any, v: Any, softmax_scale: float) -> Any:
+        return super().attend(state, q, k, v.roll(192 - 128, dims=2), softmax_scale)
 
 
 class RawLogs(FlashAttnVarlen):

@@ -13,14 +13,10 @@ import torch
 from float64_attention import attend_segments
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from judged import faults, judged_op
 from smaller_cases import make_smaller
 
-from mla import MLA, LatentCache, MLAConfig
-from mla.conformance.selection import Xfails
-from mla.conformance.suite import carry_out, instances
-from mla.conformance.trial import BackendUnderTest
-from mla.verify.layer_oracle import oracle
-from mla.weights import random_state_dict
+from mla import MLA, MLAConfig
 from mla_backends.api import SegmentLengths
 from mla_backends.kernels import SdpaExpanded, TorchVarlen, VarlenLimits
 from mla_backends.kernels.expanded import TORCH_LIMITS
@@ -111,38 +107,17 @@ def test_the_suite_that_judges_backends_passes(
 ) -> None:
     make_smaller(monkeypatch)
     with stacked(stack):
-        subject = BackendUnderTest(HostBackend(ops={"torch_varlen": STACKS[stack]()}), "host", quick=True)
-        chosen = [
-            one
-            for one in instances(
-                subject, (torch.bfloat16,), ["expanded.*", "layer.chunks*", "layer.history*"]
-            )
-            if one.check.id != "expanded.prepare"  # times the device
-        ]
-        results = [carry_out(one, subject, Xfails({})) for one in chosen]
-    assert not [(one.id, one.reason) for one in results if one.status not in ("pass", "refused")]
-    assert sum(one.status == "pass" for one in results) >= 10
+        results = judged_op(STACKS[stack](), "expanded.*", "layer.chunks*", "layer.history*")
+    assert faults(results) == []
+    assert sum(result.status == "pass" for result in results) >= 10
 
 
 @each_stack
-def test_a_layer_on_it_is_right_in_one_round_and_in_several(stacked: Any, stack: str) -> None:
-    config = MLAConfig(hidden_size=64, num_attention_heads=5, name="narrow")
-    state = random_state_dict(config, 0, torch.bfloat16)
-    history = [(torch.randn(n, 512).bfloat16(), torch.randn(n, 64).bfloat16()) for n in (70, 0, 64)]
-    hidden = torch.randn(12, 64).bfloat16()
-    truth = oracle(config, state, hidden, [3, 8, 1], history)
-    for workspace in (1 << 28, 300_000):  # the second cuts a history of 70 into rounds that are merged by lse
-        with stacked(stack):
-            backend = HostBackend(ops={"torch_varlen": STACKS[stack]()})
-            layer = MLA(config, backend=backend, attention="expanded", workspace_bytes=workspace)
-            assert layer.ops.names()["expanded_attention"] == "torch_varlen", layer.ops.explain()
-            layer.load_state_dict(state)
-            cache = LatentCache(config, max_tokens=64 * 12)
-            ids = cache.new_sequences(3)
-            for sequence, past in zip(ids, history, strict=True):
-                cache.load(sequence, *past)
-            out = layer(hidden, cache.extend(ids, [3, 8, 1]), cache.pages[0]).double()
-        assert ((out - truth).norm(dim=-1) <= 2e-2 * truth.norm(dim=-1)).all()
+def test_a_layer_on_it_is_right_in_one_round_and_in_several(
+    stacked: Any, check_layer: Any, stack: str
+) -> None:
+    with stacked(stack):
+        check_layer("expanded_attention", STACKS[stack])
 
 
 # --------------------------------------------------------------------------------------- refusals
@@ -266,8 +241,8 @@ class StaleLogs(TorchVarlen):
 class ValuesBehind(TorchVarlen):
     """Values are padded in front and cut behind."""
 
-    def _values(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return super()._values(k, v).roll(k.shape[2] - v.shape[2], dims=2)
+    def attend(self, state: Any, q: Any, k: Any, v: Any, softmax_scale: float) -> Any:
+        return super().attend(state, q, k, v.roll(192 - 128, dims=2), softmax_scale)
 
 
 @pytest.mark.parametrize(

@@ -28,14 +28,7 @@ STEPS = (((1, 1, 1), (33, 64, 129)), ((1, 1, 1), (0, 40, 0)), ((3, 1, 9, 1), (40
 
 
 def run(op: FusedOp, problem: Any, with_lse: bool) -> torch.Tensor:
-    out = torch.full((*problem.q.shape[:2], 512), torch.nan, dtype=problem.q.dtype)
-    tables = {"block_table": problem.view.block_table, "kv_lens": problem.view.kv_lens_device}
-    op(
-        op.prepare(problem.spec, problem.view), q=problem.q, cache=problem.cache, cu_q=problem.view.cu_q,
-        softmax_scale=problem.spec.softmax_scale, out=out,
-        lse=torch.empty(problem.q.shape[:2]) if with_lse else None, **tables,
-    )  # fmt: skip
-    return out
+    return problem.run(op)[0] if with_lse else problem.run(op, lse=None)[0]
 
 
 class Launches(TorchDispatchMode):

@@ -14,7 +14,7 @@ INSIDE = HERE / "inside"
 DEVICE = HERE.parent / "emulation" / "device"
 # Files, and how many tests they have at least.
 PROCESSES = {
-    "kernels": (("interpreter", "latent", "expanded", "small_ops"), 180),
+    "kernels": (("interpreter", "latent", "expanded", "small_ops"), 150),
     "mutations": (("mutations", "preflight"), 88),
     "conformance": (("conformance",), 7),
 }

@@ -11,8 +11,7 @@ import torch
 
 from mla_backends.api import DeviceInfo, NormSpec
 from mla_backends.errors import BackendOptionError
-from mla_backends.triton_ops import Tile, Tuning, write_tuning
-from mla_backends.triton_ops.backend import TritonBackend
+from mla_backends.triton_ops import Tile, TritonBackend, Tuning, write_tuning
 from mla_backends.triton_ops.tuning import CURE, card_file
 
 TILES = {1: Tile(16, 16, 4, 1)}
@@ -107,7 +106,7 @@ def test_the_kernels_can_be_switched_off() -> None:
     ("text", "sentence"),
     [
         (None, "cannot be read: No such file or directory."),
-        ("[]", "cannot be used: it is no tuning of format 1."),
+        ("[]", "cannot be used: it is not a tuning of format 1."),
         ('{"format": 1, "latent": []}', "cannot be used: 'expanded' is missing."),
         (
             '{"format": 1, "latent": [], "expanded": []}',

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mla_backends.triton_ops.latent import PartsMemory
+from mla_backends.triton_ops.attention import PartsMemory
 
 LIKE = torch.zeros(1, dtype=torch.int32)
 

@@ -88,9 +88,9 @@ def chosen(name: str, value: str) -> Callable[[Path, pytest.MonkeyPatch], None]:
 LACKS: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], None], str]] = {
     "no compiler": (gone, "Triton finds no C compiler: install gcc or clang, or name one in CC"),
     "a compiler that cannot run": (not_executable, "Triton finds no C compiler: "),
-    "CC": (chosen("CC", "icx"), "Triton compiles with CC, and 'icx' is no program here: unset it, or "),
-    "CC with options": (chosen("CC", "gcc -m64"), "Triton compiles with CC, and 'gcc -m64' is no program"),
-    "an empty CC": (chosen("CC", ""), "Triton compiles with CC, and '' is no program here"),
+    "CC": (chosen("CC", "icx"), "Triton compiles with CC, but 'icx' is not a program: unset it, or "),
+    "CC with options": (chosen("CC", "gcc -m64"), "Triton compiles with CC, but 'gcc -m64' is not a program"),
+    "an empty CC": (chosen("CC", ""), "Triton compiles with CC, but '' is not a program"),
     "headers": (no_headers, "Triton compiles against Python, and {0}/include has no Python.h: install the "),
     "HOME": (
         home_is_a_file,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla_backends.triton_ops.latent import LEAST_KEYS, MOST_SPLITS, PARTS_BYTES, Splits, split
+from mla_backends.triton_ops.attention import MAX_SPLITS, MIN_PART_KEYS, PARTS_BYTES, Splits, split
 from mla_backends.triton_ops.tuning import Tile
 
 SMALL, LARGE = Tile(16, 32, 4, 2, programs=2), Tile(64, 64, 8, 2)
@@ -30,7 +30,7 @@ def chosen(
 def test_one_long_request_fills_the_device(heads: int, tile: Tile, length: int) -> None:
     splits = chosen(heads, [length], tile)
     programs = -(-heads // tile.rows) * parts(length, splits)
-    assert programs >= 0.6 * min(132 * tile.programs, MOST_SPLITS, length // LEAST_KEYS)
+    assert programs >= 0.6 * min(132 * tile.programs, MAX_SPLITS, length // MIN_PART_KEYS)
 
 
 @pytest.mark.parametrize("batch", [264, 528, 1024])
@@ -56,7 +56,7 @@ def test_a_long_request_among_short_ones_is_split_and_they_are_not() -> None:
 
 
 def test_short_requests_are_not_worth_a_merge() -> None:
-    assert chosen(16, [LEAST_KEYS] * 2).max_splits == 1
+    assert chosen(16, [MIN_PART_KEYS] * 2).max_splits == 1
 
 
 def test_lengths_that_grow_a_little_do_not_begin_another_wave() -> None:
@@ -90,8 +90,8 @@ def test_any_batch(requests: list[tuple[int, int]], heads: int, tile: Tile, proc
     rows, kv_lens = [queries * heads for queries, _ in requests], [keys for _, keys in requests]
     capacity = max(1, -(-max(kv_lens) // 64)) * 64
     splits = split(rows, kv_lens, capacity, ROW, tile, processors)
-    assert splits.keys_per_split >= min(LEAST_KEYS, capacity)
-    assert 1 <= splits.max_splits <= MOST_SPLITS
+    assert splits.keys_per_split >= min(MIN_PART_KEYS, capacity)
+    assert 1 <= splits.max_splits <= MAX_SPLITS
     assert splits.max_splits == 1 or sum(rows) * splits.max_splits * ROW <= PARTS_BYTES
     for keys in kv_lens:  # the kernels' own rule leaves no key out
         count = parts(keys, splits)

@@ -60,7 +60,7 @@ def test_stdout_of_a_machine_format_stays_that_format(run: Bench) -> None:
 def test_a_gate_that_compares_nothing_is_no_pass(run: Bench) -> None:
     done = run("2", *GATE, "-a", "kv=1")
     assert done.code == 5
-    assert "the base run has no such case" in done.out
+    assert "missing from the base run" in done.out
     assert done.error == "nothing could be compared"
 
 
@@ -70,7 +70,7 @@ def test_a_case_that_the_run_did_not_bring_closes_the_gate_unless_it_was_not_ask
     done = run("2", *GATE)
     assert done.code == 1
     assert done.err.count("not compared: ") == 2
-    assert done.error == "not compared: decode, mla-reference: the new run has no such case"
+    assert done.error == "not compared: decode, mla-reference: missing from the new run"
     assert run("2", *GATE, "--implementations", "mla").code == 0
     assert run("2", *GATE, "--scenario", "decode").code == 0
     assert run("2", "--baseline", "base.json").code == 0
@@ -102,8 +102,7 @@ def test_files_of_other_cases_are_refused_in_one_sentence(run: Bench, bench: Ben
     assert (done.code, done.error) == (5, "nothing could be compared")
     assert done.out.splitlines()[1:] == [
         "",
-        "none of 5 cases can be compared: "
-        "the base run has no such case (3); the new run has no such case (2)",
+        "none of 5 cases can be compared: missing from the base run (3); missing from the new run (2)",
     ]
 
 
@@ -111,7 +110,7 @@ def test_a_remark_about_many_cases_is_one_line(run: Bench, bench: Bench) -> None
     run("2", "-o", "more.json", "--implementations", "mla,mla-reference")
     done = bench("compare", "base.json", "more.json")
     assert done.code == 0
-    assert "\nprefill, mla-reference; decode, mla-reference: the base run has no such case\n" in done.out
+    assert "\nprefill, mla-reference; decode, mla-reference: missing from the base run\n" in done.out
 
 
 def test_mistakes_show_before_any_work(run: Bench) -> None:

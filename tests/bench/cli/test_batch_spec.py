@@ -12,6 +12,7 @@ import pytest
 
 from mla.bench import results
 from mla.bench.cli.run import run
+from mla.bench.plan import preview
 from mla.bench.plan.options import RunOptions, case_command
 from mla.bench.plan.request import Request
 from mla.bench.plan.resolve import resolve
@@ -249,7 +250,10 @@ def test_an_option_of_the_layer_beside_one_op_names_where_the_op_is_from(
 
 
 @pytest.mark.parametrize("name", ["production-mix", "production-mix-kimi-k3"])
-def test_a_published_workload_says_what_it_would_take(bench: Bench, name: str) -> None:
+def test_a_published_workload_says_what_it_would_take(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(preview, "TRYING_S", 0.0)  # a forward of this size takes seconds
     done = bench("--backend", "cpu", "--preset", name, "--dry-run")
     assert done.code == 0, done.err
     spec = "9q1s3071_4q8s2049_q257s8191_2q513"

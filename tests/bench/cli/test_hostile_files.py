@@ -193,7 +193,7 @@ def test_a_pipe_that_a_user_names_is_read(
 
 
 def test_a_pipe_is_read_as_far_as_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mla.bench.results.file, "_MOST", 1 << 20)
+    monkeypatch.setattr(mla.bench.results.file, "_MAX_BYTES", 1 << 20)
     with subprocess.Popen(["yes"], stdout=subprocess.PIPE) as endless:
         assert endless.stdout is not None
         said = refusal(results.read, Path(f"/dev/fd/{endless.stdout.fileno()}"))

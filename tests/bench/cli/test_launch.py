@@ -47,8 +47,8 @@ def test_tasks_that_would_overwrite_each_other_are_refused(
 @pytest.mark.parametrize(
     ("variables", "word", "message"),
     [
-        ({}, "run-%t.json", "%t in 'run-%t.json' stands for RANK or SLURM_PROCID, which is not set here; "),
-        ({}, "%j.json", "%j in '%j.json' stands for SLURM_JOB_ID, which is not set here; a percent sign is "),
+        ({}, "run-%t.json", "%t in 'run-%t.json' stands for RANK or SLURM_PROCID, but that is not set; "),
+        ({}, "%j.json", "%j in '%j.json' stands for SLURM_JOB_ID, but that is not set; write %% for a "),
         ({"WORLD_SIZE": "two"}, "run.json", "the variable WORLD_SIZE must be a number from 0, got 'two'."),
     ],
 )

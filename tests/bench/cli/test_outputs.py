@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks.peers.scaling import FIGURE
 from benchmarks.transformers.record import RECORD
 from mla.bench import results
 from mla.bench.cli import stored
@@ -158,7 +157,7 @@ def test_a_run_that_is_resumed_from_a_pipe_needs_a_file(run: str, bench: Bench) 
         assert cat.stdout is not None
         name = f"/dev/fd/{cat.stdout.fileno()}"
         done = bench(*VIRTUAL, "--resume", name, fakes=["virtual_clock"])
-    said = f"error: '{name}' is a pipe, which a result cannot go back to: give -o FILE."
+    said = f"error: '{name}' is a pipe and cannot be rewritten: give -o FILE."
     assert (done.code, done.error) == (2, said)
 
 
@@ -171,7 +170,7 @@ def test_a_file_of_somebody_else_in_a_sticky_folder_is_refused(run: str) -> None
         Path(folder).chmod(stat.S_ISVTX | 0o777)
         os.seteuid(12345)
         try:
-            with pytest.raises(ResultError, match="it is somebody else's, in a folder"):
+            with pytest.raises(ResultError, match="it belongs to another user"):
                 check_writable(path, RESULT)
         finally:
             os.seteuid(0)
@@ -187,7 +186,7 @@ def test_a_file_that_is_mounted_is_refused(run: str) -> None:
     check = "from mla.command.files import *; check_writable(Path('mounted'), RESULT)"
     words = [*namespace, f'{mount}; exec "$0" -c "$1"', sys.executable, check]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.stderr.endswith("it is a mount point, which cannot be replaced; name another file.\n")
+    assert done.stderr.endswith("it is a mount point and cannot be replaced; name another file.\n")
 
 
 def test_ctrl_c_after_the_replacement_is_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +206,6 @@ def test_every_result_in_the_repository_is_ours() -> None:
     folder = Path(__file__).resolve().parents[3] / "benchmarks"
     for pattern, kind in (
         ("results/*.json", RESULT),
-        ("results/scaling-*.svg", FIGURE),
         ("transformers/results/*.json", RECORD),
     ):
         paths = list(folder.glob(pattern))

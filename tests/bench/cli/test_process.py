@@ -21,6 +21,7 @@ Bench = Callable[..., Any]
 Start = Callable[..., "subprocess.Popen[str]"]
 
 VIRTUAL = ("--backend", "fake-virtual-clock")
+QUICK = str(Path(__file__).resolve().parents[2] / "support" / "quick")  # limits in no time
 # A shell starts background jobs with SIGINT ignored, nohup with SIGHUP, and children inherit that.
 LAUNCH = (
     "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
@@ -69,7 +70,7 @@ def start(install: Callable[[str], Path], small: list[str]) -> Start:
     """Return a function that starts a run on the virtual clock and hands over the running process."""
 
     def start(*words: str, before: str = "", **pipes: Any) -> subprocess.Popen[str]:
-        folders = [str(install("virtual_clock")), os.environ.get("PYTHONPATH", "")]
+        folders = [str(install("virtual_clock")), QUICK, os.environ.get("PYTHONPATH", "")]
         path = os.pathsep.join(filter(None, folders))
         # As in a user's shell: an unbuffered stream leaves nothing for the end of the process.
         buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers_peer import needs_transformers
 
 from mla.bench import results
 
@@ -125,21 +126,26 @@ def test_a_result_records_what_was_measured(bench: Bench, small: list[str]) -> N
     assert prefill.plan_ms is not None
 
 
-@pytest.mark.parametrize("kind", ["json", "csv", "md"])
-def test_stdout_of_a_machine_format_is_that_format_alone(process: Bench, small: list[str], kind: str) -> None:
-    options = ["--runs", "2", "--passes", "2", "-o", "run.json", "--format", kind]
+def test_stdout_of_a_machine_format_is_that_format_alone(process: Bench, small: list[str]) -> None:
+    options = ["--runs", "2", "--passes", "2", "-o", "run.json", "--format", "json"]
     done = process(*VIRTUAL, *small, *options, fakes=["virtual_clock"])
     assert done.code == 0
-    run = read("run.json")
-    if kind == "json":
-        assert results.decode(done.out.encode()) == run
-        json.loads(done.out)
-    elif kind == "csv":
-        rows = list(csv.DictReader(io.StringIO(done.out)))
-        assert [row["scenario"] for row in rows] == ["prefill", "decode"]
-        assert [float(row["latency_ms"]) for row in rows] == [latency(case).median for case in run.cases]
-    else:
+    assert results.decode(done.out.encode()) == read("run.json")
+    json.loads(done.out)
+
+
+@pytest.mark.parametrize("kind", ["csv", "md"])
+def test_so_is_that_of_a_table(bench: Bench, small: list[str], kind: str) -> None:
+    options = ["--runs", "2", "--passes", "2", "-o", "run.json", "--format", kind]
+    done = bench(*VIRTUAL, *small, *options, fakes=["virtual_clock"])
+    assert done.code == 0
+    if kind == "md":
         assert done.out.startswith("| scenario | implementation |")
+        return
+    rows = list(csv.DictReader(io.StringIO(done.out)))
+    assert [row["scenario"] for row in rows] == ["prefill", "decode"]
+    medians = [latency(case).median for case in read("run.json").cases]
+    assert [float(row["latency_ms"]) for row in rows] == medians
 
 
 def test_implementations_alternate_in_the_asked_order_of_rows(bench: Bench, small: list[str]) -> None:
@@ -181,11 +187,18 @@ def test_list_ops_names_every_role_and_measures_nothing(bench: Bench, small: lis
     assert {"latent_attention", "expanded_attention", "write_latent", "o_proj"} <= set(roles)
 
 
-def test_the_main_job_runs_at_full_size(bench: Bench) -> None:
-    done = bench("--backend", "cpu", "--runs", "6", "--passes", "6", "--warmups", "0", "-o", "run.json")
+@needs_transformers
+def test_the_main_job_runs_at_full_size_and_compares_with_transformers(bench: Bench) -> None:
+    counts = ("--runs", "2", "--passes", "2", "--warmups", "0", "--cache", "warm")
+    done = bench("--backend", "cpu", *counts, "-o", "run.json")
     assert done.code == 0
-    prefill, decode = (case for case in read("run.json").cases if case.implementation == "mla")
-    assert (len(latency(prefill).samples), len(latency(decode).samples)) == (6, 36)
-    for case in read("run.json").cases:
-        assert case.check.status == "ok"
-        assert [(one.cache, one.check.status, one.passes) for one in case.timings] == [("cold", "ok", 6)]
+    names = ["mla", "mla-reference", "transformers"]
+    cases = read("run.json").cases
+    assert [(case.scenario, case.implementation) for case in cases] == [
+        (scenario, name) for scenario in ("prefill", "decode") for name in names
+    ]
+    assert {case.check.status for case in cases} == {"ok"}
+    prefill, decode = (case for case in cases if case.implementation == "mla")
+    assert (len(latency(prefill).samples), len(latency(decode).samples)) == (2, 4)
+    assert len(done.out.splitlines()) <= 26
+    assert len(done.err.splitlines()) <= 6

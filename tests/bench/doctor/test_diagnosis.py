@@ -183,8 +183,8 @@ def test_a_known_name_that_is_not_installed_gets_its_pip_line(isolated: Bench) -
     assert (done.code, done.err) == (3, "")
     assert blocks(done.out)["cpu: not installed"] == [
         "reason no installed distribution offers it (any CPU that PyTorch runs on)",
-        "fix run `pip install ./plugins/cpu` in a checkout (from the first release on `pip install "
-        f"'mla[cpu]'`), with torch from {KNOWN['cpu'].torch_source}",
+        "fix run `pip install ./plugins/cpu` in a checkout (once released, `pip install "
+        f"mla-backend-cpu`), with torch from {KNOWN['cpu'].torch_source}",
     ]
     assert done.out.endswith("\n\nusable: none\n")
 
@@ -203,7 +203,7 @@ def test_ops_are_listed_with_every_reason_for_the_default_config(process: Bench,
     reason = lines[lines.index("rotate_query: reference") + 1]
     assert reason == "fused op 'turn' not used because it rotates float16 only, not torch.float32"
     assert lines[-2] == "put: one token at a time"
-    assert lines[-1] == "norm: offered for rms_norm/1, which this config does not call"
+    assert lines[-1] == "norm: offered for rms_norm/1, not called by this config"
 
 
 @pytest.mark.parametrize("below", ["", "file"])

@@ -29,7 +29,7 @@ def test_up_to_its_limit_a_case_has_a_share() -> None:
 def test_above_its_limit_a_case_has_a_doubt_and_no_share(latency: float) -> None:
     found = place(Cost(flops=10**9, bytes=0), latency, READ, PRODUCT)
     assert (found.fraction, found.bound, found.floor_ms) == (None, "compute", 1.0)
-    assert found.doubt.startswith("the limit or the time is in doubt: ")
+    assert found.doubt.startswith("the limit or the time is suspect: ")
     assert f"{latency:.3g} ms" in found.doubt
     assert "measured: y" in found.doubt
 

@@ -19,7 +19,7 @@ from mla.bench.measure.passes import (
 from mla_backends.testing import HostBackend
 
 MIB = 1 << 20
-AGAINST = ", which the host reports and the backend declares as"
+AGAINST = " (as the host reports; the backend declares"
 
 
 class Card(HostBackend):
@@ -57,9 +57,9 @@ def test_twice_the_cache_within_bounds_and_a_tiny_one_is_not_believed(
     ("declared", "own", "flushed", "reason"),
     [
         (32 * MIB, 32 * MIB, 64 * MIB, "for a last-level cache of 32 MiB"),
-        (32 * MIB, 40 * MIB, 80 * MIB, f"for a last-level cache of 40 MiB{AGAINST} 32 MiB"),
-        (4096, 256 * MIB, 512 * MIB, f"for a last-level cache of 256 MiB{AGAINST} 4096 bytes"),
-        (2 * MIB, 96 * MIB, 192 * MIB, f"for a last-level cache of 96 MiB{AGAINST} 2 MiB"),
+        (32 * MIB, 40 * MIB, 80 * MIB, f"for a last-level cache of 40 MiB{AGAINST} 32 MiB)"),
+        (4096, 256 * MIB, 512 * MIB, f"for a last-level cache of 256 MiB{AGAINST} 4096 bytes)"),
+        (2 * MIB, 96 * MIB, 192 * MIB, f"for a last-level cache of 96 MiB{AGAINST} 2 MiB)"),
         (None, 96 * MIB, 192 * MIB, "for a last-level cache of 96 MiB"),
         (64 * MIB, None, 128 * MIB, "for a last-level cache of 64 MiB"),
         (4096, None, FALLBACK_BYTES, "as 4096 bytes cannot be the last-level cache that was declared"),

@@ -230,7 +230,7 @@ def test_memory_that_is_short_costs_evidence_and_no_number(
     measured = decode.measure(parrot, hooks=Hooks(say=said.append))
     assert len(measured["a"].passes) == DECODE.passes
     assert measured["a"].check.status == "ok"
-    assert said == ["d: memory is short: times are not held against forwards on inputs that nothing has seen"]
+    assert said == ["d: memory is short: times are not cross-checked on fresh inputs"]
     assert [what for _, what in decode.log].count("load") == (1 if where == "oracle" else 2)
 
 

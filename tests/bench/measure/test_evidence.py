@@ -1,4 +1,4 @@
-"""Evidence against a time, on scripted milliseconds: late forwards, a clock, inputs that nothing has seen."""
+"""Evidence against a time, on scripted milliseconds: late forwards, a clock, fresh inputs."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def test_forwards_that_were_done_in_time(late: list[float], inside: float) -> No
 def test_forwards_that_went_on_after_their_clock(late: list[float]) -> None:
     found = sum(ms > 0 for ms in late)
     assert late_doubt(times(late)) == (
-        f"in {found} of {len(late)} timed forwards the device worked for another 0.9 ms after their 1 ms, as "
-        "if `synchronize` returned early"
+        f"the device worked on for 0.9 ms after {found} of {len(late)} timed forwards of 1 ms, as if "
+        "`synchronize` returned early"
     )
 
 
@@ -121,7 +121,7 @@ def test_a_device_clock_that_does_not_is_not(monkeypatch: pytest.MonkeyPatch, fa
     clocks = Clocks(monkeypatch, lambda ms, window: factor * ms)
     told = device_doubt(clocks.runner, count(), lambda: None)
     assert told.startswith("20 forwards take ")
-    assert told.endswith(" ms on the host's")
+    assert told.endswith(" ms by the host's")
     assert clocks.windows == TURNS
 
 
@@ -134,7 +134,7 @@ def test_outputs_that_are_not_there_end_a_window_when_the_timer_stops(
 
     clocks = Clocks(monkeypatch, stops)
     clocks.out.fill_(torch.nan)
-    assert "on the host's" in device_doubt(clocks.runner, count(), lambda: None)
+    assert "by the host's" in device_doubt(clocks.runner, count(), lambda: None)
 
 
 # -------------------------------------------------------------------------------- inputs nothing has seen
@@ -228,8 +228,7 @@ def test_slow_on_new_inputs_alone_is_doubted(make: Any, scenario: Scenario) -> N
     runner, ask = make(scenario)
     runner.takes = lambda fresh, number: 5.2 if fresh else 1.0
     assert ask() == (
-        "forwards on inputs that nothing had seen take 5.2 ms, on those of the passes 1 ms, as if results "
-        "were remembered"
+        "forwards on fresh inputs take 5.2 ms, those of the passes 1 ms, as if results were remembered"
     )
     assert runner.runs == [True, False] * ROUNDS
 
@@ -264,7 +263,7 @@ def test_a_busy_machine_is_no_evidence(make: Any, scenario: Scenario, ms: Ms) ->
 def test_wrong_outputs_on_new_inputs_are_found(make: Any, scenario: Scenario) -> None:
     runner, ask = make(scenario)
     runner.mutate = lambda out, fresh: out.mul_(1.1) if fresh else None
-    assert ask().startswith("outputs on inputs that nothing had seen are wrong: ")
+    assert ask().startswith("outputs on fresh inputs are wrong: ")
 
 
 def test_variants_and_implementations_share_inputs_and_one_oracle(make: Any) -> None:

@@ -235,7 +235,7 @@ def test_outputs_on_new_lengths_are_judged(tiny: Callable[..., MLAConfig], time:
     loaded = Loaded(tiny(), SCENARIOS[name], *attention(time, Idle))
     loaded.run(1)
     doubt = on_new_lengths(loaded.one, loaded.scenario, loaded.checker, time).doubt
-    assert doubt.startswith("outputs on lengths that nothing had seen are wrong: ")
+    assert doubt.startswith("outputs on unseen lengths are wrong: ")
 
 
 def test_a_part_of_a_layer_over_ranks_keeps_no_outputs(tiny: Callable[..., MLAConfig], time: Time) -> None:

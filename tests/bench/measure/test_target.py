@@ -14,7 +14,7 @@ from engine_bench import DECODE, PREFILL, Bench, MakeBench, Parrot
 
 from mla.bench.measure.engine import Hooks, Shorter
 from mla.bench.measure.samples import Measurement
-from mla.bench.measure.target import CHEAP_S, LEFT_OUT, MAX_S, MIN_PASSES, TARGET_S, Target, Timetable
+from mla.bench.measure.target import CHEAP_S, MAX_S, MIN_PASSES, NO_TIME, TARGET_S, Target, Timetable
 from mla.bench.measure.variants import EXTRA_PASSES, HEADLINE, Steps, Variant, Variants
 from mla.bench.plan import yardstick
 from mla.bench.workload.scenario import Scenario
@@ -67,7 +67,7 @@ def run(
         return yardstick.shortened(bench.scenario, BOTH, dict.fromkeys(ms, 1e3), most)
 
     target = Target(seconds, most, lambda: Slow.now)
-    hooks = Hooks(shorten=shorten, say=said.append, target=target)
+    hooks = Hooks(shorten=shorten, say=said.append, detail=said.append, target=target)
     parrots = (Slow(bench, "first"), Slow(bench, "other"))
     found = bench.measure(*parrots, variants=Variants(BOTH, asked=asked), hooks=hooks)
     first, other = found["first"], found["other"]
@@ -93,7 +93,7 @@ def measured(
 ) -> dict[str, Measurement]:
     """Time these, none of which is shortened; "first" is the run's first."""
     Slow.now, Slow.forwards, Slow.seconds = 0.0, 0, staticmethod(script)
-    hooks = Hooks(say=say, target=Target(seconds, most, lambda: Slow.now), first="first")
+    hooks = Hooks(say=say, detail=say, target=Target(seconds, most, lambda: Slow.now), first="first")
     return bench.measure(*(Slow(bench, name) for name in names), hooks=hooks, variants=Variants(variants))
 
 
@@ -117,7 +117,7 @@ def test_variants_go_first_then_the_passes_of_others_and_then_those_of_the_first
     assert len(ran.first) >= MIN_PASSES
     assert set(ran.first) == {4}, "passes are whole"
     if not ran.cold:
-        assert ran.cold_reason == LEFT_OUT
+        assert ran.cold_reason == NO_TIME
 
 
 def test_no_variant_begins_that_does_not_fit_beside_the_others(make_bench: MakeBench) -> None:

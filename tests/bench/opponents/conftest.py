@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from ceiling_cases import measure_limits_quickly
 from opponents.base import CONFIG, Opponent
 
 from mla.bench import results
 from mla.bench.cli.main import main
-from mla.bench.run import judging
+from mla.bench.run import scheduler
 
 WORKLOAD = """
 [[scenario]]
@@ -91,9 +92,10 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _limits_soon(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure limits twice and no more, except where they are looked at."""
+    """Take little time for limits, except where they are looked at."""
     if request.path.name != "test_limits.py":
-        monkeypatch.setattr(judging, "SECONDS", 0.0)
+        measure_limits_quickly(monkeypatch)
+        monkeypatch.setattr(scheduler, "LIMITS_SHARE", 0.0)
 
 
 @pytest.fixture

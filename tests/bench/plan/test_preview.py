@@ -20,7 +20,7 @@ FEW = ("--runs", "1", "--passes", "1", "--warmups", "0", "--scenario", "decode")
 
 def announced(said: str) -> float:
     """Return the seconds that a dry run says a run would take."""
-    found = re.search(r"\d+ cases?, about ([\d.]+) (s|min|h) of forwards; ", said)
+    found = re.search(r"\d+ cases?, about ([\d.]+) (s|min|h) of forwards, plus ", said)
     assert found
     return float(found[1]) * {"s": 1, "min": 60, "h": 3600}[found[2]]
 
@@ -49,7 +49,7 @@ def test_a_dry_run_lists_every_case(bench: Bench, small: list[str]) -> None:
     )
     assert rows == [(str(kv), name) for kv in range(1, 11) for name in ("mla", "mla-reference")]
     assert "scenario   decode: 10 points (--dry-run lists them)" in done.err
-    assert re.search(r"20 cases, about [\d.e-]+ s of forwards; limits and float64 oracle come ", done.err)
+    assert re.search(r"20 cases, about [\d.e-]+ s of forwards, plus limits and float64 oracle\n", done.err)
 
 
 def test_a_forward_of_each_case_is_run_and_counts(
@@ -112,7 +112,7 @@ def test_a_slow_first_forward_is_the_only_one(
     monkeypatch.setattr(preview, "make_fixture", counted)
     for long, count in ((3.0, 2), (-1.0, 1)):
         steps.clear()
-        monkeypatch.setattr(preview, "LONG", long)
+        monkeypatch.setattr(preview, "SLOW_S", long)
         assert bench(*CPU, *small, *FEW, "--dry-run").code == 0
         assert len(steps) == count
 

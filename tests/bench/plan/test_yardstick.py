@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 
 from mla.bench.measure.variants import HEADLINE, Steps, Variant, steps
-from mla.bench.plan.yardstick import BESIDE, FEWEST, LEAST_STEPS, LEFT, SECONDS, SHARE, shortened
+from mla.bench.plan.yardstick import BASELINE_S, EXTRA_FORWARDS, LEFT, MIN_PASSES, MIN_STEPS, SHARE, shortened
 from mla.bench.results import stats
 from mla.bench.workload.scenario import Scenario
 from mla.bench.workload.workload_file import load_workload
@@ -32,17 +32,16 @@ def test_the_readme_run_on_a_cpu_without_bf16() -> None:
     ]
     assert (plan.passes, plan.run, plan.timed) == (6, range(1), range(1))
     assert reason == (
-        "in full it would take about 4 min, so it runs 6 passes of 1 instead of 10 of 10, "
-        "and no other timings"
+        "a full timing takes about 4 min; running 6 passes of 1 instead of 10 of 10, and no other timings"
     )
     plan, reason = shortened(DECODE, (HEADLINE,), {"mla": 4.2, "mla-reference": 80.0})["mla-reference"]
     assert (plan.passes, plan.run, plan.timed) == (6, range(6), range(6))
-    assert reason.endswith("so it runs 6 passes of 6 instead of 6 of 100")
+    assert reason.endswith("; running 6 passes of 6 instead of 6 of 100")
 
 
 def test_a_step_that_takes_a_second_leaves_three_of_them_in_a_pass() -> None:
     plan, _ = shortened(DECODE, VARIANTS, {"mla": 7.8, "transformers": 930.0})["transformers"]
-    assert (plan.passes, plan.run) == (6, range(LEAST_STEPS))
+    assert (plan.passes, plan.run) == (6, range(MIN_STEPS))
 
 
 def test_what_cannot_run_less_is_not_cut() -> None:
@@ -50,19 +49,19 @@ def test_what_cannot_run_less_is_not_cut() -> None:
     ms = {"mla": 5.0, "other": 1000.0}
     assert shortened(least, (HEADLINE,), ms) == {}
     reason = shortened(least, (HEADLINE, COLD), ms)["other"][1]
-    assert reason == "in full it would take about 96 s, so none of its other timings are made"
+    assert reason == "a full timing takes about 96 s; leaving out its other timings"
 
 
 def test_other_timings_go_first_then_passes_then_steps() -> None:
     def of(ms: float) -> Steps:
         return shortened(LONG, VARIANTS * 4, {"mla": 0.1, "other": ms})["other"][0]
 
-    whole = 1e3 * LEFT * SECONDS / (40 * 7)
+    whole = 1e3 * LEFT * BASELINE_S / (40 * 7)
     plan, reason = shortened(LONG, VARIANTS * 4, {"mla": 0.1, "other": 0.99 * whole})["other"]
     assert plan == steps(HEADLINE, LONG)
-    assert reason.endswith("so none of its other timings are made")
+    assert reason.endswith("; leaving out its other timings")
     assert (of(2.1 * whole).passes, len(of(2.1 * whole).run)) == (19, 7)
-    assert (of(10 * whole).passes, len(of(10 * whole).run)) == (FEWEST, 4)
+    assert (of(10 * whole).passes, len(of(10 * whole).run)) == (MIN_PASSES, 4)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=list(SCENARIOS))
@@ -70,19 +69,19 @@ def test_other_timings_go_first_then_passes_then_steps() -> None:
 def test_no_more_time_than_allowed_or_as_few_forwards_as_an_interval_needs(
     scenario: Scenario, first: float, own: float
 ) -> None:
-    whole = BESIDE + sum(one.passes * len(one.run) for one in (steps(v, scenario) for v in VARIANTS))
-    allowed = max(SECONDS, SHARE * whole * first / 1e3)
+    whole = EXTRA_FORWARDS + sum(one.passes * len(one.run) for one in (steps(v, scenario) for v in VARIANTS))
+    allowed = max(BASELINE_S, SHARE * whole * first / 1e3)
     found = shortened(scenario, VARIANTS, {"mla": first, "other": own})
     assert ("other" in found) == (own >= 2 * first and whole * own / 1e3 > allowed)
     for plan, _ in found.values():
         before = steps(HEADLINE, scenario)
         assert plan.run == plan.timed == range(len(plan.run))
         assert 1 <= len(plan.run) <= len(before.run)
-        assert min(FEWEST, before.passes) <= plan.passes <= before.passes
-        assert stats.median_interval(range(plan.passes)) or before.passes < FEWEST
-        least = LEAST_STEPS if scenario.mode == "decode" else 1
+        assert min(MIN_PASSES, before.passes) <= plan.passes <= before.passes
+        assert stats.median_interval(range(plan.passes)) or before.passes < MIN_PASSES
+        least = MIN_STEPS if scenario.mode == "decode" else 1
         fewest = plan.passes, len(plan.run)
-        assert seconds(plan, own) <= LEFT * allowed or fewest == (FEWEST, least)
+        assert seconds(plan, own) <= LEFT * allowed or fewest == (MIN_PASSES, least)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=list(SCENARIOS))
@@ -102,7 +101,9 @@ def test_each_yardstick_is_held_to_the_first() -> None:
 
 def test_spread_over_the_rounds_as_every_variant_is() -> None:
     plan = shortened(PREFILL, VARIANTS, {"mla": 1.0, "mla-reference": 5000.0})["mla-reference"][0]
-    assert sum(plan.due(index, PREFILL.rounds) for index in range(PREFILL.rounds)) == plan.passes == FEWEST
+    assert (
+        sum(plan.due(index, PREFILL.rounds) for index in range(PREFILL.rounds)) == plan.passes == MIN_PASSES
+    )
 
 
 def test_where_little_time_is_left_that_is_the_reason() -> None:
@@ -110,9 +111,9 @@ def test_where_little_time_is_left_that_is_the_reason() -> None:
     for variants, more in ((VARIANTS, ", and no other timings"), ((HEADLINE,), "")):
         plan, reason = shortened(DECODE, variants, ms, 20)["other"]
         assert (plan.passes, plan.run) == (6, range(3))
-        assert reason == f"little time is left, so it runs 6 passes of 3 instead of 6 of 100{more}"
+        assert reason == f"little time is left; running 6 passes of 3 instead of 6 of 100{more}"
     slow = {"mla": 5.0, "other": 100.0}
     known = shortened(DECODE, VARIANTS, slow)["other"]
     assert shortened(DECODE, VARIANTS, slow, 1000) == {"other": known}
-    assert known[1].startswith("in full it would take")
+    assert known[1].startswith("a full timing takes")
     assert shortened(DECODE, VARIANTS, slow, 20)["other"][1].startswith("little time is left")

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ranks_of_a_run import Start
+from ranks_of_a_run import Start, start_ranks
 from tiny_run import write_tiny_run
 
-ROOT = Path(__file__).resolve().parents[3]
-# Last on the path: the checkout must not shadow packages that are installed.
-sys.path.append(str(ROOT))
+from benchmarks.ranks import processes
 
-from benchmarks.ranks import processes  # noqa: E402
-
-
-@pytest.fixture(scope="session")
-def start_ranks() -> Start:
-    """Return `processes.start`, once what ranks are forked from runs."""
-    processes.prepare([ROOT / "tests" / "support"])
-    return processes.start
+__all__ = ["start_ranks"]
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def test_a_stopped_rank_is_missed_and_ends_when_it_wakes_up(start: Start, rank: 
     assert ranks.wait(BOUND, [other])[other] == 3
     assert ranks.code(rank) is None
     assert f"error: rank {rank} (process " in errors(ranks)[other]
-    silent = f"not heard of for {SILENT:.0f} s; stopped, or the node is gone"
+    silent = f"no heartbeat for {SILENT:.0f} s; stopped, or the node is gone"
     assert silent in errors(ranks)[other]
     ranks.send(rank, signal.SIGCONT)
     assert ranks.wait(BOUND) == [3, 3]

@@ -66,7 +66,7 @@ def test_several_that_are_silent_are_named_together(run: Callable[[int], Run]) -
     ranks.join(2)
     lost = ranks.zero.lost(TIMEOUT_S)
     names = f"{AWAY.format(1)} and {AWAY.format(2)}"
-    assert str(lost) == f"{names}: not heard of for 0 s; stopped, or the node is gone."
+    assert str(lost) == f"{names}: no heartbeat for 0 s; stopped, or the node is gone."
     assert lost is not None
     assert (lost.exit_code, lost.common) == (3, False)
 
@@ -86,6 +86,16 @@ def test_a_process_that_is_gone_is_named_by_all_and_no_other(
         lost = str(each.lost(TIMEOUT_S))
         assert lost.startswith(f"rank 2 (process {process.pid} on ")
         assert lost.endswith("): killed, perhaps for lack of memory, or crashed.")
+
+
+def test_a_process_that_ends_after_its_last_beat_is_not_missed(run: Callable[[int], Run]) -> None:
+    ranks = run(2)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        ranks.join(1, member=Member(ranks.zero.members[0].host, process.pid))
+        ranks.zero.meet(TIMEOUT_S)
+        ranks.store.set("beat/1", pulse.BYE)
+        process.kill()
+    assert ranks.zero.lost(1.0) is None
 
 
 def test_who_cannot_be_seen_from_here_is_not_looked_for(
@@ -119,9 +129,9 @@ def test_ranks_that_never_come_are_named_on_all(
     monkeypatch.setattr(pulse, "WORD", 1.0)
     ranks = run(4)
     other = ranks.real(2)
-    with pytest.raises(RanksError, match=r"^ranks 1 and 3 did not join those on \S+ within 0 s: "):
+    with pytest.raises(RanksError, match=r"^ranks 1 and 3 did not join within 0 s: "):
         ranks.zero.meet(0.3)
-    with pytest.raises(RanksError, match=r"^rank 0 .* ended: ranks 1 and 3 did not join those on "):
+    with pytest.raises(RanksError, match=r"^rank 0 .* ended: ranks 1 and 3 did not join within "):
         other.meet(TIMEOUT_S)
 
 
@@ -180,7 +190,7 @@ def test_a_store_that_is_gone_or_does_not_answer_is_rank_0s(run: Callable[[int],
     lost = str(other.lost(TIMEOUT_S))
     woken.set()
     assert lost.startswith(f"rank 0 (process {ranks.zero.members[0].pid} on ")
-    assert ("): killed, " if fails else "): not heard of for 0 s; stopped, ") in lost
+    assert ("): killed, " if fails else "): no heartbeat for 0 s; stopped, ") in lost
     ranks.store = whole
 
 

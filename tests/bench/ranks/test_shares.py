@@ -26,7 +26,7 @@ from mla.bench.ranks.simulation import Simulation
 from mla.bench.subjects.inputs import make_inputs
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.grid import Point
-from mla.checkpoint.stored import ROWS
+from mla.checkpoint.stored import SAMPLED_ROWS
 from mla.parallel.groups import SimulatedWorld
 from mla.parallel.layout import Layout
 from mla.parallel.link import Link
@@ -58,7 +58,7 @@ def test_a_rank_without_an_oracle_reads_its_rows_alone(start_ranks: Start, tmp_p
     whole = numbers(weight_shapes(made.config))
     half = numbers(weight_shapes(made.config.with_heads(made.config.num_attention_heads // 2)))
     compared = sum(
-        min(shape[0], ROWS) * math.prod(shape[1:]) for shape in weight_shapes(made.config).values()
+        min(shape[0], SAMPLED_ROWS) * math.prod(shape[1:]) for shape in weight_shapes(made.config).values()
     )
     assert half <= read - compared <= 1.1 * half < 0.8 * whole  # and scales of blocks
     (case,) = results.read(tmp_path / "run.json").cases

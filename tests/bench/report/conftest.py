@@ -13,7 +13,7 @@ import pytest
 from mla.bench import results
 from mla.bench.report import page
 from mla.bench.results import stats
-from mla.bench.results.passes import throughput
+from mla.bench.results.cases import throughput_of
 
 # Relative speed of the two cards' implementations.
 SLOWNESS = {"mla": 1.0, "mla-reference": 3.0}
@@ -73,7 +73,7 @@ def build(
         "passes": 6,
         "interleaved_with": [name for name in SLOWNESS if name != implementation],
         "latency_ms": found,
-        "tokens_per_s": throughput(whole, tokens),
+        "tokens_per_s": throughput_of(whole, tokens),
         "switch_steps": [0, 80, 160],
         "cost": cost,
         "roofline": roofline(cost, found.median, slow),

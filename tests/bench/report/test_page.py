@@ -344,10 +344,10 @@ def test_a_time_above_the_limit_shows_a_doubt_and_no_percentage(rich: Sequence[r
     text = render(rich[0])
     assert "badge ok" not in text
     screen = first_screen(text)
-    assert "10 of 11 cases with limit or time in doubt" in screen
-    assert "in doubt: as fast as mla-reference" in screen
+    assert "10 of 11 cases with a suspect limit or time" in screen
+    assert "suspect: as fast as mla-reference" in screen
     (roofline,) = [alt for alt in Page(text).charts() if alt.startswith("Roofline")]
-    assert "in doubt" in roofline
+    assert "its time is suspect" in roofline
     assert "%" not in roofline
 
 

@@ -72,7 +72,7 @@ def test_no_winner_is_named_that_the_verdict_does_not_name(make_run: Any, case: 
     doubt = timed(case, 1.0, roofline=results.Roofline(doubt="faster than its floor"))
     (tile,) = summary.tiles(file(make_run, doubt, other))
     assert (tile.status, tile.share) == ("in-doubt", None)
-    assert tile.text.startswith("in doubt: as fast as b")
+    assert tile.text.startswith("suspect: as fast as b")
 
 
 def test_what_has_no_number_is_in_the_tile(make_run: Any, case: Case) -> None:
@@ -100,7 +100,7 @@ def test_badges_count_cases_the_worst_first(case: Case) -> None:
     assert said([*cases, doubt, case(interrupted=True)]) == [
         ("wrong", "1 of 6 cases wrong"),
         ("doubtful", "1 of 6 cases doubtful: no number"),
-        ("in-doubt", "1 of 6 cases with limit or time in doubt"),
+        ("in-doubt", "1 of 6 cases with a suspect limit or time"),
         ("not-run", "1 of 6 cases not run"),
         ("interrupted", "1 of 6 cases interrupted"),
     ]
@@ -157,7 +157,7 @@ def test_files_are_compared_with_their_intervals_and_verdicts(against: Any) -> N
 def test_what_cannot_be_compared_is_counted(against: Any) -> None:
     tiles, sentences = against({"mla": 2.0}, {"b": 2.0})
     assert tiles == []
-    reasons = [f"the {which} run has no such case" for which in ("base", "new")]
+    reasons = [f"missing from the {which} run" for which in ("base", "new")]
     refused = "; ".join(f"1 REFUSED ({reason})" for reason in reasons)
     assert sentences == [f"B new.json against A old.json: {refused}"]
 

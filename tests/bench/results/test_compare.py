@@ -65,18 +65,18 @@ def test_steps_of_a_pass_are_one_observation(run: Any) -> None:
         ({"history": [4, 1]}, "history differs"),
         ({"query_lens": [5, 3]}, "query_lens differs"),
         ({"clock": "device"}, "clock differs"),
-        ({"base": "other"}, "the base run has no such case"),
-        ({"point": {"kv": 4096}}, "the base run has no such case"),
-        ({"op": "latent_attention"}, "the base run has no such case"),
+        ({"base": "other"}, "missing from the base run"),
+        ({"point": {"kv": 4096}}, "missing from the base run"),
+        ({"op": "latent_attention"}, "missing from the base run"),
         ({"dtype": "float32"}, "dtype differs: bfloat16 and float32"),
         ({"layers": 4}, "layers differs"),
-        ({"implementation": "transformers"}, "the base run has no such case"),
+        ({"implementation": "transformers"}, "missing from the base run"),
     ],
 )
 def test_another_workload_is_refused(run: Any, change: dict[str, Any], reason: str) -> None:
     found, *missing = compare(run(), run(**change))
     assert (found.verdict, found.reason) == ("REFUSED", reason)
-    assert [one.reason for one in missing] == ["the new run has no such case"] * ("no such case" in reason)
+    assert [one.reason for one in missing] == ["missing from the new run"] * ("missing" in reason)
 
 
 def test_heads_differ_only_where_both_runs_name_them(run: Any) -> None:
@@ -163,10 +163,10 @@ def test_a_case_that_vanished_is_listed_and_closes_the_gate(run: Any, bench: Any
     base, new = two(run, run(**REFERENCE)), run()
     done = gate(bench, base, new)
     assert (done.code, done.err) == (0, "")
-    assert "prefill, mla-reference: the new run has no such case\n" in done.out
+    assert "prefill, mla-reference: missing from the new run\n" in done.out
     gone = gate(bench, base, new, *LIMIT)
     assert gone.code == 1
-    assert gone.err == "not compared: prefill, mla-reference: the new run has no such case\n"
+    assert gone.err == "not compared: prefill, mla-reference: missing from the new run\n"
     assert gate(bench, new, base, *LIMIT).code == 0, "a new case is no regression"
     none = two(run, withheld(run, "not run", **REFERENCE))
     assert gate(bench, none, new, *LIMIT).code == 0, "it had no number"
@@ -196,7 +196,7 @@ def test_wrong_comes_before_a_regression_and_that_before_doubtful(run: Any, benc
 def test_a_gate_without_an_interval_judges_nothing(run: Any, bench: Any) -> None:
     done = gate(bench, run([1.0] * 5), run([9.0] * 5), *LIMIT)
     assert done.code == 5
-    assert done.err == "no case has an interval, so none can be slower beyond doubt: time at least 6 passes\n"
+    assert done.err == "no case has an interval, so the gate cannot decide: time at least 6 passes\n"
     assert " ~9.000 " in done.out, "a ratio without an interval is marked"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mla.bench.results.facts import build_digest
+from mla.command.environment import build_digest
 
 
 @pytest.fixture

@@ -234,15 +234,15 @@ def test_another_file_of_this_program_is_named(
         done = bench(command, *files, *options)
         assert (done.code, done.err) == (
             2,
-            "error: 'x.json' is not a result file: it holds ceilings, which `python -m mla.bench show` "
-            "prints.\n",
+            "error: 'x.json' is not a result file: it holds ceilings; `python -m mla.bench show` "
+            "prints them.\n",
         )
     Path("x.json").write_text(json.dumps(CONFORMANCE))
     assert (
-        "it holds the report of `python -m mla.conformance`"
+        "it holds a report of `python -m mla.conformance`"
         in bench(command, "x.json", "good.json", *options).err
     )
-    assert "it holds the report of `python -m mla.conformance`" in bench("show", "x.json").err
+    assert "it holds a report of `python -m mla.conformance`" in bench("show", "x.json").err
 
 
 @pytest.mark.parametrize(

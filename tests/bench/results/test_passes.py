@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from mla.bench.results import Case, Planned, Run, passes
+from mla.bench.results import Case, Planned, Run, cases
 from mla.bench.results.compare import REFUSED, SAME, SLOWER, Comparison, compare, compare_implementations
 
 MakeRun = Callable[..., Run]
@@ -40,9 +40,9 @@ def test_a_ratio_to_a_yardstick_is_of_the_steps_that_it_ran(decode: Callable[...
 
 def test_the_same_steps_have_statistics_of_their_own(decode: Callable[..., Run]) -> None:
     (ours,), (slow,) = decode(GROWING, 4).cases, decode(FIRST, 2).cases
-    cut, same = passes.same_steps(ours, slow)
+    cut, same = cases.same_steps(ours, slow)
     assert same is slow
-    assert passes.of(cut) == [[1.0, 2.0]] * 6
+    assert cases.passes_of(cut) == [[1.0, 2.0]] * 6
     assert cut.latency_ms is not None
     assert cut.tokens_per_s is not None
     assert (cut.latency_ms.median, cut.latency_ms.ci95) == (1.5, (1.5, 1.5))
@@ -53,18 +53,18 @@ def test_the_same_steps_have_statistics_of_their_own(decode: Callable[..., Run])
 def test_the_first_of_three_steps_is_in_no_ratio(decode: Callable[..., Run]) -> None:
     """It follows another implementation: by all three, 10 over 1.15 would be 8.7 times."""
     (ours,), (slow,) = decode([1.5, 1.0, 1.0, 9.0] * 6, 4).cases, decode([30.0, 10.0, 10.0] * 6, 3).cases
-    cut, other = passes.same_steps(ours, slow)
-    assert (passes.of(cut), passes.of(other)) == ([[1.0, 1.0]] * 6, [[10.0, 10.0]] * 6)
+    cut, other = cases.same_steps(ours, slow)
+    assert (cases.passes_of(cut), cases.passes_of(other)) == ([[1.0, 1.0]] * 6, [[10.0, 10.0]] * 6)
     found = compare_implementations(slow, ours)
     assert (found.speedup, found.speedup_interval) == (10.0, (10.0, 10.0))
     (compared,) = compare(decode([1.5, 1.0, 1.0, 9.0] * 6, 4), decode([30.0, 10.0, 10.0] * 6, 3))
     assert (compared.verdict, compared.ratio) == (SLOWER, 10.0)
-    assert compared.remarks == "compared are steps 2 to 3 of each pass, which both have"
+    assert compared.remarks == "comparing steps 2 to 3 of each pass, present in both"
 
 
 def test_equal_passes_are_compared_whole(decode: Callable[..., Run]) -> None:
     (one,), (two,) = decode(GROWING, 4).cases, decode(GROWING, 4).cases
-    assert passes.same_steps(one, two) == (one, two)
+    assert cases.same_steps(one, two) == (one, two)
 
 
 def test_what_a_coarse_clock_did_not_see_is_compared_whole_and_no_note_says_otherwise(
@@ -72,20 +72,20 @@ def test_what_a_coarse_clock_did_not_see_is_compared_whole_and_no_note_says_othe
 ) -> None:
     coarse, few = decode([0.0, 0.0, 0.0, 6.0] * 6, 4), decode([1.0, 2.0, 2.0] * 6, 3)
     coarse.cases[0].latency_ms.median = 3.0  # type: ignore[union-attr]
-    assert passes.same_steps(coarse.cases[0], few.cases[0]) == (coarse.cases[0], few.cases[0])
+    assert cases.same_steps(coarse.cases[0], few.cases[0]) == (coarse.cases[0], few.cases[0])
     assert compare(coarse, few)[0].note == ""
 
 
 def test_forwards_of_a_prefill_are_alike(make_run: MakeRun) -> None:
     (many,) = make_run([3.0, 1.0] * 6, steps_per_pass=2).cases
     (few,) = make_run([4.0] * 6).cases
-    assert passes.same_steps(many, few) == (many, few)
+    assert cases.same_steps(many, few) == (many, few)
 
 
 def test_runs_are_compared_by_the_steps_that_both_have(decode: Callable[..., Run]) -> None:
     (found,) = compare(decode(GROWING, 4), decode([1.0, 2.0] * 6, 2))
     assert (found.verdict, found.ratio, medians(found)) == (SAME, 1.0, (1.5, 1.5))
-    assert (found.reason, found.note) == ("", "compared are steps 1 to 2 of each pass, which both have")
+    assert (found.reason, found.note) == ("", "comparing steps 1 to 2 of each pass, present in both")
     (found,) = compare(decode([1.0, 2.0, 9.0] * 6, 3), decode([2.0, 4.0] * 6, 2))
     assert (found.verdict, found.ratio) == (SLOWER, 2.0)
 
@@ -100,15 +100,15 @@ def test_files_that_do_not_say_what_was_planned_ran_it(decode: Callable[..., Run
     old.cases[0].planned = None
     assert compare(old, decode(FIRST, 2, planned=2))[0].verdict == SAME
     assert compare(old, decode(FIRST, 2, planned=4))[0].reason == "steps_per_pass differs"
-    assert passes.due(old.cases[0], 9) == 9
-    assert passes.as_planned(old.cases[0])
+    assert cases.due(old.cases[0], 9) == 9
+    assert cases.as_planned(old.cases[0])
 
 
 def test_it_is_said_where_less_was_run(decode: Callable[..., Run]) -> None:
     case: Case = decode(FIRST, 2).cases[0]
-    assert not passes.as_planned(case)
-    assert passes.as_planned(decode(GROWING, 4).cases[0])
-    assert passes.as_planned(msgspec.structs.replace(case, latency_ms=None, tokens_per_s=None))
+    assert not cases.as_planned(case)
+    assert cases.as_planned(decode(GROWING, 4).cases[0])
+    assert cases.as_planned(msgspec.structs.replace(case, latency_ms=None, tokens_per_s=None))
 
 
 @pytest.mark.parametrize("count", [6, 40, 3000])
@@ -117,7 +117,7 @@ def test_an_interval_holds_its_own_number(count: int) -> None:
     timed = [[1.0, 2.0 + number / count, 2.5] for number in range(count)]
     timed[::3] = [[0.5, 0.6, 0.7]] * len(timed[::3])
     medians = [sorted(one)[1] for one in timed]
-    for value in (passes.latency(timed), passes.throughput(timed, 1)):
+    for value in (cases.latency_of(timed), cases.throughput_of(timed, 1)):
         assert value.ci95 is not None
         assert value.ci95[0] <= value.median <= value.ci95[1]
-    assert min(medians) <= passes.latency(timed).median <= max(medians)
+    assert min(medians) <= cases.latency_of(timed).median <= max(medians)

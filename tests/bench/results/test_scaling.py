@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from mla.bench import results
-from mla.bench.results.compare import compare
-from mla.bench.results.scaling import scaling
+from mla.bench.results.compare import compare, scaling
 from mla.bench.results.schema import Cost, RankFacts, Spread
-from mla.bench.terminal.comparison import scaling_tables
+from mla.bench.terminal.tables import scaling_tables
 
 Run = Callable[..., results.Run]
 STEADY = [8.0, 8.01, 7.99, 8.0, 8.02, 7.98]

@@ -143,7 +143,7 @@ def test_one_that_remembers_what_it_should_not_is_wrong(measure: Bench) -> None:
     [
         ("Nothing", "lacks 3 of 3 forwards, the first of them 0"),
         ("Few", "lacks 1 of 3 forwards, the first of them 0"),
-        ("Strange", "has 99, which is no forward of the pass"),
+        ("Strange", "has 99, not a forward of the pass"),
         ("OneRow", "for forward 0, not ["),
         ("Listed", "returns a list, not a dict of forwards"),
     ],

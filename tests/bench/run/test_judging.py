@@ -12,7 +12,7 @@ from mla.bench.limits import roofline
 from mla.bench.limits.microbench import Microbenchmark
 from mla.bench.limits.roofline import RooflineModel
 from mla.bench.results.schema import Ceiling, Cost, NewLengths, Roofline, Stage, Timing
-from mla.bench.run import judging
+from mla.bench.run import scenario_run
 
 LEAST = Cost(flops=10, bytes=10)
 Case = Callable[..., results.Case]
@@ -40,12 +40,12 @@ class Limits:
 @pytest.fixture(autouse=True)
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     found: list[float] = []
-    monkeypatch.setattr(judging.time, "sleep", found.append)
+    monkeypatch.setattr(scenario_run.time, "sleep", found.append)
     return found
 
 
 def judge(case: results.Case, limits: Limits) -> None:
-    judging.judge(case, LEAST, cast("RooflineModel", limits))
+    scenario_run.judge(case, LEAST, cast("RooflineModel", limits))
 
 
 def test_a_case_within_its_limits_costs_no_further_measurement(case: Case) -> None:
@@ -139,7 +139,7 @@ def test_the_cost_that_is_judged_is_that_of_the_cheaper_path(
     for attention in ("auto", "expanded"):
         found = judged.setdefault(attention, [])
         monkeypatch.setattr(
-            judging, "judge", lambda case, least, limits, found=found: found.append(least.flops)
+            scenario_run, "judge", lambda case, least, limits, found=found: found.append(least.flops)
         )
         bench("--backend", "cpu", *small, "--scenario", "decode", "--attention", attention)
     assert judged["auto"] == judged["expanded"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mla.bench import results
-from mla.bench.run.outcome import Outcome, verdict
+from mla.bench.run.scheduler import Outcome, verdict
 from mla.bench.terminal.run_table import headlines, render
 from mla.command.exit_codes import Exit
 
@@ -37,18 +37,30 @@ def run_of(make_run: MakeRun) -> Callable[..., results.Run]:
     [
         ({"mla": "ok", "mla_reference": "ok"}, Exit.OK, ()),
         ({"mla": "ok", "transformers": "not run"}, Exit.OK, ()),
-        ({"mla": "doubtful", "mla_reference": "ok"}, Exit.DOUBTFUL, ("doubtful",)),
-        ({"mla": "ok", "mla_reference": "doubtful"}, Exit.DOUBTFUL, ("doubtful",)),
-        ({"mla": "doubtful", "mla_reference": "wrong"}, Exit.WRONG, ("wrong", "doubtful")),
+        (
+            {"mla": "doubtful", "mla_reference": "ok"},
+            Exit.DOUBTFUL,
+            ("suspect timing: ",),
+        ),
+        (
+            {"mla": "ok", "mla_reference": "doubtful"},
+            Exit.DOUBTFUL,
+            ("suspect timing: ",),
+        ),
+        (
+            {"mla": "doubtful", "mla_reference": "wrong"},
+            Exit.WRONG,
+            ("wrong result: ", "suspect"),
+        ),
         (
             {"mla": "not run", "mla_reference": "ok"},
             Exit.NOTHING_RAN,
-            ("nothing to judge: mla has no number",),
+            ("mla produced no result; only the baselines did",),
         ),
         (
             {"transformers": "ok", "mla": "not run"},
             Exit.NOTHING_RAN,
-            ("nothing to judge: mla has no number",),
+            ("mla produced no result; only the baselines did",),
         ),
         ({"mla_reference": "ok", "transformers": "not run"}, Exit.OK, ()),
         ({"mla": "not run"}, Exit.NOTHING_RAN, ()),

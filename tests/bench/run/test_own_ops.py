@@ -92,7 +92,7 @@ def test_implementations_that_run_the_same_ops_are_pointed_out(measure: Bench) -
     assert f"same ops   {FIRST} runs the ops of mla: a difference between them is noise\n" in done.err
     assert done.err.count("same ops") == 1
     assert re.findall(r"^\d +decode +(\S+)", done.err, re.MULTILINE) == ["mla", FIRST, SECOND]
-    assert " of forwards; limits and float64 oracle come on top" in done.err
+    assert " of forwards, plus limits and float64 oracle" in done.err
 
 
 def test_one_op_alone_is_compared_the_same_way(bench: Bench, small: list[str]) -> None:
@@ -114,7 +114,7 @@ def test_brackets_that_the_op_does_not_read_are_a_mistake(bench: Bench, small: l
     done = dry("o_proj", f"mla,{FIRST}")
     assert done.code == 2
     assert done.error == (
-        f"error: --op times o_proj alone, for which '{FIRST}' has no op in its brackets: name o_proj there, "
+        f"error: --op times o_proj alone, and the brackets of '{FIRST}' give it no op: name o_proj there, "
         f"or leave '{FIRST}' out."
     )
     assert dry("linear", FIRST).error.endswith(f": name one of them there, or leave '{FIRST}' out.")

@@ -38,7 +38,7 @@ def test_one_pass_is_left_and_why_there_is_no_interval_is_said(late: Bench) -> N
     assert (done.code, passes()) == (0, [1, 1])
     said = "1 of 6 passes fit into a scenario's time, too few for an interval"
     assert f"decode, mla: {said}; give --passes or --runs to time them all" in done.err
-    assert "decode, mla: forwards on new lengths are left out for lack of time" in done.err
+    assert "decode, mla: no time is left for unseen lengths" in done.err
     assert "decode, mla: timed in 1 pass of 4 instead of 6 of 4, too few for an interval" in done.out
     assert "Decode Throughput: " in done.out
     assert "--budget" not in done.err

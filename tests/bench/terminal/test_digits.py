@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mla.bench.terminal.digits import FEWEST, MOST, between, known, number
+from mla.bench.terminal.digits import MAX_DIGITS, MIN_DIGITS, between, known, number
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_rounding_hides_at_most_a_quarter_of_the_interval(value: float, doubt: f
 def test_digits_stay_within_their_bounds(value: float, doubt: float) -> None:
     half = value * doubt
     digits = _significant(known(value, (value - half, value + half)))
-    assert FEWEST <= digits <= MOST + 1  # one more where 0.99999 becomes 1.0000
+    assert MIN_DIGITS <= digits <= MAX_DIGITS + 1  # one more where 0.99999 becomes 1.0000
 
 
 @given(value=st.floats(1e-5, 9.9))

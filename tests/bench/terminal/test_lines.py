@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mla.bench import results
+from mla.bench.results.cases import LEFT_OUT
 from mla.bench.terminal.lines import OTHERS, case_lines, folded_warnings, quality_warnings
 
 MakeRun = Callable[..., results.Run]
@@ -139,6 +140,16 @@ def test_all_signs_of_a_busy_machine_are_one_warning(make_run: MakeRun) -> None:
     assert folded_warnings(run) == ["warning: other processes used 1.6 of 2 CPUs; rerun when idle"]
 
 
+def test_cases_without_an_interval_for_lack_of_time_are_counted(make_run: MakeRun) -> None:
+    planned = results.Planned(passes=6, steps=1, due=3)
+    run = make_run(latency_ms=latency(), planned=planned)
+    assert folded_warnings(run) == [
+        "warning: 1 of 1 cases got too few passes for an interval; give --passes or --runs"
+    ]
+    run.cases[0].planned = results.Planned(passes=3, steps=1, due=3)  # as the user wants it
+    assert folded_warnings(run) == []
+
+
 def test_a_way_of_timing_that_was_left_out_is_named_once_with_its_reason(make_run: MakeRun) -> None:
     graphs = [
         results.Timing(mode="graph", cache=cache, clock="host", passes=0, check=NOT_RUN, latency_ms=None)
@@ -151,6 +162,15 @@ def test_a_way_of_timing_that_was_left_out_is_named_once_with_its_reason(make_ru
     assert folded_warnings(run) == ["skipped: graph of prefill, mla and 1 more: it waits"]
     assert quality_warnings(run)[1] == "skipped: cold, graph of prefill, b: it waits"
     assert quality_warnings(make_run(latency_ms=latency(), timings=graphs, interrupted=True)) == []
+
+
+def test_what_nobody_asked_for_and_was_left_out_is_a_detail(make_run: MakeRun) -> None:
+    reason = f"{LEFT_OUT}a scenario should end in about 30 s"
+    check = results.Check(status="not run", reason=reason)
+    cold = results.Timing(mode="eager", cache="cold", clock="host", passes=0, check=check, latency_ms=None)
+    run = make_run(latency_ms=latency(), timings=[cold])
+    assert quality_warnings(run) == [f"skipped: cold of prefill, mla: {reason}"]
+    assert folded_warnings(run) == []
 
 
 def test_a_case_above_its_limit_is_named_with_the_reason(make_run: MakeRun) -> None:

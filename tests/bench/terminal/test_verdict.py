@@ -120,7 +120,7 @@ def test_a_share_in_doubt_is_no_percentage(said: Any, case: Make) -> None:
     doubt = results.Roofline(floor_ms=2.0, bound="memory", doubt="faster than its floor")
     (text,) = said(timed(case, "a", 1, 1.1, roofline=doubt), timed(case, "b", 2, 2.1))
     assert text.startswith("prefill: a is 2.0x as fast as b")
-    assert text.endswith(", but its limit or its time is in doubt")
+    assert text.endswith(", but its limit or its time is suspect")
     assert "%" not in text
     assert limit(doubt) == ">100? mem"
 

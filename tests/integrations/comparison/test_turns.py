@@ -97,7 +97,7 @@ def _side(name: str, dtype: str = "bfloat16", device: str = "cpu") -> Any:
 def test_what_would_not_fit_the_host_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "memory_available", lambda: 18 << 30)
     prompt = _work("prefill", 4096)
-    assert prompt.refusal(_side("eager")) == "needs about 21 GiB, of which 18 are available"
+    assert prompt.refusal(_side("eager")) == "needs about 21 GiB, and 18 are available"
     assert not prompt.refusal(_side("eager", device="meta"))
     assert not prompt.refusal(_side("mla"))
     assert prompt.refusal(_side("sdpa")).startswith("needs about 21 GiB")

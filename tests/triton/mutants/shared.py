@@ -6,8 +6,8 @@ from functools import partial
 
 from mutating import Mutant
 
-_softmax = partial(Mutant, room="softmax")
-_places = partial(Mutant, room="places")
+_softmax = partial(Mutant, room="shared")
+_places = partial(Mutant, room="shared")
 
 SOFTMAX = (
     _softmax(

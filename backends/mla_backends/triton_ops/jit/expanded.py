@@ -3,8 +3,7 @@
 import triton
 import triton.language as tl
 
-from mla_backends.triton_ops.jit.places import place_of
-from mla_backends.triton_ops.jit.softmax import close, fold
+from mla_backends.triton_ops.jit.shared import close, fold, place_of
 
 LN2 = tl.constexpr(0.6931471805599453)
 

@@ -12,9 +12,7 @@ captured launch follows lengths that change. A request of one part writes its ou
 import triton
 import triton.language as tl
 
-from mla_backends.triton_ops.jit.elements import decoded
-from mla_backends.triton_ops.jit.places import place_of
-from mla_backends.triton_ops.jit.softmax import close, fold
+from mla_backends.triton_ops.jit.shared import close, decoded, fold, place_of
 
 LN2 = tl.constexpr(0.6931471805599453)
 # What changes from step to step: specialised on its value or alignment, a kernel would be compiled anew.

@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from judged import judged
 
 import mla
-from mla.bench import results
-from mla.conformance.selection import Xfails
-from mla.conformance.suite import carry_out, instances
-from mla.conformance.trial import BackendUnderTest
+from mla.bench.results import decode
 from mla.weights import random_state_dict
 from mla_backends import BackendError
 from mla_backends.torch_backend import WARMUPS
@@ -43,24 +41,25 @@ def test_a_layer_can_be_captured(capturing: Any, config: Any) -> None:
         assert captured.isfinite().all()
 
 
-@pytest.mark.only("moore", "nvidia")  # once per way of attaching the device
+@pytest.mark.only("nvidia")  # the suite looks at moore
 def test_decode_in_plain_torch_is_replayed_as_its_lengths_grow(bench: Any, tmp_path: Path) -> None:
     """The history of the tiny run crosses the end of a page, and one graph follows it."""
     done = bench("--ops", "reference", "--scenario", "decode", "-O", "graph=on", "-o", "run.json")
     assert done.code == 0, done.err
-    (case,) = results.decode((tmp_path / "run.json").read_bytes()).cases
+    (case,) = decode((tmp_path / "run.json").read_bytes()).cases
     graphs = [one for one in case.timings if one.mode == "graph"]
     assert {one.check.status for one in graphs} == {"ok"}
     assert len(graphs) == 4  # warm and cold, on both clocks
     assert graphs[0].method == "replay of one captured graph, its block table as wide as the pass needs"
 
 
-@pytest.mark.only("moore", "nvidia")  # once per way of attaching the device
-def test_a_captured_call_of_the_reference_follows_its_batch(name: str) -> None:
-    subject = BackendUnderTest(mla.load_backend(name, options={"graph": "on"}), name, quick=True)
-    wanted = ("latent.graph*[reference-*]", "layer.graph*")
-    found = [carry_out(one, subject, Xfails({})) for one in instances(subject, (torch.bfloat16,), wanted)]
-    assert [(one.check, one.status, one.reason) for one in found] == [
+@pytest.mark.only("nvidia")  # the suite looks at moore
+def test_a_captured_call_of_the_reference_follows_its_batch(
+    capturing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capturing, "ops", dict)  # the quick grid looks at the reference where it is alone
+    results = judged(capturing, "latent.graph*[reference-*]", "layer.graph*")
+    assert [(result.check, result.status, result.reason) for result in results] == [
         (check, "pass", "")
         for check in ("latent.graph", "latent.graph_lengths", "layer.graph", "layer.graph_lengths")
     ]

@@ -198,13 +198,14 @@ def outputs(config: Any, backend: Any, attention: str, counts: tuple[int, ...], 
 CASES = [("absorbed", (1, 1, 1)), ("absorbed", (2, 1, 3)), ("expanded", (2, 1, 3)), ("auto", (30, 1, 5))]
 
 
+@pytest.mark.only("nvidia")  # a layer copies in the same way wherever the device is attached
 @pytest.mark.parametrize(("attention", "counts"), CASES, ids=str)
 def test_steps_ahead_of_the_device_are_right(
     attention: str, counts: tuple[int, ...], config: Any, backend: Any
 ) -> None:
-    expected = outputs(config, backend, attention, counts, steps=6)
+    expected = outputs(config, backend, attention, counts, steps=4)
     with emulated.behind():
-        found = outputs(config, backend, attention, counts, steps=6)
+        found = outputs(config, backend, attention, counts, steps=4)
     assert expected.isfinite().all()
     assert torch.equal(found, expected)
 
@@ -229,6 +230,7 @@ MUTANTS = {
 }
 
 
+@pytest.mark.only("nvidia")
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_copies_from_memory_that_changes_are_caught(
     mutant: str, config: Any, backend: Any, monkeypatch: pytest.MonkeyPatch
@@ -238,9 +240,9 @@ def test_copies_from_memory_that_changes_are_caught(
 
 
 def is_right_behind(config: Any, backend: Any, attention: str, counts: tuple[int, ...]) -> bool:
-    expected = outputs(config, backend, attention, counts, steps=6)
+    expected = outputs(config, backend, attention, counts, steps=4)
     try:
         with emulated.behind():
-            return torch.equal(outputs(config, backend, attention, counts, steps=6), expected)
+            return torch.equal(outputs(config, backend, attention, counts, steps=4), expected)
     except IndexError:  # a page or a slot that does not exist
         return False

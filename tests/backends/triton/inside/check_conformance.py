@@ -19,12 +19,12 @@ from mla.conformance.trial import BackendUnderTest, Drawing
 
 # An interpreter's time goes by programs, of which these cases start thousands on the quick grid.
 SMALLER = (
-    (attention, "FEW_HEADS", (1, 12, 20)),
+    (attention, "FEW_HEADS", (1, 20)),
     (attention, "USUAL_HEADS", (12,)),
-    (attention, "MANY_HEADS", ((65, 4),)),
-    (attention, "FEW_TOKENS", (1, 2, 3, 15, 16, 17)),
-    (attention, "REQUESTS", (20, 20)),
-    (attention, "REQUESTS_OF", ((16, 20),)),
+    (attention, "MANY_HEADS", ((65, 2),)),
+    (attention, "FEW_TOKENS", (1, 3, 16, 17)),
+    (attention, "REQUESTS", (9, 9)),
+    (attention, "REQUESTS_OF", ((16, 9),)),
     (attention, "CACHES", ((64, 70), (1, 300))),
     (small_ops, "FEW", (1, 2, 16, 17)),
     (small_ops, "MOST_ROWS", 67),
@@ -33,7 +33,7 @@ SMALLER = (
 LEFT_OUT = {"rotate_query.rows_and_heads", "latent.positions", "expanded.positions", "expanded.lse"}
 GRAPHS = {"latent.graph", "latent.graph_lengths"}  # this device has none; an emulated one has
 HOST = {"state", "order", "contract"}  # of ops without a plan, what the host does is nothing to interpret
-DRAWS = 15
+DRAWS = 10
 TINY = {
     "NUMBERS": 1 << 12,
     "REPEATS": (20,),

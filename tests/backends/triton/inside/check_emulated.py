@@ -10,10 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from interpreted import TUNING
+from judged import judged
 
-from mla.conformance.selection import Xfails
-from mla.conformance.suite import carry_out, instances
-from mla.conformance.trial import BackendUnderTest
 from mla_backends.torch_backend import TorchBackend
 from mla_backends.triton_ops import Launcher, triton_ops
 
@@ -71,7 +69,5 @@ def test_tensors_of_two_devices_in_one_launch_are_found() -> None:
 def test_the_suite_on_the_device(check: str) -> None:
     backend = Acme({"graph": "on"})
     backend.device = backend.setup()
-    subject = BackendUnderTest(backend, "acme", quick=True)
-    chosen = [one for one in instances(subject, (torch.bfloat16,), [check]) if one.of.startswith("triton")]
-    found = [carry_out(one, subject, Xfails()) for one in chosen]
-    assert [(one.status, one.reason) for one in found] == [("pass", "")]
+    results = judged(backend, check, wanted=lambda instance: instance.of.startswith("triton"))
+    assert [(result.status, result.reason) for result in results] == [("pass", "")]

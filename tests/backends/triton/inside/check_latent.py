@@ -7,10 +7,10 @@ import pytest
 import torch
 from kernel_cases import KernelCase, latent
 
-from mla_backends.triton_ops.latent import Splits
+from mla_backends.triton_ops.attention import Splits
 from mla_backends.triton_ops.tuning import Tile
 
-DECODE = latent((1, 1, 1, 1), (1, 17, 100, 257))
+DECODE = latent((1, 1, 1, 1), (1, 17, 100, 257), latent=128)
 LARGE = Tile(64, 64, 4, 2)
 EMPTY = latent((1, 0, 2, 1, 0), (0, 0, 5, 33, 20), splits=Splits(16, 3))
 # Two tokens of which the first sees nothing, three of which two do, and one that is beyond its first tile.
@@ -34,25 +34,28 @@ def test_tiles_of_any_size(tile: Tile, page: int) -> None:
     check(SEVERAL.but(tile=tile, page_size=page, splits=Splits(32, 3)))
 
 
-@pytest.mark.parametrize("heads", [1, 8, 12, 20, 40, 96])
-@pytest.mark.parametrize("tokens", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("heads", "tokens"), [(1, 1), (1, 3), (8, 2), (12, 3), (20, 1), (40, 2), (96, 1), (96, 3)]
+)
 def test_any_number_of_heads_and_of_new_tokens(heads: int, tokens: int) -> None:
     tile = SEVERAL.tile if heads < 40 else LARGE
     check(latent((tokens, 1), (66, tokens), heads=heads, tile=tile))
 
 
 @pytest.mark.parametrize("widths", [(512, 64), (256, 64), (512, 0), (48, 8), (100, 24), (16, 0)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("halves", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "halves"), [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True)], ids=str
+)
 def test_latents_of_any_width(widths: tuple[int, int], dtype: torch.dtype, halves: bool) -> None:
-    case = latent((2, 1), (50, 33), latent=widths[0], rope=widths[1], dtype=dtype, splits=Splits(32, 2))
+    case = latent(
+        (2, 1), (50, 33), heads=4, latent=widths[0], rope=widths[1], dtype=dtype, splits=Splits(32, 2)
+    )
     check(case.but(halves=halves))
 
 
 @pytest.mark.parametrize("splits", [Splits(n, -(-257 // n)) for n in (16, 48, 100, 256)], ids=str)
-@pytest.mark.parametrize("page", [1, 64])
-def test_any_number_of_parts(splits: Splits, page: int) -> None:
-    check(DECODE.but(splits=splits, page_size=page))
+def test_any_number_of_parts(splits: Splits) -> None:
+    check(DECODE.but(splits=splits))
 
 
 def test_more_parts_than_the_merge_takes_in_one_step() -> None:
@@ -81,9 +84,7 @@ def test_nobody_needs_the_log_sum_exp(case: KernelCase) -> None:
     check(case.but(with_lse=False, splits=Splits(32, 9)))
 
 
-@pytest.mark.parametrize(
-    "planned", [(257, 257, 257, 257), (1, 1, 1, 1), (100, 257, 17, 1), (0, 257, 0, 3)], ids=str
-)
+@pytest.mark.parametrize("planned", [(257, 257, 257, 257), (1, 1, 1, 1), (0, 257, 0, 3)], ids=str)
 @pytest.mark.parametrize("splits", [Splits(32, 9), Splits(100, 3), None], ids=str)
 def test_lengths_that_change_after_planning(planned: tuple[int, ...], splits: Splits | None) -> None:
     """A captured call follows them, up to the width of the block table."""

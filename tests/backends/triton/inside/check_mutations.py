@@ -10,7 +10,7 @@ import pytest
 from kernel_cases import FarWrite, KernelCase, expanded, latent, norm, rotation, write
 from mutating import Mutant
 
-from mla_backends.triton_ops.latent import Splits
+from mla_backends.triton_ops.attention import Splits
 
 FAR = 1_100_000_000  # the third row is beyond 32 bits
 NARROW = {"latent": 48, "rope": 8}

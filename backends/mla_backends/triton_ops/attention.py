@@ -1,0 +1,474 @@
+"""`latent_attention`, flash decoding over pages, and `expanded_attention`, flash attention over segments.
+
+Keys of a batch of `latent_attention` are split over programs, so that all multiprocessors have work; a second
+launch merges the parts of requests that are split.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mla_backends.api import OPS, AttentionSpec, BatchView, SegmentLengths
+from mla_backends.kernels.vendor import DeviceReason
+from mla_backends.selftest import try_expanded, try_latent
+from mla_backends.torch_backend import capturing
+from mla_backends.triton_ops.launcher import KernelOp, Launcher, wide
+from mla_backends.triton_ops.tuning import MIN_SIDE, Tile, Tuning, tile_for
+from mla_backends.upload import upload
+
+if TYPE_CHECKING:
+    import torch
+
+# ------------------------------------------------------------------------------------------- splits
+
+# A part of fewer keys costs more to merge than it saves.
+MIN_PART_KEYS = 64
+# Parts of one request.
+MAX_SPLITS = 256
+# Bytes of the parts of a batch, whatever its lengths; with very many rows nothing is split.
+PARTS_BYTES = 256 << 20
+# What a program costs besides its keys, and a merge besides its programs, in keys: estimates.
+PROGRAM_KEYS, MERGE_KEYS = 96, 64
+# Waves of programs that are considered; more do not balance any better.
+WAVES = 4
+# Ragged requests whose programs are counted; of more they are estimated, because planning is part of a step.
+COUNTED = 16
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The run-time arguments of the kernels: requests of up to `keys_per_split` keys have one part."""
+
+    keys_per_split: int
+    max_splits: int  # of any request that fits the block table
+
+
+@dataclass(frozen=True)
+class _Load:
+    """Blocks of rows and keys of the requests that have some."""
+
+    blocks: list[int]
+    keys: list[int]
+    longest: int
+    equal: bool  # all have as many keys
+    all_blocks: int
+    total: int  # keys, block by block
+
+    def programs(self, part: int) -> int:
+        """Return how many programs there are with parts of at most this many keys."""
+        if self.equal:
+            return self.all_blocks * -(-self.longest // part)
+        if len(self.keys) > COUNTED:  # half a part more for each, as lengths are of all kinds
+            return self.total // part + (self.all_blocks + 1) // 2
+        return sum(blocks * -(-keys // part) for blocks, keys in zip(self.blocks, self.keys, strict=True))
+
+    def cost(self, part: int, at_once: int) -> float:
+        """Return an estimate of the time with such parts, in keys: of whole waves, or of a full device."""
+        programs = self.programs(part)
+        waves = -(-programs // at_once) * (part + PROGRAM_KEYS)
+        packed = (self.total + programs * PROGRAM_KEYS) / at_once + part + PROGRAM_KEYS
+        return min(waves, packed) + (MERGE_KEYS if part < self.longest else 0)
+
+
+def split(
+    query_rows: Sequence[int],
+    kv_lens: Sequence[int],
+    capacity: int,
+    row_bytes: int,
+    tile: Tile,
+    multiprocessors: int,
+) -> Splits:
+    """Return the splits for requests with so many query rows (new tokens times heads) and keys.
+
+    `capacity`: the most keys that a request may grow to; `row_bytes`: of one part of a query row.
+    """
+    requests = zip(query_rows, kv_lens, strict=True)
+    busy = [(-(-rows // tile.rows), keys) for rows, keys in requests if rows and keys]
+    if not busy:
+        return Splits(max(MIN_PART_KEYS, capacity), 1)
+    blocks, keys = (list(column) for column in zip(*busy, strict=True))
+    longest, total = max(keys), sum(map(mul, blocks, keys))
+    load = _Load(blocks, keys, longest, min(keys) == longest, sum(blocks), total)
+    at_once = multiprocessors * tile.programs
+    part = min(_candidates(load, at_once), key=lambda keys: load.cost(keys, at_once))
+    # A little longer, so that a captured step has as many parts when its lengths have grown a little.
+    reach = min(capacity, part + part // 16 + (MIN_PART_KEYS if part == load.longest else 0))
+    chosen = -(-reach // tile.keys) * tile.keys
+    useful = max(-(-longest // chosen), -(-WAVES * at_once // load.all_blocks))
+    most = min(MAX_SPLITS, PARTS_BYTES // (sum(query_rows) * row_bytes), useful)
+    return Splits(chosen, max(1, min(most, -(-capacity // chosen))))
+
+
+def _candidates(load: _Load, at_once: int) -> Iterator[int]:
+    """Yield lengths of parts: none is split, or the programs make up so many waves."""
+    yield load.longest
+    blocks = load.all_blocks
+    for waves in range(1, WAVES + 1):
+        programs = waves * at_once
+        lengths = [-(-load.longest // max(1, programs // blocks))]
+        if not load.equal:
+            lengths.append(-(-load.total // max(1, programs - blocks // 2)))
+        yield from (min(load.longest, max(MIN_PART_KEYS, length)) for length in lengths)
+
+
+# ------------------------------------------------------------------------------------------- memory
+# `PartsMemory`: where the parts of split requests are kept between two launches.
+class PartsMemory:
+    """Floats that all batches share, one after another; what a graph captures has its own.
+
+    It grows by powers of two, so that lengths that grow step by step seldom need more. What was outgrown is
+    kept, because a graph that was captured with a plan made before may still write to it.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[torch.device, list[torch.Tensor]] = {}
+
+    def take(self, floats: int, like: torch.Tensor) -> torch.Tensor:
+        """Return at least so many floats, of any value, on the device of `like`."""
+        import torch
+
+        if capturing(like.device):
+            return like.new_empty(max(1, floats), dtype=torch.float32)
+        held = self._held.setdefault(like.device, [])
+        if not held or held[-1].shape[0] < floats:
+            with torch.inference_mode(False):  # a tensor made in that mode cannot be written outside it
+                held.append(like.new_empty(1 << max(0, floats - 1).bit_length(), dtype=torch.float32))
+        return held[-1]
+
+
+# ------------------------------------------------------------------------------------------- latent
+
+MAX_LATENT, MAX_ROPE = 512, 128
+UNKNOWN_MULTIPROCESSORS = 128  # requests are split as for a large device
+# Of the merge: parts that a step reads at once, as it waits for each, and warps that hold them.
+MERGED_PARTS, MERGE_WARPS = 32, 8
+# Programs of the merge, about. With more rows each takes several: most have nothing to merge in such a batch.
+MERGE_PROGRAMS = 4096
+# Of the tiny problems: keys of their two requests, of which the longer is split, and sizes of pages.
+TINY_KEYS = (300, 3)
+PAGE, ODD_PAGE = 64, 1
+
+
+@dataclass(frozen=True)
+class LatentState:
+    """A planned batch. Lengths are read on the device, so a captured call follows them."""
+
+    requests: int
+    rows: int  # new tokens times heads, of all requests
+    longest: int  # of the request with the most
+    ragged: bool  # requests have different numbers of new tokens
+    splits: Splits
+    tile: Tile
+    parts: torch.Tensor  # fp32: [T, h, max_splits, c], then [T, h, max_splits]
+    graph_safe = True
+
+    def blocks(self, rows: int) -> tuple[int, int]:
+        """Return how many blocks of so many rows a request has where all have equally many, and all have."""
+        blocks = -(-self.longest // rows)
+        return blocks, self.rows // rows + self.requests if self.ragged else self.requests * blocks
+
+
+class LatentVariant(NamedTuple):
+    """What else than its tile a launch is compiled for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    latent: int
+    rope: int
+    page: int
+    ragged: bool
+    causal: bool
+    with_lse: bool
+
+    def __str__(self) -> str:
+        words = ["ragged"] * self.ragged + ["several new tokens"] * self.causal + ["with lse"] * self.with_lse
+        return ", ".join((f"latents of {self.latent} + {self.rope}, pages of {self.page}", *words))
+
+
+class LatentAttention(KernelOp):
+    """Absorbed attention over pages of any size, with any number of heads and of new tokens per request.
+
+    `multiprocessors` None means unknown.
+    """
+
+    contract = OPS["latent_attention"]
+    dtypes = ("bfloat16", "float16")
+    nan_safe_tail = True
+    lse_optional = True
+    tiled = "latent attention"
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        tuning: Tuning,
+        multiprocessors: int | None = None,
+        device_reason: DeviceReason | None = None,
+    ) -> None:
+        super().__init__(launcher, device_reason)
+        self.tuning = tuning
+        self._multiprocessors = multiprocessors or UNKNOWN_MULTIPROCESSORS
+        self._memory = PartsMemory()
+
+    def shape_reasons(self, spec: AttentionSpec) -> list[str]:
+        latent, rope = spec.kv_lora_rank, spec.qk_rope_head_dim
+        if latent <= MAX_LATENT and rope <= MAX_ROPE:
+            return []
+        return [f"it holds latents of at most {MAX_LATENT} + {MAX_ROPE}, not {latent} + {rope}"]
+
+    def attempt(self, spec: AttentionSpec) -> str:
+        """Try every tile as the layer calls it, and once ragged, with odd pages and the log-sum-exp."""
+        wrong = ""
+        for least in self.tuning.latent:
+            queries = -(-least // spec.num_heads)
+            wrong = wrong or try_latent(self, spec, PAGE, ((queries,) * 2, TINY_KEYS), with_lse=False)
+        return wrong or try_latent(self, spec, ODD_PAGE, ((1, 2), TINY_KEYS))
+
+    def prepare(self, spec: AttentionSpec, batch: BatchView) -> LatentState:
+        """Choose tile and splits from the lengths on the host, and take memory for the parts."""
+        heads, longest = spec.num_heads, max(batch.query_lens)
+        tile = tile_for(self.tuning.latent, longest * heads)
+        rows = [count * heads for count in batch.query_lens]
+        capacity = batch.block_table.shape[1] * batch.page_size
+        sizes = (capacity, 4 * spec.kv_lora_rank, tile, self._multiprocessors)
+        splits = split(rows, batch.kv_lens, *sizes)
+        parts = sum(rows) * splits.max_splits if splits.max_splits > 1 else 0
+        memory = self._memory.take(parts * (spec.kv_lora_rank + 1), batch.block_table)
+        ragged = min(batch.query_lens) < longest
+        return LatentState(len(rows), sum(rows), longest * heads, ragged, splits, tile, memory)
+
+    def __call__(
+        self, state: LatentState, *,
+        q: torch.Tensor, cache: torch.Tensor,  # [T, h, c + r], [pages, page, c + r]
+        block_table: torch.Tensor, kv_lens: torch.Tensor, cu_q: torch.Tensor,
+        softmax_scale: float, out: torch.Tensor, lse: torch.Tensor | None,  # out [T, h, c], lse [T, h] fp32
+    ) -> None:  # fmt: skip
+        if q.shape[0] == 0:
+            return
+        latent = out.shape[2]
+        shared = _latent_arguments(state, q.shape[1], kv_lens, cu_q, out, lse)
+        rope = q.shape[2] - latent
+        arguments = {
+            **shared,
+            "q": q,
+            "cache": cache,
+            "block_table": block_table,
+            "scale": softmax_scale * math.log2(math.e),
+            "q_token": q.stride(0),
+            "q_head": q.stride(1),
+            "table_row": block_table.stride(0),
+            "ROPE": rope,
+            "WIDE_ROPE": wide(rope, MIN_SIDE),
+            "PAGE": cache.shape[1],
+            "CAUSAL": state.longest > q.shape[1],
+            "FORMAT": "plain",
+        }
+        self._attend(state, arguments)
+        if state.splits.max_splits > 1:
+            self._merge(state, shared)
+
+    def _attend(self, state: LatentState, arguments: dict[str, Any]) -> None:
+        from mla_backends.triton_ops.jit.latent import attend_latent
+
+        page, whole = arguments["PAGE"], wide(arguments["LATENT"], MIN_SIDE)
+
+        def start(tile: Tile) -> None:
+            blocks, programs = state.blocks(tile.rows)
+            halves = tile.halves and whole > MIN_SIDE
+            # Keys of several pages in a step take more registers.
+            keys = tile.keys if page % tile.keys == 0 else max(MIN_SIDE, tile.keys // 2)
+            sizes = {"blocks": blocks, "ROWS": tile.rows, "KEYS": keys}
+            pieces = {"PIECE": whole // 2 if halves else whole, "HALVES": halves}
+            self.launcher.start(
+                attend_latent,
+                (programs, state.splits.max_splits),
+                {**arguments, **sizes, **pieces},
+                warps=tile.warps,
+                stages=tile.stages,
+            )
+
+        q, sizes = arguments["q"], (arguments["LATENT"], arguments["ROPE"], page)
+        flags = (state.ragged, arguments["CAUSAL"], arguments["HAS_LSE"])
+        self.launcher.start_tiled(
+            self.tiled, state.tile, LatentVariant(q.device, q.dtype, *sizes, *flags), start
+        )
+
+    def _merge(self, state: LatentState, shared: dict[str, Any]) -> None:
+        from mla_backends.triton_ops.jit.latent import merge_latent
+
+        rows = max(1, state.rows // MERGE_PROGRAMS)
+        blocks, programs = state.blocks(rows)
+        sizes = {"blocks": blocks, "rows": rows, "WIDE_LATENT": wide(shared["LATENT"]), "PARTS": MERGED_PARTS}
+        self.start(merge_latent, (programs,), {**shared, **sizes}, MERGE_WARPS)
+
+
+def _latent_arguments(
+    state: LatentState,
+    heads: int,
+    kv_lens: torch.Tensor,
+    cu_q: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> dict[str, Any]:
+    """Return the arguments that both kernels take."""
+    latent, splits = out.shape[2], state.splits
+    of_parts = state.rows * splits.max_splits * latent if splits.max_splits > 1 else 0
+    return {
+        "kv_lens": kv_lens,
+        "cu_q": cu_q,
+        "out": out,
+        "lse": state.parts if lse is None else lse,
+        "part_out": state.parts,
+        "part_lse": state.parts[of_parts:],
+        "out_token": out.stride(0),
+        "out_head": out.stride(1),
+        "lse_token": 0 if lse is None else lse.stride(0),
+        "lse_head": 0 if lse is None else lse.stride(1),
+        "requests": state.requests,
+        "keys_per_split": splits.keys_per_split,
+        "max_splits": splits.max_splits,
+        "RAGGED": state.ragged,
+        "HEADS": heads,
+        "LATENT": latent,
+        "HAS_LSE": lse is not None,
+    }
+
+
+# ----------------------------------------------------------------------------------------- expanded
+
+MAX_WIDTH = 256
+
+
+@dataclass(frozen=True)
+class ExpandedState:
+    """Planned segments."""
+
+    cu_q: torch.Tensor  # [segments + 1] int32
+    cu_k: torch.Tensor  # [segments + 1] int32
+    segments: int
+    queries: int  # of all segments
+    longest: int  # of the segment with the most
+    ragged: bool  # segments have different numbers of queries
+    causal: bool
+
+
+class ExpandedVariant(NamedTuple):
+    """What else than its tile a launch is compiled for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    width: int
+    values: int
+    ragged: bool
+    causal: bool
+    with_lse: bool
+
+    def __str__(self) -> str:
+        words = ["ragged"] * self.ragged + ["causal"] * self.causal + ["with lse"] * self.with_lse
+        return ", ".join((f"keys of {self.width}, values of {self.values}", *words))
+
+
+class ExpandedAttention(KernelOp):
+    """Ordinary multi-head attention; keys may be wider than values."""
+
+    contract = OPS["expanded_attention"]
+    dtypes = ("bfloat16", "float16")
+    lse_optional = True
+    tiled = "expanded attention"
+
+    def __init__(self, launcher: Launcher, tuning: Tuning, device_reason: DeviceReason | None = None) -> None:
+        super().__init__(launcher, device_reason)
+        self.tuning = tuning
+
+    def shape_reasons(self, spec: AttentionSpec) -> list[str]:
+        widths = (spec.qk_nope_head_dim + spec.qk_rope_head_dim, spec.v_head_dim)
+        if max(widths) <= MAX_WIDTH:
+            return []
+        return [f"it holds keys and values of at most {MAX_WIDTH}, not {widths[0]} and {widths[1]}"]
+
+    def attempt(self, spec: AttentionSpec) -> str:
+        """Try every tile as the layer calls it, for one prompt and for several; then what rounds need."""
+        wrong = ""
+        for least in self.tuning.expanded:
+            for lengths in (((least, 3), (least + 70, 70)), ((least, least), (least + 70, least))):
+                wrong = wrong or try_expanded(self, spec, lengths, with_lse=False)
+        wrong = wrong or try_expanded(self, spec)
+        return wrong or try_expanded(self, spec, ((2, 2), (2, 70)), causal=False)
+
+    def prepare(self, spec: AttentionSpec, batch: SegmentLengths) -> ExpandedState:
+        import torch
+
+        starts = [list(accumulate(lengths, initial=0)) for lengths in (batch.query_lens, batch.kv_lens)]
+        cu_q, cu_k = upload(torch.tensor(starts, dtype=torch.int32, device="cpu"), spec.device).unbind()
+        longest = max(batch.query_lens)
+        ragged = min(batch.query_lens) < longest
+        queries = sum(batch.query_lens)
+        return ExpandedState(cu_q, cu_k, len(batch.query_lens), queries, longest, ragged, batch.causal)
+
+    def __call__(
+        self, state: ExpandedState, *,
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,  # [Tq, h, n + r], [Tk, h, n + r], [Tk, h, v]
+        softmax_scale: float, out: torch.Tensor, lse: torch.Tensor | None,  # out [Tq, h, v], lse [Tq, h] fp32
+    ) -> None:  # fmt: skip
+        if q.shape[0] == 0:
+            return
+        from mla_backends.triton_ops.jit.expanded import attend_expanded
+
+        arguments = _expanded_arguments(state, q, k, v, softmax_scale, out, lse)
+
+        def start(tile: Tile) -> None:
+            blocks = -(-state.longest // tile.rows)
+            programs = state.segments * blocks
+            if state.ragged:
+                programs = state.queries // tile.rows + state.segments
+            sizes = {"blocks": blocks, "ROWS": tile.rows, "KEYS": tile.keys}
+            self.launcher.start(
+                attend_expanded,
+                (programs, q.shape[1]),
+                {**arguments, **sizes},
+                warps=tile.warps,
+                stages=tile.stages,
+            )
+
+        tile = tile_for(self.tuning.expanded, state.longest)
+        flags = (state.ragged, state.causal, lse is not None)
+        variant = ExpandedVariant(q.device, q.dtype, q.shape[2], v.shape[2], *flags)
+        self.launcher.start_tiled(self.tiled, tile, variant, start)
+
+
+def _expanded_arguments(
+    state: ExpandedState,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    softmax_scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> dict[str, Any]:
+    """Return the kernel's arguments but those of the tile."""
+    width, values = q.shape[2], v.shape[2]
+    front = max(MIN_SIDE, 1 << (width.bit_length() - 1))
+    arguments: dict[str, Any] = {
+        "q": q, "k": k, "v": v, "cu_q": state.cu_q, "cu_k": state.cu_k,
+        "out": out, "lse": out if lse is None else lse, "scale": softmax_scale * math.log2(math.e),
+    }  # fmt: skip
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
+        arguments[f"{name}_token"], arguments[f"{name}_head"] = tensor.stride(0), tensor.stride(1)
+    return {
+        **arguments,
+        "lse_token": 0 if lse is None else lse.stride(0),
+        "lse_head": 0 if lse is None else lse.stride(1),
+        "segments": state.segments,
+        "RAGGED": state.ragged,
+        "WIDTH": width,
+        "VALUES": values,
+        "FRONT": front,
+        "BACK": wide(max(0, width - front), MIN_SIDE),
+        "WIDE_VALUES": wide(values, MIN_SIDE),
+        "CAUSAL": state.causal,
+        "HAS_LSE": lse is not None,
+    }

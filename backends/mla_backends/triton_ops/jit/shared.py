@@ -1,0 +1,67 @@
+"""What both attention kernels use: which rows a program works on, cached elements, the running softmax."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def place_of(
+    program,
+    cu_q,  # [B + 1] int32
+    requests,  # B
+    blocks,  # of a request, where all have equally many tokens
+    HEADS: tl.constexpr,  # rows per token
+    rows,  # of a block
+    RAGGED: tl.constexpr,
+):
+    """Return the request that a program belongs to, and the block of rows within it.
+
+    Ragged requests start at program `cu_q[b] * HEADS // rows + b`, so that a search finds them, and at most
+    one program of each has nothing to do. Such a block lies behind the request's rows.
+    """
+    if RAGGED:
+        low = program * 0
+        high = low + requests
+        while high - low > 1:  # request `low` starts at this program or before, request `high` behind it
+            middle = (low + high) // 2
+            begins = (tl.load(cu_q + middle).to(tl.int64) * HEADS // rows).to(tl.int32) + middle
+            if begins <= program:
+                low = middle
+            else:
+                high = middle
+        begins = (tl.load(cu_q + low).to(tl.int64) * HEADS // rows).to(tl.int32) + low
+        return low, program - begins
+    else:
+        return program // blocks, program % blocks
+
+
+@triton.jit
+def decoded(raw, dtype: tl.constexpr, FORMAT: tl.constexpr):
+    """Return cached elements `raw` as numbers of `dtype`, which the products take.
+
+    Formats: "plain", where an element is the number. Another format is another branch, and no second kernel.
+    """
+    tl.static_assert(FORMAT == "plain", "the cache holds elements of an unknown format")
+    return raw.to(dtype)
+
+
+@triton.jit
+def fold(score, top, total):
+    """Take the scores [ROWS, KEYS] of a step, -inf where a row sees no key, into the sums so far.
+
+    Returns the weights [ROWS, KEYS] of the step, by what values so far shrink [ROWS], and the new `top` and
+    `total` [ROWS].
+    """
+    higher = tl.maximum(top, tl.max(score, 1))
+    base = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen no key yet
+    weight = tl.math.exp2(score - base[:, None])
+    shrink = tl.math.exp2(top - base)
+    return weight, shrink, higher, total * shrink + tl.sum(weight, 1)
+
+
+@triton.jit
+def close(top, total):
+    """Return what values are divided by, and the log2 of the sums: 1 and -inf for a row that saw no key."""
+    some = total > 0
+    whole = tl.where(some, total, 1.0)
+    return whole, tl.where(some, top + tl.math.log2(whole), float("-inf"))

@@ -1,0 +1,88 @@
+#!/usr/bin/env python3
+"""How many times as fast ours is as each peer, from result files of `python -m mla.bench`.
+
+\b
+    python benchmarks/peers/table.py lite.json [MORE.json ...]
+
+A Markdown table per file and scenario. `ours is` is the ratio of median times with its interval. `% of read`
+is the time in which memory alone moves a forward's bytes (`MemoryRead`), as a share of the time.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[2]))
+
+import click
+
+from mla.bench import results
+from mla.bench.results.compare import compare_cases
+from mla.bench.results.rows import by_scenario
+from mla.bench.results.schema import Case, Run
+from mla.bench.terminal.digits import between, known, number, percent
+from mla.command import console
+from mla.command.display import markdown
+from mla.command.exit_codes import guarded
+
+HEADER = ("implementation", "ms", "ours is", "% of read", "% of limit", "check")
+BASELINES = ("read", "MemoryRead")
+
+
+def short(case: Case) -> str:
+    """Return an implementation's name without its package."""
+    return case.implementation.rpartition(":")[2]
+
+
+def is_baseline(case: Case) -> bool:
+    """Return whether a case only reads memory."""
+    return short(case) in BASELINES
+
+
+def table(cases: Sequence[Case]) -> str:
+    """Return the table of one scenario; its first case is ours."""
+    read = next((case for case in cases if is_baseline(case)), None)
+    return markdown(HEADER, [_row(case, cases[0], read) for case in cases])
+
+
+def _row(case: Case, ours: Case, read: Case | None) -> list[str]:
+    latency = case.latency_ms
+    if latency is None:
+        return [short(case), "-", "-", "-", "-", f"{case.check.status} {case.check.reason}".strip()]
+    compared = compare_cases(ours, case)
+    speed = "-"
+    if case is not ours and not is_baseline(case) and compared.ratio is not None:
+        bounds = between(compared.interval, compared.ratio, compared.interval)
+        speed = f"{known(compared.ratio, compared.interval)}x" + (f" ({bounds})" if compared.interval else "")
+    floor = read.latency_ms.median if read and read.latency_ms else None
+    return [
+        short(case), number(latency.median), speed, percent(floor and floor / latency.median),
+        "-" if is_baseline(case) else percent(case.roofline.fraction),
+        "baseline" if is_baseline(case) else case.check.status,
+    ]  # fmt: skip
+
+
+def header(run: Run) -> str:
+    """Return what was measured, and where."""
+    facts = run.environment
+    kernels = facts.get("backend.kernels", "unknown")
+    return (
+        f"{run.config['name']}, {run.backend.device}, {facts['torch_threads']} threads, kernels {kernels}, "
+        f"torch {facts['torch']}, {run.created[:10]}, commit {(run.git_commit or 'unknown')[:8]}"
+    )
+
+
+@click.command(help=__doc__)
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+def main(files: tuple[Path, ...]) -> None:
+    """Carry out the command line."""
+    for run in map(results.read, files):
+        console.out(f"{header(run)}\n")
+        for name, cases in by_scenario(run.cases).items():
+            console.out(f"\n{name}\n\n{table(cases)}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda: main(standalone_mode=False)))

@@ -1,0 +1,176 @@
+"""The one writer of tables, in plain text and Markdown, and progress on stderr. Needs no torch.
+
+Progress is a bar on a terminal, gone when the work is done, and a line now and then elsewhere.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import TypeVar
+
+from rich import progress
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mla.command.console import note, results_stream
+
+# Wider than any line: a truncated number is worse than a wrapped one.
+_WIDE = 10_000
+# Columns of a result that goes to a file or a pipe.
+_NARROW = 100
+
+
+def width() -> int:
+    """Return how many columns a result may take: those of its terminal, and 100 where it goes elsewhere."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns):
+        return int(columns)
+    try:
+        return os.get_terminal_size(results_stream().fileno()).columns or _NARROW
+    except (AttributeError, OSError, ValueError):  # no terminal; the stream of a test or a notebook
+        return _NARROW
+
+
+def has_colours() -> bool:
+    """Return whether a result goes to a terminal, or to what was declared one."""
+    return Console(file=results_stream()).is_terminal
+
+
+def table(kind: str, header: Sequence[str], rows: Iterable[Sequence[str]], words: Iterable[str] = ()) -> str:
+    """Return a table as `markdown` for the kind "md", and `aligned` for any other."""
+    return markdown(header, rows) if kind == "md" else aligned(header, rows, words)
+
+
+def aligned(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    words: Iterable[str] = (),
+    *,
+    styles: Sequence[str] | None = None,
+) -> str:
+    """Return columns two spaces apart; those titled `words` are aligned left, all others right.
+
+    `styles` are the colours of the rows, as rich names them; without any, the table is plain text.
+    """
+    grid, left = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=""), set(words)
+    for title in header:
+        grid.add_column(Text(title), justify="left" if title in left else "right", no_wrap=True)
+    for place, row in enumerate(rows):
+        grid.add_row(*map(Text, row), style=styles[place] if styles else "")
+    coloured = styles is not None
+    wide = Console(
+        file=io.StringIO(),
+        width=_WIDE,
+        force_terminal=coloured,
+        color_system="standard" if coloured else None,
+    )
+    wide.print(grid)
+    lines = wide.file.getvalue().splitlines()  # type: ignore[attr-defined]  # a StringIO
+    return "".join(f"{line.rstrip()}\n" for line in lines)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, padded: bool = False) -> str:
+    """Return a Markdown table with bars in cells escaped; `padded` keeps it readable as plain text."""
+    lines = [list(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    widths = [max(map(len, column)) if padded else 0 for column in zip(*lines, strict=True)]
+    cells = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    rule = "|".join("-" * (width + 2) if padded else " --- " for width in widths)
+    head, *body = (f"| {' | '.join(line)} |\n" for line in cells)
+    return "".join([head, f"|{rule}|\n", *body])
+
+
+# -------------------------------------------------------------------------------------------------- progress
+
+# Seconds until the first line where stderr is not a terminal; the next takes twice as long, up to the most.
+EVERY, SELDOM = 10.0, 80.0
+# Part of the work from which the rest is estimated.
+BEGUN = 0.05
+
+_Self = TypeVar("_Self", bound="_Bar")
+
+
+class _Bar:
+    """A bar between a description and whatever columns a subclass adds."""
+
+    def __init__(self, description: str, total: float | None, *columns: progress.ProgressColumn) -> None:
+        console = Console(stderr=True)
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(),
+            *columns,
+            progress.TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+            speed_estimate_period=3600,  # scenarios differ: a short window would see only one of them
+            auto_refresh=False,  # a refresh thread would disturb the timed region
+        )
+        self._task = self._bar.add_task(description, total=total)
+
+    def __enter__(self: _Self) -> _Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+
+class Progress(_Bar):
+    """Counts forwards; says what is running and how long the rest will take."""
+
+    def __init__(self, forwards: float, ends: Sequence[float] = ()) -> None:
+        """`ends`: the real seconds in which all should be done, and those in which it must, if known."""
+        super().__init__("starting", forwards)
+        self._total, self._done, self._ends, self._every = forwards, 0.0, ends, EVERY
+        self._start = self._said = time.monotonic()
+
+    @property
+    def hidden(self) -> bool:
+        """True when stderr is not a terminal."""
+        return self._bar.disable
+
+    def advance(self, what: str, done: float) -> None:
+        """Record that so many forwards are done. Called outside timed regions only."""
+        self._bar.update(self._task, description=what, advance=done)
+        self._bar.refresh()
+        self._done += done
+        now = time.monotonic()
+        if self.hidden and now - self._said >= self._every:
+            self._said, self._every = now, min(2 * self._every, SELDOM)
+            note(f"running    {what}{self._left(now - self._start)}")
+
+    def say(self, text: str) -> None:
+        """Print a line of news where there is no bar; the next line on what runs is then due later."""
+        if self.hidden:
+            self._said = time.monotonic()
+            note(text)
+
+    def _left(self, taken: float) -> str:
+        """Return how much longer it will take, if that can be told."""
+        known = []  # limits come before the first forwards, and say nothing of them
+        if self._done and self._done >= BEGUN * self._total:
+            known.append(taken * (self._total - self._done) / self._done)
+        known += [end - taken for end in self._ends if end > taken]
+        if not known:
+            return ""
+        left = min(known)
+        return f", about {left / 60:.0f} min left" if left >= 120 else f", about {left:.0f} s left"
+
+
+class Reading(_Bar):
+    """Counts the bytes of a checkpoint's layer."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what, None, progress.DownloadColumn(), progress.TransferSpeedColumn())
+
+    def advance(self, done: int, total: int) -> None:
+        """Record that `done` bytes of `total` have been read."""
+        self._bar.update(self._task, completed=done, total=total)
+        self._bar.refresh()

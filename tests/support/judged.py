@@ -1,0 +1,43 @@
+"""What the suite that judges backends says of one, check by check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from mla.conformance.report import CheckResult
+from mla.conformance.selection import Xfails
+from mla.conformance.suite import Instance, carry_out, instances
+from mla.conformance.trial import BackendUnderTest
+from mla_backends.api import Backend
+from mla_backends.testing import HostBackend
+
+TIMED = ("latent.prepare", "expanded.prepare")  # which time a device, and the host has none
+
+
+def judged(
+    backend: Backend,
+    *only: str,
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
+    wanted: Callable[[Instance], bool] = lambda instance: True,
+    **known: Any,
+) -> list[CheckResult]:
+    """Return the results of checks on the quick grid. `known`: of `BackendUnderTest`."""
+    subject = BackendUnderTest(backend, backend.name, quick=True, **known)
+    chosen = filter(wanted, instances(subject, dtypes, only))
+    return [carry_out(instance, subject, Xfails()) for instance in chosen]
+
+
+def judged_op(op: Any, *only: str, dtypes: Sequence[torch.dtype] = (torch.bfloat16,)) -> list[CheckResult]:
+    """Return the results of one op on the host, but for checks that time a device."""
+    backend = HostBackend(ops={"op": op})
+    return judged(
+        backend, *only, dtypes=dtypes, wanted=lambda it: it.of in ("op", "") and it.check.id not in TIMED
+    )
+
+
+def faults(results: Sequence[CheckResult]) -> list[tuple[str, str]]:
+    """Return which checks neither passed nor were refused, and why."""
+    return [(result.id, result.reason) for result in results if result.status not in ("pass", "refused")]
