@@ -53,14 +53,14 @@ def answer(name: str, backend_name: str) -> tuple[Answer, int]:
         if question.needs_cuda and backend_name != "nvidia":
             raise NotHere(f"needs CUDA: it is about NVIDIA's devices, not those of {backend_name}")
         backend = load_backend(backend_name)
-        found = question.probe(backend)
+        asked = question.probe(backend)
     except (NotHere, BackendError) as reason:
         return Answer(question=question.text, answer=str(reason)), Exit.BACKEND
     except Exception as error:  # noqa: BLE001  # no probe foresaw it, so it is worth reporting
         said = f"it raised {one_line(describe(error))} ({place(error)})"
         return Answer(question=question.text, answer=said), Exit.REGRESSION
-    code = Exit.WRONG if found.wrong else Exit.OK
-    return Answer(question=question.text, answer=found.answer, evidence=dict(found.evidence)), code
+    code = Exit.WRONG if asked.wrong else Exit.OK
+    return Answer(question=question.text, answer=asked.answer, evidence=dict(asked.evidence)), code
 
 
 @click.command(help=__doc__)
@@ -71,14 +71,14 @@ def ask(name: str | None, backend: str, list_only: bool) -> int:
     """Carry out the command line."""
     load()
     if list_only:
-        console.out("".join(f"{one}: {QUESTIONS[one].text}\n" for one in sorted(QUESTIONS)))
+        console.out("".join(f"{each}: {QUESTIONS[each].text}\n" for each in sorted(QUESTIONS)))
         return Exit.OK
     if name not in QUESTIONS:
         known = sorted(QUESTIONS)
         raise UsageError(f"there is no question '{name}'.{did_you_mean(str(name), known)} --list shows all.")
     warnings.simplefilter("always")
-    found, code = answer(name, backend)
-    console.out(msgspec.json.encode(found, enc_hook=str).decode() + "\n")
+    said, code = answer(name, backend)
+    console.out(msgspec.json.encode(said, enc_hook=str).decode() + "\n")
     return code
 
 

@@ -224,7 +224,7 @@ carry_out() {
     [ $((end - SECONDS)) -ge "$seconds" ] || seconds=$((end - SECONDS))
     words=("${@:3}") && words=("${words[@]//\{out\}/$result}")
     for tuning in results/tuning/*.json; do
-        [ -z "${tuned:-}" ] || [ ! -e "$tuning" ] || words+=(-O "tuning=$tuning")
+        [ -z "${tuned:-}" ] || [ -z "$reads" ] || [ ! -e "$tuning" ] || words+=(-O "tuning=$tuning")
     done
     case ${kind:-} in bench | sweep) words+=(--budget "$((seconds * 9 / 10))s") ;; esac
     if [ "${kind:-}" = bench ]; then
@@ -290,9 +290,11 @@ go_on() {
     end=$((limit - 90)) # a step may take 20 s to be ended; the rest is for tables and the archive
     [ $((end - SECONDS)) -gt 0 ] || die "no time is left after $SECONDS s of setting up: run it again, or raise LIMIT."
     card=$(timeout 120 "$PYTHON" -c 'import sys, mla
-print(mla.load_backend(sys.argv[1]).device_info().name)' "$backend" 2>"card.log") || {
+backend = mla.load_backend(sys.argv[1])
+print("tuning" * ("tuning" in backend.known_options()), backend.device_info().name)' "$backend" 2>card.log) || {
         echo "error: backend '$backend' is not usable here: $(tail -n1 card.log)" >&2 && exit 3
     }
+    reads=${card%% *} card=${card#* } # whether it takes -O tuning=FILE
     card="$backend, $card${smoke:+ (tiny sizes, which say nothing about the card)}"
     mkdir -p results && touch results/steps.tsv
     [ ! -e results/card ] || [ "$card" = "$(cat results/card)" ] ||
@@ -322,7 +324,7 @@ dry_run() {
     die "after 6 commands, $(grep -E '^[0-9]+ steps? (is|are) left' "$OUT/table.md")."
 }
 
-names=() every=() left=() all='' ended='' status=0 child='' mode=names
+names=() every=() left=() all='' ended='' status=0 child='' reads='' mode=names
 case ${1:-} in
     -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$self" && exit ;;
     pack) pack "${@:2}" && exit ;;

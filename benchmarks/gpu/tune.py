@@ -42,14 +42,14 @@ NAMES = tuple(classes(smoke=False))
 def facts(backend: Backend) -> dict[str, str]:
     """Return card, versions and date; a sweep with other versions begins anew."""
     there = environment.environment(backend)
-    found = {
+    known = {
         "card": backend.device_info().name,
         "torch": there["torch"],
         "triton": environment.distribution_version("triton"),
         "driver": there.get("backend.driver"),
         "date": time.strftime("%Y-%m-%d"),
     }
-    return {name: value for name, value in found.items() if value}
+    return {name: value for name, value in known.items() if value}
 
 
 def check_served(backend: Backend, tuned: TileClass) -> None:
@@ -117,22 +117,22 @@ def sweep(name: str, backend: str, smoke: bool, output: Path, budget: float) -> 
     check_served(opened, tuned)
     effort = Effort(1, 1, 0.0, 1) if smoke else Effort()
     ragged = problems.RAGGED_SMOKE if smoke else problems.RAGGED
-    found = trials.opened(output, name, facts(opened))
-    tuner = Tuner(opened, tuned, ops_of(opened), output, found, effort, ragged)
+    tried = trials.opened(output, name, facts(opened))
+    tuner = Tuner(opened, tuned, ops_of(opened), output, tried, effort, ragged)
     skipped = tuner.run(lambda: budget - (time.monotonic() - began), budget)
     if skipped:
         console.note(f"--budget skipped {skipped} tiles: run it again to go on")
-    return say_best(found)
+    return say_best(tried)
 
 
-def say_best(found: trials.Sweep) -> int:
+def say_best(tried: trials.Sweep) -> int:
     """Print the best tile; return the exit code."""
-    wrong = [one for one in found.trials if one.wrong]
-    for one in wrong:
-        console.note(f"{one.tile or 'the tile of the backend'}: {one.fault}")
-    best, faults = found.best(), sum(bool(one.fault) for one in found.trials)
+    wrong = [trial for trial in tried.trials if trial.wrong]
+    for trial in wrong:
+        console.note(f"{trial.tile or 'the tile of the backend'}: {trial.fault}")
+    best, faults = tried.best(), sum(bool(trial.fault) for trial in tried.trials)
     said = f"{best.tile}: {best.mean_us:.1f} us" if best else "no tile"
-    console.out(f"{said}, of {len(found.trials)} tried and {faults} left out\n")
+    console.out(f"{said}, of {len(tried.trials)} tried and {faults} left out\n")
     if wrong:
         return Exit.WRONG
     return Exit.OK if best else Exit.BACKEND

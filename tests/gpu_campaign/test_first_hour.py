@@ -20,7 +20,7 @@ SOURCES = f"""eval "$(sed -n '/^brought=(/,/^}}/p' {HERE}/first_hour.sh)"; sourc
 # Stands in for PYTHON: does what STUB says, but for the card's name and the table.
 STUB = f"""#!/usr/bin/env bash
 case "$*" in
-    -c*) echo "$CARD" ;;
+    -c*) echo "${{READS:-}} $CARD" ;;
     *table.py*) exec "{sys.executable}" "$@" ;;
     *) eval "$STUB" ;;
 esac
@@ -101,6 +101,21 @@ def test_no_end_of_a_step_ends_the_others(tmp_path: Path, stub: dict[str, str]) 
     assert "profile: kept" in second.stderr
     third = run(work, "profile", **stub, STUB="echo fine", AGAIN="profile")
     assert "profile: ok" in third.stderr
+
+
+@pytest.mark.parametrize(("reads", "words"), [("tuning", " -O tuning=results/tuning/a.json"), ("", "")])
+def test_a_tuning_that_was_found_is_used_where_the_backend_takes_it(
+    reads: str, words: str, tmp_path: Path, stub: dict[str, str]
+) -> None:
+    work = tmp_path / "work"
+    (work / "results" / "tuning").mkdir(parents=True)
+    (work / "results" / "tuning" / "a.json").write_text("{}")
+    done = run(work, "own-deepseek-r1", "profile", **stub, READS=reads, STUB='echo "$*"')
+    assert done.returncode == 0, done.stderr
+    said = {name: (work / "results" / f"{name}.out").read_text() for name in ("own-deepseek-r1", "profile")}
+    assert f"{words} --budget 135s -o results/own-deepseek-r1.json\n" in said["own-deepseek-r1"]
+    assert "tuning=" not in said["profile"]
+    assert ("tuning=" in said["own-deepseek-r1"]) == bool(words)
 
 
 def test_a_step_ends_at_its_limit_with_all_that_it_started(tmp_path: Path, stub: dict[str, str]) -> None:

@@ -43,10 +43,10 @@ class Kernel(FusedOp):
 @pytest.fixture
 def ops(monkeypatch: pytest.MonkeyPatch) -> dict[str, FusedOp]:
     """Return the ops of the backend that is opened, to be filled in."""
-    found: dict[str, FusedOp] = {}
-    backend = SimpleNamespace(name="acme", device=torch.device("cpu"), ops=lambda: found)
+    offered: dict[str, FusedOp] = {}
+    backend = SimpleNamespace(name="acme", device=torch.device("cpu"), ops=lambda: offered)
     monkeypatch.setattr(mla, "load_backend", lambda name, options: backend)
-    return found
+    return offered
 
 
 def test_kernels_that_run_here_take_turns_and_the_others_say_why_not(

@@ -25,11 +25,11 @@ COPY, PRODUCT = "copy", "product of 8192"  # ceilings
 
 def latencies(case: Case) -> dict[Way, Latency]:
     """Return the latencies of a case with warm caches, by way of timing."""
-    found: dict[Way, Latency | None] = {("eager", False): case.latency_ms}
-    for one in case.timings:
-        if one.cache == "warm":
-            found[one.mode, one.clock != "host"] = one.latency_ms
-    return {way: latency for way, latency in found.items() if latency is not None}
+    by_way: dict[Way, Latency | None] = {("eager", False): case.latency_ms}
+    for timing in case.timings:
+        if timing.cache == "warm":
+            by_way[timing.mode, timing.clock != "host"] = timing.latency_ms
+    return {way: latency for way, latency in by_way.items() if latency is not None}
 
 
 def best_way(case: Case) -> tuple[Way, float] | None:
@@ -81,17 +81,17 @@ def rows(runs: Mapping[str, Run], ceilings: Mapping[str, float]) -> list[list[st
 
 def _row(case: Case, together: Sequence[Case], ceilings: Mapping[str, float]) -> list[str]:
     check = f"{case.check.status} {case.check.reason}".strip()
-    found = best_way(case)
-    if found is None:
+    best = best_way(case)
+    if best is None:
         return [case.scenario, kernel(case), *["-"] * 8, check]
-    way, ms = found
+    way, ms = best
     rates = case.cost.bytes / ms * 1e3, case.cost.flops / ms * 1e3
-    others = [one for one in together if one is not case]
+    rest = [each for each in together if each is not case]
     return [
         case.scenario, kernel(case), f"{1e3 * ms:.4g}", spoken(way),
         f"{rates[0] / 1e9:.4g}", f"{rates[1] / 1e12:.4g}",
         _share(rates[0], ceilings.get(COPY)), _share(rates[1], ceilings.get(PRODUCT)),
-        _lowest(case, others), _lowest(case, named(others, FLASHINFER)), check,
+        _lowest(case, rest), _lowest(case, named(rest, FLASHINFER)), check,
     ]  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def _share(rate: float, ceiling: float | None) -> str:
     return f"{100 * rate / ceiling:.0f} %" if ceiling else "-"
 
 
-def _lowest(case: Case, others: Sequence[Case]) -> str:
-    """Return the ratio to the fastest of others."""
-    found = [one for one in (ratio(case, other) for other in others) if one is not None]
-    return f"{min(found):.2f}x" if found else "-"
+def _lowest(case: Case, rest: Sequence[Case]) -> str:
+    """Return the ratio to the fastest of the rest."""
+    ratios = [value for value in (ratio(case, other) for other in rest) if value is not None]
+    return f"{min(ratios):.2f}x" if ratios else "-"

@@ -60,13 +60,13 @@ class Target:
 def rows(evidence: Evidence, card: str) -> list[list[str]]:
     """Return a row per target under `HEADER`. On another card than an H100 the result says so."""
     elsewhere = "" if CARD in card else f" (no {CARD})"
-    return [_row(one.text, one.look(evidence), elsewhere) for one in TARGETS]
+    return [_row(target.text, target.look(evidence), elsewhere) for target in TARGETS]
 
 
-def _row(text: str, found: Found, elsewhere: str) -> list[str]:
-    if found.met is None:
-        return [text, "not run", "-", found.of]
-    return [text, ("met" if found.met else "not met") + elsewhere, found.number, found.of]
+def _row(text: str, seen: Found, elsewhere: str) -> list[str]:
+    if seen.met is None:
+        return [text, "not run", "-", seen.of]
+    return [text, ("met" if seen.met else "not met") + elsewhere, seen.number, seen.of]
 
 
 def note(card: str) -> str:
@@ -88,16 +88,16 @@ class Layer:
         """Look for a forward with the project's own attention."""
         op = "latent_attention" if self.mode == "decode" else "expanded_attention"
         cases = list(self._cases(evidence))
-        own = [case for case in cases if case.ops.get(op, "").startswith(OWN)]
-        if not own:
+        ours = [case for case in cases if case.ops.get(op, "").startswith(OWN)]
+        if not ours:
             ran = ", ".join(dict.fromkeys(case.ops.get(op, "no other path") for case in cases))
             return Found(f"{self.mode} of {self.config}: " + (f"attention was {ran}" if ran else "no result"))
-        timed = ((case, way, latencies(case).get(way)) for case in own for way in self.ways)
+        timed = ((case, way, latencies(case).get(way)) for case in ours for way in self.ways)
         for case, way, latency in timed:
             if latency is not None:
                 number, met = self.judge(case, statistics.fmean(latency.samples))
                 return Found(f"{case.scenario}, {case.implementation}: {spoken(way)}", number, met)
-        return Found(f"{own[0].scenario}, {own[0].implementation}: {_without_time(own[0])}")
+        return Found(f"{ours[0].scenario}, {ours[0].implementation}: {_without_time(ours[0])}")
 
     def _cases(self, evidence: Evidence) -> Iterator[Case]:
         for run in evidence.layers.values():
@@ -152,13 +152,13 @@ def against_flashinfer(least: float) -> Callable[[Evidence], Found]:
     """Return a look at the ratio to FlashInfer on every shape that took both long on the device's clock."""
 
     def look(evidence: Evidence) -> Found:
-        found = [
-            (in_turns.ratio(own, other, DEVICE, LONG_MS), own)
+        ratios = [
+            (in_turns.ratio(ours, other, DEVICE, LONG_MS), ours)
             for together in in_turns.by_shape(_decodes(evidence))
-            for own in in_turns.named(together, OWN_LATENT)
+            for ours in in_turns.named(together, OWN_LATENT)
             for other in in_turns.named(together, in_turns.FLASHINFER)
         ]
-        both = [(ratio, case) for ratio, case in found if ratio is not None]
+        both = [(ratio, case) for ratio, case in ratios if ratio is not None]
         if not both:
             return Found(f"no shape that took it and FlashInfer {LONG} or more on the device's clock")
         return _judged(both, least, "{:.2f}x")
@@ -180,8 +180,8 @@ def own_decodes(evidence: Evidence) -> list[Case]:
 
 
 def _ms(case: Case) -> float:
-    found = in_turns.best_way(case)
-    return found[1] if found else 0.0
+    best = in_turns.best_way(case)
+    return best[1] if best else 0.0
 
 
 def _incomplete(cases: Sequence[Case]) -> Found:
@@ -191,11 +191,11 @@ def _incomplete(cases: Sequence[Case]) -> Found:
     return Found(said, "wrong", False) if wrong else Found(said)
 
 
-def _judged(found: Sequence[tuple[float, Case]], least: float, form: str) -> Found:
+def _judged(numbers: Sequence[tuple[float, Case]], least: float, form: str) -> Found:
     """Judge by the least of several numbers; all must reach the target."""
-    worst, case = min(found, key=lambda one: one[0])
-    mean = math.exp(statistics.fmean(math.log(one) for one, _ in found))
-    of = f"{case.scenario}, the lowest of {len(found)}; geometric mean {form.format(mean)}"
+    worst, case = min(numbers, key=lambda pair: pair[0])
+    mean = math.exp(statistics.fmean(math.log(number) for number, _ in numbers))
+    of = f"{case.scenario}, the lowest of {len(numbers)}; geometric mean {form.format(mean)}"
     return Found(of, form.format(worst), worst >= least)
 
 

@@ -24,38 +24,40 @@ class NothingMeasured(MLAError):
 
 def chosen(classes: Sequence[TileClass], sweeps: Sweeps) -> dict[str, Trial]:
     """Return each class's best trial, by the geometric mean over its shapes. Raises `NothingMeasured`."""
-    missing = [one.name for one in classes if one.name not in sweeps or sweeps[one.name].best() is None]
+    missing = [
+        tuned.name for tuned in classes if tuned.name not in sweeps or sweeps[tuned.name].best() is None
+    ]
     if missing:
         raise NothingMeasured(
             f"no tile was timed and confirmed for {', '.join(missing)}: "
             "run the sweeps again, with the same files."
         )
-    if len({tuple(sorted(sweeps[one.name].stack.items())) for one in classes}) > 1:
+    if len({tuple(sorted(sweeps[tuned.name].stack.items())) for tuned in classes}) > 1:
         raise NothingMeasured("the sweeps are of different cards or versions: repeat them.")
-    best = {one.name: sweeps[one.name].best() for one in classes}
+    best = {tuned.name: sweeps[tuned.name].best() for tuned in classes}
     return {name: trial for name, trial in best.items() if trial is not None}
 
 
 def tuning_of(classes: Sequence[TileClass], best: Mapping[str, Trial]) -> Tuning:
     """Return what a plugin reads."""
     tiles: dict[str, dict[int, Tile]] = {"latent": {}, "expanded": {}}
-    for one in classes:
-        tile = best[one.name].tile
+    for tuned in classes:
+        tile = best[tuned.name].tile
         assert tile is not None
-        tiles[one.kind][one.least] = tile
+        tiles[tuned.kind][tuned.least] = tile
     return Tuning(tiles["latent"], tiles["expanded"])
 
 
 def table(classes: Sequence[TileClass], sweeps: Sweeps) -> list[list[str]]:
     """Return a row under `HEADER` per class that was swept; times are geometric means over its shapes."""
-    return [_row(one, sweeps[one.name]) for one in classes if one.name in sweeps]
+    return [_row(tuned, sweeps[tuned.name]) for tuned in classes if tuned.name in sweeps]
 
 
-def _row(one: TileClass, sweep: Sweep) -> list[str]:
+def _row(tuned: TileClass, sweep: Sweep) -> list[str]:
     best = sweep.best()
     tried = [trial for trial in sweep.trials if trial.tile]
     return [
-        f"{one.name}, from {one.least} rows", str(best.tile) if best else "-", _us(best),
+        f"{tuned.name}, from {tuned.least} rows", str(best.tile) if best else "-", _us(best),
         _us(sweep.find(None)), str(len(tried)), str(sum(bool(trial.fault) for trial in tried)),
     ]  # fmt: skip
 
