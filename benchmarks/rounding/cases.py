@@ -85,7 +85,7 @@ def roundings(case: LayerCase, form: Form) -> float:
 
 
 def attention(
-    kind: str, heads: int, queries: int, keys: int, widths: tuple[int, ...] = (512, 128, 64, 128),
+    kind: str, heads: int, queries: int, keys: int, widths: tuple[int, int, int, int] = (512, 128, 64, 128),
     scale: float = 192**-0.5,
 ) -> OpCase:  # fmt: skip
     """Return one request of an attention op; `widths` are c, n, r and v of `AttentionSpec`."""

@@ -70,7 +70,7 @@ def small(kind: str, spec: Any = SPEC) -> Problem:
 
 
 SLICES = Layout(gaps=dict.fromkeys(("x", "kv_a", "cos_sin", "out"), (0, 16, 16)))
-FP16_NO_ROPE = {"dtype": torch.float16, "qk_rope_head_dim": 0}
+FP16_NO_ROPE: dict[str, Any] = {"dtype": torch.float16, "qk_rope_head_dim": 0}
 
 
 def _steps(heads: int) -> dict[str, Problem]:

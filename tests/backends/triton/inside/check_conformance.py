@@ -82,7 +82,7 @@ def test_every_kernel_keeps_the_contract() -> None:
     chosen = [one for one in instances(device, (torch.bfloat16,)) if is_of_a_kernel(one)]
     found = results(device, chosen)
     assert {one.id: one.reason for one in found.values() if one.status != "pass"} == {}
-    assert len(found) >= 80
+    assert len(found) >= 70
     assert not any(one.cases.refused for one in found.values())
 
 
