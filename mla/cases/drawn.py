@@ -371,14 +371,15 @@ def layout_of(draw: Draw, case: OpCase) -> Layout:
     size = layout.page_size
     needed, width = sum(-(-keys // size) for keys in case.kv_lens) + 3, case.shape(entry.cached)[0]
     if some(draw, 6):
-        count = near(draw, 70_000, 200)
-        if needed <= len(edges(count)) and count * size * width <= MAX_SPREAD:
+        count = near(draw, 70_000, 200) if draw(st.booleans()) else draw(whole(65_600, 70_000))
+        if needed <= len(edges(count)) and count * size * width <= MAX_CACHED << 1:
             layout = replace(layout, pages=count)
     if some(draw, 4) and len(case.kv_lens) > 1:
-        full = [min(pair) // size for pair in itertools.pairwise(case.kv_lens)]
-        few = draw(whole(0, 2))
+        of_first, few = draw(st.booleans()), draw(whole(0, 2))
+        pairs = ((case.kv_lens[0] if of_first else old, new) for old, new in itertools.pairwise(case.kv_lens))
+        full = [min(pair) // size for pair in pairs]
         shared = [count if some(draw, 2) else min(count, few) for count in full[:MAX_SHARED]]
-        layout = replace(layout, shared=(0, *shared, *full[MAX_SHARED:]))
+        layout = replace(layout, shared=(0, *shared, *full[MAX_SHARED:]), of_first=of_first)
     return replace(layout, repeated=some(draw, 12) and not any(layout.shared))
 
 
@@ -463,9 +464,9 @@ def sequence(draw: Draw, field: Field, scene: Scene) -> Scene:
         other = derived(case, what)
     other = replace(other, seed=case.seed + 1)
     order = draw(among(*TURNS))
-    as_first = replace(case.stress, order=other.stress.order)  # type: ignore[type-var]  # which all here have
+    as_first = replace(case.stress, order=other.stress.order)  # type: ignore[union-attr, type-var]
     alike = replace(other, seed=case.seed, values=case.values, stress=as_first) == case
-    memory = alike and draw(st.booleans())
+    memory = alike and draw(st.booleans()) and not case.layout.pages  # which nobody restores
     lent = alike and case.entry.prepares and draw(st.booleans())
     return replace(
         scene, cases=(case, other), order=order, kept=kept, early=early,

@@ -34,7 +34,8 @@ class Layout:
     margins: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
     # Operand or result -> numbers before its first, behind every row, and behind every part of a row.
     gaps: Mapping[str, tuple[int, int, int]] = field(default_factory=dict, hash=False)
-    shared: tuple[int, ...] = ()  # per request: its first pages that are those of the request before it
+    shared: tuple[int, ...] = ()  # per request: its first pages that are those of the request before it ...
+    of_first: bool = False  # ... or of the first request
     repeated: bool = False  # the second full page of a request is its first
 
     @property
@@ -125,13 +126,13 @@ class Pages:
         table[1:, : common // size] = table[:1, : common // size]
         for request, first in enumerate(layout.shared):
             if first:
-                table[request, :first] = table[request - 1, :first]
+                table[request, :first] = table[0 if layout.of_first else request - 1, :first]
         if layout.repeated:
             full = keys >= 2 * size
             table[full, 1] = table[full, 0]
-        request = torch.arange(len(lengths)).repeat_interleave(keys)
-        place = torch.arange(len(request)) - (keys.cumsum(0) - keys)[request]
-        slots = table[request, place // size].long() * size + place % size
+        owner = torch.arange(len(lengths)).repeat_interleave(keys)
+        place = torch.arange(len(owner)) - (keys.cumsum(0) - keys)[owner]
+        slots = table[owner, place // size].long() * size + place % size
         return cls(layout, count, order, table, slots)
 
     @property

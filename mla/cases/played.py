@@ -141,7 +141,7 @@ def host_of(case: OpCase) -> Host:
     spec, of = dataclasses.replace(case.spec, device=CPU), case.layout
     layout = PLAIN  # but for pages that hold keys of several requests, or several times
     if of.repeated or any(of.shared):
-        layout = Layout(page_size=of.page_size, shared=of.shared, repeated=of.repeated)
+        layout = Layout(page_size=of.page_size, shared=of.shared, of_first=of.of_first, repeated=of.repeated)
     case = dataclasses.replace(case, spec=spec, layout=layout)
     _hosts[case] = kept = _hosts.pop(case, None) or Host(case)
     while len(_hosts) > 1 and (
@@ -296,7 +296,7 @@ class Laid(Call):
         return all(same_words(self.pieces[name].whole, then) for name, then in copies.items())
 
 
-MAX_FILLED = 1 << 20  # numbers of a cache, most of which nobody reads, that are written nevertheless
+MAX_FILLED = 1 << 21  # numbers of a cache, most of which nobody reads, that are written nevertheless
 
 
 class Player:

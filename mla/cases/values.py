@@ -19,7 +19,7 @@ Pattern = Callable[["OpCase", Tensors], None]
 
 LARGE = 1000.0  # times as large as others
 LOW = (16.0, -2000.0)  # a channel of every key, and of every query: all logits are far below 0
-RISE = 12.0  # by which logits rise, or fall, from the first key to the last
+RISE, STEEP = 12.0, 2000.0  # by which logits rise, or fall, from the first key to the last
 
 
 def shape(case: OpCase, given: Tensors) -> Tensors:
@@ -105,19 +105,24 @@ def equal_keys(case: OpCase, given: Tensors) -> None:
     keys(given)[:] = keys(given)[_requests(case)[0]]
 
 
-def _slope(case: OpCase, given: Tensors, sign: float) -> None:
+def _slope(case: OpCase, given: Tensors, rise: float) -> None:
     """Let logits rise along the last channel of keys, which all queries weigh alike."""
     first, lengths = _requests(case)
     keys(given)[..., -1] = ((torch.arange(len(first)) - first) / lengths)[:, None].to(given["q"].dtype)
-    given["q"][..., -1] = sign * RISE / case.spec.softmax_scale
+    given["q"][..., -1] = rise / case.spec.softmax_scale
 
 
 def rising(case: OpCase, given: Tensors) -> None:
-    _slope(case, given, 1.0)
+    _slope(case, given, RISE)
 
 
 def falling(case: OpCase, given: Tensors) -> None:
-    _slope(case, given, -1.0)
+    _slope(case, given, -RISE)
+
+
+def steep(case: OpCase, given: Tensors) -> None:
+    """What a query may not see is far above what it sees."""
+    _slope(case, given, STEEP)
 
 
 _OF_ROWS = {
@@ -134,13 +139,16 @@ _OF_ATTENTION = {
     "equal keys": equal_keys,
     "rising logits": rising,
     "falling logits": falling,
+    "steep logits": steep,
 }
 PATTERNS: Mapping[str, Pattern] = {**_OF_ROWS, **_OF_WEIGHTS, **_OF_ANGLES, **_OF_ATTENTION}
 
 # Of these a case has one at most: the product of two is beyond fp16.
 LARGE_ONES = frozenset(
     ("one large row", "one large channel", "three sizes", "large", "outlier", "large rows")
-) | frozenset(("large logits", "huge logits", "all logits low", "rising logits", "falling logits"))
+) | frozenset(
+    ("large logits", "huge logits", "all logits low", "rising logits", "falling logits", "steep logits")
+)
 
 
 def patterns_of(kind: str) -> list[str]:

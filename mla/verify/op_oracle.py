@@ -103,4 +103,4 @@ def _attend_padded(
     lse = logits.logsumexp(-1)
     weights = logits.sub_(lse.clamp_min(-1e300)[..., None]).exp_().flatten(2, 3)
     out = (weights @ v.double().permute(0, 2, 1, 3)).unflatten(2, (tokens, shared))
-    return tuple(x.transpose(1, 2).flatten(2, 3) for x in (out, lse))  # type: ignore[return-value]  # two
+    return tuple(x.transpose(1, 2).flatten(2, 3) for x in (out, lse))

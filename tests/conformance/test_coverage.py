@@ -55,7 +55,7 @@ def test_every_check_says_why_kernels_fail_it() -> None:
 
 
 def test_a_kind_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'linear\.new' fails by 'luck', which is not one of contract, "):
+    with pytest.raises(ValueError, match=r"'linear\.new' fails by 'luck', not one of contract, "):
         check("linear.new", catches="nothing", fails="luck")
 
 

@@ -95,7 +95,7 @@ def test_a_test_is_named_by_its_id_and_an_expected_failure_that_passes_fails(tmp
         "linear.product[faulty-*]: SDK 4.3 is needed\nlinear.pack: it loses bits\n"
     )
     file = Path(str(mla.__file__)).parent / "conformance" / "test_backend.py"
-    ids = ("linear.product[faulty-float32]", "linear.pack[faulty-float32]", "linear.outlier[faulty-float32]")
+    ids = ("linear.product[faulty-float32]", "linear.pack[faulty-float32]", "device.probe")
     named = [f"{file}::test_conformance[{check}]" for check in ids]
     done = run_pytest(tmp_path, *named, *SCALED, "--mla-xfails", "known.txt", "-n1", "-rA")
     assert done.returncode == 1, done.stdout + done.stderr

@@ -76,10 +76,15 @@ def judge(trial: Trial, call: LayerCall, outputs: Iterable[torch.Tensor]) -> Non
         raise CheckFailed(verdict.reason)
 
 
+def modes_of(trial: Trial, modes: Sequence[str]) -> Sequence[str]:
+    """Return the modes; of all of them a quick look leaves out the one that chooses between the others."""
+    return MODES[1:] if trial.quick and modes is MODES else modes
+
+
 def check_layer(trial: Trial, *cases: LayerCase, modes: Sequence[str] = MODES, **arguments: Any) -> None:
     """Run cases in every attention mode, each as one of the check."""
     for case in cases:
-        for mode in modes:
+        for mode in modes_of(trial, modes):
             with trial.case(f"{mode}, {case.label}"):
                 call = prepare(trial, case, mode, **arguments)
                 judge(trial, call, call.run())
@@ -95,7 +100,7 @@ def mode_check(
 
     def register(body: Body) -> Body:
         def run(trial: Trial) -> None:
-            for mode in modes:
+            for mode in modes_of(trial, modes):
                 with trial.case(f"{mode}, {case.label}"):
                     body(trial, prepare(trial, case, mode), mode)
 

@@ -134,7 +134,7 @@ def test_it_conforms(newcomer: Newcomer, tmp_path: Path) -> None:
     found = report.decode((tmp_path / "card.json").read_bytes())
     counts = found.counts()
     assert (counts["fail"], counts["xfail"], counts["xpass"]) == (0, 0, 0)
-    assert counts["pass"] > 80
+    assert counts["pass"] > 70
     passed = {one.check for one in found.checks if one.of == "acme_rms_norm" and one.status == "pass"}
     assert {"rms_norm.formula", "rms_norm.eps", "rms_norm.large", "rms_norm.rows"} <= passed
 
