@@ -29,22 +29,17 @@ class Stress:
     cancels: bool = False  # the first half of every sum nearly cancels the second
     outlier: bool = False  # the first input is 200 times as large as others, and its weights are as small
     aimed: bool = False  # queries see to it that no key can be lost unseen: see `queries`
-    common: int = 0  # first keys of every request that are the same, and whose full pages all share
     order: str = "shuffled"  # of slots: see `slots`
-    others: int | None = None  # the seed of weights, keys and values; by default that of the case
 
 
 class Drawing:
-    """Draws N(0, scale^2) for a case: rows and a bias by its seed, weights and keys by that of the others."""
+    """Draws N(0, scale^2) for a case, by its seed."""
 
     def __init__(self, case: OpCase) -> None:
-        assert case.stress is not None
-        self._case, self._drawn, self._own = case, 0, 2 if case.biased else 1
-        self._others = case.seed if case.stress.others is None else case.stress.others
+        self._case, self._drawn = case, 0
 
     def __call__(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
-        seed = self._case.seed if self._drawn < self._own else self._others
-        generator = torch.Generator().manual_seed(1000 * seed + self._drawn)
+        generator = torch.Generator().manual_seed(1000 * self._case.seed + self._drawn)
         self._drawn += 1
         return (torch.randn(shape, generator=generator) * scale).to(self._case.spec.dtype)
 
@@ -69,15 +64,6 @@ def products(case: OpCase, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch
         x[..., 0] *= OUTLIER
         weight[..., 0] /= OUTLIER
     return x.to(dtype), weight.to(dtype)
-
-
-def shared(case: OpCase, keys: torch.Tensor) -> torch.Tensor:
-    """Return keys [K, ...] of which the first of every request are those of the first request."""
-    common = case.stress.common if case.stress else 0
-    if not common:
-        return keys
-    parts = keys.split(list(case.kv_lens))
-    return torch.cat([torch.cat((parts[0][:common], own[common:])) for own in parts])
 
 
 def queries(case: OpCase, q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
