@@ -33,7 +33,7 @@ SMALLER = (
 LEFT_OUT = {"rotate_query.rows_and_heads", "latent.positions", "expanded.positions", "expanded.lse"}
 GRAPHS = {"latent.graph", "latent.graph_lengths"}  # this device has none; an emulated one has
 HOST = {"state", "order", "contract"}  # of ops without a plan, what the host does is nothing to interpret
-DRAWS = 10
+DRAWS = 5
 TINY = {
     "NUMBERS": 1 << 12,
     "REPEATS": (20,),
