@@ -18,9 +18,7 @@ from mla_backends.errors import BackendError
 from mla_backends.outside import escaped, quoted, shortened
 
 FORMAT = 1  # of the file
-CURE = (
-    "`tune-choose` of benchmarks/gpu writes one; without one, the plugin's defaults are used."
-)
+CURE = "`tune-choose` of benchmarks/gpu writes one; without one, the plugin's defaults are used."
 MAX_SIZE = 65536  # of anything that a tile counts
 MIN_SIDE = 16  # rows or keys of a tile: the least that `tl.dot` takes
 

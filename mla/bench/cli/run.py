@@ -96,7 +96,7 @@ def run(**values: Any) -> int:
     old = results.read(options.resume) if options.resume else None
     from mla.bench.plan.resolve import resolve
 
-    request = resolve(options, _ranks)
+    request = resolve(options, _ranks, old)
     measure = partial(_run, options, budget=budget, old=old, baseline=baseline)
     if options.parallel and not options.simulate:
         return _run_on_ranks(options, request, measure)

@@ -13,7 +13,7 @@ from mla.bench import results
 from mla.bench.plan import options as commands
 from mla.bench.plan.options import RunOptions
 from mla.bench.plan.request import Request, ScenarioPlan
-from mla.bench.results.cases import due
+from mla.bench.results.cases import ADDED, due
 from mla.bench.results.file import printable
 from mla.bench.results.schema import Case, Run
 from mla.bench.run.keeper import Keeper
@@ -231,7 +231,7 @@ def _facts(run: Run) -> dict[str, str]:
         **{f"config's {name}": value for name, value in run.config.items()},
     }
     for key, value in run.environment.items():
-        if not launcher.is_fact(key) and not key.startswith(REPORTED) and key not in (MARK, OTHERS):
+        if not launcher.is_fact(key) and not key.startswith(REPORTED) and key not in (MARK, OTHERS, ADDED):
             facts[key] = value
     if threads := run.environment.get("torch_threads"):
         facts.setdefault("OMP_NUM_THREADS", threads)  # which torchrun sets, and srun does not
