@@ -30,16 +30,20 @@ class Stress:
     outlier: bool = False  # the first input is 200 times as large as others, and its weights are as small
     aimed: bool = False  # queries see to it that no key can be lost unseen: see `queries`
     order: str = "shuffled"  # of slots: see `slots`
+    others: int | None = None  # the seed of weights, keys and values; by default that of the case
 
 
 class Drawing:
-    """Draws N(0, scale^2) for a case, by its seed."""
+    """Draws N(0, scale^2) for a case: rows and a bias by its seed, weights and keys by that of the others."""
 
     def __init__(self, case: OpCase) -> None:
-        self._case, self._drawn = case, 0
+        assert case.stress is not None
+        self._case, self._drawn, self._own = case, 0, 2 if case.biased else 1
+        self._others = case.seed if case.stress.others is None else case.stress.others
 
     def __call__(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(1000 * self._case.seed + self._drawn)
+        seed = self._case.seed if self._drawn < self._own else self._others
+        generator = torch.Generator().manual_seed(1000 * seed + self._drawn)
         self._drawn += 1
         return (torch.randn(shape, generator=generator) * scale).to(self._case.spec.dtype)
 

@@ -146,8 +146,8 @@ def test_the_card_and_the_report_say_what_was_covered(tmp_path: Path, capsys: An
     assert main([*FAULTY, *words]) == 0
     card, report = capsys.readouterr().out, decode((tmp_path / "out.json").read_bytes())
     by_kind = {one.kind: one for one in report.coverage}
-    assert (by_kind["state"].checks, by_kind["numbers"].checks, by_kind["index"].checks) == (0, 1, 1)
-    assert sum(kind.checks for kind in report.coverage) == len(report.checks) == 6
+    assert (by_kind["state"].checks, by_kind["numbers"].checks, by_kind["index"].checks) == (1, 1, 1)
+    assert sum(kind.checks for kind in report.coverage) == len(report.checks) == 7
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in card.splitlines() if line[:1] == "|"]
     assert ["numbers", "1", str(by_kind["numbers"].cases.passed), KINDS["numbers"]] in rows
     assert all(f"- {sentence}\n" in card for sentence in report.blind)

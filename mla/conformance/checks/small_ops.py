@@ -12,7 +12,7 @@ import torch
 from mla.cases.case import OpCase
 from mla.cases.memory import allocate
 from mla.cases.stress import Stress
-from mla.conformance.checks import op_cases, op_check
+from mla.conformance.checks import in_order, op_cases, op_check
 from mla.conformance.checks.attention import DEEPSEEK
 from mla.conformance.reach import far, memory_may_end
 from mla.conformance.trial import Trial, expect
@@ -285,3 +285,15 @@ def _check_far_rows(trial: Trial, case: OpCase, apart: int) -> None:
         there["out"] = wide[:, -out[0].numel() :].unflatten(1, out.shape[1:]).copy_(out)
     call.replace(**there)
     trial.check(call)
+
+
+# -------------------------------------------------------------------------------------------------- state
+
+
+@op_check("new_contents", "state", "a result or an input that is remembered by its address", EXAMPLES)
+def new_contents(trial: Trial, example: OpCase) -> None:
+    """Tensors whose contents have changed in place are read again, and outputs are written again."""
+    for case in dict.fromkeys((example, example.but(biased=example.kind == "linear"))):
+        with trial.case(case.label):  # with one packed weight, and outputs that hold numbers before
+            other = case.but(seed=1, others=0 if case.entry.packed else None)
+            trial.play(case, other, order=in_order(0, 1, 0), one_memory=True, states=(0, 0), held=0.0)
