@@ -11,7 +11,8 @@
 # all that is needed, and no wheels are. A command ends within LIMIT seconds. AGAIN='STEP...' repeats what is
 # done, SMOKE=1 takes tiny sizes. All is in WORK (build/first_hour), and what is to be taken away in OUT, too.
 #
-# Exit codes: 0 nothing is wrong, 2 usage, 3 a step failed, 4 a wrong result, 130 interrupted, 143 ended by SIGTERM.
+# Exit codes: 0 nothing is wrong, 1 packing failed, 2 usage, 3 a step failed, 4 a wrong result, 130 interrupted, 143
+# ended by SIGTERM, 129 by SIGHUP.
 set -euo pipefail
 
 die() { echo "error: $*" >&2 && exit 2; }
@@ -189,21 +190,21 @@ plan() { # MODE: calls `step` for every command
 # results/steps.tsv has a line per step that was started; the last one counts:
 # name, verdict, state (done: kept; cut: goes on; failed, open: tried again), code, seconds, limit, what it said.
 record() { (IFS=$'\t' && echo "$*") >>results/steps.tsv; }
-state_of() { awk -F'\t' -v name="$1" '$1 == name { state = $3 } END { print state }' results/steps.tsv; }
+last() { awk -F'\t' -v name="$1" '$1 == name { end = $2 " " $3 } END { print end }' results/steps.tsv; }
 
-wanted() { # NAME: whether this command is to run a step; without names all are
+matches() { # NAME PATTERN...: whether a step is one of these
     local pattern
-    [ ${#names[@]} -gt 0 ] || return 0
     # shellcheck disable=SC2053  # a pattern
-    for pattern in "${names[@]}"; do [[ $1 != $pattern ]] || return 0; done
+    for pattern in "${@:2}"; do [[ $1 != $pattern ]] || return 0; done
     return 1
 }
+wanted() { [ ${#names[@]} -eq 0 ] || matches "$1" "${names[@]}"; } # NAME: whether this command is to run a step
 
 step() { # NAME SECONDS WORDS...: one command of PYTHON; {out} stands for its result without a suffix
     every+=("$1")
     case $mode in
         list) ! wanted "$1" || shown "$@" ;;
-        left) case $(state_of "$1") in '' | cut) left+=("$1") ;; esac ;;
+        left) case $(last "$1") in '' | *' ' | *' cut') left+=("$1") ;; esac ;;
         run) ! wanted "$1" || carry_out "$@" ;;
     esac
 }
@@ -216,19 +217,23 @@ shown() { # NAME SECONDS WORDS...: print a command
 
 carry_out() {
     local name=$1 seconds=$2 result=results/$1 began=$SECONDS words code=0 verdict state said
+    local tuning=/dev/null option file
     [ -z "$ended" ] || return 0
-    if [ -z "${always:-}" ] && [ "$(state_of "$name")" = done ]; then
+    if [ -z "${always:-}" ] && [[ $(last "$name") = *' done' ]]; then
+        if [ "$(last "$name")" = 'wrong done' ]; then status=4; fi
         echo "$name: kept" >&2 && return
     fi
     [ $((end - SECONDS)) -ge 5 ] || return 0
     [ $((end - SECONDS)) -ge "$seconds" ] || seconds=$((end - SECONDS))
     words=("${@:3}") && words=("${words[@]//\{out\}/$result}")
-    for tuning in results/tuning/*.json; do
-        [ -z "${tuned:-}" ] || [ -z "$reads" ] || [ ! -e "$tuning" ] || words+=(-O "tuning=$tuning")
+    for file in results/tuning/*.json; do
+        [ -z "${tuned:-}" ] || [ -z "$reads" ] || [ ! -e "$file" ] || { tuning=$file && words+=(-O "tuning=$file"); }
     done
     case ${kind:-} in bench | sweep) words+=(--budget "$((seconds * 9 / 10))s") ;; esac
     if [ "${kind:-}" = bench ]; then
-        if [ -e "$result.json" ]; then words+=(--resume "$result.json"); else words+=(-o "$result.json"); fi
+        option=-o # a result of another tuning is another run
+        if [ -e "$result.json" ] && cmp -s "$tuning" "$result.tuning"; then option=--resume; fi
+        words+=("$option" "$result.json") && cat "$tuning" >"$result.tuning"
     fi
     touch "$result.began"
     timeout -k 20 "$seconds" "$PYTHON" "${words[@]}" >"$result.out" 2>"$result.log" </dev/null &
@@ -237,6 +242,7 @@ carry_out() {
     [ -z "$ended" ] || kill "$child" 2>/dev/null || true # a signal that came before there was a child
     wait "$child" || code=$?
     while kill -0 "$child" 2>/dev/null; do code=0 && wait "$child" || code=$?; done # a trap has ended the first
+    kill -KILL -- "-$child" 2>/dev/null || true # what it has left running: timeout leads a group
     judge "$2"
     said=$(grep -ah '^error: ' "$result.log" "$result.out" | tail -n1 || true)
     if [ "$verdict" = ok ] || [ -z "$said" ]; then said=$(cat "$result.log" "$result.out" | grep -a . | tail -n1 || true); fi
@@ -257,13 +263,15 @@ judge() { # LIMIT: from `code` to `verdict` and `state`
     if [ "$code" = 3 ] && [ "$result.json" -nt "$result.began" ]; then verdict=crashed; fi # an op raised
     if [ "$verdict" = refused ] && [ -n "${optional:-}" ]; then state=open; fi
     if [ "$name" = ask-flashinfer-items ]; then state=done; fi # it looks for where a library breaks
-    if grep -qs -e '--budget skipped' "$result.log"; then state=cut; fi
+    if grep -qsE -e '--budget (skipped|cut short)' "$result.log"; then state=cut; fi
     if [ "$verdict" = 'timed out' ] && [ "$seconds" -lt "$1" ]; then state=cut; fi
     if [ -n "$ended" ]; then verdict=interrupted state=cut; fi
     if [ "${state:=failed}" = failed ] && [ $status = 0 ]; then status=3; fi
 }
 
 finish() { # whatever ended the steps: the table, the archive, and what is left
+    local code=$? file
+    set +e # the terminal may be gone
     trap - EXIT
     left=() && plan left
     local count="${#left[@]} steps are"
@@ -273,11 +281,29 @@ finish() { # whatever ended the steps: the table, the archive, and what is left
     timeout 40 "$PYTHON" "$here/table.py" results >table.part && mv table.part results/table.md ||
         echo "table.py failed; the results are in the archive" >&2
     tar czf results.part results && mv results.part results.tgz
-    for file in results.tgz results/table.md; do [ "$work" = "$out" ] && [ $file = results.tgz ] || cp $file "$out"; done
-    sed '/^## Kernels in turns/,$d' results/table.md
+    for file in results.tgz results/table.md; do
+        [ ! -e $file ] || [ $file -ef "$out/${file#*/}" ] || cp $file "$out"
+    done
+    [ ! -e results/table.md ] || sed '/^## Kernels in turns/,$d' results/table.md
     cat results/left >&2
     echo "what is to be taken away is in $out" >&2
-    exit "${ended:-$status}"
+    exit "${ended:-$((status ? status : code))}"
+}
+
+no_card() { # CODE: say why the backend cannot be used
+    local said
+    said=$(grep -a . card.log | tail -n1 || true)
+    case $1:$said in
+        *:mla_backends.errors.UnknownBackend:*) die "${said#*: }" ;;
+        124:*) said='it did not answer within 120 s' ;;
+        *:) said="exit code $1" ;;
+    esac
+    echo "error: backend '$backend' is not usable here: ${said#mla_backends.errors.*: }" >&2 && exit 3
+}
+
+ends() { # CODE: a signal ends this command
+    ended=$1
+    kill "$child" 2>/dev/null || true
 }
 
 go_on() {
@@ -285,24 +311,27 @@ go_on() {
     mkdir -p "$work" && cd "$work"
     export TRITON_CACHE_DIR=$work/cache/triton FLASHINFER_WORKSPACE_BASE=$work/cache
     if [ ! -d results ] && [ -f results.tgz ]; then # of another machine, whose caches are not here
-        tar xzf results.tgz && AGAIN="${AGAIN:-} compile-tiles compile-ops"
+        tar xzf results.tgz && again+=(compile-tiles compile-ops)
     fi
     end=$((limit - 90)) # a step may take 20 s to be ended; the rest is for tables and the archive
     [ $((end - SECONDS)) -gt 0 ] || die "no time is left after $SECONDS s of setting up: run it again, or raise LIMIT."
     card=$(timeout 120 "$PYTHON" -c 'import sys, mla
 backend = mla.load_backend(sys.argv[1])
-print("tuning" * ("tuning" in backend.known_options()), backend.device_info().name)' "$backend" 2>card.log) || {
-        echo "error: backend '$backend' is not usable here: $(tail -n1 card.log)" >&2 && exit 3
-    }
+print("tuning" * ("tuning" in backend.known_options()), backend.device_info().name)' "$backend" 2>card.log) || no_card $?
     reads=${card%% *} card=${card#* } # whether it takes -O tuning=FILE
     card="$backend, $card${smoke:+ (tiny sizes, which say nothing about the card)}"
     mkdir -p results && touch results/steps.tsv
     [ ! -e results/card ] || [ "$card" = "$(cat results/card)" ] ||
         die "$work/results are of $(cat results/card); this is $card: set WORK."
     echo "$card" >results/card
-    for name in ${AGAIN:-}; do record "$name" again '' '' 0 0 'to be repeated' && rm -f "results/$name".*; done
-    trap 'ended=143; kill "$child" 2>/dev/null || true' TERM
-    trap 'ended=130; kill "$child" 2>/dev/null || true' INT
+    every=() && plan names
+    for name in "${every[@]}"; do
+        matches "$name" "${again[@]}" || continue
+        record "$name" again '' '' 0 0 'to be repeated' && rm -f "results/$name".*
+    done
+    trap 'ends 129' HUP
+    trap 'ends 130' INT
+    trap 'ends 143' TERM
     trap finish EXIT
     plan run
 }
@@ -327,8 +356,8 @@ dry_run() {
 names=() every=() left=() all='' ended='' status=0 child='' reads='' mode=names
 case ${1:-} in
     -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$self" && exit ;;
-    pack) pack "${@:2}" && exit ;;
-    --dry-run) dry_run && exit ;;
+    pack) pack "${@:2}"; exit ;;
+    --dry-run) dry_run; exit ;;
     --list) mode=list && shift ;;
     -*) die "there is no option '$1': --help shows all." ;;
 esac
@@ -337,13 +366,14 @@ if [ "${1:-}" = all ]; then all=1 && shift; fi
 known() { # PATTERN: whether the plan has such a step
     local name
     every=() && plan names
-    # shellcheck disable=SC2053  # a pattern
-    for name in "${every[@]}"; do [[ $name != $1 ]] || return 0; done
+    for name in "${every[@]}"; do ! matches "$name" "$1" || return 0; done
     return 1
 }
 for name in "$@"; do
     known "$name" || { all=1 && known "$name"; } || die "there is no step '$name': --list all shows them."
 done
+read -ra again <<<"${AGAIN:-}"
+for name in "${again[@]}"; do known "$name" || die "AGAIN: this command has no step '$name'."; done
 names=("$@")
 if [ "$listing" = list ]; then plan list && exit; fi
 install

@@ -91,7 +91,7 @@ def _tables(folder: Path, card: str) -> Iterator[tuple[str, Sequence[str], Rows,
 
 def step_rows(folder: Path) -> Rows:
     """Return a row under `STEPS` per step that was started; its last line counts."""
-    with (folder / "steps.tsv").open() as file:
+    with (folder / "steps.tsv").open(encoding="utf-8", errors="replace") as file:  # cut to 300 bytes
         lines = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         last = {name: rest for name, *rest in lines}
     return [

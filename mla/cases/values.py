@@ -23,12 +23,21 @@ RISE, STEEP = 12.0, 2000.0  # by which logits rise, or fall, from the first key 
 
 
 def shape(case: OpCase, given: Tensors) -> Tensors:
-    """Apply the patterns that a case names. Keys in pages that requests share are the same."""
+    """Apply the patterns that a case names. Keys in pages that requests share are the same.
+
+    All operands are finite.
+    """
     _share(case, given)
     for name in case.values:
         PATTERNS[name](case, given)
     _share(case, given)
-    return given
+    return {name: operand.clamp(-largest(operand), largest(operand)) for name, operand in given.items()}
+
+
+def largest(operand: torch.Tensor) -> float:
+    """Return the largest number that operands hold: far from what overflows in their dtype."""
+    dtype = operand.dtype
+    return torch.finfo(dtype).max / 4 if dtype.is_floating_point else torch.iinfo(dtype).max
 
 
 def _share(case: OpCase, given: Tensors) -> None:
@@ -109,7 +118,8 @@ def _slope(case: OpCase, given: Tensors, rise: float) -> None:
     """Let logits rise along the last channel of keys, which all queries weigh alike."""
     first, lengths = _requests(case)
     keys(given)[..., -1] = ((torch.arange(len(first)) - first) / lengths)[:, None].to(given["q"].dtype)
-    given["q"][..., -1] = rise / case.spec.softmax_scale
+    limit = largest(given["q"])  # what a small scale asks for may be beyond the dtype
+    given["q"][..., -1] = max(-limit, min(limit, rise / case.spec.softmax_scale))
 
 
 def rising(case: OpCase, given: Tensors) -> None:

@@ -20,9 +20,10 @@ from mla.conformance.report import Cases, CheckResult, Failure, Refusal, Slow, S
 from mla.conformance.selection import Numbers, Xfails, case_id, chosen_cases, nothing_matches, require_cases
 from mla.conformance.trial import DTYPES, BackendUnderTest, Drawing, Trial, ask
 from mla.errors import UsageError
+from mla.layer.ops import preflight_reasons
 from mla.reference import REFERENCE
 from mla.text import dtype_name
-from mla_backends.api import Backend, FusedOp
+from mla_backends.api import OPS, Backend, FusedOp
 from mla_backends.registry import create
 
 if TYPE_CHECKING:
@@ -160,7 +161,11 @@ def instances(
     offered = {str(name): op for name, op in offers.items() if isinstance(op, FusedOp)}
     every = (instance for check in all_checks() for instance in _of_check(check, subject, dtypes, offered))
     kept = ((instance, chosen_cases(only, instance.check.id, instance.subject)) for instance in every)
-    return tuple(replace(instance, chosen=numbers) for instance, numbers in kept if numbers != frozenset())
+    return tuple(
+        replace(instance, chosen=numbers)
+        for instance, numbers in kept
+        if numbers != frozenset() and not _needless(instance, subject, offered)
+    )
 
 
 def _of_check(
@@ -178,13 +183,33 @@ def _of_check(
         for dtype in dtypes:
             own = {name: op for name, op in offered.items() if _kind(op) == check.kind}
             yield from (Instance(check, name, dtype, op) for name, op in own.items())
-            whole = check.fails != DRAWN and not subject.quick  # of the reference where it is all there is
-            spec = usual_spec(check.kind, dtype, ask(lambda: subject.device, None))
-            if whole or all(ask(partial(op.unsupported_reasons, spec), ["?"]) for op in own.values()):
-                yield Instance(check, "reference", dtype, REFERENCE[check.kind])
+            yield Instance(check, "reference", dtype, REFERENCE[check.kind])
     else:  # without fused ops both policies are the same
         policies = ("auto", "reference") if offered and not subject.quick else ("auto",)
         yield from (Instance(check, policy, dtype) for dtype in dtypes for policy in policies)
+
+
+def _needless(instance: Instance, subject: BackendUnderTest, offered: Mapping[str, FusedOp]) -> bool:
+    """Return whether it is the reference, and a short run checks an op that most layers run in its place."""
+    check, dtype = instance.check, instance.dtype
+    short = check.fails == DRAWN or subject.quick
+    if check.scope != OP or instance.of != "reference" or dtype is None or not short:
+        return False
+    own = {name: op for name, op in offered.items() if _kind(op) == check.kind}
+    return any(_serves(subject, check.kind, dtype, name, op) for name, op in own.items())
+
+
+def _serves(subject: BackendUnderTest, kind: str, dtype: torch.dtype, name: str, op: FusedOp) -> bool:
+    """Return whether an op serves what most layers have."""
+
+    def reasons() -> list[str]:
+        spec = usual_spec(kind, dtype, ask(lambda: subject.device, None))
+        said = list(op.unsupported_reasons(spec)) or preflight_reasons(name, op, spec, subject.say)
+        if said or not KINDS[kind].prepares:
+            return said
+        return list(op.unsupported_batch(spec, (1,), (64,), 64 if KINDS[kind].cached else None))
+
+    return op.contract == OPS[kind] and not ask(reasons, ["it raises"])
 
 
 def carry_out(instance: Instance, subject: BackendUnderTest, xfails: Xfails) -> CheckResult:

@@ -252,6 +252,42 @@ def test_checks_are_named_before_they_run_and_the_slowest_at_the_end(capsys: Any
     assert slowest.startswith("slowest: linear.")
 
 
+def test_a_quick_look_runs_a_layer_that_chooses_its_attention(sound: Any) -> None:
+    subject = BackendUnderTest(sound(), "sound", quick=True)
+    (mixed,) = instances(subject, (torch.float32,), ["layer.mixed"])
+    assert [label.partition(",")[0] for label in mixed.labels(subject)] == ["auto", "absorbed", "expanded"]
+
+
+class Foreign(Counting):
+    contract = "linear/99"
+
+
+class Unbuilt(Counting):
+    def preflight(self, spec: Any) -> list[str]:
+        return ["its compiler is missing"]
+
+
+class NoBatch(type(REFERENCE["latent_attention"])):  # type: ignore[misc]
+    def unsupported_batch(self, *_: Any) -> list[str]:
+        return ["it serves no batch"]
+
+
+@pytest.mark.parametrize(
+    ("op", "only", "checked"),
+    [
+        (Counting, "linear.product", ["mine"]),
+        (Foreign, "linear.product", ["mine", "reference"]),
+        (Unbuilt, "linear.drawn", ["mine", "reference"]),
+        (NoBatch, "latent.decode", ["mine", "reference"]),
+    ],
+)
+def test_the_reference_is_checked_where_no_op_serves_a_layer(
+    sound: Any, op: Any, only: str, checked: list[str]
+) -> None:
+    subject = BackendUnderTest(sound(ops={"mine": op()}), "sound", quick=True)
+    assert [instance.of for instance in instances(subject, (torch.float32,), [only])] == checked
+
+
 def test_cases_are_listed_with_a_backend_alone(capsys: Any) -> None:
     assert main(["--list", "--only", "latent.heads#3"]) == 2
     assert "'latent.heads#3' is a case; --list shows cases with --backend alone." in capsys.readouterr().err

@@ -57,6 +57,12 @@ def steps(work: Path) -> dict[str, list[str]]:
     return {line[0]: line[1:4] for line in lines}
 
 
+def runs(pid: Path) -> bool:
+    """Return whether a process whose number a file holds is still there."""
+    state = Path(f"/proc/{pid.read_text().strip()}/stat")
+    return state.exists() and state.read_text().rpartition(") ")[2][0] != "Z"
+
+
 def test_a_real_step_leaves_its_result_and_a_second_command_keeps_it(tmp_path: Path) -> None:
     work = tmp_path / "work"
     done = run(work, "grid-4")
@@ -76,7 +82,7 @@ def test_no_end_of_a_step_ends_the_others(tmp_path: Path, stub: dict[str, str]) 
         *ops.preflight*) echo 'error: no library' >&2; exit 3 ;;
         *ceilings*) echo noise; echo 'error: the device is gone' >&2; exit 3 ;;
         *--heads\\ 16*) exit 4 ;;
-        *--heads\\ 128*) echo '--budget skipped 2 cases' >&2 ;;
+        *--heads\\ 128*) echo '--budget cut short 2 cases' >&2 ;;
         *own*) echo {} >"${@: -1}"; exit 3 ;;
         *latent\\ --report*) exit 6 ;;
         *) echo fine ;;
@@ -95,12 +101,16 @@ def test_no_end_of_a_step_ends_the_others(tmp_path: Path, stub: dict[str, str]) 
     assert "| facts | refused | 3 |" in text
     assert "the device is gone |" in text
     assert "2 steps are left: rivals-128-32x64k, rivals-128-32x64k-tuned\n" in done.stderr
+    wrong = run(work, "rivals-16-*64k", **stub, STUB="echo fine")
+    assert wrong.returncode == 4, "a wrong result that is kept is still wrong"
+    assert "rivals-16-32x64k: kept" in wrong.stderr
     second = run(work, "facts", "profile", **stub, STUB="echo fine")
     assert second.returncode == 0, second.stderr
     assert "facts: ok" in second.stderr, "what failed is tried again"
     assert "profile: kept" in second.stderr
-    third = run(work, "profile", **stub, STUB="echo fine", AGAIN="profile")
+    third = run(work, "facts", "profile", **stub, STUB="echo fine", AGAIN="prof*")
     assert "profile: ok" in third.stderr
+    assert "facts: kept" in third.stderr
 
 
 @pytest.mark.parametrize(("reads", "words"), [("tuning", " -O tuning=results/tuning/a.json"), ("", "")])
@@ -118,6 +128,21 @@ def test_a_tuning_that_was_found_is_used_where_the_backend_takes_it(
     assert ("tuning=" in said["own-deepseek-r1"]) == bool(words)
 
 
+def test_a_step_goes_on_with_its_result_unless_the_tuning_is_another(
+    tmp_path: Path, stub: dict[str, str]
+) -> None:
+    work, tuning = tmp_path / "work", tmp_path / "work" / "results" / "tuning" / "a.json"
+    cut = "echo {} >${@: -1}; echo '--budget skipped 2 cases' >&2; echo $*"
+    for text, option in (("", "-o"), ("", "--resume"), ("{1}", "-o"), ("{1}", "--resume"), ("{2}", "-o")):
+        if text:
+            tuning.parent.mkdir(exist_ok=True)
+            tuning.write_text(text)
+        done = run(work, "own-deepseek-r1", **stub, READS="tuning", STUB=cut)
+        assert done.returncode == 0, done.stderr
+        said = (work / "results" / "own-deepseek-r1.out").read_text()
+        assert said.endswith(f" {option} results/own-deepseek-r1.json\n"), (text, said)
+
+
 def test_a_step_ends_at_its_limit_with_all_that_it_started(tmp_path: Path, stub: dict[str, str]) -> None:
     work, copy = tmp_path / "work", tmp_path / "benchmarks" / "gpu"
     shutil.copytree(HERE, copy)
@@ -128,11 +153,19 @@ def test_a_step_ends_at_its_limit_with_all_that_it_started(tmp_path: Path, stub:
     done = subprocess.run([str(script), "facts"], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stderr
     assert steps(work)["facts"] == ["timed out", "failed", "124"]
-    state = Path(f"/proc/{(work / 'pid').read_text().strip()}/stat")
-    assert not state.exists() or state.read_text().rpartition(") ")[2][0] == "Z"
+    assert not runs(work / "pid")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_step_leaves_no_process_behind(tmp_path: Path, stub: dict[str, str]) -> None:
+    work = tmp_path / "work"
+    done = run(work, "facts", **stub, STUB='trap "" TERM; sleep 77 & echo $! >"$WORK/pid"')
+    assert done.returncode == 0, done.stderr
+    assert not runs(work / "pid")
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_what_is_done_is_brought_home_when_the_command_is_ended(
     number: signal.Signals, code: int, tmp_path: Path, stub: dict[str, str]
 ) -> None:
@@ -152,6 +185,15 @@ def test_what_is_done_is_brought_home_when_the_command_is_ended(
     assert "interrupted" in (work / "out" / "table.md").read_text()
     assert any(" steps are left: " in line and "facts" in line and "profile" in line for line in said)
     assert f"what is to be taken away is in {work}/out\n" in said
+
+
+def test_without_a_table_the_exit_code_and_the_archive_stay(tmp_path: Path, stub: dict[str, str]) -> None:
+    (tmp_path / "stub").write_text(STUB.replace("exec ", "exit 1; "))
+    done = run(tmp_path / "work", "facts", **stub, STUB="exit 4")
+    assert done.returncode == 4, done.stderr
+    assert {path.name for path in (tmp_path / "work" / "out").iterdir()} == {"results.tgz"}
+    assert "table.py failed; the results are in the archive\n" in done.stderr
+    assert "cannot stat" not in done.stderr
 
 
 def test_another_machine_of_that_kind_goes_on_and_others_are_refused(
@@ -174,7 +216,30 @@ def test_another_machine_of_that_kind_goes_on_and_others_are_refused(
 def test_a_backend_that_is_not_usable_is_said_before_any_step(tmp_path: Path) -> None:
     done = run(tmp_path / "work", "facts", BACKEND="metax")
     assert done.returncode == 3
-    assert done.stderr.startswith("error: backend 'metax' is not usable here: ")
+    assert done.stderr.startswith("error: backend 'metax' is not usable here: backend 'metax' ")
+
+
+def test_a_backend_that_nobody_knows_is_wrong_usage(tmp_path: Path) -> None:
+    done = run(tmp_path / "work", "facts", BACKEND="nvdia")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: unknown backend 'nvdia' (did you mean 'nvidia'?); ")
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ("exit 124", "it did not answer within 120 s"),
+        ("kill -SEGV $$", "exit code 139"),
+        ("echo; echo RuntimeError: none >&2; exit 1", "RuntimeError: none"),
+    ],
+)
+def test_a_backend_that_ends_without_a_sentence_is_described(
+    end: str, said: str, tmp_path: Path, stub: dict[str, str]
+) -> None:
+    (tmp_path / "stub").write_text(STUB.replace("    -c*)", f"    -c*) {end} ;;\n    -c*)"))
+    done = run(tmp_path / "work", "facts", **stub)
+    assert done.returncode == 3
+    assert done.stderr == f"error: backend 'cpu' is not usable here: {said}\n"
 
 
 @pytest.mark.parametrize("limit", ["150", "-600", "ten", "0600"])
@@ -221,3 +286,13 @@ def test_help_and_wrong_words(tmp_path: Path) -> None:
         wrong = run(tmp_path, word)
         assert wrong.returncode == 2
         assert said in wrong.stderr
+    again = run(tmp_path, "facts", AGAIN="facts fatcs")
+    assert (again.returncode, again.stderr) == (2, "error: AGAIN: this command has no step 'fatcs'.\n")
+
+
+@pytest.mark.parametrize("word", ["pack", "--dry-run"])
+def test_packing_that_fails_is_no_success(word: str, tmp_path: Path, stub: dict[str, str]) -> None:
+    done = run(tmp_path / "work", word, **stub, STUB="echo no network >&2; exit 1")
+    assert done.returncode != 0, done.stderr
+    assert "no network" in done.stderr
+    assert "MiB" not in done.stdout

@@ -91,6 +91,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_a_message_that_was_cut_inside_a_character_is_shown(folder: Path) -> None:
+    with (folder / "steps.tsv").open("ab") as file:
+        file.write("facts\tcrashed\tfailed\t1\t2\t120\tno dev\u00edce".encode()[:-4] + b"\xc3\n")
+    assert "| facts | crashed | 1 | 2 | no dev\ufffd |" in table.report(folder)
+
+
 def test_the_report_holds_steps_figures_answers_and_machine(folder: Path) -> None:
     text = table.report(folder)
     assert [line for line in text.splitlines() if line.startswith("#")] == [

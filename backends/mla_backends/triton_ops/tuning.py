@@ -1,4 +1,4 @@
-"""`Tuning`: tiles and splits of the Triton kernels, as data that a plugin chooses or a campaign writes."""
+"""`Tuning`: tiles and splits of the Triton kernels, as data that a plugin chooses or `tune.py` writes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from mla_backends.errors import BackendError
 from mla_backends.outside import escaped, quoted, shortened
 
 FORMAT = 1  # of the file
-CURE = (
-    "`tune-choose` of benchmarks/gpu writes one; without one, the plugin's defaults are used."
-)
+CURE = "`tune-choose` of benchmarks/gpu writes one; without one, the plugin's defaults are used."
 MAX_SIZE = 65536  # of anything that a tile counts
 MIN_SIDE = 16  # rows or keys of a tile: the least that `tl.dot` takes
 
@@ -118,7 +116,7 @@ def card_file(name: str) -> str:
 
 
 def read_tuning(path: str | Path) -> Tuning:
-    """Return what a campaign has written for a card. Raises `BackendError` naming what is wrong with it."""
+    """Return the tuning that a file holds for a card. Raises `BackendError` naming what is wrong with it."""
     try:
         content = outside.read(path)
         document = json.loads(content)

@@ -85,10 +85,12 @@ def verdict(cases: Sequence[Comparison], limit: float | None, *, selected: bool 
     """Return the exit code, and say on stderr why it is not 0.
 
     With a `limit` this is a gate: what the base has a number for must not get out of it by being wrong,
-    doubtful, missing or something else. If the new run `selected` its cases, others may be missing.
+    doubtful, missing or something else. If the new run `selected` its cases, others may be missing. A
+    baseline that nobody asked for closes no gate.
     """
-    wrong, doubtful = (_named(cases, status) for status in ("wrong", "doubtful"))
-    red = _red(cases, limit, selected) if limit is not None else []
+    judged = [case for case in cases if not case.added]
+    wrong, doubtful = (_named(judged, status) for status in ("wrong", "doubtful"))
+    red = _red(judged, limit, selected) if limit is not None else []
     for line in [*wrong, *red, *doubtful]:
         note(line)
     if wrong:
@@ -100,7 +102,7 @@ def verdict(cases: Sequence[Comparison], limit: float | None, *, selected: bool 
         return Exit.REGRESSION
     if doubtful:
         return Exit.DOUBTFUL
-    if limit is not None and not any(case.interval for case in cases):
+    if limit is not None and not any(case.interval for case in judged):
         note("no case has an interval, so the gate cannot decide: time at least 6 passes")
         return Exit.NOTHING_RAN
     return Exit.OK

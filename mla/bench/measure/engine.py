@@ -59,6 +59,7 @@ class Hooks:
     warmups: int = 0  # that the user asked for: they run however long they take
     say: Callable[[str], None] = lambda text: None  # what a reader of the numbers should know
     detail: Callable[[str], None] = lambda text: None  # what only -v shows
+    alone: Callable[[str], None] = lambda text: None  # which passes of the first ran without another
     first: str = ""  # the run's first implementation; by default the first that is measured
     target: Target = Target()  # noqa: RUF009  # without limits, nothing of it changes
     oracle: float = 0.0  # seconds that the oracle of the evidence takes, which follows the checks
@@ -382,7 +383,9 @@ class _Engine:
             alone = len(first.passes) - before
             if first is not cut and alone and self._correct(first):
                 said = f"the last {alone} passes of {first.implementation.name} ran without it"
-                self._hooks.detail(f"{self._scenario.name}, {cut.implementation.name}: {said}")
+                text = f"{self._scenario.name}, {cut.implementation.name}: {said}"
+                self._hooks.detail(text)
+                self._hooks.alone(text)
 
     def _time_pass(self, runner: PassRunner, switched: bool) -> None:
         self._hooks.enter(runner.implementation.name)

@@ -19,8 +19,9 @@ from mla.bench.subjects import op as one_op
 from mla.bench.subjects.base import buffers
 from mla.bench.subjects.fixture import Fixture, OpFixture
 from mla.bench.subjects.inputs import Requests, choices, oracle_runs
-from mla.bench.subjects.setting import SPARE_PAGES, Setting, make_ops
+from mla.bench.subjects.setting import SPARE_PAGES, Setting, implementation_setting, make_ops
 from mla.bench.workload.grid import Point
+from mla.bench.workload.implementations import Named, is_ours, parse_one
 from mla.cases.varied import Pool
 from mla.errors import OutOfMemory
 from mla.layer.plan import WORKSPACE_BYTES, grown_bytes, rebuilt_bytes
@@ -34,6 +35,8 @@ from mla_backends.api import Backend
 
 # Logits, gathered keys, masks, and what is rebuilt of a context, at most.
 WORKSPACE = 1 << 30
+# Roles whose packed weights may be views of one tensor: they count as shared if all of them are.
+_PACKED_TOGETHER = (("qkv_a_proj",), ("q_b_proj",), ("o_proj",), ("kv_b_proj", "w_uk", "w_uv"))
 
 
 class Available(NamedTuple):
@@ -64,6 +67,8 @@ class MemoryPlan:
     gathered: int = 1  # copies of the outputs that are being checked
     others: int = 0  # further ranks on this host
     per_other: int = 0  # what each holds there, apart from what is on its device
+    shared_weights: int = 0  # on the device, which all implementations and the reference save between them
+    shared_alone: int = 0  # which any single implementation and the reference save
 
     @property
     def side_by_side(self) -> bool:
@@ -82,8 +87,9 @@ class MemoryPlan:
         return _within(device, self.device_available) and _within(on_host, self.host_available)
 
     def device_bytes(self, count: int) -> int:
-        """Return what `count` implementations need on the device, at most: some share their weights."""
-        return count * self.per_implementation + self.per_reference + self.sweep
+        """Return what `count` implementations need on the device; weights that they share count once."""
+        saved = self.shared_weights if count == self.implementations else self.shared_alone
+        return count * self.per_implementation + self.per_reference + self.sweep - saved
 
     def host_bytes(self, count: int) -> int:
         """Return what the host needs while `count` implementations are measured, for all ranks that it has.
@@ -160,6 +166,8 @@ def plan_memory(
         gathered=gathered,
         others=setting.beside,
         per_other=_other_bytes(setting, point, lazy),
+        shared_weights=shared_bytes(setting, names, fused),
+        shared_alone=min(shared_bytes(setting, [name], fused) for name in names),
         **common,
     )
 
@@ -249,6 +257,29 @@ def _grown_bytes(setting: Setting, point: Point) -> int:
     if rebuilt_bytes(*what) <= WORKSPACE_BYTES or make_ops(setting)["expanded_attention"].op.writes_lse:
         return 0
     return grown_bytes(*what)
+
+
+def shared_bytes(setting: Setting, names: Sequence[str], fused: bool) -> int:
+    """Return the bytes of weights that implementations of ours save on the device by sharing them.
+
+    Those that several pack alike exist once. `fused`: the reference judges, with a layer of its own. Ranks
+    hold parts of the layer, and share none.
+    """
+    named = [parse_one(name) for name in names if is_ours(name)]
+    if setting.ranks is not None or not named:
+        return 0
+    timed = [make_ops(implementation_setting(setting, impl)) for impl in named]
+    judging = [make_ops(implementation_setting(setting, Named("mla-reference")))] if fused else []
+    saved = 0
+    for group in _PACKED_TOGETHER:
+        if group[0] not in timed[0].names():
+            continue
+        layouts = [tuple(ops[role].key() for role in group) for ops in timed]
+        copies = (len(layouts) - len(set(layouts))) * setting.layers
+        copies += sum(tuple(ops[role].key() for role in group) in layouts for ops in judging)
+        specs = [timed[0][role].spec for role in group]
+        saved += copies * sum(spec.groups * spec.in_features * spec.out_features for spec in specs)
+    return saved * setting.dtype.itemsize
 
 
 def _context_bytes(setting: Setting, point: Point, dcp: int) -> int:

@@ -98,7 +98,7 @@ class RunOptions(BackendOptions):
         """Whether nobody chose what is measured: the standard scenarios of the default config run."""
         chosen = (
             self.implementations,
-            self.config,
+            self.config not in (None, DEFAULT_CONFIG),
             self.model_path,
             self.workload_flag,
             self.op,

@@ -15,6 +15,7 @@ from mla.bench import results
 from mla.bench.measure import profile
 from mla.bench.measure.variants import Variants, forwards
 from mla.bench.plan.memory import MemoryPlan, available_memory, plan_memory
+from mla.bench.results.cases import ADDED
 from mla.bench.subjects.fixture import make_fixture
 from mla.bench.subjects.setting import Setting, scenario_setting
 from mla.bench.workload.grid import Point
@@ -77,6 +78,7 @@ class Request:
     setting: Setting
     scenarios: Sequence[ScenarioPlan]
     implementations: Sequence[str]
+    added: Sequence[str] = field(default=(), kw_only=True)  # of them, baselines that nobody asked for
     command: Sequence[str]  # options that every `repro` line repeats
     selection: Sequence[str] = ()  # options that choose the scenarios
     backend_version: str | None = None
@@ -108,9 +110,12 @@ class Request:
 def empty_run(request: Request) -> results.Run:
     """Return a run without cases: everything else that its file says."""
     setting = request.setting
+    facts = provenance(setting.backend, request.backend_version)
+    if request.added:
+        facts["environment"][ADDED] = ",".join(request.added)
     return results.Run(
         schema_version=results.SCHEMA_VERSION,
-        **provenance(setting.backend, request.backend_version),
+        **facts,
         config=asdict(setting.config),
         dtype=dtype_name(setting.dtype),
         attention=setting.attention,

@@ -15,6 +15,7 @@ from mla.bench import results
 from mla.bench.measure import variants
 from mla.bench.plan import options as commands
 from mla.bench.plan.options import DEFAULT_DTYPE, DEFAULT_PAGE_SIZE, RunOptions
+from mla.bench.results.cases import added_baselines
 from mla.bench.workload import grid
 from mla.bench.workload.grid import Point, batch_scenarios, expand_ops, op_of_batch, op_scenario
 from mla.bench.workload.implementations import is_ours, parse_one
@@ -28,6 +29,7 @@ from mla.config.presets import DEFAULT_CONFIG
 from mla.errors import UsageError
 from mla.parallel.layout import Layout
 from mla.parallel.link import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, IDEAL, Link
+from mla_backends.errors import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +43,10 @@ if TYPE_CHECKING:
 Join = Callable[[RunOptions, OpenedBackend, Layout], Any]
 
 
-def resolve(options: RunOptions, join: Join | None = None) -> Request:
+def resolve(options: RunOptions, join: Join | None = None, resumed: results.Run | None = None) -> Request:
     """Judge the options, open the backend and return what will run; `join` is needed for `--parallel`.
+
+    A run that continues `resumed` keeps the baselines that were added to that one.
 
     Raises `UsageError`, `ResultError`, `RanksError` or a `BackendError`.
     """
@@ -58,7 +62,7 @@ def resolve(options: RunOptions, join: Join | None = None) -> Request:
     opened = open_backend(options)
     setting, state = _layer(options, points, opened, join)
     with setting.ranks.told() if setting.ranks else contextlib.nullcontext():
-        return _planned(options, points, wanted, opened, setting, state)
+        return _planned(options, points, wanted, opened, setting, state, resumed)
 
 
 def _planned(
@@ -68,6 +72,7 @@ def _planned(
     opened: OpenedBackend,
     setting: Setting,
     state: State | None,
+    resumed: results.Run | None,
 ) -> Request:
     from mla.bench.plan.request import Request, plan_scenarios
     from mla.layer.ops import layer_roles
@@ -77,7 +82,7 @@ def _planned(
     commands.check_op_uses_shape(options, points)
     listed = _listed_implementations(options, points)
     cold = "cold" in (wanted.caches or ("cold",))
-    baselines = _installed_baselines() if options.is_first_look else []
+    baselines = _added_baselines(setting.config, resumed) if options.is_first_look else []
     plans, names = plan_scenarios(setting, points, listed, cold, state, baselines)
     if not listed and "mla-reference" not in names:
         note("mla-reference is skipped: no fused op was chosen, so it is identical to mla")
@@ -86,6 +91,7 @@ def _planned(
         setting=setting,
         scenarios=plans,
         implementations=names,
+        added=[name for name in baselines if name in names],
         command=commands.common_options(options, opened.name, opened.device),
         selection=commands.selection(options),
         backend_version=opened.version,
@@ -311,16 +317,19 @@ def _overrides(setting: Setting, names: Sequence[str]) -> dict[str, list[str]]:
     }
 
 
-def _installed_baselines() -> list[str]:
-    """Return the implementation of `transformers`, if that is installed: a first look compares with it."""
-    if importlib.util.find_spec("transformers") is None:
-        return []
+def _added_baselines(config: MLAConfig, resumed: results.Run | None) -> list[str]:
+    """Return what a first look is compared with: the implementation of `transformers`, if that works here."""
+    if resumed is not None and resumed.plan is not None:
+        return [name for name in resumed.plan.implementations if name in added_baselines(resumed)]
     from mla.bench.subjects import transformers_layer
 
     try:
+        if importlib.util.find_spec("transformers") is None:
+            return []
         transformers_layer.require()
-    except transformers_layer.TransformersMissing as error:
-        note(f"transformers is skipped: {error}")
+        transformers_layer.transformers_model(config)
+    except Exception as error:  # noqa: BLE001  # of a library that the run does not need
+        note(f"transformers is skipped: {first_line(error) or type(error).__name__}")
         return []
     return ["transformers"]
 

@@ -31,14 +31,18 @@ MIN_PASSES, MIN_STEPS = EXTRA_PASSES, ENOUGH
 
 
 def shortened(
-    scenario: Scenario, variants: Sequence[Variant], ms: Mapping[str, float], most: float = math.inf
+    scenario: Scenario,
+    variants: Sequence[Variant],
+    ms: Mapping[str, float],
+    most: float = math.inf,
+    added: Sequence[str] = (),
 ) -> dict[str, tuple[Steps, str]]:
     """Return implementation -> what it runs, in the headline's way alone, and the clause that says so.
 
     `ms`: implementation -> milliseconds of one forward in its warm-up, the first one first; an implementation
     that is not in it keeps what is planned. So does one whose forwards take no more than `BASELINE_S` in all,
     or `SHARE` of those of the first implementation, or which cannot run less; unless time allows only for
-    `most` forwards of the headline.
+    `most` forwards of the headline. Those `added` to what was asked for are cut even if they are not slow.
     """
     shorter: dict[str, tuple[Steps, str]] = {}
     counts = [steps(variant, scenario) for variant in variants]
@@ -47,7 +51,7 @@ def shortened(
         first = next(iter(ms))
         if not ms[name]:
             continue
-        slow = ms[name] >= MUCH_SLOWER * ms[first]
+        slow = name in added or ms[name] >= MUCH_SLOWER * ms[first]
         allowed = max(1e3 * BASELINE_S, SHARE * planned * ms[first]) / ms[name] if slow else math.inf
         whole, has_variants = steps(HEADLINE, scenario), len(variants) > 1
         cut = planned > allowed

@@ -12,6 +12,9 @@ import msgspec
 from mla.bench.results import stats
 from mla.bench.results.schema import Agreement, Case, Cost, Latency, Run, Spread, Throughput, Timing
 
+# The fact of an environment that names baselines which nobody asked for: no exit code depends on them.
+ADDED = "added_baselines"
+
 _Named = TypeVar("_Named", Case, Agreement)
 
 # How the reason of a timing begins that nobody asked for, and for which no time was left.
@@ -38,6 +41,11 @@ def by_kind(case: Case) -> dict[str, Timing]:
         for timing in case.timings
     }
     return {name: timings[kind] for name, kind in KINDS.items() if kind in timings}
+
+
+def added_baselines(run: Run) -> set[str]:
+    """Return the implementations that joined a run though nobody asked for them."""
+    return set(filter(None, run.environment.get(ADDED, "").split(",")))
 
 
 def is_predicted(case: Case) -> bool:

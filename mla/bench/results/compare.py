@@ -19,6 +19,7 @@ from typing import Any
 
 from mla.bench.results.cases import (
     WORD,
+    added_baselines,
     is_predicted,
     label,
     planned_steps,
@@ -56,6 +57,7 @@ class Comparison:
     reason: str = ""
     note: str = ""  # which steps are compared, where a case has fewer
     passes: Interval | None = None  # the interval of the ratio of whole passes
+    added: bool = False  # a baseline that nobody asked for: no gate depends on it
 
     @property
     def _either(self) -> Case:
@@ -123,7 +125,7 @@ def compare_cases(base: Case, new: Case, noise: float = NOISE) -> Comparison:
     note, (base, new) = _note(base, new, cut), cut
     old, now = base.latency_ms, new.latency_ms
     if old is None or now is None or min(old.median, now.median) <= 0:
-        return Comparison(base, new, reason="only one side has a number", note=note)
+        return Comparison(base, new, reason="there are not two numbers to compare", note=note)
     ratio = now.median / old.median
     interval, passes = _ratio_interval(now.ci95, old.ci95, ratio), _passes_interval(base, new)
     verdict, reason = _verdict(interval, noise), ""
@@ -163,7 +165,12 @@ def compare(base: Run, new: Run, noise: float = NOISE) -> list[Comparison]:
             Comparison(other, case, reason=reason) if reason else compare_cases(other, case, noise)
         )
     missing = [case for which, case in known.items() if which not in met]
-    return comparisons + [Comparison(case, None, reason="missing from the new run") for case in missing]
+    comparisons += [Comparison(case, None, reason="missing from the new run") for case in missing]
+    added = {False: added_baselines(base), True: added_baselines(new)}
+    return [
+        replace(comparison, added=comparison.implementation in added[comparison.new is not None])
+        for comparison in comparisons
+    ]
 
 
 def key(case: Case) -> tuple[object, ...]:

@@ -189,7 +189,8 @@ class ScenarioRun:
         if not known.get(first):
             return {}
         times = {first: known[first], **known}
-        return yardstick.shortened(self._point, self._request.variants.timed, times, most)
+        timed, added = self._request.variants.timed, self._request.added
+        return yardstick.shortened(self._point, timed, times, most, added)
 
     def _failed(self, impl: Implementation, check: Check) -> None:
         """Keep the first failure of the run; the engine calls this once per wrong implementation."""

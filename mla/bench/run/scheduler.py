@@ -17,11 +17,12 @@ from mla.bench.measure.engine import Hooks, too_large
 from mla.bench.measure.target import MAX_S, TARGET_S, Target
 from mla.bench.plan.memory import MemoryPlan, available_memory
 from mla.bench.plan.request import Request, ScenarioPlan, empty_run
-from mla.bench.results.cases import label
+from mla.bench.results.cases import added_baselines, label
 from mla.bench.run.scenario_run import ScenarioRun
 from mla.bench.run.steering import Steering
 from mla.bench.run.watchdog import OVER_BUDGET, Watchdog
 from mla.bench.terminal.digits import number, quoted, unreliable
+from mla.bench.terminal.lines import ALONE
 from mla.bench.workload.implementations import parse_one
 from mla.bench.workload.scenario import spoken
 from mla.command import exit_codes
@@ -87,7 +88,7 @@ class _Scheduler:
                 return Outcome(self._result(), interrupted=True)
         result = self._result()
         nothing = not any(case.latency_ms for case in subjects(result.cases))
-        nothing &= not any(case.check.status in ("wrong", "doubtful") for case in result.cases)
+        nothing &= not any(case.check.status in ("wrong", "doubtful") for case in _asked_for(result))
         return Outcome(result, failure=self._refusal if nothing else None)
 
     def _visit(self, scenario: ScenarioPlan) -> Outcome | None:
@@ -192,9 +193,10 @@ class _Scheduler:
                 with self._watchdog.watching(scenario.name):
                     cases = work.measure(together)
             except Exception as error:
-                if self._request.setting.ranks is not None or not too_large(error):
+                added = self._watchdog.implementation in self._request.added
+                if self._request.setting.ranks is not None or not (added or too_large(error)):
                     raise
-                waiting = [*self._without_memory(work, scenario, together, error), *waiting]
+                waiting = [*self._after(error, work, scenario, together), *waiting]
                 continue
             self._keep(cases)
             done += cases
@@ -206,29 +208,39 @@ class _Scheduler:
         late = f"{OVER_BUDGET}: after the checks, no timed pass fitted into what was left"
         self._keep(work.not_run([case.implementation for case in cut], late))
 
-    def _without_memory(
-        self, work: ScenarioRun, scenario: ScenarioPlan, names: list[str], error: Exception
+    def _after(
+        self, error: Exception, work: ScenarioRun, scenario: ScenarioPlan, names: list[str]
     ) -> list[list[str]]:
-        """Return what is to be tried instead of implementations for which memory ran out: each alone."""
+        """Return what is tried again after an error: each alone where memory ran out, else all the others."""
         failure = failure_of(scenario.name, error)  # holds no frames, which would keep weights alive
         error.__traceback__ = None
         gc.collect()
         self._request.setting.backend.empty_cache()
-        if len(names) > 1:
+        if too_large(error) and len(names) > 1:
             note(f"{scenario.name} is not interleaved: memory ran out, so each implementation runs alone")
             return [[name] for name in names]
-        self._refusal = self._refusal or failure
+        failed = names[0] if len(names) == 1 else self._watchdog.implementation
+        if failed not in self._request.added:
+            self._refusal = self._refusal or failure
         reason = first_line(error) or type(error).__name__
-        note(f"{scenario.name}, {names[0]} is skipped: {reason}")
-        self._keep(work.not_run(names, reason))
-        return []
+        note(f"{scenario.name}, {failed} is skipped: {reason}")
+        self._keep(work.not_run([failed], reason))
+        rest = [name for name in names if name != failed]
+        return [rest] if rest else []
 
     def _hooks(self) -> Hooks:
         """Return the engine's hooks: what the user gave ends the passes, and else the time of a scenario."""
         budget = self._steering.budget
         given = self._request.counted or budget.seconds is not None
         target = Target() if given else Target(self._share(TARGET_S, 2 * TARGET_S), self._share(MAX_S, MAX_S))
-        return Hooks(budget.short, self._watchdog.enter, self._watchdog.beat, target=target)
+        return Hooks(
+            budget.short, self._watchdog.enter, self._watchdog.beat, alone=self._ran_alone, target=target
+        )
+
+    def _ran_alone(self, text: str) -> None:
+        """Keep with the result that passes were not interleaved to the end."""
+        facts = self._empty.environment
+        facts[ALONE] = "; ".join(filter(None, (facts.get(ALONE, ""), text)))
 
     def _share(self, each: float, most: float) -> float:
         """Return the seconds of the next scenario, of so many for each: what others left over, or lack."""
@@ -309,15 +321,18 @@ def failure_of(scenario: str, error: Exception) -> MLAError | BackendError:
 
 
 def verdict(outcome: Outcome) -> Exit:
-    """Return the exit code of a run, and say on stderr why it is not 0. Raises what made the run fail."""
+    """Return the exit code of a run, and say on stderr why it is not 0. Raises what made the run fail.
+
+    Baselines that nobody asked for do not count.
+    """
     if outcome.failure is not None:
         raise outcome.failure
     if outcome.interrupted:
         return end_early()
     if wrong := _cases(outcome, "wrong"):
-        note(f"wrong result: {wrong} disagreed with float64 and got no number")
+        note(f"wrong result: {wrong} got no number")
     if suspect := _cases(outcome, "doubtful"):
-        note(f"suspect timing: rejected for {suspect} (see above)")
+        note(f"suspect timing: {suspect} got no number")
     if wrong or suspect:
         return Exit.WRONG if wrong else Exit.DOUBTFUL
     if any(case.latency_ms for case in subjects(outcome.run.cases)):
@@ -330,8 +345,13 @@ def verdict(outcome: Outcome) -> Exit:
 
 def _cases(outcome: Outcome, status: str) -> str:
     """Return the number of cases with a status, such as "1 case"; "" if there is none."""
-    count = sum(case.check.status == status for case in outcome.run.cases)
+    count = sum(case.check.status == status for case in _asked_for(outcome.run))
     return f"{count} case{'s' * (count > 1)}" * bool(count)
+
+
+def _asked_for(run: results.Run) -> list[results.Case]:
+    added = added_baselines(run)
+    return [case for case in run.cases if case.implementation not in added]
 
 
 def subjects(cases: Sequence[results.Case]) -> list[results.Case]:

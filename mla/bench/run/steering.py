@@ -13,17 +13,18 @@ from mla.bench import results
 from mla.bench.plan import options as commands
 from mla.bench.plan.options import RunOptions
 from mla.bench.plan.request import Request, ScenarioPlan
-from mla.bench.results.cases import due
+from mla.bench.results.cases import ADDED, due, planned_steps
 from mla.bench.results.file import printable
 from mla.bench.results.schema import Case, Run
 from mla.bench.run.keeper import Keeper
 from mla.bench.run.watchdog import OVER_BUDGET, Budget
-from mla.bench.terminal.lines import OTHERS
+from mla.bench.terminal.lines import ALONE, OTHERS
 from mla.command import files, last_words, launcher
 from mla.command.console import Note, note
 from mla.command.exit_codes import Exit
 from mla.errors import ResultError
 from mla.failures import file
+from mla.text import dtype_name
 
 Show = Callable[[results.Run], None]
 # Seconds without a forward after which a device is assumed to hang.
@@ -159,11 +160,7 @@ def kept_cases(path: Path, old: Run, now: Run, scenarios: Sequence[ScenarioPlan]
         if plan is None or case.implementation not in old.plan.implementations:
             reasons.append(f"only it has a case '{case.scenario}, {case.implementation}'")
         elif _complete(case, plan.point.rounds):
-            where, ops = (
-                f" of case '{case.scenario}, {case.implementation}'",
-                plan.ops.get(case.implementation),
-            )
-            reasons += [] if ops is None else _changes(case.ops, ops, missing="no op", where=where)
+            reasons += _case_changes(case, plan)
             kept.append(case)
     if reasons:
         raise ResultError(
@@ -186,8 +183,7 @@ def _warning(old: Run, now: Run) -> str:
 
 def _mark(old: Run, now: Run, remark: str) -> None:
     """Keep in the completed file what disturbed the kept cases: other load, this warning and earlier ones."""
-    if load := old.environment.get(OTHERS):
-        now.environment[OTHERS] = load
+    now.environment.update({key: old.environment[key] for key in (OTHERS, ALONE) if key in old.environment})
     remarks = [old.environment.get(MARK, ""), remark]
     if any(remarks):
         now.environment[MARK] = "; ".join(filter(None, dict.fromkeys(remarks)))
@@ -231,11 +227,32 @@ def _facts(run: Run) -> dict[str, str]:
         **{f"config's {name}": value for name, value in run.config.items()},
     }
     for key, value in run.environment.items():
-        if not launcher.is_fact(key) and not key.startswith(REPORTED) and key not in (MARK, OTHERS):
+        if (
+            not launcher.is_fact(key)
+            and not key.startswith(REPORTED)
+            and key not in (MARK, OTHERS, ADDED, ALONE)
+        ):
             facts[key] = value
     if threads := run.environment.get("torch_threads"):
         facts.setdefault("OMP_NUM_THREADS", threads)  # which torchrun sets, and srun does not
     return {name: str(value) for name, value in facts.items() if value is not None}
+
+
+def _case_changes(case: Case, plan: ScenarioPlan) -> list[str]:
+    """Return what a kept case was not measured as."""
+    point, where = plan.point, f" of case '{case.scenario}, {case.implementation}'"
+    planned = {
+        "query_lens": list(point.query_lens),
+        "history": list(point.history),
+        "steps_per_pass": point.steps,
+        "dtype": dtype_name(plan.setting.dtype),
+        "heads": plan.setting.config.num_attention_heads,
+        "layers": point.layers,
+    }
+    measured = {name: getattr(case, name) for name in planned} | {"steps_per_pass": planned_steps(case)}
+    ops = plan.ops.get(case.implementation)
+    differ = [] if ops is None else _changes(case.ops, ops, missing="no op", where=where)
+    return _changes(measured, planned, missing="", where=where) + differ
 
 
 def _scenario_changes(old: results.Plan, now: results.Plan) -> list[str]:

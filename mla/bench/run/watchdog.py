@@ -50,7 +50,7 @@ class Watchdog:
         self._limit, self._hung = limit, hung
         self._beats = 0
         self._scenario: str | None = None
-        self._implementation = ""
+        self.implementation = ""  # that runs, or ran last
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -76,7 +76,7 @@ class Watchdog:
 
     def enter(self, implementation: str) -> None:
         """Record which implementation runs."""
-        self._implementation = implementation
+        self.implementation = implementation
         self.beat()
 
     def beat(self) -> None:
@@ -90,5 +90,5 @@ class Watchdog:
             quiet = quiet + 1 if scenario is not None and seen == self._beats else 0
             seen = self._beats
             if scenario is not None and quiet >= LOOKS:
-                self._hung(scenario, self._implementation)
+                self._hung(scenario, self.implementation)
                 return

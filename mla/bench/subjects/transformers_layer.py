@@ -7,6 +7,7 @@ forward for all layers. The class that computes a config is chosen here, and the
 from __future__ import annotations
 
 import importlib
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,10 +23,14 @@ from mla.bench.workload.scenario import Scenario
 from mla.config import DIMENSIONS, LongRopeScaling, MLAConfig, QueryScaling, YarnScaling
 from mla.errors import MLAError
 from mla.verify.layer_oracle import State
+from mla_backends.errors import first_line
+
+# The oldest release whose classes and caches are those that are used here.
+OLDEST = (5, 20)
 
 
 class TransformersMissing(MLAError):
-    """`transformers` is not installed, too old, or refuses this torch."""
+    """`transformers` is not installed, too old, broken, or refuses this torch."""
 
 
 class TransformersLayer(LayerImplementation):
@@ -108,6 +113,8 @@ def require() -> Any:
     with _missing_is_said():
         from transformers import DynamicCache, __version__
         from transformers.utils.import_utils import is_torch_available
+    if tuple(map(int, re.findall("[0-9]+", __version__)[:2])) < OLDEST:
+        raise TransformersMissing(_needed(f"{__version__} is installed"))
     if not is_torch_available():  # each release has an oldest torch, below which it runs without models
         raise TransformersMissing(
             f"implementation 'transformers' needs a newer torch: transformers {__version__} does not work "
@@ -118,16 +125,26 @@ def require() -> Any:
 
 @contextmanager
 def _missing_is_said() -> Iterator[None]:
-    """Import quietly inside the block. Raises `TransformersMissing` for what cannot be imported."""
+    """Import quietly inside the block. Raises `TransformersMissing` for what cannot be imported.
+
+    A library that `transformers` imports may raise other errors, such as torchvision of another torch.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except ImportError as error:
+        raise TransformersMissing(_needed(str(error))) from error
+    except (OSError, RuntimeError) as error:
         raise TransformersMissing(
-            "implementation 'transformers' needs transformers >= 5.20: "
-            f"`pip install 'transformers>=5.20'` ({error})."
+            f"implementation 'transformers' cannot be imported: {first_line(error)}."
         ) from error
+
+
+def _needed(why: str) -> str:
+    release = ">= {}.{}".format(*OLDEST)
+    pip = f"`pip install 'transformers{release.replace(' ', '')}'`"
+    return f"implementation 'transformers' needs transformers {release}: {pip} ({why})."
 
 
 # ----------------------------------------------------------------------------- the class of a config

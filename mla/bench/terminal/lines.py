@@ -24,6 +24,8 @@ MANY, LONG = 0.01, 10.0
 BUSY = ("not settled", "noisy", "drifts", "outliers")
 # The fact of an environment that says how many CPUs others used, such as "1.6 of 2"; absent if they are idle.
 OTHERS = "cpus_used_by_others"
+# The fact that says which passes ran without another implementation, for which no time was left.
+ALONE = "passes_alone"
 
 
 def name(case: Case) -> str:
@@ -122,6 +124,8 @@ def folded_warnings(run: Run) -> list[str]:
         str(Warned(kind, places[0] + f" and {len(places) - 1} more" * (len(places) > 1), text))
         for (kind, text), places in groups.items()
     ]
+    if run.environment.get(ALONE):
+        lines.append(f"some passes of {run.cases[0].implementation} ran alone (-v)")
     return [*_busy(run), *lines]
 
 
@@ -144,11 +148,11 @@ def _busy(run: Run) -> Iterator[str]:
 
 
 def _lacks_passes(case: Case) -> bool:
-    """Return whether a case has no interval, because fewer passes were timed than were planned."""
+    """Return whether a case has no interval, for lack of time: not for an interrupt or a --budget."""
     planned, latency = case.planned, case.latency_ms
-    return (
-        planned is not None and latency is not None and latency.ci95 is None and case.passes < planned.passes
-    )
+    if planned is None or latency is None or case.interrupted:
+        return False
+    return latency.ci95 is None and planned.due <= case.passes < planned.passes
 
 
 def of_case(case: Case) -> Iterator[Warned]:

@@ -373,6 +373,15 @@ def earlier_outputs(trial: Trial, example: OpCase) -> None:
         trial.play(*cases, order=in_order(*turns, *turns[::-1], *turns[::2]), early=True)
 
 
+@op_check("new_contents", "state", "a result or an input that is remembered by its address", EXAMPLES)
+def new_contents(trial: Trial, example: OpCase) -> None:
+    """Tensors whose contents have changed in place are read again, and outputs are written again."""
+    for case in dict.fromkeys((example, example.but(biased=example.kind == "linear"))):
+        with trial.case(case.label):  # with one packed weight, and outputs that hold numbers before
+            other = case.but(seed=1, others=0 if case.entry.packed else None)
+            trial.play(case, other, order=in_order(0, 1, 0), one_memory=True, states=(0, 0), held=0.0)
+
+
 @op_check("call_before", "state", "scratch memory that still holds something of the call before", EXAMPLES)
 def call_before(trial: Trial, example: OpCase) -> None:
     """A call whose numbers are small is right after one whose numbers are large."""

@@ -15,7 +15,7 @@ def test_it_requires_no_torch() -> None:
     """pip would replace the vendor's build of it. An editable install requires `editables` as well."""
     required = metadata.requires("mla-backend-iluvatar") or []
     always = [one for one in required if "extra" not in one and not one.startswith("editables")]
-    assert always == ["mla-backends<0.2,>=0.1"]
+    assert always == ["mla-backends<0.2,>=0.1", "mla-bench<0.2,>=0.1"]
 
 
 def test_another_vendors_torch_is_a_sentence() -> None:

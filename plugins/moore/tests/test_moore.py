@@ -21,7 +21,7 @@ def test_it_requires_no_torch() -> None:
     """pip would replace the vendor's build of it. An editable install requires `editables` as well."""
     required = metadata.requires("mla-backend-moore") or []
     always = [one for one in required if "extra" not in one and not one.startswith("editables")]
-    assert always == ["mla-backends<0.2,>=0.1"]
+    assert always == ["mla-backends<0.2,>=0.1", "mla-bench<0.2,>=0.1"]
     (monitor,) = (one for one in required if "extra" in one)
     assert monitor.startswith("mthreads-ml-py")  # not pymtml, which is another's package
 

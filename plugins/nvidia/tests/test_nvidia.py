@@ -29,6 +29,7 @@ def test_it_requires_torch_and_nothing_of_a_vendor() -> None:
     always = {one for one in required if "extra" not in one and not one.startswith("editables")}
     assert always == {
         "mla-backends<0.2,>=0.1",
+        "mla-bench<0.2,>=0.1",
         "numpy",
         "torch>=2.4",
     }

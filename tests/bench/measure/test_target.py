@@ -89,11 +89,13 @@ def measured(
     most: float = math.inf,
     script: Callable[[int], float] = a_second,
     say: Callable[[str], None] = lambda text: None,
+    alone: Callable[[str], None] = lambda text: None,
     variants: tuple[Variant, ...] = (HEADLINE,),
 ) -> dict[str, Measurement]:
     """Time these, none of which is shortened; "first" is the run's first."""
     Slow.now, Slow.forwards, Slow.seconds = 0.0, 0, staticmethod(script)
-    hooks = Hooks(say=say, detail=say, target=Target(seconds, most, lambda: Slow.now), first="first")
+    limits = Target(seconds, most, lambda: Slow.now)
+    hooks = Hooks(say=say, detail=say, alone=alone, target=limits, first="first")
     return bench.measure(*(Slow(bench, name) for name in names), hooks=hooks, variants=Variants(variants))
 
 
@@ -183,11 +185,12 @@ def test_a_prefill_keeps_the_forwards_of_its_headline(make_bench: MakeBench) -> 
 
 
 def test_passes_of_the_first_that_ran_without_the_other_are_counted(make_bench: MakeBench) -> None:
-    bench, said = make_bench(LONG), list[str]()
-    measured(bench, "first", "other", most=150, say=said.append)
+    bench, said, kept = make_bench(LONG), list[str](), list[str]()
+    measured(bench, "first", "other", most=150, say=said.append, alone=kept.append)
     after = [*reversed(bench.order())].index("other")
     assert after > 1
     alone = [text for text in said if "ran without it" in text]
+    assert kept == alone
     assert alone in (
         [f"d, other: the last {count} passes of first ran without it"] for count in (after - 1, after)
     )

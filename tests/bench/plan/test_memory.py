@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from faulty_backend import FaultyOp
 
 import mla
 from mla.bench.measure.passes import sweep
@@ -23,6 +24,7 @@ from mla.bench.workload.grid import Point
 from mla.layer.plan import WORKSPACE_BYTES
 from mla.reference import REFERENCE
 from mla.weights import random_state_dict
+from mla_backends.api import Packed
 from mla_backends.testing import HostBackend
 
 Bench = Callable[..., Any]
@@ -52,6 +54,56 @@ def test_the_history_exists_twice_on_the_host() -> None:
     ]
     one, sixteen = (plan.memory for plan in plan_scenarios(setting, points, ["mla"])[0])
     assert sixteen.host - one.host >= 2 * 15 * 4000 * config.latent_dim * setting.dtype.itemsize
+
+
+class Copying(FaultyOp):
+    """An op that keeps a copy of its weight, as one with a layout of its own does."""
+
+    def pack(self, weight: torch.Tensor) -> Packed:
+        return super().pack(weight.clone(memory_format=torch.contiguous_format))
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize(
+    ("names", "exact"),
+    [
+        (["mla", "mla[latent_attention=reference]"], True),
+        (["mla", "mla[o_proj=reference]", "mla[qkv_a_proj=reference,o_proj=reference]"], True),
+        (["mla", "mla[w_uk=reference]", "mla[w_uv=reference]"], False),  # whose views keep all of kv_b
+        (["mla", "mla[linear=reference]"], False),
+    ],
+)
+def test_the_plan_subtracts_the_weights_that_implementations_share(
+    names: list[str], exact: bool, layers: int
+) -> None:
+    config = mla.MLAConfig(hidden_size=64, num_attention_heads=2, kv_lora_rank=32)
+    offered = {kind: Copying(kind, "none") for kind in ("linear", "batched_linear")}
+    setting = Setting(config, HostBackend(ops=offered), torch.float32, "auto", 16, 0)
+    point = Point(name="d", base="d", mode="decode", query_lens=(1,), history=(3,), runs=2, layers=layers)
+    (plan,), _ = plan_scenarios(setting, [point], names)
+    fixture = make_fixture(plan.setting, plan.point)
+    fixture.prepare()
+    layers_built = [fixture.build(name) for name in names]
+    held = {
+        packed.data.untyped_storage().data_ptr(): packed.data.untyped_storage().nbytes()
+        for impl in layers_built
+        for layer in impl.layers  # type: ignore[attr-defined]
+        for packed in layer._weights.packed.values()
+    }
+    saved = sum(impl.facts().weight_bytes for impl in layers_built) - sum(held.values())
+    planned = memory.shared_bytes(plan.setting, names, fused=False)
+    assert planned == saved if exact else planned < saved
+    each, reference = plan.memory.per_implementation, plan.memory.per_reference
+    shared = memory.shared_bytes(plan.setting, names, fused=True)
+    assert plan.memory.device_bytes(len(names)) == len(names) * each + reference - shared
+
+
+def test_other_implementations_share_no_weights() -> None:
+    config = mla.MLAConfig(hidden_size=64, num_attention_heads=2, kv_lora_rank=32)
+    setting = Setting(config, HostBackend(), torch.float32, "auto", 16, 0)
+    point = Point(name="d", base="d", mode="decode", query_lens=(1,), history=(3,), runs=2)
+    (plan,), _ = plan_scenarios(setting, [point], ["mla", "transformers"])
+    assert plan.memory.device_bytes(2) == 2 * plan.memory.per_implementation
 
 
 def test_the_judging_reference_has_one_layer() -> None:

@@ -44,6 +44,14 @@ def test_a_step_that_takes_a_second_leaves_three_of_them_in_a_pass() -> None:
     assert (plan.passes, plan.run) == (6, range(MIN_STEPS))
 
 
+def test_a_baseline_that_nobody_asked_for_is_cut_though_it_is_not_slow() -> None:
+    ms = {"mla": 100.0, "transformers": 150.0}
+    assert shortened(PREFILL, VARIANTS, ms) == {}
+    plan, reason = shortened(PREFILL, VARIANTS, ms, added=["transformers"])["transformers"]
+    assert plan.passes == MIN_PASSES
+    assert reason.endswith(", and no other timings")
+
+
 def test_what_cannot_run_less_is_not_cut() -> None:
     least = Scenario(name="own", mode="decode", query_lens=(1,), history=(64,), runs=3, passes=6)
     ms = {"mla": 5.0, "other": 1000.0}
