@@ -37,6 +37,7 @@ SMALL = (32, 8, 16, 12)
 ORDERS = ("shuffled", "rising", "falling", "a run", "a shuffled run")  # of slots
 HEADS = (1, 2, 3, 4, 5, 8, 12, 15, 16, 17, 20, 24, 31, 32, 33, 40, 48, 63, 64, 65, 96, 127, 128, 130)
 MORE_HEADS = (4, 16, 64, 128)  # what an op is given that refuses fewer
+FEW_GROUPS = 4  # ... and one that refuses more
 # The most numbers of operands, and pairs of a query and a key, that a case has, times one of ROOMS.
 NUMBERS, LOGITS, ROOMS, LONG_ROOM, HUGE_ROOM = 1 << 16, 1 << 15, (1, 1, 1, 2, 4, 16), 8, 128
 MAX_REQUESTS, MAX_KEYS, HUGE = 300, 5000, (1 << 17) + 70
@@ -186,10 +187,12 @@ class Field:
         return [size for size in PAGE_SIZES if self.takes(spec, (1,), (size,), size)] or [*PAGE_SIZES]
 
     def served(self, spec: Any) -> Any:
-        """Return the spec, its widths rounded up to the first multiple that the op serves, if any."""
+        """Return the spec in widths that the op serves, and with few groups if it serves no more."""
         names = [name for name in ("in_features", "out_features", "features") if hasattr(spec, name)]
+        few = [replace(spec, groups=min(spec.groups, FEW_GROUPS))] if hasattr(spec, "groups") else []
         rounded = (
-            replace(spec, **{name: -(-getattr(spec, name) // step) * step for name in names})
+            replace(tried, **{name: -(-getattr(spec, name) // step) * step for name in names})
+            for tried in (spec, *few)
             for step in MULTIPLES
         )
         return next(filter(self.serves, rounded), replace(spec, **dict.fromkeys(names, 512)))
@@ -217,9 +220,10 @@ def linear_case(draw: Draw, field: Field) -> OpCase:
         inputs, outputs = (outputs, inputs) if draw(st.booleans()) else (inputs, outputs)
     spec = field.served(LinearSpec(inputs, outputs, groups, field.dtype, field.device))
     inputs, outputs = spec.in_features, spec.out_features
-    groups = max(1, min(groups, 4 * NUMBERS // (inputs * outputs)))
+    groups = max(1, min(spec.groups, 4 * NUMBERS // (inputs * outputs)))
     spec = spec if groups == spec.groups else replace(spec, groups=groups)
-    rows = min(some_rows(draw, groups * max(inputs, outputs)), MAX_PRODUCTS // (groups * inputs * outputs))
+    rows = some_rows(draw, groups * max(inputs, outputs))
+    rows = min(rows, max(1, MAX_PRODUCTS // (groups * inputs * outputs)))
     biased = field.kind == "linear" and draw(st.booleans())
     return OpCase(field.kind, spec, (rows,), (rows,), stress=Stress(), biased=biased)
 

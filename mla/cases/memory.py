@@ -11,7 +11,7 @@ import torch
 Tensors = dict[str, torch.Tensor]
 
 GUARD = 32  # rows before and behind a tensor, where a kernel writes that rounds its rows up
-ALIGNED, MOST_BESIDE = 64, 1 << 14  # numbers: pieces begin at multiples, and have as many beside them at most
+ALIGNED, MAX_BESIDE = 64, 1 << 14  # numbers: pieces begin at multiples, and have as many beside them at most
 
 # Bound before any plugin loads, which may replace methods of torch.
 _empty_like, _copy, _fill = torch.empty_like, torch.Tensor.copy_, torch.Tensor.fill_
@@ -231,17 +231,19 @@ class Piece:
         gaps: tuple[int, int, int] = (0, 0, 0),
         guard: int = GUARD,
         fill: float = math.nan,
+        beside: int = MAX_BESIDE,
     ) -> None:
         """`gaps`: numbers before the first, behind every row, and behind every part of a row.
 
-        `guard`: rows of nobody before and behind. In integers, NaN is their largest.
+        `guard`: rows of nobody before and behind, of `beside` numbers at most. In integers, NaN is their
+        largest.
         """
         stride = [1] * len(shape)
         for dim in range(len(shape) - 2, -1, -1):
             behind = gaps[1] if dim == 0 else gaps[2]
             stride[dim] = stride[dim + 1] * max(1, shape[dim + 1]) + behind
         row = stride[0] if len(shape) > 1 else 1
-        beside = -(-min(guard * row, MOST_BESIDE) // ALIGNED) * ALIGNED
+        beside = -(-min(guard * row, beside) // ALIGNED) * ALIGNED
         before, count = beside + gaps[0], 2 * beside + -(-(gaps[0] + shape[0] * row) // ALIGNED) * ALIGNED
         self.whole = torch.full((count,), _of_dtype(fill, dtype), dtype=dtype, device=device)
         self.part = self.whole.as_strided(tuple(shape), tuple(stride), before)

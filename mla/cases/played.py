@@ -15,6 +15,7 @@ from mla.cases.call import Call
 from mla.cases.case import OpCase
 from mla.cases.memory import (
     GUARD,
+    MAX_BESIDE,
     PLAIN,
     Layout,
     Pages,
@@ -34,6 +35,7 @@ from mla_backends.api import FusedOp, Packed
 
 CPU = torch.device("cpu")
 OUTPUTS = ("out", "lse")
+GUARD_BYTES = 8 << 20  # before and behind an output that one call writes: whole rows but of the widest
 AROUND = 77.0  # what outputs lie in; neither 0 nor NaN, which is what is written by mistake
 NOISE = 4 * 2.0**-24  # of a sum of products in fp32, relative to the sizes of what is multiplied
 UNDERFLOW = 1e-30  # of values, relative to others: a weight may be as small, or 0
@@ -103,7 +105,7 @@ class Host:
     @functools.cached_property
     def errors(self) -> Tensors:
         """Those of the reference as well, which runs where the others are not enough."""
-        call = Laid(self.case, REFERENCE[self.case.kind], host=self)
+        call = Laid(self.case, REFERENCE[self.case.kind], Scene((self.case,)), host=self)
         call.prepare()
         call.run()
         errors = self.entry.errors(call.results(), self.truth)
@@ -136,13 +138,18 @@ _hosts: dict[OpCase, Host] = {}  # the last used are last
 MAX_HOSTS, MAX_NUMBERS = 64, 1 << 25  # and numbers in all of them; the last is kept whatever it has
 
 
-def host_of(case: OpCase) -> Host:
-    """Return the host's side of a case, wherever its call lies. It is kept for other ops and layouts."""
+def on_host(case: OpCase) -> OpCase:
+    """Return the case as the host has it: a device under test does not vouch for itself."""
     spec, of = dataclasses.replace(case.spec, device=CPU), case.layout
     layout = PLAIN  # but for pages that hold keys of several requests, or several times
     if of.repeated or any(of.shared):
         layout = Layout(page_size=of.page_size, shared=of.shared, of_first=of.of_first, repeated=of.repeated)
-    case = dataclasses.replace(case, spec=spec, layout=layout)
+    return dataclasses.replace(case, spec=spec, layout=layout)
+
+
+def host_of(case: OpCase) -> Host:
+    """Return the host's side of a case, wherever its call lies. It is kept for other ops and layouts."""
+    case = on_host(case)
     _hosts[case] = kept = _hosts.pop(case, None) or Host(case)
     while len(_hosts) > 1 and (
         len(_hosts) > MAX_HOSTS or sum(host.numbers for host in _hosts.values()) > MAX_NUMBERS
@@ -165,16 +172,15 @@ class Laid(Call):
         host: Host | None = None,
         packed: Packed | None = None,
     ) -> None:
-        """`scene`: of which it is a part. `host`: the case's host side, unless it is drawn."""
+        """`scene`: of which it is a part, if of any. `host`: the case's host side, unless it is drawn."""
+        self.alone = scene is None
         scene = scene or Scene((case,))
         self.pieces: dict[str, Piece] = {}
         self.worst = 0.0  # the largest error over its bound
         super().__init__(host or host_of(case), op, case.spec, case, packed)  # type: ignore[arg-type]
         self.pieces.pop("weight" if self.pool.entry.packed else "", None)  # as long as what is packed lives
         for name, before in self.pool.entry.blank(case).items():
-            self.lay(name, before, AROUND)
-            if name in OUTPUTS:
-                self.arguments[name].fill_(scene.held)
+            self.lay(name, before.fill_(scene.held) if name in OUTPUTS else before, AROUND)
         if not scene.lse:
             self.replace(lse=None)
         if scene.in_place:
@@ -190,7 +196,10 @@ class Laid(Call):
         if self.case.layout.apart and tensor.dim() == 3 and name != "cache":
             return scattered(tensor, self.device, self.case.layout.apart)
         gaps, rows = self.case.layout.gaps.get(name, (0, 0, 0)), 1 if name == "cache" else guard
-        piece = self.pieces[name] = Piece(tensor.shape, self.case.dtype(name), self.device, gaps, rows, fill)
+        dtype, beside = self.case.dtype(name), MAX_BESIDE
+        if self.alone and name in (*OUTPUTS, "cache"):
+            beside = GUARD_BYTES // dtype.itemsize
+        piece = self.pieces[name] = Piece(tensor.shape, dtype, self.device, gaps, rows, fill, beside)
         return piece.part.copy_(tensor)
 
     def weight(self) -> torch.Tensor:

@@ -73,7 +73,11 @@ Exit codes:
     help="Check only this dtype; repeatable.",
 )
 @what_to_run("--only", metavar="PATTERN", multiple=True, help="Run only these checks or cases; repeatable.")
-@how("--quick", is_flag=True, help="A smaller grid of shapes, in about a minute; every check still runs.")
+@how(
+    "--quick",
+    is_flag=True,
+    help="A smaller grid of shapes, about a minute on two idle CPUs; every check still runs.",
+)
 @how(
     "--minutes",
     type=click.FloatRange(0, min_open=True),

@@ -34,6 +34,7 @@ HOPELESS, SHARE = 60, 20
 SHRINKING = 60.0  # seconds for the search of a smaller case, beside those for drawing
 BYTES = 1 << 13  # that a case is made of, at most
 MOST_WORDS = 6  # of an axis, on the card
+FORMAT = "draws-2"  # first in a file of numbers; raise it where `mla.cases.drawn` makes other cases of them
 FOLDER = "drawn"  # of the failures that are kept, in that of `--dump-failure`
 RARELY = "the same case was right when it ran again: the op is not always wrong"
 
@@ -193,18 +194,25 @@ def kept_numbers(file: Path) -> list[int]:
     except (OSError, ValueError) as error:
         note(f"'{file}' cannot be read, so that no earlier failure comes first: {reason_of(error)}.")
         return []
-    numbers = [int(word) for word in words if re.fullmatch("[0-9]{1,18}", word)]
-    if len(numbers) < len(words):
-        note(f"'{file}' is damaged: {len(words) - len(numbers)} of {len(words)} words in it are no numbers.")
+    if words and words[0] != FORMAT:
+        note(f"'{file}' is ignored: the suite that wrote it drew other cases.")
+        return []
+    numbers = [int(word) for word in words[1:] if re.fullmatch("[0-9]{1,18}", word)]
+    if bad := len(words[1:]) - len(numbers):
+        note(f"'{file}' is damaged: {bad} of {len(words) - 1} words in it are no numbers.")
     return list(dict.fromkeys(numbers))
 
 
 def _keep(file: Path, number: int) -> None:
-    """Add the number of a draw that failed; where that cannot be, it is said on stderr."""
+    """Add the number of a draw that failed, in place of those of another format.
+
+    What keeps it from being written is said on stderr.
+    """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a") as lines:
-            lines.write(f"{number}\n")
+        ours = file.is_file() and file.read_bytes().split()[:1] == [FORMAT.encode()]
+        with file.open("a" if ours else "w") as lines:
+            lines.write(f"{number}\n" if ours else f"{FORMAT}\n{number}\n")
     except OSError as error:
         note(f"'{file}' cannot be written, so that draw {number} is not kept: {reason_of(error)}.")
 

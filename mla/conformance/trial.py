@@ -16,7 +16,7 @@ import torch
 
 from mla.cases.case import OpCase
 from mla.cases.memory import NoRoom, Tensors
-from mla.cases.played import Host, Laid, Player, Scene
+from mla.cases.played import Host, Laid, Player, Scene, on_host
 from mla.conformance.report import Drawn
 from mla.errors import UnsupportedBatch
 from mla.layer.ops import Say, preflight_reasons
@@ -202,7 +202,7 @@ class Trial:
         """
         case = case.but(dtype=self.dtype, device=self.device)
         op = self.require_case(case)
-        return Laid(case, op, packed=packed, host=None if given is None else Host(case, given))
+        return Laid(case, op, packed=packed, host=None if given is None else Host(on_host(case), given))
 
     def check(self, call: Laid, only: Sequence[str] = ()) -> None:
         """Make a call and judge it: its results, those in `only` if there are any. Raises `CheckFailed`."""

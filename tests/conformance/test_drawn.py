@@ -18,7 +18,7 @@ from mla.cases.stress import Stress, slots
 from mla.command.options import BackendOptions
 from mla.conformance import suite
 from mla.conformance.cli import main
-from mla.conformance.drawn import Search
+from mla.conformance.drawn import FORMAT, Search
 from mla.conformance.report import CheckResult, decode
 from mla.conformance.selection import Xfails
 from mla.conformance.suite import Asked, Suite
@@ -298,6 +298,33 @@ def test_draws_are_those_that_are_judged(judge: Run, sound: Any) -> None:
     assert drawn(judge, sound(ops={"mine": Never()}), "rms_norm", FEW).status == "refused"
 
 
+class FewGroups(type(REFERENCE["batched_linear"])):  # type: ignore[misc]
+    """Serves up to 4 groups."""
+
+    def __init__(self) -> None:
+        self.groups: list[int] = []
+
+    def unsupported_reasons(self, spec: Any) -> list[str]:
+        return ["it serves 4 groups"] if spec.groups > 4 else []
+
+    def __call__(self, packed: Any, *, x: torch.Tensor, out: torch.Tensor) -> None:
+        self.groups.append(x.shape[1])
+        super().__call__(packed, x=x, out=out)
+
+
+def test_an_op_of_few_groups_is_drawn_for_with_as_many_as_it_serves(judge: Run, sound: Any) -> None:
+    op = FewGroups()
+    drawn(judge, sound(ops={"mine": op}), "batched_linear", FEW)
+    assert op.groups.count(4) > FEW / 4
+
+
+def test_the_largest_products_have_a_row(judge: Run, sound: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mla.cases.drawn.MAX_PRODUCTS", 1)
+    counted = drawn(judge, sound(ops={"mine": REFERENCE["linear"]}), "linear", FEW).drawn
+    assert counted is not None
+    assert not counted.along["rows"].startswith("0 .. 0")
+
+
 def test_cases_that_differ_in_memory_alone_are_drawn_both() -> None:
     from hypothesis import strategies as st
 
@@ -364,24 +391,34 @@ def test_what_depends_on_the_output_is_kept(
     assert "the first wrong call is kept" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", ["damaged", "folder"])
+KEPT = {
+    "damaged": (f"{FORMAT}\n3\nx7\n", "is damaged: 1 of 2 words"),
+    "old": ("3\n7\n", "is ignored: the suite that wrote it drew other cases"),
+    "folder": ("", "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("damage", KEPT)
 def test_kept_numbers_that_cannot_be_used_are_no_fault_of_the_op(
     sound: Any, judge: Run, tmp_path: Path, capsys: Any, damage: str
 ) -> None:
     file = tmp_path / "drawn" / "rms_norm-mine-float32-.txt"
     file.parent.mkdir()
+    text, reason = KEPT[damage]
     if damage == "folder":
         file.mkdir()
     else:
-        file.write_text("3\nx7\n")
+        file.write_text(text)
     result = drawn_into(judge, sound(ops={"mine": REFERENCE["rms_norm"]}), tmp_path)
     assert result.status == "incomplete"
     wrong = drawn_into(judge, sound(ops={"mine": Rarely()}), tmp_path, 300)
     assert "rows are wrong" in wrong.failures[0].reason
     said = capsys.readouterr().err
     assert str(file) in said
-    assert ("is damaged: 1 of 2 words" if damage == "damaged" else "cannot be read") in said
+    assert reason in said
     assert ("cannot be written" in said) == (damage == "folder")
+    if damage == "old":
+        assert re.fullmatch(rf"{FORMAT}\n\d+\n", file.read_text())
 
 
 def drawn_into(judge: Run, backend: Any, folder: Path, count: int = FEW) -> CheckResult:

@@ -1,15 +1,22 @@
-"""The numbers of cases: right operands of any pattern are finite, so that no right op is called wrong."""
+"""What cases hold: finite numbers, and memory around outputs that takes stray writes."""
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
+from wrong_ops.places import rounds_rows_up
 
 from mla.cases.case import OpCase
-from mla.cases.played import CPU, Host
+from mla.cases.memory import Layout
+from mla.cases.played import CPU, Host, Laid, Scene
 from mla.cases.stress import Stress
 from mla.cases.values import patterns_of
-from mla_backends.api import AttentionSpec
+from mla.conformance.trial import BackendUnderTest, Trial
+from mla.reference import REFERENCE
+from mla_backends.api import AttentionSpec, NormSpec
 
 SPEC = AttentionSpec(2, 32, 400, 8, 12, 0.5 * 408**-0.5, torch.float16, CPU)
 
@@ -21,3 +28,39 @@ def test_a_small_scale_asks_for_no_query_beyond_fp16(kind: str) -> None:
         host = Host(case)
         for tensors in (host.given, host.truth):
             assert all(bool(numbers.isfinite().all()) for numbers in tensors.values()), pattern
+
+
+NORM = OpCase("rms_norm", NormSpec(7168, torch.float32, CPU), (3,), (3,), stress=Stress())
+
+
+def test_rows_behind_a_wide_output_are_the_suites_own() -> None:
+    assert (
+        Laid(NORM, rounds_rows_up("rms_norm", 32)).call() == "memory behind the last row of `out` was written"
+    )
+    piece = Laid(NORM, REFERENCE["rms_norm"]).pieces["out"]
+    assert piece.whole.numel() - piece.part.storage_offset() >= (3 + 32) * 7168
+
+
+def test_outputs_far_apart_are_filled_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stack may count places in 32 bits: then one call fills others."""
+    fill = torch.Tensor.fill_
+
+    def nearby(tensor: torch.Tensor, value: Any) -> torch.Tensor:
+        assert tensor.stride(0) < 1 << 20
+        return fill(tensor, value)
+
+    monkeypatch.setattr(torch.Tensor, "fill_", nearby)
+    case = OpCase("expanded_attention", SPEC, (2, 1), (5, 9), stress=Stress(), layout=Layout(apart=1 << 20))
+    for held in (math.nan, 1.0):
+        out = Laid(case, REFERENCE[case.kind], Scene((case,), held=held)).arguments["out"]
+        assert torch.equal(out.isnan(), torch.full(out.shape, math.isnan(held)))
+
+
+def test_a_device_does_not_compute_the_errors_it_may_have(sound: Any) -> None:
+    case = NORM.but(device=torch.device("meta"), layout=Layout(page_size=16))
+    trial = Trial(BackendUnderTest(sound(), "sound"), op=REFERENCE["rms_norm"], kind="rms_norm")
+    trial.subject.backend.device = torch.device("meta")
+    given = Host(NORM).given
+    host = trial.serve(case, given=given).pool
+    assert host.case.spec.device == CPU
+    assert host.case.layout == Layout()

@@ -76,15 +76,15 @@ def judge(trial: Trial, call: LayerCall, outputs: Iterable[torch.Tensor]) -> Non
         raise CheckFailed(verdict.reason)
 
 
-def modes_of(trial: Trial, modes: Sequence[str]) -> Sequence[str]:
-    """Return the modes; of all of them a quick look leaves out the one that chooses between the others."""
-    return MODES[1:] if trial.quick and modes is MODES else modes
+def usual_modes(trial: Trial) -> Sequence[str]:
+    """Return all modes; a quick look leaves out the one that chooses between the others."""
+    return MODES[1:] if trial.quick else MODES
 
 
-def check_layer(trial: Trial, *cases: LayerCase, modes: Sequence[str] = MODES, **arguments: Any) -> None:
-    """Run cases in every attention mode, each as one of the check."""
+def check_layer(trial: Trial, *cases: LayerCase, modes: Sequence[str] = (), **arguments: Any) -> None:
+    """Run cases in these attention modes, by default the usual ones, each as one of the check."""
     for case in cases:
-        for mode in modes_of(trial, modes):
+        for mode in modes or usual_modes(trial):
             with trial.case(f"{mode}, {case.label}"):
                 call = prepare(trial, case, mode, **arguments)
                 judge(trial, call, call.run())
@@ -94,13 +94,13 @@ Body = Callable[[Trial, LayerCall, str], None]
 
 
 def mode_check(
-    name: str, catches: str, fails: str, case: LayerCase, modes: Sequence[str] = MODES
+    name: str, catches: str, fails: str, case: LayerCase, modes: Sequence[str] = ()
 ) -> Callable[[Body], Body]:
-    """Register what is done with a prepared case in every attention mode as a check."""
+    """Register what is done with a prepared case in these attention modes, or the usual ones, as a check."""
 
     def register(body: Body) -> Body:
         def run(trial: Trial) -> None:
-            for mode in modes_of(trial, modes):
+            for mode in modes or usual_modes(trial):
                 with trial.case(f"{mode}, {case.label}"):
                     body(trial, prepare(trial, case, mode), mode)
 
@@ -132,7 +132,7 @@ def history(trial: Trial) -> None:
 @layer_check("mixed", "tokens of one request that land in the rows of another")
 def mixed(trial: Trial) -> None:
     """Prefill, decode, several tokens after a history and a request without any share a batch."""
-    check_layer(trial, plain(*MIXED))
+    check_layer(trial, plain(*MIXED), modes=MODES)
 
 
 @layer_check("decode", "a token that is cached at the wrong place, which only later steps see", "state")
