@@ -34,8 +34,11 @@ class KnownBackend:
 
     @property
     def install(self) -> str:
-        """How to install it: from its folder in a checkout or, once there is a release, by its name."""
-        return f"`pip install {self.folder}` in a checkout (once released, `pip install {self.distribution}`)"
+        """How to install it: with what it requires in a checkout or, once there is a release, by its name."""
+        return (
+            f"`pip install . ./backends {self.folder}` in a checkout "
+            f"(once released, `pip install {self.distribution}`)"
+        )
 
 
 KNOWN: Mapping[str, KnownBackend] = MappingProxyType(

@@ -123,7 +123,7 @@ def mixed_installation() -> str | None:
     if distribution_version("mla") and distribution_version("mla-bench"):
         return (
             "note: `mla` (the old name) and `mla-bench` are both installed and own the same files: run "
-            "`pip uninstall mla mla-bench`, then install mla-bench again."
+            "`pip uninstall mla mla-bench`, then `pip install . ./backends ./plugins/NAME` in the checkout."
         )
     used = Path(str(mla_backends.__file__)).parent
     beside = Path(str(mla.__file__)).parents[1] / "backends" / "mla_backends"

@@ -153,7 +153,8 @@ def _unexpected(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name == "torch":
         return (
             "torch is not installed: install the build of your device's vendor, or for a CPU run "
-            "`pip install ./plugins/cpu` in a checkout (once released, `pip install mla-backend-cpu`)."
+            "`pip install . ./backends ./plugins/cpu` in a checkout "
+            "(once released, `pip install mla-backend-cpu`)."
         )
     return f"{describe(error)} ({place(error)}); `python -X dev -m mla.bench ...` shows the traceback."
 

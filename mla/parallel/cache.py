@@ -47,16 +47,34 @@ class ShardedMemory(BatchMemory):
         self._numbers = self.buffer[: self.buffer.shape[0] - rows * width]
         self._held = None
         self._kept = {}
+        self._spread: torch.Tensor | None = None  # the host's table of rows, and what it was made of
+        self._spread_of: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     def fits_step(self, tokens: int, rows: int, width: int) -> bool:
         """Return whether a step of so many tokens, rows of attention and pages of each fits here."""
         return self.positions.shape[0] == tokens and self.block_table.shape == (rows, width)
 
-    def fill(self, numbers: torch.Tensor, table: torch.Tensor) -> None:
-        """Copy a batch's numbers, and its block table unless it is already here, in one copy."""
-        if rest := self.block_table.numel() - table.numel():
-            table = torch.cat((table.reshape(-1), table.new_zeros(rest)))
-        super().fill(numbers, table)
+    def fill(self, numbers: torch.Tensor, table: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+        """Copy a batch's numbers, and its block table unless it is already here, in one copy.
+
+        `table` [B, n] int32 is that of requests. `rows` [R] int64 has the request of each row of attention;
+        None: the one of its number.
+        """
+        if self._spread is None or self._spread_of is None or not _alike(self._spread_of, (table, rows)):
+            spread = table if rows is None else table[rows]
+            if rest := self.block_table.numel() - spread.numel():
+                spread = torch.cat((spread.reshape(-1), spread.new_zeros(rest)))
+            self._spread, self._spread_of = spread, (table, rows)
+        super().fill(numbers, self._spread)
+
+
+def _alike(
+    last: tuple[torch.Tensor, torch.Tensor | None], now: tuple[torch.Tensor, torch.Tensor | None]
+) -> bool:
+    """Return whether two steps have one table and rows of the same requests."""
+    if last[0] is not now[0] or last[1] is None or now[1] is None:
+        return last[0] is now[0] and last[1] is now[1]
+    return torch.equal(last[1], now[1])
 
 
 def most_rows(share: Share, query_lens: Sequence[int]) -> int:
@@ -184,13 +202,9 @@ class ShardedBatch:
     def _describe(self, step: _Step) -> None:
         """Upload a step and name its parts."""
         memory, count = self.memory, len(step.own)
-        memory.fill(_packed(self.num_tokens, len(memory.kv_lens), step), self._rows_of(step.cut))
+        memory.fill(_packed(self.num_tokens, len(memory.kv_lens), step), self._table, step.cut.rows)
         self.own, self.slots, self.positions = memory.own[:count], memory.slots[:count], memory.positions
         self._whole = self._part(slice(0, self.num_tokens), step.cut, memory)
-
-    def _rows_of(self, cut: _Cut) -> torch.Tensor:
-        """Return the block table [R, width] of rows."""
-        return self._table if cut.rows is None else self._table[cut.rows]
 
     def parts(self, most: int) -> tuple[Part, ...]:
         """Return the step's tokens in parts of at most `most`, which is positive; none without new tokens."""
@@ -203,9 +217,9 @@ class ShardedBatch:
         for first in range(0, self.num_tokens, most):
             tokens = slice(first, min(first + most, self.num_tokens))
             cut = self._cut(tokens)
-            table, count = self._rows_of(cut), tokens.stop - first
-            memory = ShardedMemory(count, len(table), table.shape[1], device)
-            memory.fill(_packed(count, len(table), _Step([], [], [], cut)), table)
+            count, rows = tokens.stop - first, len(cut.kv_lens)
+            memory = ShardedMemory(count, rows, self._table.shape[1], device)
+            memory.fill(_packed(count, rows, _Step([], [], [], cut)), self._table, cut.rows)
             yield self._part(tokens, cut, memory)
 
     def _cut(self, tokens: slice) -> _Cut:

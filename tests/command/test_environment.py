@@ -36,4 +36,4 @@ def test_the_old_and_the_new_name_of_the_distribution_are_a_mixed_installation(
     monkeypatch.setattr(environment.metadata, "version", {"mla": "0.1.0", "mla-bench": "0.2.0"}.__getitem__)
     note = environment.mixed_installation()
     assert note is not None
-    assert "run `pip uninstall mla mla-bench`, then install mla-bench again." in note
+    assert "run `pip uninstall mla mla-bench`, then `pip install . ./backends ./plugins/NAME` in the" in note

@@ -13,6 +13,7 @@ from mla import LatentCache, MLAConfig
 from mla.errors import CacheFull, StaleBatch
 from mla.parallel.cache import Part, ShardedCache
 from mla.parallel.layout import Share
+from mla_backends.upload import upload_into
 
 CONFIG = MLAConfig(
     hidden_size=8,
@@ -178,3 +179,29 @@ def test_a_history_is_spread_over_the_ranks() -> None:
     assert torch.equal(found, torch.cat((kv, pe), dim=1))
     whole = LatentCache(CONFIG, max_tokens=64, page_size=4)
     assert whole.num_pages == 3 * cache.num_pages - 2  # 22 of 64 tokens a rank, in pages of 4
+
+
+@pytest.mark.parametrize("query_lens", [[1, 1], [5, 1], [5, 5]])
+def test_a_table_of_pages_that_is_on_the_device_is_not_sent_again(
+    monkeypatch: pytest.MonkeyPatch, query_lens: list[int]
+) -> None:
+    """The same step again costs the numbers alone, also where rows are fewer than there is room for."""
+    cache = ShardedCache(CONFIG, Share(0, 2), max_tokens=256, page_size=16)
+    ids = cache.new_sequences(2)
+    cache.extend(ids, [4, 4])
+    sent: list[int] = []
+
+    def noted(host: torch.Tensor, target: torch.Tensor) -> None:
+        sent.append(target.numel())
+        upload_into(host, target)
+
+    monkeypatch.setattr("mla.cache.ragged_batch.upload_into", noted)
+    tables = []
+    for _ in range(3):
+        batch = cache.extend(ids, query_lens)
+        tables.append(batch.memory.block_table.clone())
+        (part,) = batch.parts(64)
+        assert len(part.rows.block_table) == len(part.rows.kv_lens)
+    whole, numbers, again = sent
+    assert numbers == again == whole - tables[0].numel()
+    assert all(torch.equal(table, tables[0]) for table in tables)

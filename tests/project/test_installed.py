@@ -98,7 +98,7 @@ def test_a_vendors_machine(fresh: Fresh, install: Callable[[str], None]) -> None
         assert "torch" in without.stderr
         assert len(without.stderr.splitlines()) == 1
     listed = fresh.bench("list").stdout
-    assert "run `pip install ./plugins/cpu` in a checkout (once released, `pip" in listed
+    assert "run `pip install . ./backends ./plugins/cpu` in a checkout (once released, `pip" in listed
 
 
 def test_a_machine_with_torch(fresh: Fresh, install: Callable[[str], None], tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ class TritonBackend(TorchBackend):
     compiled.
     """
 
-    tunings: Path | None = None  # a folder of files that campaigns have written, named by `card_file`
+    tunings: Path | None = None  # a folder of tuning files, named by `card_file`
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
         super().__init__(options)

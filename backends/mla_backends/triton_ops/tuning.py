@@ -1,4 +1,4 @@
-"""`Tuning`: tiles and splits of the Triton kernels, as data that a plugin chooses or a campaign writes."""
+"""`Tuning`: tiles and splits of the Triton kernels, as data that a plugin chooses or `tune.py` writes."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def card_file(name: str) -> str:
 
 
 def read_tuning(path: str | Path) -> Tuning:
-    """Return what a campaign has written for a card. Raises `BackendError` naming what is wrong with it."""
+    """Return the tuning that a file holds for a card. Raises `BackendError` naming what is wrong with it."""
     try:
         content = outside.read(path)
         document = json.loads(content)

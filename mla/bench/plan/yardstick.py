@@ -21,6 +21,8 @@ from mla.bench.workload.scenario import Scenario, spoken
 # Seconds beyond which a yardstick is cut, or a share of what the first implementation takes; and the part of
 # them that its timed passes may take then.
 BASELINE_S, SHARE, LEFT = 5.0, 0.25, 0.6
+# Seconds beyond which a baseline is cut that nobody asked for, however fast it is.
+ADDED_S = 2.5
 # Forwards beside the timed ones: checks, warm-ups, evidence.
 EXTRA_FORWARDS = 60
 # A yardstick that takes fewer times as long as the first implementation keeps all of its forwards.
@@ -42,7 +44,7 @@ def shortened(
     `ms`: implementation -> milliseconds of one forward in its warm-up, the first one first; an implementation
     that is not in it keeps what is planned. So does one whose forwards take no more than `BASELINE_S` in all,
     or `SHARE` of those of the first implementation, or which cannot run less; unless time allows only for
-    `most` forwards of the headline. Those `added` to what was asked for are cut even if they are not slow.
+    `most` forwards of the headline. Those `added` to what was asked for get `ADDED_S`, slow or not.
     """
     shorter: dict[str, tuple[Steps, str]] = {}
     counts = [steps(variant, scenario) for variant in variants]
@@ -51,8 +53,11 @@ def shortened(
         first = next(iter(ms))
         if not ms[name]:
             continue
-        slow = name in added or ms[name] >= MUCH_SLOWER * ms[first]
-        allowed = max(1e3 * BASELINE_S, SHARE * planned * ms[first]) / ms[name] if slow else math.inf
+        allowed = math.inf
+        if name in added:
+            allowed = 1e3 * ADDED_S / ms[name]
+        elif ms[name] >= MUCH_SLOWER * ms[first]:
+            allowed = max(1e3 * BASELINE_S, SHARE * planned * ms[first]) / ms[name]
         whole, has_variants = steps(HEADLINE, scenario), len(variants) > 1
         cut = planned > allowed
         enough = LEFT * allowed if cut else math.inf

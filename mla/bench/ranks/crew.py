@@ -21,13 +21,13 @@ import torch.distributed as dist
 from mla.bench.measure.engine import refusal, too_large
 from mla.bench.ranks.agreement import REFERENCE, Facts, agree, common_ops
 from mla.bench.ranks.layers import LeadLayer, RankLayer
-from mla.bench.ranks.pulse import Pulse, RanksError, blamed_on
+from mla.bench.ranks.pulse import BEAT, Place, Pulse, RanksError
 from mla.bench.results.stats import median
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.setting import Ranks, Setting
 from mla.command.exit_codes import Exit, interrupted
 from mla.errors import MLAError, OutOfMemory, UnsupportedBatch, UnsupportedOps
-from mla.parallel.groups import Groups, all_gather
+from mla.parallel.groups import CollectiveError, Groups, all_gather
 from mla.parallel.layout import Layout
 from mla.parallel.link import Call, Line, fit
 from mla_backends import BackendError
@@ -41,6 +41,8 @@ FAILED_S = 5.0
 # How long a rank may wait for a command: rank 0 computes the oracle, and reads files. That it is gone shows
 # at once, in a closed connection.
 COMMAND_TIMEOUT = timedelta(days=7)
+BROKEN_S = 5.0  # seconds without a beat after which a rank is lost once a connection to some rank has broken
+HANGS = "it is assumed to hang; raise --hang-after to wait longer"
 # Bytes of the tensors that the link is measured with: below the first, a message costs about as much as an
 # empty one; the second is that of a prefill's output. Collectives of each, after as many warm-ups.
 LINK_BYTES, LINK_TIMES, LINK_WARMUPS = (32 << 10, 8 << 20), 11, 3
@@ -96,6 +98,28 @@ def word_of(error: BaseException) -> tuple[str, int]:
     return describe(error), Exit.BACKEND
 
 
+@contextmanager
+def blamed_on(pulse: Pulse, computes: bool = False) -> Iterator[None]:
+    """Name the rank that is lost, if one is, for what a library raises in the block. Raises `RanksError`.
+
+    `computes`: this rank does as well, so only a `CollectiveError` is worth waiting for who is to blame.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        patience = 0.0
+        if not computes or isinstance(error, CollectiveError):
+            pulse.limit = min(BROKEN_S, pulse.limit)
+            patience = pulse.limit + 4 * BEAT
+        if (lost := pulse.lost(patience)) is not None:
+            raise lost from error
+        if isinstance(error, CollectiveError) and (behind := pulse.behind()):
+            raise RanksError(
+                f"{behind} did not join a collective that other ranks wait in: {HANGS}"
+            ) from error
+        raise
+
+
 class Crew(Ranks):
     """This process's place among the ranks of `layout`. Every rank must make one, at the same time."""
 
@@ -127,9 +151,9 @@ class Crew(Ranks):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._pulse.close()  # first: rank 0 may be gone before this one has ended its libraries
         if error is None:
             dist.destroy_process_group()  # which may wait for ranks that are not there, after an error
-        self._pulse.close()
 
     @contextmanager
     def told(self) -> Iterator[None]:
@@ -157,9 +181,14 @@ class Crew(Ranks):
         with blamed_on(self._pulse):
             self.groups = Groups(self.layout, self._timeout)
         self._group = next(group for group in self.layout.head_groups() if self.rank in group)
-        self._pulse.busy = lambda: not self._talks and self.groups.entered == self.groups.left
+        self._pulse.groups, self._pulse.place = self.layout.head_groups(), self._place
         plans = [replace(plan, ops=common[plan.name]) for plan in request.scenarios]
         return replace(request, scenarios=plans)
+
+    def _place(self) -> Place:
+        """Return how far this rank is; asked from another thread."""
+        busy = not self._talks and self.groups.entered == self.groups.left
+        return Place(busy, self._forwards, self.groups.entered - self._before)
 
     def when_lost(self, die: Callable[[RanksError], None]) -> None:
         """Have `die` end this process if another rank is lost while this one does something else."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -11,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from mla.bench.ranks.crew import Crew
-from mla.bench.ranks.pulse import LOOK, SILENT, Pulse, RanksError, Word, blamed_on, die
-from mla.command import launcher
+from mla.bench.ranks.crew import Crew, blamed_on
+from mla.bench.ranks.pulse import LOOK, SILENT, Pulse, RanksError, Run, Word
+from mla.command import console, last_words, launcher
 from mla.errors import MLAError, UsageError
 from mla_backends.errors import describe
 
@@ -68,10 +70,12 @@ def connect(seconds: float, word: Word | None = None) -> tuple[Pulse, Any]:
     holds = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # nothing is left of the last
     unanswered = RanksError(f"rank 0 (at {host}:{port}) does not answer: stopped, or its node is gone")
+    if word:  # which nobody has said yet
+        unanswered = RanksError(word.reason, word.code)
     watch = threading.Timer(seconds + SILENT, die, (unanswered,))  # operations of a store wait without limit
     watch.daemon = True
     watch.start()
-    limit = timedelta(seconds=seconds)
+    limit, until = timedelta(seconds=seconds), time.monotonic() + seconds
     try:
         if not holds:
             _reach(host, port, seconds)  # torch would write a page of warnings, and not hear Ctrl-C
@@ -82,10 +86,13 @@ def connect(seconds: float, word: Word | None = None) -> tuple[Pulse, Any]:
             )
             for master in (holds, False)
         )
-        _JOINED.append((Pulse(rank, world, beats, die, word), store))
+        left = max(LOOK, until - time.monotonic())
+        _JOINED.append((Pulse(rank, Run(world, launch_name()), beats, die, word, left), store))
     except Exception as error:
         global _unreached
         _unreached = True
+        if isinstance(error, RanksError):
+            raise
         sentence = (
             f"rank 0 was not reached at {host}:{port} within {seconds:.0f} s: it has not started, or it has "
             "ended, or MASTER_ADDR or MASTER_PORT is wrong"
@@ -101,6 +108,17 @@ def connect(seconds: float, word: Word | None = None) -> tuple[Pulse, Any]:
     return _JOINED[0]
 
 
+def launch_name() -> str:
+    """Return what the launcher calls this run on all of its ranks; "" if it says nothing.
+
+    Ranks that were started by hand may be of several Slurm jobs.
+    """
+    if (name := os.environ.get("TORCHELASTIC_RUN_ID")) or "RANK" in os.environ:
+        return name or ""
+    job = os.environ.get("SLURM_HET_JOB_ID") or os.environ.get("SLURM_JOB_ID", "")
+    return f"{job}.{os.environ.get('SLURM_STEP_ID', '')}" if job else ""
+
+
 def _reach(host: str, port: int, seconds: float) -> None:
     """Return once somebody listens there. Raises OSError after so many seconds."""
     limit = time.monotonic() + seconds
@@ -112,6 +130,15 @@ def _reach(host: str, port: int, seconds: float) -> None:
             if time.monotonic() > limit:
                 raise
             time.sleep(LOOK)
+
+
+def die(lost: RanksError) -> None:
+    """End this process, whatever it waits for."""
+    with contextlib.suppress(Exception):
+        console.complain(str(lost), lost.common)
+        sys.stderr.flush()
+        last_words.dismiss(lost.exit_code)
+    os._exit(lost.exit_code)
 
 
 def leave_word(sentence: str, code: int) -> bool:

@@ -123,7 +123,7 @@ def _tile(scenario: str, cases: Sequence[Case]) -> Tile:
 def _ratio(first: Case, slower: Sequence[Case], outcome: str) -> tuple[str, str, str]:
     """Return how many times as fast a case is as the next, the interval, and what that decides."""
     comparison = compare_implementations(slower[0], first)
-    decided = {"open": "no decision: ", "doubt": "suspect: "}.get(outcome, "")
+    decided = {"open": "no decision: ", "doubt": "above limit: "}.get(outcome, "")
     rank = f", the next of {len(slower)}" * (len(slower) > 1)
     reason = f" ({comparison.reason})" * bool(comparison.reason)
     return *_times(comparison), f"{decided}as fast as {slower[0].implementation}{rank}{reason}"

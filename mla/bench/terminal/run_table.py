@@ -154,7 +154,7 @@ def _face_cells(row: Row, extras: Collection[str]) -> tuple[str, ...]:
         case.implementation,
         f"{estimated(latency)} ms{interval}",
         _work_rate(row),
-        "suspect" if case.roofline.doubt else percent(row.share) + bound,
+        "above limit" if case.roofline.doubt else percent(row.share) + bound,
         _speedup(row, "interval of the speedup" in extras),
     )
 

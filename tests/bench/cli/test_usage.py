@@ -245,9 +245,9 @@ def test_a_known_backend_that_is_not_installed_says_how_to_install_it(isolated: 
     done = isolated("--backend", "metax")
     assert done.code == 3
     assert done.err == (
-        "error: backend 'metax' is not installed: run `pip install ./plugins/metax` in a checkout (once "
-        "released, `pip install mla-backend-metax`), with torch from MetaX's own wheel index for the "
-        "MACA SDK (its version contains +metax).\n"
+        "error: backend 'metax' is not installed: run `pip install . ./backends ./plugins/metax` in a "
+        "checkout (once released, `pip install mla-backend-metax`), with torch from MetaX's own wheel "
+        "index for the MACA SDK (its version contains +metax).\n"
     )
 
 

@@ -183,8 +183,8 @@ def test_a_known_name_that_is_not_installed_gets_its_pip_line(isolated: Bench) -
     assert (done.code, done.err) == (3, "")
     assert blocks(done.out)["cpu: not installed"] == [
         "reason no installed distribution offers it (any CPU that PyTorch runs on)",
-        "fix run `pip install ./plugins/cpu` in a checkout (once released, `pip install "
-        f"mla-backend-cpu`), with torch from {KNOWN['cpu'].torch_source}",
+        "fix run `pip install . ./backends ./plugins/cpu` in a checkout (once released, "
+        f"`pip install mla-backend-cpu`), with torch from {KNOWN['cpu'].torch_source}",
     ]
     assert done.out.endswith("\n\nusable: none\n")
 

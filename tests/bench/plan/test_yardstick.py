@@ -50,6 +50,8 @@ def test_a_baseline_that_nobody_asked_for_is_cut_though_it_is_not_slow() -> None
     plan, reason = shortened(PREFILL, VARIANTS, ms, added=["transformers"])["transformers"]
     assert plan.passes == MIN_PASSES
     assert reason.endswith(", and no other timings")
+    fast = {"mla": 0.1, "transformers": 0.15}
+    assert shortened(PREFILL, VARIANTS, fast, added=["transformers"]) == {}
 
 
 def test_what_cannot_run_less_is_not_cut() -> None:

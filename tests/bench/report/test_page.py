@@ -345,7 +345,7 @@ def test_a_time_above_the_limit_shows_a_doubt_and_no_percentage(rich: Sequence[r
     assert "badge ok" not in text
     screen = first_screen(text)
     assert "10 of 11 cases with a suspect limit or time" in screen
-    assert "suspect: as fast as mla-reference" in screen
+    assert "above limit: as fast as mla-reference" in screen
     (roofline,) = [alt for alt in Page(text).charts() if alt.startswith("Roofline")]
     assert "its time is suspect" in roofline
     assert "%" not in roofline

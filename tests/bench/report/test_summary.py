@@ -72,7 +72,7 @@ def test_no_winner_is_named_that_the_verdict_does_not_name(make_run: Any, case: 
     doubt = timed(case, 1.0, roofline=results.Roofline(doubt="faster than its floor"))
     (tile,) = summary.tiles(file(make_run, doubt, other))
     assert (tile.status, tile.share) == ("in-doubt", None)
-    assert tile.text.startswith("suspect: as fast as b")
+    assert tile.text.startswith("above limit: as fast as b")
 
 
 def test_what_has_no_number_is_in_the_tile(make_run: Any, case: Case) -> None:

@@ -112,6 +112,30 @@ def test_a_resumed_run_keeps_what_joined_it(first_look: Bench) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "is_first_look"),
+    [
+        ((), True),
+        (("--config", "deepseek-v2-lite"), True),
+        (("--config", "deepseek-r1"), False),
+        (("--implementations", "mla"), False),
+        (("--scenario", "decode"), False),
+    ],
+)
+def test_the_default_config_may_be_spelled_out(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], is_first_look: bool
+) -> None:
+    looks = []
+
+    def noted(config: Any, resumed: Any) -> list[str]:
+        looks.append(config)
+        return []
+
+    monkeypatch.setattr(resolve, "_added_baselines", noted)
+    assert bench("--backend", "cpu", "--list-ops", *words).code == 0
+    assert bool(looks) == is_first_look
+
+
+@pytest.mark.parametrize(
     ("version", "said"),
     [
         ("5.10.0", "needs transformers >= 5.20: `pip install 'transformers>=5.20'` (5.10.0 is installed)"),

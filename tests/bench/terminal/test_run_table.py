@@ -103,7 +103,7 @@ def test_an_op_has_the_rate_of_what_limits_it_in_a_unit_that_fits(make_run: Make
 
 def test_a_share_in_doubt_is_no_percentage(make_run: MakeRun) -> None:
     doubt = results.Roofline(floor_ms=3.0, bound="compute", peak_source="x", doubt="the limit is in doubt")
-    assert " suspect" in render(make_run(roofline=doubt), "table")
+    assert " above limit" in render(make_run(roofline=doubt), "table")
     assert ">100? com" in render(make_run(roofline=doubt), "md")
     assert "%  " not in render(make_run(roofline=doubt), "table").replace("95 %", "")
 
