@@ -258,7 +258,6 @@ class LatentAttention(Attention):
         spec, (width,) = case.spec, case.shape(self.cached)
         q, keys = normal(rows, width), normal(sum(case.kv_lens), width)
         if case.stress:
-            keys = stress.shared(case, keys)
             return {"q": stress.queries(case, q, keys[:, None]), "keys": keys}
         q[..., : spec.kv_lora_rank] *= (spec.qk_nope_head_dim / spec.kv_lora_rank) ** 0.5  # as after W_UK
         return {"q": q, "keys": keys}
@@ -280,7 +279,7 @@ class LatentAttention(Attention):
 
     def place(self, call: Call) -> None:
         case = call.case
-        call.pages = pages = Pages.of(case.kv_lens, call.layout, case.stress.common if case.stress else 0)
+        call.pages = pages = Pages.of(case.kv_lens, call.layout)
         call.lay_pages(pages, call.pool.given["keys"])
         lengths = {
             "kv_lens": torch.tensor(case.kv_lens),

@@ -115,15 +115,14 @@ class Pages:
     slots: torch.Tensor  # [K] int64: the row of the flattened cache of every key
 
     @classmethod
-    def of(cls, lengths: Sequence[int], layout: Layout, common: int = 0) -> Pages:
-        """Hand out pages to requests of these lengths, which share full pages of `common` first keys."""
+    def of(cls, lengths: Sequence[int], layout: Layout) -> Pages:
+        """Hand out pages to requests of these lengths, as the layout says which pages they share."""
         size, keys = layout.page_size, torch.tensor(lengths)
         owned = (keys + size - 1) // size
         order, count = _order(layout.spare + int(owned.sum()), layout)
         columns = max(1 + layout.repeated, int(owned.max())) + layout.columns
         table = torch.full((len(lengths), columns), int(order[0]), dtype=torch.int32)
         table[torch.arange(columns) < owned[:, None]] = order[layout.spare :].int()
-        table[1:, : common // size] = table[:1, : common // size]
         for request, first in enumerate(layout.shared):
             if first:
                 table[request, :first] = table[0 if layout.of_first else request - 1, :first]

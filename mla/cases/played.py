@@ -31,7 +31,7 @@ from mla.cases.values import LARGE_ONES
 from mla.cases.values import shape as unusual
 from mla.reference import REFERENCE
 from mla.verify.places import Places
-from mla_backends.api import FusedOp, Packed
+from mla_backends.api import FusedOp
 
 CPU = torch.device("cpu")
 OUTPUTS = ("out", "lse")
@@ -170,14 +170,13 @@ class Laid(Call):
         scene: Scene | None = None,
         *,
         host: Host | None = None,
-        packed: Packed | None = None,
     ) -> None:
         """`scene`: of which it is a part, if of any. `host`: the case's host side, unless it is drawn."""
         self.alone = scene is None
         scene = scene or Scene((case,))
         self.pieces: dict[str, Piece] = {}
         self.worst = 0.0  # the largest error over its bound
-        super().__init__(host or host_of(case), op, case.spec, case, packed)  # type: ignore[arg-type]
+        super().__init__(host or host_of(case), op, case.spec, case)  # type: ignore[arg-type]
         self.pieces.pop("weight" if self.pool.entry.packed else "", None)  # as long as what is packed lives
         for name, before in self.pool.entry.blank(case).items():
             self.lay(name, before.fill_(scene.held) if name in OUTPUTS else before, AROUND)
@@ -229,19 +228,19 @@ class Laid(Call):
         for name, piece in self.pieces.items():
             piece.restore(case.pieces[name])
 
-    def call(self, only: Sequence[str] = ()) -> str:
-        """Call the op once; return what was wrong, of the results `only` unless there are none, or ""."""
+    def call(self) -> str:
+        """Call the op once; return what was wrong, or ""."""
         if not self.leading:
             self.prepare()
-        return self.call_as(self, self.leading, only)
+        return self.call_as(self, self.leading)
 
-    def call_as(self, case: Laid, leading: tuple[Any, ...], only: Sequence[str] = ()) -> str:
+    def call_as(self, case: Laid, leading: tuple[Any, ...]) -> str:
         """Call the op once in this memory, with the operands of `case`; return what was wrong, or ""."""
         if case is not self or not self.untouched:
             self.restore(case)
         self.untouched = False
         self.op(*leading, **self.arguments)
-        return self.judge(case, only)
+        return self.judge(case)
 
     def results(self) -> Tensors:
         """Return what the last call wrote, rows [T, ..] on the host."""

@@ -29,7 +29,6 @@ class Stress:
     cancels: bool = False  # the first half of every sum nearly cancels the second
     outlier: bool = False  # the first input is 200 times as large as others, and its weights are as small
     aimed: bool = False  # queries see to it that no key can be lost unseen: see `queries`
-    common: int = 0  # first keys of every request that are the same, and whose full pages all share
     order: str = "shuffled"  # of slots: see `slots`
     others: int | None = None  # the seed of weights, keys and values; by default that of the case
 
@@ -69,15 +68,6 @@ def products(case: OpCase, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch
         x[..., 0] *= OUTLIER
         weight[..., 0] /= OUTLIER
     return x.to(dtype), weight.to(dtype)
-
-
-def shared(case: OpCase, keys: torch.Tensor) -> torch.Tensor:
-    """Return keys [K, ...] of which the first of every request are those of the first request."""
-    common = case.stress.common if case.stress else 0
-    if not common:
-        return keys
-    parts = keys.split(list(case.kv_lens))
-    return torch.cat([torch.cat((parts[0][:common], own[common:])) for own in parts])
 
 
 def queries(case: OpCase, q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

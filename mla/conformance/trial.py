@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -20,7 +20,7 @@ from mla.cases.played import Host, Laid, Player, Scene, on_host
 from mla.conformance.report import Drawn
 from mla.errors import UnsupportedBatch
 from mla.layer.ops import Say, preflight_reasons
-from mla_backends.api import OPS, Backend, FusedOp, Packed
+from mla_backends.api import OPS, Backend, FusedOp
 from mla_backends.errors import BackendError, describe, original, plugin_code
 
 # Dtypes that a layer can have.
@@ -195,18 +195,18 @@ class Trial:
             ended = "failed", raised(error)
         self.cases.append(Case(number, label, *ended))
 
-    def serve(self, case: OpCase, packed: Packed | None = None, given: Tensors | None = None) -> Laid:
+    def serve(self, case: OpCase, given: Tensors | None = None) -> Laid:
         """Return a call of the op for a case in the trial's dtype; its operands are drawn unless given.
 
         Raises `Refused` where the op does not serve the case.
         """
         case = case.but(dtype=self.dtype, device=self.device)
         op = self.require_case(case)
-        return Laid(case, op, packed=packed, host=None if given is None else Host(on_host(case), given))
+        return Laid(case, op, host=None if given is None else Host(on_host(case), given))
 
-    def check(self, call: Laid, only: Sequence[str] = ()) -> None:
-        """Make a call and judge it: its results, those in `only` if there are any. Raises `CheckFailed`."""
-        self.right(call, call.call(only))
+    def check(self, call: Laid) -> None:
+        """Make a call and judge its results. Raises `CheckFailed`."""
+        self.right(call, call.call())
 
     def right(self, judged: Laid | Player, reason: str) -> None:
         """Remember the largest error over its bound. Raises `CheckFailed` if there is a reason."""
@@ -219,12 +219,12 @@ class Trial:
         scene = Scene(tuple(case.but(dtype=self.dtype, device=self.device) for case in cases), **how)
         self.right(player, player.play(scene))
 
-    def check_cases(self, cases: Iterable[OpCase], *, exact: bool = False, only: Sequence[str] = ()) -> None:
+    def check_cases(self, cases: Iterable[OpCase], *, exact: bool = False) -> None:
         """Make a call for each case and judge it. An op of attention may get more heads, unless `exact`."""
         for asked in cases:
             case = self.fitted(asked) if asked.entry.prepares and not exact else asked
             with self.case(case.label):
-                self.check(self.serve(case), only)
+                self.check(self.serve(case))
 
     def fitted(self, case: OpCase) -> OpCase:
         """Return the case with the fewest more heads that the op takes, if it refuses as few as these.

@@ -213,7 +213,7 @@ def test_pages_belong_to_one_request_each() -> None:
 
 
 def test_requests_share_the_pages_of_a_common_beginning() -> None:
-    pages = Pages.of((9, 10), Layout(4, pages_before=1000, unowned=7.0, tail=2.0), common=8)
+    pages = Pages.of((9, 10), Layout(4, pages_before=1000, unowned=7.0, tail=2.0, shared=(0, 2)))
     assert (pages.count, len(pages.order)) == (1007, 7)
     rows = torch.arange(19.0)[:, None]
     rows[9:17] = rows[:8]  # the keys in common

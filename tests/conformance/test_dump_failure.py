@@ -23,7 +23,7 @@ FAULTY = ["--backend", "faulty_backend:FaultyBackend", "--dtype", "float32", "--
     ("kind", "fault", "only", "reason"),
     [
         ("latent_attention", "head", "latent.decode", "head 15 of every row"),
-        ("latent_attention", "lse", "latent.lse", "lse: "),
+        ("latent_attention", "lse", "latent.shares", "lse: "),
         ("write_latent", "stray", "write_latent.untouched", "1 slots of the cache have changed"),
         ("linear", "scale", "layer.history", "every row"),
     ],
@@ -93,11 +93,11 @@ def test_a_call_that_raises_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise RuntimeError("illegal memory access")
 
     monkeypatch.setattr(faulty_backend.FaultyOp, "__call__", illegal)
-    options = ["-O", "op=rms_norm", "--only", "rms_norm.eps", "--dump-failure", "kept"]
+    options = ["-O", "op=rms_norm", "--only", "rms_norm.formula", "--dump-failure", "kept"]
     assert main([*FAULTY, *options]) == 4
     kept = file.read(Path("kept")).document
     assert kept.reason == "it raised RuntimeError: illegal memory access"
-    assert kept.origin.where == "rms_norm.eps[faulty-float32]#1"
+    assert kept.origin.where == "rms_norm.formula[faulty-float32]#1"
     capsys.readouterr()
     assert bench(["replay", "kept"]) == 4
     assert "wrong: it raised RuntimeError: illegal memory access" in capsys.readouterr().out

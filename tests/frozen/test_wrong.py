@@ -15,9 +15,9 @@ from wrong_in_play import GROUPS, keys
 SUPPORT = Path(__file__).parents[1] / "support"
 
 
-def findings(group: str, *most: str) -> dict[str, str]:
+def findings(group: str) -> dict[str, str]:
     done = subprocess.run(
-        [sys.executable, "-m", "wrong_in_play", group, *most],
+        [sys.executable, "-m", "wrong_in_play", group],
         env={**os.environ, "PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -32,12 +32,6 @@ def test_none_was_dropped(group: str) -> None:
     names = keys(group)
     assert len(set(names)) == len(names)
     assert set(kept("wrong", group)) - set(names) == set()
-
-
-@pytest.mark.parametrize("group", GROUPS)
-def test_the_first_are_found(group: str) -> None:
-    rows = kept("wrong", group)
-    assert [(key, one) for key, one in findings(group, "2").items() if rows.get(key) != one] == []
 
 
 @pytest.mark.parametrize("group", GROUPS)

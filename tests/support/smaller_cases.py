@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 
 from mla.conformance import reach
-from mla.conformance.checks import attention, attention_state, small_ops
+from mla.conformance.checks import attention, small_ops
 
 NEARER = (reach, "PLACES", (1 << 22,))  # some ops copy what they are given
 SMALLER = (
     NEARER,
-    (attention, "CACHES", ((64, 70), (16, 70), (1, 300))),
     (attention, "REQUESTS", (40, 40)),
     (attention, "REQUESTS_OF", ((16, 40),)),
     (attention, "ROWS", ((4, 33, 4),)),
@@ -25,7 +24,6 @@ SMALLER = (
     (small_ops, "WIDTHS", (1, 2, 8, 15, 16, 17, 64, 65)),
     (small_ops, "EVEN", (48, 80, 192)),
     (attention, "LONG", 3000),
-    (attention_state, "CALLS", 20),
 )
 
 

@@ -1,6 +1,6 @@
 """A process that runs what is wrong through the command lines, and prints what they say of it.
 
-    PYTHONPATH=tests/support python -m wrong_in_play GROUP [MOST]
+    PYTHONPATH=tests/support python -m wrong_in_play GROUP
 
 prints JSON lines, each a key and a finding: ["latent.decode/0 neighbours_table", "fails latent.decode"]. It
 knows of the project what a user knows: how backends and ops are written, options, reports and exit codes.
@@ -32,13 +32,12 @@ from tiny_run import HEADLINE, write_tiny_run
 from wrong_ops import by_kind, formulas, habits, of_layers, places
 from wrong_ops.base import SMALL_OPS
 
+from mla.cases import played
 from mla.conformance import drawn, trial
+from mla.conformance.registry import all_checks
 
 MODULE = types.ModuleType("in_play")  # `--backend in_play:backend`
-# Faults that no check of their own is for, but that of drawn cases.
-DRAWN = frozenset(
-    ("scale", "other_widths", "page_sizes", "strided", "inputs", "poison", "tail", "without_lse")
-) | frozenset(("empty", "bias", "interleaved", "halves", "order"))
+FIXED = frozenset(check.id for check in all_checks())  # other faults are found by drawn cases
 DRAWS = 300
 NAMES = {"after", "wrong", "given", "Latent", "Expanded", "mutant"}  # that tell nothing
 
@@ -62,8 +61,7 @@ class Wrong:
     @property
     def check(self) -> str:
         """The check that is asked."""
-        group, _, name = self.fault.partition(".")
-        return f"{group}.drawn" if name in DRAWN else self.fault
+        return self.fault if self.fault in FIXED else f"{self.fault.partition('.')[0]}.drawn"
 
 
 @dataclass(frozen=True)
@@ -179,6 +177,7 @@ def put_in_play(backend: Any, waits: bool = False) -> None:
     patches = pytest.MonkeyPatch()
     make_nearer(patches)
     patches.setattr(drawn, "SHRINKING", 0.0)
+    patches.setattr(played, "MAX_HOSTS", DRAWS)  # truths serve all wrong ops of a call
     patches.setattr(trial.Trial, "case", until_one_fails(trial.Trial.case))
     if waits:
         Asynchronous().__enter__()
@@ -258,14 +257,14 @@ def keys(group: str) -> list[str]:
     return [key for one in GROUPS[group]() for key in one.keys]
 
 
-def main(group: str, most: int | None = None) -> None:
-    """Print the findings of a group, or of its first calls."""
+def main(group: str) -> None:
+    """Print the findings of a group."""
     torch.set_num_threads(1)
     forked.import_all("mla", "mla.integrations", "mla.bench.report")
-    for one in itertools.islice(GROUPS[group](), most):
-        for pair in one.run().items():
+    for call in GROUPS[group]():
+        for pair in call.run().items():
             print(json.dumps(pair), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(sys.argv[1])

@@ -82,38 +82,11 @@ def decode_step(make: Make, quick: bool) -> Iterator[OpCase]:
     yield from (decode(33, 7, 100, 64, 3), decode(90))
 
 
-@op_cases("multi_token", "formula", "a mask that is off by one when tokens follow a history", LATENT)
-def multi_token(make: Make, quick: bool) -> Iterator[OpCase]:
-    """Several new tokens per request, as in speculative decoding, are causal after their history."""
-    for count in (2, 3) if quick else (2, 3, 4, 5, 8):
-        yield make((count,) * 3, (70, count + 1, 64))
-
-
-@op_cases("prefill", "formula", "a mask that leaks future tokens, which a long history hides", BOTH)
+@op_cases("prefill", "formula", "a mask that leaks future tokens, which a long history hides", EXPANDED)
 def prefill(make: Make, quick: bool) -> Iterator[OpCase]:
     """Requests without history see their own tokens up to each query."""
     lengths = (5, 1, 40) if quick else (5, 1, 40, 64, 65, 129, 300)
     yield make(lengths, lengths)
-
-
-@op_cases("history", "formula", "causality aligned at the first key instead of the last", EXPANDED)
-def history(make: Make, quick: bool) -> Iterator[OpCase]:
-    """The last query of a segment sees the last key, whatever the history before it."""
-    yield from (make((3, 9), (40, 64)), make((1, 2, 5), (65, 129, 6)))
-
-
-@op_cases("mixed", "formula", "tokens of one request that land in, or attend, another", BOTH)
-def mixed(make: Make, quick: bool) -> Iterator[OpCase]:
-    """Prefill, decode and several tokens after a history share a batch."""
-    yield make(*usual(make))
-    if make is latent:
-        yield make((1, 12, 1), (65, 40, 9))
-
-
-@op_cases("unmasked", "formula", "a mask that is applied although the call is not causal", EXPANDED)
-def unmasked(make: Make, quick: bool) -> Iterator[OpCase]:
-    """Without a mask every query sees every key of its segment, even when there are fewer keys."""
-    yield make((5, 1, 20), (3, 9, 20), causal=False)
 
 
 # --------------------------------------------------------------------------------------------------- grid
@@ -170,9 +143,6 @@ def rows(make: Make, quick: bool) -> Iterator[OpCase]:
 # -------------------------------------------------------------------------------------------------- index
 # Requests are short and their pages lie in a large cache, of which nothing else is ever touched.
 
-# Tokens per page, and pages of a cache that has more than 2^16 or 2^17 slots, or 2^16 pages.
-CACHES = ((64, 2100), (16, 4400), (1, 70_000))
-MORE_CACHES = (*CACHES, (64, 4400), (32, 4400), (128, 1100))
 PLACES = "places that are computed in 32 bits, and lie elsewhere in memory"
 
 
@@ -196,38 +166,15 @@ def far_rows(trial: Trial, make: Make) -> None:
             trial.check_cases([case])
 
 
-@op_cases("shared_pages", "index", "a page that is one request's alone, or looked up by its owner", LATENT)
-def shared_pages(make: Make, quick: bool) -> Iterator[OpCase]:
-    """Requests with a common beginning may share the pages that hold it."""
-    for lengths in (((1, 1), (150, 70)), ((2, 1, 9), (66, 200, 140))):
-        yield make(*lengths, 4, common=64, unowned=torch.nan)
-
-
-@op_cases("slots", "index", "numbers of pages or slots that are kept in 8, 12, 15 or 16 bits", LATENT)
-def slots(make: Make, quick: bool) -> Iterator[OpCase]:
-    """Pages next to powers of two, and slots beyond 2^16, are read where they are."""
-    for size, pages in CACHES if quick else MORE_CACHES:
-        few = min(size, 8)
-        for heads in (4, 16) if quick else (4, 16, 128):
-            lengths = (1, few + 1, 1, 3), (few + 2, few + 1, 2, few + 3)
-            yield make(*lengths, heads, page_size=size, pages=pages)
-
-
-@op_cases("positions", "index", "positions, or entries of the block table, kept in 15 or 16 bits", BOTH)
+@op_cases("positions", "index", "positions kept in 15 or 16 bits", EXPANDED)
 def positions(make: Make, quick: bool) -> Iterator[OpCase]:
-    """Keys beyond 2^16, queries beyond 2^15 and tables of more than 2^16 entries are found."""
-    if make is expanded:
-        yield make((2, 3, 40), (33_000, 33_000, 50), 1, aimed=True)
-        return
-    yield make((1,) * 99, (700, *range(1, 99)), 1, page_size=1)
-    if not quick:
-        yield decode(33_000, 7, heads=4, page_size=1, aimed=True)
+    """Keys beyond 2^16 and queries beyond 2^15 are found."""
+    yield make((2, 3, 40), (33_000, 33_000, 50), 1, aimed=True)
 
 
 # -------------------------------------------------------------------------------------------------- tiles
 # The borders of what kernels work in: pages, tiles of rows and keys, splits of a context.
 
-BOUNDARIES: Lengths = (1, 63, 64, 65, 127, 128, 129)
 # Sizes of tiles, pages and splits of keys, and what queries are cut into.
 BORDERS = (16, 32, 64, 128, 256)
 # Tiles that kernels cut a request's rows into: all heads of its first token, then of its second, and so on.
@@ -250,14 +197,7 @@ FEW_TOKENS = tuple(range(1, 34))  # new tokens that leave every rest in a tile o
 MANY_HEADS = ((257, 16), (200, 16), (129, 64), (150, 128))
 # New tokens next to borders.
 TOKENS = (*around(*BORDERS), 200, 300)
-LONG, LONGEST = 33_000, 66_000  # keys: positions beyond 2^15 and 2^16
-
-
-@op_cases("page_boundaries", "tiles", "a last page that is dropped, or read past the request's end", LATENT)
-def page_boundaries(make: Make, quick: bool) -> Iterator[OpCase]:
-    """Lengths just below, at and just above a page's end are attended in full."""
-    yield decode(*BOUNDARIES)
-    yield from (decode(length) for length in BOUNDARIES[1:6])
+LONG = 33_000  # keys: positions beyond 2^15
 
 
 @op_cases("heads", "tiles", "a head count that is padded, cut or grouped without saying so", BOTH, exact=True)
@@ -339,82 +279,16 @@ def new_tokens(make: Make, quick: bool) -> Iterator[OpCase]:
 
 
 @op_cases(
-    "long", "tiles", "partial results of a split context that are merged wrongly, or a narrow sum", BOTH
+    "long", "tiles", "partial results of a split context that are merged wrongly, or a narrow sum", EXPANDED
 )
 def long(make: Make, quick: bool) -> Iterator[OpCase]:
     """A context of thousands of tokens next to short ones is attended in full."""
-    if make is expanded:
-        yield make((1, 2, 3), (2500, 9, 70), 4)
-        for causal in (True, False):
-            yield make((1, 5), (LONG, 7), 2, aimed=True, causal=causal)
-        yield make((1,), (8200,), 2, gain=EVEN)  # whose sums are long
-        if not quick:
-            yield make((300, 2), (9000, 70), 2, aimed=True)
-        return
-    yield from (decode(2500, 1, 70, heads=8), decode(4097, 8193, heads=2, aimed=True))
-    yield decode(LONG, 7, heads=4, aimed=True)
+    yield make((1, 2, 3), (2500, 9, 70), 4)
+    for causal in (True, False):
+        yield make((1, 5), (LONG, 7), 2, aimed=True, causal=causal)
+    yield make((1,), (8200,), 2, gain=EVEN)  # whose sums are long
     if not quick:
-        yield from (decode(8193, 1, 4096, 70, heads=8), decode(3, LONGEST, heads=4, aimed=True))
-        yield from (decode(5, length, heads=4, aimed=True) for length in around(4096, 8192, 16_384))
-        yield make((4,), (20_000,), 2, aimed=True)
-
-
-# ---------------------------------------------------------------------------------------- order and emptiness
-
-# Equal requests, and pairs of equal ones between others.
-EQUAL: tuple[Lens, ...] = (
-    ((1,) * 40, (70,) * 40),
-    ((3,) * 6, (66,) * 6),
-    ((1, 2, 1, 2, 1, 2), (9, 9, 9, 9, 65, 65)),
-)
-# New tokens and keys of requests that are handed over in several orders.
-PAIRS = ((1, 3), (5, 5), (2, 70), (1, 64), (1, 130), (9, 20), (1, 3), (2, 65))
-
-
-@op_cases("equal", "order", "requests of equal length that change places when they are sorted", BOTH)
-def equal(make: Make, quick: bool) -> Iterator[OpCase]:
-    """Requests of the same lengths keep their own rows."""
-    return (make(*lengths, 4) for lengths in EQUAL)
-
-
-@op_cases(
-    "permuted", "order", "rows that come back sorted, or a plan kept for requests in another order", BOTH
-)
-def permuted(make: Make, quick: bool) -> Iterator[OpCase]:
-    """The same requests in another order give the same rows in that order."""
-    by_keys, by_new = sorted(PAIRS, key=lambda pair: pair[1]), sorted(PAIRS)
-    for pairs in (PAIRS, by_keys, by_keys[::-1], by_new, by_new[::-1]):
-        yield make(*(tuple(lengths) for lengths in zip(*pairs, strict=True)), 4)
-
-
-@op_cases("zero_queries", "emptiness", "a request without new tokens that shifts those after it", LATENT)
-def zero_queries(make: Make, quick: bool) -> Iterator[OpCase]:
-    """Requests without new tokens take no row, wherever they are in the batch."""
-    yield make((0, 2, 0, 1, 0), (5, 66, 0, 30, 64))
-    yield from (make((0, 0, 3), (70, 0, 9)), make((1, 0, 0), (9, 9, 0)))
-    yield make((1, 0, 0, 0, 1), (65, 64, 3, 0, 20))
-
-
-@op_cases("empty_rows", "emptiness", "NaN in the rows a captured graph pads its batch with", LATENT)
-def empty_rows(make: Make, quick: bool) -> Iterator[OpCase]:
-    """A token without keys gets 0 and a log-sum-exp of -inf, at every place of a batch and alone."""
-    for lengths in ((0, 40, 0, 65), (0, 0), (70, 3, 0), (0, 9), (1, 0, 0, 0, 64, 0), (0,)):
-        yield decode(*lengths, unowned=torch.nan)
-
-
-@op_cases("empty_segments", "emptiness", "an empty segment that shifts its neighbours or gives NaN", EXPANDED)
-def empty_segments(make: Make, quick: bool) -> Iterator[OpCase]:
-    """Segments may lack queries, or keys: then `out` is 0 and the log-sum-exp -inf."""
-    for lengths in (((0, 4, 0, 3), (6, 9, 0, 3)), ((3, 0), (70, 5)), ((0, 0, 2), (3, 70, 2))):
-        yield make(*lengths)
-    for lengths in (((2, 3), (0, 5)), ((3, 2), (5, 0)), ((1, 3, 2), (9, 0, 66)), ((2, 1), (0, 0))):
-        yield make(*lengths, causal=False)
-
-
-@op_cases("no_tokens", "emptiness", "a grid of no blocks, which cannot be launched", BOTH)
-def no_tokens(make: Make, quick: bool) -> Iterator[OpCase]:
-    """A batch may have no new tokens at all."""
-    yield from (make((0, 0), (5, 64)), make((0,), (70,)), make((0,), (0,)))
+        yield make((300, 2), (9000, 70), 2, aimed=True)
 
 
 # ------------------------------------------------------------------------------------------------ numbers
@@ -426,28 +300,3 @@ def require_lse(trial: Trial) -> None:
     """Refuse to judge a log-sum-exp that the op does not supply."""
     if not getattr(trial.op, "writes_lse", True):
         raise Refused(NO_LSE)
-
-
-@op_check("lse", "numbers", "a log-sum-exp to base 2, transposed, or without the scale", BOTH)
-def lse(trial: Trial, make: Make) -> None:
-    """The log-sum-exp is the natural logarithm, in fp32, laid out token by token."""
-    require_lse(trial)
-    more = [make(*of_several(300, 5), 2), *(make((2, 1, 3, 5), (2, 66, 3, 7), count) for count in (20, 127))]
-    if make is latent:
-        cases = [make(*MIXED), decode(33, 7, 100, heads=3), make((4, 4), (9, 66), 4)]
-        cases += [decode(2500, 1, 70, heads=8), *more, make((129, 1), (196, 5), 2, aimed=True)]
-    else:
-        cases = [make(*SEGMENTS), make((4, 4), (9, 30), 4, causal=False)]
-        cases += [make((1, 2, 3), (2500, 9, 70), 4), *more]
-    trial.check_cases(cases, only=("lse",))
-
-
-@op_cases(
-    "large", "numbers", "logits that overflow: exp() without the maximum, or a narrow accumulator", BOTH
-)
-def large(make: Make, quick: bool) -> Iterator[OpCase]:
-    """Logits in the thousands, of either sign, still give a finite output that is close to the truth."""
-    cases = [decode(33, 130, 5, 1, 2), make((5, 9), (5, 70)), make((1, 1, 1), (1, 1, 1), 3)]
-    if make is expanded:
-        cases = [make(*SEGMENTS), make((1, 1, 1), (1, 1, 2), 3)]
-    return (case.but(gain=1e3) for case in cases)

@@ -9,23 +9,14 @@ import torch
 from mla.cases.case import OpCase
 from mla.cases.memory import Tensors
 from mla.cases.played import host_of
-from mla.conformance.checks import in_order, op_cases, op_check
-from mla.conformance.checks.attention import (
-    BOTH,
-    EXPANDED,
-    LATENT,
-    Make,
-    decode,
-    require_lse,
-    usual,
-)
+from mla.conformance.checks import in_order, op_check
+from mla.conformance.checks.attention import BOTH, LATENT, Make, decode, require_lse, usual
 from mla.conformance.checks.device import NO_GRAPH, best, elapsed, load_of, median
 from mla.conformance.trial import Refused, Trial, expect
 from mla.parallel.layer import merge
 from mla.parallel.layout import Share
 
 UNITS = 4  # of pending work that a plan might wait for
-CALLS = 300  # of one state: beyond what a counter of 8 bits holds
 ALIVE = 20  # states at a time, and calls after one whose outputs are kept
 NOT_SAFE = "the op's state does not declare that a captured call follows its batch (graph_safe)"
 
@@ -33,17 +24,6 @@ NOT_SAFE = "the op's state does not declare that a captured call follows its bat
 def other(make: Make) -> OpCase:
     """Return a batch of other lengths than the usual."""
     return make((1, 12, 1), (65, 40, 9))
-
-
-@op_check(
-    "reuse", "state", "a plan that is used up by one layer, or scratch memory that two batches share", BOTH
-)
-def reuse(trial: Trial, make: Make) -> None:
-    """One prepared state serves several layers, with another batch's calls in between."""
-    first, second = trial.fitted(make(*usual(make))), trial.fitted(other(make))
-    with trial.case(f"{first.label}, and {second.label} in between"):
-        order = in_order(0, 1, 2, 1, 0)
-        trial.play(first, second, first.but(seed=1), order=order, early=True, states=(0, 1, 0))
 
 
 @op_check("prepare", "state", "a plan step that waits for the device or copies lengths back from it", BOTH)
@@ -68,17 +48,6 @@ def prepare(trial: Trial, make: Make) -> None:
 
 
 @op_check(
-    "refilled", "state", "keys gathered once per state, or a result that is remembered by addresses", BOTH
-)
-def refilled(trial: Trial, make: Make) -> None:
-    """One state on the same memory follows what that memory holds."""
-    case = trial.fitted(make(*usual(make), 4))
-    with trial.case(case.label):  # keys that change under the queries, then queries as well, and then back
-        cases = [case.but(seed=seed, others=keys) for seed, keys in ((0, 0), (0, 1), (1, 1), (1, 0))]
-        trial.play(*cases, order=in_order(0, 1, 2, 3, 0), one_memory=True)
-
-
-@op_check(
     "kept", "state", "an output that is written again at a later call, or an input that is read again", BOTH
 )
 def kept(trial: Trial, make: Make) -> None:
@@ -90,14 +59,6 @@ def kept(trial: Trial, make: Make) -> None:
         trial.play(first, second, *layers, order=order, states=(0, 1, 0, 3))
 
 
-@op_check("again", "state", "a counter or a ring of buffers that runs out after some calls", BOTH)
-def again(trial: Trial, make: Make) -> None:
-    """The same call gives the same result hundreds of times."""
-    case = trial.fitted(other(make).but(num_heads=2))
-    with trial.case(f"{case.label}, {CALLS} times"):
-        trial.play(case, order=((0, CALLS),))
-
-
 @op_check("alive", "state", "states in a ring of a few, or scratch memory that later states take over", BOTH)
 def alive(trial: Trial, make: Make) -> None:
     """Many states live at a time, and are called in any order."""
@@ -107,31 +68,6 @@ def alive(trial: Trial, make: Make) -> None:
     turns = range(ALIVE)
     with trial.case(f"{ALIVE} states, the first {case.label}"):
         trial.play(*cases, order=in_order(*turns[::-1], *turns), early=True)
-
-
-@op_cases("stepping", "state", "lengths remembered from the first time a batch was prepared", LATENT)
-def stepping(make: Make, quick: bool) -> list[OpCase]:
-    """The same requests, one token longer each step, are attended in full every step."""
-    return [decode(length, length - 30) for length in range(62, 67)]
-
-
-@op_check("tables", "state", "a block table or lengths kept for every batch of the same shape", LATENT)
-def tables(trial: Trial, make: Make) -> None:
-    """States of equal shapes, alive at the same time, keep their own tables and lengths apart."""
-    first, swapped = (trial.fitted(decode(*lengths, heads=4)) for lengths in ((33, 7, 100), (100, 33, 7)))
-    with trial.case(f"{first.label}, {swapped.label}"):
-        cases = (first, first.but(seed=1, shuffle=1), swapped, swapped.but(seed=1, shuffle=2))
-        trial.play(*cases, order=in_order(*range(4)) * 2, early=True)
-
-
-@op_check("lengths", "state", "lengths that are kept for every batch of the same shape", EXPANDED)
-def lengths(trial: Trial, make: Make) -> None:
-    """States of equal shapes, alive at the same time, keep their own lengths apart."""
-    batches = (((5, 1, 3), (9, 40, 3)), ((3, 5, 1), (3, 9, 40)), ((3, 5, 1), (40, 9, 3)))
-    cases = [trial.fitted(make(*both, 4)) for both in batches]
-    cases += [cases[0].but(causal=False)]
-    with trial.case(", ".join(case.label for case in cases)):
-        trial.play(*cases, order=in_order(*range(4)) * 2, early=True)
 
 
 # -------------------------------------------------------------------------------------------------- graphs

@@ -11,7 +11,6 @@ import torch
 
 from mla.cases.case import OpCase
 from mla.cases.memory import allocate
-from mla.cases.played import host_of
 from mla.cases.stress import Stress
 from mla.conformance.checks import in_order, op_cases, op_check
 from mla.conformance.checks.attention import DEEPSEEK
@@ -77,9 +76,6 @@ def of_tokens(case: OpCase, *counts: int) -> Iterator[OpCase]:
 
 # ------------------------------------------------------------------------------------------------- formula
 
-EPS = "an eps that is fixed, or added after the square root"
-OVERFLOW = "squares that overflow a narrow dtype"
-
 
 @op_cases(
     "product",
@@ -115,23 +111,6 @@ def write_formula(example: OpCase, quick: bool) -> Iterator[OpCase]:
     return of_tokens(example, 1, 9, 130)
 
 
-@op_cases("eps", "formula", EPS, of((*NORM, *WRITE)))
-def eps(example: OpCase, quick: bool) -> Iterator[OpCase]:
-    """With small inputs eps matters, and it is the one that is passed."""
-    return (_usual(example).but(size=1e-3, eps=value) for value in (1e-6, 1e-5))
-
-
-@op_cases("large", "numbers", OVERFLOW, of((*NORM, *WRITE)))
-def large(example: OpCase, quick: bool) -> Iterator[OpCase]:
-    """Inputs in the hundreds give results as accurate as small ones."""
-    yield _usual(example).but(size=500.0)
-
-
-def _usual(example: OpCase) -> OpCase:
-    """Return a norm of a width that models have."""
-    return example.but(features=1536) if example.kind == "rms_norm" else example
-
-
 @op_check(
     "pack", "contract", "a layout that loses bits, so that a checkpoint cannot be saved again", of(PRODUCTS)
 )
@@ -160,8 +139,6 @@ FEW = (*range(1, 34), 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1
 MANY = tuple(sorted({*range(1, 130), *FEW, 2047, 2048, 3000, 4095, 4096, 4097}))
 # More than the 65535 blocks that a grid's second and third dimension may have.
 BEYOND_GRID = 66_001
-# What 128 heads of 192 channels have, and more than 2^15; both are multiples of 128.
-WIDE = (24_576, 33_024)
 # Beside the tiles of 16 to 256 that kernels cut widths into, and what they serve without a remainder.
 BESIDE = (16, 32, 64, 128, 256)
 WIDTHS = (1, 2, 8, *(width + step for width in BESIDE for step in (-1, 0, 1)))
@@ -185,18 +162,6 @@ def rows_and_heads(example: OpCase, quick: bool) -> Iterator[OpCase]:
     case = _of_heads(example, 128).but(tokens=521)
     case = case.but(out_features=64) if quick and example.kind == "batched_linear" else case
     yield from [other_way(case)] if quick else both_ways([case])
-
-
-@op_cases(
-    "wide",
-    "grid",
-    "more tiles of outputs than a grid was made for, or columns counted in 15 bits",
-    of(("linear",)),
-)
-def wide(example: OpCase, quick: bool) -> Iterator[OpCase]:
-    """Every one of tens of thousands of outputs is right."""
-    few = example.but(tokens=3, in_features=128)
-    return both_ways(few.but(out_features=outputs) for outputs in (WIDE[-1:] if quick else WIDE))
 
 
 @op_cases("widths", "tiles", "a last tile that is missing, or filled with what lies behind", EXAMPLES)
@@ -239,26 +204,6 @@ def _of_heads(case: OpCase, count: int) -> OpCase:
 SPREAD = {torch.bfloat16: 12, torch.float16: 6, torch.float32: 12}
 
 
-@op_check(
-    "long_sums",
-    "numbers",
-    "sums, or parts of a split, that are kept or rounded in a narrow dtype",
-    of((*PRODUCTS, *NORM)),
-)
-def long_sums(trial: Trial, example: OpCase) -> None:
-    """Sums over thousands of inputs are as accurate as short ones, even where their parts cancel."""
-    if example.kind == "rms_norm":
-        few = example.but(tokens=3)
-        trial.check_cases(few.but(features=width) for width in (7168, 16384))
-        return
-    if trial.quick and example.kind == "batched_linear":
-        example = example.but(out_features=64)
-    lengths = list(itertools.product((7168,) if trial.quick else (2048, 7168, 16384), (3, 66)))
-    for cancels in (False,) if trial.dtype == torch.float32 else (False, True):  # whose own sums err by it
-        cases = (example.but(tokens=t, in_features=i, cancels=cancels) for i, t in lengths)
-        trial.check_cases(cases)
-
-
 @op_check("sizes", "numbers", "a scale that rows share, as of numbers in 8 bits", EXAMPLES)
 def sizes(trial: Trial, example: OpCase) -> None:
     """Rows that are thousands of times as large as others of the same call are all right."""
@@ -274,15 +219,6 @@ def outlier(example: OpCase, quick: bool) -> Iterator[OpCase]:
 # ------------------------------------------------------------------------------------------ memory and places
 
 BITS = 17  # slots beyond what 16 bits count, in a cache that is small enough for any device
-
-
-@op_check("in_place", "memory", "a second channel computed from the rotated first", of(ROTATE))
-def rotate_in_place(trial: Trial, example: OpCase) -> None:
-    """`out` may be x itself, as a slice of a wider tensor."""
-    for interleaved in (True, False):
-        case = example.but(num_heads=16, interleaved=interleaved, gaps={"x": (16, 32, 16)})
-        with trial.case(case.label):
-            trial.play(case, in_place=True)
 
 
 @op_cases("untouched", "memory", "a write past the row, to a neighbour's slot or to another layer", of(WRITE))
@@ -353,25 +289,6 @@ def _check_far_rows(trial: Trial, case: OpCase, apart: int) -> None:
 
 # -------------------------------------------------------------------------------------------------- state
 
-# How many calls of other tokens lie between two of equally many.
-TURNS = (7, 7, 130, 1, 7, 33, 130, 7, 7)
-# So much larger that a trace of it shows among small numbers; float16 ends at 65504.
-LARGE = {torch.bfloat16: 2.0**16, torch.float16: 2.0**8, torch.float32: 2.0**16}
-
-
-@op_check(
-    "earlier_outputs",
-    "state",
-    "an output that is kept and written to by a later call, or a weight kept for another",
-    EXAMPLES,
-)
-def earlier_outputs(trial: Trial, example: OpCase) -> None:
-    """Calls on other tensors, with other weights of the same shape, leave earlier outputs as they were."""
-    cases = [example.but(tokens=tokens, seed=s, others=s % 3) for s, tokens in enumerate(TURNS)]
-    turns = range(len(cases))
-    with trial.case(f"{len(cases)} calls, {example.label}"):  # and each weight once more, by turns
-        trial.play(*cases, order=in_order(*turns, *turns[::-1], *turns[::2]), early=True)
-
 
 @op_check("new_contents", "state", "a result or an input that is remembered by its address", EXAMPLES)
 def new_contents(trial: Trial, example: OpCase) -> None:
@@ -380,35 +297,3 @@ def new_contents(trial: Trial, example: OpCase) -> None:
         with trial.case(case.label):  # with one packed weight, and outputs that hold numbers before
             other = case.but(seed=1, others=0 if case.entry.packed else None)
             trial.play(case, other, order=in_order(0, 1, 0), one_memory=True, states=(0, 0), held=0.0)
-
-
-@op_check("call_before", "state", "scratch memory that still holds something of the call before", EXAMPLES)
-def call_before(trial: Trial, example: OpCase) -> None:
-    """A call whose numbers are small is right after one whose numbers are large."""
-    gain = LARGE[trial.dtype]
-    many, few, large_many, large_few = range(4)
-    cases = [example.but(tokens=t, gain=g, seed=int(g > 1)) for g in (1.0, gain) for t in (130, 7)]
-    order = in_order(large_many, few, large_few, few, large_many, many, large_few, many)
-    with trial.case(f"gains of {gain:g} and 1, {example.label}"):
-        trial.play(*cases, order=order)
-
-
-@op_check(
-    "packed_again",
-    "state",
-    "a packed weight that is found again by the address or shape of the weight",
-    of(PRODUCTS),
-)
-def packed_again(trial: Trial, example: OpCase) -> None:
-    """Other weights that are packed from the same memory, one after the other, are other weights."""
-    with trial.case(example.label):
-        call = trial.serve(example)
-        memory = call.pool.given["weight"].to(trial.device, copy=True)
-        for model in (0, 1, 2, 1):
-            case = example.but(others=model)
-            weight = host_of(case.but(dtype=trial.dtype)).given["weight"]
-            memory.copy_(weight)
-            call = trial.serve(case, packed=call.op.pack(memory))
-            for _ in range(2):
-                trial.check(call)
-            expect(same_bits(call.op.unpack(call.leading[0]), weight), "the op wrote to its weight")

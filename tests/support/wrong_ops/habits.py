@@ -31,7 +31,7 @@ def remembers(kind: str, *names: str, shape: bool = False) -> FusedOp:
     def body(right: Any, *state: Any, **given: Any) -> None:
         for name in names:
             if given.get(name) is not None:
-                key = (name, given[name].shape if shape else given[name].data_ptr())
+                key = (name, given[name].shape, 0 if shape else given[name].data_ptr())
                 given[name] = kept.setdefault(key, given[name].clone())
         right(*state, **given)
 
@@ -83,8 +83,8 @@ def packs_once(kind: str, key: str) -> Any:
 
     class PacksOnce(base):  # type: ignore[misc, valid-type]
         def pack(self, weight: Tensor) -> Packed:
-            known = tuple(weight.shape) if key == "shape" else weight.data_ptr()
-            return kept.setdefault((known, weight.dtype), super().pack(weight.clone()))
+            known = (tuple(weight.shape), 0 if key == "shape" else weight.data_ptr())
+            return kept.setdefault((*known, weight.dtype), super().pack(weight.clone()))
 
     return PacksOnce()
 

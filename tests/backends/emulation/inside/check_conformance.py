@@ -6,6 +6,7 @@ import pytest
 from judged import faults, judged
 
 import mla
+from mla.conformance.trial import Drawing
 from mla_backends.api import Backend
 
 
@@ -22,12 +23,13 @@ def test_the_device_conforms(name: str) -> None:
     assert ("device.graph" in passed) == (name != "iluvatar")
 
 
+DRAWS = 20  # of each op: states and memory that are used again
 # What devices differ in: where tensors lie, how they are copied and indexed, streams and graphs. The rest is
 # arithmetic, which the emulated device leaves to the host.
 WHERE_DEVICES_DIFFER = (
     *("layer.decode", "layer.untouched", "layer.two_layers", "layer.no_tokens", "layer.graph*"),
-    *("latent.decode", "latent.tables", "latent.kept", "latent.refilled", "latent.graph*"),
-    *("expanded.prefill", "expanded.kept", "*.earlier_outputs", "*.call_before", "write_latent.slots"),
+    *("latent.decode", "latent.kept", "latent.graph*", "expanded.prefill", "expanded.kept"),
+    "write_latent.slots",
 )
 
 
@@ -36,5 +38,6 @@ def test_the_reference_and_the_layer_conform(name: str, monkeypatch: pytest.Monk
     backend = mla.load_backend(name)
     monkeypatch.setattr(backend, "ops", dict)  # the quick grid looks at the reference where it is alone
     passed = run_suite(backend, *WHERE_DEVICES_DIFFER)
-    assert len(passed) > 20
-    assert {"layer.decode", "layer.graph", "latent.tables", "expanded.prefill"} <= passed
+    assert {"layer.decode", "layer.graph", "latent.kept", "expanded.prefill", "write_latent.slots"} <= passed
+    drawn = judged(backend, "*.drawn", drawing=Drawing(DRAWS))
+    assert [(result.status, result.failures) for result in drawn] == [("incomplete", [])] * 7

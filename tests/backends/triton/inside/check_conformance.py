@@ -25,12 +25,11 @@ SMALLER = (
     (attention, "FEW_TOKENS", (1, 3, 16, 17)),
     (attention, "REQUESTS", (9, 9)),
     (attention, "REQUESTS_OF", ((16, 9),)),
-    (attention, "CACHES", ((64, 70), (1, 300))),
     (small_ops, "FEW", (1, 2, 16, 17)),
     (small_ops, "MOST_ROWS", 67),
 )
 # Checks that start most of all, and differ from others in a number of programs.
-LEFT_OUT = {"rotate_query.rows_and_heads", "latent.positions", "expanded.positions", "expanded.lse"}
+LEFT_OUT = {"rotate_query.rows_and_heads", "expanded.positions"}
 GRAPHS = {"latent.graph", "latent.graph_lengths"}  # this device has none; an emulated one has
 HOST = {"state", "order", "contract"}  # of ops without a plan, what the host does is nothing to interpret
 DRAWS = 5

@@ -65,7 +65,9 @@ def test_tensors_of_two_devices_in_one_launch_are_found() -> None:
         add[(1,)](draw(), torch.zeros(8), draw(), N=8)
 
 
-@pytest.mark.parametrize("check", ["latent.graph", "latent.graph_lengths", "latent.mixed", "expanded.mixed"])
+@pytest.mark.parametrize(
+    "check", ["latent.graph", "latent.graph_lengths", "latent.decode", "expanded.prefill"]
+)
 def test_the_suite_on_the_device(check: str) -> None:
     backend = Acme({"graph": "on"})
     backend.device = backend.setup()
