@@ -137,7 +137,7 @@ class ComplexRotation(FusedOp):
         turn = torch.complex(*cos_sin.chunk(2, dim=-1))[:, None]
         half = x.shape[-1] // 2
         if interleaved:
-            pairs = torch.view_as_complex(x.float().unflatten(-1, (half, 2)).contiguous())
+            pairs = torch.view_as_complex(x.float().unflatten(-1, (half, 2)).clone())  # at an even address
             out.copy_(torch.view_as_real(pairs * turn).flatten(-2))
         else:
             turned = torch.complex(*x.float().chunk(2, dim=-1)) * turn

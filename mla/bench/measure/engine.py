@@ -382,7 +382,8 @@ class _Engine:
         for first in self._times.first():
             alone = len(first.passes) - before
             if first is not cut and alone and self._correct(first):
-                said = f"the last {alone} passes of {first.implementation.name} ran without it"
+                passes = f"{alone} passes" if alone > 1 else "pass"
+                said = f"the last {passes} of {first.implementation.name} ran without it"
                 text = f"{self._scenario.name}, {cut.implementation.name}: {said}"
                 self._hooks.detail(text)
                 self._hooks.alone(text)

@@ -201,7 +201,7 @@ def test_a_yardstick_is_held_to_the_first_implementation_even_if_that_was_kept(
     asked: list[dict[str, float]] = []
     monkeypatch.setattr(
         "mla.bench.run.scenario_run.yardstick",
-        SimpleNamespace(shortened=lambda point, variants, ms, most: asked.append(dict(ms)) or {}),
+        SimpleNamespace(shortened=lambda point, variants, ms, *limits: asked.append(dict(ms)) or {}),
     )
     words = (*VIRTUAL, *small, "--scenario", "decode", "--layers", "2")
     words = (*words, "--implementations", "mla,mla-reference")
