@@ -10,7 +10,7 @@ import torch
 from mla.conformance.report import CheckResult
 from mla.conformance.selection import Xfails
 from mla.conformance.suite import Instance, carry_out, instances
-from mla.conformance.trial import BackendUnderTest
+from mla.conformance.trial import BackendUnderTest, Drawing
 from mla_backends.api import Backend
 from mla_backends.testing import HostBackend
 
@@ -30,12 +30,13 @@ def judged(
     return [carry_out(instance, subject, Xfails()) for instance in chosen]
 
 
-def judged_op(op: Any, *only: str, dtypes: Sequence[torch.dtype] = (torch.bfloat16,)) -> list[CheckResult]:
+def judged_op(
+    op: Any, *only: str, dtypes: Sequence[torch.dtype] = (torch.bfloat16,), draws: int = 0
+) -> list[CheckResult]:
     """Return the results of one op on the host, but for checks that time a device."""
     backend = HostBackend(ops={"op": op})
-    return judged(
-        backend, *only, dtypes=dtypes, wanted=lambda it: it.of in ("op", "") and it.check.id not in TIMED
-    )
+    wanted = lambda it: it.of in ("op", "") and it.check.id not in TIMED  # noqa: E731
+    return judged(backend, *only, dtypes=dtypes, wanted=wanted, drawing=Drawing(draws))
 
 
 def faults(results: Sequence[CheckResult]) -> list[tuple[str, str]]:
