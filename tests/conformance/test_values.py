@@ -30,6 +30,12 @@ def test_a_small_scale_asks_for_no_query_beyond_fp16(kind: str) -> None:
             assert all(bool(numbers.isfinite().all()) for numbers in tensors.values()), pattern
 
 
+def test_a_large_row_of_large_rows_stays_finite_in_fp16() -> None:
+    spec = NormSpec(64, torch.float16, CPU)
+    case = OpCase("rms_norm", spec, (5,), (5,), stress=Stress(size=300.0), values=("one large row",))
+    assert all(bool(numbers.isfinite().all()) for numbers in Host(case).given.values())
+
+
 NORM = OpCase("rms_norm", NormSpec(7168, torch.float32, CPU), (3,), (3,), stress=Stress())
 
 
