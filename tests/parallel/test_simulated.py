@@ -100,7 +100,7 @@ def test_a_rank_alone_computes_its_part_anew(layout: str) -> None:
     simulated = Simulated(layout)
     simulated.run()
     for rank, out in enumerate(simulated.outs):
-        parts = [one.part.clone() for one in simulated.world.groups]
+        parts = [group.part.clone() for group in simulated.world.groups]
         for again in range(2):
             out.fill_(torch.nan)
             simulated.world.groups[rank].receive_again()
