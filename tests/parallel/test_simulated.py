@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from threading import Thread
+from typing import Any
 
 import pytest
 import torch
 
 import mla
 from mla import LatentCache, MLAConfig
+from mla.cases.memory import poison
 from mla.parallel.cache import ShardedCache
 from mla.parallel.groups import SimulatedGroups, SimulatedWorld, summed_bytes
 from mla.parallel.layer import ParallelMLA
@@ -33,7 +35,8 @@ HISTORY, NEW = (33, 1, 0, 7), (1, 2, 9, 0)  # with ranks that hold none of a req
 class Simulated:
     """A layer on one batch, whose ranks are all here."""
 
-    def __init__(self, layout: str) -> None:
+    def __init__(self, layout: str, cache_format: str | None = None) -> None:
+        self.cache_format = cache_format
         self.world = SimulatedWorld(Layout.parse(layout))
         self.state = random_state_dict(CONFIG, 0, torch.float32)
         draw = torch.Generator().manual_seed(1)
@@ -53,14 +56,15 @@ class Simulated:
 
     def _rank(self, groups: SimulatedGroups) -> Callable[[torch.Tensor], object]:
         layout = self.world.layout
-        layer = ParallelMLA(CONFIG, groups, dtype=torch.float32)
+        stored: Any = {"dtype": torch.float32, "cache_format": self.cache_format}
+        layer = ParallelMLA(CONFIG, groups, **stored)
         layer.load_state_dict(self.state)
         if layout.dcp > 1:
             share = Share(groups.place.dcp, layout.dcp)
-            cache = ShardedCache(CONFIG, share, max_tokens=2048, page_size=8, dtype=torch.float32, shuffle=3)
+            cache = ShardedCache(CONFIG, share, max_tokens=2048, page_size=8, shuffle=3, **stored)
         else:
-            cache = LatentCache(CONFIG, max_tokens=2048, page_size=8, dtype=torch.float32, shuffle=3)
-        cache.pages.fill_(torch.nan)
+            cache = LatentCache(CONFIG, max_tokens=2048, page_size=8, shuffle=3, **stored)
+        poison(cache.pages)
         ids = cache.new_sequences(len(HISTORY))
         for sequence, tokens in zip(ids, self.history, strict=True):
             cache.load(sequence, *tokens)
@@ -92,6 +96,17 @@ def test_all_ranks_equal_one_device(layout: str) -> None:
     for rank, out in enumerate(simulated.outs):
         simulated.world.complete(rank, out)
     assert max(simulated.errors()) < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["tp=8", "tp=2,dcp=4"])
+def test_ranks_store_and_attend_a_format_as_one_device_does(layout: str) -> None:
+    alone, simulated = Simulated("tp=1", "fp8_ds_mla"), Simulated(layout, "fp8_ds_mla")
+    alone.run()
+    simulated.run()
+    for rank, out in enumerate(simulated.outs):
+        simulated.world.complete(rank, out)
+        assert (out - alone.outs[0]).norm() < 1e-4 * out.norm()
+    assert min(simulated.errors()) > 1e-3
 
 
 @pytest.mark.parametrize("layout", ["tp=4", "tp=2,dcp=2"])
