@@ -140,7 +140,7 @@ def test_ops_without_rotary_channels_are_the_reference_s_and_say_why(make_case: 
     assert {names[role] for role in ("latent_attention", "write_latent", "rotate_query")} == {"reference"}
     assert names["o_proj"] == "linear"
     assert (
-        "  fused op 'write_latent' not used because write_latent/1 promises ops rotary channels, and this "
+        "  fused op 'write_latent' not used because write_latent promises ops rotary channels, and this "
         "layer has none (qk_rope_head_dim 0)"
     ) in case.layer.ops.explain()
     with pytest.raises(UnsupportedOps, match="and this layer has none"):
