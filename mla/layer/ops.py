@@ -118,6 +118,8 @@ class Choice:
             )
 
 
+# Kinds of ops whose operands have a rotary part.
+_ROTARY = ("rotate_query", "write_latent", "latent_attention")
 # What `ops` accepts besides a list of names.
 POLICIES = ("auto", "reference", "fused")
 
@@ -177,6 +179,8 @@ def refusals(name: str, op: FusedOp, kind: str, spec: Any, say: Say | None = Non
     """Return why `op`, offered as `name`, does not serve `spec` here (empty if it does)."""
     if not current(op.contract, kind):
         return [f"it implements {op.contract} and this core calls {OPS[kind]}"]
+    if kind in _ROTARY and not spec.qk_rope_head_dim:
+        return [f"{kind} promises ops rotary channels, and this layer has none (qk_rope_head_dim 0)"]
     if reasons := format_refusals(op, spec):
         return reasons
     reasons = sentences(name, "unsupported_reasons()", op.unsupported_reasons(spec))
@@ -358,4 +362,6 @@ def layer_roles(
     if config.q_lora_rank:
         roles["q_a_layernorm"] = ("rms_norm", NormSpec(config.q_lora_rank, dtype, device))
         roles["q_b_proj"] = ("linear", weight(config.q_lora_rank, q_width))
+    if config.gate_width:
+        roles["g_proj"] = ("linear", weight(config.hidden_size, config.gate_width))
     return roles

@@ -30,7 +30,8 @@ from mla.parallel.groups import Groups
 from mla.weights import weight_shapes
 
 FP32 = torch.float32
-_ROWS = ("q_proj.weight", "q_b_proj.weight", "kv_b_proj.weight")  # heads lie one below the other
+# Weights in which heads lie one below the other.
+_ROWS = ("q_proj.weight", "q_b_proj.weight", "kv_b_proj.weight", "g_proj.weight")
 
 
 # ---------------------------------------------------------------------------------------------------- weights
@@ -305,7 +306,8 @@ class ParallelMLA(MLA):
             self.step = ContextStep(**{**parts, "config": share, "absorbed": self._context})
 
     def _calls_ops_alone(self) -> bool:
-        return type(self) is ParallelMLA and self._groups.layout.dcp == 1  # heads are added up afterwards
+        alone = type(self) is ParallelMLA and self._groups.layout.dcp == 1  # heads are added up afterwards
+        return alone and not self.config.gate_width
 
     def _attended_by(self) -> int:
         return self._groups.layout.dcp

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from threading import Thread
 from typing import Any
 
@@ -29,16 +30,20 @@ CONFIG = MLAConfig(
     q_lora_rank=24,
     attention_bias=True,
 )
+GATED = [replace(CONFIG, output_gate=gate, attention_bias=False) for gate in ("head", "element")]
 HISTORY, NEW = (33, 1, 0, 7), (1, 2, 9, 0)  # with ranks that hold none of a request's tokens
 
 
 class Simulated:
     """A layer on one batch, whose ranks are all here."""
 
-    def __init__(self, layout: str, cache_format: str | None = None) -> None:
-        self.cache_format = cache_format
-        self.world = SimulatedWorld(Layout.parse(layout))
-        self.state = random_state_dict(CONFIG, 0, torch.float32)
+    def __init__(self, layout: str, config: MLAConfig = CONFIG, cache_format: str | None = None) -> None:
+        self.world, self.config, self.cache_format = (
+            SimulatedWorld(Layout.parse(layout)),
+            config,
+            cache_format,
+        )
+        self.state = random_state_dict(config, 0, torch.float32)
         draw = torch.Generator().manual_seed(1)
         self.history = [
             (
@@ -57,7 +62,7 @@ class Simulated:
     def _rank(self, groups: SimulatedGroups) -> Callable[[torch.Tensor], object]:
         layout = self.world.layout
         stored: Any = {"dtype": torch.float32, "cache_format": self.cache_format}
-        layer = ParallelMLA(CONFIG, groups, **stored)
+        layer = ParallelMLA(self.config, groups, **stored)
         layer.load_state_dict(self.state)
         if layout.dcp > 1:
             share = Share(groups.place.dcp, layout.dcp)
@@ -80,7 +85,7 @@ class Simulated:
         """Yield the relative error of every rank's output."""
         expected = torch.cat(
             [
-                oracle(CONFIG, self.state, rows, [len(rows)], [tokens])
+                oracle(self.config, self.state, rows, [len(rows)], [tokens])
                 for rows, tokens in zip(self.hidden.split(NEW), self.history, strict=True)
                 if len(rows)
             ]
@@ -89,9 +94,13 @@ class Simulated:
             yield float((out.double() - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("layout", ["tp=1", "tp=8", "dcp=4", "tp=2,dcp=4", "tp=4,dcp=2", "dp=2,tp=2"])
-def test_all_ranks_equal_one_device(layout: str) -> None:
-    simulated = Simulated(layout)
+LAYOUTS = ["tp=1", "tp=8", "dcp=4", "tp=2,dcp=4", "tp=4,dcp=2", "dp=2,tp=2"]
+CASES = [*((layout, CONFIG) for layout in LAYOUTS), *(("tp=2,dcp=2", config) for config in GATED)]
+
+
+@pytest.mark.parametrize(("layout", "config"), CASES)
+def test_all_ranks_equal_one_device(layout: str, config: MLAConfig) -> None:
+    simulated = Simulated(layout, config)
     simulated.run()
     for rank, out in enumerate(simulated.outs):
         simulated.world.complete(rank, out)
@@ -100,7 +109,7 @@ def test_all_ranks_equal_one_device(layout: str) -> None:
 
 @pytest.mark.parametrize("layout", ["tp=8", "tp=2,dcp=4"])
 def test_ranks_store_and_attend_a_format_as_one_device_does(layout: str) -> None:
-    alone, simulated = Simulated("tp=1", "fp8_ds_mla"), Simulated(layout, "fp8_ds_mla")
+    alone, simulated = (Simulated(name, cache_format="fp8_ds_mla") for name in ("tp=1", layout))
     alone.run()
     simulated.run()
     for rank, out in enumerate(simulated.outs):
