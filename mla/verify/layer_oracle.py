@@ -150,7 +150,9 @@ def _attend(
         seen = _expanded(weight, past, nope)
         parts = (x.split(at_once) for x in (q[:, :, head], *_expanded(weight, new, nope)))
         chunks = zip(*parts, strict=True)
-        heads.append(torch.cat([_softmax_attention(config.softmax_scale, *seen, *chunk) for chunk in chunks]))
+        sink = state["sinks"][head].item() if config.sink_logits else -math.inf
+        scale = config.softmax_scale
+        heads.append(torch.cat([_softmax_attention(scale, sink, *seen, *chunk) for chunk in chunks]))
     return torch.stack(heads, dim=2)
 
 
@@ -163,6 +165,7 @@ def _expanded(weight: torch.Tensor, latents: Pair, nope: int) -> Pair:
 
 def _softmax_attention(
     scale: float,
+    sink: float,  # a logit that is not scaled, of no value
     past_keys: torch.Tensor,  # [p, nope + r]
     past_values: torch.Tensor,  # [p, v]
     q: torch.Tensor,  # [n, t, nope + r]
@@ -175,6 +178,8 @@ def _softmax_attention(
     among_new = (q @ keys.mT).masked_fill_(future, -torch.inf)
     logits = torch.cat((q.flatten(0, 1) @ past_keys.T, among_new.flatten(0, 1)), dim=1)
     weights = logits.mul_(scale).softmax(-1)
+    if sink > -math.inf:  # it takes its share of what all keys had
+        weights /= 1 + (sink - logits.logsumexp(-1, keepdim=True)).exp()
     from_past = (weights[:, :past] @ past_values).unflatten(0, (n, t))
     return from_past + weights[:, past:].unflatten(0, (n, t)) @ values
 
