@@ -24,7 +24,7 @@ from mla.errors import UsageError
 from mla.layer.ops import preflight_reasons
 from mla.reference import REFERENCE
 from mla.text import dtype_name
-from mla_backends.api import OPS, Backend, FusedOp
+from mla_backends.api import Backend, FusedOp, current
 from mla_backends.registry import create
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 HANDFUL = 2  # cases of a check that run in a dtype that the device is slow in
 MINUTES = {True: 1.0, False: 5.0}  # that a run takes, if it is quick and if not
-ENOUGH = 300  # judged draws of an op in a dtype, with which its check is green
+MIN_DRAWS = 300  # judged draws of an op in a dtype, with which its check is green
 FOR_DRAWS = {True: 0.4, False: 0.6}  # of the time at least, if it is quick and if not
 ATTENTION = 2.0  # times the time of other ops, for draws
 UNUSUAL = 0.2  # times the time of an op that serves what most layers have
@@ -40,7 +40,7 @@ UNUSUAL = 0.2  # times the time of an op that serves what most layers have
 FACTOR = 3.0
 ROWS, WIDTH = 64, 1024
 ATTEMPTS = 5
-PATIENCE = 0.5  # seconds after which a dtype has been tried often enough
+TRIAL_SECONDS = 0.5  # seconds after which a dtype has been tried often enough
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _seconds(backend: Backend, dtype: torch.dtype) -> float:
     """Return how long a product takes at best."""
     x = torch.full((ROWS, WIDTH), 1 / WIDTH, dtype=dtype, device=backend.device)
     weight = torch.full((WIDTH, WIDTH), 1.0, dtype=dtype, device=backend.device)
-    end, taken = time.perf_counter() + PATIENCE, []
+    end, taken = time.perf_counter() + TRIAL_SECONDS, []
     for _ in range(ATTEMPTS + 1):
         start = time.perf_counter()
         torch.mm(x, weight)[:1, :1].to("cpu", copy=True)  # only a result on the host is certain to be there
@@ -212,7 +212,7 @@ def _serves(subject: BackendUnderTest, kind: str, dtype: torch.dtype, name: str,
             return said
         return list(op.unsupported_batch(spec, (1,), (64,), 64 if KINDS[kind].cached else None))
 
-    return op.contract == OPS[kind] and not ask(reasons, ["it raises"])
+    return current(op.contract, kind) and not ask(reasons, ["it raises"])
 
 
 def carry_out(instance: Instance, subject: BackendUnderTest, xfails: Xfails) -> CheckResult:
@@ -253,8 +253,8 @@ def _verdict(trial: Trial, expected: str | None) -> tuple[Status, str]:
         return ("fail", reason) if expected is None else ("xfail", f"{expected} ({reason})")
     if not trial.ended("passed"):
         return "refused", "; ".join(dict.fromkeys(case.reason for case in trial.cases))
-    if trial.drawn is not None and trial.drawn.judged < ENOUGH:
-        return "incomplete", f"{trial.drawn.judged} of {ENOUGH} drawn cases were judged"
+    if trial.drawn is not None and trial.drawn.judged < MIN_DRAWS:
+        return "incomplete", f"{trial.drawn.judged} of {MIN_DRAWS} drawn cases were judged"
     return ("pass", "") if expected is None else ("xpass", expected)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mla.errors import MLAError, OutOfMemory, UnknownOp, did_you_mean
-from mla.failures.call import LIMIT, RecordedCall
+from mla.failures.call import MAX_CALL_BYTES, RecordedCall
 from mla.failures.file import Failure
 from mla.failures.watch import judged, make, raised
 from mla.layer.ops import refusals, sentences
 from mla.reference import REFERENCE
 from mla.text import size
 from mla_backends import host
-from mla_backends.api import OPS, Backend, FusedOp
+from mla_backends.api import Backend, FusedOp, current
 from mla_backends.errors import BackendError
 
 
@@ -49,7 +49,7 @@ def replay(failure: Failure, backend: Backend, name: str | None = None, runs: in
 def op_of(call: RecordedCall, offered: Mapping[str, FusedOp], name: str) -> FusedOp:
     """Return an op by name. Raises `UnknownOp` if the backend has none of that kind and name."""
     kind = call.facts.kind
-    known = {offered_name: op for offered_name, op in offered.items() if op.contract == OPS[kind]}
+    known = {offered_name: op for offered_name, op in offered.items() if current(op.contract, kind)}
     if name == "reference":
         return REFERENCE[kind]
     if name not in known:
@@ -77,7 +77,7 @@ def _require_served(call: RecordedCall, name: str, op: FusedOp, backend: Backend
 def _require_room(call: RecordedCall, backend: Backend) -> None:
     """Raise `OutOfMemory` if the device has no room for the call; the file holds only a part of a cache."""
     cache = call.facts.pages.numbers * call.dtype.itemsize if call.facts.pages else 0
-    compared = cache if cache <= LIMIT else 0
+    compared = cache if cache <= MAX_CALL_BYTES else 0
     on_host = backend.device is not None and backend.device.type == "cpu"
     needed = cache + compared * (4 if on_host else 1) + sum(piece.nbytes for piece in call.memory.values())
     free = host.memory_available() if on_host else backend.memory().free

@@ -19,13 +19,13 @@ SMALLER = (
     (attention, "RESTS", (129, 130, 192, 255)),
     (attention, "FEW_TOKENS", (1, 2, 15, 16, 17)),
     (attention, "MANY_HEADS", (65, 16)),
-    (small_ops, "FEW", (1, 2, 3, 16, 17, 64, 65, 257)),
+    (small_ops, "ROW_COUNTS", (1, 2, 3, 16, 17, 64, 65, 257)),
     (small_ops, "MOST_ROWS", 1031),
     (small_ops, "BEYOND_GRID", 2049),
     (small_ops, "HEADS", (1, 2, 3, 16, 17, 128)),
     (small_ops, "WIDTHS", (1, 2, 8, 15, 16, 17, 64, 65)),
     (small_ops, "EVEN", (48, 80, 192)),
-    (attention, "LONG", 3000),
+    (attention, "LONG_CONTEXT", 3000),
 )
 
 

@@ -132,7 +132,7 @@ def pack(trial: Trial, example: OpCase) -> None:
 # the number was.
 MOST_ROWS = 5003
 # Every rest of small tiles; then beside powers of two, which sizes of blocks and their multiples are.
-FEW = (*range(1, 34), 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1023, 1024, 1025, 2049)
+ROW_COUNTS = (*range(1, 34), 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1023, 1024, 1025, 2049)
 # More than the 65535 blocks that a grid's second and third dimension may have; and widths for so many.
 BEYOND_GRID, NARROW = 66_001, 16
 # Beside the tiles of 16 to 256 that kernels cut widths into, and what they serve without a remainder.
@@ -151,7 +151,7 @@ def rows(example: OpCase) -> Iterator[OpCase]:
     """From one row to thousands, every row is right."""
     widths = {"kv_lora_rank", "qk_rope_head_dim", "in_features", "out_features", "features"}
     narrow = dict.fromkeys(widths & set(example.entry.letters.values()), NARROW)
-    few = [*of_tokens(example, *FEW), example.but(**narrow, tokens=BEYOND_GRID)]
+    few = [*of_tokens(example, *ROW_COUNTS), example.but(**narrow, tokens=BEYOND_GRID)]
     return by_turns([*few, example.but(tokens=MOST_ROWS)])
 
 
