@@ -160,7 +160,7 @@ def cli(
     from mla.conformance import selection
 
     if backend is None and not list_only:
-        raise UsageError("--backend is missing; `python -m mla.bench list` shows what there is.")
+        raise UsageError("--backend is missing; `mla-bench list` shows the backends.")
     xfails = selection.Xfails.read(xfails_file) if xfails_file else selection.Xfails()
     for pattern in only:
         selection.require_known(selection.split(pattern)[0], "--only")
