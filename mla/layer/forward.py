@@ -187,15 +187,24 @@ def _merge(out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse:
 
 
 # ------------------------------------------------------------------------------------------ forward
+def gate_heads(heads: torch.Tensor, gate: torch.Tensor) -> None:
+    """Multiply heads [T, h, v] by the sigmoid of gate [T, h] or [T, h * v]; both are overwritten.
+
+    Sigmoid and product are each rounded once to the dtype, as the models' own code does.
+    """
+    heads.mul_(gate.sigmoid_().unflatten(1, (heads.shape[1], -1)))
+
+
 @dataclass(frozen=True, eq=False)
 class Step:
-    """Queries, latents, attention on either path, output. Stateless except for scratch memory."""
+    """Queries, latents, attention on either path, gate, output. Stateless except for scratch memory."""
 
     config: MLAConfig
     weights: PackedWeights
     views: StepViews
     absorbed: AbsorbedPath
     expanded: ExpandedPath
+    gate: Callable[[torch.Tensor, torch.Tensor], None] = gate_heads
 
     def run(
         self,
@@ -217,6 +226,9 @@ class Step:
             self.absorbed.run(ops, projected, plan.absorbed, pages)
         if plan.expanded is not None:
             self.expanded.run(ops, projected, plan.expanded, pages)
+        if projected.gate is not None:
+            self._linear(ops, "g_proj", hidden, projected.gate)
+            self.gate(projected.heads, projected.gate)
         self._linear(ops, "o_proj", projected.heads_flat, out, bias="o_proj.bias")
 
     def scales(self, batch: RaggedBatch) -> bool:

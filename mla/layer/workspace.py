@@ -175,6 +175,7 @@ class Projected(NamedTuple):
     kv_a: torch.Tensor  # [T, c + r]
     heads: torch.Tensor  # [T, h, v], of both paths of attention
     heads_flat: torch.Tensor  # [T, h * v]
+    gate: torch.Tensor | None = None  # [T, h] or [T, h * v], see `MLAConfig.output_gate`
 
 
 class Absorbed(NamedTuple):
@@ -210,7 +211,8 @@ class StepViews:
             q = self._scratch.take("q", tokens, self._ops["q_b_proj"].spec.out_features)
         per_head = q.unflatten(1, (config.num_attention_heads, config.qk_head_dim))
         heads = self._scratch.take("heads", tokens, config.num_attention_heads, config.v_head_dim)
-        return Projected(first, q_a, normed, q, per_head, kv_a, heads, heads.flatten(1))
+        gate = self._scratch.take("gate", tokens, config.gate_width) if config.gate_width else None
+        return Projected(first, q_a, normed, q, per_head, kv_a, heads, heads.flatten(1), gate)
 
     def absorbed(self, projected: Projected, tokens: Tokens) -> Absorbed:
         """Return a group's queries and where its latent queries and outputs go."""

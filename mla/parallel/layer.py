@@ -30,7 +30,8 @@ from mla.parallel.groups import Groups, lse_of
 from mla.weights import weight_shapes
 
 FP32 = torch.float32
-_ROWS = ("q_proj.weight", "q_b_proj.weight", "kv_b_proj.weight")  # heads lie one below the other
+# Weights in which heads lie one below the other.
+_ROWS = ("q_proj.weight", "q_b_proj.weight", "kv_b_proj.weight", "g_proj.weight")
 
 
 # ---------------------------------------------------------------------------------------------------- weights
@@ -299,7 +300,8 @@ class ParallelMLA(MLA):
             self.step = ContextStep(share, self._weights, views, self._context, expanded)
 
     def _calls_ops_alone(self) -> bool:
-        return type(self) is ParallelMLA and self._groups.layout.dcp == 1  # heads are added up afterwards
+        alone = type(self) is ParallelMLA and self._groups.layout.dcp == 1  # heads are added up afterwards
+        return alone and not self.config.gate_width
 
     def _attended_by(self) -> int:
         return self._groups.layout.dcp

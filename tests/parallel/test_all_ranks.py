@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Barrier, Thread
 
 import pytest
@@ -29,6 +29,7 @@ CONFIG = MLAConfig(
     q_lora_rank=24,
     attention_bias=True,
 )
+GATED = [replace(CONFIG, output_gate=gate, attention_bias=False) for gate in ("head", "element")]
 HISTORY, NEW = (33, 1, 0, 7), (1, 2, 9, 0)  # with ranks that hold none of a request's tokens
 
 
@@ -76,7 +77,6 @@ class Threads(SimulatedGroups):
         out.copy_(torch.stack([other[self.place.dcp] for other in given]))
 
 
-STATE = random_state_dict(CONFIG, 0, torch.float32)
 DRAW = torch.Generator().manual_seed(1)
 TOKENS = [
     (
@@ -88,11 +88,15 @@ TOKENS = [
 HIDDEN = torch.randn(sum(NEW), CONFIG.hidden_size, generator=DRAW)
 
 
-def rank_forward(groups: SimulatedGroups) -> Callable[[torch.Tensor], object]:
+def state_of(config: MLAConfig) -> State:
+    return random_state_dict(config, 0, torch.float32)
+
+
+def rank_forward(groups: SimulatedGroups, config: MLAConfig = CONFIG) -> Callable[[torch.Tensor], object]:
     """Return the forward of a rank, which writes an output [T, d]."""
     layout = groups.layout
-    layer = ParallelMLA(CONFIG, groups, dtype=torch.float32)
-    layer.load_state_dict(STATE)
+    layer = ParallelMLA(config, groups, dtype=torch.float32)
+    layer.load_state_dict(state_of(config))
     if layout.dcp > 1:
         share = Share(groups.place.dcp, layout.dcp)
         cache = ShardedCache(CONFIG, share, max_tokens=2048, page_size=8, dtype=torch.float32, shuffle=3)
@@ -117,15 +121,19 @@ def error(out: torch.Tensor, config: MLAConfig, state: State, held: Held | None 
     return float((out.double() - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("layout", ["tp=1", "tp=8", "dcp=4", "tp=2,dcp=4", "tp=4,dcp=2", "dp=2,tp=2"])
-def test_all_ranks_equal_one_device(layout: str) -> None:
+LAYOUTS = ["tp=1", "tp=8", "dcp=4", "tp=2,dcp=4", "tp=4,dcp=2", "dp=2,tp=2"]
+CASES = [*((layout, CONFIG) for layout in LAYOUTS), *(("tp=2,dcp=2", config) for config in GATED)]
+
+
+@pytest.mark.parametrize(("layout", "config"), CASES)
+def test_all_ranks_equal_one_device(layout: str, config: MLAConfig) -> None:
     world = World(Layout.parse(layout))
     ranks = [Threads(world, rank) for rank in range(world.layout.world)]
-    forwards = list(map(rank_forward, ranks))
+    forwards = [rank_forward(rank, config) for rank in ranks]
     outs = [torch.full_like(HIDDEN, torch.nan) for _ in ranks]
     with ThreadPoolExecutor(len(ranks)) as pool:
         list(pool.map(lambda forward, out: forward(out), forwards, outs))
-    assert max(error(out, CONFIG, STATE) for out in outs) < 1e-5
+    assert max(error(out, config, state_of(config)) for out in outs) < 1e-5
 
 
 @pytest.mark.parametrize("layout", ["tp=4", "tp=2,dcp=2", "dcp=8"])
@@ -136,7 +144,7 @@ def test_a_rank_alone_computes_its_share_anew(layout: str) -> None:
     for rank in range(parsed.world):
         groups, out = SimulatedGroups(parsed, rank), torch.empty_like(HIDDEN)
         forward = rank_forward(groups)
-        shard = dict(HeadShard(STATE, CONFIG, parsed.head_part(rank), parsed.head_parts))
+        shard = dict(HeadShard(state_of(CONFIG), CONFIG, parsed.head_part(rank), parsed.head_parts))
         held = Share(groups.place.dcp, parsed.dcp).owns if parsed.dcp > 1 else None
         groups.rehearse(lambda: forward(out))  # noqa: B023
         for _ in range(3):
