@@ -19,7 +19,7 @@ from mla.cases.case import OPTIONAL, Kind, dim
 from mla.cases.memory import Tensors
 from mla.command import files
 from mla.errors import MLAError, OutOfMemory, ResultError, UnknownOp, did_you_mean
-from mla.failures.call import CONTEXT, LIMIT, OUTPUTS, CallFacts, RecordedCall, View, covered
+from mla.failures.call import CONTEXT, MAX_CALL_BYTES, OUTPUTS, CallFacts, RecordedCall, View, covered
 from mla.failures.watch import Expected, JudgedCall, judged, make, raised
 from mla.layer.ops import refusals, sentences
 from mla.reference import REFERENCE
@@ -436,7 +436,7 @@ def _require_served(call: RecordedCall, name: str, op: FusedOp, backend: Backend
 def _require_memory(call: RecordedCall, backend: Backend) -> None:
     """Raise `OutOfMemory` if the device has no room for the call; the file holds only a part of a cache."""
     cache = call.facts.pages.numbers * call.dtype.itemsize if call.facts.pages else 0
-    compared = cache if cache <= LIMIT else 0
+    compared = cache if cache <= MAX_CALL_BYTES else 0
     on_host = backend.device is not None and backend.device.type == "cpu"
     needed = cache + compared * (4 if on_host else 1) + sum(piece.nbytes for piece in call.memory.values())
     free = host.memory_available() if on_host else backend.memory().free

@@ -238,6 +238,7 @@ class ContextPath(AbsorbedPath):
                 softmax_scale=self.softmax_scale,
                 out=exchange.out,
                 lse=exchange.lse,
+                **self.stored,
             )
             exchange.merge(self.groups, part.back, views.latent_out[part.tokens])
         ops["w_uv"].op(packed["w_uv"], x=views.latent_out, out=views.heads)
@@ -296,8 +297,8 @@ class ParallelMLA(MLA):
             self._require_lse()
             path = {field.name: getattr(self.step.absorbed, field.name) for field in fields(AbsorbedPath)}
             self._context = ContextPath(**path, config=share, groups=groups)
-            views, expanded = self.step.views, self.step.expanded
-            self.step = ContextStep(share, self._weights, views, self._context, expanded)
+            parts = {field.name: getattr(self.step, field.name) for field in fields(Step)}
+            self.step = ContextStep(**{**parts, "config": share, "absorbed": self._context})
 
     def _calls_ops_alone(self) -> bool:
         alone = type(self) is ParallelMLA and self._groups.layout.dcp == 1  # heads are added up afterwards

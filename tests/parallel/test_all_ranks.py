@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from threading import Barrier, Thread
+from typing import Any
 
 import pytest
 import torch
 
 import mla
 from mla import LatentCache, MLAConfig
+from mla.cases.memory import poison
 from mla.parallel.cache import ShardedCache
 from mla.parallel.groups import SimulatedGroups, summed_bytes
 from mla.parallel.layer import HeadShard, ParallelMLA
@@ -92,17 +94,20 @@ def state_of(config: MLAConfig) -> State:
     return random_state_dict(config, 0, torch.float32)
 
 
-def rank_forward(groups: SimulatedGroups, config: MLAConfig = CONFIG) -> Callable[[torch.Tensor], object]:
+def rank_forward(
+    groups: SimulatedGroups, config: MLAConfig = CONFIG, cache_format: str | None = None
+) -> Callable[[torch.Tensor], object]:
     """Return the forward of a rank, which writes an output [T, d]."""
     layout = groups.layout
-    layer = ParallelMLA(config, groups, dtype=torch.float32)
+    stored: Any = {"dtype": torch.float32, "cache_format": cache_format}
+    layer = ParallelMLA(config, groups, **stored)
     layer.load_state_dict(state_of(config))
     if layout.dcp > 1:
         share = Share(groups.place.dcp, layout.dcp)
-        cache = ShardedCache(CONFIG, share, max_tokens=2048, page_size=8, dtype=torch.float32, shuffle=3)
+        cache = ShardedCache(CONFIG, share, max_tokens=2048, page_size=8, shuffle=3, **stored)
     else:
-        cache = LatentCache(CONFIG, max_tokens=2048, page_size=8, dtype=torch.float32, shuffle=3)
-    cache.pages.fill_(torch.nan)
+        cache = LatentCache(CONFIG, max_tokens=2048, page_size=8, shuffle=3, **stored)
+    poison(cache.pages)
     ids = cache.new_sequences(len(HISTORY))
     for sequence, tokens in zip(ids, TOKENS, strict=True):
         cache.load(sequence, *tokens)
@@ -121,19 +126,32 @@ def error(out: torch.Tensor, config: MLAConfig, state: State, held: Held | None 
     return float((out.double() - expected).norm() / expected.norm())
 
 
+def outputs(layout: str, config: MLAConfig, cache_format: str | None = None) -> list[torch.Tensor]:
+    """Return the output of every rank."""
+    world = World(Layout.parse(layout))
+    ranks = [Threads(world, rank) for rank in range(world.layout.world)]
+    forwards = [rank_forward(rank, config, cache_format) for rank in ranks]
+    outs = [torch.full_like(HIDDEN, torch.nan) for _ in ranks]
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        list(pool.map(lambda forward, out: forward(out), forwards, outs))
+    return outs
+
+
 LAYOUTS = ["tp=1", "tp=8", "dcp=4", "tp=2,dcp=4", "tp=4,dcp=2", "dp=2,tp=2"]
 CASES = [*((layout, CONFIG) for layout in LAYOUTS), *(("tp=2,dcp=2", config) for config in GATED)]
 
 
 @pytest.mark.parametrize(("layout", "config"), CASES)
 def test_all_ranks_equal_one_device(layout: str, config: MLAConfig) -> None:
-    world = World(Layout.parse(layout))
-    ranks = [Threads(world, rank) for rank in range(world.layout.world)]
-    forwards = [rank_forward(rank, config) for rank in ranks]
-    outs = [torch.full_like(HIDDEN, torch.nan) for _ in ranks]
-    with ThreadPoolExecutor(len(ranks)) as pool:
-        list(pool.map(lambda forward, out: forward(out), forwards, outs))
-    assert max(error(out, config, state_of(config)) for out in outs) < 1e-5
+    assert max(error(out, config, state_of(config)) for out in outputs(layout, config)) < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["tp=8", "tp=2,dcp=4"])
+def test_ranks_store_and_attend_a_format_as_one_device_does(layout: str) -> None:
+    (alone,) = outputs("tp=1", CONFIG, "fp8_ds_mla")
+    for out in outputs(layout, CONFIG, "fp8_ds_mla"):
+        assert (out - alone).norm() < 1e-4 * out.norm()
+        assert error(out, CONFIG, state_of(CONFIG)) > 1e-3
 
 
 @pytest.mark.parametrize("layout", ["tp=4", "tp=2,dcp=2", "dcp=8"])

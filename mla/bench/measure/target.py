@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mla.bench.measure import evidence
 from mla.bench.measure.variants import EXTRA_PASSES, HEADLINE, Steps, Variant, steps
-from mla.bench.results.cases import ENOUGH, LEFT_OUT
+from mla.bench.results.cases import LEFT_OUT, MIN_SHARED_STEPS
 
 if TYPE_CHECKING:
     from mla.bench.measure.passes import PassRunner
@@ -185,7 +185,7 @@ EXTRA_FORWARDS = 60
 # A yardstick that takes fewer times as long as the first implementation keeps all of its forwards.
 MUCH_SLOWER = 2.0
 # Steps of a decode pass that are left at least: its cache grows, and ratios leave out the first one.
-MIN_STEPS = ENOUGH
+MIN_STEPS = MIN_SHARED_STEPS
 
 
 def shortened(

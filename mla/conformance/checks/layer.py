@@ -185,8 +185,8 @@ def cached(trial: Trial) -> None:
         for sequence, hidden, old in parts:
             kv, pe = call.cache.read(sequence)
             truth = true_latents(case.config, host.state, hidden, old)
-            for name, found, true in zip(("latent", "key"), (kv[old:], pe[old:]), truth, strict=True):
-                error = relative_error((found, true))
+            for name, cached, true in zip(("latent", "key"), (kv[old:], pe[old:]), truth, strict=True):
+                error = relative_error((cached, true))
                 expect(
                     error <= bound, f"the cached {name} has relative error {error:.1e}, allowed {bound:.0e}"
                 )
