@@ -57,7 +57,7 @@ Exit codes: 0 every call was right, 2 usage, 3 backend missing or unusable, 4 a 
 """
 
 
-@click.command("list", short_help="Backends and their state, presets, or workloads.")
+@click.command("list", short_help="List backends and their state, presets, or workloads.")
 @click.option("--configs", is_flag=True, help="Show the presets of --config and where they were read.")
 @click.option("--workloads", is_flag=True, help="Show the shipped workloads and where they were published.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -99,7 +99,7 @@ def _line(status: probe.Status, name: int, state: int) -> str:
     return f"{status.name:{name}}  {status.state:{state}}  {said}".rstrip() + "\n"
 
 
-@click.command(short_help="Why a backend is or is not usable.")
+@click.command(short_help="Explain why a backend is or isn't usable.")
 @click.argument("name", cls=Word, required=False, help="Backend, or package.module:attribute. Default: all.")
 @click.option("-O", "backend_options", metavar="KEY=VALUE", multiple=True, help="Option of the backend NAME.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
@@ -129,7 +129,7 @@ def doctor(name: str | None, backend_options: tuple[str, ...], as_json: bool) ->
     return Exit.OK if report.usable else Exit.BACKEND
 
 
-@click.command("new-backend", short_help="A plugin project for a new device.")
+@click.command("new-backend", short_help="Create a plugin project for a new device.")
 @click.argument(
     "name", cls=Word, help="Name of the backend and of its torch device: lower-case, like 'acme'."
 )
@@ -151,7 +151,7 @@ def new_backend(name: str, folder: Path) -> int:
     return Exit.OK
 
 
-@click.command(epilog=REPLAY_EPILOG, short_help="The call that --dump-failure kept, made again.")
+@click.command(epilog=REPLAY_EPILOG, short_help="Repeat the call that --dump-failure kept.")
 @click.argument("folder", type=FILE, cls=Word, help="The folder that --dump-failure named.")
 @backend_options("Backend to replay on. Default: the one that failed, with its options.")
 @click.option("--op", "name", metavar="NAME", help="Another op of the backend, or reference.")
@@ -194,7 +194,7 @@ def replay(
     return Exit.WRONG
 
 
-@click.command("capacity", short_help="Tokens that several devices hold, by parallel layout.")
+@click.command("capacity", short_help="Count the tokens that several devices hold, by layout.")
 @click.option(
     "--config", metavar="NAME|PATH", default=DEFAULT_CONFIG, show_default=True, help="As for a run."
 )
@@ -298,7 +298,7 @@ class CeilingOptions(BackendOptions):
         return list(dict.fromkeys(names))
 
 
-@click.command(short_help="A device's peak bandwidth and FLOP rate.")
+@click.command(short_help="Measure a device's peak bandwidth and FLOP rate.")
 @backend_options(MEASURED_BACKEND_HELP)
 @click.option(
     "--dtype",
