@@ -126,20 +126,20 @@ def is_plain(x: torch.Tensor) -> bool:
     return x.device.type != "cpu" and kind.__module__.partition(".")[0] != "torch"
 
 
-def _matches(found: Sequence[int], shape: Sequence[int | None]) -> bool:
-    if found == shape:
+def _matches(actual: Sequence[int], shape: Sequence[int | None]) -> bool:
+    if actual == shape:
         return True
-    if len(found) != len(shape):
+    if len(actual) != len(shape):
         return False
-    for size, wanted in zip(found, shape):  # noqa: B905, SIM110  # in every step: `strict` and `all` cost time
+    for size, wanted in zip(actual, shape):  # noqa: B905, SIM110  # in every step: `strict` and `all` cost time
         if wanted is not None and size != wanted:
             return False
     return True
 
 
-def _same(found: torch.device, wanted: torch.device) -> bool:
+def _same(actual: torch.device, wanted: torch.device) -> bool:
     """Return whether these are one device; the first of its kind may go without an index."""
-    return found.type == wanted.type and (found.index or 0) == (wanted.index or 0)
+    return actual.type == wanted.type and (actual.index or 0) == (wanted.index or 0)
 
 
 def _why(x: Any, shape: Sequence[int | None], dtype: torch.dtype, device: torch.device) -> str:
@@ -193,7 +193,7 @@ def format_refusals(op: FusedOp, spec: Any) -> list[str]:
         return []
     claims = f"only {', '.join(sorted(op.cache_formats))}" if op.cache_formats else "none"
     return [
-        f"it does not know the cache format '{name}': it claims {claims} beside numbers of the layer's dtype"
+        f"it does not know the cache format '{name}': it claims {claims} in addition to the layer's dtype"
     ]
 
 
@@ -494,6 +494,10 @@ class Backend(ABC):
             raise BackendOptionError(
                 f"backend '{self.name}' needs 1 to {MOST_THREADS} threads, got '{threads}'."
             )
+
+    def __repr__(self) -> str:
+        options = f", options={self.options}" if self.options else ""
+        return f"{type(self).__name__}({self.name!r}, device={str(self.device)!r}{options})"
 
     @classmethod
     def known_options(cls) -> tuple[str, ...]:
