@@ -23,6 +23,7 @@ from mla.cases.memory import (
     Tensors,
     hardly_touched,
     poison,
+    rows_on_host,
     same_words,
     scattered,
 )
@@ -87,6 +88,7 @@ class Host:
         drawn = given
         if drawn is None:
             drawn = unusual(case, self.entry.draw(case, Drawing(case), self.entry.rows(case)))
+            drawn = self.entry.encoded(case, drawn)
         shapes = {name: case.shape(self.entry.operands[name]) for name in self.entry.varied}
         self.given = drawn | {name: drawn[name].view(shape) for name, shape in shapes.items()}
         self.numbers = sum(x.numel() for x in self.given.values()) + sum(map(prod, case.results.values()))
@@ -245,7 +247,7 @@ class Laid(Call):
     def results(self) -> Tensors:
         """Return what the last call wrote, rows [T, ..] on the host."""
         written = self.pool.entry.written(self.arguments)
-        return {name: rows.cpu() for name, rows in written.items() if name in self.written}
+        return {name: rows_on_host(rows) for name, rows in written.items() if name in self.written}
 
     def judge(self, case: Laid, only: Sequence[str] = ()) -> str:
         """Return what is wrong with the last call, given whose operands it had."""

@@ -280,6 +280,7 @@ class MLAConfig:
     kv_latent_scale: float = 1.0  # on the normed latent, before it is cached
     query_scaling: QueryScaling | None = None  # of queries by position
     output_gate: str | None = None  # sigmoid(g_proj x) on the heads' outputs, one per "head" or "element"
+    sink_logits: bool = False  # a learned logit per head joins the softmax, of no key and value
     model_type: str | None = None  # the family it was read as; computes nothing
     name: str = "custom"
 
@@ -296,7 +297,7 @@ class MLAConfig:
             value = getattr(self, key)
             if not is_positive(value) and not (key == "rope_theta" and value is None):
                 raise self._error(f"{key} must be a positive number, got {quoted(value)}")
-        for key in ("attention_bias", "rope_interleave"):
+        for key in ("attention_bias", "rope_interleave", "sink_logits"):
             if not isinstance(getattr(self, key), bool):
                 raise self._error(f"{key} must be true or false, got {quoted(getattr(self, key))}")
         if self.output_gate not in GATES:
@@ -344,6 +345,11 @@ class MLAConfig:
         return not self.attention_bias and self.output_gate is None
 
     @property
+    def is_ops_alone(self) -> bool:
+        """Whether a layer computes nothing beside its ops, as gates and sinks are."""
+        return self.output_gate is None and not self.sink_logits
+
+    @property
     def softmax_scale(self) -> float:
         """(n + r)^-0.5, times the YaRN magnitude squared. Never derived from c + r."""
         factor = self.rope_scaling.softmax_factor() if self.rope_scaling else 1.0
@@ -371,7 +377,21 @@ class MLAConfig:
         path = "/" in name or name.endswith(".json") or os.path.isdir(name)  # Path("") would be one
         if not path or name in PRESETS:
             return cls.preset(name)
+        if not os.path.exists(name):
+            cls._refuse_hub_name(name)
         return cls._read(Path(name, "config.json") if os.path.isdir(name) else Path(name), None, name)
+
+    @staticmethod
+    def _refuse_hub_name(name: str) -> None:
+        """Raise `ConfigError` for a model of the Hugging Face hub, which is not downloaded."""
+        owner, _, model = name.partition("/")
+        if (reason := refused_model(model)) is not None and owner:
+            raise ConfigError(f"config '{name}' is not supported: {reason}.")
+        for preset, known in PRESETS.items():
+            if known.checkpoint.lower() == name.lower():
+                raise ConfigError(
+                    f"config '{name}' is not a file. Use the preset '{preset}', this model's own."
+                )
 
     @classmethod
     def from_pretrained(cls, source: str | Path | Mapping[str, Any]) -> MLAConfig:
