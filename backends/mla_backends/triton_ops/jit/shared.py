@@ -3,6 +3,11 @@
 import triton
 import triton.language as tl
 
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # old ones, which look up even what is not compiled
+    gdc_launch_dependents = gdc_wait = None
+
 
 @triton.jit
 def follow(EARLY: tl.constexpr):
@@ -12,8 +17,8 @@ def follow(EARLY: tl.constexpr):
     launch has ended, all launches before it have.
     """
     if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
