@@ -30,7 +30,6 @@ from mla_backends.registry import create
 if TYPE_CHECKING:
     from mla.conformance.failures import Keeper
 
-HANDFUL = 2  # cases of a check that run in a dtype that the device is slow in
 MINUTES = {True: 1.0, False: 5.0}  # that a run takes, if it is quick and if not
 MIN_DRAWS = 300  # judged draws of an op in a dtype, with which its check is green
 FOR_DRAWS = {True: 0.4, False: 0.6}  # of the time at least, if it is quick and if not
@@ -77,7 +76,7 @@ class Instance:
         return tuple(replace(self, chosen=frozenset()).run(subject).labels)
 
     def spared(self, subject: BackendUnderTest) -> Instance:
-        """Return it with a handful of its cases, if nobody chose any and the device is slow in its dtype.
+        """Return it with two of its cases, if nobody chose any and the device is slow in its dtype.
 
         An op that serves no other dtype keeps them all: nothing else would tell what it does in them.
         """
@@ -85,7 +84,7 @@ class Instance:
             return self
         if self.op is not None and not serves_another(self.op, subject):
             return self
-        return replace(self, chosen=handful(len(self.labels(subject)), HANDFUL))
+        return replace(self, chosen=handful(len(self.labels(subject))))
 
 
 def serves_another(op: FusedOp, subject: BackendUnderTest) -> bool:
@@ -99,11 +98,9 @@ def serves_another(op: FusedOp, subject: BackendUnderTest) -> bool:
     return ask(served, True)
 
 
-def handful(count: int, few: int) -> Numbers:
-    """Return the numbers of `few` of `count` cases, the first and the last among them; None: all."""
-    if count <= few:
-        return None
-    return frozenset(1 + round(step * (count - 1) / (few - 1)) for step in range(few))
+def handful(count: int) -> Numbers:
+    """Return the numbers of the first and the last of so many cases; None: all."""
+    return frozenset((1, count)) if count > 2 else None
 
 
 def slow_dtypes(backend: Backend, dtypes: Sequence[torch.dtype]) -> tuple[Slow, ...]:
