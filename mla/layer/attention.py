@@ -176,7 +176,7 @@ class MLA(nn.Module):
 
     def _calls_ops_alone(self) -> bool:
         """Return whether a step consists of op calls alone, so that it can be recorded."""
-        return type(self) is MLA and not self.config.gate_width  # a subclass may do more
+        return type(self) is MLA and self.config.is_ops_alone  # a subclass may do more
 
     def _attended_by(self) -> int:
         """Return how many tensor-parallel shards share this attention."""

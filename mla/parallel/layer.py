@@ -26,12 +26,12 @@ from mla.layer.plan import AbsorbedGroup, StepPlan
 from mla.layer.workspace import Projected, Workspace
 from mla.parallel.cache import Part as StepPart
 from mla.parallel.cache import ShardedBatch
-from mla.parallel.groups import Groups
-from mla.weights import weight_shapes
+from mla.parallel.groups import Groups, lse_of
+from mla.weights import SINKS, weight_shapes
 
 FP32 = torch.float32
 # Weights in which heads lie one below the other.
-_ROWS = ("q_proj.weight", "q_b_proj.weight", "kv_b_proj.weight", "g_proj.weight")
+_ROWS = ("q_proj.weight", "q_b_proj.weight", "kv_b_proj.weight", "g_proj.weight", SINKS)
 
 
 # ---------------------------------------------------------------------------------------------------- weights
@@ -166,7 +166,7 @@ class Exchange:
         return (
             (by_rank(self.q), self.gathered),
             (self.sent[..., : out.shape[-1]], by_rank(out)),
-            (_lse(self.sent), by_rank(self.ordered_lse)),
+            (lse_of(self.sent), by_rank(self.ordered_lse)),
         )
 
     def gather(self, groups: Groups, q: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
@@ -187,15 +187,14 @@ class Exchange:
         groups.exchange_context(self.sent, self.received)
         merge(*self._results, out, self.merging)
 
+    def lse_of_all(self) -> torch.Tensor:
+        """Return the log-sum-exp [t, h] over all ranks' tokens, once they are merged."""
+        return self._results[1].logsumexp(0)
+
     @cached_property
     def _results(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Out [world, t, h, c] and lse [world, t, h] of every rank."""
-        return self.received[..., : self.out.shape[-1]], _lse(self.received)
-
-
-def _lse(rows: torch.Tensor) -> torch.Tensor:
-    """Return the lse [...] of rows [..., width] of out and lse: their last four bytes."""
-    return rows.view(FP32)[..., -1]
+        return self.received[..., : self.out.shape[-1]], lse_of(self.received)
 
 
 def _row(c: int, itemsize: int) -> int:
@@ -224,7 +223,9 @@ class ContextPath(AbsorbedPath):
         per_token = scratch_per_token(self.config, self.groups.layout.dcp, self.scratch.itemsize)
         return max(1, workspace // per_token)
 
-    def run(self, ops: Ops, projected: Projected, group: AbsorbedGroup, pages: torch.Tensor) -> None:
+    def run(
+        self, ops: Ops, projected: Projected, group: AbsorbedGroup, pages: torch.Tensor, rotated: bool = False
+    ) -> None:
         """Attend as `AbsorbedPath.run` does, with this rank's `pages` and those of all others."""
         views, packed = self.views.absorbed(projected, group.tokens), self.weights.packed
         ops["w_uk"].op(packed["w_uk"], x=views.q_nope, out=views.latent_nope)
@@ -246,6 +247,8 @@ class ContextPath(AbsorbedPath):
                 **self.stored,
             )
             exchange.merge(self.groups, part.back, views.latent_out[part.tokens])
+            if self.config.sink_logits:
+                self.weights.leave_to_sinks(views.latent_out[part.tokens], exchange.lse_of_all())
         ops["w_uv"].op(packed["w_uv"], x=views.latent_out, out=views.heads)
 
     def _exchange(self, part: StepPart) -> Exchange:
@@ -263,8 +266,14 @@ class ContextPath(AbsorbedPath):
 class ContextStep(Step):
     """`Step` where the context is spread over ranks: it writes this rank's new latents, and no others."""
 
+    def _rotated_with_latents(
+        self, ops: Ops, projected: Projected, plan: StepPlan
+    ) -> dict[str, torch.Tensor]:
+        """Return {}: a rank writes the latents of other tokens than it has queries of."""
+        return {}
+
     def _write_latent(
-        self, ops: Ops, kv_a: torch.Tensor, batch: Any, plan: StepPlan, pages: torch.Tensor
+        self, ops: Ops, kv_a: torch.Tensor, batch: Any, plan: StepPlan, pages: torch.Tensor, **queries: Any
     ) -> None:
         count, scratch = batch.own.shape[0], self.absorbed.scratch
         if not count:
@@ -307,7 +316,7 @@ class ParallelMLA(MLA):
 
     def _calls_ops_alone(self) -> bool:
         alone = type(self) is ParallelMLA and self._groups.layout.dcp == 1  # heads are added up afterwards
-        return alone and not self.config.gate_width
+        return alone and self.config.is_ops_alone
 
     def _attended_by(self) -> int:
         return self._groups.layout.dcp
