@@ -76,13 +76,13 @@ Exit codes:
 @how(
     "--quick",
     is_flag=True,
-    help="A smaller grid of shapes, about a minute on two idle CPUs; every check still runs.",
+    help="A first look of about a minute: the same fixed checks, and fewer drawn cases.",
 )
 @how(
     "--minutes",
     type=click.FloatRange(0, min_open=True),
     show_default="5, or 1 with --quick",
-    help="Duration: fixed checks first, drawn cases in the rest.",
+    help="Duration: fixed checks in the first part, drawn cases in the rest.",
 )
 @how(
     "--draws",
@@ -93,7 +93,7 @@ Exit codes:
 @how(
     "--every-case",
     is_flag=True,
-    help="Run every case of slow dtypes, too, in place of a handful per check.",
+    help="Run every fixed case: none is left out for time, or because a dtype is slow.",
 )
 @how(
     "--xfails",
@@ -160,7 +160,7 @@ def cli(
     from mla.conformance import selection
 
     if backend is None and not list_only:
-        raise UsageError("--backend is missing; `python -m mla.bench list` shows what there is.")
+        raise UsageError("--backend is missing; `mla-bench list` shows the backends.")
     xfails = selection.Xfails.read(xfails_file) if xfails_file else selection.Xfails()
     for pattern in only:
         selection.require_known(selection.split(pattern)[0], "--only")
@@ -206,13 +206,13 @@ def _require_pytest() -> None:
         import pytest
 
         here = getattr(pytest, "version_tuple", (0,))  # which pytest 6 lacks
-        found = "" if here >= LEAST_PYTEST else f"version {pytest.__version__} is installed"
+        problem = "" if here >= LEAST_PYTEST else f"version {pytest.__version__} is installed"
     except ImportError:
-        found = "it is not installed"
-    if found:
+        problem = "it is not installed"
+    if problem:
         least = LEAST_PYTEST[0]
         raise UsageError(
-            f"the suite needs pytest {least} or later, and {found}: `pip install 'pytest>={least}'` "
+            f"the suite needs pytest {least} or later, and {problem}: `pip install 'pytest>={least}'` "
             "(it comes with `mla-bench[conformance]`)."
         )
 

@@ -26,11 +26,12 @@ from mla.layer.plan import AbsorbedGroup, StepPlan
 from mla.layer.workspace import Projected, Workspace
 from mla.parallel.cache import Part as StepPart
 from mla.parallel.cache import ShardedBatch
-from mla.parallel.groups import Groups
+from mla.parallel.groups import Groups, lse_of
 from mla.weights import weight_shapes
 
 FP32 = torch.float32
-_ROWS = ("q_proj.weight", "q_b_proj.weight", "kv_b_proj.weight")  # heads lie one below the other
+# Weights in which heads lie one below the other.
+_ROWS = ("q_proj.weight", "q_b_proj.weight", "kv_b_proj.weight", "g_proj.weight")
 
 
 # ---------------------------------------------------------------------------------------------------- weights
@@ -165,7 +166,7 @@ class Exchange:
         return (
             (by_rank(self.q), self.gathered),
             (self.sent[..., : out.shape[-1]], by_rank(out)),
-            (_lse(self.sent), by_rank(self.ordered_lse)),
+            (lse_of(self.sent), by_rank(self.ordered_lse)),
         )
 
     def gather(self, groups: Groups, q: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
@@ -189,12 +190,7 @@ class Exchange:
     @cached_property
     def _results(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Out [world, t, h, c] and lse [world, t, h] of every rank."""
-        return self.received[..., : self.out.shape[-1]], _lse(self.received)
-
-
-def _lse(rows: torch.Tensor) -> torch.Tensor:
-    """Return the lse [...] of rows [..., width] of out and lse: their last four bytes."""
-    return rows.view(FP32)[..., -1]
+        return self.received[..., : self.out.shape[-1]], lse_of(self.received)
 
 
 def _row(c: int, itemsize: int) -> int:
@@ -242,6 +238,7 @@ class ContextPath(AbsorbedPath):
                 softmax_scale=self.softmax_scale,
                 out=exchange.out,
                 lse=exchange.lse,
+                **self.stored,
             )
             exchange.merge(self.groups, part.back, views.latent_out[part.tokens])
         ops["w_uv"].op(packed["w_uv"], x=views.latent_out, out=views.heads)
@@ -300,11 +297,12 @@ class ParallelMLA(MLA):
             self._require_lse()
             path = {field.name: getattr(self.step.absorbed, field.name) for field in fields(AbsorbedPath)}
             self._context = ContextPath(**path, config=share, groups=groups)
-            views, expanded = self.step.views, self.step.expanded
-            self.step = ContextStep(share, self._weights, views, self._context, expanded)
+            parts = {field.name: getattr(self.step, field.name) for field in fields(Step)}
+            self.step = ContextStep(**{**parts, "config": share, "absorbed": self._context})
 
     def _calls_ops_alone(self) -> bool:
-        return type(self) is ParallelMLA and self._groups.layout.dcp == 1  # heads are added up afterwards
+        alone = type(self) is ParallelMLA and self._groups.layout.dcp == 1  # heads are added up afterwards
+        return alone and not self.config.gate_width
 
     def _attended_by(self) -> int:
         return self._groups.layout.dcp

@@ -55,6 +55,21 @@ def test_an_unknown_preset_suggests_the_closest_and_lists_all() -> None:
     assert "Did you mean" not in str(info.value)
 
 
+@pytest.mark.parametrize("name", ["deepseek-v3.2", "DeepSeek-V3.2-Exp", "glm-5", "glm-5-next"])
+def test_a_model_with_an_indexer_is_refused_by_its_name(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"config '{name}' is not supported: an indexer picks"):
+        MLAConfig.preset(name)
+    with pytest.raises(ConfigError, match=rf"config 'some-org/{name}' is not supported: an indexer picks"):
+        MLAConfig.named(f"some-org/{name}")
+
+
+def test_a_name_of_the_hub_suggests_its_preset() -> None:
+    with pytest.raises(ConfigError, match=r"is not a file\. Use the preset 'deepseek-v3', this model's own"):
+        MLAConfig.named("deepseek-ai/deepseek-v3")
+    with pytest.raises(ConfigError, match="No such file or directory"):
+        MLAConfig.named("deepseek-ai/unheard-of")
+
+
 @pytest.mark.parametrize("key", ["hidden_size", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, "64", None, True])
 def test_a_dimension_must_be_a_positive_integer(key: str, value: object) -> None:
@@ -62,10 +77,30 @@ def test_a_dimension_must_be_a_positive_integer(key: str, value: object) -> None
         MLAConfig.from_dict({**MINIMAL, key: value})
 
 
-@pytest.mark.parametrize("key", ["qk_rope_head_dim", "v_head_dim", "q_lora_rank"])
+@pytest.mark.parametrize("key", ["v_head_dim", "q_lora_rank"])
 def test_zero_is_no_dimension(key: str) -> None:
     with pytest.raises(ConfigError, match=f"{key} must be a positive integer, got 0"):
         MLAConfig.from_dict({**MINIMAL, key: 0})
+
+
+def test_there_may_be_no_rotary_channels() -> None:
+    config = MLAConfig.from_dict({**MINIMAL, "qk_rope_head_dim": 0})
+    assert (config.latent_dim, config.qk_head_dim, config.softmax_scale) == (32, 128, 128**-0.5)
+    with pytest.raises(ConfigError, match="qk_rope_head_dim must be an integer of at least 0, got -2"):
+        MLAConfig.from_dict({**MINIMAL, "qk_rope_head_dim": -2})
+
+
+@pytest.mark.parametrize(("gate", "width"), [(None, 0), ("head", 4), ("element", 4 * 128)])
+def test_an_output_gate_is_one_number_per_head_or_per_element(gate: str | None, width: int) -> None:
+    config = MLAConfig.from_dict({**MINIMAL, "output_gate": gate})
+    assert (config.gate_width, config.is_odd) == (width, gate is None)
+    assert config.with_heads(2).gate_width == width // 2
+
+
+@pytest.mark.parametrize("gate", [True, "Head", 1, ["head"]])
+def test_another_output_gate_is_refused(gate: object) -> None:
+    with pytest.raises(ConfigError, match="output_gate must be null, 'head' or 'element', got "):
+        MLAConfig.from_dict({**MINIMAL, "output_gate": gate})
 
 
 def test_an_odd_rotary_width_is_refused() -> None:

@@ -46,7 +46,7 @@ def smaller(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def judge() -> Run:
-    """Return a function that runs checks of a backend, on the quick grid and by default in fp32."""
+    """Return a function that runs checks of a backend, as --quick does and by default in fp32."""
 
     def judge(
         backend: Backend,
@@ -57,7 +57,7 @@ def judge() -> Run:
     ) -> list[CheckResult]:
         subject = BackendUnderTest(backend, backend.name, quick=True, **facts)
         chosen = instances(subject, dtypes, only)
-        return [carry_out(one, subject, xfails or Xfails()) for one in chosen]
+        return [carry_out(choice, subject, xfails or Xfails()) for choice in chosen]
 
     return judge
 

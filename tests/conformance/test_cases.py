@@ -13,18 +13,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from wrong_ops.base import SMALL_OPS
 
-from mla.conformance.checks.attention import SMALL
+from mla.conformance.checks.attention import SMALL_SPEC
 from mla.conformance.checks.small_ops import EXAMPLES
 from mla.conformance.cli import main
 from mla.conformance.registry import LAYER, OP
 from mla.conformance.report import CheckResult
 from mla.conformance.selection import Xfails
 from mla.conformance.suite import Instance, carry_out, handful, instances, slow_dtypes
-from mla.conformance.trial import BackendUnderTest
+from mla.conformance.trial import BackendUnderTest, Drawing
 from mla.reference import REFERENCE
 from mla_backends.api import Packed
 
 Run = Callable[..., list[CheckResult]]
+FAULTY = ("--backend", "faulty_backend:FaultyBackend", "-O", "op=rms_norm")
 
 
 class Counting(type(REFERENCE["linear"])):  # type: ignore[misc]
@@ -56,18 +57,16 @@ def test_cases_are_counted_without_a_call_of_an_op_or_the_oracle(
         monkeypatch.setattr(owner, "prepare", touched)
         monkeypatch.setattr(owner, "pack", touched)
     monkeypatch.setattr(torch, "randn", touched)
-    for quick in (True, False):
-        subject = BackendUnderTest(sound(ops=right_ops), "sound", quick)
-        for one in of_ops(subject):
-            refused = replace(one, chosen=frozenset()).run(subject).cases
-            assert all(case.number == 0 and case.outcome == "refused" for case in refused), (one.id, refused)
-            assert one.labels(subject) or refused, one.id
+    subject = BackendUnderTest(sound(ops=right_ops), "sound")
+    for one in of_ops(subject):
+        refused = replace(one, chosen=frozenset()).run(subject).cases
+        assert all(case.number == 0 and case.outcome == "refused" for case in refused), (one.id, refused)
+        assert one.labels(subject) or refused, one.id
 
 
-@pytest.mark.parametrize("quick", [True, False])
-def test_the_label_of_a_case_is_its_own(sound: Any, quick: bool) -> None:
+def test_the_label_of_a_case_is_its_own(sound: Any) -> None:
     """For small ops and layers, whose cases differ in more than lengths."""
-    subject = BackendUnderTest(sound(), "sound", quick)
+    subject = BackendUnderTest(sound(), "sound")
     for one in of_ops(subject, *SMALL_OPS, "layer"):
         labels = one.labels(subject)
         assert len(set(labels)) == len(labels), (one.id, labels)
@@ -97,7 +96,7 @@ WIDTHS = {"in_features": 128, "out_features": 96}
         ),
         (
             "write_latent",
-            {**SMALL, "order": "rising"},
+            {**SMALL_SPEC, "order": "rising"},
             "9 tokens, page 64, latents of 32 and 8, order rising",
         ),
     ],
@@ -125,7 +124,7 @@ def test_the_cases_that_are_counted_are_those_that_run(sound: Any) -> None:
 )
 def test_a_case_runs_alone(judge: Run, sound: Any, only: tuple[str, ...], rows: list[int]) -> None:
     op = Counting()
-    results = [one for one in judge(sound(ops={"mine": op}), *only) if one.of == "mine"]
+    results = [verdict for verdict in judge(sound(ops={"mine": op}), *only) if verdict.of == "mine"]
     assert op.rows == rows
     (one,) = results
     assert one.status == "pass"
@@ -140,7 +139,7 @@ def test_a_case_outside_those_chosen_cannot_fail_a_check(judge: Run, sound: Any)
 
     backend = sound(ops={"mine": FailsAlone()})
     wanted = "linear.product[mine-float32]"
-    assert [one.status for one in judge(backend, wanted)] == ["fail"]
+    assert [verdict.status for verdict in judge(backend, wanted)] == ["fail"]
     alone = [judge(backend, f"{wanted}#{number}")[0].status for number in (1, 2, 3, 4)]
     assert alone == ["pass", "fail", "pass", "pass"]
 
@@ -165,7 +164,7 @@ def test_a_slow_dtype_gets_a_handful_and_keeps_its_numbers(sound: Any) -> None:
     op = Counting()
     subject = BackendUnderTest(sound(ops={"mine": op}), "sound", quick=True, slow=frozenset({torch.bfloat16}))
     dtypes = (torch.bfloat16, torch.float32)
-    found = {one.dtype: one for one in instances(subject, dtypes, ["linear.product[mine-*]"])}
+    found = {instance.dtype: instance for instance in instances(subject, dtypes, ["linear.product[mine-*]"])}
     thin, whole = (carry_out(found[dtype], subject, Xfails()) for dtype in dtypes)
     assert op.rows == [1, 5, 1, 7, 130, 5]
     assert (thin.cases.passed, thin.cases.left_out) == (2, 2)
@@ -174,6 +173,48 @@ def test_a_slow_dtype_gets_a_handful_and_keeps_its_numbers(sound: Any) -> None:
     op.rows.clear()
     carry_out(asked, subject, Xfails())
     assert op.rows == [7]
+
+
+def test_a_check_that_is_late_runs_its_first_case(sound: Any) -> None:
+    op = Counting()
+    drawing = Drawing(until=time.monotonic() - 1)
+    subject = BackendUnderTest(sound(ops={"mine": op}), "sound", drawing=drawing)
+    (instance,) = instances(subject, (torch.float32,), ["linear.product[mine-*]"])
+    late = carry_out(instance, subject, Xfails())
+    assert (late.status, late.cases.passed, late.cases.left_out, late.late, op.rows) == ("pass", 1, 3, 3, [1])
+    (chosen,) = instances(subject, (torch.float32,), ["linear.product[mine-*]#3"])
+    assert carry_out(chosen, subject, Xfails()).late == 0
+    assert op.rows == [1, 130]
+
+
+@pytest.mark.parametrize(
+    ("words", "late"), [((), True), (("--every-case",), False), (("--draws", "1"), False)]
+)
+def test_the_card_counts_what_was_left_out_for_time(words: tuple[str, ...], late: bool, capsys: Any) -> None:
+    chosen = (
+        "--only",
+        "rms_norm.formula",
+        "--only",
+        "rms_norm.drawn",
+        "--dtype",
+        "float32",
+        "--quick",
+        *words,
+    )
+    minutes = () if "--draws" in words else ("--minutes", "1e-6")
+    assert main([*FAULTY, *chosen, *minutes]) in (0, 7)
+    said = "- 3 fixed cases of rms_norm.formula: time was up before them (--minutes gives more)."
+    assert (said in capsys.readouterr().out) is late
+
+
+def test_the_reference_comes_after_what_layers_run_and_draws_come_last(sound: Any) -> None:
+    subject = BackendUnderTest(sound(ops={"mine": Counting()}), "sound")
+    planned = instances(subject, (torch.float32,), ["linear", "layer.weights", "rms_norm.rows"])
+    ids = [instance.id for instance in planned]
+    assert ids.index("rms_norm.rows[reference-float32]") < ids.index("layer.weights[auto-float32]")
+    spare = [name for name in ids if name.startswith("linear.") and "reference" in name]
+    assert "layer.weights[auto-float32]" in ids[: ids.index(spare[0])]
+    assert ids[-1] == "linear.drawn[mine-float32]"
 
 
 class OnlyBfloat16(Counting):

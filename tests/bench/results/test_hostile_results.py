@@ -85,10 +85,9 @@ LATENCY = "cases.0.latency_ms"
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        *((f"{LATENCY}.median", value) for value in (0, -2.0, TINY, 1e300, 1e999, 7.0, None)),
-        *((f"{LATENCY}.p90", value) for value in (0, -1, TINY, 7.0)),
-        (f"{LATENCY}.p10", 1.9),
-        *((f"{LATENCY}.ci95", value) for value in ([3, 1], [-1, 2], [2], [1, 2, 3], [0, 1e300], [0.5, 2])),
+        *((f"{LATENCY}.median", value) for value in (0, -2.0, TINY, 1e300, 1e999, None)),
+        *((f"{LATENCY}.p90", value) for value in (0, -1, TINY)),
+        *((f"{LATENCY}.ci95", value) for value in ([-1, 2], [2], [1, 2, 3], [0, 1e300])),
         *((f"{LATENCY}.samples", value) for value in ([], [2.0], [-2.0] * 7, [0.0] * 7, [1e300] * 7)),
         (f"{LATENCY}.drift", 1e300),
         *(("cases.0.passes", value) for value in (-3, 0, 8, HUGE)),
@@ -102,10 +101,7 @@ LATENCY = "cases.0.latency_ms"
         *(("cases.0.cost.flops", value) for value in (-1, HUGE, 0.5)),
         ("cases.0.memory.weight_bytes", HUGE),
         ("cases.0.tokens_per_s", None),
-        *(("cases.0.tokens_per_s.median", value) for value in (0, -1, TINY, 1e300, 9e9)),
-        *(("cases.0.tokens_per_s.ci95", value) for value in ([5000.0, 3000.0], [1.0, 4000.0])),
-        *(("cases.0.roofline.fraction", value) for value in (0.9, 0)),
-        ("cases.0.check.error_ratio", 1.5),
+        *(("cases.0.tokens_per_s.median", value) for value in (0, -1, TINY, 1e300)),
         *(("cases.0.roofline.floor_ms", value) for value in (-1, 1e300)),
         ("cases.0.check.status", "wrong"),
         ("cases.0.check.status", "doubtful"),
@@ -269,4 +265,4 @@ def test_text_of_a_ceilings_file_is_escaped(ceiling_run: CeilingRun) -> None:
     document: Document = msgspec.json.decode(results.encode(ceiling_run))
     hostile = changed(changed(document, "backend.device", "\x1b]0;x\x07"), "measured.0.source", "a\nb")
     run = decode_ceilings(json.dumps(hostile).encode())
-    assert all(one.isprintable() for one in strings(msgspec.to_builtins(run)))
+    assert all(text.isprintable() for text in strings(msgspec.to_builtins(run)))

@@ -15,8 +15,8 @@ import several_ops
 import torch
 
 from mla.bench import results
-from mla.bench.measure import engine, profile
-from mla.bench.run import profiling
+from mla.bench.measure import engine
+from mla.bench.run import profile
 from mla.bench.run.watchdog import Watchdog
 
 Bench = Callable[..., Any]
@@ -68,7 +68,7 @@ def test_every_case_has_its_pass_with_a_range_per_op(bench: Bench, small: list[s
     events = read(name)
     passes = [event for event in ranges(events) if " / " in event["name"]]
     assert [event["name"] for event in passes] == [
-        f"{scenario} / {one}" for scenario in ("prefill", "decode") for one in names.split(",")
+        f"{scenario} / {part}" for scenario in ("prefill", "decode") for part in names.split(",")
     ]
     for one, op in zip(passes, ("first", "second", "reference") * 2, strict=True):
         forwards = [event for event in inside(one, ranges(events)) if event["name"].startswith("forward ")]
@@ -227,8 +227,8 @@ def test_a_profiler_that_hangs_is_given_up(
         codes.append(code)
         several_ops.RELEASE.set()
 
-    monkeypatch.setattr(profiling, "Watchdog", lambda limit, hung: Watchdog(0.2, hung))
-    monkeypatch.setattr(profiling.os, "_exit", end)
+    monkeypatch.setattr(profile, "Watchdog", lambda limit, hung: Watchdog(0.2, hung))
+    monkeypatch.setattr(profile.os, "_exit", end)
     several_ops.RELEASE.clear()
     words = ["-O", "hang=profiled", "--scenario", "decode", "--implementations", "mla", "-o", "run.json"]
     done = bench(*SEVERAL, *small, *QUICK, *words, "--profile", "trace.json")
