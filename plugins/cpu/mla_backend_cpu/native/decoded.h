@@ -4,9 +4,16 @@
 
 namespace mla {
 
-// Columns whose codes lie next to each other and are decoded alike, whatever their scales.
+// Columns whose codes, of one byte, lie next to each other and are decoded alike, whatever their scales.
 struct Stretch {
     int64_t kind, column, columns, codes;
+
+    // Take the next run in, if its codes follow.
+    bool extended_by(const Run& run) {
+        const bool follows = run.kind == kind && run.codes == codes + columns;
+        if (follows) columns += run.columns;
+        return follows;
+    }
 };
 
 #if MLA_DOT_BF16

@@ -35,10 +35,7 @@ class Gathered {
             const Run& run = layout.runs[r];
             spans_[r] = {column, run.columns, scales_ + r * KEYS};
             if (column < value_columns) value_spans_ = r + 1;
-            Stretch* last = parts_ + part_count_ - 1;
-            if (part_count_ && last->kind == run.kind && last->codes + last->columns == run.codes)
-                last->columns += run.columns;
-            else
+            if (!part_count_ || !parts_[part_count_ - 1].extended_by(run))
                 parts_[part_count_++] = {run.kind, column, run.columns, run.codes};
         }
     }
