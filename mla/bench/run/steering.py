@@ -13,7 +13,7 @@ from mla.bench import results
 from mla.bench.plan import options as commands
 from mla.bench.plan.options import RunOptions
 from mla.bench.plan.request import Request, ScenarioPlan
-from mla.bench.results.cases import ADDED, due, planned_steps
+from mla.bench.results.cases import ADDED, due
 from mla.bench.results.file import printable
 from mla.bench.results.schema import Case, Run
 from mla.bench.run.keeper import Keeper
@@ -24,7 +24,6 @@ from mla.command.console import Note, note
 from mla.command.exit_codes import Exit
 from mla.errors import ResultError
 from mla.failures import file
-from mla.text import dtype_name
 
 Show = Callable[[results.Run], None]
 # Seconds without a forward after which a device is assumed to hang.
@@ -239,20 +238,9 @@ def _facts(run: Run) -> dict[str, str]:
 
 
 def _case_changes(case: Case, plan: ScenarioPlan) -> list[str]:
-    """Return what a kept case was not measured as."""
-    point, where = plan.point, f" of case '{case.scenario}, {case.implementation}'"
-    planned = {
-        "query_lens": list(point.query_lens),
-        "history": list(point.history),
-        "steps_per_pass": point.steps,
-        "dtype": dtype_name(plan.setting.dtype),
-        "heads": plan.setting.config.num_attention_heads,
-        "layers": point.layers,
-    }
-    measured = {name: getattr(case, name) for name in planned} | {"steps_per_pass": planned_steps(case)}
-    ops = plan.ops.get(case.implementation)
-    differ = [] if ops is None else _changes(case.ops, ops, missing="no op", where=where)
-    return _changes(measured, planned, missing="", where=where) + differ
+    """Return which ops a kept case ran that are not chosen now; the plan's digest says all else."""
+    ops, where = plan.ops.get(case.implementation), f" of case '{case.scenario}, {case.implementation}'"
+    return [] if ops is None else _changes(case.ops, ops, missing="no op", where=where)
 
 
 def _scenario_changes(old: results.Plan, now: results.Plan) -> list[str]:
