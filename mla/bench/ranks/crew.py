@@ -406,12 +406,12 @@ def flags(options: RunOptions) -> dict[str, str]:
     return {f"--{name.replace('_', '-')}": value for name, value in given.items()}
 
 
-def facts(request: Request, options: RunOptions) -> dict[str, dict[str, str]]:
+def facts(request: Request) -> dict[str, dict[str, str]]:
     """Return what must be the same on all ranks: files of one name may hold something else on another node.
 
     Raises `CheckpointError` and `ResultError`.
     """
-    setting, backend = request.setting, request.setting.backend
+    setting, backend, options = request.setting, request.setting.backend, request.options
     versions = {"mla": mla.__version__, "torch": str(torch.__version__), "Python": platform.python_version()}
     on_host = setting.device.type == "cpu"  # else no result counts them
     named = (option.partition("=") for option in options.backend_options)
