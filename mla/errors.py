@@ -35,6 +35,10 @@ class WeightError(MLAError):
     """A state dict that does not fit the config."""
 
 
+class CacheFormatError(MLAError, ValueError):
+    """A format of the latent cache that does not exist, or that cannot hold this config's latents."""
+
+
 class CacheFull(MLAError):
     """The cache has too few free pages for a request; nothing was changed."""
 

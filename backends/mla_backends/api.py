@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -172,10 +172,29 @@ OPS = {
     "batched_linear": "batched_linear/1",
     "rms_norm": "rms_norm/1",
     "rotate_query": "rotate_query/1",
-    "write_latent": "write_latent/1",
-    "latent_attention": "latent_attention/1",
+    "write_latent": "write_latent/2",
+    "latent_attention": "latent_attention/2",
     "expanded_attention": "expanded_attention/1",
 }
+# Earlier versions that are called as ever: they differ in nothing where the cache is plain.
+EARLIER = {"write_latent": ("write_latent/1",), "latent_attention": ("latent_attention/1",)}
+
+
+def current(contract: str, kind: str) -> bool:
+    """Return whether an op of this contract is called for a kind of op."""
+    return contract == OPS[kind] or contract in EARLIER.get(kind, ())
+
+
+def format_refusals(op: FusedOp, spec: Any) -> list[str]:
+    """Return why `op` does not serve the cache format of `spec`: it claims another; empty if it can."""
+    name = getattr(spec, "cache_format", "")
+    base, scaled, _ = name.partition(":")
+    if not name or name in op.cache_formats or (scaled and f"{base}:" in op.cache_formats):
+        return []
+    claims = f"only {', '.join(sorted(op.cache_formats))}" if op.cache_formats else "none"
+    return [
+        f"it does not know the cache format '{name}': it claims {claims} beside numbers of the layer's dtype"
+    ]
 
 
 @dataclass(frozen=True)
@@ -210,6 +229,9 @@ class AttentionSpec:
     softmax_scale: float
     dtype: torch.dtype
     device: torch.device
+    # Of the latent cache: "" is plain, rows [c + r] in `dtype`; else the name of a format, and its bytes.
+    cache_format: str = ""
+    token_bytes: int = 0
 
 
 class BatchView(Protocol):
@@ -259,10 +281,10 @@ class FusedOp(ABC):
     - ``rms_norm/1``: ``op(x=[T, d], weight=[d], eps=float, out=[T, d])``
     - ``rotate_query/1``: ``op(x=[T, h, r], cos_sin=[T, r] fp32, interleaved=bool, out=[T, h, r])``;
       out may be x
-    - ``write_latent/1``: ``op(kv_a=[T, c + r], weight=[c], eps=float, cos_sin=[T, r] fp32,
+    - ``write_latent/2``: ``op(kv_a=[T, c + r], weight=[c], eps=float, cos_sin=[T, r] fp32,
       interleaved=bool, slots=[T] int64, cache=[pages, page, c + r])``: RMSNorm the first c, rotate the
       last r, and write both to row `slots[t]` of the flattened cache, ``cache.view(-1, c + r)``
-    - ``latent_attention/1``: ``op(state, q=[T, h, c + r], cache=[pages, page, c + r],
+    - ``latent_attention/2``: ``op(state, q=[T, h, c + r], cache=[pages, page, c + r],
       block_table=[B, n] int32, kv_lens=[B] int32, cu_q=[B + 1] int32, softmax_scale=float,
       out=[T, h, c], lse=[T, h] fp32)``: causal and ragged, k is the whole row and v its first c;
       lse is the natural logarithm; a request without keys gives out 0 and lse -inf
@@ -270,6 +292,14 @@ class FusedOp(ABC):
       softmax_scale=float, out=[Tq, h, v], lse=[Tq, h] fp32)`` with ``state = op.prepare(spec, lengths)``
       from ``SegmentLengths``; when causal, the last query of a segment sees the last key, and there are as
       many keys as queries at least, or none; a segment without keys gives out 0 and lse -inf
+
+    Where `spec.cache_format` is not "", both ops of the cache are also given ``cache_format=NAME``, and cache
+    is [pages, page, spec.token_bytes] uint8, the bytes of one token in each row. They are what the format's
+    codec says (`mla.cache.formats`): that of the latent and key rounded to the layer's dtype where the op
+    declares `encodes_rounded`, else of the unrounded ones. Attention is over the decoded bytes, of old and
+    new tokens alike. An op serves the formats that it names in `cache_formats`, and reads each as its codec
+    does: one whose kernel rounds the scales of a format does not name it. For the plain cache, version 1 is
+    the same.
 
     `cos_sin[t]` holds the r/2 cosines and then the r/2 sines of token t's position. Angle i turns one pair
     (a, b) into (a cos - b sin, b cos + a sin), and both stay in their places: `x[2 i]` and `x[2 i + 1]` if
@@ -317,6 +347,8 @@ class FusedOp(ABC):
     contract: str
     nan_safe_tail = False  # slots past a request's end may hold NaN
     writes_lse = True  # attention fills lse; where the kernel has none, it is NaN
+    cache_formats: Collection[str] = ()  # that it serves beside the plain one; "fp8:" is fp8 over any scale
+    encodes_rounded = False  # write_latent encodes what it first rounds to the layer's dtype
     lse_optional = False  # attention may be called with lse=None where nobody reads it
     compiles = ""  # what `preflight` compiles or loads, for the line that is printed while it does
     # What a user should know of how it runs here, one sentence each, such as a smaller tile than planned.

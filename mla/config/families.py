@@ -6,6 +6,7 @@ fixed values are those of the classes in `transformers`, which the tests compare
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -124,6 +125,9 @@ REFUSED: Mapping[str, str] = {
     "kimi_k3": "a gate multiplies the output of attention",
 }
 
+# Models that are released under a name unlike their family's.
+_RELEASED_AS: Mapping[str, str] = {"glm5": "glm_moe_dsa"}
+
 # Keys that mean a different attention when set, and what they mean. Refused in every family.
 CHANGES: Mapping[str, str] = {
     **dict.fromkeys(("index_topk", "index_n_heads", "index_head_dim", "indexer_types"), _INDEXER),
@@ -167,6 +171,14 @@ def refuse(name: str, values: Mapping[str, Any]) -> None:
     reason = REFUSED.get(kind.removesuffix("_text")) if isinstance(kind, str) else None
     if reason is not None:
         raise ConfigError(f"config '{name}': model type '{kind}' is not supported: {reason}.")
+
+
+def refused_model(name: str) -> str | None:
+    """Return why a model such as 'deepseek-v3.2-exp' is not supported, or None for other names."""
+    plain = re.sub(r"[\W_]", "", name.lower())
+    released = {re.sub(r"[\W_]", "", kind): kind for kind in REFUSED} | _RELEASED_AS
+    kinds = [kind for begin, kind in sorted(released.items(), reverse=True) if plain.startswith(begin)]
+    return REFUSED.get(kinds[0]) if kinds else None
 
 
 def find_family(name: str, values: Mapping[str, Any]) -> tuple[str | None, Family]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mla.config.families import Family, check_keys, find_family, language_model, refuse
+from mla.config.families import Family, check_keys, find_family, language_model, refuse, refused_model
 from mla.config.presets import PRESETS
 from mla.errors import ConfigError
 from mla_backends import outside
@@ -330,6 +330,8 @@ class MLAConfig:
     def preset(cls, name: str) -> MLAConfig:
         """Return a preset by name. Raises `ConfigError` listing the names."""
         if name not in PRESETS:
+            if (reason := refused_model(name)) is not None:
+                raise ConfigError(f"config '{name}' is not supported: {reason}.")
             raise ConfigError.unknown_preset(name, list(PRESETS))
         return cls.from_dict({**PRESETS[name].values, "name": name})
 

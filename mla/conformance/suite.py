@@ -23,7 +23,7 @@ from mla.errors import UsageError
 from mla.layer.ops import preflight_reasons
 from mla.reference import REFERENCE
 from mla.text import dtype_name
-from mla_backends.api import OPS, Backend, FusedOp
+from mla_backends.api import Backend, FusedOp, current
 from mla_backends.registry import create
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def _serves(subject: BackendUnderTest, kind: str, dtype: torch.dtype, name: str,
             return said
         return list(op.unsupported_batch(spec, (1,), (64,), 64 if KINDS[kind].cached else None))
 
-    return op.contract == OPS[kind] and not ask(reasons, ["it raises"])
+    return current(op.contract, kind) and not ask(reasons, ["it raises"])
 
 
 def carry_out(instance: Instance, subject: BackendUnderTest, xfails: Xfails) -> CheckResult:

@@ -20,7 +20,7 @@ from mla.cases.played import Host, Laid, Player, Scene, on_host
 from mla.conformance.report import Drawn
 from mla.errors import UnsupportedBatch
 from mla.layer.ops import Say, preflight_reasons
-from mla_backends.api import OPS, Backend, FusedOp
+from mla_backends.api import OPS, Backend, FusedOp, current, format_refusals
 from mla_backends.errors import BackendError, describe, original, plugin_code
 
 # Dtypes that a layer can have.
@@ -246,9 +246,8 @@ class Trial:
     def require(self, spec: Any) -> FusedOp:
         """Return the op if it serves this spec; raises `Refused` with its reasons."""
         op = self.op_of_contract()
-        reasons = list(op.unsupported_reasons(spec)) or preflight_reasons(
-            self.name, op, spec, self.subject.say
-        )
+        reasons = format_refusals(op, spec) or list(op.unsupported_reasons(spec))
+        reasons = reasons or preflight_reasons(self.name, op, spec, self.subject.say)
         if reasons:
             raise Refused("; ".join(reasons))
         return op
@@ -265,7 +264,7 @@ class Trial:
     def op_of_contract(self) -> FusedOp:
         """Return the op; raises `Refused` if it implements another version of its contract."""
         assert self.op is not None, "only checks of ops have one"
-        if self.op.contract != OPS[self.kind]:
+        if not current(self.op.contract, self.kind):
             raise Refused(f"it implements {self.op.contract}, but this suite checks {OPS[self.kind]}")
         return self.op
 

@@ -12,7 +12,7 @@ from mla.layer.ops import refusals, sentences
 from mla.reference import REFERENCE
 from mla.text import size
 from mla_backends import host
-from mla_backends.api import OPS, Backend, FusedOp
+from mla_backends.api import Backend, FusedOp, current
 from mla_backends.errors import BackendError
 
 
@@ -49,7 +49,7 @@ def replay(failure: Failure, backend: Backend, name: str | None = None, runs: in
 def op_of(call: RecordedCall, offered: Mapping[str, FusedOp], name: str) -> FusedOp:
     """Return an op by name. Raises `UnknownOp` if the backend has none of that kind and name."""
     kind = call.facts.kind
-    known = {offered_name: op for offered_name, op in offered.items() if op.contract == OPS[kind]}
+    known = {offered_name: op for offered_name, op in offered.items() if current(op.contract, kind)}
     if name == "reference":
         return REFERENCE[kind]
     if name not in known:

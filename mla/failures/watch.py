@@ -144,6 +144,7 @@ class Watched(FusedOp):
         self._spec = spec  # of attention; the last that was asked about
         self.contract, self.compiles = op.contract, op.compiles
         self.nan_safe_tail = op.nan_safe_tail
+        self.cache_formats, self.encodes_rounded = op.cache_formats, op.encodes_rounded
         self.writes_lse, self.lse_optional = op.writes_lse, op.lse_optional
 
     def __getattr__(self, name: str) -> Any:

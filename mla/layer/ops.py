@@ -19,7 +19,7 @@ from mla.config import MLAConfig
 from mla.errors import UnknownOp, UnsupportedBatch, UnsupportedOps, did_you_mean
 from mla.reference import REFERENCE
 from mla_backends import BackendError
-from mla_backends.api import OPS, AttentionSpec, FusedOp, LinearSpec, NormSpec
+from mla_backends.api import OPS, AttentionSpec, FusedOp, LinearSpec, NormSpec, current, format_refusals
 from mla_backends.errors import describe, one_line, out_of_memory, plugin_code
 
 Say = Callable[[str], object]  # is told in one line what is about to take a while
@@ -174,8 +174,10 @@ def _check_names(offered: Mapping[str, FusedOp], policy: str) -> None:
 
 def refusals(name: str, op: FusedOp, kind: str, spec: Any, say: Say | None = None) -> list[str]:
     """Return why `op`, offered as `name`, does not serve `spec` here (empty if it does)."""
-    if op.contract != OPS[kind]:
+    if not current(op.contract, kind):
         return [f"it implements {op.contract} and this core calls {OPS[kind]}"]
+    if reasons := format_refusals(op, spec):
+        return reasons
     reasons = sentences(name, "unsupported_reasons()", op.unsupported_reasons(spec))
     return reasons or preflight_reasons(name, op, spec, say)
 

@@ -55,6 +55,12 @@ def test_an_unknown_preset_suggests_the_closest_and_lists_all() -> None:
     assert "Did you mean" not in str(info.value)
 
 
+@pytest.mark.parametrize("name", ["deepseek-v3.2", "DeepSeek-V3.2-Exp", "glm-5", "glm-5-next"])
+def test_a_model_with_an_indexer_is_refused_by_its_name(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"config '{name}' is not supported: an indexer picks"):
+        MLAConfig.preset(name)
+
+
 @pytest.mark.parametrize("key", ["hidden_size", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, "64", None, True])
 def test_a_dimension_must_be_a_positive_integer(key: str, value: object) -> None:

@@ -1,0 +1,367 @@
+"""Formats of the latent cache: what the bytes of one token of one layer are.
+
+A format is an entry of `FORMATS`: data for people, and a codec, which is the definition of its bytes. Fused
+ops claim formats by name (`FusedOp.cache_formats`), and are judged by the codec. `register` adds a format.
+
+A name may end with the one scale of a flat format, as in "fp8:0.05".
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch.nn.functional import pad
+
+from mla.errors import CacheFormatError, did_you_mean
+from mla.text import DTYPES
+
+E4M3_MAX, E4M3 = 448.0, torch.float8_e4m3fn
+TILE, Q8_BLOCK = 128, 32  # numbers that share a scale
+LEAST_RATIO = 1e-4  # of the largest number of a tile and 448, in power-of-two scales
+TINY = torch.finfo(torch.float32).tiny  # the least of other scales: a tile of zeros decodes to zeros
+
+Rows = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Codec(ABC):
+    """One format for latents of `c` and rotary keys of `r` numbers. Raises `CacheFormatError` for others.
+
+    NaN stays NaN in formats that have it, and is 0 in others. It does not reach other numbers of the token,
+    nor do infinities, which saturate. Numbers beyond the range saturate, and never become NaN.
+    """
+
+    c: int
+    r: int
+
+    # A stored number is at most this far from what was encoded, and half of it if no rounding came before:
+    relative: ClassVar[float] = 0.0  # of its own size
+    of_largest: ClassVar[float] = 0.0  # of the largest number that shares its scale
+    least: ClassVar[float] = 0.0
+
+    @property
+    @abstractmethod
+    def token_bytes(self) -> int:
+        """The bytes of a token."""
+
+    @abstractmethod
+    def encode(self, kv: torch.Tensor, pe: torch.Tensor) -> torch.Tensor:
+        """Return the bytes [s, token_bytes] uint8 of kv [s, c] and pe [s, r], of any floating dtype."""
+
+    @abstractmethod
+    def decode(self, rows: torch.Tensor) -> Rows:
+        """Return kv [s, c] and pe [s, r], float32, of bytes [s, token_bytes]."""
+
+    def _multiple(self, numbers: int, of: int) -> None:
+        if numbers % of:
+            raise CacheFormatError(
+                f"this cache format stores {of} numbers together: latents of {self.c} and keys of {self.r} "
+                "do not fit it. Choose another one."
+            )
+
+
+@dataclass(frozen=True)
+class Plain(Codec):
+    """Numbers of one dtype, as they are."""
+
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def token_bytes(self) -> int:
+        return (self.c + self.r) * self.dtype.itemsize
+
+    def encode(self, kv: torch.Tensor, pe: torch.Tensor) -> torch.Tensor:
+        limit = torch.finfo(self.dtype).max
+        return _bytes(torch.cat((kv, pe), dim=1).clamp(-limit, limit).to(self.dtype))
+
+    def decode(self, rows: torch.Tensor) -> Rows:
+        kv, pe = _numbers(rows, self.dtype).float().split((self.c, self.r), dim=1)
+        return kv, pe
+
+    @property
+    def relative(self) -> float:  # type: ignore[override]
+        return torch.finfo(self.dtype).eps
+
+    @property
+    def least(self) -> float:  # type: ignore[override]
+        return torch.finfo(self.dtype).smallest_normal * torch.finfo(self.dtype).eps
+
+
+@dataclass(frozen=True)
+class FlatFp8(Codec):
+    """e4m3 of all numbers over one scale, which is not stored."""
+
+    scale: float = 1.0
+    relative: ClassVar[float] = 2.0**-3
+
+    @property
+    def token_bytes(self) -> int:
+        return self.c + self.r
+
+    @property
+    def least(self) -> float:  # type: ignore[override]
+        return 2.0**-9 * self.scale
+
+    def encode(self, kv: torch.Tensor, pe: torch.Tensor) -> torch.Tensor:
+        return _bytes(_e4m3(torch.cat((kv, pe), dim=1).float() / self.scale))
+
+    def decode(self, rows: torch.Tensor) -> Rows:
+        kv, pe = (_numbers(rows, E4M3).float() * self.scale).split((self.c, self.r), dim=1)
+        return kv, pe
+
+
+@dataclass(frozen=True)
+class TiledFp8(Codec):
+    """e4m3 of the latent, then a float32 scale for every 128 of it, then the key in bfloat16."""
+
+    powers: bool = True  # scales are powers of two
+    relative: ClassVar[float] = 2.0**-3
+    of_largest: ClassVar[float] = 2.0**-16  # the scale is at most 2/448 of it
+    least: ClassVar[float] = 2.0**-22
+
+    def __post_init__(self) -> None:
+        self._multiple(self.c, 4)  # so that scales are aligned
+
+    @property
+    def tiles(self) -> int:
+        """The scales of a token."""
+        return -(-self.c // TILE)
+
+    @property
+    def token_bytes(self) -> int:
+        return self.c + 4 * self.tiles + 2 * self.r
+
+    def encode(self, kv: torch.Tensor, pe: torch.Tensor) -> torch.Tensor:
+        tiles = pad(kv.float(), (0, self.tiles * TILE - self.c)).unflatten(1, (self.tiles, TILE))
+        ratio = _largest(tiles) / E4M3_MAX
+        scales = _power_above(ratio.clamp_min(LEAST_RATIO)) if self.powers else ratio.clamp_min(TINY)
+        codes = _bytes(_e4m3(tiles / scales[..., None]).flatten(1))[:, : self.c]
+        return torch.cat((codes, _bytes(scales), _bytes(_saturated(pe, torch.bfloat16))), dim=1)
+
+    def decode(self, rows: torch.Tensor) -> Rows:
+        codes, scales, key = rows.split((self.c, 4 * self.tiles, 2 * self.r), dim=1)
+        spread = _numbers(scales, torch.float32).repeat_interleave(TILE, dim=1)[:, : self.c]
+        return _numbers(codes, E4M3).float() * spread, _numbers(key, torch.bfloat16).float()
+
+
+@dataclass(frozen=True)
+class Int8(Codec):
+    """int8 of the latent and the key, then a float32 scale of each."""
+
+    of_largest: ClassVar[float] = 1.0 / 127
+    relative: ClassVar[float] = 2.0**-22  # of the scale's own rounding
+    least: ClassVar[float] = TINY
+
+    def __post_init__(self) -> None:
+        self._multiple(self.c + self.r, 4)
+
+    @property
+    def token_bytes(self) -> int:
+        return self.c + self.r + 8
+
+    def encode(self, kv: torch.Tensor, pe: torch.Tensor) -> torch.Tensor:
+        parts = [part.float() for part in (kv, pe)]
+        scales = torch.stack([(_largest(part) / 127).clamp_min(TINY) for part in parts], dim=1)
+        codes = [_int8((part / scales[:, i : i + 1]).round()) for i, part in enumerate(parts)]
+        return torch.cat((*map(_bytes, codes), _bytes(scales)), dim=1)
+
+    def decode(self, rows: torch.Tensor) -> Rows:
+        codes, scales = rows.split((self.c + self.r, 8), dim=1)
+        kv, pe = _numbers(codes, torch.int8).float().split((self.c, self.r), dim=1)
+        both = _numbers(scales, torch.float32)
+        return kv * both[:, :1], pe * both[:, 1:]
+
+
+@dataclass(frozen=True)
+class Q8(Codec):
+    """ggml's q8_0: for every 32 numbers a float16 scale, then as many int8. Halves round away from 0."""
+
+    of_largest: ClassVar[float] = 1.0 / 127
+    relative: ClassVar[float] = 2.0**-10  # the scale is rounded to float16 after the codes are chosen
+    least: ClassVar[float] = 127 * 2.0**-24
+
+    def __post_init__(self) -> None:
+        self._multiple(self.c + self.r, Q8_BLOCK)
+
+    @property
+    def token_bytes(self) -> int:
+        return (self.c + self.r) // Q8_BLOCK * (Q8_BLOCK + 2)
+
+    def encode(self, kv: torch.Tensor, pe: torch.Tensor) -> torch.Tensor:
+        blocks = torch.cat((kv, pe), dim=1).float().unflatten(1, (-1, Q8_BLOCK))
+        scales = (_largest(blocks) / 127)[..., None]
+        ratio = blocks * torch.where(scales > 0, 1 / scales, 0.0)  # ggml multiplies
+        whole = ratio.trunc()
+        codes = _int8(whole + torch.where((ratio - whole).abs() >= 0.5, ratio.sign(), 0.0))
+        return torch.cat((_bytes(_saturated(scales, torch.float16)), _bytes(codes)), dim=2).flatten(1)
+
+    def decode(self, rows: torch.Tensor) -> Rows:
+        scales, codes = rows.unflatten(1, (-1, Q8_BLOCK + 2)).split((2, Q8_BLOCK), dim=2)
+        numbers = _numbers(codes, torch.int8).float() * _numbers(scales, torch.float16).float()
+        kv, pe = numbers.flatten(1).split((self.c, self.r), dim=1)
+        return kv, pe
+
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+def _numbers(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if rows.shape[-1] == 0:  # which cannot be viewed
+        return rows.to(dtype)
+    return rows.clone(memory_format=torch.contiguous_format).view(dtype)  # aligned to the dtype
+
+
+def _largest(x: torch.Tensor) -> torch.Tensor:
+    """Return the largest size of a number in each row, NaN left out and infinity taken for the largest."""
+    if x.shape[-1] == 0:
+        return x.new_zeros(x.shape[:-1])
+    return x.abs().nan_to_num(nan=0.0).amax(-1)
+
+
+def _power_above(x: torch.Tensor) -> torch.Tensor:
+    """Return the least power of two that is not below each normal, positive float32."""
+    return ((x.view(torch.int32) + 0x7FFFFF) & ~0x7FFFFF).view(torch.float32)
+
+
+def _saturated(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    limit = torch.finfo(dtype).max
+    return x.clamp(-limit, limit).to(dtype)
+
+
+def _e4m3(x: torch.Tensor) -> torch.Tensor:
+    return _saturated(x, E4M3)
+
+
+def _int8(x: torch.Tensor) -> torch.Tensor:
+    return x.nan_to_num(nan=0.0).clamp(-127, 127).to(torch.int8)
+
+
+# ------------------------------------------------------------------------------------------ formats
+@dataclass(frozen=True)
+class Format:
+    """A format as data. `codec(c, r)` makes its codec for latents of c and rotary keys of r numbers."""
+
+    name: str
+    codec: Callable[[int, int], Codec]
+    layout: str  # of a token, in order
+    scale_rule: str
+    deployed: str  # who writes it
+    source: str  # what was read
+
+    def token_bytes(self, c: int = 512, r: int = 64) -> int:
+        """Return the bytes of a token."""
+        return self.codec(c, r).token_bytes
+
+
+FORMATS: dict[str, Format] = {}
+
+
+def register(entry: Format) -> Format:
+    """Add a format, and return it. Raises ValueError for a name that is taken, or that is none."""
+    if not entry.name.isprintable() or not entry.name or {":", ",", " ", "="} & set(entry.name):
+        raise ValueError(f"a cache format needs a name without spaces, ':', ',' and '=', got {entry.name!r}.")
+    if entry.name in FORMATS:
+        raise ValueError(f"there is a cache format '{entry.name}' already.")
+    FORMATS[entry.name] = entry
+    return entry
+
+
+def find_format(name: str) -> Format:
+    """Return the format of a name, "fp8:0.05" being fp8 over that scale. Raises `CacheFormatError`."""
+    base, colon, scale = name.partition(":")
+    if base not in FORMATS:
+        raise CacheFormatError(
+            f"unknown cache format '{name}'.{did_you_mean(base, [*FORMATS])} Formats: {', '.join(FORMATS)}."
+        )
+    entry = FORMATS[base]
+    if not colon:
+        return entry
+    if not isinstance(entry.codec(512, 64), FlatFp8):
+        raise CacheFormatError(
+            f"cache format '{base}' stores its scales, and takes none: leave ':{scale}' out."
+        )
+    try:
+        number = float(scale)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise CacheFormatError(f"the scale of a cache format must be a positive number, got '{scale}'.")
+    return replace(entry, name=name, codec=partial(entry.codec, scale=number))
+
+
+def codec_of(name: str, c: int, r: int) -> Codec:
+    """Return the codec of a format for these widths. Raises `CacheFormatError`."""
+    return find_format(name).codec(c, r)
+
+
+def stored_format(name: str | None, dtype: torch.dtype) -> str:
+    """Return the format that specs of a layer in `dtype` name: "" where it is plain numbers of that dtype.
+
+    Raises `CacheFormatError` for an unknown name.
+    """
+    if not name or (name in DTYPES and getattr(torch, DTYPES[name]) == dtype):
+        return ""
+    return find_format(name).name
+
+
+def _add(name: str, codec: Callable[..., Any], **facts: str) -> None:
+    register(Format(name, codec, **facts))
+
+
+for _short, _long in DTYPES.items():
+    _add(
+        _short,
+        partial(Plain, dtype=getattr(torch, _long)),
+        layout=f"c latent, r rotary key, {_long}",
+        scale_rule="none",
+        deployed="every engine",
+        source="",
+    )
+_add(
+    "fp8",
+    FlatFp8,
+    layout="c e4m3 latent, r e4m3 rotary key",
+    scale_rule="one for all tokens: 1, or that of the name",
+    deployed="vLLM, FlashInfer, FlashMLA (dense), TensorRT-LLM",
+    source="vLLM 0.33.0, concat_and_cache_mla; sgl-flash-mla 1.0.0",
+)
+_TILED = "c e4m3 latent, a float32 scale for every 128 of it, r bfloat16 rotary key"
+_add(
+    "fp8_ds_mla",
+    TiledFp8,
+    layout=_TILED,
+    scale_rule="2^ceil(log2(max(amax / 448, 1e-4)))",
+    deployed="vLLM since September 2026, FlashMLA (sparse)",
+    source="vLLM 0.33.0, flashmla_sparse.py; FlashMLA 9241ae3, tests/quant.py",
+)
+_add(
+    "fp8_ds_mla_any",
+    partial(TiledFp8, powers=False),
+    layout=_TILED,
+    scale_rule="amax / 448, and 2^-126 at least",
+    deployed="SGLang, vLLM before September 2026",
+    source="SGLang 0.5.23, dsa_quant_k_cache.py",
+)
+_add(
+    "int8",
+    Int8,
+    layout="c int8 latent, r int8 rotary key, float32 scales of latent and key",
+    scale_rule="amax / 127 of a token, and 2^-126 at least",
+    deployed="ixformer, which keeps the scales in a tensor of their own",
+    source="ixformer, ref_vllm_paged_attention_mla_int8",
+)
+_add(
+    "q8_0",
+    Q8,
+    layout="for every 32 numbers of latent and rotary key: a float16 scale, 32 int8",
+    scale_rule="amax / 127 of a block, rounded to float16 behind the codes",
+    deployed="llama.cpp, ik_llama.cpp",
+    source="ggml, quantize_row_q8_0_ref",
+)
