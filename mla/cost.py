@@ -4,7 +4,7 @@ A multiply-add counts as 2 FLOPs. Bytes are those that must move at least once. 
 tokens, h heads, n, r, c, v. `linear_cost` and the other `_cost` functions are of one call of an op, every
 operand of which moves. `role_costs` are the parts of a layer step, whose sum is `step_work`: what passes from
 one part to the next (queries, latent outputs, rebuilt keys) moves no bytes there, because a step need not
-take it to memory; norms and rotations count nothing at all.
+take it to memory; norms, rotations and the product with a gate count nothing at all.
 """
 
 from __future__ import annotations
@@ -95,13 +95,13 @@ def expanded_attention_cost(spec: AttentionSpec, query_lens: Sequence[int], kv_l
 
 
 def projection_parameters(config: MLAConfig) -> int:
-    """Return the number of weights in the projections of every new token: q, kv_a and o."""
+    """Return the number of weights in the projections of every new token: q, kv_a, gate and o."""
     q_width = config.num_attention_heads * config.qk_head_dim
     q = config.hidden_size * q_width
     if config.q_lora_rank:
         q = config.q_lora_rank * (config.hidden_size + q_width)
     o = config.num_attention_heads * config.v_head_dim * config.hidden_size
-    return q + config.hidden_size * config.latent_dim + o
+    return q + config.hidden_size * (config.latent_dim + config.gate_width) + o
 
 
 def kv_b_parameters(config: MLAConfig) -> int:
@@ -110,11 +110,10 @@ def kv_b_parameters(config: MLAConfig) -> int:
 
 
 def head_parameters(config: MLAConfig) -> int:
-    """Return the number of weights that belong to single heads: of q (or q_b), kv_b and o."""
+    """Return the number of weights that belong to single heads: of q (or q_b), kv_b, gate and o."""
     h, inputs = config.num_attention_heads, config.q_lora_rank or config.hidden_size
-    return h * (config.qk_head_dim * inputs + config.v_head_dim * config.hidden_size) + kv_b_parameters(
-        config
-    )
+    per_head = config.qk_head_dim * inputs + config.v_head_dim * config.hidden_size
+    return h * per_head + config.gate_width * config.hidden_size + kv_b_parameters(config)
 
 
 def parameters(config: MLAConfig) -> int:
@@ -191,6 +190,8 @@ def _projections(config: MLAConfig, tokens: int, element_size: int) -> dict[str,
     }
     if config.q_lora_rank:
         costs["q_b_proj"] = _product(config.q_lora_rank * q_width, tokens, element_size)
+    if config.gate_width:
+        costs["g_proj"] = _product(d * config.gate_width, tokens, element_size)
     return costs
 
 

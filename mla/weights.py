@@ -24,6 +24,8 @@ def weight_shapes(config: MLAConfig) -> dict[str, tuple[int, ...]]:
     shapes["kv_a_layernorm.weight"] = (config.kv_lora_rank,)
     kv_b_rows = h * (config.qk_nope_head_dim + config.v_head_dim)
     shapes["kv_b_proj.weight"] = (kv_b_rows, config.kv_lora_rank)
+    if config.gate_width:
+        shapes["g_proj.weight"] = (config.gate_width, d)
     shapes["o_proj.weight"] = (d, h * config.v_head_dim)
     if config.attention_bias:  # q_proj, q_b_proj and kv_b_proj never have one
         biased = ("kv_a_proj_with_mqa", "o_proj", *(("q_a_proj",) if rank is not None else ()))

@@ -55,8 +55,8 @@ def rewrite(base: str, tag: str) -> None:
     """Rewrite all READMEs, and add the project's addresses to all pyproject.toml, or raise ValueError."""
     urls = f'\n[project.urls]\nSource = "{base}"\nChangelog = "{base}/blob/{tag}/CHANGELOG.md"\n'
     new: dict[Path, str] = {}
-    for one in distributions():
-        project = one.folder / "pyproject.toml"
+    for distribution in distributions():
+        project = distribution.folder / "pyproject.toml"
         text = project.read_text(encoding="utf-8")
         if "[project.urls]" in text:
             raise ValueError(f"{project} has [project.urls]: this runs once, on a fresh checkout.")

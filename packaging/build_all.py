@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME",
-        choices=[one.name for one in distributions()],
+        choices=[distribution.name for distribution in distributions()],
         help="make no wheel of this one (a release takes those with kernels from cibuildwheel)",
     )
     return parser
@@ -78,7 +78,7 @@ def _jobs(text: str) -> int:
 
 def _build_all(target: Path, options: argparse.Namespace) -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
-        jobs = [pool.submit(_build, one, target, options) for one in distributions()]
+        jobs = [pool.submit(_build, distribution, target, options) for distribution in distributions()]
         try:
             for job in as_completed(jobs):
                 for path in job.result():

@@ -37,7 +37,7 @@ def version() -> str:
 
 def readmes() -> Iterator[Path]:
     """Yield the page that an index shows for each distribution."""
-    return (one.folder / "README.md" for one in distributions())
+    return (distribution.folder / "README.md" for distribution in distributions())
 
 
 def _field(folder: Path, key: str) -> str:

@@ -48,7 +48,7 @@ def exists(index: str, name: str) -> bool:
 
 def taken(index: str) -> list[str]:
     """Return one sentence for every name that cannot be registered."""
-    wanted = [one.name for one in distributions()]
+    wanted = [distribution.name for distribution in distributions()]
     asked = [(name, name) for name in wanted]
     asked += [(name, other) for name in wanted for other in lookalikes(name)]
     with ThreadPoolExecutor(4) as pool:
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, HTTPException) as error:  # the last two of what is no address
         print(f"error: {options.index} did not say which names exist: {error}.", file=sys.stderr)
         return 2
-    print("\n".join(found) or f"free: {', '.join(one.name for one in distributions())}")
+    print("\n".join(found) or f"free: {', '.join(distribution.name for distribution in distributions())}")
     return 1 if found else 0
 
 

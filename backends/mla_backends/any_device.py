@@ -86,11 +86,11 @@ class AnyDevice(TorchBackend):
     @functools.cached_property
     def found(self) -> Found:
         """The device's module. Raises `DeviceUnavailable`, and whatever importing torch raises."""
-        found = find(self._wanted, self.options.get("import", ""))
-        self.device_type = found.device_type
-        self.graph_class = "" if lacking(found) else graph_class(found.device_type)
-        self.requires = (found.extension,) if found.extension else ()
-        return found
+        stack = find(self._wanted, self.options.get("import", ""))
+        self.device_type = stack.device_type
+        self.graph_class = "" if lacking(stack) else graph_class(stack.device_type)
+        self.requires = (stack.extension,) if stack.extension else ()
+        return stack
 
     @property
     def module(self) -> ModuleType:  # cached in `found`
@@ -99,19 +99,19 @@ class AnyDevice(TorchBackend):
 
     def probe(self) -> Availability:
         try:
-            found = self.found
+            stack = self.found
         except DeviceUnavailable as why:
             return Availability(False, why.reason, why.hint)
         except Exception as error:  # noqa: BLE001  # a torch that does not import raises anything
             absent = isinstance(error, ModuleNotFoundError) and error.name == "torch"
             reason = "torch is not installed" if absent else f"importing torch raised {describe(error)}"
             return Availability(False, reason, self.install_hint)
-        evidence = {"device": f"{found.device_type}, {found.how}"}
-        if found.extension:
-            evidence["extension"] = found.extension
-        if not hasattr(found.module, "is_available"):
+        evidence = {"device": f"{stack.device_type}, {stack.how}"}
+        if stack.extension:
+            evidence["extension"] = stack.extension
+        if not hasattr(stack.module, "is_available"):
             return Availability(True, evidence={**evidence, "is_available": "missing; setup will tell"})
-        return self.probe_module(found.module, evidence)
+        return self.probe_module(stack.module, evidence)
 
     def cure(self, reason: str) -> str:
         """Return what to do if the driver is too old for this torch; it may pass the probe."""
@@ -414,7 +414,7 @@ def graph_class(device_type: str) -> str:
     return f"{device_type.upper()}Graph"
 
 
-def lacking(found: Found) -> list[str]:
+def lacking(stack: Found) -> list[str]:
     """Return what the module lacks of what a capture needs."""
-    needed = (graph_class(found.device_type), "graph", "Stream", "stream", "current_stream")
-    return [name for name in needed if not hasattr(found.module, name)]
+    needed = (graph_class(stack.device_type), "graph", "Stream", "stream", "current_stream")
+    return [name for name in needed if not hasattr(stack.module, name)]

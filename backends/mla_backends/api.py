@@ -126,20 +126,20 @@ def is_plain(x: torch.Tensor) -> bool:
     return x.device.type != "cpu" and kind.__module__.partition(".")[0] != "torch"
 
 
-def _matches(found: Sequence[int], shape: Sequence[int | None]) -> bool:
-    if found == shape:
+def _matches(actual: Sequence[int], shape: Sequence[int | None]) -> bool:
+    if actual == shape:
         return True
-    if len(found) != len(shape):
+    if len(actual) != len(shape):
         return False
-    for size, wanted in zip(found, shape):  # noqa: B905, SIM110  # in every step: `strict` and `all` cost time
+    for size, wanted in zip(actual, shape):  # noqa: B905, SIM110  # in every step: `strict` and `all` cost time
         if wanted is not None and size != wanted:
             return False
     return True
 
 
-def _same(found: torch.device, wanted: torch.device) -> bool:
+def _same(actual: torch.device, wanted: torch.device) -> bool:
     """Return whether these are one device; the first of its kind may go without an index."""
-    return found.type == wanted.type and (found.index or 0) == (wanted.index or 0)
+    return actual.type == wanted.type and (actual.index or 0) == (wanted.index or 0)
 
 
 def _why(x: Any, shape: Sequence[int | None], dtype: torch.dtype, device: torch.device) -> str:

@@ -36,12 +36,12 @@ def entries() -> list[Entry]:
     A name may occur twice, from different distributions. One distribution found twice on `sys.path`
     (an editable install seen from its own folder) counts once; the first on the path wins, as for imports.
     """
-    found: dict[tuple[str, str], Entry] = {}
+    entries: dict[tuple[str, str], Entry] = {}
     for point in metadata.entry_points(group=GROUP):
         distribution, version = _identity(point)
         entry = Entry(point.name, distribution, version, point.value)
-        found.setdefault((point.name, _normalised(distribution)), entry)
-    return sorted(found.values(), key=lambda entry: (entry.name, entry.distribution or ""))
+        entries.setdefault((point.name, _normalised(distribution)), entry)
+    return sorted(entries.values(), key=lambda entry: (entry.name, entry.distribution or ""))
 
 
 def locate(name: str) -> Entry:

@@ -74,7 +74,7 @@ class UnknownBackend(BackendError):
         general = name.lower() in GENERAL_DEVICES
         meant = f"`--backend {GENERAL} -O device={name.lower()}`" if general else f"'{close}'"
         guess = f" (did you mean {meant}?)" if close or general else ""
-        others = [one for one in known if one not in installed]
+        others = [name for name in known if name not in installed]
         known_list = f"known: {', '.join(others)}; " if others else ""
         lists = f"installed: {', '.join(installed) or 'none'}; {known_list}without a plugin, {GENERAL_USE}"
         super().__init__(
@@ -212,10 +212,10 @@ _FALLBACK = "PYTORCH_ENABLE_MPS_FALLBACK=1"
 
 def _missing_kernel(text: str) -> str:
     """Return one clause for an operator that torch does not have on a device, or ""."""
-    found = next((match for pattern in _NO_KERNEL if (match := pattern.search(text))), None)
-    if found is None:
+    no_kernel = next((match for pattern in _NO_KERNEL if (match := pattern.search(text))), None)
+    if no_kernel is None:
         return ""
-    said = f"torch has no kernel for {found[1]} on the device {found[2]}"
+    said = f"torch has no kernel for {no_kernel[1]} on the device {no_kernel[2]}"
     offered = f"; {_FALLBACK} runs it on the CPU instead, and times that" if _FALLBACK in text else ""
     return said + offered
 

@@ -14,18 +14,18 @@ import stat
 from pathlib import Path, PurePosixPath
 
 # Bytes; no config, workload or index comes close to this.
-MOST = 64 << 20
+MAX_FILE_BYTES = 64 << 20
 
-_PATIENCE = 2  # seconds that a writer has to open its pipe
+_PIPE_SECONDS = 2  # seconds that a writer has to open its pipe
 
 
 def read(path: str | Path, folder: Path | None = None, most: int | None = None) -> bytes:
-    """Return what a file holds: `most` bytes, or `MOST`. Raises OSError, whose `strerror` says why not.
+    """Return at most `most` or `MAX_FILE_BYTES` bytes of a file. Raises OSError; its `strerror` says why.
 
     What a user names may be a pipe that has a writer, or /dev/null. In a `folder`, `path` is the name of a
     regular file that lies `inside`.
     """
-    most = MOST if most is None else most
+    most = MAX_FILE_BYTES if most is None else most
     place = path if folder is None else inside(folder, str(path))
     with open(place, "rb", opener=_at_once) as file:
         status, data = os.fstat(file.fileno()), bytearray()
@@ -86,7 +86,7 @@ def wait(descriptor: int, event: int, seconds: float | None = None) -> None:
 
 def _begun(descriptor: int, path: str | Path) -> bytes:
     """Return what a pipe begins with, as far as it is there; wait for a process that opens its other end."""
-    wait(descriptor, selectors.EVENT_READ, _PATIENCE)
+    wait(descriptor, selectors.EVENT_READ, _PIPE_SECONDS)
     try:
         begun = os.read(descriptor, 1 << 20)
     except BlockingIOError:  # it has a writer, which is slow
@@ -112,7 +112,7 @@ def escaped(text: str) -> str:
     r"""Return text with unprintable characters escaped: controls, line ends, bidi marks ("\x1b")."""
     if text.isprintable():
         return text
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def safe(text: str) -> str:

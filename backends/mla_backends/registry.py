@@ -97,12 +97,14 @@ def probe_backend(name: str, backend: Backend) -> Availability:
         return DeviceUnavailable(name, reason, _torch_hint(name, error) or probe_hint(name))
 
     with refused(failed):
-        found = backend.probe()
-    if not isinstance(found, Availability):
-        raise DeviceUnavailable(name, f"probe() returned a {type(found).__name__}, {broken}", REPORT)
-    if not found.ok:
-        raise DeviceUnavailable(name, found.reason, _torch_hint(name) or found.hint, found.evidence)
-    return found
+        availability = backend.probe()
+    if not isinstance(availability, Availability):
+        raise DeviceUnavailable(name, f"probe() returned a {type(availability).__name__}, {broken}", REPORT)
+    if not availability.ok:
+        raise DeviceUnavailable(
+            name, availability.reason, _torch_hint(name) or availability.hint, availability.evidence
+        )
+    return availability
 
 
 def count_devices(name: str, backend: Backend) -> int | None:
@@ -128,9 +130,9 @@ def create(name: str, options: Mapping[str, str] | None = None) -> Backend:
     entry = locate(name)
     with refused(lambda error: _not_loaded(entry, f"importing {entry.origin}", error)):
         module, attribute = _import(entry.value)
-    found = _attribute(entry, module, attribute)
+    provider = _attribute(entry, module, attribute)
     with refused(lambda error: _not_loaded(entry, f"{HOOK}(options) of {entry.origin}", error)):
-        backend = _validated(entry, _build(entry, found, dict(options or {})))
+        backend = _validated(entry, _build(entry, provider, dict(options or {})))
     with suppress(AttributeError):  # a subclass may use the name for a property of its own
         backend.entry = entry
     return backend
@@ -147,44 +149,44 @@ def _import(value: str) -> tuple[Any, str]:
 
 def _attribute(entry: Entry, module: Any, path: str) -> Any:
     """Return what the entry point names inside its module. Raises `BackendImportError` if it is not there."""
-    found = module
+    value = module
     for name in filter(None, path.split(".")):
         try:
-            found = getattr(found, name)
+            value = getattr(value, name)
         except AttributeError as error:
-            known = [one for one in dir(found) if not one.startswith("_")]
+            known = [word for word in dir(value) if not word.startswith("_")]
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"the nearest is '{close[0]}'" if close else PATH_HINT
             reason = f"{entry.origin} has no attribute '{path}'"
             raise BackendImportError(entry.name, reason, hint) from error
-    return found
+    return value
 
 
-def _build(entry: Entry, found: Any, options: dict[str, str]) -> Any:
+def _build(entry: Entry, provider: Any, options: dict[str, str]) -> Any:
     """Get the backend out of what the entry point names."""
-    if isinstance(found, Backend):
+    if isinstance(provider, Backend):
         if options:
-            raise BackendOptionError.unknown(found.name, sorted(options), ())
-        return found
-    if isinstance(found, type) and issubclass(found, Backend):
-        return found(options)
-    manager, hooks = _register(entry, found)
+            raise BackendOptionError.unknown(provider.name, sorted(options), ())
+        return provider
+    if isinstance(provider, type) and issubclass(provider, Backend):
+        return provider(options)
+    manager, hooks = _register(entry, provider)
     if hooks:
         return manager.hook.mla_backend(options=options)
-    if callable(found) and not isinstance(found, type):
-        return found(options)
+    if callable(provider) and not isinstance(provider, type):
+        return provider(options)
     raise BackendImportError(
         entry.name, f"{entry.origin} has no hook", f"mark its {HOOK}(options) with @mla_backends.hookimpl"
     )
 
 
-def _register(entry: Entry, found: Any) -> tuple[pluggy.PluginManager, list[str]]:
+def _register(entry: Entry, provider: Any) -> tuple[pluggy.PluginManager, list[str]]:
     """Register one plugin with a fresh manager; return it and the hooks the plugin implements."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
-    plugin = found() if isinstance(found, type) else found
-    if inspect.isroutine(found):  # the attribute *is* the hook, whatever it is called
-        plugin = SimpleNamespace(**{HOOK: found})
+    plugin = provider() if isinstance(provider, type) else provider
+    if inspect.isroutine(provider):  # the attribute *is* the hook, whatever it is called
+        plugin = SimpleNamespace(**{HOOK: provider})
     try:
         manager.register(plugin, name=entry.name)
     except pluggy.PluginValidationError as error:

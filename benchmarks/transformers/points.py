@@ -49,7 +49,9 @@ class Point:
         """Why `transformers` has no number; "" if it has one."""
         reasons = [row.left_out for row in self.rows if row.side in SIDES[STOCK] and row.left_out]
         return (
-            "" if self.best(STOCK) else next((one for one in reasons if "GiB" in one), "; ".join(reasons[:1]))
+            ""
+            if self.best(STOCK)
+            else next((reason for reason in reasons if "GiB" in reason), "; ".join(reasons[:1]))
         )
 
 

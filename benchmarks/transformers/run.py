@@ -99,7 +99,7 @@ def _record(
         versions={package: version(package) for package in PACKAGES},
         commit=git_commit(),
         environment=environment(backend) | _allocation(),
-        allocators={one: worker.ALLOCATORS[one] for one in allocators},
+        allocators={allocator: worker.ALLOCATORS[allocator] for allocator in allocators},
         memory_bytes=host.memory_total(),
         flush=CacheFlush(backend).method(),
         date=date.today().isoformat(),

@@ -119,7 +119,8 @@ def make_sides(config: MLAConfig, backend: str, device: torch.device, tokens: in
 def _beside_attention(model: Any) -> int:
     """Return the bytes of all weights that are not the attention layer's."""
     whole, attention = (
-        sum(one.nbytes for one in part.parameters()) for part in (model, model.model.layers[0].self_attn)
+        sum(parameter.nbytes for parameter in part.parameters())
+        for part in (model, model.model.layers[0].self_attn)
     )
     return int(whole - attention)
 

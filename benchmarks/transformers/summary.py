@@ -50,8 +50,8 @@ PICTURES: dict[str, tuple[str, str, str, Quantity]] = {
 def text(group: Group) -> str:
     """Return tables and sentences, under headings."""
     listed = (
-        textwrap.fill(one, WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
-        for one in sentences(group)
+        textwrap.fill(sentence, WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+        for sentence in sentences(group)
     )
     lines = "\n".join(listed)
     return "\n".join([*tables(group), f"### {group.title}: in words\n\n{lines}\n"])

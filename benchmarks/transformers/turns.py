@@ -18,7 +18,7 @@ from mla.errors import MLAError
 
 TOO_SLOW = 2.0  # as the fastest of `transformers`, in the best of two forwards: left out at this length
 AGREES = 0.03  # relative distance of the last token's attention
-MOST = 20  # forwards of a side in a round
+MAX_FORWARDS = 20  # forwards of a side in a round
 
 
 class Disagreement(MLAError):
@@ -33,7 +33,7 @@ def measure(work: Work, sides: Sequence[Side], rounds: int, seconds: float) -> l
     for turn in range(rounds):
         for side in list(trial)[:: -1 if turn % 2 else 1]:
             if not rows[side].left_out:
-                count = max(1, min(MOST, int(1e3 * seconds / trial[side])))
+                count = max(1, min(MAX_FORWARDS, int(1e3 * seconds / trial[side])))
                 _time(work, side, rows[side], count)
     for row in rows.values():
         note(_line(row))
@@ -54,7 +54,7 @@ def _try(work: Work, rows: dict[Side, Row]) -> dict[Side, float]:
             deviation = _compared(side, attended, first[1])
             if side is not first[0] and not first[0].backend:  # else ours alone fit, and agrees with itself
                 row.deviation = deviation
-            trial[side] = min(one.model_ms for one in work.forwards(side, 2))
+            trial[side] = min(forward.model_ms for forward in work.forwards(side, 2))
     return trial
 
 

@@ -37,7 +37,9 @@ class CommentsAreDocstrings(griffe.Extension):
         """Add the comments of parameters to what a docstring says."""
         comments = self._comments(agent)
         arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
-        lines = [f"* `{one.arg}`: {text}" for one in arguments if (text := _behind(comments, one))]
+        lines = [
+            f"* `{argument.arg}`: {text}" for argument in arguments if (text := _behind(comments, argument))
+        ]
         if lines:
             said = func.docstring.value if func.docstring else ""
             func.docstring = griffe.Docstring("\n".join((said, "", *lines)), parent=func)

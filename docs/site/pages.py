@@ -62,7 +62,7 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
     """Add the repository's pages and pictures."""
     from mkdocs.structure.files import File
 
-    for path in found(*PAGES, *(one.format(kind) for one in ASSETS for kind in KINDS)):
+    for path in found(*PAGES, *(asset.format(kind) for asset in ASSETS for kind in KINDS)):
         files.append(File(path, str(ROOT), config.site_dir, config.use_directory_urls))
     source_links.files = {file.src_uri for file in files}
 

@@ -283,7 +283,7 @@ def find_format(name: str) -> Format:
     entry = FORMATS[base]
     if not colon:
         return entry
-    if not isinstance(entry.codec(512, 64), FlatFp8):
+    if entry.codec is not FlatFp8:
         raise CacheFormatError(
             f"cache format '{base}' stores its scales, and takes none: leave ':{scale}' out."
         )
@@ -293,12 +293,22 @@ def find_format(name: str) -> Format:
         number = math.nan
     if not 0 < number < math.inf:
         raise CacheFormatError(f"the scale of a cache format must be a positive number, got '{scale}'.")
-    return replace(entry, name=name, codec=partial(entry.codec, scale=number))
+    return replace(entry, name=name, codec=partial(FlatFp8, scale=number))
 
 
-def codec_of(name: str, c: int, r: int) -> Codec:
-    """Return the codec of a format for these widths. Raises `CacheFormatError`."""
-    return find_format(name).codec(c, r)
+def codec_of(name: str, c: int, r: int) -> Codec | None:
+    """Return the codec of a format for these widths; None for "", the plain cache.
+
+    Raises `CacheFormatError`.
+    """
+    return find_format(name).codec(c, r) if name else None
+
+
+def latents(rows: torch.Tensor, codec: Codec | None) -> torch.Tensor:
+    """Return latents and keys [.., c + r], in float32, of rows [.., w] of a cache."""
+    if codec is None:
+        return rows.float()
+    return torch.cat(codec.decode(rows.flatten(0, -2)), dim=1).unflatten(0, rows.shape[:-1])
 
 
 def stored_format(name: str | None, dtype: torch.dtype) -> str:

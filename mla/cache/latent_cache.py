@@ -1,7 +1,7 @@
 """`LatentCache`: paged storage for the compressed latents, the only thing MLA ever caches.
 
-One token of one layer is a row [c + r]: the normed latent and the rotated shared key. Pages are handed out
-by a free list; sequences own pages through a block table kept on the host.
+One token of one layer is a row [c + r], the normed latent and the rotated shared key, or the bytes of them
+in a format. Pages are handed out by a free list; sequences own pages through a block table kept on the host.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from mla.cache.formats import codec_of, stored_format
 from mla.cache.ragged_batch import (
     BatchMemory,
     RaggedBatch,
@@ -51,6 +52,8 @@ class _Sequence:
 class LatentCache:
     """`pages` [layers, pages, page_size, c + r], zero where nothing was written.
 
+    With a `cache_format` (a name of `mla.cache.formats.FORMATS`) other than numbers of `dtype`, `pages` are
+    [layers, pages, page_size, bytes of a token] uint8. Bytes are copied, and never encoded again.
     `shuffle` (a seed) hands pages out in random order: contiguous pages flatter a benchmark.
     Raises ValueError for invalid sizes, and methods do for a sequence that the cache does not have.
     """
@@ -64,6 +67,7 @@ class LatentCache:
         num_layers: int = 1,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
+        cache_format: str | None = None,
         shuffle: int | None = None,
     ) -> None:
         require_config(config)
@@ -76,9 +80,12 @@ class LatentCache:
         self.config = config
         self.page_size = page_size
         self.num_pages = -(-max_tokens // page_size)
-        shape = (num_layers, self.num_pages, page_size, config.latent_dim)
+        self.dtype, self.cache_format = dtype, stored_format(cache_format, dtype)
+        self._codec = codec_of(self.cache_format, config.kv_lora_rank, config.qk_rope_head_dim)
+        width, held = (self._codec.token_bytes, torch.uint8) if self._codec else (config.latent_dim, dtype)
+        shape = (num_layers, self.num_pages, page_size, width)
         with torch.inference_mode(False):  # a tensor made in that mode cannot be written outside it
-            self.pages = plain(torch.zeros(shape, dtype=dtype, device=device))
+            self.pages = plain(torch.zeros(shape, dtype=held, device=device))
             self._tables = torch.zeros(0, 1, dtype=torch.int32, device="cpu")  # [rows, pages]
         self.generation = 0
         self._free = list(range(self.num_pages - 1, -1, -1))
@@ -93,13 +100,18 @@ class LatentCache:
 
     @property
     def kv_cache(self) -> torch.Tensor:
-        """The latent part of `pages`: [layers, pages, page_size, c]."""
-        return self.pages[..., : self.config.kv_lora_rank]
+        """The latent part of `pages`: [layers, pages, page_size, c]. RuntimeError where they are bytes."""
+        return self._plain_pages()[..., : self.config.kv_lora_rank]
 
     @property
     def pe_cache(self) -> torch.Tensor:
         """The rotary part of `pages`: [layers, pages, page_size, r], channels in checkpoint order."""
-        return self.pages[..., self.config.kv_lora_rank :]
+        return self._plain_pages()[..., self.config.kv_lora_rank :]
+
+    def _plain_pages(self) -> torch.Tensor:
+        if self._codec is not None:
+            raise RuntimeError(f"this cache holds bytes of {self.cache_format}: read() decodes them.")
+        return self.pages
 
     @property
     def free_pages(self) -> int:
@@ -112,12 +124,12 @@ class LatentCache:
         return list(self._sequences)
 
     def __repr__(self) -> str:
-        """Return the shape, dtype and device of `pages`, and how full they are."""
+        """Return the shape, dtype or format, and device of `pages`, and how full they are."""
         tokens = sum(entry.length for entry in self._sequences.values())
+        held = self.cache_format or self.pages.dtype
         return (
-            f"{type(self).__name__}(pages={list(self.pages.shape)} {self.pages.dtype} on "
-            f"{self.pages.device}, sequences={len(self._sequences)}, tokens={tokens}, "
-            f"free_pages={self.free_pages})"
+            f"{type(self).__name__}(pages={list(self.pages.shape)} {held} on {self.pages.device}, "
+            f"sequences={len(self._sequences)}, tokens={tokens}, free_pages={self.free_pages})"
         )
 
     def __contains__(self, sequence: int) -> bool:
@@ -329,8 +341,8 @@ class LatentCache:
         sequence, layer = whole_numbers("a sequence and its layer", (sequence, layer))
         if not 0 <= layer < self.pages.shape[0]:
             raise ValueError(f"this cache has {self.pages.shape[0]} layers, so there is no layer {layer}.")
-        kept = [x.detach().to(self.pages.device, self.pages.dtype) for x in (kv, pe)]
-        rows = plain(torch.cat(kept, dim=1))
+        kept = [x.detach().to(self.pages.device, self.dtype) for x in (kv, pe)]
+        rows = plain(torch.cat(kept, dim=1) if self._codec is None else self._codec.encode(*kept))
         if count and self.length(sequence) == 0:
             self.extend([sequence], [count])
         if self.length(sequence) != count:
@@ -338,13 +350,15 @@ class LatentCache:
         self._flat(layer).index_copy_(0, self.slots(sequence), rows)
 
     def read(self, sequence: int, layer: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return copies of a sequence's kv [s, c] and pe [s, r]."""
+        """Return copies of a sequence's kv [s, c] and pe [s, r]; float32 where the cache has a format."""
         rows = self._flat(layer).index_select(0, self.slots(sequence))
+        if self._codec is not None:
+            return self._codec.decode(rows)
         kv, pe = rows.split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), dim=1)
         return kv.contiguous(), pe.contiguous()
 
     def _flat(self, layer: int) -> torch.Tensor:
-        return self.pages[layer].view(-1, self.config.latent_dim)
+        return self.pages[layer].flatten(0, 1)
 
     def _get(self, sequence: int) -> _Sequence:
         try:

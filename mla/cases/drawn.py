@@ -33,7 +33,7 @@ MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # that an op may want width
 PAGE_SIZES = (64, 16, 1, 32, 128, 2, 4, 8, 256)
 # Widths c, r, n and v: what every model of the family has, and many kernels serve alone; and small ones.
 DEEPSEEK = (512, 64, 128, 128)
-SMALL = (32, 8, 16, 12)
+SMALL_WIDTHS = (32, 8, 16, 12)
 ORDERS = ("shuffled", "rising", "falling", "a run", "a shuffled run")  # of slots
 HEADS = (1, 2, 3, 4, 5, 8, 12, 15, 16, 17, 20, 24, 31, 32, 33, 40, 48, 63, 64, 65, 96, 127, 128, 130)
 MORE_HEADS = (4, 16, 64, 128)  # what an op is given that refuses fewer
@@ -247,7 +247,7 @@ def rotation_case(draw: Draw, field: Field) -> OpCase:
 
 def dims(draw: Draw) -> tuple[int, ...]:
     """Draw widths c, r, n and v."""
-    way = draw(among(SMALL, DEEPSEEK, SMALL, None))
+    way = draw(among(SMALL_WIDTHS, DEEPSEEK, SMALL_WIDTHS, None))
     if way is not None:
         return tuple(way)
     c, n, v = (near(draw, draw(among(300, 600)), step=8) for _ in range(3))
@@ -287,7 +287,7 @@ def attention_case(draw: Draw, field: Field) -> OpCase:
     pairs, room = requests(draw, page, causal), draw(among(*ROOMS))
     if any(keys > 900 for _, keys in pairs):
         room = max(room, LONG_ROOM)
-    if latent and widths == SMALL and some(draw, 60):
+    if latent and widths == SMALL_WIDTHS and some(draw, 60):
         room, pairs, heads = HUGE_ROOM, [(1, 5), (1, draw(whole(HUGE, HUGE + 200)))], min(heads, 2)
 
     def fits(pairs: Pairs, count: int) -> bool:

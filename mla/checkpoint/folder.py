@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mla.config.families import language_model
+from mla.config.families import language_model, mla_layers
 from mla.errors import MLAError
 from mla_backends import outside
 from mla_backends.outside import escaped, quoted, shortened
@@ -246,6 +246,7 @@ class Facts:
 
     source: str
     layers: int | None = None
+    mla_layers: tuple[int, ...] | None = None  # of a model whose other layers attend in another way
     draft_layers: int = 0  # for multi-token prediction; numbered after the main ones
     quantization: Mapping[str, Any] = field(default_factory=dict)
 
@@ -285,7 +286,7 @@ def read_facts(folder: Folder) -> Facts:
         raise CheckpointError(f"quantization_config in '{source}' must be a JSON object.")
     layers = _count(inner, "num_hidden_layers", source)
     drafts = _count(inner, "num_nextn_predict_layers", source) or 0
-    return Facts(source, layers, drafts, quantization)
+    return Facts(source, layers, mla_layers(inner), drafts, quantization)
 
 
 def _count(values: Mapping[str, Any], key: str, source: str) -> int | None:

@@ -25,6 +25,8 @@ _OWN = {
     "kv_norm": "kv_a_layernorm",
     "wkv_b": "kv_b_proj",
     "wo": "o_proj",
+    "dense": "o_proj",  # Ling's
+    "g_proj": "g_proj",
 }
 KNOWN = frozenset(_OWN.values())
 # Other attentions do not have these, so any one of them identifies MLA.
@@ -36,7 +38,8 @@ _OTHERS = re.compile(
 )
 _IN_LAYER = re.compile(r"(?P<prefix>(?:.*\.)?)layers\.(?P<layer>[0-9]{1,6})\.(?P<rest>.+)", re.DOTALL)
 _IN_MODULE = re.compile(
-    r"(?P<prefix>(?:.*?\.)?)(?P<module>self_attn|attn)\.(?:(?P<part>[0-9]{1,3})\.)?(?P<name>.+)", re.DOTALL
+    r"(?P<prefix>(?:.*?\.)?)(?P<module>self_attn|attn|attention)\.(?:(?P<part>[0-9]{1,3})\.)?(?P<name>.+)",
+    re.DOTALL,
 )
 
 
@@ -49,7 +52,7 @@ class Location:
 
     prefix: str  # before `layers.N.` or `self_attn.`, such as "model."
     layer: int | None
-    module: str  # "self_attn", "attn" or "" for bare names
+    module: str  # "self_attn", "attn", "attention" or "" for bare names
     part: int | None = None
 
     @property
@@ -156,6 +159,11 @@ def _numbered(locations: Collection[Location], number: int | None, facts: Facts,
     layers = {location.layer for location in locations}
     if number in layers:
         return number
+    if facts.mla_layers is not None and number not in facts.mla_layers and not facts.is_draft(number):
+        raise CheckpointError(
+            f"layer {number} of checkpoint '{folder}' has another attention: of layers counted from 0, MLA "
+            f"are {_listed(facts.mla_layers)}."
+        )
     if layers == {None} or (layers == {0} and facts.layers == 1):
         return layers.pop()
     raise CheckpointError(
@@ -196,7 +204,8 @@ _SCALE = "_scale_inv"
 _REASONS = (
     (r"indexer\.", "belongs to an indexer that picks the tokens to attend"),
     (r"sinks?\b|.*\.sinks?$", "is an attention sink"),
-    (r"(q_)?g(ate)?_proj\b", "gates the attention's output"),
+    (r"g_proj\.", "gates the attention's output, and the config has no gate (output_gate)"),
+    (r"(q_)?gate_proj\b", "gates the attention's output"),
     (r".*(bias)$", "is a bias that the config does not announce (attention_bias)"),
     (
         r".*\.(weight_scale|weight_packed|qweight|qzeros|scales|g_idx|input_scale|SCB|weight_scale_2)$",

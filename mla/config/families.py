@@ -21,12 +21,12 @@ class Family:
 
     architecture: str = ""  # identifies the family where model_type is missing
     defaults: Mapping[str, Any] = field(default_factory=dict)  # what an absent key means
-    # What an absent key means where that depends on the other fields of the config, given by name.
+    # What an absent field means where that depends on other keys and fields, given by name.
     derived: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)  # fields that no key changes
     demands: Mapping[str, Any] = field(default_factory=dict)  # keys with one supported value, if present
     needs: frozenset[str] = frozenset()  # keys that may not be null
-    ignores: frozenset[str] = frozenset()  # keys of CHANGES that its attention does not read
+    ignores: frozenset[str] = frozenset()  # keys of CHANGES that change nothing here, or that `derived` reads
     rope_types: Mapping[str, str] = field(default_factory=dict)  # its own spelling -> the common one
     rotates: bool = True
     scales_queries: bool = False  # by position, see QueryScaling
@@ -99,7 +99,30 @@ FAMILIES: Mapping[str, Family] = {
         demands={"mla_use_nope": True},
         rotates=False,
     ),
+    "kimi_k3": Family(  # as the engines that serve it do: no class of `transformers` computes it
+        "KimiK3ForConditionalGeneration",
+        defaults={**_DIMS, "q_lora_rank": None},
+        derived={"output_gate": lambda values: "element" if values.get("mla_use_output_gate") else None},
+        demands={"mla_use_nope": True},
+        ignores=frozenset({"mla_use_output_gate"}),
+        rotates=False,
+    ),
+    "bailing_hybrid": Family(  # Ling 3
+        "BailingMoeV3ForCausalLM",
+        defaults={**_DIMS, "q_lora_rank": None, "rope_theta": 6e6},
+        derived={"output_gate": lambda values: _ling_gate(values.get(_LING_GATE, "head_wise"))},
+        fixed=_INTERLEAVED,
+        ignores=frozenset({"use_qk_norm", "partial_rotary_factor"}),  # of its layers that are not MLA
+    ),
 }
+
+_LING_GATE = "gated_attention_proj_granularity_type"
+
+
+def _ling_gate(kind: Any) -> Any:
+    """Return the output gate of a granularity; an unknown one as it is, which no config takes."""
+    return {"head_wise": "head", "element_wise": "element"}.get(kind, kind) if isinstance(kind, str) else kind
+
 
 # For configs that name no family: the keys mean what they say.
 UNNAMED = Family()
@@ -113,16 +136,17 @@ _INDEXER = "an indexer picks which keys a query sees"
 REFUSED: Mapping[str, str] = {
     "deepseek_v32": _INDEXER,
     "glm_moe_dsa": f"{_INDEXER}, and some layers reuse another's choice",
-    "glm5_next": f"{_INDEXER}, and it has no rotary channels",
+    "glm5_next": _INDEXER,
     "mistral_large4": f"it learns its rotary frequencies, layers share caches, and {_INDEXER}",
-    "bailing_hybrid": "a gate per head multiplies the output of attention",
-    "axk2": f"a gate multiplies the output of attention, and {_INDEXER}",
-    "hy_v4": f"it has attention sinks and an output gate, and {_INDEXER}",
-    "hy_v4_vl": f"it has attention sinks and an output gate, and {_INDEXER}",
-    "dots3_note": "its layers differ in dimensions and windows, and a gate per head multiplies the output",
+    "axk2": f"its output gate reads the query latent, and {_INDEXER}",
+    **dict.fromkeys(("hy_v4", "hy_v4_vl"), f"it has attention sinks, and {_INDEXER}"),
+    "dots3_note": "its layers differ in dimensions and windows, and it norms the rotary key",
+    "gigachat3_5": "gates multiply its latent norms",
     "deepseek_v4": "it has one shared key and value head and no latent",
     "deepseek_ocr2": "its kv_lora_rank was removed, so it has no latent",
-    "kimi_k3": "a gate multiplies the output of attention",
+    # Architectures that share their model type with another attention, or that have none.
+    "BailingMoeV2_5ForCausalLM": "it is Ling 2.5, and its model type is read as Ling 3",
+    "GigaChat35ForCausalLM": "gates multiply its latent norms",
 }
 
 # Models that are released under a name unlike their family's.
@@ -136,13 +160,16 @@ CHANGES: Mapping[str, str] = {
     **dict.fromkeys(("attention_sinks", "use_attention_sinks"), "attention has sinks"),
     **dict.fromkeys(
         ("mla_use_output_gate", "attn_output_gate", "attention_output_gate", "gated_norm_rank"),
-        "a gate multiplies the output of attention",
+        "a gate of unknown shape multiplies the output of attention",
     ),
     **dict.fromkeys(("use_qk_norm", "qk_layernorm"), "queries and keys are normed per head"),
     **dict.fromkeys(("attn_logit_softcapping", "attention_logit_cap"), "logits are capped"),
     **dict.fromkeys(("kv_source_layers", "num_kv_shared_layers"), "layers share caches"),
     **dict.fromkeys(("no_rope_layers", "nope_layers"), "only some layers rotate"),
     "mla_use_nope": "nothing is rotated",
+    **dict.fromkeys(
+        ("use_mla_nope", "skip_rope"), "no key has rotary channels, whatever qk_rope_head_dim says"
+    ),
     **dict.fromkeys(("mla_scale_q_lora", "mla_scale_kv_lora"), "latents are scaled"),
 }
 
@@ -165,12 +192,43 @@ def language_model(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return values
 
 
+def of_whole(whole: Mapping[str, Any], part: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the language model's `part` of a config with the family of the `whole`, where that is the one.
+
+    Kimi K3's part calls itself kimi_linear, and so does that part alone, which has its output gate.
+    """
+    kind = whole.get("model_type")
+    if part.get("model_type") == "kimi_linear" and part.get("mla_use_output_gate"):
+        kind = "kimi_k3"
+    return {**part, "model_type": kind} if isinstance(kind, str) and kind in FAMILIES else part
+
+
 def refuse(name: str, values: Mapping[str, Any]) -> None:
     """Raise `ConfigError` for a family that is known to be unsupported, regardless of its other keys."""
-    kind = values.get("model_type")
-    reason = REFUSED.get(kind.removesuffix("_text")) if isinstance(kind, str) else None
-    if reason is not None:
-        raise ConfigError(f"config '{name}': model type '{kind}' is not supported: {reason}.")
+    architectures = values.get("architectures")
+    kinds = [values.get("model_type"), *(architectures if isinstance(architectures, list) else ())]
+    for what, kind in zip(("model type", *("architecture",) * len(kinds)), kinds, strict=False):
+        reason = REFUSED.get(kind.removesuffix("_text")) if isinstance(kind, str) else None
+        if reason is not None:
+            raise ConfigError(f"config '{name}': {what} '{kind}' is not supported: {reason}.")
+
+
+def mla_layers(values: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Return the numbers, from 0, of a model's MLA layers; None where its keys name none.
+
+    Kimi counts from 1 in its list; Ling attends with the last layer of each group and a rest that fills none.
+    """
+    hybrid, kinds = values.get("linear_attn_config"), values.get("layer_types")
+    count, group = values.get("num_hidden_layers"), values.get("layer_group_size")
+    listed = hybrid.get("full_attn_layers") if isinstance(hybrid, Mapping) else None
+    if isinstance(listed, list) and all(isinstance(layer, int) for layer in listed):
+        return tuple(layer - 1 for layer in listed)
+    if isinstance(kinds, list) and "linear_attention" in kinds:
+        return tuple(layer for layer, kind in enumerate(kinds) if kind == "full_attention")
+    if isinstance(count, int) and isinstance(group, int) and 0 < group <= count:
+        rest = count // group * group
+        return tuple(layer for layer in range(count) if (layer + 1) % group == 0 or layer >= rest)
+    return None
 
 
 def refused_model(name: str) -> str | None:

@@ -10,7 +10,15 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mla.config.families import Family, check_keys, find_family, language_model, refuse, refused_model
+from mla.config.families import (
+    Family,
+    check_keys,
+    find_family,
+    language_model,
+    of_whole,
+    refuse,
+    refused_model,
+)
 from mla.config.presets import PRESETS
 from mla.errors import ConfigError
 from mla_backends import outside
@@ -112,7 +120,7 @@ def read_rope(name: str, family: Family, values: Mapping[str, Any], head: tuple[
     spec = _Spec(f"config '{name}': {key}", given)
     theta = rope.get("rope_theta", values.get("rope_theta", family.defaults.get("rope_theta", 10000.0)))
     share = spec.values.pop("partial_rotary_factor", values.get("partial_rotary_factor"))
-    if share is not None:
+    if share is not None and "partial_rotary_factor" not in family.ignores:
         _check_share(name, share, head, family.rotary_share_of_head)
     spec.values.pop("rope_theta", None)
     spec.values.pop("max_position_embeddings", None)
@@ -239,6 +247,8 @@ DIMENSIONS = (
     "hidden_size", "num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim",
     "qk_rope_head_dim", "v_head_dim",
 )  # fmt: skip
+# Values of `output_gate`.
+GATES = (None, "head", "element")
 # Fields that are not keys of a config.json.
 _READ_APART = {"rope_theta", "rope_scaling", "query_scaling", "model_type", "name"}
 
@@ -259,7 +269,7 @@ class MLAConfig:
     q_lora_rank: int | None = None  # width of the query latent
     kv_lora_rank: int = 512  # c, width of the cached latent; all heads share it
     qk_nope_head_dim: int = 128  # n, channels of a query or key that are not rotated
-    qk_rope_head_dim: int = 64  # r, channels that are; all heads share those of the key
+    qk_rope_head_dim: int = 64  # r, channels that are, or 0; all heads share those of the key
     v_head_dim: int = 128  # v
     rms_norm_eps: float = 1e-6
     attention_bias: bool = False  # on q_a, kv_a and o; never on q, q_b and kv_b
@@ -269,6 +279,7 @@ class MLAConfig:
     q_latent_scale: float = 1.0  # on the normed query latent, and so on queries
     kv_latent_scale: float = 1.0  # on the normed latent, before it is cached
     query_scaling: QueryScaling | None = None  # of queries by position
+    output_gate: str | None = None  # sigmoid(g_proj x) on the heads' outputs, one per "head" or "element"
     model_type: str | None = None  # the family it was read as; computes nothing
     name: str = "custom"
 
@@ -277,8 +288,10 @@ class MLAConfig:
             value = getattr(self, key)
             optional = key == "q_lora_rank" and value is None
             whole = isinstance(value, int) and not isinstance(value, bool)
-            if not optional and not (whole and 0 < value < 2**31):
-                raise self._error(f"{key} must be a positive integer, got {quoted(value)}")
+            least = 0 if key == "qk_rope_head_dim" else 1
+            if not optional and not (whole and least <= value < 2**31):
+                kind = "an integer of at least 0" if least == 0 else "a positive integer"
+                raise self._error(f"{key} must be {kind}, got {quoted(value)}")
         for key in ("rms_norm_eps", "rope_theta", "q_latent_scale", "kv_latent_scale"):
             value = getattr(self, key)
             if not is_positive(value) and not (key == "rope_theta" and value is None):
@@ -286,6 +299,9 @@ class MLAConfig:
         for key in ("attention_bias", "rope_interleave"):
             if not isinstance(getattr(self, key), bool):
                 raise self._error(f"{key} must be true or false, got {quoted(getattr(self, key))}")
+        if self.output_gate not in GATES:
+            got = quoted(self.output_gate)
+            raise self._error(f"output_gate must be null, 'head' or 'element', got {got}")
         if self.qk_rope_head_dim % 2:
             raise self._error(f"qk_rope_head_dim must be even, got {self.qk_rope_head_dim}")
         if self.rope_theta == 1 and isinstance(self.rope_scaling, YarnScaling):
@@ -315,6 +331,17 @@ class MLAConfig:
     def latent_dim(self) -> int:
         """Width of one cached token: c + r."""
         return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def gate_width(self) -> int:
+        """Gates of one token, the rows of g_proj: h, h * v, or 0 without an output gate."""
+        per_head = {None: 0, "head": 1, "element": self.v_head_dim}[self.output_gate]
+        return self.num_attention_heads * per_head
+
+    @property
+    def is_odd(self) -> bool:
+        """Whether negated inputs over a negated cache negate the output; biases and gates prevent that."""
+        return not self.attention_bias and self.output_gate is None
 
     @property
     def softmax_scale(self) -> float:
@@ -380,7 +407,7 @@ class MLAConfig:
         and so are head_dim and max_position_embeddings, which no weight and no angle of MLA depends on.
         Raises `ConfigError` for a family or key that means a different attention, and for an unknown family.
         """
-        inner = language_model(values)
+        inner = of_whole(values, language_model(values))
         name = shortened(escaped(str(values.get("name", inner.get("model_type", "custom")))))
         refuse(name, values)
         refuse(name, inner)
@@ -411,7 +438,7 @@ def _plain(cls: type[MLAConfig], family: Family, values: Mapping[str, Any], **na
     known = {field.name for field in fields(cls)} - _READ_APART
     absent = {key for key in family.derived if values.get(key) is None}
     config = cls(**{key: value for key, value in values.items() if key in known - absent}, **names)
-    derived = {key: family.derived[key](vars(config)) for key in absent}
+    derived = {key: family.derived[key]({**values, **vars(config)}) for key in absent}
     return replace(config, **derived, **family.fixed)
 
 

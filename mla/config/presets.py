@@ -190,6 +190,25 @@ PRESETS: dict[str, Preset] = {
         _layer("kimi_linear", 2304, 32, None, mla_use_nope=True),
         f"{_HUB}Firworks/Kimi-Linear-48B-A3B-Instruct-nvfp4/resolve/main/config.json",
     ),
+    "kimi-k3": Preset(
+        "moonshotai/Kimi-K3",
+        _layer("kimi_k3", 7168, 96, 1536, rms_norm_eps=1e-5, mla_use_nope=True, mla_use_output_gate=True),
+        f"{_GITHUB}AI-Hypercomputer/maxtext/blob/bf801f4474c4/src/maxtext/configs/models/kimi-k3.yml",
+    ),
+    "ling-3-flash": Preset(
+        "inclusionAI/Ling-3.0-flash",
+        _layer(
+            "bailing_hybrid",
+            2560,
+            32,
+            None,
+            rope_theta=6000000,
+            gated_attention_proj_granularity_type="head_wise",
+        ),
+        f"{_GITHUB}AI-Hypercomputer/maxtext/blob/798e9ffd9fa5/src/maxtext/configs/models/ling3-flash-vl.yml"
+        f" and {_GITHUB}huggingface/transformers/blob/v5.24.0/src/transformers/models/bailing_hybrid"
+        "/configuration_bailing_hybrid.py (the defaults of its keys)",
+    ),
 }
 
 

@@ -206,13 +206,13 @@ def _require_pytest() -> None:
         import pytest
 
         here = getattr(pytest, "version_tuple", (0,))  # which pytest 6 lacks
-        found = "" if here >= LEAST_PYTEST else f"version {pytest.__version__} is installed"
+        problem = "" if here >= LEAST_PYTEST else f"version {pytest.__version__} is installed"
     except ImportError:
-        found = "it is not installed"
-    if found:
+        problem = "it is not installed"
+    if problem:
         least = LEAST_PYTEST[0]
         raise UsageError(
-            f"the suite needs pytest {least} or later, and {found}: `pip install 'pytest>={least}'` "
+            f"the suite needs pytest {least} or later, and {problem}: `pip install 'pytest>={least}'` "
             "(it comes with `mla-bench[conformance]`)."
         )
 

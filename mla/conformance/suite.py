@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # How many cases of a check run in a dtype that the device is slow in, on the quick grid and on the full one.
 HANDFUL = {True: 2, False: 3}
 MINUTES = {True: 1.0, False: 5.0}  # that a run takes, on the quick grid and on the full one
-ENOUGH = 300  # judged draws of an op in a dtype, with which its check is green
+MIN_DRAWS = 300  # judged draws of an op in a dtype, with which its check is green
 FOR_DRAWS = {True: 0.25, False: 0.5}  # of the time at least, on the quick grid and on the full one
 ATTENTION = 2.0  # times the time of other ops, for draws
 UNUSUAL = 0.2  # times the time of an op that serves what most layers have
@@ -41,7 +41,7 @@ DRAWN = "drawn"  # what fails checks that draw their cases
 FACTOR = 3.0
 ROWS, WIDTH = 64, 1024
 ATTEMPTS = 5
-PATIENCE = 0.5  # seconds after which a dtype has been tried often enough
+TRIAL_SECONDS = 0.5  # seconds after which a dtype has been tried often enough
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _seconds(backend: Backend, dtype: torch.dtype) -> float:
     """Return how long a product takes at best."""
     x = torch.full((ROWS, WIDTH), 1 / WIDTH, dtype=dtype, device=backend.device)
     weight = torch.full((WIDTH, WIDTH), 1.0, dtype=dtype, device=backend.device)
-    end, taken = time.perf_counter() + PATIENCE, []
+    end, taken = time.perf_counter() + TRIAL_SECONDS, []
     for _ in range(ATTEMPTS + 1):
         start = time.perf_counter()
         torch.mm(x, weight)[:1, :1].to("cpu", copy=True)  # only a result on the host is certain to be there
@@ -249,8 +249,8 @@ def _verdict(trial: Trial, expected: str | None) -> tuple[Status, str]:
         return ("fail", reason) if expected is None else ("xfail", f"{expected} ({reason})")
     if not trial.ended("passed"):
         return "refused", "; ".join(dict.fromkeys(case.reason for case in trial.cases))
-    if trial.drawn is not None and trial.drawn.judged < ENOUGH:
-        return "incomplete", f"{trial.drawn.judged} of {ENOUGH} drawn cases were judged"
+    if trial.drawn is not None and trial.drawn.judged < MIN_DRAWS:
+        return "incomplete", f"{trial.drawn.judged} of {MIN_DRAWS} drawn cases were judged"
     return ("pass", "") if expected is None else ("xpass", expected)
 
 

@@ -19,7 +19,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if not asked and getattr(config.option, "mla_backend", None) is None:
         pytest.skip("no --mla-backend was given", allow_module_level=True)  # a run over a whole checkout
     planned = suite_of(config).planned
-    metafunc.parametrize("instance", planned, ids=[one.id for one in planned])
+    metafunc.parametrize("instance", planned, ids=[instance.id for instance in planned])
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from mla.text import dtype_name, size
 from mla_backends.api import FusedOp, SegmentLengths
 
 # A call that reads more is not kept.
-LIMIT = 2 << 30
+MAX_CALL_BYTES = 2 << 30
 CONTEXT = "kv_b_proj"  # the role whose rows are all cached tokens
 Lengths = tuple[Sequence[int], Sequence[int]]  # per request: new tokens, and keys
 
@@ -174,10 +174,10 @@ def _require_room(
     needed = sum(piece.nbytes for piece in pieces.values())
     needed += 0 if known.weight is None else known.weight.nbytes
     needed += 0 if cache is None or kept is None else len(kept) * cache[0].nbytes
-    if needed > LIMIT:
+    if needed > MAX_CALL_BYTES:
         raise TooLarge(
-            f"a call of {known.role} reads {size(needed)}, more than the {size(LIMIT)} that are kept: "
-            "choose a smaller shape."
+            f"a call of {known.role} reads {size(needed)}, more than the {size(MAX_CALL_BYTES)} that are "
+            "kept: choose a smaller shape."
         )
 
 

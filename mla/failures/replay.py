@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mla.errors import MLAError, OutOfMemory, UnknownOp, did_you_mean
-from mla.failures.call import LIMIT, RecordedCall
+from mla.failures.call import MAX_CALL_BYTES, RecordedCall
 from mla.failures.file import Failure
 from mla.failures.watch import judged, make, raised
 from mla.layer.ops import refusals, sentences
@@ -77,7 +77,7 @@ def _require_served(call: RecordedCall, name: str, op: FusedOp, backend: Backend
 def _require_room(call: RecordedCall, backend: Backend) -> None:
     """Raise `OutOfMemory` if the device has no room for the call; the file holds only a part of a cache."""
     cache = call.facts.pages.numbers * call.dtype.itemsize if call.facts.pages else 0
-    compared = cache if cache <= LIMIT else 0
+    compared = cache if cache <= MAX_CALL_BYTES else 0
     on_host = backend.device is not None and backend.device.type == "cpu"
     needed = cache + compared * (4 if on_host else 1) + sum(piece.nbytes for piece in call.memory.values())
     free = host.memory_available() if on_host else backend.memory().free

@@ -12,7 +12,7 @@ import torch
 from mla.cases import KINDS
 from mla.cases.memory import Tensors, changed_slots, same_numbers
 from mla.failures.call import (
-    LIMIT,
+    MAX_CALL_BYTES,
     OUTPUTS,
     Known,
     Lengths,
@@ -236,7 +236,7 @@ def make(
 
 def copied(cache: torch.Tensor | None) -> torch.Tensor | None:
     """Return a copy of a cache on its device, to find stray writes; None if it is too large."""
-    return None if cache is None or cache.nbytes > LIMIT else cache.clone()
+    return None if cache is None or cache.nbytes > MAX_CALL_BYTES else cache.clone()
 
 
 def made(

@@ -25,7 +25,7 @@ from mla.layer.ops import Ops
 from mla.layer.packed_weights import PackedWeights, SharedWeights
 from mla.layer.plan import WORKSPACE_BYTES, Growth, StepPlan, make_plan
 from mla.layer.rope import RotaryTable
-from mla.layer.workspace import StepViews, Turn, Workspace, check_batch, require
+from mla.layer.workspace import StepViews, Turn, Workspace, check_batch, require, require_pages
 from mla.text import size
 from mla_backends.api import Backend, FusedOp, OpCall
 
@@ -108,6 +108,7 @@ class MLA(nn.Module):
     serve this layer, "reference" never does, "fused" and names of ops require them (`mla.layer.ops.choose`)
     and raise `UnsupportedOps` where they cannot serve; `overrides` (role -> name of an op, or "reference")
     come before it. Without a backend the layer runs the reference on the CPU.
+    `cache_format` is that of the `LatentCache` it works on: both paths attend what is stored, new tokens too.
     `workspace_bytes` caps the keys and values that the expanded path rebuilds at a time. An op without a
     log-sum-exp gets all of a request at once: beyond the cap, up to a quarter of the device's free memory,
     else planning raises `UnsupportedBatch`.
@@ -128,6 +129,7 @@ class MLA(nn.Module):
         ops: str = "auto",
         overrides: Mapping[str, str] = MappingProxyType({}),
         workspace_bytes: int = WORKSPACE_BYTES,
+        cache_format: str | None = None,
     ) -> None:
         super().__init__()
         require_config(config)
@@ -146,7 +148,9 @@ class MLA(nn.Module):
         self.workspace_bytes = workspace_bytes
         self.device = backend.device if backend is not None and backend.device else torch.device("cpu")
         offered = backend.ops() if backend else {}
-        self.ops = Ops(config, offered, dtype, self.device, ops, overrides, attended_by=self._attended_by())
+        shares = self._attended_by()
+        chosen = (config, offered, dtype, self.device, ops, overrides)
+        self.ops = Ops(*chosen, attended_by=shares, cache_format=cache_format)
         self.rotary = RotaryTable(config, self.device)
         self._weights = PackedWeights(config, self.ops, dtype, self.device)
         self._scratch = Workspace(dtype, self.device, keeps=workspace_bytes, turn=Turn.of(backend))
@@ -172,7 +176,7 @@ class MLA(nn.Module):
 
     def _calls_ops_alone(self) -> bool:
         """Return whether a step consists of op calls alone, so that it can be recorded."""
-        return type(self) is MLA  # a subclass may do more
+        return type(self) is MLA and not self.config.gate_width  # a subclass may do more
 
     def _attended_by(self) -> int:
         """Return how many tensor-parallel shards share this attention."""
@@ -289,7 +293,7 @@ class MLA(nn.Module):
         self,
         hidden: torch.Tensor,  # [T, d], like all tensors here in the layer's dtype
         batch: RaggedBatch,
-        pages: torch.Tensor,  # [pages, page, c + r]: this layer's part of LatentCache.pages
+        pages: torch.Tensor,  # [pages, page, c + r or bytes]: this layer's part of LatentCache.pages
         out: torch.Tensor | None = None,  # [T, d], made where None
     ) -> torch.Tensor:
         """Attend the batch's new tokens, write their latents to the cache and return [T, d].
@@ -354,8 +358,8 @@ class MLA(nn.Module):
         require("hidden", hidden, (batch.num_tokens, self.config.hidden_size), self.dtype, self._at)
         if out is not None:
             self._check_out(out, batch)
-        shape = (*getattr(pages, "shape", (None,))[:1], batch.page_size, self.config.latent_dim)
-        require("pages", pages, shape, self.dtype, self._at)
+        shape = (*getattr(pages, "shape", (None,))[:1], batch.page_size)
+        require_pages(pages, self.ops, shape, self._at)
         if not batch.fits(pages.shape[0]):
             raise ValueError(
                 f"pages [{pages.shape[0]}, ...] are not those of the cache this batch describes."

@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 import torch
 
+from mla.cache.formats import Codec, codec_of
 from mla.cache.ragged_batch import RaggedBatch, plain
 from mla.config import MLAConfig
 from mla.errors import WeightError
@@ -27,7 +28,15 @@ from mla.layer.plan import (
     rebuilt_bytes,
 )
 from mla.layer.rope import query_factors
-from mla.layer.workspace import Projected, StepViews, Turn, Workspace, check_batch, require
+from mla.layer.workspace import (
+    Projected,
+    StepViews,
+    Turn,
+    Workspace,
+    check_batch,
+    require,
+    require_pages,
+)
 from mla_backends.api import Backend
 
 
@@ -40,6 +49,7 @@ class AbsorbedPath:
     views: StepViews
     interleaved: bool
     softmax_scale: float
+    stored: Mapping[str, str]  # see `stored_as`
 
     def run(self, ops: Ops, projected: Projected, group: AbsorbedGroup, pages: torch.Tensor) -> None:
         """Attend with q_nope W_UK, joined with the rotated q_pe, over the latents; then apply W_UV.
@@ -62,6 +72,7 @@ class AbsorbedPath:
             softmax_scale=self.softmax_scale,
             out=views.latent_out,
             lse=views.lse,
+            **self.stored,
         )
         ops["w_uv"].op(packed["w_uv"], x=views.latent_out, out=views.heads)
         self.scratch.put(projected.heads, group.tokens, views.heads)
@@ -76,6 +87,7 @@ class Rebuild:
     config: MLAConfig
     weights: PackedWeights
     scratch: Workspace
+    codec: Codec | None
 
     def __call__(
         self, ops: Ops, slots: torch.Tensor, pages: torch.Tensor
@@ -86,9 +98,12 @@ class Rebuild:
         """
         config = self.config
         n, c, h = config.qk_nope_head_dim, config.kv_lora_rank, config.num_attention_heads
-        take = self.scratch.for_round(rebuilt_bytes(config, pages.element_size(), slots.shape[0]))
+        take = self.scratch.for_round(rebuilt_bytes(config, self.scratch.itemsize, slots.shape[0]))
         latents = take("latents", slots.shape[0], config.latent_dim)
-        torch.index_select(pages.view(-1, config.latent_dim), 0, slots, out=latents)
+        if self.codec is None:
+            torch.index_select(pages.view(-1, config.latent_dim), 0, slots, out=latents)
+        else:
+            torch.cat(self.codec.decode(pages.flatten(0, 1).index_select(0, slots)), dim=1, out=latents)
         kv = take("kv_b", slots.shape[0], ops["kv_b_proj"].spec.out_features)
         ops["kv_b_proj"].op(self.weights.packed["kv_b_proj"], x=latents[:, :c], bias=None, out=kv)
         k_nope, v = kv.unflatten(1, (h, -1)).split((n, config.v_head_dim), dim=2)
@@ -187,15 +202,25 @@ def _merge(out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse:
 
 
 # ------------------------------------------------------------------------------------------ forward
+def gate_heads(heads: torch.Tensor, gate: torch.Tensor) -> None:
+    """Multiply heads [T, h, v] by the sigmoid of gate [T, h] or [T, h * v]; both are overwritten.
+
+    Sigmoid and product are each rounded once to the dtype, as the models' own code does.
+    """
+    heads.mul_(gate.sigmoid_().unflatten(1, (heads.shape[1], -1)))
+
+
 @dataclass(frozen=True, eq=False)
 class Step:
-    """Queries, latents, attention on either path, output. Stateless except for scratch memory."""
+    """Queries, latents, attention on either path, gate, output. Stateless except for scratch memory."""
 
     config: MLAConfig
     weights: PackedWeights
     views: StepViews
     absorbed: AbsorbedPath
     expanded: ExpandedPath
+    stored: Mapping[str, str]  # see `stored_as`
+    gate: Callable[[torch.Tensor, torch.Tensor], None] = gate_heads
 
     def run(
         self,
@@ -217,6 +242,9 @@ class Step:
             self.absorbed.run(ops, projected, plan.absorbed, pages)
         if plan.expanded is not None:
             self.expanded.run(ops, projected, plan.expanded, pages)
+        if projected.gate is not None:
+            self._linear(ops, "g_proj", hidden, projected.gate)
+            self.gate(projected.heads, projected.gate)
         self._linear(ops, "o_proj", projected.heads_flat, out, bias="o_proj.bias")
 
     def scales(self, batch: RaggedBatch) -> bool:
@@ -253,6 +281,7 @@ class Step:
             interleaved=self.config.rope_interleave,
             slots=batch.slots,
             cache=pages,
+            **self.stored,
         )
 
     def _linear(self, ops: Ops, role: str, x: torch.Tensor, out: torch.Tensor, bias: str = "") -> None:
@@ -264,7 +293,13 @@ def make_step(
 ) -> Step:
     """Return the step of one layer over `views` of `scratch`."""
     paths = _paths(config, ops, weights, views, scratch, config.rope_interleave)
-    return Step(config, weights, views, *paths)
+    return Step(config, weights, views, *paths, stored_as(ops))
+
+
+def stored_as(ops: Ops) -> Mapping[str, str]:
+    """Return what the ops of the cache are told of it, beside its pages: nothing where it is plain."""
+    name = ops["latent_attention"].spec.cache_format
+    return {"cache_format": name} if name else {}
 
 
 def _paths(
@@ -275,9 +310,11 @@ def _paths(
     scratch: Workspace,
     interleaved: bool,
 ) -> tuple[AbsorbedPath, ExpandedPath]:
-    scale, rebuild = config.softmax_scale, Rebuild(config, weights, scratch)
+    cached = ops["latent_attention"].spec
+    codec = codec_of(cached.cache_format, cached.kv_lora_rank, cached.qk_rope_head_dim)
+    scale, rebuild = config.softmax_scale, Rebuild(config, weights, scratch, codec)
     optional = ops["expanded_attention"].op.lse_optional
-    absorbed = AbsorbedPath(weights, scratch, views, interleaved, scale)
+    absorbed = AbsorbedPath(weights, scratch, views, interleaved, scale, stored_as(ops))
     return absorbed, ExpandedPath(scratch, rebuild, config.qk_nope_head_dim, interleaved, scale, optional)
 
 
@@ -304,11 +341,12 @@ class AttentionCore:
         overrides: Mapping[str, str] = MappingProxyType({}),
         workspace_bytes: int = WORKSPACE_BYTES,
         scratch: Workspace | None = None,
+        cache_format: str | None = None,
     ) -> None:
         self.config, self.dtype, self._attention, self._limit = config, dtype, attention, workspace_bytes
         self.device = backend.device if backend is not None and backend.device else torch.device("cpu")
         offered = backend.ops() if backend else {}
-        self.ops = Ops(config, offered, dtype, self.device, ops, overrides)
+        self.ops = Ops(config, offered, dtype, self.device, ops, overrides, cache_format=cache_format)
         turn = Turn.of(backend)
         self.scratch = scratch or Workspace(dtype, self.device, keeps=workspace_bytes, turn=turn)
         self._at = torch.empty(0, device=self.device).device  # as tensors say it: with an index
@@ -352,7 +390,7 @@ class AttentionCore:
         check_batch(batch, (RaggedBatch,), self._at)
         shape = (batch.num_tokens, config.num_attention_heads, config.qk_head_dim)
         require("q", q, shape, self.dtype, self._at)
-        require("pages", pages, (None, batch.page_size, config.latent_dim), self.dtype, self._at)
+        require_pages(pages, self.ops, (None, batch.page_size), self._at)
         held = self.queries(batch.num_tokens)  # which views are kept of
         q = q if q.data_ptr() == held.data_ptr() and q.stride() == held.stride() else held.copy_(q)
         heads = self.scratch.take("heads", *q.shape[:2], self.config.v_head_dim)

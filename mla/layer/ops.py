@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from mla.cache.formats import codec_of, stored_format
 from mla.config import MLAConfig
 from mla.errors import UnknownOp, UnsupportedBatch, UnsupportedOps, did_you_mean
 from mla.reference import REFERENCE
@@ -117,6 +118,8 @@ class Choice:
             )
 
 
+# Kinds of ops whose operands have a rotary part.
+_ROTARY = ("rotate_query", "write_latent", "latent_attention")
 # What `ops` accepts besides a list of names.
 POLICIES = ("auto", "reference", "fused")
 
@@ -176,6 +179,8 @@ def refusals(name: str, op: FusedOp, kind: str, spec: Any, say: Say | None = Non
     """Return why `op`, offered as `name`, does not serve `spec` here (empty if it does)."""
     if not current(op.contract, kind):
         return [f"it implements {op.contract} and this core calls {OPS[kind]}"]
+    if kind in _ROTARY and not spec.qk_rope_head_dim:
+        return [f"{kind} promises ops rotary channels, and this layer has none (qk_rope_head_dim 0)"]
     if reasons := format_refusals(op, spec):
         return reasons
     reasons = sentences(name, "unsupported_reasons()", op.unsupported_reasons(spec))
@@ -199,7 +204,7 @@ class Ops:
     `overrides` (role -> name of an op, or "reference") come before `policy`. Raises `UnknownOp` for a name
     that the backend or the layer lacks, and `UnsupportedOps` for a required op that cannot serve.
     With `role`, that role alone is chosen, and no op of another is asked, prepared or required.
-    `attended_by` ranks bring their heads' queries together to attend the latents.
+    `attended_by` ranks bring their heads' queries together to attend the latents, of `cache_format`.
     """
 
     def __init__(
@@ -213,11 +218,12 @@ class Ops:
         say: Say | None = None,
         role: str | None = None,
         attended_by: int = 1,
+        cache_format: str | None = None,
     ) -> None:
         _validate(offered)
         _check_names(offered, policy)
         self.attention = attention_spec(config, dtype, device)
-        roles = layer_roles(config, dtype, device, attended_by)
+        roles = layer_roles(config, dtype, device, attended_by, cache_format)
         check_overrides(overrides, {role: kind for role, (kind, _) in roles.items()}, offered)
         self._choices: dict[str, Choice] = {}
         for chosen in roles if role is None else (role,):
@@ -314,11 +320,15 @@ def attention_spec(config: MLAConfig, dtype: torch.dtype, device: torch.device) 
 
 
 def layer_roles(
-    config: MLAConfig, dtype: torch.dtype, device: torch.device, attended_by: int = 1
+    config: MLAConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    attended_by: int = 1,
+    cache_format: str | None = None,
 ) -> dict[str, tuple[str, Any]]:
     """Return role -> (op kind, spec). The first projections of queries and latents are one weight.
 
-    The latents are attended by the heads of `attended_by` layers like this one.
+    The latents are attended by the heads of `attended_by` layers like this one. Raises `CacheFormatError`.
     """
     h, n, c, v = (
         config.num_attention_heads,
@@ -333,6 +343,11 @@ def layer_roles(
         return LinearSpec(inputs, outputs, groups, dtype, device)
 
     attention = attention_spec(config, dtype, device)
+    stored = stored_format(cache_format, dtype)
+    codec = codec_of(stored, c, config.qk_rope_head_dim)
+    cached = dataclasses.replace(
+        attention, cache_format=stored, token_bytes=codec.token_bytes if codec else 0
+    )
     roles: dict[str, tuple[str, Any]] = {
         "qkv_a_proj": ("linear", weight(config.hidden_size, first + config.latent_dim)),
         "kv_b_proj": ("linear", weight(c, h * (n + v))),
@@ -340,14 +355,13 @@ def layer_roles(
         "w_uv": ("batched_linear", weight(c, v, h)),
         "o_proj": ("linear", weight(h * v, config.hidden_size)),
         "rotate_query": ("rotate_query", attention),
-        "write_latent": ("write_latent", attention),
-        "latent_attention": (
-            "latent_attention",
-            dataclasses.replace(attention, num_heads=attended_by * h),
-        ),
+        "write_latent": ("write_latent", cached),
+        "latent_attention": ("latent_attention", dataclasses.replace(cached, num_heads=attended_by * h)),
         "expanded_attention": ("expanded_attention", attention),
     }
     if config.q_lora_rank:
         roles["q_a_layernorm"] = ("rms_norm", NormSpec(config.q_lora_rank, dtype, device))
         roles["q_b_proj"] = ("linear", weight(config.q_lora_rank, q_width))
+    if config.gate_width:
+        roles["g_proj"] = ("linear", weight(config.hidden_size, config.gate_width))
     return roles

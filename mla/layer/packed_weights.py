@@ -69,6 +69,8 @@ class PackedWeights:
     def _pack_all(self, state: State) -> Iterator[tuple[str, Packed]]:
         """Yield every packed matrix; large ones first, because packing may hold one of them twice."""
         yield from self._pack(state, ["o_proj.weight"], {"o_proj": _whole})
+        if self._config.gate_width:
+            yield from self._pack(state, ["g_proj.weight"], {"g_proj": _whole})
         if self._config.q_lora_rank is not None:
             yield from self._pack(state, ["q_b_proj.weight"], {"q_b_proj": _whole})
         first = [f"{self._first}.weight", "kv_a_proj_with_mqa.weight"]

@@ -152,6 +152,19 @@ def require(name: str, x: Any, shape: Sequence[int | None], dtype: torch.dtype, 
         raise ValueError(f"{name} {wrong}")
 
 
+def require_pages(pages: Any, ops: Ops, shape: Sequence[int | None], device: torch.device) -> None:
+    """Raise ValueError unless these are pages [pages, page, ..] of a cache as the ops expect it."""
+    spec = ops["latent_attention"].spec
+    if not spec.cache_format:
+        width = spec.kv_lora_rank + spec.qk_rope_head_dim
+        require("pages", pages, (*shape, width), spec.dtype, device)
+        return
+    try:
+        require("pages", pages, (*shape, spec.token_bytes), torch.uint8, device)
+    except ValueError as error:
+        raise ValueError(f"{error} This layer has cache_format='{spec.cache_format}'.") from None
+
+
 def check_batch(batch: Any, kinds: tuple[Any, ...], device: torch.device) -> None:
     """Raise ValueError unless this is a batch of these kinds on `device`, and `StaleBatch`."""
     if not isinstance(batch, kinds):
@@ -175,6 +188,7 @@ class Projected(NamedTuple):
     kv_a: torch.Tensor  # [T, c + r]
     heads: torch.Tensor  # [T, h, v], of both paths of attention
     heads_flat: torch.Tensor  # [T, h * v]
+    gate: torch.Tensor | None = None  # [T, h] or [T, h * v], see `MLAConfig.output_gate`
 
 
 class Absorbed(NamedTuple):
@@ -210,7 +224,8 @@ class StepViews:
             q = self._scratch.take("q", tokens, self._ops["q_b_proj"].spec.out_features)
         per_head = q.unflatten(1, (config.num_attention_heads, config.qk_head_dim))
         heads = self._scratch.take("heads", tokens, config.num_attention_heads, config.v_head_dim)
-        return Projected(first, q_a, normed, q, per_head, kv_a, heads, heads.flatten(1))
+        gate = self._scratch.take("gate", tokens, config.gate_width) if config.gate_width else None
+        return Projected(first, q_a, normed, q, per_head, kv_a, heads, heads.flatten(1), gate)
 
     def absorbed(self, projected: Projected, tokens: Tokens) -> Absorbed:
         """Return a group's queries and where its latent queries and outputs go."""

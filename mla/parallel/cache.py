@@ -286,7 +286,8 @@ class ShardedCache:
     """A `LatentCache` that holds one share of the tokens; lengths are those of whole requests.
 
     `share` says which tokens. Other arguments are `LatentCache`'s, with `max_tokens` of all ranks together.
-    `pages` [layers, pages, page_size, c + r] hold this share's latents; every rank has `num_pages` of them.
+    `pages` [layers, pages, page_size, c + r, or bytes] hold this share's latents; every rank has `num_pages`
+    of them.
     """
 
     def __init__(self, config: MLAConfig, share: Share, *, max_tokens: int, **arguments: Any) -> None:

@@ -30,7 +30,8 @@ from mla.parallel.groups import Groups
 from mla.weights import weight_shapes
 
 FP32 = torch.float32
-_ROWS = ("q_proj.weight", "q_b_proj.weight", "kv_b_proj.weight")  # heads lie one below the other
+# Weights in which heads lie one below the other.
+_ROWS = ("q_proj.weight", "q_b_proj.weight", "kv_b_proj.weight", "g_proj.weight")
 
 
 # ---------------------------------------------------------------------------------------------------- weights
@@ -242,6 +243,7 @@ class ContextPath(AbsorbedPath):
                 softmax_scale=self.softmax_scale,
                 out=exchange.out,
                 lse=exchange.lse,
+                **self.stored,
             )
             exchange.merge(self.groups, part.back, views.latent_out[part.tokens])
         ops["w_uv"].op(packed["w_uv"], x=views.latent_out, out=views.heads)
@@ -300,11 +302,12 @@ class ParallelMLA(MLA):
             self._require_lse()
             path = {field.name: getattr(self.step.absorbed, field.name) for field in fields(AbsorbedPath)}
             self._context = ContextPath(**path, config=share, groups=groups)
-            views, expanded = self.step.views, self.step.expanded
-            self.step = ContextStep(share, self._weights, views, self._context, expanded)
+            parts = {field.name: getattr(self.step, field.name) for field in fields(Step)}
+            self.step = ContextStep(**{**parts, "config": share, "absorbed": self._context})
 
     def _calls_ops_alone(self) -> bool:
-        return type(self) is ParallelMLA and self._groups.layout.dcp == 1  # heads are added up afterwards
+        alone = type(self) is ParallelMLA and self._groups.layout.dcp == 1  # heads are added up afterwards
+        return alone and not self.config.gate_width
 
     def _attended_by(self) -> int:
         return self._groups.layout.dcp

@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 import torch
 
+from mla.cache.formats import Codec, codec_of, latents
 from mla.cache.ragged_batch import host_ints
+from mla.reference.small import EveryFormat
 from mla_backends.api import OPS, AttentionSpec, BatchView, FusedOp, SegmentLengths
 from mla_backends.torch_backend import capturing
 from mla_backends.upload import upload
@@ -137,7 +139,7 @@ class _LatentState(NamedTuple):
     empty: tuple[slice, ...]  # tokens that see no key: rows a graph pads its batch with
 
 
-class LatentAttention(FusedOp):
+class LatentAttention(EveryFormat):
     """Absorbed attention: all heads are queries of one key/value head, the latent row itself."""
 
     contract = OPS["latent_attention"]
@@ -156,25 +158,27 @@ class LatentAttention(FusedOp):
 
     def __call__(
         self, state: _LatentState | DecodeState, *,
-        q: torch.Tensor, cache: torch.Tensor,  # [T, h, c + r], [pages, page, c + r]
+        q: torch.Tensor, cache: torch.Tensor,  # [T, h, c + r], [pages, page, c + r] or bytes
         block_table: torch.Tensor, kv_lens: torch.Tensor, cu_q: torch.Tensor,
         softmax_scale: float, out: torch.Tensor, lse: torch.Tensor | None,  # out [T, h, c], lse [T, h] fp32
+        cache_format: str = "",
     ) -> None:  # fmt: skip
+        codec = codec_of(cache_format, out.shape[2], q.shape[2] - out.shape[2])
         if isinstance(state, DecodeState):
-            state.attend(q, cache, block_table, kv_lens, softmax_scale, out, lse)
+            state.attend(q, cache, block_table, kv_lens, softmax_scale, out, lse, codec)
             return
         for group in state.groups:
-            _attend_group(group, q, _keys(group, cache), softmax_scale, out, lse)
+            _attend_group(group, q, _keys(group, cache, codec), softmax_scale, out, lse)
         for tokens in state.empty:
             out[tokens] = 0
             if lse is not None:
                 lse[tokens] = -torch.inf
 
 
-def _keys(group: _Group, cache: torch.Tensor) -> torch.Tensor:
+def _keys(group: _Group, cache: torch.Tensor, codec: Codec | None) -> torch.Tensor:
     """Gather a group's latents [rows, keys, c + r] in fp32; what a row does not own becomes zero."""
     rows = cache.index_select(0, group.pages).view(group.rows, -1, cache.shape[-1])
-    keys = rows[:, : group.keys].float()
+    keys = latents(rows[:, : group.keys], codec)
     return keys if group.padding is None else keys.masked_fill_(group.padding, 0)
 
 
@@ -341,6 +345,7 @@ class DecodeState:
         scale: float,
         out: torch.Tensor,  # [T, h, c]
         lse: torch.Tensor | None,  # [T, h] fp32
+        codec: Codec | None = None,
     ) -> None:
         """Attend all requests. In a capture, lengths are read on the device, as a replay finds them."""
         masks: Iterable[_Masks] = self.masks
@@ -352,7 +357,7 @@ class DecodeState:
             # No name here for the keys: they would live on while those of the next part are gathered.
             self._attend(
                 q[tokens],
-                self._keys(cache, block_table[part], masked),
+                self._keys(cache, block_table[part], masked, codec),
                 kv_lens[part],
                 masked,
                 scale,
@@ -360,10 +365,12 @@ class DecodeState:
                 sums,
             )
 
-    def _keys(self, cache: torch.Tensor, table: torch.Tensor, masks: _Masks) -> torch.Tensor:
+    def _keys(
+        self, cache: torch.Tensor, table: torch.Tensor, masks: _Masks, codec: Codec | None
+    ) -> torch.Tensor:
         """Gather the latents [b, keys, c + r] in fp32; what a request does not own becomes zero."""
         rows = cache.index_select(0, table.reshape(-1)).view(table.shape[0], self.keys, cache.shape[2])
-        return rows.float().masked_fill_(masks.foreign, 0)
+        return latents(rows, codec).masked_fill_(masks.foreign, 0)
 
     def _attend(
         self,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Collection
 
 import torch
 
+from mla.cache.formats import FORMATS, codec_of
 from mla_backends.api import OPS, FusedOp, Packed
 
 
@@ -94,10 +96,19 @@ class RotateQuery(FusedOp):
         out.copy_(rotate(x, cos_sin[:, None, :], interleaved))
 
 
-class WriteLatent(FusedOp):
+class EveryFormat(FusedOp):
+    """An op of the cache that goes by the codecs, and so serves every format."""
+
+    @property
+    def cache_formats(self) -> Collection[str]:  # type: ignore[override]  # others may be registered
+        return (*FORMATS, "fp8:")
+
+
+class WriteLatent(EveryFormat):
     """Norm the latent, rotate the shared key, scatter both to the cache."""
 
     contract = OPS["write_latent"]
+    encodes_rounded = True
 
     def __call__(
         self,
@@ -108,11 +119,16 @@ class WriteLatent(FusedOp):
         cos_sin: torch.Tensor,  # [T, r] fp32
         interleaved: bool,
         slots: torch.Tensor,  # [T] int64
-        cache: torch.Tensor,  # [pages, page, c + r]
+        cache: torch.Tensor,  # [pages, page, c + r], or bytes
+        cache_format: str = "",
     ) -> None:
-        latent, key = kv_a.split((weight.shape[0], cos_sin.shape[1]), dim=1)
-        row = torch.cat((rms_norm(latent, weight, eps), rotate(key, cos_sin, interleaved)), dim=1)
-        cache.view(-1, kv_a.shape[1]).index_copy_(0, slots, row.to(cache.dtype))
+        widths = weight.shape[0], cos_sin.shape[1]
+        latent, key = kv_a.split(widths, dim=1)
+        made = rms_norm(latent, weight, eps), rotate(key, cos_sin, interleaved)
+        codec = codec_of(cache_format, *widths)
+        row = torch.cat(made, dim=1).to(kv_a.dtype)
+        row = row if codec is None else codec.encode(*row.split(widths, dim=1))
+        cache.flatten(0, 1).index_copy_(0, slots, row)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -39,8 +39,8 @@ class Forward:
 
     def common(self, bad: torch.Tensor) -> str:
         """Return what bad rows [T] have in common, as a clause to append; "" where nothing is clear."""
-        found = "" if self.places is None else pattern_of(bad, self.places())
-        return {"": "", "every row": "; so is every row of it"}.get(found, f"; {found}")
+        pattern = "" if self.places is None else pattern_of(bad, self.places())
+        return {"": "", "every row": "; so is every row of it"}.get(pattern, f"; {pattern}")
 
 
 @dataclass

@@ -105,7 +105,14 @@ def _request(
     new_kv, new_pe = (part.unflatten(0, (choices, t)) for part in _latents(config, state, rows, positions))
     past = kv.cpu().double(), pe.cpu().double()
     heads = _attend(config, state, q.unflatten(0, (choices, t)), past, (new_kv, new_pe))
+    if config.output_gate is not None:
+        heads = heads / (1 + (-_gate(config, state, hidden)).exp())
     return _project(state, "o_proj", heads.flatten(2))
+
+
+def _gate(config: MLAConfig, state: State, hidden: torch.Tensor) -> torch.Tensor:
+    """Return what the gates of hidden [n, t, d] are the sigmoid of: [n, t, h, 1] or [n, t, h, v]."""
+    return _project(state, "g_proj", hidden).unflatten(2, (config.num_attention_heads, -1))
 
 
 def _queries(config: MLAConfig, state: State, hidden: torch.Tensor) -> torch.Tensor:
@@ -230,6 +237,7 @@ def oracle_bytes(config: MLAConfig, runs: Sequence[Run], itemsize: int) -> int:
 def _run_bytes(config: MLAConfig, run: Run) -> int:
     """Return what one run needs: rows and their queries, the past with a head's keys and values, logits."""
     per_row = 2 * config.hidden_size + 4 * config.num_attention_heads * config.qk_head_dim
+    per_row += 3 * config.gate_width and config.num_attention_heads * config.v_head_dim  # gated heads
     per_key = 2 * config.latent_dim + 2 * config.qk_head_dim + config.v_head_dim
     logits = WIDE * run.pairs
     at_once = min(logits, max(logits // run.choices, LOGITS_BYTES))

@@ -16,7 +16,7 @@ import torch
 # As many runs of numbers are still a pattern: "requests 2, 5..7 and 9".
 MAX_RUNS = 3
 # "only ...": the part that holds all bad rows is at most this share of the whole.
-SMALL = 0.5
+SMALL_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def pattern_of(bad: torch.Tensor, places: Places | None) -> str:
     if whole:
         text = _rows(rows, places)
         return f"{named} of {text}" if text.startswith(("every", "the")) else f"only {named}"
-    return f"only {named}" if int(heads.sum()) <= SMALL * len(heads) else _part(rows, places)
+    return f"only {named}" if int(heads.sum()) <= SMALL_SHARE * len(heads) else _part(rows, places)
 
 
 def _rows(bad: torch.Tensor, places: Places | None) -> str:
@@ -161,7 +161,7 @@ def _part(bad: torch.Tensor, places: Places | None) -> str:
         return ""
     members = _members(bad, places.request)
     few = _few("request", members)
-    small = int(members.sum()) <= SMALL * len(members)
+    small = int(members.sum()) <= SMALL_SHARE * len(members)
     return f"only {few}" if few and small and int(bad.sum()) > 1 else ""
 
 

@@ -33,9 +33,9 @@ class Linear(FusedOp):
 def test_the_suite_accepts_it_and_judges_the_ops_it_is_given() -> None:
     subject = BackendUnderTest(HostBackend(ops={"mine": Linear()}), "host", quick=True)
     chosen = instances(subject, (torch.float32,), ["device", "linear"])
-    results = [carry_out(one, subject, Xfails()) for one in chosen]
-    assert not [(one.id, one.reason) for one in results if one.status not in ("pass", "refused")]
-    assert any(one.of == "mine" and one.status == "pass" for one in results)
+    results = [carry_out(choice, subject, Xfails()) for choice in chosen]
+    assert not [(result.id, result.reason) for result in results if result.status not in ("pass", "refused")]
+    assert any(result.of == "mine" and result.status == "pass" for result in results)
 
 
 def test_a_layer_calls_its_ops() -> None:

@@ -28,8 +28,24 @@ LAYOUTS = [(layout, size) for layout in maker.LAYOUTS for size in ("tiny", "ragg
 def test_every_layout_is_read_bit_for_bit(layout: str, size: str, tmp_path: Path) -> None:
     made = maker.LAYOUTS[layout].make(tmp_path / "model", size)
     same(read_layer(made.folder, made.config, made.layer), made.state)
-    if "." not in str(made.layer) and layout != "whole-model":
+    if "." not in str(made.layer) and layout not in ("whole-model", "kimi-k3"):
         same(read_layer(made.folder, made.config), made.state)  # it is the only main layer
+
+
+def test_a_layer_with_another_attention_is_refused_by_its_number(tmp_path: Path) -> None:
+    """Kimi K3's config counts its layers from 1, and its linear layers have a g_proj, too."""
+    made = maker.LAYOUTS["kimi-k3"].make(tmp_path / "model")
+    other = made.state["g_proj.weight"]
+    for layer, same_gate in ((3, True), (4, False)):
+        stored = read_layer(made.folder, made.config, layer)
+        assert torch.equal(stored["g_proj.weight"], other) == same_gate
+    for layer in (0, 1, 5):
+        with pytest.raises(CheckpointError) as info:
+            read_layer(made.folder, made.config, layer)
+        assert str(info.value) == (
+            f"layer {layer} of checkpoint '{made.folder}' has another attention: of layers counted from 0, "
+            "MLA are 3, 4."
+        )
 
 
 def test_the_fixtures_hold_what_their_names_promise() -> None:

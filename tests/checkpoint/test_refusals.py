@@ -88,8 +88,12 @@ PLAIN: list[tuple[Callable[[Tensors], Tensors], str]] = [
         "indexer.wq_b.weight' in .* belongs to an indexer",
     ),
     (lambda t: put(t, sinks=torch.ones(2)), "sinks' in .* is an attention sink; this layer does not"),
-    (lambda t: put(t, g_proj__weight=torch.ones(2)), "g_proj.weight' in .* gates the attention's output"),
-    (lambda t: put(t, q_gate_proj__weight=torch.ones(2)), "gates the attention's output"),
+    (
+        lambda t: put(t, g_proj__weight=torch.ones(2)),
+        r"g_proj.weight' in .* gates the attention's output, and the config has no gate \(output_gate\)\.$",
+    ),
+    (lambda t: put(t, q_gate_proj__weight=torch.ones(2)), "output; this layer does not compute that"),
+    (lambda t: put(t, gate_proj__weight=torch.ones(2)), "output; this layer does not compute that"),
     (
         lambda t: put(t, k_norm__weight=torch.ones(2)),
         "k_norm.weight' in .* is not one of this layer's weights",

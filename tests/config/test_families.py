@@ -16,7 +16,7 @@ from transformers_peer import needs_transformers
 
 from mla import MLAConfig
 from mla.config import LongRopeScaling, QueryScaling, YarnScaling
-from mla.config.families import ALIASES, CHANGES, FAMILIES, REFUSED
+from mla.config.families import ALIASES, CHANGES, FAMILIES, REFUSED, mla_layers
 from mla.config.presets import PRESETS
 from mla.errors import ConfigError
 
@@ -43,6 +43,8 @@ NUMBERS: dict[str, tuple[Any, ...]] = {
     "longcat-flash": (6144, 64, 1536, 512, 128, 64, 128, 1e7),
     "mistral-small-4": (4096, 32, 1024, 256, 64, 64, 128, 1e4),
     "kimi-linear-48b": (2304, 32, None, 512, 128, 64, 128, None),
+    "kimi-k3": (7168, 96, 1536, 512, 128, 64, 128, None),
+    "ling-3-flash": (2560, 32, None, 512, 128, 64, 128, 6e6),
 }
 # Factor on the softmax scale of 1 / sqrt(n + r), and on cos and sin.
 FACTORS = {
@@ -76,7 +78,8 @@ def test_a_published_config_gives_the_right_numbers(name: str) -> None:
     assert config.softmax_scale == pytest.approx(config.qk_head_dim**-0.5 * softmax, rel=1e-6)
     found = config.rope_scaling.magnitude() if config.rope_scaling else 1.0
     assert found == pytest.approx(magnitude, rel=1e-6)
-    assert config.rms_norm_eps == 1e-6
+    assert config.rms_norm_eps == (1e-5 if name == "kimi-k3" else 1e-6)
+    assert config.output_gate == {"kimi-k3": "element", "ling-3-flash": "head"}.get(name)
     assert not config.attention_bias
 
 
@@ -105,7 +108,7 @@ def test_a_preset_equals_its_published_config(name: str) -> None:
 
 
 @needs_transformers
-@pytest.mark.parametrize("name", [name for name in PRESETS if name != "longcat-flash"])
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in ("longcat-flash", "kimi-k3")])
 def test_transformers_reads_the_same_dimensions(name: str) -> None:
     values = dict(PUBLISHED[name]["config"])
     text = dict(values.get("text_config", values))
@@ -119,7 +122,7 @@ def test_transformers_reads_the_same_dimensions(name: str) -> None:
 
 
 @needs_transformers
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", sorted({*FAMILIES} - {"kimi_k3"}))
 def test_an_absent_key_means_what_the_class_of_transformers_says(kind: str) -> None:
     """Only the three keys without which a config is no MLA layer are given."""
     theirs = AutoConfig.for_model(kind)
@@ -141,7 +144,7 @@ def test_an_absent_key_means_what_the_class_of_transformers_says(kind: str) -> N
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_the_latent_norms_keep_1e_6_whatever_the_config_says(kind: str) -> None:
     config = MLAConfig.from_dict({**V3, "model_type": kind, "q_lora_rank": 24, "rms_norm_eps": 1e-5})
-    assert config.rms_norm_eps == 1e-6
+    assert config.rms_norm_eps == (1e-5 if kind == "kimi_k3" else 1e-6)  # which engines give to those norms
     unnamed = {key: value for key, value in V3.items() if key != "model_type"}
     assert MLAConfig.from_dict({**unnamed, "rms_norm_eps": 1e-5}).rms_norm_eps == 1e-5
 
@@ -158,7 +161,7 @@ def test_a_config_may_name_its_architecture_only() -> None:
 
 
 @pytest.mark.parametrize("suffix", ["", "_text"])
-@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("kind", [kind for kind in REFUSED if kind.islower()])
 def test_a_family_with_another_attention_is_refused_by_name(kind: str, suffix: str) -> None:
     with pytest.raises(ConfigError) as info:
         MLAConfig.from_dict({**V3, "model_type": kind + suffix})
@@ -167,13 +170,58 @@ def test_a_family_with_another_attention_is_refused_by_name(kind: str, suffix: s
     )
 
 
-@pytest.mark.parametrize("kind", ["deepseek_ocr2", "kimi_k3"])
+@pytest.mark.parametrize("kind", ["deepseek_ocr2", "glm_moe_dsa"])
 def test_a_refused_wrapper_is_refused_whatever_it_wraps(kind: str) -> None:
-    """Kimi K3 says kimi_linear inside, and its attention has a gate."""
     with pytest.raises(ConfigError, match=f"model type '{kind}' is not supported"):
         MLAConfig.from_dict({"model_type": kind, "text_config": {**V3, "model_type": "kimi_linear"}})
     with pytest.raises(ConfigError, match="model type 'deepseek_v4' is not supported"):
         MLAConfig.from_dict({"model_type": "some_vl", "text_config": {"model_type": "deepseek_v4"}})
+
+
+def test_kimi_k3_is_known_by_its_wrapper_and_by_its_part() -> None:
+    """Its language model calls itself kimi_linear, which has no gate, and other latent norms."""
+    whole = read("kimi-k3")
+    part = PUBLISHED["kimi-k3"]["config"]["text_config"]
+    assert MLAConfig.from_dict(part) == whole == MLAConfig.from_dict({**part, "model_type": "kimi_k3"})
+    assert (whole.model_type, whole.gate_width, whole.softmax_scale) == ("kimi_k3", 96 * 128, 192**-0.5)
+    plain = {**part, "mla_use_output_gate": False}
+    assert MLAConfig.from_dict(plain) == replace(
+        whole, name="kimi_linear", model_type="kimi_linear", output_gate=None, rms_norm_eps=1e-6
+    )
+    wrapped = MLAConfig.from_dict({"model_type": "kimi_k3", "text_config": plain})
+    assert (wrapped.output_gate, wrapped.rms_norm_eps) == (None, 1e-5)
+    with pytest.raises(ConfigError, match="mla_use_nope False is not supported; True is"):
+        MLAConfig.from_dict({**part, "mla_use_nope": False})
+
+
+def test_the_gate_of_ling_has_the_shape_that_its_config_names() -> None:
+    ling = {**V3, "model_type": "bailing_hybrid"}
+    shapes = {"head_wise": ("head", 4), "element_wise": ("element", 4 * 128), None: (None, 0)}
+    for kind, gate in shapes.items():
+        config = MLAConfig.from_dict({**ling, "gated_attention_proj_granularity_type": kind})
+        assert (config.output_gate, config.gate_width) == gate
+    assert MLAConfig.from_dict(ling).output_gate == "head"
+    with pytest.raises(ConfigError, match="output_gate must be null, 'head' or 'element', got 'token_wise'"):
+        MLAConfig.from_dict({**ling, "gated_attention_proj_granularity_type": "token_wise"})
+
+
+@pytest.mark.parametrize("kind", ["BailingMoeV2_5ForCausalLM", "GigaChat35ForCausalLM"])
+def test_an_architecture_with_another_attention_is_refused_by_name(kind: str) -> None:
+    """Ling 2.5 has the model type of Ling 3, whose gate it lacks."""
+    for model_type in ("bailing_hybrid", None):
+        with pytest.raises(ConfigError) as info:
+            MLAConfig.from_dict({**V3, "name": "x", "model_type": model_type, "architectures": [kind]})
+        assert str(info.value) == f"config 'x': architecture '{kind}' is not supported: {REFUSED[kind]}."
+
+
+def test_the_mla_layers_of_hybrid_models_are_counted_from_zero() -> None:
+    part = PUBLISHED["kimi-k3"]["config"]["text_config"]
+    assert mla_layers(part) == (*range(3, 92, 4), 92)
+    assert mla_layers(PUBLISHED["ling-3-flash"]["config"]) == (5, 11, 17, 23, 29, 35, 41)
+    assert mla_layers({"num_hidden_layers": 14, "layer_group_size": 6}) == (5, 11, 12, 13)
+    assert mla_layers({"layer_types": ["linear_attention", "full_attention"] * 2}) == (1, 3)
+    for values in (V3, {"layer_types": ["full_attention"]}, {"linear_attn_config": {"full_attn_layers": 3}}):
+        assert mla_layers(values) is None
 
 
 def test_an_unknown_family_is_refused_with_the_way_out() -> None:

@@ -143,7 +143,39 @@ CASES = {
         reorders=False,
         wrong=(without(rope_theta=1e4),),
     ),
+    "kimi_k3": Case(
+        {"rms_norm_eps": 1e-5, "mla_use_nope": True, "mla_use_output_gate": True},
+        "kimi_linear",
+        "KimiLinear",
+        reorders=False,
+        wrong=(without(rope_theta=1e4),),
+    ),
+    "bailing_hybrid": Case(
+        {"rope_theta": 6e6, "head_dim": 16, "partial_rotary_factor": 0.5, "use_qk_norm": True},
+        "bailing_hybrid",
+        "BailingHybrid",
+        wrong=WRONG,
+    ),
 }
+# Of these `transformers` has a class; Kimi K3's is made here of the one without its gate.
+HAVE_CLASS = [kind for kind in FAMILIES if kind != "kimi_k3"]
+
+
+def with_gate(attention: Any) -> type:
+    """Return an attention class with Kimi K3's gate, as its own `modeling_kimi_linear.py` applies it."""
+
+    class Gated(attention):  # type: ignore[misc]
+        def __init__(self, config: Any, layer_idx: int) -> None:
+            super().__init__(config, layer_idx)
+            width = config.num_attention_heads * config.v_head_dim
+            self.g_proj = torch.nn.Linear(config.hidden_size, width, bias=False)
+            self.o_proj.register_forward_pre_hook(lambda module, inputs: inputs[0] * self.gate)
+
+        def forward(self, hidden_states: torch.Tensor, **rest: Any) -> Any:
+            self.gate = self.g_proj(hidden_states).sigmoid()
+            return super().forward(hidden_states, **rest)
+
+    return Gated
 
 
 def config_json(kind: str, **change: Any) -> dict[str, Any]:
@@ -154,14 +186,16 @@ def own_class(kind: str, **change: Any) -> TransformersModel:
     """Return what `transformers` itself builds from the family's config.json."""
     case = CASES[kind]
     values = config_json(kind, **change)
-    twin = AutoConfig.for_model(values.pop("model_type"), **values)
+    model_type = values.pop("model_type")
+    twin = AutoConfig.for_model("kimi_linear" if kind == "kimi_k3" else model_type, **values)
     twin._attn_implementation = "eager"
     modeling = importlib.import_module(f"transformers.models.{case.module}.modeling_{case.module}")
+    attention = getattr(modeling, case.prefix + case.attention)
     return TransformersModel(
-        attention_class=getattr(modeling, case.prefix + case.attention),
+        attention_class=with_gate(attention) if kind == "kimi_k3" else attention,
         rotary_class=getattr(modeling, f"{case.prefix}RotaryEmbedding", None),
         config=twin,
-        eps=1e-6,  # what the classes have anyway, see the test of eps
+        eps=1e-5 if kind == "kimi_k3" else 1e-6,  # what the classes have anyway, see the test of eps
         reorders=case.reorders,
         takes_position_ids=kind == "mistral4",
     )
@@ -231,7 +265,7 @@ def test_every_knob_of_a_family_shows(make_case: Any, kind: str) -> None:
         assert errors(case, twin)[0] > VISIBLE
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", HAVE_CLASS)
 def test_the_latent_norms_of_every_class_have_eps_1e_6(make_case: Any, kind: str) -> None:
     """With inputs so small that eps decides. The model's own norms may well say 1e-5."""
     plain = {"attention_bias": False}  # biases would drown small inputs
@@ -280,7 +314,7 @@ def test_layers_with_different_query_scales_share_a_batch(make_case: Any, assert
     assert_rows_close(twin.run(), twin.truth(), BOUND)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", HAVE_CLASS)
 def test_a_peer_built_from_our_config_is_the_family_s_own(make_case: Any, kind: str) -> None:
     config = MLAConfig.from_dict(config_json(kind))
     peer = transformers_model(config, "eager")
@@ -291,7 +325,9 @@ def test_a_peer_built_from_our_config_is_the_family_s_own(make_case: Any, kind: 
     assert latents <= LATENT_BOUND
 
 
-@pytest.mark.parametrize("kind", ["deepseek_v3", "minicpm3", "longcat_flash", "mistral4", "kimi_linear"])
+@pytest.mark.parametrize(
+    "kind", [*("deepseek_v3", "minicpm3", "longcat_flash"), *("mistral4", "kimi_linear", "bailing_hybrid")]
+)
 def test_a_peer_is_found_for_numbers_without_a_name(make_case: Any, kind: str) -> None:
     config = replace(MLAConfig.from_dict(config_json(kind)), model_type=None, rms_norm_eps=1e-4)
     case = make_case(*STEP, config, hidden_scale=1e-2)
@@ -305,12 +341,16 @@ def test_numbers_that_no_class_computes_have_no_peer(tiny: Any) -> None:
         tiny(rope_theta=None, query_scaling=QueryScaling(0.1, 16)),
         tiny(rope_scaling=YarnScaling(40, 64), query_scaling=QueryScaling(0.1, 16)),
         tiny(model_type="deepseek_v2", rope_interleave=False),
+        tiny(model_type="deepseek_v3", output_gate="head"),
+        tiny(output_gate="element"),
+        tiny(output_gate="head", rope_interleave=False),
+        tiny(qk_rope_head_dim=0),
     ):
         with pytest.raises(NoEquivalentClass, match="no attention that computes config 'tiny'"):
             transformers_model(config)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "kimi-k3"])
 def test_a_preset_s_peer_has_its_weights_and_its_scale(name: str) -> None:
     config = MLAConfig.preset(name)
     peer = transformers_model(config)
@@ -319,6 +359,30 @@ def test_a_preset_s_peer_has_its_weights_and_its_scale(name: str) -> None:
     assert {key: tuple(value.shape) for key, value in module.state_dict().items()} == weight_shapes(config)
     assert module.scaling == pytest.approx(config.softmax_scale, rel=1e-12)
     assert peer.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("kind", ["kimi_k3", "bailing_hybrid"])
+def test_a_gate_is_rounded_as_in_the_model_s_own_code(make_case: Any, kind: str) -> None:
+    """Bit for bit in bfloat16, where sigmoid and product are rounded, with attention's own output."""
+    config = MLAConfig.from_dict(config_json(kind))
+    case = make_case(*STEP, config, dtype=torch.bfloat16)
+    seen: dict[str, torch.Tensor] = {}
+    gate = case.layer.step.gate
+
+    def watched(heads: torch.Tensor, gates: torch.Tensor) -> None:
+        seen.update(heads=heads.clone(), gates=gates.clone())
+        gate(heads, gates)
+        seen["gated"] = heads.clone()
+
+    case.layer.step = replace(case.layer.step, gate=watched)
+    case.run()
+    gates = case.hidden @ case.state["g_proj.weight"].T
+    assert torch.equal(seen["gates"], gates)
+    if kind == "kimi_k3":
+        expected = seen["heads"].flatten(1) * gates.sigmoid()
+    else:
+        expected = seen["heads"] * torch.sigmoid(gates.float()).to(torch.bfloat16).unsqueeze(-1)
+    assert torch.equal(seen["gated"].flatten(1), expected.flatten(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

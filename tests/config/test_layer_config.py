@@ -68,10 +68,30 @@ def test_a_dimension_must_be_a_positive_integer(key: str, value: object) -> None
         MLAConfig.from_dict({**MINIMAL, key: value})
 
 
-@pytest.mark.parametrize("key", ["qk_rope_head_dim", "v_head_dim", "q_lora_rank"])
+@pytest.mark.parametrize("key", ["v_head_dim", "q_lora_rank"])
 def test_zero_is_no_dimension(key: str) -> None:
     with pytest.raises(ConfigError, match=f"{key} must be a positive integer, got 0"):
         MLAConfig.from_dict({**MINIMAL, key: 0})
+
+
+def test_there_may_be_no_rotary_channels() -> None:
+    config = MLAConfig.from_dict({**MINIMAL, "qk_rope_head_dim": 0})
+    assert (config.latent_dim, config.qk_head_dim, config.softmax_scale) == (32, 128, 128**-0.5)
+    with pytest.raises(ConfigError, match="qk_rope_head_dim must be an integer of at least 0, got -2"):
+        MLAConfig.from_dict({**MINIMAL, "qk_rope_head_dim": -2})
+
+
+@pytest.mark.parametrize(("gate", "width"), [(None, 0), ("head", 4), ("element", 4 * 128)])
+def test_an_output_gate_is_one_number_per_head_or_per_element(gate: str | None, width: int) -> None:
+    config = MLAConfig.from_dict({**MINIMAL, "output_gate": gate})
+    assert (config.gate_width, config.is_odd) == (width, gate is None)
+    assert config.with_heads(2).gate_width == width // 2
+
+
+@pytest.mark.parametrize("gate", [True, "Head", 1, ["head"]])
+def test_another_output_gate_is_refused(gate: object) -> None:
+    with pytest.raises(ConfigError, match="output_gate must be null, 'head' or 'element', got "):
+        MLAConfig.from_dict({**MINIMAL, "output_gate": gate})
 
 
 def test_an_odd_rotary_width_is_refused() -> None:

@@ -57,7 +57,7 @@ def judge() -> Run:
     ) -> list[CheckResult]:
         subject = BackendUnderTest(backend, backend.name, quick=True, **facts)
         chosen = instances(subject, dtypes, only)
-        return [carry_out(one, subject, xfails or Xfails()) for one in chosen]
+        return [carry_out(choice, subject, xfails or Xfails()) for choice in chosen]
 
     return judge
 

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from wrong_ops.base import SMALL_OPS
 
-from mla.conformance.checks.attention import SMALL
+from mla.conformance.checks.attention import SMALL_SPEC
 from mla.conformance.checks.small_ops import EXAMPLES
 from mla.conformance.cli import main
 from mla.conformance.registry import LAYER, OP
@@ -97,7 +97,7 @@ WIDTHS = {"in_features": 128, "out_features": 96}
         ),
         (
             "write_latent",
-            {**SMALL, "order": "rising"},
+            {**SMALL_SPEC, "order": "rising"},
             "9 tokens, page 64, latents of 32 and 8, order rising",
         ),
     ],
@@ -125,7 +125,7 @@ def test_the_cases_that_are_counted_are_those_that_run(sound: Any) -> None:
 )
 def test_a_case_runs_alone(judge: Run, sound: Any, only: tuple[str, ...], rows: list[int]) -> None:
     op = Counting()
-    results = [one for one in judge(sound(ops={"mine": op}), *only) if one.of == "mine"]
+    results = [verdict for verdict in judge(sound(ops={"mine": op}), *only) if verdict.of == "mine"]
     assert op.rows == rows
     (one,) = results
     assert one.status == "pass"
@@ -140,7 +140,7 @@ def test_a_case_outside_those_chosen_cannot_fail_a_check(judge: Run, sound: Any)
 
     backend = sound(ops={"mine": FailsAlone()})
     wanted = "linear.product[mine-float32]"
-    assert [one.status for one in judge(backend, wanted)] == ["fail"]
+    assert [verdict.status for verdict in judge(backend, wanted)] == ["fail"]
     alone = [judge(backend, f"{wanted}#{number}")[0].status for number in (1, 2, 3, 4)]
     assert alone == ["pass", "fail", "pass", "pass"]
 
@@ -165,7 +165,7 @@ def test_a_slow_dtype_gets_a_handful_and_keeps_its_numbers(sound: Any) -> None:
     op = Counting()
     subject = BackendUnderTest(sound(ops={"mine": op}), "sound", quick=True, slow=frozenset({torch.bfloat16}))
     dtypes = (torch.bfloat16, torch.float32)
-    found = {one.dtype: one for one in instances(subject, dtypes, ["linear.product[mine-*]"])}
+    found = {instance.dtype: instance for instance in instances(subject, dtypes, ["linear.product[mine-*]"])}
     thin, whole = (carry_out(found[dtype], subject, Xfails()) for dtype in dtypes)
     assert op.rows == [1, 5, 1, 7, 130, 5]
     assert (thin.cases.passed, thin.cases.left_out) == (2, 2)

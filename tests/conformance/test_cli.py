@@ -91,7 +91,7 @@ def conformance(
     (tmp_path / "mine_for_conformance.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(suite, "ENOUGH", 1)
+    monkeypatch.setattr(suite, "MIN_DRAWS", 1)
 
     def run(*words: str, fault: str = "", backend: bool = True) -> Outcome:
         capsys.readouterr()
@@ -318,8 +318,8 @@ def test_a_backend_must_be_named(conformance: Conformance) -> None:
 def test_the_list_describes_every_check(conformance: Conformance) -> None:
     done = conformance("--list", backend=False)
     assert done.code == 0
-    for one in all_checks():
-        assert f"{one.id} ({one.fails})\n  {one.description}\n  Catches {one.catches}.\n" in done.out
+    for check in all_checks():
+        assert f"{check.id} ({check.fails})\n  {check.description}\n  Catches {check.catches}.\n" in done.out
     part = conformance("--list", "--only", "latent.heads", backend=False)
     assert part.out.splitlines()[0] == "latent.heads (tiles)"
     assert part.out.splitlines()[3:] == ["1 check: 1 tiles"]

@@ -198,7 +198,7 @@ def test_the_list_with_a_backend_has_every_case(capsys: Any) -> None:
     assert lines[first + 1] == "  rms_norm.formula[faulty-float32]#1  1 tokens, 1536 features"
     assert lines[-1] == "2 checks, 5 cases"
     assert main([*FAULTY, "--list", "-O", "op=rms_norm", "--only", "rms_norm.formula[faulty-float32]#4"]) == 0
-    assert [one[:37] for one in capsys.readouterr().out.splitlines()[1:]] == [
+    assert [line[:37] for line in capsys.readouterr().out.splitlines()[1:]] == [
         "  rms_norm.formula[faulty-float32]#4 ",
         "1 checks, 1 cases",
     ]

@@ -19,7 +19,7 @@ Run = Callable[..., list[CheckResult]]
 
 
 def test_every_check_of_the_device_has_a_mutant() -> None:
-    assert set(MUTANTS) == {one.id for one in all_checks() if one.id.startswith(("device.", "ops."))}
+    assert set(MUTANTS) == {check.id for check in all_checks() if check.id.startswith(("device.", "ops."))}
 
 
 def test_every_check_of_the_layer_has_a_mutant() -> None:
@@ -58,6 +58,6 @@ def test_a_backend_whose_every_method_raises_is_judged_to_the_end(judge: Run, so
         "synchronize",
     )
     broken = type("Broken", (sound,), dict.fromkeys(names, fails))()
-    results = {one.check: one for one in judge(broken, "device", "ops")}
+    results = {verdict.check: verdict for verdict in judge(broken, "device", "ops")}
     assert "raised RuntimeError: the driver is gone" in results["device.probe"].reason
     assert results["ops.known"].status == results["device.synchronize"].status == "fail"

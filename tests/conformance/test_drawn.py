@@ -129,7 +129,7 @@ def test_too_few_draws_are_incomplete_and_a_kept_failure_comes_first(
     words += ["-O", "op=rms_norm", "--report", "out.json", "--draws"]
     assert main([*words, "3"]) == 7
     assert "1 incomplete" in capsys.readouterr().out
-    monkeypatch.setattr(suite, "ENOUGH", 3)
+    monkeypatch.setattr(suite, "MIN_DRAWS", 3)
     assert main([*words, "3"]) == 0
     monkeypatch.setattr("faulty_backend.FaultyBackend.ops", lambda self: {"mine": Rarely()})
     assert main([*words, "300", "--dump-failure", "kept"]) == 4

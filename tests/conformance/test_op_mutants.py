@@ -29,8 +29,10 @@ Run = Callable[..., list[CheckResult]]
 
 def failed(results: list[CheckResult]) -> set[str]:
     """Return what failed by its numbers; a mutant that raises proves nothing, unless that is its fault."""
-    assert not [one.reason for one in results if "raised" in one.reason and "0 blocks" not in one.reason]
-    return {one.check for one in results if one.of == "mine" and one.status == "fail"}
+    assert not [
+        result.reason for result in results if "raised" in result.reason and "0 blocks" not in result.reason
+    ]
+    return {result.check for result in results if result.of == "mine" and result.status == "fail"}
 
 
 def test_every_check_of_attention_has_a_mutant() -> None:

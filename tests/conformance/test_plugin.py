@@ -58,7 +58,7 @@ def test_what_is_loaded():
 
 def test_a_pytest_of_something_else_loads_the_plugin_alone(tmp_path: Path) -> None:
     """It is registered, so every pytest in this environment has it."""
-    (entry,) = (one for one in metadata.entry_points(group="pytest11") if one.name == "mla")
+    (entry,) = (point for point in metadata.entry_points(group="pytest11") if point.name == "mla")
     assert entry.value == "mla.conformance.plugin"
     (tmp_path / "test_loaded.py").write_text(LOADED)
     done = run_pytest(tmp_path, "-q")

@@ -100,7 +100,7 @@ class TestPlain(BackendConformance):
 
 def test_every_check_is_one_test() -> None:
     (mark,) = vars(BackendConformance)["test_conformance"].pytestmark
-    assert list(mark.args[1]) == [one.id for one in all_checks()]
+    assert list(mark.args[1]) == [check.id for check in all_checks()]
 
 
 def test_an_author_sees_which_check_failed_and_why(tmp_path: Path) -> None:

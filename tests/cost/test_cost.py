@@ -90,11 +90,23 @@ def test_a_step_costs_its_projections_and_the_cheaper_path_of_each_request(
     assert cost.step_work(config, query_lens, kv_lens, 2).flops == projections + cheaper
 
 
+@pytest.mark.parametrize("gate", [None, "head", "element"])
 @pytest.mark.parametrize("rank", [None, 24])
-def test_parameters_count_every_matrix(tiny: Any, rank: int | None) -> None:
-    config = tiny(q_lora_rank=rank)
+def test_parameters_count_every_matrix(tiny: Any, rank: int | None, gate: str | None) -> None:
+    config = tiny(q_lora_rank=rank, output_gate=gate)
     matrices = [shape for shape in weight_shapes(config).values() if len(shape) == 2]
     assert cost.parameters(config) == sum(rows * columns for rows, columns in matrices)
+
+
+def test_a_gate_costs_its_projection(tiny: Any) -> None:
+    """7 tokens times h x v gates of d inputs, whose weights move once; hidden states move for all at once."""
+    config = tiny(output_gate="element")
+    weights = config.num_attention_heads * config.v_head_dim * config.hidden_size
+    step = [*((3, 4), (9, 4)), 2]
+    assert cost.role_costs(config, *step)["g_proj"] == Work(2 * 7 * weights, 2 * weights)
+    extra = cost.step_work(config, *step), cost.step_work(tiny(), *step)
+    assert extra[0].flops - extra[1].flops == 2 * 7 * weights
+    assert cost.head_parameters(config) - cost.head_parameters(tiny()) == weights
 
 
 def test_bytes_grow_with_the_attended_latents_and_the_element_size(tiny: Any) -> None:

@@ -218,7 +218,7 @@ def test_an_op_that_is_not_there_or_refuses_is_told(kept_attention: file.Failure
 
 
 def test_a_call_that_reads_too_much_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "LIMIT", 10_000)
+    monkeypatch.setattr(calls, "MAX_CALL_BYTES", 10_000)
     watcher = run_layer(faulty("w_uv", "scale"), "absorbed")
     assert watcher.reason.startswith("a call of qkv_a_proj reads ")
     assert watcher.reason.endswith("more than the 9.77 KiB that are kept: choose a smaller shape.")

@@ -104,7 +104,9 @@ def test_no_mutant_of_a_kernel_is_dropped(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_every_mutant_of_a_kernel_is_played_against_its_problems() -> None:
     tree = ast.parse((ROOT / INTERPRETED).read_text())
-    (played,) = (one for one in tree.body if isinstance(one, ast.AnnAssign) and one.value)
+    (played,) = (
+        statement for statement in tree.body if isinstance(statement, ast.AnnAssign) and statement.value
+    )
     assert (
         hold("statements", "kernel problems", {ast.unparse(played.target): ast.unparse(played.value)}) == []
     )

@@ -148,8 +148,10 @@ KINDS = st.sampled_from([*ODD]) | st.just("a list")
 
 def state(cache: LatentCache) -> Any:
     """Return all of a cache that a call which raises must keep."""
-    lengths = {one: (type(cache.length(one)), cache.length(one)) for one in cache.sequences}
-    slots = [cache.slots(one).tolist() for one in cache.sequences]
+    lengths = {
+        sequence: (type(cache.length(sequence)), cache.length(sequence)) for sequence in cache.sequences
+    }
+    slots = [cache.slots(sequence).tolist() for sequence in cache.sequences]
     return lengths, slots, cache.free_pages, cache.generation, cache.pages.tolist()
 
 
@@ -190,6 +192,6 @@ def test_load(cache: LatentCache, kv: list[str], pe: list[str], layer: Any) -> N
     parts = [torch.arange(5.0)[:, None].expand(-1, width).contiguous() for width in (64, 32)]
     latents = [changed(part, steps) for part, steps in zip(parts, (kv, pe), strict=True)]
     if call(cache, lambda: cache.load(sequence, *latents, layer=layer)):
-        assert all(one.device.type == "cpu" and not one.is_complex() for one in latents)
+        assert all(latent.device.type == "cpu" and not latent.is_complex() for latent in latents)
         for held, whole in zip(cache.read(sequence), parts, strict=True):
             assert torch.equal(held, torch.cat((whole, whole))[: len(held)])

@@ -45,7 +45,7 @@ class CacheMachine(RuleBasedStateMachine):
         return -(-tokens // self.cache.page_size)
 
     def free(self) -> int:
-        return self.cache.num_pages - sum(self.pages(self.length(one)) for one in self.rows)
+        return self.cache.num_pages - sum(self.pages(self.length(row)) for row in self.rows)
 
     def picked(self, index: int) -> int:
         return list(self.rows)[index % len(self.rows)]
@@ -69,7 +69,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def state(self) -> tuple[Any, ...]:
         cache = self.cache
-        slots = [cache.slots(one).tolist() for one in cache.sequences]
+        slots = [cache.slots(sequence).tolist() for sequence in cache.sequences]
         return cache.sequences, slots, cache.free_pages, cache.generation, cache.pages.tolist()
 
     # ------------------------------------------------------------------------------------------ calls

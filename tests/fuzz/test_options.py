@@ -40,7 +40,7 @@ def attempt(call: Callable[[], T]) -> T | None:
 
 def option(command: click.Command, flag: str, word: str) -> Any:
     """Return what click makes of the word behind a flag."""
-    name = next(one.name for one in command.params if flag in one.opts)
+    name = next(parameter.name for parameter in command.params if flag in parameter.opts)
     assert name is not None
     return command.make_context("x", [f"{flag}={word}"]).params[name]
 

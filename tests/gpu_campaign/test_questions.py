@@ -47,7 +47,9 @@ def backend(**changes: Any) -> Any:
 
 
 def forget() -> None:
-    for name in [one for one in sys.modules if one.partition(".")[0] in ("flashinfer", "fake_kernels")]:
+    for name in [
+        module for module in sys.modules if module.partition(".")[0] in ("flashinfer", "fake_kernels")
+    ]:
         del sys.modules[name]
 
 

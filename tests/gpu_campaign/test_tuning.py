@@ -113,13 +113,13 @@ def test_tiles_are_ranked_by_their_times_on_all_shapes(kind: str, tmp_path: Path
     sweeping, found = tuner(Device(), tuned(D, A, B, C, kind=kind), tmp_path / "x.json")
     assert sweeping.run(always, 60) == 0
     twice = [replace(tile, **TWO) for tile in (A, B, C, D)]
-    assert [one.tile for one in found.ranked()][:5] == [
+    assert [trial.tile for trial in found.ranked()][:5] == [
         twice[0], A, twice[1], twice[2], replace(A, **WHOLE)
     ]  # fmt: skip
     assert found.ranked()[1].us == pytest.approx(
         {"2 requests x 9 keys, 2 heads": 16e3, "1 requests x 2 queries x 20 keys, 2 heads": 16e3}
     )
-    assert len([one for one in found.trials if one.tile in twice]) == BEST
+    assert len([trial for trial in found.trials if trial.tile in twice]) == BEST
     assert trials.read(tmp_path / "x.json") == found
 
 
@@ -137,8 +137,8 @@ def test_a_tile_that_does_not_fit_is_wrong_or_breaks_is_left_out_with_the_reason
     device.ops = lambda: device.make(Tuning({1: D}, {1: D}), Launcher())  # type: ignore[method-assign]
     sweeping, found = tuner(device, tuned(A, B, C, D, changes=()), tmp_path / "x.json")
     sweeping.run(always, 60)
-    assert [one.tile for one in found.ranked()] == [D]
-    faults = {one.tile: (one.fault, one.wrong) for one in found.trials}
+    assert [trial.tile for trial in found.ranked()] == [D]
+    faults = {trial.tile: (trial.fault, trial.wrong) for trial in found.trials}
     assert faults[A] == ("attend runs with another tile, as 16 rows do not fit this device", False)
     assert faults[B][0].startswith("wrong by 0.05 of a row's norm with 2 requests x 9 keys")
     assert faults[B][1]
@@ -155,7 +155,7 @@ def test_every_shape_is_checked_before_any_is_timed(tmp_path: Path) -> None:
     one = TileClass("latent-16", "latent", 1, (Shape(3, 9, 2), Shape(2, 20, 2)), (A,))
     sweeping, found = tuner(device, one, tmp_path / "x.json")
     sweeping.run(always, 60)
-    assert {one.fault for one in found.trials} == {
+    assert {trial.fault for trial in found.trials} == {
         "wrong by 1 of a row's norm with 2 requests x 20 keys, 2 heads"
     }
     assert device.now == 2 * 2 * device.cost(A), "two trials of two shapes, once each"
@@ -170,7 +170,7 @@ def test_only_the_fastest_is_checked_with_ragged_lengths_and_lse_and_all_is_time
     best = found.best()
     assert best is not None
     assert best.tile == replace(A, **TWO) == found.ranked()[0].tile
-    assert [one.tile for one in found.trials if one.confirmed] == [best.tile]
+    assert [trial.tile for trial in found.trials if trial.confirmed] == [best.tile]
     with_lse = [(tile, rows) for tile, rows, lse in device.called if lse]
     assert with_lse == [(best.tile, RAGGED_ROWS)]
     assert [rows for _, rows, _ in device.called].count(RAGGED_ROWS) == 1
@@ -193,8 +193,8 @@ def test_the_next_tile_is_taken_if_the_fastest_is_wrong_where_lengths_differ(of:
     sweeping, found = tuner(Uneven(), tuned(A, B, C, D, changes=()), tmp_path / "x.json")
     sweeping.run(always, 60)
     assert found.best() == found.find(C)
-    assert {one.tile for one in found.trials if one.wrong} == {A, B}
-    assert all("with ragged lengths" in one.fault for one in found.trials if one.wrong)
+    assert {trial.tile for trial in found.trials if trial.wrong} == {A, B}
+    assert all("with ragged lengths" in trial.fault for trial in found.trials if trial.wrong)
     assert tune.say_best(found) == 4
 
 
@@ -213,7 +213,7 @@ def test_rows_that_are_not_written_are_wrong(tmp_path: Path) -> None:
 
     sweeping, found = tuner(Forgetful(), tuned(A, changes=()), tmp_path / "x.json")
     sweeping.run(always, 60)
-    assert all(one.wrong and one.fault.startswith("wrong by inf") for one in found.trials)
+    assert all(trial.wrong and trial.fault.startswith("wrong by inf") for trial in found.trials)
 
 
 def test_a_sweep_that_was_cut_goes_on_and_tries_nothing_twice(tmp_path: Path) -> None:
@@ -221,14 +221,14 @@ def test_a_sweep_that_was_cut_goes_on_and_tries_nothing_twice(tmp_path: Path) ->
     left = itertools.chain([60.0, 50.0, 10.0], itertools.repeat(0.0))
     sweeping, found = tuner(Device(), tiles, path)
     assert sweeping.run(lambda: next(left), 60) == 2 + 2 * 2, "two tiles, and the other two in two ways"
-    assert {one.tile for one in found.trials} == {None, A, B}, "no time was left for changes"
+    assert {trial.tile for trial in found.trials} == {None, A, B}, "no time was left for changes"
     path.write_bytes(path.read_bytes().replace(b'"fault": ""', b'"fault": "kept"', 1))
     device = Device()
     sweeping, found = tuner(device, tiles, path)
     assert sweeping.run(always, 60) == 0
-    assert [one.fault for one in found.trials].count("kept") == 1
+    assert [trial.fault for trial in found.trials].count("kept") == 1
     changed = {replace(tile, **change) for tile in (A, B, C) for change in (TWO, WHOLE)}
-    assert {one.tile for one in found.trials} == {None, A, B, C, D, *changed}
+    assert {trial.tile for trial in found.trials} == {None, A, B, C, D, *changed}
     tried, clock = len(found.trials), device.now
     assert tuner(device, tiles, path)[0].run(always, 60) == 0
     assert (len(trials.read(path).trials), device.now) == (tried, clock), "changed tiles are none of the best"
@@ -245,8 +245,8 @@ def test_a_tile_that_ended_the_process_is_not_tried_again(tmp_path: Path) -> Non
         tuner(Deadly(), tuned(A, B, C), path)[0].run(always, 60)
     sweeping, found = tuner(Deadly(), tuned(A, B, C), path)
     assert sweeping.run(always, 60) == 0
-    assert {one.tile for one in found.trials if one.fault} == {B}
-    assert [one.fault for one in found.trials if one.tile == B] == [trials.BROKE_OFF]
+    assert {trial.tile for trial in found.trials if trial.fault} == {B}
+    assert [trial.fault for trial in found.trials if trial.tile == B] == [trials.BROKE_OFF]
 
 
 def test_times_of_another_stack_are_not_kept(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def test_tiles_of_interpreted_kernels_are_right_and_get_a_time(tmp_path: Path) -
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found, tuned = trials.read(target), classes(smoke=True)["latent-16"]
-    assert [one.fault for one in found.trials] == [""] * len(found.trials)
-    assert {one.tile for one in found.ranked()} == {*tuned.tiles, *tuned.finalists(tuned.tiles)}
+    assert [trial.fault for trial in found.trials] == [""] * len(found.trials)
+    assert {trial.tile for trial in found.ranked()} == {*tuned.tiles, *tuned.finalists(tuned.tiles)}
     assert found.facts["card"] == "interpreted"
     assert "of 7 tried and 0 left out" in done.stdout

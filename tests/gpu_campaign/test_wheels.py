@@ -150,7 +150,7 @@ DEFINED = "def f(here): ..."
     ids=lambda files: files.get("p/__init__.py", "src").splitlines()[0],
 )
 def test_a_name_is_followed_to_its_definition(files: dict[str, str]) -> None:
-    assert [one.name for one in Sources("p", files).signature("p", "f").arguments] == ["here"]
+    assert [argument.name for argument in Sources("p", files).signature("p", "f").arguments] == ["here"]
 
 
 def test_a_method_may_come_from_a_base_class_elsewhere() -> None:
@@ -165,8 +165,8 @@ class Base:
 """,
     }
     sources = Sources("p", files)
-    assert [one.name for one in sources.signature("p", "C.f").arguments] == ["b", "c"]
-    assert [one.name for one in sources.signature("p", "C.s").arguments] == ["a"]
+    assert [argument.name for argument in sources.signature("p", "C.f").arguments] == ["b", "c"]
+    assert [argument.name for argument in sources.signature("p", "C.s").arguments] == ["a"]
     assert not sources.signature("p", "C.f").takes("b")
 
 

@@ -61,7 +61,7 @@ def gradients_of_inputs(model: Any, **words: Any) -> None:
 
 
 def scaled(model: Any, **words: Any) -> None:
-    layer = next(one for one in reversed(list(model.modules())) if hasattr(one, "scaling"))
+    layer = next(module for module in reversed(list(model.modules())) if hasattr(module, "scaling"))
     before, layer.scaling = layer.scaling, 2 * layer.scaling
     try:
         forward(model, **words)
@@ -70,7 +70,7 @@ def scaled(model: Any, **words: Any) -> None:
 
 
 def all_keys(model: Any, **words: Any) -> None:
-    layer = next(one for one in reversed(list(model.modules())) if hasattr(one, "mla_attention"))
+    layer = next(module for module in reversed(list(model.modules())) if hasattr(module, "mla_attention"))
     layer.is_causal = False
     try:
         forward(model, **words)

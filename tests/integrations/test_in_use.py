@@ -150,7 +150,7 @@ def test_weights_are_not_overwritten_by_name(model: Any) -> None:
     others = {name: weight.clone() for name, weight in model.named_parameters()}
     use_mla(model)
     for name, weight in model.named_parameters():
-        if any(one in name for one in PROJECTIONS):
+        if any(projection in name for projection in PROJECTIONS):
             with torch.no_grad(), pytest.raises(RuntimeError, match="size"):
                 weight.copy_(others[name])
 

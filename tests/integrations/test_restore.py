@@ -47,7 +47,7 @@ def test_weights_that_kernels_packed_come_back_bit_for_bit(family: str, native: 
                 weight.view(-1)[-4:] = odd
     before = bits(model.state_dict())
     use_mla(model, options={"native": native})
-    packed = [one for one in model.modules() if isinstance(one, Packed)]
+    packed = [module for module in model.modules() if isinstance(module, Packed)]
     names = {one._choice.name for one in packed if isinstance(one, PackedLinear)}
     cores = {one._core.ops[role].name for one in packed if isinstance(one, PackedKvB) for role in ABSORBED}
     assert "reference" not in names | cores
@@ -78,11 +78,13 @@ def test_a_model_that_was_training_goes_on(model: Any) -> None:
     model.train()
     model.model.layers[0].self_attn.q_b_proj.weight.requires_grad = False
     before = [
-        (module.training, [one.requires_grad for one in module.parameters()]) for module in model.modules()
+        (module.training, [parameter.requires_grad for parameter in module.parameters()])
+        for module in model.modules()
     ]
     restore(use_mla(model))
     after = [
-        (module.training, [one.requires_grad for one in module.parameters()]) for module in model.modules()
+        (module.training, [parameter.requires_grad for parameter in module.parameters()])
+        for module in model.modules()
     ]
     assert after == before
 

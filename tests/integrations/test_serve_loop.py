@@ -71,7 +71,8 @@ def test_requests_get_what_they_get_alone(pages: int, together: int) -> None:
     model: Any = make_model("deepseek_v3")
     words = {"do_sample": False, "eos_token_id": None}
     alone = [
-        model.generate(torch.tensor([one.prompt]), max_new_tokens=one.wanted, **words) for one in requests()
+        model.generate(torch.tensor([request.prompt]), max_new_tokens=request.wanted, **words)
+        for request in requests()
     ]
     server = Server(use_mla(model), max_tokens=8 * pages, at_once=4, page_size=8)
     watch = Watch(server)

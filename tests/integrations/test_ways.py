@@ -17,7 +17,8 @@ from tiny_models import CACHE, FAMILIES, make_model
 from mla.integrations.transformers import PagedCache, use_mla
 
 Way = Callable[..., torch.Tensor]  # (model, prompts, new, cache=) -> tokens, of which so many are new
-STATEFUL = ("kimi_linear",)  # whose other layers take no guesses back, and have state that no page holds
+# Their other layers take no guesses back, and have state that no page holds.
+STATEFUL = ("kimi_linear", "bailing_hybrid")
 # 200 tokens of a family without experts, which is cheap.
 LONG = {
     ("minicpm3", way)

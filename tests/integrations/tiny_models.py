@@ -69,6 +69,16 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "linear_attn_config": {"head_dim": 16, "num_heads": 4, "short_conv_kernel_size": 4},
         },
     ),
+    "bailing_hybrid": (
+        "bailing_hybrid",
+        "BailingHybrid",
+        {
+            **PLAIN,
+            "head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+            "num_local_experts": 4,
+        },
+    ),
     "longcat_flash": (
         "longcat_flash",
         "LongcatFlash",

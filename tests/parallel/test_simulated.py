@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from threading import Thread
+from typing import Any
 
 import pytest
 import torch
 
 import mla
 from mla import LatentCache, MLAConfig
+from mla.cases.memory import poison
 from mla.parallel.cache import ShardedCache
 from mla.parallel.groups import SimulatedGroups, SimulatedWorld, summed_bytes
 from mla.parallel.layer import ParallelMLA
@@ -27,15 +30,20 @@ CONFIG = MLAConfig(
     q_lora_rank=24,
     attention_bias=True,
 )
+GATED = [replace(CONFIG, output_gate=gate, attention_bias=False) for gate in ("head", "element")]
 HISTORY, NEW = (33, 1, 0, 7), (1, 2, 9, 0)  # with ranks that hold none of a request's tokens
 
 
 class Simulated:
     """A layer on one batch, whose ranks are all here."""
 
-    def __init__(self, layout: str) -> None:
-        self.world = SimulatedWorld(Layout.parse(layout))
-        self.state = random_state_dict(CONFIG, 0, torch.float32)
+    def __init__(self, layout: str, config: MLAConfig = CONFIG, cache_format: str | None = None) -> None:
+        self.world, self.config, self.cache_format = (
+            SimulatedWorld(Layout.parse(layout)),
+            config,
+            cache_format,
+        )
+        self.state = random_state_dict(config, 0, torch.float32)
         draw = torch.Generator().manual_seed(1)
         self.history = [
             (
@@ -53,14 +61,15 @@ class Simulated:
 
     def _rank(self, groups: SimulatedGroups) -> Callable[[torch.Tensor], object]:
         layout = self.world.layout
-        layer = ParallelMLA(CONFIG, groups, dtype=torch.float32)
+        stored: Any = {"dtype": torch.float32, "cache_format": self.cache_format}
+        layer = ParallelMLA(self.config, groups, **stored)
         layer.load_state_dict(self.state)
         if layout.dcp > 1:
             share = Share(groups.place.dcp, layout.dcp)
-            cache = ShardedCache(CONFIG, share, max_tokens=2048, page_size=8, dtype=torch.float32, shuffle=3)
+            cache = ShardedCache(CONFIG, share, max_tokens=2048, page_size=8, shuffle=3, **stored)
         else:
-            cache = LatentCache(CONFIG, max_tokens=2048, page_size=8, dtype=torch.float32, shuffle=3)
-        cache.pages.fill_(torch.nan)
+            cache = LatentCache(CONFIG, max_tokens=2048, page_size=8, shuffle=3, **stored)
+        poison(cache.pages)
         ids = cache.new_sequences(len(HISTORY))
         for sequence, tokens in zip(ids, self.history, strict=True):
             cache.load(sequence, *tokens)
@@ -76,7 +85,7 @@ class Simulated:
         """Yield the relative error of every rank's output."""
         expected = torch.cat(
             [
-                oracle(CONFIG, self.state, rows, [len(rows)], [tokens])
+                oracle(self.config, self.state, rows, [len(rows)], [tokens])
                 for rows, tokens in zip(self.hidden.split(NEW), self.history, strict=True)
                 if len(rows)
             ]
@@ -85,13 +94,28 @@ class Simulated:
             yield float((out.double() - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("layout", ["tp=1", "tp=8", "dcp=4", "tp=2,dcp=4", "tp=4,dcp=2", "dp=2,tp=2"])
-def test_all_ranks_equal_one_device(layout: str) -> None:
-    simulated = Simulated(layout)
+LAYOUTS = ["tp=1", "tp=8", "dcp=4", "tp=2,dcp=4", "tp=4,dcp=2", "dp=2,tp=2"]
+CASES = [*((layout, CONFIG) for layout in LAYOUTS), *(("tp=2,dcp=2", config) for config in GATED)]
+
+
+@pytest.mark.parametrize(("layout", "config"), CASES)
+def test_all_ranks_equal_one_device(layout: str, config: MLAConfig) -> None:
+    simulated = Simulated(layout, config)
     simulated.run()
     for rank, out in enumerate(simulated.outs):
         simulated.world.complete(rank, out)
     assert max(simulated.errors()) < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["tp=8", "tp=2,dcp=4"])
+def test_ranks_store_and_attend_a_format_as_one_device_does(layout: str) -> None:
+    alone, simulated = (Simulated(name, cache_format="fp8_ds_mla") for name in ("tp=1", layout))
+    alone.run()
+    simulated.run()
+    for rank, out in enumerate(simulated.outs):
+        simulated.world.complete(rank, out)
+        assert (out - alone.outs[0]).norm() < 1e-4 * out.norm()
+    assert min(simulated.errors()) > 1e-3
 
 
 @pytest.mark.parametrize("layout", ["tp=4", "tp=2,dcp=2"])
@@ -100,7 +124,7 @@ def test_a_rank_alone_computes_its_part_anew(layout: str) -> None:
     simulated = Simulated(layout)
     simulated.run()
     for rank, out in enumerate(simulated.outs):
-        parts = [one.part.clone() for one in simulated.world.groups]
+        parts = [group.part.clone() for group in simulated.world.groups]
         for again in range(2):
             out.fill_(torch.nan)
             simulated.world.groups[rank].receive_again()

@@ -90,7 +90,7 @@ def test_a_peer_that_ends_is_said_with_its_last_words(folder: Path) -> None:
 
 
 def test_a_peer_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peer, "PATIENCE", 0.5)
+    monkeypatch.setattr(peer, "ANSWER_SECONDS", 0.5)
     silent = tmp_path / DRIVER
     silent.write_text("#!/bin/sh\nexec sleep 60\n")
     silent.chmod(0o755)

@@ -63,7 +63,7 @@ class Fresh:
         return self.run(self._python, "-m", "mla.bench", *words, **variables)
 
     def installed(self) -> set[str]:
-        return {one.name for one in importlib.metadata.distributions(path=[str(self.site)])}
+        return {distribution.name for distribution in importlib.metadata.distributions(path=[str(self.site)])}
 
 
 @pytest.fixture

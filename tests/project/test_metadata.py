@@ -64,7 +64,9 @@ def test_every_distribution_says_the_same_of_itself(folder: Path) -> None:
     for key in ("license", "license-files", "requires-python"):
         assert own[key] == core[key], key
     assert (folder / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
-    shared = {one for one in core["classifiers"] if not one.startswith("Operating System")}
+    shared = {
+        classifier for classifier in core["classifiers"] if not classifier.startswith("Operating System")
+    }
     assert shared <= set(own["classifiers"])
     assert "Typing :: Typed" in shared
 
@@ -94,7 +96,7 @@ def test_the_changelog_has_the_version() -> None:
 def test_everybody_names_the_same_releases_of_transformers() -> None:
     """Those that pip accepts, the documentation names, CI tries, and error messages ask for."""
     (wanted,) = map(Requirement, PROJECTS[ROOT]["project"]["optional-dependencies"]["transformers"])
-    assert [one.name for one in required(PROJECTS[ROOT])].count("transformers") == 1
+    assert [requirement.name for requirement in required(PROJECTS[ROOT])].count("transformers") == 1
     (oldest,) = (one.version for one in wanted.specifier)
     named = [
         re.findall(r"`transformers`\s\(?([\d.]+) to ([\d.]+)\b", (ROOT / name).read_text("utf-8"))

@@ -133,7 +133,7 @@ def test_links_of_the_pages_on_an_index_lead_to_the_forge(packaging_script: Scri
     assert len(pages) == 7
     for page in pages:
         targets = re.findall(r"\]\(([^)]+)\)", CODE.sub("", page.read_text("utf-8")))
-        relative = [one for one in targets if not one.startswith(("https://", "#"))]
+        relative = [target for target in targets if not target.startswith(("https://", "#"))]
         assert targets, page
         assert relative == [], page
         for kind, place in re.findall(rf"\]\({FORGE}/(\w+)/v7\.8\.9/([^)#]+)", page.read_text("utf-8")):

@@ -131,7 +131,7 @@ def test_a_plugin_alone_brings_the_runner_and_torch_only_where_pip_has_the_right
 
 
 def test_the_core_alone_brings_no_plugin_and_no_torch(dist: Path) -> None:
-    assert {one.name for one in requirements(dist, "mla-bench")} == LIGHT | {"mla-backends"}
+    assert {requirement.name for requirement in requirements(dist, "mla-bench")} == LIGHT | {"mla-backends"}
 
 
 def test_old_files_are_never_mixed_with_new_ones(packaging_script: Script, tmp_path: Path) -> None:

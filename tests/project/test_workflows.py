@@ -47,7 +47,7 @@ def test_the_scan_sees_what_a_workflow_calls() -> None:
         '        run: >-\n          pipx run it --config-file "$PWD/packaging/y.toml"\n          z/tests/w\n'
         "      a: [one, two]\n      b:\n        - three-3\n        - four\n"
     )
-    assert [TREE.findall(one) for one in commands(text)] == [
+    assert [TREE.findall(command) for command in commands(text)] == [
         [".ci/run"], [".github/workflows/x.yml"], ["packaging/y.toml"],
     ]  # fmt: skip
     assert (listed(text, "a"), listed(text, "b")) == (["one", "two"], ["three-3", "four"])
@@ -82,9 +82,13 @@ def test_the_tests_run_on_every_python_and_torch_that_we_claim() -> None:
         tomllib.loads((folder / "pyproject.toml").read_text("utf-8"))["project"]
         for folder in (ROOT, ROOT / "plugins" / "cpu")
     )
-    claimed = [re.search(r"Python :: (3\.\d+)$", one) for one in core["classifiers"]]
+    claimed = [re.search(r"Python :: (3\.\d+)$", classifier) for classifier in core["classifiers"]]
     assert listed(text, "python") == [found[1] for found in claimed if found]
-    (oldest,) = (one.removeprefix("torch>=") for one in cpu["dependencies"] if one.startswith("torch"))
+    (oldest,) = (
+        dependency.removeprefix("torch>=")
+        for dependency in cpu["dependencies"]
+        if dependency.startswith("torch")
+    )
     assert f"requirement: torch=={oldest}.*\n" in text
     assert {"ubuntu-24.04", "ubuntu-24.04-arm"} == set(listed(text, "machine"))
 
@@ -113,7 +117,7 @@ def test_whatever_makes_a_wheel_starts_the_workflow_of_wheels() -> None:
     text = (ROOT / ".github" / "workflows" / "wheels.yml").read_text("utf-8")
     found = re.search(r"^ +paths: \[(.+)\]$", text, re.MULTILINE)
     assert found
-    paths = {one.strip(' "') for one in found[1].split(",")}
+    paths = {part.strip(' "') for part in found[1].split(",")}
     assert {"mla/**", "backends/**", "plugins/**", "packaging/**", "**/pyproject.toml"} <= paths
 
 

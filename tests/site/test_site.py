@@ -84,7 +84,9 @@ def forge_anchor(heading: str) -> str:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_every_public_name_is_in_the_reference(pages: Pages, module: str) -> None:
-    anchors = {one for path, page in pages.items() if path.startswith("docs/api/") for one in page.anchors}
+    anchors = {
+        anchor for path, page in pages.items() if path.startswith("docs/api/") for anchor in page.anchors
+    }
     public = vars(importlib.import_module(module))
     names = public.get("__all__") or [
         name for name, value in public.items() if not (name.startswith("_") or isinstance(value, ModuleType))
@@ -97,7 +99,11 @@ def test_every_public_name_is_in_the_reference(pages: Pages, module: str) -> Non
 
 def test_every_error_is_in_the_reference(pages: Pages) -> None:
     shown = {anchor for anchor in pages["docs/api/core.html"].anchors if anchor.startswith("mla.errors.")}
-    raised = [one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, Exception)]
+    raised = [
+        member
+        for member in vars(errors).values()
+        if isinstance(member, type) and issubclass(member, Exception)
+    ]
     assert len(raised) > 5
     assert {f"mla.errors.{one.__name__}" for one in raised} <= shown
 
@@ -123,7 +129,9 @@ def test_signatures_have_a_parameter_a_line_and_bounds_are_as_written(site: Path
     assert len(signature.splitlines()) > 10
     assert "Meta(ge=1e-9, le=1e12)" in text("results.html", "mla.bench.results.schema.Milliseconds")
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert any(one.startswith("ruff") for one in extras["optional-dependencies"]["docs"])  # formats them
+    assert any(
+        requirement.startswith("ruff") for requirement in extras["optional-dependencies"]["docs"]
+    )  # formats them
 
 
 LINKS = {

@@ -172,6 +172,32 @@ def _draft_layer(prefix: str = "") -> State:
     return state | {f"{prefix}model.layers.61.eh_proj.weight": torch.ones(2)}
 
 
+_KIMI_K3 = {
+    "model_type": "kimi_k3",
+    "rope_scaling": None,
+    "mla_use_nope": True,
+    "mla_use_output_gate": True,
+    "num_hidden_layers": 5,
+    "num_nextn_predict_layers": 0,
+    "linear_attn_config": {"full_attn_layers": [4, 5], "kda_layers": [1, 2, 3]},  # counted from 1
+}
+
+
+def _kimi_layers() -> State:
+    """Return Kimi K3's linear attention 0, whose gate has the name and shape of an MLA layer's, and MLA 4."""
+    values = values_of("tiny", **_KIMI_K3)
+    other = named(plain(values, seed=9), "language_model.model.layers.4.self_attn.")
+    names = ("g_proj.weight", "o_proj.weight", "q_proj.weight", "b_proj.weight", "A_log", "q_conv1d.weight")
+    linear = {name: torch.full((64, 64), torch.nan) for name in names}
+    return other | named(linear, "language_model.model.layers.0.self_attn.")
+
+
+def _ling(state: State) -> State:
+    """Return weights under Ling's names."""
+    prefix = LAYER.replace("self_attn", "attention")
+    return {name.replace("o_proj", "dense"): weight for name, weight in named(state, prefix).items()}
+
+
 def _second_attention() -> State:
     return named(plain(values_of("tiny"), seed=9), f"{LAYER}0.")
 
@@ -222,6 +248,31 @@ LAYOUTS: dict[str, Layout] = {
         wrap=_in_text_config,
     ),
     "hub-cache": Layout(split=True, index=True, finish=hub_cache),
+    "kimi-k3": Layout(
+        changes=_KIMI_K3,
+        rename=lambda state: named(state, f"language_model.{LAYER}"),
+        beside=_kimi_layers,
+        wrap=lambda values: {
+            "model_type": "kimi_k3",
+            "text_config": {**values, "model_type": "kimi_linear"},
+        },
+        layer=3,
+    ),
+    "ling-3-fp8": Layout(
+        changes={
+            "model_type": "bailing_hybrid",
+            "q_lora_rank": None,
+            "rope_scaling": None,
+            "num_hidden_layers": 4,
+            "layer_group_size": 4,
+            "gated_attention_proj_granularity_type": "head_wise",
+        },
+        quantized=True,
+        keep=("g_proj.weight",),
+        rename=_ling,
+        split=True,
+        index=True,
+    ),
     "two-attentions": Layout(
         rename=lambda state: named(state, f"{LAYER}1."), beside=_second_attention, layer="3.1"
     ),

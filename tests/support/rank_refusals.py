@@ -106,7 +106,7 @@ class Refusing(_OnRanks):
         if at == "pack" and self.options.get("count") == os.environ["RANK"]:
             layers = (one for one in gc.get_objects() if type(one) is RankLayer)
             with Path("loaded.txt").open("a") as stream:
-                stream.write(f"{sum(hasattr(one, '_cache') for one in layers)}\n")
+                stream.write(f"{sum(hasattr(layer, '_cache') for layer in layers)}\n")
         named = self.options.get("rank", "").split("+")
         mine = "all" in named or os.environ["RANK"] in named
         if not mine or self.options.get("at") != at or self._left <= 0:

@@ -94,7 +94,7 @@ class Tape(TorchDispatchMode):
     def replay(self) -> None:
         for func, args, kwargs, recorded in self.calls:
             fresh = func(*args, **kwargs)
-            given = {one.untyped_storage().data_ptr() for one in _tensors((args, kwargs))}
+            given = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
             for old, new in zip(_tensors(recorded), _tensors(fresh), strict=True):
                 if old.untyped_storage().data_ptr() not in given:  # neither a view nor written in place
                     old.copy_(new)

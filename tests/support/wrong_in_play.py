@@ -207,7 +207,7 @@ def benchmark(key: str, *words: str) -> Call:
             )
             file = folder / "run.json"
             cases = json.loads(file.read_bytes())["cases"] if file.exists() else []
-        return {key: " ".join([f"exit {done.code}", *sorted({one["check"]["status"] for one in cases})])}
+        return {key: " ".join([f"exit {done.code}", *sorted({case["check"]["status"] for case in cases})])}
 
     return Call((key,), run)
 

@@ -56,7 +56,7 @@ class KernelCase:
 
     def but(self, **changes: Any) -> KernelCase:
         """Return another case. A name is a field of this class, or one that `OpCase.but` takes."""
-        own = {name: changes.pop(name) for name in {one.name for one in fields(self)} & changes.keys()}
+        own = {name: changes.pop(name) for name in {field.name for field in fields(self)} & changes.keys()}
         return replace(self, **own, case=self.case.but(**changes))
 
     @property

@@ -25,7 +25,9 @@ def drawn(*shape: int) -> torch.Tensor:
 
 
 def history(config: MLAConfig, lengths: tuple[int, ...]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [(drawn(one, config.kv_lora_rank), drawn(one, config.qk_rope_head_dim)) for one in lengths]
+    return [
+        (drawn(length, config.kv_lora_rank), drawn(length, config.qk_rope_head_dim)) for length in lengths
+    ]
 
 
 @pytest.mark.parametrize("bytes_at_once", [0, 2 * 8 * 3 * 8, 1 << 28])
@@ -41,7 +43,7 @@ def test_choices_give_what_each_gives_alone(
     state, past = random_state_dict(config, 0, torch.float32), history(config, PAST)
     hidden = drawn(5, sum(LENS), config.hidden_size)
     found = oracle_of_choices(config, state, hidden, LENS, past)
-    apart = torch.stack([oracle(config, state, one, LENS, past) for one in hidden])
+    apart = torch.stack([oracle(config, state, tensor, LENS, past) for tensor in hidden])
     torch.testing.assert_close(found, apart, rtol=1e-12, atol=1e-12)
 
 

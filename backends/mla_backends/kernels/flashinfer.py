@@ -134,7 +134,7 @@ class Release:
 # mla_hopper.cuh of include/flashinfer/attention in 0.6.18; 0.7.2 refuses the same batches when it plans.)
 
 WORK_ITEMS = 16_384  # places in the tables of a plan
-FAR = 1 << 32  # numbers: a page that starts beyond is read elsewhere, in releases before 0.6.11
+FAR_NUMBERS = 1 << 32  # numbers: a page that starts beyond is read elsewhere, in releases before 0.6.11
 MULTIPROCESSORS = 256  # where the device does not say; more than any has
 # Shared memory of a multiprocessor, in bytes -> keys in a tile.
 KEY_TILES = ((221_696, 64), (147_968, 32), (0, 16))
@@ -181,10 +181,10 @@ def tile_reasons(
 
 
 def far_reasons(kv_lens: Sequence[int], page_size: int | None, width: int) -> list[str]:
-    """Return why pages of this batch must start beyond `FAR` (empty if they need not)."""
+    """Return why pages of this batch must start beyond `FAR_NUMBERS` (empty if they need not)."""
     size = page_size or 1
     numbers = sum(-(-keys // size) for keys in kv_lens) * size * width
-    return [too_far(numbers)] if numbers > FAR else []
+    return [too_far(numbers)] if numbers > FAR_NUMBERS else []
 
 
 def too_far(numbers: int) -> str:
@@ -462,7 +462,7 @@ class FlashInferMla(FusedOp):
         if scale != state.plan["sm_scale"]:
             raise KernelRefused("flashinfer was planned with a different softmax scale.")
         numbers = cache.shape[0] * cache.stride(0)
-        if numbers > FAR and not self.release.wide_pages:
+        if numbers > FAR_NUMBERS and not self.release.wide_pages:
             raise KernelRefused(f"{too_far(numbers)}.")
 
 

@@ -48,9 +48,9 @@ def _refused(call: Call, passed: Sequence[str], given: set[str], taken: Signatur
             yield f"has no argument `{name}`, which the adapter passes"
     if len(taken.placed(call.placed)) < call.placed and not taken.any_place:
         yield f"takes fewer than the {call.placed} values that the adapter passes by place"
-    for one in taken.arguments:
-        if one.default is None and one.name not in given:
-            yield f"needs an argument `{one.name}`, which the adapter does not pass"
+    for argument in taken.arguments:
+        if argument.default is None and argument.name not in given:
+            yield f"needs an argument `{argument.name}`, which the adapter does not pass"
 
 
 def _with_fake(call: Call, title: str, given: set[str], taken: Signature, found: Findings) -> None:
@@ -78,7 +78,9 @@ def _with_fake(call: Call, title: str, given: set[str], taken: Signature, found:
                 f"the fake {call.fake} has {_default(one.default)} for"
             )
     new = [
-        f"`{one.name}`" for one in taken.arguments if fake.find(one.name) is None and one.default is not None
+        f"`{argument.name}`"
+        for argument in taken.arguments
+        if fake.find(argument.name) is None and argument.default is not None
     ]
     if new:
         found.notes.append(f"{title} also takes {', '.join(new)}, which the fake {call.fake} does not know")

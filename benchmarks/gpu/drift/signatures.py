@@ -29,7 +29,7 @@ class Signature:
 
     def find(self, name: str) -> Argument | None:
         """Return the argument of this name."""
-        return next((one for one in self.arguments if one.name == name), None)
+        return next((argument for argument in self.arguments if argument.name == name), None)
 
     def takes(self, name: str) -> bool:
         """Return whether a call may pass `name` by keyword."""
@@ -38,7 +38,7 @@ class Signature:
 
     def placed(self, count: int) -> Sequence[str]:
         """Return the names of the arguments that a call with so many values by place gives."""
-        return [one.name for one in self.arguments if one.place][:count]
+        return [argument.name for argument in self.arguments if argument.place][:count]
 
 
 def signature(function: Function, method: bool) -> Signature:

@@ -56,7 +56,9 @@ class Sources:
         if tree is None:
             raise Lost(f"there is no module {module}")
         body = list(_statements(tree[0].body))
-        defined = [one for one in body if isinstance(one, _Definition) and one.name == name]
+        defined = [
+            statement for statement in body if isinstance(statement, _Definition) and statement.name == name
+        ]
         if defined:
             return module, _last(defined)
         if depth < DEEPEST:
@@ -71,7 +73,11 @@ class Sources:
         """Return a method of a class or of one of its bases."""
         if not isinstance(owner, ast.ClassDef) or depth > DEEPEST:
             return None
-        own = [one for one in _statements(owner.body) if isinstance(one, Function) and one.name == name]
+        own = [
+            statement
+            for statement in _statements(owner.body)
+            if isinstance(statement, Function) and statement.name == name
+        ]
         if own:
             found = _last(own)
             assert isinstance(found, Function)
@@ -94,26 +100,30 @@ def _last(defined: list[_Definition] | list[Function]) -> _Definition:
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
     """Yield statements, also those below if, else and try; what except handlers do is a substitute."""
-    for one in body:
-        yield one
+    for statement in body:
+        yield statement
         for field in ("body", "orelse", "finalbody"):
-            if isinstance(one, ast.If | ast.Try | ast.With):
-                yield from _statements(getattr(one, field, []))
+            if isinstance(statement, ast.If | ast.Try | ast.With):
+                yield from _statements(getattr(statement, field, []))
 
 
 def _bindings(body: list[ast.stmt], module: str, package: bool, name: str) -> Iterator[tuple[str, str]]:
     """Yield the modules and names that a name may stand for: imports, aliases, and then stars."""
     stars = []
-    for one in body:
-        if isinstance(one, ast.ImportFrom):
-            target = _absolute(one, module, package)
-            for alias in one.names:
+    for statement in body:
+        if isinstance(statement, ast.ImportFrom):
+            target = _absolute(statement, module, package)
+            for alias in statement.names:
                 if (alias.asname or alias.name) == name:
                     yield target, alias.name
                 elif alias.name == "*":
                     stars.append(target)
-        elif isinstance(one, ast.Assign) and isinstance(one.value, ast.Name) and name in _names(one):
-            yield module, one.value.id
+        elif (
+            isinstance(statement, ast.Assign)
+            and isinstance(statement.value, ast.Name)
+            and name in _names(statement)
+        ):
+            yield module, statement.value.id
     yield from ((target, name) for target in stars)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mla_backends.api import Backend
 
 
-LONGEST = 200  # characters of what a library raises
+MAX_MESSAGE_CHARS = 200  # characters of what a library raises
 
 
 class NotHere(Exception):
@@ -74,7 +74,7 @@ def raised(call: Callable[[], object]) -> str:
         call()
     except Exception as error:  # noqa: BLE001  # that is the question
         said = one_line(describe(error))
-        return said if len(said) <= LONGEST else f"{said[:LONGEST]}…"
+        return said if len(said) <= MAX_MESSAGE_CHARS else f"{said[:MAX_MESSAGE_CHARS]}…"
     return ""
 
 

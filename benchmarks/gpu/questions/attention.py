@@ -40,8 +40,8 @@ def kernels_of(backend: Backend, call: Callable[[], object]) -> str:
         call()
         backend.synchronize()
     events = seen.events() or []
-    there = [one.name for one in events if "CPU" not in str(one.device_type)]
-    ops = [one.name for one in events if "attention" in one.name]
+    there = [event.name for event in events if "CPU" not in str(event.device_type)]
+    ops = [event.name for event in events if "attention" in event.name]
     return ", ".join(dict.fromkeys(name.partition("(")[0][:60] for name in there or ops)) or "none seen"
 
 
@@ -80,7 +80,7 @@ def varlen(backend: Backend) -> Asked:
     from mla.verify.op_oracle import attend
 
     lengths = ((64, 64), (3, 67), (1, 40))  # new tokens and keys of each segment
-    parts = [_inputs(backend, *one) for one in lengths]
+    parts = [_inputs(backend, *length) for length in lengths]
     q, k, v = (torch.cat(one) for one in zip(*parts, strict=True))
     wide = torch.nn.functional.pad(v, (0, KEY - VALUE))
     bounds = [torch.tensor([0, *one]).cumsum(0).int().to(q.device) for one in zip(*lengths, strict=True)]

@@ -67,8 +67,8 @@ class LatentBatch:
         """[B, pages] int32."""
         import torch
 
-        width = max(1, *(len(one) for one in self.pages))
-        rows = [one + [0] * (width - len(one)) for one in self.pages]
+        width = max(1, *(len(page) for page in self.pages))
+        rows = [page + [0] * (width - len(page)) for page in self.pages]
         return torch.tensor(rows, dtype=torch.int32).to(self.device)
 
     @cached_property

@@ -23,7 +23,7 @@ BEST = 3  # tiles that are tried again with changes
 # Of the time: a sweep that is cut short still tries the best with changes, and confirms one.
 FOR_TILES, FOR_ALL = 0.7, 0.93
 UNEVEN = "ragged lengths"
-LONGEST = 200  # characters of a fault
+MAX_FAULT_CHARS = 200  # characters of a fault
 
 MakeOps = Callable[[Tuning, Launcher], dict[str, FusedOp]]
 
@@ -51,7 +51,9 @@ class Tuner:
     def _problems(self) -> dict[str, problems.Problem]:
         """What is timed, by shape."""
         device = self._backend.device
-        return {str(one): problems.of_shape(self._class.kind, one, device) for one in self._class.shapes}
+        return {
+            str(shape): problems.of_shape(self._class.kind, shape, device) for shape in self._class.shapes
+        }
 
     @cached_property
     def _uneven(self) -> problems.Problem:
@@ -64,7 +66,7 @@ class Tuner:
         if self._sweep.find(None) is None:
             self._try(None)
         skipped = self._all(tiles, left, (1 - FOR_TILES) * seconds)
-        best = [one.tile for one in self._sweep.ranked() if one.tile in tiles][:BEST]
+        best = [trial.tile for trial in self._sweep.ranked() if trial.tile in tiles][:BEST]
         skipped += self._all(self._class.finalists(best), left, (1 - FOR_ALL) * seconds)
         self._confirm()
         return skipped
@@ -111,7 +113,7 @@ class Tuner:
         except KernelRefused as error:
             trial.fault = one_line(str(error))
         except Exception as error:  # noqa: BLE001  # compilers raise anything
-            trial.fault = f"it raises {one_line(describe(error))[:LONGEST]}"
+            trial.fault = f"it raises {one_line(describe(error))[:MAX_FAULT_CHARS]}"
 
     def _check_and_time(self, trial: Trial, op: FusedOp, launcher: Launcher) -> None:
         for name, one in self._problems.items():

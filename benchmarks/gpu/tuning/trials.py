@@ -50,7 +50,7 @@ class Sweep(msgspec.Struct, kw_only=True):
 
     def find(self, tile: Tile | None) -> Trial | None:
         """Return the trial of a tile."""
-        return next((one for one in self.trials if one.tile == tile), None)
+        return next((trial for trial in self.trials if trial.tile == tile), None)
 
     def put(self, trial: Trial) -> None:
         """Add a trial, in place of an older one of the same tile."""
@@ -58,12 +58,12 @@ class Sweep(msgspec.Struct, kw_only=True):
 
     def ranked(self) -> list[Trial]:
         """Return the trials of tiles that have a time, the fastest first."""
-        found = [one for one in self.trials if one.tile and math.isfinite(one.mean_us)]
+        found = [trial for trial in self.trials if trial.tile and math.isfinite(trial.mean_us)]
         return sorted(found, key=lambda one: one.mean_us)
 
     def best(self) -> Trial | None:
         """Return the fastest trial that was confirmed."""
-        return next((one for one in self.ranked() if one.confirmed), None)
+        return next((trial for trial in self.ranked() if trial.confirmed), None)
 
 
 def opened(path: Path, tuned: str, facts: Mapping[str, str]) -> Sweep:

@@ -25,7 +25,9 @@ def choose(setting: Setting, patterns: Sequence[str] | None) -> tuple[list[Atten
     heads, shapes = attention.attention_cases(), products.product_cases(setting)
 
     def named(*words: str) -> bool:
-        return patterns is None or any(fnmatch.fnmatchcase(word, one) for one in patterns for word in words)
+        return patterns is None or any(
+            fnmatch.fnmatchcase(word, pattern) for pattern in patterns for word in words
+        )
 
     found_heads = [case for case in heads if named(case.name, "attention")]
     found_shapes = [case for case in shapes if named(case.name, "product")]

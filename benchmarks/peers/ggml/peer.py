@@ -19,7 +19,7 @@ from mla.errors import MLAError
 
 DRIVER = "ggml_peer"
 FACTS = "peer.json"  # written by `build.py`, beside the driver
-PATIENCE = 600.0  # seconds for one answer; then the process is ended
+ANSWER_SECONDS = 600.0  # seconds for one answer; then the process is ended
 
 
 class PeerError(MLAError):
@@ -107,7 +107,7 @@ class Peer:
 
     def _make(self, kind: str, line: str, shape: Sequence[int], *operands: torch.Tensor) -> PeerWork:
         self._made += 1
-        data = [one.float().contiguous().numpy().tobytes() for one in operands]
+        data = [operand.float().contiguous().numpy().tobytes() for operand in operands]
         self.ask(f"{kind} {self._made} {self._threads} {line}", *data)
         return PeerWork(self, self._made, shape)
 
@@ -138,7 +138,7 @@ class Peer:
     @contextlib.contextmanager
     def _patience(self) -> Iterator[None]:
         """End the process if it has not answered in time: a pipe would wait for ever."""
-        timer = threading.Timer(PATIENCE, self._lose_patience)
+        timer = threading.Timer(ANSWER_SECONDS, self._lose_patience)
         timer.start()
         try:
             yield
@@ -152,7 +152,7 @@ class Peer:
     def _end(self, command: str) -> str:
         """Return why the process is no longer there."""
         if self._late:
-            return f"the peer did not answer `{command[:80]}` within {PATIENCE:g} s, and was ended."
+            return f"the peer did not answer `{command[:80]}` within {ANSWER_SECONDS:g} s, and was ended."
         try:
             code: int | str = self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:

@@ -48,7 +48,8 @@ class Case(msgspec.Struct, kw_only=True):
     def of(self, party: str) -> list[Timing]:
         """Return a party's ways with right results, fastest first."""
         return sorted(
-            (one for one in self.timings if one.party == party and not one.wrong), key=lambda one: one.ms
+            (timing for timing in self.timings if timing.party == party and not timing.wrong),
+            key=lambda timing: timing.ms,
         )
 
     def rate(self, timing: Timing) -> float:

@@ -44,7 +44,7 @@ def _rows(case: Case, run: Comparison) -> list[list[str]]:
     ours = next(iter(case.of("ours")), None)
     best = run.best_fp32()
     rows: list[list[str]] = []
-    for timing in sorted(case.timings, key=lambda one: (one.party != "ours", one.ms)):
+    for timing in sorted(case.timings, key=lambda timing: (timing.party != "ours", timing.ms)):
         rate = case.rate(timing)
         last = _times(timing, ours) if case.op == "attention" else _share(rate, best)
         error = f"{timing.error:.1e}{' WRONG' if timing.wrong else ''}"

@@ -125,7 +125,7 @@ def place_case(case: Case, ceilings: Sequence[Ceiling]) -> None:
 # --------------------------------------------------------------------------------- the limits of a setting
 
 # Footprints whose reading is a limit of smaller ones too, which are hardly more than launches.
-SMALL = (1 << 20, 1 << 22)
+SMALL_FOOTPRINTS = (1 << 20, 1 << 22)
 # How often a limit is measured while cases run, and at most: where a number lies above it.
 TIMES, MAX_TIMES = 4, 16
 # A declared and a measured limit that differ by so much are both named.
@@ -261,7 +261,7 @@ class RooflineModel:
 
 
 def _sizes(footprint: int) -> list[int]:
-    return [footprint, *(size for size in SMALL if size > footprint)]
+    return [footprint, *(size for size in SMALL_FOOTPRINTS if size > footprint)]
 
 
 def _lowest_so_far(ceiling: Ceiling) -> Ceiling:

@@ -55,8 +55,8 @@ BETWEEN = "between ops"
 # Numbers of the passes, which select their inputs.
 PASSES = 1 << 22
 
-# Stage -> its parts: roles of `mla.layer.ops`, `gather` (context latents, and keys made of them),
-# `extend` and `plan`, and the layer's own host code and copies between them.
+# Stage -> its parts: roles of `mla.layer.ops`, `gather` (context latents, and keys made of them), `gate`
+# (sigmoid and product), `extend` and `plan`, and the layer's own host code and copies between them.
 STAGES = {
     "query and latent projections": ("qkv_a_proj", "q_a_layernorm", "q_b_proj"),
     "cache write": ("write_latent",),
@@ -64,6 +64,7 @@ STAGES = {
         *("w_uk", "rotate_query", "latent_attention", "w_uv"),
         *("kv_b_proj", "gather", "expanded_attention"),
     ),
+    "output gate": ("g_proj", "gate"),
     "output projection": ("o_proj",),
     "bookkeeping": ("extend", "plan"),
     BETWEEN: (BETWEEN,),
@@ -111,7 +112,8 @@ def watch_parts(impl: MlaLayer, watch: Stopwatch) -> None:
     layer, step = impl.layer, impl.layer.step
     impl.replace_ops(lambda role, op: Inside(op, partial(watch.region, role)))
     rebuild = watch.region("gather")(step.expanded.rebuild)
-    layer.step = replace(step, expanded=replace(step.expanded, rebuild=rebuild))
+    gate = watch.region("gate")(step.gate)
+    layer.step = replace(step, expanded=replace(step.expanded, rebuild=rebuild), gate=gate)
     impl.extend = watch.region("extend")(impl.extend)  # type: ignore[method-assign]
     layer.plan = watch.region("plan")(layer.plan)  # type: ignore[method-assign]
 

@@ -36,7 +36,7 @@ from mla_backends.api import Backend
 # Logits, gathered keys, masks, and what is rebuilt of a context, at most.
 WORKSPACE = 1 << 30
 # Roles whose packed weights may be views of one tensor: they count as shared if all of them are.
-_PACKED_TOGETHER = (("qkv_a_proj",), ("q_b_proj",), ("o_proj",), ("kv_b_proj", "w_uk", "w_uv"))
+_PACKED_TOGETHER = (("qkv_a_proj",), ("q_b_proj",), ("g_proj",), ("o_proj",), ("kv_b_proj", "w_uk", "w_uv"))
 
 
 class Available(NamedTuple):
@@ -298,7 +298,7 @@ def _output_bytes(setting: Setting, point: Point, of: Point) -> int:
 
 def _input_numbers(setting: Setting, point: Point) -> int:
     """Return the hidden states' numbers: those of the present turn, the plain ones and all others."""
-    count = choices(point, signed=not setting.config.attention_bias) - 1
+    count = choices(point, signed=setting.config.is_odd) - 1
     rows = point.inputs * point.tokens
     rows_of_others = len(point.query_lens) if point.mode == "prefill" else rows
     return (2 * rows + count * rows_of_others) * setting.config.hidden_size

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from mla.bench.measure.variants import EXTRA_PASSES, HEADLINE, Steps, Variant, steps
-from mla.bench.results.cases import ENOUGH
+from mla.bench.results.cases import MIN_SHARED_STEPS
 from mla.bench.workload.scenario import Scenario, spoken
 
 # Seconds beyond which a yardstick is cut, or a share of what the first implementation takes; and the part of
@@ -29,7 +29,7 @@ EXTRA_FORWARDS = 60
 MUCH_SLOWER = 2.0
 # Passes that are left at least, enough for an interval, and steps of a decode pass: its cache grows, and
 # ratios leave out the first one.
-MIN_PASSES, MIN_STEPS = EXTRA_PASSES, ENOUGH
+MIN_PASSES, MIN_STEPS = EXTRA_PASSES, MIN_SHARED_STEPS
 
 
 def shortened(

@@ -22,7 +22,7 @@ K = TypeVar("K")
 Workload = tuple[str, str, str, str]
 
 # Roofs within this share of each other are drawn as one.
-NEAR = 0.10
+NEAR_SHARE = 0.10
 # Axes of a grid that get curves, and what they count.
 AXES = {"kv": "history (tokens per request)", "batch": "batch (requests)"}
 
@@ -196,7 +196,7 @@ def drawn(roofs: Iterable[Ceiling]) -> list[Ceiling]:
     """Return the roofs to draw: of near-equal ones the highest, at most two of memory and four of compute."""
     kept: list[Ceiling] = []
     for roof in roofs:
-        if not kept or kept[-1].work != roof.work or roof.value < (1 - NEAR) * kept[-1].value:
+        if not kept or kept[-1].work != roof.work or roof.value < (1 - NEAR_SHARE) * kept[-1].value:
             kept.append(roof)
     read, compute = ([roof for roof in kept if roof.work == work] for work in ("read", "matmul"))
     return [*read[:1], *read[1:][-1:], *compute[:4]]

@@ -142,7 +142,7 @@ def _excess(needed: int, done: int) -> float:
 # ---------------------------------------------------------------------------------------------------- passes
 
 # Steps that two cases share from which the first one is left out of their ratio.
-ENOUGH = 3
+MIN_SHARED_STEPS = 3
 
 
 def latency_of(passes: Sequence[Sequence[float]]) -> Latency:
@@ -222,7 +222,7 @@ def shared_steps(case: Case, other: Case) -> range:
     weigh more against the faster one.
     """
     steps = min(case.steps_per_pass, other.steps_per_pass)
-    return range(int(steps >= ENOUGH), steps)
+    return range(int(steps >= MIN_SHARED_STEPS), steps)
 
 
 def _only(case: Case, steps: range) -> Case | None:

@@ -29,7 +29,7 @@ _MAX_BYTES = 1 << 30  # bytes of a file: thousands of cases come to some 100 MB
 # The first version whose throughput is that of all passes together.
 TOTAL = 4
 # Statistics are recomputed from samples in another order of operations.
-CLOSE = 1e-6
+REL_TOLERANCE = 1e-6
 
 
 def encode(run: msgspec.Struct) -> bytes:
@@ -167,7 +167,7 @@ def _numbers(case: Case) -> Faults:
     numbers = [(f".latency_ms.{name}", said, expected) for name, said, expected in medians]
     numbers.append((".tokens_per_s.median", rate.median, cases.throughput_of(passes, tokens).median))
     for where, said, expected in numbers:
-        if not math.isclose(said, expected, rel_tol=CLOSE):
+        if not math.isclose(said, expected, rel_tol=REL_TOLERANCE):
             yield f"Expected {expected:.6g}, as the samples say, got {said:.6g}", where
     rates = [cases.throughput_of([samples], tokens).median for samples in passes]
     for where, interval, values in (
@@ -177,7 +177,7 @@ def _numbers(case: Case) -> Faults:
         low, high = interval or (min(values), max(values))
         if low > high:
             yield "Expected the lower end first", where
-        elif low < min(values) * (1 - CLOSE) or high > max(values) * (1 + CLOSE):
+        elif low < min(values) * (1 - REL_TOLERANCE) or high > max(values) * (1 + REL_TOLERANCE):
             yield f"Expected an interval within {min(values):.6g} and {max(values):.6g}", where
 
 
@@ -188,7 +188,7 @@ def _fraction(case: Case) -> Faults:
         return
     if latency is None or floor is None:
         yield "Expected a fraction only with a latency and a floor", ".roofline.fraction"
-    elif not math.isclose(said, floor / latency.median, rel_tol=CLOSE):
+    elif not math.isclose(said, floor / latency.median, rel_tol=REL_TOLERANCE):
         expected = f"{floor / latency.median:.6g}, the floor over the latency"
         yield f"Expected {expected}, got {said:.6g}", ".roofline.fraction"
 

@@ -15,7 +15,7 @@ from mla.cases.memory import Tensors
 from mla.command import environment
 from mla.command.console import note
 from mla.failures import file
-from mla.failures.call import LIMIT
+from mla.failures.call import MAX_CALL_BYTES
 from mla.failures.watch import JudgedCall, Watched, Watcher
 from mla.layer.ops import layer_roles
 from mla.text import size
@@ -69,8 +69,8 @@ class Keeper:
         elif outcome.last is not None and case.point.op is not None:
             file.write_call(self.folder, outcome.last, origin)
             said = f"{why}. A call is kept in '{path}'; repeat it with: {replay} --runs 1000"
-        elif sum(tensor.nbytes for tensor in seen.values()) > LIMIT:
-            said = f"{why}. Nothing is kept: the outputs take more than {size(LIMIT)}"
+        elif sum(tensor.nbytes for tensor in seen.values()) > MAX_CALL_BYTES:
+            said = f"{why}. Nothing is kept: the outputs take more than {size(MAX_CALL_BYTES)}"
         else:
             file.write(self.folder, file.Document(origin=origin, reason=why), seen)
             said = f"{why}. The inputs and outputs of its first wrong forward are kept in '{path}'"

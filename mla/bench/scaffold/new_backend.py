@@ -19,7 +19,7 @@ from mla_backends.known import KNOWN
 TEMPLATE = Path(__file__).with_name("template")
 SUFFIX = ".template"  # keeps linters and type checkers away from templates
 NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")  # fits a module, a distribution and a torch device
-LONGEST = 32  # the template's lines are formatted for names up to this length
+MAX_NAME_LENGTH = 32  # the template's lines are formatted for names up to this length
 COMMANDS = (
     "pip install -e .",
     "python -m mla.bench doctor {name}",
@@ -60,10 +60,10 @@ def render(name: str) -> dict[str, str]:
 
 
 def _check_name(name: str) -> None:
-    if not NAME.fullmatch(name) or len(name) > LONGEST:
+    if not NAME.fullmatch(name) or len(name) > MAX_NAME_LENGTH:
         raise NewBackendError(
-            f"'{name}' is not a valid backend name: use up to {LONGEST} lower-case letters, digits and "
-            "single underscores, starting with a letter, as in 'acme' or 'acme_npu'."
+            f"'{name}' is not a valid backend name: use up to {MAX_NAME_LENGTH} lower-case letters, digits "
+            "and single underscores, starting with a letter, as in 'acme' or 'acme_npu'."
         )
     owners = [entry.origin for entry in entries() if entry.name == name]
     if not owners and name in KNOWN:

@@ -235,7 +235,7 @@ def make_inputs(config: MLAConfig, scenario: Scenario, seed: int, dtype: torch.d
     plain = hidden()
     widths = (config.kv_lora_rank, config.qk_rope_head_dim)
     history = [tuple(normal(length, width) for width in widths) for length in scenario.history]
-    signed, requests = not config.attention_bias, len(scenario.query_lens)
+    signed, requests = config.is_odd, len(scenario.query_lens)
     count = choices(scenario, signed)
     if scenario.mode == "prefill":
         others = normal(count - 1, requests, config.hidden_size)
@@ -268,7 +268,7 @@ def expected_plain(config: MLAConfig, state: State, inputs: Inputs, count: int) 
 
 def oracle_runs(config: MLAConfig, scenario: Scenario) -> list[Run]:
     """Return what the oracle computes for `expected_outputs`, request by request."""
-    count = choices(scenario, signed=not config.attention_bias)
+    count = choices(scenario, signed=config.is_odd)
     requests = list(zip(scenario.query_lens, scenario.history, strict=True))
     if scenario.mode == "decode":
         return [Run(count, new * scenario.inputs, past) for new, past in requests]

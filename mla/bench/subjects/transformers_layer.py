@@ -167,6 +167,7 @@ class _Classes:
     scales_latents: bool = False
     rotates: bool = True
     takes_head_dim: bool = False  # as a separate field, which must be r
+    output_gate: str | None = None
 
     def load(self) -> tuple[type, type | None, type]:
         """Return the attention, rotary embedding (if any) and config classes. Raises `ImportError`."""
@@ -199,6 +200,7 @@ _CLASSES: Mapping[str, _Classes] = {
     ),
     "mistral4": _Classes("mistral4", "Mistral4", by_position=True),
     "kimi_linear": _Classes("kimi_linear", "KimiLinear", reorders=False, rotates=False),
+    "bailing_hybrid": _Classes("bailing_hybrid", "BailingHybrid", interleaved=True, output_gate="head"),
 }
 
 
@@ -255,6 +257,8 @@ def transformers_model(config: MLAConfig, kind: str = "sdpa") -> TransformersMod
 
 
 def _closest(config: MLAConfig) -> str:
+    if config.output_gate == "head":
+        return "bailing_hybrid"
     if config.rope_theta is None:
         return "kimi_linear"
     if config.query_scaling is not None:
@@ -275,6 +279,8 @@ def _computes(classes: _Classes, config: MLAConfig) -> bool:
     return (
         _scales(config) == scales
         and (config.rope_theta is not None) == classes.rotates
+        and config.output_gate == classes.output_gate
+        and config.qk_rope_head_dim > 0
         and _computes_query_scaling(classes, config)
         and (not classes.scales_latents or config.q_lora_rank is not None)
         and (not classes.rotates or classes.interleaved in (None, config.rope_interleave))

@@ -13,7 +13,7 @@ from mla.bench.terminal.digits import known, number
 # A mean of passes this far from the median of forwards is explained: both are printed, side by side.
 APART = 0.05
 # A forward on unseen lengths that takes this many times as long as on seen ones is warned about.
-COSTLY = 1.2
+COSTLY_RATIO = 1.2
 # p90 over p10 above which a case is called noisy; a growing cache alone gives about 1.1.
 NOISY = 1.5
 # Relative change over all passes above which a case is said to drift.
@@ -189,7 +189,7 @@ def _of_latency(latency: Latency) -> Iterator[tuple[str, str]]:
 def _costly_lengths(case: Case) -> str:
     """Return a warning where seen lengths are so much faster that a server does not see the headline."""
     unseen, latency = case.new_lengths, case.latency_ms
-    if unseen is None or latency is None or unseen.ms <= COSTLY * unseen.repeated_ms:
+    if unseen is None or latency is None or unseen.ms <= COSTLY_RATIO * unseen.repeated_ms:
         return ""
     if unseen.ms - unseen.repeated_ms <= _noise(unseen, latency.p90 - latency.p10):
         return ""

@@ -31,7 +31,7 @@ DEEPSEEK: dict[str, Any] = {
     "v_head_dim": 128,
     "softmax_scale": 192**-0.5,
 }
-SMALL: dict[str, Any] = {
+SMALL_SPEC: dict[str, Any] = {
     "kv_lora_rank": 32,
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 16,
@@ -197,7 +197,7 @@ FEW_TOKENS = tuple(range(1, 34))  # new tokens that leave every rest in a tile o
 MANY_HEADS = ((257, 16), (200, 16), (129, 64), (150, 128))
 # New tokens next to borders.
 TOKENS = (*around(*BORDERS), 200, 300)
-LONG = 33_000  # keys: positions beyond 2^15
+LONG_CONTEXT = 33_000  # keys: positions beyond 2^15
 
 
 @op_cases("heads", "tiles", "a head count that is padded, cut or grouped without saying so", BOTH, exact=True)
@@ -285,7 +285,7 @@ def long(make: Make, quick: bool) -> Iterator[OpCase]:
     """A context of thousands of tokens next to short ones is attended in full."""
     yield make((1, 2, 3), (2500, 9, 70), 4)
     for causal in (True, False):
-        yield make((1, 5), (LONG, 7), 2, aimed=True, causal=causal)
+        yield make((1, 5), (LONG_CONTEXT, 7), 2, aimed=True, causal=causal)
     yield make((1,), (8200,), 2, gain=EVEN)  # whose sums are long
     if not quick:
         yield make((300, 2), (9000, 70), 2, aimed=True)

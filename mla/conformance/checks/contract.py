@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mla.config import MLAConfig
-from mla.conformance.checks.attention import DEEPSEEK, SMALL, SPEC
+from mla.conformance.checks.attention import DEEPSEEK, SMALL_SPEC, SPEC
 from mla.conformance.registry import check
 from mla.conformance.trial import DTYPES, BackendUnderTest, Refused, Trial, expect
 from mla.layer.ops import Ops, preflight_reasons
@@ -83,7 +83,7 @@ def specs(op: FusedOp, subject: BackendUnderTest) -> Iterator[Any]:
             yield from (NormSpec(features, dtype, subject.device) for features in (1, 33, 1536))
         else:
             spec = replace(SPEC, dtype=dtype, device=subject.device)
-            for widths in (DEEPSEEK, SMALL):
+            for widths in (DEEPSEEK, SMALL_SPEC):
                 yield from (replace(spec, **widths, num_heads=heads) for heads in (1, 3, 16, 128))
 
 

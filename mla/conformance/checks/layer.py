@@ -30,6 +30,12 @@ LORA = MLAConfig(
 )
 # What few models have: biases, and channels rotated in halves.
 VARIANT = MLAConfig(192, 16, q_lora_rank=128, attention_bias=True, rope_interleave=False, name="variant")
+# Output gates: of Kimi K3, which keeps rotary channels and rotates none, and of Ling 3; and no such channels.
+GATED = (
+    MLAConfig(192, 12, q_lora_rank=128, rope_theta=None, output_gate="element", name="gate per element"),
+    MLAConfig(192, 16, output_gate="head", name="gate per head"),
+    MLAConfig(192, 16, qk_rope_head_dim=0, name="no rotary channels"),
+)
 MODES = ("auto", "absorbed", "expanded")
 plain = partial(LayerCase, config=PLAIN)
 # A prefill, a decode, several tokens after a history, and a request without new tokens.
@@ -163,8 +169,8 @@ def chunks(trial: Trial) -> None:
 
 @layer_check("variant", "biases that are dropped, or channels rotated in the usual order only")
 def variant(trial: Trial) -> None:
-    """A layer with biases and half-split rotary channels."""
-    check_layer(trial, LayerCase((5, 1), (0, 30), VARIANT))
+    """A layer with biases and half-split rotary channels; those with an output gate, or nothing to rotate."""
+    check_layer(trial, *(LayerCase((5, 1), (0, 30), config) for config in (VARIANT, *GATED)))
 
 
 @layer_check("cached", "a latent that is cached before its norm, or a key before its rotation")
@@ -179,8 +185,8 @@ def cached(trial: Trial) -> None:
         for sequence, hidden, old in parts:
             kv, pe = call.cache.read(sequence)
             truth = true_latents(case.config, host.state, hidden, old)
-            for name, found, true in zip(("latent", "key"), (kv[old:], pe[old:]), truth, strict=True):
-                error = relative_error((found, true))
+            for name, cached, true in zip(("latent", "key"), (kv[old:], pe[old:]), truth, strict=True):
+                error = relative_error((cached, true))
                 expect(
                     error <= bound, f"the cached {name} has relative error {error:.1e}, allowed {bound:.0e}"
                 )

@@ -135,8 +135,8 @@ def pack(trial: Trial, example: OpCase) -> None:
 # the number was.
 MOST_ROWS = 5003
 # Every rest of small tiles; then beside powers of two, which sizes of blocks and their multiples are.
-FEW = (*range(1, 34), 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1023, 1024, 1025, 2049)
-MANY = tuple(sorted({*range(1, 130), *FEW, 2047, 2048, 3000, 4095, 4096, 4097}))
+QUICK_ROWS = (*range(1, 34), 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1023, 1024, 1025, 2049)
+FULL_ROWS = tuple(sorted({*range(1, 130), *QUICK_ROWS, 2047, 2048, 3000, 4095, 4096, 4097}))
 # More than the 65535 blocks that a grid's second and third dimension may have.
 BEYOND_GRID = 66_001
 # Beside the tiles of 16 to 256 that kernels cut widths into, and what they serve without a remainder.
@@ -153,7 +153,9 @@ HEADS = (*range(1, 34), 40, 48, 63, 64, 65, 96, 127, 128)
 @op_cases("rows", "grid", "rows beyond a launch grid, or no multiple of its blocks", EXAMPLES)
 def rows(example: OpCase, quick: bool) -> Iterator[OpCase]:
     """From one row to thousands, every row is right."""
-    return by_turns(of_tokens(example, *((*FEW, MOST_ROWS) if quick else (*MANY, MOST_ROWS, BEYOND_GRID))))
+    return by_turns(
+        of_tokens(example, *((*QUICK_ROWS, MOST_ROWS) if quick else (*FULL_ROWS, MOST_ROWS, BEYOND_GRID)))
+    )
 
 
 @op_cases("rows_and_heads", "grid", "tokens times heads that a launch grid does not hold", of(HEADED))

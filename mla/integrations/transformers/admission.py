@@ -82,7 +82,7 @@ def is_ours(mask: object, queries: int | None = None) -> bool:
 # Which layers of a model can run our ops, and why it may not be served: asked before anything is changed.
 
 # A layer's projections; no family has all.
-PROJECTIONS = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+PROJECTIONS = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "g_proj", "o_proj")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_hf_hook")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

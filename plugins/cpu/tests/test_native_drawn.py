@@ -26,6 +26,6 @@ def subject() -> BackendUnderTest:
 )
 def test_no_drawn_case_is_wrong(subject: BackendUnderTest, kind: str, dtype: torch.dtype) -> None:
     chosen = instances(subject, (dtype,), [f"{kind}.drawn"])
-    results = [carry_out(one, subject, Xfails()) for one in chosen]
-    assert [one.reason for one in results if one.status == "fail"] == []
-    assert any(one.drawn and one.drawn.judged == DRAWS for one in results)
+    results = [carry_out(choice, subject, Xfails()) for choice in chosen]
+    assert [result.reason for result in results if result.status == "fail"] == []
+    assert any(result.drawn and result.drawn.judged == DRAWS for result in results)

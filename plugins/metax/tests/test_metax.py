@@ -17,7 +17,11 @@ from mla_backends.registry import open_backend
 def test_it_requires_no_torch() -> None:
     """pip would replace the vendor's build of it. An editable install requires `editables` as well."""
     required = metadata.requires("mla-backend-metax") or []
-    always = [one for one in required if "extra" not in one and not one.startswith("editables")]
+    always = [
+        requirement
+        for requirement in required
+        if "extra" not in requirement and not requirement.startswith("editables")
+    ]
     assert always == ["mla-backends<0.2,>=0.1", "mla-bench<0.2,>=0.1"]
 
 

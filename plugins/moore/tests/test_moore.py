@@ -20,9 +20,13 @@ from mla_backends.registry import create
 def test_it_requires_no_torch() -> None:
     """pip would replace the vendor's build of it. An editable install requires `editables` as well."""
     required = metadata.requires("mla-backend-moore") or []
-    always = [one for one in required if "extra" not in one and not one.startswith("editables")]
+    always = [
+        requirement
+        for requirement in required
+        if "extra" not in requirement and not requirement.startswith("editables")
+    ]
     assert always == ["mla-backends<0.2,>=0.1", "mla-bench<0.2,>=0.1"]
-    (monitor,) = (one for one in required if "extra" in one)
+    (monitor,) = (requirement for requirement in required if "extra" in requirement)
     assert monitor.startswith("mthreads-ml-py")  # not pymtml, which is another's package
 
 

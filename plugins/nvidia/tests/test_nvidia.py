@@ -27,7 +27,11 @@ GIB = 1 << 30
 
 def test_it_requires_torch_and_nothing_of_a_vendor() -> None:
     required = metadata.requires("mla-backend-nvidia") or []
-    always = {one for one in required if "extra" not in one and not one.startswith("editables")}
+    always = {
+        requirement
+        for requirement in required
+        if "extra" not in requirement and not requirement.startswith("editables")
+    }
     assert always == {
         "mla-backends<0.2,>=0.1",
         "mla-bench<0.2,>=0.1",
@@ -69,7 +73,7 @@ def test_a_known_card_has_ceilings_with_a_source(
     assert found.value == pytest.approx(bandwidth)
     assert flops["bfloat16"].value == flops["float16"].value == pytest.approx(bfloat16)
     assert flops["float32"].value < flops["bfloat16"].value / 4
-    assert {found.source, *(one.source for one in flops.values())} == {SHEETS[name].source}
+    assert {found.source, *(peak.source for peak in flops.values())} == {SHEETS[name].source}
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_a_state_is_found_out_in_a_child_process(emulate: Any) -> None:
     """`list` shows each backend as it is on this emulated host."""
     done = emulate("metax", "-m", "mla.bench", "list", "--json", EMULATED_COUNT="0")
     assert done.code == 0, done.err
-    states = {one["name"]: one for one in json.loads(done.out)}
+    states = {record["name"]: record for record in json.loads(done.out)}
     assert states["cpu"]["state"] == "usable"
     for name in ("moore", "nvidia", "metax", "iluvatar"):
         assert states[name]["state"] == "no device"

@@ -184,17 +184,17 @@ def test_far_pages_are_refused_where_an_old_release_reads_others(
     for release, serves in (("flashinfer", True), ("flashinfer_07", True), ("flashinfer_old", False)):
         with installed(release), monkeypatch.context() as patch:
             patch.setattr(ragged(), "FAR", 4 * PAGES)
-            patch.setattr(flashinfer, "FAR", 7 * PAGES)
+            patch.setattr(flashinfer, "FAR_NUMBERS", 7 * PAGES)
             assert FlashInferMla().unsupported_batch(problem.spec, [1, 1], [100, 200], 64) == []
             if serves:
                 assert_right(problem.run(FlashInferMla()), problem.truth())
                 continue
             with pytest.raises(AssertionError, match=r"worst row error|NaN"):  # what the limit is there for
                 assert_right(problem.run(FlashInferMla()), problem.truth())
-            patch.setattr(flashinfer, "FAR", 6 * PAGES)
+            patch.setattr(flashinfer, "FAR_NUMBERS", 6 * PAGES)
             with pytest.raises(KernelRefused, match=r"finds pages in .* upgrade flashinfer to 0.6.11"):
                 problem.run(FlashInferMla())
-            patch.setattr(flashinfer, "FAR", 5 * PAGES)
+            patch.setattr(flashinfer, "FAR_NUMBERS", 5 * PAGES)
             (reason,) = FlashInferMla().unsupported_batch(problem.spec, [1, 1], [100, 200], 64)
             assert f"this one has {6 * PAGES}" in reason
 
@@ -318,7 +318,7 @@ def test_the_suite_finds_out_an_adapter_without_these_limits(
     installed: Any, monkeypatch: pytest.MonkeyPatch, check: str, release: str
 ) -> None:
     with installed(release):
-        for module, name in ((reach, "PLACES"), (ragged(), "FAR"), (flashinfer, "FAR")):
+        for module, name in ((reach, "PLACES"), (ragged(), "FAR"), (flashinfer, "FAR_NUMBERS")):
             monkeypatch.setattr(module, name, (1 << 22,) if name == "PLACES" else 1 << 22)
         (right,), (wrong,) = (judged_op(op, f"{check}[op-bfloat16]") for op in (FlashInferMla(), Unfenced()))
     assert right.cases.failed == 0

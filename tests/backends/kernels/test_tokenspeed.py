@@ -363,7 +363,9 @@ def test_a_package_that_is_missing_or_old_is_refused(
 
         for name in ("tokenspeed_mla_decode", "tokenspeed_mla_prefill"):
             monkeypatch.setattr(tokenspeed_mla, name, lambda query, out: None)
-        assert any("takes no argument return_lse" in one for one in make().unsupported_reasons(make_spec()))
+        assert any(
+            "takes no argument return_lse" in reason for reason in make().unsupported_reasons(make_spec())
+        )
 
 
 @each_op

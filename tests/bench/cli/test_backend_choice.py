@@ -78,7 +78,7 @@ def test_list_shows_every_state_on_one_line_each(isolated: Bench) -> None:
 def test_list_json_holds_the_same_for_machines(isolated: Bench) -> None:
     done = isolated("list", "--json", fakes=["good", "no_device"])
     assert (done.code, done.err) == (0, "")
-    found = {one["name"]: one for one in json.loads(done.out)}
+    found = {record["name"]: record for record in json.loads(done.out)}
     assert found["fake-good"]["state"] == "usable"
     assert found["fake-good"]["evidence"] == {"device": "host"}
     assert (found["fake-no-device"]["reason"], found["fake-no-device"]["hint"]) == (

@@ -28,13 +28,13 @@ def test_the_command_measures_stores_and_shows_the_same(bench: Bench, quick_ceil
     assert done.code == 0
     assert done.err == ""
     run = decode_ceilings(Path("c.json").read_bytes())
-    assert [one.work for one in run.measured[:4]] == ["read", "read", "copy", "copy"]
-    assert {one.footprint_bytes for one in run.measured[:4]} == {1 << 18, 1 << 20}
-    products = [one.source.rpartition(", ")[2] for one in run.measured[4:]]
+    assert [measurement.work for measurement in run.measured[:4]] == ["read", "read", "copy", "copy"]
+    assert {measurement.footprint_bytes for measurement in run.measured[:4]} == {1 << 18, 1 << 20}
+    products = [measurement.source.rpartition(", ")[2] for measurement in run.measured[4:]]
     assert products[:2] == ["16 x 16 x 16 float32", "32 x 32 x 32 float32"]
     assert products[2:4] == ["2 x 2048 x 3648 float32", "3 x 2048 x 3648 float32"]
     assert len(products) == 2 + 3 * 2
-    assert all(one.value > 0 for one in run.measured)
+    assert all(measurement.value > 0 for measurement in run.measured)
     assert run.environment["torch_threads"] == str(torch.get_num_threads())
     assert not run.interrupted
     assert bench("show", "c.json").out == done.out
@@ -53,7 +53,7 @@ def test_a_file_that_is_stdout_has_no_table_behind_it(bench: Bench, quick_ceilin
 
 def test_the_default_is_what_the_device_computes_natively(bench: Bench, quick_ceilings: None) -> None:
     run = bench("ceilings", "--backend", "fake-float32-only", "--format", "json", fakes=["float32_only"])
-    dtypes = {one.dtype for one in decode_ceilings(run.out.encode()).measured}
+    dtypes = {measurement.dtype for measurement in decode_ceilings(run.out.encode()).measured}
     assert dtypes == {None, "float32"}
 
 
@@ -70,7 +70,7 @@ def test_what_a_device_refuses_is_named_and_left_out(
         "skipped: copy of 256 KiB: RuntimeError: out of memory",
         "skipped: copy of 1 MiB: RuntimeError: out of memory",
     ]
-    assert "copy" not in {one.work for one in decode_ceilings(done.out.encode()).measured}
+    assert "copy" not in {measurement.work for measurement in decode_ceilings(done.out.encode()).measured}
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_signal_keeps_what_was_measured(
     assert done.code == code
     assert done.error == f"interrupted{by}: the result holds what was measured until then"
     run = decode_ceilings(Path("c.json").read_bytes())
-    assert [one.work for one in run.measured] == ["read", "read"]
+    assert [measurement.work for measurement in run.measured] == ["read", "read"]
     assert run.interrupted
 
 

@@ -85,7 +85,7 @@ def repr_of(value: float) -> str:
 @pytest.fixture(autouse=True)
 def _no_hang_and_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """End a read that waits, and refuse memory to one that does not end."""
-    monkeypatch.setattr(mla_backends.outside, "_PATIENCE", 0.1)
+    monkeypatch.setattr(mla_backends.outside, "_PIPE_SECONDS", 0.1)
     limits = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
     if pages:

@@ -80,7 +80,7 @@ def test_what_is_no_op_is_told_from_a_misspelt_one(
 
 @pytest.mark.parametrize(
     ("contract", "meant"),
-    [("latent_atention/1", "latent_attention/1"), ("linaer/1", "linear/1"), ("rms_nrom", "rms_norm/1")],
+    [("latent_atention/1", "latent_attention/2"), ("linaer/1", "linear/1"), ("rms_nrom", "rms_norm/1")],
 )
 def test_a_misspelt_contract_gets_the_whole_one(
     bench: Bench, plugin: Plugin, contract: str, meant: str

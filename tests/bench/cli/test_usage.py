@@ -79,7 +79,7 @@ def test_a_shell_completes_commands_and_the_options_of_a_run(
     before: tuple[str, ...], word: str, offered: list[str]
 ) -> None:
     shell = BashComplete(cli, {}, "mla-bench", "_MLA_BENCH_COMPLETE")
-    assert [one.value for one in shell.get_completions(list(before), word)] == offered
+    assert [completion.value for completion in shell.get_completions(list(before), word)] == offered
 
 
 def test_a_script_goes_by_its_own_name(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,7 +156,7 @@ def test_an_interrupt_keeps_complete_passes_and_flags_all(decode: Bench) -> None
     assert len(kept) >= 4
     assert all(len(samples) == DECODE.runs for samples in kept)
     assert len(kept) == len(decode.order())
-    assert all(one.interrupted for one in measured.values())
+    assert all(measurement.interrupted for measurement in measured.values())
     assert gc.isenabled()
 
 
@@ -167,7 +167,7 @@ def test_an_interrupt_while_loading_leaves_the_rest_not_run(decode: Bench) -> No
 
     measured = decode.measure(decode.parrot("a"), Unloadable(decode, "b"))
     assert [measured[name].check.status for name in ("a", "b")] == ["ok", "not run"]
-    assert all(one.interrupted and not one.passes for one in measured.values())
+    assert all(measurement.interrupted and not measurement.passes for measurement in measured.values())
 
 
 def test_an_interrupt_during_the_last_check_keeps_the_passes(
@@ -199,8 +199,8 @@ def test_an_interrupt_keeps_what_another_clock_has_confirmed(
     monkeypatch.setattr(evidence, "device_doubt", interrupted)
     variants = Variants((HEADLINE, Variant(clock="device")))
     measured = decode.measure(decode.parrot("a"), decode.parrot("b"), variants=variants)
-    assert all(one.passes for one in measured.values())
-    assert [len(one.others[0].passes) > 0 for one in measured.values()] == [True, False]
+    assert all(measurement.passes for measurement in measured.values())
+    assert [len(measurement.others[0].passes) > 0 for measurement in measured.values()] == [True, False]
 
 
 def test_an_interrupt_does_not_hide_why_something_was_not_run(decode: Bench) -> None:
@@ -252,9 +252,9 @@ def test_no_pass_starts_when_the_time_is_over_and_all_that_ran_are_checked(decod
     answers = iter(["", "", "", "it is over"])
     hooks = Hooks(should_stop=lambda seconds, what: next(answers) if what == "another pass" else "")
     measured = decode.measure(decode.parrot("a"), decode.parrot("b"), hooks=hooks)
-    assert sorted(len(one.passes) for one in measured.values()) == [1, 2]
-    assert [one.check.status for one in measured.values()] == ["ok", "ok"]
-    assert not any(one.interrupted for one in measured.values())
+    assert sorted(len(measurement.passes) for measurement in measured.values()) == [1, 2]
+    assert [measurement.check.status for measurement in measured.values()] == ["ok", "ok"]
+    assert not any(measurement.interrupted for measurement in measured.values())
 
 
 def test_others_begin_only_if_a_pass_of_the_first_implementation_and_its_oracle_still_fit(
@@ -271,7 +271,7 @@ def test_others_begin_only_if_a_pass_of_the_first_implementation_and_its_oracle_
     assert asked[0] == 100.0
     assert asked[1] > 100.0
     assert measured["b"].check.reason == "too little time"
-    assert [len(one.passes) for one in measured.values()] == [DECODE.passes, 0]
+    assert [len(measurement.passes) for measurement in measured.values()] == [DECODE.passes, 0]
     assert ("b", "load") not in decode.log
 
 
@@ -297,7 +297,7 @@ def test_a_variant_that_does_not_fit_is_not_checked_and_says_why(decode: Bench) 
         decode.parrot("a"), hooks=hooks, variants=Variants((HEADLINE, Variant(clock="device")))
     )
     assert found["a"].passes
-    assert [one.check.reason for one in found["a"].others] == ["too little time"]
+    assert [other.check.reason for other in found["a"].others] == ["too little time"]
 
 
 def test_the_engine_tells_who_runs_and_that_it_is_alive_outside_of_timed_regions(decode: Bench) -> None:
@@ -370,7 +370,7 @@ def test_it_runs_the_headline_alone_in_passes_as_short_as_they_were_cut_to(cut: 
     assert [len(one) for one in slow.passes] == [2, 2]
     assert [len(one) for one in fast.passes] == [3] * 4
     assert (slow.others, slow.due) == ([], 2)
-    assert ([len(one.passes) for one in fast.others], fast.due) == ([4], None)
+    assert ([len(other.passes) for other in fast.others], fast.due) == ([4], None)
 
 
 def test_its_check_is_as_short_and_all_of_its_outputs_are_checked(cut: Any) -> None:

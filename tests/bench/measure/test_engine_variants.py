@@ -37,7 +37,7 @@ def test_variants_alternate_by_pass_in_the_order_of_the_seed(make_bench: MakeBen
     def firsts(seed: int) -> list[list[float]]:
         bench = make_bench(DECODE)
         found = bench.measure(bench.parrot("a"), bench.parrot("b"), seed=seed, variants=EAGER)
-        return [[samples[0] for samples in one.passes] for name in "ab" for one in found[name].samples]
+        return [[samples[0] for samples in sample.passes] for name in "ab" for sample in found[name].samples]
 
     for seed in range(3):
         found = firsts(seed)
@@ -125,8 +125,8 @@ def test_a_variant_that_is_wrong_before_timing_costs_the_case_its_numbers(decode
     measured = decode.measure(Spoilt(decode, "a"), decode.parrot("b"), variants=EAGER)
     assert measured["a"].check.status == "wrong"
     assert measured["a"].check.reason.startswith("eager, cold cache, host clock: ")
-    assert not any(one.passes for one in measured["a"].samples)
-    assert all(len(one.passes) == DECODE.passes for one in measured["b"].samples)
+    assert not any(sample.passes for sample in measured["a"].samples)
+    assert all(len(sample.passes) == DECODE.passes for sample in measured["b"].samples)
 
 
 @pytest.mark.usefixtures("flushes")
@@ -137,8 +137,8 @@ def test_a_variant_that_goes_wrong_while_it_is_timed_costs_the_case_its_numbers(
     measured = decode.measure(Late(decode, "a"), decode.parrot("b"), variants=EAGER)
     assert "cold cache" in measured["a"].check.reason
     assert ": right at first, wrong in pass " in measured["a"].check.reason
-    assert not any(one.passes for one in measured["a"].samples)
-    assert all(len(one.passes) == DECODE.passes for one in measured["b"].samples)
+    assert not any(sample.passes for sample in measured["a"].samples)
+    assert all(len(sample.passes) == DECODE.passes for sample in measured["b"].samples)
 
 
 def test_every_variant_has_evidence_of_its_own_the_headline_first(
@@ -160,7 +160,7 @@ def test_every_variant_has_evidence_of_its_own_the_headline_first(
     assert asked[0] == ("a", "eager, warm cache, host clock")
     assert measured["a"].check.status == "ok"
     assert measured["b"].check.reason == "eager, warm cache, device clock: it looks wrong"
-    assert not any(one.passes for one in measured["b"].samples)
+    assert not any(sample.passes for sample in measured["b"].samples)
 
 
 def test_an_implementation_without_graphs_says_so(decode: Bench) -> None:

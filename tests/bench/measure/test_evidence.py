@@ -214,7 +214,7 @@ def make(tiny: Callable[..., MLAConfig]) -> Any:
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda one: one.name)
-@pytest.mark.parametrize("changes", [{}, {"attention_bias": True}])
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True}, {"output_gate": "head"}])
 def test_an_honest_layer_is_as_fast_and_right(make: Any, scenario: Scenario, changes: dict[str, Any]) -> None:
     runner, ask = make(scenario, **changes)
     runner.takes = lambda fresh, number: 1.4

@@ -65,8 +65,9 @@ def test_a_region_that_raises_is_closed() -> None:
 def test_every_role_of_the_layer_belongs_to_one_stage(tiny: Any, rank: int | None) -> None:
     parts = [part for parts in STAGES.values() for part in parts]
     assert len(parts) == len(set(parts))
-    config: MLAConfig = tiny(q_lora_rank=rank)
-    assert set(Ops(config, {}, torch.bfloat16, torch.device("cpu")).names()) < set(parts)
+    for gate in (None, "head"):
+        config: MLAConfig = tiny(q_lora_rank=rank, output_gate=gate)
+        assert set(Ops(config, {}, torch.bfloat16, torch.device("cpu")).names()) < set(parts)
 
 
 # Milliseconds of an absorbed decode step, part after part, and of the layer's own code around each.

@@ -46,8 +46,8 @@ def headline() -> results.Latency:
 
 def medians() -> dict[tuple[str, str, str], float | None]:
     return {
-        (one.mode, one.cache, one.clock): one.latency_ms.median if one.latency_ms else None
-        for one in only_case().timings
+        (timing.mode, timing.cache, timing.clock): timing.latency_ms.median if timing.latency_ms else None
+        for timing in only_case().timings
     }
 
 
@@ -130,7 +130,7 @@ def test_a_replay_that_does_nothing_is_wrong(virtual: Bench, scenario: str, afte
     assert case.check.reason.startswith(start)
     assert "hold NaN or infinity" in case.check.reason
     assert case.latency_ms is None
-    assert [one.latency_ms for one in case.timings] == [None]
+    assert [timing.latency_ms for timing in case.timings] == [None]
     assert case.check.reason in done.out
 
 

@@ -229,7 +229,7 @@ def test_the_plan_counts_the_outputs_that_implementations_keep_on_the_host(
             kept.append(
                 {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in one.outputs().values()}
             )
-    bytes_kept = [sum(one.values()) for one in kept]
+    bytes_kept = [sum(kept_call.values()) for kept_call in kept]
     spare = plan.memory.outputs - bytes_kept[0]
     assert len(set(bytes_kept)) == 1
     assert spare == (0 if limit else layers * 2 * 64 * 4)  # one buffer is written while the others are kept

@@ -27,11 +27,11 @@ def test_one_result_has_every_ranks_samples(start: Start, layout: str) -> None:
         assert case.latency_ms is not None
         assert case.spread is not None
         assert (case.spread.layout, case.spread.library) == (layout, "gloo")
-        assert [one.rank for one in case.spread.ranks] == [0, 1]
-        by_forward = zip(*(one.samples for one in case.spread.ranks), strict=True)
+        assert [rank.rank for rank in case.spread.ranks] == [0, 1]
+        by_forward = zip(*(rank.samples for rank in case.spread.ranks), strict=True)
         assert case.latency_ms.samples == list(map(max, by_forward))
         talks = layout != "dp=2"
-        assert all((one.collective_bytes > 0) == talks for one in case.spread.ranks)
+        assert all((rank.collective_bytes > 0) == talks for rank in case.spread.ranks)
 
 
 NO_TORCHRUN = dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS"))
@@ -65,4 +65,4 @@ def test_a_run_whose_time_is_over_is_cut_alike_on_all_ranks(start: Start) -> Non
     for case in found.cases:
         assert (case.passes, case.check.status) == (1, "ok")
         assert case.spread is not None
-        assert {len(one.samples) for one in case.spread.ranks} == {case.steps_per_pass}
+        assert {len(rank.samples) for rank in case.spread.ranks} == {case.steps_per_pass}

@@ -53,7 +53,10 @@ class Page(HTMLParser):
     def charts(self, kind: str = "wide light") -> dict[str, str]:
         """Return the drawings of one kind by their alternative texts."""
         images = [given for tag, given in self.elements if tag == "img" and given["class"] == kind]
-        return {str(one["alt"]): base64.b64decode(str(one["src"])[len(DRAWING) :]).decode() for one in images}
+        return {
+            str(image["alt"]): base64.b64decode(str(image["src"])[len(DRAWING) :]).decode()
+            for image in images
+        }
 
 
 @pytest.fixture
@@ -95,7 +98,7 @@ def test_a_rich_report_has_every_section_and_chart(rich_page: str) -> None:
 
 
 def test_captions_are_the_alternative_texts_and_say_what_can_be_seen(rich_page: str) -> None:
-    captions = [html.unescape(one) for one in re.findall(r"<figcaption>(.*?)</figcaption>", rich_page)]
+    captions = [html.unescape(match) for match in re.findall(r"<figcaption>(.*?)</figcaption>", rich_page)]
     texts = list(Page(rich_page).charts())
     assert len(captions) == len(texts)
     for caption, text in zip(captions, texts, strict=True):

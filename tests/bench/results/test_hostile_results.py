@@ -269,4 +269,4 @@ def test_text_of_a_ceilings_file_is_escaped(ceiling_run: CeilingRun) -> None:
     document: Document = msgspec.json.decode(results.encode(ceiling_run))
     hostile = changed(changed(document, "backend.device", "\x1b]0;x\x07"), "measured.0.source", "a\nb")
     run = decode_ceilings(json.dumps(hostile).encode())
-    assert all(one.isprintable() for one in strings(msgspec.to_builtins(run)))
+    assert all(text.isprintable() for text in strings(msgspec.to_builtins(run)))

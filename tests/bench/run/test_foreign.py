@@ -124,7 +124,7 @@ def test_it_is_timed_checked_and_compared(measure: Bench) -> None:
         assert (case.check.status, case.passes) == ("ok", 2), case.check
         assert case.ops == {"layer": "plain"}
         assert case.memory.weight_bytes > 0
-        assert [one.implementation for one in case.agreement] == ["mla"]
+        assert [agreement.implementation for agreement in case.agreement] == ["mla"]
         assert "elsewhere:Plain" in case.repro
 
 

@@ -55,7 +55,7 @@ def test_ops_are_timed_beside_each_other(measure: Bench) -> None:
     for name, case in cases().items():
         assert (case.check.status, case.passes) == ("ok", 2)
         assert case.interleaved_with == [other for other in names if other != name]
-        assert [one.implementation for one in case.agreement] == case.interleaved_with
+        assert [agreement.implementation for agreement in case.agreement] == case.interleaved_with
         assert name == "mla" or f"decode: mla and {name}: outputs differ by " in done.out, (
             "of two passes each"
         )

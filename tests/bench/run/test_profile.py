@@ -68,7 +68,7 @@ def test_every_case_has_its_pass_with_a_range_per_op(bench: Bench, small: list[s
     events = read(name)
     passes = [event for event in ranges(events) if " / " in event["name"]]
     assert [event["name"] for event in passes] == [
-        f"{scenario} / {one}" for scenario in ("prefill", "decode") for one in names.split(",")
+        f"{scenario} / {part}" for scenario in ("prefill", "decode") for part in names.split(",")
     ]
     for one, op in zip(passes, ("first", "second", "reference") * 2, strict=True):
         forwards = [event for event in inside(one, ranges(events)) if event["name"].startswith("forward ")]

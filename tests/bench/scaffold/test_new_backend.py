@@ -218,7 +218,7 @@ def test_the_template_is_part_of_the_package() -> None:
     """Whatever the checkout holds, only what hatchling collects reaches a user."""
     from hatchling.builders.wheel import WheelBuilder
 
-    shipped = {one.distribution_path for one in WheelBuilder(str(ROOT)).recurse_included_files()}
+    shipped = {file.distribution_path for file in WheelBuilder(str(ROOT)).recurse_included_files()}
     template = {
         f"mla/bench/scaffold/template/{path.relative_to(new_backend.TEMPLATE)}"
         for path in new_backend.TEMPLATE.rglob("*.template")

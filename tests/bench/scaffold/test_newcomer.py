@@ -135,7 +135,7 @@ def test_it_conforms(newcomer: Newcomer, tmp_path: Path) -> None:
     counts = found.counts()
     assert (counts["fail"], counts["xfail"], counts["xpass"]) == (0, 0, 0)
     assert counts["pass"] > 55
-    passed = {one.check for one in found.checks if one.of == "acme_rms_norm" and one.status == "pass"}
+    passed = {check.check for check in found.checks if check.of == "acme_rms_norm" and check.status == "pass"}
     assert {"rms_norm.formula", "rms_norm.rows"} <= passed
 
 

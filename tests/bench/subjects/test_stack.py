@@ -225,7 +225,7 @@ def test_every_layer_has_weights_and_a_cache_of_its_own(make_stack: Callable[...
     for role in stack.layer.ops.names():
         packed = [layer._weights.packed.get(role) for layer in stack.layers]
         if packed[0] is not None:
-            assert len({one.data.data_ptr() for one in packed}) == LAYERS, role
+            assert len({weight.data.data_ptr() for weight in packed}) == LAYERS, role
     assert len({pages.data_ptr() for pages in stack._pages}) == LAYERS
 
 

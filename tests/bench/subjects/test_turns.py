@@ -32,7 +32,7 @@ PREFILL = Scenario(name="p", mode="prefill", query_lens=(3, 1, 2), history=(4, 0
 DECODE = Scenario(name="d", mode="decode", query_lens=(1, 2), history=(4, 3), runs=3)
 ONE = Scenario(name="one", mode="decode", query_lens=(1,), history=(5,), runs=2)
 LONG = Scenario(name="l", mode="prefill", query_lens=(64,), history=(512,), runs=2)
-CHANGES = [{}, {"q_lora_rank": None}, {"attention_bias": True}]
+CHANGES = [{}, {"q_lora_rank": None}, {"attention_bias": True}, {"output_gate": "element"}]
 
 
 @pytest.mark.parametrize("scenario", [PREFILL, DECODE, LONG])

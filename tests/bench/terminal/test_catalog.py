@@ -31,7 +31,7 @@ def test_the_table_has_a_line_per_preset_and_ends_with_its_source(bench: Bench) 
 def test_json_holds_whole_configs_for_machines(bench: Bench) -> None:
     done = bench("list", "--configs", "--json")
     assert (done.code, done.err) == (0, "")
-    found = {one["name"]: one for one in json.loads(done.out)}
+    found = {record["name"]: record for record in json.loads(done.out)}
     assert list(found) == list(PRESETS)
     assert found["kimi-k2"]["rope_scaling"]["factor"] == 32.0
     assert found["glm-4.7-flash"]["checkpoint"] == "zai-org/GLM-4.7-Flash"

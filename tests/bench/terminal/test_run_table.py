@@ -206,7 +206,7 @@ def test_a_headline_of_passes_that_were_cut_says_so(make_run: MakeRun, due: int)
     run = make_run([1.0, 2.0, 300.0], planned=few, roofline=near)
     assert headlines(run) == ["Prefill Latency: 2 ms (3 of 10 passes, no interval)"]
     assert unreliable_headlines(run) == headlines(run)
-    assert [str(one) for one in verdicts(run)] == [
+    assert [str(verdict) for verdict in verdicts(run)] == [
         "prefill: only mla has a number: 2 ms, its share of the limit is unknown"
     ]
     run = make_run([2.0] * 6, planned=few, roofline=near)

@@ -25,7 +25,7 @@ def test_every_file_is_a_preset() -> None:
 
 
 def test_the_list_names_each_with_a_line_and_a_source() -> None:
-    found = {one["name"]: one for one in workloads()}
+    found = {workload["name"]: workload for workload in workloads()}
     assert list(found) == list(PRESETS)
     assert all(one["about"] and "\n" not in one["about"] for one in found.values())
     for name in PUBLISHED:
@@ -67,7 +67,10 @@ def test_a_list_of_specs_makes_a_scenario_of_each(tmp_path: Path) -> None:
     path.write_text('config = "kimi-k2"\n' + TABLE.format('["q4s8", "2q1"]') + 'name = "mine"\nruns = 7\n')
     workload = read_workload(str(path))
     assert workload.config == "kimi-k2"
-    found = [(one.name, one.query_lens, one.history, one.runs) for one in workload.scenarios]
+    found = [
+        (scenario.name, scenario.query_lens, scenario.history, scenario.runs)
+        for scenario in workload.scenarios
+    ]
     assert found == [("mine q4s8", (4,), (4,), 7), ("mine 2q1", (1, 1), (0, 0), 7)]
 
 

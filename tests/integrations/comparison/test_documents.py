@@ -49,13 +49,15 @@ def test_a_model_needs_weights_and_caches_of_all_layers_and_the_rest_once() -> N
     assert rows[0].needed_bytes(61) == 61 * 500 + 60 * 65 + 64 + 1100
     (group,) = groups([*rows, row("sdpa", 500, 9000, 64)])
     assert group.points[0].needed(STOCK, 1) == 1664  # the leaner one's
-    said = next(one for one in words.sentences(group) if "`use_mla`: attention of all 61 layers" in one)
+    said = next(
+        sentence for sentence in words.sentences(group) if "`use_mla`: attention of all 61 layers" in sentence
+    )
     assert said.endswith(" needs less memory than in `transformers` in decode from 2048 tokens on.")
 
 
 def test_tables_of_a_second_machine_say_so() -> None:
     rows = [_row("sdpa", [10]), _row("mla", [1], requests=8)]
-    assert [one.title for one in groups(rows, "no AMX")] == [
+    assert [group.title for group in groups(rows, "no AMX")] == [
         "deepseek-r1, no AMX",
         "deepseek-r1, no AMX, 8 requests",
     ]
@@ -64,7 +66,7 @@ def test_tables_of_a_second_machine_say_so() -> None:
 def test_only_rows_that_were_compared_count_as_compared() -> None:
     rows = [_row("mla", [1], deviation=0.002), _row("mla-paged", [1]), _row("sdpa", [1])]
     (group,) = groups(rows)
-    said = next(one for one in words.sentences(group) if "was compared" in one)
+    said = next(sentence for sentence in words.sentences(group) if "was compared" in sentence)
     assert "in 1 of 3 rows with times, " in said
     assert said.endswith("was within 0.2 % of it.")
     (group,) = groups([rows[1], _row("mla", [1])])

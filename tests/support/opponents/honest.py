@@ -133,8 +133,8 @@ class Sequences(Opponent):
     def sequence(self, calls: Any, moving: Any) -> Callable[..., None]:
         def run(*moved: torch.Tensor) -> None:
             replaced = dict(zip(map(id, moving), moved, strict=True))
-            for one in calls:
-                self._again(one, replaced)
+            for call in calls:
+                self._again(call, replaced)
 
         return run
 

@@ -109,7 +109,7 @@ class Lazy(Opponent):
     def _wrap_runner(self) -> None:
         """Wrap every method of the runner's rooms that has to do with time, to know when it is running."""
         for module in [one for name, one in sys.modules.items() if name.startswith("mla.bench.measure.")]:
-            for kind in [one for one in vars(module).values() if isinstance(one, type)]:
+            for kind in [member for member in vars(module).values() if isinstance(member, type)]:
                 for name, method in list(vars(kind).items()):
                     if "time" in name and callable(method) and kind.__module__ == module.__name__:
                         self.patches.enter_context(patch.object(kind, name, self._timing(method)))
@@ -139,8 +139,8 @@ class LazySequence(Opponent):
                 self.gain()
                 return
             replaced = dict(zip(map(id, moving), moved, strict=True))
-            for one in calls:
-                _make(one, replaced)
+            for call in calls:
+                _make(call, replaced)
 
         return run
 

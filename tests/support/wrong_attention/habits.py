@@ -158,7 +158,7 @@ def ring_of_states(base: type, room: int) -> Any:
         return batch
 
     def spoil(batch: Any, *, out: Any, **tensors: Any) -> None:
-        if not any(batch is one for one in kept):
+        if not any(batch is kept_call for kept_call in kept):
             out.zero_()
 
     return after(base, spoil, prepare=prepare)

@@ -44,7 +44,7 @@ def remembers_result(kind: str) -> FusedOp:
 
     def body(right: Any, *state: Any, **given: Any) -> None:
         tensors = [one for one in given.values() if torch.is_tensor(one)]
-        key = tuple((one.data_ptr(), one.shape) for one in tensors)
+        key = tuple((tensor.data_ptr(), tensor.shape) for tensor in tensors)
         if key in kept:
             overwrite(given, kept[key])
         else:

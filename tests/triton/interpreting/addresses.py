@@ -17,8 +17,8 @@ class Owned:
     """The memory that a launch may touch: the storages of its arguments."""
 
     def __init__(self, tensors: Sequence[torch.Tensor] = ()) -> None:
-        storages = [one.untyped_storage() for one in tensors]
-        spans = sorted({(one.data_ptr(), one.data_ptr() + one.nbytes()) for one in storages})
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        spans = sorted({(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages})
         self._starts, self._ends = np.array([(0, 0), *spans], np.uint64).T
 
     def strange(self, addresses: np.ndarray, width: int) -> int:

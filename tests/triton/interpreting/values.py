@@ -110,9 +110,9 @@ class Values(InterpreterBuilder):  # type: ignore[misc]
     ) -> TensorHandle:
         operands = [numbers_of(a), numbers_of(b)]
         if a.dtype.scalar == tl.float32 and input_precision == _PRECISION.TF32:
-            operands = [_tf32(one) for one in operands]
+            operands = [_tf32(operand) for operand in operands]
         sums = np.int32 if np.issubdtype(d.data.dtype, np.integer) else np.float32
-        product = np.matmul(*(one.astype(sums, copy=False) for one in operands))
+        product = np.matmul(*(operand.astype(sums, copy=False) for operand in operands))
         return TensorHandle((product + d.data).astype(d.data.dtype, copy=False), d.dtype.scalar)
 
 

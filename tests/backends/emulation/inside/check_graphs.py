@@ -47,8 +47,8 @@ def test_decode_in_plain_torch_is_replayed_as_its_lengths_grow(bench: Any, tmp_p
     done = bench("--ops", "reference", "--scenario", "decode", "-O", "graph=on", "-o", "run.json")
     assert done.code == 0, done.err
     (case,) = decode((tmp_path / "run.json").read_bytes()).cases
-    graphs = [one for one in case.timings if one.mode == "graph"]
-    assert {one.check.status for one in graphs} == {"ok"}
+    graphs = [timing for timing in case.timings if timing.mode == "graph"]
+    assert {graph.check.status for graph in graphs} == {"ok"}
     assert len(graphs) == 4  # warm and cold, on both clocks
     assert graphs[0].method == "replay of one captured graph, its block table as wide as the pass needs"
 

@@ -191,8 +191,8 @@ def outputs(config: Any, backend: Any, attention: str, counts: tuple[int, ...], 
     cache.extend(ids, HISTORY[: len(counts)])
     cache.pages.copy_(torch.randn(cache.pages.shape))
     hidden = torch.randn(steps, sum(counts), config.hidden_size).bfloat16().to(backend.device)
-    results = [layer(one, cache.extend(ids, counts), cache.pages[0]) for one in hidden]
-    return torch.stack([one.cpu() for one in results])
+    results = [layer(tensor, cache.extend(ids, counts), cache.pages[0]) for tensor in hidden]
+    return torch.stack([result.cpu() for result in results])
 
 
 CASES = [("absorbed", (1, 1, 1)), ("absorbed", (2, 1, 3)), ("expanded", (2, 1, 3)), ("auto", (30, 1, 5))]

@@ -73,12 +73,12 @@ def is_of_a_kernel(one: Instance) -> bool:
 
 
 def results(found: BackendUnderTest, chosen: Iterable[Instance]) -> dict[str, CheckResult]:
-    return {one.id: carry_out(one, found, Xfails()) for one in chosen}
+    return {choice.id: carry_out(choice, found, Xfails()) for choice in chosen}
 
 
 def test_every_kernel_keeps_the_contract() -> None:
     device = subject()
-    chosen = [one for one in instances(device, (torch.bfloat16,)) if is_of_a_kernel(one)]
+    chosen = [instance for instance in instances(device, (torch.bfloat16,)) if is_of_a_kernel(instance)]
     found = results(device, chosen)
     assert {one.id: one.reason for one in found.values() if one.status != "pass"} == {}
     assert len(found) >= 35
@@ -100,7 +100,11 @@ def test_drawn_cases_of_a_kernel(monkeypatch: pytest.MonkeyPatch, check: str) ->
     for name, value in TINY.items():
         monkeypatch.setattr(drawn, name, value)
     device = dataclasses.replace(subject(), slow=frozenset(), drawing=Drawing(DRAWS, seed=5))
-    chosen = [one for one in instances(device, (torch.bfloat16,), [check]) if one.of.startswith("triton_")]
+    chosen = [
+        instance
+        for instance in instances(device, (torch.bfloat16,), [check])
+        if instance.of.startswith("triton_")
+    ]
     (result,) = results(device, chosen).values()
     assert (result.status, result.failures) == ("incomplete", [])
     assert result.drawn is not None
