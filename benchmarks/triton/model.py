@@ -33,24 +33,17 @@ from typing import Any, NamedTuple
 
 import click
 
-from benchmarks.triton import shipped
 from benchmarks.triton.cards import CARDS, Card
 from benchmarks.triton.cases import Case
 from benchmarks.triton.compiling import compile_cases
 from benchmarks.triton.faults import tile_of
 from benchmarks.triton.fingerprint import fingerprint
-from benchmarks.triton.table import installed
+from benchmarks.triton.shipped import CURRENT
+from benchmarks.triton.table import PARTS, installed
 from mla.command import console
 
 TABLE, DATA = (Path(__file__).with_name(f"model.{kind}") for kind in ("md", "json"))
 LAUNCHES = ("latent: 16 heads", "latent: 128 heads", "expanded: causal")
-# What is compiled for each target, and what stands for the cards of another vendor.
-SHIPPED = {
-    str(tiles.target): tiles
-    for tiles in (
-        shipped.A100, shipped.L40, shipped.H100, shipped.B200, shipped.RTX50, shipped.METAX_AS_CDNA3,
-    )
-}  # fmt: skip
 ELEMENT = 2  # bytes of a bfloat16
 HEADER = """# What bounds a step over keys: predictions
 
@@ -112,9 +105,12 @@ def predict(card: Card, work: Work, step: Mapping[str, Any]) -> Prediction:
     )
 
 
-def cases() -> dict[tuple[str, str], Case]:
-    """Return by target and launch what is compiled."""
-    return {(target, name): tiles.cases()[name] for target, tiles in SHIPPED.items() for name in LAUNCHES}
+def cases(version: str = "") -> dict[tuple[str, str], Case]:
+    """Return by target and launch what is compiled with a version of Triton; "" is a new one."""
+    known = {(tiles.cards, tiles.target) for tiles in CURRENT}
+    old = (tiles for part in PARTS if part.triton == version for tiles in part.shipped)
+    compiled = [tiles for tiles in old if (tiles.cards, tiles.target) in known] if version else CURRENT
+    return {(str(tiles.target), name): tiles.cases()[name] for tiles in compiled for name in LAUNCHES}
 
 
 Compiled = Mapping[tuple[str, str], tuple[Case, Mapping[str, Any]]]  # by target and launch
@@ -135,9 +131,9 @@ def rows(version: str, compiled: Compiled) -> Iterator[dict[str, Any]]:
             yield {**row, **counted, **predict(card, Work.of(case), found["step"])._asdict()}
 
 
-def compiled_rows(triton: Path | None, jobs: int) -> list[dict[str, Any]]:
-    """Compile everything with one version of Triton and return its rows."""
-    wanted = cases()
+def compiled_rows(triton: Path | None, jobs: int, version: str = "") -> list[dict[str, Any]]:
+    """Compile everything with one version of Triton, by default that which is installed; return its rows."""
+    wanted = cases(version)
     found = compile_cases(list(wanted.values()), triton, jobs)
     version = next((answer["triton"] for answer in found if "triton" in answer), "")
     pairs = zip(wanted.items(), found, strict=True)
@@ -182,7 +178,7 @@ def main(folder: Path | None, jobs: int) -> None:
         versions = installed(folder)
     except FileNotFoundError as error:
         raise click.UsageError(str(error)) from error
-    by_version = {version: compiled_rows(where, jobs) for version, where in versions.items()}
+    by_version = {version: compiled_rows(where, jobs, version) for version, where in versions.items()}
     text = [HEADER.format(fingerprint=fingerprint())]
     text += [line for version, table in by_version.items() for line in lines(version, table)]
     TABLE.write_text("\n".join(text) + "\n", encoding="utf-8")

@@ -13,12 +13,14 @@ import triton.backends.nvidia as nvidia
 from benchmarks.triton import counting
 
 BIN = Path(nvidia.__file__).parent / "bin"
-# What to count in NVIDIA's machine code: products of matrices, and copies to shared memory in the background.
+# What to count in NVIDIA's machine code: products of matrices, copies to shared memory in the background, and
+# where programs that may have started early wait for the launch before.
 SASS = {
     "tcgen05": r"\bUTC\w*MMA\b",
     "wgmma": r"\b[HQI]GMMA\b",
     "mma": r"\b[HQI]MMA\b",
     "cp.async": r"\bLDGSTS\b",
+    "early start": r"\bACQBULK\b",
 }
 
 

@@ -224,7 +224,9 @@ class ContextPath(AbsorbedPath):
         per_token = scratch_per_token(self.config, self.groups.layout.dcp, self.scratch.itemsize)
         return max(1, workspace // per_token)
 
-    def run(self, ops: Ops, projected: Projected, group: AbsorbedGroup, pages: torch.Tensor) -> None:
+    def run(
+        self, ops: Ops, projected: Projected, group: AbsorbedGroup, pages: torch.Tensor, rotated: bool = False
+    ) -> None:
         """Attend as `AbsorbedPath.run` does, with this rank's `pages` and those of all others."""
         views, packed = self.views.absorbed(projected, group.tokens), self.weights.packed
         ops["w_uk"].op(packed["w_uk"], x=views.q_nope, out=views.latent_nope)
@@ -263,8 +265,14 @@ class ContextPath(AbsorbedPath):
 class ContextStep(Step):
     """`Step` where the context is spread over ranks: it writes this rank's new latents, and no others."""
 
+    def _rotated_with_latents(
+        self, ops: Ops, projected: Projected, plan: StepPlan
+    ) -> dict[str, torch.Tensor]:
+        """Return {}: a rank writes the latents of other tokens than it has queries of."""
+        return {}
+
     def _write_latent(
-        self, ops: Ops, kv_a: torch.Tensor, batch: Any, plan: StepPlan, pages: torch.Tensor
+        self, ops: Ops, kv_a: torch.Tensor, batch: Any, plan: StepPlan, pages: torch.Tensor, **queries: Any
     ) -> None:
         count, scratch = batch.own.shape[0], self.absorbed.scratch
         if not count:

@@ -13,8 +13,8 @@ chooses. Nothing imports Triton before an op is tried, and what Triton lacks is 
 |---|---|---|
 | `triton_latent` | 1, or 2 where requests are split | flash decoding over pages of any size |
 | `triton_expanded` | 1 | flash attention over all segments |
-| `triton_write_latent` | 1 | norm, rotation and scatter of a token's latent |
-| `triton_rotate_query` | 1 | rotation of all heads |
+| `triton_write_latent` | 1 | norm, rotation and scatter of a token's latent, and the rotation of all heads |
+| `triton_rotate_query` | 1 | rotation of all heads, where `triton_write_latent` does not do it |
 | `triton_rms_norm` | 1 | norm of the query latent |
 """
 
@@ -50,11 +50,12 @@ def triton_ops(
 ) -> dict[str, FusedOp]:
     """Return the ops by name. `device_reason` says why a device cannot run them, "" if it can."""
     starts = launcher or Launcher()
+    rotate = RotateQuery(starts, device_reason)
     return {
         "triton_latent": LatentAttention(starts, tuning, multiprocessors, device_reason),
         "triton_expanded": ExpandedAttention(starts, tuning, device_reason),
-        "triton_write_latent": WriteLatent(starts, device_reason),
-        "triton_rotate_query": RotateQuery(starts, device_reason),
+        "triton_write_latent": WriteLatent(starts, device_reason, rotate),
+        "triton_rotate_query": rotate,
         "triton_rms_norm": RmsNorm(starts, device_reason),
     }
 
@@ -100,6 +101,10 @@ class TritonBackend(TorchBackend):
         """Return why the device cannot run the kernels; "" if it can, or may."""
         return ""
 
+    def starts_early(self) -> bool:
+        """Return whether card and Triton have programmatic dependent launch."""
+        return False
+
     @functools.cached_property
     def tuning(self) -> Tuning:
         """The tuning of the device, which is known after setup."""
@@ -138,7 +143,8 @@ class TritonBackend(TorchBackend):
         """Return the Triton ops for this device; keep them, because they hold scratch memory."""
         if not self._offers:
             return {}
-        return triton_ops(self.tuning, self.multiprocessors(), device_reason=self.triton_reason)
+        launcher = Launcher(early=self.starts_early())
+        return triton_ops(self.tuning, self.multiprocessors(), launcher, self.triton_reason)
 
     def vendor_facts(self) -> Mapping[str, str]:
         tuning = {} if self.device is None else {"tuning": self.tuning.source}  # it is chosen by the device

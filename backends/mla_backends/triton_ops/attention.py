@@ -256,6 +256,7 @@ class LatentAttention(KernelOp):
             return
         latent = out.shape[2]
         shared = _latent_arguments(state, q.shape[1], kv_lens, cu_q, out, lse)
+        shared["EARLY"] = self.launcher.early
         rope = q.shape[2] - latent
         arguments = {
             **shared,
@@ -282,11 +283,11 @@ class LatentAttention(KernelOp):
         page, whole = arguments["PAGE"], wide(arguments["LATENT"], MIN_SIDE)
 
         def start(tile: Tile) -> None:
+            if page % tile.keys:
+                tile = tile.across_pages()
             blocks, programs = state.blocks(tile.rows)
             halves = tile.halves and whole > MIN_SIDE
-            # Keys of several pages in a step take more registers.
-            keys = tile.keys if page % tile.keys == 0 else max(MIN_SIDE, tile.keys // 2)
-            sizes = {"blocks": blocks, "ROWS": tile.rows, "KEYS": keys}
+            sizes = {"blocks": blocks, "ROWS": tile.rows, "KEYS": tile.keys}
             pieces = {"PIECE": whole // 2 if halves else whole, "HALVES": halves}
             self.launcher.start(
                 attend_latent,
@@ -426,6 +427,7 @@ class ExpandedAttention(KernelOp):
         from mla_backends.triton_ops.jit.expanded import attend_expanded
 
         arguments = _expanded_arguments(state, q, k, v, softmax_scale, out, lse)
+        arguments["EARLY"] = self.launcher.early
 
         def start(tile: Tile) -> None:
             blocks = -(-state.longest // tile.rows)

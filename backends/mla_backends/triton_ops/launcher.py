@@ -142,9 +142,14 @@ SAID = re.compile(
 
 
 class Launcher:
-    """Starts kernels. `launches` counts them; `remarks` says which tiles did not fit."""
+    """Starts kernels. `launches` counts them; `remarks` says which tiles did not fit.
 
-    def __init__(self) -> None:
+    With `early`, a kernel may be started while the launch before it still runs, and waits for it itself
+    (programmatic dependent launch): its launch takes no time of its own. Triton and the card must have it.
+    """
+
+    def __init__(self, early: bool = False) -> None:
+        self.early = early
         self.launches = 0
         self.remarks: list[str] = []
         self._fitting: dict[Hashable, Tile] = {}  # kernel, tile and variant -> the tile that runs
@@ -155,7 +160,8 @@ class Launcher:
         """Start `kernel` (made by `triton.jit`) on `grid`; `arguments` by name, constants included."""
         written = arguments.get("out", arguments.get("cache"))
         with on_device(written.device):  # Triton starts kernels on the current device
-            kernel[grid](**arguments, num_warps=warps, num_stages=stages)
+            options = {"launch_pdl": True} if arguments.get("EARLY") else {}  # which not all have
+            kernel[grid](**arguments, num_warps=warps, num_stages=stages, **options)
         self.launches += 1
 
     def start_tiled(self, name: str, tile: Tile, variant: Hashable, start: Callable[[Tile], None]) -> None:

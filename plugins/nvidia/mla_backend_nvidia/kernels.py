@@ -44,6 +44,8 @@ FLASH_MLA_ROWS = 11_000
 
 # Architecture -> the oldest Triton that compiles our kernels for it and newer ones.
 OLDEST_TRITON = {(10, 0): (3, 3), (9, 0): (3, 2), (0, 0): (3, 1)}
+# The oldest Triton that our kernels were compiled with for programmatic dependent launch.
+EARLY_TRITON = (3, 6)
 AMPERE = (8, 0)
 HOPPER = ((9, 0),)
 BLACKWELL = ((10, 0), (10, 3), (10, 7))  # of data centres, with tensor memory; not sm_120
@@ -184,11 +186,10 @@ def old_triton(architecture: Architecture) -> str:
 
     An older compiler does not raise, it ends the process: compiled ahead of time with 3.1 to 3.9.
     """
-    installed = next(filter(None, map(_version, PACKAGES)), "")
+    installed, version = _triton()
     if not installed:
         return ""
     needed = next(least for since, least in OLDEST_TRITON.items() if architecture() >= since)
-    version = tuple(int(part) for part in installed.split(".")[:2] if part.isdecimal())
     if version >= needed:
         return ""
     name = _name(architecture())
@@ -196,6 +197,17 @@ def old_triton(architecture: Architecture) -> str:
         f"Triton {installed} is too old for {name} and may end the process: "
         f"use a torch whose Triton is {needed[0]}.{needed[1]} or newer"
     )
+
+
+def starts_early(architecture: Architecture) -> bool:
+    """Return whether card and Triton have programmatic dependent launch."""
+    return architecture() >= HOPPER[0] and _triton()[1] >= EARLY_TRITON
+
+
+def _triton() -> tuple[str, tuple[int, ...]]:
+    """Return the installed version of Triton, as text and as numbers; "" and () if there is none."""
+    installed = next(filter(None, map(_version, PACKAGES)), "")
+    return installed, tuple(int(part) for part in installed.split(".")[:2] if part.isdecimal())
 
 
 def _version(package: str) -> str:

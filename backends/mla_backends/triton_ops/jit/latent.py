@@ -12,11 +12,11 @@ captured launch follows lengths that change. A request of one part writes its ou
 import triton
 import triton.language as tl
 
-from mla_backends.triton_ops.jit.shared import close, decoded, fold, place_of
+from mla_backends.triton_ops.jit.shared import close, decoded, fold, follow, place_of
 
 LN2 = tl.constexpr(0.6931471805599453)
-# Where Triton sees that a product feeds another, it lays all warps along the rows of the first. From this many
-# rows on, two groups of warps would then compute the same scores: a condition that always holds hides it.
+# Where Triton sees that a product feeds another, it lays all warps along the rows of the first. From this
+# many rows on, two groups of warps would compute the same scores: a condition that always holds hides it.
 SPREAD_ROWS = tl.constexpr(64)
 # What changes from step to step: specialised on its value or alignment, a kernel would be compiled anew.
 TABLES = ["block_table", "kv_lens", "cu_q", "lse", "part_lse", "table_row"]
@@ -65,8 +65,10 @@ def attend_latent(
     CAUSAL: tl.constexpr,  # some request has several new tokens
     HAS_LSE: tl.constexpr,
     FORMAT: tl.constexpr,  # of a cached element
+    EARLY: tl.constexpr,  # see `follow`
 ):
     """Attend. Grid: (blocks of all requests, max_splits)."""
+    follow(EARLY)
     request, block = place_of(tl.program_id(0), cu_q, requests, blocks, HEADS, ROWS, RAGGED)
     split = tl.program_id(1)
     first = tl.load(cu_q + request)
@@ -202,11 +204,14 @@ def merge_latent(
     CHANNELS: tl.constexpr,  # of a program, a power of two
     PARTS: tl.constexpr,  # parts of a step
     HAS_LSE: tl.constexpr,
+    EARLY: tl.constexpr,  # see `follow`
 ):
-    """Merge some channels of the parts of some rows of a request. Grid: (blocks of all requests, c / CHANNELS).
+    """Merge some channels of the parts of some rows of a request.
 
-    The channels of a row are shared by programs because one request of few heads has few rows.
+    Grid: (blocks of all requests, ceil(c / CHANNELS)). Programs share the channels of a row because one
+    request of few heads has few rows.
     """
+    follow(EARLY)
     request, block = place_of(tl.program_id(0), cu_q, requests, blocks, HEADS, rows, RAGGED)
     first = tl.load(cu_q + request)
     end = (tl.load(cu_q + request + 1) - first) * HEADS

@@ -39,6 +39,7 @@ SMALL = (
     norm(3, 100),
     rotation(2, 3),
     rotation(2, 20, width=24, interleaved=False),
+    rotation(2, 40, width=24, joined=True),
     write(5, latent=100, rope=8),
     norm(8, 1536),
     FarWrite(write(3).case),
