@@ -1,18 +1,13 @@
-"""What a comparison writes down, as JSON."""
+"""Records of the comparison with `transformers`, as a program that is gone has written them, as JSON."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import msgspec
 
-from mla.command import files
 from mla.errors import ResultError
 
-# How `write` begins: only such a file is overwritten.
-_START = re.compile(rb'\{\s*"device": "(?:[^"\\]|\\.)*",\s*"(?:label|threads)": ')
-RECORD = files.Kind("a record of this comparison", lambda data: _START.match(data) is not None)
 LAYERS = {"deepseek-r1": 61, "deepseek-v2-lite": 27}  # of each config's model, all with MLA
 
 
@@ -78,8 +73,3 @@ def read(path: Path) -> Record:
         raise ResultError(f"cannot read '{path}': {error.strerror}.") from error
     except msgspec.DecodeError as error:
         raise ResultError(f"'{path}' is not a record of this comparison: {error}.") from error
-
-
-def write(record: Record, path: Path) -> None:
-    """Write a record, a line for each row, whole or not at all. Raises `ResultError`."""
-    files.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n", path)

@@ -28,7 +28,9 @@ class Shipped:
 
     def cases(self) -> dict[str, Case]:
         """Return by name what all problems launch."""
-        return {name: case_of(launch, self.target) for name, launch in launches(self.tuning, self.early).items()}
+        return {
+            name: case_of(launch, self.target) for name, launch in launches(self.tuning, self.early).items()
+        }
 
 
 def _nvidia(cards: str, arch: int, shared: int) -> Shipped:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -107,3 +109,24 @@ def _items(text: str) -> list[str]:
 def _words(folder: Path) -> dict[str, list[str]]:
     """Return what is written in each picture, which other releases of the drawing library place otherwise."""
     return {path.name: re.findall(r">([^<>\s][^<>]*)<", path.read_text()) for path in folder.iterdir()}
+
+
+def test_a_record_that_cannot_be_read_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other.json").write_text("{}")
+    for name in ("missing.json", "other.json"):
+        assert summary.main([str(tmp_path / name)]) == 1
+        assert re.fullmatch(r"error: .*\n", capsys.readouterr().err), name
+
+
+def test_freed_memory_stays_in_a_process_whose_allocator_keeps_it() -> None:
+    def faults(*command: str) -> int:
+        program = (
+            "import resource, torch\nuse = lambda: torch.ones(64 << 20, dtype=torch.int8)\nuse(), use()\n"
+        )
+        program += "now = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\nbefore = now(); use()\n"
+        words = [*command, sys.executable, "-c", f"{program}print(now() - before)"]
+        return int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+
+    assert faults(sys.executable, str(ROOT / "benchmarks" / "allocator.py")) < 16 < faults()
