@@ -24,6 +24,11 @@ _HOMES = {
 __all__ = ["MLA", "LatentCache", "MLAConfig", "RaggedBatch", "load_backend"]
 
 
+def __dir__() -> list[str]:
+    """Offer what is public to completion, before its first use."""
+    return [*__all__, "__version__"]
+
+
 def __getattr__(name: str) -> object:
     """Import on first use, so that commands which only read result files need no torch."""
     if name in _HOMES:

@@ -3,8 +3,8 @@
 import sys
 
 COMMANDS = """\
-python -m mla.bench        measure MLA on a device (--help)
-python -m mla.conformance  check the ops of a backend (--help)
+mla-bench        or python -m mla.bench: measure MLA on a device (--help)
+mla-conformance  or python -m mla.conformance: check the ops of a backend (--help)
 """
 
 if __name__ == "__main__":

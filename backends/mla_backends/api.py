@@ -193,7 +193,7 @@ def format_refusals(op: FusedOp, spec: Any) -> list[str]:
         return []
     claims = f"only {', '.join(sorted(op.cache_formats))}" if op.cache_formats else "none"
     return [
-        f"it does not know the cache format '{name}': it claims {claims} beside numbers of the layer's dtype"
+        f"it does not know the cache format '{name}': it claims {claims} in addition to the layer's dtype"
     ]
 
 
@@ -496,6 +496,10 @@ class Backend(ABC):
             raise BackendOptionError(
                 f"backend '{self.name}' needs 1 to {MOST_THREADS} threads, got '{threads}'."
             )
+
+    def __repr__(self) -> str:
+        options = f", options={self.options}" if self.options else ""
+        return f"{type(self).__name__}({self.name!r}, device={str(self.device)!r}{options})"
 
     @classmethod
     def known_options(cls) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from benchmarks.transformers.points import NAMES, Group, Point, attention, group
 from benchmarks.transformers.record import read
 from benchmarks.transformers.tables import tables
 from benchmarks.transformers.words import sentences
-from mla.bench.report import figures, page, theme
+from mla.bench.report import figures, page
 from mla.bench.terminal.digits import number
 from mla.command.console import note, out
 from mla.errors import ResultError
@@ -68,7 +68,7 @@ def draw(group: Group, device: str) -> dict[str, str]:
             drawn = figures.curves(list(map(_drawn, lines, lines.values())), [], ("tokens", label))
             subject = f"{group.config}: one request; {device}"
             chart = figures.Chart(f"{group.config}-{name}", title, subject, f"{finding}.", drawn)
-            for mode in get_args(theme.Mode):
+            for mode in get_args(figures.Mode):
                 made[f"{chart.name}-{mode}.svg"] = figures.svg(chart, mode, figures.NARROW, titled=True)
             note(f"{group.config}-{name}: {title}. {finding}.")
     return made
@@ -77,7 +77,7 @@ def draw(group: Group, device: str) -> dict[str, str]:
 def _drawn(party: str, line: Sequence[tuple[int, float]]) -> figures.Line:
     """Return a party's line as it is drawn in all pictures."""
     place = list(NAMES).index(party)
-    look = list(theme.SERIES)[place], figures.MARKERS[place], figures.DASHES[place]
+    look = list(figures.SERIES)[place], figures.MARKERS[place], figures.DASHES[place]
     return figures.Line(party, *look, [figures.Point(*point) for point in line])
 
 

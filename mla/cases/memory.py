@@ -11,6 +11,7 @@ import torch
 Tensors = dict[str, torch.Tensor]
 
 GUARD = 32  # rows before and behind a tensor, where a kernel writes that rounds its rows up
+FAR_APART = 1 << 20  # numbers from one row to the next
 ALIGNED, MAX_BESIDE = 64, 1 << 14  # numbers: pieces begin at multiples, and have as many beside them at most
 
 # Bound before any plugin loads, which may replace methods of torch.
@@ -204,17 +205,28 @@ def scattered(tensor: torch.Tensor, device: torch.device, apart: int) -> torch.T
     Raises `NoRoom` if that takes more memory than there is.
     """
     whole = allocate((tensor.shape[0] * apart,), tensor.dtype, device)
-    part = whole.as_strided(tensor.shape, (apart, tensor.shape[2], 1))
-    for row, values in zip(part, tensor, strict=True):  # an index could be too narrow, too
+    return copy_rows(whole.as_strided(tensor.shape, (apart, tensor.shape[2], 1)), tensor)
+
+
+def copy_rows(rows: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """Copy rows one by one to where they lie apart, and return them: a stack may count places in 32 bits."""
+    for row, values in zip(rows, source, strict=True):
         row.copy_(values)
-    return part
+    return rows
+
+
+def rows_on_host(rows: torch.Tensor) -> torch.Tensor:
+    """Return rows [n, ...] on the host, copied one by one where they lie far apart."""
+    if len(rows) < 2 or rows.stride(0) < FAR_APART:
+        return rows.cpu()
+    return torch.stack([row.cpu() for row in rows])
 
 
 def hardly_touched(pages: Pages, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return a cache of keys [K, w], nothing else of it written. Raises `NoRoom` if it is too large."""
     blocks = pages.blocks(rows)
     cache = allocate((pages.count, *blocks.shape[1:]), blocks.dtype, device)
-    for page, block in zip(pages.order.tolist(), blocks, strict=True):  # an index could be too narrow, too
+    for page, block in zip(pages.order.tolist(), blocks, strict=True):  # one by one, as in `copy_rows`
         cache[page].copy_(block)
     return cache
 

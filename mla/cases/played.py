@@ -23,6 +23,7 @@ from mla.cases.memory import (
     Tensors,
     hardly_touched,
     poison,
+    rows_on_host,
     same_words,
     scattered,
 )
@@ -245,7 +246,7 @@ class Laid(Call):
     def results(self) -> Tensors:
         """Return what the last call wrote, rows [T, ..] on the host."""
         written = self.pool.entry.written(self.arguments)
-        return {name: rows.cpu() for name, rows in written.items() if name in self.written}
+        return {name: rows_on_host(rows) for name, rows in written.items() if name in self.written}
 
     def judge(self, case: Laid, only: Sequence[str] = ()) -> str:
         """Return what is wrong with the last call, given whose operands it had."""

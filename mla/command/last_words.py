@@ -17,7 +17,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
 from typing import Any
 
 LOADING_S = 60.0  # seconds after which loading a backend is said to take long
@@ -82,15 +81,19 @@ class _Supervisor:
 
     def wait(self) -> int:
         """Return the exit code of the child, or our own after a sentence about its end."""
-        for number in _SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup, where the child ignores it too
-                signal.signal(number, self._pass_on)
-        if signal.getsignal(signal.SIGTSTP) != signal.SIG_IGN:
-            signal.signal(signal.SIGTSTP, self._stop)
-        signal.signal(signal.SIGCONT, self._pass_on)
+        # A handler would run late or never: the kernel may hand a signal to another thread, and then nothing
+        # wakes this one. So no thread takes them, and this one waits for them by name.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        watched = {
+            number
+            for number in (*_SIGNALS, signal.SIGTSTP, signal.SIGCONT, signal.SIGCHLD)
+            if signal.getsignal(number) != signal.SIG_IGN  # as under nohup, where the child ignores it too
+        }
+        signal.pthread_sigmask(signal.SIG_BLOCK, watched)
         self._listener.start()
         self._patience.start()
-        code = self._child.wait()
+        while (code := self._child.poll()) is None:
+            self._take(signal.sigwait(watched))
         self._listener.join(1.0)  # its own children may hold the line open
         if "code" in self._heard:
             return code if code >= 0 else int(self._heard["code"])  # its libraries may crash as they end
@@ -100,18 +103,18 @@ class _Supervisor:
         _say(f"error: the process ended{where}: {_end(code)}{hint}")
         return DIED
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+    def _take(self, number: int) -> None:
+        """Pass a signal on; SIGTSTP stops this process, too, until SIGCONT continues both."""
+        if number == signal.SIGCHLD:
+            return
         if number in _SIGNALS:
             self._signal = number
         with contextlib.suppress(ProcessLookupError):
             self._child.send_signal(number)
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        """Stop the child and this process, as `kill -TSTP` asks; SIGCONT continues both."""
-        self._pass_on(number, frame)
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
-        signal.signal(number, self._stop)  # continued
+        if number == signal.SIGTSTP:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+            os.kill(os.getpid(), number)
+            signal.pthread_sigmask(signal.SIG_BLOCK, {number})
 
     def _listen(self, reader: int) -> None:
         with open(reader, errors="replace") as line:

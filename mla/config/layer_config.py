@@ -371,7 +371,21 @@ class MLAConfig:
         path = "/" in name or name.endswith(".json") or os.path.isdir(name)  # Path("") would be one
         if not path or name in PRESETS:
             return cls.preset(name)
+        if not os.path.exists(name):
+            cls._refuse_hub_name(name)
         return cls._read(Path(name, "config.json") if os.path.isdir(name) else Path(name), None, name)
+
+    @staticmethod
+    def _refuse_hub_name(name: str) -> None:
+        """Raise `ConfigError` for a model of the Hugging Face hub, which is not downloaded."""
+        owner, _, model = name.partition("/")
+        if (reason := refused_model(model)) is not None and owner:
+            raise ConfigError(f"config '{name}' is not supported: {reason}.")
+        for preset, known in PRESETS.items():
+            if known.checkpoint.lower() == name.lower():
+                raise ConfigError(
+                    f"config '{name}' is not a file. Use the preset '{preset}', this model's own."
+                )
 
     @classmethod
     def from_pretrained(cls, source: str | Path | Mapping[str, Any]) -> MLAConfig:

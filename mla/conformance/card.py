@@ -70,7 +70,7 @@ def _header(report: ConformanceReport) -> str:
         "backend": f"{backend.name} {backend.version or '(not packaged)'}",
         "device": f"{backend.device_name} ({backend.device})",
         "dtypes": ", ".join(report.dtypes),
-        "grid": "quick" if report.quick else "full",
+        **({"run": "quick, a first look"} if report.quick else {}),
         "command": f"`{shlex.join(report.argv)}`",
         "created": report.created,
         **({"commit": report.git_commit} if report.git_commit else {}),
@@ -249,7 +249,7 @@ class Extent:
 
 def blind(extent: Extent, checks: Sequence[CheckResult]) -> list[str]:
     """Return what a run cannot have seen, one sentence each; what depends on the run comes first."""
-    cut = [*_cut(extent, checks), *_few(checks), *_thinned(extent, checks)]
+    cut = [*_cut(extent, checks), *_few(checks), *_late(checks), *_thinned(extent, checks)]
     return [*cut, *_reached(checks), *_all_refused(checks), *_other_dtypes(extent), *_ALWAYS]
 
 
@@ -261,8 +261,8 @@ def _cut(extent: Extent, checks: Sequence[CheckResult]) -> Iterator[str]:
         yield f"What other checks ask: only {', '.join(extent.only)} ran."
     if extent.quick:
         yield (
-            "Many sizes: the quick grid has a few of each kind, the full one (without --quick) all. And the "
-            "reference on the device, where an op of the backend serves what most layers have."
+            "What more draws would find, and the reference on the device where an op of the backend serves "
+            "what most layers have: --quick leaves them out."
         )
 
 
@@ -270,6 +270,14 @@ def _few(checks: Sequence[CheckResult]) -> Iterator[str]:
     few = [result.id for result in checks if result.status == "incomplete"]
     if few:
         yield f"What more draws would find: too few of {', '.join(few)} (--minutes gives more time)."
+
+
+def _late(checks: Sequence[CheckResult]) -> Iterator[str]:
+    late = [result for result in checks if result.late]
+    if late:
+        names = ", ".join(dict.fromkeys(result.check for result in late))
+        count = sum(result.late for result in late)
+        yield f"{count} fixed cases of {names}: time was up before them (--minutes gives more)."
 
 
 def _thinned(extent: Extent, checks: Sequence[CheckResult]) -> Iterator[str]:

@@ -76,13 +76,13 @@ Exit codes:
 @how(
     "--quick",
     is_flag=True,
-    help="A smaller grid of shapes, about a minute on two idle CPUs; every check still runs.",
+    help="A first look of about a minute: the same fixed checks, and fewer drawn cases.",
 )
 @how(
     "--minutes",
     type=click.FloatRange(0, min_open=True),
     show_default="5, or 1 with --quick",
-    help="Duration: fixed checks first, drawn cases in the rest.",
+    help="Duration: fixed checks in the first part, drawn cases in the rest.",
 )
 @how(
     "--draws",
@@ -93,7 +93,7 @@ Exit codes:
 @how(
     "--every-case",
     is_flag=True,
-    help="Run every case of slow dtypes, too, in place of a handful per check.",
+    help="Run every fixed case: none is left out for time, or because a dtype is slow.",
 )
 @how(
     "--xfails",
@@ -160,7 +160,7 @@ def cli(
     from mla.conformance import selection
 
     if backend is None and not list_only:
-        raise UsageError("--backend is missing; `python -m mla.bench list` shows what there is.")
+        raise UsageError("--backend is missing; `mla-bench list` shows the backends.")
     xfails = selection.Xfails.read(xfails_file) if xfails_file else selection.Xfails()
     for pattern in only:
         selection.require_known(selection.split(pattern)[0], "--only")

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from mla.command import environment
 from mla.command.console import note
+from mla.conformance.registry import DRAWN
 from mla.conformance.report import CheckResult, Failure
 from mla.conformance.selection import split
-from mla.conformance.suite import DRAWN, Asked, Instance, Suite
+from mla.conformance.suite import Asked, Instance, Suite
 from mla.conformance.trial import BackendUnderTest
 from mla.failures import file
 from mla.failures.watch import Watched, Watcher

@@ -24,8 +24,11 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "option": {"metavar": "KEY=VALUE", "action": "append", "default": [], "help": "Option of the backend."},
     "threads": {"metavar": "N", "type": int, "help": "Host threads. Default: the backend decides."},
     "dtype": {"action": "append", "default": [], "help": "Check only this dtype; may be repeated."},
-    "quick": {"action": "store_true", "help": "A smaller grid of shapes; every check still runs."},
-    "every-case": {"action": "store_true", "help": "Run every case of dtypes that are slow on the device."},
+    "quick": {"action": "store_true", "help": "A first look: the same fixed checks, fewer draws."},
+    "every-case": {
+        "action": "store_true",
+        "help": "Run every fixed case, whatever its time and dtype.",
+    },
     "minutes": {"type": float, "metavar": "N", "help": "Duration in minutes. Default: 1 if quick, else 5."},
     "draws": {"type": int, "metavar": "N", "help": "Cases drawn per op and dtype, not --mla-minutes."},
     "seed": {"type": int, "default": 0, "metavar": "N", "help": "Seed of drawn cases."},

@@ -15,7 +15,7 @@ Example::
         return {"latent.heads[mine-float16]": "SDK 4.3 pads heads to 16"}
 
     class TestAcme(BackendConformance):
-        quick = False  # the full grid of shapes
+        quick = False  # the reference as well, where an op serves in its place
         draws = 300  # cases drawn for every op and dtype; 0: none
 
 Every check is one test, run for every op and dtype. Few draws pass if all are right: this class is for every
@@ -32,11 +32,10 @@ import pytest
 import torch
 
 from mla.conformance.card import failed_cases
-from mla.conformance.registry import all_checks
+from mla.conformance.registry import DRAWN, all_checks
 from mla.conformance.report import CheckResult, Status
 from mla.conformance.selection import Xfails, require_known
 from mla.conformance.suite import (
-    DRAWN,
     carry_out,
     claimed_dtypes,
     dtypes_of,

@@ -25,6 +25,7 @@ KINDS = {
     "numbers": "precision: narrow sums, large and small values",
     "drawn": "any of these: cases drawn over all axes at once, which no table has together",
 }
+DRAWN = "drawn"  # the kind, and the last word of the id, of checks that draw their cases
 # What a check runs once for: the device, every dtype, every op in every dtype, every layer.
 DEVICE, DTYPE, OP, LAYER = "device", "dtype", "op", "layer"
 

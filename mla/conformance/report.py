@@ -26,7 +26,7 @@ class Cases(msgspec.Struct, kw_only=True):
     passed: int
     refused: int
     failed: int
-    left_out: int  # because the device is slow in the dtype, or because only others were asked for
+    left_out: int  # because the device is slow in the dtype, time was up, or only others were asked for
 
 
 class Failure(msgspec.Struct):
@@ -78,6 +78,7 @@ class CheckResult(msgspec.Struct, kw_only=True, omit_defaults=True):
     note: str
     seconds: float
     drawn: Drawn | None = None  # of a check whose cases are drawn
+    late: int = 0  # cases left out because time was up
 
 
 class CheckedBackend(msgspec.Struct, kw_only=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from mla.cases import KINDS
 from mla.command.console import note
 from mla.command.options import BackendOptions, open_backend
 from mla.conformance.drawn import usual_spec
-from mla.conformance.registry import DEVICE, DTYPE, LAYER, OP, ConformanceCheck, all_checks
+from mla.conformance.registry import DEVICE, DRAWN, DTYPE, LAYER, OP, ConformanceCheck, all_checks
 from mla.conformance.report import Cases, CheckResult, Failure, Refusal, Slow, Status
 from mla.conformance.selection import Numbers, Xfails, case_id, chosen_cases, nothing_matches, require_cases
 from mla.conformance.trial import DTYPES, BackendUnderTest, Drawing, Trial, ask
@@ -29,14 +30,12 @@ from mla_backends.registry import create
 if TYPE_CHECKING:
     from mla.conformance.failures import Keeper
 
-# How many cases of a check run in a dtype that the device is slow in, on the quick grid and on the full one.
-HANDFUL = {True: 2, False: 3}
-MINUTES = {True: 1.0, False: 5.0}  # that a run takes, on the quick grid and on the full one
+HANDFUL = 2  # cases of a check that run in a dtype that the device is slow in
+MINUTES = {True: 1.0, False: 5.0}  # that a run takes, if it is quick and if not
 MIN_DRAWS = 300  # judged draws of an op in a dtype, with which its check is green
-FOR_DRAWS = {True: 0.25, False: 0.5}  # of the time at least, on the quick grid and on the full one
+FOR_DRAWS = {True: 0.4, False: 0.6}  # of the time at least, if it is quick and if not
 ATTENTION = 2.0  # times the time of other ops, for draws
 UNUSUAL = 0.2  # times the time of an op that serves what most layers have
-DRAWN = "drawn"  # what fails checks that draw their cases
 # A product [ROWS, WIDTH] x [WIDTH, WIDTH] that takes this many times as long as in a wider dtype is slow.
 FACTOR = 3.0
 ROWS, WIDTH = 64, 1024
@@ -69,6 +68,7 @@ class Instance:
         trial = Trial(subject, self.dtype or torch.float32, self.op, self.of, self.check.kind)
         trial.policy = self.of if self.check.scope == LAYER else "auto"
         trial.may_refuse, trial.chosen = of_ops, self.chosen
+        trial.until = subject.drawing.until
         trial.run(self.check.run)
         return trial
 
@@ -85,7 +85,7 @@ class Instance:
             return self
         if self.op is not None and not serves_another(self.op, subject):
             return self
-        return replace(self, chosen=handful(len(self.labels(subject)), HANDFUL[subject.quick]))
+        return replace(self, chosen=handful(len(self.labels(subject)), HANDFUL))
 
 
 def serves_another(op: FusedOp, subject: BackendUnderTest) -> bool:
@@ -161,11 +161,9 @@ def instances(
     offered = {str(name): op for name, op in offers.items() if isinstance(op, FusedOp)}
     every = (instance for check in all_checks() for instance in _of_check(check, subject, dtypes, offered))
     kept = ((instance, chosen_cases(only, instance.check.id, instance.subject)) for instance in every)
-    return tuple(
-        replace(instance, chosen=numbers)
-        for instance, numbers in kept
-        if numbers != frozenset() and not _needless(instance, subject, offered)
-    )
+    chosen = (replace(instance, chosen=numbers) for instance, numbers in kept if numbers != frozenset())
+    ranked = [(_rank(instance, subject, offered), instance) for instance in chosen]
+    return tuple(instance for rank in range(NEVER) for of, instance in ranked if of == rank)
 
 
 def _of_check(
@@ -189,14 +187,19 @@ def _of_check(
         yield from (Instance(check, policy, dtype) for dtype in dtypes for policy in policies)
 
 
-def _needless(instance: Instance, subject: BackendUnderTest, offered: Mapping[str, FusedOp]) -> bool:
-    """Return whether it is the reference, and a short run checks an op that most layers run in its place."""
-    check, dtype = instance.check, instance.dtype
-    short = check.fails == DRAWN or subject.quick
-    if check.scope != OP or instance.of != "reference" or dtype is None or not short:
-        return False
+FIRST, SPARE, LAST, NEVER = range(4)  # when a check runs
+
+
+def _rank(instance: Instance, subject: BackendUnderTest, offered: Mapping[str, FusedOp]) -> int:
+    """Return when it runs, as time may end: late if it is the reference, and most layers run another op."""
+    check, dtype, drawn = instance.check, instance.dtype, instance.check.fails == DRAWN
+    usual = LAST if drawn else FIRST
+    if instance.of != "reference" or dtype is None:
+        return usual
     own = {name: op for name, op in offered.items() if _kind(op) == check.kind}
-    return any(_serves(subject, check.kind, dtype, name, op) for name, op in own.items())
+    if check.scope == OP and not any(_serves(subject, check.kind, dtype, *named) for named in own.items()):
+        return usual
+    return NEVER if drawn or subject.quick else SPARE
 
 
 def _serves(subject: BackendUnderTest, kind: str, dtype: torch.dtype, name: str, op: FusedOp) -> bool:
@@ -238,6 +241,7 @@ def carry_out(instance: Instance, subject: BackendUnderTest, xfails: Xfails) -> 
         note=trial.note,
         seconds=round(time.perf_counter() - start, 4),
         drawn=trial.drawn,
+        late=trial.late,
     )
 
 
@@ -358,9 +362,18 @@ class Suite:
         usual = ATTENTION if KINDS[check.kind].prepares else 1.0
         return usual * (UNUSUAL if ask(partial(op.unsupported_reasons, spec), []) else 1.0)
 
+    @property
+    def until(self) -> float:
+        """When checks that draw nothing are to end, by `time.monotonic`; the rest is for draws."""
+        if self.asked.draws is not None or self.asked.every_case:
+            return math.inf
+        among = self.planned if self.selected is None else self.selected
+        drawn = any(instance.check.fails == DRAWN for instance in among)
+        return self.start + self.asked.seconds * (1 - FOR_DRAWS[self.asked.quick] * drawn)
+
     def carry_out(self, instance: Instance) -> CheckResult:
         """Run one check, and keep the first wrong call if that was asked for."""
-        self.subject.drawing.seconds = self.share(instance)
+        self.subject.drawing.seconds, self.subject.drawing.until = self.share(instance), self.until
         result = carry_out(instance, self.subject, self.xfails)
         self.ended[instance.id] = result.seconds if result.drawn else 0.0
         if self.keeper is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -64,7 +66,8 @@ class Drawing:
     """How many cases are drawn; the same for all checks of a run but `seconds`."""
 
     count: int | None = None  # of draws; None: as many as `seconds` allow
-    seconds: float = 0.0  # that the check which runs next may take
+    seconds: float = 0.0  # that the check which runs next may draw for
+    until: float = math.inf  # by `time.monotonic`: a check that draws nothing runs one case after that
     seed: int = 0
     folder: Path | None = None  # where the numbers of failures are kept, to come first the next time
     smallest: dict[str, Scene] = field(default_factory=dict)  # the wrong case of every check that failed
@@ -124,6 +127,8 @@ class Trial:
     policy: str = "auto"  # of the layer's ops
     may_refuse: bool = False  # a `BackendError` is an op's refusal, not a failure
     chosen: frozenset[int] | None = None  # numbers of the cases that run; None: all
+    until: float = math.inf  # by `time.monotonic`: after that no case but the first runs
+    late: int = 0  # cases that were left out because of that
     labels: list[str] = field(default_factory=list)  # of all cases, chosen or not
     cases: list[Case] = field(default_factory=list)  # that ran
     worst: float | None = None  # largest error over its bound
@@ -144,10 +149,6 @@ class Trial:
     def device(self) -> torch.device:
         return self.subject.device
 
-    @property
-    def quick(self) -> bool:
-        return object.__getattribute__(self, "subject").quick
-
     def ended(self, outcome: Outcome) -> list[Case]:
         """Return the cases that ended so."""
         return [case for case in self.cases if case.outcome == outcome]
@@ -163,11 +164,14 @@ class Trial:
     def case(self, label: str = "") -> Iterator[None]:
         """Count the body as one case. What it raises is its outcome; the next case still runs.
 
-        A case that is not chosen ends where it first asks the trial for its dtype, device or op.
+        A case that is not chosen or comes too late ends where it first asks for the dtype, device or op.
         """
         self.labels.append(label)
         number = len(self.labels)
-        if self.chosen is None or number in self.chosen:
+        chosen = self.chosen is None or number in self.chosen
+        late = chosen and bool(self.cases) and time.monotonic() > self.until
+        self.late += late
+        if chosen and not late:
             with self._judged(number, label, self.may_refuse):
                 yield
             return

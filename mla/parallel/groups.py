@@ -1,11 +1,12 @@
 """`Groups`: this rank's process groups, and the exchanges that a parallel layer makes.
 
-`SimulatedWorld` has those of all ranks of a layout in one process, which exchange through memory.
+`SimulatedGroups` are those of one rank that runs alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +26,8 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 # Outputs of so many ranks are added up in the layer's dtype, as engines do; of more, in float32: each hop
 # rounds, and 16 of them cost as much accuracy as the whole layer.
 MOST_HOPS = 8
+# A log-sum-exp that weighs nothing beside any real one, and as much as others like it.
+LEAST_LSE = -1e30
 
 
 class CollectiveError(RuntimeError):
@@ -117,6 +120,11 @@ def summed_bytes(out: torch.Tensor, ranks: int) -> int:
     return out.nbytes if ranks <= MOST_HOPS else out.numel() * torch.float32.itemsize
 
 
+def lse_of(rows: torch.Tensor) -> torch.Tensor:
+    """Return the lse [...] of rows [..., width] of out and lse, as a view: their last four bytes in fp32."""
+    return rows.view(torch.float32)[..., -1]
+
+
 def _group_of(groups: list[list[int]], rank: int, timeout: float | None) -> dist.ProcessGroup | None:
     """Make all groups, as every rank must, and return the one that `rank` is in."""
     limit = None if timeout is None else timedelta(seconds=timeout)
@@ -124,126 +132,44 @@ def _group_of(groups: list[list[int]], rank: int, timeout: float | None) -> dist
     return next(group for ranks, group in made if rank in ranks)
 
 
-class _Waiting(Exception):
-    """Another rank has not given yet what this one needs."""
-
-
-class SimulatedWorld:
-    """The ranks of `layout`, of which one runs at a time."""
-
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
-        self.groups = [SimulatedGroups(self, rank) for rank in range(layout.world)]
-
-    def run(self, ranks: Sequence[int], forward: Callable[[int], None]) -> None:
-        """Run `forward(rank)` of ranks that together have all heads; outputs are not yet added up.
-
-        It may be called several times for each, and must do the same every time. Raises RuntimeError where
-        ranks disagree about their collectives.
-        """
-        left = members = [self.groups[rank] for rank in ranks]
-        for member in members:
-            member.forget()
-        while left:
-            given = sum(len(member.given) for member in members)
-            left = [member for member in left if not member.runs_through(forward)]
-            if left and given == sum(len(member.given) for member in members):
-                raise RuntimeError(f"rank {left[0].rank} waits for what no other rank gives.")
-
-    def complete(self, rank: int, out: torch.Tensor) -> None:
-        """Add to a rank's part of the output [T, d] those of the others, in place, rank by rank."""
-        members = self._members(self.layout.head_groups(), rank)
-        parts = [out if member.rank == rank else member.part for member in members]
-        total = parts[0].float() if len(parts) > MOST_HOPS else parts[0].clone()
-        for part in parts[1:]:
-            total += part
-        out.copy_(total)
-
-    def context(self, rank: int) -> list[SimulatedGroups]:
-        """Return the ranks that share a rank's requests, in their order."""
-        return self._members(self.layout.context_groups(), rank)
-
-    def _members(self, groups: list[list[int]], rank: int) -> list[SimulatedGroups]:
-        return [self.groups[member] for member in next(group for group in groups if rank in group)]
-
-
 class SimulatedGroups(Groups):
-    """One rank's end of every collective."""
+    """The groups of one rank that runs alone: the others are taken to send it what it sends them.
 
-    def __init__(self, world: SimulatedWorld, rank: int) -> None:
-        self._world, self.layout, self.rank = world, world.layout, rank
-        self.place = self.layout.place(rank)
-        self._clocked = None
-        self._meeting = False  # in a forward that all ranks run
-        self.part: torch.Tensor  # of the output, of the last forward
-        self.forget()
+    So it attends, for its own heads, the tokens that it has. In a rehearsal all messages are received. When
+    the same forward then runs on a clock they are there, as the link's formula has their time: only memory
+    in which a forward receives several messages is written again.
+    """
 
-    def forget(self) -> None:
-        """Begin another forward."""
-        self.given: list[torch.Tensor] = []  # to other ranks of the context, by collective
-        self.calls: list[Call] = []  # of the last forward
-        self._received: list[tuple[Callable[[], None], torch.Tensor]] = []
-        self._place = 0  # of the next collective
+    def __init__(self, layout: Layout, rank: int) -> None:
+        self.layout, self.rank, self.place = layout, rank, layout.place(rank)
+        self.calls: list[Call] = []  # of the last rehearsal
+        self._rehearses, self._received = True, Counter[int]()  # by address
 
-    def runs_through(self, forward: Callable[[int], None]) -> bool:
-        """Return whether a forward came to its end; if not, other ranks must give something first."""
-        self.calls, self._received, self._place, self._meeting = [], [], 0, True
-        try:
-            forward(self.rank)
-        except _Waiting:
-            return False
-        finally:
-            self._meeting = False
-        return True
-
-    def receive_again(self) -> None:
-        """Put what others gave back to where it was received: the forward may have overwritten it."""
-        self._place = 0
-        for receive, _ in self._received:
-            receive()
+    def rehearse(self, forward: Callable[[], object]) -> None:
+        """Run a forward in which every message is received."""
+        self.calls, self._received, self._rehearses = [], Counter(), True
+        forward()
+        self._rehearses = False
 
     def add_heads(self, out: torch.Tensor) -> None:
-        """Keep this rank's part of the output, which `SimulatedWorld.complete` adds up."""
-        size = self.layout.head_parts
-        if self._meeting:
-            self.part = out.clone()
-            self.calls += [Call.all_reduce(summed_bytes(out, size), size)] if size > 1 else []
+        """Leave this rank's part of the output as it is."""
+        if self._rehearses and (size := self.layout.head_parts) > 1:
+            self.calls.append(Call.all_reduce(summed_bytes(out, size), size))
 
     def gather_context(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Write x [t, ...] of every rank of the context group to out [dcp, t, ...]."""
-        self._collective(Call.all_gather(x.nbytes, self.layout.dcp), x, out, lambda given: given)
+        """Write x [t, ...] to out [dcp, t, ...] once for every rank."""
+        if self._receives(Call.all_gather(x.nbytes, self.layout.dcp), out):
+            out.copy_(x)
 
     def exchange_context(self, parts: torch.Tensor, out: torch.Tensor) -> None:
-        """Write to out[i] what rank i of the context group has for this one."""
-        call = Call.all_to_all(parts.nbytes, self.layout.dcp)
-        self._collective(call, parts, out, lambda given: given[self.place.dcp])
+        """Write parts [dcp, ..., width] to out; of a token that attends nothing here, all weigh alike."""
+        if self._receives(Call.all_to_all(parts.nbytes, self.layout.dcp), out):
+            out.copy_(parts)
+            lse_of(out).clamp_(min=LEAST_LSE)
 
-    def _collective(
-        self, call: Call, x: torch.Tensor, out: torch.Tensor, mine: Callable[[torch.Tensor], torch.Tensor]
-    ) -> None:
-        """Give x to the others and receive theirs, in a forward that all run; alone, find what was received.
-
-        `mine`: what this rank gets of what another gave. Raises `_Waiting` if one has not given its own.
-        """
-        place = self._place
-        if not self._meeting:
-            receive, received = self._received[place]
-            if sum(buffer.data_ptr() == out.data_ptr() for _, buffer in self._received) > 1:
-                receive()  # on the clock, too: a later part of the same forward has overwritten it
-            elif received.data_ptr() != out.data_ptr():  # its memory has moved
-                out.copy_(received)
-        else:
-            members = self._world.context(self.rank)
-            if len(self.given) == place:
-                self.given.append(x.clone())
-            if any(len(member.given) <= place for member in members):
-                raise _Waiting
-
-            def receive() -> None:
-                for part, member in zip(out, members, strict=True):
-                    part.copy_(mine(member.given[place]))
-
-            receive()
+    def _receives(self, call: Call, out: torch.Tensor) -> bool:
+        """Return whether a message has to be written."""
+        if self._rehearses:
             self.calls.append(call)
-            self._received.append((receive, out))
-        self._place += 1
+            self._received[out.data_ptr()] += 1
+        return self._rehearses or self._received[out.data_ptr()] != 1

@@ -26,7 +26,7 @@ from mla.layer.plan import AbsorbedGroup, StepPlan
 from mla.layer.workspace import Projected, Workspace
 from mla.parallel.cache import Part as StepPart
 from mla.parallel.cache import ShardedBatch
-from mla.parallel.groups import Groups
+from mla.parallel.groups import Groups, lse_of
 from mla.weights import weight_shapes
 
 FP32 = torch.float32
@@ -166,7 +166,7 @@ class Exchange:
         return (
             (by_rank(self.q), self.gathered),
             (self.sent[..., : out.shape[-1]], by_rank(out)),
-            (_lse(self.sent), by_rank(self.ordered_lse)),
+            (lse_of(self.sent), by_rank(self.ordered_lse)),
         )
 
     def gather(self, groups: Groups, q: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
@@ -190,12 +190,7 @@ class Exchange:
     @cached_property
     def _results(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Out [world, t, h, c] and lse [world, t, h] of every rank."""
-        return self.received[..., : self.out.shape[-1]], _lse(self.received)
-
-
-def _lse(rows: torch.Tensor) -> torch.Tensor:
-    """Return the lse [...] of rows [..., width] of out and lse: their last four bytes."""
-    return rows.view(FP32)[..., -1]
+        return self.received[..., : self.out.shape[-1]], lse_of(self.received)
 
 
 def _row(c: int, itemsize: int) -> int:

@@ -9,7 +9,7 @@ stay fp32(position) * fp32(inv_freq), because that is what a checkpoint was trai
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from mla.layer.rope import inverse_frequencies
 
 State = Mapping[str, torch.Tensor]
 Pair = tuple[torch.Tensor, torch.Tensor]
+Held = Callable[[torch.Tensor], torch.Tensor]  # which of some positions [n] are attended, bool [n]
 
 
 # Logits of so many bytes are made at once, or of one choice.
@@ -31,9 +32,13 @@ def oracle(
     hidden: torch.Tensor,  # [T, d], requests back to back
     query_lens: Sequence[int],
     history: Sequence[Pair],  # per request kv [s, c] normed, pe [s, r] rotated
+    held: Held | None = None,
 ) -> torch.Tensor:
-    """Return the layer's output [T, d] in float64; weights and inputs are taken as they are stored."""
-    return oracle_of_choices(config, state, hidden[None], query_lens, history)[0]
+    """Return the layer's output [T, d] in float64; weights and inputs are taken as they are stored.
+
+    Only tokens at positions that are `held` are attended, by default all; without any, attention is 0.
+    """
+    return oracle_of_choices(config, state, hidden[None], query_lens, history, held)[0]
 
 
 def oracle_of_choices(
@@ -42,11 +47,12 @@ def oracle_of_choices(
     hidden: torch.Tensor,  # [n, T, d]: choices of new tokens, requests back to back
     query_lens: Sequence[int],
     history: Sequence[Pair],
+    held: Held | None = None,
 ) -> torch.Tensor:
     """Return the outputs [n, T, d] in float64 of every choice; the history is expanded once for all."""
     wide = {name: weight.double() for name, weight in _host(state).items()}
     requests = zip(hidden.cpu().split(list(query_lens), dim=1), history, strict=True)
-    return torch.cat([_request(config, wide, new.double(), *past) for new, past in requests], dim=1)
+    return torch.cat([_request(config, wide, new.double(), *past, held) for new, past in requests], dim=1)
 
 
 def oracle_of_last(
@@ -56,11 +62,14 @@ def oracle_of_last(
     last: torch.Tensor,  # [n, B, d]: what may stand in place of each request's last token
     query_lens: Sequence[int],
     history: Sequence[Pair],
+    held: Held | None = None,
 ) -> torch.Tensor:
     """Return the outputs [n, B, d] in float64 of the replaced last tokens; no other row sees them."""
     wide = {name: weight.double() for name, weight in _host(state).items()}
     requests = zip(hidden.cpu().double().split(list(query_lens)), last.unbind(1), history, strict=True)
-    rows = [_last_rows(config, wide, new[:-1], last.cpu().double(), *past) for new, last, past in requests]
+    rows = [
+        _last_rows(config, wide, new[:-1], last.cpu().double(), *past, held) for new, last, past in requests
+    ]
     return torch.stack(rows, dim=1)
 
 
@@ -71,12 +80,13 @@ def _last_rows(
     last: torch.Tensor,  # [n, d]
     kv: torch.Tensor,
     pe: torch.Tensor,
+    held: Held | None,
 ) -> torch.Tensor:
     """Return the outputs [n, d] of one request whose last token is one of several."""
     positions = torch.arange(kv.shape[0], kv.shape[0] + before.shape[0])
     new_kv, new_pe = _latents(config, state, before, positions)
     past = torch.cat((kv.cpu().double(), new_kv)), torch.cat((pe.cpu().double(), new_pe))
-    return _request(config, state, last[:, None], *past)[:, 0]
+    return _request(config, state, last[:, None], *past, held)[:, 0]
 
 
 def _latents(
@@ -94,7 +104,12 @@ def _host(state: State) -> dict[str, torch.Tensor]:
 
 
 def _request(
-    config: MLAConfig, state: State, hidden: torch.Tensor, kv: torch.Tensor, pe: torch.Tensor
+    config: MLAConfig,
+    state: State,
+    hidden: torch.Tensor,
+    kv: torch.Tensor,
+    pe: torch.Tensor,
+    held: Held | None,
 ) -> torch.Tensor:
     """Return one request's outputs [n, t, d] for choices of new tokens [n, t, d]."""
     choices, t = hidden.shape[:2]
@@ -103,8 +118,11 @@ def _request(
     q = _queries(config, state, rows) * _by_position(config, positions)  # [n t, h, nope + r]
     q = torch.cat((q[..., :nope], _rotate(config, q[..., nope:], positions)), dim=-1)
     new_kv, new_pe = (part.unflatten(0, (choices, t)) for part in _latents(config, state, rows, positions))
-    past = kv.cpu().double(), pe.cpu().double()
-    heads = _attend(config, state, q.unflatten(0, (choices, t)), past, (new_kv, new_pe))
+    past, unseen = (kv.cpu().double(), pe.cpu().double()), torch.zeros(t, dtype=torch.bool)
+    if held is not None:
+        kept = held(torch.arange(kv.shape[0]))
+        past, unseen = (past[0][kept], past[1][kept]), ~held(positions[:t])
+    heads = _attend(config, state, q.unflatten(0, (choices, t)), past, (new_kv, new_pe), unseen)
     if config.output_gate is not None:
         heads = heads / (1 + (-_gate(config, state, hidden)).exp())
     return _project(state, "o_proj", heads.flatten(2))
@@ -139,6 +157,7 @@ def _attend(
     q: torch.Tensor,  # [n, t, h, nope + r]
     past: Pair,  # kv [p, c], pe [p, r]: seen by all choices
     new: Pair,  # kv [n, t, c], pe [n, t, r]
+    unseen: torch.Tensor,  # [t] bool: new tokens that nothing attends
 ) -> torch.Tensor:
     """Return attention [n, t, h, v] over expanded keys and values; heads and choices in turn bound memory."""
     nope, v = config.qk_nope_head_dim, config.v_head_dim
@@ -150,7 +169,10 @@ def _attend(
         seen = _expanded(weight, past, nope)
         parts = (x.split(at_once) for x in (q[:, :, head], *_expanded(weight, new, nope)))
         chunks = zip(*parts, strict=True)
-        heads.append(torch.cat([_softmax_attention(config.softmax_scale, *seen, *chunk) for chunk in chunks]))
+        attended = [
+            _softmax_attention(config.softmax_scale, *seen, *chunk, unseen=unseen) for chunk in chunks
+        ]
+        heads.append(torch.cat(attended))
     return torch.stack(heads, dim=2)
 
 
@@ -168,13 +190,16 @@ def _softmax_attention(
     q: torch.Tensor,  # [n, t, nope + r]
     keys: torch.Tensor,
     values: torch.Tensor,  # [n, t, v]
+    unseen: torch.Tensor,  # [t] bool
 ) -> torch.Tensor:
     """Return one head's attention [n, t, v] over what all choices see, and each over its own tokens."""
     (n, t), past = q.shape[:2], past_keys.shape[0]
-    future = torch.ones(t, t, dtype=torch.bool).triu(1)
+    future = torch.ones(t, t, dtype=torch.bool).triu(1) | unseen
     among_new = (q @ keys.mT).masked_fill_(future, -torch.inf)
     logits = torch.cat((q.flatten(0, 1) @ past_keys.T, among_new.flatten(0, 1)), dim=1)
     weights = logits.mul_(scale).softmax(-1)
+    if bool(unseen.any()):  # a token may attend nothing
+        weights.masked_fill_(logits.isneginf().all(-1, keepdim=True), 0.0)
     from_past = (weights[:, :past] @ past_values).unflatten(0, (n, t))
     return from_past + weights[:, past:].unflatten(0, (n, t)) @ values
 

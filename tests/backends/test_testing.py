@@ -54,6 +54,7 @@ def test_it_can_be_opened_by_name_and_is_ready_without() -> None:
     assert HostBackend().device == torch.device("cpu")
     assert HostBackend().probe().ok
     assert HostBackend().ops() == {}
+    assert repr(opened) == "HostBackend('host', device='cpu')"
 
 
 def test_facts_are_those_of_the_device() -> None:

@@ -27,7 +27,7 @@ from mla.cases.memory import Tensors
 from mla.cases.varied import Pool
 from mla.cost import Work
 from mla.failures import file
-from mla.failures.replay import replay
+from mla.failures.file import replay
 from mla.layer import ops as layer_ops
 from mla.reference import REFERENCE
 from mla_backends.api import OPS, FusedOp, SegmentLengths

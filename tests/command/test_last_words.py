@@ -168,6 +168,28 @@ def test_stopping_and_continuing_reach_the_child() -> None:
         parent.kill()
 
 
+def test_a_signal_is_passed_on_whichever_thread_the_kernel_picks() -> None:
+    """A terminal that closes sends SIGHUP and SIGCONT at once, and either may wake any thread."""
+    body = (
+        "import signal, time\n"
+        "signal.signal(signal.SIGHUP, lambda *_: (last_words.dismiss(129), os._exit(129)))\n"
+        "print(os.getpid(), flush=True)\ntime.sleep(60)"
+    )
+    command = [sys.executable, "-c", CHILD + body]
+    parents = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(20)]
+    try:
+        for parent in parents:
+            assert parent.stdout is not None
+            assert parent.stdout.readline()
+            parent.send_signal(signal.SIGHUP)
+            parent.send_signal(signal.SIGCONT)
+        assert [parent.wait(30) for parent in parents] == [129] * len(parents)
+    finally:
+        for parent in parents:
+            parent.kill()
+            parent.communicate()
+
+
 def within_seconds(true: Callable[[], bool]) -> bool:
     """Return whether something becomes true soon."""
     for _ in range(200):

@@ -59,6 +59,15 @@ def test_an_unknown_preset_suggests_the_closest_and_lists_all() -> None:
 def test_a_model_with_an_indexer_is_refused_by_its_name(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"config '{name}' is not supported: an indexer picks"):
         MLAConfig.preset(name)
+    with pytest.raises(ConfigError, match=rf"config 'some-org/{name}' is not supported: an indexer picks"):
+        MLAConfig.named(f"some-org/{name}")
+
+
+def test_a_name_of_the_hub_suggests_its_preset() -> None:
+    with pytest.raises(ConfigError, match=r"is not a file\. Use the preset 'deepseek-v3', this model's own"):
+        MLAConfig.named("deepseek-ai/deepseek-v3")
+    with pytest.raises(ConfigError, match="No such file or directory"):
+        MLAConfig.named("deepseek-ai/unheard-of")
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim"])

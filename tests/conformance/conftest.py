@@ -46,7 +46,7 @@ def smaller(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def judge() -> Run:
-    """Return a function that runs checks of a backend, on the quick grid and by default in fp32."""
+    """Return a function that runs checks of a backend, as --quick does and by default in fp32."""
 
     def judge(
         backend: Backend,

@@ -20,11 +20,12 @@ from mla.conformance.registry import LAYER, OP
 from mla.conformance.report import CheckResult
 from mla.conformance.selection import Xfails
 from mla.conformance.suite import Instance, carry_out, handful, instances, slow_dtypes
-from mla.conformance.trial import BackendUnderTest
+from mla.conformance.trial import BackendUnderTest, Drawing
 from mla.reference import REFERENCE
 from mla_backends.api import Packed
 
 Run = Callable[..., list[CheckResult]]
+FAULTY = ("--backend", "faulty_backend:FaultyBackend", "-O", "op=rms_norm")
 
 
 class Counting(type(REFERENCE["linear"])):  # type: ignore[misc]
@@ -56,18 +57,16 @@ def test_cases_are_counted_without_a_call_of_an_op_or_the_oracle(
         monkeypatch.setattr(owner, "prepare", touched)
         monkeypatch.setattr(owner, "pack", touched)
     monkeypatch.setattr(torch, "randn", touched)
-    for quick in (True, False):
-        subject = BackendUnderTest(sound(ops=right_ops), "sound", quick)
-        for one in of_ops(subject):
-            refused = replace(one, chosen=frozenset()).run(subject).cases
-            assert all(case.number == 0 and case.outcome == "refused" for case in refused), (one.id, refused)
-            assert one.labels(subject) or refused, one.id
+    subject = BackendUnderTest(sound(ops=right_ops), "sound")
+    for one in of_ops(subject):
+        refused = replace(one, chosen=frozenset()).run(subject).cases
+        assert all(case.number == 0 and case.outcome == "refused" for case in refused), (one.id, refused)
+        assert one.labels(subject) or refused, one.id
 
 
-@pytest.mark.parametrize("quick", [True, False])
-def test_the_label_of_a_case_is_its_own(sound: Any, quick: bool) -> None:
+def test_the_label_of_a_case_is_its_own(sound: Any) -> None:
     """For small ops and layers, whose cases differ in more than lengths."""
-    subject = BackendUnderTest(sound(), "sound", quick)
+    subject = BackendUnderTest(sound(), "sound")
     for one in of_ops(subject, *SMALL_OPS, "layer"):
         labels = one.labels(subject)
         assert len(set(labels)) == len(labels), (one.id, labels)
@@ -174,6 +173,48 @@ def test_a_slow_dtype_gets_a_handful_and_keeps_its_numbers(sound: Any) -> None:
     op.rows.clear()
     carry_out(asked, subject, Xfails())
     assert op.rows == [7]
+
+
+def test_a_check_that_is_late_runs_its_first_case(sound: Any) -> None:
+    op = Counting()
+    drawing = Drawing(until=time.monotonic() - 1)
+    subject = BackendUnderTest(sound(ops={"mine": op}), "sound", drawing=drawing)
+    (instance,) = instances(subject, (torch.float32,), ["linear.product[mine-*]"])
+    late = carry_out(instance, subject, Xfails())
+    assert (late.status, late.cases.passed, late.cases.left_out, late.late, op.rows) == ("pass", 1, 3, 3, [1])
+    (chosen,) = instances(subject, (torch.float32,), ["linear.product[mine-*]#3"])
+    assert carry_out(chosen, subject, Xfails()).late == 0
+    assert op.rows == [1, 130]
+
+
+@pytest.mark.parametrize(
+    ("words", "late"), [((), True), (("--every-case",), False), (("--draws", "1"), False)]
+)
+def test_the_card_counts_what_was_left_out_for_time(words: tuple[str, ...], late: bool, capsys: Any) -> None:
+    chosen = (
+        "--only",
+        "rms_norm.formula",
+        "--only",
+        "rms_norm.drawn",
+        "--dtype",
+        "float32",
+        "--quick",
+        *words,
+    )
+    minutes = () if "--draws" in words else ("--minutes", "1e-6")
+    assert main([*FAULTY, *chosen, *minutes]) in (0, 7)
+    said = "- 3 fixed cases of rms_norm.formula: time was up before them (--minutes gives more)."
+    assert (said in capsys.readouterr().out) is late
+
+
+def test_the_reference_comes_after_what_layers_run_and_draws_come_last(sound: Any) -> None:
+    subject = BackendUnderTest(sound(ops={"mine": Counting()}), "sound")
+    planned = instances(subject, (torch.float32,), ["linear", "layer.weights", "rms_norm.rows"])
+    ids = [instance.id for instance in planned]
+    assert ids.index("rms_norm.rows[reference-float32]") < ids.index("layer.weights[auto-float32]")
+    spare = [name for name in ids if name.startswith("linear.") and "reference" in name]
+    assert "layer.weights[auto-float32]" in ids[: ids.index(spare[0])]
+    assert ids[-1] == "linear.drawn[mine-float32]"
 
 
 class OnlyBfloat16(Counting):

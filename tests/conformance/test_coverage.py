@@ -74,8 +74,8 @@ def test_cases_are_counted_by_kind() -> None:
 
 
 QUICK = (
-    "Many sizes: the quick grid has a few of each kind, the full one (without --quick) all. And the "
-    "reference on the device, where an op of the backend serves what most layers have."
+    "What more draws would find, and the reference on the device where an op of the backend serves "
+    "what most layers have: --quick leaves them out."
 )
 ALWAYS = len(blind(extent(), [result("linear.product")]))
 

@@ -14,6 +14,7 @@ from mla.cases.memory import Layout
 from mla.cases.played import CPU, Host, Laid, Scene
 from mla.cases.stress import Stress
 from mla.cases.values import patterns_of
+from mla.conformance import reach
 from mla.conformance.trial import BackendUnderTest, Trial
 from mla.reference import REFERENCE
 from mla_backends.api import AttentionSpec, NormSpec
@@ -28,6 +29,13 @@ def test_a_small_scale_asks_for_no_query_beyond_fp16(kind: str) -> None:
         host = Host(case)
         for tensors in (host.given, host.truth):
             assert all(bool(numbers.isfinite().all()) for numbers in tensors.values()), pattern
+
+
+def test_operands_leave_room_for_an_op_that_doubles_them_in_their_dtype() -> None:
+    case = OpCase("latent_attention", SPEC, (2, 1), (5, 9), stress=Stress(), values=("steep logits",))
+    given = Host(case).given
+    assert given["q"].abs().max() > 10_000  # what the small scale asks for is cut
+    assert all(bool((2 * numbers).isfinite().all()) for numbers in given.values())
 
 
 def test_a_large_row_of_large_rows_stays_finite_in_fp16() -> None:
@@ -60,6 +68,23 @@ def test_outputs_far_apart_are_filled_row_by_row(monkeypatch: pytest.MonkeyPatch
     for held in (math.nan, 1.0):
         out = Laid(case, REFERENCE[case.kind], Scene((case,), held=held)).arguments["out"]
         assert torch.equal(out.isnan(), torch.full(out.shape, math.isnan(held)))
+
+
+def test_rows_far_apart_are_copied_one_by_one(
+    sound: Any, judge: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stack that counts places in 32 bits would spoil what an op is judged by."""
+    copy, to_host = torch.Tensor.copy_, torch.Tensor.cpu
+
+    def nearby(tensor: torch.Tensor) -> torch.Tensor:
+        assert len(tensor) < 2 or tensor.stride(0) < 1 << 20
+        return tensor
+
+    monkeypatch.setattr(reach, "PLACES", (1 << 23,))
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda to, of, *how: copy(nearby(to), of, *how))
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: to_host(nearby(tensor)))
+    (result,) = judge(sound(), "linear.far_rows")
+    assert (result.status, result.reason) == ("pass", "")
 
 
 def test_a_device_does_not_compute_the_errors_it_may_have(sound: Any) -> None:

@@ -14,7 +14,7 @@ from mla import MLA, LatentCache, MLAConfig
 from mla.errors import ResultError, UnknownOp
 from mla.failures import call as calls
 from mla.failures import file
-from mla.failures.replay import CannotReplay, replay
+from mla.failures.file import CannotReplay, replay
 from mla.failures.watch import Watched, Watcher, make
 from mla.layer.ops import layer_roles
 from mla.reference import REFERENCE

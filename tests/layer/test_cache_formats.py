@@ -150,10 +150,10 @@ def test_an_op_serves_the_formats_it_claims() -> None:
     refused = chosen("q8_0")
     assert refused.name == "reference"
     assert refused.reasons == (
-        "fused op 'old' not used because it does not know the cache format 'q8_0': it claims none beside "
-        "numbers of the layer's dtype",
+        "fused op 'old' not used because it does not know the cache format 'q8_0': it claims none in "
+        "addition to the layer's dtype",
         "fused op 'new' not used because it does not know the cache format 'q8_0': it claims only fp8:, int8 "
-        "beside numbers of the layer's dtype",
+        "in addition to the layer's dtype",
     )
     with pytest.raises(UnsupportedOps, match="does not know the cache format 'q8_0'"):
         chosen("q8_0", ops="new")

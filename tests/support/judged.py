@@ -24,7 +24,7 @@ def judged(
     wanted: Callable[[Instance], bool] = lambda instance: True,
     **known: Any,
 ) -> list[CheckResult]:
-    """Return the results of checks on the quick grid. `known`: of `BackendUnderTest`."""
+    """Return the results of checks, as --quick has them. `known`: of `BackendUnderTest`."""
     subject = BackendUnderTest(backend, backend.name, quick=True, **known)
     chosen = filter(wanted, instances(subject, dtypes, only))
     return [carry_out(instance, subject, Xfails()) for instance in chosen]

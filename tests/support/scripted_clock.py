@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from mla.bench.measure import engine, evidence, passes, profile
+from mla.bench.measure import engine, evidence, passes
 from mla.bench.measure.passes import PassRunner, Setup
+from mla.bench.run import profile
 
 
 def script_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,19 +11,21 @@ NEARER = (reach, "PLACES", (1 << 22,))  # some ops copy what they are given
 SMALLER = (
     NEARER,
     (attention, "REQUESTS", (40, 40)),
-    (attention, "REQUESTS_OF", ((16, 40),)),
-    (attention, "ROWS", ((4, 33, 4),)),
+    (attention, "REQUESTS_OF", (16, 40)),
+    (attention, "BEYOND_GRID", (128, 9)),
+    (attention, "ROWS", (4, 33, 4)),
     (attention, "FEW_HEADS", (1, 3, 20, 128)),
     (attention, "KEYS", (15, 16, 17, 63, 64, 65, 257, 513)),
     (attention, "RESTS", (129, 130, 192, 255)),
     (attention, "FEW_TOKENS", (1, 2, 15, 16, 17)),
-    (attention, "MANY_HEADS", ((65, 16),)),
-    (small_ops, "FEW", (1, 2, 3, 16, 17, 64, 65, 257)),
+    (attention, "MANY_HEADS", (65, 16)),
+    (small_ops, "ROW_COUNTS", (1, 2, 3, 16, 17, 64, 65, 257)),
     (small_ops, "MOST_ROWS", 1031),
+    (small_ops, "BEYOND_GRID", 2049),
     (small_ops, "HEADS", (1, 2, 3, 16, 17, 128)),
     (small_ops, "WIDTHS", (1, 2, 8, 15, 16, 17, 64, 65)),
     (small_ops, "EVEN", (48, 80, 192)),
-    (attention, "LONG", 3000),
+    (attention, "LONG_CONTEXT", 3000),
 )
 
 

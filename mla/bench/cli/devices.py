@@ -12,8 +12,11 @@ import click
 from mla.bench import results
 from mla.bench.plan.options import check_dtype
 from mla.bench.terminal import ceilings as terminal
+from mla.bench.workload.grid import points_of
 from mla.bench.workload.scenario import MAX_LAYERS
 from mla.bench.workload.scenario import memory as read_memory
+from mla.bench.workload.workload_file import PRESETS as SHIPPED
+from mla.bench.workload.workload_file import read_workload
 from mla.command import environment, files
 from mla.command.console import note, out
 from mla.command.display import aligned
@@ -29,8 +32,8 @@ from mla.command.options import (
     parsed_by,
     result_path,
 )
-from mla.config import MLAConfig
-from mla.config.presets import DEFAULT_CONFIG
+from mla.config import LongRopeScaling, MLAConfig, YarnScaling
+from mla.config.presets import DEFAULT_CONFIG, PRESETS
 from mla.errors import UsageError, did_you_mean
 from mla.parallel.layout import Capacity, Layout, capacity, layouts
 from mla.text import DTYPES, size
@@ -54,7 +57,7 @@ Exit codes: 0 every call was right, 2 usage, 3 backend missing or unusable, 4 a 
 """
 
 
-@click.command("list", short_help="Backends and their state, presets, or workloads.")
+@click.command("list", short_help="List backends and their state, presets, or workloads.")
 @click.option("--configs", is_flag=True, help="Show the presets of --config and where they were read.")
 @click.option("--workloads", is_flag=True, help="Show the shipped workloads and where they were published.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -68,15 +71,11 @@ def list_backends(configs: bool, workloads: bool, as_json: bool) -> int:
 
 
 def _configs(as_json: bool) -> str:
-    from mla.bench.terminal import catalog
-
-    return json.dumps(catalog.configs(), indent=1) + "\n" if as_json else catalog.configs_table()
+    return json.dumps(configs(), indent=1) + "\n" if as_json else configs_table()
 
 
 def _workloads(as_json: bool) -> str:
-    from mla.bench.terminal import catalog
-
-    return json.dumps(catalog.workloads(), indent=1) + "\n" if as_json else catalog.workloads_table()
+    return json.dumps(workloads(), indent=1) + "\n" if as_json else workloads_table()
 
 
 def _backends(as_json: bool) -> str:
@@ -100,7 +99,7 @@ def _line(status: probe.Status, name: int, state: int) -> str:
     return f"{status.name:{name}}  {status.state:{state}}  {said}".rstrip() + "\n"
 
 
-@click.command(short_help="Why a backend is or is not usable.")
+@click.command(short_help="Explain why a backend is or isn't usable.")
 @click.argument("name", cls=Word, required=False, help="Backend, or package.module:attribute. Default: all.")
 @click.option("-O", "backend_options", metavar="KEY=VALUE", multiple=True, help="Option of the backend NAME.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
@@ -130,7 +129,7 @@ def doctor(name: str | None, backend_options: tuple[str, ...], as_json: bool) ->
     return Exit.OK if report.usable else Exit.BACKEND
 
 
-@click.command("new-backend", short_help="A plugin project for a new device.")
+@click.command("new-backend", short_help="Create a plugin project for a new device.")
 @click.argument(
     "name", cls=Word, help="Name of the backend and of its torch device: lower-case, like 'acme'."
 )
@@ -152,7 +151,7 @@ def new_backend(name: str, folder: Path) -> int:
     return Exit.OK
 
 
-@click.command(epilog=REPLAY_EPILOG, short_help="The call that --dump-failure kept, made again.")
+@click.command(epilog=REPLAY_EPILOG, short_help="Repeat the call that --dump-failure kept.")
 @click.argument("folder", type=FILE, cls=Word, help="The folder that --dump-failure named.")
 @backend_options("Backend to replay on. Default: the one that failed, with its options.")
 @click.option("--op", "name", metavar="NAME", help="Another op of the backend, or reference.")
@@ -168,7 +167,6 @@ def replay(
 ) -> int:
     """Make one call again that was wrong: the same operands in the same layout, judged by the same truth."""
     from mla.failures import file
-    from mla.failures.replay import replay as repeat
 
     kept = file.read(folder)
     kept.call()  # may say that there is none
@@ -178,7 +176,7 @@ def replay(
         backend, backend_options = origin.backend, (*origin.options, *backend_options)
     opened = open_backend(BackendOptions(backend, device, backend_options, threads))
     note(f"kept       {origin.where}: {kept.document.reason}")
-    reasons = repeat(kept, opened.backend, name, runs)
+    reasons = file.replay(kept, opened.backend, name, runs)
     wrong = [reason for reason in reasons if reason]
     what = f"{facts.role} (op '{name or facts.op}') on {opened.backend.device}"
     if not wrong and not name:
@@ -196,7 +194,7 @@ def replay(
     return Exit.WRONG
 
 
-@click.command("capacity", short_help="Tokens that several devices hold, by parallel layout.")
+@click.command("capacity", short_help="Count the tokens that several devices hold, by layout.")
 @click.option(
     "--config", metavar="NAME|PATH", default=DEFAULT_CONFIG, show_default=True, help="As for a run."
 )
@@ -300,7 +298,7 @@ class CeilingOptions(BackendOptions):
         return list(dict.fromkeys(names))
 
 
-@click.command(short_help="A device's peak bandwidth and FLOP rate.")
+@click.command(short_help="Measure a device's peak bandwidth and FLOP rate.")
 @backend_options(MEASURED_BACKEND_HELP)
 @click.option(
     "--dtype",
@@ -370,3 +368,76 @@ def _native(backend: Backend, names: list[str], *, explicit: bool) -> list[torch
             check_dtype(backend, dtype)
     native = backend.dtypes()
     return [dtype for dtype in dtypes if dtype in native] or list(native)
+
+
+# --------------------------------------------------------------------------------------------------- catalog
+
+_CONFIGS = ("name", "hidden", "heads", "q_lora", "latent", "nope/v", "rotation", "source")
+_WORKLOADS = ("name", "scenarios", "config", "op", "about", "source")
+
+
+def configs_table() -> str:
+    """Return a table with one line per preset; "-" means none."""
+    return aligned(_CONFIGS, map(_row, PRESETS), words=("name", "nope/v", "rotation", "source"))
+
+
+def configs() -> list[dict[str, Any]]:
+    """Return per preset the config, its checkpoint, its config.json, and what was read in its place."""
+    return [
+        {**_numbers(name), **{key: getattr(preset, key) for key in ("checkpoint", "source", "read_from")}}
+        for name, preset in PRESETS.items()
+    ]
+
+
+def _numbers(name: str) -> dict[str, Any]:
+    config = MLAConfig.preset(name)
+    return {**asdict(config), "softmax_scale": config.softmax_scale}
+
+
+def _row(name: str) -> tuple[str, ...]:
+    config = MLAConfig.preset(name)
+    return (
+        name,
+        str(config.hidden_size),
+        str(config.num_attention_heads),
+        str(config.q_lora_rank or "-"),
+        f"{config.kv_lora_rank}+{config.qk_rope_head_dim}",
+        f"{config.qk_nope_head_dim}/{config.v_head_dim}",
+        _rotation(config),
+        PRESETS[name].source,
+    )
+
+
+def _rotation(config: MLAConfig) -> str:
+    """Return channel order, theta and scaling as one phrase."""
+    if config.rope_theta is None:
+        return "none"
+    words = ["" if config.rope_interleave else "half-split", f"theta {config.rope_theta:.12g}"]
+    if isinstance(config.rope_scaling, YarnScaling):
+        words.append(f"yarn {config.rope_scaling.factor:g}")
+    if isinstance(config.rope_scaling, LongRopeScaling):
+        words.append("longrope")
+    return " ".join(filter(None, words))
+
+
+def workloads_table() -> str:
+    """Return a table with one line per shipped workload; "-" means none."""
+    rows = ([str(value) if value else "-" for value in facts.values()] for facts in workloads())
+    return aligned(_WORKLOADS, map(tuple, rows), words=("name", "config", "op", "about", "source"))
+
+
+def workloads() -> list[dict[str, Any]]:
+    """Return per shipped workload its number of scenarios, its default config and op, and its source."""
+    return list(map(_facts, SHIPPED))
+
+
+def _facts(name: str) -> dict[str, Any]:
+    workload = read_workload(name)
+    return {
+        "name": name,
+        "scenarios": len(points_of(workload.scenarios, {})),
+        "config": workload.config or DEFAULT_CONFIG,
+        "op": workload.op,
+        "about": workload.about,
+        "source": workload.source,
+    }

@@ -119,8 +119,7 @@ def _ranks(options: RunOptions, opened: OpenedBackend, layout: Layout) -> Any:
 
 def _run_on_ranks(options: RunOptions, request: Request, measure: Callable[[Request], int]) -> int:
     """Run on rank 0, which has the others do their part; the others end as it does."""
-    from mla.bench.ranks.agreement import facts
-    from mla.bench.ranks.crew import Crew
+    from mla.bench.ranks.crew import Crew, facts
     from mla.bench.ranks.layers import Follower
 
     crew = request.setting.ranks
@@ -207,7 +206,7 @@ def _profile(options: RunOptions, request: Request, outcome: Outcome, budget: Bu
     """Record a trace, if one was asked for; everything else is done by then."""
     if options.profile is None:
         return code
-    from mla.bench.run.profiling import profile
+    from mla.bench.run.profile import profile
 
     return profile(request, outcome.run, options.profile, budget, options.hang_after, code)
 

@@ -31,7 +31,7 @@ TABLE = files.Kind("a table of results", lambda data: data.startswith(as_csv(())
 DOCUMENT = files.Kind("a document of a case", lambda data: infinimetrics.START.match(data) is not None)
 
 
-@click.command(short_help="Result files against the first one.")
+@click.command(short_help="Compare result files with the first one.")
 @click.argument("base", cls=Word, type=FILE, help="Result file (-o) that the others are compared with.")
 @click.argument("runs", cls=Word, type=FILE, nargs=-1, required=True, help="Result files to compare.")
 @click.option(
@@ -132,7 +132,7 @@ def _red(cases: Sequence[Comparison], limit: float, selected: bool) -> list[str]
     return reasons
 
 
-@click.command(short_help="A stored run, printed again.")
+@click.command(short_help="Print a stored run again.")
 @click.argument("run", cls=Word, type=FILE, help="Result file (-o).")
 @click.option(
     "--format",
@@ -157,7 +157,7 @@ def stored(path: Path, kind: str, detail: run_table.Detail = "short") -> str:
     return run_table.render(results.decoded(data, path, results.decode), kind, detail)
 
 
-@click.command(short_help="Results as CSV, or for InfiniMetrics.")
+@click.command(short_help="Export results as CSV, or for InfiniMetrics.")
 @click.argument("runs", cls=Word, type=FILE, nargs=-1, required=True, help="Result files (-o).")
 @click.option(
     "--format",
@@ -265,7 +265,7 @@ def _make_folder(path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- report
 
 
-@click.command(short_help="An HTML page, or pictures, of result files.")
+@click.command(short_help="Draw an HTML page, or pictures, of result files.")
 @click.argument(
     "runs",
     cls=Word,

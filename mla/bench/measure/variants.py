@@ -27,6 +27,8 @@ EXTRA_PASSES = 6
 EXTRA_FORWARDS = 5
 # Timed steps of a cold decode pass, if it has as many: a flush takes longer than a step.
 COLD_STEPS = 10
+# Minimum of forwards whose stages are timed: whole passes, so that a growing cache counts as in the headline.
+STAGE_FORWARDS = 20
 
 
 class VariantError(MLAError):
@@ -179,3 +181,8 @@ def forwards(variants: Sequence[Variant], scenario: Scenario) -> int:
     warmed = sum(variant.cache == "warm" and variant.clock == "host" for variant in variants)
     headline = scenario.inputs + warmed * scenario.warmups + scenario.rounds * scenario.steps
     return headline + sum((plan.passes + 1) * len(plan.run) for plan in extra)
+
+
+def stage_forwards(scenario: Scenario) -> int:
+    """Return how many forwards are timed for `--stages`: whole passes, each prefill being one."""
+    return scenario.inputs * -(-STAGE_FORWARDS // scenario.inputs)

@@ -155,14 +155,16 @@ def plan_memory(
             per_impl, _op_host_bytes(fixture.pool, per_impl), outputs, per_reference=0, **common
         )
     layout, gathered = Layout() if setting.ranks is None else setting.ranks.layout, 1
+    simulated = 0 if setting.ranks is None else len(setting.ranks.timed(point))
     if setting.ranks is not None:  # once per rank that has them, and twice while they come from others
-        gathered = layout.dcp if setting.here > 1 else 2 * layout.head_parts
+        gathered = layout.dcp if simulated else 2 * layout.head_parts
     one_layer = replace(setting, ranks=None, layers=1), msgspec.structs.replace(point, layers=1)
+    of_reference = max(_by_block(setting, point)) if simulated else layer_bytes(*one_layer)
     return MemoryPlan(
         per_implementation=layer_bytes(setting, point),
-        host=_host_bytes(setting, point),
+        host=_host_bytes(setting, point) + max(0, simulated - 1) * _expected_bytes(setting, point),
         outputs=_output_bytes(setting, point, point),
-        per_reference=layer_bytes(*one_layer) if fused else 0,
+        per_reference=of_reference if fused else 0,
         gathered=gathered,
         others=setting.beside,
         per_other=_other_bytes(setting, point, lazy),
@@ -178,31 +180,28 @@ def plan_memory(
 def layer_bytes(setting: Setting, point: Point) -> int:
     """Return what one implementation holds on the device.
 
-    Of ranks that are simulated there, it is what all hold; else of the rank that holds most.
+    Of ranks that are simulated there, it is what those that are timed hold; else of the rank that holds most.
     """
+    each, ranks = _by_block(setting, point), setting.ranks
+    if ranks is None or not (timed := ranks.timed(point)):
+        return max(each)
+    one_by_one = WORKSPACE + _longest_bytes(setting, point, ranks.layout.dcp)
+    return sum(each[ranks.layout.place(rank).dp] for rank in timed) - (len(timed) - 1) * one_by_one
+
+
+def _by_block(setting: Setting, point: Point) -> list[int]:
+    """Return what a rank of each part of `dp` holds on its device."""
     layout = Layout() if setting.ranks is None else setting.ranks.layout
     heads = setting.config.num_attention_heads // layout.head_parts
     rank = replace(setting, config=setting.config.with_heads(heads), ranks=None)
     blocks = [Requests.of(point, part, layout.dp).scenario(point) for part in range(layout.dp)]
-    if setting.here == 1:
-        each = (
-            _held_bytes(rank, block, layout.dcp)
-            + _context_bytes(rank, block, layout.dcp)
-            + _forward_bytes(rank, block, layout.dcp)
-            + _output_bytes(rank, block, point)
-            for block in blocks
-        )
-        return max(each)
-    # A rank that waits for its turn keeps its workspace and what it has sent: its queries, and results once.
-    each = (
+    return [
         _held_bytes(rank, block, layout.dcp)
-        + _rebuilt_bytes(rank, block)
-        + _context_bytes(rank, block, layout.dcp) * 5 // 4
+        + _context_bytes(rank, block, layout.dcp)
+        + _forward_bytes(rank, block, layout.dcp)
+        + _output_bytes(rank, block, point)
         for block in blocks
-    )
-    parts = 2 * layout.head_parts * point.tokens * setting.config.hidden_size * setting.dtype.itemsize
-    outputs = layout.dcp * _output_bytes(setting, point, point)
-    return layout.head_parts * sum(each) + _forward_bytes(setting, point) + outputs + parts
+    ]
 
 
 def _held_bytes(setting: Setting, point: Point, share: int) -> int:
@@ -222,12 +221,16 @@ def _forward_bytes(setting: Setting, point: Point, share: int = 1) -> int:
     """Return the inputs of a pass, and the most that a forward takes; `share` as in `_held_bytes`."""
     config = setting.config
     activations = point.layers * point.tokens * 4 * config.num_attention_heads * config.latent_dim
-    longest = (
-        4 * math.ceil(max(point.final_lens) / share) * config.latent_dim
-    )  # one request's keys, gathered and widened
-    numbers = activations + longest + _input_numbers(setting, point)
+    numbers = activations + _input_numbers(setting, point)
     kept = (point.layers - 1) * _rebuilt_bytes(setting, point)  # that of one layer is in `WORKSPACE`
-    return numbers * setting.dtype.itemsize + WORKSPACE + kept + _grown_bytes(setting, point)
+    once = WORKSPACE + _longest_bytes(setting, point, share) + _grown_bytes(setting, point)
+    return numbers * setting.dtype.itemsize + kept + once
+
+
+def _longest_bytes(setting: Setting, point: Point, share: int) -> int:
+    """Return what one request's keys take, gathered and widened."""
+    keys = math.ceil(max(point.final_lens) / share)
+    return 4 * keys * setting.config.latent_dim * setting.dtype.itemsize
 
 
 def _expanded_lens(setting: Setting, point: Point) -> list[int]:
@@ -317,6 +320,11 @@ def _host_bytes(setting: Setting, point: Point) -> int:
     evidence = point.inputs * point.tokens * config.hidden_size * (itemsize + 8)
     judged = point.tokens * config.hidden_size * (itemsize + 4 * 8)
     return weights + history + evidence + judged + oracle_bytes(config, oracle_runs(config, point), itemsize)
+
+
+def _expected_bytes(setting: Setting, point: Point) -> int:
+    """Return what the outputs that are expected of all choices take on the host, in float64."""
+    return 8 * setting.config.hidden_size * sum(run.rows for run in oracle_runs(setting.config, point))
 
 
 def _other_bytes(setting: Setting, point: Point, lazy: bool) -> int:

@@ -198,7 +198,7 @@ def command(words: Iterable[str]) -> str:
 # Every mistake shows here, before any work. `check_gate`, `check_lengths`, `check_options` and `check_points`
 # need only the command line and the workload; the others also the layer or the device, which starts slowly.
 
-# Ranks that --simulate runs one after the other: more take hours.
+# Ranks of a prediction: the result has the samples of each.
 MAX_SIMULATED = 256
 
 
@@ -274,16 +274,16 @@ def _check_simulation(options: RunOptions) -> None:
             raise UsageError("--link is what a simulation assumes of the ranks' link: add --simulate.")
         return
     if options.parallel is None:
-        raise UsageError("--simulate runs the ranks of a layout on one device: add --parallel, as in tp=8.")
+        raise UsageError("--simulate predicts the ranks of a layout: add --parallel, as in tp=8.")
     count = launcher.count() or 1
     if count > 1:
         raise UsageError(
-            f"--simulate runs all ranks in one process, and {count} were started: start one, or leave it out "
-            "to measure the real ranks."
+            f"--simulate predicts all ranks in one process, and {count} were started: start one, or leave "
+            "--simulate out to measure the real ranks."
         )
     if options.parallel.world > MAX_SIMULATED:
         raise UsageError(
-            f"--simulate runs every rank here, {MAX_SIMULATED} at most, and layout '{options.parallel}' has "
+            f"--simulate predicts ranks, {MAX_SIMULATED} at most, and layout '{options.parallel}' has "
             f"{options.parallel.world}."
         )
 

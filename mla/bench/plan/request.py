@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from mla.bench import results
-from mla.bench.measure import profile
-from mla.bench.measure.variants import Variants, forwards
+from mla.bench.measure.variants import Variants, forwards, stage_forwards
 from mla.bench.plan.memory import MemoryPlan, available_memory, plan_memory
 from mla.bench.results.cases import ADDED
 from mla.bench.subjects.fixture import make_fixture
@@ -89,12 +88,6 @@ class Request:
     counted: bool = False  # the user said how many passes or forwards to time: none is dropped to save time
     profile: Path | None = None  # the trace to write after everything else
 
-    def replanned(self, points: Sequence[Point], names: Sequence[str]) -> Request:
-        """Return the same request with other scenarios and implementations."""
-        cold = any(variant.cache == "cold" for variant in self.variants.timed)
-        plans, chosen = plan_scenarios(self.setting, points, names, cold, self.state)
-        return replace(self, scenarios=plans, implementations=chosen)
-
     @property
     def points(self) -> list[Point]:
         """The scenarios' own descriptions."""
@@ -104,7 +97,7 @@ class Request:
         """Return roughly the forwards of a scenario, checks and warm-ups included; slow ones run fewer."""
         count = len(self.implementations) * forwards(self.variants.timed, point)
         ours = sum(map(is_ours, self.implementations)) if self.stages else 0
-        return count + ours * profile.total_forwards(point)
+        return count + ours * stage_forwards(point)
 
 
 def empty_run(request: Request) -> results.Run:

@@ -6,7 +6,6 @@ Every other rank has a `Follower`, which carries out the commands of rank 0.
 from __future__ import annotations
 
 import gc
-import random
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -39,9 +38,6 @@ from mla.verify.verdict import Check
 if TYPE_CHECKING:
     from mla.bench.ranks.crew import Crew, Failure
 
-# Bound before any plugin loads.
-_random = random.SystemRandom()
-
 T = TypeVar("T")
 # The number of the pass in which collectives are clocked: no other pass has it.
 CLOCKED = 1 << 22
@@ -71,11 +67,6 @@ class RankLayer(MlaLayer):
         self.buffers = buffers(scenario.steps, inputs.hidden[0].nbytes)  # on every rank as many
         self.requests = Requests.of(scenario, self._groups.place.dp, self._groups.layout.dp)
         super().load(self.requests.scenario(scenario), self.requests.inputs(scenario, inputs))
-
-    def load_alike(self, scenario: Scenario, inputs: Inputs, seed: int) -> None:
-        """Load, and keep the outputs of the same forwards as every rank that is given this seed."""
-        self.load(scenario, inputs)
-        self._shelf.draw_from(random.Random(seed))
 
     def extend(self, table_tokens: int = 0) -> Any:
         return self._cache.extend(self._sequences, self.scenario.query_lens)
@@ -160,9 +151,7 @@ class LeadLayer(Implementation):
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
         self.scenario = scenario
         self._kept = self._kept or [[] for _ in range(self._crew.layout.world)]
-        seed = _random.getrandbits(63)
-        load = partial(self._part.load_alike, scenario, inputs, seed)
-        self._all(load, "load", scenario.name, self.name, seed, inputs.seed)
+        self._all(partial(self._part.load, scenario, inputs), "load", scenario.name, self.name, inputs.seed)
 
     def restore(self, number: int = 0) -> None:
         self._number, self._outputs = number, []
@@ -311,7 +300,7 @@ class Follower:
         failed, self._failure = self._failure, None
         self._crew.attempt(implementation, work, failed, together)
 
-    def load(self, scenario: str, implementation: str, seed: int, fresh: int | None) -> None:
+    def load(self, scenario: str, implementation: str, fresh: int | None) -> None:
         """Build an implementation's part, with the scenario's weights, history and inputs.
 
         One that is there already takes `fresh` inputs of this seed, or the scenario's own again.
@@ -322,14 +311,12 @@ class Follower:
             self._fixture = None  # the last one's weights are gone before there are others
             self.drop()
             self._fixture = make_fixture(plan.setting, plan.point, self._request.state)
-        self._attempt(implementation, partial(self._load, self._fixture, plan, implementation, seed, fresh))
+        self._attempt(implementation, partial(self._load, self._fixture, plan, implementation, fresh))
 
-    def _load(
-        self, fixture: Fixture, plan: ScenarioPlan, implementation: str, seed: int, fresh: int | None
-    ) -> None:
+    def _load(self, fixture: Fixture, plan: ScenarioPlan, implementation: str, fresh: int | None) -> None:
         inputs = fixture.inputs()
         part: Any = self._layers.get(implementation) or fixture.build(implementation)
-        part.load_alike(plan.point, inputs if fresh is None else inputs.fresh(fresh), seed)
+        part.load(plan.point, inputs if fresh is None else inputs.fresh(fresh))
         self._layers[implementation] = part
 
     def drop(self, *implementations: str) -> None:

@@ -9,8 +9,7 @@ from typing import TypeVar
 
 from mla.bench.report import data, figures
 from mla.bench.report.data import LATENCY, THROUGHPUT, Curve, Entry, Quantity, ResultFile, grouped
-from mla.bench.report.figures import DASHES, MARKERS, Chart, Draw, Line, Point, Row
-from mla.bench.report.theme import colours
+from mla.bench.report.figures import DASHES, MARKERS, Chart, Draw, Line, Point, Row, colours
 from mla.bench.results import compare
 from mla.bench.results.cases import device_cost
 from mla.bench.results.compare import Scaled, Scaling

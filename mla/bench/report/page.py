@@ -12,7 +12,7 @@ from typing import NamedTuple, get_args
 import jinja2
 
 import mla
-from mla.bench.report import data, summary, tables, theme
+from mla.bench.report import data, figures, summary, tables
 from mla.bench.report.charts import Charts
 from mla.bench.report.figures import NARROW, WIDE, Chart, svg
 from mla.bench.report.tables import Table
@@ -63,7 +63,7 @@ def render(paths: Sequence[str], runs: Sequence[Run]) -> str:
     environment = jinja2.Environment(
         loader=loader, trim_blocks=True, lstrip_blocks=True, autoescape=True, undefined=jinja2.StrictUndefined
     )
-    modules = (cases, lines, run_table, summary, tables, theme)
+    modules = (cases, lines, run_table, summary, tables, figures)
     environment.globals |= {module.__name__.rpartition(".")[2]: module for module in modules}
     environment.globals |= {"images": _images, "prediction": prediction, "join": shlex.join, "size": size}
     drawn, version = list(sections(shown)), mla.__version__
@@ -73,7 +73,7 @@ def render(paths: Sequence[str], runs: Sequence[Run]) -> str:
 def _images(chart: Chart) -> Iterator[tuple[str, str]]:
     """Yield the CSS class and the source of a chart for either width and mode; the style sheet shows one."""
     for width, inches in (("wide", WIDE), ("narrow", NARROW)):
-        for mode in get_args(theme.Mode):
+        for mode in get_args(figures.Mode):
             encoded = base64.b64encode(svg(chart, mode, inches).encode("utf-8", "replace"))
             yield f"{width} {mode}", f"data:image/svg+xml;base64,{encoded.decode()}"
 
@@ -103,7 +103,7 @@ def pictures(paths: Sequence[str], runs: Sequence[Run]) -> dict[str, str]:
         for chart in section.charts:
             taken[chart.name] += 1
             name = chart.name + f"-{taken[chart.name]}" * (taken[chart.name] > 1)
-            for mode in get_args(theme.Mode):
+            for mode in get_args(figures.Mode):
                 made[f"{name}-{mode}.svg"] = svg(chart, mode, NARROW, titled=True)
     return made
 

@@ -1,12 +1,11 @@
 """Read, upgrade, check and write result files: those of runs, and those of `ceilings`. Needs no torch.
 
 Ranges of single fields are in the schema. Beyond them a file is refused where it was cut or edited so that a
-reader would fail on it, or would show a number that its samples do not give.
+reader would fail on it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -28,8 +27,6 @@ _MAX_BYTES = 1 << 30  # bytes of a file: thousands of cases come to some 100 MB
 
 # The first version whose throughput is that of all passes together.
 TOTAL = 4
-# Statistics are recomputed from samples in another order of operations.
-REL_TOLERANCE = 1e-6
 
 
 def encode(run: msgspec.Struct) -> bytes:
@@ -131,11 +128,8 @@ def _faults(case: Case) -> Faults:
     for where, check, latency in ways:
         if latency is not None and check.status in ("wrong", "doubtful"):
             yield f"Expected no number where the check is {check.status}", f"{where}.latency_ms"
-    if case.check.status == "ok" and (case.check.error_ratio or 0) > 1:
-        yield f"Expected at most 1 for a check that is ok, got {case.check.error_ratio}", ".check.error_ratio"
     if case.latency_ms is not None:
         yield from _numbers(case)
-    yield from _fraction(case)
     if case.spread is not None:
         yield from _ranks(case.spread, len(case.latency_ms.samples) if case.latency_ms else 0)
 
@@ -152,45 +146,13 @@ def _names(case: Case) -> Faults:
 
 
 def _numbers(case: Case) -> Faults:
-    """Yield that samples were cut, or that statistics are not those of the samples."""
-    latency, rate, passes = case.latency_ms, case.tokens_per_s, cases.passes_of(case)
-    assert latency is not None
-    if len(latency.samples) != case.passes * case.steps_per_pass:
-        expected = f"{case.passes} passes of {case.steps_per_pass} steps, got {len(latency.samples)}"
+    """Yield that samples were cut, or that nothing can be divided by them."""
+    passes = cases.passes_of(case)
+    if sum(map(len, passes)) != case.passes * case.steps_per_pass:
+        expected = f"{case.passes} passes of {case.steps_per_pass} steps, got {sum(map(len, passes))}"
         yield f"Expected the samples of {expected}", ".latency_ms.samples"
-        return
-    if not all(map(sum, passes)) or rate is None:
+    elif not all(map(sum, passes)):
         yield "Expected passes that take time", ".latency_ms.samples"
-        return
-    made, tokens = cases.latency_of(passes), sum(case.query_lens)
-    medians = [(name, getattr(latency, name), getattr(made, name)) for name in ("median", "p10", "p90")]
-    numbers = [(f".latency_ms.{name}", said, expected) for name, said, expected in medians]
-    numbers.append((".tokens_per_s.median", rate.median, cases.throughput_of(passes, tokens).median))
-    for where, said, expected in numbers:
-        if not math.isclose(said, expected, rel_tol=REL_TOLERANCE):
-            yield f"Expected {expected:.6g}, as the samples say, got {said:.6g}", where
-    rates = [cases.throughput_of([samples], tokens).median for samples in passes]
-    for where, interval, values in (
-        (".latency_ms.ci95", latency.ci95, latency.samples),
-        (".tokens_per_s.ci95", rate.ci95, rates),
-    ):
-        low, high = interval or (min(values), max(values))
-        if low > high:
-            yield "Expected the lower end first", where
-        elif low < min(values) * (1 - REL_TOLERANCE) or high > max(values) * (1 + REL_TOLERANCE):
-            yield f"Expected an interval within {min(values):.6g} and {max(values):.6g}", where
-
-
-def _fraction(case: Case) -> Faults:
-    """Yield that the share of the limit is not the floor over the latency."""
-    said, floor, latency = case.roofline.fraction, case.roofline.floor_ms, case.latency_ms
-    if said is None:
-        return
-    if latency is None or floor is None:
-        yield "Expected a fraction only with a latency and a floor", ".roofline.fraction"
-    elif not math.isclose(said, floor / latency.median, rel_tol=REL_TOLERANCE):
-        expected = f"{floor / latency.median:.6g}, the floor over the latency"
-        yield f"Expected {expected}, got {said:.6g}", ".roofline.fraction"
 
 
 def _ranks(spread: Spread, samples: int) -> Faults:

@@ -13,15 +13,15 @@ import torch
 from mla.bench import results
 from mla.bench.limits import roofline
 from mla.bench.limits.roofline import MAX_TIMES, RooflineModel
-from mla.bench.measure import engine, profile, samples
+from mla.bench.measure import engine, samples, target
 from mla.bench.measure.engine import Hooks, Shorter
 from mla.bench.measure.samples import Measurement
-from mla.bench.plan import yardstick
 from mla.bench.plan.options import case_command
 from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.results.cases import busiest
 from mla.bench.results.schema import Case, Cost, Roofline
 from mla.bench.run.keeper import FailedCase, Keeper
+from mla.bench.run.profile import add_stages
 from mla.bench.subjects.base import Implementation, Outputs
 from mla.bench.subjects.fixture import make_fixture
 from mla.bench.subjects.inputs import Requests, choices
@@ -190,7 +190,7 @@ class ScenarioRun:
             return {}
         times = {first: known[first], **known}
         timed, added = self._request.variants.timed, self._request.added
-        return yardstick.shortened(self._point, timed, times, most, added)
+        return target.shortened(self._point, timed, times, most, added)
 
     def _failed(self, impl: Implementation, check: Check) -> None:
         """Keep the first failure of the run; the engine calls this once per wrong implementation."""
@@ -221,7 +221,7 @@ class ScenarioRun:
     def _add_stages(self, impl: Implementation, case: results.Case, checker: Any) -> None:
         """Time the parts of our own layer's forward, if it has numbers at all."""
         if isinstance(impl, MlaLayer) and case.latency_ms and not case.interrupted:
-            profile.add_stages(case, impl, self._point, checker, self.ceilings, self._progress)
+            add_stages(case, impl, self._point, checker, self.ceilings, self._progress)
 
     def _build(self, name: str) -> Implementation:
         self._hooks.enter(name)

@@ -215,22 +215,18 @@ def buffers(wanted: int, size: int) -> int:
 class Shelf(Generic[T]):
     """Hands out a poisoned buffer per forward, and keeps filled ones, all or a uniform random choice.
 
-    Which are kept is drawn after the forward, from the system's entropy, so no forward knows whether it is.
+    Which are kept follows from the seed of the pass alone: ranks keep the same forwards.
     """
 
     def __init__(self, items: Sequence[T], wanted: int, poison: Callable[[T], None]) -> None:
         self._items, self._poison = list(items), poison
         self._room = len(items) if len(items) >= wanted else len(items) - 1
-        self._random: random.Random = random.SystemRandom()
         self.kept: dict[int, T] = {}  # index of the forward -> its buffer
         self.clear()
 
-    def draw_from(self, numbers: random.Random) -> None:
-        """Draw what is kept from these numbers, which several shelves may share."""
-        self._random = numbers
-
-    def clear(self) -> None:
+    def clear(self, seed: int = 0) -> None:
         """Poison all buffers, for a new pass."""
+        self._random = random.Random(seed)
         for item in self._items:
             self._poison(item)
         self._free = list(reversed(self._items))
@@ -370,7 +366,7 @@ class LayerImplementation(Implementation):
     def begin(self, number: int) -> Turn:
         """Start pass `number` with poisoned buffers, and return the turn of its first forward."""
         self._number = number
-        self._shelf.clear()
+        self._shelf.clear(number)
         self._held = {}
         return self._inputs.turn(number, 0)
 

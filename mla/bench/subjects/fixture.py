@@ -28,11 +28,12 @@ from mla.bench.workload.implementations import parse_one
 from mla.cases.call import Checker
 from mla.cases.varied import Pool
 from mla.checkpoint import LazyState
+from mla.config import MLAConfig
 from mla.cost import Work, step_work
 from mla.errors import UnsupportedBatch, UsageError, did_you_mean
 from mla.layer.ops import Ops
 from mla.layer.plan import check_lengths
-from mla.verify.layer_oracle import State, oracle
+from mla.verify.layer_oracle import Held, State, oracle
 from mla.weights import random_state_dict
 from mla_backends.errors import describe
 
@@ -159,6 +160,43 @@ class Fixture(ABC):
         return name
 
 
+def layer_checker(
+    config: MLAConfig,
+    dtype: torch.dtype,
+    state: State,
+    inputs: Inputs,
+    make_reference: Callable[[], MlaLayer],
+    beat: Callable[[], None],
+    held: Held | None = None,
+) -> LayerChecker:
+    """Return what judges a layer with these weights, which attends the positions that are `held`.
+
+    `make_reference` returns the loaded layer whose error bounds that of fused ops; it runs once, if it is
+    needed, with `beat` after every forward.
+    """
+
+    def reference_outputs() -> torch.Tensor:
+        reference, outputs = make_reference(), list[torch.Tensor]()
+        for index in range(inputs.scenario.inputs):
+            reference.before(index)
+            reference.step(index)
+            outputs.append(reference.out.cpu())
+            reference.after(index)
+            beat()
+        return torch.stack(outputs)
+
+    expected = expected_outputs(config, state, inputs.scenario, inputs, held)
+    return LayerChecker(
+        expected.plain,
+        dtype,
+        reference_outputs,
+        inputs=inputs,
+        turned=expected,
+        oracle=partial(expected_plain, config, state, held=held),
+        any_oracle=partial(oracle, config, state),
+    )
+
+
 class LayerFixture(Fixture):
     """The whole layer, on random weights or those of a checkpoint (`state`)."""
 
@@ -183,18 +221,12 @@ class LayerFixture(Fixture):
         self._state = self._weights()
         return make_inputs(self.setting.config, self.point, self.setting.seed, self.setting.dtype)
 
-    def _make_checker(self, inputs: Inputs) -> LayerChecker:
-        what = (self.setting.config, self._state, self.point)
-        expected = expected_outputs(*what, inputs)
-        return LayerChecker(
-            expected.plain,
-            self.setting.dtype,
-            self._reference_outputs,
-            inputs=inputs,
-            turned=expected,
-            oracle=partial(expected_plain, self.setting.config, self._state),
-            any_oracle=partial(oracle, self.setting.config, self._state),
-        )
+    def _make_checker(self, inputs: Inputs) -> Any:
+        setting, state = self.setting, self._state
+        beat = self._after_forward
+        if setting.ranks is not None and (made := setting.ranks.checker(setting, state, inputs, beat)):
+            return made
+        return layer_checker(setting.config, setting.dtype, state, inputs, self._reference, beat)
 
     def _weights(self) -> State:
         if self._given is None:
@@ -203,18 +235,10 @@ class LayerFixture(Fixture):
             return self._given
         return {name: weight.to(self.setting.dtype) for name, weight in self._given.items()}
 
-    def _reference_outputs(self) -> torch.Tensor:
-        """Run the reference once: our own implementations are compared with its error."""
+    def _reference(self) -> MlaLayer:
         reference = MlaLayer(replace(self.setting, layers=1), self._state, "mla-reference", "reference")
         reference.load(self.point, self.inputs())
-        outputs = []
-        for index in range(self.point.inputs):
-            reference.before(index)
-            reference.step(index)
-            outputs.append(reference.out.cpu())
-            reference.after(index)
-            self._after_forward()
-        return torch.stack(outputs)
+        return reference
 
     def build(self, name: str) -> Implementation:
         named = parse_one(name)

@@ -108,7 +108,7 @@ class OpImplementation(Implementation):
         if self._call.prepare():
             self._plan_ms = (now_ns() - start) / 1e6
         self._call.begin(number)
-        self._shelf.clear()
+        self._shelf.clear(number)
         self._number = number
         self._kept: dict[int, Tensors] | None = None  # index of a call -> its results on the host
         calls = self._pool.calls if self._pool.calls * self._pool.size[1] <= EARLY_ROWS else 0

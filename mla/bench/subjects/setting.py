@@ -14,11 +14,13 @@ import torch
 
 from mla.bench.workload.grid import Point, roles_of
 from mla.bench.workload.implementations import Named
+from mla.bench.workload.scenario import Scenario
 from mla.command.console import note
 from mla.config import MLAConfig
 from mla.layer.ops import Ops, layer_roles
 from mla.layer.packed_weights import SharedWeights
 from mla.parallel.layout import Layout
+from mla.verify.layer_oracle import State
 from mla_backends.api import Backend
 
 # Of layer 0, 1, ...: one state dict for each, shared by the implementations of one scenario.
@@ -31,7 +33,7 @@ _SAID: set[str] = set()  # remarks of ops
 
 
 class Ranks(ABC):
-    """The ranks of a run, of which every one has a part of the layer; by default all are on this device."""
+    """The ranks of a run, of which every one has a part of the layer."""
 
     layout: Layout
     beside = 0  # further ranks that share this process's host
@@ -42,14 +44,20 @@ class Ranks(ABC):
         """Number of ranks."""
         return self.layout.world
 
-    @property
-    def here(self) -> int:
-        """Number of ranks on this process's device."""
-        return self.world
-
     @abstractmethod
-    def layer(self, setting: Setting, state: Mapping[str, torch.Tensor], name: str, ops: str | None) -> Any:
+    def layer(self, setting: Setting, state: State, name: str, ops: str | None) -> Any:
         """Return the implementation that has all ranks do their part."""
+
+    def timed(self, scenario: Scenario) -> list[int]:
+        """Return the ranks that run one after the other on this device; none where each has its own."""
+        return []
+
+    def checker(self, setting: Setting, state: State, inputs: Any, beat: Callable[[], None]) -> Any:
+        """Return what judges ranks on this device, each alone; None where their outputs are judged together.
+
+        `inputs`: those of the scenario. `beat` is called after every forward of the reference.
+        """
+        return None
 
     def told(self) -> AbstractContextManager[None]:
         """Tell other ranks why this one fails in the block, if it does."""
@@ -88,11 +96,6 @@ class Setting:
     def world(self) -> int:
         """Number of devices that the layer is spread over."""
         return 1 if self.ranks is None else self.ranks.world
-
-    @property
-    def here(self) -> int:
-        """Number of ranks that run on this device: all that are simulated, else one."""
-        return 1 if self.ranks is None else self.ranks.here
 
     @property
     def beside(self) -> int:

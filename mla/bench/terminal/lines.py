@@ -124,8 +124,6 @@ def folded_warnings(run: Run) -> list[str]:
         str(Warned(kind, places[0] + f" and {len(places) - 1} more" * (len(places) > 1), text))
         for (kind, text), places in groups.items()
     ]
-    if run.environment.get(ALONE):
-        lines.append(f"some passes of {run.cases[0].implementation} ran alone (-v)")
     return [*_busy(run), *lines]
 
 

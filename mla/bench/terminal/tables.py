@@ -140,14 +140,14 @@ def _rank(rank: RankFacts, excess: float) -> tuple[str, ...]:
 def prediction(spread: Spread) -> str:
     """Return how a prediction came about: what was run, and what was added."""
     count, timed = len(spread.ranks), len(spread.timed_ranks)
-    alike = f"; {count - timed} more are like one of these" if timed < count else ""
+    alike = "; the others are like one of these" if timed < count else ""
     link = f"{IDEAL} ({spread.link_source}), so this is a lower bound"
     if spread.link:
         link = f"{Link({line.collective: line.line() for line in spread.link})} ({spread.link_source})"
     return (
-        f"{spread.layout}, predicted: {count} ranks ran one after the other on one device, and their outputs "
-        f"were merged; {timed} {'was' if timed == 1 else 'were'}\ntimed alone{alike}. Slowest share "
-        f"{number(spread.compute_ms)} ms, to which collectives are added.\nLink {link}."
+        f"{spread.layout}, predicted: {timed} of {count} ranks ran alone, one after the other on one "
+        f"device{alike}.\nSlowest share {number(spread.compute_ms)} ms, to which collectives are added.\n"
+        f"Link {link}."
     )
 
 

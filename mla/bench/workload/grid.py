@@ -308,8 +308,10 @@ DEFAULT_BATCH, DEFAULT_HISTORY, DEFAULT_QUERY = 16, 1024, 1
 _ELSEWHERE = ("dtype", "page_size")
 # What an op takes over from the batch spec that it runs on.
 _SHARED = ("query_lens", "history", "runs", "passes", "warmups", "batch_spec")
-# Ops and roles that only layers with a query LoRA have.
-QUERY_LORA = frozenset({"rms_norm", "q_a_layernorm", "q_b_proj"})
+# Ops and roles that not all layers have -> why a layer lacks them, and a preset that does not.
+_NO_LORA = ("it does not compress its queries", "deepseek-r1")
+LACKED = {"rms_norm": _NO_LORA, "q_a_layernorm": _NO_LORA, "q_b_proj": _NO_LORA}
+LACKED["g_proj"] = ("it has no output gate", "kimi-k3")
 
 
 class OpScenario(Point, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -411,10 +413,11 @@ def roles_of(op: str, config: MLAConfig, kinds: Mapping[str, str], takes: str, w
     if op in kinds:
         return [op]
     roles = [role for role, kind in kinds.items() if kind == op]
-    if not roles and op in QUERY_LORA:
+    if not roles and op in LACKED:
+        why, preset = LACKED[op]
         raise UsageError(
-            f"a layer of config '{config.name}' has no {op}, because it does not compress its queries: "
-            "choose a config that does, such as --config deepseek-r1."
+            f"a layer of config '{config.name}' has no {op}, because {why}: "
+            f"choose a config that does, such as --config {preset}."
         )
     if not roles:
         known = list(dict.fromkeys([*OPS, *kinds]))

@@ -11,7 +11,7 @@ from mla.conformance.registry import OP, check
 from mla.conformance.trial import Trial
 
 Example = TypeVar("Example")  # a case, or what makes cases of an op
-Cases = Callable[[Example, bool], Iterable[OpCase]]
+Cases = Callable[[Example], Iterable[OpCase]]
 
 
 def in_order(*indices: int) -> tuple[tuple[int, int], ...]:
@@ -44,14 +44,14 @@ def op_check(
 def op_cases(
     name: str, fails: str, catches: str, examples: Mapping[str, Example], **how: Any
 ) -> Callable[[Cases[Example]], Cases[Example]]:
-    """Register cases as a check: the op's results are right, see `Trial.check_cases` for `how`.
+    """Register the cases that a function makes of an op's example as a check: the op's results are right.
 
-    The function gets the example of the op, and whether the grid is the quick one.
+    `how`: see `Trial.check_cases`.
     """
 
     def register(cases: Cases[Example]) -> Cases[Example]:
         def body(trial: Trial, example: Example) -> None:
-            trial.check_cases(cases(example, trial.quick), **how)
+            trial.check_cases(cases(example), **how)
 
         body.__doc__ = cases.__doc__
         op_check(name, fails, catches, examples)(body)

@@ -77,30 +77,28 @@ def around(*borders: int) -> Lengths:
 
 
 @op_cases("decode", "formula", "a block table row, a length or a head taken from a neighbour", LATENT)
-def decode_step(make: Make, quick: bool) -> Iterator[OpCase]:
+def decode_step(make: Make) -> Iterator[OpCase]:
     """One new token per request attends histories of different lengths."""
     yield from (decode(33, 7, 100, 64, 3), decode(90))
 
 
 @op_cases("prefill", "formula", "a mask that leaks future tokens, which a long history hides", EXPANDED)
-def prefill(make: Make, quick: bool) -> Iterator[OpCase]:
+def prefill(make: Make) -> Iterator[OpCase]:
     """Requests without history see their own tokens up to each query."""
-    lengths = (5, 1, 40) if quick else (5, 1, 40, 64, 65, 129, 300)
-    yield make(lengths, lengths)
+    yield make((5, 1, 40), (5, 1, 40))
 
 
 # --------------------------------------------------------------------------------------------------- grid
 # Lengths differ within a batch, as do those of neighbours, and hold no more keys than it takes.
 
-# Requests of one new token, and of several. Beyond 256, 512 and 1024: threads of a block, of which each may
-# plan a request. Beyond 4096: more than a planner may have memory for.
-REQUESTS, MOST_REQUESTS = (520, 300), (4200, 1100)
-# Heads that models have, and requests.
-REQUESTS_OF = ((16, 300), (128, 140))
-# Requests, new tokens of each and heads: more than 1024 tokens and 4096 rows (a head of a token each), ...
-ROWS = ((40, 33, 4),)
-# ... the same in one request, more than 4096 tokens, and more than 2^16 rows.
-MOST_ROWS = (*ROWS, (1, 1100, 4), (2, 2100, 1), (5, 120, 112))
+# Requests of one new token, and of several: beyond 256 and 512 threads of a block, each of which plans one.
+REQUESTS = (520, 300)
+# Heads that models have, and requests of several new tokens.
+REQUESTS_OF = (16, 300)
+# Heads and requests of one new token: more rows than the 65535 blocks of a grid's second and third dimension.
+BEYOND_GRID = (128, 513)
+# Requests, new tokens of each and heads: more than 1024 tokens and 4096 rows (a head of a token each).
+ROWS = (40, 33, 4)
 
 
 def ragged(count: int, most: int) -> Lengths:
@@ -115,29 +113,31 @@ def of_several(count: int, most: int) -> Lens:
 
 
 @op_cases("requests", "grid", "a table of a fixed number of requests, or a grid that ends early", LATENT)
-def requests(make: Make, quick: bool) -> Iterator[OpCase]:
+def requests(make: Make) -> Iterator[OpCase]:
     """Hundreds of short requests are attended, each by its own row of the tables."""
-    single, several = REQUESTS if quick else MOST_REQUESTS
+    single, several = REQUESTS
     yield from (decode(*ragged(single, 9), heads=2), make(*of_several(several, 5), 2))
-    for heads, count in REQUESTS_OF[: 1 if quick else None]:
-        yield make(*of_several(count, 5), heads)
+    heads, count = BEYOND_GRID
+    yield decode(*ragged(count, 3), heads=heads)
+    heads, count = REQUESTS_OF
+    yield make(*of_several(count, 5), heads)
 
 
 @op_cases("segments", "grid", "a table of a fixed number of segments, or a grid that ends early", EXPANDED)
-def segments(make: Make, quick: bool) -> Iterator[OpCase]:
+def segments(make: Make) -> Iterator[OpCase]:
     """Hundreds of short segments are attended, with and without a mask."""
-    for count in REQUESTS if quick else MOST_REQUESTS:
-        for causal in (True, False) if count == REQUESTS[-1] or not quick else (True,):
-            yield make(*of_several(count, 5), 2, causal=causal)
-    for heads, count in REQUESTS_OF[: 1 if quick else None]:
-        yield make(*of_several(count, 5), heads)
+    single, several = REQUESTS
+    for count, causal in ((single, True), (several, True), (several, False)):
+        yield make(*of_several(count, 5), 2, causal=causal)
+    heads, count = REQUESTS_OF
+    yield make(*of_several(count, 5), heads)
 
 
 @op_cases("rows", "grid", "rows beyond the last of a grid, or a number of them that is too narrow", BOTH)
-def rows(make: Make, quick: bool) -> Iterator[OpCase]:
+def rows(make: Make) -> Iterator[OpCase]:
     """Thousands of rows are attended, in one request and in many, the first of them without history."""
-    for count, tokens, heads in ROWS if quick else MOST_ROWS:
-        yield make((tokens,) * count, tuple(tokens + i % 9 for i in range(count)), heads)
+    count, tokens, heads = ROWS
+    yield make((tokens,) * count, tuple(tokens + i % 9 for i in range(count)), heads)
 
 
 # -------------------------------------------------------------------------------------------------- index
@@ -167,7 +167,7 @@ def far_rows(trial: Trial, make: Make) -> None:
 
 
 @op_cases("positions", "index", "positions kept in 15 or 16 bits", EXPANDED)
-def positions(make: Make, quick: bool) -> Iterator[OpCase]:
+def positions(make: Make) -> Iterator[OpCase]:
     """Keys beyond 2^16 and queries beyond 2^15 are found."""
     yield make((2, 3, 40), (33_000, 33_000, 50), 1, aimed=True)
 
@@ -182,33 +182,28 @@ TILES = (16, 32, 64, 128, 256)
 HEADS = (12, 20, 40, 48, 96)
 # A key that starts a tile of keys, whatever size of tile up to 128 a kernel has.
 FIRST_KEY = 128
-# Head counts with every remainder of 32, or all; more rows per request for those up to `SMALL_HEADS`.
+# Head counts with every remainder of 32.
 FEW_HEADS = (*range(1, 34), 40, 48, 57, 63, 96, 127, 128)
-ALL_HEADS, SMALL_HEADS = tuple(range(1, 129)), 48
 # Keys next to borders, and odd multiples of them, of one request each.
 KEYS = (*around(*BORDERS, 512, 1024, 2048), 96, 160, 192, 320, 448, 576, 704, 1600)
-# Heads that models have, fewest first, and what each is tried with beside the numbers that few heads are.
-MODELS = (16, 128)
+# Heads that models have.
 USUAL_HEADS = (16, 20, 24, 32, 40, 48, 64, 96, 128)
 # Keys that leave every rest in a tile of up to 128, behind a whole one.
 RESTS = tuple(range(129, 257))
 FEW_TOKENS = tuple(range(1, 34))  # new tokens that leave every rest in a tile of up to 32
 # New tokens and heads, of one request next to a short one.
-MANY_HEADS = ((257, 16), (200, 16), (129, 64), (150, 128))
+MANY_HEADS = (257, 16)
 # New tokens next to borders.
-TOKENS = (*around(*BORDERS), 200, 300)
+TOKENS = (17, 64, 129, 257, 300)
 LONG_CONTEXT = 33_000  # keys: positions beyond 2^15
 
 
 @op_cases("heads", "tiles", "a head count that is padded, cut or grouped without saying so", BOTH, exact=True)
-def heads(make: Make, quick: bool) -> Iterator[OpCase]:
+def heads(make: Make) -> Iterator[OpCase]:
     """Any number of heads from 1 to 128 is served, or refused with a reason."""
-    for count in FEW_HEADS if quick else ALL_HEADS:
-        # Batches of 1, 2, 3 and more new tokens per request; each number alone as well.
-        lengths: list[Lens] = [((1, 1), (9, 3)), ((2, 1, *range(3, 10)), (2, 66, 3, 7, 5, 16, 7, 9, 9))]
-        if not quick and count <= SMALL_HEADS:
-            lengths += [((2, 2), (3, 66)), ((3, 3), (70, 3)), ((4, 4), (4, 9)), ((7,), (20,))]
-        yield from (make(*both, count) for both in lengths)
+    for count in FEW_HEADS:
+        yield make((1, 1), (9, 3), count)
+        yield make((2, 1, *range(3, 10)), (2, 66, 3, 7, 5, 16, 7, 9, 9), count)
         if make is expanded:
             yield make((2, 1, 5), (9, 3, 7), count, causal=False)
         if count in USUAL_HEADS:
@@ -222,10 +217,9 @@ def heads(make: Make, quick: bool) -> Iterator[OpCase]:
     LATENT,
     exact=True,
 )
-def cut_tokens(make: Make, quick: bool) -> Iterator[OpCase]:
+def cut_tokens(make: Make) -> Iterator[OpCase]:
     """A token whose heads are in two tiles of rows sees its own key, which is the first in a tile of keys."""
-    tiles, counts = ((64, 128), (20, 48)) if quick else (TILES, HEADS)
-    return (case for tile in tiles for count in counts for case in cut(tile, count))
+    return (case for tile in TILES for count in HEADS for case in cut(tile, count))
 
 
 def cut(tile: int, count: int) -> Iterator[OpCase]:
@@ -238,42 +232,37 @@ def cut(tile: int, count: int) -> Iterator[OpCase]:
 @op_cases(
     "keys", "tiles", "a last tile of keys that is dropped, or a split that loses its first or last key", BOTH
 )
-def keys(make: Make, quick: bool) -> Iterator[OpCase]:
+def keys(make: Make) -> Iterator[OpCase]:
     """Lengths next to the borders of tiles and splits are attended in full, alone and together."""
-    return _latent_keys(quick) if make is latent else _expanded_keys(quick)
+    return _latent_keys() if make is latent else _expanded_keys()
 
 
-def _latent_keys(quick: bool) -> Iterator[OpCase]:
+def _latent_keys() -> Iterator[OpCase]:
     yield from (decode(*KEYS, heads=4, aimed=True), decode(*RESTS, heads=4, aimed=True))
-    alone = (257, 513, 1025, 2047) if quick else KEYS
-    yield from (decode(length, heads=4, aimed=True) for length in alone)
-    for count in MODELS[: 1 if quick else None]:
-        yield decode(2500, *KEYS, heads=count, aimed=True)
+    yield from (decode(length, heads=4, aimed=True) for length in (257, 513, 1025, 2047))
+    yield decode(2500, *KEYS, heads=16, aimed=True)
     for count in (3, 16):
         yield latent((2, 3, 1, 5), (513, 130, 1025, 260), count, aimed=True)
 
 
-def _expanded_keys(quick: bool) -> Iterator[OpCase]:
+def _expanded_keys() -> Iterator[OpCase]:
     lengths = tuple(1 + i % 3 for i in range(len(KEYS)))
-    models = zip(MODELS[: 1 if quick else None], (2500, 1025), strict=False)
     yield from (expanded(lengths, KEYS, 2, aimed=True, causal=causal) for causal in (True, False))
     yield expanded((2,) * len(RESTS), RESTS, 2, aimed=True)
-    others: list[tuple[Lengths, Lengths, int]] = [((1,), (1025,), 3), ((130,), (700,), 3)]
-    others += [((1, 3), (more, 321), count) for count, more in models]
-    for other in others:
-        yield from (expanded(*other, aimed=True, causal=causal) for causal in (True, False))
+    for new, of, count in (((1,), (1025,), 3), ((130,), (700,), 3), ((1, 3), (2500, 321), 16)):
+        yield from (expanded(new, of, count, aimed=True, causal=causal) for causal in (True, False))
 
 
 @op_cases("new_tokens", "tiles", "a tile of new tokens whose mask or last row is wrong", BOTH)
-def new_tokens(make: Make, quick: bool) -> Iterator[OpCase]:
+def new_tokens(make: Make) -> Iterator[OpCase]:
     """Numbers of new tokens next to the borders of tiles are attended, without history and after one."""
     aimed = partial(make, aimed=True)
-    for tokens in (17, 64, 129, 257, 300) if quick else TOKENS:
+    for tokens in TOKENS:
         yield aimed((tokens, 1, tokens), (tokens, 5, tokens + 67), 2)
         if make is expanded:
             yield aimed((tokens, 1, tokens), (tokens + 67, 5, tokens), 2, causal=False)
-    for tokens, count in MANY_HEADS[: 1 if quick else None]:
-        yield aimed((tokens, 17), (tokens + 67, 30), count)
+    tokens, count = MANY_HEADS
+    yield aimed((tokens, 17), (tokens + 67, 30), count)
     few = aimed(FEW_TOKENS, tuple(tokens + 3 for tokens in FEW_TOKENS), 3)
     yield from [few] if make is latent else [few.but(causal=False), few]
 
@@ -281,14 +270,12 @@ def new_tokens(make: Make, quick: bool) -> Iterator[OpCase]:
 @op_cases(
     "long", "tiles", "partial results of a split context that are merged wrongly, or a narrow sum", EXPANDED
 )
-def long(make: Make, quick: bool) -> Iterator[OpCase]:
+def long(make: Make) -> Iterator[OpCase]:
     """A context of thousands of tokens next to short ones is attended in full."""
     yield make((1, 2, 3), (2500, 9, 70), 4)
     for causal in (True, False):
         yield make((1, 5), (LONG_CONTEXT, 7), 2, aimed=True, causal=causal)
     yield make((1,), (8200,), 2, gain=EVEN)  # whose sums are long
-    if not quick:
-        yield make((300, 2), (9000, 70), 2, aimed=True)
 
 
 # ------------------------------------------------------------------------------------------------ numbers

@@ -37,6 +37,7 @@ GATED = (
     MLAConfig(192, 16, qk_rope_head_dim=0, name="no rotary channels"),
 )
 MODES = ("auto", "absorbed", "expanded")
+BOTH = MODES[1:]  # which "auto" chooses between
 plain = partial(LayerCase, config=PLAIN)
 # A prefill, a decode, several tokens after a history, and a request without new tokens.
 MIXED = ((20, 1, 0, 3), (0, 70, 5, 64))
@@ -82,15 +83,10 @@ def judge(trial: Trial, call: LayerCall, outputs: Iterable[torch.Tensor]) -> Non
         raise CheckFailed(verdict.reason)
 
 
-def usual_modes(trial: Trial) -> Sequence[str]:
-    """Return all modes; a quick look leaves out the one that chooses between the others."""
-    return MODES[1:] if trial.quick else MODES
-
-
-def check_layer(trial: Trial, *cases: LayerCase, modes: Sequence[str] = (), **arguments: Any) -> None:
-    """Run cases in these attention modes, by default the usual ones, each as one of the check."""
+def check_layer(trial: Trial, *cases: LayerCase, modes: Sequence[str] = BOTH, **arguments: Any) -> None:
+    """Run cases in these attention modes, each as one of the check."""
     for case in cases:
-        for mode in modes or usual_modes(trial):
+        for mode in modes:
             with trial.case(f"{mode}, {case.label}"):
                 call = prepare(trial, case, mode, **arguments)
                 judge(trial, call, call.run())
@@ -100,13 +96,13 @@ Body = Callable[[Trial, LayerCall, str], None]
 
 
 def mode_check(
-    name: str, catches: str, fails: str, case: LayerCase, modes: Sequence[str] = ()
+    name: str, catches: str, fails: str, case: LayerCase, modes: Sequence[str] = BOTH
 ) -> Callable[[Body], Body]:
-    """Register what is done with a prepared case in these attention modes, or the usual ones, as a check."""
+    """Register what is done with a prepared case in these attention modes as a check."""
 
     def register(body: Body) -> Body:
         def run(trial: Trial) -> None:
-            for mode in modes or usual_modes(trial):
+            for mode in modes:
                 with trial.case(f"{mode}, {case.label}"):
                     body(trial, prepare(trial, case, mode), mode)
 
@@ -269,8 +265,7 @@ def state_dict(trial: Trial) -> None:
 @layer_check("requests", "requests beyond a launch grid, whose rows stay as they were", "grid")
 def requests(trial: Trial) -> None:
     """Hundreds of requests share a batch, with up to two new tokens each."""
-    batches = ((133, "absorbed"), (47, "expanded"))
-    for count, mode in batches if trial.quick else (*batches, (133, "expanded"), (521, "absorbed")):
+    for count, mode in ((133, "absorbed"), (47, "expanded")):
         new, old = ([request % step for request in range(count)] for step in (3, 4))
         check_layer(trial, plain(tuple(new), tuple(old)), modes=(mode,))
 
@@ -279,8 +274,6 @@ def requests(trial: Trial) -> None:
 def rows(trial: Trial) -> None:
     """Hundreds of new tokens of one request, after a few and before others."""
     check_layer(trial, plain((3, 530, 1), (0, 0, 2)), modes=("auto",))
-    if not trial.quick:
-        check_layer(trial, plain((5, 1100), (9, 3)), modes=("auto", "expanded"))
 
 
 @layer_check("equal", "requests of equal lengths that are put back in another order", "order")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mla.cases.case import OpCase
-from mla.cases.memory import allocate
+from mla.cases.memory import allocate, copy_rows
 from mla.cases.stress import Stress
 from mla.conformance.checks import in_order, op_cases, op_check
 from mla.conformance.checks.attention import DEEPSEEK
@@ -83,20 +83,17 @@ def of_tokens(case: OpCase, *counts: int) -> Iterator[OpCase]:
     "a weight that is transposed or a neighbour's, or a last tile missing",
     of(PRODUCTS),
 )
-def product(example: OpCase, quick: bool) -> Iterator[OpCase]:
+def product(example: OpCase) -> Iterator[OpCase]:
     """The product is correct for one token and for many."""
     groups = 16 if example.kind == "batched_linear" else 1
-    sizes = [(1, 128, 256), (7, 128, 256), (130, 128, 256), (5, 33, 17)]
-    if not quick:
-        sizes += [(64, 512, 2048 if groups == 1 else 128), (300, 128, 512), (5, 96, 70)]
-    for tokens, inputs, outputs in sizes:
+    for tokens, inputs, outputs in ((1, 128, 256), (7, 128, 256), (130, 128, 256), (5, 33, 17)):
         yield example.but(tokens=tokens, in_features=inputs, out_features=outputs, groups=groups)
 
 
 @op_cases("formula", "formula", "a norm over the wrong width, or without its weight", of(NORM))
-def norm_formula(example: OpCase, quick: bool) -> Iterator[OpCase]:
+def norm_formula(example: OpCase) -> Iterator[OpCase]:
     """x / sqrt(mean(x^2) + eps) * weight, over rows of any width."""
-    for width in (1536, 33) if quick else (1536, 768, 33, 1):
+    for width in (1536, 33):
         yield from of_tokens(example.but(features=width), 1, 70)
 
 
@@ -106,7 +103,7 @@ def norm_formula(example: OpCase, quick: bool) -> Iterator[OpCase]:
     "a key that is cached unrotated, or a latent without its norm's weight",
     of(WRITE),
 )
-def write_formula(example: OpCase, quick: bool) -> Iterator[OpCase]:
+def write_formula(example: OpCase) -> Iterator[OpCase]:
     """The latent is normed and the key rotated, each as accurately as the dtype allows."""
     return of_tokens(example, 1, 9, 130)
 
@@ -135,10 +132,9 @@ def pack(trial: Trial, example: OpCase) -> None:
 # the number was.
 MOST_ROWS = 5003
 # Every rest of small tiles; then beside powers of two, which sizes of blocks and their multiples are.
-QUICK_ROWS = (*range(1, 34), 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1023, 1024, 1025, 2049)
-FULL_ROWS = tuple(sorted({*range(1, 130), *QUICK_ROWS, 2047, 2048, 3000, 4095, 4096, 4097}))
-# More than the 65535 blocks that a grid's second and third dimension may have.
-BEYOND_GRID = 66_001
+ROW_COUNTS = (*range(1, 34), 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1023, 1024, 1025, 2049)
+# More than the 65535 blocks that a grid's second and third dimension may have; and widths for so many.
+BEYOND_GRID, NARROW = 66_001, 16
 # Beside the tiles of 16 to 256 that kernels cut widths into, and what they serve without a remainder.
 BESIDE = (16, 32, 64, 128, 256)
 WIDTHS = (1, 2, 8, *(width + step for width in BESIDE for step in (-1, 0, 1)))
@@ -151,36 +147,36 @@ HEADS = (*range(1, 34), 40, 48, 63, 64, 65, 96, 127, 128)
 
 
 @op_cases("rows", "grid", "rows beyond a launch grid, or no multiple of its blocks", EXAMPLES)
-def rows(example: OpCase, quick: bool) -> Iterator[OpCase]:
+def rows(example: OpCase) -> Iterator[OpCase]:
     """From one row to thousands, every row is right."""
-    return by_turns(
-        of_tokens(example, *((*QUICK_ROWS, MOST_ROWS) if quick else (*FULL_ROWS, MOST_ROWS, BEYOND_GRID)))
-    )
+    widths = {"kv_lora_rank", "qk_rope_head_dim", "in_features", "out_features", "features"}
+    narrow = dict.fromkeys(widths & set(example.entry.letters.values()), NARROW)
+    few = [*of_tokens(example, *ROW_COUNTS), example.but(**narrow, tokens=BEYOND_GRID)]
+    return by_turns([*few, example.but(tokens=MOST_ROWS)])
 
 
 @op_cases("rows_and_heads", "grid", "tokens times heads that a launch grid does not hold", of(HEADED))
-def rows_and_heads(example: OpCase, quick: bool) -> Iterator[OpCase]:
+def rows_and_heads(example: OpCase) -> Iterator[OpCase]:
     """Tokens times heads may exceed 65535."""
     case = _of_heads(example, 128).but(tokens=521)
-    case = case.but(out_features=64) if quick and example.kind == "batched_linear" else case
-    yield from [other_way(case)] if quick else both_ways([case])
+    yield other_way(case.but(out_features=64) if example.kind == "batched_linear" else case)
 
 
 @op_cases("widths", "tiles", "a last tile that is missing, or filled with what lies behind", EXAMPLES)
-def widths(example: OpCase, quick: bool) -> Iterator[OpCase]:
+def widths(example: OpCase) -> Iterator[OpCase]:
     """Widths that no tile divides are served, or refused with a reason."""
     if example.kind == "write_latent":
         few = (example.but(kv_lora_rank=latent, qk_rope_head_dim=rotary) for latent, rotary in LATENTS)
         yield from both_ways(few)
         return
-    for case in of_tokens(example, *((3,) if quick else (1, 3, 17, 64))):
-        if example.kind == "rms_norm":
-            yield from (case.but(features=width) for width in sorted({*WIDTHS, *EVEN, *NORMS}))
-        elif example.kind == "rotate_query":
-            yield from both_ways(case.but(qk_rope_head_dim=width) for width in ROTARY)
-        else:
-            sides = itertools.product((*WIDTHS, *EVEN), ("in_features", "out_features"))
-            yield from by_turns(dict.fromkeys(case.but(**{side: width}) for width, side in sides))
+    case = example.but(tokens=3)
+    if example.kind == "rms_norm":
+        yield from (case.but(features=width) for width in sorted({*WIDTHS, *EVEN, *NORMS}))
+    elif example.kind == "rotate_query":
+        yield from both_ways(case.but(qk_rope_head_dim=width) for width in ROTARY)
+    else:
+        sides = itertools.product((*WIDTHS, *EVEN), ("in_features", "out_features"))
+        yield from by_turns(dict.fromkeys(case.but(**{side: width}) for width, side in sides))
 
 
 @op_cases(
@@ -189,10 +185,10 @@ def widths(example: OpCase, quick: bool) -> Iterator[OpCase]:
     "heads left over by a tile of heads, or a head count that is assumed",
     of(HEADED),
 )
-def heads(example: OpCase, quick: bool) -> Iterator[OpCase]:
+def heads(example: OpCase) -> Iterator[OpCase]:
     """Any number of heads from 1 to 128 is served, or refused with a reason."""
-    narrow = {"in_features": 64, "out_features": 64} if quick and example.kind == "batched_linear" else {}
-    for case in of_tokens(example.but(**narrow), *((1, 3) if quick else (1, 2, 3, 5, 17, 64))):
+    narrow = {"in_features": 64, "out_features": 64} if example.kind == "batched_linear" else {}
+    for case in of_tokens(example.but(**narrow), 1, 3):
         yield from by_turns(_of_heads(case, count) for count in HEADS)
 
 
@@ -213,7 +209,7 @@ def sizes(trial: Trial, example: OpCase) -> None:
 
 
 @op_cases("outlier", "numbers", "a scale that an outlier sets for a whole row", of(PRODUCTS))
-def outlier(example: OpCase, quick: bool) -> Iterator[OpCase]:
+def outlier(example: OpCase) -> Iterator[OpCase]:
     """An input that is far larger than others, and counts as much, costs no accuracy."""
     return of_tokens(example.but(outlier=True), 1, 66)
 
@@ -224,7 +220,7 @@ BITS = 17  # slots beyond what 16 bits count, in a cache that is small enough fo
 
 
 @op_cases("untouched", "memory", "a write past the row, to a neighbour's slot or to another layer", of(WRITE))
-def untouched(example: OpCase, quick: bool) -> Iterator[OpCase]:
+def untouched(example: OpCase) -> Iterator[OpCase]:
     """Slots that are not written keep every bit, NaN included, and so do the other layers."""
     yield from (example, example.but(tokens=1, page_size=16), example.but(tokens=70))
 
@@ -232,7 +228,7 @@ def untouched(example: OpCase, quick: bool) -> Iterator[OpCase]:
 @op_check("slots", "index", "slots or pages that are counted in 8 to 16 bits", of(WRITE))
 def slots(trial: Trial, example: OpCase) -> None:
     """Rows are written to slots all over a cache of 131072 and more, and beside them nothing is."""
-    for page_size in (64, 1) if trial.quick else (64, 1, 16, 256):
+    for page_size in (64, 1):
         check_sparse(trial, example, list(_beside_powers(1 << BITS)), page_size)
 
 
@@ -282,9 +278,9 @@ def _check_far_rows(trial: Trial, case: OpCase, apart: int) -> None:
     wide = allocate((case.rows, apart), trial.dtype, trial.device)
     name = case.entry.varied[0]
     rows, out = call.arguments[name], call.arguments.get("out")
-    there = {name: wide[:, : rows[0].numel()].unflatten(1, rows.shape[1:]).copy_(rows)}
+    there = {name: copy_rows(wide[:, : rows[0].numel()].unflatten(1, rows.shape[1:]), rows)}
     if out is not None:  # and no cache, whose own check is far_slots
-        there["out"] = wide[:, -out[0].numel() :].unflatten(1, out.shape[1:]).copy_(out)
+        there["out"] = copy_rows(wide[:, -out[0].numel() :].unflatten(1, out.shape[1:]), out)
     call.replace(**there)
     trial.check(call)
 

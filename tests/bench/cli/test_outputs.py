@@ -20,7 +20,7 @@ import pytest
 
 from mla.bench import results
 from mla.bench.cli import stored
-from mla.bench.measure.profile import Trace
+from mla.bench.run.profile import Trace
 from mla.command.files import RESULT, TRACE, check_writable, write_bytes
 from mla.errors import ResultError
 

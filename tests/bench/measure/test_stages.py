@@ -11,9 +11,10 @@ import torch
 
 from mla import MLAConfig
 from mla.bench import results
-from mla.bench.measure import profile
-from mla.bench.measure.profile import STAGES, Stopwatch
+from mla.bench.measure.variants import STAGE_FORWARDS, stage_forwards
 from mla.bench.results.schema import Cost, Roofline, Run, Stage
+from mla.bench.run import profile
+from mla.bench.run.profile import STAGES, Stopwatch
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.terminal.run_table import render
 from mla.bench.workload.scenario import Scenario
@@ -154,7 +155,7 @@ def test_the_stages_cost_what_the_case_costs_and_have_rooflines(bench: Bench, sm
 )
 def test_a_growing_cache_is_timed_in_whole_passes(mode: Any, runs: int, forwards: int) -> None:
     scenario = Scenario(name="d", mode=mode, query_lens=(1,), history=(1,), runs=runs)
-    assert profile.total_forwards(scenario) == forwards
+    assert stage_forwards(scenario) == forwards
 
 
 def test_headline_passes_run_the_ops_themselves(
@@ -185,7 +186,7 @@ def test_headline_passes_run_the_ops_themselves(
         4 + case.warmups + case.passes * (1 + case.steps_per_pass)
     )  # one that warms up before each pass
     assert headline == [0] * forwards
-    assert timed == [timed[0]] * profile.STAGE_FORWARDS
+    assert timed == [timed[0]] * STAGE_FORWARDS
     assert timed[0] > 0
 
 

@@ -12,11 +12,11 @@ import msgspec
 import pytest
 from engine_bench import DECODE, PREFILL, Bench, MakeBench, Parrot
 
+from mla.bench.measure import target as yardstick
 from mla.bench.measure.engine import Hooks, Shorter
 from mla.bench.measure.samples import Measurement
 from mla.bench.measure.target import CHEAP_S, MAX_S, MIN_PASSES, NO_TIME, TARGET_S, Target, Timetable
 from mla.bench.measure.variants import EXTRA_PASSES, HEADLINE, Steps, Variant, Variants
-from mla.bench.plan import yardstick
 from mla.bench.workload.scenario import Scenario
 
 BOTH = (HEADLINE, Variant(cache="cold"))

@@ -6,8 +6,8 @@ from itertools import product
 
 import pytest
 
+from mla.bench.measure.target import BASELINE_S, EXTRA_FORWARDS, LEFT, MIN_PASSES, MIN_STEPS, SHARE, shortened
 from mla.bench.measure.variants import HEADLINE, Steps, Variant, steps
-from mla.bench.plan.yardstick import BASELINE_S, EXTRA_FORWARDS, LEFT, MIN_PASSES, MIN_STEPS, SHARE, shortened
 from mla.bench.results import stats
 from mla.bench.workload.scenario import Scenario
 from mla.bench.workload.workload_file import load_workload

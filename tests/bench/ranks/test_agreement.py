@@ -12,7 +12,7 @@ from ranks_of_a_run import BOUND, FAULTY, Start
 from tiny_run import write_tiny_run
 
 from mla.bench import results
-from mla.bench.ranks.agreement import agree
+from mla.bench.ranks.crew import agree
 from mla.bench.ranks.pulse import RanksError
 
 

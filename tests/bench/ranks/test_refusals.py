@@ -182,7 +182,7 @@ def no_memory(*_: Any) -> None:
 @pytest.mark.parametrize("what", ["feed", "bench"])
 def test_short_memory_for_other_inputs_or_lengths_is_told_to_all_ranks(what: str) -> None:
     part: Any = SimpleNamespace(name="mla", held_to_reference=False, scenario=None)
-    part.load_alike = part.make_bench = no_memory
+    part.load = part.make_bench = no_memory
     setting: Any = SimpleNamespace(backend=HostBackend())
     scenario: Any = SimpleNamespace(name="decode")
     inputs: Any = SimpleNamespace(seed=2, fresh=lambda seed: None)

@@ -27,7 +27,7 @@ from mla.bench.subjects.inputs import make_inputs
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.grid import Point
 from mla.checkpoint.stored import SAMPLED_ROWS
-from mla.parallel.groups import SimulatedWorld
+from mla.parallel.groups import SimulatedGroups
 from mla.parallel.layout import Layout
 from mla.parallel.link import Link
 from mla.reference import REFERENCE
@@ -71,11 +71,13 @@ class Processes:
 
     layout: Layout
     beside: int = 0
-    here: int = 1
 
     @property
     def world(self) -> int:
         return self.layout.world
+
+    def timed(self, scenario: object) -> list[int]:
+        return []
 
 
 def setting_of(ranks: Any, **more: Any) -> Setting:
@@ -128,16 +130,16 @@ def tight(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("history", [30, 6000])  # weights, then latents, are most of it
 def test_the_plan_is_what_the_fullest_rank_holds(layout: str, history: int) -> None:
-    what, world = point(history), SimulatedWorld(Layout.parse(layout))
+    what, parsed = point(history), Layout.parse(layout)
     state, inputs = random_state_dict(CONFIG, 0, torch.float32), make_inputs(CONFIG, what, 0, torch.float32)
-    plan = planned(Processes(world.layout), what)
+    plan = planned(Processes(parsed), what)
 
     def load(rank: int) -> RankLayer:
-        part = RankLayer(setting_of(Processes(world.layout)), state, "mla", None, world.groups[rank])
+        part = RankLayer(setting_of(Processes(parsed)), state, "mla", None, SimulatedGroups(parsed, rank))
         part.load(what, inputs)
         return part
 
-    first, last = 0, world.layout.world - 1  # most tokens of a request; the longest requests
+    first, last = 0, parsed.world - 1  # most tokens of a request; the longest requests
     most = max(held(partial(load, rank)) for rank in (first, last))
     assert 0.98 * most <= plan.per_implementation <= 1.2 * most + longest(what)
 

@@ -166,7 +166,7 @@ def test_a_share_that_computes_nothing_while_it_is_timed_is_wrong(
     def lazy(layer: ParallelMLA, *arguments: Any, out: torch.Tensor) -> torch.Tensor:
         groups = layer._groups
         assert isinstance(groups, SimulatedGroups)
-        return forward(layer, *arguments, out) if groups._meeting or groups.rank != rank else out
+        return forward(layer, *arguments, out) if groups._rehearses or groups.rank != rank else out
 
     monkeypatch.setattr(ParallelMLA, "forward", lazy)
     done = bench(*tiny, "--parallel", "dcp=2", "--simulate")
@@ -202,7 +202,7 @@ def test_the_link_of_a_run_over_real_ranks_is_used(
 @pytest.mark.parametrize(
     ("words", "variables", "message"),
     [
-        (("--simulate",), {}, "--simulate runs the ranks of a layout on one device: add --parallel"),
+        (("--simulate",), {}, "--simulate predicts the ranks of a layout: add --parallel"),
         (("--parallel", "tp=2", "--link", "ideal"), {}, "add --simulate"),
         (("--parallel", "tp=2", "--simulate", "--link", "measured"), {}, "got 'measured'"),
         (("--parallel", "tp=2", "--simulate", "--link", "alpha=5"), {}, "a link is written as in"),
@@ -232,10 +232,12 @@ def test_mistakes_are_one_sentence(
 def test_what_does_not_fit_is_said_before_anything_runs(
     bench: Bench, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The latents of two million tokens are here once with dcp=4, and four times with tp=4."""
+    """The latents of two million tokens are here once: in four parts with dcp=4, of one rank with tp=4."""
     monkeypatch.setattr("mla_backends.host.memory_available", lambda: int(3.6 * 2**30))
     long = ("--scenario", "decode", "-a", "kv=1m", "--dry-run", "--simulate", "--parallel")
     assert bench(*tiny, *long, "dcp=4").code == 0
+    assert bench(*tiny, *long, "tp=4").code == 0
+    monkeypatch.setattr("mla_backends.host.memory_available", lambda: 1 << 30)
     refused = bench(*tiny, *long, "tp=4")
     assert refused.code == 2
     assert "this run needs about" in refused.error

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from mla.bench import results
-from mla.bench.report import page, theme
+from mla.bench.report import figures, page
 
 MODES = ("light", "dark")
 # CSS pixels of A4 without the margins of the style sheet.
@@ -93,7 +93,7 @@ def test_each_chart_is_shown_once_in_the_size_and_colours_of_its_surroundings(
     wide = "[...document.images].filter((one) => one.checkVisibility()).every((one) => one.width > 0.9 * %d)"
     assert seen.run(wide % min(width - 60, 1100))
     seen.screenshot(tmp_path / "drawn.png")
-    colour = getattr(theme.SERIES["s1"], kind.split()[1])
+    colour = getattr(figures.SERIES["s1"], kind.split()[1])
     with Image.open(tmp_path / "drawn.png") as image:
         found = {shade: count for count, shade in image.convert("RGB").getcolors(1 << 24) or []}
     assert found.get(tuple(bytes.fromhex(colour[1:])), 0) > 1000
@@ -195,7 +195,7 @@ def test_paper_is_light_and_has_the_warnings(show: Show, rich_page: str) -> None
     seen.media("dark", "print")
     assert colour(seen.run("getComputedStyle(document.body).backgroundColor")) == "#ffffff"
     line = "document.querySelector('.warnings li')"
-    assert colour(seen.run(f"getComputedStyle({line}).color")) == theme.THEME["amber"].light
+    assert colour(seen.run(f"getComputedStyle({line}).color")) == figures.THEME["amber"].light
     assert seen.run(f"{line}.checkVisibility({{contentVisibilityAuto: true}})")
 
 
@@ -241,8 +241,8 @@ def test_texts_and_series_stand_out_from_what_is_behind_them(show: Show, rich_pa
     seen.media(mode)
     pairs = seen.run(PAIRS)
     assert len(pairs) > 6
-    paper = getattr(theme.THEME["paper"], mode)
-    assert min(contrast(getattr(tone, mode), paper) for tone in theme.SERIES.values()) >= 3
+    paper = getattr(figures.THEME["paper"], mode)
+    assert min(contrast(getattr(tone, mode), paper) for tone in figures.SERIES.values()) >= 3
     for what, text, behind in pairs:
         assert contrast(colour(text), colour(behind)) >= 4.5, (what, text, behind)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mla.bench import results
-from mla.bench.report import data, theme
+from mla.bench.report import data, figures
 from mla.bench.report.data import ResultFile
 
 Case = Callable[..., results.Case]
@@ -158,7 +158,7 @@ def test_without_ceilings_roofs_are_what_the_floors_were_computed_from(source: A
 
 
 def test_colours_of_known_implementations_are_the_same_in_all_reports_and_no_two_are_equal() -> None:
-    names = [*theme.KNOWN, "a", "b", "c", "d", "e"]
-    found = theme.colours(names)
+    names = [*figures.KNOWN, "a", "b", "c", "d", "e"]
+    found = figures.colours(names)
     assert len(set(found.values())) == len(names)
-    assert theme.colours(["z", "transformers"])["transformers"] == found["transformers"]
+    assert figures.colours(["z", "transformers"])["transformers"] == found["transformers"]

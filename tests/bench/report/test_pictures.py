@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from mla.bench import results
-from mla.bench.report import page, theme
+from mla.bench.report import figures, page
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.append(str(ROOT))  # benchmarks/ is no part of the installed packages
@@ -37,9 +37,9 @@ def test_a_picture_carries_its_title_its_legend_and_its_colours(rich: Sequence[r
     assert {"decode-latency-light.svg", "roofline-a-dark.svg", "compare-0-light.svg"} <= set(made)
     for name, svg in made.items():
         mode = name.removesuffix(".svg").rpartition("-")[2]
-        assert mode in get_args(theme.Mode)
+        assert mode in get_args(figures.Mode)
         colours = set(re.findall(r"(?<!url\()(?<!href=\")#[0-9a-f]{6}\b", svg))
-        assert colours <= {getattr(tone, mode) for tone in theme.THEME.values()}
+        assert colours <= {getattr(tone, mode) for tone in figures.THEME.values()}
         assert len(words(svg).split()) > 8
     texts, _ = shown(made["decode-latency-dark.svg"])
     for text in ("Latency: decode", "limit of the device", "A mla-reference"):
@@ -80,7 +80,7 @@ def test_the_gallery_shows_what_the_committed_results_say() -> None:
     from benchmarks.pictures import FOLDER, TAKEN, render
 
     made = render()
-    drawn = [path for path in FOLDER.iterdir() if path.stem.endswith(get_args(theme.Mode))]
+    drawn = [path for path in FOLDER.iterdir() if path.stem.endswith(get_args(figures.Mode))]
     committed = {path.name: path.read_text(encoding="utf-8") for path in drawn}
     assert set(committed) == set(made), "run `python -m benchmarks.pictures`"
     gallery = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")

@@ -15,8 +15,8 @@ import several_ops
 import torch
 
 from mla.bench import results
-from mla.bench.measure import engine, profile
-from mla.bench.run import profiling
+from mla.bench.measure import engine
+from mla.bench.run import profile
 from mla.bench.run.watchdog import Watchdog
 
 Bench = Callable[..., Any]
@@ -227,8 +227,8 @@ def test_a_profiler_that_hangs_is_given_up(
         codes.append(code)
         several_ops.RELEASE.set()
 
-    monkeypatch.setattr(profiling, "Watchdog", lambda limit, hung: Watchdog(0.2, hung))
-    monkeypatch.setattr(profiling.os, "_exit", end)
+    monkeypatch.setattr(profile, "Watchdog", lambda limit, hung: Watchdog(0.2, hung))
+    monkeypatch.setattr(profile.os, "_exit", end)
     several_ops.RELEASE.clear()
     words = ["-O", "hang=profiled", "--scenario", "decode", "--implementations", "mla", "-o", "run.json"]
     done = bench(*SEVERAL, *small, *QUICK, *words, "--profile", "trace.json")

@@ -200,7 +200,7 @@ def test_a_yardstick_is_held_to_the_first_implementation_even_if_that_was_kept(
     """Nothing is cut where the first one has no time."""
     asked: list[dict[str, float]] = []
     monkeypatch.setattr(
-        "mla.bench.run.scenario_run.yardstick",
+        "mla.bench.run.scenario_run.target",
         SimpleNamespace(shortened=lambda point, variants, ms, *limits: asked.append(dict(ms)) or {}),
     )
     words = (*VIRTUAL, *small, "--scenario", "decode", "--layers", "2")

@@ -19,9 +19,9 @@ def poison(buffer: Buffer) -> None:
     buffer.holds = None
 
 
-def run(shelf: Shelf[Buffer], forwards: int) -> dict[int, int | None]:
+def run(shelf: Shelf[Buffer], forwards: int, seed: int = 0) -> dict[int, int | None]:
     """Run a pass of forwards that write their number, and return what is kept of each."""
-    shelf.clear()
+    shelf.clear(seed)
     for index in range(forwards):
         buffer = shelf.next()
         assert buffer.holds is None, "poisoned before every forward"
@@ -40,15 +40,15 @@ def test_all_outputs_are_kept_where_there_is_room(room: int) -> None:
 
 def test_fewer_buffers_keep_what_the_forward_wrote_that_they_stand_for() -> None:
     shelf = Shelf([Buffer() for _ in range(4)], 50, poison)
-    for _ in range(20):
-        found = run(shelf, 50)
+    for seed in range(20):
+        found = run(shelf, 50, seed)
         assert len(found) == 3
         assert all(index == held for index, held in found.items())
 
 
 def test_every_forward_is_as_likely_to_be_kept() -> None:
     shelf = Shelf([Buffer() for _ in range(4)], 12, poison)
-    counted = Counter(index for _ in range(2000) for index in run(shelf, 12))
+    counted = Counter(index for seed in range(2000) for index in run(shelf, 12, seed))
     assert set(counted) == set(range(12))
     assert all(400 < count < 600 for count in counted.values())  # 500 each, within 5 standard deviations
 

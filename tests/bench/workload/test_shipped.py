@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mla.bench.terminal.catalog import workloads, workloads_table
+from mla.bench.cli.devices import workloads, workloads_table
 from mla.bench.workload.grid import op_of_batch, points_of
 from mla.bench.workload.scenario import Scenario
 from mla.bench.workload.workload_file import PRESETS, load_workload, read_workload

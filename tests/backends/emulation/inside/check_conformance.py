@@ -36,7 +36,7 @@ WHERE_DEVICES_DIFFER = (
 @pytest.mark.only("moore")  # once will do: all of these run the same code on the same emulation
 def test_the_reference_and_the_layer_conform(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = mla.load_backend(name)
-    monkeypatch.setattr(backend, "ops", dict)  # the quick grid looks at the reference where it is alone
+    monkeypatch.setattr(backend, "ops", dict)  # a quick look has the reference where it is alone
     passed = run_suite(backend, *WHERE_DEVICES_DIFFER)
     assert {"layer.decode", "layer.graph", "latent.kept", "expanded.prefill", "write_latent.slots"} <= passed
     drawn = judged(backend, "*.drawn", drawing=Drawing(DRAWS))

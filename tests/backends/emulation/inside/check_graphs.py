@@ -57,7 +57,7 @@ def test_decode_in_plain_torch_is_replayed_as_its_lengths_grow(bench: Any, tmp_p
 def test_a_captured_call_of_the_reference_follows_its_batch(
     capturing: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(capturing, "ops", dict)  # the quick grid looks at the reference where it is alone
+    monkeypatch.setattr(capturing, "ops", dict)  # a quick look has the reference where it is alone
     results = judged(capturing, "latent.graph*[reference-*]", "layer.graph*")
     assert [(result.check, result.status, result.reason) for result in results] == [
         (check, "pass", "")

@@ -12,21 +12,24 @@ from smaller_cases import make_smaller
 
 from mla.cases import drawn
 from mla.conformance.checks import attention, small_ops
+from mla.conformance.registry import DRAWN
 from mla.conformance.report import CheckResult
 from mla.conformance.selection import Xfails
-from mla.conformance.suite import DRAWN, Instance, carry_out, instances
+from mla.conformance.suite import Instance, carry_out, instances
 from mla.conformance.trial import BackendUnderTest, Drawing
 
-# An interpreter's time goes by programs, of which these cases start thousands on the quick grid.
+# An interpreter's time goes by programs, of which these cases start thousands.
 SMALLER = (
     (attention, "FEW_HEADS", (1, 20)),
     (attention, "USUAL_HEADS", (12,)),
-    (attention, "MANY_HEADS", ((65, 2),)),
+    (attention, "MANY_HEADS", (65, 2)),
     (attention, "FEW_TOKENS", (1, 3, 16, 17)),
     (attention, "REQUESTS", (9, 9)),
-    (attention, "REQUESTS_OF", ((16, 9),)),
-    (small_ops, "FEW", (1, 2, 16, 17)),
+    (attention, "REQUESTS_OF", (16, 9)),
+    (attention, "BEYOND_GRID", (16, 9)),
+    (small_ops, "ROW_COUNTS", (1, 2, 16, 17)),
     (small_ops, "MOST_ROWS", 67),
+    (small_ops, "BEYOND_GRID", 129),
 )
 # Checks that start most of all, and differ from others in a number of programs.
 LEFT_OUT = {"rotate_query.rows_and_heads", "expanded.positions"}

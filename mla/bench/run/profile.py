@@ -3,12 +3,15 @@
 Stages (`--stages`): every op timed alone. The device is synchronized between two ops, which a forward is not,
 so the parts add up to more than it takes. A trace (`--profile`): passes as torch's profiler sees them. Each
 op of ours is a range inside that of its forward: a viewer shows what each launches, and the gaps between.
+Whatever goes wrong with a trace is a note: the result is complete.
 """
 
 from __future__ import annotations
 
 import gc
+import gzip
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -21,16 +24,119 @@ from typing import Any
 import msgspec
 import torch
 
+from mla.bench import results
 from mla.bench.limits.microbench import no_garbage_collection
 from mla.bench.limits.roofline import RooflineModel
+from mla.bench.measure.variants import stage_forwards
+from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.results.schema import Case, Cost, Roofline, Stage
+from mla.bench.run.watchdog import Budget, Watchdog
 from mla.bench.subjects.base import Implementation, LayerChecker
+from mla.bench.subjects.fixture import make_fixture
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.workload.scenario import Scenario
-from mla.command.files import TRACE_START
+from mla.command import exit_codes
+from mla.command.console import note
+from mla.command.display import Progress
+from mla.command.exit_codes import Exit, interrupted
+from mla.command.files import TRACE_START, write_bytes
 from mla.cost import Work, role_costs
+from mla.errors import ResultError
 from mla.verify.verdict import Check
 from mla_backends.api import HostTimer, Timer
+from mla_backends.errors import first_line
+
+VIEWERS = "open it at https://ui.perfetto.dev or chrome://tracing"
+
+
+class Profiling:
+    """The passes to record, and the trace they make."""
+
+    def __init__(self, request: Request, run: results.Run, hang_after: float, code: Exit) -> None:
+        self._request, self._code = request, code
+        self._numbers = {(case.scenario, case.implementation) for case in run.cases if case.latency_ms}
+        self._watchdog = Watchdog(hang_after, self._hung)
+        self._case = "the start"
+        self.trace = Trace()
+
+    def record(self, budget: Budget) -> Exit:
+        """Record every case; return the exit code of the run, another one if this is interrupted."""
+        try:
+            with Progress(len(self._numbers)) as progress, self._watchdog:
+                for scenario, names in self._planned():
+                    if budget.left() <= 0:
+                        note(f"--budget leaves no time to profile {scenario.name} and what follows")
+                        break
+                    self._scenario(scenario, names, progress)
+        except KeyboardInterrupt:
+            note("profiling was interrupted: the result is complete, the trace is not")
+            return interrupted()
+        except Exception as error:  # noqa: BLE001  # a profiler must not cost a run
+            said = f"{type(error).__name__}: {first_line(error)} ({exit_codes.place(error)})"
+            note(f"profiling failed at {self._case}: {said}; the result is complete")
+        return self._code
+
+    def _planned(self) -> Iterator[tuple[ScenarioPlan, list[str]]]:
+        for scenario in self._request.scenarios:
+            names = [name for name in self._request.implementations if (scenario.name, name) in self._numbers]
+            if names:
+                yield scenario, names
+
+    def _scenario(self, scenario: ScenarioPlan, names: list[str], progress: Progress) -> None:
+        """Record one implementation after the other, each built alone."""
+        point, backend = scenario.point, scenario.setting.backend
+        fixture = make_fixture(scenario.setting, point, self._request.state)
+        inputs = fixture.inputs()
+        for name in names:
+            self._case = f"{scenario.name} / {name}"
+            progress.advance(f"profiling {self._case}", 0)
+            self._watchdog.enter(name)
+            with self._watchdog.watching(scenario.name):
+                impl = with_ranges(fixture.build(name))
+                impl.load(point, inputs)
+                self.trace.add(record(impl, point, backend.synchronize, self._watchdog.beat))
+            del impl
+            progress.advance(f"profiling {self._case}", 1)
+        backend.empty_cache()
+
+    def _hung(self, scenario: str, implementation: str) -> None:
+        note(f"profiling hung at {scenario} / {implementation} and was stopped; the result is complete")
+        os._exit(self._code)
+
+
+def profile(
+    request: Request, run: results.Run, target: Path, budget: Budget, hang_after: float, code: Exit
+) -> Exit:
+    """Write the trace of one more pass of every case with a number; return the exit code of the run."""
+    profiling = Profiling(request, run, hang_after, code)
+    code = profiling.record(budget)
+    recorded = profiling.trace
+    if not recorded.passes:
+        note(f"profile    nothing was recorded, so '{target}' was not written")
+        return code
+    try:
+        data = recorded.encode()
+        write_bytes(gzip.compress(data) if target.suffix == ".gz" else data, target)
+    except ResultError as error:
+        note(f"profile    {error}")
+        return code
+    note(f"profile    {_summary(recorded, request)} in '{target}': {VIEWERS}")
+    return code
+
+
+def _summary(recorded: Trace, request: Request) -> str:
+    """Return what the trace holds, and what it lacks."""
+    device = request.setting.device
+    count = f"{recorded.passes} pass{'es' * (recorded.passes > 1)}"
+    said = f"{count}, eager, with {recorded.operators} operators of torch"
+    if recorded.launches:
+        return f"{said} and {recorded.launches} kernels"
+    names = ", ".join(activity.name for activity in activities(device))
+    lacking = f" and no kernels of {device.type} (this torch records: {names})"
+    return said + lacking * (device.type != "cpu")
+
+
+# ---------------------------------------------------------------------------------------------------- passes
 
 
 class Inside:
@@ -49,8 +155,6 @@ class Inside:
 
 # ------------------------------------------------------------------------------------------------ stages
 
-# Minimum of timed forwards: whole passes, so that a growing cache counts as it does in the headline.
-STAGE_FORWARDS = 20
 BETWEEN = "between ops"
 # Numbers of the passes, which select their inputs.
 PASSES = 1 << 22
@@ -126,11 +230,6 @@ def watched_step(impl: MlaLayer, watch: Stopwatch) -> None:
         impl.forward(batch, impl.x, impl.out)
 
 
-def total_forwards(scenario: Scenario) -> int:
-    """Return how many forwards are timed: whole passes, each prefill being one."""
-    return scenario.inputs * -(-STAGE_FORWARDS // scenario.inputs)
-
-
 def time_forwards(
     impl: MlaLayer,
     scenario: Scenario,
@@ -143,7 +242,7 @@ def time_forwards(
     watch_parts(impl, watch)
     gc.collect()
     with no_garbage_collection():
-        while len(samples) < STAGE_FORWARDS and verdict.status == "ok":
+        while len(samples) < stage_forwards(scenario) and verdict.status == "ok":
             impl.restore(PASSES + len(samples))  # inputs that no other pass had
             for index in range(scenario.inputs):
                 impl.before(index)

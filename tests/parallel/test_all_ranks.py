@@ -1,0 +1,220 @@
+"""All ranks of a layout, each a thread, equal one device; and one alone attends what it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from threading import Barrier, Thread
+from typing import Any
+
+import pytest
+import torch
+
+import mla
+from mla import LatentCache, MLAConfig
+from mla.cases.memory import poison
+from mla.parallel.cache import ShardedCache
+from mla.parallel.groups import SimulatedGroups, summed_bytes
+from mla.parallel.layer import HeadShard, ParallelMLA
+from mla.parallel.layout import Layout, Share
+from mla.verify.layer_oracle import Held, State, oracle
+from mla.weights import random_state_dict
+
+CONFIG = MLAConfig(
+    hidden_size=48,
+    num_attention_heads=8,
+    kv_lora_rank=32,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=8,
+    v_head_dim=12,
+    q_lora_rank=24,
+    attention_bias=True,
+)
+GATED = [replace(CONFIG, output_gate=gate, attention_bias=False) for gate in ("head", "element")]
+HISTORY, NEW = (33, 1, 0, 7), (1, 2, 9, 0)  # with ranks that hold none of a request's tokens
+
+
+@dataclass
+class World:
+    """Ranks that are threads."""
+
+    layout: Layout
+    patience: float = 20.0  # seconds that a rank waits for the others
+    given: dict[int, torch.Tensor] = field(default_factory=dict)  # by rank, of the collective that runs
+
+    def __post_init__(self) -> None:
+        self._barrier = Barrier(self.layout.world, timeout=self.patience)
+
+    def exchange(self, rank: int, given: torch.Tensor, ranks: Sequence[int]) -> list[torch.Tensor]:
+        """Return what each of these ranks gave, once all of the world have given something."""
+        self.given[rank] = given.clone()
+        self._barrier.wait()
+        received = [self.given[other] for other in ranks]
+        self._barrier.wait()
+        return received
+
+
+class Threads(SimulatedGroups):
+    """A rank's end of the collectives, which are real."""
+
+    def __init__(self, world: World, rank: int) -> None:
+        super().__init__(world.layout, rank)
+        self._world = world
+
+    def _exchange(self, x: torch.Tensor, groups: list[list[int]]) -> list[torch.Tensor]:
+        return self._world.exchange(self.rank, x, next(group for group in groups if self.rank in group))
+
+    def add_heads(self, out: torch.Tensor) -> None:
+        super().add_heads(out)
+        out.copy_(torch.stack(self._exchange(out, self.layout.head_groups())).sum(0))
+
+    def gather_context(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        super().gather_context(x, out)
+        out.copy_(torch.stack(self._exchange(x, self.layout.context_groups())))
+
+    def exchange_context(self, parts: torch.Tensor, out: torch.Tensor) -> None:
+        super().exchange_context(parts, out)
+        given = self._exchange(parts, self.layout.context_groups())
+        out.copy_(torch.stack([other[self.place.dcp] for other in given]))
+
+
+DRAW = torch.Generator().manual_seed(1)
+TOKENS = [
+    (
+        torch.randn(count, CONFIG.kv_lora_rank, generator=DRAW),
+        torch.randn(count, CONFIG.qk_rope_head_dim, generator=DRAW),
+    )
+    for count in HISTORY
+]
+HIDDEN = torch.randn(sum(NEW), CONFIG.hidden_size, generator=DRAW)
+
+
+def state_of(config: MLAConfig) -> State:
+    return random_state_dict(config, 0, torch.float32)
+
+
+def rank_forward(
+    groups: SimulatedGroups, config: MLAConfig = CONFIG, cache_format: str | None = None
+) -> Callable[[torch.Tensor], object]:
+    """Return the forward of a rank, which writes an output [T, d]."""
+    layout = groups.layout
+    stored: Any = {"dtype": torch.float32, "cache_format": cache_format}
+    layer = ParallelMLA(config, groups, **stored)
+    layer.load_state_dict(state_of(config))
+    if layout.dcp > 1:
+        share = Share(groups.place.dcp, layout.dcp)
+        cache = ShardedCache(CONFIG, share, max_tokens=2048, page_size=8, shuffle=3, **stored)
+    else:
+        cache = LatentCache(CONFIG, max_tokens=2048, page_size=8, shuffle=3, **stored)
+    poison(cache.pages)
+    ids = cache.new_sequences(len(HISTORY))
+    for sequence, tokens in zip(ids, TOKENS, strict=True):
+        cache.load(sequence, *tokens)
+    batch = cache.extend(ids, NEW)
+    return lambda out: layer(HIDDEN, batch, cache.pages[0], out)
+
+
+def error(out: torch.Tensor, config: MLAConfig, state: State, held: Held | None = None) -> float:
+    """Return the relative error of an output of all requests."""
+    parts = [
+        oracle(config, state, rows, [len(rows)], [tokens], held)
+        for rows, tokens in zip(HIDDEN.split(NEW), TOKENS, strict=True)
+        if len(rows)
+    ]
+    expected = torch.cat(parts)
+    return float((out.double() - expected).norm() / expected.norm())
+
+
+def outputs(layout: str, config: MLAConfig, cache_format: str | None = None) -> list[torch.Tensor]:
+    """Return the output of every rank."""
+    world = World(Layout.parse(layout))
+    ranks = [Threads(world, rank) for rank in range(world.layout.world)]
+    forwards = [rank_forward(rank, config, cache_format) for rank in ranks]
+    outs = [torch.full_like(HIDDEN, torch.nan) for _ in ranks]
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        list(pool.map(lambda forward, out: forward(out), forwards, outs))
+    return outs
+
+
+LAYOUTS = ["tp=1", "tp=8", "dcp=4", "tp=2,dcp=4", "tp=4,dcp=2", "dp=2,tp=2"]
+CASES = [*((layout, CONFIG) for layout in LAYOUTS), *(("tp=2,dcp=2", config) for config in GATED)]
+
+
+@pytest.mark.parametrize(("layout", "config"), CASES)
+def test_all_ranks_equal_one_device(layout: str, config: MLAConfig) -> None:
+    assert max(error(out, config, state_of(config)) for out in outputs(layout, config)) < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["tp=8", "tp=2,dcp=4"])
+def test_ranks_store_and_attend_a_format_as_one_device_does(layout: str) -> None:
+    (alone,) = outputs("tp=1", CONFIG, "fp8_ds_mla")
+    for out in outputs(layout, CONFIG, "fp8_ds_mla"):
+        assert (out - alone).norm() < 1e-4 * out.norm()
+        assert error(out, CONFIG, state_of(CONFIG)) > 1e-3
+
+
+@pytest.mark.parametrize("layout", ["tp=4", "tp=2,dcp=2", "dcp=8"])
+def test_a_rank_alone_computes_its_share_anew(layout: str) -> None:
+    """Rehearsed or not: its output was overwritten, and what others send stands in for no computing."""
+    parsed = Layout.parse(layout)
+    config = CONFIG.with_heads(CONFIG.num_attention_heads // parsed.head_parts)
+    for rank in range(parsed.world):
+        groups, out = SimulatedGroups(parsed, rank), torch.empty_like(HIDDEN)
+        forward = rank_forward(groups)
+        shard = dict(HeadShard(state_of(CONFIG), CONFIG, parsed.head_part(rank), parsed.head_parts))
+        held = Share(groups.place.dcp, parsed.dcp).owns if parsed.dcp > 1 else None
+        groups.rehearse(lambda: forward(out))  # noqa: B023
+        for _ in range(3):
+            assert error(out, config, shard, held) < 1e-5, rank
+            out.fill_(torch.nan)
+            forward(out)
+
+
+def test_collectives_are_those_of_the_layout() -> None:
+    groups = SimulatedGroups(Layout.parse("tp=2,dcp=2"), 3)
+    forward = rank_forward(groups)
+    groups.rehearse(lambda: forward(torch.empty_like(HIDDEN)))
+    tokens, heads, latent = sum(NEW), CONFIG.num_attention_heads // 4, CONFIG.latent_dim
+    assert [(call.kind, call.ranks, call.sent) for call in groups.calls] == [
+        ("all-gather", 2, tokens * heads * latent * 4),  # its queries, to the other rank
+        ("all-to-all", 2, tokens * heads * (CONFIG.kv_lora_rank + 1) * 4),  # its heads, with their lse
+        ("all-reduce", 4, 2 * HIDDEN.nbytes * 3 // 4),
+    ]
+
+
+def test_many_ranks_add_up_in_float32() -> None:
+    out = torch.zeros(3, 5, dtype=torch.bfloat16)
+    assert [summed_bytes(out, ranks) for ranks in (2, 8, 9, 32)] == [30, 30, 60, 60]
+
+
+class Meeting(SimulatedGroups):
+    """A rank that lets another layer of its backend compute while it waits for the others."""
+
+    meanwhile: Callable[[], object]
+
+    def add_heads(self, out: torch.Tensor) -> None:
+        thread = Thread(target=self.meanwhile, daemon=True)
+        thread.start()
+        thread.join(20)
+
+
+def test_other_layers_compute_while_a_rank_waits_for_the_rest_of_the_heads() -> None:
+    backend, state = mla.load_backend("cpu"), random_state_dict(CONFIG)
+    plain, done = mla.MLA(CONFIG, backend=backend), []
+    groups = Meeting(Layout.parse("tp=2"), 0)
+    layer = ParallelMLA(CONFIG, groups, backend=backend)
+    for one in (plain, layer):
+        one.load_state_dict(state)
+
+    def run(one: mla.MLA) -> torch.Tensor:
+        cache = LatentCache(CONFIG, max_tokens=64)
+        return one(
+            torch.ones(3, 48, dtype=torch.bfloat16), cache.extend(cache.new_sequences(1), [3]), cache.pages[0]
+        )
+
+    expected = run(plain)
+    groups.meanwhile = lambda: done.append(run(plain))
+    run(layer)
+    assert done, "it waited"
+    assert torch.equal(done[0], expected)
