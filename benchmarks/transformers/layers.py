@@ -1,4 +1,4 @@
-"""`use_mla` as implementations that `python -m mla.bench --implementations` takes, beside `transformers` itself.
+"""`use_mla` as implementations of `python -m mla.bench --implementations`, beside `transformers` itself.
 
 The attention layer of a causal model of one layer is called alone, one request at a time, as the
 benchmark's own `transformers` is. Its mask, which a model makes once per forward, is made off the clock.

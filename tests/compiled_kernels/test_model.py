@@ -140,10 +140,12 @@ def test_predictions_are_of_these_kernels_and_tiles() -> None:
 def test_what_many_heads_reach_only_rises() -> None:
     rows = [row for row in model.read()["rows"] if row["launch"] == "latent: 128 heads"]
     modern = [row for row in rows if not row["triton"].startswith("3.1.")]
+    assert {row["triton"].rpartition(".")[0] for row in rows} == {"3.1", "3.6", "3.8", "3.9"}
     assert {row["target"] for row in modern} == set(REACHED)
     for row in modern:
         needed, share = REACHED[row["target"]]
         where = row["triton"], row["card"]
+        assert row["spilled"] == 0, where
         assert row["needed"] >= needed, where
         assert row["tensor_share"][1] >= share, where
 

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.transformers import summary, words
-from benchmarks.transformers.points import OURS, PAGED, STOCK, groups
-from benchmarks.transformers.record import Row, read
-from benchmarks.transformers.tables import tables
+from benchmarks.transformers import summary
+from benchmarks.transformers.records import OURS, PAGED, STOCK, Row, groups, read
+from benchmarks.transformers.tables import sentences, tables
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "benchmarks" / "transformers"
@@ -52,7 +51,7 @@ def test_a_model_needs_weights_and_caches_of_all_layers_and_the_rest_once() -> N
     (group,) = groups([*rows, row("sdpa", 500, 9000, 64)])
     assert group.points[0].needed(STOCK, 1) == 1664  # the leaner one's
     said = next(
-        sentence for sentence in words.sentences(group) if "`use_mla`: attention of all 61 layers" in sentence
+        sentence for sentence in sentences(group) if "`use_mla`: attention of all 61 layers" in sentence
     )
     assert said.endswith(" needs less memory than in `transformers` in decode from 2048 tokens on.")
 
@@ -68,11 +67,11 @@ def test_tables_of_a_second_machine_say_so() -> None:
 def test_only_rows_that_were_compared_count_as_compared() -> None:
     rows = [_row("mla", [1], deviation=0.002), _row("mla-paged", [1]), _row("sdpa", [1])]
     (group,) = groups(rows)
-    said = next(sentence for sentence in words.sentences(group) if "was compared" in sentence)
+    said = next(sentence for sentence in sentences(group) if "was compared" in sentence)
     assert "in 1 of 3 rows with times, " in said
     assert said.endswith("was within 0.2 % of it.")
     (group,) = groups([rows[1], _row("mla", [1])])
-    assert "deepseek-r1: no attention was compared." in words.sentences(group)
+    assert "deepseek-r1: no attention was compared." in sentences(group)
 
 
 def test_documents_hold_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
