@@ -8,6 +8,8 @@ import torch
 
 from mla.config import MLAConfig
 
+SINKS = "sinks"  # logits, in fp32 whatever the dtype of a layer
+
 
 def weight_shapes(config: MLAConfig) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of every weight the layer has."""
@@ -27,6 +29,8 @@ def weight_shapes(config: MLAConfig) -> dict[str, tuple[int, ...]]:
     if config.gate_width:
         shapes["g_proj.weight"] = (config.gate_width, d)
     shapes["o_proj.weight"] = (d, h * config.v_head_dim)
+    if config.sink_logits:
+        shapes[SINKS] = (h,)
     if config.attention_bias:  # q_proj, q_b_proj and kv_b_proj never have one
         biased = ("kv_a_proj_with_mqa", "o_proj", *(("q_a_proj",) if rank is not None else ()))
         shapes.update({f"{name}.bias": (shapes[f"{name}.weight"][0],) for name in biased})
@@ -36,16 +40,16 @@ def weight_shapes(config: MLAConfig) -> dict[str, tuple[int, ...]]:
 def random_state_dict(
     config: MLAConfig, seed: int = 0, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, torch.Tensor]:
-    """Return host weights N(0, 1 / fan_in), norms 1 + N(0, 0.01) and biases N(0, 0.01).
+    """Return host weights N(0, 1 / fan_in), norms 1 + N(0, 0.01), biases N(0, 0.01) and sinks 3 + N(0, 0.01).
 
     Smaller weights would hide bugs, and larger biases what attention adds to them.
     """
     generator = torch.Generator().manual_seed(seed)
-    shapes = weight_shapes(config)
-    return {
+    state = {
         name: _random(shape, generator, dtype, middle=float(not name.endswith(".bias")))
-        for name, shape in shapes.items()
+        for name, shape in weight_shapes(config).items()
     }
+    return state | ({SINKS: state[SINKS].float() + 2} if config.sink_logits else {})
 
 
 def _random(

@@ -136,7 +136,7 @@ def _require_plain(config: MLAConfig) -> None:
         and config.rope_interleave
         and config.rope_theta is not None
         and config.query_scaling is None
-        and config.output_gate is None
+        and config.is_ops_alone
         and config.q_latent_scale == config.kv_latent_scale == 1
     )
     if not plain:

@@ -44,6 +44,8 @@ class Codec(ABC):
     relative: ClassVar[float] = 0.0  # of its own size
     of_largest: ClassVar[float] = 0.0  # of the largest number that shares its scale
     least: ClassVar[float] = 0.0
+    # Whether scales stay as they are where numbers change a little: one, or powers of two.
+    steady: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -73,12 +75,15 @@ class Plain(Codec):
     dtype: torch.dtype = torch.bfloat16
 
     @property
+    def steady(self) -> bool:  # type: ignore[override]
+        return self.dtype != torch.float32  # of which hardly any byte stays
+
+    @property
     def token_bytes(self) -> int:
         return (self.c + self.r) * self.dtype.itemsize
 
     def encode(self, kv: torch.Tensor, pe: torch.Tensor) -> torch.Tensor:
-        limit = torch.finfo(self.dtype).max
-        return _bytes(torch.cat((kv, pe), dim=1).clamp(-limit, limit).to(self.dtype))
+        return _bytes(_saturated(torch.cat((kv, pe), dim=1), self.dtype))
 
     def decode(self, rows: torch.Tensor) -> Rows:
         kv, pe = _numbers(rows, self.dtype).float().split((self.c, self.r), dim=1)
@@ -99,6 +104,7 @@ class FlatFp8(Codec):
 
     scale: float = 1.0
     relative: ClassVar[float] = 2.0**-3
+    steady: ClassVar[bool] = True
 
     @property
     def token_bytes(self) -> int:
@@ -127,6 +133,10 @@ class TiledFp8(Codec):
 
     def __post_init__(self) -> None:
         self._multiple(self.c, 4)  # so that scales are aligned
+
+    @property
+    def steady(self) -> bool:  # type: ignore[override]
+        return self.powers
 
     @property
     def tiles(self) -> int:
@@ -232,7 +242,7 @@ def _power_above(x: torch.Tensor) -> torch.Tensor:
 
 def _saturated(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     limit = torch.finfo(dtype).max
-    return x.clamp(-limit, limit).to(dtype)
+    return x.float().clamp(-limit, limit).to(dtype)
 
 
 def _e4m3(x: torch.Tensor) -> torch.Tensor:

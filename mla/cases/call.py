@@ -106,8 +106,8 @@ class Call:
 
     @property
     def written(self) -> list[str]:
-        """The results that the op has; it may have no log-sum-exp."""
-        return [name for name in self.case.results if name != "lse" or self.op.writes_lse]
+        """The results that the op is held to."""
+        return self.pool.entry.judged(self.op)
 
     def blank(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Return poisoned memory for an operand, or a result."""

@@ -19,7 +19,7 @@ from mla.layer.rope import RotaryTable
 from mla.verify.places import Places
 from mla.verify.tolerances import judge_beside, judge_lse, relative_error, row_errors
 from mla.verify.verdict import Check
-from mla_backends.api import SegmentLengths
+from mla_backends.api import FusedOp, SegmentLengths
 
 if TYPE_CHECKING:
     from mla.cases.call import Call
@@ -36,6 +36,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "cu_q": torch.int32,
     "lse": torch.float32,
 }
+BYTES = ("bytes", "codes")  # of a row of a cache: see `mla.verify.stored`
 OPTIONAL = frozenset({"bias", "lse"})
 MOST_WORDS = 12  # of a label, for lengths
 KINDS: dict[str, Kind] = {}  # by the name of the op in the contract
@@ -83,13 +84,14 @@ class OpCase:
         sizes = {**vars(self.spec), **self.sizes, "page": self.layout.page_size}
         title = self.entry.title.format(q=runs(self.query_lens), kv=runs(self.kv_lens), **sizes)
         usual = replace(self, biased=False, interleaved=True, eps=1e-6, causal=True, seed=0)
-        special = stress.words(self, usual) + (stress.words(self.stress, Stress()) if self.stress else [])
+        special = [stored] if (stored := getattr(self.spec, "cache_format", "")) else []
+        special += stress.words(self, usual) + (stress.words(self.stress, Stress()) if self.stress else [])
         return ", ".join([title, *special, *self.values]) + self.layout.label
 
     @property
     def entry(self) -> Kind:
         """The entry of the case's kind."""
-        return KINDS[self.kind]
+        return entry_of(self.kind, getattr(self.spec, "cache_format", ""))
 
     @property
     def rows(self) -> int:
@@ -165,6 +167,12 @@ class OpCase:
         return table.gather(torch.cat((new, before)))
 
 
+def entry_of(kind: str, cache_format: str = "") -> Kind:
+    """Return the entry of a kind of op, over a cache of this format."""
+    entry = KINDS[kind]
+    return entry.stored if cache_format and entry.stored is not None else entry
+
+
 def runs(lengths: Lengths) -> str:
     """Return lengths with repeats shortened, 1x6,5, and of many the first few."""
     groups = [(length, len(list(run))) for length, run in groupby(lengths)]
@@ -205,6 +213,7 @@ class Kind:
     weights: ClassVar[tuple[str, ...]] = ()  # operands that a layer holds
     varied: ClassVar[tuple[str, ...]] = ("x",)  # operands that differ from call to call, by rows
     cached: ClassVar[str] = ""  # the shape of a cached row
+    stored: Kind | None = None  # the entry of the same op over a cache of bytes
     pool: type[Pool]  # how they differ
     cost: Callable[..., Work]  # of a spec and its rows
 
@@ -218,6 +227,10 @@ class Kind:
     def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
         """Return operands at a layer's scales, `rows` of those that are varied; keys and values in order."""
         raise NotImplementedError
+
+    def encoded(self, case: OpCase, given: Tensors) -> Tensors:
+        """Return drawn operands as a call has them: in a cache of bytes, encoded."""
+        return given
 
     def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
         """Return the results in float64. `given` are operands as `draw` returns them, and the scalars."""
@@ -281,7 +294,7 @@ class Kind:
     @property
     def held(self) -> list[str]:
         """The results whose rows are held to the reference's error."""
-        return [name for name in self.results if name in self.truths and name != "lse"]
+        return [name for name in self.results if name in self.truths and name not in ("lse", *BYTES)]
 
     def errors(self, reference: Tensors, truth: Tensors) -> Tensors:
         """Return the relative error of the reference in every row, by which a fused op is judged."""
@@ -309,6 +322,10 @@ class Kind:
     def written(self, arguments: Mapping[str, Any]) -> Tensors:
         """Return what a call wrote, by the names of `results`."""
         return {name: arguments[name] for name in self.results if arguments.get(name) is not None}
+
+    def judged(self, op: FusedOp) -> list[str]:
+        """Return the results that an op is held to; it may have no log-sum-exp."""
+        return [name for name in self.results if name != "lse" or op.writes_lse]
 
     def touched(self, arguments: Mapping[str, Any], page_size: int) -> torch.Tensor:
         """Return the pages [k] int64 of the cache that a call reads or writes, in order, on the host."""

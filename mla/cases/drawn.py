@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -15,11 +16,13 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
+from mla.cache.formats import codec_of
 from mla.cases.case import KINDS, OpCase
 from mla.cases.memory import Layout, edges
 from mla.cases.played import Scene
 from mla.cases.stress import Stress, words
 from mla.cases.values import LARGE_ONES, patterns_of
+from mla.errors import CacheFormatError
 from mla_backends.api import AttentionSpec, LinearSpec, NormSpec
 
 Draw = Callable[..., Any]
@@ -182,6 +185,7 @@ class Field:
     serves: Serves = lambda spec: True
     lse_optional: bool = False
     takes: Takes = lambda spec, new, keys, page: True
+    formats: tuple[str, ...] = ()  # of caches, that the op claims
 
     def pages(self, spec: Any) -> list[int]:
         """Return the page sizes that the op serves; all of them if it serves none."""
@@ -202,6 +206,19 @@ class Field:
         """Return the spec of attention with widths c, r, n and v."""
         c, r, n, v = dims
         return AttentionSpec(heads, c, n, r, v, scale * (n + r) ** -0.5, self.dtype, self.device)
+
+    def stored(self, draw: Draw, spec: AttentionSpec) -> AttentionSpec:
+        """Draw a cache format for a spec, in widths that it and the op serve; plain where there are none."""
+        name = draw(among(*self.formats)) if self.formats and draw(st.booleans()) else ""
+        c, r, n, v = DEEPSEEK
+        usual = replace(spec, kv_lora_rank=c, qk_rope_head_dim=r, qk_nope_head_dim=n, v_head_dim=v)
+        for tried in (spec, usual) if name else ():
+            with contextlib.suppress(CacheFormatError):
+                codec = codec_of(name, tried.kv_lora_rank, tried.qk_rope_head_dim)
+                stored = replace(tried, cache_format=name, token_bytes=codec.token_bytes if codec else 0)
+                if self.serves(stored):
+                    return stored
+        return spec
 
 
 def some_rows(draw: Draw, width: int, page: int = 1) -> int:
@@ -258,6 +275,7 @@ def write_case(draw: Draw, field: Field) -> OpCase:
     spec = field.attention(16, dims(draw))
     if not field.serves(spec):
         spec = field.attention(16, DEEPSEEK)
+    spec = field.stored(draw, spec)
     page = draw(among(*PAGE_SIZES))
     width = spec.kv_lora_rank + spec.qk_rope_head_dim
     rows = some_rows(draw, width, page)
@@ -305,8 +323,9 @@ def attention_case(draw: Draw, field: Field) -> OpCase:
     pairs = fitting(pairs, lambda pairs: fits(pairs, heads))
     pairs = served_lengths(field, spec_of(heads), pairs, page if latent else None)
     new, keys = columns(pairs)
-    layout = Layout(page_size=page)
-    return OpCase(field.kind, spec_of(heads), new, keys, causal=causal, stress=Stress(), layout=layout)
+    layout, spec = Layout(page_size=page), spec_of(heads)
+    spec = field.stored(draw, spec) if latent else spec
+    return OpCase(field.kind, spec, new, keys, causal=causal, stress=Stress(), layout=layout)
 
 
 def columns(pairs: Pairs) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -347,7 +366,7 @@ UNALIGNED = frozenset({"lse", "slots", "block_table", "kv_lens", "cu_q"})
 def unit(case: OpCase, name: str) -> int:
     """Return how many numbers of an operand its addresses and strides are multiples of, by the contract."""
     bytes_each = case.dtype(name).itemsize
-    widths = [getattr(case.spec, field) for letter, field in case.entry.letters.items() if letter != "h"]
+    widths = [getattr(case.spec, field) for letter, field in case.entry.letters.items() if letter not in "hb"]
     aligned = all(width * case.spec.dtype.itemsize % 16 == 0 for width in widths)
     return 16 // bytes_each if aligned and name not in UNALIGNED else 1
 
@@ -523,6 +542,8 @@ def axes(scene: Scene) -> Iterator[tuple[str, Any]]:
             yield "page", case.layout.page_size
         for field in case.entry.letters.values():
             yield field, getattr(case.spec, field)
+        if case.entry.stored is not None or "b" in case.entry.letters:
+            yield "cache", case.spec.cache_format or "plain"
         assert case.stress is not None
         yield "numbers", ", ".join([*words(case.stress, Stress()), *case.values]) or "ordinary"
         memory = [name for name in ("gaps", "repeated", "pages") if getattr(case.layout, name)]

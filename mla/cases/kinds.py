@@ -4,20 +4,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mla import cost
+from mla.cache.formats import Codec, codec_of, latents
 from mla.cases import stress
-from mla.cases.case import KINDS, Kind, Lengths, Normal, OpCase
+from mla.cases.case import BYTES, DTYPES, KINDS, Kind, Lengths, Normal, OpCase
 from mla.cases.memory import Pages, Tensors, changed_slots, poison
 from mla.cases.varied import Pool, Products, Queries, draw_signs
 from mla.verify.layer_check import TAIL
 from mla.verify.op_oracle import attend_requests, product, true_norm, true_rotation
-from mla_backends.api import AttentionSpec, LinearSpec, NormSpec, SegmentLengths
+from mla.verify.places import Places
+from mla.verify.stored import judge_bytes, judge_decoded, stored_truth
+from mla_backends.api import AttentionSpec, FusedOp, LinearSpec, NormSpec, SegmentLengths
 
 if TYPE_CHECKING:
     from mla.cases.call import Call
@@ -180,7 +183,7 @@ class WriteLatent(WritesSlots):
 
     def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
         c = case.spec.kv_lora_rank
-        kv_a = normal(rows, *case.shape(self.cached))
+        kv_a = normal(rows, *case.shape(self.operands["kv_a"])[1:])
         if case.stress:
             kv_a = stress.rows(case, kv_a, case.stress.size)
             kv_a[:, c:] *= case.stress.gain
@@ -199,6 +202,69 @@ class WriteLatent(WritesSlots):
     def written(self, arguments: Mapping[str, Any]) -> Tensors:
         rows, c = super().written(arguments)["rows"], arguments["weight"].shape[0]
         return {"latent": rows[:, :c], "key": rows[:, c:]}
+
+
+STORED: Mapping[str, Any] = {
+    "letters": {**ATTENTION, "b": "token_bytes"},
+    "dtypes": {**DTYPES, **dict.fromkeys(("cache", *BYTES), torch.uint8)},
+}
+
+
+class StoredLatent(WriteLatent):
+    """The same to a cache of bytes: held to the codec, and never to what other ops err."""
+
+    title = "{q} tokens, page {page}, latents of {c} and {r}"
+    results = {"latent": "T c", "key": "T r", "bytes": "T b", "codes": "T b"}
+    truths = {**results, "low": "T c+r", "high": "T c+r"}
+    scalars = {**WriteLatent.scalars, "cache_format": str}
+    letters = STORED["letters"]
+    dtypes = {**STORED["dtypes"], "latent": torch.float32, "key": torch.float32}
+    cached = "b"
+
+    def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
+        true = super().truth(spec, given, lengths)
+        return true | stored_truth(true["latent"], true["key"], codec_for(spec), spec.dtype)
+
+    def signs(self, case: OpCase, draw: torch.Generator) -> Tensors:
+        return {}  # bytes have none
+
+    def written(self, arguments: Mapping[str, Any]) -> Tensors:
+        rows = WritesSlots.written(self, arguments)["rows"]
+        codec = codec_of(
+            arguments["cache_format"], arguments["weight"].shape[0], arguments["cos_sin"].shape[1]
+        )
+        assert codec is not None
+        latent, key = codec.decode(rows)
+        return {"latent": latent, "key": key, **dict.fromkeys(BYTES, rows)}
+
+    def judged(self, op: FusedOp) -> list[str]:
+        return ["latent", "key", "bytes" if op.encodes_rounded else "codes"]
+
+    def faults(
+        self,
+        results: Tensors,
+        truth: Tensors,
+        *,
+        errors: Tensors,
+        dtype: torch.dtype,
+        places: Places | None = None,
+    ) -> Iterable[tuple[float, str]]:
+        c = truth["latent"].shape[1]
+        parts = {"latent": slice(c), "key": slice(c, None)}
+        for name, result in results.items():
+            if name in BYTES:
+                ratio, reason = judge_bytes(result, truth[name], places)
+            else:
+                low, high = (truth[end][:, parts[name]] for end in ("low", "high"))
+                ratio, reason = judge_decoded(result, low, high, places)
+            yield ratio, f"{name}: {reason}" if reason else ""
+
+
+def codec_for(spec: Any) -> Codec:
+    """Return the codec of the cache of a spec that has a format."""
+    codec = codec_of(spec.cache_format, spec.kv_lora_rank, spec.qk_rope_head_dim)
+    assert codec is not None
+    return codec
 
 
 class Attention(Kind):
@@ -255,7 +321,7 @@ class LatentAttention(Attention):
     cost = staticmethod(cost.latent_attention_cost)
 
     def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
-        spec, (width,) = case.spec, case.shape(self.cached)
+        spec, width = case.spec, case.shape(self.operands["q"])[2]
         q, keys = normal(rows, width), normal(sum(case.kv_lens), width)
         if case.stress:
             return {"q": stress.queries(case, q, keys[:, None]), "keys": keys}
@@ -292,6 +358,21 @@ class LatentAttention(Attention):
         return Batch(lengths.query_lens, lengths.kv_lens, arguments["cache"].shape[1], *tables)
 
 
+class StoredAttention(LatentAttention):
+    """The same over a cache of bytes: the truth is that of the decoded numbers."""
+
+    scalars = {**LatentAttention.scalars, "cache_format": str}
+    letters, dtypes = STORED["letters"], STORED["dtypes"]
+    cached = "b"
+
+    def encoded(self, case: OpCase, given: Tensors) -> Tensors:
+        widths = case.spec.kv_lora_rank, case.spec.qk_rope_head_dim
+        return {**given, "keys": codec_for(case.spec).encode(*given["keys"].split(widths, dim=1))}
+
+    def keys(self, spec: Any, given: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().keys(spec, {"keys": latents(given["keys"], codec_for(spec))})
+
+
 class ExpandedAttention(Attention):
     """Attention over keys and values of every head."""
 
@@ -320,3 +401,4 @@ KINDS.update(
     latent_attention=LatentAttention(),
     expanded_attention=ExpandedAttention(),
 )
+KINDS["write_latent"].stored, KINDS["latent_attention"].stored = StoredLatent(), StoredAttention()

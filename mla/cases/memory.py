@@ -10,6 +10,8 @@ import torch
 
 Tensors = dict[str, torch.Tensor]
 
+FINITE = 0x42
+
 GUARD = 32  # rows before and behind a tensor, where a kernel writes that rounds its rows up
 FAR_APART = 1 << 20  # numbers from one row to the next
 ALIGNED, MAX_BESIDE = 64, 1 << 14  # numbers: pieces begin at multiples, and have as many beside them at most
@@ -165,10 +167,14 @@ class Pages:
 
 
 def _of_dtype(value: float, dtype: torch.dtype) -> float:
-    """Return what stands for a number in memory of this dtype: for NaN among integers, their largest."""
+    """Return what stands for a number in memory of this dtype: for NaN among integers, their largest.
+
+    Bytes stand for numbers of some format: 255 each is NaN in all, or nearly, and `FINITE` is up to 1e4.
+    """
     if dtype.is_floating_point:
         return value
-    return torch.iinfo(dtype).max if math.isnan(value) else int(value)
+    most = torch.iinfo(dtype).max
+    return most if math.isnan(value) else int(value) if value <= most else FINITE
 
 
 def _order(needed: int, layout: Layout) -> tuple[torch.Tensor, int]:

@@ -88,6 +88,7 @@ class Host:
         drawn = given
         if drawn is None:
             drawn = unusual(case, self.entry.draw(case, Drawing(case), self.entry.rows(case)))
+            drawn = self.entry.encoded(case, drawn)
         shapes = {name: case.shape(self.entry.operands[name]) for name in self.entry.varied}
         self.given = drawn | {name: drawn[name].view(shape) for name, shape in shapes.items()}
         self.numbers = sum(x.numel() for x in self.given.values()) + sum(map(prod, case.results.values()))

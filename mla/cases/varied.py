@@ -95,7 +95,7 @@ class Pool:
         def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
             return (torch.randn(shape, generator=random) * scale).to(dtype)
 
-        self.given = self.entry.draw(self.case, normal, self.size[0])
+        self.given = self.entry.encoded(self.case, self.entry.draw(self.case, normal, self.size[0]))
         self.truth = self._true()
 
     def _true(self) -> Tensors:
@@ -233,15 +233,20 @@ class Queries(Pool):
 
     def pass_signs(self, number: int) -> Tensors:
         draw, given = self.random(number), self.given
-        return {name: draw_signs(draw, *given[name].shape[1:]) for name in given if name != "q"}
+        names = [name for name in given if name != "q" and given[name].is_floating_point()]  # bytes have none
+        return {name: draw_signs(draw, *given[name].shape[1:]) for name in names}
 
     def change(self, number: int, index: int) -> Change:
         draw, heads = self.random(number, index), self.case.spec.num_heads
         rows = {name: signs[None] for name, signs in self.pass_signs(number).items()}
-        keys, values = self.entry.keys(self.case.spec, rows)  # as of one key
-        order = torch.randperm(heads, generator=draw) if keys.shape[1] == 1 else torch.arange(heads)
+        signs = {}
+        if rows:
+            keys, values = self.entry.keys(self.case.spec, rows)  # as of one key
+            signs = {"q": keys, "out": values}
+        shared = not rows or keys.shape[1] == 1
+        order = torch.randperm(heads, generator=draw) if shared else torch.arange(heads)
         chosen = self._some_chosen(draw, number, index).view(-1, heads)[:, order].reshape(1, -1)
-        return Change(self, chosen, {"q": keys, "out": values})
+        return Change(self, chosen, signs)
 
     def covering(self) -> Iterator[Change]:
         count = self.choices if self.choices > 2 else 1  # of many queries, the alternatives are a few

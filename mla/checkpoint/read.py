@@ -203,6 +203,7 @@ _SCALE = "_scale_inv"
 # Why a tensor of the layer may not be ignored, by the start or the end of its name.
 _REASONS = (
     (r"indexer\.", "belongs to an indexer that picks the tokens to attend"),
+    (r"sinks$", "holds logits of attention sinks, which the config does not announce (sink_logits)"),
     (r"sinks?\b|.*\.sinks?$", "is an attention sink"),
     (r"g_proj\.", "gates the attention's output, and the config has no gate (output_gate)"),
     (r"(q_)?gate_proj\b", "gates the attention's output"),

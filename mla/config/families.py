@@ -139,7 +139,7 @@ REFUSED: Mapping[str, str] = {
     "glm5_next": _INDEXER,
     "mistral_large4": f"it learns its rotary frequencies, layers share caches, and {_INDEXER}",
     "axk2": f"its output gate reads the query latent, and {_INDEXER}",
-    **dict.fromkeys(("hy_v4", "hy_v4_vl"), f"it has attention sinks, and {_INDEXER}"),
+    **dict.fromkeys(("hy_v4", "hy_v4_vl"), _INDEXER),
     "dots3_note": "its layers differ in dimensions and windows, and it norms the rotary key",
     "gigachat3_5": "gates multiply its latent norms",
     "deepseek_v4": "it has one shared key and value head and no latent",
@@ -157,7 +157,7 @@ CHANGES: Mapping[str, str] = {
     **dict.fromkeys(("index_topk", "index_n_heads", "index_head_dim", "indexer_types"), _INDEXER),
     **dict.fromkeys(("sliding_window", "sliding_window_size"), "queries see a window of keys only"),
     **dict.fromkeys(("use_nsa", "sparse_attention_config"), "queries see some keys only"),
-    **dict.fromkeys(("attention_sinks", "use_attention_sinks"), "attention has sinks"),
+    **dict.fromkeys(("attention_sinks", "use_attention_sinks"), "attention has sinks of unknown kind"),
     **dict.fromkeys(
         ("mla_use_output_gate", "attn_output_gate", "attention_output_gate", "gated_norm_rank"),
         "a gate of unknown shape multiplies the output of attention",

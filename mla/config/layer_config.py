@@ -280,6 +280,7 @@ class MLAConfig:
     kv_latent_scale: float = 1.0  # on the normed latent, before it is cached
     query_scaling: QueryScaling | None = None  # of queries by position
     output_gate: str | None = None  # sigmoid(g_proj x) on the heads' outputs, one per "head" or "element"
+    sink_logits: bool = False  # a learned logit per head joins the softmax, of no key and value
     model_type: str | None = None  # the family it was read as; computes nothing
     name: str = "custom"
 
@@ -296,7 +297,7 @@ class MLAConfig:
             value = getattr(self, key)
             if not is_positive(value) and not (key == "rope_theta" and value is None):
                 raise self._error(f"{key} must be a positive number, got {quoted(value)}")
-        for key in ("attention_bias", "rope_interleave"):
+        for key in ("attention_bias", "rope_interleave", "sink_logits"):
             if not isinstance(getattr(self, key), bool):
                 raise self._error(f"{key} must be true or false, got {quoted(getattr(self, key))}")
         if self.output_gate not in GATES:
@@ -342,6 +343,11 @@ class MLAConfig:
     def is_odd(self) -> bool:
         """Whether negated inputs over a negated cache negate the output; biases and gates prevent that."""
         return not self.attention_bias and self.output_gate is None
+
+    @property
+    def is_ops_alone(self) -> bool:
+        """Whether a layer computes nothing beside its ops, as gates and sinks are."""
+        return self.output_gate is None and not self.sink_logits
 
     @property
     def softmax_scale(self) -> float:

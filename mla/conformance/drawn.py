@@ -34,7 +34,7 @@ HOPELESS, SHARE = 60, 20
 SHRINKING = 60.0  # seconds for the search of a smaller case, beside those for drawing
 BYTES = 1 << 13  # that a case is made of, at most
 MOST_WORDS = 6  # of an axis, on the card
-FORMAT = "draws-2"  # first in a file of numbers; raise it where `mla.cases.drawn` makes other cases of them
+FORMAT = "draws-3"  # first in a file of numbers; raise it where `mla.cases.drawn` makes other cases of them
 FOLDER = "drawn"  # of the failures that are kept, in that of `--dump-failure`
 RARELY = "the same case was right when it ran again: the op is not always wrong"
 
@@ -234,7 +234,9 @@ def field_of(trial: Trial, op: FusedOp) -> Field:
         return not ask(lambda: list(op.unsupported_batch(spec, new, keys, page)), [])
 
     served = functools.cache(serves)
-    return Field(trial.kind, trial.dtype, trial.device, served, bool(op.lse_optional), takes)
+    formats = tuple(f"{name}0.5" if name.endswith(":") else name for name in op.cache_formats)
+    of = (trial.kind, trial.dtype, trial.device)
+    return Field(*of, served, bool(op.lse_optional), takes, formats)
 
 
 def _fail(scene: Scene, reason: str, player: Player) -> None:

@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from mla.cases import KINDS
-from mla.cases.case import Kind, OpCase
+from mla.cases.case import Kind, OpCase, entry_of
 from mla.cases.memory import Layout, Tensors, poison
 from mla.errors import MLAError
 from mla.text import dtype_name, size
@@ -36,7 +36,7 @@ class CallFacts(msgspec.Struct, kw_only=True):
     op: str  # the name that the backend gave it
     spec_type: str
     spec: dict[str, Any]
-    scalars: dict[str, float | bool]
+    scalars: dict[str, float | bool | str]
     absent: list[str]  # arguments that were None
     views: dict[str, View]
     pages: Pages | None = None
@@ -65,7 +65,7 @@ class RecordedCall:
     @property
     def entry(self) -> Kind:
         """The entry of the call's kind."""
-        return KINDS[self.facts.kind]
+        return entry_of(self.facts.kind, self.facts.spec.get("cache_format", ""))
 
     @property
     def case(self) -> OpCase:
@@ -140,7 +140,9 @@ def record(known: Known, tensors: Mapping[str, Any], of_step: Lengths | None = N
         op=known.op,
         spec_type=type(known.spec).__name__,
         spec=_plain(known.spec),
-        scalars={name: value for name, value in tensors.items() if isinstance(value, (bool, int, float))},
+        scalars={
+            name: value for name, value in tensors.items() if isinstance(value, (bool, int, float, str))
+        },
         absent=[name for name, value in tensors.items() if value is None],
         views=located,
         pages=None if cache is None or kept is None else _describe_pages(cache, kept),

@@ -14,8 +14,9 @@ import safetensors
 import safetensors.torch
 import torch
 
+from mla.cache.formats import codec_of
 from mla.cases import KINDS
-from mla.cases.case import OPTIONAL, Kind, dim
+from mla.cases.case import OPTIONAL, Kind, dim, entry_of
 from mla.cases.memory import Tensors
 from mla.command import files
 from mla.errors import MLAError, OutOfMemory, ResultError, UnknownOp, did_you_mean
@@ -218,9 +219,9 @@ def _others(kind: Kind, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, str]
 
 def _check(facts: CallFacts, tensors: Tensors) -> None:
     """Raise ValueError, with one clause, unless the tensors of a file are those of the call it describes."""
-    kind = KINDS.get(facts.kind)
-    if kind is None:
+    if facts.kind not in KINDS:
         raise ValueError(f"there is no kind of op '{facts.kind}'")
+    kind = entry_of(facts.kind, facts.spec.get("cache_format", ""))
     sizes = _spec_sizes(kind, facts)
     _check_names(kind, facts, tensors)
     _check_cache(kind, facts, sizes)
@@ -245,9 +246,13 @@ def _require(holds: bool, clause: str) -> None:
 
 def _spec_sizes(kind: Kind, facts: CallFacts) -> dict[str, int]:
     """Return letter -> size of a spec that can be made."""
-    name, names = kind.spec.__name__, {field.name for field in dataclasses.fields(kind.spec)}
+    name, fields = kind.spec.__name__, dataclasses.fields(kind.spec)
+    names = {field.name for field in fields}
+    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
     _require(facts.spec_type == name, f"an op of kind {facts.kind} has no {facts.spec_type}")
-    _require(facts.spec.keys() == names, f"its {name} does not have the fields {', '.join(sorted(names))}")
+    fits = needed <= facts.spec.keys() <= names
+    _require(fits, f"its {name} does not have the fields {', '.join(sorted(names))}")
+    _check_format(facts)
     _require(facts.spec["dtype"] in DTYPES.values(), "no layer has the dtype of its spec")
     _require(_is(float, facts.spec.get("softmax_scale", 1.0)), "softmax_scale is not a number")
     for name in kind.letters.values():
@@ -256,8 +261,26 @@ def _spec_sizes(kind: Kind, facts: CallFacts) -> dict[str, int]:
     return {letter: facts.spec[name] for letter, name in kind.letters.items()}
 
 
+def _check_format(facts: CallFacts) -> None:
+    """Check that a cache format is one, for latents of these widths, and the one that the op was told."""
+    name = facts.spec.get("cache_format", "")
+    _require(
+        isinstance(name, str) and facts.scalars.get("cache_format", "") == name, "its cache format is odd"
+    )
+    if name:
+        widths = facts.spec["kv_lora_rank"], facts.spec["qk_rope_head_dim"]
+        _require(
+            all(type(width) is int and 0 < width <= _MAX_SIZE for width in widths), "its widths are no sizes"
+        )
+        codec = codec_of(name, *widths)  # raises `CacheFormatError`, a ValueError
+        fits = codec is not None and facts.spec.get("token_bytes") == codec.token_bytes
+        _require(fits, f"its tokens are not of the size of {name}")
+
+
 def _is(kind: type, value: Any) -> bool:
-    """Return whether a value of JSON is a bool, or a number that fp32 can hold."""
+    """Return whether a value of JSON is a string, a bool, or a number that fp32 can hold."""
+    if kind is str:
+        return isinstance(value, str)
     if kind is bool or isinstance(value, bool):
         return kind is bool and isinstance(value, bool)
     return isinstance(value, (int, float)) and abs(value) < 1e38

@@ -98,7 +98,7 @@ class Watcher:
             return
         self._synchronize()
         pieces = views(without_cache(tensors))[1]
-        outcome, right = made(recorded, pieces, cache, before), expected(recorded)
+        outcome, right = made(recorded, op, pieces, cache, before), expected(recorded)
         self.judged += 1
         self._beat()
         reason = judged(recorded, outcome, right)
@@ -231,7 +231,7 @@ def make(
     before, arguments = copied(cache), call.arguments(pieces, cache)
     op(*call.leading(op, call.spec(device), arguments), **arguments)
     synchronize()
-    return made(call, pieces, cache, before)
+    return made(call, op, pieces, cache, before)
 
 
 def copied(cache: torch.Tensor | None) -> torch.Tensor | None:
@@ -241,6 +241,7 @@ def copied(cache: torch.Tensor | None) -> torch.Tensor | None:
 
 def made(
     call: RecordedCall,
+    op: FusedOp,
     pieces: Mapping[str, torch.Tensor],
     cache: torch.Tensor | None,
     before: torch.Tensor | None,
@@ -251,8 +252,8 @@ def made(
     if cache is not None and before is not None:
         clauses += cache_damage(call, cache, before)
     written = call.entry.written(call.arguments(after, cache))
-    judges_lse = call.facts.writes_lse
-    results = {name: tensor.cpu() for name, tensor in written.items() if name != "lse" or judges_lse}
+    held = {*call.entry.judged(op)} - ({"lse"} if not call.facts.writes_lse else set())
+    results = {name: tensor.cpu() for name, tensor in written.items() if name in held}
     return Made(results, "; ".join(clauses))
 
 

@@ -151,6 +151,8 @@ class MLA(nn.Module):
         shares = self._attended_by()
         chosen = (config, offered, dtype, self.device, ops, overrides)
         self.ops = Ops(*chosen, attended_by=shares, cache_format=cache_format)
+        for role in ("latent_attention", "expanded_attention") if config.sink_logits else ():
+            self.ops.require_lse(role, "sinks need it to take their share", "use ")
         self.rotary = RotaryTable(config, self.device)
         self._weights = PackedWeights(config, self.ops, dtype, self.device)
         self._scratch = Workspace(dtype, self.device, keeps=workspace_bytes, turn=Turn.of(backend))
@@ -176,7 +178,7 @@ class MLA(nn.Module):
 
     def _calls_ops_alone(self) -> bool:
         """Return whether a step consists of op calls alone, so that it can be recorded."""
-        return type(self) is MLA and not self.config.gate_width  # a subclass may do more
+        return type(self) is MLA and self.config.is_ops_alone  # a subclass may do more
 
     def _attended_by(self) -> int:
         """Return how many tensor-parallel shards share this attention."""

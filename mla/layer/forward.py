@@ -77,6 +77,8 @@ class AbsorbedPath:
             lse=views.lse,
             **self.stored,
         )
+        if views.lse is not None:
+            self.weights.leave_to_sinks(views.latent_out, views.lse)
         ops["w_uv"].op(packed["w_uv"], x=views.latent_out, out=views.heads)
         self.scratch.put(projected.heads, group.tokens, views.heads)
 
@@ -120,12 +122,13 @@ class Rebuild:
 class ExpandedPath:
     """What a step does with the requests that are cheaper expanded."""
 
+    weights: PackedWeights
     scratch: Workspace
     rebuild: Callable[[Ops, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # see `Rebuild`
     qk_nope_head_dim: int
     interleaved: bool
     softmax_scale: float
-    lse_optional: bool  # of the op
+    lse_optional: bool  # the op may leave it out, and nothing reads it
 
     def run(self, ops: Ops, projected: Projected, group: ExpandedGroup, pages: torch.Tensor) -> None:
         """Rebuild k and v of the context round by round and run multi-head attention.
@@ -138,20 +141,23 @@ class ExpandedPath:
         ops["rotate_query"].op(x=rotary, cos_sin=group.cos_sin, interleaved=self.interleaved, out=rotary)
         target = self.scratch.target("expanded_heads", projected.heads, group.tokens, q.shape[0])
         if len(group.rounds) == 1:
-            self._one_round(ops, group.rounds[0], q, pages, target)
+            lse = self._one_round(ops, group.rounds[0], q, pages, target)
         else:
-            self._merge_rounds(ops, group, q, pages, target)
+            lse = self._merge_rounds(ops, group, q, pages, target)
+        if lse is not None:
+            self.weights.leave_to_sinks(target, lse)
         self.scratch.put(projected.heads, group.tokens, target)
 
     def _one_round(
         self, ops: Ops, only: Round, q: torch.Tensor, pages: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        """Attend the whole context at once: there is nothing to merge, so the log-sum-exp is not read."""
+    ) -> torch.Tensor | None:
+        """Attend the whole context at once; return the log-sum-exp [t, h], which nothing here merges."""
         k, v = self.rebuild(ops, only.slots, pages)
         lse = None if self.lse_optional else self._lse(q)
         for piece in only.pieces:
             rows = piece.queries
             self._attend(ops, piece, q, k, v, out[rows], None if lse is None else lse[rows])
+        return lse
 
     def _lse(self, q: torch.Tensor) -> torch.Tensor:
         return self.scratch.take("lse", *q.shape[:2], dtype=torch.float32)
@@ -163,8 +169,8 @@ class ExpandedPath:
         q: torch.Tensor,
         pages: torch.Tensor,
         out: torch.Tensor,
-    ) -> None:
-        """Attend round by round, merging in fp32: rounding after every round would add up."""
+    ) -> torch.Tensor:
+        """Attend round by round, merging in fp32: rounding after every round would add up. Return the lse."""
         lse = self._lse(q)
         total = self.scratch.take("merged", *out.shape, dtype=torch.float32)
         for part in group.rounds:
@@ -179,6 +185,7 @@ class ExpandedPath:
                 else:
                     total[rows], lse[rows] = part_out, part_lse
         out.copy_(total)
+        return lse
 
     def _attend(
         self,
@@ -340,9 +347,11 @@ def _paths(
     cached = ops["latent_attention"].spec
     codec = codec_of(cached.cache_format, cached.kv_lora_rank, cached.qk_rope_head_dim)
     scale, rebuild = config.softmax_scale, Rebuild(config, weights, scratch, codec)
-    optional = ops["expanded_attention"].op.lse_optional
+    optional = ops["expanded_attention"].op.lse_optional and not config.sink_logits
     absorbed = AbsorbedPath(weights, scratch, views, interleaved, scale, stored_as(ops))
-    return absorbed, ExpandedPath(scratch, rebuild, config.qk_nope_head_dim, interleaved, scale, optional)
+    return absorbed, ExpandedPath(
+        weights, scratch, rebuild, config.qk_nope_head_dim, interleaved, scale, optional
+    )
 
 
 # --------------------------------------------------------------------------------------------- core

@@ -260,6 +260,14 @@ class Ops:
             lines += [f"{role}: {choice.name}", *(f"  {line}" for line in below)]
         return lines
 
+    def require_lse(self, role: str, what: str, cure: str) -> None:
+        """Raise `UnsupportedOps` where the op of `role` writes no log-sum-exp, which `what` needs."""
+        choice = self._choices[role]
+        if not choice.op.writes_lse:
+            raise UnsupportedOps(
+                f"op '{choice.name}' writes no log-sum-exp, and {what}: {cure}another op (`--ops reference`)."
+            )
+
     def remarks(self) -> dict[str, list[str]]:
         """Return implementation name -> what it says of how it runs here, of those that say anything.
 

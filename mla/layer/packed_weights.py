@@ -12,7 +12,7 @@ from mla.checkpoint import LazyState, StoredLayer, finite
 from mla.config import MLAConfig
 from mla.errors import WeightError
 from mla.layer.ops import Ops
-from mla.weights import weight_shapes
+from mla.weights import SINKS, weight_shapes
 from mla_backends.api import Packed
 
 State = Mapping[str, torch.Tensor]
@@ -107,7 +107,8 @@ class PackedWeights:
         """Return a copy of the weights, stacked by rows, in the layer's dtype on its device."""
         shapes = weight_shapes(self._config)
         rows = [shapes[name][0] for name in names]
-        out = plain(torch.empty(sum(rows), *shapes[names[0]][1:], dtype=self._dtype, device=self._device))
+        dtype = torch.float32 if names == (SINKS,) else self._dtype
+        out = plain(torch.empty(sum(rows), *shapes[names[0]][1:], dtype=dtype, device=self._device))
         for name, part in zip(names, out.split(rows), strict=True):
             if isinstance(state, LazyState):
                 state.read_into(name, part)
@@ -122,6 +123,11 @@ class PackedWeights:
         kv_a = vectors["kv_a_proj_with_mqa.bias"]
         width = self._ops["qkv_a_proj"].spec.out_features - kv_a.shape[0]
         return torch.cat((vectors.get(f"{self._first}.bias", kv_a.new_zeros(width)), kv_a))
+
+    def leave_to_sinks(self, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Take from attention out [t, h, ...], with lse [t, h] fp32, what sinks have of the softmax."""
+        if (sinks := self.vectors.get(SINKS)) is not None:
+            out.mul_((lse - sinks).sigmoid_()[..., None])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return plain copies of the weights under Hugging Face names."""

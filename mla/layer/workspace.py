@@ -242,7 +242,7 @@ class StepViews:
         latent_q = self._scratch.take("latent_q", q.shape[0], h, self._config.latent_dim)
         latent_out = self._scratch.take("latent_out", q.shape[0], h, c)
         lse = None
-        if not self._ops["latent_attention"].op.lse_optional:
+        if self._config.sink_logits or not self._ops["latent_attention"].op.lse_optional:
             lse = self._scratch.take("lse", q.shape[0], h, dtype=torch.float32)
         target = self._scratch.target("absorbed_heads", heads, tokens, q.shape[0])
         parts = (q[..., :n], q[..., n:], latent_q, latent_q[..., :c], latent_q[..., c:])

@@ -27,11 +27,11 @@ from mla.layer.workspace import Projected, Workspace
 from mla.parallel.cache import Part as StepPart
 from mla.parallel.cache import ShardedBatch
 from mla.parallel.groups import Groups, lse_of
-from mla.weights import weight_shapes
+from mla.weights import SINKS, weight_shapes
 
 FP32 = torch.float32
 # Weights in which heads lie one below the other.
-_ROWS = ("q_proj.weight", "q_b_proj.weight", "kv_b_proj.weight", "g_proj.weight")
+_ROWS = ("q_proj.weight", "q_b_proj.weight", "kv_b_proj.weight", "g_proj.weight", SINKS)
 
 
 # ---------------------------------------------------------------------------------------------------- weights
@@ -187,6 +187,10 @@ class Exchange:
         groups.exchange_context(self.sent, self.received)
         merge(*self._results, out, self.merging)
 
+    def lse_of_all(self) -> torch.Tensor:
+        """Return the log-sum-exp [t, h] over all ranks' tokens, once they are merged."""
+        return self._results[1].logsumexp(0)
+
     @cached_property
     def _results(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Out [world, t, h, c] and lse [world, t, h] of every rank."""
@@ -243,6 +247,8 @@ class ContextPath(AbsorbedPath):
                 **self.stored,
             )
             exchange.merge(self.groups, part.back, views.latent_out[part.tokens])
+            if self.config.sink_logits:
+                self.weights.leave_to_sinks(views.latent_out[part.tokens], exchange.lse_of_all())
         ops["w_uv"].op(packed["w_uv"], x=views.latent_out, out=views.heads)
 
     def _exchange(self, part: StepPart) -> Exchange:
@@ -302,7 +308,8 @@ class ParallelMLA(MLA):
         super().__init__(share, **arguments)
         self._whole = config
         if groups.layout.dcp > 1:
-            self._require_lse()
+            dcp = "dcp needs it to merge parts of a context"
+            self.ops.require_lse("latent_attention", dcp, "use a layout without dcp, or ")
             path = {field.name: getattr(self.step.absorbed, field.name) for field in fields(AbsorbedPath)}
             self._context = ContextPath(**path, config=share, groups=groups)
             parts = {field.name: getattr(self.step, field.name) for field in fields(Step)}
@@ -310,18 +317,10 @@ class ParallelMLA(MLA):
 
     def _calls_ops_alone(self) -> bool:
         alone = type(self) is ParallelMLA and self._groups.layout.dcp == 1  # heads are added up afterwards
-        return alone and not self.config.gate_width
+        return alone and self.config.is_ops_alone
 
     def _attended_by(self) -> int:
         return self._groups.layout.dcp
-
-    def _require_lse(self) -> None:
-        choice = self.ops["latent_attention"]
-        if not choice.op.writes_lse:
-            raise UnsupportedOps(
-                f"op '{choice.name}' writes no log-sum-exp, and dcp needs it to merge parts of a context: "
-                "use a layout without dcp, or another op (`--ops reference`)."
-            )
 
     def load_state_dict(
         self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False

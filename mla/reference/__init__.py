@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from mla.cache.formats import FORMATS
 from mla.reference.attention import ExpandedAttention, LatentAttention
 from mla.reference.small import BatchedLinear, Linear, RmsNorm, RotateQuery, WriteLatent
 from mla_backends.api import FusedOp
@@ -18,7 +19,7 @@ REFERENCE: Mapping[str, FusedOp] = {
     "batched_linear": BatchedLinear(),
     "rms_norm": RmsNorm(),
     "rotate_query": RotateQuery(),
-    "write_latent": WriteLatent(),
-    "latent_attention": LatentAttention(),
+    "write_latent": WriteLatent(FORMATS.keys()),
+    "latent_attention": LatentAttention(FORMATS.keys()),
     "expanded_attention": ExpandedAttention(),
 }

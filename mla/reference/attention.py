@@ -10,7 +10,7 @@ import torch
 
 from mla.cache.formats import Codec, codec_of, latents
 from mla.cache.ragged_batch import host_ints
-from mla.reference.small import EveryFormat
+from mla.reference.small import OfFormats
 from mla_backends.api import OPS, AttentionSpec, BatchView, FusedOp, SegmentLengths
 from mla_backends.torch_backend import capturing
 from mla_backends.upload import upload
@@ -139,7 +139,7 @@ class _LatentState(NamedTuple):
     empty: tuple[slice, ...]  # tokens that see no key: rows a graph pads its batch with
 
 
-class LatentAttention(EveryFormat):
+class LatentAttention(OfFormats):
     """Absorbed attention: all heads are queries of one key/value head, the latent row itself."""
 
     contract = OPS["latent_attention"]

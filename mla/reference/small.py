@@ -8,7 +8,7 @@ from collections.abc import Collection
 
 import torch
 
-from mla.cache.formats import FORMATS, codec_of
+from mla.cache.formats import codec_of
 from mla_backends.api import OPS, FusedOp, Packed
 
 
@@ -96,15 +96,14 @@ class RotateQuery(FusedOp):
         out.copy_(rotate(x, cos_sin[:, None, :], interleaved))
 
 
-class EveryFormat(FusedOp):
-    """An op of the cache that goes by the codecs, and so serves every format."""
+class OfFormats(FusedOp):
+    """An op of the cache that goes by the codecs, and so serves any format; it claims what is given."""
 
-    @property
-    def cache_formats(self) -> Collection[str]:  # type: ignore[override]  # others may be registered
-        return (*FORMATS, "fp8:")
+    def __init__(self, formats: Collection[str] = ()) -> None:
+        self.cache_formats = formats
 
 
-class WriteLatent(EveryFormat):
+class WriteLatent(OfFormats):
     """Norm the latent, rotate the shared key, scatter both to the cache."""
 
     contract = OPS["write_latent"]

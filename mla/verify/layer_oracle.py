@@ -169,8 +169,9 @@ def _attend(
         seen = _expanded(weight, past, nope)
         parts = (x.split(at_once) for x in (q[:, :, head], *_expanded(weight, new, nope)))
         chunks = zip(*parts, strict=True)
+        sink = state["sinks"][head].item() if config.sink_logits else -math.inf
         attended = [
-            _softmax_attention(config.softmax_scale, *seen, *chunk, unseen=unseen) for chunk in chunks
+            _softmax_attention(config.softmax_scale, sink, *seen, *chunk, unseen=unseen) for chunk in chunks
         ]
         heads.append(torch.cat(attended))
     return torch.stack(heads, dim=2)
@@ -185,6 +186,7 @@ def _expanded(weight: torch.Tensor, latents: Pair, nope: int) -> Pair:
 
 def _softmax_attention(
     scale: float,
+    sink: float,  # a logit that is not scaled, of no value
     past_keys: torch.Tensor,  # [p, nope + r]
     past_values: torch.Tensor,  # [p, v]
     q: torch.Tensor,  # [n, t, nope + r]
@@ -200,6 +202,8 @@ def _softmax_attention(
     weights = logits.mul_(scale).softmax(-1)
     if bool(unseen.any()):  # a token may attend nothing
         weights.masked_fill_(logits.isneginf().all(-1, keepdim=True), 0.0)
+    if sink > -math.inf:  # it takes its share of what all keys had
+        weights /= 1 + (sink - logits.logsumexp(-1, keepdim=True)).exp()
     from_past = (weights[:, :past] @ past_values).unflatten(0, (n, t))
     return from_past + weights[:, past:].unflatten(0, (n, t)) @ values
 

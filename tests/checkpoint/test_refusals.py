@@ -87,7 +87,14 @@ PLAIN: list[tuple[Callable[[Tensors], Tensors], str]] = [
         lambda t: put(t, indexer__wq_b__weight=torch.ones(2)),
         "indexer.wq_b.weight' in .* belongs to an indexer",
     ),
-    (lambda t: put(t, sinks=torch.ones(2)), "sinks' in .* is an attention sink; this layer does not"),
+    (
+        lambda t: put(t, sinks=torch.ones(2)),
+        r"sinks' in .* which the config does not announce \(sink_logits\)",
+    ),
+    (
+        lambda t: put(t, attention_sink=torch.ones(2)),
+        "'model.layers.3.self_attn.attention_sink' in .* is not",
+    ),
     (
         lambda t: put(t, g_proj__weight=torch.ones(2)),
         r"g_proj.weight' in .* gates the attention's output, and the config has no gate \(output_gate\)\.$",

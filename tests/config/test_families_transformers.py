@@ -294,6 +294,25 @@ def test_the_oracle_knows_every_family(make_case: Any, assert_rows_close: Any, k
             assert_rows_close(case.run(), case.truth(), VISIBLE)
 
 
+@pytest.mark.parametrize("attention", ["absorbed", "expanded"])
+def test_sinks_are_those_of_hy_v4(make_case: Any, attention: str) -> None:
+    """Whose attention function joins a logit per head, unscaled; its layers have an indexer as well."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.hy_v4 import modeling_hy_v4
+
+    ALL_ATTENTION_FUNCTIONS.register("hy_v4_eager", modeling_hy_v4.eager_attention_forward)
+    config = replace(MLAConfig.from_dict(config_json("youtu")), sink_logits=True)
+    case, model = make_case(*STEP, config, attention=attention), own_class("youtu")
+    model.config._attn_implementation = "hy_v4_eager"
+    twin = Twin(model, {name: weight for name, weight in case.state.items() if name != "sinks"})
+    twin.attention.sinks = case.state["sinks"]
+    output, latents = errors(case, twin)
+    assert output <= BOUND
+    assert latents <= LATENT_BOUND
+    twin.attention.sinks = case.state["sinks"] - 1
+    assert errors(make_case(*STEP, config, attention=attention), twin)[0] > VISIBLE
+
+
 @pytest.mark.parametrize("history", [15, 16])
 def test_queries_are_scaled_from_the_first_position_that_says_so(make_case: Any, history: int) -> None:
     """Position 15 is the last of the first 16; a batch that stays below is not touched at all."""
@@ -345,6 +364,7 @@ def test_numbers_that_no_class_computes_have_no_peer(tiny: Any) -> None:
         tiny(output_gate="element"),
         tiny(output_gate="head", rope_interleave=False),
         tiny(qk_rope_head_dim=0),
+        tiny(sink_logits=True),
     ):
         with pytest.raises(NoEquivalentClass, match="no attention that computes config 'tiny'"):
             transformers_model(config)

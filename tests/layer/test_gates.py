@@ -1,4 +1,4 @@
-"""Output gates, and heads without rotary channels: right on both paths, and wrong ones are found."""
+"""Output gates, sinks, and heads without rotary channels: right on both paths, and wrong ones are found."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import mla
 from mla import MLAConfig
 from mla.errors import UnsupportedOps
 from mla.layer.forward import Step, gate_heads
+from mla.layer.packed_weights import PackedWeights
+from mla.layer.plan import rebuilt_bytes
 from mla.reference import REFERENCE
 from mla.reference.small import rms_norm
 from mla_backends.testing import HostBackend
@@ -24,6 +26,8 @@ CONFIGS = {
     "ling": MLAConfig(60, 5, None, 32, 16, 8, 12, output_gate="head"),
     "no rope": MLAConfig(60, 5, 24, 32, 16, 0, 12),
     "no rope, gated": MLAConfig(60, 5, None, 32, 16, 0, 12, output_gate="element"),
+    "sinks": MLAConfig(60, 5, 24, 32, 16, 8, 12, sink_logits=True),
+    "sinks, gated": MLAConfig(60, 5, None, 32, 16, 8, 12, sink_logits=True, output_gate="element"),
 }
 GATED = [name for name, config in CONFIGS.items() if config.gate_width]
 # Prefill, decode, and several tokens after a history.
@@ -105,6 +109,57 @@ def test_a_wrong_gate_is_found(make_case: Any, assert_rows_close: Any, name: str
         case.layer.step = wrong_steps(case.layer.step)[wrong]
         with pytest.raises(AssertionError, match=r"worst row error|NaN or infinity"):
             assert_rows_close(case.run(), case.truth(), VISIBLE)
+
+
+def leave(factor: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Any:
+    return lambda self, out, lse: out.mul_(factor(lse, self.vectors["sinks"])[..., None])
+
+
+SINKS = {
+    "left out": leave(lambda lse, sinks: torch.ones_like(lse)),
+    "of another head": leave(lambda lse, sinks: (lse - sinks.roll(1) - torch.arange(5)).sigmoid()),
+    "scaled as logits of keys": leave(lambda lse, sinks: (lse - sinks * 24**-0.5).sigmoid()),
+    "their own share": leave(lambda lse, sinks: (sinks - lse).sigmoid()),
+    "to base 2": leave(lambda lse, sinks: ((lse - sinks) * 0.6931).sigmoid()),
+}
+
+
+@pytest.mark.parametrize("wrong", SINKS)
+def test_wrong_sinks_are_found(
+    make_case: Any, assert_rows_close: Any, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    monkeypatch.setattr(PackedWeights, "leave_to_sinks", SINKS[wrong])
+    for attention in PATHS:
+        case = make_case(*STEP, CONFIGS["sinks"], attention=attention)
+        with pytest.raises(AssertionError, match="worst row error"):
+            assert_rows_close(case.run(), case.truth(), VISIBLE)
+
+
+def test_sinks_take_their_share_of_a_context_in_rounds(make_case: Any, assert_rows_close: Any) -> None:
+    config = CONFIGS["sinks"]
+    case = make_case(*STEP, config)
+    layer = mla.MLA(
+        config, dtype=torch.float32, attention="expanded", workspace_bytes=rebuilt_bytes(config, 4, 16)
+    )
+    layer.load_state_dict(case.state)
+    assert_rows_close(
+        layer(case.hidden, case.batch, case.cache.pages[0]), case.truth(), LAYER_BOUND[torch.float32]
+    )
+
+
+class Mute(type(REFERENCE["latent_attention"])):  # type: ignore[misc]
+    writes_lse = False
+
+
+def test_sinks_need_an_op_that_writes_a_log_sum_exp() -> None:
+    backend = HostBackend(ops={"mute": Mute()})
+    with pytest.raises(UnsupportedOps) as info:
+        mla.MLA(CONFIGS["sinks"], backend=backend)
+    assert str(info.value) == (
+        "op 'mute' writes no log-sum-exp, and sinks need it to take their share: use another op "
+        "(`--ops reference`)."
+    )
+    mla.MLA(CONFIGS["sinks"], backend=backend, ops="reference")
 
 
 @pytest.mark.parametrize("attention", PATHS)

@@ -31,7 +31,7 @@ CONFIG = MLAConfig(
     q_lora_rank=24,
     attention_bias=True,
 )
-GATED = [replace(CONFIG, output_gate=gate, attention_bias=False) for gate in ("head", "element")]
+GATED = [replace(CONFIG, output_gate="head"), replace(CONFIG, output_gate="element", sink_logits=True)]
 HISTORY, NEW = (33, 1, 0, 7), (1, 2, 9, 0)  # with ranks that hold none of a request's tokens
 
 

@@ -33,7 +33,7 @@ CONFIG = MLAConfig(
     [
         CONFIG,
         dataclasses.replace(CONFIG, q_lora_rank=None, output_gate="head"),
-        dataclasses.replace(CONFIG, output_gate="element"),
+        dataclasses.replace(CONFIG, output_gate="element", sink_logits=True),
     ],
     ids=["lora", "plain", "gate"],
 )
@@ -42,7 +42,7 @@ def test_parts_put_together_are_the_whole(config: MLAConfig) -> None:
     parts = [HeadShard(state, config, part, 2) for part in range(2)]
     assert list(parts[0]) == list(state)
     for name, weight in state.items():
-        if name in ("q_proj.weight", "q_b_proj.weight", "kv_b_proj.weight", "g_proj.weight"):
+        if name in ("q_proj.weight", "q_b_proj.weight", "kv_b_proj.weight", "g_proj.weight", "sinks"):
             assert torch.equal(torch.cat([part[name] for part in parts]), weight)
         elif name == "o_proj.weight":
             assert torch.equal(torch.cat([part[name] for part in parts], dim=1), weight)

@@ -29,7 +29,7 @@ from ceiling_cases import measure_limits_quickly
 from smaller_cases import make_nearer
 from sound_backend import Asynchronous, Sound
 from tiny_run import HEADLINE, write_tiny_run
-from wrong_ops import by_kind, formulas, habits, of_layers, places
+from wrong_ops import by_kind, formats, formulas, habits, of_layers, places
 from wrong_ops.base import SMALL_OPS
 
 from mla.cases import played
@@ -104,6 +104,14 @@ def small_ops() -> Iterator[Wrong]:
             for share in (2e-3, 1e-3):
                 make = functools.partial(habits.adds_previous, kind, share)
                 yield Wrong(f"{kind}.call_before/{share} {dtype}", f"{kind}.call_before", make, dtype)
+
+
+def of_formats() -> Iterator[Wrong]:
+    """Yield ops that write or read a format of the cache wrong."""
+    for kind, those in (("write_latent", formats.WRITES), ("latent", formats.READS)):
+        yield from (Wrong(f"{kind}.formats/{name}", f"{kind}.formats", make) for name, make in those)
+    for name, make in formats.NARROW_WRITES:
+        yield Wrong(f"write_latent.formats/{name} bfloat16", "write_latent.formats", make, "bfloat16")
 
 
 def attention(kind: str) -> Iterator[Wrong]:
@@ -245,6 +253,7 @@ LEAVES = (
 )
 GROUPS: Mapping[str, Callable[[], Iterator[Call]]] = {
     "small ops": lambda: of_ops(small_ops()),
+    "formats": lambda: of_ops(of_formats()),
     "latent": lambda: of_ops(attention("latent")),
     "expanded": lambda: of_ops(attention("expanded")),
     "layers and devices": of_layers_and_devices,

@@ -30,11 +30,13 @@ LORA = MLAConfig(
 )
 # What few models have: biases, and channels rotated in halves.
 VARIANT = MLAConfig(192, 16, q_lora_rank=128, attention_bias=True, rope_interleave=False, name="variant")
-# Output gates: of Kimi K3, which keeps rotary channels and rotates none, and of Ling 3; and no such channels.
+# Output gates: of Kimi K3, which keeps rotary channels and rotates none, and of Ling 3;
+# no such channels; and sinks.
 GATED = (
     MLAConfig(192, 12, q_lora_rank=128, rope_theta=None, output_gate="element", name="gate per element"),
     MLAConfig(192, 16, output_gate="head", name="gate per head"),
     MLAConfig(192, 16, qk_rope_head_dim=0, name="no rotary channels"),
+    MLAConfig(192, 16, sink_logits=True, name="sinks"),
 )
 MODES = ("auto", "absorbed", "expanded")
 BOTH = MODES[1:]  # which "auto" chooses between
