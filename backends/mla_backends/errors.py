@@ -244,7 +244,7 @@ def _closest(name: str, installed: Iterable[str], known: Mapping[str, KnownBacke
     entries: list[KnownDevice | KnownBackend] = [*WITHOUT_PLUGIN.values(), *known.values()]
     for entry in entries:
         words.update(dict.fromkeys((entry.name, *entry.also), entry.name))
-    close = difflib.get_close_matches(name, words, n=len(words))
+    close = difflib.get_close_matches(name, words, n=len(words), cutoff=0.65)
     fitting = (word for word in close if max(len(word), len(name)) > 3 or sorted(word) == sorted(name))
     return words.get(next(fitting, ""))
 

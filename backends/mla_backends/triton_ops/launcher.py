@@ -55,9 +55,14 @@ def missing() -> list[str]:
     """
     if reasons := absent():
         return reasons
-    if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y"):
+    if interprets():
         return []  # nothing is compiled
     return [lack for lack in (_compiler(), _headers(), _cache()) if lack]
+
+
+def interprets() -> bool:
+    """Return whether Triton interprets kernels on the host."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def _source() -> str:
@@ -149,7 +154,7 @@ class Launcher:
     """
 
     def __init__(self, early: bool = False) -> None:
-        self.early = early
+        self.early = early and not interprets()
         self.launches = 0
         self.remarks: list[str] = []
         self._fitting: dict[Hashable, Tile] = {}  # kernel, tile and variant -> the tile that runs

@@ -71,7 +71,7 @@ def compare(base: Path, runs: tuple[Path, ...], noise: float, fail_slower: float
     for path, run, is_same in zip(runs, runs_after, same, strict=True):
         if is_same:
             what = "is compared with itself" if path == base else f"holds the same run as {base}"
-            text += f"{path} {what}: there is nothing to tell apart\n"
+            text += f"{path} {what}: there is nothing to compare\n"
             continue
         printed, compared = compare_runs(first, run, f"{path} against {base}", kind, noise)
         text += printed
@@ -165,7 +165,7 @@ def stored(path: Path, kind: str, detail: run_table.Detail = "short") -> str:
     type=click.Choice(["csv", "infinimetrics"]),
     default="csv",
     show_default=True,
-    help="csv: one table, a row for every way in which a case was timed. infinimetrics: a JSON document per "
+    help="csv: one table, a row for each timing variant of a case. infinimetrics: a JSON document per "
     "case, as its importer and dashboard read them.",
 )
 @click.option(
@@ -280,7 +280,7 @@ def _make_folder(path: Path) -> None:
     "folder",
     metavar="FOLDER",
     type=FILE,
-    help="Write every chart as an SVG file of its own, for light and for dark surroundings.",
+    help="Write every chart as an SVG file of its own, for light and for dark backgrounds.",
 )
 def report(runs: tuple[Path, ...], target: Path | None, folder: Path | None) -> int:
     """Write tables, plots, environment and method of result files into one page that opens offline.

@@ -312,7 +312,7 @@ class Microbenchmark:
                     return []
                 return [OwnProduct(choice, weight, tokens).way()]
         except Exception as error:  # noqa: BLE001  # a plugin may raise anything
-            _leave_out(name, f"failed as a way of {work}, and is left out of the limits: {describe(error)}")
+            _leave_out(name, f"failed when {work}, and is left out of the limits: {describe(error)}")
         return []
 
     def _best(self, ways: Sequence[Way], work: str) -> tuple[float, Way]:
@@ -334,10 +334,10 @@ class Microbenchmark:
             except Exception as error:  # noqa: BLE001  # a device may lack an operation
                 failed.append(error)
                 if way.ours:
-                    why = f"failed as a way of {work}, and is left out of the limits: {describe(error)}"
+                    why = f"failed when {work}, and is left out of the limits: {describe(error)}"
                     _leave_out(way.name, why)
         if not timed:
-            raise failed[0] if failed else Wrong(f"no way of {work} gives the right result")
+            raise failed[0] if failed else Wrong(f"every op tried for {work} gives a wrong result")
         best = min(seconds for seconds, _ in timed)
         self._near[work] = {way.name for seconds, way in timed if seconds <= BEATEN * best}
         return timed

@@ -248,7 +248,7 @@ class LeadLayer(Implementation):
         parts = [self._outputs[rank] for rank in self._ranks(copy)]
         common = sorted(set.intersection(*map(set, parts)))
         if any(parts) and not common:
-            raise RuntimeError("ranks kept the outputs of different forwards, so that none can be checked.")
+            raise RuntimeError("ranks kept the outputs of different forwards: no outputs can be checked.")
         return {index: torch.cat([part[index] for part in parts]) for index in common}
 
     # ------------------------------------------------------------------------------------------- facts

@@ -29,7 +29,7 @@ _WORDS = {
     "interrupted": "interrupted",
 }
 # Kinds of warnings, as said of a count, where the kind itself does not do.
-_WARNED = {"drifts": "drifting", "outliers": "with outliers", "skipped": "with ways of timing skipped"}
+_WARNED = {"drifts": "drifting", "outliers": "with outliers", "skipped": "with timing variants skipped"}
 _WARNED |= {"new lengths": "slower on unseen lengths"}
 
 

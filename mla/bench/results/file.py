@@ -113,7 +113,7 @@ def fault_of_run(run: Run) -> str | None:
         for what, where in _faults(case):
             return f"{what} - at `{path}{where}`"
     if run.plan is not None and len(run.plan.options) % 2:
-        return "Expected options and values in turns - at `$.plan.options`"
+        return "Expected options and values in pairs - at `$.plan.options`"
     return None
 
 

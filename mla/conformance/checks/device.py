@@ -31,7 +31,7 @@ BLOCK_BYTES = 32 << 20  # allocated to see the memory counter move
 
 @check(
     "device.identity",
-    catches="a missing name or contract version: results could not be told apart",
+    catches="a missing name or contract version: results would not name their device",
 )
 def identity(trial: Trial) -> None:
     """The backend has a name and was written for this version of the contract."""

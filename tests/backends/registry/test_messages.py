@@ -130,7 +130,7 @@ def test_a_device_without_a_plugin_gets_commands_that_exist(name: str) -> None:
     assert ("new-backend" in message) == (known.torch_device != "cuda")
 
 
-@pytest.mark.parametrize("typed", ["gcu", "gpu", "TPU", "npx"])
+@pytest.mark.parametrize("typed", ["acme", "gcu", "gpu", "TPU", "npx"])
 def test_three_letters_are_too_few_for_a_guess(typed: str) -> None:
     assert "did you mean" not in str(errors.UnknownBackend(typed, ["cpu"], KNOWN))
 

@@ -91,9 +91,9 @@ def test_a_run_and_itself_or_its_copy_need_no_comparison(run: Bench, bench: Benc
         ("copy.json", "holds the same run as base.json"),
     ):
         done = bench("compare", "base.json", name, "--fail-slower", "3%")
-        assert (done.code, done.out, done.err) == (0, f"{name} {said}: there is nothing to tell apart\n", "")
+        assert (done.code, done.out, done.err) == (0, f"{name} {said}: there is nothing to compare\n", "")
     both = bench("compare", "base.json", "copy.json", "other.json")
-    assert (both.code, both.out.count("\nprefill"), both.out.count("nothing to tell apart")) == (0, 1, 1)
+    assert (both.code, both.out.count("\nprefill"), both.out.count("nothing to compare")) == (0, 1, 1)
 
 
 def test_files_of_other_cases_are_refused_in_one_sentence(run: Bench, bench: Bench) -> None:
