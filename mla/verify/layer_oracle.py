@@ -192,6 +192,7 @@ def _softmax_attention(
     q: torch.Tensor,  # [n, t, nope + r]
     keys: torch.Tensor,
     values: torch.Tensor,  # [n, t, v]
+    *,
     unseen: torch.Tensor,  # [t] bool
 ) -> torch.Tensor:
     """Return one head's attention [n, t, v] over what all choices see, and each over its own tokens."""

@@ -20,6 +20,7 @@ from mla.bench.workload.scenario import spoken
 from mla.command import environment
 from mla.command.console import note
 from mla.command.display import aligned
+from mla.text import dtype_name
 from mla_backends.errors import describe as describe_error
 from mla_backends.errors import plugin_code
 
@@ -50,7 +51,7 @@ def _describe_setting(request: Request) -> None:
     name = setting.backend.device_info().name
     note(f"backend    {setting.backend.name} on {name}, torch {facts['torch']}, {_threads(facts)}")
     note(
-        f"config     {setting.config.name}, {setting.dtype}, attention {setting.attention}, "
+        f"config     {setting.config.name}, {dtype_name(setting.dtype)}, attention {setting.attention}, "
         f"page size {setting.page_size}, seed {setting.seed}"
     )
     for line in _ops(request):
