@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 MINUTES = {True: 1.0, False: 5.0}  # that a run takes, if it is quick and if not
 MIN_DRAWS = 300  # judged draws of an op in a dtype, with which its check is green
-FOR_DRAWS = {True: 0.4, False: 0.6}  # of the time at least, if it is quick and if not
+FOR_DRAWS = {True: 0.3, False: 0.6}  # of the time at least, if it is quick and if not
 MOST = 0.15  # of the time that is left for fixed checks, for one of them
 ATTENTION = 1.3  # times the time of other ops, for draws: as much longer as one takes
 UNUSUAL = 0.2  # times the time of an op that serves what most layers have

@@ -192,7 +192,7 @@ def test_the_card_counts_what_was_left_out_for_time(words: tuple[str, ...], late
     )
     minutes = () if "--draws" in words else ("--minutes", "1e-6")
     assert main([*FAULTY, *chosen, *minutes]) in (0, 7)
-    said = "- 3 fixed cases of rms_norm.formula: time was up before them (--minutes gives more)."
+    said = "- 3 fixed cases of rms_norm: time was up before them (--minutes gives more)."
     assert (said in capsys.readouterr().out) is late
 
 
