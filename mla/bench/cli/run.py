@@ -35,25 +35,25 @@ if TYPE_CHECKING:
 
 EPILOG = """\b
 Examples:
-  python -m mla.bench --backend cpu
-  python -m mla.bench --backend cpu --config deepseek-r1 --runs 10 -o run.json
-  python -m mla.bench --backend cpu --scenario decode --implementations mla,transformers
-  python -m mla.bench --backend cpu --implementations 'mla,mla[latent_attention=reference]'
-  python -m mla.bench --backend cpu --scenario decode -a kv=1k..16k*4 -a batch=1,16 -o sweep.json
-  python -m mla.bench --backend cpu --preset full --budget 10m -o full.json
-  python -m mla.bench --backend cpu --op latent_attention --batch 64 --kv 4k
-  python -m mla.bench --backend cpu --batch-spec 4q8s2049_16q1s3072 --heads 8
-  python -m mla.bench --backend cpu --scenario decode --profile trace.json.gz
-  python -m mla.bench --backend cpu --config deepseek-r1 --parallel tp=8,dcp=4 --simulate
-  python -m mla.bench --backend torch -O device=xpu
-  python -m mla.bench --backend my_module:MyBackend --workload mine.toml --dry-run
-  python -m mla.bench compare before.json after.json --fail-slower 3%
-  python -m mla.bench report before.json after.json --html report.html
-  python -m mla.bench export run.json --format csv -o run.csv
-  python -m mla.bench ceilings --backend cpu
-  python -m mla.bench list
-  python -m mla.bench doctor cpu
-  python -m mla.bench new-backend acme ./acme
+  mla-bench --backend cpu
+  mla-bench --backend cpu --config deepseek-r1 --runs 10 -o run.json
+  mla-bench --backend cpu --scenario decode --implementations mla,transformers
+  mla-bench --backend cpu --implementations 'mla,mla[latent_attention=reference]'
+  mla-bench --backend cpu --scenario decode -a kv=1k..16k*4 -a batch=1,16 -o sweep.json
+  mla-bench --backend cpu --preset full --budget 10m -o full.json
+  mla-bench --backend cpu --op latent_attention --batch 64 --kv 4k
+  mla-bench --backend cpu --batch-spec 4q8s2049_16q1s3072 --heads 8
+  mla-bench --backend cpu --scenario decode --profile trace.json.gz
+  mla-bench --backend cpu --config deepseek-r1 --parallel tp=8,dcp=4 --simulate
+  mla-bench --backend torch -O device=xpu
+  mla-bench --backend my_module:MyBackend --workload mine.toml --dry-run
+  mla-bench compare before.json after.json --fail-slower 3%
+  mla-bench report before.json after.json --html report.html
+  mla-bench export run.json --format csv -o run.csv
+  mla-bench ceilings --backend cpu
+  mla-bench list
+  mla-bench doctor cpu
+  mla-bench new-backend acme ./acme
 
 \b
 MLA_SUPERVISE=0 in the environment keeps the work in one process, as some debuggers and profilers need.
