@@ -308,8 +308,7 @@ class ParallelMLA(MLA):
         super().__init__(share, **arguments)
         self._whole = config
         if groups.layout.dcp > 1:
-            dcp = "dcp needs it to merge parts of a context"
-            self.ops.require_lse("latent_attention", dcp, "use a layout without dcp, or ")
+            self._require_lse()
             path = {field.name: getattr(self.step.absorbed, field.name) for field in fields(AbsorbedPath)}
             self._context = ContextPath(**path, config=share, groups=groups)
             parts = {field.name: getattr(self.step, field.name) for field in fields(Step)}
@@ -321,6 +320,14 @@ class ParallelMLA(MLA):
 
     def _attended_by(self) -> int:
         return self._groups.layout.dcp
+
+    def _require_lse(self) -> None:
+        choice = self.ops["latent_attention"]
+        if not choice.op.writes_lse:
+            raise UnsupportedOps(
+                f"op '{choice.name}' writes no log-sum-exp, and dcp needs it to merge parts of a context: "
+                "use a layout without dcp, or another op (`--ops reference`)."
+            )
 
     def load_state_dict(
         self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False

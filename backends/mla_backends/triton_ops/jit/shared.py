@@ -3,10 +3,9 @@
 import triton
 import triton.language as tl
 
-try:
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-except ImportError:  # old ones, which look up even what is not compiled
-    gdc_launch_dependents = gdc_wait = None
+# Not in old versions, which look up every attribute that a kernel names, even one that it does not reach.
+wait = getattr(tl.extra.cuda, "gdc_wait", None)
+launch_dependents = getattr(tl.extra.cuda, "gdc_launch_dependents", None)
 
 
 @triton.jit
@@ -17,8 +16,8 @@ def follow(EARLY: tl.constexpr):
     launch has ended, all launches before it have.
     """
     if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
+        wait()
+        launch_dependents()
 
 
 @triton.jit
