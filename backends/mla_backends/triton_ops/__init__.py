@@ -60,6 +60,17 @@ def triton_ops(
     }
 
 
+def ordered(
+    kernels: Mapping[str, FusedOp], own: Mapping[str, FusedOp], ahead_of: Mapping[str, str]
+) -> dict[str, FusedOp]:
+    """Return both, best first: ours last, but for those that `ahead_of` places before a vendor's kernel."""
+    placed: dict[str, FusedOp] = {}
+    for name, op in kernels.items():
+        placed |= {ours: own[ours] for ours, other in ahead_of.items() if other == name and ours in own}
+        placed[name] = op
+    return {**placed, **{name: op for name, op in own.items() if name not in placed}}
+
+
 class TritonBackend(TorchBackend):
     """Base beside `TorchBackend` or one of its kinds, named before it.
 
@@ -113,13 +124,17 @@ class TritonBackend(TorchBackend):
         """Return the ops on the vendor's kernels, best first; called once the device is known."""
         return {}
 
+    def ahead_of(self) -> Mapping[str, str]:
+        """Return our op -> the vendor's that it comes before on this device, where evidence puts it ahead.
+
+        All others of ours come last.
+        """
+        return {}
+
     @functools.cached_property
     def _ops(self) -> Mapping[str, FusedOp]:
-        """The vendor's ops and then ours, kept for their scratch memory; they import no kernel.
-
-        Ours come last, as long as no card has shown that one is faster than another kernel.
-        """
-        return {**self.kernels(), **self.triton_ops()}
+        """The vendor's ops and ours, kept for their scratch memory; they import no kernel."""
+        return ordered(self.kernels(), self.triton_ops(), self.ahead_of())
 
     def ops(self) -> Mapping[str, FusedOp]:
         return self._ops

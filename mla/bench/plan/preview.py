@@ -41,8 +41,8 @@ def describe(request: Request, verbose: bool) -> None:
     _plan(request, verbose)
     for line in _same_ops(request):
         note(line)
-    if request.profile:
-        note(f"profile    {request.profile}: one more pass of every case, once all are timed")
+    if request.options.profile:
+        note(f"profile    {request.options.profile}: one more pass of every case, once all are timed")
 
 
 def _describe_setting(request: Request) -> None:
@@ -208,7 +208,9 @@ def dry_run(request: Request) -> None:
     seconds: dict[str, float] = {}
     for case, count in zip(cases, counts, strict=True):
         seconds[case.scenario.name] = seconds.get(case.scenario.name, 0.0) + count * case.seconds
-    total = sum(duration if request.counted else min(duration, MAX_S) for duration in seconds.values())
+    total = sum(
+        duration if request.options.counted else min(duration, MAX_S) for duration in seconds.values()
+    )
     rows = [
         case.row(*numbers) for case, *numbers in zip(cases, range(1, len(cases) + 1), counts, strict=True)
     ]

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from mla_backend_nvidia.cards import driver_version, outdated, peaks, tuning_for
-from mla_backend_nvidia.kernels import kernels, old_triton, since_ampere, starts_early
+from mla_backend_nvidia.kernels import ahead_of, kernels, old_triton, since_ampere, starts_early
 from mla_backends import Availability, FusedOp, hookimpl
 from mla_backends.api import DeviceInfo
 from mla_backends.cuda import CudaBackend
@@ -88,6 +88,9 @@ class Nvidia(TritonBackend, CudaBackend):
 
     def kernels(self) -> Mapping[str, FusedOp]:
         return kernels(self.architecture, self.multiprocessors())
+
+    def ahead_of(self) -> Mapping[str, str]:
+        return ahead_of(self.architecture())
 
     def default_tuning(self) -> Tuning:
         return tuning_for(self.shared_memory(), str(self.properties().name))

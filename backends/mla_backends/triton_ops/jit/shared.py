@@ -3,6 +3,10 @@
 import triton
 import triton.language as tl
 
+# Not in old versions, which look up every attribute that a kernel names, even one that it does not reach.
+wait = getattr(tl.extra.cuda, "gdc_wait", None)
+launch_dependents = getattr(tl.extra.cuda, "gdc_launch_dependents", None)
+
 
 @triton.jit
 def follow(EARLY: tl.constexpr):
@@ -12,8 +16,8 @@ def follow(EARLY: tl.constexpr):
     launch has ended, all launches before it have.
     """
     if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        wait()
+        launch_dependents()
 
 
 @triton.jit
