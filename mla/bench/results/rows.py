@@ -161,6 +161,8 @@ COLUMNS: dict[str, str | Callable[[Row], Cell]] = {
     "heads": "case.heads",
     "layers": "case.layers",
     "page_size": lambda row: row.case.point.get("page_size", row.run.page_size),
+    "cache_format": lambda row: row.case.point.get("cache_format"),
+    "format_error": "case.format_error",
     "requests": lambda row: len(row.case.query_lens),
     "new_tokens": lambda row: sum(row.case.query_lens),
     "history_min_tokens": lambda row: min(row.case.history),
