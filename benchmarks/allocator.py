@@ -8,10 +8,8 @@ That costs most where temporaries are large, and is no property of what is compa
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-from collections.abc import Iterator
 
 VARIABLE = "GLIBC_TUNABLES"
 # Keep temporaries in the process.
@@ -19,19 +17,6 @@ TUNABLES = ":".join(
     f"glibc.malloc.{name}={size}"
     for name, size in (("mmap_threshold", 32 << 30), ("trim_threshold", 32 << 30), ("top_pad", 256 << 20))
 )
-
-
-@contextlib.contextmanager
-def setting(tunables: str) -> Iterator[None]:
-    """Give these tunables, and no others, to processes that start in the block."""
-    before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = tunables
-    try:
-        yield
-    finally:
-        del os.environ[VARIABLE]
-        if before is not None:
-            os.environ[VARIABLE] = before
 
 
 if __name__ == "__main__":

@@ -283,7 +283,8 @@ class FusedOp(ABC):
       out may be x
     - ``write_latent/2``: ``op(kv_a=[T, c + r], weight=[c], eps=float, cos_sin=[T, r] fp32,
       interleaved=bool, slots=[T] int64, cache=[pages, page, c + r])``: RMSNorm the first c, rotate the
-      last r, and write both to row `slots[t]` of the flattened cache, ``cache.view(-1, c + r)``
+      last r, and write both to row `slots[t]` of the flattened cache, ``cache.view(-1, c + r)``; where the
+      op declares `rotates`, it may be given x and out of that op too, for the same tokens and angles
     - ``latent_attention/2``: ``op(state, q=[T, h, c + r], cache=[pages, page, c + r],
       block_table=[B, n] int32, kv_lens=[B] int32, cu_q=[B + 1] int32, softmax_scale=float,
       out=[T, h, c], lse=[T, h] fp32)``: causal and ragged, k is the whole row and v its first c;
@@ -350,6 +351,7 @@ class FusedOp(ABC):
     cache_formats: Collection[str] = ()  # that it serves beside the plain one; "fp8:" is fp8 over any scale
     encodes_rounded = False  # write_latent encodes what it first rounds to the layer's dtype
     lse_optional = False  # attention may be called with lse=None where nobody reads it
+    rotates: FusedOp | None = None  # the `rotate_query` op whose work `write_latent` can do in its own launch
     compiles = ""  # what `preflight` compiles or loads, for the line that is printed while it does
     # What a user should know of how it runs here, one sentence each, such as a smaller tile than planned.
     # Read after `preflight`, and again once it has run.

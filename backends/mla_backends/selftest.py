@@ -212,14 +212,17 @@ def try_rotate_query(op: FusedOp, spec: AttentionSpec) -> str:
 
 
 def try_write_latent(op: FusedOp, spec: AttentionSpec) -> str:
-    """Run a `write_latent` op both ways; return what is wrong, "" if nothing."""
+    """Run a `write_latent` op both ways, with queries if it rotates some; return what is wrong, or ""."""
     import torch
 
     latent, width = spec.kv_lora_rank, spec.kv_lora_rank + spec.qk_rope_head_dim
     kv_a, weight, cos_sin = _draw((TOKENS, width), spec.dtype), _draw((latent,), spec.dtype), _angles(spec)
+    x = _draw((TOKENS, spec.num_heads, spec.qk_rope_head_dim), spec.dtype)
     for interleaved in (True, False):
         cache = _poisoned((2, 4, width), spec)
+        queries = {} if op.rotates is None else {"x": x.to(spec.device), "out": _poisoned(x.shape, spec)}
         op(
+            **queries,
             kv_a=kv_a.to(spec.device),
             weight=weight.to(spec.device),
             eps=EPS,
@@ -231,6 +234,8 @@ def try_write_latent(op: FusedOp, spec: AttentionSpec) -> str:
         rows = cache.view(8, width).cpu()[list(SLOTS)]
         right = (_norm(kv_a[:, :latent], weight), _rotate(kv_a[:, latent:], cos_sin, interleaved))
         if any(map(_differs, rows.split([latent, width - latent], dim=1), right)):
+            return WRONG
+        if queries and _differs(queries["out"], _rotate(x, cos_sin[:, None], interleaved)):
             return WRONG
     return ""
 

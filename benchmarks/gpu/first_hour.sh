@@ -116,7 +116,7 @@ ask() { # SECONDS QUESTION...: open questions about the device and its libraries
 first_hour() {
     # Compiled first, so that no later limit has to hold that: libraries and Triton keep it on disk.
     optional=1 kind=sweep step compile-tiles 180 "$here/tune.py" compile "${tiny[@]}"
-    optional=1 step compile-ops 240 -m mla.conformance --backend "$backend" --quick --only ops.preflight
+    optional=1 step compile-ops 240 -m mla.conformance --backend "$backend" --draws 0 --only ops.preflight
     step facts 120 -m mla.bench ceilings --backend "$backend" -o "{out}.json"
     large_rivals '' "${shapes[0]}"
     optional=1 tuned=1 bench own-deepseek-v2-lite 150 "${lite[@]}" --implementations "$own" --cache warm \
@@ -167,8 +167,7 @@ others() {
         ask 60 flashinfer-items # the last: it may end the process and leave the device unusable to it
     fi
     bench layers 600 --scenario decode --implementations mla "${steps[@]}" "${r1[@]}" "${many[@]}"
-    conformance conformance-heads 600 bfloat16 --only latent.heads
-    conformance conformance-full-latent 300 bfloat16 --only latent # heads are compiled by now
+    conformance conformance-full-latent 300 bfloat16 --only latent
     conformance conformance-full-pointwise 160 bfloat16 "${pointwise[@]}"
     conformance conformance-full-rest 140 bfloat16 "${rest[@]}"
     local dtype

@@ -20,7 +20,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import click
 
-from benchmarks.gpu.report import in_turns, targets
+from benchmarks.gpu.report import in_turns, predictions, targets
 from benchmarks.gpu.tuning import choice
 from benchmarks.gpu.tuning.classes import classes
 from benchmarks.gpu.tuning.trials import sweeps_in
@@ -77,6 +77,7 @@ def _tables(folder: Path, card: str) -> Iterator[tuple[str, Sequence[str], Rows,
     evidence = targets.Evidence(own_first, rivals, ceilings)
     judged = targets.rows(evidence, card) if own_first or rivals else []
     yield "Targets", targets.HEADER, judged, targets.note(card)
+    yield "Predictions", predictions.HEADER, predictions.rows(rivals, card), predictions.NOTE
     yield "Standard scenarios", STANDARD, standard_rows(standard), FOOTNOTE
     yield "Kernels in turns", in_turns.HEADER, in_turns.rows(rivals, ceilings), in_turns.NOTE
     tiles = choice.table(list(classes("tiny sizes" in card).values()), sweeps_in(folder))

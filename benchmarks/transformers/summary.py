@@ -16,10 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import get_args
 
-from benchmarks.transformers.points import NAMES, Group, Point, attention, groups
-from benchmarks.transformers.record import read
-from benchmarks.transformers.tables import tables
-from benchmarks.transformers.words import sentences
+from benchmarks.transformers.records import NAMES, Group, Point, attention, groups, read
+from benchmarks.transformers.tables import sentences, tables
 from mla.bench.report import figures, page
 from mla.bench.terminal.digits import number
 from mla.command.console import note, out

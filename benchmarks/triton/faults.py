@@ -47,6 +47,8 @@ def faults(case: Case, found: dict[str, Any], shared_kib: int) -> list[str]:
     needed = product_of(case)
     if needed and not found["instructions"].get(needed):
         wrong.append(f"has no {needed} instruction")
+    if case.arguments["EARLY"]["value"] and not found["instructions"].get("early start"):
+        wrong.append("may start early, and does not wait for the launch before")
     return wrong
 
 

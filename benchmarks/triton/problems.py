@@ -100,11 +100,11 @@ PROBLEMS: dict[str, Problem] = {  # by the name in the table
 MERGE = "merge"  # what problems that are split launch beside
 
 
-def launches(tuning: Tuning) -> dict[str, Launch]:
-    """Return by name what the problems launch with a tuning."""
+def launches(tuning: Tuning, early: bool = False) -> dict[str, Launch]:
+    """Return by name what the problems launch with a tuning; `early` as of `Launcher`."""
     launched: dict[str, Launch] = {}
     for name, problem in PROBLEMS.items():
-        recorder = Recorder()
+        recorder = Recorder(early)
         problem.bound(triton_ops(tuning, MULTIPROCESSORS, recorder))()
         launched[name], *merge = recorder.recorded
         for launch in merge:

@@ -21,8 +21,8 @@ class Launch:
 class Recorder(Launcher):
     """Keeps what it is told to start, and starts nothing: outputs hold whatever they held."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, early: bool = False) -> None:
+        super().__init__(early)
         self.recorded: list[Launch] = []
 
     def start(

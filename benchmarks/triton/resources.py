@@ -10,18 +10,25 @@ from typing import Any
 
 import triton.backends.nvidia as nvidia
 
+from benchmarks.triton import counting
+
 BIN = Path(nvidia.__file__).parent / "bin"
-# What to count in NVIDIA's machine code: products of matrices, and copies to shared memory in the background.
+# What to count in NVIDIA's machine code: products of matrices, copies to shared memory in the background, and
+# where programs that may have started early wait for the launch before.
 SASS = {
     "tcgen05": r"\bUTC\w*MMA\b",
     "wgmma": r"\b[HQI]GMMA\b",
     "mma": r"\b[HQI]MMA\b",
     "cp.async": r"\bLDGSTS\b",
+    "early start": r"\bACQBULK\b",
 }
 
 
 def resources_of(kernel: Any) -> dict[str, Any]:
-    """Return registers and spilled bytes per thread, bytes of shared memory, and counts of instructions."""
+    """Return registers and spilled bytes per thread, bytes of shared memory, and counts of instructions.
+
+    `step` is what a step over keys takes: see `counting`.
+    """
     if "cubin" in kernel.asm:
         return _of_nvidia(kernel)
     return _of_amd(kernel.asm["amdgcn"], kernel.metadata)
@@ -41,6 +48,7 @@ def _of_nvidia(kernel: Any) -> dict[str, Any]:
         "tensor memory": getattr(kernel.metadata, "tmem_size", None) or 0,
         "trap": bool(re.search(r"\btrap;", kernel.asm["ptx"])),
         "instructions": {name: n for name, what in SASS.items() if (n := len(re.findall(what, code)))},
+        "step": counting.of_nvidia(code, kernel.asm["ptx"], kernel.metadata.num_warps),
     }
 
 
@@ -57,6 +65,7 @@ def _of_amd(code: str, metadata: Any) -> dict[str, Any]:
         "tensor memory": 0,
         "trap": "s_trap" in code,
         "instructions": {"mfma": products} if products else {},
+        "step": counting.of_amd(code, metadata.num_warps),
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.triton.cases import Case, Target, case_of
 from benchmarks.triton.problems import launches
@@ -24,14 +24,17 @@ class Shipped:
     tuning: Tuning
     target: Target
     shared: int  # KiB that a block may use
+    early: bool = False  # with programmatic dependent launch
 
     def cases(self) -> dict[str, Case]:
         """Return by name what all problems launch."""
-        return {name: case_of(launch, self.target) for name, launch in launches(self.tuning).items()}
+        return {
+            name: case_of(launch, self.target) for name, launch in launches(self.tuning, self.early).items()
+        }
 
 
 def _nvidia(cards: str, arch: int, shared: int) -> Shipped:
-    return Shipped(cards, tuning_for(shared * KIB, cards), _cuda(arch), shared)
+    return Shipped(cards, tuning_for(shared * KIB, cards), _cuda(arch), shared, early=arch >= 90)
 
 
 def _cuda(arch: int) -> Target:
@@ -55,4 +58,4 @@ PORTABLE = (
     Shipped("Moore Threads", MOORE, _cuda(80), SMALL),
 )
 # With Triton 3.1 as well, for what it knows of them.
-OLD = (A100, L40, H100)
+OLD = (A100, L40, replace(H100, early=False))

@@ -234,7 +234,7 @@ def mla_layers(values: Mapping[str, Any]) -> tuple[int, ...] | None:
 def refused_model(name: str) -> str | None:
     """Return why a model such as 'deepseek-v3.2-exp' is not supported, or None for other names."""
     plain = re.sub(r"[\W_]", "", name.lower())
-    released = {re.sub(r"[\W_]", "", kind): kind for kind in REFUSED} | _RELEASED_AS
+    released = {**{re.sub(r"[\W_]", "", kind): kind for kind in REFUSED}, **_RELEASED_AS}
     kinds = [kind for begin, kind in sorted(released.items(), reverse=True) if plain.startswith(begin)]
     return REFUSED.get(kinds[0]) if kinds else None
 

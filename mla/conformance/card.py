@@ -275,7 +275,7 @@ def _few(checks: Sequence[CheckResult]) -> Iterator[str]:
 def _late(checks: Sequence[CheckResult]) -> Iterator[str]:
     late = [result for result in checks if result.late]
     if late:
-        names = ", ".join(dict.fromkeys(result.check for result in late))
+        names = ", ".join(dict.fromkeys(map(_group, late)))
         count = sum(result.late for result in late)
         yield f"{count} fixed cases of {names}: time was up before them (--minutes gives more)."
 

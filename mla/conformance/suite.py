@@ -15,6 +15,7 @@ import torch
 from mla.cases import KINDS
 from mla.command.console import note
 from mla.command.options import BackendOptions, open_backend
+from mla.conformance.checks.contract import specs
 from mla.conformance.drawn import usual_spec
 from mla.conformance.registry import DEVICE, DRAWN, DTYPE, LAYER, OP, ConformanceCheck, all_checks
 from mla.conformance.report import Cases, CheckResult, Failure, Refusal, Slow, Status
@@ -30,11 +31,11 @@ from mla_backends.registry import create
 if TYPE_CHECKING:
     from mla.conformance.failures import Keeper
 
-HANDFUL = 2  # cases of a check that run in a dtype that the device is slow in
 MINUTES = {True: 1.0, False: 5.0}  # that a run takes, if it is quick and if not
 MIN_DRAWS = 300  # judged draws of an op in a dtype, with which its check is green
-FOR_DRAWS = {True: 0.4, False: 0.6}  # of the time at least, if it is quick and if not
-ATTENTION = 2.0  # times the time of other ops, for draws
+FOR_DRAWS = {True: 0.3, False: 0.6}  # of the time at least, if it is quick and if not
+MOST = 0.15  # of the time that is left for fixed checks, for one of them
+ATTENTION = 1.3  # times the time of other ops, for draws: as much longer as one takes
 UNUSUAL = 0.2  # times the time of an op that serves what most layers have
 # A product [ROWS, WIDTH] x [WIDTH, WIDTH] that takes this many times as long as in a wider dtype is slow.
 FACTOR = 3.0
@@ -77,7 +78,7 @@ class Instance:
         return tuple(replace(self, chosen=frozenset()).run(subject).labels)
 
     def spared(self, subject: BackendUnderTest) -> Instance:
-        """Return it with a handful of its cases, if nobody chose any and the device is slow in its dtype.
+        """Return it with two of its cases, if nobody chose any and the device is slow in its dtype.
 
         An op that serves no other dtype keeps them all: nothing else would tell what it does in them.
         """
@@ -85,12 +86,11 @@ class Instance:
             return self
         if self.op is not None and not serves_another(self.op, subject):
             return self
-        return replace(self, chosen=handful(len(self.labels(subject)), HANDFUL))
+        return replace(self, chosen=handful(len(self.labels(subject))))
 
 
 def serves_another(op: FusedOp, subject: BackendUnderTest) -> bool:
     """Return whether an op serves a dtype that the device is not slow in."""
-    from mla.conformance.checks.contract import specs  # here, as checks run in the order of their import
 
     def served() -> bool:
         fast = (spec for spec in specs(op, subject) if spec.dtype not in subject.slow)
@@ -99,11 +99,9 @@ def serves_another(op: FusedOp, subject: BackendUnderTest) -> bool:
     return ask(served, True)
 
 
-def handful(count: int, few: int) -> Numbers:
-    """Return the numbers of `few` of `count` cases, the first and the last among them; None: all."""
-    if count <= few:
-        return None
-    return frozenset(1 + round(step * (count - 1) / (few - 1)) for step in range(few))
+def handful(count: int) -> Numbers:
+    """Return the numbers of the first and the last of so many cases; None: all."""
+    return frozenset((1, count)) if count > 2 else None
 
 
 def slow_dtypes(backend: Backend, dtypes: Sequence[torch.dtype]) -> tuple[Slow, ...]:
@@ -364,12 +362,13 @@ class Suite:
 
     @property
     def until(self) -> float:
-        """When checks that draw nothing are to end, by `time.monotonic`; the rest is for draws."""
+        """When a check that starts now and draws nothing is to end, by `time.monotonic`."""
         if self.asked.draws is not None or self.asked.every_case:
             return math.inf
         among = self.planned if self.selected is None else self.selected
         drawn = any(instance.check.fails == DRAWN for instance in among)
-        return self.start + self.asked.seconds * (1 - FOR_DRAWS[self.asked.quick] * drawn)
+        now, end = time.monotonic(), self.asked.seconds * (1 - FOR_DRAWS[self.asked.quick] * drawn)
+        return now + (self.start + end - now) * (MOST if len(among) > 1 else 1)
 
     def carry_out(self, instance: Instance) -> CheckResult:
         """Run one check, and keep the first wrong call if that was asked for."""

@@ -151,8 +151,6 @@ class MLA(nn.Module):
         shares = self._attended_by()
         chosen = (config, offered, dtype, self.device, ops, overrides)
         self.ops = Ops(*chosen, attended_by=shares, cache_format=cache_format)
-        for role in ("latent_attention", "expanded_attention") if config.sink_logits else ():
-            self.ops.require_lse(role, "sinks need it to take their share", "use ")
         self.rotary = RotaryTable(config, self.device)
         self._weights = PackedWeights(config, self.ops, dtype, self.device)
         self._scratch = Workspace(dtype, self.device, keeps=workspace_bytes, turn=Turn.of(backend))

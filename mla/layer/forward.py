@@ -51,17 +51,20 @@ class AbsorbedPath:
     softmax_scale: float
     stored: Mapping[str, str]  # see `stored_as`
 
-    def run(self, ops: Ops, projected: Projected, group: AbsorbedGroup, pages: torch.Tensor) -> None:
+    def run(
+        self, ops: Ops, projected: Projected, group: AbsorbedGroup, pages: torch.Tensor, rotated: bool = False
+    ) -> None:
         """Attend with q_nope W_UK, joined with the rotated q_pe, over the latents; then apply W_UV.
 
-        Takes `projected.q` not yet rotated and `pages` [pages, page, c + r]; writes the group's rows of
-        `projected.heads`.
+        Takes `projected.q` not rotated and `pages` [pages, page, c + r]; writes the group's rows of
+        `projected.heads`. `rotated`: q_pe already is, in its place in the latent queries.
         """
         views, packed = self.views.absorbed(projected, group.tokens), self.weights.packed
         ops["w_uk"].op(packed["w_uk"], x=views.q_nope, out=views.latent_nope)
-        ops["rotate_query"].op(
-            x=views.q_pe, cos_sin=group.cos_sin, interleaved=self.interleaved, out=views.latent_pe
-        )
+        if not rotated:
+            ops["rotate_query"].op(
+                x=views.q_pe, cos_sin=group.cos_sin, interleaved=self.interleaved, out=views.latent_pe
+            )
         ops["latent_attention"].op(
             group.state,
             q=views.latent_q,
@@ -244,9 +247,10 @@ class Step:
         """
         projected = self._project(ops, hidden)
         self._scale_queries(projected.q, batch)
-        self._write_latent(ops, projected.kv_a, batch, plan, pages)
+        queries = self._rotated_with_latents(ops, projected, plan)
+        self._write_latent(ops, projected.kv_a, batch, plan, pages, **queries)
         if plan.absorbed is not None:
-            self.absorbed.run(ops, projected, plan.absorbed, pages)
+            self.absorbed.run(ops, projected, plan.absorbed, pages, rotated=bool(queries))
         if plan.expanded is not None:
             self.expanded.run(ops, projected, plan.expanded, pages)
         if projected.gate is not None:
@@ -277,8 +281,30 @@ class Step:
         factors = batch.memo(scaling, lambda: query_factors(scaling, batch.positions)[:, None, None])
         q.mul_(factors)
 
+    def _rotated_with_latents(
+        self, ops: Ops, projected: Projected, plan: StepPlan
+    ) -> dict[str, torch.Tensor]:
+        """Return x and out of the rotation that the cache write does as well; {} where it does not.
+
+        It does where the backend has one launch for both, and all tokens are absorbed. Where ops are watched
+        or timed, others stand in for them, and each is called by itself.
+        """
+        rotates, group = getattr(ops["write_latent"].op, "rotates", None), plan.absorbed
+        if rotates is None or rotates is not ops["rotate_query"].op:
+            return {}
+        if group is None or group.cos_sin is not plan.cos_sin:
+            return {}
+        views = self.views.absorbed(projected, group.tokens)
+        return {"x": views.q_pe, "out": views.latent_pe}
+
     def _write_latent(
-        self, ops: Ops, kv_a: torch.Tensor, batch: RaggedBatch, plan: StepPlan, pages: torch.Tensor
+        self,
+        ops: Ops,
+        kv_a: torch.Tensor,
+        batch: RaggedBatch,
+        plan: StepPlan,
+        pages: torch.Tensor,
+        **queries: torch.Tensor,
     ) -> None:
         ops["write_latent"].op(
             kv_a=kv_a,
@@ -289,6 +315,7 @@ class Step:
             slots=batch.slots,
             cache=pages,
             **self.stored,
+            **queries,
         )
 
     def _linear(self, ops: Ops, role: str, x: torch.Tensor, out: torch.Tensor, bias: str = "") -> None:

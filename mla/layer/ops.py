@@ -118,6 +118,7 @@ class Choice:
             )
 
 
+_NO_LSE = "it writes no log-sum-exp, without which sinks have no share (sink_logits)"
 # Kinds of ops whose operands have a rotary part.
 _ROTARY = ("rotate_query", "write_latent", "latent_attention")
 # What `ops` accepts besides a list of names.
@@ -131,13 +132,15 @@ def choose(
     policy: str,
     required_by: str = "",
     say: Say | None = None,
+    reads_lse: bool = False,
 ) -> Choice:
     """Return the first offered op of `kind` that serves `spec`, else the reference.
 
     `policy`: "auto"; "reference" takes no fused op; "fused" requires one wherever the backend offers any;
     names, separated by commas, require those for their kinds. Raises `UnsupportedOps` when one cannot serve,
     naming `required_by` (default: the policy).
-    `say` is told what an op compiles before it does (`mla.layer.ops`).
+    `say` is told what an op compiles before it does (`mla.layer.ops`). With `reads_lse`, the layer reads the
+    log-sum-exp whatever the batch, and so takes no op that writes none.
     """
     if policy == "reference":
         return Choice("reference", REFERENCE[kind], spec)
@@ -145,7 +148,8 @@ def choose(
     named = {name: op for name, op in candidates.items() if name in _names(policy)}
     reasons: list[str] = []
     for name, op in (named or candidates).items():
-        why = refusals(name, op, kind, spec, say)
+        muted = reads_lse and not op.writes_lse
+        why = [_NO_LSE] if muted else refusals(name, op, kind, spec, say)
         if not why:
             return Choice(name, op, spec, tuple(reasons))
         reasons += [f"fused op '{name}' not used because {reason}" for reason in why]
@@ -226,14 +230,15 @@ class Ops:
         roles = layer_roles(config, dtype, device, attended_by, cache_format)
         check_overrides(overrides, {role: kind for role, (kind, _) in roles.items()}, offered)
         self._choices: dict[str, Choice] = {}
+        sinks = config.sink_logits
         for chosen in roles if role is None else (role,):
             kind, spec = roles[chosen]
             name = overrides.get(chosen)
             if name is None or name == "reference":
-                self._choices[chosen] = choose(kind, spec, offered, name or policy, say=say)
+                self._choices[chosen] = choose(kind, spec, offered, name or policy, "", say, sinks)
             else:
                 override = f"{chosen}={name}"
-                choice = choose(kind, spec, {name: offered[name]}, "fused", override, say)
+                choice = choose(kind, spec, {name: offered[name]}, "fused", override, say, sinks)
                 self._choices[chosen] = dataclasses.replace(choice, override=override)
 
     def __getitem__(self, role: str) -> Choice:
@@ -259,14 +264,6 @@ class Ops:
             below = [*remarks.pop(choice.name, ()), *choice.reasons]
             lines += [f"{role}: {choice.name}", *(f"  {line}" for line in below)]
         return lines
-
-    def require_lse(self, role: str, what: str, cure: str) -> None:
-        """Raise `UnsupportedOps` where the op of `role` writes no log-sum-exp, which `what` needs."""
-        choice = self._choices[role]
-        if not choice.op.writes_lse:
-            raise UnsupportedOps(
-                f"op '{choice.name}' writes no log-sum-exp, and {what}: {cure}another op (`--ops reference`)."
-            )
 
     def remarks(self) -> dict[str, list[str]]:
         """Return implementation name -> what it says of how it runs here, of those that say anything.

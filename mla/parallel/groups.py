@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -162,10 +163,13 @@ class SimulatedGroups(Groups):
             out.copy_(x)
 
     def exchange_context(self, parts: torch.Tensor, out: torch.Tensor) -> None:
-        """Write parts [dcp, ..., width] to out; of a token that attends nothing here, all weigh alike."""
+        """Write parts [dcp, ..., width] to out, which are alike: together they weigh as much as one.
+
+        Of a token that attends nothing here, they weigh nothing.
+        """
         if self._receives(Call.all_to_all(parts.nbytes, self.layout.dcp), out):
             out.copy_(parts)
-            lse_of(out).clamp_(min=LEAST_LSE)
+            lse_of(out).sub_(math.log(self.layout.dcp)).clamp_(min=LEAST_LSE)
 
     def _receives(self, call: Call, out: torch.Tensor) -> bool:
         """Return whether a message has to be written."""

@@ -223,7 +223,9 @@ class ContextPath(AbsorbedPath):
         per_token = scratch_per_token(self.config, self.groups.layout.dcp, self.scratch.itemsize)
         return max(1, workspace // per_token)
 
-    def run(self, ops: Ops, projected: Projected, group: AbsorbedGroup, pages: torch.Tensor) -> None:
+    def run(
+        self, ops: Ops, projected: Projected, group: AbsorbedGroup, pages: torch.Tensor, rotated: bool = False
+    ) -> None:
         """Attend as `AbsorbedPath.run` does, with this rank's `pages` and those of all others."""
         views, packed = self.views.absorbed(projected, group.tokens), self.weights.packed
         ops["w_uk"].op(packed["w_uk"], x=views.q_nope, out=views.latent_nope)
@@ -264,8 +266,14 @@ class ContextPath(AbsorbedPath):
 class ContextStep(Step):
     """`Step` where the context is spread over ranks: it writes this rank's new latents, and no others."""
 
+    def _rotated_with_latents(
+        self, ops: Ops, projected: Projected, plan: StepPlan
+    ) -> dict[str, torch.Tensor]:
+        """Return {}: a rank writes the latents of other tokens than it has queries of."""
+        return {}
+
     def _write_latent(
-        self, ops: Ops, kv_a: torch.Tensor, batch: Any, plan: StepPlan, pages: torch.Tensor
+        self, ops: Ops, kv_a: torch.Tensor, batch: Any, plan: StepPlan, pages: torch.Tensor, **queries: Any
     ) -> None:
         count, scratch = batch.own.shape[0], self.absorbed.scratch
         if not count:
@@ -300,8 +308,7 @@ class ParallelMLA(MLA):
         super().__init__(share, **arguments)
         self._whole = config
         if groups.layout.dcp > 1:
-            dcp = "dcp needs it to merge parts of a context"
-            self.ops.require_lse("latent_attention", dcp, "use a layout without dcp, or ")
+            self._require_lse()
             path = {field.name: getattr(self.step.absorbed, field.name) for field in fields(AbsorbedPath)}
             self._context = ContextPath(**path, config=share, groups=groups)
             parts = {field.name: getattr(self.step, field.name) for field in fields(Step)}
@@ -313,6 +320,14 @@ class ParallelMLA(MLA):
 
     def _attended_by(self) -> int:
         return self._groups.layout.dcp
+
+    def _require_lse(self) -> None:
+        choice = self.ops["latent_attention"]
+        if not choice.op.writes_lse:
+            raise UnsupportedOps(
+                f"op '{choice.name}' writes no log-sum-exp, and dcp needs it to merge parts of a context: "
+                "use a layout without dcp, or another op (`--ops reference`)."
+            )
 
     def load_state_dict(
         self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False

@@ -187,9 +187,7 @@ def _attend(
         parts = (x.split(at_once) for x in (q[:, :, head], *_expanded(weight, new, nope)))
         chunks = zip(*parts, strict=True)
         sink = state["sinks"][head].item() if config.sink_logits else -math.inf
-        attended = [
-            _softmax_attention(config.softmax_scale, sink, *seen, *chunk, unseen=unseen) for chunk in chunks
-        ]
+        attended = [_softmax_attention(config.softmax_scale, sink, unseen, *seen, *chunk) for chunk in chunks]
         heads.append(torch.cat(attended))
     return torch.stack(heads, dim=2)
 
@@ -204,12 +202,12 @@ def _expanded(weight: torch.Tensor, latents: Pair, nope: int) -> Pair:
 def _softmax_attention(
     scale: float,
     sink: float,  # a logit that is not scaled, of no value
+    unseen: torch.Tensor,  # [t] bool
     past_keys: torch.Tensor,  # [p, nope + r]
     past_values: torch.Tensor,  # [p, v]
     q: torch.Tensor,  # [n, t, nope + r]
     keys: torch.Tensor,
     values: torch.Tensor,  # [n, t, v]
-    unseen: torch.Tensor,  # [t] bool
 ) -> torch.Tensor:
     """Return one head's attention [n, t, v] over what all choices see, and each over its own tokens."""
     (n, t), past = q.shape[:2], past_keys.shape[0]

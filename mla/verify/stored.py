@@ -23,12 +23,15 @@ def stored_truth(latent: torch.Tensor, key: torch.Tensor, codec: Codec, dtype: t
     [T, token_bytes]: of an op that encodes what it has rounded to `dtype`, and of any other; `UNKNOWN` where
     bytes of the latents next to the true ones differ.
     """
-    parts = latent, key
+    parts, info = (latent, key), torch.finfo(dtype)
     centre, steps = torch.cat(codec.decode(codec.encode(latent.float(), key.float())), dim=1).double(), []
     noise = [_noise(x) for x in parts]
     for x, by in zip(parts, noise, strict=True):
         largest = x.abs().amax(1, keepdim=True) if x.numel() else x
-        steps.append(codec.of_largest * largest + (codec.relative + torch.finfo(dtype).eps) * x.abs() + by)
+        rounding = (
+            info.eps * x.abs() + info.tiny * info.eps
+        )  # of ops that round to `dtype` before they encode
+        steps.append(codec.of_largest * largest + codec.relative * x.abs() + rounding + by)
     step = torch.cat(steps, dim=1) + codec.least
     near = [[x + sign * by for x, by in zip(parts, noise, strict=True)] for sign in (-1, 0, 1)]
     unknown = torch.full((len(latent), codec.token_bytes), UNKNOWN, dtype=torch.float64)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import triton
 
+from benchmarks.triton import model
 from benchmarks.triton.cases import Case
 from benchmarks.triton.compiling import compile_cases
 from benchmarks.triton.faults import faults, product_of
@@ -74,6 +75,24 @@ def test_what_is_shipped_has_no_fault(compiled: list[tuple[Case, dict[str, Any]]
     }
     assert not {where: what for where, what in found.items() if what}
     assert len(found) == len(SHIPPED)
+
+
+def test_what_is_predicted_is_what_the_compiler_yields(compiled: list[tuple[Case, dict[str, Any]]]) -> None:
+    """A step of what was compiled here is that of the committed predictions, if they are of this Triton."""
+    committed = {
+        (row["target"], row["launch"]): row["step"]
+        for row in model.read()["rows"]
+        if row["triton"] == triton.__version__
+    }
+    if not committed:
+        pytest.skip(f"model.json has no Triton {triton.__version__}")
+    found = {
+        (str(shipped.target), name): answer["step"]
+        for (shipped, name), (_, answer) in zip(SHIPPED, compiled[: len(SHIPPED)], strict=True)
+    }
+    both = found.keys() & committed.keys()
+    assert len(both) >= 4
+    assert {where: found[where] for where in both} == {where: committed[where] for where in both}
 
 
 def test_tiles_that_do_not_fit_are_refused(compiled: list[tuple[Case, dict[str, Any]]]) -> None:

@@ -146,10 +146,10 @@ def test_the_card_and_the_report_say_what_was_covered(tmp_path: Path, capsys: An
     assert main([*FAULTY, *words]) == 0
     card, report = capsys.readouterr().out, decode((tmp_path / "out.json").read_bytes())
     by_kind = {one.kind: one for one in report.coverage}
-    assert (by_kind["state"].checks, by_kind["numbers"].checks, by_kind["index"].checks) == (1, 1, 1)
-    assert sum(kind.checks for kind in report.coverage) == len(report.checks) == 7
+    assert (by_kind["state"].checks, by_kind["numbers"].checks, by_kind["index"].checks) == (1, 0, 1)
+    assert sum(kind.checks for kind in report.coverage) == len(report.checks) == 5
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in card.splitlines() if line[:1] == "|"]
-    assert ["numbers", "1", str(by_kind["numbers"].cases.passed), KINDS["numbers"]] in rows
+    assert ["state", "1", str(by_kind["state"].cases.passed), KINDS["state"]] in rows
     assert all(f"- {sentence}\n" in card for sentence in report.blind)
     assert report.blind[0] == "What other checks ask: only rms_norm ran."
     assert "bfloat16 and float16: claimed, and not asked for." in report.blind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -359,11 +360,27 @@ def test_time_is_shared_among_what_is_selected(monkeypatch: pytest.MonkeyPatch) 
     opened.start = 0.0
     (norm,) = (one for one in opened.planned if one.check.id == "rms_norm.drawn")
     (latent,) = (one for one in opened.planned if one.check.id == "latent.drawn")
-    assert 0 < opened.share(norm) * 2 == opened.share(latent) < 30
+    assert 0 < opened.share(norm) < opened.share(latent) < 30
     opened.selected = [norm, latent]
-    assert opened.share(norm) == 20
+    assert opened.share(norm) + opened.share(latent) == pytest.approx(60)
     opened.ended[latent.id] = 5.0
     assert opened.share(norm) == 60
+
+
+def test_fixed_checks_leave_time_for_draws_and_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    backend = BackendOptions("faulty_backend:FaultyBackend", None, (), None)
+    opened = Suite.opened(Asked(backend, ["float32"], minutes=1), Xfails())
+    opened.start = 0.0
+    ends = []
+    assert 0 < opened.until < 10
+    for now in (20.0, 30.0):  # noqa: B007  # the clock reads it
+        ends.append(opened.until)
+    assert 20 < ends[0] < 24
+    assert ends[1] < 30
+    for asked in (Asked(backend, draws=3), Asked(backend, every_case=True)):
+        assert Suite(asked, opened.subject, ()).until == math.inf
 
 
 class WrongOverOnes(type(REFERENCE["rotate_query"])):  # type: ignore[misc]

@@ -151,15 +151,17 @@ class Mute(type(REFERENCE["latent_attention"])):  # type: ignore[misc]
     writes_lse = False
 
 
-def test_sinks_need_an_op_that_writes_a_log_sum_exp() -> None:
+def test_an_op_without_a_log_sum_exp_serves_no_sinks() -> None:
     backend = HostBackend(ops={"mute": Mute()})
-    with pytest.raises(UnsupportedOps) as info:
-        mla.MLA(CONFIGS["sinks"], backend=backend)
-    assert str(info.value) == (
-        "op 'mute' writes no log-sum-exp, and sinks need it to take their share: use another op "
-        "(`--ops reference`)."
-    )
-    mla.MLA(CONFIGS["sinks"], backend=backend, ops="reference")
+    layer = mla.MLA(CONFIGS["sinks"], backend=backend)
+    assert layer.ops.names()["latent_attention"] == "reference"
+    reason = "it writes no log-sum-exp, without which sinks have no share (sink_logits)"
+    assert f"  fused op 'mute' not used because {reason}" in layer.ops.explain()
+    with pytest.raises(
+        UnsupportedOps, match=r"--ops mute requires one: fused op 'mute' not used because it "
+    ):
+        mla.MLA(CONFIGS["sinks"], backend=backend, ops="mute")
+    assert mla.MLA(CONFIGS["ling"], backend=backend).ops.names()["latent_attention"] == "mute"
 
 
 @pytest.mark.parametrize("attention", PATHS)

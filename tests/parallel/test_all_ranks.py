@@ -154,19 +154,22 @@ def test_ranks_store_and_attend_a_format_as_one_device_does(layout: str) -> None
         assert error(out, CONFIG, state_of(CONFIG)) > 1e-3
 
 
-@pytest.mark.parametrize("layout", ["tp=4", "tp=2,dcp=2", "dcp=8"])
-def test_a_rank_alone_computes_its_share_anew(layout: str) -> None:
+ALONE = [*((layout, CONFIG) for layout in ("tp=4", "dcp=8")), *(("tp=2,dcp=2", config) for config in GATED)]
+
+
+@pytest.mark.parametrize(("layout", "config"), ALONE)
+def test_a_rank_alone_computes_its_share_anew(layout: str, config: MLAConfig) -> None:
     """Rehearsed or not: its output was overwritten, and what others send stands in for no computing."""
     parsed = Layout.parse(layout)
-    config = CONFIG.with_heads(CONFIG.num_attention_heads // parsed.head_parts)
+    part = config.with_heads(config.num_attention_heads // parsed.head_parts)
     for rank in range(parsed.world):
         groups, out = SimulatedGroups(parsed, rank), torch.empty_like(HIDDEN)
-        forward = rank_forward(groups)
-        shard = dict(HeadShard(state_of(CONFIG), CONFIG, parsed.head_part(rank), parsed.head_parts))
+        forward = rank_forward(groups, config)
+        shard = dict(HeadShard(state_of(config), config, parsed.head_part(rank), parsed.head_parts))
         held = Share(groups.place.dcp, parsed.dcp).owns if parsed.dcp > 1 else None
         groups.rehearse(lambda: forward(out))  # noqa: B023
         for _ in range(3):
-            assert error(out, config, shard, held) < 1e-5, rank
+            assert error(out, part, shard, held) < 1e-5, rank
             out.fill_(torch.nan)
             forward(out)
 

@@ -23,8 +23,6 @@ SMALLER = (
     (small_ops, "MOST_ROWS", 1031),
     (small_ops, "BEYOND_GRID", 2049),
     (small_ops, "HEADS", (1, 2, 3, 16, 17, 128)),
-    (small_ops, "WIDTHS", (1, 2, 8, 15, 16, 17, 64, 65)),
-    (small_ops, "EVEN", (48, 80, 192)),
     (attention, "LONG_CONTEXT", 3000),
 )
 

@@ -26,7 +26,7 @@ TUNING = Tuning(
 )
 MULTIPROCESSORS = 2  # that requests are split for
 # Programs that run one after another need not be many.
-attention.MERGE_PROGRAMS = 8
+attention.MERGE_PROGRAMS, attention.MERGED_CHANNELS = 8, 256
 
 
 class Interpreted(HostBackend):

@@ -28,6 +28,21 @@ STRIDED = dict.fromkeys(("q", "k", "v", "x", "kv_a", "cos_sin", "out", "lse"), (
 POISONED = Layout(page_size=16, unowned=math.nan, gaps=STRIDED)
 
 
+class Joined(RotateQuery):
+    """The rotation of `WriteLatent`, beside latents of its own, which have the same angles."""
+
+    def __call__(
+        self, *, x: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool, out: torch.Tensor
+    ) -> None:
+        tokens, width = x.shape[0], 16
+        kv_a = torch.ones(tokens, width + x.shape[2], dtype=x.dtype)
+        slots, cache = torch.arange(tokens), torch.empty(tokens, 1, kv_a.shape[1], dtype=x.dtype)
+        WriteLatent(self.launcher)(
+            kv_a=kv_a, weight=kv_a[0, :width], eps=EPS, cos_sin=cos_sin, interleaved=interleaved,
+            slots=slots, cache=cache, x=x, out=out,
+        )  # fmt: skip
+
+
 class Split(LatentAttention):
     """The op with given splits, and parts that hold NaN until they are written."""
 
@@ -52,6 +67,7 @@ class KernelCase:
     planned: Lengths | None = None  # the lengths when the state was prepared, if others
     with_lse: bool = True
     in_place: bool = False
+    joined: bool = False  # with a write of latents
     far: bool = False  # pages lie at the end of a cache beyond 32 bits
 
     def but(self, **changes: Any) -> KernelCase:
@@ -70,7 +86,8 @@ class KernelCase:
             return op
         if self.case.kind == "expanded_attention":
             return ExpandedAttention(launcher, tuning)
-        kinds = {"rms_norm": RmsNorm, "rotate_query": RotateQuery, "write_latent": WriteLatent}
+        rotation = Joined if self.joined else RotateQuery
+        kinds = {"rms_norm": RmsNorm, "rotate_query": rotation, "write_latent": WriteLatent}
         return kinds[self.case.kind](launcher)
 
     def wrong(self) -> list[str]:

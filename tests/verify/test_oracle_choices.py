@@ -53,9 +53,9 @@ def test_logits_of_all_choices_are_not_made_at_once(
     config, at_once = tiny(), []
     attention = layer_oracle._softmax_attention
 
-    def watched(*arguments: Any) -> torch.Tensor:
+    def watched(*arguments: Any, **unseen: Any) -> torch.Tensor:
         at_once.append(len(arguments[-1]))
-        return attention(*arguments)
+        return attention(*arguments, **unseen)
 
     monkeypatch.setattr(layer_oracle, "_softmax_attention", watched)
     monkeypatch.setattr(layer_oracle, "LOGITS_BYTES", 3 * 8 * 2 * (7 + 2))  # three choices of 2 tokens over 9

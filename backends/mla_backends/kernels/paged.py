@@ -243,6 +243,7 @@ class Launch:
     latent: int  # c
     out: torch.Tensor | None  # [rows, s, h, c] of the caller, where a kernel may write in place
     captured: bool
+    with_lse: bool  # somebody reads it
 
 
 Result = tuple["torch.Tensor", "torch.Tensor | None"]  # out [rows, s, h, c], lse in the declared layout
@@ -277,7 +278,11 @@ class PagedLatentOp(FusedOp):
         if not self.cure:
             return []
         page = (self.limits.page_sizes or (64,))[-1]
-        return failures(lambda: try_latent(self, spec, page), self._vendor.name, self.cure)
+
+        def attempt() -> str:  # as the layer calls it first: a kernel may be compiled for each
+            return try_latent(self, spec, page, with_lse=False) or try_latent(self, spec, page)
+
+        return failures(attempt, self._vendor.name, self.cure)
 
     def unsupported_batch(
         self, spec: Any, query_lens: Sequence[int], kv_lens: Sequence[int], page_size: int | None = None
@@ -325,7 +330,8 @@ class PagedLatentOp(FusedOp):
         for part in state.parts:
             if captured != state.captured:  # the plan is of another time than this launch
                 part = self._part(part.group, state.heads, cache.shape[1], captured=True)
-            call = self._call(part, state.heads, q, cache, float(softmax_scale), out, captured)
+            given = (q, cache, float(softmax_scale), out)
+            call = self._call(part, state.heads, *given, captured=captured, with_lse=lse is not None)
             self._write(part.group, call, self.launch(part.plan, call), out, lse)
 
     def _check_capture(self, state: PagedState) -> None:
@@ -346,7 +352,9 @@ class PagedLatentOp(FusedOp):
         cache: torch.Tensor,
         scale: float,
         out: torch.Tensor,
+        *,
         captured: bool,
+        with_lse: bool,
     ) -> Launch:
         group = part.group
         table = group.block_table.contiguous()  # not every kernel is known to read its strides
@@ -360,6 +368,7 @@ class PagedLatentOp(FusedOp):
             latent=out.shape[2],
             out=_in_place(group, heads, out),
             captured=captured,
+            with_lse=with_lse,
         )
 
     def _queries(self, group: Group, heads: int, q: torch.Tensor, captured: bool) -> torch.Tensor:

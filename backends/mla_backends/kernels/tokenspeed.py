@@ -84,7 +84,7 @@ class TokenspeedMla(PagedLatentOp):
     def launch(self, plan: Any, call: Launch) -> Result:
         if not is_aligned(call.cache):
             raise KernelRefused("the rows of the latent cache must start at multiples of 16 bytes.")
-        out, lse = self._vendor.tokenspeed_mla_decode(
+        result = self._vendor.tokenspeed_mla_decode(
             query=call.q if is_aligned(call.q) else call.q.clone(),
             kv_cache=call.cache,
             workspace_buffer=self._workspace(call.q.device),
@@ -96,9 +96,9 @@ class TokenspeedMla(PagedLatentOp):
             softmax_scale=call.scale,
             out=call.out if call.out is not None and is_aligned(call.out) else None,
             causal_mask=True,
-            return_lse=True,
+            return_lse=call.with_lse,  # which costs it a launch that fills it with zeros
         )
-        return out, lse
+        return result if call.with_lse else (result, None)
 
     def _workspace(self, device: torch.device) -> torch.Tensor:
         """Return memory for the partial results of any batch.

@@ -13,8 +13,8 @@ chooses. Nothing imports Triton before an op is tried, and what Triton lacks is 
 |---|---|---|
 | `triton_latent` | 1, or 2 where requests are split | flash decoding over pages of any size |
 | `triton_expanded` | 1 | flash attention over all segments |
-| `triton_write_latent` | 1 | norm, rotation and scatter of a token's latent |
-| `triton_rotate_query` | 1 | rotation of all heads |
+| `triton_write_latent` | 1 | norm, rotation and scatter of a token's latent, and the rotation of all heads |
+| `triton_rotate_query` | 1 | rotation of all heads, where `triton_write_latent` does not do it |
 | `triton_rms_norm` | 1 | norm of the query latent |
 """
 
@@ -50,13 +50,25 @@ def triton_ops(
 ) -> dict[str, FusedOp]:
     """Return the ops by name. `device_reason` says why a device cannot run them, "" if it can."""
     starts = launcher or Launcher()
+    rotate = RotateQuery(starts, device_reason)
     return {
         "triton_latent": LatentAttention(starts, tuning, multiprocessors, device_reason),
         "triton_expanded": ExpandedAttention(starts, tuning, device_reason),
-        "triton_write_latent": WriteLatent(starts, device_reason),
-        "triton_rotate_query": RotateQuery(starts, device_reason),
+        "triton_write_latent": WriteLatent(starts, device_reason, rotate),
+        "triton_rotate_query": rotate,
         "triton_rms_norm": RmsNorm(starts, device_reason),
     }
+
+
+def ordered(
+    kernels: Mapping[str, FusedOp], own: Mapping[str, FusedOp], ahead_of: Mapping[str, str]
+) -> dict[str, FusedOp]:
+    """Return both, best first: ours last, but for those that `ahead_of` places before a vendor's kernel."""
+    placed: dict[str, FusedOp] = {}
+    for name, op in kernels.items():
+        placed |= {ours: own[ours] for ours, other in ahead_of.items() if other == name and ours in own}
+        placed[name] = op
+    return {**placed, **{name: op for name, op in own.items() if name not in placed}}
 
 
 class TritonBackend(TorchBackend):
@@ -89,6 +101,10 @@ class TritonBackend(TorchBackend):
         """Return why the device cannot run the kernels; "" if it can, or may."""
         return ""
 
+    def starts_early(self) -> bool:
+        """Return whether card and Triton have programmatic dependent launch."""
+        return False
+
     @functools.cached_property
     def tuning(self) -> Tuning:
         """The tuning of the device, which is known after setup."""
@@ -108,13 +124,17 @@ class TritonBackend(TorchBackend):
         """Return the ops on the vendor's kernels, best first; called once the device is known."""
         return {}
 
+    def ahead_of(self) -> Mapping[str, str]:
+        """Return our op -> the vendor's that it comes before on this device, where evidence puts it ahead.
+
+        All others of ours come last.
+        """
+        return {}
+
     @functools.cached_property
     def _ops(self) -> Mapping[str, FusedOp]:
-        """The vendor's ops and then ours, kept for their scratch memory; they import no kernel.
-
-        Ours come last, as long as no card has shown that one is faster than another kernel.
-        """
-        return {**self.kernels(), **self.triton_ops()}
+        """The vendor's ops and ours, kept for their scratch memory; they import no kernel."""
+        return ordered(self.kernels(), self.triton_ops(), self.ahead_of())
 
     def ops(self) -> Mapping[str, FusedOp]:
         return self._ops
@@ -123,7 +143,8 @@ class TritonBackend(TorchBackend):
         """Return the Triton ops for this device; keep them, because they hold scratch memory."""
         if not self._offers:
             return {}
-        return triton_ops(self.tuning, self.multiprocessors(), device_reason=self.triton_reason)
+        launcher = Launcher(early=self.starts_early())
+        return triton_ops(self.tuning, self.multiprocessors(), launcher, self.triton_reason)
 
     def vendor_facts(self) -> Mapping[str, str]:
         tuning = {} if self.device is None else {"tuning": self.tuning.source}  # it is chosen by the device

@@ -32,8 +32,10 @@ MIN_PART_KEYS = 64
 MAX_SPLITS = 256
 # Bytes of the parts of a batch, whatever its lengths; with very many rows nothing is split.
 PARTS_BYTES = 256 << 20
-# What a program costs besides its keys, and a merge besides its programs, in keys: estimates.
-PROGRAM_KEYS, MERGE_KEYS = 96, 64
+# What a program costs besides its keys, and what a merge costs: its launch, and every step in which it waits
+# for the parts that it reads at once. In keys, and estimates.
+PROGRAM_KEYS, MERGE_KEYS, MERGE_STEP_KEYS = 96, 48, 16
+MERGED_PARTS = 32
 # Waves of programs that are considered; more do not balance any better.
 WAVES = 4
 # Ragged requests whose programs are counted; of more they are estimated, because planning is part of a step.
@@ -72,7 +74,9 @@ class _Load:
         programs = self.programs(part)
         waves = -(-programs // at_once) * (part + PROGRAM_KEYS)
         packed = (self.total + programs * PROGRAM_KEYS) / at_once + part + PROGRAM_KEYS
-        return min(waves, packed) + (MERGE_KEYS if part < self.longest else 0)
+        parts = -(-self.longest // part)
+        merge = MERGE_KEYS + MERGE_STEP_KEYS * -(-parts // MERGED_PARTS) if parts > 1 else 0
+        return min(waves, packed) + merge
 
 
 def split(
@@ -145,9 +149,10 @@ class PartsMemory:
 
 MAX_LATENT, MAX_ROPE = 512, 128
 UNKNOWN_MULTIPROCESSORS = 128  # requests are split as for a large device
-# Of the merge: parts that a step reads at once, as it waits for each, and warps that hold them.
-MERGED_PARTS, MERGE_WARPS = 32, 8
-# Programs of the merge, about. With more rows each takes several: most have nothing to merge in such a batch.
+# Of a program of the merge: channels of a row, and warps.
+MERGED_CHANNELS, MERGE_WARPS = 128, 4
+# Programs that share the rows of the merge, about. With more rows each takes several: most have nothing to
+# merge in such a batch.
 MERGE_PROGRAMS = 4096
 # Of the tiny problems: keys of their two requests, of which the longer is split, and sizes of pages.
 TINY_KEYS = (300, 3)
@@ -251,6 +256,7 @@ class LatentAttention(KernelOp):
             return
         latent = out.shape[2]
         shared = _latent_arguments(state, q.shape[1], kv_lens, cu_q, out, lse)
+        shared["EARLY"] = self.launcher.early
         rope = q.shape[2] - latent
         arguments = {
             **shared,
@@ -277,11 +283,11 @@ class LatentAttention(KernelOp):
         page, whole = arguments["PAGE"], wide(arguments["LATENT"], MIN_SIDE)
 
         def start(tile: Tile) -> None:
+            if page % tile.keys:
+                tile = tile.across_pages()
             blocks, programs = state.blocks(tile.rows)
             halves = tile.halves and whole > MIN_SIDE
-            # Keys of several pages in a step take more registers.
-            keys = tile.keys if page % tile.keys == 0 else max(MIN_SIDE, tile.keys // 2)
-            sizes = {"blocks": blocks, "ROWS": tile.rows, "KEYS": keys}
+            sizes = {"blocks": blocks, "ROWS": tile.rows, "KEYS": tile.keys}
             pieces = {"PIECE": whole // 2 if halves else whole, "HALVES": halves}
             self.launcher.start(
                 attend_latent,
@@ -302,8 +308,10 @@ class LatentAttention(KernelOp):
 
         rows = max(1, state.rows // MERGE_PROGRAMS)
         blocks, programs = state.blocks(rows)
-        sizes = {"blocks": blocks, "rows": rows, "WIDE_LATENT": wide(shared["LATENT"]), "PARTS": MERGED_PARTS}
-        self.start(merge_latent, (programs,), {**shared, **sizes}, MERGE_WARPS)
+        channels = min(MERGED_CHANNELS, wide(shared["LATENT"]))
+        sizes = {"blocks": blocks, "rows": rows, "CHANNELS": channels, "PARTS": MERGED_PARTS}
+        grid = (programs, -(-shared["LATENT"] // channels))
+        self.start(merge_latent, grid, {**shared, **sizes}, MERGE_WARPS)
 
 
 def _latent_arguments(
@@ -419,6 +427,7 @@ class ExpandedAttention(KernelOp):
         from mla_backends.triton_ops.jit.expanded import attend_expanded
 
         arguments = _expanded_arguments(state, q, k, v, softmax_scale, out, lse)
+        arguments["EARLY"] = self.launcher.early
 
         def start(tile: Tile) -> None:
             blocks = -(-state.longest // tile.rows)

@@ -55,9 +55,14 @@ def missing() -> list[str]:
     """
     if reasons := absent():
         return reasons
-    if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y"):
+    if interprets():
         return []  # nothing is compiled
     return [lack for lack in (_compiler(), _headers(), _cache()) if lack]
+
+
+def interprets() -> bool:
+    """Return whether Triton interprets kernels on the host."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def _source() -> str:
@@ -142,9 +147,14 @@ SAID = re.compile(
 
 
 class Launcher:
-    """Starts kernels. `launches` counts them; `remarks` says which tiles did not fit."""
+    """Starts kernels. `launches` counts them; `remarks` says which tiles did not fit.
 
-    def __init__(self) -> None:
+    With `early`, a kernel may be started while the launch before it still runs, and waits for it itself
+    (programmatic dependent launch): its launch takes no time of its own. Triton and the card must have it.
+    """
+
+    def __init__(self, early: bool = False) -> None:
+        self.early = early and not interprets()
         self.launches = 0
         self.remarks: list[str] = []
         self._fitting: dict[Hashable, Tile] = {}  # kernel, tile and variant -> the tile that runs
@@ -155,7 +165,8 @@ class Launcher:
         """Start `kernel` (made by `triton.jit`) on `grid`; `arguments` by name, constants included."""
         written = arguments.get("out", arguments.get("cache"))
         with on_device(written.device):  # Triton starts kernels on the current device
-            kernel[grid](**arguments, num_warps=warps, num_stages=stages)
+            options = {"launch_pdl": True} if arguments.get("EARLY") else {}  # which not all have
+            kernel[grid](**arguments, num_warps=warps, num_stages=stages, **options)
         self.launches += 1
 
     def start_tiled(self, name: str, tile: Tile, variant: Hashable, start: Callable[[Tile], None]) -> None:

@@ -1,20 +1,21 @@
-"""`rms_norm`, `rotate_query` and `write_latent`: one launch each."""
+"""`rms_norm`, `rotate_query` and `write_latent`: one launch each, and one for the last two of a step."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mla_backends.api import OPS, AttentionSpec, NormSpec
+from mla_backends.kernels.vendor import DeviceReason
 from mla_backends.selftest import try_rms_norm, try_rotate_query, try_write_latent
-from mla_backends.triton_ops.launcher import KernelOp, wide
+from mla_backends.triton_ops.launcher import KernelOp, Launcher, wide
 
 if TYPE_CHECKING:
     import torch
 
 # The most elements that one program holds: a row of a norm must fit.
 MAX_WIDTH = 16384
-# Elements of one program of a rotation.
-BLOCK_ELEMENTS = 1024
+# Elements of one program of a rotation, and its warps.
+BLOCK_ELEMENTS, ROTATING_WARPS = 1024, 4
 
 
 class RmsNorm(KernelOp):
@@ -43,6 +44,7 @@ class RmsNorm(KernelOp):
             "out_row": out.stride(0),
             "WIDTH": width,
             "WIDE": wide(width),
+            "EARLY": self.launcher.early,
         }
         self.start(rms_norm, (x.shape[0],), arguments, _warps(width))
 
@@ -60,33 +62,38 @@ class RotateQuery(KernelOp):
     ) -> None:
         from mla_backends.triton_ops.jit.pointwise import rotate_query
 
-        tokens, heads, width = x.shape
+        tokens, _, width = x.shape
         if tokens == 0 or width == 0:
             return
-        pairs = wide(width // 2)
-        block = min(wide(heads), max(1, BLOCK_ELEMENTS // pairs))
+        rotated, blocks = _rotation(x, out)
         arguments = {
-            "x": x,
+            **rotated,
             "cos_sin": cos_sin,
-            "out": out,
-            "x_token": x.stride(0),
-            "x_head": x.stride(1),
             "cos_sin_row": cos_sin.stride(0),
-            "out_token": out.stride(0),
-            "out_head": out.stride(1),
-            "HEADS": heads,
-            "BLOCK": block,
             "PAIRS": width // 2,
-            "WIDE_PAIRS": pairs,
+            "WIDE_PAIRS": wide(width // 2),
             "INTERLEAVED": bool(interleaved),
+            "EARLY": self.launcher.early,
         }
-        self.start(rotate_query, (tokens, -(-heads // block)), arguments, 4)
+        self.start(rotate_query, (tokens, blocks), arguments, ROTATING_WARPS)
 
 
 class WriteLatent(KernelOp):
-    """Norm the latent, rotate the shared key, scatter both to the cache: a program per token."""
+    """Norm the latent, rotate the shared key, scatter both to the cache: a program per token.
+
+    The queries of `rotates` are rotated in the same launch, by programs of their own.
+    """
 
     contract = OPS["write_latent"]
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        device_reason: DeviceReason | None = None,
+        rotates: RotateQuery | None = None,
+    ) -> None:
+        super().__init__(launcher, device_reason)
+        self.rotates = rotates
 
     def shape_reasons(self, spec: AttentionSpec) -> list[str]:
         return _width_reasons(spec.kv_lora_rank)
@@ -99,13 +106,18 @@ class WriteLatent(KernelOp):
         kv_a: torch.Tensor, weight: torch.Tensor, eps: float,  # [T, c + r], [c]
         cos_sin: torch.Tensor, interleaved: bool,  # [T, r] fp32
         slots: torch.Tensor, cache: torch.Tensor,  # [T] int64, [pages, page, c + r]
+        x: torch.Tensor | None = None, out: torch.Tensor | None = None,  # [T, h, r]
     ) -> None:  # fmt: skip
         from mla_backends.triton_ops.jit.pointwise import write_latent
 
         if kv_a.shape[0] == 0:
             return
         width, pairs = weight.shape[0], (kv_a.shape[1] - weight.shape[0]) // 2
+        rotated, blocks, warps = NO_ROTATION | {"x": kv_a, "out": cache}, 0, _warps(width)
+        if x is not None and out is not None and pairs:
+            (rotated, blocks), warps = _rotation(x, out), max(warps, ROTATING_WARPS)
         arguments = {
+            **rotated,
             "kv_a": kv_a,
             "weight": weight,
             "cos_sin": cos_sin,
@@ -119,8 +131,29 @@ class WriteLatent(KernelOp):
             "PAIRS": pairs,
             "WIDE_PAIRS": wide(pairs),
             "INTERLEAVED": bool(interleaved),
+            "EARLY": self.launcher.early,
         }
-        self.start(write_latent, (kv_a.shape[0],), arguments, _warps(width))
+        self.start(write_latent, (kv_a.shape[0], 1 + blocks), arguments, warps)
+
+
+NO_ROTATION = {"x_token": 0, "x_head": 0, "out_token": 0, "out_head": 0, "HEADS": 0, "BLOCK": 1}
+
+
+def _rotation(x: torch.Tensor, out: torch.Tensor) -> tuple[dict[str, Any], int]:
+    """Return what a kernel that rotates x [T, h, r] is told of it and of out, and the programs of a token."""
+    heads, pairs = x.shape[1], wide(x.shape[2] // 2)
+    block = min(wide(heads), max(1, BLOCK_ELEMENTS // pairs))
+    arguments = {
+        "x": x,
+        "out": out,
+        "x_token": x.stride(0),
+        "x_head": x.stride(1),
+        "out_token": out.stride(0),
+        "out_head": out.stride(1),
+        "HEADS": heads,
+        "BLOCK": block,
+    }
+    return arguments, -(-heads // block)
 
 
 def _warps(width: int) -> int:

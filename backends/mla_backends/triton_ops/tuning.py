@@ -20,6 +20,7 @@ from mla_backends.outside import escaped, quoted, shortened
 FORMAT = 1  # of the file
 CURE = "`tune-choose` of benchmarks/gpu writes one; without one, the plugin's defaults are used."
 MAX_SIZE = 65536  # of anything that a tile counts
+PAGES_WARPS = 4  # at least, of a step with the fewest keys, of several pages
 MIN_SIDE = 16  # rows or keys of a tile: the least that `tl.dot` takes
 
 
@@ -70,6 +71,16 @@ class Tile:
             else:
                 return
             yield tile
+
+    def across_pages(self) -> Tile:
+        """Return the tile for steps whose keys lie in several pages, which take more registers.
+
+        It has half the keys, and one stage more where it has several; or more warps and halves, where a few
+        warps share the fewest keys.
+        """
+        if self.keys > MIN_SIDE:
+            return replace(self, keys=self.keys // 2, stages=self.stages + (self.stages > 1))
+        return replace(self, warps=PAGES_WARPS, halves=True) if self.warps < PAGES_WARPS else self
 
     def __str__(self) -> str:
         sizes = f"{self.rows} rows x {self.keys} keys, {self.warps} warps, {self.stages} stages"

@@ -48,9 +48,9 @@ if TYPE_CHECKING:
 LAYOUT_COLUMNS = ("layout", "weights", "cache", "tokens", "copies", "repeated")
 REPLAY_EPILOG = """\b
 Examples:
-  python -m mla.bench replay failed
-  python -m mla.bench replay failed --runs 100
-  python -m mla.bench replay failed --op reference
+  mla-bench replay failed
+  mla-bench replay failed --runs 100
+  mla-bench replay failed --op reference
 
 \b
 Exit codes: 0 every call was right, 2 usage, 3 backend missing or unusable, 4 a call was wrong.

@@ -35,25 +35,25 @@ if TYPE_CHECKING:
 
 EPILOG = """\b
 Examples:
-  python -m mla.bench --backend cpu
-  python -m mla.bench --backend cpu --config deepseek-r1 --runs 10 -o run.json
-  python -m mla.bench --backend cpu --scenario decode --implementations mla,transformers
-  python -m mla.bench --backend cpu --implementations 'mla,mla[latent_attention=reference]'
-  python -m mla.bench --backend cpu --scenario decode -a kv=1k..16k*4 -a batch=1,16 -o sweep.json
-  python -m mla.bench --backend cpu --preset full --budget 10m -o full.json
-  python -m mla.bench --backend cpu --op latent_attention --batch 64 --kv 4k
-  python -m mla.bench --backend cpu --batch-spec 4q8s2049_16q1s3072 --heads 8
-  python -m mla.bench --backend cpu --scenario decode --profile trace.json.gz
-  python -m mla.bench --backend cpu --config deepseek-r1 --parallel tp=8,dcp=4 --simulate
-  python -m mla.bench --backend torch -O device=xpu
-  python -m mla.bench --backend my_module:MyBackend --workload mine.toml --dry-run
-  python -m mla.bench compare before.json after.json --fail-slower 3%
-  python -m mla.bench report before.json after.json --html report.html
-  python -m mla.bench export run.json --format csv -o run.csv
-  python -m mla.bench ceilings --backend cpu
-  python -m mla.bench list
-  python -m mla.bench doctor cpu
-  python -m mla.bench new-backend acme ./acme
+  mla-bench --backend cpu
+  mla-bench --backend cpu --config deepseek-r1 --runs 10 -o run.json
+  mla-bench --backend cpu --scenario decode --implementations mla,transformers
+  mla-bench --backend cpu --implementations 'mla,mla[latent_attention=reference]'
+  mla-bench --backend cpu --scenario decode -a kv=1k..16k*4 -a batch=1,16 -o sweep.json
+  mla-bench --backend cpu --preset full --budget 10m -o full.json
+  mla-bench --backend cpu --op latent_attention --batch 64 --kv 4k
+  mla-bench --backend cpu --batch-spec 4q8s2049_16q1s3072 --heads 8
+  mla-bench --backend cpu --scenario decode --profile trace.json.gz
+  mla-bench --backend cpu --config deepseek-r1 --parallel tp=8,dcp=4 --simulate
+  mla-bench --backend torch -O device=xpu
+  mla-bench --backend my_module:MyBackend --workload mine.toml --dry-run
+  mla-bench compare before.json after.json --fail-slower 3%
+  mla-bench report before.json after.json --html report.html
+  mla-bench export run.json --format csv -o run.csv
+  mla-bench ceilings --backend cpu
+  mla-bench list
+  mla-bench doctor cpu
+  mla-bench new-backend acme ./acme
 
 \b
 MLA_SUPERVISE=0 in the environment keeps the work in one process, as some debuggers and profilers need.
@@ -98,9 +98,9 @@ def run(**values: Any) -> int:
     from mla.bench.plan.resolve import resolve
 
     request = resolve(options, _ranks, old)
-    measure = partial(_run, options, budget=budget, old=old, baseline=baseline)
+    measure = partial(_run, budget=budget, old=old, baseline=baseline)
     if options.parallel and not options.simulate:
-        return _run_on_ranks(options, request, measure)
+        return _run_on_ranks(request, measure)
     return _list_ops(request) if options.list_ops else measure(request)
 
 
@@ -117,7 +117,7 @@ def _ranks(options: RunOptions, opened: OpenedBackend, layout: Layout) -> Any:
     return join(options, opened, layout)
 
 
-def _run_on_ranks(options: RunOptions, request: Request, measure: Callable[[Request], int]) -> int:
+def _run_on_ranks(request: Request, measure: Callable[[Request], int]) -> int:
     """Run on rank 0, which has the others do their part; the others end as it does."""
     from mla.bench.ranks.crew import Crew, facts
     from mla.bench.ranks.layers import Follower
@@ -125,11 +125,11 @@ def _run_on_ranks(options: RunOptions, request: Request, measure: Callable[[Requ
     crew = request.setting.ranks
     assert isinstance(crew, Crew)
     with crew, crew.told():
-        request = crew.agreed(request, facts(request, options))
+        request = crew.agreed(request, facts(request))
         if crew.rank:
             with last_words.while_running(request.setting.backend.name):
                 return Follower(request, crew).follow()
-        return crew.end(_list_ops(request) if options.list_ops else measure(request))
+        return crew.end(_list_ops(request) if request.options.list_ops else measure(request))
 
 
 def _list_ops(request: Request) -> Exit:
@@ -146,13 +146,7 @@ def _list_ops(request: Request) -> Exit:
     return Exit.OK
 
 
-def _run(
-    options: RunOptions,
-    request: Request,
-    budget: Budget,
-    old: results.Run | None,
-    baseline: results.Run | None,
-) -> int:
+def _run(request: Request, budget: Budget, old: results.Run | None, baseline: results.Run | None) -> int:
     """Say what will run, run it, write it and print it."""
     from mla.bench.plan import preview
     from mla.bench.plan.request import empty_run
@@ -160,6 +154,7 @@ def _run(
     from mla.bench.run.scheduler import verdict
     from mla.bench.run.steering import steering
 
+    options = request.options
     verbose(options.detail == "verbose")
     if options.detail != "quiet" or options.dry_run:
         preview.describe(request, options.detail == "verbose" or options.dry_run)
@@ -169,7 +164,7 @@ def _run(
             preview.dry_run(request)
         return Exit.OK
     empty = empty_run(request)
-    course = steering(options, request, empty, budget, old, lambda run: _show(options, run))
+    course = steering(request, empty, budget, old, lambda run: _show(options, run))
     load = OtherLoad()
     with last_words.while_running(request.setting.backend.name):
         outcome = scheduler.measure(request, empty, course)
@@ -181,14 +176,14 @@ def _run(
     ]
     if new and (options.simulate or not options.parallel):  # otherwise the others are ranks of this run
         _note_load(load, outcome.run)
-    _report(options, request, outcome)
+    _report(request, outcome)
     compared = _compare(options, baseline, outcome.run)
     code = verdict(outcome)
     if not outcome.interrupted:
         code = graver(code, _reliable(options, outcome.run))
     if not outcome.interrupted and compared is not None:
         code = graver(code, _gate(options, compared))
-    return code if outcome.interrupted else _profile(options, request, outcome, budget, code)
+    return code if outcome.interrupted else _profile(request, outcome, budget, code)
 
 
 def _note_load(load: OtherLoad, run: results.Run) -> None:
@@ -202,25 +197,26 @@ def _note_load(load: OtherLoad, run: results.Run) -> None:
         facts.setdefault(OTHERS, busy)
 
 
-def _profile(options: RunOptions, request: Request, outcome: Outcome, budget: Budget, code: Exit) -> Exit:
+def _profile(request: Request, outcome: Outcome, budget: Budget, code: Exit) -> Exit:
     """Record a trace, if one was asked for; everything else is done by then."""
-    if options.profile is None:
+    if request.options.profile is None:
         return code
     from mla.bench.run.profile import profile
 
-    return profile(request, outcome.run, options.profile, budget, options.hang_after, code)
+    return profile(request, outcome.run, request.options.profile, budget, code)
 
 
-def _report(options: RunOptions, request: Request, outcome: Outcome) -> None:
+def _report(request: Request, outcome: Outcome) -> None:
     """Write the result file, print the table, and name what a budget cut."""
     from mla.bench.run.steering import skipped
 
+    options = request.options
     try:
         if options.target:
             results.write(outcome.run, options.target)
     finally:  # the numbers must survive a disk that has filled up
         _show(options, outcome.run)
-    if missing := skipped(options, request, outcome.run):
+    if missing := skipped(request, outcome.run):
         note(missing)
 
 

@@ -291,8 +291,8 @@ def report(runs: tuple[Path, ...], target: Path | None, folder: Path | None) -> 
     pip install 'mla-bench[report]').
 
     \b
-      python -m mla.bench report run.json --html report.html
-      python -m mla.bench report before.json after.json --pictures pictures
+      mla-bench report run.json --html report.html
+      mla-bench report before.json after.json --pictures pictures
 
     Exit code 0; 2 for a file that is not a result, a page that cannot be written, or missing libraries.
     """

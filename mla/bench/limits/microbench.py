@@ -9,7 +9,6 @@ several times faster than one that does not.
 from __future__ import annotations
 
 import gc
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,12 +97,8 @@ def no_garbage_collection() -> Iterator[None]:
 
 # Rows of random numbers, repeated to fill the factors of a product; constant data would draw less power.
 RANDOM_ROWS = 256
-# Rows that our own product gets in addition to those of one call: every call begins at another of them.
-SPARE_ROWS = 64
-# Most bytes of outputs, one for each call of a region; two of them always.
-OUTPUT_BYTES = 64 << 20
-# After a region: outputs, and rows and columns of each, that are compared with torch's product.
-CHECKED = (8, 4, 32)
+# Rows and columns of a result that are compared with the product in float64.
+CHECKED = (8, 32)
 
 
 @dataclass(frozen=True)
@@ -114,7 +109,6 @@ class Way:
     call: Callable[[int], torch.Tensor]
     prepare: Callable[[int], None] = lambda calls: None  # before a region of so many calls, untimed
     right: Callable[[int], bool] = lambda calls: True  # whether that region's results are, untimed
-    max_calls: int = MAX_CALLS
     ours: bool = False
 
 
@@ -158,56 +152,32 @@ def product_ways(x: torch.Tensor, weight: torch.Tensor) -> list[Way]:
     return ways
 
 
-class OwnProduct:
-    """Products by an op of the backend that can only be right if every call was made.
+def own_product(choice: Choice, weight: torch.Tensor, tokens: int) -> Way:
+    """Return a product by an op of the backend; after every region a part of its last result is checked."""
+    packed = choice.op.pack(weight)
+    x = random_rows(tokens, weight.shape[1], weight.dtype, weight.device)
+    out = weight.new_empty(tokens, weight.shape[0])
+    rows, columns = (_spread(*pair, weight.device) for pair in zip(out.shape, CHECKED, strict=True))
+    truth = x[rows].cpu().double() @ weight[columns].cpu().double().t()
+    bound = ROW_SLACK * BOUNDS[weight.dtype] * truth.norm(dim=-1)
 
-    Each call of a region has an output of its own, and gets rows from another place of a pool that is
-    rescaled before every region: neither a remembered result nor a skipped call passes.
-    """
-
-    def __init__(self, choice: Choice, weight: torch.Tensor, tokens: int) -> None:
-        self._choice, self._weight, self._tokens = choice, weight, tokens
-        self._packed = choice.op.pack(weight)
-        self._base = random_rows(tokens + SPARE_ROWS, weight.shape[1], weight.dtype, weight.device)
-        self._pool = torch.empty_like(self._base)
-        size_of_one = tokens * weight.shape[0] * weight.itemsize
-        count = max(2, min(MAX_CALLS, OUTPUT_BYTES // size_of_one))
-        self._out = weight.new_empty(count, tokens, weight.shape[0])
-        self._starts: list[int] = []
-        self._random = random.Random()  # unlike a seeded one, known to nobody beforehand
-
-    def way(self) -> Way:
-        """Return the way, checked after every region."""
-        count = len(self._out)
-        return Way(self._choice.name, self._call, self._prepare, self._right, count, ours=True)
-
-    def _prepare(self, calls: int) -> None:
-        self._starts = [self._random.randrange(SPARE_ROWS + 1) for _ in range(calls)]
-        scales = torch.tensor([[self._random.uniform(0.5, 1.5)] for _ in range(len(self._base))])
-        torch.mul(self._base, scales.to(self._base), out=self._pool)
-        wait(self._pool)
-
-    def _call(self, call: int) -> torch.Tensor:
-        start, out = self._starts[call], self._out[call]
-        self._choice.op(self._packed, x=self._pool[start : start + self._tokens], bias=None, out=out)
+    def call(number: int) -> torch.Tensor:
+        choice.op(packed, x=x, bias=None, out=out)
         return out
 
-    def _right(self, calls: int) -> bool:
-        """Return whether a sample of the region's results is what the float64 product of the operands is."""
-        outputs, most_rows, most_columns = CHECKED
-        columns = self._sample(self._weight.shape[0], most_columns)
-        weight = self._weight[columns].cpu().double()
-        bound = ROW_SLACK * BOUNDS[self._weight.dtype]
-        for call in self._sample(calls, outputs).tolist():
-            rows = self._sample(self._tokens, most_rows)
-            truth = self._pool[self._starts[call] + rows].cpu().double() @ weight.t()
-            error = self._out[call][rows][:, columns].cpu().double() - truth
-            if not bool((error.norm(dim=-1) <= bound * truth.norm(dim=-1)).all()):
-                return False
-        return True
+    def prepare(calls: int) -> None:
+        wait(out.fill_(torch.nan))
 
-    def _sample(self, count: int, most: int) -> torch.Tensor:
-        return torch.tensor(self._random.sample(range(count), min(count, most)), device=self._weight.device)
+    def right(calls: int) -> bool:
+        error = out[rows][:, columns].cpu().double() - truth
+        return bool((error.norm(dim=-1) <= bound).all())  # NaN is not
+
+    return Way(choice.name, call, prepare, right, ours=True)
+
+
+def _spread(count: int, most: int, device: torch.device) -> torch.Tensor:
+    """Return up to `most` of `count` indices, evenly spread, with the first and the last."""
+    return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).round().long().to(device)
 
 
 # --------------------------------------------------------------------------------------------- the ceilings
@@ -310,7 +280,7 @@ class Microbenchmark:
                 name = choice.name
                 if name == "reference":  # which is torch.mm
                     return []
-                return [OwnProduct(choice, weight, tokens).way()]
+                return [own_product(choice, weight, tokens)]
         except Exception as error:  # noqa: BLE001  # a plugin may raise anything
             _leave_out(name, f"failed when {work}, and is left out of the limits: {describe(error)}")
         return []
@@ -354,7 +324,7 @@ class Microbenchmark:
     def _seconds(self, way: Way, enough: float) -> float:
         """Return the seconds per call of one way. Raises `Wrong`."""
         with no_garbage_collection():
-            return per_call(lambda calls: self._region(way, calls), way.max_calls, enough)
+            return per_call(lambda calls: self._region(way, calls), enough=enough)
 
     def _region(self, way: Way, calls: int) -> float:
         """Return the seconds of so many calls, until the last one's result is there. Raises `Wrong`."""

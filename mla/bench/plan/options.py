@@ -108,6 +108,11 @@ class RunOptions(BackendOptions):
         return not any((*chosen, self.batch_specs, self.axes, self.stages, self.layers not in (None, 1)))
 
     @property
+    def counted(self) -> bool:
+        """Whether the user said how many passes or forwards to time: none is dropped to save time."""
+        return (self.runs, self.passes) != (None, None)
+
+    @property
     def target(self) -> Path | None:
         """The file to write: a resumed run goes back where it came from."""
         return self.output or self.resume

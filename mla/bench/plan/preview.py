@@ -20,6 +20,7 @@ from mla.bench.workload.scenario import spoken
 from mla.command import environment
 from mla.command.console import note
 from mla.command.display import aligned
+from mla.text import dtype_name
 from mla_backends.errors import describe as describe_error
 from mla_backends.errors import plugin_code
 
@@ -40,8 +41,8 @@ def describe(request: Request, verbose: bool) -> None:
     _plan(request, verbose)
     for line in _same_ops(request):
         note(line)
-    if request.profile:
-        note(f"profile    {request.profile}: one more pass of every case, once all are timed")
+    if request.options.profile:
+        note(f"profile    {request.options.profile}: one more pass of every case, once all are timed")
 
 
 def _describe_setting(request: Request) -> None:
@@ -50,7 +51,7 @@ def _describe_setting(request: Request) -> None:
     name = setting.backend.device_info().name
     note(f"backend    {setting.backend.name} on {name}, torch {facts['torch']}, {_threads(facts)}")
     note(
-        f"config     {setting.config.name}, {setting.dtype}, attention {setting.attention}, "
+        f"config     {setting.config.name}, {dtype_name(setting.dtype)}, attention {setting.attention}, "
         f"page size {setting.page_size}, seed {setting.seed}"
     )
     for line in _ops(request):
@@ -207,7 +208,9 @@ def dry_run(request: Request) -> None:
     seconds: dict[str, float] = {}
     for case, count in zip(cases, counts, strict=True):
         seconds[case.scenario.name] = seconds.get(case.scenario.name, 0.0) + count * case.seconds
-    total = sum(duration if request.counted else min(duration, MAX_S) for duration in seconds.values())
+    total = sum(
+        duration if request.options.counted else min(duration, MAX_S) for duration in seconds.values()
+    )
     rows = [
         case.row(*numbers) for case, *numbers in zip(cases, range(1, len(cases) + 1), counts, strict=True)
     ]

@@ -6,7 +6,6 @@ import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -24,6 +23,7 @@ from mla.text import dtype_name
 from mla.verify.layer_oracle import State
 
 if TYPE_CHECKING:
+    from mla.bench.plan.options import RunOptions
     from mla_backends.api import Backend
 
 
@@ -77,16 +77,13 @@ class Request:
     setting: Setting
     scenarios: Sequence[ScenarioPlan]
     implementations: Sequence[str]
-    added: Sequence[str] = field(default=(), kw_only=True)  # of them, baselines that nobody asked for
+    added: Sequence[str]  # of them, baselines that nobody asked for
     command: Sequence[str]  # options that every `repro` line repeats
-    selection: Sequence[str] = ()  # options that choose the scenarios
-    backend_version: str | None = None
-    state: State | None = field(default=None, repr=False)  # weights of a checkpoint; None: random ones
-    stages: bool = False  # time the parts of a forward, after everything else
-    variants: Variants = Variants()  # noqa: RUF009  # frozen
-    warmups: int | None = None  # the user's own count, which is run however long it takes
-    counted: bool = False  # the user said how many passes or forwards to time: none is dropped to save time
-    profile: Path | None = None  # the trace to write after everything else
+    selection: Sequence[str]  # options that choose the scenarios
+    options: RunOptions  # as the user gave them
+    backend_version: str | None
+    state: State | None = field(repr=False)  # weights of a checkpoint; None: random ones
+    variants: Variants
 
     @property
     def points(self) -> list[Point]:
@@ -96,7 +93,7 @@ class Request:
     def forwards(self, point: Point) -> int:
         """Return roughly the forwards of a scenario, checks and warm-ups included; slow ones run fewer."""
         count = len(self.implementations) * forwards(self.variants.timed, point)
-        ours = sum(map(is_ours, self.implementations)) if self.stages else 0
+        ours = sum(map(is_ours, self.implementations)) if self.options.stages else 0
         return count + ours * stage_forwards(point)
 
 

@@ -52,6 +52,7 @@ def resolve(options: RunOptions, join: Join | None = None, resumed: results.Run 
     """
     if mixed := environment.mixed_installation():
         note(mixed)
+    given = options
     options, points = _points(options)
     options = with_link(options)
     words = ("eager", "warm", "host") if options.parallel else (options.mode, options.cache, options.clock)
@@ -62,10 +63,11 @@ def resolve(options: RunOptions, join: Join | None = None, resumed: results.Run 
     opened = open_backend(options)
     setting, state = _layer(options, points, opened, join)
     with setting.ranks.told() if setting.ranks else contextlib.nullcontext():
-        return _planned(options, points, wanted, opened, setting, state, resumed)
+        return _planned(given, options, points, wanted, opened, setting, state, resumed)
 
 
 def _planned(
+    given: RunOptions,
     options: RunOptions,
     points: Sequence[Point],
     wanted: variants.Wanted,
@@ -94,12 +96,9 @@ def _planned(
         added=[name for name in baselines if name in names],
         command=commands.common_options(options, opened.name, opened.device),
         selection=commands.selection(options),
+        options=given,
         backend_version=opened.version,
         state=state,
-        stages=options.stages,
-        warmups=options.warmups,
-        counted=(options.runs, options.passes) != (None, None),
-        profile=options.profile,
         variants=variants.available(wanted, opened.backend),
     )
 

@@ -26,7 +26,7 @@ import mla
 from mla.bench import results
 from mla.bench.measure.engine import refusal, too_large
 from mla.bench.ranks.layers import LeadLayer, RankLayer
-from mla.bench.ranks.pulse import BEAT, Place, Pulse, RanksError, listed, numbered
+from mla.bench.ranks.pulse import BEAT, SAME_OPTIONS, Place, Pulse, RanksError, differing, numbered
 from mla.bench.results.stats import median
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.setting import Ranks, Setting
@@ -394,19 +394,24 @@ REFERENCE = "reference"
 _MAY_DIFFER = ("device", "output", "resume", "baseline", "profile", "dump_failure")
 _SHOWN = ("options", "versions", "host threads", "config")  # the values of others are digests
 _CURES = {
-    "options": "start all ranks with the same options, and give every run a MASTER_PORT of its own",
+    "options": SAME_OPTIONS,
     "host threads": "set OMP_NUM_THREADS, `srun --cpus-per-task` or --threads to one number for all ranks",
 }
 _SAME_FILES = "all nodes must have the same files, and the same packages"
 
 
-def facts(request: Request, options: RunOptions) -> dict[str, dict[str, str]]:
+def flags(options: RunOptions) -> dict[str, str]:
+    """Return the options that all ranks must be given, by flag."""
+    given = {name: str(value) for name, value in vars(options).items() if name not in _MAY_DIFFER}
+    return {f"--{name.replace('_', '-')}": value for name, value in given.items()}
+
+
+def facts(request: Request) -> dict[str, dict[str, str]]:
     """Return what must be the same on all ranks: files of one name may hold something else on another node.
 
     Raises `CheckpointError` and `ResultError`.
     """
-    setting, backend = request.setting, request.setting.backend
-    given = {name: str(value) for name, value in vars(options).items() if name not in _MAY_DIFFER}
+    setting, backend, options = request.setting, request.setting.backend, request.options
     versions = {"mla": mla.__version__, "torch": str(torch.__version__), "Python": platform.python_version()}
     on_host = setting.device.type == "cpu"  # else no result counts them
     named = (option.partition("=") for option in options.backend_options)
@@ -415,7 +420,7 @@ def facts(request: Request, options: RunOptions) -> dict[str, dict[str, str]]:
     if options.model_path is not None:
         weights = fingerprint(read_layer(options.model_path, setting.config, options.layer))
     return {
-        "options": {f"--{name.replace('_', '-')}": value for name, value in given.items()},
+        "options": flags(options),
         "versions": {**versions, backend.name: str(request.backend_version)},
         "host threads": {"torch": str(torch.get_num_threads())} if on_host else {},
         "program": {f"mla, mla_backends or '{backend.name}'": build_digest(backend) or ""},
@@ -433,18 +438,13 @@ def _digest(content: bytes) -> str:
 def agree(by_rank: Sequence[Facts]) -> None:
     """Raise `RanksError`, on all ranks, where some have something else than rank 0."""
     for kind, expected in by_rank[0].items():
-        differing = {rank: given[kind] for rank, given in enumerate(by_rank) if given[kind] != expected}
-        if not differing:
+        others = {rank: given[kind] for rank, given in enumerate(by_rank) if given[kind] != expected}
+        if not others:
             continue
-        first = next(iter(differing.values()))
-        parts = [
-            f"{name} ({first.get(name)}, not {expected.get(name)})" if kind in _SHOWN else name
-            for name in {**expected, **first}
-            if first.get(name) != expected.get(name)
-        ]
+        what = differing(expected, next(iter(others.values())), kind in _SHOWN)
         raise RanksError(
-            f"{numbered(list(differing))} differ{'s' * (len(differing) == 1)} from rank 0 in {kind}: "
-            f"{listed(parts)}; {_CURES.get(kind, _SAME_FILES)}",
+            f"{numbered(list(others))} differ{'s' * (len(others) == 1)} from rank 0 in {kind}: "
+            f"{what}; {_CURES.get(kind, _SAME_FILES)}",
             common=True,
         )
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from mla.bench.ranks.crew import Crew, blamed_on
+from mla.bench.ranks.crew import Crew, blamed_on, flags
 from mla.bench.ranks.pulse import LOOK, SILENT, Pulse, RanksError, Run, Word
 from mla.command import console, last_words, launcher
 from mla.errors import MLAError, UsageError
@@ -46,7 +46,7 @@ def join(options: RunOptions, opened: OpenedBackend, layout: Layout) -> Crew:
             "run on several ranks",
             common=True,
         )
-    pulse, store = connect(MEETING)
+    pulse, store = connect(MEETING, options=flags(options))
     pulse.meet(MEETING)
     kind = "cpu" if device is None else device.type
     with blamed_on(pulse):
@@ -60,10 +60,13 @@ def join(options: RunOptions, opened: OpenedBackend, layout: Layout) -> Crew:
     return Crew(layout, library, options.hang_after, pulse, store)
 
 
-def connect(seconds: float, word: Word | None = None) -> tuple[Pulse, Any]:
+def connect(
+    seconds: float, word: Word | None = None, options: dict[str, str] | None = None
+) -> tuple[Pulse, Any]:
     """Return the pulse and the store of this rank, which waits so long for rank 0. Raises `RanksError`.
 
-    `word`: of a rank that comes only to say why it ends. The store is held by rank 0 or, under torchrun, by
+    `word`: of a rank that comes only to say why it ends. `options`: what tells this run from another one at
+    the same port, unless a launcher names it. The store is held by rank 0 or, under torchrun, by
     the launcher. It waits for nobody else, so the pulse can name a rank that never comes.
     """
     rank, world, (host, port) = launcher.rank() or 0, launcher.count() or 1, address()
@@ -76,6 +79,8 @@ def connect(seconds: float, word: Word | None = None) -> tuple[Pulse, Any]:
     watch.daemon = True
     watch.start()
     limit, until = timedelta(seconds=seconds), time.monotonic() + seconds
+    name = launch_name()
+    run = Run(world, name, {} if name or options is None else options)
     try:
         if not holds:
             _reach(host, port, seconds)  # torch would write a page of warnings, and not hear Ctrl-C
@@ -87,7 +92,7 @@ def connect(seconds: float, word: Word | None = None) -> tuple[Pulse, Any]:
             for master in (holds, False)
         )
         left = max(LOOK, until - time.monotonic())
-        _JOINED.append((Pulse(rank, Run(world, launch_name()), beats, die, word, left), store))
+        _JOINED.append((Pulse(rank, run, beats, die, word, left), store))
     except Exception as error:
         global _unreached
         _unreached = True

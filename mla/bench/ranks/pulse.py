@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ from mla_backends.errors import describe
 # Seconds between beats, and between looks while ranks still join; after SILENT without a beat a rank is lost.
 # GRACE: for this rank to notice by itself, and to write what it has. WORD: to be heard by the others.
 BEAT, LOOK, SILENT, GRACE, WORD = 0.5, 0.05, 20.0, 8.0, 5.0
+STRANGER = 10.0  # seconds for a rank to come after one of its number was refused for its options
 MAX_NAMED = 8  # ranks that a sentence names
 BYE = b"bye"  # the last beat of a rank that ends well
 KILLED = "killed, perhaps for lack of memory, or crashed"
 FREE_PORT = "set MASTER_PORT to a free port on all ranks"
+SAME_OPTIONS = "start all ranks with the same options, and give every run a MASTER_PORT of its own"
 
 
 class RanksError(MLAError):
@@ -52,10 +54,20 @@ def numbered(ranks: Sequence[int]) -> str:
 
 
 class Run(msgspec.Struct, frozen=True):
-    """What all ranks of a run have alike: their number, and what the launcher calls the run, if it does."""
+    """What all ranks of a run have alike: their number, and what the launcher calls the run, if it does.
+
+    `options` are those of ranks that no launcher names, by flag; empty where a rank does not know them.
+    """
 
     world: int
     launch: str = ""
+    options: dict[str, str] = {}
+
+
+def differing(expected: Mapping[str, str], given: Mapping[str, str], shown: bool = True) -> str:
+    """Return what is not as expected, as in "--seed (1, not 0)"; values only where they are shown."""
+    names = [name for name in {**expected, **given} if given.get(name) != expected.get(name)]
+    return listed([f"{n} ({given.get(n)}, not {expected.get(n)})" if shown else n for n in names])
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -131,6 +143,7 @@ class Pulse:
         self._beats: dict[int, Beat | None] = {}  # the last of each rank; None: it has ended well
         self._quiet: dict[int, float] = {}  # seconds since, as far as this process was running
         self._near: set[int] = set()  # ranks whose processes can be seen here
+        self._strangers: dict[int, float] = {}  # by number, when one with other options was first seen
         self._changed, self._closed = threading.Condition(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
         self._enter(run, seconds)
@@ -146,8 +159,15 @@ class Pulse:
             if time.monotonic() > limit:
                 raise RanksError(f"rank 0 did not join within {seconds:.0f} s: check the output there")
             time.sleep(LOOK)
-        if self.rank and (other := msgspec.json.decode(self._store.get("run"), type=Run)) != run:
-            raise RanksError(f"another run, of {other.world} ranks, uses this port: {FREE_PORT}")
+        first = msgspec.json.decode(self._store.get("run"), type=Run) if self.rank else run
+        if (first.world, first.launch) != (run.world, run.launch):
+            raise RanksError(f"another run, of {first.world} ranks, uses this port: {FREE_PORT}")
+        if first.options and run.options and first.options != run.options:
+            reason = (
+                f"rank {self.rank} differs from rank 0 in options: {differing(first.options, run.options)}"
+            )
+            self._store.set(f"stranger/{self.rank}", f"{reason}; {SAME_OPTIONS}")
+            raise RanksError(f"{reason}; {SAME_OPTIONS}")
         if self._store.add(f"joined/{self.rank}", 1) > 1:
             raise RanksError(f"another run has a rank {self.rank} at this port: {FREE_PORT}")
         if self.rank == 0:
@@ -266,6 +286,8 @@ class Pulse:
                 self.members[rank] = member = msgspec.json.decode(data, type=Member)
                 if member.host == self.members[self.rank].host and member.runs():
                     self._near.add(rank)
+            elif rank not in self.members and self._store.check([f"stranger/{rank}"]):
+                self._strangers.setdefault(rank, time.monotonic())
         self._hear(pace)
         if self._lost is None:
             if self._store.check(["verdict"]):
@@ -295,6 +317,9 @@ class Pulse:
             if words:  # of this run's ranks
                 same = [rank for rank, word in zip(spoken, words, strict=True) if word == words[0]]
                 return Word(f"{self._names(same)} ended: {words[0].reason}", words[0].code)
+        for rank, since in self._strangers.items():
+            if rank not in self.members and time.monotonic() - since > STRANGER:
+                return Word(self._store.get(f"stranger/{rank}").decode(), 3)
         gone = self._gone()
         silent = [rank for rank, seconds in self._quiet.items() if seconds > self.limit and rank not in gone]
         reasons = [f"{self._names(gone)}: {KILLED}"] if gone else []

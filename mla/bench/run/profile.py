@@ -52,10 +52,10 @@ VIEWERS = "open it at https://ui.perfetto.dev or chrome://tracing"
 class Profiling:
     """The passes to record, and the trace they make."""
 
-    def __init__(self, request: Request, run: results.Run, hang_after: float, code: Exit) -> None:
+    def __init__(self, request: Request, run: results.Run, code: Exit) -> None:
         self._request, self._code = request, code
         self._numbers = {(case.scenario, case.implementation) for case in run.cases if case.latency_ms}
-        self._watchdog = Watchdog(hang_after, self._hung)
+        self._watchdog = Watchdog(request.options.hang_after, self._hung)
         self._case = "the start"
         self.trace = Trace()
 
@@ -104,11 +104,9 @@ class Profiling:
         os._exit(self._code)
 
 
-def profile(
-    request: Request, run: results.Run, target: Path, budget: Budget, hang_after: float, code: Exit
-) -> Exit:
+def profile(request: Request, run: results.Run, target: Path, budget: Budget, code: Exit) -> Exit:
     """Write the trace of one more pass of every case with a number; return the exit code of the run."""
-    profiling = Profiling(request, run, hang_after, code)
+    profiling = Profiling(request, run, code)
     code = profiling.record(budget)
     recorded = profiling.trace
     if not recorded.passes:

@@ -157,7 +157,7 @@ class ScenarioRun:
         self._threads.restore()
         built = [self._build(name) for name in names]
         backend, seed, variants = self._setting.backend, self._setting.seed, self._request.variants
-        warmups, first = self._request.warmups or 0, self._request.implementations[0]
+        warmups, first = self._request.options.warmups or 0, self._request.implementations[0]
         hooks = replace(self._hooks, shorten=self._shorten, say=note, detail=detail)
         hooks = replace(hooks, warmups=warmups, first=first)
         measured = engine.measure(
@@ -176,7 +176,7 @@ class ScenarioRun:
         self.ceilings.again(min(LIMITS_AGAIN_S, self._hooks.target.spare()))
         ran = [impl.name for impl in built if not measured[impl.name].refused]
         cases = [self._case(impl, measured[impl.name], ran) for impl in built]
-        if self._request.stages:
+        if self._request.options.stages:
             for impl, case in zip(built, cases, strict=True):
                 self._add_stages(impl, case, checker)
         return cases

@@ -45,7 +45,7 @@ def measure(request: Request, empty: results.Run | None = None, steering: Steeri
     `empty` is the result without cases.
     """
     empty, steering = empty or empty_run(request), steering or Steering()
-    bounded = not request.counted and steering.budget.seconds is None
+    bounded = not request.options.counted and steering.budget.seconds is None
     ends = [seconds * len(request.scenarios) for seconds in (TARGET_S, MAX_S)] if bounded else []
     with Progress(sum(map(request.forwards, request.points)), ends) as progress:
         if len(request.scenarios) > 1:
@@ -231,7 +231,7 @@ class _Scheduler:
     def _hooks(self) -> Hooks:
         """Return the engine's hooks: what the user gave ends the passes, and else the time of a scenario."""
         budget = self._steering.budget
-        given = self._request.counted or budget.seconds is not None
+        given = self._request.options.counted or budget.seconds is not None
         target = Target() if given else Target(self._share(TARGET_S, 2 * TARGET_S), self._share(MAX_S, MAX_S))
         return Hooks(
             budget.short, self._watchdog.enter, self._watchdog.beat, alone=self._ran_alone, target=target

@@ -13,7 +13,7 @@ from mla.bench import results
 from mla.bench.plan import options as commands
 from mla.bench.plan.options import RunOptions
 from mla.bench.plan.request import Request, ScenarioPlan
-from mla.bench.results.cases import ADDED, due, planned_steps
+from mla.bench.results.cases import ADDED, due
 from mla.bench.results.file import printable
 from mla.bench.results.schema import Case, Run
 from mla.bench.run.keeper import Keeper
@@ -24,7 +24,6 @@ from mla.command.console import Note, note
 from mla.command.exit_codes import Exit
 from mla.errors import ResultError
 from mla.failures import file
-from mla.text import dtype_name
 
 Show = Callable[[results.Run], None]
 # Seconds without a forward after which a device is assumed to hang.
@@ -55,18 +54,13 @@ class Steering:
 
 
 def steering(
-    options: RunOptions,
-    request: Request,
-    empty: results.Run,
-    budget: Budget,
-    old: results.Run | None,
-    show: Show,
+    request: Request, empty: results.Run, budget: Budget, old: results.Run | None, show: Show
 ) -> Steering:
     """Return what steers a run; `empty` is its result without cases, `old` the one to resume.
 
     Raises `ResultError`.
     """
-    kept = _kept(options, request, empty, old)
+    options, kept = request.options, _kept(request, empty, old)
 
     def hung(run: results.Run, sentence: str, code: Exit = Exit.BACKEND) -> None:
         with contextlib.suppress(Exception):  # nothing may keep the process from ending
@@ -83,12 +77,13 @@ def steering(
         save=lambda run: _save(options, run),
         hang_after=options.hang_after,
         hung=hung,
-        keeper=_keeper(options, request),
+        keeper=_keeper(request),
     )
 
 
-def _keeper(options: RunOptions, request: Request) -> Keeper | None:
+def _keeper(request: Request) -> Keeper | None:
     """Return what keeps the first failure, if that was asked for. Raises `ResultError`."""
+    options = request.options
     if options.dump_failure is None:
         return None
     file.prepare(options.dump_failure)
@@ -105,7 +100,7 @@ def _save(options: RunOptions, run: results.Run, *, last: bool = False) -> None:
         note(f"{error} The run continues and will try again.")
 
 
-def skipped(options: RunOptions, request: Request, run: results.Run) -> str | None:
+def skipped(request: Request, run: results.Run) -> str | None:
     """Return how many cases the budget cut, and how to resume; None if it cut none."""
     rounds = {point.name: point.rounds for point in request.points}
     reasons = [case.check.reason for case in run.cases if case.check.reason.startswith(OVER_BUDGET)]
@@ -114,9 +109,11 @@ def skipped(options: RunOptions, request: Request, run: results.Run) -> str | No
     )
     if not reasons and not short:
         return None
-    words = [*request.command, *request.selection, "--implementations", ",".join(request.implementations)]
-    command = commands.command([*words, "--resume", str(options.target)])
-    on = f"resume with: {command}" if options.target else "with -o, a later run could --resume it"
+    words = [*request.command, *request.selection]
+    words += ["--implementations", ",".join(request.implementations), "--resume", str(request.options.target)]
+    on = "with -o, a later run could --resume it"
+    if request.options.target:
+        on = f"resume with: {commands.command(words)}"
     did = [f"skipped {len(reasons)}"] * bool(reasons) + [f"cut short {short}"] * bool(short)
     cut = f"--budget {' and '.join(did)} of {len(run.cases)} cases"
     if not reasons or any(case.latency_ms for case in run.cases):
@@ -129,17 +126,16 @@ def skipped(options: RunOptions, request: Request, run: results.Run) -> str | No
 # ------------------------------------------------------------------------------------------------- resuming
 
 
-def _kept(
-    options: RunOptions, request: Request, run: results.Run, old: results.Run | None
-) -> list[results.Case]:
+def _kept(request: Request, run: results.Run, old: results.Run | None) -> list[results.Case]:
     """Return the cases of an earlier run that need not be measured again."""
-    if old is None or options.resume is None:
+    path = request.options.resume
+    if old is None or path is None:
         return []
-    kept = kept_cases(options.resume, old, run, request.scenarios)
+    kept = kept_cases(path, old, run, request.scenarios)
     if not kept:
-        note(f"resuming   no case of '{options.resume}' is complete, so all are measured")
+        note(f"resuming   no case of '{path}' is complete, so all are measured")
         return []
-    note(f"resuming   {len(kept)} cases of '{options.resume}' are kept")
+    note(f"resuming   {len(kept)} cases of '{path}' are kept")
     if remark := _warning(old, run):
         note(f"warning: {remark}")
     _mark(old, run, remark)
@@ -239,20 +235,9 @@ def _facts(run: Run) -> dict[str, str]:
 
 
 def _case_changes(case: Case, plan: ScenarioPlan) -> list[str]:
-    """Return what a kept case was not measured as."""
-    point, where = plan.point, f" of case '{case.scenario}, {case.implementation}'"
-    planned = {
-        "query_lens": list(point.query_lens),
-        "history": list(point.history),
-        "steps_per_pass": point.steps,
-        "dtype": dtype_name(plan.setting.dtype),
-        "heads": plan.setting.config.num_attention_heads,
-        "layers": point.layers,
-    }
-    measured = {name: getattr(case, name) for name in planned} | {"steps_per_pass": planned_steps(case)}
-    ops = plan.ops.get(case.implementation)
-    differ = [] if ops is None else _changes(case.ops, ops, missing="no op", where=where)
-    return _changes(measured, planned, missing="", where=where) + differ
+    """Return which ops a kept case ran that are not chosen now; the plan's digest says all else."""
+    ops, where = plan.ops.get(case.implementation), f" of case '{case.scenario}, {case.implementation}'"
+    return [] if ops is None else _changes(case.ops, ops, missing="no op", where=where)
 
 
 def _scenario_changes(old: results.Plan, now: results.Plan) -> list[str]:

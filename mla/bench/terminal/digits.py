@@ -17,10 +17,10 @@ _PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6))
 
 
 def number(value: float | None) -> str:
-    """Return a number without an interval: 3 significant digits, or all before the point; "-" for None."""
+    """Return a number without an interval, with 3 digits or more: all before the point; "-" for None."""
     if value is None:
         return "-"
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}" if value < 100 else f"{value:.1f}"
 
 
 def known(value: float | None, interval: Interval | None) -> str:

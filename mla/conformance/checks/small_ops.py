@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -28,7 +27,7 @@ def small(kind: str, spec: Any, tokens: int) -> OpCase:
     return OpCase(kind, spec, (tokens,), (tokens,), stress=Stress())
 
 
-# Narrow, but multiples of 128, which some kernels want. Checks of widths try odd ones.
+# Narrow, but multiples of 128, which some kernels want. Draws try odd ones.
 EXAMPLES: Mapping[str, OpCase] = {
     "linear": small("linear", LinearSpec(256, 128, 1, FP32, CPU), 7),
     "batched_linear": small("batched_linear", LinearSpec(128, 128, 2, FP32, CPU), 7),
@@ -135,13 +134,6 @@ MOST_ROWS = 5003
 ROW_COUNTS = (*range(1, 34), 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1023, 1024, 1025, 2049)
 # More than the 65535 blocks that a grid's second and third dimension may have; and widths for so many.
 BEYOND_GRID, NARROW = 66_001, 16
-# Beside the tiles of 16 to 256 that kernels cut widths into, and what they serve without a remainder.
-BESIDE = (16, 32, 64, 128, 256)
-WIDTHS = (1, 2, 8, *(width + step for width in BESIDE for step in (-1, 0, 1)))
-EVEN = (48, 80, 96, 112, 160, 192, 224, 320, 384, 512)  # for kernels that want multiples of 16
-NORMS = (511, 512, 513, 768, 1023, 1024, 1025, 1536, 2047, 2048, 2049, 4096, 7168)
-LATENTS = ((512, 32), (512, 96), (512, 128), (256, 64), (528, 64), (127, 62), (65, 2), (1, 66))
-ROTARY = (2, 32, 62, 96, 128)
 # Every rest of a tile of up to 32 heads, and what layers have.
 HEADS = (*range(1, 34), 40, 48, 63, 64, 65, 96, 127, 128)
 
@@ -162,23 +154,6 @@ def rows_and_heads(example: OpCase) -> Iterator[OpCase]:
     yield other_way(case.but(out_features=64) if example.kind == "batched_linear" else case)
 
 
-@op_cases("widths", "tiles", "a last tile that is missing, or filled with what lies behind", EXAMPLES)
-def widths(example: OpCase) -> Iterator[OpCase]:
-    """Widths that no tile divides are served, or refused with a reason."""
-    if example.kind == "write_latent":
-        few = (example.but(kv_lora_rank=latent, qk_rope_head_dim=rotary) for latent, rotary in LATENTS)
-        yield from both_ways(few)
-        return
-    case = example.but(tokens=3)
-    if example.kind == "rms_norm":
-        yield from (case.but(features=width) for width in sorted({*WIDTHS, *EVEN, *NORMS}))
-    elif example.kind == "rotate_query":
-        yield from both_ways(case.but(qk_rope_head_dim=width) for width in ROTARY)
-    else:
-        sides = itertools.product((*WIDTHS, *EVEN), ("in_features", "out_features"))
-        yield from by_turns(dict.fromkeys(case.but(**{side: width}) for width, side in sides))
-
-
 @op_cases(
     "heads",
     "tiles",
@@ -197,15 +172,6 @@ def _of_heads(case: OpCase, count: int) -> OpCase:
 
 
 # ------------------------------------------------------------------------------------------------ numbers
-
-# Powers of two between rows; float16 has few.
-SPREAD = {torch.bfloat16: 12, torch.float16: 6, torch.float32: 12}
-
-
-@op_check("sizes", "numbers", "a scale that rows share, as of numbers in 8 bits", EXAMPLES)
-def sizes(trial: Trial, example: OpCase) -> None:
-    """Rows that are thousands of times as large as others of the same call are all right."""
-    trial.check_cases(of_tokens(example.but(spread=SPREAD[trial.dtype]), 7, 66))
 
 
 @op_cases("outlier", "numbers", "a scale that an outlier sets for a whole row", of(PRODUCTS))

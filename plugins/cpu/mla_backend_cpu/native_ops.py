@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -40,11 +40,14 @@ def output(name: str, x: Any, dtype: torch.dtype, *shape: int | None) -> torch.T
     return _direct(name, _distinct(name, _checked(name, x, dtype, shape)))
 
 
-def pages(cache: Any, width: int) -> torch.Tensor:
-    """Return the cache [pages, page, width]. Raises ValueError unless it is contiguous, with slots."""
+def pages(cache: Any, layout: Layout) -> torch.Tensor:
+    """Return the cache [pages, page, row]. Raises ValueError unless it is contiguous, with slots."""
     import torch
 
-    operand("cache", cache, torch.bfloat16, None, None, width)
+    if layout.runs is None:
+        operand("cache", cache, torch.bfloat16, None, None, layout.bytes // 2)
+    else:
+        operand("cache", cache, torch.uint8, None, None, layout.bytes)
     if not cache.is_contiguous():
         raise ValueError("the native ops need a cache with contiguous pages; this one is strided.")
     if not cache.shape[1]:
@@ -105,6 +108,67 @@ def _lost(x: torch.Tensor) -> str:
     if used and (used > spare or not x.data_ptr()):
         return "has lost its memory: its storage was resized."
     return ""
+
+
+# ------------------------------------------------------------------------------------- cache formats
+# How a run of columns is stored: `Kind` of native/formats.h.
+PLAIN, E4M3_FIXED, E4M3_POWER, E4M3_ANY, INT8, INT8_BLOCKS = range(6)
+
+Runs = list[tuple[int, int, int, int]]  # columns, kind, the byte of the first code and of the scale
+
+
+def _flat(c: int, r: int) -> Runs:
+    return [(c, E4M3_FIXED, 0, 0), (r, E4M3_FIXED, c, 0)]
+
+
+def _tiled(c: int, r: int, kind: int) -> Runs:
+    starts = range(0, c, 128)
+    tiles = [(min(128, c - at), kind, at, c + 4 * i) for i, at in enumerate(starts)]
+    return [*tiles, (r, PLAIN, c + 4 * len(starts), 0)]
+
+
+# Name -> how rows of a latent of c and a key of r columns are stored; `mla.cache.formats` defines the bytes.
+_FORMATS: Mapping[str, Callable[[int, int], Runs]] = {
+    "fp8": _flat,
+    "fp8_ds_mla": functools.partial(_tiled, kind=E4M3_POWER),
+    "fp8_ds_mla_any": functools.partial(_tiled, kind=E4M3_ANY),
+    "int8": lambda c, r: [(c, INT8, 0, c + r), (r, INT8, c, c + r + 4)],
+    "q8_0": lambda c, r: [(32, INT8_BLOCKS, 34 * i + 2, 34 * i) for i in range((c + r) // 32)],
+}
+# Those that the ops of the cache serve; "fp8:" is fp8 over any scale.
+CACHE_FORMATS = frozenset(_FORMATS) | {"fp8:"}
+_BYTES = {PLAIN: 2}  # of a code; 1 for others
+_SCALE_BYTES = {PLAIN: 0, E4M3_FIXED: 0, INT8_BLOCKS: 2}  # 4 for others
+
+
+class Layout(NamedTuple):
+    """How rows of the cache are stored, as the kernels take it."""
+
+    runs: array[int] | None  # None: plain bf16
+    bytes: int  # of a row
+    scale: float = 0.0  # of formats whose rows hold none
+
+    @property
+    def arguments(self) -> tuple[int | None, int, int, float]:
+        """The address of the runs, their number, the bytes of a row and the scale."""
+        if self.runs is None:
+            return None, 0, self.bytes, 0.0
+        return self.runs.buffer_info()[0], len(self.runs) // 4, self.bytes, self.scale
+
+
+@functools.cache  # which keeps what recorded calls point to
+def layout_of(cache_format: str, c: int, r: int) -> Layout:
+    """Return the layout of a latent of c columns and a key of r. Raises ValueError for an unknown format."""
+    if not cache_format:
+        return Layout(None, 2 * (c + r))
+    name, _, scale = cache_format.partition(":")
+    if name not in _FORMATS:
+        raise ValueError(f"the native ops do not know the cache format '{cache_format}'.")
+    if name == "q8_0":
+        require_sizes(*multiple("kv_lora_rank + qk_rope_head_dim", c + r, 32))
+    runs = _FORMATS[name](c, r)
+    size = sum(columns * _BYTES.get(kind, 1) + _SCALE_BYTES.get(kind, 4) for columns, kind, *_ in runs)
+    return Layout(array("q", (number for run in runs for number in run)), size, float(scale or 1))
 
 
 # --------------------------------------------------------------------------------------- native ops
@@ -352,9 +416,11 @@ class NativeRotateQuery(NativeOp):
 
 
 class NativeWriteLatent(NativeOp):
-    """Norm the latent, rotate the shared key, scatter both to the cache."""
+    """Norm the latent, rotate the shared key, scatter both to the cache, encoded if it stores codes."""
 
-    contract = "write_latent/1"
+    contract = "write_latent/2"
+    cache_formats = CACHE_FORMATS
+    encodes_rounded = True
 
     def misfits(self, spec: AttentionSpec) -> list[str]:
         return self._sizes(spec.kv_lora_rank, spec.qk_rope_head_dim)
@@ -372,6 +438,7 @@ class NativeWriteLatent(NativeOp):
         interleaved: bool,
         slots: torch.Tensor,
         cache: torch.Tensor,
+        cache_format: str = "",
     ) -> None:
         import torch
 
@@ -380,11 +447,12 @@ class NativeWriteLatent(NativeOp):
         tokens, width, latent = *kv_a.shape, weight.shape[0]
         require_sizes(*self._sizes(latent, width - latent))
         cos_sin = rows("cos_sin", cos_sin, torch.float32, tokens, width - latent)
-        slots, cache = rows("slots", slots, torch.int64, tokens), pages(cache, width)
+        layout = layout_of(cache_format, latent, width - latent)
+        slots, cache = rows("slots", slots, torch.int64, tokens), pages(cache, layout)
         wrong = self.functions.mla_write_latent(
             kv_a.data_ptr(), kv_a.stride(0), weight.data_ptr(), eps, cos_sin.data_ptr(), cos_sin.stride(0),
-            slots.data_ptr(), cache.data_ptr(), cache.shape[0] * cache.shape[1], tokens, latent,
-            width - latent, interleaved, threads(),
+            slots.data_ptr(), cache.data_ptr(), *layout.arguments, cache.shape[0] * cache.shape[1], tokens,
+            latent, width - latent, interleaved, threads(),
         )  # fmt: skip
         check(wrong)
 
@@ -394,7 +462,8 @@ class NativeWriteLatent(NativeOp):
 class NativeLatentAttention(NativeOp):
     """Absorbed attention straight from the pages; long requests are split over the threads."""
 
-    contract = "latent_attention/1"
+    contract = "latent_attention/2"
+    cache_formats = CACHE_FORMATS
     nan_safe_tail = True
 
     def misfits(self, spec: AttentionSpec) -> list[str]:
@@ -408,6 +477,7 @@ class NativeLatentAttention(NativeOp):
         q: torch.Tensor, cache: torch.Tensor,  # [T, h, c + r], [pages, page, c + r]
         block_table: torch.Tensor, kv_lens: torch.Tensor, cu_q: torch.Tensor,
         softmax_scale: float, out: torch.Tensor, lse: torch.Tensor,  # out [T, h, c], lse [T, h] fp32
+        cache_format: str = "",
     ) -> None:  # fmt: skip
         import torch
 
@@ -419,9 +489,10 @@ class NativeLatentAttention(NativeOp):
         requests = kv_lens.shape[0]
         cu_q = rows("cu_q", cu_q, torch.int32, requests + 1)
         table = rows("block_table", block_table, torch.int32, requests, None)
-        cache, lse = pages(cache, width), written("lse", lse, torch.float32, tokens, heads)
+        layout = layout_of(cache_format, out.shape[2], width - out.shape[2])
+        cache, lse = pages(cache, layout), written("lse", lse, torch.float32, tokens, heads)
         wrong = self.functions.mla_latent_attention(
-            q.data_ptr(), *q.stride()[:2], tokens, cache.data_ptr(), cache.shape[0],
+            q.data_ptr(), *q.stride()[:2], tokens, cache.data_ptr(), *layout.arguments, cache.shape[0],
             table.data_ptr(), table.stride(0), table.shape[1], kv_lens.data_ptr(), cu_q.data_ptr(),
             requests, cache.shape[1], heads, width, out.shape[2], softmax_scale,
             target.data_ptr(), *target.stride()[:2], lse.data_ptr(), *lse.stride(), threads(),

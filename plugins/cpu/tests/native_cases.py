@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from float64_attention import attend_segments
 
+from mla.cache.formats import codec_of
 from mla.reference import REFERENCE
 from mla.verify.tolerances import judge
 from mla_backend_cpu import instruction_sets
@@ -158,8 +159,24 @@ class LatentCase:
             softmax_scale=self.spec.softmax_scale,
             out=out.view,
             lse=lse.view,
+            **({"cache_format": self.spec.cache_format} if self.spec.cache_format else {}),
         )
         return out.taken(), lse.taken()
+
+    def stored(self, cache_format: str) -> LatentCase:
+        """Return the same problem over a cache in a format: the bytes of all rows, NaN included."""
+        latent, rotary = self.spec.kv_lora_rank, self.spec.qk_rope_head_dim
+        codec = codec_of(cache_format, latent, rotary)
+        rows = self.cache.view(-1, latent + rotary)
+        cache = codec.encode(*rows.split((latent, rotary), dim=1))
+        cache[rows.isnan().any(1)] = 0xFF  # NaN as a code and as a scale
+        decoded = [codec.decode(codec.encode(*own.split((latent, rotary), dim=1))) for own in self.owned]
+        return replace(
+            self,
+            spec=replace(self.spec, cache_format=cache_format, token_bytes=codec.token_bytes),
+            cache=cache.view(*self.cache.shape[:2], -1),
+            owned=tuple(torch.cat(parts, dim=1) for parts in decoded),
+        )
 
     def truth(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return out and lse in float64."""

@@ -133,6 +133,79 @@ static double normed(const bf16* x, const bf16* weight, float eps, int64_t width
     return widen(x[k]) / std::sqrt(squares / width + eps) * widen(weight[k]);
 }
 
+// The layouts of a latent and a key of such widths: plain, and one of every kind of run.
+struct Stored {
+    std::vector<Run> runs;
+    Layout layout;
+
+    Stored(Kind kind, int64_t latent, int64_t rotary) {
+        const int64_t width = latent + rotary, tiles = (latent + 127) / 128;
+        int64_t bytes = width;
+        if (kind == PLAIN) bytes = 2 * width;
+        if (kind == E4M3_FIXED) runs = {{latent, kind, 0, 0}, {rotary, kind, latent, 0}};
+        if (kind == E4M3_POWER || kind == E4M3_ANY) {
+            for (int64_t t = 0; t < tiles; t++) runs.push_back({std::min<int64_t>(128, latent - 128 * t), kind, 128 * t, latent + 4 * t});
+            runs.push_back({rotary, PLAIN, latent + 4 * tiles, 0});
+            bytes = latent + 4 * tiles + 2 * rotary;
+        }
+        if (kind == INT8) runs = {{latent, kind, 0, width}, {rotary, kind, latent, width + 4}}, bytes += 8;
+        if (kind == INT8_BLOCKS) {
+            for (int64_t b = 0; b < width / 32; b++) runs.push_back({32, kind, 34 * b + 2, 34 * b});
+            bytes = width / 32 * 34;
+        }
+        layout = {runs.data(), (int64_t)runs.size(), bytes, 0.25f};
+    }
+    Stored(const Stored&) = delete;
+    // Decode a row, whatever its layout.
+    void read(const uint8_t* row, int64_t width, float* to) const {
+        for (int64_t k = 0; runs.empty() && k < width; k++) to[k] = widen(load<bf16>(row + 2 * k));
+        for (const Run& run : runs) decode_run(layout, run, row, to), to += run.columns;
+    }
+    // Write something to a row: any codes but those of NaN, and scales of about 1.
+    void invent(uint8_t* row, int64_t width) const {
+        for (int64_t k = 0; runs.empty() && k < width; k++) store(row + 2 * k, narrow(2 * uniform()));
+        for (const Run& run : runs) {
+            for (int64_t k = 0; k < run.columns; k++)
+                if (run.kind == PLAIN)
+                    store(row + run.codes + 2 * k, narrow(2 * uniform()));
+                else
+                    row[run.codes + k] = run.kind >= INT8 ? (uint8_t)(next() >> 24) : (uint8_t)(next() >> 24 & 0xbf);
+            if (run.kind == INT8_BLOCKS)
+                store(row + run.scale, float_to_half(0.01f + 0.005f * uniform()));
+            else if (run.kind != PLAIN && run.kind != E4M3_FIXED)
+                store(row + run.scale, run.kind == INT8 ? 0.01f + 0.005f * uniform() : 1 + 0.5f * uniform());
+        }
+    }
+};
+
+static const Kind KINDS[] = {PLAIN, E4M3_FIXED, E4M3_POWER, E4M3_ANY, INT8, INT8_BLOCKS};
+
+// What is written is near what a plain cache would hold, and nothing else is touched.
+static void test_encoded(Kind kind, int64_t tokens, int64_t latent, int64_t rotary, int threads) {
+    const Stored stored(kind, latent, rotary);
+    const Layout& layout = stored.layout;
+    const int64_t width = latent + rotary, slots_all = 2 * tokens + 1;
+    Exact<bf16> x(tokens * width), weight(latent), plain(slots_all * width);
+    Exact<uint8_t> cache(slots_all * layout.bytes);
+    Exact<float> angles(tokens * rotary), row(width);
+    Exact<int64_t> slots(tokens);
+    fill(x), fill(weight), fill(angles);
+    for (int64_t t = 0; t < tokens; t++) slots[t] = 2 * t + 1;
+    mla_write_latent(x.data, width, weight.data, 1e-6f, angles.data, rotary, slots.data, (uint8_t*)plain.data, nullptr, 0, 2 * width, 0, slots_all, tokens, latent, rotary, 1, threads);
+    const char* wrong = mla_write_latent(x.data, width, weight.data, 1e-6f, angles.data, rotary, slots.data, cache.data, layout.runs, layout.count, layout.bytes, layout.fixed, slots_all, tokens, latent, rotary, 1, threads);
+    require(!wrong, wrong, tokens, latent, rotary);
+    for (int64_t t = 0; t < tokens; t++) {
+        stored.read(cache.data + slots[t] * layout.bytes, width, row.data);
+        for (int64_t k = 0; k < width; k++) {
+            const double truth = widen(plain[slots[t] * width + k]);
+            require(std::fabs(row[k] - truth) <= 0.07 * std::fabs(truth) + 0.03, "encoded", t, k, kind);
+        }
+    }
+    for (int64_t s = 0; s < slots_all; s += 2)
+        for (int64_t k = 0; k < layout.bytes; k++) require(cache[s * layout.bytes + k] == 0xff, "untouched byte", s, k, kind);
+    cases++;
+}
+
 static void test_pointwise(int64_t tokens, int64_t latent, int64_t rotary, bool interleaved, int threads) {
     const int64_t width = latent + rotary, row = width + 6, heads = 3, slots_all = 2 * tokens + 1;
     Exact<bf16> x(tokens ? (tokens - 1) * row + width : 0), weight(latent), out(tokens * latent), cache(slots_all * width);
@@ -144,7 +217,7 @@ static void test_pointwise(int64_t tokens, int64_t latent, int64_t rotary, bool 
     for (int64_t t = 0; t < tokens; t++) slots[t] = 2 * (tokens - 1 - t) + 1;
     mla_rms_norm(x.data, row, weight.data, 1e-6f, out.data, latent, tokens, latent, threads);
     mla_rotate(query.data, heads * rotary, rotary, angles.data, rotary, query.data, heads * rotary, rotary, tokens, heads, rotary, interleaved, threads);
-    const char* wrong = mla_write_latent(x.data, row, weight.data, 1e-6f, angles.data, rotary, slots.data, cache.data, slots_all, tokens, latent, rotary, interleaved, threads);
+    const char* wrong = mla_write_latent(x.data, row, weight.data, 1e-6f, angles.data, rotary, slots.data, (uint8_t*)cache.data, nullptr, 0, 2 * width, 0, slots_all, tokens, latent, rotary, interleaved, threads);
     require(!wrong, wrong, tokens, latent, rotary);
     for (int64_t t = 0; t < tokens; t++) {
         const bf16* written = cache.data + slots[t] * width;
@@ -190,7 +263,9 @@ static void check_row(const char* what, const bf16* q, int64_t key_width, int64_
 
 typedef std::vector<int64_t> Lengths;
 
-static void test_latent(const Lengths& queries, const Lengths& keys, int64_t heads, int64_t page, int64_t latent, int64_t rotary, int threads) {
+static void test_latent(const Lengths& queries, const Lengths& keys, int64_t heads, int64_t page, int64_t latent, int64_t rotary, int threads, Kind kind = PLAIN) {
+    const Stored stored(kind, latent, rotary);
+    const int64_t bytes = stored.layout.bytes;
     const int64_t width = latent + rotary, requests = (int64_t)queries.size();
     int64_t tokens = 0, columns = 1, pages = 1;
     for (int64_t b = 0; b < requests; b++) tokens += queries[b], columns = std::max(columns, (keys[b] + page - 1) / page);
@@ -203,30 +278,33 @@ static void test_latent(const Lengths& queries, const Lengths& keys, int64_t hea
     for (size_t i = 0; i < table.count; i++)  // pages in falling order
         if (table[i] < pages) table[i] = (int32_t)(pages - 1 - table[i]);
     // Slots start on multiples of 8 bytes, which is as finely as memory can be poisoned.
-    bf16* cache = (bf16*)std::malloc(pages * page * width * sizeof(bf16));
-    std::memset((void*)cache, 0xff, pages * page * width * sizeof(bf16));
-    ASAN_POISON_MEMORY_REGION(cache, pages * page * width * sizeof(bf16));
-    auto slot = [&](int64_t b, int64_t j) { return cache + (table[b * columns + j / page] * page + j % page) * width; };
+    uint8_t* cache = (uint8_t*)std::malloc(pages * page * bytes);
+    std::memset(cache, 0xff, pages * page * bytes);
+    ASAN_POISON_MEMORY_REGION(cache, pages * page * bytes);
+    auto index = [&](int64_t b, int64_t j) { return table[b * columns + j / page] * page + j % page; };
+    std::vector<float> numbers(pages * page * width);
     for (int64_t b = 0; b < requests; b++)
         for (int64_t j = 0; j < keys[b]; j++) {
-            ASAN_UNPOISON_MEMORY_REGION(slot(b, j), width * sizeof(bf16));
-            for (int64_t k = 0; k < width; k++) slot(b, j)[k] = narrow(2 * uniform());
+            uint8_t* const row = cache + index(b, j) * bytes;
+            ASAN_UNPOISON_MEMORY_REGION(row, bytes);
+            stored.invent(row, width);
+            stored.read(row, width, numbers.data() + index(b, j) * width);
         }
     Exact<bf16> q(tokens * heads * width), out(tokens * heads * latent);
     Exact<float> lse(tokens * heads);
     fill(q);
     const float scale = 1 / std::sqrt((float)width);
     // Results lie head by head.
-    const char* wrong = mla_latent_attention(q.data, heads * width, width, tokens, cache, pages, table.data, columns, columns, lens.data, starts.data, requests, page, heads, width, latent, scale, out.data, latent, tokens * latent, lse.data, 1, tokens, threads);
+    const char* wrong = mla_latent_attention(q.data, heads * width, width, tokens, cache, stored.layout.runs, stored.layout.count, bytes, stored.layout.fixed, pages, table.data, columns, columns, lens.data, starts.data, requests, page, heads, width, latent, scale, out.data, latent, tokens * latent, lse.data, 1, tokens, threads);
     require(!wrong, wrong, tokens, heads, width);
     for (int64_t b = 0; b < requests; b++)
         for (int64_t t = 0; t < queries[b]; t++)
             for (int64_t h = 0; h < heads; h++) {
                 const int64_t token = starts[b] + t, seen = std::max<int64_t>(0, keys[b] - queries[b] + t + 1);
-                auto key = [&](int64_t j) { return slot(b, j); };
+                auto key = [&](int64_t j) { return numbers.data() + index(b, j) * width; };
                 check_row("latent", q.data + (token * heads + h) * width, width, latent, seen, scale, key, key, out.data + (h * tokens + token) * latent, lse[h * tokens + token]);
             }
-    ASAN_UNPOISON_MEMORY_REGION(cache, pages * page * width * sizeof(bf16));
+    ASAN_UNPOISON_MEMORY_REGION(cache, pages * page * bytes);
     std::free(cache);
     cases++;
 }
@@ -315,6 +393,14 @@ int main() {
             test_expanded({290, 17}, {290, 245}, 1, 10, 128, causal, threads);
         }
     }
+    for (Kind kind : KINDS) {
+        test_encoded(kind, 5, 64, 64, 1);
+        test_encoded(kind, 700, 160, 32, 2);  // enough that several threads take part
+        // Rows of such widths take a multiple of 8 bytes.
+        for (int threads : {1, 2}) test_latent({1, 1, 3, 1, 1}, {127, 72, 129, 1, 257}, 5, 16, 96, 32, threads, kind);
+        test_latent({1, 40}, {300, 40}, 17, 24, 160, 96, 2, kind);
+    }
+    test_latent({2}, {77}, 3, 1, 160, 4, 1, E4M3_ANY), test_latent({2}, {77}, 3, 1, 64, 8, 1, INT8);  // ends of runs
     for (int threads : {1, 2}) test_recorded(7, 34, threads);
     test_latent({1, 1}, {60, 130}, 128, 16, 96, 8, 2);
     std::printf("%d cases, %d wrong\n", cases, failures);

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from mla_backend_nvidia.cards import driver_version, outdated, peaks, tuning_for
-from mla_backend_nvidia.kernels import kernels, old_triton, since_ampere
+from mla_backend_nvidia.kernels import ahead_of, kernels, old_triton, since_ampere, starts_early
 from mla_backends import Availability, FusedOp, hookimpl
 from mla_backends.api import DeviceInfo
 from mla_backends.cuda import CudaBackend
@@ -89,11 +89,17 @@ class Nvidia(TritonBackend, CudaBackend):
     def kernels(self) -> Mapping[str, FusedOp]:
         return kernels(self.architecture, self.multiprocessors())
 
+    def ahead_of(self) -> Mapping[str, str]:
+        return ahead_of(self.architecture())
+
     def default_tuning(self) -> Tuning:
         return tuning_for(self.shared_memory(), str(self.properties().name))
 
     def triton_reason(self, device: torch.device) -> str:
         return since_ampere(self.architecture)(device) or old_triton(self.architecture)
+
+    def starts_early(self) -> bool:
+        return starts_early(self.architecture)
 
     def make_monitor(self) -> Monitor:
         return Monitor(NvmlSampler(Dialect("pynvml", by_uuid=True), self._address))

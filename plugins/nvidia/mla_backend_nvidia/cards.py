@@ -66,7 +66,7 @@ KIB = 1024
 # fit on a multiprocessor: such steps wait for memory, so one computes while the other loads.
 BY_SHARED_MEMORY = {
     200 * KIB: Tuning(
-        latent={1: Tile(16, 32, 4, 3, halves=False, programs=2), 33: Tile(64, 64, 8, 2, halves=False)},
+        latent={1: Tile(16, 64, 4, 2, halves=False, programs=2), 33: Tile(64, 64, 8, 2, halves=False)},
         expanded={1: Tile(64, 64, 4, 2), 65: Tile(128, 64, 8, 3)},
         source="defaults for 200 KiB of shared memory",
     ),
@@ -76,7 +76,7 @@ BY_SHARED_MEMORY = {
         source="defaults for 160 KiB of shared memory",
     ),
     96 * KIB: Tuning(
-        latent={1: Tile(16, 16, 4, 2, programs=2), 33: Tile(64, 16, 8, 2)},
+        latent={1: Tile(16, 16, 2, 2, halves=False, programs=2), 33: Tile(64, 16, 8, 2)},
         expanded={1: Tile(64, 32, 4, 2)},
         source="defaults for 96 KiB of shared memory",
     ),
@@ -89,7 +89,7 @@ BY_SHARED_MEMORY = {
 # The shared memory of Hopper, but products of 64 rows keep their sums in tensor memory, where less fits.
 DATACENTER_BLACKWELL = re.compile(r"\bG?B[123]00\b")
 BLACKWELL = Tuning(
-    latent={1: Tile(16, 32, 4, 3, halves=False, programs=2), 33: Tile(64, 16, 8, 2, halves=False)},
+    latent={1: Tile(16, 64, 4, 2, halves=False, programs=2), 33: Tile(64, 16, 8, 2, halves=False)},
     expanded={1: Tile(64, 64, 4, 2), 65: Tile(128, 64, 8, 2)},
     source="defaults for tensor memory",
 )

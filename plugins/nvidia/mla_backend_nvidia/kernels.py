@@ -1,7 +1,8 @@
 """Which kernels NVIDIA GPUs have for attention, on which architecture each runs, and how to get it.
 
-A card's best kernel comes first among those that run on it: FlashMLA on Hopper, TokenSpeed's on Blackwell,
-FlashInfer elsewhere. The hint for a missing package is given for cards that can use it.
+A card's best kernel comes first among those that run on it: FlashMLA on Hopper, TokenSpeed's on Blackwell.
+Where our Triton kernels stand among them, and why, is in `PLACES`. The hint for a missing package is given
+for cards that can use it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mla_backends import FusedOp
 from mla_backends.api import AttentionSpec
@@ -43,6 +44,8 @@ FLASH_MLA_ROWS = 11_000
 
 # Architecture -> the oldest Triton that compiles our kernels for it and newer ones.
 OLDEST_TRITON = {(10, 0): (3, 3), (9, 0): (3, 2), (0, 0): (3, 1)}
+# The oldest Triton that our kernels were compiled with for programmatic dependent launch.
+EARLY_TRITON = (3, 6)
 AMPERE = (8, 0)
 HOPPER = ((9, 0),)
 BLACKWELL = ((10, 0), (10, 3), (10, 7))  # of data centres, with tensor memory; not sm_120
@@ -60,6 +63,51 @@ _FLASH_ATTN = (
     "pip install a wheel from https://github.com/Dao-AILab/flash-attention/releases that names this torch; "
     "without one, pip compiles for an hour"
 )
+
+
+class Place(NamedTuple):
+    """Where our kernel for absorbed attention stands on some architectures."""
+
+    architectures: tuple[tuple[int, int], ...]
+    before: str  # the op that it comes before; "" is after all others
+    beaten: float  # share of the tensor peak that this op is reported to reach with 128 heads; 0 if unknown
+    why: str
+
+
+# By the predictions of benchmarks/triton/model.md; no card has run our kernels. What is not here comes last.
+PLACES = (
+    Place(
+        HOPPER, "flashinfer", 0.38,
+        "FlashMLA reports 660 TFLOP/s (its README), FlashInfer 280 to 377 (TileLang's comparison with 128 "
+        "heads), and ours is predicted between the two: without a wheel of FlashMLA it comes first",
+    ),
+    Place(
+        ((8, 0),), "flashinfer", 0.0,
+        "predicted to be bound by memory with 16 heads; with 128, nothing is published of FlashInfer",
+    ),
+    Place(
+        ((8, 6), (8, 7), (8, 9)), "flashinfer", 0.0,
+        "predicted to be bound by memory with 16 heads, and by products with 128; other kernels are written "
+        "for data centres, whose blocks may use more shared memory",
+    ),
+    Place(
+        ((12, 0), (12, 1)), "flashinfer", 0.0,
+        "as on Ada, whose shared memory and matrix instructions consumer Blackwell has",
+    ),
+    Place(
+        BLACKWELL, "", 0.0,
+        "sums move between tensor memory and registers in every step: kernels made for it come first",
+    ),
+)  # fmt: skip
+
+
+def ahead_of(architecture: tuple[int, int]) -> Mapping[str, str]:
+    """Return our op -> the op that it comes before on an architecture: see `PLACES`.
+
+    Expanded attention of ours comes last: FlashAttention is at least as fast by every report.
+    """
+    there = next((place for place in PLACES if architecture in place.architectures), None)
+    return {"triton_latent": there.before} if there and there.before else {}
 
 
 def kernels(architecture: Architecture, multiprocessors: int | None) -> Mapping[str, FusedOp]:
@@ -138,11 +186,10 @@ def old_triton(architecture: Architecture) -> str:
 
     An older compiler does not raise, it ends the process: compiled ahead of time with 3.1 to 3.9.
     """
-    installed = next(filter(None, map(_version, PACKAGES)), "")
+    installed, version = _triton()
     if not installed:
         return ""
     needed = next(least for since, least in OLDEST_TRITON.items() if architecture() >= since)
-    version = tuple(int(part) for part in installed.split(".")[:2] if part.isdecimal())
     if version >= needed:
         return ""
     name = _name(architecture())
@@ -150,6 +197,17 @@ def old_triton(architecture: Architecture) -> str:
         f"Triton {installed} is too old for {name} and may end the process: "
         f"use a torch whose Triton is {needed[0]}.{needed[1]} or newer"
     )
+
+
+def starts_early(architecture: Architecture) -> bool:
+    """Return whether card and Triton have programmatic dependent launch."""
+    return architecture() >= HOPPER[0] and _triton()[1] >= EARLY_TRITON
+
+
+def _triton() -> tuple[str, tuple[int, ...]]:
+    """Return the installed version of Triton, as text and as numbers; "" and () if there is none."""
+    installed = next(filter(None, map(_version, PACKAGES)), "")
+    return installed, tuple(int(part) for part in installed.split(".")[:2] if part.isdecimal())
 
 
 def _version(package: str) -> str:

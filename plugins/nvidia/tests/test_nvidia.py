@@ -15,11 +15,12 @@ import torch
 
 from mla_backend_nvidia import Nvidia
 from mla_backend_nvidia.cards import SHEETS, driver_version, outdated, peaks, tuning_for
-from mla_backend_nvidia.kernels import kernels, old_triton
+from mla_backend_nvidia.kernels import PLACES, ahead_of, kernels, old_triton
 from mla_backends.api import AttentionSpec, SegmentLengths
 from mla_backends.cuda import CudaBackend
 from mla_backends.errors import DeviceUnavailable
 from mla_backends.kernels.flashinfer import WIDE_PAGES
+from mla_backends.triton_ops import ordered, triton_ops
 
 GIB = 1 << 30
 
@@ -195,6 +196,35 @@ def test_the_card_at_hand_names_its_best_kernel_and_how_to_get_it(
     assert re.search(rf"is not installed \(.*{re.escape(hint)}", reason), reason
 
 
+@pytest.mark.parametrize(
+    ("architecture", "latent"),
+    [
+        ((8, 0), ["triton_latent", "flashinfer"]),
+        ((8, 9), ["triton_latent", "flashinfer"]),
+        ((9, 0), ["flash_mla", "triton_latent", "flashinfer"]),
+        ((10, 0), ["tokenspeed", "flashinfer", "triton_latent"]),
+        ((11, 0), ["flashinfer", "triton_latent"]),  # nothing is predicted of it
+        ((12, 0), ["triton_latent", "flashinfer"]),
+    ],
+)
+def test_our_kernels_stand_where_evidence_puts_them(architecture: tuple[int, int], latent: list[str]) -> None:
+    own = triton_ops(tuning_for(227 * 1024), 132)
+    there = ordered(kernels(lambda: architecture, 132), own, ahead_of(architecture))
+    kinds = {name: op.contract.partition("/")[0] for name, op in there.items()}
+    refused = {"flash_mla": architecture != (9, 0), "tokenspeed": architecture[0] != 10}
+    assert [
+        name for name, kind in kinds.items() if kind == "latent_attention" and not refused.get(name)
+    ] == latent
+    assert [name for name, kind in kinds.items() if kind == "expanded_attention"][-1] == "triton_expanded"
+    assert set(own) <= set(there)
+
+
+def test_every_place_has_its_reason_and_no_architecture_two() -> None:
+    assert all(len(place.why.split()) > 5 for place in PLACES)
+    covered = [each for place in PLACES for each in place.architectures]
+    assert len(covered) == len(set(covered))
+
+
 def test_flashinfer_is_offered_with_its_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "12.9")
     assert missing((8, 0), "latent")["flashinfer"].startswith(
@@ -279,14 +309,16 @@ def test_what_a_tile_holds_fits_the_card(reported: int) -> None:
             assert held <= reported, str(tile)
 
 
-def test_our_own_kernels_come_after_the_vendors() -> None:
+def test_our_own_kernels_come_after_the_vendors_but_for_one_with_evidence() -> None:
     backend = Nvidia()
     properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, shared_memory_per_block_optin=H100)
     backend.__dict__["module"] = SimpleNamespace(get_device_properties=lambda device: properties)
     names = list(backend.ops())
-    first = next(place for place, name in enumerate(names) if name.startswith("triton_"))
-    assert names[:first] == list(kernels(lambda: (9, 0), 132))
-    assert all(name.startswith("triton_") for name in names[first:])
+    vendors = list(kernels(lambda: (9, 0), 132))
+    place = vendors.index("flashinfer")
+    last = len(vendors) + 1
+    assert names[:last] == [*vendors[:place], "triton_latent", *vendors[place:]]
+    assert all(name.startswith("triton_") for name in names[last:])
     assert backend.tuning == tuning_for(H100)
     assert backend.ops() is backend.ops(), "they hold scratch memory"
 

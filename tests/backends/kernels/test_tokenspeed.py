@@ -116,6 +116,23 @@ def test_a_captured_call_follows_lengths_and_tables_that_are_updated_in_place(
     assert_right(found, new.truth())
 
 
+@pytest.mark.parametrize("with_lse", [True, False])
+def test_the_kernel_is_asked_for_the_log_sum_exp_only_where_somebody_reads_it(
+    fakes: Any, make_problem: Any, monkeypatch: pytest.MonkeyPatch, with_lse: bool
+) -> None:
+    import tokenspeed_mla
+
+    decode, asked = tokenspeed_mla.tokenspeed_mla_decode, list[bool]()
+
+    def recorded(*, return_lse: bool, **given: Any) -> Any:
+        asked.append(return_lse)
+        return decode(return_lse=return_lse, **given)
+
+    monkeypatch.setattr(tokenspeed_mla, "tokenspeed_mla_decode", recorded)
+    make_problem([1], [33]).run(TokenspeedMla(), **({} if with_lse else {"lse": None}))
+    assert asked == [with_lse]
+
+
 def test_strided_queries_and_outputs(fakes: Any, check_strided: Any) -> None:
     check_strided(TokenspeedMla())
 
@@ -373,8 +390,9 @@ def test_a_preflight_finds_wrong_numbers(
 
     def zero(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(**given: Any) -> Any:
-            out, lse = function(**given)
-            return out.zero_(), lse
+            result = function(**given)
+            (result[0] if given["return_lse"] else result).zero_()
+            return result
 
         return call
 

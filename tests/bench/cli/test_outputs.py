@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks.transformers.record import RECORD
 from mla.bench import results
 from mla.bench.cli import stored
 from mla.bench.run.profile import Trace
@@ -204,14 +203,10 @@ def test_ctrl_c_after_the_replacement_is_ctrl_c(monkeypatch: pytest.MonkeyPatch)
 
 def test_every_result_in_the_repository_is_ours() -> None:
     folder = Path(__file__).resolve().parents[3] / "benchmarks"
-    for pattern, kind in (
-        ("results/*.json", RESULT),
-        ("transformers/results/*.json", RECORD),
-    ):
-        paths = list(folder.glob(pattern))
-        assert paths
-        for path in paths:
-            check_writable(path, kind)
+    paths = list(folder.glob("results/*.json"))
+    assert paths
+    for path in paths:
+        check_writable(path, RESULT)
 
 
 @pytest.mark.parametrize("there", [True, False], ids=["to a result", "to nothing yet"])

@@ -36,10 +36,13 @@ class Ranks:
         self.pulses: list[Pulse] = []
         self.zero = self.real(0)
 
-    def real(self, rank: int, word: Word | None = None, store: Any = None) -> Pulse:
+    def real(self, rank: int, word: Word | None = None, store: Any = None, seed: int = 0) -> Pulse:
         """Have a rank join that beats."""
-        store = self.connect() if store is None else store
-        self.pulses.append(Pulse(rank, pulse.Run(self.world), store, lambda lost: None, word, TIMEOUT_S))
+        store, run = (
+            self.connect() if store is None else store,
+            pulse.Run(self.world, "", {"--seed": str(seed)}),
+        )
+        self.pulses.append(Pulse(rank, run, store, lambda lost: None, word, TIMEOUT_S))
         return self.pulses[-1]
 
     def join(self, rank: int, word: Word | None = None, member: Member = ELSEWHERE) -> None:
@@ -164,6 +167,32 @@ def test_a_second_rank_of_one_number_is_refused_and_the_first_goes_on(run: Calla
     with pytest.raises(RanksError, match=r"^another run has a rank 1 at this port: set MASTER_PORT"):
         ranks.real(1)
     assert ranks.zero.lost(0.2) is None
+
+
+OTHER_OPTIONS = r"^rank 1 differs from rank 0 in options: --seed \(1, not 0\); start all ranks with the same"
+
+
+def test_a_rank_with_other_options_is_of_another_run_if_the_right_one_comes(
+    run: Callable[[int], Ranks],
+) -> None:
+    ranks = run(2)
+    with pytest.raises(RanksError, match=OTHER_OPTIONS):
+        ranks.real(1, seed=1)
+    ranks.real(1).meet(TIMEOUT_S)
+    ranks.zero.meet(TIMEOUT_S)
+    assert ranks.zero.lost(0.2) is None
+
+
+def test_a_rank_with_other_options_is_named_if_no_other_comes(
+    run: Callable[[int], Ranks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pulse, "STRANGER", 0.1)
+    ranks = run(2)
+    with pytest.raises(RanksError, match=OTHER_OPTIONS):
+        ranks.real(1, seed=1)
+    with pytest.raises(RanksError, match=OTHER_OPTIONS) as lost:
+        ranks.zero.meet(TIMEOUT_S)
+    assert lost.value.common, "rank 0 says it for all"
 
 
 @pytest.mark.parametrize(("rank", "world", "launch"), [(2, 4, ""), (1, 4, ""), (1, 2, "8.0")])

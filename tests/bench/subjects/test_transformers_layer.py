@@ -77,3 +77,17 @@ def test_a_torch_that_transformers_refuses_is_named_before_anything_runs(
         "error: implementation 'transformers' needs a newer torch: transformers "
         f"{transformers.__version__} does not work with torch {torch.__version__}."
     )
+
+
+@needs_transformers
+def test_use_mla_takes_turns_with_transformers_itself(bench: Any, small: list[str]) -> None:
+    """With a stock cache and with pages."""
+    where = "benchmarks.transformers.layers"
+    names = f"{where}:UseMla,{where}:UseMlaPaged,transformers"
+    done = bench("--backend", "cpu", *small, "--implementations", names, "-o", "run.json")
+    assert done.code == 0, done.err
+    cases = results.decode(Path("run.json").read_bytes()).cases
+    assert {case.check.status for case in cases} == {"ok"}
+    weights = {case.implementation: case.memory.weight_bytes for case in cases}
+    assert len(weights) == 3
+    assert weights[f"{where}:UseMla"] > weights["transformers"], "kv_b_proj is kept twice"

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.transformers import summary, words
-from benchmarks.transformers.points import OURS, PAGED, STOCK, groups
-from benchmarks.transformers.record import Row, read
-from benchmarks.transformers.tables import tables
+from benchmarks.transformers import summary
+from benchmarks.transformers.records import OURS, PAGED, STOCK, Row, groups, read
+from benchmarks.transformers.tables import sentences, tables
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "benchmarks" / "transformers"
@@ -50,7 +51,7 @@ def test_a_model_needs_weights_and_caches_of_all_layers_and_the_rest_once() -> N
     (group,) = groups([*rows, row("sdpa", 500, 9000, 64)])
     assert group.points[0].needed(STOCK, 1) == 1664  # the leaner one's
     said = next(
-        sentence for sentence in words.sentences(group) if "`use_mla`: attention of all 61 layers" in sentence
+        sentence for sentence in sentences(group) if "`use_mla`: attention of all 61 layers" in sentence
     )
     assert said.endswith(" needs less memory than in `transformers` in decode from 2048 tokens on.")
 
@@ -66,11 +67,11 @@ def test_tables_of_a_second_machine_say_so() -> None:
 def test_only_rows_that_were_compared_count_as_compared() -> None:
     rows = [_row("mla", [1], deviation=0.002), _row("mla-paged", [1]), _row("sdpa", [1])]
     (group,) = groups(rows)
-    said = next(sentence for sentence in words.sentences(group) if "was compared" in sentence)
+    said = next(sentence for sentence in sentences(group) if "was compared" in sentence)
     assert "in 1 of 3 rows with times, " in said
     assert said.endswith("was within 0.2 % of it.")
     (group,) = groups([rows[1], _row("mla", [1])])
-    assert "deepseek-r1: no attention was compared." in words.sentences(group)
+    assert "deepseek-r1: no attention was compared." in sentences(group)
 
 
 def test_documents_hold_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,3 +108,24 @@ def _items(text: str) -> list[str]:
 def _words(folder: Path) -> dict[str, list[str]]:
     """Return what is written in each picture, which other releases of the drawing library place otherwise."""
     return {path.name: re.findall(r">([^<>\s][^<>]*)<", path.read_text()) for path in folder.iterdir()}
+
+
+def test_a_record_that_cannot_be_read_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other.json").write_text("{}")
+    for name in ("missing.json", "other.json"):
+        assert summary.main([str(tmp_path / name)]) == 1
+        assert re.fullmatch(r"error: .*\n", capsys.readouterr().err), name
+
+
+def test_freed_memory_stays_in_a_process_whose_allocator_keeps_it() -> None:
+    def faults(*command: str) -> int:
+        program = (
+            "import resource, torch\nuse = lambda: torch.ones(64 << 20, dtype=torch.int8)\nuse(), use()\n"
+        )
+        program += "now = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\nbefore = now(); use()\n"
+        words = [*command, sys.executable, "-c", f"{program}print(now() - before)"]
+        return int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+
+    assert faults(sys.executable, str(ROOT / "benchmarks" / "allocator.py")) < 16 < faults()

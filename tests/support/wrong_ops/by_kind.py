@@ -41,6 +41,7 @@ def norm(check: str, mutant: Any, *numbers: int) -> Iterator[tuple[str, Make, st
 
 GRID = [
     *each(SMALL_OPS, "rows", extents.lost_from, 1, 300, 800, 1024, 4100),
+    *each(("rms_norm",), "rows", extents.lost_from, 65_535),
     *each(SMALL_OPS, "rows", extents.lost_at, 17, 256, 1024),
     *each(SMALL_OPS, "rows", extents.lost_rest, (16, 9), (32, 1), (64, 0)),
     *each(("linear",), "rows", extents.biased_wrong, (30, 0), (160, 0), (4097, 0)),

@@ -41,18 +41,18 @@ LATENT = (
     ),
     _latent(
         "latents are read behind the last key",
-        old="key[:, None] + channel[None, :], mask=there[:, None] & has_channel[None, :]",
-        new="key[:, None] + channel[None, :], mask=has_channel[None, :]",
+        old="key, channel, there[:, None] & has_channel[None, :]",
+        new="key, channel, (place >= 0)[:, None] & has_channel[None, :]",
     ),
     _latent(
         "upper halves of latents are read behind the last key",
-        old="key[:, None] + upper[None, :], mask=there[:, None] & has_upper[None, :]",
-        new="key[:, None] + upper[None, :], mask=has_upper[None, :]",
+        old="key, upper, there[:, None] & has_upper[None, :]",
+        new="key, upper, (place >= 0)[:, None] & has_upper[None, :]",
     ),
     _latent(
         "the product of the upper half is lost",
-        old="score = tl.dot(q_upper, tl.trans(latent_upper), score)",
-        new="pass",
+        old="latent_upper, score = multiply(",
+        new="latent_upper, _ = multiply(",
     ),
     _latent(
         "upper halves of earlier steps do not shrink",
@@ -86,13 +86,23 @@ LATENT = (
     ),
     _latent(
         "the product of the rope part is lost",
-        old="score = tl.dot(q_rope, tl.trans(decoded(raw, q_latent.dtype, FORMAT)), score)",
-        new="pass",
+        old="_, score = multiply(q_rope",
+        new="_, _ = multiply(q_rope",
     ),
     _latent(
         "the product of the latent part is lost",
-        old="tl.trans(decoded(raw, q_latent.dtype, FORMAT)), score)",
-        new="tl.trans(decoded(raw, q_latent.dtype, FORMAT)))",
+        old="latent, score = multiply(q_latent",
+        new="latent, _ = multiply(q_latent",
+    ),
+    _latent(
+        "a product begins anew",
+        old="tl.dot(q, tl.trans(keys), score)",
+        new="tl.dot(q, tl.trans(keys))",
+    ),
+    _latent(
+        "tiles of many rows are not masked",
+        old="(start < high) | (ROWS < SPREAD_ROWS)",
+        new="(start > high) | (ROWS < SPREAD_ROWS)",
     ),
     _latent("the scale is lost", old="score * scale", new="score"),
     _latent(
@@ -153,7 +163,22 @@ LATENT = (
         new="place = (at * HEADS + head) * parts\n",
     ),
     _latent("the sums stay in powers of two", old="sums * LN2, mask=owned", new="sums, mask=owned"),
-    _latent("the merged sums stay in powers of two", old="lse_head, sums * LN2)", new="lse_head, sums)"),
+    _latent(
+        "the merged sums stay in powers of two", old="sums * LN2, mask=tl.prog", new="sums, mask=tl.prog"
+    ),
+    _latent(
+        "all programs of a row merge its first channels",
+        old="channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)",
+        new="channel = tl.arange(0, CHANNELS)",
+    ),
+    _latent(
+        "programs that share a row leave a gap between their channels",
+        old="tl.program_id(1) * CHANNELS +",
+        new="tl.program_id(1) * (CHANNELS + 1) +",
+    ),
+    _latent(
+        "no program stores the merged sums", old="mask=tl.program_id(1) == 0", new="mask=tl.program_id(1) < 0"
+    ),
     _latent(
         "outputs are taken for contiguous",
         old="out_row = out + at * out_token + head * out_head",

@@ -40,7 +40,26 @@ SMALL = (
         old="(wide * factor * by).to(cache.dtype.element_ty), mask=there)",
         new="(wide * factor * by).to(cache.dtype.element_ty))",
     ),
-    _pointwise("the shared key is not turned", old="(a * cos - b * sin).to(cache", new="a.to(cache"),
+    _pointwise(
+        "the shared key is turned by the angles of the first token",
+        old="source + LATENT, angles,",
+        new="source + LATENT, cos_sin,",
+    ),
+    _pointwise(
+        "the first heads are left out where the latent is written",
+        old="tl.program_id(1) - 1,",
+        new="tl.program_id(1),",
+    ),
+    _pointwise(
+        "queries are those of the first token where the latent is written",
+        old="x + token * x_token, angles,",
+        new="x, angles,",
+    ),
+    _pointwise(
+        "rotated queries are taken for contiguous where the latent is written",
+        old="angles, out + token * out_token, tl.program_id(1) - 1,",
+        new="angles, out + token * HEADS * 2 * PAIRS, tl.program_id(1) - 1,",
+    ),
     _pointwise(
         "a norm is rounded before its weight",
         old="(wide * factor * by).to(out",

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from mla_backends.triton_ops.jit.shared import close, fold, place_of
+from mla_backends.triton_ops.jit.shared import close, fold, follow, place_of
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -41,8 +41,10 @@ def attend_expanded(
     KEYS: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_LSE: tl.constexpr,
+    EARLY: tl.constexpr,  # see `follow`
 ):
     """Attend ROWS queries of one segment and head to all keys they see. Grid: (blocks of all segments, h)."""
+    follow(EARLY)
     segment, block = place_of(tl.program_id(0), cu_q, segments, blocks, 1, ROWS, RAGGED)
     head = tl.program_id(1).to(tl.int64)
     first_q = tl.load(cu_q + segment)

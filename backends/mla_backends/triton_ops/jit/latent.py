@@ -12,9 +12,12 @@ captured launch follows lengths that change. A request of one part writes its ou
 import triton
 import triton.language as tl
 
-from mla_backends.triton_ops.jit.shared import close, decoded, fold, place_of
+from mla_backends.triton_ops.jit.shared import close, decoded, fold, follow, place_of
 
 LN2 = tl.constexpr(0.6931471805599453)
+# Where Triton sees that a product feeds another, it lays all warps along the rows of the first. From this
+# many rows on, two groups of warps would compute the same scores: a condition that always holds hides it.
+SPREAD_ROWS = tl.constexpr(64)
 # What changes from step to step: specialised on its value or alignment, a kernel would be compiled anew.
 TABLES = ["block_table", "kv_lens", "cu_q", "lse", "part_lse", "table_row"]
 CHANGING = [*TABLES, "requests", "blocks", "rows", "keys_per_split", "max_splits"]
@@ -62,8 +65,10 @@ def attend_latent(
     CAUSAL: tl.constexpr,  # some request has several new tokens
     HAS_LSE: tl.constexpr,
     FORMAT: tl.constexpr,  # of a cached element
+    EARLY: tl.constexpr,  # see `follow`
 ):
     """Attend. Grid: (blocks of all requests, max_splits)."""
+    follow(EARLY)
     request, block = place_of(tl.program_id(0), cu_q, requests, blocks, HEADS, ROWS, RAGGED)
     split = tl.program_id(1)
     first = tl.load(cu_q + request)
@@ -121,23 +126,20 @@ def attend_latent(
         else:
             pages = tl.load(table + place // PAGE, mask=there, other=0).to(tl.int64)
             key = cache + (pages * PAGE + place % PAGE) * (LATENT + ROPE)
-        raw = tl.load(key[:, None] + channel[None, :], mask=there[:, None] & has_channel[None, :], other=0.0)
-        latent = decoded(raw, q_latent.dtype, FORMAT)
-        score = tl.dot(q_latent, tl.trans(latent))
-        if HALVES:
-            raw = tl.load(key[:, None] + upper[None, :], mask=there[:, None] & has_upper[None, :], other=0.0)
-            latent_upper = decoded(raw, q_latent.dtype, FORMAT)
-            score = tl.dot(q_upper, tl.trans(latent_upper), score)
+        score = tl.full([ROWS, KEYS], 0.0, tl.float32)
         if ROPE > 0:
-            raw = tl.load(
-                key[:, None] + LATENT + turn[None, :], mask=there[:, None] & has_turn[None, :], other=0.0
+            _, score = multiply(q_rope, key + LATENT, turn, there[:, None] & has_turn[None, :], score, FORMAT)
+        latent, score = multiply(q_latent, key, channel, there[:, None] & has_channel[None, :], score, FORMAT)
+        if HALVES:
+            latent_upper, score = multiply(
+                q_upper, key, upper, there[:, None] & has_upper[None, :], score, FORMAT
             )
-            score = tl.dot(q_rope, tl.trans(decoded(raw, q_latent.dtype, FORMAT)), score)
         if CAUSAL and HEADS % ROWS != 0:  # else all rows are of one token, which sees what is before `high`
             seen = (place[None, :] <= visible[:, None]) & there[None, :]
         else:
             seen = there[None, :]
-        score = tl.where(seen, score * scale, float("-inf"))
+        if (start < high) | (ROWS < SPREAD_ROWS):  # always
+            score = tl.where(seen, score * scale, float("-inf"))
         weight, shrink, top, total = fold(score, top, total)
         value = tl.dot(weight.to(latent.dtype), latent, value * shrink[:, None])
         if HALVES:
@@ -165,6 +167,20 @@ def attend_latent(
         tl.store(lse + at * lse_token + head * lse_head, sums * LN2, mask=owned)
 
 
+@triton.jit
+def multiply(
+    q,  # [ROWS, n]
+    key,  # [KEYS]: where each cached row begins
+    channel,  # [n]
+    there,  # [KEYS, n]: which of them are read
+    score,  # [ROWS, KEYS] fp32
+    FORMAT: tl.constexpr,
+):
+    """Return some channels of the keys [KEYS, n], and the scores with the product of these channels."""
+    keys = decoded(tl.load(key[:, None] + channel[None, :], mask=there, other=0.0), q.dtype, FORMAT)
+    return keys, tl.dot(q, tl.trans(keys), score)
+
+
 @triton.jit(do_not_specialize=CHANGING)
 def merge_latent(
     kv_lens,  # [B] int32
@@ -185,11 +201,17 @@ def merge_latent(
     RAGGED: tl.constexpr,  # requests have different numbers of new tokens
     HEADS: tl.constexpr,
     LATENT: tl.constexpr,  # c
-    WIDE_LATENT: tl.constexpr,  # the next power of two
+    CHANNELS: tl.constexpr,  # of a program, a power of two
     PARTS: tl.constexpr,  # parts of a step
     HAS_LSE: tl.constexpr,
+    EARLY: tl.constexpr,  # see `follow`
 ):
-    """Merge the parts of some rows of a request. Grid: (blocks of all requests,)."""
+    """Merge some channels of the parts of some rows of a request.
+
+    Grid: (blocks of all requests, ceil(c / CHANNELS)). Programs share the channels of a row because one
+    request of few heads has few rows.
+    """
+    follow(EARLY)
     request, block = place_of(tl.program_id(0), cu_q, requests, blocks, HEADS, rows, RAGGED)
     first = tl.load(cu_q + request)
     end = (tl.load(cu_q + request + 1) - first) * HEADS
@@ -197,17 +219,17 @@ def merge_latent(
     start = block * rows
     if (start >= end) | (parts == 1):
         return
-    channel = tl.arange(0, WIDE_LATENT)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     for number in range(tl.minimum(rows, end - start)):
         row = start + number
         at = (first + row // HEADS).to(tl.int64)
         head = (row % HEADS).to(tl.int64)
         place = (at * HEADS + head) * max_splits
-        value, sums = merged(part_out, part_lse, place, parts, channel, LATENT, WIDE_LATENT, PARTS)
+        value, sums = merged(part_out, part_lse, place, parts, channel, LATENT, CHANNELS, PARTS)
         target = out + at * out_token + head * out_head + channel
         tl.store(target, value.to(out.dtype.element_ty), mask=channel < LATENT)
         if HAS_LSE:
-            tl.store(lse + at * lse_token + head * lse_head, sums * LN2)
+            tl.store(lse + at * lse_token + head * lse_head, sums * LN2, mask=tl.program_id(1) == 0)
 
 
 @triton.jit
@@ -216,15 +238,15 @@ def merged(
     part_lse,
     place,  # of the row's first part
     parts,
-    channel,  # [WIDE_LATENT]
+    channel,  # [CHANNELS]
     LATENT: tl.constexpr,
-    WIDE_LATENT: tl.constexpr,
+    CHANNELS: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Return the value [WIDE_LATENT] of one row, all parts taken together, and the log2 of its sums."""
+    """Return the values [CHANNELS] of one row, all parts taken together, and the log2 of its sums."""
     top = tl.full([1], float("-inf"), tl.float32)
     total = tl.full([1], 0.0, tl.float32)
-    value = tl.full([WIDE_LATENT], 0.0, tl.float32)
+    value = tl.full([CHANNELS], 0.0, tl.float32)
     for start in range(0, parts, PARTS):
         part = start + tl.arange(0, PARTS)
         score = tl.load(part_lse + place + part, mask=part < parts, other=float("-inf"))

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from mla_backends.triton_ops.jit.shared import follow
+
 
 @triton.jit
 def rms_norm(
@@ -14,8 +16,10 @@ def rms_norm(
     out_row,
     WIDTH: tl.constexpr,  # d
     WIDE: tl.constexpr,  # the next power of two
+    EARLY: tl.constexpr,  # see `follow`
 ):
     """Write x / sqrt(mean(x^2) + eps) * weight of one row. Grid: (T,)."""
+    follow(EARLY)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDE)
     there = column < WIDTH
@@ -40,10 +44,33 @@ def rotate_query(
     PAIRS: tl.constexpr,  # r / 2
     WIDE_PAIRS: tl.constexpr,  # the next power of two
     INTERLEAVED: tl.constexpr,
+    EARLY: tl.constexpr,  # see `follow`
 ):
     """Rotate some heads of one token. Grid: (T, ceil(h / BLOCK))."""
+    follow(EARLY)
     token = tl.program_id(0).to(tl.int64)
-    head = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    rotate_heads(
+        x + token * x_token, cos_sin + token * cos_sin_row, out + token * out_token, tl.program_id(1),
+        x_head, out_head, HEADS, BLOCK, PAIRS, WIDE_PAIRS, INTERLEAVED,
+    )  # fmt: skip
+
+
+@triton.jit
+def rotate_heads(
+    x,  # [h, r], of a token
+    angles,  # [r] fp32
+    out,  # [h, r], may be x
+    block,  # which BLOCK heads
+    x_head,  # strides, in elements
+    out_head,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr,  # r / 2
+    WIDE_PAIRS: tl.constexpr,  # the next power of two
+    INTERLEAVED: tl.constexpr,
+):
+    """Rotate some heads of a token."""
+    head = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     pair = tl.arange(0, WIDE_PAIRS)
     has_pair = pair < PAIRS
     there = (head < HEADS)[:, None] & has_pair[None, :]
@@ -53,13 +80,12 @@ def rotate_query(
     else:
         left = pair
         right = pair + PAIRS
-    angles = cos_sin + token * cos_sin_row
     cos = tl.load(angles + pair, mask=has_pair, other=0.0)[None, :]
     sin = tl.load(angles + PAIRS + pair, mask=has_pair, other=0.0)[None, :]
-    x_row = x + token * x_token + head[:, None] * x_head
+    x_row = x + head[:, None] * x_head
     a = tl.load(x_row + left[None, :], mask=there, other=0.0).to(tl.float32)
     b = tl.load(x_row + right[None, :], mask=there, other=0.0).to(tl.float32)
-    out_row = out + token * out_token + head[:, None] * out_head
+    out_row = out + head[:, None] * out_head
     tl.store(out_row + left[None, :], (a * cos - b * sin).to(out.dtype.element_ty), mask=there)
     tl.store(out_row + right[None, :], (b * cos + a * sin).to(out.dtype.element_ty), mask=there)
 
@@ -71,37 +97,46 @@ def write_latent(
     cos_sin,  # [T, r] fp32
     slots,  # [T] int64
     cache,  # [pages, page, c + r], contiguous
+    x,  # [T, h, r], or anything without HEADS
+    out,  # [T, h, r], may be x
     eps,
     kv_a_row,  # strides, in elements
     cos_sin_row,
+    x_token,
+    x_head,
+    out_token,
+    out_head,
     LATENT: tl.constexpr,  # c
     WIDE_LATENT: tl.constexpr,  # the next power of two
     PAIRS: tl.constexpr,  # r / 2
     WIDE_PAIRS: tl.constexpr,  # the next power of two, or 0
     INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr,  # of x, which is rotated as well, or 0
+    BLOCK: tl.constexpr,  # heads of a program
+    EARLY: tl.constexpr,  # see `follow`
 ):
-    """Norm the latent of one token, rotate its shared key, and write both to its slot. Grid: (T,)."""
+    """Norm the latent of one token, rotate its shared key, and write both to its slot; or rotate some heads.
+
+    Grid: (T, 1 + ceil(h / BLOCK)), of which the first of a token is for its latent.
+    """
+    follow(EARLY)
     token = tl.program_id(0).to(tl.int64)
-    source = kv_a + token * kv_a_row
-    target = cache + tl.load(slots + token) * (LATENT + 2 * PAIRS)
-    column = tl.arange(0, WIDE_LATENT)
-    there = column < LATENT
-    wide = tl.load(source + column, mask=there, other=0.0).to(tl.float32)
-    factor = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / LATENT + eps)
-    by = tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
-    tl.store(target + column, (wide * factor * by).to(cache.dtype.element_ty), mask=there)
-    if PAIRS > 0:
-        pair = tl.arange(0, WIDE_PAIRS)
-        has_pair = pair < PAIRS
-        if INTERLEAVED:
-            left = LATENT + 2 * pair
-            right = left + 1
-        else:
-            left = LATENT + pair
-            right = left + PAIRS
-        cos = tl.load(cos_sin + token * cos_sin_row + pair, mask=has_pair, other=0.0)
-        sin = tl.load(cos_sin + token * cos_sin_row + PAIRS + pair, mask=has_pair, other=0.0)
-        a = tl.load(source + left, mask=has_pair, other=0.0).to(tl.float32)
-        b = tl.load(source + right, mask=has_pair, other=0.0).to(tl.float32)
-        tl.store(target + left, (a * cos - b * sin).to(cache.dtype.element_ty), mask=has_pair)
-        tl.store(target + right, (b * cos + a * sin).to(cache.dtype.element_ty), mask=has_pair)
+    angles = cos_sin + token * cos_sin_row
+    if tl.program_id(1) == 0:
+        source = kv_a + token * kv_a_row
+        target = cache + tl.load(slots + token) * (LATENT + 2 * PAIRS)
+        column = tl.arange(0, WIDE_LATENT)
+        there = column < LATENT
+        wide = tl.load(source + column, mask=there, other=0.0).to(tl.float32)
+        factor = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / LATENT + eps)
+        by = tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
+        tl.store(target + column, (wide * factor * by).to(cache.dtype.element_ty), mask=there)
+        if PAIRS > 0:
+            rotate_heads(
+                source + LATENT, angles, target + LATENT, 0, 0, 0, 1, 1, PAIRS, WIDE_PAIRS, INTERLEAVED
+            )
+    elif HEADS > 0:
+        rotate_heads(
+            x + token * x_token, angles, out + token * out_token, tl.program_id(1) - 1,
+            x_head, out_head, HEADS, BLOCK, PAIRS, WIDE_PAIRS, INTERLEAVED,
+        )  # fmt: skip

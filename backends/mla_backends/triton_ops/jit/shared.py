@@ -1,7 +1,23 @@
-"""What both attention kernels use: which rows a program works on, cached elements, the running softmax."""
+"""What kernels share: when they begin, which rows a program has, cached elements, the running softmax."""
 
 import triton
 import triton.language as tl
+
+# Not in old versions, which look up every attribute that a kernel names, even one that it does not reach.
+wait = getattr(tl.extra.cuda, "gdc_wait", None)
+launch_dependents = getattr(tl.extra.cuda, "gdc_launch_dependents", None)
+
+
+@triton.jit
+def follow(EARLY: tl.constexpr):
+    """Wait for the launch before, beside which this one may have been started, and let the next one start.
+
+    Every program does so before it reads or writes anything, even one that has nothing else to do: where a
+    launch has ended, all launches before it have.
+    """
+    if EARLY:
+        wait()
+        launch_dependents()
 
 
 @triton.jit

@@ -60,15 +60,34 @@ const char* mla_batched_linear_fp32(const float* x, int64_t x_token, int64_t x_h
 }
 
 const char* mla_latent_attention(const bf16* q, int64_t q_token, int64_t q_head, int64_t tokens,
-                                 const bf16* cache, int64_t pages, const int32_t* block_table,
+                                 const uint8_t* cache, const Run* runs, int64_t run_count,
+                                 int64_t token_bytes, float fixed, int64_t pages, const int32_t* block_table,
                                  int64_t table_row, int64_t table_columns, const int32_t* kv_lens,
                                  const int32_t* cu_q, int64_t requests, int64_t page_size, int64_t heads,
                                  int64_t width, int64_t latent, float scale, bf16* out, int64_t out_token,
                                  int64_t out_head, float* lse, int64_t lse_token, int64_t lse_head,
                                  int threads) {
-    const Latent a = {q,    q_token,   q_head,    cache, block_table, table_row, kv_lens,
-                      cu_q, requests,  page_size, heads, width,       latent,    scale,
-                      out,  out_token, out_head,  lse,   lse_token,   lse_head};
+    const Latent a = {q,
+                      q_token,
+                      q_head,
+                      cache,
+                      {runs, run_count, token_bytes, fixed},
+                      block_table,
+                      table_row,
+                      kv_lens,
+                      cu_q,
+                      requests,
+                      page_size,
+                      heads,
+                      width,
+                      latent,
+                      scale,
+                      out,
+                      out_token,
+                      out_head,
+                      lse,
+                      lse_token,
+                      lse_head};
     if (const char* wrong = check_latent(a, table_columns, pages, tokens)) return wrong;
     return attempt([&] { latent_attention(a, threads); });
 }
@@ -115,14 +134,17 @@ void mla_rotate(const bf16* x, int64_t x_token, int64_t x_head, const float* cos
 }
 
 const char* mla_write_latent(const bf16* kv_a, int64_t row, const bf16* weight, float eps,
-                             const float* cos_sin, int64_t angle_row, const int64_t* slots, bf16* cache,
+                             const float* cos_sin, int64_t angle_row, const int64_t* slots, uint8_t* cache,
+                             const Run* runs, int64_t run_count, int64_t token_bytes, float fixed,
                              int64_t cache_slots, int64_t tokens, int64_t latent, int64_t rotary,
                              int interleaved, int threads) {
-    const Write a = {kv_a,  row,   weight, eps,    cos_sin, angle_row,
-                     slots, cache, tokens, latent, rotary,  interleaved != 0};
+    const Write a = {kv_a,      row,   weight,
+                     eps,       cos_sin, angle_row,
+                     slots,     cache, {runs, run_count, token_bytes, fixed},
+                     tokens,    latent, rotary,
+                     interleaved != 0};
     if (const char* wrong = check_write(a, cache_slots)) return wrong;
-    write_latent(a, threads);
-    return nullptr;
+    return attempt([&] { write_latent(a, threads); });
 }
 
 // How a function above is called from a record; null if it is never recorded.

@@ -41,7 +41,7 @@ static inline int64_t sum_at(int64_t row, int64_t c, int64_t width) {
 
 // Where weights of two keys go that follow each other, for the lanes from `lane` on.
 static inline void put_weights(uint32_t* weights, int64_t j, int lane, pf first, pf second) {
-    store(weights + j / 2 * LANES + lane, pair_up(narrow(first), narrow(second)));
+    store(weights + j / 2 * LANES + lane, narrow_pairs(first, second));
 }
 static inline void put_weights(float* weights, int64_t j, int lane, pf first, pf second) {
     store(weights + j * LANES + lane, first);

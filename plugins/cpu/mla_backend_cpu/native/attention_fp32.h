@@ -3,6 +3,7 @@
 // sixteen rows are a strip; values are weights times values, some columns at a time.
 #pragma once
 #include "attention.h"
+#include "formats.h"
 #include "fp32_tile.h"
 #include "queries.h"
 
@@ -22,8 +23,10 @@ class Attending : public Attention {
  public:
     static constexpr bool COPIES = true;  // so that rows may lie anywhere
 
-    Attending(const Row* rows, int64_t count, int64_t key_width, int64_t value_width, float scale, int64_t)
+    Attending(const Row* rows, int64_t count, int64_t key_width, int64_t value_width, float scale, int64_t,
+              const Layout& layout)
         : Attention(rows, count, value_width, scale),
+          layout_(layout),
           key_width_(key_width),
           q_(wide_queries(rows, count, key_width)),
           score_(scratch<13>().take<float>(KEYS * LANES)) {}
@@ -52,11 +55,14 @@ class Attending : public Attention {
         int64_t pitch;
     };
     // Rows at a distance that is an odd number of lines, so that they share out the cache sets.
-    static Wide widened(const bf16* const* rows, int64_t count, int64_t width, Buffer& buffer) {
+    Wide widened(const bf16* const* rows, int64_t count, int64_t width, Buffer& buffer) const {
         const int64_t pitch = (width / LANES | 1) * LANES + (width % LANES ? 2 * LANES : 0);
         float* to = buffer.take<float>(KEYS * pitch);
-        for (int64_t j = 0; j < count; j++)
-            for (int64_t k = 0; k < width; k++) to[j * pitch + k] = widen(rows[j][k]);
+        for (int64_t j = 0; j < count; j++) {
+            for (int64_t k = 0; !layout_.count && k < width; k++) to[j * pitch + k] = widen(rows[j][k]);
+            float* at = to + j * pitch;
+            for (const Run& run : layout_) decode_run(layout_, run, (const uint8_t*)rows[j], at), at += run.columns;
+        }
         return {to, pitch};
     }
 
@@ -73,7 +79,8 @@ class Attending : public Attention {
             }
         }
     }
-    static void fetch(const bf16* const* rows, int64_t count, int64_t column, int64_t columns) {
+    void fetch(const bf16* const* rows, int64_t count, int64_t column, int64_t columns) const {
+        if (layout_.count) columns = std::min(columns, (layout_.bytes + 1) / 2 - column);
         for (int64_t j = 0; j < count; j++)
             for (int64_t k = 0; k < columns; k += 2 * LANES) __builtin_prefetch(rows[j] + column + k, 0, 2);
     }
@@ -110,6 +117,7 @@ class Attending : public Attention {
         return pick<Interleaved<LANES>, WEIGH_STRIPS>(rows, std::make_integer_sequence<int, WEIGH_ROWS>());
     }
 
+    const Layout& layout_;
     const int64_t key_width_;
     const float* const q_;  // [panels][key_width][16]
     float* const score_;    // and then weights, [KEYS][16]

@@ -10,31 +10,72 @@ namespace mla {
 
 constexpr int64_t KEYS = 128;  // of one block: its rows stay in the second-level cache while panels pass by
 
-constexpr int KEYS_ONE = 16, KEYS_TWO = 8, WEIGH_ROWS = 8;  // of a tile of sums
+constexpr int KEYS_ONE = 16, KEYS_TWO = 8, WEIGH_ROWS = 8;  // of a tile of sums; half as many where two are kept
 
 // If these were inlined into the loops of a task, not all sums would stay in registers.
 #define OWN_REGISTERS [[gnu::noinline]]
 
-// q_i . k_j for KN keys and NP neighbouring panels (their q follow each other): scores [NP][KEYS][16]. Lines
-// of the sixteen rows `next`, if any, are fetched meanwhile, one per pair: sixteen pairs of a row are a line.
+// Rows to fetch while something is computed, so many pairs of elements of each of sixteen: one line with every
+// pair, since sixteen pairs are a line.
+struct Next {
+    const bf16* const* rows;
+    int64_t pairs;  // 0: nothing is fetched
+
+    void fetch(int64_t k) const {
+        if (k < pairs) __builtin_prefetch(rows[k & (LANES - 1)] + 2 * (k & -LANES), 0, 2);
+    }
+};
+
+// The products of pair k of KN keys and NP neighbouring panels, whose q follow each other.
+template <int KN, int NP>
+static inline void add_pair(Sum16 (&sum)[KN][NP], const bf16* key, int64_t pitch, const vu* q, int64_t pairs,
+                            int64_t k) {
+    Pair16 b[NP];
+    for (int p = 0; p < NP; p++) b[p] = load_pair16(q + p * pairs + k);
+    const bf16* at = key + 2 * k;
+#pragma GCC unroll 16
+    for (int i = 0; i < KN; i++, at += pitch) {
+        uint32_t pair;
+        std::memcpy(&pair, at, 4);
+        for (int p = 0; p < NP; p++) add_products(sum[i][p], b[p], pair);
+    }
+}
+
+// q_i . k_j for KN keys and NP panels: scores [NP][KEYS][16].
 template <int KN, int NP>
 OWN_REGISTERS static void scores(const bf16* key, int64_t pitch, const vu* q, int64_t pairs, float* to,
-                                 const bf16* const* next) {
+                                 Next next) {
     Sum16 sum[KN][NP] = {};
     for (int64_t k = 0; k < pairs; k++) {
-        if (next) __builtin_prefetch(next[k % LANES] + 2 * (k - k % LANES), 0, 2);
-        Pair16 b[NP];
-        for (int p = 0; p < NP; p++) b[p] = load_pair16(q + p * pairs + k);
-        const bf16* at = key + 2 * k;
-#pragma GCC unroll 16
-        for (int i = 0; i < KN; i++, at += pitch) {
-            uint32_t pair;
-            std::memcpy(&pair, at, 4);
-            for (int p = 0; p < NP; p++) add_products(sum[i][p], b[p], pair);
-        }
+        next.fetch(k);
+        add_pair(sum, key, pitch, q, pairs, k);
     }
     for (int i = 0; i < KN; i++)
         for (int p = 0; p < NP; p++) store(to + (p * KEYS + i) * LANES, sum[i][p]);
+}
+
+// The same where the keys are codes, over scales of their own in each span of columns; `first` is the first of
+// these keys in the block.
+template <int KN, int NP>
+OWN_REGISTERS static void scaled_scores(const bf16* key, int64_t pitch, const vu* q, int64_t pairs, float* to,
+                                        Next next, const Span* span, int64_t first) {
+    Sum16 total[KN][NP] = {};
+    int64_t k = 0;
+    do {  // at least once, which the compiler must know to keep the sums in registers
+        Sum16 sum[KN][NP] = {};
+        for (const int64_t end = (span->column + span->columns) / 2; k < end; k++) {
+            next.fetch(k);
+            add_pair(sum, key, pitch, q, pairs, k);
+        }
+        const float* scale = span->scale + first;
+#pragma GCC unroll 16
+        for (int i = 0; i < KN; i++)
+            for (int p = 0; p < NP; p++)
+                total[i][p].part[0] = multiply_add(sum[i][p].part[0], scale[i], total[i][p].part[0]);
+        span++;
+    } while (k < pairs);
+    for (int i = 0; i < KN; i++)
+        for (int p = 0; p < NP; p++) store(to + (p * KEYS + i) * LANES, total[i][p]);
 }
 
 // sum[row] = sum[row] * fade[row] + weights . values, for RN rows and 32 columns.
@@ -72,11 +113,11 @@ class Attending : public Attention {
 
     // Adjacent keys lie `pitch` elements apart.
     Attending(const Row* rows, int64_t count, int64_t key_width, int64_t value_width, float scale,
-              int64_t pitch)
+              int64_t pitch, const Layout& layout)
         : Attention(rows, count, value_width, scale),
           pairs_(key_width / 2),
           q_(paired_queries(rows, count, pairs_, pairs_)),
-          keys_(key_width, pitch),
+          keys_(layout, key_width, value_width, pitch),
           score_(scratch<13>().take<float>(2 * KEYS * LANES)),
           weights_(scratch<14>().take<vu>(KEYS / 2)) {}
 
@@ -85,16 +126,19 @@ class Attending : public Attention {
     // and memory latency, not bandwidth, is the limit.
     void attend(const bf16* const* keys, const bf16* const* values, int64_t first, int64_t count,
                 const bf16* const* next = nullptr) {
-        keys_.take(keys, count);
+        if (keys_.decoded()) values = keys_.rows();
+        bool taken = false;
         for (int64_t p = 0; p < panels_; p += 2) {
             const bool two = p + 1 < panels_;
             if (std::max(panel_[p].most, two ? panel_[p + 1].most : 0) <= first) continue;
-            for (int64_t i = 0; i < count; i += LANES)
+            for (int64_t i = 0; i < count; i += LANES) {
+                if (!taken) keys_.take(keys, count, i / LANES);  // which its first product finds in the nearest cache
                 if (two)
                     score<KEYS_TWO, 2>(p, i, next);
                 else
                     score<KEYS_ONE, 1>(p, i, next);
-            next = nullptr;
+            }
+            next = nullptr, taken = true;
             for (int half = 0; half <= two; half++)
                 update(panel_[p + half], score_ + half * KEYS * LANES, values, first, count);
         }
@@ -105,15 +149,35 @@ class Attending : public Attention {
     template <int KN, int NP>
     void score(int64_t p, int64_t i, const bf16* const* next) {
         const bf16* key = keys_[i / LANES];
-        for (int j = 0; j < LANES; j += KN)
-            scores<KN, NP>(key + j * keys_.pitch(), keys_.pitch(), q_ + p * pairs_, pairs_,
-                           score_ + (i + j) * LANES, next && !j ? next + i : nullptr);
+        const int64_t pitch = keys_.pitch();
+        const Next fetched = {next + i, next ? keys_.lines() * LANES : 0}, nothing = {};
+        const vu* q = q_ + p * pairs_;
+        if (keys_.decoded())
+            for (int j = 0; j < LANES; j += KN / 2)
+                scaled_scores<KN / 2, NP>(key + j * pitch, pitch, q, pairs_, score_ + (i + j) * LANES,
+                                          j ? nothing : fetched, &keys_.span(0), i + j);
+        else
+            for (int j = 0; j < LANES; j += KN)
+                scores<KN, NP>(key + j * pitch, pitch, q, pairs_, score_ + (i + j) * LANES,
+                               j ? nothing : fetched);
     }
     void update(Panel& panel, float* score, const bf16* const* values, int64_t first, int64_t count) {
         if (panel.most <= first) return;
         count = std::min(count, panel.most - first);
-        const vf fade = soften(panel, score, first, count, scale_, (uint32_t*)weights_);
-        for (int64_t c = 0; c < width_; c += 2 * LANES)
+        if (!keys_.decoded()) {
+            const vf fade = soften(panel, score, first, count, scale_, (uint32_t*)weights_);
+            return add_values(panel, values, count, 0, width_, fade);
+        }
+        const vf fade = soften(panel, score, first, count, scale_, score);
+        for (int64_t s = 0; s < keys_.value_spans(); s++) {
+            const Span& span = keys_.span(s);
+            narrow_weights(score, span.scale, count, weights_);
+            add_values(panel, values, count, span.column, span.column + span.columns, fade);
+        }
+    }
+    void add_values(Panel& panel, const bf16* const* values, int64_t count, int64_t begin, int64_t end,
+                    const vf& fade) const {
+        for (int64_t c = begin; c < end; c += 2 * LANES)
             for (int row = 0; row < LANES; row += WEIGH_ROWS)
                 weigh<WEIGH_ROWS>(values, zeros_, count, weights_, row, panel.sum + sum_at(row, c, width_),
                                   width_, fade, c);

@@ -20,16 +20,16 @@ class Attending : public Attention {
 
     // Adjacent keys lie `pitch` elements apart.
     Attending(const Row* rows, int64_t count, int64_t key_width, int64_t value_width, float scale,
-              int64_t pitch)
+              int64_t pitch, const Layout& layout)
         : Attention(rows, count, value_width, scale),
           depth_((key_width + TILE_DEPTH - 1) / TILE_DEPTH * TILE_DEPTH / 2),
           q_(paired_queries(rows, count, key_width / 2, depth_)),
-          keys_(key_width, pitch),
+          keys_(layout, key_width, value_width, pitch),
           whole_(key_width / TILE_DEPTH),
           rest_(key_width % TILE_DEPTH),
           score_(scratch<13>().take<float>(2 * KEYS * LANES)),
           weights_(scratch<14>().take<vu>(KEYS / 2)),
-          spread_(scratch<15>().take<uint32_t>(panels_ * STEPS * TILE_FLOATS)),
+          spread_(scratch<15>().take<uint32_t>(panels_ * keys_.value_spans() * STEPS * TILE_FLOATS)),
           zipped_(scratch<16>().take<bf16>(2 * STEPS * TILE_BF16)),
           rests_(scratch<18>().take<bf16>(rest_ ? KEY_TILES * TILE_BF16 : 0)),
           steps_(scratch<19>().take<int64_t>(panels_ + 1)) {}
@@ -38,7 +38,8 @@ class Attending : public Attention {
     // prefetched: products by tiles were slower with prefetching, and so was a prototype of this.
     void attend(const bf16* const* keys, const bf16* const* values, int64_t first, int64_t count,
                 const bf16* const* = nullptr) {
-        keys_.take(keys, count);
+        for (int64_t i = 0; i * LANES < count; i++) keys_.take(keys, count, i);
+        if (keys_.decoded()) values = keys_.rows();
         for (int64_t i = 0; rest_ && i * LANES < count; i++) copy_rest(i);
         for (int64_t p = 0; p < panels_; p += 2) {
             const bool two = p + 1 < panels_;
@@ -82,63 +83,94 @@ class Attending : public Attention {
         const bf16 *a[M], *rest[M], *b[N];
         for (int m = 0; m < M; m++) a[m] = keys_[tile + m], rest[m] = rests_ + (tile + m) * TILE_BF16;
         for (int n = 0; n < N; n++) b[n] = (const bf16*)(q_ + (p + n) * depth_);
-        Block<M, N>::zero();
-        for (int64_t k = 0; k < whole_; k++)
-            Block<M, N>::multiply(a, k * TILE_DEPTH, keys_.pitch() * sizeof(bf16), b, k * TILE_BF16);
-        if (rest_) Block<M, N>::multiply(rest, 0, TILE_ROW, b, whole_ * TILE_BF16);
-        Block<M, N>::store(score_ + tile * TILE_FLOATS, TILE_FLOATS, KEYS * LANES);
+        for (int64_t s = 0, k = 0; s < keys_.spans(); s++) {
+            const Span& span = keys_.span(s);
+            Block<M, N>::zero();
+            for (; k < (span.column + span.columns) / TILE_DEPTH; k++)
+                Block<M, N>::multiply(a, k * TILE_DEPTH, keys_.pitch() * sizeof(bf16), b, k * TILE_BF16);
+            if (rest_ && s + 1 == keys_.spans()) Block<M, N>::multiply(rest, 0, TILE_ROW, b, whole_ * TILE_BF16);
+            float* const to = score_ + tile * TILE_FLOATS;
+            if (!span.scale)
+                Block<M, N>::store(to, TILE_FLOATS, KEYS * LANES);
+            else
+                add_scaled<M, N>(span.scale + tile * LANES, s == 0, to);
+        }
+    }
+    // Add sums of a span of columns to the scores, times the scales of its keys.
+    template <int M, int N>
+    static void add_scaled(const float* scale, bool first, float* to) {
+        float part[M * N * TILE_FLOATS];
+        Block<M, N>::store(part, TILE_FLOATS, M * TILE_FLOATS);
+        for (int n = 0; n < N; n++, to += KEYS * LANES)
+            for (int64_t j = 0; j < M * LANES; j++) {
+                const vf sum = load<vf>(part + n * M * TILE_FLOATS + j * LANES) * scale[j];
+                store(to + j * LANES, first ? sum : load<vf>(to + j * LANES) + sum);
+            }
     }
 
     // Turn a panel's scores into tiles of weights, zero where it sees no key, and scale its sums.
     void weight(int64_t p, int half, int64_t first, int64_t count, int64_t steps) {
         Panel& panel = panel_[p];
         const int64_t seen = std::max<int64_t>(0, std::min(count, panel.most - first));
-        const int64_t pairs = (seen + 1) / 2;
+        float* const scores = score_ + half * KEYS * LANES;
+        const bool plain = !keys_.decoded();
         if (seen) {
             const bool empty = same(panel.top, -INFINITY);
-            const vf fade =
-                soften(panel, score_ + half * KEYS * LANES, first, seen, scale_, (uint32_t*)weights_);
+            const vf fade = plain ? soften(panel, scores, first, seen, scale_, (uint32_t*)weights_)
+                                  : soften(panel, scores, first, seen, scale_, scores);
             if (!empty && !same(fade, 1)) scale(panel.sum, fade);
         }
-        std::memset((void*)(weights_ + pairs), 0, (steps * LANES - pairs) * sizeof(vu));
-        for (int64_t t = 0; t < steps; t++) transpose(weights_ + t * LANES, spread(p) + t * TILE_FLOATS);
+        for (int64_t s = 0; s < keys_.value_spans(); s++) {
+            if (!plain) narrow_weights(scores, keys_.span(s).scale, seen, weights_);
+            const int64_t pairs = (seen + 1) / 2;
+            std::memset((void*)(weights_ + pairs), 0, (steps * LANES - pairs) * sizeof(vu));
+            for (int64_t t = 0; t < steps; t++)
+                transpose(weights_ + t * LANES, spread(p, s) + t * TILE_FLOATS);
+        }
     }
     void scale(float* sum, const vf& fade) const {
         for (int64_t c = 0; c < width_; c += LANES)
             for (int64_t row = 0; row < LANES; row++, sum += LANES) store(sum, load<vf>(sum) * fade[row]);
     }
-    uint32_t* spread(int64_t p) const { return spread_ + p * STEPS * TILE_FLOATS; }
+    uint32_t* spread(int64_t p, int64_t span) const {
+        return spread_ + (p * keys_.value_spans() + span) * STEPS * TILE_FLOATS;
+    }
+    int64_t end_of(int64_t span) const {
+        return span + 1 < keys_.value_spans() ? keys_.span(span + 1).column : width_;
+    }
 
     // One panel takes 64 columns at a time, and zips into two slots that alternate.
     void weigh_one(const bf16* const* values, int64_t count) {
-        for (int64_t c = 0; c < width_;) {
-            int64_t zipped = 0;
-            if (c + 4 * LANES <= width_)
-                weigh<1, 4>(0, c, values, count, zipped, 1), c += 4 * LANES;
-            else
-                weigh<1, 2>(0, c, values, count, zipped, 1), c += 2 * LANES;
-        }
+        for (int64_t s = 0, c = 0; s < keys_.value_spans(); s++)
+            while (c < end_of(s)) {
+                int64_t zipped = 0;
+                if (c + 4 * LANES <= end_of(s))
+                    weigh<1, 4>(0, s, c, values, count, zipped, 1), c += 4 * LANES;
+                else
+                    weigh<1, 2>(0, s, c, values, count, zipped, 1), c += 2 * LANES;
+            }
     }
     // Several panels take 32 columns, which are zipped once for all of them.
     void weigh_pairs(const bf16* const* values, int64_t count) {
-        for (int64_t c = 0; c < width_; c += 2 * LANES) {
-            int64_t zipped = 0;
-            for (int64_t p = 0; p < panels_; p += 2)
-                if (p + 1 < panels_)
-                    weigh<2, 2>(p, c, values, count, zipped, STEPS - 1);
-                else
-                    weigh<1, 2>(p, c, values, count, zipped, STEPS - 1);
-        }
+        for (int64_t s = 0, c = 0; s < keys_.value_spans(); s++)
+            for (; c < end_of(s); c += 2 * LANES) {
+                int64_t zipped = 0;
+                for (int64_t p = 0; p < panels_; p += 2)
+                    if (p + 1 < panels_)
+                        weigh<2, 2>(p, s, c, values, count, zipped, STEPS - 1);
+                    else
+                        weigh<1, 2>(p, s, c, values, count, zipped, STEPS - 1);
+            }
     }
-    // Add weights . values to the sums of M panels and N x 16 columns. `zipped` steps of the values are ready
+    // Add weights . values to the sums of M panels and N x 16 columns of a span. `zipped` steps of the values are ready
     // in the slots t & mask.
     template <int M, int N>
-    void weigh(int64_t p, int64_t c, const bf16* const* values, int64_t count, int64_t& zipped,
+    void weigh(int64_t p, int64_t span, int64_t c, const bf16* const* values, int64_t count, int64_t& zipped,
                int64_t mask) {
         const int64_t steps = steps_[p];
         if (!steps) return;
         const bf16 *a[M], *b[N];
-        for (int m = 0; m < M; m++) a[m] = (const bf16*)spread(p + m);
+        for (int m = 0; m < M; m++) a[m] = (const bf16*)spread(p + m, span);
         for (int n = 0; n < N; n++) b[n] = zipped_ + n * TILE_BF16;
         float* sum = panel_[p].sum + sum_at(0, c, width_);
         Block<M, N>::load(sum, LANES * width_, TILE_FLOATS);
@@ -168,7 +200,7 @@ class Attending : public Attention {
     const int64_t whole_, rest_;
     float* score_;
     vu* weights_;
-    uint32_t* spread_;  // weights in tiles, [panels][STEPS][row][pair]
+    uint32_t* spread_;  // weights in tiles, [panels][spans][STEPS][row][pair]
     bf16 *zipped_, *rests_;
     int64_t* steps_;  // of 32 keys that a pair of panels sees, at its first one
     alignas(64) const bf16 zeros_[2 * LANES] = {};

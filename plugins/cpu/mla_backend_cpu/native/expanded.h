@@ -70,7 +70,8 @@ static void gather_rows(const bf16** rows, int64_t count, int64_t width, bf16* t
 
 static void expanded_task(const Expanded& a, const ExpandedTask& t) {
     const int64_t pitch = a.key_width + a.value_width + 2 * LANES;  // never a power of two
-    Attending attention(expanded_rows(a, t), t.queries, a.key_width, a.value_width, a.scale, pitch);
+    const Layout plain = {};
+    Attending attention(expanded_rows(a, t), t.queries, a.key_width, a.value_width, a.scale, pitch, plain);
     bf16* copy = Attending::COPIES ? nullptr : scratch<22>().take<bf16>(KEYS * pitch);
     const bf16 *keys[KEYS], *values[KEYS];
     const int64_t end = attention.most();

@@ -14,7 +14,8 @@ namespace mla {
 struct Latent {
     const bf16* q;  // [T, h, c + r] by strides
     int64_t q_token, q_head;
-    const bf16* cache;  // [pages, page, c + r], contiguous
+    const uint8_t* cache;  // [pages, page, layout.bytes], contiguous
+    Layout layout;
     const int32_t* block_table;
     int64_t table_row;
     const int32_t *kv_lens, *cu_q;
@@ -86,11 +87,12 @@ static Row* latent_rows(const Latent& a, const LatentTask& task) {
 }
 
 // Where up to KEYS keys of a request from `first` on lie; those from `end` on repeat the last one before it.
+// What they point to is bf16 in a plain cache, else bytes.
 static void find_keys(const Latent& a, int64_t request, int64_t first, int64_t end, const bf16** keys) {
     const int32_t* page = a.block_table + request * a.table_row + first / a.page_size;
     int64_t slot = first % a.page_size;
     for (int64_t j = 0; j < KEYS; j++) {
-        keys[j] = a.cache + (*page * a.page_size + slot) * a.width;
+        keys[j] = (const bf16*)(a.cache + (*page * a.page_size + slot) * a.layout.bytes);
         if (first + j >= end - 1) continue;
         if (++slot == a.page_size) slot = 0, page++;
     }
@@ -125,7 +127,8 @@ class LatentTasks {
 // attended while the first ones of the next task are fetched.
 static const LatentTask* latent_task(const Latent& a, const LatentTask& task, float* saved,
                                      LatentTasks& left) {
-    Attending attention(latent_rows(a, task), task.rows, a.width, a.latent, a.scale, a.width);
+    Attending attention(latent_rows(a, task), task.rows, a.width, a.latent, a.scale, a.width,
+                        a.layout);
     const bf16* keys[2][KEYS];  // of this block and of the next one, alternating
     const int64_t begin = task.part * task.keys, end = std::min(begin + task.keys, attention.most());
     const LatentTask* following = nullptr;
@@ -147,7 +150,8 @@ static const LatentTask* latent_task(const Latent& a, const LatentTask& task, fl
 }
 
 static void merge_latent(const Latent& a, const LatentTask& first, float* saved) {
-    Attending attention(latent_rows(a, first), first.rows, a.width, a.latent, a.scale, a.width);
+    Attending attention(latent_rows(a, first), first.rows, a.width, a.latent, a.scale, a.width,
+                        a.layout);
     for (int64_t part = 0; part < first.parts; part++)
         attention.merge(saved + first.saved + part * attention.part_size());
     attention.finish();

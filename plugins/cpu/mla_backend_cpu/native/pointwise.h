@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "formats.h"
 #include "simd.h"
 #include "work_queue.h"
 
@@ -73,20 +74,36 @@ struct Write {
     const float* cos_sin;
     int64_t angle_row;
     const int64_t* slots;
-    bf16* cache;
+    uint8_t* cache;  // rows of layout.bytes
+    Layout layout;
     int64_t tokens, latent, rotary;
     bool interleaved;
 };
 
+// What a token's row of the cache holds, before it is encoded.
+static inline void latent_row(const Write& a, int64_t t, bf16* to) {
+    norm_row(a.kv_a + t * a.row, a.weight, a.eps, a.latent, to);
+    rotate_row(a.kv_a + t * a.row + a.latent, a.cos_sin + t * a.angle_row, a.rotary, a.interleaved,
+               to + a.latent);
+}
+
 static void write_latent(const Write& a, int threads) {
     const int64_t width = a.latent + a.rotary;
+    Shortage shortage;
 #pragma omp parallel for num_threads(threads) if (a.tokens * width > PARALLEL_WORK)
     for (int64_t t = 0; t < a.tokens; t++) {
-        bf16* to = a.cache + a.slots[t] * width;
-        norm_row(a.kv_a + t * a.row, a.weight, a.eps, a.latent, to);
-        rotate_row(a.kv_a + t * a.row + a.latent, a.cos_sin + t * a.angle_row, a.rotary, a.interleaved,
-                   to + a.latent);
+        uint8_t* to = a.cache + a.slots[t] * a.layout.bytes;
+        if (!a.layout.count) {
+            latent_row(a, t, (bf16*)to);
+            continue;
+        }
+        shortage.within([&] {
+            const bf16* row = scratch<25>().take<bf16>(width);
+            latent_row(a, t, (bf16*)row);
+            for (const Run& run : a.layout) encode_run(a.layout, run, row, to), row += run.columns;
+        });
     }
+    shortage.raise();
 }
 
 }  // namespace mla

@@ -131,6 +131,18 @@ static inline auto pair_up(H low, H high) {
     return __builtin_convertvector(low, U) | (__builtin_convertvector(high, U) << 16);
 }
 
+// Two numbers of each lane as pairs of bf16.
+template <class F>
+static inline auto narrow_pairs(F low, F high) {
+#if MLA_DOT_BF16
+    const __m512i words = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    const vu lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return (vu)_mm512_permutexvar_epi16((__m512i)(lane | (lane + LANES) << 16), words);
+#else
+    return pair_up(narrow(low), narrow(high));
+#endif
+}
+
 #if defined(__AVX2__)
 // Transpose eight rows of eight words that lie in rows of sixteen.
 static inline void transpose_eight(const uint32_t* from, uint32_t* to) {

@@ -11,6 +11,7 @@ from kernel_cases import FarWrite, KernelCase, expanded, latent, norm, rotation,
 from mutating import Mutant
 
 from mla_backends.triton_ops.attention import Splits
+from mla_backends.triton_ops.tuning import Tile
 
 FAR = 1_100_000_000  # the third row is beyond 32 bits
 NARROW = {"latent": 48, "rope": 8}
@@ -22,9 +23,11 @@ LATENT = (
     latent((1,), (20,), heads=1, page_size=1, far=True),
     latent((1,), (70,), heads=1, page_size=64, far=True),
     latent((3,), (5,), heads=1, apart=FAR, **NARROW),
-    latent((1, 1), (200, 33), heads=2, splits=Splits(16, 5), **NARROW),  # as of a captured step that grew
+    # As of a captured step that grew, with channels for two programs of the merge.
+    latent((1, 1), (200, 33), heads=2, splits=Splits(16, 5), latent=200, rope=8),
     latent((1, 1), (33 * 16, 65 * 16), heads=4, splits=Splits(16, 65), gain=3.0, **NARROW),
     latent((1,), (4096,), heads=2, page_size=64, splits=Splits(1 << 20, 1), **NARROW),
+    latent((1,), (40,), heads=66, tile=Tile(64, 32, 8, 2), **NARROW),
 )
 EXPANDED = (
     expanded((5, 1, 20), (5, 70, 33), heads=2, widths=(16, 8, 12)),
@@ -36,6 +39,7 @@ SMALL = (
     norm(3, 100),
     rotation(2, 3),
     rotation(2, 20, width=24, interleaved=False),
+    rotation(2, 40, width=24, joined=True),
     write(5, latent=100, rope=8),
     norm(8, 1536),
     FarWrite(write(3).case),

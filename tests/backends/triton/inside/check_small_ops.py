@@ -14,6 +14,8 @@ CASES = (
     rotation(2, 3, width=24),
     rotation(2, 40, in_place=True),
     rotation(2, 40, in_place=True, interleaved=False),
+    *(rotation(3, heads, interleaved=way, joined=True) for heads in (1, 40) for way in (True, False)),
+    rotation(2, 40, in_place=True, joined=True),
     write(9),
     write(3, latent=100, rope=8),
     write(3, latent=256, rope=24, interleaved=False),
