@@ -161,8 +161,6 @@ COLUMNS: dict[str, str | Callable[[Row], Cell]] = {
     "heads": "case.heads",
     "layers": "case.layers",
     "page_size": lambda row: row.case.point.get("page_size", row.run.page_size),
-    "cache_format": lambda row: row.case.point.get("cache_format"),
-    "format_error": "case.format_error",
     "requests": lambda row: len(row.case.query_lens),
     "new_tokens": lambda row: sum(row.case.query_lens),
     "history_min_tokens": lambda row: min(row.case.history),
@@ -222,6 +220,8 @@ COLUMNS: dict[str, str | Callable[[Row], Cell]] = {
     "speedup_low": "speedup.speedup_interval.0",
     "speedup_high": "speedup.speedup_interval.1",
     **{f"{name}_ms": _further(name) for name in KINDS},
+    "cache_format": lambda row: row.case.point.get("cache_format"),
+    "format_error": "case.format_error",
 }
 
 
