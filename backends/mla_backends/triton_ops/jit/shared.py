@@ -16,8 +16,8 @@ def follow(EARLY: tl.constexpr):
     launch has ended, all launches before it have.
     """
     if EARLY:
-        wait()
-        launch_dependents()
+        wait()  # type: ignore[misc]  # mypy takes it for None
+        launch_dependents()  # type: ignore[misc]
 
 
 @triton.jit
