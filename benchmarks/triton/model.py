@@ -65,7 +65,7 @@ class Work(NamedTuple):
     @classmethod
     def of(cls, case: Case) -> Work:
         """Return it for a launch of attention."""
-        known = {name: argument.get("value") for name, argument in case.arguments.items()}
+        known: dict[str, Any] = {name: argument.get("value") for name, argument in case.arguments.items()}
         rows, keys = known["ROWS"], known["KEYS"]
         if "LATENT" not in known:  # expanded: many blocks of queries read the same keys
             return cls(2 * rows * keys * (known["WIDTH"] + known["VALUES"]), 0)
