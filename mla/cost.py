@@ -67,17 +67,22 @@ def rotate_query_cost(spec: AttentionSpec, tokens: int) -> Work:
     return Work(3 * channels, 2 * spec.dtype.itemsize * channels + 4 * angles)
 
 
+def cached_bytes(spec: AttentionSpec) -> int:
+    """Return the bytes of a token in the cache."""
+    return spec.token_bytes or spec.dtype.itemsize * (spec.kv_lora_rank + spec.qk_rope_head_dim)
+
+
 def write_latent_cost(spec: AttentionSpec, tokens: int) -> Work:
     """Return the work of `write_latent`: norm c channels, rotate r, with fp32 angles and int64 slots."""
     c, r = spec.kv_lora_rank, spec.qk_rope_head_dim
-    moved = spec.dtype.itemsize * (2 * tokens * (c + r) + c) + tokens * (4 * r + 8)
+    moved = spec.dtype.itemsize * (tokens * (c + r) + c) + tokens * (cached_bytes(spec) + 4 * r + 8)
     return Work(tokens * (4 * c + 3 * r), moved)
 
 
 def latent_attention_cost(spec: AttentionSpec, query_lens: Sequence[int], kv_lens: Sequence[int]) -> Work:
     """Return the work of `latent_attention`: one key of c + r and one value of c for all heads; fp32 lse."""
     c, r, h, tokens = spec.kv_lora_rank, spec.qk_rope_head_dim, spec.num_heads, sum(query_lens)
-    moved = spec.dtype.itemsize * (tokens * h * (2 * c + r) + sum(kv_lens) * (c + r))
+    moved = spec.dtype.itemsize * tokens * h * (2 * c + r) + sum(kv_lens) * cached_bytes(spec)
     flops = latent_attention_flops(h, sum(map(attended_pairs, query_lens, kv_lens)), c, r)
     return Work(flops, moved + 4 * tokens * h)
 
@@ -147,8 +152,11 @@ def role_costs(
     kv_lens: Sequence[int],
     element_size: int,
     attention: str = "auto",
+    token_bytes: int = 0,
 ) -> dict[str, Work]:
     """Return role of `mla.layer.ops` -> its work in one forward; `attention` as in `MLA`.
+
+    `token_bytes` of a token in the cache; by default it holds elements.
 
     Roles that do not run or count nothing are left out. kv_b's weights count once: for W_UK and W_UV if any
     request is absorbed, else for kv_b_proj.
@@ -158,12 +166,13 @@ def role_costs(
     for query_len, kv_len in zip(query_lens, kv_lens, strict=True):
         path = chooser.path(query_len, kv_len) if attention == "auto" else attention
         requests[path].append((query_len, kv_len))
-    costs = _projections(config, sum(query_lens), element_size)
+    cached = token_bytes or element_size * config.latent_dim
+    costs = _projections(config, sum(query_lens), element_size, cached)
     if requests[ABSORBED]:
-        costs |= _absorbed(config, requests[ABSORBED], element_size)
+        costs |= _absorbed(config, requests[ABSORBED], element_size, cached)
     if requests[EXPANDED]:
         weights = 0 if requests[ABSORBED] else kv_b_parameters(config)
-        costs |= _expanded(config, requests[EXPANDED], weights, element_size)
+        costs |= _expanded(config, requests[EXPANDED], weights, element_size, cached)
     return costs
 
 
@@ -173,12 +182,14 @@ def step_work(
     kv_lens: Sequence[int],
     element_size: int,
     attention: str = "auto",
+    token_bytes: int = 0,
 ) -> Work:
     """Return the work of one forward: weights once, each attended latent once, hidden states in and out."""
-    return sum(role_costs(config, query_lens, kv_lens, element_size, attention).values(), Work())
+    costs = role_costs(config, query_lens, kv_lens, element_size, attention, token_bytes)
+    return sum(costs.values(), Work())
 
 
-def _projections(config: MLAConfig, tokens: int, element_size: int) -> dict[str, Work]:
+def _projections(config: MLAConfig, tokens: int, element_size: int, cached: int) -> dict[str, Work]:
     """Projections of all new tokens, which the first reads and the last writes; and their latents."""
     d, q_width = config.hidden_size, config.num_attention_heads * config.qk_head_dim
     first = d * ((config.q_lora_rank or q_width) + config.latent_dim)  # q (or q_a) and kv_a as one weight
@@ -186,7 +197,7 @@ def _projections(config: MLAConfig, tokens: int, element_size: int) -> dict[str,
     costs = {
         "qkv_a_proj": _product(first, tokens, element_size, moved=tokens * d),
         "o_proj": _product(last, tokens, element_size, moved=tokens * d),
-        "write_latent": Work(bytes=element_size * tokens * config.latent_dim),
+        "write_latent": Work(bytes=tokens * cached),
     }
     if config.q_lora_rank:
         costs["q_b_proj"] = _product(config.q_lora_rank * q_width, tokens, element_size)
@@ -195,25 +206,27 @@ def _projections(config: MLAConfig, tokens: int, element_size: int) -> dict[str,
     return costs
 
 
-def _absorbed(config: MLAConfig, requests: Sequence[tuple[int, int]], element_size: int) -> dict[str, Work]:
+def _absorbed(
+    config: MLAConfig, requests: Sequence[tuple[int, int]], element_size: int, cached: int
+) -> dict[str, Work]:
     """W_UK and W_UV of every head on new tokens; each attended latent is read once."""
     h, c, tokens = config.num_attention_heads, config.kv_lora_rank, sum(new for new, _ in requests)
     pairs, keys = sum(attended_pairs(*request) for request in requests), sum(kv for _, kv in requests)
     flops = latent_attention_flops(h, pairs, c, config.qk_rope_head_dim)
     return {
         "w_uk": _product(h * c * config.qk_nope_head_dim, tokens, element_size),
-        "latent_attention": Work(flops, element_size * keys * config.latent_dim),
+        "latent_attention": Work(flops, keys * cached),
         "w_uv": _product(h * c * config.v_head_dim, tokens, element_size),
     }
 
 
 def _expanded(
-    config: MLAConfig, requests: Sequence[tuple[int, int]], weights: int, element_size: int
+    config: MLAConfig, requests: Sequence[tuple[int, int]], weights: int, element_size: int, cached: int
 ) -> dict[str, Work]:
     """kv_b over the context, reading each latent and `weights` once; its keys and values move no byte."""
     pairs, keys = sum(attended_pairs(*request) for request in requests), sum(kv for _, kv in requests)
     flops = expanded_attention_flops(config.num_attention_heads, pairs, config.qk_head_dim, config.v_head_dim)
-    moved = element_size * (weights + keys * config.latent_dim)
+    moved = element_size * weights + keys * cached
     return {
         "kv_b_proj": Work(2 * keys * kv_b_parameters(config), moved),
         "expanded_attention": Work(flops),

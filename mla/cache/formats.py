@@ -314,6 +314,22 @@ def codec_of(name: str, c: int, r: int) -> Codec | None:
     return find_format(name).codec(c, r) if name else None
 
 
+def given_back(codec: Codec, kv: torch.Tensor, pe: torch.Tensor) -> Rows:
+    """Return kv [s, c] and pe [s, r] as a cache of this format gives them back, in float32."""
+    return codec.decode(codec.encode(kv, pe))
+
+
+def format_error(codec: Codec | None) -> float:
+    """Return the relative error of numbers N(0, 1) that a cache gives back; 0 for the plain cache."""
+    if codec is None:
+        return 0.0
+    draw = torch.Generator().manual_seed(0)
+    numbers = [torch.randn(64, width, generator=draw) for width in (codec.c, codec.r)]
+    gaps = [kept - x for kept, x in zip(given_back(codec, *numbers), numbers, strict=True)]
+    gap, size = (torch.cat(parts, dim=1).norm().item() for parts in (gaps, numbers))
+    return gap / size
+
+
 def latents(rows: torch.Tensor, codec: Codec | None) -> torch.Tensor:
     """Return latents and keys [.., c + r], in float32, of rows [.., w] of a cache."""
     if codec is None:

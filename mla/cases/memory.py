@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-Tensors = dict[str, torch.Tensor]
+from mla.verify.layer_check import stands_for
 
-FINITE = 0x42
+Tensors = dict[str, torch.Tensor]
 
 GUARD = 32  # rows before and behind a tensor, where a kernel writes that rounds its rows up
 FAR_APART = 1 << 20  # numbers from one row to the next
@@ -158,23 +158,12 @@ class Pages:
     def _filled(
         self, count: int, pages: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor
     ) -> torch.Tensor:
-        unowned, tail = (_of_dtype(value, rows.dtype) for value in (self.layout.unowned, self.layout.tail))
+        unowned, tail = (stands_for(value, rows.dtype) for value in (self.layout.unowned, self.layout.tail))
         shape = (count, self.layout.page_size, rows.shape[1])
         cache = torch.full(shape, unowned, dtype=rows.dtype)
         cache[pages.unique()] = tail
         cache.view(-1, rows.shape[1])[slots] = rows
         return cache
-
-
-def _of_dtype(value: float, dtype: torch.dtype) -> float:
-    """Return what stands for a number in memory of this dtype: for NaN among integers, their largest.
-
-    Bytes stand for numbers of some format: 255 each is NaN in all, or nearly, and `FINITE` is up to 1e4.
-    """
-    if dtype.is_floating_point:
-        return value
-    most = torch.iinfo(dtype).max
-    return most if math.isnan(value) else int(value) if value <= most else FINITE
 
 
 def _order(needed: int, layout: Layout) -> tuple[torch.Tensor, int]:
@@ -262,7 +251,7 @@ class Piece:
         row = stride[0] if len(shape) > 1 else 1
         beside = -(-min(guard * row, beside) // ALIGNED) * ALIGNED
         before, count = beside + gaps[0], 2 * beside + -(-(gaps[0] + shape[0] * row) // ALIGNED) * ALIGNED
-        self.whole = torch.full((count,), _of_dtype(fill, dtype), dtype=dtype, device=device)
+        self.whole = torch.full((count,), stands_for(fill, dtype), dtype=dtype, device=device)
         self.part = self.whole.as_strided(tuple(shape), tuple(stride), before)
         self.sealed = self.own = self.whole  # what it holds before a call; and of which it was made
         self._view = (tuple(shape), tuple(stride), before)

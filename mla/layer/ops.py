@@ -118,7 +118,7 @@ class Choice:
             )
 
 
-_NO_LSE = "it writes no log-sum-exp, without which sinks have no share (sink_logits)"
+_NO_LSE = "it writes no log-sum-exp, which sinks need for their share (sink_logits)"
 # Kinds of ops whose operands have a rotary part.
 _ROTARY = ("rotate_query", "write_latent", "latent_attention")
 # What `ops` accepts besides a list of names.

@@ -159,6 +159,7 @@ def rank_work(
     kv_lens: Sequence[int],
     itemsize: int,
     attention: str = "auto",
+    token_bytes: int = 0,
 ) -> Work:
     """Return what a rank must do in a forward of the layer `config`, counted as in `mla.cost`.
 
@@ -167,8 +168,9 @@ def rank_work(
     """
     part = config.with_heads(config.num_attention_heads // layout.head_parts)
     if layout.dcp > 1:
-        return _of_context(part, layout.dcp, layout.place(rank).dcp, query_lens, kv_lens, itemsize)
-    return step_work(part, query_lens, kv_lens, itemsize, attention)
+        place, cached = layout.place(rank).dcp, token_bytes or part.latent_dim * itemsize
+        return _of_context(part, layout.dcp, place, query_lens, kv_lens, itemsize, cached)
+    return step_work(part, query_lens, kv_lens, itemsize, attention, token_bytes)
 
 
 def _of_context(
@@ -178,6 +180,7 @@ def _of_context(
     query_lens: Sequence[int],
     kv_lens: Sequence[int],
     itemsize: int,
+    cached: int,  # bytes of a token
 ) -> Work:
     """Return the work on every `world`-th token, from `place` on, for the heads of all ranks of `dcp`."""
     share, tokens, keys, new, pairs = Share(place, world), sum(query_lens), 0, 0, 0
@@ -192,8 +195,8 @@ def _of_context(
     )
     per_token = projection_parameters(part) + kv_b_parameters(part)
     flops = 2 * tokens * per_token + latent_attention_flops(heads, pairs, c, r)
-    moved = parameters(part) + (keys + new) * part.latent_dim + 2 * tokens * part.hidden_size
-    return Work(flops, itemsize * moved)
+    moved = parameters(part) + 2 * tokens * part.hidden_size
+    return Work(flops, itemsize * moved + (keys + new) * cached)
 
 
 def _pairs(query_len: int, kv_len: int, world: int, place: int) -> int:

@@ -19,7 +19,7 @@ REFERENCE: Mapping[str, FusedOp] = {
     "batched_linear": BatchedLinear(),
     "rms_norm": RmsNorm(),
     "rotate_query": RotateQuery(),
-    "write_latent": WriteLatent(FORMATS.keys()),
-    "latent_attention": LatentAttention(FORMATS.keys()),
+    "write_latent": WriteLatent(FORMATS),
+    "latent_attention": LatentAttention(FORMATS),
     "expanded_attention": ExpandedAttention(),
 }

@@ -155,7 +155,7 @@ def test_an_op_without_a_log_sum_exp_serves_no_sinks() -> None:
     backend = HostBackend(ops={"mute": Mute()})
     layer = mla.MLA(CONFIGS["sinks"], backend=backend)
     assert layer.ops.names()["latent_attention"] == "reference"
-    reason = "it writes no log-sum-exp, without which sinks have no share (sink_logits)"
+    reason = "it writes no log-sum-exp, which sinks need for their share (sink_logits)"
     assert f"  fused op 'mute' not used because {reason}" in layer.ops.explain()
     with pytest.raises(
         UnsupportedOps, match=r"--ops mute requires one: fused op 'mute' not used because it "

@@ -144,6 +144,12 @@ HOW = (
     ),
     how("--page-size", type=int, show_default=str(DEFAULT_PAGE_SIZE), help="Tokens per cache page."),
     how(
+        "--cache-format",
+        metavar="NAME",
+        show_default="the dtype",
+        help="What the cache holds, such as fp8_ds_mla; short for -a cache_format=NAME.",
+    ),
+    how(
         "--mode",
         metavar="A,B",
         show_default="both, if the backend has graphs",
@@ -195,7 +201,7 @@ SCALE = (
         "axes",
         metavar="AXIS=VALUES",
         multiple=True,
-        help="Sweep batch, kv, q_len, heads, dtype or page_size: 1,8,64 or 1k..64k*4 or 1..8+1; repeatable.",
+        help="Sweep batch, kv, q_len, heads, dtype, page_size, cache_format: 1,8 or 1k..64k*4; repeatable.",
     ),
     scale(
         "--layers",

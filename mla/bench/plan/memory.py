@@ -18,7 +18,7 @@ from mla.bench.measure.passes import sweep
 from mla.bench.subjects import op as one_op
 from mla.bench.subjects.base import buffers
 from mla.bench.subjects.fixture import Fixture, OpFixture
-from mla.bench.subjects.inputs import Requests, choices, oracle_runs
+from mla.bench.subjects.inputs import Requests, choices, is_signed, oracle_runs
 from mla.bench.subjects.setting import SPARE_PAGES, Setting, implementation_setting, make_ops
 from mla.bench.workload.grid import Point
 from mla.bench.workload.implementations import Named, is_ours, parse_one
@@ -213,8 +213,9 @@ def _held_bytes(setting: Setting, point: Point, share: int) -> int:
     longest = max(point.final_lens)
     lengths = [math.ceil(length / share) for length in point.final_lens]  # on the rank that has most
     pages = sum(math.ceil(length / page) for length in lengths) + SPARE_PAGES
-    numbers = cost.parameters(config) + cost.kv_b_parameters(config) + pages * page * config.latent_dim
-    return point.layers * (numbers * setting.dtype.itemsize + RotaryTable.bytes_for(config, longest))
+    weights = (cost.parameters(config) + cost.kv_b_parameters(config)) * setting.dtype.itemsize
+    cache = pages * page * setting.token_bytes
+    return point.layers * (weights + cache + RotaryTable.bytes_for(config, longest))
 
 
 def _forward_bytes(setting: Setting, point: Point, share: int = 1) -> int:
@@ -301,7 +302,7 @@ def _output_bytes(setting: Setting, point: Point, of: Point) -> int:
 
 def _input_numbers(setting: Setting, point: Point) -> int:
     """Return the hidden states' numbers: those of the present turn, the plain ones and all others."""
-    count = choices(point, signed=setting.config.is_odd) - 1
+    count = choices(point, is_signed(setting.config, point)) - 1
     rows = point.inputs * point.tokens
     rows_of_others = len(point.query_lens) if point.mode == "prefill" else rows
     return (2 * rows + count * rows_of_others) * setting.config.hidden_size
@@ -350,7 +351,7 @@ def op_bytes(pool: Pool) -> int:
     case, cache = pool.case, 0
     if case.entry.cached:
         pages = sum(-(-length // case.layout.page_size) for length in case.kv_lens) + case.layout.spare
-        cache = pages * case.layout.page_size * case.shape(case.entry.cached)[0] * case.spec.dtype.itemsize
+        cache = pages * case.layout.page_size * cost.cached_bytes(case.spec)
     return 2 * case.work.bytes + cache + _pool_bytes(pool) + one_op.output_bytes(pool) + WORKSPACE
 
 

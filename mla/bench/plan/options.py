@@ -47,6 +47,7 @@ class RunOptions(BackendOptions):
     dtype: str | None
     attention: str
     page_size: int | None
+    cache_format: str | None
     ops: str
     seed: int
     output: Path | None
@@ -359,6 +360,9 @@ def check_points(options: RunOptions, points: Sequence[Point]) -> None:
             raise UsageError(
                 f"{flag} and an axis {name} are mutually exclusive: list every value in the axis."
             )
+    for point in points:
+        if point.cache_format is not None and point.layers > 1:
+            raise UsageError(f"scenario '{point.name}': a cache format is measured with one layer.")
     with_heads = [point.name for point in points if point.heads]
     if options.model_path and with_heads:
         raise UsageError(f"scenario '{with_heads[0]}' sets heads, but a checkpoint's weights fix them.")

@@ -111,6 +111,8 @@ def _points(options: RunOptions) -> tuple[RunOptions, list[Point]]:
 
     Raises `UsageError`.
     """
+    if options.cache_format is not None:
+        options = replace(options, axes=(*options.axes, f"cache_format={options.cache_format}"))
     grid.parse(options.axes)  # what the user wrote is judged before any file
     commands.check_lengths(options)
     alone = options.op is not None and options.workload_flag is None  # an op of equal requests
@@ -246,7 +248,10 @@ def _layer(
     spread = options.parallel is not None and options.parallel.dcp > 1  # a part of a context is absorbed
     attention, seed, ops = "absorbed" if spread else options.attention, options.seed, options.ops
     ranks = _ranks(options, opened, config, points, join)
-    return Setting(config, opened.backend, dtype, attention, page_size, seed, ops, ranks=ranks), state
+    formats = {point.cache_format for point in points}
+    stored_as = formats.pop() if len(formats) == 1 else None
+    given = (config, opened.backend, dtype, attention, page_size, seed, ops)
+    return Setting(*given, ranks=ranks, cache_format=stored_as), state
 
 
 def _ranks(

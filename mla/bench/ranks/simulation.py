@@ -124,7 +124,8 @@ class Simulation(Ranks):
             shard = dict(HeadShard(state, setting.config, layout.head_part(rank), layout.head_parts))
             requests = Requests.of(scenario, place.dp, layout.dp)
             mine = requests.inputs(scenario, inputs)
-            return requests, layer_checker(config, setting.dtype, shard, mine, reference, beat, held)
+            given = (config, setting.dtype, shard, mine, reference, beat, held)
+            return requests, layer_checker(*given, setting.codec)
 
         return ShareCheckers(scenario, {rank: of_rank(rank) for rank in self.timed(scenario)})
 

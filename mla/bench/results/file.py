@@ -146,13 +146,17 @@ def _names(case: Case) -> Faults:
 
 
 def _numbers(case: Case) -> Faults:
-    """Yield that samples were cut, or that nothing can be divided by them."""
+    """Yield that samples were cut, that they cannot be divided by, or that an interval is none."""
     passes = cases.passes_of(case)
     if sum(map(len, passes)) != case.passes * case.steps_per_pass:
         expected = f"{case.passes} passes of {case.steps_per_pass} steps, got {sum(map(len, passes))}"
         yield f"Expected the samples of {expected}", ".latency_ms.samples"
     elif not all(map(sum, passes)):
         yield "Expected passes that take time", ".latency_ms.samples"
+    for name in ("latency_ms", "tokens_per_s"):
+        low, high = getattr(getattr(case, name), "ci95", None) or (0.0, 0.0)
+        if low > high:
+            yield "Expected the lower end first", f".{name}.ci95"
 
 
 def _ranks(spread: Spread, samples: int) -> Faults:

@@ -224,6 +224,7 @@ class Case(msgspec.Struct, kw_only=True):
     new_lengths: NewLengths | None = None
     planned: Planned | None = None  # `passes` and `steps_per_pass` are what was run
     op_remarks: dict[str, list[str]] = {}  # op -> what it said of how it ran, such as a smaller tile
+    format_error: Number | None = None  # of what the cache gives back, relative; None where it is plain
     spread: Spread | None = None  # over several ranks; None: one device
 
 

@@ -28,6 +28,7 @@ from mla.bench.subjects.inputs import Requests, choices
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.setting import Setting, say_remarks
 from mla.bench.workload.scenario import Scenario
+from mla.cache.formats import format_error
 from mla.command.console import detail, note
 from mla.errors import MLAError, UnsupportedBatch
 from mla.parallel.layout import Layout, Place, rank_work
@@ -84,6 +85,7 @@ def _mean(setting: Setting, layout: Layout, rank: int, scenario: Scenario, steps
             part.kv_lens(step),
             setting.dtype.itemsize,
             setting.attention,
+            setting.token_bytes,
         )
         for step in range(steps)
     ]
@@ -308,6 +310,7 @@ class ScenarioRun:
             point=dict(scenario.point),
             dtype=dtype_name(self._setting.dtype),
             heads=self._setting.config.num_attention_heads,
+            format_error=format_error(self._setting.codec) or None,
             layers=scenario.layers,
             op=self._fixture.op,
             batch_spec=scenario.batch_spec,

@@ -289,7 +289,7 @@ class LayerChecker(Checker):
         past = [length - new for length, new in zip(kv_lens, query_lens, strict=True)]
         history = [(kv[:n], pe[:n]) for n, (kv, pe) in zip(past, self.inputs.history, strict=True)]
         expected = self.any_oracle(self.inputs.hidden[0, : len(outputs)], query_lens, history)
-        judge = Checker(expected[None], self.dtype, lambda: expected)
+        judge = Checker(expected[None], self.dtype, lambda: expected, self.beside)
         return judge.check(outputs[None], held_to_reference=False)
 
     def forwards(

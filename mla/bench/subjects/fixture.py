@@ -25,6 +25,7 @@ from mla.bench.subjects.setting import Setting, implementation_setting, make_ops
 from mla.bench.subjects.transformers_layer import TransformersLayer
 from mla.bench.workload.grid import Point
 from mla.bench.workload.implementations import parse_one
+from mla.cache.formats import Codec, format_error, given_back
 from mla.cases.call import Checker
 from mla.cases.varied import Pool
 from mla.checkpoint import LazyState
@@ -39,6 +40,7 @@ from mla_backends.errors import describe
 
 # Side of the product in float64 that tells how fast the oracle may be.
 ORACLE_SIDE = 1024
+NEWEST = 8  # times the usual weight of a key is that of a new token at most, or nearly
 # Name -> how to build it. Others are named by where their class is.
 IMPLEMENTATIONS: dict[str, Callable[[Setting, State], Implementation]] = {
     "mla": lambda setting, state: _ours(setting, state, "mla", None),
@@ -168,9 +170,12 @@ def layer_checker(
     make_reference: Callable[[], MlaLayer],
     beat: Callable[[], None],
     held: Held | None = None,
+    codec: Codec | None = None,
 ) -> LayerChecker:
     """Return what judges a layer with these weights, which attends the positions that are `held`.
 
+    With a `codec` the truth is over what the cache gives back. A new number that falls on the other side of a
+    border is stored as another code: rows may err by the format's error, in the share of keys that are new.
     `make_reference` returns the loaded layer whose error bounds that of fused ops; it runs once, if it is
     needed, with `beat` after every forward.
     """
@@ -185,15 +190,20 @@ def layer_checker(
             beat()
         return torch.stack(outputs)
 
-    expected = expected_outputs(config, state, inputs.scenario, inputs, held)
+    scenario, cached = inputs.scenario, inputs.stored(codec)
+    kept = zip(scenario.history, scenario.final_lens, strict=True)
+    new = max((final - old) / final for old, final in kept)
+    stored = None if codec is None else partial(given_back, codec)
+    expected = expected_outputs(config, state, scenario, cached, held, stored)
     return LayerChecker(
         expected.plain,
         dtype,
         reference_outputs,
-        inputs=inputs,
+        beside=2 * min(1.0, NEWEST * new) * format_error(codec),  # of keys, and of values
+        inputs=cached,
         turned=expected,
-        oracle=partial(expected_plain, config, state, held=held),
-        any_oracle=partial(oracle, config, state),
+        oracle=lambda inputs, count: expected_plain(config, state, inputs.stored(codec), count, held, stored),
+        any_oracle=partial(oracle, config, state, stored=stored),
     )
 
 
@@ -226,7 +236,8 @@ class LayerFixture(Fixture):
         beat = self._after_forward
         if setting.ranks is not None and (made := setting.ranks.checker(setting, state, inputs, beat)):
             return made
-        return layer_checker(setting.config, setting.dtype, state, inputs, self._reference, beat)
+        given = (setting.config, setting.dtype, state, inputs, self._reference, beat)
+        return layer_checker(*given, codec=setting.codec)
 
     def _weights(self) -> State:
         if self._given is None:
@@ -242,6 +253,8 @@ class LayerFixture(Fixture):
 
     def build(self, name: str) -> Implementation:
         named = parse_one(name)
+        if self.point.cache_format is not None and named.base not in ("mla", "mla-reference"):
+            raise UsageError(f"{name} has a cache of its own, without formats: leave cache_format out.")
         made = _make(named.base, implementation_setting(self.setting, named), self._state)
         made.name = name
         return made
@@ -251,9 +264,13 @@ class LayerFixture(Fixture):
         setting, point = self.setting, self.point
         count = min(point.inputs, steps or point.inputs)
         if count not in self._costs:
-            what = (setting.dtype.itemsize, setting.attention)
+            size, cached = setting.dtype.itemsize, setting.token_bytes
             lengths = [(point.query_lens, point.kv_lens(step)) for step in range(count)]
-            flops, moved = sum((step_work(setting.config, *lens, *what) for lens in lengths), Work())
+            works = (
+                step_work(setting.config, *lens, size, setting.attention, token_bytes=cached)
+                for lens in lengths
+            )
+            flops, moved = sum(works, Work())
             self._costs[count] = results.Cost(flops=round(flops / count), bytes=round(moved / count))
         return self._costs[count]
 

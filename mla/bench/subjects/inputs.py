@@ -20,10 +20,11 @@ import torch
 
 from mla.bench.workload.scenario import Scenario
 from mla.cache import LatentCache
+from mla.cache.formats import Codec, given_back
 from mla.cases.case import generator
 from mla.config import MLAConfig
 from mla.cost import kv_b_parameters, projection_parameters
-from mla.verify.layer_oracle import Held, Run, State, oracle, oracle_of_choices, oracle_of_last
+from mla.verify.layer_oracle import Held, Run, State, Stored, oracle, oracle_of_choices, oracle_of_last
 
 # The most last tokens of a prefill's request; and rows of them over all requests.
 LAST_TOKENS, LAST_ROWS = 64, 256
@@ -90,6 +91,11 @@ def choices(scenario: Scenario, signed: bool) -> int:
     return max(1 if signed else 2, -(-DECODE_INPUTS // requests))
 
 
+def is_signed(config: MLAConfig, scenario: Scenario) -> bool:
+    """Return whether inputs may be negated: not bytes of a cache, which are only copied."""
+    return config.is_odd and getattr(scenario, "cache_format", None) is None
+
+
 def forward_number(scenario: Scenario, number: int, index: int) -> int:
     """Return the turn of a forward: in prefill each has its own, in decode the whole pass has one."""
     if scenario.mode == "decode" or number == 0:
@@ -122,6 +128,12 @@ class Inputs:
         signs = turn.signs.to(hidden.dtype)
         signed = [(sign * kv, sign * pe) for sign, (kv, pe) in zip(signs, self.history, strict=True)]
         return hidden, signed
+
+    def stored(self, codec: Codec | None) -> Inputs:
+        """Return the inputs with the history as a cache gives it back."""
+        if codec is None:
+            return self
+        return replace(self, history=[given_back(codec, *past) for past in self.history])
 
     def fresh(self, seed: int) -> Inputs:
         """Return inputs that nothing has seen: other plain hidden states, and another sign in every channel
@@ -235,7 +247,7 @@ def make_inputs(config: MLAConfig, scenario: Scenario, seed: int, dtype: torch.d
     plain = hidden()
     widths = (config.kv_lora_rank, config.qk_rope_head_dim)
     history = [tuple(normal(length, width) for width in widths) for length in scenario.history]
-    signed, requests = config.is_odd, len(scenario.query_lens)
+    signed, requests = is_signed(config, scenario), len(scenario.query_lens)
     count = choices(scenario, signed)
     if scenario.mode == "prefill":
         others = normal(count - 1, requests, config.hidden_size)
@@ -249,30 +261,40 @@ def make_inputs(config: MLAConfig, scenario: Scenario, seed: int, dtype: torch.d
 
 
 def expected_outputs(
-    config: MLAConfig, state: State, scenario: Scenario, inputs: Inputs, held: Held | None = None
+    config: MLAConfig,
+    state: State,
+    scenario: Scenario,
+    inputs: Inputs,
+    held: Held | None = None,
+    stored: Stored | None = None,
 ) -> Expected:
     """Return the oracle's outputs: all decode steps from one prefill per request, for every choice."""
     lens, history = scenario.query_lens, inputs.history
     if scenario.mode == "decode":
         every = torch.cat((inputs.hidden[None], inputs.others))
-        outputs = _of_steps(config, state, lens, every, history, held)
+        outputs = _of_steps(config, state, lens, every, history, held, stored)
         return Expected(scenario, outputs[0], outputs[1:])
-    plain = oracle(config, state, inputs.hidden[0], lens, history, held)
-    last = oracle_of_last(config, state, inputs.hidden[0], inputs.others, lens, history, held)
+    plain = oracle(config, state, inputs.hidden[0], lens, history, held, stored)
+    last = oracle_of_last(config, state, inputs.hidden[0], inputs.others, lens, history, held, stored)
     return Expected(scenario, plain[None], last)
 
 
 def expected_plain(
-    config: MLAConfig, state: State, inputs: Inputs, count: int, held: Held | None = None
+    config: MLAConfig,
+    state: State,
+    inputs: Inputs,
+    count: int,
+    held: Held | None = None,
+    stored: Stored | None = None,
 ) -> torch.Tensor:
     """Return the oracle's outputs [count, T, d] of the first forwards of a plain pass."""
     hidden = inputs.hidden[None, :count]
-    return _of_steps(config, state, inputs.scenario.query_lens, hidden, inputs.history, held)[0]
+    return _of_steps(config, state, inputs.scenario.query_lens, hidden, inputs.history, held, stored)[0]
 
 
 def oracle_runs(config: MLAConfig, scenario: Scenario) -> list[Run]:
     """Return what the oracle computes for `expected_outputs`, request by request."""
-    count = choices(scenario, signed=config.is_odd)
+    count = choices(scenario, is_signed(config, scenario))
     requests = list(zip(scenario.query_lens, scenario.history, strict=True))
     if scenario.mode == "decode":
         return [Run(count, new * scenario.inputs, past) for new, past in requests]
@@ -301,12 +323,13 @@ def _of_steps(
     every: torch.Tensor,
     history: History,
     held: Held | None,
+    stored: Stored | None,
 ) -> torch.Tensor:
     """Return the outputs [n, inputs, T, d] of every choice of hidden states [n, inputs, T, d]."""
     steps = every.shape[1]
     rows = torch.cat([request.flatten(1, 2) for request in every.split(lens, dim=2)], dim=1)
     lengths = [length * steps for length in lens]
-    outputs = oracle_of_choices(config, state, rows, lengths, history, held).split(lengths, dim=1)
+    outputs = oracle_of_choices(config, state, rows, lengths, history, held, stored).split(lengths, dim=1)
     return torch.cat([request.unflatten(1, (steps, -1)) for request in outputs], dim=2)
 
 

@@ -19,7 +19,7 @@ from mla.cache import LatentCache
 from mla.cache.ragged_batch import RaggedBatch
 from mla.layer.attention import MLA
 from mla.parallel.layout import Share
-from mla.verify.layer_check import Poison
+from mla.verify.layer_check import Poison, stands_for
 from mla.verify.layer_oracle import State
 from mla.verify.places import Places
 from mla.verify.tolerances import BOUNDS, ROW_SLACK
@@ -63,6 +63,7 @@ class MlaLayer(LayerImplementation):
             attention=setting.attention,
             ops=ops or setting.ops,
             overrides=dict(setting.overrides),
+            cache_format=setting.cache_format,
         )
         if setting.weights is not None:
             layer.share_weights(setting.weights[index])
@@ -105,6 +106,7 @@ class MlaLayer(LayerImplementation):
             num_layers=self.setting.layers,
             device=self.setting.device,
             dtype=self.setting.dtype,
+            cache_format=self.setting.cache_format,
             shuffle=self.setting.seed,
         )
 
@@ -149,7 +151,7 @@ class MlaLayer(LayerImplementation):
     def clear_new(self, batch: RaggedBatch) -> None:
         """Overwrite the latents of a batch's new tokens, which another forward may have written."""
         for layer in self._cache.pages:
-            layer.view(-1, layer.shape[-1]).index_fill_(0, batch.slots, torch.nan)
+            layer.view(-1, layer.shape[-1]).index_fill_(0, batch.slots, stands_for(torch.nan, layer.dtype))
 
     def step(self, index: int) -> None:
         self._run(self.batch if self._prefills else self.extend(), self._x, self._outs)

@@ -37,7 +37,8 @@ def op_problem(setting: Setting, point: Point) -> Pool:
     """Return the calls of a scenario in its setting, as the layer makes them; not yet drawn."""
     assert point.op is not None
     role, config = point.op, setting.config
-    kind, spec = layer_roles(config, setting.dtype, setting.device)[role]
+    roles = layer_roles(config, setting.dtype, setting.device, cache_format=setting.cache_format)
+    kind, spec = roles[role]
     case = OpCase(
         kind,
         spec,

@@ -15,6 +15,7 @@ import torch
 from mla.bench.workload.grid import Point, roles_of
 from mla.bench.workload.implementations import Named
 from mla.bench.workload.scenario import Scenario
+from mla.cache.formats import Codec, codec_of, stored_format
 from mla.command.console import note
 from mla.config import MLAConfig
 from mla.layer.ops import Ops, layer_roles
@@ -87,6 +88,7 @@ class Setting:
     ops: str = "auto"  # policy of `mla.layer.ops.choose`, for the implementation `mla`
     layers: int = 1
     overrides: tuple[tuple[str, str], ...] = ()  # role -> op, before the policy
+    cache_format: str | None = None  # None: numbers of the dtype
     # Torch's host threads once the backend was set up, before an op ran: a plugin's code may change them.
     threads: int = field(default_factory=torch.get_num_threads, compare=False)
     weights: ScenarioWeights | None = field(default=None, compare=False, repr=False)
@@ -96,6 +98,18 @@ class Setting:
     def world(self) -> int:
         """Number of devices that the layer is spread over."""
         return 1 if self.ranks is None else self.ranks.world
+
+    @property
+    def codec(self) -> Codec | None:
+        """What encodes the cache; None where it is plain. Raises `CacheFormatError`."""
+        stored = stored_format(self.cache_format, self.dtype)
+        return codec_of(stored, self.config.kv_lora_rank, self.config.qk_rope_head_dim)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token in the cache of a layer."""
+        codec = self.codec
+        return codec.token_bytes if codec else self.config.latent_dim * self.dtype.itemsize
 
     @property
     def beside(self) -> int:
@@ -115,12 +129,13 @@ def sharing_weights(setting: Setting) -> Setting:
 
 
 def scenario_setting(setting: Setting, scenario: Point) -> Setting:
-    """Return the setting a scenario runs in: with its own heads, dtype and page size where it names them."""
+    """Return the setting a scenario runs in: with its own heads, dtype, page size and cache format."""
     return replace(
         setting,
         config=setting.config.with_heads(scenario.heads) if scenario.heads else setting.config,
         dtype=getattr(torch, scenario.dtype) if scenario.dtype else setting.dtype,
         page_size=scenario.page_size or setting.page_size,
+        cache_format=scenario.cache_format,
         layers=scenario.layers,
     )
 
@@ -149,7 +164,8 @@ def make_ops(setting: Setting, role: str | None = None) -> Ops:
     What they compile is said on stderr before, and what they say of themselves afterwards.
     """
     offered, overrides = setting.backend.ops(), dict(setting.overrides)
-    ops = Ops(setting.config, offered, setting.dtype, setting.device, setting.ops, overrides, note, role)
+    of = (setting.config, offered, setting.dtype, setting.device, setting.ops, overrides, note, role)
+    ops = Ops(*of, cache_format=setting.cache_format)
     say_remarks(ops.remarks())
     return ops
 

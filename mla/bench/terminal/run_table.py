@@ -39,6 +39,8 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 PASSES: dict[str, Callable[[Row], str]] = {
     "passes": lambda row: f"{row.case.passes} x {row.case.steps_per_pass}" if row.case.passes else "-"
 }
+# ... and where a cache has a format.
+FORMAT: dict[str, Callable[[Row], str]] = {"format error": lambda row: _exponent(row.case.format_error)}
 
 # What the short table holds beside its numbers, the first to go last; and which of its columns are words.
 _EXTRAS = ("interval", "interval of the speedup", "limit")
@@ -107,7 +109,8 @@ def _parts(run: Run, kind: str) -> list[str]:
 
 def columns(cases: Sequence[Case]) -> dict[str, Callable[[Row], str]]:
     """Return the columns of a detailed table of these cases."""
-    return COLUMNS if all(map(as_planned, cases)) else COLUMNS | PASSES
+    columns = COLUMNS if all(map(as_planned, cases)) else COLUMNS | PASSES
+    return columns | FORMAT if any(case.format_error for case in cases) else columns
 
 
 def context(run: Run) -> str:

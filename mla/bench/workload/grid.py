@@ -19,7 +19,7 @@ from mla.bench.workload.scenario import (
     check_lengths,
     repeated,
 )
-from mla.errors import UsageError, did_you_mean
+from mla.errors import CacheFormatError, UsageError, did_you_mean
 from mla.text import DTYPES
 from mla_backends.api import OPS
 from mla_backends.outside import shortened
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # More points are a typo, or should be several runs.
 MAX_POINTS = 1000
 
-# Axis -> smallest and largest value. `dtype` takes names.
+# Axis -> smallest and largest value. `dtype` and `cache_format` take names.
 LIMITS = {
     "batch": (1, MAX_REQUESTS),
     "kv": (0, MAX_COUNT),
@@ -38,7 +38,7 @@ LIMITS = {
     "heads": (1, MAX_COUNT),
     "page_size": (1, MAX_COUNT),
 }
-AXES = ("batch", "kv", "q_len", "heads", "dtype", "page_size")
+AXES = ("batch", "kv", "q_len", "heads", "dtype", "page_size", "cache_format")
 LENGTHS = ("batch", "kv", "q_len")  # axes that a batch spec has no room for
 DTYPE_NAMES = {**DTYPES, **{name: name for name in DTYPES.values()}}
 
@@ -56,6 +56,7 @@ class Point(Scenario, frozen=True, kw_only=True):
     point: dict[str, Value] = {}  # noqa: RUF012  # msgspec copies it
     dtype: str | None = None  # overrides the run's
     page_size: int | None = None  # overrides the run's
+    cache_format: str | None = None  # of the latent cache; None: numbers of the dtype
 
     @property
     def op(self) -> str | None:
@@ -125,7 +126,8 @@ def _values(name: str, text: str) -> tuple[Value, ...]:
     items = [item.strip() for item in text.split(",")]
     values: list[Value] = []
     for item in items:
-        values += [_dtype(item)] if name == "dtype" else _numbers(name, item)
+        named = NAMED.get(name)
+        values += [named(item)] if named else _numbers(name, item)
         if len(values) > MAX_POINTS:
             raise UsageError(f"axis {name}: '{item}' exceeds {MAX_POINTS} values: give fewer.")
     return tuple(dict.fromkeys(values))
@@ -136,6 +138,18 @@ def _dtype(item: str) -> str:
         hint = did_you_mean(item, list(DTYPE_NAMES))
         raise UsageError(f"axis dtype: unknown dtype '{item}'.{hint} Choose from: {', '.join(DTYPE_NAMES)}.")
     return DTYPE_NAMES[item]
+
+
+def _format(item: str) -> str:
+    from mla.cache.formats import find_format  # needs torch
+
+    try:
+        return find_format(item).name
+    except CacheFormatError as error:
+        raise UsageError(f"axis cache_format: {error}") from error
+
+
+NAMED = {"dtype": _dtype, "cache_format": _format}
 
 
 def _numbers(name: str, item: str) -> list[int]:
@@ -184,6 +198,7 @@ def _point(scenario: Scenario, values: Mapping[str, Any]) -> Point:
         "heads": values.get("heads", scenario.heads),
         "dtype": values.get("dtype"),
         "page_size": values.get("page_size"),
+        "cache_format": values.get("cache_format"),
         "axes": {},
         "point": dict(values),
         "name": " ".join([scenario.name, *(f"{name}={value}" for name, value in values.items())]),
@@ -202,7 +217,7 @@ def _check_spec(scenario: Scenario, values: Mapping[str, Any]) -> None:
     if scenario.batch_spec and axis:
         raise UsageError(
             f"axis {axis}: the lengths of '{scenario.name}' are those of a batch spec; list a spec for each "
-            f"value of {axis}, or use the axes heads, dtype and page_size."
+            f"value of {axis}, or use the axes heads, dtype, page_size and cache_format."
         )
 
 
@@ -305,7 +320,7 @@ def _scenario(spec: str) -> BatchScenario:
 READS_HISTORY = frozenset({"kv_b_proj", "write_latent", "latent_attention", "expanded_attention"})
 DEFAULT_BATCH, DEFAULT_HISTORY, DEFAULT_QUERY = 16, 1024, 1
 # Axes that are not part of an op's shape and have no option of their own here.
-_ELSEWHERE = ("dtype", "page_size")
+_ELSEWHERE = ("dtype", "page_size", "cache_format")
 # What an op takes over from the batch spec that it runs on.
 _SHARED = ("query_lens", "history", "runs", "passes", "warmups", "batch_spec")
 # Ops and roles that not all layers have -> why a layer lacks them, and a preset that does not.

@@ -136,7 +136,7 @@ _FORMATS: Mapping[str, Callable[[int, int], Runs]] = {
     "q8_0": lambda c, r: [(32, INT8_BLOCKS, 34 * i + 2, 34 * i) for i in range((c + r) // 32)],
 }
 # Those that the ops of the cache serve; "fp8:" is fp8 over any scale.
-CACHE_FORMATS = frozenset(_FORMATS) | {"fp8:"}
+CACHE_FORMATS = (*_FORMATS, "fp8:")
 _BYTES = {PLAIN: 2}  # of a code; 1 for others
 _SCALE_BYTES = {PLAIN: 0, E4M3_FIXED: 0, INT8_BLOCKS: 2}  # 4 for others
 

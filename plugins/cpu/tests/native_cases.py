@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from float64_attention import attend_segments
 
-from mla.cache.formats import codec_of
+from mla.cache.formats import find_format
 from mla.reference import REFERENCE
 from mla.verify.tolerances import judge
 from mla_backend_cpu import instruction_sets
@@ -166,7 +166,7 @@ class LatentCase:
     def stored(self, cache_format: str) -> LatentCase:
         """Return the same problem over a cache in a format: the bytes of all rows, NaN included."""
         latent, rotary = self.spec.kv_lora_rank, self.spec.qk_rope_head_dim
-        codec = codec_of(cache_format, latent, rotary)
+        codec = find_format(cache_format).codec(latent, rotary)
         rows = self.cache.view(-1, latent + rotary)
         cache = codec.encode(*rows.split((latent, rotary), dim=1))
         cache[rows.isnan().any(1)] = 0xFF  # NaN as a code and as a scale

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_cases import BF16, angles, check_attention, draw, latent_case
 
-from mla.cache.formats import FORMATS, codec_of
+from mla.cache.formats import FORMATS, find_format
 from mla_backend_cpu.library import Library
 from mla_backend_cpu.native_ops import CACHE_FORMATS, NativeLatentAttention, NativeWriteLatent, layout_of
 
@@ -38,7 +38,9 @@ def test_every_format_of_the_library_is_known_and_no_other() -> None:
     assert {*FORMATS} - plain == {name for name in CACHE_FORMATS if ":" not in name}
     for name in sorted(CACHE_FORMATS):
         for c, r in ((512, 64), (160, 96)):
-            assert layout_of(name.strip(":"), c, r).bytes == codec_of(name.strip(":"), c, r).token_bytes
+            assert (
+                layout_of(name.strip(":"), c, r).bytes == find_format(name.strip(":")).codec(c, r).token_bytes
+            )
 
 
 @settings(max_examples=15, deadline=None)
@@ -46,7 +48,7 @@ def test_every_format_of_the_library_is_known_and_no_other() -> None:
 def test_stored_bytes_are_those_of_the_codec(
     kernels: Library, cache_format: str, latent: int, tokens: int, seed: int
 ) -> None:
-    codec = codec_of(cache_format, latent, 32)
+    codec = find_format(cache_format).codec(latent, 32)
     kv_a = draw(tokens, latent + 32, seed=seed)
     kv_a[:, latent:] *= (8 * draw(tokens, 1, seed=seed + 1)).exp()  # the norm keeps other sizes away
     kv_a[::5, latent:] = 0
@@ -92,7 +94,7 @@ def test_attention_is_over_what_is_stored(
 @pytest.mark.parametrize("cache_format", ["fp8:0.03", "fp8_ds_mla_any", "int8", "q8_0"])
 def test_every_code_is_decoded(kernels: Library, cache_format: str) -> None:
     """A request with one key returns its value; nobody writes -128, but it may be read."""
-    codec = codec_of(cache_format, 256, 32)
+    codec = find_format(cache_format).codec(256, 32)
     case = latent_case([1], [1], 1, page_size=1, latent=256).stored(cache_format)
     row = case.cache[case.table[0, 0].long()].view(-1)
     at = 2 if cache_format == "q8_0" else 0

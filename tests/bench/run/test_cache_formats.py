@@ -1,0 +1,64 @@
+"""Runs over a quantised cache: formats are an axis, and outputs are judged over what is stored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_run import write_tiny_run
+
+from mla.bench.workload.grid import parse
+from mla.errors import UsageError
+
+WORDS = ("--backend", "torch", "-O", "device=cpu", "--dtype", "bfloat16", "--config", "tiny.json")
+FEW = ("--implementations", "mla", "--runs", "2", "--passes", "2", "--warmups", "0", "-o", "run.json")
+
+
+@pytest.fixture
+def run(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(tmp_path)
+    write_tiny_run(tmp_path, kv_lora_rank=32, qk_rope_head_dim=32)
+
+    def cases(*words: str) -> dict[str, Any]:
+        done = bench(*WORDS, *FEW, *words)
+        assert done.code == 0, done.err
+        return {
+            case["point"]["cache_format"]: case for case in json.loads(Path("run.json").read_text())["cases"]
+        }
+
+    return cases
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--batch-spec", "2q1s40"), ("--op", "write_latent"), ("--op", "latent_attention", "--kv", "30")],
+)
+def test_formats_are_an_axis(run: Any, words: tuple[str, ...]) -> None:
+    cases = run(*words, "-a", "cache_format=bf16,fp8_ds_mla,q8_0")
+    assert {case["check"]["status"] for case in cases.values()} == {"ok"}
+    moved = {name: case["cost"]["bytes"] for name, case in cases.items()}
+    assert moved["q8_0"] < moved["fp8_ds_mla"] < moved["bf16"]
+    held = {name: case["memory"]["cache_bytes"] for name, case in cases.items()}
+    assert held["q8_0"] * 128 == held["bf16"] * 68
+    errors = {name: case.get("format_error") for name, case in cases.items()}
+    assert errors["bf16"] is None
+    assert 0 < errors["q8_0"] < errors["fp8_ds_mla"] < 0.03
+
+
+def test_one_format_has_an_option(run: Any) -> None:
+    assert list(run("--batch-spec", "2q40", "--cache-format", "int8")) == ["int8"]
+
+
+def test_a_format_that_does_not_exist_is_named() -> None:
+    with pytest.raises(UsageError, match=r"axis cache_format: unknown .*Did you mean 'fp8_ds_mla'\?"):
+        parse(["cache_format=fp8_ds"])
+
+
+def test_what_has_no_formats_is_refused(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_tiny_run(tmp_path)
+    layers = bench(*WORDS, "--batch-spec", "2q1s40", "--cache-format", "fp8", "--layers", "2")
+    assert layers.code == 2
+    assert "a cache format is measured with one layer" in layers.err
