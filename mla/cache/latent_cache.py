@@ -342,12 +342,16 @@ class LatentCache:
         if not 0 <= layer < self.pages.shape[0]:
             raise ValueError(f"this cache has {self.pages.shape[0]} layers, so there is no layer {layer}.")
         kept = [x.detach().to(self.pages.device, self.dtype) for x in (kv, pe)]
-        rows = plain(torch.cat(kept, dim=1) if self._codec is None else self._codec.encode(*kept))
+        rows = plain(self.encoded(*kept))
         if count and self.length(sequence) == 0:
             self.extend([sequence], [count])
         if self.length(sequence) != count:
             raise ValueError(f"load() got {count} tokens for a sequence of {self.length(sequence)}.")
         self._flat(layer).index_copy_(0, self.slots(sequence), rows)
+
+    def encoded(self, kv: torch.Tensor, pe: torch.Tensor) -> torch.Tensor:
+        """Return rows of `pages` for kv [s, c] and pe [s, r] in `dtype`."""
+        return torch.cat((kv, pe), dim=1) if self._codec is None else self._codec.encode(kv, pe)
 
     def read(self, sequence: int, layer: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Return copies of a sequence's kv [s, c] and pe [s, r]; float32 where the cache has a format."""

@@ -392,6 +392,11 @@ class AttentionCore:
         paths = _paths(config, self.ops, self._weights, views, self.scratch, False)
         self._absorbed, self._expanded = paths
 
+    @property
+    def cache_format(self) -> str:
+        """The format of the pages that it reads; "" for numbers of the dtype."""
+        return str(self.ops["latent_attention"].spec.cache_format)
+
     def load(self, kv_b_proj: torch.Tensor) -> None:
         """Pack the weight [h (n + v), c]. Raises `WeightError` for another shape."""
         with self.scratch.turn:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import triton
 
-from benchmarks.triton import model
+from benchmarks.triton.cards import read
 from benchmarks.triton.cases import Case
 from benchmarks.triton.compiling import compile_cases
 from benchmarks.triton.faults import faults, product_of
@@ -81,7 +81,7 @@ def test_what_is_predicted_is_what_the_compiler_yields(compiled: list[tuple[Case
     """A step of what was compiled here is that of the committed predictions, if they are of this Triton."""
     committed = {
         (row["target"], row["launch"]): row["step"]
-        for row in model.read()["rows"]
+        for row in read()["rows"]
         if row["triton"] == triton.__version__
     }
     if not committed:

@@ -32,6 +32,20 @@ def test_it_gives_the_same_tokens(family: str, prompts: Prompts, words: dict[str
     assert latents.free_pages == latents.num_pages
 
 
+@pytest.mark.parametrize(("name", "most"), [("bf16", 0.01), ("fp8", 0.2)])
+def test_it_holds_a_format(model: Any, prompts: Prompts, name: str, most: float) -> None:
+    """Logits are near those of a float32 cache, as far as the format allows; stock caches do not hold it."""
+    with torch.no_grad():
+        theirs = model(**prompts).logits
+        use_mla(model, cache_format=name)
+        cache = paged(model)
+        ours = model(**prompts, **cache).logits
+        assert most / 50 < ((ours - theirs).norm() / theirs.norm()).item() < most
+        assert cache[CACHE].latents.pages.dtype == torch.uint8
+        with pytest.raises(UnsupportedModel, match=f"only a PagedCache holds {name}"):
+            model(**prompts)
+
+
 def test_padding_takes_no_pages(model: Any, prompts: Prompts) -> None:
     use_mla(model)
     cache = paged(model, page_size=4)[CACHE]

@@ -37,10 +37,13 @@ class Use(NamedTuple):
     guards: dict[weakref.ref[Any], list[Callable[[], None]]]  # of each model, what takes them away
 
 
-def use_mla(model: Any, backend: str | Backend = "cpu", **arguments: Any) -> Any:
+def use_mla(
+    model: Any, backend: str | Backend = "cpu", *, cache_format: str | None = None, **arguments: Any
+) -> Any:
     """Have a loaded `transformers` model attend its cached latents through our ops; return it.
 
-    `backend` is a name, with `arguments` of `mla.load_backend`, or what that returned.
+    `backend` is a name, with `arguments` of `mla.load_backend`, or what that returned. With a `cache_format`
+    other than the model's dtype, such as "fp8_ds_mla", the model takes a `PagedCache` alone, which holds it.
     Caches, generation and all other layers stay those of
     `transformers`. Raises `UnsupportedModel`, before anything is changed, for a model that cannot be served,
     and `BackendError` for a backend that is not there.
@@ -60,7 +63,7 @@ def use_mla(model: Any, backend: str | Backend = "cpu", **arguments: Any) -> Any
     use = _use(surveyed)
     try:
         for layer in surveyed.layers:
-            _prepare(layer, surveyed, opened, steps)
+            _prepare(layer, surveyed, opened, steps, cache_format)
             layer.mla_use = use
         surveyed.owner.set_attn_implementation(NAME)
         for served, guards in zip(surveyed.models, use.guards.values(), strict=True):
@@ -95,9 +98,15 @@ def _same(backend: torch.device, model: torch.device) -> bool:
     return backend.type == model.type and (model.index or 0) == (backend.index or 0)
 
 
-def _prepare(layer: Any, surveyed: Survey, backend: Backend, steps: Steps) -> None:
+def _prepare(layer: Any, surveyed: Survey, backend: Backend, steps: Steps, cache_format: str | None) -> None:
     """Have one layer run our ops; packed weights take the place of its plain ones."""
-    core = AttentionCore(surveyed.config, backend=backend, dtype=surveyed.dtype, scratch=steps.scratch)
+    core = AttentionCore(
+        surveyed.config,
+        backend=backend,
+        dtype=surveyed.dtype,
+        scratch=steps.scratch,
+        cache_format=cache_format,
+    )
     core.load(layer.kv_b_proj.weight)
     layer.mla_attention, layer.expand_kv = Attention(core, steps), _as_they_are
     layer.kv_b_proj = PackedKvB(layer.kv_b_proj, core)

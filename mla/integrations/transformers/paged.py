@@ -64,8 +64,8 @@ class PagedLayer(CacheLayerMixin):
         """Hand new latents [B, 1, t, c] and [B, 1, t, r] to the attention, to be written to the pages."""
         if not hasattr(self._layer, "mla_attention"):
             raise UnsupportedModel("this model no longer runs our ops, and only they read a PagedCache.")
-        pages, width = self._cache.latents.pages, key_states.shape[-1] + value_states.shape[-1]
-        holds = (pages.shape[-1], pages.dtype, pages.device)
+        latents, width = self._cache.latents, key_states.shape[-1] + value_states.shape[-1]
+        holds = (latents.config.latent_dim, latents.dtype, latents.pages.device)
         if holds != (width, key_states.dtype, key_states.device):
             raise UnsupportedModel(
                 f"this PagedCache holds {holds[0]} numbers a token, {holds[1]} on {holds[2]}, and the model "
@@ -78,11 +78,11 @@ class PagedLayer(CacheLayerMixin):
         return self._cache.step(flags, queries, self._index)
 
     def write(self, step: Step, latent: NewLatents, pe: torch.Tensor) -> torch.Tensor:
-        """Write a step's latents, and return this layer's pages [pages, page, c + r]."""
-        pages = self._cache.latents.pages[self._index]
-        rows = torch.cat((latent.rows[:, 0], pe[:, 0]), dim=-1)
-        new = [rows[span.request, span.queries] for span in step.spans]
-        pages.view(-1, pages.shape[-1]).index_copy_(0, step.batch.slots, torch.cat(new))
+        """Write a step's latents, and return this layer's pages [pages, page, c + r, or bytes]."""
+        pages, parts = self._cache.latents.pages[self._index], (latent.rows[:, 0], pe[:, 0])
+        new = [torch.cat([part[span.request, span.queries] for span in step.spans]) for part in parts]
+        rows = self._cache.latents.encoded(*new)
+        pages.view(-1, pages.shape[-1]).index_copy_(0, step.batch.slots, rows)
         self._cache.written(self._index)
         return pages
 
@@ -139,6 +139,7 @@ class PagedCache(Cache):
             num_layers=len(layers),
             device=core.device,
             dtype=core.dtype,
+            cache_format=core.cache_format,
         )
         self.columns = 0  # tokens of the longest request, with its padding
         self._sequences: list[int] = []
