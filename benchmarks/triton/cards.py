@@ -5,8 +5,12 @@ Every number has a source that anyone can read. Rates are dense, in bfloat16, wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+DATA = Path(__file__).with_name("model.json")  # what `model` predicts of these cards
 
 _HOPPER = "https://resources.nvidia.com/en-us-tensor-core/gtc22-whitepaper-hopper"
 _AMPERE = (
@@ -74,3 +78,15 @@ CARDS: Mapping[str, Card] = {
 def card_of(device: str) -> str:
     """Return the card whose name stands in the name of a device; "" if none does."""
     return next((name for name in CARDS if name.replace(" ", "") in device.replace(" ", "")), "")
+
+
+def spoken(share: Sequence[float]) -> str:
+    """Return a range of shares in percent; "-" of what is not in the model."""
+    low, high = (f"{100 * value:.0f}" for value in share)
+    return f"{low}-{high} %" if share[1] else "-"
+
+
+def read() -> dict[str, Any]:
+    """Return the committed predictions: {"kernels": fingerprint, "rows": rows}."""
+    data: dict[str, Any] = json.loads(DATA.read_text(encoding="utf-8"))
+    return data

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from benchmarks.triton.cards import CARDS, Card
+from benchmarks.triton.cards import CARDS, DATA, Card, spoken
 from benchmarks.triton.cases import Case
 from benchmarks.triton.compiling import compile_cases
 from benchmarks.triton.faults import tile_of
@@ -42,7 +42,7 @@ from benchmarks.triton.shipped import CURRENT
 from benchmarks.triton.table import PARTS, installed
 from mla.command import console
 
-TABLE, DATA = (Path(__file__).with_name(f"model.{kind}") for kind in ("md", "json"))
+TABLE = Path(__file__).with_name("model.md")
 LAUNCHES = ("latent: 16 heads", "latent: 128 heads", "expanded: causal")
 ELEMENT = 2  # bytes of a bfloat16
 HEADER = """# What bounds a step over keys: predictions
@@ -65,7 +65,7 @@ class Work(NamedTuple):
     @classmethod
     def of(cls, case: Case) -> Work:
         """Return it for a launch of attention."""
-        known = {name: argument.get("value") for name, argument in case.arguments.items()}
+        known: dict[str, Any] = {name: argument.get("value") for name, argument in case.arguments.items()}
         rows, keys = known["ROWS"], known["KEYS"]
         if "LATENT" not in known:  # expanded: many blocks of queries read the same keys
             return cls(2 * rows * keys * (known["WIDTH"] + known["VALUES"]), 0)
@@ -151,18 +151,6 @@ def lines(version: str, table: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         numbers = " | ".join(f"{row['cycles'][unit]}" for unit in ("tensor", "shared", "issue", "memory"))
         shares = " | ".join(spoken(row[share]) for share in ("tensor_share", "bandwidth_share"))
         yield f"{start} {numbers} | {row['bound']} | {shares} | {row['needed']:.2f} |"
-
-
-def spoken(share: Sequence[float]) -> str:
-    """Return a range of shares in percent; "-" of what is not in the model."""
-    low, high = (f"{100 * value:.0f}" for value in share)
-    return f"{low}-{high} %" if share[1] else "-"
-
-
-def read() -> dict[str, Any]:
-    """Return the committed predictions: {"kernels": fingerprint, "rows": rows}."""
-    data: dict[str, Any] = json.loads(DATA.read_text(encoding="utf-8"))
-    return data
 
 
 @click.command(help=__doc__)

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.triton import counting, model
-from benchmarks.triton.cards import CARDS, card_of
+from benchmarks.triton.cards import CARDS, card_of, read
 from benchmarks.triton.cases import Case, Target
 from benchmarks.triton.fingerprint import fingerprint
 from mla_backend_nvidia.kernels import PLACES
@@ -133,12 +133,12 @@ def test_the_slowest_unit_bounds_a_step() -> None:
 
 def test_predictions_are_of_these_kernels_and_tiles() -> None:
     stale = "model.json is of other kernels or tiles: run `python -m benchmarks.triton.model FOLDER`"
-    assert model.read()["kernels"] == fingerprint(), stale
+    assert read()["kernels"] == fingerprint(), stale
     assert f"`{fingerprint()}`" in model.TABLE.read_text(encoding="utf-8"), stale
 
 
 def test_what_many_heads_reach_only_rises() -> None:
-    rows = [row for row in model.read()["rows"] if row["launch"] == "latent: 128 heads"]
+    rows = [row for row in read()["rows"] if row["launch"] == "latent: 128 heads"]
     modern = [row for row in rows if not row["triton"].startswith("3.1.")]
     assert {row["triton"].rpartition(".")[0] for row in rows} == {"3.1", "3.6", "3.8", "3.9"}
     assert {row["target"] for row in modern} == set(REACHED)
@@ -152,7 +152,7 @@ def test_what_many_heads_reach_only_rises() -> None:
 
 def test_our_kernel_comes_first_only_where_it_is_predicted_ahead() -> None:
     """By the lower end of the prediction for 128 heads, and by bandwidth with 16."""
-    rows = [row for row in model.read()["rows"] if not row["triton"].startswith("3.1.")]
+    rows = [row for row in read()["rows"] if not row["triton"].startswith("3.1.")]
     for place in (place for place in PLACES if place.before):
         targets = {f"sm_{major}{minor}" for major, minor in place.architectures}
         there = [row for row in rows if row["target"] in targets]

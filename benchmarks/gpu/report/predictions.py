@@ -7,8 +7,7 @@ from typing import Any
 
 from benchmarks.gpu.report import in_turns
 from benchmarks.gpu.report.targets import LARGE_BYTES, Evidence, own_decodes
-from benchmarks.triton import model
-from benchmarks.triton.cards import CARDS, card_of
+from benchmarks.triton.cards import CARDS, card_of, read, spoken
 from mla.bench.results.schema import Case, Run
 
 HEADER = ("shape", "bound by", "share of", "predicted", "measured", "verdict")
@@ -33,7 +32,7 @@ def rows(rivals: Mapping[str, Run], device: str) -> list[list[str]]:
 
 def _newest(card: str, triton: Any) -> Iterator[Mapping[str, Any]]:
     """Yield the card's predictions with the version of Triton that ran, or else with the newest."""
-    there = [row for row in model.read()["rows"] if row["card"] == card and "error" not in row]
+    there = [row for row in read()["rows"] if row["card"] == card and "error" not in row]
     same = [row for row in there if row["triton"].split(".")[:2] == str(triton).split(".")[:2]]
     yield from same or (row for row in there if row["triton"] == there[0]["triton"])
 
@@ -45,7 +44,7 @@ def _row(card: str, case: Case, predicted: Mapping[str, Any]) -> list[str]:
     share = (case.cost.bytes if memory else case.cost.flops) / ms * 1e3 / peak
     verdict = "below" if share < low else "above" if share > high else "as predicted"
     of = "bandwidth" if memory else "tensor peak"
-    return [case.scenario, predicted["bound"], of, model.spoken((low, high)), f"{100 * share:.0f} %", verdict]
+    return [case.scenario, predicted["bound"], of, spoken((low, high)), f"{100 * share:.0f} %", verdict]
 
 
 def _ms(case: Case) -> float:

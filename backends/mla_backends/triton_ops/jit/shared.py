@@ -3,9 +3,10 @@
 import triton
 import triton.language as tl
 
-# Not in old versions, which look up every attribute that a kernel names, even one that it does not reach.
-wait = getattr(tl.extra.cuda, "gdc_wait", None)
-launch_dependents = getattr(tl.extra.cuda, "gdc_launch_dependents", None)
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # old ones, which look up even what is not compiled
+    gdc_launch_dependents = gdc_wait = None
 
 
 @triton.jit
@@ -16,8 +17,8 @@ def follow(EARLY: tl.constexpr):
     launch has ended, all launches before it have.
     """
     if EARLY:
-        wait()
-        launch_dependents()
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
