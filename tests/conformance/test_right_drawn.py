@@ -47,3 +47,14 @@ def test_keys_that_are_subnormal_in_the_dtype_before_they_are_encoded_are_no_ala
     drawing = Drawing(20, seed=0)
     (result,) = judge(sound(), "write_latent.drawn[reference-*]", dtypes=(torch.float16,), drawing=drawing)
     assert (result.status, result.failures) == ("incomplete", [])
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype"), [("LoopLatent", torch.float32), ("Flash-expanded-1", torch.float16)], ids=str
+)
+def test_many_equal_keys_and_zeros_at_steep_logits_are_no_alarm(
+    judge: Run, sound: Any, form: str, dtype: torch.dtype
+) -> None:
+    backend = sound(ops={"mine": FORMS[form]()})
+    (result,) = judge(backend, "*.drawn[mine-*]", dtypes=(dtype,), drawing=Drawing(DRAWS, seed=20012))
+    assert (result.status, result.failures) == ("incomplete", [])

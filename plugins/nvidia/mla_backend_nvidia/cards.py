@@ -86,7 +86,10 @@ BY_SHARED_MEMORY = {
         source="defaults for little or unknown shared memory",
     ),
 }
-# The shared memory of Hopper, but products of 64 rows keep their sums in tensor memory, where less fits.
+# The shared memory of Hopper, but products of 64 rows keep their sums in tensor memory, where less fits. They
+# move to registers and back in every step: 10 to 15 % of the tensor peak, counted in compiled code. Rescaling
+# them only where a maximum has grown by much saves none of these moves with Triton 3.9, so kernels made for
+# it come first: `PLACES` in kernels.py.
 DATACENTER_BLACKWELL = re.compile(r"\bG?B[123]00\b")
 BLACKWELL = Tuning(
     latent={1: Tile(16, 64, 4, 2, halves=False, programs=2), 33: Tile(64, 16, 8, 2, halves=False)},

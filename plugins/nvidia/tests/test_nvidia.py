@@ -15,7 +15,7 @@ import torch
 
 from mla_backend_nvidia import Nvidia
 from mla_backend_nvidia.cards import SHEETS, driver_version, outdated, peaks, tuning_for
-from mla_backend_nvidia.kernels import PLACES, ahead_of, kernels, old_triton
+from mla_backend_nvidia.kernels import PLACES, ahead_of, kernels, old_triton, starts_early
 from mla_backends.api import AttentionSpec, SegmentLengths
 from mla_backends.cuda import CudaBackend
 from mla_backends.errors import DeviceUnavailable
@@ -454,5 +454,6 @@ def test_a_triton_that_would_end_the_process_is_not_tried(
         return installed
 
     monkeypatch.setattr(metadata, "version", version)
+    assert starts_early(lambda: architecture) == (installed == "3.10.1")
     reason = old_triton(lambda: architecture)
     assert reason.endswith(f"whose Triton is {needed} or newer") if needed else reason == ""

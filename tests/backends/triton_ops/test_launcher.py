@@ -120,6 +120,31 @@ class Kernel:
         return launch
 
 
+@pytest.mark.parametrize("interpreted", ["0", "1"])
+def test_a_launch_may_start_early_but_in_an_interpreter(
+    interpreted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    kernel, out, cards = Kernel(), torch.zeros(2, 8), (Launcher(), Launcher(early=True))
+    for launcher in cards:
+        launcher.start(kernel, (1,), {"out": out, "EARLY": launcher.early})
+    assert ["launch_pdl" in arguments for _, arguments in kernel.calls] == [False, interpreted == "0"]
+
+
+@pytest.mark.parametrize(
+    ("tile", "expected"),
+    [
+        (Tile(64, 64, 8, 2, halves=False), Tile(64, 32, 8, 3, halves=False)),
+        (Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
+        (Tile(16, 16, 2, 2, halves=False), Tile(16, 16, 4, 2)),
+        (Tile(64, 16, 8, 2, halves=False), Tile(64, 16, 8, 2, halves=False)),
+    ],
+    ids=str,
+)
+def test_steps_over_several_pages_take_a_tile_of_fewer_registers(tile: Tile, expected: Tile) -> None:
+    assert tile.across_pages() == expected
+
+
 def test_only_what_was_started_is_counted() -> None:
     launcher, out = Launcher(), torch.zeros(1)
     kernel = Kernel()
