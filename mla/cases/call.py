@@ -208,5 +208,5 @@ class Checker:
             call.run()
             call.fetch(results)
             for name, rows in known.items():
-                rows[change.rows[0]] = results[name].double().reshape(-1, *rows.shape[1:])
+                rows[change.rows[0]] = results[name].double().reshape(rows[change.rows[0]].shape)
         return pool.entry.errors(known, pool.truth)

@@ -161,7 +161,7 @@ def _numbered(locations: Collection[Location], number: int | None, facts: Facts,
         return number
     if facts.mla_layers is not None and number not in facts.mla_layers and not facts.is_draft(number):
         raise CheckpointError(
-            f"layer {number} of checkpoint '{folder}' has another attention: of layers counted from 0, MLA "
+            f"layer {number} of checkpoint '{folder}' has another attention: its MLA layers, counted from 0, "
             f"are {_listed(facts.mla_layers)}."
         )
     if layers == {None} or (layers == {0} and facts.layers == 1):

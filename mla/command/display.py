@@ -126,7 +126,7 @@ class Progress(_Bar):
     """Counts forwards; says what is running and how long the rest will take."""
 
     def __init__(self, forwards: float, ends: Sequence[float] = ()) -> None:
-        """`ends`: the real seconds in which all should be done, and those in which it must, if known."""
+        """`ends`: the real seconds in which all should be done, and those in which it must, if limited."""
         super().__init__("starting", forwards)
         self._total, self._done, self._ends, self._every = forwards, 0.0, ends, EVERY
         self._start = self._said = time.monotonic()
@@ -154,10 +154,12 @@ class Progress(_Bar):
 
     def _left(self, taken: float) -> str:
         """Return how much longer it will take, if that can be told."""
-        known = []  # limits come before the first forwards, and say nothing of them
+        known = [end - taken for end in self._ends if end > taken]
+        if self._ends and not known:
+            return ""  # what is late runs fewer forwards than planned: how many cannot be told
+        # Limits come before the first forwards, and say nothing of them.
         if self._done and self._done >= BEGUN * self._total:
             known.append(taken * (self._total - self._done) / self._done)
-        known += [end - taken for end in self._ends if end > taken]
         if not known:
             return ""
         left = min(known)

@@ -142,11 +142,12 @@ REFUSED: Mapping[str, str] = {
     **dict.fromkeys(("hy_v4", "hy_v4_vl"), _INDEXER),
     "dots3_note": "its layers differ in dimensions and windows, and it norms the rotary key",
     "gigachat3_5": "gates multiply its latent norms",
-    "deepseek_v4": "it has one shared key and value head and no latent",
+    **dict.fromkeys(("deepseek_v4", "deepseek_v41"), "it has one shared key and value head and no latent"),
     "deepseek_ocr2": "its kv_lora_rank was removed, so it has no latent",
     # Architectures that share their model type with another attention, or that have none.
     "BailingMoeV2_5ForCausalLM": "it is Ling 2.5, and its model type is read as Ling 3",
     "GigaChat35ForCausalLM": "gates multiply its latent norms",
+    "LongcatCausalLM": _INDEXER,
 }
 
 # Models that are released under a name unlike their family's.

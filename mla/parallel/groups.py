@@ -153,8 +153,10 @@ class SimulatedGroups(Groups):
         self._rehearses = False
 
     def add_heads(self, out: torch.Tensor) -> None:
-        """Leave this rank's part of the output as it is."""
-        if self._rehearses and (size := self.layout.head_parts) > 1:
+        """Leave this rank's part of the output as it is, once it is widened and rounded as `Groups` does."""
+        if (size := self.layout.head_parts) > MOST_HOPS:
+            out.copy_(out.float())
+        if self._rehearses and size > 1:
             self.calls.append(Call.all_reduce(summed_bytes(out, size), size))
 
     def gather_context(self, x: torch.Tensor, out: torch.Tensor) -> None:

@@ -176,9 +176,9 @@ def in_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
     """Add both to the contract, the reference and the layer's roles."""
     roles = layer_ops.layer_roles
 
-    def more(config: Any, dtype: torch.dtype, device: torch.device, *rest: Any) -> Any:
+    def more(config: Any, dtype: torch.dtype, device: torch.device, *rest: Any, **words: Any) -> Any:
         spec = RowSpec(24, 5, dtype, device)
-        return {**roles(config, dtype, device, *rest), **{kind: (kind, spec) for kind in ENTRIES}}
+        return {**roles(config, dtype, device, *rest, **words), **{kind: (kind, spec) for kind in ENTRIES}}
 
     for kind, op in RIGHT.items():
         monkeypatch.setitem(KINDS, kind, ENTRIES[kind])

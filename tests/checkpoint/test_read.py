@@ -43,8 +43,8 @@ def test_a_layer_with_another_attention_is_refused_by_its_number(tmp_path: Path)
         with pytest.raises(CheckpointError) as info:
             read_layer(made.folder, made.config, layer)
         assert str(info.value) == (
-            f"layer {layer} of checkpoint '{made.folder}' has another attention: of layers counted from 0, "
-            "MLA are 3, 4."
+            f"layer {layer} of checkpoint '{made.folder}' has another attention: its MLA layers, counted "
+            "from 0, are 3, 4."
         )
 
 

@@ -54,17 +54,21 @@ def test_news_makes_the_next_line_wait(clock: list[float], capsys: pytest.Captur
 def test_no_more_time_is_left_than_until_the_next_end(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The bar advances unevenly: none for limits, much for forwards that are left out."""
+    """The bar advances unevenly: none for limits, much for forwards that are left out.
+
+    Past both ends, as on a busy machine, nothing is said: 1500 of 10000 forwards in 200 s were "19 min left".
+    """
     with Progress(10000.0, ends=(60.0, 150.0)) as bar:
-        for second, done in ((15.0, 0.0), (40.0, 100.0), (90.0, 1400.0)):
+        for second, done in ((15.0, 0.0), (40.0, 100.0), (90.0, 1400.0), (200.0, 0.0)):
             clock.append(second)
             bar.advance("measuring", done)
     with Progress(100.0) as bar:
-        clock.append(100.0)
+        clock.append(300.0)
         bar.advance("starting", 0.0)
     assert capsys.readouterr().err.splitlines() == [
         "running    measuring, about 45 s left",
         "running    measuring, about 20 s left",
         "running    measuring, about 60 s left",
+        "running    measuring",
         "running    starting",
     ]

@@ -153,6 +153,14 @@ def mixed() -> Any:
         (tied_to_another_part, "o_proj of layer 0 shares its weight"),
         (one_module_twice, "kv_b_proj of layer 0 shares its weight"),
         (with_an_indexer, "'deepseek_v32' is not supported: an indexer picks"),
+        (
+            lambda: make_model("kimi_linear", mla_use_output_gate=True),
+            "KimiLinearAttention has no output gates per token, and its config announces 64",
+        ),
+        (
+            lambda: make_model("bailing_hybrid", gated_attention_proj_granularity_type="element_wise"),
+            "BailingHybridAttention has 4 output gates per token, and its config announces 64",
+        ),
         (scaled, "scales logits by .*, and its config says"),
         (mixed, "differ in dtype"),
         (mixed_within_a_layer, r"differ in dtype \(torch.bfloat16, torch.float32\)"),

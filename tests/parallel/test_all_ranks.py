@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mla
 from mla import LatentCache, MLAConfig
@@ -189,6 +190,29 @@ def test_collectives_are_those_of_the_layout() -> None:
 def test_many_ranks_add_up_in_float32() -> None:
     out = torch.zeros(3, 5, dtype=torch.bfloat16)
     assert [summed_bytes(out, ranks) for ranks in (2, 8, 9, 32)] == [30, 30, 60, 60]
+
+
+class Calls(TorchDispatchMode):
+    """Notes what torch is asked to compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(
+    ("layout", "names"), [("tp=8", []), ("tp=16", ["aten._to_copy.default", "aten.copy_.default"])]
+)
+def test_a_rank_alone_widens_what_many_would_add_up(layout: str, names: list[str]) -> None:
+    out = torch.ones(3, 5, dtype=torch.bfloat16)
+    with Calls() as calls:
+        SimulatedGroups(Layout.parse(layout), 0).add_heads(out)
+    assert calls.names == names
+    assert bool((out == 1).all())
 
 
 class Meeting(SimulatedGroups):

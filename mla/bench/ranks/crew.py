@@ -390,8 +390,11 @@ Roles = dict[str, str]  # role -> op
 Chosen = Mapping[str, Mapping[str, Roles]]  # scenario -> implementation -> roles
 
 REFERENCE = "reference"
-# Options that may differ between ranks: rank 0 writes, each has a device of its own.
-_MAY_DIFFER = ("device", "output", "resume", "baseline", "profile", "dump_failure")
+# Options that may differ between ranks: rank 0 writes, prints and judges, each has a device of its own.
+_MAY_DIFFER = (
+    *("device", "output", "resume", "baseline", "profile", "dump_failure"),
+    *("kind", "detail", "fail_slower", "strict"),
+)
 _SHOWN = ("options", "versions", "host threads", "config")  # the values of others are digests
 _CURES = {
     "options": SAME_OPTIONS,

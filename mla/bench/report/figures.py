@@ -143,7 +143,7 @@ def _bar(axes: Axes, place: int, row: Row, height: float, whole: float) -> None:
     (bar,) = axes.barh(place, min(row.value, whole), height, color=paint(row.colour))
     if row.doubt:
         bar.set(facecolor="none", edgecolor=paint(row.colour), hatch="////")
-    end = min(high, whole)
+    low, end = min(low, whole), min(high, whole)
     if row.bounds and not broken:
         axes.errorbar((low + end) / 2, place, xerr=(end - low) / 2, color=paint("ink"))
     far = f" (to {number(high)})" if high > whole and not broken else ""
@@ -200,8 +200,9 @@ def _line(axes: Axes, line: Line) -> None:
     known = [(point, point.value) for point in line.points if point.value is not None]
     ends = [point.bounds or (value, value) for point, value in known]
     xs, ys = [point.x for point, _ in known], [value for _, value in known]
-    down = [y - low for y, (low, _) in zip(ys, ends, strict=True)]
-    up = [high - y for y, (_, high) in zip(ys, ends, strict=True)]
+    # A stored interval need not hold its value: matplotlib refuses lengths below 0.
+    down = [max(0.0, y - low) for y, (low, _) in zip(ys, ends, strict=True)]
+    up = [max(0.0, high - y) for y, (_, high) in zip(ys, ends, strict=True)]
     style: dict[str, Any] = {"color": paint(line.colour), "marker": line.marker}
     whiskers = [down, up] if line.marker else None
     axes.errorbar(xs, ys, whiskers, linestyle=line.dash, linewidth=1.4, markersize=5, **style)

@@ -45,8 +45,9 @@ def measure(request: Request, empty: results.Run | None = None, steering: Steeri
     `empty` is the result without cases.
     """
     empty, steering = empty or empty_run(request), steering or Steering()
-    bounded = not request.options.counted and steering.budget.seconds is None
-    ends = [seconds * len(request.scenarios) for seconds in (TARGET_S, MAX_S)] if bounded else []
+    ends = [seconds * len(request.scenarios) for seconds in (TARGET_S, MAX_S)]
+    if request.options.counted or steering.budget.seconds is not None:
+        ends = [steering.budget.seconds] if steering.budget.seconds is not None else []
     with Progress(sum(map(request.forwards, request.points)), ends) as progress:
         if len(request.scenarios) > 1:
             steering = replace(steering, log=progress.say)

@@ -327,6 +327,7 @@ _SHARED = ("query_lens", "history", "runs", "passes", "warmups", "batch_spec")
 _NO_LORA = ("it does not compress its queries", "deepseek-r1")
 LACKED = {"rms_norm": _NO_LORA, "q_a_layernorm": _NO_LORA, "q_b_proj": _NO_LORA}
 LACKED["g_proj"] = ("it has no output gate", "kimi-k3")
+LACKED["rotate_query"] = ("it has no rotary channels", "deepseek-r1")
 
 
 class OpScenario(Point, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -425,9 +426,10 @@ def roles_of(op: str, config: MLAConfig, kinds: Mapping[str, str], takes: str, w
 
     `takes`: start of the list of names in the `UsageError` for an unknown one, which is called `what`.
     """
-    if op in kinds:
+    idle = op == "rotate_query" and not config.qk_rope_head_dim
+    if op in kinds and not idle:
         return [op]
-    roles = [role for role, kind in kinds.items() if kind == op]
+    roles = [role for role, kind in kinds.items() if kind == op and not idle]
     if not roles and op in LACKED:
         why, preset = LACKED[op]
         raise UsageError(

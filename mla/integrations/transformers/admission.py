@@ -115,6 +115,7 @@ def survey(model: Any) -> Survey:
     config = _config(model, layers)
     for layer in layers:
         _check_layer(layer)
+        _check_gate(layer, config)
     _check_shared(model, layers)
     weight = layers[0].kv_b_proj.weight
     if len(dtypes := {linear.weight.dtype for layer in layers for _, linear in _projections(layer)}) > 1:
@@ -178,6 +179,16 @@ def _check_layer(layer: Any) -> None:
                 f"{name} of this model is {more}: load it unquantized, without adapters or offloading, in "
                 "bfloat16, float16 or float32."
             )
+
+
+def _check_gate(layer: Any, config: MLAConfig) -> None:
+    """Raise `UnsupportedModel` where the class ignores the output gate that the config announces."""
+    gate = getattr(layer, "g_proj", None)
+    if (rows := 0 if gate is None else gate.weight.shape[0]) != config.gate_width:
+        raise UnsupportedModel(
+            f"{type(layer).__name__} has {rows or 'no'} output gates per token, and its config announces "
+            f"{config.gate_width or 'none'}: this class computes another model."
+        )
 
 
 def _check_shared(model: Any, layers: list[Any]) -> None:

@@ -233,6 +233,12 @@ def test_slow_on_new_inputs_alone_is_doubted(make: Any, scenario: Scenario) -> N
     assert runner.runs == [True, False] * ROUNDS
 
 
+def test_a_busy_machine_hides_no_gain(make: Any) -> None:
+    runner, ask = make(PREFILL)
+    runner.takes = lambda fresh, number: 9.0 + number if fresh or number % 3 == 0 else 1.0
+    assert ask().startswith("forwards on fresh inputs take 10 ms, those of the passes 1 ms")
+
+
 def test_every_round_has_inputs_of_its_own_history_included(make: Any) -> None:
     runner, ask = make(DECODE)
     runner.takes = lambda fresh, number: 5.2 if fresh else 1.0
@@ -249,8 +255,9 @@ def test_every_round_has_inputs_of_its_own_history_included(make: Any) -> None:
         lambda fresh, number: 1.0 if number >= 2 * ROUNDS - 1 else 9.0 if fresh else 1.0,
         lambda fresh, number: 6.0,  # whatever the inputs: the machine is busy
         lambda fresh, number: 9.0 if fresh else 6.1,
+        lambda fresh, number: 1.0 if number in (6, 14) else 9.0,  # rounds on the inputs of the passes
     ],
-    ids=["one quiet round", "all slow", "nearly all"],
+    ids=["one quiet round", "all slow", "nearly all", "quiet for the passes alone"],
 )
 @pytest.mark.parametrize("scenario", [PREFILL, DECODE], ids=lambda one: one.name)
 def test_a_busy_machine_is_no_evidence(make: Any, scenario: Scenario, ms: Ms) -> None:

@@ -34,6 +34,15 @@ def test_a_rank_with_another_configuration_is_named(
     assert ranks.err(1).startswith(f"rank 1: error: {sentence}" if "--seed" in own else "")
 
 
+def test_what_rank_0_alone_reads_may_differ(start: Start) -> None:
+    """Where it writes, what it prints, and how it judges."""
+    ranks = start(
+        "--parallel", "tp=2", own={0: ["-o", "run.json", "--strict", "--format", "md"], 1: ["--quiet"]}
+    )
+    assert ranks.wait(BOUND)[1] in (0, 6), (ranks.err(0), ranks.err(1))
+    assert "differs" not in ranks.err(0) + ranks.err(1)
+
+
 def test_ranks_with_other_numbers_of_threads_are_named(start: Start) -> None:
     """An efficiency divides by the threads of rank 0 as if all had them."""
     ranks = start("--parallel", "tp=2", backend=FAULTY, RANK_THREADS="1{rank}")

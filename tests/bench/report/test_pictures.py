@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, get_args
 from xml.etree import ElementTree
@@ -45,6 +46,17 @@ def test_a_picture_carries_its_title_its_legend_and_its_colours(rich: Sequence[r
     for text in ("Latency: decode", "limit of the device", "A mla-reference"):
         assert text in texts
     assert "Card One 80GB" in " ".join(texts)
+
+
+def test_an_interval_that_does_not_hold_its_value_is_drawn(rich: Sequence[results.Run]) -> None:
+    """A file is read as it is, and may have been edited."""
+    runs = deepcopy(list(rich))
+    for case in (case for run in runs for case in run.cases if case.latency_ms):
+        case.latency_ms.ci95 = (1e5, 2e5)
+    assert (
+        page.pictures(["one.json", "two.json"], runs).keys()
+        == page.pictures(["one.json", "two.json"], rich).keys()
+    )
 
 
 def test_the_command_writes_pictures_and_overwrites_only_pictures(bench: Any, files: list[str]) -> None:

@@ -187,6 +187,19 @@ def test_a_prompt_without_history_is_a_shape_like_any(measure: Bench) -> None:
         assert cases()[0].history == [0, 0, 0]
 
 
+def test_latents_without_rotary_channels_are_written_alone_and_no_query_is_rotated(measure: Bench) -> None:
+    dims = json.loads(Path("tiny.json").read_text())
+    Path("tiny.json").write_text(json.dumps({**dims, "qk_rope_head_dim": 0}))
+    done = measure("write_latent")
+    assert done.code == 0, done.error
+    assert {case.check.status for case in cases()} == {"ok"}
+    done = measure("rotate_query")
+    assert done.code == 2
+    assert done.error.startswith(
+        "error: a layer of config 'tiny.json' has no rotate_query, because it has no rotary channels: choose "
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
