@@ -61,7 +61,8 @@ def _summary(report: ConformanceReport) -> str:
     listed = ", ".join(f"{counts[status]} {_WORDS[status]}" for status in told)
     cut = f" (interrupted, {report.planned} planned)" if report.interrupted else ""
     count = "1 check" if len(checks) == 1 else f"{len(checks)} checks"
-    return f"{count}{cut}: {listed}; {sum(result.seconds for result in checks):.1f} s"
+    late = f"; {left}" if (left := left_for_time(checks)) else ""
+    return f"{count}{cut}: {listed}; {sum(result.seconds for result in checks):.1f} s{late}"
 
 
 def _header(report: ConformanceReport) -> str:
@@ -269,15 +270,25 @@ def _cut(extent: Extent, checks: Sequence[CheckResult]) -> Iterator[str]:
 def _few(checks: Sequence[CheckResult]) -> Iterator[str]:
     few = [result.id for result in checks if result.status == "incomplete"]
     if few:
-        yield f"What more draws would find: too few of {', '.join(few)} (--minutes gives more time)."
+        yield f"What more draws would find: too few of {', '.join(few)} (--minutes or --draws gives more)."
+
+
+def left_for_time(checks: Iterable[CheckResult]) -> str:
+    """Return how many fixed cases time was too short for, as a clause; empty if there are none."""
+    count = sum(result.late for result in checks)
+    return f"{_fixed(count)} left out as time was up" if count else ""
+
+
+def _fixed(count: int) -> str:
+    return "1 fixed case" if count == 1 else f"{count} fixed cases"
 
 
 def _late(checks: Sequence[CheckResult]) -> Iterator[str]:
     late = [result for result in checks if result.late]
     if late:
         names = ", ".join(dict.fromkeys(map(_group, late)))
-        count = sum(result.late for result in late)
-        yield f"{count} fixed cases of {names}: time was up before them (--minutes gives more)."
+        cases = _fixed(sum(result.late for result in late))
+        yield f"{cases} of {names}: time was up before them (--minutes gives more)."
 
 
 def _thinned(extent: Extent, checks: Sequence[CheckResult]) -> Iterator[str]:

@@ -48,7 +48,8 @@ The checks are tests of pytest, which must be installed. With its own options:
 
 \b
 Exit codes:
-  0 all passed
+  0 all passed; the last line of the card counts fixed cases that time was
+    too short for
   1 an expected failure passed
   2 usage, or a report that cannot be written
   3 backend missing or unusable

@@ -139,7 +139,7 @@ def draw(trial: Trial) -> None:
     from mla.cases.drawn import scenes
 
     drawing, op = trial.subject.drawing, trial.op_of_contract()
-    if drawing.count == 0 or (drawing.count is None and drawing.seconds <= 0):
+    if drawing.count == 0:
         raise Refused("no cases were to be drawn")
     player = Player(op, trial.require_case)
     name = f"{trial.kind}[{trial.name}-{dtype_name(trial.dtype)}]"
@@ -150,12 +150,13 @@ def draw(trial: Trial) -> None:
     start, search = time.monotonic(), Search(scenes(field_of(trial, op)), player.play)
     file = re.sub(r"[^\w.-]+", "-", name) + ".txt"
     _search(search, drawing, drawing.folder and drawing.folder / FOLDER / file)
+    end = min(time.monotonic(), search.shrink_until - SHRINKING)
     trial.drawn = Drawn(
         judged=search.judged,
         refused=search.refused,
         kept=search.kept,
         seed=drawing.seed,
-        seconds=round(time.monotonic() - start, 2),
+        seconds=round(end - start, 2),
         along={axis: _words(values) for axis, values in search.axes.items()},
     )
     trial.note = f"{search.judged} drawn"
@@ -168,7 +169,10 @@ def draw(trial: Trial) -> None:
 
 
 def _search(search: Search, drawing: Drawing, kept: Path | None) -> None:
-    """Draw what failed before, by the numbers in the file `kept`, and then by numbers from the seed on."""
+    """Draw what failed before, by the numbers in the file `kept`, and then by numbers from the seed on.
+
+    However short the time, a case is judged if the op serves any: no check ends as refused for lack of time.
+    """
     search.reusing = True
     for number in kept_numbers(kept) if kept is not None else ():
         if search.wrong is None:
@@ -177,7 +181,8 @@ def _search(search: Search, drawing: Drawing, kept: Path | None) -> None:
     search.reusing = False
     end, number = time.monotonic() + drawing.seconds, drawing.seed * 1_000_003
     while search.wrong is None and not search.hopeless:
-        if time.monotonic() >= end if drawing.count is None else search.judged >= drawing.count:
+        late = time.monotonic() >= end and search.judged > 0
+        if late if drawing.count is None else search.judged >= drawing.count:
             break
         search.run(number)
         if search.wrong is not None and kept is not None:

@@ -5,6 +5,7 @@ Every pytest beside `mla` loads this plugin, so it imports nothing but pytest be
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -63,6 +64,22 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         calls = (getattr(item, "callspec", None) for item in session.items)
         suite.selected = [call.params["instance"] for call in calls if call and "instance" in call.params]
         suite.start = time.monotonic()
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say how many fixed cases did not run for lack of time: their checks have passed without them."""
+    if config.option.mla_backend is None:
+        return
+    import msgspec
+
+    from mla.conformance.card import left_for_time
+    from mla.conformance.report import CheckResult
+
+    reports = [report for ended in terminalreporter.stats.values() for report in ended]
+    told = [dict(report.user_properties) for report in reports if getattr(report, "when", "") == "call"]
+    results = [json.loads(properties[PROPERTY]) for properties in told if PROPERTY in properties]
+    if left := left_for_time(msgspec.convert(results, list[CheckResult])):
+        terminalreporter.write_line(f"{left} (--mla-minutes gives more, --mla-every-case runs all)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

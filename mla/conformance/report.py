@@ -51,7 +51,7 @@ class Drawn(msgspec.Struct, kw_only=True):
     refused: int  # draws that the op refused
     kept: int  # failures of earlier runs that came first
     seed: int
-    seconds: float
+    seconds: float  # that it drew for, without those of shrinking
     along: dict[str, str]  # axis -> what was drawn along it
 
 

@@ -294,8 +294,8 @@ class Asked:
         for flag, value in (("--device", self.backend.device), ("--threads", self.backend.threads)):
             words += [] if value is None else [flag, str(value)]
         words += ["--seed", str(self.seed)] * bool(self.seed)
-        for flag, number in (("--minutes", self.minutes), ("--draws", self.draws)):
-            words += [] if number is None else [flag, f"{number:g}"]
+        words += [] if self.minutes is None else ["--minutes", f"{self.minutes:g}"]
+        words += [] if self.draws is None else ["--draws", str(self.draws)]
         return [*words, *(["--quick"] * self.quick)]
 
 
@@ -310,8 +310,8 @@ class Suite:
     xfails: Xfails = field(default_factory=Xfails)
     keeper: Keeper | None = None
     selected: Sequence[Instance] | None = None  # what of the plan a pytest runs; None: all
-    ended: dict[str, float] = field(default_factory=dict)  # id of a check that ended -> seconds, if it drew
-    start: float = field(default_factory=time.monotonic)  # of the run
+    ended: dict[str, float] = field(default_factory=dict)  # id of a check that ended -> seconds that it drew
+    start: float = field(default_factory=time.monotonic)  # of the run, later by what is beside its time
 
     @classmethod
     def opened(cls, asked: Asked, xfails: Xfails) -> Suite:
@@ -374,7 +374,10 @@ class Suite:
         """Run one check, and keep the first wrong call if that was asked for."""
         self.subject.drawing.seconds, self.subject.drawing.until = self.share(instance), self.until
         result = carry_out(instance, self.subject, self.xfails)
-        self.ended[instance.id] = result.seconds if result.drawn else 0.0
+        self.ended[instance.id] = 0.0
+        if result.drawn is not None:
+            self.ended[instance.id] = result.drawn.seconds
+            self.start += result.seconds - result.drawn.seconds  # shrinking is beside the time of the run
         if self.keeper is not None:
             self.keeper.see(instance, result)
         return result

@@ -67,7 +67,7 @@ class Drawing:
 
     count: int | None = None  # of draws; None: as many as `seconds` allow
     seconds: float = 0.0  # that the check which runs next may draw for
-    until: float = math.inf  # by `time.monotonic`: a check that draws nothing runs one case after that
+    until: float = math.inf  # by `time.monotonic`: after that, a check that draws nothing has one case served
     seed: int = 0
     folder: Path | None = None  # where the numbers of failures are kept, to come first the next time
     smallest: dict[str, Scene] = field(default_factory=dict)  # the wrong case of every check that failed
@@ -127,7 +127,7 @@ class Trial:
     policy: str = "auto"  # of the layer's ops
     may_refuse: bool = False  # a `BackendError` is an op's refusal, not a failure
     chosen: frozenset[int] | None = None  # numbers of the cases that run; None: all
-    until: float = math.inf  # by `time.monotonic`: after that no case but the first runs
+    until: float = math.inf  # by `time.monotonic`: after that no case runs but the first that is served
     late: int = 0  # cases that were left out because of that
     labels: list[str] = field(default_factory=list)  # of all cases, chosen or not
     cases: list[Case] = field(default_factory=list)  # that ran
@@ -169,7 +169,7 @@ class Trial:
         self.labels.append(label)
         number = len(self.labels)
         chosen = self.chosen is None or number in self.chosen
-        late = chosen and bool(self.cases) and time.monotonic() > self.until
+        late = chosen and time.monotonic() > self.until and len(self.cases) > len(self.ended("refused"))
         self.late += late
         if chosen and not late:
             with self._judged(number, label, self.may_refuse):

@@ -176,6 +176,22 @@ def test_a_check_that_is_late_runs_its_first_case(sound: Any) -> None:
     assert op.rows == [1, 130]
 
 
+class EvenHeads(type(REFERENCE["batched_linear"])):  # type: ignore[misc]
+    def unsupported_reasons(self, spec: Any) -> list[str]:
+        return [] if spec.groups % 16 == 0 else ["heads are no multiple of 16"]
+
+
+def test_a_check_that_is_late_is_not_refused_by_its_first_cases(sound: Any) -> None:
+    """It would claim that the op serves none, of which others were not asked."""
+    drawing = Drawing(until=time.monotonic() - 1)
+    subject = BackendUnderTest(sound(ops={"mine": EvenHeads()}), "sound", drawing=drawing)
+    (instance,) = instances(subject, (torch.float32,), ["batched_linear.heads[mine-*]"])
+    late = carry_out(instance, subject, Xfails())
+    assert (late.status, late.cases.passed) == ("pass", 1)
+    assert late.cases.refused > 0
+    assert late.late > 0
+
+
 @pytest.mark.parametrize(
     ("words", "late"), [((), True), (("--every-case",), False), (("--draws", "1"), False)]
 )
@@ -192,8 +208,10 @@ def test_the_card_counts_what_was_left_out_for_time(words: tuple[str, ...], late
     )
     minutes = () if "--draws" in words else ("--minutes", "1e-6")
     assert main([*FAULTY, *chosen, *minutes]) in (0, 7)
+    printed = capsys.readouterr().out
     said = "- 3 fixed cases of rms_norm: time was up before them (--minutes gives more)."
-    assert (said in capsys.readouterr().out) is late
+    assert (said in printed) is late
+    assert printed.endswith(" s; 3 fixed cases left out as time was up\n") is late
 
 
 def test_the_reference_comes_after_what_layers_run_and_draws_come_last(sound: Any) -> None:

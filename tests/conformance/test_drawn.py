@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -39,6 +40,11 @@ class Rarely(type(REFERENCE["rms_norm"])):  # type: ignore[misc]
         super().__call__(x=x, out=out, **rest)
         if x.shape[0] > 40 and x.shape[1] > 100:
             out[-1] += 1
+
+
+class ServesNothing(type(REFERENCE["rms_norm"])):  # type: ignore[misc]
+    def unsupported_reasons(self, spec: Any) -> list[str]:
+        return ["never"]
 
 
 class FirstTime(type(REFERENCE["linear"])):  # type: ignore[misc]
@@ -108,12 +114,17 @@ def test_one_seed_gives_one_sequence(judge: Run, sound: Any) -> None:
     assert along[0] == along[1] != along[2]
 
 
-@pytest.mark.parametrize(
-    "drawing", [Drawing(), Drawing(count=0, seconds=9.0)], ids=["no time", "none asked for"]
-)
-def test_without_time_nothing_is_drawn(judge: Run, sound: Any, drawing: Drawing) -> None:
-    (result,) = judge(sound(), "rms_norm.drawn", drawing=drawing)
+def test_nothing_is_drawn_where_none_was_asked_for(judge: Run, sound: Any) -> None:
+    (result,) = judge(sound(), "rms_norm.drawn", drawing=Drawing(count=0, seconds=9.0))
     assert (result.status, result.reason) == ("refused", "no cases were to be drawn")
+
+
+def test_a_check_that_has_no_time_left_is_incomplete_and_not_refused(judge: Run, sound: Any) -> None:
+    """A run whose other checks took too long would end as if all that is served were right."""
+    (result,) = judge(sound(), "rms_norm.drawn", drawing=Drawing())
+    assert (result.status, result.reason) == ("incomplete", "1 of 300 drawn cases were judged")
+    (mine, _) = judge(sound(ops={"mine": ServesNothing()}), "rms_norm.drawn", drawing=Drawing())
+    assert (mine.status, mine.reason) == ("refused", "never")
 
 
 @pytest.mark.parametrize(("words", "code"), [((), 7), (("--quick",), 0)], ids=["whole", "a first look"])
@@ -342,8 +353,8 @@ def test_cases_that_differ_in_memory_alone_are_drawn_both() -> None:
 
 
 def test_the_command_that_runs_a_case_draws_as_much() -> None:
-    words = Asked(BackendOptions("cpu", None, (), None), minutes=0.5, draws=40, seed=3).alone()
-    assert words[-6:] == ["--seed", "3", "--minutes", "0.5", "--draws", "40"]
+    words = Asked(BackendOptions("cpu", None, (), None), minutes=0.5, draws=2_000_001, seed=3).alone()
+    assert words[-6:] == ["--seed", "3", "--minutes", "0.5", "--draws", "2000001"]
 
 
 def test_an_expected_failure_with_too_few_draws_is_no_surprise(judge: Run, sound: Any) -> None:
@@ -365,6 +376,24 @@ def test_time_is_shared_among_what_is_selected(monkeypatch: pytest.MonkeyPatch) 
     assert opened.share(norm) + opened.share(latent) == pytest.approx(60)
     opened.ended[latent.id] = 5.0
     assert opened.share(norm) == 60
+
+
+def test_shrinking_takes_no_time_from_draws_of_other_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("mla.conformance.drawn.hints", lambda *_: [next(clock) for _ in range(1000)][:0])
+    backend = BackendOptions("faulty_backend:FaultyBackend", None, ("op=rms_norm",), None)
+    opened = Suite.opened(Asked(backend, ["float32"], minutes=2), Xfails())
+    monkeypatch.setattr("faulty_backend.FaultyBackend.ops", lambda self: {"mine": Rarely()})
+    (latent,) = (entry for entry in opened.planned if entry.check.id == "latent.drawn")
+    (norm,) = (entry for entry in opened.planned if entry.check.id == "rms_norm.drawn")
+    opened.selected, opened.start = [norm, latent], float(next(clock))
+    result = opened.carry_out(norm)
+    assert result.status == "fail"
+    assert result.drawn is not None
+    assert result.drawn.seconds < 120 < 1000 < result.seconds
+    assert opened.share(latent) > 100 - result.drawn.seconds
 
 
 def test_fixed_checks_leave_time_for_draws_and_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:

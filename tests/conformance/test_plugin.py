@@ -81,6 +81,14 @@ def test_pytest_selects_stops_and_reports(tmp_path: Path) -> None:
     assert [len(list(case.iter("failure"))) for case in cases] == [0] * (len(cases) - 1) + [1]
 
 
+def test_pytest_counts_what_was_left_out_for_time(tmp_path: Path) -> None:
+    chosen = ("-k", "linear.product and faulty", "--mla-option", "op=linear", "--mla-minutes", "1e-6")
+    done = run_pytest(tmp_path, "--pyargs", "mla.conformance", *FAULTY, *chosen)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = "3 fixed cases left out as time was up (--mla-minutes gives more, --mla-every-case runs all)"
+    assert said in done.stdout.splitlines()
+
+
 def test_the_first_wrong_call_is_kept_by_one_process_alone(tmp_path: Path) -> None:
     words = ("--pyargs", "mla.conformance", *SCALED, "--mla-dump-failure", "kept")
     done = run_pytest(tmp_path, *words, "-n1")
