@@ -51,13 +51,6 @@ def misspelt() -> Any:
     return {"mine": Misspelt()}
 
 
-def claiming(cache_format: str) -> Any:
-    """Return an op that claims a cache format."""
-    mutant = type("Claiming", (Latent,), {"cache_formats": (cache_format,)})
-    made = mutant.__new__(mutant)
-    return {"mine": made}
-
-
 def answering(query: str, answer: Any) -> Any:
     """Return an op whose support query gives `answer`."""
     mutant = type("Odd", (Latent,), {query: lambda self, *rest: answer})
@@ -171,7 +164,7 @@ MUTANTS: Mapping[str, list[Callable[[type], Any]]] = {
         replaces("ops", misspelt()),
         replaces("ops", {"reference": Latent()}),
         replaces("ops", [Latent()]),
-        replaces("ops", claiming("fp8_dsmla")),
+        replaces("ops", {"mine": Latent(("fp8_dsmla",))}),
     ],
     "ops.reasons": [
         replaces("ops", answering("unsupported_reasons", None)),
