@@ -75,9 +75,23 @@ CARDS: Mapping[str, Card] = {
 }  # fmt: skip
 
 
+# What the driver calls the cards above. Others of a series, such as H100 PCIe, have other clocks and memory.
+DEVICES = {
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA H200": "H200",
+    "NVIDIA A100-SXM4-80GB": "A100",
+    "NVIDIA GeForce RTX 4090": "RTX 4090",
+    "NVIDIA B200": "B200",
+    "NVIDIA GeForce RTX 5090": "RTX 5090",
+}
+
+
 def card_of(device: str) -> str:
-    """Return the card whose name stands in the name of a device; "" if none does."""
-    return next((name for name in CARDS if name.replace(" ", "") in device.replace(" ", "")), "")
+    """Return the card that a device is; "" for any other, and for MI300X, which no plugin has tiles for.
+
+    `device` is its name, behind that of a backend or alone.
+    """
+    return DEVICES.get(device.rpartition(", ")[2], "")
 
 
 def spoken(share: Sequence[float]) -> str:

@@ -256,6 +256,12 @@ class Facts:
             return False
         return self.layers <= layer < self.layers + self.draft_layers
 
+    def attends_otherwise(self, layer: int | None) -> bool:
+        """Return whether a layer is one of the main ones that are not MLA."""
+        if self.mla_layers is None or layer is None or layer in self.mla_layers:
+            return False
+        return self.layers is None or layer < self.layers
+
     def block_size(self, tensor: str) -> tuple[int, int]:
         """Return how many rows and columns share one FP8 scale, as declared: shapes do not determine it."""
         for key, known in (("quant_method", ("fp8",)), ("fmt", ("e4m3", None))):

@@ -12,7 +12,7 @@ import torch
 from mla.checkpoint.folder import CheckpointError, Facts, Folder, StoredTensor, headers, read_facts
 from mla.checkpoint.stored import DTYPES, FP8, ReadProgress, StoredLayer, StoredWeight
 from mla.config import MLAConfig
-from mla.weights import weight_shapes
+from mla.weights import SINKS, weight_shapes
 from mla_backends.outside import quoted
 
 # DeepSeek's own names (`inference/convert.py` of DeepSeek-V3) -> Hugging Face's.
@@ -159,10 +159,10 @@ def _numbered(locations: Collection[Location], number: int | None, facts: Facts,
     layers = {location.layer for location in locations}
     if number in layers:
         return number
-    if facts.mla_layers is not None and number not in facts.mla_layers and not facts.is_draft(number):
+    if facts.attends_otherwise(number):
         raise CheckpointError(
             f"layer {number} of checkpoint '{folder}' has another attention: its MLA layers, counted from 0, "
-            f"are {_listed(facts.mla_layers)}."
+            f"are {_listed(facts.mla_layers or ())}."
         )
     if layers == {None} or (layers == {0} and facts.layers == 1):
         return layers.pop()
@@ -292,7 +292,7 @@ def _unexpected(name: str) -> str:
     """Return why a tensor is refused: without it, the layer would compute something else."""
     for pattern, reason in _REASONS:
         if re.match(pattern, name):
-            served = name.partition(".")[0] in KNOWN
+            served = name.partition(".")[0] in {*KNOWN, SINKS}
             return reason if served else f"{reason}; this layer does not compute that"
     return "is not one of this layer's weights, and ignoring it could change the result"
 

@@ -39,13 +39,15 @@ def test_a_layer_with_another_attention_is_refused_by_its_number(tmp_path: Path)
     for layer, same_gate in ((3, True), (4, False)):
         stored = read_layer(made.folder, made.config, layer)
         assert torch.equal(stored["g_proj.weight"], other) == same_gate
-    for layer in (0, 1, 5):
+    for layer in (0, 1, 2):
         with pytest.raises(CheckpointError) as info:
             read_layer(made.folder, made.config, layer)
         assert str(info.value) == (
             f"layer {layer} of checkpoint '{made.folder}' has another attention: its MLA layers, counted "
             "from 0, are 3, 4."
         )
+    with pytest.raises(CheckpointError, match="has no attention weights of layer 5; it holds layers 3, 4"):
+        read_layer(made.folder, made.config, 5)
 
 
 def test_the_fixtures_hold_what_their_names_promise() -> None:

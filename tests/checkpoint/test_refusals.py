@@ -89,7 +89,7 @@ PLAIN: list[tuple[Callable[[Tensors], Tensors], str]] = [
     ),
     (
         lambda t: put(t, sinks=torch.ones(2)),
-        r"sinks' in .* which the config does not announce \(sink_logits\)",
+        r"sinks' in .* which the config does not announce \(sink_logits\)\.$",
     ),
     (
         lambda t: put(t, attention_sink=torch.ones(2)),

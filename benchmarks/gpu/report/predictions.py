@@ -13,8 +13,9 @@ from mla.bench.results.schema import Case, Run
 HEADER = ("shape", "bound by", "share of", "predicted", "measured", "verdict")
 NOTE = """\
 Predicted from machine code, before any card was there: `benchmarks/triton/model.md`. Shares are of the data
-sheet's peaks, not of measured ceilings. *above*: the model is wrong. *below*: what it leaves out costs more
-than it allows for, such as latencies, bank conflicts and a clock below boost.
+sheet's peaks, not of measured ceilings, and of the plugin's own tiles: one that was tuned may be *above*.
+Otherwise, *above*: the model is wrong. *below*: what it leaves out costs more than it allows for, such as
+latencies, bank conflicts and a clock below boost.
 """
 
 

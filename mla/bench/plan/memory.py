@@ -351,7 +351,8 @@ def op_bytes(pool: Pool) -> int:
     case, cache = pool.case, 0
     if case.entry.cached:
         pages = sum(-(-length // case.layout.page_size) for length in case.kv_lens) + case.layout.spare
-        cache = pages * case.layout.page_size * cost.cached_bytes(case.spec)
+        plain = case.shape(case.entry.cached)[0] * case.spec.dtype.itemsize
+        cache = pages * case.layout.page_size * (getattr(case.spec, "token_bytes", 0) or plain)
     return 2 * case.work.bytes + cache + _pool_bytes(pool) + one_op.output_bytes(pool) + WORKSPACE
 
 

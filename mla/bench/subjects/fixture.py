@@ -253,7 +253,7 @@ class LayerFixture(Fixture):
 
     def build(self, name: str) -> Implementation:
         named = parse_one(name)
-        if self.point.cache_format is not None and named.base not in ("mla", "mla-reference"):
+        if self.setting.cache_format is not None and named.base not in ("mla", "mla-reference"):
             raise UsageError(f"{name} has a cache of its own, without formats: leave cache_format out.")
         made = _make(named.base, implementation_setting(self.setting, named), self._state)
         made.name = name

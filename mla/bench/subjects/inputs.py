@@ -1,7 +1,7 @@
 """Seeded inputs of a scenario, exact changes of them whose outputs are known, and both on a device.
 
 Hidden states and cached history are random in every channel: zero or constant inputs flatter a device (power,
-caches, branch-free softmax). No two forwards are alike. A layer without biases is odd in its tokens: hidden
+caches, branch-free softmax). No two forwards are alike. A layer without biases and gates is odd: hidden
 states and history times -1 give outputs times -1, exactly, because norms, products and rotations are odd and
 attention weights do not change. Beyond signs, each request has a few inputs to choose from. In prefill they
 differ in the last new token, which no other row sees, so that each costs the oracle one row. In decode they

@@ -99,7 +99,7 @@ class Nvidia(TritonBackend, CudaBackend):
         return since_ampere(self.architecture)(device) or old_triton(self.architecture)
 
     def starts_early(self) -> bool:
-        return starts_early(self.architecture)
+        return starts_early(self.architecture, driver_version())
 
     def make_monitor(self) -> Monitor:
         return Monitor(NvmlSampler(Dialect("pynvml", by_uuid=True), self._address))

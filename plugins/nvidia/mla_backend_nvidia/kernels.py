@@ -46,6 +46,9 @@ FLASH_MLA_ROWS = 11_000
 OLDEST_TRITON = {(10, 0): (3, 3), (9, 0): (3, 2), (0, 0): (3, 1)}
 # The oldest Triton that our kernels were compiled with for programmatic dependent launch.
 EARLY_TRITON = (3, 6)
+# The driver of CUDA 12.3, whose graphs are the first that can hold such launches: with an older one, capture
+# fails. Torch's wheels for CUDA 12 run on drivers from 525 on.
+EARLY_DRIVER = 545
 AMPERE = (8, 0)
 HOPPER = ((9, 0),)
 BLACKWELL = ((10, 0), (10, 3), (10, 7))  # of data centres, with tensor memory; not sm_120
@@ -199,9 +202,14 @@ def old_triton(architecture: Architecture) -> str:
     )
 
 
-def starts_early(architecture: Architecture) -> bool:
-    """Return whether card and Triton have programmatic dependent launch."""
-    return architecture() >= HOPPER[0] and _triton()[1] >= EARLY_TRITON
+def starts_early(architecture: Architecture, driver: str = "") -> bool:
+    """Return whether card, Triton and driver have programmatic dependent launch, in graphs too.
+
+    `driver` is its version, such as "535.183.01"; "" is unknown, and taken for a new one.
+    """
+    major = driver.partition(".")[0]
+    old_driver = major.isdecimal() and int(major) < EARLY_DRIVER
+    return architecture() >= HOPPER[0] and _triton()[1] >= EARLY_TRITON and not old_driver
 
 
 def _triton() -> tuple[str, tuple[int, ...]]:

@@ -455,5 +455,7 @@ def test_a_triton_that_would_end_the_process_is_not_tried(
 
     monkeypatch.setattr(metadata, "version", version)
     assert starts_early(lambda: architecture) == (installed == "3.10.1")
+    assert not starts_early(lambda: architecture, "535.183.01"), "its graphs cannot hold such a launch"
+    assert starts_early(lambda: architecture, "545.23.08") == (installed == "3.10.1")
     reason = old_triton(lambda: architecture)
     assert reason.endswith(f"whose Triton is {needed} or newer") if needed else reason == ""

@@ -40,6 +40,7 @@ SMALL = (
         old="(wide * factor * by).to(cache.dtype.element_ty), mask=there)",
         new="(wide * factor * by).to(cache.dtype.element_ty))",
     ),
+    _pointwise("the shared key is not turned", old="if PAIRS > 0:", new="if PAIRS < 0:"),
     _pointwise(
         "the shared key is turned by the angles of the first token",
         old="source + LATENT, angles,",
