@@ -185,13 +185,19 @@ def current(contract: str, kind: str) -> bool:
     return contract == OPS[kind] or contract in EARLIER.get(kind, ())
 
 
+def claimed_formats(op: FusedOp) -> Collection[str]:
+    """Return the cache formats that an op claims; a string is one name, not a collection of letters."""
+    return (op.cache_formats,) if isinstance(op.cache_formats, str) else op.cache_formats
+
+
 def format_refusals(op: FusedOp, spec: Any) -> list[str]:
     """Return why `op` does not serve the cache format of `spec`: it claims another; empty if it can."""
     name = getattr(spec, "cache_format", "")
     base, scaled, _ = name.partition(":")
-    if not name or name in op.cache_formats or (scaled and f"{base}:" in op.cache_formats):
+    claimed = claimed_formats(op)
+    if not name or name in claimed or (scaled and f"{base}:" in claimed):
         return []
-    claims = f"only {', '.join(sorted(op.cache_formats))}" if op.cache_formats else "none"
+    claims = f"only {', '.join(sorted(claimed))}" if claimed else "none"
     return [
         f"it does not know the cache format '{name}': it claims {claims} in addition to the layer's dtype"
     ]

@@ -47,9 +47,18 @@ def _of_nvidia(kernel: Any) -> dict[str, Any]:
         "shared": kernel.metadata.shared,
         "tensor memory": getattr(kernel.metadata, "tmem_size", None) or 0,
         "trap": bool(re.search(r"\btrap;", kernel.asm["ptx"])),
-        "instructions": {name: n for name, what in SASS.items() if (n := len(re.findall(what, code)))},
+        "instructions": _counted(code, kernel.asm["ptx"]),
         "step": counting.of_nvidia(code, kernel.asm["ptx"], kernel.metadata.num_warps),
     }
+
+
+def _counted(sass: str, ptx: str) -> dict[str, int]:
+    """Return how many instructions of each kind there are; no early start where something comes before it."""
+    counts = {name: n for name, what in SASS.items() if (n := len(re.findall(what, sass)))}
+    first = re.search(r"griddepcontrol\.wait|\b(?:ld|st|atom|red)\.(?:\w+\.)*global|\bcp\.async", ptx)
+    if first is None or first[0] != "griddepcontrol.wait":
+        counts.pop("early start", None)  # it reads what the launch before may still write, or the reverse
+    return counts
 
 
 def _of_amd(code: str, metadata: Any) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Formats of the latent cache: what the bytes of one token of one layer are.
 
 A format is an entry of `FORMATS`: data for people, and a codec, which is the definition of its bytes. Fused
-ops claim formats by name (`FusedOp.cache_formats`), and are judged by the codec. `register` adds a format.
+ops claim formats by name (`FusedOp.cache_formats`), and are judged by the codec. `register` adds a format
+to a process; an entry point of the group `mla.cache_formats` adds it wherever its package is installed.
 
 A name may end with the one scale of a flat format, as in "fp8:0.05".
 """
@@ -13,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import metadata
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +22,7 @@ from torch.nn.functional import pad
 
 from mla.errors import CacheFormatError, did_you_mean
 from mla.text import DTYPES
+from mla_backends.errors import describe
 
 E4M3_MAX, E4M3 = 448.0, torch.float8_e4m3fn
 TILE, Q8_BLOCK = 128, 32  # numbers that share a scale
@@ -33,8 +36,9 @@ Rows = tuple[torch.Tensor, torch.Tensor]
 class Codec(ABC):
     """One format for latents of `c` and rotary keys of `r` numbers. Raises `CacheFormatError` for others.
 
-    NaN stays NaN in formats that have it, and is 0 in others. It does not reach other numbers of the token,
-    nor do infinities, which saturate. Numbers beyond the range saturate, and never become NaN.
+    NaN stays NaN in formats that have it, and is 0 in others; it does not reach other numbers of the token.
+    Numbers beyond the range saturate, and never become NaN. Those that share a scale with an infinity are 0,
+    and where the scale is rounded up, the infinity may be given back.
     """
 
     c: int
@@ -115,7 +119,7 @@ class FlatFp8(Codec):
         return 2.0**-9 * self.scale
 
     def encode(self, kv: torch.Tensor, pe: torch.Tensor) -> torch.Tensor:
-        return _bytes(_e4m3(torch.cat((kv, pe), dim=1).float() / self.scale))
+        return _bytes(_e4m3(_over(torch.cat((kv, pe), dim=1).float(), self.scale)))
 
     def decode(self, rows: torch.Tensor) -> Rows:
         kv, pe = (_numbers(rows, E4M3).float() * self.scale).split((self.c, self.r), dim=1)
@@ -149,7 +153,7 @@ class TiledFp8(Codec):
 
     def encode(self, kv: torch.Tensor, pe: torch.Tensor) -> torch.Tensor:
         tiles = pad(kv.float(), (0, self.tiles * TILE - self.c)).unflatten(1, (self.tiles, TILE))
-        ratio = _largest(tiles) / E4M3_MAX
+        ratio = _over(_largest(tiles), E4M3_MAX)
         scales = _power_above(ratio.clamp_min(LEAST_RATIO)) if self.powers else ratio.clamp_min(TINY)
         codes = _bytes(_e4m3(tiles / scales[..., None]).flatten(1))[:, : self.c]
         return torch.cat((codes, _bytes(scales), _bytes(_saturated(pe, torch.bfloat16))), dim=1)
@@ -177,7 +181,7 @@ class Int8(Codec):
 
     def encode(self, kv: torch.Tensor, pe: torch.Tensor) -> torch.Tensor:
         parts = [part.float() for part in (kv, pe)]
-        scales = torch.stack([(_largest(part) / 127).clamp_min(TINY) for part in parts], dim=1)
+        scales = torch.stack([_over(_largest(part), 127).clamp_min(TINY) for part in parts], dim=1)
         codes = [_int8((part / scales[:, i : i + 1]).round()) for i, part in enumerate(parts)]
         return torch.cat((*map(_bytes, codes), _bytes(scales)), dim=1)
 
@@ -205,7 +209,7 @@ class Q8(Codec):
 
     def encode(self, kv: torch.Tensor, pe: torch.Tensor) -> torch.Tensor:
         blocks = torch.cat((kv, pe), dim=1).float().unflatten(1, (-1, Q8_BLOCK))
-        scales = (_largest(blocks) / 127)[..., None]
+        scales = _over(_largest(blocks), 127)[..., None]
         ratio = blocks * torch.where(scales > 0, 1 / scales, 0.0)  # ggml multiplies
         whole = ratio.trunc()
         codes = _int8(whole + torch.where((ratio - whole).abs() >= 0.5, ratio.sign(), 0.0))
@@ -233,6 +237,11 @@ def _largest(x: torch.Tensor) -> torch.Tensor:
     if x.shape[-1] == 0:
         return x.new_zeros(x.shape[:-1])
     return x.abs().nan_to_num(nan=0.0).amax(-1)
+
+
+def _over(x: torch.Tensor, divisor: float) -> torch.Tensor:
+    """Return x / divisor, rounded once: devices multiply by the inverse of a divisor that the host holds."""
+    return x / x.new_full((), divisor).expand_as(x)
 
 
 def _power_above(x: torch.Tensor) -> torch.Tensor:
@@ -271,6 +280,7 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {}
+GROUP = "mla.cache_formats"  # entry points that name a `Format`, which every process then knows
 
 
 def register(entry: Format) -> Format:
@@ -283,9 +293,24 @@ def register(entry: Format) -> Format:
     return entry
 
 
+def _load_installed(name: str) -> None:
+    """Register the format that an installed package names so, if one does. Raises `CacheFormatError`."""
+    for point in metadata.entry_points(group=GROUP, name=name):
+        try:
+            entry = point.load()
+            if name not in FORMATS:  # importing it may have registered it
+                register(entry)
+        except Exception as error:  # what a package raises is not the user's to debug
+            raise CacheFormatError(
+                f"cache format '{name}' cannot be loaded from {point.value}: {describe(error)}."
+            ) from error
+
+
 def find_format(name: str) -> Format:
     """Return the format of a name, "fp8:0.05" being fp8 over that scale. Raises `CacheFormatError`."""
     base, colon, scale = name.partition(":")
+    if base not in FORMATS:
+        _load_installed(base)
     if base not in FORMATS:
         raise CacheFormatError(
             f"unknown cache format '{name}'.{did_you_mean(base, [*FORMATS])} Formats: {', '.join(FORMATS)}."
@@ -294,15 +319,15 @@ def find_format(name: str) -> Format:
     if not colon:
         return entry
     if entry.codec is not FlatFp8:
-        raise CacheFormatError(
-            f"cache format '{base}' stores its scales, and takes none: leave ':{scale}' out."
-        )
+        raise CacheFormatError(f"cache format '{base}' takes no scale: leave ':{scale}' out.")
     try:
         number = float(scale)
     except ValueError:
         number = math.nan
-    if not 0 < number < math.inf:
-        raise CacheFormatError(f"the scale of a cache format must be a positive number, got '{scale}'.")
+    if not TINY <= number <= torch.finfo(torch.float32).max / E4M3_MAX:  # what float32 holds, 448 times too
+        raise CacheFormatError(
+            f"the scale of a cache format must be a positive number from 1.2e-38 to 7.5e35, got '{scale}'."
+        )
     return replace(entry, name=name, codec=partial(FlatFp8, scale=number))
 
 

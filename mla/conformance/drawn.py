@@ -23,7 +23,7 @@ from mla.command.console import note
 from mla.conformance.report import Drawn
 from mla.conformance.trial import CheckFailed, Drawing, Refused, Trial, ask, raised
 from mla.text import dtype_name
-from mla_backends.api import FusedOp
+from mla_backends.api import FusedOp, claimed_formats
 from mla_backends.errors import BackendError, plugin_code
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def field_of(trial: Trial, op: FusedOp) -> Field:
         return not ask(lambda: list(op.unsupported_batch(spec, new, keys, page)), [])
 
     served = functools.cache(serves)
-    formats = tuple(f"{name}0.5" if name.endswith(":") else name for name in op.cache_formats)
+    formats = tuple(f"{name}0.5" if name.endswith(":") else name for name in claimed_formats(op))
     of = (trial.kind, trial.dtype, trial.device)
     return Field(*of, served, bool(op.lse_optional), takes, formats)
 

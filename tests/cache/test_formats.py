@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mla.cache.formats import FORMATS, Codec, Format, codec_of, find_format, register, stored_format
 from mla.errors import CacheFormatError
@@ -134,15 +137,36 @@ def test_names_of_formats() -> None:
     assert find_format("fp8:0.5").codec(8, 4).encode(torch.ones(1, 8), torch.ones(1, 4))[0, 0] == 0x40
     for name, said in (
         ("fp8_ds", "unknown cache format 'fp8_ds'. Did you mean 'fp8_ds_mla'?"),
-        ("int8:2", "takes none: leave ':2' out"),
-        ("fp8:0", "must be a positive number, got '0'"),
-        ("fp8:x", "must be a positive number, got 'x'"),
+        ("int8:2", "takes no scale: leave ':2' out"),
+        ("fp8:0", "must be a positive number from 1.2e-38 to 7.5e35, got '0'"),
+        ("fp8:x", "must be a positive number from 1.2e-38 to 7.5e35, got 'x'"),
+        ("bf16:2", "'bf16' takes no scale: leave ':2' out"),
+        ("fp8:1e-50", "got '1e-50'"),  # 0 in float32: zeros became NaN
+        ("fp8:1e36", "got '1e36'"),  # 448 of it are infinite
     ):
         with pytest.raises(CacheFormatError) as error:
             stored_format(name, torch.bfloat16)
         assert said in str(error.value)
     with pytest.raises(CacheFormatError, match="stores 32 numbers together"):
         codec_of("q8_0", 40, 8)
+
+
+class TimesTheInverse(TorchDispatchMode):
+    """Divides by a number of the host as a GPU does: times its rounded inverse."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.div.Tensor and getattr(args[1], "ndim", 0) == 0:
+            return args[0] * torch.tensor(1.0).div(float(args[1])).item()
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", [*QUANTISED, "fp8:0.3"])
+def test_devices_encode_the_bytes_of_the_host(name: str) -> None:
+    codec = codec_of(name, 512, 64)
+    kv, pe = rows(3, tokens=64)
+    right = codec.encode(kv, pe)
+    with TimesTheInverse():
+        assert torch.equal(codec.encode(kv, pe), right)
 
 
 @dataclass(frozen=True)
@@ -174,3 +198,21 @@ def test_a_format_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
         register(entry)
     with pytest.raises(ValueError, match="needs a name without spaces"):
         register(Format("a:b", Halves, "", "", "", ""))
+
+
+def test_a_format_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any process finds it, and says in a sentence what is wrong with it."""
+    monkeypatch.setattr("mla.cache.formats.FORMATS", dict(FORMATS))
+    (tmp_path / "halving.py").write_text(
+        "from mla.cache.formats import FlatFp8, Format\n"
+        "entry = Format('halving', FlatFp8, 'e4m3', 'none', 'nobody', 'this test')\n"
+    )
+    info = tmp_path / "halving-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: halving\nVersion: 1\n")
+    points = "[mla.cache_formats]\nhalving = halving:entry\nbroken = halving:missing\n"
+    (info / "entry_points.txt").write_text(points)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_format("halving").token_bytes() == 576
+    with pytest.raises(CacheFormatError, match=r"'broken' cannot be loaded from halving:missing: .*missing"):
+        find_format("broken")

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import triton
 
 from benchmarks.triton.cards import read
-from benchmarks.triton.cases import Case
+from benchmarks.triton.cases import Case, case_of
 from benchmarks.triton.compiling import compile_cases
 from benchmarks.triton.faults import faults, product_of
+from benchmarks.triton.recording import Recorder
+from benchmarks.triton.resources import _counted
 from benchmarks.triton.shipped import A100, B200, H100, L40, METAX_AS_CDNA3, RTX50, Shipped
-from mla_backends.triton_ops import Tile
+from mla_backends.triton_ops import Tile, triton_ops
 
 # Each kernel, path and class of cards; every combination is in table.md.
 SHIPPED = [
@@ -52,6 +55,21 @@ WRONG = [
     (_with(L40, Tile(64, 64, 8, 2)), [r"spills \d+ bytes", r"needs \d{3} of 99 KiB of shared memory$"]),
     (_with(B200, Tile(64, 32, 8, 2)), [r"needs 5\d\d of 512 columns", "is nothing but a trap$"]),
 ]
+
+
+def _joined(shipped: Shipped) -> Case:
+    """Return the launch that writes latents and rotates the queries of 128 heads, as a layer makes it."""
+    recorder = Recorder(shipped.early)
+    q, latent_q, first = (
+        torch.empty(2, *shape, dtype=torch.bfloat16) for shape in ((128, 192), (128, 576), (2112,))
+    )
+    triton_ops(shipped.tuning, 132, recorder)["triton_write_latent"](
+        kv_a=first[:, 1536:], weight=first[0, :512], eps=1e-6, cos_sin=torch.empty(2, 64), interleaved=True,
+        slots=torch.arange(2), cache=torch.empty(1, 64, 576, dtype=torch.bfloat16), x=q[..., 128:],
+        out=latent_q[..., 512:],
+    )  # fmt: skip
+    (launch,) = recorder.recorded
+    return case_of(launch, shipped.target)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +111,21 @@ def test_what_is_predicted_is_what_the_compiler_yields(compiled: list[tuple[Case
     both = found.keys() & committed.keys()
     assert len(both) >= 4
     assert {where: found[where] for where in both} == {where: committed[where] for where in both}
+
+
+def test_a_cache_write_that_rotates_queries_has_no_fault() -> None:
+    shipped = (A100, H100)
+    cases = [_joined(each) for each in shipped]
+    assert [case.arguments["HEADS"]["value"] for case in cases] == [128, 128]
+    found = compile_cases(cases)
+    assert [faults(*each, shipped[0].shared) for each in zip(cases, found, strict=True)] == [[], []]
+
+
+@pytest.mark.parametrize("access", ["@%p1 ld.global.b32", "st.global.v4.b32", "cp.async.cg.shared.global"])
+def test_a_launch_that_touches_memory_before_it_waits_does_not_start_early_soundly(access: str) -> None:
+    sass, wait = "ACQBULK ;", "griddepcontrol.wait;"
+    assert _counted(sass, f"ld.param.b64 %rd1; {wait} {access} [%rd1];") == {"early start": 1}
+    assert _counted(sass, f"{access} [%rd1]; {wait}") == {}
 
 
 def test_tiles_that_do_not_fit_are_refused(compiled: list[tuple[Case, dict[str, Any]]]) -> None:

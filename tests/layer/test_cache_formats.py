@@ -157,3 +157,12 @@ def test_an_op_serves_the_formats_it_claims() -> None:
     )
     with pytest.raises(UnsupportedOps, match="does not know the cache format 'q8_0'"):
         chosen("q8_0", ops="new")
+
+
+def test_a_claim_that_is_a_string_is_one_name() -> None:
+    """And not all names that are a part of it."""
+    careless = Plain()
+    careless.contract, careless.cache_formats = "latent_attention/2", "fp8_ds_mla"
+    backend = HostBackend(ops={"careless": careless})
+    assert layer(backend=backend, cache_format="fp8_ds_mla").ops["latent_attention"].name == "careless"
+    assert layer(backend=backend, cache_format="fp8").ops["latent_attention"].name == "reference"

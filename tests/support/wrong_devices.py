@@ -164,6 +164,7 @@ MUTANTS: Mapping[str, list[Callable[[type], Any]]] = {
         replaces("ops", misspelt()),
         replaces("ops", {"reference": Latent()}),
         replaces("ops", [Latent()]),
+        replaces("ops", {"mine": Latent(("fp8_dsmla",))}),
     ],
     "ops.reasons": [
         replaces("ops", answering("unsupported_reasons", None)),

@@ -363,6 +363,12 @@ def check_points(options: RunOptions, points: Sequence[Point]) -> None:
     for point in points:
         if point.cache_format is not None and point.layers > 1:
             raise UsageError(f"scenario '{point.name}': a cache format is measured with one layer.")
+    foreign = [name for name in options.implementation_names if not implementations.is_ours(name)]
+    if foreign and any(point.cache_format is not None and point.op is None for point in points):
+        raise UsageError(
+            f"{foreign[0]} has a cache of its own, without formats: leave cache_format out, or list "
+            "--implementations without it."
+        )
     with_heads = [point.name for point in points if point.heads]
     if options.model_path and with_heads:
         raise UsageError(f"scenario '{with_heads[0]}' sets heads, but a checkpoint's weights fix them.")

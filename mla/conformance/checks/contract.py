@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 
+from mla.cache.formats import find_format
 from mla.config import MLAConfig
 from mla.conformance.checks.attention import DEEPSEEK, SMALL_SPEC, SPEC
 from mla.conformance.registry import check
 from mla.conformance.trial import DTYPES, BackendUnderTest, Refused, Trial, expect
 from mla.layer.ops import Ops, preflight_reasons
-from mla_backends.api import FusedOp, LinearSpec, NormSpec
+from mla_backends.api import FusedOp, LinearSpec, NormSpec, claimed_formats
 
 
-@check("ops.known", catches="an op with a misspelt contract, which would silently never run")
+@check("ops.known", catches="an op with a misspelt contract or cache format, which would silently never run")
 def known(trial: Trial) -> None:
-    """Every op has a unique name and a known contract."""
+    """Every op has a unique name, a known contract, and claims known cache formats."""
     offered = trial.backend.ops()
     expect(isinstance(offered, Mapping), f"ops() returned a {type(offered).__name__}, not a mapping")
     expect(list(offered) == list(trial.backend.ops()), "ops() returns different names when called again")
@@ -28,6 +29,8 @@ def known(trial: Trial) -> None:
             expect(isinstance(name, str) and bool(name), f"an op is named {name!r}")
             Ops(MLAConfig(256, 16), {name: op}, torch.float32, trial.device)
             expect(isinstance(op.nan_safe_tail, bool), f"nan_safe_tail is {op.nan_safe_tail!r}")
+            for claimed in claimed_formats(op):
+                find_format(f"{claimed}1" if claimed.endswith(":") else claimed)
 
 
 @check("ops.reasons", catches="a support query that raises, launches work, or gives no reason")

@@ -62,3 +62,7 @@ def test_what_has_no_formats_is_refused(bench: Any, tmp_path: Path, monkeypatch:
     layers = bench(*WORDS, "--batch-spec", "2q1s40", "--cache-format", "fp8", "--layers", "2")
     assert layers.code == 2
     assert "a cache format is measured with one layer" in layers.err
+    sweep = ("--batch-spec", "2q1s40", "-a", "cache_format=bf16,fp8", "--implementations", "mla,transformers")
+    foreign = bench(*WORDS, *sweep, "--dry-run")
+    assert foreign.code == 2, "before anything is measured"
+    assert "error: transformers has a cache of its own, without formats: leave cache_format" in foreign.err
