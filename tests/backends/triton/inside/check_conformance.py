@@ -84,7 +84,7 @@ def test_every_kernel_keeps_the_contract() -> None:
     chosen = [instance for instance in instances(device, (torch.bfloat16,)) if is_of_a_kernel(instance)]
     found = results(device, chosen)
     assert {one.id: one.reason for one in found.values() if one.status != "pass"} == {}
-    assert len(found) >= 35
+    assert len(found) >= 33
     assert not any(one.cases.refused for one in found.values())
 
 

@@ -24,7 +24,7 @@ LATENT = (
     latent((1,), (70,), heads=1, page_size=64, far=True),
     latent((3,), (5,), heads=1, apart=FAR, **NARROW),
     # As of a captured step that grew, with channels for two programs of the merge.
-    latent((1, 1), (200, 33), heads=2, splits=Splits(16, 5), latent=200, rope=8),
+    latent((1, 1), (200, 33), heads=2, splits=Splits(16, 5), latent=300, rope=8),
     latent((1, 1), (33 * 16, 65 * 16), heads=4, splits=Splits(16, 65), gain=3.0, **NARROW),
     latent((1,), (4096,), heads=2, page_size=64, splits=Splits(1 << 20, 1), **NARROW),
     latent((1,), (40,), heads=66, tile=Tile(64, 32, 8, 2), **NARROW),
