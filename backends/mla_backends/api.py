@@ -176,7 +176,7 @@ OPS = {
     "latent_attention": "latent_attention/2",
     "expanded_attention": "expanded_attention/1",
 }
-# Earlier versions that are called as ever: they differ in nothing where the cache is plain.
+# Earlier versions are called as ever: they differ in nothing where the cache is plain.
 EARLIER = {"write_latent": ("write_latent/1",), "latent_attention": ("latent_attention/1",)}
 
 
@@ -192,15 +192,13 @@ def claimed_formats(op: FusedOp) -> Collection[str]:
 
 def format_refusals(op: FusedOp, spec: Any) -> list[str]:
     """Return why `op` does not serve the cache format of `spec`: it claims another; empty if it can."""
-    name = getattr(spec, "cache_format", "")
+    name, claimed = getattr(spec, "cache_format", ""), claimed_formats(op)
     base, scaled, _ = name.partition(":")
-    claimed = claimed_formats(op)
     if not name or name in claimed or (scaled and f"{base}:" in claimed):
         return []
     claims = f"only {', '.join(sorted(claimed))}" if claimed else "none"
-    return [
-        f"it does not know the cache format '{name}': it claims {claims} in addition to the layer's dtype"
-    ]
+    claims += " in addition to the layer's dtype"
+    return [f"it does not know the cache format '{name}': it claims {claims}"]
 
 
 @dataclass(frozen=True)
@@ -301,12 +299,11 @@ class FusedOp(ABC):
       many keys as queries at least, or none; a segment without keys gives out 0 and lse -inf
 
     Where `spec.cache_format` is not "", both ops of the cache are also given ``cache_format=NAME``, and cache
-    is [pages, page, spec.token_bytes] uint8, the bytes of one token in each row. They are what the format's
-    codec says (`mla.cache.formats`): that of the latent and key rounded to the layer's dtype where the op
-    declares `encodes_rounded`, else of the unrounded ones. Attention is over the decoded bytes, of old and
-    new tokens alike. An op serves the formats that it names in `cache_formats`, and reads each as its codec
-    does: one whose kernel rounds the scales of a format does not name it. For the plain cache, version 1 is
-    the same.
+    is [pages, page, spec.token_bytes] uint8: rows of a token's bytes, as the format's codec writes them
+    (`mla.cache.formats`) of the latent and key, rounded to the layer's dtype first where the op declares
+    `encodes_rounded`. Attention is over the decoded bytes, new tokens included. An op lists what it serves in
+    `cache_formats`: formats that it reads as their codecs do, scales included. For the plain cache, version 1
+    is the same.
 
     `cos_sin[t]` holds the r/2 cosines and then the r/2 sines of token t's position. Angle i turns one pair
     (a, b) into (a cos - b sin, b cos + a sin), and both stay in their places: `x[2 i]` and `x[2 i + 1]` if
