@@ -1,10 +1,8 @@
 """The contract between `mla` and an accelerator: what a backend must provide, and what it may offer.
 
-A backend is a plain object. It *must* name itself, probe, set up a device and synchronize; everything else
-has a default that means "unknown" or "not offered". Fused ops are optional: the core has a plain PyTorch
-reference for every op in `OPS`, and runs it wherever a backend offers nothing better.
-
-Importing this package does not import torch, so a plugin can be discovered on a host without it.
+A backend *must* name itself, probe, set up a device and synchronize; all else has a default that means
+"unknown" or "not offered". Fused ops are optional: the core runs a plain PyTorch reference of every op in
+`OPS` wherever a backend offers nothing better. A host without torch can import this package.
 """
 
 from __future__ import annotations
