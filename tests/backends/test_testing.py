@@ -10,7 +10,7 @@ import torch
 from mla import MLA, LatentCache, MLAConfig
 from mla.conformance.selection import Xfails
 from mla.conformance.suite import carry_out, instances
-from mla.conformance.trial import BackendUnderTest
+from mla.conformance.trial import BackendUnderTest, Drawing
 from mla.weights import random_state_dict
 from mla_backends import BackendError, BackendOptionError, FusedOp
 from mla_backends.registry import open_backend
@@ -31,7 +31,8 @@ class Linear(FusedOp):
 
 
 def test_the_suite_accepts_it_and_judges_the_ops_it_is_given() -> None:
-    subject = BackendUnderTest(HostBackend(ops={"mine": Linear()}), "host", quick=True)
+    host = HostBackend(ops={"mine": Linear()})
+    subject = BackendUnderTest(host, "host", quick=True, drawing=Drawing(0))
     chosen = instances(subject, (torch.float32,), ["device", "linear"])
     results = [carry_out(choice, subject, Xfails()) for choice in chosen]
     assert not [(result.id, result.reason) for result in results if result.status not in ("pass", "refused")]

@@ -106,7 +106,7 @@ def test_a_dry_run_says_what_is_refused_before_an_oracle_is_computed(
     lines = [line for line in done.err.splitlines() if line.endswith(" refused, skipped")]
     assert len(lines) == 1
     assert lines[0].split()[1:4] == ["decode", "kv=30", SECOND]
-    assert f"\ndecode kv=30, {SECOND} will be skipped: fused op 'second' (latent_attention/1) " in done.err
+    assert f"\ndecode kv=30, {SECOND} will be skipped: fused op 'second' (latent_attention/2) " in done.err
     monkeypatch.setattr(fixture, "expected_outputs", None)
     assert measure(SECOND, "second:batch", *LONG).code == 3
 

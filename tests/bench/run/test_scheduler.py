@@ -63,10 +63,10 @@ def test_a_point_the_device_has_no_memory_for_after_all_does_not_cost_the_others
 
     expected_outputs = fixture.expected_outputs
 
-    def refuse(config: Any, state: Any, scenario: Any, inputs: Any) -> Any:
+    def refuse(config: Any, state: Any, scenario: Any, *rest: Any) -> Any:
         if scenario.history[0] == 3:
             raise MemoryError("no room\nfor 3")
-        return expected_outputs(config, state, scenario, inputs)
+        return expected_outputs(config, state, scenario, *rest)
 
     monkeypatch.setattr(fixture, "expected_outputs", refuse)
     done = bench(*VIRTUAL, *small, *FEW, *GRID, "-o", "run.json", fakes=["virtual_clock"])
@@ -85,9 +85,9 @@ def test_weights_and_oracle_of_one_scenario_are_gone_before_the_next(
     alive: list[int] = []
     expected_outputs = fixture.expected_outputs
 
-    def watched(config: Any, state: Any, scenario: Any, inputs: Any) -> Any:
+    def watched(config: Any, state: Any, scenario: Any, inputs: Any, *rest: Any) -> Any:
         alive.append(sum(tensor() is not None for tensor in tensors))
-        outputs = expected_outputs(config, state, scenario, inputs)
+        outputs = expected_outputs(config, state, scenario, inputs, *rest)
         tensors.extend(map(weakref.ref, (outputs, inputs.hidden, *state.values())))
         return outputs
 
