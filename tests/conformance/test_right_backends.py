@@ -52,7 +52,8 @@ def test_the_installed_cpu_backend_passes(judge: Run) -> None:
 @pytest.mark.usefixtures("smaller")
 def test_right_ops_pass_and_their_refusals_are_no_failures(judge: Run, sound: Any, right_ops: Any) -> None:
     own = [f"*[{name}-*" for name in right_ops]
-    results = judge(sound(ops=right_ops), "device", "ops", "layer", *own, dtypes=(torch.bfloat16,))
+    chosen = ("device", "ops", "layer", *own)
+    results = judge(sound(ops=right_ops), *chosen, dtypes=(torch.bfloat16,), drawing=Drawing(0))
     found = by_status(results)
     assert set(found) == {"pass", "refused"}, found.get("fail")
     ids = {one.id: one for one in results}

@@ -88,8 +88,7 @@ def test_each_chart_is_shown_once_in_the_size_and_colours_of_its_surroundings(
     seen = show(rich_page)
     seen.media(mode, medium)
     seen.width(width)
-    figures = rich_page.count("<figure ")
-    assert seen.run(VISIBLE) == [kind] * figures
+    assert seen.run(VISIBLE) == [kind] * rich_page.count("<figure ")
     wide = "[...document.images].filter((one) => one.checkVisibility()).every((one) => one.width > 0.9 * %d)"
     assert seen.run(wide % min(width - 60, 1100))
     seen.screenshot(tmp_path / "drawn.png")
