@@ -62,6 +62,12 @@ Exit codes:
 """
 
 
+def _finite(minutes: float | None) -> float | None:
+    if minutes is None or minutes < float("inf"):  # which NaN is not
+        return minutes
+    raise UsageError(f"--minutes {minutes} is not a time, such as 0.5 or 10.")
+
+
 @click.command(cls=GroupedCommand, epilog=EPILOG, context_settings=HELP_NAMES)
 @backend_options("Backend to check, or package.module:attribute.")
 @what_to_run(
@@ -82,6 +88,7 @@ Exit codes:
 @how(
     "--minutes",
     type=click.FloatRange(0, min_open=True),
+    callback=lambda context, parameter, minutes: _finite(minutes),
     show_default="5, or 1 with --quick",
     help="Duration: fixed checks in the first part, drawn cases in the rest.",
 )

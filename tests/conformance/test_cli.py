@@ -249,6 +249,8 @@ def test_a_device_that_cannot_describe_itself_still_gets_a_card(conformance: Con
             2,
             "matches --only linear.outlier[double-float32]. Did you mean 'linear.outlier[doubles-float32]'?",
         ),
+        (["--minutes", "nan"], 2, "--minutes nan is not a time, such as 0.5 or 10."),
+        (["--minutes", "inf"], 2, "--minutes inf is not a time, such as 0.5 or 10."),
         (["--only", "linear.outlier#1st"], 2, "'linear.outlier#1st': a case is named by its number, as in "),
         (["--only", "#3"], 2, "'#3': a case is named by its number, as in "),
         (["--only", "linear.outlier#0"], 2, "'linear.outlier#0': a case is named by its number, as in "),
