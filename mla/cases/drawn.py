@@ -455,6 +455,8 @@ def _beyond_bounds(case: OpCase, names: Collection[str]) -> set[str]:
         beyond.add("cancels")
     if exact and max(case.kv_lens) > MAX_EQUAL:
         beyond.add("equal keys")
+        if "all logits low" in names:  # keys have one number alike, and queries of zeros weigh all alike
+            beyond.add("rows of zeros")
     if case.entry.prepares and {"steep logits", "one large channel"} & {*names}:
         beyond.add("rows of zeros")  # the largest weight may be that of zeros, and all others underflow
     return beyond

@@ -35,7 +35,8 @@ MINUTES = {True: 1.0, False: 5.0}  # that a run takes, if it is quick and if not
 MIN_DRAWS = 300  # judged draws of an op in a dtype, with which its check is green
 FOR_DRAWS = {True: 0.3, False: 0.6}  # of the time at least, if it is quick and if not
 MOST = 0.15  # of the time that is left for fixed checks, for one of them
-ATTENTION = 1.3  # times the time of other ops, for draws: as much longer as one takes
+# The time of a draw, in that of the quickest op: so much more of the run's time are draws of the kind given.
+DRAW_TIMES = {"latent_attention": 4.0, "expanded_attention": 3.0, "write_latent": 2.0, "batched_linear": 2.0}
 UNUSUAL = 0.2  # times the time of an op that serves what most layers have
 # A product [ROWS, WIDTH] x [WIDTH, WIDTH] that takes this many times as long as in a wider dtype is slow.
 FACTOR = 3.0
@@ -357,7 +358,7 @@ class Suite:
         if check.fails != DRAWN or op is None or dtype is None:
             return 0.0
         spec = usual_spec(check.kind, dtype, self.subject.device)
-        usual = ATTENTION if KINDS[check.kind].prepares else 1.0
+        usual = DRAW_TIMES.get(check.kind, 1.0)
         return usual * (UNUSUAL if ask(partial(op.unsupported_reasons, spec), []) else 1.0)
 
     @property

@@ -371,7 +371,7 @@ def test_time_is_shared_among_what_is_selected(monkeypatch: pytest.MonkeyPatch) 
     opened.start = 0.0
     (norm,) = (one for one in opened.planned if one.check.id == "rms_norm.drawn")
     (latent,) = (one for one in opened.planned if one.check.id == "latent.drawn")
-    assert 0 < opened.share(norm) < opened.share(latent) < 30
+    assert 0 < opened.share(norm) < opened.share(latent) < 45
     opened.selected = [norm, latent]
     assert opened.share(norm) + opened.share(latent) == pytest.approx(60)
     opened.ended[latent.id] = 5.0
