@@ -384,7 +384,7 @@ def test_shrinking_takes_no_time_from_draws_of_other_ops(monkeypatch: pytest.Mon
     monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr("mla.conformance.drawn.hints", lambda *_: [next(clock) for _ in range(1000)][:0])
     backend = BackendOptions("faulty_backend:FaultyBackend", None, ("op=rms_norm",), None)
-    opened = Suite.opened(Asked(backend, ["float32"], minutes=2), Xfails())
+    opened = Suite.opened(Asked(backend, ["float32"], minutes=5), Xfails())
     monkeypatch.setattr("faulty_backend.FaultyBackend.ops", lambda self: {"mine": Rarely()})
     (latent,) = (entry for entry in opened.planned if entry.check.id == "latent.drawn")
     (norm,) = (entry for entry in opened.planned if entry.check.id == "rms_norm.drawn")
@@ -392,8 +392,8 @@ def test_shrinking_takes_no_time_from_draws_of_other_ops(monkeypatch: pytest.Mon
     result = opened.carry_out(norm)
     assert result.status == "fail"
     assert result.drawn is not None
-    assert result.drawn.seconds < 120 < 1000 < result.seconds
-    assert opened.share(latent) > 100 - result.drawn.seconds
+    assert result.drawn.seconds < 300 < 1000 < result.seconds
+    assert opened.share(latent) > 280 - result.drawn.seconds
 
 
 def test_fixed_checks_leave_time_for_draws_and_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
