@@ -457,7 +457,10 @@ def _beyond_bounds(case: OpCase, names: Collection[str]) -> set[str]:
         beyond.add("equal keys")
         if "all logits low" in names:  # keys have one number alike, and queries of zeros weigh all alike
             beyond.add("rows of zeros")
-    if case.entry.prepares and {"steep logits", "one large channel"} & {*names}:
+    apart = {"steep logits", "one large channel"}
+    if case.spec.dtype == torch.float16:
+        apart |= {"large logits", "huge logits"}
+    if case.entry.prepares and apart & {*names}:
         beyond.add("rows of zeros")  # the largest weight may be that of zeros, and all others underflow
     return beyond
 

@@ -55,6 +55,7 @@ def test_keys_that_are_subnormal_in_the_dtype_before_they_are_encoded_are_no_ala
         ("LoopLatent", torch.float32, 20012),
         ("Flash-expanded-1", torch.float16, 20012),
         ("Flash-expanded-1", torch.float16, 60000),
+        ("Flash-latent-1", torch.float16, 70019),
         ("DenseLatent", torch.float32, 80003),
     ],
     ids=str,
