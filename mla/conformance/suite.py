@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 MINUTES = {True: 1.0, False: 5.0}  # that a run takes, if it is quick and if not
 MIN_DRAWS = 300  # judged draws of an op in a dtype, with which its check is green
 FOR_DRAWS = {True: 0.3, False: 0.6}  # of the time at least, if it is quick and if not
-MOST = 0.15  # of the time that is left for fixed checks, for one of them
+MAX_SHARE = 0.15  # of the time that is left for fixed checks, for one of them
 # The time of a draw, in that of the quickest op: so much more of the run's time are draws of the kind given.
 DRAW_TIMES = {"latent_attention": 4.0, "expanded_attention": 3.0, "write_latent": 2.0, "batched_linear": 2.0}
 UNUSUAL = 0.2  # times the time of an op that serves what most layers have
@@ -369,7 +369,7 @@ class Suite:
         among = self.planned if self.selected is None else self.selected
         drawn = any(instance.check.fails == DRAWN for instance in among)
         now, end = time.monotonic(), self.asked.seconds * (1 - FOR_DRAWS[self.asked.quick] * drawn)
-        return now + (self.start + end - now) * (MOST if len(among) > 1 else 1)
+        return now + (self.start + end - now) * (MAX_SHARE if len(among) > 1 else 1)
 
     def carry_out(self, instance: Instance) -> CheckResult:
         """Run one check, and keep the first wrong call if that was asked for."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mla.bench.workload import implementations
-from mla.bench.workload.grid import READS_HISTORY, Axes, Point
+from mla.bench.workload.grid import READS_HISTORY, WITH_FORMAT, Axes, Point
 from mla.bench.workload.implementations import parse
 from mla.bench.workload.scenario import MAX_COUNT
 from mla.bench.workload.workload_file import STANDARD
@@ -415,7 +415,7 @@ def check_heads(config: MLAConfig, points: Sequence[Point]) -> None:
 
 
 def check_op_uses_shape(options: RunOptions, points: Sequence[Point]) -> None:
-    """Raise `UsageError` for `--kv` and `--heads` that change none of the op's roles."""
+    """Raise `UsageError` for `--kv`, `--heads` and cache formats that change none of the op's roles."""
     if options.op is None:
         return
     roles = list(dict.fromkeys(point.op for point in points if point.op))
@@ -424,6 +424,8 @@ def check_op_uses_shape(options: RunOptions, points: Sequence[Point]) -> None:
         unused.append("--kv")
     if options.heads is not None and not any(point.heads for point in points):
         unused.append("--heads")
+    if any(point.cache_format for point in points) and not WITH_FORMAT & {*roles}:
+        unused.append("cache_format")
     if unused:
         have, them = ("has", "it") if len(unused) == 1 else ("have", "them")
         raise UsageError(f"{' and '.join(unused)} {have} no effect on {', '.join(roles)}: omit {them}.")

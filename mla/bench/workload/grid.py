@@ -316,6 +316,7 @@ def _scenario(spec: str) -> BatchScenario:
 
 # ------------------------------------------------------------------------------------ one op of the contract
 
+WITH_FORMAT = frozenset({"write_latent", "latent_attention"})  # roles that work on the cache's bytes
 # Roles whose work depends on the history; the others only see new tokens.
 READS_HISTORY = frozenset({"kv_b_proj", "write_latent", "latent_attention", "expanded_attention"})
 DEFAULT_BATCH, DEFAULT_HISTORY, DEFAULT_QUERY = 16, 1024, 1

@@ -214,6 +214,7 @@ def test_latents_without_rotary_channels_are_written_alone_and_no_query_is_rotat
             "queries: choose a config that does, such as --config deepseek-r1.",
         ),
         (["--op", "o_proj", "--kv", "4k"], "error: --kv has no effect on o_proj: omit it."),
+        (["--op", "w_uk", "-a", "cache_format=int8"], "error: cache_format has no effect on w_uk: omit it."),
         (
             ["--op", "write_latent", "--heads", "2"],
             "error: --heads has no effect on write_latent: omit it.",
