@@ -31,6 +31,7 @@ __all__ = [
     "DeviceInfo",
     "FusedOp",
     "HostTimer",
+    "IndexerSpec",
     "LinearSpec",
     "MemoryInfo",
     "NormSpec",
@@ -173,6 +174,9 @@ OPS = {
     "write_latent": "write_latent/2",
     "latent_attention": "latent_attention/2",
     "expanded_attention": "expanded_attention/1",
+    "write_index_key": "write_index_key/1",
+    "select_latents": "select_latents/1",
+    "sparse_latent_attention": "sparse_latent_attention/1",
 }
 # Earlier versions are called as ever: they differ in nothing where the cache is plain.
 EARLIER = {"write_latent": ("write_latent/1",), "latent_attention": ("latent_attention/1",)}
@@ -234,6 +238,27 @@ class AttentionSpec:
     # Of the latent cache: "" is plain, rows [c + r] in `dtype`; else the name of a format, and its bytes.
     cache_format: str = ""
     token_bytes: int = 0
+    topk: int = 0  # of `sparse_latent_attention`: the width of a selection
+
+
+@dataclass(frozen=True)
+class IndexerSpec:
+    """Everything about the indexer of sparse attention that is fixed when the layer is built."""
+
+    num_heads: int
+    head_dim: int
+    rope_head_dim: int  # the FIRST channels of queries and keys, which are rotated
+    topk: int
+    dtype: torch.dtype
+    device: torch.device
+    # Of the index cache: "" is plain, rows [head_dim] in `dtype`; "fp8" has pages of bytes (`FusedOp`).
+    index_format: str = ""
+    token_bytes: int = 0
+
+    @property
+    def cache_format(self) -> str:
+        """The format of the cache that ops of this spec read and write."""
+        return self.index_format
 
 
 class BatchView(Protocol):
@@ -296,12 +321,31 @@ class FusedOp(ABC):
       from ``SegmentLengths``; when causal, the last query of a segment sees the last key, and there are as
       many keys as queries at least, or none; a segment without keys gives out 0 and lse -inf
 
-    Where `spec.cache_format` is not "", both ops of the cache are also given ``cache_format=NAME``, and cache
-    is [pages, page, spec.token_bytes] uint8: rows of a token's bytes, as the format's codec writes them
-    (`mla.cache.formats`) of the latent and key, rounded to the layer's dtype first where the op declares
-    `encodes_rounded`. Attention is over the decoded bytes, new tokens included. An op lists what it serves in
-    `cache_formats`: formats that it reads as their codecs do, scales included. For the plain cache, version 1
-    is the same.
+    Sparse attention, with D channels of an indexer, whose first R are rotated:
+
+    - ``write_index_key/1``: ``op(k=[T, D], weight=[D], bias=[D], eps=float, cos_sin=[T, R] fp32,
+      interleaved=bool, slots=[T] int64, cache=[pages, page, D])``: LayerNorm all of k, rotate its first R
+      channels, round once, and write row `slots[t]` of the flattened cache
+    - ``select_latents/1``: ``op(state, q=[T, H, D], weights=[T, H] fp32, cache=[pages, page, D],
+      block_table=[B, n] int32, kv_lens=[B] int32, cu_q=[B + 1] int32, out=[T, topk] int32)``: token j of the
+      request scores ``sum over h of weights[t, h] * max(0, q[t, h] . cache[j])`` in fp32, and the k best of
+      those that query t sees are selected. out[t]: min(topk, seen) distinct positions within the request, in
+      any order, then -1. Ties fall any way; weights may be negative and hold every scale
+    - ``sparse_latent_attention/1``: as ``latent_attention/2``, with ``selection=[T, topk] int32`` behind
+      cu_q: query t attends to the positions within its request that selection[t] names, all of which it
+      sees, and to no other. They are distinct, in any order; -1 is none, and stands behind the others. A
+      query that selects nothing gets out 0 and lse -inf
+
+    An index cache of ``cache_format="fp8"`` is [pages, page, D + 4] uint8, and splits each page: first its
+    page * D values in e4m3, token after token, and then its page float32 scales. An op of
+    `select_latents` whose scores are rounded to bfloat16 declares `scores_in_bf16`.
+
+    Where `spec.cache_format` is not "", ops of the cache are also given ``cache_format=NAME``, and cache is
+    [pages, page, spec.token_bytes] uint8: of the latent cache, rows of a token's bytes, as the format's codec
+    (`mla.cache.formats`) writes them of the latent and key, rounded to the layer's dtype first where the op
+    declares `encodes_rounded`. Attention is over the decoded bytes, new tokens included. An op lists what it
+    serves in `cache_formats`: formats that it reads as their codecs do, scales included. For the plain cache,
+    version 1 is the same.
 
     `cos_sin[t]` holds the r/2 cosines and then the r/2 sines of token t's position. Angle i turns one pair
     (a, b) into (a cos - b sin, b cos + a sin), and both stay in their places: `x[2 i]` and `x[2 i + 1]` if
@@ -351,6 +395,7 @@ class FusedOp(ABC):
     writes_lse = True  # attention fills lse; where the kernel has none, it is NaN
     cache_formats: Collection[str] = ()  # that it serves beside the plain one; "fp8:" is fp8 over any scale
     encodes_rounded = False  # write_latent encodes what it first rounds to the layer's dtype
+    scores_in_bf16 = False  # select_latents compares scores that are rounded to bfloat16
     lse_optional = False  # attention may be called with lse=None where nobody reads it
     rotates: FusedOp | None = None  # the `rotate_query` op whose work `write_latent` can do in its own launch
     compiles = ""  # what `preflight` compiles or loads, for the line that is printed while it does

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mla.cache.formats import FORMATS
+from mla.cache.index_formats import INDEX_FORMATS
 from mla.reference.attention import ExpandedAttention, LatentAttention
 from mla.reference.small import BatchedLinear, Linear, RmsNorm, RotateQuery, WriteLatent
+from mla.reference.sparse import SelectLatents, SparseLatentAttention, WriteIndexKey
 from mla_backends.api import FusedOp
 
 # The reference for every op, by op name.
@@ -22,4 +24,7 @@ REFERENCE: Mapping[str, FusedOp] = {
     "write_latent": WriteLatent(FORMATS),
     "latent_attention": LatentAttention(FORMATS),
     "expanded_attention": ExpandedAttention(),
+    "write_index_key": WriteIndexKey(INDEX_FORMATS),
+    "select_latents": SelectLatents(INDEX_FORMATS),
+    "sparse_latent_attention": SparseLatentAttention(FORMATS),
 }

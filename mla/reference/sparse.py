@@ -1,0 +1,160 @@
+"""Sparse attention in plain PyTorch: index keys, the selection of latents, and attention to a selection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mla.cache.formats import codec_of, latents
+from mla.cache.index_formats import index_codec, index_keys
+from mla.reference.attention import KEYS_BYTES, LOGITS_BYTES, attend
+from mla.reference.small import OfFormats, rotate
+from mla_backends.api import OPS, AttentionSpec, BatchView, IndexerSpec
+
+
+class WriteIndexKey(OfFormats):
+    """LayerNorm with bias, rotate the first channels, scatter to the index cache."""
+
+    contract = OPS["write_index_key"]
+    encodes_rounded = True
+
+    def __call__(
+        self,
+        *,
+        k: torch.Tensor,  # [T, D]
+        weight: torch.Tensor,  # [D]
+        bias: torch.Tensor,  # [D]
+        eps: float,
+        cos_sin: torch.Tensor,  # [T, R] fp32
+        interleaved: bool,
+        slots: torch.Tensor,  # [T] int64
+        cache: torch.Tensor,  # [pages, page, D], or bytes [pages, page, D + 4]
+        cache_format: str = "",
+    ) -> None:
+        key = layer_norm(k, weight, bias, eps)
+        turned = cos_sin.shape[1]
+        row = torch.cat((rotate(key[:, :turned], cos_sin, interleaved), key[:, turned:]), dim=1).to(k.dtype)
+        codec = index_codec(cache_format, k.shape[1])
+        if codec is None:
+            cache.flatten(0, 1).index_copy_(0, slots, row)
+        else:
+            codec.write(cache, slots, row)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return (x - mean) / sqrt(var + eps) * weight + bias over the last dimension, in fp32.
+
+    The variance is the mean of squares, as in `torch.nn.LayerNorm`.
+    """
+    wide = x.float()
+    centred = wide - wide.mean(-1, keepdim=True)
+    scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    return centred * scale * weight.float() + bias.float()
+
+
+# ---------------------------------------------------------------------------------------- selection
+class SelectLatents(OfFormats):
+    """Score every token that a query sees and take the best, one request after another."""
+
+    contract = OPS["select_latents"]
+    nan_safe_tail = True
+
+    def prepare(self, spec: IndexerSpec, batch: BatchView) -> BatchView:
+        return batch
+
+    def __call__(
+        self, state: BatchView, *,
+        q: torch.Tensor, weights: torch.Tensor, cache: torch.Tensor,  # [T, H, D], [T, H], [pages, page, D]
+        block_table: torch.Tensor, kv_lens: torch.Tensor, cu_q: torch.Tensor,
+        out: torch.Tensor,  # [T, topk] int32
+        cache_format: str = "",
+    ) -> None:  # fmt: skip
+        codec, page, start = index_codec(cache_format, q.shape[2]), cache.shape[1], 0
+        for request, (queries, length) in enumerate(zip(state.query_lens, state.kv_lens, strict=True)):
+            tokens = slice(start, start := start + queries)
+            pages = cache.index_select(0, block_table[request, : -(-length // page)])
+            keys = index_keys(pages, codec).flatten(0, 1)[:length]
+            _select(q[tokens], weights[tokens], keys, out[tokens])
+
+
+def _select(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, out: torch.Tensor) -> None:
+    """Select for the last queries [t, H, D] of one request over all its keys [s, D], in runs."""
+    queries, length = q.shape[0], keys.shape[0]
+    step = max(1, LOGITS_BYTES // (4 * q.shape[1] * max(1, length)))
+    for first in range(0, queries, step):
+        run = slice(first, min(first + step, queries))
+        last = torch.arange(run.start, run.stop, device=q.device)[:, None] + (length - queries)
+        seen = max(0, length - queries + run.stop)
+        scores = index_scores(q[run], weights[run], keys[:seen])
+        scores.masked_fill_(torch.arange(seen, device=q.device) > last, -torch.inf)
+        count = min(out.shape[1], seen)
+        best = scores.topk(count, dim=-1).indices  # what is hidden comes last
+        out[run, :count] = best.masked_fill_(best > last, -1)
+        out[run, count:] = -1
+
+
+def index_scores(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Return fp32 scores [t, s]: over heads, weights [t, H] times relu(q [t, H, D] . keys [s, D]), summed."""
+    heads = q.float().flatten(0, 1) @ keys.float().t()
+    return torch.bmm(weights.float()[:, None], heads.relu_().view(*q.shape[:2], -1))[:, 0]
+
+
+# ---------------------------------------------------------------------------------------- attention
+@dataclass(frozen=True)
+class _FollowsTensors:
+    """A state that nothing depends on: calls go by shapes, and by lengths on the device."""
+
+    graph_safe = True
+
+
+class SparseLatentAttention(OfFormats):
+    """Absorbed attention to the latents that each query selects."""
+
+    contract = OPS["sparse_latent_attention"]
+    nan_safe_tail = True
+    lse_optional = True
+
+    def prepare(self, spec: AttentionSpec, batch: BatchView) -> _FollowsTensors:
+        return _FollowsTensors()
+
+    def __call__(
+        self, state: _FollowsTensors, *,
+        q: torch.Tensor, cache: torch.Tensor,  # [T, h, c + r], [pages, page, c + r] or bytes
+        block_table: torch.Tensor, kv_lens: torch.Tensor, cu_q: torch.Tensor,
+        selection: torch.Tensor,  # [T, topk] int32
+        softmax_scale: float, out: torch.Tensor, lse: torch.Tensor | None,  # out [T, h, c], lse [T, h] fp32
+        cache_format: str = "",
+    ) -> None:  # fmt: skip
+        codec = codec_of(cache_format, out.shape[2], q.shape[2] - out.shape[2])
+        rows, slots = cache.flatten(0, 1), selected_slots(selection, block_table, cu_q, cache.shape[1])
+        per_query = slots.shape[1] * max(8 * q.shape[2], 4 * q.shape[1])  # keys as cached and wide, or logits
+        step = max(1, KEYS_BYTES // max(1, per_query))
+        for first in range(0, q.shape[0], step):
+            run = slice(first, first + step)
+            absent = (slots[run] < 0)[..., None]
+            gathered = rows[slots[run].clamp_min(0).flatten()].view(*slots[run].shape, rows.shape[1])
+            keys = latents(gathered, codec).masked_fill_(absent, 0)
+            hidden = absent.transpose(1, 2)
+            parts = (q[run], keys, keys[..., : out.shape[2]])
+            value, sums = attend(*parts, softmax_scale, hidden, with_lse=lse is not None)
+            out[run] = value
+            if lse is not None and sums is not None:
+                lse[run] = sums[..., 0]
+
+
+def selected_slots(
+    selection: torch.Tensor,  # [T, topk] int32, positions within the request, or -1
+    block_table: torch.Tensor,  # [B, n] int32
+    cu_q: torch.Tensor,  # [B + 1] int32
+    page_size: int,
+) -> torch.Tensor:
+    """Return the slots [T, topk] int64 of a selection in the flattened cache, -1 where it names none.
+
+    Waits for no device: a kernel that wants physical slots can have these in a graph.
+    """
+    tokens = torch.arange(selection.shape[0], dtype=cu_q.dtype, device=cu_q.device)
+    request = torch.searchsorted(cu_q, tokens, right=True) - 1
+    position = selection.long().clamp_min(0)
+    page = block_table[request[:, None], position // page_size].long()
+    return torch.where(selection < 0, -1, page * page_size + position % page_size)
