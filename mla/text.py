@@ -6,11 +6,23 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
+from mla.errors import UsageError, did_you_mean
+
 # Short name -> torch's name of each dtype that a layer can have.
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 _BYTES = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}  # descending: `size` takes the first that fits
 _FORMATS = dict.fromkeys(_BYTES, ".3g")
+
+
+def named_dtype(word: str) -> str:
+    """Return torch's name of a dtype: "bfloat16" for "bf16" and "bfloat16". Raises `UsageError`."""
+    if word in DTYPES.values():
+        return word
+    if word not in DTYPES:
+        hint = did_you_mean(word, [*DTYPES, *DTYPES.values()])
+        raise UsageError(f"unknown dtype '{word}'.{hint} Choose from: {', '.join(DTYPES)}.")
+    return DTYPES[word]
 
 
 def dtype_name(dtype: object) -> str:

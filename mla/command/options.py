@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from mla.command import launcher
 from mla.command.console import note
 from mla.command.exit_codes import Exit
 from mla.command.last_words import while_loading
 from mla.errors import MLAError, UsageError
+from mla.text import DTYPES, named_dtype
 from mla_backends import host, probe
 from mla_backends.discovery import locate
 from mla_backends.known import GENERAL
@@ -30,6 +32,23 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 Callback = Callable[[click.Context, click.Parameter, "str | None"], Any]
 
 FILE = click.Path(path_type=Path)
+
+
+class Dtype(click.types.StringParamType):
+    """A dtype by its short name or torch's, read as torch's: bf16 and bfloat16 are one word."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return torch's name."""
+        try:
+            return named_dtype(value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Return the short names that begin so."""
+        return [CompletionItem(name) for name in DTYPES if name.startswith(incomplete)]
 
 
 class Word(click.Argument):

@@ -17,6 +17,7 @@ from mla.command.options import (
     FILE,
     HELP_NAMES,
     BackendOptions,
+    Dtype,
     GroupedCommand,
     backend_options,
     how,
@@ -75,9 +76,9 @@ def _finite(minutes: float | None) -> float | None:
     "dtypes",
     metavar="DTYPE",
     multiple=True,
-    type=click.Choice([*DTYPES.values()]),
+    type=Dtype(),
     show_default="all that the backend claims",
-    help="Check only this dtype; repeatable.",
+    help=f"Check only this dtype ({', '.join(DTYPES)}); repeatable.",
 )
 @what_to_run("--only", metavar="PATTERN", multiple=True, help="Run only these checks or cases; repeatable.")
 @how(

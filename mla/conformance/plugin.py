@@ -24,7 +24,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "device": {"metavar": "INDEX", "type": int, "help": "Index of the device."},
     "option": {"metavar": "KEY=VALUE", "action": "append", "default": [], "help": "Option of the backend."},
     "threads": {"metavar": "N", "type": int, "help": "Host threads. Default: the backend decides."},
-    "dtype": {"action": "append", "default": [], "help": "Check only this dtype; may be repeated."},
+    "dtype": {"action": "append", "default": [], "help": "Check only this dtype, such as bf16; repeatable."},
     "quick": {"action": "store_true", "help": "A first look: the same fixed checks, fewer draws."},
     "every-case": {
         "action": "store_true",
@@ -105,15 +105,17 @@ def _opened(options: Any) -> Suite:
     from mla.conformance.selection import Xfails
     from mla.conformance.suite import Asked, Suite, require_hypothesis
     from mla.errors import MLAError
+    from mla.text import named_dtype
     from mla_backends.errors import BackendError
 
     chosen = BackendOptions(
         options.mla_backend, options.mla_device, tuple(options.mla_option), options.mla_threads
     )
     how = (options.mla_minutes, options.mla_draws, options.mla_seed)
-    asked = Asked(chosen, options.mla_dtype, (), options.mla_quick, options.mla_every_case, *how)
     try:
         require_hypothesis()
+        dtypes = [named_dtype(word) for word in options.mla_dtype]
+        asked = Asked(chosen, dtypes, (), options.mla_quick, options.mla_every_case, *how)
         xfails = Xfails.read(Path(options.mla_xfails)) if options.mla_xfails else Xfails()
         suite = Suite.opened(asked, xfails)
         if options.mla_dump_failure:

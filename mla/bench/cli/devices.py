@@ -25,6 +25,7 @@ from mla.command.options import (
     FILE,
     MEASURED_BACKEND_HELP,
     BackendOptions,
+    Dtype,
     Word,
     backend_options,
     key_values,
@@ -34,9 +35,9 @@ from mla.command.options import (
 )
 from mla.config import LongRopeScaling, MLAConfig, YarnScaling
 from mla.config.presets import DEFAULT_CONFIG, PRESETS
-from mla.errors import UsageError, did_you_mean
+from mla.errors import UsageError
 from mla.parallel.layout import Capacity, Layout, capacity, layouts
-from mla.text import DTYPES, size
+from mla.text import DTYPES, named_dtype, size
 from mla_backends import BackendOptionError, probe
 from mla_backends.known import GENERAL, GENERAL_USE
 
@@ -220,10 +221,11 @@ def replay(
 )
 @click.option(
     "--dtype",
-    type=click.Choice(list(DTYPES)),
+    metavar="DTYPE",
+    type=Dtype(),
     default="bf16",
     show_default=True,
-    help="Of weights and cache.",
+    help=f"Dtype of weights and cache: {', '.join(DTYPES)}.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def capacity_command(config: str, memory: int, layout: Layout, layers: int, dtype: str, as_json: bool) -> int:
@@ -235,7 +237,7 @@ def capacity_command(config: str, memory: int, layout: Layout, layers: int, dtyp
     Exit code 0; 2 for a config or layout that does not exist, or heads that the layout cannot split.
     """
     chosen = MLAConfig.named(config)
-    itemsize = 4 if dtype == "fp32" else 2
+    itemsize = 4 if dtype == "float32" else 2
 
     def held_by(parallel: Layout) -> Capacity:
         return capacity(chosen, parallel, memory, layers, itemsize)
@@ -286,16 +288,8 @@ class CeilingOptions(BackendOptions):
 
     def dtype_names(self) -> list[str]:
         """Return what --dtype lists, under torch's names. Raises `UsageError`."""
-        words = list(DEFAULT_DTYPES) if self.dtype is None else self.dtype.split(",")
-        names = [DTYPES.get(word.strip(), word.strip()) for word in words]
-        for name in names:
-            if name not in DTYPES.values():
-                known = [*DTYPES, *DTYPES.values()]
-                raise UsageError(
-                    f"unknown dtype '{name}'.{did_you_mean(name, known)} --dtype takes {', '.join(DTYPES)}, "
-                    "comma-separated."
-                )
-        return list(dict.fromkeys(names))
+        words = DEFAULT_DTYPES if self.dtype is None else self.dtype.split(",")
+        return list(dict.fromkeys(named_dtype(word.strip()) for word in words))
 
 
 @click.command(short_help="Measure a device's peak bandwidth and FLOP rate.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from mla.bench.plan.options import DEFAULT_DTYPE, DEFAULT_PAGE_SIZE
+from mla.bench.plan.options import DEFAULT_PAGE_SIZE
 from mla.bench.terminal.run_table import FORMATS
 from mla.bench.workload.grid import DEFAULT_BATCH, DEFAULT_HISTORY, DEFAULT_QUERY
 from mla.bench.workload.scenario import MAX_COUNT, MAX_LAYERS, MAX_REQUESTS, duration, size
@@ -14,6 +14,7 @@ from mla.command.options import (
     FILE,
     MEASURED_BACKEND_HELP,
     Command,
+    Dtype,
     add_options,
     backend_options,
     evidence,
@@ -115,10 +116,10 @@ HOW = (
     how(
         "--dtype",
         metavar="DTYPE",
-        type=click.Choice([*DTYPES.values()]),
+        type=Dtype(),
         common=True,
-        show_default=DEFAULT_DTYPE,
-        help=f"Dtype of weights, cache and activations: {', '.join(DTYPES.values())}.",
+        show_default="bf16",
+        help=f"Dtype of weights, cache and activations: {', '.join(DTYPES)}.",
     ),
     how(
         "--budget",

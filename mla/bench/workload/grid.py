@@ -20,7 +20,7 @@ from mla.bench.workload.scenario import (
     repeated,
 )
 from mla.errors import CacheFormatError, UsageError, did_you_mean
-from mla.text import DTYPES
+from mla.text import named_dtype
 from mla_backends.api import OPS
 from mla_backends.outside import shortened
 
@@ -40,7 +40,6 @@ LIMITS = {
 }
 AXES = ("batch", "kv", "q_len", "heads", "dtype", "page_size", "cache_format")
 LENGTHS = ("batch", "kv", "q_len")  # axes that a batch spec has no room for
-DTYPE_NAMES = {**DTYPES, **{name: name for name in DTYPES.values()}}
 
 Value = int | str
 Axes = dict[str, tuple[Value, ...]]
@@ -134,10 +133,10 @@ def _values(name: str, text: str) -> tuple[Value, ...]:
 
 
 def _dtype(item: str) -> str:
-    if item not in DTYPE_NAMES:
-        hint = did_you_mean(item, list(DTYPE_NAMES))
-        raise UsageError(f"axis dtype: unknown dtype '{item}'.{hint} Choose from: {', '.join(DTYPE_NAMES)}.")
-    return DTYPE_NAMES[item]
+    try:
+        return named_dtype(item)
+    except UsageError as error:
+        raise UsageError(f"axis dtype: {error}") from error
 
 
 def _format(item: str) -> str:

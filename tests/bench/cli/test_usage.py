@@ -9,12 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.shell_completion import BashComplete
 
+from mla.bench.cli.devices import CeilingOptions
 from mla.bench.cli.main import cli
 from mla.command.exit_codes import Exit
 from mla.config.presets import PRESETS
+from mla.conformance.cli import cli as conformance
+from mla.text import DTYPES
 
 Bench = Callable[..., Any]
 
@@ -72,6 +76,7 @@ def test_help_all_names_every_option_by_group_and_every_exit_code(bench: Bench) 
         ((), "c", ["capacity", "ceilings", "compare"]),
         ((), "--mod", ["--model-path", "--mode"]),
         (("--attention",), "a", ["auto", "absorbed"]),
+        (("--dtype",), "f", ["fp16", "fp32"]),
         (("compare", "a.json"), "--noi", ["--noise"]),
     ],
 )
@@ -80,6 +85,18 @@ def test_a_shell_completes_commands_and_the_options_of_a_run(
 ) -> None:
     shell = BashComplete(cli, {}, "mla-bench", "_MLA_BENCH_COMPLETE")
     assert [completion.value for completion in shell.get_completions(list(before), word)] == offered
+
+
+@pytest.mark.parametrize("command", [cli.commands["run"], cli.commands["capacity"], conformance])
+def test_both_names_of_a_dtype_are_one_word(command: click.Command) -> None:
+    (option,) = (option for option in command.params if "--dtype" in option.opts)
+    for short, long in DTYPES.items():
+        assert {option.type.convert(name, option, None) for name in (short, long)} == {long}
+
+
+def test_ceilings_takes_both_names_of_a_dtype_in_a_list() -> None:
+    options = CeilingOptions(None, None, (), None, "bf16, float32,bfloat16", None, "table")
+    assert options.dtype_names() == ["bfloat16", "float32"]
 
 
 def test_a_script_goes_by_its_own_name(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +138,7 @@ def test_version_is_that_of_the_package(bench: Bench) -> None:
         (["--device", "-1"], "Error: Invalid value for '--device': -1 is not in the range"),
         (["--seed", "-1"], "Error: Invalid value for '--seed': -1 is not in the range"),
         (["--seed", "4294967296"], "Error: Invalid value for '--seed': 4294967296 is not in the range"),
-        (["--dtype", "fp8"], "Error: Invalid value for '--dtype': 'fp8' is not one of"),
+        (["--dtype", "fp8"], "Error: Invalid value for '--dtype': unknown dtype 'fp8'. Choose from: bf16, "),
         (["--format", "yaml"], "Error: Invalid value for '--format': 'yaml' is not one of"),
         (["--attention", "flash"], "Error: Invalid value for '--attention': 'flash' is not one of"),
         (["--ops", "fusedd"], "error: this backend offers no op 'fusedd'. Did you mean 'fused'?"),
