@@ -54,15 +54,16 @@ def test_batch_specs(text: str) -> None:
         assert attempt(lambda name=scenario.name: batch_scenarios([name])) == [scenario]
 
 
-AXIS = ("kv=1k..64k*4", "batch=1,8,64", "q_len=1..8+1", "dtype=bf16,fp32", "page_size=16", "heads=2m")
+AXIS = ("kv=1k..64k*4", "batch=1,8,64", "q_len=1..8+1", "dtype=bf16,fp32", "page_size=16", "heads=2m", "topk=64..1k*4")
+NAMED = ("selection=random,recent", "selection=tied,clustered")
 
 
 @FUZZ
-@given(st.lists(damaged_text(AXIS, "0123456789kKmM.,*+=batch ²٣"), min_size=1, max_size=3))
+@given(st.lists(damaged_text((*AXIS, *NAMED), "0123456789kKmM.,*+=batch ²٣"), min_size=1, max_size=3))
 def test_axes(words: list[str]) -> None:
     for point in attempt(lambda: grid.points_of([SCENARIO], grid.parse(words))) or ():
         assert point.tokens > 0
-        flags = point.selection[2:]
+        flags = point.arguments[2:]
         assert grid.points_of([SCENARIO], grid.parse(flags[1::2])) == [point], "its own command repeats it"
 
 

@@ -6,7 +6,7 @@ import click
 
 from mla.bench.plan.options import DEFAULT_PAGE_SIZE
 from mla.bench.terminal.run_table import FORMATS
-from mla.bench.workload.grid import DEFAULT_BATCH, DEFAULT_HISTORY, DEFAULT_QUERY
+from mla.bench.workload.grid import AXES, DEFAULT_BATCH, DEFAULT_HISTORY, DEFAULT_QUERY, SELECTIONS
 from mla.bench.workload.scenario import MAX_COUNT, MAX_LAYERS, MAX_REQUESTS, duration, size
 from mla.bench.workload.workload_file import PRESETS, STANDARD
 from mla.command.options import (
@@ -78,7 +78,9 @@ WHAT_TO_RUN = (
         multiple=True,
         help="Run only this scenario of the workload; repeatable.",
     ),
-    what_to_run("--op", metavar="NAME", common=True, help="One op alone, by name or role (see --list-ops)."),
+    what_to_run(
+        "--op", metavar="NAME,...", common=True, help="Single ops alone, by name or role (see --list-ops)."
+    ),
     what_to_run(
         "--batch",
         type=click.IntRange(1, MAX_REQUESTS),
@@ -103,6 +105,19 @@ WHAT_TO_RUN = (
         type=click.IntRange(1, MAX_COUNT),
         show_default="the config's",
         help="Heads of --op or --batch-spec.",
+    ),
+    what_to_run(
+        "--topk",
+        type=click.IntRange(1, MAX_COUNT),
+        show_default="the config's",
+        help="Tokens that a query of --op selects; short for -a topk=N.",
+    ),
+    what_to_run(
+        "--selection",
+        metavar="NAME",
+        type=click.Choice(SELECTIONS),
+        show_default=SELECTIONS[0],
+        help=f"How they lie: {', '.join(SELECTIONS)}; short for -a selection=NAME.",
     ),
     what_to_run(
         "--implementations",
@@ -202,7 +217,7 @@ SCALE = (
         "axes",
         metavar="AXIS=VALUES",
         multiple=True,
-        help="Sweep batch, kv, q_len, heads, dtype, page_size, cache_format: 1,8 or 1k..64k*4; repeatable.",
+        help=f"Sweep {', '.join(AXES)}: 1,8 or 1k..64k*4; repeatable.",
     ),
     scale(
         "--layers",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mla.bench.workload import implementations
-from mla.bench.workload.grid import READS_HISTORY, WITH_FORMAT, Axes, Point
+from mla.bench.workload.grid import AFFECTED, READS_HISTORY, SPARSE, Axes, Point, ops_of
 from mla.bench.workload.implementations import parse
 from mla.bench.workload.scenario import MAX_COUNT
 from mla.bench.workload.workload_file import STANDARD
@@ -48,6 +48,8 @@ class RunOptions(BackendOptions):
     attention: str
     page_size: int | None
     cache_format: str | None
+    topk: int | None
+    selection: str | None
     ops: str
     seed: int
     output: Path | None
@@ -182,7 +184,7 @@ def selection(options: RunOptions) -> list[str]:
 
 def case_command(common: Sequence[str], point: Point, implementation: str) -> str:
     """Return the command that repeats one case."""
-    return command([*common, *point.selection, "--implementations", implementation])
+    return command([*common, *point.arguments, "--implementations", implementation])
 
 
 def command(words: Iterable[str]) -> str:
@@ -199,11 +201,18 @@ def command(words: Iterable[str]) -> str:
     return shlex.join([*PROGRAM, *words])
 
 
+def short_axes(options: RunOptions) -> list[str]:
+    """Return the axes that options stand for."""
+    values = {name: getattr(options, name) for name in ("cache_format", *SELECTS)}
+    return [f"{name}={value}" for name, value in values.items() if value is not None]
+
+
 # ------------------------------------------------------------------------------------------------ validation
 
 # Every mistake shows here, before any work. `check_gate`, `check_lengths`, `check_options` and `check_points`
 # need only the command line and the workload; the others also the layer or the device, which starts slowly.
 
+SELECTS = ("topk", "selection")  # axes of ops that select
 # Ranks of a prediction: the result has the samples of each.
 MAX_SIMULATED = 256
 
@@ -232,6 +241,17 @@ def check_lengths(options: RunOptions) -> None:
     if lengths and source:
         raise UsageError(
             f"{lengths[0]} and {source} are mutually exclusive: both give the lengths of the requests."
+        )
+
+
+def check_sparse(options: RunOptions, op_of_file: str | None) -> None:
+    """Raise `UsageError` for an op that selects nothing on a workload whose ops, `op_of_file`, do."""
+    ops = [] if options.op is None else ops_of(options.op)
+    dense = next((op for op in ops if op not in SPARSE), None)
+    if dense and op_of_file and not set(SPARSE).isdisjoint(ops_of(op_of_file)):
+        raise UsageError(
+            f"workload '{options.workload_name}' is for {', '.join(SPARSE)}, and {dense} selects nothing: leave "
+            "--op out, or give its batches with --batch-spec."
         )
 
 
@@ -361,6 +381,12 @@ def check_points(options: RunOptions, points: Sequence[Point]) -> None:
                 f"{flag} and an axis {name} are mutually exclusive: list every value in the axis."
             )
     for point in points:
+        selects = next((name for name in SELECTS if getattr(point, name) is not None), None)
+        if selects and point.op is None:
+            raise UsageError(
+                f"{selects} is that of one op: add --op sparse_latent_attention. A layer selects by itself, "
+                "as many as its config's index_topk."
+            )
         if point.cache_format is not None and point.layers > 1:
             raise UsageError(f"scenario '{point.name}': a cache format is measured with one layer.")
     foreign = [name for name in options.implementation_names if not implementations.is_ours(name)]
@@ -415,7 +441,7 @@ def check_heads(config: MLAConfig, points: Sequence[Point]) -> None:
 
 
 def check_op_uses_shape(options: RunOptions, points: Sequence[Point]) -> None:
-    """Raise `UsageError` for `--kv`, `--heads` and cache formats that change none of the op's roles."""
+    """Raise `UsageError` for `--kv`, `--heads` and other axes that change none of the op's roles."""
     if options.op is None:
         return
     roles = list(dict.fromkeys(point.op for point in points if point.op))
@@ -424,8 +450,11 @@ def check_op_uses_shape(options: RunOptions, points: Sequence[Point]) -> None:
         unused.append("--kv")
     if options.heads is not None and not any(point.heads for point in points):
         unused.append("--heads")
-    if any(point.cache_format for point in points) and not WITH_FORMAT & {*roles}:
-        unused.append("cache_format")
+    unused += [
+        axis
+        for axis, affected in AFFECTED.items()
+        if affected.isdisjoint(roles) and any(getattr(point, axis) for point in points)
+    ]
     if unused:
         have, them = ("has", "it") if len(unused) == 1 else ("have", "them")
         raise UsageError(f"{' and '.join(unused)} {have} no effect on {', '.join(roles)}: omit {them}.")

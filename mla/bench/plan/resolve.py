@@ -111,8 +111,7 @@ def _points(options: RunOptions) -> tuple[RunOptions, list[Point]]:
 
     Raises `UsageError`.
     """
-    if options.cache_format is not None:
-        options = replace(options, axes=(*options.axes, f"cache_format={options.cache_format}"))
+    options = replace(options, axes=(*options.axes, *commands.short_axes(options)))
     grid.parse(options.axes)  # what the user wrote is judged before any file
     commands.check_lengths(options)
     alone = options.op is not None and options.workload_flag is None  # an op of equal requests
@@ -140,6 +139,7 @@ def _with_defaults(options: RunOptions, workload: Workload | None) -> RunOptions
     if config is None and options.model_path is None:
         config = workload.config
     op = workload.op if options.op is None else options.op
+    commands.check_sparse(options, workload.op)
     axes = {axis for scenario in select(workload.scenarios, options.scenarios) for axis in scenario.axes}
     axes -= {axis.partition("=")[0] for axis in options.axes}
     options = replace(options, config=config, op=op)

@@ -220,8 +220,10 @@ COLUMNS: dict[str, str | Callable[[Row], Cell]] = {
     "speedup_low": "speedup.speedup_interval.0",
     "speedup_high": "speedup.speedup_interval.1",
     **{f"{name}_ms": _further(name) for name in KINDS},
-    "cache_format": lambda row: row.case.point.get("cache_format"),
+    "cache_format": "case.point.cache_format",
     "format_error": "case.format_error",
+    "topk": "case.point.topk",
+    "selection": "case.point.selection",
 }
 
 

@@ -129,10 +129,11 @@ def sharing_weights(setting: Setting) -> Setting:
 
 
 def scenario_setting(setting: Setting, scenario: Point) -> Setting:
-    """Return the setting a scenario runs in: with its own heads, dtype, page size and cache format."""
+    """Return the setting a scenario runs in: with its own heads, top-k, dtype, page size and cache format."""
+    config = setting.config.with_heads(scenario.heads) if scenario.heads else setting.config
     return replace(
         setting,
-        config=setting.config.with_heads(scenario.heads) if scenario.heads else setting.config,
+        config=replace(config, index_topk=scenario.topk) if scenario.topk else config,
         dtype=getattr(torch, scenario.dtype) if scenario.dtype else setting.dtype,
         page_size=scenario.page_size or setting.page_size,
         cache_format=scenario.cache_format,

@@ -30,15 +30,20 @@ if TYPE_CHECKING:
 # More points are a typo, or should be several runs.
 MAX_POINTS = 1000
 
-# Axis -> smallest and largest value. `dtype` and `cache_format` take names.
+# Axis -> smallest and largest value. `dtype`, `cache_format` and `selection` take names.
 LIMITS = {
     "batch": (1, MAX_REQUESTS),
     "kv": (0, MAX_COUNT),
     "q_len": (1, MAX_COUNT),
     "heads": (1, MAX_COUNT),
     "page_size": (1, MAX_COUNT),
+    "topk": (1, MAX_COUNT),
 }
-AXES = ("batch", "kv", "q_len", "heads", "dtype", "page_size", "cache_format")
+# Axes that override what a run or a config says, each a field of `Point`; one of them may have an option.
+OVERRIDES = ("dtype", "page_size", "cache_format", "topk", "selection")
+AXES = ("batch", "kv", "q_len", "heads", *OVERRIDES)
+# How selected tokens lie among those of a request: anywhere, last, in runs, or where scores tie.
+SELECTIONS = ("random", "recent", "clustered", "tied")
 LENGTHS = ("batch", "kv", "q_len")  # axes that a batch spec has no room for
 
 Value = int | str
@@ -56,6 +61,8 @@ class Point(Scenario, frozen=True, kw_only=True):
     dtype: str | None = None  # overrides the run's
     page_size: int | None = None  # overrides the run's
     cache_format: str | None = None  # of the latent cache; None: numbers of the dtype
+    topk: int | None = None  # tokens that each query of one op selects, in place of the config's
+    selection: str | None = None  # how these lie, one of `SELECTIONS`
 
     @property
     def op(self) -> str | None:
@@ -67,7 +74,7 @@ class Point(Scenario, frozen=True, kw_only=True):
         return [self]
 
     @property
-    def selection(self) -> list[str]:
+    def arguments(self) -> list[str]:
         """The command-line arguments that select this point alone."""
         axes = [word for name, value in self.point.items() for word in ("-a", f"{name}={value}")]
         return ["--scenario", self.base, *axes]
@@ -148,7 +155,14 @@ def _format(item: str) -> str:
         raise UsageError(f"axis cache_format: {error}") from error
 
 
-NAMED = {"dtype": _dtype, "cache_format": _format}
+def _selection(item: str) -> str:
+    if item not in SELECTIONS:
+        hint = did_you_mean(item, SELECTIONS)
+        raise UsageError(f"axis selection: unknown '{item}'.{hint} Choose from: {', '.join(SELECTIONS)}.")
+    return item
+
+
+NAMED = {"dtype": _dtype, "cache_format": _format, "selection": _selection}
 
 
 def _numbers(name: str, item: str) -> list[int]:
@@ -195,9 +209,7 @@ def _point(scenario: Scenario, values: Mapping[str, Any]) -> Point:
         "query_lens": tuple(values.get("q_len", new) for new, _ in requests),
         "history": tuple(values.get("kv", past) for _, past in requests),
         "heads": values.get("heads", scenario.heads),
-        "dtype": values.get("dtype"),
-        "page_size": values.get("page_size"),
-        "cache_format": values.get("cache_format"),
+        **{name: values.get(name) for name in OVERRIDES},
         "axes": {},
         "point": dict(values),
         "name": " ".join([scenario.name, *(f"{name}={value}" for name, value in values.items())]),
@@ -216,7 +228,7 @@ def _check_spec(scenario: Scenario, values: Mapping[str, Any]) -> None:
     if scenario.batch_spec and axis:
         raise UsageError(
             f"axis {axis}: the lengths of '{scenario.name}' are those of a batch spec; list a spec for each "
-            f"value of {axis}, or use the axes heads, dtype, page_size and cache_format."
+            f"value of {axis}, or use the axes heads, {', '.join(OVERRIDES[:-1])} and {OVERRIDES[-1]}."
         )
 
 
@@ -233,9 +245,9 @@ class BatchScenario(Point, frozen=True, kw_only=True, forbid_unknown_fields=True
     """A batch spec of the command line: one forward over a batch, at exactly these lengths."""
 
     @property
-    def selection(self) -> list[str]:
+    def arguments(self) -> list[str]:
         """The command-line arguments that select this point alone."""
-        return ["--batch-spec", self.base, *super().selection[2:]]
+        return ["--batch-spec", self.base, *super().arguments[2:]]
 
 
 def parse_batch_spec(spec: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -315,12 +327,18 @@ def _scenario(spec: str) -> BatchScenario:
 
 # ------------------------------------------------------------------------------------ one op of the contract
 
-WITH_FORMAT = frozenset({"write_latent", "latent_attention"})  # roles that work on the cache's bytes
+# Roles that only a layer with an indexer has.
+SPARSE = ("write_index_key", "select_latents", "sparse_latent_attention")
 # Roles whose work depends on the history; the others only see new tokens.
-READS_HISTORY = frozenset({"kv_b_proj", "write_latent", "latent_attention", "expanded_attention"})
+READS_HISTORY = frozenset({"kv_b_proj", "write_latent", "latent_attention", "expanded_attention", *SPARSE})
+# Axis -> the only roles that it affects.
+AFFECTED = {
+    "cache_format": frozenset({"write_latent", "latent_attention", "sparse_latent_attention"}),
+    "topk": frozenset(SPARSE[1:]),
+    "selection": frozenset(SPARSE[1:]),
+}
 DEFAULT_BATCH, DEFAULT_HISTORY, DEFAULT_QUERY = 16, 1024, 1
-# Axes that are not part of an op's shape and have no option of their own here.
-_ELSEWHERE = ("dtype", "page_size", "cache_format")
+SPARSE_HISTORY = 8192  # the default of an op that selects: beyond what published models select
 # What an op takes over from the batch spec that it runs on.
 _SHARED = ("query_lens", "history", "runs", "passes", "warmups", "batch_spec")
 # Ops and roles that not all layers have -> why a layer lacks them, and a preset that does not.
@@ -328,12 +346,13 @@ _NO_LORA = ("it does not compress its queries", "deepseek-r1")
 LACKED = {"rms_norm": _NO_LORA, "q_a_layernorm": _NO_LORA, "q_b_proj": _NO_LORA}
 LACKED["g_proj"] = ("it has no output gate", "kimi-k3")
 LACKED["rotate_query"] = ("it has no rotary channels", "deepseek-r1")
+LACKED |= dict.fromkeys(SPARSE, ("it has no indexer", "deepseek-v3.2"))
 
 
 class OpScenario(Point, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One op on one prepared batch: a pass is `runs` identical calls. `role` as in `mla.layer.ops`."""
 
-    role: str  # before `expand`, also the name of an op, which means all of its roles
+    role: str  # before `expand`, also names of ops, comma-separated, each of which means all of its roles
     mode: Literal["prefill", "decode"] = "prefill"
     passes: Positive = 10
     words: tuple[str, ...] = ()  # what chooses the lengths of a batch spec on the command line
@@ -344,8 +363,9 @@ class OpScenario(Point, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.role
 
     def expand(self, config: MLAConfig, kinds: Mapping[str, str]) -> list[Point]:
-        """Return one scenario per role of the op. Raises `UsageError` for an op that this layer lacks."""
-        return [_of_role(self, role, config) for role in roles_of(self.role, config, kinds, "--op takes")]
+        """Return one scenario per role of the ops. Raises `UsageError` for an op that this layer lacks."""
+        roles = [roles_of(op, config, kinds, "--op takes") for op in ops_of(self.role)]
+        return [_of_role(self, role, config) for role in itertools.chain(*roles)]
 
     @property
     def steps(self) -> int:
@@ -358,14 +378,19 @@ class OpScenario(Point, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.passes
 
     @property
-    def selection(self) -> list[str]:
+    def arguments(self) -> list[str]:
         """The command-line arguments that select this scenario."""
         lengths = ["--batch", str(len(self.query_lens)), "--q-len", str(self.query_lens[0])]
         lengths += ["--kv", str(self.history[0])] * (self.role in READS_HISTORY)
         words = ["--op", self.role, *(self.words or lengths)]
         words += ["--heads", str(self.heads)] if self.heads else []
-        axes = [f"{name}={self.point[name]}" for name in _ELSEWHERE if name in self.point]
+        axes = [f"{name}={self.point[name]}" for name in OVERRIDES if name in self.point]
         return words + [word for axis in axes for word in ("-a", axis)]
+
+
+def ops_of(words: str) -> list[str]:
+    """Return the ops of a comma-separated list."""
+    return [op.strip() for op in words.split(",")]
 
 
 def op_scenario(
@@ -373,12 +398,14 @@ def op_scenario(
 ) -> OpScenario:
     """Return `batch` requests of `kv` cached and `q_len` new tokens; None is the default."""
     requests = DEFAULT_BATCH if batch is None else batch
+    if kv is None:
+        kv = DEFAULT_HISTORY if set(SPARSE).isdisjoint(ops_of(op)) else SPARSE_HISTORY
     return OpScenario(
         name=op,
         base=op,
         role=op,
         query_lens=(DEFAULT_QUERY if q_len is None else q_len,) * requests,
-        history=(DEFAULT_HISTORY if kv is None else kv,) * requests,
+        history=(kv,) * requests,
         heads=heads,
     )
 
@@ -471,9 +498,11 @@ def _shape(scenario: OpScenario, role: str, config: MLAConfig) -> dict[str, Valu
         shape["q_len"] = scenario.query_lens[0]
     if _has_heads(role, config):
         shape["heads"] = scenario.heads or config.num_attention_heads
-    return shape | {name: scenario.point[name] for name in _ELSEWHERE if name in scenario.point}
+    affects = [name for name in OVERRIDES if role in AFFECTED.get(name, (role,))]
+    return shape | {name: scenario.point[name] for name in affects if name in scenario.point}
 
 
 def _has_heads(role: str, config: MLAConfig) -> bool:
     """Return whether a role's shape depends on the head count."""
-    return role not in ("q_a_layernorm", "write_latent") and not (role == "qkv_a_proj" and config.q_lora_rank)
+    without = ("q_a_layernorm", "write_latent", *SPARSE[:2])  # an indexer has heads of its own
+    return role not in without and not (role == "qkv_a_proj" and config.q_lora_rank)

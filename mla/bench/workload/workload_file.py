@@ -33,6 +33,8 @@ PRESETS = (
     "production-mix-kimi-k3",
     "decode-tp-sweep",
     "speculative-decode",
+    "sparse",
+    "sparse-layer",
 )
 # What a batch spec says, so that its table cannot say it again.
 _FIXED_BY_SPEC = ("mode", "query_lens", "history")

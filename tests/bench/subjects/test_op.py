@@ -215,6 +215,27 @@ def test_latents_without_rotary_channels_are_written_alone_and_no_query_is_rotat
         ),
         (["--op", "o_proj", "--kv", "4k"], "error: --kv has no effect on o_proj: omit it."),
         (["--op", "w_uk", "-a", "cache_format=int8"], "error: cache_format has no effect on w_uk: omit it."),
+        (["--op", "w_uk", "--topk", "4"], "error: topk has no effect on w_uk: omit it."),
+        (
+            ["--op", "latent_attention", "--topk", "4", "--selection", "tied"],
+            "error: topk and selection have no effect on latent_attention: omit them.",
+        ),
+        (
+            ["--topk", "4"],
+            "error: topk is that of one op: add --op sparse_latent_attention. A layer selects by itself, as ",
+        ),
+        (
+            ["--op", "latent_attention", "--preset", "sparse"],
+            "error: workload 'sparse' is for write_index_key, select_latents, sparse_latent_attention, and "
+            "latent_attention selects nothing: leave --op out, or give its batches with --batch-spec.",
+        ),
+        (
+            ["--op", "select_latents"],
+            "error: a layer of config 'deepseek-v2-lite' has no select_latents, because it has no indexer: "
+            "choose a config that does, such as --config deepseek-v3.2.",
+        ),
+        (["--op", "o_proj, o_prj"], "error: unknown op 'o_prj'. Did you mean 'o_proj'? --op takes: linear, "),
+        (["--op", "o_proj,linear"], "error: 'o_proj batch=16 heads=16' would be measured twice: "),
         (
             ["--op", "write_latent", "--heads", "2"],
             "error: --heads has no effect on write_latent: omit it.",

@@ -73,6 +73,8 @@ def test_dtypes_have_short_names() -> None:
         (["batch=0"], "axis batch: 0 is not between 1 and 65536"),
         (["page_size=48"], "axis page_size: 48 is not a power of two"),
         (["dtype=bf61"], "axis dtype: unknown dtype 'bf61'. Did you mean 'bf16'? Choose from: bf16, "),
+        (["topk=0"], "axis topk: 0 is not between 1 and 2147483647"),
+        (["selection=tight"], "axis selection: unknown 'tight'. Did you mean 'tied'? Choose from: random, "),
         (["kv=1..40+1", "batch=1..40+1"], "these axes make 1600 points, but a run has at most 1000"),
         (["kv=2147483647"], "scenario 'decode kv=2147483647': no request may grow beyond 2147483647 tokens"),
     ],
@@ -92,7 +94,7 @@ def test_points_are_the_product_and_the_first_axis_varies_slowest() -> None:
     assert {point.base for point in points} == {"decode"}
     assert points[3].point == {"kv": 8, "batch": 3}
     assert (points[3].history, points[3].query_lens) == ((8, 8, 8), (1, 2, 1))
-    assert points[3].selection == ["--scenario", points[3].base, "-a", "kv=8", "-a", "batch=3"]
+    assert points[3].arguments == ["--scenario", points[3].base, "-a", "kv=8", "-a", "batch=3"]
 
 
 def test_a_batch_cuts_or_repeats_the_requests_of_the_scenario() -> None:
@@ -103,7 +105,7 @@ def test_a_batch_cuts_or_repeats_the_requests_of_the_scenario() -> None:
 
 def test_without_axes_a_scenario_stays_what_it_is() -> None:
     (point,) = points_of([DECODE], {})
-    assert (point.name, point.base, point.point, point.selection) == (
+    assert (point.name, point.base, point.point, point.arguments) == (
         "decode",
         "decode",
         {},

@@ -15,7 +15,7 @@ from mla.bench.workload.workload_file import PRESETS, load_workload, read_worklo
 from mla.config import MLAConfig
 from mla.errors import UsageError
 
-PUBLISHED = [name for name in PRESETS if name not in ("smoke", "standard", "full")]
+PUBLISHED = [name for name in PRESETS if name not in ("smoke", "standard", "full", "sparse", "sparse-layer")]
 TABLE = "[[scenario]]\nbatch_spec = {}\n"
 
 
