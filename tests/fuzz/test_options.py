@@ -54,7 +54,15 @@ def test_batch_specs(text: str) -> None:
         assert attempt(lambda name=scenario.name: batch_scenarios([name])) == [scenario]
 
 
-AXIS = ("kv=1k..64k*4", "batch=1,8,64", "q_len=1..8+1", "dtype=bf16,fp32", "page_size=16", "heads=2m", "topk=64..1k*4")
+AXIS = (
+    "kv=1k..64k*4",
+    "batch=1,8,64",
+    "q_len=1..8+1",
+    "dtype=bf16,fp32",
+    "page_size=16",
+    "heads=2m",
+    "topk=64..1k*4",
+)
 NAMED = ("selection=random,recent", "selection=tied,clustered")
 
 

@@ -250,8 +250,8 @@ def check_sparse(options: RunOptions, op_of_file: str | None) -> None:
     dense = next((op for op in ops if op not in SPARSE), None)
     if dense and op_of_file and not set(SPARSE).isdisjoint(ops_of(op_of_file)):
         raise UsageError(
-            f"workload '{options.workload_name}' is for {', '.join(SPARSE)}, and {dense} selects nothing: leave "
-            "--op out, or give its batches with --batch-spec."
+            f"workload '{options.workload_name}' is for {', '.join(SPARSE)}, and {dense} selects nothing: "
+            "leave --op out, or give its batches with --batch-spec."
         )
 
 
