@@ -7,61 +7,67 @@ cache is no token's, unless a page holds one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from mla.cache.formats import E4M3, E4M3_MAX
+from mla.cache.formats import E4M3, E4M3_MAX, TINY, Codec, Rows, _bytes, _e4m3, _largest, _over, _power_above
 from mla.errors import CacheFormatError, did_you_mean
 
-LEAST = 1e-4  # amax below it is taken for it
+LEAST = 1e-4  # the largest number of a key is taken for it where that is smaller
 SCALE_BYTES = 4
 
 
 @dataclass(frozen=True)
-class IndexFp8:
-    """e4m3 of a key's d channels over a power of two, 2^ceil(log2(max(amax, 1e-4) / 448)), in float32.
+class IndexFp8(Codec):
+    """e4m3 of a key's c channels over a power of two, 2^ceil(log2(max(amax, 1e-4) / 448)), in float32.
 
-    As DeepSeek-V3.2 (`act_quant`), vLLM 0.33 and DeepGEMM store it. A stored number is at most `relative` of
-    its own size and `least` of the scale from the number that was encoded.
+    As DeepSeek-V3.2 (`act_quant`), vLLM 0.33 and DeepGEMM store it. There is no second part: r is 0.
     """
 
-    d: int
-    relative = 2.0**-4
-    least = 2.0**-10
+    r: int = 0
+    relative: ClassVar[float] = 2.0**-3
+    of_largest: ClassVar[float] = 2.0**-16  # the scale is at most 2/448 of it
+    least: ClassVar[float] = 2.0**-30
+    steady: ClassVar[bool] = True
 
     @property
     def token_bytes(self) -> int:
         """The bytes of a token, wherever in its page they are."""
-        return self.d + SCALE_BYTES
+        return self.c + SCALE_BYTES
 
-    def encode(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return codes [s, d] and scales [s, 4], both uint8, of keys [s, d] of any floating dtype."""
-        wide = keys.float()
-        amax = (
-            wide.abs().nan_to_num(nan=0.0).amax(-1, keepdim=True) if self.d else wide.new_zeros(len(wide), 1)
-        )
-        ratio = amax.clamp(LEAST, torch.finfo(torch.float32).max) / wide.new_full((), E4M3_MAX)
-        scales = ((ratio.view(torch.int32) + 0x7FFFFF) & ~0x7FFFFF).view(torch.float32)
-        codes = (wide / scales).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
-        return codes.view(torch.uint8), scales.view(torch.uint8)
+    def encode(self, kv: torch.Tensor, pe: torch.Tensor | None = None) -> torch.Tensor:
+        """Return rows [s, c + 4] uint8, codes and then the scale, of keys [s, c] of any floating dtype."""
+        wide = kv.float()
+        largest = _largest(wide).clamp(LEAST, torch.finfo(torch.float32).max)
+        scales = _power_above(_over(largest, E4M3_MAX).clamp_min(TINY))[:, None]
+        return torch.cat((_bytes(_e4m3(wide / scales)), _bytes(scales)), dim=1)
+
+    def decode(self, rows: torch.Tensor) -> Rows:
+        """Return keys [s, c] float32, and nothing [s, 0], of rows [s, c + 4]."""
+        keys = index_keys(rows[:, None].contiguous(), self)[:, 0]  # a token is a page of one
+        return keys, keys[:, :0]
 
     def parts(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return views of pages [p, page, d + 4] uint8: codes [p, page, d], scales [p, page, 4]."""
+        """Return views of pages [p, page, c + 4] uint8: codes [p, page, c], scales [p, page, 4]."""
         count, page, _ = pages.shape
         flat = pages.view(count, page * self.token_bytes)
-        codes, scales = flat[:, : page * self.d], flat[:, page * self.d :]
-        return codes.unflatten(1, (page, self.d)), scales.unflatten(1, (page, SCALE_BYTES))
+        codes, scales = flat[:, : page * self.c], flat[:, page * self.c :]
+        return codes.unflatten(1, (page, self.c)), scales.unflatten(1, (page, SCALE_BYTES))
+
+    def rows(self, pages: torch.Tensor) -> torch.Tensor:
+        """Return the rows [p, page, c + 4] of the tokens in pages of the same shape: a copy."""
+        return torch.cat(self.parts(pages), dim=-1)
+
+    def put(self, cache: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
+        """Write rows [s, c + 4] of tokens to slots [s] int64 of a cache [pages, page, c + 4] uint8."""
+        page, place = slots // cache.shape[1], slots % cache.shape[1]
+        for part, columns in zip(self.parts(cache), rows.split((self.c, SCALE_BYTES), dim=1), strict=True):
+            part[page, place] = columns
 
     def write(self, cache: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor) -> None:
-        """Write keys [s, d] to slots [s] int64 of a cache [pages, page, d + 4] uint8."""
-        page, place = slots // cache.shape[1], slots % cache.shape[1]
-        for part, rows in zip(self.parts(cache), self.encode(keys), strict=True):
-            part[page, place] = rows
-
-    def decode(self, pages: torch.Tensor) -> torch.Tensor:
-        """Return keys [p, page, d] float32 of pages [p, page, d + 4] uint8."""
-        codes, scales = (part.clone(memory_format=torch.contiguous_format) for part in self.parts(pages))
-        return codes.view(E4M3).float() * scales.view(torch.float32)
+        """Write keys [s, c] to slots [s] int64 of a cache [pages, page, c + 4] uint8."""
+        self.put(cache, slots, self.encode(keys))
 
 
 INDEX_FORMATS = {"fp8": IndexFp8}
@@ -84,4 +90,7 @@ def index_codec(name: str, d: int) -> IndexFp8 | None:
 
 def index_keys(pages: torch.Tensor, codec: IndexFp8 | None) -> torch.Tensor:
     """Return index keys [p, page, d] in float32 of pages of a cache, plain or of bytes."""
-    return pages.float() if codec is None else codec.decode(pages)
+    if codec is None:
+        return pages.float()
+    codes, scales = (part.clone(memory_format=torch.contiguous_format) for part in codec.parts(pages))
+    return codes.view(E4M3).float() * scales.view(torch.float32)

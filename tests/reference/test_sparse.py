@@ -8,7 +8,7 @@ from float64_attention import Outputs, attend
 from op_inputs import angles
 from sparse_problem import SparseBatch, attention_spec, indexer_spec
 
-from mla.cache.index_formats import IndexFp8, index_codec
+from mla.cache.index_formats import IndexFp8, index_codec, index_keys
 from mla.reference import REFERENCE, sparse
 
 LENGTHS = [
@@ -29,8 +29,7 @@ def select(
     keys = keys.abs() if ties else keys
     cache = batch.index_cache(keys, index_format)
     if index_format:
-        codec = IndexFp8(8)
-        keys = codec.decode(cache).flatten(0, 1)[batch.pages.slots]
+        keys = index_keys(cache, IndexFp8(8)).flatten(0, 1)[batch.pages.slots]
     out = torch.full((batch.tokens, topk), 7, dtype=torch.int32)
     op, spec = REFERENCE["select_latents"], indexer_spec(heads, 8, 4, topk, index_format=index_format)
     named = {"cache_format": index_format} if index_format else {}
@@ -101,8 +100,9 @@ def test_bytes_of_a_page_are_all_values_and_then_all_scales() -> None:
         assert scale == 2.0 ** torch.ceil(torch.log2(key.abs().max().clamp_min(1e-4) / 448))
         codes = cache.view(2, -1)[slot // page, slot % page * 8 :][:8].view(torch.float8_e4m3fn)
         assert torch.equal(codes.float(), (key / scale).to(torch.float8_e4m3fn).float())
-    back = codec.decode(cache).view(-1, 8)[[1, 6, 3]]
-    assert ((back - keys).abs() <= keys.abs() * codec.relative + scales.max() * codec.least).all()
+    back = index_keys(cache, codec).view(-1, 8)[[1, 6, 3]]
+    assert torch.equal(back, codec.decode(codec.rows(cache).flatten(0, 1)[[1, 6, 3]])[0])
+    assert ((back - keys).abs() <= keys.abs() * codec.relative / 2 + codec.least).all()
 
 
 def attend_selected(
