@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from mla.config import MLAConfig
 
 if TYPE_CHECKING:
-    from mla_backends.api import AttentionSpec, LinearSpec, NormSpec
+    from mla_backends.api import AttentionSpec, IndexerSpec, LinearSpec, NormSpec
 
 # Attention paths a request can take.
 ABSORBED, EXPANDED = "absorbed", "expanded"
@@ -34,6 +34,13 @@ class Work(NamedTuple):
 def attended_pairs(query_len: int, kv_len: int) -> int:
     """Return the causal query-key pairs: query i of t sees kv_len - t + i + 1 keys."""
     return query_len * (kv_len - query_len) + query_len * (query_len + 1) // 2
+
+
+def selected_pairs(query_len: int, kv_len: int, topk: int) -> int:
+    """Return the query-key pairs of sparse attention: query i of t selects min(topk, kv_len - t + i + 1)."""
+    past = kv_len - query_len
+    rising = min(query_len, max(0, topk - past))  # queries that select all they see
+    return rising * past + rising * (rising + 1) // 2 + (query_len - rising) * topk
 
 
 def latent_attention_flops(heads: int, pairs: int, c: int, r: int) -> int:
@@ -94,6 +101,41 @@ def expanded_attention_cost(spec: AttentionSpec, query_lens: Sequence[int], kv_l
     moved = spec.dtype.itemsize * h * (width + v) * (tokens + sum(kv_lens))
     flops = expanded_attention_flops(h, sum(map(attended_pairs, query_lens, kv_lens)), width, v)
     return Work(flops, moved + 4 * tokens * h)
+
+
+def write_index_key_cost(spec: IndexerSpec, tokens: int) -> Work:
+    """Return the work of `write_index_key`: norm D channels, rotate R, with fp32 angles and int64 slots."""
+    d, r, wide = spec.head_dim, spec.rope_head_dim, spec.dtype.itemsize
+    return Work(tokens * (8 * d + 3 * r), wide * (tokens + 2) * d + tokens * (index_bytes(spec) + 4 * r + 8))
+
+
+def index_bytes(spec: IndexerSpec) -> int:
+    """Return the bytes of a token in the index cache."""
+    return spec.token_bytes or spec.dtype.itemsize * spec.head_dim
+
+
+def select_latents_cost(spec: IndexerSpec, query_lens: Sequence[int], kv_lens: Sequence[int]) -> Work:
+    """Return the work of `select_latents`: D products of every head and pair, and a weighted sum over heads.
+
+    Queries, fp32 weights, every index key of a request once, and int32 positions. Comparisons count nothing.
+    """
+    h, d, tokens = spec.num_heads, spec.head_dim, sum(query_lens)
+    moved = tokens * (h * (spec.dtype.itemsize * d + 4) + 4 * spec.topk) + sum(kv_lens) * index_bytes(spec)
+    return Work(2 * h * (d + 1) * sum(map(attended_pairs, query_lens, kv_lens)), moved)
+
+
+def sparse_latent_attention_cost(
+    spec: AttentionSpec, query_lens: Sequence[int], kv_lens: Sequence[int], read: int | None = None
+) -> Work:
+    """Return the work of `sparse_latent_attention`: as of `latent_attention`, over what queries select.
+
+    `read`: how many different latents the requests' queries select; by default as many as they can.
+    """
+    c, r, h, tokens = spec.kv_lora_rank, spec.qk_rope_head_dim, spec.num_heads, sum(query_lens)
+    pairs = [selected_pairs(new, keys, spec.topk) for new, keys in zip(query_lens, kv_lens, strict=True)]
+    read = sum(map(min, pairs, kv_lens)) if read is None else read
+    moved = tokens * (spec.dtype.itemsize * h * (2 * c + r) + 4 * (h + spec.topk)) + read * cached_bytes(spec)
+    return Work(latent_attention_flops(h, sum(pairs), c, r), moved)
 
 
 # ------------------------------------------------------------------------------------- weights of a layer

@@ -357,11 +357,11 @@ class FusedOp(ABC):
     lies between, before and behind their rows belongs to others and may be NaN: it is not written, and no
     result depends on it. Slots are distinct, and come in any order.
 
-    Alignment: where every width of the spec but the number of heads is a multiple of 16 bytes, so are address
-    and strides, the last apart, of every operand in the layer's dtype, and of cos_sin. In other layers these,
-    and integers and lse everywhere, are aligned to their own numbers and no more; so are the hidden
-    states that a caller hands to a layer. An op that needs more looks at addresses and strides, and copies,
-    takes another way, or raises `BackendError`.
+    Alignment: where every width of the spec (heads and topk are none) is a multiple of 16 bytes, so are
+    address and strides, the last apart, of every operand in the layer's dtype, and of cos_sin. In other
+    layers these, and integers, weights of heads and lse everywhere, are aligned to their own numbers and no
+    more; so are the hidden states that a caller hands to a layer. An op that needs more looks at addresses
+    and strides, and copies, takes another way, or raises `BackendError`.
 
     Values are any that layers have: rows of zeros, such as padding, rotations by angle 0, rows and channels a
     thousand times larger than others, denormals, logits in the thousands of either sign. An op may take
@@ -375,8 +375,8 @@ class FusedOp(ABC):
     before attention is called. The rows `cu_q[b]` to `cu_q[b + 1]` of q and out are its new tokens; the last
     of them sees all `kv_lens[b]` tokens, and each earlier one sees one token fewer than the next.
 
-    Operands of attention: q, k, v, out, lse and block_table may be strided, but elements of their last
-    dimension are adjacent; the cache, kv_lens and cu_q are contiguous. Entries of block_table past the pages
+    Operands of attention, and of a selection: the cache, kv_lens and cu_q are contiguous; all others may be
+    strided, but elements of their last dimension are adjacent. Entries of block_table past the pages
     of a request name some page of the cache, which may hold NaN. Slots past a request's end hold finite
     numbers of up to 1e4 in size, or NaN as well where an op declares `nan_safe_tail`. Requests with a common
     prefix may share its pages, and a request may name a page twice: attention only reads them. q, k, v, the

@@ -3,7 +3,7 @@
 `KINDS` has an entry for each kind of op, and everything else asks it: a new op of the contract is one more.
 """
 
-from mla.cases import kinds
+from mla.cases import kinds, sparse
 from mla.cases.case import KINDS
 
-__all__ = ["KINDS", "kinds"]
+__all__ = ["KINDS", "kinds", "sparse"]

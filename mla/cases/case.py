@@ -35,6 +35,8 @@ DTYPES: Mapping[str, torch.dtype] = {
     "kv_lens": torch.int32,
     "cu_q": torch.int32,
     "lse": torch.float32,
+    "weights": torch.float32,
+    "selection": torch.int32,
 }
 BYTES = ("bytes", "codes")  # of a row of a cache: see `mla.verify.stored`
 OPTIONAL = frozenset({"bias", "lse"})
@@ -62,6 +64,7 @@ class OpCase:
     eps: float = 1e-6
     rope: MLAConfig | None = None  # the layer whose angles rotate; by default they are drawn
     stress: Stress | None = None  # None: numbers as a layer has them
+    selection: str = "random"  # how selected tokens lie: a key of `mla.cases.sparse.SELECTIONS`
     values: tuple[str, ...] = ()  # what else is unusual about them: keys of `mla.cases.values.PATTERNS`
     layout: Layout = PLAIN
 
@@ -83,7 +86,9 @@ class OpCase:
         """The size of the case and what is special about it, for reports."""
         sizes = {**vars(self.spec), **self.sizes, "page": self.layout.page_size}
         title = self.entry.title.format(q=runs(self.query_lens), kv=runs(self.kv_lens), **sizes)
-        usual = replace(self, biased=False, interleaved=True, eps=1e-6, causal=True, seed=0)
+        usual = replace(
+            self, biased=False, interleaved=True, eps=1e-6, causal=True, seed=0, selection="random"
+        )
         special = [stored] if (stored := getattr(self.spec, "cache_format", "")) else []
         special += stress.words(self, usual) + (stress.words(self.stress, Stress()) if self.stress else [])
         return ", ".join([title, *special, *self.values]) + self.layout.label
@@ -113,7 +118,17 @@ class OpCase:
     def sizes(self) -> dict[str, int]:
         """Letter of a shape -> size."""
         counts = {"T": self.rows, "B": len(self.kv_lens), "K": sum(self.kv_lens)}
+        counts["L"] = max(1, *self.kv_lens)
         return counts | {letter: getattr(self.spec, name) for letter, name in self.entry.letters.items()}
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Of every new token: the first key of its request, and how many it sees, at most none."""
+        first, spans = 0, list[tuple[int, int]]()
+        for new, keys in zip(self.query_lens, self.kv_lens, strict=True):
+            spans += [(first, max(0, keys - new + i + 1)) for i in range(new)]
+            first += keys
+        return spans
 
     @property
     def new_keys(self) -> torch.Tensor:
@@ -195,7 +210,7 @@ def dim(word: str, sizes: Mapping[str, int]) -> int:
 class Kind:
     """What is particular to one kind of op.
 
-    Shapes are words of letters: T rows, B requests, K keys of all requests, and `letters`, from the spec.
+    Shapes are words of letters: T rows, B requests, K keys of all requests, L of the longest, and `letters`.
     `operands` and `results` have the names of `FusedOp`; what an op writes to a cache has names of its own.
     """
 
@@ -204,6 +219,7 @@ class Kind:
     letters: ClassVar[Mapping[str, str]]  # -> field of the spec
     operands: ClassVar[Mapping[str, str]]  # tensors of a call but the cache -> shape; outputs are among them
     results: ClassVar[Mapping[str, str]]  # -> shape
+    usual: ClassVar[Mapping[str, Any]]  # the spec of most layers, but for its dtype and device
     truths: Mapping[str, str]  # what `truth` returns -> shape; the results, unless an entry says otherwise
     scalars: ClassVar[Mapping[str, type]] = {}
     dtypes: ClassVar[Mapping[str, torch.dtype]] = DTYPES

@@ -33,6 +33,14 @@ ATTENTION = {
     "r": "qk_rope_head_dim",
     "v": "v_head_dim",
 }
+DEEPSEEK: Mapping[str, Any] = {
+    "num_heads": 16,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "softmax_scale": 192**-0.5,
+}
 
 
 class Linear(Kind):
@@ -43,6 +51,7 @@ class Linear(Kind):
     operands = {"x": "T i", "bias": "o", "out": "T o"}
     results = {"out": "T o"}
     packed = "o i"
+    usual = {"in_features": 128, "out_features": 96, "groups": 1}
     cost = staticmethod(cost.linear_cost)
 
     def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
@@ -65,6 +74,7 @@ class BatchedLinear(Linear):
     operands = {"x": "T h i", "out": "T h o"}
     results = {"out": "T h o"}
     packed = "h o i"
+    usual = {**Linear.usual, "groups": 4}
 
 
 class RmsNorm(Kind):
@@ -76,6 +86,7 @@ class RmsNorm(Kind):
     results = {"out": "T d"}
     scalars = {"eps": float}
     weights = ("weight",)
+    usual = {"features": 512}
     cost = staticmethod(cost.rms_norm_cost)
 
     def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
@@ -99,7 +110,7 @@ def norm_weight(case: OpCase, normal: Normal, features: int) -> torch.Tensor:
 class RotateQuery(Kind):
     """The rotation of the last channels of every head."""
 
-    spec, letters, pool = AttentionSpec, ATTENTION, Pool
+    spec, letters, pool, usual = AttentionSpec, ATTENTION, Pool, DEEPSEEK
     title = "{q} tokens, {h} heads of {r}"
     operands = {"x": "T h r", "cos_sin": "T r", "out": "T h r"}
     results = {"out": "T h r"}
@@ -172,7 +183,7 @@ def marker(dtype: torch.dtype) -> torch.Tensor:
 class WriteLatent(WritesSlots):
     """The norm and rotation of new latents, to the slots of a cache."""
 
-    spec, letters, pool = AttentionSpec, ATTENTION, Pool
+    spec, letters, pool, usual = AttentionSpec, ATTENTION, Pool, DEEPSEEK
     title = "{q} tokens, page {page}, latents of {c} and {r}"
     operands = {"kv_a": "T c+r", "weight": "c", "cos_sin": "T r", "slots": "T"}
     results = {"latent": "T c", "key": "T r"}
@@ -210,6 +221,9 @@ STORED: Mapping[str, Any] = {
 }
 
 
+ENDS = ("low", "high")  # between which a decoded number is
+
+
 class StoredLatent(WriteLatent):
     """The same to a cache of bytes: held to the codec, and never to what other ops err."""
 
@@ -220,6 +234,7 @@ class StoredLatent(WriteLatent):
     letters = STORED["letters"]
     dtypes = {**STORED["dtypes"], "latent": torch.float32, "key": torch.float32}
     cached = "b"
+    decoded: tuple[str, ...] = ("latent", "key")  # results that bytes are decoded to, in order
 
     def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
         true = super().truth(spec, given, lengths)
@@ -238,7 +253,7 @@ class StoredLatent(WriteLatent):
         return {"latent": latent, "key": key, **dict.fromkeys(BYTES, rows)}
 
     def judged(self, op: FusedOp) -> list[str]:
-        return ["latent", "key", "bytes" if op.encodes_rounded else "codes"]
+        return [*self.decoded, "bytes" if op.encodes_rounded else "codes"]
 
     def faults(
         self,
@@ -249,14 +264,13 @@ class StoredLatent(WriteLatent):
         dtype: torch.dtype,
         places: Places | None = None,
     ) -> Iterable[tuple[float, str]]:
-        c = truth["latent"].shape[1]
-        parts = {"latent": slice(c), "key": slice(c, None)}
+        widths = [truth[name].shape[1] for name in self.decoded]
+        parts = {end: dict(zip(self.decoded, truth[end].split(widths, dim=1), strict=True)) for end in ENDS}
         for name, result in results.items():
             if name in BYTES:
                 ratio, reason = judge_bytes(result, truth[name], places)
             else:
-                low, high = (truth[end][:, parts[name]] for end in ("low", "high"))
-                ratio, reason = judge_decoded(result, low, high, places)
+                ratio, reason = judge_decoded(result, parts["low"][name], parts["high"][name], places)
             yield ratio, f"{name}: {reason}" if reason else ""
 
 
@@ -270,7 +284,7 @@ def codec_for(spec: Any) -> Codec:
 class Attention(Kind):
     """Queries over keys and values, with a log-sum-exp and a prepared state."""
 
-    spec, letters, pool = AttentionSpec, ATTENTION, Queries
+    spec, letters, pool, usual = AttentionSpec, ATTENTION, Queries, DEEPSEEK
     title = "q {q} kv {kv}, {h} heads, keys of {n} and {r}"
     scalars = {"softmax_scale": float}
     varied = ("q",)
@@ -304,7 +318,38 @@ class Batch:
     cu_q: torch.Tensor
 
 
-class LatentAttention(Attention):
+class OverPages(Kind):
+    """An op whose queries see the keys of their requests, in pages of a cache."""
+
+    prepares = True
+
+    def given(self, arguments: Mapping[str, Any], lengths: SegmentLengths) -> Mapping[str, Any]:
+        cache, keys = arguments["cache"], []
+        for row, length in zip(arguments["block_table"].long(), lengths.kv_lens, strict=True):
+            keys.append(cache[row[: -(-length // cache.shape[1])]].flatten(0, 1)[:length])
+        return {**arguments, "keys": torch.cat(keys)}
+
+    def touched(self, arguments: Mapping[str, Any], page_size: int) -> torch.Tensor:
+        table, lengths = arguments["block_table"].cpu(), arguments["kv_lens"].cpu()
+        owned = torch.arange(table.shape[1], device="cpu")[None] < -(-lengths // page_size)[:, None]
+        return table[owned].long().unique()
+
+    def place(self, call: Call) -> None:
+        case = call.case
+        call.pages = pages = Pages.of(case.kv_lens, call.layout)
+        call.lay_pages(pages, call.pool.given["keys"])
+        lengths = {
+            "kv_lens": torch.tensor(case.kv_lens),
+            "cu_q": torch.tensor([0, *case.query_lens]).cumsum(0),
+        }
+        call.lay_tables({**lengths, "block_table": pages.table})
+
+    def batch(self, arguments: Mapping[str, Any], lengths: SegmentLengths) -> Batch:
+        tables = (arguments[name] for name in ("block_table", "kv_lens", "cu_q"))
+        return Batch(lengths.query_lens, lengths.kv_lens, arguments["cache"].shape[1], *tables)
+
+
+class LatentAttention(OverPages, Attention):
     """Attention over latents in pages; values are the first columns of keys."""
 
     title = "q {q} kv {kv}, {h} heads, page {page}, latents of {c} and {r}"
@@ -331,31 +376,6 @@ class LatentAttention(Attention):
     def keys(self, spec: Any, given: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         keys = given["keys"][:, None]
         return keys, keys[..., : spec.kv_lora_rank]
-
-    def given(self, arguments: Mapping[str, Any], lengths: SegmentLengths) -> Mapping[str, Any]:
-        cache, keys = arguments["cache"], []
-        for row, length in zip(arguments["block_table"].long(), lengths.kv_lens, strict=True):
-            keys.append(cache[row[: -(-length // cache.shape[1])]].flatten(0, 1)[:length])
-        return {**arguments, "keys": torch.cat(keys)}
-
-    def touched(self, arguments: Mapping[str, Any], page_size: int) -> torch.Tensor:
-        table, lengths = arguments["block_table"].cpu(), arguments["kv_lens"].cpu()
-        owned = torch.arange(table.shape[1], device="cpu")[None] < -(-lengths // page_size)[:, None]
-        return table[owned].long().unique()
-
-    def place(self, call: Call) -> None:
-        case = call.case
-        call.pages = pages = Pages.of(case.kv_lens, call.layout)
-        call.lay_pages(pages, call.pool.given["keys"])
-        lengths = {
-            "kv_lens": torch.tensor(case.kv_lens),
-            "cu_q": torch.tensor([0, *case.query_lens]).cumsum(0),
-        }
-        call.lay_tables({**lengths, "block_table": pages.table})
-
-    def batch(self, arguments: Mapping[str, Any], lengths: SegmentLengths) -> Batch:
-        tables = (arguments[name] for name in ("block_table", "kv_lens", "cu_q"))
-        return Batch(lengths.query_lens, lengths.kv_lens, arguments["cache"].shape[1], *tables)
 
 
 class StoredAttention(LatentAttention):

@@ -31,6 +31,7 @@ from mla.cases.stress import Drawing
 from mla.cases.values import LARGE_ONES
 from mla.cases.values import shape as unusual
 from mla.reference import REFERENCE
+from mla.verify.layer_check import stands_for
 from mla.verify.places import Places
 from mla_backends.api import FusedOp
 
@@ -121,7 +122,11 @@ class Host:
         """
         case = self.case
         loud = case.stress is not None and case.stress.gain > USUAL
-        if not case.entry.prepares or not (loud or LARGE_ONES.intersection(case.values)):
+        if (
+            not self.entry.held
+            or not case.entry.prepares
+            or not (loud or LARGE_ONES.intersection(case.values))
+        ):
             return {}
         sizes = self.given["q"].double().norm(dim=-1)
         keys, _ = case.entry.keys(case.spec, self.given)  # type: ignore[attr-defined]  # of attention
@@ -181,7 +186,8 @@ class Laid(Call):
         super().__init__(host or host_of(case), op, case.spec, case)  # type: ignore[arg-type]
         self.pieces.pop("weight" if self.pool.entry.packed else "", None)  # as long as what is packed lives
         for name, before in self.pool.entry.blank(case).items():
-            self.lay(name, before.fill_(scene.held) if name in OUTPUTS else before, AROUND)
+            held = stands_for(scene.held, before.dtype)
+            self.lay(name, before.fill_(held) if name in OUTPUTS else before, AROUND)
         if not scene.lse:
             self.replace(lse=None)
         if scene.in_place:
@@ -294,7 +300,9 @@ class Laid(Call):
 
     def spoil(self) -> None:
         """Overwrite inputs: an op that has returned reads them no more."""
-        for name in ({*self.pool.entry.varied, "k", "v", "cache"} & self.pieces.keys()) - self.outputs:
+        for name in (
+            {*self.pool.entry.varied, "k", "v", "selection", "cache"} & self.pieces.keys()
+        ) - self.outputs:
             poison(self.pieces[name].part)
 
     def copies(self) -> Tensors:

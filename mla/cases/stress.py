@@ -93,17 +93,42 @@ def queries(case: OpCase, q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     anywhere = (token * 7919 + head * 104729 + request * 1299709) % (last + 1)
     place = torch.where(kind == 0, last, torch.where(kind == 1, last // TILE * TILE, anywhere))
     chosen = keys[(first + place).clamp_max(len(keys) - 1), head if keys.shape[1] > 1 else 0].double()
-    logit = (AIMED + (last + 1).double().log()) / case.spec.softmax_scale
+    return _toward(case, q, chosen, torch.where(length > 0, last + 1, 0), kind)
+
+
+def _toward(
+    case: OpCase,
+    q: torch.Tensor,  # [T * h, d]
+    chosen: torch.Tensor,  # [T, h, d], the key that each looks at
+    count: torch.Tensor,  # [T, 1], of the keys that it attends to
+    kind: torch.Tensor,  # [T, h]; 3 looks at none
+) -> torch.Tensor:
+    """Return queries [T * h, d] that give nearly all the weight to one key each."""
+    logit = (AIMED + count.clamp_min(1).double().log()) / getattr(case.spec, "softmax_scale", 1.0)
     at = chosen * (logit / chosen.square().sum(-1).clamp_min(1))[..., None]
     q = q.unflatten(0, chosen.shape[:2])
     aimed = torch.where((kind == 3)[..., None], q * EVEN, at.to(q.dtype))
-    return torch.where((length > 0)[..., None], aimed, q).flatten(0, 1)
+    return torch.where((count > 0)[..., None], aimed, q).flatten(0, 1)
+
+
+def selecting(case: OpCase, q: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return aimed queries [T * h, d] for the keys [K, d] that each selects: rows [T, k], or -1.
+
+    They look at the first that is selected, at the last, and at any: see `queries`.
+    """
+    if not len(keys):
+        return q
+    token, head = torch.arange(len(rows))[:, None], torch.arange(case.spec.num_heads)[None]
+    count, kind = (rows >= 0).sum(1, keepdim=True), (token * case.spec.num_heads + head) % 4
+    anywhere = (token * 7919 + head * 104729) % count.clamp_min(1)
+    place = torch.where(kind == 0, 0, torch.where(kind == 1, (count - 1).clamp_min(0), anywhere))
+    return _toward(case, q, keys[rows.gather(1, place).clamp_min(0)].double(), count, kind)
 
 
 def angles(case: OpCase, count: int) -> torch.Tensor:
     """Return [count, r] fp32: cosines and then sines of angles all around the circle."""
     generator = torch.Generator().manual_seed(case.seed)
-    turn = 3 * torch.randn(count, case.spec.qk_rope_head_dim // 2, generator=generator)
+    turn = 3 * torch.randn(count, case.sizes["r"] // 2, generator=generator)
     return torch.cat((turn.cos(), turn.sin()), dim=1)
 
 

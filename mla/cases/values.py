@@ -135,6 +135,19 @@ def steep(case: OpCase, given: Tensors) -> None:
     _slope(case, given, STEEP)
 
 
+def negative(case: OpCase, given: Tensors) -> None:
+    """No score is above 0, and every other head is alone with what it sees of a key."""
+    given["weights"].abs_().neg_()
+    given["weights"][::2] *= 1e-3
+
+
+def fewer(case: OpCase, given: Tensors) -> None:
+    """Queries select fewer than they may, the first none."""
+    selection = given["selection"]
+    count = (torch.arange(len(selection)) * 7919) % (selection.shape[1] + 1)
+    selection.masked_fill_(torch.arange(selection.shape[1]) >= count[:, None], -1)
+
+
 _OF_ROWS = {
     "rows of zeros": zero_rows,
     "all zero": all_zero,
@@ -151,7 +164,11 @@ _OF_ATTENTION = {
     "falling logits": falling,
     "steep logits": steep,
 }
-PATTERNS: Mapping[str, Pattern] = {**_OF_ROWS, **_OF_WEIGHTS, **_OF_ANGLES, **_OF_ATTENTION}
+_OF_SCORES = {"negative weights": negative}
+_OF_SELECTIONS = {"fewer selected": fewer}
+PATTERNS: Mapping[str, Pattern] = {
+    **_OF_ROWS, **_OF_WEIGHTS, **_OF_ANGLES, **_OF_ATTENTION, **_OF_SCORES, **_OF_SELECTIONS
+}  # fmt: skip
 
 # Of these a case has one at most: the product of two is beyond fp16.
 LARGE_ONES = frozenset(
@@ -164,10 +181,14 @@ LARGE_ONES = frozenset(
 def patterns_of(kind: str) -> list[str]:
     """Return the names of the patterns that operands of a kind can have."""
     names = [*_OF_ROWS]
-    if kind in ("rms_norm", "write_latent"):
+    if kind in ("rms_norm", "write_latent", "write_index_key"):
         names += _OF_WEIGHTS
-    if kind in ("rotate_query", "write_latent"):
+    if kind in ("rotate_query", "write_latent", "write_index_key"):
         names += _OF_ANGLES
     if kind.endswith("attention"):
         names = [*_OF_ATTENTION, *(name for name in names if name != "one large row")]
+    if kind == "sparse_latent_attention":
+        names += _OF_SELECTIONS
+    if kind == "select_latents":
+        names += ["equal keys", *_OF_SCORES]
     return names

@@ -216,20 +216,24 @@ class Queries(Pool):
         """Return out and lse of the alternatives: each sees the keys that the query it stands for sees."""
         case, heads = self.case, self.case.spec.num_heads
         k, v = self.entry.keys(case.spec, self.given)
-        starts, first_keys = [0, *accumulate(case.query_lens)], [0, *accumulate(case.kv_lens)]
         scale, results = case.spec.softmax_scale, []
         alternatives = self.given["q"][self.size[1] :].split(self.choices - 1)
         for home, queries in zip(self.homes, alternatives, strict=True):
             token, head = divmod(home, heads)
-            request = bisect_right(starts, token) - 1
-            seen = case.kv_lens[request]
-            if case.causal:
-                seen -= starts[request] + case.query_lens[request] - token - 1
-            rows = slice(first_keys[request], first_keys[request] + seen)
+            rows = self.keys_of(token)
             head_of = slice(head, head + 1) if k.shape[1] > 1 else slice(None)
             out, lse = attend(queries[None], k[rows, head_of], v[rows, head_of], scale, False)
             results.append((out[0], lse[0]))
         return tuple(torch.cat(part) for part in zip(*results, strict=True))
+
+    def keys_of(self, token: int) -> slice | torch.Tensor:
+        """Return which keys a query attends to, among those of all requests."""
+        case, starts = self.case, [0, *accumulate(self.case.query_lens)]
+        request = bisect_right(starts, token) - 1
+        first, seen = sum(case.kv_lens[:request]), case.kv_lens[request]
+        if case.causal:
+            seen -= starts[request] + case.query_lens[request] - token - 1
+        return slice(first, first + seen)
 
     def pass_signs(self, number: int) -> Tensors:
         draw, given = self.random(number), self.given

@@ -274,8 +274,4 @@ def _words(values: Counter[Any]) -> str:
 
 def usual_spec(kind: str, dtype: torch.dtype, device: torch.device | None) -> Any:
     """Return the spec of an op in a layer as most are."""
-    if KINDS[kind].packed:
-        return KINDS[kind].spec(128, 96, 4 if kind == "batched_linear" else 1, dtype, device)
-    if "features" in KINDS[kind].letters.values():
-        return KINDS[kind].spec(512, dtype, device)
-    return KINDS[kind].spec(16, 512, 128, 64, 128, 192**-0.5, dtype, device)
+    return KINDS[kind].spec(**KINDS[kind].usual, dtype=dtype, device=device)

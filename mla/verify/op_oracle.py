@@ -30,6 +30,13 @@ def true_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
     return wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
 
 
+def true_layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return (x - mean) / sqrt(variance + eps) * weight + bias in float64."""
+    wide = x.double()
+    variance, mean = torch.var_mean(wide, dim=-1, correction=0, keepdim=True)
+    return (wide - mean) / (variance + eps).sqrt() * weight.double() + bias.double()
+
+
 def true_rotation(x: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
     """Multiply channel pairs, as complex numbers, with cos + i sin, in float64; x [T, .., r]."""
     turn = torch.complex(*cos_sin.double().chunk(2, dim=-1))
@@ -104,3 +111,31 @@ def _attend_padded(
     weights = logits.sub_(lse.clamp_min(-1e300)[..., None]).exp_().flatten(2, 3)
     out = (weights @ v.double().permute(0, 2, 1, 3)).unflatten(2, (tokens, shared))
     return tuple(x.transpose(1, 2).flatten(2, 3) for x in (out, lse))
+
+
+# ------------------------------------------------------------------------------------------------- sparse
+
+
+def attend_selected(
+    q: torch.Tensor,  # [T, h, dk]
+    k: torch.Tensor,  # [K, dk]
+    v: torch.Tensor,  # [K, dv]
+    chosen: torch.Tensor,  # [T, n] int64: rows of k, or -1
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend each query to its own keys in float64, a few queries at a time: out [T, h, dv] and lse [T, h].
+
+    A query that is given no key gives 0 and -inf.
+    """
+    out = torch.zeros((*q.shape[:2], v.shape[1]), dtype=torch.float64)
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float64)
+    together = max(1, LOGITS_BYTES // (8 * max(1, chosen.shape[1]) * (q.shape[1] + q.shape[2])))
+    for first in range(0, len(q) if len(k) else 0, together):
+        run = slice(first, first + together)
+        absent, rows = (chosen[run] < 0)[:, None], chosen[run].clamp_min(0)
+        logits = torch.einsum("thd,tnd->thn", q[run].double(), k[rows].double()) * scale
+        logits.masked_fill_(absent, -torch.inf)
+        lse[run] = logits.logsumexp(-1)
+        weights = (logits - lse[run].clamp_min(-1e300)[..., None]).exp()
+        out[run] = torch.einsum("thn,tnd->thd", weights, v[rows].double())
+    return out, lse

@@ -18,7 +18,7 @@ from mla.cases.memory import Layout, Pages, Piece
 from mla.cases.varied import Pool
 from mla.reference import REFERENCE
 from mla.verify import op_oracle
-from mla_backends.api import OPS, AttentionSpec, LinearSpec, NormSpec, SegmentLengths
+from mla_backends.api import OPS, AttentionSpec, IndexerSpec, LinearSpec, NormSpec, SegmentLengths
 
 CPU = torch.device("cpu")
 CONFIG = MLAConfig(
@@ -32,7 +32,10 @@ def spec_of(kind: str, dtype: torch.dtype = torch.float32) -> Any:
         return LinearSpec(10, 6, 3 if kind == "batched_linear" else 1, dtype, CPU)
     if kind == "rms_norm":
         return NormSpec(24, dtype, CPU)
-    return AttentionSpec(3, 32, 16, 8, 12, 0.2, dtype, CPU)
+    if kind in ("write_index_key", "select_latents"):
+        return IndexerSpec(3, 16, 8, 5, dtype, CPU)
+    topk = 5 if kind == "sparse_latent_attention" else 0
+    return AttentionSpec(3, 32, 16, 8, 12, 0.2, dtype, CPU, topk=topk)
 
 
 def case_of(kind: str, dtype: torch.dtype = torch.float32, **fields: Any) -> OpCase:
@@ -56,6 +59,29 @@ def test_every_op_of_the_contract_has_an_entry() -> None:
 
 def norm(row: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return row * weight / torch.sqrt((row * row).sum() / len(row) + eps)
+
+
+def layer_norm(row: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    mean = row.sum() / len(row)
+    return (row - mean) * weight / torch.sqrt(((row - mean) ** 2).sum() / len(row) + eps) + bias
+
+
+def slow_scores(wide: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Return the scores of what each query sees, one by one."""
+    spans = [
+        (sum(KEYS[:b]), keys - new + i + 1)
+        for b, (new, keys) in enumerate(zip(NEW, KEYS, strict=True))
+        for i in range(new)
+    ]
+    return [
+        torch.stack(
+            [
+                sum(w * max(q @ key, torch.zeros(()).double()) for q, w in zip(*heads, strict=True))
+                for key in wide["keys"][first : first + seen]
+            ]
+        )
+        for heads, (first, seen) in zip(zip(wide["q"], wide["weights"], strict=True), spans, strict=True)
+    ]
 
 
 def turned(row: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
@@ -94,6 +120,25 @@ def slow(case: OpCase, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
             "latent": by_row(lambda t: norm(latent[t], wide["weight"], case.eps), case.rows),
             "key": by_row(lambda t: turned(key[t], wide["cos_sin"][t], case.interleaved), case.rows),
         }
+    if case.kind == "write_index_key":
+        rows = [layer_norm(x, wide["weight"], wide["bias"], case.eps) for x in wide["k"]]
+        first = [turned(row[:8], c, case.interleaved) for row, c in zip(rows, wide["cos_sin"], strict=True)]
+        return {"key": torch.stack([torch.cat((a, row[8:])) for a, row in zip(first, rows, strict=True)])}
+    if case.kind == "select_latents":
+        kth = [scores.topk(min(5, len(scores))).values[-1] for scores in slow_scores(wide)]
+        return {
+            "best": torch.stack(
+                [x if seen >= 5 else -torch.inf + x for x, (_, seen) in zip(kth, case.spans, strict=True)]
+            )
+        }
+    if case.kind == "sparse_latent_attention":
+        rows = [
+            wide["keys"][start + chosen[chosen >= 0].long()]
+            for chosen, (start, _) in zip(given["selection"], case.spans, strict=True)
+        ]
+        parts = zip(wide["q"].split(1), rows, (row[:, :32] for row in rows), strict=True)
+        out, lse = attend_segments(parts, spec.softmax_scale, False)
+        return {"out": out, "lse": lse}
     keys, values = (wide["k"], wide["v"]) if "k" in wide else (wide["keys"], wide["keys"][:, :32])
     parts = (wide["q"].split(NEW), keys.split(KEYS), values.split(KEYS))
     out, lse = attend_segments(zip(*parts, strict=True), spec.softmax_scale, case.causal)
@@ -108,9 +153,10 @@ def test_the_truth_of_a_kind_is_that_of_loops(kind: str, fields: dict[str, Any])
     given = dict(pool.given)
     for name in case.entry.varied:
         rows = given[name][: pool.size[1]]
-        given[name] = rows.unflatten(0, (-1, 3)) if name == "q" else rows
+        given[name] = rows.unflatten(0, (-1, 3)) if name in ("q", "weights") else rows
     truth = case.entry.truth(case.spec, given | case.scalars, case.lengths)
-    assert {name: tuple(one.shape) for name, one in truth.items()} == case.results
+    shapes = {name: case.shape(words) for name, words in case.entry.truths.items()}
+    assert {name: tuple(one.shape) for name, one in truth.items()} == shapes
     for name, right in slow(case, given).items():
         torch.testing.assert_close(truth[name], right, rtol=1e-10, atol=1e-12)
 
@@ -165,15 +211,18 @@ def write(call: Call, number: float) -> None:
     if written is None:
         cache = call.arguments["cache"]
         cache.view(-1, cache.shape[2])[call.arguments["slots"][-1]] *= number
-    else:
+    elif written.is_floating_point():
         written[-1] *= number
+    else:
+        written[-1, 0] = written[-1, 1]
 
 
 @pytest.mark.parametrize("kind", OPS)
 def test_what_is_wrong_is_named(kind: str) -> None:
     pool = pool_of(case_of(kind))
     assert "request 2, position 16" in called(pool, lambda call: write(call, 1.01))[1]
-    assert "NaN" in called(pool, lambda call: write(call, torch.nan))[1]
+    if kind != "select_latents":
+        assert "NaN" in called(pool, lambda call: write(call, torch.nan))[1]
     name = pool.entry.varied[0]
     said = called(pool, lambda call: call.arguments[name].add_(1))[1]
     assert said == f"the op wrote to its input {name}"

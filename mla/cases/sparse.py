@@ -1,0 +1,405 @@
+"""The kinds of ops that sparse attention adds: index keys, selections, and attention to a selection."""
+
+# ruff: noqa: RUF012  # tables that nobody writes to
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mla import cost
+from mla.cache.index_formats import IndexFp8, index_codec
+from mla.cases import stress
+from mla.cases.case import BYTES, DTYPES, KINDS, Normal, OpCase, generator
+from mla.cases.kinds import (
+    DEEPSEEK,
+    LatentAttention,
+    OverPages,
+    StoredAttention,
+    StoredLatent,
+    WritesSlots,
+    norm_weight,
+)
+from mla.cases.memory import Tensors, poison
+from mla.cases.varied import HOMES, VARIETY, Change, Pool, Queries, draw_signs
+from mla.cost import Work
+from mla.verify.op_oracle import attend_selected, true_layer_norm, true_rotation
+from mla.verify.places import Places
+from mla.verify.selections import judge_selection, true_selection
+from mla.verify.stored import stored_truth
+from mla_backends.api import FusedOp, IndexerSpec, SegmentLengths
+
+if TYPE_CHECKING:
+    from mla.cases.call import Call
+
+INDEXER = {"h": "num_heads", "d": "head_dim", "r": "rope_head_dim", "k": "topk"}
+V32: Mapping[str, Any] = {"num_heads": 64, "head_dim": 128, "rope_head_dim": 64, "topk": 2048}
+BLOCK = 64  # tokens that are selected together, where a selection is clustered
+GROUPS = 16  # different keys of a request, where scores tie
+RISE = 8.0  # of scores, as the last channel makes them, beside N(0, 1)
+RANKED = 1 << 24  # numbers that are ranked at once to draw selections
+
+
+# ------------------------------------------------------------------------------------------- selections
+# How selected tokens lie -> what ranks the tokens [t, s] of queries that see `seen` [t, 1] of them.
+
+
+def _random(draw: torch.Generator, position: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    return torch.rand((len(seen), len(position)), generator=draw)
+
+
+def _recent(draw: torch.Generator, position: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    return position.float().expand(len(seen), -1)
+
+
+def _clustered(draw: torch.Generator, position: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    blocks = torch.rand((len(seen), len(position) // BLOCK + 1), generator=draw)
+    return blocks[:, position // BLOCK] + 1e-4 * (position % BLOCK) / BLOCK
+
+
+def _tied(draw: torch.Generator, position: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    return -position.float().expand(len(seen), -1)  # the first, as most ops take them
+
+
+SELECTIONS: Mapping[str, Callable[[torch.Generator, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "random": _random,
+    "recent": _recent,
+    "clustered": _clustered,
+    "tied": _tied,
+}
+
+
+def selection_of(case: OpCase) -> torch.Tensor:
+    """Return what each query selects [T, k] int32: positions in its request, then -1."""
+    return _selection(case.selection, case.query_lens, case.kv_lens, case.spec.topk, case.seed)
+
+
+@functools.lru_cache(maxsize=4)
+def _selection(
+    how: str, query_lens: tuple[int, ...], kv_lens: tuple[int, ...], topk: int, seed: int
+) -> torch.Tensor:
+    draw, parts = generator(seed, "selection"), [torch.empty((0, topk), dtype=torch.int32)]
+    for new, keys in zip(query_lens, kv_lens, strict=True):
+        position, together = torch.arange(keys), max(1, RANKED // max(1, keys))
+        for first in range(0, new, together):
+            seen = (torch.arange(first, min(new, first + together)) + keys - new + 1).clamp_min(0)[:, None]
+            rank = SELECTIONS[how](draw, position, seen).masked_fill(position >= seen, -torch.inf)
+            best = rank.topk(min(topk, keys), dim=1).indices
+            chosen = best.masked_fill(best >= seen, -1).int()
+            parts.append(torch.nn.functional.pad(chosen, (0, topk - chosen.shape[1]), value=-1))
+    return torch.cat(parts)
+
+
+@functools.lru_cache(maxsize=256)
+def _different(how: str, query_lens: tuple[int, ...], kv_lens: tuple[int, ...], topk: int, seed: int) -> int:
+    """Return how many different tokens the queries of all requests select."""
+    parts = _selection(how, query_lens, kv_lens, topk, seed).split(query_lens)
+    return sum(len(part[part >= 0].unique()) for part in parts)
+
+
+def selected_keys(selection: torch.Tensor, spans: Iterable[tuple[int, int]]) -> torch.Tensor:
+    """Return the selected keys [T, k] int64 among those of all requests, or -1."""
+    first = torch.tensor([start for start, _ in spans], dtype=torch.int64)[:, None]
+    return torch.where(selection < 0, -1, selection.long() + first)
+
+
+# ------------------------------------------------------------------------------------------- index keys
+class WriteIndexKey(WritesSlots):
+    """The LayerNorm and rotation of index keys, to the slots of a cache."""
+
+    spec, letters, pool, usual = IndexerSpec, INDEXER, Pool, V32
+    title = "{q} tokens, page {page}, keys of {d}, {r} turned"
+    operands = {"k": "T d", "weight": "d", "bias": "d", "cos_sin": "T r", "slots": "T"}
+    results = {"key": "T d"}
+    scalars = {"eps": float, "interleaved": bool}
+    weights = ("weight", "bias")
+    varied = ("k", "cos_sin")
+    cached = "d"
+    cost = staticmethod(cost.write_index_key_cost)
+
+    def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
+        d = case.spec.head_dim
+        k = normal(rows, d)
+        if case.stress:
+            k = stress.rows(case, k + 0.5, case.stress.size)  # a mean that the norm takes away
+        weight, bias = norm_weight(case, normal, d), normal(d, scale=0.5)
+        return {"k": k, "weight": weight, "bias": bias, "cos_sin": case.angles(rows)}
+
+    def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
+        key, turned = (
+            true_layer_norm(*(given[name] for name in ("k", "weight", "bias", "eps"))),
+            spec.rope_head_dim,
+        )
+        first = true_rotation(key[:, :turned], given["cos_sin"], given["interleaved"])
+        return {"key": torch.cat((first, key[:, turned:]), dim=1)}
+
+    def written(self, arguments: Mapping[str, Any]) -> Tensors:
+        return {"key": super().written(arguments)["rows"]}
+
+
+class StoredIndexKey(WriteIndexKey):
+    """The same to pages of bytes, whose values come before their scales; held to the codec."""
+
+    results = {"key": "T d", "bytes": "T b", "codes": "T b"}
+    truths = {**results, "low": "T d", "high": "T d"}
+    scalars = {**WriteIndexKey.scalars, "cache_format": str}
+    letters = {**INDEXER, "b": "token_bytes"}
+    dtypes = {**DTYPES, **dict.fromkeys(("cache", *BYTES), torch.uint8), "key": torch.float32}
+    cached, decoded = "b", ("key",)
+    judged = StoredLatent.judged
+    faults = StoredLatent.faults
+
+    def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
+        true = super().truth(spec, given, lengths)
+        return true | stored_truth(true["key"], true["key"][:, :0], codec_for(spec.head_dim), spec.dtype)
+
+    def written(self, arguments: Mapping[str, Any]) -> Tensors:
+        codec = codec_for(arguments["weight"].shape[0])
+        rows = codec.rows(arguments["cache"]).flatten(0, 1)[arguments["slots"].to(arguments["cache"].device)]
+        return {"key": codec.decode(rows)[0], **dict.fromkeys(BYTES, rows)}
+
+    def offer(self, call: Call, results: Tensors) -> None:
+        cache, slots = call.arguments["cache"], call.arguments["slots"]
+        rows = poison(cache.new_empty((len(slots), cache.shape[2])))
+        codec_for(call.case.spec.head_dim).put(cache, slots, rows)
+
+    def strays(self, case: OpCase, arguments: Mapping[str, Any]) -> str:
+        rows = codec_for(case.spec.head_dim).rows(arguments["cache"])
+        return super().strays(case, {**arguments, "cache": rows})
+
+
+def codec_for(d: int) -> IndexFp8:
+    """Return the codec of an index cache of bytes."""
+    codec = index_codec("fp8", d)
+    assert codec is not None
+    return codec
+
+
+# -------------------------------------------------------------------------------------------- selecting
+class Selecting(Pool):
+    """Queries of an indexer, rows [T * h] with their weights, and then alternatives of some.
+
+    A call takes some of these, and heads change places, which changes no score. Keys change signs once per
+    pass, per column, with those of queries.
+    """
+
+    @property
+    def homes(self) -> list[int]:
+        """The tokens that have alternatives: evenly spread."""
+        count = min(self.case.rows, HOMES)
+        return [number * self.case.rows // count for number in range(count)]
+
+    @property
+    def choices(self) -> int:
+        """Number of alternatives of such a token, itself included."""
+        return min(max(2, ceil(VARIETY ** (1 / max(1, len(self.homes))))), 16)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        heads = self.case.spec.num_heads
+        tokens = self.case.rows + len(self.homes) * (self.choices - 1)
+        return tokens * heads, self.case.rows * heads
+
+    @property
+    def width(self) -> int:
+        return int(self.case.spec.head_dim)
+
+    def _true(self) -> Tensors:
+        case, heads, spans = self.case, self.case.spec.num_heads, self.case.spans
+        spans = spans + [spans[home] for home in self.homes for _ in range(self.choices - 1)]
+        shaped = {name: self.given[name].unflatten(0, (-1, heads)) for name in ("q", "weights")}
+        keys = self.entry.keys(case.spec, self.given)  # type: ignore[attr-defined]  # of one that selects
+        return true_selection(shaped["q"], shaped["weights"], keys, spans, case.spec.topk, case.sizes["L"])
+
+    def pass_signs(self, number: int) -> Tensors:
+        keys = self.given["keys"]
+        return {"keys": draw_signs(self.random(number), keys.shape[1])} if keys.is_floating_point() else {}
+
+    def change(self, number: int, index: int) -> Change:
+        draw, heads = self.random(number, index), self.case.spec.num_heads
+        tokens, homes, more = torch.arange(self.case.rows), torch.tensor(self.homes), self.choices - 1
+        taken = torch.randint(0, self.choices, (len(homes),), generator=draw)
+        if len(homes):
+            taken[0] = torch.randperm(self.choices, generator=self.random(number))[index % self.choices]
+            others = self.case.rows + torch.arange(len(homes)) * more + taken - 1
+            tokens[homes] = torch.where(taken > 0, others, homes)
+        order = torch.randperm(heads, generator=draw)
+        of_keys = self.pass_signs(number).get("keys")
+        signs = {} if of_keys is None else {"q": of_keys[None]}
+        return Change(self, (tokens[:, None] * heads + order).view(1, -1), signs)
+
+    def covering(self) -> Iterator[Change]:
+        return iter(())  # no result is held to what the reference errs
+
+    def expected(self, change: Change, name: str) -> torch.Tensor:
+        heads = self.case.spec.num_heads
+        return self.truth[name].index_select(0, change.rows[0].view(-1, heads)[:, 0] // heads)
+
+
+class SelectLatents(OverPages):
+    """The selection of tokens by their scores; among equals any will do."""
+
+    spec, letters, pool, usual = IndexerSpec, INDEXER, Selecting, V32
+    title = "q {q} kv {kv}, top {k}, page {page}, {h} heads of {d}"
+    operands = {
+        "q": "T h d",
+        "weights": "T h",
+        "block_table": "B m",
+        "kv_lens": "B",
+        "cu_q": "B+1",
+        "out": "T k",
+    }
+    results = {"out": "T k", "coarse": "T k"}  # the same, of ops that compare scores in fp32 and in bf16
+    truths = {"reach": "T L", "best": "T", "least": "T"}
+    dtypes = {**DTYPES, "out": torch.int32, "coarse": torch.int32}
+    varied = ("q", "weights")
+    cached = "d"
+    cost = staticmethod(cost.select_latents_cost)
+
+    def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
+        spec, (first, count) = case.spec, _of_keys(case)
+        q, keys = normal(rows, spec.head_dim), normal(sum(case.kv_lens), spec.head_dim)
+        weights = normal(rows).float() * (spec.num_heads * spec.head_dim) ** -0.5
+        place = torch.arange(len(keys)) - first
+        if case.selection == "tied":
+            keys = keys[first + place % GROUPS]
+        elif case.selection != "random":
+            block = (
+                normal(len(keys))[first + place // BLOCK] if case.selection == "clustered" else place / count
+            )
+            keys[:, -1], q[:, -1] = (RISE * block).to(keys.dtype), RISE
+            weights = weights.abs()
+        if case.stress:
+            q = stress.queries(case, q, keys[:, None])
+            weights = weights.abs() if case.stress.aimed else weights
+        return {"q": q, "keys": keys, "weights": weights}
+
+    def rows(self, case: OpCase) -> int:
+        return case.rows * case.spec.num_heads  # each of them varies by itself
+
+    def work(self, case: OpCase) -> Work:
+        return self.cost(case.spec, case.query_lens, case.kv_lens)
+
+    def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
+        case = OpCase("select_latents", spec, tuple(lengths.query_lens), tuple(lengths.kv_lens))
+        parts = given["q"], given["weights"], self.keys(spec, given)
+        return true_selection(*parts, case.spans, spec.topk, case.sizes["L"])
+
+    def keys(self, spec: Any, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the keys [K, d]."""
+        return given["keys"]
+
+    def faults(
+        self,
+        results: Tensors,
+        truth: Tensors,
+        *,
+        errors: Tensors,
+        dtype: torch.dtype,
+        places: Places | None = None,
+    ) -> Iterable[tuple[float, str]]:
+        for name, result in results.items():
+            yield judge_selection(result, truth, places, in_bf16=name == "coarse")
+
+    def judged(self, op: FusedOp) -> list[str]:
+        return ["coarse" if op.scores_in_bf16 else "out"]
+
+    def written(self, arguments: Mapping[str, Any]) -> Tensors:
+        return dict.fromkeys(self.results, arguments["out"])
+
+    def offer(self, call: Call, results: Tensors) -> None:
+        call.arguments["out"] = results[call.written[0]]
+
+
+def _of_keys(case: OpCase) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the first key [K], and the number of keys [K], of the request of every key."""
+    lengths = torch.tensor(case.kv_lens)
+    return (lengths.cumsum(0) - lengths).repeat_interleave(lengths), lengths.repeat_interleave(lengths)
+
+
+class SelectStored(SelectLatents):
+    """The same over pages of bytes: scores are of the decoded keys."""
+
+    scalars = {"cache_format": str}
+    letters = {**INDEXER, "b": "token_bytes"}
+    dtypes = {**SelectLatents.dtypes, "cache": torch.uint8}
+    cached = "b"
+
+    def encoded(self, case: OpCase, given: Tensors) -> Tensors:
+        return {**given, "keys": codec_for(case.spec.head_dim).encode(given["keys"])}
+
+    def keys(self, spec: Any, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return codec_for(spec.head_dim).decode(given["keys"])[0]
+
+    def place(self, call: Call) -> None:
+        """Lay tokens into the slots of the cache, row by row, and split those pages that hold any."""
+        super().place(call)
+        assert call.pages is not None
+        codec, cache = codec_for(call.case.spec.head_dim), call.arguments["cache"]
+        order = call.pages.order.to(cache.device)
+        rows, pages = cache[order], cache.new_empty((len(order), *cache.shape[1:]))
+        for part, columns in zip(codec.parts(pages), rows.split((codec.c, 4), dim=2), strict=True):
+            part.copy_(columns)
+        cache[order] = pages
+
+    def given(self, arguments: Mapping[str, Any], lengths: SegmentLengths) -> Mapping[str, Any]:
+        rows = codec_for(arguments["q"].shape[2]).rows(arguments["cache"])
+        return {**super().given({**arguments, "cache": rows}, lengths), "cache": arguments["cache"]}
+
+
+# -------------------------------------------------------------------------------------- sparse attention
+class Selected(Queries):
+    """Queries that attend to a selection, the same for all heads and alternatives of a token."""
+
+    def keys_of(self, token: int) -> torch.Tensor:
+        chosen = selected_keys(self.given["selection"][token : token + 1], self.case.spans[token : token + 1])
+        return chosen[chosen >= 0]
+
+
+class SparseLatentAttention(LatentAttention):
+    """Attention over the latents that each query selects."""
+
+    letters, pool, usual = {**LatentAttention.letters, "k": "topk"}, Selected, {**DEEPSEEK, "topk": 2048}
+    title = "q {q} kv {kv}, top {k}, {h} heads, page {page}, latents of {c} and {r}"
+    operands = {**LatentAttention.operands, "selection": "T k"}
+    cost = staticmethod(cost.sparse_latent_attention_cost)
+
+    def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
+        aimed = case.stress is not None and case.stress.aimed
+        given = super().draw(case.but(aimed=False) if aimed else case, normal, rows)
+        given["selection"] = selection_of(case).clone()
+        if aimed:
+            chosen = selected_keys(given["selection"], case.spans)
+            given["q"] = stress.selecting(case, given["q"], given["keys"], chosen)
+        return given
+
+    def work(self, case: OpCase) -> Work:
+        how = (case.selection, case.query_lens, case.kv_lens, case.spec.topk, case.seed)
+        return self.cost(case.spec, case.query_lens, case.kv_lens, _different(*how))
+
+    def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
+        case = OpCase("sparse_latent_attention", spec, tuple(lengths.query_lens), tuple(lengths.kv_lens))
+        keys, values = (part[:, 0] for part in self.keys(spec, given))
+        chosen = selected_keys(given["selection"], case.spans)
+        out, lse = attend_selected(given["q"], keys, values, chosen, given["softmax_scale"])
+        return {"out": out, "lse": lse}
+
+
+class StoredSparse(SparseLatentAttention, StoredAttention):
+    """The same over a cache of bytes: the truth is that of the decoded numbers."""
+
+    scalars, dtypes, cached = StoredAttention.scalars, StoredAttention.dtypes, StoredAttention.cached
+    letters = {**SparseLatentAttention.letters, "b": "token_bytes"}
+
+
+KINDS.update(
+    write_index_key=WriteIndexKey(),
+    select_latents=SelectLatents(),
+    sparse_latent_attention=SparseLatentAttention(),
+)
+KINDS["write_index_key"].stored, KINDS["select_latents"].stored = StoredIndexKey(), SelectStored()
+KINDS["sparse_latent_attention"].stored = StoredSparse()

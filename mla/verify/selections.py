@@ -1,0 +1,124 @@
+"""Whether a selection is right: causal, distinct, complete, and of keys whose true scores are high enough.
+
+Which indices are selected is never compared: scores tie, and those closer than rounding may fall any way. An
+op computes a score that is at most `b` from the true one, and takes the k largest of what it computes. So it
+takes no key whose true score is below the k-th largest of all `true - b` by more than its own `b`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from mla.verify.places import Places, describe
+
+# Of a score in fp32, relative to the sizes of what is multiplied and added up, in any order.
+NOISE = 2.0**-20
+BF16_BITS = 8  # of the significand
+SCORES_BYTES = 256 << 20  # of float64 scores that are computed at once
+
+Tensors = dict[str, torch.Tensor]
+
+
+def true_selection(
+    q: torch.Tensor,  # [T, H, D]
+    weights: torch.Tensor,  # [T, H]
+    keys: torch.Tensor,  # [K, D]
+    spans: Sequence[tuple[int, int]],  # per query: its first key, and how many it sees
+    topk: int,
+    longest: int,
+) -> Tensors:
+    """Return what judges selections, in float64.
+
+    `reach` [T, longest]: of every key that a query sees, the most that its score may be computed as; -inf
+    behind. `best` and `least` [T]: the k-th largest score, and the least that it may be computed as.
+    """
+    reach = torch.full((len(q), longest), -torch.inf, dtype=torch.float64)
+    best, least = (torch.full((len(q),), -torch.inf, dtype=torch.float64) for _ in range(2))
+    run = 0
+    while run < len(q):
+        first, seen = spans[run]
+        stop, most = run + 1, max(1, SCORES_BYTES // (8 * max(1, longest)))
+        while stop < min(len(q), run + most) and spans[stop][0] == first:
+            seen, stop = max(seen, spans[stop][1]), stop + 1
+        scores, bounds = true_scores(q[run:stop], weights[run:stop], keys[first : first + seen])
+        own = torch.tensor([span[1] for span in spans[run:stop]])
+        hidden = torch.arange(seen) >= own[:, None]
+        scores.masked_fill_(hidden, -torch.inf)
+        reach[run:stop, :seen] = scores + bounds
+        if topk <= seen:  # of fewer, all are taken
+            best[run:stop] = scores.topk(topk).values[:, -1]
+            least[run:stop] = (scores - bounds).topk(topk).values[:, -1]
+        run = stop
+    return {"reach": reach, "best": best, "least": least}
+
+
+def true_scores(
+    q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scores [t, s] of keys [s, D], and by how much fp32 may err in each; both in float64."""
+    wide, scales = keys.double(), weights.double()
+    scores = torch.zeros(len(q), len(keys), dtype=torch.float64)
+    for head in range(q.shape[1]):
+        scores += scales[:, head, None] * (q[:, head].double() @ wide.T).clamp_min(0)
+    norms, sizes, tiny = q.double().norm(dim=-1), scales.abs(), torch.finfo(q.dtype).tiny
+    flushed = tiny * math.sqrt(q.shape[2])  # what denormals that are taken for 0 may add up to
+    per_key = NOISE * (sizes * norms).sum(1) + flushed * sizes.sum(1)
+    per_key += torch.finfo(torch.float32).tiny * norms.sum(1)
+    alone = flushed * (sizes * norms).sum(1)
+    return scores, per_key[:, None] * wide.norm(dim=1) + alone[:, None] + 1e-36
+
+
+def judge_selection(
+    result: torch.Tensor, truth: Tensors, places: Places | None = None, in_bf16: bool = False
+) -> tuple[float, str]:
+    """Return the worst error over its bound of a selection [T, k] int32, and the reason if that is above 1.
+
+    `truth` is that of `true_selection`. `in_bf16`: scores may be rounded to bfloat16, so that keys within one
+    unit in its last place of the k-th score are as good. Whatever is not a matter of scores is infinite.
+    """
+    reach, best, least = truth["reach"], truth["best"], truth["least"]
+    if result.dtype != torch.int32 or result.dim() != 2 or len(result) != len(reach):
+        return math.inf, f"{result.dtype} {list(result.shape)} instead of torch.int32 [{len(reach)}, k]"
+    if not result.numel():
+        return 0.0, ""
+    chosen, seen = result.long(), (reach > -torch.inf).sum(1, keepdim=True)
+    named = torch.arange(result.shape[1]) < seen  # which entries name a key
+    inside = (chosen >= 0) & (chosen < seen)
+    for bad, what in (
+        ((~named & (chosen != -1)).any(1), "name a token, or something else than -1, behind the last"),
+        ((named & (chosen == -1)).any(1), "are not complete"),
+        ((named & ~inside).any(1), "name a token that the query does not see"),
+        (_repeats(chosen.masked_fill(~named, -1)), "name a token twice"),
+    ):
+        if bool(bad.any()):
+            return math.inf, f"{int(bad.sum())} of {len(bad)} selections {what}: {describe(bad, places)}"
+    reached = reach.gather(1, chosen.clamp(0, reach.shape[1] - 1))
+    lowest = reached.masked_fill(~named, torch.inf).amin(1)
+    bound = best - least + ((_bf16_unit(best) + _bf16_unit(lowest)) / 2 if in_bf16 else 0.0)
+    ratios = ((best - lowest + bound) / (2 * bound)).nan_to_num(nan=0.0).clamp_min(0)  # -inf: all are taken
+    index = int(ratios.argmax())
+    worst = ratios[index].item()
+    if worst <= 1:
+        return worst, ""
+    bad = ratios > 1
+    return worst, (
+        f"{int(bad.sum())} of {len(bad)} selections leave out a token that scores higher: "
+        f"{describe(bad, places, index)} takes one of {lowest[index].item():.5g}; the last of the best has "
+        f"{best[index].item():.5g}"
+    )
+
+
+def _repeats(chosen: torch.Tensor) -> torch.Tensor:
+    """Return which rows [T, k] name a token twice; -1 is none."""
+    ordered = chosen.sort(dim=1).values
+    return ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
+
+
+def _bf16_unit(scores: torch.Tensor) -> torch.Tensor:
+    """Return the distance of neighbours in bfloat16 at these scores; 0 at 0 and infinity."""
+    finite = torch.where(scores.isfinite(), scores, 0.0)
+    unit = torch.ldexp(torch.ones_like(finite), torch.frexp(finite).exponent - BF16_BITS)
+    return torch.where(finite == 0, 0.0, unit)
