@@ -27,11 +27,12 @@ from mla_backends.known import KNOWN
 from mla_backends.registry import create, probe_backend
 
 USABLE = "usable"
+NO_ANSWER = "no answer"  # of a process that hung or crashed: nothing is known of the device
 
 
 @dataclass(frozen=True)
 class Status:
-    """What is known about one backend. `state` is "usable" or the state of a `BackendError` class."""
+    """What is known of one backend. `state` is `USABLE`, `NO_ANSWER` or that of a `BackendError` class."""
 
     name: str
     state: str
@@ -79,7 +80,7 @@ def status(
         answer = ask(["-m", "mla_backends.probe", *words], fields, timeout, variables)
     except NoAnswer as none:
         hint = f"`python -X faulthandler -m mla_backends.probe {' '.join(words)}` shows where it stops"
-        answer = {"state": DeviceUnavailable.state, "reason": f"the probe {none}", "hint": hint}
+        answer = {"state": NO_ANSWER, "reason": f"the probe {none}", "hint": hint}
     return Status(name, distribution=entry.distribution, version=entry.version, **answer)
 
 

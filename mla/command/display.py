@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import textwrap
 import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
@@ -23,6 +24,8 @@ from mla.command.console import note, results_stream
 _WIDE = 10_000
 # Columns of a result that goes to a file or a pipe.
 _NARROW = 100
+# Columns that a cell needs which may take several lines.
+_TEXT = 36
 
 
 def width() -> int:
@@ -72,6 +75,35 @@ def aligned(
     wide.print(grid)
     lines = wide.file.getvalue().splitlines()  # type: ignore[attr-defined]  # a StringIO
     return "".join(f"{line.rstrip()}\n" for line in lines)
+
+
+def fitted(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    words: Iterable[str] = (),
+    *,
+    optional: Sequence[str],
+    text: str = "",
+) -> str:
+    """Return `aligned` in the width of the result, without those `optional` columns that are too wide.
+
+    They go in their order, and a last line names them. Cells titled `text` take several lines.
+    """
+    columns = dict(zip(header, zip(*rows, strict=True), strict=True))
+    widths = {title: max(map(len, (title, *cells))) for title, cells in columns.items()}
+    least = widths | ({text: min(widths[text], _TEXT)} if text else {})
+    shown, left_out = list(header), []
+    for title in optional:
+        if sum(least[name] + 2 for name in shown) - 2 > width():
+            shown.remove(title)
+            left_out.append(title)
+    if text:
+        room = max(width() - sum(widths[name] + 2 for name in shown if name != text), _TEXT)
+        columns[text] = tuple("\n".join(textwrap.wrap(cell, room)) for cell in columns[text])
+    table = aligned(shown, zip(*(columns[title] for title in shown), strict=True), words)
+    if left_out:
+        table += f"\nToo wide for {width()} columns: {', '.join(left_out)}. See --json.\n"
+    return table
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, padded: bool = False) -> str:

@@ -19,7 +19,7 @@ from mla.bench.workload.workload_file import PRESETS as SHIPPED
 from mla.bench.workload.workload_file import read_workload
 from mla.command import environment, files
 from mla.command.console import note, out
-from mla.command.display import aligned
+from mla.command.display import aligned, fitted
 from mla.command.exit_codes import Exit, end_early
 from mla.command.options import (
     FILE,
@@ -195,6 +195,14 @@ def replay(
     return Exit.WRONG
 
 
+class _Memory(click.types.StringParamType):
+    """An amount of memory, that `read_memory` reads."""
+
+    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """Return what to give where it is missing."""
+        return "Give that of one device, such as --memory 80GiB."
+
+
 @click.command("capacity", short_help="Count the tokens that several devices hold, by layout.")
 @click.option(
     "--config", metavar="NAME|PATH", default=DEFAULT_CONFIG, show_default=True, help="As for a run."
@@ -202,6 +210,7 @@ def replay(
 @click.option(
     "--memory",
     metavar="SIZE",
+    type=_Memory(),
     required=True,
     callback=parsed_by(read_memory),
     help="Memory of one device for the layers' attention, weights and cache, such as 80GiB: less what the "
@@ -371,8 +380,11 @@ _WORKLOADS = ("name", "scenarios", "config", "op", "about", "source")
 
 
 def configs_table() -> str:
-    """Return a table with one line per preset; "-" means none."""
-    return aligned(_CONFIGS, map(_row, PRESETS), words=("name", "nope/v", "rotation", "source"))
+    """Return a table with one line per preset, as wide as the result; "-" means none."""
+    return fitted(
+        *(_CONFIGS, map(_row, PRESETS), ("name", "nope/v", "rotation", "source")),
+        optional=("rotation", "source"),
+    )
 
 
 def configs() -> list[dict[str, Any]]:
@@ -398,7 +410,7 @@ def _row(name: str) -> tuple[str, ...]:
         f"{config.kv_lora_rank}+{config.qk_rope_head_dim}",
         f"{config.qk_nope_head_dim}/{config.v_head_dim}",
         _rotation(config),
-        PRESETS[name].source,
+        PRESETS[name].checkpoint,
     )
 
 
@@ -415,9 +427,10 @@ def _rotation(config: MLAConfig) -> str:
 
 
 def workloads_table() -> str:
-    """Return a table with one line per shipped workload; "-" means none."""
-    rows = ([str(value) if value else "-" for value in facts.values()] for facts in workloads())
-    return aligned(_WORKLOADS, map(tuple, rows), words=("name", "config", "op", "about", "source"))
+    """Return a table with a row per shipped workload, as wide as the result; "-" means none."""
+    rows = [[str(value) if value else "-" for value in facts.values()] for facts in workloads()]
+    words = ("name", "config", "op", "about", "source")
+    return fitted(_WORKLOADS, rows, words, optional=("source", "op", "config"), text="about")
 
 
 def workloads() -> list[dict[str, Any]]:

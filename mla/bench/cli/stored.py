@@ -96,7 +96,7 @@ def verdict(cases: Sequence[Comparison], limit: float | None, *, selected: bool 
     if wrong:
         return Exit.WRONG
     if not any(case.verdict != REFUSED for case in cases) and not doubtful:
-        note("nothing could be compared")
+        note("nothing could be compared: time the same cases in both runs, with the same options")
         return Exit.NOTHING_RAN
     if red:
         return Exit.REGRESSION

@@ -22,9 +22,9 @@ from mla.bench.doctor.worker import EXTENSIONS
 from mla.command.environment import distribution_version
 from mla.text import size
 from mla_backends.discovery import locate
-from mla_backends.errors import BackendNotInstalled, DeviceUnavailable, DuplicateBackend
+from mla_backends.errors import BackendNotInstalled, DuplicateBackend
 from mla_backends.known import GENERAL, KNOWN
-from mla_backends.probe import USABLE, NoAnswer, Status, ask, names, status
+from mla_backends.probe import NO_ANSWER, USABLE, NoAnswer, Status, ask, names, status
 
 SWITCH = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 OFF = {SWITCH: "0"}
@@ -141,7 +141,7 @@ class Diagnosis:
     """The state of one backend beyond its probe: whether the device starts, and what runs on it."""
 
     name: str
-    state: str  # "usable", or that of a `BackendError` class
+    state: str  # as `probe.Status` has it
     distribution: str | None
     version: str | None
     reason: str
@@ -207,7 +207,7 @@ def _diagnose(
     except NoAnswer as none:
         reason = f"the probe succeeds, but a process that sets up the device {none}"
         hint = f"`python -X faulthandler {' '.join(command)}` shows where it stops"
-        return _diagnosis(probed, DeviceUnavailable.state, reason, hint)
+        return _diagnosis(probed, NO_ANSWER, reason, hint)
 
 
 def _diagnosis(

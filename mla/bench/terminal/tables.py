@@ -59,7 +59,11 @@ def compare_runs(
     remarks.pop("", None)
     if len(cases) > 1 and all(case.verdict == compare.REFUSED for case in cases):
         reasons = "; ".join(f"{why} ({len(names)})" for why, names in remarks.items())
-        return "\n".join([*lines, f"none of {len(cases)} cases can be compared: {reasons}\n"]), cases
+        lines.append(f"none of {len(cases)} cases can be compared: {reasons}")
+        lines += [
+            f"{which} run: {escaped(' '.join(ran.argv))}" for which, ran in (("base", base), ("new", run))
+        ]
+        return "\n".join([*lines, ""]), cases
     text = "\n".join(lines) + "\n" + table(kind, _COMPARED, map(_compared, cases), _COMPARED)
     return text + "\n" * bool(remarks) + "".join(_remark(*remark) for remark in remarks.items()), cases
 

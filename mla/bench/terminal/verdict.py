@@ -101,15 +101,15 @@ def _median(case: Case) -> float:
 
 
 def verdicts(run: Run) -> list[Verdict]:
-    """Return a verdict per scenario, and one for all points of a sweep, in the order of the run."""
+    """Return a verdict per scenario, and one for several points of a sweep, in the order of the run."""
     groups: dict[tuple[str, bool], dict[str, list[Case]]] = {}
     for case in run.cases:
         place = (case.base, True) if case.point else (case.scenario, False)
         groups.setdefault(place, {}).setdefault(case.scenario, []).append(case)
     return [
         _of_sweep(where, [contest(cases) for cases in scenarios.values()])
-        if is_sweep
-        else of_scenario(where, scenarios[where])
+        if is_sweep and len(scenarios) > 1
+        else of_scenario(*next(iter(scenarios.items())))
         for (where, is_sweep), scenarios in groups.items()
     ]
 
@@ -185,8 +185,9 @@ def _of_sweep(where: str, contests: Sequence[Contest]) -> Verdict:
         parts = [f"only {only.pop()} has numbers"]
     order: tuple[Outcome, ...] = ("doubt", "won", "open", "alone", "none")
     overall = next(outcome for outcome in order if outcomes[outcome])
-    points = f"{where} ({len(contests)} point{'s' * (len(contests) > 1)})"
-    return Verdict(points, overall, "; ".join([", ".join(parts), *_ranges(contests)]), True)
+    return Verdict(
+        f"{where} ({len(contests)} points)", overall, "; ".join([", ".join(parts), *_ranges(contests)]), True
+    )
 
 
 def _ranges(contests: Sequence[Contest]) -> Iterator[str]:

@@ -36,10 +36,10 @@ def test_no_backend_can_spoil_the_report_on_the_others(python: Python) -> None:
     seconds, found = json.loads(python(ALL.format(timeout=6), *fakes))
     assert [(status["name"], status["state"]) for status in found] == [
         ("fake-broken-import", "import failed"),
-        ("fake-crash", "no device"),
+        ("fake-crash", "no answer"),
         ("fake-good", "usable"),
-        ("fake-hang", "no device"),
-        ("fake-hang-too", "no device"),
+        ("fake-hang", "no answer"),
+        ("fake-hang-too", "no answer"),
         ("fake-no-device", "no device"),
         ("fake-twin", "duplicate"),
         ("cpu", "not installed"),
@@ -95,7 +95,7 @@ def test_what_a_plugin_prints_does_not_hide_the_answer(python: Python, tmp_path:
 def test_a_child_that_leaves_without_an_answer_is_reported(python: Python, tmp_path: Path) -> None:
     (tmp_path / "local_code.py").write_text("import os\nos._exit(7)\n")
     found = one(python, "local_code:it")
-    assert found["state"] == "no device"
+    assert found["state"] == "no answer"
     assert found["reason"] == "the probe exited with status 7 without an answer"
     assert "python -X faulthandler -m mla_backends.probe local_code:it" in found["hint"]
 

@@ -65,7 +65,7 @@ def test_list_shows_every_state_on_one_line_each(isolated: Bench) -> None:
         "no device",
         "mla-backend-fake-no-device 1.0: no card on the bus; plug one in",
     )
-    assert states["fake-crash"][0] == "no device"
+    assert states["fake-crash"][0] == "no answer"
     assert states["fake-crash"][1].startswith("mla-backend-fake-crash 1.0: ")
     assert states["fake-twin"][0] == "duplicate"
     assert states["fake-twin"][1].startswith("offered by 2 distributions")

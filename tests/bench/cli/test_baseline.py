@@ -15,6 +15,7 @@ from mla.bench.run import scheduler
 
 Bench = Callable[..., Any]
 
+NOTHING_IN_COMMON = "nothing could be compared: time the same cases in both runs, with the same options"
 GATE = ("--baseline", "base.json", "--fail-slower", "3%")
 
 
@@ -61,7 +62,7 @@ def test_a_gate_that_compares_nothing_is_no_pass(run: Bench) -> None:
     done = run("2", *GATE, "-a", "kv=1")
     assert done.code == 5
     assert "missing from the base run" in done.out
-    assert done.error == "nothing could be compared"
+    assert done.error == NOTHING_IN_COMMON
 
 
 def test_a_case_that_the_run_did_not_bring_closes_the_gate_unless_it_was_not_asked_for(run: Bench) -> None:
@@ -99,11 +100,13 @@ def test_a_run_and_itself_or_its_copy_need_no_comparison(run: Bench, bench: Benc
 def test_files_of_other_cases_are_refused_in_one_sentence(run: Bench, bench: Bench) -> None:
     run("2", "-o", "other.json", "--scenario", "decode", "-a", "kv=1,2,3")
     done = bench("compare", "base.json", "other.json")
-    assert (done.code, done.error) == (5, "nothing could be compared")
-    assert done.out.splitlines()[1:] == [
-        "",
-        "none of 5 cases can be compared: missing from the base run (3); missing from the new run (2)",
-    ]
+    assert (done.code, done.error) == (5, NOTHING_IN_COMMON)
+    _, _, why, base, new = done.out.splitlines()
+    assert (
+        why == "none of 5 cases can be compared: missing from the base run (3); missing from the new run (2)"
+    )
+    assert base.startswith("base run: python -m mla.bench ")
+    assert new.startswith("new run: python -m mla.bench ")
 
 
 def test_a_remark_about_many_cases_is_one_line(run: Bench, bench: Bench) -> None:

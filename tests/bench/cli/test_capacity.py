@@ -29,7 +29,7 @@ def test_the_command_shows_the_layout_that_was_asked_for_first(bench: Bench) -> 
     [
         (("--memory", "8"), "'8' is not a valid amount of memory, such as 80GiB or 64GB"),
         (("--memory", "0GiB"), "'0GiB' is not a valid amount of memory"),
-        ((), "Missing option '--memory'"),
+        ((), "Missing option '--memory'. Give that of one device, such as --memory 80GiB."),
         (("--memory", "8GB", "--parallel", "tp=3"), "splits heads over 3 ranks"),
         (("--memory", "8GB", "--parallel", "tp"), "a layout is written as in 'tp=2,dcp=2'"),
         (("--memory", "8GB", "--config", "none"), "unknown config 'none'"),

@@ -112,7 +112,7 @@ def test_every_backend_gets_a_block_and_one_that_works_suffices(isolated: Bench)
         "evidence cards: 0",
         "fix plug one in",
     ]
-    crash = found["fake-crash: no device (mla-backend-fake-crash 1.0)"]
+    crash = found["fake-crash: no answer (mla-backend-fake-crash 1.0)"]
     assert crash[0] == "reason the probe died with signal SIGABRT"
     twin = found["fake-twin: duplicate"]
     assert twin[1].startswith("fix uninstall one of them: `pip uninstall mla-backend-fake-duplicate-a` or ")
@@ -231,7 +231,7 @@ def test_what_triton_lacks_is_a_line_with_its_cure(
     [
         (
             {"setup": "os.abort()"},
-            "no device",
+            "no answer",
             "the probe succeeds, but a process that sets up the device died with signal SIGABRT",
             "`python -X faulthandler -m mla.bench.doctor.worker backend loose:Loose` shows where it stops",
         ),

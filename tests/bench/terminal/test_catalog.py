@@ -6,26 +6,53 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from mla import MLAConfig
 from mla.config.presets import PRESETS
 
 Bench = Callable[..., Any]
 
 
-def test_the_table_has_a_line_per_preset_and_ends_with_its_source(bench: Bench) -> None:
+COLUMNS = ["name", "hidden", "heads", "q_lora", "latent", "nope/v", "rotation", "source"]
+
+
+def test_the_table_has_a_line_per_preset_and_ends_with_its_source(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     done = bench("list", "--configs")
     assert (done.code, done.err) == (0, "")
     header, *lines = done.out.splitlines()
-    assert header.split() == ["name", "hidden", "heads", "q_lora", "latent", "nope/v", "rotation", "source"]
+    assert header.split() == COLUMNS
     assert [line.split()[0] for line in lines] == list(PRESETS)
     for line, preset in zip(lines, PRESETS.values(), strict=True):
-        assert line.endswith("  " + preset.source)
-        assert line.index(preset.source) == header.index("source")
-    rows = {line.split()[0]: line.split("  https:")[0].split() for line in lines}
+        assert line.index("  " + preset.checkpoint) == header.index("  source")
+        assert line.endswith(preset.checkpoint)
+    rows = {line.split()[0]: line[: header.index("source")].split() for line in lines}
     assert " ".join(rows["deepseek-v2-lite"][1:]) == "2048 16 - 512+64 128/128 theta 10000 yarn 40"
     assert " ".join(rows["minicpm3-4b"][1:]) == "2560 40 768 256+32 64/64 half-split theta 10000 longrope"
     assert rows["longcat-flash"][-2:] == ["theta", "10000000"]
     assert rows["kimi-linear-48b"][-1] == "none"
+
+
+@pytest.mark.parametrize(
+    ("option", "wide", "shown", "left_out"),
+    [
+        ("--configs", 100, [*COLUMNS[:6], "source"], "rotation"),
+        ("--configs", 80, COLUMNS[:6], "rotation, source"),
+        ("--workloads", 100, ["name", "scenarios", "config", "about"], "source, op"),
+        ("--workloads", 80, ["name", "scenarios", "about"], "source, op, config"),
+    ],
+)
+def test_a_list_fits_the_width_and_says_what_it_leaves_out(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, option: str, wide: int, shown: list[str], left_out: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(wide))
+    *table, _, last = bench("list", option).out.splitlines()
+    assert last == f"Too wide for {wide} columns: {left_out}. See --json."
+    assert table[0].split() == shown
+    assert max(map(len, table)) <= wide
 
 
 def test_json_holds_whole_configs_for_machines(bench: Bench) -> None:

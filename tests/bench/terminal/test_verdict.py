@@ -143,6 +143,13 @@ def test_a_sweep_of_one_implementation_has_no_winner(said: Any, case: Make) -> N
     assert said(*points) == ["s (2 points): only a has numbers"]
 
 
+def test_a_sweep_of_one_point_is_a_scenario(said: Any, case: Make) -> None:
+    point = {"scenario": "s kv=1", "base": "s", "point": {"kv": 1}, "roofline": LIMIT}
+    cases = [timed(case, "a", 1, 1.1, **point), timed(case, "b", 2, 2.2, **point)]
+    (text,) = said(*cases)
+    assert text.startswith("s kv=1: a is 2.0x as fast as b")
+
+
 def test_nothing_to_divide_by_is_no_speed(case: Make) -> None:
     assert compare_implementations(timed(case, "b", 1, 2), timed(case, "a", 0, 0)).speedup is None
     found = compare_implementations(timed(case, "b", 1, 2), timed(case, "a", 0, 2))
