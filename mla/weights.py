@@ -9,6 +9,8 @@ import torch
 from mla.config import MLAConfig
 
 SINKS = "sinks"  # logits, in fp32 whatever the dtype of a layer
+INDEX_WEIGHTS = "indexer.weights_proj.weight"  # computes in fp32 whatever the dtype of a layer
+FP32 = (SINKS, INDEX_WEIGHTS)
 
 
 def weight_shapes(config: MLAConfig) -> dict[str, tuple[int, ...]]:
@@ -31,6 +33,12 @@ def weight_shapes(config: MLAConfig) -> dict[str, tuple[int, ...]]:
     shapes["o_proj.weight"] = (d, h * config.v_head_dim)
     if config.sink_logits:
         shapes[SINKS] = (h,)
+    if config.index_n_heads and rank is not None:
+        heads, width = config.index_n_heads, config.index_head_dim
+        shapes["indexer.wq_b.weight"] = (heads * width, rank)
+        shapes["indexer.wk.weight"] = (width, d)
+        shapes["indexer.k_norm.weight"] = shapes["indexer.k_norm.bias"] = (width,)
+        shapes[INDEX_WEIGHTS] = (heads, d)
     if config.attention_bias:  # q_proj, q_b_proj and kv_b_proj never have one
         biased = ("kv_a_proj_with_mqa", "o_proj", *(("q_a_proj",) if rank is not None else ()))
         shapes.update({f"{name}.bias": (shapes[f"{name}.weight"][0],) for name in biased})
@@ -49,7 +57,8 @@ def random_state_dict(
         name: _random(shape, generator, dtype, middle=float(not name.endswith(".bias")))
         for name, shape in weight_shapes(config).items()
     }
-    return state | ({SINKS: state[SINKS].float() + 2} if config.sink_logits else {})
+    wide = {name: state[name].float() for name in FP32 if name in state}
+    return state | wide | ({SINKS: wide[SINKS] + 2} if config.sink_logits else {})
 
 
 def _random(

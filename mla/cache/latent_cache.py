@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mla.cache.formats import codec_of, stored_format
+from mla.cache.index_formats import index_codec, index_keys
 from mla.cache.ragged_batch import (
     BatchMemory,
     RaggedBatch,
@@ -42,6 +43,21 @@ def check_history(config: MLAConfig, kv: Any, pe: Any) -> int:
     return len(kv)
 
 
+def check_index(config: MLAConfig, index: Any, count: int, indexed: bool) -> None:
+    """Raise ValueError unless these are index keys [count, D] of an `indexed` layer, and None of others."""
+    if not indexed:
+        if index is not None:
+            raise ValueError("load() got index keys of a layer without an indexer: leave index= out.")
+        return
+    shape = (count, config.index_head_dim)
+    if not isinstance(index, torch.Tensor) or index.shape != shape or not index.is_floating_point():
+        got = list(index.shape) if isinstance(index, torch.Tensor) else f"a {type(index).__name__}"
+        raise ValueError(
+            f"this layer has an indexer: load() takes index [s, {shape[1]}], its keys of {count} tokens, got "
+            f"{got}."
+        )
+
+
 @dataclass(slots=True)
 class _Sequence:
     row: int  # of the block table
@@ -51,6 +67,10 @@ class _Sequence:
 
 class LatentCache:
     """`pages` [layers, pages, page_size, c + r], zero where nothing was written.
+
+    `index_pages` [layers with an indexer, pages, page_size, D] hold their index keys under the same block
+    table; `of_layer` finds a layer's among them. With an `index_format` of `mla.cache.index_formats` they are
+    [.., D + 4] uint8, split within a page.
 
     With a `cache_format` (a name of `mla.cache.formats.FORMATS`) other than numbers of `dtype`, `pages` are
     [layers, pages, page_size, bytes of a token] uint8. Bytes are copied, and never encoded again.
@@ -68,6 +88,7 @@ class LatentCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
         cache_format: str | None = None,
+        index_format: str | None = None,
         shuffle: int | None = None,
     ) -> None:
         require_config(config)
@@ -84,8 +105,15 @@ class LatentCache:
         self._codec = codec_of(self.cache_format, config.kv_lora_rank, config.qk_rope_head_dim)
         width, held = (self._codec.token_bytes, torch.uint8) if self._codec else (config.latent_dim, dtype)
         shape = (num_layers, self.num_pages, page_size, width)
+        self.index_layers, self.index_format = config.index_layers(num_layers), index_format or ""
+        self._index_codec = codec = index_codec(self.index_format, config.index_head_dim)
+        index_width, index_held = (
+            (codec.token_bytes, torch.uint8) if codec else (config.index_head_dim, dtype)
+        )
+        index_shape = (len(self.index_layers), self.num_pages, page_size, index_width)
         with torch.inference_mode(False):  # a tensor made in that mode cannot be written outside it
             self.pages = plain(torch.zeros(shape, dtype=held, device=device))
+            self.index_pages = plain(torch.zeros(index_shape, dtype=index_held, device=device))
             self._tables = torch.zeros(0, 1, dtype=torch.int32, device="cpu")  # [rows, pages]
         self.generation = 0
         self._free = list(range(self.num_pages - 1, -1, -1))
@@ -113,6 +141,12 @@ class LatentCache:
             raise RuntimeError(f"this cache holds bytes of {self.cache_format}: read() decodes them.")
         return self.pages
 
+    def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return a layer's pages and its index pages, None where it has no indexer."""
+        if layer not in self.index_layers:
+            return self.pages[layer], None
+        return self.pages[layer], self.index_pages[self.index_layers.index(layer)]
+
     @property
     def free_pages(self) -> int:
         """Pages no sequence owns."""
@@ -127,6 +161,8 @@ class LatentCache:
         """Return the shape, dtype or format, and device of `pages`, and how full they are."""
         tokens = sum(entry.length for entry in self._sequences.values())
         held = self.cache_format or self.pages.dtype
+        indexed = f" + {self.index_pages.shape[-1]} of {len(self.index_layers)} indexers"
+        held = f"{held}{indexed if self.index_layers else ''}"
         return (
             f"{type(self).__name__}(pages={list(self.pages.shape)} {held} on {self.pages.device}, "
             f"sequences={len(self._sequences)}, tokens={tokens}, free_pages={self.free_pages})"
@@ -310,7 +346,9 @@ class LatentCache:
         keep = -(-length // self.page_size)
         dropped = entry.pages[keep:]
         if dropped:
-            self.pages[:, plain(torch.tensor(dropped, device=self.pages.device))] = 0
+            freed = plain(torch.tensor(dropped, device=self.pages.device))
+            self.pages[:, freed] = 0
+            self.index_pages[:, freed] = 0
             self._last_tables.clear()
         del entry.pages[keep:]
         entry.length = length
@@ -330,8 +368,18 @@ class LatentCache:
             self.truncate(sequence, 0)
             self._free_rows.append(self._sequences.pop(sequence).row)
 
-    def load(self, sequence: int, kv: torch.Tensor, pe: torch.Tensor, layer: int = 0) -> None:
+    def load(
+        self,
+        sequence: int,
+        kv: torch.Tensor,
+        pe: torch.Tensor,
+        layer: int = 0,
+        *,
+        index: torch.Tensor | None = None,
+    ) -> None:
         """Store history: kv [s, c] already normed, pe [s, r] already rotated.
+
+        Of a layer with an indexer, `index` [s, D] are its keys, normed and rotated.
 
         An empty sequence grows to s tokens; a sequence of s tokens (another layer was loaded first) is
         overwritten. Raises `CacheFull`, or ValueError when the sequence has another length or a tensor does
@@ -341,13 +389,38 @@ class LatentCache:
         sequence, layer = whole_numbers("a sequence and its layer", (sequence, layer))
         if not 0 <= layer < self.pages.shape[0]:
             raise ValueError(f"this cache has {self.pages.shape[0]} layers, so there is no layer {layer}.")
+        check_index(self.config, index, count, layer in self.index_layers)
         kept = [x.detach().to(self.pages.device, self.dtype) for x in (kv, pe)]
         rows = plain(self.encoded(*kept))
         if count and self.length(sequence) == 0:
             self.extend([sequence], [count])
         if self.length(sequence) != count:
             raise ValueError(f"load() got {count} tokens for a sequence of {self.length(sequence)}.")
-        self._flat(layer).index_copy_(0, self.slots(sequence), rows)
+        slots = self.slots(sequence)
+        self._flat(layer).index_copy_(0, slots, rows)
+        if index is not None:
+            self.write_index(layer, slots, index.detach().to(slots.device, self.dtype))
+
+    def write_index(self, layer: int, slots: torch.Tensor, index: torch.Tensor) -> None:
+        """Write index keys [s, D] in `dtype` to slots [s] int64 of a layer that has an indexer."""
+        pages = self.index_pages[self.index_layers.index(layer)]
+        if self._index_codec is None:
+            pages.flatten(0, 1).index_copy_(0, slots, index)
+        else:
+            self._index_codec.write(pages, slots, index)
+
+    def read_index(self, sequence: int, layer: int = 0) -> torch.Tensor | None:
+        """Return a copy of a sequence's index keys [s, D], None where the layer has no indexer.
+
+        They are float32 where the cache has an `index_format`.
+        """
+        pages = self.of_layer(layer)[1]
+        if pages is None:
+            return None
+        owned = host_ints(self._get(sequence).pages).to(pages.device)
+        kept = pages.index_select(0, owned)
+        keys = kept if self._index_codec is None else index_keys(kept, self._index_codec)
+        return keys.flatten(0, 1)[: self.length(sequence)].clone()
 
     def encoded(self, kv: torch.Tensor, pe: torch.Tensor) -> torch.Tensor:
         """Return rows of `pages` for kv [s, c] and pe [s, r] in `dtype`."""

@@ -86,8 +86,8 @@ def _hugging_face(name: str) -> str:
     """Translate DeepSeek's own name of a weight or of its scale; keep other names."""
     head, _, tail = name.partition(".")
     head = _OWN.get(head, head)
-    if head in KNOWN and tail == "scale":
-        tail = "weight_scale_inv"
+    if (head in KNOWN and tail == "scale") or (head == "indexer" and tail.endswith(".scale")):
+        tail = f"{tail.removesuffix('scale')}weight_scale_inv"
     return f"{head}.{tail}" if tail else head
 
 
@@ -198,7 +198,7 @@ def _listed(layers: Iterable[int | None]) -> str:
 Keys = dict[str, list[tuple[str, str]]]  # Hugging Face name -> (file name, tensor name)
 
 # Tensors of an attention that are not weights: tables every implementation computes.
-_IGNORED = "rotary_emb."
+_TABLES = "rotary_emb."
 _SCALE = "_scale_inv"
 # Why a tensor of the layer may not be ignored, by the start or the end of its name.
 _REASONS = (
@@ -237,20 +237,27 @@ def read_layer(
     """
     stored = Folder(folder)
     facts = read_facts(stored)
-    keys = _find(stored, layer, facts)
+    location, keys = _find(stored, layer, facts)
+    number = location.layer if layer is None else _parse(layer, str(folder))[0]
+    config = config.of_layer(number or 0)
     shapes = weight_shapes(config)
-    _check_names(stored, keys, shapes)
+    _check_names(stored, keys, shapes, _ignored(config))
     wanted = [name for weight in shapes for name in (weight, weight + _SCALE) if name in keys]
     tensors = _headers(stored, {name: keys[name][0] for name in wanted})
     weights = {
         name: _weight(tensors[name], tensors.get(name + _SCALE), shape, facts)
         for name, shape in shapes.items()
     }
-    return StoredLayer(weights, dtype, progress)
+    return StoredLayer(weights, config, dtype, progress)
 
 
-def _find(folder: Folder, layer: Wanted, facts: Facts) -> Keys:
-    """Return the tensors of the chosen layer's attention."""
+def _ignored(config: MLAConfig) -> tuple[str, ...]:
+    """Return how names of tensors begin that may be there: converters give shared layers an indexer, too."""
+    return (_TABLES, "indexer.") if config.index_topk and not config.index_n_heads else (_TABLES,)
+
+
+def _find(folder: Folder, layer: Wanted, facts: Facts) -> tuple[Location, Keys]:
+    """Return where the chosen layer's attention is, and its tensors."""
     locations: dict[Location, Keys] = {}
     for file, key in folder.tensors():
         located = locate(key)
@@ -263,15 +270,16 @@ def _find(folder: Folder, layer: Wanted, facts: Facts) -> Keys:
             f"checkpoint '{folder.path}' holds no MLA attention weights, such as "
             "'model.layers.0.self_attn.kv_a_proj_with_mqa.weight'."
         )
-    return locations[choose(served, layer, facts, str(folder.path))]
+    chosen = choose(served, layer, facts, str(folder.path))
+    return chosen, locations[chosen]
 
 
-def _check_names(folder: Folder, keys: Keys, shapes: Mapping[str, object]) -> None:
+def _check_names(folder: Folder, keys: Keys, shapes: Mapping[str, object], ignored: tuple[str, ...]) -> None:
     """Refuse tensors that are duplicated, foreign to this layer, or missing."""
     for name, entries in keys.items():
         if len(entries) > 1:
             raise CheckpointError(f"checkpoint '{folder.path}' holds '{name}' twice: {_twice(*entries[:2])}.")
-        if name not in shapes and name.removesuffix(_SCALE) not in shapes and not name.startswith(_IGNORED):
+        if name not in shapes and name.removesuffix(_SCALE) not in shapes and not name.startswith(ignored):
             file, key = entries[0]
             raise CheckpointError(f"tensor {quoted(key)} in '{folder.path / file}' {_unexpected(name)}.")
     for name in shapes:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from mla.checkpoint.folder import CheckpointError, StoredTensor
+from mla.config import MLAConfig
 
 ReadProgress = Callable[[int, int], object]  # bytes read, bytes of all
 
@@ -137,10 +138,12 @@ class StoredLayer(LazyState):
     def __init__(
         self,
         weights: Mapping[str, StoredWeight],
+        config: MLAConfig,
         dtype: torch.dtype | None = None,
         progress: ReadProgress | None = None,
     ) -> None:
         self._weights, self._dtype, self._progress = weights, dtype, progress
+        self.config = config  # of this layer among those of its model
         self._unread = set(weights)
         self._done = 0
         self.nbytes = sum(weight.nbytes for weight in weights.values())  # in the files

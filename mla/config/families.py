@@ -31,6 +31,7 @@ class Family:
     rotates: bool = True
     scales_queries: bool = False  # by position, see QueryScaling
     rotary_share_of_head: bool = False  # partial_rotary_factor is a part of n + r, not of r
+    indexes: bool = False  # an indexer picks the keys that queries see; its keys are fields of `MLAConfig`
 
 
 # The two latent norms of every class pass no eps, so it is 1e-6 even where config.json says 1e-5.
@@ -38,9 +39,57 @@ _EPS = {"rms_norm_eps": 1e-6}
 _DIMS = {"q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 _INTERLEAVED = {**_EPS, "rope_interleave": True}
 
+
+def _indexer_types(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return which layers are "full", with an indexer, or "shared", by the last full one's selection.
+
+    () means that all are full. As GlmMoeDsaConfig of `transformers`, vLLM and SGLang read these keys.
+    """
+    pattern, every = values.get("index_topk_pattern"), values.get("index_topk_freq")
+    if pattern is not None:
+        return tuple({"F": "full", "S": "shared"}.get(kind, kind) for kind in pattern)
+    count, offset = values.get("num_hidden_layers"), values.get("index_skip_topk_offset", 2)
+    if not isinstance(every, int) or every < 2:
+        return ()
+    if not isinstance(count, int) or not isinstance(offset, int):
+        raise ConfigError(
+            "index_topk_freq needs a whole number num_hidden_layers, and index_skip_topk_offset."
+        )
+    return tuple("shared" if max(i - offset + 1, 0) % every else "full" for i in range(count))
+
+
+def _sparse(interleaved: bool) -> dict[str, Any]:
+    """Return what families with an indexer have in common, as arguments of `Family`."""
+    return {
+        "derived": {"indexer_types": _indexer_types},
+        "fixed": {**_INTERLEAVED, "indexer_rope_interleave": interleaved},
+        "demands": {"indexer_rope_interleave": interleaved},  # its classes know one layout, and ask no key
+        "needs": frozenset({"q_lora_rank", "index_topk", "index_n_heads"}),
+        "ignores": frozenset(INDEXER_KEYS),
+        "indexes": True,
+    }
+
+
+INDEXER_KEYS = ("index_topk", "index_n_heads", "index_head_dim", "indexer_types")
+_INDEXED = {**_DIMS, "index_topk": 2048, "index_head_dim": 128}
+
 FAMILIES: Mapping[str, Family] = {
     "deepseek_v2": Family("DeepseekV2ForCausalLM", defaults=_DIMS, fixed=_INTERLEAVED),
     "deepseek_v3": Family("DeepseekV3ForCausalLM", defaults=_DIMS, fixed=_EPS),
+    "deepseek_v32": Family(
+        "DeepseekV32ForCausalLM", defaults={**_INDEXED, "index_n_heads": 64}, **_sparse(interleaved=False)
+    ),
+    "glm_moe_dsa": Family(  # GLM-5 and later
+        "GlmMoeDsaForCausalLM",
+        defaults={
+            **_INDEXED,
+            "q_lora_rank": 2048,
+            "qk_nope_head_dim": 192,
+            "v_head_dim": 256,
+            "index_n_heads": 32,
+        },
+        **_sparse(interleaved=True),
+    ),
     "glm4_moe_lite": Family(
         "Glm4MoeLiteForCausalLM",
         defaults={"q_lora_rank": 768, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "v_head_dim": 256},
@@ -134,12 +183,11 @@ _INDEXER = "an indexer picks which keys a query sees"
 
 # Families that are refused, and why. So are their parts (`<name>_text`).
 REFUSED: Mapping[str, str] = {
-    "deepseek_v32": _INDEXER,
-    "glm_moe_dsa": f"{_INDEXER}, and some layers reuse another's choice",
-    "glm5_next": _INDEXER,
-    "mistral_large4": f"it learns its rotary frequencies, layers share caches, and {_INDEXER}",
-    "axk2": f"its output gate reads the query latent, and {_INDEXER}",
-    **dict.fromkeys(("hy_v4", "hy_v4_vl"), _INDEXER),
+    "glm5_next": "its indexer scores pools of tokens",
+    "mistral_large4": "it learns its rotary frequencies, and layers share caches",
+    "axk2": "its output gate reads the query latent",
+    **dict.fromkeys(("hy_v4", "hy_v4_vl"), "its indexer rotates the last channels of a key, not the first"),
+    **dict.fromkeys(("minimax_m3", "minimax_m3_vl"), "its indexer picks grouped keys and values: no latent"),
     "dots3_note": "its layers differ in dimensions and windows, and it norms the rotary key",
     "gigachat3_5": "gates multiply its latent norms",
     **dict.fromkeys(("deepseek_v4", "deepseek_v41"), "it has one shared key and value head and no latent"),
@@ -147,15 +195,15 @@ REFUSED: Mapping[str, str] = {
     # Architectures that share their model type with another attention, or that have none.
     "BailingMoeV2_5ForCausalLM": "it is Ling 2.5, and its model type is read as Ling 3",
     "GigaChat35ForCausalLM": "gates multiply its latent norms",
-    "LongcatCausalLM": _INDEXER,
+    "LongcatCausalLM": "its indexer always picks the first and the last tokens as well",
 }
 
 # Models that are released under a name unlike their family's.
-_RELEASED_AS: Mapping[str, str] = {"glm5": "glm_moe_dsa"}
+_RELEASED_AS: Mapping[str, str] = {"glm53flash": "glm5_next", "longcat2": "LongcatCausalLM"}
 
 # Keys that mean a different attention when set, and what they mean. Refused in every family.
 CHANGES: Mapping[str, str] = {
-    **dict.fromkeys(("index_topk", "index_n_heads", "index_head_dim", "indexer_types"), _INDEXER),
+    **dict.fromkeys(INDEXER_KEYS, _INDEXER),
     **dict.fromkeys(("sliding_window", "sliding_window_size"), "queries see a window of keys only"),
     **dict.fromkeys(("use_nsa", "sparse_attention_config"), "queries see some keys only"),
     **dict.fromkeys(("attention_sinks", "use_attention_sinks"), "attention has sinks of unknown kind"),

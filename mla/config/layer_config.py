@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mla.config.families import (
+    INDEXER_KEYS,
     Family,
     check_keys,
     find_family,
@@ -281,6 +282,11 @@ class MLAConfig:
     query_scaling: QueryScaling | None = None  # of queries by position
     output_gate: str | None = None  # sigmoid(g_proj x) on the heads' outputs, one per "head" or "element"
     sink_logits: bool = False  # a learned logit per head joins the softmax, of no key and value
+    index_topk: int = 0  # most keys that a query attends, as an indexer scores them; 0: all
+    index_n_heads: int = 0  # of the indexer; 0 with index_topk: a layer that shares another's selection
+    index_head_dim: int = 128  # of the indexer, whose first r channels rotate
+    indexer_rope_interleave: bool = False  # as rope_interleave, of the indexer's queries and keys
+    indexer_types: tuple[str, ...] = ()  # of a model's layers: "full" or "shared"; (): all have an indexer
     model_type: str | None = None  # the family it was read as; computes nothing
     name: str = "custom"
 
@@ -309,6 +315,34 @@ class MLAConfig:
             raise self._error("rope_theta must not be 1 under YaRN")
         if self.q_lora_rank is None and self.q_latent_scale != 1:
             raise self._error("q_latent_scale needs a q_lora_rank: without one, queries have no latent")
+        self._check_indexer()
+
+    def _check_indexer(self) -> None:
+        if isinstance(self.indexer_types, (list, tuple)):
+            object.__setattr__(self, "indexer_types", tuple(self.indexer_types))  # a config.json has a list
+        for key in ("index_topk", "index_n_heads", "index_head_dim"):
+            value = getattr(self, key)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
+                raise self._error(f"{key} must be an integer of at least 0, got {quoted(value)}")
+        if not isinstance(self.indexer_rope_interleave, bool):
+            got = quoted(self.indexer_rope_interleave)
+            raise self._error(f"indexer_rope_interleave must be true or false, got {got}")
+        kinds = self.indexer_types
+        if not isinstance(kinds, tuple) or not {*map(repr, kinds)} <= {"'full'", "'shared'"}:
+            raise self._error(f"indexer_types must list 'full' and 'shared', got {quoted(kinds)}")
+        if kinds and kinds[0] != "full":
+            raise self._error("indexer_types must begin with 'full': no layer is before it to share with")
+        if not self.index_n_heads:
+            return
+        if not self.index_topk:
+            raise self._error("index_n_heads needs a positive index_topk")
+        if self.q_lora_rank is None:
+            raise self._error("index_n_heads needs a q_lora_rank: an indexer reads the query latent")
+        if self.index_head_dim < max(1, self.qk_rope_head_dim):
+            raise self._error(
+                f"index_head_dim must be at least qk_rope_head_dim, {self.qk_rope_head_dim}, got "
+                f"{self.index_head_dim}"
+            )
 
     def __repr__(self) -> str:
         """Return the name, all dimensions, and every other field that has no default value."""
@@ -317,7 +351,10 @@ class MLAConfig:
             value = getattr(self, field.name)
             if field.name not in (*DIMENSIONS, "name") and value != field.default:
                 scaling = isinstance(value, (YarnScaling, LongRopeScaling, QueryScaling))
-                shown.append(f"{field.name}={f'{type(value).__name__}(...)' if scaling else repr(value)}")
+                text = f"{type(value).__name__}(...)" if scaling else repr(value)
+                if field.name == "indexer_types":
+                    text = f"({value.count('full')} of {len(value)} full)"
+                shown.append(f"{field.name}={text}")
         return f"MLAConfig({self.name!r}, {', '.join(shown)})"
 
     def _error(self, what: str) -> ConfigError:
@@ -341,13 +378,33 @@ class MLAConfig:
 
     @property
     def is_odd(self) -> bool:
-        """Whether negated inputs over a negated cache negate the output; biases and gates prevent that."""
-        return not self.attention_bias and self.output_gate is None
+        """Whether negated inputs over a negated cache negate the output.
+
+        Biases, gates and selections prevent that.
+        """
+        return not self.attention_bias and self.output_gate is None and not self.index_topk
 
     @property
     def is_ops_alone(self) -> bool:
-        """Whether a layer computes nothing beside its ops, as gates and sinks are."""
-        return self.output_gate is None and not self.sink_logits
+        """Whether a layer computes nothing beside its ops, as gates, sinks and an indexer's scales are."""
+        return self.output_gate is None and not self.sink_logits and not self.index_topk
+
+    @property
+    def index_scale(self) -> float:
+        """(heads * head_dim)^-0.5 of the indexer: all factors on its scores, which its weights carry."""
+        return float((self.index_n_heads * self.index_head_dim) ** -0.5)
+
+    def index_layers(self, count: int) -> tuple[int, ...]:
+        """Return the numbers of those of a model's first `count` layers that have an indexer."""
+        if not self.index_n_heads:
+            return ()
+        kinds = self.indexer_types + ("full",) * (count - len(self.indexer_types))  # drafts have their own
+        return tuple(layer for layer in range(count) if kinds[layer] == "full")
+
+    def of_layer(self, number: int) -> MLAConfig:
+        """Return the config of one of a model's layers: without index heads where it shares a selection."""
+        shares = "shared" in self.indexer_types[number : number + 1]
+        return replace(self, indexer_types=(), index_n_heads=0 if shares else self.index_n_heads)
 
     @property
     def softmax_scale(self) -> float:
@@ -456,6 +513,7 @@ def require_config(config: Any) -> None:
 def _plain(cls: type[MLAConfig], family: Family, values: Mapping[str, Any], **names: Any) -> MLAConfig:
     """Return the config without its rotary keys: given values, then derived ones, then fixed ones."""
     known = {field.name for field in fields(cls)} - _READ_APART
+    known -= set() if family.indexes else {*INDEXER_KEYS, "indexer_rope_interleave"}
     absent = {key for key in family.derived if values.get(key) is None}
     config = cls(**{key: value for key, value in values.items() if key in known - absent}, **names)
     derived = {key: family.derived[key]({**values, **vars(config)}) for key in absent}

@@ -82,6 +82,11 @@ PRESETS: dict[str, Preset] = {
         _V3,
         f"{_GITHUB}deepseek-ai/DeepSeek-R1/blob/main/README.md (section 3: DeepSeek-V3's architecture)",
     ),
+    "deepseek-v3.2": Preset(
+        "deepseek-ai/DeepSeek-V3.2",
+        {**_V3, "model_type": "deepseek_v32", "index_topk": 2048, "index_n_heads": 64, "index_head_dim": 128},
+        f"{_GITHUB}deepseek-ai/DeepSeek-V3.2-Exp/blob/3b99a53/inference/config_671B_v3.2.json",
+    ),
     "kimi-k2": Preset(
         "moonshotai/Kimi-K2-Instruct",
         _layer("kimi_k2", 7168, 64, 1536, rope_theta=50000.0, rope_scaling=_yarn(32.0, 1.0, beta_fast=1)),
@@ -109,6 +114,21 @@ PRESETS: dict[str, Preset] = {
             partial_rotary_factor=1.0,
         ),
         f"{_COPIES}glm4_moe_lite/report.md",
+    ),
+    "glm-5": Preset(
+        "zai-org/GLM-5.2",
+        {
+            **_layer("glm_moe_dsa", 6144, 64, 2048, qk_nope_head_dim=192, v_head_dim=256),
+            "num_hidden_layers": 78,
+            "index_topk": 2048,
+            "index_n_heads": 32,
+            "index_head_dim": 128,
+            "index_topk_freq": 4,
+            "index_skip_topk_offset": 3,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 8000000},
+        },
+        f"{_GITHUB}sgl-project/sglang-jax/issues/1383 (rotary keys) and {_GITHUB}huggingface/transformers"
+        "/blob/v5.24.0/src/transformers/models/glm_moe_dsa/configuration_glm_moe_dsa.py (dimensions)",
     ),
     "youtu-llm-2b": Preset(
         "tencent/Youtu-LLM-2B",

@@ -23,9 +23,17 @@ from mla.errors import WeightError
 from mla.layer.forward import Step, make_step
 from mla.layer.ops import Ops
 from mla.layer.packed_weights import PackedWeights, SharedWeights
-from mla.layer.plan import WORKSPACE_BYTES, Growth, StepPlan, make_plan
+from mla.layer.plan import SPARSE_ROLES, WORKSPACE_BYTES, Growth, StepPlan, is_sparse, make_plan
 from mla.layer.rope import RotaryTable
-from mla.layer.workspace import StepViews, Turn, Workspace, check_batch, require, require_pages
+from mla.layer.workspace import (
+    StepViews,
+    Turn,
+    Workspace,
+    check_batch,
+    require,
+    require_index_pages,
+    require_pages,
+)
 from mla.text import size
 from mla_backends.api import Backend, FusedOp, OpCall
 
@@ -108,7 +116,9 @@ class MLA(nn.Module):
     serve this layer, "reference" never does, "fused" and names of ops require them (`mla.layer.ops.choose`)
     and raise `UnsupportedOps` where they cannot serve; `overrides` (role -> name of an op, or "reference")
     come before it. Without a backend the layer runs the reference on the CPU.
-    `cache_format` is that of the `LatentCache` it works on: both paths attend what is stored, new tokens too.
+    `cache_format` is that of the `LatentCache` it works on: both paths attend what is stored, new tokens too;
+    `index_format` is that of its index keys. With `config.index_topk`, a batch with a context beyond that is
+    attended absorbed and sparse, to the keys that `selection` then names; any other exactly as without.
     `workspace_bytes` caps the keys and values that the expanded path rebuilds at a time. An op without a
     log-sum-exp gets all of a request at once: beyond the cap, up to a quarter of the device's free memory,
     else planning raises `UnsupportedBatch`.
@@ -130,6 +140,7 @@ class MLA(nn.Module):
         overrides: Mapping[str, str] = MappingProxyType({}),
         workspace_bytes: int = WORKSPACE_BYTES,
         cache_format: str | None = None,
+        index_format: str | None = None,
     ) -> None:
         super().__init__()
         require_config(config)
@@ -150,7 +161,7 @@ class MLA(nn.Module):
         offered = backend.ops() if backend else {}
         shares = self._attended_by()
         chosen = (config, offered, dtype, self.device, ops, overrides)
-        self.ops = Ops(*chosen, attended_by=shares, cache_format=cache_format)
+        self.ops = Ops(*chosen, attended_by=shares, cache_format=cache_format, index_format=index_format)
         self.rotary = RotaryTable(config, self.device)
         self._weights = PackedWeights(config, self.ops, dtype, self.device)
         self._scratch = Workspace(dtype, self.device, keeps=workspace_bytes, turn=Turn.of(backend))
@@ -160,6 +171,7 @@ class MLA(nn.Module):
         self._growth = Growth(backend)
         views = StepViews(config, self.ops, self._scratch)
         self.step: Step = make_step(config, self.ops, self._weights, views, self._scratch)
+        self.selection: torch.Tensor | None = None  # [T, topk] int32, of the last forward; None: all keys
         self._repeated = Repeated(backend if self._calls_ops_alone() else None)
         self._plan_key = self._make_plan_key()
 
@@ -168,10 +180,12 @@ class MLA(nn.Module):
         config, names = self.config, list(self.ops.names().values())
         fused = len(names) - names.count("reference")
         weights = f"{size(self.weight_bytes())} of weights" if self._weights.packed else "no weights"
+        indexer = f"{config.index_n_heads} heads" if config.index_n_heads else "another layer's"
+        sparse = f"topk={config.index_topk} (indexer: {indexer}), " if config.index_topk else ""
         return (
             f"{config.name!r}, hidden={config.hidden_size}, heads={config.num_attention_heads}, "
             f"latent={config.kv_lora_rank}+{config.qk_rope_head_dim}, {self.dtype} on {self.device}, "
-            f"attention={self.attention!r}, {fused} of {len(names)} ops fused, {weights}"
+            f"attention={self.attention!r}, {sparse}{fused} of {len(names)} ops fused, {weights}"
         )
 
     def _calls_ops_alone(self) -> bool:
@@ -197,9 +211,9 @@ class MLA(nn.Module):
         `progress` is called with the bytes read and the total. Raises `ConfigError` or `CheckpointError`.
         """
         refuse_other_formats(folder)  # such folders lack a config.json, and that error would say less
-        config = MLAConfig.from_pretrained(folder)
-        built = cls(config, **arguments)
-        built.load_state_dict(read_layer(folder, config, layer, progress=progress))
+        stored = read_layer(folder, MLAConfig.from_pretrained(folder), layer, progress=progress)
+        built = cls(stored.config, **arguments)
+        built.load_state_dict(stored)
         return built
 
     def load_state_dict(
@@ -268,22 +282,23 @@ class MLA(nn.Module):
         with self._scratch.turn:
             return self._planned(batch)
 
-    def _planned(self, batch: RaggedBatch) -> StepPlan:
-        key = (self._plan_key, self.attention, self.workspace_bytes)
-        return batch.memo(key, lambda: self._make_plan(batch))
+    def _planned(self, batch: RaggedBatch, selected: bool = False) -> StepPlan:
+        key = (self._plan_key, self.attention, self.workspace_bytes, selected)
+        return batch.memo(key, lambda: self._make_plan(batch, selected))
 
-    def _make_plan(self, batch: RaggedBatch) -> StepPlan:
+    def _make_plan(self, batch: RaggedBatch, selected: bool) -> StepPlan:
         memory = batch.memory.keep(self._plan_key, lambda: self.rotary.empty(batch.num_tokens))
         self.rotary.reserve(max(batch.kv_lens))
         cos_sin = self.rotary.gather(batch.positions, memory)
         limits = (self.workspace_bytes, self._growth)
-        return make_plan(self.config, self.ops, cos_sin, batch, self.attention, *limits)
+        return make_plan(self.config, self.ops, cos_sin, batch, self.attention, *limits, selected)
 
     def _make_plan_key(self) -> object:
         """Return a stand-in for the specs a plan depends on: one object for layers with equal specs."""
         key = (
             self.ops["latent_attention"].key(),
             self.ops["expanded_attention"].key(),
+            *(self.ops[role].key() for role in SPARSE_ROLES if role in self.ops),
             self.config.rope_theta,
             self.config.rope_scaling,
         )
@@ -294,36 +309,49 @@ class MLA(nn.Module):
         hidden: torch.Tensor,  # [T, d], like all tensors here in the layer's dtype
         batch: RaggedBatch,
         pages: torch.Tensor,  # [pages, page, c + r or bytes]: this layer's part of LatentCache.pages
+        index_pages: torch.Tensor | None = None,  # [pages, page, D or bytes]: of LatentCache.index_pages
+        selection: torch.Tensor | None = None,  # [T, topk] int32: what an earlier layer's `selection` was
         out: torch.Tensor | None = None,  # [T, d], made where None
     ) -> torch.Tensor:
         """Attend the batch's new tokens, write their latents to the cache and return [T, d].
 
+        A layer with an indexer takes `index_pages`, and leaves in its `selection` what it attended: positions
+        within each request, -1 behind the last, valid until its next forward; None where that was all keys.
+        A `selection` that is given is attended instead, and must hold no key that a query does not see.
         Running the same batch again gives the same result, also under autocast. Raises `StaleBatch` when the
         cache has changed since `batch` was made, and ValueError when a tensor does not fit.
         """
         if is_compiling():  # asked here because a decorator would cost every call
-            return _uncompiled(self, hidden, batch, pages, out)
+            return _uncompiled(self, hidden, batch, pages, index_pages, selection, out)
         if self._autocast and torch.is_autocast_enabled(self._autocast):
             with torch.autocast(self._autocast, enabled=False):
-                return MLA.forward(self, hidden, batch, pages, out)
+                return MLA.forward(self, hidden, batch, pages, index_pages, selection, out)
         with self._scratch.turn, torch.set_grad_enabled(False):  # half of what the decorator no_grad costs
-            return self._forward(hidden, batch, pages, out)
+            return self._forward(hidden, batch, pages, index_pages, selection, out)
 
     def _forward(
-        self, hidden: torch.Tensor, batch: RaggedBatch, pages: torch.Tensor, out: torch.Tensor | None
+        self,
+        hidden: torch.Tensor,
+        batch: RaggedBatch,
+        pages: torch.Tensor,
+        index_pages: torch.Tensor | None,
+        selection: torch.Tensor | None,
+        out: torch.Tensor | None,
     ) -> torch.Tensor:
-        self.check(hidden, batch, pages, out)
+        self.check(hidden, batch, pages, out, index_pages, selection)
         if out is None:
             out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
             plain(out)  # which a mode may have made
         if hidden.stride(-1) != 1:  # the contract promises ops rows of adjacent elements
             hidden = hidden.contiguous()
-        plan = self._planned(batch)
+        plan = self._planned(batch, selection is not None)
         at_once = self._at_once(hidden, batch, plan, pages, out)
         if at_once is not None:
             at_once(hidden, pages, out)
         else:
-            self.step.run(self.ops, hidden, batch, plan, pages, out)
+            attended = self.step.run(self.ops, hidden, batch, plan, pages, out, index_pages, selection)
+            if self.config.index_topk:
+                self.selection = attended
         return out
 
     def _at_once(
@@ -350,7 +378,13 @@ class MLA(nn.Module):
         return self._repeated.find(owners, layout, record, (hidden, pages, out))
 
     def check(
-        self, hidden: torch.Tensor, batch: RaggedBatch, pages: torch.Tensor, out: torch.Tensor | None
+        self,
+        hidden: torch.Tensor,
+        batch: RaggedBatch,
+        pages: torch.Tensor,
+        out: torch.Tensor | None,
+        index_pages: torch.Tensor | None = None,
+        selection: torch.Tensor | None = None,
     ) -> None:
         """Raise what `forward` raises when the tensors or the batch do not fit this layer."""
         self._require_weights()
@@ -366,6 +400,27 @@ class MLA(nn.Module):
             )
         if out is not None and out.untyped_storage().data_ptr() == pages.untyped_storage().data_ptr():
             raise ValueError("out shares memory with pages, whose latents it would overwrite.")
+        if self.config.index_topk or index_pages is not None or selection is not None:
+            self._check_sparse(batch, pages, index_pages, selection)
+
+    def _check_sparse(
+        self,
+        batch: RaggedBatch,
+        pages: torch.Tensor,
+        index_pages: torch.Tensor | None,
+        selection: torch.Tensor | None,
+    ) -> None:
+        config = self.config
+        require_index_pages(index_pages, self.ops, config, pages)
+        if selection is not None:
+            if not config.index_topk:
+                raise ValueError("this layer attends all keys (index_topk 0): leave selection out.")
+            require("selection", selection, (batch.num_tokens, config.index_topk), torch.int32, self._at)
+        elif not config.index_n_heads and is_sparse(config, batch.query_lens, batch.kv_lens):
+            raise ValueError(
+                "this layer shares a selection: pass selection=, the `selection` of the last layer before it "
+                "with an indexer."
+            )
 
     def _check_out(self, out: torch.Tensor, batch: RaggedBatch) -> None:
         width = self.config.hidden_size

@@ -52,20 +52,28 @@ class AbsorbedPath:
     stored: Mapping[str, str]  # see `stored_as`
 
     def run(
-        self, ops: Ops, projected: Projected, group: AbsorbedGroup, pages: torch.Tensor, rotated: bool = False
+        self,
+        ops: Ops,
+        projected: Projected,
+        group: AbsorbedGroup,
+        pages: torch.Tensor,
+        rotated: bool = False,
+        selection: torch.Tensor | None = None,
     ) -> None:
         """Attend with q_nope W_UK, joined with the rotated q_pe, over the latents; then apply W_UV.
 
         Takes `projected.q` not rotated and `pages` [pages, page, c + r]; writes the group's rows of
-        `projected.heads`. `rotated`: q_pe already is, in its place in the latent queries.
+        `projected.heads`. `rotated`: q_pe already is, in its place in the latent queries. A sparse group
+        attends its `selection` [t, topk] int32.
         """
+        more = {} if selection is None else {"selection": selection}
         views, packed = self.views.absorbed(projected, group.tokens), self.weights.packed
         ops["w_uk"].op(packed["w_uk"], x=views.q_nope, out=views.latent_nope)
         if not rotated:
             ops["rotate_query"].op(
                 x=views.q_pe, cos_sin=group.cos_sin, interleaved=self.interleaved, out=views.latent_pe
             )
-        ops["latent_attention"].op(
+        ops[group.role].op(
             group.state,
             q=views.latent_q,
             cache=pages,
@@ -75,6 +83,7 @@ class AbsorbedPath:
             softmax_scale=self.softmax_scale,
             out=views.latent_out,
             lse=views.lse,
+            **more,
             **self.stored,
         )
         if views.lse is not None:
@@ -211,6 +220,73 @@ def _merge(out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse:
     lse.copy_(total)
 
 
+# ------------------------------------------------------------------------------------------ indexer
+INDEX_EPS = 1e-6  # of the LayerNorm of index keys, in the classes of all families
+
+
+@dataclass(frozen=True, eq=False)
+class Indexer:
+    """What a step does to pick the keys that its queries attend (DeepSeek-V3.2, section 2.1)."""
+
+    config: MLAConfig
+    weights: PackedWeights
+    views: StepViews
+    stored: Mapping[str, str]  # what ops are told of the index cache, beside its pages
+
+    def write(
+        self, ops: Ops, hidden: torch.Tensor, batch: RaggedBatch, plan: StepPlan, pages: torch.Tensor
+    ) -> None:
+        """Write the index keys of hidden [T, d] to the index `pages` [pages, page, D]."""
+        k, vectors = self.views.indexed(hidden.shape[0]).k, self.weights.vectors
+        ops["index_k_proj"].op(self.weights.packed["index_k_proj"], x=hidden, bias=None, out=k)
+        ops["write_index_key"].op(
+            k=k,
+            weight=vectors["indexer.k_norm.weight"],
+            bias=vectors["indexer.k_norm.bias"],
+            eps=INDEX_EPS,
+            cos_sin=plan.cos_sin,
+            interleaved=self.config.indexer_rope_interleave,
+            slots=batch.slots,
+            cache=pages,
+            **self.stored,
+        )
+
+    def select(
+        self,
+        ops: Ops,
+        hidden: torch.Tensor,  # [T, d]
+        projected: Projected,
+        group: AbsorbedGroup,
+        pages: torch.Tensor,  # [pages, page, D]
+    ) -> torch.Tensor:
+        """Return the positions [T, topk] int32 that score best, in scratch memory; -1 behind the last."""
+        views, packed = self.views.indexed(hidden.shape[0]), self.weights.packed
+        ops["index_q_proj"].op(packed["index_q_proj"], x=projected.q_normed, bias=None, out=views.q_flat)
+        ops["rotate_index_query"].op(
+            x=views.q_pe,
+            cos_sin=group.cos_sin,
+            interleaved=self.config.indexer_rope_interleave,
+            out=views.q_pe,
+        )
+        views.hidden.copy_(hidden)
+        ops["index_weights_proj"].op(
+            packed["index_weights_proj"], x=views.hidden, bias=None, out=views.weights
+        )
+        views.weights.mul_(self.config.index_scale)
+        ops["select_latents"].op(
+            group.select,
+            q=views.q,
+            weights=views.weights,
+            cache=pages,
+            block_table=group.batch.block_table,
+            kv_lens=group.batch.kv_lens_device,
+            cu_q=group.batch.cu_q,
+            out=views.selection,
+            **self.stored,
+        )
+        return views.selection
+
+
 # ------------------------------------------------------------------------------------------ forward
 def gate_heads(heads: torch.Tensor, gate: torch.Tensor) -> None:
     """Multiply heads [T, h, v] by the sigmoid of gate [T, h] or [T, h * v]; both are overwritten.
@@ -230,6 +306,7 @@ class Step:
     absorbed: AbsorbedPath
     expanded: ExpandedPath
     stored: Mapping[str, str]  # see `stored_as`
+    indexer: Indexer | None = None
     gate: Callable[[torch.Tensor, torch.Tensor], None] = gate_heads
 
     def run(
@@ -240,23 +317,31 @@ class Step:
         plan: StepPlan,
         pages: torch.Tensor,  # [pages, page, c + r]
         out: torch.Tensor,  # [T, d]
-    ) -> None:
+        index_pages: torch.Tensor | None = None,  # [pages, page, D], where the layer has an indexer
+        selection: torch.Tensor | None = None,  # [T, topk] int32, of another layer
+    ) -> torch.Tensor | None:
         """Write the latents of the batch's new tokens to `pages` and the layer's output to `out`.
 
-        Nothing is checked, and `plan` must be that of `batch`.
+        Return the selection [T, topk] that was attended; None for all keys. Nothing is checked, and `plan`
+        must be that of `batch`.
         """
         projected = self._project(ops, hidden)
         self._scale_queries(projected.q, batch)
         queries = self._rotated_with_latents(ops, projected, plan)
         self._write_latent(ops, projected.kv_a, batch, plan, pages, **queries)
+        if self.indexer is not None and index_pages is not None:
+            self.indexer.write(ops, hidden, batch, plan, index_pages)
+            if selection is None and plan.absorbed is not None and plan.absorbed.is_sparse:
+                selection = self.indexer.select(ops, hidden, projected, plan.absorbed, index_pages)
         if plan.absorbed is not None:
-            self.absorbed.run(ops, projected, plan.absorbed, pages, rotated=bool(queries))
+            self.absorbed.run(ops, projected, plan.absorbed, pages, bool(queries), selection)
         if plan.expanded is not None:
             self.expanded.run(ops, projected, plan.expanded, pages)
         if projected.gate is not None:
             self._linear(ops, "g_proj", hidden, projected.gate)
             self.gate(projected.heads, projected.gate)
         self._linear(ops, "o_proj", projected.heads_flat, out, bias="o_proj.bias")
+        return selection
 
     def scales(self, batch: RaggedBatch) -> bool:
         """Return whether any query's factor is other than 1."""
@@ -327,12 +412,15 @@ def make_step(
 ) -> Step:
     """Return the step of one layer over `views` of `scratch`."""
     paths = _paths(config, ops, weights, views, scratch, config.rope_interleave)
-    return Step(config, weights, views, *paths, stored_as(ops))
+    indexer = None
+    if config.index_n_heads:
+        indexer = Indexer(config, weights, views, stored_as(ops, "write_index_key"))
+    return Step(config, weights, views, *paths, stored_as(ops), indexer)
 
 
-def stored_as(ops: Ops) -> Mapping[str, str]:
-    """Return what the ops of the cache are told of it, beside its pages: nothing where it is plain."""
-    name = ops["latent_attention"].spec.cache_format
+def stored_as(ops: Ops, role: str = "latent_attention") -> Mapping[str, str]:
+    """Return what the ops of a cache are told of it, beside its pages: nothing where it is plain."""
+    name = ops[role].spec.cache_format
     return {"cache_format": name} if name else {}
 
 

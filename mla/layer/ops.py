@@ -16,11 +16,21 @@ from typing import Any
 import torch
 
 from mla.cache.formats import codec_of, stored_format
+from mla.cache.index_formats import index_codec
 from mla.config import MLAConfig
 from mla.errors import UnknownOp, UnsupportedBatch, UnsupportedOps, did_you_mean
 from mla.reference import REFERENCE
 from mla_backends import BackendError
-from mla_backends.api import OPS, AttentionSpec, FusedOp, LinearSpec, NormSpec, current, format_refusals
+from mla_backends.api import (
+    OPS,
+    AttentionSpec,
+    FusedOp,
+    IndexerSpec,
+    LinearSpec,
+    NormSpec,
+    current,
+    format_refusals,
+)
 from mla_backends.errors import describe, one_line, out_of_memory, plugin_code
 
 Say = Callable[[str], object]  # is told in one line what is about to take a while
@@ -120,7 +130,7 @@ class Choice:
 
 _NO_LSE = "it writes no log-sum-exp, which sinks need for their share (sink_logits)"
 # Kinds of ops whose operands have a rotary part.
-_ROTARY = ("rotate_query", "write_latent", "latent_attention")
+_ROTARY = ("rotate_query", "write_latent", "latent_attention", "sparse_latent_attention")
 # What `ops` accepts besides a list of names.
 POLICIES = ("auto", "reference", "fused")
 
@@ -208,7 +218,8 @@ class Ops:
     `overrides` (role -> name of an op, or "reference") come before `policy`. Raises `UnknownOp` for a name
     that the backend or the layer lacks, and `UnsupportedOps` for a required op that cannot serve.
     With `role`, that role alone is chosen, and no op of another is asked, prepared or required.
-    `attended_by` ranks bring their heads' queries together to attend the latents, of `cache_format`.
+    `attended_by` ranks bring their heads' queries together to attend the latents, of `cache_format`; index
+    keys are of `index_format`.
     """
 
     def __init__(
@@ -223,11 +234,12 @@ class Ops:
         role: str | None = None,
         attended_by: int = 1,
         cache_format: str | None = None,
+        index_format: str | None = None,
     ) -> None:
         _validate(offered)
         _check_names(offered, policy)
         self.attention = attention_spec(config, dtype, device)
-        roles = layer_roles(config, dtype, device, attended_by, cache_format)
+        roles = layer_roles(config, dtype, device, attended_by, cache_format, index_format)
         check_overrides(overrides, {role: kind for role, (kind, _) in roles.items()}, offered)
         self._choices: dict[str, Choice] = {}
         sinks = config.sink_logits
@@ -243,6 +255,9 @@ class Ops:
 
     def __getitem__(self, role: str) -> Choice:
         return self._choices[role]
+
+    def __contains__(self, role: str) -> bool:
+        return role in self._choices
 
     def replaced(self, replace: Callable[[str, FusedOp], Any]) -> Ops:
         """Return the same choices with `replace(role, op)` in place of every op."""
@@ -330,6 +345,7 @@ def layer_roles(
     device: torch.device,
     attended_by: int = 1,
     cache_format: str | None = None,
+    index_format: str | None = None,
 ) -> dict[str, tuple[str, Any]]:
     """Return role -> (op kind, spec). The first projections of queries and latents are one weight.
 
@@ -353,6 +369,7 @@ def layer_roles(
     cached = dataclasses.replace(
         attention, cache_format=stored, token_bytes=codec.token_bytes if codec else 0
     )
+    attended = dataclasses.replace(cached, num_heads=attended_by * h)
     roles: dict[str, tuple[str, Any]] = {
         "qkv_a_proj": ("linear", weight(config.hidden_size, first + config.latent_dim)),
         "kv_b_proj": ("linear", weight(c, h * (n + v))),
@@ -361,7 +378,7 @@ def layer_roles(
         "o_proj": ("linear", weight(h * v, config.hidden_size)),
         "rotate_query": ("rotate_query", attention),
         "write_latent": ("write_latent", cached),
-        "latent_attention": ("latent_attention", dataclasses.replace(cached, num_heads=attended_by * h)),
+        "latent_attention": ("latent_attention", attended),
         "expanded_attention": ("expanded_attention", attention),
     }
     if config.q_lora_rank:
@@ -369,4 +386,34 @@ def layer_roles(
         roles["q_b_proj"] = ("linear", weight(config.q_lora_rank, q_width))
     if config.gate_width:
         roles["g_proj"] = ("linear", weight(config.hidden_size, config.gate_width))
+    if config.index_topk:
+        sparse = dataclasses.replace(attended, topk=config.index_topk)
+        roles["sparse_latent_attention"] = ("sparse_latent_attention", sparse)
+    if config.index_n_heads and config.q_lora_rank:
+        heads, width = config.index_n_heads, config.index_head_dim
+        indexer = indexer_spec(config, dtype, device, index_format)
+        wide = LinearSpec(config.hidden_size, heads, 1, torch.float32, device)
+        roles["index_q_proj"] = ("linear", weight(config.q_lora_rank, heads * width))
+        roles["index_k_proj"] = ("linear", weight(config.hidden_size, width))
+        roles["index_weights_proj"] = ("linear", wide)
+        roles["rotate_index_query"] = ("rotate_query", dataclasses.replace(attention, num_heads=heads))
+        roles["write_index_key"] = ("write_index_key", indexer)
+        roles["select_latents"] = ("select_latents", indexer)
     return roles
+
+
+def indexer_spec(
+    config: MLAConfig, dtype: torch.dtype, device: torch.device, index_format: str | None = None
+) -> IndexerSpec:
+    """Return the spec that both ops of the index cache are chosen with. Raises `CacheFormatError`."""
+    codec = index_codec(index_format or "", config.index_head_dim)
+    return IndexerSpec(
+        num_heads=config.index_n_heads,
+        head_dim=config.index_head_dim,
+        rope_head_dim=config.qk_rope_head_dim,
+        topk=config.index_topk,
+        dtype=dtype,
+        device=device,
+        index_format=index_format or "",
+        token_bytes=codec.token_bytes if codec else 0,
+    )

@@ -12,9 +12,15 @@ from mla.checkpoint import LazyState, StoredLayer, finite
 from mla.config import MLAConfig
 from mla.errors import WeightError
 from mla.layer.ops import Ops
-from mla.weights import SINKS, weight_shapes
+from mla.weights import FP32, INDEX_WEIGHTS, SINKS, weight_shapes
 from mla_backends.api import Packed
 
+# Matrices of the indexer by the role that each has in a layer.
+INDEXER = {
+    "indexer.wq_b.weight": "index_q_proj",
+    "indexer.wk.weight": "index_k_proj",
+    INDEX_WEIGHTS: "index_weights_proj",
+}
 State = Mapping[str, torch.Tensor]
 # What packed a weight -> the weight: of layers with one state dict, for as long as one of them holds it.
 SharedWeights = WeakValueDictionary[Hashable, Packed]
@@ -73,6 +79,8 @@ class PackedWeights:
             yield from self._pack(state, ["g_proj.weight"], {"g_proj": _whole})
         if self._config.q_lora_rank is not None:
             yield from self._pack(state, ["q_b_proj.weight"], {"q_b_proj": _whole})
+        for name, role in INDEXER.items() if self._config.index_n_heads else ():
+            yield from self._pack(state, [name], {role: _whole})
         first = [f"{self._first}.weight", "kv_a_proj_with_mqa.weight"]
         yield from self._pack(state, first, {"qkv_a_proj": _whole})
         yield from self._pack(state, ["kv_b_proj.weight"], self._uses_of_kv_b())
@@ -107,7 +115,7 @@ class PackedWeights:
         """Return a copy of the weights, stacked by rows, in the layer's dtype on its device."""
         shapes = weight_shapes(self._config)
         rows = [shapes[name][0] for name in names]
-        dtype = torch.float32 if names == (SINKS,) else self._dtype
+        dtype = torch.float32 if names[0] in FP32 else self._dtype
         out = plain(torch.empty(sum(rows), *shapes[names[0]][1:], dtype=dtype, device=self._device))
         for name, part in zip(names, out.split(rows), strict=True):
             if isinstance(state, LazyState):
@@ -138,7 +146,7 @@ class PackedWeights:
         plain = {f"{self._first}.weight": q, "kv_a_proj_with_mqa.weight": kv_a, **vectors}
         for name in shapes:
             if name not in plain:
-                plain[name] = self._unpack(name.removesuffix(".weight"))
+                plain[name] = self._unpack(INDEXER.get(name, name.removesuffix(".weight")))
         return {name: plain[name].clone() for name in shapes}
 
     def _unpack(self, role: str) -> torch.Tensor:

@@ -27,6 +27,8 @@ WORKSPACE_BYTES = 256 << 20
 # An op that cannot merge rounds may take one part in this many of the free memory for a longer context. The
 # rest is for queries, outputs and what the op allocates.
 FREE_PARTS = 4
+# Roles of the ops that run by a batch's lengths where its queries attend a selection.
+SPARSE_ROLES = ("sparse_latent_attention", "select_latents")
 
 
 def rebuilt_bytes(config: MLAConfig, itemsize: int, keys: int) -> int:
@@ -99,6 +101,13 @@ class AbsorbedGroup:
     cos_sin: torch.Tensor  # [t, r] fp32
     batch: BatchView
     state: Any
+    role: str = "latent_attention"  # or "sparse_latent_attention", to a selection
+    select: Any = None  # the state of `select_latents`, where that makes the selection
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether queries attend a selection."""
+        return self.role != "latent_attention"
 
 
 @dataclass(frozen=True)
@@ -127,18 +136,41 @@ def make_plan(
     attention: str,
     workspace: int,
     growth: Growth,
+    selected: bool = False,
 ) -> StepPlan:
     """Split a batch by path and prepare each op once.
 
-    One round rebuilds at most `workspace` bytes of keys and values; an op that cannot merge rounds gets a
-    whole request, as far as `growth` allows it. Raises `UnsupportedBatch`.
+    A batch with a context beyond `config.index_topk`, or whose selection is given (`selected`), is attended
+    absorbed and sparse; any other as if there were no indexer. One round rebuilds at most `workspace` bytes
+    of keys and values; an op that cannot merge rounds gets a whole request, as far as `growth` allows it.
+    Raises `UnsupportedBatch`.
     """
+    if selected or is_sparse(config, batch.query_lens, batch.kv_lens):
+        return StepPlan(cos_sin, _sparse(ops, batch, cos_sin, selected), None)
     members = _split(config, batch.query_lens, batch.kv_lens, attention)
     return StepPlan(
         cos_sin=cos_sin,
         absorbed=_absorbed(ops, batch, members[cost.ABSORBED], cos_sin),
         expanded=_expanded(config, ops, batch, members[cost.EXPANDED], cos_sin, workspace, growth),
     )
+
+
+def is_sparse(config: MLAConfig, query_lens: Sequence[int], kv_lens: Sequence[int]) -> bool:
+    """Return whether a batch attends a selection: some query's context is longer than that."""
+    topk = config.index_topk
+    if not 0 < topk < max(kv_lens):
+        return False
+    return any(new and length > topk for new, length in zip(query_lens, kv_lens, strict=True))
+
+
+def _sparse(ops: Ops, batch: RaggedBatch, cos_sin: torch.Tensor, selected: bool) -> AbsorbedGroup | None:
+    if not batch.num_tokens:
+        return None
+    roles = ("sparse_latent_attention",) if selected else SPARSE_ROLES
+    for role in roles:
+        ops[role].check_batch(batch.query_lens, batch.kv_lens, batch.page_size)
+    states = [ops[role].op.prepare(ops[role].spec, batch) for role in roles]
+    return AbsorbedGroup(slice(0, batch.num_tokens), cos_sin, batch, states[0], *roles[:1], *states[1:])
 
 
 def check_lengths(
@@ -150,6 +182,10 @@ def check_lengths(
     attention: str,
 ) -> None:
     """Raise `UnsupportedBatch` for lengths that an op refuses, as planning a batch of them would."""
+    if is_sparse(config, query_lens, kv_lens):
+        for role in SPARSE_ROLES if config.index_n_heads else SPARSE_ROLES[:1]:
+            ops[role].check_batch(query_lens, kv_lens, page_size)
+        return
     members = _split(config, query_lens, kv_lens, attention)
     for path, role, pages in (
         (cost.ABSORBED, "latent_attention", page_size),

@@ -165,6 +165,21 @@ def require_pages(pages: Any, ops: Ops, shape: Sequence[int | None], device: tor
         raise ValueError(f"{error} This layer has cache_format='{spec.cache_format}'.") from None
 
 
+def require_index_pages(pages: Any, ops: Ops, config: MLAConfig, like: torch.Tensor) -> None:
+    """Raise ValueError unless these are the index pages that belong to the pages `like`, or None for none."""
+    if not config.index_n_heads:
+        if pages is not None:
+            raise ValueError("this layer has no indexer: leave index_pages out, and give out by name.")
+        return
+    if pages is None:
+        raise ValueError("this layer has an indexer: pass index_pages, as cache.of_layer(i) returns them.")
+    spec = ops["write_index_key"].spec
+    width, dtype = (spec.token_bytes, torch.uint8) if spec.index_format else (spec.head_dim, spec.dtype)
+    require("index_pages", pages, (*like.shape[:2], width), dtype, like.device)
+    if not pages.is_contiguous():
+        raise ValueError("index_pages must be contiguous.")
+
+
 def check_batch(batch: Any, kinds: tuple[Any, ...], device: torch.device) -> None:
     """Raise ValueError unless this is a batch of these kinds on `device`, and `StaleBatch`."""
     if not isinstance(batch, kinds):
@@ -189,6 +204,18 @@ class Projected(NamedTuple):
     heads: torch.Tensor  # [T, h, v], of both paths of attention
     heads_flat: torch.Tensor  # [T, h * v]
     gate: torch.Tensor | None = None  # [T, h] or [T, h * v], see `MLAConfig.output_gate`
+
+
+class Indexed(NamedTuple):
+    """Where the indexer of a step writes."""
+
+    q_flat: torch.Tensor  # [T, H * D]
+    q: torch.Tensor  # [T, H, D]
+    q_pe: torch.Tensor  # [T, H, r]: its first channels
+    k: torch.Tensor  # [T, D]
+    hidden: torch.Tensor  # [T, d] fp32
+    weights: torch.Tensor  # [T, H] fp32
+    selection: torch.Tensor  # [T, topk] int32
 
 
 class Absorbed(NamedTuple):
@@ -227,6 +254,20 @@ class StepViews:
         gate = self._scratch.take("gate", tokens, config.gate_width) if config.gate_width else None
         return Projected(first, q_a, normed, q, per_head, kv_a, heads, heads.flatten(1), gate)
 
+    def indexed(self, tokens: int) -> Indexed:
+        """Return where the indexer writes for this many tokens."""
+        return self._scratch.views(("indexed", tokens), lambda: self._indexed(tokens))
+
+    def _indexed(self, tokens: int) -> Indexed:
+        config, take = self._config, self._scratch.take
+        q = take("index_q", tokens, config.index_n_heads, config.index_head_dim)
+        k = take("index_k", tokens, config.index_head_dim)
+        hidden = take("index_hidden", tokens, config.hidden_size, dtype=torch.float32)
+        weights = take("index_weights", tokens, config.index_n_heads, dtype=torch.float32)
+        selection = take("selection", tokens, config.index_topk, dtype=torch.int32)
+        q_pe = q[..., : config.qk_rope_head_dim]
+        return Indexed(q.flatten(1), q, q_pe, k, hidden, weights, selection)
+
     def absorbed(self, projected: Projected, tokens: Tokens) -> Absorbed:
         """Return a group's queries and where its latent queries and outputs go."""
         if not isinstance(tokens, slice):  # the rows are copied for every step
@@ -242,7 +283,8 @@ class StepViews:
         latent_q = self._scratch.take("latent_q", q.shape[0], h, self._config.latent_dim)
         latent_out = self._scratch.take("latent_out", q.shape[0], h, c)
         lse = None
-        if self._config.sink_logits or not self._ops["latent_attention"].op.lse_optional:
+        roles = ("latent_attention", *("sparse_latent_attention",) * bool(self._config.index_topk))
+        if self._config.sink_logits or not all(self._ops[role].op.lse_optional for role in roles):
             lse = self._scratch.take("lse", q.shape[0], h, dtype=torch.float32)
         target = self._scratch.target("absorbed_heads", heads, tokens, q.shape[0])
         parts = (q[..., :n], q[..., n:], latent_q, latent_q[..., :c], latent_q[..., c:])

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 
 from mla.cache import LatentCache
-from mla.cache.latent_cache import check_history
+from mla.cache.latent_cache import check_history, check_index
 from mla.cache.ragged_batch import BatchMemory, host_ints, plain, whole_numbers
 from mla.config import MLAConfig
 from mla.errors import StaleBatch
@@ -286,17 +286,22 @@ class ShardedCache:
     """A `LatentCache` that holds one share of the tokens; lengths are those of whole requests.
 
     `share` says which tokens. Other arguments are `LatentCache`'s, with `max_tokens` of all ranks together.
-    `pages` [layers, pages, page_size, c + r, or bytes] hold this share's latents; every rank has `num_pages`
-    of them.
+    `pages` [layers, pages, page_size, c + r, or bytes] and `index_pages` hold this share's latents and index
+    keys; every rank has `num_pages` of them.
     """
 
     def __init__(self, config: MLAConfig, share: Share, *, max_tokens: int, **arguments: Any) -> None:
         self.share = share
         self._local = LatentCache(config, max_tokens=share.first(max_tokens), **arguments)
         self.config, self.pages = config, self._local.pages
+        self.index_pages, self.index_layers = self._local.index_pages, self._local.index_layers
         self.page_size, self.num_pages = self._local.page_size, self._local.num_pages
         self._lengths: dict[int, int] = {}
         self._memory: ShardedMemory | None = None  # of the last step
+
+    def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return a layer's pages and its index pages, None where it has no indexer."""
+        return self._local.of_layer(layer)
 
     @property
     def generation(self) -> int:
@@ -362,16 +367,26 @@ class ShardedCache:
         for sequence in sequences:
             del self._lengths[sequence]
 
-    def load(self, sequence: int, kv: torch.Tensor, pe: torch.Tensor, layer: int = 0) -> None:
+    def load(
+        self,
+        sequence: int,
+        kv: torch.Tensor,
+        pe: torch.Tensor,
+        layer: int = 0,
+        *,
+        index: torch.Tensor | None = None,
+    ) -> None:
         """Store this rank's tokens of a whole history: kv [s, c] already normed, pe [s, r] already rotated.
 
         As `LatentCache.load`, with the history of all ranks.
         """
         count = check_history(self.config, kv, pe)
+        check_index(self.config, index, count, layer in self.index_layers)
         if self.length(sequence) not in (0, count):
             raise ValueError(f"load() got {count} tokens for a sequence of {self.length(sequence)}.")
         own = self.share.owns(torch.arange(count, device="cpu"))
         missing = self.share.first(count) - int(own.sum())  # rows that rank 0 has and this one has not
         spare = lambda x: torch.cat((x[own.to(x.device)], x.new_zeros(missing, x.shape[1])))  # noqa: E731
-        self._local.load(sequence, spare(kv), spare(pe), layer)
+        keys = None if index is None else spare(index)
+        self._local.load(sequence, spare(kv), spare(pe), layer, index=keys)
         self._lengths[sequence] = count

@@ -224,7 +224,13 @@ class ContextPath(AbsorbedPath):
         return max(1, workspace // per_token)
 
     def run(
-        self, ops: Ops, projected: Projected, group: AbsorbedGroup, pages: torch.Tensor, rotated: bool = False
+        self,
+        ops: Ops,
+        projected: Projected,
+        group: AbsorbedGroup,
+        pages: torch.Tensor,
+        rotated: bool = False,
+        selection: torch.Tensor | None = None,
     ) -> None:
         """Attend as `AbsorbedPath.run` does, with this rank's `pages` and those of all others."""
         views, packed = self.views.absorbed(projected, group.tokens), self.weights.packed
@@ -303,6 +309,10 @@ class ParallelMLA(MLA):
         groups.layout.check(config)
         if groups.layout.dcp > 1 and arguments.get("attention") == "expanded":
             raise UnsupportedOps("dcp supports attention='absorbed' only.")
+        if groups.layout.dcp > 1 and config.index_topk:
+            raise UnsupportedOps(
+                f"'{config.name}' has an indexer, which needs whole contexts: use a layout without dcp."
+            )
         share = config.with_heads(config.num_attention_heads // groups.layout.head_parts)
         self._groups = groups  # before the layer is made, which asks for them
         super().__init__(share, **arguments)
@@ -337,9 +347,9 @@ class ParallelMLA(MLA):
         part = HeadShard(state_dict, self._whole, layout.head_part(rank), layout.head_parts, strict)
         super().load_state_dict(part, strict)
 
-    def _make_plan(self, batch: RaggedBatch | ShardedBatch) -> StepPlan:
+    def _make_plan(self, batch: RaggedBatch | ShardedBatch, selected: bool) -> StepPlan:
         if isinstance(batch, RaggedBatch):
-            return super()._make_plan(batch)
+            return super()._make_plan(batch, selected)
         memory = batch.memory.keep(self._plan_key, lambda: self.rotary.empty(batch.num_tokens))
         self.rotary.reserve(max(batch.kv_lens))
         cos_sin = self.rotary.gather(batch.positions, memory)
@@ -369,6 +379,8 @@ class ParallelMLA(MLA):
         hidden: torch.Tensor,  # [T, d], the same on every rank
         batch: RaggedBatch | ShardedBatch,
         pages: torch.Tensor,  # [pages, page, c + r]: this layer's part of this rank's cache
+        index_pages: torch.Tensor | None = None,  # [pages, page, D]: the same on every rank
+        selection: torch.Tensor | None = None,  # [T, topk] int32
         out: torch.Tensor | None = None,  # [T, d]
     ) -> torch.Tensor:
         """Attend the batch's new tokens and return the output [T, d] of all heads, as `MLA.forward` does."""
@@ -381,9 +393,9 @@ class ParallelMLA(MLA):
             self._check_out(out, batch)  # type: ignore[arg-type]
         part = out
         if out is not None and not out.is_contiguous():
-            self.check(hidden, batch, pages, out)  # type: ignore[arg-type]
+            self.check(hidden, batch, pages, out, index_pages, selection)  # type: ignore[arg-type]
             part = torch.empty_like(out).contiguous()
-        part = super().forward(hidden, batch, pages, part)  # type: ignore[arg-type]
+        part = super().forward(hidden, batch, pages, index_pages, selection, part)  # type: ignore[arg-type]
         self._groups.add_heads(
             part
         )  # memory, not rows, and out of turn: others need not wait for other ranks

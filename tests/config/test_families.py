@@ -33,9 +33,11 @@ NUMBERS: dict[str, tuple[Any, ...]] = {
     "deepseek-v3": (7168, 128, 1536, 512, 128, 64, 128, 1e4),
     "deepseek-v3.1": (7168, 128, 1536, 512, 128, 64, 128, 1e4),
     "deepseek-r1": (7168, 128, 1536, 512, 128, 64, 128, 1e4),
+    "deepseek-v3.2": (7168, 128, 1536, 512, 128, 64, 128, 1e4),
     "kimi-k2": (7168, 64, 1536, 512, 128, 64, 128, 5e4),
     "kimi-k2.5": (7168, 64, 1536, 512, 128, 64, 128, 5e4),
     "glm-4.7-flash": (2048, 20, 768, 512, 192, 64, 256, 1e6),
+    "glm-5": (6144, 64, 2048, 512, 192, 64, 256, 8e6),
     "youtu-llm-2b": (2048, 16, 1536, 512, 128, 64, 128, 1.6e6),
     "a.x-k1": (7168, 64, 1536, 512, 128, 64, 128, 1e4),
     "sarvam-105b": (4096, 64, None, 512, 128, 64, 128, 1e4),
@@ -50,7 +52,9 @@ NUMBERS: dict[str, tuple[Any, ...]] = {
 FACTORS = {
     "deepseek-v2-lite": (1.589626, 1.0),
     "deepseek-v2": (1.589626, 1.0),
-    **dict.fromkeys(("deepseek-v3", "deepseek-v3.1", "deepseek-r1", "sarvam-105b"), (1.873854, 1.0)),
+    **dict.fromkeys(
+        ("deepseek-v3", "deepseek-v3.1", "deepseek-v3.2", "deepseek-r1", "sarvam-105b"), (1.873854, 1.0)
+    ),
     "kimi-k2": ((0.1 * 3.4657359 + 1) ** 2, 1.0),  # ln 32
     "kimi-k2.5": ((0.1 * 4.1588831 + 1) ** 2, 1.0),  # ln 64
     "a.x-k1": (1.0, 0.1 * 1.3862944 + 1),  # ln 4; its mscale_all_dim is 0
@@ -149,6 +153,58 @@ def test_the_latent_norms_keep_1e_6_whatever_the_config_says(kind: str) -> None:
     assert MLAConfig.from_dict({**unnamed, "rms_norm_eps": 1e-5}).rms_norm_eps == 1e-5
 
 
+# Heads, width, top-k, whether its rotary channels are interleaved, and layers with an indexer.
+INDEXERS = {
+    "deepseek-v3.2": (64, 128, 2048, False, 61, 62),
+    "glm-5": (32, 128, 2048, True, 78, 22),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_an_indexer_is_read_where_there_is_one(name: str) -> None:
+    config = read(name)
+    if name not in INDEXERS:
+        assert (config.index_topk, config.index_n_heads, config.indexer_types) == (0, 0, ())
+        return
+    *numbers, layers, full = INDEXERS[name]
+    found = (config.index_n_heads, config.index_head_dim, config.index_topk, config.indexer_rope_interleave)
+    assert found == tuple(numbers)
+    assert len(config.index_layers(layers + 1)) == full  # with the one that guesses tokens
+    assert config.of_layer(0).index_n_heads == numbers[0]
+
+
+def test_layers_that_share_a_selection_are_found_as_transformers_finds_them() -> None:
+    glm = {**V3, "model_type": "glm_moe_dsa", "num_hidden_layers": 11}
+    for keys in (
+        {},
+        {"index_topk_freq": 1},
+        {"index_topk_freq": 4},
+        {"index_topk_freq": 4, "index_skip_topk_offset": 3},
+        {"index_topk_freq": 3, "index_skip_topk_offset": 0},
+        {"index_topk_pattern": "FSSFSFFSSSF"},
+        {"index_topk_pattern": ["full", "shared"] * 5 + ["full"], "index_topk_freq": 4},
+        {"indexer_types": ["full", "shared"] * 5 + ["full"], "index_topk_freq": 4},
+    ):
+        types = AutoConfig.for_model("glm_moe_dsa", num_hidden_layers=11, **keys).indexer_types
+        if types[0] != "full":
+            continue
+        full = tuple(layer for layer, kind in enumerate(types) if kind == "full")
+        assert MLAConfig.from_dict({**glm, **keys}).index_layers(11) == full, keys
+    with pytest.raises(ConfigError, match="index_topk_freq needs a whole number num_hidden_layers"):
+        MLAConfig.from_dict({**V3, "model_type": "glm_moe_dsa", "index_topk_freq": 4})
+
+
+def test_an_indexer_whose_rotary_layout_is_another_is_refused() -> None:
+    """The classes of `transformers` know one, engines go by the key: it is unclear which is meant."""
+    for kind, layout in (("deepseek_v32", False), ("glm_moe_dsa", True)):
+        given = {**V3, "model_type": kind, "indexer_rope_interleave": layout}
+        assert MLAConfig.from_dict(given).indexer_rope_interleave == layout
+        with pytest.raises(ConfigError, match=f"indexer_rope_interleave {not layout} is not supported"):
+            MLAConfig.from_dict({**given, "indexer_rope_interleave": not layout})
+        with pytest.raises(ConfigError, match="index_topk must not be null in this family"):
+            MLAConfig.from_dict({**V3, "model_type": kind, "index_topk": None})
+
+
 def test_a_config_may_name_its_architecture_only() -> None:
     """As LongCat's published files do: read without its scales it would be silently wrong."""
     assert "model_type" not in PUBLISHED["longcat-flash"]["config"]
@@ -168,7 +224,7 @@ def test_a_family_with_another_attention_is_refused_by_name(kind: str, suffix: s
     )
 
 
-@pytest.mark.parametrize("kind", ["deepseek_ocr2", "glm_moe_dsa"])
+@pytest.mark.parametrize("kind", ["deepseek_ocr2", "glm5_next"])
 def test_a_refused_wrapper_is_refused_whatever_it_wraps(kind: str) -> None:
     with pytest.raises(ConfigError, match=f"model type '{kind}' is not supported"):
         MLAConfig.from_dict({"model_type": kind, "text_config": {**V3, "model_type": "kimi_linear"}})

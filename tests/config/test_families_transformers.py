@@ -28,6 +28,8 @@ pytestmark = needs_transformers
 
 # Between two right implementations; 1.3e-6 is the worst seen among them.
 BOUND, LATENT_BOUND = 1e-5, 1e-6
+# Beyond it, queries see what an indexer selects: with so many heads, zeros hardly tie.
+INDEXER = {"index_topk": 10, "index_n_heads": 16, "index_head_dim": 12}
 # Every deviation below costs at least this.
 VISIBLE = 1e-3
 
@@ -56,6 +58,7 @@ class Case:
     attention: str = "Attention"
     reorders: bool = True  # it caches interleaved rotary channels as evens, then odds
     wrong: tuple[Callable[[MLAConfig], MLAConfig], ...] = ()
+    selects: tuple[Callable[[MLAConfig], MLAConfig], ...] = ()  # other keys, and attends them rightly
 
 
 def without(**fields: Any) -> Callable[[MLAConfig], MLAConfig]:
@@ -80,6 +83,20 @@ CASES = {
         "deepseek_v3",
         "DeepseekV3",
         wrong=(*WRONG, without(rope_scaling=None)),
+    ),
+    "deepseek_v32": Case(
+        {"rope_scaling": {"type": "yarn", **YARN}, **INDEXER},
+        "deepseek_v32",
+        "DeepseekV32",
+        wrong=WRONG,
+        selects=(without(indexer_rope_interleave=True),),
+    ),
+    "glm_moe_dsa": Case(
+        {"qk_nope_head_dim": 24, "v_head_dim": 32, "rms_norm_eps": 1e-5, "num_hidden_layers": 2, **INDEXER},
+        "glm_moe_dsa",
+        "GlmMoeDsa",
+        wrong=WRONG,
+        selects=(without(indexer_rope_interleave=False),),
     ),
     "glm4_moe_lite": Case(
         {"qk_nope_head_dim": 24, "v_head_dim": 32, "rope_theta": 1e6, "partial_rotary_factor": 1.0},
@@ -159,6 +176,8 @@ CASES = {
 }
 # Of these `transformers` has a class; Kimi K3's is made here of the one without its gate.
 HAVE_CLASS = [kind for kind in FAMILIES if kind != "kimi_k3"]
+# Whose classes the runner does not time.
+UNTIMED = [kind for kind, family in FAMILIES.items() if family.indexes]
 
 
 def with_gate(attention: Any) -> type:
@@ -210,11 +229,20 @@ class Twin:
         self.attention.load_state_dict(state)
 
     @torch.no_grad()
-    def run(self, hidden: torch.Tensor, kv: torch.Tensor, pe: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the output [t, d], and kv [s, c] and pe [s, r] as cached afterwards, in checkpoint order."""
+    def run(
+        self, hidden: torch.Tensor, kv: torch.Tensor, pe: torch.Tensor, index: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """Return the output [t, d], and what is cached afterwards, in checkpoint order.
+
+        That is kv [s, c] and pe [s, r], and `index` [s, D] where there is an indexer.
+        """
         cache, (new, past) = DynamicCache(), (len(hidden), len(kv))
+        if index is not None:
+            cache = DynamicCache(config=self.model.config)
         if past:
             cache.update(kv[None, None], self.model.to_cache(pe)[None, None], 0)
+        if past and index is not None:
+            cache.update_indexer(self.index(index, to_cache=True)[None], 0)
         positions = torch.arange(past, past + new)[None]
         future = torch.arange(past + new) > positions[0, :, None]
         mask = torch.zeros(new, past + new).masked_fill(future, torch.finfo(torch.float32).min)
@@ -224,7 +252,18 @@ class Twin:
         kv, pe = cache.layers[0].keys[0, 0], cache.layers[0].values[0, 0]
         if self.model.reorders:
             pe = torch.stack(pe.chunk(2, dim=-1), dim=-1).flatten(-2)
-        return out, kv, pe
+        if index is None:
+            return out, kv, pe
+        return out, kv, pe, self.index(cache.layers[0].indexer_keys[0], to_cache=False)
+
+    def index(self, keys: torch.Tensor, to_cache: bool) -> torch.Tensor:
+        """Return index keys [s, D] in the cache's order of channels, or from that in the checkpoint's."""
+        if "glm" not in self.model.config.model_type:
+            return keys
+        turned, rest = keys.split((r := TINY["qk_rope_head_dim"], keys.shape[1] - r), dim=1)
+        if to_cache:
+            return torch.cat((turned[:, 0::2], turned[:, 1::2], rest), dim=1)
+        return torch.cat((torch.stack(turned.chunk(2, dim=1), dim=-1).flatten(1), rest), dim=1)
 
 
 def errors(case: Any, twin: Twin) -> tuple[float, float]:
@@ -232,9 +271,11 @@ def errors(case: Any, twin: Twin) -> tuple[float, float]:
     outs = case.run().split(list(case.batch.query_lens))
     inputs = case.hidden.split(list(case.batch.query_lens))
     worst = [0.0, 0.0]
-    for sequence, out, hidden, past in zip(case.ids, outs, inputs, case.history, strict=True):
-        expected = twin.run(hidden, *past)
-        for index, found in enumerate((out, *case.cache.read(sequence))):
+    requests = zip(case.ids, outs, inputs, case.history, case.index, strict=True)
+    for sequence, out, hidden, past, keys in requests:
+        expected = twin.run(hidden, *past, keys)
+        cached = [*case.cache.read(sequence), *filter(torch.is_tensor, [case.cache.read_index(sequence)])]
+        for index, found in enumerate((out, *cached)):
             error = ((found - expected[index]).norm() / expected[index].norm()).item()
             worst[min(index, 1)] = max(worst[min(index, 1)], error)
     return worst[0], worst[1]
@@ -260,7 +301,7 @@ def test_every_knob_of_a_family_shows(make_case: Any, kind: str) -> None:
     config = MLAConfig.from_dict(config_json(kind))
     twin = Twin(own_class(kind), random_state_dict(config, 0, torch.float32))
     assert CASES[kind].wrong
-    for deviate in CASES[kind].wrong:
+    for deviate in (*CASES[kind].wrong, *CASES[kind].selects):
         case = make_case(*STEP, config, layer_config=deviate(config))
         assert errors(case, twin)[0] > VISIBLE
 
@@ -333,7 +374,7 @@ def test_layers_with_different_query_scales_share_a_batch(make_case: Any, assert
     assert_rows_close(twin.run(), twin.truth(), BOUND)
 
 
-@pytest.mark.parametrize("kind", HAVE_CLASS)
+@pytest.mark.parametrize("kind", [kind for kind in HAVE_CLASS if kind not in UNTIMED])
 def test_a_peer_built_from_our_config_is_the_family_s_own(make_case: Any, kind: str) -> None:
     config = MLAConfig.from_dict(config_json(kind))
     peer = transformers_model(config, "eager")
@@ -365,12 +406,16 @@ def test_numbers_that_no_class_computes_have_no_peer(tiny: Any) -> None:
         tiny(output_gate="head", rope_interleave=False),
         tiny(qk_rope_head_dim=0),
         tiny(sink_logits=True),
+        tiny(q_lora_rank=24, index_topk=8, index_n_heads=2),
     ):
         with pytest.raises(NoEquivalentClass, match="no attention that computes config 'tiny'"):
             transformers_model(config)
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if name != "kimi-k3"])
+TIMED = [name for name, preset in PRESETS.items() if preset.values["model_type"] not in UNTIMED]
+
+
+@pytest.mark.parametrize("name", [name for name in TIMED if name != "kimi-k3"])
 def test_a_preset_s_peer_has_its_weights_and_its_scale(name: str) -> None:
     config = MLAConfig.preset(name)
     peer = transformers_model(config)

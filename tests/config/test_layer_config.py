@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,65 @@ def test_an_unknown_preset_suggests_the_closest_and_lists_all() -> None:
     assert "Did you mean" not in str(info.value)
 
 
-@pytest.mark.parametrize("name", ["deepseek-v3.2", "DeepSeek-V3.2-Exp", "glm-5", "glm-5-next"])
-def test_a_model_with_an_indexer_is_refused_by_its_name(name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"config '{name}' is not supported: an indexer picks"):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("glm-5-next", "its indexer scores pools of tokens"),
+        ("GLM-5.3-Flash", "its indexer scores pools of tokens"),
+        ("LongCat-2.0", "its indexer always picks the first and the last tokens"),
+        ("Hy-V4", "its indexer rotates the last channels of a key"),
+        ("MiniMax-M3", "its indexer picks grouped keys and values: no latent"),
+        ("deepseek-v4.1", "it has one shared key and value head"),
+    ],
+)
+def test_a_model_with_another_indexer_is_refused_by_its_name(name: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=rf"config '{name}' is not supported: {reason}"):
         MLAConfig.preset(name)
-    with pytest.raises(ConfigError, match=rf"config 'some-org/{name}' is not supported: an indexer picks"):
+    with pytest.raises(ConfigError, match=rf"config 'some-org/{name}' is not supported: {reason}"):
         MLAConfig.named(f"some-org/{name}")
+
+
+SPARSE = {"q_lora_rank": 24, "index_topk": 16, "index_n_heads": 2}
+
+
+def test_layers_share_selections_as_their_model_says() -> None:
+    kinds = ("full", "full", "shared", "full", "shared")
+    config = MLAConfig(64, 4, **SPARSE, indexer_types=kinds, name="x")
+    assert config.index_layers(7) == (0, 1, 3, 5, 6)  # what follows guesses tokens, and has its own
+    assert config.index_layers(2) == (0, 1)
+    own, shared = config.of_layer(3), config.of_layer(4)
+    assert own == config.of_layer(6) == replace(config, indexer_types=())
+    assert shared == replace(own, index_n_heads=0)
+    assert shared.of_layer(0) == shared
+    assert shared.index_layers(3) == ()
+    assert not shared.is_ops_alone
+    assert not shared.is_odd
+    assert config.index_scale == 256**-0.5
+    assert "index_topk=16, index_n_heads=2, indexer_types=(3 of 5 full)" in repr(config)
+    listed = MLAConfig(64, 4, **SPARSE, indexer_types=[*kinds], name="x")  # type: ignore[arg-type]
+    assert listed == config
+    assert hash(listed) == hash(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"index_topk": -1}, "index_topk must be an integer of at least 0, got -1"),
+        ({"index_n_heads": True}, "index_n_heads must be an integer of at least 0, got True"),
+        ({"index_head_dim": 32}, "index_head_dim must be at least qk_rope_head_dim, 64, got 32"),
+        ({"index_topk": 0}, "index_n_heads needs a positive index_topk"),
+        ({"q_lora_rank": None}, "index_n_heads needs a q_lora_rank: an indexer reads the query latent"),
+        ({"indexer_rope_interleave": 1}, "indexer_rope_interleave must be true or false, got 1"),
+        ({"indexer_types": ("full", "half")}, "indexer_types must list 'full' and 'shared', got "),
+        ({"indexer_types": 3}, "indexer_types must list 'full' and 'shared', got 3"),
+        ({"indexer_types": ("shared",)}, "indexer_types must begin with 'full'"),
+    ],
+    ids=str,
+)
+def test_an_indexer_that_cannot_be_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as info:
+        MLAConfig(64, 4, **{**SPARSE, **fields}, name="x")
+    assert str(info.value).startswith(f"config 'x': {message}")
 
 
 def test_a_name_of_the_hub_suggests_its_preset() -> None:

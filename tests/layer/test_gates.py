@@ -88,7 +88,9 @@ class NormedInput(Step):
 class AfterOutput(Step):
     """The gate multiplies what o_proj returns."""
 
-    def run(self, ops: Any, hidden: torch.Tensor, batch: Any, plan: Any, pages: Any, out: Any) -> None:
+    def run(
+        self, ops: Any, hidden: torch.Tensor, batch: Any, plan: Any, pages: Any, out: Any, *sparse: Any
+    ) -> None:
         gates: list[torch.Tensor] = []
         plain = replace(self, gate=lambda heads, gate: gates.append(gate.clone()))
         Step.run(plain, ops, hidden, batch, plan, pages, out)

@@ -73,7 +73,7 @@ class Scene:
             given.get("hidden", self.hidden),
             given.get("batch", self.batch),
             given.get("pages", self.pages),
-            given.get("out"),
+            out=given.get("out"),
         )
 
     def check(self, out: torch.Tensor) -> None:

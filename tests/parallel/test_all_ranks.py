@@ -113,7 +113,7 @@ def rank_forward(
     for sequence, tokens in zip(ids, TOKENS, strict=True):
         cache.load(sequence, *tokens)
     batch = cache.extend(ids, NEW)
-    return lambda out: layer(HIDDEN, batch, cache.pages[0], out)
+    return lambda out: layer(HIDDEN, batch, cache.pages[0], out=out)
 
 
 def error(out: torch.Tensor, config: MLAConfig, state: State, held: Held | None = None) -> float:

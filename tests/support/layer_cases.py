@@ -68,12 +68,23 @@ class Case:
     hidden: torch.Tensor
     state: dict[str, torch.Tensor]
     history: list[tuple[torch.Tensor, torch.Tensor]]
+    index: list[torch.Tensor | None]  # per request the index keys [s, D] of its history
 
     def run(self, **kwargs: Any) -> torch.Tensor:
-        return self.layer(self.hidden, self.batch, self.cache.pages[0], **kwargs)
+        return self.layer(self.hidden, self.batch, *self.cache.of_layer(0), **kwargs)
 
     def truth(self) -> torch.Tensor:
-        return oracle(self.config, self.state, self.hidden, self.batch.query_lens, self.history)
+        """Return the outputs, given what the layer selected in its last run."""
+        given = (self.config, self.state, self.hidden, self.batch.query_lens, self.history)
+        return oracle(*given, selection=self.layer.selection)
+
+
+def index_keys(config: MLAConfig, length: int, dtype: torch.dtype, seed: int) -> torch.Tensor | None:
+    """Return random index keys [s, D], N(0, 1); None of a config without an indexer."""
+    if not config.index_n_heads:
+        return None
+    generator = torch.Generator().manual_seed(seed + length)
+    return torch.randn(length, config.index_head_dim, generator=generator).to(dtype)
 
 
 @pytest.fixture(scope="session")
@@ -96,10 +107,13 @@ def make_case(tiny: Any, make_history: Any) -> Callable[..., Case]:
         ops: Mapping[str, FusedOp] | None = None,
         layer_config: MLAConfig | None = None,
         seed: int = 0,
+        cache_format: str | None = None,
+        index_format: str | None = None,
     ) -> Case:
         config = config or tiny()
         backend = HostBackend(ops=ops) if ops else None
-        layer = MLA(layer_config or config, backend=backend, dtype=dtype, attention=attention)
+        formats = {"cache_format": cache_format, "index_format": index_format}
+        layer = MLA(layer_config or config, backend=backend, dtype=dtype, attention=attention, **formats)
         state = random_state_dict(config, seed, dtype)
         layer.load_state_dict(state)
         history = [
@@ -107,16 +121,20 @@ def make_case(tiny: Any, make_history: Any) -> Callable[..., Case]:
             for kv, pe in make_history(config, history_lens, dtype, seed + 1)
         ]
         tokens = sum(query_lens) + sum(history_lens) + 2 * page_size * len(query_lens) + 1
-        cache = LatentCache(config, max_tokens=tokens, page_size=page_size, dtype=dtype, shuffle=seed)
-        cache.pages.fill_(torch.nan)
+        cache = LatentCache(
+            config, max_tokens=tokens, page_size=page_size, dtype=dtype, shuffle=seed, **formats
+        )
+        for pages in (cache.pages, cache.index_pages):
+            pages.fill_(torch.nan if pages.is_floating_point() else 255)
         ids = cache.new_sequences(len(query_lens))
-        for sequence, past in zip(ids, history, strict=True):
-            cache.load(sequence, *past)
+        index = [index_keys(config, length, dtype, seed + 3) for length in history_lens]
+        for sequence, past, keys in zip(ids, history, index, strict=True):
+            cache.load(sequence, *past, index=keys)
         batch = cache.extend(ids, query_lens)
         generator = torch.Generator().manual_seed(seed + 2)
         hidden = torch.randn(sum(query_lens), config.hidden_size, generator=generator, device="cpu")
         hidden *= hidden_scale
-        return Case(config, layer, cache, ids, batch, hidden.to(dtype), state, history)
+        return Case(config, layer, cache, ids, batch, hidden.to(dtype), state, history, index)
 
     return make
 

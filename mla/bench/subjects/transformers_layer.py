@@ -280,7 +280,7 @@ def _computes(classes: _Classes, config: MLAConfig) -> bool:
         _scales(config) == scales
         and (config.rope_theta is not None) == classes.rotates
         and config.output_gate == classes.output_gate
-        and not (config.sink_logits or config.qk_rope_head_dim == 0)
+        and not (config.sink_logits or config.qk_rope_head_dim == 0 or config.index_topk)
         and _computes_query_scaling(classes, config)
         and (not classes.scales_latents or config.q_lora_rank is not None)
         and (not classes.rotates or classes.interleaved in (None, config.rope_interleave))
