@@ -50,6 +50,7 @@ class Codec(ABC):
     least: ClassVar[float] = 0.0
     # Whether scales stay as they are where numbers change a little: one, or powers of two.
     steady: ClassVar[bool] = False
+    joined: ClassVar[bool] = False  # whether numbers of the latent and of the key may share a scale
 
     @property
     @abstractmethod
@@ -202,6 +203,10 @@ class Q8(Codec):
 
     def __post_init__(self) -> None:
         self._multiple(self.c + self.r, Q8_BLOCK)
+
+    @property
+    def joined(self) -> bool:  # type: ignore[override]
+        return self.c % Q8_BLOCK > 0
 
     @property
     def token_bytes(self) -> int:

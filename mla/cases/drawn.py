@@ -9,7 +9,7 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,11 +45,6 @@ FEW_GROUPS = 4  # ... and one that refuses more
 NUMBERS, LOGITS, ROOMS, LONG_ROOM, HUGE_ROOM = 1 << 16, 1 << 15, (1, 1, 1, 2, 4, 16), 8, 128
 MAX_REQUESTS, MAX_KEYS, HUGE = 300, 5000, (1 << 17) + 70
 REPEATS = (20, 130, 1100)  # of one call
-# Terms of a float32 sum that cancels to an eighth. In the worst order it errs by 8 x 0.43 x 2^-24 sqrt(n/2):
-# 5e-6 here, what `mla.verify.tolerances` allows.
-MAX_CANCELLED = 1024
-# Keys that are all the same, in float32: adding them one by one errs in one direction, by 2^-25 each.
-MAX_EQUAL = 300
 MAX_PRODUCTS = 1 << 24  # of a projection, which devices are slow in that lack the dtype
 FAR, MAX_CACHED = 1 << 15, 1 << 25  # slots that 16 bits do not name, and numbers of a cache with as many
 MAX_SPREAD = 1 << 21  # numbers of a large cache at most times
@@ -442,27 +437,10 @@ def numbers(draw: Draw, case: OpCase) -> Mapping[str, Any]:
     chosen = dict.fromkeys(draw(names) for _ in range(draw(among(0, 0, 0, 1, 1, 2))))
     large = [name for name in chosen if name in LARGE_ONES]
     changes: dict[str, Any] = {"aimed": True} if case.entry.prepares and draw(st.booleans()) else {}
-    kept = sorted({*chosen} - {*large[1:]} - _beyond_bounds(case, chosen))
+    kept = sorted({*chosen} - {*large[1:]})
     for name in kept:
         changes |= own.get(name, {})
     return {**changes, "values": tuple(name for name in kept if name in patterns)}
-
-
-def _beyond_bounds(case: OpCase, names: Collection[str]) -> set[str]:
-    """Return what is left out of these names: with it a right op may err beyond its bound."""
-    exact, beyond = case.spec.dtype == torch.float32, set()
-    if exact and getattr(case.spec, "in_features", 0) > MAX_CANCELLED:
-        beyond.add("cancels")
-    if exact and max(case.kv_lens) > MAX_EQUAL:
-        beyond.add("equal keys")
-        if "all logits low" in names:  # keys have one number alike, and queries of zeros weigh all alike
-            beyond.add("rows of zeros")
-    apart = {"steep logits", "one large channel"}
-    if case.spec.dtype == torch.float16:
-        apart |= {"large logits", "huge logits"}
-    if case.entry.prepares and apart & {*names}:
-        beyond.add("rows of zeros")  # the largest weight may be that of zeros, and all others underflow
-    return beyond
 
 
 # ---------------------------------------------------------------------------------------------- scenes

@@ -17,7 +17,7 @@ from mla.cases.case import BYTES, DTYPES, KINDS, Kind, Lengths, Normal, OpCase
 from mla.cases.memory import Pages, Tensors, changed_slots, poison
 from mla.cases.varied import Pool, Products, Queries, draw_signs
 from mla.verify.layer_check import TAIL
-from mla.verify.op_oracle import attend_requests, product, true_norm, true_rotation
+from mla.verify.op_oracle import Weights, attend_requests, lost_weights, product, true_norm, true_rotation
 from mla.verify.places import Places
 from mla.verify.stored import judge_bytes, judge_decoded, stored_truth
 from mla_backends.api import AttentionSpec, FusedOp, LinearSpec, NormSpec, SegmentLengths
@@ -297,9 +297,26 @@ class Attention(Kind):
         return self.cost(case.spec, case.query_lens, case.kv_lens)
 
     def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
-        parts = (given["q"], *self.keys(spec, given))
-        out, lse = attend_requests(*parts, lengths, given["softmax_scale"])
+        out, lse = self.attend(given, *self.keys(spec, given), lengths)
         return {"out": out, "lse": lse}
+
+    def attend(
+        self, given: Mapping[str, Any], k: torch.Tensor, v: torch.Tensor, lengths: SegmentLengths,
+        change: Weights = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Attend to k and v in float64: out [T, h, dv] and lse [T, h]. `change`: of weights."""
+        return attend_requests(given["q"], k, v, lengths, given["softmax_scale"], change)
+
+    def lost(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> torch.Tensor:
+        """Return by how much [T, h] float64 a right op errs where small weights are rounded to float16.
+
+        They err all alike, of which the sum has a norm, or at random, of which squares add.
+        """
+        k, v = self.keys(spec, given)
+        alike, _ = self.attend(given, k, v, lengths, lost_weights)
+        sizes = v.double().square().sum(-1, keepdim=True)
+        squares, _ = self.attend(given, k, sizes, lengths, lambda weights: lost_weights(weights).square())
+        return alike.norm(dim=-1) + squares[..., 0].sqrt()
 
     def keys(self, spec: Any, given: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys [K, 1 or h, dk] and values [K, 1 or h, dv]."""

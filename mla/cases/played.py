@@ -29,7 +29,7 @@ from mla.cases.memory import (
 )
 from mla.cases.stress import Drawing
 from mla.cases.values import LARGE_ONES
-from mla.cases.values import shape as unusual
+from mla.cases.values import shape as shaped
 from mla.reference import REFERENCE
 from mla.verify.layer_check import stands_for
 from mla.verify.places import Places
@@ -41,6 +41,10 @@ GUARD_BYTES = 8 << 20  # before and behind an output that one call writes: whole
 AROUND = 77.0  # what outputs lie in; neither 0 nor NaN, which is what is written by mistake
 NOISE = 4 * 2.0**-24  # of a sum of products in fp32, relative to the sizes of what is multiplied
 UNDERFLOW = 1e-30  # of values, relative to others: a weight may be as small, or 0
+# Terms that are the same, in float32: adding them one by one errs in one direction, by so much each.
+ALIKE, DRIFT = frozenset(("equal keys", "all logits low", "rows of zeros", "all zero")), 2.0**-25
+# A float32 sum of n terms that cancels to an eighth, in the worst order: times sqrt(n).
+CANCELLED = 8 * 0.43 * 2.0**-24 / math.sqrt(2)
 USUAL = 1.0  # the gain of queries up to which logits are ordinary
 
 
@@ -88,7 +92,7 @@ class Host:
         self.case, self.entry = case, case.entry
         drawn = given
         if drawn is None:
-            drawn = unusual(case, self.entry.draw(case, Drawing(case), self.entry.rows(case)))
+            drawn = shaped(case, self.entry.draw(case, Drawing(case), self.entry.rows(case)))
             drawn = self.entry.encoded(case, drawn)
         shapes = {name: case.shape(self.entry.operands[name]) for name in self.entry.varied}
         self.given = drawn | {name: drawn[name].view(shape) for name, shape in shapes.items()}
@@ -111,22 +115,32 @@ class Host:
         call = Laid(self.case, REFERENCE[self.case.kind], Scene((self.case,)), host=self)
         call.prepare()
         call.run()
-        errors = self.entry.errors(call.results(), self.truth)
-        return errors | {name: errors.get(name, noise).maximum(noise) for name, noise in self._noise.items()}
+        errors, noise = self.entry.errors(call.results(), self.truth), dict(self._noise)
+        if self.entry.held and self.entry.prepares and self.case.spec.dtype == torch.float16:
+            noise["out"] = noise.get("out", torch.zeros(())).hypot(self._lost)
+        return errors | {name: errors.get(name, rows).maximum(rows) for name, rows in noise.items()}
+
+    @property
+    def _lost(self) -> torch.Tensor:
+        """By how much float16 may err in weights, per query [T, h]."""
+        given = self.given | self.case.scalars
+        lost = self.entry.lost(self.case.spec, given, self.case.lengths)  # type: ignore[attr-defined]
+        return (lost / self.truth["out"].norm(dim=-1)).nan_to_num(posinf=1e300)
 
     @functools.cached_property
     def _noise(self) -> Tensors:
-        """By how much fp32 may err in logits, per query [T, h]; empty where these are ordinary.
+        """By how much fp32 may err in logits, per query [T, h], and in sums; empty where these are ordinary.
 
         What is large and cancels in a logit leaves an error that the logit does not show.
         """
-        case = self.case
-        loud = case.stress is not None and case.stress.gain > USUAL
-        if (
-            not self.entry.held
-            or not case.entry.prepares
-            or not (loud or LARGE_ONES.intersection(case.values))
-        ):
+        case, stress, exact = self.case, self.case.stress, self.case.spec.dtype == torch.float32
+        if exact and stress is not None and stress.cancels:
+            rows = torch.ones(case.results["out"][:-1]).double()
+            return {"out": rows * CANCELLED * math.sqrt(case.spec.in_features)}
+        alike = exact and not ALIKE.isdisjoint(case.values)
+        loud = stress is not None and stress.gain > USUAL
+        unusual = loud or alike or not LARGE_ONES.isdisjoint(case.values)
+        if not (self.entry.held and case.entry.prepares and unusual):
             return {}
         sizes = self.given["q"].double().norm(dim=-1)
         keys, _ = case.entry.keys(case.spec, self.given)  # type: ignore[attr-defined]  # of attention
@@ -136,6 +150,7 @@ class Host:
         longest.scatter_reduce_(0, of_key, lengths, "amax")
         of_query = requests.repeat_interleave(torch.tensor(case.query_lens))
         noise = NOISE * case.spec.softmax_scale * sizes * longest[of_query]
+        noise += DRIFT * max(case.kv_lens) * alike
         out = self.truth["out"].norm(dim=-1)
         unseen = (UNDERFLOW * out.amax() / out).nan_to_num(posinf=1e300) if out.numel() else out
         return {"out": noise.maximum(unseen), "lse": noise}

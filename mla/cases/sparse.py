@@ -27,7 +27,7 @@ from mla.cases.kinds import (
 from mla.cases.memory import Tensors, poison
 from mla.cases.varied import HOMES, VARIETY, Change, Pool, Queries, draw_signs
 from mla.cost import Work
-from mla.verify.op_oracle import attend_selected, true_layer_norm, true_rotation
+from mla.verify.op_oracle import Weights, attend_selected, true_layer_norm, true_rotation
 from mla.verify.places import Places
 from mla.verify.selections import judge_selection, true_selection
 from mla.verify.stored import stored_truth
@@ -381,12 +381,13 @@ class SparseLatentAttention(LatentAttention):
         how = (case.selection, case.query_lens, case.kv_lens, case.spec.topk, case.seed)
         return self.cost(case.spec, case.query_lens, case.kv_lens, _different(*how))
 
-    def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
-        case = OpCase("sparse_latent_attention", spec, tuple(lengths.query_lens), tuple(lengths.kv_lens))
-        keys, values = (part[:, 0] for part in self.keys(spec, given))
+    def attend(
+        self, given: Mapping[str, Any], k: torch.Tensor, v: torch.Tensor, lengths: SegmentLengths,
+        change: Weights = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        case = OpCase("sparse_latent_attention", None, tuple(lengths.query_lens), tuple(lengths.kv_lens))
         chosen = selected_keys(given["selection"], case.spans)
-        out, lse = attend_selected(given["q"], keys, values, chosen, given["softmax_scale"])
-        return {"out": out, "lse": lse}
+        return attend_selected(given["q"], k[:, 0], v[:, 0], chosen, given["softmax_scale"], change)
 
 
 class StoredSparse(SparseLatentAttention, StoredAttention):

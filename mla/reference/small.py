@@ -21,6 +21,10 @@ class Linear(FusedOp):
         self, packed: Packed, *, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
     ) -> None:
         weight = packed.data  # [o, i]
+        if (
+            x.shape[1] % 64 and not x.is_contiguous()
+        ):  # AMX reads numbers behind rows, times zero: NaN, if NaN
+            x = x.contiguous()
         if bias is None:
             torch.mm(x, weight.t(), out=out)
         else:

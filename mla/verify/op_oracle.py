@@ -7,12 +7,14 @@ this one, so that neither can hide a mistake of the other.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
+from mla.verify.tolerances import half_subnormal
 from mla_backends.api import SegmentLengths
 
+Weights = Callable[[torch.Tensor], torch.Tensor] | None
 # The most bytes of float64 logits in one step, before padding.
 LOGITS_BYTES = 256 << 20
 
@@ -61,11 +63,16 @@ def attend(
 
 
 def attend_requests(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: SegmentLengths, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: SegmentLengths,
+    scale: float,
+    change: Weights = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend q [T, h, dk] request by request over k [K, 1 or h, dk] and v [K, 1 or h, dv], as `attend`.
 
-    Requests of similar lengths are attended together, padded.
+    Requests of similar lengths are attended together, padded. `change`: of weights, before they meet values.
     """
     out = torch.zeros((*q.shape[:2], v.shape[2]), dtype=torch.float64)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float64)
@@ -75,10 +82,16 @@ def attend_requests(
         seen = (past + token + 1).minimum(keys) if lengths.causal else keys.expand(-1, len(token))
         hidden = key >= seen[..., None]  # [n, t, s]
         parts = (first + token.minimum(new - 1), first_key + key.minimum(keys - 1))
-        rows, sums = _attend_padded(q[parts[0]], k[parts[1]], v[parts[1]], hidden, scale)
+        rows, sums = _attend_padded(q[parts[0]], k[parts[1]], v[parts[1]], hidden, scale, change)
         real = token < new
         out[parts[0][real]], lse[parts[0][real]] = rows[real], sums[real]
     return out, lse
+
+
+def lost_weights(weights: torch.Tensor) -> torch.Tensor:
+    """Return by how much small weights change in float16: by half a subnormal, or themselves, at most."""
+    small = weights < torch.finfo(torch.float16).smallest_normal
+    return torch.where(small, weights.clamp_max(half_subnormal(torch.float16)), 0.0)
 
 
 Run = tuple[int, int, int, int, int]  # first query, queries, first key, keys, and keys before the first query
@@ -100,7 +113,7 @@ def _alike(lengths: SegmentLengths, heads: int) -> Iterator[list[Run]]:
 
 
 def _attend_padded(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, scale: float, change: Weights
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend q [n, t, h, dk] over k [n, s, 1 or h, dk] and v, but for the `hidden` [n, t, s] pairs."""
     tokens, shared = q.shape[1], q.shape[2] // k.shape[2]  # queries that share a head of keys
@@ -109,6 +122,7 @@ def _attend_padded(
     logits.masked_fill_(hidden[:, None, :, None], -torch.inf)
     lse = logits.logsumexp(-1)
     weights = logits.sub_(lse.clamp_min(-1e300)[..., None]).exp_().flatten(2, 3)
+    weights = change(weights) if change else weights
     out = (weights @ v.double().permute(0, 2, 1, 3)).unflatten(2, (tokens, shared))
     return tuple(x.transpose(1, 2).flatten(2, 3) for x in (out, lse))
 
@@ -122,10 +136,11 @@ def attend_selected(
     v: torch.Tensor,  # [K, dv]
     chosen: torch.Tensor,  # [T, n] int64: rows of k, or -1
     scale: float,
+    change: Weights = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend each query to its own keys in float64, a few queries at a time: out [T, h, dv] and lse [T, h].
 
-    A query that is given no key gives 0 and -inf.
+    A query that is given no key gives 0 and -inf. `change`: of weights, before they meet values.
     """
     out = torch.zeros((*q.shape[:2], v.shape[1]), dtype=torch.float64)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float64)
@@ -137,5 +152,6 @@ def attend_selected(
         logits.masked_fill_(absent, -torch.inf)
         lse[run] = logits.logsumexp(-1)
         weights = (logits - lse[run].clamp_min(-1e300)[..., None]).exp()
+        weights = change(weights) if change else weights
         out[run] = torch.einsum("thn,tnd->thd", weights, v[rows].double())
     return out, lse

@@ -25,9 +25,11 @@ def stored_truth(latent: torch.Tensor, key: torch.Tensor, codec: Codec, dtype: t
     """
     parts, info = (latent, key), torch.finfo(dtype)
     centre, steps = torch.cat(codec.decode(codec.encode(latent.float(), key.float())), dim=1).double(), []
-    noise = [_noise(x) for x in parts]
-    for x, by in zip(parts, noise, strict=True):
-        largest = x.abs().amax(1, keepdim=True) if x.numel() else x
+    largest_of = [x.abs().amax(1, keepdim=True) if x.numel() else x.new_zeros(len(x), 1) for x in parts]
+    if codec.joined:
+        largest_of = [torch.maximum(*largest_of)] * 2
+    noise = [NOISE * x.abs() + ROW_NOISE * most for x, most in zip(parts, largest_of, strict=True)]
+    for x, by, largest in zip(parts, noise, largest_of, strict=True):
         rounding = (
             info.eps * x.abs() + info.tiny * info.eps
         )  # of ops that round to `dtype` before they encode
@@ -41,10 +43,6 @@ def stored_truth(latent: torch.Tensor, key: torch.Tensor, codec: Codec, dtype: t
         "bytes": _agreed(codec, near, dtype) if codec.steady or dtype != torch.float32 else unknown,
         "codes": _agreed(codec, near, torch.float32) if codec.steady else unknown,
     }
-
-
-def _noise(x: torch.Tensor) -> torch.Tensor:
-    return NOISE * x.abs() + (ROW_NOISE * x.abs().amax(1, keepdim=True) if x.numel() else 0.0)
 
 
 def _agreed(codec: Codec, near: list[list[torch.Tensor]], dtype: torch.dtype) -> torch.Tensor:

@@ -53,6 +53,9 @@ NARROW = 6.0  # numbers of a row that may cancel
 CHANCE = 1e-7
 # A logit of size s has a rounding error of several 2^-24 s in fp32, and its weight that relative error.
 LOGIT = 8 * 2.0**-24
+# Where keys of zeros have nearly all the weight, one small weight may make a row. No mean evens out its
+# rounding, u at most, and that of the result comes to it.
+FAINT, ALONE = 4.0, 1.25  # how many times smaller than usual such a row is, and what more it may err
 TINY = torch.finfo(torch.float64).tiny  # stands in for the norm of zeros
 
 
@@ -86,11 +89,21 @@ def op_bounds(
     `lse` is the true log-sum-exp of every row, if it has one: the size of the largest logit.
     """
     sizes, floor = truth.norm(dim=-1), torch.tensor(ALLOWED[dtype].op, dtype=torch.float64)
+    floor = floor.maximum(half_subnormal(dtype) * math.sqrt(truth.shape[-1]) / sizes.clamp_min(TINY))
     if lse is not None:
         floor = floor.maximum(LOGIT * lse.double().abs().nan_to_num(posinf=0.0))
     means = mean_over(known, sizes), mean_over(floor.expand(sizes.shape), sizes)
     typical = max(*means, ALLOWED[dtype].op)  # which is left where all rows are zero
-    return Bounds(TWICE * typical, _rows(known, sizes, truth.shape[-1], ROW_SLACK * floor.clamp_min(typical)))
+    slack = ROW_SLACK * floor.clamp_min(typical).expand(sizes.shape)
+    if lse is not None:
+        slack = torch.where(FAINT * sizes < sizes.square().mean().sqrt(), ALONE * slack, slack)
+    return Bounds(TWICE * typical, _rows(known, sizes, truth.shape[-1], slack))
+
+
+def half_subnormal(dtype: torch.dtype) -> float:
+    """Return by how much rounding to a dtype changes a number at most that is below its normal ones."""
+    info = torch.finfo(dtype)
+    return info.smallest_normal * info.eps / 2
 
 
 def layer_bounds(known: torch.Tensor | None, truth: torch.Tensor, dtype: torch.dtype) -> Bounds:
@@ -127,7 +140,7 @@ def _rows(known: torch.Tensor, sizes: torch.Tensor, width: int, slack: torch.Ten
     """
     usual = (sizes.square().mean() / sizes.square().clamp_min(TINY)).clamp_max(shrinkage(width))
     cancelled = torch.where(sizes > 0, 1 + NARROW / width * usual, 1.0)
-    return TWICE * (known.square() + slack.square() * cancelled).sqrt()
+    return TWICE * torch.hypot(known, slack * cancelled.sqrt())
 
 
 def shrinkage(width: int) -> float:

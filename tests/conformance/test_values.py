@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from flash import Flash
 from wrong_ops.places import rounds_rows_up
 
 from mla.cases.case import OpCase
@@ -20,6 +21,22 @@ from mla.reference import REFERENCE
 from mla_backends.api import AttentionSpec, NormSpec
 
 SPEC = AttentionSpec(2, 32, 400, 8, 12, 0.5 * 408**-0.5, torch.float16, CPU)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_weights_of_fp16_may_underflow(alike: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key of zeros has nearly all the weight, so that what counts is left to subnormal weights."""
+    case = OpCase("latent_attention", SPEC, (1,), (41,), stress=Stress())
+    given = Host(case).given
+    given["q"][:], given["keys"][:, 1:] = 0, given["keys"][1 if alike else slice(None), 1:]
+    given["q"][..., -1] = 1
+    given["keys"][:, -1] = -12 / SPEC.softmax_scale
+    given["keys"][0] = 0
+    given["keys"][1:, -1] *= 1 if alike else torch.linspace(0.9, 1.1, 40)
+    flash = Flash("latent_attention/1", 64, 1)
+    assert Laid(case, flash, host=Host(case, given)).call() == ""
+    monkeypatch.setattr("mla.cases.kinds.lost_weights", torch.zeros_like)
+    assert "rows are wrong" in Laid(case, flash, host=Host(case, given)).call()
 
 
 @pytest.mark.parametrize("kind", ["latent_attention", "expanded_attention"])
