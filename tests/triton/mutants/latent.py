@@ -86,13 +86,13 @@ LATENT = (
     ),
     _latent(
         "the product of the rope part is lost",
-        old="_, score = multiply(q_rope",
-        new="_, _ = multiply(q_rope",
+        old=" _, score = multiply(",
+        new=" _, _ = multiply(",
     ),
     _latent(
         "the product of the latent part is lost",
-        old="latent, score = multiply(q_latent",
-        new="latent, _ = multiply(q_latent",
+        old="latent, score = multiply(",
+        new="latent, _ = multiply(",
     ),
     _latent(
         "a product begins anew",
@@ -100,9 +100,9 @@ LATENT = (
         new="tl.dot(q, tl.trans(keys))",
     ),
     _latent(
-        "tiles of many rows are not masked",
-        old="(start < high) | (ROWS < SPREAD_ROWS)",
-        new="(start > high) | (ROWS < SPREAD_ROWS)",
+        "scores of many rows change where their product is hidden",
+        old="requests < 1 if",
+        new="requests > 0 if",
     ),
     _latent("the scale is lost", old="score * scale", new="score"),
     _latent(

@@ -9,6 +9,8 @@ How many parts a request has is derived from its length, on the device and in bo
 captured launch follows lengths that change. A request of one part writes its output at once.
 """
 
+import re
+
 import triton
 import triton.language as tl
 
@@ -16,8 +18,10 @@ from mla_backends.triton_ops.jit.shared import close, decoded, fold, follow, pla
 
 LN2 = tl.constexpr(0.6931471805599453)
 # Where Triton sees that a product feeds another, it lays all warps along the rows of the first. From this
-# many rows on, two groups of warps would compute the same scores: a condition that always holds hides it.
+# many rows on, two groups of warps would compute the same scores: see `hidden`. Before 3.6, what this saves
+# is spilled.
 SPREAD_ROWS = tl.constexpr(64)
+SPREADS = tl.constexpr(tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) >= (3, 6))
 # What changes from step to step: specialised on its value or alignment, a kernel would be compiled anew.
 TABLES = ["block_table", "kv_lens", "cu_q", "lse", "part_lse", "table_row"]
 CHANGING = [*TABLES, "requests", "blocks", "rows", "keys_per_split", "max_splits"]
@@ -113,6 +117,7 @@ def attend_latent(
     value = tl.full([ROWS, PIECE], 0.0, tl.float32)
     table = block_table + request.to(tl.int64) * table_row
 
+    never = requests < 1 if SPREADS and ROWS >= SPREAD_ROWS else False
     if PAGE % KEYS == 0:  # a step stays within a page, whose number is fetched a step ahead
         page = tl.load(table + low // PAGE, mask=low < high, other=0)
     for start in range(low, high, KEYS):
@@ -120,7 +125,7 @@ def attend_latent(
         there = place < high
         if PAGE % KEYS == 0:
             slot = page.to(tl.int64) * PAGE + start % PAGE
-            key = cache + slot * (LATENT + ROPE) + tl.arange(0, KEYS) * (LATENT + ROPE)
+            key = cache + (slot + tl.arange(0, KEYS)) * (LATENT + ROPE)
             following = start + KEYS
             page = tl.load(table + following // PAGE, mask=following < high, other=0)
         else:
@@ -128,18 +133,21 @@ def attend_latent(
             key = cache + (pages * PAGE + place % PAGE) * (LATENT + ROPE)
         score = tl.full([ROWS, KEYS], 0.0, tl.float32)
         if ROPE > 0:
-            _, score = multiply(q_rope, key + LATENT, turn, there[:, None] & has_turn[None, :], score, FORMAT)
-        latent, score = multiply(q_latent, key, channel, there[:, None] & has_channel[None, :], score, FORMAT)
+            _, score = multiply(
+                q_rope, key + LATENT, turn, there[:, None] & has_turn[None, :], score, never, FORMAT
+            )
+        latent, score = multiply(
+            q_latent, key, channel, there[:, None] & has_channel[None, :], score, never, FORMAT
+        )
         if HALVES:
             latent_upper, score = multiply(
-                q_upper, key, upper, there[:, None] & has_upper[None, :], score, FORMAT
+                q_upper, key, upper, there[:, None] & has_upper[None, :], score, never, FORMAT
             )
         if CAUSAL and HEADS % ROWS != 0:  # else all rows are of one token, which sees what is before `high`
             seen = (place[None, :] <= visible[:, None]) & there[None, :]
         else:
             seen = there[None, :]
-        if (start < high) | (ROWS < SPREAD_ROWS):  # always
-            score = tl.where(seen, score * scale, float("-inf"))
+        score = tl.where(seen, score * scale, float("-inf"))
         weight, shrink, top, total = fold(score, top, total)
         value = tl.dot(weight.to(latent.dtype), latent, value * shrink[:, None])
         if HALVES:
@@ -174,11 +182,24 @@ def multiply(
     channel,  # [n]
     there,  # [KEYS, n]: which of them are read
     score,  # [ROWS, KEYS] fp32
+    never,  # see `hidden`
     FORMAT: tl.constexpr,
 ):
     """Return some channels of the keys [KEYS, n], and the scores with the product of these channels."""
     keys = decoded(tl.load(key[:, None] + channel[None, :], mask=there, other=0.0), q.dtype, FORMAT)
-    return keys, tl.dot(q, tl.trans(keys), score)
+    return keys, hidden(tl.dot(q, tl.trans(keys), score), never)
+
+
+@triton.jit
+def hidden(score, never):
+    """Return the scores, whose product Triton does not connect with what they feed if `never` is a tensor.
+
+    `never` is false. Triton looks through sums and through conditions of the loop, but not through one that
+    was known before it.
+    """
+    if never:
+        score = score * 0.5
+    return score
 
 
 @triton.jit(do_not_specialize=CHANGING)
