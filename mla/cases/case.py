@@ -343,6 +343,10 @@ class Kind:
         """Return the results that an op is held to; it may have no log-sum-exp."""
         return [name for name in self.results if name != "lse" or op.writes_lse]
 
+    def by_token(self, cache: torch.Tensor) -> torch.Tensor:
+        """Return a cache [pages, page, w] whose rows are tokens, where those of this one are not: a copy."""
+        return cache
+
     def touched(self, arguments: Mapping[str, Any], page_size: int) -> torch.Tensor:
         """Return the pages [k] int64 of the cache that a call reads or writes, in order, on the host."""
         raise NotImplementedError

@@ -45,6 +45,7 @@ FEW_GROUPS = 4  # ... and one that refuses more
 NUMBERS, LOGITS, ROOMS, LONG_ROOM, HUGE_ROOM = 1 << 16, 1 << 15, (1, 1, 1, 2, 4, 16), 8, 128
 MAX_REQUESTS, MAX_KEYS, HUGE = 300, 5000, (1 << 17) + 70
 REPEATS = (20, 130, 1100)  # of one call
+MOST_OFTEN = 64  # latents that each query of it selects
 MAX_PRODUCTS = 1 << 24  # of a projection, which devices are slow in that lack the dtype
 FAR, MAX_CACHED = 1 << 15, 1 << 25  # slots that 16 bits do not name, and numbers of a cache with as many
 MAX_SPREAD = 1 << 21  # numbers of a large cache at most times
@@ -183,6 +184,7 @@ class Field:
     lse_optional: bool = False
     takes: Takes = lambda spec, new, keys, page: True
     formats: tuple[str, ...] = ()  # of caches, that the op claims
+    topk: int = 0  # of what is drawn next
 
     def pages(self, spec: Any) -> list[int]:
         """Return the page sizes that the op serves; all of them if it serves none."""
@@ -202,7 +204,8 @@ class Field:
     def attention(self, heads: int, dims: Sequence[int], scale: float = 1.0) -> AttentionSpec:
         """Return the spec of attention with widths c, r, n and v."""
         c, r, n, v = dims
-        return AttentionSpec(heads, c, n, r, v, scale * (n + r) ** -0.5, self.dtype, self.device)
+        scale *= (n + r) ** -0.5
+        return AttentionSpec(heads, c, n, r, v, scale, self.dtype, self.device, topk=self.topk)
 
     def stored(self, draw: Draw, spec: AttentionSpec) -> AttentionSpec:
         """Draw a cache format for a spec, in widths that it and the op serve; plain where there are none."""
@@ -285,7 +288,7 @@ def write_case(draw: Draw, field: Field) -> OpCase:
 
 
 def attention_case(draw: Draw, field: Field) -> OpCase:
-    latent = field.kind == "latent_attention"
+    latent = field.kind != "expanded_attention"
     scale = draw(among(1.0, 1.0, 0.5, 1.6))
     widths, heads = dims(draw), draw(among(*HEADS))
     causal = latent or draw(whole(0, 2)) > 0
@@ -312,7 +315,8 @@ def attention_case(draw: Draw, field: Field) -> OpCase:
         tokens, keys = sum(new for new, _ in pairs), sum(-(-keys // of) * of for _, keys in pairs)
         numbers = width * (tokens * count + keys * (1 if latent else count))
         logits = count * sum(new * keys for new, keys in pairs)
-        return numbers <= NUMBERS * room and logits <= LOGITS * room
+        gathered = width * sum(new * min(field.topk, keys) for new, keys in pairs)
+        return max(numbers, gathered) <= NUMBERS * room and logits <= LOGITS * room
 
     if not fits(pairs, heads):  # rather fewer heads than fewer requests
         fewer = (count for count in HEADS if count < heads and field.serves(spec_of(count)))
@@ -331,7 +335,7 @@ def columns(pairs: Pairs) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return new, keys
 
 
-def served_lengths(field: Field, spec: AttentionSpec, pairs: Pairs, page: int | None) -> Pairs:
+def served_lengths(field: Field, spec: Any, pairs: Pairs, page: int | None) -> Pairs:
     """Return the lengths, or those most like them that an op takes which refuses them; else as they are."""
     full = [(new, keys) for new, keys in pairs if new and keys] or SMALLEST
     decode = [(1, keys) for _, keys in full]
@@ -340,6 +344,14 @@ def served_lengths(field: Field, spec: AttentionSpec, pairs: Pairs, page: int | 
         [(1, keys + -keys % (page or 1)) for _, keys in decode], [full[0]] * len(full), SMALLEST,
     )  # fmt: skip
     return next((pairs for pairs in tried if field.takes(spec, *columns(pairs), page)), pairs)
+
+
+@functools.cache
+def cases_of(kind: str) -> Callable[[Draw, Field], OpCase]:
+    """Return what draws the cases of a kind of op."""
+    from mla.cases import drawn_sparse  # which draws by what is here
+
+    return {**CASES, **drawn_sparse.CASES}[kind]
 
 
 CASES: Mapping[str, Callable[[Draw, Field], OpCase]] = {
@@ -357,15 +369,16 @@ CASES: Mapping[str, Callable[[Draw, Field], OpCase]] = {
 
 # Operands that are contiguous by contract, and those that are aligned to their own numbers alone.
 CONTIGUOUS = frozenset({"bias", "weight", "slots", "cache", "kv_lens", "cu_q"})
-UNALIGNED = frozenset({"lse", "slots", "block_table", "kv_lens", "cu_q"})
+UNALIGNED = frozenset({"lse", "weights"})
+INTEGERS = (torch.int32, torch.int64)
 
 
 def unit(case: OpCase, name: str) -> int:
     """Return how many numbers of an operand its addresses and strides are multiples of, by the contract."""
-    bytes_each = case.dtype(name).itemsize
-    widths = [getattr(case.spec, field) for letter, field in case.entry.letters.items() if letter not in "hb"]
+    dtype, letters = case.dtype(name), case.entry.letters
+    widths = [getattr(case.spec, field) for letter, field in letters.items() if letter not in "hbk"]
     aligned = all(width * case.spec.dtype.itemsize % 16 == 0 for width in widths)
-    return 16 // bytes_each if aligned and name not in UNALIGNED else 1
+    return 16 // dtype.itemsize if aligned and name not in UNALIGNED and dtype not in INTEGERS else 1
 
 
 def layout_of(draw: Draw, case: OpCase) -> Layout:
@@ -425,7 +438,7 @@ def stresses(kind: str) -> Mapping[str, Mapping[str, Any]]:
     """Return what may be unusual about the numbers of a kind, by name."""
     if KINDS[kind].prepares:
         return LOGITS_OF
-    if kind in ("rms_norm", "write_latent"):
+    if kind in ("rms_norm", "write_latent", "write_index_key"):
         return {"three sizes": ROWWISE["three sizes"], **SIZES}
     return {**ROWWISE, **(PRODUCTS if KINDS[kind].packed else {})}
 
@@ -449,7 +462,7 @@ def numbers(draw: Draw, case: OpCase) -> Mapping[str, Any]:
 @st.composite
 def scenes(draw: Draw, field: Field) -> Scene:
     """Draw calls of one op."""
-    case = CASES[field.kind](draw, field)
+    case = cases_of(field.kind)(draw, field)
     case = case.but(**numbers(draw, case), seed=draw(whole(0, 3)))
     case = replace(case, layout=layout_of(draw, case))
     scene = Scene((case,), held=draw(among(math.nan, 0.0, 1.0)))
@@ -473,13 +486,15 @@ def sequence(draw: Draw, field: Field, scene: Scene) -> Scene:
     """Draw what is called after the first case, and in which order."""
     (case,) = scene.cases
     what, kept, early = draw(among(*FOLLOWING)), draw(st.booleans()), draw(st.booleans())
+    if what == "often" and getattr(case.spec, "topk", 0) > MOST_OFTEN:
+        what = "again"
     if what == "again":
         return replace(scene, order=((0, 1), (0, draw(whole(1, 3)))), kept=kept)
     if what == "often":
         times = draw(among(*REPEATS))
         return replace(scene, cases=(small(case, times),), order=((0, 1), (0, times)), kept=True)
     if what == "others":
-        other = CASES[field.kind](draw, field)
+        other = cases_of(field.kind)(draw, field)
         other = replace(other, layout=layout_of(draw, other))
     else:
         other = derived(case, what)
@@ -533,6 +548,8 @@ def axes(scene: Scene) -> Iterator[tuple[str, Any]]:
             yield "page", case.layout.page_size
         for field in case.entry.letters.values():
             yield field, getattr(case.spec, field)
+        if "k" in case.entry.letters:
+            yield "selection", case.selection
         if case.entry.stored is not None or "b" in case.entry.letters:
             yield "cache", case.spec.cache_format or "plain"
         assert case.stress is not None

@@ -142,7 +142,7 @@ class WritesSlots(Kind):
     """An op that writes `rows` to the slots of a cache; every other slot holds a marker."""
 
     def written(self, arguments: Mapping[str, Any]) -> Tensors:
-        cache, slots = arguments["cache"], arguments["slots"]
+        cache, slots = self.by_token(arguments["cache"]), arguments["slots"]
         return {"rows": cache.flatten(0, 1).index_select(0, slots.to(cache.device))}
 
     def touched(self, arguments: Mapping[str, Any], page_size: int) -> torch.Tensor:
@@ -168,7 +168,7 @@ class WritesSlots(Kind):
         cache.view(-1, cache.shape[2])[call.arguments["slots"]] = poison(cache.new_empty(1))
 
     def strays(self, case: OpCase, arguments: Mapping[str, Any]) -> str:
-        cache = arguments["cache"]
+        cache = self.by_token(arguments["cache"])
         before = self.blank(case)["cache"] if case.stress else marker(cache.dtype)
         count, first = changed_slots(cache, before, arguments["slots"])
         clause = f"{count} slots other than those of the new tokens have changed, the first is {first}"
@@ -341,7 +341,7 @@ class OverPages(Kind):
     prepares = True
 
     def given(self, arguments: Mapping[str, Any], lengths: SegmentLengths) -> Mapping[str, Any]:
-        cache, keys = arguments["cache"], []
+        cache, keys = self.by_token(arguments["cache"]), []
         for row, length in zip(arguments["block_table"].long(), lengths.kv_lens, strict=True):
             keys.append(cache[row[: -(-length // cache.shape[1])]].flatten(0, 1)[:length])
         return {**arguments, "keys": torch.cat(keys)}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mla import cost
-from mla.cache.index_formats import IndexFp8, index_codec
+from mla.cache.index_formats import SCALE_BYTES, IndexFp8, index_codec
 from mla.cases import stress
 from mla.cases.case import BYTES, DTYPES, KINDS, Normal, OpCase, generator
 from mla.cases.kinds import (
@@ -157,19 +157,17 @@ class StoredIndexKey(WriteIndexKey):
         true = super().truth(spec, given, lengths)
         return true | stored_truth(true["key"], true["key"][:, :0], codec_for(spec.head_dim), spec.dtype)
 
+    def by_token(self, cache: torch.Tensor) -> torch.Tensor:
+        return codec_for(cache.shape[2] - SCALE_BYTES).rows(cache)
+
     def written(self, arguments: Mapping[str, Any]) -> Tensors:
-        codec = codec_for(arguments["weight"].shape[0])
-        rows = codec.rows(arguments["cache"]).flatten(0, 1)[arguments["slots"].to(arguments["cache"].device)]
-        return {"key": codec.decode(rows)[0], **dict.fromkeys(BYTES, rows)}
+        rows = WritesSlots.written(self, arguments)["rows"]
+        return {"key": codec_for(arguments["weight"].shape[0]).decode(rows)[0], **dict.fromkeys(BYTES, rows)}
 
     def offer(self, call: Call, results: Tensors) -> None:
         cache, slots = call.arguments["cache"], call.arguments["slots"]
         rows = poison(cache.new_empty((len(slots), cache.shape[2])))
         codec_for(call.case.spec.head_dim).put(cache, slots, rows)
-
-    def strays(self, case: OpCase, arguments: Mapping[str, Any]) -> str:
-        rows = codec_for(case.spec.head_dim).rows(arguments["cache"])
-        return super().strays(case, {**arguments, "cache": rows})
 
 
 def codec_for(d: int) -> IndexFp8:
@@ -329,6 +327,8 @@ class SelectStored(SelectLatents):
     dtypes = {**SelectLatents.dtypes, "cache": torch.uint8}
     cached = "b"
 
+    by_token = StoredIndexKey.by_token
+
     def encoded(self, case: OpCase, given: Tensors) -> Tensors:
         return {**given, "keys": codec_for(case.spec.head_dim).encode(given["keys"])}
 
@@ -342,13 +342,9 @@ class SelectStored(SelectLatents):
         codec, cache = codec_for(call.case.spec.head_dim), call.arguments["cache"]
         order = call.pages.order.to(cache.device)
         rows, pages = cache[order], cache.new_empty((len(order), *cache.shape[1:]))
-        for part, columns in zip(codec.parts(pages), rows.split((codec.c, 4), dim=2), strict=True):
+        for part, columns in zip(codec.parts(pages), rows.split((codec.c, SCALE_BYTES), dim=2), strict=True):
             part.copy_(columns)
         cache[order] = pages
-
-    def given(self, arguments: Mapping[str, Any], lengths: SegmentLengths) -> Mapping[str, Any]:
-        rows = codec_for(arguments["q"].shape[2]).rows(arguments["cache"])
-        return {**super().given({**arguments, "cache": rows}, lengths), "cache": arguments["cache"]}
 
 
 # -------------------------------------------------------------------------------------- sparse attention

@@ -31,7 +31,7 @@ DEVICE, DTYPE, OP, LAYER = "device", "dtype", "op", "layer"
 
 _GROUPS = (
     *("device", "ops", "rms_norm", "rotate_query", "write_latent", "linear", "batched_linear"),
-    *("latent", "expanded", "layer"),
+    *("write_index_key", "select_latents", "latent", "expanded", "sparse_latent_attention", "layer"),
 )
 _MODULES = ("device", "contract", "small_ops", "attention", "attention_state", "layer", "drawn")
 

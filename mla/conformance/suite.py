@@ -37,6 +37,7 @@ FOR_DRAWS = {True: 0.3, False: 0.6}  # of the time at least, if it is quick and 
 MAX_SHARE = 0.15  # of the time that is left for fixed checks, for one of them
 # The time of a draw, in that of the quickest op: so much more of the run's time are draws of the kind given.
 DRAW_TIMES = {"latent_attention": 4.0, "expanded_attention": 3.0, "write_latent": 2.0, "batched_linear": 2.0}
+DRAW_TIMES |= {"select_latents": 3.0, "sparse_latent_attention": 4.0}
 UNUSUAL = 0.2  # times the time of an op that serves what most layers have
 # A product [ROWS, WIDTH] x [WIDTH, WIDTH] that takes this many times as long as in a wider dtype is slow.
 FACTOR = 3.0

@@ -46,6 +46,11 @@ class CallFacts(msgspec.Struct, kw_only=True):
     writes_lse: bool = True
 
 
+def format_in(spec: Mapping[str, Any]) -> Any:
+    """Return the format of the cache of an op, given the fields of its spec; "" where it is plain."""
+    return spec.get("cache_format") or spec.get("index_format", "")
+
+
 @dataclass(frozen=True)
 class RecordedCall:
     """A call on the host. `memory` holds the operands before it; outputs were NaN where that was possible."""
@@ -65,7 +70,7 @@ class RecordedCall:
     @property
     def entry(self) -> Kind:
         """The entry of the call's kind."""
-        return entry_of(self.facts.kind, self.facts.spec.get("cache_format", ""))
+        return entry_of(self.facts.kind, format_in(self.facts.spec))
 
     @property
     def case(self) -> OpCase:

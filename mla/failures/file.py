@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,22 @@ import safetensors.torch
 import torch
 
 from mla.cache.formats import codec_of
+from mla.cache.index_formats import index_codec
 from mla.cases import KINDS
 from mla.cases.case import OPTIONAL, Kind, dim, entry_of
 from mla.cases.memory import Tensors
 from mla.command import files
 from mla.errors import MLAError, OutOfMemory, ResultError, UnknownOp, did_you_mean
-from mla.failures.call import CONTEXT, MAX_CALL_BYTES, OUTPUTS, CallFacts, RecordedCall, View, covered
+from mla.failures.call import (
+    CONTEXT,
+    MAX_CALL_BYTES,
+    OUTPUTS,
+    CallFacts,
+    RecordedCall,
+    View,
+    covered,
+    format_in,
+)
 from mla.failures.watch import Expected, JudgedCall, judged, make, raised
 from mla.layer.ops import refusals, sentences
 from mla.reference import REFERENCE
@@ -200,6 +210,12 @@ def _read(path: Path) -> Failure:
 
 # --------------------------------------------------------------------------- whether a kept call can be made
 
+# What makes the codec of a cache, and the widths in a spec that it is made for.
+CODECS: Sequence[tuple[Callable[..., Any], Sequence[str]]] = (
+    (codec_of, ("kv_lora_rank", "qk_rope_head_dim")),
+    (index_codec, ("head_dim",)),
+)
+
 # A kept failure may come from anybody, and ops take addresses: no op is called before all of this holds.
 
 _OTHERS = frozenset({"weight.packed", "cache.pages", "cache.rows"})
@@ -221,7 +237,7 @@ def _check(facts: CallFacts, tensors: Tensors) -> None:
     """Raise ValueError, with one clause, unless the tensors of a file are those of the call it describes."""
     if facts.kind not in KINDS:
         raise ValueError(f"there is no kind of op '{facts.kind}'")
-    kind = entry_of(facts.kind, facts.spec.get("cache_format", ""))
+    kind = entry_of(facts.kind, format_in(facts.spec))
     sizes = _spec_sizes(kind, facts)
     _check_names(kind, facts, tensors)
     _check_cache(kind, facts, sizes)
@@ -263,16 +279,17 @@ def _spec_sizes(kind: Kind, facts: CallFacts) -> dict[str, int]:
 
 def _check_format(facts: CallFacts) -> None:
     """Check that a cache format is one, for latents of these widths, and the one that the op was told."""
-    name = facts.spec.get("cache_format", "")
+    name = format_in(facts.spec)
     _require(
         isinstance(name, str) and facts.scalars.get("cache_format", "") == name, "its cache format is odd"
     )
     if name:
-        widths = facts.spec["kv_lora_rank"], facts.spec["qk_rope_head_dim"]
+        of, fields = next((row for row in CODECS if row[1][0] in facts.spec), CODECS[0])
+        widths = [facts.spec[field] for field in fields]
         _require(
             all(type(width) is int and 0 < width <= _MAX_SIZE for width in widths), "its widths are no sizes"
         )
-        codec = codec_of(name, *widths)  # raises `CacheFormatError`, a ValueError
+        codec = of(name, *widths)  # raises `CacheFormatError`, a ValueError
         fits = codec is not None and facts.spec.get("token_bytes") == codec.token_bytes
         _require(fits, f"its tokens are not of the size of {name}")
 
@@ -387,6 +404,10 @@ def _check_values(facts: CallFacts, tensors: Tensors, sizes: Mapping[str, int]) 
         _require(call["kv_lens"].tolist() == facts.kv_lens, "kv_lens are not its lengths")
         _require(max(facts.kv_lens) <= sizes["m"] * page, "block_table has too few pages")
         _require(_within(call["block_table"], count), "block_table names no page of the cache")
+    if "selection" in call:
+        lengths_of = call["kv_lens"].repeat_interleave(call["cu_q"].diff())[:, None]
+        named = ((call["selection"] >= -1) & (call["selection"] < lengths_of)).all()
+        _require(bool(named), "selection names no token of its request")
     kept = KINDS[facts.kind].touched(call, page)
     _require(torch.equal(kept, tensors["cache.pages"]), "it does not hold the pages that the call reads")
 

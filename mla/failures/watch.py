@@ -146,6 +146,7 @@ class Watched(FusedOp):
         self.nan_safe_tail = op.nan_safe_tail
         self.cache_formats, self.encodes_rounded = op.cache_formats, op.encodes_rounded
         self.writes_lse, self.lse_optional = op.writes_lse, op.lse_optional
+        self.scores_in_bf16 = op.scores_in_bf16
 
     def __getattr__(self, name: str) -> Any:
         if name == "_op":  # not yet there, in a copy
@@ -293,7 +294,7 @@ def _written(members: Mapping[str, Any], inside: torch.Tensor) -> bool:
 def cache_damage(call: RecordedCall, cache: torch.Tensor, before: torch.Tensor) -> list[str]:
     """Return which slots of the cache have changed that the op does not write, as clauses."""
     written = call.operand("slots") if "slots" in call.facts.views else None
-    count, first = changed_slots(cache, before, written)
+    count, first = changed_slots(call.entry.by_token(cache), call.entry.by_token(before), written)
     clause = f"{count} slots of the cache have changed that are not written; the first is {first}"
     return [clause] * bool(count)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mla.cases import KINDS
 from mla.conformance.drawn import draw
 from mla.conformance.registry import OP, check
 from mla.conformance.trial import Trial
@@ -17,5 +18,5 @@ def drawn(trial: Trial) -> None:
         draw(trial)
 
 
-for _kind in ("linear", "batched_linear", "rms_norm", "rotate_query", "write_latent", *GROUPS):
+for _kind in KINDS:
     check(f"{GROUPS.get(_kind, _kind)}.drawn", catches=CATCHES, scope=OP, kind=_kind, fails="drawn")(drawn)
