@@ -1,7 +1,8 @@
 """Tiny problems for `preflight`: a kernel that is compiled or loaded at its first use proves itself on one.
 
 The device computes a few tokens, and the results must agree roughly with the definition in float32 on the
-host. Whether an op is exact is for the conformance suite to say.
+host. Whether an op is exact is for the conformance suite to say; so is what bytes of a cache format mean, of
+which only zeros are tried.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ SEGMENTS: Lengths = ((2, 3), (2, 70))  # a new request and one with a history
 OTHERWISE = "update the package, or use another op (`--ops reference` takes none of its kind)"
 # Of the small ops.
 TOKENS, EPS, SLOTS = 3, 1e-6, (5, 0, 2)
+POISON = 0xA5
 WRONG = "gives wrong results"
 # What runtimes say of a kernel that broke off, or that has no code for the device.
 _OF_THE_DEVICE = re.compile(
@@ -89,6 +91,7 @@ def try_latent(
         softmax_scale=spec.softmax_scale,
         out=out,
         lse=lse if with_lse else None,
+        **_named_format(spec),
     )
     keys = [row[:, None].expand(-1, spec.num_heads, -1) for row in rows]
     queries = zip(q.split(list(lengths[0])), keys, strict=True)
@@ -109,13 +112,21 @@ def _pages(
     width = spec.kv_lora_rank + spec.qk_rope_head_dim
     cache = _draw((1 + sum(counts), page_size, width), spec.dtype, generator)
     cache[0] = torch.nan
+    if spec.cache_format:  # all of which read zeros as zeros
+        cache[1:] = 0
+        held = torch.zeros(*cache.shape[:2], spec.token_bytes, dtype=torch.uint8, device="cpu")
+        held[0] = 0x7F  # NaN, or large
     table = torch.zeros(len(counts), max(counts) + 1, dtype=torch.int32, device="cpu")
     rows = []
     owned = torch.arange(1, len(cache), device="cpu").split(counts)
     for row, pages, keys in zip(table, owned, kv_lens, strict=True):
         row[: len(pages)] = pages
         rows.append(cache[pages].flatten(0, 1)[:keys])
-    return table, cache, rows
+    return table, held if spec.cache_format else cache, rows
+
+
+def _named_format(spec: AttentionSpec) -> dict[str, str]:
+    return {"cache_format": spec.cache_format} if spec.cache_format else {}
 
 
 def _batch(spec: AttentionSpec, page_size: int, lengths: Lengths, table: torch.Tensor) -> Any:
@@ -219,7 +230,7 @@ def try_write_latent(op: FusedOp, spec: AttentionSpec) -> str:
     kv_a, weight, cos_sin = _draw((TOKENS, width), spec.dtype), _draw((latent,), spec.dtype), _angles(spec)
     x = _draw((TOKENS, spec.num_heads, spec.qk_rope_head_dim), spec.dtype)
     for interleaved in (True, False):
-        cache = _poisoned((2, 4, width), spec)
+        cache = _poisoned((2, 4, spec.token_bytes or width), spec, torch.uint8 if spec.cache_format else None)
         queries = {} if op.rotates is None else {"x": x.to(spec.device), "out": _poisoned(x.shape, spec)}
         op(
             **queries,
@@ -230,10 +241,14 @@ def try_write_latent(op: FusedOp, spec: AttentionSpec) -> str:
             interleaved=interleaved,
             slots=torch.tensor(SLOTS, device=spec.device),
             cache=cache,
+            **_named_format(spec),
         )
-        rows = cache.view(8, width).cpu()[list(SLOTS)]
+        rows, slots = cache.flatten(0, 1).cpu(), list(SLOTS)
         right = (_norm(kv_a[:, :latent], weight), _rotate(kv_a[:, latent:], cos_sin, interleaved))
-        if any(map(_differs, rows.split([latent, width - latent], dim=1), right)):
+        if spec.cache_format:
+            if (rows == POISON).all(1).nonzero().flatten().tolist() != sorted({*range(8)} - {*SLOTS}):
+                return WRONG
+        elif any(map(_differs, rows[slots].split([latent, width - latent], dim=1), right)):
             return WRONG
         if queries and _differs(queries["out"], _rotate(x, cos_sin[:, None], interleaved)):
             return WRONG
@@ -278,10 +293,11 @@ def _draw(
 def _poisoned(
     shape: tuple[int, ...], spec: AttentionSpec | NormSpec, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """Return NaN on the device, for an op to overwrite."""
+    """Return NaN on the device, or bytes of POISON, for an op to overwrite."""
     import torch
 
-    return torch.full(shape, torch.nan, dtype=dtype or spec.dtype, device=spec.device)
+    chosen = dtype or spec.dtype
+    return torch.full(shape, POISON if chosen == torch.uint8 else torch.nan, dtype=chosen, device=spec.device)
 
 
 def _differs(out: torch.Tensor, right: torch.Tensor) -> bool:

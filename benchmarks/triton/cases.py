@@ -14,6 +14,7 @@ TYPES = {
     "float32": "fp32",
     "int32": "i32",
     "int64": "i64",
+    "uint8": "u8",
 }
 ALIGNED = 16  # bytes: what Triton specialises pointers for
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.triton.recording import Launch, Recorder
+from mla.cache.formats import find_format
 from mla.cases.case import Lengths, OpCase
 from mla.cases.memory import Layout
 from mla.cases.played import Laid, Scene
@@ -45,6 +46,11 @@ class Problem:
         wanted = self.with_lse if with_lse is None else with_lse
         return replace(self, case=self.case.but(**changes), with_lse=wanted)
 
+    def stored(self, name: str) -> Problem:
+        """Return the problem over a cache of this format."""
+        codec = find_format(name).codec(self.case.spec.kv_lora_rank, self.case.spec.qk_rope_head_dim)
+        return self.but(cache_format=name, token_bytes=codec.token_bytes)
+
     def bound(self, ops: Mapping[str, FusedOp]) -> Callable[[], None]:
         """Return the call, with operands in memory; planning is done."""
         call = Laid(self.case, ops[OPS[self.case.kind]], Scene((self.case,), lse=self.with_lse))
@@ -70,6 +76,7 @@ def small(kind: str, spec: Any = SPEC) -> Problem:
 
 
 SLICES = Layout(gaps=dict.fromkeys(("x", "kv_a", "cos_sin", "out"), (0, 16, 16)))
+FORMATS = ("fp8", "fp8_ds_mla", "fp8_ds_mla_any", "int8", "q8_0")
 FP16_NO_ROPE: dict[str, Any] = {"dtype": torch.float16, "qk_rope_head_dim": 0}
 
 
@@ -100,11 +107,11 @@ PROBLEMS: dict[str, Problem] = {  # by the name in the table
 MERGE = "merge"  # what problems that are split launch beside
 
 
-def launches(tuning: Tuning, early: bool = False) -> dict[str, Launch]:
-    """Return by name what the problems launch with a tuning; `early` as of `Launcher`."""
+def launches(tuning: Tuning, early: bool = False, native_e4m3: bool = False) -> dict[str, Launch]:
+    """Return by name what the problems launch with a tuning; `early` and `native_e4m3` as of `Launcher`."""
     launched: dict[str, Launch] = {}
     for name, problem in PROBLEMS.items():
-        recorder = Recorder(early)
+        recorder = Recorder(early, native_e4m3)
         problem.bound(triton_ops(tuning, MULTIPROCESSORS, recorder))()
         launched[name], *merge = recorder.recorded
         for launch in merge:

@@ -21,8 +21,8 @@ class Launch:
 class Recorder(Launcher):
     """Keeps what it is told to start, and starts nothing: outputs hold whatever they held."""
 
-    def __init__(self, early: bool = False) -> None:
-        super().__init__(early)
+    def __init__(self, early: bool = False, native_e4m3: bool = False) -> None:
+        super().__init__(early, native_e4m3)
         self.recorded: list[Launch] = []
 
     def start(

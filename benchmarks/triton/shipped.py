@@ -25,16 +25,16 @@ class Shipped:
     target: Target
     shared: int  # KiB that a block may use
     early: bool = False  # with programmatic dependent launch
+    native_e4m3: bool = False  # the card converts e4m3
 
     def cases(self) -> dict[str, Case]:
         """Return by name what all problems launch."""
-        return {
-            name: case_of(launch, self.target) for name, launch in launches(self.tuning, self.early).items()
-        }
+        launched = launches(self.tuning, self.early, self.native_e4m3)
+        return {name: case_of(launch, self.target) for name, launch in launched.items()}
 
 
 def _nvidia(cards: str, arch: int, shared: int) -> Shipped:
-    return Shipped(cards, tuning_for(shared * KIB, cards), _cuda(arch), shared, early=arch >= 90)
+    return Shipped(cards, tuning_for(shared * KIB, cards), _cuda(arch), shared, arch >= 90, arch >= 89)
 
 
 def _cuda(arch: int) -> Target:

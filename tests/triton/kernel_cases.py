@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mla.cache.formats import Codec, codec_of
 from mla.cases.case import Lengths, OpCase
 from mla.cases.memory import Layout
 from mla.cases.played import Laid, Scene
@@ -26,6 +27,16 @@ EPS = 0.01  # large enough to be missed
 FAR_NUMBERS = 2_300_000_000
 STRIDED = dict.fromkeys(("q", "k", "v", "x", "kv_a", "cos_sin", "out", "lse"), (0, 16, 16))
 POISONED = Layout(page_size=16, unowned=math.nan, gaps=STRIDED)
+
+
+FORMATS = ("fp8", "fp8:0.3", "fp8_ds_mla", "fp8_ds_mla_any", "int8", "q8_0")
+
+
+def by_format(name: str, latent: int, rope: int) -> Codec:
+    """Return the codec of a format that is not plain."""
+    codec = codec_of(name, latent, rope)
+    assert codec is not None
+    return codec
 
 
 class Joined(RotateQuery):
@@ -68,6 +79,7 @@ class KernelCase:
     with_lse: bool = True
     in_place: bool = False
     joined: bool = False  # with a write of latents
+    native: bool = False  # the card converts e4m3
     far: bool = False  # pages lie at the end of a cache beyond 32 bits
 
     def but(self, **changes: Any) -> KernelCase:
@@ -75,11 +87,17 @@ class KernelCase:
         own = {name: changes.pop(name) for name in {field.name for field in fields(self)} & changes.keys()}
         return replace(self, **own, case=self.case.but(**changes))
 
+    def stored(self, name: str) -> KernelCase:
+        """Return the case over a cache of this format."""
+        spec = self.case.spec
+        codec = by_format(name, spec.kv_lora_rank, spec.qk_rope_head_dim)
+        return self.but(cache_format=name, token_bytes=codec.token_bytes)
+
     @property
     def op(self) -> FusedOp:
         """Return an op that has not been called."""
         tile = replace(self.tile, halves=self.halves)
-        launcher, tuning = Launcher(), Tuning(latent={1: tile}, expanded={1: tile})
+        launcher, tuning = Launcher(native_e4m3=self.native), Tuning(latent={1: tile}, expanded={1: tile})
         if self.case.kind == "latent_attention":
             op = Split(launcher, tuning, 8)
             op.splits = self.splits

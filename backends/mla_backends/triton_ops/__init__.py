@@ -105,6 +105,10 @@ class TritonBackend(TorchBackend):
         """Return whether card and Triton have programmatic dependent launch."""
         return False
 
+    def converts_e4m3(self) -> bool:
+        """Return whether the card and its Triton convert e4m3; integers do elsewhere."""
+        return False
+
     @functools.cached_property
     def tuning(self) -> Tuning:
         """The tuning of the device, which is known after setup."""
@@ -143,7 +147,7 @@ class TritonBackend(TorchBackend):
         """Return the Triton ops for this device; keep them, because they hold scratch memory."""
         if not self._offers:
             return {}
-        launcher = Launcher(early=self.starts_early())
+        launcher = Launcher(self.starts_early(), self.converts_e4m3())
         return triton_ops(self.tuning, self.multiprocessors(), launcher, self.triton_reason)
 
     def vendor_facts(self) -> Mapping[str, str]:

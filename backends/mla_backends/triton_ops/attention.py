@@ -17,7 +17,14 @@ from mla_backends.api import OPS, AttentionSpec, BatchView, SegmentLengths
 from mla_backends.kernels.vendor import DeviceReason
 from mla_backends.selftest import try_expanded, try_latent
 from mla_backends.torch_backend import capturing
-from mla_backends.triton_ops.launcher import KernelOp, Launcher, wide
+from mla_backends.triton_ops.launcher import (
+    CACHE_FORMATS,
+    KernelOp,
+    Launcher,
+    format_reasons,
+    stored,
+    wide,
+)
 from mla_backends.triton_ops.tuning import MIN_SIDE, Tile, Tuning, tile_for
 from mla_backends.upload import upload
 
@@ -186,13 +193,15 @@ class LatentVariant(NamedTuple):
     latent: int
     rope: int
     page: int
+    cache_format: str
     ragged: bool
     causal: bool
     with_lse: bool
 
     def __str__(self) -> str:
         words = ["ragged"] * self.ragged + ["several new tokens"] * self.causal + ["with lse"] * self.with_lse
-        return ", ".join((f"latents of {self.latent} + {self.rope}, pages of {self.page}", *words))
+        stored = [] if self.cache_format == "plain" else [self.cache_format]
+        return ", ".join((f"latents of {self.latent} + {self.rope}, pages of {self.page}", *stored, *words))
 
 
 class LatentAttention(KernelOp):
@@ -203,6 +212,7 @@ class LatentAttention(KernelOp):
 
     contract = OPS["latent_attention"]
     dtypes = ("bfloat16", "float16")
+    cache_formats = CACHE_FORMATS
     nan_safe_tail = True
     lse_optional = True
     tiled = "latent attention"
@@ -222,7 +232,7 @@ class LatentAttention(KernelOp):
     def shape_reasons(self, spec: AttentionSpec) -> list[str]:
         latent, rope = spec.kv_lora_rank, spec.qk_rope_head_dim
         if latent <= MAX_LATENT and rope <= MAX_ROPE:
-            return []
+            return format_reasons(spec)
         return [f"it holds latents of at most {MAX_LATENT} + {MAX_ROPE}, not {latent} + {rope}"]
 
     def attempt(self, spec: AttentionSpec) -> str:
@@ -248,9 +258,10 @@ class LatentAttention(KernelOp):
 
     def __call__(
         self, state: LatentState, *,
-        q: torch.Tensor, cache: torch.Tensor,  # [T, h, c + r], [pages, page, c + r]
+        q: torch.Tensor, cache: torch.Tensor,  # [T, h, c + r], [pages, page, c + r] or bytes
         block_table: torch.Tensor, kv_lens: torch.Tensor, cu_q: torch.Tensor,
         softmax_scale: float, out: torch.Tensor, lse: torch.Tensor | None,  # out [T, h, c], lse [T, h] fp32
+        cache_format: str = "",
     ) -> None:  # fmt: skip
         if q.shape[0] == 0:
             return
@@ -258,12 +269,15 @@ class LatentAttention(KernelOp):
         shared = _latent_arguments(state, q.shape[1], kv_lens, cu_q, out, lse)
         shared["EARLY"] = self.launcher.early
         rope = q.shape[2] - latent
+        facts, stored_scale = stored(cache, cache_format, self.launcher)
         arguments = {
             **shared,
+            **facts,
             "q": q,
             "cache": cache,
             "block_table": block_table,
-            "scale": softmax_scale * math.log2(math.e),
+            "scale": softmax_scale * math.log2(math.e) * stored_scale,
+            "stored_scale": stored_scale,
             "q_token": q.stride(0),
             "q_head": q.stride(1),
             "table_row": block_table.stride(0),
@@ -271,7 +285,6 @@ class LatentAttention(KernelOp):
             "WIDE_ROPE": wide(rope, MIN_SIDE),
             "PAGE": cache.shape[1],
             "CAUSAL": state.longest > q.shape[1],
-            "FORMAT": "plain",
         }
         self._attend(state, arguments)
         if state.splits.max_splits > 1:
@@ -297,7 +310,7 @@ class LatentAttention(KernelOp):
                 stages=tile.stages,
             )
 
-        q, sizes = arguments["q"], (arguments["LATENT"], arguments["ROPE"], page)
+        q, sizes = arguments["q"], (arguments["LATENT"], arguments["ROPE"], page, arguments["FORMAT"])
         flags = (state.ragged, arguments["CAUSAL"], arguments["HAS_LSE"])
         self.launcher.start_tiled(
             self.tiled, state.tile, LatentVariant(q.device, q.dtype, *sizes, *flags), start

@@ -153,8 +153,10 @@ class Launcher:
     (programmatic dependent launch): its launch takes no time of its own. Triton and the card must have it.
     """
 
-    def __init__(self, early: bool = False) -> None:
+    def __init__(self, early: bool = False, native_e4m3: bool = False) -> None:
+        """`native_e4m3`: the card converts e4m3 itself, which integers do elsewhere."""
         self.early = early and not interprets()
+        self.native_e4m3 = native_e4m3
         self.launches = 0
         self.remarks: list[str] = []
         self._fitting: dict[Hashable, Tile] = {}  # kernel, tile and variant -> the tile that runs
@@ -195,6 +197,25 @@ class Launcher:
     def _remark(self, sentence: str) -> None:
         if sentence not in self.remarks:
             self.remarks.append(sentence)
+
+
+# Formats of the cache that kernels read and write: a branch of jit/formats.py. "fp8:" is fp8 over any scale.
+CACHE_FORMATS = ("fp8", "fp8:", "fp8_ds_mla", "fp8_ds_mla_any", "int8", "q8_0")
+Q8_BLOCK = 32  # columns that share a scale of q8_0
+
+
+def format_reasons(spec: Any) -> list[str]:
+    """Return why a kernel cannot store the latents of a layer in its cache format (empty if it can)."""
+    if spec.cache_format != "q8_0" or spec.kv_lora_rank % Q8_BLOCK == 0:
+        return []
+    return [f"it stores q8_0 for latents of a multiple of {Q8_BLOCK}, not {spec.kv_lora_rank}"]
+
+
+def stored(cache: torch.Tensor, cache_format: str, launcher: Launcher) -> tuple[dict[str, Any], float]:
+    """Return what kernels are compiled for by a cache [pages, page, bytes or c + r], and the scale of fp8."""
+    name, _, scale = cache_format.partition(":")
+    facts = {"TOKEN": cache.shape[2], "FORMAT": name or "plain", "NATIVE": launcher.native_e4m3}
+    return facts, float(scale or 1)
 
 
 def lacks_resources(error: Exception) -> bool:

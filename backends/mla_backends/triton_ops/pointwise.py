@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 from mla_backends.api import OPS, AttentionSpec, NormSpec
 from mla_backends.kernels.vendor import DeviceReason
 from mla_backends.selftest import try_rms_norm, try_rotate_query, try_write_latent
-from mla_backends.triton_ops.launcher import KernelOp, Launcher, wide
+from mla_backends.triton_ops.launcher import (
+    CACHE_FORMATS,
+    KernelOp,
+    Launcher,
+    format_reasons,
+    stored,
+    wide,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -81,10 +88,12 @@ class RotateQuery(KernelOp):
 class WriteLatent(KernelOp):
     """Norm the latent, rotate the shared key, scatter both to the cache: a program per token.
 
-    The queries of `rotates` are rotated in the same launch, by programs of their own.
+    A format encodes what fp32 gives, which is not rounded before. The queries of `rotates` are rotated in the
+    same launch, by programs of their own.
     """
 
     contract = OPS["write_latent"]
+    cache_formats = CACHE_FORMATS
 
     def __init__(
         self,
@@ -96,7 +105,7 @@ class WriteLatent(KernelOp):
         self.rotates = rotates
 
     def shape_reasons(self, spec: AttentionSpec) -> list[str]:
-        return _width_reasons(spec.kv_lora_rank)
+        return _width_reasons(spec.kv_lora_rank) + format_reasons(spec)
 
     def attempt(self, spec: AttentionSpec) -> str:
         return try_write_latent(self, spec)
@@ -105,8 +114,9 @@ class WriteLatent(KernelOp):
         self, *,
         kv_a: torch.Tensor, weight: torch.Tensor, eps: float,  # [T, c + r], [c]
         cos_sin: torch.Tensor, interleaved: bool,  # [T, r] fp32
-        slots: torch.Tensor, cache: torch.Tensor,  # [T] int64, [pages, page, c + r]
+        slots: torch.Tensor, cache: torch.Tensor,  # [T] int64, [pages, page, c + r] or bytes
         x: torch.Tensor | None = None, out: torch.Tensor | None = None,  # [T, h, r]
+        cache_format: str = "",
     ) -> None:  # fmt: skip
         from mla_backends.triton_ops.jit.pointwise import write_latent
 
@@ -116,8 +126,11 @@ class WriteLatent(KernelOp):
         rotated, blocks, warps = NO_ROTATION | {"x": kv_a, "out": cache}, 0, _warps(width)
         if x is not None and out is not None and pairs:
             (rotated, blocks), warps = _rotation(x, out), max(warps, ROTATING_WARPS)
+        facts, scale = stored(cache, cache_format, self.launcher)
         arguments = {
             **rotated,
+            **facts,
+            "stored_scale": scale,
             "kv_a": kv_a,
             "weight": weight,
             "cos_sin": cos_sin,

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from mla_backend_nvidia.cards import driver_version, outdated, peaks, tuning_for
-from mla_backend_nvidia.kernels import ahead_of, kernels, old_triton, since_ampere, starts_early
+from mla_backend_nvidia.kernels import ADA, ahead_of, kernels, old_triton, since_ampere, starts_early
 from mla_backends import Availability, FusedOp, hookimpl
 from mla_backends.api import DeviceInfo
 from mla_backends.cuda import CudaBackend
@@ -100,6 +100,9 @@ class Nvidia(TritonBackend, CudaBackend):
 
     def starts_early(self) -> bool:
         return starts_early(self.architecture, driver_version())
+
+    def converts_e4m3(self) -> bool:
+        return self.architecture() >= ADA
 
     def make_monitor(self) -> Monitor:
         return Monitor(NvmlSampler(Dialect("pynvml", by_uuid=True), self._address))

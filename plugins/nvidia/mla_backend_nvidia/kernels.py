@@ -49,7 +49,7 @@ EARLY_TRITON = (3, 6)
 # The driver of CUDA 12.3, whose graphs are the first that can hold such launches: with an older one, capture
 # fails. Torch's wheels for CUDA 12 run on drivers from 525 on.
 EARLY_DRIVER = 545
-AMPERE = (8, 0)
+AMPERE, ADA = (8, 0), (8, 9)
 HOPPER = ((9, 0),)
 BLACKWELL = ((10, 0), (10, 3), (10, 7))  # of data centres, with tensor memory; not sm_120
 

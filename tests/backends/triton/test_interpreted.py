@@ -14,8 +14,8 @@ INSIDE = HERE / "inside"
 DEVICE = HERE.parent / "emulation" / "device"
 # Files, and how many tests they have at least.
 PROCESSES = {
-    "kernels": (("interpreter", "latent", "expanded", "small_ops"), 150),
-    "mutations": (("mutations", "preflight"), 88),
+    "kernels": (("interpreter", "latent", "expanded", "small_ops", "formats"), 280),
+    "mutations": (("mutations", "preflight"), 140),
     "conformance": (("conformance",), 7),
 }
 # The `-c` of a process that has imported triton as it is.

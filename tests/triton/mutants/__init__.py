@@ -1,8 +1,9 @@
 """Mistakes that kernels are made with: each must turn a check red."""
 
 from mutants.expanded import EXPANDED
+from mutants.formats import FORMATS, STORED
 from mutants.latent import LATENT
 from mutants.shared import PLACES, SOFTMAX
 from mutants.small import SMALL
 
-__all__ = ["EXPANDED", "LATENT", "PLACES", "SMALL", "SOFTMAX"]
+__all__ = ["EXPANDED", "FORMATS", "LATENT", "PLACES", "SMALL", "SOFTMAX", "STORED"]

@@ -41,13 +41,13 @@ LATENT = (
     ),
     _latent(
         "latents are read behind the last key",
-        old="key, channel, there[:, None] & has_channel[None, :]",
-        new="key, channel, (place >= 0)[:, None] & has_channel[None, :]",
+        old="q_latent, key, there, score",
+        new="q_latent, key, place >= 0, score",
     ),
     _latent(
         "upper halves of latents are read behind the last key",
-        old="key, upper, there[:, None] & has_upper[None, :]",
-        new="key, upper, (place >= 0)[:, None] & has_upper[None, :]",
+        old="q_upper, key, there, score",
+        new="q_upper, key, place >= 0, score",
     ),
     _latent(
         "the product of the upper half is lost",

@@ -32,15 +32,20 @@ SMALL = (
     ),
     _pointwise(
         "slots are taken for tokens",
-        old="tl.load(slots + token) * (LATENT + 2 * PAIRS)",
-        new="token * (LATENT + 2 * PAIRS)",
+        old="tl.load(slots + token) * TOKEN",
+        new="token * TOKEN",
     ),
     _pointwise(
         "a latent is written over its whole padded width",
-        old="(wide * factor * by).to(cache.dtype.element_ty), mask=there)",
-        new="(wide * factor * by).to(cache.dtype.element_ty))",
+        old="put(row, latent, stored_scale, 0, LATENT,",
+        new="put(row, latent, stored_scale, 0, WIDE_LATENT,",
     ),
     _pointwise("the shared key is not turned", old="if PAIRS > 0:", new="if PAIRS < 0:"),
+    _pointwise(
+        "the shared key turns the other way",
+        old="tl.where(left, -others, others)",
+        new="tl.where(left, others, -others)",
+    ),
     _pointwise(
         "the shared key is turned by the angles of the first token",
         old="source + LATENT, angles,",
@@ -68,7 +73,7 @@ SMALL = (
     ),
     _pointwise(
         "slots are held in 32 bits",
-        old="tl.load(slots + token) * (",
-        new="tl.load(slots + token).to(tl.int32) * (",
+        old="tl.load(slots + token) * T",
+        new="tl.load(slots + token).to(tl.int32) * T",
     ),
 )

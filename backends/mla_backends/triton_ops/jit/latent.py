@@ -14,7 +14,8 @@ import re
 import triton
 import triton.language as tl
 
-from mla_backends.triton_ops.jit.shared import close, decoded, fold, follow, place_of
+from mla_backends.triton_ops.jit.formats import cached
+from mla_backends.triton_ops.jit.shared import close, fold, follow, place_of
 
 LN2 = tl.constexpr(0.6931471805599453)
 # Where Triton sees that a product feeds another, it lays all warps along the rows of the first. From this
@@ -36,7 +37,7 @@ def parts_of(keys, keys_per_split, max_splits):
 @triton.jit(do_not_specialize=CHANGING)
 def attend_latent(
     q,  # [T, h, c + r]
-    cache,  # [pages, PAGE, c + r], contiguous
+    cache,  # [pages, PAGE, TOKEN], contiguous
     block_table,  # [B, n] int32
     kv_lens,  # [B] int32
     cu_q,  # [B + 1] int32
@@ -44,7 +45,8 @@ def attend_latent(
     lse,  # [T, h] fp32
     part_out,  # [T, h, max_splits, c] fp32
     part_lse,  # [T, h, max_splits] fp32, in powers of two
-    scale,  # of the softmax, times log2(e)
+    scale,  # of the softmax, times log2(e), and times that of cached numbers
+    stored_scale,  # of cached numbers of "fp8"
     q_token,  # strides, in elements
     q_head,
     table_row,
@@ -68,7 +70,9 @@ def attend_latent(
     KEYS: tl.constexpr,
     CAUSAL: tl.constexpr,  # some request has several new tokens
     HAS_LSE: tl.constexpr,
-    FORMAT: tl.constexpr,  # of a cached element
+    TOKEN: tl.constexpr,  # elements of a cached token
+    FORMAT: tl.constexpr,
+    NATIVE: tl.constexpr,  # see formats.py
     EARLY: tl.constexpr,  # see `follow`
 ):
     """Attend. Grid: (blocks of all requests, max_splits)."""
@@ -125,23 +129,21 @@ def attend_latent(
         there = place < high
         if PAGE % KEYS == 0:
             slot = page.to(tl.int64) * PAGE + start % PAGE
-            key = cache + (slot + tl.arange(0, KEYS)) * (LATENT + ROPE)
+            key = cache + (slot + tl.arange(0, KEYS)) * TOKEN
             following = start + KEYS
             page = tl.load(table + following // PAGE, mask=following < high, other=0)
         else:
             pages = tl.load(table + place // PAGE, mask=there, other=0).to(tl.int64)
-            key = cache + (pages * PAGE + place % PAGE) * (LATENT + ROPE)
+            key = cache + (pages * PAGE + place % PAGE) * TOKEN
         score = tl.full([ROWS, KEYS], 0.0, tl.float32)
         if ROPE > 0:
             _, score = multiply(
-                q_rope, key + LATENT, turn, there[:, None] & has_turn[None, :], score, never, FORMAT
+                q_rope, key, there, score, never, LATENT, WIDE_ROPE, LATENT, ROPE, FORMAT, NATIVE
             )
-        latent, score = multiply(
-            q_latent, key, channel, there[:, None] & has_channel[None, :], score, never, FORMAT
-        )
+        latent, score = multiply(q_latent, key, there, score, never, 0, PIECE, LATENT, ROPE, FORMAT, NATIVE)
         if HALVES:
             latent_upper, score = multiply(
-                q_upper, key, upper, there[:, None] & has_upper[None, :], score, never, FORMAT
+                q_upper, key, there, score, never, PIECE, PIECE, LATENT, ROPE, FORMAT, NATIVE
             )
         if CAUSAL and HEADS % ROWS != 0:  # else all rows are of one token, which sees what is before `high`
             seen = (place[None, :] <= visible[:, None]) & there[None, :]
@@ -154,6 +156,8 @@ def attend_latent(
             value_upper = tl.dot(weight.to(latent.dtype), latent_upper, value_upper * shrink[:, None])
 
     whole, sums = close(top, total)
+    if FORMAT == "fp8":
+        whole = whole / stored_scale
     value = value / whole[:, None]
     target = owned[:, None] & has_channel[None, :]
     if HALVES:
@@ -177,17 +181,29 @@ def attend_latent(
 
 @triton.jit
 def multiply(
-    q,  # [ROWS, n]
-    key,  # [KEYS]: where each cached row begins
-    channel,  # [n]
-    there,  # [KEYS, n]: which of them are read
+    q,  # [ROWS, N]
+    key,  # [KEYS]: where each cached token begins
+    there,  # [KEYS]: which of them are read
     score,  # [ROWS, KEYS] fp32
     never,  # see `hidden`
+    FIRST: tl.constexpr,  # see `cached`
+    N: tl.constexpr,
+    LATENT: tl.constexpr,
+    ROPE: tl.constexpr,
     FORMAT: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
-    """Return some channels of the keys [KEYS, n], and the scores with the product of these channels."""
-    keys = decoded(tl.load(key[:, None] + channel[None, :], mask=there, other=0.0), q.dtype, FORMAT)
-    return keys, hidden(tl.dot(q, tl.trans(keys), score), never)
+    """Return some channels of the keys [KEYS, N], and the scores with the product of these channels.
+
+    Numbers over any scale have more digits than products take. Large logits need them: they are multiplied
+    as two numbers, of which values need only the first.
+    """
+    numbers = cached(key, there, q.dtype, FIRST, N, LATENT, ROPE, FORMAT, NATIVE)
+    keys = numbers.to(q.dtype)
+    score = tl.dot(q, tl.trans(keys), score)
+    if numbers.dtype != q.dtype:
+        score = tl.dot(q, tl.trans((numbers - keys.to(tl.float32)).to(q.dtype)), score)
+    return keys, hidden(score, never)
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from mla_backends.triton_ops.jit.formats import put
 from mla_backends.triton_ops.jit.shared import follow
 
 
@@ -96,10 +97,11 @@ def write_latent(
     weight,  # [c]
     cos_sin,  # [T, r] fp32
     slots,  # [T] int64
-    cache,  # [pages, page, c + r], contiguous
+    cache,  # [pages, page, TOKEN], contiguous
     x,  # [T, h, r], or anything without HEADS
     out,  # [T, h, r], may be x
     eps,
+    stored_scale,  # of "fp8", fp32
     kv_a_row,  # strides, in elements
     cos_sin_row,
     x_token,
@@ -113,6 +115,9 @@ def write_latent(
     INTERLEAVED: tl.constexpr,
     HEADS: tl.constexpr,  # of x, which is rotated as well, or 0
     BLOCK: tl.constexpr,  # heads of a program
+    TOKEN: tl.constexpr,  # elements of a cached token
+    FORMAT: tl.constexpr,
+    NATIVE: tl.constexpr,  # see formats.py
     EARLY: tl.constexpr,  # see `follow`
 ):
     """Norm the latent of one token, rotate its shared key, and write both to its slot; or rotate some heads.
@@ -124,19 +129,44 @@ def write_latent(
     angles = cos_sin + token * cos_sin_row
     if tl.program_id(1) == 0:
         source = kv_a + token * kv_a_row
-        target = cache + tl.load(slots + token) * (LATENT + 2 * PAIRS)
+        row = cache + tl.load(slots + token) * TOKEN
         column = tl.arange(0, WIDE_LATENT)
         there = column < LATENT
         wide = tl.load(source + column, mask=there, other=0.0).to(tl.float32)
         factor = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / LATENT + eps)
-        by = tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
-        tl.store(target + column, (wide * factor * by).to(cache.dtype.element_ty), mask=there)
+        latent = wide * factor * tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
+        put(row, latent, stored_scale, 0, LATENT, WIDE_LATENT, LATENT, 2 * PAIRS, FORMAT, NATIVE)
         if PAIRS > 0:
-            rotate_heads(
-                source + LATENT, angles, target + LATENT, 0, 0, 0, 1, 1, PAIRS, WIDE_PAIRS, INTERLEAVED
-            )
+            key = rotated(source + LATENT, angles, PAIRS, 2 * WIDE_PAIRS, INTERLEAVED)
+            put(row, key, stored_scale, LATENT, 2 * PAIRS, 2 * WIDE_PAIRS, LATENT, 2 * PAIRS, FORMAT, NATIVE)
     elif HEADS > 0:
         rotate_heads(
             x + token * x_token, angles, out + token * out_token, tl.program_id(1) - 1,
             x_head, out_head, HEADS, BLOCK, PAIRS, WIDE_PAIRS, INTERLEAVED,
         )  # fmt: skip
+
+
+@triton.jit
+def rotated(
+    x,  # [r]
+    angles,  # [r] fp32
+    PAIRS: tl.constexpr,  # r / 2
+    WIDE: tl.constexpr,  # a power of two
+    INTERLEAVED: tl.constexpr,
+):
+    """Return the rotated x [WIDE], fp32, zeros behind it."""
+    channel = tl.arange(0, WIDE)
+    there = channel < 2 * PAIRS
+    if INTERLEAVED:
+        pair = channel // 2
+        other = channel ^ 1
+        left = channel % 2 == 0
+    else:
+        pair = channel % PAIRS
+        other = (channel + PAIRS) % (2 * PAIRS)
+        left = channel < PAIRS
+    cos = tl.load(angles + pair, mask=there, other=0.0)
+    sin = tl.load(angles + PAIRS + pair, mask=there, other=0.0)
+    mine = tl.load(x + channel, mask=there, other=0.0).to(tl.float32)
+    others = tl.load(x + other, mask=there, other=0.0).to(tl.float32)
+    return mine * cos + tl.where(left, -others, others) * sin

@@ -1,4 +1,4 @@
-"""What kernels share: when they begin, which rows a program has, cached elements, the running softmax."""
+"""What kernels share: when they begin, which rows a program has, the running softmax."""
 
 import triton
 import triton.language as tl
@@ -50,16 +50,6 @@ def place_of(
         return low, program - begins
     else:
         return program // blocks, program % blocks
-
-
-@triton.jit
-def decoded(raw, dtype: tl.constexpr, FORMAT: tl.constexpr):
-    """Return cached elements `raw` as numbers of `dtype`, which the products take.
-
-    Formats: "plain", where an element is the number. Another format is another branch, and no second kernel.
-    """
-    tl.static_assert(FORMAT == "plain", "the cache holds elements of an unknown format")
-    return raw.to(dtype)
 
 
 @triton.jit

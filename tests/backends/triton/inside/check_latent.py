@@ -5,7 +5,7 @@ from __future__ import annotations
 import interpreting
 import pytest
 import torch
-from kernel_cases import KernelCase, latent
+from kernel_cases import FORMATS, KernelCase, latent
 
 from mla_backends.triton_ops.attention import Splits
 from mla_backends.triton_ops.tuning import Tile
@@ -109,3 +109,21 @@ def test_programs_in_any_order(seed: int) -> None:
 @pytest.mark.parametrize("kv_lens", [(1500,), (1500, 700), (40, 1100, 3)], ids=str)
 def test_splits_that_the_op_chooses_itself(kv_lens: tuple[int, ...]) -> None:
     check(latent((1,) * len(kv_lens), kv_lens, heads=4, page_size=64, tile=LARGE))
+
+
+@pytest.mark.parametrize("widths", [(512, 64), (96, 32)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "halves"), [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True)], ids=str
+)
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_cache_format(name: str, widths: tuple[int, int], dtype: torch.dtype, halves: bool) -> None:
+    """Held to the decoded numbers, with logits in the hundreds: nothing is added to the usual bound."""
+    sizes = {"latent": widths[0], "rope": widths[1], "dtype": dtype, "gain": 100.0}
+    case = latent((2, 1), (50, 33), heads=4, splits=Splits(32, 2), **sizes)
+    check(case.but(halves=halves, native=not halves).stored(name))
+
+
+@pytest.mark.parametrize("page", [1, 64])
+@pytest.mark.parametrize("name", ["fp8_ds_mla", "int8"])
+def test_a_cache_of_bytes_beyond_32_bits(name: str, page: int) -> None:
+    check(latent((1, 2), (150, 20), page_size=page, far=True, splits=Splits(64, 3)).stored(name))

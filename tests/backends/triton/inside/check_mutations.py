@@ -7,11 +7,14 @@ from pathlib import Path
 import interpreting
 import mutants
 import pytest
+from format_cases import E4M3Case, FormatCase
 from kernel_cases import FarWrite, KernelCase, expanded, latent, norm, rotation, write
 from mutating import Mutant
 
 from mla_backends.triton_ops.attention import Splits
 from mla_backends.triton_ops.tuning import Tile
+
+Case = KernelCase | FarWrite | E4M3Case | FormatCase
 
 FAR = 1_100_000_000  # the third row is beyond 32 bits
 NARROW = {"latent": 48, "rope": 8}
@@ -44,15 +47,33 @@ SMALL = (
     norm(8, 1536),
     FarWrite(write(3).case),
 )
-MUTANTS: list[tuple[Mutant, tuple[KernelCase | FarWrite, ...]]] = [
+FORMATS = (
+    E4M3Case(),
+    FormatCase("fp8:0.3", 320, 32),
+    FormatCase("fp8_ds_mla", 320, 32),
+    FormatCase("fp8_ds_mla_any", 320, 32),
+    FormatCase("int8", 320, 32),
+    FormatCase("int8", 32, 0),
+    FormatCase("q8_0", 96, 32),
+)
+HALVED = latent((2, 1), (50, 33), heads=4, latent=512, rope=64, gain=100.0, splits=Splits(32, 2))
+STORED = (
+    HALVED.stored("fp8_ds_mla"),
+    HALVED.but(page_size=3).stored("int8"),
+    HALVED.stored("fp8:0.3"),
+    write(5, latent=128, rope=8).stored("fp8_ds_mla"),
+)
+MUTANTS: list[tuple[Mutant, tuple[Case, ...]]] = [
     *((one, LATENT) for one in mutants.LATENT),
     *((one, (*LATENT, *EXPANDED)) for one in (*mutants.SOFTMAX, *mutants.PLACES)),
     *((one, EXPANDED) for one in mutants.EXPANDED),
     *((one, SMALL) for one in mutants.SMALL),
+    *((one, (*FORMATS, *STORED)) for one in mutants.FORMATS),
+    *((one, STORED) for one in mutants.STORED),
 ]
 
 
-def caught(cases: tuple[KernelCase | FarWrite, ...]) -> bool:
+def caught(cases: tuple[Case, ...]) -> bool:
     """Return whether a case shows a mistake: a wrong result, or a fault. Anything else is raised."""
     try:
         return any(case.wrong() for case in cases)
@@ -61,16 +82,14 @@ def caught(cases: tuple[KernelCase | FarWrite, ...]) -> bool:
 
 
 @pytest.mark.parametrize(("mutant", "cases"), MUTANTS, ids=lambda one: getattr(one, "name", ""))
-def test_a_mistake_is_caught(
-    mutant: Mutant, cases: tuple[KernelCase | FarWrite, ...], tmp_path: Path
-) -> None:
+def test_a_mistake_is_caught(mutant: Mutant, cases: tuple[Case, ...], tmp_path: Path) -> None:
     with mutant.installed(tmp_path):
         assert caught(cases)
 
 
 def test_kernels_without_a_mistake_pass(tmp_path: Path) -> None:
     with Mutant("nothing", "latent", old='"""\n\nimport', new='"""\n\nimport').installed(tmp_path):
-        assert not caught((*LATENT, *EXPANDED, *SMALL))
+        assert not caught((*LATENT, *EXPANDED, *SMALL, *FORMATS, *STORED))
 
 
 def test_a_mistake_that_the_source_has_no_place_for_is_an_error(tmp_path: Path) -> None:

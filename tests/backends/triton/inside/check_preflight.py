@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from interpreted import TUNING
+from kernel_cases import FORMATS, by_format
 
 from mla_backends.api import AttentionSpec, NormSpec
 from mla_backends.triton_ops import Launcher, triton_ops
@@ -18,14 +20,25 @@ NORM = NormSpec(48, torch.bfloat16, CPU)
 NAMES = ("triton_latent", "triton_expanded", "triton_write_latent", "triton_rotate_query", "triton_rms_norm")
 
 
-def answer(name: str, launcher: Launcher) -> list[str]:
+def answer(name: str, launcher: Launcher, spec: AttentionSpec = SPEC) -> list[str]:
     op = triton_ops(TUNING, MULTIPROCESSORS, launcher)[name]
-    return op.preflight(NORM if name == "triton_rms_norm" else SPEC)
+    return op.preflight(NORM if name == "triton_rms_norm" else spec)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_right_kernels_pass(name: str) -> None:
     assert answer(name, Launcher()) == []
+
+
+def stored_as(name: str) -> AttentionSpec:
+    size = by_format(name, SPEC.kv_lora_rank, SPEC.qk_rope_head_dim).token_bytes
+    return replace(SPEC, cache_format=name, token_bytes=size)
+
+
+@pytest.mark.parametrize("stored", FORMATS)
+@pytest.mark.parametrize("name", ["triton_latent", "triton_write_latent"])
+def test_right_kernels_pass_with_every_cache_format(name: str, stored: str) -> None:
+    assert answer(name, Launcher(), stored_as(stored)) == []
 
 
 class Misled(Launcher):
@@ -57,3 +70,15 @@ class Misled(Launcher):
 def test_a_wrong_kernel_is_refused(name: str, kernel: str, changes: dict[str, Any]) -> None:
     (reason,) = answer(name, Misled(kernel, **changes))
     assert "gives wrong results" in reason
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "changes"),
+    [
+        ("triton_write_latent", "write_latent", {"TOKEN": 64 + 64}),
+        ("triton_latent", "attend_latent", {"CAUSAL": False}),
+    ],
+)
+def test_a_wrong_kernel_of_a_format_is_refused(name: str, kernel: str, changes: dict[str, Any]) -> None:
+    (reason,) = answer(name, Misled(kernel, **changes), stored_as("fp8_ds_mla"))
+    assert "gives wrong results" in reason or "gives a wrong log-sum-exp" in reason
