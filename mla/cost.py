@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Attention paths a request can take.
 ABSORBED, EXPANDED = "absorbed", "expanded"
+MAX_KEYS = 2**31  # of a query that sees all keys: none has more
 
 
 class Work(NamedTuple):
@@ -163,9 +164,16 @@ def head_parameters(config: MLAConfig) -> int:
     return h * per_head + config.gate_width * config.hidden_size + kv_b_parameters(config)
 
 
+def indexer_parameters(config: MLAConfig) -> int:
+    """Return the number of weights in the indexer, if there is one: of its queries, keys and weights."""
+    heads, width = config.index_n_heads, config.index_head_dim
+    per_layer = (config.q_lora_rank or 0) * heads * width + config.hidden_size * (width + heads)
+    return per_layer if heads else 0
+
+
 def parameters(config: MLAConfig) -> int:
     """Return the number of weights in the layer, without norms and biases, which are negligible."""
-    return projection_parameters(config) + kv_b_parameters(config)
+    return projection_parameters(config) + kv_b_parameters(config) + indexer_parameters(config)
 
 
 # ------------------------------------------------------------------------------------------ a layer step
@@ -201,17 +209,21 @@ def role_costs(
     `token_bytes` of a token in the cache; by default it holds elements.
 
     Roles that do not run or count nothing are left out. kv_b's weights count once: for W_UK and W_UV if any
-    request is absorbed, else for kv_b_proj.
+    request is absorbed, else for kv_b_proj. With a context beyond `config.index_topk`, all requests are
+    absorbed, and each attends at least so many different latents.
     """
-    chooser = PathChooser(config)
+    chooser, sparse = PathChooser(config), 0 < config.index_topk < max(kv_lens, default=0)
+    attention = ABSORBED if sparse else attention
     requests: dict[str, list[tuple[int, int]]] = {ABSORBED: [], EXPANDED: []}
     for query_len, kv_len in zip(query_lens, kv_lens, strict=True):
         path = chooser.path(query_len, kv_len) if attention == "auto" else attention
         requests[path].append((query_len, kv_len))
     cached = token_bytes or element_size * config.latent_dim
     costs = _projections(config, sum(query_lens), element_size, cached)
+    if config.index_n_heads:
+        costs |= _indexer(config, query_lens, kv_lens, element_size, sparse)
     if requests[ABSORBED]:
-        costs |= _absorbed(config, requests[ABSORBED], element_size, cached)
+        costs |= _absorbed(config, requests[ABSORBED], element_size, cached, sparse)
     if requests[EXPANDED]:
         weights = 0 if requests[ABSORBED] else kv_b_parameters(config)
         costs |= _expanded(config, requests[EXPANDED], weights, element_size, cached)
@@ -248,16 +260,37 @@ def _projections(config: MLAConfig, tokens: int, element_size: int, cached: int)
     return costs
 
 
+def _indexer(
+    config: MLAConfig, query_lens: Sequence[int], kv_lens: Sequence[int], element_size: int, sparse: bool
+) -> dict[str, Work]:
+    """Index keys of new tokens; if a selection is made, also queries, fp32 weights and scores of all keys."""
+    heads, width, tokens = config.index_n_heads, config.index_head_dim, sum(query_lens)
+    costs = {
+        "index_k_proj": _product(config.hidden_size * width, tokens, element_size),
+        "write_index_key": Work(bytes=tokens * width * element_size),
+    }
+    if sparse:
+        pairs = sum(map(attended_pairs, query_lens, kv_lens))
+        costs |= {
+            "index_q_proj": _product((config.q_lora_rank or 0) * heads * width, tokens, element_size),
+            "index_weights_proj": _product(config.hidden_size * heads, tokens, element_size=4),
+            "select_latents": Work(2 * heads * width * pairs, sum(kv_lens) * width * element_size),
+        }
+    return costs
+
+
 def _absorbed(
-    config: MLAConfig, requests: Sequence[tuple[int, int]], element_size: int, cached: int
+    config: MLAConfig, requests: Sequence[tuple[int, int]], element_size: int, cached: int, sparse: bool
 ) -> dict[str, Work]:
     """W_UK and W_UV of every head on new tokens; each attended latent is read once."""
     h, c, tokens = config.num_attention_heads, config.kv_lora_rank, sum(new for new, _ in requests)
-    pairs, keys = sum(attended_pairs(*request) for request in requests), sum(kv for _, kv in requests)
+    role, topk = ("sparse_latent_attention", config.index_topk) if sparse else ("latent_attention", MAX_KEYS)
+    pairs = sum(selected_pairs(*request, topk) for request in requests)
+    keys = sum(min(kv, topk) for _, kv in requests)
     flops = latent_attention_flops(h, pairs, c, config.qk_rope_head_dim)
     return {
         "w_uk": _product(h * c * config.qk_nope_head_dim, tokens, element_size),
-        "latent_attention": Work(flops, keys * cached),
+        role: Work(flops, keys * cached),
         "w_uv": _product(h * c * config.v_head_dim, tokens, element_size),
     }
 

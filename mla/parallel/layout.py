@@ -14,6 +14,7 @@ from mla.config import MLAConfig
 from mla.cost import (
     Work,
     head_parameters,
+    indexer_parameters,
     kv_b_parameters,
     latent_attention_flops,
     parameters,
@@ -230,14 +231,16 @@ class Capacity:
 def capacity(config: MLAConfig, layout: Layout, memory: int, layers: int, itemsize: int = 2) -> Capacity:
     """Return what so many bytes on every device hold of `layers` layers and their cache.
 
-    Weights count once, `itemsize` bytes each; of the cache, tokens without any room lost in pages.
+    Weights count once, `itemsize` bytes each; of the cache, tokens without any room lost in pages. Layers
+    with an indexer have index keys as well, on every rank the same.
     Raises `UsageError` where the heads cannot be split.
     """
     layout.check(config)
-    split = head_parameters(config)
-    weights = (parameters(config) - split + split // layout.head_parts) * itemsize * layers
+    split, indexers = head_parameters(config), len(config.index_layers(layers))
+    shared = (layers - indexers) * indexer_parameters(config)  # those of layers without an indexer
+    weights = ((parameters(config) - split + split // layout.head_parts) * layers - shared) * itemsize
     room = max(0, memory - weights)
-    per_token = config.latent_dim * itemsize * layers
+    per_token = (config.latent_dim * layers + config.index_head_dim * indexers) * itemsize
     return Capacity(layout, weights, room, room // per_token * layout.dcp * layout.dp, layout.tp)
 
 

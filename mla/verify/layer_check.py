@@ -153,12 +153,20 @@ def stands_for(value: float, dtype: torch.dtype) -> float:
 
 
 class Poison:
-    """What to write where, computed once for sequences that will grow to `final_lens`."""
+    """What to write where, computed once for sequences that will grow to `final_lens`.
+
+    `pages` [layers, pages, page, ..] are those of latents, or others of the cache under the same block table.
+    """
 
     def __init__(
-        self, cache: LatentCache, sequences: Sequence[int], final_lens: Sequence[int], nan_safe_tail: bool
+        self,
+        cache: LatentCache,
+        sequences: Sequence[int],
+        final_lens: Sequence[int],
+        nan_safe_tail: bool,
+        pages: torch.Tensor | None = None,
     ) -> None:
-        self._cache = cache
+        self._pages = cache.pages if pages is None else pages
         history = [cache.length(sequence) for sequence in sequences]
         kept = torch.cat([cache.slots(sequence) for sequence in sequences])
         growth = [final - now for final, now in zip(final_lens, history, strict=True)]
@@ -172,13 +180,13 @@ class Poison:
         free[kept] = False
         self._slots = free.nonzero()[:, 0]
         held = value.view(-1)[self._slots, None]
-        if not cache.pages.is_floating_point():
-            kind = cache.pages.dtype
+        kind = self._pages.dtype
+        if not kind.is_floating_point:
             held = torch.where(held.isnan(), stands_for(torch.nan, kind), stands_for(TAIL, kind))
-        self._rows = held.to(cache.pages.dtype)
+        self._rows = held.to(kind)
 
     def apply(self) -> None:
         """Overwrite every slot that holds no history."""
-        width = self._cache.pages.shape[-1]
-        for layer in self._cache.pages:
+        width = self._pages.shape[-1]
+        for layer in self._pages:
             layer.view(-1, width).index_copy_(0, self._slots, self._rows.expand(-1, width))

@@ -29,6 +29,7 @@ class Places:
     kv_lens: torch.Tensor  # [B] int64
     slot: torch.Tensor | None = None  # [T] int64: row of the flattened cache
     page_size: int | None = None
+    row: torch.Tensor | None = None  # [T] int64: which rows these are; None: all of them
 
     @classmethod
     def new_tokens(
@@ -56,6 +57,12 @@ class Places:
         """Return the places of all tokens of all requests, for what works on the whole context."""
         return cls.new_tokens(kv_lens, kv_lens)
 
+    def of(self, rows: torch.Tensor) -> Places:
+        """Return the places of some of the rows [n] int64, which keep their numbers."""
+        slot = None if self.slot is None else self.slot[rows]
+        own = self.request[rows], self.position[rows], self.first[rows]
+        return Places(*own, self.kv_lens, slot, self.page_size, rows)
+
     def __len__(self) -> int:
         return len(self.request)
 
@@ -63,7 +70,7 @@ class Places:
         """Return "request 3, position 105, head 6 (row 12; page 9, slot 41)"."""
         words = [f"request {int(self.request[row])}", f"position {int(self.position[row])}"]
         words += [] if head is None else [f"head {head}"]
-        where = f"row {row}"
+        where = f"row {row if self.row is None else int(self.row[row])}"
         if self.slot is not None and self.page_size:
             page, slot = divmod(int(self.slot[row]), self.page_size)
             where += f"; page {page}, slot {slot}"

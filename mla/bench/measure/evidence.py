@@ -350,7 +350,8 @@ class LayerBench:
         self._table, self._device = full.block_table_host, full.device
         self._memory = BatchMemory(full.num_tokens, self._table, self._device)
         self._ran = 0  # tuples of lengths
-        self._kept: tuple[Lengths, torch.Tensor] | None = None  # one of them, with its outputs in layer 0
+        # One of them, with its outputs in layer 0, and what else these are judged by.
+        self._kept: tuple[Any, ...] | None = None
 
     def _batch(self, lengths: Lengths) -> RaggedBatch:
         cache = self.layer.cache
@@ -367,7 +368,7 @@ class LayerBench:
         an op refuses.
         """
         slots = self._batch(lengths).slots.clone()  # which the forwards write, in all layers
-        saved = self._rows().index_select(1, slots)
+        saved = [rows.index_select(1, slots) for rows in self._rows()]
         out = self.layer.out.narrow(-2, 0, len(slots))
         try:
             samples = []
@@ -379,17 +380,23 @@ class LayerBench:
                 beat()
             return samples
         finally:
-            self._rows().index_copy_(1, slots, saved)
+            for rows, before in zip(self._rows(), saved, strict=True):
+                rows.index_copy_(1, slots, before)
 
     def _keep(self, lengths: Lengths, out: torch.Tensor) -> None:
         """Keep outputs [.., t, d], or those kept so far instead: each tuple is as likely to be judged."""
         self._ran += 1
         if not _random.randrange(self._ran):
-            self._kept = lengths, (out[0] if out.dim() > 2 else out).to("cpu", copy=True)
+            taken = self.layer.evidence(*lengths)
+            self._kept = lengths, (out[0] if out.dim() > 2 else out).to("cpu", copy=True), *taken
 
-    def _rows(self) -> torch.Tensor:
-        pages = self.layer.cache.pages
-        return pages.view(pages.shape[0], -1, pages.shape[-1])
+    def _rows(self) -> list[torch.Tensor]:
+        cache = self.layer.cache
+        return [
+            pages.flatten(1, 2)
+            for pages in (cache.pages, getattr(cache, "index_pages", None))
+            if pages is not None
+        ]
 
     def _time(self, lengths: Lengths, out: torch.Tensor) -> Sample:
         impl, synchronize = self.layer, self.layer.setting.backend.synchronize
@@ -408,6 +415,6 @@ class LayerBench:
         """Return why the outputs of one of the tuples that ran are wrong, or nothing."""
         if self._kept is None:
             return ""
-        lengths, out = self._kept
-        check = checker.on_lengths(*lengths, out)
+        lengths, *outputs = self._kept
+        check = checker.on_lengths(*lengths, *outputs)
         return f"outputs on unseen lengths are wrong: {check.reason}" if check.reason else ""

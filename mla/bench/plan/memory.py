@@ -29,7 +29,7 @@ from mla.layer.rope import RotaryTable
 from mla.parallel.layer import scratch_per_token
 from mla.parallel.layout import Layout
 from mla.text import size
-from mla.verify.layer_oracle import LOGITS_BYTES, oracle_bytes
+from mla.verify.layer_oracle import LOGITS_BYTES, Run, oracle_bytes
 from mla_backends import host
 from mla_backends.api import Backend
 
@@ -214,7 +214,7 @@ def _held_bytes(setting: Setting, point: Point, share: int) -> int:
     lengths = [math.ceil(length / share) for length in point.final_lens]  # on the rank that has most
     pages = sum(math.ceil(length / page) for length in lengths) + SPARE_PAGES
     weights = (cost.parameters(config) + cost.kv_b_parameters(config)) * setting.dtype.itemsize
-    cache = pages * page * setting.token_bytes
+    cache = pages * page * (setting.token_bytes + setting.index_bytes)
     return point.layers * (weights + cache + RotaryTable.bytes_for(config, longest))
 
 
@@ -222,10 +222,19 @@ def _forward_bytes(setting: Setting, point: Point, share: int = 1) -> int:
     """Return the inputs of a pass, and the most that a forward takes; `share` as in `_held_bytes`."""
     config = setting.config
     activations = point.layers * point.tokens * 4 * config.num_attention_heads * config.latent_dim
-    numbers = activations + _input_numbers(setting, point)
+    numbers = activations + _input_numbers(setting, point) + _indexer_numbers(setting, point)
     kept = (point.layers - 1) * _rebuilt_bytes(setting, point)  # that of one layer is in `WORKSPACE`
     once = WORKSPACE + _longest_bytes(setting, point, share) + _grown_bytes(setting, point)
     return numbers * setting.dtype.itemsize + kept + once
+
+
+def _indexer_numbers(setting: Setting, point: Point) -> int:
+    """Return what the indexer keeps of new tokens: queries, keys, and in four bytes the rest."""
+    config = setting.config
+    if not config.index_n_heads:
+        return 0
+    wide = config.hidden_size + config.index_n_heads + config.index_topk
+    return point.tokens * ((config.index_n_heads + 1) * config.index_head_dim + 2 * wide)
 
 
 def _longest_bytes(setting: Setting, point: Point, share: int) -> int:
@@ -317,10 +326,15 @@ def _host_bytes(setting: Setting, point: Point) -> int:
     config, itemsize = setting.config, setting.dtype.itemsize
     copies = 1 if point.layers == 1 else 2  # of the layer that is being rolled
     weights = cost.parameters(config) * (copies * itemsize + 8)
-    history = 2 * sum(point.history) * config.latent_dim * itemsize
+    history = 2 * sum(point.history) * (config.latent_dim * itemsize + setting.index_bytes)
     evidence = point.inputs * point.tokens * config.hidden_size * (itemsize + 8)
     judged = point.tokens * config.hidden_size * (itemsize + 4 * 8)
-    return weights + history + evidence + judged + oracle_bytes(config, oracle_runs(config, point), itemsize)
+    if config.index_n_heads:  # a forward is judged after it, from all new tokens of its pass
+        runs = [Run(1, point.inputs * max(point.query_lens), 0)]
+        judged += 4 * 8 * max(point.final_lens) * config.index_head_dim  # of scores and keys of a request
+    else:
+        runs = oracle_runs(config, point)
+    return weights + history + evidence + judged + oracle_bytes(config, runs, itemsize)
 
 
 def _expected_bytes(setting: Setting, point: Point) -> int:

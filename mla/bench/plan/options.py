@@ -414,6 +414,28 @@ def _check_stages(options: RunOptions, points: Sequence[Point]) -> None:
         raise UsageError("--stages times one layer: leave out --layers.")
 
 
+def check_indexer(options: RunOptions, config: MLAConfig, points: Sequence[Point]) -> None:
+    """Raise `UsageError` for what is not measured of a layer with an indexer."""
+    if not config.index_topk or all(point.op for point in points):
+        return
+    if not config.index_n_heads:
+        raise UsageError(f"config '{config.name}' selects and has no indexer: give it index_n_heads.")
+    foreign = [name for name in options.implementation_names if not implementations.is_ours(name)]
+    refused = (
+        (options.parallel, "is not spread over ranks yet", "--parallel"),
+        (any(point.layers > 1 for point in points), "does not run in a row yet", "--layers"),
+        ("graph" in (options.mode or ""), "is not captured yet", "graph of --mode"),
+        (
+            options.implementations and foreign,
+            "is judged by its own selection, if that is ours",
+            *foreign[:1],
+        ),
+    )
+    for given, why, *what in refused:
+        if given:
+            raise UsageError(f"a layer with an indexer {why}: leave out {what[0]}.")
+
+
 def check_dtype(backend: Backend, dtype: object) -> None:
     """Raise `UsageError` for a dtype that the device only emulates."""
     native = backend.dtypes()

@@ -82,7 +82,7 @@ def _planned(
     roles = layer_roles(setting.config, setting.dtype, setting.device)
     points = expand_ops(points, setting.config, {role: kind for role, (kind, _) in roles.items()})
     commands.check_op_uses_shape(options, points)
-    listed = _listed_implementations(options, points)
+    listed = _listed_implementations(options, points, setting.config)
     cold = "cold" in (wanted.caches or ("cold",))
     baselines = _added_baselines(setting.config, resumed) if options.is_first_look else []
     plans, names = plan_scenarios(setting, points, listed, cold, state, baselines)
@@ -240,6 +240,7 @@ def _layer(
         commands.check_dtype(opened.backend, dtype_needed)
     config = _config(options)
     commands.check_heads(config, points)
+    commands.check_indexer(options, config, points)
     stored = dtype if len(dtypes) == 1 else torch.float32  # each scenario rounds to its own
     state = _weights(options, config, stored) if options.model_path else None
     page_size = options.page_size
@@ -302,9 +303,13 @@ def _weights(options: RunOptions, config: MLAConfig, dtype: torch.dtype) -> Stat
     if options.parallel and not options.simulate and launcher.rank():
         return read_layer(options.model_path, config, options.layer, dtype=dtype)
     with Reading(f"reading {options.model_path}") as reading:
-        return dict(
-            read_layer(options.model_path, config, options.layer, dtype=dtype, progress=reading.advance)
-        )
+        layer = read_layer(options.model_path, config, options.layer, dtype=dtype, progress=reading.advance)
+        if config.index_n_heads and not layer.config.index_n_heads:
+            raise UsageError(
+                f"layer {options.layer} of '{options.model_path}' shares the selection of an earlier one: choose "
+                "one with an indexer, such as --layer 0."
+            )
+        return dict(layer)
 
 
 # ------------------------------------------------------------------------------------ implementations
@@ -338,12 +343,15 @@ def _added_baselines(config: MLAConfig, resumed: results.Run | None) -> list[str
     return ["transformers"]
 
 
-def _listed_implementations(options: RunOptions, points: Sequence[Point]) -> list[str]:
+def _listed_implementations(options: RunOptions, points: Sequence[Point], config: MLAConfig) -> list[str]:
     """Return the implementations that were named, or that a checkpoint brings. Raises `UsageError`."""
     from mla.bench.subjects import transformers_layer
     from mla.bench.subjects.fixture import check_name
 
     names = options.implementation_names
+    if config.index_topk and options.implementations is None and names:
+        note("transformers is skipped: its layer selects by itself, and only ours says what")
+        return []
     for name in names:
         check_name(parse_one(name).base)
     other = next((name for name in names if not is_ours(name)), None)

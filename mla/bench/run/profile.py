@@ -162,8 +162,12 @@ PASSES = 1 << 22
 STAGES = {
     "query and latent projections": ("qkv_a_proj", "q_a_layernorm", "q_b_proj"),
     "cache write": ("write_latent",),
+    "indexer": (
+        *("index_k_proj", "write_index_key", "index_q_proj", "rotate_index_query", "index_weights_proj"),
+        "select_latents",
+    ),
     "attention": (
-        *("w_uk", "rotate_query", "latent_attention", "w_uv"),
+        *("w_uk", "rotate_query", "latent_attention", "sparse_latent_attention", "w_uv"),
         *("kv_b_proj", "gather", "expanded_attention"),
     ),
     "output gate": ("g_proj", "gate"),

@@ -21,10 +21,12 @@ from mla.bench.subjects import op as one_op
 from mla.bench.subjects.base import METHODS, Foreign, Implementation, LayerChecker, called
 from mla.bench.subjects.inputs import Inputs, expected_outputs, expected_plain, make_inputs, oracle_flops
 from mla.bench.subjects.layer import MlaLayer
+from mla.bench.subjects.selected import SelectedChecker, SelectedLayer
 from mla.bench.subjects.setting import Setting, implementation_setting, make_ops, sharing_weights
 from mla.bench.subjects.transformers_layer import TransformersLayer
 from mla.bench.workload.grid import Point
 from mla.bench.workload.implementations import parse_one
+from mla.bench.workload.scenario import Scenario
 from mla.cache.formats import Codec, format_error, given_back
 from mla.cases.call import Checker
 from mla.cases.varied import Pool
@@ -35,6 +37,7 @@ from mla.errors import UnsupportedBatch, UsageError, did_you_mean
 from mla.layer.ops import Ops
 from mla.layer.plan import check_lengths
 from mla.verify.layer_oracle import Held, State, oracle
+from mla.verify.selected import SelectingLayer
 from mla.weights import random_state_dict
 from mla_backends.errors import describe
 
@@ -54,7 +57,12 @@ def _ours(setting: Setting, state: State, name: str, ops: str | None) -> Impleme
     if setting.ranks is not None:
         spread: Implementation = setting.ranks.layer(setting, state, name, ops)
         return spread
-    return MlaLayer(setting, state, name, ops)
+    return _layer(setting)(setting, state, name, ops)
+
+
+def _layer(setting: Setting) -> type[MlaLayer]:
+    """Return the class of our layer."""
+    return SelectedLayer if setting.config.index_n_heads else MlaLayer
 
 
 def check_name(base: str) -> None:
@@ -191,20 +199,25 @@ def layer_checker(
         return torch.stack(outputs)
 
     scenario, cached = inputs.scenario, inputs.stored(codec)
-    kept = zip(scenario.history, scenario.final_lens, strict=True)
-    new = max((final - old) / final for old, final in kept)
     stored = None if codec is None else partial(given_back, codec)
     expected = expected_outputs(config, state, scenario, cached, held, stored)
     return LayerChecker(
         expected.plain,
         dtype,
         reference_outputs,
-        beside=2 * min(1.0, NEWEST * new) * format_error(codec),  # of keys, and of values
+        beside=format_share(scenario, codec),
         inputs=cached,
         turned=expected,
         oracle=lambda inputs, count: expected_plain(config, state, inputs.stored(codec), count, held, stored),
         any_oracle=partial(oracle, config, state, stored=stored),
     )
+
+
+def format_share(scenario: Scenario, codec: Codec | None) -> float:
+    """Return by how much outputs may err as new keys and values fall on the other side of a border."""
+    kept = zip(scenario.history, scenario.final_lens, strict=True)
+    new = max((final - old) / final for old, final in kept)
+    return 2 * min(1.0, NEWEST * new) * format_error(codec)
 
 
 class LayerFixture(Fixture):
@@ -219,6 +232,8 @@ class LayerFixture(Fixture):
         self._costs: dict[int, results.Cost] = {}  # by the number of steps
 
     def oracle_seconds(self) -> float:
+        if self.setting.config.index_n_heads:  # each forward is judged after it
+            return 0.0
         x, taken = torch.ones(ORACLE_SIDE, ORACLE_SIDE, dtype=torch.float64), list[int]()
         for _ in range(3):
             start = now_ns()
@@ -234,10 +249,24 @@ class LayerFixture(Fixture):
     def _make_checker(self, inputs: Inputs) -> Any:
         setting, state = self.setting, self._state
         beat = self._after_forward
+        if setting.config.index_n_heads:
+            return self._selected_checker(inputs)
         if setting.ranks is not None and (made := setting.ranks.checker(setting, state, inputs, beat)):
             return made
         given = (setting.config, setting.dtype, state, inputs, self._reference, beat)
         return layer_checker(*given, codec=setting.codec)
+
+    def _selected_checker(self, inputs: Inputs) -> SelectedChecker:
+        setting, codec = self.setting, self.setting.codec
+        return SelectedChecker(
+            SelectingLayer(setting.config, self._state),
+            setting.dtype,
+            inputs.stored(codec),
+            self._reference,  # type: ignore[arg-type]  # of a layer with an indexer
+            lambda other: other.stored(codec),
+            None if codec is None else partial(given_back, codec),
+            beside=format_share(inputs.scenario, codec),
+        )
 
     def _weights(self) -> State:
         if self._given is None:
@@ -247,7 +276,8 @@ class LayerFixture(Fixture):
         return {name: weight.to(self.setting.dtype) for name, weight in self._given.items()}
 
     def _reference(self) -> MlaLayer:
-        reference = MlaLayer(replace(self.setting, layers=1), self._state, "mla-reference", "reference")
+        of = replace(self.setting, layers=1), self._state, "mla-reference", "reference"
+        reference = _layer(self.setting)(*of)
         reference.load(self.point, self.inputs())
         return reference
 

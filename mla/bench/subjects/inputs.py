@@ -113,6 +113,7 @@ class Inputs:
     others: torch.Tensor  # to choose from: prefill [n, B, d], last tokens; decode [n, inputs, T, d]
     turns: Turns
     seed: int | None = None  # of `fresh` inputs
+    index: tuple[torch.Tensor, ...] = ()  # per request [s, D]: keys of the history, if there is an indexer
 
     def turn(self, number: int, index: int) -> Turn:
         """Return the turn of forward `index` of pass `number`."""
@@ -146,7 +147,8 @@ class Inputs:
             return rows * (1 - 2 * torch.randint(2, rows.shape[1:], generator=random)).to(rows.dtype)
 
         history = [(changed(kv), changed(pe)) for kv, pe in self.history]
-        return replace(self, hidden=hidden, history=history, seed=seed)
+        index = tuple(map(changed, self.index))
+        return replace(self, hidden=hidden, history=history, seed=seed, index=index)
 
 
 def _chosen(
@@ -254,7 +256,9 @@ def make_inputs(config: MLAConfig, scenario: Scenario, seed: int, dtype: torch.d
     else:
         others = torch.stack([hidden() for _ in range(count - 1)]) if count > 1 else plain[None][:0]
     turns = Turns(requests, count, signed, seed)
-    return Inputs(scenario, plain, history, others, turns)  # type: ignore[arg-type]  # pairs
+    indexed = scenario.history if config.index_n_heads else ()
+    index = tuple(normal(length, config.index_head_dim) for length in indexed)
+    return Inputs(scenario, plain, history, others, turns, index=index)  # type: ignore[arg-type]  # pairs
 
 
 # ------------------------------------------------------------------------------------------------- oracle

@@ -172,6 +172,10 @@ class MlaLayer(LayerImplementation):
         for layer, pages, out in zip(self.layers, self._pages, outs, strict=True):
             layer(hidden, batch, pages, out=out)
 
+    def evidence(self, query_lens: tuple[int, ...], kv_lens: tuple[int, ...]) -> tuple[Any, ...]:
+        """Return what the outputs of the last forward, on these lengths, are judged by beside its inputs."""
+        return ()
+
     def places(self, step: int) -> Places:
         size = self._cache.page_size
         pages = [self._cache.slots(sequence)[::size].cpu() // size for sequence in self._sequences]
@@ -179,8 +183,9 @@ class MlaLayer(LayerImplementation):
         return Places.new_tokens(self.scenario.query_lens, self.scenario.kv_lens(step), table, size)
 
     def facts(self) -> Facts:
+        cache = getattr(self, "_cache", None)
         return Facts(
-            cache_bytes=self._cache.pages.nbytes if hasattr(self, "_cache") else 0,
+            cache_bytes=sum(held.nbytes for held in (cache.pages, cache.index_pages)) if cache else 0,
             weight_bytes=sum(layer.weight_bytes() for layer in self.layers),
             scratch_bytes=sum(layer.scratch_bytes() for layer in self.layers),
             plan_ms=getattr(self, "_plan_ms", None),
@@ -346,6 +351,8 @@ def captured(implementation: Implementation, scenario: Scenario) -> CapturedForw
     """Return an implementation's forwards as graph replays; it has run a whole pass. Raises `NoGraph`."""
     if not isinstance(implementation, MlaLayer):
         raise NoGraph(f"{implementation.name} is not captured")
+    if implementation.setting.config.index_topk:
+        raise NoGraph("a layer with an indexer is not captured yet")
     return CapturedForwards(implementation, scenario)
 
 

@@ -21,6 +21,7 @@ from mla.cases.case import OpCase
 from mla.cases.memory import Layout, Tensors, on_host, poison_all
 from mla.cases.varied import Change, Pool
 from mla.config import MLAConfig
+from mla.layer.forward import INDEX_EPS
 from mla.layer.ops import Choice, layer_roles
 from mla.verify.verdict import Check
 
@@ -29,6 +30,7 @@ EARLY_ROWS = 1 << 20
 # So many numbers are kept of a pass, which bounds the time that judging them takes; but at least so many
 # calls. Of 6 passes these are 48: if one call in ten goes wrong, one of them does in 99 of 100 runs.
 KEPT_NUMBERS, KEPT_CALLS = 1 << 21, 8
+INDEXER = ("write_index_key", "rotate_index_query")  # roles that rotate what scores are made of
 # So many wrong calls are named.
 NAMED = 3
 
@@ -48,9 +50,10 @@ def op_problem(setting: Setting, point: Point) -> Pool:
         seed=setting.seed,
         context=role == "kv_b_proj",
         biased=config.attention_bias and role in ("qkv_a_proj", "o_proj"),
-        interleaved=config.rope_interleave,
-        eps=config.rms_norm_eps,
+        interleaved=config.indexer_rope_interleave if role in INDEXER else config.rope_interleave,
+        eps=INDEX_EPS if role in INDEXER else config.rms_norm_eps,
         rope=config,
+        selection=point.selection or "random",
         layout=Layout(
             setting.page_size,
             spare=SPARE_PAGES,
@@ -72,6 +75,7 @@ def margins(role: str, config: MLAConfig) -> dict[str, tuple[int, int]]:
         "w_uk": {"x": (0, r), "out": (0, r)},
         "q_a_layernorm": {"x": (0, config.latent_dim)},
         "rotate_query": {"x": (n, 0), "out": (config.kv_lora_rank, 0)},
+        "rotate_index_query": dict.fromkeys(("x", "out"), (0, config.index_head_dim - r)),
         "write_latent": {"kv_a": (first, 0)},
         "expanded_attention": {"v": (n, 0)},
     }.get(role, {})

@@ -112,6 +112,11 @@ class Setting:
         return codec.token_bytes if codec else self.config.latent_dim * self.dtype.itemsize
 
     @property
+    def index_bytes(self) -> int:
+        """Bytes of a token in the index cache of a layer; 0 without an indexer."""
+        return self.config.index_head_dim * self.dtype.itemsize if self.config.index_n_heads else 0
+
+    @property
     def beside(self) -> int:
         """Number of further ranks that share this process's host."""
         return 0 if self.ranks is None else self.ranks.beside
