@@ -1,8 +1,8 @@
 """The CPU with one op of a kind, `-O op=...`, that is the reference but for the fault in `-O fault=...`.
 
-none: it is right. scale: what it writes is 5 % too large. head: so is the last head, or column, alone.
-lse: its log-sum-exp is 0.1 too large. no_lse: it writes none and says so. half: it leaves the last row as it
-was. stray: it writes one more slot of the cache. stops: from its second call on it does nothing.
+none: it is right. scale: what it writes is 5 % too large, and an integer by 1. head: so is the last head, or
+column, alone. lse: its log-sum-exp is 0.1 too large. no_lse: it writes none and says so. half: it leaves the
+last row as it was. stray: it writes one more slot of a cache. stops: from its second call on, it does nothing.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class FaultyOp(FusedOp):
         last = rows[-1] if flat else -1
         before = out[last].clone()
         self._right(*leading, **tensors)
-        if self._fault == "scale":
+        if self._fault == "scale" and not out.is_floating_point():
+            out[rows] += 1
+        elif self._fault == "scale":
             out[rows] *= 1.05
         elif self._fault == "head":
             out[rows, -1] *= 1.05

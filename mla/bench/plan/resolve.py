@@ -306,8 +306,8 @@ def _weights(options: RunOptions, config: MLAConfig, dtype: torch.dtype) -> Stat
         layer = read_layer(options.model_path, config, options.layer, dtype=dtype, progress=reading.advance)
         if config.index_n_heads and not layer.config.index_n_heads:
             raise UsageError(
-                f"layer {options.layer} of '{options.model_path}' shares the selection of an earlier one: choose "
-                "one with an indexer, such as --layer 0."
+                f"layer {options.layer} of '{options.model_path}' shares another's selection: choose one "
+                "with an indexer, such as --layer 0."
             )
         return dict(layer)
 

@@ -11,13 +11,13 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
 from mla.bench.subjects.base import Outputs
 from mla.bench.subjects.inputs import Inputs, Turn
 from mla.bench.subjects.layer import MlaLayer
-from mla.bench.workload.scenario import Scenario
 from mla.cache.ragged_batch import RaggedBatch
 from mla.cost import latent_attention_flops, parameters
 from mla.verify.layer_check import Checker, Forward, Poison
@@ -94,17 +94,18 @@ class SelectedLayer(MlaLayer):
         ends = zip(self._sequences, history, kv_lens, strict=True)
         keys = [rows.index_select(0, self._cache.slots(own)[past:end]).cpu() for own, past, end in ends]
         copied = None if selection is None else selection.to("cpu", copy=True)
-        of = (part.to("cpu", copy=True) for part in (views.q, views.weights))
-        return Taken(copied, *of, tuple(keys), self.layer.ops["select_latents"].op.scores_in_bf16)
+        q, weights = (part.to("cpu", copy=True) for part in (views.q, views.weights))
+        return Taken(copied, q, weights, tuple(keys), self.layer.ops["select_latents"].op.scores_in_bf16)
 
     def evidence(self, query_lens: tuple[int, ...], kv_lens: tuple[int, ...]) -> tuple[Taken]:
         past = [length - new for length, new in zip(kv_lens, query_lens, strict=True)]
         return (self.take_now(query_lens, past, kv_lens),)
 
-    def check(self, checker: SelectedChecker) -> Check:
-        return checker.check_taken(self.outputs(), self._number, self.held_to_reference, self._taken)
+    def check(self, checker: Any) -> Check:
+        check: Check = checker.check_taken(self.outputs(), self._number, self.held_to_reference, self._taken)
+        return check
 
-    def forwards(self, checker: SelectedChecker) -> Iterator[tuple[int, Forward]]:
+    def forwards(self, checker: Any) -> Iterator[tuple[int, Forward]]:
         for index, judged in checker.judged(self.outputs(), self._number, self._taken):
             yield index, judged.forward
 
@@ -254,7 +255,7 @@ class _Part:
         self.selection = None if selection is None else selection[self.rows]
 
     def expected(self) -> torch.Tensor:
-        """Return the outputs [n, d] in float64, given the selection; NaN where that names what is not there."""
+        """Return the outputs [n, d] in float64, given the selection."""
         checker = self.checker
         kv, pe = (part[: self.past] for part in checker.inputs.history[self.request])
         new_kv, new_pe = checker.truth.latents(self.new, self.positions, checker.codec)

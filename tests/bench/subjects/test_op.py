@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from mla.bench import results
+from mla.bench.workload.grid import SELECTIONS, SPARSE
 from mla.bench.workload.scenario import size
+from mla.cases import sparse
 from mla_backends.api import OPS
 
 Bench = Callable[..., Any]
@@ -20,7 +22,8 @@ Bench = Callable[..., Any]
 QUICK = ("--runs", "3", "--passes", "5", "--warmups", "1")
 SHAPE = ("--batch", "3", "--q-len", "2", "--heads", "4")
 FAULTY = ("--backend", "faulty_backend:FaultyBackend")
-READS_HISTORY = ("write_latent", "latent_attention", "expanded_attention")
+READS_HISTORY = ("write_latent", "latent_attention", "expanded_attention", *SPARSE)
+PREPARED = ("latent_attention", "expanded_attention", "select_latents", "sparse_latent_attention")
 ROLES = {
     "linear": ["qkv_a_proj", "kv_b_proj", "o_proj", "q_b_proj"],
     "batched_linear": ["w_uk", "w_uv"],
@@ -43,6 +46,8 @@ def config(tmp_path: Path) -> None:
         "rope_interleave": False,
     }
     (tmp_path / "tiny.json").write_text(json.dumps(dims))
+    indexer = {"index_n_heads": 3, "index_head_dim": 16, "index_topk": 7}
+    (tmp_path / "sparse.json").write_text(json.dumps({**dims, **indexer, "model_type": "deepseek_v32"}))
 
 
 @pytest.fixture
@@ -52,8 +57,17 @@ def measure(bench: Bench, config: None) -> Bench:
     def measure(op: str, *words: str, fault: str = "none", kind: str = "") -> Any:
         backend = [*FAULTY, "-O", f"op={kind or op}", "-O", f"fault={fault}"]
         kv = ["--kv", "21"] * (op in READS_HISTORY)
-        heads = SHAPE if op not in ("rms_norm", "write_latent") else SHAPE[:4]
-        options = ["--config", "tiny.json", "--page-size", "16", "--cache", "warm", "-o", "run.json"]
+        heads = SHAPE if op not in ("rms_norm", "write_latent", *SPARSE[:2]) else SHAPE[:4]
+        options = [
+            "--config",
+            "sparse.json" if op in SPARSE else "tiny.json",
+            "--page-size",
+            "16",
+            "--cache",
+            "warm",
+            "-o",
+            "run.json",
+        ]
         return bench(*backend, *options, "--op", op, *kv, *heads, *QUICK, *words)
 
     return measure
@@ -81,9 +95,9 @@ def test_every_op_is_right_alone_and_timed_beside_the_reference(measure: Bench, 
         assert len(case.latency_ms.samples) == 3 * 5
         assert (case.passes, case.steps_per_pass) == (5, 3)
         assert min(case.cost.flops, case.cost.bytes) > 0
-        assert (case.plan_ms is not None) == op.endswith("attention")
+        assert (case.plan_ms is not None) == (op in PREPARED)
         assert case.query_lens == [2, 2, 2]
-        assert (case.memory.cache_bytes > 0) == (op in ("write_latent", "latent_attention"))
+        assert (case.memory.cache_bytes > 0) == (op in ("write_latent", "latent_attention", *SPARSE))
 
 
 @pytest.mark.parametrize(
@@ -123,6 +137,32 @@ def test_a_write_beside_the_new_tokens_slots_is_wrong(measure: Bench) -> None:
     assert measure("write_latent", fault="stray").code == 4
     strays = "1 slots other than those of the new tokens have changed, the first is slot 0 of page 0"
     assert cases()[0].check.reason == strays
+
+
+@pytest.mark.parametrize("op", SPARSE[1:])
+def test_selections_are_an_axis_and_topk_is_another(measure: Bench, op: str) -> None:
+    """Of 3 requests with 21 cached tokens and 2 new ones each, recent selections share most of theirs."""
+    assert tuple(sparse.SELECTIONS) == SELECTIONS
+    axes = ("-a", f"selection={','.join(SELECTIONS)}", "-a", "topk=2,5", "--implementations", "mla-reference")
+    assert measure(op, *axes).code == 0
+    points = [(case.point["selection"], case.point["topk"]) for case in cases()]
+    assert points == [(how, k) for how in SELECTIONS for k in (2, 5)]
+    assert {case.check.status for case in cases()} == {"ok"}
+    moved = {point: case.cost.bytes for point, case in zip(points, cases(), strict=True)}
+    assert moved["recent", 2] < moved["recent", 5]
+    if op == "sparse_latent_attention":
+        assert moved["recent", 5] < moved["random", 5], "bytes are of different tokens"
+    name = cases()[3].scenario
+    assert name.endswith("topk=5 selection=recent")
+    _, _, _, *words = shlex.split(cases()[3].repro)
+    assert measure(op, *words[words.index("-a") :]).code == 0
+    assert cases()[0].scenario == name
+
+
+def test_several_ops_are_timed_in_a_run(measure: Bench) -> None:
+    done = measure("sparse_latent_attention", "--op", "write_index_key,select_latents,w_uk", "--kv", "30")
+    assert done.code == 0, done.err
+    assert [case.op for case in cases()] == ["write_index_key", "select_latents", "w_uk"]
 
 
 def test_an_op_that_goes_wrong_while_it_is_timed_loses_its_numbers(bench: Bench, small: list[str]) -> None:
