@@ -115,5 +115,5 @@ def launches(tuning: Tuning, early: bool = False, native_e4m3: bool = False) -> 
         problem.bound(triton_ops(tuning, MULTIPROCESSORS, recorder))()
         launched[name], *merge = recorder.recorded
         for launch in merge:
-            launched.setdefault(MERGE, launch)
+            launched.setdefault(f"{MERGE}, lse" if launch.arguments["HAS_LSE"] else MERGE, launch)
     return launched

@@ -37,6 +37,11 @@ def _nvidia(cards: str, arch: int, shared: int) -> Shipped:
     return Shipped(cards, tuning_for(shared * KIB, cards), _cuda(arch), shared, arch >= 90, arch >= 89)
 
 
+def _old(new: Shipped) -> Shipped:
+    """Return what the same cards get with Triton 3.1."""
+    return replace(new, tuning=tuning_for(new.shared * KIB, new.cards, old_triton=True), early=False)
+
+
 def _cuda(arch: int) -> Target:
     return Target("cuda", arch, 32)
 
@@ -58,4 +63,4 @@ PORTABLE = (
     Shipped("Moore Threads", MOORE, _cuda(80), SMALL),
 )
 # With Triton 3.1 as well, for what it knows of them.
-OLD = (A100, L40, replace(H100, early=False))
+OLD = tuple(map(_old, (A100, L40, H100)))

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from mla_backend_nvidia.cards import driver_version, outdated, peaks, tuning_for
-from mla_backend_nvidia.kernels import ADA, ahead_of, kernels, old_triton, since_ampere, starts_early
+from mla_backend_nvidia.kernels import ADA, ahead_of, kernels, old_triton, since_ampere, spills, starts_early
 from mla_backends import Availability, FusedOp, hookimpl
 from mla_backends.api import DeviceInfo
 from mla_backends.cuda import CudaBackend
@@ -93,7 +93,7 @@ class Nvidia(TritonBackend, CudaBackend):
         return ahead_of(self.architecture())
 
     def default_tuning(self) -> Tuning:
-        return tuning_for(self.shared_memory(), str(self.properties().name))
+        return tuning_for(self.shared_memory(), str(self.properties().name), spills())
 
     def triton_reason(self, device: torch.device) -> str:
         return since_ampere(self.architecture)(device) or old_triton(self.architecture)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +59,7 @@ def peaks(name: str, memory_bytes: int | None) -> tuple[Peak | None, dict[str, P
 # -------------------------------------------------------------------------------------------- tiles
 # Tiles of the Triton kernels on cards that none was measured on.
 #
-# Not run on hardware. They fit, and Triton 3.8 spills none of them: benchmarks/triton/table.md.
+# Not run on hardware. They fit, and Triton 3.6 to 3.9 spill none of them: benchmarks/triton/table.md.
 
 KIB = 1024
 
@@ -86,6 +87,11 @@ BY_SHARED_MEMORY = {
         source="defaults for little or unknown shared memory",
     ),
 }
+# Tiles of 16 rows for Triton before 3.6, which spills those above.
+OLD_TRITON = {
+    200 * KIB: Tile(16, 32, 4, 3, halves=False, programs=2),
+    96 * KIB: Tile(16, 16, 4, 2, programs=2),
+}
 # The shared memory of Hopper, but products of 64 rows keep their sums in tensor memory, where less fits. They
 # move to registers and back in every step: 10 to 15 % of the tensor peak, counted in compiled code. Rescaling
 # them only where a maximum has grown by much saves none of these moves with Triton 3.9, so kernels made for
@@ -98,14 +104,18 @@ BLACKWELL = Tuning(
 )
 
 
-def tuning_for(shared_memory: int | None, name: str = "") -> Tuning:
+def tuning_for(shared_memory: int | None, name: str = "", old_triton: bool = False) -> Tuning:
     """Return the tuning for a card of this name, whose blocks may use so much shared memory.
 
-    `shared_memory` is in bytes; None is unknown.
+    `shared_memory` is in bytes; None is unknown. `old_triton`: it is compiled with Triton before 3.6.
     """
     if DATACENTER_BLACKWELL.search(name):
         return BLACKWELL
-    return next(tuning for least, tuning in BY_SHARED_MEMORY.items() if least <= (shared_memory or 0))
+    least = next(least for least in BY_SHARED_MEMORY if least <= (shared_memory or 0))
+    tuning = BY_SHARED_MEMORY[least]
+    if not old_triton or least not in OLD_TRITON:
+        return tuning
+    return replace(tuning, latent={**tuning.latent, 1: OLD_TRITON[least]})
 
 
 # ------------------------------------------------------------------------------------------- driver

@@ -44,6 +44,8 @@ FLASH_MLA_ROWS = 11_000
 
 # Architecture -> the oldest Triton that compiles our kernels for it and newer ones.
 OLDEST_TRITON = {(10, 0): (3, 3), (9, 0): (3, 2), (0, 0): (3, 1)}
+# The oldest Triton that keeps two warps' share of 16 rows, or 64 keys, in registers.
+SPARING_TRITON = (3, 6)
 # The oldest Triton that our kernels were compiled with for programmatic dependent launch.
 EARLY_TRITON = (3, 6)
 # The driver of CUDA 12.3, whose graphs are the first that can hold such launches: with an older one, capture
@@ -210,6 +212,11 @@ def starts_early(architecture: Architecture, driver: str = "") -> bool:
     major = driver.partition(".")[0]
     old_driver = major.isdecimal() and int(major) < EARLY_DRIVER
     return architecture() >= HOPPER[0] and _triton()[1] >= EARLY_TRITON and not old_driver
+
+
+def spills() -> bool:
+    """Return whether the installed Triton spills tiles of 16 rows that newer ones do not."""
+    return () < _triton()[1] < SPARING_TRITON
 
 
 def _triton() -> tuple[str, tuple[int, ...]]:

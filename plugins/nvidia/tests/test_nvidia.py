@@ -15,12 +15,12 @@ import torch
 
 from mla_backend_nvidia import Nvidia
 from mla_backend_nvidia.cards import SHEETS, driver_version, outdated, peaks, tuning_for
-from mla_backend_nvidia.kernels import PLACES, ahead_of, kernels, old_triton, starts_early
+from mla_backend_nvidia.kernels import PLACES, ahead_of, kernels, old_triton, spills, starts_early
 from mla_backends.api import AttentionSpec, SegmentLengths
 from mla_backends.cuda import CudaBackend
 from mla_backends.errors import DeviceUnavailable
 from mla_backends.kernels.flashinfer import WIDE_PAGES
-from mla_backends.triton_ops import ordered, triton_ops
+from mla_backends.triton_ops import Tile, ordered, triton_ops
 
 GIB = 1 << 30
 
@@ -299,10 +299,24 @@ def test_tensor_memory_has_tiles_of_its_own(name: str) -> None:
         assert tuning_for(H100, other) == tuning_for(H100)
 
 
+@pytest.mark.parametrize(
+    ("reported", "few_rows"),
+    [(H100, Tile(16, 32, 4, 3, halves=False, programs=2)), (L40S, Tile(16, 16, 4, 2, programs=2))],
+)
+def test_an_old_triton_gets_tiles_that_it_does_not_spill(reported: int, few_rows: Tile) -> None:
+    new, old = tuning_for(reported), tuning_for(reported, old_triton=True)
+    assert old.latent[1] == few_rows
+    assert old.latent[33] == new.latent[33]
+    assert old.expanded == new.expanded
+    assert old.source == new.source
+    assert tuning_for(A100, old_triton=True) == tuning_for(A100)
+
+
+@pytest.mark.parametrize("old_triton", [False, True])
 @pytest.mark.parametrize("reported", [H100, A100, L40S, 49_152])
-def test_what_a_tile_holds_fits_the_card(reported: int) -> None:
+def test_what_a_tile_holds_fits_the_card(reported: int, old_triton: bool) -> None:
     """A lower bound: queries once, and keys of all stages but the one that is multiplied (bfloat16)."""
-    found = tuning_for(reported)
+    found = tuning_for(reported, old_triton=old_triton)
     for width, values, tiles in ((576, 0, found.latent), (192, 128, found.expanded)):
         for tile in tiles.values():
             held = 2 * (tile.rows * width + max(1, tile.stages - 1) * tile.keys * (width + values))
@@ -457,5 +471,6 @@ def test_a_triton_that_would_end_the_process_is_not_tried(
     assert starts_early(lambda: architecture) == (installed == "3.10.1")
     assert not starts_early(lambda: architecture, "535.183.01"), "its graphs cannot hold such a launch"
     assert starts_early(lambda: architecture, "545.23.08") == (installed == "3.10.1")
+    assert spills() == (installed is not None and installed != "3.10.1")
     reason = old_triton(lambda: architecture)
     assert reason.endswith(f"whose Triton is {needed} or newer") if needed else reason == ""
