@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from mla_backend_cpu import instruction_sets, products
 from mla_backend_cpu.cache import note
 from mla_backend_cpu.compilation import LEVELS
 from mla_backend_cpu.library import Library, loaded
-from mla_backend_cpu.native_ops import OPS
+from mla_backend_cpu.native_ops import (
+    NativeBatchedLinear,
+    NativeExpandedAttention,
+    NativeLatentAttention,
+    NativeLinear,
+    NativeOp,
+    NativeRmsNorm,
+    NativeRotateQuery,
+    NativeWriteLatent,
+)
+from mla_backend_cpu.sparse_ops import NativeSelectLatents, NativeSparseAttention, NativeWriteIndexKey
 from mla_backends import BackendError, FusedOp
+
+OPS: Mapping[str, type[NativeOp]] = {
+    "native_linear": NativeLinear,
+    "native_batched_linear": NativeBatchedLinear,
+    "native_rms_norm": NativeRmsNorm,
+    "native_rotate_query": NativeRotateQuery,
+    "native_write_latent": NativeWriteLatent,
+    "native_latent_attention": NativeLatentAttention,
+    "native_expanded_attention": NativeExpandedAttention,
+    "native_write_index_key": NativeWriteIndexKey,
+    "native_select_latents": NativeSelectLatents,
+    "native_sparse_attention": NativeSparseAttention,
+}
+# Those that do nothing but call one kernel; a subclass may do more.
+RECORDABLE = frozenset(OPS.values()) - {NativeExpandedAttention}
 
 
 class NotBuilt(FusedOp):

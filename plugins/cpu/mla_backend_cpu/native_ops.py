@@ -40,14 +40,11 @@ def output(name: str, x: Any, dtype: torch.dtype, *shape: int | None) -> torch.T
     return _direct(name, _distinct(name, _checked(name, x, dtype, shape)))
 
 
-def pages(cache: Any, layout: Layout) -> torch.Tensor:
-    """Return the cache [pages, page, row]. Raises ValueError unless it is contiguous, with slots."""
+def pages(cache: Any, coded: bool, width: int) -> torch.Tensor:
+    """Return the cache [pages, page, width]. Raises ValueError unless it is contiguous, with slots."""
     import torch
 
-    if layout.runs is None:
-        operand("cache", cache, torch.bfloat16, None, None, layout.bytes // 2)
-    else:
-        operand("cache", cache, torch.uint8, None, None, layout.bytes)
+    operand("cache", cache, torch.uint8 if coded else torch.bfloat16, None, None, width)
     if not cache.is_contiguous():
         raise ValueError("the native ops need a cache with contiguous pages; this one is strided.")
     if not cache.shape[1]:
@@ -147,6 +144,11 @@ class Layout(NamedTuple):
     runs: array[int] | None  # None: plain bf16
     bytes: int  # of a row
     scale: float = 0.0  # of formats whose rows hold none
+
+    @property
+    def row(self) -> tuple[bool, int]:
+        """Whether rows are bytes, and how many elements they have."""
+        return self.runs is not None, self.bytes if self.runs is not None else self.bytes // 2
 
     @property
     def arguments(self) -> tuple[int | None, int, int, float]:
@@ -448,7 +450,7 @@ class NativeWriteLatent(NativeOp):
         require_sizes(*self._sizes(latent, width - latent))
         cos_sin = rows("cos_sin", cos_sin, torch.float32, tokens, width - latent)
         layout = layout_of(cache_format, latent, width - latent)
-        slots, cache = rows("slots", slots, torch.int64, tokens), pages(cache, layout)
+        slots, cache = rows("slots", slots, torch.int64, tokens), pages(cache, *layout.row)
         wrong = self.functions.mla_write_latent(
             kv_a.data_ptr(), kv_a.stride(0), weight.data_ptr(), eps, cos_sin.data_ptr(), cos_sin.stride(0),
             slots.data_ptr(), cache.data_ptr(), *layout.arguments, cache.shape[0] * cache.shape[1], tokens,
@@ -477,12 +479,14 @@ class NativeLatentAttention(NativeOp):
         q: torch.Tensor, cache: torch.Tensor,  # [T, h, c + r], [pages, page, c + r]
         block_table: torch.Tensor, kv_lens: torch.Tensor, cu_q: torch.Tensor,
         softmax_scale: float, out: torch.Tensor, lse: torch.Tensor,  # out [T, h, c], lse [T, h] fp32
-        cache_format: str = "",
+        cache_format: str = "", selection: torch.Tensor | None = None,  # [T, k] int32
     ) -> None:  # fmt: skip
         import torch
 
         q = rows("q", q, torch.bfloat16, None, None, None)
         tokens, heads, width = q.shape
+        chosen = None if selection is None else rows("selection", selection, torch.int32, tokens, None)
+        selected = (None, 0, -1) if chosen is None else (chosen.data_ptr(), chosen.stride(0), chosen.shape[1])
         target = output("out", out, torch.bfloat16, tokens, heads, None)
         require_sizes(*self._sizes(out.shape[2], width - out.shape[2]))
         kv_lens = rows("kv_lens", kv_lens, torch.int32, None)
@@ -490,12 +494,12 @@ class NativeLatentAttention(NativeOp):
         cu_q = rows("cu_q", cu_q, torch.int32, requests + 1)
         table = rows("block_table", block_table, torch.int32, requests, None)
         layout = layout_of(cache_format, out.shape[2], width - out.shape[2])
-        cache, lse = pages(cache, layout), written("lse", lse, torch.float32, tokens, heads)
+        cache, lse = pages(cache, *layout.row), written("lse", lse, torch.float32, tokens, heads)
         wrong = self.functions.mla_latent_attention(
             q.data_ptr(), *q.stride()[:2], tokens, cache.data_ptr(), *layout.arguments, cache.shape[0],
             table.data_ptr(), table.stride(0), table.shape[1], kv_lens.data_ptr(), cu_q.data_ptr(),
             requests, cache.shape[1], heads, width, out.shape[2], softmax_scale,
-            target.data_ptr(), *target.stride()[:2], lse.data_ptr(), *lse.stride(), threads(),
+            target.data_ptr(), *target.stride()[:2], lse.data_ptr(), *lse.stride(), *selected, threads(),
         )  # fmt: skip
         finish(wrong, target, out)
 
@@ -549,16 +553,3 @@ class NativeExpandedAttention(NativeOp):
             query_lens, kv_lens, segments, state.causal, threads(),
         )  # fmt: skip
         finish(wrong, target, out)
-
-
-OPS: Mapping[str, type[NativeOp]] = {
-    "native_linear": NativeLinear,
-    "native_batched_linear": NativeBatchedLinear,
-    "native_rms_norm": NativeRmsNorm,
-    "native_rotate_query": NativeRotateQuery,
-    "native_write_latent": NativeWriteLatent,
-    "native_latent_attention": NativeLatentAttention,
-    "native_expanded_attention": NativeExpandedAttention,
-}
-# Those that do nothing but call one kernel; a subclass may do more.
-RECORDABLE = frozenset(OPS.values()) - {NativeExpandedAttention}

@@ -10,8 +10,9 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mla_backend_cpu.catalog import RECORDABLE
 from mla_backend_cpu.library import SIGNATURES
-from mla_backend_cpu.native_ops import RECORDABLE, NativeOp, check, is_direct, operand, span, threads
+from mla_backend_cpu.native_ops import NativeOp, check, is_direct, operand, span, threads
 from mla_backends.api import OpCall
 
 if TYPE_CHECKING:

@@ -295,7 +295,7 @@ static void test_latent(const Lengths& queries, const Lengths& keys, int64_t hea
     fill(q);
     const float scale = 1 / std::sqrt((float)width);
     // Results lie head by head.
-    const char* wrong = mla_latent_attention(q.data, heads * width, width, tokens, cache, stored.layout.runs, stored.layout.count, bytes, stored.layout.fixed, pages, table.data, columns, columns, lens.data, starts.data, requests, page, heads, width, latent, scale, out.data, latent, tokens * latent, lse.data, 1, tokens, threads);
+    const char* wrong = mla_latent_attention(q.data, heads * width, width, tokens, cache, stored.layout.runs, stored.layout.count, bytes, stored.layout.fixed, pages, table.data, columns, columns, lens.data, starts.data, requests, page, heads, width, latent, scale, out.data, latent, tokens * latent, lse.data, 1, tokens, nullptr, 0, -1, threads);
     require(!wrong, wrong, tokens, heads, width);
     for (int64_t b = 0; b < requests; b++)
         for (int64_t t = 0; t < queries[b]; t++)

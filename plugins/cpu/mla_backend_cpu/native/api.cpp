@@ -66,7 +66,7 @@ const char* mla_latent_attention(const bf16* q, int64_t q_token, int64_t q_head,
                                  const int32_t* cu_q, int64_t requests, int64_t page_size, int64_t heads,
                                  int64_t width, int64_t latent, float scale, bf16* out, int64_t out_token,
                                  int64_t out_head, float* lse, int64_t lse_token, int64_t lse_head,
-                                 int threads) {
+                                 const int32_t* selection, int64_t selection_row, int64_t most, int threads) {
     const Latent a = {q,
                       q_token,
                       q_head,
@@ -87,9 +87,13 @@ const char* mla_latent_attention(const bf16* q, int64_t q_token, int64_t q_head,
                       out_head,
                       lse,
                       lse_token,
-                      lse_head};
+                      lse_head,
+                      selection,
+                      selection_row};
     if (const char* wrong = check_latent(a, table_columns, pages, tokens)) return wrong;
-    return attempt([&] { latent_attention(a, threads); });
+    if (most < 0) return attempt([&] { latent_attention(a, threads); });
+    if (const char* wrong = check_selection(a, most)) return wrong;
+    return attempt([&] { sparse_attention(a, tokens, most, threads); });
 }
 
 const char* mla_expanded_attention(const bf16* q, int64_t q_token, int64_t q_head, int64_t queries,
@@ -143,8 +147,34 @@ const char* mla_write_latent(const bf16* kv_a, int64_t row, const bf16* weight, 
                      slots,     cache, {runs, run_count, token_bytes, fixed},
                      tokens,    latent, rotary,
                      interleaved != 0};
-    if (const char* wrong = check_write(a, cache_slots)) return wrong;
+    if (const char* wrong = check_slots(slots, tokens, cache_slots)) return wrong;
     return attempt([&] { write_latent(a, threads); });
+}
+
+const char* mla_write_index_key(const bf16* k, int64_t row, const bf16* weight, const bf16* bias, float eps,
+                                const float* cos_sin, int64_t angle_row, const int64_t* slots, uint8_t* cache,
+                                int64_t pages, int64_t page_size, int coded, int64_t tokens, int64_t width,
+                                int64_t rotary, int interleaved, int threads) {
+    const KeyWrite a = {k,     row,       weight,     bias,   eps,   cos_sin, angle_row,
+                        slots, cache, page_size, coded != 0, tokens, width, rotary,  interleaved != 0};
+    if (const char* wrong = check_slots(slots, tokens, pages * page_size)) return wrong;
+    return attempt([&] { write_index_key(a, threads); });
+}
+
+const char* mla_select_latents(const bf16* q, int64_t q_token, int64_t q_head, int64_t tokens,
+                               const float* weights, int64_t weight_row, const uint8_t* cache, int coded,
+                               int64_t pages, int64_t page_size, const int32_t* block_table,
+                               int64_t table_row, int64_t table_columns, const int32_t* kv_lens,
+                               const int32_t* cu_q, int64_t requests, int64_t heads, int64_t width,
+                               int32_t* out, int64_t out_row, int64_t most, int threads) {
+    const Run codes = {width, E4M3_FIXED, 0, 0};  // whose scales are not in their rows
+    Latent in = {q, q_token, q_head, cache, {&codes, coded, coded ? width : 2 * width, 1}};
+    in.block_table = block_table, in.table_row = table_row, in.kv_lens = kv_lens, in.cu_q = cu_q;
+    in.requests = requests, in.page_size = page_size, in.heads = heads, in.width = width;
+    in.page_bytes = page_size * (in.layout.bytes + (coded ? (int64_t)sizeof(float) : 0));
+    if (const char* wrong = check_latent(in, table_columns, pages, tokens)) return wrong;
+    const Select a = {in, weights, weight_row, out, out_row, most};
+    return attempt([&] { select_latents(a, threads); });
 }
 
 // How a function above is called from a record; null if it is never recorded.
@@ -156,6 +186,8 @@ const void* mla_recorded(const char* name) {
         {"mla_rms_norm", Recording<mla_rms_norm>::run},
         {"mla_rotate", Recording<mla_rotate>::run},
         {"mla_write_latent", Recording<mla_write_latent>::run},
+        {"mla_write_index_key", Recording<mla_write_index_key>::run},
+        {"mla_select_latents", Recording<mla_select_latents>::run},
     };
     for (const auto& [known, run] : functions)
         if (!std::strcmp(known, name)) return (const void*)run;

@@ -36,16 +36,25 @@ class Attending : public Attention {
     // to the second-level cache meanwhile: the processor cannot predict them.
     void attend(const bf16* const* keys, const bf16* const* values, int64_t first, int64_t count,
                 const bf16* const* next = nullptr) {
-        const Wide key = widened(keys, count, key_width_, scratch<16>());
-        const Wide value = values == keys ? key : widened(values, count, width_, scratch<18>());
-        for (int64_t p = 0; p < panels_; p++) {
+        const Wide value = values == keys ? Wide{} : widened(values, count, width_, scratch<18>());
+        score(keys, first, count, next, [&](int64_t p, float* scores) {
             Panel& panel = panel_[p];
             const int64_t seen = std::min(count, panel.most - first);
+            fade(panel, soften(panel, scores, first, seen, scale_, scores));
+            weigh(panel, value.rows ? value : key_, seen, std::min<int64_t>(LANES, count_ - p * LANES));
+        });
+    }
+
+    // Call use(p, scores [KEYS][16]) for each panel that sees any of these keys.
+    template <class Use>
+    void score(const bf16* const* keys, int64_t first, int64_t count, const bf16* const* next, const Use& use) {
+        key_ = widened(keys, count, key_width_, scratch<16>());
+        for (int64_t p = 0; p < panels_; p++) {
+            const int64_t seen = std::min(count, panel_[p].most - first);
             if (seen <= 0) continue;
-            score(q_ + p * key_width_ * LANES, key, seen, next);
+            score(q_ + p * key_width_ * LANES, key_, seen, next);
             next = nullptr;
-            fade(panel, soften(panel, score_, first, seen, scale_, score_));
-            weigh(panel, value, seen, std::min<int64_t>(LANES, count_ - p * LANES));
+            use(p, score_);
         }
     }
 
@@ -120,6 +129,7 @@ class Attending : public Attention {
     const Layout& layout_;
     const int64_t key_width_;
     const float* const q_;  // [panels][key_width][16]
+    Wide key_ = {};         // of the block
     float* const score_;    // and then weights, [KEYS][16]
 };
 

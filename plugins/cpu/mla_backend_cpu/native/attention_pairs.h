@@ -127,6 +127,13 @@ class Attending : public Attention {
     void attend(const bf16* const* keys, const bf16* const* values, int64_t first, int64_t count,
                 const bf16* const* next = nullptr) {
         if (keys_.decoded()) values = keys_.rows();
+        score(keys, first, count, next,
+              [&](int64_t p, float* scores) { update(panel_[p], scores, values, first, count); });
+    }
+
+    // Call use(p, scores [KEYS][16]) for each panel that sees any of these keys.
+    template <class Use>
+    void score(const bf16* const* keys, int64_t first, int64_t count, const bf16* const* next, const Use& use) {
         bool taken = false;
         for (int64_t p = 0; p < panels_; p += 2) {
             const bool two = p + 1 < panels_;
@@ -134,20 +141,19 @@ class Attending : public Attention {
             for (int64_t i = 0; i < count; i += LANES) {
                 if (!taken) keys_.take(keys, count, i / LANES);  // which its first product finds in the nearest cache
                 if (two)
-                    score<KEYS_TWO, 2>(p, i, next);
+                    score_group<KEYS_TWO, 2>(p, i, next);
                 else
-                    score<KEYS_ONE, 1>(p, i, next);
+                    score_group<KEYS_ONE, 1>(p, i, next);
             }
             next = nullptr, taken = true;
-            for (int half = 0; half <= two; half++)
-                update(panel_[p + half], score_ + half * KEYS * LANES, values, first, count);
+            for (int half = 0; half <= two; half++) use(p + half, score_ + half * KEYS * LANES);
         }
     }
 
  private:
     // Scores of NP panels with keys i .. i + 15 of the block.
     template <int KN, int NP>
-    void score(int64_t p, int64_t i, const bf16* const* next) {
+    void score_group(int64_t p, int64_t i, const bf16* const* next) {
         const bf16* key = keys_[i / LANES];
         const int64_t pitch = keys_.pitch();
         const Next fetched = {next + i, next ? keys_.lines() * LANES : 0}, nothing = {};

@@ -37,9 +37,20 @@ class Attending : public Attention {
     // Attend keys first .. first + count - 1, whose rows `keys` and `values` point to. The next keys are not
     // prefetched: products by tiles were slower with prefetching, and so was a prototype of this.
     void attend(const bf16* const* keys, const bf16* const* values, int64_t first, int64_t count,
-                const bf16* const* = nullptr) {
-        for (int64_t i = 0; i * LANES < count; i++) keys_.take(keys, count, i);
+                const bf16* const* next = nullptr) {
+        score(keys, first, count, next,
+              [&](int64_t p, float* scores) { weight(p, scores, first, count, steps_[p & -2]); });
         if (keys_.decoded()) values = keys_.rows();
+        if (panels_ == 1)
+            weigh_one(values, count);
+        else
+            weigh_pairs(values, count);
+    }
+
+    // Call use(p, scores [KEYS][16]) for each panel of a pair that sees any of these keys.
+    template <class Use>
+    void score(const bf16* const* keys, int64_t first, int64_t count, const bf16* const*, const Use& use) {
+        for (int64_t i = 0; i * LANES < count; i++) keys_.take(keys, count, i);
         for (int64_t i = 0; rest_ && i * LANES < count; i++) copy_rest(i);
         for (int64_t p = 0; p < panels_; p += 2) {
             const bool two = p + 1 < panels_;
@@ -48,12 +59,8 @@ class Attending : public Attention {
             steps_[p] = (seen + TILE_DEPTH - 1) / TILE_DEPTH;
             if (!seen) continue;
             score(p, two, (seen + LANES - 1) / LANES);
-            for (int half = 0; half <= two; half++) weight(p + half, half, first, count, steps_[p]);
+            for (int half = 0; half <= two; half++) use(p + half, score_ + half * KEYS * LANES);
         }
-        if (panels_ == 1)
-            weigh_one(values, count);
-        else
-            weigh_pairs(values, count);
     }
 
  private:
@@ -109,10 +116,9 @@ class Attending : public Attention {
     }
 
     // Turn a panel's scores into tiles of weights, zero where it sees no key, and scale its sums.
-    void weight(int64_t p, int half, int64_t first, int64_t count, int64_t steps) {
+    void weight(int64_t p, float* scores, int64_t first, int64_t count, int64_t steps) {
         Panel& panel = panel_[p];
         const int64_t seen = std::max<int64_t>(0, std::min(count, panel.most - first));
-        float* const scores = score_ + half * KEYS * LANES;
         const bool plain = !keys_.decoded();
         if (seen) {
             const bool empty = same(panel.top, -INFINITY);

@@ -5,8 +5,7 @@
 #include <cstdio>
 
 #include "expanded.h"
-#include "latent.h"
-#include "pointwise.h"
+#include "indexer.h"
 
 namespace mla {
 
@@ -52,11 +51,27 @@ static const char* check_latent(const Latent& a, int64_t table_columns, int64_t 
     return nullptr;
 }
 
-static const char* check_write(const Write& a, int64_t slots) {
-    const int64_t bad = first_outside(a.slots, a.tokens, slots);
+// What is selected must be in the request, and stand before what is not.
+static const char* check_selection(const Latent& a, int64_t most) {
+    for (int64_t b = 0; b < a.requests; b++)
+        for (int64_t t = a.cu_q[b]; t < a.cu_q[b + 1]; t++) {
+            const int32_t* row = a.selection + t * a.selection_row;
+            const int64_t count = std::find(row, row + most, -1) - row;
+            const int64_t bad = first_outside(row, count, (int64_t)a.kv_lens[b]);
+            if (bad >= 0)
+                return fault("selection names position %d for token %lld, whose request has %d.", row[bad],
+                             (long long)t, a.kv_lens[b]);
+            if (!std::all_of(row + count, row + most, [](int32_t x) { return x == -1; }))
+                return fault("selection of token %lld names a position behind a -1.", (long long)t);
+        }
+    return nullptr;
+}
+
+static const char* check_slots(const int64_t* slots, int64_t tokens, int64_t all) {
+    const int64_t bad = first_outside(slots, tokens, all);
     if (bad < 0) return nullptr;
-    return fault("slots names slot %lld for token %lld, but the cache has %lld.", (long long)a.slots[bad],
-                 (long long)bad, (long long)slots);
+    return fault("slots names slot %lld for token %lld, but the cache has %lld.", (long long)slots[bad],
+                 (long long)bad, (long long)all);
 }
 
 // `lengths` of `segments` must fill the `rows` of a tensor.

@@ -196,9 +196,10 @@ static inline vi to_int8(vf x, bool away) {
     return whole - up + down;  // a mask of what is true is -1
 }
 
+typedef uint8_t Codes __attribute__((vector_size(LANES)));
+
 // Encode `run.columns` numbers, a multiple of sixteen.
 static inline void encode_run(const Layout& layout, const Run& run, const bf16* from, uint8_t* row) {
-    typedef uint8_t Codes __attribute__((vector_size(LANES)));
     uint8_t* to = row + run.codes;
     if (run.kind == PLAIN) {
         for (int64_t k = 0; k < run.columns; k++) {  // infinity becomes the largest number

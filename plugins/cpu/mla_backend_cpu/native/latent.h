@@ -25,6 +25,21 @@ struct Latent {
     int64_t out_token, out_head;
     float* lse;  // [T, h] by strides
     int64_t lse_token, lse_head;
+    // Of sparse attention, where each query is a request, with the table of the one in `owner`: key j of query
+    // t is at position selection[t, j].
+    const int32_t* selection = nullptr;
+    int64_t selection_row = 0;
+    const int32_t* owner = nullptr;
+    int64_t page_bytes = page_size * layout.bytes;
+
+    // Where a slot of a page lies: bf16 in a plain cache, else bytes.
+    const bf16* at(int64_t page, int64_t slot) const {
+        return (const bf16*)(cache + page * page_bytes + slot * layout.bytes);
+    }
+    // Where the token at a position of a request lies.
+    const bf16* token(int64_t request, int64_t position) const {
+        return at(block_table[request * table_row + position / page_size], position % page_size);
+    }
 };
 
 struct LatentTask {
@@ -87,12 +102,17 @@ static Row* latent_rows(const Latent& a, const LatentTask& task) {
 }
 
 // Where up to KEYS keys of a request from `first` on lie; those from `end` on repeat the last one before it.
-// What they point to is bf16 in a plain cache, else bytes.
 static void find_keys(const Latent& a, int64_t request, int64_t first, int64_t end, const bf16** keys) {
+    if (a.selection) {
+        const int32_t* position = a.selection + request * a.selection_row;
+        for (int64_t j = first; j < first + KEYS; j++)
+            *keys++ = a.token(a.owner[request], position[std::min(j, end - 1)]);
+        return;
+    }
     const int32_t* page = a.block_table + request * a.table_row + first / a.page_size;
     int64_t slot = first % a.page_size;
     for (int64_t j = 0; j < KEYS; j++) {
-        keys[j] = (const bf16*)(a.cache + (*page * a.page_size + slot) * a.layout.bytes);
+        keys[j] = a.at(*page, slot);
         if (first + j >= end - 1) continue;
         if (++slot == a.page_size) slot = 0, page++;
     }

@@ -15,7 +15,7 @@ struct Buffer {
     // Throws std::bad_alloc.
     template <class T>
     T* take(size_t count) {
-        size_t bytes = (count * sizeof(T) + 4095) & ~(size_t)4095;
+        size_t bytes = (count * sizeof(T) / 4096 + 1) * 4096;
         if (bytes > size) {
             std::free(data);
             size = 0;
