@@ -141,6 +141,15 @@ def negative(case: OpCase, given: Tensors) -> None:
     given["weights"][::2] *= 1e-3
 
 
+def crowded(case: OpCase, given: Tensors) -> None:
+    """All scores have the same leading bits."""
+    random = torch.rand(len(given["keys"]), generator=torch.Generator().manual_seed(case.seed))
+    for name, low in (("keys", random), ("q", 2.0**-9)):
+        given[name].zero_()
+        given[name][:, 0], given[name][:, 1] = 1, low
+    given["weights"].abs_()
+
+
 def fewer(case: OpCase, given: Tensors) -> None:
     """Queries select fewer than they may, the first none."""
     selection = given["selection"]
@@ -164,7 +173,7 @@ _OF_ATTENTION = {
     "falling logits": falling,
     "steep logits": steep,
 }
-_OF_SCORES = {"negative weights": negative}
+_OF_SCORES = {"negative weights": negative, "crowded scores": crowded}
 _OF_SELECTIONS = {"fewer selected": fewer}
 PATTERNS: Mapping[str, Pattern] = {
     **_OF_ROWS, **_OF_WEIGHTS, **_OF_ANGLES, **_OF_ATTENTION, **_OF_SCORES, **_OF_SELECTIONS

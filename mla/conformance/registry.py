@@ -33,7 +33,7 @@ _GROUPS = (
     *("device", "ops", "rms_norm", "rotate_query", "write_latent", "linear", "batched_linear"),
     *("write_index_key", "select_latents", "latent", "expanded", "sparse_latent_attention", "layer"),
 )
-_MODULES = ("device", "contract", "small_ops", "attention", "attention_state", "layer", "drawn")
+_MODULES = ("device", "contract", "small_ops", "attention", "sparse", "attention_state", "layer", "drawn")
 
 
 @dataclass(frozen=True)

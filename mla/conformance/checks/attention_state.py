@@ -12,10 +12,13 @@ from mla.cases.played import host_of
 from mla.conformance.checks import in_order, op_check
 from mla.conformance.checks.attention import BOTH, LATENT, Make, decode, require_lse, usual
 from mla.conformance.checks.device import NO_GRAPH, best, elapsed, load_of, median
+from mla.conformance.checks.sparse import EITHER
 from mla.conformance.trial import Refused, Trial, expect
 from mla.parallel.layer import merge
 from mla.parallel.layout import Share
 
+PAGED = {**LATENT, **EITHER}
+ALL = {**BOTH, **EITHER}
 UNITS = 4  # of pending work that a plan might wait for
 ALIVE = 20  # states at a time, and calls after one whose outputs are kept
 NOT_SAFE = "the op's state does not declare that a captured call follows its batch (graph_safe)"
@@ -26,7 +29,7 @@ def other(make: Make) -> OpCase:
     return make((1, 12, 1), (65, 40, 9))
 
 
-@op_check("prepare", "state", "a plan step that waits for the device or copies lengths back from it", BOTH)
+@op_check("prepare", "state", "a plan step that waits for the device or copies lengths back from it", ALL)
 def prepare(trial: Trial, make: Make) -> None:
     """Preparing a batch does not wait for pending work on the device."""
     case = trial.fitted(make(*usual(make)))
@@ -48,7 +51,7 @@ def prepare(trial: Trial, make: Make) -> None:
 
 
 @op_check(
-    "kept", "state", "an output that is written again at a later call, or an input that is read again", BOTH
+    "kept", "state", "an output that is written again at a later call, or an input that is read again", ALL
 )
 def kept(trial: Trial, make: Make) -> None:
     """What a call wrote stays as it is, and its inputs may be overwritten afterwards."""
@@ -59,7 +62,7 @@ def kept(trial: Trial, make: Make) -> None:
         trial.play(first, second, *layers, order=order, states=(0, 1, 0, 3))
 
 
-@op_check("alive", "state", "states in a ring of a few, or scratch memory that later states take over", BOTH)
+@op_check("alive", "state", "states in a ring of a few, or scratch memory that later states take over", ALL)
 def alive(trial: Trial, make: Make) -> None:
     """Many states live at a time, and are called in any order."""
     case = trial.fitted(make((1, 2), (5, 9), 2))
@@ -95,22 +98,22 @@ def captured(trial: Trial, first: OpCase, second: OpCase, follows: bool) -> None
         call.restore(held)
         replay()
         trial.backend.synchronize()
-        trial.right(held, call.judge(held, only=("out",)))
+        trial.right(held, call.judge(held, only=("out", "coarse")))
 
 
-@op_check("graph", "state", "a call that waits, allocates or reads inputs on the host while captured", LATENT)
+@op_check("graph", "state", "a call that waits, allocates or reads inputs on the host while captured", PAGED)
 def graph(trial: Trial, make: Make) -> None:
     """A captured call gives the right output for other queries and other cache contents."""
-    first = trial.fitted(decode(50, 10, 100))
+    first = trial.fitted(make((1, 1, 1), (50, 10, 100)))
     with trial.case(first.label):
         captured(trial, first, first.but(seed=1), follows=False)
 
 
-@op_check("graph_lengths", "state", "a schedule or a longest length that is frozen at capture", LATENT)
+@op_check("graph_lengths", "state", "a schedule or a longest length that is frozen at capture", PAGED)
 def graph_lengths(trial: Trial, make: Make) -> None:
     """A captured call follows lengths and block tables that change in place, if its state declares it."""
-    first = trial.fitted(decode(50, 10, 100, 3))
-    second = trial.fitted(decode(100, 65, 1, 0, seed=1))
+    first, second = (trial.fitted(make((1,) * 4, kv_lens)) for kv_lens in ((50, 10, 100, 3), (100, 65, 1, 0)))
+    second = second.but(seed=1)
     with trial.case(f"{first.label}, then {second.label}"):
         captured(trial, first, second, follows=True)
 

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from mla.cache.formats import find_format
+from mla.cache.index_formats import index_codec
+from mla.cases import KINDS
 from mla.config import MLAConfig
 from mla.conformance.checks.attention import DEEPSEEK, SMALL_SPEC, SPEC
 from mla.conformance.registry import check
 from mla.conformance.trial import DTYPES, BackendUnderTest, Refused, Trial, expect
 from mla.layer.ops import Ops, preflight_reasons
-from mla_backends.api import FusedOp, LinearSpec, NormSpec, claimed_formats
+from mla_backends.api import FusedOp, IndexerSpec, LinearSpec, NormSpec, claimed_formats
 
 
 @check("ops.known", catches="an op with a misspelt contract or cache format, which would silently never run")
@@ -30,7 +32,10 @@ def known(trial: Trial) -> None:
             Ops(MLAConfig(256, 16), {name: op}, torch.float32, trial.device)
             expect(isinstance(op.nan_safe_tail, bool), f"nan_safe_tail is {op.nan_safe_tail!r}")
             for claimed in claimed_formats(op):
-                find_format(f"{claimed}1" if claimed.endswith(":") else claimed)
+                if KINDS[_kind(op)].spec is IndexerSpec:
+                    index_codec(claimed, 128)
+                else:
+                    find_format(f"{claimed}1" if claimed.endswith(":") else claimed)
 
 
 @check("ops.reasons", catches="a support query that raises, launches work, or gives no reason")
@@ -45,10 +50,10 @@ def reasons(trial: Trial) -> None:
 
 @check("ops.batch_reasons", catches="a support query for lengths that raises, or answers yes or no")
 def batch_reasons(trial: Trial) -> None:
-    """For any lengths, an attention op answers with a list of sentences."""
+    """For any lengths, an op that prepares a batch answers with a list of sentences."""
     lengths = (((1,), (1,)), ((0, 1), (0, 0)), ((3, 1, 128), (3, 70_000, 200)), ((1,) * 300, (5,) * 300))
     for name, op in _some(trial.backend.ops()).items():
-        if not op.contract.partition("/")[0].endswith("_attention"):
+        if not KINDS[_kind(op)].prepares:
             continue
         with trial.case(name):
             for spec in specs(op, trial.subject):
@@ -77,17 +82,26 @@ def _some(offered: Mapping[str, FusedOp]) -> Mapping[str, FusedOp]:
 
 def specs(op: FusedOp, subject: BackendUnderTest) -> Iterator[Any]:
     """Yield specs of the op's kind, common and odd ones."""
-    kind = op.contract.partition("/")[0]
+    kind = _kind(op)
     for dtype in (*DTYPES, torch.float64):
         if kind in ("linear", "batched_linear"):
             for groups in (1,) if kind == "linear" else (1, 3, 128):
                 yield LinearSpec(33, 70, groups, dtype, subject.device)
         elif kind == "rms_norm":
             yield from (NormSpec(features, dtype, subject.device) for features in (1, 33, 1536))
+        elif KINDS[kind].spec is IndexerSpec:
+            for width, topk in ((128, 2048), (64, 64), (30, 7)):
+                sizes = ((heads, width, width // 2, topk) for heads in (1, 3, 64))
+                yield from (IndexerSpec(*size, dtype, subject.device) for size in sizes)
         else:
-            spec = replace(SPEC, dtype=dtype, device=subject.device)
+            topk = 0 if "k" not in KINDS[kind].letters else 64
+            spec = replace(SPEC, topk=topk, dtype=dtype, device=subject.device)
             for widths in (DEEPSEEK, SMALL_SPEC):
                 yield from (replace(spec, **widths, num_heads=heads) for heads in (1, 3, 16, 128))
+
+
+def _kind(op: FusedOp) -> str:
+    return op.contract.partition("/")[0]
 
 
 def _expect_reasons(what: str, asked: list[Any]) -> None:

@@ -13,6 +13,7 @@ from mla.cases.memory import allocate, copy_rows
 from mla.cases.stress import Stress
 from mla.conformance.checks import in_order, op_cases, op_check
 from mla.conformance.checks.attention import DEEPSEEK
+from mla.conformance.checks.sparse import WRITE_KEY
 from mla.conformance.reach import far, memory_may_end
 from mla.conformance.trial import Trial, expect
 from mla.verify.tolerances import same_bits
@@ -34,12 +35,13 @@ EXAMPLES: Mapping[str, OpCase] = {
     "rms_norm": small("rms_norm", NormSpec(512, FP32, CPU), 7),
     "rotate_query": small("rotate_query", ROTARY_SPEC, 7).but(num_heads=2),
     "write_latent": small("write_latent", ROTARY_SPEC, 9),
+    "write_index_key": WRITE_KEY,
 }
 PRODUCTS, NORM, ROTATE, WRITE = (
     ("linear", "batched_linear"),
     ("rms_norm",),
     ("rotate_query",),
-    ("write_latent",),
+    ("write_latent", "write_index_key"),
 )
 HEADED = ("batched_linear", "rotate_query")
 
@@ -99,11 +101,11 @@ def norm_formula(example: OpCase) -> Iterator[OpCase]:
 @op_cases(
     "formula",
     "formula",
-    "a key that is cached unrotated, or a latent without its norm's weight",
+    "a key that is cached unrotated, or what is normed without its norm's weight",
     of(WRITE),
 )
 def write_formula(example: OpCase) -> Iterator[OpCase]:
-    """The latent is normed and the key rotated, each as accurately as the dtype allows."""
+    """Latents and index keys are normed and keys rotated, each as accurately as the dtype allows."""
     return of_tokens(example, 1, 9, 130)
 
 
@@ -141,7 +143,8 @@ HEADS = (*range(1, 34), 40, 48, 63, 64, 65, 96, 127, 128)
 @op_cases("rows", "grid", "rows beyond a launch grid, or no multiple of its blocks", EXAMPLES)
 def rows(example: OpCase) -> Iterator[OpCase]:
     """From one row to thousands, every row is right."""
-    widths = {"kv_lora_rank", "qk_rope_head_dim", "in_features", "out_features", "features"}
+    widths = {"kv_lora_rank", "qk_rope_head_dim", "in_features", "out_features", "features", "head_dim"}
+    widths |= {"rope_head_dim"}
     narrow = dict.fromkeys(widths & set(example.entry.letters.values()), NARROW)
     few = [*of_tokens(example, *ROW_COUNTS), example.but(**narrow, tokens=BEYOND_GRID)]
     return by_turns([*few, example.but(tokens=MOST_ROWS)])
