@@ -1,10 +1,9 @@
-"""One call of an op, recorded before it was made: everything that is needed to make it again."""
+"""One call of an op, recorded before it was made: a case, and its operands as they lay in memory."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -13,7 +12,7 @@ import torch
 
 from mla.cases import KINDS
 from mla.cases.case import Kind, OpCase, entry_of
-from mla.cases.memory import Layout, Tensors, poison
+from mla.cases.memory import ALIGNED, MAX_BESIDE, Layout, Piece, Tensors, poison
 from mla.errors import MLAError
 from mla.text import dtype_name, size
 from mla_backends.api import FusedOp, SegmentLengths
@@ -21,7 +20,10 @@ from mla_backends.api import FusedOp, SegmentLengths
 # A call that reads more is not kept.
 MAX_CALL_BYTES = 2 << 30
 CONTEXT = "kv_b_proj"  # the role whose rows are all cached tokens
+OUTPUTS = ("out", "lse")  # what an op writes, besides the cache
 Lengths = tuple[Sequence[int], Sequence[int]]  # per request: new tokens, and keys
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]  # a size or a length in a file
+Gaps = tuple[Count, Count, Count]  # as in `Layout.gaps`
 
 
 class TooLarge(MLAError):
@@ -34,12 +36,14 @@ class CallFacts(msgspec.Struct, kw_only=True):
     kind: str  # of op
     role: str  # in the layer; that of an op alone is its kind
     op: str  # the name that the backend gave it
-    spec_type: str
     spec: dict[str, Any]
     scalars: dict[str, float | bool | str]
     absent: list[str]  # arguments that were None
-    views: dict[str, View]
-    pages: Pages | None = None
+    outputs: dict[str, list[Count]]  # the shapes of those that the call was given
+    gaps: dict[str, Gaps]  # of operands and outputs, where there are any
+    in_place: bool = False  # the output was the input
+    pages: Count = 0  # of the cache
+    fill: float | None = None  # what pages hold that the call does not touch; None is NaN
     query_lens: list[Count] = []
     kv_lens: list[Count] = []
     causal: bool = True
@@ -53,13 +57,12 @@ def format_in(spec: Mapping[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class RecordedCall:
-    """A call on the host. `memory` holds the operands before it; outputs were NaN where that was possible."""
+    """A call on the host."""
 
     facts: CallFacts
-    memory: Tensors
-    weight: torch.Tensor | None = None  # as `pack` was given it
+    operands: Tensors  # before it; with the weight as `pack` was given it
     kept_pages: torch.Tensor | None = None  # [k] int64
-    pages: torch.Tensor | None = None  # [k, page, c + r]: their contents
+    pages: torch.Tensor | None = None  # [k, page, w]: their contents
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,44 +79,80 @@ class RecordedCall:
     def case(self) -> OpCase:
         """The call without its operands, on the host."""
         facts = self.facts
-        layout = Layout(facts.pages.shape[1] if facts.pages else 1)
+        layout = Layout(1 if self.pages is None else self.pages.shape[1], gaps=facts.gaps)
         lengths = (tuple(facts.query_lens), tuple(facts.kv_lens))
         spec, context = self.spec(torch.device("cpu")), facts.role == CONTEXT
         return OpCase(facts.kind, spec, *lengths, context=context, causal=facts.causal, layout=layout)
+
+    @property
+    def cache_numbers(self) -> int:
+        """How many numbers the whole cache holds; 0 without one."""
+        return 0 if self.pages is None else self.facts.pages * self.pages[:1].numel()
 
     def spec(self, device: torch.device) -> Any:
         """Return the spec on a device."""
         return self.entry.spec(**{**self.facts.spec, "dtype": self.dtype, "device": device})
 
-    def operand(self, name: str) -> torch.Tensor:
-        """Return one operand, on the host."""
-        view = self.facts.views[name]
-        return view.of(self.memory[view.memory])
-
-    def pieces(self, device: torch.device) -> Tensors:
-        """Return fresh copies of the operands' memory on a device."""
-        return {name: piece.to(device, copy=True) for name, piece in self.memory.items()}
-
-    def cache(self, device: torch.device) -> torch.Tensor | None:
-        """Return a fresh copy of the cache, if the op gets one."""
-        if self.facts.pages is None or self.pages is None or self.kept_pages is None:
-            return None
-        cache = self.facts.pages.empty(self.pages.dtype, device)
+    def arguments(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, Any]:
+        """Return the arguments of the call: these tensors, a fresh copy of the cache, and the scalars."""
+        given: dict[str, Any] = {**tensors, **self.facts.scalars, **dict.fromkeys(self.facts.absent)}
+        if self.pages is None or self.kept_pages is None:
+            return given
+        fill = torch.nan if self.facts.fill is None else self.facts.fill
+        shape = (self.facts.pages, *self.pages.shape[1:])
+        cache = torch.empty(shape, dtype=self.pages.dtype, device=device).fill_(fill)
         cache[self.kept_pages.to(device)] = self.pages.to(device)
-        return cache
-
-    def arguments(self, pieces: Mapping[str, torch.Tensor], cache: torch.Tensor | None) -> dict[str, Any]:
-        """Return the arguments of the call, in this memory."""
-        tensors = {name: view.of(pieces[view.memory]) for name, view in self.facts.views.items()}
-        given = {} if cache is None else {"cache": cache}
-        return {**tensors, **given, **self.facts.scalars, **dict.fromkeys(self.facts.absent)}
+        return {**given, "cache": cache}
 
     def leading(self, op: FusedOp, spec: Any, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
         """Return what precedes the arguments: the packed weight, or a state that `op` prepares."""
-        if self.weight is not None:
-            return (op.pack(self.weight.to(spec.device, copy=True)),)
+        if self.entry.packed:
+            return (op.pack(self.operands["weight"].to(spec.device, copy=True)),)
         batch = self.entry.batch(arguments, self.case.lengths)
         return () if batch is None else (op.prepare(spec, batch),)
+
+    def sizes(self) -> dict[str, tuple[Sequence[int], torch.dtype]]:
+        """Return the shape and the dtype of every tensor that the call is given, but for the cache."""
+        case, packed = self.case, {"weight"} if self.entry.packed else set()
+        given = {name: x for name, x in self.operands.items() if name not in packed}
+        inputs = {name: (tuple(x.shape), x.dtype) for name, x in given.items()}
+        return inputs | {name: (tuple(shape), case.dtype(name)) for name, shape in self.facts.outputs.items()}
+
+
+class Placed:
+    """A recorded call in fresh memory on a device: strided as it was, amid numbers that nobody may write."""
+
+    def __init__(self, call: RecordedCall, device: torch.device) -> None:
+        self.pieces: dict[str, Piece] = {}
+        for name, (shape, dtype) in call.sizes().items():
+            operand, fill = call.operands.get(name), torch.nan
+            if operand is not None and operand.numel() and not operand.is_floating_point():
+                fill = operand.flatten()[-1].item()  # what a kernel reads beside tables is a valid number
+            gaps = call.facts.gaps.get(name, (0, 0, 0))
+            piece = self.pieces[name] = Piece(shape, dtype, device, gaps, fill=fill)
+            if operand is not None:
+                piece.part.copy_(operand)
+        for piece in self.pieces.values():
+            piece.seal()
+        self.arguments = call.arguments({name: piece.part for name, piece in self.pieces.items()}, device)
+        if call.facts.in_place:
+            self.arguments["out"] = self.arguments["x"]
+
+    def damage(self) -> list[str]:
+        """Return what was written beside operands and outputs, as clauses."""
+        clauses = (piece.damage(name, output=True) for name, piece in self.pieces.items())
+        return list(filter(None, clauses))
+
+
+def placed_bytes(call: RecordedCall) -> int:
+    """Return how much memory a `Placed` call takes, without its cache."""
+    total = 0
+    for name, (shape, dtype) in call.sizes().items():
+        before, behind_row, behind_part = call.facts.gaps.get(name, (0, 0, 0))
+        width = shape[-1] + (behind_part if len(shape) > 2 else behind_row)
+        row = width * shape[1] + behind_row if len(shape) > 2 else width
+        total += (before + (row * shape[0] if len(shape) > 1 else shape[0])) * dtype.itemsize
+    return 2 * (total + len(call.sizes()) * (2 * MAX_BESIDE + ALIGNED) * 8)  # and what it held before
 
 
 @dataclass(frozen=True)
@@ -134,40 +173,51 @@ def record(known: Known, tensors: Mapping[str, Any], of_step: Lengths | None = N
 
     `of_step`: new tokens and keys per request, to name the rows of ops that are not told.
     """
-    located, pieces = views(without_cache(tensors))
+    given = {name: x for name, x in tensors.items() if torch.is_tensor(x) and name != "cache"}
+    inputs = {name: x for name, x in given.items() if name not in OUTPUTS}
+    inputs |= {} if known.weight is None else {"weight": known.weight.detach()}
     cache = tensors.get("cache")
     kept = None if cache is None else KINDS[known.kind].touched(tensors, cache.shape[1])
-    _require_room(known, pieces, cache, kept)
+    _require_room(known, inputs, cache, kept)
     lengths = _lengths(known, tensors, of_step)
+    in_place = "out" in given and any(_same_place(given["out"], x) for x in inputs.values())
     facts = CallFacts(
         kind=known.kind,
         role=known.role,
         op=known.op,
-        spec_type=type(known.spec).__name__,
         spec=_plain(known.spec),
-        scalars={
-            name: value for name, value in tensors.items() if isinstance(value, (bool, int, float, str))
-        },
-        absent=[name for name, value in tensors.items() if value is None],
-        views=located,
-        pages=None if cache is None or kept is None else _describe_pages(cache, kept),
+        scalars={name: x for name, x in tensors.items() if isinstance(x, (bool, int, float, str))},
+        absent=[name for name, x in tensors.items() if x is None],
+        outputs={name: list(given[name].shape) for name in OUTPUTS if name in given and not in_place},
+        gaps={name: gaps for name, x in given.items() if any(gaps := gaps_of(x))},
+        in_place=in_place,
         query_lens=lengths[0],
         kv_lens=lengths[1],
         causal=known.lengths.causal if known.lengths else True,
         writes_lse=known.writes_lse,
     )
-    return RecordedCall(
-        facts,
-        {name: piece.to("cpu", copy=True) for name, piece in pieces.items()},
-        None if known.weight is None else known.weight.detach().to("cpu", copy=True),
-        kept,
-        None if cache is None or kept is None else cache[kept.to(cache.device)].cpu(),
-    )
+    operands = {name: x.to("cpu", copy=True).contiguous() for name, x in inputs.items()}
+    if cache is None or kept is None:
+        return RecordedCall(facts, operands)
+    facts.pages, facts.fill = cache.shape[0], _fill(cache, kept)
+    return RecordedCall(facts, operands, kept, cache[kept.to(cache.device)].cpu())
 
 
-def without_cache(tensors: Mapping[str, Any]) -> Tensors:
-    """Return the tensors of a call that are copied whole, with what is between their rows."""
-    return {name: tensor for name, tensor in tensors.items() if torch.is_tensor(tensor) and name != "cache"}
+def gaps_of(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """Return the gaps of a tensor, as in `Layout.gaps`; none where its strides are not of that form."""
+    shape, gaps, usual = tensor.shape, [0, 0], 1
+    if not 0 < tensor.dim() <= 3 or (shape[-1] > 1 and tensor.stride(-1) != 1):
+        return (0, 0, 0)
+    for dim in range(tensor.dim() - 2, -1, -1):
+        usual *= max(1, shape[dim + 1])
+        stride = tensor.stride(dim) if shape[dim] > 1 else usual
+        gaps[min(dim, 1)], usual = stride - usual, stride
+    return (int(tensor.storage_offset()) % ALIGNED, gaps[0], gaps[1]) if min(gaps) >= 0 else (0, 0, 0)
+
+
+def _same_place(left: torch.Tensor, right: torch.Tensor) -> bool:
+    same = left.data_ptr() == right.data_ptr() and left.device == right.device
+    return same and left.shape == right.shape and left.numel() > 0
 
 
 def _plain(spec: Any) -> dict[str, Any]:
@@ -176,10 +226,9 @@ def _plain(spec: Any) -> dict[str, Any]:
 
 
 def _require_room(
-    known: Known, pieces: Tensors, cache: torch.Tensor | None, kept: torch.Tensor | None
+    known: Known, inputs: Tensors, cache: torch.Tensor | None, kept: torch.Tensor | None
 ) -> None:
-    needed = sum(piece.nbytes for piece in pieces.values())
-    needed += 0 if known.weight is None else known.weight.nbytes
+    needed = sum(x.nbytes for x in inputs.values())
     needed += 0 if cache is None or kept is None else len(kept) * cache[0].nbytes
     if needed > MAX_CALL_BYTES:
         raise TooLarge(
@@ -200,117 +249,23 @@ def _lengths(
     return ([], []) if of_step is None or sum(whole) != rows else (list(of_step[0]), list(of_step[1]))
 
 
-def _describe_pages(cache: torch.Tensor, kept: torch.Tensor) -> Pages:
-    """Describe a cache; what is in its other pages is that of the first of them."""
+def _fill(cache: torch.Tensor, kept: torch.Tensor) -> float | None:
+    """Return what is in the pages that are not kept: the first number of the first of them."""
     unread = torch.ones(cache.shape[0], dtype=torch.bool, device="cpu")
     unread[kept] = False
-    first = int(unread.int().argmax()) if bool(unread.any()) else None
-    value = torch.nan if first is None else cache[first].flatten()[0].item()
-    return Pages(list(cache.shape), list(cache.stride()), None if value != value else float(value))
+    value = cache[int(unread.int().argmax())].flatten()[0].item() if bool(unread.any()) else torch.nan
+    return None if value != value else float(value)
 
 
 def poison_outputs(tensors: Mapping[str, Any]) -> None:
     """Poison `out` and `lse`, unless they share memory with what the op reads."""
-    operands = [tensor for name, tensor in tensors.items() if torch.is_tensor(tensor) and name not in OUTPUTS]
-    read = set(map(storage, operands))
+    given = {name: x for name, x in tensors.items() if torch.is_tensor(x)}
+    read = {_storage(x) for name, x in given.items() if name not in OUTPUTS}
     for name in OUTPUTS:
-        out = tensors.get(name)
-        if out is not None and storage(out) not in read:
-            poison(out)
+        if name in given and _storage(given[name]) not in read:
+            poison(given[name])
 
 
-# ---------------------------------------------------------------------------------------------------- memory
-
-# Tensors as they lie in memory: with their strides, what is between their rows, and what they share.
-
-# What an op writes, besides the cache.
-OUTPUTS = ("out", "lse")
-# So many numbers before and behind an output are copied with it, if its memory has them: an op may hit them.
-BESIDE = 1 << 16
-# A size, a stride or a length in a file.
-Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
-
-
-class View(msgspec.Struct, frozen=True):
-    """Where a tensor lies in a copied piece of memory."""
-
-    memory: str
-    offset: Count
-    shape: list[Count]
-    stride: list[Count]
-
-    def of(self, memory: torch.Tensor) -> torch.Tensor:
-        """Return the tensor in a piece of memory."""
-        return torch.as_strided(memory, self.shape, self.stride, self.offset)
-
-
-class Pages(msgspec.Struct, frozen=True):
-    """A paged cache of which only some pages were copied; `fill` is in all others."""
-
-    shape: list[Count]
-    stride: list[Count]
-    fill: float | None  # None is NaN
-
-    @property
-    def numbers(self) -> int:
-        """How many numbers the cache holds."""
-        return math.prod(self.shape)
-
-    def empty(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Return a cache that holds `fill` everywhere."""
-        cache = torch.empty_strided(self.shape, self.stride, dtype=dtype, device=device)
-        return cache.fill_(torch.nan if self.fill is None else self.fill)
-
-
-def views(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, View], dict[str, torch.Tensor]]:
-    """Return where tensors lie, and the pieces of memory [n] that hold them, not yet copied.
-
-    A piece is named after its first tensor, and holds all that lies between the tensors of one storage;
-    beside outputs it holds more.
-    """
-    located: dict[str, View] = {}
-    pieces: dict[str, torch.Tensor] = {}
-    for members in _by_storage(tensors):
-        first = min(int(tensor.storage_offset()) for tensor in members.values())
-        stop = max(int(tensor.storage_offset()) + extent(tensor) for tensor in members.values())
-        if not members.keys().isdisjoint(OUTPUTS):
-            first, stop = _widened(next(iter(members.values())), first, stop)
-        name = next(iter(members))
-        pieces[name] = members[name].as_strided((stop - first,), (1,), first)
-        for member, tensor in members.items():
-            offset = int(tensor.storage_offset() - first)
-            located[member] = View(name, offset, list(tensor.shape), list(tensor.stride()))
-    return located, pieces
-
-
-def _widened(tensor: torch.Tensor, first: int, stop: int) -> tuple[int, int]:
-    """Return a range of a tensor's storage with as much, or `BESIDE`, on either side where there is any."""
-    beside = max(BESIDE, stop - first)
-    return max(0, first - beside), min(tensor.untyped_storage().nbytes() // tensor.itemsize, stop + beside)
-
-
-def _by_storage(tensors: Mapping[str, torch.Tensor]) -> Iterator[Tensors]:
-    groups: dict[Any, Tensors] = {}
-    for name, tensor in tensors.items():
-        groups.setdefault((storage(tensor), tensor.dtype), {})[name] = tensor
-    yield from groups.values()
-
-
-def storage(tensor: torch.Tensor) -> tuple[str, int]:
+def _storage(tensor: torch.Tensor) -> tuple[str, int]:
     """Return what identifies the memory that a tensor is a view of."""
     return (str(tensor.device), tensor.untyped_storage().data_ptr())
-
-
-def extent(tensor: torch.Tensor) -> int:
-    """Return how many numbers lie from the tensor's first to its last."""
-    if not tensor.numel():
-        return 0
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def covered(view: View, size: int) -> torch.Tensor:
-    """Return which numbers [size] of its piece of memory a tensor consists of."""
-    inside = torch.zeros(size, dtype=torch.bool, device="cpu")
-    if math.prod(view.shape):
-        view.of(inside).fill_(True)
-    return inside

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,7 @@ from mla.cases.case import OPTIONAL, Kind, dim, entry_of
 from mla.cases.memory import Tensors
 from mla.command import files
 from mla.errors import MLAError, OutOfMemory, ResultError, UnknownOp, did_you_mean
-from mla.failures.call import (
-    CONTEXT,
-    MAX_CALL_BYTES,
-    OUTPUTS,
-    CallFacts,
-    RecordedCall,
-    View,
-    covered,
-    format_in,
-)
+from mla.failures.call import CONTEXT, MAX_CALL_BYTES, CallFacts, RecordedCall, format_in, placed_bytes
 from mla.failures.watch import Expected, JudgedCall, judged, make, raised
 from mla.layer.ops import refusals, sentences
 from mla.reference import REFERENCE
@@ -42,7 +32,7 @@ from mla_backends.errors import BackendError
 NAME = "failure.safetensors"
 BEFORE = "failure-before.safetensors"
 KEY = "failure"
-VERSION = 1
+VERSION = 2  # 1: operands as pieces of memory
 # What reading a damaged file raises: of the system, of the decoders, and for dtypes that torch lacks.
 _DAMAGED = (
     OSError,
@@ -71,10 +61,13 @@ class Origin(msgspec.Struct, kw_only=True):
     environment: dict[str, str] = {}
 
 
-class Document(msgspec.Struct, kw_only=True):
+class _Versioned(msgspec.Struct):
+    version: int = VERSION
+
+
+class Document(_Versioned, kw_only=True):
     """The metadata of a failure; without `call` it holds tensors of a layer, and cannot be replayed."""
 
-    version: int = VERSION
     origin: Origin
     replay: str = ""  # the line that makes the call again
     call: CallFacts | None = None
@@ -97,10 +90,8 @@ class Failure(msgspec.Struct):
                 "this failure holds tensors of a whole layer, as no single op was found wrong: "
                 f"repeat the run instead, with: {self.document.origin.command}"
             )
-        names = {view.memory for view in facts.views.values()}
-        memory = {name: self.tensors[f"operand.{name}"].flatten() for name in names}
-        extra = [self.tensors.get(name) for name in ("weight.packed", "cache.pages", "cache.rows")]
-        return RecordedCall(facts, memory, *extra)
+        cache = map(self.tensors.get, ("cache.pages", "cache.rows"))
+        return RecordedCall(facts, self._part("operand."), *cache)
 
     def expected(self) -> Expected:
         """Return what the call must write."""
@@ -143,26 +134,13 @@ def write_call(folder: Path, judged: JudgedCall, origin: Origin) -> None:
         damage=judged.made.damage,
         alone=judged.alone,
     )
-    tensors = {
-        f"operand.{name}": _shaped(piece, call.facts.views, name) for name, piece in call.memory.items()
-    }
-    extra = {"weight.packed": call.weight, "cache.pages": call.kept_pages, "cache.rows": call.pages}
-    tensors |= {name: tensor for name, tensor in extra.items() if tensor is not None}
-    tensors |= _prefixed("found", judged.made.results) | _prefixed("expected", judged.expected.truth)
-    write(folder, document, tensors | _prefixed("reference", judged.expected.reference))
-
-
-def _prefixed(prefix: str, tensors: Tensors) -> Tensors:
-    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
-
-
-def _shaped(piece: torch.Tensor, views: dict[str, View], name: str) -> torch.Tensor:
-    """Give a piece of memory the shape of its tensor, where it is that and nothing else."""
-    members = [view for view in views.values() if view.memory == name]
-    shape = members[0].shape
-    dense = list(torch.empty(shape, device="meta").stride()) == members[0].stride
-    whole = len(members) == 1 and dense and torch.Size(shape).numel() == piece.numel()
-    return piece.view(shape) if whole else piece
+    extra = {"cache.pages": call.kept_pages, "cache.rows": call.pages}
+    tensors = {name: tensor for name, tensor in extra.items() if tensor is not None}
+    right = judged.expected
+    parts = {"operand": call.operands, "found": judged.made.results, "expected": right.truth}
+    for part, held in {**parts, "reference": right.reference}.items():
+        tensors |= {f"{part}.{name}": tensor for name, tensor in held.items()}
+    write(folder, document, tensors)
 
 
 def write(folder: Path, document: Document, tensors: Tensors) -> None:
@@ -202,9 +180,11 @@ def _require_room(path: Path) -> None:
 
 def _read(path: Path) -> Failure:
     with safetensors.safe_open(path, framework="pt") as file:
-        document = msgspec.json.decode((file.metadata() or {}).get(KEY, ""), type=Document)
-        if document.version != VERSION:
-            raise ValueError(f"its version is {document.version}, and this program reads version {VERSION}")
+        words = (file.metadata() or {}).get(KEY, "")
+        if (version := msgspec.json.decode(words, type=_Versioned).version) != VERSION:
+            said = f"its version is {version}, and this program reads version {VERSION}"
+            raise ValueError(f"{said}: run the command that kept it again")
+        document = msgspec.json.decode(words, type=Document)
         return Failure(document, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  # no mapping
 
 
@@ -218,19 +198,7 @@ CODECS: Sequence[tuple[Callable[..., Any], Sequence[str]]] = (
 
 # A kept failure may come from anybody, and ops take addresses: no op is called before all of this holds.
 
-_OTHERS = frozenset({"weight.packed", "cache.pages", "cache.rows"})
 _MAX_SIZE = 2**31 - 1  # of a size in a spec, and of a length
-
-
-def _others(kind: Kind, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, str]]:
-    """Return the tensors that a file holds besides operands -> dtype and shape."""
-    tensors = {"weight.packed": (dtype, kind.packed)} if kind.packed else {}
-    if kind.cached:
-        rows = (kind.dtypes.get("cache", dtype), f"k page {kind.cached}")
-        tensors |= {"cache.pages": (torch.int64, "k"), "cache.rows": rows}
-    tensors |= {f"expected.{name}": (torch.float64, shape) for name, shape in kind.truths.items()}
-    held = {name: kind.results[name] for name in kind.held}
-    return tensors | {f"reference.{name}": (kind.dtypes.get(name, dtype), held[name]) for name in held}
 
 
 def _check(facts: CallFacts, tensors: Tensors) -> None:
@@ -239,20 +207,33 @@ def _check(facts: CallFacts, tensors: Tensors) -> None:
         raise ValueError(f"there is no kind of op '{facts.kind}'")
     kind = entry_of(facts.kind, format_in(facts.spec))
     sizes = _spec_sizes(kind, facts)
-    _check_names(kind, facts, tensors)
-    _check_cache(kind, facts, sizes)
     dtype = getattr(torch, facts.spec["dtype"])
-    for name in [name for name in kind.operands if name in facts.views]:
-        view = facts.views[name]
-        memory = tensors[f"operand.{view.memory}"]
-        _check_tensor(
-            name, memory.dtype, view.shape, kind.dtypes.get(name, dtype), kind.operands[name], sizes
-        )
-        _check_layout(name, view, memory.numel())
-    for name, (of, shape) in _others(kind, dtype).items():
-        _check_tensor(name, tensors[name].dtype, tensors[name].shape, of, shape, sizes)
-    _check_overlaps(facts, tensors)
+    needed = _tensors(kind, facts, dtype)
+    _check_names(kind, facts, tensors, needed.keys())
+    if kind.cached:
+        sizes["page"] = tensors["cache.rows"].shape[1] if tensors["cache.rows"].dim() == 3 else 0
+        _require(min(facts.pages, sizes["page"]) > 0, "its cache has no pages")
+    for name, (of, words) in needed.items():
+        shown = name.removeprefix("operand.")
+        _check_tensor(shown, tensors[name].dtype, tensors[name].shape, of, words, sizes)
+    for name, shape in facts.outputs.items():
+        of = kind.dtypes.get(name, dtype)
+        _check_tensor(name, of, shape, of, kind.operands[name], sizes)
     _check_values(facts, tensors, sizes)
+
+
+def _tensors(kind: Kind, facts: CallFacts, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, str]]:
+    """Return the tensors that a file of a call must hold -> dtype and shape."""
+    inputs = {name: words for name, words in kind.operands.items() if name not in kind.results}
+    inputs = {name: words for name, words in inputs.items() if name not in facts.absent}
+    inputs |= {"weight": kind.packed} if kind.packed else {}
+    tensors = {f"operand.{name}": (kind.dtypes.get(name, dtype), words) for name, words in inputs.items()}
+    if kind.cached:
+        rows = (kind.dtypes.get("cache", dtype), f"k page {kind.cached}")
+        tensors |= {"cache.pages": (torch.int64, "k"), "cache.rows": rows}
+    tensors |= {f"expected.{name}": (torch.float64, shape) for name, shape in kind.truths.items()}
+    held = {name: kind.results[name] for name in kind.held}
+    return tensors | {f"reference.{name}": (kind.dtypes.get(name, dtype), held[name]) for name in held}
 
 
 def _require(holds: bool, clause: str) -> None:
@@ -265,7 +246,6 @@ def _spec_sizes(kind: Kind, facts: CallFacts) -> dict[str, int]:
     name, fields = kind.spec.__name__, dataclasses.fields(kind.spec)
     names = {field.name for field in fields}
     needed = {field.name for field in fields if field.default is dataclasses.MISSING}
-    _require(facts.spec_type == name, f"an op of kind {facts.kind} has no {facts.spec_type}")
     fits = needed <= facts.spec.keys() <= names
     _require(fits, f"its {name} does not have the fields {', '.join(sorted(names))}")
     _check_format(facts)
@@ -303,34 +283,19 @@ def _is(kind: type, value: Any) -> bool:
     return isinstance(value, (int, float)) and abs(value) < 1e38
 
 
-def _check_names(kind: Kind, facts: CallFacts, tensors: Tensors) -> None:
-    """Check that every operand is there, or absent where that is allowed, and all that the file must hold."""
-    given, absent = set(facts.views), set(facts.absent)
-    whole = not given & absent and given | absent == kind.operands.keys() and absent <= OPTIONAL
+def _check_names(kind: Kind, facts: CallFacts, tensors: Tensors, needed: Set[str]) -> None:
+    """Check that the file has all that it must hold, and that only what may be absent is."""
+    absent, outputs = set(facts.absent), set(kind.operands) & set(kind.results)
+    given = set(facts.outputs) | ({"out"} if facts.in_place and kind.in_place else set())
+    whole = absent <= OPTIONAL & kind.operands.keys() and given == outputs - absent
     _require(whole, f"the operands of {facts.kind} are {', '.join(kind.operands)}")
     scalars = facts.scalars.keys() == kind.scalars.keys()
     scalars = scalars and all(_is(of, facts.scalars[name]) for name, of in kind.scalars.items())
     _require(scalars, f"the scalars of {facts.kind} are {', '.join(kind.scalars) or 'none'}")
-    needed = {f"operand.{view.memory}" for view in facts.views.values()}
-    needed |= _others(kind, torch.float32).keys()
     missing = sorted(needed - tensors.keys())
     _require(not missing, f"it lacks the tensor '{', '.join(missing)}'")
-    extra = sorted((tensors.keys() & _OTHERS) - needed)
-    _require(not extra, f"{facts.kind} takes no '{', '.join(extra)}'")
-
-
-def _check_cache(kind: Kind, facts: CallFacts, sizes: dict[str, int]) -> None:
-    """Check the cache, whose pages the file holds in part, and note its sizes."""
-    pages, needed = facts.pages, bool(kind.cached)
-    _require((pages is not None) == needed, f"{facts.kind} takes {'a' if needed else 'no'} cache")
-    if pages is None:
-        return
-    _require(len(pages.shape) == len(pages.stride) == 3, "its cache does not have three dimensions")
-    count, page, width = pages.shape
-    _require(min(count, page) > 0 and width == dim(kind.cached, sizes), "its cache does not fit its spec")
-    dense = zip(pages.shape, pages.stride, (page * width, width, 1), strict=True)
-    _require(all(size == 1 or stride == right for size, stride, right in dense), "its cache has gaps")
-    sizes["page"] = page
+    held = {name for name in tensors if name.startswith(("operand.", "cache."))}
+    _require(held <= needed, f"{facts.kind} takes no '{', '.join(sorted(held - needed))}'")
 
 
 def _check_tensor(
@@ -352,33 +317,9 @@ def _check_tensor(
     _require(fits, f"{what}, not {dtype_name(right_dtype)} [{', '.join(words)}]")
 
 
-def _check_layout(name: str, view: View, numbers: int) -> None:
-    """Check that a view lies inside its memory, meets no number twice, and has adjacent ones at the end."""
-    _require(len(view.stride) == len(view.shape), f"{name} does not have a stride for each dimension")
-    extent = 1
-    for stride, count in sorted(zip(view.stride, view.shape, strict=True)):
-        _require(count < 2 or stride >= extent, f"numbers of {name} overlap")
-        extent += max(0, count - 1) * stride
-    _require(view.shape[-1] < 2 or view.stride[-1] == 1, f"numbers at the end of {name} are not adjacent")
-    extent = extent if math.prod(view.shape) else 0
-    _require(view.offset + extent <= numbers, f"{name} reaches beyond its memory")
-
-
-def _check_overlaps(facts: CallFacts, tensors: Tensors) -> None:
-    """Check that outputs overlap nothing but, in a rotation, the whole of what is rotated."""
-    for name in facts.views.keys() & set(OUTPUTS):
-        view = facts.views[name]
-        numbers = tensors[f"operand.{view.memory}"].numel()
-        mine = covered(view, numbers)
-        for other, its in facts.views.items():
-            if other == name or its.memory != view.memory or (KINDS[facts.kind].in_place and its == view):
-                continue
-            _require(not bool((mine & covered(its, numbers)).any()), f"{name} overlaps {other}")
-
-
 def _check_values(facts: CallFacts, tensors: Tensors, sizes: Mapping[str, int]) -> None:
     """Check what operands say about others: pages, slots and lengths."""
-    call = {name: view.of(tensors[f"operand.{view.memory}"].flatten()) for name, view in facts.views.items()}
+    call = {name.removeprefix("operand."): tensor for name, tensor in tensors.items()}
     lengths = (facts.query_lens, facts.kv_lens)
     _require(len(facts.query_lens) == len(facts.kv_lens), "it does not have two lengths of every request")
     if KINDS[facts.kind].prepares:
@@ -392,9 +333,9 @@ def _check_values(facts: CallFacts, tensors: Tensors, sizes: Mapping[str, int]) 
         _require(sum(lengths[facts.role == CONTEXT]) == sizes["T"], "its lengths are not the rows of out")
     if "K" in sizes and (facts.kv_lens or KINDS[facts.kind].prepares):
         _require(sum(facts.kv_lens) == sizes["K"], "its keys are not the rows of k")
-    if facts.pages is None:
+    if "cache.rows" not in tensors:
         return
-    count, page = facts.pages.shape[:2]
+    count, page = facts.pages, sizes["page"]
     if "slots" in call:
         _require(_within(call["slots"], count * page), "slots name no slot of the cache")
         _require(len(call["slots"].unique()) == len(call["slots"]), "slots are not distinct")
@@ -468,7 +409,7 @@ def _require_served(call: RecordedCall, name: str, op: FusedOp, backend: Backend
     spec = call.spec(backend.device)  # type: ignore[arg-type]  # it is set up
     reasons = refusals(name, op, call.facts.kind, spec)
     if not reasons and call.entry.prepares:
-        size = call.facts.pages.shape[1] if call.facts.pages else None
+        size = None if call.pages is None else call.pages.shape[1]
         answer = op.unsupported_batch(spec, call.facts.query_lens, call.facts.kv_lens, size)
         reasons = sentences(name, "unsupported_batch()", answer)
     if "lse" in call.facts.absent and not op.lse_optional and name != call.facts.op:
@@ -479,10 +420,10 @@ def _require_served(call: RecordedCall, name: str, op: FusedOp, backend: Backend
 
 def _require_memory(call: RecordedCall, backend: Backend) -> None:
     """Raise `OutOfMemory` if the device has no room for the call; the file holds only a part of a cache."""
-    cache = call.facts.pages.numbers * call.dtype.itemsize if call.facts.pages else 0
+    cache = call.cache_numbers * (0 if call.pages is None else call.pages.itemsize)
     compared = cache if cache <= MAX_CALL_BYTES else 0
     on_host = backend.device is not None and backend.device.type == "cpu"
-    needed = cache + compared * (4 if on_host else 1) + sum(piece.nbytes for piece in call.memory.values())
+    needed = cache + compared * (4 if on_host else 1) + placed_bytes(call)
     free = host.memory_available() if on_host else backend.memory().free
     if free is not None and needed > free:
         raise OutOfMemory(f"this call needs {size(needed)} of memory, and {size(free)} are free.")

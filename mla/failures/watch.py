@@ -13,17 +13,13 @@ from mla.cases import KINDS
 from mla.cases.memory import Tensors, changed_slots, same_numbers
 from mla.failures.call import (
     MAX_CALL_BYTES,
-    OUTPUTS,
     Known,
     Lengths,
+    Placed,
     RecordedCall,
     TooLarge,
-    View,
-    covered,
     poison_outputs,
     record,
-    views,
-    without_cache,
 )
 from mla.reference import REFERENCE
 from mla.verify.places import Places
@@ -85,8 +81,7 @@ class Watcher:
     ) -> None:
         """Make a call, and judge it if that is possible. What the op raises is a finding, and is raised."""
         recorded = None if known is None or self.done else self._record(known, tensors)
-        cache = tensors.get("cache")
-        before = copied(cache) if recorded else None
+        before = copied(tensors.get("cache")) if recorded else None
         try:
             op(*leading, **tensors)
         except BackendError:  # a refusal
@@ -97,25 +92,27 @@ class Watcher:
         if recorded is None:
             return
         self._synchronize()
-        pieces = views(without_cache(tensors))[1]
-        outcome, right = made(recorded, op, pieces, cache, before), expected(recorded)
+        outcome, right = made(recorded, op, tensors, before), expected(recorded)
         self.judged += 1
-        self._beat()
         reason = judged(recorded, outcome, right)
+        small = before is not None or tensors.get("cache") is None  # there is room for a second one
+        again = self._again(recorded, op, tensors) if small else None
+        if again is not None and not reason:  # what it writes beside its outputs is seen there alone
+            outcome, reason = again, judged(recorded, again, right)
+        self._beat()
         if reason:
-            alone = self._wrong_alone(recorded, op, tensors, right)
+            alone = (again is None or bool(judged(recorded, again, right))) if small else None
             self.wrong = JudgedCall(recorded, outcome, right, reason, alone)
         else:
             self.last = JudgedCall(recorded, outcome, right, reason)
 
-    def _wrong_alone(
-        self, call: RecordedCall, op: FusedOp, tensors: Mapping[str, Any], right: Expected
-    ) -> bool:
+    def _again(self, call: RecordedCall, op: FusedOp, tensors: Mapping[str, Any]) -> Made | None:
+        """Make a call again by itself; None if it raises."""
         device = next(tensor.device for tensor in tensors.values() if torch.is_tensor(tensor))
         try:
-            return bool(judged(call, make(call, op, device, self._synchronize), right))
-        except Exception:  # noqa: BLE001  # whatever an op raises is wrong
-            return True
+            return make(call, op, device, self._synchronize)
+        except Exception:  # noqa: BLE001  # whatever an op raises
+            return None
 
     def _raised(self, recorded: RecordedCall | None, error: Exception) -> None:
         """Keep a call that ended in an exception; what it wrote may be out of reach by now."""
@@ -228,11 +225,12 @@ def make(
     call: RecordedCall, op: FusedOp, device: torch.device, synchronize: Callable[[], None] = lambda: None
 ) -> Made:
     """Make a recorded call on a device, in fresh memory of the same layout."""
-    pieces, cache = call.pieces(device), call.cache(device)
-    before, arguments = copied(cache), call.arguments(pieces, cache)
+    placed = Placed(call, device)
+    arguments = placed.arguments
+    before = copied(arguments.get("cache"))
     op(*call.leading(op, call.spec(device), arguments), **arguments)
     synchronize()
-    return made(call, op, pieces, cache, before)
+    return made(call, op, arguments, before, placed.damage)
 
 
 def copied(cache: torch.Tensor | None) -> torch.Tensor | None:
@@ -243,60 +241,30 @@ def copied(cache: torch.Tensor | None) -> torch.Tensor | None:
 def made(
     call: RecordedCall,
     op: FusedOp,
-    pieces: Mapping[str, torch.Tensor],
-    cache: torch.Tensor | None,
+    arguments: Mapping[str, Any],
     before: torch.Tensor | None,
+    beside: Callable[[], list[str]] = list,
 ) -> Made:
-    """Return what a call that has been made left in its memory; `before` is the cache before it, if known."""
-    after = {name: piece.to("cpu", copy=True) for name, piece in pieces.items()}
-    clauses = damage(call, after)
-    if cache is not None and before is not None:
-        clauses += cache_damage(call, cache, before)
-    written = call.entry.written(call.arguments(after, cache))
+    """Return what a call that has been made left in its memory.
+
+    `before` is the cache before it, if known; `beside` returns what was written beside operands.
+    """
+    inputs = call.operands.keys() & arguments.keys() - ({"x"} if call.facts.in_place else set())
+    clauses = [
+        f"the op wrote to its input {name}"
+        for name in sorted(inputs)
+        if not bool(same_numbers(arguments[name].cpu(), call.operands[name]).all())
+    ]
+    clauses += beside()
+    if before is not None:
+        now, then = (call.entry.by_token(cache) for cache in (arguments["cache"], before))
+        count, first = changed_slots(now, then, arguments.get("slots"))
+        clause = f"{count} slots of the cache have changed that are not written; the first is {first}"
+        clauses += [clause] * bool(count)
     held = {*call.entry.judged(op)} - ({"lse"} if not call.facts.writes_lse else set())
-    results = {name: tensor.cpu() for name, tensor in written.items() if name in held}
+    written = call.entry.written(arguments)
+    results = {name: rows.to("cpu", copy=True) for name, rows in written.items() if name in held}
     return Made(results, "; ".join(clauses))
-
-
-def damage(call: RecordedCall, after: Mapping[str, torch.Tensor]) -> list[str]:
-    """Return what has changed although the op only reads it, as clauses."""
-    clauses: list[str] = []
-    for name, piece in after.items():
-        changed = ~same_numbers(piece, call.memory[name])
-        members = {member: view for member, view in call.facts.views.items() if view.memory == name}
-        for member, view in members.items():
-            inside = covered(view, len(piece))
-            if member not in OUTPUTS and bool((changed & inside).any()) and not _written(members, inside):
-                clauses.append(f"the op wrote to its input {member}")
-            changed &= ~inside
-        if bool(changed.any()):
-            clauses.append(f"memory {_beside(changed, members)} {' or '.join(members)} was written")
-    return clauses
-
-
-def _beside(changed: torch.Tensor, members: Mapping[str, View]) -> str:
-    """Return where changed numbers [n] of a piece of memory lie, seen from the tensors in it."""
-    owned = torch.zeros_like(changed)
-    for view in members.values():
-        owned |= covered(view, len(changed))
-    places = owned.nonzero()
-    inside = len(places) and bool(changed[int(places[0]) : int(places[-1])].any())
-    return "between the rows of" if inside else "before or behind"
-
-
-def _written(members: Mapping[str, Any], inside: torch.Tensor) -> bool:
-    """Return whether an output lies in the same numbers, as in a rotation in place."""
-    return any(
-        bool((covered(view, len(inside)) & inside).any()) for name, view in members.items() if name in OUTPUTS
-    )
-
-
-def cache_damage(call: RecordedCall, cache: torch.Tensor, before: torch.Tensor) -> list[str]:
-    """Return which slots of the cache have changed that the op does not write, as clauses."""
-    written = call.operand("slots") if "slots" in call.facts.views else None
-    count, first = changed_slots(call.entry.by_token(cache), call.entry.by_token(before), written)
-    clause = f"{count} slots of the cache have changed that are not written; the first is {first}"
-    return [clause] * bool(count)
 
 
 # ------------------------------------------------------------------------------------------- the truth
@@ -305,10 +273,7 @@ def cache_damage(call: RecordedCall, cache: torch.Tensor, before: torch.Tensor) 
 def expected(call: RecordedCall) -> Expected:
     """Compute what a call must write, on the host."""
     host, case = torch.device("cpu"), call.case
-    arguments = call.arguments(call.memory, call.cache(host))
-    if call.weight is not None:
-        arguments["weight"] = call.weight
-    given = call.entry.given(arguments, case.lengths)
+    given = call.entry.given(call.arguments(call.operands, host), case.lengths)
     reference = make(call, REFERENCE[case.kind], host).results
     return Expected(call.entry.truth(case.spec, given, case.lengths), reference)
 
@@ -329,4 +294,4 @@ def places(call: RecordedCall) -> Places | None:
     """Return where the rows of a call are, if that is known: of the op of a part of a batch it is not."""
     if not call.facts.query_lens:
         return None
-    return call.case.places(call.operand("block_table") if "block_table" in call.facts.views else None)
+    return call.case.places(call.operands.get("block_table"))

@@ -106,9 +106,9 @@ def test_a_call_that_raises_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert bench(["replay", "kept"]) == 0
 
 
-@pytest.mark.parametrize("row", [-1, 9])
+@pytest.mark.parametrize(("row", "where"), [(-1, "before the first row of"), (9, "behind the last row of")])
 def test_what_is_written_before_or_behind_an_output_is_kept(
-    row: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    row: int, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """Memory beside an output belongs to somebody else; a suite may put a row of its own there."""
     monkeypatch.chdir(tmp_path)
@@ -127,7 +127,7 @@ def test_what_is_written_before_or_behind_an_output_is_kept(
     out = guarded(9, 33, dtype=torch.float32, device=torch.device("cpu"))
     op(x=torch.randn(9, 33), weight=torch.randn(33), eps=1e-6, out=out)
     assert watcher.wrong is not None
-    assert watcher.wrong.reason == "memory before or behind out was written"
+    assert watcher.wrong.reason == f"memory {where} `out` was written"
 
 
 def test_a_failure_without_a_wrong_call_keeps_nothing(

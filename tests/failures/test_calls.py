@@ -156,14 +156,16 @@ def strided_call() -> tuple[calls.RecordedCall, torch.Tensor]:
     return calls.record(known, tensors), wide
 
 
-def test_strides_neighbours_and_poison_are_kept() -> None:
+def test_strides_are_kept_amid_poison() -> None:
     recorded, wide = strided_call()
     op = Looking("rotate_query")
     make(recorded, op, CPU)
     x, out = op.seen["x"], op.seen["out"]
     assert (x.stride(), out.stride()) == ((120, 30, 1), (80, 20, 1))
     assert torch.equal(x, wide[..., 3:11])
-    assert torch.equal(x.as_strided((578,), (1,), 0), wide.flatten()[3:581])
+    for tensor in (x, out):
+        around = tensor.as_strided((5, 4, tensor.stride(1)), tensor.stride(), tensor.storage_offset())
+        assert bool(around[..., 8:].isnan().all())
     assert bool(out.isnan().all())
 
 
@@ -177,10 +179,8 @@ def test_what_lies_between_rows_must_stay() -> None:
             out.as_strided((4, 1), (20, 1), out.storage_offset() + 8).zero_()
 
     assert make(recorded, REFERENCE["rotate_query"], CPU).damage == ""
-    assert (
-        make(recorded, Overrunning("rotate_query"), CPU).damage
-        == "memory between the rows of out was written"
-    )
+    said = make(recorded, Overrunning("rotate_query"), CPU).damage
+    assert said == "memory beside rows of `out` was written"
 
 
 @pytest.mark.parametrize("name", ["q", "block_table", "cache"])

@@ -75,31 +75,22 @@ def put(tensor: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
     return lambda facts, kept: kept.update({tensor: make(kept[tensor])})
 
 
-def place(name: str, **fields: Any) -> Damage:
-    """Return what changes where an operand lies."""
-    return lambda facts, kept: facts["views"][name].update(fields)
-
-
 LINEAR: list[tuple[Damage, str]] = [
-    (put("operand.out", lambda one: one.to(torch.uint8)), r"out is uint8 \[3, 6\], not bfloat16 \[T, o\]"),
-    (
-        put("weight.packed", lambda one: one.float()),
-        r"weight.packed is float32 \[6, 4\], not bfloat16 \[o, i\]",
-    ),
-    (put("weight.packed", lambda one: one[:5]), r"weight.packed is bfloat16 \[5, 4\]"),
+    (put("operand.x", lambda x: x.to(torch.uint8)), r"x is uint8 \[3, 4\], not bfloat16 \[T, i\]"),
+    (put("operand.weight", torch.Tensor.float), r"weight is float32 \[6, 4\], not bfloat16 \[o, i\]"),
+    (put("operand.weight", lambda weight: weight[:5]), r"weight is bfloat16 \[5, 4\]"),
+    (lambda facts, kept: facts["outputs"].update(out=[4, 6]), r"out is bfloat16 \[4, 6\]"),
     (lambda facts, kept: kept.pop("operand.x"), "it lacks the tensor 'operand.x'"),
-    (lambda facts, kept: facts["views"].pop("x"), "the operands of linear are x, bias, out"),
+    (lambda facts, kept: facts["outputs"].pop("out"), "the operands of linear are x, bias, out"),
     (lambda facts, kept: facts.update(absent=["out"]), "the operands of linear are"),
+    (lambda facts, kept: facts.update(in_place=True, outputs={}), "the operands of linear are"),
+    (lambda facts, kept: kept.update({"operand.y": kept["operand.x"]}), "linear takes no 'operand.y'"),
     (lambda facts, kept: facts["scalars"].update(eps=1.0), "the scalars of linear are none"),
     (lambda facts, kept: facts["spec"].update(in_features=2**60), "in_features of its spec is not a size"),
     (lambda facts, kept: facts["spec"].update(dtype="load"), "no layer has the dtype of its spec"),
     (lambda facts, kept: facts.update(kind="matmul"), "there is no kind of op 'matmul'"),
-    (place("x", offset=1), "x reaches beyond its memory"),
-    (place("x", stride=[2, 1]), "numbers of x overlap"),
-    (place("x", stride=[1, 3]), "numbers at the end of x are not adjacent"),
-    (place("x", shape=[2**40, 4], stride=[0, 1]), "numbers of x overlap"),
-    (place("x", shape=[-3, 4]), r"Expected `int` >= 0"),
-    (place("x", memory="out"), "out overlaps x"),
+    (lambda facts, kept: facts["gaps"].update(x=[0, -4, 0]), r"Expected `int` >= 0"),
+    (lambda facts, kept: facts["gaps"].update(x=[0, 4]), r"Expected `array` of length 3"),
 ]
 ATTENTION: list[tuple[Damage, str]] = [
     (change("block_table", 1, 5), "block_table names no page of the cache"),
@@ -109,9 +100,13 @@ ATTENTION: list[tuple[Damage, str]] = [
     (change("cu_q", 1, 2**31 - 1), "cu_q does not count the new tokens"),
     (lambda facts, kept: facts.update(query_lens=[1, 2**40]), "its new tokens are not the rows of q"),
     (lambda facts, kept: facts.update(kv_lens=[5]), "it does not have two lengths of every request"),
-    (lambda facts, kept: facts["pages"].update(shape=[5, 4, 7]), "its cache does not fit its spec"),
-    (lambda facts, kept: facts["pages"].update(stride=[24, 2**40, 1]), "its cache has gaps"),
-    (lambda facts, kept: facts.update(pages=None), "latent_attention takes a cache"),
+    (
+        put("cache.rows", lambda rows: rows[..., :5]),
+        r"cache.rows is bfloat16 \[3, 4, 5\], not ",
+    ),
+    (put("cache.rows", lambda rows: rows.flatten(0, 1)), "its cache has no pages"),
+    (lambda facts, kept: facts.update(pages=0), "its cache has no pages"),
+    (lambda facts, kept: facts.update(pages=4), "block_table names no page of the cache"),
     (put("cache.pages", lambda one: one + 1), "it does not hold the pages that the call reads"),
     (put("expected.lse", lambda one: one[:2]), r"expected.lse is float64 \[2, 2\], not float64 \[T, h\]"),
     (lambda facts, kept: kept.pop("reference.out"), "it lacks the tensor 'reference.out'"),
@@ -144,11 +139,14 @@ def test_an_undamaged_one_is_read(tmp_path: Path, make: Callable[[], tuple[Known
 
 
 def test_a_cache_that_does_not_fit_is_not_made(tmp_path: Path) -> None:
-    def larger(facts: dict[str, Any], kept: dict[str, torch.Tensor]) -> None:
-        facts["pages"]["shape"][0] = 2**40
-
-    write(tmp_path, attention(), larger)
+    write(tmp_path, attention(), lambda facts, kept: facts.update(pages=2**40))
     with pytest.raises(OutOfMemory, match=r"this call needs 4.92e\+04 GiB of memory, and .* are free\."):
+        replay(file.read(tmp_path), HostBackend(), "reference")
+
+
+def test_gaps_that_do_not_fit_are_not_made(tmp_path: Path) -> None:
+    write(tmp_path, linear(), lambda facts, kept: facts["gaps"].update(x=[0, 2**40, 0]))
+    with pytest.raises(OutOfMemory, match=r"this call needs .* GiB of memory, and .* are free\."):
         replay(file.read(tmp_path), HostBackend(), "reference")
 
 
@@ -170,6 +168,10 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
 
 
 def test_a_document_of_another_version_is_refused(tmp_path: Path) -> None:
-    file.write(tmp_path, file.Document(origin=ORIGIN, version=2), {"output": torch.zeros(2)})
-    with pytest.raises(ResultError, match="its version is 2, and this program reads version 1"):
+    write(tmp_path, linear(), lambda facts, kept: None)
+    kept = safetensors.torch.load_file(tmp_path / file.NAME)
+    metadata = {file.KEY: json.dumps({"version": 1, "call": {"views": {}}})}  # as it was then, in part
+    safetensors.torch.save_file(kept, tmp_path / file.NAME, metadata)
+    said = "its version is 1, and this program reads version 2: run the command that kept it again"
+    with pytest.raises(ResultError, match=said):
         file.read(tmp_path)
