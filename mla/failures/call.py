@@ -15,6 +15,7 @@ from mla.cases.case import Kind, OpCase, entry_of
 from mla.cases.memory import ALIGNED, MAX_BESIDE, Layout, Piece, Tensors, poison
 from mla.errors import MLAError
 from mla.text import dtype_name, size
+from mla.verify.layer_check import stands_for
 from mla_backends.api import FusedOp, SegmentLengths
 
 # A call that reads more is not kept.
@@ -48,6 +49,11 @@ class CallFacts(msgspec.Struct, kw_only=True):
     kv_lens: list[Count] = []
     causal: bool = True
     writes_lse: bool = True
+
+    def unread(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Return pages that the call does not touch. Raises RuntimeError if `fill` is not of the dtype."""
+        fill = stands_for(torch.nan if self.fill is None else self.fill, dtype)
+        return torch.empty(tuple(shape), dtype=dtype, device=device).fill_(fill)
 
 
 def format_in(spec: Mapping[str, Any]) -> Any:
@@ -98,9 +104,7 @@ class RecordedCall:
         given: dict[str, Any] = {**tensors, **self.facts.scalars, **dict.fromkeys(self.facts.absent)}
         if self.pages is None or self.kept_pages is None:
             return given
-        fill = torch.nan if self.facts.fill is None else self.facts.fill
-        shape = (self.facts.pages, *self.pages.shape[1:])
-        cache = torch.empty(shape, dtype=self.pages.dtype, device=device).fill_(fill)
+        cache = self.facts.unread((self.facts.pages, *self.pages.shape[1:]), self.pages.dtype, device)
         cache[self.kept_pages.to(device)] = self.pages.to(device)
         return {**given, "cache": cache}
 
@@ -115,8 +119,9 @@ class RecordedCall:
         """Return the shape and the dtype of every tensor that the call is given, but for the cache."""
         case, packed = self.case, {"weight"} if self.entry.packed else set()
         given = {name: x for name, x in self.operands.items() if name not in packed}
-        inputs = {name: (tuple(x.shape), x.dtype) for name, x in given.items()}
-        return inputs | {name: (tuple(shape), case.dtype(name)) for name, shape in self.facts.outputs.items()}
+        shapes: dict[str, tuple[Sequence[int], torch.dtype]]
+        shapes = {name: (tuple(x.shape), x.dtype) for name, x in given.items()}
+        return shapes | {name: (shape, case.dtype(name)) for name, shape in self.facts.outputs.items()}
 
 
 class Placed:

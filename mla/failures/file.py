@@ -213,6 +213,7 @@ def _check(facts: CallFacts, tensors: Tensors) -> None:
     if kind.cached:
         sizes["page"] = tensors["cache.rows"].shape[1] if tensors["cache.rows"].dim() == 3 else 0
         _require(min(facts.pages, sizes["page"]) > 0, "its cache has no pages")
+        facts.unread((1,), tensors["cache.rows"].dtype, torch.device("cpu"))
     for name, (of, words) in needed.items():
         shown = name.removeprefix("operand.")
         _check_tensor(shown, tensors[name].dtype, tensors[name].shape, of, words, sizes)
@@ -229,8 +230,8 @@ def _tensors(kind: Kind, facts: CallFacts, dtype: torch.dtype) -> dict[str, tupl
     inputs |= {"weight": kind.packed} if kind.packed else {}
     tensors = {f"operand.{name}": (kind.dtypes.get(name, dtype), words) for name, words in inputs.items()}
     if kind.cached:
-        rows = (kind.dtypes.get("cache", dtype), f"k page {kind.cached}")
-        tensors |= {"cache.pages": (torch.int64, "k"), "cache.rows": rows}
+        rows = (kind.dtypes.get("cache", dtype), f"kept page {kind.cached}")
+        tensors |= {"cache.pages": (torch.int64, "kept"), "cache.rows": rows}
     tensors |= {f"expected.{name}": (torch.float64, shape) for name, shape in kind.truths.items()}
     held = {name: kind.results[name] for name in kind.held}
     return tensors | {f"reference.{name}": (kind.dtypes.get(name, dtype), held[name]) for name in held}

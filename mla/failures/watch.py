@@ -23,7 +23,7 @@ from mla.failures.call import (
 )
 from mla.reference import REFERENCE
 from mla.verify.places import Places
-from mla_backends.api import FusedOp, LinearSpec, NormSpec, Packed, SegmentLengths
+from mla_backends.api import FusedOp, LinearSpec, NormSpec, SegmentLengths
 from mla_backends.errors import BackendError, describe
 
 # Seconds after which calls are made without being judged: the oracle may take a while.
@@ -129,6 +129,13 @@ class Watcher:
             return None
 
 
+# What a watched op has of the op itself.
+ITS_OWN = (
+    *("contract", "compiles", "nan_safe_tail", "cache_formats", "encodes_rounded", "writes_lse"),
+    *("lse_optional", "scores_in_bf16", "preflight", "unsupported_batch", "pack", "unpack"),
+)
+
+
 class Watched(FusedOp):
     """Stands in for an op of the backend; all else is the op's own."""
 
@@ -139,11 +146,8 @@ class Watched(FusedOp):
         self._role, self._name, self._op, self._watcher = role, name, op, watcher
         self._reads_lse = reads_lse
         self._spec = spec  # of attention; the last that was asked about
-        self.contract, self.compiles = op.contract, op.compiles
-        self.nan_safe_tail = op.nan_safe_tail
-        self.cache_formats, self.encodes_rounded = op.cache_formats, op.encodes_rounded
-        self.writes_lse, self.lse_optional = op.writes_lse, op.lse_optional
-        self.scores_in_bf16 = op.scores_in_bf16
+        for attribute in ITS_OWN:
+            setattr(self, attribute, getattr(op, attribute))
 
     def __getattr__(self, name: str) -> Any:
         if name == "_op":  # not yet there, in a copy
@@ -157,20 +161,6 @@ class Watched(FusedOp):
     def unsupported_reasons(self, spec: Any) -> list[str]:
         self._spec = spec
         return self._op.unsupported_reasons(spec)
-
-    def preflight(self, spec: Any) -> list[str]:
-        return self._op.preflight(spec)
-
-    def unsupported_batch(
-        self, spec: Any, query_lens: Sequence[int], kv_lens: Sequence[int], page_size: int | None = None
-    ) -> list[str]:
-        return self._op.unsupported_batch(spec, query_lens, kv_lens, page_size)
-
-    def pack(self, weight: torch.Tensor) -> Packed:
-        return self._op.pack(weight)
-
-    def unpack(self, packed: Packed) -> torch.Tensor:
-        return self._op.unpack(packed)
 
     def prepare(self, spec: Any, batch: Any) -> Any:
         self._spec = spec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,13 @@ import torch
 from faulty_backend import FaultyOp
 
 from mla import MLA, LatentCache, MLAConfig
+from mla.cache.formats import codec_of
+from mla.cache.index_formats import index_codec
+from mla.cases import KINDS as ENTRIES
+from mla.cases.case import OpCase
+from mla.cases.memory import Layout
+from mla.cases.played import Laid
+from mla.cases.stress import Stress
 from mla.errors import ResultError, UnknownOp
 from mla.failures import call as calls
 from mla.failures import file
@@ -88,6 +96,33 @@ def test_the_wrong_op_of_a_forward_is_found_and_kept(
     backend = HostBackend(ops={"mine": FaultyOp(KINDS[role], fault)})
     assert replay(kept, backend) == [wrong.reason]
     assert replay(kept, backend, "reference", runs=2) == ["", ""]
+
+
+def stored(spec: Any, name: str) -> Any:
+    """Return the spec over a cache of this format; itself if "" is named."""
+    if not name:
+        return spec
+    if hasattr(spec, "index_format"):
+        codec: Any = index_codec(name, spec.head_dim)
+        return dataclasses.replace(spec, index_format=name, token_bytes=codec.token_bytes)
+    codec = codec_of(name, spec.kv_lora_rank, spec.qk_rope_head_dim)
+    return dataclasses.replace(spec, cache_format=name, token_bytes=codec.token_bytes)
+
+
+EVERY_KIND = [(kind, name) for kind, entry in ENTRIES.items() for name in ("", *["fp8"] * bool(entry.stored))]
+
+
+@pytest.mark.parametrize(("kind", "cache_format"), EVERY_KIND)
+def test_a_call_of_every_kind_is_kept_and_replayed(kind: str, cache_format: str, tmp_path: Path) -> None:
+    usual = {**ENTRIES[kind].usual, "dtype": torch.bfloat16, "device": CPU}
+    spec = stored(ENTRIES[kind].spec(**usual), cache_format)
+    case = OpCase(kind, spec, (1, 3), (70, 5), stress=Stress(), layout=Layout(16))
+    watcher = Watcher(lambda: None)
+    watcher.lengths = case.query_lens, case.kv_lens
+    assert Laid(case, Watched(kind, "mine", REFERENCE[kind], watcher, spec)).call() == ""
+    assert watcher.last is not None
+    file.write_call(tmp_path, watcher.last, ORIGIN)
+    assert replay(file.read(tmp_path), HostBackend(), "reference") == [""]
 
 
 @pytest.fixture(scope="module")
