@@ -2,7 +2,7 @@
 
 none: it is right. scale: what it writes is 5 % too large, and an integer by 1. head: so is the last head, or
 column, alone. lse: its log-sum-exp is 0.1 too large. no_lse: it writes none and says so. half: it leaves the
-last row as it was. stray: it writes one more slot of a cache. stops: from its second call on, it does nothing.
+last row as it was. stray: it writes one more slot of a cache. stops: from its second call it does nothing.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def empty_run(request: Request) -> results.Run:
     return results.Run(
         schema_version=results.SCHEMA_VERSION,
         **facts,
-        config=asdict(setting.config),
+        config=msgspec.json.decode(msgspec.json.encode(asdict(setting.config))),  # with lists, as it is read
         dtype=dtype_name(setting.dtype),
         attention=setting.attention,
         page_size=setting.page_size,

@@ -1,0 +1,275 @@
+"""Layers with an indexer: each forward is judged by its own selection, and each part by what it was given."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import DIMS
+
+from mla.bench import results
+from mla.layer.forward import Indexer
+from mla.reference import sparse
+
+Bench = Callable[..., Any]
+
+INDEXER = {"model_type": "deepseek_v32", "q_lora_rank": 48, "index_n_heads": 3, "index_head_dim": 16}
+TOPK = 24
+WORKLOAD = """
+[[scenario]]
+name = "decode"
+mode = "decode"
+query_lens = [1, 2, 1]
+history = [40, 100, 5]
+runs = 2
+
+[[scenario]]
+name = "prefill"
+mode = "prefill"
+query_lens = [30, 7, 40]
+history = [0, 60, 100]
+runs = 4
+
+[[scenario]]
+name = "dense"
+mode = "decode"
+query_lens = [1, 2]
+history = [3, 18]
+runs = 2
+"""
+COUNTS = ("--passes", "2", "--warmups", "0", "--page-size", "16", "--seed", "3")
+FAULTY = ("--backend", "faulty_backend:FaultyBackend")
+
+
+@pytest.fixture
+def measure(bench: Bench, tmp_path: Path) -> Bench:
+    """Return `bench` for layers of a tiny config with an indexer."""
+    config = {**DIMS, **INDEXER, "index_topk": TOPK}
+    (tmp_path / "sparse.json").write_text(json.dumps(config))
+    (tmp_path / "sparse.toml").write_text(WORKLOAD)
+    options = ["--config", "sparse.json", "--workload", "sparse.toml", *COUNTS]
+
+    def measure(*words: str) -> Any:
+        where = [] if "--backend" in words else ["--backend", "torch", "-O", "device=cpu"]
+        return bench(*where, *options, *words)
+
+    return measure
+
+
+def cases() -> list[results.Case]:
+    return results.decode(Path("run.json").read_bytes()).cases
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_layer_is_right_beyond_topk_and_within(measure: Bench, dtype: str) -> None:
+    done = measure("--dtype", dtype, "-o", "run.json", "--implementations", "mla-reference")
+    assert done.code == 0, done.out + done.err
+    size = 2 if dtype == "bfloat16" else 4
+    for case in cases():
+        assert (case.check.status, case.latency_ms is not None) == ("ok", True)
+        assert case.check.error_ratio is not None
+        assert case.check.error_ratio > 0
+        spare, lengths = 16, [past + new for past, new in zip(case.history, case.query_lens, strict=True)]
+        if case.mode == "decode":
+            lengths = [past + 2 * new for past, new in zip(case.history, case.query_lens, strict=True)]
+        pages = spare + sum(-(-length // 16) for length in lengths)
+        assert case.memory.cache_bytes == pages * 16 * (32 + 8 + 16) * size
+        assert case.ops["select_latents"] == "reference"
+
+
+def test_a_quantised_cache_is_attended_as_it_is_stored(measure: Bench) -> None:
+    done = measure(
+        "--cache-format", "int8", "--scenario", "prefill", "--scenario", "decode", "-o", "run.json"
+    )
+    assert done.code == 0, done.out + done.err
+    assert {case.check.status for case in cases()} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("op", "fault", "reason"),
+    [
+        ("select_latents", "scale", "selections name a token"),
+        ("select_latents", "stops", ""),
+        ("sparse_latent_attention", "head", "output rows are too far from the oracle"),
+        ("write_index_key", "scale", "rows of its index keys of request "),
+        ("rotate_query", "scale", "rows of its index queries are wrong"),
+    ],
+)
+@pytest.mark.parametrize("scenario", ["decode", "prefill"])
+def test_a_wrong_op_costs_the_layer_its_numbers(
+    measure: Bench, op: str, fault: str, reason: str, scenario: str
+) -> None:
+    words = (*FAULTY, "-O", f"op={op}", "-O", f"fault={fault}", "--scenario", scenario, "-o", "run.json")
+    assert measure(*words).code == 4
+    wrong, right = cases()
+    assert (wrong.check.status, wrong.latency_ms) == ("wrong", None)
+    assert reason in wrong.check.reason
+    assert right.check.status == "ok", "the reference selects for itself"
+
+
+def test_attention_within_topk_is_the_dense_one(measure: Bench) -> None:
+    words = (*FAULTY, "--scenario", "dense", "-O", "fault=scale")
+    assert measure(*words, "-O", "op=sparse_latent_attention").code == 0
+    assert measure(*words, "-O", "op=select_latents").code == 0
+    assert measure(*words, "-O", "op=write_index_key").code == 4, "keys are written for later"
+
+
+# ------------------------------------------------------------------------------------ indexers that are wrong
+Patch = pytest.MonkeyPatch
+
+
+def scored(patch: Patch, score: Callable[..., torch.Tensor]) -> None:
+    right = sparse.index_scores
+    patch.setattr(sparse, "index_scores", lambda q, weights, keys: score(right, q, weights, keys))
+
+
+def without_relu(patch: Patch) -> None:
+    scored(patch, lambda right, q, w, k: torch.einsum("thk,th->tk", q.float() @ k.float().T, w))
+
+
+def relu_behind_the_weight(patch: Patch) -> None:
+    scored(patch, lambda right, q, w, k: ((q.float() @ k.float().T) * w[..., None]).relu().sum(1))
+
+
+def a_head_is_lost(patch: Patch) -> None:
+    scored(patch, lambda right, q, w, k: right(q[:, 1:], w[:, 1:], k))
+
+
+def keys_are_others(patch: Patch) -> None:
+    scored(patch, lambda right, q, w, k: right(q, w, k.roll(1, 0)))
+
+
+def written(patch: Patch, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    right = sparse.WriteIndexKey.__call__
+    patch.setattr(sparse.WriteIndexKey, "__call__", lambda op, **given: right(op, **given | change(given)))
+
+
+def the_other_rope_layout(patch: Patch) -> None:
+    written(patch, lambda given: {"interleaved": not given["interleaved"]})
+
+
+def no_bias(patch: Patch) -> None:
+    written(patch, lambda given: {"bias": given["bias"] * 0})
+
+
+def weights_unscaled(patch: Patch) -> None:
+    right = Indexer.select
+
+    def select(indexer: Indexer, ops: Any, hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
+        selection = right(indexer, ops, hidden, *rest)
+        indexer.views.indexed(len(hidden)).weights.div_(indexer.config.index_scale)
+        return selection
+
+    patch.setattr(Indexer, "select", select)
+
+
+def chosen(patch: Patch, change: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+    right = sparse._select
+
+    def select(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, out: torch.Tensor) -> None:
+        right(q, weights, keys, out)
+        seen = torch.arange(len(q)) + len(keys) - len(q) + 1
+        change(out, seen)
+
+    patch.setattr(sparse, "_select", select)
+
+
+def one_too_few(patch: Patch) -> None:
+    chosen(patch, lambda out, seen: out[:, -1].fill_(-1))
+
+
+def a_token_twice(patch: Patch) -> None:
+    chosen(patch, lambda out, seen: out[:, 1].copy_(out[:, 0]))
+
+
+def causality_off_by_one(patch: Patch) -> None:
+    chosen(patch, lambda out, seen: out[:, 0].copy_(seen))
+
+
+def the_most_recent(patch: Patch) -> None:
+    def change(out: torch.Tensor, seen: torch.Tensor) -> None:
+        recent = seen[:, None] - 1 - torch.arange(out.shape[1])
+        out.copy_(recent.clamp_min(-1))
+
+    chosen(patch, change)
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        without_relu,
+        relu_behind_the_weight,
+        a_head_is_lost,
+        keys_are_others,
+        the_other_rope_layout,
+        no_bias,
+        weights_unscaled,
+        one_too_few,
+        a_token_twice,
+        causality_off_by_one,
+        the_most_recent,
+    ],
+)
+def test_a_wrong_indexer_is_caught(
+    measure: Bench, monkeypatch: Patch, mutant: Callable[[Patch], None]
+) -> None:
+    mutant(monkeypatch)
+    words = ("--implementations", "mla-reference", "-o", "run.json", "--scenario", "prefill")
+    assert measure(*words, "--scenario", "decode").code == 4
+    assert [case.check.status for case in cases()] == ["wrong", "wrong"]
+    assert all("index" in case.check.reason or "selection" in case.check.reason for case in cases())
+
+
+# ------------------------------------------------------------------------------------------ what is beside it
+def test_stages_have_the_indexer(measure: Bench) -> None:
+    assert measure("--scenario", "decode", "--implementations", "mla", "--stages", "-o", "run.json").code == 0
+    stages = {stage.name: stage for stage in cases()[0].stages}
+    parts = ("index_k_proj", "write_index_key", "index_q_proj", "index_weights_proj", "select_latents")
+    assert {f"indexer: {part}" for part in parts} < set(stages)
+    cost = stages["attention: sparse_latent_attention"].cost
+    assert cost is not None
+    keys = [(41 + 42) / 2, 101 + 102, 6.5]  # that are seen, and of them at most TOPK are attended
+    pairs = 4 * TOPK - TOPK + 6.5
+    assert cost.flops == round(2 * 4 * pairs * (2 * 32 + 8))
+    scores = stages["indexer: select_latents"].cost
+    assert scores is not None
+    assert scores.flops == pytest.approx(2 * 3 * 16 * (sum(keys) + 2), abs=2 * 3 * 16)
+
+
+def test_the_call_of_a_wrong_indexer_is_kept_and_replayed(measure: Bench, bench: Bench) -> None:
+    words = (*FAULTY, "-O", "op=select_latents", "-O", "fault=scale", "--scenario", "decode")
+    done = measure(*words, "--dump-failure", "kept")
+    assert "select_latents (op 'faulty') is the first wrong op of this forward" in done.err
+    assert bench("replay", "kept").code == 4
+    assert bench("replay", "kept", "--op", "reference").code == 0
+
+
+def test_a_run_is_resumed_and_compared(measure: Bench, bench: Bench) -> None:
+    words = ("--implementations", "mla-reference", "--scenario", "decode")
+    assert measure(*words, "-o", "run.json").code == 0
+    assert measure(*words, "--resume", "run.json").code == 0
+    assert bench("compare", "run.json", "run.json").code == 0
+    assert bench("report", "run.json", "--html", "page.html").code == 0
+    assert "sparse.json" in Path("page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--layers", "2"], "does not run in a row yet: leave out --layers."),
+        (["--parallel", "tp=2", "--simulate"], "is not spread over ranks yet: leave out --parallel."),
+        (["--mode", "eager,graph"], "is not captured yet: leave out graph of --mode."),
+        (
+            ["--implementations", "mla,transformers-eager"],
+            "is judged by its own selection, if that is ours: leave out transformers-eager.",
+        ),
+    ],
+)
+def test_what_is_not_measured_yet_is_refused(measure: Bench, words: list[str], message: str) -> None:
+    done = measure(*words)
+    assert done.code == 2
+    assert done.error == f"error: a layer with an indexer {message}"
