@@ -504,10 +504,37 @@ class AttentionCore:
         return self.scratch.take("q", tokens, self.config.num_attention_heads, self.config.qk_head_dim)
 
     @torch.no_grad()
-    def __call__(self, q: torch.Tensor, batch: RaggedBatch, pages: torch.Tensor) -> torch.Tensor:
+    def select(
+        self, q: torch.Tensor, weights: torch.Tensor, batch: RaggedBatch, index_pages: torch.Tensor
+    ) -> torch.Tensor:
+        """Return what the batch's new tokens select: positions [T, topk] int32, -1 behind the last.
+
+        Takes rotated queries q [T, H, D], weights [T, H] fp32 with every factor, and index keys of all tokens
+        in `index_pages` [pages, page, D].
+        """
+        choice = self.ops["select_latents"]
+        choice.check_batch(batch.query_lens, batch.kv_lens, batch.page_size)
+        out = torch.empty(batch.num_tokens, self.config.index_topk, dtype=torch.int32, device=self.device)
+        choice.op(
+            choice.op.prepare(choice.spec, batch),
+            q=q,
+            weights=weights,
+            cache=index_pages,
+            block_table=batch.block_table,
+            kv_lens=batch.kv_lens_device,
+            cu_q=batch.cu_q,
+            out=out,
+        )
+        return out
+
+    @torch.no_grad()
+    def __call__(
+        self, q: torch.Tensor, batch: RaggedBatch, pages: torch.Tensor, selection: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Attend the batch's new tokens with q [T, h, n + r], best made by `queries`; return [T, h, v].
 
-        `pages` [pages, page, c + r] hold the latents of all tokens, the new ones included. The result is
+        `pages` [pages, page, c + r] hold the latents of all tokens, the new ones included; of these, only a
+        `selection` [T, topk] int32 is attended where there is one. The result is
         scratch memory, valid until the next call. Raises ValueError when a tensor does not fit, and
         RuntimeError in a thread that does not hold `scratch.turn`.
         """
@@ -525,20 +552,22 @@ class AttentionCore:
         heads = self.scratch.take("heads", *q.shape[:2], self.config.v_head_dim)
         flat = q.flatten(1)
         projected = Projected(flat, flat, None, flat, q, flat, heads, heads.flatten(1))
-        plan = batch.memo(self._key(), lambda: self._plan(batch))
+        selected = selection is not None
+        plan = batch.memo((*self._key(), selected), lambda: self._plan(batch, selected))
         if plan.absorbed is not None:
-            self._absorbed.run(self.ops, projected, plan.absorbed, pages)
+            self._absorbed.run(self.ops, projected, plan.absorbed, pages, selection=selection)
         if plan.expanded is not None:
             self._expanded.run(self.ops, projected, plan.expanded, pages)
         return heads
 
-    def _key(self) -> object:
+    def _key(self) -> tuple[object, ...]:
         roles = ("latent_attention", "expanded_attention")
         return (*(self.ops[role].key() for role in roles), self._attention, self._limit)
 
-    def _plan(self, batch: RaggedBatch) -> StepPlan:
+    def _plan(self, batch: RaggedBatch, selected: bool) -> StepPlan:
         """Plan a batch, whose queries are turned by no angle: cosines of 1 and sines of 0 change no bit."""
         half = self.config.qk_rope_head_dim // 2
         unturned = plain(torch.zeros(batch.num_tokens, 2 * half, dtype=torch.float32, device=self.device))
         unturned[:, :half] = 1
-        return make_plan(self.config, self.ops, unturned, batch, self._attention, self._limit, self._growth)
+        limits = (self._limit, self._growth)
+        return make_plan(self.config, self.ops, unturned, batch, self._attention, *limits, selected)

@@ -122,11 +122,24 @@ def one_module_twice() -> Any:
     return model
 
 
-def with_an_indexer() -> Any:
-    from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
+def with_an_indexer_of_its_own() -> Any:
+    model = make_model("deepseek_v32")
+    indexer = model.model.layers[1].self_attn.indexer
+    indexer.forward = indexer.forward
+    return model
 
-    indexer = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 4}
-    return DeepseekV32ForCausalLM(DeepseekV32Config(**PLAIN, **indexer))
+
+def without_an_indexer() -> Any:
+    """Of a model whose config says that all layers have one."""
+    model = make_model("glm_moe_dsa")
+    model.model.layers[2].self_attn.indexer = None
+    return model
+
+
+def with_another_indexer() -> Any:
+    from transformers import AXK2Config, AXK2ForCausalLM
+
+    return AXK2ForCausalLM(AXK2Config(**PLAIN))
 
 
 def mixed() -> Any:
@@ -152,7 +165,13 @@ def mixed() -> Any:
         (tied, "o_proj of layer 0 shares its weight"),
         (tied_to_another_part, "o_proj of layer 0 shares its weight"),
         (one_module_twice, "kv_b_proj of layer 0 shares its weight"),
-        (with_an_indexer, "'deepseek_v32' is not supported: an indexer picks"),
+        (with_an_indexer_of_its_own, "indexer of layer 1 has its own forward"),
+        (without_an_indexer, "layer 2 has no index heads, and its config announces 16"),
+        (
+            lambda: make_model("deepseek_v32", index_topk_freq=2, index_skip_topk_offset=1),
+            "layer 1 has 16 index heads, and its config announces none",
+        ),
+        (with_another_indexer, "AXK2ForCausalLM cannot be served: .* its output gate reads the query latent"),
         (
             lambda: make_model("kimi_linear", mla_use_output_gate=True),
             "KimiLinearAttention has no output gates per token, and its config announces 64",

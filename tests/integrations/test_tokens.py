@@ -55,15 +55,19 @@ def test_a_cache_made_without_our_ops_goes_on_with_them_and_back(model: Any, pro
     assert torch.equal(third.sequences, whole)
 
 
-@given(st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=3), st.integers(0, 8))
+@given(
+    st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=3),
+    st.integers(0, 8),
+    st.sampled_from(["deepseek_v3", "deepseek_v32", "glm_moe_dsa"]),
+)
 @settings(max_examples=25, deadline=None)
-def test_any_tokens_may_be_hidden(flags: list[list[bool]], past: int) -> None:
+def test_any_tokens_may_be_hidden(flags: list[list[bool]], past: int, family: str) -> None:
     """On the right, in the middle, among new tokens and old ones: what sees a key has the same logits."""
     ids, mask = torch.arange(3, 3 + 9 * len(flags)).view(-1, 9), torch.tensor(flags).long()
     sees = mask.cumsum(dim=1) > 0
     logits = []
     for ours in (False, True):
-        model, cache = make_model("deepseek_v3"), {}
+        model, cache = make_model(family, **({} if family == "deepseek_v3" else {"index_topk": 4})), {}
         if ours:
             use_mla(model)
         with torch.no_grad():

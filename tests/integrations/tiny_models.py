@@ -49,11 +49,19 @@ YARN = {
     "mscale": 0.707,
     "mscale_all_dim": 0.707,
 }
+# Of an indexer whose scores hardly tie: all heads score few keys 0.
+INDEXER = {"index_topk": 12, "index_n_heads": 16, "index_head_dim": 16}
 # Module of the model, its prefix, and its config.
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "deepseek_v2": ("deepseek_v2", "DeepseekV2", {**PLAIN, "q_lora_rank": None}),
     "deepseek_v3": ("deepseek_v3", "DeepseekV3", {**PLAIN, "rope_parameters": YARN}),
     "deepseek_v3 with biases": ("deepseek_v3", "DeepseekV3", {**PLAIN, "attention_bias": True}),
+    "deepseek_v32": ("deepseek_v32", "DeepseekV32", {**PLAIN, **INDEXER}),
+    "glm_moe_dsa": (
+        "glm_moe_dsa",
+        "GlmMoeDsa",
+        {**PLAIN, **INDEXER, "num_hidden_layers": 4, "indexer_types": ["full", "shared", "full", "shared"]},
+    ),
     "glm4_moe_lite": ("glm4_moe_lite", "Glm4MoeLite", PLAIN),
     "youtu": ("youtu", "Youtu", PLAIN),
     "axk1": ("axk1", "AXK1", PLAIN),

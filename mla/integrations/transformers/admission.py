@@ -116,6 +116,7 @@ def survey(model: Any) -> Survey:
     for layer in layers:
         _check_layer(layer)
         _check_gate(layer, config)
+        _check_indexer(layer, config)
     _check_shared(model, layers)
     weight = layers[0].kv_b_proj.weight
     if len(dtypes := {linear.weight.dtype for layer in layers for _, linear in _projections(layer)}) > 1:
@@ -188,6 +189,21 @@ def _check_gate(layer: Any, config: MLAConfig) -> None:
         raise UnsupportedModel(
             f"{type(layer).__name__} has {rows or 'no'} output gates per token, and its config announces "
             f"{config.gate_width or 'none'}: this class computes another model."
+        )
+
+
+def _check_indexer(layer: Any, config: MLAConfig) -> None:
+    """Raise `UnsupportedModel` where the layer selects keys in another way than the config announces."""
+    indexer, heads = getattr(layer, "indexer", None), config.of_layer(layer.layer_idx).index_n_heads
+    if (found := 0 if indexer is None else indexer.n_heads) != heads:
+        raise UnsupportedModel(
+            f"layer {layer.layer_idx} has {found or 'no'} index heads, and its config announces "
+            f"{heads or 'none'}: this class computes another model."
+        )
+    if indexer is not None and "forward" in vars(indexer):
+        raise UnsupportedModel(
+            f"the indexer of layer {layer.layer_idx} has its own forward, and our ops would skip it: remove "
+            "it first."
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mla.cache.ragged_batch import RaggedBatch, host_ints
+from mla.config import MLAConfig
 from mla.integrations.transformers.admission import is_ours
 from mla.integrations.transformers.errors import (
     NOT_PREPARED,
@@ -19,6 +20,7 @@ from mla.integrations.transformers.errors import (
     require_inference,
     uncompiled,
 )
+from mla.integrations.transformers.indexer import Picked
 from mla.layer.forward import AttentionCore
 from mla.layer.workspace import Turn, Workspace
 
@@ -111,8 +113,9 @@ def _pages(tokens: int) -> int:
 class Attention:
     """One layer's attention, in the place of `expand_kv` and the attention function."""
 
-    def __init__(self, core: AttentionCore, steps: Steps) -> None:
-        self.core, self._steps = core, steps
+    def __init__(self, core: AttentionCore, steps: Steps, model: MLAConfig) -> None:
+        """`model`: the config of all layers, of which the core has that of one."""
+        self.core, self._steps, self.model = core, steps, model
 
     @torch.no_grad()
     def __call__(
@@ -121,13 +124,19 @@ class Attention:
         latent: torch.Tensor,  # [B, 1, s, c], normed
         pe: torch.Tensor,  # [B, 1, s, r], rotated
         flags: torch.Tensor,  # [B, 1, 1, s], on the host
+        picked: Picked | None = None,
     ) -> torch.Tensor:
-        """Return [B, t, h, v]; 0 for queries that see no key."""
+        """Return [B, t, h, v]; 0 for queries that see no key. Only what an indexer `picked` is attended."""
         with self.core.scratch.turn:  # until the result has been copied
-            return self._attend(query, latent, pe, flags)
+            return self._attend(query, latent, pe, flags, picked)
 
     def _attend(
-        self, query: torch.Tensor, latent: torch.Tensor, pe: torch.Tensor, flags: torch.Tensor
+        self,
+        query: torch.Tensor,
+        latent: torch.Tensor,
+        pe: torch.Tensor,
+        flags: torch.Tensor,
+        picked: Picked | None,
     ) -> torch.Tensor:
         paged: Any = getattr(latent, "paged", None)  # a layer of a `PagedCache`: latents are new ones alone
         if paged is None and self.core.cache_format:
@@ -140,11 +149,12 @@ class Attention:
         out = query.new_zeros(*rows.shape[:3], self.core.config.v_head_dim)
         if not step.spans:
             return out
+        selection = None if picked is None else picked.selection(self.core, step, held)
         q = self.core.queries(step.batch.num_tokens)
         counts = [span.tokens for span in step.spans]
         for span, place in zip(step.spans, q.split(counts), strict=True):
             place.copy_(rows[span.request, span.queries])
-        heads = self.core(q, step.batch, held.write(step, latent, pe))
+        heads = self.core(q, step.batch, held.write(step, latent, pe), selection)
         for span, rows_out in zip(step.spans, heads.split(counts), strict=True):
             out[span.request, span.queries] = rows_out
         return out
@@ -186,6 +196,17 @@ class Steps:
                 rows[request, kv.shape[0] :] = 0
         return pages
 
+    def write_index(self, step: Step, keys: torch.Tensor) -> torch.Tensor:
+        """Return all visible index keys of keys [B, s, D], copied to pages [pages, page, D]."""
+        width, count = step.batch.block_table.shape[1], len(step.keys)
+        pages = self.scratch.take("index_pages", count * width, PAGE_SIZE, keys.shape[-1])
+        rows = pages.view(count, width * PAGE_SIZE, keys.shape[-1])
+        for request, visible in enumerate(step.keys):
+            kept = keys[request, visible]
+            rows[request, : kept.shape[0]] = kept
+            rows[request, kept.shape[0] :] = 0
+        return pages
+
 
 @uncompiled
 def attend(
@@ -194,6 +215,7 @@ def attend(
     latent: torch.Tensor,  # [B, 1, s, c]
     pe: torch.Tensor,  # [B, 1, s, r]
     attention_mask: torch.Tensor | None,
+    indices: Picked | None = None,
     **other: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend as `transformers` asks an attention function to; return [B, t, h, v] and no weights.
@@ -206,4 +228,4 @@ def attend(
     require_inference(query, latent, pe, training=module.training)
     if attention_mask is None or not is_ours(attention_mask, query.shape[2]):
         raise UnsupportedModel(OWN_MASK)
-    return attention(query, latent, pe, attention_mask), None
+    return attention(query, latent, pe, attention_mask, indices), None

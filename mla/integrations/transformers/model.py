@@ -21,6 +21,7 @@ from mla.integrations.transformers.admission import (
 )
 from mla.integrations.transformers.attention import Attention, Steps, attend
 from mla.integrations.transformers.errors import UnsupportedModel
+from mla.integrations.transformers.indexer import Indexing
 from mla.integrations.transformers.packed import Packed, PackedKvB, PackedLinear, guard
 from mla.layer.forward import AttentionCore
 from mla.layer.plan import WORKSPACE_BYTES
@@ -100,17 +101,21 @@ def _same(backend: torch.device, model: torch.device) -> bool:
 
 def _prepare(layer: Any, surveyed: Survey, backend: Backend, steps: Steps, cache_format: str | None) -> None:
     """Have one layer run our ops; packed weights take the place of its plain ones."""
+    config = surveyed.config.of_layer(layer.layer_idx)
     core = AttentionCore(
-        surveyed.config,
+        config,
         backend=backend,
         dtype=surveyed.dtype,
         scratch=steps.scratch,
         cache_format=cache_format,
     )
     core.load(layer.kv_b_proj.weight)
-    layer.mla_attention, layer.expand_kv = Attention(core, steps), _as_they_are
+    layer.mla_attention, layer.expand_kv = Attention(core, steps, surveyed.config), _as_they_are
+    if config.index_n_heads:
+        layer.indexer.forward = Indexing(layer.indexer, config)
     layer.kv_b_proj = PackedKvB(layer.kv_b_proj, core)
-    steps.zeroes = not core.ops["latent_attention"].op.nan_safe_tail
+    roles = [role for role in ("latent_attention", "sparse_latent_attention") if role in core.ops]
+    steps.zeroes = not all(core.ops[role].op.nan_safe_tail for role in roles)
     for name in PROJECTIONS:
         if isinstance(linear := getattr(layer, name, None), nn.Linear):  # which kv_b_proj is no more
             setattr(layer, name, PackedLinear(linear, backend.ops(), "auto", steps.scratch.turn))
@@ -140,6 +145,8 @@ def _undo(use: Use) -> None:
                 setattr(layer, name, child.plain())
         for name in ("mla_use", "mla_attention", "expand_kv"):
             vars(layer).pop(name, None)
+        if isinstance(indexer := getattr(layer, "indexer", None), nn.Module):
+            vars(indexer).pop("forward", None)
     if owner := next(filter(None, (model() for model in use.models)), None):
         owner.set_attn_implementation(use.before)
 

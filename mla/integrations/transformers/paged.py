@@ -86,6 +86,16 @@ class PagedLayer(CacheLayerMixin):
         self._cache.written(self._index)
         return pages
 
+    def update_indexer(self, keys: torch.Tensor) -> torch.Tensor:
+        """Hand new index keys [B, t, D] to the attention, to be written to the index pages."""
+        return keys
+
+    def write_index(self, step: Step, keys: torch.Tensor) -> torch.Tensor:
+        """Write a step's index keys, of [B, t, D], and return this layer's index pages."""
+        new = torch.cat([keys[span.request, span.queries] for span in step.spans])
+        self._cache.latents.write_index(self._index, step.batch.slots, new)
+        return self._cache.latents.index_pages[self._cache.latents.index_layers.index(self._index)]
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the number of keys of a step, and the first one."""
         return self.get_seq_length() + query_length, 0
@@ -133,7 +143,7 @@ class PagedCache(Cache):
             )
         self._model, core = model, layers[0].mla_attention.core
         self.latents = LatentCache(
-            core.config,
+            layers[0].mla_attention.model,
             max_tokens=max_tokens,
             page_size=page_size,
             num_layers=len(layers),
@@ -288,7 +298,8 @@ class PagedCache(Cache):
         """Return a copy of a sequence, in this cache or another one."""
         (made,) = home.new_sequences(1)
         for layer in range(len(self.layers)):
-            home.load(made, *self.latents.read(sequence, layer), layer)
+            index = self.latents.read_index(sequence, layer)
+            home.load(made, *self.latents.read(sequence, layer), layer, index=index)
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
