@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import wrong_sparse
 from wrong_attention import ALL
 from wrong_attention.base import FAR, Latent, after
 from wrong_attention.latent import last_key_lost
@@ -39,6 +40,12 @@ def test_every_check_of_attention_has_a_mutant() -> None:
     kinds = ("latent_attention", "expanded_attention")
     fixed = {check.id for check in all_checks() if check.kind in kinds and check.fails != "drawn"}
     assert ALL.keys() & FIXED == fixed
+
+
+def test_every_check_of_sparse_attention_has_a_mutant() -> None:
+    kinds = ("write_index_key", "select_latents", "sparse_latent_attention")
+    fixed = {check.id for check in all_checks() if check.kind in kinds and check.fails != "drawn"}
+    assert wrong_sparse.MUTANTS.keys() == fixed
 
 
 def test_every_check_of_small_ops_has_mutants_of_its_kind() -> None:

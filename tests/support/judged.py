@@ -14,7 +14,10 @@ from mla.conformance.trial import BackendUnderTest, Drawing
 from mla_backends.api import Backend
 from mla_backends.testing import HostBackend
 
-TIMED = ("latent.prepare", "expanded.prepare")  # which time a device, and the host has none
+# Which time a device, and the host has none.
+TIMED = tuple(
+    f"{group}.prepare" for group in ("latent", "expanded", "select_latents", "sparse_latent_attention")
+)
 
 
 def judged(

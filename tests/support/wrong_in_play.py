@@ -25,6 +25,7 @@ import pytest
 import torch
 import wrong_attention
 import wrong_devices
+import wrong_sparse
 from ceiling_cases import measure_limits_quickly
 from smaller_cases import make_nearer
 from sound_backend import Asynchronous, Sound
@@ -256,6 +257,7 @@ GROUPS: Mapping[str, Callable[[], Iterator[Call]]] = {
     "formats": lambda: of_ops(of_formats()),
     "latent": lambda: of_ops(attention("latent")),
     "expanded": lambda: of_ops(attention("expanded")),
+    "sparse": lambda: of_ops(numbered(wrong_sparse.MUTANTS)),
     "layers and devices": of_layers_and_devices,
     "benchmark": of_the_benchmark,
 }

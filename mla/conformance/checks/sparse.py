@@ -153,7 +153,7 @@ def borders(make: Make) -> Iterator[OpCase]:
     for topk in (TOPK, 128, 1, 33, 100, 512):
         lengths = around(topk, 2 * topk)
         yield make((1,) * len(lengths), lengths, topk=topk)
-        yield make((9, 4), (topk + 4, topk + 3), topk=topk)
+        yield make((9, 4, min(3, topk)), (topk + 8, topk + 3, topk), topk=topk)
 
 
 @op_cases("page_sizes", "memory", "a page size that is assumed, or pages that requests share", EITHER)

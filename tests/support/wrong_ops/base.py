@@ -46,7 +46,7 @@ def spoiling(kind: str, spoil: Callable[[Tensor], object], name: str = "out") ->
 
 
 def rows_of(given: dict[str, Any]) -> int:
-    return len(given["kv_a" if "cache" in given else "x"])
+    return len(given["slots" if "slots" in given else "x"])
 
 
 def written(given: dict[str, Any], first: int = 0, last: int | None = None) -> Tensor:
