@@ -42,9 +42,10 @@ HEADS = (1, 2, 3, 4, 5, 8, 12, 15, 16, 17, 20, 24, 31, 32, 33, 40, 48, 63, 64, 6
 MORE_HEADS = (4, 16, 64, 128)  # what an op is given that refuses fewer
 FEW_GROUPS = 4  # ... and one that refuses more
 # The most numbers of operands, and pairs of a query and a key, that a case has, times one of ROOMS.
-NUMBERS, LOGITS, ROOMS, LONG_ROOM, HUGE_ROOM = 1 << 16, 1 << 15, (1, 1, 1, 2, 4, 16), 8, 128
+NUMBERS, LOGITS, ROOMS, LONG_ROOM, HUGE_ROOM = 1 << 16, 1 << 15, (1,) * 6 + (2, 2, 4, 8), 8, 128
 MAX_REQUESTS, MAX_KEYS, HUGE = 300, 5000, (1 << 17) + 70
-REPEATS = (20, 130, 1100)  # of one call
+REPEATS = (20, 130, 20, 130, 1100)  # of one call
+MOST_BYTES = 1 << 27  # that such calls read and write, all together
 MOST_OFTEN = 64  # latents that each query of it selects
 MAX_PRODUCTS = 1 << 24  # of a projection, which devices are slow in that lack the dtype
 FAR, MAX_CACHED = 1 << 15, 1 << 25  # slots that 16 bits do not name, and numbers of a cache with as many
@@ -319,8 +320,11 @@ def attention_case(draw: Draw, field: Field) -> OpCase:
         return max(numbers, gathered) <= NUMBERS * room and logits <= LOGITS * room
 
     if not fits(pairs, heads):  # rather fewer heads than fewer requests
-        fewer = (count for count in HEADS if count < heads and field.serves(spec_of(count)))
-        heads = max((count for count in fewer if fits(pairs, count)), default=heads)
+        fewer = [count for count in HEADS if count < heads and field.serves(spec_of(count))]
+        few = (
+            min((heads, *fewer)) if draw(st.booleans()) else heads
+        )  # where none fit: many requests, or heads
+        heads = max((count for count in fewer if fits(pairs, count)), default=few)
     pairs = fitting(pairs, lambda pairs: fits(pairs, heads))
     pairs = served_lengths(field, spec_of(heads), pairs, page if latent else None)
     new, keys = columns(pairs)
@@ -473,7 +477,9 @@ def scenes(draw: Draw, field: Field) -> Scene:
     return sequence(draw, field, scene) if some(draw, 3) else scene
 
 
-FOLLOWING = ("again", "other numbers", "fewer", "more", "other order", "others", "often")
+FOLLOWING = (
+    "again", "other numbers", "fewer", "more", "other order", "others", "often", "other pages", "other mask",
+)  # fmt: skip
 TURNS = (
     ((0, 1), (1, 1)),
     ((0, 1), (1, 1), (0, 1)),
@@ -492,7 +498,9 @@ def sequence(draw: Draw, field: Field, scene: Scene) -> Scene:
         return replace(scene, order=((0, 1), (0, draw(whole(1, 3)))), kept=kept)
     if what == "often":
         times = draw(among(*REPEATS))
-        return replace(scene, cases=(small(case, times),), order=((0, 1), (0, times)), kept=True)
+        few = small(case, times)
+        times = min(times, max(REPEATS[0], MOST_BYTES // max(1, few.work.bytes)))
+        return replace(scene, cases=(few,), order=((0, 1), (0, times)), kept=True)
     if what == "others":
         other = cases_of(field.kind)(draw, field)
         other = replace(other, layout=layout_of(draw, other))
@@ -521,7 +529,7 @@ def small(case: OpCase, times: int) -> OpCase:
 
 
 def derived(case: OpCase, how: str) -> OpCase:
-    """Return another case of the same spec: fewer or more tokens, or the same in another order."""
+    """Return another case of the same spec: fewer or more tokens, or the same elsewhere, or otherwise."""
     pairs = list(zip(case.query_lens, case.kv_lens, strict=True))
     before, rowwise = pairs, not case.entry.prepares
     if how == "fewer":
@@ -530,6 +538,15 @@ def derived(case: OpCase, how: str) -> OpCase:
         pairs = [(pairs[0][0] + 1,) * 2] if rowwise else [(new, keys + bool(keys)) for new, keys in pairs]
     elif how == "other order":
         pairs = pairs[::-1]
+    elif how == "other pages" and case.entry.cached:  # or slots
+        turned = "falling" if case.stress.order == "rising" else "rising"
+        return case.but(shuffle=case.layout.shuffle + 1, pages=0, order=turned)
+    elif (
+        how == "other mask"
+        and case.kind == "expanded_attention"
+        and all(keys >= new or not keys for new, keys in pairs)
+    ):
+        return replace(case, causal=not case.causal)
     if pairs == before:  # only its numbers are others
         return case
     new, keys = columns(pairs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -142,7 +143,7 @@ def _finite(minutes: float | None) -> float | None:
 @click.pass_obj
 @carried_out
 def cli(
-    words: Sequence[str],
+    command: tuple[Sequence[str], float],
     /,
     backend: str | None,
     device: int | None,
@@ -186,7 +187,9 @@ def cli(
         require_hypothesis()
     options = BackendOptions(backend, device, backend_options, threads)
     asked = Asked(options, dtypes, only, quick, every_case or list_only, minutes, draws, seed)
+    words, started = command
     suite = Suite.opened(asked, xfails)
+    suite.start = started
     if list_only:
         return selection.list_cases(suite.planned, suite.subject)
     if dump_failure:
@@ -226,9 +229,10 @@ def _require_pytest() -> None:
         )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
+def main(arguments: list[str] | None = None, started: float | None = None) -> int:
+    """Run the command line and return its exit code. `started`: when it began, by `time.monotonic`."""
     words = sys.argv[1:] if arguments is None else arguments
+    command = words, time.monotonic() if started is None else started
     return guarded(
-        lambda: cli.main(words, prog_name=program("mla.conformance"), standalone_mode=False, obj=words)
+        lambda: cli.main(words, prog_name=program("mla.conformance"), standalone_mode=False, obj=command)
     )

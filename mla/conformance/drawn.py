@@ -179,12 +179,15 @@ def _search(search: Search, drawing: Drawing, kept: Path | None) -> None:
             search.run(number)
             search.kept += 1
     search.reusing = False
-    end, number = time.monotonic() + drawing.seconds, drawing.seed * 1_000_003
+    start, number, drawn, longest = time.monotonic(), drawing.seed * 1_000_003, 0.0, 0.0
     while search.wrong is None and not search.hopeless:
-        late = time.monotonic() >= end and search.judged > 0
+        seconds = drawing.seconds if search.judged >= drawing.least else drawing.most
+        late = drawn + longest >= seconds and search.judged > 0  # one may take as long as any before it
         if late if drawing.count is None else search.judged >= drawing.count:
             break
         search.run(number)
+        before, drawn = drawn, time.monotonic() - start
+        longest = max(longest, drawn - before)
         if search.wrong is not None and kept is not None:
             _keep(kept, number)
         number += 1

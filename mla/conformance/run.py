@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -43,7 +42,6 @@ class Results:
         self.suite, self.verbose = suite, verbose
         self.by_id: dict[str, CheckResult] = {}
         self.progress = Progress(len(suite.planned))
-        suite.start = time.monotonic()
         self.error: BaseException | None = None  # of our own making: what a backend raises is a result
 
     def pytest_configure(self, config: pytest.Config) -> None:

@@ -33,11 +33,14 @@ if TYPE_CHECKING:
 
 MINUTES = {True: 1.0, False: 5.0}  # that a run takes, if it is quick and if not
 MIN_DRAWS = 300  # judged draws of an op in a dtype, with which its check is green
+STRETCH = 2.0  # times its share of the time that a check may draw for until it has as many
 FOR_DRAWS = {True: 0.3, False: 0.6}  # of the time at least, if it is quick and if not
 MAX_SHARE = 0.15  # of the time that is left for fixed checks, for one of them
 # The time of a draw, in that of the quickest op: so much more of the run's time are draws of the kind given.
-DRAW_TIMES = {"latent_attention": 4.0, "expanded_attention": 3.0, "write_latent": 2.0, "batched_linear": 2.0}
-DRAW_TIMES |= {"select_latents": 3.0, "sparse_latent_attention": 4.0}
+DRAW_TIMES = {
+    "latent_attention": 3.5, "sparse_latent_attention": 3.0, "select_latents": 3.0, "expanded_attention": 2.5,
+    "batched_linear": 2.0, "write_latent": 2.0, "write_index_key": 1.5, "linear": 1.3, "rotate_query": 1.3,
+}  # fmt: skip
 UNUSUAL = 0.2  # times the time of an op that serves what most layers have
 # A product [ROWS, WIDTH] x [WIDTH, WIDTH] that takes this many times as long as in a wider dtype is slow.
 FACTOR = 3.0
@@ -312,7 +315,7 @@ class Suite:
     xfails: Xfails = field(default_factory=Xfails)
     keeper: Keeper | None = None
     selected: Sequence[Instance] | None = None  # what of the plan a pytest runs; None: all
-    ended: dict[str, float] = field(default_factory=dict)  # id of a check that ended -> seconds that it drew
+    ended: set[str] = field(default_factory=set)  # the ids of checks that ended
     start: float = field(default_factory=time.monotonic)  # of the run, later by what is beside its time
 
     @classmethod
@@ -344,14 +347,16 @@ class Suite:
         require_cases(planned, self.subject)
         return planned
 
+    @property
+    def left(self) -> float:
+        """The seconds that are left of a run's; below 0 if it is late."""
+        return self.start + self.asked.seconds - time.monotonic()
+
     def share(self, instance: Instance) -> float:
-        """Return the seconds for a check that draws: its share of those left, or of `FOR_DRAWS` of all."""
+        """Return the seconds for a check that draws: its share of those left."""
         among = self.planned if self.selected is None else self.selected
         weights = {peer.id: self._weight(peer) for peer in among if peer.id not in self.ended}
-        total, now = self.asked.seconds, time.monotonic()
-        least = total * FOR_DRAWS[self.asked.quick] - sum(self.ended.values())
-        left = max(total - (now - self.start), least, 0.0)
-        return left * self._weight(instance) / (sum(weights.values()) or 1.0)
+        return max(0.0, self.left) * self._weight(instance) / (sum(weights.values()) or 1.0)
 
     def _weight(self, instance: Instance) -> float:
         """Return the weight of a check that draws, which is small if its op refuses what most layers have."""
@@ -374,11 +379,12 @@ class Suite:
 
     def carry_out(self, instance: Instance) -> CheckResult:
         """Run one check, and keep the first wrong call if that was asked for."""
-        self.subject.drawing.seconds, self.subject.drawing.until = self.share(instance), self.until
+        drawing, share = self.subject.drawing, self.share(instance)
+        drawing.seconds, drawing.least = share, MIN_DRAWS
+        drawing.most, drawing.until = min(STRETCH * share, max(0.0, self.left)), self.until
         result = carry_out(instance, self.subject, self.xfails)
-        self.ended[instance.id] = 0.0
+        self.ended.add(instance.id)
         if result.drawn is not None:
-            self.ended[instance.id] = result.drawn.seconds
             self.start += result.seconds - result.drawn.seconds  # shrinking is beside the time of the run
         if self.keeper is not None:
             self.keeper.see(instance, result)

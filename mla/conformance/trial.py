@@ -66,7 +66,9 @@ class Drawing:
     """How many cases are drawn; the same for all checks of a run but `seconds`."""
 
     count: int | None = None  # of draws; None: as many as `seconds` allow
-    seconds: float = 0.0  # that the check which runs next may draw for
+    seconds: float = 0.0  # that the check which runs next may draw for ...
+    most: float = 0.0  # ... or this, until it has `least` judged draws
+    least: int = 0
     until: float = math.inf  # by `time.monotonic`: after that, a check that draws nothing has one case served
     seed: int = 0
     folder: Path | None = None  # where the numbers of failures are kept, to come first the next time

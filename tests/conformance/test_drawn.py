@@ -19,6 +19,7 @@ from mla.cases.played import Player, Scene
 from mla.cases.stress import Stress, slots
 from mla.command.options import BackendOptions
 from mla.conformance import suite
+from mla.conformance.checks.drawn import GROUPS
 from mla.conformance.cli import main
 from mla.conformance.drawn import FORMAT, Search
 from mla.conformance.report import CheckResult, decode
@@ -76,8 +77,7 @@ def drawn(judge: Run, backend: Any, kind: str, count: int) -> CheckResult:
 
 @pytest.mark.parametrize("kind", list(REFERENCE))
 def test_the_reference_is_right(judge: Run, sound: Any, kind: str) -> None:
-    group = kind.removesuffix("_attention")
-    (result,) = judge(sound(), f"{group}.drawn[reference-*]", drawing=Drawing(FEW))
+    (result,) = judge(sound(), f"{GROUPS.get(kind, kind)}.drawn[reference-*]", drawing=Drawing(FEW))
     assert (result.status, result.reason) == ("incomplete", f"{FEW} of 300 drawn cases were judged")
     assert result.drawn is not None
     assert (result.drawn.judged, result.drawn.refused, result.drawn.seed) == (FEW, 0, 0)
@@ -374,7 +374,7 @@ def test_time_is_shared_among_what_is_selected(monkeypatch: pytest.MonkeyPatch) 
     assert 0 < opened.share(norm) < opened.share(latent) < 45
     opened.selected = [norm, latent]
     assert opened.share(norm) + opened.share(latent) == pytest.approx(60)
-    opened.ended[latent.id] = 5.0
+    opened.ended.add(latent.id)
     assert opened.share(norm) == 60
 
 
