@@ -208,6 +208,8 @@ def _in_text_config(values: Values) -> Values:
     return {"model_type": "kimi_vl", "hidden_size": 5, "text_config": inner, **outer}
 
 
+INDEXER = {"index_topk": 8, "index_n_heads": 2, "index_head_dim": 24}
+
 LAYOUTS: dict[str, Layout] = {
     "full-names": Layout(),
     "self-attn-names": Layout(rename=lambda state: named(state, "self_attn."), layer=3),
@@ -272,6 +274,17 @@ LAYOUTS: dict[str, Layout] = {
         rename=_ling,
         split=True,
         index=True,
+    ),
+    "deepseek-v3.2-fp8": Layout(
+        changes={"model_type": "deepseek_v32", **INDEXER},
+        quantized=True,
+        keep=("indexer.weights_proj.weight",),
+        split=True,
+        index=True,
+        beside=neighbours,
+    ),
+    "deepseek-v3.2-own-names": Layout(
+        changes={"model_type": "deepseek_v32", **INDEXER}, quantized=True, rename=own, split=True
     ),
     "two-attentions": Layout(
         rename=lambda state: named(state, f"{LAYER}1."), beside=_second_attention, layer="3.1"

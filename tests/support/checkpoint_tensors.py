@@ -132,8 +132,9 @@ def own(state: State, prefix: str = "layers.3.attn.") -> State:
     """Return the weights under DeepSeek's own names, scales as `.scale`."""
     renamed = {}
     for name, weight in state.items():
-        module, _, rest = name.partition(".")
-        renamed[f"{prefix}{OWN_NAMES[module]}.{'scale' if rest == 'weight_scale_inv' else rest}"] = weight
+        module, _, rest = name.partition(".")  # an indexer's names are the same
+        rest = rest.replace("weight_scale_inv", "scale")
+        renamed[f"{prefix}{OWN_NAMES.get(module, module)}.{rest}"] = weight
     return renamed
 
 
