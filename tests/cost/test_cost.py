@@ -235,3 +235,48 @@ def test_where_both_paths_run_the_weights_they_share_count_once(tiny: Any) -> No
 @pytest.mark.parametrize(("rank", "roles"), [(None, False), (24, True)])
 def test_only_a_config_with_a_query_latent_expands_queries(tiny: Any, rank: int | None, roles: bool) -> None:
     assert ("q_b_proj" in cost.role_costs(tiny(q_lora_rank=rank), [1], [5], 2)) == roles
+
+
+# --------------------------------------------------------------------------------------------- an indexer
+V32 = MLAConfig.preset("deepseek-v3.2")
+
+
+@pytest.mark.parametrize(
+    ("keys", "scores", "attended", "megabytes"),
+    [
+        (4096, 0.067, 0.570, 3.4),
+        (8192, 0.134, 0.570, 4.5),
+        (32768, 0.537, 0.570, 10.7),
+        (131072, 2.147, 0.570, 35.9),
+    ],
+)
+def test_a_token_of_deepseek_v32_by_hand(keys: int, scores: float, attended: float, megabytes: float) -> None:
+    """FLOPs per query and key are 2 * 64 * 128 of the indexer and 2 * 128 * (576 + 512) of attention."""
+    roles = cost.role_costs(V32, [1], [keys], 2)
+    assert roles["select_latents"].flops / 1e9 == pytest.approx(scores, abs=5e-4)
+    assert roles["sparse_latent_attention"].flops / 1e9 == pytest.approx(attended, abs=5e-4)
+    read = roles["select_latents"].bytes + roles["sparse_latent_attention"].bytes
+    assert read / 1e6 == pytest.approx(megabytes, abs=0.06)
+    assert "latent_attention" not in roles
+    indexer = sum(roles[f"index_{part}_proj"].flops for part in ("q", "k", "weights"))
+    assert indexer == 2 * cost.indexer_parameters(V32)
+    assert indexer / 1e9 == pytest.approx(0.028, abs=5e-4)
+    assert roles["index_weights_proj"].bytes == 4 * 7168 * 64, "which is kept in float32"
+
+
+def test_a_batch_within_topk_costs_what_a_dense_one_does_and_its_index_keys() -> None:
+    lengths = [1, 300], [2048, 300]
+    dense = cost.role_costs(MLAConfig.preset("deepseek-v3"), *lengths, 2)
+    sparse = cost.role_costs(V32, *lengths, 2)
+    assert sparse == {**dense, **{role: sparse[role] for role in ("index_k_proj", "write_index_key")}}
+    assert sparse["write_index_key"] == Work(0, 301 * 256)
+    beyond = cost.role_costs(V32, [1, 300], [2049, 300], 2)
+    assert "expanded_attention" not in beyond, "one context beyond makes the batch sparse"
+    assert beyond["sparse_latent_attention"].bytes == (2048 + 300) * 1152
+    pairs = 2048 + 300 * 301 // 2
+    assert beyond["sparse_latent_attention"].flops == 2 * 128 * pairs * 1088
+
+
+def test_weights_of_an_indexer_are_counted() -> None:
+    shapes = weight_shapes(V32)
+    assert cost.parameters(V32) == sum(shape[0] * shape[1] for shape in shapes.values() if len(shape) == 2)

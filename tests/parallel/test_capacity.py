@@ -7,6 +7,7 @@ import math
 import pytest
 
 from mla import MLAConfig
+from mla.cost import parameters
 from mla.parallel.layout import Layout, capacity, layouts
 from mla.weights import weight_shapes
 
@@ -36,3 +37,15 @@ def test_all_layouts_of_a_size_are_found_and_no_others() -> None:
         for dcp in range(1, 13)
         if tp * dp * dcp == 12 and 16 % (tp * dcp) == 0
     }
+
+
+def test_index_keys_take_room_in_the_layers_that_have_an_indexer() -> None:
+    """GLM-5.2 has one in 21 of 78 layers; DeepSeek-V3.2 in all of its."""
+    glm = MLAConfig.preset("glm-5")
+    found = capacity(glm, Layout(), 80 * GIB, layers=78)
+    indexer = 32 * 128 * 2048 + 6144 * (128 + 32)
+    assert found.weight_bytes == 2 * (78 * (parameters(glm) - indexer) + 21 * indexer)
+    assert found.tokens == (80 * GIB - found.weight_bytes) // (2 * (78 * 576 + 21 * 128))
+    deepseek = MLAConfig.preset("deepseek-v3.2")
+    alone = capacity(deepseek, Layout(), 80 * GIB, layers=1)
+    assert alone.tokens == (80 * GIB - alone.weight_bytes) // (2 * (576 + 128))

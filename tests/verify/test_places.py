@@ -196,3 +196,10 @@ def test_a_description_names_one_row_and_what_all_have_in_common(places: Places)
     )
     assert worst.startswith("request 2, position 67, head 7 (row 43; ")
     assert describe(bad[41], None, 6) == "row 6; every row from row 6 on"
+
+
+def test_some_of_the_rows_keep_their_names() -> None:
+    whole = Places.new_tokens([2, 3], [5, 9], torch.tensor([[1, 0], [3, 2]]), 8)
+    part = whole.of(torch.tensor([1, 4]))
+    assert len(part) == 2
+    assert [part.name(row) for row in (0, 1)] == [whole.name(row) for row in (1, 4)]

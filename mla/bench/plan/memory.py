@@ -377,7 +377,9 @@ def _op_host_bytes(pool: Pool, on_device: int) -> int:
     """
     operands = pool.case.work.bytes + _pool_bytes(pool)
     wide = operands * 8 // pool.case.spec.dtype.itemsize
-    judged = 4 * 8 * one_op.numbers(pool)
+    case, (held, taken) = pool.case, pool.size
+    true = sum(math.prod(case.shape(words)) for words in case.entry.truths.values())
+    judged = 8 * max(4 * one_op.numbers(pool), 2 * true * held // taken)  # of a selection, all scores
     return operands + wide + on_device + judged + 3 * LOGITS_BYTES
 
 

@@ -56,6 +56,20 @@ def test_the_history_exists_twice_on_the_host() -> None:
     assert sixteen.host - one.host >= 2 * 15 * 4000 * config.latent_dim * setting.dtype.itemsize
 
 
+def test_an_indexer_has_weights_and_keys_of_all_tokens() -> None:
+    """16 x 4000 keys of 128 numbers are on the device, and twice on the host, once with other signs."""
+    preset, backend = mla.MLAConfig.preset("deepseek-v3.2"), mla.load_backend("cpu", threads=1)
+    config = replace(preset, hidden_size=256, num_attention_heads=2, q_lora_rank=128)
+    point = Point(name="d", base="d", mode="decode", runs=2, query_lens=(1,) * 16, history=(4000,) * 16)
+    plans = []
+    for heads in (64, 0):
+        setting = Setting(replace(config, index_n_heads=heads), backend, torch.bfloat16, "auto", 64, 0)
+        plans.append(plan_scenarios(setting, [point], ["mla"])[0][0].memory)
+    (indexed, other), keys = plans, 2 * 16 * 4000 * 128
+    weights = 2 * (64 * 128 * 128 + 256 * (64 + 128))
+    assert indexed.per_implementation - other.per_implementation >= keys + weights
+
+
 class Copying(FaultyOp):
     """An op that keeps a copy of its weight, as one with a layout of its own does."""
 
