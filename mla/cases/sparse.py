@@ -252,7 +252,7 @@ class SelectLatents(OverPages):
         "out": "T k",
     }
     results = {"out": "T k", "coarse": "T k"}  # the same, of ops that compare scores in fp32 and in bf16
-    truths = {"reach": "T L", "best": "T", "least": "T"}
+    truths = {"reach": "T L", "rival": "T k+1", "floor": "T k+1"}
     dtypes = {**DTYPES, "out": torch.int32, "coarse": torch.int32}
     varied = ("q", "weights")
     cached = "d"

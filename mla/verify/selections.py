@@ -1,8 +1,9 @@
 """Whether a selection is right: causal, distinct, complete, and of keys whose true scores are high enough.
 
 Which indices are selected is never compared: scores tie, and those closer than rounding may fall any way. An
-op computes a score that is at most `b` from the true one, and takes the k largest of what it computes. So it
-takes no key whose true score is below the k-th largest of all `true - b` by more than its own `b`.
+op computes each score within a bound of its own, and takes the k largest of what it computes. So no key that
+is left out is certain to score higher than one that is taken: its true score less its bound is at most the
+other's true score and bound. The sum of what is taken is then within the bounds of the best possible.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ def true_selection(
     """Return what judges selections, in float64.
 
     `reach` [T, longest]: of every key that a query sees, the most that its score may be computed as; -inf
-    behind. `best` and `least` [T]: the k-th largest score, and the least that it may be computed as.
+    behind. `rival` and `floor` [T, k + 1]: the keys whose scores are computed highest at least, one of which
+    is left out, or -1; and these least scores, or -inf.
     """
     reach = torch.full((len(q), longest), -torch.inf, dtype=torch.float64)
-    best, least = (torch.full((len(q),), -torch.inf, dtype=torch.float64) for _ in range(2))
+    rival, floor = (torch.full((len(q), topk + 1), none, dtype=torch.float64) for none in (-1.0, -torch.inf))
     run = 0
     while run < len(q):
         first, seen = spans[run]
@@ -48,11 +50,12 @@ def true_selection(
         hidden = torch.arange(seen) >= own[:, None]
         scores.masked_fill_(hidden, -torch.inf)
         reach[run:stop, :seen] = scores + bounds
-        if topk <= seen:  # of fewer, all are taken
-            best[run:stop] = scores.topk(topk).values[:, -1]
-            least[run:stop] = (scores - bounds).topk(topk).values[:, -1]
+        surest = (scores - bounds).topk(min(topk + 1, seen))
+        seen_too = surest.values > -torch.inf
+        rival[run:stop, : seen_too.shape[1]] = torch.where(seen_too, surest.indices.double(), -1.0)
+        floor[run:stop, : seen_too.shape[1]] = surest.values
         run = stop
-    return {"reach": reach, "best": best, "least": least}
+    return {"reach": reach, "rival": rival, "floor": floor}
 
 
 def true_scores(
@@ -77,9 +80,9 @@ def judge_selection(
     """Return the worst error over its bound of a selection [T, k] int32, and the reason if that is above 1.
 
     `truth` is that of `true_selection`. `in_bf16`: scores may be rounded to bfloat16, so that keys within one
-    unit in its last place of the k-th score are as good. Whatever is not a matter of scores is infinite.
+    unit in its last place are as good. Whatever is not a matter of scores is infinite.
     """
-    reach, best, least = truth["reach"], truth["best"], truth["least"]
+    reach = truth["reach"]
     if result.dtype != torch.int32 or result.dim() != 2 or len(result) != len(reach):
         return math.inf, f"{result.dtype} {list(result.shape)} instead of torch.int32 [{len(reach)}, k]"
     if not result.numel():
@@ -95,10 +98,25 @@ def judge_selection(
     ):
         if bool(bad.any()):
             return math.inf, f"{int(bad.sum())} of {len(bad)} selections {what}: {describe(bad, places)}"
-    reached = reach.gather(1, chosen.clamp(0, reach.shape[1] - 1))
-    lowest = reached.masked_fill(~named, torch.inf).amin(1)
-    bound = best - least + ((_bf16_unit(best) + _bf16_unit(lowest)) / 2 if in_bf16 else 0.0)
-    ratios = ((best - lowest + bound) / (2 * bound)).nan_to_num(nan=0.0).clamp_min(0)  # -inf: all are taken
+    return _by_scores(chosen, named, truth, places, in_bf16)
+
+
+def _by_scores(
+    chosen: torch.Tensor, named: torch.Tensor, truth: Tensors, places: Places | None, in_bf16: bool
+) -> tuple[float, str]:
+    """Judge a selection [T, k] int64 that is complete and distinct: entries that are `named` are seen."""
+    reach, rival = truth["reach"], truth["rival"].long()
+    taken = torch.zeros((len(reach), reach.shape[1] + 1), dtype=torch.bool)
+    taken.scatter_(1, torch.where(named, chosen, reach.shape[1]), torch.ones_like(named))
+    left_out = (rival >= 0) & ~taken.gather(1, rival.clamp_min(0))
+    highest, which = truth["floor"].masked_fill(~left_out, -torch.inf).max(1)  # that is left out
+    missed = rival.gather(1, which[:, None]).clamp_min(0)
+    lowest = reach.gather(1, chosen.clamp_min(0)).masked_fill(~named, torch.inf).amin(1)  # that is taken
+    bound = reach.gather(1, missed)[:, 0] - highest
+    if in_bf16:
+        unit = (_bf16_unit(highest) + _bf16_unit(lowest)) / 2
+        bound, highest = bound + unit, highest - unit
+    ratios = torch.where(highest > -torch.inf, 1 + (highest - lowest) / bound, 0.0).clamp_min(0)
     index = int(ratios.argmax())
     worst = ratios[index].item()
     if worst <= 1:
@@ -106,8 +124,8 @@ def judge_selection(
     bad = ratios > 1
     return worst, (
         f"{int(bad.sum())} of {len(bad)} selections leave out a token that scores higher: "
-        f"{describe(bad, places, index)} takes one of {lowest[index].item():.5g}; the last of the best has "
-        f"{best[index].item():.5g}"
+        f"{describe(bad, places, index)} leaves out position {int(missed[index])}, which scores at least "
+        f"{highest[index].item():.5g}, and takes one of at most {lowest[index].item():.5g}"
     )
 
 

@@ -198,6 +198,12 @@ def by_threshold(scores: Tensor, count: int) -> Tensor:
     return torch.where(reached > reached[:, -1:], chosen, chosen[:, -1:])
 
 
+def first_reached(scores: Tensor, count: int) -> Tensor:
+    """Whatever reaches the last of the best, in order, until there are enough."""
+    reached = scores >= scores.topk(count, dim=1).values[:, -1:]
+    return reached.float().sort(dim=1, descending=True, stable=True).indices[:, :count]
+
+
 def overflowing(room: int) -> Callable[[Tensor, int], Tensor]:
     """Of the scores that share their leading bits with the last of the best, the first few are looked at."""
 
@@ -463,7 +469,7 @@ MUTANTS: Makers = {
         lambda: selecting(rounds_up=True),
     ],
     "select_latents.negative": [lambda: selecting(hide=with_zero)],
-    "select_latents.ties": [lambda: selecting(pick=by_threshold)],
+    "select_latents.ties": [lambda: selecting(pick=by_threshold), lambda: selecting(pick=first_reached)],
     "select_latents.crowded": [
         lambda: selecting(pick=overflowing(4096)),
         lambda: selecting(pick=overflowing(2048)),
