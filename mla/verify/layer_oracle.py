@@ -149,7 +149,7 @@ def _request(
     if held is not None:
         kept = held(torch.arange(kv.shape[0]))
         past, unseen = (past[0][kept], past[1][kept]), ~held(positions[:t])
-    left = torch.zeros(choices, t, kv.shape[0] + t, dtype=torch.bool)
+    left = None
     if selection is not None:  # column 0 stands for -1
         named = torch.zeros(choices, t, kv.shape[0] + t + 1, dtype=torch.bool)
         left = ~named.scatter_(2, selection + 1, True)[..., 1:]
@@ -189,7 +189,7 @@ def _attend(
     past: Pair,  # kv [p, c], pe [p, r]: seen by all choices
     new: Pair,  # kv [n, t, c], pe [n, t, r]
     unseen: torch.Tensor,  # [t] bool: new tokens that nothing attends
-    left: torch.Tensor,  # [n, t, p + t] bool: what each query leaves out
+    left: torch.Tensor | None,  # [n, t, p + t] bool: what each query leaves out
 ) -> torch.Tensor:
     """Return attention [n, t, h, v] over expanded keys and values; heads and choices in turn bound memory."""
     nope, v = config.qk_nope_head_dim, config.v_head_dim
@@ -199,8 +199,8 @@ def _attend(
     heads = []
     for head, weight in enumerate(kv_b):
         seen = _expanded(weight, past, nope)
-        parts = (x.split(at_once) for x in (q[:, :, head], *_expanded(weight, new, nope), left))
-        chunks = zip(*parts, strict=True)
+        parts = [x.split(at_once) for x in (q[:, :, head], *_expanded(weight, new, nope))]
+        chunks = zip(*parts, [None] * len(parts[0]) if left is None else left.split(at_once), strict=True)
         sink = state["sinks"][head].item() if config.sink_logits else -math.inf
         attended = [_softmax_attention(config.softmax_scale, sink, unseen, *seen, *chunk) for chunk in chunks]
         heads.append(torch.cat(attended))
@@ -223,16 +223,17 @@ def _softmax_attention(
     q: torch.Tensor,  # [n, t, nope + r]
     keys: torch.Tensor,
     values: torch.Tensor,  # [n, t, v]
-    left: torch.Tensor,  # [n, t, p + t] bool
+    left: torch.Tensor | None,  # [n, t, p + t] bool
 ) -> torch.Tensor:
     """Return one head's attention [n, t, v] over what all choices see, and each over its own tokens."""
     (n, t), past = q.shape[:2], past_keys.shape[0]
     future = torch.ones(t, t, dtype=torch.bool).triu(1) | unseen
     among_new = (q @ keys.mT).masked_fill_(future, -torch.inf)
     logits = torch.cat((q.flatten(0, 1) @ past_keys.T, among_new.flatten(0, 1)), dim=1)
-    logits.masked_fill_(left[..., left.shape[2] - t - past :].flatten(0, 1), -torch.inf)
+    if left is not None:
+        logits.masked_fill_(left.flatten(0, 1), -torch.inf)
     weights = logits.mul_(scale).softmax(-1)
-    if bool(unseen.any()) or bool(left.any()):  # a token may attend nothing
+    if left is not None or bool(unseen.any()):  # a token may attend nothing
         weights.masked_fill_(logits.isneginf().all(-1, keepdim=True), 0.0)
     if sink > -math.inf:  # it takes its share of what all keys had
         weights /= 1 + (sink - logits.logsumexp(-1, keepdim=True)).exp()
@@ -240,27 +241,10 @@ def _softmax_attention(
     return from_past + weights[:, past:].unflatten(0, (n, t)) @ values
 
 
-def true_scores(
-    config: MLAConfig,
-    state: State,
-    hidden: torch.Tensor,  # [T, d], requests back to back
-    query_lens: Sequence[int],
-    history: Sequence[torch.Tensor],  # per request index keys [s, D], normed and rotated
-) -> list[torch.Tensor]:
-    """Return what the indexer scores every key of each request, [t, s + t] in float64; -inf for later ones.
-
-    The indexer of DeepSeek-V3.2 (its technical report, section 2.1): each head's weight times the positive
-    part of query times key, summed, with a LayerNorm of 1e-6 on keys and the first r channels rotated.
-    """
-    wide = {name: weight.double() for name, weight in _host(state).items()}
-    requests = zip(hidden.cpu().double().split(list(query_lens)), history, strict=True)
-    return [_scores(config, wide, new, past.cpu().double()) for new, past in requests]
-
-
 def index_keys_of(
     config: MLAConfig, state: State, hidden: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
-    """Return the index keys [t, D] of hidden [t, d] in float64."""
+    """Return the index keys [t, D] of hidden [t, d] in float64 (DeepSeek-V3.2's report, section 2.1)."""
     k = _project(state, "indexer.wk", hidden)
     k = k - k.mean(-1, keepdim=True)
     k = k / (k.square().mean(-1, keepdim=True) + 1e-6).sqrt() * state["indexer.k_norm.weight"]
@@ -271,21 +255,6 @@ def _turned(config: MLAConfig, x: torch.Tensor, positions: torch.Tensor) -> torc
     """Return x [t, H, D] with its first r channels rotated, in the indexer's layout."""
     layout, r = replace(config, rope_interleave=config.indexer_rope_interleave), config.qk_rope_head_dim
     return torch.cat((_rotate(layout, x[..., :r], positions), x[..., r:]), dim=-1)
-
-
-def _scores(config: MLAConfig, state: State, hidden: torch.Tensor, past: torch.Tensor) -> torch.Tensor:
-    t, heads = hidden.shape[0], config.index_n_heads
-    positions = torch.arange(past.shape[0], past.shape[0] + t)
-    q_a = _project(state, "q_a_proj", hidden)
-    q_a = _norm(q_a, state["q_a_layernorm.weight"], config.rms_norm_eps) * config.q_latent_scale
-    q = _turned(config, _project(state, "indexer.wq_b", q_a).unflatten(1, (heads, -1)), positions)
-    keys = torch.cat((past, index_keys_of(config, state, hidden, positions)))
-    weights = _project(state, "indexer.weights_proj", hidden) * heads**-0.5
-    scores = torch.zeros(t, keys.shape[0], dtype=torch.float64)
-    for head in range(heads):
-        seen = (q[:, head] @ keys.T) * config.index_head_dim**-0.5
-        scores += weights[:, head : head + 1] * seen.clamp_min(0)
-    return scores.masked_fill_(torch.arange(keys.shape[0]) > positions[:, None], -torch.inf)
 
 
 def _project(state: State, name: str, x: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mla
 from mla import LatentCache, MLAConfig
 from mla.cases.memory import poison
+from mla.errors import UnsupportedOps
 from mla.parallel.cache import ShardedCache
 from mla.parallel.groups import SimulatedGroups, summed_bytes
 from mla.parallel.layer import HeadShard, ParallelMLA
@@ -105,15 +106,16 @@ def rank_forward(
     layer.load_state_dict(state_of(config))
     if layout.dcp > 1:
         share = Share(groups.place.dcp, layout.dcp)
-        cache = ShardedCache(CONFIG, share, max_tokens=2048, page_size=8, shuffle=3, **stored)
+        cache = ShardedCache(config, share, max_tokens=2048, page_size=8, shuffle=3, **stored)
     else:
-        cache = LatentCache(CONFIG, max_tokens=2048, page_size=8, shuffle=3, **stored)
+        cache = LatentCache(config, max_tokens=2048, page_size=8, shuffle=3, **stored)
     poison(cache.pages)
     ids = cache.new_sequences(len(HISTORY))
     for sequence, tokens in zip(ids, TOKENS, strict=True):
-        cache.load(sequence, *tokens)
+        index = tokens[0][:, : config.index_head_dim] if config.index_n_heads else None
+        cache.load(sequence, *tokens, index=index)
     batch = cache.extend(ids, NEW)
-    return lambda out: layer(HIDDEN, batch, cache.pages[0], out=out)
+    return lambda out: layer(HIDDEN, batch, *cache.of_layer(0), out=out)
 
 
 def error(out: torch.Tensor, config: MLAConfig, state: State, held: Held | None = None) -> float:
@@ -145,6 +147,17 @@ CASES = [*((layout, CONFIG) for layout in LAYOUTS), *(("tp=2,dcp=2", config) for
 @pytest.mark.parametrize(("layout", "config"), CASES)
 def test_all_ranks_equal_one_device(layout: str, config: MLAConfig) -> None:
     assert max(error(out, config, state_of(config)) for out in outputs(layout, config)) < 1e-5
+
+
+def test_ranks_of_heads_select_alike() -> None:
+    """Each has the whole indexer and all index pages; with parts of contexts, none could select."""
+    config = replace(CONFIG, index_topk=8, index_n_heads=4, index_head_dim=12)
+    (alone,) = outputs("tp=1", config)
+    assert error(alone, config, state_of(config)) > 1e-2  # than all keys give
+    for out in outputs("tp=4", config):
+        assert (out - alone).norm() < 1e-5 * alone.norm()
+    with pytest.raises(UnsupportedOps, match="has an indexer, which needs whole contexts: use a layout with"):
+        outputs("tp=2,dcp=2", config)
 
 
 @pytest.mark.parametrize("layout", ["tp=8", "tp=2,dcp=4"])
