@@ -387,7 +387,7 @@ static void sparse_attention(Latent a, int64_t tokens, int64_t most, int threads
         lengths[t] = (int32_t)(std::find(row, row + most, -1) - row);
     }
     std::iota(starts, starts + tokens + 1, 0);
-    a.owner = owner, a.kv_lens = lengths, a.cu_q = starts, a.requests = tokens;
+    a.owner = owner, a.kv_lens = lengths, a.cu_q = starts, a.requests = tokens, a.rows = 128;
     latent_attention(a, threads);
 }
 

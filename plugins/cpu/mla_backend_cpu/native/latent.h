@@ -1,4 +1,4 @@
-// Absorbed attention over latent pages. A task is up to 64 (query, head) rows of one request against a part
+// Absorbed attention over latent pages. A task is some (query, head) rows of one request against a part
 // of its keys; long requests are cut so that all threads have work, and the parts are merged by their running
 // maxima.
 #pragma once
@@ -30,6 +30,7 @@ struct Latent {
     const int32_t* selection = nullptr;
     int64_t selection_row = 0;
     const int32_t* owner = nullptr;
+    int64_t rows = 64;  // of a task, at most: more share the copies of selected keys
     int64_t page_bytes = page_size * layout.bytes;
 
     // Where a slot of a page lies: bf16 in a plain cache, else bytes.
@@ -50,7 +51,6 @@ struct LatentTask {
     int64_t saved;            // where the part is kept
 };
 
-constexpr int64_t LATENT_ROWS = 64;
 // Keys of a part at least: splitting shorter ones costs more than it gives, unless threads would have no
 // work.
 constexpr int64_t LEAST_PART = 512, LEAST_ALONE = MLA_TILES ? 512 : 160;
@@ -62,13 +62,13 @@ static void plan_latent(const Latent& a, int threads, std::vector<LatentTask>& t
     for (int64_t b = 0; b < a.requests; b++) {
         const int64_t rows = (a.cu_q[b + 1] - a.cu_q[b]) * a.heads;
         work += rows * a.kv_lens[b];
-        whole += (rows + LATENT_ROWS - 1) / LATENT_ROWS;
+        whole += (rows + a.rows - 1) / a.rows;
     }
     const int64_t least = whole < threads ? LEAST_ALONE : LEAST_PART;
     for (int64_t b = 0; b < a.requests; b++) {
         const int64_t rows = (a.cu_q[b + 1] - a.cu_q[b]) * a.heads, keys = a.kv_lens[b];
-        for (int64_t row = 0; row < rows; row += LATENT_ROWS) {
-            const int64_t count = std::min(LATENT_ROWS, rows - row);
+        for (int64_t row = 0; row < rows; row += a.rows) {
+            const int64_t count = std::min(a.rows, rows - row);
             int64_t size = std::max(least, work / (4 * threads * count) + 1);
             int64_t parts = std::max<int64_t>(1, threads == 1 ? 1 : (keys + size - 1) / size);
             if (parts > threads) parts -= parts % threads;  // as much for each
@@ -89,7 +89,7 @@ static void plan_latent(const Latent& a, int threads, std::vector<LatentTask>& t
 }
 
 static Row* latent_rows(const Latent& a, const LatentTask& task) {
-    Row* rows = scratch<20>().take<Row>(LATENT_ROWS);
+    Row* rows = scratch<20>().take<Row>(a.rows);
     const int64_t start = a.cu_q[task.request], queries = a.cu_q[task.request + 1] - start;
     for (int64_t i = 0; i < task.rows; i++) {
         const int64_t query = (task.first_row + i) / a.heads, head = (task.first_row + i) % a.heads,
