@@ -13,7 +13,7 @@ from itertools import accumulate
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from mla_backends.api import AttentionSpec, FusedOp, NormSpec, SegmentLengths
+from mla_backends.api import OPS, AttentionSpec, FusedOp, NormSpec, SegmentLengths
 from mla_backends.errors import describe, one_line, out_of_memory
 
 if TYPE_CHECKING:
@@ -71,7 +71,10 @@ def _with_cause(error: BaseException) -> str:
 def try_latent(
     op: FusedOp, spec: AttentionSpec, page_size: int, lengths: Lengths = ROWS, with_lse: bool = True
 ) -> str:
-    """Run a `latent_attention` op on two requests; return what is wrong, "" if nothing."""
+    """Run an op of absorbed attention on two requests; return what is wrong, "" if nothing.
+
+    One of `sparse_latent_attention` selects half of what each token sees, as far as its width reaches.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -81,6 +84,8 @@ def try_latent(
     q = _draw((sum(lengths[0]), spec.num_heads, width), spec.dtype, generator)
     out = _poisoned((len(q), spec.num_heads, spec.kv_lora_rank), spec)
     lse = _poisoned((len(q), spec.num_heads), spec, torch.float32)
+    selects = op.contract == OPS["sparse_latent_attention"]
+    chosen = _selected(lengths, spec.topk, generator) if selects else None
     op(
         op.prepare(spec, batch),
         q=q.to(spec.device),
@@ -91,12 +96,26 @@ def try_latent(
         softmax_scale=spec.softmax_scale,
         out=out,
         lse=lse if with_lse else None,
+        **({} if chosen is None else {"selection": chosen.to(spec.device)}),
         **_named_format(spec),
     )
     keys = [row[:, None].expand(-1, spec.num_heads, -1) for row in rows]
-    queries = zip(q.split(list(lengths[0])), keys, strict=True)
-    truth = [_attend(query, k, k[..., : spec.kv_lora_rank], spec) for query, k in queries]
+    each = [None] * len(keys) if chosen is None else chosen.split(list(lengths[0]))
+    queries = zip(q.split(list(lengths[0])), keys, each, strict=True)
+    truth = [_attend(query, k, k[..., : spec.kv_lora_rank], spec, chosen=own) for query, k, own in queries]
     return _judge(out, lse if with_lse and op.writes_lse else None, truth)
+
+
+def _selected(lengths: Lengths, topk: int, generator: torch.Generator) -> torch.Tensor:
+    """Return a selection [T, topk] int32 on the host: half of what each token sees, and -1 behind."""
+    import torch
+
+    selection = torch.full((sum(lengths[0]), topk), -1, dtype=torch.int32, device="cpu")
+    each = [kv_len - count + new + 1 for count, kv_len in zip(*lengths, strict=True) for new in range(count)]
+    for row, seen in zip(selection, each, strict=True):
+        names = torch.randperm(seen, generator=generator, device="cpu")[: min(topk, (seen + 1) // 2)]
+        row[: len(names)] = names
+    return selection
 
 
 def _pages(
@@ -174,15 +193,26 @@ def try_expanded(
 
 
 def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, causal: bool = True
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spec: AttentionSpec,
+    causal: bool = True,
+    chosen: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend on the host: q [s, h, d], k [n, h, d], v [n, h, e] give out [s, h, e], lse [s, h]."""
+    """Attend on the host: q [s, h, d], k [n, h, d], v [n, h, e] give out [s, h, e], lse [s, h].
+
+    With `chosen` [s, topk], a query sees what it names.
+    """
     import torch
 
     logits = torch.einsum("shd,nhd->hsn", q.float(), k.float()) * spec.softmax_scale
     if causal:
         hidden = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).triu(len(k) - len(q) + 1)
         logits = logits.masked_fill(hidden, -torch.inf)
+    if chosen is not None:
+        named = (chosen[..., None] == torch.arange(len(k), device=q.device)).any(1)
+        logits = logits.masked_fill(~named, -torch.inf)
     weights = logits.softmax(-1).nan_to_num(0.0)  # of a query that sees no key
     return torch.einsum("hsn,nhe->she", weights, v.float()), logits.logsumexp(-1).t()
 

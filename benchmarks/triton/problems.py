@@ -27,6 +27,7 @@ SPEC = AttentionSpec(16, 512, 128, 64, 128, 0.1, torch.bfloat16, CPU)
 KEYS = (700, 90, 300)  # of the requests of a decode step
 OPS = {
     "latent_attention": "triton_latent",
+    "sparse_latent_attention": "triton_sparse_latent",
     "expanded_attention": "triton_expanded",
     "rms_norm": "triton_rms_norm",
     "rotate_query": "triton_rotate_query",
@@ -64,6 +65,12 @@ def decode(heads: int, queries: int = 1, keys: Lengths = KEYS, **changes: Any) -
     return Problem(case, with_lse=False).but(num_heads=heads, **changes)
 
 
+def sparse(heads: int, topk: int = 2048) -> Problem:
+    """Return a step of `sparse_latent_attention`, without its log-sum-exp."""
+    case = OpCase("sparse_latent_attention", SPEC, (1,) * len(KEYS), KEYS, stress=Stress())
+    return Problem(case, with_lse=False).but(num_heads=heads, topk=topk)
+
+
 def prefill(queries: int = 80, **changes: Any) -> Problem:
     """Return two segments for `expanded_attention`, without its log-sum-exp."""
     case = OpCase("expanded_attention", SPEC, (queries,) * 2, (80, 110), stress=Stress())
@@ -96,6 +103,8 @@ PROBLEMS: dict[str, Problem] = {  # by the name in the table
     **_steps(16),
     "latent: 16 heads of 256, one part": decode(16, keys=(60, 40), kv_lora_rank=256),
     **_steps(128),
+    "sparse: 16 heads": sparse(16),
+    "sparse: 128 heads": sparse(128),
     "expanded: causal": prefill(),
     "expanded: all keys, lse": prefill(causal=False, with_lse=True),
     "expanded: causal, fp16, no rope": prefill(**FP16_NO_ROPE),

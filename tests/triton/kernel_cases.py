@@ -14,7 +14,13 @@ from mla.cases.memory import Layout
 from mla.cases.played import Laid, Scene
 from mla.cases.stress import Stress
 from mla_backends.api import AttentionSpec, BatchView, FusedOp, NormSpec
-from mla_backends.triton_ops.attention import ExpandedAttention, LatentAttention, LatentState, Splits
+from mla_backends.triton_ops.attention import (
+    ExpandedAttention,
+    LatentAttention,
+    LatentState,
+    SparseLatentAttention,
+    Splits,
+)
 from mla_backends.triton_ops.launcher import Launcher
 from mla_backends.triton_ops.pointwise import RmsNorm, RotateQuery, WriteLatent
 from mla_backends.triton_ops.tuning import Tile, Tuning
@@ -25,7 +31,7 @@ NO_PAGE = 10**9  # in entries of a table that no request owns: whoever follows t
 EPS = 0.01  # large enough to be missed
 # A cache beyond 2^31 numbers and 2^32 bytes. Nothing but the pages of a case is ever touched.
 FAR_NUMBERS = 2_300_000_000
-STRIDED = dict.fromkeys(("q", "k", "v", "x", "kv_a", "cos_sin", "out", "lse"), (0, 16, 16))
+STRIDED = dict.fromkeys(("q", "k", "v", "x", "kv_a", "cos_sin", "selection", "out", "lse"), (0, 16, 16))
 POISONED = Layout(page_size=16, unowned=math.nan, gaps=STRIDED)
 
 
@@ -60,11 +66,15 @@ class Split(LatentAttention):
     splits: Splits | None = None
 
     def prepare(self, spec: AttentionSpec, batch: BatchView) -> LatentState:
-        state = super().prepare(spec, batch)
+        state: LatentState = super().prepare(spec, batch)
         splits = self.splits or state.splits
         parts = state.rows * splits.max_splits if splits.max_splits > 1 else 0
         memory = torch.full((parts * (spec.kv_lora_rank + 1),), torch.nan)
         return replace(state, splits=splits, parts=memory)
+
+
+class SplitTokens(Split, SparseLatentAttention):
+    """The same of the op whose tokens select their keys."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +108,8 @@ class KernelCase:
         """Return an op that has not been called."""
         tile = replace(self.tile, halves=self.halves)
         launcher, tuning = Launcher(native_e4m3=self.native), Tuning(latent={1: tile}, expanded={1: tile})
-        if self.case.kind == "latent_attention":
-            op = Split(launcher, tuning, 8)
+        if self.case.kind in ("latent_attention", "sparse_latent_attention"):
+            op = (SplitTokens if self.case.spec.topk else Split)(launcher, tuning, 8)
             op.splits = self.splits
             return op
         if self.case.kind == "expanded_attention":
@@ -177,6 +187,16 @@ def latent(
     """Return a case of `latent_attention`."""
     spec = AttentionSpec(heads, latent, 128, rope, 128, (latent + rope) ** -0.5, dtype, CPU)
     case = OpCase("latent_attention", spec, query_lens, kv_lens, stress=Stress(), layout=POISONED)
+    return KernelCase(case).but(**changes)
+
+
+def sparse(
+    query_lens: Lengths, kv_lens: Lengths, topk: int, *, heads: int = 12, latent: int = 128,
+    **changes: Any,
+) -> KernelCase:  # fmt: skip
+    """Return a case of `sparse_latent_attention`, of tokens that select at random."""
+    spec = AttentionSpec(heads, latent, 128, 64, 128, latent**-0.5, torch.bfloat16, CPU, topk=topk)
+    case = OpCase("sparse_latent_attention", spec, query_lens, kv_lens, stress=Stress(), layout=POISONED)
     return KernelCase(case).but(**changes)
 
 

@@ -194,6 +194,7 @@ class LatentVariant(NamedTuple):
     rope: int
     page: int
     cache_format: str
+    topk: int
     ragged: bool
     causal: bool
     with_lse: bool
@@ -201,6 +202,7 @@ class LatentVariant(NamedTuple):
     def __str__(self) -> str:
         words = ["ragged"] * self.ragged + ["several new tokens"] * self.causal + ["with lse"] * self.with_lse
         stored = [] if self.cache_format == "plain" else [self.cache_format]
+        stored += [f"{self.topk} selected keys"] * (self.topk > 0)
         return ", ".join((f"latents of {self.latent} + {self.rope}, pages of {self.page}", *stored, *words))
 
 
@@ -245,15 +247,26 @@ class LatentAttention(KernelOp):
 
     def prepare(self, spec: AttentionSpec, batch: BatchView) -> LatentState:
         """Choose tile and splits from the lengths on the host, and take memory for the parts."""
-        heads, longest = spec.num_heads, max(batch.query_lens)
-        tile = tile_for(self.tuning.latent, longest * heads)
-        rows = [count * heads for count in batch.query_lens]
         capacity = batch.block_table.shape[1] * batch.page_size
+        return self._planned(spec, batch.block_table, batch.query_lens, batch.kv_lens, capacity)
+
+    def _planned(
+        self,
+        spec: AttentionSpec,
+        like: torch.Tensor,
+        query_lens: Sequence[int],
+        kv_lens: Sequence[int],
+        capacity: int,
+    ) -> LatentState:
+        """Return the state for these lengths; `capacity` and `like` as of `split` and `PartsMemory`."""
+        heads, longest = spec.num_heads, max(query_lens)
+        tile = tile_for(self.tuning.latent, longest * heads)
+        rows = [count * heads for count in query_lens]
         sizes = (capacity, 4 * spec.kv_lora_rank, tile, self._multiprocessors)
-        splits = split(rows, batch.kv_lens, *sizes)
+        splits = split(rows, kv_lens, *sizes)
         parts = sum(rows) * splits.max_splits if splits.max_splits > 1 else 0
-        memory = self._memory.take(parts * (spec.kv_lora_rank + 1), batch.block_table)
-        ragged = min(batch.query_lens) < longest
+        memory = self._memory.take(parts * (spec.kv_lora_rank + 1), like)
+        ragged = min(query_lens) < longest
         return LatentState(len(rows), sum(rows), longest * heads, ragged, splits, tile, memory)
 
     def __call__(
@@ -261,6 +274,7 @@ class LatentAttention(KernelOp):
         q: torch.Tensor, cache: torch.Tensor,  # [T, h, c + r], [pages, page, c + r] or bytes
         block_table: torch.Tensor, kv_lens: torch.Tensor, cu_q: torch.Tensor,
         softmax_scale: float, out: torch.Tensor, lse: torch.Tensor | None,  # out [T, h, c], lse [T, h] fp32
+        selection: torch.Tensor | None = None,  # [T, topk] int32, of sparse attention
         cache_format: str = "",
     ) -> None:  # fmt: skip
         if q.shape[0] == 0:
@@ -268,6 +282,7 @@ class LatentAttention(KernelOp):
         latent = out.shape[2]
         shared = _latent_arguments(state, q.shape[1], kv_lens, cu_q, out, lse)
         shared["EARLY"] = self.launcher.early
+        shared["TOPK"] = 0 if selection is None else selection.shape[1]
         rope = q.shape[2] - latent
         facts, stored_scale = stored(cache, cache_format, self.launcher)
         arguments = {
@@ -276,6 +291,8 @@ class LatentAttention(KernelOp):
             "q": q,
             "cache": cache,
             "block_table": block_table,
+            "selection": selection,
+            "selection_row": None if selection is None else selection.stride(0),
             "scale": softmax_scale * math.log2(math.e) * stored_scale,
             "stored_scale": stored_scale,
             "q_token": q.stride(0),
@@ -296,7 +313,7 @@ class LatentAttention(KernelOp):
         page, whole = arguments["PAGE"], wide(arguments["LATENT"], MIN_SIDE)
 
         def start(tile: Tile) -> None:
-            if page % tile.keys:
+            if page % tile.keys or arguments["TOPK"]:
                 tile = tile.across_pages()
             blocks, programs = state.blocks(tile.rows)
             halves = tile.halves and whole > MIN_SIDE
@@ -311,7 +328,7 @@ class LatentAttention(KernelOp):
             )
 
         q, sizes = arguments["q"], (arguments["LATENT"], arguments["ROPE"], page, arguments["FORMAT"])
-        flags = (state.ragged, arguments["CAUSAL"], arguments["HAS_LSE"])
+        flags = (arguments["TOPK"], state.ragged, arguments["CAUSAL"], arguments["HAS_LSE"])
         self.launcher.start_tiled(
             self.tiled, state.tile, LatentVariant(q.device, q.dtype, *sizes, *flags), start
         )
@@ -325,6 +342,24 @@ class LatentAttention(KernelOp):
         sizes = {"blocks": blocks, "rows": rows, "CHANNELS": channels, "PARTS": MERGED_PARTS}
         grid = (programs, -(-shared["LATENT"] // channels))
         self.start(merge_latent, grid, {**shared, **sizes}, MERGE_WARPS)
+
+
+class SparseLatentAttention(LatentAttention):
+    """The same to the keys that each token selects: a token is planned, and split, as a request is."""
+
+    contract = OPS["sparse_latent_attention"]
+    tiled = "sparse latent attention"
+
+    def attempt(self, spec: AttentionSpec) -> str:
+        """Try it as the layer calls it, and with odd pages and the log-sum-exp."""
+        return try_latent(self, spec, PAGE, with_lse=False) or try_latent(self, spec, ODD_PAGE)
+
+    def prepare(self, spec: AttentionSpec, batch: BatchView) -> LatentState:
+        """Choose tile and splits for tokens of `topk` keys, or of all that their requests have."""
+        lengths = zip(batch.query_lens, batch.kv_lens, strict=True)
+        keys = [min(kv_len, spec.topk) for count, kv_len in lengths for _ in range(count)]
+        queries = [1] * len(keys) or [0]
+        return self._planned(spec, batch.block_table, queries, keys or [0], spec.topk)
 
 
 def _latent_arguments(
@@ -349,7 +384,7 @@ def _latent_arguments(
         "out_head": out.stride(1),
         "lse_token": 0 if lse is None else lse.stride(0),
         "lse_head": 0 if lse is None else lse.stride(1),
-        "requests": state.requests,
+        "requests": cu_q.shape[0] - 1,
         "keys_per_split": splits.keys_per_split,
         "max_splits": splits.max_splits,
         "RAGGED": state.ragged,

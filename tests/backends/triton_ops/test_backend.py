@@ -54,7 +54,7 @@ def test_a_card_that_was_not_measured_gets_the_default(measured: Path) -> None:
     backend = Acme()
     assert backend.tuning is SMALL
     assert backend.vendor_facts()["tuning"] == "defaults of the plugin"
-    assert [op.tuning is SMALL for op in backend.triton_ops().values() if hasattr(op, "tuning")] == [True] * 2
+    assert [op.tuning is SMALL for op in backend.triton_ops().values() if hasattr(op, "tuning")] == [True] * 3
 
 
 def test_a_measured_card_is_found_by_its_name(measured: Path) -> None:

@@ -218,3 +218,47 @@ LATENT = (
         new="latent, (value * shrink[:, None]).to(latent.dtype).to(tl.float32))",
     ),
 )
+
+SELECTED = (
+    _latent("what selects nothing is a key", old="there = place >= 0\n", new="there = place >= -1\n"),
+    _latent(
+        "selections are taken for contiguous",
+        old="first.to(tl.int64) * selection_row",
+        new="first.to(tl.int64) * TOPK",
+    ),
+    _latent(
+        "a token selects what the first of all does",
+        old="selection + first.to(tl.int64) * selection_row",
+        new="selection + first.to(tl.int64) * 0",
+    ),
+    _latent(
+        "a part begins with the first selected key",
+        old="tl.load(chosen + place, mask=there",
+        new="tl.load(chosen + place - low, mask=there",
+    ),
+    _latent(
+        "the selection is read behind the part",
+        old="tl.load(chosen + place, mask=there",
+        new="tl.load(chosen + place, mask=place >= 0",
+    ),
+    _latent(
+        "more keys than are selected",
+        old="tl.minimum(tl.load(kv_lens + request), TOPK)",
+        new="tl.load(kv_lens + request)",
+    ),
+    _latent(
+        "tokens belong to the first request",
+        old="last_from(first, cu_q, requests, 1, 1, 0)",
+        new="first * 0",
+    ),
+    _latent(
+        "tokens of a request are two requests apart",
+        old="last_from(first, cu_q, requests, 1, 1, 0)",
+        new="last_from(first, cu_q, requests, 1, 1, 1)",
+    ),
+    _latent(
+        "positions are slots",
+        old="pages = tl.load(table + place // PAGE, mask=there, other=0).to(tl.int64)",
+        new="pages = (place // PAGE).to(tl.int64)",
+    ),
+)

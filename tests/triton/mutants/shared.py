@@ -37,13 +37,17 @@ SOFTMAX = (
 )
 PLACES = (
     _places("the search ends a request early", old="high - low > 1", new="high - low > 2"),
-    _places("a request begins one program late", old="if begins <= program:", new="if begins < program:"),
+    _places("a request begins one program late", old="rows, GAP) <= place", new="rows, GAP) < place"),
     _places(
         "requests begin where the rows before them end",
-        old="rows).to(tl.int32) + middle",
+        old="rows).to(tl.int32) + request * GAP",
         new="rows).to(tl.int32)",
     ),
-    _places("blocks of a request are numbered from the first of all", old="program - begins", new="program"),
+    _places(
+        "blocks of a request are numbered from the first of all",
+        old="program - begin(cu_q, request, HEADS, rows, 1)",
+        new="program",
+    ),
     _places(
         "requests and blocks are mixed up", old="program // blocks, program", new="program % blocks, program"
     ),

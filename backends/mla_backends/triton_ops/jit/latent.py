@@ -7,6 +7,8 @@ powers of two, natural only in `lse`.
 
 How many parts a request has is derived from its length, on the device and in both kernels alike, so that a
 captured launch follows lengths that change. A request of one part writes its output at once.
+
+Where tokens select their keys, each is a request of its own: its keys are what it selects, in that order.
 """
 
 import re
@@ -15,7 +17,7 @@ import triton
 import triton.language as tl
 
 from mla_backends.triton_ops.jit.formats import cached
-from mla_backends.triton_ops.jit.shared import close, fold, follow, place_of
+from mla_backends.triton_ops.jit.shared import close, fold, follow, last_from, place_of
 
 LN2 = tl.constexpr(0.6931471805599453)
 # Where Triton sees that a product feeds another, it lays all warps along the rows of the first. From this
@@ -34,6 +36,30 @@ def parts_of(keys, keys_per_split, max_splits):
     return tl.minimum(tl.maximum((keys + keys_per_split - 1) // keys_per_split, 1), max_splits)
 
 
+@triton.jit
+def rows_of(
+    program,
+    kv_lens,  # [B] int32
+    cu_q,  # [B + 1] int32
+    requests,  # B
+    blocks,  # of a request, or of a token that selects, where all have equally many
+    HEADS: tl.constexpr,
+    rows,  # of a block
+    RAGGED: tl.constexpr,
+    TOPK: tl.constexpr,
+):
+    """Return a program's request and block of rows, and the first token, tokens and keys of these blocks."""
+    if TOPK > 0:
+        first = program // blocks
+        request = last_from(first, cu_q, requests, 1, 1, 0)
+        return request, program % blocks, first, 1, tl.minimum(tl.load(kv_lens + request), TOPK)
+    else:
+        request, block = place_of(program, cu_q, requests, blocks, HEADS, rows, RAGGED)
+        first = tl.load(cu_q + request)
+        queries = tl.load(cu_q + request + 1) - first
+        return request, block, first, queries, tl.load(kv_lens + request)
+
+
 @triton.jit(do_not_specialize=CHANGING)
 def attend_latent(
     q,  # [T, h, c + r]
@@ -45,6 +71,8 @@ def attend_latent(
     lse,  # [T, h] fp32
     part_out,  # [T, h, max_splits, c] fp32
     part_lse,  # [T, h, max_splits] fp32, in powers of two
+    selection,  # [T, TOPK] int32, positions within the request or -1; None without TOPK
+    selection_row,
     scale,  # of the softmax, times log2(e), and times that of cached numbers
     stored_scale,  # of cached numbers of "fp8"
     q_token,  # strides, in elements
@@ -69,6 +97,7 @@ def attend_latent(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     CAUSAL: tl.constexpr,  # some request has several new tokens
+    TOPK: tl.constexpr,  # keys that a token selects; 0: it attends to all that it sees
     HAS_LSE: tl.constexpr,
     TOKEN: tl.constexpr,  # elements of a cached token
     FORMAT: tl.constexpr,
@@ -77,11 +106,10 @@ def attend_latent(
 ):
     """Attend. Grid: (blocks of all requests, max_splits)."""
     follow(EARLY)
-    request, block = place_of(tl.program_id(0), cu_q, requests, blocks, HEADS, ROWS, RAGGED)
+    request, block, first, queries, keys = rows_of(
+        tl.program_id(0), kv_lens, cu_q, requests, blocks, HEADS, ROWS, RAGGED, TOPK
+    )
     split = tl.program_id(1)
-    first = tl.load(cu_q + request)
-    queries = tl.load(cu_q + request + 1) - first
-    keys = tl.load(kv_lens + request)
     parts = parts_of(keys, keys_per_split, max_splits)
     if (block * ROWS >= queries * HEADS) | (split >= parts):
         return
@@ -122,12 +150,17 @@ def attend_latent(
     table = block_table + request.to(tl.int64) * table_row
 
     never = requests < 1 if SPREADS and ROWS >= SPREAD_ROWS else False
-    if PAGE % KEYS == 0:  # a step stays within a page, whose number is fetched a step ahead
+    if TOPK > 0:
+        chosen = selection + first.to(tl.int64) * selection_row
+    elif PAGE % KEYS == 0:  # a step stays within a page, whose number is fetched a step ahead
         page = tl.load(table + low // PAGE, mask=low < high, other=0)
     for start in range(low, high, KEYS):
         place = start + tl.arange(0, KEYS)
         there = place < high
-        if PAGE % KEYS == 0:
+        if TOPK > 0:
+            place = tl.load(chosen + place, mask=there, other=-1)
+            there = place >= 0
+        if PAGE % KEYS == 0 and TOPK == 0:
             slot = page.to(tl.int64) * PAGE + start % PAGE
             key = cache + (slot + tl.arange(0, KEYS)) * TOKEN
             following = start + KEYS
@@ -200,10 +233,10 @@ def multiply(
     """
     numbers = cached(key, there, q.dtype, FIRST, N, LATENT, ROPE, FORMAT, NATIVE)
     keys = numbers.to(q.dtype)
-    score = tl.dot(q, tl.trans(keys), score)
+    score = hidden(tl.dot(q, tl.trans(keys), score), never)
     if numbers.dtype != q.dtype:
-        score = tl.dot(q, tl.trans((numbers - keys.to(tl.float32)).to(q.dtype)), score)
-    return keys, hidden(score, never)
+        score = hidden(tl.dot(q, tl.trans((numbers - keys.to(tl.float32)).to(q.dtype)), score), never)
+    return keys, score
 
 
 @triton.jit
@@ -240,6 +273,7 @@ def merge_latent(
     LATENT: tl.constexpr,  # c
     CHANNELS: tl.constexpr,  # of a program, a power of two
     PARTS: tl.constexpr,  # parts of a step
+    TOPK: tl.constexpr,  # as in `attend_latent`
     HAS_LSE: tl.constexpr,
     EARLY: tl.constexpr,  # see `follow`
 ):
@@ -249,10 +283,11 @@ def merge_latent(
     request of few heads has few rows.
     """
     follow(EARLY)
-    request, block = place_of(tl.program_id(0), cu_q, requests, blocks, HEADS, rows, RAGGED)
-    first = tl.load(cu_q + request)
-    end = (tl.load(cu_q + request + 1) - first) * HEADS
-    parts = parts_of(tl.load(kv_lens + request), keys_per_split, max_splits)
+    _, block, first, queries, keys = rows_of(
+        tl.program_id(0), kv_lens, cu_q, requests, blocks, HEADS, rows, RAGGED, TOPK
+    )
+    end = queries * HEADS
+    parts = parts_of(keys, keys_per_split, max_splits)
     start = block * rows
     if (start >= end) | (parts == 1):
         return

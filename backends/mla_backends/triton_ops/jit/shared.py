@@ -37,19 +37,30 @@ def place_of(
     one program of each has nothing to do. Such a block lies behind the request's rows.
     """
     if RAGGED:
-        low = program * 0
-        high = low + requests
-        while high - low > 1:  # request `low` starts at this program or before, request `high` behind it
-            middle = (low + high) // 2
-            begins = (tl.load(cu_q + middle).to(tl.int64) * HEADS // rows).to(tl.int32) + middle
-            if begins <= program:
-                low = middle
-            else:
-                high = middle
-        begins = (tl.load(cu_q + low).to(tl.int64) * HEADS // rows).to(tl.int32) + low
-        return low, program - begins
+        request = last_from(program, cu_q, requests, HEADS, rows, 1)
+        return request, program - begin(cu_q, request, HEADS, rows, 1)
     else:
         return program // blocks, program % blocks
+
+
+@triton.jit
+def last_from(place, cu_q, requests, HEADS: tl.constexpr, rows, GAP: tl.constexpr):
+    """Return the last request that begins at a place or before it: see `begin`."""
+    low = place * 0
+    high = low + requests
+    while high - low > 1:  # request `low` begins at this place or before, request `high` behind it
+        middle = (low + high) // 2
+        if begin(cu_q, middle, HEADS, rows, GAP) <= place:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def begin(cu_q, request, HEADS: tl.constexpr, rows, GAP: tl.constexpr):
+    """Return where a request begins, in blocks of rows, with so many blocks between one and the next."""
+    return (tl.load(cu_q + request).to(tl.int64) * HEADS // rows).to(tl.int32) + request * GAP
 
 
 @triton.jit

@@ -96,7 +96,17 @@ def test_a_layer_of_interpreted_kernels_keeps_the_contract() -> None:
 
 @pytest.mark.parametrize(
     "check",
-    [f"{kind}.drawn" for kind in ("rms_norm", "rotate_query", "write_latent", "latent", "expanded")],
+    [
+        f"{kind}.drawn"
+        for kind in (
+            "rms_norm",
+            "rotate_query",
+            "write_latent",
+            "latent",
+            "expanded",
+            "sparse_latent_attention",
+        )
+    ],
 )
 def test_drawn_cases_of_a_kernel(monkeypatch: pytest.MonkeyPatch, check: str) -> None:
     """Small ones: an interpreter takes seconds for what a card does in microseconds."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import interpreting
 import pytest
 import torch
-from kernel_cases import FORMATS, KernelCase, latent
+from kernel_cases import FORMATS, KernelCase, latent, sparse
 
 from mla_backends.triton_ops.attention import Splits
 from mla_backends.triton_ops.tuning import Tile
@@ -127,3 +127,51 @@ def test_every_cache_format(name: str, widths: tuple[int, int], dtype: torch.dty
 @pytest.mark.parametrize("name", ["fp8_ds_mla", "int8"])
 def test_a_cache_of_bytes_beyond_32_bits(name: str, page: int) -> None:
     check(latent((1, 2), (150, 20), page_size=page, far=True, splits=Splits(64, 3)).stored(name))
+
+
+# -------------------------------------------------------------------------------------------- selections
+# Contexts within the selection and beyond it, a request without new tokens, and tokens that see little.
+SELECTING = sparse((2, 0, 3, 1), (70, 9, 4, 33), 24, heads=20)
+
+
+@pytest.mark.parametrize("page", [1, 16, 64, 3])
+@pytest.mark.parametrize("splits", [Splits(1 << 20, 1), Splits(16, 2)], ids=["whole", "split"])
+def test_selections_in_pages_of_any_size(page: int, splits: Splits) -> None:
+    check(SELECTING.but(page_size=page, splits=splits))
+
+
+@pytest.mark.parametrize("topk", [1, 16, 33, 80])
+@pytest.mark.parametrize("tile", [Tile(16, 32, 4, 1), LARGE], ids=str)
+def test_selections_of_any_width(topk: int, tile: Tile) -> None:
+    check(SELECTING.but(topk=topk, tile=tile, splits=Splits(32, 3)))
+
+
+@pytest.mark.parametrize("how", ["recent", "clustered", "tied"])
+def test_selections_of_any_kind(how: str) -> None:
+    check(SELECTING.but(selection=how, num_heads=1))
+
+
+def test_tokens_that_select_nothing_give_zeros() -> None:
+    check(sparse((2, 1), (1, 40), 16, splits=Splits(16, 1)))
+
+
+def test_parts_of_a_selection_without_keys() -> None:
+    check(sparse((3,), (66,), 66, tile=Tile(16, 16, 4, 1), splits=Splits(16, 5)))
+
+
+@pytest.mark.parametrize("planned", [(3, 0, 3, 1), (200, 9, 40, 33)], ids=str)
+def test_selections_of_lengths_that_change_after_planning(planned: tuple[int, ...]) -> None:
+    check(SELECTING.but(planned=planned))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_selections_of_a_formatted_cache(name: str) -> None:
+    check(SELECTING.but(splits=Splits(16, 2)).stored(name))
+
+
+def test_selections_of_a_cache_beyond_32_bits() -> None:
+    check(sparse((1, 2), (150, 20), 64, far=True, page_size=64, splits=Splits(32, 2)))
+
+
+def test_a_selection_is_split_as_the_op_chooses_itself() -> None:
+    check(sparse((1,), (1500,), 1024, heads=4, tile=LARGE))

@@ -8,7 +8,7 @@ import interpreting
 import mutants
 import pytest
 from format_cases import E4M3Case, FormatCase
-from kernel_cases import FarWrite, KernelCase, expanded, latent, norm, rotation, write
+from kernel_cases import FarWrite, KernelCase, expanded, latent, norm, rotation, sparse, write
 from mutating import Mutant
 
 from mla_backends.triton_ops.attention import Splits
@@ -63,8 +63,13 @@ STORED = (
     HALVED.stored("fp8:0.3"),
     write(5, latent=128, rope=8).stored("fp8_ds_mla"),
 )
+SELECTING = (
+    sparse((1, 0, 2), (33, 5, 70), 24, heads=2, page_size=4, splits=Splits(16, 2), latent=48),
+    sparse((2, 1), (9, 40), 20, heads=2, page_size=64, splits=Splits(1 << 20, 1), latent=48),
+)
 MUTANTS: list[tuple[Mutant, tuple[Case, ...]]] = [
     *((one, LATENT) for one in mutants.LATENT),
+    *((one, SELECTING) for one in mutants.SELECTED),
     *((one, (*LATENT, *EXPANDED)) for one in (*mutants.SOFTMAX, *mutants.PLACES)),
     *((one, EXPANDED) for one in mutants.EXPANDED),
     *((one, SMALL) for one in mutants.SMALL),
@@ -89,7 +94,7 @@ def test_a_mistake_is_caught(mutant: Mutant, cases: tuple[Case, ...], tmp_path: 
 
 def test_kernels_without_a_mistake_pass(tmp_path: Path) -> None:
     with Mutant("nothing", "latent", old='"""\n\nimport', new='"""\n\nimport').installed(tmp_path):
-        assert not caught((*LATENT, *EXPANDED, *SMALL, *FORMATS, *STORED))
+        assert not caught((*LATENT, *SELECTING, *EXPANDED, *SMALL, *FORMATS, *STORED))
 
 
 def test_a_mistake_that_the_source_has_no_place_for_is_an_error(tmp_path: Path) -> None:

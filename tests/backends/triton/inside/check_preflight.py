@@ -15,9 +15,12 @@ from mla_backends.triton_ops import Launcher, triton_ops
 
 CPU = torch.device("cpu")
 MULTIPROCESSORS = 64  # so many that what is tried is split
-SPEC = AttentionSpec(4, 64, 16, 32, 16, 0.2, torch.bfloat16, CPU)
+SPEC = AttentionSpec(4, 64, 16, 32, 16, 0.2, torch.bfloat16, CPU, topk=40)
 NORM = NormSpec(48, torch.bfloat16, CPU)
-NAMES = ("triton_latent", "triton_expanded", "triton_write_latent", "triton_rotate_query", "triton_rms_norm")
+NAMES = (
+    "triton_latent", "triton_sparse_latent", "triton_expanded", "triton_write_latent", "triton_rotate_query",
+    "triton_rms_norm",
+)  # fmt: skip
 
 
 def answer(name: str, launcher: Launcher, spec: AttentionSpec = SPEC) -> list[str]:
@@ -60,6 +63,8 @@ class Misled(Launcher):
         ("triton_latent", "attend_latent", {"scale": 0.3}),
         ("triton_latent", "attend_latent", {"CAUSAL": False}),
         ("triton_latent", "merge_latent", {"keys_per_split": 1000}),
+        ("triton_sparse_latent", "attend_latent", {"scale": 0.3}),
+        ("triton_sparse_latent", "attend_latent", {"selection_row": 0}),
         ("triton_expanded", "attend_expanded", {"CAUSAL": False}),
         ("triton_expanded", "attend_expanded", {"scale": 0.3}),
         ("triton_write_latent", "write_latent", {"INTERLEAVED": True}),
