@@ -54,7 +54,7 @@ def test_logits_of_all_choices_are_not_made_at_once(
     attention = layer_oracle._softmax_attention
 
     def watched(*arguments: Any, **unseen: Any) -> torch.Tensor:
-        at_once.append(len(arguments[-1]))
+        at_once.append(len(arguments[-2]))
         return attention(*arguments, **unseen)
 
     monkeypatch.setattr(layer_oracle, "_softmax_attention", watched)
