@@ -36,7 +36,8 @@ from mla_backends.api import FusedOp, IndexerSpec, SegmentLengths
 if TYPE_CHECKING:
     from mla.cases.call import Call
 
-INDEXER = {"h": "num_heads", "d": "head_dim", "r": "rope_head_dim", "k": "topk"}
+OF_KEYS = {"d": "head_dim", "r": "rope_head_dim"}
+INDEXER = {"h": "num_heads", **OF_KEYS, "k": "topk"}
 V32: Mapping[str, Any] = {"num_heads": 64, "head_dim": 128, "rope_head_dim": 64, "topk": 2048}
 BLOCK = 64  # tokens that are selected together, where a selection is clustered
 GROUPS = 16  # different keys of a request, where scores tie
@@ -111,7 +112,7 @@ def selected_keys(selection: torch.Tensor, spans: Iterable[tuple[int, int]]) -> 
 class WriteIndexKey(WritesSlots):
     """The LayerNorm and rotation of index keys, to the slots of a cache."""
 
-    spec, letters, pool, usual = IndexerSpec, INDEXER, Pool, V32
+    spec, letters, pool, usual = IndexerSpec, OF_KEYS, Pool, V32
     title = "{q} tokens, page {page}, keys of {d}, {r} turned"
     operands = {"k": "T d", "weight": "d", "bias": "d", "cos_sin": "T r", "slots": "T"}
     results = {"key": "T d"}
@@ -147,7 +148,7 @@ class StoredIndexKey(WriteIndexKey):
     results = {"key": "T d", "bytes": "T b", "codes": "T b"}
     truths = {**results, "low": "T d", "high": "T d"}
     scalars = {**WriteIndexKey.scalars, "cache_format": str}
-    letters = {**INDEXER, "b": "token_bytes"}
+    letters = {**OF_KEYS, "b": "token_bytes"}
     dtypes = {**DTYPES, **dict.fromkeys(("cache", *BYTES), torch.uint8), "key": torch.float32}
     cached, decoded = "b", ("key",)
     judged = StoredLatent.judged

@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -36,11 +37,13 @@ from mla.failures.watch import JudgedCall, Watched, Watcher
 from mla.layer.ops import layer_roles
 from mla.weights import random_state_dict
 from mla_backends import host
+from mla_backends.api import OPS
 
 Kept = tuple[dict[str, Any], dict[str, torch.Tensor]]  # the document, and the tensors
 CONFIG = MLAConfig(
     64, 2, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=32
 )
+INDEXED = replace(CONFIG, index_topk=8, index_n_heads=4, index_head_dim=32)
 NEW, OLD = (1, 3, 7), (20, 30, 0)
 ORIGIN = file.Origin(
     backend="cpu", options=["threads=1"], device="cpu", command="repeat", where="here", reason="wrong"
@@ -93,22 +96,24 @@ def made() -> dict[str, JudgedCall]:
     """Return a right call of every kind of op, by kind, as layers on the CPU make it."""
     backend = mla.load_backend("cpu", threads=1)
     names = {id(op): name for name, op in backend.ops().items()}
-    specs, calls = layer_roles(CONFIG, torch.bfloat16, torch.device("cpu")), dict[str, JudgedCall]()
-    for attention in ("absorbed", "expanded"):
-        layer = MLA(CONFIG, backend=backend, dtype=torch.bfloat16, attention=attention)
-        layer.load_state_dict(random_state_dict(CONFIG, 0, torch.bfloat16))
-        cache = LatentCache(CONFIG, max_tokens=160, page_size=16, dtype=torch.bfloat16, shuffle=3)
+    calls, bf16 = dict[str, JudgedCall](), torch.bfloat16
+    for attention, config in (("absorbed", CONFIG), ("expanded", CONFIG), ("auto", INDEXED)):
+        specs = layer_roles(config, bf16, torch.device("cpu"))
+        layer = MLA(config, backend=backend, dtype=bf16, attention=attention)
+        layer.load_state_dict(random_state_dict(config, 0, bf16))
+        cache = LatentCache(config, max_tokens=160, page_size=16, dtype=bf16, shuffle=3)
         ids = cache.new_sequences(len(NEW))
         for sequence, length in zip(ids, OLD, strict=True):
-            cache.load(sequence, torch.ones(length, 32), torch.ones(length, 32))
+            index = {"index": torch.ones(length, 32)} if config.index_topk else {}
+            cache.load(sequence, torch.ones(length, 32), torch.ones(length, 32), **index)
         watcher = Collecting(calls)
 
-        def watched(role: str, op: Any, watcher: Watcher = watcher) -> Watched:
+        def watched(role: str, op: Any, watcher: Watcher = watcher, specs: Any = specs) -> Watched:
             return Watched(role, names.get(id(op), "reference"), op, watcher, specs[role][1])
 
         layer.replace_ops(watched)
         hidden = torch.randn(sum(NEW), 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-        layer(hidden, cache.extend(ids, NEW), cache.pages[0])
+        layer(hidden, cache.extend(ids, NEW), *cache.of_layer(0))
     return calls
 
 
@@ -121,8 +126,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kept]:
         tensors = safetensors.torch.load_file(folder / file.NAME)
         with safetensors.safe_open(folder / file.NAME, framework="pt") as opened:
             found[kind] = (json.loads(opened.metadata()[file.KEY]), tensors)
-    roles = layer_roles(CONFIG, torch.bfloat16, torch.device("cpu"))
-    assert found.keys() == {kind for kind, _ in roles.values()}
+    assert found.keys() == OPS.keys()
     return found
 
 
