@@ -24,7 +24,11 @@ Workload = tuple[str, str, str, str]
 # Roofs within this share of each other are drawn as one.
 NEAR_SHARE = 0.10
 # Axes of a grid that get curves, and what they count.
-AXES = {"kv": "history (tokens per request)", "batch": "batch (requests)"}
+AXES = {
+    "kv": "history (tokens per request)",
+    "batch": "batch (requests)",
+    "topk": "selected (tokens per query)",
+}
 
 
 @dataclass(frozen=True)

@@ -440,9 +440,16 @@ def op_of_batch(op: str, batch: Scenario, heads: int | None) -> OpScenario:
 def expand_ops(scenarios: Sequence[Point], config: MLAConfig, kinds: Mapping[str, str]) -> list[Point]:
     """Replace each op with its roles in a layer of `config`, named after their shape; keep other scenarios.
 
-    `kinds`: role -> op. Raises `UsageError` for an op that is unknown or that this layer lacks.
+    One that an axis of other roles leaves as it is comes once. `kinds`: role -> op. Raises `UsageError` for an
+    op that is unknown or that this layer lacks.
     """
-    expanded = [point for scenario in scenarios for point in scenario.expand(config, kinds)]
+    expanded = list[Point]()
+    for point in (point for scenario in scenarios for point in scenario.expand(config, kinds)):
+        idle = [
+            axis for axis, affected in AFFECTED.items() if getattr(point, axis) and point.op not in affected
+        ]
+        if not (point.op and idle and any(point.name == other.name for other in expanded)):
+            expanded.append(point)
     if twice := repeated(scenario.name for scenario in expanded):
         raise UsageError(f"'{twice}' would be measured twice: it is unaffected by the axes you vary.")
     return expanded
