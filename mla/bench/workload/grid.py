@@ -440,8 +440,8 @@ def op_of_batch(op: str, batch: Scenario, heads: int | None) -> OpScenario:
 def expand_ops(scenarios: Sequence[Point], config: MLAConfig, kinds: Mapping[str, str]) -> list[Point]:
     """Replace each op with its roles in a layer of `config`, named after their shape; keep other scenarios.
 
-    One that an axis of other roles leaves as it is comes once. `kinds`: role -> op. Raises `UsageError` for an
-    op that is unknown or that this layer lacks.
+    One that an axis of other roles leaves as it is comes once. `kinds`: role -> op. Raises `UsageError` for
+    an op that is unknown or that this layer lacks.
     """
     expanded = list[Point]()
     for point in (point for scenario in scenarios for point in scenario.expand(config, kinds)):

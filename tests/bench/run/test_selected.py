@@ -167,7 +167,7 @@ def weights_unscaled(patch: Patch) -> None:
     patch.setattr(Indexer, "select", select)
 
 
-def chosen(patch: Patch, change: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+def chosen(patch: Patch, change: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
     right = sparse._select
 
     def select(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, out: torch.Tensor) -> None:
