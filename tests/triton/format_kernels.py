@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from mla_backends.triton_ops.jit.formats import cached, e4m3_codes, e4m3_numbers, put
+from mla_backends.triton_ops.jit.formats import cached, e4m3_codes, e4m3_numbers, int8_scales, put
 
 
 @triton.jit
@@ -34,10 +34,14 @@ def read_all(
     column = tl.arange(0, WIDE)
     row = cache + token * TOKEN
     latent = cached(row, there, tl.float32, 0, WIDE, LATENT, ROPE, FORMAT, NATIVE)
+    if FORMAT == "int8":
+        latent = latent * int8_scales(row, there, 0, LATENT, ROPE)[:, None]
     tl.store(target + column[None, :], latent, mask=there[:, None] & (column < LATENT)[None, :])
     if ROPE > 0:
         turn = tl.arange(0, WIDE_ROPE)
         key = cached(row, there, tl.float32, LATENT, WIDE_ROPE, LATENT, ROPE, FORMAT, NATIVE)
+        if FORMAT == "int8":
+            key = key * int8_scales(row, there, 1, LATENT, ROPE)[:, None]
         tl.store(target + LATENT + turn[None, :], key, mask=there[:, None] & (turn < ROPE)[None, :])
 
 

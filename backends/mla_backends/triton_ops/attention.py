@@ -19,6 +19,7 @@ from mla_backends.selftest import try_expanded, try_latent
 from mla_backends.torch_backend import capturing
 from mla_backends.triton_ops.launcher import (
     CACHE_FORMATS,
+    IN_TWO_PARTS,
     KernelOp,
     Launcher,
     format_reasons,
@@ -315,6 +316,8 @@ class LatentAttention(KernelOp):
         def start(tile: Tile) -> None:
             if page % tile.keys or arguments["TOPK"]:
                 tile = tile.across_pages()
+            if arguments["FORMAT"] != "plain":
+                tile = tile.of_bytes(arguments["FORMAT"] in IN_TWO_PARTS)
             blocks, programs = state.blocks(tile.rows)
             halves = tile.halves and whole > MIN_SIDE
             sizes = {"blocks": blocks, "ROWS": tile.rows, "KEYS": tile.keys}

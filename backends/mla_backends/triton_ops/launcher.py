@@ -201,6 +201,7 @@ class Launcher:
 
 # Formats of the cache that kernels read and write: a branch of jit/formats.py. "fp8:" is fp8 over any scale.
 CACHE_FORMATS = ("fp8", "fp8:", "fp8_ds_mla", "fp8_ds_mla_any", "int8", "q8_0")
+IN_TWO_PARTS = ("fp8_ds_mla_any", "q8_0")  # whose numbers have more digits than products take
 Q8_BLOCK = 32  # columns that share a scale of q8_0
 
 

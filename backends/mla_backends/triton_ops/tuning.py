@@ -82,6 +82,17 @@ class Tile:
             return replace(self, keys=self.keys // 2, stages=self.stages + (self.stages > 1))
         return replace(self, warps=PAGES_WARPS, halves=True) if self.warps < PAGES_WARPS else self
 
+    def of_bytes(self, parts: bool) -> Tile:
+        """Return the tile for a cache of bytes, whose numbers lie in registers before they are multiplied.
+
+        It has more warps, and halves where tensor memory has nothing to do with it; with numbers of two
+        `parts` also fewer rows and keys.
+        """
+        tile = replace(
+            self, warps=max(self.warps, min(8, 2 * self.warps)), halves=self.halves or self.rows < 64
+        )
+        return replace(tile, rows=MIN_SIDE, keys=min(32, tile.keys)) if parts else tile
+
     def __str__(self) -> str:
         sizes = f"{self.rows} rows x {self.keys} keys, {self.warps} warps, {self.stages} stages"
         halves = ", halves" if self.halves else ""

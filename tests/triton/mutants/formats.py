@@ -66,8 +66,8 @@ FORMATS = (
     _formats("the scale is of the largest, not of its size", old="tl.abs(parts), MOST", new="parts, MOST"),
     _formats(
         "scales of int8 are swapped",
-        old="of_token = row + (LATENT + ROPE + 4 * (FIRST // LATENT))",
-        new="of_token = row + (LATENT + ROPE + 4 - 4 * (FIRST // LATENT))",
+        old="LATENT + ROPE + 4 * PART",
+        new="LATENT + ROPE + 4 - 4 * PART",
     ),
     _formats(
         "scales of int8 are written swapped",
@@ -81,8 +81,8 @@ FORMATS = (
     ),
     _formats(
         "int8 is unsigned",
-        old=".to(tl.int8, bitcast=True)\n        of_token",
-        new=".to(tl.int32)\n        of_token",
+        old=".to(tl.int8, bitcast=True)\n        numbers = codes.to(dtype)",
+        new="\n        numbers = codes.to(dtype)",
     ),
     _formats("int8 is cut", old="+ TO_WHOLE) - TO_WHOLE\n", new="+ TO_WHOLE - 0.5) - TO_WHOLE\n"),
     _formats(
@@ -118,8 +118,8 @@ FORMATS = (
     _formats("the key saturates to infinity", old="tl.clamp(numbers, -MOST_BF16, MOST_BF16)", new="numbers"),
     _formats(
         "the key is read where scales lie",
-        old="at = LATENT + 4 * ((LATENT + TILE - 1) // TILE) + 2 *",
-        new="at = LATENT + 2 *",
+        old="keys = (row + (LATENT + 4 * ((LATENT + TILE - 1) // TILE)))",
+        new="keys = (row + LATENT)",
     ),
     _formats(
         "fp8 is written over no scale",
@@ -148,6 +148,10 @@ FORMATS = (
     ),
 )
 STORED = (
+    Mutant("values are not scaled", "latent", old="weight = weight * by\n", new="weight = weight\n"),
+    Mutant("latents have the scale of keys", "latent", old="key, there, 0, L", new="key, there, 1, L"),
+    Mutant("keys have the scale of latents", "latent", old="key, there, 1, L", new="key, there, 0, L"),
+    Mutant("the product of keys is lost", "latent", old="score * by + of_keys", new="score * by"),
     Mutant(
         "the second part of numbers is lost",
         "latent",

@@ -22,7 +22,7 @@ TO_WHOLE = tl.constexpr(1.5 * 2.0**23)  # a float32 beside it is rounded to whol
 def e4m3_numbers(codes, dtype: tl.constexpr, NATIVE: tl.constexpr):
     """Return the numbers of e4m3 `codes`, uint8, in `dtype`; both codes of NaN are NaN."""
     if NATIVE:
-        numbers = codes.to(tl.float8e4nv, bitcast=True).to(dtype)
+        numbers = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(dtype)
     else:
         wide = codes.to(tl.uint16)
         halves = ((wide & 0x7F) << 7) | ((wide & 0x80) << 8)  # of 2^-8 the number, as float16
@@ -62,7 +62,7 @@ def cached(
 ):
     """Return columns of tokens [KEYS, N]: numbers of `dtype` where that is exact, of float32 elsewhere.
 
-    Those of "fp8" are codes: whoever multiplies them knows their scale.
+    Those of "fp8" and "int8" are codes: whoever multiplies them takes their scale from elsewhere.
     """
     END: tl.constexpr = LATENT if FIRST < LATENT else LATENT + ROPE
     column = FIRST + tl.arange(0, N)
@@ -74,9 +74,7 @@ def cached(
         numbers = e4m3_numbers(tl.load(place + column[None, :], mask=inside, other=0), dtype, NATIVE)
     elif FORMAT == "int8":
         codes = tl.load(place + column[None, :], mask=inside, other=0).to(tl.int8, bitcast=True)
-        of_token = row + (LATENT + ROPE + 4 * (FIRST // LATENT))
-        scales = tl.load(of_token.to(tl.pointer_type(tl.float32)), mask=there, other=0.0)
-        numbers = codes.to(tl.float32) * scales[:, None]
+        numbers = codes.to(dtype)
     elif FORMAT == "q8_0":
         at = column // BLOCK * BLOCK_BYTES + 2 + column % BLOCK
         codes = tl.load(place + at[None, :], mask=inside, other=0).to(tl.int8, bitcast=True)
@@ -88,10 +86,17 @@ def cached(
         if FORMAT == "fp8_ds_mla":  # of four bits, times a power of two
             numbers = numbers.to(dtype)
     else:
-        at = LATENT + 4 * ((LATENT + TILE - 1) // TILE) + 2 * (column - FIRST)
-        keys = (place + at[None, :]).to(tl.pointer_type(tl.bfloat16))
-        numbers = tl.load(keys, mask=inside, other=0.0).to(dtype)
+        keys = (row + (LATENT + 4 * ((LATENT + TILE - 1) // TILE))).to(tl.pointer_type(tl.bfloat16))
+        at = tl.arange(0, N)
+        numbers = tl.load(keys[:, None] + at[None, :], mask=inside, other=0.0).to(dtype)
     return numbers
+
+
+@triton.jit
+def int8_scales(row, there, PART: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr):
+    """Return the scales [KEYS] of the latents (PART 0) or keys (1) of tokens of "int8"; 0 of others."""
+    at = (row + (LATENT + ROPE + 4 * PART)).to(tl.pointer_type(tl.float32))
+    return tl.load(at, mask=there, other=0.0)
 
 
 @triton.jit

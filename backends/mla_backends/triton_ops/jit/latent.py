@@ -16,7 +16,7 @@ import re
 import triton
 import triton.language as tl
 
-from mla_backends.triton_ops.jit.formats import cached
+from mla_backends.triton_ops.jit.formats import cached, int8_scales
 from mla_backends.triton_ops.jit.shared import close, fold, follow, last_from, place_of
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -173,17 +173,25 @@ def attend_latent(
             _, score = multiply(
                 q_rope, key, there, score, never, LATENT, WIDE_ROPE, LATENT, ROPE, FORMAT, NATIVE
             )
+        if FORMAT == "int8":
+            of_keys = score * int8_scales(key, there, 1, LATENT, ROPE)[None, :]
+            score = tl.full([ROWS, KEYS], 0.0, tl.float32)
         latent, score = multiply(q_latent, key, there, score, never, 0, PIECE, LATENT, ROPE, FORMAT, NATIVE)
         if HALVES:
             latent_upper, score = multiply(
                 q_upper, key, there, score, never, PIECE, PIECE, LATENT, ROPE, FORMAT, NATIVE
             )
+        if FORMAT == "int8":
+            by = int8_scales(key, there, 0, LATENT, ROPE)[None, :]
+            score = score * by + of_keys
         if CAUSAL and HEADS % ROWS != 0:  # else all rows are of one token, which sees what is before `high`
             seen = (place[None, :] <= visible[:, None]) & there[None, :]
         else:
             seen = there[None, :]
         score = tl.where(seen, score * scale, float("-inf"))
         weight, shrink, top, total = fold(score, top, total)
+        if FORMAT == "int8":
+            weight = weight * by
         value = tl.dot(weight.to(latent.dtype), latent, value * shrink[:, None])
         if HALVES:
             value_upper = tl.dot(weight.to(latent.dtype), latent_upper, value_upper * shrink[:, None])

@@ -60,6 +60,7 @@ HALVED = latent((2, 1), (50, 33), heads=4, latent=512, rope=64, gain=100.0, spli
 STORED = (
     HALVED.stored("fp8_ds_mla"),
     HALVED.but(page_size=3).stored("int8"),
+    HALVED.stored("fp8_ds_mla_any"),
     HALVED.stored("fp8:0.3"),
     write(5, latent=128, rope=8).stored("fp8_ds_mla"),
 )
