@@ -36,13 +36,13 @@ def absolute(text: str, folder: Path, base: str, tag: str) -> str:
     page = folder / "README.md"
 
     def replace(match: re.Match[str]) -> str:
-        found = (folder / match["target"]).resolve()
-        if not found.is_relative_to(ROOT):
+        target = (folder / match["target"]).resolve()
+        if not target.is_relative_to(ROOT):
             raise ValueError(f"{page} links to {match['target']}: it is outside of the repository.")
-        if not found.exists():
+        if not target.exists():
             raise ValueError(f"{page} links to {match['target']}: it does not exist.")
-        kind = "tree" if found.is_dir() else "raw" if found.suffix in _PICTURES else "blob"
-        return f"{match['before']}{base}/{kind}/{tag}/{found.relative_to(ROOT).as_posix()}"
+        kind = "tree" if target.is_dir() else "raw" if target.suffix in _PICTURES else "blob"
+        return f"{match['before']}{base}/{kind}/{tag}/{target.relative_to(ROOT).as_posix()}"
 
     parts, end = [], 0
     for code in _CODE.finditer(text):

@@ -88,19 +88,22 @@ def _build_all(target: Path, options: argparse.Namespace) -> None:
             raise
 
 
-def _build(one: Distribution, target: Path, options: argparse.Namespace) -> list[Path]:
+def _build(distribution: Distribution, target: Path, options: argparse.Namespace) -> list[Path]:
     """Build one distribution and return its files."""
     flags = ["--no-isolation"] if options.no_isolation else []
-    flags += ["--sdist"] if one.name in options.sdist_only else []
-    command = [sys.executable, "-m", "build", *flags, "--outdir", str(target), str(one.folder)]
+    flags += ["--sdist"] if distribution.name in options.sdist_only else []
+    command = [sys.executable, "-m", "build", *flags, "--outdir", str(target), str(distribution.folder)]
     # Not in a folder of ours: Python would look for modules there first.
     done = subprocess.run(command, cwd=target, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise BuildFailed(f"{one.name} could not be built:\n{(done.stdout + done.stderr).strip()}")
-    made = [*target.glob(f"{one.stem}-{version()}.tar.gz"), *target.glob(f"{one.stem}-{version()}-*.whl")]
-    wanted = 1 if one.name in options.sdist_only else 2
+        raise BuildFailed(f"{distribution.name} could not be built:\n{(done.stdout + done.stderr).strip()}")
+    made = [
+        *target.glob(f"{distribution.stem}-{version()}.tar.gz"),
+        *target.glob(f"{distribution.stem}-{version()}-*.whl"),
+    ]
+    wanted = 1 if distribution.name in options.sdist_only else 2
     if len(made) != wanted:
-        raise BuildFailed(f"{one.name} {version()}: expected {wanted} files, got {_names(made)}.")
+        raise BuildFailed(f"{distribution.name} {version()}: expected {wanted} files, got {_names(made)}.")
     return made
 
 

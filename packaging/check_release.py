@@ -15,15 +15,17 @@ from distributions import ROOT, version
 
 def objections(tag: str) -> list[str]:
     """Return why `tag` must not be released from this tree, a sentence each."""
-    found = []
+    sentences = []
     if tag != f"v{version()}":
-        found.append(
+        sentences.append(
             f"the tag is {tag}, but mla/__init__.py has version {version()}: the tag must be v{version()}."
         )
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     if not re.search(rf"^## \[{re.escape(version())}\] - \d{{4}}-\d\d-\d\d$", changes, re.MULTILINE):
-        found.append(f"CHANGELOG.md has no line '## [{version()}] - YYYY-MM-DD': date the release's section.")
-    return found
+        sentences.append(
+            f"CHANGELOG.md has no line '## [{version()}] - YYYY-MM-DD': date the release's section."
+        )
+    return sentences
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,10 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("tag", metavar="TAG", help="the tag to be released, v and the version")
-    found = objections(parser.parse_args(arguments).tag)
-    for sentence in found:
+    sentences = objections(parser.parse_args(arguments).tag)
+    for sentence in sentences:
         print(f"error: {sentence}", file=sys.stderr)
-    return 1 if found else 0
+    return 1 if sentences else 0
 
 
 if __name__ == "__main__":

@@ -45,6 +45,6 @@ def _field(folder: Path, key: str) -> str:
     return _only(re.findall(rf'^{key} = "(.+)"$', text.partition("[project]")[2], re.MULTILINE)[:1])
 
 
-def _only(found: list[str]) -> str:
-    (one,) = found
-    return one
+def _only(wheels: list[str]) -> str:
+    (wheel,) = wheels
+    return wheel

@@ -53,13 +53,13 @@ def taken(index: str) -> list[str]:
     asked += [(name, other) for name in wanted for other in lookalikes(name)]
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda pair: exists(index, pair[1]), asked))
-    return [_taken(*pair) for pair, found in zip(asked, answers, strict=True) if found]
+    return [_taken(*pair) for pair, name in zip(asked, answers, strict=True) if name]
 
 
-def _taken(name: str, found: str) -> str:
-    if name == found:
+def _taken(name: str, existing: str) -> str:
+    if name == existing:
         return f"'{name}' is taken."
-    return f"'{name}' will be refused: it is too similar to '{found}', which exists."
+    return f"'{name}' will be refused: it is too similar to '{existing}', which exists."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,12 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--index", default="https://pypi.org/simple", metavar="URL", help="[%(default)s]")
     options = parser.parse_args(arguments)
     try:
-        found = taken(options.index)
+        refusals = taken(options.index)
     except (OSError, ValueError, HTTPException) as error:  # the last two of what is no address
         print(f"error: {options.index} did not say which names exist: {error}.", file=sys.stderr)
         return 2
-    print("\n".join(found) or f"free: {', '.join(distribution.name for distribution in distributions())}")
-    return 1 if found else 0
+    print("\n".join(refusals) or f"free: {', '.join(distribution.name for distribution in distributions())}")
+    return 1 if refusals else 0
 
 
 if __name__ == "__main__":

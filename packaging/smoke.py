@@ -31,7 +31,7 @@ class SmokeFailed(Exception):
 def wheels(dist: Path) -> list[Path]:
     """Return our wheels for this machine. Raises `SmokeFailed` if one is missing, or there are several."""
     machine = os.uname().machine
-    found = []
+    problems = []
     for name in NEEDED:
         fitting = [
             path
@@ -41,8 +41,8 @@ def wheels(dist: Path) -> list[Path]:
         if len(fitting) != 1:
             there = ", ".join(path.name for path in fitting) or "none"
             raise SmokeFailed(f"{dist} must have one wheel of {name} {version()} for {machine}, has {there}.")
-        found += fitting
-    return found
+        problems += fitting
+    return problems
 
 
 def run(dist: Path, folder: Path, torch_index: str) -> None:

@@ -99,8 +99,12 @@ class KnownDevice:
     @property
     def plugin_command(self) -> str:
         """The command that starts a plugin; "" where torch says cuda, which the template is not for."""
-        own = self.torch_device
-        return "" if own == "cuda" else f"python -m mla.bench new-backend {own} ./{own}"
+        torch_device = self.torch_device
+        return (
+            ""
+            if torch_device == "cuda"
+            else f"python -m mla.bench new-backend {torch_device} ./{torch_device}"
+        )
 
 
 # Flags, torch devices and packages as in InfiniCore at 2cec6ce6 (test/infinicore/framework).

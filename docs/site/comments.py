@@ -58,8 +58,8 @@ class CommentsAreDocstrings(griffe.Extension):
 
 def _behind(comments: Comments, node: Any) -> str:
     """Return the comments on a node's own lines, which need not hold anything else."""
-    found = (comments.get(line, (0, "")) for line in range(node.lineno, node.end_lineno + 1))
-    return " ".join(text for column, text in found if column > node.col_offset)
+    on_lines = (comments.get(line, (0, "")) for line in range(node.lineno, node.end_lineno + 1))
+    return " ".join(text for column, text in on_lines if column > node.col_offset)
 
 
 def _above(comments: Comments, node: Any) -> str:

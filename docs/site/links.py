@@ -17,7 +17,7 @@ from markdown.treeprocessors import Treeprocessor
 def repository(environment: Mapping[str, str] = os.environ) -> tuple[str, str]:
     """Return the repository's address and the commit being built, as GitHub Actions says; else ("", "")."""
     names = ("GITHUB_SERVER_URL", "GITHUB_REPOSITORY", "GITHUB_SHA")
-    server, name, commit = (environment.get(one, "") for one in names)
+    server, name, commit = (environment.get(variable, "") for variable in names)
     return (f"{server}/{name}", commit) if server and name and commit else ("", "")
 
 

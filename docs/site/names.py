@@ -16,8 +16,8 @@ _LEFT_ALONE = {"a", "autoref", "h1", "h2", "h3", "h4", "h5", "h6", "pre"}
 
 def shown(*pages: Path) -> dict[str, str]:
     """Return the classes that pages of the reference show: name -> identifier."""
-    found = (match for page in pages for match in _SHOWN.finditer(page.read_text(encoding="utf-8")))
-    return {match[2]: match[1] for match in found}
+    matches = (match for page in pages for match in _SHOWN.finditer(page.read_text(encoding="utf-8")))
+    return {match[2]: match[1] for match in matches}
 
 
 class NameLinks(Extension):

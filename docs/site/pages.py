@@ -42,8 +42,8 @@ source_links = SourceLinks(ROOT)
 def found(*patterns: str) -> list[str]:
     """Return the files of the repository that match, as paths from its root."""
     paths = {path for pattern in patterns for path in ROOT.glob(pattern)}
-    own = Path(__file__).parent
-    return sorted(path.relative_to(ROOT).as_posix() for path in paths if own not in path.parents)
+    this_folder = Path(__file__).parent
+    return sorted(path.relative_to(ROOT).as_posix() for path in paths if this_folder not in path.parents)
 
 
 def on_config(config: MkDocsConfig) -> None:

@@ -182,8 +182,8 @@ def _of_check(
         yield from (Instance(check, dtype=dtype) for dtype in (*dtypes, *more))
     elif check.scope == OP:  # of the reference, too, which serves what ops refuse
         for dtype in dtypes:
-            own = {name: op for name, op in offered.items() if _kind(op) == check.kind}
-            yield from (Instance(check, name, dtype, op) for name, op in own.items())
+            of_kind = {name: op for name, op in offered.items() if _kind(op) == check.kind}
+            yield from (Instance(check, name, dtype, op) for name, op in of_kind.items())
             yield Instance(check, "reference", dtype, REFERENCE[check.kind])
     else:  # without fused ops both policies are the same
         policies = ("auto", "reference") if offered and not subject.quick else ("auto",)
@@ -199,8 +199,10 @@ def _rank(instance: Instance, subject: BackendUnderTest, offered: Mapping[str, F
     usual = LAST if drawn else FIRST
     if instance.of != "reference" or dtype is None:
         return usual
-    own = {name: op for name, op in offered.items() if _kind(op) == check.kind}
-    if check.scope == OP and not any(_serves(subject, check.kind, dtype, *named) for named in own.items()):
+    of_kind = {name: op for name, op in offered.items() if _kind(op) == check.kind}
+    if check.scope == OP and not any(
+        _serves(subject, check.kind, dtype, *named) for named in of_kind.items()
+    ):
         return usual
     return NEVER if drawn or subject.quick else SPARE
 

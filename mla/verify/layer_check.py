@@ -71,8 +71,8 @@ class Checker:
         """Return the bounds, those of rows [inputs, T], made once. The reference runs if it matters."""
         held = held_to_reference and not table_decides(self.dtype)
         if held not in self._kept:
-            own = row_errors(self.reference_outputs(), self.expected) if held else None
-            self._kept[held] = layer_bounds(own, self.expected, self.dtype).beside(self.beside)
+            errors = row_errors(self.reference_outputs(), self.expected) if held else None
+            self._kept[held] = layer_bounds(errors, self.expected, self.dtype).beside(self.beside)
         return self._kept[held]
 
 

@@ -60,8 +60,8 @@ class Places:
     def of(self, rows: torch.Tensor) -> Places:
         """Return the places of some of the rows [n] int64, which keep their numbers."""
         slot = None if self.slot is None else self.slot[rows]
-        own = self.request[rows], self.position[rows], self.first[rows]
-        return Places(*own, self.kv_lens, slot, self.page_size, rows)
+        selected = self.request[rows], self.position[rows], self.first[rows]
+        return Places(*selected, self.kv_lens, slot, self.page_size, rows)
 
     def __len__(self) -> int:
         return len(self.request)

@@ -38,25 +38,25 @@ def test_no_line_of_it_names_torch_cuda() -> None:
 
 
 def test_without_torch_musa_the_reason_says_so() -> None:
-    found = create("moore").probe()
-    assert not found.ok
-    assert found.reason == "torch_musa is not installed"
-    assert "https://github.com/MooreThreads/torch_musa" in found.hint
+    available = create("moore").probe()
+    assert not available.ok
+    assert available.reason == "torch_musa is not installed"
+    assert "https://github.com/MooreThreads/torch_musa" in available.hint
 
 
 def test_a_torch_musa_that_brings_no_musa_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_musa", ModuleType("torch_musa"))
-    found = create("moore").probe()
-    assert not found.ok
-    assert found.reason == f"torch {torch.__version__} has no torch.musa"
+    available = create("moore").probe()
+    assert not available.ok
+    assert available.reason == f"torch {torch.__version__} has no torch.musa"
 
 
 def reasons(op: str, capability: str | None, dtype: torch.dtype = torch.bfloat16, heads: int = 16) -> str:
     """Return what the op says of a layer of DeepSeek's shape, but for packages that are not installed."""
     spec = AttentionSpec(heads, 512, 128, 64, 128, 0.1, dtype, torch.device("cpu"))
-    found = kernels(lambda: capability, 56)[op].unsupported_reasons(spec)
+    answers = kernels(lambda: capability, 56)[op].unsupported_reasons(spec)
     missing = ("is not installed", "no flash attention of its own")
-    return "; ".join(one for one in found if not any(words in one for words in missing))
+    return "; ".join(reason for reason in answers if not any(words in reason for words in missing))
 
 
 @pytest.mark.parametrize("op", ["mate", "mt_flash_mla"])

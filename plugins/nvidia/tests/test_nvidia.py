@@ -68,12 +68,12 @@ def test_extras_are_each_cards_kernels_and_a_monitor() -> None:
 def test_a_known_card_has_ceilings_with_a_source(
     name: str, reported: float, bandwidth: float, bfloat16: float
 ) -> None:
-    found, flops = peaks(name, int(reported * GIB))
-    assert found is not None
-    assert found.value == pytest.approx(bandwidth)
+    declared, flops = peaks(name, int(reported * GIB))
+    assert declared is not None
+    assert declared.value == pytest.approx(bandwidth)
     assert flops["bfloat16"].value == flops["float16"].value == pytest.approx(bfloat16)
     assert flops["float32"].value < flops["bfloat16"].value / 4
-    assert {found.source, *(peak.source for peak in flops.values())} == {SHEETS[name].source}
+    assert {declared.source, *(peak.source for peak in flops.values())} == {SHEETS[name].source}
 
 
 @pytest.mark.parametrize(
@@ -106,9 +106,9 @@ CARDS = ((7, 0), (7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (10, 7), (11,
 def reasons(op: str, architecture: tuple[int, int]) -> list[str]:
     """Return what the op says of a layer of DeepSeek's shape, but for packages that are not installed."""
     spec = AttentionSpec(16, 512, 128, 64, 128, 0.1, torch.bfloat16, torch.device("cpu"))
-    found = kernels(lambda: architecture, 132)[op].unsupported_reasons(spec)
+    refusals = kernels(lambda: architecture, 132)[op].unsupported_reasons(spec)
     missing = ("is not installed", "no flash attention of its own")
-    return [one for one in found if not any(words in one for words in missing)]
+    return [reason for reason in refusals if not any(words in reason for words in missing)]
 
 
 @pytest.mark.parametrize(
@@ -125,9 +125,9 @@ def reasons(op: str, architecture: tuple[int, int]) -> list[str]:
 )
 def test_a_kernel_is_refused_where_it_was_not_built_for(op: str, serves: set[tuple[int, int]]) -> None:
     for architecture in CARDS:
-        found = reasons(op, architecture)
-        assert (not found) == (architecture in serves), (architecture, found)
-        assert all(f"this is sm_{architecture[0]}{architecture[1]}" in one for one in found)
+        refusals = reasons(op, architecture)
+        assert (not refusals) == (architecture in serves), (architecture, refusals)
+        assert all(f"this is sm_{architecture[0]}{architecture[1]}" in reason for reason in refusals)
 
 
 DEEPSEEK, SMALL, WIDE = (128, 64, 128), (64, 32, 64), (192, 64, 128)  # qk_nope, qk_rope and v
@@ -158,19 +158,19 @@ def test_sdpa_gets_the_widths_that_its_fastest_kernel_takes(
 
 def test_ops_with_a_log_sum_exp_come_before_the_one_without() -> None:
     """Only they can merge the parts of a long context."""
-    found = [op for op in kernels(lambda: (9, 0), 132).values() if op.contract == "expanded_attention/1"]
-    assert [op.writes_lse for op in found] == [True] * (len(found) - 1) + [False]
+    serving = [op for op in kernels(lambda: (9, 0), 132).values() if op.contract == "expanded_attention/1"]
+    assert [op.writes_lse for op in serving] == [True] * (len(serving) - 1) + [False]
 
 
 def missing(architecture: tuple[int, int], kind: str) -> dict[str, str]:
     """Return op -> why it is refused, of the ops that would run on a card, best first."""
     spec = AttentionSpec(16, 512, 128, 64, 128, 0.1, torch.bfloat16, torch.device("cpu"))
-    found = {}
+    whys = {}
     for name, op in kernels(lambda: architecture, 132).items():
         why = op.unsupported_reasons(spec)
-        if op.contract.startswith(kind) and not any("but this is sm_" in one for one in why):
-            found[name] = "".join(why)
-    return found
+        if op.contract.startswith(kind) and not any("but this is sm_" in clause for clause in why):
+            whys[name] = "".join(why)
+    return whys
 
 
 @pytest.mark.parametrize(
@@ -208,15 +208,15 @@ def test_the_card_at_hand_names_its_best_kernel_and_how_to_get_it(
     ],
 )
 def test_our_kernels_stand_where_evidence_puts_them(architecture: tuple[int, int], latent: list[str]) -> None:
-    own = triton_ops(tuning_for(227 * 1024), 132)
-    there = ordered(kernels(lambda: architecture, 132), own, ahead_of(architecture))
+    ours = triton_ops(tuning_for(227 * 1024), 132)
+    there = ordered(kernels(lambda: architecture, 132), ours, ahead_of(architecture))
     kinds = {name: op.contract.partition("/")[0] for name, op in there.items()}
     refused = {"flash_mla": architecture != (9, 0), "tokenspeed": architecture[0] != 10}
     assert [
         name for name, kind in kinds.items() if kind == "latent_attention" and not refused.get(name)
     ] == latent
     assert [name for name, kind in kinds.items() if kind == "expanded_attention"][-1] == "triton_expanded"
-    assert set(own) <= set(there)
+    assert set(ours) <= set(there)
 
 
 def test_every_place_has_its_reason_and_no_architecture_two() -> None:
@@ -243,7 +243,7 @@ def test_the_extra_asks_for_a_flashinfer_that_finds_every_page() -> None:
 def test_no_card_is_told_to_install_what_it_cannot_run() -> None:
     spec = AttentionSpec(16, 512, 128, 64, 128, 0.1, torch.bfloat16, torch.device("cpu"))
     for architecture in CARDS:
-        for name, op in kernels(lambda found=architecture: found, 132).items():
+        for name, op in kernels(lambda capability=architecture: capability, 132).items():
             why = " ".join(op.unsupported_reasons(spec))
             if "it runs on" in why:
                 assert "pip install" not in why, name
@@ -316,8 +316,8 @@ def test_an_old_triton_gets_tiles_that_it_does_not_spill(reported: int, few_rows
 @pytest.mark.parametrize("reported", [H100, A100, L40S, 49_152])
 def test_what_a_tile_holds_fits_the_card(reported: int, old_triton: bool) -> None:
     """A lower bound: queries once, and keys of all stages but the one that is multiplied (bfloat16)."""
-    found = tuning_for(reported, old_triton=old_triton)
-    for width, values, tiles in ((576, 0, found.latent), (192, 128, found.expanded)):
+    tuning = tuning_for(reported, old_triton=old_triton)
+    for width, values, tiles in ((576, 0, tuning.latent), (192, 128, tuning.expanded)):
         for tile in tiles.values():
             held = 2 * (tile.rows * width + max(1, tile.stages - 1) * tile.keys * (width + values))
             assert held <= reported, str(tile)

@@ -78,11 +78,11 @@ def test_list_shows_every_state_on_one_line_each(isolated: Bench) -> None:
 def test_list_json_holds_the_same_for_machines(isolated: Bench) -> None:
     done = isolated("list", "--json", fakes=["good", "no_device"])
     assert (done.code, done.err) == (0, "")
-    found = {record["name"]: record for record in json.loads(done.out)}
-    assert found["fake-good"]["state"] == "usable"
-    assert found["fake-good"]["evidence"] == {"device": "host"}
-    assert (found["fake-no-device"]["reason"], found["fake-no-device"]["hint"]) == (
+    by_name = {record["name"]: record for record in json.loads(done.out)}
+    assert by_name["fake-good"]["state"] == "usable"
+    assert by_name["fake-good"]["evidence"] == {"device": "host"}
+    assert (by_name["fake-no-device"]["reason"], by_name["fake-no-device"]["hint"]) == (
         "no card on the bus",
         "plug one in",
     )
-    assert all(found[name]["state"] == "not installed" for name in KNOWN)
+    assert all(by_name[name]["state"] == "not installed" for name in KNOWN)

@@ -80,8 +80,8 @@ def test_a_case_that_the_run_did_not_bring_closes_the_gate_unless_it_was_not_ask
 def test_points_of_a_grid_are_compared_one_by_one(run: Bench) -> None:
     grid = ("--scenario", "decode", "-a", "kv=1,2", "-a", "dtype=bf16,fp32")
     run("2", *grid, "-o", "base.json")
-    one = run("2", "--scenario", "decode", "-a", "kv=2", "-a", "dtype=fp32", *GATE)
-    assert (one.code, one.out.count("SAME")) == (0, 1)
+    compared = run("2", "--scenario", "decode", "-a", "kv=2", "-a", "dtype=fp32", *GATE)
+    assert (compared.code, compared.out.count("SAME")) == (0, 1)
 
 
 def test_a_run_and_itself_or_its_copy_need_no_comparison(run: Bench, bench: Bench) -> None:

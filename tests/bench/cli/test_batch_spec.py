@@ -169,8 +169,8 @@ def test_an_option_replaces_an_axis_of_the_file(
 )
 @pytest.mark.usefixtures("files")
 def test_the_repro_line_and_resume_find_the_case_again(bench: Bench, words: tuple[str, ...]) -> None:
-    own = () if "--workload" in words else (*TINY, "--runs", "2", "--passes", "2", "--warmups", "0")
-    arguments = (*CPU, *own, *words, "--implementations", "mla")
+    shape = () if "--workload" in words else (*TINY, "--runs", "2", "--passes", "2", "--warmups", "0")
+    arguments = (*CPU, *shape, *words, "--implementations", "mla")
     assert bench(*arguments, "-o", "run.json").code == 0
     (case,) = read("run.json").cases
     assert bench(*shlex.split(case.repro)[3:], "-o", "again.json").code == 0
@@ -304,6 +304,6 @@ def test_the_lists_of_presets_and_workloads_are_two(bench: Bench) -> None:
     shown = bench("list", "--workloads")
     assert shown.code == 0
     assert "production-mix-kimi-k3" in shown.out
-    found = json.loads(bench("list", "--workloads", "--json").out)
-    assert {"name", "scenarios", "config", "op", "about", "source"} == set(found[0])
+    listed = json.loads(bench("list", "--workloads", "--json").out)
+    assert {"name", "scenarios", "config", "op", "about", "source"} == set(listed[0])
     assert bench("list", "--workloads", "--configs").code == 2

@@ -218,7 +218,7 @@ def test_what_a_file_says_of_itself_cannot_act_on_a_terminal(
     assert done.code == (0 if config else 2)
     assert "long" in done.err
     assert "\\x1b]0;" in done.err
-    assert set(done.err) - set("\n") == {one for one in done.err if one.isprintable()}
+    assert set(done.err) - set("\n") == {letter for letter in done.err if letter.isprintable()}
     assert max(map(len, done.err.splitlines())) < 1000
 
 

@@ -25,10 +25,10 @@ def test_each_task_writes_its_own_result_with_what_slurm_said(
     text = Path("run-1.json").read_text()
     assert "secret" not in text
     assert "somebody" not in text
-    found = results.decode(text.encode())
-    facts = {key: value for key, value in found.environment.items() if "slurm" in key}
+    result = results.decode(text.encode())
+    facts = {key: value for key, value in result.environment.items() if "slurm" in key}
     assert facts == {name.lower(): value for name, value in SECOND.items()}
-    assert all("--device" not in case.repro for case in found.cases)
+    assert all("--device" not in case.repro for case in result.cases)
 
 
 @pytest.mark.parametrize("variables", [SECOND, {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}])

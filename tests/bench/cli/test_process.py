@@ -314,11 +314,11 @@ def test_sigterm_while_modules_are_imported_is_told_from_ctrl_c(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("given", "found"),
+    ("given", "policy"),
     [({}, "None 10000"), ({"GOMP_SPINCOUNT": "7"}, "None 7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None")],
 )
 def test_host_threads_do_not_spin_for_long_unless_the_user_says_so(
-    process: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], found: str
+    process: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], policy: str
 ) -> None:
     """OpenMP asks when torch is loaded, which ends this run."""
     (tmp_path / "torch.py").write_text(
@@ -329,4 +329,4 @@ def test_host_threads_do_not_spin_for_long_unless_the_user_says_so(
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
     done = process("--backend", "cpu", "--list-ops", path=[tmp_path], **given)
-    assert f"threads wait as in {found}" in done.err
+    assert f"threads wait as in {policy}" in done.err

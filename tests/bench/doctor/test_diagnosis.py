@@ -99,36 +99,36 @@ def loose(tmp_path: Path) -> Callable[..., None]:
 
 def blocks(text: str) -> dict[str, list[str]]:
     """Return title -> lines of the report."""
-    found = [block.splitlines() for block in text.split("\n\n")]
-    return {title: [" ".join(line.split()) for line in lines] for title, *lines in found}
+    parts = [block.splitlines() for block in text.split("\n\n")]
+    return {title: [" ".join(line.split()) for line in lines] for title, *lines in parts}
 
 
 def test_every_backend_gets_a_block_and_one_that_works_suffices(isolated: Bench) -> None:
     done = isolated("doctor", fakes=["good", "no_device", "crash", "duplicate_a", "duplicate_b"])
     assert (done.code, done.err) == (0, "")
-    found = blocks(done.out)
-    assert found["fake-no-device: no device (mla-backend-fake-no-device 1.0)"] == [
+    by_title = blocks(done.out)
+    assert by_title["fake-no-device: no device (mla-backend-fake-no-device 1.0)"] == [
         "reason no card on the bus",
         "evidence cards: 0",
         "fix plug one in",
     ]
-    crash = found["fake-crash: no answer (mla-backend-fake-crash 1.0)"]
+    crash = by_title["fake-crash: no answer (mla-backend-fake-crash 1.0)"]
     assert crash[0] == "reason the probe died with signal SIGABRT"
-    twin = found["fake-twin: duplicate"]
+    twin = by_title["fake-twin: duplicate"]
     assert twin[1].startswith("fix uninstall one of them: `pip uninstall mla-backend-fake-duplicate-a` or ")
-    good = found["fake-good: usable (mla-backend-fake-good 1.0)"]
+    good = by_title["fake-good: usable (mla-backend-fake-good 1.0)"]
     assert {"evidence device: host", "device fake-good (cpu)", "memory unknown"} <= set(good)
     assert {"ops for deepseek-v2-lite in bfloat16:", "latent_attention: reference"} <= set(good)
-    assert set(KNOWN) <= {title.partition(": not installed")[0] for title in found}
-    assert not [title for title in found if title.startswith("torch: ")], "fake-good is enough"
+    assert set(KNOWN) <= {title.partition(": not installed")[0] for title in by_title}
+    assert not [title for title in by_title if title.startswith("torch: ")], "fake-good is enough"
     assert done.out.splitlines()[-1] == "usable: fake-good"
 
 
 def test_where_nothing_is_usable_the_backend_without_a_plugin_is_tried(isolated: Bench) -> None:
     done = isolated("doctor", fakes=["no_device"])
-    (found,) = [lines for title, lines in blocks(done.out).items() if title.startswith("torch: no device")]
-    assert found[0].startswith("reason torch ")
-    assert "-O device=NAME" in found[1]
+    (block,) = [lines for title, lines in blocks(done.out).items() if title.startswith("torch: no device")]
+    assert block[0].startswith("reason torch ")
+    assert "-O device=NAME" in block[1]
 
 
 @pytest.mark.parametrize(
@@ -149,8 +149,8 @@ def test_options_belong_to_the_backend_that_is_named(bench: Bench, words: list[s
 def test_an_option_that_the_backend_does_not_take_is_the_users_mistake(bench: Bench) -> None:
     done = bench("doctor", "torch", "-O", "devise=cpu")
     assert done.code == 2
-    (found,) = [lines for title, lines in blocks(done.out).items() if title.startswith("torch: bad option")]
-    assert found == [
+    (block,) = [lines for title, lines in blocks(done.out).items() if title.startswith("torch: bad option")]
+    assert block == [
         "reason backend 'torch' has no option 'devise'; it knows: device, import, graph, threads."
     ]
 
@@ -158,9 +158,9 @@ def test_an_option_that_the_backend_does_not_take_is_the_users_mistake(bench: Be
 def test_json_holds_the_same_for_machines(process: Bench, no_torch: Path) -> None:
     done = process("doctor", "fake-no-device", "--json", fakes=["no_device", "good"], path=[no_torch])
     assert (done.code, done.err) == (3, "")
-    found = json.loads(done.out)
-    assert found["host"]["python"].endswith(f"({sys.executable})")
-    (backend,) = found["backends"]
+    diagnosed = json.loads(done.out)
+    assert diagnosed["host"]["python"].endswith(f"({sys.executable})")
+    (backend,) = diagnosed["backends"]
     assert (backend["name"], backend["state"], backend["version"]) == ("fake-no-device", "no device", "1.0")
     assert (backend["reason"], backend["evidence"], backend["fixes"], backend["facts"]) == (
         "no card on the bus",
@@ -168,7 +168,7 @@ def test_json_holds_the_same_for_machines(process: Bench, no_torch: Path) -> Non
         ["plug one in"],
         {},
     )
-    assert found["usable"] == []
+    assert diagnosed["usable"] == []
 
 
 def test_a_name_that_nobody_offers_is_a_sentence(bench: Bench) -> None:
@@ -257,9 +257,9 @@ def test_a_probe_that_promises_too_much_is_found_out(
     loose(**broken)
     done = process("doctor", "loose:Loose", "--json")
     assert done.code == 3
-    (found,) = json.loads(done.out)["backends"]
-    assert (found["state"], found["reason"], found["fixes"]) == (state, reason, [fix])
-    assert found["evidence"] == {"card": "seen"}
+    (diagnosis,) = json.loads(done.out)["backends"]
+    assert (diagnosis["state"], diagnosis["reason"], diagnosis["fixes"]) == (state, reason, [fix])
+    assert diagnosis["evidence"] == {"card": "seen"}
 
 
 # ------------------------------------------------------------------------------------------------ torch
@@ -268,13 +268,13 @@ def test_a_probe_that_promises_too_much_is_found_out(
 def test_without_torch_it_says_so_and_where_to_get_it(process: Bench, no_torch: Path) -> None:
     done = process("doctor", "cpu", path=[no_torch])
     assert (done.code, done.err) == (3, "")
-    found = blocks(done.out)
-    assert found["torch: does not import"] == [
+    by_title = blocks(done.out)
+    assert by_title["torch: does not import"] == [
         "reason torch is not installed",
         "autoload on",
         f"fix for backend 'cpu', install torch from {KNOWN['cpu'].torch_source}",
     ]
-    assert any("No module named 'torch'" in line for lines in found.values() for line in lines)
+    assert any("No module named 'torch'" in line for lines in by_title.values() for line in lines)
 
 
 def test_a_torch_that_is_broken_itself_blames_no_extension(
@@ -289,7 +289,7 @@ def test_a_torch_that_is_broken_itself_blames_no_extension(
     torch = json.loads(done.out)["torch"]
     assert torch["problem"] == "OSError: libvendor.so: cannot open shared object file"
     assert not torch["autoload_is_to_blame"]
-    assert [one["problem"] for one in torch["extensions"]] == [""]
+    assert [extension["problem"] for extension in torch["extensions"]] == [""]
     assert torch["fixes"][0] == "reinstall torch in a build that fits this system"
 
 
@@ -308,12 +308,15 @@ def test_extensions_that_break_torch_are_told_from_those_that_do_not(
     loose(probe="import torch")
     done = process("doctor", "loose:Loose", "--json", path=path)
     assert done.code == 3
-    found = json.loads(done.out)
-    torch = found["torch"]
+    diagnosed = json.loads(done.out)
+    torch = diagnosed["torch"]
     assert torch["problem"].startswith("RuntimeError: Failed to load the backend extension: torch_late.")
     assert torch["autoload"]
     assert torch["autoload_is_to_blame"]
-    assert {(one["distribution"], one["version"], one["problem"]) for one in torch["extensions"]} == {
+    assert {
+        (extension["distribution"], extension["version"], extension["problem"])
+        for extension in torch["extensions"]
+    } == {
         ("torch-late", "2.5", "ImportError: needs torch 2.1"),
         ("torch-crash", "2.5", "a process that loads it died with signal SIGABRT"),
         ("torch-fine", "2.5", ""),
@@ -327,7 +330,7 @@ def test_extensions_that_break_torch_are_told_from_those_that_do_not(
         "or run with TORCH_DEVICE_BACKEND_AUTOLOAD=0, so that torch autoloads no extensions; backends import "
         "their own",
     ]
-    (backend,) = found["backends"]
+    (backend,) = diagnosed["backends"]
     assert "Failed to load the backend extension: torch_late" in backend["reason"]
     assert backend["fixes"] == [
         "run with TORCH_DEVICE_BACKEND_AUTOLOAD=0: just tried, and it makes 'loose:Loose' usable"

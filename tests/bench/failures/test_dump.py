@@ -31,7 +31,7 @@ def measure(bench: Bench, small: list[str]) -> Bench:
 
 def line(done: Any, contains: str) -> str:
     """Return the line of stderr that contains this."""
-    return next(one for one in done.err.splitlines() if contains in one)
+    return next(said for said in done.err.splitlines() if contains in said)
 
 
 def replayed(bench: Bench, done: Any, *words: str) -> Any:

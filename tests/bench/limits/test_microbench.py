@@ -78,8 +78,8 @@ def counted(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[Way], float]) ->
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
-    found = [Way(name, lambda call: torch.ones(1)) for name in seconds]
-    monkeypatch.setattr(microbench, "read_ways", lambda weight: found)
+    ways = [Way(name, lambda call: torch.ones(1)) for name in seconds]
+    monkeypatch.setattr(microbench, "read_ways", lambda weight: ways)
     monkeypatch.setattr(Microbenchmark, "_own", lambda *where: [])
     counted(monkeypatch, lambda way: seconds[way.name])
 
@@ -113,12 +113,12 @@ def test_a_way_that_a_device_lacks_is_no_obstacle_and_all_of_them_are(
 def test_every_way_of_reading_reads_all_of_it(dtype: torch.dtype, place: int) -> None:
     """The largest number shows in the result of each way, wherever it is."""
     weight = torch.ones(32, microbench.FEATURES, dtype=dtype)
-    found = microbench.read_ways(weight)
+    ways = microbench.read_ways(weight)
     weight.view(-1)[place] = 1e12
     if dtype == torch.bfloat16:  # read in pairs as float32, whose leading half is the second
         weight.view(-1)[place : place + 2 or None] = 1e12
-    assert len(found) == 5
-    for way in found:
+    assert len(ways) == 5
+    for way in ways:
         assert way.call(0).max() > 1e11, way.name
 
 
@@ -186,11 +186,11 @@ def test_an_op_whose_product_is_wrong_never_counts(
     monkeypatch.setattr(microbench, "REPEATS", 12)
     monkeypatch.setattr(microbench, "MAX_REPEAT_S", 60.0)
     monkeypatch.setattr(microbench, "_SAID", set())
-    one = op()
-    found = with_op(one).product(tokens, 256, 128) if tokens > 1 else with_op(one).read(1 << 19)
-    assert one.calls > 0, "it was not even tried"
-    assert not found.ours
-    assert "mine" not in found.source
+    native = op()
+    ceiling = with_op(native).product(tokens, 256, 128) if tokens > 1 else with_op(native).read(1 << 19)
+    assert native.calls > 0, "it was not even tried"
+    assert not ceiling.ours
+    assert "mine" not in ceiling.source
     assert capsys.readouterr().err.startswith("mine is left out of the limits: its result is wrong for ")
 
 
@@ -207,8 +207,8 @@ def test_an_op_that_returns_at_once_does_not_make_the_squares_go_on(monkeypatch:
         return 1e-9 if way.ours else times[side[0]]
 
     counted(monkeypatch, seconds)
-    found = list(with_op(Linear()).squares())
-    assert [ceiling.ours for ceiling in found] == [True, True]
+    ceilings = list(with_op(Linear()).squares())
+    assert [ceiling.ours for ceiling in ceilings] == [True, True]
 
 
 def test_a_square_that_was_slow_is_left_out_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,8 +261,8 @@ class Deaf(HostBackend):
 
 def test_the_backend_is_not_asked_to_wait(quick_ceilings: None) -> None:
     benchmark = Microbenchmark(Deaf(ops={"mine": Linear()}), CPU, torch.float32)
-    for found in (benchmark.read(1 << 18), benchmark.copy(1 << 18), benchmark.product(4, 64, 32)):
-        assert found.value > 0
+    for ceiling in (benchmark.read(1 << 18), benchmark.copy(1 << 18), benchmark.product(4, 64, 32)):
+        assert ceiling.value > 0
 
 
 def test_a_region_ends_when_its_last_result_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,8 +303,8 @@ def test_a_wait_that_always_costs_the_same_lowers_no_ceiling(
     monkeypatch.setattr(microbench, "wait", ticking.wait)
     monkeypatch.setattr(microbench, "read_ways", lambda weight: [Way("x", ticking.call)])
     monkeypatch.setattr(Microbenchmark, "_own", lambda *where: [])
-    found = Microbenchmark(HostBackend(), CPU, torch.float32).read(1 << 20)
-    assert found.value == pytest.approx((1 << 20) / 1e-4, rel=0.01)
+    ceiling = Microbenchmark(HostBackend(), CPU, torch.float32).read(1 << 20)
+    assert ceiling.value == pytest.approx((1 << 20) / 1e-4, rel=0.01)
 
 
 # -------------------------------------------------------------------------------- seconds per call

@@ -27,11 +27,11 @@ def test_up_to_its_limit_a_case_has_a_share() -> None:
 
 @pytest.mark.parametrize("latency", [0.999, 0.8, 0.4, 0.001])
 def test_above_its_limit_a_case_has_a_doubt_and_no_share(latency: float) -> None:
-    found = place(Cost(flops=10**9, bytes=0), latency, READ, PRODUCT)
-    assert (found.fraction, found.bound, found.floor_ms) == (None, "compute", 1.0)
-    assert found.doubt.startswith("the limit or the time is suspect: ")
-    assert f"{latency:.3g} ms" in found.doubt
-    assert "measured: y" in found.doubt
+    roofline = place(Cost(flops=10**9, bytes=0), latency, READ, PRODUCT)
+    assert (roofline.fraction, roofline.bound, roofline.floor_ms) == (None, "compute", 1.0)
+    assert roofline.doubt.startswith("the limit or the time is suspect: ")
+    assert f"{latency:.3g} ms" in roofline.doubt
+    assert "measured: y" in roofline.doubt
 
 
 @pytest.mark.parametrize(
@@ -100,9 +100,9 @@ def measured(case: Case, **changes: Any) -> results.Case:
 
 def test_a_case_moves_under_higher_limits_and_so_do_its_stages(case: Case) -> None:
     stages = [Stage(name="a", ms=0.5, cost=COST, roofline=Roofline()), Stage(name="b", ms=0.1)]
-    one = measured(case, stages=stages)
-    place_case(one, [READ, PRODUCT])
-    assert (one.roofline.floor_ms, one.roofline.fraction, one.roofline.peak_source) == (
+    placed = measured(case, stages=stages)
+    place_case(placed, [READ, PRODUCT])
+    assert (placed.roofline.floor_ms, placed.roofline.fraction, placed.roofline.peak_source) == (
         1.0,
         0.5,
         "measured: x",
@@ -114,19 +114,19 @@ def test_a_case_moves_under_higher_limits_and_so_do_its_stages(case: Case) -> No
 
 
 def test_several_layers_share_a_footprint_and_a_case_is_one_of_them(case: Case) -> None:
-    one = measured(case, layers=10)
+    placed = measured(case, layers=10)
     few, many = (
         Ceiling(work="read", value=v, source="", footprint_bytes=f)
         for v, f in ((9e9, 1 << 20), (1e9, 16 << 20))
     )
-    place_case(one, [few, many, PRODUCT])
-    assert (one.roofline.floor_ms, one.roofline.fraction) == (1.0, 0.5)
+    place_case(placed, [few, many, PRODUCT])
+    assert (placed.roofline.floor_ms, placed.roofline.fraction) == (1.0, 0.5)
 
 
 def test_a_case_without_limits_or_without_a_number_stays_as_it_is(case: Case) -> None:
-    one = measured(case)
-    place_case(one, [READ])
-    assert one.roofline.peak_source == "before"
+    placed = measured(case)
+    place_case(placed, [READ])
+    assert placed.roofline.peak_source == "before"
     none = case(latency_ms=None)
     place_case(none, [READ, PRODUCT])
     assert none.roofline == Roofline()
@@ -152,9 +152,9 @@ def over_ranks(case: Case, *costs: Cost | None) -> results.Case:
 def test_a_case_over_ranks_is_held_against_the_most_that_any_of_them_has(case: Case) -> None:
     some = Cost(flops=COST.flops // 2, bytes=3 * COST.bytes // 5)
     more = Cost(flops=COST.flops // 2, bytes=4 * COST.bytes // 5)
-    one = over_ranks(case, some, more)
-    place_case(one, [READ, PRODUCT])
-    assert (one.roofline.floor_ms, one.roofline.fraction) == (pytest.approx(0.8), pytest.approx(0.4))
+    placed = over_ranks(case, some, more)
+    place_case(placed, [READ, PRODUCT])
+    assert (placed.roofline.floor_ms, placed.roofline.fraction) == (pytest.approx(0.8), pytest.approx(0.4))
     unknown = over_ranks(case, some, None)
     place_case(unknown, [READ, PRODUCT])
     assert unknown.roofline == Roofline()

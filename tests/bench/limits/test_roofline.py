@@ -62,16 +62,16 @@ def declare(setting: Setting, monkeypatch: pytest.MonkeyPatch, bandwidth: float,
 
 
 def test_what_is_unknown_is_measured_once_and_says_how(setting: Setting) -> None:
-    found = RooflineModel(setting)
-    flops, read = found.flops(), found.bandwidth(30 << 20)
+    model = RooflineModel(setting)
+    flops, read = model.flops(), model.bandwidth(30 << 20)
     assert flops.value == flops.lowest > 0
     assert flops.source.startswith("measured: ")
     assert flops.source.endswith(" bfloat16")
     assert read.value > 0
     assert read.source.endswith(", 30 MiB")
     assert RooflineModel(setting).flops() is flops
-    assert found.bandwidth((30 << 20) + 1) is read  # the same footprint
-    assert found.bandwidth(9 << 20) is not read
+    assert model.bandwidth((30 << 20) + 1) is read  # the same footprint
+    assert model.bandwidth(9 << 20) is not read
 
 
 @pytest.mark.parametrize("count", [1, 1 << 18, (1 << 22) - 1, 50_000_000, 51_000_000, 1 << 40])
@@ -87,18 +87,18 @@ def test_a_footprint_is_at_most_an_eighth_smaller_than_what_is_asked_for(
 def test_a_rate_reached_on_more_bytes_is_a_limit_of_few_too(setting: Setting, script: Scripted) -> None:
     """Few bytes cost as much per byte, and a launch besides, which a kernel of ours may save."""
     script.reads = lambda size: 5e9 if size == 1 << 20 else 1e9
-    found = RooflineModel(setting)
-    assert (found.bandwidth(1 << 18).value, found.bandwidth(1 << 18).footprint_bytes) == (5e9, 1 << 20)
-    assert found.bandwidth(2 << 20).value == 1e9
+    model = RooflineModel(setting)
+    assert (model.bandwidth(1 << 18).value, model.bandwidth(1 << 18).footprint_bytes) == (5e9, 1 << 20)
+    assert model.bandwidth(2 << 20).value == 1e9
     assert 1 << 22 in script.asked
 
 
 def test_the_nearer_limit_is_the_floor(setting: Setting, script: Scripted) -> None:
-    found = RooflineModel(setting)
-    memory = found.roofline(results.Cost(flops=10**9, bytes=2 * 10**6), latency_ms=8.0)
+    model = RooflineModel(setting)
+    memory = model.roofline(results.Cost(flops=10**9, bytes=2 * 10**6), latency_ms=8.0)
     assert (memory.floor_ms, memory.fraction, memory.bound) == (2.0, 0.25, "memory")
     assert memory.peak_source == "measured: x"
-    compute = found.roofline(results.Cost(flops=5 * 10**9, bytes=2 * 10**6), latency_ms=10.0)
+    compute = model.roofline(results.Cost(flops=5 * 10**9, bytes=2 * 10**6), latency_ms=10.0)
     assert (compute.floor_ms, compute.fraction, compute.bound) == (5.0, 0.5, "compute")
     assert compute.peak_source == "measured: mine, y"
 
@@ -108,8 +108,8 @@ def test_a_declared_peak_that_is_too_low_loses_and_is_named(
     setting: Setting, script: Scripted, monkeypatch: pytest.MonkeyPatch, low: float, said: str
 ) -> None:
     declare(setting, monkeypatch, 1e9 / low, 1e12 / low)
-    found = RooflineModel(setting)
-    read, product = found.bandwidth(8 << 20), found.flops()
+    model = RooflineModel(setting)
+    read, product = model.bandwidth(8 << 20), model.flops()
     assert (read.value, product.value, product.ours) == (1e9, 1e12, True)
     assert read.source == f"measured: x; declared: {said}, a sheet"
     assert product.source.startswith("measured: mine, y; declared: ")
@@ -121,8 +121,8 @@ def test_a_declared_peak_that_is_higher_wins_and_no_longer_is_our_own(
     setting: Setting, script: Scripted, monkeypatch: pytest.MonkeyPatch, high: float
 ) -> None:
     declare(setting, monkeypatch, 1e9 * high, 1e12 * high)
-    found = RooflineModel(setting)
-    read, product = found.bandwidth(8 << 20), found.flops()
+    model = RooflineModel(setting)
+    read, product = model.bandwidth(8 << 20), model.flops()
     assert (read.value, product.value) == (1e9 * high, 1e12 * high)
     assert read.source == "a sheet; measured: x: 1 GB/s"
     assert product.source == "another sheet; measured: mine, y: 1 TFLOP/s"
@@ -133,8 +133,8 @@ def test_a_declared_peak_near_what_is_measured_needs_no_remark(
     setting: Setting, script: Scripted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     declare(setting, monkeypatch, 1.2e9, 0.9e12)
-    found = RooflineModel(setting)
-    assert (found.bandwidth(8 << 20).source, found.flops().source) == ("a sheet", "measured: mine, y")
+    model = RooflineModel(setting)
+    assert (model.bandwidth(8 << 20).source, model.flops().source) == ("a sheet", "measured: mine, y")
 
 
 def test_a_declared_peak_serves_a_device_that_cannot_be_measured(
@@ -147,20 +147,23 @@ def test_a_declared_peak_serves_a_device_that_cannot_be_measured(
 
     monkeypatch.setattr(Microbenchmark, "read", refuse)
     monkeypatch.setattr(Microbenchmark, "square", refuse)
-    found = RooflineModel(setting)
-    assert found.roofline(results.Cost(flops=1, bytes=10**6), 4.0).fraction == 0.25
-    assert found.used() == [
+    model = RooflineModel(setting)
+    assert model.roofline(results.Cost(flops=1, bytes=10**6), 4.0).fraction == 0.25
+    assert model.used() == [
         Ceiling(work="read", value=1e9, source="a sheet"),
         Ceiling(work="matmul", value=1e12, source="another sheet", dtype="bfloat16"),
     ]
 
 
 def test_the_ceilings_that_were_used_are_listed_once(setting: Setting, script: Scripted) -> None:
-    found = RooflineModel(setting)
-    assert found.used() == []
+    model = RooflineModel(setting)
+    assert model.used() == []
     for count in (8 << 20, (8 << 20) + 1):
-        found.roofline(results.Cost(flops=1, bytes=count), latency_ms=1.0)
-    assert [(one.work, one.footprint_bytes) for one in found.used()] == [("read", 8 << 20), ("matmul", None)]
+        model.roofline(results.Cost(flops=1, bytes=count), latency_ms=1.0)
+    assert [(ceiling.work, ceiling.footprint_bytes) for ceiling in model.used()] == [
+        ("read", 8 << 20),
+        ("matmul", None),
+    ]
 
 
 def test_the_highest_of_several_measurements_is_kept_with_the_lowest(
@@ -168,12 +171,12 @@ def test_the_highest_of_several_measurements_is_kept_with_the_lowest(
 ) -> None:
     values = {1: 3e12, 2: 2.6e12, 3: 3.1e12, 4: 3e12}
     script.products = lambda number: values[number]
-    found = RooflineModel(setting)
-    found.known(8 << 20)
+    model = RooflineModel(setting)
+    model.known(8 << 20)
     for _ in range(3):
-        found.again(100.0)
-    assert (found.flops().value, found.flops().lowest) == (3.1e12, 2.6e12)
-    assert found.used()[1] == found.flops()
+        model.again(100.0)
+    assert (model.flops().value, model.flops().lowest) == (3.1e12, 2.6e12)
+    assert model.used()[1] == model.flops()
     assert script.anew == [False] * 8
 
 
@@ -182,10 +185,10 @@ def test_a_limit_that_varies_is_measured_by_every_way_again(
     setting: Setting, script: Scripted, second: float
 ) -> None:
     script.products = lambda number: second if number == 2 else 3e12
-    found = RooflineModel(setting)
-    found.known(8 << 20)
+    model = RooflineModel(setting)
+    model.known(8 << 20)
     for _ in range(3):
-        found.again(100.0)
+        model.again(100.0)
     assert [anew for what, anew in zip(script.asked, script.anew, strict=True) if what == "square"] == [
         *(False, False),
         *(True, True),
@@ -196,17 +199,17 @@ def test_a_limit_that_varies_is_measured_by_every_way_again(
 def test_a_limit_is_measured_twice_and_a_few_times_at_most_if_there_is_time(
     setting: Setting, script: Scripted
 ) -> None:
-    found = RooflineModel(setting)
-    found.known(8 << 20)
+    model = RooflineModel(setting)
+    model.known(8 << 20)
     assert script.asked == [8 << 20, "square"]
     for _ in range(2):
-        found.again(-1.0)
+        model.again(-1.0)
         assert script.asked == [8 << 20, "square"] * 2
     for _ in range(10):
-        found.again(100.0)
+        model.again(100.0)
     assert script.asked.count("square") == script.asked.count(8 << 20) == TIMES
     for _ in range(20):
-        found.again(100.0, MAX_TIMES, anew=True)
+        model.again(100.0, MAX_TIMES, anew=True)
     assert script.asked.count("square") == MAX_TIMES
     assert script.anew[2 * TIMES :] == [True] * (2 * (MAX_TIMES - TIMES))
 
@@ -218,11 +221,11 @@ def test_what_fails_when_measured_again_stands(setting: Setting, script: Scripte
         return 7e12
 
     script.products = once
-    found = RooflineModel(setting)
-    found.known(8 << 20)
+    model = RooflineModel(setting)
+    model.known(8 << 20)
     for _ in range(3):
-        found.again(100.0)
-    assert found.flops().value == 7e12
+        model.again(100.0)
+    assert model.flops().value == 7e12
     assert script.asked.count("square") == 2
 
 
@@ -242,12 +245,12 @@ def test_a_device_that_cannot_run_the_microbenchmark_keeps_its_numbers(
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(Microbenchmark, "read", refuse)
-    found = RooflineModel(setting)
+    model = RooflineModel(setting)
     cost = results.Cost(flops=10**9, bytes=2 * 10**6)
-    assert found.roofline(cost, 8.0) == results.Roofline()
-    assert found.implausible(cost, 1e-9) == ""
-    assert found.used() == []
-    found.again(100.0)
+    assert model.roofline(cost, 8.0) == results.Roofline()
+    assert model.implausible(cost, 1e-9) == ""
+    assert model.used() == []
+    model.again(100.0)
 
 
 def test_a_run_reports_its_limits_and_places_all_cases_under_the_highest(
@@ -255,15 +258,15 @@ def test_a_run_reports_its_limits_and_places_all_cases_under_the_highest(
 ) -> None:
     monkeypatch.setattr(roofline, "_MEASURED", {})
     run = results.decode(bench("--backend", "cpu", *small, "--format", "json").out.encode())
-    assert {one.work for one in run.ceilings} == {"read", "matmul"}
+    assert {ceiling.work for ceiling in run.ceilings} == {"read", "matmul"}
     for ceiling in run.ceilings:
         assert ceiling.source.startswith("measured: ")
         assert ceiling.lowest is not None
         assert 0 < ceiling.lowest <= ceiling.value
     for case in run.cases:
-        found = limits(run.ceilings, case.dtype, case.cost.bytes)
-        assert found is not None
-        read, product = found
+        peaks = limits(run.ceilings, case.dtype, case.cost.bytes)
+        assert peaks is not None
+        read, product = peaks
         floors = 1e3 * case.cost.bytes / read.value, 1e3 * case.cost.flops / product.value
         assert case.roofline.floor_ms == pytest.approx(max(floors))
         assert case.roofline.peak_source in (read.source, product.source)

@@ -90,9 +90,9 @@ def test_a_run_says_how_implementations_relate(bench: Any, small: list[str], tmp
     assert done.code == 0, done.err
     cases = json.loads(path.read_text())["cases"]
     for case in cases:
-        (found,) = case["agreement"]
-        assert 0 < found["relative_difference"] < 3e-2
-        assert found["speed_ratio"] > 0
+        (agreement,) = case["agreement"]
+        assert 0 < agreement["relative_difference"] < 3e-2
+        assert agreement["speed_ratio"] > 0
         assert case["memory"]["transient_bytes"] > 0
     lines = [line for line in done.out.splitlines() if "transformers" in line and "outputs differ by" in line]
     assert len(lines) == len({case["scenario"] for case in cases})

@@ -54,7 +54,7 @@ def test_twice_the_cache_within_bounds_and_a_tiny_one_is_not_believed(
 
 
 @pytest.mark.parametrize(
-    ("declared", "own", "flushed", "reason"),
+    ("declared", "detected", "flushed", "reason"),
     [
         (32 * MIB, 32 * MIB, 64 * MIB, "for a last-level cache of 32 MiB"),
         (32 * MIB, 40 * MIB, 80 * MIB, f"for a last-level cache of 40 MiB{AGAINST} 32 MiB)"),
@@ -66,9 +66,9 @@ def test_twice_the_cache_within_bounds_and_a_tiny_one_is_not_believed(
     ],
 )
 def test_on_the_host_its_own_caches_are_known_better(
-    declared: int | None, own: int | None, flushed: int, reason: str, monkeypatch: pytest.MonkeyPatch
+    declared: int | None, detected: int | None, flushed: int, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cold_cache.host, "last_level_cache", lambda: own)
+    monkeypatch.setattr(cold_cache.host, "last_level_cache", lambda: detected)
     assert sweep(HostBackend(cache_bytes=declared)) == (flushed, reason)
 
 

@@ -56,7 +56,7 @@ def test_each_round_runs_every_implementation_once(decode: Bench) -> None:
     decode.measure(decode.parrot("a"), decode.parrot("b"), decode.parrot("c"))
     order = decode.order()
     rounds = [order[first : first + 3] for first in range(0, len(order), 3)]
-    assert [sorted(one) for one in rounds] == [["a", "b", "c"]] * DECODE.passes
+    assert [sorted(names) for names in rounds] == [["a", "b", "c"]] * DECODE.passes
 
 
 def test_the_order_within_rounds_follows_the_seed(make_bench: MakeBench) -> None:
@@ -93,7 +93,7 @@ def test_no_two_timed_passes_have_the_same_inputs_and_all_implementations_have_t
 ) -> None:
     a, b = decode.parrot("a"), decode.parrot("b")
     decode.measure(a, b)
-    timed = [sorted(number for number in one.numbers if number < CHECKED) for one in (a, b)]
+    timed = [sorted(number for number in parrot.numbers if number < CHECKED) for parrot in (a, b)]
     assert timed[0] == timed[1] == [1, 2, 3, 4]  # the forward before each has inputs of its own
     assert a.numbers[0] == b.numbers[0] == CHECKED
     others = [number for number in a.numbers if number > CHECKED]
@@ -126,9 +126,9 @@ def test_one_that_is_wrong_does_not_cost_another_its_numbers(decode: Bench) -> N
 def test_a_failure_is_told_while_it_is_in_place_and_once(decode: Bench) -> None:
     told: list[tuple[str, str]] = []
 
-    def failed(one: Any, check: Check) -> None:
-        told.append((one.name, check.reason))
-        assert decode.log[-1] == (one.name, "passed")
+    def failed(impl: Any, check: Check) -> None:
+        told.append((impl.name, check.reason))
+        assert decode.log[-1] == (impl.name, "passed")
 
     decode.measure(
         decode.parrot("late", wrong=lambda number: number > 1), decode.parrot("b"), hooks=Hooks(failed=failed)
@@ -284,7 +284,7 @@ def test_new_lengths_are_left_out_where_time_is_short(
     monkeypatch.setattr(
         evidence,
         "on_new_lengths",
-        lambda one, *given, **named: (begun.append(one.name), measure(one, *given, **named))[1],
+        lambda impl, *given, **named: (begun.append(impl.name), measure(impl, *given, **named))[1],
     )
     hooks = Hooks(should_stop=lambda seconds, what: what if short and what == "new lengths" else "")
     assert decode.measure(decode.parrot("a"), hooks=hooks)["a"].passes
@@ -293,11 +293,11 @@ def test_new_lengths_are_left_out_where_time_is_short(
 
 def test_a_variant_that_does_not_fit_is_not_checked_and_says_why(decode: Bench) -> None:
     hooks = Hooks(should_stop=lambda seconds, what: "too little time" if what == "its check" else "")
-    found = decode.measure(
+    measured = decode.measure(
         decode.parrot("a"), hooks=hooks, variants=Variants((HEADLINE, Variant(clock="device")))
     )
-    assert found["a"].passes
-    assert [other.check.reason for other in found["a"].others] == ["too little time"]
+    assert measured["a"].passes
+    assert [other.check.reason for other in measured["a"].others] == ["too little time"]
 
 
 def test_the_engine_tells_who_runs_and_that_it_is_alive_outside_of_timed_regions(decode: Bench) -> None:
@@ -348,12 +348,12 @@ def cut(make_bench: MakeBench) -> Any:
     variants = Variants((HEADLINE, Variant(cache="cold")))
     slow = bench.parrot("slow")
     hooks = Hooks(shorten=shorten, detail=said.append)
-    found = bench.measure(bench.parrot("fast"), slow, variants=variants, hooks=hooks)
-    return SimpleNamespace(bench=bench, found=found, asked=asked, said=said, slow=slow)
+    measured = bench.measure(bench.parrot("fast"), slow, variants=variants, hooks=hooks)
+    return SimpleNamespace(bench=bench, found=measured, asked=asked, said=said, slow=slow)
 
 
 def test_a_slow_yardstick_is_asked_for_as_soon_as_it_is_warm(cut: Any) -> None:
-    assert [[*one] for one in cut.asked] == [["fast"], ["fast", "slow"]]
+    assert [[*names] for names in cut.asked] == [["fast"], ["fast", "slow"]]
     assert cut.said == ["d, slow: it is slow"]
 
 
@@ -367,8 +367,8 @@ def test_none_is_held_to_what_was_wrong(make_bench: MakeBench) -> None:
 
 def test_it_runs_the_headline_alone_in_passes_as_short_as_they_were_cut_to(cut: Any) -> None:
     fast, slow = cut.found["fast"], cut.found["slow"]
-    assert [len(one) for one in slow.passes] == [2, 2]
-    assert [len(one) for one in fast.passes] == [3] * 4
+    assert [len(samples) for samples in slow.passes] == [2, 2]
+    assert [len(samples) for samples in fast.passes] == [3] * 4
     assert (slow.others, slow.due) == ([], 2)
     assert ([len(other.passes) for other in fast.others], fast.due) == ([4], None)
 

@@ -21,28 +21,30 @@ COLD = Variants((Variant(), Variant(cache="cold")))
 
 def test_further_variants_are_timed_beside_the_headline(decode: Bench) -> None:
     result = decode.measure(decode.parrot("a"), variants=EAGER)["a"]
-    assert [str(one.variant) for one in result.samples] == [
+    assert [str(sample.variant) for sample in result.samples] == [
         "eager, warm cache, host clock",
         "eager, cold cache, host clock",
         "eager, warm cache, device clock",
         "eager, cold cache, device clock",
     ]
-    taken = [sample for one in result.samples for samples in one.passes for sample in samples]
+    taken = [sample for variant in result.samples for samples in variant.passes for sample in samples]
     assert len(set(taken)) == len(taken) == 4 * DECODE.passes * DECODE.runs
-    assert {one.check.status for one in result.samples} == {"ok"}
-    assert [one.clock for one in result.samples] == ["host", "host", "virtual", "virtual"]
+    assert {variant.check.status for variant in result.samples} == {"ok"}
+    assert [variant.clock for variant in result.samples] == ["host", "host", "virtual", "virtual"]
 
 
 def test_variants_alternate_by_pass_in_the_order_of_the_seed(make_bench: MakeBench) -> None:
     def firsts(seed: int) -> list[list[float]]:
         bench = make_bench(DECODE)
-        found = bench.measure(bench.parrot("a"), bench.parrot("b"), seed=seed, variants=EAGER)
-        return [[samples[0] for samples in sample.passes] for name in "ab" for sample in found[name].samples]
+        measured = bench.measure(bench.parrot("a"), bench.parrot("b"), seed=seed, variants=EAGER)
+        return [
+            [samples[0] for samples in sample.passes] for name in "ab" for sample in measured[name].samples
+        ]
 
     for seed in range(3):
-        found = firsts(seed)
-        order = sorted(first for variant in found for first in variant)
-        rounds = [[order.index(first) // 8 for first in variant] for variant in found]
+        first_samples = firsts(seed)
+        order = sorted(first for variant in first_samples for first in variant)
+        rounds = [[order.index(first) // 8 for first in variant] for variant in first_samples]
         assert rounds == [list(range(DECODE.passes))] * 8, "each variant has one pass in every round"
     assert firsts(0) == firsts(0)
     assert firsts(0) != firsts(1)
@@ -51,7 +53,7 @@ def test_variants_alternate_by_pass_in_the_order_of_the_seed(make_bench: MakeBen
 def test_every_variant_has_inputs_of_its_own(decode: Bench) -> None:
     a, b = decode.parrot("a"), decode.parrot("b")
     decode.measure(a, b, variants=EAGER)
-    timed = [Counter(number for number in one.numbers if number < CHECKED) for one in (a, b)]
+    timed = [Counter(number for number in parrot.numbers if number < CHECKED) for parrot in (a, b)]
     assert timed[0] == timed[1] == Counter(range(1, 4 * DECODE.passes + 1))
 
 
@@ -87,7 +89,7 @@ def test_extra_variants_of_a_long_run_have_six_passes_spread_over_it(make_bench:
     ends = [samples[-1] for samples in headline.passes]
     before = [sum(end < first for end in ends) for first in firsts]
     rounds = [1, 3, 4, 6, 8, 9]
-    assert all(one <= count <= one + 1 for one, count in zip(rounds, before, strict=True))
+    assert all(number <= count <= number + 1 for number, count in zip(rounds, before, strict=True))
 
 
 def test_a_cold_decode_pass_times_some_steps_and_checks_all(make_bench: MakeBench) -> None:

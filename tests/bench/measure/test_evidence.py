@@ -61,9 +61,9 @@ def test_forwards_that_were_done_in_time(late: list[float], inside: float) -> No
 
 @pytest.mark.parametrize("late", [[0.9] * 3, [0.9] * 40, [0.9] * 8 + [0.0] * 32])
 def test_forwards_that_went_on_after_their_clock(late: list[float]) -> None:
-    found = sum(ms > 0 for ms in late)
+    late_count = sum(ms > 0 for ms in late)
     assert late_doubt(times(late)) == (
-        f"the device worked on for 0.9 ms after {found} of {len(late)} timed forwards of 1 ms, as if "
+        f"the device worked on for 0.9 ms after {late_count} of {len(late)} timed forwards of 1 ms, as if "
         "`synchronize` returned early"
     )
 
@@ -146,11 +146,11 @@ class Scripted(PassRunner):
     takes: Ms = staticmethod(lambda fresh, number: 1.0)
     mutate: Any = staticmethod(lambda out, fresh: None)
 
-    def __init__(self, one: MlaLayer, scenario: Scenario) -> None:
+    def __init__(self, layer: MlaLayer, scenario: Scenario) -> None:
         every = range(scenario.steps)
         samples = Samples(HEADLINE, Check(status="ok"), passes=[[1.0] * scenario.steps] * 3)
         steps = Steps(every, every, scenario.passes)
-        super().__init__(one, one, lambda: None, None, None, steps, samples)
+        super().__init__(layer, layer, lambda: None, None, None, steps, samples)
         self.runs: list[bool] = []  # whether its inputs were fresh
         self.seen: list[Inputs] = []
         self.unseen: Any = None
@@ -175,8 +175,8 @@ class Oracle:
 
     def __call__(self, inputs: Inputs, count: int) -> torch.Tensor:
         self.inputs.append(inputs)
-        found: torch.Tensor = self._oracle(inputs, count)
-        return found
+        expected: torch.Tensor = self._oracle(inputs, count)
+        return expected
 
 
 @pytest.fixture
@@ -188,8 +188,8 @@ def make(tiny: Callable[..., MLAConfig]) -> Any:
         backend = mla.load_backend("cpu", threads=1)
         setting = Setting(config, backend, dtype, "auto", 16, 0, layers=scenario.layers)
         state, inputs = random_state_dict(config, 0, dtype), make_inputs(config, scenario, 0, dtype)
-        one = MlaLayer(setting, state, "mla-reference", "reference")
-        one.load(scenario, inputs)
+        layer = MlaLayer(setting, state, "mla-reference", "reference")
+        layer.load(scenario, inputs)
         expected, oracle = (
             expected_outputs(config, state, scenario, inputs),
             partial(expected_plain, config, state),
@@ -197,7 +197,7 @@ def make(tiny: Callable[..., MLAConfig]) -> Any:
         checker = LayerChecker(
             expected.plain, dtype, lambda: expected.plain, inputs=inputs, turned=expected, oracle=oracle
         )
-        runner = Scripted(one, scenario)
+        runner = Scripted(layer, scenario)
         unseen = Unseen(inputs, checker, evidence.forwards(runner.steps, scenario.mode == "prefill"))
         runner.unseen = unseen
 
@@ -205,7 +205,7 @@ def make(tiny: Callable[..., MLAConfig]) -> Any:
             told = fresh_doubt(runner, unseen, count(1), lambda: None)
             runner.run(0, lambda: None)
             assert not runner.runs.pop(), "the inputs of the passes are back"
-            assert one.check(checker).status == "ok" or runner.mutate is not Scripted.mutate
+            assert layer.check(checker).status == "ok" or runner.mutate is not Scripted.mutate
             return told
 
         return runner, ask
@@ -213,7 +213,7 @@ def make(tiny: Callable[..., MLAConfig]) -> Any:
     return make
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda one: one.name)
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 @pytest.mark.parametrize("changes", [{}, {"attention_bias": True}, {"output_gate": "head"}])
 def test_an_honest_layer_is_as_fast_and_right(make: Any, scenario: Scenario, changes: dict[str, Any]) -> None:
     runner, ask = make(scenario, **changes)
@@ -223,7 +223,7 @@ def test_an_honest_layer_is_as_fast_and_right(make: Any, scenario: Scenario, cha
     assert runner.runs == [True]
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda one: one.name)
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_slow_on_new_inputs_alone_is_doubted(make: Any, scenario: Scenario) -> None:
     runner, ask = make(scenario)
     runner.takes = lambda fresh, number: 5.2 if fresh else 1.0
@@ -244,7 +244,7 @@ def test_every_round_has_inputs_of_its_own_history_included(make: Any) -> None:
     runner.takes = lambda fresh, number: 5.2 if fresh else 1.0
     ask()
     fresh = [inputs for inputs in runner.seen if inputs.seed is not None]
-    for what in (lambda one: one.hidden, lambda one: one.history[0][0]):
+    for what in (lambda inputs: inputs.hidden, lambda inputs: inputs.history[0][0]):
         seen = {what(inputs).numpy().tobytes() for inputs in [*fresh, runner.seen[-1]]}
         assert len(seen) == ROUNDS + 1
 
@@ -259,14 +259,14 @@ def test_every_round_has_inputs_of_its_own_history_included(make: Any) -> None:
     ],
     ids=["one quiet round", "all slow", "nearly all", "quiet for the passes alone"],
 )
-@pytest.mark.parametrize("scenario", [PREFILL, DECODE], ids=lambda one: one.name)
+@pytest.mark.parametrize("scenario", [PREFILL, DECODE], ids=lambda scenario: scenario.name)
 def test_a_busy_machine_is_no_evidence(make: Any, scenario: Scenario, ms: Ms) -> None:
     runner, ask = make(scenario)
     runner.takes = ms
     assert ask() == ""
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda one: one.name)
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_wrong_outputs_on_new_inputs_are_found(make: Any, scenario: Scenario) -> None:
     runner, ask = make(scenario)
     runner.mutate = lambda out, fresh: out.mul_(1.1) if fresh else None
@@ -293,4 +293,4 @@ def test_inputs_that_contradicted_a_time_serve_nobody_else(make: Any, spoiled: b
     assert ask()
     drawn = runner.unseen.inputs
     assert drawn is not before
-    assert not any(drawn is one for one in runner.seen)
+    assert not any(drawn is seen for seen in runner.seen)

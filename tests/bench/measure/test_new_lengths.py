@@ -97,10 +97,10 @@ class Loaded:
         self.setting = Setting(config, backend, torch.float32, **options)
         fixture = LayerFixture(self.setting, scenario, None, lambda: None)  # type: ignore[arg-type]
         inputs, self.checker = fixture.prepare()
-        one = fixture.build("mla")
-        assert isinstance(one, MlaLayer)
-        self.one = one
-        one.load(scenario, inputs)
+        layer = fixture.build("mla")
+        assert isinstance(layer, MlaLayer)
+        self.one = layer
+        layer.load(scenario, inputs)
 
     def run(self, number: int) -> Check:
         self.one.restore(number)
@@ -129,20 +129,20 @@ def attention(time: Time, make: Callable[..., Op] = Op, *words: Any) -> list[Op]
 
 def measured(loaded: Loaded, time: Time) -> NewLengths:
     assert loaded.run(1).status == "ok"
-    found, doubt = on_new_lengths(loaded.one, loaded.scenario, loaded.checker, time)
+    timing, doubt = on_new_lengths(loaded.one, loaded.scenario, loaded.checker, time)
     assert doubt == ""
-    assert found is not None
-    return found
+    assert timing is not None
+    return timing
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_an_honest_layer_takes_as_long_on_new_lengths(
     tiny: Callable[..., MLAConfig], time: Time, name: str
 ) -> None:
-    found = measured(Loaded(tiny(), SCENARIOS[name], *attention(time)), time)
-    assert found.forwards == TUPLES
-    assert found.ms == found.repeated_ms >= 1
-    assert found.plan_ms == found.repeated_plan_ms == 0
+    timing = measured(Loaded(tiny(), SCENARIOS[name], *attention(time)), time)
+    assert timing.forwards == TUPLES
+    assert timing.ms == timing.repeated_ms >= 1
+    assert timing.plan_ms == timing.repeated_plan_ms == 0
 
 
 KEYS: dict[str, tuple[Callable[[Lengths], Any], int]] = {
@@ -159,9 +159,9 @@ KEYS: dict[str, tuple[Callable[[Lengths], Any], int]] = {
 def test_a_schedule_kept_by_lengths_is_not_credited(
     tiny: Callable[..., MLAConfig], time: Time, name: str, key: str
 ) -> None:
-    found = measured(Loaded(tiny(), SCENARIOS[name], *attention(time, Scheduling, *KEYS[key])), time)
-    assert (found.plan_ms, found.repeated_plan_ms) == (20, 0)
-    assert found.ms == found.repeated_ms + 20
+    timing = measured(Loaded(tiny(), SCENARIOS[name], *attention(time, Scheduling, *KEYS[key])), time)
+    assert (timing.plan_ms, timing.repeated_plan_ms) == (20, 0)
+    assert timing.ms == timing.repeated_ms + 20
 
 
 def test_a_kernel_compiled_for_a_number_of_rows_is_not_credited(
@@ -186,10 +186,10 @@ def test_what_is_cached_and_kept_stays_as_it_was(
     loaded.run(1)
     loaded.one.restore(2)
     pages, scratch = loaded.one.cache.pages.clone(), loaded.one.facts().scratch_bytes
-    found, doubt = on_new_lengths(loaded.one, scenario, loaded.checker, time)
+    timing, doubt = on_new_lengths(loaded.one, scenario, loaded.checker, time)
     assert doubt == ""
-    assert found is not None
-    assert found.ms == (2 if found.ms > 1 else 1) * 1, "per layer"
+    assert timing is not None
+    assert timing.ms == (2 if timing.ms > 1 else 1) * 1, "per layer"
     assert loaded.one.facts().scratch_bytes == scratch
     loaded.one.restore(2)
     assert torch.equal(loaded.one.cache.pages.nan_to_num(7), pages.nan_to_num(7))
@@ -206,20 +206,20 @@ def test_lengths_are_new_and_no_longer_than_planned(
     first, _ = ops
     loaded.run(1)
     before = set(first.planned)
-    found: list[Lengths] = []
+    lengths_seen: list[Lengths] = []
     for _ in range(2):
         first.planned.clear()
         on_new_lengths(loaded.one, scenario, now=time)
         new = [lengths for lengths in first.planned if lengths not in before]
         assert new == [lengths for lengths in dict.fromkeys(new) for _ in range(3)]
-        found += dict.fromkeys(new)
-    assert len(found) == len(set(found)) == 2 * TUPLES
-    for lengths in found:
+        lengths_seen += dict.fromkeys(new)
+    assert len(lengths_seen) == len(set(lengths_seen)) == 2 * TUPLES
+    for lengths in lengths_seen:
         for now, planned in zip(lengths, (scenario.query_lens, scenario.kv_lens(0)), strict=True):
             assert all(x <= y for x, y in zip(now, planned, strict=True))
         assert min(lengths.query_lens) > 0
     for request in range(len(scenario.query_lens)):
-        assert len({lengths.kv_lens[request] for lengths in found[:TUPLES]}) == TUPLES
+        assert len({lengths.kv_lens[request] for lengths in lengths_seen[:TUPLES]}) == TUPLES
 
 
 class Idle(Op):
@@ -283,9 +283,9 @@ def test_lengths_that_an_op_refuses_are_left_out(
     scenario = Scenario(name="e", mode="prefill", query_lens=(2,), history=(30,), runs=2, passes=2)
     op = Even("latent_attention", time)
     loaded = Loaded(tiny(), scenario, op, attention="absorbed")
-    found, _ = on_new_lengths(loaded.one, scenario, loaded.checker, time)
-    assert found is not None
-    assert 0 < found.forwards <= TUPLES
+    timing, _ = on_new_lengths(loaded.one, scenario, loaded.checker, time)
+    assert timing is not None
+    assert 0 < timing.forwards <= TUPLES
     assert all(kv_len % 2 == 0 for lengths in op.planned for kv_len in lengths.kv_lens)
     assert loaded.run(1).status == "ok"
 
@@ -298,16 +298,16 @@ def test_a_slow_layer_runs_fewer(tiny: Callable[..., MLAConfig], time: Time) -> 
         next(beats)
         time.spend(600)
 
-    found, _ = on_new_lengths(loaded.one, DECODE, None, time, beat)
-    assert found is not None
-    assert found.forwards == 2  # the second ends after 3.6 of 2 seconds
+    timing, _ = on_new_lengths(loaded.one, DECODE, None, time, beat)
+    assert timing is not None
+    assert timing.forwards == 2  # the second ends after 3.6 of 2 seconds
     assert next(beats) == 6
 
 
 def test_paths_stay_those_of_the_scenario(tiny: Callable[..., MLAConfig]) -> None:
     """A request at the border of two paths: fewer keys, or fewer tokens, would be expanded."""
     loaded = Loaded(tiny(), PREFILL)
-    one, scenario = loaded.one, PREFILL
-    planned = evidence._paths(one, Lengths(scenario.query_lens, scenario.kv_lens(0)))
-    for lengths in new_lengths(one, scenario):
-        assert evidence._paths(one, lengths) == planned
+    layer, scenario = loaded.one, PREFILL
+    planned = evidence._paths(layer, Lengths(scenario.query_lens, scenario.kv_lens(0)))
+    for lengths in new_lengths(layer, scenario):
+        assert evidence._paths(layer, lengths) == planned

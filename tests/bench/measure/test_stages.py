@@ -192,9 +192,9 @@ def test_headline_passes_run_the_ops_themselves(
 
 def test_the_headline_is_the_same_with_and_without_stages(bench: Bench, small: list[str]) -> None:
     plain, staged = cases(bench, small), cases(bench, small, "--stages")
-    for one, other in zip(plain, staged, strict=True):
-        assert one.latency_ms == other.latency_ms
-        assert (one.stages, bool(other.stages)) == ([], True)
+    for case, other in zip(plain, staged, strict=True):
+        assert case.latency_ms == other.latency_ms
+        assert (case.stages, bool(other.stages)) == ([], True)
 
 
 def test_a_case_that_is_wrong_when_its_stages_are_timed_loses_its_numbers(
@@ -230,9 +230,9 @@ def test_an_interrupt_while_stages_are_timed_keeps_the_numbers(
 def test_stages_of_the_reference_stand_beside_those_of_fused_ops(bench: Bench, small: list[str]) -> None:
     words = ("-O", "fault=none", "--scenario", "decode", "--stages", "-o", "run.json")
     assert bench("--backend", "fake-wrong-op", *small, *words, fakes=["wrong_op"]).code == 0
-    found = {case.implementation: case.stages for case in results.read(Path("run.json")).cases}
-    assert list(found) == ["mla", "mla-reference"]
-    assert [stage.name for stage in found["mla"]] == [stage.name for stage in found["mla-reference"]]
+    stages = {case.implementation: case.stages for case in results.read(Path("run.json")).cases}
+    assert list(stages) == ["mla", "mla-reference"]
+    assert [stage.name for stage in stages["mla"]] == [stage.name for stage in stages["mla-reference"]]
 
 
 @pytest.mark.parametrize(

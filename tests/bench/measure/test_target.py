@@ -69,14 +69,14 @@ def run(
     target = Target(seconds, most, lambda: Slow.now)
     hooks = Hooks(shorten=shorten, say=said.append, detail=said.append, target=target)
     parrots = (Slow(bench, "first"), Slow(bench, "other"))
-    found = bench.measure(*parrots, variants=Variants(BOTH, asked=asked), hooks=hooks)
-    first, other = found["first"], found["other"]
+    measured_by_name = bench.measure(*parrots, variants=Variants(BOTH, asked=asked), hooks=hooks)
+    first, other = measured_by_name["first"], measured_by_name["other"]
     lengths: list[list[int]] = [
-        [len(one) for one in passes]
-        for passes in (first.passes, *(one.passes for one in first.others), other.passes)
+        [len(samples) for samples in passes]
+        for passes in (first.passes, *(variant.passes for variant in first.others), other.passes)
     ]
     (cold,) = first.others
-    other_cold = [len(one) for extra in other.others for one in extra.passes]
+    other_cold = [len(samples) for extra in other.others for samples in extra.passes]
     return Ran(
         lengths[0], lengths[1], cold.check.reason, lengths[2], other_cold, [first.due, other.due], said
     )
@@ -125,8 +125,8 @@ def test_variants_go_first_then_the_passes_of_others_and_then_those_of_the_first
 def test_no_variant_begins_that_does_not_fit_beside_the_others(make_bench: MakeBench) -> None:
     names, timed = ("first", "second", "third"), []
     for seconds in range(320, 440, 20):
-        found = measured(make_bench(LONG), *names, seconds=seconds, variants=BOTH)
-        timed.append([len(cold.passes) for name in names for cold in found[name].others])
+        by_name = measured(make_bench(LONG), *names, seconds=seconds, variants=BOTH)
+        timed.append([len(cold.passes) for name in names for cold in by_name[name].others])
     whole = EXTRA_PASSES
     assert all(set(cold) <= {0, whole} for cold in timed)
     assert [whole, whole, 0] in timed
@@ -168,9 +168,9 @@ def test_a_variant_that_is_cut_is_named(make_bench: MakeBench) -> None:
 def test_every_step_of_shrinking_is_met(make_bench: MakeBench) -> None:
     """And the less time there is, the less is run."""
     all_ran = [run(make_bench(LONG), seconds) for seconds in (1000, 245, 200, 160, 140)]
-    assert [len(one.first) for one in all_ran] == sorted((len(one.first) for one in all_ran), reverse=True)
-    assert [sum(one.other) for one in all_ran] == sorted((sum(one.other) for one in all_ran), reverse=True)
-    kept = [(bool(one.cold), sum(one.other) == 48, len(one.first) == 12) for one in all_ran]
+    assert [len(ran.first) for ran in all_ran] == sorted((len(ran.first) for ran in all_ran), reverse=True)
+    assert [sum(ran.other) for ran in all_ran] == sorted((sum(ran.other) for ran in all_ran), reverse=True)
+    kept = [(bool(ran.cold), sum(ran.other) == 48, len(ran.first) == 12) for ran in all_ran]
     assert kept[0] == (True, True, True)
     assert (False, True, True) in kept
     assert (False, False, True) in kept
@@ -198,8 +198,8 @@ def test_passes_of_the_first_that_ran_without_the_other_are_counted(make_bench: 
 
 def test_a_yardstick_that_runs_alone_is_not_taken_for_the_first(make_bench: MakeBench) -> None:
     for name, passes in (("other", MIN_PASSES), ("first", SHORT.passes)):
-        found = measured(make_bench(SHORT), name, seconds=0.0)
-        assert len(found[name].passes) == passes
+        by_name = measured(make_bench(SHORT), name, seconds=0.0)
+        assert len(by_name[name].passes) == passes
 
 
 @pytest.mark.parametrize("most", [*range(72, 104, 6)])
@@ -265,5 +265,5 @@ def test_an_oracle_leaves_half_of_the_time(make_bench: MakeBench) -> None:
 
 
 def test_by_default_there_is_no_limit(decode: Bench) -> None:
-    found: Any = Target()
-    assert (found.spare(), found.left()) == (math.inf, math.inf)
+    target: Any = Target()
+    assert (target.spare(), target.left()) == (math.inf, math.inf)

@@ -105,9 +105,9 @@ def test_replays_are_checked_and_right(virtual: Bench, scenario: str) -> None:
     assert virtual(*GRAPHS, scenario=scenario).code == 0
     (graph,) = only_case().timings
     assert (graph.mode, graph.check.status, graph.passes) == ("graph", "ok", 6)
-    one = "replay of one captured graph, its block table as wide as the pass needs"
+    replayed = "replay of one captured graph, its block table as wide as the pass needs"
     assert graph.method == (
-        one if scenario == "decode" else "replay of one captured forward of the prepared batch"
+        replayed if scenario == "decode" else "replay of one captured forward of the prepared batch"
     )
 
 

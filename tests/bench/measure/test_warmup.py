@@ -81,8 +81,8 @@ def test_a_hang_ends_the_warm_up_as_soon_as_a_few_were_run() -> None:
 
 def test_a_first_forward_that_compiles_ends_no_warm_up_and_is_no_measure() -> None:
     for least, ran in ((10, 10), (2, 2 * WINDOW), (1, 2 * WINDOW)):
-        found = Script([8000.0]).warm_up(least)
-        assert (found, found.ms) == (WarmupResult(ran, True), 1.0)
+        result = Script([8000.0]).warm_up(least)
+        assert (result, result.ms) == (WarmupResult(ran, True), 1.0)
 
 
 def test_a_count_that_was_asked_for_is_run_whatever_it_takes() -> None:

@@ -51,8 +51,8 @@ class Duel:
 
     def case(self, name: str = "mla") -> results.Case:
         """Return the case of an implementation."""
-        (found,) = (case for case in self.run.cases if case.implementation == name)
-        return found
+        (duel_case,) = (case for case in self.run.cases if case.implementation == name)
+        return duel_case
 
     @property
     def lost(self) -> bool:

@@ -60,7 +60,10 @@ def test_an_honest_device_clock_is_believed(play: Play, scenario: str) -> None:
     opponent = LyingTimer(device="tells the truth")
     duel = play(opponent, scenario, ways=("--mode", "eager", "--cache", "warm,cold"))
     assert duel.stands, str(duel)
-    assert {one.clock for one in duel.case().timings if one.latency_ms is not None} == {"host", "device"}
+    assert {timing.clock for timing in duel.case().timings if timing.latency_ms is not None} == {
+        "host",
+        "device",
+    }
 
 
 @pytest.mark.parametrize("ms", [1.0, 10.0])
@@ -68,7 +71,7 @@ def test_an_honest_device_clock_is_believed(play: Play, scenario: str) -> None:
 def test_a_device_clock_whose_wait_polls_is_believed(play: Play, scenario: str, ms: float) -> None:
     duel = play(Polls(ms, events=True), scenario, ways=("--mode", "eager", "--cache", "warm"))
     assert duel.stands, str(duel)
-    assert {one.clock for one in duel.case().timings if one.latency_ms is not None} == {"device"}
+    assert {timing.clock for timing in duel.case().timings if timing.latency_ms is not None} == {"device"}
 
 
 class Interrupted(Polls):
@@ -87,7 +90,7 @@ def test_an_interrupt_costs_a_device_clock_that_polls_its_own_numbers_alone(play
     case = duel.case()
     assert case.latency_ms is not None, str(duel)
     assert (case.interrupted, case.check.status, 0 < case.passes < 6) == (True, "ok", True), str(duel)
-    assert [(one.clock, one.latency_ms, one.check.reason) for one in case.timings] == [
+    assert [(timing.clock, timing.latency_ms, timing.check.reason) for timing in case.timings] == [
         ("device", None, "interrupted")
     ]
 

@@ -28,8 +28,8 @@ def honest(play: Play) -> Honest:
 
     def honest(scenario: str) -> dict[str, float]:
         if scenario not in _limits:
-            found = sorted(play(Opponent(), scenario).run.ceilings, key=lambda one: one.value)
-            _limits[scenario] = {one.work: one.value for one in found}
+            ceilings = sorted(play(Opponent(), scenario).run.ceilings, key=lambda ceiling: ceiling.value)
+            _limits[scenario] = {ceiling.work: ceiling.value for ceiling in ceilings}
         return _limits[scenario]
 
     return honest
@@ -78,15 +78,15 @@ def test_a_wait_that_is_slow_while_limits_are_measured(
     limits = honest(scenario)
     duel = play(SlowWait(ms, collecting_only), scenario)
     assert (duel.case().roofline.fraction or 0) <= 1, str(duel)
-    found = {one.work: one.value for one in duel.run.ceilings}
-    lower = [work for work in limits if found[work] < limits[work] / 3]
+    measured = {ceiling.work: ceiling.value for ceiling in duel.run.ceilings}
+    lower = [work for work in limits if measured[work] < limits[work] / 3]
     assert duel.number_or_percentage_lost or not lower, str(duel)
 
 
 @pytest.mark.parametrize("cache_bytes", [4096, 64 << 10, 1 << 20])
 def test_a_sweep_of_a_tiny_declared_cache_is_not_called_cold(play: Play, cache_bytes: int) -> None:
     duel = play(Opponent(cache_bytes=cache_bytes), ways=COLD)
-    for cold in [one for one in duel.case().timings if one.latency_ms is not None]:
+    for cold in [timing for timing in duel.case().timings if timing.latency_ms is not None]:
         swept = re.search(r"([\d.]+) (\w)iB", cold.method)
         assert swept, cold.method
         assert float(swept[1]) * {"K": 1 / 1024, "M": 1, "G": 1024}[swept[2]] >= SWEPT_MIB, cold.method
@@ -103,5 +103,7 @@ def test_a_product_that_is_too_fast_is_no_limit(play: Play, honest: Honest, rows
     """It returns at once, or computes half of its rows: wrong products do not count, however fast."""
     limit = honest("decode")["matmul"]
     duel = play(TooFast(rows, share))
-    assert max(one.value for one in duel.run.ceilings if one.work == "matmul") < 1.8 * limit, str(duel)
+    assert max(ceiling.value for ceiling in duel.run.ceilings if ceiling.work == "matmul") < 1.8 * limit, str(
+        duel
+    )
     assert (duel.case().roofline.fraction or 0) <= 1

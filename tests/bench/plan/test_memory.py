@@ -39,9 +39,9 @@ def test_the_memory_plan_counts_every_layer() -> None:
         Point(name=f"{layers}", base="d", mode="decode", runs=10, layers=layers, **lengths)
         for layers in (1, 5)
     ]
-    one, five = (plan.memory for plan in plan_scenarios(setting, points, ["mla"])[0])
+    single, five = (plan.memory for plan in plan_scenarios(setting, points, ["mla"])[0])
     layer = MlaLayer(setting, random_state_dict(config))
-    assert five.per_implementation - one.per_implementation >= 4 * layer.facts().weight_bytes
+    assert five.per_implementation - single.per_implementation >= 4 * layer.facts().weight_bytes
 
 
 def test_the_history_exists_twice_on_the_host() -> None:
@@ -52,8 +52,8 @@ def test_the_history_exists_twice_on_the_host() -> None:
         Point(name=str(place), base="d", mode="decode", runs=2, query_lens=(1,) * 16, history=history)
         for place, history in enumerate([(4000,) + (0,) * 15, (4000,) * 16])
     ]
-    one, sixteen = (plan.memory for plan in plan_scenarios(setting, points, ["mla"])[0])
-    assert sixteen.host - one.host >= 2 * 15 * 4000 * config.latent_dim * setting.dtype.itemsize
+    single, sixteen = (plan.memory for plan in plan_scenarios(setting, points, ["mla"])[0])
+    assert sixteen.host - single.host >= 2 * 15 * 4000 * config.latent_dim * setting.dtype.itemsize
 
 
 def test_an_indexer_has_weights_and_keys_of_all_tokens() -> None:
@@ -125,8 +125,8 @@ def test_the_judging_reference_has_one_layer() -> None:
     setting = Setting(config, HostBackend(ops={"mine": REFERENCE["linear"]}), torch.float32, "auto", 16, 0)
     lengths = {"query_lens": (1,), "history": (3,)}
     points = [Point(name=f"{n}", base="d", mode="decode", runs=2, layers=n, **lengths) for n in (1, 9)]
-    one, nine = (plan.memory for plan in plan_scenarios(setting, points, ["mla"])[0])
-    assert nine.per_reference == one.per_reference == one.per_implementation
+    single, nine = (plan.memory for plan in plan_scenarios(setting, points, ["mla"])[0])
+    assert nine.per_reference == single.per_reference == single.per_implementation
 
 
 def test_the_plan_counts_what_every_layer_keeps_for_rebuilt_keys() -> None:
@@ -231,17 +231,20 @@ def test_the_plan_counts_the_outputs_that_implementations_keep_on_the_host(
     inputs, _ = fixture.prepare()
     kept = []
     for name in ("mla", "mla-reference"):
-        one = fixture.build(name)
-        one.load(plan.point, inputs)
+        impl = fixture.build(name)
+        impl.load(plan.point, inputs)
         for number in (1, 2):
-            one.restore(number)
-            assert not one.outputs(), "those of the pass before are not kept beside those of this one"
+            impl.restore(number)
+            assert not impl.outputs(), "those of the pass before are not kept beside those of this one"
             for index in range(5):
-                one.before(index)
-                one.step(index)
-                one.after(index)
+                impl.before(index)
+                impl.step(index)
+                impl.after(index)
             kept.append(
-                {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in one.outputs().values()}
+                {
+                    x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+                    for x in impl.outputs().values()
+                }
             )
     bytes_kept = [sum(kept_call.values()) for kept_call in kept]
     spare = plan.memory.outputs - bytes_kept[0]

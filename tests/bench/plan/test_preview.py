@@ -20,9 +20,9 @@ FEW = ("--runs", "1", "--passes", "1", "--warmups", "0", "--scenario", "decode")
 
 def announced(said: str) -> float:
     """Return the seconds that a dry run says a run would take."""
-    found = re.search(r"\d+ cases?, about ([\d.]+) (s|min|h) of forwards, plus ", said)
-    assert found
-    return float(found[1]) * {"s": 1, "min": 60, "h": 3600}[found[2]]
+    estimate = re.search(r"\d+ cases?, about ([\d.]+) (s|min|h) of forwards, plus ", said)
+    assert estimate
+    return float(estimate[1]) * {"s": 1, "min": 60, "h": 3600}[estimate[2]]
 
 
 def test_a_dry_run_measures_and_writes_nothing(bench: Bench, small: list[str]) -> None:
@@ -102,9 +102,9 @@ def test_a_slow_first_forward_is_the_only_one(
         build = fixture.build
 
         def built(name: str) -> Any:
-            one = build(name)
-            one.step = lambda index: steps.append(index)
-            return one
+            impl = build(name)
+            impl.step = lambda index: steps.append(index)
+            return impl
 
         fixture.build = built
         return fixture

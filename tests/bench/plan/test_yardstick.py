@@ -75,15 +75,18 @@ def test_other_timings_go_first_then_passes_then_steps() -> None:
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=list(SCENARIOS))
-@pytest.mark.parametrize(("first", "own"), [*product((0.01, 5.0, 900.0), (0.02, 30.0, 1e3, 1e6))])
+@pytest.mark.parametrize(("first", "second"), [*product((0.01, 5.0, 900.0), (0.02, 30.0, 1e3, 1e6))])
 def test_no_more_time_than_allowed_or_as_few_forwards_as_an_interval_needs(
-    scenario: Scenario, first: float, own: float
+    scenario: Scenario, first: float, second: float
 ) -> None:
-    whole = EXTRA_FORWARDS + sum(one.passes * len(one.run) for one in (steps(v, scenario) for v in VARIANTS))
+    whole = EXTRA_FORWARDS + sum(
+        variant_steps.passes * len(variant_steps.run)
+        for variant_steps in (steps(v, scenario) for v in VARIANTS)
+    )
     allowed = max(BASELINE_S, SHARE * whole * first / 1e3)
-    found = shortened(scenario, VARIANTS, {"mla": first, "other": own})
-    assert ("other" in found) == (own >= 2 * first and whole * own / 1e3 > allowed)
-    for plan, _ in found.values():
+    cut = shortened(scenario, VARIANTS, {"mla": first, "other": second})
+    assert ("other" in cut) == (second >= 2 * first and whole * second / 1e3 > allowed)
+    for plan, _ in cut.values():
         before = steps(HEADLINE, scenario)
         assert plan.run == plan.timed == range(len(plan.run))
         assert 1 <= len(plan.run) <= len(before.run)
@@ -91,7 +94,7 @@ def test_no_more_time_than_allowed_or_as_few_forwards_as_an_interval_needs(
         assert stats.median_interval(range(plan.passes)) or before.passes < MIN_PASSES
         least = MIN_STEPS if scenario.mode == "decode" else 1
         fewest = plan.passes, len(plan.run)
-        assert seconds(plan, own) <= LEFT * allowed or fewest == (MIN_PASSES, least)
+        assert seconds(plan, second) <= LEFT * allowed or fewest == (MIN_PASSES, least)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=list(SCENARIOS))
@@ -104,9 +107,9 @@ def test_what_is_fast_or_first_or_unknown_keeps_its_passes(scenario: Scenario) -
 
 
 def test_each_yardstick_is_held_to_the_first() -> None:
-    found = shortened(PREFILL, VARIANTS, {"mla": 200.0, "fast": 199.0, "slow": 900.0, "slower": 4000.0})
-    assert [*found] == ["slow", "slower"]
-    assert [len(found[name][0].run) for name in found] == [1, 1]
+    cut = shortened(PREFILL, VARIANTS, {"mla": 200.0, "fast": 199.0, "slow": 900.0, "slower": 4000.0})
+    assert [*cut] == ["slow", "slower"]
+    assert [len(cut[name][0].run) for name in cut] == [1, 1]
 
 
 def test_spread_over_the_rounds_as_every_variant_is() -> None:

@@ -97,14 +97,14 @@ def test_a_rank_whose_files_of_the_same_name_hold_something_else_is_named(
 
 
 def test_every_rank_that_has_something_else_is_named() -> None:
-    one = {"program": {"mla": "1"}, "config": {"heads": "4"}, "files of -O": {}}
-    old = {**one, "program": {"mla": "0"}}
+    alike = {"program": {"mla": "1"}, "config": {"heads": "4"}, "files of -O": {}}
+    old = {**alike, "program": {"mla": "0"}}
     with pytest.raises(RanksError, match=r"^ranks 1 and 3 differ from rank 0 in program: mla; "):
-        agree([one, old, one, old])
-    more = {**one, "files of -O": {"tuning": "2"}}
+        agree([alike, old, alike, old])
+    more = {**alike, "files of -O": {"tuning": "2"}}
     with pytest.raises(RanksError, match=r"^rank 2 differs from rank 0 in files of -O: tuning; "):
-        agree([one, one, more])
-    agree([one, one])
+        agree([alike, alike, more])
+    agree([alike, alike])
 
 
 @pytest.mark.parametrize(

@@ -81,14 +81,14 @@ def test_every_rank_runs_its_part_of_new_lengths(start: Start, tmp_path: Path, l
     assert ranks.wait(BOUND) == [0, 0], ranks.err()
     (case,) = results.read(tmp_path / "run.json").cases
     tried = [(tmp_path / f"lengths{rank}.txt").read_text().splitlines() for rank in (0, 1)]
-    new = [{tuple(map(tuple, json.loads(line))) for line in one} for one in tried]
-    found = case.new_lengths
-    assert found is not None
-    assert 0 < found.forwards <= TUPLES
+    new = [{tuple(map(tuple, json.loads(line))) for line in lines} for lines in tried]
+    unseen = case.new_lengths
+    assert unseen is not None
+    assert 0 < unseen.forwards <= TUPLES
     planned = ((2, 3), (34, 48))
     parts = [planned] * 2 if layout == "tp=2" else [((2,), (34,)), ((3,), (48,))]
-    assert all(part in one for part, one in zip(parts, new, strict=True))
-    assert min(len(one) for one in new) > found.forwards  # these and the scenario's own
+    assert all(part in lengths for part, lengths in zip(parts, new, strict=True))
+    assert min(len(lengths) for lengths in new) > unseen.forwards  # these and the scenario's own
     assert layout == "dp=2" or new[0] == new[1]
 
 

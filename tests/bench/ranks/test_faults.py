@@ -85,8 +85,8 @@ def test_a_rank_0_that_is_stopped_before_all_have_met_is_missed(start: Start) ->
     port = free_port()
     constants = {**IMPATIENT, "mla.bench.ranks.launch.MEETING": 6.0}
     ranks = start("--parallel", "tp=4", constants=constants, WORLD_SIZE="4", MASTER_PORT=str(port))
-    with socket.socket() as found:
-        while found.connect_ex(("127.0.0.1", port)):
+    with socket.socket() as probe:
+        while probe.connect_ex(("127.0.0.1", port)):
             assert ranks.code(0) is None, ranks.err(0)
             time.sleep(0.02)
     ranks.send(0, signal.SIGSTOP)

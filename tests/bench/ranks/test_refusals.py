@@ -142,13 +142,13 @@ def test_what_one_part_of_dp_refuses_in_a_forward_costs_that_case(
 
 def test_the_first_rank_that_failed_is_named() -> None:
     refused, short = Failure("no tile", True), Failure("no memory", False)
-    for found, kind, sentence in (
+    for failure, kind, sentence in (
         ([None, refused], UnsupportedBatch, "rank 1: no tile"),
         ([refused, refused], UnsupportedBatch, "no tile"),
         ([short, refused], OutOfMemory, "rank 0: no memory"),
         ([None, short, short], OutOfMemory, "rank 1: no memory"),
     ):
-        error = error_of(found)
+        error = error_of(failure)
         assert (type(error), str(error)) == (kind, sentence)
     assert error_of([None, None]) is None
 
@@ -223,5 +223,5 @@ def test_ranks_fail_alike_at_the_same_place_of_one_forward(
         return crew.alike(MemoryError("no room"), "mla")
 
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(fail, (0, 1)))
-    assert found == [Failure("no room", False, inside[rank]) if alike else None for rank in (0, 1)]
+        failures = list(pool.map(fail, (0, 1)))
+    assert failures == [Failure("no room", False, inside[rank]) if alike else None for rank in (0, 1)]

@@ -23,14 +23,14 @@ def spread(*samples: list[float], layout: str = "tp=2", first: int = 0) -> Sprea
     ranks = [
         RankFacts(
             rank=rank,
-            samples=one,
+            samples=of_rank,
             collective_ms=0.25,
             collective_bytes=3 << 10,
             cache_bytes=1 << 20,
             weight_bytes=5 << 20,
             cost=results.Cost(flops=625 * 10**6, bytes=10**6),
         )
-        for rank, one in enumerate(samples, start=first)
+        for rank, of_rank in enumerate(samples, start=first)
     ]
     return Spread(layout=layout, library="gloo", ranks=ranks)
 
@@ -44,7 +44,7 @@ def test_a_right_spread_is_accepted(make_run: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "fault"),
+    ("spread_of_case", "fault"),
     [
         (spread([2.0, 0.5, 1.0], [1.5, 1.0, 3.0], layout="tp=2,dcp=2"), "Expected ranks 0 to 3"),
         (spread([2.0, 0.5, 1.0], [1.5, 1.0, 3.0], first=1), "Expected ranks 0 to 1"),
@@ -52,18 +52,18 @@ def test_a_right_spread_is_accepted(make_run: Make) -> None:
         (spread([2.0, 0.5, 1.0], [1.5, 1.0]), "Expected 3 samples, as the case has, got 2"),
     ],
 )
-def test_what_contradicts_the_case_is_refused(make_run: Make, found: Spread, fault: str) -> None:
-    assert fault in str(fault_of_run(make_run(SLOWEST, spread=found)))
+def test_what_contradicts_the_case_is_refused(make_run: Make, spread_of_case: Spread, fault: str) -> None:
+    assert fault in str(fault_of_run(make_run(SLOWEST, spread=spread_of_case)))
 
 
 @pytest.fixture
 def files(make_run: Make, tmp_path: Path) -> list[str]:
     """Write the result of one device, and that of two ranks; return their names."""
     samples = [4.0, 4.0, 4.1, 4.0, 4.1, 4.0, 4.0]
-    one = make_run(samples)
+    first_run = make_run(samples)
     half = [sample / 2 for sample in samples]
     two = make_run(half, spread=spread(half, [0.9 * sample for sample in half]))
-    for name, run in (("one.json", one), ("two.json", two)):
+    for name, run in (("one.json", first_run), ("two.json", two)):
         results.write(run, tmp_path / name)
     return [str(tmp_path / name) for name in ("one.json", "two.json")]
 

@@ -20,9 +20,9 @@ def run(start: Start, *words: str, **more: object) -> results.Run:
 
 @pytest.mark.parametrize("layout", ["tp=2", "dcp=2", "dp=2"])
 def test_one_result_has_every_ranks_samples(start: Start, layout: str) -> None:
-    found = run(start, "--parallel", layout, "-o", "run.json")
-    assert [case.scenario for case in found.cases] == ["prefill", "decode"]
-    for case in found.cases:
+    result = run(start, "--parallel", layout, "-o", "run.json")
+    assert [case.scenario for case in result.cases] == ["prefill", "decode"]
+    for case in result.cases:
         assert case.check.status == "ok"
         assert case.latency_ms is not None
         assert case.spread is not None
@@ -61,8 +61,8 @@ def test_a_run_is_resumed_by_another_launcher_and_by_no_other_layout(start: Star
 def test_a_run_whose_time_is_over_is_cut_alike_on_all_ranks(start: Start) -> None:
     """The clock of rank 0 decides: others run what they are told."""
     over = {f"mla.bench.run.scheduler.{name}": 0.0 for name in ("TARGET_S", "MAX_S")}
-    found = run(start, "--parallel", "tp=2", "-o", "run.json", constants=over)
-    for case in found.cases:
+    result = run(start, "--parallel", "tp=2", "-o", "run.json", constants=over)
+    for case in result.cases:
         assert (case.passes, case.check.status) == (1, "ok")
         assert case.spread is not None
         assert {len(rank.samples) for rank in case.spread.ranks} == {case.steps_per_pass}

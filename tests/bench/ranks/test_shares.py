@@ -103,16 +103,16 @@ def held(make: Callable[[], Any]) -> int:
     """Return the bytes of tensors that are alive only because of what `make` returns."""
     before = _alive()
     made = make()
-    found = sum(size for place, size in _alive().items() if place not in before)
+    added = sum(size for place, size in _alive().items() if place not in before)
     del made
-    return found
+    return added
 
 
 def _alive() -> dict[int, int]:
     gc.collect()
-    tensors = [one for one in gc.get_objects() if type(one) is torch.Tensor]
-    storages = [one.untyped_storage() for one in tensors if one.device.type == "cpu"]
-    return {one.data_ptr(): one.nbytes() for one in storages}
+    tensors = [item for item in gc.get_objects() if type(item) is torch.Tensor]
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
 def longest(what: Point) -> int:
@@ -153,12 +153,12 @@ def test_the_plan_of_a_simulation_is_what_all_ranks_hold(layout: str, what: Poin
     plan = planned(simulation, what)
 
     def run() -> Any:
-        one = simulation.layer(setting_of(simulation), state, "mla", None)
-        one.load(what, inputs)
-        one.restore(1)
-        one.before(0)
-        one.step(0)
-        return one
+        layer = simulation.layer(setting_of(simulation), state, "mla", None)
+        layer.load(what, inputs)
+        layer.restore(1)
+        layer.before(0)
+        layer.step(0)
+        return layer
 
     everything = held(run)
     assert 0.98 * everything <= plan.per_implementation <= 1.3 * everything + longest(what)
@@ -193,6 +193,8 @@ def test_only_rank_0_has_the_reference_and_it_is_of_the_whole_layer() -> None:
     (plan,), _ = plan_scenarios(
         replace(setting_of(Processes(Layout(tp=8))), backend=fused), [point(30)], ["mla", "mla-reference"]
     )
-    found = plan.memory
-    assert found.per_reference == planned(None, point(30)).per_implementation > found.per_implementation
-    assert found.device_bytes(2) == 2 * found.per_implementation + found.per_reference  # sharing no weights
+    memory = plan.memory
+    assert memory.per_reference == planned(None, point(30)).per_implementation > memory.per_implementation
+    assert (
+        memory.device_bytes(2) == 2 * memory.per_implementation + memory.per_reference
+    )  # sharing no weights

@@ -55,20 +55,22 @@ def test_every_share_that_differs_is_timed(
         spread = case.spread
         assert spread is not None
         assert spread.predicted
-        assert [one.rank for one in spread.ranks] == list(range(4))
+        assert [share.rank for share in spread.ranks] == list(range(4))
         assert spread.timed_ranks == timed
         assert case.latency_ms is not None
-        slowest = [max(times) for times in zip(*(one.samples for one in spread.ranks), strict=True)]
+        slowest = [max(times) for times in zip(*(share.samples for share in spread.ranks), strict=True)]
         assert case.latency_ms.samples == slowest
         assert spread.compute_ms == pytest.approx(case.latency_ms.median)  # an ideal link adds nothing
-        assert [one.cost for one in spread.ranks] == [expected_cost(case, layout, rank) for rank in range(4)]
+        assert [share.cost for share in spread.ranks] == [
+            expected_cost(case, layout, rank) for rank in range(4)
+        ]
 
 
 def expected_cost(case: results.Case, text: str, rank: int) -> Cost:
     """Return the mean work of a rank over a pass; with dp=2, of the two requests it has one."""
     layout, attention = Layout.parse(text), "absorbed" if "dcp" in text else "auto"
-    own = slice(rank // 2, rank // 2 + 1) if layout.dp == 2 else slice(None)
-    new, past = case.query_lens[own], case.history[own]
+    requests = slice(rank // 2, rank // 2 + 1) if layout.dp == 2 else slice(None)
+    new, past = case.query_lens[requests], case.history[requests]
     grown = range(1, 1 + case.steps_per_pass) if case.mode == "decode" else [1]
     works = [
         rank_work(

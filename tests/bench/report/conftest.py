@@ -61,8 +61,8 @@ def build(
     pairs = sum(q * (h + q) for q, h in zip(query, history, strict=True))
     cost = results.Cost(flops=4 * 10**7 * tokens + 280_000 * pairs, bytes=3 * 10**7 + 1200 * attended)
     median = slow * SLOWNESS[implementation] * (0.02 + 1e3 * (cost.bytes / 2e12 + cost.flops / 5e14))
-    found = latency(median, rng, 40)
-    whole = [found.samples[first : first + 40] for first in range(0, len(found.samples), 40)]
+    estimate = latency(median, rng, 40)
+    whole = [estimate.samples[first : first + 40] for first in range(0, len(estimate.samples), 40)]
     fields: dict[str, Any] = {
         "scenario": scenario,
         "mode": "prefill" if max(query) > 1 else "decode",
@@ -72,11 +72,11 @@ def build(
         "steps_per_pass": 40,
         "passes": 6,
         "interleaved_with": [name for name in SLOWNESS if name != implementation],
-        "latency_ms": found,
+        "latency_ms": estimate,
         "tokens_per_s": throughput_of(whole, tokens),
         "switch_steps": [0, 80, 160],
         "cost": cost,
-        "roofline": roofline(cost, found.median, slow),
+        "roofline": roofline(cost, estimate.median, slow),
         "repro": f"python -m mla.bench --scenario '{scenario}' --implementations {implementation}",
         "base": scenario.partition(" ")[0],
         "ops": {"linear": "fused_linear", "latent_attention": "fused_attention", "rms_norm": "reference"}
@@ -87,10 +87,10 @@ def build(
     return make(**{**fields, **changes})
 
 
-def timings(one: results.Case, slow: float) -> list[results.Timing]:
+def timings(timed_case: results.Case, slow: float) -> list[results.Timing]:
     """Return the same case timed with a cold cache, as a graph, and by the device."""
-    assert one.latency_ms is not None
-    rng = random.Random(one.scenario)
+    assert timed_case.latency_ms is not None
+    rng = random.Random(timed_case.scenario)
     ways: list[tuple[Any, Any, str, float]] = [
         ("eager", "cold", "host", 1.5),
         ("graph", "warm", "host", 0.6),
@@ -103,7 +103,7 @@ def timings(one: results.Case, slow: float) -> list[results.Timing]:
             clock=clock,
             passes=6,
             check=results.Check(status="ok"),
-            latency_ms=latency(one.latency_ms.median * factor, rng, 10),
+            latency_ms=latency(timed_case.latency_ms.median * factor, rng, 10),
         )
         for mode, cache, clock, factor in ways
     ]
@@ -114,16 +114,16 @@ def timings(one: results.Case, slow: float) -> list[results.Timing]:
     ]
 
 
-def stages(one: results.Case) -> list[results.Stage]:
+def stages(timed_case: results.Case) -> list[results.Stage]:
     """Return the parts of a forward."""
-    assert one.latency_ms is not None
+    assert timed_case.latency_ms is not None
     shares = {"projections": 0.4, "attention": 0.35, "o_proj": 0.2, "cache write": 0.05, "launches": 0.15}
     shares["attention: w_uk"] = 0.1
     return [
         results.Stage(
             name=name,
-            ms=share * one.latency_ms.median,
-            cost=one.cost,
+            ms=share * timed_case.latency_ms.median,
+            cost=timed_case.cost,
             roofline=results.Roofline(floor_ms=0.1, fraction=0.5 * share, bound="memory"),
         )
         for name, share in shares.items()
@@ -148,24 +148,24 @@ def ceilings(slow: float) -> list[results.Ceiling]:
 
 def scenarios(make: Callable[..., results.Case], slow: float) -> list[results.Case]:
     """Return the two standard scenarios, taken apart and timed in other ways, and a wrong case."""
-    found = []
+    cases = []
     for name in SLOWNESS:
         prefill = {"query_lens": [64, 128, 256, 256], "history": [512, 0, 0, 256]}
-        for one in (build(make, slow, name, "prefill", **prefill), build(make, slow, name, "decode")):
-            one.timings, one.stages = timings(one, slow), stages(one)
-            one.launch_bound = one.mode == "decode"
-            one.device_state = [
+        for built in (build(make, slow, name, "prefill", **prefill), build(make, slow, name, "decode")):
+            built.timings, built.stages = timings(built, slow), stages(built)
+            built.launch_bound = built.mode == "decode"
+            built.device_state = [
                 {"sm clock": "1980 MHz", "power": "310 W"},
                 {"sm clock": "1755 MHz", "power": "650 W"},
             ]
-            found.append(one)
+            cases.append(built)
     wrong = build(make, slow, "mla", "long-prefill", query_lens=[4096], history=[0])
     wrong.latency_ms = wrong.tokens_per_s = None
     wrong.roofline = results.Roofline()
     wrong.check = results.Check(
         status="wrong", error_ratio=31.0, relative_error=0.3, reason="row 17 is off by 31 times its bound"
     )
-    return [*found, wrong]
+    return [*cases, wrong]
 
 
 def grid(make: Callable[..., results.Case], slow: float) -> list[results.Case]:

@@ -94,8 +94,8 @@ def test_each_chart_is_shown_once_in_the_size_and_colours_of_its_surroundings(
     seen.screenshot(tmp_path / "drawn.png")
     colour = getattr(figures.SERIES["s1"], kind.split()[1])
     with Image.open(tmp_path / "drawn.png") as image:
-        found = {shade: count for count, shade in image.convert("RGB").getcolors(1 << 24) or []}
-    assert found.get(tuple(bytes.fromhex(colour[1:])), 0) > 1000
+        counts = {shade: count for count, shade in image.convert("RGB").getcolors(1 << 24) or []}
+    assert counts.get(tuple(bytes.fromhex(colour[1:])), 0) > 1000
 
 
 # Opens everything and returns what does not fit.
@@ -222,7 +222,7 @@ def colour(text: str) -> str:
     return "#" + "".join(f"{int(part):02x}" for part in re.findall(r"\d+", text)[:3])
 
 
-def contrast(one: str, other: str) -> float:
+def contrast(text_colour: str, other: str) -> float:
     """Return the contrast ratio of two colours "#rrggbb", from 1 to 21, as WCAG defines it."""
 
     def luminance(colour: str) -> float:
@@ -230,7 +230,7 @@ def contrast(one: str, other: str) -> float:
         linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
-    low, high = sorted((luminance(one), luminance(other)))
+    low, high = sorted((luminance(text_colour), luminance(other)))
     return (high + 0.05) / (low + 0.05)
 
 
@@ -248,18 +248,18 @@ def test_texts_and_series_stand_out_from_what_is_behind_them(show: Show, rich_pa
 
 def test_a_page_can_be_heard_in_order(show: Show, rich_page: str) -> None:
     seen = show(rich_page)
-    found = []
+    labelled = []
     for node in seen("Accessibility.getFullAXTree")["nodes"]:
         if not node.get("ignored"):
-            found.append({key: node.get(key, {}).get("value", "") for key in ("role", "name")})
-    roles = Counter(node["role"] for node in found)
+            labelled.append({key: node.get(key, {}).get("value", "") for key in ("role", "name")})
+    roles = Counter(node["role"] for node in labelled)
     assert (roles["banner"], roles["main"], roles["contentinfo"]) == (1, 1, 1)
     levels = seen.run("[...document.querySelectorAll('h1, h2, h3, h4')].map((one) => +one.tagName[1])")
     assert levels[0] == 1
     assert levels.count(1) == 1
     assert all(later <= earlier + 1 for earlier, later in pairwise(levels))
     for role, count in (("table", 20), ("image", 9)):
-        names = [node["name"] for node in found if node["role"] == role]
+        names = [node["name"] for node in labelled if node["role"] == role]
         assert len(names) >= count
         assert all(len(name.split()) > 1 for name in names)
         assert [name for name, times in Counter(names).items() if times > 1] == []

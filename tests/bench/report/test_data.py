@@ -63,9 +63,9 @@ def test_several_files_get_letters_and_short_names(make_run: Any) -> None:
     runs = [make_run() for _ in range(3)]
     runs[0].config = {"name": "/home/somebody/tiny.json"}
     runs[2].config = {"name": "other"}
-    found = data.result_files(["/r/old/run.json", "/r/new/run.json", "/r/x\x1b.json"], runs)
-    assert [file.title for file in found] == ["A old/run.json", "B new/run.json", "C x\\x1b.json"]
-    assert [file.config for file in found] == ["tiny", "", "other"]
+    loaded = data.result_files(["/r/old/run.json", "/r/new/run.json", "/r/x\x1b.json"], runs)
+    assert [file.title for file in loaded] == ["A old/run.json", "B new/run.json", "C x\\x1b.json"]
+    assert [file.config for file in loaded] == ["tiny", "", "other"]
     assert data.result_files(["x"], runs[:1])[0].key == ""
     assert [file.key for file in data.result_files(["x"] * 28, [make_run()] * 28)][25:] == ["Z", "A1", "B1"]
 
@@ -159,6 +159,6 @@ def test_without_ceilings_roofs_are_what_the_floors_were_computed_from(source: A
 
 def test_colours_of_known_implementations_are_the_same_in_all_reports_and_no_two_are_equal() -> None:
     names = [*figures.KNOWN, "a", "b", "c", "d", "e"]
-    found = figures.colours(names)
-    assert len(set(found.values())) == len(names)
-    assert figures.colours(["z", "transformers"])["transformers"] == found["transformers"]
+    by_name = figures.colours(names)
+    assert len(set(by_name.values())) == len(names)
+    assert figures.colours(["z", "transformers"])["transformers"] == by_name["transformers"]

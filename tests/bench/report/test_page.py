@@ -72,15 +72,20 @@ def render(*runs: results.Run) -> str:
 def drawn(runs: Sequence[results.Run], title: str) -> tuple[str, str]:
     """Return the caption of one chart, and the chart."""
     files = data.result_files([f"{place}.json" for place in range(len(runs))], runs)
-    (chart,) = [one for section in page.sections(files) for one in section.charts if one.title == title]
+    (chart,) = [
+        candidate
+        for section in page.sections(files)
+        for candidate in section.charts
+        if candidate.title == title
+    ]
     return chart.finding, figures.svg(chart, "light", figures.WIDE)
 
 
 def test_a_rich_report_has_every_section_and_chart(rich_page: str) -> None:
-    found = Page(rich_page)
-    assert found.ids("section") == SECTIONS
-    assert len(found.ids()) == len(set(found.ids()))
-    titles = [alt.partition(".")[0] for alt in found.charts()]
+    parsed = Page(rich_page)
+    assert parsed.ids("section") == SECTIONS
+    assert len(parsed.ids()) == len(set(parsed.ids()))
+    titles = [alt.partition(".")[0] for alt in parsed.charts()]
     assert titles == [
         "Latency: sweep, by history",
         "Throughput: sweep, by history",
@@ -93,7 +98,7 @@ def test_a_rich_report_has_every_section_and_chart(rich_page: str) -> None:
         "Time ratio: B Card Two, deepseek-v2-lite against A Card One 80GB, deepseek-v2-lite",
     ]
     for kind in ("wide dark", "narrow light", "narrow dark"):
-        assert list(found.charts(kind)) == list(found.charts())
+        assert list(parsed.charts(kind)) == list(parsed.charts())
     assert len(rich_page) < 1.5e6
 
 
@@ -241,18 +246,18 @@ def test_settings_of_matplotlib_do_not_show(rich: Sequence[results.Run]) -> None
 def test_files_of_both_schemas_mix(rich: Sequence[results.Run]) -> None:
     old = {path.name: run for path in COMMITTED if (run := results.read(path)).schema_version == 1}
     assert old
-    found = Page(page.render([*old, "new.json"], [*old.values(), rich[0]]))
-    assert set(found.ids("section")) == set(SECTIONS)
-    assert "REFUSED" in found.text
-    assert "This file has no limits" in found.text
+    parsed = Page(page.render([*old, "new.json"], [*old.values(), rich[0]]))
+    assert set(parsed.ids("section")) == set(SECTIONS)
+    assert "REFUSED" in parsed.text
+    assert "This file has no limits" in parsed.text
 
 
 @pytest.mark.parametrize("cases", [0, 1])
 def test_a_run_with_little_in_it_is_a_page(make_run: Any, cases: int) -> None:
     run = make_run((5.0,))
     run.cases = run.cases[:cases]
-    found = Page(render(run))
-    assert found.ids("section") == (LITTLE if cases else ["summary", "results", "method"])
+    parsed = Page(render(run))
+    assert parsed.ids("section") == (LITTLE if cases else ["summary", "results", "method"])
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -279,7 +284,9 @@ def test_many_cases_leave_room_and_say_so(make_run: Any, case: Any) -> None:
     text = render(run)
     assert "sweep (50 points): only mla has numbers; at 16 % to 64 % of the limit" in first_screen(text)
     assert "5 of 25 such charts are drawn." in text
-    assert len([one for one in Page(text).ids("figure") if one.startswith("grid")]) == 2 * (1 + 5)
+    assert len(
+        [identifier for identifier in Page(text).ids("figure") if identifier.startswith("grid")]
+    ) == 2 * (1 + 5)
 
 
 def first_screen(text: str) -> str:
@@ -291,17 +298,17 @@ def first_screen(text: str) -> str:
 def test_the_first_screen_says_by_how_much_and_how_near_the_limit_and_how_noisy(
     rich: Sequence[results.Run],
 ) -> None:
-    found = first_screen(page.render(["/srv/x/one.json", "/srv/x/two.json"], rich))
+    screen = first_screen(page.render(["/srv/x/one.json", "/srv/x/two.json"], rich))
     assert re.search(
-        r"SLOWER: decode, mla 0\.7\d+x \(0\.7\d+ \.\. 0\.7\d+\) as fast: B two\.json against A one", found
+        r"SLOWER: decode, mla 0\.7\d+x \(0\.7\d+ \.\. 0\.7\d+\) as fast: B two\.json against A one", screen
     )
     tile = (
         r"decode: mla 2\.99x \([\d. ]+\) as fast as mla-reference \d+ tok/s at \d+ % of the memory limit outl"
     )
-    assert re.search(tile, found)
-    assert "sweep (6 points): only mla has numbers; at" in found
-    assert "long-prefill, mla: wrong: row 17 is off by 31 times its bound" in found
-    assert "/srv" not in found
+    assert re.search(tile, screen)
+    assert "sweep (6 points): only mla has numbers; at" in screen
+    assert "long-prefill, mla: wrong: row 17 is off by 31 times its bound" in screen
+    assert "/srv" not in screen
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -375,12 +382,12 @@ def test_an_unreliable_headline_is_no_number_and_no_share(make_run: Any) -> None
             {"planned": results.Planned(passes=10, steps=1, due=1)},
         ),
     ):
-        found = render(make_run(samples, roofline=near, **changes))
-        tiles = found.partition('<ul class="tiles">')[2].partition("</ul>")[0]
+        rendered = render(make_run(samples, roofline=near, **changes))
+        tiles = rendered.partition('<ul class="tiles">')[2].partition("</ul>")[0]
         assert f"<b>{told}</b>" in tiles
         assert '<li class="unsteady">' in tiles
         assert "50 %" not in tiles
-        assert "<td>50 mem</td>" in found
+        assert "<td>50 mem</td>" in rendered
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -391,8 +398,8 @@ def test_cases_over_ranks_have_their_scaling_and_every_rank(make_run: Any) -> No
     )
     ranks = [facts, msgspec.structs.replace(facts, rank=1, samples=[6.0])]
     runs[1].cases[0].spread = results.schema.Spread(layout="tp=2", library="gloo", ranks=ranks)
-    found = Page(render(*runs))
-    assert {"scaling", "ranks"} <= set(found.ids("section"))
-    assert "prefill: tp=2, 2 devices: 1.6x, 80 % of the ideal." in found.text
-    assert found.text.count("tp=2 over gloo") == 2
+    parsed = Page(render(*runs))
+    assert {"scaling", "ranks"} <= set(parsed.ids("section"))
+    assert "prefill: tp=2, 2 devices: 1.6x, 80 % of the ideal." in parsed.text
+    assert parsed.text.count("tp=2 over gloo") == 2
     assert "FASTER: prefill, mla" in first_screen(render(*runs))

@@ -124,8 +124,8 @@ def test_the_cases_in_doubt_are_named_with_reasons_up_to_a_few(case: Case) -> No
 
 def test_slow_unseen_lengths_are_counted(case: Case) -> None:
     def lengths(ms: float) -> results.Case:
-        found = NewLengths(forwards=9, ms=ms, repeated_ms=2.0, plan_ms=0.1, repeated_plan_ms=0.1)
-        return timed(case, 2.0, new_lengths=found)
+        unseen = NewLengths(forwards=9, ms=ms, repeated_ms=2.0, plan_ms=0.1, repeated_plan_ms=0.1)
+        return timed(case, 2.0, new_lengths=unseen)
 
     assert summary.badges([lengths(2.1), lengths(9.0)])[1:] == [
         ("soft", "of 2 cases: 1 slower on unseen lengths")

@@ -31,9 +31,9 @@ def spread(*ranks: RankFacts) -> Spread:
 
 def test_one_busy_rank_does_not_hide_in_the_average() -> None:
     """Three ranks work 2 ms, one 4 ms; what they wait in collectives does not count."""
-    found = spread(facts(0, 4.5, 2.5), facts(1, 4.5, 0.5), facts(2, 4.5, 2.5), facts(3, 4.5, 2.5))
-    assert imbalances(found) == pytest.approx([0, 1, 0, 0])
-    assert imbalance(found) == pytest.approx(1)
+    parts = spread(facts(0, 4.5, 2.5), facts(1, 4.5, 0.5), facts(2, 4.5, 2.5), facts(3, 4.5, 2.5))
+    assert imbalances(parts) == pytest.approx([0, 1, 0, 0])
+    assert imbalance(parts) == pytest.approx(1)
 
 
 def test_ranks_that_only_wait_are_not_divided_by() -> None:
@@ -42,19 +42,19 @@ def test_ranks_that_only_wait_are_not_divided_by() -> None:
 
 def test_of_each_kind_of_work_the_busiest_rank_counts(case: Case) -> None:
     few, many = Cost(flops=8, bytes=3), Cost(flops=6, bytes=5)
-    one = case(cost=Cost(flops=10, bytes=6), spread=spread(facts(0, cost=few), facts(1, cost=many)))
-    assert device_cost(one) == Cost(flops=8, bytes=5)
-    assert repeated(one) == pytest.approx((4 / 14, 2 / 8))
+    split = case(cost=Cost(flops=10, bytes=6), spread=spread(facts(0, cost=few), facts(1, cost=many)))
+    assert device_cost(split) == Cost(flops=8, bytes=5)
+    assert repeated(split) == pytest.approx((4 / 14, 2 / 8))
 
 
 def test_what_bounds_a_case_says_which_share_is_meant() -> None:
-    found = Repeated(flops=0.2, bytes=0.5)
-    assert [found.of(bound) for bound in ("compute", "memory", None)] == [0.2, 0.5, 0.5]
+    shares = Repeated(flops=0.2, bytes=0.5)
+    assert [shares.of(bound) for bound in ("compute", "memory", None)] == [0.2, 0.5, 0.5]
 
 
 def test_without_the_work_of_every_rank_nothing_is_known(case: Case) -> None:
-    one = case(spread=spread(facts(0, cost=Cost(flops=8, bytes=3)), facts(1)))
-    assert device_cost(one) is None
-    assert repeated(one) is None
+    split = case(spread=spread(facts(0, cost=Cost(flops=8, bytes=3)), facts(1)))
+    assert device_cost(split) is None
+    assert repeated(split) is None
     assert repeated(case()) is None
     assert device_cost(case()) == case().cost

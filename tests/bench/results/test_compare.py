@@ -24,11 +24,11 @@ def run(make_run: Any) -> Any:
     [(0.9, "FASTER"), (1.0, "SAME"), (1.01, "SAME"), (1.1, "SLOWER"), (1.02, "UNDECIDED")],
 )
 def test_verdicts_come_from_the_interval(run: Any, factor: float, verdict: str) -> None:
-    (found,) = compare(run(), run([factor * sample for sample in STEADY]))
-    assert found.verdict == verdict
-    assert found.ratio == pytest.approx(factor)
-    assert found.interval is not None
-    assert found.interval[0] <= factor <= found.interval[1]
+    (comparison,) = compare(run(), run([factor * sample for sample in STEADY]))
+    assert comparison.verdict == verdict
+    assert comparison.ratio == pytest.approx(factor)
+    assert comparison.interval is not None
+    assert comparison.interval[0] <= factor <= comparison.interval[1]
 
 
 @pytest.mark.parametrize("name", [*THREADS, "torch_threads"])
@@ -41,21 +41,21 @@ def test_how_threads_wait_and_where_they_run_is_told_where_it_differs(run: Any, 
 
 
 def test_noise_makes_a_large_difference_undecided(run: Any) -> None:
-    (found,) = compare(run(), run([1.0, 1.6, 1.1, 1.5, 0.9, 1.3]))
-    assert found.ratio == pytest.approx(1.2)
-    assert found.verdict == "UNDECIDED"
+    (comparison,) = compare(run(), run([1.0, 1.6, 1.1, 1.5, 0.9, 1.3]))
+    assert comparison.ratio == pytest.approx(1.2)
+    assert comparison.verdict == "UNDECIDED"
 
 
 def test_too_few_passes_decide_nothing(run: Any) -> None:
-    (found,) = compare(run([1.0] * 5), run([9.0] * 5))
-    assert (found.verdict, found.interval) == ("UNDECIDED", None)
-    assert "too few passes" in found.reason
+    (comparison,) = compare(run([1.0] * 5), run([9.0] * 5))
+    assert (comparison.verdict, comparison.interval) == ("UNDECIDED", None)
+    assert "too few passes" in comparison.reason
 
 
 def test_steps_of_a_pass_are_one_observation(run: Any) -> None:
     base, new = run([1.0, 3.0] * 6, steps_per_pass=2), run([2.0, 6.0] * 6, steps_per_pass=2)
-    (found,) = compare(base, new)
-    assert (found.ratio, found.verdict) == (2.0, "SLOWER")
+    (comparison,) = compare(base, new)
+    assert (comparison.ratio, comparison.verdict) == (2.0, "SLOWER")
     assert compare(run([1.0, 3.0] * 3, steps_per_pass=2), new)[0].verdict == "UNDECIDED"
 
 
@@ -74,9 +74,9 @@ def test_steps_of_a_pass_are_one_observation(run: Any) -> None:
     ],
 )
 def test_another_workload_is_refused(run: Any, change: dict[str, Any], reason: str) -> None:
-    found, *missing = compare(run(), run(**change))
-    assert (found.verdict, found.reason) == ("REFUSED", reason)
-    assert [one.reason for one in missing] == ["missing from the new run"] * ("missing" in reason)
+    comparison, *missing = compare(run(), run(**change))
+    assert (comparison.verdict, comparison.reason) == ("REFUSED", reason)
+    assert [other.reason for other in missing] == ["missing from the new run"] * ("missing" in reason)
 
 
 def test_heads_differ_only_where_both_runs_name_them(run: Any) -> None:
@@ -89,16 +89,16 @@ def test_a_point_is_compared_with_its_own_dtype(run: Any) -> None:
     wide = run([9 * sample for sample in STEADY], dtype="float32").cases
     base.cases += wide
     new.cases = [*wide, *new.cases]
-    assert [found.verdict for found in compare(base, new)] == ["SAME", "SAME"]
+    assert [comparison.verdict for comparison in compare(base, new)] == ["SAME", "SAME"]
 
 
 @pytest.mark.parametrize(("field", "value"), [("attention", "absorbed"), ("config", {"hidden_size": 65})])
 def test_another_layer_is_refused(run: Any, field: str, value: Any) -> None:
     other = run()
     setattr(other, field, value)
-    (found,) = compare(run(), other)
-    assert found.verdict == "REFUSED"
-    assert field in found.reason
+    (comparison,) = compare(run(), other)
+    assert comparison.verdict == "REFUSED"
+    assert field in comparison.reason
 
 
 def withheld(run: Any, status: str, reason: str = "", **changes: Any) -> Any:
@@ -113,7 +113,7 @@ def test_a_case_without_a_number_is_refused_for_that_alone(run: Any, status: str
     none = withheld(run, status, "because")
     assert compare(run(), none)[0].reason == f"the new run has no number, check: {status} (because)"
     assert compare(none, run())[0].reason == f"the base run has no number, check: {status} (because)"
-    assert {found.verdict for found in compare(run(), none) + compare(none, run())} == {"REFUSED"}
+    assert {comparison.verdict for comparison in compare(run(), none) + compare(none, run())} == {"REFUSED"}
 
 
 def gate(bench: Any, base: results.Run, new: results.Run, *words: str) -> Any:
@@ -214,9 +214,9 @@ def test_figures_are_those_of_the_runs_tables_and_make_the_ratio(run: Any, bench
 def test_slow_steps_that_a_median_does_not_see_are_slower(run: Any, bench: Any) -> None:
     base = run([1.0, 1.0, 1.0, 1.0] * 6, steps_per_pass=4)
     new = run([1.0, 1.0, 1.0, 11.0] * 6, steps_per_pass=4)
-    (found,) = compare(base, new)
-    assert (found.ratio, found.verdict) == (1.0, "SLOWER")
-    assert found.reason == "whole passes take 3.500 to 3.500 times as long: some steps are slow"
+    (comparison,) = compare(base, new)
+    assert (comparison.ratio, comparison.verdict) == (1.0, "SLOWER")
+    assert comparison.reason == "whole passes take 3.500 to 3.500 times as long: some steps are slow"
     done = gate(bench, base, new, *LIMIT)
     assert done.code == 1
     assert "takes at least 3.500 times as long in whole passes" in done.err

@@ -25,9 +25,9 @@ def test_a_run_survives_the_round_trip(make_run: MakeRun) -> None:
 
 def test_samples_keep_every_digit(make_run: MakeRun) -> None:
     samples = [0.1 + 0.2, 1 / 3, 1e-9, 123456789.123456789]
-    found = decode(encode(make_run(samples=samples))).cases[0].latency_ms
-    assert found is not None
-    assert found.samples == samples
+    latency = decode(encode(make_run(samples=samples))).cases[0].latency_ms
+    assert latency is not None
+    assert latency.samples == samples
 
 
 @pytest.mark.parametrize(
@@ -58,10 +58,10 @@ def test_a_file_of_version_1_loads_with_what_it_did_not_say(make_run: MakeRun) -
     for case in document["cases"]:
         for name in ("base", "point", "dtype", "heads", "layers", "op", "timings", "stages"):
             del case[name]
-    found = decode(msgspec.json.encode(document))
-    assert found.schema_version == 1
-    assert [case.base for case in found.cases] == [case.scenario for case in found.cases]
-    assert {case.dtype for case in found.cases} == {found.dtype}
+    run = decode(msgspec.json.encode(document))
+    assert run.schema_version == 1
+    assert [case.base for case in run.cases] == [case.scenario for case in run.cases]
+    assert {case.dtype for case in run.cases} == {run.dtype}
 
 
 @pytest.mark.parametrize("version", [1, 2, 3])
@@ -71,9 +71,9 @@ def test_the_throughput_of_an_older_file_is_made_again(make_run: MakeRun, versio
     rate = run.cases[0].tokens_per_s
     assert rate is not None
     run.schema_version, rate.median = version, 57_124.0
-    found = decode(encode(run)).cases[0].tokens_per_s
-    assert found is not None
-    assert found.median == pytest.approx(1e3 * 192 * 6 / 59.87)
+    throughput = decode(encode(run)).cases[0].tokens_per_s
+    assert throughput is not None
+    assert throughput.median == pytest.approx(1e3 * 192 * 6 / 59.87)
 
 
 def test_a_file_of_a_newer_version_is_refused(make_run: MakeRun) -> None:

@@ -49,8 +49,8 @@ def document(make_run: MakeRun) -> Document:
     run.plan = results.Plan(
         options=["--seed", "0"], scenarios=["prefill"], implementations=["mla"], digest="0"
     )
-    found: Document = msgspec.json.decode(results.encode(run))
-    return found
+    parsed: Document = msgspec.json.decode(results.encode(run))
+    return parsed
 
 
 def _timing() -> results.Timing:
@@ -65,13 +65,13 @@ def _stage() -> results.Stage:
 
 def changed(document: Document, path: str, value: Any) -> Document:
     """Return a copy in which the field at a path such as `cases.0.passes` has another value."""
-    found = copy.deepcopy(document)
+    copied = copy.deepcopy(document)
     *folders, last = path.split(".")
-    place: Any = found
+    place: Any = copied
     for name in folders:
         place = place[int(name) if isinstance(place, list) else name]
     place[int(last) if isinstance(place, list) else last] = value
-    return found
+    return copied
 
 
 def test_the_document_is_valid(document: Document) -> None:
@@ -172,19 +172,19 @@ def test_text_from_a_file_is_escaped_everywhere(document: Document, path: str, t
     shapes["config"] = {text: [text, {"deep": text}]}
     run = results.decode(json.dumps(changed(document, path, shapes.get(path, text))).encode())
     assert escaped(text).isprintable()
-    assert all(one.isprintable() for one in strings(msgspec.to_builtins(run)))
+    assert all(text.isprintable() for text in strings(msgspec.to_builtins(run)))
 
 
 def strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        for name, one in value.items():
+        for name, item in value.items():
             yield name
-            yield from strings(one)
+            yield from strings(item)
     elif isinstance(value, list):
-        for one in value:
-            yield from strings(one)
+        for item in value:
+            yield from strings(item)
 
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)

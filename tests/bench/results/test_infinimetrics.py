@@ -38,53 +38,55 @@ ACCELERATOR = {
 def faults(document: Document) -> list[str]:
     """Return what its importer or a page of its dashboard would stumble over."""
     required = {"run_id": str, "testcase": str, "config": dict, "metrics": list, "time": str}
-    found = [key for key, kind in required.items() if not isinstance(document.get(key), kind)]
-    if found:
-        return found
+    misfits = [key for key, kind in required.items() if not isinstance(document.get(key), kind)]
+    if misfits:
+        return misfits
     parts = document["testcase"].split(".")
     if len(parts) != 3 or parts[0] not in CATEGORIES or not all(parts):
-        found.append("testcase: <category>.<framework>.<test_name>")
+        misfits.append("testcase: <category>.<framework>.<test_name>")
     datetime.datetime.strptime(document["time"], "%Y-%m-%d %H:%M:%S")
     code = document.get("result_code")
     if type(code) is not int or (code != 0) != bool(document.get("error_msg")):
-        found.append("result_code: 0, or another number and an error_msg")
+        misfits.append("result_code: 0, or another number and an error_msg")
     if "output_dir" in document["config"]:
-        found.append("config.output_dir would move where it looks for files")
+        misfits.append("config.output_dir would move where it looks for files")
     return (
-        found + environment_faults(document) + [one for each in document["metrics"] for one in metric(each)]
+        misfits
+        + environment_faults(document)
+        + [fault for each in document["metrics"] for fault in metric(each)]
     )
 
 
 def environment_faults(document: Document) -> list[str]:
     environment = document.get("environment", {})
-    found = [key for key in ("cluster_scale", "topology", "cluster") if key not in environment]
+    faults = [key for key in ("cluster_scale", "topology", "cluster") if key not in environment]
     for node in environment.get("cluster", []):
-        if not all(set(one) >= {"name", "version"} for one in node["framework"]):
-            found.append("framework")
-        for one in node["machine"]["accelerators"]:
-            found += [key for key, kind in ACCELERATOR.items() if not isinstance(one.get(key), kind)]
-    return found
+        if not all(set(framework) >= {"name", "version"} for framework in node["framework"]):
+            faults.append("framework")
+        for accelerator in node["machine"]["accelerators"]:
+            faults += [key for key, kind in ACCELERATOR.items() if not isinstance(accelerator.get(key), kind)]
+    return faults
 
 
-def metric(one: Document) -> list[str]:
+def metric(record: Document) -> list[str]:
     keys = {"name", "type", "value", "raw_data_url", "unit"}
-    if set(one) != keys or one["type"] != "scalar" or one["raw_data_url"] != "":
-        return [f"not a scalar: {one}"]
-    number = type(one["value"]) in (int, float) and math.isfinite(one["value"])
-    verdict = one["name"] == "operator.tensor_accuracy" and one["value"] in ("PASS", "FAIL")
-    return [] if number or verdict else [f"value of {one['name']}"]
+    if set(record) != keys or record["type"] != "scalar" or record["raw_data_url"] != "":
+        return [f"not a scalar: {record}"]
+    number = type(record["value"]) in (int, float) and math.isfinite(record["value"])
+    verdict = record["name"] == "operator.tensor_accuracy" and record["value"] in ("PASS", "FAIL")
+    return [] if number or verdict else [f"value of {record['name']}"]
 
 
 def shown(document: Document) -> Document:
     """Return what the operator page shows: it looks for words in names, and the last one found counts."""
-    found: Document = {}
-    for one in document["metrics"]:
+    by_word: Document = {}
+    for metric in document["metrics"]:
         word = next(
-            (word for word in ("latency", "flops", "bandwidth", "accuracy") if word in one["name"]), None
+            (word for word in ("latency", "flops", "bandwidth", "accuracy") if word in metric["name"]), None
         )
         if word:
-            found[word] = one["value"]
-    return found
+            by_word[word] = metric["value"]
+    return by_word
 
 
 def with_timings(make_run: MakeRun, **changes: Any) -> Run:
@@ -114,7 +116,7 @@ def test_a_measured_case_is_a_valid_document(make_run: MakeRun) -> None:
     (document,) = json.loads(json.dumps(documents(run)))
     assert faults(document) == []
     assert shown(document) == {"latency": 2.0, "flops": 0.5, "bandwidth": 0.5, "accuracy": "PASS"}
-    named = {one["name"]: (one["value"], one["unit"]) for one in document["metrics"]}
+    named = {metric["name"]: (metric["value"], metric["unit"]) for metric in document["metrics"]}
     assert named["operator.time_cold"] == (2.0, "ms")
     assert named["operator.share_of_limit"] == (50.0, "%")
     assert len(named) == len(document["metrics"])
@@ -131,13 +133,13 @@ def test_a_case_without_a_number_fails_and_says_why(make_run: MakeRun, status: A
     assert document["success"] == 1
     assert document["error_msg"] == "because"
     assert shown(document) == ({"accuracy": "FAIL"} if status == "wrong" else {})
-    assert not [one for one in document["metrics"] if one["unit"]], "a number would have one"
+    assert not [metric for metric in document["metrics"] if metric["unit"]], "a number would have one"
 
 
 @pytest.mark.parametrize("status", ["wrong", "doubtful"])
 def test_numbers_in_a_hand_made_run_do_not_leave_either(make_run: MakeRun, status: Any) -> None:
     (document,) = documents(with_timings(make_run, check=results.Check(status=status, reason="because")))
-    assert not [one for one in document["metrics"] if one["unit"]]
+    assert not [metric for metric in document["metrics"] if metric["unit"]]
 
 
 @pytest.mark.parametrize(
@@ -154,9 +156,9 @@ def test_no_name_hides_a_result(make_run: MakeRun, name: str) -> None:
 def test_runs_of_one_time_differ_in_what_the_dashboard_tells_apart(make_run: MakeRun) -> None:
     run = make_run()
     run.cases = [make_run(implementation=name).cases[0] for name in ("mla", "mla-reference", "transformers")]
-    found = documents(run)
-    assert len({document["run_id"][:12] for document in found}) == 3
-    assert documents(run) == found, "a second import finds the same run_id and skips it"
+    exported = documents(run)
+    assert len({document["run_id"][:12] for document in exported}) == 3
+    assert documents(run) == exported, "a second import finds the same run_id and skips it"
 
 
 def test_a_run_without_a_date_is_refused_in_a_sentence(bench: Bench, make_run: MakeRun) -> None:
@@ -210,5 +212,5 @@ def test_the_rules_find_what_is_broken(make_run: MakeRun) -> None:
 
 def test_a_share_of_a_limit_in_doubt_is_not_told(make_run: MakeRun) -> None:
     (document,) = documents(make_run(roofline=results.Roofline(floor_ms=3.0, fraction=1.5, doubt="above")))
-    assert not [one for one in document["metrics"] if one["name"] == "operator.share_of_limit"]
+    assert not [metric for metric in document["metrics"] if metric["name"] == "operator.share_of_limit"]
     assert shown(document)["latency"] == 2.0

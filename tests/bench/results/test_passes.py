@@ -26,16 +26,16 @@ def decode(make_run: MakeRun) -> Callable[..., Run]:
     return decode
 
 
-def medians(found: Comparison) -> tuple[float, ...]:
-    return tuple(latency.median for latency in found.times if latency)
+def medians(comparison: Comparison) -> tuple[float, ...]:
+    return tuple(latency.median for latency in comparison.times if latency)
 
 
 def test_a_ratio_to_a_yardstick_is_of_the_steps_that_it_ran(decode: Callable[..., Run]) -> None:
     (ours,), (slow,) = decode(GROWING, 4).cases, decode(FIRST, 2, implementation="mla-reference").cases
     for pair, value in (((ours, slow), 10.0), ((slow, ours), 0.1)):
-        found = compare_implementations(*reversed(pair))
-        assert found.speedup == pytest.approx(value), "by their own medians it would be 15 / 3.5"
-        assert found.speedup_interval == pytest.approx((value, value))
+        comparison = compare_implementations(*reversed(pair))
+        assert comparison.speedup == pytest.approx(value), "by their own medians it would be 15 / 3.5"
+        assert comparison.speedup_interval == pytest.approx((value, value))
 
 
 def test_the_same_steps_have_statistics_of_their_own(decode: Callable[..., Run]) -> None:
@@ -55,16 +55,16 @@ def test_the_first_of_three_steps_is_in_no_ratio(decode: Callable[..., Run]) -> 
     (ours,), (slow,) = decode([1.5, 1.0, 1.0, 9.0] * 6, 4).cases, decode([30.0, 10.0, 10.0] * 6, 3).cases
     cut, other = cases.same_steps(ours, slow)
     assert (cases.passes_of(cut), cases.passes_of(other)) == ([[1.0, 1.0]] * 6, [[10.0, 10.0]] * 6)
-    found = compare_implementations(slow, ours)
-    assert (found.speedup, found.speedup_interval) == (10.0, (10.0, 10.0))
+    comparison = compare_implementations(slow, ours)
+    assert (comparison.speedup, comparison.speedup_interval) == (10.0, (10.0, 10.0))
     (compared,) = compare(decode([1.5, 1.0, 1.0, 9.0] * 6, 4), decode([30.0, 10.0, 10.0] * 6, 3))
     assert (compared.verdict, compared.ratio) == (SLOWER, 10.0)
     assert compared.remarks == "comparing steps 2 to 3 of each pass, present in both"
 
 
 def test_equal_passes_are_compared_whole(decode: Callable[..., Run]) -> None:
-    (one,), (two,) = decode(GROWING, 4).cases, decode(GROWING, 4).cases
-    assert cases.same_steps(one, two) == (one, two)
+    (long,), (two,) = decode(GROWING, 4).cases, decode(GROWING, 4).cases
+    assert cases.same_steps(long, two) == (long, two)
 
 
 def test_what_a_coarse_clock_did_not_see_is_compared_whole_and_no_note_says_otherwise(
@@ -83,16 +83,19 @@ def test_forwards_of_a_prefill_are_alike(make_run: MakeRun) -> None:
 
 
 def test_runs_are_compared_by_the_steps_that_both_have(decode: Callable[..., Run]) -> None:
-    (found,) = compare(decode(GROWING, 4), decode([1.0, 2.0] * 6, 2))
-    assert (found.verdict, found.ratio, medians(found)) == (SAME, 1.0, (1.5, 1.5))
-    assert (found.reason, found.note) == ("", "comparing steps 1 to 2 of each pass, present in both")
-    (found,) = compare(decode([1.0, 2.0, 9.0] * 6, 3), decode([2.0, 4.0] * 6, 2))
-    assert (found.verdict, found.ratio) == (SLOWER, 2.0)
+    (comparison,) = compare(decode(GROWING, 4), decode([1.0, 2.0] * 6, 2))
+    assert (comparison.verdict, comparison.ratio, medians(comparison)) == (SAME, 1.0, (1.5, 1.5))
+    assert (comparison.reason, comparison.note) == (
+        "",
+        "comparing steps 1 to 2 of each pass, present in both",
+    )
+    (comparison,) = compare(decode([1.0, 2.0, 9.0] * 6, 3), decode([2.0, 4.0] * 6, 2))
+    assert (comparison.verdict, comparison.ratio) == (SLOWER, 2.0)
 
 
 def test_passes_that_were_planned_longer_are_another_workload(decode: Callable[..., Run]) -> None:
-    (found,) = compare(decode(FIRST, 2, planned=4), decode(FIRST, 2, planned=3))
-    assert (found.verdict, found.reason) == (REFUSED, "steps_per_pass differs")
+    (comparison,) = compare(decode(FIRST, 2, planned=4), decode(FIRST, 2, planned=3))
+    assert (comparison.verdict, comparison.reason) == (REFUSED, "steps_per_pass differs")
 
 
 def test_files_that_do_not_say_what_was_planned_ran_it(decode: Callable[..., Run]) -> None:
@@ -116,7 +119,7 @@ def test_an_interval_holds_its_own_number(count: int) -> None:
     """Passes of a quick, a slow and a slower step: few of all samples lie near the median of a pass."""
     timed = [[1.0, 2.0 + number / count, 2.5] for number in range(count)]
     timed[::3] = [[0.5, 0.6, 0.7]] * len(timed[::3])
-    medians = [sorted(one)[1] for one in timed]
+    medians = [sorted(samples)[1] for samples in timed]
     for value in (cases.latency_of(timed), cases.throughput_of(timed, 1)):
         assert value.ci95 is not None
         assert value.ci95[0] <= value.median <= value.ci95[1]

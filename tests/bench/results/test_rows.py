@@ -68,17 +68,17 @@ def test_every_way_of_timing_and_every_file_has_its_row(make_run: MakeRun) -> No
     first, second = make_run(), make_run(scenario="other")
     case = first.cases[0]
     case.timings = [timing(case), timing(case, mode="graph", cache="warm")]
-    found = table(first, second)
-    assert [(row["file"], row["scenario"], row["launch"], row["cache"]) for row in found] == [
+    rows = table(first, second)
+    assert [(row["file"], row["scenario"], row["launch"], row["cache"]) for row in rows] == [
         ("0.json", "prefill", "eager", "warm"),
         ("0.json", "prefill", "eager", "cold"),
         ("0.json", "prefill", "graph", "warm"),
         ("1.json", "other", "eager", "warm"),
     ]
-    assert float(found[0]["latency_ms"]) == case.latency_ms.median  # type: ignore[union-attr]
-    assert found[0]["needed_tflop_per_s"] == "0.5"  # 1e9 FLOP in 2 ms
-    assert found[0]["tokens_per_s"]
-    assert not found[1]["tokens_per_s"], "throughput is the headline's"
+    assert float(rows[0]["latency_ms"]) == case.latency_ms.median  # type: ignore[union-attr]
+    assert rows[0]["needed_tflop_per_s"] == "0.5"  # 1e9 FLOP in 2 ms
+    assert rows[0]["tokens_per_s"]
+    assert not rows[1]["tokens_per_s"], "throughput is the headline's"
 
 
 @pytest.mark.parametrize("status", ["wrong", "doubtful"])

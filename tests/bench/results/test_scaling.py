@@ -51,9 +51,9 @@ def spread(samples: list[float], layout: str, predicted: bool) -> Spread:
 
 
 def test_two_threads_of_one_rank_and_two_ranks_of_one_are_the_same_resources(run: Run) -> None:
-    (found,) = scaling([run(4.2, threads=2), run(8.0), run(5.0, "tp=2")])
-    assert (found.scenario, found.implementation, str(found.base)) == ("prefill", "mla", "1 x 1 thread")
-    base, threads, ranks = found.rows
+    (scaled,) = scaling([run(4.2, threads=2), run(8.0), run(5.0, "tp=2")])
+    assert (scaled.scenario, scaled.implementation, str(scaled.base)) == ("prefill", "mla", "1 x 1 thread")
+    base, threads, ranks = scaled.rows
     assert (base.run, base.speedup, base.interval, base.efficiency) == (1, 1.0, None, 1.0)
     assert (str(threads.resources), threads.layout) == ("1 x 2 threads", "one device")
     assert (str(ranks.resources), ranks.layout) == ("2 x 1 thread", "tp=2")
@@ -68,42 +68,42 @@ def test_two_threads_of_one_rank_and_two_ranks_of_one_are_the_same_resources(run
 
 def test_what_a_layout_repeats_is_of_the_work_that_limits_the_case(run: Run) -> None:
     limit = results.Roofline(floor_ms=1.0, fraction=0.2, bound="compute")
-    (found,) = scaling([run(8.0), run(5.0, "tp=2", roofline=limit)])
-    assert found.rows[1].repeated == pytest.approx(0.2)
+    (scaled,) = scaling([run(8.0), run(5.0, "tp=2", roofline=limit)])
+    assert scaled.rows[1].repeated == pytest.approx(0.2)
 
 
 def test_threads_of_the_host_do_not_count_on_cards(run: Run) -> None:
-    (found,) = scaling([run(8.0, threads=8, card="a card"), run(5.0, "tp=2", threads=4, card="a card")])
-    assert [str(row.resources) for row in found.rows] == ["1 device", "2 devices"]
-    assert found.rows[1].efficiency == pytest.approx(0.8)
+    (scaled,) = scaling([run(8.0, threads=8, card="a card"), run(5.0, "tp=2", threads=4, card="a card")])
+    assert [str(row.resources) for row in scaled.rows] == ["1 device", "2 devices"]
+    assert scaled.rows[1].efficiency == pytest.approx(0.8)
 
 
 def test_cores_and_cards_are_not_one_kind(run: Run) -> None:
-    (found,) = scaling([run(8.0), run(5.0, "tp=2", card="a card")])
-    assert found.rows[1].speedup == pytest.approx(1.6)
-    assert found.rows[1].efficiency is None
+    (scaled,) = scaling([run(8.0), run(5.0, "tp=2", card="a card")])
+    assert scaled.rows[1].speedup == pytest.approx(1.6)
+    assert scaled.rows[1].efficiency is None
 
 
 @pytest.mark.parametrize("layout", ["tp=2", ""])
 def test_there_is_no_efficiency_across_different_cards(run: Run, layout: str) -> None:
     """However many there are of each: the speedup is that of the card as well."""
     runs = [run(8.0, card="card A"), run(5.0, layout, card="card B"), run(6.0, "dcp=2", card="card A")]
-    (found,) = scaling(runs)
-    by_card = {(row.device, row.layout): row.efficiency for row in found.rows}
+    (scaled,) = scaling(runs)
+    by_card = {(row.device, row.layout): row.efficiency for row in scaled.rows}
     assert by_card == {
         ("card A", "one device"): 1.0,
         ("card B", layout or "one device"): None,
         ("card A", "dcp=2"): pytest.approx(8 / 6 / 2),
     }
     said = "no efficiency on card B: the base ran on card A"
-    assert found.remark() == said
-    assert said in scaling_tables([found], "table").splitlines()
+    assert scaled.remark() == said
+    assert said in scaling_tables([scaled], "table").splitlines()
     assert scaling([runs[0], runs[2]])[0].remark() == ""
 
 
 def test_predictions_say_so(run: Run) -> None:
-    (found,) = scaling([run(8.0), run(5.0, "tp=2", predicted=True)])
-    assert [row.layout for row in found.rows] == ["one device", "tp=2 (predicted)"]
+    (scaled,) = scaling([run(8.0), run(5.0, "tp=2", predicted=True)])
+    assert [row.layout for row in scaled.rows] == ["one device", "tp=2 (predicted)"]
 
 
 def test_other_work_and_ranks_alone_do_not_scale(run: Run) -> None:

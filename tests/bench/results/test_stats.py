@@ -34,10 +34,10 @@ def test_the_interval_is_the_narrowest_that_covers(n: int) -> None:
         """Odds that the median lies between the (k+1)-th smallest and the (k+1)-th greatest."""
         return sum(k < count < n - k for count in below) / 2**n
 
-    found = median_interval(range(n))
-    assert found is not None
-    k = int(found[0])
-    assert found == (k, n - 1 - k)
+    interval = median_interval(range(n))
+    assert interval is not None
+    k = int(interval[0])
+    assert interval == (k, n - 1 - k)
     assert coverage(k) >= 0.95 > coverage(k + 1)
 
 
@@ -76,8 +76,8 @@ def test_the_interval_contains_the_sample_median_whatever_the_order(
 @given(values=NUMBERS)
 def test_percentiles_are_those_of_the_standard_library(values: list[float]) -> None:
     deciles = statistics.quantiles(values, n=10, method="inclusive")
-    found = [percentile(values, percent) for percent in range(10, 100, 10)]
-    assert found == pytest.approx(deciles, rel=1e-9, abs=1e-6)
+    percentiles = [percentile(values, percent) for percent in range(10, 100, 10)]
+    assert percentiles == pytest.approx(deciles, rel=1e-9, abs=1e-6)
 
 
 @given(values=NUMBERS)
@@ -109,19 +109,19 @@ def test_one_disturbed_pass_hardly_moves_the_drift(slope: float, place: int, dis
     medians = [1 + slope * i for i in range(10)]
     clean = drift(medians)
     medians[place] = disturbed
-    found = drift(medians)
+    drifted = drift(medians)
     assert clean is not None
-    assert found is not None
-    assert found == pytest.approx(clean, abs=0.25 * abs(clean) + 1e-9)
+    assert drifted is not None
+    assert drifted == pytest.approx(clean, abs=0.25 * abs(clean) + 1e-9)
 
 
 @given(st.permutations(range(10)))
 def test_drift_has_a_sign_and_is_blind_to_scale(order: list[int]) -> None:
     values = [2.0 + i for i in order]
-    found = drift(values)
-    assert found is not None
-    assert drift([7 * value for value in values]) == pytest.approx(found)
-    assert drift(values[::-1]) == pytest.approx(-found)
+    drifted = drift(values)
+    assert drifted is not None
+    assert drift([7 * value for value in values]) == pytest.approx(drifted)
+    assert drift(values[::-1]) == pytest.approx(-drifted)
 
 
 def noisy_passes(seed: int = 0, passes: int = 6, steps: int = 100) -> list[list[float]]:
@@ -145,13 +145,16 @@ def test_giants_are_counted_one_by_one_wherever_they_are() -> None:
 
 def test_a_slow_pass_and_a_drift_are_no_outliers() -> None:
     passes = noisy_passes()
-    assert outliers([[sample * (1 + 0.1 * place) for sample in one] for place, one in enumerate(passes)]) == 0
+    assert (
+        outliers([[sample * (1 + 0.1 * place) for sample in samples] for place, samples in enumerate(passes)])
+        == 0
+    )
     assert outliers([*passes[:5], [3 * sample for sample in passes[5]]]) == 0
 
 
 def test_throttling_midway_is_no_outlier() -> None:
     passes = noisy_passes()
-    assert outliers([*passes[:3], *([2 * sample for sample in one] for one in passes[3:])]) == 0
+    assert outliers([*passes[:3], *([2 * sample for sample in samples] for samples in passes[3:])]) == 0
 
 
 def test_a_giant_that_is_a_whole_pass_is_counted() -> None:

@@ -49,26 +49,26 @@ def judge(case: results.Case, limits: Limits) -> None:
 
 
 def test_a_case_within_its_limits_costs_no_further_measurement(case: Case) -> None:
-    one, limits = case(), Limits(0)
-    judge(one, limits)
-    assert (limits.asked, one) == (0, case())
+    judged_case, limits = case(), Limits(0)
+    judge(judged_case, limits)
+    assert (limits.asked, judged_case) == (0, case())
 
 
 def test_a_case_a_little_above_its_limit_keeps_its_number_and_has_the_limit_measured_again(
     case: Case,
 ) -> None:
-    one, limits = case(), Limits(0, "doubt")
-    judge(one, limits)
-    assert (limits.asked, one) == (1, case())
+    judged_case, limits = case(), Limits(0, "doubt")
+    judge(judged_case, limits)
+    assert (limits.asked, judged_case) == (1, case())
 
 
 @pytest.mark.parametrize("times", [1, 2, 3])
 def test_a_limit_that_another_load_had_lowered_costs_no_number(
     case: Case, waits: list[float], times: int
 ) -> None:
-    one, limits = case(), Limits(times, "doubt")
-    judge(one, limits)
-    assert (limits.asked, one) == (times, case())
+    judged_case, limits = case(), Limits(times, "doubt")
+    judge(judged_case, limits)
+    assert (limits.asked, judged_case) == (times, case())
     assert len(waits) == times - 1
 
 
@@ -76,25 +76,37 @@ def test_a_number_that_stays_far_above_its_limit_is_withheld(case: Case, waits: 
     check = results.Check(status="ok", error_ratio=0.5, relative_error=1e-3)
     latency = results.Latency(median=1.0, ci95=None, p10=1.0, p90=1.0, samples=[1.0])
     timings = [
-        Timing(mode="eager", cache=cache, clock="host", passes=passes, check=check, latency_ms=found)
-        for cache, passes, found in (("cold", 3, latency), ("warm", 0, None))
+        Timing(mode="eager", cache=cache, clock="host", passes=passes, check=check, latency_ms=kept)
+        for cache, passes, kept in (("cold", 3, latency), ("warm", 0, None))
     ]
     lengths = NewLengths(forwards=1, ms=1.0, repeated_ms=1.0, plan_ms=1.0, repeated_plan_ms=1.0)
-    one = case(timings=timings, stages=[Stage(name="a", ms=1.0)], launch_bound=True, new_lengths=lengths)
-    judge(one, Limits(99, "doubt"))
+    judged_case = case(
+        timings=timings, stages=[Stage(name="a", ms=1.0)], launch_bound=True, new_lengths=lengths
+    )
+    judge(judged_case, Limits(99, "doubt"))
     assert sum(waits) >= 3, "a load comes and goes in seconds"
-    assert one.check == results.Check(
+    assert judged_case.check == results.Check(
         status="doubtful", error_ratio=0.5, relative_error=1e-3, reason="it cannot be"
     )
-    assert (one.latency_ms, one.tokens_per_s, one.plan_ms, one.launch_bound) == (None, None, None, None)
-    assert (one.roofline, one.stages, one.switch_steps, one.passes) == (Roofline(), [], [], 0)
-    assert one.new_lengths is None
+    assert (
+        judged_case.latency_ms,
+        judged_case.tokens_per_s,
+        judged_case.plan_ms,
+        judged_case.launch_bound,
+    ) == (None, None, None, None)
+    assert (judged_case.roofline, judged_case.stages, judged_case.switch_steps, judged_case.passes) == (
+        Roofline(),
+        [],
+        [],
+        0,
+    )
+    assert judged_case.new_lengths is None
     assert (timings[0].latency_ms, timings[0].check.status, timings[0].passes) == (None, "doubtful", 0)
     assert timings[1].check == check
-    assert results.decode(results.encode(results_run(one))).cases == [one]
+    assert results.decode(results.encode(results_run(judged_case))).cases == [judged_case]
 
 
-def results_run(one: results.Case) -> results.Run:
+def results_run(result: results.Case) -> results.Run:
     facts = results.BackendFacts(name="x", version=None, device="y", memory_bytes=None, cache_bytes=None)
     return results.Run(
         schema_version=results.SCHEMA_VERSION,
@@ -108,7 +120,7 @@ def results_run(one: results.Case) -> results.Run:
         attention="auto",
         page_size=64,
         seed=0,
-        cases=[one],
+        cases=[result],
     )
 
 
@@ -124,11 +136,11 @@ def test_a_run_withholds_what_no_device_can_do(
     monkeypatch.setattr(roofline, "_MEASURED", {})
     monkeypatch.setattr(Microbenchmark, "read", read)
     done = bench("--backend", "cpu", *small, "--scenario", "decode", "--format", "json")
-    (one, *others) = results.decode(done.out.encode()).cases
-    for case in (one, *others):
+    (first, *others) = results.decode(done.out.encode()).cases
+    for case in (first, *others):
         assert (case.check.status, case.latency_ms, case.roofline) == ("doubtful", None, Roofline())
         assert "measured: x" in case.check.reason
-    assert [found.speed_ratio for found in one.agreement] == [None] * len(others)
+    assert [agreement.speed_ratio for agreement in first.agreement] == [None] * len(others)
 
 
 def test_the_cost_that_is_judged_is_that_of_the_cheaper_path(
@@ -137,9 +149,9 @@ def test_the_cost_that_is_judged_is_that_of_the_cheaper_path(
     """`--attention expanded` counts more FLOPs than an implementation needs."""
     judged: dict[str, list[int]] = {}
     for attention in ("auto", "expanded"):
-        found = judged.setdefault(attention, [])
+        least_flops = judged.setdefault(attention, [])
         monkeypatch.setattr(
-            scenario_run, "judge", lambda case, least, limits, found=found: found.append(least.flops)
+            scenario_run, "judge", lambda case, least, limits, found=least_flops: found.append(least.flops)
         )
         bench("--backend", "cpu", *small, "--scenario", "decode", "--attention", attention)
     assert judged["auto"] == judged["expanded"]

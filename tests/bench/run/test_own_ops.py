@@ -43,10 +43,11 @@ def test_ops_are_timed_beside_each_other(measure: Bench) -> None:
     done = measure(",".join([*names[:3], reference]))
     assert done.code == 0, done.err
     assert list(cases()) == names
-    found = [
-        (one.ops["latent_attention"], one.ops["kv_b_proj"], one.ops["o_proj"]) for one in cases().values()
+    chosen = [
+        (ops_case.ops["latent_attention"], ops_case.ops["kv_b_proj"], ops_case.ops["o_proj"])
+        for ops_case in cases().values()
     ]
-    assert found == [
+    assert chosen == [
         ("first", "rows", "rows"),
         ("second", "rows", "rows"),
         ("reference", "rows", "reference"),
@@ -69,9 +70,9 @@ def test_the_check_names_the_op_that_is_wrong_and_no_other(measure: Bench, wrong
     """An op that was not really put in place would be right, or wrong under another name."""
     done = measure(f"{FIRST},{SECOND},mla[latent_attention=reference]", "-O", f"wrong={wrong}")
     assert done.code == 4
-    found = {name: case.check.status for name, case in cases().items()}
+    statuses = {name: case.check.status for name, case in cases().items()}
     named = f"mla[latent_attention={wrong}]"
-    assert found == {name: "wrong" if name == named else "ok" for name in found}
+    assert statuses == {name: "wrong" if name == named else "ok" for name in statuses}
     assert cases()[named].latency_ms is None
     assert f"decode, {named}: " in done.out
 
@@ -183,9 +184,9 @@ def test_the_repro_line_of_an_op_reruns_it(measure: Bench, bench: Bench) -> None
 def test_each_is_listed_with_its_ops_and_reasons(measure: Bench) -> None:
     done = measure(f"mla,{SECOND}", "--list-ops")
     assert done.code == 0
-    plain, own = done.out.split(f"{SECOND}:\n")
+    plain, second = done.out.split(f"{SECOND}:\n")
     assert "\nlatent_attention: first\n" in plain
-    assert "\n  latent_attention: second\n" in own
+    assert "\n  latent_attention: second\n" in second
 
 
 KINDS = "linear, batched_linear, rms_norm, rotate_query, write_latent, latent_attention, expanded_attention"

@@ -137,8 +137,8 @@ def test_the_doctor_prepares_kernels_and_a_probe_does_not(process: Bench, prep: 
     name = prep("return ['there is no compiler']")
     done = process("doctor", name, "--json")
     assert done.code == 0
-    (found,) = json.loads(done.out)["backends"]
-    assert found["facts"]["ops"]["latent_attention"] == {"implementation": "spare", "reasons": [WHY]}
+    (diagnosis,) = json.loads(done.out)["backends"]
+    assert diagnosis["facts"]["ops"]["latent_attention"] == {"implementation": "spare", "reasons": [WHY]}
     assert logged()[0] == "probe"  # in a process of its own, which ended with that
     assert logged().count("preflight 16") == 1
 

@@ -31,16 +31,16 @@ OPENED = "open it at https://ui.perfetto.dev or chrome://tracing"
 
 def read(path: str) -> list[Event]:
     data = Path(path).read_bytes()
-    found = json.loads(gzip.decompress(data) if path.endswith(".gz") else data)
-    assert found["displayTimeUnit"] == "ms"
-    events: list[Event] = found["traceEvents"]
+    trace = json.loads(gzip.decompress(data) if path.endswith(".gz") else data)
+    assert trace["displayTimeUnit"] == "ms"
+    events: list[Event] = trace["traceEvents"]
     return events
 
 
 def ranges(events: list[Event]) -> list[Event]:
     """Return our ranges by their start."""
-    found = [event for event in events if event.get("cat") == "user_annotation"]
-    return sorted(found, key=lambda event: (event["ts"], -event["dur"]))
+    annotations = [event for event in events if event.get("cat") == "user_annotation"]
+    return sorted(annotations, key=lambda event: (event["ts"], -event["dur"]))
 
 
 def inside(outer: Event, events: list[Event]) -> list[Event]:
@@ -70,16 +70,18 @@ def test_every_case_has_its_pass_with_a_range_per_op(bench: Bench, small: list[s
     assert [event["name"] for event in passes] == [
         f"{scenario} / {part}" for scenario in ("prefill", "decode") for part in names.split(",")
     ]
-    for one, op in zip(passes, ("first", "second", "reference") * 2, strict=True):
-        forwards = [event for event in inside(one, ranges(events)) if event["name"].startswith("forward ")]
+    for timed_pass, op in zip(passes, ("first", "second", "reference") * 2, strict=True):
+        forwards = [
+            event for event in inside(timed_pass, ranges(events)) if event["name"].startswith("forward ")
+        ]
         assert [event["name"] for event in forwards] == [f"forward {i}" for i in range(len(forwards))]
-        assert len(forwards) == (2 if one["name"].startswith("prefill") else 4)
+        assert len(forwards) == (2 if timed_pass["name"].startswith("prefill") else 4)
         for forward in forwards:
             ops = [event["name"] for event in inside(forward, ranges(events))]
             assert {f"latent_attention ({op})", "write_latent (reference)"} <= set(ops)
             assert ops[0].startswith("qkv_a_proj (")
             assert ops[-1].startswith("o_proj (")
-        operators = [event for event in inside(one, events) if event.get("cat") == "cpu_op"]
+        operators = [event for event in inside(timed_pass, events) if event.get("cat") == "cpu_op"]
         assert len(operators) > 10 * len(forwards)
     assert all(first["ts"] + first["dur"] < second["ts"] for first, second in itertools.pairwise(passes))
 
@@ -96,30 +98,30 @@ def test_an_op_alone_and_several_layers_have_their_ranges(bench: Bench, small: l
         "op.json",
     ]
     assert bench(*SEVERAL, *small[:2], *QUICK[:4], "--cache", "warm", *words).code == 0
-    found = [event["name"] for event in ranges(read("op.json"))]
-    assert found.count("latent_attention (first)") == found.count("latent_attention (second)") == 4
+    names = [event["name"] for event in ranges(read("op.json"))]
+    assert names.count("latent_attention (first)") == names.count("latent_attention (second)") == 4
     words = ["--scenario", "decode", "--layers", "3", "--implementations", "mla", "--profile", "layers.json"]
     assert bench(*SEVERAL, *small, *QUICK, *words).code == 0
-    found = [event["name"] for event in ranges(read("layers.json"))]
-    forward = [name.partition(" (")[0] for name in found if "o_proj" in name][:3]
+    names = [event["name"] for event in ranges(read("layers.json"))]
+    forward = [name.partition(" (")[0] for name in names if "o_proj" in name][:3]
     assert forward == ["layer 0: o_proj", "layer 1: o_proj", "layer 2: o_proj"]
-    assert all(found.count(f"layer {index}: o_proj (rows)") == 4 for index in range(3))
-    assert "o_proj (rows)" not in found
+    assert all(names.count(f"layer {index}: o_proj (rows)") == 4 for index in range(3))
+    assert "o_proj (rows)" not in names
 
 
 def test_ops_that_run_as_one_call_are_recorded_one_by_one(bench: Bench, small: list[str]) -> None:
     words = ["--backend", "cpu", "--threads", "1", "--implementations", "mla", "--scenario", "decode"]
     assert bench(*words, *small, *QUICK, "--attention", "absorbed", "--profile", "trace.json").code == 0
-    found = [event["name"].partition(" ")[0] for event in ranges(read("trace.json"))]
-    assert found.count("latent_attention") == found.count("o_proj") == found.count("forward") == 4
+    names = [event["name"].partition(" ")[0] for event in ranges(read("trace.json"))]
+    assert names.count("latent_attention") == names.count("o_proj") == names.count("forward") == 4
 
 
 def test_a_long_pass_is_cut_to_its_first_forwards(bench: Bench, small: list[str]) -> None:
     words = ["--scenario", "decode", "--passes", "1", "--runs", "30", "--profile", "trace.json"]
     assert bench(*VIRTUAL, *small, *words, fakes=["virtual_clock"]).code == 0
-    found = [event["name"] for event in ranges(read("trace.json"))]
-    assert found.count("o_proj (reference)") == profile.TRACE_FORWARDS
-    assert f"forward {profile.TRACE_FORWARDS - 1}" in found
+    names = [event["name"] for event in ranges(read("trace.json"))]
+    assert names.count("o_proj (reference)") == profile.TRACE_FORWARDS
+    assert f"forward {profile.TRACE_FORWARDS - 1}" in names
 
 
 def test_nothing_is_recorded_before_all_is_timed_and_nothing_timed_changes(
@@ -187,8 +189,8 @@ def test_a_profiler_that_fails_costs_no_result(
 def test_what_was_recorded_before_a_failure_is_kept(
     bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = iter([profile.record])
-    monkeypatch.setattr(profile, "record", lambda *args: next(found)(*args))
+    recorders = iter([profile.record])
+    monkeypatch.setattr(profile, "record", lambda *args: next(recorders)(*args))
     done = bench(*VIRTUAL, *small, "--profile", "trace.json", fakes=["virtual_clock"])
     assert done.code == 0
     assert re.search(
@@ -284,12 +286,12 @@ def test_passes_lie_end_to_end_whenever_they_were_recorded() -> None:
     joined = profile.Trace()
     for start in (7e12, 1e3, 9e15):
         joined.add(one_pass(start))
-    found = json.loads(joined.encode())
+    trace = json.loads(joined.encode())
     assert (joined.passes, joined.operators, joined.launches) == (3, 3, 3)
-    assert {key for key in found if key != "traceEvents"} == {"madeBy", "schemaVersion", "displayTimeUnit"}
-    starts = [event["ts"] for event in found["traceEvents"] if event["name"] == "aten::mm"]
+    assert {key for key in trace if key != "traceEvents"} == {"madeBy", "schemaVersion", "displayTimeUnit"}
+    starts = [event["ts"] for event in trace["traceEvents"] if event["name"] == "aten::mm"]
     assert starts == [0, 13 + profile.GAP_US, 2 * (13 + profile.GAP_US)]
-    kernels = [event["ts"] for event in found["traceEvents"] if event["name"] == "gemm"]
+    kernels = [event["ts"] for event in trace["traceEvents"] if event["name"] == "gemm"]
     assert [kernel - start for kernel, start in zip(kernels, starts, strict=True)] == [3] * 3
 
 

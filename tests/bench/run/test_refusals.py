@@ -58,10 +58,10 @@ def test_the_others_are_timed_checked_and_compared(measure: Bench, place: str, a
     assert "--ops" not in refused.check.reason
     assert f"decode kv=30, {SECOND}: {refused.check.reason}" in done.out
     assert f"decode kv=30, {SECOND} is skipped: {refused.check.reason}" in done.err
-    for one, other in ((reference, plain), (plain, reference)):
-        assert (one.check.status, one.passes) == ("ok", 2)
-        assert one.interleaved_with == [other.implementation]
-        assert [found.implementation for found in one.agreement] == [other.implementation]
+    for kept, other in ((reference, plain), (plain, reference)):
+        assert (kept.check.status, kept.passes) == ("ok", 2)
+        assert kept.interleaved_with == [other.implementation]
+        assert [agreement.implementation for agreement in kept.agreement] == [other.implementation]
     assert comparisons(read())[-1].startswith(f"decode kv=30: {REFERENCE} and mla: ")
     assert f"[decode kv=30, {REFERENCE}]: " in headlines(read())[-1]
 

@@ -92,9 +92,9 @@ def measured(cases: list[results.Case]) -> list[results.Case]:
 
 def floor(run: results.Run, case: results.Case) -> float:
     """Return the milliseconds that the run's limits, the highest of both processes, allow a case."""
-    found = limits(run.ceilings, case.dtype, case.cost.bytes)
-    assert found is not None
-    return max(1e3 * case.cost.bytes / found[0].value, 1e3 * case.cost.flops / found[1].value)
+    peaks = limits(run.ceilings, case.dtype, case.cost.bytes)
+    assert peaks is not None
+    return max(1e3 * case.cost.bytes / peaks[0].value, 1e3 * case.cost.flops / peaks[1].value)
 
 
 def test_a_killed_run_loses_the_scenario_it_was_in(start: Start) -> None:

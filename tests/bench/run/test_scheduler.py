@@ -99,10 +99,10 @@ def test_weights_and_oracle_of_one_scenario_are_gone_before_the_next(
 
 def test_presets_are_shipped_workloads(bench: Bench, small: list[str]) -> None:
     points = {name: points_of(load_workload(name), {}) for name in PRESETS}
-    standard = [(one.name, one.query_lens, one.history) for one in points["standard"]]
+    standard = [(point.name, point.query_lens, point.history) for point in points["standard"]]
     for name in ("smoke", "full"):
-        assert [(one.name, one.query_lens, one.history) for one in points[name][:2]] == standard
-        assert all(one.rounds >= 6 for one in points[name]), "an interval needs 6 passes"
+        assert [(point.name, point.query_lens, point.history) for point in points[name][:2]] == standard
+        assert all(point.rounds >= 6 for point in points[name]), "an interval needs 6 passes"
     assert len(points["smoke"]) == 2
     assert {axis for point in points["full"] for axis in point.point} == {"kv", "batch", "q_len"}
     assert max(max(point.query_lens) for point in points["full"] if point.mode == "decode") > 1

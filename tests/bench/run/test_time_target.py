@@ -64,7 +64,9 @@ def test_what_the_user_gave_is_what_counts(
     monkeypatch.setattr(scheduler, "Target", Noted)
     assert late(*words).code == 0
     assert passes() == [6, 6]
-    assert {(one.spare(), one.left()) for one in made} == {(math.inf, math.inf)}, "nothing else gives way"
+    assert {(target.spare(), target.left()) for target in made} == {(math.inf, math.inf)}, (
+        "nothing else gives way"
+    )
 
 
 def test_what_one_scenario_leaves_over_the_next_one_has_or_lacks(

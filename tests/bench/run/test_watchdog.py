@@ -24,21 +24,21 @@ LIMIT = 0.2
 @pytest.fixture
 def hung() -> tuple[threading.Event, list[tuple[str, str]], Callable[[str, str], None]]:
     """Return an event, what was reported, and the function that reports."""
-    event, found = threading.Event(), []
+    event, reported = threading.Event(), []
 
     def report(scenario: str, implementation: str) -> None:
-        found.append((scenario, implementation))
+        reported.append((scenario, implementation))
         event.set()
 
-    return event, found, report
+    return event, reported, report
 
 
 def test_silence_while_watching_is_a_hang(hung: Any) -> None:
-    event, found, report = hung
+    event, reported, report = hung
     with Watchdog(LIMIT, report) as watchdog, watchdog.watching("decode"):
         watchdog.enter("mla")
         assert event.wait(60)
-    assert found == [("decode", "mla")]
+    assert reported == [("decode", "mla")]
 
 
 def test_neither_beats_nor_silence_of_the_host_are(hung: Any) -> None:

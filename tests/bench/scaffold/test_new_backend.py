@@ -182,7 +182,7 @@ def test_a_move_that_fails_half_way_is_undone(
 
 def imported(source: str) -> set[str]:
     """Return the names that a module imports."""
-    nodes = [one for one in ast.walk(ast.parse(source)) if isinstance(one, (ast.Import, ast.ImportFrom))]
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
     return {alias.asname or alias.name.partition(".")[0] for node in nodes for alias in node.names}
 
 

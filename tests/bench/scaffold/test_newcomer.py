@@ -78,13 +78,13 @@ def pip_install(target: Path, *sources: Path) -> None:
 def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Newcomer:
     """Write the project with `new-backend`, outside of any checkout, and install it as it is."""
     work = tmp_path_factory.mktemp("work")
-    found = Newcomer(work, work / "acme", work / "site", work / "vendor")
+    place = Newcomer(work, work / "acme", work / "site", work / "vendor")
     command = [sys.executable, "-m", "mla.bench", "new-backend", "acme", "acme"]
     subprocess.run(command, cwd=work, check=True, capture_output=True)
-    pip_install(found.vendor, *VENDOR)
-    pip_install(found.site, found.project)
+    pip_install(place.vendor, *VENDOR)
+    pip_install(place.site, place.project)
     write_tiny_run(work, q_lora_rank=48)
-    return found
+    return place
 
 
 @pytest.fixture
@@ -128,14 +128,14 @@ def test_a_run_is_right_and_uses_the_op(newcomer: Newcomer, tmp_path: Path) -> N
 def test_it_conforms(newcomer: Newcomer, tmp_path: Path) -> None:
     """In what is its own: the rest are the reference's ops on the host, which are checked elsewhere."""
     words = ("--xfails", "acme/xfails.txt", "--report", str(tmp_path / "card.json"))
-    own = [word for group in ("device", "ops", "rms_norm", "layer") for word in ("--only", group)]
-    done = newcomer.run(*CONFORMANCE, *words, *own)
+    only = [word for group in ("device", "ops", "rms_norm", "layer") for word in ("--only", group)]
+    done = newcomer.run(*CONFORMANCE, *words, *only)
     assert done.code == 0, done.out
-    found = report.decode((tmp_path / "card.json").read_bytes())
-    counts = found.counts()
+    card = report.decode((tmp_path / "card.json").read_bytes())
+    counts = card.counts()
     assert (counts["fail"], counts["xfail"], counts["xpass"]) == (0, 0, 0)
     assert counts["pass"] > 55
-    passed = {check.check for check in found.checks if check.of == "acme_rms_norm" and check.status == "pass"}
+    passed = {check.check for check in card.checks if check.of == "acme_rms_norm" and check.status == "pass"}
     assert {"rms_norm.formula", "rms_norm.rows"} <= passed
 
 

@@ -41,9 +41,11 @@ def make(tiny: Callable[..., MLAConfig]) -> Make:
     return make
 
 
-def operands(one: OpImplementation) -> dict[str, torch.Tensor]:
+def operands(impl: OpImplementation) -> dict[str, torch.Tensor]:
     """Return copies of what a call reads, except its weights and tables."""
-    given = {name: one._call.arguments.get(name) for name in ("x", "q", "k", "v", "kv_a", "cos_sin", "cache")}
+    given = {
+        name: impl._call.arguments.get(name) for name in ("x", "q", "k", "v", "kv_a", "cos_sin", "cache")
+    }
     return {name: tensor.clone() for name, tensor in given.items() if tensor is not None}
 
 
@@ -80,14 +82,14 @@ def computed(bench: OpBench, given: dict[str, torch.Tensor]) -> dict[str, torch.
 @pytest.mark.parametrize("role", ROLES)
 def test_expected_results_are_those_of_the_operands_given(make: Make, role: str, shape: str) -> None:
     bench = make(role, **SHAPES[shape], runs=3)
-    one = bench.implementation()
+    impl = bench.implementation()
     for number in (0, 4):
-        one.restore(number)
+        impl.restore(number)
         for index in range(3):
-            one.before(index)
-            given = operands(one)
+            impl.before(index)
+            given = operands(impl)
             given["signs"] = bench.problem.pass_signs(number).get("keys", torch.ones(1))
-            truth = one.truth_of(index)
+            truth = impl.truth_of(index)
             for name, right in computed(bench, given).items():
                 torch.testing.assert_close(truth.expected(name), right, rtol=1e-9, atol=1e-12)
 
@@ -96,9 +98,9 @@ def test_expected_results_are_those_of_the_operands_given(make: Make, role: str,
 @pytest.mark.parametrize("role", ROLES)
 def test_an_honest_op_is_right_in_every_pass(make: Make, role: str, dtype: torch.dtype) -> None:
     bench = make(role, dtype=dtype)
-    one = bench.implementation(WrappedOp(ROLES[role]))
+    impl = bench.implementation(WrappedOp(ROLES[role]))
     for number in range(5):
-        check = bench.run(one, number)
+        check = bench.run(impl, number)
         assert (check.status, check.reason) == ("ok", "")
         assert check.error_ratio is not None
         assert check.error_ratio <= 0.75
@@ -119,13 +121,13 @@ def test_queries_without_alternatives_of_their_own_are_judged_by_the_worst_of_th
 @pytest.mark.parametrize("role", ROLES)
 def test_no_two_calls_get_the_same_operands(make: Make, role: str, shape: str) -> None:
     bench = make(role, **SHAPES[shape], runs=40)
-    one = bench.implementation()
+    impl = bench.implementation()
     seen = set()
     for number in range(5):
-        one.restore(number)
+        impl.restore(number)
         for index in range(40):
-            one.before(index)
-            tensors = [tensor for name, tensor in operands(one).items() if name != "cos_sin"]
+            impl.before(index)
+            tensors = [tensor for name, tensor in operands(impl).items() if name != "cos_sin"]
             seen.add(b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors))
     assert len(seen) == 200
 
@@ -139,11 +141,11 @@ def test_implementations_get_the_same_operands_at_fixed_addresses(make: Make, ro
     assert ours.outputs().keys() == other.outputs().keys() == set(range(12))
     assert all(torch.equal(result, other.outputs()[index]) for index, result in ours.outputs().items())
     addresses = set()
-    for one in (ours, other):
-        one.restore(3)
+    for impl in (ours, other):
+        impl.restore(3)
     for index in range(4):
-        for one in (ours, other):
-            one.before(index)
+        for impl in (ours, other):
+            impl.before(index)
         left, right = operands(ours), operands(other)
         assert all(torch.equal(left[name].nan_to_num(7), right[name].nan_to_num(7)) for name in left)
         tensors = (ours._call.arguments[name] for name in left)
@@ -216,10 +218,10 @@ def test_a_remembered_result_is_wrong(make: Make, role: str, key: str, shape: st
     """Or is never asked for again, which does no harm."""
     bench = make(role, **SHAPES[shape], runs=8)
     op = Memo(ROLES[role], KEYS[key])
-    one = bench.implementation(op)
+    impl = bench.implementation(op)
     for number in range(6):
         before = op.hits
-        check = bench.run(one, number)
+        check = bench.run(impl, number)
         assert (check.status == "wrong") == (op.hits > before)
     if key.startswith(("the address", "both", "the shape")):
         assert op.hits >= 40
@@ -253,9 +255,9 @@ LAZY: dict[str, tuple[str, Callable[[int, torch.Tensor], bool]]] = {
 def test_calls_that_are_not_computed_are_named(make: Make, role: str, lazy: str) -> None:
     bench = make(role)
     named, wanted = LAZY[lazy]
-    one = bench.implementation(Lazy(ROLES[role], wanted))
+    impl = bench.implementation(Lazy(ROLES[role], wanted))
     for number in range(3):
-        check = bench.run(one, number)
+        check = bench.run(impl, number)
         assert check.status == "wrong"
         assert "NaN" in check.reason
         assert check.reason.endswith(f"({named} checked)")
@@ -271,8 +273,8 @@ def test_an_output_that_holds_numbers_does_not_stand_for_a_result(make: Make, ro
         computing.append(not bool(out.isfinite().any()))
         return computing[-1]
 
-    one = bench.implementation(Lazy(ROLES[role], nothing_there))
-    assert [bench.run(one, number).status for number in range(3)] == ["ok"] * 3
+    impl = bench.implementation(Lazy(ROLES[role], nothing_there))
+    assert [bench.run(impl, number).status for number in range(3)] == ["ok"] * 3
     assert computing == [True] * 36
 
 
@@ -316,8 +318,8 @@ def test_keys_gathered_in_an_earlier_pass_are_wrong(make: Make) -> None:
             cache = kept.setdefault(cache.data_ptr(), cache.clone())
             super().__call__(*leading, cache=cache, **tensors)
 
-    one = bench.implementation(Stale("latent_attention"))
-    assert [bench.run(one, number).status for number in range(3)] == ["ok", "wrong", "wrong"]
+    impl = bench.implementation(Stale("latent_attention"))
+    assert [bench.run(impl, number).status for number in range(3)] == ["ok", "wrong", "wrong"]
 
 
 # --------------------------------------------------------------------------------------- which calls are kept
@@ -331,10 +333,10 @@ def test_a_call_in_ten_that_goes_wrong_is_found_where_few_are_kept(
     monkeypatch.setattr("mla.bench.subjects.op.buffers", lambda *numbers: 3)
     bench = make(role, runs=30)
     race = random.Random(5)
-    one = bench.implementation(Lazy(ROLES[role], lambda call, out: race.random() > 0.1))
-    found = [bench.run(one, number) for number in range(66)]
-    assert {check.status for check in found} == {"ok", "wrong"}
-    assert {check.reason.split("; ")[-1] for check in found} <= {"", "1 of 2 checked)", "2 of 2 checked)"}
+    impl = bench.implementation(Lazy(ROLES[role], lambda call, out: race.random() > 0.1))
+    checks = [bench.run(impl, number) for number in range(66)]
+    assert {check.status for check in checks} == {"ok", "wrong"}
+    assert {check.reason.split("; ")[-1] for check in checks} <= {"", "1 of 2 checked)", "2 of 2 checked)"}
 
 
 @pytest.mark.parametrize("batch", [1, 16, 200])
@@ -365,10 +367,10 @@ def undrawn(config: MLAConfig, role: str, requests: Requests, runs: int) -> pool
 
 def test_kept_results_are_copies(make: Make) -> None:
     bench = make("qkv_a_proj")
-    one = bench.implementation()
-    bench.run(one, 0)
-    one._call.arguments["out"].fill_(torch.nan)
-    assert one.check(bench.checker).status == "ok"
+    impl = bench.implementation()
+    bench.run(impl, 0)
+    impl._call.arguments["out"].fill_(torch.nan)
+    assert impl.check(bench.checker).status == "ok"
 
 
 def test_a_pool_too_large_to_be_split_by_columns_moves_whole_rows(

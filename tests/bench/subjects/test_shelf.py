@@ -41,9 +41,9 @@ def test_all_outputs_are_kept_where_there_is_room(room: int) -> None:
 def test_fewer_buffers_keep_what_the_forward_wrote_that_they_stand_for() -> None:
     shelf = Shelf([Buffer() for _ in range(4)], 50, poison)
     for seed in range(20):
-        found = run(shelf, 50, seed)
-        assert len(found) == 3
-        assert all(index == held for index, held in found.items())
+        held_by_index = run(shelf, 50, seed)
+        assert len(held_by_index) == 3
+        assert all(index == held for index, held in held_by_index.items())
 
 
 def test_every_forward_is_as_likely_to_be_kept() -> None:

@@ -31,7 +31,7 @@ LAYERS = 3
 DECODE = Scenario(name="d", mode="decode", query_lens=(1, 1), history=(5, 30), runs=3, layers=LAYERS)
 EMPTY = Scenario(name="e", mode="prefill", query_lens=(4, 20), history=(0, 0), layers=LAYERS)
 MIXED = Scenario(name="m", mode="prefill", query_lens=(30, 3), history=(5, 30), layers=LAYERS)
-SCENARIOS = {one.name: one for one in (DECODE, EMPTY, MIXED)}
+SCENARIOS = {scenario.name: scenario for scenario in (DECODE, EMPTY, MIXED)}
 
 
 def read() -> list[results.Case]:
@@ -43,18 +43,18 @@ def test_times_are_per_layer_and_work_is_that_of_one(bench: Bench, small: list[s
     alone = read()
     done = bench(*VIRTUAL, *small, "--layers", "4", "-v", "-o", "run.json", fakes=["virtual_clock"])
     assert done.code == 0
-    for one, case in zip(alone, read(), strict=True):
-        assert (one.layers, case.layers, case.check.status) == (1, 4, "ok")
+    for single, case in zip(alone, read(), strict=True):
+        assert (single.layers, case.layers, case.check.status) == (1, 4, "ok")
         assert case.latency_ms is not None
-        assert one.latency_ms is not None
-        assert case.latency_ms.samples == [sample / 4 for sample in one.latency_ms.samples]
-        assert case.latency_ms.median == one.latency_ms.median / 4
+        assert single.latency_ms is not None
+        assert case.latency_ms.samples == [sample / 4 for sample in single.latency_ms.samples]
+        assert case.latency_ms.median == single.latency_ms.median / 4
         assert case.tokens_per_s is not None
-        assert one.tokens_per_s is not None
-        assert case.tokens_per_s.median == pytest.approx(4 * one.tokens_per_s.median)
-        assert case.cost == one.cost
-        assert case.memory.cache_bytes == 4 * one.memory.cache_bytes
-        assert case.memory.weight_bytes == 4 * one.memory.weight_bytes
+        assert single.tokens_per_s is not None
+        assert case.tokens_per_s.median == pytest.approx(4 * single.tokens_per_s.median)
+        assert case.cost == single.cost
+        assert case.memory.cache_bytes == 4 * single.memory.cache_bytes
+        assert case.memory.weight_bytes == 4 * single.memory.weight_bytes
         floor, fraction = case.roofline.floor_ms, case.roofline.fraction
         assert floor is not None
         assert fraction == pytest.approx(floor / case.latency_ms.median)
@@ -215,9 +215,9 @@ def test_a_layer_that_uses_what_is_another_s_is_wrong(
 ) -> None:
     stack, checker = make_stack(SCENARIOS[name])
     run(stack, SCENARIOS[name], mutate=mutate)
-    found = stack.check(checker)
-    assert found.status == "wrong"
-    assert found.reason.startswith("layer ")
+    verdict = stack.check(checker)
+    assert verdict.status == "wrong"
+    assert verdict.reason.startswith("layer ")
 
 
 def test_every_layer_has_weights_and_a_cache_of_its_own(make_stack: Callable[..., Any]) -> None:

@@ -63,9 +63,9 @@ def test_a_request_sees_every_input_before_one_comes_again(requests: int, signed
     turns = Turns(requests, 8, signed, seed=3)
     period = 16 if signed else 8
     for first in (1, 1 + period):
-        found = [words(turns, first + index) for index in range(period)]
+        turned = [words(turns, first + index) for index in range(period)]
         for request in range(requests):
-            assert len({one[request] for one in found}) == period
+            assert len({request_words[request] for request_words in turned}) == period
     assert all(sign == 1 for sign, _ in words(turns, 5)) or signed
 
 
@@ -174,6 +174,6 @@ def test_the_history_takes_the_signs_of_the_last_turn_and_nothing_else_changes(
     for signs in ([1, -1, 1], [-1, -1, 1], [-1, 1, -1], [1, 1, 1]):
         history.take(torch.tensor(signs))
         wanted = plain.clone().view(2, -1, plain.shape[-1])
-        for sign, own in zip(signs, slots, strict=True):
-            wanted[:, own] *= sign
+        for sign, slot in zip(signs, slots, strict=True):
+            wanted[:, slot] *= sign
         assert torch.equal(cache.pages.view_as(wanted), wanted)

@@ -58,11 +58,11 @@ def test_a_list_fits_the_width_and_says_what_it_leaves_out(
 def test_json_holds_whole_configs_for_machines(bench: Bench) -> None:
     done = bench("list", "--configs", "--json")
     assert (done.code, done.err) == (0, "")
-    found = {record["name"]: record for record in json.loads(done.out)}
-    assert list(found) == list(PRESETS)
-    assert found["kimi-k2"]["rope_scaling"]["factor"] == 32.0
-    assert found["glm-4.7-flash"]["checkpoint"] == "zai-org/GLM-4.7-Flash"
-    for name, one in found.items():
+    by_name = {record["name"]: record for record in json.loads(done.out)}
+    assert list(by_name) == list(PRESETS)
+    assert by_name["kimi-k2"]["rope_scaling"]["factor"] == 32.0
+    assert by_name["glm-4.7-flash"]["checkpoint"] == "zai-org/GLM-4.7-Flash"
+    for name, one in by_name.items():
         assert one["softmax_scale"] == MLAConfig.preset(name).softmax_scale
         assert one["source"].startswith("https://")
 

@@ -68,8 +68,8 @@ def test_a_line_of_several_footprints_says_the_same() -> None:
 
 
 def test_one_thread_is_one(ceiling_run: CeilingRun) -> None:
-    one = msgspec.structs.replace(ceiling_run, environment={"torch_threads": "1"})
-    assert render(one, "table").splitlines()[0] == "x on X1, 1 thread, last-level cache 4 MiB"
+    single_threaded = msgspec.structs.replace(ceiling_run, environment={"torch_threads": "1"})
+    assert render(single_threaded, "table").splitlines()[0] == "x on X1, 1 thread, last-level cache 4 MiB"
 
 
 def test_the_table_marks_what_only_our_own_op_reaches(ceiling_run: CeilingRun) -> None:

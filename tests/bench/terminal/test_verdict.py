@@ -70,10 +70,10 @@ def test_those_that_tie_are_named_and_so_is_the_next(said: Any, case: Make) -> N
 
 
 def test_too_few_passes_decide_nothing(said: Any, case: Make) -> None:
-    one, other = case(implementation="a"), case(implementation="b", ops={"linear": "b"})
+    first, other = case(implementation="a"), case(implementation="b", ops={"linear": "b"})
     assert other.latency_ms is not None
     other.latency_ms = results.Latency(median=20.0, ci95=None, p10=20, p90=20, samples=[20.0])
-    (text,) = said(one, other)
+    (text,) = said(first, other)
     assert "no decision between a and b: too few passes for an interval (6 are needed), " in text
 
 
@@ -152,6 +152,6 @@ def test_a_sweep_of_one_point_is_a_scenario(said: Any, case: Make) -> None:
 
 def test_nothing_to_divide_by_is_no_speed(case: Make) -> None:
     assert compare_implementations(timed(case, "b", 1, 2), timed(case, "a", 0, 0)).speedup is None
-    found = compare_implementations(timed(case, "b", 1, 2), timed(case, "a", 0, 2))
-    assert found.speedup is not None
-    assert found.speedup_interval is None
+    comparison = compare_implementations(timed(case, "b", 1, 2), timed(case, "a", 0, 2))
+    assert comparison.speedup is not None
+    assert comparison.speedup_interval is None

@@ -44,7 +44,7 @@ def number(text: str) -> int | None:
 
 def by_hand(spec: str) -> list[tuple[int, int]] | None:
     """Read a spec without a pattern, splitting at its letters; None if it is none."""
-    found: list[tuple[int, int]] = []
+    pairs: list[tuple[int, int]] = []
     for segment in spec.split("_"):
         front, q, rest = segment.partition("q")
         middle, s, back = rest.partition("s")
@@ -55,8 +55,8 @@ def by_hand(spec: str) -> list[tuple[int, int]] | None:
             return None
         if not 1 <= count <= MAX_REQUESTS or not 1 <= new <= total <= MAX_COUNT:
             return None
-        found += [(new, total)] * count
-    return found if len(found) <= MAX_REQUESTS else None
+        pairs += [(new, total)] * count
+    return pairs if len(pairs) <= MAX_REQUESTS else None
 
 
 SIZES = st.tuples(st.integers(0, 3000), st.sampled_from(["", "k"])).map(lambda pair: f"{pair[0]}{pair[1]}")
@@ -109,10 +109,12 @@ def test_a_mistake_is_named_with_its_place(spec: str, sentence: str) -> None:
 
 
 def test_the_command_line_takes_lists_and_repeats() -> None:
-    found = batch_scenarios(["q2k,8q1s1k", "q4s1k q16"])
-    assert [one.name for one in found] == ["q2k", "8q1s1k", "q4s1k", "q16"]
-    assert {(one.mode, one.runs, one.rounds * one.steps) for one in found} == {("prefill", 100, 100)}
-    assert found[1].final_lens == (1024,) * 8, "s holds the new token as well"
+    scenarios = batch_scenarios(["q2k,8q1s1k", "q4s1k q16"])
+    assert [scenario.name for scenario in scenarios] == ["q2k", "8q1s1k", "q4s1k", "q16"]
+    assert {(scenario.mode, scenario.runs, scenario.rounds * scenario.steps) for scenario in scenarios} == {
+        ("prefill", 100, 100)
+    }
+    assert scenarios[1].final_lens == (1024,) * 8, "s holds the new token as well"
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,8 @@ def test_points_are_the_product_and_the_first_axis_varies_slowest() -> None:
 
 
 def test_a_batch_cuts_or_repeats_the_requests_of_the_scenario() -> None:
-    one, five = points_of([DECODE], parse(["batch=1,5"]))
-    assert (one.query_lens, one.history) == ((1,), (5,))
+    single, five = points_of([DECODE], parse(["batch=1,5"]))
+    assert (single.query_lens, single.history) == ((1,), (5,))
     assert (five.query_lens, five.history) == ((1, 2, 1, 2, 1), (5, 9, 5, 9, 5))
 
 
@@ -119,11 +119,11 @@ def test_without_axes_a_scenario_stays_what_it_is() -> None:
 
 
 def test_a_scenario_may_bring_axes_which_the_command_line_replaces() -> None:
-    own = Scenario(
+    unlike = Scenario(
         name="own", mode="decode", query_lens=(1,), history=(0,), axes={"kv": "1..4*2", "batch": [1, "2"]}
     )
-    assert len(points_of([own, DECODE], {})) == 6 + 1
-    assert [point.name for point in points_of([own, DECODE], parse(["kv=7"]))] == [
+    assert len(points_of([unlike, DECODE], {})) == 6 + 1
+    assert [point.name for point in points_of([unlike, DECODE], parse(["kv=7"]))] == [
         "own kv=7 batch=1",
         "own kv=7 batch=2",
         "decode kv=7",

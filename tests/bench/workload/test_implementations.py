@@ -21,7 +21,7 @@ NAMED = st.builds(Named, st.sampled_from(OURS), OPS) | st.builds(Named, WORDS)
 @given(st.lists(NAMED, unique=True, max_size=4))
 def test_what_is_written_is_read_again(names: list[Named]) -> None:
     assert parse(",".join(map(str, names))) == names
-    assert [parse_one(str(one)) for one in names] == names
+    assert [parse_one(str(name)) for name in names] == names
 
 
 @given(st.text("abc =,[] \n") | st.text())

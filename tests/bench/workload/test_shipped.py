@@ -25,11 +25,13 @@ def test_every_file_is_a_preset() -> None:
 
 
 def test_the_list_names_each_with_a_line_and_a_source() -> None:
-    found = {workload["name"]: workload for workload in workloads()}
-    assert list(found) == list(PRESETS)
-    assert all(one["about"] and "\n" not in one["about"] for one in found.values())
+    by_name = {workload["name"]: workload for workload in workloads()}
+    assert list(by_name) == list(PRESETS)
+    assert all(facts["about"] and "\n" not in facts["about"] for facts in by_name.values())
     for name in PUBLISHED:
-        assert re.match(r"https://github\.com/[\w-]+/[\w-]+/blob/[0-9a-f]{40}/", found[name]["source"]), name
+        assert re.match(r"https://github\.com/[\w-]+/[\w-]+/blob/[0-9a-f]{40}/", by_name[name]["source"]), (
+            name
+        )
     lines = workloads_table().splitlines()
     assert [line.split()[0] for line in lines[1:-2] if line[0] != " "] == list(PRESETS)
 
@@ -50,7 +52,7 @@ def test_a_published_workload_fits_its_own_config(name: str) -> None:
 
 def test_the_production_mix_is_one_list_at_three_geometries() -> None:
     mixes = [name for name in PRESETS if name.startswith("production-mix")]
-    lists = {name: {one.batch_spec for one in load_workload(name)} for name in mixes}
+    lists = {name: {scenario.batch_spec for scenario in load_workload(name)} for name in mixes}
     assert len(lists) == 3
     assert len(lists["production-mix"]) == 26
     assert all(specs == lists["production-mix"] for specs in lists.values())
@@ -67,11 +69,11 @@ def test_a_list_of_specs_makes_a_scenario_of_each(tmp_path: Path) -> None:
     path.write_text('config = "kimi-k2"\n' + TABLE.format('["q4s8", "2q1"]') + 'name = "mine"\nruns = 7\n')
     workload = read_workload(str(path))
     assert workload.config == "kimi-k2"
-    found = [
+    named = [
         (scenario.name, scenario.query_lens, scenario.history, scenario.runs)
         for scenario in workload.scenarios
     ]
-    assert found == [("mine q4s8", (4,), (4,), 7), ("mine 2q1", (1, 1), (0, 0), 7)]
+    assert named == [("mine q4s8", (4,), (4,), 7), ("mine 2q1", (1, 1), (0, 0), 7)]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +109,7 @@ def test_a_path_of_a_config_starts_at_the_folder_of_its_file(
 ) -> None:
     (tmp_path / "inner" / "model").mkdir(parents=True)
     path = tmp_path / "inner" / "mine.toml"
-    for config, found in {
+    for config, expected in {
         "one.json": "inner/one.json",
         "../one.json": "inner/../one.json",
         "model": "inner/model",
@@ -116,9 +118,9 @@ def test_a_path_of_a_config_starts_at_the_folder_of_its_file(
     }.items():
         path.write_text(f'config = "{config}"\n' + TABLE.format('"q1"'))
         monkeypatch.chdir(tmp_path)
-        assert read_workload("inner/mine.toml").config == found
+        assert read_workload("inner/mine.toml").config == expected
         monkeypatch.chdir(path.parent)
-        assert read_workload("mine.toml").config == found.removeprefix("inner/")
+        assert read_workload("mine.toml").config == expected.removeprefix("inner/")
 
 
 def test_an_op_takes_the_lengths_of_specs_of_one_layer() -> None:
