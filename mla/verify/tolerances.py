@@ -53,9 +53,6 @@ NARROW = 6.0  # numbers of a row that may cancel
 CHANCE = 1e-7
 # A logit of size s has a rounding error of several 2^-24 s in fp32, and its weight that relative error.
 LOGIT = 8 * 2.0**-24
-# Where keys of zeros have nearly all the weight, one small weight may make a row. No mean evens out its
-# rounding, u at most, and that of the result comes to it.
-FAINT, ALONE = 4.0, 1.25  # how many times smaller than usual such a row is, and what more it may err
 TINY = torch.finfo(torch.float64).tiny  # stands in for the norm of zeros
 
 
@@ -94,10 +91,7 @@ def op_bounds(
         floor = floor.maximum(LOGIT * lse.double().abs().nan_to_num(posinf=0.0))
     means = mean_over(known, sizes), mean_over(floor.expand(sizes.shape), sizes)
     typical = max(*means, ALLOWED[dtype].op)  # which is left where all rows are zero
-    slack = ROW_SLACK * floor.clamp_min(typical).expand(sizes.shape)
-    if lse is not None:
-        slack = torch.where(FAINT * sizes < sizes.square().mean().sqrt(), ALONE * slack, slack)
-    return Bounds(TWICE * typical, _rows(known, sizes, truth.shape[-1], slack))
+    return Bounds(TWICE * typical, _rows(known, sizes, truth.shape[-1], ROW_SLACK * floor.clamp_min(typical)))
 
 
 def half_subnormal(dtype: torch.dtype) -> float:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from flash import Flash
+from flash import Flash, Normalised
 from right_ops import RIGHT_OPS
 
 from mla.conformance.report import CheckResult
@@ -17,9 +18,9 @@ from mla_backends import FusedOp
 Run = Callable[..., list[CheckResult]]
 DRAWS = 60
 FORMS: dict[str, Callable[[], FusedOp]] = {op.__name__: op for op in RIGHT_OPS} | {
-    f"Flash-{kind}-{splits}": lambda kind=kind, splits=splits: Flash(f"{kind}_attention/1", 64, splits)  # type: ignore[misc]
+    f"{form.__name__}-{kind}-{splits}": functools.partial(form, f"{kind}_attention/1", 64, splits)
     for kind in ("latent", "expanded")
-    for splits in (1, 3)
+    for form, splits in ((Flash, 1), (Flash, 3), (Normalised, 1))
 }
 
 
@@ -57,6 +58,7 @@ def test_keys_that_are_subnormal_in_the_dtype_before_they_are_encoded_are_no_ala
         ("Flash-expanded-1", torch.float16, 60000),
         ("Flash-latent-1", torch.float16, 70019),
         ("DenseLatent", torch.float32, 80003),
+        ("Normalised-latent-1", torch.bfloat16, 1),
     ],
     ids=str,
 )

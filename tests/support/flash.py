@@ -64,3 +64,15 @@ class Flash(FusedOp):
             top, total, value = now, total * fade + weights.sum(-1), value * fade[..., None] + product
         seen = total > 0
         return value / total.clamp_min(1e-30)[..., None], torch.where(seen, top + total.log(), -torch.inf)
+
+
+class Normalised(Flash):
+    """Divides weights by their sum before it rounds them."""
+
+    def part(self, q: Any, k: Any, v: Any, scale: float, last: Any, keys: range) -> Any:
+        part = slice(keys.start, keys.stop)
+        logits = torch.einsum("thd,shd->ths", q.float(), k[part].float()) * scale
+        logits = logits.masked_fill((torch.arange(keys.start, keys.stop) > last)[:, None], -torch.inf)
+        lse = logits.logsumexp(-1)
+        weights = (logits - lse.clamp_min(-1e30)[..., None]).exp()
+        return torch.einsum("ths,shd->thd", weights.to(v.dtype).float(), v[part].float()), lse

@@ -150,15 +150,6 @@ def test_no_row_of_a_layer_may_exceed_the_table(dtype: torch.dtype, error: float
     assert bounds.many <= ALLOWED[dtype].whole
 
 
-def test_a_faint_row_of_attention_may_err_like_one_number(even: Even) -> None:
-    truth, lse = even(50), torch.zeros(50)
-    truth[3] /= 5
-    rows, others = (op_bounds(torch.zeros(50), truth, BF16, of).rows for of in (lse, None))
-    assert (rows[3] / rows[0]).item() == pytest.approx(1.25, rel=0.01)
-    assert rows[3] > 1.6 * ROUNDOFF[BF16] > others[3]
-    assert torch.equal(rows[4:], others[4:])
-
-
 @pytest.mark.parametrize("dtype", ALLOWED)
 def test_subnormal_results_may_be_rounded(dtype: torch.dtype, even: Even) -> None:
     info = torch.finfo(dtype)
