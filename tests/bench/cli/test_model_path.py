@@ -224,3 +224,27 @@ def test_the_original_command_line_refuses_in_one_sentence(
     said = capsys.readouterr().err
     assert said.splitlines()[-1].startswith(sentence)
     assert "Traceback" not in said
+
+
+def test_a_checkpoint_s_layer_with_an_indexer_is_timed_alone_and_one_that_shares_is_refused(
+    bench: Bench, small: list[str], tmp_path: Path
+) -> None:
+    """Layers 0 and 1 have an indexer here, and layer 1's selection is what layer 2 attends."""
+    types = {"num_hidden_layers": 3, "indexer_types": ["full", "full", "shared"], "rope_scaling": None}
+    values = maker.values_of("tiny", **{"model_type": "glm_moe_dsa", **types, **maker.INDEXER})
+    shards = []
+    for layer in range(3):
+        state = maker.plain(values, seed=layer)
+        if layer == 2:
+            state = {name: weight for name, weight in state.items() if not name.startswith("indexer.")}
+        shards.append(maker.named(state, f"model.layers.{layer}.self_attn."))
+    folder = maker.write(tmp_path / "model", values, *shards, index=True)
+    words = ("--backend", "cpu", *small[2:], "--model-path", str(folder), "--layer")
+    done = bench(*words, "1", "-o", "run.json")
+    assert done.code == 0, done.err
+    assert "transformers is skipped: its layer selects by itself, and only ours says what" in done.err
+    run = results.decode(Path("run.json").read_bytes())
+    assert {case.check.status for case in run.cases} == {"ok"}
+    refused = bench(*words, "2")
+    assert refused.code == 2
+    assert "shares another's selection: choose one with an indexer, such as --layer 0." in refused.error

@@ -168,7 +168,7 @@ def test_a_share_that_computes_nothing_while_it_is_timed_is_wrong(
     def lazy(layer: ParallelMLA, *arguments: Any, out: torch.Tensor) -> torch.Tensor:
         groups = layer._groups
         assert isinstance(groups, SimulatedGroups)
-        return forward(layer, *arguments, out) if groups._rehearses or groups.rank != rank else out
+        return forward(layer, *arguments, out=out) if groups._rehearses or groups.rank != rank else out
 
     monkeypatch.setattr(ParallelMLA, "forward", lazy)
     done = bench(*tiny, "--parallel", "dcp=2", "--simulate")
