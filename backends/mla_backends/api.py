@@ -198,6 +198,8 @@ def format_refusals(op: FusedOp, spec: Any) -> list[str]:
     base, scaled, _ = name.partition(":")
     if not name or name in claimed or (scaled and f"{base}:" in claimed):
         return []
+    if why := op.refused_formats.get(base):
+        return [f"it does not serve the cache format '{name}': {why}"]
     claims = f"only {', '.join(sorted(claimed))}" if claimed else "none"
     claims += " in addition to the layer's dtype"
     return [f"it does not know the cache format '{name}': it claims {claims}"]
@@ -394,6 +396,7 @@ class FusedOp(ABC):
     nan_safe_tail = False  # slots past a request's end may hold NaN
     writes_lse = True  # attention fills lse; where the kernel has none, it is NaN
     cache_formats: Collection[str] = ()  # that it serves beside the plain one; "fp8:" is fp8 over any scale
+    refused_formats: Mapping[str, str] = {}  # that a user may expect of its kernel -> why it has them not
     encodes_rounded = False  # write_latent encodes what it first rounds to the layer's dtype
     scores_in_bf16 = False  # select_latents compares scores that are rounded to bfloat16
     lse_optional = False  # attention may be called with lse=None where nobody reads it

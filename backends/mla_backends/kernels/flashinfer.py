@@ -3,7 +3,7 @@
 The class has three generations, told apart by their arguments. Oldest: flat tables, log-sum-exp to base 2.
 Then, up to 0.6, the natural logarithm can be asked for. Since 0.7 tables come as one object, queries and
 cache as pairs, and what `run` returns is declared to `plan`; the older ways still work there and warn.
-(Read in flashinfer 0.2.5, 0.6.18 and 0.7.2.post1.)
+(Read in flashinfer 0.2.5, 0.6.18, 0.7.2.post1 and 0.7.4, whose kernels for Hopper read e4m3 caches.)
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any
 from mla_backends.api import OPS, AttentionSpec, BatchView, FusedOp
 from mla_backends.errors import BackendError, describe, one_line
 from mla_backends.kernels.paged import LatentLimits
-from mla_backends.kernels.vendor import KernelRefused, VendorModule, accepts, capturing, missing
+from mla_backends.kernels.vendor import (
+    DeviceReason,
+    KernelRefused,
+    VendorModule,
+    accepts,
+    capturing,
+    missing,
+)
 from mla_backends.selftest import device_trouble, try_latent
 from mla_backends.upload import integers, upload
 
@@ -38,6 +45,7 @@ PARTS = ("q_nope", "q_pe", "ckv_cache", "kpe_cache")
 PAIRS = ("query", "kv_cache")
 RUN = ("out", "lse", "return_lse")
 NATURAL = "return_lse_base_on_e"
+SCALES = ("ckv_scale", "kpe_scale")
 LAYOUTS = {"query_layout": "split", "kv_cache_layout": "split"}
 # The first release whose kernels compute the place of a page in 64 bits (flashinfer PR 3136).
 WIDE_PAGES = (0, 6, 11)
@@ -63,6 +71,11 @@ class Release:
     def wrapper(self) -> Any:
         """The class."""
         return getattr(self._vendor, CLASS)
+
+    @functools.cached_property
+    def reads_e4m3(self) -> bool:
+        """Whether runs take the scales of an e4m3 cache."""
+        return all(accepts(self.wrapper.run, name) for name in SCALES)
 
     @functools.cached_property
     def declares_lse(self) -> bool:
@@ -102,14 +115,23 @@ class Release:
         tables = getattr(self._vendor, TABLES).csr(**{name: plan[name] for name in FLAT})
         layouts = {name: value for name, value in LAYOUTS.items() if accepts(self.wrapper.plan, name)}
         modes = {"lse_mode": "basee" if lse else "none"} if self.declares_lse else {}
+        if "float8" in str(plan["kv_data_type"]) and accepts(self.wrapper.plan, "scale_mode"):
+            modes["scale_mode"] = "kv-per-tensor"
         return {"metadata": tables, **given, **layouts, **modes}
 
     def run(
-        self, wrapper: Any, q: torch.Tensor, cache: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
+        self,
+        wrapper: Any,
+        q: torch.Tensor,
+        cache: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        scale: float | None = None,
     ) -> None:
         """Run a planned wrapper: q [T, h, c + r], cache [pages, page, c + r], out [T, h, c].
 
-        `lse` [T, h] fp32, contiguous, gets the natural logarithm; None where nobody reads it.
+        `lse` [T, h] fp32, contiguous, gets the natural logarithm; None where nobody reads it. `scale` is that
+        of e4m3 numbers in the cache.
         """
         latent = out.shape[-1]
         parts = (q[..., :latent], q[..., latent:], cache[..., :latent], cache[..., latent:])
@@ -117,6 +139,8 @@ class Release:
             given: dict[str, Any] = {"query": parts[:2], "kv_cache": parts[2:]}
         else:
             given = dict(zip(PARTS, parts, strict=True))
+        if scale is not None:
+            given |= dict.fromkeys(SCALES, scale)
         if lse is None:
             wrapper.run(**given, out=out)
             return
@@ -352,11 +376,23 @@ class FlashInferMla(FusedOp):
     """
 
     contract = OPS["latent_attention"]
+    cache_formats = ("fp8", "fp8:")
     lse_optional = True
     compiles = COMPILES
 
-    def __init__(self, limits: LatentLimits = LIMITS, *, backend: str = "auto", install: str = "") -> None:
-        """Take the kernel's limits on this vendor's devices, and the hint for a missing flashinfer."""
+    def __init__(
+        self,
+        limits: LatentLimits = LIMITS,
+        *,
+        backend: str = "auto",
+        install: str = "",
+        e4m3_reason: DeviceReason | None = None,
+    ) -> None:
+        """Take the kernel's limits on this vendor's devices, and the hint for a missing flashinfer.
+
+        `e4m3_reason` says why a device cannot read e4m3 caches, "" if it can.
+        """
+        self._e4m3_reason = e4m3_reason
         self.release = Release(install)
         self.limits = replace(limits, pads_heads_to=(), graph=False)
         self._backend = backend
@@ -367,7 +403,18 @@ class FlashInferMla(FusedOp):
     # ------------------------------------------------------------------------------------------- refusals
 
     def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
-        return self.release.reasons() + self.limits.reasons(spec)
+        return self.release.reasons() or self._format_reasons(spec) + self.limits.reasons(spec)
+
+    def _format_reasons(self, spec: AttentionSpec) -> list[str]:
+        if not spec.cache_format:
+            return []
+        device = self._e4m3_reason(spec.device) if self._e4m3_reason else ""
+        reasons = [device] if device else []
+        if not self.release.reads_e4m3:
+            reasons.append("this flashinfer reads no e4m3 cache: upgrade to 0.7.4 or newer")
+        if str(spec.dtype) != "torch.bfloat16":
+            reasons.append(f"it reads an e4m3 cache with bfloat16 queries only, not {spec.dtype}")
+        return reasons
 
     def preflight(self, spec: AttentionSpec) -> list[str]:
         """Return why the kernel cannot be compiled, loaded or run here, after one tiny batch."""
@@ -414,6 +461,8 @@ class FlashInferMla(FusedOp):
         return self._wrappers[device]
 
     def _state(self, spec: AttentionSpec, batch: BatchView) -> FlashInferState:
+        import torch
+
         pages = tuple(-(-keys // batch.page_size) for keys in batch.kv_lens)
         starts = accumulate(batch.query_lens, initial=0)
         requests = zip(starts, batch.query_lens, batch.kv_lens, strict=False)
@@ -431,7 +480,7 @@ class FlashInferMla(FusedOp):
                 "causal": True,
                 "sm_scale": float(spec.softmax_scale),
                 "q_data_type": spec.dtype,
-                "kv_data_type": spec.dtype,
+                "kv_data_type": torch.float8_e4m3fn if spec.cache_format else spec.dtype,
             },
             empty=upload(integers(empty, wide=True), batch.block_table.device) if empty else None,
         )
@@ -440,16 +489,21 @@ class FlashInferMla(FusedOp):
 
     def __call__(
         self, state: FlashInferState, *,
-        q: torch.Tensor, cache: torch.Tensor,  # [T, h, c + r], [pages, page, c + r]
+        q: torch.Tensor, cache: torch.Tensor,  # [T, h, c + r], [pages, page, c + r] or e4m3 codes
         block_table: torch.Tensor, kv_lens: torch.Tensor, cu_q: torch.Tensor,
         softmax_scale: float, out: torch.Tensor, lse: torch.Tensor | None,  # [T, h, c], [T, h] fp32
+        cache_format: str = "",
     ) -> None:  # fmt: skip
+        import torch
+
+        stored = float(cache_format.partition(":")[2] or 1) if cache_format else None
+        cache = cache.view(torch.float8_e4m3fn) if cache_format else cache
         _check_capture(q.device)
         self._check_call(state, cache, float(softmax_scale))
         self._wants_lse = lse is not None
         wrapper = self._pool(q.device).planned(state, self._wants_lse)
         sums = lse if lse is None or lse.is_contiguous() else lse.new_empty(lse.shape)
-        self.release.run(wrapper, q, cache, out, sums)
+        self.release.run(wrapper, q, cache, out, sums, stored)
         if lse is not None and sums is not None and sums is not lse:
             lse.copy_(sums)
         if state.empty is not None:

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mla_backends.kernels.paged import LatentLimits, Launch, PagedLatentOp, Result
+from mla_backends.kernels.paged import E4M3_QUERIES, LatentLimits, Launch, PagedLatentOp, Result
 from mla_backends.kernels.vendor import KernelRefused, VendorModule, accepts, default, demanded, missing
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class FlashMla(PagedLatentOp):
     once where the batch is planned inside the graph, else with every call. Capture batches of one query
     length; `RaggedBatch.update_()` then reaches the kernel.
     """
+
+    refused_formats = E4M3_QUERIES
 
     def __init__(
         self,
@@ -157,6 +159,10 @@ class IxformerMla(PagedLatentOp):
 
     Graphs: the host's upper bound of the lengths is the block table's capacity, so replays may grow into it.
     """
+
+    refused_formats: Mapping[str, str] = {
+        "int8": "its kernel takes codes and scales as two tensors, and this format is one"
+    }
 
     def __init__(self, limits: LatentLimits = IXFORMER_LIMITS, *, install: str = "") -> None:
         """Take the kernel's limits; regardless of them, a row holds one query token."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
 from types import SimpleNamespace
@@ -117,6 +117,12 @@ def _describe(
 
 LSE_LAYOUTS = ("heads_first", "tokens_first")
 LSE_BASES = ("e", "2")
+
+
+# Why kernels that could read an e4m3 cache do not serve it: `FusedOp.refused_formats`.
+E4M3_QUERIES: Mapping[str, str] = {
+    "fp8": "its kernel takes e4m3 queries with such a cache, and rounding them is no part of the format"
+}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 from mla_backends.api import AttentionSpec, BatchView, SegmentLengths
 from mla_backends.kernels.expanded import SegmentsOp, VarlenState
-from mla_backends.kernels.paged import Group, LatentLimits, Launch, PagedLatentOp, PagedState, Part, Result
+from mla_backends.kernels.paged import (
+    E4M3_QUERIES,
+    Group,
+    LatentLimits,
+    Launch,
+    PagedLatentOp,
+    PagedState,
+    Part,
+    Result,
+)
 from mla_backends.kernels.vendor import (
     DeviceReason,
     KernelRefused,
@@ -63,6 +72,8 @@ class TokenspeedMla(PagedLatentOp):
 
     compiles = "tokenspeed_mla's decode kernel"
     cure = CURE
+
+    refused_formats = E4M3_QUERIES
 
     def __init__(self, limits: LatentLimits = LIMITS, *, install: str = "") -> None:
         """Take the kernel's limits, and the hint for a missing package."""

@@ -129,6 +129,7 @@ def kernels(architecture: Architecture, multiprocessors: int | None) -> Mapping[
         "flashinfer": FlashInferMla(
             replace(FLASHINFER_LIMITS, device_reason=ampere),
             install=f"pip install flashinfer-python, and where there is no nvcc, {compiled_kernels()}",
+            e4m3_reason=hopper,
         ),
         "flash_attn_3": FlashAttnVarlen(
             VarlenLimits(pads_values=False, device_reason=hopper),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -13,7 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mla_backends.kernels import FlashInferMla, KernelRefused, flashinfer
+from mla.cache.formats import find_format, given_back
+from mla_backends.api import format_refusals
+from mla_backends.kernels import (
+    FlashInferMla,
+    FlashMla,
+    IxformerMla,
+    KernelRefused,
+    TokenspeedMla,
+    flashinfer,
+)
 from mla_backends.kernels.flashinfer import PageIndex
 
 RELEASES = ("flashinfer", "flashinfer_old", "flashinfer_07")
@@ -234,3 +244,48 @@ def test_nothing_is_read_back_from_the_device() -> None:
     with Launches() as launches:
         PageIndex().gather(torch.arange(12, dtype=torch.int32).view(2, 6), (5, 6))
     assert not {"_local_scalar_dense", "item", "nonzero"} & set(launches.count)
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8:0.3"])
+def test_an_e4m3_cache_is_read_with_its_scale(
+    installed: Any, make_problem: Any, assert_right: Any, name: str
+) -> None:
+    with installed("flashinfer_07"):
+        problem, codec = make_problem([3, 1, 2], [40, 70, 64]), find_format(name).codec(512, 64)
+        rows = codec.encode(*problem.cache.flatten(0, 1).split([512, 64], dim=1))
+        problem.cache = rows.unflatten(0, problem.cache.shape[:2])
+        problem.spec = replace(problem.spec, cache_format=name, token_bytes=codec.token_bytes)
+        owned = [given_back(codec, *rows.split([512, 64], dim=1)) for rows in problem.owned]
+        problem.owned = [torch.cat(parts, dim=1) for parts in owned]
+        assert_right(problem.run(FlashInferMla(), cache_format=name), problem.truth())
+
+
+@pytest.mark.parametrize(
+    ("release", "op", "changes", "said"),
+    [
+        ("flashinfer", FlashInferMla(), {}, "upgrade to 0.7.4"),
+        ("flashinfer_07", FlashInferMla(), {"dtype": torch.float16}, "bfloat16 queries only"),
+        ("flashinfer_07", FlashInferMla(e4m3_reason=lambda device: "it is no Hopper"), {}, "no Hopper"),
+    ],
+)
+def test_an_e4m3_cache_that_is_not_read_is_refused_with_the_reason(
+    installed: Any, make_spec: Any, release: str, op: Any, changes: Any, said: str
+) -> None:
+    with installed(release):
+        spec = make_spec(cache_format="fp8", token_bytes=576, **changes)
+        assert any(said in reason for reason in op.unsupported_reasons(spec))
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "said"),
+    [
+        (FlashMla(), "fp8", "takes e4m3 queries"),
+        (TokenspeedMla(), "fp8:0.3", "takes e4m3 queries"),
+        (IxformerMla(), "int8", "as two tensors"),
+        (FlashMla(), "q8_0", "it claims none"),
+    ],
+)
+def test_formats_of_other_kernels_are_refused_by_name(make_spec: Any, op: Any, name: str, said: str) -> None:
+    (reason,) = format_refusals(op, make_spec(cache_format=name))
+    assert name in reason
+    assert said in reason

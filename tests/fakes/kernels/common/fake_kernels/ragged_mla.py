@@ -43,13 +43,15 @@ class Plan:
         }.items():
             check(tensor.dtype == torch.int32, f"{name} must be int32")
         check((head_dim_ckv, head_dim_kpe) == (512, 64), "no module for these head dims")
-        check(q_data_type == kv_data_type and q_data_type.itemsize == 2, "no module for these dtypes")
+        e4m3 = kv_data_type == torch.float8_e4m3fn and q_data_type == torch.bfloat16
+        plain = q_data_type == kv_data_type and q_data_type.itemsize == 2
+        check(e4m3 or plain, "no module for these dtypes")
         self.starts = fake_kernels.host(qo_indptr).tolist()
         self.pages = fake_kernels.host(kv_indptr).tolist()
         self.indices = fake_kernels.host(kv_indices).clone()
         self.lens = fake_kernels.host(kv_len_arr).tolist()
         self.heads, self.page_size, self.causal, self.scale = num_heads, page_size, causal, sm_scale
-        self.dtype = q_data_type
+        self.dtype, self.stored = q_data_type, kv_data_type
         for i, length in enumerate(self.lens):
             check(
                 self.pages[i + 1] - self.pages[i] == -(-length // page_size), "kv_indptr does not fit kv_len"
@@ -72,19 +74,22 @@ class Plan:
                 yield token, heads, key
 
 
-def run(plan, q_nope, q_pe, ckv_cache, kpe_cache, out, lse, far=None):
+def run(plan, q_nope, q_pe, ckv_cache, kpe_cache, out, lse, far=None, scales=(1.0, 1.0)):
     """Write out and the natural log-sum-exp; rows without keys stay as they are.
 
-    `far`: where the place of a page wraps.
+    `far`: where the place of a page wraps. `scales`: of e4m3 latents and keys.
     """
     check(plan is not None, "plan() must be called before run()")
     check(tuple(q_nope.shape) == (plan.starts[-1], plan.heads, 512), "q_nope does not fit the plan")
     check(tuple(q_pe.shape) == (plan.starts[-1], plan.heads, 64), "q_pe does not fit the plan")
     check(ckv_cache.shape[1] == kpe_cache.shape[1] == plan.page_size, "the cache's pages do not fit the plan")
-    check(q_nope.dtype == plan.dtype == ckv_cache.dtype, "dtypes do not fit the plan")
+    check((q_nope.dtype, ckv_cache.dtype) == (plan.dtype, plan.stored), "dtypes do not fit the plan")
     for tensor in (q_nope, q_pe, ckv_cache, kpe_cache, out):
         check(tensor.stride(-1) == 1, "the last dimension must be contiguous")
-    cache = torch.cat((fake_kernels.host(ckv_cache), fake_kernels.host(kpe_cache)), dim=-1)
+    parts = [fake_kernels.host(part) for part in (ckv_cache, kpe_cache)]
+    if plan.stored != plan.dtype:
+        parts = [part.float() * scale for part, scale in zip(parts, scales, strict=True)]
+    cache = torch.cat(parts, dim=-1)
     q = torch.cat((fake_kernels.host(q_nope), fake_kernels.host(q_pe)), dim=-1)
     for i, length in enumerate(plan.lens):
         rows = slice(plan.starts[i], plan.starts[i + 1])

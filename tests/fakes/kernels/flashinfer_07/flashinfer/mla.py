@@ -117,6 +117,11 @@ class BatchMLAPagedAttentionWrapper:
             raise _BackendPlanUnsupportedError(str(error)) from error
         if any(lost for request in range(len(plan.lens)) for lost in plan.lost(request)):
             raise _BackendPlanUnsupportedError("fa3 MLA causal tile boundary is unsupported")
+        e4m3 = kv_data_type == torch.float8_e4m3fn
+        if (scale_mode == "kv-per-tensor") != e4m3:
+            raise _BackendPlanUnsupportedError(
+                "FP8 MLA plans, and no others, take scale_mode='kv-per-tensor'."
+            )
         self._plan, self._lse_mode = plan, lse_mode
 
     @keywords_only
@@ -161,7 +166,11 @@ class BatchMLAPagedAttentionWrapper:
         if return_lse:
             lse = q_nope.new_empty(q_nope.shape[:2], dtype=torch.float32) if lse is None else lse
             ragged_mla.check_output(lse, q_nope.shape[:2], torch.float32, "lse")
-        ragged_mla.run(self._plan, q_nope, q_pe, ckv_cache, kpe_cache, out, lse if return_lse else None)
+        given = (ckv_scale, kpe_scale)
+        if any((scale is None) == (ckv_cache.dtype == torch.float8_e4m3fn) for scale in given):
+            raise ValueError("ckv_scale and kpe_scale are for FP8, which needs both")
+        parts = (q_nope, q_pe, ckv_cache, kpe_cache, out, lse if return_lse else None)
+        ragged_mla.run(self._plan, *parts, scales=given)
         if asked == "base2":
             ragged_mla.to_base_2(lse)
         return (out, lse) if return_lse else out
