@@ -147,7 +147,7 @@ def formats(make: Make) -> Iterator[OpCase]:
 # --------------------------------------------------------------------------------------------- of either
 
 
-@op_cases("borders", "tiles", "a length next to top-k, or a top-k that is no multiple of a tile", EITHER)
+@op_cases("borders", "tiles", "a length next to top-k, or a top-k that leaves a rest of a tile", EITHER)
 def borders(make: Make) -> Iterator[OpCase]:
     """Lengths and numbers of selected tokens next to each other and to tiles are served, or refused."""
     for topk in (TOPK, 128, 1, 33, 100, 512):
