@@ -263,7 +263,7 @@ static void check_row(const char* what, const bf16* q, int64_t key_width, int64_
 
 typedef std::vector<int64_t> Lengths;
 
-static void test_latent(const Lengths& queries, const Lengths& keys, int64_t heads, int64_t page, int64_t latent, int64_t rotary, int threads, Kind kind = PLAIN) {
+static void test_latent(const Lengths& queries, const Lengths& keys, int64_t heads, int64_t page, int64_t latent, int64_t rotary, int threads, Kind kind = PLAIN, int64_t most = -1) {
     const Stored stored(kind, latent, rotary);
     const int64_t bytes = stored.layout.bytes;
     const int64_t width = latent + rotary, requests = (int64_t)queries.size();
@@ -294,15 +294,23 @@ static void test_latent(const Lengths& queries, const Lengths& keys, int64_t hea
     Exact<float> lse(tokens * heads);
     fill(q);
     const float scale = 1 / std::sqrt((float)width);
+    // Every third of the keys that a query sees is selected, from the last one back; a fifth query selects none.
+    Exact<int32_t> selection(std::max<int64_t>(0, tokens * most));
+    std::vector<int64_t> selected(tokens);
+    for (int64_t b = 0; b < requests && most >= 0; b++)
+        for (int64_t t = starts[b]; t < starts[b + 1]; t++)
+            for (int64_t i = 0, seen = keys[b] - starts[b + 1] + t + 1; i < most; i++)
+                if (seen > 3 * i && t % 5 != 4)
+                    selection[t * most + selected[t]++] = (int32_t)(seen - 1 - 3 * i);
     // Results lie head by head.
-    const char* wrong = mla_latent_attention(q.data, heads * width, width, tokens, cache, stored.layout.runs, stored.layout.count, bytes, stored.layout.fixed, pages, table.data, columns, columns, lens.data, starts.data, requests, page, heads, width, latent, scale, out.data, latent, tokens * latent, lse.data, 1, tokens, nullptr, 0, -1, threads);
+    const char* wrong = mla_latent_attention(q.data, heads * width, width, tokens, cache, stored.layout.runs, stored.layout.count, bytes, stored.layout.fixed, pages, table.data, columns, columns, lens.data, starts.data, requests, page, heads, width, latent, scale, out.data, latent, tokens * latent, lse.data, 1, tokens, selection.data, most, most, threads);
     require(!wrong, wrong, tokens, heads, width);
     for (int64_t b = 0; b < requests; b++)
         for (int64_t t = 0; t < queries[b]; t++)
             for (int64_t h = 0; h < heads; h++) {
                 const int64_t token = starts[b] + t, seen = std::max<int64_t>(0, keys[b] - queries[b] + t + 1);
-                auto key = [&](int64_t j) { return numbers.data() + index(b, j) * width; };
-                check_row("latent", q.data + (token * heads + h) * width, width, latent, seen, scale, key, key, out.data + (h * tokens + token) * latent, lse[h * tokens + token]);
+                auto key = [&](int64_t j) { return numbers.data() + index(b, most < 0 ? j : selection[token * most + j]) * width; };
+                check_row("latent", q.data + (token * heads + h) * width, width, latent, most < 0 ? seen : selected[token], scale, key, key, out.data + (h * tokens + token) * latent, lse[h * tokens + token]);
             }
     ASAN_UNPOISON_MEMORY_REGION(cache, pages * page * bytes);
     std::free(cache);
@@ -330,6 +338,55 @@ static void test_expanded(const Lengths& queries, const Lengths& keys, int64_t h
                 auto value = [&](int64_t j) { return key(j) + key_width; };
                 check_row("expanded", q.data + row * key_width, key_width, value_width, seen, scale, key, value, out.data + row * value_width, lse[row]);
             }
+    cases++;
+}
+
+// Keys of requests, one after another in falling slots, are written and then selected; slots between them are poisoned.
+static void test_index(const Lengths& queries, const Lengths& keys, int64_t heads, int64_t page, int64_t width, int64_t most, bool coded, int threads) {
+    const int64_t requests = (int64_t)queries.size(), bytes = coded ? width + 4 : 2 * width;
+    int64_t tokens = 0, all = 0, columns = 1;
+    for (int64_t b = 0; b < requests; b++) tokens += queries[b], all += keys[b], columns = std::max(columns, (keys[b] + page - 1) / page);
+    const int64_t pages = requests * columns + 1;
+    Exact<bf16> k(all * width), weight(width), bias(width), q(tokens * heads * width);
+    Exact<float> angles(all * width / 2), weights(tokens * heads);
+    Exact<int64_t> slots(all);
+    Exact<int32_t> table(requests * columns), lens(requests), starts(requests + 1), out(tokens * most);
+    Exact<uint8_t> cache(pages * page * bytes);
+    fill(k), fill(weight), fill(bias), fill(q), fill(angles), fill(weights);
+    starts[0] = 0;
+    for (int64_t b = 0, at = 0; b < requests; b++) {
+        lens[b] = (int32_t)keys[b], starts[b + 1] = starts[b] + (int32_t)queries[b];
+        for (int64_t i = 0; i < columns; i++) table[b * columns + i] = i * page < keys[b] ? (int32_t)(pages - 1 - b * columns - i) : 1 << 30;
+        for (int64_t j = 0; j < keys[b]; j++) slots[at++] = table[b * columns + j / page] * page + j % page;
+    }
+    const char* wrong = mla_write_index_key(k.data, width, weight.data, bias.data, 1e-6f, angles.data, width / 2, slots.data, cache.data, pages, page, coded, all, width, width / 2, 1, threads);
+    require(!wrong, "index key, refused", all, width, coded);
+    wrong = mla_select_latents(q.data, heads * width, width, tokens, weights.data, heads, cache.data, coded, pages, page, table.data, columns, columns, lens.data, starts.data, requests, heads, width, out.data, most, most, threads);
+    require(!wrong, "select, refused", tokens, width, coded);
+    const auto number = [&](int64_t slot, int64_t c) -> double {
+        const uint8_t* from = cache.data + slot / page * page * bytes;
+        if (!coded) return widen(load<bf16>(from + 2 * (slot % page * width + c)));
+        uint8_t code[PART] = {from[slot % page * width + c]};
+        return e4m3_part(code)[0] * load<float>(from + page * width + slot % page * 4);
+    };
+    for (int64_t b = 0, at = 0; b < requests; at += keys[b++])
+        for (int64_t t = starts[b]; t < starts[b + 1]; t++) {
+            const int64_t seen = std::max<int64_t>(0, keys[b] - starts[b + 1] + t + 1), count = std::min(seen, most);
+            std::vector<double> score(seen);
+            for (int64_t j = 0; j < seen; j++)
+                for (int64_t h = 0; h < heads; h++) {
+                    double sum = 0;
+                    for (int64_t c = 0; c < width; c++) sum += widen(q[(t * heads + h) * width + c]) * number(slots[at + j], c);
+                    score[j] += weights[t * heads + h] * std::max(0.0, sum);
+                }
+            std::vector<double> best(score);
+            std::sort(best.begin(), best.end(), std::greater<>());
+            for (int64_t i = 0; i < most; i++) {
+                const int32_t place = out[t * most + i];
+                require(i < count ? place >= 0 && place < seen && (!i || place > out[t * most + i - 1]) : place == -1, "place", t, i, place);
+                if (i < count && place >= 0 && place < seen) require(score[place] >= best[count - 1] - 1e-3, "selected", t, i, place);
+            }
+        }
     cases++;
 }
 
@@ -401,6 +458,14 @@ int main() {
         test_latent({1, 40}, {300, 40}, 17, 24, 160, 96, 2, kind);
     }
     test_latent({2}, {77}, 3, 1, 160, 4, 1, E4M3_ANY), test_latent({2}, {77}, 3, 1, 64, 8, 1, INT8);  // ends of runs
+    for (int threads : {1, 3})
+        for (bool coded : {false, true}) {
+            test_index({1, 1, 3, 0, 1, 1}, {127, 72, 129, 5, 0, 257}, 5, 16, 32, 40, coded, threads);
+            test_index({2, 9}, {4100, 20}, 17, 24, 16, 1100, coded, threads);
+            test_index({1, 2}, {300, 1}, 33, 1, 48, 1, coded, threads);
+        }
+    for (int64_t most : {0, 1, 50, 300}) test_latent({1, 1, 3, 0, 9}, {127, 0, 129, 5, 700}, 5, 16, 32, 4, 2, PLAIN, most);
+    test_latent({2, 1}, {300, 900}, 130, 24, 96, 32, 3, E4M3_ANY, 257);
     for (int threads : {1, 2}) test_recorded(7, 34, threads);
     test_latent({1, 1}, {60, 130}, 128, 16, 96, 8, 2);
     std::printf("%d cases, %d wrong\n", cases, failures);

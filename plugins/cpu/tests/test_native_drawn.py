@@ -12,6 +12,10 @@ from mla.conformance.trial import BackendUnderTest, Drawing
 
 DRAWS = 15
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+KINDS = (
+    "linear", "batched_linear", "rms_norm", "rotate_query", "write_latent", "latent", "expanded",
+    "write_index_key", "select_latents", "sparse_latent_attention",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +25,7 @@ def subject() -> BackendUnderTest:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "kind", ["linear", "batched_linear", "rms_norm", "rotate_query", "write_latent", "latent", "expanded"]
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_drawn_case_is_wrong(subject: BackendUnderTest, kind: str, dtype: torch.dtype) -> None:
     chosen = instances(subject, (dtype,), [f"{kind}.drawn"])
     results = [carry_out(choice, subject, Xfails()) for choice in chosen]

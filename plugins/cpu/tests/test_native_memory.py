@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from native_cases import levels_here
 
-from mla_backend_cpu import compilation, instruction_sets
+from mla_backend_cpu import compilation, instruction_sets, products
+from mla_backend_cpu.library import load
 
 # The checks do not see what the tile instructions of AMX touch; the emulation is checked instead.
 UNTILED = next(name for name in levels_here() if name != "amx")
@@ -45,6 +46,7 @@ SHORT = """if True:
     from mla_backend_cpu.library import load
     from mla_backend_cpu.native_ops import NativeExpandedAttention, NativeLatentAttention
     from mla_backend_cpu.native_ops import NativeBatchedLinear, NativeLinear
+    from mla_backend_cpu.sparse_ops import NativeSelectLatents, NativeSparseAttention
 
     torch.set_num_threads(2)
     kernels = load(sys.argv[1])
@@ -62,10 +64,17 @@ SHORT = """if True:
         out, state = torch.zeros(rows, heads, width, dtype=BF16), op.prepare(case.spec, batch)
         return out, lambda: op(state, out=out, **given)
 
+    def select(keys, most):
+        case, tokens = latent_case([8], [keys], latent=32, rotary=0), 8
+        tables = dict(block_table=case.table, kv_lens=case.view().kv_lens_device, cu_q=case.view().cu_q)
+        q, weights = torch.ones(tokens, 1, 32, dtype=BF16), torch.ones(tokens, 1)
+        out, op = torch.zeros(tokens, most, dtype=torch.int32), NativeSelectLatents(kernels)
+        return out, lambda: op(None, q=q, weights=weights, cache=case.cache, **tables, out=out)
+
     product(NativeLinear, BF16, 32, 256, bias=None)[1]()  # its threads are there from now on
     latent = latent_case([1, 4], [400, 9], latent=1 << 15)
     expanded = expanded_case([1, 4], [20, 9], value=1 << 17)
-    view = latent.view()
+    view, wide = latent.view(), latent_case([1], [40], 40, latent=1 << 15)
     calls = {  # each product keeps more than the one before
         "linear": product(NativeLinear, BF16, 512, 1 << 11, bias=None),
         "linear, fp32": product(NativeLinear, fp32, 512, 1 << 12, bias=None),
@@ -77,6 +86,12 @@ SHORT = """if True:
         ),
         "expanded": attention(
             NativeExpandedAttention, expanded, expanded.lengths, 1 << 17, k=expanded.k, v=expanded.v
+        ),
+        "select": select(20_000, 9_000),
+        "sparse": attention(
+            NativeSparseAttention, wide, wide.view(), 1 << 15, cache=wide.cache, block_table=wide.table,
+            kv_lens=wide.view().kv_lens_device, cu_q=wide.view().cu_q,
+            selection=torch.arange(0, 40, 2, dtype=torch.int32)[None],
         ),
     }
     for name, (out, call) in calls.items():
@@ -106,8 +121,8 @@ def test_a_lack_of_memory_is_an_error_and_no_end(name: str) -> None:
         check=False,
     )
     why = "out of memory: there is none left for what the kernel keeps while it computes."
-    names = ["linear", "linear, fp32", "batched", "batched, fp32", "latent", "expanded"]
-    if name == "avx512_bf16":  # whose products of bfloat16 keep nothing: they read rows as they are
+    names = ["linear", "linear, fp32", "batched", "batched, fp32", "latent", "expanded", "select", "sparse"]
+    if name == "avx512_bf16" and products.widening_gain(load(name)) <= 1:  # they read rows as they are
         names = [call for call in names if call not in ("linear", "batched")]
     assert done.stdout.splitlines() == [f"{call} - {why}" for call in names], done.stderr
     assert done.returncode == 0, done.stderr

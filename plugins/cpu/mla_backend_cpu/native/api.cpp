@@ -88,7 +88,7 @@ const char* mla_latent_attention(const bf16* q, int64_t q_token, int64_t q_head,
                       lse,
                       lse_token,
                       lse_head,
-                      selection,
+                      most < 0 ? nullptr : selection,  // fewer than none: all are attended
                       selection_row};
     if (const char* wrong = check_latent(a, table_columns, pages, tokens)) return wrong;
     if (most < 0) return attempt([&] { latent_attention(a, threads); });
