@@ -35,8 +35,9 @@ def true_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
 def true_layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
     """Return (x - mean) / sqrt(variance + eps) * weight + bias in float64."""
     wide = x.double()
-    variance, mean = torch.var_mean(wide, dim=-1, correction=0, keepdim=True)
-    return (wide - mean) / (variance + eps).sqrt() * weight.double() + bias.double()
+    centred = wide - wide.mean(-1, keepdim=True)  # torch.var warns where there is no row
+    variance = centred.square().mean(-1, keepdim=True)
+    return centred / (variance + eps).sqrt() * weight.double() + bias.double()
 
 
 def true_rotation(x: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
