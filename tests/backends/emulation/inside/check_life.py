@@ -183,7 +183,10 @@ def test_a_run_on_the_second_card(name: str, vendor: Any, bench: Any, tmp_path: 
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_runs_alone(op: str, bench: Any, tmp_path: Any) -> None:
     dims = json.loads((tmp_path / "tiny.json").read_text())
-    (tmp_path / "lora.json").write_text(json.dumps({**dims, "q_lora_rank": 48, "attention_bias": True}))
+    lora = {**dims, "q_lora_rank": 48, "attention_bias": True}
+    indexer = {"model_type": "deepseek_v32", "index_n_heads": 3, "index_head_dim": 16, "index_topk": 7}
+    sparse = op in ("write_index_key", "select_latents", "sparse_latent_attention")
+    (tmp_path / "lora.json").write_text(json.dumps({**lora, **indexer} if sparse else lora))
     words = ("--workload", "standard", "--config", "lora.json", "--batch", "2", "--q-len", "2")
     done = bench(*words, "--op", op, "--runs", "2", "--passes", "2", *HEADLINE, "-o", "run.json")
     assert done.code == 0, done.err
