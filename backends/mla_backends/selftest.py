@@ -13,7 +13,7 @@ from itertools import accumulate
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from mla_backends.api import OPS, AttentionSpec, FusedOp, NormSpec, SegmentLengths
+from mla_backends.api import OPS, AttentionSpec, FusedOp, IndexerSpec, NormSpec, SegmentLengths
 from mla_backends.errors import describe, one_line, out_of_memory
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def try_latent(
 
     generator = torch.Generator().manual_seed(0)
     width = spec.kv_lora_rank + spec.qk_rope_head_dim
-    table, cache, rows = _pages(spec, page_size, lengths[1], generator)
+    table, cache, rows = _pages(spec, width, page_size, lengths[1], generator)
     batch = _batch(spec, page_size, lengths, table)
     q = _draw((sum(lengths[0]), spec.num_heads, width), spec.dtype, generator)
     out = _poisoned((len(q), spec.num_heads, spec.kv_lora_rank), spec)
@@ -106,6 +106,45 @@ def try_latent(
     return _judge(out, lse if with_lse and op.writes_lse else None, truth)
 
 
+def try_select(op: FusedOp, spec: IndexerSpec, page_size: int, lengths: Lengths = ROWS) -> str:
+    """Run a `select_latents` op on two requests; return what is wrong, "" if nothing."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    table, cache, rows = _pages(spec, spec.head_dim, page_size, lengths[1], generator)
+    batch = _batch(spec, page_size, lengths, table)
+    q = _draw((sum(lengths[0]), spec.num_heads, spec.head_dim), spec.dtype, generator)
+    weights = _draw((len(q), spec.num_heads), torch.float32, generator)
+    out = torch.full((len(q), spec.topk), POISON, dtype=torch.int32, device=spec.device)
+    op(
+        op.prepare(spec, batch),
+        q=q.to(spec.device),
+        weights=weights.to(spec.device),
+        cache=cache.to(spec.device),
+        block_table=batch.block_table,
+        kv_lens=batch.kv_lens_device,
+        cu_q=batch.cu_q,
+        out=out,
+        **_named_format(spec),
+    )
+    heard = [
+        (torch.einsum("shd,nd->shn", query.float(), keys.float()).relu() * weight[..., None]).sum(1)
+        for query, weight, keys in zip(q.split(lengths[0]), weights.split(lengths[0]), rows, strict=True)
+    ]
+    scores = [row[: len(row) - len(each) + new + 1] for each in heard for new, row in enumerate(each)]
+    return WRONG if any(map(_misses, out.cpu(), scores)) else ""
+
+
+def _misses(chosen: torch.Tensor, scores: torch.Tensor) -> bool:
+    """Return whether `chosen` [topk] are not places of the best scores [seen], and -1 behind them."""
+    count = min(len(chosen), len(scores))
+    names = chosen[:count].long()
+    if bool((chosen[count:] != -1).any()) or bool(((names < 0) | (names >= len(scores))).any()):
+        return True
+    least = scores.topk(count).values[-1] - TOLERANCE * scores.abs().max()
+    return len(names.unique()) < count or bool((scores[names] < least).any())
+
+
 def _selected(lengths: Lengths, topk: int, generator: torch.Generator) -> torch.Tensor:
     """Return a selection [T, topk] int32 on the host: half of what each token sees, and -1 behind."""
     import torch
@@ -119,16 +158,19 @@ def _selected(lengths: Lengths, topk: int, generator: torch.Generator) -> torch.
 
 
 def _pages(
-    spec: AttentionSpec, page_size: int, kv_lens: Sequence[int], generator: torch.Generator
+    spec: AttentionSpec | IndexerSpec,
+    width: int,
+    page_size: int,
+    kv_lens: Sequence[int],
+    generator: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Return table and cache on the host, and each request's own latents.
+    """Return table and cache on the host, and each request's own rows of this width.
 
     Page 0 holds NaN and is nobody's; what the table names behind a request's last page is page 0.
     """
     import torch
 
     counts = [-(-keys // page_size) for keys in kv_lens]
-    width = spec.kv_lora_rank + spec.qk_rope_head_dim
     cache = _draw((1 + sum(counts), page_size, width), spec.dtype, generator)
     cache[0] = torch.nan
     if spec.cache_format:  # all of which read zeros as zeros
@@ -144,11 +186,11 @@ def _pages(
     return table, held if spec.cache_format else cache, rows
 
 
-def _named_format(spec: AttentionSpec) -> dict[str, str]:
+def _named_format(spec: AttentionSpec | IndexerSpec) -> dict[str, str]:
     return {"cache_format": spec.cache_format} if spec.cache_format else {}
 
 
-def _batch(spec: AttentionSpec, page_size: int, lengths: Lengths, table: torch.Tensor) -> Any:
+def _batch(spec: AttentionSpec | IndexerSpec, page_size: int, lengths: Lengths, table: torch.Tensor) -> Any:
     """Return what `BatchView` asks for, on the device."""
     import torch
 

@@ -18,16 +18,18 @@ from mla.cases.case import Lengths, OpCase
 from mla.cases.memory import Layout
 from mla.cases.played import Laid, Scene
 from mla.cases.stress import Stress
-from mla_backends.api import AttentionSpec, FusedOp, NormSpec
+from mla_backends.api import AttentionSpec, FusedOp, IndexerSpec, NormSpec
 from mla_backends.triton_ops import Tuning, triton_ops
 
 MULTIPROCESSORS = 132
 CPU = torch.device("cpu")
 SPEC = AttentionSpec(16, 512, 128, 64, 128, 0.1, torch.bfloat16, CPU)
+INDEXER = IndexerSpec(64, 128, 64, 2048, torch.bfloat16, CPU)
 KEYS = (700, 90, 300)  # of the requests of a decode step
 OPS = {
     "latent_attention": "triton_latent",
     "sparse_latent_attention": "triton_sparse_latent",
+    "select_latents": "triton_select",
     "expanded_attention": "triton_expanded",
     "rms_norm": "triton_rms_norm",
     "rotate_query": "triton_rotate_query",
@@ -71,6 +73,11 @@ def sparse(heads: int, topk: int = 2048) -> Problem:
     return Problem(case, with_lse=False).but(num_heads=heads, topk=topk)
 
 
+def select(**changes: Any) -> Problem:
+    """Return a step of `select_latents`."""
+    return Problem(OpCase("select_latents", INDEXER, (1,) * len(KEYS), KEYS, stress=Stress())).but(**changes)
+
+
 def prefill(queries: int = 80, **changes: Any) -> Problem:
     """Return two segments for `expanded_attention`, without its log-sum-exp."""
     case = OpCase("expanded_attention", SPEC, (queries,) * 2, (80, 110), stress=Stress())
@@ -105,6 +112,8 @@ PROBLEMS: dict[str, Problem] = {  # by the name in the table
     **_steps(128),
     "sparse: 16 heads": sparse(16),
     "sparse: 128 heads": sparse(128),
+    "select": select(),
+    "select, fp8": select(index_format="fp8", token_bytes=132),
     "expanded: causal": prefill(),
     "expanded: all keys, lse": prefill(causal=False, with_lse=True),
     "expanded: causal, fp16, no rope": prefill(**FP16_NO_ROPE),

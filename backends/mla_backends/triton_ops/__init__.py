@@ -13,6 +13,7 @@ chooses. Nothing imports Triton before an op is tried, and what Triton lacks is 
 |---|---|---|
 | `triton_latent` | 1, or 2 where requests are split | flash decoding over pages of any size |
 | `triton_sparse_latent` | 1, or 2 where tokens are split | the same to the keys that each token selects |
+| `triton_select` | 1, and torch's top-k | scores of an indexer, of which the best are selected |
 | `triton_expanded` | 1 | flash attention over all segments |
 | `triton_write_latent` | 1 | norm, rotation and scatter of a token's latent, and the rotation of all heads |
 | `triton_rotate_query` | 1 | rotation of all heads, where `triton_write_latent` does not do it |
@@ -33,6 +34,7 @@ from mla_backends.torch_backend import TorchBackend, known, set_variables
 from mla_backends.triton_ops.attention import ExpandedAttention, LatentAttention, SparseLatentAttention
 from mla_backends.triton_ops.launcher import VARIABLES, Launcher
 from mla_backends.triton_ops.pointwise import RmsNorm, RotateQuery, WriteLatent
+from mla_backends.triton_ops.selection import SelectLatents
 from mla_backends.triton_ops.tuning import Tile, Tuning, card_file, read_tuning, write_tuning
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ def triton_ops(
     return {
         "triton_latent": LatentAttention(starts, tuning, multiprocessors, device_reason),
         "triton_sparse_latent": SparseLatentAttention(starts, tuning, multiprocessors, device_reason),
+        "triton_select": SelectLatents(starts, device_reason),
         "triton_expanded": ExpandedAttention(starts, tuning, device_reason),
         "triton_write_latent": WriteLatent(starts, device_reason, rotate),
         "triton_rotate_query": rotate,
