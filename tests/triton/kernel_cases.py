@@ -13,7 +13,7 @@ from mla.cases.case import Lengths, OpCase
 from mla.cases.memory import Layout
 from mla.cases.played import Laid, Scene
 from mla.cases.stress import Stress
-from mla_backends.api import AttentionSpec, BatchView, FusedOp, NormSpec
+from mla_backends.api import AttentionSpec, BatchView, FusedOp, IndexerSpec, NormSpec
 from mla_backends.triton_ops.attention import (
     ExpandedAttention,
     LatentAttention,
@@ -23,6 +23,7 @@ from mla_backends.triton_ops.attention import (
 )
 from mla_backends.triton_ops.launcher import Launcher
 from mla_backends.triton_ops.pointwise import RmsNorm, RotateQuery, WriteLatent
+from mla_backends.triton_ops.selection import SelectLatents
 from mla_backends.triton_ops.tuning import Tile, Tuning
 
 SMALL = Tile(16, 16, 1, 1)
@@ -31,7 +32,9 @@ NO_PAGE = 10**9  # in entries of a table that no request owns: whoever follows t
 EPS = 0.01  # large enough to be missed
 # A cache beyond 2^31 numbers and 2^32 bytes. Nothing but the pages of a case is ever touched.
 FAR_NUMBERS = 2_300_000_000
-STRIDED = dict.fromkeys(("q", "k", "v", "x", "kv_a", "cos_sin", "selection", "out", "lse"), (0, 16, 16))
+STRIDED = dict.fromkeys(
+    ("q", "k", "v", "x", "kv_a", "cos_sin", "selection", "weights", "out", "lse"), (0, 16, 16)
+)
 POISONED = Layout(page_size=16, unowned=math.nan, gaps=STRIDED)
 
 
@@ -112,6 +115,8 @@ class KernelCase:
             op = (SplitTokens if self.case.spec.topk else Split)(launcher, tuning, 8)
             op.splits = self.splits
             return op
+        if self.case.kind == "select_latents":
+            return SelectLatents(launcher)
         if self.case.kind == "expanded_attention":
             return ExpandedAttention(launcher, tuning)
         rotation = Joined if self.joined else RotateQuery
@@ -197,6 +202,15 @@ def sparse(
     """Return a case of `sparse_latent_attention`, of tokens that select at random."""
     spec = AttentionSpec(heads, latent, 128, 64, 128, latent**-0.5, torch.bfloat16, CPU, topk=topk)
     case = OpCase("sparse_latent_attention", spec, query_lens, kv_lens, stress=Stress(), layout=POISONED)
+    return KernelCase(case).but(**changes)
+
+
+def select(
+    query_lens: Lengths, kv_lens: Lengths, topk: int, *, heads: int = 5, depth: int = 48, **changes: Any
+) -> KernelCase:
+    """Return a case of `select_latents`."""
+    spec = IndexerSpec(heads, depth, depth // 2, topk, torch.bfloat16, CPU)
+    case = OpCase("select_latents", spec, query_lens, kv_lens, stress=Stress(), layout=POISONED)
     return KernelCase(case).but(**changes)
 
 

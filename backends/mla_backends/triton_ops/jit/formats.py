@@ -26,7 +26,7 @@ def e4m3_numbers(codes, dtype: tl.constexpr, NATIVE: tl.constexpr):
     else:
         wide = codes.to(tl.uint16)
         halves = ((wide & 0x7F) << 7) | ((wide & 0x80) << 8)  # of 2^-8 the number, as float16
-        numbers = halves.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        numbers = halves.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
         numbers = tl.where((codes & 0x7F) == 0x7F, float("nan"), numbers).to(dtype)
     return numbers
 

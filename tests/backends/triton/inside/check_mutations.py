@@ -8,7 +8,7 @@ import interpreting
 import mutants
 import pytest
 from format_cases import E4M3Case, FormatCase
-from kernel_cases import FarWrite, KernelCase, expanded, latent, norm, rotation, sparse, write
+from kernel_cases import FarWrite, KernelCase, expanded, latent, norm, rotation, select, sparse, write
 from mutating import Mutant
 
 from mla_backends.triton_ops.attention import Splits
@@ -68,9 +68,15 @@ SELECTING = (
     sparse((1, 0, 2), (33, 5, 70), 24, heads=2, page_size=4, splits=Splits(16, 2), latent=48),
     sparse((2, 1), (9, 40), 20, heads=2, page_size=64, splits=Splits(1 << 20, 1), latent=48),
 )
+INDEXED = (
+    select((3, 1, 2), (70, 9, 130), 20, page_size=4),
+    select((1, 1, 2), (20, 9, 30), 8, page_size=16),  # scores of all tokens fill their memory
+    select((1, 2), (130, 40), 24, page_size=16, index_format="fp8", token_bytes=52),
+)
 MUTANTS: list[tuple[Mutant, tuple[Case, ...]]] = [
     *((one, LATENT) for one in mutants.LATENT),
     *((one, SELECTING) for one in mutants.SELECTED),
+    *((one, INDEXED) for one in mutants.SELECTION),
     *((one, (*LATENT, *EXPANDED)) for one in (*mutants.SOFTMAX, *mutants.PLACES)),
     *((one, EXPANDED) for one in mutants.EXPANDED),
     *((one, SMALL) for one in mutants.SMALL),
@@ -95,7 +101,7 @@ def test_a_mistake_is_caught(mutant: Mutant, cases: tuple[Case, ...], tmp_path: 
 
 def test_kernels_without_a_mistake_pass(tmp_path: Path) -> None:
     with Mutant("nothing", "latent", old='"""\n\nimport', new='"""\n\nimport').installed(tmp_path):
-        assert not caught((*LATENT, *SELECTING, *EXPANDED, *SMALL, *FORMATS, *STORED))
+        assert not caught((*LATENT, *SELECTING, *INDEXED, *EXPANDED, *SMALL, *FORMATS, *STORED))
 
 
 def test_a_mistake_that_the_source_has_no_place_for_is_an_error(tmp_path: Path) -> None:

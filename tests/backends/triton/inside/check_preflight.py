@@ -10,22 +10,23 @@ import torch
 from interpreted import TUNING
 from kernel_cases import FORMATS, by_format
 
-from mla_backends.api import AttentionSpec, NormSpec
+from mla_backends.api import AttentionSpec, IndexerSpec, NormSpec
 from mla_backends.triton_ops import Launcher, triton_ops
 
 CPU = torch.device("cpu")
 MULTIPROCESSORS = 64  # so many that what is tried is split
 SPEC = AttentionSpec(4, 64, 16, 32, 16, 0.2, torch.bfloat16, CPU, topk=40)
+INDEXER = IndexerSpec(5, 24, 8, 6, torch.bfloat16, CPU)
 NORM = NormSpec(48, torch.bfloat16, CPU)
 NAMES = (
     "triton_latent", "triton_sparse_latent", "triton_expanded", "triton_write_latent", "triton_rotate_query",
-    "triton_rms_norm",
+    "triton_rms_norm", "triton_select",
 )  # fmt: skip
 
 
 def answer(name: str, launcher: Launcher, spec: AttentionSpec = SPEC) -> list[str]:
     op = triton_ops(TUNING, MULTIPROCESSORS, launcher)[name]
-    return op.preflight(NORM if name == "triton_rms_norm" else spec)
+    return op.preflight({"triton_rms_norm": NORM, "triton_select": INDEXER}.get(name, spec))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -65,6 +66,8 @@ class Misled(Launcher):
         ("triton_latent", "merge_latent", {"keys_per_split": 1000}),
         ("triton_sparse_latent", "attend_latent", {"scale": 0.3}),
         ("triton_sparse_latent", "attend_latent", {"selection_row": 0}),
+        ("triton_select", "score_latents", {"q_head": 0}),
+        ("triton_select", "score_latents", {"requests": 1}),
         ("triton_expanded", "attend_expanded", {"CAUSAL": False}),
         ("triton_expanded", "attend_expanded", {"scale": 0.3}),
         ("triton_write_latent", "write_latent", {"INTERLEAVED": True}),
