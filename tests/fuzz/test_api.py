@@ -91,7 +91,7 @@ class Scene:
         self.cache = LatentCache(CONFIG, max_tokens=256, page_size=16)
         ids = self.cache.new_sequences(2)
         lengths = ((20, 64), (20, 32)), ((33, 64), (33, 32))
-        history = [tuple(torch.randn(*one, generator=draw).to(BF16) for one in pair) for pair in lengths]
+        history = [tuple(torch.randn(*shape, generator=draw).to(BF16) for shape in pair) for pair in lengths]
         for sequence, (kv, pe) in zip(ids, history, strict=True):
             self.cache.load(sequence, kv, pe)
         self.hidden = torch.randn(5, 64, generator=draw).to(BF16)
@@ -114,11 +114,11 @@ def test_forward(
     held = scene.pages.clone()
     target = None if out is None else changed(torch.zeros_like(scene.hidden), out)
     arguments = changed(scene.hidden, hidden), scene.batch, changed(held, pages), target
-    if (found := result_or_error(lambda: scene.layer(*arguments))) is None:
+    if (output := result_or_error(lambda: scene.layer(*arguments))) is None:
         assert torch.equal(held, scene.pages), "pages are written before an error"
         return
-    assert found is target or target is None
-    error = (found.double() - scene.truth).norm(dim=1) / scene.truth.norm(dim=1)
+    assert output is target or target is None
+    error = (output.double() - scene.truth).norm(dim=1) / scene.truth.norm(dim=1)
     assert error.max() < 2e-2
 
 
@@ -129,18 +129,18 @@ ODD: Mapping[str, Callable[[list[int]], Any]] = {
     "a tuple": tuple,
     "a tensor": lambda x: torch.tensor(x, dtype=torch.int64),
     "an array": lambda x: np.array(x, dtype=np.int32),
-    "tensors": lambda x: [torch.tensor(one) for one in x],
-    "floats": lambda x: [float(one) for one in x],
-    "halves": lambda x: [one + 0.5 for one in x],
-    "texts": lambda x: [str(one) for one in x],
+    "tensors": lambda x: [torch.tensor(number) for number in x],
+    "floats": lambda x: [float(number) for number in x],
+    "halves": lambda x: [number + 0.5 for number in x],
+    "texts": lambda x: [str(number) for number in x],
     "a text": lambda x: "".join(map(str, x)),
-    "lists": lambda x: [[one] for one in x],
+    "lists": lambda x: [[number] for number in x],
     "nothing": lambda x: None,
     "none": lambda x: [None for _ in x],
     "an iterator": iter,
     "a number": len,
-    "negative": lambda x: [-1 - one for one in x],
-    "huge": lambda x: [2**70 + one for one in x],
+    "negative": lambda x: [-1 - number for number in x],
+    "huge": lambda x: [2**70 + number for number in x],
     "on meta": lambda x: torch.tensor(x, dtype=torch.int64, device="meta"),
 }
 KINDS = st.sampled_from([*ODD]) | st.just("a list")
@@ -177,7 +177,7 @@ def test_extend(cache: LatentCache, lens: list[int], kinds: tuple[str, str]) -> 
     cache.release(cache.sequences)
     ids = cache.new_sequences(len(lens))
     if call(cache, lambda: cache.extend(ODD[kinds[0]](ids), ODD[kinds[1]](lens))):
-        assert [cache.length(one) for one in ids] == lens
+        assert [cache.length(sequence) for sequence in ids] == lens
     call(cache, lambda: cache.truncate(ids[0], ODD[kinds[1]](lens)))
     call(cache, lambda: cache.new_sequences(ODD[kinds[0]](lens)))
     call(cache, lambda: cache.release(ODD[kinds[0]](ids)))

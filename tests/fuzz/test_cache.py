@@ -78,7 +78,7 @@ class CacheMachine(RuleBasedStateMachine):
     def new_sequences(self, count: int) -> None:
         made = self.cache.new_sequences(count)
         assert not self.rows.keys() & set(made)
-        self.rows |= {one: [[] for _ in range(self.layers)] for one in made}
+        self.rows |= {sequence: [[] for _ in range(self.layers)] for sequence in made}
 
     @precondition(lambda self: self.rows)
     @rule(picks=PICKS, table_tokens=st.sampled_from([0, 0, 40]), alone=st.booleans(), again=st.booleans())
@@ -88,9 +88,10 @@ class CacheMachine(RuleBasedStateMachine):
         if again and self.rows.keys() >= set(self.last):  # as in a decode
             steps = dict.fromkeys(self.last, picks[0][1]) or steps
         ids, counts = list(steps), list(steps.values())
-        lens = [self.length(one) + count for one, count in steps.items()]
+        lens = [self.length(sequence) + count for sequence, count in steps.items()]
         needed = sum(
-            self.pages(new) - self.pages(self.length(one)) for one, new in zip(ids, lens, strict=True)
+            self.pages(new) - self.pages(self.length(sequence))
+            for sequence, new in zip(ids, lens, strict=True)
         )
         if needed > self.free():
             self.refused(lambda: self.cache.extend(ids, counts, table_tokens=table_tokens), CacheFull)
@@ -116,8 +117,8 @@ class CacheMachine(RuleBasedStateMachine):
         pieces = list(zip(ids, batch.query_lens, lens, strict=True))
         slots = [
             slot
-            for one, new, _ in pieces
-            for slot in self.cache.slots(one).tolist()[len(self.rows[one][0]) :]
+            for sequence, new, _ in pieces
+            for slot in self.cache.slots(sequence).tolist()[len(self.rows[sequence][0]) :]
         ]
         assert batch.slots.tolist() == slots
         assert batch.positions.tolist() == [at for _, new, kv in pieces for at in range(kv - new, kv)]
@@ -176,8 +177,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.release(ids)
         if ids:
             self.changed()
-        for one in ids:
-            del self.rows[one]
+        for sequence in ids:
+            del self.rows[sequence]
 
     @rule(picks=st.lists(st.integers(0, 20), max_size=2), strange=st.sampled_from([-1, 10**6, 2**70]))
     def name_a_stranger(self, picks: list[int], strange: int) -> None:

@@ -134,8 +134,8 @@ XFAILS = b"# known\nlatent.heads: it rounds twice\nlatent[my_op-bfloat16]: slow\
 @given(damaged_bytes(XFAILS))
 def test_expected_failures(data: bytes) -> None:
     Path("x.txt").write_bytes(data)
-    found = attempt(lambda: Xfails.read(Path("x.txt")))
-    assert found is None or all(map(str.strip, found.entries.values()))
+    xfails = attempt(lambda: Xfails.read(Path("x.txt")))
+    assert xfails is None or all(map(str.strip, xfails.entries.values()))
 
 
 # ---------------------------------------------------------------------------------------------- results

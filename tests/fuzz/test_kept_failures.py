@@ -120,14 +120,14 @@ def made() -> dict[str, JudgedCall]:
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kept]:
     """Return a failure of every kind of op."""
-    folder, found = tmp_path_factory.mktemp("kept"), {}
+    folder, by_kind = tmp_path_factory.mktemp("kept"), {}
     for kind, judged in made().items():
         file.write_call(folder, judged, ORIGIN)
         tensors = safetensors.torch.load_file(folder / file.NAME)
         with safetensors.safe_open(folder / file.NAME, framework="pt") as opened:
-            found[kind] = (json.loads(opened.metadata()[file.KEY]), tensors)
-    assert found.keys() == OPS.keys()
-    return found
+            by_kind[kind] = (json.loads(opened.metadata()[file.KEY]), tensors)
+    assert by_kind.keys() == OPS.keys()
+    return by_kind
 
 
 # ---------------------------------------------------------------------------------------------- damage
@@ -160,23 +160,30 @@ def damage_document(random: Random, document: dict[str, Any]) -> None:
 def damage_tensors(random: Random, tensors: dict[str, torch.Tensor]) -> None:
     """Give a tensor another dtype, shape or numbers, or drop it, or exchange it with another."""
     name, other = random.choice(sorted(tensors)), random.choice(sorted(tensors))
-    one, how = tensors[name], random.choice(("dtype", "shape", "numbers", "numbers", "drop", "exchange"))
+    tensor, how = tensors[name], random.choice(("dtype", "shape", "numbers", "numbers", "drop", "exchange"))
     if how == "dtype":
-        tensors[name] = one.to(random.choice(OTHERS))
+        tensors[name] = tensor.to(random.choice(OTHERS))
     elif how == "shape":
-        turned = one.transpose(0, -1) if one.dim() else one[None]
-        changed = (one.flatten(), one[None], turned, turned[:-1], turned[:0], torch.cat([turned, turned]))
+        turned = tensor.transpose(0, -1) if tensor.dim() else tensor[None]
+        changed = (
+            tensor.flatten(),
+            tensor[None],
+            turned,
+            turned[:-1],
+            turned[:0],
+            torch.cat([turned, turned]),
+        )
         tensors[name] = random.choice(changed).contiguous()
-    elif how == "numbers" and one.dtype in INTEGERS and one.numel():
-        place = random.randrange(one.numel())
+    elif how == "numbers" and tensor.dtype in INTEGERS and tensor.numel():
+        place = random.randrange(tensor.numel())
         number = random.choice((-1, 0, 1, 2, 15, 16, 63, 160, 2**20, 2**31 - 1, -(2**31)))
-        one.view(-1)[place] = (
-            number if random.random() < 0.5 else int(one.view(-1)[place]) + random.choice((-1, 1))
+        tensor.view(-1)[place] = (
+            number if random.random() < 0.5 else int(tensor.view(-1)[place]) + random.choice((-1, 1))
         )
     elif how == "numbers":
-        tensors[name] = torch.full_like(one, random.choice((0, 1, 100)))
+        tensors[name] = torch.full_like(tensor, random.choice((0, 1, 100)))
     elif how == "exchange":
-        tensors[name], tensors[other] = tensors[other], one
+        tensors[name], tensors[other] = tensors[other], tensor
     else:
         del tensors[name]
 
@@ -220,9 +227,9 @@ def damaged(random: Random, kept: dict[str, Kept], folder: Path) -> None:
             damage_document(random, document)
         elif tensors:
             damage_tensors(random, tensors)
-    own = {name: one.clone().contiguous() for name, one in tensors.items()}
+    whole = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt", file.KEY: json.dumps(document)}
-    data = safetensors.torch.save(own, metadata)
+    data = safetensors.torch.save(whole, metadata)
     data = damage_bytes(random, data) if random.random() < 0.25 else data
     (folder / file.NAME).write_bytes(data)
     if random.random() < 0.05:

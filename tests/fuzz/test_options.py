@@ -87,8 +87,8 @@ def test_layouts(text: str) -> None:
 @FUZZ
 @given(damaged_text(("80GiB", "64 GB", "1.5tib", "0.1kb"), "0123456789. kmgtKMGTiB²٣"))
 def test_memory(text: str) -> None:
-    found = attempt(lambda: option(capacity_command, "--memory", text))
-    assert found is None or 1 <= found < 2**90
+    memory = attempt(lambda: option(capacity_command, "--memory", text))
+    assert memory is None or 1 <= memory < 2**90
 
 
 @FUZZ
@@ -96,15 +96,15 @@ def test_memory(text: str) -> None:
     st.sampled_from(("--budget", "--hang-after")), damaged_text(("90", "10m", "1.5h"), "0123456789.smhe- ²٣")
 )
 def test_durations(flag: str, text: str) -> None:
-    found = attempt(lambda: option(run, flag, text))
-    assert found is None or 0 < found < math.inf
+    seconds = attempt(lambda: option(run, flag, text))
+    assert seconds is None or 0 < seconds < math.inf
 
 
 @FUZZ
 @given(damaged_text(("3%", "0.5", "1e2"), "0123456789.%e-infa"))
 def test_percentages(text: str) -> None:
-    found = attempt(lambda: option(run, "--fail-slower", text))
-    assert found is None or 0 <= found < 10
+    share = attempt(lambda: option(run, "--fail-slower", text))
+    assert share is None or 0 <= share < 10
 
 
 NAMED = ("mla", "mla-reference,transformers", "mla[latent_attention=mine,linear=reference]")

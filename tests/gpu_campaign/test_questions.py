@@ -37,13 +37,13 @@ class Timer:
 
 def backend(**changes: Any) -> Any:
     """Return what probes need of a backend, on the host; graphs replay by calling."""
-    own = {
+    facts = {
         "name": "acme", "device": CPU, "ops": dict, "timer": Timer, "device_timer": Timer,
         "memory": lambda: SimpleNamespace(free=None), "graph": lambda call: call,
         "synchronize": lambda: None, "sensors": dict, "environment": dict,
         "device_info": lambda: SimpleNamespace(cache_bytes=1 << 20),
     }  # fmt: skip
-    return SimpleNamespace(**{**own, **changes})
+    return SimpleNamespace(**{**facts, **changes})
 
 
 def forget() -> None:
@@ -74,15 +74,15 @@ def test_a_library_that_loses_a_key_is_called_wrong_unless_the_adapter_refuses(
 ) -> None:
     """The fake loses it as releases before 0.7 do."""
     cut = "20 heads, 40 heads, 48 heads, 96 heads"
-    found = flashinfer.heads(backend())
-    assert not found.wrong
-    assert found.answer == f"nothing wrong goes unnoticed; refused beforehand: {cut}"
-    assert set(found.evidence) == {f"{count} heads" for count in flashinfer.CUT}
-    assert "(wrong)" not in found.evidence["16 heads"]
+    answer = flashinfer.heads(backend())
+    assert not answer.wrong
+    assert answer.answer == f"nothing wrong goes unnoticed; refused beforehand: {cut}"
+    assert set(answer.evidence) == {f"{count} heads" for count in flashinfer.CUT}
+    assert "(wrong)" not in answer.evidence["16 heads"]
     monkeypatch.setattr(FlashInferMla, "unsupported_batch", lambda *arguments: [])
-    found = flashinfer.heads(backend())
-    assert found.wrong, found.evidence
-    assert found.answer == f"wrong or failing without a refusal: {cut}"
+    answer = flashinfer.heads(backend())
+    assert answer.wrong, answer.evidence
+    assert answer.answer == f"wrong or failing without a refusal: {cut}"
 
 
 def test_what_a_library_raises_is_the_answer(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,8 +118,8 @@ def test_a_library_that_keeps_compiling_is_an_answer(
         return SimpleNamespace(stdout=said, stderr="")
 
     monkeypatch.setattr(flashinfer.subprocess, "run", process)
-    found = flashinfer.compiler(backend())
-    assert (found.answer, found.wrong) == (answer, wrong)
+    replied = flashinfer.compiler(backend())
+    assert (replied.answer, replied.wrong) == (answer, wrong)
 
 
 def test_the_first_plan_is_timed(library: Any) -> None:
@@ -127,8 +127,8 @@ def test_the_first_plan_is_timed(library: Any) -> None:
 
 
 def test_replanning_between_replays(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = flashinfer.graph(backend())
-    assert found.answer == "yes"
+    answer = flashinfer.graph(backend())
+    assert answer.answer == "yes"
     plans = library.BatchMLAPagedAttentionWrapper.plan
     once: list[Any] = []
 
@@ -196,14 +196,14 @@ def test_tf32_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         if a.dtype != torch.float32:
             return plain(a, b)
         bits = [
-            (one.view(torch.int32) & ~0x1FFF).view(torch.float32) for one in (a, b)
+            (factor.view(torch.int32) & ~0x1FFF).view(torch.float32) for factor in (a, b)
         ]  # 10 bits of mantissa
         return plain(*bits)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
-    found = device.tf32(backend())
-    assert found.wrong
-    assert found.answer.startswith("no, ")
+    answer = device.tf32(backend())
+    assert answer.wrong
+    assert answer.answer.startswith("no, ")
 
 
 def test_a_copy_that_loses_its_source_is_counted() -> None:
@@ -218,9 +218,9 @@ def test_a_copy_that_loses_its_source_is_counted() -> None:
 
 
 def test_launches_are_divided_by_their_number() -> None:
-    found = launches.launch(backend())
-    assert found.evidence["add of one element us"] == 20.0  # a round of 50 takes a millisecond
-    assert found.evidence["add as a node of a graph us"] == 2.0  # five replays of a hundred
+    answer = launches.launch(backend())
+    assert answer.evidence["add of one element us"] == 20.0  # a round of 50 takes a millisecond
+    assert answer.evidence["add as a node of a graph us"] == 2.0  # five replays of a hundred
     assert launches.launch(backend(graph=lambda call: None)).answer.endswith("this stack has no graphs")
 
 
@@ -235,10 +235,10 @@ def test_launches_are_divided_by_their_number() -> None:
     ],
 )
 def test_the_host_is_answered_truthfully(name: str, code: int, said: str) -> None:
-    found, exit_code = ask.answer(name, "cpu")
+    answer, exit_code = ask.answer(name, "cpu")
     assert exit_code == code
-    assert found.answer.startswith(said)
-    assert found.question == asking.QUESTIONS[name].text
+    assert answer.answer.startswith(said)
+    assert answer.question == asking.QUESTIONS[name].text
 
 
 def test_a_probe_that_raises_is_no_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,6 +246,6 @@ def test_a_probe_that_raises_is_no_missing_library(monkeypatch: pytest.MonkeyPat
         raise IndexError("off by one")
 
     monkeypatch.setitem(asking.QUESTIONS, "broken", asking.Question("Why?", broken, False))
-    found, code = ask.answer("broken", "cpu")
+    answer, code = ask.answer("broken", "cpu")
     assert code == 1
-    assert found.answer.startswith("it raised IndexError: off by one")
+    assert answer.answer.startswith("it raised IndexError: off by one")

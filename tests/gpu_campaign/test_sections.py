@@ -54,13 +54,13 @@ def steps(*words: str, smoke: str = "", backend: str = "nvidia") -> dict[str, St
         [str(HERE / "first_hour.sh"), "--list", *words], env=env, capture_output=True, text=True, check=True
     )
     names, commands = (done.stdout.splitlines()[first::2] for first in (0, 1))
-    found = {}
+    by_name = {}
     for name, command in zip(names, commands, strict=True):
         _, _, _, limit, python, *rest = shlex.split(command)
         assert python == "python"
-        found[name.removeprefix("# ")] = Step(int(limit), tuple(rest))
-    assert len(found) == len(names)
-    return found
+        by_name[name.removeprefix("# ")] = Step(int(limit), tuple(rest))
+    assert len(by_name) == len(names)
+    return by_name
 
 
 def parse(words: tuple[str, ...]) -> None:

@@ -39,7 +39,7 @@ def timed(case: Case, times: dict[tuple[str, bool], float], **changes: Any) -> C
 def layer(file: str, mode: str, ops: dict[str, str], times: dict[tuple[str, bool], float]) -> Run:
     """Return a run of the layer with one case."""
     run = results.read(STORED / file)
-    case = next(one for one in run.cases if (one.mode, one.implementation) == (mode, "mla"))
+    case = next(timed for timed in run.cases if (timed.mode, timed.implementation) == (mode, "mla"))
     return msgspec.structs.replace(run, cases=[timed(case, times, ops=ops)])
 
 
@@ -104,8 +104,8 @@ def test_decode_of_the_default_config_is_judged_in_a_graph(ms: float, result: st
     """16 tokens in 0.16 ms are 100,000 a second."""
     ops = {"latent_attention": "triton_latent"}
     run = layer(V2, "decode", ops, {("graph", False): ms, EAGER_HOST: 0.01, GRAPH_DEVICE: 0.01})
-    found = verdicts(layers={"a": run})[0]
-    assert found == (result, f"{16 / ms * 1e3:.4g} tok/s", "decode, mla: graph, host clock")
+    verdict = verdicts(layers={"a": run})[0]
+    assert verdict == (result, f"{16 / ms * 1e3:.4g} tok/s", "decode, mla: graph, host clock")
     eager = layer(V2, "decode", ops, {EAGER_HOST: 0.01})
     assert verdicts(layers={"a": eager})[0][::2] == ("not run", "decode, mla: not timed like that")
 
@@ -113,21 +113,21 @@ def test_decode_of_the_default_config_is_judged_in_a_graph(ms: float, result: st
 def test_prefill_and_a_step_of_r1_have_their_own_clocks() -> None:
     prefill = layer(V2, "prefill", {"expanded_attention": "triton_expanded"}, {EAGER_HOST: 0.3})
     step = layer(R1, "decode", {"latent_attention": "triton_latent"}, {GRAPH_DEVICE: 0.2, EAGER_HOST: 5.0})
-    found = verdicts(layers={"a": prefill, "b": step})
-    assert found[1] == ("met", "0.3 ms", "prefill, mla: eager, host clock")
-    assert found[2] == ("met", "0.2 ms", "decode, mla: graph, device clock")
+    judged = verdicts(layers={"a": prefill, "b": step})
+    assert judged[1] == ("met", "0.3 ms", "prefill, mla: eager, host clock")
+    assert judged[2] == ("met", "0.2 ms", "decode, mla: graph, device clock")
 
 
 def test_the_layer_with_another_kernel_says_nothing_unless_ours_was_run_besides() -> None:
     times = {("graph", False): 0.1, EAGER_HOST: 0.1}
     other = layer(V2, "decode", {"latent_attention": "flash_mla"}, times)
     assert verdicts(layers={"a": other})[0][2] == "decode of deepseek-v2-lite: attention was flash_mla"
-    own = layer(V2, "decode", {"latent_attention": "triton_latent"}, times)
-    assert verdicts(layers={"a": other, "own-deepseek-v2-lite": own})[0][0] == "met"
+    ours = layer(V2, "decode", {"latent_attention": "triton_latent"}, times)
+    assert verdicts(layers={"a": other, "own-deepseek-v2-lite": ours})[0][0] == "met"
     slow = layer(
         V2, "decode", {"latent_attention": "triton_latent"}, {("graph", False): 0.5, EAGER_HOST: 0.1}
     )
-    both = verdicts(layers={"own-deepseek-v2-lite": own, "a": slow})
+    both = verdicts(layers={"own-deepseek-v2-lite": ours, "a": slow})
     assert both[0][0] == "met", "the run with the tuning comes first"
 
 
@@ -137,9 +137,9 @@ def test_shares_are_judged_by_the_lowest_of_the_large_shapes() -> None:
         op("triton_latent", 9.0, shape="small", gigabytes=0.9),
         op("triton_latent", 1.6, heads=128, shape="c"),
     )  # fmt: skip
-    found = verdicts(rivals=rivals, ceilings=CEILINGS)
-    assert found[3] == ("met", "87%", "b, the lowest of 2; geometric mean 89%")
-    assert found[4] == ("not met", "62%", "c, the lowest of 1; geometric mean 62%")
+    judged = verdicts(rivals=rivals, ceilings=CEILINGS)
+    assert judged[3] == ("met", "87%", "b, the lowest of 2; geometric mean 89%")
+    assert judged[4] == ("not met", "62%", "c, the lowest of 1; geometric mean 62%")
 
 
 def test_a_large_shape_without_a_number_leaves_the_target_open_and_a_wrong_one_misses_it() -> None:

@@ -99,9 +99,9 @@ def tuned(*tiles: Tile, kind: Any = "latent", changes: tuple[Change, ...] = (TWO
     return TileClass("latent-16", kind, 1, (Shape(2, 9, 2), Shape(1, 20, 2, 2)), tiles, changes)
 
 
-def tuner(device: Device, one: TileClass, path: Path) -> tuple[Tuner, Sweep]:
-    found = trials.opened(path, one.name, {"card": "X", "date": "today"})
-    return Tuner(device, one, device.make, path, found, QUICK, RAGGED), found  # type: ignore[arg-type]
+def tuner(device: Device, tiles: TileClass, path: Path) -> tuple[Tuner, Sweep]:
+    sweep = trials.opened(path, tiles.name, {"card": "X", "date": "today"})
+    return Tuner(device, tiles, device.make, path, sweep, QUICK, RAGGED), sweep  # type: ignore[arg-type]
 
 
 def always() -> float:
@@ -110,17 +110,17 @@ def always() -> float:
 
 @pytest.mark.parametrize("kind", ["latent", "expanded"])
 def test_tiles_are_ranked_by_their_times_on_all_shapes(kind: str, tmp_path: Path) -> None:
-    sweeping, found = tuner(Device(), tuned(D, A, B, C, kind=kind), tmp_path / "x.json")
+    sweeping, sweep = tuner(Device(), tuned(D, A, B, C, kind=kind), tmp_path / "x.json")
     assert sweeping.run(always, 60) == 0
     twice = [replace(tile, **TWO) for tile in (A, B, C, D)]
-    assert [trial.tile for trial in found.ranked()][:5] == [
+    assert [trial.tile for trial in sweep.ranked()][:5] == [
         twice[0], A, twice[1], twice[2], replace(A, **WHOLE)
     ]  # fmt: skip
-    assert found.ranked()[1].us == pytest.approx(
+    assert sweep.ranked()[1].us == pytest.approx(
         {"2 requests x 9 keys, 2 heads": 16e3, "1 requests x 2 queries x 20 keys, 2 heads": 16e3}
     )
-    assert len([trial for trial in found.trials if trial.tile in twice]) == BEST
-    assert trials.read(tmp_path / "x.json") == found
+    assert len([trial for trial in sweep.trials if trial.tile in twice]) == BEST
+    assert trials.read(tmp_path / "x.json") == sweep
 
 
 def test_a_tile_that_does_not_fit_is_wrong_or_breaks_is_left_out_with_the_reason(tmp_path: Path) -> None:
@@ -135,15 +135,15 @@ def test_a_tile_that_does_not_fit_is_wrong_or_breaks_is_left_out_with_the_reason
 
     device = Troubled()
     device.ops = lambda: device.make(Tuning({1: D}, {1: D}), Launcher())  # type: ignore[method-assign]
-    sweeping, found = tuner(device, tuned(A, B, C, D, changes=()), tmp_path / "x.json")
+    sweeping, sweep = tuner(device, tuned(A, B, C, D, changes=()), tmp_path / "x.json")
     sweeping.run(always, 60)
-    assert [trial.tile for trial in found.ranked()] == [D]
-    faults = {trial.tile: (trial.fault, trial.wrong) for trial in found.trials}
+    assert [trial.tile for trial in sweep.ranked()] == [D]
+    faults = {trial.tile: (trial.fault, trial.wrong) for trial in sweep.trials}
     assert faults[A] == ("attend runs with another tile, as 16 rows do not fit this device", False)
     assert faults[B][0].startswith("wrong by 0.05 of a row's norm with 2 requests x 9 keys")
     assert faults[B][1]
     assert faults[C] == ("attend does not fit this device in any tile.", False)
-    assert tune.say_best(found) == 4
+    assert tune.say_best(sweep) == 4
 
 
 def test_every_shape_is_checked_before_any_is_timed(tmp_path: Path) -> None:
@@ -152,10 +152,10 @@ def test_every_shape_is_checked_before_any_is_timed(tmp_path: Path) -> None:
             out[0] *= 2 if len(out) == 2 else 1
 
     device = LateFault()
-    one = TileClass("latent-16", "latent", 1, (Shape(3, 9, 2), Shape(2, 20, 2)), (A,))
-    sweeping, found = tuner(device, one, tmp_path / "x.json")
+    tiles = TileClass("latent-16", "latent", 1, (Shape(3, 9, 2), Shape(2, 20, 2)), (A,))
+    sweeping, sweep = tuner(device, tiles, tmp_path / "x.json")
     sweeping.run(always, 60)
-    assert {trial.fault for trial in found.trials} == {
+    assert {trial.fault for trial in sweep.trials} == {
         "wrong by 1 of a row's norm with 2 requests x 20 keys, 2 heads"
     }
     assert device.now == 2 * 2 * device.cost(A), "two trials of two shapes, once each"
@@ -165,12 +165,12 @@ def test_only_the_fastest_is_checked_with_ragged_lengths_and_lse_and_all_is_time
     tmp_path: Path,
 ) -> None:
     device, path = Device(), tmp_path / "x.json"
-    sweeping, found = tuner(device, tuned(A, B, C), path)
+    sweeping, sweep = tuner(device, tuned(A, B, C), path)
     sweeping.run(always, 60)
-    best = found.best()
+    best = sweep.best()
     assert best is not None
-    assert best.tile == replace(A, **TWO) == found.ranked()[0].tile
-    assert [trial.tile for trial in found.trials if trial.confirmed] == [best.tile]
+    assert best.tile == replace(A, **TWO) == sweep.ranked()[0].tile
+    assert [trial.tile for trial in sweep.trials if trial.confirmed] == [best.tile]
     with_lse = [(tile, rows) for tile, rows, lse in device.called if lse]
     assert with_lse == [(best.tile, RAGGED_ROWS)]
     assert [rows for _, rows, _ in device.called].count(RAGGED_ROWS) == 1
@@ -190,12 +190,12 @@ def test_the_next_tile_is_taken_if_the_fastest_is_wrong_where_lengths_differ(of:
             if of == "lse" and tile in (A, B):
                 lse[0, 0] += 0.1
 
-    sweeping, found = tuner(Uneven(), tuned(A, B, C, D, changes=()), tmp_path / "x.json")
+    sweeping, sweep = tuner(Uneven(), tuned(A, B, C, D, changes=()), tmp_path / "x.json")
     sweeping.run(always, 60)
-    assert found.best() == found.find(C)
-    assert {trial.tile for trial in found.trials if trial.wrong} == {A, B}
-    assert all("with ragged lengths" in trial.fault for trial in found.trials if trial.wrong)
-    assert tune.say_best(found) == 4
+    assert sweep.best() == sweep.find(C)
+    assert {trial.tile for trial in sweep.trials if trial.wrong} == {A, B}
+    assert all("with ragged lengths" in trial.fault for trial in sweep.trials if trial.wrong)
+    assert tune.say_best(sweep) == 4
 
 
 def test_a_sweep_without_a_confirmed_tile_gives_no_tuning() -> None:
@@ -211,25 +211,25 @@ def test_rows_that_are_not_written_are_wrong(tmp_path: Path) -> None:
         def act(self, tile: Tile, launcher: Launcher, out: torch.Tensor) -> None:
             out[0, 0] = torch.nan
 
-    sweeping, found = tuner(Forgetful(), tuned(A, changes=()), tmp_path / "x.json")
+    sweeping, sweep = tuner(Forgetful(), tuned(A, changes=()), tmp_path / "x.json")
     sweeping.run(always, 60)
-    assert all(trial.wrong and trial.fault.startswith("wrong by inf") for trial in found.trials)
+    assert all(trial.wrong and trial.fault.startswith("wrong by inf") for trial in sweep.trials)
 
 
 def test_a_sweep_that_was_cut_goes_on_and_tries_nothing_twice(tmp_path: Path) -> None:
     tiles, path = tuned(A, B, C, D), tmp_path / "x.json"
     left = itertools.chain([60.0, 50.0, 10.0], itertools.repeat(0.0))
-    sweeping, found = tuner(Device(), tiles, path)
+    sweeping, sweep = tuner(Device(), tiles, path)
     assert sweeping.run(lambda: next(left), 60) == 2 + 2 * 2, "two tiles, and the other two in two ways"
-    assert {trial.tile for trial in found.trials} == {None, A, B}, "no time was left for changes"
+    assert {trial.tile for trial in sweep.trials} == {None, A, B}, "no time was left for changes"
     path.write_bytes(path.read_bytes().replace(b'"fault": ""', b'"fault": "kept"', 1))
     device = Device()
-    sweeping, found = tuner(device, tiles, path)
+    sweeping, sweep = tuner(device, tiles, path)
     assert sweeping.run(always, 60) == 0
-    assert [trial.fault for trial in found.trials].count("kept") == 1
+    assert [trial.fault for trial in sweep.trials].count("kept") == 1
     changed = {replace(tile, **change) for tile in (A, B, C) for change in (TWO, WHOLE)}
-    assert {trial.tile for trial in found.trials} == {None, A, B, C, D, *changed}
-    tried, clock = len(found.trials), device.now
+    assert {trial.tile for trial in sweep.trials} == {None, A, B, C, D, *changed}
+    tried, clock = len(sweep.trials), device.now
     assert tuner(device, tiles, path)[0].run(always, 60) == 0
     assert (len(trials.read(path).trials), device.now) == (tried, clock), "changed tiles are none of the best"
 
@@ -243,10 +243,10 @@ def test_a_tile_that_ended_the_process_is_not_tried_again(tmp_path: Path) -> Non
     path = tmp_path / "x.json"
     with pytest.raises(KeyboardInterrupt):
         tuner(Deadly(), tuned(A, B, C), path)[0].run(always, 60)
-    sweeping, found = tuner(Deadly(), tuned(A, B, C), path)
+    sweeping, sweep = tuner(Deadly(), tuned(A, B, C), path)
     assert sweeping.run(always, 60) == 0
-    assert {trial.tile for trial in found.trials if trial.fault} == {B}
-    assert [trial.fault for trial in found.trials if trial.tile == B] == [trials.BROKE_OFF]
+    assert {trial.tile for trial in sweep.trials if trial.fault} == {B}
+    assert [trial.fault for trial in sweep.trials if trial.tile == B] == [trials.BROKE_OFF]
 
 
 def test_times_of_another_stack_are_not_kept(tmp_path: Path) -> None:
@@ -259,10 +259,10 @@ def test_times_of_another_stack_are_not_kept(tmp_path: Path) -> None:
 
 
 def sweep(name: str, *times: tuple[Tile | None, float], **facts: str) -> Sweep:
-    found = Sweep(tuned=name, facts={"card": "Card 1", "torch": "2.14", **facts})
+    kept_sweep = Sweep(tuned=name, facts={"card": "Card 1", "torch": "2.14", **facts})
     for tile, us in times:
-        found.put(Trial(tile=tile, us={"a": us, "b": us}, confirmed=True))
-    return found
+        kept_sweep.put(Trial(tile=tile, us={"a": us, "b": us}, confirmed=True))
+    return kept_sweep
 
 
 B2 = replace(B, **TWO)
@@ -273,28 +273,28 @@ SWEEPS = {
     "expanded-64": sweep("expanded-64", (D, 50.0), (A, 60.0)),
     "expanded-128": sweep("expanded-128", (B, 70.0)),
 }
-SMALL = [one for one in SMOKE if not one.name.endswith("-128")]
+SMALL = [tiles for tiles in SMOKE if not tiles.name.endswith("-128")]
 
 
 def test_small_and_large_calls_alike_get_their_own_fastest_tile() -> None:
     best = choice.chosen(SMALL, SWEEPS)
-    assert {name: one.tile for name, one in best.items()} == {
+    assert {name: trial.tile for name, trial in best.items()} == {
         "latent-16": B2, "latent-64": A, "expanded-64": D,
     }  # fmt: skip
-    found = choice.tuning_of(SMALL, best)
-    assert (dict(found.latent), dict(found.expanded)) == ({1: B2, 33: A}, {1: D})
+    tuning = choice.tuning_of(SMALL, best)
+    assert (dict(tuning.latent), dict(tuning.expanded)) == ({1: B2, 33: A}, {1: D})
 
 
 def test_decode_is_also_tried_with_other_programs_and_whole_latents_and_prompts_are_not() -> None:
-    for one in FULL:
-        changed = {(tile.programs, tile.halves) for tile in one.finalists(one.tiles[:2])}
-        latent = one.kind == "latent"
+    for tiles in FULL:
+        changed = {(tile.programs, tile.halves) for tile in tiles.finalists(tiles.tiles[:2])}
+        latent = tiles.kind == "latent"
         assert changed == ({(1, True), (3, True), (4, True), (2, False)} if latent else set())
-        assert {tile.programs for tile in one.tiles} == {2 if latent else 1}
+        assert {tile.programs for tile in tiles.tiles} == {2 if latent else 1}
 
 
 def test_a_class_without_a_time_or_of_other_versions_gives_no_tuning() -> None:
-    short = {name: one for name, one in SWEEPS.items() if name != "expanded-64"}
+    short = {name: sweep for name, sweep in SWEEPS.items() if name != "expanded-64"}
     with pytest.raises(choice.NothingMeasured, match="no tile was timed and confirmed for expanded-64: "):
         choice.chosen(SMALL, short)
     with pytest.raises(choice.NothingMeasured, match="different cards or versions"):
@@ -306,8 +306,8 @@ def test_a_class_without_a_time_or_of_other_versions_gives_no_tuning() -> None:
 
 
 def test_the_file_is_what_a_plugin_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, one in SWEEPS.items():
-        trials.save(one, tmp_path / f"card-{name}.json")
+    for name, sweep in SWEEPS.items():
+        trials.save(sweep, tmp_path / f"card-{name}.json")
     target = tmp_path / "tuning" / "card-1.json"
     folders = ["--sweeps", str(tmp_path), "--out", str(target.parent)]
     words = ["choose", "--backend", "acme", "--smoke", *folders]
@@ -338,16 +338,16 @@ def test_a_backend_without_these_ops_is_refused() -> None:
 def test_every_row_count_has_a_class_and_every_class_is_measured_with_rows_of_its_own(
     every: tuple[TileClass, ...], kind: str
 ) -> None:
-    those = [one for one in every if one.kind == kind]
-    ends = [one.least for one in those[1:]] + [10**9]
+    those = [tiles for tiles in every if tiles.kind == kind]
+    ends = [tiles.least for tiles in those[1:]] + [10**9]
     assert those[0].least == 1
-    for one, end in zip(those, ends, strict=True):
-        rows = [shape.queries * (shape.heads if kind == "latent" else 1) for shape in one.shapes]
-        assert all(one.least <= count < end for count in rows)
-        assert len(set(one.tiles)) == len(one.tiles) > 0
+    for tiles, end in zip(those, ends, strict=True):
+        rows = [shape.queries * (shape.heads if kind == "latent" else 1) for shape in tiles.shapes]
+        assert all(tiles.least <= count < end for count in rows)
+        assert len(set(tiles.tiles)) == len(tiles.tiles) > 0
 
 
 def test_devices_with_little_shared_memory_and_registers_find_a_tile() -> None:
-    latent = {tile for one in FULL if one.kind == "latent" for tile in one.tiles}
+    latent = {tile for tiles in FULL if tiles.kind == "latent" for tile in tiles.tiles}
     assert Tile(16, 16, 4, 1, programs=2) in latent
     assert not {tile for tile in latent if tile.rows == 64 and tile.warps == 4}

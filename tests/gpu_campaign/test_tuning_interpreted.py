@@ -29,8 +29,8 @@ def test_tiles_of_interpreted_kernels_are_right_and_get_a_time(tmp_path: Path) -
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found, tuned = trials.read(target), classes(smoke=True)["latent-16"]
-    assert [trial.fault for trial in found.trials] == [""] * len(found.trials)
-    assert {trial.tile for trial in found.ranked()} == {*tuned.tiles, *tuned.finalists(tuned.tiles)}
-    assert found.facts["card"] == "interpreted"
+    sweep, tuned = trials.read(target), classes(smoke=True)["latent-16"]
+    assert [trial.fault for trial in sweep.trials] == [""] * len(sweep.trials)
+    assert {trial.tile for trial in sweep.ranked()} == {*tuned.tiles, *tuned.finalists(tuned.tiles)}
+    assert sweep.facts["card"] == "interpreted"
     assert "of 7 tried and 0 left out" in done.stdout

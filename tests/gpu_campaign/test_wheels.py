@@ -80,7 +80,7 @@ def wheel(folder: Path, name: str, version: str, files: dict[str, str]) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         for file, text in {
             **files,
-            **{f"{stem}.dist-info/{one}": text for one, text in info.items()},
+            **{f"{stem}.dist-info/{name}": text for name, text in info.items()},
         }.items():
             archive.writestr(file, text)
     return path
@@ -89,16 +89,16 @@ def wheel(folder: Path, name: str, version: str, files: dict[str, str]) -> Path:
 @pytest.mark.parametrize(("definition", "drift"), KINDS.items())
 def test_every_kind_of_drift_is_a_sentence(tmp_path: Path, definition: str, drift: list[str]) -> None:
     real = fetch.given(wheel(tmp_path, "acme", "1.0", {"acme/mla.py": definition}), "acme")
-    found = comparison.compare(Library("acme", CALLS), real)
-    assert found.drift == drift
-    assert found.checked == 1
+    result = comparison.compare(Library("acme", CALLS), real)
+    assert result.drift == drift
+    assert result.checked == 1
 
 
 def test_new_arguments_that_nobody_needs_are_notes(tmp_path: Path) -> None:
     definition = FAKE.replace("*, causal", "sinks=None, *, causal")
-    found = comparison.compare(Library("acme", CALLS), Sources("acme 1.0", {"acme/mla.py": definition}))
-    assert found.drift == []
-    assert found.notes == ["acme 1.0: Wrapper.plan also takes `sinks`, which the fake acme does not know"]
+    result = comparison.compare(Library("acme", CALLS), Sources("acme 1.0", {"acme/mla.py": definition}))
+    assert result.drift == []
+    assert result.notes == ["acme 1.0: Wrapper.plan also takes `sinks`, which the fake acme does not know"]
 
 
 def test_values_by_place_are_counted() -> None:
@@ -120,9 +120,9 @@ def test_values_by_place_are_counted() -> None:
 
 def test_an_adapter_that_this_checkout_lacks_is_a_note() -> None:
     library = Library("acme", (Call("planned", ("no_such_adapter:ARGUMENTS",), "acme", "acme"),))
-    found = comparison.compare(library, Sources("acme", {"acme.py": "def planned(): ..."}))
-    assert (found.checked, found.drift) == (0, [])
-    assert found.notes == [
+    result = comparison.compare(library, Sources("acme", {"acme.py": "def planned(): ..."}))
+    assert (result.checked, result.drift) == (0, [])
+    assert result.notes == [
         "acme: planned was not compared: this checkout has no mla_backends.kernels.no_such_adapter.ARGUMENTS"
     ]
 

@@ -27,10 +27,10 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def native() -> str:
     """Name the instruction set of the CPU's compiled kernels, for tests of bfloat16 that need them."""
-    found = mla.load_backend("cpu").environment()["kernels"]
-    if found == "off" or found.startswith("none"):
-        pytest.skip(f"compiled kernels for the CPU are {found}")
-    return found.partition(";")[0]
+    kernels = mla.load_backend("cpu").environment()["kernels"]
+    if kernels == "off" or kernels.startswith("none"):
+        pytest.skip(f"compiled kernels for the CPU are {kernels}")
+    return kernels.partition(";")[0]
 
 
 @pytest.fixture

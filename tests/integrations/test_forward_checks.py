@@ -21,10 +21,10 @@ PROMPT, TOKEN = torch.arange(3, 9)[None], torch.tensor([[7]])
 def trains(model: Any, *names: str) -> list[torch.nn.Parameter]:
     """Freeze all weights but these, and return these."""
     model.requires_grad_(False)
-    found = [model.get_parameter(name) for name in names]
-    for weight in found:
+    weights = [model.get_parameter(name) for name in names]
+    for weight in weights:
         weight.requires_grad = True
-    return found
+    return weights
 
 
 def forward(model: Any, **words: Any) -> Any:
@@ -137,9 +137,9 @@ def test_a_cache_goes_on_after_a_refusal(family: str, refused: str) -> None:
         with torch.no_grad():
             model(input_ids=PROMPT, **cache)
             for _ in range(attempts):
-                with pytest.raises(UnsupportedModel, match=message) as found:
+                with pytest.raises(UnsupportedModel, match=message) as raised:
                     run(model, **cache)
-                assert "\n" not in str(found.value)
+                assert "\n" not in str(raised.value)
             logits.append(model(input_ids=TOKEN, **cache).logits)
     assert torch.equal(*logits)
 

@@ -56,9 +56,9 @@ def test_both_runs_are_side_by_side(model_dir: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     sizes = []
     for name in ("transformers", r"mla \(cpu\)"):
-        found = re.search(rf"{name} +│ +\d+ ms +│ +\d+\.\d +│ +(\d+) KiB +│ +([\d.]+) MiB", done.stdout)
-        assert found, done.stdout
-        sizes.append((int(found[1]), float(found[2])))
+        match = re.search(rf"{name} +│ +\d+ ms +│ +\d+\.\d +│ +(\d+) KiB +│ +([\d.]+) MiB", done.stdout)
+        assert match, done.stdout
+        sizes.append((int(match[1]), float(match[2])))
     (their_weights, their_memory), (our_weights, our_memory) = sizes
     assert our_memory < their_memory
     assert our_weights > their_weights
@@ -74,9 +74,9 @@ def test_packed_weights_are_counted(family: str, dtype: torch.dtype) -> None:
     theirs = weight_bytes(model)
     held = sum(weight.nbytes for weight in model.state_dict().values())
     assert held <= theirs < held + 1024, "and frequencies of rotations"
-    projections = [(name, one) for name, one in model.named_parameters() if "_proj.weight" in name]
-    more = sum(one.nbytes for name, one in projections if "kv_b_proj" in name)
-    filled = sum(15 * one.nbytes // one.shape[0] for name, one in projections if "self_attn" in name)
+    projections = [(name, weight) for name, weight in model.named_parameters() if "_proj.weight" in name]
+    more = sum(weight.nbytes for name, weight in projections if "kv_b_proj" in name)
+    filled = sum(15 * weight.nbytes // weight.shape[0] for name, weight in projections if "self_attn" in name)
     ours = weight_bytes(use_mla(model))
     assert theirs + more <= ours < theirs + more + filled
     assert weight_bytes(restore(model)) == theirs
@@ -193,12 +193,12 @@ def test_what_the_model_generates_with_ends_a_text(model_dir: Path, tmp_path: Pa
     shutil.copytree(model_dir, folder)
     model, tokenizer = importlib.import_module("loading").load(str(folder), "cpu")
     ids = tokenizer("once upon", return_tensors="pt").input_ids
-    found = model.generate(ids, max_new_tokens=1, do_sample=False)[0].tolist()
-    model.generation_config.eos_token_id = [2, found[-1]]
+    generated = model.generate(ids, max_new_tokens=1, do_sample=False)[0].tolist()
+    model.generation_config.eos_token_id = [2, generated[-1]]
     model.generation_config.save_pretrained(folder)
     main = importlib.import_module("serve_loop").main
     done = CliRunner().invoke(main, [str(folder), "--prompt", "once upon", "--new-tokens", "40"])
-    assert done.stdout == f"0: {tokenizer.decode(found, skip_special_tokens=True)}\n"
+    assert done.stdout == f"0: {tokenizer.decode(generated, skip_special_tokens=True)}\n"
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_a_backend_may_be_given_itself(model: Any) -> None:
 
 
 def test_threads_share_a_model_in_use(model: Any) -> None:
-    prompts = [{"input_ids": PROMPT + one, "attention_mask": torch.ones_like(PROMPT)} for one in range(3)]
+    prompts = [{"input_ids": PROMPT + added, "attention_mask": torch.ones_like(PROMPT)} for added in range(3)]
     theirs = [generate(model, prompt, max_new_tokens=8) for prompt in prompts]
     use_mla(model)
     with ThreadPoolExecutor(3) as pool:

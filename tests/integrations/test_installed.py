@@ -19,9 +19,9 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 def test_a_release_that_is_too_old(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.__version__", version)
     expected = f"this needs transformers .+ or later, and {version} is installed: `pip install "
-    with pytest.raises(ImportError, match=expected) as found:
+    with pytest.raises(ImportError, match=expected) as refused:
         require_transformers()
-    assert "\n" not in str(found.value)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("version", [f"{OLDEST[0]}.{OLDEST[1]}.0", "5.100.0.dev0", "6.0.0rc1"])

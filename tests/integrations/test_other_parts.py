@@ -29,12 +29,12 @@ class HalfLayer(QuantizedLayer):
 
 @pytest.mark.parametrize("words", [{}, {"num_beams": 2}], ids=str)
 def test_a_quantized_cache(model: Any, prompts: Prompts, words: dict[str, Any]) -> None:
-    found = []
+    outputs = []
     for prepare in (lambda model: model, use_mla):
         cache = Cache(layers=[HalfLayer() for _ in range(2)])
-        found.append(generate(prepare(model), prompts, **{CACHE: cache}, **words))
+        outputs.append(generate(prepare(model), prompts, **{CACHE: cache}, **words))
         assert cache.layers[1]._quantized_keys.shape[2] > 60
-    assert torch.equal(*found)
+    assert torch.equal(*outputs)
 
 
 class Adapter(nn.Module):

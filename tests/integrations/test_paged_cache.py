@@ -196,7 +196,7 @@ def test_requests_that_go_on_alone_keep_their_pages(model: Any, prompts: Prompts
     cache = paged(use_mla(model), page_size=16)[CACHE]
     with torch.no_grad():
         model(**prompts, **{CACHE: cache})
-    before = [cache.latents.read(one) for one in cache._sequences]
+    before = [cache.latents.read(sequence) for sequence in cache._sequences]
     ids = list(cache._sequences)
     cache.reorder_cache(torch.tensor([2, 0, 2]))
     assert cache._sequences[:2] == [ids[2], ids[0]]
@@ -242,8 +242,8 @@ def broken_off(model: Any, prompts: Prompts, monkeypatch: pytest.MonkeyPatch) ->
         patch.setattr(model.model.layers[0].mlp, "forward", interrupt)
         with pytest.raises(KeyboardInterrupt):
             go_on(model, prompts, cache[CACHE])
-    found: PagedCache = cache[CACHE]
-    return found
+    paged_cache: PagedCache = cache[CACHE]
+    return paged_cache
 
 
 def interrupt(*arguments: Any) -> None:
@@ -280,9 +280,9 @@ def test_other_requests_go_on_when_a_step_broke_off(model: Any, broken_off: Page
     latents, ids = broken_off.latents, torch.tensor([[5, 6, 7]])
     broken_off.use(latents.new_sequences(1))
     with torch.no_grad():
-        found = model(input_ids=ids, **{CACHE: broken_off}).logits
+        logits = model(input_ids=ids, **{CACHE: broken_off}).logits
         expected = model(input_ids=ids, **paged(model)).logits
-    assert torch.equal(found, expected)
+    assert torch.equal(logits, expected)
 
 
 def test_a_prompt_is_used_again_from_a_copy(model: Any, prompts: Prompts) -> None:

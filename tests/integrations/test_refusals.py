@@ -189,9 +189,9 @@ def mixed() -> Any:
 def test_models_that_cannot_be_served(make: Callable[[], Any], message: str) -> None:
     model = make()
     before = [(name, type(module)) for name, module in model.named_modules()]
-    with pytest.raises(UnsupportedModel, match=message) as found:
+    with pytest.raises(UnsupportedModel, match=message) as refused:
         use_mla(model)
-    assert "\n" not in str(found.value)
+    assert "\n" not in str(refused.value)
     assert [(name, type(module)) for name, module in model.named_modules()] == before
 
 
@@ -203,11 +203,11 @@ def test_a_backend_that_is_not_there_changes_nothing(model: Any) -> None:
 
 
 def assert_same(model: Any, weights: dict[str, torch.Tensor]) -> None:
-    found = model.state_dict()
-    assert list(found) == list(weights)
+    state = model.state_dict()
+    assert list(state) == list(weights)
     assert all(
         weight.dtype == weights[name].dtype and torch.equal(weight, weights[name])
-        for name, weight in found.items()
+        for name, weight in state.items()
     )
 
 

@@ -24,7 +24,9 @@ def snapshot(model: Any) -> list[tuple[str, type, dict[str, Any]]]:
         (name, type(module), {key: value for key, value in vars(module).items() if key not in TABLES})
         for name, module in model.named_modules()
     ]
-    return modules + [(name, type(one), dict(vars(one))) for name, one in model.named_parameters()]
+    return modules + [
+        (name, type(parameter), dict(vars(parameter))) for name, parameter in model.named_parameters()
+    ]
 
 
 def bits(weights: dict[str, torch.Tensor]) -> dict[str, list[int]]:
@@ -48,8 +50,10 @@ def test_weights_that_kernels_packed_come_back_bit_for_bit(family: str, native: 
     before = bits(model.state_dict())
     use_mla(model, options={"native": native})
     packed = [module for module in model.modules() if isinstance(module, Packed)]
-    names = {one._choice.name for one in packed if isinstance(one, PackedLinear)}
-    cores = {one._core.ops[role].name for one in packed if isinstance(one, PackedKvB) for role in ABSORBED}
+    names = {module._choice.name for module in packed if isinstance(module, PackedLinear)}
+    cores = {
+        module._core.ops[role].name for module in packed if isinstance(module, PackedKvB) for role in ABSORBED
+    }
     assert "reference" not in names | cores
     assert bits(model.state_dict()) == before
     assert bits(restore(model).state_dict()) == before

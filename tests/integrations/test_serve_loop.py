@@ -44,25 +44,27 @@ class Watch:
     def _note_forward(self, model: Any, arguments: Any, output: Any) -> None:
         assert output.logits.shape[0] == len(self._now)
         size = self._latents.page_size
-        self.forwards.append({one: set((self._latents.slots(one) // size).tolist()) for one in self._now})
+        self.forwards.append(
+            {sequence: set((self._latents.slots(sequence) // size).tolist()) for sequence in self._now}
+        )
 
     def decodes(self) -> list[set[int]]:
         """Return the sequences of each forward in which all had been before."""
-        seen, found = set[int](), list[set[int]]()
+        seen, new_pages = set[int](), list[set[int]]()
         for forward in self.forwards:
             if forward.keys() <= seen:
-                found.append({*forward})
+                new_pages.append({*forward})
             seen |= forward.keys()
-        return found
+        return new_pages
 
     def owners(self) -> dict[int, set[int]]:
         """Return the sequences that held each page, one after the other."""
-        found: dict[int, set[int]] = {}
+        by_page: dict[int, set[int]] = {}
         for forward in self.forwards:
             for sequence, pages in forward.items():
                 for page in pages:
-                    found.setdefault(page, set()).add(sequence)
-        return found
+                    by_page.setdefault(page, set()).add(sequence)
+        return by_page
 
 
 @pytest.mark.parametrize(("pages", "together"), [(10, 2), (300, 4)])
@@ -76,7 +78,7 @@ def test_requests_get_what_they_get_alone(pages: int, together: int) -> None:
     ]
     server = Server(use_mla(model), max_tokens=8 * pages, at_once=4, page_size=8)
     watch = Watch(server)
-    served = {one.number: one for one in server.run(requests())}
+    served = {answer.number: answer for answer in server.run(requests())}
     assert [served[i].prompt + served[i].tokens for i in range(12)] == [ids[0].tolist() for ids in alone]
     assert server.cache.latents.free_pages == server.cache.latents.num_pages
     watch.stop()
@@ -102,4 +104,4 @@ def test_a_request_that_can_never_be_served_is_named(model: Any) -> None:
         list(server.run([Request(6, [5], 3), Request(7, [5], 64)]))
     with pytest.raises(ValueError, match="request 8 has no tokens"):
         list(server.run([Request(8, [], 3)]))
-    assert [one.number for one in server.run([Request(9, [5], 3)])] == [9]
+    assert [answer.number for answer in server.run([Request(9, [5], 3)])] == [9]

@@ -42,10 +42,10 @@ def test_a_cache_made_without_our_ops_goes_on_with_them_and_back(model: Any, pro
     first = generate(model, prompts, **words)
     whole = generate(model, prompts, max_new_tokens=60)
 
-    def go_on(found: Any) -> Any:
-        ids = found.sequences
+    def go_on(generated: Any) -> Any:
+        ids = generated.sequences
         mask = torch.cat((prompts["attention_mask"], ids.new_ones(3, ids.shape[1] - 11)), dim=1)
-        held = {CACHE: getattr(found, CACHE)}
+        held = {CACHE: getattr(generated, CACHE)}
         return generate(model, {"input_ids": ids, "attention_mask": mask}, **held, **words)
 
     use_mla(model)
@@ -75,8 +75,8 @@ def test_any_tokens_may_be_hidden(flags: list[list[bool]], past: int, family: st
                 first = model(input_ids=ids[:, :past], attention_mask=mask[:, :past], use_cache=True)
                 cache = {CACHE: getattr(first, CACHE)}
             logits.append(model(input_ids=ids[:, past:], attention_mask=mask, **cache).logits)
-    theirs, found = (one[sees[:, past:]] for one in logits)
-    assert torch.allclose(theirs, found, rtol=1e-3, atol=1e-3)
+    theirs, shown = (kept_logits[sees[:, past:]] for kept_logits in logits)
+    assert torch.allclose(theirs, shown, rtol=1e-3, atol=1e-3)
 
 
 def test_an_assistant_may_run_our_ops_too(model: Any) -> None:
@@ -102,8 +102,8 @@ def test_bf16_is_as_close_to_fp32_as_theirs(prompts: Prompts) -> None:
     for prepare in (lambda model: model, use_mla):
         model = prepare(make_model("deepseek_v3", torch.bfloat16))
         with torch.no_grad():
-            found = model(**prompts).logits[:, -1].double()
-        errors.append(float((found - exact).norm() / exact.norm()))
+            logits = model(**prompts).logits[:, -1].double()
+        errors.append(float((logits - exact).norm() / exact.norm()))
     assert errors[1] < 1.3 * errors[0]
 
 
@@ -120,9 +120,9 @@ def forced_logits(model: Any, ids: torch.Tensor, mask: torch.Tensor, **cache: An
     width = mask.shape[1]
     words = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": ids.shape[1] - width}
     words["prefix_allowed_tokens_fn"] = lambda request, sent: [int(ids[request, len(sent)])]
-    found = generate(model, {"input_ids": ids[:, :width], "attention_mask": mask}, **words, **cache)
-    assert torch.equal(found.sequences, ids)
-    return torch.stack(found.logits, dim=1).double()
+    generated = generate(model, {"input_ids": ids[:, :width], "attention_mask": mask}, **words, **cache)
+    assert torch.equal(generated.sequences, ids)
+    return torch.stack(generated.logits, dim=1).double()
 
 
 def test_kernels_for_bf16_are_as_close_to_fp32_as_theirs_at_every_step(native: str) -> None:
@@ -138,8 +138,8 @@ def test_kernels_for_bf16_are_as_close_to_fp32_as_theirs_at_every_step(native: s
     exact_model.set_attn_implementation("eager")
     exact = forced_logits(exact_model, *asked)
 
-    def errors(found: torch.Tensor) -> torch.Tensor:  # [B, t]
-        return (found - exact).norm(dim=-1) / exact.norm(dim=-1)
+    def errors(logits: torch.Tensor) -> torch.Tensor:  # [B, t]
+        return (logits - exact).norm(dim=-1) / exact.norm(dim=-1)
 
     theirs = errors(forced_logits(model, *asked))
     use_mla(model, options={"native": native})

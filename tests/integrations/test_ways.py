@@ -41,10 +41,10 @@ def go_on(more: int) -> Way:
         mask = torch.ones_like(ids)
         mask[:, :PROMPT] = prompts["attention_mask"]
         held = {CACHE: getattr(first, CACHE)}
-        found: torch.Tensor = generate(
+        tokens: torch.Tensor = generate(
             model, {"input_ids": ids, "attention_mask": mask}, **held, **words
         ).sequences
-        return found
+        return tokens
 
     return run
 

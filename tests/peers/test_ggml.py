@@ -54,19 +54,20 @@ def test_operands_and_results_pass_through_the_driver(folder: Path, layout: str)
     with Peer(folder, 1) as running:
         work = running.attention(q, keys, lengths, 0.3, 6, "f16", layout)
         assert len(work.time(1, 4)) == 4
-        found = work.result()
+        output = work.result()
     parts = keys.split(lengths)
     truth = [
-        attend(one[None], k[:, None], k[:, None, :6], 0.3, True)[0] for one, k in zip(q, parts, strict=True)
+        attend(query[None], k[:, None], k[:, None, :6], 0.3, True)[0]
+        for query, k in zip(q, parts, strict=True)
     ]
-    torch.testing.assert_close(found.double(), torch.cat(truth), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.double(), torch.cat(truth), rtol=1e-5, atol=1e-5)
 
 
 def test_a_product_passes_through_the_driver(folder: Path) -> None:
     weight, x = torch.randn(5, 7), torch.randn(3, 7)
     with Peer(folder, 1) as running:
-        found = running.product(weight, x, "f16").result()
-    torch.testing.assert_close(found.double(), product(x, weight), rtol=1e-5, atol=1e-5)
+        output = running.product(weight, x, "f16").result()
+    torch.testing.assert_close(output.double(), product(x, weight), rtol=1e-5, atol=1e-5)
 
 
 def test_what_the_driver_refuses_leaves_it_usable(folder: Path) -> None:
@@ -162,9 +163,9 @@ def test_a_folder_without_the_source_is_refused(tmp_path: Path) -> None:
     done = command("build.py", str(tmp_path), "--into", str(tmp_path / "into"))
     assert done.returncode == 2
     assert "holds no ggml/CMakeLists.txt and ggml/include/ggml.h: give a checkout" in done.stderr
-    found = source(tmp_path) / "ggml"
-    assert build.ggml_folder(tmp_path) == build.ggml_folder(found) == found.resolve()
-    assert build.commit_of(found) == "unknown"
+    built = source(tmp_path) / "ggml"
+    assert build.ggml_folder(tmp_path) == build.ggml_folder(built) == built.resolve()
+    assert build.commit_of(built) == "unknown"
 
 
 def test_a_missing_cmake_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

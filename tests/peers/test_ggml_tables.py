@@ -76,8 +76,8 @@ def rows(text: str) -> list[list[str]]:
 
 
 def test_ratios_are_medians_over_rounds() -> None:
-    found = rows(table.render(run_of(ATTENTION)))
-    cells = {row[-5]: row[-2] for row in found if len(row) >= 5}
+    table_rows = rows(table.render(run_of(ATTENTION)))
+    cells = {row[-5]: row[-2] for row in table_rows if len(row) >= 5}
     assert cells["mine"] == "-"
     assert cells["peer f16"] == "1.50x"  # of 1.5, 2.2 and 1.5; the medians' ratio is 2.2
     assert cells["reference"] == "4.00x"
@@ -142,8 +142,8 @@ def test_only_slow_peers_and_slow_products_of_torch_are_passed_over() -> None:
         way("torch", "torch", 49.0),
         way("slow torch", "torch", 51.0),
     ]
-    assert [one.name for one in try_out(tried)] == ["slow peer", "slow torch"]
-    assert [one.calls for one in tried] == [3, 1, 15, 10, 9, 1, 1]
+    assert [candidate.name for candidate in try_out(tried)] == ["slow peer", "slow torch"]
+    assert [candidate.calls for candidate in tried] == [3, 1, 15, 10, 9, 1, 1]
     assert try_out([way("ours", "ours", 20.0), way("torch", "torch", 79.0)]) == []
 
 
@@ -156,13 +156,13 @@ def test_every_way_is_visited_once_per_round_in_changing_order() -> None:
     orders = [tuple(said[start : start + 4]) for start in range(0, 24, 4)]
     assert all(sorted(order) == list("abcd") for order in orders)
     assert len(set(orders)) > 1
-    assert all(one.visits == [1.0] * 6 for one in tried)
+    assert all(candidate.visits == [1.0] * 6 for candidate in tried)
 
 
 def test_a_result_without_numbers_is_wrong() -> None:
-    one = way("ours", "ours", 1.0)
-    one.visits, one.result = [1.0], lambda: torch.tensor([1.0, torch.nan])
-    case = judged("1x4", "attention", 1, [one, way("peer", "peer", 1.0)], torch.ones(2).double(), [])
+    broken = way("ours", "ours", 1.0)
+    broken.visits, broken.result = [1.0], lambda: torch.tensor([1.0, torch.nan])
+    case = judged("1x4", "attention", 1, [broken, way("peer", "peer", 1.0)], torch.ones(2).double(), [])
     assert case.timings[0].wrong
     assert case.of("ours") == []
     assert list(case.passed_over) == ["peer"]

@@ -31,8 +31,8 @@ each = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: PROJECTS[fo
 
 
 def pythons(folder: Path) -> set[str]:
-    found = PROJECTS[folder]["project"]["classifiers"]
-    return {one.removeprefix(PYTHON) for one in found if one.startswith(PYTHON)}
+    classifiers = PROJECTS[folder]["project"]["classifiers"]
+    return {classifier.removeprefix(PYTHON) for classifier in classifiers if classifier.startswith(PYTHON)}
 
 
 def required(project: dict[str, Any]) -> list[Requirement]:
@@ -60,14 +60,14 @@ def test_a_distribution_takes_the_others_of_the_same_minor_version(folder: Path)
 
 @each
 def test_every_distribution_says_the_same_of_itself(folder: Path) -> None:
-    own, core = PROJECTS[folder]["project"], PROJECTS[ROOT]["project"]
+    project, core = PROJECTS[folder]["project"], PROJECTS[ROOT]["project"]
     for key in ("license", "license-files", "requires-python"):
-        assert own[key] == core[key], key
+        assert project[key] == core[key], key
     assert (folder / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
     shared = {
         classifier for classifier in core["classifiers"] if not classifier.startswith("Operating System")
     }
-    assert shared <= set(own["classifiers"])
+    assert shared <= set(project["classifiers"])
     assert "Typing :: Typed" in shared
 
 
@@ -97,12 +97,12 @@ def test_everybody_names_the_same_releases_of_transformers() -> None:
     """Those that pip accepts, the documentation names, CI tries, and error messages ask for."""
     (wanted,) = map(Requirement, PROJECTS[ROOT]["project"]["optional-dependencies"]["transformers"])
     assert [requirement.name for requirement in required(PROJECTS[ROOT])].count("transformers") == 1
-    (oldest,) = (one.version for one in wanted.specifier)
+    (oldest,) = (specifier.version for specifier in wanted.specifier)
     named = [
         re.findall(r"`transformers`\s\(?([\d.]+) to ([\d.]+)\b", (ROOT / name).read_text("utf-8"))
         for name in ("docs/install.md", "docs/transformers.md")
     ]
-    assert [len(found) for found in named] == [1, 1]
+    assert [len(pairs) for pairs in named] == [1, 1]
     assert named[0] == named[1]
     assert (named[0][0][0], Version(named[0][0][1]) > Version(oldest)) == (oldest, True)
     assert ".".join(map(str, OLDEST)) == oldest

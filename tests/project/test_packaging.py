@@ -64,15 +64,15 @@ def test_plugins_never_import_the_core_at_run_time(plugin: Path) -> None:
 
 def test_the_contract_never_imports_the_core() -> None:
     for path in python_files(ROOT / "backends" / "mla_backends"):
-        found = set(imports(path, run_time=False))
-        assert "mla" not in found, path
-        assert not [name for name in found if name.startswith("mla_backend_")], path
+        imported = set(imports(path, run_time=False))
+        assert "mla" not in imported, path
+        assert not [name for name in imported if name.startswith("mla_backend_")], path
 
 
 def test_the_core_never_imports_a_plugin() -> None:
     for path in python_files(ROOT / "mla"):
-        found = imports(path, run_time=False)
-        assert not [name for name in found if name.startswith("mla_backend_")], path
+        imported = imports(path, run_time=False)
+        assert not [name for name in imported if name.startswith("mla_backend_")], path
 
 
 def test_the_core_and_its_tests_never_name_a_vendor() -> None:

@@ -41,8 +41,8 @@ def package_of(name: str) -> str:
 
 
 def wheel(dist: Path, name: str) -> Path:
-    (found,) = dist.glob(f"{stem(name)}-{mla.__version__}-*.whl")
-    return found
+    (built,) = dist.glob(f"{stem(name)}-{mla.__version__}-*.whl")
+    return built
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -51,8 +51,10 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def metadata(path: Path) -> Message:
-    (found,) = (text for name, text in contents(path).items() if name.endswith(".dist-info/METADATA"))
-    return email.message_from_bytes(found)
+    (text_of_metadata,) = (
+        text for name, text in contents(path).items() if name.endswith(".dist-info/METADATA")
+    )
+    return email.message_from_bytes(text_of_metadata)
 
 
 def on_disk(folder: Path, package: str) -> dict[str, bytes]:

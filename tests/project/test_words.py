@@ -88,13 +88,13 @@ def banned(text: str, phrases: Mapping[str, str] = BANNED) -> Iterator[str]:
 def test_messages_and_help_use_the_words_of_the_field(folder: str) -> None:
     files = [path for path in sorted((ROOT / folder).rglob("*.py")) if "tests" not in path.parts]
     assert files
-    found = [
+    phrases = [
         f"{path.relative_to(ROOT)}:{line}: {phrase}"
         for path in files
         for line, text in sentences(path.read_text(encoding="utf-8"))
         for phrase in banned(text, BANNED_IN_MESSAGES)
     ]
-    assert found == [], "\n".join(found)
+    assert phrases == [], "\n".join(phrases)
 
 
 def test_descriptions_of_commands_use_the_words_of_the_field() -> None:
@@ -104,21 +104,21 @@ def test_descriptions_of_commands_use_the_words_of_the_field() -> None:
 
     commands = [*bench.commands.values(), conformance]
     assert len(commands) > 10
-    found = [f"{command.name}: {phrase}" for command in commands for phrase in banned(command.help or "")]
-    assert found == []
+    phrases = [f"{command.name}: {phrase}" for command in commands for phrase in banned(command.help or "")]
+    assert phrases == []
 
 
 def test_pages_use_the_words_of_the_field() -> None:
     pages = [path for path in tracked("*.md") if path.name != "CHANGELOG.md" and "tests" not in path.parts]
     assert len(pages) > 20
-    found = []
+    phrases = []
     for path in pages:
         text = QUOTED.sub(lambda match: "\n" * match[0].count("\n"), path.read_text(encoding="utf-8"))
         for paragraph in re.finditer(r"(?:.+\n?)+", text):
             line = text.count("\n", 0, paragraph.start()) + 1
             flat = " ".join(paragraph[0].split())
-            found += [f"{path.relative_to(ROOT)}:{line}: {phrase}" for phrase in banned(flat)]
-    assert found == [], "\n".join(found)
+            phrases += [f"{path.relative_to(ROOT)}:{line}: {phrase}" for phrase in banned(flat)]
+    assert phrases == [], "\n".join(phrases)
 
 
 def test_the_scan_sees_formatted_strings_and_no_docstrings() -> None:

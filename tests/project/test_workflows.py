@@ -36,9 +36,9 @@ def commands(text: str) -> list[str]:
 
 def listed(text: str, key: str) -> list[str]:
     """Return the values of a YAML list of plain words, on one line or several."""
-    found = re.search(rf"^ +{key}:(?: \[(.+)\]|((?:\n +- [\w.-]+)+))", text, re.MULTILINE)
-    assert found, key
-    return re.findall(r"[\w.-]*\w", found[1] or found[2])
+    match = re.search(rf"^ +{key}:(?: \[(.+)\]|((?:\n +- [\w.-]+)+))", text, re.MULTILINE)
+    assert match, key
+    return re.findall(r"[\w.-]*\w", match[1] or match[2])
 
 
 def test_the_scan_sees_what_a_workflow_calls() -> None:
@@ -83,7 +83,7 @@ def test_the_tests_run_on_every_python_and_torch_that_we_claim() -> None:
         for folder in (ROOT, ROOT / "plugins" / "cpu")
     )
     claimed = [re.search(r"Python :: (3\.\d+)$", classifier) for classifier in core["classifiers"]]
-    assert listed(text, "python") == [found[1] for found in claimed if found]
+    assert listed(text, "python") == [match[1] for match in claimed if match]
     (oldest,) = (
         dependency.removeprefix("torch>=")
         for dependency in cpu["dependencies"]
@@ -97,9 +97,9 @@ def test_the_oldest_transformers_has_a_job_of_its_own() -> None:
     """Only entries of the matrix are given what belongs to a torch, and this is none: it says all itself."""
     text = (ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8")
     assert listed(text, "transformers") == ["newest"]
-    found = re.search(r"\n( +)- transformers: oldest\n((?:\1  \w+: .+\n)+)", text)
-    assert found
-    job = dict(line.strip().split(": ", 1) for line in found[2].splitlines())
+    match = re.search(r"\n( +)- transformers: oldest\n((?:\1  \w+: .+\n)+)", text)
+    assert match
+    job = dict(line.strip().split(": ", 1) for line in match[2].splitlines())
     assert {"machine", "python", "torch", "requirement", "tests"} == job.keys()
     assert "tests/integrations" in job["tests"].split()
     assert "\n          TRANSFORMERS: ${{ matrix.transformers }}\n" in text
@@ -115,17 +115,17 @@ def test_root_of_a_container_has_a_home_of_its_own() -> None:
 
 def test_whatever_makes_a_wheel_starts_the_workflow_of_wheels() -> None:
     text = (ROOT / ".github" / "workflows" / "wheels.yml").read_text("utf-8")
-    found = re.search(r"^ +paths: \[(.+)\]$", text, re.MULTILINE)
-    assert found
-    paths = {part.strip(' "') for part in found[1].split(",")}
+    match = re.search(r"^ +paths: \[(.+)\]$", text, re.MULTILINE)
+    assert match
+    paths = {part.strip(' "') for part in match[1].split(",")}
     assert {"mla/**", "backends/**", "plugins/**", "packaging/**", "**/pyproject.toml"} <= paths
 
 
 def test_the_gate_looks_for_the_browsers_that_the_tests_know() -> None:
     text = (ROOT / ".ci" / "run").read_text("utf-8")
-    found = re.search(r"^for name in (.+); do$", text, re.MULTILINE)
-    assert found
-    assert tuple(found[1].split()) == chromium.NAMES
+    match = re.search(r"^for name in (.+); do$", text, re.MULTILINE)
+    assert match
+    assert tuple(match[1].split()) == chromium.NAMES
     assert "browser=${CHROME:-}\n" in text
 
 

@@ -48,18 +48,18 @@ class _Reader(HTMLParser):
         self._style = False
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = {name: value or "" for name, value in attrs}
+        values = {name: value or "" for name, value in attrs}
         page = self.page
-        page.anchors += [found[name] for name in ("id", "name") if name in found and tag != "meta"]
-        if tag == "a" and "href" in found:
-            page.links.append(found["href"])
-        if not (tag == "link" and found.get("rel") in ("canonical", "next", "prev")):
+        page.anchors += [values[name] for name in ("id", "name") if name in values and tag != "meta"]
+        if tag == "a" and "href" in values:
+            page.links.append(values["href"])
+        if not (tag == "link" and values.get("rel") in ("canonical", "next", "prev")):
             page.fetched += [
-                url for name in _FETCHED.get(tag, ()) for url in _urls(name, found.get(name, ""))
+                url for name in _FETCHED.get(tag, ()) for url in _urls(name, values.get(name, ""))
             ]
-        page.fetched += _IN_STYLE.findall(found.get("style", ""))
+        page.fetched += _IN_STYLE.findall(values.get("style", ""))
         if tag == "img":
-            page.pictures.append(found.get("alt", ""))
+            page.pictures.append(values.get("alt", ""))
         self._style = tag == "style"
 
     def handle_data(self, data: str) -> None:

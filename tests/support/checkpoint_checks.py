@@ -12,12 +12,12 @@ from mla import MLAConfig
 from mla.checkpoint import CheckpointError, read_layer
 
 
-def same(found: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
+def same(read: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
     """Check that two layers are equal, dtypes included."""
-    assert set(found) == set(state)
+    assert set(read) == set(state)
     for name, weight in state.items():
-        assert found[name].dtype == weight.dtype, name
-        assert torch.equal(found[name], weight), name
+        assert read[name].dtype == weight.dtype, name
+        assert torch.equal(read[name], weight), name
 
 
 def refused(folder: Path, config: MLAConfig, reason: str, layer: int | None = None) -> None:

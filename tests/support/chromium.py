@@ -68,7 +68,7 @@ class Chromium:
         if self._session:
             message["sessionId"] = self._session
         os.write(self._commands, json.dumps(message).encode() + b"\0")
-        answer = self._until(lambda one: one.get("id") == number)
+        answer = self._until(lambda message: message.get("id") == number)
         if "error" in answer:
             raise ChromiumError(f"{method}: {answer['error']}")
         return dict(answer["result"])
@@ -77,7 +77,7 @@ class Chromium:
         """Load a file or an address, wait until it has loaded, and forget what earlier pages said."""
         self.console.clear()
         self("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
-        self._until(lambda one: one.get("method") == "Page.loadEventFired")
+        self._until(lambda message: message.get("method") == "Page.loadEventFired")
 
     def width(self, pixels: int, height: int = 900) -> None:
         """Lay the page out as on a screen of this width in CSS pixels."""
@@ -96,21 +96,21 @@ class Chromium:
 
     def run(self, script: str) -> Any:
         """Return the value of a JavaScript expression in the page; its own policy does not apply."""
-        found = self("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
-        if "exceptionDetails" in found:
-            raise ChromiumError(str(found["exceptionDetails"]))
-        return found["result"].get("value")
+        answer = self("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        if "exceptionDetails" in answer:
+            raise ChromiumError(str(answer["exceptionDetails"]))
+        return answer["result"].get("value")
 
     def screenshot(self, path: Path) -> None:
         """Write the whole page as a PNG."""
-        found = self("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(found["data"]))
+        answer = self("Page.captureScreenshot", captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(answer["data"]))
 
     def pdf(self, path: Path) -> None:
         """Print the page on A4."""
         size = {"paperWidth": 8.27, "paperHeight": 11.69}
-        found = self("Page.printToPDF", printBackground=False, preferCSSPageSize=True, **size)
-        path.write_bytes(base64.b64decode(found["data"]))
+        answer = self("Page.printToPDF", printBackground=False, preferCSSPageSize=True, **size)
+        path.write_bytes(base64.b64decode(answer["data"]))
 
     def close(self) -> None:
         """End the browser."""
@@ -145,8 +145,8 @@ def _moved(commands: int, answers: int) -> Callable[[], None]:
     """Return what puts both pipes where the browser looks for them."""
 
     def move() -> None:
-        kept = [os.dup(one) for one in (commands, answers)]  # either may already be 3 or 4
-        for own, theirs in zip(kept, THEIRS, strict=True):
-            os.dup2(own, theirs, inheritable=True)
+        kept = [os.dup(descriptor) for descriptor in (commands, answers)]  # either may already be 3 or 4
+        for ours, theirs in zip(kept, THEIRS, strict=True):
+            os.dup2(ours, theirs, inheritable=True)
 
     return move

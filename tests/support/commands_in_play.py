@@ -36,8 +36,8 @@ def commands(file: Path) -> list[str]:
 def spelt_out(line: str, file: Path) -> list[str]:
     """Return the words of a command line."""
     short = dict(re.findall(r"^# ([A-Z]+): (.*)$", file.read_text(), re.MULTILINE))
-    while found := next((word for word in line.split() if word in short), None):
-        line = line.replace(found, short[found])
+    while word_known := next((word for word in line.split() if word in short), None):
+        line = line.replace(word_known, short[word_known])
     return shlex.split(line)
 
 
@@ -47,40 +47,40 @@ def shape(value: Any) -> Any:
         return {key: "map" if key in MAPS else shape(inner) for key, inner in value.items()}
     if isinstance(value, list):
         inner: Any = None
-        for one in value:
-            inner = merged(inner, shape(one))
+        for item in value:
+            inner = merged(inner, shape(item))
         return {"[]": inner}
     kinds = {bool: "bool", int: "number", float: "number", str: "text"}
     return None if value is None else kinds[type(value)]
 
 
-def merged(one: Any, other: Any) -> Any:
+def merged(first: Any, other: Any) -> Any:
     """Return a shape that both have; "mixed" where there is none."""
-    if one is None or other is None:
-        return other if one is None else one
-    if isinstance(one, dict) and isinstance(other, dict):
-        return {key: merged(one.get(key), other.get(key)) for key in {**one, **other}}
-    return one if one == other else "mixed"
+    if first is None or other is None:
+        return other if first is None else first
+    if isinstance(first, dict) and isinstance(other, dict):
+        return {key: merged(first.get(key), other.get(key)) for key in {**first, **other}}
+    return first if first == other else "mixed"
 
 
 def labels(text: str) -> list[str]:
     """Return the labels, columns, headings and options of a text, without numbers, each once."""
-    lines, found = text.splitlines(), []
+    lines, kept_lines = text.splitlines(), []
     if re.fullmatch(r"[a-z]+(  +[a-z]+)+", (lines or [""])[0]):
-        found = lines[0].split()
+        kept_lines = lines[0].split()
     for line, below in zip(lines, [*lines[1:], ""], strict=True):
         if re.fullmatch(r"[ ─]+|[| -]+", below) and below.strip():
-            found += [cell.strip() for cell in re.split(r"\||  +", line.strip().strip("|"))]
+            kept_lines += [cell.strip() for cell in re.split(r"\||  +", line.strip().strip("|"))]
         elif re.fullmatch(r"[a-z]\w*(,[a-z]\w*){3,}", line):
-            found += line.split(",")
+            kept_lines += line.split(",")
         elif line.startswith("#"):
-            found.append(line)
+            kept_lines.append(line)
         else:
-            found += re.findall(r"^ +(?:-\w, )?(--[a-z-]+)", line)
-            found += [label.strip() for label in re.findall(r"^([A-Za-z][^:|`(]{0,40}?): ", line)]
-            found += re.findall(r"^([a-z_]+\.[a-z_]+)(?=\[| \()", line)  # ids of checks
-    found = [one for one in found if one and not re.match(COMMENT, one)]
-    return sorted({re.sub(r"\d+(\.\d+)*(\+\w+)?", "N", one) for one in found})
+            kept_lines += re.findall(r"^ +(?:-\w, )?(--[a-z-]+)", line)
+            kept_lines += [label.strip() for label in re.findall(r"^([A-Za-z][^:|`(]{0,40}?): ", line)]
+            kept_lines += re.findall(r"^([a-z_]+\.[a-z_]+)(?=\[| \()", line)  # ids of checks
+    kept_lines = [kept for kept in kept_lines if kept and not re.match(COMMENT, kept)]
+    return sorted({re.sub(r"\d+(\.\d+)*(\+\w+)?", "N", kept) for kept in kept_lines})
 
 
 def of_text(text: str) -> Any:
@@ -99,9 +99,9 @@ def of_path(path: Path) -> Any:
     """Return the shape of what a command wrote: a file, or the names in a folder with the JSON among them."""
     if path.is_dir():
         shapes: dict[str, Any] = {}
-        for one in (one for one in sorted(path.rglob("*")) if one.is_file()):
-            name = re.sub(r"[0-9a-f_]{8,}", "N", str(one.relative_to(path)))
-            shapes[name] = merged(shapes.get(name), of_path(one))
+        for entry in (file for file in sorted(path.rglob("*")) if file.is_file()):
+            name = re.sub(r"[0-9a-f_]{8,}", "N", str(entry.relative_to(path)))
+            shapes[name] = merged(shapes.get(name), of_path(entry))
         return shapes
     return of_text(path.read_text()) if path.suffix == ".json" else "file"
 
@@ -119,11 +119,11 @@ def outcome(words: list[str], folder: Path) -> dict[str, Any]:
     done = forked.call(words, folder, lambda: measure_limits_quickly(pytest.MonkeyPatch()))
     if "Traceback" in done.out + done.err:
         raise RuntimeError(f"{shlex.join(words)}: {done.err}")
-    found: dict[str, Any] = {"exit": done.code, "stdout": of_text(done.out)}
+    ended: dict[str, Any] = {"exit": done.code, "stdout": of_text(done.out)}
     named = [word for flag, word in itertools.pairwise(words) if flag in WRITES]
     for path in (folder / word for word in named):
-        found["wrote"] = of_path(path) if path.exists() else None
-    return found
+        ended["wrote"] = of_path(path) if path.exists() else None
+    return ended
 
 
 def main() -> None:
@@ -131,8 +131,8 @@ def main() -> None:
     forked.import_all("mla", "mla.integrations")
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name))
-        found = {line: outcome(spelt_out(line, file), Path(name)) for line in commands(file)}
-    print(json.dumps(found))  # noqa: T201
+        outcomes = {line: outcome(spelt_out(line, file), Path(name)) for line in commands(file)}
+    print(json.dumps(outcomes))  # noqa: T201
 
 
 if __name__ == "__main__":

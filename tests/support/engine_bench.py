@@ -80,11 +80,11 @@ class Parrot(Implementation):
 
     def check(self, checker: Checker) -> Check:
         steps = len(self._bench.expected)
-        found = [
+        forwards = [
             Forward(index % steps, rows, checker.expected[index % steps], f"step {index}")
             for index, rows in self._found.items()
         ]
-        return checker.check_forwards(found, False)
+        return checker.check_forwards(forwards, False)
 
 
 class Time:
@@ -185,12 +185,12 @@ class Bench:
 
     def timed(self) -> list[list[str]]:
         """Return the words of every timed pass that was finished."""
-        words, found = [what for _, what in self.log], []
+        words, passes = [what for _, what in self.log], []
         starts = [place for place, what in enumerate(words) if what == "pass"]
         for start in starts:
             if "passed" in words[start:]:
-                found.append(words[start + 1 : words.index("passed", start)])
-        return found
+                passes.append(words[start + 1 : words.index("passed", start)])
+        return passes
 
 
 MakeBench = Callable[[Scenario], Bench]

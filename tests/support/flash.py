@@ -43,7 +43,7 @@ class Flash(FusedOp):
         if not parts or not len(q):
             out.zero_(), lse.fill_(-torch.inf)
             return
-        values, sums = (torch.stack(one) for one in zip(*parts, strict=True))
+        values, sums = (torch.stack(part) for part in zip(*parts, strict=True))
         total = sums.logsumexp(0)
         share = (sums - total.clamp_min(-1e30)).exp()
         out.copy_((values * share[..., None]).sum(0))

@@ -18,10 +18,10 @@ from outcome import Outcome
 
 def import_all(package: str, *but: str) -> None:
     """Import all of a package, so that no call has to: not what starts it, and nothing below `but`."""
-    for found in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
-        if not found.name.endswith("__main__") and not found.name.startswith(but):
+    for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
+        if not module.name.endswith("__main__") and not module.name.startswith(but):
             with contextlib.suppress(ImportError):  # of a library that is not installed
-                importlib.import_module(found.name)
+                importlib.import_module(module.name)
 
 
 def call(words: Sequence[str], folder: Path, before: Callable[[], object] = lambda: None) -> Outcome:

@@ -159,10 +159,10 @@ def compare(
             out.split([len(part) for part in step])[request]
             for out, step in zip(outputs, hidden, strict=True)
         ]
-        found = torch.cat(split).double()
-        if not found.isfinite().all():
+        joined = torch.cat(split).double()
+        if not joined.isfinite().all():
             return float("inf")
-        errors = (found.double() - truth).norm(dim=-1) / truth.norm(dim=-1)
+        errors = (joined.double() - truth).norm(dim=-1) / truth.norm(dim=-1)
         worst = max([worst, *errors.tolist()])
     return worst
 
@@ -174,13 +174,13 @@ def main(words: Sequence[str]) -> int:
     store = Path("store").resolve()
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     groups = {layout: Groups(Layout.parse(layout)) for layout in LAYOUTS[world]}
-    found: dict[str, float | str] = {}
+    errors: dict[str, float | str] = {}
     for case in cases(world):
         try:
-            found[str(case)] = worst_error(case, groups[case.layout])
+            errors[str(case)] = worst_error(case, groups[case.layout])
         except Exception:  # noqa: BLE001  # whatever it is, the test shows it
-            found[str(case)] = traceback.format_exc()
+            errors[str(case)] = traceback.format_exc()
             break  # the other ranks wait for this one
-    Path(f"{rank}.json").write_text(json.dumps(found))
+    Path(f"{rank}.json").write_text(json.dumps(errors))
     dist.destroy_process_group()
     return 0

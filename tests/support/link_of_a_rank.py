@@ -25,10 +25,10 @@ def main(words: Sequence[str]) -> int:
     dist.init_process_group(
         "gloo", init_method="file://" + str(Path("store").resolve()), rank=rank, world_size=world
     )
-    found = crew.measured_link(Groups(Layout(dcp=world)), torch.device("cpu"), lambda: None)
+    lines = crew.measured_link(Groups(Layout(dcp=world)), torch.device("cpu"), lambda: None)
     alone = crew.measured_link(Groups(Layout(dp=world)), torch.device("cpu"), lambda: None)
     Path(f"{rank}.json").write_text(
-        json.dumps([{kind: str(line) for kind, line in found.items()}, len(alone)])
+        json.dumps([{kind: str(line) for kind, line in lines.items()}, len(alone)])
     )
     dist.destroy_process_group()
     return 0

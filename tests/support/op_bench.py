@@ -74,21 +74,21 @@ class OpBench:
 
     def implementation(self, op: FusedOp | None = None) -> OpImplementation:
         """Return one that is loaded; without `op` it runs the reference."""
-        one = self.fixture.build("mla-reference")
-        assert isinstance(one, OpImplementation)
+        impl = self.fixture.build("mla-reference")
+        assert isinstance(impl, OpImplementation)
         if op is not None:
-            one.replace_ops(lambda role, old: op)
-        one.load(self.scenario, self.problem)
-        return one
+            impl.replace_ops(lambda role, old: op)
+        impl.load(self.scenario, self.problem)
+        return impl
 
     def run(
-        self, one: OpImplementation, number: int, each: Callable[[int], None] = lambda index: None
+        self, impl: OpImplementation, number: int, each: Callable[[int], None] = lambda index: None
     ) -> Check:
         """Run and judge pass `number`; `each` is called after every call."""
-        one.restore(number)
+        impl.restore(number)
         for index in range(self.scenario.steps):
-            one.before(index)
-            one.step(index)
+            impl.before(index)
+            impl.step(index)
             each(index)
-            one.after(index)
-        return one.check(self.checker)
+            impl.after(index)
+        return impl.check(self.checker)

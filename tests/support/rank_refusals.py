@@ -51,10 +51,10 @@ class FailingAttention(FusedOp):
         return several, REFERENCE["latent_attention"].prepare(spec, batch)
 
     def __call__(self, state: Any, *leading: Any, **tensors: Any) -> None:
-        several, own = state
+        several, of_rank = state
         if several:
             self._fail("call")
-        REFERENCE["latent_attention"](own, *leading, **tensors)
+        REFERENCE["latent_attention"](of_rank, *leading, **tensors)
 
 
 class FailingLinear(FusedOp):
@@ -104,7 +104,7 @@ class Refusing(_OnRanks):
     def fail(self, at: str) -> None:
         """Fail, if that is asked for here."""
         if at == "pack" and self.options.get("count") == os.environ["RANK"]:
-            layers = (one for one in gc.get_objects() if type(one) is RankLayer)
+            layers = (layer for layer in gc.get_objects() if type(layer) is RankLayer)
             with Path("loaded.txt").open("a") as stream:
                 stream.write(f"{sum(hasattr(layer, '_cache') for layer in layers)}\n")
         named = self.options.get("rank", "").split("+")
@@ -171,9 +171,9 @@ def _count(file: Path) -> None:
 
     @functools.wraps(rows)
     def counted(self: StoredTensor, *arguments: Any, **more: Any) -> torch.Tensor:
-        found = rows(self, *arguments, **more)
+        part = rows(self, *arguments, **more)
         with file.open("a") as stream:
-            stream.write(f"{found.numel()}\n")
-        return found
+            stream.write(f"{part.numel()}\n")
+        return part
 
     StoredTensor.rows = counted  # type: ignore[method-assign]

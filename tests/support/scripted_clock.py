@@ -50,12 +50,12 @@ def script_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
         backend = synchronize.__self__
         return backend.scripted() if hasattr(backend, "scripted") else stages_timer(synchronize)
 
-    def doubts(one: Any, *others: Any) -> Iterable[str]:
-        return [] if hasattr(one, "scripted") else look_for_doubts(one, *others)
+    def doubts(impl: Any, *others: Any) -> Iterable[str]:
+        return [] if hasattr(impl, "scripted") else look_for_doubts(impl, *others)
 
-    def time_new_lengths(one: Any, *others: Any, **options: Any) -> Any:
-        scripted = hasattr(one.setting.backend, "scripted")
-        return evidence.Told() if scripted else measure_new_lengths(one, *others, **options)
+    def time_new_lengths(impl: Any, *others: Any, **options: Any) -> Any:
+        scripted = hasattr(impl.setting.backend, "scripted")
+        return evidence.Told() if scripted else measure_new_lengths(impl, *others, **options)
 
     stages_timer = profile.HostTimer
     look_for_doubts, measure_new_lengths = evidence.doubts, evidence.on_new_lengths

@@ -12,12 +12,12 @@ LEAST = (3, 6)
 def lacking() -> str:
     """Return why there is none; "" if there is one."""
     try:
-        found = metadata.version("triton")
+        version = metadata.version("triton")
     except metadata.PackageNotFoundError:
         return "Triton is not installed (extra `test-kernels`): kernels are neither interpreted nor compiled"
-    if tuple(int(part) for part in found.split(".")[:2]) >= LEAST:
+    if tuple(int(part) for part in version.split(".")[:2]) >= LEAST:
         return ""
-    return f"Triton {found} is older than 3.6: kernels are neither interpreted nor compiled"
+    return f"Triton {version} is older than 3.6: kernels are neither interpreted nor compiled"
 
 
 needs_triton = pytest.mark.skipif(bool(lacking()), reason=lacking())

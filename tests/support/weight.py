@@ -115,10 +115,10 @@ def weigh(suffix: str, text: str) -> Weight:
 @functools.cache
 def rooms() -> dict[str, Weight]:
     """Return what each room weighs."""
-    found: dict[str, Weight] = defaultdict(Weight)
+    by_room: dict[str, Weight] = defaultdict(Weight)
     for path in files():
-        found[room_of(path)] += weigh(path.suffix, (ROOT / path).read_text())
-    return dict(found)
+        by_room[room_of(path)] += weigh(path.suffix, (ROOT / path).read_text())
+    return dict(by_room)
 
 
 def product_lines() -> int:

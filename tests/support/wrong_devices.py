@@ -147,13 +147,13 @@ MUTANTS: Mapping[str, list[Callable[[type], Any]]] = {
     ],
     "device.synchronize": [replaces("synchronize", None)],
     "device.timer": [
-        replaces("timer", lambda self: Scaled(waiting(self), lambda found: found * 1e3)),
-        replaces("timer", lambda self: Scaled(waiting(self), lambda found: found / 1e3)),
+        replaces("timer", lambda self: Scaled(waiting(self), lambda ms: ms * 1e3)),
+        replaces("timer", lambda self: Scaled(waiting(self), lambda ms: ms / 1e3)),
         replaces("timer", lambda self: HostTimer(lambda: None)),
     ],
     "device.timer_scales": [
-        replaces("timer", lambda self: Scaled(waiting(self), lambda found: 5.0)),
-        replaces("timer", lambda self: Scaled(waiting(self), lambda found: 0.0)),
+        replaces("timer", lambda self: Scaled(waiting(self), lambda ms: 5.0)),
+        replaces("timer", lambda self: Scaled(waiting(self), lambda ms: 0.0)),
     ],
     "device.timer_start": [
         replaces("timer", lambda self: StartsLate(self.synchronize)),

@@ -124,21 +124,23 @@ def attention(kind: str) -> Iterator[Wrong]:
 def of_ops(those: Iterable[Wrong]) -> Iterator[Call]:
     """Yield calls about ops, one for those that are asked the same."""
     asked = defaultdict(list)
-    for one in those:
-        asked[one.check, one.dtype].append(one)
+    for mutant in those:
+        asked[mutant.check, mutant.dtype].append(mutant)
     for (check, dtype), group in asked.items():
-        keys = {f"wrong{number}": one.key for number, one in enumerate(group)}
+        keys = {f"wrong{number}": mutant.key for number, mutant in enumerate(group)}
 
         def backend(group: list[Wrong] = group) -> Sound:
-            return Whole(ops={f"wrong{number}": one.make() for number, one in enumerate(group)})
+            return Whole(ops={f"wrong{number}": mutant.make() for number, mutant in enumerate(group)})
 
         yield conformance(f"{check}[wrong*]", backend, keys, dtype, check.endswith(".prepare"))
 
 
 def of_layers_and_devices() -> Iterator[Call]:
     """Yield calls about what takes a backend of its own."""
-    for one in numbered(of_layers.MUTANTS):
-        yield conformance(one.check, lambda one=one: Sound(ops={"mine": one.make()}), {"": one.key})
+    for mutant in numbered(of_layers.MUTANTS):
+        yield conformance(
+            mutant.check, lambda mutant=mutant: Sound(ops={"mine": mutant.make()}), {"": mutant.key}
+        )
     for check, makers in wrong_devices.MUTANTS.items():
         waits = "synchronize" in check or "timer" in check
         for number, make in enumerate(makers):
@@ -166,7 +168,7 @@ def conformance(
             )
             report = Path(folder, "report.json")
             checks = json.loads(report.read_bytes())["checks"] if report.exists() else []
-        failed = [(one["of"], verdict(one)) for one in checks if one["status"] == "fail"]
+        failed = [(check["of"], verdict(check)) for check in checks if check["status"] == "fail"]
         of = {name: dict.fromkeys(text for op, text in failed if name in ("", op)) for name in keys}
         otherwise = "not found" if checks else f"exit {done.code}"
         return {key: ", ".join(of[name]) or otherwise for name, key in keys.items()}
@@ -265,7 +267,7 @@ GROUPS: Mapping[str, Callable[[], Iterator[Call]]] = {
 
 def keys(group: str) -> list[str]:
     """Return the keys of a group, without running anything."""
-    return [key for one in GROUPS[group]() for key in one.keys]
+    return [key for row in GROUPS[group]() for key in row.keys]
 
 
 def main(group: str) -> None:

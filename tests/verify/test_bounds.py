@@ -63,9 +63,9 @@ def test_any_number_rounded_once_is_right(dtype: torch.dtype) -> None:
 def test_a_row_may_err_more_than_many_do(dtype: torch.dtype, even: Even) -> None:
     truth = even(10_000, 64)
     for error, right in ((2.9, True), (3.3, False)):
-        found = truth.clone()
-        found[7] *= 1 + error * UNITS[dtype]
-        assert (judge(found, truth, truth, dtype)[1] == "") is right
+        output = truth.clone()
+        output[7] *= 1 + error * UNITS[dtype]
+        assert (judge(output, truth, truth, dtype)[1] == "") is right
     for error, right in ((1.9, True), (2.1, False)):
         assert (judge(truth * (1 + error * UNITS[dtype]), truth, truth, dtype)[1] == "") is right
 
@@ -74,20 +74,20 @@ def test_few_rows_may_err_more_than_many(even: Even) -> None:
     """Of all rows, one may be as wrong as a row may."""
     wholes = []
     for count in (1, 4, 100, 10_000):
-        one = op_bounds(torch.zeros(count), even(count, 64), BF16)
-        wholes.append(one.of_whole(one.rows, torch.ones(count, dtype=torch.float64)))
-    row = one.rows[0].item()
-    expected = [(one.many**2 + row**2 / count) ** 0.5 for count in (1, 4, 100, 10_000)]
+        bounds = op_bounds(torch.zeros(count), even(count, 64), BF16)
+        wholes.append(bounds.of_whole(bounds.rows, torch.ones(count, dtype=torch.float64)))
+    row = bounds.rows[0].item()
+    expected = [(bounds.many**2 + row**2 / count) ** 0.5 for count in (1, 4, 100, 10_000)]
     assert wholes == pytest.approx(expected)
     assert wholes[-1] == pytest.approx(2 * UNITS[BF16], rel=0.01)
     large = torch.ones(100, dtype=torch.float64)
     large[7] = 100.0
-    assert one.of_whole(one.rows[:100], large) > 0.9 * row, "a row that is most of the whole"
+    assert bounds.of_whole(bounds.rows[:100], large) > 0.9 * row, "a row that is most of the whole"
 
 
 def test_what_the_reference_errs_in_a_row_is_added_to_what_others_may(even: Even) -> None:
-    own = torch.tensor([0.0, 1e-2, 0.0], dtype=torch.float64).repeat(100)
-    rows = op_bounds(own, even(300), BF16).rows
+    errors = torch.tensor([0.0, 1e-2, 0.0], dtype=torch.float64).repeat(100)
+    rows = op_bounds(errors, even(300), BF16).rows
     typical = 1e-2 / 3**0.5
     assert rows[0].item() == pytest.approx(3 * typical, rel=1e-3)
     assert rows[1].item() == pytest.approx(2 * (1e-4 + (1.5 * typical) ** 2) ** 0.5, rel=1e-3)
@@ -107,12 +107,12 @@ def test_a_narrow_row_that_cancels_may_err_more_and_a_wide_one_hardly() -> None:
 
 def test_large_logits_cost_precision_in_float32(even: Even) -> None:
     truth, lse = even(40), torch.full((40,), 400.0)
-    found = truth.clone()
-    found[3] *= 1 + 1e-4
-    assert judge(found, truth, truth, F32)[1]
-    assert judge(found, truth, truth, F32, lse=lse)[1] == ""
-    assert judge(found, truth, truth, F32, lse=lse / 40)[1]
-    assert judge(found, truth, truth, F32, lse=-lse)[1] == "", "of either sign"
+    output = truth.clone()
+    output[3] *= 1 + 1e-4
+    assert judge(output, truth, truth, F32)[1]
+    assert judge(output, truth, truth, F32, lse=lse)[1] == ""
+    assert judge(output, truth, truth, F32, lse=lse / 40)[1]
+    assert judge(output, truth, truth, F32, lse=-lse)[1] == "", "of either sign"
     lse[7] = -torch.inf
     assert judge(truth, truth, truth, F32, lse=lse) == (0.0, "")
 
@@ -133,12 +133,12 @@ def test_a_layer_in_float32_needs_no_reference(even: Even) -> None:
 def test_a_row_of_a_layer_may_err_like_one_number(even: Even, lucky: bool) -> None:
     """In many rows of a layer one logit decides. The reference may be lucky in such a row, or not."""
     truth, typical = even(400), ALLOWED[BF16].layer
-    reference, found = truth * (1 + typical), truth * (1 + typical)
+    reference, outputs = truth * (1 + typical), truth * (1 + typical)
     reference[7] = truth[7] * (1 if lucky else 1 + 5 * typical)
     checker = Checker(truth[None], BF16, lambda: reference[None])
     for error, status in ((4.5, "ok"), (12.0, "wrong")):
-        found[7] = truth[7] * (1 + error * typical)
-        assert checker.check(found[None], held_to_reference=True).status == status
+        outputs[7] = truth[7] * (1 + error * typical)
+        assert checker.check(outputs[None], held_to_reference=True).status == status
 
 
 @pytest.mark.parametrize("dtype", ALLOWED)
@@ -163,17 +163,17 @@ def test_rows_that_must_be_zero_are_judged(dtype: torch.dtype) -> None:
     """A batch in which nobody sees a key: nothing else is left to compare with."""
     zeros = torch.zeros(3, 2, 8)
     assert judge(zeros.to(dtype), zeros.double(), zeros.to(dtype), dtype) == (0.0, "")
-    found = zeros.to(dtype, copy=True)
-    found[1, 0, 3] = 1e-3
-    assert judge(found, zeros.double(), zeros.to(dtype), dtype)[0] > 1
+    output = zeros.to(dtype, copy=True)
+    output[1, 0, 3] = 1e-3
+    assert judge(output, zeros.double(), zeros.to(dtype), dtype)[0] > 1
 
 
 def test_a_wide_row_is_not_small_by_chance(even: Even) -> None:
     """Among rows 1000 times as large, a wide one may err no more than alone; one number may cancel."""
     for width, most in ((512, 1.02), (128, 1.1), (1, 1e4)):
         truth = torch.cat((1e3 * even(50, width), even(1, width)))
-        own = torch.zeros(51, dtype=torch.float64)
-        alone = op_bounds(own[:1], truth[-1:], BF16).rows[-1]
-        assert 1 <= op_bounds(own, truth, BF16).rows[-1] / alone < most
+        errors = torch.zeros(51, dtype=torch.float64)
+        alone = op_bounds(errors[:1], truth[-1:], BF16).rows[-1]
+        assert 1 <= op_bounds(errors, truth, BF16).rows[-1] / alone < most
     drawn = torch.randn(100_000, 4, generator=torch.Generator().manual_seed(0)).square().mean(1)
     assert drawn.min() > 1 / shrinkage(4)

@@ -51,9 +51,9 @@ def test_nothing_to_judge_is_not_right(expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("ours", [True, False])
 def test_one_exchanged_token_is_caught_and_named(expected: torch.Tensor, ours: bool) -> None:
-    found = expected.clone()
-    found[2, 3] = expected[2, 4]
-    result = checker(expected).check(found.bfloat16(), ours)
+    outputs = expected.clone()
+    outputs[2, 3] = expected[2, 4]
+    result = checker(expected).check(outputs.bfloat16(), ours)
     assert result.status == "wrong"
     assert result.reason.startswith("1 of 15 output rows are too far from the oracle; ")
     assert "worst is token 3 of step 2 with relative error 1." in result.reason
@@ -62,19 +62,19 @@ def test_one_exchanged_token_is_caught_and_named(expected: torch.Tensor, ours: b
 @pytest.mark.parametrize("dtype", list(BOUNDS))
 def test_one_row_off_by_five_percent_is_caught(expected: torch.Tensor, dtype: torch.dtype) -> None:
     """5% in one of 15 rows is about 1.3% of the whole, which a bound on the whole would let pass in bf16."""
-    found = expected.clone()
-    found[1, 0] *= 1.05
+    outputs = expected.clone()
+    outputs[1, 0] *= 1.05
     for ours in (True, False):
-        result = checker(expected, dtype).check(found.to(dtype), ours)
+        result = checker(expected, dtype).check(outputs.to(dtype), ours)
         assert result.status == "wrong"
         assert "worst is token 0 of step 1 with relative error 5.0e-02" in result.reason
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_one_number_that_is_none_is_caught(expected: torch.Tensor, bad: float) -> None:
-    found = expected.bfloat16()
-    found[0, 4, 7] = bad
-    result = checker(expected).check(found, held_to_reference=True)
+    outputs = expected.bfloat16()
+    outputs[0, 4, 7] = bad
+    result = checker(expected).check(outputs, held_to_reference=True)
     assert result.status == "wrong"
     assert result.reason == "1 of 15 output rows hold NaN or infinity; the first is token 4 of step 0"
     assert result.error_ratio is None
@@ -91,9 +91,9 @@ def test_an_output_that_was_never_written_is_wrong(expected: torch.Tensor) -> No
 
 
 def test_ours_is_held_to_twice_the_reference_and_others_to_the_table(expected: torch.Tensor) -> None:
-    found = expected * 1.01  # within 2e-2, far from twice the rounding error
-    assert checker(expected).check(found, held_to_reference=False).status == "ok"
-    assert checker(expected).check(found, held_to_reference=True).status == "wrong"
+    outputs = expected * 1.01  # within 2e-2, far from twice the rounding error
+    assert checker(expected).check(outputs, held_to_reference=False).status == "ok"
+    assert checker(expected).check(outputs, held_to_reference=True).status == "wrong"
 
 
 def test_a_bad_reference_does_not_excuse_ours(expected: torch.Tensor) -> None:
@@ -121,14 +121,14 @@ def test_expected_decode_outputs_are_those_of_one_step_at_a_time(tiny: Callable[
     scenario = Scenario(name="d", mode="decode", query_lens=(2, 1), history=(4, 0), runs=3)
     inputs = make_inputs(config, scenario, 0, torch.float32)
     state = random_state_dict(config, 0, torch.float32)
-    found = expected_outputs(config, state, scenario, inputs).plain
-    assert found.shape == (3, 3, config.hidden_size)
+    outputs = expected_outputs(config, state, scenario, inputs).plain
+    assert outputs.shape == (3, 3, config.hidden_size)
     for step in range(3):
         for request, rows in enumerate((slice(0, 2), slice(2, 3))):
             past = torch.cat([inputs.hidden[earlier, rows] for earlier in range(step + 1)])
             history = [inputs.history[request]]
             whole = oracle(config, state, past, [len(past)], history)
-            torch.testing.assert_close(found[step, rows], whole[len(past) - (rows.stop - rows.start) :])
+            torch.testing.assert_close(outputs[step, rows], whole[len(past) - (rows.stop - rows.start) :])
 
 
 def test_expected_prefill_outputs_are_the_oracles(tiny: Callable[..., MLAConfig]) -> None:
@@ -136,8 +136,8 @@ def test_expected_prefill_outputs_are_the_oracles(tiny: Callable[..., MLAConfig]
     scenario = Scenario(name="p", mode="prefill", query_lens=(3, 2), history=(0, 4))
     inputs = make_inputs(config, scenario, 0, torch.float32)
     state = random_state_dict(config, 0, torch.float32)
-    found = expected_outputs(config, state, scenario, inputs).plain
-    torch.testing.assert_close(found[0], oracle(config, state, inputs.hidden[0], (3, 2), inputs.history))
+    outputs = expected_outputs(config, state, scenario, inputs).plain
+    torch.testing.assert_close(outputs[0], oracle(config, state, inputs.hidden[0], (3, 2), inputs.history))
 
 
 def test_inputs_follow_the_seed_and_are_random_in_every_channel(tiny: Callable[..., MLAConfig]) -> None:
@@ -153,16 +153,16 @@ def test_inputs_follow_the_seed_and_are_random_in_every_channel(tiny: Callable[.
 
 def test_wrong_rows_are_named_by_what_they_are_and_have_in_common(expected: torch.Tensor) -> None:
     places = Places.new_tokens((2, 3), (6, 3), torch.tensor([[7, 5], [2, 0]]), page_size=4)
-    found = expected[1].clone()
-    found[2:] *= 1.05
-    found[3] *= 2
-    forward = Forward(1, found, expected[1], "step 1", lambda: places)
+    output = expected[1].clone()
+    output[2:] *= 1.05
+    output[3] *= 2
+    forward = Forward(1, output, expected[1], "step 1", lambda: places)
     reason = checker(expected).check_forwards([forward], held_to_reference=False).reason
     assert reason.startswith(
         "3 of 5 output rows are too far from the oracle; worst is request 1, position 1 (row 3; "
     )
     assert " page 2, slot 1) of step 1 with relative error 1.1e+00; every row of request 1" in reason
-    found[1] = torch.nan
+    output[1] = torch.nan
     reason = checker(expected).check_forwards([forward], held_to_reference=False).reason
     assert "; the first is request 0, position 5 (row 1; page 5, slot 1) of step 1" in reason
 
@@ -174,6 +174,6 @@ def test_errors_of_the_reference_are_computed_once(
     rows = Mock(wraps=row_errors)
     monkeypatch.setattr(layer_check, "row_errors", rows)
     judge = layer_check.Checker(expected, torch.bfloat16, lambda: expected.bfloat16())
-    found = [judge.check(expected * 1.001, ours) for ours in (True, False) * 3]
+    checks = [judge.check(expected * 1.001, ours) for ours in (True, False) * 3]
     assert rows.call_count == 1
-    assert found == found[:2] * 3
+    assert checks == checks[:2] * 3

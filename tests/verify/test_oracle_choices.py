@@ -42,9 +42,9 @@ def test_choices_give_what_each_gives_alone(
     config = tiny(**changes)
     state, past = random_state_dict(config, 0, torch.float32), history(config, PAST)
     hidden = drawn(5, sum(LENS), config.hidden_size)
-    found = oracle_of_choices(config, state, hidden, LENS, past)
+    together = oracle_of_choices(config, state, hidden, LENS, past)
     apart = torch.stack([oracle(config, state, tensor, LENS, past) for tensor in hidden])
-    torch.testing.assert_close(found, apart, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(together, apart, rtol=1e-12, atol=1e-12)
 
 
 def test_logits_of_all_choices_are_not_made_at_once(

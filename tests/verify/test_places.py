@@ -68,16 +68,16 @@ def read_back(text: str, heads: int) -> torch.Tensor:
         last = position // PAGE == (kv - 1) // PAGE
         if row_part in ("", "every row"):
             inside = True
-        elif found := re.fullmatch(r"(?:every row of )?(requests? [\d., and]+)", row_part):
-            inside = request in numbers(found[1])
-        elif found := re.fullmatch(r"every row from position (\d+) on", row_part):
-            inside = position >= int(found[1])
-        elif found := re.fullmatch(r"every row from new token (\d+) of its request on", row_part):
-            inside = token >= int(found[1])
-        elif found := re.fullmatch(r"every row from row (\d+) on", row_part):
-            inside = index >= int(found[1])
-        elif found := re.fullmatch(r"every row whose page is (\d+) or beyond", row_part):
-            inside = page >= int(found[1])
+        elif match := re.fullmatch(r"(?:every row of )?(requests? [\d., and]+)", row_part):
+            inside = request in numbers(match[1])
+        elif match := re.fullmatch(r"every row from position (\d+) on", row_part):
+            inside = position >= int(match[1])
+        elif match := re.fullmatch(r"every row from new token (\d+) of its request on", row_part):
+            inside = token >= int(match[1])
+        elif match := re.fullmatch(r"every row from row (\d+) on", row_part):
+            inside = index >= int(match[1])
+        elif match := re.fullmatch(r"every row whose page is (\d+) or beyond", row_part):
+            inside = page >= int(match[1])
         else:
             inside = {
                 "every row in the last page of its request": last,
@@ -92,10 +92,10 @@ def read_back(text: str, heads: int) -> torch.Tensor:
 
 
 def numbers(text: str) -> set[int]:
-    found: set[int] = set()
+    rows: set[int] = set()
     for first, last in re.findall(r"(\d+)(?:\.\.(\d+))?", text):
-        found |= set(range(int(first), int(last or first) + 1))
-    return found
+        rows |= set(range(int(first), int(last or first) + 1))
+    return rows
 
 
 EXACT = (

@@ -68,9 +68,9 @@ def test_after_restore_only_history_is_readable(setting: Setting, scenario: Scen
     owned[history_slots(layer, scenario)] = True
     assert torch.equal(clean(layer._cache), owned)
     for sequence, (kv, pe), length in zip(layer._sequences, inputs.history, scenario.history, strict=True):
-        found = layer._cache.read(sequence)
-        assert torch.equal(found[0][:length], kv)
-        assert torch.equal(found[1][:length], pe)
+        rows = layer._cache.read(sequence)
+        assert torch.equal(rows[0][:length], kv)
+        assert torch.equal(rows[1][:length], pe)
 
 
 def test_a_pass_writes_only_the_rows_of_its_new_tokens(setting: Setting) -> None:
@@ -85,7 +85,7 @@ def test_every_pass_gets_the_same_pages_and_gives_the_same_outputs(setting: Sett
     for _ in range(3):
         run_pass(layer, DECODE)
         slots = torch.cat([layer._cache.slots(sequence) for sequence in layer._sequences])
-        outputs = torch.stack([found for _, found in sorted(layer.outputs().items())])
+        outputs = torch.stack([output for _, output in sorted(layer.outputs().items())])
         seen.append((slots.tolist(), outputs))
         layer.restore()
     assert seen[0][0] == seen[1][0] == seen[2][0]

@@ -77,7 +77,7 @@ def test_right_ops(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("form", "dtype"),
     [(form, dtype) for form, dtypes in WRONG for dtype in dtypes],
-    ids=lambda one: getattr(one, "name", str(one)),
+    ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_wrong_arithmetic_is_found(form: Form, dtype: torch.dtype) -> None:
     for seed in range(3):

@@ -15,9 +15,9 @@ BF16 = torch.bfloat16
 
 def off(truth: torch.Tensor, error: float, row: int | slice = slice(None)) -> torch.Tensor:
     """Return truth with a relative error in one row, or in all."""
-    found = truth.clone()
-    found[row] *= 1 + error
-    return found
+    rounded = truth.clone()
+    rounded[row] *= 1 + error
+    return rounded
 
 
 @pytest.fixture
@@ -33,30 +33,30 @@ def test_the_reference_may_be_as_wrong_again(truth: torch.Tensor) -> None:
 
 
 def test_one_head_of_one_token_that_is_5_percent_off_is_found(truth: torch.Tensor) -> None:
-    found = truth.clone()
-    found[3, 5] *= 1.05
-    ratio, reason = judge(found, truth, truth, BF16)
+    output = truth.clone()
+    output[3, 5] *= 1.05
+    ratio, reason = judge(output, truth, truth, BF16)
     assert ratio > 9
     assert "1 of 800 rows are wrong; row 3, head 5 has relative error 5.0e-02" in reason
     places = Places.new_tokens((1,) * 50, range(1, 51))
-    assert "wrong; request 3, position 3, head 5 (row 3) has" in judge(found, truth, truth, BF16, places)[1]
+    assert "wrong; request 3, position 3, head 5 (row 3) has" in judge(output, truth, truth, BF16, places)[1]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_is_wrong(truth: torch.Tensor, value: float) -> None:
-    found = truth.clone()
-    found[3, 5, 0] = value
-    assert judge(found, truth, truth, BF16) == (math.inf, "1 of 800 rows hold NaN or infinity")
-    assert judge(found[:3], truth, truth, BF16)[1] == "shape [3, 16, 64] instead of [50, 16, 64]"
+    output = truth.clone()
+    output[3, 5, 0] = value
+    assert judge(output, truth, truth, BF16) == (math.inf, "1 of 800 rows hold NaN or infinity")
+    assert judge(output[:3], truth, truth, BF16)[1] == "shape [3, 16, 64] instead of [50, 16, 64]"
 
 
 def test_an_output_that_is_all_nan_was_not_written(truth: torch.Tensor) -> None:
     unwritten = "it was probably not written: all 800 rows are NaN, as before the call"
-    found = torch.full_like(truth, math.nan)
-    assert judge(found, truth, truth, BF16)[1] == unwritten
-    found[7:] = truth[7:]
+    output = torch.full_like(truth, math.nan)
+    assert judge(output, truth, truth, BF16)[1] == unwritten
+    output[7:] = truth[7:]
     places = Places.new_tokens((1,) * 50, range(1, 51))
-    assert judge(found, truth, truth, BF16, places)[1] == (
+    assert judge(output, truth, truth, BF16, places)[1] == (
         "112 of 800 rows hold NaN or infinity: request 0, position 0, head 0 (row 0); "
         "every row of requests 0..6"
     )
@@ -64,13 +64,13 @@ def test_an_output_that_is_all_nan_was_not_written(truth: torch.Tensor) -> None:
 
 def test_a_row_where_the_reference_is_lucky_may_err_as_rows_do(truth: torch.Tensor) -> None:
     """Large logits: the reference errs by more than the floor, but not in every row."""
-    reference, found = off(truth, 1e-4), off(truth, 1e-4)
+    reference, output = off(truth, 1e-4), off(truth, 1e-4)
     reference[7] = truth[7]
-    assert judge(found, truth, reference, torch.float32)[1] == ""
-    found[7] = off(truth, 2.9e-4)[7]
-    assert judge(found, truth, reference, torch.float32)[1] == ""
-    found[7] = off(truth, 3.3e-4)[7]
-    assert "row 7, head" in judge(found, truth, reference, torch.float32)[1]
+    assert judge(output, truth, reference, torch.float32)[1] == ""
+    output[7] = off(truth, 2.9e-4)[7]
+    assert judge(output, truth, reference, torch.float32)[1] == ""
+    output[7] = off(truth, 3.3e-4)[7]
+    assert "row 7, head" in judge(output, truth, reference, torch.float32)[1]
 
 
 def test_no_right_op_is_refused_in_fp32() -> None:
@@ -88,9 +88,9 @@ def test_no_right_op_is_refused_in_fp32() -> None:
 def test_a_row_of_zeros_must_be_zero(truth: torch.Tensor) -> None:
     truth[3] = 0
     assert judge(truth, truth, truth, BF16)[1] == ""
-    found = truth.clone()
-    found[3, 0, 0] = 1e-30
-    assert judge(found, truth, truth, BF16)[1]
+    output = truth.clone()
+    output[3, 0, 0] = 1e-30
+    assert judge(output, truth, truth, BF16)[1]
 
 
 def test_nothing_is_right() -> None:
@@ -116,10 +116,10 @@ def test_an_empty_row_has_minus_infinity_and_nothing_else(value: float) -> None:
 
 
 def test_a_wrong_log_sum_exp_is_named() -> None:
-    found = torch.zeros(3, 4)
-    found[1:, 2] = 0.7
+    lse = torch.zeros(3, 4)
+    lse[1:, 2] = 0.7
     places = Places.new_tokens((1, 2), (9, 5))
-    assert judge_lse(found, torch.zeros(3, 4).double(), BF16, places)[1] == (
+    assert judge_lse(lse, torch.zeros(3, 4).double(), BF16, places)[1] == (
         "0.7 where the natural logarithm is 0 at request 1, position 3, head 2 (row 1); "
         "head 2 of every row of request 1"
     )

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[3]
 def section() -> str:
     """Return the section of the method's page, on one line."""
     page = (ROOT / "benchmarks" / "README.md").read_text()
-    (found,) = re.findall(r"^## Known limits\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
-    return " ".join(str(found).split())
+    (limits,) = re.findall(r"^## Known limits\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    return " ".join(str(limits).split())
 
 
 @pytest.mark.parametrize(

@@ -188,11 +188,11 @@ def test_the_link_of_a_run_over_real_ranks_is_used(
     ]
     spread = Spread(layout="tp=2", library="gloo", ranks=ranks, link=[line], link_source="measured there")
     results.write(make_run([1.0], spread=spread), Path("real.json"))
-    found = simulate("tp=4", "--link", "real.json").cases[0].spread
-    assert found is not None
-    assert found.link == [line]
-    assert found.link_source == "measured there, real.json"
-    assert found.ranks[3].collective_ms == pytest.approx(6 * 250)
+    simulated = simulate("tp=4", "--link", "real.json").cases[0].spread
+    assert simulated is not None
+    assert simulated.link == [line]
+    assert simulated.link_source == "measured there, real.json"
+    assert simulated.ranks[3].collective_ms == pytest.approx(6 * 250)
     predicted = bench(*tiny, "--parallel", "tp=2", "--simulate", "--link", "run.json")
     assert predicted.code == 2
     assert "'run.json' holds no measured link" in predicted.error  # but what another one was

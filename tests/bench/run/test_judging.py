@@ -39,9 +39,9 @@ class Limits:
 
 @pytest.fixture(autouse=True)
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    found: list[float] = []
-    monkeypatch.setattr(scenario_run.time, "sleep", found.append)
-    return found
+    slept: list[float] = []
+    monkeypatch.setattr(scenario_run.time, "sleep", slept.append)
+    return slept
 
 
 def judge(case: results.Case, limits: Limits) -> None:

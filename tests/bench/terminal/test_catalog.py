@@ -62,9 +62,9 @@ def test_json_holds_whole_configs_for_machines(bench: Bench) -> None:
     assert list(by_name) == list(PRESETS)
     assert by_name["kimi-k2"]["rope_scaling"]["factor"] == 32.0
     assert by_name["glm-4.7-flash"]["checkpoint"] == "zai-org/GLM-4.7-Flash"
-    for name, one in by_name.items():
-        assert one["softmax_scale"] == MLAConfig.preset(name).softmax_scale
-        assert one["source"].startswith("https://")
+    for name, preset in by_name.items():
+        assert preset["softmax_scale"] == MLAConfig.preset(name).softmax_scale
+        assert preset["source"].startswith("https://")
 
 
 def test_it_needs_no_torch(process: Bench) -> None:

@@ -21,7 +21,7 @@ RECORDS = sorted((FOLDER / "results").glob("*.json"))
 
 
 def _row(side: str, ms: Sequence[float], **facts: Any) -> Row:
-    times = {"attention_ms": [list(ms)], "model_ms": [[2 * one for one in ms]]}
+    times = {"attention_ms": [list(ms)], "model_ms": [[2 * milliseconds for milliseconds in ms]]}
     place = {"config": "deepseek-r1", "phase": "decode", "history": 64, "new_tokens": 1, "dtype": "bfloat16"}
     return Row(**{**place, "side": side, **times, **facts})
 
@@ -79,11 +79,11 @@ def test_documents_hold_what_was_measured(tmp_path: Path, capsys: pytest.Capture
         drawing = [] if read(path).label else ["--pictures", str(tmp_path)]
         assert summary.main([str(path), *drawing]) == 0
     printed, drawn = capsys.readouterr()
-    found = _sections(printed)
-    assert found
-    assert _sections((FOLDER / "README.md").read_text()) == found
+    sections = _sections(printed)
+    assert sections
+    assert _sections((FOLDER / "README.md").read_text()) == sections
     section = (ROOT / "docs" / "transformers.md").read_text().split("## How fast it is")[1].split("\n## ")[0]
-    said = [line for title, lines in found if title.endswith("in words") for line in _items(lines)]
+    said = [line for title, lines in sections if title.endswith("in words") for line in _items(lines)]
     assert set() < set(_items(section)) <= set(said)
     shown = re.findall(r'/([\w-]+)-light\.svg"\nalt="([^"]*)"', section)
     assert {f"{name}: {' '.join(alt.split())}" for name, alt in shown} <= set(drawn.splitlines())
@@ -101,8 +101,8 @@ def _sections(text: str) -> list[tuple[str, str]]:
 
 def _items(text: str) -> list[str]:
     """Return the items of a list, each in one line."""
-    found = re.findall(r"^- (.*(?:\n  .*)*)", text, re.MULTILINE)
-    return [" ".join(one.split()) for one in found]
+    items = re.findall(r"^- (.*(?:\n  .*)*)", text, re.MULTILINE)
+    return [" ".join(item.split()) for item in items]
 
 
 def _words(folder: Path) -> dict[str, list[str]]:

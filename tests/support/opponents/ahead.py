@@ -54,7 +54,7 @@ class Ahead(Opponent):
             call.tensors["out"].copy_(self._guess.out)
             self.gain()
         if call.is_last:
-            self._recorded[self.steps], self._present = [_kept(one) for one in self._present], []
+            self._recorded[self.steps], self._present = [_kept(call) for call in self._present], []
 
     def synchronize(self) -> None:
         if not self._working and not self._present and len(self._recorded) > 1:

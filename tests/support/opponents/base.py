@@ -49,8 +49,8 @@ class Call:
     @property
     def operand(self) -> torch.Tensor:
         """What it reads: x of most ops, q of attention, kv_a of what writes latents."""
-        (found,) = (self.tensors[name] for name in ("x", "q", "kv_a") if name in self.tensors)
-        return found
+        (varied,) = (self.tensors[name] for name in ("x", "q", "kv_a") if name in self.tensors)
+        return varied
 
     @property
     def is_extra(self) -> bool:

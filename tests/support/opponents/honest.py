@@ -138,6 +138,6 @@ class Sequences(Opponent):
 
         return run
 
-    def _again(self, one: OpCall, replaced: dict[int, torch.Tensor]) -> None:
-        tensors = {name: replaced.get(id(value), value) for name, value in one.tensors.items()}
-        one.op(*one.arguments, **tensors)
+    def _again(self, call: OpCall, replaced: dict[int, torch.Tensor]) -> None:
+        tensors = {name: replaced.get(id(value), value) for name, value in call.tensors.items()}
+        call.op(*call.arguments, **tensors)

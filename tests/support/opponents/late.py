@@ -50,7 +50,7 @@ class Queue:
 
     def drain(self) -> int:
         """Wait for everything; return how many calls were not finished."""
-        unfinished = sum(not one.done() for one in self._pending)
+        unfinished = sum(not future.done() for future in self._pending)
         while self._pending:
             self._pending.popleft().result()
         return unfinished

@@ -108,7 +108,9 @@ class Lazy(Opponent):
 
     def _wrap_runner(self) -> None:
         """Wrap every method of the runner's rooms that has to do with time, to know when it is running."""
-        for module in [one for name, one in sys.modules.items() if name.startswith("mla.bench.measure.")]:
+        for module in [
+            module_here for name, module_here in sys.modules.items() if name.startswith("mla.bench.measure.")
+        ]:
             for kind in [member for member in vars(module).values() if isinstance(member, type)]:
                 for name, method in list(vars(kind).items()):
                     if "time" in name and callable(method) and kind.__module__ == module.__name__:
@@ -145,6 +147,6 @@ class LazySequence(Opponent):
         return run
 
 
-def _make(one: OpCall, replaced: dict[int, torch.Tensor]) -> None:
-    tensors = {name: replaced.get(id(value), value) for name, value in one.tensors.items()}
-    one.op(*one.arguments, **tensors)
+def _make(call: OpCall, replaced: dict[int, torch.Tensor]) -> None:
+    tensors = {name: replaced.get(id(value), value) for name, value in call.tensors.items()}
+    call.op(*call.arguments, **tensors)

@@ -120,9 +120,9 @@ def last_key_lost(rows: int, keys: int) -> Callable[..., None]:
         for table, count, length in zip(block_table, batch.query_lens, batch.kv_lens, strict=True):
             for end in range(rows, count * heads, rows):
                 token, cut = divmod(end, heads)
-                own = length - count + token
-                if cut and own > 0 and own % keys == 0:
-                    latents = cache[table.long()].flatten(0, 1)[:own].float()
+                visible = length - count + token
+                if cut and visible > 0 and visible % keys == 0:
+                    latents = cache[table.long()].flatten(0, 1)[:visible].float()
                     logits = q[first + token, :cut].float() @ latents.T * softmax_scale
                     out[first + token, :cut] = (logits.softmax(-1) @ latents[:, : out.shape[2]]).to(out.dtype)
             first += count

@@ -43,7 +43,7 @@ def remembers_result(kind: str) -> FusedOp:
     kept: dict[Any, Tensor] = {}
 
     def body(right: Any, *state: Any, **given: Any) -> None:
-        tensors = [one for one in given.values() if torch.is_tensor(one)]
+        tensors = [operand for operand in given.values() if torch.is_tensor(operand)]
         key = tuple((tensor.data_ptr(), tensor.shape) for tensor in tensors)
         if key in kept:
             overwrite(given, kept[key])
