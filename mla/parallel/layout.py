@@ -20,6 +20,7 @@ from mla.cost import (
     parameters,
     projection_parameters,
     step_work,
+    token_bytes,
 )
 from mla.errors import UsageError, did_you_mean
 
@@ -228,19 +229,23 @@ class Capacity:
         return 1 - 1 / self.copies
 
 
-def capacity(config: MLAConfig, layout: Layout, memory: int, layers: int, itemsize: int = 2) -> Capacity:
+def capacity(
+    config: MLAConfig, layout: Layout, memory: int, layers: int, itemsize: int = 2, cache_format: str = ""
+) -> Capacity:
     """Return what so many bytes on every device hold of `layers` layers and their cache.
 
     Weights count once, `itemsize` bytes each; of the cache, tokens without any room lost in pages. Layers
-    with an indexer have index keys as well, on every rank the same.
-    Raises `UsageError` where the heads cannot be split.
+    with an indexer have index keys as well, on every rank the same. `cache_format` "" is `itemsize` bytes a
+    number. Raises `UsageError` where the heads cannot be split, and `CacheFormatError`.
     """
     layout.check(config)
     split, indexers = head_parameters(config), len(config.index_layers(layers))
     shared = (layers - indexers) * indexer_parameters(config)  # those of layers without an indexer
     weights = ((parameters(config) - split + split // layout.head_parts) * layers - shared) * itemsize
     room = max(0, memory - weights)
-    per_token = (config.latent_dim * layers + config.index_head_dim * indexers) * itemsize
+    widths = (config.kv_lora_rank, config.qk_rope_head_dim)
+    latent = token_bytes(cache_format, *widths) if cache_format else config.latent_dim * itemsize
+    per_token = latent * layers + config.index_head_dim * indexers * itemsize
     return Capacity(layout, weights, room, room // per_token * layout.dcp * layout.dp, layout.tp)
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mla.cache.formats import FORMATS, Codec, Format, codec_of, find_format, register, stored_format
+from mla.cost import TOKEN_BYTES, token_bytes
 from mla.errors import CacheFormatError
 
 WIDTHS = {"bf16": 1152, "fp16": 1152, "fp32": 2304, "fp8": 576, "fp8_ds_mla": 656, "fp8_ds_mla_any": 656,
@@ -35,6 +36,14 @@ def test_bytes_of_a_token() -> None:
     assert {name: entry.token_bytes() for name, entry in FORMATS.items()} == WIDTHS
     assert FORMATS["fp8_ds_mla"].token_bytes(512, 0) == 528
     assert all(entry.layout and entry.scale_rule and entry.deployed for entry in FORMATS.values())
+
+
+@pytest.mark.parametrize("widths", [(512, 64), (256, 32), (96, 0), (100, 28)])
+def test_bytes_that_are_counted_without_torch_are_those_of_the_codecs(widths: tuple[int, int]) -> None:
+    for name in TOKEN_BYTES:
+        assert token_bytes(name, *widths) == FORMATS[name].token_bytes(*widths)
+    with pytest.raises(CacheFormatError, match="do not fit it"):
+        token_bytes("q8_0", 100, 64)
 
 
 @pytest.mark.parametrize(

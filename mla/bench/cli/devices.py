@@ -35,7 +35,7 @@ from mla.command.options import (
 )
 from mla.config import LongRopeScaling, MLAConfig, YarnScaling
 from mla.config.presets import DEFAULT_CONFIG, PRESETS
-from mla.errors import UsageError
+from mla.errors import CacheFormatError, UsageError
 from mla.parallel.layout import Capacity, Layout, capacity, layouts
 from mla.text import DTYPES, named_dtype, size
 from mla_backends import BackendOptionError, probe
@@ -234,22 +234,34 @@ class _Memory(click.types.StringParamType):
     type=Dtype(),
     default="bf16",
     show_default=True,
-    help=f"Dtype of weights and cache: {', '.join(DTYPES)}.",
+    help=f"Dtype of weights, and of the cache unless it has a format: {', '.join(DTYPES)}.",
+)
+@click.option(
+    "--cache-format",
+    metavar="NAME",
+    default="",
+    help="What the cache holds, such as fp8_ds_mla; index keys stay in the dtype.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def capacity_command(config: str, memory: int, layout: Layout, layers: int, dtype: str, as_json: bool) -> int:
+def capacity_command(
+    config: str, memory: int, layout: Layout, layers: int, dtype: str, cache_format: str, as_json: bool
+) -> int:
     """Say how many tokens the devices of a layout hold together, and how much of the cache is repeated.
 
     tp repeats the whole latent on every device; dcp spreads the tokens of a request, and dp the requests.
     Weights are counted once, tokens without the room that is lost at the end of pages. Nothing is run.
 
-    Exit code 0; 2 for a config or layout that does not exist, or heads that the layout cannot split.
+    Exit code 0; 2 for a config, layout or cache format that does not exist, heads that the layout cannot
+    split, or latents that the format cannot hold.
     """
     chosen = MLAConfig.named(config)
     itemsize = 4 if dtype == "float32" else 2
 
     def held_by(parallel: Layout) -> Capacity:
-        return capacity(chosen, parallel, memory, layers, itemsize)
+        try:
+            return capacity(chosen, parallel, memory, layers, itemsize, cache_format)
+        except CacheFormatError as error:
+            raise UsageError(f"--cache-format: {error}") from error
 
     alternatives = [held_by(parallel) for parallel in layouts(chosen, layout.world) if parallel != layout]
     rows = [held_by(layout), *sorted(alternatives, key=lambda row: -row.tokens)]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from outcome import run_python
 
 Bench = Callable[..., Any]
 
@@ -24,6 +25,21 @@ def test_the_command_shows_the_layout_that_was_asked_for_first(bench: Bench) -> 
     assert "no room" in bench("capacity", "--memory", "1 MB").out
 
 
+def test_a_cache_format_is_counted_without_torch(bench: Bench) -> None:
+    tokens = {
+        name: json.loads(bench("capacity", "--memory", "1GB", "--json", "--cache-format", name).out)[0][
+            "tokens"
+        ]
+        for name in ("bf16", "fp8_ds_mla", "fp8:0.5")
+    }
+    for name, size in (("fp8_ds_mla", 656), ("fp8:0.5", 576)):
+        assert 0 <= tokens[name] - tokens["bf16"] * 1152 // size <= 2  # whole tokens of the same room
+    words = ["capacity", "--memory", "1GB", "--cache-format", "fp8_ds_mla"]
+    code = f"import sys; from mla.bench.__main__ import start; sys.argv[1:] = {words}; start(); "
+    done = run_python("-c", code + "print('torch' in sys.modules)")
+    assert done.out.splitlines()[-1] == "False", done.out + done.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -33,6 +49,7 @@ def test_the_command_shows_the_layout_that_was_asked_for_first(bench: Bench) -> 
         (("--memory", "8GB", "--parallel", "tp=3"), "splits heads over 3 ranks"),
         (("--memory", "8GB", "--parallel", "tp"), "a layout is written as in 'tp=2,dcp=2'"),
         (("--memory", "8GB", "--config", "none"), "unknown config 'none'"),
+        (("--memory", "8GB", "--cache-format", "fp9"), "--cache-format: unknown cache format 'fp9'"),
     ],
 )
 def test_mistakes_are_one_sentence(bench: Bench, arguments: tuple[str, ...], message: str) -> None:
