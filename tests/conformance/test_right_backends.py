@@ -18,7 +18,9 @@ from mla_backends.api import OPS
 
 Run = Callable[..., list[CheckResult]]
 OF_OPS = ("ops.known", "ops.reasons", "ops.preflight", "ops.batch_reasons")
-GRAPHS = ("layer.graph", "latent.graph", "layer.graph_lengths", "latent.graph_lengths")
+PAGED = ("latent", "select_latents", "sparse_latent_attention")
+GRAPHS = ("layer.graph", *(f"{op}.graph" for op in PAGED))
+GRAPHS += ("layer.graph_lengths", *(f"{op}.graph_lengths" for op in PAGED))
 WITHOUT_BF16 = (torch.float16, torch.float32)  # which the other tests run
 
 
@@ -39,7 +41,7 @@ def test_a_backend_without_ops_passes_and_refuses_only_what_it_does_not_offer(ju
     assert set(found) == {"pass", "refused"}, found.get("fail")
     refused = {one.check for one in results if one.status == "refused"}
     assert refused == {"device.graph", *OF_OPS, *GRAPHS}
-    assert all(one.reason == "the backend offers no graphs" for one in results if one.check in GRAPHS[:2])
+    assert all(one.reason == "the backend offers no graphs" for one in results if one.check in GRAPHS[:4])
 
 
 def test_the_installed_cpu_backend_passes(judge: Run) -> None:
@@ -79,7 +81,7 @@ def test_a_device_with_a_queue_passes_the_checks_of_clocks(judge: Run, sound: An
     checks = ("device.synchronize", "device.timer*", "*.prepare")
     found = by_status(judge(sound(), *checks))
     assert set(found) == {"pass"}, found
-    assert len(found["pass"]) == 6
+    assert len(found["pass"]) == 8
 
 
 @pytest.mark.parametrize("poll", [0.001, 0.03])

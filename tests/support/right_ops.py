@@ -160,7 +160,85 @@ class HalfByHalf(FusedOp):
         rows[:, width:].index_copy_(0, slots, key)
 
 
+class NormedByTorch(FusedOp):
+    """Turns the first channels as complex numbers."""
+
+    contract = "write_index_key/1"
+
+    def __call__(
+        self,
+        *,
+        k: Any,
+        weight: Any,
+        bias: Any,
+        eps: float,
+        cos_sin: Any,
+        interleaved: bool,
+        slots: Any,
+        cache: Any,
+    ) -> None:
+        key = torch.nn.functional.layer_norm(k.float(), k.shape[1:], weight.float(), bias.float(), eps)
+        first = key[:, None, : cos_sin.shape[1]].clone()
+        ComplexRotation()(x=first, cos_sin=cos_sin, interleaved=interleaved, out=first)
+        key[:, : cos_sin.shape[1]] = first[:, 0]
+        cache.view(-1, cache.shape[-1])[slots] = key.to(cache.dtype)
+
+
+class SortedSelect(FusedOp):
+    """Query by query, the worst of the selected first."""
+
+    contract = "select_latents/1"
+
+    def prepare(self, spec: Any, batch: Any) -> Any:
+        return batch.query_lens, batch.kv_lens
+
+    def __call__(
+        self, state: Any, *, q: Any, weights: Any, cache: Any, block_table: Any, out: Any, **rest: Any
+    ) -> None:
+        token = 0
+        for new, length, table in zip(*state, block_table, strict=True):
+            keys = cache[table.long()].flatten(0, 1)[:length].double()
+            for seen in range(length - new + 1, length + 1):
+                scores = (keys[: max(0, seen)] @ q[token].double().T).clamp_min(0) @ weights[token].double()
+                best = scores.argsort(descending=True)[: out.shape[1]].flip(0)
+                out[token] = torch.nn.functional.pad(best, (0, out.shape[1] - len(best)), value=-1)
+                token += 1
+
+
+class MaskedSparse(FusedOp):
+    """Scores every token of a request, and hides what is not selected."""
+
+    contract = "sparse_latent_attention/1"
+
+    def prepare(self, spec: Any, batch: Any) -> Any:
+        return batch.query_lens, batch.kv_lens
+
+    def __call__(
+        self, state: Any, *, q: Any, cache: Any, block_table: Any, selection: Any, **rest: Any
+    ) -> None:
+        first, (out, lse) = 0, (rest["out"], rest["lse"])
+        for new, length, table in zip(*state, block_table, strict=True):
+            tokens, keys = (
+                slice(first, first := first + new),
+                cache[table.long()].flatten(0, 1)[:length].float(),
+            )
+            chosen = torch.zeros((new, length + 1), dtype=torch.bool)
+            chosen.scatter_(
+                1,
+                selection[tokens].long() % (length + 1),
+                torch.ones(()).bool().expand(selection[tokens].shape),
+            )
+            logits = torch.einsum("thd,sd->ths", q[tokens].float(), keys) * rest["softmax_scale"]
+            logits.masked_fill_(~chosen[:, None, :length], -torch.inf)
+            lse[tokens] = logits.logsumexp(-1)
+            weights = (logits - lse[tokens].clamp_min(-3e38)[..., None]).exp()
+            out[tokens] = torch.einsum("ths,sd->thd", weights, keys[:, : out.shape[2]]).to(out.dtype)
+
+
 RIGHT_OPS = (
+    NormedByTorch,
+    SortedSelect,
+    MaskedSparse,
     TransposedLinear,
     HeadByHead,
     DenseLatent,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mla.conformance import reach
-from mla.conformance.checks import attention, small_ops
+from mla.conformance.checks import attention, small_ops, sparse
 
 NEARER = (reach, "PLACES", (1 << 22,))  # some ops copy what they are given
 SMALLER = (
@@ -24,6 +24,11 @@ SMALLER = (
     (small_ops, "BEYOND_GRID", 2049),
     (small_ops, "HEADS", (1, 2, 3, 16, 17, 128)),
     (attention, "LONG_CONTEXT", 3000),
+    (sparse, "LONG", 3000),
+    (sparse, "CROWD", 1500),
+    (sparse, "MANY", 500),
+    (sparse, "REQUESTS", 40),
+    (sparse, "HEADS", (1, 3, 20, 128)),
 )
 
 

@@ -417,6 +417,12 @@ class FrozenSelect(Select):  # type: ignore[misc, valid-type]
         super().__call__(state.batch, **tensors)
 
 
+def narrow_rows(q: Tensor, **tensors: Any) -> dict[str, Any]:
+    """The places of queries are computed in 20 bits."""
+    at = [q.storage_offset() + row * q.stride(0) % (1 << 20) for row in range(len(q))]
+    return {"q": torch.stack([q.as_strided(q.shape[1:], q.stride()[1:], start) for start in at])}
+
+
 def kept(base: type) -> list[Callable[[], Any]]:
     """Return ops that keep an output or an input beyond a call."""
     return [
@@ -493,6 +499,8 @@ MUTANTS: Makers = {
         *(lambda n=n: after(Select, narrow_positions(n)) for n in (16, 17)),
         lambda: selecting(zeros_from(1 << 17)),
     ],
+    "select_latents.far_rows": [lambda: given(Select, narrow_rows)],
+    "sparse_latent_attention.far_rows": [lambda: given(Sparse, narrow_rows)],
     "select_latents.prepare": [lambda: wrong(Select, prepare=waits)],
     "select_latents.kept": kept(Select),
     "select_latents.alive": [lambda: ring_of_states(Select, 3)],

@@ -17,8 +17,10 @@ from mla.cache.index_formats import INDEX_FORMATS
 from mla.cases.case import OpCase
 from mla.cases.sparse import SELECTIONS
 from mla.cases.stress import Stress
-from mla.conformance.checks import op_cases
-from mla.conformance.checks.attention import SPEC, Lengths, Make, around, ragged
+from mla.conformance.checks import op_cases, op_check
+from mla.conformance.checks.attention import PLACES, SPEC, Lengths, Make, around, ragged
+from mla.conformance.reach import far
+from mla.conformance.trial import Trial
 from mla_backends.api import IndexerSpec
 
 TOPK = 64
@@ -176,6 +178,14 @@ def requests(make: Make) -> Iterator[OpCase]:
 def heads(make: Make) -> Iterator[OpCase]:
     """Any number of heads from 1 to 128 is served, or refused with a reason."""
     return (make((2, 1, 3), (100, 70, 3), count) for count in HEADS)
+
+
+@op_check("far_rows", "index", PLACES, EITHER)
+def far_rows(trial: Trial, make: Make) -> None:
+    """Rows of queries and outputs may lie apart, the last of them beyond 32 bits."""
+    with far(trial, tensors=2) as numbers:
+        apart = numbers // 33 // 1024 * 1024  # so that the last of 35 rows is beyond, and all are aligned
+        trial.check_cases([make((4, 30, 1), (4, 131, 5), 2, apart=apart)])
 
 
 @op_cases("positions", "index", "positions that are kept in 16 or 17 bits", EITHER)
