@@ -31,7 +31,10 @@ from mla_backends.known import KNOWN, WITHOUT_PLUGIN
 # Flag -> whose it is: all platforms of InfiniCore's tests.
 DEVICES = {
     **{name: backend.device for name, backend in KNOWN.items()},
-    **{name: f"{one.device} (no plugin yet: says how to run today)" for name, one in WITHOUT_PLUGIN.items()},
+    **{
+        name: f"{entry.device} (no plugin yet: says how to run today)"
+        for name, entry in WITHOUT_PLUGIN.items()
+    },
 }
 # Flags that other versions of the original have.
 REFUSED = {

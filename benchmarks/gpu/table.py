@@ -103,13 +103,13 @@ def step_rows(folder: Path) -> Rows:
 
 def runs_in(folder: Path) -> dict[str, Run]:
     """Return step -> result, of the files of runs that can be read, in the order of their making."""
-    found = {}
+    by_name = {}
     for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime):
         try:
-            found[path.stem] = results.read(path)
+            by_name[path.stem] = results.read(path)
         except MLAError:
             continue  # of another kind, or one that the steps table has spoken about
-    return found
+    return by_name
 
 
 def in_turns_only(runs: Mapping[str, Run]) -> dict[str, Run]:

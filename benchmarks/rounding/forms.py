@@ -82,8 +82,8 @@ def _parts(q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor, dtype:
     """Return out and log-sum-exp of every part, 0 and -inf of one that a query does not see."""
     ends = [k.shape[1] * part // SPLITS for part in range(SPLITS + 1)]
     parts = [slice(*pair) for pair in itertools.pairwise(ends) if pair[0] < pair[1]]
-    found = [flash(q, k[:, part], v[:, part], scale, hidden[:, part], dtype) for part in parts]
-    outs, sums = (torch.stack(one) for one in zip(*found, strict=True))
+    computed = [flash(q, k[:, part], v[:, part], scale, hidden[:, part], dtype) for part in parts]
+    outs, sums = (torch.stack(part_results) for part_results in zip(*computed, strict=True))
     return outs.nan_to_num(), sums
 
 
@@ -132,8 +132,8 @@ def blocked(x: Tensor, weight: Tensor) -> Tensor:
     """Add the sums of blocks to one accumulator."""
     blocks = list(zip(x.split(BLOCK, -1), weight.split(BLOCK, -1), strict=True))
     total = blocks[0][0] @ blocks[0][1].mT
-    for one, other in blocks[1:]:
-        total += one @ other.mT
+    for block, other in blocks[1:]:
+        total += block @ other.mT
     return total
 
 

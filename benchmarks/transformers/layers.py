@@ -62,11 +62,11 @@ class UseMla(TransformersLayer):
         return None
 
     def _arguments(self, step: int) -> list[dict[str, Any]]:
-        found = super()._arguments(step)
+        of_calls = super()._arguments(step)
         lengths = zip(self.scenario.query_lens, self.scenario.kv_lens(step), strict=True)
-        for arguments, (new, keys) in zip(found, lengths, strict=True):
+        for arguments, (new, keys) in zip(of_calls, lengths, strict=True):
             arguments["position_ids"] = torch.arange(keys - new, keys)[None]
-        return found
+        return of_calls
 
     def facts(self) -> Facts:
         facts = super().facts()

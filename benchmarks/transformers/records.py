@@ -162,19 +162,19 @@ class Group:
 
 def groups(rows: Iterable[Row], label: str = "") -> list[Group]:
     """Return what was measured, in its order; `label` is the machine's."""
-    found: dict[tuple[str, int], dict[tuple[str, int], list[Row]]] = {}
+    by_config: dict[tuple[str, int], dict[tuple[str, int], list[Row]]] = {}
     for row in rows:
-        points = found.setdefault((row.config, row.requests), {})
+        points = by_config.setdefault((row.config, row.requests), {})
         points.setdefault((row.phase, row.history or row.new_tokens), []).append(row)
     return [
-        Group(config, requests, [Point(*place, one) for place, one in points.items()], label)
-        for (config, requests), points in found.items()
+        Group(config, requests, [Point(*place, rows_there) for place, rows_there in points.items()], label)
+        for (config, requests), points in by_config.items()
     ]
 
 
 def middle(row: Row, measured: Measured) -> float:
     """Return the median of the medians of rounds."""
-    return median([median(one) for one in getattr(row, measured)])
+    return median([median(samples) for samples in getattr(row, measured)])
 
 
 def attention(row: Row) -> float:

@@ -62,7 +62,7 @@ def draw(group: Group, device: str) -> dict[str, str]:
         lines = {party: list(_line(group, phase, party, of)) for party in NAMES}
         lines = {party: line for party, line in lines.items() if line}
         if lines:
-            finding = "; ".join(f"{one}: {_span(line, label)}" for one, line in lines.items())
+            finding = "; ".join(f"{name}: {_span(line, label)}" for name, line in lines.items())
             drawn = figures.curves(list(map(_drawn, lines, lines.values())), [], ("tokens", label))
             subject = f"{group.config}: one request; {device}"
             chart = figures.Chart(f"{group.config}-{name}", title, subject, f"{finding}.", drawn)
@@ -106,9 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ResultError as error:
         note(f"error: {error}")
         return 1
-    found = groups(record.rows, record.label)
-    out("\n".join(map(text, found)))
-    for group in found:
+    compared = groups(record.rows, record.label)
+    out("\n".join(map(text, compared)))
+    for group in compared:
         if asked.pictures and group.requests == 1:
             page.write_pictures(draw(group, f"{record.device}, {record.threads} threads"), asked.pictures)
     return 0

@@ -28,7 +28,7 @@ def tables(group: Group) -> list[str]:
     """Return, under headings: times of each phase, of both settings of the allocator, and memory."""
     made: dict[str, Table] = {}
     for phase, title in TITLES.items():
-        made[title] = TIMES, [_times(one) for one in group.of(phase)]
+        made[title] = TIMES, [_times(point) for point in group.of(phase)]
     if len(group.allocators) > 1:
         made["attention with either allocator"] = _by_allocator(group)
     made["what a layer keeps"] = _kept(group)
@@ -137,7 +137,7 @@ OFTEN = 0.9  # of the rows
 def sentences(group: Group) -> list[str]:
     """Return findings about speed, memory and the measurement itself."""
     decode = group.of("decode")
-    found = [
+    remarks = [
         *(_range(group, decode, party) for party in (OURS, PAGED)),
         _not_faster(group),
         *_refused(group),
@@ -145,7 +145,7 @@ def sentences(group: Group) -> list[str]:
         _agreement(group),
         _spread(group),
     ]
-    return [sentence for sentence in found if sentence]
+    return [sentence for sentence in remarks if sentence]
 
 
 def _range(group: Group, points: Iterable[Point], party: str) -> str:
@@ -231,4 +231,4 @@ def _timed(group: Group) -> list[Row]:
 
 
 def _middles(row: Row) -> list[float]:
-    return [median(one) for one in row.attention_ms]
+    return [median(samples) for samples in row.attention_ms]

@@ -67,17 +67,17 @@ def test_each_build_is_usable_by_its_own_backend_only(
     pretend: Callable[[str], str], build: str, backend: str
 ) -> None:
     owner = pretend(build)
-    found = create(backend).probe()
-    assert found.ok == (backend == owner)
-    assert found.evidence
-    if found.ok:
+    available = create(backend).probe()
+    assert available.ok == (backend == owner)
+    assert available.evidence
+    if available.ok:
         return
-    assert found.reason.startswith("this torch is ")
-    assert "install torch" in found.hint
+    assert available.reason.startswith("this torch is ")
+    assert "install torch" in available.hint
     if owner:
-        assert f"use `--backend {owner}`" in found.hint
+        assert f"use `--backend {owner}`" in available.hint
     else:
-        assert "--backend" not in found.hint
+        assert "--backend" not in available.hint
 
 
 def test_the_extensions_of_a_build_are_read_without_importing_them(tmp_path: Any, monkeypatch: Any) -> None:
@@ -102,10 +102,10 @@ def test_without_torch_the_reason_is_torch(backend: str, monkeypatch: pytest.Mon
     created = create(backend)
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setattr("importlib.import_module", missing)
-    found = created.probe()
-    assert not found.ok
-    assert found.reason == "torch is not installed"
-    assert found.hint.startswith("install torch")
+    available = created.probe()
+    assert not available.ok
+    assert available.reason == "torch is not installed"
+    assert available.hint.startswith("install torch")
 
 
 def test_a_probe_imports_no_kernel_and_no_management_library(tmp_path: Any) -> None:

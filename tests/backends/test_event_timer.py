@@ -45,15 +45,15 @@ def module_of(stream: Stream, **more: Any) -> Any:
 def timed(stream: Stream, module: Any, *ops: tuple[float, float]) -> float:
     """Return the microseconds that the timer gives for ops of (launch, kernel) microseconds."""
     timer = EventTimer(module, "acme", stream.synchronize)
-    found = []
+    times = []
     for _ in range(3):
         stream.host += 1000  # the device is idle
         timer.start()
         for launch, kernel in ops:
             stream.run(launch, kernel)
-        found.append(1e3 * timer.stop())
-    assert found == pytest.approx([found[0]] * 3)
-    return found[0]
+        times.append(1e3 * timer.stop())
+    assert times == pytest.approx([times[0]] * 3)
+    return times[0]
 
 
 def sleeping(stream: Stream) -> dict[str, Any]:

@@ -182,9 +182,9 @@ def test_one_of_two_attentions_must_be_named(tmp_path: Path) -> None:
             CheckpointError, match=r"several attentions: choose one with layer='3.0' or '3.1'"
         ):
             read_layer(made.folder, made.config, asked)
-    one = maker.LAYOUTS["full-names"].make(tmp_path / "other")
+    stored = maker.LAYOUTS["full-names"].make(tmp_path / "other")
     with pytest.raises(CheckpointError, match=r"layer 3 of .* has one attention, so there is no 3.1"):
-        read_layer(one.folder, one.config, "3.1")
+        read_layer(stored.folder, stored.config, "3.1")
 
 
 def test_attentions_under_two_prefixes_are_refused(tmp_path: Path) -> None:

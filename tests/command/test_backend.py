@@ -96,6 +96,6 @@ def test_a_mistake_in_the_backends_options_is_one_sentence(
 def test_the_backend_without_a_plugin_is_for_hosts_where_no_plugin_is_usable(
     plugins: dict[str, str], chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe, "statuses", lambda: [Status(*one) for one in plugins.items()])
+    monkeypatch.setattr(probe, "statuses", lambda: [Status(*plugin) for plugin in plugins.items()])
     monkeypatch.setattr(probe, "status", lambda name: Status(name, USABLE))
     assert only_usable() == chosen

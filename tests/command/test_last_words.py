@@ -164,7 +164,7 @@ def test_stopping_and_continuing_reach_the_child() -> None:
         both = [parent.pid, int(parent.stdout.readline())]
         for number, states in ((signal.SIGTSTP, "T"), (signal.SIGCONT, "SR"), (signal.SIGTSTP, "T")):
             parent.send_signal(number)
-            assert within_seconds(lambda states=states: all(state(one) in states for one in both))
+            assert within_seconds(lambda states=states: all(state(process) in states for process in both))
         parent.kill()
 
 

@@ -71,5 +71,5 @@ def test_a_slice_may_be_unaligned() -> None:
     x = torch.zeros(2, 48, dtype=torch.bfloat16)
     kernel = SimpleNamespace(fn=SimpleNamespace(__module__="m", __name__="k"))
     launch = Launch(kernel, (1,), {"whole": x, "part": x[:, 1:]}, 4, 1)
-    found = case_of(launch, SM_90).arguments
-    assert [found[name]["aligned"] for name in ("whole", "part")] == [True, False]
+    arguments = case_of(launch, SM_90).arguments
+    assert [arguments[name]["aligned"] for name in ("whole", "part")] == [True, False]

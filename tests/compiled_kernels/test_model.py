@@ -109,10 +109,10 @@ def test_a_step_is_what_the_loop_holds() -> None:
     tensor_memory = SASS.replace("HGMMA.64x32x16.F32.BF16 R8,", "UTCHMMA").replace(
         "HGMMA.64x256x16.F32", "FADD"
     )
-    found = counting.of_nvidia(tensor_memory, PTX, 8)
-    assert found
-    assert found["flops"]["tcgen05, 64 rows"] == 2 * 2 * 64 * 16 * 16
-    assert found["shared"] == (64 + 16 + 16) * 16 * 2 + 8 * (512 + 512 + 128)
+    counts = counting.of_nvidia(tensor_memory, PTX, 8)
+    assert counts
+    assert counts["flops"]["tcgen05, 64 rows"] == 2 * 2 * 64 * 16 * 16
+    assert counts["shared"] == (64 + 16 + 16) * 16 * 2 + 8 * (512 + 512 + 128)
     assert counting.of_nvidia(SASS.replace("MMA", "ADD"), "", 8) is None
 
 
@@ -124,11 +124,11 @@ def test_the_slowest_unit_bounds_a_step() -> None:
     work = model.Work.of(Case("m:k", arguments, 8, 2, Target("cuda", 80, 32)))
     assert work == (2 * 64 * 32 * 1088, 32 * 576 * 2 / 2), "two programs read the same keys"
     step = {"flops": {"mma": 2 * work.flops}, "shared": 6000 * 128, "instructions": 4 * 1000}
-    found = model.predict(CARDS["A100"], work, step)
-    assert found.cycles == {"tensor": 4352, "shared": 6000, "issue": 1000, "memory": 1377}
-    assert (found.bound, found.needed) == ("shared", 0.5)
-    assert found.tensor_share == (round(2176 / 7000, 3), round(2176 / 6000, 3))
-    assert found.bandwidth_share == (
+    prediction = model.predict(CARDS["A100"], work, step)
+    assert prediction.cycles == {"tensor": 4352, "shared": 6000, "issue": 1000, "memory": 1377}
+    assert (prediction.bound, prediction.needed) == ("shared", 0.5)
+    assert prediction.tensor_share == (round(2176 / 7000, 3), round(2176 / 6000, 3))
+    assert prediction.bandwidth_share == (
         pytest.approx(1377 / 7000, abs=1e-3),
         pytest.approx(1377 / 6000, abs=1e-3),
     )

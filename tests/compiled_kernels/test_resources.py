@@ -83,16 +83,16 @@ def compiled() -> list[tuple[Case, dict[str, Any]]]:
 def test_the_compiler_is_of_the_triton_that_is_imported_here(
     compiled: list[tuple[Case, dict[str, Any]]],
 ) -> None:
-    assert {found["triton"] for _, found in compiled} == {triton.__version__}
+    assert {facts["triton"] for _, facts in compiled} == {triton.__version__}
 
 
 def test_what_is_shipped_has_no_fault(compiled: list[tuple[Case, dict[str, Any]]]) -> None:
-    found = {
-        (shipped.cards, name): faults(*one, shipped.shared)
-        for (shipped, name), one in zip(SHIPPED, compiled[: len(SHIPPED)], strict=True)
+    by_kernel = {
+        (shipped.cards, name): faults(*kernel, shipped.shared)
+        for (shipped, name), kernel in zip(SHIPPED, compiled[: len(SHIPPED)], strict=True)
     }
-    assert not {where: what for where, what in found.items() if what}
-    assert len(found) == len(SHIPPED)
+    assert not {where: what for where, what in by_kernel.items() if what}
+    assert len(by_kernel) == len(SHIPPED)
 
 
 def test_what_is_predicted_is_what_the_compiler_yields(compiled: list[tuple[Case, dict[str, Any]]]) -> None:
@@ -104,21 +104,21 @@ def test_what_is_predicted_is_what_the_compiler_yields(compiled: list[tuple[Case
     }
     if not committed:
         pytest.skip(f"model.json has no Triton {triton.__version__}")
-    found = {
+    table = {
         (str(shipped.target), name): answer["step"]
         for (shipped, name), (_, answer) in zip(SHIPPED, compiled[: len(SHIPPED)], strict=True)
     }
-    both = found.keys() & committed.keys()
+    both = table.keys() & committed.keys()
     assert len(both) >= 4
-    assert {where: found[where] for where in both} == {where: committed[where] for where in both}
+    assert {where: table[where] for where in both} == {where: committed[where] for where in both}
 
 
 def test_a_cache_write_that_rotates_queries_has_no_fault() -> None:
     shipped = (A100, H100)
     cases = [_joined(each) for each in shipped]
     assert [case.arguments["HEADS"]["value"] for case in cases] == [128, 128]
-    found = compile_cases(cases)
-    assert [faults(*each, shipped[0].shared) for each in zip(cases, found, strict=True)] == [[], []]
+    results = compile_cases(cases)
+    assert [faults(*each, shipped[0].shared) for each in zip(cases, results, strict=True)] == [[], []]
 
 
 @pytest.mark.parametrize("access", ["@%p1 ld.global.b32", "st.global.v4.b32", "cp.async.cg.shared.global"])
@@ -129,10 +129,10 @@ def test_a_launch_that_touches_memory_before_it_waits_does_not_start_early_sound
 
 
 def test_tiles_that_do_not_fit_are_refused(compiled: list[tuple[Case, dict[str, Any]]]) -> None:
-    for (shipped, expected), one in zip(WRONG, compiled[len(SHIPPED) :], strict=True):
-        found = faults(*one, shipped.shared)
+    for (shipped, expected), kernel in zip(WRONG, compiled[len(SHIPPED) :], strict=True):
+        said = faults(*kernel, shipped.shared)
         for what in expected:
-            assert any(re.match(what, fault) for fault in found), (what, found)
+            assert any(re.match(what, fault) for fault in said), (what, said)
 
 
 @pytest.mark.parametrize(
@@ -171,14 +171,14 @@ def test_only_known_spills_are_no_fault(
     shipped: Shipped, name: str, triton: str, spilled: int, faulty: bool
 ) -> None:
     case = shipped.cases()[name]
-    found = {
+    facts = {
         **FINE,
         "triton": triton,
         "spilled": spilled,
         "instructions": {product_of(case): 8, "early start": 1},
     }
     sentence = f"spills {spilled} bytes per thread"
-    assert faults(case, found, shipped.shared) == ([sentence] if faulty else [])
+    assert faults(case, facts, shipped.shared) == ([sentence] if faulty else [])
 
 
 def test_a_compiler_that_aborts_takes_only_its_case_along(tmp_path: Path) -> None:

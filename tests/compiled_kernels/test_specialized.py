@@ -22,7 +22,7 @@ def specialization(launch: Launch) -> tuple[Any, ...]:
     """Return what Triton compiles a launch for: constants, types, and values and alignments it looks at."""
 
     def seen(name: str, value: Any) -> Any:
-        parameter = next(one for one in launch.kernel.params if one.name == name)
+        parameter = next(candidate for candidate in launch.kernel.params if candidate.name == name)
         if isinstance(value, torch.Tensor):
             aligned = None if parameter.do_not_specialize else value.data_ptr() % 16 == 0
             return value.dtype, aligned
@@ -73,9 +73,9 @@ def test_a_decode_step_is_compiled_once_whatever_its_lengths(requests: int, page
     """From no split to many, over borders of pages, with tables of any width and alignment."""
     lengths = [*range(60, 400, 7), 1000, 1024, 5000, 40_000]
     calls = [(tuple(length + number for number in range(requests)), page) for length in lengths]
-    found = set(compiled(decode, *calls))
-    assert {one[0] for one in found} <= {"attend_latent", "merge_latent"}
-    assert len(found) == len({one[0] for one in found})
+    kernels = set(compiled(decode, *calls))
+    assert {kernel[0] for kernel in kernels} <= {"attend_latent", "merge_latent"}
+    assert len(kernels) == len({kernel[0] for kernel in kernels})
 
 
 def prefill(ops: dict[str, Any], lengths: tuple[int, ...]) -> None:

@@ -26,13 +26,13 @@ def test_known_spills_are_as_the_table_shows_them() -> None:
     """Whatever is allowed beyond that would hide new ones."""
     shown: dict[tuple[str, str, str], int] = {}
     for line in TABLE.read_text(encoding="utf-8").splitlines():
-        if found := re.match(r"## Triton (\d+\.\d+)", line):
-            version = found[1]
-        elif found := re.search(r", compiled for (\w+);", line):
-            target = found[1]
-        elif found := re.search(r"\| ([^|]+) \| \d+ \| (\d+) \(known\)", line):
-            where = (version, target, found[1])
-            shown[where] = max(int(found[2]), shown.get(where, 0))
+        if match := re.match(r"## Triton (\d+\.\d+)", line):
+            version = match[1]
+        elif match := re.search(r", compiled for (\w+);", line):
+            target = match[1]
+        elif match := re.search(r"\| ([^|]+) \| \d+ \| (\d+) \(known\)", line):
+            where = (version, target, match[1])
+            shown[where] = max(int(match[2]), shown.get(where, 0))
     versions = {part.triton.rpartition(".")[0] for part in PARTS}
     assert shown == {
         (triton, target, tile): allowed

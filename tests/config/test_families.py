@@ -80,8 +80,8 @@ def test_a_published_config_gives_the_right_numbers(name: str) -> None:
     assert (*dims, *heads, config.rope_theta) == NUMBERS[name]
     softmax, magnitude = FACTORS.get(name, (1.0, 1.0))
     assert config.softmax_scale == pytest.approx(config.qk_head_dim**-0.5 * softmax, rel=1e-6)
-    found = config.rope_scaling.magnitude() if config.rope_scaling else 1.0
-    assert found == pytest.approx(magnitude, rel=1e-6)
+    computed = config.rope_scaling.magnitude() if config.rope_scaling else 1.0
+    assert computed == pytest.approx(magnitude, rel=1e-6)
     assert config.rms_norm_eps == (1e-5 if name == "kimi-k3" else 1e-6)
     assert config.output_gate == {"kimi-k3": "element", "ling-3-flash": "head"}.get(name)
     assert not config.attention_bias
@@ -167,8 +167,8 @@ def test_an_indexer_is_read_where_there_is_one(name: str) -> None:
         assert (config.index_topk, config.index_n_heads, config.indexer_types) == (0, 0, ())
         return
     *numbers, layers, full = INDEXERS[name]
-    found = (config.index_n_heads, config.index_head_dim, config.index_topk, config.indexer_rope_interleave)
-    assert found == tuple(numbers)
+    indexer = (config.index_n_heads, config.index_head_dim, config.index_topk, config.indexer_rope_interleave)
+    assert indexer == tuple(numbers)
     assert len(config.index_layers(layers + 1)) == full  # with the one that guesses tokens
     assert config.of_layer(0).index_n_heads == numbers[0]
 

@@ -275,8 +275,8 @@ def errors(case: Any, twin: Twin) -> tuple[float, float]:
     for sequence, out, hidden, past, keys in requests:
         expected = twin.run(hidden, *past, keys)
         cached = [*case.cache.read(sequence), *filter(torch.is_tensor, [case.cache.read_index(sequence)])]
-        for index, found in enumerate((out, *cached)):
-            error = ((found - expected[index]).norm() / expected[index].norm()).item()
+        for index, ours in enumerate((out, *cached)):
+            error = ((ours - expected[index]).norm() / expected[index].norm()).item()
             worst[min(index, 1)] = max(worst[min(index, 1)], error)
     return worst[0], worst[1]
 
@@ -457,7 +457,7 @@ def test_scaled_latents_give_the_state_dict_back_bit_for_bit(dtype: torch.dtype)
     layer = MLA(config, dtype=dtype)
     layer.load_state_dict(state)
     for _ in range(2):  # what came out goes in again without being scaled twice
-        found = layer.state_dict()
-        assert list(found) == list(weight_shapes(config))
-        assert all(torch.equal(found[name], state[name]) for name in state)
-        layer.load_state_dict(found)
+        weights = layer.state_dict()
+        assert list(weights) == list(weight_shapes(config))
+        assert all(torch.equal(weights[name], state[name]) for name in state)
+        layer.load_state_dict(weights)

@@ -82,9 +82,9 @@ def test_layers_share_selections_as_their_model_says() -> None:
     config = MLAConfig(64, 4, **SPARSE, indexer_types=kinds, name="x")
     assert config.index_layers(7) == (0, 1, 3, 5, 6)  # what follows guesses tokens, and has its own
     assert config.index_layers(2) == (0, 1)
-    own, shared = config.of_layer(3), config.of_layer(4)
-    assert own == config.of_layer(6) == replace(config, indexer_types=())
-    assert shared == replace(own, index_n_heads=0)
+    first, shared = config.of_layer(3), config.of_layer(4)
+    assert first == config.of_layer(6) == replace(config, indexer_types=())
+    assert shared == replace(first, index_n_heads=0)
     assert shared.of_layer(0) == shared
     assert shared.index_layers(3) == ()
     assert not shared.is_ops_alone

@@ -37,9 +37,9 @@ def theirs(**keys: Any) -> tuple[torch.Tensor, float, float]:
 
 def assert_same(**keys: Any) -> None:
     """Compare to one unit in the last place of a frequency, and to 1e-12 in the factors."""
-    (found, *factors), (expected, *truths) = ours(**keys), theirs(**keys)
+    (frequencies, *factors), (expected, *truths) = ours(**keys), theirs(**keys)
     one_ulp = torch.nextafter(expected, torch.full_like(expected, torch.inf)) - expected
-    assert ((found - expected).abs() <= 2 * one_ulp).all()
+    assert ((frequencies - expected).abs() <= 2 * one_ulp).all()
     assert factors == pytest.approx(truths, rel=1e-12)
 
 
@@ -56,9 +56,9 @@ SPELLINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("keys", SPELLINGS, ids=str)
 def test_every_spelling_of_one_scaling_is_the_same(keys: dict[str, Any]) -> None:
     assert_same(**keys)
-    found, expected = ours(**keys), ours(**SPELLINGS[0])
-    assert torch.equal(found[0], expected[0])
-    assert found[1:] == expected[1:]
+    respelt, expected = ours(**keys), ours(**SPELLINGS[0])
+    assert torch.equal(respelt[0], expected[0])
+    assert respelt[1:] == expected[1:]
 
 
 @pytest.mark.parametrize(

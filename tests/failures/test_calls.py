@@ -66,7 +66,7 @@ def run_layer(
 
 
 def faulty(role: str, fault: str) -> Replace:
-    return lambda one, op: FaultyOp(KINDS[one], fault) if one == role else op
+    return lambda name, op: FaultyOp(KINDS[name], fault) if name == role else op
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -156,9 +156,9 @@ class Looking(FusedOp):
     def __call__(self, *leading: Any, **tensors: Any) -> None:
         self.seen = tensors
         self.memory = {
-            name: torch.tensor(one.untyped_storage().tolist(), dtype=torch.uint8)
-            for name, one in tensors.items()
-            if torch.is_tensor(one)
+            name: torch.tensor(operand.untyped_storage().tolist(), dtype=torch.uint8)
+            for name, operand in tensors.items()
+            if torch.is_tensor(operand)
         }
 
 

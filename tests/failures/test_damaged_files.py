@@ -62,7 +62,7 @@ def write(folder: Path, made: tuple[Known, dict[str, Any]], damage: Damage) -> N
     damage(document["call"], kept)
     metadata = {file.KEY: json.dumps(document)}
     safetensors.torch.save_file(
-        {name: one.clone() for name, one in kept.items()}, folder / file.NAME, metadata
+        {name: tensor.clone() for name, tensor in kept.items()}, folder / file.NAME, metadata
     )
 
 
@@ -107,8 +107,8 @@ ATTENTION: list[tuple[Damage, str]] = [
     (put("cache.rows", lambda rows: rows.flatten(0, 1)), "its cache has no pages"),
     (lambda facts, kept: facts.update(pages=0), "its cache has no pages"),
     (lambda facts, kept: facts.update(pages=4), "block_table names no page of the cache"),
-    (put("cache.pages", lambda one: one + 1), "it does not hold the pages that the call reads"),
-    (put("expected.lse", lambda one: one[:2]), r"expected.lse is float64 \[2, 2\], not float64 \[T, h\]"),
+    (put("cache.pages", lambda pages: pages + 1), "it does not hold the pages that the call reads"),
+    (put("expected.lse", lambda lse: lse[:2]), r"expected.lse is float64 \[2, 2\], not float64 \[T, h\]"),
     (lambda facts, kept: kept.pop("reference.out"), "it lacks the tensor 'reference.out'"),
 ]
 
@@ -119,7 +119,7 @@ def fewer_tokens(facts: dict[str, Any], kept: dict[str, torch.Tensor]) -> None:
 
 
 ATTENTION.append((fewer_tokens, "a request has fewer tokens than new ones"))
-CASES = [(linear, *one) for one in LINEAR] + [(attention, *one) for one in ATTENTION]
+CASES = [(linear, *row) for row in LINEAR] + [(attention, *row) for row in ATTENTION]
 
 
 @pytest.mark.parametrize(("make", "damage", "reason"), CASES, ids=[reason for _, _, reason in CASES])

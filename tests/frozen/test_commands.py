@@ -39,12 +39,12 @@ def test_commands_do_what_they_did(tmp_path: Path) -> None:
 
 
 def test_a_shape_has_keys_and_types() -> None:
-    found = shape({"a": [{"b": 1}, {"b": None, "c": "x"}], "d": [], "environment": {"torch": "2"}})
-    assert found == {
+    outline = shape({"a": [{"b": 1}, {"b": None, "c": "x"}], "d": [], "environment": {"torch": "2"}})
+    assert outline == {
         "a": {"[]": {"b": "number", "c": "text"}},
         "d": {"[]": None},
         "environment": "map",
     }
-    assert fits(found, {**found, "d": {"[]": {"e": "text"}}})
-    assert not fits(found, {**found, "e": None}), "a new key"
-    assert not fits(found, {**found, "a": {"[]": {"b": "text", "c": "text"}}})
+    assert fits(outline, {**outline, "d": {"[]": {"e": "text"}}})
+    assert not fits(outline, {**outline, "e": None}), "a new key"
+    assert not fits(outline, {**outline, "a": {"[]": {"b": "text", "c": "text"}}})

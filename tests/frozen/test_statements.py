@@ -33,16 +33,20 @@ def statements(path: Path) -> dict[str, list[str]]:
     """Return what each test of a file asserts, and what its functions return that judge findings."""
     tree = ast.parse(path.read_text())
     said = {}
-    for node in (one for one in ast.walk(tree) if isinstance(one, ast.FunctionDef)):
+    for node in (definition for definition in ast.walk(tree) if isinstance(definition, ast.FunctionDef)):
         if node.name.startswith("test_"):
-            inside = (one for one in ast.walk(node) if isinstance(one, (ast.Assert, ast.With)))
+            inside = (
+                statement for statement in ast.walk(node) if isinstance(statement, (ast.Assert, ast.With))
+            )
             said[node.name] = [
-                ast.unparse(one if isinstance(one, ast.Assert) else one.items[0])
-                for one in inside
-                if isinstance(one, ast.Assert) or "raises" in ast.unparse(one.items[0])
+                ast.unparse(statement if isinstance(statement, ast.Assert) else statement.items[0])
+                for statement in inside
+                if isinstance(statement, ast.Assert) or "raises" in ast.unparse(statement.items[0])
             ]
         elif node.name in JUDGES:
-            said[node.name] = [ast.unparse(one) for one in ast.walk(node) if isinstance(one, ast.Return)]
+            said[node.name] = [
+                ast.unparse(returned) for returned in ast.walk(node) if isinstance(returned, ast.Return)
+            ]
     return said
 
 
@@ -104,9 +108,9 @@ def test_no_mutant_of_a_kernel_is_dropped(monkeypatch: pytest.MonkeyPatch) -> No
     import mutants
 
     seen = {
-        f"{one.room}: {one.name}": {"old": one.old, "new": one.new, "problems of": group}
+        f"{mutant.room}: {mutant.name}": {"old": mutant.old, "new": mutant.new, "problems of": group}
         for group in mutants.__all__
-        for one in getattr(mutants, group)
+        for mutant in getattr(mutants, group)
     }
     assert hold("statements", "kernels", seen) == []
 

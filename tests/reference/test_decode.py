@@ -137,7 +137,7 @@ def test_padding_has_a_limit(lengths: list[int], padded: bool, latent_problem: A
 @pytest.mark.parametrize("heads", [16, 128])
 def test_one_graph_serves_the_standard_decode(heads: int, latent_problem: Any) -> None:
     """In a block table as wide as the last step needs, every step takes the same launches."""
-    (scenario,) = (one for one in load_workload(STANDARD) if one.mode == "decode")
+    (scenario,) = (candidate for candidate in load_workload(STANDARD) if candidate.mode == "decode")
     states, widest = set(), -(-max(scenario.final_lens) // 64)
     for step in (0, 15, scenario.inputs - 1):
         problem = latent_problem(scenario.query_lens, scenario.kv_lens(step), page_size=64)

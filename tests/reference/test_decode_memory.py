@@ -132,10 +132,10 @@ def test_what_a_step_takes_is_bounded_whatever_its_shape(
 
 
 def test_masks_are_made_for_no_head() -> None:
-    one, many = (Step(16, 4, 16384, heads).plan() for heads in (1, 128))
-    assert one is not None
+    single, many = (Step(16, 4, 16384, heads).plan() for heads in (1, 128))
+    assert single is not None
     assert many is not None
-    assert kept(one) == kept(many) == 16 * 16384 * (4 * 4 + 1)
+    assert kept(single) == kept(many) == 16 * 16384 * (4 * 4 + 1)
 
 
 def test_a_batch_whose_masks_are_too_large_is_grouped() -> None:

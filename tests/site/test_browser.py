@@ -112,11 +112,11 @@ def seen(browser: chromium.Chromium, host: str, site: Path) -> Seen:
 def test_nothing_scrolls_sideways_on_a_phone(seen: Seen) -> None:
     pages = seen["pages"]
     assert len(pages) > 20
-    for page, found in pages.items():
-        assert found["text"] > 200, page
-        assert found["tables"] == found["wrapped"], page
-        assert (found["scroll"], found["wide"]) == (found["width"], []), page
-    assert sum(found["tables"] for found in pages.values()) > 10
+    for page, facts in pages.items():
+        assert facts["text"] > 200, page
+        assert facts["tables"] == facts["wrapped"], page
+        assert (facts["scroll"], facts["wide"]) == (facts["width"], []), page
+    assert sum(facts["tables"] for facts in pages.values()) > 10
 
 
 def test_nothing_is_loaded_from_elsewhere(seen: Seen, host: str) -> None:

@@ -142,8 +142,8 @@ def test_the_check_finds(tmp_path: Path, fault: str) -> None:
         '<a href="other.html#there"><a href="https://a.example"><a href="mailto:a@a.example"><p id="here">'
     )
     (site / "page.html").write_text(f'{right}<a href="#here">{fault}', encoding="utf-8")
-    found = list(built_site.faults(site, built_site.read_site(site)))
-    assert found == [f"page.html: {FAULTS[fault]}"]
+    faults = list(built_site.faults(site, built_site.read_site(site)))
+    assert faults == [f"page.html: {FAULTS[fault]}"]
 
 
 def test_the_check_reads_style_sheets(tmp_path: Path) -> None:

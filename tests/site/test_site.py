@@ -93,7 +93,7 @@ def test_every_public_name_is_in_the_reference(pages: Pages, module: str) -> Non
     ]
     assert len(names) >= 5
     for name in names:
-        homes = (module, *(one for one in MODULES if one.startswith(module.partition(".")[0])))
+        homes = (module, *(name for name in MODULES if name.startswith(module.partition(".")[0])))
         assert any(f"{home}.{name}" in anchors for home in homes), name
 
 
@@ -105,7 +105,7 @@ def test_every_error_is_in_the_reference(pages: Pages) -> None:
         if isinstance(member, type) and issubclass(member, Exception)
     ]
     assert len(raised) > 5
-    assert {f"mla.errors.{one.__name__}" for one in raised} <= shown
+    assert {f"mla.errors.{error.__name__}" for error in raised} <= shown
 
 
 def test_names_in_the_text_lead_to_the_reference(pages: Pages) -> None:

@@ -97,8 +97,8 @@ class KernelCase:
 
     def but(self, **changes: Any) -> KernelCase:
         """Return another case. A name is a field of this class, or one that `OpCase.but` takes."""
-        own = {name: changes.pop(name) for name in {field.name for field in fields(self)} & changes.keys()}
-        return replace(self, **own, case=self.case.but(**changes))
+        outer = {name: changes.pop(name) for name in {field.name for field in fields(self)} & changes.keys()}
+        return replace(self, **outer, case=self.case.but(**changes))
 
     def stored(self, name: str) -> KernelCase:
         """Return the case over a cache of this format."""

@@ -94,13 +94,13 @@ def microseconds(backend: Backend, call: Callable[[], object], calls: int = 50, 
     """Return the host's microseconds per call, synchronization included; the median of several rounds."""
     timer = backend.timer()
     call()
-    found = []
+    times = []
     for _ in range(rounds):
         timer.start()
         for _ in range(calls):
             call()
-        found.append(timer.stop() * 1e3 / calls)
-    return round(statistics.median(found), 2)
+        times.append(timer.stop() * 1e3 / calls)
+    return round(statistics.median(times), 2)
 
 
 def worst(got: torch.Tensor, exact: torch.Tensor) -> float:

@@ -50,10 +50,10 @@ def sdpa(backend: Backend) -> Asked:
     import torch
     from torch.nn.functional import pad, scaled_dot_product_attention
 
-    found: dict[str, object] = {}
+    answers: dict[str, object] = {}
     times: dict[str, float] = {}
     for keys, hidden in ((QUERIES, "causal"), (QUERIES + HISTORY, "mask"), (QUERIES, "all keys")):
-        q, k, v = (one.transpose(0, 1)[None] for one in _inputs(backend, QUERIES, keys))
+        q, k, v = (operand.transpose(0, 1)[None] for operand in _inputs(backend, QUERIES, keys))
         mask = torch.ones(QUERIES, keys, dtype=torch.bool, device=q.device).tril_(keys - QUERIES)
         for how, values in (("unpadded", v), ("padded", pad(v, (0, KEY - VALUE)))):
 
@@ -65,12 +65,12 @@ def sdpa(backend: Backend) -> Asked:
 
             name = f"{hidden}, {how}"
             if refusal := raised(call):
-                found[name] = refusal
+                answers[name] = refusal
                 continue
             times[name] = microseconds(backend, call, calls=10)
-            found[name] = f"{times[name]} us: {kernels_of(backend, call)}"
+            answers[name] = f"{times[name]} us: {kernels_of(backend, call)}"
     said = ", ".join(f"{name} {us} us" for name, us in times.items())
-    return Asked(said, found)
+    return Asked(said, answers)
 
 
 @question("varlen", "Does torch's own ragged flash attention serve the expanded path, with its log-sum-exp?")
@@ -81,10 +81,13 @@ def varlen(backend: Backend) -> Asked:
 
     lengths = ((64, 64), (3, 67), (1, 40))  # new tokens and keys of each segment
     parts = [_inputs(backend, *length) for length in lengths]
-    q, k, v = (torch.cat(one) for one in zip(*parts, strict=True))
+    q, k, v = (torch.cat(operand) for operand in zip(*parts, strict=True))
     wide = torch.nn.functional.pad(v, (0, KEY - VALUE))
-    bounds = [torch.tensor([0, *one]).cumsum(0).int().to(q.device) for one in zip(*lengths, strict=True)]
-    longest = [max(one) for one in zip(*lengths, strict=True)]
+    bounds = [
+        torch.tensor([0, *of_requests]).cumsum(0).int().to(q.device)
+        for of_requests in zip(*lengths, strict=True)
+    ]
+    longest = [max(of_requests) for of_requests in zip(*lengths, strict=True)]
 
     def call() -> tuple[torch.Tensor, ...]:
         return torch.ops.aten._flash_attention_forward(
@@ -95,8 +98,8 @@ def varlen(backend: Backend) -> Asked:
         return Asked(f"no: {refusal}")
     out, lse = call()[:2]
     truth = [attend(a.cpu(), b.cpu(), c.cpu(), SCALE, causal=True) for a, b, c in parts]
-    out_error = worst(out[..., :VALUE], torch.cat([one[0] for one in truth]))
-    lse_error = _lse_error(lse, torch.cat([one[1] for one in truth]))
+    out_error = worst(out[..., :VALUE], torch.cat([part[0] for part in truth]))
+    lse_error = _lse_error(lse, torch.cat([part[1] for part in truth]))
     right = out_error < 2e-2 and lse_error < 1e-2
     said = "yes, out and lse are right" if right else "no, its numbers are not those of the oracle"
     more = {"lse shape": list(lse.shape), "kernels": kernels_of(backend, call)}

@@ -21,10 +21,10 @@ def copies(backend: Backend) -> Asked:
     import torch
 
     device_module(backend)
-    found: dict[str, object] = {}
+    times: dict[str, object] = {}
     for name, count in (("4 KiB", 1024), ("590 KiB", 151_040)):
-        found |= {f"{how} {name}": us for how, us in _costs(backend, torch.zeros(count, dtype=torch.int32))}
-    return Asked(f"4 KiB: {found['pageable 4 KiB']} us pageable, {found['pinned 4 KiB']} us pinned", found)
+        times |= {f"{how} {name}": us for how, us in _costs(backend, torch.zeros(count, dtype=torch.int32))}
+    return Asked(f"4 KiB: {times['pageable 4 KiB']} us pageable, {times['pinned 4 KiB']} us pinned", times)
 
 
 def _costs(backend: Backend, pageable: torch.Tensor) -> Iterator[tuple[str, object]]:

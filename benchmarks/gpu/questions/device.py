@@ -57,15 +57,15 @@ def l2_flush(backend: Backend) -> Asked:
     data = torch.ones(cache // 4 // 4, device=backend.device)  # a quarter of the cache
 
     def read(flushed: bool) -> float:
-        found = []
+        times = []
         for _ in range(15):
             data.sum()
             if flushed:
                 flush()
             timer.start()
             data.sum()
-            found.append(timer.stop() * 1e3)
-        return round(statistics.median(found), 2)
+            times.append(timer.stop() * 1e3)
+        return round(statistics.median(times), 2)
 
     read(False)
     warm, cold = read(False), read(True)

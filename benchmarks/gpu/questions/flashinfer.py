@@ -35,8 +35,8 @@ def adapter(backend: Backend) -> FusedOp:
     from mla_backends.kernels import FlashInferMla
 
     library("flashinfer.mla")
-    found = [op for op in backend.ops().values() if isinstance(op, FlashInferMla)]
-    return found[0] if found else FlashInferMla()
+    ops = [op for op in backend.ops().values() if isinstance(op, FlashInferMla)]
+    return ops[0] if ops else FlashInferMla()
 
 
 def outcome(op: FusedOp, batch: LatentBatch, requests: list[int] | None = None) -> tuple[str, bool]:
@@ -45,25 +45,25 @@ def outcome(op: FusedOp, batch: LatentBatch, requests: list[int] | None = None) 
     try:
         error = batch.error(batch.run(op)[0], requests)
     except Exception as failure:  # noqa: BLE001  # what the library raises is the answer
-        found, bad = one_line(describe(failure)), True
+        said, bad = one_line(describe(failure)), True
     else:
         bad = not error <= BOUND
-        found = f"error {error:.1e}" + " (wrong)" * bad
-    return found + "; refused beforehand" * refused, bad and not refused
+        said = f"error {error:.1e}" + " (wrong)" * bad
+    return said + "; refused beforehand" * refused, bad and not refused
 
 
 def _several(op: FusedOp, batches: Mapping[str, LatentBatch]) -> Asked:
     return _verdict({name: outcome(op, batch) for name, batch in batches.items()})
 
 
-def _verdict(found: Mapping[str, tuple[str, bool]]) -> Asked:
-    wrong = [name for name, (_, unnoticed) in found.items() if unnoticed]
-    noticed = [name for name, (text, _) in found.items() if "refused" in text]
+def _verdict(outcomes: Mapping[str, tuple[str, bool]]) -> Asked:
+    wrong = [name for name, (_, unnoticed) in outcomes.items() if unnoticed]
+    noticed = [name for name, (text, _) in outcomes.items() if "refused" in text]
     said = (
         f"wrong or failing without a refusal: {', '.join(wrong)}" if wrong else "nothing wrong goes unnoticed"
     )
     refused = f"; refused beforehand: {', '.join(noticed)}" if noticed else ""
-    return Asked(said + refused, {name: text for name, (text, _) in found.items()}, wrong=bool(wrong))
+    return Asked(said + refused, {name: text for name, (text, _) in outcomes.items()}, wrong=bool(wrong))
 
 
 @question(
@@ -90,8 +90,8 @@ def pages(backend: Backend) -> Asked:
 @question("flashinfer-split", "How large is the error of a context of 64k that is split?", needs_cuda=True)
 def split(backend: Backend) -> Asked:
     batches = {f"{keys} keys": LatentBatch((1,), (keys,), 16, backend.device) for keys in (1024, 65536)}
-    found = _several(adapter(backend), batches)
-    return Asked(", ".join(f"{name}: {text}" for name, text in found.evidence.items()), {}, found.wrong)
+    asked = _several(adapter(backend), batches)
+    return Asked(", ".join(f"{name}: {text}" for name, text in asked.evidence.items()), {}, asked.wrong)
 
 
 @question("flashinfer-plan", "What does a plan cost the host, and does the library warn?", needs_cuda=True)
@@ -104,7 +104,7 @@ def plan(backend: Backend) -> Asked:
             op.prepare(batch.spec, batch)
             name = f"{rows} requests of {keys} us"
             times[name] = microseconds(backend, lambda b=batch: op.prepare(b.spec, b), calls=8)  # type: ignore[misc]
-    texts = sorted({one_line(str(one.message))[:160] for one in caught})
+    texts = sorted({one_line(str(warning.message))[:160] for warning in caught})
     said = ", ".join(f"{name[:-3]}: {us} us" for name, us in times.items())
     return Asked(f"{said}; {len(texts)} warnings", {**times, "warnings": "; ".join(texts) or "none"})
 
@@ -162,11 +162,11 @@ def _flat(batch: LatentBatch) -> dict[str, Any]:
     import torch
 
     pages, spec = batch.pages, batch.spec
-    counts = torch.tensor([0, *(len(one) for one in pages)])
+    counts = torch.tensor([0, *(len(owned) for owned in pages)])
     return {
         "qo_indptr": batch.cu_q.cpu(),
         "kv_indptr": counts.cumsum(0).int(),
-        "kv_indices": torch.tensor([page for one in pages for page in one], dtype=torch.int32).to(
+        "kv_indices": torch.tensor([page for owned in pages for page in owned], dtype=torch.int32).to(
             batch.device
         ),
         "kv_len_arr": torch.tensor(batch.kv_lens, dtype=torch.int32),
@@ -197,7 +197,7 @@ def compiler(backend: Backend) -> Asked:
         env = {**os.environ, **bare}
         ran = _child([str(ASK), "flashinfer-first", "--backend", backend.name], env)
         listed = _child(["-m", "mla.bench", "--backend", backend.name, "--list-ops"], env)
-    line = next((one for one in listed.splitlines() if "latent_attention" in one), listed)
+    line = next((entry for entry in listed.splitlines() if "latent_attention" in entry), listed)
     works = '"answer":"' in ran and " s" in ran.rpartition('"answer":"')[2][:8]
     chosen = "flashinfer" in line.partition("(")[0]
     said = "it works without one" if works else "no plan without one"
@@ -232,8 +232,8 @@ def items(backend: Backend) -> Asked:
         f"{rows} requests": LatentBatch((1,) * rows, (65,) * rows, 16, backend.device, shared=True)
         for rows in (8192, 16_385, 17_500)
     }
-    found = {}
+    outcomes = {}
     for name, batch in batches.items():
         rows = len(batch.kv_lens)
-        found[name] = outcome(op, batch, [0, 1, rows // 2, *range(rows - 8, rows)])
-    return _verdict(found)
+        outcomes[name] = outcome(op, batch, [0, 1, rows // 2, *range(rows - 8, rows)])
+    return _verdict(outcomes)

@@ -50,11 +50,11 @@ class LatentBatch:
     @cached_property
     def _owned(self) -> list[range]:
         """Return every request's pages, also those that it does not need yet."""
-        found, start = [], self.first_page
+        ranges, start = [], self.first_page
         for keys in self.kv_lens:
-            found.append(range(start, start + max(self.pages_each, -(-keys // self.page_size))))
-            start = start if self.shared else found[-1].stop
-        return found
+            ranges.append(range(start, start + max(self.pages_each, -(-keys // self.page_size))))
+            start = start if self.shared else ranges[-1].stop
+        return ranges
 
     @property
     def pages(self) -> list[list[int]]:
@@ -95,7 +95,7 @@ class LatentBatch:
         """[pages, page, c + r]; those before `first_page` are zero."""
         import torch
 
-        end, width = max(one.stop for one in self._owned), LATENT + ROTARY
+        end, width = max(pages.stop for pages in self._owned), LATENT + ROTARY
         cache = torch.zeros(end, self.page_size, width, dtype=torch.bfloat16, device=self.device)
         cache[self.first_page :] = self._draw(end - self.first_page, self.page_size, width)
         return cache

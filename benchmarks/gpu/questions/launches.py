@@ -22,19 +22,19 @@ BUSY = 2048  # width of the product that keeps the device busy for longer than a
 def launch(backend: Backend) -> Asked:
     import torch
 
-    one = torch.zeros(1, device=backend.device)
+    number = torch.zeros(1, device=backend.device)
     a = torch.zeros(16, 64, dtype=torch.bfloat16, device=backend.device)
     b, product = a.new_zeros(64, 64), a.new_zeros(16, 64)
     calls: dict[str, Callable[[], object]] = {
-        "add of one element": lambda: one.add_(0),
-        "view": lambda: one.view(1, 1),
+        "add of one element": lambda: number.add_(0),
+        "view": lambda: number.view(1, 1),
         "mm 16 x 64 x 64": lambda: torch.mm(a, b, out=product),
     }
-    found: dict[str, object] = {f"{name} us": microseconds(backend, call) for name, call in calls.items()}
+    times: dict[str, object] = {f"{name} us": microseconds(backend, call) for name, call in calls.items()}
     replayed = _in_graph(backend, calls["add of one element"])
-    found["add as a node of a graph us"] = replayed
-    said = f"{found['add of one element us']} us one by one"
-    return Asked(f"{said}, in a graph: {replayed}", found)
+    times["add as a node of a graph us"] = replayed
+    said = f"{times['add of one element us']} us one by one"
+    return Asked(f"{said}, in a graph: {replayed}", times)
 
 
 def _in_graph(backend: Backend, call: Callable[[], object]) -> object:
@@ -56,22 +56,22 @@ def event_gap(backend: Backend) -> Asked:
     import torch
 
     module = device_module(backend)
-    one = torch.zeros(1, device=backend.device)
+    number = torch.zeros(1, device=backend.device)
     large = torch.zeros(BUSY, BUSY, device=backend.device)
 
     def between(busy: bool) -> float:
-        found = []
+        times = []
         for _ in range(21):
             first, last = (module.Event(enable_timing=True) for _ in range(2))
             backend.synchronize()
             if busy:
                 large @ large
             first.record()
-            one.add_(0)
+            number.add_(0)
             last.record()
             backend.synchronize()
-            found.append(first.elapsed_time(last) * 1e3)
-        return round(statistics.median(found), 2)
+            times.append(first.elapsed_time(last) * 1e3)
+        return round(statistics.median(times), 2)
 
     between(True)
     idle, busy = between(False), between(True)

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 def _versions(*names: str) -> dict[str, object]:
-    found: dict[str, object] = {}
+    versions: dict[str, object] = {}
     for name in names:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _signature(function: Callable[..., object]) -> str:
@@ -40,8 +40,8 @@ def judged(backend: Backend, op: FusedOp) -> tuple[str, dict[str, object], bool]
     spec = batch.spec
     if reasons := op.unsupported_reasons(spec) or op.preflight(spec) or batch.refusals(op):
         return f"not used: {'; '.join(reasons)}", {}, False
-    found, wrong = outcome(op, batch)
-    return found, {"in a graph": _captured(backend, op, batch)}, wrong
+    said, wrong = outcome(op, batch)
+    return said, {"in a graph": _captured(backend, op, batch)}, wrong
 
 
 def _captured(backend: Backend, op: FusedOp, batch: LatentBatch) -> str:

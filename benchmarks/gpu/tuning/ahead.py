@@ -27,9 +27,9 @@ FORKED = multiprocessing.get_context("fork")  # launches hold what cannot be sen
 
 def launches(classes: Iterable[TileClass]) -> list[Launch]:
     """Return what tiles and changed tiles launch. Lengths change no kernel, so that few tokens do."""
-    found: dict[str, Launch] = {}
+    by_key: dict[str, Launch] = {}
     for tuned in classes:
-        few = [replace(one, batch=2, keys=min(one.keys, one.queries + 1024)) for one in tuned.shapes]
+        few = [replace(shape, batch=2, keys=min(shape.keys, shape.queries + 1024)) for shape in tuned.shapes]
         drawn = [problems.of_shape(tuned.kind, shape, "cpu") for shape in few]
         changed = [replace(tile, halves=False) for tile in tuned.tiles if {"halves": False} in tuned.changes]
         for tile in (*tuned.tiles, *changed):
@@ -37,8 +37,8 @@ def launches(classes: Iterable[TileClass]) -> list[Launch]:
             op = triton_ops(Tuning({1: tile}, {1: tile}), None, recorder)[tuned.op]
             for problem in drawn:
                 problem.bound(op).call()
-            found |= {named(launch): launch for launch in recorder.recorded}
-    return list(found.values())
+            by_key |= {named(launch): launch for launch in recorder.recorded}
+    return list(by_key.values())
 
 
 def named(launch: Launch) -> str:

@@ -60,10 +60,10 @@ def _tiles(
 
     They come in an order that a sweep may be cut in anywhere: shuffled, always in the same way.
     """
-    every = [Tile(*one, programs=programs) for one in product(rows, keys, (4, 8), (1, 2, 3))]
-    found = [tile for tile in every if tile.rows <= most_per_warp * tile.warps and _plausible(tile)]
-    random.Random(0).shuffle(found)
-    return tuple(found)
+    every = [Tile(*sizes, programs=programs) for sizes in product(rows, keys, (4, 8), (1, 2, 3))]
+    plausible = [tile for tile in every if tile.rows <= most_per_warp * tile.warps and _plausible(tile)]
+    random.Random(0).shuffle(plausible)
+    return tuple(plausible)
 
 
 def _plausible(tile: Tile) -> bool:
@@ -123,4 +123,4 @@ SMOKE = (
 
 def classes(smoke: bool) -> dict[str, TileClass]:
     """Return the classes by name."""
-    return {one.name: one for one in (SMOKE if smoke else FULL)}
+    return {tiles.name: tiles for tiles in (SMOKE if smoke else FULL)}

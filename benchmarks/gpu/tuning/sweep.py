@@ -116,10 +116,10 @@ class Tuner:
             trial.fault = f"it raises {one_line(describe(error))[:MAX_FAULT_CHARS]}"
 
     def _check_and_time(self, trial: Trial, op: FusedOp, launcher: Launcher) -> None:
-        for name, one in self._problems.items():
-            self._check(trial, one.bound(op), one, name, launcher)
+        for name, problem in self._problems.items():
+            self._check(trial, problem.bound(op), problem, name, launcher)
         if not trial.fault:
-            trial.us = {name: self._timed(op, one) for name, one in self._problems.items()}
+            trial.us = {name: self._timed(op, problem) for name, problem in self._problems.items()}
 
     def _check_uneven(self, trial: Trial, op: FusedOp, launcher: Launcher) -> None:
         self._check(trial, self._uneven.bound(op, with_lse=True), self._uneven, UNEVEN, launcher)
@@ -130,7 +130,7 @@ class Tuner:
         return self._make_ops(Tuning({1: tile}, {1: tile}), launcher)[self._class.op]
 
     def _check(
-        self, trial: Trial, bound: problems.Bound, one: problems.Problem, name: str, launcher: Launcher
+        self, trial: Trial, bound: problems.Bound, problem: problems.Problem, name: str, launcher: Launcher
     ) -> None:
         """Call once, unless something was wrong before, and note what is: another tile, or the numbers."""
         from mla.verify.tolerances import BOUNDS
@@ -140,8 +140,8 @@ class Tuner:
         bound.call()
         if launcher.remarks:
             trial.fault = launcher.remarks[0]
-        elif (error := one.error(bound)) > BOUNDS[bound.out.dtype]:
+        elif (error := problem.error(bound)) > BOUNDS[bound.out.dtype]:
             trial.fault, trial.wrong = f"wrong by {error:.2g} of a row's norm with {name}", True
 
-    def _timed(self, op: FusedOp, one: problems.Problem) -> float:
-        return microseconds(self._backend, one.bound(op).call, self._effort)
+    def _timed(self, op: FusedOp, problem: problems.Problem) -> float:
+        return microseconds(self._backend, problem.bound(op).call, self._effort)

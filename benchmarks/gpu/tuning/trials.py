@@ -54,12 +54,12 @@ class Sweep(msgspec.Struct, kw_only=True):
 
     def put(self, trial: Trial) -> None:
         """Add a trial, in place of an older one of the same tile."""
-        self.trials = [one for one in self.trials if one.tile != trial.tile] + [trial]
+        self.trials = [other for other in self.trials if other.tile != trial.tile] + [trial]
 
     def ranked(self) -> list[Trial]:
         """Return the trials of tiles that have a time, the fastest first."""
-        found = [trial for trial in self.trials if trial.tile and math.isfinite(trial.mean_us)]
-        return sorted(found, key=lambda one: one.mean_us)
+        timed = [trial for trial in self.trials if trial.tile and math.isfinite(trial.mean_us)]
+        return sorted(timed, key=lambda candidate: candidate.mean_us)
 
     def best(self) -> Trial | None:
         """Return the fastest trial that was confirmed."""
@@ -90,8 +90,8 @@ def save(sweep: Sweep, path: Path) -> None:
 
 def sweeps_in(folder: Path) -> dict[str, Sweep]:
     """Return class -> its sweep, of those that a folder holds."""
-    found = []
+    sweeps = []
     for path in sorted(folder.glob("*.json")):
         with contextlib.suppress(ResultError):  # another file, such as the tuning
-            found.append(read(path))
-    return {one.tuned: one for one in found}
+            sweeps.append(read(path))
+    return {sweep.tuned: sweep for sweep in sweeps}

@@ -59,18 +59,18 @@ class Comparer:
         if cases:
             console.note(f"timing {len(cases)} products")
         with contextlib.ExitStack() as work:
-            found: list[tuple[ProductCase, list[Way], torch.Tensor, list[str]]] = []
+            drawn: list[tuple[ProductCase, list[Way], torch.Tensor, list[str]]] = []
             timed: list[Way] = []
             for case in cases:
                 data, notes = products.ProductData(case, self._setting), list[str]()
                 ways = products.all_ways(data, self._peer, notes, work.callback)
                 slow = try_out(ways)
                 timed += [way for way in ways if way not in slow]
-                found.append((case, ways, data.truth(), notes))
+                drawn.append((case, ways, data.truth(), notes))
             self._take_turns(timed)
             return [
                 judged(case.name, "product", case.flops, ways, truth, notes)
-                for case, ways, truth, notes in found
+                for case, ways, truth, notes in drawn
             ]
 
     def _take_turns(self, ways: Sequence[Way]) -> None:

@@ -40,8 +40,8 @@ class PeerWork:
     def result(self) -> torch.Tensor:
         """Call the op once more, into memory that was filled with NaN, and return what it wrote."""
         count = int(self._peer.ask(f"result {self._number}")[0])
-        found = torch.frombuffer(bytearray(self._peer.read(4 * count)), dtype=torch.float32)
-        return found.view(self._shape)
+        numbers = torch.frombuffer(bytearray(self._peer.read(4 * count)), dtype=torch.float32)
+        return numbers.view(self._shape)
 
     def close(self) -> None:
         """Free the operands."""

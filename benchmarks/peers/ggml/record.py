@@ -74,18 +74,18 @@ class Comparison(msgspec.Struct, kw_only=True):
 
     def best_fp32(self) -> tuple[float, str] | None:
         """Return GFLOP/s of the fastest right product of fp32 operands, of any shape, and which it was."""
-        found = [
+        candidates = [
             (case.rate(timing), f"{timing.name}, {case.name}")
             for case in self.cases
             for timing in case.timings
             if case.op == "product" and timing.dtype == "float32" and not timing.wrong
         ]
-        return max(found, default=None)
+        return max(candidates, default=None)
 
 
 def ratio(slow: Timing, fast: Timing) -> tuple[float, Interval | None]:
     """Return how many times as fast `fast` is: the median over rounds, and its interval."""
-    pairs = [one / other for one, other in zip(slow.visits_ms, fast.visits_ms, strict=True)]
+    pairs = [ms / other for ms, other in zip(slow.visits_ms, fast.visits_ms, strict=True)]
     return stats.median(pairs), stats.median_interval(pairs)
 
 

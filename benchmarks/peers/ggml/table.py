@@ -109,7 +109,7 @@ def markdown(run: Comparison) -> str:
 
 def _attention_row(case: Case) -> list[str]:
     ours, plain, peer = (next(iter(case.of(party)), None) for party in ("ours", "reference", "peer"))
-    cells = [_ms(one) if one else "-" for one in (ours, plain)]
+    cells = [_ms(way) if way else "-" for way in (ours, plain)]
     cells.append(f"{_ms(peer)}, {peer.name.removeprefix('peer ')}" if peer else "-")
     return [case.name, *cells, _times(peer, ours) if peer else "-"]
 

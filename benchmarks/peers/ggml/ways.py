@@ -89,9 +89,9 @@ def _trial(way: Way) -> float:
 
 def _limit(way: Way, ways: Sequence[Way]) -> float:
     if way.party == "peer":
-        return SLOW_PEER * min(one.trial_ms for one in ways if one.party == "peer")
+        return SLOW_PEER * min(way.trial_ms for way in ways if way.party == "peer")
     if way.party == "torch":
-        return max(SLOW_TORCH * min(one.trial_ms for one in ways), LONG_MS)
+        return max(SLOW_TORCH * min(way.trial_ms for way in ways), LONG_MS)
     return float("inf")
 
 

@@ -63,11 +63,11 @@ def test_a_missing_kernel_names_the_operator_and_the_device(bench: Any) -> None:
 def test_doctor_sets_the_device_up(acme: Any) -> None:
     done = acme("-m", "mla.bench", "doctor", "torch", "-O", "device=acme", "--json")
     assert done.code == 0, done.err
-    (found,) = json.loads(done.out)["backends"]
-    assert (found["state"], found["facts"]["device"]) == ("usable", "acme:0")
-    assert found["evidence"]["device"] == "acme, named by -O device=acme"
-    assert found["evidence"]["extension"] == "torch_acme"
-    assert {choice["implementation"] for choice in found["facts"]["ops"].values()} == {"reference"}
+    (diagnosis,) = json.loads(done.out)["backends"]
+    assert (diagnosis["state"], diagnosis["facts"]["device"]) == ("usable", "acme:0")
+    assert diagnosis["evidence"]["device"] == "acme, named by -O device=acme"
+    assert diagnosis["evidence"]["extension"] == "torch_acme"
+    assert {choice["implementation"] for choice in diagnosis["facts"]["ops"].values()} == {"reference"}
 
 
 def test_whatever_a_stack_lacks_it_runs_or_says_why(acme: Any) -> None:
@@ -75,6 +75,6 @@ def test_whatever_a_stack_lacks_it_runs_or_says_why(acme: Any) -> None:
     configuration = ("-c", str(INSIDE / "pytest.ini"), f"--confcutdir={INSIDE}", "-p", "no:cacheprovider")
     done = acme("-m", "pytest", *configuration, str(INSIDE))
     assert done.code == 0, done.out + done.err
-    found = re.search(r"(\d+) passed", done.out)
-    assert found, done.out
-    assert int(found[1]) > 100
+    match = re.search(r"(\d+) passed", done.out)
+    assert match, done.out
+    assert int(match[1]) > 100

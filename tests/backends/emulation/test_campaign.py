@@ -39,7 +39,7 @@ ANSWERS = {
 def test_questions_are_answered_on_a_device(emulate: Any) -> None:
     done = emulate("nvidia", "-c", ASK.format(root=str(ROOT), names=list(ANSWERS)))
     assert done.code == 0, done.out + done.err
-    found = {name: (code, said) for name, code, said in map(json.loads, done.out.splitlines())}
+    by_name = {name: (code, said) for name, code, said in map(json.loads, done.out.splitlines())}
     for name, (code, beginning) in ANSWERS.items():
-        assert found[name][0] == code, found[name]
-        assert found[name][1].startswith(beginning), found[name]
+        assert by_name[name][0] == code, by_name[name]
+        assert by_name[name][1].startswith(beginning), by_name[name]

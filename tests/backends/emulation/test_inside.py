@@ -17,9 +17,9 @@ def checked(emulate: Any, backend: str, folder: Path) -> int:
     configuration = ("-c", str(folder / "pytest.ini"), f"--confcutdir={folder}", "-p", "no:cacheprovider")
     done = emulate(backend, "-m", "pytest", *configuration, str(folder), EMULATED_BACKEND=backend)
     assert done.code == 0, done.out + done.err
-    found = re.search(r"(\d+) passed", done.out)
-    assert found, done.out
-    return int(found[1])
+    match = re.search(r"(\d+) passed", done.out)
+    assert match, done.out
+    return int(match[1])
 
 
 @pytest.mark.parametrize("backend", ["moore", "nvidia", "metax", "iluvatar"])

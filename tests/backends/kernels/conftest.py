@@ -173,8 +173,8 @@ def make_problem(make_spec: Any) -> Callable[..., Problem]:
 def assert_right() -> Callable[..., None]:
     """Return a check of out and lse against the truth, per token and head; lse may be omitted."""
 
-    def check(found: Outputs, truth: Outputs, with_lse: bool = True) -> None:
-        (out, lse), (true_out, true_lse) = found, truth
+    def check(results: Outputs, truth: Outputs, with_lse: bool = True) -> None:
+        (out, lse), (true_out, true_lse) = results, truth
         assert out.shape == true_out.shape
         assert out.isfinite().all(), "the output has NaN or infinity"
         scale = true_out.norm(dim=-1)

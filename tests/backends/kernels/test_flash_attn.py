@@ -35,9 +35,9 @@ def test_any_segments_are_right(
 ) -> None:
     query_lens, kv_lens = [new for new, _ in drawn], [new * causal + old for new, old in drawn]
     with installed(release):
-        found, truth = run_expanded(RELEASES[release](), query_lens, kv_lens, causal=causal, heads=heads)
+        results, truth = run_expanded(RELEASES[release](), query_lens, kv_lens, causal=causal, heads=heads)
         if sum(query_lens):
-            assert_right(found, truth)
+            assert_right(results, truth)
 
 
 @each_release

@@ -213,9 +213,9 @@ def test_a_captured_call_follows_lengths_that_are_updated_in_place(
         old.view.block_table.copy_(new.view.block_table)
         old.view.kv_lens_device.copy_(new.view.kv_lens_device)
         new.view = old.view
-        found = new.run(op, state)
+        results = new.run(op, state)
         new.view.query_lens = (1, 1, 1, 1)
-        assert_right(found, new.truth())
+        assert_right(results, new.truth())
 
 
 @pytest.mark.parametrize("variant", GRAPHS.values(), ids=GRAPHS)

@@ -87,9 +87,9 @@ def test_what_tells_them_apart(
         import flash_mla
 
         monkeypatch.setattr(flash_mla, "flash_mla_with_kvcache", function(*more))
-        found = FlashMla().unsupported_reasons(make_spec())
-        assert len(found) == bool(refused)
-        assert refused in "".join(found)
+        reasons = FlashMla().unsupported_reasons(make_spec())
+        assert len(reasons) == bool(refused)
+        assert refused in "".join(reasons)
 
 
 def test_a_package_without_its_dense_half_is_refused(installed: Any, make_spec: Any) -> None:
@@ -194,8 +194,8 @@ def test_the_first_generation_holds_fewer(installed: Any, make_spec: Any) -> Non
         with installed(folder):
             op, spec = FlashMla(), make_spec()
             assert op.unsupported_batch(spec, [1] * 4095, [9] * 4095, 64) == []
-            found = op.unsupported_batch(spec, [1] * 4096, [9] * 4096, 64)
-            assert found == (
+            reasons = op.unsupported_batch(spec, [1] * 4096, [9] * 4096, 64)
+            assert reasons == (
                 [f"it takes at most {most} rows at a time, and this batch has 4096"] if most else []
             )
 
@@ -241,7 +241,7 @@ class Life:
 
     def step(self, batch: Any) -> bool:
         """Run the layer on one new token per request; return whether it is right."""
-        past = [self.cache.read(one) for one in self.ids]
+        past = [self.cache.read(sequence) for sequence in self.ids]
         history = [(kv[:-1].clone(), pe[:-1].clone()) for kv, pe in past]
         hidden = torch.randn(2, 64).bfloat16()
         out = self.layer(hidden, batch, self.cache.pages[0]).double()
@@ -257,11 +257,11 @@ def each_step(life: Life) -> list[bool]:
 def in_place(life: Life) -> list[bool]:
     """Decode in the memory of the first batch."""
     batch = life.cache.extend(life.ids, [1, 1])
-    found = [life.step(batch)]
+    outputs = [life.step(batch)]
     for _ in range(2):
         batch.update_(life.cache.extend(life.ids, [1, 1]))
-        found.append(life.step(batch))
-    return found
+        outputs.append(life.step(batch))
+    return outputs
 
 
 @pytest.mark.parametrize("steps", [each_step, in_place])

@@ -198,8 +198,8 @@ def test_the_host_does_as_much_for_many_pages_as_for_few() -> None:
         table = torch.arange(2 * pages, dtype=torch.int32).view(2, pages)
         index = PageIndex()
         with Lines() as lines:
-            found = index.gather(table, (pages, pages - 3))
-        assert torch.equal(found, torch.cat((table[0], table[1, :-3])))
+            gathered = index.gather(table, (pages, pages - 3))
+        assert torch.equal(gathered, torch.cat((table[0], table[1, :-3])))
         counted.append(lines.count)
     assert counted[1] == counted[2] < 200
 

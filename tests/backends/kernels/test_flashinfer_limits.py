@@ -77,7 +77,7 @@ def test_exactly_the_batches_that_lose_a_key_are_refused(installed: Any, heads: 
         lens, none = torch.tensor(kv_lens), torch.empty(0).int()
         dtypes = (torch.bfloat16, torch.bfloat16)
         plan = Plan(table(query_lens), table(kv_lens), none, lens, heads, 512, 64, 1, True, 0.1, *dtypes)
-        lost = [one for request in range(len(drawn)) for one in plan.lost(request)]
+        lost = [page for request in range(len(drawn)) for page in plan.lost(request)]
         assert bool(flashinfer.tile_reasons(heads, query_lens, kv_lens, CPU)) == bool(lost)
 
 

@@ -47,14 +47,14 @@ order = pytest.mark.parametrize(
 
 def held(owner: object) -> list[torch.Tensor]:
     """Return the tensors that an op keeps to write to. What a plan holds is only read."""
-    found: list[torch.Tensor] = []
+    owners: list[torch.Tensor] = []
     if isinstance(owner, torch.Tensor):
-        found.append(owner)
+        owners.append(owner)
     elif isinstance(owner, (dict, list)):
-        found += chain.from_iterable(map(held, owner.values() if isinstance(owner, dict) else owner))
+        owners += chain.from_iterable(map(held, owner.values() if isinstance(owner, dict) else owner))
     elif type(owner).__module__.startswith("mla") and not dataclasses.is_dataclass(owner):
-        found += held({name: part for name, part in vars(owner).items() if name not in READ})
-    return found
+        owners += held({name: part for name, part in vars(owner).items() if name not in READ})
+    return owners
 
 
 @pytest.fixture(autouse=True)
@@ -89,11 +89,11 @@ def test_expanded_attention(
         with torch_flash.registered(torch_flash.cuda, "CPU"):
             for mode in modes:
                 with torch.inference_mode(mode):
-                    found, truth = run_expanded(op, (5, 1, 20), (9, 1, 33))
+                    results, truth = run_expanded(op, (5, 1, 20), (9, 1, 33))
                 if name == "sdpa":  # old releases of torch round logits and weights on the CPU
-                    torch.testing.assert_close(found[0].double(), truth[0], rtol=0, atol=0.03)
+                    torch.testing.assert_close(results[0].double(), truth[0], rtol=0, atol=0.03)
                 else:
-                    assert_right(found, truth)
+                    assert_right(results, truth)
         assert held(op)
         assert not any(tensor.is_inference() for tensor in held(op))
 

@@ -25,8 +25,8 @@ requests = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 140)), min_size=
 @pytest.fixture
 def fakes(installed: Any) -> Any:
     """Install the fake package, and return what it shares with the others."""
-    with installed(FAKE) as found:
-        yield found
+    with installed(FAKE) as package:
+        yield package
 
 
 # ------------------------------------------------------------------------------------------- decoding
@@ -61,9 +61,9 @@ def test_a_page_of_nan_behind_a_row_or_behind_the_table_is_not_read(
     """The kernel reads whole tiles, and page 0 where the table ends."""
     for width in (1, 2, 3):
         problem = make_problem([1], [33])
-        spare, own = problem.view.block_table[0, 1].item(), problem.view.block_table[0, 0].item()
+        spare, first = problem.view.block_table[0, 1].item(), problem.view.block_table[0, 0].item()
         problem.view.block_table = torch.full((1, width), spare, dtype=torch.int32)
-        problem.view.block_table[0, 0] = own
+        problem.view.block_table[0, 0] = first
         assert problem.cache[spare].isnan().all()
         assert_right(problem.run(TokenspeedMla()), problem.truth())
 
@@ -112,8 +112,8 @@ def test_a_captured_call_follows_lengths_and_tables_that_are_updated_in_place(
     old.view.block_table.copy_(new.view.block_table)
     old.view.kv_lens_device.copy_(new.view.kv_lens_device)
     new.view = old.view
-    found = new.run(op, state)
-    assert_right(found, new.truth())
+    results = new.run(op, state)
+    assert_right(results, new.truth())
 
 
 @pytest.mark.parametrize("with_lse", [True, False])
@@ -218,12 +218,12 @@ def test_a_graph_with_a_table_from_outside_fails_once_lengths_change(
         old.view.block_table.copy_(new.view.block_table[:, :4])
         old.view.kv_lens_device.copy_(new.view.kv_lens_device)
         new.view = old.view
-        found = new.run(op, state)
+        results = new.run(op, state)
         if right:
-            assert_right(found, new.truth())
+            assert_right(results, new.truth())
         else:
             with pytest.raises(AssertionError, match=WRONG):
-                assert_right(found, new.truth())
+                assert_right(results, new.truth())
 
 
 # ------------------------------------------------------------------------------------------ prefill

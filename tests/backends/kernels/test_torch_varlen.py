@@ -61,9 +61,9 @@ def test_any_segments_are_right(
 ) -> None:
     query_lens, kv_lens = [new for new, _ in drawn], [old for _, old in drawn]
     with stacked(stack):
-        found, truth = run_expanded(STACKS[stack](), query_lens, kv_lens, causal=causal, heads=heads)
+        results, truth = run_expanded(STACKS[stack](), query_lens, kv_lens, causal=causal, heads=heads)
         if sum(query_lens):
-            assert_right(found, truth)
+            assert_right(results, truth)
 
 
 @each_stack

@@ -110,9 +110,9 @@ def test_every_platform_of_infinicore_is_known_with_a_plugin_or_without() -> Non
     flags = "cpu nvidia cambricon ascend iluvatar metax moore kunlun hygon qy ali"
     assert set(flags.split()) == {*KNOWN, *WITHOUT_PLUGIN}
     assert not {*KNOWN} & {*WITHOUT_PLUGIN}
-    devices = {name: one.torch_device for name, one in WITHOUT_PLUGIN.items()}
-    own = {"cambricon": "mlu", "ascend": "npu"}
-    assert devices == {name: own.get(name, "cuda") for name in WITHOUT_PLUGIN}
+    devices = {name: entry.torch_device for name, entry in WITHOUT_PLUGIN.items()}
+    named = {"cambricon": "mlu", "ascend": "npu"}
+    assert devices == {name: named.get(name, "cuda") for name in WITHOUT_PLUGIN}
 
 
 @pytest.mark.parametrize("name", WITHOUT_PLUGIN)

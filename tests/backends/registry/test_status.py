@@ -27,14 +27,14 @@ print(json.dumps(asdict(status({name!r}))))
 
 
 def one(python: Python, name: str, *fakes: str, **environment: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(python(ONE.format(name=name), *fakes, **environment))
-    return found
+    status: dict[str, Any] = json.loads(python(ONE.format(name=name), *fakes, **environment))
+    return status
 
 
 def test_no_backend_can_spoil_the_report_on_the_others(python: Python) -> None:
     fakes = ["good", "hang", "crash", "broken_import", "no_device", "duplicate_a", "duplicate_b"]
-    seconds, found = json.loads(python(ALL.format(timeout=6), *fakes))
-    assert [(status["name"], status["state"]) for status in found] == [
+    seconds, statuses = json.loads(python(ALL.format(timeout=6), *fakes))
+    assert [(status["name"], status["state"]) for status in statuses] == [
         ("fake-broken-import", "import failed"),
         ("fake-crash", "no answer"),
         ("fake-good", "usable"),
@@ -48,7 +48,7 @@ def test_no_backend_can_spoil_the_report_on_the_others(python: Python) -> None:
         ("metax", "not installed"),
         ("iluvatar", "not installed"),
     ]
-    reasons = {status["name"]: status["reason"] for status in found}
+    reasons = {status["name"]: status["reason"] for status in statuses}
     assert reasons["fake-crash"] == "the probe died with signal SIGABRT"
     assert reasons["fake-hang"] == "the probe did not answer within 6 s"
     assert seconds < 11, "two probes that hang for 6 s must hang at the same time"
@@ -75,10 +75,10 @@ def test_a_torch_that_does_not_import_is_explained(python: Python, tmp_path: Pat
     (torch / "version.py").touch()
     (torch / "__init__.py").write_text("import torch.version\nraise OSError('libvendor.so: not found')\n")
     (tmp_path / "local_code.py").write_text("import torch\n")
-    found = one(python, "local_code:it")
-    assert found["state"] == "import failed"
-    assert found["reason"] == "importing module local_code raised OSError: libvendor.so: not found"
-    assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in found["hint"]
+    status = one(python, "local_code:it")
+    assert status["state"] == "import failed"
+    assert status["reason"] == "importing module local_code raised OSError: libvendor.so: not found"
+    assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in status["hint"]
 
 
 def test_a_missing_torch_is_not_taken_for_a_broken_one(python: Python, tmp_path: Path) -> None:
@@ -94,14 +94,14 @@ def test_what_a_plugin_prints_does_not_hide_the_answer(python: Python, tmp_path:
 
 def test_a_child_that_leaves_without_an_answer_is_reported(python: Python, tmp_path: Path) -> None:
     (tmp_path / "local_code.py").write_text("import os\nos._exit(7)\n")
-    found = one(python, "local_code:it")
-    assert found["state"] == "no answer"
-    assert found["reason"] == "the probe exited with status 7 without an answer"
-    assert "python -X faulthandler -m mla_backends.probe local_code:it" in found["hint"]
+    status = one(python, "local_code:it")
+    assert status["state"] == "no answer"
+    assert status["reason"] == "the probe exited with status 7 without an answer"
+    assert "python -X faulthandler -m mla_backends.probe local_code:it" in status["hint"]
 
 
 def test_an_error_a_plugin_chose_itself_still_gets_one_of_the_states(python: Python, tmp_path: Path) -> None:
     text = "from mla_backends import BackendError\ndef it(options): raise BackendError('no licence')\n"
     (tmp_path / "local_code.py").write_text(text)
-    found = one(python, "local_code:it")
-    assert (found["state"], found["reason"]) == ("import failed", "no licence")
+    status = one(python, "local_code:it")
+    assert (status["state"], status["reason"]) == ("import failed", "no licence")

@@ -24,7 +24,7 @@ class Acme(TritonBackend):
 
     name, device_type, api_version = "acme", "cpu", 1
     device = torch.device("cpu")  # as if set up
-    found: Any = None
+    chosen: Any = None
 
     def device_info(self) -> DeviceInfo:
         return DeviceInfo(CARD)
@@ -91,7 +91,7 @@ def test_a_tuning_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError, match="folder"):
         write_tuning(tmp_path / "folder", LARGE, {"card": CARD})
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["folder", "mine.json"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folder", "mine.json"]
 
 
 def test_the_kernels_can_be_switched_off() -> None:

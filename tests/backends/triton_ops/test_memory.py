@@ -22,7 +22,7 @@ def test_it_grows_by_powers_of_two_and_keeps_what_it_outgrew() -> None:
     larger.fill_(0.0)
     assert larger.shape == (256,)
     assert memory.take(1, LIKE) is larger
-    kept = next(one for one in memory._held[LIKE.device] if one.data_ptr() == address)
+    kept = next(piece for piece in memory._held[LIKE.device] if piece.data_ptr() == address)
     assert bool((kept == 3.0).all())
 
 

@@ -88,14 +88,17 @@ def test_any_stack_runs_or_says_why(seed: int, monkeypatch: pytest.MonkeyPatch) 
                 monkeypatch.delattr(torch.acme, name)
             else:
                 monkeypatch.setattr(torch.acme, name, FAULTS[fault])
-    found = backend_or_sentence(graph=chance.choice(["on", "off"]))
-    if isinstance(found, str):
-        assert found.endswith(".")
-        assert "\n" not in found
-        assert found.startswith("-O graph=on: ") or set(spoilt) & set(VITAL), (spoilt, found)
+    opened_or_said = backend_or_sentence(graph=chance.choice(["on", "off"]))
+    if isinstance(opened_or_said, str):
+        assert opened_or_said.endswith(".")
+        assert "\n" not in opened_or_said
+        assert opened_or_said.startswith("-O graph=on: ") or set(spoilt) & set(VITAL), (
+            spoilt,
+            opened_or_said,
+        )
     else:
-        assert found.device == torch.device("acme:0")
-        use(found)
+        assert opened_or_said.device == torch.device("acme:0")
+        use(opened_or_said)
 
 
 @pytest.mark.parametrize("name", sorted(name for name in vars(torch.acme) if not name.startswith("_")))
@@ -198,14 +201,14 @@ def test_float32_is_multiplied_in_float32_and_that_is_recorded(monkeypatch: pyte
         monkeypatch.setattr(torch.backends, name, library, raising=False)
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
     torch.set_float32_matmul_precision("high")
-    found = opened(threads="1").environment()
+    facts = opened(threads="1").environment()
     assert dnn.allow_tf32 is False
-    assert torch.get_float32_matmul_precision() == found["float32_matmul_precision"] == "highest"
-    assert found["acmednn.allow_tf32"] == found["cudnn.allow_tf32"] == "False"
-    assert found["mixed.allow_tf32"].startswith("unreadable (RuntimeError: mix of")
-    assert "plain.allow_tf32" not in found
-    assert found["NVIDIA_TF32_OVERRIDE"] == "1"
-    assert found["host_threads"] == "1, the option threads"
+    assert torch.get_float32_matmul_precision() == facts["float32_matmul_precision"] == "highest"
+    assert facts["acmednn.allow_tf32"] == facts["cudnn.allow_tf32"] == "False"
+    assert facts["mixed.allow_tf32"].startswith("unreadable (RuntimeError: mix of")
+    assert "plain.allow_tf32" not in facts
+    assert facts["NVIDIA_TF32_OVERRIDE"] == "1"
+    assert facts["host_threads"] == "1, the option threads"
 
 
 def test_dtypes_whose_products_fail_or_lie_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,8 +272,8 @@ def test_memory_that_only_torch_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = SimpleNamespace(get_memory_info=lambda device: (5, 9) if device.index == 1 else (1, 2))
     backend = opened(device="acme:1")
     monkeypatch.setattr(torch, "accelerator", fake)
-    found = with_module(backend, SimpleNamespace()).memory()
-    assert (found.free, found.total) == (5, 9)
+    memory = with_module(backend, SimpleNamespace()).memory()
+    assert (memory.free, memory.total) == (5, 9)
 
 
 def test_memory_of_a_stack_with_other_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,8 +284,8 @@ def test_memory_of_a_stack_with_other_names(monkeypatch: pytest.MonkeyPatch) -> 
     )
     backend = opened()
     monkeypatch.delattr(torch, "accelerator")
-    found = with_module(backend, module).memory()
-    assert found == MemoryInfo(free=600, total=1000, allocated=300, peak=None)
+    memory = with_module(backend, module).memory()
+    assert memory == MemoryInfo(free=600, total=1000, allocated=300, peak=None)
 
 
 def test_the_device_conforms() -> None:
@@ -323,5 +326,5 @@ def test_events_that_are_no_clock_are_found_out(
     elapsed: Any, problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(any_device, "SLEEP_MS", 20.0)
-    found = any_device.clock_problem(events(elapsed), "acme", lambda: None)
-    assert re.search(rf"^torch\.acme\.Event {problem}" if problem else "^$", found), found
+    said = any_device.clock_problem(events(elapsed), "acme", lambda: None)
+    assert re.search(rf"^torch\.acme\.Event {problem}" if problem else "^$", said), said

@@ -77,15 +77,15 @@ def prepared(backend: Any, config: mla.MLAConfig) -> Any:
     ids = cache.new_sequences(2)
     widths = (config.kv_lora_rank, config.qk_rope_head_dim)
     history = [tuple(torch.randn(past, width).bfloat16() for width in widths) for past in PAST]
-    for one, (kv, pe) in zip(ids, history, strict=True):
-        cache.load(one, kv, pe)
+    for sequence, (kv, pe) in zip(ids, history, strict=True):
+        cache.load(sequence, kv, pe)
     hidden = torch.randn(sum(NEW), config.hidden_size).bfloat16()
 
     def check(out: torch.Tensor) -> None:
         truth = oracle(config, weights, hidden, NEW, history)
         checker = Checker(truth[None], torch.bfloat16, lambda: pytest.fail("not asked for"))
-        found = checker.check(out[None], held_to_reference=False)
-        assert found.status == "ok", found.reason
+        verdict = checker.check(out[None], held_to_reference=False)
+        assert verdict.status == "ok", verdict.reason
 
     return layer, cache, ids, hidden.to(backend.device), check
 

@@ -42,9 +42,9 @@ def test_counters_that_a_stack_lacks_are_unknown(
 
     monkeypatch.setattr(module, "mem_get_info", refuse)
     monkeypatch.delattr(module, "max_memory_allocated")
-    found = backend.memory()
-    assert (found.free, found.total, found.peak) == (None, None, None)
-    assert found.allocated is not None
+    memory = backend.memory()
+    assert (memory.free, memory.total, memory.peak) == (None, None, None)
+    assert memory.allocated is not None
 
 
 def test_the_device_clock_counts_the_device_only(backend: Any) -> None:

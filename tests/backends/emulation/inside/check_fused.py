@@ -203,15 +203,15 @@ def test_ragged_batches_of_any_head_count(kernel: Any, backend: Any, heads: int)
     cache = mla.LatentCache(layer.config, max_tokens=1024, device=backend.device, shuffle=0)
     ids = cache.new_sequences(4)
     history = [(torch.randn(s, 512).bfloat16(), torch.randn(s, 64).bfloat16()) for s in past]
-    for one, (kv, pe) in zip(ids, history, strict=True):
-        cache.load(one, kv, pe)
+    for sequence, (kv, pe) in zip(ids, history, strict=True):
+        cache.load(sequence, kv, pe)
     hidden = torch.randn(sum(query_lens), 64).bfloat16()
     batch = cache.extend(ids, query_lens)
     out = layer(hidden.to(backend.device), batch, cache.pages[0]).cpu()
     expected = oracle(layer.config, state, hidden, query_lens, history)
     checker = Checker(expected[None], torch.bfloat16, lambda: pytest.fail("not asked for"))
-    found = checker.check(out[None], held_to_reference=False)
-    assert found.status == "ok", found.reason
+    check = checker.check(out[None], held_to_reference=False)
+    assert check.status == "ok", check.reason
 
 
 def test_a_decode_step_through_the_kernel_does_not_wait(kernel: Any, backend: Any) -> None:
@@ -305,7 +305,7 @@ def test_what_a_kernel_cannot_serve_is_refused_when_the_layer_is_built(kernel: A
         "it takes heads of at most 256, not 320",
         "it takes keys of 192 and values of 128, not (320, 16)",
     )
-    assert any(f"'{op}' not used because" in one and one.endswith(limits) for one in why), why
+    assert any(f"'{op}' not used because" in sentence and sentence.endswith(limits) for sentence in why), why
 
 
 PAGED = [

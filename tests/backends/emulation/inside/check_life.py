@@ -22,11 +22,11 @@ from mla_backends.registry import create
 
 def test_the_probe_says_what_it_saw(name: str, vendor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(vendor.variable, "0,1")
-    found = create(name).probe()
-    assert found.ok, found.reason
-    assert vendor.mark in found.evidence
-    assert found.evidence[f"torch.{vendor.device}"] == "available"
-    assert found.evidence[vendor.variable] == "0,1"
+    available = create(name).probe()
+    assert available.ok, available.reason
+    assert vendor.mark in available.evidence
+    assert available.evidence[f"torch.{vendor.device}"] == "available"
+    assert available.evidence[vendor.variable] == "0,1"
 
 
 def test_the_probe_leaves_the_device_alone(name: str, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,11 +82,11 @@ def test_a_stack_that_fails_when_asked_is_a_reason(
         raise RuntimeError("driver and runtime differ\nsee the log")
 
     monkeypatch.setattr(module, "is_available", fail)
-    found = create(name).probe()
-    assert not found.ok
+    available = create(name).probe()
+    assert not available.ok
     expected = f"torch.{vendor.device}.is_available() raised RuntimeError: driver and runtime differ"
-    assert found.reason == expected
-    assert vendor.tool in found.hint
+    assert available.reason == expected
+    assert vendor.tool in available.hint
 
 
 # ---------------------------------------------------------------------------------------------- setup

@@ -84,8 +84,8 @@ def test_a_run_keeps_a_reading_before_and_after_its_passes(nvml: Nvml, bench: An
     done = bench(*HEADLINE, "--implementations", "mla", "-o", "run.json")
     assert done.code == 0, done.err
     states = [case.device_state for case in results.decode((tmp_path / "run.json").read_bytes()).cases]
-    assert [[one["when"] for one in state] for state in states] == [["before", "after"]] * 2
-    degrees = [int(one["temperature_c"]) for state in states for one in state]
+    assert [[reading["when"] for reading in state] for state in states] == [["before", "after"]] * 2
+    degrees = [int(reading["temperature_c"]) for state in states for reading in state]
     assert degrees == sorted(set(degrees))
 
 
@@ -121,9 +121,9 @@ def test_moore_learns_its_bandwidth_from_the_library(
 ) -> None:
     monkeypatch.setattr(nvml, "mtmlMemoryContext", lambda device: nullcontext("memory"), raising=False)
     monkeypatch.setattr(nvml, "mtmlMemoryGetBandwidth", lambda memory: says, raising=False)
-    found = mla.load_backend(name).device_info().bandwidth
-    assert (found.value if found else None) == known
-    assert found is None or found.source == "mtmlMemoryGetBandwidth, mthreads-ml-py"
+    bandwidth = mla.load_backend(name).device_info().bandwidth
+    assert (bandwidth.value if bandwidth else None) == known
+    assert bandwidth is None or bandwidth.source == "mtmlMemoryGetBandwidth, mthreads-ml-py"
 
 
 @pytest.mark.only("nvidia")

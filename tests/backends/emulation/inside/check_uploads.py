@@ -49,7 +49,7 @@ def test_a_device_that_is_behind_reads_host_memory_late(device: torch.device) ->
         sums = [copy + 1.0 for copy in copies]
         kept.fill_(5.0)
         del freed
-    assert [one.cpu().tolist() for one in sums] == [[6.0] * 3, [1.0] * 3]
+    assert [total.cpu().tolist() for total in sums] == [[6.0] * 3, [1.0] * 3]
 
 
 def test_waiting_lets_the_device_catch_up(device: torch.device, module: Any) -> None:
@@ -77,24 +77,24 @@ def old_upload_into(host: torch.Tensor, target: torch.Tensor) -> None:
 
 def sent(device: torch.device, count: int, send: Any = upload) -> list[Any]:
     """Upload tables of several sizes and dtypes from memory that is used again, and return them."""
-    found, memory = [], torch.zeros(5000, dtype=torch.int64)
+    uploads, memory = [], torch.zeros(5000, dtype=torch.int64)
     for i in range(count):
         table = memory[: 1 + 700 * (i % 8)].fill_(i)
-        found.append(send(table if i % 2 else table.int(), device))
-    return found
+        uploads.append(send(table if i % 2 else table.int(), device))
+    return uploads
 
 
 def test_every_table_arrives_as_it_was_sent(device: torch.device) -> None:
     with emulated.behind(), emulated.forbidden_waits(allowed=("synchronize",)):
-        found = sent(device, 40)
+        uploads = sent(device, 40)
         getattr(torch, device.type).synchronize()  # the first slots are free again
-        found += sent(device, 40)
-    values = [one.cpu().unique().tolist() for one in found]
+        uploads += sent(device, 40)
+    values = [upload.cpu().unique().tolist() for upload in uploads]
     assert values == [[i % 40] for i in range(80)]
-    assert [one.dtype for one in found[:2]] == [torch.int32, torch.int64]
+    assert [upload.dtype for upload in uploads[:2]] == [torch.int32, torch.int64]
     with emulated.behind():
-        found = sent(device, 40, old_upload)
-    assert [one.cpu().unique().tolist() for one in found] != values[:40]
+        uploads = sent(device, 40, old_upload)
+    assert [upload.cpu().unique().tolist() for upload in uploads] != values[:40]
 
 
 def test_a_buffer_is_filled_in_place(device: torch.device) -> None:
@@ -129,8 +129,8 @@ def test_a_device_that_keeps_up_needs_a_slot_per_size(device: torch.device, slot
 def test_without_pinned_memory_copies_are_as_safe(device: torch.device, state: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(state, "pins", False)
     with emulated.behind(), emulated.forbidden_waits():
-        found = sent(device, 40)
-    assert [one.cpu().unique().tolist() for one in found] == [[i] for i in range(40)]
+        uploads = sent(device, 40)
+    assert [upload.cpu().unique().tolist() for upload in uploads] == [[i] for i in range(40)]
 
 
 @pytest.mark.parametrize("stack", ["no events", "events that cannot be asked", "events that raise"])
@@ -145,9 +145,9 @@ def test_without_events_the_host_waits(
         monkeypatch.setattr(module, "Event", lambda **options: torch.empty(-1))
     state.waits.clear()
     with emulated.behind():
-        found = sent(device, 4)
+        uploads = sent(device, 4)
     assert state.waits == ["a blocking copy from the host"] * 4
-    assert [one.cpu().unique().tolist() for one in found] == [[i] for i in range(4)]
+    assert [upload.cpu().unique().tolist() for upload in uploads] == [[i] for i in range(4)]
 
 
 def test_a_captured_copy_keeps_its_memory(device: torch.device, module: Any) -> None:
@@ -205,9 +205,9 @@ def test_steps_ahead_of_the_device_are_right(
 ) -> None:
     expected = outputs(config, backend, attention, counts, steps=4)
     with emulated.behind():
-        found = outputs(config, backend, attention, counts, steps=4)
+        results = outputs(config, backend, attention, counts, steps=4)
     assert expected.isfinite().all()
-    assert torch.equal(found, expected)
+    assert torch.equal(results, expected)
 
 
 class Hasty(uploads._Slot):

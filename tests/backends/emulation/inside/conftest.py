@@ -171,9 +171,9 @@ def vendor_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
             undone.enter_context(stand_ins.registered(getattr(stand_ins, function), "CPU", *DISPATCH_KEYS))
         for module, functions in LAUNCHES.items():
             with suppress(ModuleNotFoundError):
-                found = importlib.import_module(module)
+                package = importlib.import_module(module)
                 for function in functions:
-                    monkeypatch.setattr(found, function, emulated.kernel(getattr(found, function)))
+                    monkeypatch.setattr(package, function, emulated.kernel(getattr(package, function)))
 
     with ExitStack() as undone:
         yield install

@@ -92,12 +92,12 @@ class State:
     def block(self, raw: torch.Tensor) -> Block:
         """Return the memory that a host tensor stands for; its views share it."""
         storage = raw.untyped_storage()
-        found = self._blocks.get(storage.data_ptr())
-        if found is None:
-            found = Block(self, storage.nbytes())
+        known_block = self._blocks.get(storage.data_ptr())
+        if known_block is None:
+            known_block = Block(self, storage.nbytes())
             if storage.data_ptr():
-                self._blocks[storage.data_ptr()] = found
-        return found
+                self._blocks[storage.data_ptr()] = known_block
+        return known_block
 
 
 STATE = State()

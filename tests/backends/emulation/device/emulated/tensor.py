@@ -141,7 +141,7 @@ def _on_host(
 @functools.cache
 def _is_view(func: Any) -> bool:
     """Return whether an operation only describes memory that is already there."""
-    aliases = [one.alias_info for one in func._schema.returns]
+    aliases = [result.alias_info for result in func._schema.returns]
     return any(alias is not None and not alias.is_write for alias in aliases)
 
 
@@ -246,8 +246,8 @@ def pin(memory: torch.Tensor) -> torch.Tensor:
 
 
 def is_pinned(memory: torch.Tensor) -> bool:
-    found = _pinned.get(memory.untyped_storage().data_ptr())
-    return found is not None and not found.expired()
+    pinned = _pinned.get(memory.untyped_storage().data_ptr())
+    return pinned is not None and not pinned.expired()
 
 
 def _reader(source: torch.Tensor) -> Callable[[], torch.Tensor]:

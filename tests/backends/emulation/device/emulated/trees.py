@@ -13,18 +13,18 @@ LEAVES = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device
 
 def tensors(*values: Any) -> list[torch.Tensor]:
     """Return the tensors among values, which may be nested in lists, tuples and dicts."""
-    found: list[torch.Tensor] = []
+    leaves: list[torch.Tensor] = []
     for value in values:
         kind = type(value)
         if kind in LEAVES:
             continue
         if kind is torch.Tensor or isinstance(value, torch.Tensor):
-            found.append(value)
+            leaves.append(value)
         elif isinstance(value, (list, tuple)):
-            found += tensors(*value)
+            leaves += tensors(*value)
         elif isinstance(value, dict):
-            found += tensors(*value.values())
-    return found
+            leaves += tensors(*value.values())
+    return leaves
 
 
 def change(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:

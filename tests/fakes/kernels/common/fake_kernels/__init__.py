@@ -95,8 +95,8 @@ def check_schedule(metadata, splits, lens, query_rows):
     """Raise for a plan of other lengths, which the real kernel would follow, missing or inventing keys."""
     check_table("tile_scheduler_metadata", metadata, (metadata.shape[0], 8))
     check_table("num_splits", splits, (lens.shape[0] + 1,))
-    planned, found = host(metadata)[0], fingerprint(lens, query_rows)
-    check(torch.equal(planned, found), f"planned for {planned.tolist()}, called with {found.tolist()}")
+    planned, called = host(metadata)[0], fingerprint(lens, query_rows)
+    check(torch.equal(planned, called), f"planned for {planned.tolist()}, called with {called.tolist()}")
 
 
 # ------------------------------------------------------------------------------------------- flash_mla

@@ -45,5 +45,5 @@ def flash_attn_varlen_func(
     lengths = [fake_kernels.host(cu).diff() for cu in (cu_seqlens_q, cu_seqlens_k)]
     check(bool((lengths[0] <= lengths[1]).all()), "nobody knows what a row without keys gives")
     arguments = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal)
-    found, lse = varlen.varlen(*arguments)
-    return (found, lse) if return_softmax_lse else found
+    attended, lse = varlen.varlen(*arguments)
+    return (attended, lse) if return_softmax_lse else attended

@@ -73,5 +73,5 @@ def planned(meta, lens, query_rows):
     if meta.tile_scheduler_metadata is None:
         parts = max(1, MULTIPROCESSORS // -(-query_rows // 64))
         meta.tile_scheduler_metadata, meta.num_splits = fake_kernels.schedule(lens, query_rows, parts)
-    found = fake_kernels.host(meta.tile_scheduler_metadata)[0]
-    return torch.equal(found, fake_kernels.fingerprint(lens, query_rows))
+    plan = fake_kernels.host(meta.tile_scheduler_metadata)[0]
+    return torch.equal(plan, fake_kernels.fingerprint(lens, query_rows))

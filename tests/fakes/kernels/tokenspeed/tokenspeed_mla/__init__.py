@@ -37,9 +37,9 @@ def get_num_sm(device):
 
 
 def check_device():
-    found = fake_kernels.CAPABILITY["tokenspeed_mla"]
-    if found not in ((10, 0), (10, 3), (10, 7)):
-        raise ValueError(f"MLA decode requires SM100, SM103 or SM107, got {found}")
+    capability = fake_kernels.CAPABILITY["tokenspeed_mla"]
+    if capability not in ((10, 0), (10, 3), (10, 7)):
+        raise ValueError(f"MLA decode requires SM100, SM103 or SM107, got {capability}")
 
 
 def tokenspeed_mla_decode(
