@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +62,6 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if suite is not None:
         calls = (getattr(item, "callspec", None) for item in session.items)
         suite.selected = [call.params["instance"] for call in calls if call and "instance" in call.params]
-        suite.start = time.monotonic()
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from mla.cases.drawn import Field, scenes
 from mla.cases.memory import Layout
 from mla.cases.played import Player, Scene
 from mla.cases.stress import Stress, slots
+from mla.command.exit_codes import Exit
 from mla.command.options import BackendOptions
-from mla.conformance import suite
+from mla.conformance import cli, suite
 from mla.conformance.checks.drawn import GROUPS
 from mla.conformance.cli import main
-from mla.conformance.drawn import FORMAT, Search
+from mla.conformance.drawn import FORMAT, Search, _search
 from mla.conformance.report import CheckResult, decode
 from mla.conformance.selection import Xfails
 from mla.conformance.suite import Asked, Suite
@@ -376,6 +378,26 @@ def test_time_is_shared_among_what_is_selected(monkeypatch: pytest.MonkeyPatch) 
     assert opened.share(norm) + opened.share(latent) == pytest.approx(60)
     opened.ended.add(latent.id)
     assert opened.share(norm) == 60
+
+
+@pytest.mark.parametrize(("least", "most", "end"), [(0, 90, 30), (5, 90, 50), (50, 64, 60)])
+def test_no_draw_begins_that_would_end_too_late(
+    monkeypatch: pytest.MonkeyPatch, least: int, most: int, end: int
+) -> None:
+    """Draws take 10 seconds each. With fewer than `least`, `most` seconds may be drawn for instead of 35."""
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    of = Field("rms_norm", torch.float32, CPU)
+    search = Search(scenes(of), lambda scene: now.append(now.pop() + 10) or "")  # type: ignore[func-returns-value]
+    _search(search, Drawing(seconds=35, most=most, least=least), None)
+    assert now == [end]
+    assert search.judged == end / 10
+
+
+def test_a_run_takes_the_time_that_its_imports_took() -> None:
+    """A command that began a minute ago has no time left but for a draw of each check."""
+    words = ["--backend", "mla_backends.testing:HostBackend", "--dtype", "float32", "--minutes", "1"]
+    assert cli.main([*words, "--only", "rms_norm.drawn"], started=time.monotonic() - 60) == Exit.INCOMPLETE
 
 
 def test_shrinking_takes_no_time_from_draws_of_other_ops(monkeypatch: pytest.MonkeyPatch) -> None:
