@@ -38,7 +38,7 @@ def test_a_cache_format_is_counted_without_torch(bench: Bench, tmp_path: Path) -
     words = ["capacity", "--memory", "1GB", "--cache-format", "fp8_ds_mla"]
     code = f"import sys; from mla.bench.__main__ import start; sys.argv[1:] = {words}; start(); "
     done = run_python("-c", code + "print('torch' in sys.modules)", cwd=tmp_path)
-    assert "False" in done.out.splitlines(), done.out + done.err
+    assert "False" in (done.out + done.err).splitlines()
 
 
 @pytest.mark.parametrize(
