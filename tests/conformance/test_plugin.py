@@ -118,7 +118,7 @@ def test_a_test_is_named_by_its_id_and_an_expected_failure_that_passes_fails(tmp
         ((), "--mla-backend is missing"),
         (("--mla-backend", "nobody"), "unknown backend 'nobody'"),
         ((*FAULTY, "--mla-xfails", "none.txt"), "cannot read 'none.txt': No such file or directory."),
-        ((*FAULTY, "--mla-dtype", "float64"), "the backend does not claim float64; it claims: bfloat16, "),
+        ((*FAULTY, "--mla-dtype", "float64"), "unknown dtype 'float64'."),
     ],
 )
 def test_a_mistake_is_one_sentence_for_pytest_too(
