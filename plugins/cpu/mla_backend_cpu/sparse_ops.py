@@ -126,6 +126,6 @@ class NativeSparseAttention(NativeLatentAttention):
 
     contract = "sparse_latent_attention/1"
 
-    def __call__(self, state: None, *, selection: torch.Tensor, **tensors: Any) -> None:
+    def __call__(self, state: None, *, selection: torch.Tensor, **tensors: Any) -> None:  # type: ignore[override]
         """Attend to `selection` [T, k] int32; the other operands are those of `latent_attention/2`."""
         super().__call__(state, selection=selection, **tensors)
