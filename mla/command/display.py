@@ -102,7 +102,7 @@ def fitted(
         columns[text] = tuple("\n".join(textwrap.wrap(cell, room)) for cell in columns[text])
     table = aligned(shown, zip(*(columns[title] for title in shown), strict=True), words)
     if left_out:
-        table += f"\nToo wide for {width()} columns: {', '.join(left_out)}. See --json.\n"
+        table += f"\n{width()} columns have no room for {', '.join(left_out)} (see --json)\n"
     return table
 
 

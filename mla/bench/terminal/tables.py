@@ -61,7 +61,8 @@ def compare_runs(
         reasons = "; ".join(f"{why} ({len(names)})" for why, names in remarks.items())
         lines.append(f"none of {len(cases)} cases can be compared: {reasons}")
         lines += [
-            f"{which} run: {escaped(' '.join(ran.argv))}" for which, ran in (("base", base), ("new", run))
+            f"the {which} run was `{escaped(' '.join(ran.argv))}`"
+            for which, ran in (("base", base), ("new", run))
         ]
         return "\n".join([*lines, ""]), cases
     text = "\n".join(lines) + "\n" + table(kind, _COMPARED, map(_compared, cases), _COMPARED)

@@ -50,7 +50,7 @@ def test_a_list_fits_the_width_and_says_what_it_leaves_out(
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(wide))
     *table, _, last = bench("list", option).out.splitlines()
-    assert last == f"Too wide for {wide} columns: {left_out}. See --json."
+    assert last == f"{wide} columns have no room for {left_out} (see --json)"
     assert table[0].split() == shown
     assert max(map(len, table)) <= wide
 
