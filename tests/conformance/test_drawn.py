@@ -426,10 +426,10 @@ def test_fixed_checks_leave_time_for_draws_and_for_each_other(monkeypatch: pytes
     opened.start = 0.0
     ends = []
     assert 0 < opened.until < 10
-    for now in (20.0, 30.0):  # noqa: B007  # the clock reads it
+    for now in (10.0, 20.0):  # noqa: B007  # the clock reads it
         ends.append(opened.until)
-    assert 20 < ends[0] < 24
-    assert ends[1] < 30
+    assert 10 < ends[0] < 12
+    assert ends[1] < 20
     for asked in (Asked(backend, draws=3), Asked(backend, every_case=True)):
         assert Suite(asked, opened.subject, ()).until == math.inf
 
