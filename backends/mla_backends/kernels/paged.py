@@ -121,7 +121,7 @@ LSE_BASES = ("e", "2")
 
 # Why kernels that could read an e4m3 cache do not serve it: `FusedOp.refused_formats`.
 E4M3_QUERIES: Mapping[str, str] = {
-    "fp8": "its kernel takes e4m3 queries with such a cache, and rounding them is no part of the format"
+    "fp8": "its kernel takes e4m3 queries with such a cache, and the format does not round queries"
 }
 
 
