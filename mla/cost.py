@@ -37,19 +37,6 @@ TOKEN_BYTES: Mapping[str, Callable[[int, int], int]] = {
 }
 
 
-def token_bytes(name: str, c: int, r: int) -> int:
-    """Return the bytes of a cached token in a format, with a latent of c and a key of r numbers.
-
-    Imports torch for formats that are not in `TOKEN_BYTES`. Raises `CacheFormatError` for an unknown name,
-    and for widths that the format cannot hold.
-    """
-    if name in TOKEN_BYTES and c % WIDTHS == r % WIDTHS == 0:
-        return TOKEN_BYTES[name](c, r)
-    from mla.cache.formats import find_format
-
-    return find_format(name).token_bytes(c, r)
-
-
 class Work(NamedTuple):
     """What a computation needs: FLOPs, and bytes that must move at least once."""
 

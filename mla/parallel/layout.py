@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mla.config import MLAConfig
 from mla.cost import (
+    TOKEN_BYTES,
+    WIDTHS,
     Work,
     head_parameters,
     indexer_parameters,
@@ -20,7 +22,6 @@ from mla.cost import (
     parameters,
     projection_parameters,
     step_work,
-    token_bytes,
 )
 from mla.errors import UsageError, did_you_mean
 
@@ -227,6 +228,19 @@ class Capacity:
     def repeated(self) -> float:
         """The share of all cached bytes that is a copy of others."""
         return 1 - 1 / self.copies
+
+
+def token_bytes(name: str, c: int, r: int) -> int:
+    """Return the bytes of a cached token in a format, with a latent of c and a key of r numbers.
+
+    Imports torch for formats that are not in `TOKEN_BYTES`. Raises `CacheFormatError` for an unknown name,
+    and for widths that the format cannot hold.
+    """
+    if name in TOKEN_BYTES and c % WIDTHS == r % WIDTHS == 0:
+        return TOKEN_BYTES[name](c, r)
+    from mla.cache.formats import find_format
+
+    return find_format(name).token_bytes(c, r)
 
 
 def capacity(

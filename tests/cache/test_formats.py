@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mla.cache.formats import FORMATS, Codec, Format, codec_of, find_format, register, stored_format
-from mla.cost import TOKEN_BYTES, token_bytes
+from mla.cost import TOKEN_BYTES
 from mla.errors import CacheFormatError
+from mla.parallel.layout import token_bytes
 
 WIDTHS = {"bf16": 1152, "fp16": 1152, "fp32": 2304, "fp8": 576, "fp8_ds_mla": 656, "fp8_ds_mla_any": 656,
           "int8": 584, "q8_0": 612}  # fmt: skip

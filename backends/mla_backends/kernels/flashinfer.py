@@ -403,7 +403,8 @@ class FlashInferMla(FusedOp):
     # ------------------------------------------------------------------------------------------- refusals
 
     def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
-        return self.release.reasons() or self._format_reasons(spec) + self.limits.reasons(spec)
+        lacks = self.release.reasons()
+        return lacks + ([] if lacks else self._format_reasons(spec)) + self.limits.reasons(spec)
 
     def _format_reasons(self, spec: AttentionSpec) -> list[str]:
         if not spec.cache_format:
