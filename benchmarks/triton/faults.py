@@ -21,6 +21,7 @@ KNOWN_SPILLS = {
     ("3.7", "attend_latent", "sm_120", "16 x 16, 4, 2, halves"): 8,
     ("3.7", "attend_expanded", "sm_100", "64 x 64, 4, 2"): 8,
     ("3.8", "attend_latent", "sm_80", "16 x 32, 4, 2, halves"): 8,
+    ("3.8", "attend_latent", "sm_100", "16 x 32, 4, 3"): 8,
     ("3.9", "attend_latent", "sm_80", "16 x 32, 4, 2, halves"): 8,
     ("3.9", "merge_latent", "sm_80", "4"): 16,
 }
