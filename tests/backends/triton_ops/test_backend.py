@@ -24,7 +24,7 @@ class Acme(TritonBackend):
 
     name, device_type, api_version = "acme", "cpu", 1
     device = torch.device("cpu")  # as if set up
-    chosen: Any = None
+    found: Any = None
 
     def device_info(self) -> DeviceInfo:
         return DeviceInfo(CARD)
