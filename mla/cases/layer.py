@@ -118,6 +118,7 @@ class LayerCall:
             device=device,
             dtype=case.dtype,
             shuffle=shuffle,
+            cache_format=layer.ops["latent_attention"].spec.cache_format or None,
         )
         self.ids = self.cache.new_sequences(len(case.history))
         for sequence, (kv, pe) in zip(self.ids, host.history, strict=True):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mla.cache.formats import FORMATS, Codec, Plain, codec_of, given_back
 from mla.cases.layer import LayerCall, LayerCase, weights
 from mla.cases.memory import changed_slots
 from mla.config import MLAConfig, YarnScaling
@@ -18,8 +19,11 @@ from mla.conformance.trial import CheckFailed, Refused, Trial, expect
 from mla.layer.attention import MLA
 from mla.layer.plan import rebuilt_bytes
 from mla.layer.rope import RotaryTable
+from mla.verify.layer_check import Checker
+from mla.verify.layer_oracle import Pair, oracle
 from mla.verify.op_oracle import true_norm, true_rotation
 from mla.verify.tolerances import ALLOWED, TWICE, relative_error, same_bits
+from mla.verify.verdict import Check
 
 # Small, but with the head widths that kernels are made for: without and with a query LoRA.
 PLAIN = MLAConfig(
@@ -79,7 +83,11 @@ def prepare(
 
 def judge(trial: Trial, call: LayerCall, outputs: Iterable[torch.Tensor]) -> None:
     """Compare the outputs [T, d] of every step with the oracle. Raises `CheckFailed`."""
-    verdict = call.case.host.check(torch.stack([out.cpu() for out in outputs]))
+    take_verdict(trial, call.case.host.check(torch.stack([out.cpu() for out in outputs])))
+
+
+def take_verdict(trial: Trial, verdict: Check) -> None:
+    """Keep the largest error of a trial. Raises `CheckFailed` for a wrong output."""
     trial.worst = max(verdict.error_ratio or 0.0, trial.worst or 0.0)
     if verdict.status != "ok":
         raise CheckFailed(verdict.reason)
@@ -200,6 +208,51 @@ def true_latents(
     cos_sin = RotaryTable(config, torch.device("cpu"), stop).table[first:stop]
     norm = true_norm(latent, state["kv_a_layernorm.weight"], config.rms_norm_eps)
     return norm, true_rotation(key, cos_sin, config.rope_interleave)
+
+
+@layer_check("formats", "new tokens that are attended as they were before the cache has rounded them")
+def formats(trial: Trial) -> None:
+    """The output is that of the bytes which the step itself has cached, and these are the true ones' but for
+    the format's error.
+    """
+    c, r = PLAIN.kv_lora_rank, PLAIN.qk_rope_head_dim
+    for name in FORMATS:
+        codec = codec_of(name, c, r)
+        if codec is None or isinstance(codec, Plain):
+            continue
+        for mode in BOTH:
+            case = plain(*MIXED)
+            with trial.case(f"{name}, {mode}, {case.label}"):
+                call = prepare(trial, case, mode, cache_format=name)
+                judge_stored(trial, call, call.run()[0], codec)
+
+
+def judge_stored(trial: Trial, call: LayerCall, out: torch.Tensor, codec: Codec) -> None:
+    """Compare the output [T, d] of one forward with the oracle over what the cache holds after it, and that
+    with the true latents. Raises `CheckFailed`.
+    """
+    case, host = call.case, call.case.host
+    allowed, truths = TWICE * ALLOWED[case.dtype].layer, []
+    parts = zip(call.ids, host.hidden[0].split(list(case.query_lens)), host.history, strict=True)
+    for sequence, hidden, past in parts:
+        old = len(past[0])
+        kv, pe = (part[old:].cpu() for part in call.cache.read(sequence))
+        new = kv, pe
+        true = true_latents(case.config, host.state, hidden, old)
+        near = given_back(codec, *(part.float() for part in true))
+        for name, pair, rounded in zip(("latent", "key"), zip(new, true, strict=True), near, strict=True):
+            error, bound = relative_error(pair), allowed + relative_error((rounded, pair[1]))
+            expect(error <= bound, f"the cached {name} has relative error {error:.1e}, allowed {bound:.1e}")
+        given = case.config, host.state, hidden, [len(hidden)], [given_back(codec, *past)]
+        truths.append(oracle(*given, stored=partial(_instead, new)))
+    expected = torch.cat(truths)[None]
+    # The reference rounds the same numbers, but for those of the cache.
+    checker = Checker(expected, case.dtype, lambda: host.reference - host.truth + expected)
+    take_verdict(trial, checker.check(out.cpu()[None], held_to_reference=True))
+
+
+def _instead(stored: Pair, kv: torch.Tensor, pe: torch.Tensor) -> Pair:
+    return stored
 
 
 @mode_check("untouched", "latents written to a page that is another request's", "memory", plain(*MIXED))

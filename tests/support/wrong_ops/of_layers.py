@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from wrong_ops import extents, habits, layers
+from wrong_ops import extents, formats, habits, layers
 
 MUTANTS: Mapping[str, list[Callable[[], Any]]] = {
     "layer.prefill": [layers.FutureLeak, layers.Unrotated],
@@ -17,6 +17,7 @@ MUTANTS: Mapping[str, list[Callable[[], Any]]] = {
     "layer.chunks": [layers.BaseTwo],
     "layer.variant": [layers.NoBias, layers.AlwaysInterleaved],
     "layer.cached": [layers.Unrotated, layers.Unnormed],
+    "layer.formats": [formats.NextCodes, formats.LastBitLost, formats.AsScaled],
     "layer.untouched": [layers.TwoSlots],
     "layer.again": [layers.Accumulating],
     "layer.shared_plan": [layers.FirstCache],
