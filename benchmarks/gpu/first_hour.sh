@@ -106,6 +106,7 @@ conformance() { # NAME SECONDS DTYPE WORDS...: the contract. A drawn case would 
         "${only[@]}" --report "{out}.json" # a dtype that the backend does not claim is no failure
 }
 pointwise=(--only rms_norm --only rotate_query --only write_latent)
+sparse=(--only write_index_key --only select_latents --only sparse_latent_attention)
 rest=(--only device --only ops --only linear --only batched_linear --only expanded --only layer)
 
 ask() { # SECONDS QUESTION...: open questions about the device and its libraries
@@ -145,6 +146,7 @@ others() {
     bench standard-deepseek-r1 360 "${r1[@]}" "${counts[@]}"
     conformance conformance-pointwise 190 bfloat16 --quick "${pointwise[@]}"
     conformance conformance-rest 180 bfloat16 --quick "${rest[@]}"
+    conformance conformance-sparse 230 bfloat16 --quick "${sparse[@]}"
     for h in "${heads[@]}"; do # absorbed attention alone; what does not fit into memory is skipped
         bench "grid-$h" 200 --op latent_attention --implementations mla "${r1[@]}" "${grid[@]}" -a "heads=$h" \
             "${many[@]}"
@@ -170,11 +172,13 @@ others() {
     conformance conformance-full-latent 300 bfloat16 --only latent
     conformance conformance-full-pointwise 160 bfloat16 "${pointwise[@]}"
     conformance conformance-full-rest 140 bfloat16 "${rest[@]}"
+    conformance conformance-full-sparse 300 bfloat16 "${sparse[@]}"
     local dtype
     for dtype in float16 float32; do
         conformance "conformance-$dtype-latent" 230 "$dtype" --quick --only latent
         conformance "conformance-$dtype-pointwise" 190 "$dtype" --quick "${pointwise[@]}"
         conformance "conformance-$dtype-rest" 180 "$dtype" --quick "${rest[@]}"
+        conformance "conformance-$dtype-sparse" 230 "$dtype" --quick "${sparse[@]}"
     done
 }
 
