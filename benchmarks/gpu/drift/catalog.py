@@ -27,7 +27,7 @@ class Call:
     where_taken: tuple[str, ...] = ()  # passed only to releases that take them
 
     def passed(self) -> Sequence[str]:
-        """Return the names passed by keyword. Raises `NotYet` if this checkout has no such adapter."""
+        """Return the names passed by keyword."""
         return [name for one in self.passes for name in _resolved(one)]
 
 
@@ -40,29 +40,22 @@ class Library:
     on_index: bool = True  # a wheel can be downloaded; else a path or URL must be given
 
 
-class NotYet(Exception):
-    """An adapter that this checkout does not have."""
-
-
 def _resolved(name: str) -> tuple[str, ...]:
     module, _, constant = name.partition(":")
     if not constant:
         return (name,)
-    try:
-        found = getattr(importlib.import_module(f"{KERNELS}.{module}"), constant)
-    except (ImportError, AttributeError):
-        raise NotYet(f"this checkout has no {KERNELS}.{module}.{constant}") from None
+    found = getattr(importlib.import_module(f"{KERNELS}.{module}"), constant)
     return (found,) if isinstance(found, str) else tuple(found)
 
 
 def _flash_mla(fake: str, module: str = "flash_mla", *more: str) -> tuple[Call, ...]:
-    decode = Call("flash_mla_with_kvcache", ("flash_mla:ARGUMENTS", *more), module, fake)
+    decode = Call("flash_mla_with_kvcache", ("latent:ARGUMENTS", *more), module, fake)
     return decode, Call("get_mla_metadata", (), module, fake, placed=3)
 
 
 def _flash_attn(module: str, fake: str) -> tuple[Call, ...]:
     asks = ("return_attn_probs", "return_softmax_lse")
-    return (Call("flash_attn_varlen_func", ("flash_attn:ARGUMENTS",), module, fake, where_taken=asks),)
+    return (Call("flash_attn_varlen_func", ("expanded:ARGUMENTS",), module, fake, where_taken=asks),)
 
 
 _WRAPPER = "BatchMLAPagedAttentionWrapper"
@@ -79,7 +72,7 @@ LIBRARIES = (
                 "flashinfer_07", where_taken=("query_layout", "kv_cache_layout", "lse_mode"),
             ),
             Call(
-                f"{_WRAPPER}.run", ("flashinfer:PAIRS", "flashinfer:RUN"), "flashinfer.mla",
+                f"{_WRAPPER}.run", ("flashinfer:PAIRS", "flashinfer:RUN", "flashinfer:SCALES"), "flashinfer.mla",
                 "flashinfer_07", where_taken=("return_lse_base_on_e",),
             ),
         ),
@@ -88,8 +81,8 @@ LIBRARIES = (
     Library(
         "tokenspeed-mla",
         (
-            Call("tokenspeed_mla_decode", ("tokenspeed:ARGUMENTS",), "tokenspeed_mla", "tokenspeed"),
-            Call("tokenspeed_mla_prefill", ("tokenspeed_prefill:ARGUMENTS",), "tokenspeed_mla", "tokenspeed"),
+            Call("tokenspeed_mla_decode", ("tokenspeed:DECODE_ARGUMENTS",), "tokenspeed_mla", "tokenspeed"),
+            Call("tokenspeed_mla_prefill", ("tokenspeed:PREFILL_ARGUMENTS",), "tokenspeed_mla", "tokenspeed"),
             Call("get_num_sm", (), "tokenspeed_mla", "tokenspeed", placed=1),
         ),
     ),
@@ -103,7 +96,7 @@ LIBRARIES = (
         "ixformer",
         (
             Call(
-                "vllm_paged_attention_mla", ("ixformer:ARGUMENTS",), _IX, "ixformer",
+                "vllm_paged_attention_mla", ("latent:IXFORMER_ARGUMENTS",), _IX, "ixformer",
                 where_taken=("return_softmax_lse", "use_cuda_graph"),
             ),
         ),
