@@ -72,8 +72,8 @@ LIBRARIES = (
                 "flashinfer_07", where_taken=("query_layout", "kv_cache_layout", "lse_mode"),
             ),
             Call(
-                f"{_WRAPPER}.run", ("flashinfer:PAIRS", "flashinfer:RUN", "flashinfer:SCALES"), "flashinfer.mla",
-                "flashinfer_07", where_taken=("return_lse_base_on_e",),
+                f"{_WRAPPER}.run", ("flashinfer:PAIRS", "flashinfer:RUN", "flashinfer:SCALES"),
+                "flashinfer.mla", "flashinfer_07", where_taken=("return_lse_base_on_e",),
             ),
         ),
     ),
