@@ -105,8 +105,8 @@ def test_files_of_other_cases_are_refused_in_one_sentence(run: Bench, bench: Ben
     assert (
         why == "none of 5 cases can be compared: missing from the base run (3); missing from the new run (2)"
     )
-    assert base.startswith("the base run was `python -m mla.bench ")
-    assert new.startswith("the new run was `python -m mla.bench ")
+    assert base.startswith("the base run was `python -m mla.bench")
+    assert new.startswith("the new run was `python -m mla.bench")
 
 
 def test_a_remark_about_many_cases_is_one_line(run: Bench, bench: Bench) -> None:
