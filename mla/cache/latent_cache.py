@@ -26,7 +26,7 @@ from mla.cache.ragged_batch import (
 from mla.config import MLAConfig
 from mla.config.layer_config import require_config
 from mla.errors import CacheFull
-from mla_backends.api import misfit
+from mla_backends.operands import misfit
 
 
 def check_history(config: MLAConfig, kv: Any, pe: Any) -> int:

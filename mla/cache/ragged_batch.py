@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 
 from mla.errors import StaleBatch
-from mla_backends.api import is_plain
+from mla_backends.operands import is_plain
 from mla_backends.upload import upload_into
 
 if TYPE_CHECKING:

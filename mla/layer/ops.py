@@ -364,11 +364,7 @@ def layer_roles(
         return LinearSpec(inputs, outputs, groups, dtype, device)
 
     attention = attention_spec(config, dtype, device)
-    stored = stored_format(cache_format, dtype)
-    codec = codec_of(stored, c, config.qk_rope_head_dim)
-    cached = dataclasses.replace(
-        attention, cache_format=stored, token_bytes=codec.token_bytes if codec else 0
-    )
+    cached = _cached(attention, cache_format)
     attended = dataclasses.replace(cached, num_heads=attended_by * h)
     roles: dict[str, tuple[str, Any]] = {
         "qkv_a_proj": ("linear", weight(config.hidden_size, first + config.latent_dim)),
@@ -389,17 +385,37 @@ def layer_roles(
     if config.index_topk:
         sparse = dataclasses.replace(attended, topk=config.index_topk)
         roles["sparse_latent_attention"] = ("sparse_latent_attention", sparse)
-    if config.index_n_heads and config.q_lora_rank:
-        heads, width = config.index_n_heads, config.index_head_dim
-        indexer = indexer_spec(config, dtype, device, index_format)
-        wide = LinearSpec(config.hidden_size, heads, 1, torch.float32, device)
-        roles["index_q_proj"] = ("linear", weight(config.q_lora_rank, heads * width))
-        roles["index_k_proj"] = ("linear", weight(config.hidden_size, width))
-        roles["index_weights_proj"] = ("linear", wide)
-        roles["rotate_index_query"] = ("rotate_query", dataclasses.replace(attention, num_heads=heads))
-        roles["write_index_key"] = ("write_index_key", indexer)
-        roles["select_latents"] = ("select_latents", indexer)
-    return roles
+    return roles | _indexer_roles(config, attention, index_format)
+
+
+def _cached(attention: AttentionSpec, cache_format: str | None) -> AttentionSpec:
+    """Return the spec of ops that read or write the latent cache. Raises `CacheFormatError`."""
+    stored = stored_format(cache_format, attention.dtype)
+    codec = codec_of(stored, attention.kv_lora_rank, attention.qk_rope_head_dim)
+    return dataclasses.replace(attention, cache_format=stored, token_bytes=codec.token_bytes if codec else 0)
+
+
+def _indexer_roles(
+    config: MLAConfig, attention: AttentionSpec, index_format: str | None
+) -> dict[str, tuple[str, Any]]:
+    """Return role -> (op kind, spec) of a layer's own indexer; none without. Raises `CacheFormatError`.
+
+    Queries come from the query latent, keys and the weights of heads from hidden states. These weights are a
+    product in float32, as in `transformers`, which keeps `weights_proj` of GLM-5 in float32.
+    """
+    heads, width, latent = config.index_n_heads, config.index_head_dim, config.q_lora_rank
+    if not heads or latent is None:
+        return {}
+    dtype, device = attention.dtype, attention.device
+    indexer = indexer_spec(config, dtype, device, index_format)
+    return {
+        "index_q_proj": ("linear", LinearSpec(latent, heads * width, 1, dtype, device)),
+        "index_k_proj": ("linear", LinearSpec(config.hidden_size, width, 1, dtype, device)),
+        "index_weights_proj": ("linear", LinearSpec(config.hidden_size, heads, 1, torch.float32, device)),
+        "rotate_index_query": ("rotate_query", dataclasses.replace(attention, num_heads=heads)),
+        "write_index_key": ("write_index_key", indexer),
+        "select_latents": ("select_latents", indexer),
+    }
 
 
 def indexer_spec(

@@ -14,7 +14,8 @@ import torch
 from mla.cache.ragged_batch import plain
 from mla.config import MLAConfig
 from mla.layer.ops import Ops
-from mla_backends.api import Backend, misfit
+from mla_backends.api import Backend
+from mla_backends.operands import misfit
 
 Views = TypeVar("Views")
 MAX_VIEWS = 256  # sets of views kept; prompts come in any length

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from mla_backend_cpu import products
 from mla_backend_cpu.library import Library
 from mla_backends import BackendError, FusedOp
-from mla_backends.api import AttentionSpec, LinearSpec, NormSpec, Packed, SegmentLengths, misfit
+from mla_backends.api import AttentionSpec, LinearSpec, NormSpec, Packed, SegmentLengths
+from mla_backends.operands import misfit
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ import torch
 from native_cases import BF16, angles, bits, draw, expanded_case, latent_case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import mla_backends.api as operand_checks
+import mla_backends.operands as operand_checks
 from mla_backend_cpu.library import Library, load
 from mla_backend_cpu.native_ops import (
     NativeBatchedLinear,
