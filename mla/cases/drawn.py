@@ -539,8 +539,9 @@ def derived(case: OpCase, how: str) -> OpCase:
     elif how == "other order":
         pairs = pairs[::-1]
     elif how == "other pages" and case.entry.cached:  # or slots
-        turned = "falling" if case.stress.order == "rising" else "rising"
-        return case.but(shuffle=case.layout.shuffle + 1, pages=0, order=turned)
+        other = case.but(shuffle=case.layout.shuffle + 1, pages=0)
+        turned = "falling" if case.stress and case.stress.order == "rising" else "rising"
+        return other.but(order=turned) if case.stress else other
     elif (
         how == "other mask"
         and case.kind == "expanded_attention"
