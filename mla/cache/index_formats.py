@@ -89,7 +89,10 @@ def index_codec(name: str, d: int) -> IndexFp8 | None:
 
 
 def index_keys(pages: torch.Tensor, codec: IndexFp8 | None) -> torch.Tensor:
-    """Return index keys [p, page, d] in float32 of pages of a cache, plain or of bytes."""
+    """Return index keys [p, page, d] in float32 of pages of a cache, plain or of bytes.
+
+    A key of bytes is its d e4m3 numbers times the float32 scale of its token.
+    """
     if codec is None:
         return pages.float()
     codes, scales = (part.clone(memory_format=torch.contiguous_format) for part in codec.parts(pages))

@@ -402,7 +402,10 @@ class LatentCache:
             self.write_index(layer, slots, index.detach().to(slots.device, self.dtype))
 
     def write_index(self, layer: int, slots: torch.Tensor, index: torch.Tensor) -> None:
-        """Write index keys [s, D] in `dtype` to slots [s] int64 of a layer that has an indexer."""
+        """Write index keys [s, D] in `dtype` to slots [s] int64 of a layer that has an indexer.
+
+        Slots are those of latents. Raises ValueError for a layer without an indexer.
+        """
         pages = self.index_pages[self.index_layers.index(layer)]
         if self._index_codec is None:
             pages.flatten(0, 1).index_copy_(0, slots, index)

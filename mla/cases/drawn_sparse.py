@@ -60,6 +60,7 @@ def index_spec(draw: Draw, field: Field, heads: int, topk: int) -> IndexerSpec:
 
 
 def index_case(draw: Draw, field: Field) -> OpCase:
+    """Draw a write of index keys; one in 40 is to a cache of more than FAR slots, where its numbers allow."""
     spec, page = index_spec(draw, field, 4, 64), draw(among(*PAGE_SIZES))
     rows = some_rows(draw, spec.head_dim, page)
     far = some(draw, 40) and spec.head_dim * FAR <= MAX_CACHED
@@ -69,6 +70,11 @@ def index_case(draw: Draw, field: Field) -> OpCase:
 
 
 def select_case(draw: Draw, field: Field) -> OpCase:
+    """Draw a selection whose operands have about NUMBERS numbers at most, and its scores LOGITS.
+
+    Heads are dropped before requests are. One case in 40 of narrow keys has a request of HUGE tokens or more,
+    whose positions need 18 bits.
+    """
     heads, topk = draw(among(*SELECT_HEADS)), draw(among(*TOPKS))
     spec, page = index_spec(draw, field, heads, topk), draw(among(*PAGE_SIZES))
     if page not in (served := field.pages(spec)):

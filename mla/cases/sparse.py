@@ -50,20 +50,24 @@ RANKED = 1 << 24  # numbers that are ranked at once to draw selections
 
 
 def _random(draw: torch.Generator, position: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Rank tokens at random: what a query selects is scattered over all pages of its request."""
     return torch.rand((len(seen), len(position)), generator=draw)
 
 
 def _recent(draw: torch.Generator, position: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Rank later tokens higher, so that queries select what a window would show them."""
     return position.float().expand(len(seen), -1)
 
 
 def _clustered(draw: torch.Generator, position: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Rank blocks of BLOCK tokens at random, and later tokens of a block higher: selections are runs."""
     blocks = torch.rand((len(seen), len(position) // BLOCK + 1), generator=draw)
     return blocks[:, position // BLOCK] + 1e-4 * (position % BLOCK) / BLOCK
 
 
 def _tied(draw: torch.Generator, position: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    return -position.float().expand(len(seen), -1)  # the first, as most ops take them
+    """Rank earlier tokens higher, as most ops choose among tokens that score the same."""
+    return -position.float().expand(len(seen), -1)
 
 
 SELECTIONS: Mapping[str, Callable[[torch.Generator, torch.Tensor, torch.Tensor], torch.Tensor]] = {
@@ -75,7 +79,11 @@ SELECTIONS: Mapping[str, Callable[[torch.Generator, torch.Tensor, torch.Tensor],
 
 
 def selection_of(case: OpCase) -> torch.Tensor:
-    """Return what each query selects [T, k] int32: positions in its request, then -1."""
+    """Return what each query selects [T, k] int32: positions in its request, then -1.
+
+    A query that sees s tokens selects min(k, s) of them, the highest ranked first. The tensor is kept for
+    other calls of the case: copy it before a call may write to it.
+    """
     return _selection(case.selection, case.query_lens, case.kv_lens, case.spec.topk, case.seed)
 
 
@@ -83,6 +91,7 @@ def selection_of(case: OpCase) -> torch.Tensor:
 def _selection(
     how: str, query_lens: tuple[int, ...], kv_lens: tuple[int, ...], topk: int, seed: int
 ) -> torch.Tensor:
+    """Rank the tokens of all requests, at most RANKED numbers at a time, and take the first of each query."""
     draw, parts = generator(seed, "selection"), [torch.empty((0, topk), dtype=torch.int32)]
     for new, keys in zip(query_lens, kv_lens, strict=True):
         position, together = torch.arange(keys), max(1, RANKED // max(1, keys))
@@ -97,7 +106,10 @@ def _selection(
 
 @functools.lru_cache(maxsize=256)
 def _different(how: str, query_lens: tuple[int, ...], kv_lens: tuple[int, ...], topk: int, seed: int) -> int:
-    """Return how many different tokens the queries of all requests select."""
+    """Return how many different tokens the queries of all requests select.
+
+    A call must read each of these latents at least once: see `sparse_latent_attention_cost`.
+    """
     parts = _selection(how, query_lens, kv_lens, topk, seed).split(query_lens)
     return sum(len(part[part >= 0].unique()) for part in parts)
 
@@ -110,7 +122,11 @@ def selected_keys(selection: torch.Tensor, spans: Iterable[tuple[int, int]]) -> 
 
 # ------------------------------------------------------------------------------------------- index keys
 class WriteIndexKey(WritesSlots):
-    """The LayerNorm and rotation of index keys, to the slots of a cache."""
+    """The LayerNorm and rotation of index keys, to the slots of a cache.
+
+    All D channels are normed, (k - mean) / sqrt(var + eps) * weight + bias; then the first R are rotated, and
+    the others kept (class `DeepseekV32Indexer` of `transformers`).
+    """
 
     spec, letters, pool, usual = IndexerSpec, OF_KEYS, Pool, V32
     title = "{q} tokens, page {page}, keys of {d}, {r} turned"
@@ -159,6 +175,7 @@ class StoredIndexKey(WriteIndexKey):
         return true | stored_truth(true["key"], true["key"][:, :0], codec_for(spec.head_dim), spec.dtype)
 
     def by_token(self, cache: torch.Tensor) -> torch.Tensor:
+        """Return the bytes of tokens [pages, page, D + 4]: codes, then the scale. A copy."""
         return codec_for(cache.shape[2] - SCALE_BYTES).rows(cache)
 
     def written(self, arguments: Mapping[str, Any]) -> Tensors:
@@ -166,6 +183,7 @@ class StoredIndexKey(WriteIndexKey):
         return {"key": codec_for(arguments["weight"].shape[0]).decode(rows)[0], **dict.fromkeys(BYTES, rows)}
 
     def offer(self, call: Call, results: Tensors) -> None:
+        """Poison the bytes of the tokens that the next call writes, wherever in their pages these are."""
         cache, slots = call.arguments["cache"], call.arguments["slots"]
         rows = poison(cache.new_empty((len(slots), cache.shape[2])))
         codec_for(call.case.spec.head_dim).put(cache, slots, rows)
@@ -208,6 +226,7 @@ class Selecting(Pool):
         return int(self.case.spec.head_dim)
 
     def _true(self) -> Tensors:
+        """Return what judges the selections of all tokens and alternatives: see `true_selection`."""
         case, heads, spans = self.case, self.case.spec.num_heads, self.case.spans
         spans = spans + [spans[home] for home in self.homes for _ in range(self.choices - 1)]
         shaped = {name: self.given[name].unflatten(0, (-1, heads)) for name in ("q", "weights")}
@@ -215,10 +234,15 @@ class Selecting(Pool):
         return true_selection(shaped["q"], shaped["weights"], keys, spans, case.spec.topk, case.sizes["L"])
 
     def pass_signs(self, number: int) -> Tensors:
+        """Return the signs of the channels of keys in a pass; none for keys in bytes."""
         keys = self.given["keys"]
         return {"keys": draw_signs(self.random(number), keys.shape[1])} if keys.is_floating_point() else {}
 
     def change(self, number: int, index: int) -> Change:
+        """Take a random alternative of each home, and the heads of a token in random order.
+
+        The first home has another alternative in each of as many calls, so that neighbouring calls differ.
+        """
         draw, heads = self.random(number, index), self.case.spec.num_heads
         tokens, homes, more = torch.arange(self.case.rows), torch.tensor(self.homes), self.choices - 1
         taken = torch.randint(0, self.choices, (len(homes),), generator=draw)
@@ -240,7 +264,12 @@ class Selecting(Pool):
 
 
 class SelectLatents(OverPages):
-    """The selection of tokens by their scores; among equals any will do."""
+    """The selection of tokens by their scores; among equals any will do.
+
+    Token s scores ``sum over h of weights[t, h] * max(0, q[t, h] . key[s])`` for query t (DeepSeek-V3.2's
+    report, section 2.1). An op is held to `out`, or to `coarse` if it compares scores that are rounded to
+    bfloat16.
+    """
 
     spec, letters, pool, usual = IndexerSpec, INDEXER, Selecting, V32
     title = "q {q} kv {kv}, top {k}, page {page}, {h} heads of {d}"
@@ -260,6 +289,11 @@ class SelectLatents(OverPages):
     cost = staticmethod(cost.select_latents_cost)
 
     def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
+        """Draw q and keys from N(0, 1), and weights as a layer scales them, by (h d)^-0.5.
+
+        "recent" and "clustered": the last channel of keys and queries makes the scores of such tokens rise,
+        and weights are positive. "tied": keys repeat every GROUPS tokens.
+        """
         spec, (first, count) = case.spec, _of_keys(case)
         q, keys = normal(rows, spec.head_dim), normal(sum(case.kv_lens), spec.head_dim)
         weights = normal(rows).float() * (spec.num_heads * spec.head_dim) ** -0.5
@@ -321,7 +355,7 @@ def _of_keys(case: OpCase) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class SelectStored(SelectLatents):
-    """The same over pages of bytes: scores are of the decoded keys."""
+    """The same over pages of bytes: scores are of the decoded keys, which are drawn and then encoded."""
 
     scalars = {"cache_format": str}
     letters = {**INDEXER, "b": "token_bytes"}
@@ -366,6 +400,10 @@ class SparseLatentAttention(LatentAttention):
     cost = staticmethod(cost.sparse_latent_attention_cost)
 
     def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
+        """Draw what attention needs, and a selection.
+
+        Aimed queries look at keys that they select, so that an op which skips one of these is far off.
+        """
         aimed = case.stress is not None and case.stress.aimed
         given = super().draw(case.but(aimed=False) if aimed else case, normal, rows)
         given["selection"] = selection_of(case).clone()
@@ -375,6 +413,7 @@ class SparseLatentAttention(LatentAttention):
         return given
 
     def work(self, case: OpCase) -> Work:
+        """Return the work of the op, whose bytes count each selected latent once per request."""
         how = (case.selection, case.query_lens, case.kv_lens, case.spec.topk, case.seed)
         return self.cost(case.spec, case.query_lens, case.kv_lens, _different(*how))
 

@@ -410,6 +410,10 @@ class MLA(nn.Module):
         index_pages: torch.Tensor | None,
         selection: torch.Tensor | None,
     ) -> None:
+        """Raise ValueError for index pages or a selection that do not fit, or are missing.
+
+        The positions in a selection are not read: that would wait for the device.
+        """
         config = self.config
         require_index_pages(index_pages, self.ops, config, pages)
         if selection is not None:

@@ -226,7 +226,16 @@ INDEX_EPS = 1e-6  # of the LayerNorm of index keys, in the classes of all famili
 
 @dataclass(frozen=True, eq=False)
 class Indexer:
-    """What a step does to pick the keys that its queries attend (DeepSeek-V3.2, section 2.1)."""
+    """What a step does to pick the keys that its queries attend (DeepSeek-V3.2, section 2.1).
+
+        q = rotate(wq_b(q_latent))           [T, H, D], of the normed query latent
+        k = rotate(LayerNorm(wk(x)))         [T, D], with bias; cached
+        w = weights_proj(x) * (H D)^-0.5     [T, H], in float32
+        score[t, s] = sum over h of w[t, h] * max(0, q[t, h] . k[s])
+
+    Only the first r channels are rotated, by the angles of attention but in a layout of their own. Weights
+    carry all factors on scores; they may be negative.
+    """
 
     config: MLAConfig
     weights: PackedWeights
@@ -236,7 +245,10 @@ class Indexer:
     def write(
         self, ops: Ops, hidden: torch.Tensor, batch: RaggedBatch, plan: StepPlan, pages: torch.Tensor
     ) -> None:
-        """Write the index keys of hidden [T, d] to the index `pages` [pages, page, D]."""
+        """Write the index keys of hidden [T, d] to the index `pages` [pages, page, D].
+
+        Every step does, also one that attends all keys: a later one selects among them.
+        """
         k, vectors = self.views.indexed(hidden.shape[0]).k, self.weights.vectors
         ops["index_k_proj"].op(self.weights.packed["index_k_proj"], x=hidden, bias=None, out=k)
         ops["write_index_key"].op(
@@ -259,7 +271,10 @@ class Indexer:
         group: AbsorbedGroup,
         pages: torch.Tensor,  # [pages, page, D]
     ) -> torch.Tensor:
-        """Return the positions [T, topk] int32 that score best, in scratch memory; -1 behind the last."""
+        """Return the positions [T, topk] int32 that score best, in scratch memory; -1 behind the last.
+
+        The index keys of the step must have been written. Valid until the layer's next step.
+        """
         views, packed = self.views.indexed(hidden.shape[0]), self.weights.packed
         ops["index_q_proj"].op(packed["index_q_proj"], x=projected.q_normed, bias=None, out=views.q_flat)
         ops["rotate_index_query"].op(

@@ -95,7 +95,10 @@ class Round:
 
 @dataclass(frozen=True)
 class AbsorbedGroup:
-    """Requests that attend in latent space."""
+    """Requests that attend in latent space.
+
+    A sparse group is the whole batch; `state` is then that of `sparse_latent_attention`.
+    """
 
     tokens: Tokens
     cos_sin: torch.Tensor  # [t, r] fp32
@@ -156,7 +159,11 @@ def make_plan(
 
 
 def is_sparse(config: MLAConfig, query_lens: Sequence[int], kv_lens: Sequence[int]) -> bool:
-    """Return whether a batch attends a selection: some query's context is longer than that."""
+    """Return whether a batch attends a selection: some query's context is longer than that.
+
+    Requests without new tokens do not count. Where no context is longer, all keys would be selected, and the
+    batch runs as if there were no indexer.
+    """
     topk = config.index_topk
     if not 0 < topk < max(kv_lens):
         return False
@@ -164,6 +171,7 @@ def is_sparse(config: MLAConfig, query_lens: Sequence[int], kv_lens: Sequence[in
 
 
 def _sparse(ops: Ops, batch: RaggedBatch, cos_sin: torch.Tensor, selected: bool) -> AbsorbedGroup | None:
+    """Prepare attention to a selection, and its making unless one is `selected`; None without tokens."""
     if not batch.num_tokens:
         return None
     roles = ("sparse_latent_attention",) if selected else SPARSE_ROLES

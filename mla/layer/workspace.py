@@ -167,7 +167,11 @@ def require_pages(pages: Any, ops: Ops, shape: Sequence[int | None], device: tor
 
 
 def require_index_pages(pages: Any, ops: Ops, config: MLAConfig, like: torch.Tensor) -> None:
-    """Raise ValueError unless these are the index pages that belong to the pages `like`, or None for none."""
+    """Raise ValueError unless these are the index pages that belong to the pages `like`, or None for none.
+
+    They are [pages, page, D] in the layer's dtype, or [pages, page, token_bytes] uint8 of an index format:
+    like pages of latents in number and size, as both have one block table.
+    """
     if not config.index_n_heads:
         if pages is not None:
             raise ValueError("this layer has no indexer: leave index_pages out, and give out by name.")
@@ -208,7 +212,10 @@ class Projected(NamedTuple):
 
 
 class Indexed(NamedTuple):
-    """Where the indexer of a step writes."""
+    """Where the indexer of a step writes.
+
+    `hidden` is a float32 copy of the step's input, which the float32 product of head weights takes.
+    """
 
     q_flat: torch.Tensor  # [T, H * D]
     q: torch.Tensor  # [T, H, D]

@@ -14,7 +14,10 @@ from mla_backends.api import OPS, AttentionSpec, BatchView, IndexerSpec
 
 
 class WriteIndexKey(OfFormats):
-    """LayerNorm with bias, rotate the first channels, scatter to the index cache."""
+    """LayerNorm with bias, rotate the first channels, scatter to the index cache.
+
+    Norm and rotation are in fp32, and rounded once, to the dtype of k; a format encodes what that gives.
+    """
 
     contract = OPS["write_index_key"]
     encodes_rounded = True
@@ -55,7 +58,10 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
 
 # ---------------------------------------------------------------------------------------- selection
 class SelectLatents(OfFormats):
-    """Score every token that a query sees and take the best, one request after another."""
+    """Score every token that a query sees and take the best, one request after another.
+
+    Scores are fp32. Queries of a request take turns where scores of all heads need more than LOGITS_BYTES.
+    """
 
     contract = OPS["select_latents"]
     nan_safe_tail = True
@@ -109,7 +115,11 @@ class _FollowsTensors:
 
 
 class SparseLatentAttention(OfFormats):
-    """Absorbed attention to the latents that each query selects."""
+    """Absorbed attention to the latents that each query selects.
+
+    Gathers the selected rows of a few queries, up to KEYS_BYTES, decodes them and attends in fp32. Entries of
+    -1 are hidden; a query of nothing else gets out 0 and lse -inf.
+    """
 
     contract = OPS["sparse_latent_attention"]
     nan_safe_tail = True

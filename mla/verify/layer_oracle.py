@@ -244,7 +244,10 @@ def _softmax_attention(
 def index_keys_of(
     config: MLAConfig, state: State, hidden: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
-    """Return the index keys [t, D] of hidden [t, d] in float64 (DeepSeek-V3.2's report, section 2.1)."""
+    """Return the index keys [t, D] of hidden [t, d] in float64 (DeepSeek-V3.2's report, section 2.1).
+
+    LayerNorm with bias of wk(hidden), eps 1e-6, then the rotation of the first r channels.
+    """
     k = _project(state, "indexer.wk", hidden)
     k = k - k.mean(-1, keepdim=True)
     k = k / (k.square().mean(-1, keepdim=True) + 1e-6).sqrt() * state["indexer.k_norm.weight"]

@@ -39,6 +39,7 @@ class Cached(NamedTuple):
 
 
 def _at(parts: Sequence[torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
+    """Return rows [n, w] in float64 of a history [s, w] and new rows [t, w], at positions [n] int64."""
     past, new = parts
     rows = new.new_empty(len(positions), new.shape[1])
     old = positions < len(past)
@@ -48,7 +49,11 @@ def _at(parts: Sequence[torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
 
 
 class SelectingLayer:
-    """One layer in float64, on the host; its weights are taken as they are stored."""
+    """One layer in float64, on the host; its weights are taken as they are stored.
+
+    `state` has the names of a checkpoint, with `indexer.wq_b`, `wk`, `k_norm` and `weights_proj`. Tokens come
+    in any floating dtype, from any device, with their positions int64; results are float64.
+    """
 
     def __init__(self, config: MLAConfig, state: State) -> None:
         self.config = config
@@ -67,7 +72,11 @@ class SelectingLayer:
     def index_queries(
         self, hidden: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what `select_latents` is to be given for tokens [t, d]: q [t, H, D] and weights [t, H]."""
+        """Return what `select_latents` is to be given for tokens [t, d]: q [t, H, D] and weights [t, H].
+
+        Queries are wq_b of the normed query latent, their first r channels rotated. Weights are weights_proj
+        of the tokens times (H D)^-0.5, the factor that DeepSeek-V3.2 puts on scores.
+        """
         config, state, rows = self.config, self._state, hidden.cpu().double()
         q_a = _norm(_project(state, "q_a_proj", rows), state["q_a_layernorm.weight"], config.rms_norm_eps)
         q = _project(state, "indexer.wq_b", q_a * config.q_latent_scale)
@@ -81,7 +90,10 @@ class SelectingLayer:
         cached: Cached,
         selection: torch.Tensor | None = None,  # [n, topk], -1 behind the last; None: all that is seen
     ) -> torch.Tensor:
-        """Return the layer's output [n, d] for tokens of one request."""
+        """Return the layer's output [n, d] for tokens of one request.
+
+        The softmax is over the selected keys alone, with the scale of dense attention.
+        """
         config, rows = self.config, hidden.cpu().double()
         h, nope = config.num_attention_heads, config.qk_nope_head_dim
         w_uk, w_uv = self._state["kv_b_proj.weight"].unflatten(0, (h, -1)).split((nope, config.v_head_dim), 1)

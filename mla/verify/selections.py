@@ -61,7 +61,11 @@ def true_selection(
 def true_scores(
     q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the scores [t, s] of keys [s, D], and by how much fp32 may err in each; both in float64."""
+    """Return the scores [t, s] of keys [s, D], and by how much fp32 may err in each; both in float64.
+
+    A score is sum over h of weights[t, h] * max(0, q[t, h] . keys[s]). It may err by NOISE times the sum of
+    |weights[t, h]| |q[t, h]| |keys[s]|, and by what a device that takes denormals for 0 leaves out.
+    """
     wide, scales = keys.double(), weights.double()
     scores = torch.zeros(len(q), len(keys), dtype=torch.float64)
     for head in range(q.shape[1]):
@@ -104,7 +108,12 @@ def judge_selection(
 def _by_scores(
     chosen: torch.Tensor, named: torch.Tensor, truth: Tensors, places: Places | None, in_bf16: bool
 ) -> tuple[float, str]:
-    """Judge a selection [T, k] int64 that is complete and distinct: entries that are `named` are seen."""
+    """Judge a selection [T, k] int64 that is complete and distinct: entries that are `named` are seen.
+
+    Of each query, the key left out that is surest to score high, at least `highest`, meets the key taken that
+    can score least, at most `lowest`. The ratio is 1 + (highest - lowest) / bound, with the bound of the
+    former.
+    """
     reach, rival = truth["reach"], truth["rival"].long()
     taken = torch.zeros((len(reach), reach.shape[1] + 1), dtype=torch.bool)
     taken.scatter_(1, torch.where(named, chosen, reach.shape[1]), torch.ones_like(named))
@@ -136,7 +145,10 @@ def _repeats(chosen: torch.Tensor) -> torch.Tensor:
 
 
 def _bf16_unit(scores: torch.Tensor) -> torch.Tensor:
-    """Return the distance of neighbours in bfloat16 at these scores; 0 at 0 and infinity."""
+    """Return the distance of neighbours in bfloat16 at these scores; 0 at 0 and infinity.
+
+    A score in [2^(e - 1), 2^e) has neighbours 2^(e - 8) away.
+    """
     finite = torch.where(scores.isfinite(), scores, 0.0)
     unit = torch.ldexp(torch.ones_like(finite), torch.frexp(finite).exponent - BF16_BITS)
     return torch.where(finite == 0, 0.0, unit)

@@ -257,6 +257,7 @@ class LayerFixture(Fixture):
         return layer_checker(*given, codec=setting.codec)
 
     def _selected_checker(self, inputs: Inputs) -> SelectedChecker:
+        """Return what judges a layer with an indexer, each forward by the selection that it made."""
         setting, codec = self.setting, self.setting.codec
         return SelectedChecker(
             SelectingLayer(setting.config, self._state),

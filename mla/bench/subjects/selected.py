@@ -46,7 +46,10 @@ _random = random.SystemRandom()  # what is judged is not known before
 
 @dataclass(frozen=True)
 class Taken:
-    """What a forward has left in memory, on the host. `selection` is None where it attended all keys."""
+    """What a forward has left in memory, on the host. `selection` is None where it attended all keys.
+
+    All of it is copied off the clock, and judged after the pass.
+    """
 
     selection: torch.Tensor | None  # [T, topk] int32
     q: torch.Tensor  # [T, H, D], what the scores are of
@@ -56,11 +59,16 @@ class Taken:
 
 
 class SelectedLayer(MlaLayer):
-    """Our layer with an indexer, over a cache that has index pages."""
+    """Our layer with an indexer, over a cache that has index pages.
+
+    Of each forward that is kept, it also keeps what the indexer wrote: see `Taken`. The index pages are
+    poisoned as those of latents are, so that a stale or missing key shows in the selection.
+    """
 
     buffers = KEPT + 1
 
     def _load_history(self, inputs: Inputs) -> None:
+        """Load latents and index keys of the history, and prepare the poison of index pages."""
         for sequence, (kv, pe), index in zip(self._sequences, inputs.history, inputs.index, strict=True):
             self._cache.load(sequence, kv, pe, index=index)
         self._pages = list(self._cache.pages)
@@ -74,6 +82,7 @@ class SelectedLayer(MlaLayer):
         return super().begin(number)
 
     def clear_new(self, batch: RaggedBatch) -> None:
+        """Fill the slots of a batch's new tokens with NaN, in the index pages as well."""
         super().clear_new(batch)
         self._cache.index_pages[0].flatten(0, 1).index_fill_(0, batch.slots, torch.nan)
 
@@ -81,6 +90,7 @@ class SelectedLayer(MlaLayer):
         self.layer(hidden, batch, self._pages[0], self._cache.index_pages[0], out=outs[0])
 
     def after(self, index: int) -> None:
+        """Keep what a forward left, if it is among those that are judged."""
         super().after(index)
         if index in self._shelf.kept:
             lengths = [self._cache.length(sequence) for sequence in self._sequences]
@@ -88,7 +98,10 @@ class SelectedLayer(MlaLayer):
         self._taken = {kept: self._taken[kept] for kept in self._shelf.kept}
 
     def take_now(self, query_lens: Sequence[int], history: Sequence[int], kv_lens: Sequence[int]) -> Taken:
-        """Return what the last forward has left, and the index keys from the history to `kv_lens`."""
+        """Return what the last forward has left, and the index keys from the history to `kv_lens`.
+
+        Lengths are per request: new tokens of the forward, tokens of the history, and all tokens after it.
+        """
         views = self.layer.step.views.indexed(sum(query_lens))
         selection, rows = self.layer.selection, self._cache.index_pages[0].flatten(0, 1)
         ends = zip(self._sequences, history, kv_lens, strict=True)
@@ -112,7 +125,10 @@ class SelectedLayer(MlaLayer):
 
 @dataclass
 class Judged:
-    """One forward: its output with what that should be, and what is wrong with what came before."""
+    """One forward: its output with what that should be, and what is wrong with what came before.
+
+    `reason` is "" where the indexer's rows and the selection are right; the output is judged apart.
+    """
 
     forward: Forward
     ratio: float = 0.0  # the largest error over its bound
@@ -161,7 +177,11 @@ class SelectedChecker:
         return _Bounded(expected, self.dtype, lambda: expected, bounds=bounds).check_forwards(listed, held)
 
     def judged(self, outputs: Outputs, number: int, taken: dict[int, Taken]) -> Iterator[tuple[int, Judged]]:
-        """Yield the forwards of pass `number` by index."""
+        """Yield the forwards of pass `number` by index.
+
+        A step of decoding is judged from the new tokens of all steps before it; another forward by its own
+        alone.
+        """
         scenario = self.inputs.scenario
         decode = scenario.mode == "decode"
         for index, out in sorted(outputs.items()):
@@ -174,6 +194,7 @@ class SelectedChecker:
             )
 
     def _verdict(self, judged: Sequence[Judged], held: bool) -> Check:
+        """Return the first reason of any forward, or else the verdict on all outputs."""
         wrong = next((part.reason for part in judged if part.reason), "")
         if wrong:
             return Check(status="wrong", reason=wrong)
@@ -207,6 +228,11 @@ class SelectedChecker:
         taken: Taken | None,
         where: str,
     ) -> Judged:
+        """Judge some rows of one forward, request by request; a NaN or a missing selection is a reason.
+
+        The output [n, d] is expected for the selection that was made, so that a wrong selection is not blamed
+        on attention, and the other way round.
+        """
         kv_lens = [past + len(hidden) * new for past, new in zip(history, query_lens, strict=True)]
         rows = self._rows(query_lens, kv_lens)
         places = Places.new_tokens(query_lens, kv_lens).of(rows)
@@ -238,7 +264,11 @@ class SelectedChecker:
 
 @dataclass
 class _Part:
-    """The judged rows of one request in one forward."""
+    """The judged rows of one request in one forward.
+
+    `hidden` [n, d] are their tokens, `positions` [t] int64 those of all new tokens of the request,
+    `selection` [n, topk] what they selected.
+    """
 
     checker: SelectedChecker
     request: int
@@ -284,7 +314,11 @@ class _Part:
 def _row_fault(
     what: str, found: torch.Tensor, true: torch.Tensor, dtype: torch.dtype, places: Places | None = None
 ) -> tuple[float, str]:
-    """Return the largest relative error of rows [.., w] over what the table allows, and what is wrong."""
+    """Return the largest relative error of rows [.., w] over what the table allows, and what is wrong.
+
+    The norm of the error over that of the row may be CAP_SLACK * ALLOWED[dtype].whole; NaN is infinitely
+    wrong.
+    """
     bound = CAP_SLACK * ALLOWED[dtype].whole
     ratios = row_errors(found.double(), true).nan_to_num(nan=torch.inf) / bound
     bad, worst = ratios > 1, ratios.max().item()
