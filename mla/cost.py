@@ -53,7 +53,10 @@ def attended_pairs(query_len: int, kv_len: int) -> int:
 
 
 def selected_pairs(query_len: int, kv_len: int, topk: int) -> int:
-    """Return the query-key pairs of sparse attention: query i of t selects min(topk, kv_len - t + i + 1)."""
+    """Return the query-key pairs of sparse attention: query i of t selects min(topk, kv_len - t + i + 1).
+
+    Equal to `attended_pairs` where no context is longer than topk.
+    """
     past = kv_len - query_len
     rising = min(query_len, max(0, topk - past))  # queries that select all they see
     return rising * past + rising * (rising + 1) // 2 + (query_len - rising) * topk
@@ -180,7 +183,10 @@ def head_parameters(config: MLAConfig) -> int:
 
 
 def indexer_parameters(config: MLAConfig) -> int:
-    """Return the number of weights in the indexer, if there is one: of its queries, keys and weights."""
+    """Return the number of weights in the indexer, if there is one: of its queries, keys and weights.
+
+    q_lora_rank * H * D of wq_b, hidden_size * D of wk and hidden_size * H of weights_proj.
+    """
     heads, width = config.index_n_heads, config.index_head_dim
     per_layer = (config.q_lora_rank or 0) * heads * width + config.hidden_size * (width + heads)
     return per_layer if heads else 0

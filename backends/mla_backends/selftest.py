@@ -107,7 +107,10 @@ def try_latent(
 
 
 def try_select(op: FusedOp, spec: IndexerSpec, page_size: int, lengths: Lengths = ROWS) -> str:
-    """Run a `select_latents` op on two requests; return what is wrong, "" if nothing."""
+    """Run a `select_latents` op on two requests; return what is wrong, "" if nothing.
+
+    Any keys will do whose scores are within TOLERANCE of the best, relative to the largest.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(0)

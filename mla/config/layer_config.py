@@ -259,10 +259,14 @@ class MLAConfig:
     """One MLA layer.
 
     Dimensions are per head unless they say otherwise. `q_lora_rank` None means one `q_proj` instead of the
-    `q_a_proj`, `q_a_layernorm`, `q_b_proj` chain. `rms_norm_eps` is that of the two latent norms: read from
-    a config.json that names its family it is 1e-6, because the classes of `transformers` pass none to these
-    norms even where the file says 1e-5; use `dataclasses.replace` to change it. Raises `ConfigError` for
-    invalid values.
+    `q_a_proj`, `q_a_layernorm`, `q_b_proj` chain. `rms_norm_eps` is that of the two latent norms: read from a
+    config.json that names its family it is 1e-6, because the classes of `transformers` pass none to these
+    norms even where the file says 1e-5; use `dataclasses.replace` to change it.
+
+    With `index_n_heads` and `index_topk`, an indexer scores all keys that a query sees, and attention is to
+    the best `index_topk` of them (DeepSeek-V3.2). With `index_topk` alone, a layer attends what an earlier
+    layer selected. `indexer_types` are those of the whole model: `of_layer` makes the config of one layer.
+    Raises `ConfigError` for invalid values.
     """
 
     hidden_size: int  # d
@@ -318,6 +322,7 @@ class MLAConfig:
         self._check_indexer()
 
     def _check_indexer(self) -> None:
+        """Raise `ConfigError` for an indexer that no layer can have; a list of types becomes a tuple."""
         if isinstance(self.indexer_types, (list, tuple)):
             object.__setattr__(self, "indexer_types", tuple(self.indexer_types))  # a config.json has a list
         for key in ("index_topk", "index_n_heads", "index_head_dim"):
@@ -391,18 +396,28 @@ class MLAConfig:
 
     @property
     def index_scale(self) -> float:
-        """(heads * head_dim)^-0.5 of the indexer: all factors on its scores, which its weights carry."""
+        """(heads * head_dim)^-0.5 of the indexer: all factors on its scores, which its weights carry.
+
+        `transformers` applies head_dim^-0.5 before the relu instead, which a positive factor does not change.
+        """
         return float((self.index_n_heads * self.index_head_dim) ** -0.5)
 
     def index_layers(self, count: int) -> tuple[int, ...]:
-        """Return the numbers of those of a model's first `count` layers that have an indexer."""
+        """Return the numbers of those of a model's first `count` layers that have an indexer.
+
+        Layers beyond `indexer_types` draft tokens (multi-token prediction), and each has an indexer of its
+        own.
+        """
         if not self.index_n_heads:
             return ()
         kinds = self.indexer_types + ("full",) * (count - len(self.indexer_types))  # drafts have their own
         return tuple(layer for layer in range(count) if kinds[layer] == "full")
 
     def of_layer(self, number: int) -> MLAConfig:
-        """Return the config of one of a model's layers: without index heads where it shares a selection."""
+        """Return the config of one of a model's layers: without index heads where it shares a selection.
+
+        `index_topk` stays, and so the layer attends a selection that it is given.
+        """
         shares = "shared" in self.indexer_types[number : number + 1]
         return replace(self, indexer_types=(), index_n_heads=0 if shares else self.index_n_heads)
 

@@ -63,7 +63,11 @@ def format_in(spec: Mapping[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class RecordedCall:
-    """A call on the host."""
+    """A call on the host.
+
+    Operands are contiguous copies; `facts.gaps` say how they lay. Of a cache, only the pages that the call
+    reads or writes are kept.
+    """
 
     facts: CallFacts
     operands: Tensors  # before it; with the weight as `pack` was given it
@@ -125,7 +129,11 @@ class RecordedCall:
 
 
 class Placed:
-    """A recorded call in fresh memory on a device: strided as it was, amid numbers that nobody may write."""
+    """A recorded call in fresh memory on a device: strided as it was, amid numbers that nobody may write.
+
+    These are NaN beside floating-point tensors, and beside tables a valid entry, so that an op which reads
+    too far gives a wrong result and no invalid address.
+    """
 
     def __init__(self, call: RecordedCall, device: torch.device) -> None:
         self.pieces: dict[str, Piece] = {}
@@ -174,9 +182,10 @@ class Known:
 
 
 def record(known: Known, tensors: Mapping[str, Any], of_step: Lengths | None = None) -> RecordedCall:
-    """Copy a call to the host before it is made. Raises `TooLarge`.
+    """Copy a call to the host before it is made. Raises `TooLarge` beyond `MAX_CALL_BYTES`.
 
-    `of_step`: new tokens and keys per request, to name the rows of ops that are not told.
+    `tensors` are the arguments by name, scalars included. `of_step`: new tokens and keys per request, to name
+    the rows of ops that are not told. Waits for the device.
     """
     given = {name: x for name, x in tensors.items() if torch.is_tensor(x) and name != "cache"}
     inputs = {name: x for name, x in given.items() if name not in OUTPUTS}
@@ -209,7 +218,11 @@ def record(known: Known, tensors: Mapping[str, Any], of_step: Lengths | None = N
 
 
 def gaps_of(tensor: torch.Tensor) -> tuple[int, int, int]:
-    """Return the gaps of a tensor, as in `Layout.gaps`; none where its strides are not of that form."""
+    """Return the gaps of a tensor, as in `Layout.gaps`; none where its strides are not of that form.
+
+    Numbers before the first, modulo the alignment, and behind each row and each part of up to three
+    dimensions.
+    """
     shape, gaps, usual = tensor.shape, [0, 0], 1
     if not 0 < tensor.dim() <= 3 or (shape[-1] > 1 and tensor.stride(-1) != 1):
         return (0, 0, 0)

@@ -202,7 +202,11 @@ _MAX_SIZE = 2**31 - 1  # of a size in a spec, and of a length
 
 
 def _check(facts: CallFacts, tensors: Tensors) -> None:
-    """Raise ValueError, with one clause, unless the tensors of a file are those of the call it describes."""
+    """Raise ValueError, with one clause, unless the tensors of a file are those of the call it describes.
+
+    Names, dtypes, shapes and values are checked in this order: ops trust their tables, and a wrong slot or
+    page would have them read or write anywhere.
+    """
     if facts.kind not in KINDS:
         raise ValueError(f"there is no kind of op '{facts.kind}'")
     kind = entry_of(facts.kind, format_in(facts.spec))
@@ -224,7 +228,11 @@ def _check(facts: CallFacts, tensors: Tensors) -> None:
 
 
 def _tensors(kind: Kind, facts: CallFacts, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, str]]:
-    """Return the tensors that a file of a call must hold -> dtype and shape."""
+    """Return the tensors that a file of a call must hold -> dtype and shape.
+
+    "operand." has what the op is given, "cache." the kept pages, "expected." the truth in float64, and
+    "reference." the results of the reference that bounds are made from.
+    """
     inputs = {name: words for name, words in kind.operands.items() if name not in kind.results}
     inputs = {name: words for name, words in inputs.items() if name not in facts.absent}
     inputs |= {"weight": kind.packed} if kind.packed else {}

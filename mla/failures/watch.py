@@ -107,7 +107,11 @@ class Watcher:
             self.last = JudgedCall(recorded, outcome, right, reason)
 
     def _again(self, call: RecordedCall, op: FusedOp, tensors: Mapping[str, Any]) -> Made | None:
-        """Make a call again by itself; None if it raises."""
+        """Make a call again by itself; None if it raises.
+
+        What is wrong in both has no call before it to blame; what is wrong in the first alone depends on
+        state.
+        """
         device = next(tensor.device for tensor in tensors.values() if torch.is_tensor(tensor))
         try:
             return make(call, op, device, self._synchronize)

@@ -348,7 +348,10 @@ class LatentAttention(KernelOp):
 
 
 class SparseLatentAttention(LatentAttention):
-    """The same to the keys that each token selects: a token is planned, and split, as a request is."""
+    """The same to the keys that each token selects: a token is planned, and split, as a request is.
+
+    Keys are gathered by position and page, in the order of the selection, whatever the page size.
+    """
 
     contract = OPS["sparse_latent_attention"]
     tiled = "sparse latent attention"

@@ -213,7 +213,10 @@ def format_reasons(spec: Any) -> list[str]:
 
 
 def stored(cache: torch.Tensor, cache_format: str, launcher: Launcher) -> tuple[dict[str, Any], float]:
-    """Return what kernels are compiled for by a cache [pages, page, bytes or c + r], and the scale of fp8."""
+    """Return what kernels are compiled for by a cache [pages, page, bytes or c + r], and the scale of fp8.
+
+    "fp8:0.05" has the scale 0.05, which is passed at run time; every other name has 1.
+    """
     name, _, scale = cache_format.partition(":")
     facts = {"TOKEN": cache.shape[2], "FORMAT": name or "plain", "NATIVE": launcher.native_e4m3}
     return facts, float(scale or 1)

@@ -33,7 +33,11 @@ class SelectState:
 
 
 class SelectLatents(KernelOp):
-    """The best keys of every token by an indexer's scores, in fp32."""
+    """The best keys of every token by an indexer's scores, in fp32.
+
+    A kernel writes the scores of some tokens, at most SCORES_BYTES of them, and torch's top-k reads them.
+    Width is that of the block table, so that a captured call serves requests that have grown.
+    """
 
     contract = OPS["select_latents"]
     dtypes = ("bfloat16", "float16")
@@ -90,7 +94,10 @@ class SelectLatents(KernelOp):
 
 
 def _take_best(scores: torch.Tensor, chosen: torch.Tensor) -> None:
-    """Write the places of the best scores [t, width] to `chosen` [t, topk], and -1 where one is -inf."""
+    """Write the places of the best scores [t, width] to `chosen` [t, topk], and -1 where one is -inf.
+
+    Hidden keys score -inf, and top-k orders what it finds: no host needs to know how many a token sees.
+    """
     import torch
 
     count = min(chosen.shape[1], scores.shape[1])

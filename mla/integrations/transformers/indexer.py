@@ -35,7 +35,10 @@ class Held(Protocol):
 
 
 class Picked:
-    """What a layer with an indexer found for itself and for those that share its selection."""
+    """What a layer with an indexer found for itself and for those that share its selection.
+
+    The selection is made at most once per step. Queries, weights and keys are let go of then.
+    """
 
     def __init__(self, scored: Scored) -> None:
         self._scored: Scored | None = scored
@@ -58,7 +61,11 @@ class Picked:
 
 
 class Indexing:
-    """The `forward` of a stock indexer under `use_mla`. It does not keep the indexer alive."""
+    """The `forward` of a stock indexer under `use_mla`. It does not keep the indexer alive.
+
+    Keys keep the layout of stock caches, whose rotated pairs are i and i + r/2: scores are the same for any
+    order of channels that queries and keys have in common.
+    """
 
     def __init__(self, indexer: Any, config: MLAConfig) -> None:
         self._indexer, self._config = weakref.ref(indexer), config

@@ -26,7 +26,10 @@ SCALE_BYTES = 4  # of a token, behind the codes of its page
 
 
 class _IndexOp(NativeOp):
-    """What ops of the index cache share. Its format "fp8" is codes of a page, and then its scales."""
+    """What ops of the index cache share. Its format "fp8" is codes of a page, and then its scales.
+
+    Keys are bfloat16, [pages, page, D] with D a multiple of 16, or bytes [pages, page, D + 4] uint8.
+    """
 
     cache_formats = ("fp8",)
 
@@ -45,7 +48,11 @@ class _IndexOp(NativeOp):
 
 
 class NativeWriteIndexKey(_IndexOp):
-    """LayerNorm with bias, rotate the first channels, scatter to the index cache, as codes if it has them."""
+    """LayerNorm with bias, rotate the first channels, scatter to the index cache, as codes if it has them.
+
+    All of it is in fp32, and rounded to bfloat16 once, before a key is encoded. Raises ValueError for
+    operands that do not fit.
+    """
 
     contract = "write_index_key/1"
     encodes_rounded = True
@@ -87,7 +94,11 @@ class NativeWriteIndexKey(_IndexOp):
 
 
 class NativeSelectLatents(_IndexOp):
-    """Score the index keys block by block, and keep the best of each query; long requests are split."""
+    """Score the index keys block by block, and keep the best of each query; long requests are split.
+
+    Products are of bfloat16, sums and scores fp32. The scores of a query are never all in memory: about twice
+    `topk` candidates are. Raises ValueError for operands that do not fit.
+    """
 
     contract = "select_latents/1"
     nan_safe_tail = True
