@@ -11,6 +11,7 @@ from mla.cache.index_formats import index_codec, index_keys
 from mla.reference.attention import KEYS_BYTES, LOGITS_BYTES, attend
 from mla.reference.small import OfFormats, rotate
 from mla_backends.api import OPS, AttentionSpec, BatchView, IndexerSpec
+from mla_backends.slots import selected_slots
 
 
 class WriteIndexKey(OfFormats):
@@ -151,20 +152,3 @@ class SparseLatentAttention(OfFormats):
             out[run] = value
             if lse is not None and sums is not None:
                 lse[run] = sums[..., 0]
-
-
-def selected_slots(
-    selection: torch.Tensor,  # [T, topk] int32, positions within the request, or -1
-    block_table: torch.Tensor,  # [B, n] int32
-    cu_q: torch.Tensor,  # [B + 1] int32
-    page_size: int,
-) -> torch.Tensor:
-    """Return the slots [T, topk] int64 of a selection in the flattened cache, -1 where it names none.
-
-    Waits for no device: a kernel that wants physical slots can have these in a graph.
-    """
-    tokens = torch.arange(selection.shape[0], dtype=cu_q.dtype, device=cu_q.device)
-    request = torch.searchsorted(cu_q, tokens, right=True) - 1
-    position = selection.long().clamp_min(0)
-    page = block_table[request[:, None], position // page_size].long()
-    return torch.where(selection < 0, -1, page * page_size + position % page_size)

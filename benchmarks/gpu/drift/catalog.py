@@ -53,6 +53,13 @@ def _flash_mla(fake: str, module: str = "flash_mla", *more: str) -> tuple[Call, 
     return decode, Call("get_mla_metadata", (), module, fake, placed=3)
 
 
+def _sparse(fake: str, *more: str) -> tuple[Call, ...]:
+    return (
+        Call("flash_mla_with_kvcache", ("sparse:DECODE_ARGUMENTS", *more), "flash_mla", fake),
+        Call("flash_mla_sparse_fwd", ("sparse:PREFILL_ARGUMENTS", *more), "flash_mla", fake),
+    )
+
+
 def _flash_attn(module: str, fake: str) -> tuple[Call, ...]:
     asks = ("return_attn_probs", "return_softmax_lse")
     return (Call("flash_attn_varlen_func", ("expanded:ARGUMENTS",), module, fake, where_taken=asks),)
@@ -77,7 +84,10 @@ LIBRARIES = (
             ),
         ),
     ),
-    Library("sgl-flash-mla", _flash_mla("nvidia_sgl", "flash_mla", "use_legacy")),
+    Library(
+        "sgl-flash-mla",
+        (*_flash_mla("nvidia_sgl", "flash_mla", "use_legacy"), *_sparse("nvidia_sgl", "use_legacy")),
+    ),
     Library(
         "tokenspeed-mla",
         (
@@ -86,7 +96,7 @@ LIBRARIES = (
             Call("get_num_sm", (), "tokenspeed_mla", "tokenspeed", placed=1),
         ),
     ),
-    Library("FlashMLA", _flash_mla("nvidia_c"), on_index=False),
+    Library("FlashMLA", (*_flash_mla("nvidia_c"), *_sparse("nvidia_c")), on_index=False),
     Library("MATE", _flash_mla("moore_mate", "mate.flashmla"), on_index=False),
     Library("mcFlashMLA", _flash_mla("metax"), on_index=False),
     Library("MT-flashMLA", _flash_mla("moore_legacy"), on_index=False),

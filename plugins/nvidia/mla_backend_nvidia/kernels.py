@@ -18,6 +18,7 @@ from mla_backends.kernels import (
     FlashAttnVarlen,
     FlashInferMla,
     FlashMla,
+    FlashMlaSparse,
     LatentLimits,
     SdpaExpanded,
     TokenspeedMla,
@@ -28,6 +29,7 @@ from mla_backends.kernels import (
 from mla_backends.kernels.expanded import TORCH_LIMITS
 from mla_backends.kernels.flashinfer import LIMITS as FLASHINFER_LIMITS
 from mla_backends.kernels.flashinfer import compiled_kernels
+from mla_backends.kernels.sparse import LIMITS as SPARSE_LIMITS
 from mla_backends.kernels.tokenspeed import LIMITS as TOKENSPEED_LIMITS
 from mla_backends.kernels.vendor import DeviceReason
 from mla_backends.triton_ops.launcher import PACKAGES
@@ -53,6 +55,7 @@ EARLY_TRITON = (3, 6)
 EARLY_DRIVER = 545
 AMPERE, ADA = (8, 0), (8, 9)
 HOPPER = ((9, 0),)
+SPARSE_FLASH_MLA = ((9, 0), (10, 0), (10, 3))  # sm_90a and sm_100f: what sgl-flash-mla 1.0.0 says it serves
 BLACKWELL = ((10, 0), (10, 3), (10, 7))  # of data centres, with tensor memory; not sm_120
 
 # torch's SDPA asks cuDNN first on these architectures, if it is newer than this (9.15.0), and cuDNN takes
@@ -125,6 +128,10 @@ def kernels(architecture: Architecture, multiprocessors: int | None) -> Mapping[
     tokenspeed = _TOKENSPEED if here in BLACKWELL else ""
     return {
         "flash_mla": FlashMla(flash_mla, install=flash_mla_source() if here in HOPPER else ""),
+        "flash_mla_sparse": FlashMlaSparse(
+            replace(SPARSE_LIMITS, device_reason=_only(architecture, *SPARSE_FLASH_MLA)),
+            install=flash_mla_source() if here in SPARSE_FLASH_MLA else "",
+        ),
         "tokenspeed": TokenspeedMla(replace(TOKENSPEED_LIMITS, device_reason=blackwell), install=tokenspeed),
         "flashinfer": FlashInferMla(
             replace(FLASHINFER_LIMITS, device_reason=ampere),
@@ -144,7 +151,7 @@ def kernels(architecture: Architecture, multiprocessors: int | None) -> Mapping[
 
 
 def flash_mla_source() -> str:
-    """Return how to get dense FlashMLA beside the torch that is installed.
+    """Return how to get FlashMLA for latents of 576 beside the torch that is installed.
 
     The wheel of sgl-flash-mla 1.0.0 links libcudart.so.13. Its README says torch 2.10 and newer, its metadata
     say 2.14.1. The package `flash-mla` on PyPI is a placeholder.

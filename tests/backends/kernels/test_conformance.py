@@ -16,6 +16,7 @@ from mla_backends.kernels import (
     FlashAttnVarlen,
     FlashInferMla,
     FlashMla,
+    FlashMlaSparse,
     IxformerMla,
     LatentLimits,
     TokenspeedMla,
@@ -28,6 +29,7 @@ from mla_backends.kernels import (
 DRAWS = 20  # of each dtype: few, as what stands in for a vendor's kernel is slow
 OFFERS: dict[str, Callable[[], FusedOp]] = {
     "nvidia_sgl": FlashMla,
+    "nvidia_sgl sparse": FlashMlaSparse,
     "moore_legacy": lambda: FlashMla(
         LatentLimits(dtypes=("bfloat16",), max_query_rows=56 * 64, empty_rows=False, graph=False)
     ),
@@ -48,7 +50,8 @@ def test_an_adapter_passes_the_suite(installed: Any, monkeypatch: pytest.MonkeyP
     make_smaller(monkeypatch)
     with installed(folder.partition(" ")[0]):
         op = OFFERS[folder]()
-        kind = op.contract.partition("_")[0]
+        kind = op.contract.partition("/")[0]
+        kind = kind if kind.startswith("sparse") else kind.partition("_")[0]
         results = judged_op(op, f"{kind}.*")
         draws = judged_op(op, f"{kind}.drawn", dtypes=(torch.bfloat16, torch.float16), draws=DRAWS)
     assert len(results) > 10

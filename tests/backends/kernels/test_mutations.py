@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from judged import judged_op
 
 from mla_backends import FusedOp
 from mla_backends.kernels import (
     FlashAttnVarlen,
     FlashInferMla,
     FlashMla,
+    FlashMlaSparse,
     IxformerMla,
     LatentLimits,
     PagedLatentOp,
@@ -22,6 +25,7 @@ from mla_backends.kernels import (
     flashinfer,
     latent,
     paged,
+    sparse,
 )
 from mla_backends.kernels.paged import Launch
 
@@ -48,6 +52,7 @@ class Altered:
         if name != self._name:
             return function
 
+        @functools.wraps(function)
         def call(**keywords: Any) -> Any:
             return self._alter(function, keywords)
 
@@ -144,6 +149,62 @@ def test_the_check_fails_a_wrong_flash_mla(installed: Any, check_latent: Any, mu
         check_latent(FlashMla(limits), heads=heads)
         with pytest.raises(FAILS, match=rf"{WRONG}|planned for|consistent|nobody knows|not covered"):
             check_latent(make(), heads=heads)
+
+
+# ------------------------------------------------------------------------------------------ selected latents
+
+
+class LogicalPositions(FlashMlaSparse):
+    """Positions within the request are passed on as slots."""
+
+    def __call__(self, state: Any, *, block_table: torch.Tensor, **tensors: Any) -> None:
+        pages = torch.arange(block_table.shape[1]).expand_as(block_table).contiguous()
+        super().__call__(state, block_table=pages, **tensors)
+
+
+class RawSums(FlashMlaSparse):
+    """Rows that select nothing have the log-sum-exp that FlashMLA gives."""
+
+    def __call__(self, state: Any, *, lse: Any, **tensors: Any) -> None:
+        super().__call__(state, lse=lse, **tensors)
+        if lse is not None:
+            lse.masked_fill_(lse == -math.inf, math.inf)
+
+
+def padding(value: int) -> Callable[[Callable[..., Any], dict[str, Any]], Any]:
+    def call(function: Callable[..., Any], given: dict[str, Any]) -> Any:
+        return function(**{**given, "indices": given["indices"].masked_fill(given["indices"] < 0, value)})
+
+    return call
+
+
+def unpadded(function: Callable[..., Any], given: dict[str, Any]) -> Any:
+    return function(**{**given, "indices": given["indices"][..., :40].contiguous()})
+
+
+DECODE, PREFILL = sparse.DECODE, sparse.PREFILL
+SPARSE_MUTANTS: dict[str, tuple[str, Callable[[], FusedOp]]] = {
+    "logical positions": ("selections", LogicalPositions),
+    "sums as they come": ("fewer", RawSums),
+    "padded with a slot": ("fewer", lambda: altered(FlashMlaSparse(), PREFILL, padding(0))),
+    "padded with a slot, bytes": ("formats", lambda: altered(FlashMlaSparse(), DECODE, padding(0))),
+    "padded with -2, bytes": ("formats", lambda: altered(FlashMlaSparse(), DECODE, padding(-2))),
+    "not padded": ("selections", lambda: altered(FlashMlaSparse(), PREFILL, unpadded)),
+    "no scale, bytes": ("formats", lambda: altered(FlashMlaSparse(), DECODE, without("softmax_scale"))),
+    "heads not padded": ("selections", lambda: FlashMlaSparse(replace(sparse.LIMITS, heads=None))),
+    "current kernels": ("selections", lambda: altered(FlashMlaSparse(), PREFILL, without("use_legacy"))),
+}
+
+
+@pytest.mark.parametrize("mutant", SPARSE_MUTANTS)
+def test_the_suite_fails_a_wrong_sparse_flash_mla(
+    installed: Any, monkeypatch: pytest.MonkeyPatch, mutant: str
+) -> None:
+    check, make = SPARSE_MUTANTS[mutant]
+    monkeypatch.setattr(FlashMlaSparse, "preflight", lambda self, spec: [])  # which finds most of them
+    with installed("nvidia_sgl"):
+        results = [judged_op(op, f"sparse_latent_attention.{check}") for op in (FlashMlaSparse(), make())]
+    assert [[result.status for result in part] for part in results] == [["pass"], ["fail"]], results
 
 
 # ---------------------------------------------------------------------------------------- one query a row

@@ -28,6 +28,6 @@ def enter(metadata, num_splits, q, k_cache, causal):
 
 
 def refuse(**asked):
-    """Raise for arguments of sparse attention."""
+    """Raise for arguments that the fake does not know."""
     wanted = [name for name, value in asked.items() if value not in (None, False)]
-    assert not wanted, f"{', '.join(wanted)} must be None when dense attention is used."
+    assert not wanted, f"{', '.join(wanted)} must be None here."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fake_kernels
 import torch
-from fake_kernels import check
+from fake_kernels import check, sparse
 from fake_kernels.third import FlashMLASchedMeta, enter, refuse
 
 MULTIPROCESSORS = 132
@@ -35,6 +35,12 @@ def flash_mla_with_kvcache(
 ):
     fake_kernels.CALLS["flash_mla_with_kvcache"] += 1
     meta = tile_scheduler_metadata
+    if indices is not None:
+        assert num_splits is None, "num_splits must be None"
+        assert not causal, "causal must be False when sparse attention is enabled"
+        assert is_fp8_kvcache, "is_fp8_kvcache must be True with indices"
+        refuse(attn_sink=attn_sink, extra_k_cache=extra_k_cache, topk_length=topk_length)
+        return sparse.decode(meta, q, k_cache, indices, head_dim_v, softmax_scale)
     enter(meta, num_splits, q, k_cache, causal)
     refuse(is_fp8_kvcache=is_fp8_kvcache, indices=indices, attn_sink=attn_sink, extra_k_cache=extra_k_cache)
     refuse(
@@ -52,3 +58,9 @@ def flash_mla_with_kvcache(
         )
     fake_kernels.check_schedule(meta.tile_scheduler_metadata, meta.num_splits, cache_seqlens, query_rows)
     return fake_kernels.decode(*arguments, softmax_scale, causal)
+
+
+def flash_mla_sparse_fwd(q, kv, indices, sm_scale, d_v=512, attn_sink=None, topk_length=None):
+    fake_kernels.CALLS["flash_mla_sparse_fwd"] += 1
+    refuse(attn_sink=attn_sink, topk_length=topk_length)
+    return sparse.prefill(q, kv, indices, sm_scale, d_v)

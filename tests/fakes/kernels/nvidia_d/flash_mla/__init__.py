@@ -42,3 +42,8 @@ def flash_mla_with_kvcache(
     assert not causal, "causal must be False when sparse attention is enabled"
     assert is_fp8_kvcache, "only sparse attention with a quantized KV cache is supported"
     raise NotImplementedError("the fake has no sparse attention")
+
+
+def flash_mla_sparse_fwd(q, kv, indices, sm_scale, d_v=512, attn_sink=None, topk_length=None):
+    fake_kernels.CALLS["flash_mla_sparse_fwd"] += 1
+    raise NotImplementedError("the fake has no sparse attention")

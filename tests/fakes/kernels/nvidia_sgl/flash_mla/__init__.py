@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import fake_kernels
 import torch
-from fake_kernels import check
-from fake_kernels.third import FlashMLASchedMeta
+from fake_kernels import check, sparse
+from fake_kernels.third import FlashMLASchedMeta, refuse
 
 from flash_mla._loader import check_ops, has_legacy
 
-__all__ = ["flash_mla_with_kvcache", "get_mla_metadata", "has_legacy"]
+__all__ = ["flash_mla_sparse_fwd", "flash_mla_with_kvcache", "get_mla_metadata", "has_legacy"]
 
 MULTIPROCESSORS = 132
 
@@ -54,7 +54,13 @@ def flash_mla_with_kvcache(
     check_ops(use_legacy)
     if is_fp8_kvcache is None:
         is_fp8_kvcache = indices is not None
-    assert indices is None, "the fake has no sparse attention"
+    if indices is not None:
+        assert not causal, "causal must be False when sparse attention is enabled"
+        assert is_fp8_kvcache, "only sparse attention with a quantized KV cache is supported"
+        assert use_legacy, "the current kernels accept the V4.1 formats only"
+        assert not enable_batch_invariant, "it only exists on the current kernels"
+        refuse(attn_sink=attn_sink, extra_k_cache=extra_k_cache, topk_length=topk_length)
+        return sparse.decode(meta, q, k_cache, indices, head_dim_v, softmax_scale)
     assert use_legacy, "Sparse attention is required: pass use_legacy=True to reach the dense kernels"
     assert kv_format is None, "kv_format does not apply to dense decoding"
     assert not is_fp8_kvcache, "dense fp8 decoding needs metadata from get_mla_decoding_metadata"
@@ -75,3 +81,22 @@ def planned(meta, lens, query_rows):
         meta.tile_scheduler_metadata, meta.num_splits = fake_kernels.schedule(lens, query_rows, parts)
     plan = fake_kernels.host(meta.tile_scheduler_metadata)[0]
     return torch.equal(plan, fake_kernels.fingerprint(lens, query_rows))
+
+
+def flash_mla_sparse_fwd(
+    q,
+    kv,
+    indices,
+    sm_scale,
+    d_v=512,
+    attn_sink=None,
+    topk_length=None,
+    use_legacy=False,
+    return_log2_lse=None,
+):
+    fake_kernels.CALLS["flash_mla_sparse_fwd"] += 1
+    check_ops(use_legacy)
+    assert use_legacy, "the current kernels take d_qk 512 only"
+    assert return_log2_lse is None, "the fake has natural logarithms only"
+    refuse(attn_sink=attn_sink, topk_length=topk_length)
+    return sparse.prefill(q, kv, indices, sm_scale, d_v)
