@@ -265,8 +265,7 @@ class LayerFixture(Fixture):
             inputs.stored(codec),
             self._reference,  # type: ignore[arg-type]  # of a layer with an indexer
             lambda other: other.stored(codec),
-            None if codec is None else partial(given_back, codec),
-            beside=format_share(inputs.scenario, codec),
+            codec,
         )
 
     def _weights(self) -> State:

@@ -1,8 +1,9 @@
 """A layer with an indexer as an implementation, judged by its own selection.
 
 Scores that are nearly the same may be selected either way, and each selection has another output. So of every
-forward that is kept, four things are judged, each by what it was given: the rows that the indexer makes, by
-the layer's inputs; the selection, by these rows; and the output, by the inputs and the selection.
+forward that is kept, four things are judged, each by what it was given: the rows that the indexer makes, and
+what a cache of some format stores, by the layer's inputs; the selection, by these rows; and the output, by
+the inputs, the selection and what is stored.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import torch
 from mla.bench.subjects.base import Outputs
 from mla.bench.subjects.inputs import Inputs, Turn
 from mla.bench.subjects.layer import MlaLayer
+from mla.cache.formats import Codec, given_back
 from mla.cache.ragged_batch import RaggedBatch
 from mla.cost import latent_attention_flops, parameters
 from mla.verify.layer_check import Checker, Forward, Poison
-from mla.verify.layer_oracle import Stored
+from mla.verify.layer_oracle import Pair
 from mla.verify.places import Places, describe
 from mla.verify.selected import Cached, SelectingLayer
 from mla.verify.selections import judge_selection, true_selection
@@ -55,6 +57,7 @@ class Taken:
     q: torch.Tensor  # [T, H, D], what the scores are of
     weights: torch.Tensor  # [T, H] fp32
     keys: tuple[torch.Tensor, ...]  # per request [t, D]: of all its new tokens of the pass
+    latents: tuple[Pair, ...]  # per request kv [t, c] and pe [t, r], decoded; none of a plain cache
     in_bf16: bool  # whether scores are
 
 
@@ -105,10 +108,14 @@ class SelectedLayer(MlaLayer):
         views = self.layer.step.views.indexed(sum(query_lens))
         selection, rows = self.layer.selection, self._cache.index_pages[0].flatten(0, 1)
         ends = zip(self._sequences, history, kv_lens, strict=True)
-        keys = [rows.index_select(0, self._cache.slots(own)[past:end]).cpu() for own, past, end in ends]
+        slots = [self._cache.slots(own)[past:end] for own, past, end in ends]
+        keys = tuple(rows.index_select(0, new).cpu() for new in slots)
+        codec, stored = self.setting.codec, self._cache.pages[0].flatten(0, 1)
+        latents = [] if codec is None else [codec.decode(stored.index_select(0, new).cpu()) for new in slots]
         copied = None if selection is None else selection.to("cpu", copy=True)
         q, weights = (part.to("cpu", copy=True) for part in (views.q, views.weights))
-        return Taken(copied, q, weights, tuple(keys), self.layer.ops["select_latents"].op.scores_in_bf16)
+        in_bf16 = self.layer.ops["select_latents"].op.scores_in_bf16
+        return Taken(copied, q, weights, keys, tuple(latents), in_bf16)
 
     def evidence(self, query_lens: tuple[int, ...], kv_lens: tuple[int, ...]) -> tuple[Taken]:
         past = [length - new for length, new in zip(kv_lens, query_lens, strict=True)]
@@ -147,8 +154,7 @@ class SelectedChecker:
     inputs: Inputs  # with the history as the cache gives it back
     make_reference: Callable[[], SelectedLayer]
     stored: Callable[[Inputs], Inputs]
-    codec: Stored | None = None
-    beside: float = 0.0  # what rows may err by for other reasons
+    codec: Codec | None = None
     typical: float | None = None  # error of the reference, once it has run
 
     def of(self, inputs: Inputs, count: int) -> SelectedChecker:
@@ -205,7 +211,7 @@ class SelectedChecker:
 
     def _bounds(self, held: bool, expected: torch.Tensor) -> Bounds:
         known = torch.full(expected.shape[:-1], self._typical(), dtype=torch.float64) if held else None
-        return layer_bounds(known, expected, self.dtype).beside(self.beside)
+        return layer_bounds(known, expected, self.dtype)
 
     def _typical(self) -> float:
         """Return the relative error of the reference's first forward, judged by its own selection."""
@@ -288,7 +294,10 @@ class _Part:
         """Return the outputs [n, d] in float64, given the selection."""
         checker = self.checker
         kv, pe = (part[: self.past] for part in checker.inputs.history[self.request])
-        new_kv, new_pe = checker.truth.latents(self.new, self.positions, checker.codec)
+        if checker.codec is None:
+            new_kv, new_pe = checker.truth.latents(self.new, self.positions)
+        else:
+            new_kv, new_pe = (part.double() for part in self.taken.latents[self.request])
         cached, chosen = Cached((kv, new_kv), (pe, new_pe)), self.selection
         if chosen is not None:  # what is wrong with it is said by itself
             chosen = chosen.masked_fill(chosen > self.places.position[:, None], -1)
@@ -297,6 +306,7 @@ class _Part:
     def faults(self) -> Iterator[tuple[float, str]]:
         """Yield errors over their bounds, and what is wrong: of the indexer's rows, and of the selection."""
         checker, taken = self.checker, self.taken
+        yield from self._latent_faults()
         keys, true_keys = taken.keys[self.request], checker.truth.index_keys(self.new, self.positions)
         yield _row_fault(f"index keys of request {self.request}", keys, true_keys, checker.dtype)
         if self.selection is None:
@@ -310,16 +320,33 @@ class _Part:
         true = true_selection(*given, whole, spans, self.selection.shape[1], len(whole))
         yield judge_selection(self.selection, true, self.places, taken.in_bf16)
 
+    def _latent_faults(self) -> Iterator[tuple[float, str]]:
+        """Yield the same of what a cache of some format has stored, which may err by the format's error."""
+        checker, codec = self.checker, self.checker.codec
+        if codec is None:
+            return
+        true = checker.truth.latents(self.new, self.positions)
+        near = given_back(codec, *(part.float() for part in true))
+        parts = zip(("latents", "keys"), self.taken.latents[self.request], true, near, strict=True)
+        for name, stored, exact, rounded in parts:
+            what, beside = f"cached {name} of request {self.request}", row_errors(rounded, exact)
+            yield _row_fault(what, stored, exact, checker.dtype, beside=beside)
+
 
 def _row_fault(
-    what: str, found: torch.Tensor, true: torch.Tensor, dtype: torch.dtype, places: Places | None = None
+    what: str,
+    found: torch.Tensor,
+    true: torch.Tensor,
+    dtype: torch.dtype,
+    places: Places | None = None,
+    beside: torch.Tensor | float = 0.0,
 ) -> tuple[float, str]:
-    """Return the largest relative error of rows [.., w] over what the table allows, and what is wrong.
+    """Return the largest relative error of rows [.., w] over what is allowed, and what is wrong.
 
-    The norm of the error over that of the row may be CAP_SLACK * ALLOWED[dtype].whole; NaN is infinitely
-    wrong.
+    The norm of the error over that of the row may be CAP_SLACK * ALLOWED[dtype].whole + `beside`; NaN is
+    infinitely wrong.
     """
-    bound = CAP_SLACK * ALLOWED[dtype].whole
+    bound = CAP_SLACK * ALLOWED[dtype].whole + beside
     ratios = row_errors(found.double(), true).nan_to_num(nan=torch.inf) / bound
     bad, worst = ratios > 1, ratios.max().item()
     if worst <= 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ import torch
 from tiny_run import DIMS
 
 from mla.bench import results
+from mla.cache.formats import codec_of
 from mla.layer.forward import Indexer
-from mla.reference import sparse
+from mla.reference import small, sparse
 
 Bench = Callable[..., Any]
 
@@ -87,6 +89,21 @@ def test_a_quantised_cache_is_attended_as_it_is_stored(measure: Bench) -> None:
     )
     assert done.code == 0, done.out + done.err
     assert {case.check.status for case in cases()} == {"ok"}
+
+
+def test_other_codes_than_those_next_to_the_truth_are_wrong(
+    measure: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def coarse(*given: Any) -> Any:
+        codec: Any = codec_of(*given)
+        last = torch.tensor([1] * 32 + [0] * 16).to(torch.uint8)
+        return SimpleNamespace(encode=lambda kv, pe: codec.encode(kv, pe) ^ last)
+
+    monkeypatch.setattr(small, "codec_of", coarse)
+    words = ("--cache-format", "int8", "--dtype", "float32", "--scenario", "prefill", "-o", "run.json")
+    done = measure(*words)
+    assert done.code == 4, done.out + done.err
+    assert all("rows of its cached latents of request 0 are wrong" in case.check.reason for case in cases())
 
 
 @pytest.mark.parametrize(
