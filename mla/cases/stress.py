@@ -17,6 +17,7 @@ EVEN = 0.1  # magnitude of queries that give all keys about the same weight
 AIMED = 3.0  # logit of the key that an aimed query is for, above the logarithm of the number of keys
 TILE = 64  # keys: aimed queries look at the first key of the last tile
 OUTLIER = 200
+PERIOD = (1 << 20) - 3  # of drawn numbers; a prime, so that rows of one operand are all different
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,22 @@ class Drawing:
 
     def __call__(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
         seed = self._case.seed if self._drawn < self._own else self._others
-        generator = torch.Generator().manual_seed(1000 * seed + self._drawn)
+        numbers = _normal(1000 * seed + self._drawn, math.prod(shape)).view(shape)
         self._drawn += 1
-        return (torch.randn(shape, generator=generator) * scale).to(self._case.spec.dtype)
+        dtype = self._case.spec.dtype
+        return numbers.to(dtype, copy=True) if scale == 1 else (numbers * scale).to(dtype)
+
+
+def _normal(seed: int, count: int) -> torch.Tensor:
+    """Return so many of the numbers [count] of a seed, over and over. Nobody writes to them."""
+    numbers = _period(seed)
+    return numbers[:count] if count <= PERIOD else numbers.repeat(-(-count // PERIOD))[:count]
+
+
+@functools.lru_cache(maxsize=16)
+def _period(seed: int) -> torch.Tensor:
+    """Return N(0, 1) [PERIOD] fp32. Drawing takes longer than all else that is done with numbers."""
+    return torch.randn(PERIOD, generator=torch.Generator().manual_seed(seed))
 
 
 def rows(case: OpCase, x: torch.Tensor, factor: float = 1.0) -> torch.Tensor:

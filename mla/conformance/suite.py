@@ -356,8 +356,11 @@ class Suite:
 
     def share(self, instance: Instance) -> float:
         """Return the seconds for a check that draws: its share of those left."""
+        if instance.check.fails != DRAWN:
+            return 0.0
         among = self.planned if self.selected is None else self.selected
-        weights = {peer.id: self._weight(peer) for peer in among if peer.id not in self.ended}
+        drawn = (peer for peer in among if peer.check.fails == DRAWN)
+        weights = {peer.id: self._weight(peer) for peer in drawn if peer.id not in self.ended}
         return max(0.0, self.left) * self._weight(instance) / (sum(weights.values()) or 1.0)
 
     def _weight(self, instance: Instance) -> float:

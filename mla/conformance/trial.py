@@ -233,16 +233,17 @@ class Trial:
                 self.check(self.serve(case))
 
     def fitted(self, case: OpCase) -> OpCase:
-        """Return the case with the fewest more heads that the op takes, if it refuses as few as these.
+        """Return the case with the fewest more heads, or in the widths of most layers, if it is refused.
 
-        For checks that are not about heads. It stays as it is, to be refused, if it grew too large.
+        For checks that are not about heads. It stays as it is, to be refused, if it grew too large by heads.
         """
-        tried = [case] + [case.but(num_heads=count) for count in MORE_HEADS if count > case.spec.num_heads]
+        more = [case.but(num_heads=count) for count in MORE_HEADS if count > case.spec.num_heads]
+        widths = {name: of for name, of in case.entry.usual.items() if name not in ("num_heads", "topk")}
         with contextlib.suppress(Exception):  # the case itself reports what an op raises
             if self._refuses(case):
-                return next(
-                    (fitted for fitted in tried if _is_small(fitted) and not self._refuses(fitted)), case
-                )
+                tried = [*filter(_is_small, more), case.but(**widths)]
+                tried += [wide for fitted in more if _is_small(wide := fitted.but(**widths))]
+                return next((fitted for fitted in tried if not self._refuses(fitted)), case)
         return case
 
     def _refuses(self, case: OpCase) -> bool:

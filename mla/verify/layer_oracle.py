@@ -28,6 +28,7 @@ Stored = Callable[
 
 # Logits of so many bytes are made at once, or of one choice.
 LOGITS_BYTES = 256 << 20
+FEW_BYTES = 1 << 21  # of all that heads are given which are attended together
 
 
 def oracle(
@@ -194,51 +195,53 @@ def _attend(
     """Return attention [n, t, h, v] over expanded keys and values; heads and choices in turn bound memory."""
     nope, v = config.qk_nope_head_dim, config.v_head_dim
     kv_b = state["kv_b_proj.weight"].unflatten(0, (config.num_attention_heads, nope + v))
-    t = q.shape[1]
-    at_once = max(1, LOGITS_BYTES // max(1, 8 * t * (past[0].shape[0] + t)))
+    (n, t), p = q.shape[:2], past[0].shape[0]
+    at_once = max(1, LOGITS_BYTES // max(1, 8 * t * (p + t)))
+    few = max(1, FEW_BYTES // max(1, 8 * (n * t * (p + t) + (n * t + p) * (q.shape[3] + v))))  # heads
+    sinks = state["sinks"] if config.sink_logits else torch.full((len(kv_b),), -math.inf).double()
     heads = []
-    for head, weight in enumerate(kv_b):
+    for some, sink, weight in zip(q.split(few, 2), sinks.split(few), kv_b.split(few), strict=True):
         seen = _expanded(weight, past, nope)
-        parts = [x.split(at_once) for x in (q[:, :, head], *_expanded(weight, new, nope))]
+        parts = [x.split(at_once, 1) for x in (some.movedim(2, 0), *_expanded(weight, new, nope))]
         chunks = zip(*parts, [None] * len(parts[0]) if left is None else left.split(at_once), strict=True)
-        sink = state["sinks"][head].item() if config.sink_logits else -math.inf
         attended = [_softmax_attention(config.softmax_scale, sink, unseen, *seen, *chunk) for chunk in chunks]
-        heads.append(torch.cat(attended))
-    return torch.stack(heads, dim=2)
+        heads.append(torch.cat(attended, dim=1))
+    return torch.cat(heads).movedim(0, 2)
 
 
 def _expanded(weight: torch.Tensor, latents: Pair, nope: int) -> Pair:
-    """Return one head's keys [.., nope + r] and values [.., v] of latents."""
+    """Return keys [h, .., nope + r] and values [h, .., v] of latents, given weights [h, nope + v, c]."""
     kv, pe = latents
-    keys, values = (kv @ weight.T).split((nope, weight.shape[0] - nope), dim=-1)
-    return torch.cat((keys, pe), dim=-1), values
+    expanded = (kv @ weight.flatten(0, 1).T).unflatten(-1, weight.shape[:2]).movedim(-2, 0)
+    keys, values = expanded.split((nope, weight.shape[1] - nope), dim=-1)
+    return torch.cat((keys, pe.expand(len(weight), *pe.shape)), dim=-1), values
 
 
 def _softmax_attention(
     scale: float,
-    sink: float,  # a logit that is not scaled, of no value
+    sink: torch.Tensor,  # [h], logits that are not scaled, of no value
     unseen: torch.Tensor,  # [t] bool
-    past_keys: torch.Tensor,  # [p, nope + r]
-    past_values: torch.Tensor,  # [p, v]
-    q: torch.Tensor,  # [n, t, nope + r]
+    past_keys: torch.Tensor,  # [h, p, nope + r]
+    past_values: torch.Tensor,  # [h, p, v]
+    q: torch.Tensor,  # [h, n, t, nope + r]
     keys: torch.Tensor,
-    values: torch.Tensor,  # [n, t, v]
+    values: torch.Tensor,  # [h, n, t, v]
     left: torch.Tensor | None,  # [n, t, p + t] bool
 ) -> torch.Tensor:
-    """Return one head's attention [n, t, v] over what all choices see, and each over its own tokens."""
-    (n, t), past = q.shape[:2], past_keys.shape[0]
+    """Return attention [h, n, t, v] over what all choices see, and each over its own tokens."""
+    (n, t), past = q.shape[1:3], past_keys.shape[1]
     future = torch.ones(t, t, dtype=torch.bool).triu(1) | unseen
     among_new = (q @ keys.mT).masked_fill_(future, -torch.inf)
-    logits = torch.cat((q.flatten(0, 1) @ past_keys.T, among_new.flatten(0, 1)), dim=1)
+    logits = torch.cat((q.flatten(1, 2) @ past_keys.mT, among_new.flatten(1, 2)), dim=2)
     if left is not None:
         logits.masked_fill_(left.flatten(0, 1), -torch.inf)
     weights = logits.mul_(scale).softmax(-1)
     if left is not None or bool(unseen.any()):  # a token may attend nothing
         weights.masked_fill_(logits.isneginf().all(-1, keepdim=True), 0.0)
-    if sink > -math.inf:  # it takes its share of what all keys had
-        weights /= 1 + (sink - logits.logsumexp(-1, keepdim=True)).exp()
-    from_past = (weights[:, :past] @ past_values).unflatten(0, (n, t))
-    return from_past + weights[:, past:].unflatten(0, (n, t)) @ values
+    if not bool(sink.isneginf().all()):  # it takes its share of what all keys had
+        weights /= 1 + (sink[:, None, None] - logits.logsumexp(-1, keepdim=True)).exp()
+    from_past = (weights[..., :past] @ past_values).unflatten(1, (n, t))
+    return from_past + weights[..., past:].unflatten(1, (n, t)) @ values
 
 
 def index_keys_of(

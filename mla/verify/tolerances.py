@@ -176,15 +176,16 @@ def judge_beside(
     """Do what `judge` does, given the relative error of the reference in every row."""
     if result.shape != truth.shape:
         return math.inf, f"shape {list(result.shape)} instead of {list(truth.shape)}"
-    result, truth = result.detach().cpu().double(), truth.double()
-    broken = (~result.isfinite()).any(-1)
-    if broken.any():
-        return math.inf, not_finite(result, broken, places)
     if not result.numel():
         return 0.0, ""
-    errors, sizes = row_errors(result, truth), truth.norm(dim=-1)
-    bounds = op_bounds(reference_errors, truth, dtype, lse)
-    total, allowed = relative_error((result, truth)), bounds.of_whole(bounds.rows, sizes)
+    result, truth = result.detach().cpu().double(), truth.double()
+    gaps, sizes = (result - truth).norm(dim=-1), truth.norm(dim=-1)
+    broken = ~gaps.isfinite()
+    if broken.any():
+        return math.inf, not_finite(result, broken, places)
+    errors, bounds = gaps / sizes.clamp_min(TINY), op_bounds(reference_errors, truth, dtype, lse)
+    total = gaps.norm().item() / max(sizes.norm().item(), TINY)
+    allowed = bounds.of_whole(bounds.rows, sizes)
     ratios = errors / bounds.rows
     worst = max(ratios.max().item(), total / max(allowed, TINY))  # zeros are allowed no error
     return worst, "" if worst <= 1 else _reason(errors, ratios, total, allowed, places)

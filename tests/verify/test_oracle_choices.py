@@ -39,6 +39,7 @@ def test_choices_give_what_each_gives_alone(
     bytes_at_once: int,
 ) -> None:
     monkeypatch.setattr(layer_oracle, "LOGITS_BYTES", bytes_at_once)
+    monkeypatch.setattr(layer_oracle, "FEW_BYTES", 8 * bytes_at_once)
     config = tiny(**changes)
     state, past = random_state_dict(config, 0, torch.float32), history(config, PAST)
     hidden = drawn(5, sum(LENS), config.hidden_size)
@@ -54,10 +55,11 @@ def test_logits_of_all_choices_are_not_made_at_once(
     attention = layer_oracle._softmax_attention
 
     def watched(*arguments: Any, **unseen: Any) -> torch.Tensor:
-        at_once.append(len(arguments[-2]))
+        at_once.append(arguments[-2].shape[1])
         return attention(*arguments, **unseen)
 
     monkeypatch.setattr(layer_oracle, "_softmax_attention", watched)
+    monkeypatch.setattr(layer_oracle, "FEW_BYTES", 0)  # each head by itself
     monkeypatch.setattr(layer_oracle, "LOGITS_BYTES", 3 * 8 * 2 * (7 + 2))  # three choices of 2 tokens over 9
     hidden = drawn(8, 2, config.hidden_size)
     oracle_of_choices(config, random_state_dict(config, 0, torch.float32), hidden, [2], history(config, (7,)))

@@ -118,7 +118,7 @@ def requests(make: Make) -> Iterator[OpCase]:
     single, several = REQUESTS
     yield from (decode(*ragged(single, 9), heads=2), make(*of_several(several, 5), 2))
     heads, count = BEYOND_GRID
-    yield decode(*ragged(count, 3), heads=heads)
+    yield decode(*ragged(count, 3), heads=heads, **SMALL_SPEC)  # or wider, for an op that serves no such
     heads, count = REQUESTS_OF
     yield make(*of_several(count, 5), heads)
 
@@ -188,6 +188,7 @@ FEW_HEADS = (*range(1, 34), 40, 48, 57, 63, 96, 127, 128)
 KEYS = (*around(*BORDERS, 512, 1024, 2048), 96, 160, 192, 320, 448, 576, 704, 1600)
 # Heads that models have.
 USUAL_HEADS = (16, 20, 24, 32, 40, 48, 64, 96, 128)
+MANY = 40  # heads, from which on fewer tokens do
 # Keys that leave every rest in a tile of up to 128, behind a whole one.
 RESTS = tuple(range(129, 257))
 FEW_TOKENS = tuple(range(1, 34))  # new tokens that leave every rest in a tile of up to 32
@@ -203,11 +204,13 @@ def heads(make: Make) -> Iterator[OpCase]:
     """Any number of heads from 1 to 128 is served, or refused with a reason."""
     for count in FEW_HEADS:
         yield make((1, 1), (9, 3), count)
-        yield make((2, 1, *range(3, 10)), (2, 66, 3, 7, 5, 16, 7, 9, 9), count)
+        more = (6, 7, 8, 9) if count < MANY else ()  # of many heads, few tokens fill as many tiles
+        yield make((2, 1, 3, 4, 5, *more), (2, 66, 3, 7, 5, *(16, 7, 9, 9)[: len(more)]), count)
         if make is expanded:
             yield make((2, 1, 5), (9, 3, 7), count, causal=False)
         if count in USUAL_HEADS:
-            yield make((10, 17, 33), (12, 17, 40), count)
+            last = slice(3 if count < MANY else 2)
+            yield make((10, 17, 33)[last], (12, 17, 40)[last], count)
 
 
 @op_cases(

@@ -18,7 +18,7 @@ from mla.cases.case import OpCase
 from mla.cases.sparse import SELECTIONS
 from mla.cases.stress import Stress
 from mla.conformance.checks import op_cases, op_check
-from mla.conformance.checks.attention import PLACES, SPEC, Lengths, Make, around, ragged
+from mla.conformance.checks.attention import PLACES, SMALL_SPEC, SPEC, Lengths, Make, around, ragged
 from mla.conformance.reach import far
 from mla.conformance.trial import Trial
 from mla_backends.api import IndexerSpec
@@ -191,5 +191,6 @@ def far_rows(trial: Trial, make: Make) -> None:
 @op_cases("positions", "index", "positions that are kept in 16 or 17 bits", EITHER)
 def positions(make: Make) -> Iterator[OpCase]:
     """Tokens beyond position 2^17 are selected and attended to."""
+    narrow = SMALL_SPEC if make is sparse else {}  # or wider, for an op that serves no such
     for how in ("recent", "random"):
-        yield make((1, 2), (LONG, 70), 2, selection=how, aimed=how == "random")
+        yield make((1, 2), (LONG, 70), 2, selection=how, aimed=how == "random", **narrow)
