@@ -26,7 +26,7 @@ def specialization(launch: Launch) -> tuple[Any, ...]:
         if isinstance(value, torch.Tensor):
             aligned = None if parameter.do_not_specialize else value.data_ptr() % 16 == 0
             return value.dtype, aligned
-        if parameter.is_constexpr:
+        if parameter.is_constexpr or value is None:
             return value
         if isinstance(value, float) or parameter.do_not_specialize:
             return type(value)

@@ -139,8 +139,8 @@ LATENT = (
     ),
     _latent(
         "the merge splits by another rule",
-        old="tl.load(kv_lens + request), keys_per_split, max_splits)\n    start",
-        new="tl.load(kv_lens + request), keys_per_split + 1, max_splits)\n    start",
+        old="keys_per_split, max_splits)\n    start",
+        new="keys_per_split + 1, max_splits)\n    start",
     ),
     _latent(
         "the merge leaves out the last part",
