@@ -44,7 +44,7 @@ FEW_GROUPS = 4  # ... and one that refuses more
 # The most numbers of operands, and pairs of a query and a key, that a case has, times one of ROOMS.
 NUMBERS, LOGITS, ROOMS, LONG_ROOM, HUGE_ROOM = 1 << 16, 1 << 15, (1,) * 6 + (2, 2, 4, 8), 8, 128
 MAX_REQUESTS, MAX_KEYS, HUGE = 300, 5000, (1 << 17) + 70
-REPEATS = (20, 130, 20, 130, 1100)  # of one call
+REPEATS = (20, 130, 1100, 130, 1100)  # of one call
 MOST_BYTES = 1 << 27  # that such calls read and write, all together
 MOST_OFTEN = 64  # latents that each query of it selects
 MAX_PRODUCTS = 1 << 24  # of a projection, which devices are slow in that lack the dtype
@@ -492,6 +492,8 @@ def sequence(draw: Draw, field: Field, scene: Scene) -> Scene:
     """Draw what is called after the first case, and in which order."""
     (case,) = scene.cases
     what, kept, early = draw(among(*FOLLOWING)), draw(st.booleans()), draw(st.booleans())
+    if what == "other mask" and case.kind != "expanded_attention":  # whose state alone knows of one
+        what = "often" if case.entry.prepares else what
     if what == "often" and getattr(case.spec, "topk", 0) > MOST_OFTEN:
         what = "again"
     if what == "again":
