@@ -71,7 +71,7 @@ SELECTING = (
 INDEXED = (
     select((3, 1, 2), (70, 9, 130), 20, page_size=4),
     select((1, 1, 2), (20, 9, 30), 8, page_size=16),  # scores of all tokens fill their memory
-    select((1, 2), (130, 40), 24, page_size=16, index_format="fp8", token_bytes=52),
+    select((1, 2), (130, 40), 24, page_size=16, index_format="fp8", token_bytes=52, selection="clustered"),
 )
 MUTANTS: list[tuple[Mutant, tuple[Case, ...]]] = [
     *((one, LATENT) for one in mutants.LATENT),
