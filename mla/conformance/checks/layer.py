@@ -212,7 +212,7 @@ def true_latents(
 
 @layer_check("formats", "new tokens that are attended as they were before the cache has rounded them")
 def formats(trial: Trial) -> None:
-    """The output is that of the bytes the step has cached, which differ from true ones by the format's error."""
+    """The output is that of the bytes the step has cached; they err by no more than the format does."""
     c, r = PLAIN.kv_lora_rank, PLAIN.qk_rope_head_dim
     for name in FORMATS:
         codec = codec_of(name, c, r)
