@@ -11,23 +11,44 @@ answered here (the answer says why), 4 the answer is a wrong result of this proj
 
 from __future__ import annotations
 
-import importlib
+import statistics
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import click
 import msgspec
 
-from benchmarks.gpu.questions.asking import QUESTIONS, NotHere
 from mla.command import console
 from mla.command.exit_codes import Exit, guarded, place
 from mla.errors import UsageError, did_you_mean
 from mla_backends.errors import BackendError, describe, one_line
 
-FAMILIES = ("attention", "copies", "device", "flashinfer", "launches", "libraries")
+if TYPE_CHECKING:
+    import torch
+
+    from mla_backends.api import Backend
+
+CALLS, ROUNDS = 50, 7  # of what is timed
+NODES = 100  # calls in one graph
+BUSY = 2048  # width of the product that keeps the device busy for longer than a launch takes
+FILLS, NUMBERS = 10_000, 2048
+
+
+class NotHere(Exception):
+    """The question cannot be answered on this machine; the text says why."""
+
+
+class Asked(NamedTuple):
+    """An answer in one sentence, and the numbers behind it. `wrong`: this project's own result is wrong."""
+
+    answer: str
+    evidence: dict[str, object]
+    wrong: bool = False
 
 
 class Answer(msgspec.Struct, kw_only=True):
@@ -38,29 +59,159 @@ class Answer(msgspec.Struct, kw_only=True):
     evidence: dict[str, object] = {}
 
 
-def load() -> None:
-    """Import every family, whose questions register themselves. None imports torch."""
-    for family in FAMILIES:
-        importlib.import_module(f"benchmarks.gpu.questions.{family}")
+def device_module(backend: Backend) -> Any:
+    """Return torch's module for the device, such as torch.cuda. Raises `NotHere` for the host."""
+    import torch
+
+    assert backend.device is not None
+    kind = backend.device.type
+    module = getattr(torch, kind, None)
+    if kind == "cpu" or module is None or not hasattr(module, "Event"):
+        raise NotHere(f"needs a device with events of its own, such as CUDA; {kind} has none")
+    return module
+
+
+def microseconds(backend: Backend, call: Callable[[], object], calls: int = 0) -> float:
+    """Return the host's microseconds per call, synchronization included; the median of several rounds."""
+    timer, calls = backend.timer(), calls or CALLS
+    call()
+    times = []
+    for _ in range(ROUNDS):
+        timer.start()
+        for _ in range(calls):
+            call()
+        times.append(timer.stop() * 1e3 / calls)
+    return round(statistics.median(times), 2)
+
+
+def launch(backend: Backend) -> Asked:
+    """How long does a launch take, one by one and as a node of a graph?"""
+    import torch
+
+    number = torch.zeros(1, device=backend.device)
+    alone, replayed = microseconds(backend, lambda: number.add_(0)), _in_graph(backend, number)
+    evidence = {"add of one element us": alone, "add as a node of a graph us": replayed}
+    return Asked(f"{alone} us one by one, in a graph: {replayed}", evidence)
+
+
+def _in_graph(backend: Backend, number: torch.Tensor) -> object:
+    """Return the microseconds per addition in a graph, or why there is none."""
+
+    def many() -> None:
+        for _ in range(NODES):
+            number.add_(0)
+
+    try:
+        graph = backend.graph(many)
+    except Exception as error:  # noqa: BLE001  # that is the question
+        return one_line(describe(error))[:200]
+    return round(microseconds(backend, graph, 5) / NODES, 3) if graph else "this stack has no graphs"
+
+
+def event_gap(backend: Backend) -> Asked:
+    """How much idle time does the device clock count when an eager forward begins?"""
+    import torch
+
+    module = device_module(backend)
+    number, large = torch.zeros(1, device=backend.device), torch.zeros(BUSY, BUSY, device=backend.device)
+
+    def between(busy: bool) -> float:
+        times = []
+        for _ in range(21):
+            first, last = (module.Event(enable_timing=True) for _ in range(2))
+            backend.synchronize()
+            if busy:
+                large @ large
+            first.record()
+            number.add_(0)
+            last.record()
+            backend.synchronize()
+            times.append(first.elapsed_time(last) * 1e3)
+        return round(statistics.median(times), 2)
+
+    between(True)
+    idle, busy = between(False), between(True)
+    return Asked(f"{idle - busy:.1f} us", {"on an idle stream us": idle, "behind other work us": busy})
+
+
+def copies(backend: Backend) -> Asked:
+    """Do our asynchronous copies arrive whole when their source is freed and used again at once?"""
+    from mla_backends.upload import upload
+
+    device_module(backend)
+    device = backend.device
+    assert device is not None
+    lost = lost_copies(device, lambda host: upload(host, device))
+    return Asked(f"{lost} of {FILLS} wrong", {"wrong": lost}, wrong=bool(lost))
+
+
+def lost_copies(device: torch.device, send: Callable[[torch.Tensor], torch.Tensor]) -> int:
+    """Return how many tables arrived with other numbers than were sent."""
+    import torch
+
+    bad = torch.zeros((), dtype=torch.int64, device=device)
+    for number in range(FILLS):
+        host = torch.full((NUMBERS,), number, dtype=torch.int32)
+        there = send(host)
+        del host
+        torch.full((NUMBERS,), -1, dtype=torch.int32)  # takes the freed memory
+        bad += (there != number).any()
+    return int(bad)
+
+
+def l2_flush(backend: Backend) -> Asked:
+    """Does the flush before a cold forward really empty the last-level cache?"""
+    import torch
+
+    from mla.bench.measure.passes import CacheFlush
+
+    device_module(backend)
+    timer = backend.device_timer()
+    assert timer is not None
+    flush, cache = CacheFlush(backend), backend.device_info().cache_bytes or 32 << 20
+    data = torch.ones(cache // 4 // 4, device=backend.device)  # a quarter of the cache
+
+    def read(flushed: bool) -> float:
+        times = []
+        for _ in range(15):
+            data.sum()
+            if flushed:
+                flush()
+            timer.start()
+            data.sum()
+            times.append(timer.stop() * 1e3)
+        return round(statistics.median(times), 2)
+
+    read(False)
+    warm, cold = read(False), read(True)
+    said = f"reading {data.nbytes >> 20} MiB takes {cold / warm:.2f} times as long after it"
+    return Asked(said, {"warm us": warm, "after the flush us": cold, "flushed MiB": flush.bytes >> 20})
+
+
+QUESTIONS: dict[str, Callable[[Backend], Asked]] = {
+    "launch": launch, "event-gap": event_gap, "copies-alive": copies, "l2-flush": l2_flush,
+}  # fmt: skip
 
 
 def answer(name: str, backend_name: str) -> tuple[Answer, int]:
     """Return the answer and the exit code."""
     from mla import load_backend
 
-    question = QUESTIONS[name]
+    question = text_of(name)
     try:
-        if question.needs_cuda and backend_name != "nvidia":
-            raise NotHere(f"needs CUDA: it is about NVIDIA's devices, not those of {backend_name}")
-        backend = load_backend(backend_name)
-        asked = question.probe(backend)
+        asked = QUESTIONS[name](load_backend(backend_name))
     except (NotHere, BackendError) as reason:
-        return Answer(question=question.text, answer=str(reason)), Exit.BACKEND
+        return Answer(question=question, answer=str(reason)), Exit.BACKEND
     except Exception as error:  # noqa: BLE001  # no probe foresaw it, so it is worth reporting
         said = f"it raised {one_line(describe(error))} ({place(error)})"
-        return Answer(question=question.text, answer=said), Exit.REGRESSION
+        return Answer(question=question, answer=said), Exit.REGRESSION
     code = Exit.WRONG if asked.wrong else Exit.OK
-    return Answer(question=question.text, answer=asked.answer, evidence=dict(asked.evidence)), code
+    return Answer(question=question, answer=asked.answer, evidence=asked.evidence), code
+
+
+def text_of(name: str) -> str:
+    """Return what a question asks."""
+    return QUESTIONS[name].__doc__ or ""
 
 
 @click.command(help=__doc__)
@@ -69,9 +220,8 @@ def answer(name: str, backend_name: str) -> tuple[Answer, int]:
 @click.option("--list", "list_only", is_flag=True, help="List the questions, and stop.")
 def ask(name: str | None, backend: str, list_only: bool) -> int:
     """Carry out the command line."""
-    load()
     if list_only:
-        console.out("".join(f"{each}: {QUESTIONS[each].text}\n" for each in sorted(QUESTIONS)))
+        console.out("".join(f"{each}: {text_of(each)}\n" for each in sorted(QUESTIONS)))
         return Exit.OK
     if name not in QUESTIONS:
         known = sorted(QUESTIONS)

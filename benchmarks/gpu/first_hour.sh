@@ -109,7 +109,7 @@ pointwise=(--only rms_norm --only rotate_query --only write_latent)
 sparse=(--only write_index_key --only select_latents --only sparse_latent_attention)
 rest=(--only device --only ops --only linear --only batched_linear --only expanded --only layer)
 
-ask() { # SECONDS QUESTION...: open questions about the device and its libraries
+ask() { # SECONDS QUESTION...: open questions about the device
     local name
     for name in "${@:2}"; do optional=1 step "ask-$name" "$1" "$here/ask.py" "$name" --backend "$backend"; done
 }
@@ -161,13 +161,7 @@ others() {
     rivals choices 600 --scenario decode --clock host "${lite[@]}" "${counts[@]}" # inside the layer
     bench long-prefill 300 "${r1[@]}" --workload "$here/long_prefill.toml" --implementations mla --mode eager \
         --cache warm --clock host ${smoke:+--scenario new-1024-after-4096} "${counts[@]}"
-    ask 60 driver tf32 launch event-gap copies copies-alive bmm-strided l2-flush varlen
-    ask 90 sdpa
-    if [ "$backend" = nvidia ]; then
-        ask 120 flashinfer-compiler # longer than its two processes may take
-        ask 60 flash-mla tokenspeed flashinfer-{plan,heads,pages,split,graph}
-        ask 60 flashinfer-items # the last: it may end the process and leave the device unusable to it
-    fi
+    ask 60 launch event-gap copies-alive l2-flush
     bench layers 600 --scenario decode --implementations mla "${steps[@]}" "${r1[@]}" "${many[@]}"
     conformance conformance-full-latent 300 bfloat16 --only latent
     conformance conformance-full-pointwise 160 bfloat16 "${pointwise[@]}"
@@ -265,7 +259,6 @@ judge() { # LIMIT: from `code` to `verdict` and `state`
     esac
     if [ "$code" = 3 ] && [ "$result.json" -nt "$result.began" ]; then verdict=crashed; fi # an op raised
     if [ "$verdict" = refused ] && [ -n "${optional:-}" ]; then state=open; fi
-    if [ "$name" = ask-flashinfer-items ]; then state=done; fi # it looks for where a library breaks
     if grep -qsE -e '--budget (skipped|cut short)' "$result.log"; then state=cut; fi
     if [ "$verdict" = 'timed out' ] && [ "$seconds" -lt "$1" ]; then state=cut; fi
     if [ -n "$ended" ]; then verdict=interrupted state=cut; fi

@@ -14,9 +14,6 @@ import click
 import pytest
 
 from benchmarks.gpu import ask
-from benchmarks.gpu.questions import flashinfer
-from benchmarks.gpu.questions.asking import QUESTIONS
-from benchmarks.gpu.questions.latent import LATENT, ROTARY
 from benchmarks.gpu.report.targets import LARGE_BYTES, TARGETS, Share
 from benchmarks.gpu.tune import tune
 from benchmarks.gpu.tuning.classes import FULL
@@ -117,7 +114,7 @@ def test_shares_are_judged_on_shapes_that_have_a_step_and_time_of_their_own(targ
         return [int(batch) * int(kv) for batch in axes["batch"] for kv in axes["kv"]]
 
     every = {name: step for name, step in steps("all").items() if name.startswith(f"rivals-{target.heads}-")}
-    key_bytes = 2 * (LATENT + ROTARY)
+    key_bytes = 2 * (512 + 64)  # of bfloat16
     assert len(every) == 4  # one of them with the tuning
     for step in every.values():
         assert step.option("--heads") == str(target.heads)
@@ -154,15 +151,9 @@ def test_conformance_leaves_room_for_compilers() -> None:
     assert all(every[name].option("--dtype") == "bfloat16" for name in counted)
 
 
-def test_every_question_is_asked_and_outlasts_the_processes_that_it_starts() -> None:
-    ask.load()
-    every = steps("all")
-    asked = [name.removeprefix("ask-") for name in every if name.startswith("ask-")]
-    assert set(asked) == QUESTIONS.keys() - {"flashinfer-first"}, "that one is asked by flashinfer-compiler"
-    assert asked[-1] == "flashinfer-items", "it may leave the device unusable"
-    assert every["ask-flashinfer-compiler"].limit >= 2 * flashinfer.CHILD_SECONDS
-    of_cpu = {name for name in steps("all", backend="cpu") if name.startswith("ask-")}
-    assert not any("flash" in name for name in of_cpu)
+def test_every_question_is_asked() -> None:
+    asked = [name.removeprefix("ask-") for name in steps("all") if name.startswith("ask-")]
+    assert asked == list(ask.QUESTIONS)
 
 
 def test_steps_are_chosen_by_name_or_pattern() -> None:

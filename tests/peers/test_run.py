@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.peers import steady, table
 from mla.bench import results
+from mla.bench.workload.grid import points_of
 from mla.bench.workload.workload_file import load_workload
 
 REPOSITORY = Path(__file__).parents[2]
@@ -73,10 +74,14 @@ def test_a_peer_that_is_not_there_is_said(peer: str, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["long", "scaling"])
-def test_workloads_of_the_results_are_read(name: str) -> None:
-    scenarios = load_workload(str(REPOSITORY / f"benchmarks/peers/{name}.toml"))
-    assert {scenario.mode for scenario in scenarios} == {"decode"}
+@pytest.mark.parametrize(("name", "modes", "points"), [
+    ("peers/long", {"decode"}, 3), ("peers/scaling", {"decode"}, 17),
+    ("transformers/lengths", {"decode", "prefill"}, 16),
+])  # fmt: skip
+def test_workloads_of_the_results_are_read(name: str, modes: set[str], points: int) -> None:
+    scenarios = load_workload(str(REPOSITORY / f"benchmarks/{name}.toml"))
+    assert {scenario.mode for scenario in scenarios} == modes
+    assert len(points_of(scenarios, {})) == points
 
 
 def case(name: str, ms: float | None, status: str = "ok", reason: str = "") -> results.Case:
@@ -129,6 +134,18 @@ def test_the_table_reads_results_of_the_runner_before(capsys: pytest.CaptureFixt
 def readings(*resident: int) -> list[steady.MemoryReading]:
     """Return readings of resident sets in KiB."""
     return [steady.MemoryReading(1000 * i, size << 10, 5, 100, 0) for i, size in enumerate(resident)]
+
+
+def test_freed_memory_stays_in_a_process_whose_allocator_keeps_it() -> None:
+    def faults(*command: str) -> int:
+        program = (
+            "import resource, torch\nuse = lambda: torch.ones(64 << 20, dtype=torch.int8)\nuse(), use()\n"
+        )
+        program += "now = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\nbefore = now(); use()\n"
+        words = [*command, sys.executable, "-c", f"{program}print(now() - before)"]
+        return int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+
+    assert faults(sys.executable, str(REPOSITORY / "benchmarks" / "allocator.py")) < 16 < faults()
 
 
 def test_memory_that_grows_to_the_end_is_no_steady_state() -> None:

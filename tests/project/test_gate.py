@@ -71,7 +71,7 @@ TIERS = ["pytest ", "pytest -m rest"]
 
 
 def test_linters_both_tiers_and_then_the_oldest_transformers(gate: Gate) -> None:
-    serving = "pytest tests/integrations --ignore-glob *comparison*"
+    serving = "pytest tests/integrations"
     again = [f"pip install transformers=={oldest()}", serving]
     assert gate() == (0, [*readme_command(), *LINTERS, *TIERS, *again])
     words = "--index-url https://a/b?c&d torch>=2.6,<3"

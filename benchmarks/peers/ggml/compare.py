@@ -14,8 +14,12 @@ float64. Exit codes as in `python -m mla.bench`: 4 means that a result was wrong
 
 from __future__ import annotations
 
+import contextlib
+import fnmatch
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[3]))
@@ -23,40 +27,82 @@ sys.path.append(str(Path(__file__).parents[3]))
 import click
 import torch
 
-from benchmarks.peers.ggml import record, table
+from benchmarks.attention_test import defaults
+from benchmarks.peers.ggml import attention, products, record, table
+from benchmarks.peers.ggml.attention import AttentionCase, AttentionData
 from benchmarks.peers.ggml.build import facts_of
-from benchmarks.peers.ggml.comparer import Comparer, choose
 from benchmarks.peers.ggml.peer import Peer
-from benchmarks.peers.ggml.ways import require_passive_waiting
+from benchmarks.peers.ggml.products import ProductCase, ProductData
+from benchmarks.peers.ggml.ways import Way, judged, require_passive_waiting, take_turns, try_out
 from mla.bench import results
-from mla.bench.plan.options import RunOptions
 from mla.bench.plan.request import Request, empty_run
 from mla.bench.plan.resolve import resolve
+from mla.bench.subjects.setting import Setting
 from mla.command import console
 from mla.command.exit_codes import Exit, guarded
 from mla.errors import UsageError
 
 # What decides which instructions torch and its libraries use, or how threads wait.
 VARIABLES = (
-    "ATEN_CPU_CAPABILITY",
-    "ONEDNN_MAX_CPU_ISA",
-    "MKL_ENABLE_INSTRUCTIONS",
-    "MLA_CPU_NATIVE",
-    "OMP_WAIT_POLICY",
-    "GOMP_SPINCOUNT",
-)
+    "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MLA_CPU_NATIVE",
+    "OMP_WAIT_POLICY", "GOMP_SPINCOUNT",
+)  # fmt: skip
+
+
+def choose(setting: Setting, patterns: Sequence[str] | None) -> tuple[list[AttentionCase], list[ProductCase]]:
+    """Return the cases whose name or op matches a pattern; None: all. Raises `UsageError` if none does."""
+    heads, shapes = attention.attention_cases(), products.product_cases(setting)
+
+    def named(*words: str) -> bool:
+        return patterns is None or any(
+            fnmatch.fnmatchcase(word, pattern) for pattern in patterns for word in words
+        )
+
+    chosen = (
+        [case for case in heads if named(case.name, "attention")],
+        [case for case in shapes if named(case.name, "product")],
+    )
+    if not any(chosen):
+        known = ", ".join([case.name for case in heads] + [case.name for case in shapes])
+        raise UsageError(f"--only names no case: use attention, product, {known}, or a pattern like 16x*.")
+    return chosen
+
+
+def attend(case: AttentionCase, setting: Setting, peer: Peer, rounds: int) -> record.Case:
+    """Return one case of attention. Its ways take turns with each other alone."""
+    data = AttentionData(case, replace(setting, config=setting.config.with_heads(case.heads)))
+    console.note(f"timing {case.name}")
+    with contextlib.ExitStack() as work:
+        ways = [*attention.own_ways(data), *attention.peer_ways(data, peer, work.callback)]
+        take_turns(try_out(ways), rounds, setting.seed)
+        return judged(case.name, "attention", data.flops, ways, data.truth(), [])
+
+
+def multiply(cases: Sequence[ProductCase], setting: Setting, peer: Peer, rounds: int) -> list[record.Case]:
+    """Return all products. They take turns together, so that a share of the best is one of its time."""
+    if cases:
+        console.note(f"timing {len(cases)} products")
+    drawn: list[tuple[ProductCase, list[Way], torch.Tensor, list[str]]] = []
+    timed: list[Way] = []
+    with contextlib.ExitStack() as work:
+        for case in cases:
+            data, notes = ProductData(case, setting), list[str]()
+            ways = products.all_ways(data, peer, notes, work.callback)
+            timed += try_out(ways)
+            drawn.append((case, ways, data.truth(), notes))
+        take_turns(timed, rounds, setting.seed)
+        return [judged(case.name, "product", case.flops, *rest) for case, *rest in drawn]  # type: ignore[arg-type]
 
 
 def measure(
     request: Request, folder: Path, patterns: tuple[str, ...] | None, rounds: int
 ) -> record.Comparison:
     """Measure the chosen cases. Raises `PeerError` or `UsageError`."""
-    setting = request.setting
+    setting, threads = request.setting, torch.get_num_threads()
     heads, shapes = choose(setting, patterns)
-    threads = torch.get_num_threads()
     with Peer(folder, threads) as peer, torch.inference_mode():
-        comparer = Comparer(setting, peer, rounds)
-        cases = [*map(comparer.attention, heads), *comparer.products(shapes)]
+        cases = [attend(case, setting, peer, rounds) for case in heads]
+        cases += multiply(shapes, setting, peer, rounds)
         run = empty_run(request)
         return record.Comparison(
             argv=["python benchmarks/peers/ggml/compare.py", *sys.argv[1:]],
@@ -69,13 +115,6 @@ def measure(
             seed=setting.seed,
             cases=cases,
         )
-
-
-def defaults(**changes: object) -> RunOptions:
-    """Return the runner's options on the CPU, with its own defaults for everything not in `changes`."""
-    from mla.bench.cli.run import run
-
-    return RunOptions(**{**run.make_context("run", []).params, "backend": "cpu", **changes})
 
 
 def split(context: click.Context, option: click.Parameter, value: str | None) -> tuple[str, ...] | None:
@@ -94,14 +133,9 @@ def split(context: click.Context, option: click.Parameter, value: str | None) ->
     "--markdown", type=click.Path(path_type=Path), help="Only print this result's tables for a page."
 )
 def compare(
-    folder: Path | None,
-    only: tuple[str, ...] | None,
-    runs: int,
-    threads: int | None,
-    seed: int,
-    output: Path | None,
-    markdown: Path | None,
-) -> int:
+    folder: Path | None, only: tuple[str, ...] | None, runs: int, threads: int | None, seed: int,
+    output: Path | None, markdown: Path | None,
+) -> int:  # fmt: skip
     """Carry out the command line."""
     if markdown:
         console.out(table.markdown(record.read(markdown)))
@@ -112,8 +146,8 @@ def compare(
         )
     require_passive_waiting()
     # The widening product is measured whether or not the backend would choose it here.
-    shared = {"threads": threads, "seed": seed, "output": output, "implementations": "mla"}
-    request = resolve(defaults(**shared, backend_options=("fp32=on",)))
+    shared = {"backend": "cpu", "backend_options": ("fp32=on",), "implementations": "mla"}
+    request = resolve(defaults(**shared, threads=threads, seed=seed, output=output))
     comparison = measure(request, folder, only, runs)
     if output:
         results.write(comparison, output)

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from benchmarks.peers.ggml.record import Case, Comparison, Timing, ratio
-from mla.bench.results.schema import Interval
 from mla.bench.terminal.digits import between, known, number
+from mla.bench.terminal.tables import bounds
+from mla.command import display
 
-_TITLES = {"attention": "decode attention alone", "product": "products alone"}
+# Op -> title of its table, and of its last column but one.
+_TITLES = {
+    "attention": ("decode attention alone", "ours is"),
+    "product": ("products alone", "% of best fp32"),
+}
 
 
 def render(run: Comparison) -> str:
     """Return every way of every case."""
     parts = [_header(run)]
-    for op, title in _TITLES.items():
-        if cases := [case for case in run.cases if case.op == op]:
-            rows = [["case", "way", "ms (95 %)", "GFLOP/s", _LAST[op], "error"]]
-            rows += [row for case in cases for row in _rows(case, run)]
-            parts.append(f"{title}:\n{_aligned(rows)}")
+    for op, (title, last) in _TITLES.items():
+        if rows := [row for case in run.cases if case.op == op for row in _rows(case, run)]:
+            head = ["case", "way", "ms (95 %)", "GFLOP/s", last, "error"]
+            parts.append(f"{title}:\n{display.aligned(head, rows, head)}".rstrip("\n"))
     if best := run.best_fp32():
         parts.append(f"best fp32 product of any shape: {best[0]:.0f} GFLOP/s ({best[1]})")
     if remarks := _remarks(run):
         parts.append("\n".join(remarks))
     return "\n\n".join(parts) + "\n"
-
-
-_LAST = {"attention": "ours is", "product": "% of best fp32"}
 
 
 def _header(run: Comparison) -> str:
@@ -41,8 +40,7 @@ def _header(run: Comparison) -> str:
 
 def _rows(case: Case, run: Comparison) -> list[list[str]]:
     """Return a row per way: ours, then the rest from fast to slow."""
-    ours = next(iter(case.of("ours")), None)
-    best = run.best_fp32()
+    ours, best = next(iter(case.of("ours")), None), run.best_fp32()
     rows: list[list[str]] = []
     for timing in sorted(case.timings, key=lambda timing: (timing.party != "ours", timing.ms)):
         rate = case.rate(timing)
@@ -62,11 +60,11 @@ def _times(other: Timing, ours: Timing | None) -> str:
     if ours is None or other is ours or other.wrong:
         return "-"
     value, interval = ratio(other, ours)
-    return f"{value:.2f}x{_range(interval)}"
+    return f"{value:.2f}x" + (f" ({bounds(interval, 2)})" if interval else "")
 
 
-def _range(interval: Interval | None) -> str:
-    return f" ({interval[0]:.2f} .. {interval[1]:.2f})" if interval else ""
+def _share(rate: float, best: tuple[float, str] | None) -> str:
+    return f"{100 * rate / best[0]:.0f}" if best else "-"
 
 
 def _remarks(run: Comparison) -> list[str]:
@@ -75,8 +73,7 @@ def _remarks(run: Comparison) -> list[str]:
     for case in run.cases:
         for note in case.notes:
             cases.setdefault(note, []).append(case.name)
-        slow = [f"{name} {number(ms)} ms" for name, ms in case.passed_over.items()]
-        if slow:
+        if slow := [f"{name} {number(ms)} ms" for name, ms in case.passed_over.items()]:
             cases[f"too slow to be timed in every round, one trial: {', '.join(slow)}"] = [case.name]
     return [
         f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {remark}"
@@ -84,26 +81,16 @@ def _remarks(run: Comparison) -> list[str]:
     ]
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-
-
 def markdown(run: Comparison) -> str:
     """Return one row per case: ours, the plain reference, and the fastest way of every other party."""
-    parts = [_header(run)]
-    attention = [_attention_row(case) for case in run.cases if case.op == "attention"]
-    if attention:
+    parts, best = [_header(run)], run.best_fp32()
+    if attention := [_attention_row(case) for case in run.cases if case.op == "attention"]:
         head = ["case", "ours, ms", "plain PyTorch, ms", "peer, ms", "ours is"]
-        parts.append(_pipes([head, *attention]))
-    best = run.best_fp32()
-    products = [_product_row(case, best) for case in run.cases if case.op == "product"]
-    if products:
+        parts.append(display.markdown(head, attention).rstrip("\n"))
+    if products := [_product_row(case, best) for case in run.cases if case.op == "product"]:
         limit = f", and the share of the best fp32 product: {best[0]:.0f} ({best[1]})" if best else ""
-        parts.append(f"GFLOP/s{limit}")
-        parts.append(_pipes([["case", "ours", "torch", "peer"], *products]))
+        table = display.markdown(["case", "ours", "torch", "peer"], products).rstrip("\n")
+        parts += [f"GFLOP/s{limit}", table]
     return "\n\n".join(parts) + "\n"
 
 
@@ -125,12 +112,3 @@ def _product_row(case: Case, best: tuple[float, str] | None) -> list[str]:
         share = f" ({_share(rate, best)} %)" if best else ""
         cells.append(f"{number(rate)}{share}, {fastest.name}" if fastest else "-")
     return [case.name, *cells]
-
-
-def _share(rate: float, best: tuple[float, str] | None) -> str:
-    return f"{100 * rate / best[0]:.0f}" if best else "-"
-
-
-def _pipes(rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])

@@ -1,4 +1,4 @@
-"""One way of computing a case, whoever offers it, and how ways take turns.
+"""One way of computing a case, whoever offers it, how ways take turns, and how cases are judged.
 
 A visit is a few untimed calls and then timed ones, back to back; its median is one sample. Ways are visited
 once per round, in a seeded random order, so that the samples of a round belong together. Between visits
@@ -18,6 +18,8 @@ from time import perf_counter_ns as now_ns
 
 import torch
 
+from benchmarks.peers.ggml import record
+from mla.bench.results import stats
 from mla.errors import UsageError
 
 VISIT_MS, WARM_MS = 30.0, 6.0  # of timed and of untimed calls
@@ -27,7 +29,6 @@ PAUSE = 0.03  # seconds; GNU's runtime spins for 5 to 15 ms
 # What is not timed beyond the trial: a peer's way that takes so many times as long as its fastest one, and a
 # product of torch's that does so compared with all, if its call takes so many ms.
 SLOW_PEER, SLOW_TORCH, LONG_MS = 1.5, 4.0, 50.0
-PARTIES = ("ours", "reference", "torch", "peer")
 
 
 @dataclass
@@ -35,13 +36,32 @@ class Way:
     """One way of computing a case. `time(untimed, timed)` returns ms; `result` is that of one more call."""
 
     name: str
-    party: str  # one of `PARTIES`
+    party: str  # as in `record.Timing`
     dtype: str  # of the operands
     time: Callable[[int, int], list[float]]
     result: Callable[[], torch.Tensor]
     trial_ms: float = 0.0
     calls: int = 0  # timed, of a visit
     visits: list[float] = field(default_factory=list)  # median ms, by round
+
+    def timing(self, truth: torch.Tensor) -> record.Timing:
+        """Return what was measured, and how far the result is from the truth."""
+        error = (self.result().double() - truth).norm() / truth.norm()
+        return record.Timing(
+            name=self.name, party=self.party, dtype=self.dtype,  # type: ignore[arg-type]
+            ms=stats.median(self.visits), ci95=stats.median_interval(self.visits), visits_ms=self.visits,
+            calls=self.calls, error=error.item() if error.isfinite() else record.NO_RESULT,
+        )  # fmt: skip
+
+
+def judged(
+    name: str, op: str, flops: int, ways: Sequence[Way], truth: torch.Tensor, notes: list[str]
+) -> record.Case:
+    """Return a case with the medians of all ways that were visited, and the errors of their results."""
+    timings = [way.timing(truth) for way in ways if way.visits]
+    slow = {way.name: way.trial_ms for way in ways if not way.visits}
+    case = {"name": name, "op": op, "flops": flops, "timings": timings, "passed_over": slow, "notes": notes}
+    return record.Case(**case)  # type: ignore[arg-type]
 
 
 def in_process(call: Callable[[], object]) -> Callable[[int, int], list[float]]:
@@ -70,11 +90,11 @@ def require_passive_waiting() -> None:
 
 
 def try_out(ways: Sequence[Way]) -> list[Way]:
-    """Time every way briefly, and return those that are too slow to be worth timing further."""
+    """Time every way briefly, and return those that are worth timing further."""
     for way in ways:
         way.trial_ms = _trial(way)
         way.calls = min(max(int(VISIT_MS / way.trial_ms), 1), MOST_CALLS)
-    return [way for way in ways if way.trial_ms > _limit(way, ways)]
+    return [way for way in ways if way.trial_ms <= _limit(way, ways)]
 
 
 def _trial(way: Way) -> float:
