@@ -22,14 +22,8 @@ from benchmarks.ranks.processes import Ranks
 from mla.bench import results
 from mla.parallel.layout import Layout
 
-CONFIG = {
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-}
+CONFIG = {"hidden_size": 64, "num_attention_heads": 4, "kv_lora_rank": 32, "qk_nope_head_dim": 16}
+CONFIG |= {"qk_rope_head_dim": 8, "v_head_dim": 16}
 SCENARIO = """
 [[scenario]]
 name = "{}"

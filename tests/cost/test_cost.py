@@ -20,14 +20,7 @@ lengths = st.tuples(st.integers(0, 500), st.integers(0, 5000)).map(lambda pair: 
 
 
 def config_of(c: int, n: int, r: int, v: int, heads: int = 2) -> MLAConfig:
-    return MLAConfig(
-        hidden_size=8,
-        num_attention_heads=heads,
-        kv_lora_rank=c,
-        qk_nope_head_dim=n,
-        qk_rope_head_dim=2 * r,
-        v_head_dim=v,
-    )
+    return MLAConfig(8, heads, kv_lora_rank=c, qk_nope_head_dim=n, qk_rope_head_dim=2 * r, v_head_dim=v)
 
 
 def attention_flops(config: MLAConfig, query_len: int, kv_len: int, path: str) -> int:
@@ -143,13 +136,7 @@ def test_a_single_cached_key_is_not_absorbed() -> None:
 def spec_of(kind: str) -> Any:
     """Return a role's spec in bf16 for a config with a query LoRA."""
     config = MLAConfig(
-        hidden_size=8,
-        num_attention_heads=3,
-        q_lora_rank=6,
-        kv_lora_rank=10,
-        qk_nope_head_dim=4,
-        qk_rope_head_dim=2,
-        v_head_dim=5,
+        8, 3, q_lora_rank=6, kv_lora_rank=10, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=5
     )
     return layer_roles(config, torch.bfloat16, torch.device("cpu"))[kind][1]
 
@@ -196,14 +183,7 @@ def test_every_weight_and_latent_moves_once_whichever_path_is_taken(
 
 def test_an_absorbed_and_an_expanded_step_by_hand() -> None:
     """Latents are 32 + 8 = 40 wide, queries and keys 16 + 8 = 24 per head, and kv_b makes 16 + 16."""
-    config = MLAConfig(
-        hidden_size=64,
-        num_attention_heads=4,
-        kv_lora_rank=32,
-        qk_nope_head_dim=16,
-        qk_rope_head_dim=8,
-        v_head_dim=16,
-    )
+    config = MLAConfig(64, 4, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
     rows = (64 * (96 + 40), 64 * 64)  # weights of the first projection and of o
     projections = {
         "qkv_a_proj": Work(2 * 3 * rows[0], 2 * (rows[0] + 3 * 64)),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from layer_of_a_rank import PLAIN
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mla
@@ -23,16 +24,7 @@ from mla.parallel.layout import Layout, Share
 from mla.verify.layer_oracle import Held, State, oracle
 from mla.weights import random_state_dict
 
-CONFIG = MLAConfig(
-    hidden_size=48,
-    num_attention_heads=8,
-    kv_lora_rank=32,
-    qk_nope_head_dim=16,
-    qk_rope_head_dim=8,
-    v_head_dim=12,
-    q_lora_rank=24,
-    attention_bias=True,
-)
+CONFIG = replace(PLAIN, q_lora_rank=24, attention_bias=True)
 GATED = [replace(CONFIG, output_gate="head"), replace(CONFIG, output_gate="element", sink_logits=True)]
 HISTORY, NEW = (33, 1, 0, 7), (1, 2, 9, 0)  # with ranks that hold none of a request's tokens
 

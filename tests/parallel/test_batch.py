@@ -15,14 +15,7 @@ from mla.parallel.cache import Part, ShardedCache
 from mla.parallel.layout import Share
 from mla_backends.upload import upload_into
 
-CONFIG = MLAConfig(
-    hidden_size=8,
-    num_attention_heads=2,
-    kv_lora_rank=6,
-    qk_nope_head_dim=4,
-    qk_rope_head_dim=2,
-    v_head_dim=4,
-)
+CONFIG = MLAConfig(8, 2, kv_lora_rank=6, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=4)
 WORLDS = st.tuples(st.integers(1, 5), st.integers(1, 5))
 # A step of one new token each, as of a decode, is worked out in another way.
 STEP = st.just([1, 1, 1]) | st.lists(st.integers(0, 9), min_size=3, max_size=3)

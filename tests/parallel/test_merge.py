@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from layer_of_a_rank import PLAIN
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mla.config import MLAConfig
 from mla.layer.workspace import Workspace
 from mla.parallel.layer import Exchange, merge, merge_scratch, scratch_per_token
 
@@ -74,14 +75,7 @@ def test_a_merge_in_memory_of_its_own_makes_no_more() -> None:
 @pytest.mark.parametrize("c", [32, 33])
 def test_memory_for_an_exchange_is_what_is_planned(dtype: torch.dtype, c: int) -> None:
     """An lse takes two elements of bf16, and an odd row one more before it."""
-    config = MLAConfig(
-        hidden_size=48,
-        num_attention_heads=3,
-        kv_lora_rank=c,
-        qk_nope_head_dim=16,
-        qk_rope_head_dim=8,
-        v_head_dim=12,
-    )
+    config = replace(PLAIN, num_attention_heads=3, kv_lora_rank=c)
     scratch = Workspace(dtype, torch.device("cpu"))
     Exchange.of(scratch, 2, (5, 3, config.latent_dim), c, ordered=True)
     assert scratch.nbytes() == 5 * scratch_per_token(config, 2, dtype.itemsize)

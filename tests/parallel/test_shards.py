@@ -8,6 +8,7 @@ from pathlib import Path
 import checkpoint_maker as maker
 import pytest
 import torch
+from layer_of_a_rank import PLAIN
 
 from mla import MLAConfig
 from mla.checkpoint import folder as files
@@ -16,16 +17,7 @@ from mla.errors import WeightError
 from mla.parallel.layer import HeadShard
 from mla.weights import random_state_dict
 
-CONFIG = MLAConfig(
-    hidden_size=48,
-    num_attention_heads=4,
-    kv_lora_rank=32,
-    qk_nope_head_dim=16,
-    qk_rope_head_dim=8,
-    v_head_dim=12,
-    q_lora_rank=24,
-    attention_bias=True,
-)
+CONFIG = dataclasses.replace(PLAIN, num_attention_heads=4, q_lora_rank=24, attention_bias=True)
 
 
 @pytest.mark.parametrize(

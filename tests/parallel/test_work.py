@@ -11,15 +11,7 @@ from mla.cost import Work, step_work
 from mla.parallel.layout import Layout, rank_work
 
 # Weights: q_a 48, q_b 96, kv_a 56, kv_b 100, o 96; a token of the cache is 7 numbers.
-CONFIG = MLAConfig(
-    hidden_size=8,
-    num_attention_heads=4,
-    q_lora_rank=6,
-    kv_lora_rank=5,
-    qk_nope_head_dim=2,
-    qk_rope_head_dim=2,
-    v_head_dim=3,
-)
+CONFIG = MLAConfig(8, 4, q_lora_rank=6, kv_lora_rank=5, qk_nope_head_dim=2, qk_rope_head_dim=2, v_head_dim=3)
 # A decode step at 6 tokens, and two new tokens at 3: the new token 6, and 3 and 4.
 NEW, LENGTHS = (1, 2), (7, 5)
 

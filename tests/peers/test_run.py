@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_run import DIMS
 
 from benchmarks.peers import steady, table
 from mla.bench import results
@@ -17,14 +18,6 @@ from mla.bench.workload.workload_file import load_workload
 
 REPOSITORY = Path(__file__).parents[2]
 LAYERS = "benchmarks.peers.layers"
-DIMS = {
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-}
 MARKDOWN = """\
 | implementation | ms | ours is | % of read | % of limit | check |
 | --- | --- | --- | --- | --- | --- |

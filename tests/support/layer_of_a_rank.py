@@ -27,14 +27,7 @@ from mla.parallel.layout import Layout, Share
 from mla.verify.layer_oracle import oracle
 from mla.weights import random_state_dict
 
-PLAIN = MLAConfig(
-    hidden_size=48,
-    num_attention_heads=8,
-    kv_lora_rank=32,
-    qk_nope_head_dim=16,
-    qk_rope_head_dim=8,
-    v_head_dim=12,
-)
+PLAIN = MLAConfig(48, 8, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12)
 CONFIGS = {
     "plain": PLAIN,
     "lora": dataclasses.replace(
