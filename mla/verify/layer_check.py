@@ -51,7 +51,6 @@ class Checker:
     expected: torch.Tensor  # [inputs, T, d] float64
     dtype: torch.dtype
     reference_outputs: Callable[[], torch.Tensor]
-    beside: float = 0.0  # what rows may err by for other reasons, relative to their size
     _kept: dict[bool, Bounds] = field(default_factory=dict)  # by held or not
 
     def check(self, outputs: torch.Tensor, held_to_reference: bool) -> Check:
@@ -72,7 +71,7 @@ class Checker:
         held = held_to_reference and not table_decides(self.dtype)
         if held not in self._kept:
             errors = row_errors(self.reference_outputs(), self.expected) if held else None
-            self._kept[held] = layer_bounds(errors, self.expected, self.dtype).beside(self.beside)
+            self._kept[held] = layer_bounds(errors, self.expected, self.dtype)
         return self._kept[held]
 
 

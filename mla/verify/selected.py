@@ -1,4 +1,4 @@
-"""What a layer with an indexer should do, in float64, row by row and given the selection that it made.
+"""What a layer should do, in float64, row by row, given what it has cached and the selection that it made.
 
 A row reads the keys that it selects and no others, so that a row of a long context costs little. Latents are
 multiplied as they are cached: q . (W k) is (q W) . k, exactly the same in float64 but for its last digits.
@@ -13,6 +13,7 @@ import torch
 
 from mla.config import MLAConfig
 from mla.verify.layer_oracle import (
+    Held,
     State,
     Stored,
     _by_position,
@@ -51,8 +52,8 @@ def _at(parts: Sequence[torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
 class SelectingLayer:
     """One layer in float64, on the host; its weights are taken as they are stored.
 
-    `state` has the names of a checkpoint, with `indexer.wq_b`, `wk`, `k_norm` and `weights_proj`. Tokens come
-    in any floating dtype, from any device, with their positions int64; results are float64.
+    `state` has the names of a checkpoint; of an indexer `indexer.wq_b`, `wk`, `k_norm` and `weights_proj`.
+    Tokens come in any floating dtype, from any device, with their positions int64; results are float64.
     """
 
     def __init__(self, config: MLAConfig, state: State) -> None:
@@ -89,10 +90,12 @@ class SelectingLayer:
         positions: torch.Tensor,  # [n]
         cached: Cached,
         selection: torch.Tensor | None = None,  # [n, topk], -1 behind the last; None: all that is seen
+        held: Held | None = None,
     ) -> torch.Tensor:
         """Return the layer's output [n, d] for tokens of one request.
 
-        The softmax is over the selected keys alone, with the scale of dense attention.
+        The softmax is over the selected keys alone, with the scale of dense attention, and over those at
+        positions that are `held`, if not all are; without any, attention is 0.
         """
         config, rows = self.config, hidden.cpu().double()
         h, nope = config.num_attention_heads, config.qk_nope_head_dim
@@ -101,11 +104,14 @@ class SelectingLayer:
         latent_q = torch.einsum("nhd,hdc->nhc", q[..., :nope], w_uk)
         q_pe = _rotate(config, q[..., nope:], positions)
         latent_out = torch.zeros_like(latent_q)
+        sinks = self._state["sinks"][:, None] if config.sink_logits else latent_q.new_zeros(h, 0)
         for row, position in enumerate(positions.tolist()):
             chosen = torch.arange(position + 1) if selection is None else selection[row].cpu().long()
-            kv, pe = cached.rows(chosen[chosen >= 0])
+            chosen = chosen[(chosen >= 0) if held is None else held(chosen)]
+            kv, pe = cached.rows(chosen)
             logits = (latent_q[row] @ kv.T + q_pe[row] @ pe.T) * config.softmax_scale
-            latent_out[row] = logits.softmax(-1) @ kv
+            weights = torch.cat((logits, sinks), dim=1).softmax(-1)[:, : len(chosen)]
+            latent_out[row] = weights @ kv
         heads = torch.einsum("nhc,hvc->nhv", latent_out, w_uv)
         if config.output_gate is not None:
             heads = heads / (1 + (-_gate(config, self._state, rows[None])[0]).exp())

@@ -63,12 +63,6 @@ class Bounds:
     many: float  # of the whole of many rows
     rows: torch.Tensor  # of each row
 
-    def beside(self, error: float) -> Bounds:
-        """Return the bounds of outputs that err by this as well."""
-        return (
-            Bounds(math.hypot(self.many, error), self.rows.square().add(error**2).sqrt()) if error else self
-        )
-
     def of_whole(self, allowed: torch.Tensor, sizes: torch.Tensor) -> float:
         """Return the bound on the whole of some rows, from what each may err by and their norms.
 

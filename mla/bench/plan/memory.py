@@ -329,7 +329,7 @@ def _host_bytes(setting: Setting, point: Point) -> int:
     history = 2 * sum(point.history) * (config.latent_dim * itemsize + setting.index_bytes)
     evidence = point.inputs * point.tokens * config.hidden_size * (itemsize + 8)
     judged = point.tokens * config.hidden_size * (itemsize + 4 * 8)
-    if config.index_n_heads:  # a forward is judged after it, from all new tokens of its pass
+    if setting.is_judged_after:  # from all new tokens of its pass
         runs = [Run(1, point.inputs * max(point.query_lens), 0)]
         judged += 4 * 8 * max(point.final_lens) * config.index_head_dim  # of scores and keys of a request
     else:

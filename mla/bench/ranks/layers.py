@@ -6,7 +6,7 @@ Every other rank has a `Follower`, which carries out the commands of rank 0.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from time import perf_counter_ns as now_ns
@@ -20,7 +20,7 @@ from mla.bench.measure.evidence import LayerBench, Lengths, Sample
 from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.results.schema import LinkLine, RankFacts, Spread
 from mla.bench.results.stats import median
-from mla.bench.subjects.base import Facts, Implementation, LayerChecker, Outputs, buffers, worst
+from mla.bench.subjects.base import Facts, Implementation, Outputs, Taken, buffers, worst
 from mla.bench.subjects.fixture import Fixture, make_fixture
 from mla.bench.subjects.inputs import Inputs, Requests
 from mla.bench.subjects.layer import MlaLayer
@@ -31,7 +31,7 @@ from mla.parallel.cache import ShardedCache
 from mla.parallel.groups import Groups, Traffic
 from mla.parallel.layer import ParallelMLA
 from mla.parallel.layout import Share
-from mla.verify.layer_oracle import State
+from mla.verify.layer_oracle import Pair, State
 from mla.verify.places import Places
 from mla.verify.verdict import Check
 
@@ -64,7 +64,8 @@ class RankLayer(MlaLayer):
         super().__init__(replace(setting, weights=None), state, name, ops)  # each packs its own part
 
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
-        self.buffers = buffers(scenario.steps, inputs.hidden[0].nbytes)  # on every rank as many
+        if not self._takes:
+            self.buffers = buffers(scenario.steps, inputs.hidden[0].nbytes)  # on every rank as many
         self.requests = Requests.of(scenario, self._groups.place.dp, self._groups.layout.dp)
         super().load(self.requests.scenario(scenario), self.requests.inputs(scenario, inputs))
 
@@ -131,7 +132,7 @@ class LeadLayer(Implementation):
         self.layer = part  # whose lengths `run` may shrink
         self._part, self._crew = part, crew
         self.held_to_reference = part.held_to_reference
-        self._outputs: list[Outputs] = []  # of the last pass, by rank
+        self._left: list[tuple[Outputs, dict[int, Taken]]] = []  # of the last pass, by rank
         self._kept: list[list[float]] = []  # of the result's passes, by rank
 
     # ------------------------------------------------------------------------------------------ passes
@@ -154,7 +155,7 @@ class LeadLayer(Implementation):
         self._all(partial(self._part.load, scenario, inputs), "load", scenario.name, self.name, inputs.seed)
 
     def restore(self, number: int = 0) -> None:
-        self._number, self._outputs = number, []
+        self._number, self._left = number, []
         self._all(partial(self._part.restore, number), "restore", self.name, number)
 
     def before(self, index: int) -> None:
@@ -187,8 +188,8 @@ class LeadLayer(Implementation):
         return [max(times) for times in zip(*by_rank, strict=True)]
 
     def outputs(self) -> Outputs:
-        if not self._outputs:
-            self._outputs = self._all(self._part.outputs, "outputs")
+        if not self._left:
+            self._left = self._all(self._part.left, "left")
         return self._whole(0)
 
     def lengths_bench(self) -> LeadLayer | None:
@@ -208,11 +209,11 @@ class LeadLayer(Implementation):
 
     # ------------------------------------------------------------------------------------------ checks
 
-    def check(self, checker: LayerChecker) -> Check:
+    def check(self, checker: Any) -> Check:
         """Check what every rank has: each has the outputs of all heads, of its requests."""
         self.outputs()
         checks = [
-            checker.check_pass(self._whole(copy), self._number, self.held_to_reference)
+            checker.check_pass(self._whole(copy), self._number, self.held_to_reference, **self._taken(copy))
             for copy in range(self._copies())
         ]
         copy = worst(checks)
@@ -225,12 +226,12 @@ class LeadLayer(Implementation):
             check.reason = f"{blamed if ranks else f'on rank {last}'}: {check.reason}"
         return check
 
-    def _worst_rank(self, checker: LayerChecker, copy: int) -> int:
+    def _worst_rank(self, checker: Any, copy: int) -> int:
         """Return which of the ranks that have one copy of all outputs is farthest from the oracle."""
         ranks, count = self._ranks(copy), self._crew.layout.dp
         rows = [Requests.of(self.scenario, part, count).rows(self.scenario) for part in range(count)]
         far = [0.0] * count
-        for _, forward in checker.forwards(self._whole(copy), self._number):
+        for _, forward in checker.forwards(self._whole(copy), self._number, **self._taken(copy)):
             error = (forward.found.cpu().double() - forward.expected).nan_to_num(*[torch.inf] * 3)
             far = [max(old, float(error[part].norm())) for old, part in zip(far, rows, strict=True)]
         return ranks[far.index(max(far))]
@@ -245,8 +246,21 @@ class LeadLayer(Implementation):
 
     def _whole(self, copy: int) -> Outputs:
         """Return the outputs [T, d] of all requests, as one copy of them."""
-        parts = [self._outputs[rank] for rank in self._ranks(copy)]
+        parts = [self._left[rank][0] for rank in self._ranks(copy)]
         return {index: torch.cat([part[index] for part in parts]) for index in sorted(parts[0])}
+
+    def _taken(self, copy: int) -> dict[str, dict[int, Taken]]:
+        """Return what a checker is to be given of all requests' memory, as one copy has it, if anything."""
+        whole: dict[int, list[Pair]] = {index: [] for index in self._left[0][1]}
+        layout, scenario = self._crew.layout, self.scenario
+        for rank in self._ranks(copy):
+            group = range(rank - rank % layout.dcp, rank - rank % layout.dcp + layout.dcp)
+            history = Requests.of(scenario, layout.place(rank).dp, layout.dp).scenario(scenario).history
+            for index, latents in whole.items():
+                parts = zip(*(self._left[other][1][index].latents for other in group), strict=True)
+                latents += [_merged(pairs, past) for pairs, past in zip(parts, history, strict=True)]
+        taken = {index: Taken(tuple(latents)) for index, latents in whole.items()}
+        return {"taken": taken} if taken else {}
 
     # ------------------------------------------------------------------------------------------- facts
 
@@ -269,6 +283,15 @@ class LeadLayer(Implementation):
     def replace_ops(self, replace: Callable[[str, Any], Any]) -> None:
         """Put `replace(role, op)` in place of every op of rank 0; called before `load`."""
         self._part.replace_ops(replace)
+
+
+def _merged(shares: Sequence[Pair], past: int) -> Pair:
+    """Return kv [t, c] and pe [t, r] of a request's tokens behind `past`: each rank has its share of them."""
+    positions = past + torch.arange(sum(len(kv) for kv, _ in shares))
+    owned = [positions[Share(rank, len(shares)).owns(positions)] for rank in range(len(shares))]
+    order = torch.cat(owned).argsort()
+    kv, pe = (torch.cat(parts)[order] for parts in zip(*shares, strict=True))
+    return kv, pe
 
 
 class Follower:
@@ -374,9 +397,9 @@ class Follower:
         """Send the milliseconds of this pass's forwards, or why one failed."""
         self._attempt(self._layer.name, lambda: self._times)
 
-    def outputs(self) -> None:
-        """Send the outputs of this pass, or why a forward failed."""
-        self._attempt(self._layer.name, self._layer.outputs)
+    def left(self) -> None:
+        """Send what this pass left to judge it by, or why a forward failed."""
+        self._attempt(self._layer.name, self._layer.left)
 
     def clock(self, implementation: str, number: int) -> None:
         """Clock the collectives of a pass and the link, and send what the result says of this rank."""

@@ -19,6 +19,7 @@ from mla.bench.results.stats import median
 from mla.bench.subjects.base import Facts, Implementation, LayerChecker, Outputs, poison, worst
 from mla.bench.subjects.fixture import layer_checker
 from mla.bench.subjects.inputs import Inputs, Requests
+from mla.bench.subjects.selected import TakenChecker, taken_checker
 from mla.bench.subjects.setting import Ranks, Setting
 from mla.bench.workload.scenario import Scenario
 from mla.parallel.groups import SimulatedGroups
@@ -70,7 +71,7 @@ class ShareCheckers:
     """What judges each rank that runs, alone: by rank, its requests and the checker of its share."""
 
     scenario: Scenario
-    by_rank: Mapping[int, tuple[Requests, LayerChecker]]
+    by_rank: Mapping[int, tuple[Requests, LayerChecker | TakenChecker]]
 
     def of(self, inputs: Inputs, count: int) -> ShareCheckers:
         """Return the checkers of the first forwards of a plain pass of other inputs."""
@@ -113,7 +114,7 @@ class Simulation(Ranks):
         layout, scenario = self.layout, inputs.scenario
         config = setting.config.with_heads(setting.config.num_attention_heads // layout.head_parts)
 
-        def of_rank(rank: int) -> tuple[Requests, LayerChecker]:
+        def of_rank(rank: int) -> tuple[Requests, LayerChecker | TakenChecker]:
             def reference() -> SimulatedPart:
                 part = SimulatedPart(setting, state, "mla-reference", "reference", rank)
                 part.load(scenario, inputs)
@@ -124,8 +125,10 @@ class Simulation(Ranks):
             shard = dict(HeadShard(state, setting.config, layout.head_part(rank), layout.head_parts))
             requests = Requests.of(scenario, place.dp, layout.dp)
             mine = requests.inputs(scenario, inputs)
-            given = (config, setting.dtype, shard, mine, reference, beat, held)
-            return requests, layer_checker(*given, setting.codec)
+            given = (config, setting.dtype, shard, mine, reference)
+            if setting.is_judged_after:
+                return requests, taken_checker(*given, setting.codec, held)
+            return requests, layer_checker(*given, beat, held)
 
         return ShareCheckers(scenario, {rank: of_rank(rank) for rank in self.timed(scenario)})
 

@@ -23,6 +23,7 @@ from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
 from mla.errors import UsageError
 from mla.verify.layer_check import Checker, Forward
+from mla.verify.layer_oracle import Pair
 from mla.verify.places import Places
 from mla.verify.verdict import Check
 
@@ -33,6 +34,7 @@ Outputs = dict[int, torch.Tensor]  # of the forwards of one pass, on the host
 METHODS = ("load", "restore", "before", "step", "after", "outputs", "facts")
 # The most bytes of output buffers of one implementation.
 SHELF_BYTES = 256 << 20
+KEPT = 2  # forwards of a pass that are judged by what they left in memory, at random
 
 
 @dataclass(frozen=True)
@@ -289,7 +291,7 @@ class LayerChecker(Checker):
         past = [length - new for length, new in zip(kv_lens, query_lens, strict=True)]
         history = [(kv[:n], pe[:n]) for n, (kv, pe) in zip(past, self.inputs.history, strict=True)]
         expected = self.any_oracle(self.inputs.hidden[0, : len(outputs)], query_lens, history)
-        judge = Checker(expected[None], self.dtype, lambda: expected, self.beside)
+        judge = Checker(expected[None], self.dtype, lambda: expected)
         return judge.check(outputs[None], held_to_reference=False)
 
     def forwards(
@@ -316,6 +318,22 @@ class LayerChecker(Checker):
 
 def _new_tokens(scenario: Scenario, step: int) -> Places:
     return Places.new_tokens(scenario.query_lens, scenario.kv_lens(step))
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a forward has left in memory, on the host, and must be judged by.
+
+    All of it is copied off the clock, and judged after the pass. `selection` is None where it attended all
+    keys.
+    """
+
+    latents: tuple[Pair, ...] = ()  # per request kv [t, c] and pe [t, r], decoded; none of a plain cache
+    selection: torch.Tensor | None = None  # [T, topk] int32
+    q: torch.Tensor | None = None  # [T, H, D], what the scores are of
+    weights: torch.Tensor | None = None  # [T, H] fp32
+    keys: tuple[torch.Tensor, ...] = ()  # per request [t, D]: of all its new tokens of the pass
+    in_bf16: bool = False  # whether scores are
 
 
 class LayerImplementation(Implementation):

@@ -21,13 +21,11 @@ from mla.bench.subjects import op as one_op
 from mla.bench.subjects.base import METHODS, Foreign, Implementation, LayerChecker, called
 from mla.bench.subjects.inputs import Inputs, expected_outputs, expected_plain, make_inputs, oracle_flops
 from mla.bench.subjects.layer import MlaLayer
-from mla.bench.subjects.selected import SelectedChecker, SelectedLayer
+from mla.bench.subjects.selected import SelectedLayer, taken_checker
 from mla.bench.subjects.setting import Setting, implementation_setting, make_ops, sharing_weights
 from mla.bench.subjects.transformers_layer import TransformersLayer
 from mla.bench.workload.grid import Point
 from mla.bench.workload.implementations import parse_one
-from mla.bench.workload.scenario import Scenario
-from mla.cache.formats import Codec, format_error, given_back
 from mla.cases.call import Checker
 from mla.cases.varied import Pool
 from mla.checkpoint import LazyState
@@ -37,13 +35,11 @@ from mla.errors import UnsupportedBatch, UsageError, did_you_mean
 from mla.layer.ops import Ops
 from mla.layer.plan import check_lengths
 from mla.verify.layer_oracle import Held, State, oracle
-from mla.verify.selected import SelectingLayer
 from mla.weights import random_state_dict
 from mla_backends.errors import describe
 
 # Side of the product in float64 that tells how fast the oracle may be.
 ORACLE_SIDE = 1024
-NEWEST = 8  # times the usual weight of a key is that of a new token at most, or nearly
 # Name -> how to build it. Others are named by where their class is.
 IMPLEMENTATIONS: dict[str, Callable[[Setting, State], Implementation]] = {
     "mla": lambda setting, state: _ours(setting, state, "mla", None),
@@ -178,12 +174,9 @@ def layer_checker(
     make_reference: Callable[[], MlaLayer],
     beat: Callable[[], None],
     held: Held | None = None,
-    codec: Codec | None = None,
 ) -> LayerChecker:
     """Return what judges a layer with these weights, which attends the positions that are `held`.
 
-    With a `codec` the truth is over what the cache gives back. A new number that falls on the other side of a
-    border is stored as another code: rows may err by the format's error, in the share of keys that are new.
     `make_reference` returns the loaded layer whose error bounds that of fused ops; it runs once, if it is
     needed, with `beat` after every forward.
     """
@@ -198,26 +191,16 @@ def layer_checker(
             beat()
         return torch.stack(outputs)
 
-    scenario, cached = inputs.scenario, inputs.stored(codec)
-    stored = None if codec is None else partial(given_back, codec)
-    expected = expected_outputs(config, state, scenario, cached, held, stored)
+    expected = expected_outputs(config, state, inputs.scenario, inputs, held)
     return LayerChecker(
         expected.plain,
         dtype,
         reference_outputs,
-        beside=format_share(scenario, codec),
-        inputs=cached,
+        inputs=inputs,
         turned=expected,
-        oracle=lambda inputs, count: expected_plain(config, state, inputs.stored(codec), count, held, stored),
-        any_oracle=partial(oracle, config, state, stored=stored),
+        oracle=lambda inputs, count: expected_plain(config, state, inputs, count, held),
+        any_oracle=partial(oracle, config, state),
     )
-
-
-def format_share(scenario: Scenario, codec: Codec | None) -> float:
-    """Return by how much outputs may err as new keys and values fall on the other side of a border."""
-    kept = zip(scenario.history, scenario.final_lens, strict=True)
-    new = max((final - old) / final for old, final in kept)
-    return 2 * min(1.0, NEWEST * new) * format_error(codec)
 
 
 class LayerFixture(Fixture):
@@ -232,7 +215,7 @@ class LayerFixture(Fixture):
         self._costs: dict[int, results.Cost] = {}  # by the number of steps
 
     def oracle_seconds(self) -> float:
-        if self.setting.config.index_n_heads:  # each forward is judged after it
+        if self.setting.is_judged_after:
             return 0.0
         x, taken = torch.ones(ORACLE_SIDE, ORACLE_SIDE, dtype=torch.float64), list[int]()
         for _ in range(3):
@@ -249,24 +232,12 @@ class LayerFixture(Fixture):
     def _make_checker(self, inputs: Inputs) -> Any:
         setting, state = self.setting, self._state
         beat = self._after_forward
-        if setting.config.index_n_heads:
-            return self._selected_checker(inputs)
         if setting.ranks is not None and (made := setting.ranks.checker(setting, state, inputs, beat)):
             return made
-        given = (setting.config, setting.dtype, state, inputs, self._reference, beat)
-        return layer_checker(*given, codec=setting.codec)
-
-    def _selected_checker(self, inputs: Inputs) -> SelectedChecker:
-        """Return what judges a layer with an indexer, each forward by the selection that it made."""
-        setting, codec = self.setting, self.setting.codec
-        return SelectedChecker(
-            SelectingLayer(setting.config, self._state),
-            setting.dtype,
-            inputs.stored(codec),
-            self._reference,  # type: ignore[arg-type]  # of a layer with an indexer
-            lambda other: other.stored(codec),
-            codec,
-        )
+        given = (setting.config, setting.dtype, state, inputs, self._reference)
+        if setting.is_judged_after:
+            return taken_checker(*given, setting.codec)
+        return layer_checker(*given, beat)
 
     def _weights(self) -> State:
         if self._given is None:

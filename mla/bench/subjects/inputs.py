@@ -24,7 +24,7 @@ from mla.cache.formats import Codec, given_back
 from mla.cases.case import generator
 from mla.config import MLAConfig
 from mla.cost import kv_b_parameters, projection_parameters
-from mla.verify.layer_oracle import Held, Run, State, Stored, oracle, oracle_of_choices, oracle_of_last
+from mla.verify.layer_oracle import Held, Run, State, oracle, oracle_of_choices, oracle_of_last
 
 # The most last tokens of a prefill's request; and rows of them over all requests.
 LAST_TOKENS, LAST_ROWS = 64, 256
@@ -270,16 +270,15 @@ def expected_outputs(
     scenario: Scenario,
     inputs: Inputs,
     held: Held | None = None,
-    stored: Stored | None = None,
 ) -> Expected:
     """Return the oracle's outputs: all decode steps from one prefill per request, for every choice."""
     lens, history = scenario.query_lens, inputs.history
     if scenario.mode == "decode":
         every = torch.cat((inputs.hidden[None], inputs.others))
-        outputs = _of_steps(config, state, lens, every, history, held, stored)
+        outputs = _of_steps(config, state, lens, every, history, held)
         return Expected(scenario, outputs[0], outputs[1:])
-    plain = oracle(config, state, inputs.hidden[0], lens, history, held, stored)
-    last = oracle_of_last(config, state, inputs.hidden[0], inputs.others, lens, history, held, stored)
+    plain = oracle(config, state, inputs.hidden[0], lens, history, held)
+    last = oracle_of_last(config, state, inputs.hidden[0], inputs.others, lens, history, held)
     return Expected(scenario, plain[None], last)
 
 
@@ -289,11 +288,10 @@ def expected_plain(
     inputs: Inputs,
     count: int,
     held: Held | None = None,
-    stored: Stored | None = None,
 ) -> torch.Tensor:
     """Return the oracle's outputs [count, T, d] of the first forwards of a plain pass."""
     hidden = inputs.hidden[None, :count]
-    return _of_steps(config, state, inputs.scenario.query_lens, hidden, inputs.history, held, stored)[0]
+    return _of_steps(config, state, inputs.scenario.query_lens, hidden, inputs.history, held)[0]
 
 
 def oracle_runs(config: MLAConfig, scenario: Scenario) -> list[Run]:
@@ -327,13 +325,12 @@ def _of_steps(
     every: torch.Tensor,
     history: History,
     held: Held | None,
-    stored: Stored | None,
 ) -> torch.Tensor:
     """Return the outputs [n, inputs, T, d] of every choice of hidden states [n, inputs, T, d]."""
     steps = every.shape[1]
     rows = torch.cat([request.flatten(1, 2) for request in every.split(lens, dim=2)], dim=1)
     lengths = [length * steps for length in lens]
-    outputs = oracle_of_choices(config, state, rows, lengths, history, held, stored).split(lengths, dim=1)
+    outputs = oracle_of_choices(config, state, rows, lengths, history, held).split(lengths, dim=1)
     return torch.cat([request.unflatten(1, (steps, -1)) for request in outputs], dim=2)
 
 

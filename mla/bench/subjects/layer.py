@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from functools import partial
 from time import perf_counter_ns as now_ns
@@ -11,7 +11,15 @@ from typing import Any
 
 import torch
 
-from mla.bench.subjects.base import Facts, Implementation, LayerChecker, LayerImplementation, Outputs, worst
+from mla.bench.subjects.base import (
+    KEPT,
+    Facts,
+    Implementation,
+    LayerImplementation,
+    Outputs,
+    Taken,
+    worst,
+)
 from mla.bench.subjects.inputs import HistorySigns, Inputs, Turn
 from mla.bench.subjects.setting import SPARE_PAGES, Setting
 from mla.bench.workload.scenario import Scenario
@@ -19,7 +27,7 @@ from mla.cache import LatentCache
 from mla.cache.ragged_batch import RaggedBatch
 from mla.layer.attention import MLA
 from mla.parallel.layout import Share
-from mla.verify.layer_check import Poison, stands_for
+from mla.verify.layer_check import Forward, Poison, stands_for
 from mla.verify.layer_oracle import State
 from mla.verify.places import Places
 from mla.verify.tolerances import BOUNDS, ROW_SLACK
@@ -36,6 +44,9 @@ class MlaLayer(LayerImplementation):
     same hidden states. Layer i computes what layer 0 computes, with channels rolled by i in two places: in
     the latent, inside the layer and its cache, and in the output. So one oracle serves all layers, yet a
     layer that uses another's weights or cache is wrong.
+
+    Of each forward that is kept, it also keeps what is in memory, if that is what it is judged by: see
+    `Taken`.
     """
 
     batch: RaggedBatch  # the prepared one of a prefill
@@ -52,6 +63,9 @@ class MlaLayer(LayerImplementation):
         for index, layer in enumerate(self.layers):
             layer.load_state_dict(layer_state(state, index) if index else state)
         self.layer, self._stacked = self.layers[0], setting.layers > 1
+        self._takes = setting.is_judged_after
+        if self._takes:
+            self.buffers = KEPT + 1
         self.held_to_reference = not self.layer.ops.all_reference()
 
     def _make_layer(self, ops: str | None, index: int) -> MLA:
@@ -122,9 +136,37 @@ class MlaLayer(LayerImplementation):
         if self._prefills:
             self._plan()
 
+    def begin(self, number: int) -> Turn:
+        self._taken: dict[int, Taken] = {}  # by forward
+        return super().begin(number)
+
     def take(self, turn: Turn) -> None:
         super().take(turn)
         self._history.take(turn.signs)
+
+    def after(self, index: int) -> None:
+        """Keep what a forward left, if it is among those that are judged by it."""
+        super().after(index)
+        if self._takes and index in self._shelf.kept:
+            lengths = [self._cache.length(sequence) for sequence in self._sequences]
+            self._taken[index] = self.take_now(self.scenario.query_lens, self.scenario.history, lengths)
+        self._taken = {kept: self._taken[kept] for kept in self._shelf.kept if self._takes}
+
+    def take_now(self, query_lens: Sequence[int], history: Sequence[int], kv_lens: Sequence[int]) -> Taken:
+        """Return what the last forward has left of all tokens from the history to `kv_lens`.
+
+        Lengths are per request: new tokens of the forward, tokens of the history, and all tokens after it.
+        """
+        codec, rows = self.setting.codec, self._cache.pages[0].flatten(0, 1)
+        if codec is None:
+            return Taken()
+        new = self._new_slots(history, kv_lens)
+        return Taken(tuple(codec.decode(rows.index_select(0, slots).cpu()) for slots in new))
+
+    def _new_slots(self, history: Sequence[int], kv_lens: Sequence[int]) -> list[torch.Tensor]:
+        """Return per request where the tokens behind its history are cached, of those that are here."""
+        held, ends = self.share.held, zip(self._sequences, history, kv_lens, strict=True)
+        return [self._cache.slots(own)[held(past) : held(end)] for own, past, end in ends]
 
     def _shrink(self) -> None:
         """Undo the pass, last pages first, so that the free list and thus every pass's pages are the same."""
@@ -172,9 +214,10 @@ class MlaLayer(LayerImplementation):
         for layer, pages, out in zip(self.layers, self._pages, outs, strict=True):
             layer(hidden, batch, pages, out=out)
 
-    def evidence(self, query_lens: tuple[int, ...], kv_lens: tuple[int, ...]) -> tuple[Any, ...]:
+    def evidence(self, query_lens: tuple[int, ...], kv_lens: tuple[int, ...]) -> tuple[Taken, ...]:
         """Return what the outputs of the last forward, on these lengths, are judged by beside its inputs."""
-        return ()
+        past = [length - new for length, new in zip(kv_lens, query_lens, strict=True)]
+        return (self.take_now(query_lens, past, kv_lens),) if self._takes else ()
 
     def places(self, step: int) -> Places:
         size = self._cache.page_size
@@ -205,8 +248,22 @@ class MlaLayer(LayerImplementation):
         for index, layer in enumerate(self.layers):
             layer.replace_ops(partial(in_layer, index))
 
-    def check(self, checker: LayerChecker) -> Check:
+    def left(self) -> tuple[Outputs, dict[int, Taken]]:
+        """Return the outputs of the last pass, and what they are judged by, by forward."""
+        return self.outputs(), self._taken
+
+    def forwards(self, checker: Any) -> Iterator[tuple[int, Forward]]:
+        if self._takes:
+            return checker.forwards(self.outputs(), self._number, self._taken)
+        return super().forwards(checker)
+
+    def check(self, checker: Any) -> Check:
         """Check every layer's outputs, and that its new latents are in its own part of the cache."""
+        if self._takes:
+            check: Check = checker.check_pass(
+                self.outputs(), self._number, self.held_to_reference, taken=self._taken
+            )
+            return check
         if not self._stacked:
             return super().check(checker)
         checks = [self._check_layer(checker, index) for index in range(len(self.layers))]
@@ -218,7 +275,7 @@ class MlaLayer(LayerImplementation):
             checks[index].reason = f"layer {index}: {checks[index].reason}"
         return checks[index]
 
-    def _check_layer(self, checker: LayerChecker, index: int) -> Check:
+    def _check_layer(self, checker: Any, index: int) -> Check:
         outputs = {forward: rows[index].roll(-index, -1) for forward, rows in super().outputs().items()}
         return checker.check_pass(outputs, self._number, self.held_to_reference, self.places)
 

@@ -1,9 +1,9 @@
-"""A layer with an indexer as an implementation, judged by its own selection.
+"""Layers that are judged by what they left in memory: by their own selection, and the codes that they stored.
 
-Scores that are nearly the same may be selected either way, and each selection has another output. So of every
-forward that is kept, four things are judged, each by what it was given: the rows that the indexer makes, and
-what a cache of some format stores, by the layer's inputs; the selection, by these rows; and the output, by
-the inputs, the selection and what is stored.
+Scores that are nearly the same may be selected either way, and numbers near a border stored as either code;
+each has another output. So of every forward that is kept, four things are judged, each by what it was given:
+the rows that an indexer makes, and what a cache of some format stores, by the layer's inputs; the selection,
+by these rows; and the output, by the inputs, the selection and what is stored.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 
-from mla.bench.subjects.base import Outputs
+from mla.bench.subjects.base import Outputs, Taken
 from mla.bench.subjects.inputs import Inputs, Turn
 from mla.bench.subjects.layer import MlaLayer
 from mla.cache.formats import Codec, given_back
 from mla.cache.ragged_batch import RaggedBatch
+from mla.config import MLAConfig
 from mla.cost import latent_attention_flops, parameters
 from mla.verify.layer_check import Checker, Forward, Poison
-from mla.verify.layer_oracle import Pair
+from mla.verify.layer_oracle import Held, State
 from mla.verify.places import Places, describe
 from mla.verify.selected import Cached, SelectingLayer
 from mla.verify.selections import judge_selection, true_selection
@@ -38,7 +38,6 @@ from mla.verify.tolerances import (
 )
 from mla.verify.verdict import Check
 
-KEPT = 2  # forwards of a pass that are judged, at random
 # What the oracle may compute for a forward. Beyond that, it judges a random choice of rows, and at least so
 # many.
 ROWS_FLOPS, ROWS = 4e10, 8
@@ -46,29 +45,12 @@ ROWS_FLOPS, ROWS = 4e10, 8
 _random = random.SystemRandom()  # what is judged is not known before
 
 
-@dataclass(frozen=True)
-class Taken:
-    """What a forward has left in memory, on the host. `selection` is None where it attended all keys.
-
-    All of it is copied off the clock, and judged after the pass.
-    """
-
-    selection: torch.Tensor | None  # [T, topk] int32
-    q: torch.Tensor  # [T, H, D], what the scores are of
-    weights: torch.Tensor  # [T, H] fp32
-    keys: tuple[torch.Tensor, ...]  # per request [t, D]: of all its new tokens of the pass
-    latents: tuple[Pair, ...]  # per request kv [t, c] and pe [t, r], decoded; none of a plain cache
-    in_bf16: bool  # whether scores are
-
-
 class SelectedLayer(MlaLayer):
     """Our layer with an indexer, over a cache that has index pages.
 
-    Of each forward that is kept, it also keeps what the indexer wrote: see `Taken`. The index pages are
-    poisoned as those of latents are, so that a stale or missing key shows in the selection.
+    Of each forward that is kept, it also keeps what the indexer wrote. The index pages are poisoned as those
+    of latents are, so that a stale or missing key shows in the selection.
     """
-
-    buffers = KEPT + 1
 
     def _load_history(self, inputs: Inputs) -> None:
         """Load latents and index keys of the history, and prepare the poison of index pages."""
@@ -80,7 +62,6 @@ class SelectedLayer(MlaLayer):
         self._index_poison = Poison(*what, self._cache.index_pages)
 
     def begin(self, number: int) -> Turn:
-        self._taken: dict[int, Taken] = {}  # by forward
         self._index_poison.apply()
         return super().begin(number)
 
@@ -92,42 +73,18 @@ class SelectedLayer(MlaLayer):
     def _run(self, batch: RaggedBatch, hidden: torch.Tensor, outs: list[torch.Tensor]) -> None:
         self.layer(hidden, batch, self._pages[0], self._cache.index_pages[0], out=outs[0])
 
-    def after(self, index: int) -> None:
-        """Keep what a forward left, if it is among those that are judged."""
-        super().after(index)
-        if index in self._shelf.kept:
-            lengths = [self._cache.length(sequence) for sequence in self._sequences]
-            self._taken[index] = self.take_now(self.scenario.query_lens, self.scenario.history, lengths)
-        self._taken = {kept: self._taken[kept] for kept in self._shelf.kept}
-
     def take_now(self, query_lens: Sequence[int], history: Sequence[int], kv_lens: Sequence[int]) -> Taken:
-        """Return what the last forward has left, and the index keys from the history to `kv_lens`.
-
-        Lengths are per request: new tokens of the forward, tokens of the history, and all tokens after it.
-        """
+        """Return what the last forward has left, with the index keys from the history to `kv_lens`."""
         views = self.layer.step.views.indexed(sum(query_lens))
         selection, rows = self.layer.selection, self._cache.index_pages[0].flatten(0, 1)
-        ends = zip(self._sequences, history, kv_lens, strict=True)
-        slots = [self._cache.slots(own)[past:end] for own, past, end in ends]
-        keys = tuple(rows.index_select(0, new).cpu() for new in slots)
-        codec, stored = self.setting.codec, self._cache.pages[0].flatten(0, 1)
-        latents = [] if codec is None else [codec.decode(stored.index_select(0, new).cpu()) for new in slots]
-        copied = None if selection is None else selection.to("cpu", copy=True)
-        q, weights = (part.to("cpu", copy=True) for part in (views.q, views.weights))
-        in_bf16 = self.layer.ops["select_latents"].op.scores_in_bf16
-        return Taken(copied, q, weights, keys, tuple(latents), in_bf16)
-
-    def evidence(self, query_lens: tuple[int, ...], kv_lens: tuple[int, ...]) -> tuple[Taken]:
-        past = [length - new for length, new in zip(kv_lens, query_lens, strict=True)]
-        return (self.take_now(query_lens, past, kv_lens),)
-
-    def check(self, checker: Any) -> Check:
-        check: Check = checker.check_taken(self.outputs(), self._number, self.held_to_reference, self._taken)
-        return check
-
-    def forwards(self, checker: Any) -> Iterator[tuple[int, Forward]]:
-        for index, judged in checker.judged(self.outputs(), self._number, self._taken):
-            yield index, judged.forward
+        return replace(
+            super().take_now(query_lens, history, kv_lens),
+            selection=None if selection is None else selection.to("cpu", copy=True),
+            q=views.q.to("cpu", copy=True),
+            weights=views.weights.to("cpu", copy=True),
+            keys=tuple(rows.index_select(0, new).cpu() for new in self._new_slots(history, kv_lens)),
+            in_bf16=self.layer.ops["select_latents"].op.scores_in_bf16,
+        )
 
 
 @dataclass
@@ -143,25 +100,26 @@ class Judged:
 
 
 @dataclass
-class SelectedChecker:
-    """Judges forwards of a layer with an indexer, for any turn of `inputs`.
+class TakenChecker:
+    """Judges forwards of a layer by what they left in memory, for any turn of `inputs`.
 
     `make_reference` returns the loaded layer whose error bounds that of fused ops; it runs once, if needed.
+    Only positions that are `held` are attended.
     """
 
     truth: SelectingLayer
     dtype: torch.dtype
     inputs: Inputs  # with the history as the cache gives it back
-    make_reference: Callable[[], SelectedLayer]
-    stored: Callable[[Inputs], Inputs]
+    make_reference: Callable[[], MlaLayer]
     codec: Codec | None = None
+    held: Held | None = None
     typical: float | None = None  # error of the reference, once it has run
 
-    def of(self, inputs: Inputs, count: int) -> SelectedChecker:
+    def of(self, inputs: Inputs, count: int) -> TakenChecker:
         """Return a checker of passes over other inputs, within the same bounds."""
-        return replace(self, inputs=self.stored(inputs))
+        return replace(self, inputs=inputs.stored(self.codec))
 
-    def check_taken(self, outputs: Outputs, number: int, held: bool, taken: dict[int, Taken]) -> Check:
+    def check_pass(self, outputs: Outputs, number: int, held: bool, taken: dict[int, Taken]) -> Check:
         """Judge the outputs of pass `number`, and what was taken; `held`: also to the reference's error."""
         return self._verdict([judged for _, judged in self.judged(outputs, number, taken)], held)
 
@@ -198,6 +156,12 @@ class SelectedChecker:
                 index,
                 self._judge(out, hidden, scenario.query_lens, scenario.history, taken.get(index), where),
             )
+
+    def forwards(
+        self, outputs: Outputs, number: int, taken: dict[int, Taken]
+    ) -> Iterator[tuple[int, Forward]]:
+        """Yield the forwards of pass `number` by index, each with what its output should be."""
+        return ((index, judged.forward) for index, judged in self.judged(outputs, number, taken))
 
     def _verdict(self, judged: Sequence[Judged], held: bool) -> Check:
         """Return the first reason of any forward, or else the verdict on all outputs."""
@@ -244,7 +208,8 @@ class SelectedChecker:
         places = Places.new_tokens(query_lens, kv_lens).of(rows)
         expected = torch.zeros(len(rows), out.shape[1], dtype=torch.float64)
         forward = Forward(0, out[rows], expected, where, lambda: places)
-        if taken is None or (taken.selection is None and max(kv_lens) > self.truth.config.index_topk):
+        selects = self.truth.config.index_n_heads > 0 and max(kv_lens) > self.truth.config.index_topk
+        if taken is None or (selects and taken.selection is None):
             return Judged(forward, reason=f"{where} attended more tokens than it may select")
         faults = [(0.0, "")]
         for request, past in enumerate(history):
@@ -261,11 +226,26 @@ class SelectedChecker:
         """Return the rows of a forward that are judged: all, or a random choice of many, in order."""
         config, count = self.truth.config, sum(query_lens)
         flops = 2 * parameters(config) + 2 * config.index_n_heads * config.index_head_dim * max(kv_lens)
+        keys = config.index_topk if config.index_n_heads else max(kv_lens)
         flops += latent_attention_flops(
-            config.num_attention_heads, config.index_topk, config.kv_lora_rank, config.qk_rope_head_dim
+            config.num_attention_heads, keys, config.kv_lora_rank, config.qk_rope_head_dim
         )
         most = max(ROWS, int(ROWS_FLOPS / flops))
         return torch.tensor(sorted(_random.sample(range(count), min(count, most))))
+
+
+def taken_checker(
+    config: MLAConfig,
+    dtype: torch.dtype,
+    state: State,
+    inputs: Inputs,
+    make_reference: Callable[[], MlaLayer],
+    codec: Codec | None,
+    held: Held | None = None,
+) -> TakenChecker:
+    """Return what judges a layer with these weights by what it left in memory."""
+    truth = SelectingLayer(config, state)
+    return TakenChecker(truth, dtype, inputs.stored(codec), make_reference, codec, held)
 
 
 @dataclass
@@ -276,7 +256,7 @@ class _Part:
     `selection` [n, topk] what they selected.
     """
 
-    checker: SelectedChecker
+    checker: TakenChecker
     request: int
     past: int  # tokens of history
     new: torch.Tensor  # [t, d], of this forward and of those before it in the pass
@@ -297,16 +277,31 @@ class _Part:
         if checker.codec is None:
             new_kv, new_pe = checker.truth.latents(self.new, self.positions)
         else:
-            new_kv, new_pe = (part.double() for part in self.taken.latents[self.request])
+            new_kv, new_pe = map(self._spread, self.taken.latents[self.request])
         cached, chosen = Cached((kv, new_kv), (pe, new_pe)), self.selection
         if chosen is not None:  # what is wrong with it is said by itself
             chosen = chosen.masked_fill(chosen > self.places.position[:, None], -1)
-        return checker.truth.attended(self.hidden, self.places.position, cached, chosen)
+        return checker.truth.attended(self.hidden, self.places.position, cached, chosen, checker.held)
+
+    def _held(self) -> torch.Tensor:
+        """Return which of all new tokens are here, bool [t]."""
+        held = self.checker.held
+        return torch.ones(len(self.new), dtype=torch.bool) if held is None else held(self.positions)
+
+    def _spread(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows [t, w] in float64 of all new tokens, zeros for those that are not here."""
+        spread = torch.zeros(len(self.new), rows.shape[1], dtype=torch.float64)
+        spread[self._held()] = rows.double()
+        return spread
 
     def faults(self) -> Iterator[tuple[float, str]]:
         """Yield errors over their bounds, and what is wrong: of the indexer's rows, and of the selection."""
         checker, taken = self.checker, self.taken
         yield from self._latent_faults()
+        if not checker.truth.config.index_n_heads:
+            return
+        assert taken.q is not None
+        assert taken.weights is not None
         keys, true_keys = taken.keys[self.request], checker.truth.index_keys(self.new, self.positions)
         yield _row_fault(f"index keys of request {self.request}", keys, true_keys, checker.dtype)
         if self.selection is None:
@@ -325,10 +320,12 @@ class _Part:
         checker, codec = self.checker, self.checker.codec
         if codec is None:
             return
-        true = checker.truth.latents(self.new, self.positions)
+        true = [part[self._held()] for part in checker.truth.latents(self.new, self.positions)]
         near = given_back(codec, *(part.float() for part in true))
         parts = zip(("latents", "keys"), self.taken.latents[self.request], true, near, strict=True)
         for name, stored, exact, rounded in parts:
+            if not stored.numel():
+                continue
             what, beside = f"cached {name} of request {self.request}", row_errors(rounded, exact)
             yield _row_fault(what, stored, exact, checker.dtype, beside=beside)
 

@@ -106,6 +106,11 @@ class Setting:
         return codec_of(stored, self.config.kv_lora_rank, self.config.qk_rope_head_dim)
 
     @property
+    def is_judged_after(self) -> bool:
+        """Whether the truth of a forward depends on what it left in memory: a selection, or codes."""
+        return bool(self.config.index_n_heads) or self.codec is not None
+
+    @property
     def token_bytes(self) -> int:
         """Bytes of a token in the cache of a layer."""
         codec = self.codec

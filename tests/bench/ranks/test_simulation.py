@@ -44,13 +44,18 @@ def simulate(bench: Bench, tiny: list[str]) -> Callable[..., results.Run]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "timed"),
-    [("tp=2,dcp=2", [0, 1]), ("dcp=4", [0, 1, 2, 3]), ("dp=2,tp=2", [0, 2])],
+    ("layout", "timed", "words"),
+    [
+        ("tp=2,dcp=2", [0, 1], ()),
+        ("dcp=4", [0, 1, 2, 3], ()),
+        ("dp=2,tp=2", [0, 2], ()),
+        ("tp=2,dcp=2", [0, 1], ("--cache-format", "fp8")),
+    ],
 )
 def test_every_share_that_differs_is_timed(
-    simulate: Callable[..., results.Run], layout: str, timed: list[int]
+    simulate: Callable[..., results.Run], layout: str, timed: list[int], words: tuple[str, ...]
 ) -> None:
-    for case in simulate(layout).cases:
+    for case in simulate(layout, *words).cases:
         assert case.check.status == "ok"
         spread = case.spread
         assert spread is not None
@@ -81,6 +86,7 @@ def expected_cost(case: results.Case, text: str, rank: int) -> Cost:
             [old + times * more for old, more in zip(past, new, strict=True)],
             itemsize=2,
             attention=attention,
+            token_bytes=(32 + 8) * ("fp8" in case.scenario),  # 0: numbers of `itemsize`
         )
         for times in grown
     ]

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tiny_run import write_tiny_run
 
 from mla.bench.workload.grid import parse
+from mla.cache import formats
+from mla.cache.formats import Codec, Int8
 from mla.errors import UsageError
+from mla.reference import attention, small
 
 WORDS = ("--backend", "torch", "-O", "device=cpu", "--dtype", "bfloat16", "--config", "tiny.json")
 FEW = ("--implementations", "mla", "--runs", "2", "--passes", "2", "--warmups", "0", "-o", "run.json")
@@ -45,6 +50,49 @@ def test_formats_are_an_axis(run: Any, words: tuple[str, ...]) -> None:
     errors = {name: case.get("format_error") for name, case in cases.items()}
     assert errors["bf16"] is None
     assert 0 < errors["q8_0"] < errors["fp8_ds_mla"] < 0.03
+
+
+def attends_half_a_code_beside(rows: torch.Tensor, codec: Codec | None) -> torch.Tensor:
+    """Return latents that err by less than the format does: a kernel's error, which no format excuses."""
+    right = formats.latents(rows, codec)
+    return right if codec is None else right * (1 + 2.0**-9)
+
+
+def writes_the_next_code(c: int, r: int) -> Codec:
+    """Return a codec whose codes of every other number are one too large."""
+    codec: Any = Int8(c, r)
+    step = torch.tensor([1, 0] * ((c + r) // 2) + [0] * 8, dtype=torch.uint8)
+    return SimpleNamespace(encode=lambda kv, pe: codec.encode(kv, pe) + step)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "wrong", "reason"),
+    [
+        (attention, "latents", attends_half_a_code_beside, "output rows are too far from the oracle"),
+        (small, "codec_of", lambda name, c, r: writes_the_next_code(c, r), "rows of its cached latents of"),
+    ],
+)
+@pytest.mark.parametrize("spec", ["2q1s40", "2q30s40"])
+def test_errors_of_a_kernel_are_not_taken_for_those_of_the_format(
+    bench: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    spec: str,
+    module: Any,
+    name: str,
+    wrong: Any,
+    reason: str,
+) -> None:
+    write_tiny_run(tmp_path, kv_lora_rank=32, qk_rope_head_dim=32)
+    words = [word for word in WORDS if word != "bfloat16"]
+    words.insert(words.index("--dtype") + 1, "float32")
+    words += [*FEW, "--cache-format", "int8", "--batch-spec", spec, "--attention", "absorbed"]
+    assert bench(*words).code == 0
+    monkeypatch.setattr(module, name, wrong)
+    done = bench(*words)
+    assert done.code == 4, done.out + done.err
+    (case,) = json.loads(Path("run.json").read_text())["cases"]
+    assert reason in case["check"]["reason"]
 
 
 def test_one_format_has_an_option(run: Any) -> None:
