@@ -137,6 +137,12 @@ def add_options(options: Sequence[Callable[[Any], Any]]) -> Callable[[Command], 
     return add
 
 
+def format_option(kinds: Sequence[str], text: str) -> Callable[[Command], Command]:
+    """Return the option --format, `text` in the help, whose default is the first of its kinds."""
+    kind = click.Choice(kinds)
+    return click.option("--format", "kind", type=kind, default=kinds[0], show_default=True, help=text)
+
+
 def parsed_by(parse: Callable[[str], Any]) -> Callback:
     """Return a click callback that reads a value with `parse`, whose ValueError names the mistake."""
 

@@ -28,6 +28,7 @@ from mla.command.options import (
     Dtype,
     Word,
     backend_options,
+    format_option,
     key_values,
     open_backend,
     parsed_by,
@@ -133,10 +134,10 @@ def doctor(name: str | None, backend_options: tuple[str, ...], as_json: bool) ->
 @click.command("new-backend", short_help="Create a plugin project for a new device.")
 @click.argument(
     "name", cls=Word, help="Name of the backend and of its torch device: lower-case, like 'acme'."
-)
+)  # fmt: skip
 @click.argument(
     "folder", cls=Word, metavar="DIR", type=FILE, help="Where to write it: a new folder, or an empty one."
-)
+)  # fmt: skip
 def new_backend(name: str, folder: Path) -> int:
     """Write a complete project for a backend: the package with one example op, its tests, and a README.
 
@@ -206,42 +207,28 @@ class _Memory(click.types.StringParamType):
 @click.command("capacity", short_help="Count the tokens that several devices hold, by layout.")
 @click.option(
     "--config", metavar="NAME|PATH", default=DEFAULT_CONFIG, show_default=True, help="As for a run."
-)
+)  # fmt: skip
 @click.option(
-    "--memory",
-    metavar="SIZE",
-    type=_Memory(),
-    required=True,
-    callback=parsed_by(read_memory),
+    "--memory", metavar="SIZE", type=_Memory(), required=True, callback=parsed_by(read_memory),
     help="Memory of one device for the layers' attention, weights and cache, such as 80GiB: less what the "
     "rest of the model takes.",
-)
+)  # fmt: skip
 @click.option(
-    "--parallel",
-    "layout",
-    metavar="LAYOUT",
-    default="tp=1",
-    show_default=True,
+    "--parallel", "layout", metavar="LAYOUT", default="tp=1", show_default=True,
     callback=parsed_by(Layout.parse),
     help="tp=8, dp=2,tp=4, tp=4,dcp=2, ...; other layouts of as many devices are shown below it.",
-)
+)  # fmt: skip
 @click.option(
     "--layers", type=click.IntRange(1, MAX_LAYERS), default=1, show_default=True, help="Layers of the model."
-)
+)  # fmt: skip
 @click.option(
-    "--dtype",
-    metavar="DTYPE",
-    type=Dtype(),
-    default="bf16",
-    show_default=True,
+    "--dtype", metavar="DTYPE", type=Dtype(), default="bf16", show_default=True,
     help=f"Dtype of weights, and of the cache unless it has a format: {', '.join(DTYPES)}.",
-)
+)  # fmt: skip
 @click.option(
-    "--cache-format",
-    metavar="NAME",
-    default="",
+    "--cache-format", metavar="NAME", default="",
     help="What the cache holds, such as fp8_ds_mla; index keys stay in the dtype.",
-)
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def capacity_command(
     config: str, memory: int, layout: Layout, layers: int, dtype: str, cache_format: str, as_json: bool
@@ -316,27 +303,15 @@ class CeilingOptions(BackendOptions):
 @click.command(short_help="Measure a device's peak bandwidth and FLOP rate.")
 @backend_options(MEASURED_BACKEND_HELP)
 @click.option(
-    "--dtype",
-    metavar="A,B",
+    "--dtype", metavar="A,B",
     help="Dtypes of products: bf16, fp16, fp32. Default: bf16 and fp32, as far as they are native.",
-)
+)  # fmt: skip
 @click.option(
-    "-o",
-    "--output",
-    metavar="FILE",
-    type=FILE,
-    callback=result_path,
+    "-o", "--output", metavar="FILE", type=FILE, callback=result_path,
     help="Write the complete result as JSON; `show` prints it again. %t is the task's number under srun or "
     "torchrun, %j the job's.",
-)
-@click.option(
-    "--format",
-    "kind",
-    type=click.Choice(terminal.FORMATS),
-    default="table",
-    show_default=True,
-    help="Format of what is printed on stdout.",
-)
+)  # fmt: skip
+@format_option(terminal.FORMATS, "Format of what is printed on stdout.")
 def ceilings(**values: Any) -> int:
     """Measure peak bandwidth and FLOP rate of a device.
 

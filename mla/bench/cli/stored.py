@@ -21,7 +21,7 @@ from mla.bench.terminal.tables import compare_runs, scaling_tables
 from mla.command import console, files
 from mla.command.console import note, out
 from mla.command.exit_codes import Exit
-from mla.command.options import DETAIL, FILE, Word, add_options, parsed_by, percent
+from mla.command.options import DETAIL, FILE, Word, add_options, format_option, parsed_by, percent
 from mla.errors import ResultError, UsageError
 from mla.text import size
 
@@ -36,21 +36,12 @@ DOCUMENT = files.Kind("a document of a case", lambda data: infinimetrics.START.m
 @click.argument("runs", cls=Word, type=FILE, nargs=-1, required=True, help="Result files to compare.")
 @click.option(
     "--noise", callback=parsed_by(percent), default="2%", show_default=True, help="What counts as the same."
-)
+)  # fmt: skip
 @click.option(
-    "--fail-slower",
-    callback=parsed_by(percent),
-    metavar="PERCENT",
+    "--fail-slower", callback=parsed_by(percent), metavar="PERCENT",
     help="Exit 1 if the whole interval of a case's time ratio lies above this.",
-)
-@click.option(
-    "--format",
-    "kind",
-    type=click.Choice(["table", "md"]),
-    default="table",
-    show_default=True,
-    help="Format of what is printed; md for a pull request.",
-)
+)  # fmt: skip
+@format_option(["table", "md"], "Format of what is printed; md for a pull request.")
 def compare(base: Path, runs: tuple[Path, ...], noise: float, fail_slower: float | None, kind: str) -> int:
     """Say for every case whether it is FASTER, SLOWER, the SAME or UNDECIDED against the base run.
 
@@ -134,14 +125,7 @@ def _red(cases: Sequence[Comparison], limit: float, selected: bool) -> list[str]
 
 @click.command(short_help="Print a stored run again.")
 @click.argument("run", cls=Word, type=FILE, help="Result file (-o).")
-@click.option(
-    "--format",
-    "kind",
-    type=click.Choice(run_table.FORMATS),
-    default="table",
-    show_default=True,
-    help="Format of what is printed.",
-)
+@format_option(run_table.FORMATS, "Format of what is printed.")
 @add_options(DETAIL)
 def show(run: Path, kind: str, detail: run_table.Detail | None) -> int:
     """Print a run from its result file, in any format."""
@@ -159,24 +143,16 @@ def stored(path: Path, kind: str, detail: run_table.Detail = "short") -> str:
 
 @click.command(short_help="Export results as CSV, or for InfiniMetrics.")
 @click.argument("runs", cls=Word, type=FILE, nargs=-1, required=True, help="Result files (-o).")
-@click.option(
-    "--format",
-    "kind",
-    type=click.Choice(["csv", "infinimetrics"]),
-    default="csv",
-    show_default=True,
-    help="csv: one table, a row for each timing variant of a case. infinimetrics: a JSON document per "
+@format_option(
+    ["csv", "infinimetrics"],
+    "csv: one table, a row for each timing variant of a case. infinimetrics: a JSON document per "
     "case, as its importer and dashboard read them.",
 )
 @click.option(
-    "-o",
-    "--output",
-    "target",
-    metavar="FILE|DIR",
-    type=FILE,
+    "-o", "--output", "target", metavar="FILE|DIR", type=FILE,
     help="Where to write it instead of stdout. infinimetrics: a folder that gets a file per case, or "
     "FILE.json for a single one.",
-)
+)  # fmt: skip
 def export(runs: tuple[Path, ...], kind: str, target: Path | None) -> int:
     """Write result files in a format that other tools read.
 
@@ -267,21 +243,14 @@ def _make_folder(path: Path) -> None:
 
 @click.command(short_help="Draw an HTML page, or pictures, of result files.")
 @click.argument(
-    "runs",
-    cls=Word,
-    type=FILE,
-    nargs=-1,
-    required=True,
+    "runs", cls=Word, type=FILE, nargs=-1, required=True,
     help="Result files (-o); the others are compared with the first.",
-)
+)  # fmt: skip
 @click.option("--html", "target", metavar="FILE", type=FILE, help="The page to write.")
 @click.option(
-    "--pictures",
-    "folder",
-    metavar="FOLDER",
-    type=FILE,
+    "--pictures", "folder", metavar="FOLDER", type=FILE,
     help="Write every chart as an SVG file of its own, for light and for dark backgrounds.",
-)
+)  # fmt: skip
 def report(runs: tuple[Path, ...], target: Path | None, folder: Path | None) -> int:
     """Write tables, plots, environment and method of result files into one page that opens offline.
 
