@@ -237,12 +237,9 @@ class Parts:
         return absorbed(self, attend)
 
     def _choose(
-        self,
-        role: str,
-        makers: Mapping[str, Callable[..., Any]],
-        given: tuple[Any, ...],
+        self, role: str, makers: Mapping[str, Callable[..., Any]], given: tuple[Any, ...],
         trial: tuple[Any, ...],
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """Return the fastest candidate on `trial` of those made from `given`, and record its name."""
 
         def maker(make: Callable[..., Any]) -> Callable[[], Any]:

@@ -84,11 +84,8 @@ def _import(variables: Mapping[str, str]) -> dict[str, Any]:
         return ask(["-m", "mla.bench.doctor.worker", "torch"], fields, PROBE_S, variables)
     except NoAnswer as none:
         return {
-            "version": "",
-            "build": {},
-            "problem": f"a process that imports torch {none}",
-            "missing": False,
-        }
+            "version": "", "build": {}, "problem": f"a process that imports torch {none}", "missing": False,
+        }  # fmt: skip
 
 
 def _extensions() -> tuple[Extension, ...]:
@@ -214,15 +211,9 @@ def _diagnosis(
     probed: Status, state: str, reason: str, hint: str, facts: Mapping[str, Any] | None = None
 ) -> Diagnosis:
     return Diagnosis(
-        name=probed.name,
-        state=state,
-        distribution=probed.distribution,
-        version=probed.version,
-        reason=reason,
-        evidence=probed.evidence,
-        fixes=[hint] if hint else [],
-        facts=facts or {},
-    )
+        name=probed.name, state=state, distribution=probed.distribution, version=probed.version,
+        reason=reason, evidence=probed.evidence, fixes=[hint] if hint else [], facts=facts or {},
+    )  # fmt: skip
 
 
 def _retried(failed: Diagnosis, options: Mapping[str, str] | None) -> Diagnosis:

@@ -350,20 +350,12 @@ def _leave_out(way: str, why: str) -> None:
 
 
 def _ceiling(
-    work: Literal["read", "copy", "matmul"],
-    amount: int,
-    fastest: tuple[float, Way],
-    what: str,
-    footprint: int,
-    dtype: str | None = None,
-) -> Ceiling:
+    work: Literal["read", "copy", "matmul"], amount: int, fastest: tuple[float, Way], what: str,
+    footprint: int, dtype: str | None = None,
+) -> Ceiling:  # fmt: skip
     """Return what the fastest way, with its seconds per call, reaches of an amount of bytes or FLOPs."""
     seconds, way = fastest
     return Ceiling(
-        work=work,
-        value=amount / seconds,
-        source=f"measured: {way.name}, {what}",
-        dtype=dtype,
-        footprint_bytes=footprint,
-        ours=way.ours,
-    )
+        work=work, value=amount / seconds, source=f"measured: {way.name}, {what}", dtype=dtype,
+        footprint_bytes=footprint, ours=way.ours,
+    )  # fmt: skip

@@ -21,13 +21,9 @@ from mla.bench.terminal.verdict import is_yardstick, status, why_unreliable
 MOST_TILES, MOST_NAMED = 6, 4
 # Kinds of cases that are not simply right, the worst first, as said of a count.
 _WORDS = {
-    "wrong": "wrong",
-    "doubtful": "doubtful: no number",
-    "in-doubt": "with a suspect limit or time",
-    "not-run": "not run",
-    "not-timed": "not timed",
-    "interrupted": "interrupted",
-}
+    "wrong": "wrong", "doubtful": "doubtful: no number", "in-doubt": "with a suspect limit or time",
+    "not-run": "not run", "not-timed": "not timed", "interrupted": "interrupted",
+}  # fmt: skip
 # Kinds of warnings, as said of a count, where the kind itself does not do.
 _WARNED = {"drifts": "drifting", "outliers": "with outliers", "skipped": "with timing variants skipped"}
 _WARNED |= {"new lengths": "slower on unseen lengths"}
@@ -108,16 +104,12 @@ def _tile(scenario: str, cases: Sequence[Case]) -> Tile:
     limit, unreliable, busy = first.roofline, why_unreliable(first), _warned(first) & set(BUSY)
     return Tile(
         "in-doubt" if limit.doubt else "unsteady" if unreliable and worst == "ok" else worst,
-        f"{scenario}: {first.implementation}",
-        value or number,
-        bounds,
-        "; ".join(filter(None, (text, f"no number: {without}" * bool(without)))),
-        number if value else "",
+        f"{scenario}: {first.implementation}", value or number, bounds,
+        "; ".join(filter(None, (text, f"no number: {without}" * bool(without)))), number if value else "",
         verdict.near(first),
         None if limit.doubt or unreliable or limit.fraction is None else 100 * limit.fraction,
-        _noise(first, busy),
-        bool(busy),
-    )
+        _noise(first, busy), bool(busy),
+    )  # fmt: skip
 
 
 def _ratio(first: Case, slower: Sequence[Case], outcome: str) -> tuple[str, str, str]:

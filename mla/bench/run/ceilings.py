@@ -135,10 +135,6 @@ def declared(backend: Backend) -> list[Ceiling]:
 def report(opened: OpenedBackend, findings: Findings) -> CeilingRun:
     """Return the result file."""
     return CeilingRun(
-        report="ceilings",
-        schema_version=CEILINGS_VERSION,
-        **provenance(opened.backend, opened.version),
-        measured=findings.ceilings,
-        declared=declared(opened.backend),
-        interrupted=findings.interrupted,
-    )
+        report="ceilings", schema_version=CEILINGS_VERSION, **provenance(opened.backend, opened.version),
+        measured=findings.ceilings, declared=declared(opened.backend), interrupted=findings.interrupted,
+    )  # fmt: skip

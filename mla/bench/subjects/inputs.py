@@ -161,13 +161,8 @@ def _chosen(
 
 
 def _write(
-    rows: torch.Tensor,
-    scenario: Scenario,
-    plain: torch.Tensor,
-    others: torch.Tensor,
-    step: int,
-    turn: Turn,
-) -> None:
+    rows: torch.Tensor, scenario: Scenario, plain: torch.Tensor, others: torch.Tensor, step: int, turn: Turn,
+) -> None:  # fmt: skip
     """Write the rows [T, d] of one step of a turn in place, on the device that these tensors are on."""
     lens, device = torch.tensor(scenario.query_lens), rows.device
     rows.copy_(plain[step])
@@ -227,13 +222,9 @@ class Requests:
         part, rows = slice(self.first, self.stop), self.rows(whole)
         others = inputs.others[:, part] if whole.mode == "prefill" else inputs.others[:, :, rows]
         return replace(
-            inputs,
-            scenario=self.scenario(whole),
-            hidden=inputs.hidden[:, rows],
-            history=inputs.history[part],
-            others=others,
-            turns=inputs.turns.of(part),
-        )
+            inputs, scenario=self.scenario(whole), hidden=inputs.hidden[:, rows],
+            history=inputs.history[part], others=others, turns=inputs.turns.of(part),
+        )  # fmt: skip
 
 
 def make_inputs(config: MLAConfig, scenario: Scenario, seed: int, dtype: torch.dtype) -> Inputs:
@@ -265,12 +256,8 @@ def make_inputs(config: MLAConfig, scenario: Scenario, seed: int, dtype: torch.d
 
 
 def expected_outputs(
-    config: MLAConfig,
-    state: State,
-    scenario: Scenario,
-    inputs: Inputs,
-    held: Held | None = None,
-) -> Expected:
+    config: MLAConfig, state: State, scenario: Scenario, inputs: Inputs, held: Held | None = None,
+) -> Expected:  # fmt: skip
     """Return the oracle's outputs: all decode steps from one prefill per request, for every choice."""
     lens, history = scenario.query_lens, inputs.history
     if scenario.mode == "decode":
@@ -283,12 +270,8 @@ def expected_outputs(
 
 
 def expected_plain(
-    config: MLAConfig,
-    state: State,
-    inputs: Inputs,
-    count: int,
-    held: Held | None = None,
-) -> torch.Tensor:
+    config: MLAConfig, state: State, inputs: Inputs, count: int, held: Held | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Return the oracle's outputs [count, T, d] of the first forwards of a plain pass."""
     hidden = inputs.hidden[None, :count]
     return _of_steps(config, state, inputs.scenario.query_lens, hidden, inputs.history, held)[0]
@@ -319,13 +302,9 @@ def oracle_flops(config: MLAConfig, scenario: Scenario) -> int:
 
 
 def _of_steps(
-    config: MLAConfig,
-    state: State,
-    lens: tuple[int, ...],
-    every: torch.Tensor,
-    history: History,
+    config: MLAConfig, state: State, lens: tuple[int, ...], every: torch.Tensor, history: History,
     held: Held | None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Return the outputs [n, inputs, T, d] of every choice of hidden states [n, inputs, T, d]."""
     steps = every.shape[1]
     rows = torch.cat([request.flatten(1, 2) for request in every.split(lens, dim=2)], dim=1)

@@ -46,12 +46,8 @@ class Nvidia(TritonBackend, CudaBackend):
     query_tool = "nvidia-smi"
     visibility = ("CUDA_VISIBLE_DEVICES",)
     variables = (
-        "CUDA_HOME",
-        "CUDA_DEVICE_ORDER",
-        "CUDA_MODULE_LOADING",
-        "PYTORCH_CUDA_ALLOC_CONF",
-        *TF32_VARIABLES,
-    )
+        "CUDA_HOME", "CUDA_DEVICE_ORDER", "CUDA_MODULE_LOADING", "PYTORCH_CUDA_ALLOC_CONF", *TF32_VARIABLES,
+    )  # fmt: skip
     packages = PACKAGES
     tunings = Path(__file__).parent / "tuning"
 
