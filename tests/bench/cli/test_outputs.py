@@ -31,13 +31,9 @@ VIRTUAL = ("--backend", "fake-virtual-clock")
 MINE = "not yours\n"
 # What programs of others begin their files with.
 FOREIGN = (
-    MINE,
-    '{"mine": 1}',
-    "file,size\n",
-    '{"run_id": "7", "testcase": "t"}',
-    "<!doctype html><title>mine</title>",
-    '{"schema_version": 1, "argv": []}',
-)
+    MINE, '{"mine": 1}', "file,size\n", '{"run_id": "7", "testcase": "t"}',
+    "<!doctype html><title>mine</title>", '{"schema_version": 1, "argv": []}',
+)  # fmt: skip
 REFUSED = "it exists and is not {}; remove it or name another file."
 
 

@@ -55,12 +55,9 @@ class Ran:
 
 
 def run(
-    bench: Bench,
-    seconds: float = math.inf,
-    most: float = math.inf,
-    asked: bool = False,
+    bench: Bench, seconds: float = math.inf, most: float = math.inf, asked: bool = False,
     script: Callable[[int], float] = a_second,
-) -> Ran:
+) -> Ran:  # fmt: skip
     Slow.now, Slow.forwards, Slow.seconds, said = 0.0, 0, staticmethod(script), list[str]()
 
     def shorten(ms: Mapping[str, float], most: float) -> Shorter:

@@ -26,13 +26,8 @@ Document = dict[str, Any]
 
 CATEGORIES = ("hardware", "operator", "infer", "comm", "train")
 ACCELERATOR = {
-    "model": str,
-    "count": int,
-    "memory_gb_per_card": int,
-    "driver": str,
-    "cuda": str,
-    "type": str,
-}
+    "model": str, "count": int, "memory_gb_per_card": int, "driver": str, "cuda": str, "type": str,
+}  # fmt: skip
 
 
 def faults(document: Document) -> list[str]:
@@ -95,15 +90,11 @@ def with_timings(make_run: MakeRun, **changes: Any) -> Run:
     kept = case.latency_ms
     case.timings = [
         Timing(
-            mode=mode,
-            cache=cache,
-            clock=clock,
-            passes=case.passes,
-            check=results.Check(status="ok"),
+            mode=mode, cache=cache, clock=clock, passes=case.passes, check=results.Check(status="ok"),
             latency_ms=kept,
         )
         for mode, cache, clock in (("eager", "cold", "host"), ("graph", "warm", "device"))
-    ]
+    ]  # fmt: skip
     return run
 
 
