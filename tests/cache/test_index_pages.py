@@ -62,13 +62,13 @@ def test_layers_with_an_indexer_have_index_pages_and_others_none(
         assert all(map(torch.equal, cache.read(sequence, layer), (kv, pe)))
         pages, index_pages = cache.of_layer(layer)
         assert pages.data_ptr() == cache.pages[layer].data_ptr()
-        found = cache.read_index(sequence, layer)
+        stored_keys = cache.read_index(sequence, layer)
         if layer == 1:
-            assert index_pages is found is None
+            assert index_pages is stored_keys is None
             continue
         assert index_pages.data_ptr() == cache.index_pages[layer // 2].data_ptr()
         bound = 2.0**-4 * index.abs() + 2.0**-10 if index_format else torch.zeros(())
-        assert ((found - index).abs() <= bound).all()
+        assert ((stored_keys - index).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 16])
@@ -78,14 +78,14 @@ def test_bytes_of_a_page_are_all_values_and_then_all_scales(make: Any, page_size
     (sequence,) = cache.new_sequences(1)
     kv, pe, index = history(cache.config, 13, 1)
     cache.load(sequence, kv, pe, index=index * torch.logspace(-6, 3, 13)[:, None])
-    found = cache.read_index(sequence)
+    stored_keys = cache.read_index(sequence)
     for token, slot in enumerate(cache.slots(sequence).tolist()):
         page = bytes(cache.index_pages[0, slot // page_size].flatten().tolist())
         place, values = slot % page_size, page_size * D
         codes = torch.frombuffer(bytearray(page[place * D : (place + 1) * D]), dtype=torch.float8_e4m3fn)
         four = bytearray(page[values + 4 * place : values + 4 * place + 4])
         scale = torch.frombuffer(four, dtype=torch.float32)
-        assert torch.equal(codes.float() * scale, found[token])
+        assert torch.equal(codes.float() * scale, stored_keys[token])
         assert torch.frexp(scale)[0] == 0.5  # a power of two
 
 
@@ -190,9 +190,9 @@ def test_a_shard_holds_its_tokens_keys(model: MLAConfig, index_format: str) -> N
         with pytest.raises(ValueError, match=r"this layer has an indexer: load\(\) takes index"):
             cache.load(sequence, kv, pe)
         cache.load(sequence, kv, pe, index=index)
-        own = share.owns(torch.arange(23))
-        local = cache._local.read_index(sequence)[: int(own.sum())]
-        assert torch.equal(local, whole.read_index(0)[own])
+        held = share.owns(torch.arange(23))
+        local = cache._local.read_index(sequence)[: int(held.sum())]
+        assert torch.equal(local, whole.read_index(0)[held])
         assert cache.of_layer(0)[1].data_ptr() == cache.index_pages.data_ptr()
         cache.release([sequence])
         assert not cache.index_pages.any()

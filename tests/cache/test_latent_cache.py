@@ -61,8 +61,8 @@ def test_load_and_read_are_a_round_trip_per_layer(
             stored[sequence, layer] = latents(cache, count, seed=10 * sequence + layer)
             cache.load(sequence, *stored[sequence, layer], layer=layer)
     for (sequence, layer), expected in stored.items():
-        for found, given_ in zip(cache.read(sequence, layer), expected, strict=True):
-            assert torch.equal(found, given_)
+        for actual, given_ in zip(cache.read(sequence, layer), expected, strict=True):
+            assert torch.equal(actual, given_)
 
 
 def test_read_returns_copies(make_cache: Any) -> None:
@@ -448,8 +448,8 @@ def test_a_step_that_cannot_be_described_gives_its_pages_back(
         batch, expected = cache.extend([0, 1], lengths), untouched.extend([0, 1], lengths)
         assert type(batch.slots) is torch.Tensor
         for name in ("slots", "positions", "kv_lens"):
-            found, right = (torch.as_tensor(getattr(one, name)) for one in (batch, expected))
-            assert torch.equal(found, right), name
+            actual, right = (torch.as_tensor(getattr(candidate, name)) for candidate in (batch, expected))
+            assert torch.equal(actual, right), name
 
 
 def test_pages_come_back_when_the_next_request_finds_no_room_for_its_table(

@@ -31,7 +31,7 @@ def make_batch(
 
 def check_tables(cache: LatentCache, ids: list[int], batch: Any, new: list[int]) -> None:
     """Hold every table of the newest batch against what the cache says of its sequences."""
-    page_size, old = cache.page_size, [cache.length(one) - n for one, n in zip(ids, new, strict=True)]
+    page_size, old = cache.page_size, [cache.length(i) - n for i, n in zip(ids, new, strict=True)]
     assert batch.num_tokens == sum(new)
     assert batch.query_lens == tuple(new)
     assert batch.kv_lens == tuple(n + o for n, o in zip(new, old, strict=True))

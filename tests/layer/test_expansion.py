@@ -122,15 +122,15 @@ def test_too_little_memory_is_a_sentence_with_the_numbers_and_cures_that_work() 
     backend = Counting(Unmergeable(), FREE_PARTS * NEED // 2)
     with pytest.raises(UnsupportedBatch) as refused:
         Subject(backend).plan()
-    found = str(refused.value)
+    message = str(refused.value)
     whole, half = f"{NEED / (1 << 20):.3g} MiB", f"{NEED / 2 / (1 << 10):.3g} KiB"
     assert re.search(
-        rf"'mine' returns no log-sum-exp.* {whole} for 150 tokens, .* quarter .* \({half}\)", found
+        rf"'mine' returns no log-sum-exp.* {whole} for 150 tokens, .* quarter .* \({half}\)", message
     )
     assert refused.value.exit_code == 3
-    assert "--ops reference" in found
-    assert "raise workspace_bytes" not in found, "the runner has no such option"
-    (size,) = re.findall(r"give MLA workspace_bytes=(\d+)", found)
+    assert "--ops reference" in message
+    assert "raise workspace_bytes" not in message, "the runner has no such option"
+    (size,) = re.findall(r"give MLA workspace_bytes=(\d+)", message)
     Subject(backend, workspace_bytes=int(size)).check()
     Subject(backend, ops="reference").check()
 
@@ -169,7 +169,7 @@ class Given(Unmergeable):  # type: ignore[misc, valid-type]
     def __call__(self, state: Any, *, k: torch.Tensor, v: torch.Tensor, **tensors: Any) -> None:
         padded = torch.zeros_like(k)
         padded[..., : v.shape[2]] = v
-        held = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in (k, v, padded)}
+        held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (k, v, padded)}
         self.nbytes = sum(held.values())
         super().__call__(state, k=k, v=v, **tensors)
 

@@ -82,8 +82,8 @@ def test_a_hundred_decode_steps_equal_one_prefill(make_case: Any, dtype: torch.d
     out = torch.stack(steps, dim=1)
     assert (out.double() - whole.double()).norm() <= bound * whole.double().norm()
     for sequence, expected in zip(case.ids, written, strict=True):
-        for found, latents in zip(case.cache.read(sequence), expected, strict=True):
-            torch.testing.assert_close(found, latents, atol=bound, rtol=bound)
+        for actual, latents in zip(case.cache.read(sequence), expected, strict=True):
+            torch.testing.assert_close(actual, latents, atol=bound, rtol=bound)
 
 
 @settings(max_examples=30, deadline=None)

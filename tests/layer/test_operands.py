@@ -160,7 +160,7 @@ def test_odd_tensors_that_hold_their_values_are_taken(backend: Backend | None) -
     wide[:, 64:128] = scene.hidden
     with torch.inference_mode():
         inferred = scene.hidden.clone()
-    own = scene.hidden.clone()
+    in_place = scene.hidden.clone()
     for _ in range(3):
         scene.check(scene.run(out=torch.empty_like(scene.hidden).requires_grad_()))
         scene.check(scene.run(hidden=scene.hidden.clone().requires_grad_()))
@@ -168,7 +168,7 @@ def test_odd_tensors_that_hold_their_values_are_taken(backend: Backend | None) -
         scene.check(scene.run(hidden=wide[:, 64:128]))
         scene.check(scene.run(hidden=scene.hidden.T.contiguous().T))
         scene.check(scene.run(hidden=inferred))
-        scene.check(scene.run(hidden=own.copy_(scene.hidden), out=own))
+        scene.check(scene.run(hidden=in_place.copy_(scene.hidden), out=in_place))
         wide[:, 64:128] = scene.hidden
         scene.check(scene.run(hidden=wide[:, 64:128], out=wide[:, 32:96]))
         wide[:, 64:128] = scene.hidden
@@ -303,18 +303,18 @@ def test_a_core_refuses_what_a_layer_does_and_takes_queries_that_lie_elsewhere(
     q, batch, pages, truth = cores.problem(0)
     with cores.core.scratch.turn:
         for _ in range(2):
-            own = cores.core.queries(2).copy_(q)
-            for name, right in (("q", own), ("pages", pages)):
+            queries = cores.core.queries(2).copy_(q)
+            for name, right in (("q", queries), ("pages", pages)):
                 for make in HOSTILE.values():
-                    given = {"q": own, "pages": pages, name: make(right)}
+                    given = {"q": queries, "pages": pages, name: make(right)}
                     if name == "pages" and torch.is_tensor(given[name]) and given[name].shape == (1, 16, 96):
                         continue  # a cache of fewer pages
                     with pytest.raises(ValueError, match=f"^{name} "):
                         cores.core(given["q"], batch, given["pages"])
-            assert close(cores.core(own, batch, pages), truth)
+            assert close(cores.core(queries, batch, pages), truth)
             assert close(cores.core(q.clone(), batch, pages), truth)
         with pytest.raises(ValueError, match="batch must be a RaggedBatch"):
-            cores.core(own, pages, pages)  # type: ignore[arg-type]
+            cores.core(queries, pages, pages)  # type: ignore[arg-type]
 
 
 class Interrupted:
@@ -396,10 +396,10 @@ def test_a_default_dtype_changes_nothing(backend: Backend | None) -> None:
     for dtype in (BF16, torch.float64):
         torch.set_default_dtype(dtype)
         try:
-            found = results()
+            actual = results()
         finally:
             torch.set_default_dtype(torch.float32)
-        assert all(map(torch.equal, found, expected)), dtype
+        assert all(map(torch.equal, actual, expected)), dtype
 
 
 def test_a_step_of_no_requests_is_refused(backend: Backend | None) -> None:

@@ -74,12 +74,12 @@ def test_an_op_that_is_required_fails_with_its_preflight(tiny: Any) -> None:
 
 
 def test_it_is_asked_once_per_op_and_spec(tiny: Any) -> None:
-    one, other = Compiled(), Compiled(["no"])
+    first, other = Compiled(), Compiled(["no"])
     for _ in range(3):
-        ops(tiny, {"one": one})
+        ops(tiny, {"one": first})
         ops(tiny, {"other": other})
-    ops(tiny, {"one": one}, heads=4)
-    assert [spec.num_heads for spec in one.asked] == [2, 4]
+    ops(tiny, {"one": first}, heads=4)
+    assert [spec.num_heads for spec in first.asked] == [2, 4]
     assert len(other.asked) == 1
 
 

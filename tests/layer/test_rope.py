@@ -25,10 +25,10 @@ def test_yarn_keeps_fast_channels_and_divides_slow_ones() -> None:
     """At DeepSeek's dimensions the ramp runs from channel 10 to channel 23."""
     config = MLAConfig.preset("deepseek-r1")
     truth = [10000.0 ** (-i / 64) for i in range(0, 64, 2)]
-    found = inverse_frequencies(config).tolist()
-    assert found[:11] == pytest.approx(truth[:11], rel=3e-7)
-    assert found[23:] == pytest.approx([value / 40 for value in truth[23:]], rel=3e-7)
-    middle = [found[i] / truth[i] for i in range(11, 23)]
+    frequencies = inverse_frequencies(config).tolist()
+    assert frequencies[:11] == pytest.approx(truth[:11], rel=3e-7)
+    assert frequencies[23:] == pytest.approx([value / 40 for value in truth[23:]], rel=3e-7)
+    middle = [frequencies[i] / truth[i] for i in range(11, 23)]
     assert middle == pytest.approx([1 - (1 - 1 / 40) * (i - 10) / 13 for i in range(11, 23)], rel=1e-6)
 
 

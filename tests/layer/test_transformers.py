@@ -79,10 +79,10 @@ def compare(case: Any, dtype: torch.dtype, bound: float, latent_bound: float) ->
     inputs = case.hidden.split(list(case.batch.query_lens))
     for sequence, out, hidden, past in zip(case.ids, outs, inputs, case.history, strict=True):
         expected = twin.run(hidden, *past)
-        for found, other, limit in zip(
+        for actual, other, limit in zip(
             (out, *case.cache.read(sequence)), expected, (bound, latent_bound, latent_bound), strict=True
         ):
-            error = (found.double() - other.double()).norm() / other.double().norm()
+            error = (actual.double() - other.double()).norm() / other.double().norm()
             assert error <= limit
 
 

@@ -28,13 +28,13 @@ def test_state_dict_is_a_round_trip_bit_for_bit(
     state = random_state_dict(config, dtype=dtype)
     layer = MLA(config, dtype=dtype)
     layer.load_state_dict(state)
-    found = layer.state_dict()
-    assert list(found) == list(weight_shapes(config))
+    loaded = layer.state_dict()
+    assert list(loaded) == list(weight_shapes(config))
     for name, weight in state.items():
-        assert found[name].dtype == dtype
-        assert torch.equal(found[name], weight), name
+        assert loaded[name].dtype == dtype
+        assert torch.equal(loaded[name], weight), name
     again = MLA(config, dtype=dtype)
-    again.load_state_dict(found)
+    again.load_state_dict(loaded)
     assert all(torch.equal(weight, state[name]) for name, weight in again.state_dict().items())
 
 
@@ -66,8 +66,8 @@ def test_weights_of_another_dtype_are_rounded_once(tiny: Any) -> None:
     state = random_state_dict(tiny(), dtype=torch.float32)
     layer = MLA(tiny(), dtype=torch.bfloat16)
     layer.load_state_dict(state)
-    found = layer.state_dict()
-    assert all(torch.equal(found[name], weight.bfloat16()) for name, weight in state.items())
+    loaded = layer.state_dict()
+    assert all(torch.equal(loaded[name], weight.bfloat16()) for name, weight in state.items())
 
 
 def broken(state: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]:

@@ -236,12 +236,12 @@ def test_other_layers_compute_while_a_rank_waits_for_the_rest_of_the_heads() -> 
     plain, done = mla.MLA(CONFIG, backend=backend), []
     groups = Meeting(Layout.parse("tp=2"), 0)
     layer = ParallelMLA(CONFIG, groups, backend=backend)
-    for one in (plain, layer):
-        one.load_state_dict(state)
+    for each_layer in (plain, layer):
+        each_layer.load_state_dict(state)
 
-    def run(one: mla.MLA) -> torch.Tensor:
+    def run(each_layer: mla.MLA) -> torch.Tensor:
         cache = LatentCache(CONFIG, max_tokens=64)
-        return one(
+        return each_layer(
             torch.ones(3, 48, dtype=torch.bfloat16), cache.extend(cache.new_sequences(1), [3]), cache.pages[0]
         )
 

@@ -33,9 +33,9 @@ def test_a_share_is_what_counting_gives(layout: tuple[int, int], length: int) ->
     for rank in range(world):
         share = Share(rank, world, interleave)
         assert share.held(torch.tensor([length])).item() == share.held(length) == counts[rank]
-        own = share.owns(torch.arange(length)).tolist()
-        assert own == [owner(i, world, interleave) == rank for i in range(length)]
-        assert own == [share.owns(i) for i in range(length)]
+        owned = share.owns(torch.arange(length)).tolist()
+        assert owned == [owner(i, world, interleave) == rank for i in range(length)]
+        assert owned == [share.owns(i) for i in range(length)]
     assert Share(0, world, interleave).first(length) == max(counts)
 
 
@@ -67,7 +67,7 @@ def test_every_token_is_written_once_and_sees_all_before_it(
                 }
             )
             assert batch.positions.tolist() == [position for _, position in new]
-            seen = [one for part in batch.parts(most) for one in attended(part, slots)]
+            seen = [visible for part in batch.parts(most) for visible in attended(part, slots)]
             for token, (request, position) in enumerate(new):
                 mine = [i for i in range(position + 1) if owner(i, world, interleave) == cache.share.rank]
                 assert seen[token] == [(request, i) for i in mine]
@@ -76,7 +76,7 @@ def test_every_token_is_written_once_and_sees_all_before_it(
 
 def attended(part: Part, slots: dict[int, tuple[int, int]]) -> list[list[tuple[int, int]]]:
     """Return, for every new token in its place, the tokens that attention shows to it by its contract."""
-    rows, found = part.rows, list[list[tuple[int, int]]]()
+    rows, shown = part.rows, list[list[tuple[int, int]]]()
     size = rows.page_size
     for row, (count, keys) in enumerate(zip(rows.query_lens, rows.kv_lens, strict=True)):
         assert count == rows.cu_q[row + 1] - rows.cu_q[row]
@@ -84,13 +84,13 @@ def attended(part: Part, slots: dict[int, tuple[int, int]]) -> list[list[tuple[i
         table = rows.block_table[row].tolist()
         held = [slots[table[i // size] * size + i % size] for i in range(keys)]
         assert count == 1 or keys >= count, "the contract has no query without keys among others"
-        found += [held[: keys - (count - 1 - j)] for j in range(count)]
-    order = range(len(found)) if part.order is None else part.order.tolist()
-    back: list[list[tuple[int, int]]] = [[]] * len(found)
-    for seen, token in zip(found, order, strict=True):
+        shown += [held[: keys - (count - 1 - j)] for j in range(count)]
+    order = range(len(shown)) if part.order is None else part.order.tolist()
+    back: list[list[tuple[int, int]]] = [[]] * len(shown)
+    for seen, token in zip(shown, order, strict=True):
         back[token] = seen
     if part.back is not None:
-        assert [found[place] for place in part.back.tolist()] == back
+        assert [shown[place] for place in part.back.tolist()] == back
     return back
 
 
@@ -104,7 +104,7 @@ def test_queries_share_rows_where_they_can() -> None:
     (part,) = batch.parts(64)
     assert part.rows.query_lens == (1, 31, 32)  # the first token of all sees none of this rank's
     assert part.rows.kv_lens == (0, 31, 32)
-    assert [one.tokens for one in batch.parts(48)] == [slice(0, 48), slice(48, 64)]
+    assert [piece.tokens for piece in batch.parts(48)] == [slice(0, 48), slice(48, 64)]
     assert batch.memory.block_table.shape[0] <= 4, "a table of one row for each token is too large"
 
 
@@ -144,7 +144,7 @@ def test_a_wrong_call_changes_nothing(
     cache.extend(ids, [3, 3])
     with pytest.raises(ValueError, match=message):
         call(cache, ids)
-    assert [cache.length(one) for one in ids] == [3, 3]
+    assert [cache.length(sequence) for sequence in ids] == [3, 3]
 
 
 def test_a_batch_is_void_once_the_cache_has_changed() -> None:
@@ -159,17 +159,17 @@ def test_a_batch_is_void_once_the_cache_has_changed() -> None:
 
 def test_a_history_is_spread_over_the_ranks() -> None:
     kv, pe = torch.randn(11, 6), torch.randn(11, 2)
-    found = torch.zeros(11, 8)
+    gathered = torch.zeros(11, 8)
     for rank in range(3):
         cache = ShardedCache(CONFIG, Share(rank, 3), max_tokens=64, page_size=4, dtype=torch.float32)
-        (one,) = cache.new_sequences(1)
-        cache.load(one, kv, pe)
-        cache.load(one, kv, pe)  # of another layer, say
-        assert cache.length(one) == 11
-        own = range(rank, 11, 3)
-        local = cache.pages[0].view(-1, 8)[cache._local.slots(one)][: len(own)]
-        found[list(own)] = local
-    assert torch.equal(found, torch.cat((kv, pe), dim=1))
+        (sequence,) = cache.new_sequences(1)
+        cache.load(sequence, kv, pe)
+        cache.load(sequence, kv, pe)  # of another layer, say
+        assert cache.length(sequence) == 11
+        owned = range(rank, 11, 3)
+        local = cache.pages[0].view(-1, 8)[cache._local.slots(sequence)][: len(owned)]
+        gathered[list(owned)] = local
+    assert torch.equal(gathered, torch.cat((kv, pe), dim=1))
     whole = LatentCache(CONFIG, max_tokens=64, page_size=4)
     assert whole.num_pages == 3 * cache.num_pages - 2  # 22 of 64 tokens a rank, in pages of 4
 

@@ -18,19 +18,19 @@ GIB = 2**30
 @pytest.mark.parametrize("text", ["tp=1", "tp=8", "dcp=8", "dp=8", "dp=2,tp=2,dcp=2"])
 def test_tokens_are_what_is_left_after_the_weights(name: str, text: str) -> None:
     config, layout = MLAConfig.preset(name), Layout.parse(text)
-    found = capacity(config, layout, 80 * GIB, layers=27)
-    own = weight_shapes(config.with_heads(config.num_attention_heads // layout.head_parts))
-    weights = 27 * 2 * sum(math.prod(shape) for shape in own.values() if len(shape) == 2)
-    assert found.weight_bytes == weights
+    room = capacity(config, layout, 80 * GIB, layers=27)
+    shapes = weight_shapes(config.with_heads(config.num_attention_heads // layout.head_parts))
+    weights = 27 * 2 * sum(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
+    assert room.weight_bytes == weights
     held = (80 * GIB - weights) // (27 * 2 * 576)  # on one device
-    assert found.tokens == held * layout.world // layout.tp
-    assert found.copies == layout.tp
+    assert room.tokens == held * layout.world // layout.tp
+    assert room.copies == layout.tp
 
 
 def test_all_layouts_of_a_size_are_found_and_no_others() -> None:
-    found = list(layouts(MLAConfig.preset("deepseek-v2-lite"), 12))
-    assert len(found) == len(set(found))
-    assert set(found) == {
+    splits = list(layouts(MLAConfig.preset("deepseek-v2-lite"), 12))
+    assert len(splits) == len(set(splits))
+    assert set(splits) == {
         Layout(tp, dp, dcp)
         for tp in range(1, 13)
         for dp in range(1, 13)
@@ -42,10 +42,10 @@ def test_all_layouts_of_a_size_are_found_and_no_others() -> None:
 def test_index_keys_take_room_in_the_layers_that_have_an_indexer() -> None:
     """GLM-5.2 has one in 21 of 78 layers; DeepSeek-V3.2 in all of its."""
     glm = MLAConfig.preset("glm-5")
-    found = capacity(glm, Layout(), 80 * GIB, layers=78)
+    room = capacity(glm, Layout(), 80 * GIB, layers=78)
     indexer = 32 * 128 * 2048 + 6144 * (128 + 32)
-    assert found.weight_bytes == 2 * (78 * (parameters(glm) - indexer) + 21 * indexer)
-    assert found.tokens == (80 * GIB - found.weight_bytes) // (2 * (78 * 576 + 21 * 128))
+    assert room.weight_bytes == 2 * (78 * (parameters(glm) - indexer) + 21 * indexer)
+    assert room.tokens == (80 * GIB - room.weight_bytes) // (2 * (78 * 576 + 21 * 128))
     deepseek = MLAConfig.preset("deepseek-v3.2")
     alone = capacity(deepseek, Layout(), 80 * GIB, layers=1)
     assert alone.tokens == (80 * GIB - alone.weight_bytes) // (2 * (576 + 128))

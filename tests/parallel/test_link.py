@@ -65,8 +65,8 @@ def test_collectives_cost_what_their_algorithms_send() -> None:
 def test_a_fit_finds_the_line_it_was_measured_on(kind: type[Call], ranks: int) -> None:
     true = Line(7e-6, 2.5e9)
     small, large = kind(32 << 10, ranks), kind(8 << 20, ranks)
-    found = fit((small, true.seconds(small)), (large, true.seconds(large)))
-    assert (found.alpha, found.beta) == (pytest.approx(true.alpha), pytest.approx(true.beta))
+    fitted = fit((small, true.seconds(small)), (large, true.seconds(large)))
+    assert (fitted.alpha, fitted.beta) == (pytest.approx(true.alpha), pytest.approx(true.beta))
 
 
 def test_noise_makes_no_negative_costs() -> None:

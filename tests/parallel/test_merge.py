@@ -46,13 +46,12 @@ class MadeMemory(TorchDispatchMode):
         self.ops: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {
-            one.untyped_storage().data_ptr() for one in (*args, *(kwargs or {}).values()) if is_tensor(one)
-        }
-        found = func(*args, **(kwargs or {}))
-        if is_tensor(found) and found.untyped_storage().data_ptr() not in given:
+        operands = (*args, *(kwargs or {}).values())
+        given = {x.untyped_storage().data_ptr() for x in operands if is_tensor(x)}
+        result = func(*args, **(kwargs or {}))
+        if is_tensor(result) and result.untyped_storage().data_ptr() not in given:
             self.ops.append(str(func))
-        return found
+        return result
 
 
 def is_tensor(value: object) -> bool:

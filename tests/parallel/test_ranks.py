@@ -21,9 +21,9 @@ def test_every_layout_equals_one_device(start_ranks: Start, world: int, tmp_path
     ranks.end()
     assert codes == [0] * world, [ranks.err(rank) for rank in range(world)]
     for rank in range(world):
-        found = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert len(found) >= 30
-        wrong = {case: error for case, error in found.items() if not right(case, error)}
+        errors = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert len(errors) >= 30
+        wrong = {case: error for case, error in errors.items() if not right(case, error)}
         assert wrong == {}
 
 

@@ -21,22 +21,22 @@ def work(text: str, rank: int, new: tuple[int, ...] = NEW, lengths: tuple[int, .
 
 
 def test_tp_has_half_of_the_heads_and_all_that_heads_share() -> None:
-    own = 48 + 56 + 48 + 50 + 48
+    weights = 48 + 56 + 48 + 50 + 48
     assert work("tp=2", 0) == work("tp=2", 1)
     assert work("tp=2", 1) == Work(
-        2 * 3 * own + 2 * 2 * (7 + 4 + 5) * (5 + 2 + 5),
-        2 * (own + (7 + 5 + 3) * 7 + 2 * 3 * 8),
+        2 * 3 * weights + 2 * 2 * (7 + 4 + 5) * (5 + 2 + 5),
+        2 * (weights + (7 + 5 + 3) * 7 + 2 * 3 * 8),
     )
 
 
 def test_dcp_attends_its_tokens_for_the_heads_of_all() -> None:
-    own = 48 + 56 + 48 + 50 + 48
+    weights = 48 + 56 + 48 + 50 + 48
     # Tokens 0 2 4 6 and 0 2 4 on rank 0: of the new tokens 6 and 4, and token 3 sees two of them.
     assert work("dcp=2", 0) == Work(
-        2 * 3 * own + 2 * 4 * (4 + 2 + 3) * 12, 2 * (own + (4 + 3 + 2) * 7 + 2 * 3 * 8)
+        2 * 3 * weights + 2 * 4 * (4 + 2 + 3) * 12, 2 * (weights + (4 + 3 + 2) * 7 + 2 * 3 * 8)
     )
     assert work("dcp=2", 1) == Work(
-        2 * 3 * own + 2 * 4 * (3 + 2 + 2) * 12, 2 * (own + (3 + 2 + 1) * 7 + 2 * 3 * 8)
+        2 * 3 * weights + 2 * 4 * (3 + 2 + 2) * 12, 2 * (weights + (3 + 2 + 1) * 7 + 2 * 3 * 8)
     )
 
 
@@ -59,7 +59,7 @@ def test_all_ranks_do_what_one_device_does_and_repeat_what_is_shared(text: str) 
     layout, draw = Layout.parse(text), random.Random(text)
     for _ in range(20):
         new = tuple(draw.randint(1, 9) for _ in range(3))
-        lengths = tuple(one + draw.choice([0, draw.randint(0, 30)]) for one in new)
+        lengths = tuple(count + draw.choice([0, draw.randint(0, 30)]) for count in new)
         ranks = [work(text, rank, new, lengths) for rank in range(layout.world)]
         cache = 2 * (sum(lengths) + sum(new)) * 7  # on every part of tp
         again = [Work(0, 0), Work(0, (layout.tp - 1) * cache)]
@@ -71,5 +71,5 @@ def test_all_ranks_do_what_one_device_does_and_repeat_what_is_shared(text: str) 
 def test_a_path_is_chosen_as_on_one_device() -> None:
     prompt, layout = ((512,), (512,)), Layout.parse("tp=2")
     config = MLAConfig.preset("deepseek-r1")
-    found = {kind: rank_work(config, layout, 0, *prompt, 2, kind).flops for kind in ("auto", "absorbed")}
-    assert found["auto"] == rank_work(config, layout, 0, *prompt, 2, "expanded").flops < found["absorbed"]
+    flops = {kind: rank_work(config, layout, 0, *prompt, 2, kind).flops for kind in ("auto", "absorbed")}
+    assert flops["auto"] == rank_work(config, layout, 0, *prompt, 2, "expanded").flops < flops["absorbed"]

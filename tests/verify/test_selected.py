@@ -57,10 +57,10 @@ def test_rows_given_a_selection_are_those_of_the_oracle(config: MLAConfig) -> No
     for (kv, pe, _), new in zip(history, NEW, strict=True):
         rows = slice(start, start := start + new)
         positions = torch.arange(len(kv), len(kv) + new)
-        own = truth.latents(hidden[rows], positions)
-        cached = Cached((kv, own[0]), (pe, own[1]))
-        found = truth.attended(hidden[rows], positions, cached, selection[rows])
-        torch.testing.assert_close(found, expected[rows], rtol=1e-10, atol=1e-12)
+        latents = truth.latents(hidden[rows], positions)
+        cached = Cached((kv, latents[0]), (pe, latents[1]))
+        attended = truth.attended(hidden[rows], positions, cached, selection[rows])
+        torch.testing.assert_close(attended, expected[rows], rtol=1e-10, atol=1e-12)
         last = truth.attended(hidden[rows][-1:], positions[-1:], cached, selection[rows][-1:])
         torch.testing.assert_close(last[0], expected[rows][-1], rtol=1e-10, atol=1e-12)
 
@@ -71,8 +71,8 @@ def test_without_a_selection_all_that_is_seen_is_attended(config: MLAConfig) -> 
     truth, positions = SelectingLayer(config, state), torch.arange(30, 34)
     kv, pe = truth.latents(hidden[:4], positions)
     cached = Cached((history[0][0], kv), (history[0][1], pe))
-    found = truth.attended(hidden[:4], positions, cached)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    attended = truth.attended(hidden[:4], positions, cached)
+    torch.testing.assert_close(attended, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_the_indexer_has_what_a_layer_in_float32_gives_its_ops(config: MLAConfig) -> None:

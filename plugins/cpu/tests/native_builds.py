@@ -20,11 +20,11 @@ PACKAGE = Path(mla_backend_cpu.__file__).parent
 
 def built(level: Level = PORTABLE) -> Path:
     """Return the library that is in the cache, or is built now."""
-    found = cache.find(level) or cache.make(level, since="a test asks for them")
+    library = cache.find(level) or cache.make(level, since="a test asks for them")
     try:
-        return Path(os.readlink(f"/proc/self/fd/{found.descriptor}"))
+        return Path(os.readlink(f"/proc/self/fd/{library.descriptor}"))
     finally:
-        os.close(found.descriptor)
+        os.close(library.descriptor)
 
 
 def start(*arguments: str, **variables: str) -> subprocess.Popen[str]:

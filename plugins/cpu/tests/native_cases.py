@@ -29,13 +29,13 @@ Lengths = Sequence[int]
 
 def levels_here() -> list[str]:
     """Return the levels whose instructions this processor has; the last, portable, is always among them."""
-    found = []
+    names = []
     for level in LEVELS:
         try:
-            found.append(instruction_sets.choose_level(level.name).name)
+            names.append(instruction_sets.choose_level(level.name).name)
         except BuildError:
             continue
-    return found
+    return names
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = BF16) -> torch.Tensor:
@@ -60,14 +60,14 @@ def angles(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
     return torch.cat((turn.cos(), turn.sin()), 1)
 
 
-def assert_rounded(found: torch.Tensor, truth: torch.Tensor, terms: torch.Tensor, count: int) -> None:
+def assert_rounded(actual: torch.Tensor, truth: torch.Tensor, terms: torch.Tensor, count: int) -> None:
     """Assert that fp32 arithmetic on `count` terms, of sizes that add up to `terms`, was rounded once."""
     allowed = (
-        {BF16: HALF, torch.float32: FINE}[found.dtype] * truth.abs()
+        {BF16: HALF, torch.float32: FINE}[actual.dtype] * truth.abs()
         + 1.01 * (count + 4) * FINE * terms
         + 1e-37
     )
-    excess = ((found.double() - truth).abs() / allowed).nan_to_num(nan=torch.inf)
+    excess = ((actual.double() - truth).abs() / allowed).nan_to_num(nan=torch.inf)
     assert excess.max() <= 1, f"{int((excess > 1).sum())} of {excess.numel()} values are wrong"
 
 
@@ -170,7 +170,7 @@ class LatentCase:
         rows = self.cache.view(-1, latent + rotary)
         cache = codec.encode(*rows.split((latent, rotary), dim=1))
         cache[rows.isnan().any(1)] = 0xFF  # NaN as a code and as a scale
-        decoded = [codec.decode(codec.encode(*own.split((latent, rotary), dim=1))) for own in self.owned]
+        decoded = [codec.decode(codec.encode(*kv.split((latent, rotary), dim=1))) for kv in self.owned]
         return replace(
             self,
             spec=replace(self.spec, cache_format=cache_format, token_bytes=codec.token_bytes),

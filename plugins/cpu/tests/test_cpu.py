@@ -25,8 +25,8 @@ CPU = torch.device("cpu")
 ROUNDING = 1.05 * 2**-8
 
 
-def relative(found: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
-    return (found.double() - true).norm(dim=-1) / true.norm(dim=-1)
+def relative(actual: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
+    return (actual.double() - true).norm(dim=-1) / true.norm(dim=-1)
 
 
 @settings(max_examples=30, deadline=None)
@@ -280,9 +280,9 @@ def test_the_result_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> N
     kernels = load("auto")
     monkeypatch.setattr(products, "widening_gain", lambda kernels: 0.5)
     monkeypatch.setattr(products, "PRODUCT_GAINS", {True: 1.25})
-    found = mla.load_backend("cpu").environment()
-    assert found["native_product_gain_fp32"] == "1.25"
-    assert ("native_fp32_gain" in found) == (kernels.dot_bf16 and not kernels.tiles)
+    environment = mla.load_backend("cpu").environment()
+    assert environment["native_product_gain_fp32"] == "1.25"
+    assert ("native_fp32_gain" in environment) == (kernels.dot_bf16 and not kernels.tiles)
 
 
 def test_a_bad_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,11 +177,11 @@ def test_nan_in_a_query_stays_in_its_row(kernels: Library) -> None:
     case = latent_case([1, 2], [130, 40], 18, latent=128)
     clean = case.run(NativeLatentAttention(kernels))
     case.q[1, 16, 5] = torch.nan
-    found = case.run(NativeLatentAttention(kernels))
-    for one, other in zip(found, clean, strict=True):
-        assert one[1, 16].isnan().all()
-        one[1, 16] = other[1, 16]
-        assert torch.equal(one, other)
+    results = case.run(NativeLatentAttention(kernels))
+    for result, other in zip(results, clean, strict=True):
+        assert result[1, 16].isnan().all()
+        result[1, 16] = other[1, 16]
+        assert torch.equal(result, other)
 
 
 def test_lengths_and_tables_may_be_strided(kernels: Library) -> None:

@@ -48,12 +48,12 @@ def test_processes_at_once_compile_once(compiler: Script, tmp_path: Path) -> Non
     processes = [start("-c", BUILD) for _ in range(3)]
     said = sorted(str(process.stderr and process.stderr.readline()) for process in processes)
     (tmp_path / "go").touch()
-    found = [finish(process) for process in processes]
-    assert [(code, err) for code, _, err in found] == [(0, "")] * 3
+    outcomes = [finish(process) for process in processes]
+    assert [(code, err) for code, _, err in outcomes] == [(0, "")] * 3
     assert said[0].startswith("building the CPU kernels for portable, once, with")
     assert said[1:] == ["waiting for another process that builds the CPU kernels for portable ...\n"] * 2
     assert (tmp_path / "compiled").read_text() == "\n"
-    (path,) = {Path(out.strip()) for _, out, _ in found}
+    (path,) = {Path(out.strip()) for _, out, _ in outcomes}
     assert left(tmp_path) == [path.parent.name]
     assert Library("portable", ctypes.CDLL(str(path))).dot_bf16 is False
     assert path.parent.stat().st_mode & 0o777 == 0o755
@@ -134,7 +134,7 @@ def test_spoilt_kernels_are_built_again(
     elif spoil == "remove":
         path.unlink()
     elif spoil.startswith("pipe"):  # nobody writes to it: who opens it would wait
-        for file in [path] if spoil == "pipe" else [one for one in path.parent.iterdir() if one != path]:
+        for file in [path] if spoil == "pipe" else [file for file in path.parent.iterdir() if file != path]:
             file.unlink()
             os.mkfifo(file)
     else:

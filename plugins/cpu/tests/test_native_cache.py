@@ -41,13 +41,13 @@ def account() -> Judge:
     """Return a function that judges a path as another user, and returns what is said."""
 
     def judge(user: str, path: Path, *namespace: str) -> str:
-        found = (str(OTHER), str(OTHER))
+        ids = (str(OTHER), str(OTHER))
         if user != "nameless":
             import pwd
 
             entry = pwd.getpwnam(user)
-            found = (str(entry.pw_uid), str(entry.pw_gid))
-        command = [sys.executable, "-c", JUDGE, *found, str(path), *namespace]
+            ids = (str(entry.pw_uid), str(entry.pw_gid))
+        command = [sys.executable, "-c", JUDGE, *ids, str(path), *namespace]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()

@@ -184,10 +184,10 @@ def test_a_level_that_cannot_be_loaded_leaves_the_next_one(
     compilation.make_kernels(compilation.find_compiler(), PORTABLE, came)
     refusing = Refusing(tmp_path / "cache", "failed to map segment from shared object")
     monkeypatch.setattr(library.ctypes, "CDLL", refusing)
-    found = library.load("auto")
-    assert found.level == "portable"
+    kernels = library.load("auto")
+    assert kernels.level == "portable"
     (kept,) = (tmp_path / "cache" / "cpu").glob("avx2-*")
-    assert found.passed_over["avx2"] == (
+    assert kernels.passed_over["avx2"] == (
         f"the built kernels cannot be loaded: '{kept}/kernels.so': failed to map segment from shared object "
         "(set MLA_CACHE_DIR to a folder on a file system without noexec)"
     )

@@ -194,12 +194,12 @@ def test_transforms_of_torch_func_are_refused(kernels: Library, call: Callable[[
     op, arguments, given = call(kernels)
     name = next(iter(given))
 
-    def one(x: torch.Tensor) -> torch.Tensor:
+    def apply(x: torch.Tensor) -> torch.Tensor:
         op(*arguments, **{**given, name: x})
         return x
 
     with pytest.raises(ValueError, match=f"^{name} has no memory of its own"):
-        torch.vmap(one)(torch.stack((given[name], given[name])))
+        torch.vmap(apply)(torch.stack((given[name], given[name])))
 
 
 def test_what_a_mode_fakes_is_not_written_to(kernels: Library) -> None:

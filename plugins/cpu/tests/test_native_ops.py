@@ -178,10 +178,10 @@ def check_batched(
 @pytest.mark.parametrize("tokens", [0, 1])
 def test_no_tokens_are_no_work(kernels: Library, dtype: torch.dtype, tokens: int) -> None:
     linear, batched = NativeLinear(kernels), NativeBatchedLinear(kernels)
-    one = functools.partial(draw, dtype=dtype)
-    packed = linear.pack(one(20, 8)), batched.pack(one(3, 20, 8))
-    linear(packed[0], x=one(tokens, 8), bias=None, out=torch.empty(tokens, 20, dtype=dtype))
-    batched(packed[1], x=one(tokens, 3, 8), out=torch.empty(tokens, 3, 20, dtype=dtype))
+    drawn = functools.partial(draw, dtype=dtype)
+    packed = linear.pack(drawn(20, 8)), batched.pack(drawn(3, 20, 8))
+    linear(packed[0], x=drawn(tokens, 8), bias=None, out=torch.empty(tokens, 20, dtype=dtype))
+    batched(packed[1], x=drawn(tokens, 3, 8), out=torch.empty(tokens, 3, 20, dtype=dtype))
 
 
 @settings(max_examples=25, deadline=None)
@@ -268,6 +268,6 @@ def test_the_number_of_threads_changes_nothing(kernels: Library, threads: Callab
             linear(linear.pack(weights), x=x, bias=None, out=out)
             batched(batched.pack(per_head), x=heads, out=other)
             results.append((bits(out), bits(other)))
-    for found in results[1:]:
-        assert torch.equal(found[0], results[0][0])
-        assert torch.equal(found[1], results[0][1])
+    for result in results[1:]:
+        assert torch.equal(result[0], results[0][0])
+        assert torch.equal(result[1], results[0][1])

@@ -53,10 +53,10 @@ def rotate_truth(x: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool) -> t
     return torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
 
 
-def assert_rotated(found: torch.Tensor, x: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool) -> None:
+def assert_rotated(actual: torch.Tensor, x: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool) -> None:
     truth = rotate_truth(x, cos_sin, interleaved)
     terms = 2 * x.double().abs().amax(-1, keepdim=True).expand_as(truth)
-    assert_rounded(found, truth, terms, 2)
+    assert_rounded(actual, truth, terms, 2)
 
 
 @settings(max_examples=25, deadline=None)
@@ -237,9 +237,9 @@ def test_copies_of_strided_arguments_outlive_the_call(
     copies, seen, direct = [], [], native_ops._direct
 
     def watched(name: str, x: torch.Tensor) -> torch.Tensor:
-        found = direct(name, x)
-        copies.append(weakref.ref(found))
-        return found
+        contiguous = direct(name, x)
+        copies.append(weakref.ref(contiguous))
+        return contiguous
 
     class Watch:
         def __getattr__(self, name: str) -> Callable[..., None]:

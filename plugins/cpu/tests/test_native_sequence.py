@@ -105,8 +105,8 @@ def test_whatever_comes_before_a_step_it_is_that_of_the_ops(
                     ours, ops = (stage.forward(action, part, details[0], wide) for stage in stages)
                     assert ours.isfinite().all()
                     assert torch.equal(ours, ops)
-        for one, other in zip(stages[0].caches, stages[1].caches, strict=True):
-            assert torch.equal(one.pages, other.pages)
+        for first, second in zip(stages[0].caches, stages[1].caches, strict=True):
+            assert torch.equal(first.pages, second.pages)
 
 
 @pytest.fixture

@@ -221,11 +221,11 @@ def test_what_was_checked_is_what_is_loaded(
         source = tmp_path / "sources" / "api.cpp"
         source.write_text(source.read_text().replace(f"return {value - 1};", f"return {value};"))
         built()
-        found = cache.find(library.instruction_sets.choose_level("portable"))
-        assert isinstance(found, compilation.Artifact)
-        path = Path(os.readlink(f"/proc/self/fd/{found.descriptor}"))
+        artifact = cache.find(library.instruction_sets.choose_level("portable"))
+        assert isinstance(artifact, compilation.Artifact)
+        path = Path(os.readlink(f"/proc/self/fd/{artifact.descriptor}"))
         path.unlink()
         path.write_bytes(kept.read_bytes())
-        values.append(library._library(PORTABLE, found, "", {}).mla_dot_bf16())
+        values.append(library._library(PORTABLE, artifact, "", {}).mla_dot_bf16())
     assert values == [1, 2]
     assert ctypes.CDLL(str(kept)).mla_dot_bf16() == 0

@@ -329,8 +329,8 @@ def test_kernels_that_came_are_used_before_all_others(
         monkeypatch.setenv("MLA_CACHE_DIR", "/proc/none")
     monkeypatch.setenv("CXX", "g++-none")
     capfd.readouterr()
-    found = library.load("portable")
-    assert found.origin == f"came with this installation, {(came / 'compiler').read_text()}"
+    kernels = library.load("portable")
+    assert kernels.origin == f"came with this installation, {(came / 'compiler').read_text()}"
     assert capfd.readouterr().err == ""
 
 
