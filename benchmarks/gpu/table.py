@@ -21,12 +21,13 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 import click
 
 from benchmarks.gpu.report import in_turns, predictions, targets
-from benchmarks.gpu.tuning import choice
+from benchmarks.gpu.tuning import trials
 from benchmarks.gpu.tuning.classes import classes
-from benchmarks.gpu.tuning.trials import sweeps_in
 from mla.bench import results
+from mla.bench.results import rows
 from mla.bench.results.file import decode_ceilings
 from mla.bench.results.schema import Case, Latency, Run
+from mla.bench.terminal import run_table
 from mla.command import console
 from mla.command.display import markdown
 from mla.command.exit_codes import guarded
@@ -36,7 +37,6 @@ Rows = list[list[str]]
 
 STEPS = ("step", "result", "code", "s", "what it says")
 STANDARD = ("config", "scenario", "mode", "cache", "figure", "original", "ratio", "check")
-ATTENTION = ("step", "case", "op", "ms", "of copy bandwidth", "of matmul peak", "check")
 ANSWERS = ("question", "answer", "evidence")
 SQUARE = "8192 x 8192 x 8192 bfloat16"  # in the source of a ceiling
 TUNED = "-tuned"  # the end of a step's name: it replaces the step without
@@ -57,9 +57,9 @@ def report(folder: Path) -> str:
     """Return all tables of a folder of results."""
     card = _text(folder / "card") or "an unknown card"
     parts = [f"# {card}\n\n{_text(folder / 'left')}\n"]
-    for title, header, rows, note in _tables(folder, card):
-        if rows:
-            parts.append(f"## {title}\n\n{markdown(header, rows)}{note and f'{chr(10)}{note}'}")
+    for title, header, listed, note in _tables(folder, card):
+        if listed:
+            parts.append(f"## {title}\n\n{markdown(header, listed)}{note and f'{chr(10)}{note}'}")
     return "\n".join(parts)
 
 
@@ -80,12 +80,12 @@ def _tables(folder: Path, card: str) -> Iterator[tuple[str, Sequence[str], Rows,
     yield "Predictions", predictions.HEADER, predictions.rows(rivals, card), predictions.NOTE
     yield "Standard scenarios", STANDARD, standard_rows(standard), FOOTNOTE
     yield "Kernels in turns", in_turns.HEADER, in_turns.rows(rivals, ceilings), in_turns.NOTE
-    tiles = choice.table(list(classes("tiny sizes" in card).values()), sweeps_in(folder))
-    yield "Tiles", choice.HEADER, tiles, ""
+    tiles = trials.table(list(classes("tiny sizes" in card).values()), trials.sweeps_in(folder))
+    yield "Tiles", trials.HEADER, tiles, ""
     rest = {
         step: run for step, run in runs.items() if step not in standard and not step.startswith("rivals-")
     }
-    yield "Other runs", ATTENTION, attention_rows(rest, ceilings), ""
+    yield "Other runs", ("step", *run_table.COLUMNS), case_rows(rest), ""
     yield "Answers", ANSWERS, list(answers(folder)), ""
     yield "Machine", ("fact", "value"), machine_rows(runs), ""
 
@@ -165,33 +165,13 @@ def _standard_row(run: Run, case: Case, mode: str, cache: str, latency: Latency 
     return [config, name, mode, cache, figure, *compared, case.check.status]
 
 
-def attention_rows(runs: Mapping[str, Run], ceilings: Mapping[str, float]) -> Rows:
-    """Return a row per case: its latency, and what it needs as shares of the measured ceilings."""
+def case_rows(runs: Mapping[str, Run]) -> Rows:
+    """Return a row per case: its step, and the columns of the terminal's detailed table."""
     return [
-        [
-            step, f"{case.scenario}, {case.implementation}", _op(case), *_shares(case, ceilings),
-            f"{case.check.status} {case.check.reason}".strip(),
-        ]
+        [step, *(column(row) for column in run_table.COLUMNS.values())]
         for step, run in runs.items()
-        for case in run.cases
-    ]  # fmt: skip
-
-
-def _op(case: Case) -> str:
-    """Return the implementations of attention that ran."""
-    used = [case.ops.get(role) for role in ("latent_attention", "expanded_attention")]
-    return " ".join(dict.fromkeys(name for name in used if name))
-
-
-def _shares(case: Case, ceilings: Mapping[str, float]) -> list[str]:
-    if case.latency_ms is None:
-        return ["-", "-", "-"]
-    seconds = case.latency_ms.median / 1e3
-    work = {"copy": case.cost.bytes, "matmul": case.cost.flops}
-    shares = (
-        f"{100 * work[kind] / seconds / ceilings[kind]:.0f} %" if ceilings.get(kind) else "-" for kind in work
-    )
-    return [f"{case.latency_ms.median:.4g}", *shares]
+        for row in rows.case_rows(run)
+    ]
 
 
 def answers(folder: Path) -> Iterator[list[str]]:

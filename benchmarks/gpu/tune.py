@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import click
 
-from benchmarks.gpu.tuning import choice, trials
+from benchmarks.gpu.tuning import trials
 from benchmarks.gpu.tuning.classes import TileClass, classes
 from mla.bench.workload.scenario import duration
 from mla.command import console, environment
@@ -108,8 +108,7 @@ def compile_ahead(smoke: bool, budget: float) -> int:
 def sweep(name: str, backend: str, smoke: bool, output: Path, budget: float) -> int:
     """Time the tiles of one class of calls."""
     from benchmarks.gpu.tuning import problems
-    from benchmarks.gpu.tuning.sweep import Tuner, ops_of
-    from benchmarks.gpu.tuning.timing import Effort
+    from benchmarks.gpu.tuning.sweep import Effort, Tuner, ops_of
     from mla import load_backend
 
     began, opened = time.monotonic(), load_backend(backend)
@@ -147,12 +146,12 @@ def choose(backend: str, smoke: bool, sweeps: Path, folder: Path) -> int:
     """Write the tuning that sweeps speak for, named after the card."""
     every = list(classes(smoke).values())
     by_class = trials.sweeps_in(sweeps)
-    best, measured = choice.chosen(every, by_class), by_class[every[0].name].facts
+    best, measured = trials.chosen(every, by_class), by_class[every[0].name].facts
     folder.mkdir(parents=True, exist_ok=True)
     output = folder / card_file(measured["card"])
-    write_tuning(output, choice.tuning_of(every, best), measured)
-    console.out(aligned(choice.HEADER, choice.table(every, by_class), {"calls", "tile"}))
-    console.out(f"{choice.usage(output, backend, measured['card'])}\n")
+    write_tuning(output, trials.tuning_of(every, best), measured)
+    console.out(aligned(trials.HEADER, trials.table(every, by_class), {"calls", "tile"}))
+    console.out(f"{trials.usage(output, backend, measured['card'])}\n")
     return Exit.OK
 
 

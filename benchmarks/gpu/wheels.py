@@ -22,7 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import click
 
-from benchmarks.gpu.drift import fetch
+from benchmarks.gpu.drift import sources
 from benchmarks.gpu.drift.catalog import LIBRARIES, Library
 from benchmarks.gpu.drift.compare import compare
 from mla.command import console
@@ -42,12 +42,12 @@ def known(name: str) -> Library:
 
 
 def wanted(words: tuple[str, ...], places: tuple[str, ...]) -> list[tuple[Library, str, str]]:
-    """Return library, requirement and place (a path or URL, "" for the index). Raises `UsageError`."""
+    """Return library, requirement and place (a path, "" for the index). Raises `UsageError`."""
     found = []
     for word in places:
         name, equals, place = word.partition("=")
         if not equals or not place:
-            raise UsageError(f"--source takes NAME=PATH or NAME=URL, not '{word}'.")
+            raise UsageError(f"--source takes NAME=PATH, not '{word}'.")
         found.append((known(name), name, place))
     if not words and not places:
         words = tuple(library.name for library in LIBRARIES if library.on_index)
@@ -70,7 +70,7 @@ def listing() -> str:
 
 @click.command(help=__doc__)
 @click.argument("libraries", nargs=-1, metavar="[NAME[==VERSION]]...")
-@click.option("--source", "places", multiple=True, metavar="NAME=PATH|URL", help="Sources of a library.")
+@click.option("--source", "places", multiple=True, metavar="NAME=PATH", help="Sources of a library.")
 @click.option("--keep", type=click.Path(path_type=Path, file_okay=False), help="Folder for downloads.")
 @click.option("--list", "list_only", is_flag=True, help="List what is compared, and stop.")
 def wheels(libraries: tuple[str, ...], places: tuple[str, ...], keep: Path | None, list_only: bool) -> int:
@@ -83,12 +83,12 @@ def wheels(libraries: tuple[str, ...], places: tuple[str, ...], keep: Path | Non
         folder = keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         for library, requirement, place in chosen:
-            sources = fetch.source(library.name, place, folder) if place else fetch.wheel(requirement, folder)
-            found = compare(library, sources)
+            real = sources.source(library.name, place) if place else sources.wheel(requirement, folder)
+            found = compare(library, real)
             console.out("".join(f"{sentence}\n" for sentence in found.drift))
             for note in found.notes:
                 console.note(f"note: {note}")
-            console.note(f"{sources.label}: {found.checked} calls compared, {len(found.drift)} differ")
+            console.note(f"{real.label}: {found.checked} calls compared, {len(found.drift)} differ")
             drifted |= bool(found.drift)
     return Exit.REGRESSION if drifted else Exit.OK
 

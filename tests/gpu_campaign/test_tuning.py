@@ -14,10 +14,9 @@ import pytest
 import torch
 
 from benchmarks.gpu import tune
-from benchmarks.gpu.tuning import choice, trials
+from benchmarks.gpu.tuning import trials
 from benchmarks.gpu.tuning.classes import FULL, SMOKE, Change, Shape, TileClass, classes
-from benchmarks.gpu.tuning.sweep import BEST, Tuner
-from benchmarks.gpu.tuning.timing import Effort
+from benchmarks.gpu.tuning.sweep import BEST, Effort, Tuner
 from benchmarks.gpu.tuning.trials import Sweep, Trial
 from mla.errors import UnsupportedOps
 from mla.reference import REFERENCE
@@ -201,8 +200,8 @@ def test_the_next_tile_is_taken_if_the_fastest_is_wrong_where_lengths_differ(of:
 def test_a_sweep_without_a_confirmed_tile_gives_no_tuning() -> None:
     unsure = Sweep(tuned="latent-16", facts={})
     unsure.put(Trial(tile=A, us={"a": 1.0}))
-    with pytest.raises(choice.NothingMeasured, match="timed and confirmed for latent-16"):
-        choice.chosen(SMALL, {**SWEEPS, "latent-16": unsure})
+    with pytest.raises(trials.NothingMeasured, match="timed and confirmed for latent-16"):
+        trials.chosen(SMALL, {**SWEEPS, "latent-16": unsure})
     assert tune.say_best(unsure) == 3
 
 
@@ -277,11 +276,11 @@ SMALL = [tiles for tiles in SMOKE if not tiles.name.endswith("-128")]
 
 
 def test_small_and_large_calls_alike_get_their_own_fastest_tile() -> None:
-    best = choice.chosen(SMALL, SWEEPS)
+    best = trials.chosen(SMALL, SWEEPS)
     assert {name: trial.tile for name, trial in best.items()} == {
         "latent-16": B2, "latent-64": A, "expanded-64": D,
     }  # fmt: skip
-    tuning = choice.tuning_of(SMALL, best)
+    tuning = trials.tuning_of(SMALL, best)
     assert (dict(tuning.latent), dict(tuning.expanded)) == ({1: B2, 33: A}, {1: D})
 
 
@@ -295,11 +294,11 @@ def test_decode_is_also_tried_with_other_programs_and_whole_latents_and_prompts_
 
 def test_a_class_without_a_time_or_of_other_versions_gives_no_tuning() -> None:
     short = {name: sweep for name, sweep in SWEEPS.items() if name != "expanded-64"}
-    with pytest.raises(choice.NothingMeasured, match="no tile was timed and confirmed for expanded-64: "):
-        choice.chosen(SMALL, short)
-    with pytest.raises(choice.NothingMeasured, match="different cards or versions"):
-        choice.chosen(SMALL, {**SWEEPS, "expanded-64": sweep("expanded-64", (D, 50.0), triton="3.9")})
-    assert [row[:2] for row in choice.table(SMALL, short)] == [
+    with pytest.raises(trials.NothingMeasured, match="no tile was timed and confirmed for expanded-64: "):
+        trials.chosen(SMALL, short)
+    with pytest.raises(trials.NothingMeasured, match="different cards or versions"):
+        trials.chosen(SMALL, {**SWEEPS, "expanded-64": sweep("expanded-64", (D, 50.0), triton="3.9")})
+    assert [row[:2] for row in trials.table(SMALL, short)] == [
         ["latent-16, from 1 rows", str(B2)],
         ["latent-64, from 33 rows", str(A)],
     ]
@@ -324,7 +323,7 @@ def test_the_file_is_what_a_plugin_reads(tmp_path: Path, capsys: pytest.CaptureF
     ]
     assert said[1].split()[-6:] == ["2", "programs", "9.0", "30.0", "3", "0"]
     assert tune.tune(words, standalone_mode=False) == 0, "the tuning itself is no sweep"
-    assert choice.usage(target, "some.module:Backend", "Card 1") == said[-2], "a module has no such folder"
+    assert trials.usage(target, "some.module:Backend", "Card 1") == said[-2], "a module has no such folder"
 
 
 def test_a_backend_without_these_ops_is_refused() -> None:

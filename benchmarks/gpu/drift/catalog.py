@@ -37,7 +37,7 @@ class Library:
 
     name: str
     calls: tuple[Call, ...]
-    on_index: bool = True  # a wheel can be downloaded; else a path or URL must be given
+    on_index: bool = True  # a wheel can be downloaded; else a path must be given
 
 
 def _resolved(name: str) -> tuple[str, ...]:

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.gpu.drift.catalog import FAKES, Call, Library
-from benchmarks.gpu.drift.signatures import Signature
-from benchmarks.gpu.drift.sources import Lost, Sources, read
+from benchmarks.gpu.drift.sources import Lost, Signature, Sources, read
 
 
 @dataclass

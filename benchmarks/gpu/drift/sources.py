@@ -1,16 +1,89 @@
-"""The Python files of a wheel, an archive or a folder, and where a name of theirs is defined."""
+"""The Python files of a wheel, an archive or a folder: where a name of theirs is defined, and its signature.
+
+Nothing is imported. Wheels come with pip from its index, or from a path that the user gives.
+"""
 
 from __future__ import annotations
 
 import ast
 import functools
+import subprocess
+import sys
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.gpu.drift.signatures import Function, Signature, decorated, signature
 from mla.errors import UsageError
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument; `default` is its source text, None if the argument is required."""
+
+    name: str
+    default: str | None
+    keyword: bool = True  # can be passed by name
+    place: bool = True  # can be passed by place
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a function takes, without self."""
+
+    arguments: tuple[Argument, ...]
+    any_place: bool  # *args
+    any_keyword: bool  # **kwargs
+
+    def find(self, name: str) -> Argument | None:
+        """Return the argument of this name."""
+        return next((argument for argument in self.arguments if argument.name == name), None)
+
+    def takes(self, name: str) -> bool:
+        """Return whether a call may pass `name` by keyword."""
+        found = self.find(name)
+        return self.any_keyword if found is None else found.keyword
+
+    def placed(self, count: int) -> Sequence[str]:
+        """Return the names of the arguments that a call with so many values by place gives."""
+        return [argument.name for argument in self.arguments if argument.place][:count]
+
+
+def signature(function: Function, method: bool) -> Signature:
+    """Return the signature of a definition; of a method without its first argument."""
+    found = function.args
+    placed = [*found.posonlyargs, *found.args]
+    none: list[ast.expr | None] = [None]
+    defaults = none * (len(placed) - len(found.defaults)) + list(found.defaults)
+    arguments = [
+        Argument(one.arg, _text(default), keyword=number >= len(found.posonlyargs))
+        for number, (one, default) in enumerate(zip(placed, defaults, strict=True))
+    ][method and not _is_static(function) :]
+    arguments += [
+        Argument(one.arg, _text(default), place=False)
+        for one, default in zip(found.kwonlyargs, found.kw_defaults, strict=True)
+    ]
+    return Signature(tuple(arguments), found.vararg is not None, found.kwarg is not None)
+
+
+def decorated(function: Function, name: str) -> bool:
+    """Return whether a decorator is called `name`, however it is reached."""
+    found = (one.func if isinstance(one, ast.Call) else one for one in function.decorator_list)
+    return any(ast.unparse(one).rpartition(".")[2] == name for one in found)
+
+
+def _is_static(function: Function) -> bool:
+    return decorated(function, "staticmethod")
+
+
+def _text(default: ast.expr | None) -> str | None:
+    return None if default is None else ast.unparse(default)
+
+
+# ----------------------------------------------------------------------------------------------- files
 
 DEEPEST = 12  # imports that are followed from one name
 _Definition = Function | ast.ClassDef
@@ -166,3 +239,55 @@ def _untarred(path: Path) -> dict[str, str]:
 
 def _decode(data: bytes) -> str:
     return data.decode(errors="replace")
+
+
+# ----------------------------------------------------------------------------------------------- wheels
+
+SECONDS = 600
+# Wheels are only read, so those of any Linux do, and for any Python.
+_PLATFORMS = ("manylinux2014_x86_64", "manylinux_2_28_x86_64", "manylinux_2_34_x86_64", "linux_x86_64", "any")
+
+
+def wheel(requirement: str, folder: Path) -> Sources:
+    """Download one wheel with pip ("name" or "name==1.0") and read it. Raises `UsageError`."""
+    before = set(folder.glob("*.whl"))
+    command = [
+        sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet",
+        "--disable-pip-version-check", "--ignore-requires-python", "--dest", str(folder),
+        *(word for name in _PLATFORMS for word in ("--platform", name)), requirement,
+    ]  # fmt: skip
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise UsageError(f"pip download {requirement} took more than {SECONDS} s.") from None
+    new = sorted(set(folder.glob("*.whl")) - before) or _named(folder, requirement)
+    if done.returncode or not new:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        said = errors[-1].removeprefix("ERROR: ").rstrip(".") if errors else "it left no wheel"
+        raise UsageError(
+            f"pip download {requirement} failed: {said}. Without a network, download the wheel elsewhere and "
+            f"give it with --source {_name(requirement)}=FILE."
+        )
+    return given(new[-1], _name(requirement))
+
+
+def source(name: str, place: str) -> Sources:
+    """Read a wheel, archive or folder at a path. Raises `UsageError`."""
+    if not Path(place).exists():
+        raise UsageError(f"--source {name}: there is no '{place}'.")
+    return given(Path(place), name)
+
+
+def given(path: Path, name: str) -> Sources:
+    """Read what is at a path; a wheel's name says its version."""
+    version = path.name.split("-")[1] if path.suffix == ".whl" else f"at {path.name or path}"
+    return read(path, f"{name} {version}")
+
+
+def _name(requirement: str) -> str:
+    return requirement.partition("==")[0]
+
+
+def _named(folder: Path, requirement: str) -> list[Path]:
+    """Return the wheels of a distribution that were there before."""
+    return sorted(folder.glob(f"{_name(requirement).replace('-', '_')}-*.whl"))
