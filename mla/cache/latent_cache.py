@@ -102,11 +102,11 @@ class LatentCache:
         self.page_size = page_size
         self.num_pages = -(-max_tokens // page_size)
         self.dtype, self.cache_format = dtype, stored_format(cache_format, dtype)
-        self._codec = codec_of(self.cache_format, config.kv_lora_rank, config.qk_rope_head_dim)
-        width, held = (self._codec.token_bytes, torch.uint8) if self._codec else (config.latent_dim, dtype)
+        self.codec = codec_of(self.cache_format, config.kv_lora_rank, config.qk_rope_head_dim)
+        width, held = (self.codec.token_bytes, torch.uint8) if self.codec else (config.latent_dim, dtype)
         shape = (num_layers, self.num_pages, page_size, width)
         self.index_layers, self.index_format = config.index_layers(num_layers), index_format or ""
-        self._index_codec = codec = index_codec(self.index_format, config.index_head_dim)
+        self.index_codec = codec = index_codec(self.index_format, config.index_head_dim)
         index_width, index_held = (
             (codec.token_bytes, torch.uint8) if codec else (config.index_head_dim, dtype)
         )
@@ -137,7 +137,7 @@ class LatentCache:
         return self._plain_pages()[..., self.config.kv_lora_rank :]
 
     def _plain_pages(self) -> torch.Tensor:
-        if self._codec is not None:
+        if self.codec is not None:
             raise RuntimeError(f"this cache holds bytes of {self.cache_format}: read() decodes them.")
         return self.pages
 
@@ -407,33 +407,37 @@ class LatentCache:
         Slots are those of latents. Raises ValueError for a layer without an indexer.
         """
         pages = self.index_pages[self.index_layers.index(layer)]
-        if self._index_codec is None:
+        if self.index_codec is None:
             pages.flatten(0, 1).index_copy_(0, slots, index)
         else:
-            self._index_codec.write(pages, slots, index)
+            self.index_codec.write(pages, slots, index)
 
-    def read_index(self, sequence: int, layer: int = 0) -> torch.Tensor | None:
-        """Return a copy of a sequence's index keys [s, D], None where the layer has no indexer.
+    def read_index(self, sequence: int, layer: int = 0, start: int = 0) -> torch.Tensor | None:
+        """Return a copy of a sequence's index keys [s, D] from `start` on; None where there is no indexer.
 
         They are float32 where the cache has an `index_format`.
         """
         pages = self.of_layer(layer)[1]
         if pages is None:
             return None
-        owned = host_ints(self._get(sequence).pages).to(pages.device)
+        whole, skipped = divmod(start, self.page_size)
+        owned = host_ints(self._get(sequence).pages[whole:]).to(pages.device)
         kept = pages.index_select(0, owned)
-        keys = kept if self._index_codec is None else index_keys(kept, self._index_codec)
-        return keys.flatten(0, 1)[: self.length(sequence)].clone()
+        keys = kept if self.index_codec is None else index_keys(kept, self.index_codec)
+        return keys.flatten(0, 1)[skipped : self.length(sequence) - start + skipped].clone()
 
     def encoded(self, kv: torch.Tensor, pe: torch.Tensor) -> torch.Tensor:
         """Return rows of `pages` for kv [s, c] and pe [s, r] in `dtype`."""
-        return torch.cat((kv, pe), dim=1) if self._codec is None else self._codec.encode(kv, pe)
+        return torch.cat((kv, pe), dim=1) if self.codec is None else self.codec.encode(kv, pe)
 
-    def read(self, sequence: int, layer: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return copies of a sequence's kv [s, c] and pe [s, r]; float32 where the cache has a format."""
-        rows = self._flat(layer).index_select(0, self.slots(sequence))
-        if self._codec is not None:
-            return self._codec.decode(rows)
+    def read(self, sequence: int, layer: int = 0, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return copies of a sequence's kv [s, c] and pe [s, r] from token `start` on.
+
+        They are float32 where the cache has a format.
+        """
+        rows = self._flat(layer).index_select(0, self.slots(sequence)[start:])
+        if self.codec is not None:
+            return self.codec.decode(rows)
         kv, pe = rows.split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), dim=1)
         return kv.contiguous(), pe.contiguous()
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from mla.cache import LatentCache
+from mla.cache.formats import given_back
 from mla.cache.ragged_batch import RaggedBatch
 from mla.cases.case import Lengths
 from mla.config import MLAConfig
 from mla.layer.attention import MLA
 from mla.verify.layer_check import Checker, Poison
 from mla.verify.layer_oracle import oracle
+from mla.verify.selected import Past, SelectingLayer, SelectionJudge, Taken, take
 from mla.verify.verdict import Check
 from mla.weights import random_state_dict
 
@@ -63,6 +66,11 @@ def weights(config: MLAConfig, dtype: torch.dtype, model: int = 0) -> dict[str, 
     return random_state_dict(config, model, dtype)
 
 
+@functools.lru_cache(maxsize=8)
+def _selecting(config: MLAConfig, dtype: torch.dtype, model: int) -> SelectingLayer:
+    return SelectingLayer(config, weights(config, dtype, model))
+
+
 class LayerHost:
     """Inputs N(0, 1) of a case, and what they must give."""
 
@@ -79,6 +87,8 @@ class LayerHost:
             (draw(length, widths[0]), draw(length, widths[1])) for length in case.history
         ]
         self.hidden = draw(case.steps, sum(case.query_lens), config.hidden_size)
+        width = config.index_head_dim if config.index_n_heads else 0
+        self.index = [draw(length, width) for length in case.history]  # keys, of a layer with an indexer
 
     @functools.cached_property
     def truth(self) -> torch.Tensor:
@@ -103,13 +113,33 @@ class LayerHost:
         checker = Checker(self.truth, self.case.dtype, lambda: self.reference)
         return checker.check(outputs, held_to_reference=True)
 
+    def check_selected(self, outputs: torch.Tensor, taken: Sequence[Taken], cache: LatentCache) -> Check:
+        """Judge outputs [steps, T, d] of a layer with an indexer by what each step has left, in turn.
+
+        The formats are those of the `cache`.
+        """
+        case, (codec, coded) = self.case, (cache.codec, cache.index_codec)
+        stored = self.history if codec is None else [given_back(codec, *past) for past in self.history]
+        index = [keys if coded is None else coded.decode(coded.encode(keys))[0] for keys in self.index]
+        past = [Past(kv, pe, keys) for (kv, pe), keys in zip(stored, index, strict=True)]
+        judge = SelectionJudge(_selecting(case.config, case.dtype, case.model), case.dtype, codec, coded)
+        by_request, expected = self.hidden.split(list(case.query_lens), dim=1), []
+        for step, left in enumerate(taken):
+            new = [tokens[: step + 1].flatten(0, 1) for tokens in by_request]
+            judged = judge.judge(case.query_lens, past, new, left, torch.arange(sum(case.query_lens)))
+            if judged.reason:
+                return Check(status="wrong", reason=f"{judged.reason}{f' (step {step})' * (case.steps > 1)}")
+            expected.append(judged.expected)
+        checker = Checker(torch.stack(expected), case.dtype, lambda: outputs)
+        return checker.check(outputs, held_to_reference=False)
+
 
 class LayerCall:
     """A layer and a cache that holds a case's history, in shuffled pages; all other slots are poisoned."""
 
     def __init__(self, case: LayerCase, layer: MLA, page_size: int = 64, shuffle: int = 0) -> None:
         self.case, self.layer = case, layer
-        device, host = layer.device, case.host
+        device, host, indexed = layer.device, case.host, case.config.index_n_heads > 0
         pages = sum(-(-length // page_size) for length in case.final_lens) + 3
         self.cache = LatentCache(
             case.config,
@@ -118,24 +148,41 @@ class LayerCall:
             device=device,
             dtype=case.dtype,
             shuffle=shuffle,
-            cache_format=layer.ops["latent_attention"].spec.cache_format or None,
+            cache_format=layer.ops["latent_attention"].spec.cache_format,
+            index_format=layer.ops["write_index_key"].spec.index_format if indexed else None,
         )
         self.ids = self.cache.new_sequences(len(case.history))
-        for sequence, (kv, pe) in zip(self.ids, host.history, strict=True):
-            self.cache.load(sequence, kv, pe)
-        safe = layer.ops["latent_attention"].op.nan_safe_tail
-        Poison(self.cache, self.ids, case.final_lens, safe).apply()
+        for sequence, (kv, pe), keys in zip(self.ids, host.history, host.index, strict=True):
+            self.cache.load(sequence, kv, pe, index=keys if indexed else None)
+        for role, of_index in (("latent_attention", False), *[("select_latents", True)] * indexed):
+            safe = layer.ops[role].op.nan_safe_tail
+            Poison(self.cache, self.ids, case.final_lens, safe, of_index).apply()
         self.hidden = host.hidden.to(device, copy=True)
+        self.taken: list[Taken] = []  # by step, of a layer that selects
 
     def extend(self, in_shape: bool = False) -> RaggedBatch:
         """Return the next step's batch; if `in_shape`, with a block table as wide as the last step needs."""
         wide = {"table_tokens": max(self.case.final_lens)} if in_shape else {}
         return self.cache.extend(self.ids, self.case.query_lens, **wide)
 
-    def forward(self, step: int, batch: RaggedBatch) -> torch.Tensor:
-        """Run one step. What it does not write is NaN."""
-        hidden = self.hidden[step]
-        return self.layer(hidden, batch, self.cache.pages[0], out=torch.full_like(hidden, torch.nan))
+    def forward(self, step: int, batch: RaggedBatch, selection: torch.Tensor | None = None) -> torch.Tensor:
+        """Run one step, which attends a `selection` [T, topk] if there is one. What is not written is NaN."""
+        hidden, pages = self.hidden[step], self.cache.of_layer(0)
+        out = self.layer(hidden, batch, *pages, selection, out=torch.full_like(hidden, torch.nan))
+        if self.case.config.index_topk:
+            self.take()
+        return out
+
+    def take(self) -> None:
+        """Keep what the last forward, of a layer that selects, has left."""
+        lengths = [self.cache.length(sequence) for sequence in self.ids]
+        what = self.ids, self.case.query_lens, self.case.history, lengths
+        self.taken.append(take(self.layer, self.cache, *what))
+
+    def check(self, outputs: torch.Tensor) -> Check:
+        """Judge the outputs [steps, T, d] of every step, and what each has left."""
+        host, taken = self.case.host, self.taken[-len(outputs) :]
+        return host.check_selected(outputs, taken, self.cache) if taken else host.check(outputs)
 
     def run(self) -> torch.Tensor:
         """Run every step and return the outputs [steps, T, d] on the host."""

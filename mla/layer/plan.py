@@ -131,6 +131,15 @@ class StepPlan:
     expanded: ExpandedGroup | None
 
 
+def follows_lengths(plan: StepPlan) -> bool:
+    """Return whether a captured forward on this plan follows lengths that change in place, as its ops say."""
+    group = plan.absorbed
+    if plan.expanded is not None or group is None:
+        return False
+    states = (group.state, *(group.select,) * (group.select is not None))
+    return all(getattr(state, "graph_safe", False) for state in states)
+
+
 def make_plan(
     config: MLAConfig,
     ops: Ops,

@@ -104,7 +104,7 @@ def _select(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, out: tor
 def index_scores(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Return fp32 scores [t, s]: over heads, weights [t, H] times relu(q [t, H, D] . keys [s, D]), summed."""
     heads = q.float().flatten(0, 1) @ keys.float().t()
-    return torch.bmm(weights.float()[:, None], heads.relu_().view(*q.shape[:2], -1))[:, 0]
+    return torch.bmm(weights.float()[:, None], heads.relu_().view(*q.shape[:2], len(keys)))[:, 0]
 
 
 # ---------------------------------------------------------------------------------------- attention

@@ -154,7 +154,7 @@ def stands_for(value: float, dtype: torch.dtype) -> float:
 class Poison:
     """What to write where, computed once for sequences that will grow to `final_lens`.
 
-    `pages` [layers, pages, page, ..] are those of latents, or others of the cache under the same block table.
+    `of_index`: in the pages of index keys, in place of those of latents.
     """
 
     def __init__(
@@ -163,9 +163,10 @@ class Poison:
         sequences: Sequence[int],
         final_lens: Sequence[int],
         nan_safe_tail: bool,
-        pages: torch.Tensor | None = None,
+        of_index: bool = False,
     ) -> None:
-        self._pages = cache.pages if pages is None else pages
+        self._pages = cache.index_pages if of_index else cache.pages
+        self._codec = cache.index_codec if of_index else None  # whose rows are spread over a page
         history = [cache.length(sequence) for sequence in sequences]
         kept = torch.cat([cache.slots(sequence) for sequence in sequences])
         growth = [final - now for final, now in zip(final_lens, history, strict=True)]
@@ -186,6 +187,18 @@ class Poison:
 
     def apply(self) -> None:
         """Overwrite every slot that holds no history."""
-        width = self._pages.shape[-1]
+        self._fill(self._slots, self._rows)
+
+    def clear(self, slots: torch.Tensor) -> None:
+        """Overwrite slots [n] int64 with NaN, or what stands for it."""
+        nothing = stands_for(torch.nan, self._pages.dtype)
+        self._fill(slots, self._pages.new_full((len(slots), 1), nothing))
+
+    def _fill(self, slots: torch.Tensor, rows: torch.Tensor) -> None:
+        """Write what rows [n, 1] hold to all numbers or bytes of slots [n]."""
+        wide = rows.expand(-1, self._pages.shape[-1])
         for layer in self._pages:
-            layer.view(-1, width).index_copy_(0, self._slots, self._rows.expand(-1, width))
+            if self._codec is None:
+                layer.flatten(0, 1).index_copy_(0, slots, wide)
+            else:
+                self._codec.put(layer, slots, wide)

@@ -2,18 +2,30 @@
 
 A row reads the keys that it selects and no others, so that a row of a long context costs little. Latents are
 multiplied as they are cached: q . (W k) is (q W) . k, exactly the same in float64 but for its last digits.
+
+Scores that are nearly the same may be selected either way, and each selection has another output. So a
+forward is judged in four parts, each by what it was given: the rows that the indexer makes, and what a cache
+of some format stores, by the layer's inputs; the selection, by these rows; and the output, by the inputs, the
+selection and what is stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, cast
 
 import torch
 
+from mla.cache import LatentCache
+from mla.cache.formats import Codec, given_back
+from mla.cache.index_formats import IndexFp8
 from mla.config import MLAConfig
+from mla.layer.attention import MLA
+from mla.layer.plan import is_sparse
 from mla.verify.layer_oracle import (
     Held,
+    Pair,
     State,
     Stored,
     _by_position,
@@ -26,6 +38,9 @@ from mla.verify.layer_oracle import (
     _turned,
     index_keys_of,
 )
+from mla.verify.places import Places, describe
+from mla.verify.selections import judge_selection, true_selection
+from mla.verify.tolerances import ALLOWED, CAP_SLACK, row_errors
 
 
 class Cached(NamedTuple):
@@ -116,3 +131,218 @@ class SelectingLayer:
         if config.output_gate is not None:
             heads = heads / (1 + (-_gate(config, self._state, rows[None])[0]).exp())
         return _project(self._state, "o_proj", heads.flatten(1))
+
+
+# ---------------------------------------------------------------------------------------------- judging
+@dataclass(frozen=True)
+class Taken:
+    """What a forward has left in memory, on the host, and must be judged by.
+
+    All of it is copied off the clock. `selection` is None where it attended all keys; `q` and `weights` are
+    None, and there are no keys, of a layer without an indexer.
+    """
+
+    latents: tuple[Pair, ...] = ()  # per request kv [t, c] and pe [t, r], decoded; none of a plain cache
+    selection: torch.Tensor | None = None  # [T, topk] int32
+    q: torch.Tensor | None = None  # [T, H, D], what the scores are of
+    weights: torch.Tensor | None = None  # [T, H] fp32
+    keys: tuple[torch.Tensor, ...] = ()  # per request [t, D]: of all its tokens since the history
+    in_bf16: bool = False  # whether scores are
+
+
+def take(
+    layer: MLA,
+    cache: LatentCache,
+    sequences: Sequence[int],
+    query_lens: Sequence[int],
+    history: Sequence[int],
+    kv_lens: Sequence[int],
+    number: int = 0,
+) -> Taken:
+    """Return what the last forward of a layer, the cache's `number`, has left: copies.
+
+    Lengths are per request: new tokens of the forward, tokens of the history, and all tokens after it.
+    """
+    selection, q, weights, in_bf16 = layer.selection, None, None, False
+    keys, latents = list[torch.Tensor](), list[Pair]()
+    if indexed := layer.config.index_n_heads > 0:
+        views = layer.step.views.indexed(sum(query_lens))
+        q, weights = (part.to("cpu", copy=True) for part in (views.q, views.weights))
+        in_bf16 = layer.ops["select_latents"].op.scores_in_bf16
+    for sequence, past, end in zip(sequences, history, kv_lens, strict=True):
+        if indexed:
+            rows = cast("torch.Tensor", cache.read_index(sequence, number, past))
+            keys.append(rows[: end - past].cpu())
+        if cache.cache_format:
+            kv, pe = (part[: end - past].cpu() for part in cache.read(sequence, number, past))
+            latents.append((kv, pe))
+    copied = None if selection is None else selection.to("cpu", copy=True)
+    return Taken(tuple(latents), copied, q, weights, tuple(keys), in_bf16)
+
+
+class Past(NamedTuple):
+    """The history of one request, as the cache gives it back."""
+
+    kv: torch.Tensor  # [s, c]
+    pe: torch.Tensor  # [s, r]
+    keys: torch.Tensor  # [s, D] of an indexer; of a layer without one, anything
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Some rows of one forward: what they should be, given the selection, and what is wrong before them.
+
+    `reason` is "" where the indexer's rows and the selection are right; the output is for the caller.
+    """
+
+    expected: torch.Tensor  # [n, d] float64
+    places: Places  # [n]
+    ratio: float = 0.0  # the largest error over its bound
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class SelectionJudge:
+    """Judges forwards of one layer by what they left; `dtype` is the layer's.
+
+    Only positions that are `held` are attended, and cached.
+    """
+
+    truth: SelectingLayer
+    dtype: torch.dtype
+    codec: Codec | None = None  # of the cache; None: plain
+    index_codec: IndexFp8 | None = None
+    held: Held | None = None
+
+    def judge(
+        self,
+        query_lens: Sequence[int],
+        past: Sequence[Past],
+        new: Sequence[torch.Tensor],  # per request [t, d]: all tokens since its history, in any dtype
+        taken: Taken | None,  # None: nothing was left
+        rows: torch.Tensor,  # [n] int64: which of the forward's rows are judged
+    ) -> Judged:
+        """Judge rows of a forward of `query_lens` new tokens, request by request.
+
+        The output is expected for the selection that was made, so that a wrong selection is not blamed on
+        attention, and the other way round.
+        """
+        kv_lens = [len(old.kv) + len(tokens) for old, tokens in zip(past, new, strict=True)]
+        places = Places.new_tokens(query_lens, kv_lens).of(rows)
+        expected = torch.zeros(len(rows), self.truth.config.hidden_size, dtype=torch.float64)
+        dense = taken is None or taken.selection is None
+        if taken is None or (dense and is_sparse(self.truth.config, query_lens, kv_lens)):
+            return Judged(expected, places, reason="more tokens were attended than may be selected")
+        faults = [(0.0, "")]
+        for request in places.request.unique().tolist():
+            own = (places.request == request).nonzero()[:, 0]
+            part = _Part(self, request, past[request], new[request], taken, rows[own], places.of(own))
+            expected[own] = part.expected()
+            faults += part.faults()
+        reason = next((said for _, said in faults if said), "")
+        return Judged(expected, places, max(ratio for ratio, _ in faults), reason)
+
+
+@dataclass
+class _Part:
+    """The judged rows of one request in one forward.
+
+    `hidden` [n, d] are their tokens, `positions` [t] int64 those of all new tokens of the request,
+    `selection` [n, topk] what they selected.
+    """
+
+    judge: SelectionJudge
+    request: int
+    past: Past
+    new: torch.Tensor  # [t, d], of this forward and of those before it since the history
+    taken: Taken
+    rows: torch.Tensor  # [n] int64, of the forward
+    places: Places  # [n]
+
+    def __post_init__(self) -> None:
+        count = len(self.past.kv)
+        self.hidden = self.new[self.places.position - count]
+        self.positions = torch.arange(count, count + len(self.new))
+        selection = self.taken.selection
+        self.selection = None if selection is None else selection[self.rows]
+
+    def expected(self) -> torch.Tensor:
+        """Return the outputs [n, d] in float64, given the selection."""
+        truth, (kv, pe, _) = self.judge.truth, self.past
+        if self.judge.codec is None:
+            new_kv, new_pe = truth.latents(self.new, self.positions)
+        else:
+            new_kv, new_pe = map(self._spread, self.taken.latents[self.request])
+        cached, chosen = Cached((kv, new_kv), (pe, new_pe)), self.selection
+        if chosen is not None:  # what is wrong with it is said by itself
+            chosen = chosen.masked_fill(chosen > self.places.position[:, None], -1)
+        return truth.attended(self.hidden, self.places.position, cached, chosen, self.judge.held)
+
+    def _held(self) -> torch.Tensor:
+        """Return which of all new tokens are here, bool [t]."""
+        held = self.judge.held
+        return torch.ones(len(self.new), dtype=torch.bool) if held is None else held(self.positions)
+
+    def _spread(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows [t, w] in float64 of all new tokens, zeros for those that are not here."""
+        spread = torch.zeros(len(self.new), rows.shape[1], dtype=torch.float64)
+        spread[self._held()] = rows.double()
+        return spread
+
+    def faults(self) -> Iterator[tuple[float, str]]:
+        """Yield errors over their bounds, and what is wrong: of the indexer's rows, and of the selection."""
+        truth, taken, dtype = self.judge.truth, self.taken, self.judge.dtype
+        yield from self._latent_faults()
+        if taken.q is None or taken.weights is None:  # the selection is another layer's
+            return
+        keys, true_keys = taken.keys[self.request], truth.index_keys(self.new, self.positions)
+        beside, codec = torch.zeros(len(keys), dtype=torch.float64), self.judge.index_codec
+        if codec is not None:
+            beside = row_errors(given_back(codec, true_keys.float(), true_keys[:, :0])[0], true_keys)
+        yield _row_fault(f"index keys of request {self.request}", keys, true_keys, dtype, beside=beside)
+        if self.selection is None:
+            return
+        q, weights = truth.index_queries(self.hidden, self.places.position)
+        given = taken.q[self.rows], taken.weights[self.rows]
+        yield _row_fault("index queries", given[0], q, dtype, self.places)
+        yield _row_fault("index weights", given[1], weights, torch.float32, self.places)
+        whole = torch.cat((self.past.keys, keys))
+        spans = [(0, position + 1) for position in self.places.position.tolist()]
+        true = true_selection(*given, whole, spans, self.selection.shape[1], len(whole))
+        yield judge_selection(self.selection, true, self.places, taken.in_bf16)
+
+    def _latent_faults(self) -> Iterator[tuple[float, str]]:
+        """Yield the same of what a cache of some format has stored, which may err by the format's error."""
+        codec = self.judge.codec
+        if codec is None:
+            return
+        true = [part[self._held()] for part in self.judge.truth.latents(self.new, self.positions)]
+        near = given_back(codec, *(part.float() for part in true))
+        parts = zip(("latents", "keys"), self.taken.latents[self.request], true, near, strict=True)
+        for name, stored, exact, rounded in parts:
+            if not stored.numel():
+                continue
+            what, beside = f"cached {name} of request {self.request}", row_errors(rounded, exact)
+            yield _row_fault(what, stored, exact, self.judge.dtype, beside=beside)
+
+
+def _row_fault(
+    what: str,
+    found: torch.Tensor,
+    true: torch.Tensor,
+    dtype: torch.dtype,
+    places: Places | None = None,
+    beside: torch.Tensor | float = 0.0,
+) -> tuple[float, str]:
+    """Return the largest relative error of rows [.., w] over what is allowed, and what is wrong.
+
+    The norm of the error over that of the row may be CAP_SLACK * ALLOWED[dtype].whole + `beside`; NaN is
+    infinitely wrong.
+    """
+    bound = CAP_SLACK * ALLOWED[dtype].whole + beside
+    ratios = row_errors(found.double(), true).nan_to_num(nan=torch.inf) / bound
+    bad, worst = ratios > 1, ratios.max().item()
+    if worst <= 1:
+        return worst, ""
+    where = describe(bad, places, int(ratios.argmax()))
+    return worst, f"{int(bad.sum())} of {bad.numel()} rows of its {what} are wrong: {where}"

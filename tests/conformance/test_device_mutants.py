@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import pytest
 from wrong_devices import MUTANTS
 from wrong_ops import of_layers
 
 from mla.conformance.registry import all_checks
 from mla.conformance.report import CheckResult
+from mla.layer.forward import Indexer
 
 Run = Callable[..., list[CheckResult]]
 
@@ -24,6 +27,43 @@ def test_every_check_of_the_device_has_a_mutant() -> None:
 
 def test_every_check_of_the_layer_has_a_mutant() -> None:
     assert set(of_layers.MUTANTS) == {check.id for check in all_checks() if check.id.startswith("layer.")}
+
+
+def unscaled(indexer: Indexer, right: Callable[..., Any], ops: Any, hidden: Any, *rest: Any) -> Any:
+    """Weights carry no factor: what is selected stays the same."""
+    selection = right(indexer, ops, hidden, *rest)
+    indexer.views.indexed(len(hidden)).weights.div_(indexer.config.index_scale)
+    return selection
+
+
+def only_where_read(indexer: Indexer, right: Callable[..., Any], *given: Any) -> None:
+    """Keys are written in steps that select, and in no others."""
+    plan = given[3]
+    if plan.absorbed is not None and plan.absorbed.is_sparse:
+        right(indexer, *given)
+
+
+def in_the_other_layout(indexer: Indexer, right: Callable[..., Any], *given: Any) -> None:
+    pairs = not indexer.config.indexer_rope_interleave
+    right(replace(indexer, config=replace(indexer.config, indexer_rope_interleave=pairs)), *given)
+
+
+@pytest.mark.parametrize(
+    ("check", "method", "wrong", "reason"),
+    [
+        ("layer.indexer", "select", unscaled, "rows of its index weights are wrong"),
+        ("layer.indexer_steps", "write", only_where_read, "rows of its index keys of request 0 are wrong"),
+        ("layer.indexer", "write", in_the_other_layout, "rows of its index keys of request 0 are wrong"),
+    ],
+)
+def test_a_layer_that_indexes_wrong_is_found(
+    judge: Run, sound: Any, monkeypatch: pytest.MonkeyPatch, check: str, method: str, wrong: Any, reason: str
+) -> None:
+    right = getattr(Indexer, method)
+    monkeypatch.setattr(Indexer, method, lambda indexer, *given: wrong(indexer, right, *given))
+    (found,) = judge(sound(), check)
+    assert found.status == "fail"
+    assert reason in found.reason
 
 
 def test_a_backend_that_is_not_set_up_fails_instead_of_ending_the_run(judge: Run, sound: type) -> None:

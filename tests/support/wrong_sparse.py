@@ -315,6 +315,15 @@ def ignores(**tensors: Any) -> dict[str, Any]:
     return {"selection": torch.where(selection < 0, -1, places)}
 
 
+def everything(kv_lens: Tensor, cu_q: Tensor, **tensors: Any) -> dict[str, Any]:
+    """All that a token sees is attended to, whatever is selected."""
+    new = cu_q.diff()
+    behind = cu_q[1:].repeat_interleave(new) - torch.arange(int(cu_q[-1]))
+    places = torch.arange(int(kv_lens.max()), dtype=torch.int32)
+    seen = (kv_lens.repeat_interleave(new) - behind + 1)[:, None]
+    return {"selection": torch.where(places < seen, places, -1).int()}
+
+
 def half_of_it(**tensors: Any) -> dict[str, Any]:
     selection = tensors["selection"].clone()
     selection[:, (selection.shape[1] + 1) // 2 :] = -1

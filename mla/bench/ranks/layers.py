@@ -20,7 +20,7 @@ from mla.bench.measure.evidence import LayerBench, Lengths, Sample
 from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.results.schema import LinkLine, RankFacts, Spread
 from mla.bench.results.stats import median
-from mla.bench.subjects.base import Facts, Implementation, Outputs, Taken, buffers, worst
+from mla.bench.subjects.base import Facts, Implementation, Outputs, buffers, worst
 from mla.bench.subjects.fixture import Fixture, make_fixture
 from mla.bench.subjects.inputs import Inputs, Requests
 from mla.bench.subjects.layer import MlaLayer
@@ -33,6 +33,7 @@ from mla.parallel.layer import ParallelMLA
 from mla.parallel.layout import Share
 from mla.verify.layer_oracle import Pair, State
 from mla.verify.places import Places
+from mla.verify.selected import Taken
 from mla.verify.verdict import Check
 
 if TYPE_CHECKING:

@@ -23,7 +23,6 @@ from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
 from mla.errors import UsageError
 from mla.verify.layer_check import Checker, Forward
-from mla.verify.layer_oracle import Pair
 from mla.verify.places import Places
 from mla.verify.verdict import Check
 
@@ -318,22 +317,6 @@ class LayerChecker(Checker):
 
 def _new_tokens(scenario: Scenario, step: int) -> Places:
     return Places.new_tokens(scenario.query_lens, scenario.kv_lens(step))
-
-
-@dataclass(frozen=True)
-class Taken:
-    """What a forward has left in memory, on the host, and must be judged by.
-
-    All of it is copied off the clock, and judged after the pass. `selection` is None where it attended all
-    keys.
-    """
-
-    latents: tuple[Pair, ...] = ()  # per request kv [t, c] and pe [t, r], decoded; none of a plain cache
-    selection: torch.Tensor | None = None  # [T, topk] int32
-    q: torch.Tensor | None = None  # [T, H, D], what the scores are of
-    weights: torch.Tensor | None = None  # [T, H] fp32
-    keys: tuple[torch.Tensor, ...] = ()  # per request [t, D]: of all its new tokens of the pass
-    in_bf16: bool = False  # whether scores are
 
 
 class LayerImplementation(Implementation):

@@ -17,7 +17,6 @@ from mla.bench.subjects.base import (
     Implementation,
     LayerImplementation,
     Outputs,
-    Taken,
     worst,
 )
 from mla.bench.subjects.inputs import HistorySigns, Inputs, Turn
@@ -27,9 +26,10 @@ from mla.cache import LatentCache
 from mla.cache.ragged_batch import RaggedBatch
 from mla.layer.attention import MLA
 from mla.parallel.layout import Share
-from mla.verify.layer_check import Forward, Poison, stands_for
+from mla.verify.layer_check import Forward, Poison
 from mla.verify.layer_oracle import State
 from mla.verify.places import Places
+from mla.verify.selected import Taken
 from mla.verify.tolerances import BOUNDS, ROW_SLACK
 from mla.verify.verdict import Check
 from mla_backends import BackendError
@@ -182,8 +182,7 @@ class MlaLayer(LayerImplementation):
 
     def clear_new(self, batch: RaggedBatch) -> None:
         """Overwrite the latents of a batch's new tokens, which another forward may have written."""
-        for layer in self._cache.pages:
-            layer.view(-1, layer.shape[-1]).index_fill_(0, batch.slots, stands_for(torch.nan, layer.dtype))
+        self._poison.clear(batch.slots)
 
     def step(self, index: int) -> None:
         self._run(self.batch if self._prefills else self.extend(), self._x, self._outs)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from random import Random
 from typing import Any
 
 import torch
 
 from mla.cache.formats import FORMATS, Codec, Plain, codec_of, given_back
+from mla.cache.ragged_batch import RaggedBatch
+from mla.cases.case import Lengths
 from mla.cases.layer import LayerCall, LayerCase, weights
 from mla.cases.memory import changed_slots
 from mla.config import MLAConfig, YarnScaling
@@ -17,7 +20,7 @@ from mla.conformance.checks.attention_state import NOT_SAFE, capture
 from mla.conformance.registry import LAYER, check
 from mla.conformance.trial import CheckFailed, Refused, Trial, expect
 from mla.layer.attention import MLA
-from mla.layer.plan import rebuilt_bytes
+from mla.layer.plan import follows_lengths, rebuilt_bytes
 from mla.layer.rope import RotaryTable
 from mla.verify.layer_check import Checker
 from mla.verify.layer_oracle import Pair, oracle
@@ -42,6 +45,20 @@ GATED = (
     MLAConfig(192, 16, qk_rope_head_dim=0, name="no rotary channels"),
     MLAConfig(192, 16, sink_logits=True, name="sinks"),
 )
+# An indexer, in either layout of its rotary channels; and a layer that attends what an earlier one selected.
+TOPK = 64
+INDEXED = tuple(
+    replace(
+        LORA,
+        index_topk=TOPK,
+        index_n_heads=16,
+        index_head_dim=128,
+        indexer_rope_interleave=layout == "pairs",
+        name=f"indexer of {layout}",
+    )
+    for layout in ("halves", "pairs")
+)
+SHARING = replace(INDEXED[0], index_n_heads=0, name="shared selection")
 MODES = ("auto", "absorbed", "expanded")
 BOTH = MODES[1:]  # which "auto" chooses between
 plain = partial(LayerCase, config=PLAIN)
@@ -83,7 +100,7 @@ def prepare(
 
 def judge(trial: Trial, call: LayerCall, outputs: Iterable[torch.Tensor]) -> None:
     """Compare the outputs [T, d] of every step with the oracle. Raises `CheckFailed`."""
-    take_verdict(trial, call.case.host.check(torch.stack([out.cpu() for out in outputs])))
+    take_verdict(trial, call.check(torch.stack([out.cpu() for out in outputs])))
 
 
 def take_verdict(trial: Trial, verdict: Check) -> None:
@@ -312,6 +329,69 @@ def state_dict(trial: Trial) -> None:
             expect(not different, f"weight {', '.join(different)} came back with different bits")
 
 
+# ------------------------------------------------------------------------------------ layers that select
+
+
+@layer_check("indexer", "a selection of hidden tokens, of another request's, or by keys in the other layout")
+def indexer(trial: Trial) -> None:
+    """Beyond top-k a token attends to the keys that score best; the output is judged given the selection."""
+    halves, pairs = INDEXED
+    unseen = LayerCase(*_any_lengths(trial.subject.drawing.seed), halves)
+    crossing = LayerCase((9, 1, 0, 3, 2), (58, 130, 5, 64, 10), halves)
+    check_layer(trial, crossing, LayerCase((2, 1), (70, 9), pairs), unseen, modes=("auto",))
+
+
+def _any_lengths(seed: int) -> tuple[Lengths, Lengths]:
+    """Return new and old tokens of requests on both sides of top-k."""
+    random = Random(seed)
+    new = [random.choice((0, 1, 1, 2, 5, 17)) for _ in range(4)]
+    return (1, *new), (random.randrange(TOPK, 3 * TOPK), *(random.randrange(2 * TOPK) for _ in new))
+
+
+@layer_check(
+    "indexer_steps", "index keys that are written only by steps that read them, or a step too late", "state"
+)
+def indexer_steps(trial: Trial) -> None:
+    """A context that grows beyond top-k selects among the keys of all steps, updated in place."""
+    case = LayerCase((1, 2), (TOPK - 5, TOPK - 6), INDEXED[0], steps=5)
+    with trial.case(case.label):
+        step_in_place(trial, prepare(trial, case))
+
+
+@layer_check("indexer_formats", "index keys whose scales are another's, or attention to what was not stored")
+def indexer_formats(trial: Trial) -> None:
+    """Index keys of bytes are selected among, and latents of bytes attended, as they are stored."""
+    check_layer(
+        trial,
+        LayerCase((3, 1), (70, 130), INDEXED[0]),
+        modes=("auto",),
+        cache_format="fp8_ds_mla",
+        index_format="fp8",
+    )
+
+
+@layer_check(
+    "shared_selection", "attention to all keys, or to those of another token, where some are selected"
+)
+def shared_selection(trial: Trial) -> None:
+    """A layer without an indexer attends what it is given, in any order, within top-k as well."""
+    case = LayerCase((3, 1, 2), (70, 130, 4), SHARING)
+    with trial.case(case.label):
+        call = prepare(trial, case)
+        selection = any_selection(case.query_lens, case.history).to(trial.device)
+        judge(trial, call, [call.forward(0, call.extend(), selection)])
+
+
+def any_selection(query_lens: Lengths, history: Lengths) -> torch.Tensor:
+    """Return positions [T, TOPK] int32 that tokens see, and -1 behind them; the last token selects none."""
+    positions = [old + token for new, old in zip(query_lens, history, strict=True) for token in range(new)]
+    selection, random = torch.full((len(positions), TOPK), -1, dtype=torch.int32), Random(0)
+    for row, position in zip(selection[:-1], positions, strict=False):
+        chosen = random.sample(range(position + 1), min(position + 1, TOPK - 5))
+        row[: len(chosen)] = torch.tensor(chosen)
+    return selection
+
+
 # --------------------------------------------------------------------------------------- other batches
 
 
@@ -365,6 +445,11 @@ def no_tokens(trial: Trial, call: LayerCall, mode: str) -> None:
 )
 def update(trial: Trial, call: LayerCall, mode: str) -> None:
     """A batch updated in place to the next step's lengths runs like that step's own batch."""
+    step_in_place(trial, call)
+
+
+def step_in_place(trial: Trial, call: LayerCall) -> None:
+    """Run every step of a case on one batch, updated in place, and judge them."""
     batch = call.extend(in_shape=True)
     outputs = [call.forward(0, batch)]
     for step in range(1, call.case.steps):
@@ -379,43 +464,54 @@ CAPTURED = "an op that waits, allocates or reads its inputs on the host while ca
 @layer_check("graph", CAPTURED, "state")
 def graph(trial: Trial) -> None:
     """A captured forward gives the right output for new inputs and other cache contents."""
-    first, second = (plain((1, 1, 1), (50, 10, 100), seed=seed) for seed in (0, 1))
-    with trial.case(first.label):
-        call, other, again = (prepare(trial, case, "absorbed") for case in (first, second, first))
-        batch, hidden, pages = call.extend(), call.hidden[0], call.cache.pages[0]
-        out = call.forward(0, batch)
-        replay = capture(trial, lambda: call.layer(hidden, batch, pages, out=out))
-        for now in (other, again, other):
-            hidden.copy_(now.hidden[0])
-            pages.copy_(now.cache.pages[0])
-            out.fill_(torch.nan)
-            replay()
-            trial.backend.synchronize()
-            judge(trial, now, [out])
+    for config in (PLAIN, INDEXED[0]):
+        first, second = (LayerCase((1, 1, 1), (50, 10, 100), config, seed=seed) for seed in (0, 1))
+        with trial.case(first.label):
+            call, other, again = (prepare(trial, case, "absorbed") for case in (first, second, first))
+            batch, hidden, cached = call.extend(), call.hidden[0], (call.cache.pages, call.cache.index_pages)
+            out = call.forward(0, batch)
+            replay = capture(trial, partial(_forward, call, batch, hidden, out))
+            for now in (other, again, other):
+                hidden.copy_(now.hidden[0])
+                for pages, others in zip(cached, (now.cache.pages, now.cache.index_pages), strict=True):
+                    pages.copy_(others)
+                out.fill_(torch.nan)
+                replay()
+                trial.backend.synchronize()
+                if config.index_topk:
+                    call.take()
+                    now.taken = call.taken[-1:]
+                judge(trial, now, [out])
 
 
 @layer_check("graph_lengths", "a plan whose lengths or angles are frozen at capture", "state")
 def graph_lengths(trial: Trial) -> None:
     """A captured plan and forward follow the batch as update_() advances it in place."""
-    with trial.case(STEPPING.label):
-        call = prepare(trial, STEPPING, "absorbed")
-        batch, pages = call.extend(in_shape=True), call.cache.pages[0]
-        plan = call.layer.plan(batch)
-        if plan.absorbed is None or not getattr(plan.absorbed.state, "graph_safe", False):
-            raise Refused(NOT_SAFE)
-        hidden = call.hidden[0].clone()
-        out = torch.empty_like(hidden)
+    for case in (STEPPING, replace(STEPPING, config=INDEXED[0])):
+        with trial.case(case.label):
+            call = prepare(trial, case, "absorbed")
+            batch, hidden = call.extend(in_shape=True), call.hidden[0].clone()
+            if not follows_lengths(call.layer.plan(batch)):
+                raise Refused(NOT_SAFE)
+            out = torch.empty_like(hidden)
+            replay, outputs = capture(trial, partial(_replan, call, batch, hidden, out)), []
+            call.taken.clear()
+            for step in range(case.steps):
+                if step:
+                    batch.update_(call.extend(in_shape=True))
+                hidden.copy_(call.hidden[step])
+                replay()
+                trial.backend.synchronize()
+                outputs.append(out.clone())
+                if case.config.index_topk:
+                    call.take()
+            judge(trial, call, outputs)
 
-        def forward() -> None:
-            batch.update_(batch)  # drops the plan, so that planning is captured as well
-            call.layer(hidden, batch, pages, out=out)
 
-        replay, outputs = capture(trial, forward), []
-        for step in range(STEPPING.steps):
-            if step:
-                batch.update_(call.extend(in_shape=True))
-            hidden.copy_(call.hidden[step])
-            replay()
-            trial.backend.synchronize()
-            outputs.append(out.clone())
-        judge(trial, call, outputs)
+def _forward(call: LayerCall, batch: RaggedBatch, hidden: torch.Tensor, out: torch.Tensor) -> None:
+    call.layer(hidden, batch, *call.cache.of_layer(0), out=out)
+
+
+def _replan(call: LayerCall, batch: RaggedBatch, hidden: torch.Tensor, out: torch.Tensor) -> None:
+    batch.update_(batch)  # drops the plan, so that planning is captured as well
+    _forward(call, batch, hidden, out)

@@ -11,9 +11,12 @@ import torch
 from mla.reference import REFERENCE
 from mla_backends.api import Packed
 
-Linear, Rotate, Write, Latent, Expanded = (
+Linear, Rotate, Write, Latent, Expanded, WriteKey, Select = (
     type(REFERENCE[kind])
-    for kind in ("linear", "rotate_query", "write_latent", "latent_attention", "expanded_attention")
+    for kind in (
+        *("linear", "rotate_query", "write_latent", "latent_attention", "expanded_attention"),
+        *("write_index_key", "select_latents"),
+    )
 )
 
 
@@ -70,6 +73,37 @@ class Accumulating(Write):  # type: ignore[misc, valid-type]
         super().__call__(**tensors)
         clean = (before.abs() < 1e3) & before.isfinite()
         rows[slots] += torch.where(clean, before, 0)
+
+
+class KeyOfTheStepBefore(WriteKey):  # type: ignore[misc, valid-type]
+    """Writes index keys when the next ones come."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, Any] | None = None
+
+    def __call__(self, **tensors: Any) -> None:
+        if self._waiting is not None:
+            super().__call__(**self._waiting)
+        copied = {name: tensors[name].clone() for name in ("k", "cos_sin", "slots")}
+        self._waiting = {**tensors, **copied}
+
+
+class KeysOfNewPages(WriteKey):  # type: ignore[misc, valid-type]
+    """Writes the first slot of a page, and loses the rest."""
+
+    def __call__(self, **tensors: Any) -> None:
+        first = tensors["slots"] % tensors["cache"].shape[1] == 0
+        super().__call__(**{**tensors, **{name: tensors[name][first] for name in ("k", "cos_sin", "slots")}})
+
+
+class SelectsForTheObject(Select):  # type: ignore[misc, valid-type]
+    """Remembers the lengths of a batch for as long as the object lives."""
+
+    def __init__(self) -> None:
+        self._plans: dict[int, Any] = {}
+
+    def prepare(self, spec: Any, batch: Any) -> Any:
+        return self._plans.setdefault(id(batch), (batch, changed(batch)))[1]
 
 
 class LastPageDropped(Latent):  # type: ignore[misc, valid-type]
