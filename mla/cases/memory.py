@@ -265,6 +265,10 @@ class Piece:
         _copy(self.whole, other.own)
         self.sealed = other.own
 
+    def again(self, other: Piece) -> None:
+        """Do what `restore` does where nothing but the tensor was written since."""
+        _copy(self.part, other.own.as_strided(*self._view))
+
     def damage(self, name: str, output: bool) -> str:
         """Return what has been written that should not have been, as a clause; "" if nothing."""
         now, then = self.whole.to("cpu", copy=output), self.sealed.cpu()

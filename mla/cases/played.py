@@ -214,6 +214,7 @@ class Laid(Call):
         for piece in self.pieces.values():
             piece.seal()
         self.untouched = True  # since it was laid
+        self._before: Tensors = {}  # what the last call wrote, which is to be called again
 
     def laid(
         self, name: str, tensor: torch.Tensor, fill: float = torch.nan, guard: int = GUARD
@@ -275,6 +276,7 @@ class Laid(Call):
 
     def judge(self, case: Laid, only: Sequence[str] = ()) -> str:
         """Return what is wrong with the last call, given whose operands it had."""
+        self._before = {}
         clauses = [piece.damage(name, name in self.outputs) for name, piece in self.pieces.items()]
         if "cache" in self.pieces:
             clauses.append(self.pool.entry.strays(case.case, self.arguments))
@@ -310,11 +312,11 @@ class Laid(Call):
 
     def again(self, case: Laid, leading: tuple[Any, ...]) -> bool:
         """Call the op once more; return whether it wrote what it wrote before, bit for bit."""
-        before = self.copies()
-        for name in before:
-            self.pieces[name].restore(case.pieces[name])
+        self._before = self._before or self.copies()
+        for name in self._before:
+            self.pieces[name].again(case.pieces[name])
         self.op(*leading, **self.arguments)
-        return self.kept(before)
+        return self.kept(self._before)
 
     def spoil(self) -> None:
         """Overwrite inputs: an op that has returned reads them no more."""

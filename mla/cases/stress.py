@@ -17,7 +17,7 @@ EVEN = 0.1  # magnitude of queries that give all keys about the same weight
 AIMED = 3.0  # logit of the key that an aimed query is for, above the logarithm of the number of keys
 TILE = 64  # keys: aimed queries look at the first key of the last tile
 OUTLIER = 200
-PERIOD = (1 << 20) - 3  # of drawn numbers; a prime, so that rows of one operand are all different
+PERIOD = (1 << 19) - 1  # of drawn numbers; a prime, so that rows of one operand are all different
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def _normal(seed: int, count: int) -> torch.Tensor:
     return numbers[:count] if count <= PERIOD else numbers.repeat(-(-count // PERIOD))[:count]
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=32)
 def _period(seed: int) -> torch.Tensor:
     """Return N(0, 1) [PERIOD] fp32. Drawing takes longer than all else that is done with numbers."""
     return torch.randn(PERIOD, generator=torch.Generator().manual_seed(seed))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 MINUTES = {True: 1.0, False: 5.0}  # that a run takes, if it is quick and if not
 MIN_DRAWS = 300  # judged draws of an op in a dtype, with which its check is green
 STRETCH = 2.0  # times its share of the time that a check may draw for until it has as many
-FOR_DRAWS = {True: 0.3, False: 0.7}  # of the time at least, if it is quick and if not
+FOR_DRAWS = {True: 0.6, False: 0.7}  # of the time at least, if it is quick and if not
 MAX_SHARE = 0.15  # of the time that is left for fixed checks, for one of them
 # The time of a draw, in that of the quickest op: so much more of the run's time are draws of the kind given.
 DRAW_TIMES = {
@@ -58,6 +58,7 @@ class Instance:
     dtype: torch.dtype | None = None
     op: FusedOp | None = None
     chosen: Numbers = None  # of its cases; None: all
+    spare: bool = False  # it is the reference's, and the backend has an op that most layers run
 
     @property
     def subject(self) -> str:
@@ -83,11 +84,15 @@ class Instance:
         return tuple(replace(self, chosen=frozenset()).run(subject).labels)
 
     def spared(self, subject: BackendUnderTest) -> Instance:
-        """Return it with two of its cases, if nobody chose any and the device is slow in its dtype.
+        """Return it with two of its cases, unless some are chosen: of what is spare or in a slow dtype.
 
         An op that serves no other dtype keeps them all: nothing else would tell what it does in them.
         """
-        if self.chosen is not None or self.dtype not in subject.slow or self.check.scope == DTYPE:
+        if self.chosen is not None or subject.every_case or self.check.scope == DTYPE:
+            return self
+        if self.spare:
+            return replace(self, chosen=handful(len(self.labels(subject))))
+        if self.dtype not in subject.slow:
             return self
         if self.op is not None and not serves_another(self.op, subject):
             return self
@@ -165,7 +170,8 @@ def instances(
     every = (instance for check in all_checks() for instance in _of_check(check, subject, dtypes, offered))
     kept = ((instance, chosen_cases(only, instance.check.id, instance.subject)) for instance in every)
     chosen = (replace(instance, chosen=numbers) for instance, numbers in kept if numbers != frozenset())
-    ranked = [(_rank(instance, subject, offered), instance) for instance in chosen]
+    served = _Served(subject, dtypes, offered)
+    ranked = [(served.rank(instance), served.spare(instance)) for instance in chosen]
     return tuple(instance for rank in range(NEVER) for of, instance in ranked if of == rank)
 
 
@@ -193,18 +199,42 @@ def _of_check(
 FIRST, SPARE, LAST, NEVER = range(4)  # when a check runs
 
 
-def _rank(instance: Instance, subject: BackendUnderTest, offered: Mapping[str, FusedOp]) -> int:
-    """Return when it runs, as time may end: late if it is the reference, and most layers run another op."""
-    check, dtype, drawn = instance.check, instance.dtype, instance.check.fails == DRAWN
-    usual = LAST if drawn else FIRST
-    if instance.of != "reference" or dtype is None:
-        return usual
-    of_kind = {name: op for name, op in offered.items() if _kind(op) == check.kind}
-    if check.scope == OP and not any(
-        _serves(subject, check.kind, dtype, *named) for named in of_kind.items()
-    ):
-        return usual
-    return NEVER if drawn or subject.quick else SPARE
+@dataclass(frozen=True)
+class _Served:
+    """What most layers have, and which ops of the backend serve it."""
+
+    subject: BackendUnderTest
+    dtypes: Sequence[torch.dtype]
+    offered: Mapping[str, FusedOp]
+
+    def rank(self, instance: Instance) -> int:
+        """Return when it runs, as time may end: late if it is the reference's, and layers run another op."""
+        check, dtype, drawn = instance.check, instance.dtype, instance.check.fails == DRAWN
+        usual = LAST if drawn else FIRST
+        if (
+            instance.of != "reference"
+            or dtype is None
+            or (check.scope == OP and not self.by(check.kind, dtype))
+        ):
+            return usual
+        return NEVER if drawn or self.subject.quick else SPARE
+
+    def spare(self, instance: Instance) -> Instance:
+        """Return it, marked if it is the reference's and an op serves what most layers have in some dtype."""
+        check = instance.check
+        if instance.of != "reference" or check.fails == DRAWN:
+            return instance
+        spare = check.scope == LAYER or any(self.by(check.kind, dtype) for dtype in self.dtypes)
+        return replace(instance, spare=spare)
+
+    @cached_property
+    def by(self) -> Callable[[str, torch.dtype], bool]:
+        """Whether an op serves a kind in a dtype; each is asked once."""
+        return cache(self._by)
+
+    def _by(self, kind: str, dtype: torch.dtype) -> bool:
+        of_kind = {name: op for name, op in self.offered.items() if _kind(op) == kind}
+        return any(_serves(self.subject, kind, dtype, *named) for named in of_kind.items())
 
 
 def _serves(subject: BackendUnderTest, kind: str, dtype: torch.dtype, name: str, op: FusedOp) -> bool:
@@ -337,7 +367,8 @@ class Suite:
                 raise UsageError(f"the backend does not claim {name}; it claims: {', '.join(names)}.")
         chosen = tuple(dtype for dtype in claimed if not asked.dtypes or dtype_name(dtype) in asked.dtypes)
         drawing = Drawing(asked.draws, seed=asked.seed)
-        return cls(asked, replace(subject, slow=dtypes_of(slow), drawing=drawing), chosen, slow, xfails)
+        how = {"slow": dtypes_of(slow), "every_case": asked.every_case, "drawing": drawing}
+        return cls(asked, replace(subject, **how), chosen, slow, xfails)
 
     @cached_property
     def planned(self) -> tuple[Instance, ...]:

@@ -67,9 +67,11 @@ def oracle_of_choices(
     picks = [None] * len(lengths) if selections is None else selections.cpu().long().split(lengths, dim=1)
     requests = zip(hidden.cpu().split(lengths, dim=1), picks, history, strict=True)
     outputs = [
-        _request(config, wide, new.double(), *past, held, stored, pick) for new, pick, past in requests
+        _request(config, wide, new.double(), *past, held, stored, pick)
+        for new, pick, past in requests
+        if new.shape[1]
     ]
-    return torch.cat(outputs, dim=1)
+    return torch.cat(outputs or [hidden.cpu().double()], dim=1)
 
 
 def oracle_of_last(
@@ -198,19 +200,22 @@ def _attend(
     (n, t), p = q.shape[:2], past[0].shape[0]
     at_once = max(1, LOGITS_BYTES // max(1, 8 * t * (p + t)))
     few = max(1, FEW_BYTES // max(1, 8 * (n * t * (p + t) + (n * t + p) * (q.shape[3] + v))))  # heads
+    every = [torch.cat((old, now.flatten(0, 1))) for old, now in zip(past, new, strict=True)]
     sinks = state["sinks"] if config.sink_logits else torch.full((len(kv_b),), -math.inf).double()
     heads = []
     for some, sink, weight in zip(q.split(few, 2), sinks.split(few), kv_b.split(few), strict=True):
-        seen = _expanded(weight, past, nope)
-        parts = [x.split(at_once, 1) for x in (some.movedim(2, 0), *_expanded(weight, new, nope))]
+        expanded = _expanded(weight, every, nope)
+        seen = [x[:, :p] for x in expanded]
+        fresh = [x[:, p:].unflatten(1, (n, t)) for x in expanded]
+        parts = [x.split(at_once, 1) for x in (some.movedim(2, 0), *fresh)]
         chunks = zip(*parts, [None] * len(parts[0]) if left is None else left.split(at_once), strict=True)
         attended = [_softmax_attention(config.softmax_scale, sink, unseen, *seen, *chunk) for chunk in chunks]
         heads.append(torch.cat(attended, dim=1))
     return torch.cat(heads).movedim(0, 2)
 
 
-def _expanded(weight: torch.Tensor, latents: Pair, nope: int) -> Pair:
-    """Return keys [h, .., nope + r] and values [h, .., v] of latents, given weights [h, nope + v, c]."""
+def _expanded(weight: torch.Tensor, latents: Sequence[torch.Tensor], nope: int) -> Pair:
+    """Return keys [h, s, nope + r] and values [h, s, v] of latents, given weights [h, nope + v, c]."""
     kv, pe = latents
     expanded = (kv @ weight.flatten(0, 1).T).unflatten(-1, weight.shape[:2]).movedim(-2, 0)
     keys, values = expanded.split((nope, weight.shape[1] - nope), dim=-1)

@@ -77,15 +77,17 @@ def attend_requests(
     """
     out = torch.zeros((*q.shape[:2], v.shape[2]), dtype=torch.float64)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float64)
+    within = v.data_ptr() == k.data_ptr() and v.stride() == k.stride()  # values are columns of keys
     for runs in _alike(lengths, q.shape[1]):
         first, new, first_key, keys, past = torch.tensor(runs)[..., None].unbind(1)  # each [n, 1]
         token, key = torch.arange(int(new.max())), torch.arange(int(keys.max()))
         seen = (past + token + 1).minimum(keys) if lengths.causal else keys.expand(-1, len(token))
         hidden = key >= seen[..., None]  # [n, t, s]
-        parts = (first + token.minimum(new - 1), first_key + key.minimum(keys - 1))
-        rows, sums = _attend_padded(q[parts[0]], k[parts[1]], v[parts[1]], hidden, scale, change)
-        real = token < new
-        out[parts[0][real]], lse[parts[0][real]] = rows[real], sums[real]
+        query, of = first + token.minimum(new - 1), first_key + key.minimum(keys - 1)
+        wide = k[of].double()
+        values = wide[..., : v.shape[2]] if within else v[of].double()
+        rows, sums = _attend_padded(q[query].double(), wide, values, hidden, scale, change)
+        out[query], lse[query] = rows, sums  # padding repeats the last query
     return out, lse
 
 
@@ -116,15 +118,15 @@ def _alike(lengths: SegmentLengths, heads: int) -> Iterator[list[Run]]:
 def _attend_padded(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, scale: float, change: Weights
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend q [n, t, h, dk] over k [n, s, 1 or h, dk] and v, but for the `hidden` [n, t, s] pairs."""
+    """Attend q [n, t, h, dk] over k [n, s, 1 or h, dk] and v in float64, but for `hidden` [n, t, s] pairs."""
     tokens, shared = q.shape[1], q.shape[2] // k.shape[2]  # queries that share a head of keys
-    wide = q.double().unflatten(2, (-1, shared)).permute(0, 2, 1, 3, 4).flatten(2, 3)  # [n, heads, t g, dk]
-    logits = (wide @ k.double().permute(0, 2, 3, 1)).mul_(scale).unflatten(2, (tokens, shared))
+    wide = q.unflatten(2, (-1, shared)).permute(0, 2, 1, 3, 4).flatten(2, 3)  # [n, heads, t g, dk]
+    logits = (wide @ k.permute(0, 2, 3, 1)).mul_(scale).unflatten(2, (tokens, shared))
     logits.masked_fill_(hidden[:, None, :, None], -torch.inf)
     lse = logits.logsumexp(-1)
     weights = logits.sub_(lse.clamp_min(-1e300)[..., None]).exp_().flatten(2, 3)
     weights = change(weights) if change else weights
-    out = (weights @ v.double().permute(0, 2, 1, 3)).unflatten(2, (tokens, shared))
+    out = (weights @ v.permute(0, 2, 1, 3)).unflatten(2, (tokens, shared))
     return tuple(x.transpose(1, 2).flatten(2, 3) for x in (out, lse))
 
 

@@ -9,7 +9,9 @@ other's true score and bound. The sum of what is taken is then within the bounds
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import torch
 
@@ -19,6 +21,7 @@ from mla.verify.places import Places, describe
 NOISE = 2.0**-20
 BF16_BITS = 8  # of the significand
 SCORES_BYTES = 256 << 20  # of float64 scores that are computed at once
+PRODUCTS = 1 << 21  # of queries and keys, of as many heads at once
 
 Tensors = dict[str, torch.Tensor]
 
@@ -39,43 +42,62 @@ def true_selection(
     """
     reach = torch.full((len(q), longest), -torch.inf, dtype=torch.float64)
     rival, floor = (torch.full((len(q), topk + 1), none, dtype=torch.float64) for none in (-1.0, -torch.inf))
-    run = 0
-    while run < len(q):
-        first, seen = spans[run]
-        stop, most = run + 1, max(1, SCORES_BYTES // (8 * max(1, longest)))
-        while stop < min(len(q), run + most) and spans[stop][0] == first:
-            seen, stop = max(seen, spans[stop][1]), stop + 1
-        scores, bounds = true_scores(q[run:stop], weights[run:stop], keys[first : first + seen])
-        own = torch.tensor([span[1] for span in spans[run:stop]])
-        hidden = torch.arange(seen) >= own[:, None]
-        scores.masked_fill_(hidden, -torch.inf)
-        reach[run:stop, :seen] = scores + bounds
-        surest = (scores - bounds).topk(min(topk + 1, seen))
-        seen_too = surest.values > -torch.inf
-        rival[run:stop, : seen_too.shape[1]] = torch.where(seen_too, surest.indices.double(), -1.0)
-        floor[run:stop, : seen_too.shape[1]] = surest.values
-        run = stop
+    own = torch.tensor([seen for _, seen in spans])
+    for runs in _alike(spans, longest):
+        start, count, first, most = torch.tensor(runs)[..., None].unbind(1)  # each [n, 1]
+        rows = start + torch.arange(int(count.max())).minimum(count - 1)  # [n, t], the last of a run repeated
+        key = torch.arange(int(most.max()))
+        scores, bounds = true_scores(q[rows], weights[rows], keys[first + key.minimum(most - 1)])
+        scores.masked_fill_(key >= own[rows][..., None], -torch.inf)
+        reach[rows, : len(key)] = scores + bounds
+        surest = (scores - bounds).topk(min(topk + 1, len(key)))
+        seen_too, width = surest.values > -torch.inf, surest.values.shape[-1]
+        rival[rows, :width] = torch.where(seen_too, surest.indices.double(), -1.0)
+        floor[rows, :width] = surest.values
     return {"reach": reach, "rival": rival, "floor": floor}
+
+
+Run = tuple[int, int, int, int]  # first query, queries, first key, and the most keys that one of them sees
+
+
+def _alike(spans: Sequence[tuple[int, int]], longest: int) -> Iterator[list[Run]]:
+    """Yield runs of queries over the same keys, those of similar sizes together, within `SCORES_BYTES`."""
+    groups: dict[tuple[int, int], list[Run]] = defaultdict(list)
+    most, start = max(1, SCORES_BYTES // (8 * max(1, longest))), 0
+    for first, of_request in groupby(spans, lambda span: span[0]):
+        counts = [seen for _, seen in of_request]
+        for at in range(0, len(counts), most):
+            seen = counts[at : at + most]
+            if max(seen):
+                sizes = len(seen).bit_length(), max(seen).bit_length()
+                groups[sizes].append((start + at, len(seen), first, max(seen)))
+        start += len(counts)
+    for (query_bits, key_bits), runs in groups.items():
+        together = max(1, SCORES_BYTES // (8 << query_bits + key_bits))
+        yield from (runs[at : at + together] for at in range(0, len(runs), together))
 
 
 def true_scores(
     q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the scores [t, s] of keys [s, D], and by how much fp32 may err in each; both in float64.
+    """Return the scores [.., t, s] of keys [.., s, D] for queries [.., t, H, D] of weights [.., t, H].
 
-    A score is sum over h of weights[t, h] * max(0, q[t, h] . keys[s]). It may err by NOISE times the sum of
-    |weights[t, h]| |q[t, h]| |keys[s]|, and by what a device that takes denormals for 0 leaves out.
+    With them, by how much fp32 may err in each; both in float64. A score is sum over h of weights[t, h] *
+    max(0, q[t, h] . keys[s]). It may err by NOISE times the sum of |weights[t, h]| |q[t, h]| |keys[s]|, and
+    by what a device that takes denormals for 0 leaves out.
     """
-    wide, scales = keys.double(), weights.double()
-    scores = torch.zeros(len(q), len(keys), dtype=torch.float64)
-    for head in range(q.shape[1]):
-        scores += scales[:, head, None] * (q[:, head].double() @ wide.T).clamp_min(0)
-    norms, sizes, tiny = q.double().norm(dim=-1), scales.abs(), torch.finfo(q.dtype).tiny
-    flushed = tiny * math.sqrt(q.shape[2])  # what denormals that are taken for 0 may add up to
-    per_key = NOISE * (sizes * norms).sum(1) + flushed * sizes.sum(1)
-    per_key += torch.finfo(torch.float32).tiny * norms.sum(1)
-    alone = flushed * (sizes * norms).sum(1)
-    return scores, per_key[:, None] * wide.norm(dim=1) + alone[:, None] + 1e-36
+    wide, keys, scales = q.double(), keys.double(), weights.double()
+    scores = wide.new_zeros(*q.shape[:-2], keys.shape[-2])
+    heads = max(1, PRODUCTS // max(1, scores.numel()))
+    for some, of in zip(wide.split(heads, -2), scales.split(heads, -1), strict=True):
+        products = (some.flatten(-3, -2) @ keys.mT).clamp_min_(0).unflatten(-2, some.shape[-3:-1])
+        scores += (of[..., None, :] @ products).squeeze(-2)
+    norms, sizes, tiny = wide.norm(dim=-1), scales.abs(), torch.finfo(q.dtype).tiny
+    flushed = tiny * math.sqrt(q.shape[-1])  # what denormals that are taken for 0 may add up to
+    per_key = NOISE * (sizes * norms).sum(-1) + flushed * sizes.sum(-1)
+    per_key += torch.finfo(torch.float32).tiny * norms.sum(-1)
+    alone = flushed * (sizes * norms).sum(-1)
+    return scores, per_key[..., None] * keys.norm(dim=-1)[..., None, :] + alone[..., None] + 1e-36
 
 
 def judge_selection(

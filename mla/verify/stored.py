@@ -23,40 +23,42 @@ def stored_truth(latent: torch.Tensor, key: torch.Tensor, codec: Codec, dtype: t
     [T, token_bytes]: of an op that encodes what it has rounded to `dtype`, and of any other; `UNKNOWN` where
     bytes of the latents next to the true ones differ.
     """
-    parts, info = (latent, key), torch.finfo(dtype)
-    centre, steps = torch.cat(codec.decode(codec.encode(latent.float(), key.float())), dim=1).double(), []
-    largest_of = [x.abs().amax(1, keepdim=True) if x.numel() else x.new_zeros(len(x), 1) for x in parts]
+    info, parts = torch.finfo(dtype), (latent, key)
+    largest = [x.abs().amax(1, keepdim=True) if x.numel() else x.new_zeros(len(x), 1) for x in parts]
     if codec.joined:
-        largest_of = [torch.maximum(*largest_of)] * 2
-    noise = [NOISE * x.abs() + ROW_NOISE * most for x, most in zip(parts, largest_of, strict=True)]
-    for x, by, largest in zip(parts, noise, largest_of, strict=True):
-        rounding = (
-            info.eps * x.abs() + info.tiny * info.eps
-        )  # of ops that round to `dtype` before they encode
-        steps.append(codec.of_largest * largest + codec.relative * x.abs() + rounding + by)
-    step = torch.cat(steps, dim=1) + codec.least
-    near = [[x + sign * by for x, by in zip(parts, noise, strict=True)] for sign in (-1, 0, 1)]
-    unknown = torch.full((len(latent), codec.token_bytes), UNKNOWN, dtype=torch.float64)
+        largest = [torch.maximum(*largest)] * 2
+    x, most = (
+        torch.cat(parts, dim=1),
+        torch.cat([m.expand_as(x) for m, x in zip(largest, parts, strict=True)], 1),
+    )
+    sizes = x.abs()
+    noise = NOISE * sizes + ROW_NOISE * most
+    rounding = info.eps * sizes + info.tiny * info.eps  # of ops that round to `dtype` before they encode
+    step = codec.of_largest * most + codec.relative * sizes + rounding + noise + codec.least
+    near, kinds = torch.stack((x, x - noise, x + noise)), (torch.float32, dtype)
+    numbers = torch.stack([near.to(kind).float() for kind in kinds])  # [2, 3, T, w]
+    rows = codec.encode(*numbers.flatten(0, 2).split([part.shape[1] for part in parts], dim=1))
+    decoded = torch.cat(codec.decode(rows), dim=1).view_as(numbers)
+    codes, stored = map(_agreed, rows.unflatten(0, numbers.shape[:3]), decoded, numbers)
+    unknown = torch.full_like(codes, UNKNOWN)
+    centre = decoded[0, 0].double()
     return {
         "low": centre - step,
         "high": centre + step,
-        "bytes": _agreed(codec, near, dtype) if codec.steady or dtype != torch.float32 else unknown,
-        "codes": _agreed(codec, near, torch.float32) if codec.steady else unknown,
+        "bytes": stored if codec.steady or dtype != torch.float32 else unknown,
+        "codes": codes if codec.steady else unknown,
     }
 
 
-def _agreed(codec: Codec, near: list[list[torch.Tensor]], dtype: torch.dtype) -> torch.Tensor:
-    """Return the bytes [T, token_bytes] that latents and keys near the true ones share in `dtype`.
+def _agreed(rows: torch.Tensor, decoded: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Return the bytes [T, token_bytes] that the true, the least and the largest numbers share.
 
-    No byte is certain of a row whose scales differ: numbers that are the same are then decoded to others.
+    These have `rows` [3, T, token_bytes]: of `numbers` [3, T, w], given back as `decoded`. No byte is certain
+    of a row whose scales differ: numbers that are the same are then decoded to others.
     """
-    numbers = [[part.to(dtype).float() for part in parts] for parts in near]
-    rows = [codec.encode(*parts) for parts in numbers]
-    decoded = [torch.cat(codec.decode(stored), dim=1) for stored in rows]
-    low, high = (torch.cat(numbers[end], dim=1) for end in (0, 2))
-    rescaled = ((decoded[0] != decoded[2]) & (low == high)).any(1, keepdim=True)
-    same = (rows[0] == rows[1]) & (rows[1] == rows[2]) & ~rescaled
-    return torch.where(same, rows[1].double(), UNKNOWN)
+    rescaled = ((decoded[1] != decoded[2]) & (numbers[1] == numbers[2])).any(1, keepdim=True)
+    same = (rows[0] == rows[1]) & (rows[0] == rows[2]) & ~rescaled
+    return torch.where(same, rows[0].double(), UNKNOWN)
 
 
 def judge_decoded(

@@ -191,6 +191,8 @@ def far_rows(trial: Trial, make: Make) -> None:
 @op_cases("positions", "index", "positions that are kept in 16 or 17 bits", EITHER)
 def positions(make: Make) -> Iterator[OpCase]:
     """Tokens beyond position 2^17 are selected and attended to."""
-    narrow = SMALL_SPEC if make is sparse else {}  # or wider, for an op that serves no such
+    narrow = (
+        SMALL_SPEC if make is sparse else {"head_dim": 32, "rope_head_dim": 16}
+    )  # or wider, for an op that serves no such
     for how in ("recent", "random"):
         yield make((1, 2), (LONG, 70), 2, selection=how, aimed=how == "random", **narrow)
