@@ -250,7 +250,8 @@ class Extent:
 
 def blind(extent: Extent, checks: Sequence[CheckResult]) -> list[str]:
     """Return what a run cannot have seen, one sentence each; what depends on the run comes first."""
-    cut = [*_cut(extent, checks), *_few(checks), *_late(checks), *_thinned(extent, checks)]
+    cut = [*_cut(extent, checks), *_few(checks), *_late(checks), *_spare(extent, checks)]
+    cut += _thinned(extent, checks)
     return [*cut, *_reached(checks), *_all_refused(checks), *_other_dtypes(extent), *_ALWAYS]
 
 
@@ -289,6 +290,14 @@ def _late(checks: Sequence[CheckResult]) -> Iterator[str]:
         names = ", ".join(dict.fromkeys(map(_group, late)))
         cases = _fixed(sum(result.late for result in late))
         yield f"{cases} of {names}: time was up before them (--minutes gives more)."
+
+
+def _spare(extent: Extent, checks: Sequence[CheckResult]) -> Iterator[str]:
+    slow = {slow.dtype for slow in extent.slow}
+    members = [check for check in checks if check.of == "reference" and check.dtype not in slow]
+    left = sum(check.cases.left_out - check.late for check in members)
+    if left > 0 and not extent.only:
+        yield f"{_fixed(left)} of the reference, which runs where no op serves (--every-case runs all)."
 
 
 def _thinned(extent: Extent, checks: Sequence[CheckResult]) -> Iterator[str]:

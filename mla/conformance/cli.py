@@ -103,7 +103,7 @@ def _finite(minutes: float | None) -> float | None:
 @how(
     "--every-case",
     is_flag=True,
-    help="Run every fixed case: none is left out for time, or because a dtype is slow.",
+    help="Run every fixed case: also those left out for time, in a slow dtype, or of the reference.",
 )
 @how(
     "--xfails",

@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from wrong_ops.base import SMALL_OPS
 
+from mla.conformance.card import Extent, blind
 from mla.conformance.checks.attention import SMALL_SPEC
 from mla.conformance.checks.small_ops import EXAMPLES
 from mla.conformance.cli import main
@@ -235,6 +236,21 @@ def test_an_op_that_serves_nothing_else_keeps_its_cases_in_a_slow_dtype(sound: A
     (one,) = instances(subject, (torch.bfloat16,), ["linear.product[mine-*]"])
     assert carry_out(one, subject, Xfails()).cases.left_out == 0
     assert op.rows == [1, 7, 130, 5]
+
+
+@pytest.mark.parametrize("every_case", [False, True])
+def test_the_reference_has_a_handful_of_cases_where_an_op_serves_another_dtype(
+    sound: Any, every_case: bool
+) -> None:
+    subject = BackendUnderTest(sound(ops={"mine": OnlyBfloat16()}), "sound", every_case=every_case)
+    dtypes, of = (torch.bfloat16, torch.float32), ["linear.product[reference-float32]", "rms_norm.rows[*"]
+    done = {check.of: carry_out(check, subject, Xfails()) for check in instances(subject, dtypes, of[:1])}
+    assert (done["reference"].cases.passed, done["reference"].cases.left_out) == (
+        (4, 0) if every_case else (2, 2)
+    )
+    assert not any(check.spare for check in instances(subject, dtypes, of[1:]))  # it has no op of that kind
+    said = blind(Extent(False, (), [], [], (), 1), [*done.values()])
+    assert ("2 fixed cases of the reference" in said[0]) is not every_case
 
 
 class Imitated(TorchDispatchMode):
