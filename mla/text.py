@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeVar
 
 from mla.errors import UsageError, did_you_mean
+
+T = TypeVar("T")
+K = TypeVar("K")
 
 # Short name -> torch's name of each dtype that a layer can have.
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -28,6 +31,19 @@ def named_dtype(word: str) -> str:
 def dtype_name(dtype: object) -> str:
     """Return "bfloat16" for `torch.bfloat16`."""
     return str(dtype).removeprefix("torch.")
+
+
+def counted(count: int, what: str, plural: str = "s") -> str:
+    """Return, for example, "1 pass" and "2 passes"."""
+    return f"{count} {what}{plural * (count != 1)}"
+
+
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Group in order of first appearance."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 def size(count: int | Decimal | None, unknown: str = "-", **formats: str | Callable[[Any], str]) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from mla.command.display import markdown
 from mla.conformance.registry import KINDS
 from mla.conformance.report import Cases, CheckResult, ConformanceReport, Coverage, Slow, Status
+from mla.text import grouped
 
 # How many wrong cases of a check are listed.
 MOST_CASES = 5
@@ -25,8 +25,6 @@ _WORDS: dict[Status, str] = {
     "xpass": "passed unexpectedly",
     "incomplete": "incomplete",
 }
-
-Key = TypeVar("Key", bound=Hashable)
 
 
 def card(report: ConformanceReport) -> str:
@@ -110,7 +108,7 @@ def _seconds(checks: Iterable[CheckResult]) -> str:
 
 def _rows(checks: Iterable[CheckResult]) -> Iterator[tuple[str, ...]]:
     """Yield one row per check and op: the dtypes share it."""
-    for (name, of), members in _grouped(checks, lambda result: (result.check, result.of)).items():
+    for (name, of), members in grouped(checks, lambda result: (result.check, result.of)).items():
         ratios = [result.error_ratio for result in members if result.error_ratio is not None]
         ratio = f"{max(ratios):.2g}" if ratios else ""
         note = "; ".join(dict.fromkeys(result.note for result in members if result.note))
@@ -120,7 +118,7 @@ def _rows(checks: Iterable[CheckResult]) -> Iterator[tuple[str, ...]]:
 
 def _result(members: Sequence[CheckResult]) -> str:
     """Return "pass", or the outcome of each dtype."""
-    ends = _grouped(
+    ends = grouped(
         members, lambda result: result.status.upper() if result.status in ("fail", "xpass") else result.status
     )
     if len(ends) == 1:
@@ -158,7 +156,7 @@ def _refusals(checks: Sequence[CheckResult]) -> Iterator[str]:
         for result in checks
         for reason in dict.fromkeys(each.reason for each in result.refusals)
     ]
-    for (of, reason), members in _grouped(pairs, lambda pair: (pair[0].of, pair[1])).items():
+    for (of, reason), members in grouped(pairs, lambda pair: (pair[0].of, pair[1])).items():
         concerned = ", ".join(_concerned([result for result, _ in members], checks))
         yield f"{f'`{of}`: ' if of else ''}{_flat(reason)}: {concerned}"
 
@@ -177,24 +175,13 @@ def _concerned(members: Sequence[CheckResult], checks: Sequence[CheckResult]) ->
             return f"{_group(result)}.*"
         return result.check if result.status == "refused" else f"{result.check} (some)"
 
-    for named, results in _grouped(members, name).items():
+    for named, results in grouped(members, name).items():
         dtypes = ", ".join(filter(None, dict.fromkeys(result.dtype for result in results)))
         yield f"{named} [{dtypes}]" if dtypes else named
 
 
 def _group(result: CheckResult) -> str:
     return result.check.partition(".")[0]
-
-
-Item = TypeVar("Item")
-
-
-def _grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
-    """Return the items by their keys, in order."""
-    groups: dict[Key, list[Item]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return groups
 
 
 def _list(title: str, lines: Iterable[str], first: str = "") -> str:

@@ -67,29 +67,25 @@ def list_backends(configs: bool, workloads: bool, as_json: bool) -> int:
     """Show every installed and known backend and whether it is usable. Each is probed in its own process."""
     if configs and workloads:
         raise UsageError("--configs and --workloads are two lists: ask for one of them.")
-    shown = _workloads if workloads else _configs if configs else _backends
-    out(shown(as_json))
+    if workloads:
+        out(_json(shipped_workloads()) if as_json else workloads_table())
+    elif configs:
+        out(_json(presets()) if as_json else configs_table())
+    else:
+        out(_backends(as_json))
     return Exit.OK
 
 
-def _configs(as_json: bool) -> str:
-    return json.dumps(configs(), indent=1) + "\n" if as_json else configs_table()
-
-
-def _workloads(as_json: bool) -> str:
-    return json.dumps(workloads(), indent=1) + "\n" if as_json else workloads_table()
+def _json(document: object) -> str:
+    return json.dumps(document, indent=1) + "\n"
 
 
 def _backends(as_json: bool) -> str:
     backends = probe.statuses(chosen=[*probe.names(), GENERAL])
     if as_json:
-        return json.dumps([asdict(status) for status in backends], indent=1) + "\n"
-    widths = [max(len(text) for text in column) for column in zip(*map(_named, backends), strict=True)]
+        return _json([asdict(status) for status in backends])
+    widths = [max(len(getattr(status, name)) for status in backends) for name in ("name", "state")]
     return "".join(_line(status, *widths) for status in backends)
-
-
-def _named(status: probe.Status) -> tuple[str, str]:
-    return status.name, status.state
 
 
 def _line(status: probe.Status, name: int, state: int) -> str:
@@ -125,7 +121,7 @@ def doctor(name: str | None, backend_options: tuple[str, ...], as_json: bool) ->
         raise UsageError("-O is an option of one backend: name it, as in `doctor torch -O device=cpu`.")
     report = diagnosis.diagnose(name, key_values(backend_options))
     facts = {**asdict(report), "usable": report.usable}
-    out(json.dumps(facts, indent=1) + "\n" if as_json else diagnosis.as_text(report))
+    out(_json(facts) if as_json else diagnosis.as_text(report))
     if any(backend.state == BackendOptionError.state for backend in report.backends):
         return Exit.USAGE
     return Exit.OK if report.usable else Exit.BACKEND
@@ -247,7 +243,7 @@ def capacity_command(
 
     alternatives = [held_by(parallel) for parallel in layouts(chosen, layout.world) if parallel != layout]
     rows = [held_by(layout), *sorted(alternatives, key=lambda row: -row.tokens)]
-    out(json.dumps([_layout_object(row) for row in rows], indent=1) + "\n" if as_json else _layouts(rows))
+    out(_json([_layout_object(row) for row in rows]) if as_json else _layouts(rows))
     return Exit.OK
 
 
@@ -365,7 +361,7 @@ def configs_table() -> str:
     )
 
 
-def configs() -> list[dict[str, Any]]:
+def presets() -> list[dict[str, Any]]:
     """Return per preset the config, its checkpoint, its config.json, and what was read in its place."""
     return [
         {**_numbers(name), **{key: getattr(preset, key) for key in ("checkpoint", "source", "read_from")}}
@@ -401,12 +397,12 @@ def _rotation(config: MLAConfig) -> str:
 
 def workloads_table() -> str:
     """Return a table with a row per shipped workload, as wide as the result; "-" means none."""
-    rows = [[str(value) if value else "-" for value in facts.values()] for facts in workloads()]
+    rows = [[str(value) if value else "-" for value in facts.values()] for facts in shipped_workloads()]
     words = ("name", "config", "op", "about", "source")
     return fitted(_WORKLOADS, rows, words, optional=("source", "op", "config"), text="about")
 
 
-def workloads() -> list[dict[str, Any]]:
+def shipped_workloads() -> list[dict[str, Any]]:
     """Return per shipped workload its number of scenarios, its default config and op, and its source."""
     return list(map(_facts, SHIPPED))
 

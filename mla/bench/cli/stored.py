@@ -23,7 +23,7 @@ from mla.command.console import note, out
 from mla.command.exit_codes import Exit
 from mla.command.options import DETAIL, FILE, Word, add_options, format_option, parsed_by, percent
 from mla.errors import ResultError, UsageError
-from mla.text import size
+from mla.text import counted, size
 
 Files = Sequence[tuple[Path, Run]]
 
@@ -172,12 +172,8 @@ def export(runs: tuple[Path, ...], kind: str, target: Path | None) -> int:
     wrote = (_csv if kind == "csv" else _infinimetrics)(read, target)
     missing = ", ".join(f"{count} {state}" for state, count in states.items() if state != "ok")
     without = f"; without a number: {missing}" if missing else ""
-    note(f"exported {wrote} of {_count(states.total(), 'case')} in {_count(len(read), 'file')}{without}")
+    note(f"exported {wrote} of {counted(states.total(), 'case')} in {counted(len(read), 'file')}{without}")
     return Exit.OK
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _check_inputs(inputs: Sequence[Path]) -> None:
@@ -202,12 +198,12 @@ def _csv(read: Files, target: Path | None) -> str:
     else:
         files.check_writable(target, TABLE)
         files.write_bytes(text.encode("utf-8", "replace"), target)
-    return _count(len(rows), "row")
+    return counted(len(rows), "row")
 
 
 def _infinimetrics(read: Files, target: Path | None) -> str:
     documents = [document for _, run in read for document in infinimetrics.documents(run)]
-    said = _count(len(documents), "document")
+    said = counted(len(documents), "document")
     if target is None or files.is_stream(target):
         lines = "".join(f"{json.dumps(document)}\n" for document in documents)
         out(lines) if target is None else files.write_bytes(lines.encode(), target)
@@ -285,7 +281,7 @@ def report(runs: tuple[Path, ...], target: Path | None, folder: Path | None) -> 
 
 def _cases(runs: Sequence[Run]) -> str:
     count = sum(len(run.cases) for run in runs)
-    return f"{count} cases of {len(runs)} file{'s' * (len(runs) > 1)}"
+    return f"{count} cases of {counted(len(runs), 'file')}"
 
 
 def _pictures(names: Sequence[str], runs: Sequence[Run], folder: Path) -> None:

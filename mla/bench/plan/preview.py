@@ -20,7 +20,7 @@ from mla.bench.workload.scenario import spoken
 from mla.command import environment
 from mla.command.console import note
 from mla.command.display import aligned
-from mla.text import dtype_name
+from mla.text import counted, dtype_name, grouped
 from mla_backends.errors import describe as describe_error
 from mla_backends.errors import plugin_code
 
@@ -66,7 +66,7 @@ def _simulated(setting: Setting) -> Iterator[str]:
     """Yield what stands for ranks that are not there."""
     ranks = setting.ranks
     if ranks is not None and ranks.assumed:
-        where = f"{_count(ranks.world, 'rank')} of {ranks.layout} on this device, one by one"
+        where = f"{counted(ranks.world, 'rank')} of {ranks.layout} on this device, one by one"
         yield f"simulated  {where}; {ranks.assumed}: times are predicted"
 
 
@@ -115,31 +115,24 @@ def _same_ops(request: Request) -> Iterator[str]:
 
 def _threads(facts: Mapping[str, str]) -> str:
     count, source = facts["torch_threads"], facts.get("backend.threads_from")
-    return f"{count} thread{'' if count == '1' else 's'}{f' ({source})' if source else ''}"
+    return counted(int(count), "thread") + (f" ({source})" if source else "")
 
 
 def _scenarios(points: Sequence[Point]) -> list[str]:
     if len(points) <= LISTED:
         return [_line(point) for point in points]
-    by_base: dict[str, list[Point]] = {}
-    for point in points:
-        by_base.setdefault(point.base, []).append(point)
     return [
         f"{base}: {len(group)} points (--dry-run lists them)" if len(group) > 1 else _line(group[0])
-        for base, group in by_base.items()
+        for base, group in grouped(points, lambda point: point.base).items()
     ]
 
 
 def _line(point: Point) -> str:
-    size = f"{_count(len(point.query_lens), 'request')}, {_count(point.tokens, 'new token')} per forward, "
+    size = f"{counted(len(point.query_lens), 'request')}, {counted(point.tokens, 'new token')} per forward, "
     shortest, longest = min(point.history), max(point.history)
     lengths = f"history {shortest if shortest == longest else f'{shortest} to {longest}'}, "
     layers = f"{point.layers} layers, " if point.layers > 1 else ""
-    return f"{point.name}: {size}{lengths}{layers}{_count(point.rounds, 'pass', 'es')} of {point.steps}"
-
-
-def _count(number: int, what: str, plural: str = "s") -> str:
-    return f"{number} {what}{plural if number != 1 else ''}"
+    return f"{point.name}: {size}{lengths}{layers}{counted(point.rounds, 'pass', 'es')} of {point.steps}"
 
 
 def _plan(request: Request, verbose: bool) -> None:
@@ -224,7 +217,7 @@ def dry_run(request: Request) -> None:
     beside = (
         f"limits{', ' if unknown else ' and '}float64 oracle{' and what was not tried' if unknown else ''}"
     )
-    note(f"{_count(len(cases), 'case')}, about {spoken(total)} of forwards, plus {beside}")
+    note(f"{counted(len(cases), 'case')}, about {spoken(total)} of forwards, plus {beside}")
 
 
 def _cases(request: Request) -> list[_Case]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from mla.bench.report import data, figures
-from mla.bench.report.data import LATENCY, THROUGHPUT, Curve, Entry, Quantity, ResultFile, grouped
+from mla.bench.report.data import LATENCY, THROUGHPUT, Curve, Entry, Quantity, ResultFile
 from mla.bench.report.figures import DASHES, MARKERS, Chart, Draw, Line, Point, Row, colours
 from mla.bench.results import compare
 from mla.bench.results.cases import device_cost
@@ -18,7 +18,7 @@ from mla.bench.terminal import ceilings, verdict
 from mla.bench.terminal.digits import known, limit, number
 from mla.bench.terminal.lines import name as case_name
 from mla.bench.terminal.verdict import status
-from mla.text import size
+from mla.text import grouped, size
 from mla_backends.outside import shortened
 
 T = TypeVar("T")

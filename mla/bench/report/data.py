@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from itertools import compress
 from operator import itemgetter
 from string import ascii_uppercase
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 from mla.bench.results.cases import device_cost
 from mla.bench.results.schema import Case, Ceiling, Latency, Run, Throughput
 from mla.bench.terminal.verdict import is_yardstick
+from mla.text import grouped
 from mla_backends.outside import escaped
 
-T = TypeVar("T")
-K = TypeVar("K")
 # What cases must have in common to appear in one chart: base scenario, op, config and dtype.
 Workload = tuple[str, str, str, str]
 
@@ -104,14 +103,6 @@ def short_names(paths: Iterable[str]) -> dict[str, str]:
 def entries(files: Iterable[ResultFile]) -> list[Entry]:
     """Return every case of every file but yardsticks: charts would be flattened by their numbers."""
     return [Entry(file, case) for file in files for case in file.run.cases if not is_yardstick(case)]
-
-
-def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
-    """Group in order of first appearance."""
-    groups: dict[K, list[T]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return groups
 
 
 def workload(entry: Entry) -> Workload:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from mla.bench.report.data import ResultFile, grouped
+from mla.bench.report.data import ResultFile
 from mla.bench.report.tables import css_class
 from mla.bench.results import compare
 from mla.bench.results.compare import Comparison, compare_implementations
@@ -16,6 +16,7 @@ from mla.bench.terminal import ceilings, run_table, verdict
 from mla.bench.terminal.digits import between, known
 from mla.bench.terminal.lines import BUSY, name, of_case
 from mla.bench.terminal.verdict import is_yardstick, status, why_unreliable
+from mla.text import counted, grouped
 
 # Most tiles of one file, and most cases without a number that are named on the first screen.
 MOST_TILES, MOST_NAMED = 6, 4
@@ -56,7 +57,7 @@ def badges(cases: Sequence[Case]) -> list[Badge]:
     kinds = Counter(map(css_class, cases))
     yardsticks, judged = kinds["yardstick"], len(cases) - kinds["yardstick"]
     kinds["interrupted"] = sum(case.interrupted for case in cases if not is_yardstick(case))
-    of = f"of {judged} case{'s' * (judged > 1)}"
+    of = f"of {counted(judged, 'case')}"
     badges = [Badge(kind, f"{kinds[kind]} {of} {words}") for kind, words in _WORDS.items() if kinds[kind]]
     if not badges:
         agree = f"all {judged} cases agree" if judged > 1 else "the only case agrees"

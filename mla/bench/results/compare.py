@@ -31,6 +31,7 @@ from mla.bench.results.cases import (
 from mla.bench.results.schema import Case, Interval, Latency, Run
 from mla.bench.results.stats import median
 from mla.parallel.layout import Layout
+from mla.text import counted, grouped
 
 # Ratios this near 1 were noise on every machine tried.
 NOISE = 0.02
@@ -310,8 +311,8 @@ class Resources:
 
     def __str__(self) -> str:
         if self.threads is None:
-            return f"{self.ranks} device{'s' * (self.ranks > 1)}"
-        return f"{self.ranks} x {self.threads} thread{'s' * (self.threads > 1)}"
+            return counted(self.ranks, "device")
+        return f"{self.ranks} x {counted(self.threads, 'thread')}"
 
 
 @dataclass(frozen=True)
@@ -384,11 +385,8 @@ def scaling(runs: Sequence[Run]) -> list[Scaling]:
 
     Of several on one device, the base is that with the fewest threads, and the others are rows.
     """
-    groups: dict[tuple[object, ...], list[tuple[int, Case]]] = {}
-    for place, run in enumerate(runs):
-        for case in run.cases:
-            if case.latency_ms is not None:
-                groups.setdefault((*key(case), case.dtype), []).append((place, case))
+    timed = ((place, case) for place, run in enumerate(runs) for case in run.cases if case.latency_ms)
+    groups = grouped(timed, lambda member: (*key(member[1]), member[1].dtype))
     return [scaling for members in groups.values() if (scaling := _scaling(runs, members)) is not None]
 
 

@@ -13,6 +13,7 @@ from mla.bench.results.cases import KINDS, Repeated, by_kind, imbalance, is_pred
 from mla.bench.results.compare import Comparison, compare_implementations
 from mla.bench.results.schema import Case, Latency, Run, Spread, Throughput, Timing
 from mla.bench.results.stats import median
+from mla.text import grouped
 from mla.verify.verdict import Check
 
 Cell = str | int | float | bool | None
@@ -95,10 +96,7 @@ def withheld(case: Case) -> bool:
 
 def by_scenario(cases: Iterable[Case]) -> dict[str, list[Case]]:
     """Return the cases of each scenario, in the order of the run."""
-    groups: dict[str, list[Case]] = {}
-    for case in cases:
-        groups.setdefault(case.scenario, []).append(case)
-    return groups
+    return grouped(cases, lambda case: case.scenario)
 
 
 def baseline(cases: Sequence[Case]) -> Case | None:

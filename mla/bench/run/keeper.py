@@ -18,7 +18,7 @@ from mla.failures import file
 from mla.failures.call import MAX_CALL_BYTES
 from mla.failures.watch import JudgedCall, Watched, Watcher
 from mla.layer.ops import layer_roles
-from mla.text import size
+from mla.text import counted, size
 from mla.verify.layer_check import Checker, Forward
 from mla.verify.verdict import Check
 from mla_backends.errors import describe
@@ -100,7 +100,7 @@ def not_found(outcome: Search) -> str:
         return outcome.refused
     if not outcome.judged:
         return "no op of its forwards can be judged alone, so there is no call to keep"
-    again = f"{outcome.forwards} forward{'s' * (outcome.forwards > 1)}"
+    again = f"{counted(outcome.forwards, 'forward')}"
     return (
         f"the failure did not repeat: every op was right in {again} repeated op by op. It may be a race, or "
         "depend on earlier work or a graph"

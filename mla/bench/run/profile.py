@@ -42,6 +42,7 @@ from mla.command.exit_codes import Exit, interrupted
 from mla.command.files import TRACE_START, write_bytes
 from mla.cost import Work, role_costs
 from mla.errors import ResultError
+from mla.text import counted
 from mla.verify.verdict import Check
 from mla_backends.api import HostTimer, Timer
 from mla_backends.errors import first_line
@@ -125,7 +126,7 @@ def profile(request: Request, run: results.Run, target: Path, budget: Budget, co
 def _summary(recorded: Trace, request: Request) -> str:
     """Return what the trace holds, and what it lacks."""
     device = request.setting.device
-    count = f"{recorded.passes} pass{'es' * (recorded.passes > 1)}"
+    count = counted(recorded.passes, "pass", "es")
     said = f"{count}, eager, with {recorded.operators} operators of torch"
     if recorded.launches:
         return f"{said} and {recorded.launches} kernels"

@@ -30,6 +30,7 @@ from mla.command.console import note
 from mla.command.display import Progress
 from mla.command.exit_codes import Exit, end_early
 from mla.errors import MLAError
+from mla.text import counted
 from mla_backends import BackendError
 from mla_backends.errors import describe, first_line, plugin_code
 
@@ -347,7 +348,7 @@ def verdict(outcome: Outcome) -> Exit:
 def _cases(outcome: Outcome, status: str) -> str:
     """Return the number of cases with a status, such as "1 case"; "" if there is none."""
     count = sum(case.check.status == status for case in _asked_for(outcome.run))
-    return f"{count} case{'s' * (count > 1)}" * bool(count)
+    return counted(count, "case") * bool(count)
 
 
 def _asked_for(run: results.Run) -> list[results.Case]:

@@ -11,7 +11,7 @@ from mla.bench.results.schema import Ceiling, CeilingRun
 from mla.bench.terminal.digits import per_second
 from mla.command.display import table
 from mla.errors import ResultError
-from mla.text import DTYPES, size
+from mla.text import DTYPES, grouped, size
 
 FORMATS = ("table", "md", "json")
 
@@ -58,10 +58,7 @@ def short(dtype: str | None) -> str:
 
 
 def _by_kind(ceilings: Iterable[Ceiling]) -> dict[tuple[str, str | None], list[Ceiling]]:
-    kinds: dict[tuple[str, str | None], list[Ceiling]] = {}
-    for ceiling in ceilings:
-        kinds.setdefault((ceiling.work, ceiling.dtype), []).append(ceiling)
-    return kinds
+    return grouped(ceilings, lambda ceiling: (ceiling.work, ceiling.dtype))
 
 
 def rate(ceiling: Ceiling) -> str:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from mla.bench.results.cases import LEFT_OUT, as_planned, by_kind
 from mla.bench.results.schema import Case, Latency, NewLengths, Run, Timing
 from mla.bench.terminal.digits import known, number
+from mla.text import counted
 
 # A mean of passes this far from the median of forwards is explained: both are printed, side by side.
 APART = 0.05
@@ -67,7 +68,7 @@ def _passes(case: Case) -> Iterator[str]:
     of = f"{'the first ' * (fewer and case.mode == 'decode')}{steps}"
     shared = "; ratios to it are of the same steps" if fewer and case.mode == "decode" else ""
     few = ", too few for an interval" * (case.passes < planned.passes and case.latency_ms.ci95 is None)
-    passes = f"{case.passes} pass{'es' * (case.passes != 1)}"
+    passes = counted(case.passes, "pass", "es")
     yield f"timed in {passes} of {of} instead of {planned.passes} of {planned.steps}{few}{shared}"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mla.bench.cli.devices import workloads, workloads_table
+from mla.bench.cli.devices import shipped_workloads, workloads_table
 from mla.bench.workload.grid import op_of_batch, points_of
 from mla.bench.workload.scenario import Scenario
 from mla.bench.workload.workload_file import PRESETS, load_workload, read_workload
@@ -25,7 +25,7 @@ def test_every_file_is_a_preset() -> None:
 
 
 def test_the_list_names_each_with_a_line_and_a_source() -> None:
-    by_name = {workload["name"]: workload for workload in workloads()}
+    by_name = {workload["name"]: workload for workload in shipped_workloads()}
     assert list(by_name) == list(PRESETS)
     assert all(facts["about"] and "\n" not in facts["about"] for facts in by_name.values())
     for name in PUBLISHED:
