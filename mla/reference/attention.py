@@ -414,7 +414,7 @@ def _masks(kv_lens: torch.Tensor, keys: int, queries: int) -> _Masks:
 
 def fixed_shapes(spec: AttentionSpec, batch: BatchView) -> DecodeState | None:
     """Return the state of a decode step on a device; None where grouping by length is better."""
-    if spec.device.type == "cpu" or not _is_decode(batch):
+    if spec.device.type == "cpu" or not is_decode(batch):
         return None
     queries, requests = batch.query_lens[0], len(batch.kv_lens)
     keys = batch.block_table.shape[1] * batch.page_size
@@ -431,7 +431,7 @@ def fixed_shapes(spec: AttentionSpec, batch: BatchView) -> DecodeState | None:
     return DecodeState(parts, keys, queries, masks, capturing(spec.device))
 
 
-def _is_decode(batch: BatchView) -> bool:
+def is_decode(batch: BatchView) -> bool:
     """Return whether each request has the same few new tokens, and each of them a key unless none has"""
     count = batch.query_lens[0] if batch.query_lens else 0
     return (

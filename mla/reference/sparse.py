@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from mla.cache.formats import codec_of, latents
-from mla.cache.index_formats import index_codec, index_keys
-from mla.reference.attention import KEYS_BYTES, LOGITS_BYTES, attend
+from mla.cache.index_formats import IndexFp8, index_codec, index_keys
+from mla.reference.attention import KEYS_BYTES, LOGITS_BYTES, attend, is_decode
 from mla.reference.small import OfFormats, rotate
 from mla_backends.api import OPS, AttentionSpec, BatchView, IndexerSpec
 from mla_backends.slots import selected_slots
@@ -58,26 +58,42 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
 
 
 # ---------------------------------------------------------------------------------------- selection
+@dataclass(frozen=True)
+class _Padded:
+    """A decode step on a device: requests of `queries` new tokens each, padded to the block table's width.
+
+    Launches depend on shapes alone, and follow lengths on the device.
+    """
+
+    queries: int
+    graph_safe = True
+
+
 class SelectLatents(OfFormats):
     """Score every token that a query sees and take the best, one request after another.
 
     Scores are fp32. Queries of a request take turns where scores of all heads need more than LOGITS_BYTES.
+    Requests of a decode step on a device are padded, as many at once as that allows.
     """
 
     contract = OPS["select_latents"]
     nan_safe_tail = True
 
-    def prepare(self, spec: IndexerSpec, batch: BatchView) -> BatchView:
-        return batch
+    def prepare(self, spec: IndexerSpec, batch: BatchView) -> BatchView | _Padded:
+        fits = spec.device.type != "cpu" and is_decode(batch)
+        return _Padded(batch.query_lens[0]) if fits else batch
 
     def __call__(
-        self, state: BatchView, *,
+        self, state: BatchView | _Padded, *,
         q: torch.Tensor, weights: torch.Tensor, cache: torch.Tensor,  # [T, H, D], [T, H], [pages, page, D]
         block_table: torch.Tensor, kv_lens: torch.Tensor, cu_q: torch.Tensor,
         out: torch.Tensor,  # [T, topk] int32
         cache_format: str = "",
     ) -> None:  # fmt: skip
         codec, page, start = index_codec(cache_format, q.shape[2]), cache.shape[1], 0
+        if isinstance(state, _Padded):
+            _select_padded(state.queries, q, weights, cache, block_table, kv_lens, out, codec)
+            return
         for request, (queries, length) in enumerate(zip(state.query_lens, state.kv_lens, strict=True)):
             tokens = slice(start, start := start + queries)
             pages = cache.index_select(0, block_table[request, : -(-length // page)])
@@ -94,11 +110,39 @@ def _select(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, out: tor
         last = torch.arange(run.start, run.stop, device=q.device)[:, None] + (length - queries)
         seen = max(0, length - queries + run.stop)
         scores = index_scores(q[run], weights[run], keys[:seen])
-        scores.masked_fill_(torch.arange(seen, device=q.device) > last, -torch.inf)
-        count = min(out.shape[1], seen)
-        best = scores.topk(count, dim=-1).indices  # what is hidden comes last
-        out[run, :count] = best.masked_fill_(best > last, -1)
-        out[run, count:] = -1
+        _take_best(scores, last, out[run])
+
+
+def _select_padded(
+    queries: int,  # of each request
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,  # [B, n]
+    kv_lens: torch.Tensor,  # [B]
+    out: torch.Tensor,
+    codec: IndexFp8 | None,
+) -> None:
+    """Select for a decode step of q [B * queries, H, D] over all slots of the block table, in parts."""
+    (tokens, heads, width), slots = q.shape, block_table.shape[1] * cache.shape[1]
+    together = max(1, LOGITS_BYTES // (4 * max(1, slots) * (queries * heads + width)))
+    behind = torch.arange(queries - 1, -1, -1, device=q.device)
+    for first in range(0, tokens // queries, together):
+        part = slice(first, first + together)
+        rows = slice(first * queries, min(tokens, (first + together) * queries))
+        keys = index_keys(cache.index_select(0, block_table[part].reshape(-1)), codec).view(-1, slots, width)
+        products = torch.bmm(q[rows].float().view(len(keys), -1, width), keys.mT).relu_()
+        scores = torch.bmm(weights[rows].float()[:, None], products.view(-1, heads, slots))[:, 0]
+        _take_best(scores, (kv_lens[part, None] - 1 - behind).view(-1, 1), out[rows])
+
+
+def _take_best(scores: torch.Tensor, last: torch.Tensor, out: torch.Tensor) -> None:
+    """Write to out [t, topk] the best of scores [t, s] up to the position `last` [t, 1], then -1."""
+    scores.masked_fill_(torch.arange(scores.shape[1], device=scores.device) > last, -torch.inf)
+    count = min(out.shape[1], scores.shape[1])
+    best = scores.topk(count, dim=-1).indices  # what is hidden comes last
+    out[:, :count] = best.masked_fill_(best > last, -1)
+    out[:, count:] = -1
 
 
 def index_scores(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from float64_attention import Outputs, attend
@@ -20,7 +24,12 @@ LENGTHS = [
 
 
 def select(
-    batch: SparseBatch, topk: int, index_format: str = "", heads: int = 3, ties: bool = False
+    batch: SparseBatch,
+    topk: int,
+    index_format: str = "",
+    heads: int = 3,
+    ties: bool = False,
+    plan: Callable[[Any], Any] | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return the selection [T, topk], and the true scores of what each query sees."""
     keys, q = batch.normal(sum(batch.kv_lens), 8), batch.normal(batch.tokens, heads, 8)
@@ -33,7 +42,8 @@ def select(
     out = torch.full((batch.tokens, topk), 7, dtype=torch.int32)
     op, spec = REFERENCE["select_latents"], indexer_spec(heads, 8, 4, topk, index_format=index_format)
     named = {"cache_format": index_format} if index_format else {}
-    op(op.prepare(spec, batch), q=q, weights=weights, cache=cache, **batch.tables, out=out, **named)
+    state = op.prepare(spec, batch) if plan is None else plan(spec)
+    op(state, q=q, weights=weights, cache=cache, **batch.tables, out=out, **named)
     return out, batch.true_scores(q, weights, keys)
 
 
@@ -53,6 +63,31 @@ def check_selection(out: torch.Tensor, scores: list[torch.Tensor]) -> None:
 @pytest.mark.parametrize("index_format", ["", "fp8"])
 def test_the_best_visible_tokens_are_selected(query_lens, kv_lens, topk, index_format) -> None:
     check_selection(*select(SparseBatch(query_lens, kv_lens), topk, index_format))
+
+
+@pytest.mark.parametrize("bytes_at_once", [1, 1 << 20])
+@pytest.mark.parametrize(("queries", "kv_lens"), [(1, (40, 3, 17)), (2, (33, 2, 70)), (3, (9, 3))])
+@pytest.mark.parametrize("index_format", ["", "fp8"])
+def test_a_decode_step_on_a_device_follows_lengths_that_were_not_planned(
+    monkeypatch: pytest.MonkeyPatch,
+    queries: int,
+    kv_lens: tuple[int, ...],
+    index_format: str,
+    bytes_at_once: int,
+) -> None:
+    """Its launches are the same whatever the lengths, and what a request does not own is NaN."""
+    monkeypatch.setattr(sparse, "LOGITS_BYTES", bytes_at_once)
+    planned, batch = (
+        SparseBatch((queries,) * len(kv_lens), lens) for lens in ((queries,) * len(kv_lens), kv_lens)
+    )
+
+    def plan(spec: Any) -> Any:
+        state = REFERENCE["select_latents"].prepare(replace(spec, device=torch.device("meta")), planned)
+        assert state.graph_safe
+        return state
+
+    for topk in (1, 5, 16, 70):
+        check_selection(*select(batch, topk, index_format, plan=plan))
 
 
 def test_runs_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,11 +58,14 @@ def test_a_captured_call_of_the_reference_follows_its_batch(
     capturing: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(capturing, "ops", dict)  # a quick look has the reference where it is alone
-    results = judged(capturing, "latent.graph*[reference-*]", "layer.graph*")
+    groups = ("select_latents", "latent", "sparse_latent_attention")
+    results = judged(capturing, *(f"{group}.graph*[reference-*]" for group in groups), "layer.graph*")
     assert [(result.check, result.status, result.reason) for result in results] == [
-        (check, "pass", "")
-        for check in ("latent.graph", "latent.graph_lengths", "layer.graph", "layer.graph_lengths")
+        (f"{group}.{check}", "pass", "")
+        for group in (*groups, "layer")
+        for check in ("graph", "graph_lengths")
     ]
+    assert not any(result.cases.refused for result in results)
 
 
 def test_the_function_is_warmed_up_on_a_side_stream(
