@@ -237,9 +237,12 @@ class Parts:
         return absorbed(self, attend)
 
     def _choose(
-        self, role: str, makers: Mapping[str, Callable[..., Any]], given: tuple[Any, ...],
+        self,
+        role: str,
+        makers: Mapping[str, Callable[..., Any]],
+        given: tuple[Any, ...],
         trial: tuple[Any, ...],
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         """Return the fastest candidate on `trial` of those made from `given`, and record its name."""
 
         def maker(make: Callable[..., Any]) -> Callable[[], Any]:

@@ -110,9 +110,24 @@ def decode(splits: int, problem: PeerProblem) -> LatentAttention:
     def attention(q: torch.Tensor, step: int) -> torch.Tensor:
         out = q.new_empty(requests, heads, width)
         torch.ops._C.decode_attention_cpu(
-            q, keys, keys[..., :width], out, None, None, None, logits, table, numbers, lens[step],
-            config.softmax_scale, 0.0, False, 0, None, None,
-        )  # fmt: skip
+            q,
+            keys,
+            keys[..., :width],
+            out,
+            None,
+            None,
+            None,
+            logits,
+            table,
+            numbers,
+            lens[step],
+            config.softmax_scale,
+            0.0,
+            False,
+            0,
+            None,
+            None,
+        )
         return out
 
     return attention
@@ -164,9 +179,26 @@ class _Extend:
         shared = values.data_ptr() == keys.data_ptr()
         new_values = new_keys[..., : self._width] if shared else values.index_select(0, self._slots)
         torch.ops._C.extend_attention_cpu(
-            q, new_keys, new_values, out, keys, values, self._table, self._numbers, self._lens, self._new,
-            self._firsts, self._longest, self._scale, 0.0, False, 0, None, None, None,
-        )  # fmt: skip
+            q,
+            new_keys,
+            new_values,
+            out,
+            keys,
+            values,
+            self._table,
+            self._numbers,
+            self._lens,
+            self._new,
+            self._firsts,
+            self._longest,
+            self._scale,
+            0.0,
+            False,
+            0,
+            None,
+            None,
+            None,
+        )
         return out
 
 

@@ -107,10 +107,13 @@ def flash(parts: Parts) -> Attention:
         outputs = []
         for request in requests:
             out = functional.scaled_dot_product_attention(
-                q[request.new].transpose(0, 1)[None], keys[None, :, request.slots],
-                values[None, :, request.slots], attn_mask=request.bias, is_causal=request.bias is None,
+                q[request.new].transpose(0, 1)[None],
+                keys[None, :, request.slots],
+                values[None, :, request.slots],
+                attn_mask=request.bias,
+                is_causal=request.bias is None,
                 scale=config.softmax_scale,
-            )  # fmt: skip
+            )
             outputs.append(out[0, ..., : config.v_head_dim].transpose(0, 1))
         return torch.cat(outputs)
 

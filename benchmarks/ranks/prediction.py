@@ -22,9 +22,17 @@ from mla.parallel.layout import Layout
 
 LAYOUTS = ("tp=2", "dcp=2", "tp=2,dcp=2")
 OPTIONS = (
-    "--backend", "cpu", "--implementations", "mla", "--runs", "6", "--passes", "6", "--config",
+    "--backend",
+    "cpu",
+    "--implementations",
+    "mla",
+    "--runs",
+    "6",
+    "--passes",
+    "6",
+    "--config",
     "deepseek-r1",
-)  # fmt: skip
+)
 
 
 class Pair(NamedTuple):

@@ -139,9 +139,13 @@ def start(
 
 
 def _become(
-    rank: int, words: list[str], environment: Mapping[str, str | None], folder: str, program: str,
+    rank: int,
+    words: list[str],
+    environment: Mapping[str, str | None],
+    folder: str,
+    program: str,
     constants: Mapping[str, Any],
-) -> None:  # fmt: skip
+) -> None:
     """Become a rank, whose output goes to files with its number, and end as it does."""
     gc.freeze()  # a rank need not look through what it shares
     os.chdir(folder)

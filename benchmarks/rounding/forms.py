@@ -171,9 +171,14 @@ EXACT = Form("float64 inside", exact, exact_product)
 # Different in float32 only, and slow.
 ONE_BY_ONE = in_order("sums one by one", one_by_one)
 RIGHT = (
-    Form("flash, tiles of 64", flash, plain), Form("split keys, merged", split, plain),
-    Form("P normalised, then rounded", normalised, plain), in_order("sums in blocks", blocked),
-    in_order("sums backwards", backwards), in_order("sums in pairs", pairwise),
-    Form("fast exp2", fast_exp, plain), Form("split keys, parts rounded", rounded_parts, plain), ONE_BY_ONE,
+    Form("flash, tiles of 64", flash, plain),
+    Form("split keys, merged", split, plain),
+    Form("P normalised, then rounded", normalised, plain),
+    in_order("sums in blocks", blocked),
+    in_order("sums backwards", backwards),
+    in_order("sums in pairs", pairwise),
+    Form("fast exp2", fast_exp, plain),
+    Form("split keys, parts rounded", rounded_parts, plain),
+    ONE_BY_ONE,
     EXACT,
-)  # fmt: skip
+)

@@ -224,9 +224,14 @@ class ContextPath(AbsorbedPath):
         return max(1, workspace // per_token)
 
     def run(
-        self, ops: Ops, projected: Projected, group: AbsorbedGroup, pages: torch.Tensor,
-        rotated: bool = False, selection: torch.Tensor | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        ops: Ops,
+        projected: Projected,
+        group: AbsorbedGroup,
+        pages: torch.Tensor,
+        rotated: bool = False,
+        selection: torch.Tensor | None = None,
+    ) -> None:
         """Attend as `AbsorbedPath.run` does, with this rank's `pages` and those of all others."""
         views, packed = self.views.absorbed(projected, group.tokens), self.weights.packed
         ops["w_uk"].op(packed["w_uk"], x=views.q_nope, out=views.latent_nope)
@@ -236,10 +241,17 @@ class ContextPath(AbsorbedPath):
         for part, state in group.state:
             exchange = self._exchange(part)
             ops["latent_attention"].op(
-                state, q=exchange.gather(self.groups, views.latent_q[part.tokens], part.order), cache=pages,
-                block_table=part.rows.block_table, kv_lens=part.rows.kv_lens_device, cu_q=part.rows.cu_q,
-                softmax_scale=self.softmax_scale, out=exchange.out, lse=exchange.lse, **self.stored,
-            )  # fmt: skip
+                state,
+                q=exchange.gather(self.groups, views.latent_q[part.tokens], part.order),
+                cache=pages,
+                block_table=part.rows.block_table,
+                kv_lens=part.rows.kv_lens_device,
+                cu_q=part.rows.cu_q,
+                softmax_scale=self.softmax_scale,
+                out=exchange.out,
+                lse=exchange.lse,
+                **self.stored,
+            )
             exchange.merge(self.groups, part.back, views.latent_out[part.tokens])
             if self.config.sink_logits:
                 self.weights.leave_to_sinks(views.latent_out[part.tokens], exchange.lse_of_all())

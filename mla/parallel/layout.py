@@ -155,9 +155,15 @@ class Share:
 
 # ---------------------------------------------------------------------------------------------- costs
 def rank_work(
-    config: MLAConfig, layout: Layout, rank: int, query_lens: Sequence[int], kv_lens: Sequence[int],
-    itemsize: int, attention: str = "auto", token_bytes: int = 0,
-) -> Work:  # fmt: skip
+    config: MLAConfig,
+    layout: Layout,
+    rank: int,
+    query_lens: Sequence[int],
+    kv_lens: Sequence[int],
+    itemsize: int,
+    attention: str = "auto",
+    token_bytes: int = 0,
+) -> Work:
     """Return what a rank must do in a forward of the layer `config`, counted as in `mla.cost`.
 
     `query_lens` and `kv_lens` are whole lengths of the requests of its `dp` part. Collectives move no bytes

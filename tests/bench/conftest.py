@@ -89,10 +89,14 @@ def process(install: Callable[[str], Path], tmp_path: Path) -> Bench:
         if not flags:
             folders += filter(None, [os.environ.get("PYTHONPATH", "")])
         done = subprocess.run(
-            [sys.executable, *flags, "-m", "mla.bench", *words], cwd=tmp_path,
+            [sys.executable, *flags, "-m", "mla.bench", *words],
+            cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(folders), **environment},
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert "Traceback" not in done.stdout + done.stderr, done.stderr
         return Outcome(done.returncode, done.stdout, done.stderr)
 
@@ -133,15 +137,27 @@ def make_run() -> Callable[..., results.Run]:
 
     def make_run(samples: Sequence[float] = (2.0, 1.0, 3.0), **changes: Any) -> results.Run:
         fields: dict[str, Any] = {
-            "scenario": "prefill", "mode": "prefill", "implementation": "mla", "query_lens": [3, 5],
-            "history": [4, 0], "steps_per_pass": 1, "warmups": 1, "interleaved_with": [],
-            "check": results.Check(status="ok", error_ratio=0.5, relative_error=1e-3), "plan_ms": 0.1,
-            "switch_steps": [0], "cost": results.Cost(flops=10**9, bytes=10**6),
+            "scenario": "prefill",
+            "mode": "prefill",
+            "implementation": "mla",
+            "query_lens": [3, 5],
+            "history": [4, 0],
+            "steps_per_pass": 1,
+            "warmups": 1,
+            "interleaved_with": [],
+            "check": results.Check(status="ok", error_ratio=0.5, relative_error=1e-3),
+            "plan_ms": 0.1,
+            "switch_steps": [0],
+            "cost": results.Cost(flops=10**9, bytes=10**6),
             "roofline": results.Roofline(),
             "memory": results.Memory(weight_bytes=10, cache_bytes=20, peak_bytes=None),
-            "ops": {"latent_attention": "reference"}, "clock": "host", "interrupted": False,
-            "repro": "python -m mla.bench --backend cpu", "base": "prefill", "dtype": "bfloat16",
-        }  # fmt: skip
+            "ops": {"latent_attention": "reference"},
+            "clock": "host",
+            "interrupted": False,
+            "repro": "python -m mla.bench --backend cpu",
+            "base": "prefill",
+            "dtype": "bfloat16",
+        }
         fields |= numbers(samples, changes.get("steps_per_pass", 1), sum(fields["query_lens"])) | changes
         return results.Run(
             schema_version=results.SCHEMA_VERSION,

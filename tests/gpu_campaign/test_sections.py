@@ -24,9 +24,12 @@ from mla.conformance.registry import all_checks, matches
 
 HERE = Path(__file__).parents[2] / "benchmarks" / "gpu"
 PARSERS: dict[str, click.Command] = {
-    "mla.bench": bench.cli, "mla.conformance": conformance.cli, "rivals.py": bench.cli, "tune.py": tune,
+    "mla.bench": bench.cli,
+    "mla.conformance": conformance.cli,
+    "rivals.py": bench.cli,
+    "tune.py": tune,
     "ask.py": ask.ask,
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

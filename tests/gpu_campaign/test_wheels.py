@@ -185,9 +185,12 @@ def test_the_fakes_themselves_meet_the_adapters(library: Library, monkeypatch: p
 
 def command(*words: str, **variables: str) -> Any:
     done = subprocess.run(
-        [sys.executable, str(PROGRAM), *words], capture_output=True, text=True, check=False,
+        [sys.executable, str(PROGRAM), *words],
+        capture_output=True,
+        text=True,
+        check=False,
         env={**os.environ, "PIP_CONFIG_FILE": os.devnull, **variables},
-    )  # fmt: skip
+    )
     assert "Traceback" not in done.stderr, done.stderr
     return done
 

@@ -28,12 +28,15 @@ def test_a_link_is_read_with_its_units(text: str, alpha: float, beta: float) -> 
     "text",
     [
         *(
-            "alpha=5us", "beta=3GB/s,alpha=5us", "alpha=5,beta=3GB/s", "alpha=5us,beta=3GB",
+            "alpha=5us",
+            "beta=3GB/s,alpha=5us",
+            "alpha=5,beta=3GB/s",
+            "alpha=5us,beta=3GB",
             "alpha=-5us,beta=3GB/s",
         ),
         *("alpha=5us,beta=0GB/s", "alpha=infus,beta=3GB/s", "alpha=1.2.3us,beta=3GB/s", "", "5us"),
     ],
-)  # fmt: skip
+)
 def test_anything_else_is_one_sentence(text: str) -> None:
     with pytest.raises(UsageError, match="a link is written as in 'alpha=5us,beta=300GB/s'"):
         Link.parse(text)

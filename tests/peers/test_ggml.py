@@ -34,9 +34,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(script: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run one of the two commands in a process of its own."""
     return subprocess.run(
-        [sys.executable, str(FOLDER / script), *words], env={**os.environ, **variables}, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, str(FOLDER / script), *words],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def compare(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -133,10 +133,14 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_only_slow_peers_and_slow_products_of_torch_are_passed_over() -> None:
     tried = [
-        way("ours", "ours", 9.0), way("reference", "reference", 90.0), way("fast peer", "peer", 2.0),
-        way("peer", "peer", 2.9), way("slow peer", "peer", 3.1), way("torch", "torch", 49.0),
+        way("ours", "ours", 9.0),
+        way("reference", "reference", 90.0),
+        way("fast peer", "peer", 2.0),
+        way("peer", "peer", 2.9),
+        way("slow peer", "peer", 3.1),
+        way("torch", "torch", 49.0),
         way("slow torch", "torch", 51.0),
-    ]  # fmt: skip
+    ]
     kept = [candidate.name for candidate in try_out(tried)]
     assert kept == ["ours", "reference", "fast peer", "peer", "torch"]
     assert [candidate.calls for candidate in tried] == [3, 1, 15, 10, 9, 1, 1]

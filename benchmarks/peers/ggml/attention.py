@@ -85,9 +85,12 @@ class AttentionData:
         config, size, c = self.setting.config, self.setting.page_size, self.setting.config.kv_lora_rank
         pages = sum(-(-length // size) for length in self.case.lengths)
         cache = LatentCache(
-            config, max_tokens=pages * size, page_size=size, dtype=self.setting.dtype,
+            config,
+            max_tokens=pages * size,
+            page_size=size,
+            dtype=self.setting.dtype,
             shuffle=self.setting.seed,
-        )  # fmt: skip
+        )
         sequences = cache.new_sequences(len(self.case.lengths))
         requests = self.keys.split(self.case.lengths)
         for sequence, rows in zip(sequences, requests, strict=True):

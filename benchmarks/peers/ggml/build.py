@@ -118,8 +118,12 @@ def configure(ggml: Path, into: Path, isa: str, library: Path | None) -> None:
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--into", type=click.Path(path_type=Path), required=True, help="Folder for everything built.")
 @click.option(
-    "--isa", type=click.Choice(list(ISAS)), default="native", show_default=True, help="Instructions for it.",
-)  # fmt: skip
+    "--isa",
+    type=click.Choice(list(ISAS)),
+    default="native",
+    show_default=True,
+    help="Instructions for it.",
+)
 @click.option("--commit", help="The source's commit, where it has no git.")
 @click.option("--jobs", type=click.IntRange(1), help="Compilers at a time.  [one per CPU]")
 @click.option(

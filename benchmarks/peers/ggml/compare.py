@@ -105,11 +105,16 @@ def measure(
         cases += multiply(shapes, setting, peer, rounds)
         run = empty_run(request)
         return record.Comparison(
-            argv=["python benchmarks/peers/ggml/compare.py", *sys.argv[1:]], created=run.created,
-            git_commit=run.git_commit, backend=run.backend,
+            argv=["python benchmarks/peers/ggml/compare.py", *sys.argv[1:]],
+            created=run.created,
+            git_commit=run.git_commit,
+            backend=run.backend,
             environment=run.environment | {key: os.environ[key] for key in VARIABLES if key in os.environ},
-            peer={**facts_of(folder), **peer.facts}, threads=threads, seed=setting.seed, cases=cases,
-        )  # fmt: skip
+            peer={**facts_of(folder), **peer.facts},
+            threads=threads,
+            seed=setting.seed,
+            cases=cases,
+        )
 
 
 def split(context: click.Context, option: click.Parameter, value: str | None) -> tuple[str, ...] | None:

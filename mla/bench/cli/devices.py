@@ -155,9 +155,14 @@ def new_backend(name: str, folder: Path) -> int:
 @click.option("--op", "name", metavar="NAME", help="Another op of the backend, or reference.")
 @click.option("--runs", type=click.IntRange(1, 1_000_000), default=1, show_default=True, help="Calls.")
 def replay(
-    folder: Path, backend: str | None, device: int | None, backend_options: tuple[str, ...],
-    threads: int | None, name: str | None, runs: int,
-) -> int:  # fmt: skip
+    folder: Path,
+    backend: str | None,
+    device: int | None,
+    backend_options: tuple[str, ...],
+    threads: int | None,
+    name: str | None,
+    runs: int,
+) -> int:
     """Make one call again that was wrong: the same operands in the same layout, judged by the same truth."""
     from mla.failures import file
 
@@ -263,9 +268,13 @@ def _layouts(rows: list[Capacity]) -> str:
 def _layout_object(row: Capacity) -> dict[str, Any]:
     """Return a line as JSON."""
     return {
-        "layout": str(row.layout), "devices": row.layout.world, "weight_bytes_per_device": row.weight_bytes,
-        "cache_bytes_per_device": row.cache_bytes, "tokens": row.tokens, "copies": row.copies,
-    }  # fmt: skip
+        "layout": str(row.layout),
+        "devices": row.layout.world,
+        "weight_bytes_per_device": row.weight_bytes,
+        "cache_bytes_per_device": row.cache_bytes,
+        "tokens": row.tokens,
+        "copies": row.copies,
+    }
 
 
 # -------------------------------------------------------------------------------------------------- ceilings
@@ -377,10 +386,15 @@ def _numbers(name: str) -> dict[str, Any]:
 def _row(name: str) -> tuple[str, ...]:
     config = MLAConfig.preset(name)
     return (
-        name, str(config.hidden_size), str(config.num_attention_heads), str(config.q_lora_rank or "-"),
-        f"{config.kv_lora_rank}+{config.qk_rope_head_dim}", f"{config.qk_nope_head_dim}/{config.v_head_dim}",
-        _rotation(config), PRESETS[name].checkpoint,
-    )  # fmt: skip
+        name,
+        str(config.hidden_size),
+        str(config.num_attention_heads),
+        str(config.q_lora_rank or "-"),
+        f"{config.kv_lora_rank}+{config.qk_rope_head_dim}",
+        f"{config.qk_nope_head_dim}/{config.v_head_dim}",
+        _rotation(config),
+        PRESETS[name].checkpoint,
+    )
 
 
 def _rotation(config: MLAConfig) -> str:
@@ -410,7 +424,10 @@ def shipped_workloads() -> list[dict[str, Any]]:
 def _facts(name: str) -> dict[str, Any]:
     workload = read_workload(name)
     return {
-        "name": name, "scenarios": len(points_of(workload.scenarios, {})),
-        "config": workload.config or DEFAULT_CONFIG, "op": workload.op, "about": workload.about,
+        "name": name,
+        "scenarios": len(points_of(workload.scenarios, {})),
+        "config": workload.config or DEFAULT_CONFIG,
+        "op": workload.op,
+        "about": workload.about,
         "source": workload.source,
-    }  # fmt: skip
+    }

@@ -84,8 +84,11 @@ def _import(variables: Mapping[str, str]) -> dict[str, Any]:
         return ask(["-m", "mla.bench.doctor.worker", "torch"], fields, PROBE_S, variables)
     except NoAnswer as none:
         return {
-            "version": "", "build": {}, "problem": f"a process that imports torch {none}", "missing": False,
-        }  # fmt: skip
+            "version": "",
+            "build": {},
+            "problem": f"a process that imports torch {none}",
+            "missing": False,
+        }
 
 
 def _extensions() -> tuple[Extension, ...]:
@@ -211,9 +214,15 @@ def _diagnosis(
     probed: Status, state: str, reason: str, hint: str, facts: Mapping[str, Any] | None = None
 ) -> Diagnosis:
     return Diagnosis(
-        name=probed.name, state=state, distribution=probed.distribution, version=probed.version,
-        reason=reason, evidence=probed.evidence, fixes=[hint] if hint else [], facts=facts or {},
-    )  # fmt: skip
+        name=probed.name,
+        state=state,
+        distribution=probed.distribution,
+        version=probed.version,
+        reason=reason,
+        evidence=probed.evidence,
+        fixes=[hint] if hint else [],
+        facts=facts or {},
+    )
 
 
 def _retried(failed: Diagnosis, options: Mapping[str, str] | None) -> Diagnosis:

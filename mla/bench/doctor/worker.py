@@ -85,11 +85,17 @@ def _facts(opened: Backend) -> dict[str, Any]:
     dtype = torch.bfloat16 if torch.bfloat16 in native else native[0]
     chosen = Ops(MLAConfig.preset(CONFIG), offered, dtype, opened.device, say=note)
     return {
-        "device": str(opened.device), "device_name": info.name, "memory_bytes": info.memory_bytes,
-        "dtypes": [dtype_name(dtype) for dtype in native], "config": CONFIG, "dtype": dtype_name(dtype),
-        "ops": {role: _choice(chosen, role) for role in chosen.names()}, "op_remarks": chosen.remarks(),
-        "triton": _triton(offered), "idle_ops": _idle(chosen, offered),
-    }  # fmt: skip
+        "device": str(opened.device),
+        "device_name": info.name,
+        "memory_bytes": info.memory_bytes,
+        "dtypes": [dtype_name(dtype) for dtype in native],
+        "config": CONFIG,
+        "dtype": dtype_name(dtype),
+        "ops": {role: _choice(chosen, role) for role in chosen.names()},
+        "op_remarks": chosen.remarks(),
+        "triton": _triton(offered),
+        "idle_ops": _idle(chosen, offered),
+    }
 
 
 def _ask_as_a_run_does(opened: Backend) -> None:

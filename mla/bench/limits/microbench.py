@@ -350,12 +350,20 @@ def _leave_out(way: str, why: str) -> None:
 
 
 def _ceiling(
-    work: Literal["read", "copy", "matmul"], amount: int, fastest: tuple[float, Way], what: str,
-    footprint: int, dtype: str | None = None,
-) -> Ceiling:  # fmt: skip
+    work: Literal["read", "copy", "matmul"],
+    amount: int,
+    fastest: tuple[float, Way],
+    what: str,
+    footprint: int,
+    dtype: str | None = None,
+) -> Ceiling:
     """Return what the fastest way, with its seconds per call, reaches of an amount of bytes or FLOPs."""
     seconds, way = fastest
     return Ceiling(
-        work=work, value=amount / seconds, source=f"measured: {way.name}, {what}", dtype=dtype,
-        footprint_bytes=footprint, ours=way.ours,
-    )  # fmt: skip
+        work=work,
+        value=amount / seconds,
+        source=f"measured: {way.name}, {what}",
+        dtype=dtype,
+        footprint_bytes=footprint,
+        ours=way.ours,
+    )

@@ -78,9 +78,12 @@ def place(cost: Cost, latency_ms: float, read: Ceiling, product: Ceiling) -> Roo
     if floor > latency_ms:
         fraction, doubt = None, f"the limit or the time is suspect: {_excess(floor, latency_ms, limit)}"
     return Roofline(
-        floor_ms=floor, fraction=fraction, bound="memory" if bound else "compute", peak_source=limit.source,
+        floor_ms=floor,
+        fraction=fraction,
+        bound="memory" if bound else "compute",
+        peak_source=limit.source,
         doubt=doubt,
-    )  # fmt: skip
+    )
 
 
 def implausible(cost: Cost, latency_ms: float, read: Ceiling, product: Ceiling) -> str:

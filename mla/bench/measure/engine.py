@@ -127,9 +127,16 @@ class _Engine:
     """The measurement of one scenario."""
 
     def __init__(
-        self, scenario: Scenario, inputs: Any, checker: Any, setup: Setup, backend: Backend,
-        progress: ProgressCallback, hooks: Hooks, names: Sequence[str],
-    ) -> None:  # fmt: skip
+        self,
+        scenario: Scenario,
+        inputs: Any,
+        checker: Any,
+        setup: Setup,
+        backend: Backend,
+        progress: ProgressCallback,
+        hooks: Hooks,
+        names: Sequence[str],
+    ) -> None:
         self.measurements: dict[str, Measurement] = {}
         self._headlines: dict[str, PassRunner] = {}
         self._scenario, self._inputs, self._checker = scenario, inputs, checker

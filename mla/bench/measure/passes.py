@@ -58,9 +58,15 @@ class PassRunner:
     """
 
     def __init__(
-        self, implementation: Implementation, forwards: Any, synchronize: Callable[[], None],
-        timer: Timer | None, flush: Callable[[], None] | None, steps: Steps, samples: Samples,
-    ) -> None:  # fmt: skip
+        self,
+        implementation: Implementation,
+        forwards: Any,
+        synchronize: Callable[[], None],
+        timer: Timer | None,
+        flush: Callable[[], None] | None,
+        steps: Steps,
+        samples: Samples,
+    ) -> None:
         self.implementation, self.steps, self.samples = implementation, steps, samples
         self.forwards, self.timer = forwards, timer
         self._synchronize, self._flush = synchronize, flush
@@ -175,9 +181,14 @@ class WarmupResult:
 
 
 def warm_up(
-    forwards: Any, steps: int, least: int, time_step: Callable[[int], float], numbers: Iterator[int],
-    tick: Callable[[int], None], must: int = 0,
-) -> WarmupResult:  # fmt: skip
+    forwards: Any,
+    steps: int,
+    least: int,
+    time_step: Callable[[int], float],
+    numbers: Iterator[int],
+    tick: Callable[[int], None],
+    must: int = 0,
+) -> WarmupResult:
     """Run forwards until latencies settle; the history is restored every `steps` forwards, as in a pass.
 
     At least `least` forwards run (0: none), unless they take `WARMUP_S`; `must` of them run in any case.

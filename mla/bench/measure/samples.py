@@ -137,11 +137,14 @@ def _per_layer(passes: Sequence[Sequence[float]], layers: int) -> list[list[floa
 
 def _timing(samples: Samples, layers: int) -> results.Timing:
     return results.Timing(
-        mode=samples.variant.mode, cache=samples.variant.cache, clock=samples.clock,
-        passes=len(samples.passes), check=samples.check,
+        mode=samples.variant.mode,
+        cache=samples.variant.cache,
+        clock=samples.clock,
+        passes=len(samples.passes),
+        check=samples.check,
         latency_ms=latency_of(_per_layer(samples.passes, layers)) if samples.passes else None,
         method=samples.method,
-    )  # fmt: skip
+    )
 
 
 def launch_bound(case: Case) -> bool | None:

@@ -33,8 +33,11 @@ class Target:
     """Two limits from now on: `seconds` for what may be left out, and `most` for passes. By default none."""
 
     def __init__(
-        self, seconds: float = math.inf, most: float = math.inf, clock: Callable[[], float] = time.monotonic,
-    ) -> None:  # fmt: skip
+        self,
+        seconds: float = math.inf,
+        most: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Both limits count from now on, by `clock`."""
         self._seconds, self._most, self.now = seconds, most, clock
         self._end, self._last = clock() + seconds, clock() + most
@@ -186,9 +189,12 @@ MIN_STEPS = MIN_SHARED_STEPS
 
 
 def shortened(
-    scenario: Scenario, variants: Sequence[Variant], ms: Mapping[str, float], most: float = math.inf,
+    scenario: Scenario,
+    variants: Sequence[Variant],
+    ms: Mapping[str, float],
+    most: float = math.inf,
     added: Sequence[str] = (),
-) -> dict[str, tuple[Steps, str]]:  # fmt: skip
+) -> dict[str, tuple[Steps, str]]:
     """Return implementation -> what it runs, in the headline's way alone, and the clause that says so.
 
     `ms`: implementation -> milliseconds of one forward in its warm-up, the first one first; an implementation

@@ -163,11 +163,15 @@ def plan_memory(
     return MemoryPlan(
         per_implementation=layer_bytes(setting, point),
         host=_host_bytes(setting, point) + max(0, simulated - 1) * _expected_bytes(setting, point),
-        outputs=_output_bytes(setting, point, point), per_reference=of_reference if fused else 0,
-        gathered=gathered, others=setting.beside, per_other=_other_bytes(setting, point, lazy),
+        outputs=_output_bytes(setting, point, point),
+        per_reference=of_reference if fused else 0,
+        gathered=gathered,
+        others=setting.beside,
+        per_other=_other_bytes(setting, point, lazy),
         shared_weights=shared_bytes(setting, names, fused),
-        shared_alone=min(shared_bytes(setting, [name], fused) for name in names), **common,
-    )  # fmt: skip
+        shared_alone=min(shared_bytes(setting, [name], fused) for name in names),
+        **common,
+    )
 
 
 # ---------------------------------------------------------------------------------------------- layer

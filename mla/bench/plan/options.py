@@ -100,9 +100,13 @@ class RunOptions(BackendOptions):
     def is_first_look(self) -> bool:
         """Whether nobody chose what is measured: the standard scenarios of the default config run."""
         chosen = (
-            self.implementations, self.config not in (None, DEFAULT_CONFIG), self.model_path,
-            self.workload_flag, self.op, self.parallel,
-        )  # fmt: skip
+            self.implementations,
+            self.config not in (None, DEFAULT_CONFIG),
+            self.model_path,
+            self.workload_flag,
+            self.op,
+            self.parallel,
+        )
         return not any((*chosen, self.batch_specs, self.axes, self.stages, self.layers not in (None, 1)))
 
     @property
@@ -139,18 +143,27 @@ def common_options(options: RunOptions, backend: str, device: int | None) -> lis
     """Return the options that reproduce any case of this run on a backend, by its name."""
     config = DEFAULT_CONFIG if options.config is None else options.config
     flags: Sequence[tuple[str, object, object]] = (
-        ("--device", device, None), ("--threads", options.threads, None),
+        ("--device", device, None),
+        ("--threads", options.threads, None),
         ("--config", None if options.model_path else config, None),
-        ("--model-path", options.model_path, None), ("--layer", options.layer, None),
-        ("--workload", options.workload_name, STANDARD), ("--runs", options.runs, None),
-        ("--passes", options.passes, None), ("--warmups", options.warmups, None),
-        ("--layers", options.layers, None), ("--parallel", options.parallel, None),
+        ("--model-path", options.model_path, None),
+        ("--layer", options.layer, None),
+        ("--workload", options.workload_name, STANDARD),
+        ("--runs", options.runs, None),
+        ("--passes", options.passes, None),
+        ("--warmups", options.warmups, None),
+        ("--layers", options.layers, None),
+        ("--parallel", options.parallel, None),
         ("--link", options.link if options.simulate else None, None),
-        ("--dtype", options.dtype, DEFAULT_DTYPE), ("--attention", options.attention, "auto"),
-        ("--page-size", options.page_size, DEFAULT_PAGE_SIZE), ("--ops", options.ops, "auto"),
-        ("--seed", options.seed, None), ("--mode", options.mode, None), ("--cache", options.cache, None),
+        ("--dtype", options.dtype, DEFAULT_DTYPE),
+        ("--attention", options.attention, "auto"),
+        ("--page-size", options.page_size, DEFAULT_PAGE_SIZE),
+        ("--ops", options.ops, "auto"),
+        ("--seed", options.seed, None),
+        ("--mode", options.mode, None),
+        ("--cache", options.cache, None),
         ("--clock", options.clock, None),
-    )  # fmt: skip
+    )
     words = ["--backend", backend]
     for option in options.backend_options:
         words += ["-O", option]
@@ -262,11 +275,15 @@ def _check_parallel(options: RunOptions) -> None:
     if options.parallel is None:
         return
     alone = {
-        "--op": options.op, "--layers": options.layers not in (None, 1), "--stages": options.stages,
-        "--profile": options.profile, "--dump-failure": options.dump_failure,
-        "--mode": options.mode not in (None, "eager"), "--cache": options.cache not in (None, "warm"),
+        "--op": options.op,
+        "--layers": options.layers not in (None, 1),
+        "--stages": options.stages,
+        "--profile": options.profile,
+        "--dump-failure": options.dump_failure,
+        "--mode": options.mode not in (None, "eager"),
+        "--cache": options.cache not in (None, "warm"),
         "--clock": options.clock not in (None, "host"),
-    }  # fmt: skip
+    }
     if flag := _first(alone):
         raise UsageError(f"{flag} is for one device: leave it out with --parallel, or run without.")
     if options.parallel.dcp > 1 and options.attention == "expanded":

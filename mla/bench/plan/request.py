@@ -44,9 +44,13 @@ class ScenarioPlan:
 
 
 def plan_scenarios(
-    setting: Setting, points: Sequence[Point], names: Sequence[str] = (), cold: bool = False,
-    state: State | None = None, baselines: Sequence[str] = (),
-) -> tuple[list[ScenarioPlan], list[str]]:  # fmt: skip
+    setting: Setting,
+    points: Sequence[Point],
+    names: Sequence[str] = (),
+    cold: bool = False,
+    state: State | None = None,
+    baselines: Sequence[str] = (),
+) -> tuple[list[ScenarioPlan], list[str]]:
     """Return every scenario of a run with its needs, and the implementations to run.
 
     Without names these are `mla`, `mla-reference` if a fused op makes it differ anywhere, and `baselines`.
@@ -125,8 +129,12 @@ def provenance(backend: Backend, version: str | None) -> dict[str, Any]:
         "created": environment.now(),
         "git_commit": environment.git_commit(),
         "backend": results.BackendFacts(
-            name=backend.name, version=version, device=info.name, memory_bytes=info.memory_bytes,
-            cache_bytes=info.cache_bytes, build=environment.build_digest(backend),
+            name=backend.name,
+            version=version,
+            device=info.name,
+            memory_bytes=info.memory_bytes,
+            cache_bytes=info.cache_bytes,
+            build=environment.build_digest(backend),
         ),
         "environment": environment.environment(backend),
-    }  # fmt: skip
+    }

@@ -67,9 +67,15 @@ def resolve(options: RunOptions, join: Join | None = None, resumed: results.Run 
 
 
 def _planned(
-    given: RunOptions, options: RunOptions, points: Sequence[Point], wanted: variants.Wanted,
-    opened: OpenedBackend, setting: Setting, state: State | None, resumed: results.Run | None,
-) -> Request:  # fmt: skip
+    given: RunOptions,
+    options: RunOptions,
+    points: Sequence[Point],
+    wanted: variants.Wanted,
+    opened: OpenedBackend,
+    setting: Setting,
+    state: State | None,
+    resumed: results.Run | None,
+) -> Request:
     from mla.bench.plan.request import Request, plan_scenarios
     from mla.layer.ops import layer_roles
 
@@ -84,12 +90,17 @@ def _planned(
         note("mla-reference is skipped: no fused op was chosen, so it is identical to mla")
     commands.check_own_ops(options, points, _overrides(setting, names))
     return Request(
-        setting=setting, scenarios=plans, implementations=names,
+        setting=setting,
+        scenarios=plans,
+        implementations=names,
         added=[name for name in baselines if name in names],
         command=commands.common_options(options, opened.name, opened.device),
-        selection=commands.selection(options), options=given, backend_version=opened.version, state=state,
+        selection=commands.selection(options),
+        options=given,
+        backend_version=opened.version,
+        state=state,
         variants=variants.available(wanted, opened.backend),
-    )  # fmt: skip
+    )
 
 
 # ----------------------------------------------------------------------------------------- scenarios
@@ -142,8 +153,11 @@ def _with_defaults(options: RunOptions, workload: Workload | None) -> RunOptions
 def _counted(options: RunOptions, workload: Workload | None) -> list[Scenario]:
     """Return the scenarios that were chosen, or the op, with the counts that the user set."""
     counts = {
-        "runs": options.runs, "passes": options.passes, "warmups": options.warmups, "layers": options.layers,
-    }  # fmt: skip
+        "runs": options.runs,
+        "passes": options.passes,
+        "warmups": options.warmups,
+        "layers": options.layers,
+    }
     changes = {name: count for name, count in counts.items() if count is not None}
     return [msgspec.structs.replace(scenario, **changes) for scenario in _chosen(options, workload)]
 

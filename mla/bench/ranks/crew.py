@@ -269,9 +269,12 @@ class Crew(Ranks):
             dist.barrier(group=self._control)
 
     def attempt(
-        self, implementation: str, work: Callable[[], T], failed: Failure | None = None,
+        self,
+        implementation: str,
+        work: Callable[[], T],
+        failed: Failure | None = None,
         together: bool = False,
-    ) -> list[T]:  # fmt: skip
+    ) -> list[T]:
         """Do this rank's part of what all ranks do; on rank 0, return what each rank's part gave.
 
         `failed`: what a forward has left to be told, instead of that part. `together`: parts need each other,

@@ -51,9 +51,12 @@ def join(options: RunOptions, opened: OpenedBackend, layout: Layout) -> Crew:
     kind = "cpu" if device is None else device.type
     with blamed_on(pulse):
         dist.init_process_group(
-            "cpu:gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{library}", store=store, rank=pulse.rank,
-            world_size=pulse.world, timeout=timedelta(seconds=max(MEETING, options.hang_after)),
-        )  # fmt: skip
+            "cpu:gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{library}",
+            store=store,
+            rank=pulse.rank,
+            world_size=pulse.world,
+            timeout=timedelta(seconds=max(MEETING, options.hang_after)),
+        )
     return Crew(layout, library, options.hang_after, pulse, store)
 
 

@@ -119,9 +119,14 @@ class Pulse:
     """
 
     def __init__(
-        self, rank: int, run: Run, store: Any, die: Callable[[RanksError], None], word: Word | None = None,
+        self,
+        rank: int,
+        run: Run,
+        store: Any,
+        die: Callable[[RanksError], None],
+        word: Word | None = None,
         seconds: float = 0.0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`store`: a client of its own, since an operation of another thread may wait.
 
         `word`: of a rank that has come to say that it ends. `seconds`: the wait for rank 0. Raises

@@ -217,7 +217,10 @@ class SimulatedLayer(Implementation):
     def _facts(self, rank: int) -> RankFacts:
         part, collective_ms = self._parts[rank], self._collective_ms(rank)
         return RankFacts(
-            rank=rank, samples=[ms + collective_ms for ms in self._passes[rank]],
-            collective_ms=collective_ms, collective_bytes=sum(call.sent for call in part.groups.calls),
-            cache_bytes=part.facts().cache_bytes, weight_bytes=part.facts().weight_bytes,
-        )  # fmt: skip
+            rank=rank,
+            samples=[ms + collective_ms for ms in self._passes[rank]],
+            collective_ms=collective_ms,
+            collective_bytes=sum(call.sent for call in part.groups.calls),
+            cache_bytes=part.facts().cache_bytes,
+            weight_bytes=part.facts().weight_bytes,
+        )

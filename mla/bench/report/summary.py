@@ -22,9 +22,13 @@ from mla.text import counted, grouped
 MOST_TILES, MOST_NAMED = 6, 4
 # Kinds of cases that are not simply right, the worst first, as said of a count.
 _WORDS = {
-    "wrong": "wrong", "doubtful": "doubtful: no number", "in-doubt": "with a suspect limit or time",
-    "not-run": "not run", "not-timed": "not timed", "interrupted": "interrupted",
-}  # fmt: skip
+    "wrong": "wrong",
+    "doubtful": "doubtful: no number",
+    "in-doubt": "with a suspect limit or time",
+    "not-run": "not run",
+    "not-timed": "not timed",
+    "interrupted": "interrupted",
+}
 # Kinds of warnings, as said of a count, where the kind itself does not do.
 _WARNED = {"drifts": "drifting", "outliers": "with outliers", "skipped": "with timing variants skipped"}
 _WARNED |= {"new lengths": "slower on unseen lengths"}
@@ -105,12 +109,16 @@ def _tile(scenario: str, cases: Sequence[Case]) -> Tile:
     limit, unreliable, busy = first.roofline, why_unreliable(first), _warned(first) & set(BUSY)
     return Tile(
         "in-doubt" if limit.doubt else "unsteady" if unreliable and worst == "ok" else worst,
-        f"{scenario}: {first.implementation}", value or number, bounds,
-        "; ".join(filter(None, (text, f"no number: {without}" * bool(without)))), number if value else "",
+        f"{scenario}: {first.implementation}",
+        value or number,
+        bounds,
+        "; ".join(filter(None, (text, f"no number: {without}" * bool(without)))),
+        number if value else "",
         verdict.near(first),
         None if limit.doubt or unreliable or limit.fraction is None else 100 * limit.fraction,
-        _noise(first, busy), bool(busy),
-    )  # fmt: skip
+        _noise(first, busy),
+        bool(busy),
+    )
 
 
 def _ratio(first: Case, slower: Sequence[Case], outcome: str) -> tuple[str, str, str]:

@@ -24,10 +24,14 @@ WORD = "predicted"
 _MARK = f" ({WORD})"
 # Short name -> (graph replayed, cache cold, device clock), in the order in which they are listed.
 KINDS = {
-    "cold": (False, True, False), "device": (False, False, True), "device_cold": (False, True, True),
-    "graph": (True, False, False), "graph_cold": (True, True, False), "graph_device": (True, False, True),
+    "cold": (False, True, False),
+    "device": (False, False, True),
+    "device_cold": (False, True, True),
+    "graph": (True, False, False),
+    "graph_cold": (True, True, False),
+    "graph_device": (True, False, True),
     "graph_device_cold": (True, True, True),
-}  # fmt: skip
+}
 
 
 def by_kind(case: Case) -> dict[str, Timing]:
@@ -149,10 +153,14 @@ def latency_of(passes: Sequence[Sequence[float]]) -> Latency:
     samples = [sample for times in passes for sample in times]
     medians, median = [stats.median(times) for times in passes], stats.median(samples)
     return Latency(
-        median=median, ci95=_holding(median, stats.median_interval(medians)),
-        p10=stats.percentile(samples, 10), p90=stats.percentile(samples, 90), samples=samples,
-        drift=stats.drift(medians), outliers=stats.outliers(passes),
-    )  # fmt: skip
+        median=median,
+        ci95=_holding(median, stats.median_interval(medians)),
+        p10=stats.percentile(samples, 10),
+        p90=stats.percentile(samples, 90),
+        samples=samples,
+        drift=stats.drift(medians),
+        outliers=stats.outliers(passes),
+    )
 
 
 def throughput_of(passes: Sequence[Sequence[float]], tokens: int) -> Throughput:

@@ -28,13 +28,17 @@ _FIELDS = ("scenario", "batch_spec", "mode", "implementation", "query_lens", "hi
 # Metric -> column of the flat row, and unit. The dashboard finds the first three by words in their names, and
 # lists the others only: none of their names may hold such a word.
 _METRICS = {
-    "latency": ("latency_ms", "ms"), "flops": ("needed_tflop_per_s", "TFLOPS"),
-    "bandwidth": ("needed_gb_per_s", "GB/s"), "time_p10": ("latency_p10_ms", "ms"),
-    "time_p90": ("latency_p90_ms", "ms"), "time_ci95_low": ("latency_ci95_low_ms", "ms"),
+    "latency": ("latency_ms", "ms"),
+    "flops": ("needed_tflop_per_s", "TFLOPS"),
+    "bandwidth": ("needed_gb_per_s", "GB/s"),
+    "time_p10": ("latency_p10_ms", "ms"),
+    "time_p90": ("latency_p90_ms", "ms"),
+    "time_ci95_low": ("latency_ci95_low_ms", "ms"),
     "time_ci95_high": ("latency_ci95_high_ms", "ms"),
-    **{f"time_{kind}": (f"{kind}_ms", "ms") for kind in KINDS}, "throughput": ("tokens_per_s", "tokens/s"),
+    **{f"time_{kind}": (f"{kind}_ms", "ms") for kind in KINDS},
+    "throughput": ("tokens_per_s", "tokens/s"),
     "share_of_limit": ("limit_percent", "%"),
-}  # fmt: skip
+}
 
 Document = dict[str, Any]
 
@@ -93,10 +97,13 @@ def _word(text: str) -> str:
 def _environment(run: Run) -> Document:
     facts, device = run.environment, run.backend
     accelerator = {
-        "model": device.device, "count": 1, "memory_gb_per_card": (device.memory_bytes or 0) >> 30,
+        "model": device.device,
+        "count": 1,
+        "memory_gb_per_card": (device.memory_bytes or 0) >> 30,
         "driver": facts.get("backend.driver", "Unknown"),
-        "cuda": facts.get("backend.torch.version.cuda", "Unknown"), "type": device.name,
-    }  # fmt: skip
+        "cuda": facts.get("backend.torch.version.cuda", "Unknown"),
+        "type": device.name,
+    }
     machine = {
         "cpu_model": facts.get("processor", "Unknown"),
         "memory_gb": 0,  # of the host, which a result does not hold
@@ -116,15 +123,22 @@ def _config(run: Run, case: Case) -> Document:
     tensor = {"shape": [tokens, hidden], "dtype": case.dtype}
     layer = [] if case.op or not isinstance(hidden, int) else [tensor]
     return {
-        "operator": case.op or "mla_layer", "device": run.backend.name, "dtype": case.dtype,
-        "batch_size": len(case.query_lens), "warmup_iterations": case.warmups,
+        "operator": case.op or "mla_layer",
+        "device": run.backend.name,
+        "dtype": case.dtype,
+        "batch_size": len(case.query_lens),
+        "warmup_iterations": case.warmups,
         "measured_iterations": case.passes * case.steps_per_pass,
         "inputs": [{"name": "hidden", **tensor} for tensor in layer],
         "outputs": [{"name": "out", **tensor} for tensor in layer],
         **{name: getattr(case, name) for name in _FIELDS},
-        "page_size": case.point.get("page_size", run.page_size), "attention": run.attention, "ops": case.ops,
-        "model": run.config, "check": case.check.status, "repro": case.repro,
-    }  # fmt: skip
+        "page_size": case.point.get("page_size", run.page_size),
+        "attention": run.attention,
+        "ops": case.ops,
+        "model": run.config,
+        "check": case.check.status,
+        "repro": case.repro,
+    }
 
 
 def _metrics(row: Row) -> Iterator[Document]:

@@ -135,6 +135,10 @@ def declared(backend: Backend) -> list[Ceiling]:
 def report(opened: OpenedBackend, findings: Findings) -> CeilingRun:
     """Return the result file."""
     return CeilingRun(
-        report="ceilings", schema_version=CEILINGS_VERSION, **provenance(opened.backend, opened.version),
-        measured=findings.ceilings, declared=declared(opened.backend), interrupted=findings.interrupted,
-    )  # fmt: skip
+        report="ceilings",
+        schema_version=CEILINGS_VERSION,
+        **provenance(opened.backend, opened.version),
+        measured=findings.ceilings,
+        declared=declared(opened.backend),
+        interrupted=findings.interrupted,
+    )

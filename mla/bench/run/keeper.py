@@ -79,11 +79,17 @@ class Keeper:
     def _origin(self, impl: Implementation, check: Check, case: FailedCase) -> file.Origin:
         backend = impl.setting.backend
         return file.Origin(
-            backend=self.backend, options=self.options, device=str(impl.setting.device),
-            command=case.command, where=f"{case.point.name}, {impl.name}", reason=check.reason,
-            seed=impl.setting.seed, created=environment.now(), git_commit=environment.git_commit(),
+            backend=self.backend,
+            options=self.options,
+            device=str(impl.setting.device),
+            command=case.command,
+            where=f"{case.point.name}, {impl.name}",
+            reason=check.reason,
+            seed=impl.setting.seed,
+            created=environment.now(),
+            git_commit=environment.git_commit(),
             environment={**environment.environment(backend), "argv": " ".join(sys.argv[1:])},
-        )  # fmt: skip
+        )
 
 
 def blame(wrong: JudgedCall, point: Point) -> str:

@@ -234,9 +234,12 @@ def watched_step(impl: MlaLayer, watch: Stopwatch) -> None:
 
 
 def time_forwards(
-    impl: MlaLayer, scenario: Scenario, timer: Timer, progress: Callable[[str, int], None],
+    impl: MlaLayer,
+    scenario: Scenario,
+    timer: Timer,
+    progress: Callable[[str, int], None],
     check: Callable[[], Check],
-) -> tuple[list[Sample], Check]:  # fmt: skip
+) -> tuple[list[Sample], Check]:
     """Run the passes; return a sample per forward, and the check of the last pass or the first wrong one."""
     watch, samples, verdict = Stopwatch(timer), list[Sample](), Check(status="ok")
     watch_parts(impl, watch)
@@ -255,9 +258,13 @@ def time_forwards(
 
 
 def add_stages(
-    case: Case, impl: MlaLayer, scenario: Scenario, checker: LayerChecker, ceilings: RooflineModel,
+    case: Case,
+    impl: MlaLayer,
+    scenario: Scenario,
+    checker: LayerChecker,
+    ceilings: RooflineModel,
     progress: Callable[[str, int], None],
-) -> None:  # fmt: skip
+) -> None:
     """Fill `case.stages`, the last thing that is done with a layer.
 
     A case that is wrong in these passes loses its numbers.

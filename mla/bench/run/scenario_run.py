@@ -78,11 +78,17 @@ def _mean(setting: Setting, layout: Layout, rank: int, scenario: Scenario, steps
     part = Requests.of(scenario, layout.place(rank).dp, layout.dp).scenario(scenario)
     works = [
         rank_work(
-            setting.config, layout, rank, part.query_lens, part.kv_lens(step), setting.dtype.itemsize,
-            setting.attention, setting.token_bytes,
+            setting.config,
+            layout,
+            rank,
+            part.query_lens,
+            part.kv_lens(step),
+            setting.dtype.itemsize,
+            setting.attention,
+            setting.token_bytes,
         )
         for step in range(steps)
-    ]  # fmt: skip
+    ]
     flops, moved = (sum(column) for column in zip(*works, strict=True))
     return Cost(flops=round(flops / steps), bytes=round(moved / steps))
 
@@ -91,9 +97,14 @@ class ScenarioRun:
     """One scenario: its fixture, measured implementation by implementation."""
 
     def __init__(
-        self, request: Request, scenario: ScenarioPlan, progress: engine.ProgressCallback, hooks: Hooks,
-        keeper: Keeper | None = None, done: Sequence[results.Case] = (),
-    ) -> None:  # fmt: skip
+        self,
+        request: Request,
+        scenario: ScenarioPlan,
+        progress: engine.ProgressCallback,
+        hooks: Hooks,
+        keeper: Keeper | None = None,
+        done: Sequence[results.Case] = (),
+    ) -> None:
         """`done`: cases of this scenario that an earlier run measured."""
         self._request, self._point, self._setting = request, scenario.point, scenario.setting
         self._progress = progress
@@ -274,19 +285,36 @@ class ScenarioRun:
     def _empty(self, name: str, reason: str, interrupted: bool) -> results.Case:
         scenario = self._point
         return results.Case(
-            scenario=scenario.name, mode=scenario.mode, implementation=name,
-            query_lens=list(scenario.query_lens), history=list(scenario.history),
-            steps_per_pass=scenario.steps, passes=0, warmups=0, interleaved_with=[],
-            check=results.Check(status="not run", reason=reason), latency_ms=None, tokens_per_s=None,
-            plan_ms=None, switch_steps=[], cost=self._fixture.cost(), roofline=results.Roofline(),
-            memory=results.Memory(weight_bytes=0, cache_bytes=0, peak_bytes=None), ops={}, clock="none",
+            scenario=scenario.name,
+            mode=scenario.mode,
+            implementation=name,
+            query_lens=list(scenario.query_lens),
+            history=list(scenario.history),
+            steps_per_pass=scenario.steps,
+            passes=0,
+            warmups=0,
+            interleaved_with=[],
+            check=results.Check(status="not run", reason=reason),
+            latency_ms=None,
+            tokens_per_s=None,
+            plan_ms=None,
+            switch_steps=[],
+            cost=self._fixture.cost(),
+            roofline=results.Roofline(),
+            memory=results.Memory(weight_bytes=0, cache_bytes=0, peak_bytes=None),
+            ops={},
+            clock="none",
             interrupted=interrupted,
             repro=case_command(self._request.command, scenario, self._fixture.repeated_as(name)),
-            base=scenario.base, point=dict(scenario.point), dtype=dtype_name(self._setting.dtype),
+            base=scenario.base,
+            point=dict(scenario.point),
+            dtype=dtype_name(self._setting.dtype),
             heads=self._setting.config.num_attention_heads,
-            format_error=format_error(self._setting.codec) or None, layers=scenario.layers,
-            op=self._fixture.op, batch_spec=scenario.batch_spec,
-        )  # fmt: skip
+            format_error=format_error(self._setting.codec) or None,
+            layers=scenario.layers,
+            op=self._fixture.op,
+            batch_spec=scenario.batch_spec,
+        )
 
 
 # --------------------------------------------------------------------------------------- the device's limits

@@ -71,9 +71,14 @@ def steering(
         os._exit(code)  # a call into a driver cannot be interrupted
 
     return Steering(
-        budget, kept, old.ceilings if old is not None else (), save=lambda run: _save(options, run),
-        hang_after=options.hang_after, hung=hung, keeper=_keeper(request),
-    )  # fmt: skip
+        budget,
+        kept,
+        old.ceilings if old is not None else (),
+        save=lambda run: _save(options, run),
+        hang_after=options.hang_after,
+        hung=hung,
+        keeper=_keeper(request),
+    )
 
 
 def _keeper(request: Request) -> Keeper | None:
@@ -204,13 +209,19 @@ def _facts(run: Run) -> dict[str, str]:
     """Return what must be equal for two parts of a file to be one run: what ran, on what, with what."""
     assert run.plan is not None
     facts = {
-        "backend": run.backend.name, "the backend's version": run.backend.version,
-        "the build of mla and the backend": run.backend.build, "device": run.backend.device,
-        "the device's memory": run.backend.memory_bytes, "the device's cache": run.backend.cache_bytes,
-        "implementations": ",".join(run.plan.implementations), "dtype": run.dtype,
-        "attention": run.attention, "page size": run.page_size, "seed": run.seed,
+        "backend": run.backend.name,
+        "the backend's version": run.backend.version,
+        "the build of mla and the backend": run.backend.build,
+        "device": run.backend.device,
+        "the device's memory": run.backend.memory_bytes,
+        "the device's cache": run.backend.cache_bytes,
+        "implementations": ",".join(run.plan.implementations),
+        "dtype": run.dtype,
+        "attention": run.attention,
+        "page size": run.page_size,
+        "seed": run.seed,
         **{f"config's {name}": value for name, value in run.config.items()},
-    }  # fmt: skip
+    }
     for key, value in run.environment.items():
         if (
             not launcher.is_fact(key)

@@ -92,11 +92,15 @@ def _values(name: str) -> dict[str, str]:
     """Return the values of the template's placeholders."""
     major, minor = mla.__version__.split(".")[:2]
     return {
-        "name": name, "class_name": "".join(map(str.capitalize, name.split("_"))) + "Backend",
-        "package": f"mla_backend_{name}", "distribution": f"mla-backend-{name.replace('_', '-')}",
-        "extension": f"torch_{name}", "api_version": str(API_VERSION),
-        "bound": f">={major}.{minor},<{major}.{int(minor) + 1}", "commands": "\n".join(_commands(name)),
-    }  # fmt: skip
+        "name": name,
+        "class_name": "".join(map(str.capitalize, name.split("_"))) + "Backend",
+        "package": f"mla_backend_{name}",
+        "distribution": f"mla-backend-{name.replace('_', '-')}",
+        "extension": f"torch_{name}",
+        "api_version": str(API_VERSION),
+        "bound": f">={major}.{minor},<{major}.{int(minor) + 1}",
+        "commands": "\n".join(_commands(name)),
+    }
 
 
 def _path(source: Path, package: str) -> str:

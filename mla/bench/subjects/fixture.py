@@ -167,9 +167,14 @@ class Fixture(ABC):
 
 
 def layer_checker(
-    config: MLAConfig, dtype: torch.dtype, state: State, inputs: Inputs,
-    make_reference: Callable[[], MlaLayer], beat: Callable[[], None], held: Held | None = None,
-) -> LayerChecker:  # fmt: skip
+    config: MLAConfig,
+    dtype: torch.dtype,
+    state: State,
+    inputs: Inputs,
+    make_reference: Callable[[], MlaLayer],
+    beat: Callable[[], None],
+    held: Held | None = None,
+) -> LayerChecker:
     """Return what judges a layer with these weights, which attends the positions that are `held`.
 
     `make_reference` returns the loaded layer whose error bounds that of fused ops; it runs once, if it is
@@ -188,10 +193,14 @@ def layer_checker(
 
     expected = expected_outputs(config, state, inputs.scenario, inputs, held)
     return LayerChecker(
-        expected.plain, dtype, reference_outputs, inputs=inputs, turned=expected,
+        expected.plain,
+        dtype,
+        reference_outputs,
+        inputs=inputs,
+        turned=expected,
         oracle=lambda inputs, count: expected_plain(config, state, inputs, count, held),
         any_oracle=partial(oracle, config, state),
-    )  # fmt: skip
+    )
 
 
 class LayerFixture(Fixture):

@@ -161,8 +161,13 @@ def _chosen(
 
 
 def _write(
-    rows: torch.Tensor, scenario: Scenario, plain: torch.Tensor, others: torch.Tensor, step: int, turn: Turn,
-) -> None:  # fmt: skip
+    rows: torch.Tensor,
+    scenario: Scenario,
+    plain: torch.Tensor,
+    others: torch.Tensor,
+    step: int,
+    turn: Turn,
+) -> None:
     """Write the rows [T, d] of one step of a turn in place, on the device that these tensors are on."""
     lens, device = torch.tensor(scenario.query_lens), rows.device
     rows.copy_(plain[step])
@@ -222,9 +227,13 @@ class Requests:
         part, rows = slice(self.first, self.stop), self.rows(whole)
         others = inputs.others[:, part] if whole.mode == "prefill" else inputs.others[:, :, rows]
         return replace(
-            inputs, scenario=self.scenario(whole), hidden=inputs.hidden[:, rows],
-            history=inputs.history[part], others=others, turns=inputs.turns.of(part),
-        )  # fmt: skip
+            inputs,
+            scenario=self.scenario(whole),
+            hidden=inputs.hidden[:, rows],
+            history=inputs.history[part],
+            others=others,
+            turns=inputs.turns.of(part),
+        )
 
 
 def make_inputs(config: MLAConfig, scenario: Scenario, seed: int, dtype: torch.dtype) -> Inputs:
@@ -256,8 +265,12 @@ def make_inputs(config: MLAConfig, scenario: Scenario, seed: int, dtype: torch.d
 
 
 def expected_outputs(
-    config: MLAConfig, state: State, scenario: Scenario, inputs: Inputs, held: Held | None = None,
-) -> Expected:  # fmt: skip
+    config: MLAConfig,
+    state: State,
+    scenario: Scenario,
+    inputs: Inputs,
+    held: Held | None = None,
+) -> Expected:
     """Return the oracle's outputs: all decode steps from one prefill per request, for every choice."""
     lens, history = scenario.query_lens, inputs.history
     if scenario.mode == "decode":
@@ -270,8 +283,12 @@ def expected_outputs(
 
 
 def expected_plain(
-    config: MLAConfig, state: State, inputs: Inputs, count: int, held: Held | None = None,
-) -> torch.Tensor:  # fmt: skip
+    config: MLAConfig,
+    state: State,
+    inputs: Inputs,
+    count: int,
+    held: Held | None = None,
+) -> torch.Tensor:
     """Return the oracle's outputs [count, T, d] of the first forwards of a plain pass."""
     hidden = inputs.hidden[None, :count]
     return _of_steps(config, state, inputs.scenario.query_lens, hidden, inputs.history, held)[0]
@@ -302,9 +319,13 @@ def oracle_flops(config: MLAConfig, scenario: Scenario) -> int:
 
 
 def _of_steps(
-    config: MLAConfig, state: State, lens: tuple[int, ...], every: torch.Tensor, history: History,
+    config: MLAConfig,
+    state: State,
+    lens: tuple[int, ...],
+    every: torch.Tensor,
+    history: History,
     held: Held | None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Return the outputs [n, inputs, T, d] of every choice of hidden states [n, inputs, T, d]."""
     steps = every.shape[1]
     rows = torch.cat([request.flatten(1, 2) for request in every.split(lens, dim=2)], dim=1)

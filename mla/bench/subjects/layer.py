@@ -71,9 +71,14 @@ class MlaLayer(LayerImplementation):
     def _make_layer(self, ops: str | None, index: int) -> MLA:
         setting = self.setting
         layer = self.make_layer(
-            setting.config, backend=setting.backend, dtype=setting.dtype, attention=setting.attention,
-            ops=ops or setting.ops, overrides=dict(setting.overrides), cache_format=setting.cache_format,
-        )  # fmt: skip
+            setting.config,
+            backend=setting.backend,
+            dtype=setting.dtype,
+            attention=setting.attention,
+            ops=ops or setting.ops,
+            overrides=dict(setting.overrides),
+            cache_format=setting.cache_format,
+        )
         if setting.weights is not None:
             layer.share_weights(setting.weights[index])
         return layer
@@ -109,10 +114,15 @@ class MlaLayer(LayerImplementation):
         size = self.setting.page_size
         pages = sum(-(-self.share.first(length) // size) for length in scenario.final_lens) + SPARE_PAGES
         return self.make_cache(
-            self.setting.config, max_tokens=pages * size * self.share.world, page_size=size,
-            num_layers=self.setting.layers, device=self.setting.device, dtype=self.setting.dtype,
-            cache_format=self.setting.cache_format, shuffle=self.setting.seed,
-        )  # fmt: skip
+            self.setting.config,
+            max_tokens=pages * size * self.share.world,
+            page_size=size,
+            num_layers=self.setting.layers,
+            device=self.setting.device,
+            dtype=self.setting.dtype,
+            cache_format=self.setting.cache_format,
+            shuffle=self.setting.seed,
+        )
 
     @property
     def cache(self) -> LatentCache:

@@ -55,10 +55,14 @@ def op_problem(setting: Setting, point: Point) -> Pool:
         rope=config,
         selection=point.selection or "random",
         layout=Layout(
-            setting.page_size, spare=SPARE_PAGES, columns=0, shuffle=setting.seed, unowned=torch.nan,
+            setting.page_size,
+            spare=SPARE_PAGES,
+            columns=0,
+            shuffle=setting.seed,
+            unowned=torch.nan,
             margins=margins(role, config),
         ),
-    )  # fmt: skip
+    )
     return case.entry.pool(case, point.steps)
 
 

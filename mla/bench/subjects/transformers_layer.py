@@ -191,13 +191,17 @@ _CLASSES: Mapping[str, _Classes] = {
     "axk1": _Classes("axk1", "AXK1"),
     "minicpm3": _Classes("minicpm3", "MiniCPM3", interleaved=False),
     "longcat_flash": _Classes(
-        "longcat_flash", "LongcatFlash", attention="MLA", interleaved=True, scales_latents=True,
+        "longcat_flash",
+        "LongcatFlash",
+        attention="MLA",
+        interleaved=True,
+        scales_latents=True,
         takes_head_dim=True,
     ),
     "mistral4": _Classes("mistral4", "Mistral4", by_position=True),
     "kimi_linear": _Classes("kimi_linear", "KimiLinear", reorders=False, rotates=False),
     "bailing_hybrid": _Classes("bailing_hybrid", "BailingHybrid", interleaved=True, output_gate="head"),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

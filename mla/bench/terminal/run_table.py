@@ -71,9 +71,15 @@ def render(run: Run, kind: str, detail: Detail = "short", hint: str = "") -> str
     elif kind == "table" and detail == "short":
         sweeps = [str(verdict) for verdict in verdicts(run) if verdict.is_sweep]
         blocks = [
-            _wrapped(context(run)), _face(case_rows(run)), _reasons(run.cases), sweeps, _parts(run, kind),
-            _wrapped(*_about(run)), _wrapped(hint), headlines(run),
-        ]  # fmt: skip
+            _wrapped(context(run)),
+            _face(case_rows(run)),
+            _reasons(run.cases),
+            sweeps,
+            _parts(run, kind),
+            _wrapped(*_about(run)),
+            _wrapped(hint),
+            headlines(run),
+        ]
     else:
         title = [context(run)] * (kind == "table")
         blocks = [title, *_detailed(run, kind)]
@@ -147,10 +153,13 @@ def _face_cells(row: Row, extras: Collection[str]) -> tuple[str, ...]:
     interval = f" ({_interval(latency)})" if "interval" in extras and latency.ci95 else ""
     bound = f" {case.roofline.bound}" if "limit" in extras and row.share is not None else ""
     return (
-        case.scenario, case.implementation, f"{estimated(latency)} ms{interval}", _work_rate(row),
+        case.scenario,
+        case.implementation,
+        f"{estimated(latency)} ms{interval}",
+        _work_rate(row),
         "above limit" if case.roofline.doubt else percent(row.share) + bound,
         _speedup(row, "interval of the speedup" in extras),
-    )  # fmt: skip
+    )
 
 
 def _work_rate(row: Row) -> str:

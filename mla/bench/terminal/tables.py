@@ -19,8 +19,14 @@ from mla.text import size
 from mla_backends.outside import escaped
 
 _COMPARED = (
-    "scenario", "implementation", "base median ms", "new median ms", "time ratio", "90% CI", "verdict",
-)  # fmt: skip
+    "scenario",
+    "implementation",
+    "base median ms",
+    "new median ms",
+    "time ratio",
+    "90% CI",
+    "verdict",
+)
 SCALING_COLUMNS = ("latency ms", "speedup", "90% CI", "efficiency", "collectives ms", "repeated")
 RANK_COLUMNS = ("rank", "ms", "collectives ms", "imbalance", "sent", "cache", "weights")
 _STAGE_COLUMNS = ("ms", "share %", "FLOP/s", "GB/s", "% of limit")
@@ -93,9 +99,13 @@ def scaling_tables(scalings: Sequence[Scaling], kind: str) -> str:
 def scaling_cells(row: Scaled) -> tuple[str, ...]:
     """Return what `SCALING_COLUMNS` say of a row."""
     return (
-        estimated(row.case.latency_ms), f"{row.speedup:.2f}", bounds(row.interval, 2),
-        percent(row.efficiency), number(row.collective_ms), percent(row.repeated),
-    )  # fmt: skip
+        estimated(row.case.latency_ms),
+        f"{row.speedup:.2f}",
+        bounds(row.interval, 2),
+        percent(row.efficiency),
+        number(row.collective_ms),
+        percent(row.repeated),
+    )
 
 
 # --------------------------------------------------------------------------------------------------- ranks

@@ -32,9 +32,13 @@ MAX_POINTS = 1000
 
 # Axis -> smallest and largest value. `dtype`, `cache_format` and `selection` take names.
 LIMITS = {
-    "batch": (1, MAX_REQUESTS), "kv": (0, MAX_COUNT), "q_len": (1, MAX_COUNT), "heads": (1, MAX_COUNT),
-    "page_size": (1, MAX_COUNT), "topk": (1, MAX_COUNT),
-}  # fmt: skip
+    "batch": (1, MAX_REQUESTS),
+    "kv": (0, MAX_COUNT),
+    "q_len": (1, MAX_COUNT),
+    "heads": (1, MAX_COUNT),
+    "page_size": (1, MAX_COUNT),
+    "topk": (1, MAX_COUNT),
+}
 # Axes that override what a run or a config says, each a field of `Point`; one of them may have an option.
 OVERRIDES = ("dtype", "page_size", "cache_format", "topk", "selection")
 AXES = ("batch", "kv", "q_len", "heads", *OVERRIDES)
@@ -311,9 +315,14 @@ def split(words: Iterable[str]) -> Sequence[str]:
 def _scenario(spec: str) -> BatchScenario:
     query_lens, history = parse_batch_spec(spec)
     return BatchScenario(
-        name=spec, base=spec, mode="prefill", query_lens=query_lens, history=history, passes=PASSES,
+        name=spec,
+        base=spec,
+        mode="prefill",
+        query_lens=query_lens,
+        history=history,
+        passes=PASSES,
         batch_spec=spec,
-    )  # fmt: skip
+    )
 
 
 # ------------------------------------------------------------------------------------ one op of the contract
@@ -392,9 +401,13 @@ def op_scenario(
     if kv is None:
         kv = DEFAULT_HISTORY if set(SPARSE).isdisjoint(ops_of(op)) else SPARSE_HISTORY
     return OpScenario(
-        name=op, base=op, role=op, query_lens=(DEFAULT_QUERY if q_len is None else q_len,) * requests,
-        history=(kv,) * requests, heads=heads,
-    )  # fmt: skip
+        name=op,
+        base=op,
+        role=op,
+        query_lens=(DEFAULT_QUERY if q_len is None else q_len,) * requests,
+        history=(kv,) * requests,
+        heads=heads,
+    )
 
 
 def op_of_batch(op: str, batch: Scenario, heads: int | None) -> OpScenario:
@@ -414,11 +427,14 @@ def op_of_batch(op: str, batch: Scenario, heads: int | None) -> OpScenario:
     shared = {name: getattr(batch, name) for name in _SHARED}
     listed = isinstance(batch, Point)
     return OpScenario(
-        name=f"{op} {batch.name}", base=batch.name, role=op,
-        words=("--batch-spec" if listed else "--scenario", batch.name), heads=heads or batch.heads,
+        name=f"{op} {batch.name}",
+        base=batch.name,
+        role=op,
+        words=("--batch-spec" if listed else "--scenario", batch.name),
+        heads=heads or batch.heads,
         axes={name: values for name, values in batch.axes.items() if heads is None or name != "heads"},
         **shared,
-    )  # fmt: skip
+    )
 
 
 def expand_ops(scenarios: Sequence[Point], config: MLAConfig, kinds: Mapping[str, str]) -> list[Point]:
@@ -469,10 +485,14 @@ def _of_role(scenario: OpScenario, role: str, config: MLAConfig) -> OpScenario:
     shown = {name: value for name, value in point.items() if (name, value) != ("q_len", DEFAULT_QUERY)}
     base = f"{role} {scenario.base}" if scenario.batch_spec else role
     return msgspec.structs.replace(
-        scenario, role=role, base=base, history=history,
-        heads=scenario.heads if _has_heads(role, config) else None, point=point,
+        scenario,
+        role=role,
+        base=base,
+        history=history,
+        heads=scenario.heads if _has_heads(role, config) else None,
+        point=point,
         name=" ".join([base, *(f"{name}={value}" for name, value in shown.items())]),
-    )  # fmt: skip
+    )
 
 
 def _shape(scenario: OpScenario, role: str, config: MLAConfig) -> dict[str, Value]:

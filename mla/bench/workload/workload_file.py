@@ -25,9 +25,17 @@ else:
 STANDARD = "standard"
 # The shipped workloads.
 PRESETS = (
-    "smoke", STANDARD, "full", "production-mix", "production-mix-mistral-small-4", "production-mix-kimi-k3",
-    "decode-tp-sweep", "speculative-decode", "sparse", "sparse-layer",
-)  # fmt: skip
+    "smoke",
+    STANDARD,
+    "full",
+    "production-mix",
+    "production-mix-mistral-small-4",
+    "production-mix-kimi-k3",
+    "decode-tp-sweep",
+    "speculative-decode",
+    "sparse",
+    "sparse-layer",
+)
 # What a batch spec says, so that its table cannot say it again.
 _FIXED_BY_SPEC = ("mode", "query_lens", "history")
 

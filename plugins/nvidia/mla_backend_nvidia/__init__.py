@@ -46,8 +46,12 @@ class Nvidia(TritonBackend, CudaBackend):
     query_tool = "nvidia-smi"
     visibility = ("CUDA_VISIBLE_DEVICES",)
     variables = (
-        "CUDA_HOME", "CUDA_DEVICE_ORDER", "CUDA_MODULE_LOADING", "PYTORCH_CUDA_ALLOC_CONF", *TF32_VARIABLES,
-    )  # fmt: skip
+        "CUDA_HOME",
+        "CUDA_DEVICE_ORDER",
+        "CUDA_MODULE_LOADING",
+        "PYTORCH_CUDA_ALLOC_CONF",
+        *TF32_VARIABLES,
+    )
     packages = PACKAGES
     tunings = Path(__file__).parent / "tuning"
 

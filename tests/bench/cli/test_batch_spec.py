@@ -67,9 +67,18 @@ def read(path: str) -> results.Run:
 
 def same_work(case: results.Case, other: results.Case) -> bool:
     names = (
-        "scenario", "base", "point", "mode", "query_lens", "history", "heads", "op", "batch_spec", "cost",
+        "scenario",
+        "base",
+        "point",
+        "mode",
+        "query_lens",
+        "history",
+        "heads",
+        "op",
+        "batch_spec",
+        "cost",
         "repro",
-    )  # fmt: skip
+    )
     return all(getattr(case, name) == getattr(other, name) for name in names)
 
 

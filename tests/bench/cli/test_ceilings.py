@@ -77,9 +77,13 @@ def test_what_a_device_refuses_is_named_and_left_out(
     ("number", "code", "by"), [(signal.SIGINT, 130, ""), (signal.SIGHUP, 129, " by SIGHUP")]
 )
 def test_a_signal_keeps_what_was_measured(
-    bench: Bench, quick_ceilings: None, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int,
+    bench: Bench,
+    quick_ceilings: None,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    code: int,
     by: str,
-) -> None:  # fmt: skip
+) -> None:
     def interrupt(self: Microbenchmark, size: int) -> Ceiling:
         signal.raise_signal(number)
         raise AssertionError("it went on")

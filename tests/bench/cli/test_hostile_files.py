@@ -228,14 +228,26 @@ BIG = "99999999999999999999"  # beyond 2^64
 @pytest.mark.parametrize(
     "words",
     [
-        ["--runs", BIG], ["--seed", BIG], ["--device", BIG], ["--page-size", str(2**70)], ["--threads", BIG],
-        ["-O", f"threads={BIG}"], ["-O", "threads=99999999999"], ["-a", f"kv={BIG}"],
-        ["-a", f"page_size={2**40}"], ["--batch-spec", f"{BIG}q1"], ["--batch-spec", f"q1s{BIG}k"],
-        ["--parallel", f"tp={BIG}"], ["--hang-after", BIG], ["--budget", f"{BIG}h"], ["--layer", BIG],
-        ["--op", "latent_attention", "--kv", BIG], ["capacity", "--memory", f"{BIG}GiB"],
+        ["--runs", BIG],
+        ["--seed", BIG],
+        ["--device", BIG],
+        ["--page-size", str(2**70)],
+        ["--threads", BIG],
+        ["-O", f"threads={BIG}"],
+        ["-O", "threads=99999999999"],
+        ["-a", f"kv={BIG}"],
+        ["-a", f"page_size={2**40}"],
+        ["--batch-spec", f"{BIG}q1"],
+        ["--batch-spec", f"q1s{BIG}k"],
+        ["--parallel", f"tp={BIG}"],
+        ["--hang-after", BIG],
+        ["--budget", f"{BIG}h"],
+        ["--layer", BIG],
+        ["--op", "latent_attention", "--kv", BIG],
+        ["capacity", "--memory", f"{BIG}GiB"],
     ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_a_number_beyond_every_machine_is_refused_before_the_plan(words: list[str], bench: Bench) -> None:
     done = bench(*([] if words[0] == "capacity" else ["--backend", "cpu"]), *words)
     assert done.code == 2
@@ -260,13 +272,26 @@ def test_no_number_of_a_workload_is_too_large_for_a_sentence(key: str, number: s
 
 
 SCALING = {
-    "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
-    "mscale": 1.0, "mscale_all_dim": 1.0, "attention_factor": 1.0,
-}  # fmt: skip
+    "type": "yarn",
+    "factor": 40,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "attention_factor": 1.0,
+}
 LAYER = {
-    "hidden_size": 64, "num_attention_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "v_head_dim": 8,
-    "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-}  # fmt: skip
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "v_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+}
 
 
 @pytest.mark.parametrize("value", [2**63, 2**64, 10**29, 10**5000, float("inf"), float("nan")], ids=repr_of)

@@ -31,9 +31,13 @@ VIRTUAL = ("--backend", "fake-virtual-clock")
 MINE = "not yours\n"
 # What programs of others begin their files with.
 FOREIGN = (
-    MINE, '{"mine": 1}', "file,size\n", '{"run_id": "7", "testcase": "t"}',
-    "<!doctype html><title>mine</title>", '{"schema_version": 1, "argv": []}',
-)  # fmt: skip
+    MINE,
+    '{"mine": 1}',
+    "file,size\n",
+    '{"run_id": "7", "testcase": "t"}',
+    "<!doctype html><title>mine</title>",
+    '{"schema_version": 1, "argv": []}',
+)
 REFUSED = "it exists and is not {}; remove it or name another file."
 
 

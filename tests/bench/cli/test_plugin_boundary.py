@@ -22,14 +22,23 @@ Bench = Callable[..., Any]
 LEAVING = ("--backend", "leaving_backend:Leaving", "--dtype", "float32")
 # Where a run calls a plugin's code, and how the sentence names the place.
 PLACES = {
-    "init": "mla_backend(options) of module leaving_backend", "probe": "probe()", "setup": "setup(None)",
-    "device_count": "device_count()", "device_info": "device_info() of backend 'leaving'",
-    "dtypes": "dtypes() of backend 'leaving'", "device_timer": "device_timer() of backend 'leaving'",
-    "memory": "memory() of backend 'leaving'", "environment": "environment() of backend 'leaving'",
-    "sensors": "sensors() of backend 'leaving'", "synchronize": "synchronize() of backend 'leaving'",
-    "remarks": "remarks() of backend 'leaving'", "ops": "ops() of backend 'leaving'",
-    "unsupported_reasons": "op 'leaving_op'", "pack": "op 'leaving_op'", "call": "op 'leaving_op' of ",
-}  # fmt: skip
+    "init": "mla_backend(options) of module leaving_backend",
+    "probe": "probe()",
+    "setup": "setup(None)",
+    "device_count": "device_count()",
+    "device_info": "device_info() of backend 'leaving'",
+    "dtypes": "dtypes() of backend 'leaving'",
+    "device_timer": "device_timer() of backend 'leaving'",
+    "memory": "memory() of backend 'leaving'",
+    "environment": "environment() of backend 'leaving'",
+    "sensors": "sensors() of backend 'leaving'",
+    "synchronize": "synchronize() of backend 'leaving'",
+    "remarks": "remarks() of backend 'leaving'",
+    "ops": "ops() of backend 'leaving'",
+    "unsupported_reasons": "op 'leaving_op'",
+    "pack": "op 'leaving_op'",
+    "call": "op 'leaving_op' of ",
+}
 
 
 OTHERS = [(place, said) for place in ("setup", "ops", "call") for said in ("GeneratorExit", "Odd: why")]
@@ -188,9 +197,12 @@ def test_a_reader_that_goes_away_stops_no_plugin_that_prints(
     os.close(reader)
     words = [*chatty, *small, "--passes", "1", "--format", "json", "-o", "run.json"]
     child = subprocess.Popen(
-        [sys.executable, "-m", "mla.bench", *words], stdout=writer, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "mla.bench", *words],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
         cwd=tmp_path,
-    )  # fmt: skip
+    )
     os.close(writer)
     _, err = child.communicate(timeout=120)
     assert child.returncode == 0, err

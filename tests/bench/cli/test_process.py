@@ -46,14 +46,17 @@ AGAIN = (
 )
 # Commands that print something and import no torch.
 LIGHT: dict[str, tuple[str, ...]] = {
-    "help": ("mla.bench", "--help"), "no word": ("mla.bench",), "version": ("mla.bench", "--version"),
-    "list": ("mla.bench", "list", "--configs"), "capacity": ("mla.bench", "capacity", "--memory", "80GiB"),
+    "help": ("mla.bench", "--help"),
+    "no word": ("mla.bench",),
+    "version": ("mla.bench", "--version"),
+    "list": ("mla.bench", "list", "--configs"),
+    "capacity": ("mla.bench", "capacity", "--memory", "80GiB"),
     "show": ("mla.bench", "show", "stored.json"),
     "compare": ("mla.bench", "compare", "stored.json", "stored.json"),
     "export": ("mla.bench", "export", "stored.json"),
     "new-backend": ("mla.bench", "new-backend", "acme", "acme"),
     "conformance": ("mla.conformance", "--help"),
-}  # fmt: skip
+}
 CLOSED = "error: cannot write the result to stdout: it is closed (`> /dev/null` discards it)."
 FULL = "error: cannot write the result to stdout: No space left on device"
 

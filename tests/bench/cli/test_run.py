@@ -103,8 +103,11 @@ def test_a_result_records_what_was_measured(bench: Bench, small: list[str]) -> N
     bench(*CPU, *small, "--seed", "7", "--dtype", "float32", "--page-size", "16", "-o", "run.json")
     run = read("run.json")
     assert (run.schema_version, run.seed, run.dtype, run.page_size) == (
-        results.SCHEMA_VERSION, 7, "float32", 16,
-    )  # fmt: skip
+        results.SCHEMA_VERSION,
+        7,
+        "float32",
+        16,
+    )
     assert (run.backend.name, run.config["hidden_size"]) == ("cpu", 64)
     assert run.backend.version is not None
     assert {"python", "torch", "mla", "processor"} <= set(run.environment)

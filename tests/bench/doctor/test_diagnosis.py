@@ -163,8 +163,11 @@ def test_json_holds_the_same_for_machines(process: Bench, no_torch: Path) -> Non
     (backend,) = diagnosed["backends"]
     assert (backend["name"], backend["state"], backend["version"]) == ("fake-no-device", "no device", "1.0")
     assert (backend["reason"], backend["evidence"], backend["fixes"], backend["facts"]) == (
-        "no card on the bus", {"cards": "0"}, ["plug one in"], {},
-    )  # fmt: skip
+        "no card on the bus",
+        {"cards": "0"},
+        ["plug one in"],
+        {},
+    )
     assert diagnosed["usable"] == []
 
 

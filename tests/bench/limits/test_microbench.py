@@ -144,9 +144,12 @@ def test_widened_operands_give_the_same_product() -> None:
 def test_a_product_counts_two_flops_per_multiply_add(monkeypatch: pytest.MonkeyPatch) -> None:
     counted(monkeypatch, lambda way: 0.5 if way.name == "torch.mm" else 0.7)
     assert with_op(Linear(), torch.bfloat16).product(2, 2048, 64) == Ceiling(
-        work="matmul", value=2 * 2 * 2048 * 64 / 0.5, source="measured: torch.mm, 2 x 2048 x 64 bfloat16",
-        dtype="bfloat16", footprint_bytes=2 * (2 * 2048 + 2048 * 64 + 2 * 64),
-    )  # fmt: skip
+        work="matmul",
+        value=2 * 2 * 2048 * 64 / 0.5,
+        source="measured: torch.mm, 2 x 2048 x 64 bfloat16",
+        dtype="bfloat16",
+        footprint_bytes=2 * (2 * 2048 + 2048 * 64 + 2 * 64),
+    )
 
 
 @pytest.mark.parametrize(("mine", "ours"), [(0.5, True), (2.0, False)])
@@ -172,9 +175,12 @@ def test_an_op_that_is_right_counts(dtype: torch.dtype, shape: tuple[int, int, i
 @pytest.mark.parametrize("op", [AtOnce, Ones, HalfTheRows, SlightlyOff])
 @pytest.mark.parametrize("tokens", [1, 32])
 def test_an_op_whose_product_is_wrong_never_counts(
-    op: type[Linear], tokens: int, quick_ceilings: None, monkeypatch: pytest.MonkeyPatch,
+    op: type[Linear],
+    tokens: int,
+    quick_ceilings: None,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     if op is HalfTheRows and tokens == 1:
         op = Ones
     monkeypatch.setattr(microbench, "REPEATS", 12)

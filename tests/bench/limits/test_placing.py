@@ -136,11 +136,16 @@ def over_ranks(case: Case, *costs: Cost | None) -> results.Case:
     """Return a case of 2 ms over two ranks that have so much of its work."""
     ranks = [
         RankFacts(
-            rank=rank, samples=[2.0, 1.0, 3.0], collective_ms=0.1, collective_bytes=1, cache_bytes=1,
-            weight_bytes=1, cost=cost,
+            rank=rank,
+            samples=[2.0, 1.0, 3.0],
+            collective_ms=0.1,
+            collective_bytes=1,
+            cache_bytes=1,
+            weight_bytes=1,
+            cost=cost,
         )
         for rank, cost in enumerate(costs)
-    ]  # fmt: skip
+    ]
     return case(cost=COST, spread=Spread(layout="tp=2", library="gloo", ranks=ranks))
 
 

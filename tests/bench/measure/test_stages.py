@@ -73,9 +73,16 @@ def test_every_role_of_the_layer_belongs_to_one_stage(tiny: Any, rank: int | Non
 
 # Milliseconds of an absorbed decode step, part after part, and of the layer's own code around each.
 STEP = {
-    "extend": 20, "plan": 30, "qkv_a_proj": 40, "write_latent": 50, "w_uk": 60, "rotate_query": 70,
-    "latent_attention": 80, "w_uv": 90, "o_proj": 100,
-}  # fmt: skip
+    "extend": 20,
+    "plan": 30,
+    "qkv_a_proj": 40,
+    "write_latent": 50,
+    "w_uk": 60,
+    "rotate_query": 70,
+    "latent_attention": 80,
+    "w_uv": 90,
+    "o_proj": 100,
+}
 AROUND = 1
 
 
@@ -92,11 +99,19 @@ def cases(bench: Bench, small: list[str], *words: str, code: int = 0) -> list[re
 def test_the_stages_of_a_decode_step_are_those_of_the_clock(bench: Bench, small: list[str]) -> None:
     (case,) = cases(bench, small, "--stages", "--scenario", "decode", "-O", f"script={script()}")
     assert {stage.name: stage.ms for stage in case.stages} == {
-        "query and latent projections": 40, "cache write": 50, "attention": 60 + 70 + 80 + 90,
-        "attention: w_uk": 60, "attention: rotate_query": 70, "attention: latent_attention": 80,
-        "attention: w_uv": 90, "output projection": 100, "bookkeeping": 20 + 30, "bookkeeping: extend": 20,
-        "bookkeeping: plan": 30, "between ops": (len(STEP) + 1) * AROUND,
-    }  # fmt: skip
+        "query and latent projections": 40,
+        "cache write": 50,
+        "attention": 60 + 70 + 80 + 90,
+        "attention: w_uk": 60,
+        "attention: rotate_query": 70,
+        "attention: latent_attention": 80,
+        "attention: w_uv": 90,
+        "output projection": 100,
+        "bookkeeping": 20 + 30,
+        "bookkeeping: extend": 20,
+        "bookkeeping: plan": 30,
+        "between ops": (len(STEP) + 1) * AROUND,
+    }
 
 
 def test_an_expanded_prefill_counts_its_planning_and_its_rebuilt_keys(bench: Bench, small: list[str]) -> None:

@@ -55,9 +55,12 @@ class Ran:
 
 
 def run(
-    bench: Bench, seconds: float = math.inf, most: float = math.inf, asked: bool = False,
+    bench: Bench,
+    seconds: float = math.inf,
+    most: float = math.inf,
+    asked: bool = False,
     script: Callable[[int], float] = a_second,
-) -> Ran:  # fmt: skip
+) -> Ran:
     Slow.now, Slow.forwards, Slow.seconds, said = 0.0, 0, staticmethod(script), list[str]()
 
     def shorten(ms: Mapping[str, float], most: float) -> Shorter:

@@ -81,11 +81,14 @@ def test_every_combination_is_timed_by_its_own_clock(virtual: Bench) -> None:
     assert done.code == 0
     assert headline().median == 8
     assert medians() == {
-        ("eager", "warm", "virtual device"): 6, ("eager", "cold", "host"): 9,
-        ("eager", "cold", "virtual device"): 7, ("graph", "warm", "host"): 4,
-        ("graph", "warm", "virtual device"): 2, ("graph", "cold", "host"): 5,
+        ("eager", "warm", "virtual device"): 6,
+        ("eager", "cold", "host"): 9,
+        ("eager", "cold", "virtual device"): 7,
+        ("graph", "warm", "host"): 4,
+        ("graph", "warm", "virtual device"): 2,
+        ("graph", "cold", "host"): 5,
         ("graph", "cold", "virtual device"): 3,
-    }  # fmt: skip
+    }
     line = (
         "decode, mla: cold 9 ms (1.12x warm), device 6 ms, device cold 7 ms, graph 4 ms, graph cold 5 ms, "
         "graph device 2 ms, graph device cold 3 ms; launch bound"
@@ -200,10 +203,13 @@ def test_what_cannot_be_timed_is_a_sentence(
 @pytest.mark.parametrize(
     ("eager", "graph", "device", "expected"),
     [
-        ("2.7", "2", "2", True), ("2.5", "2", "2", False), ("2.5", "2.4", "1.9", True),
-        ("2.5", "1.9", "2.4", True), ("2", "3", "3", False),
+        ("2.7", "2", "2", True),
+        ("2.5", "2", "2", False),
+        ("2.5", "2.4", "1.9", True),
+        ("2.5", "1.9", "2.4", True),
+        ("2", "3", "3", False),
     ],
-)  # fmt: skip
+)
 def test_launch_bound_compares_eager_with_the_replay(
     virtual: Bench, eager: str, graph: str, device: str, expected: bool
 ) -> None:
@@ -259,8 +265,11 @@ def test_a_hang_is_kept_and_named(virtual: Bench) -> None:
     done = virtual(*HEADLINE, "--runs", "20", script="1*70,60000,1*49/1")
     latency = headline()
     assert (latency.outliers, max(latency.samples), latency.median, len(latency.samples)) == (
-        1, 60000, 1, 120,
-    )  # fmt: skip
+        1,
+        60000,
+        1,
+        120,
+    )
     assert "1 of 120 samples, the slowest 60000 times the median" in done.err
 
 

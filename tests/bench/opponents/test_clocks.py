@@ -15,10 +15,13 @@ BOTH = ("--mode", "eager", "--cache", "warm", "--clock", "host,device")
 @pytest.mark.parametrize(
     ("lie", "scenario"),
     [
-        ("divides by 10", "prefill"), ("divides by 3", "decode"), ("says 0.69 of it", "decode"),
-        ("multiplies by 10", "decode"), ("constant", "prefill"),
+        ("divides by 10", "prefill"),
+        ("divides by 3", "decode"),
+        ("says 0.69 of it", "decode"),
+        ("multiplies by 10", "decode"),
+        ("constant", "prefill"),
     ],
-)  # fmt: skip
+)
 def test_a_device_clock_that_contradicts_the_hosts(play: Play, lie: str, scenario: str) -> None:
     duel = play(LyingTimer(device=lie), scenario, ways=BOTH)
     assert duel.lost, str(duel)

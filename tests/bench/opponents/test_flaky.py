@@ -14,14 +14,17 @@ Play = Callable[..., Any]
 @pytest.mark.parametrize(
     ("bug", "scenario"),
     [
-        ({"every": 5}, "prefill"), ({"every": 10, "row": 3}, "prefill"), ({"every": 10, "row": 3}, "decode"),
-        ({"every": 5, "by_chance": True}, "prefill"), ({"every": 10, "row": 0, "factor": 1.5}, "decode"),
+        ({"every": 5}, "prefill"),
+        ({"every": 10, "row": 3}, "prefill"),
+        ({"every": 10, "row": 3}, "decode"),
+        ({"every": 5, "by_chance": True}, "prefill"),
+        ({"every": 10, "row": 0, "factor": 1.5}, "decode"),
         ({"every": 30, "row": 7, "factor": -1.0}, "prefill"),
         ({"every": 25, "factor": 0.0, "after": 40}, "decode"),
         ({"every": 10, "row": 2, "factor": float("inf")}, "prefill"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_forward_that_is_spoilt_now_and_then(play: Play, bug: dict[str, Any], scenario: str) -> None:
     opponent = Flaky(**bug)
     duel = play(opponent, scenario)

@@ -16,12 +16,15 @@ GRAPHS = ("--mode", "eager,graph", "--cache", "warm", "--clock", "host")
 @pytest.mark.parametrize(
     ("opponent", "scenario"),
     [
-        (partial(EmptyReplays, 2), "prefill"), (partial(EmptyReplays, 2), "decode"),
-        (partial(EmptyReplays, 3, honest=12), "prefill"), (partial(EmptyReplays, 1000, honest=20), "decode"),
-        (partial(FlakyReplays, 5), "decode"), (partial(FlakyReplays, 10), "prefill"),
+        (partial(EmptyReplays, 2), "prefill"),
+        (partial(EmptyReplays, 2), "decode"),
+        (partial(EmptyReplays, 3, honest=12), "prefill"),
+        (partial(EmptyReplays, 1000, honest=20), "decode"),
+        (partial(FlakyReplays, 5), "decode"),
+        (partial(FlakyReplays, 10), "prefill"),
     ],
     ids=["2, prefill", "2, decode", "3", "the first 20", "1 in 5 spoilt", "1 in 10 spoilt"],
-)  # fmt: skip
+)
 def test_a_replay_that_does_nothing_or_not_the_same(
     play: Play, opponent: Callable[..., Graphs], scenario: str
 ) -> None:

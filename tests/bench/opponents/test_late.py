@@ -14,10 +14,14 @@ Play = Callable[..., Any]
 @pytest.mark.parametrize(
     ("waits", "copies"),
     [
-        ("at a start", ()), ("at a start", ("cpu",)), ("at a start", COPIES), ("never", ()),
-        ("never", COPIES), ("when a pass begins", COPIES),
+        ("at a start", ()),
+        ("at a start", ("cpu",)),
+        ("at a start", COPIES),
+        ("never", ()),
+        ("never", COPIES),
+        ("when a pass begins", COPIES),
     ],
-)  # fmt: skip
+)
 def test_a_wait_that_does_not_wait_at_the_stop(play: Play, waits: str, copies: tuple[str, ...]) -> None:
     """Outputs are not there when their clock has stopped, or a copy waits for them."""
     duel = play(Late(waits, copies))

@@ -43,10 +43,13 @@ def _flush_little() -> None:
 @pytest.mark.parametrize(
     ("what", "factor", "scenario"),
     [
-        (("bandwidth",), 30, "decode"), (("flops",), 3, "prefill"), (("flops",), 30, "decode"),
-        (("bandwidth", "flops"), 3, "prefill"), (("bandwidth", "flops"), 30, "decode"),
+        (("bandwidth",), 30, "decode"),
+        (("flops",), 3, "prefill"),
+        (("flops",), 30, "decode"),
+        (("bandwidth", "flops"), 3, "prefill"),
+        (("bandwidth", "flops"), 30, "decode"),
     ],
-)  # fmt: skip
+)
 def test_a_declared_peak_that_is_too_low(
     play: Play, honest: Honest, what: tuple[str, ...], factor: float, scenario: str
 ) -> None:

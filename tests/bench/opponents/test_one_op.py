@@ -14,12 +14,19 @@ Play = Callable[..., Any]
 @pytest.mark.parametrize(
     ("op", "skips"),
     [
-        ("latent_attention", "filled"), ("latent_attention", "after 1"), ("latent_attention", "after 2"),
-        ("latent_attention", "every 5"), ("o_proj", "filled"), ("o_proj", "every 2"),
-        ("expanded_attention", "after 1"), ("expanded_attention", "every 5"), ("w_uk", "filled"),
-        ("rotate_query", "after 2"), ("rotate_query", "every 2"),
+        ("latent_attention", "filled"),
+        ("latent_attention", "after 1"),
+        ("latent_attention", "after 2"),
+        ("latent_attention", "every 5"),
+        ("o_proj", "filled"),
+        ("o_proj", "every 2"),
+        ("expanded_attention", "after 1"),
+        ("expanded_attention", "every 5"),
+        ("w_uk", "filled"),
+        ("rotate_query", "after 2"),
+        ("rotate_query", "every 2"),
     ],
-)  # fmt: skip
+)
 def test_a_call_that_is_not_computed(play: Play, op: str, skips: str) -> None:
     kind = {"o_proj": "linear", "w_uk": "batched_linear"}.get(op, op)
     opponent = ComputedOnce(kind, skips)

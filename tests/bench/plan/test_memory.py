@@ -156,10 +156,14 @@ TRICKLE = {"query_lens": (300, 1), "history": (0, 60_000)}  # only the first is 
 @pytest.mark.parametrize(
     ("lengths", "attention", "grown"),
     [
-        (PROMPT, "auto", 4096), (FOLLOW_UP, "auto", 5120), (PROMPT, "absorbed", 0), (ABSORBED, "auto", 0),
-        (ABSORBED, "expanded", 60_001), (TRICKLE, "auto", 0),
+        (PROMPT, "auto", 4096),
+        (FOLLOW_UP, "auto", 5120),
+        (PROMPT, "absorbed", 0),
+        (ABSORBED, "auto", 0),
+        (ABSORBED, "expanded", 60_001),
+        (TRICKLE, "auto", 0),
     ],
-)  # fmt: skip
+)
 def test_the_plan_counts_a_context_that_is_rebuilt_at_once(
     lengths: dict[str, tuple[int, ...]], attention: str, grown: int
 ) -> None:

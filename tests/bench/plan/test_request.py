@@ -28,10 +28,13 @@ def test_baselines_join_what_nobody_chose() -> None:
 @pytest.mark.parametrize(
     ("fused", "names", "chosen", "references"),
     [
-        (True, [], ["mla", "mla-reference"], 1), (False, [], ["mla"], 0), (True, ["mla"], ["mla"], 1),
-        (True, ["mla-reference"], ["mla-reference"], 0), (False, ["mla"], ["mla"], 0),
+        (True, [], ["mla", "mla-reference"], 1),
+        (False, [], ["mla"], 0),
+        (True, ["mla"], ["mla"], 1),
+        (True, ["mla-reference"], ["mla-reference"], 0),
+        (False, ["mla"], ["mla"], 0),
     ],
-)  # fmt: skip
+)
 def test_fused_ops_bring_the_reference_and_its_memory(
     fused: bool, names: Sequence[str], chosen: list[str], references: int
 ) -> None:

@@ -77,9 +77,12 @@ def _checkpoint(folder: Path, copy: int) -> None:
     ],
 )
 def test_a_rank_whose_files_of_the_same_name_hold_something_else_is_named(
-    start_ranks: Start, tmp_path: Path, write: Callable[[Path, int], None], words: tuple[str, ...],
+    start_ranks: Start,
+    tmp_path: Path,
+    write: Callable[[Path, int], None],
+    words: tuple[str, ...],
     sentence: str,
-) -> None:  # fmt: skip
+) -> None:
     folders = [tmp_path / "first", tmp_path / "second"]
     for copy, folder in enumerate(folders):
         folder.mkdir()

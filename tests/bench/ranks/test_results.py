@@ -22,11 +22,16 @@ def spread(*samples: list[float], layout: str = "tp=2", first: int = 0) -> Sprea
     """Return what ranks with these samples did."""
     ranks = [
         RankFacts(
-            rank=rank, samples=of_rank, collective_ms=0.25, collective_bytes=3 << 10, cache_bytes=1 << 20,
-            weight_bytes=5 << 20, cost=results.Cost(flops=625 * 10**6, bytes=10**6),
+            rank=rank,
+            samples=of_rank,
+            collective_ms=0.25,
+            collective_bytes=3 << 10,
+            cache_bytes=1 << 20,
+            weight_bytes=5 << 20,
+            cost=results.Cost(flops=625 * 10**6, bytes=10**6),
         )
         for rank, of_rank in enumerate(samples, start=first)
-    ]  # fmt: skip
+    ]
     return Spread(layout=layout, library="gloo", ranks=ranks)
 
 

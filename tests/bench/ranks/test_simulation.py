@@ -220,9 +220,13 @@ def test_the_link_of_a_run_over_real_ranks_is_used(
     ],
 )
 def test_mistakes_are_one_sentence(
-    bench: Bench, tiny: list[str], monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...],
-    variables: dict[str, str], message: str,
-) -> None:  # fmt: skip
+    bench: Bench,
+    tiny: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    variables: dict[str, str],
+    message: str,
+) -> None:
     for module in (launch, pulse):
         monkeypatch.setattr(module, "WORD", 0.1)  # nobody is there to hear it
     for name, value in variables.items():

@@ -29,10 +29,14 @@ def latency(median: float, rng: random.Random, steps: int, passes: int = 6) -> r
     ]
     medians = [statistics.median(samples[i : i + steps]) for i in range(0, len(samples), steps)]
     return results.Latency(
-        median=statistics.median(samples), ci95=stats.median_interval(medians),
-        p10=stats.percentile(samples, 10), p90=stats.percentile(samples, 90), samples=samples, drift=0.004,
+        median=statistics.median(samples),
+        ci95=stats.median_interval(medians),
+        p10=stats.percentile(samples, 10),
+        p90=stats.percentile(samples, 90),
+        samples=samples,
+        drift=0.004,
         outliers=3,
-    )  # fmt: skip
+    )
 
 
 def roofline(cost: results.Cost, median: float, slow: float) -> results.Roofline:
@@ -94,11 +98,15 @@ def timings(timed_case: results.Case, slow: float) -> list[results.Timing]:
     ]
     made = [
         results.Timing(
-            mode=mode, cache=cache, clock=clock, passes=6, check=results.Check(status="ok"),
+            mode=mode,
+            cache=cache,
+            clock=clock,
+            passes=6,
+            check=results.Check(status="ok"),
             latency_ms=latency(timed_case.latency_ms.median * factor, rng, 10),
         )
         for mode, cache, clock, factor in ways
-    ]  # fmt: skip
+    ]
     refused = results.Check(status="not run", reason="no graph of this op can be captured")
     return [
         *made,
@@ -164,12 +172,17 @@ def grid(make: Callable[..., results.Case], slow: float) -> list[results.Case]:
     """Return a decode scenario laid out over history and batch."""
     return [
         build(
-            make, slow, "mla", f"sweep [kv={kv}, batch={batch}]", query_lens=[1] * batch,
-            history=[kv] * batch, point={"kv": kv, "batch": batch},
+            make,
+            slow,
+            "mla",
+            f"sweep [kv={kv}, batch={batch}]",
+            query_lens=[1] * batch,
+            history=[kv] * batch,
+            point={"kv": kv, "batch": batch},
         )
         for batch in (1, 16)
         for kv in (256, 4096, 65536)
-    ]  # fmt: skip
+    ]
 
 
 def rich_runs(make_run: Callable[..., results.Run], make: Callable[..., results.Case]) -> list[results.Run]:

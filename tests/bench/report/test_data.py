@@ -131,9 +131,12 @@ def test_ceilings_are_the_roofs_and_near_ones_are_drawn_once(source: Any, case: 
         return results.Ceiling(work=work, value=value, source="here", **more)
 
     limits = [
-        ceiling("read", 1e9), ceiling("read", 5e9), ceiling("read", 0.99e9), ceiling("copy", 9e9),
+        ceiling("read", 1e9),
+        ceiling("read", 5e9),
+        ceiling("read", 0.99e9),
+        ceiling("copy", 9e9),
         ceiling("matmul", 1e12, dtype="bfloat16"),
-    ]  # fmt: skip
+    ]
     roofs = data.roofs(source(case(roofline=floor(7.0, "memory")), ceilings=limits))
     assert [roof.value for roof in roofs] == [5e9, 1e9, 0.99e9, 1e12]
     assert [roof.value for roof in data.drawn(roofs)] == [5e9, 1e9, 1e12]

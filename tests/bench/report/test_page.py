@@ -87,10 +87,16 @@ def test_a_rich_report_has_every_section_and_chart(rich_page: str) -> None:
     assert len(parsed.ids()) == len(set(parsed.ids()))
     titles = [alt.partition(".")[0] for alt in parsed.charts()]
     assert titles == [
-        "Latency: sweep, by history", "Throughput: sweep, by history", "Latency: sweep, by batch",
-        "Throughput: sweep, by batch", "Latency: prefill", "Latency: decode", "Roofline A", "Roofline B",
+        "Latency: sweep, by history",
+        "Throughput: sweep, by history",
+        "Latency: sweep, by batch",
+        "Throughput: sweep, by batch",
+        "Latency: prefill",
+        "Latency: decode",
+        "Roofline A",
+        "Roofline B",
         "Time ratio: B Card Two, deepseek-v2-lite against A Card One 80GB, deepseek-v2-lite",
-    ]  # fmt: skip
+    ]
     for kind in ("wide dark", "narrow light", "narrow dark"):
         assert list(parsed.charts(kind)) == list(parsed.charts())
     assert len(rich_page) < 1.5e6

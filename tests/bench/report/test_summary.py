@@ -47,8 +47,11 @@ def test_a_tile_has_the_ratio_its_interval_the_limit_and_the_noise(make_run: Any
     low, high = map(float, tile.bounds.split(" .. "))
     assert 2.9 < low < 3 < high < 3.1
     assert (tile.text, tile.number, tile.near, tile.share) == (
-        "as fast as b", "2.00 ms", "at 50 % of the memory limit", 50,
-    )  # fmt: skip
+        "as fast as b",
+        "2.00 ms",
+        "at 50 % of the memory limit",
+        50,
+    )
     assert (tile.noise, tile.unsteady) == ("steady: 80 % within 2.00 .. 2.00 ms, drift +0.4 %", False)
 
 

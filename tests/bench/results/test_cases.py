@@ -15,9 +15,14 @@ Case = Callable[..., results.Case]
 
 def facts(rank: int, ms: float = 2.0, collective_ms: float = 0.0, cost: Cost | None = None) -> RankFacts:
     return RankFacts(
-        rank=rank, samples=[ms, ms, 9 * ms], collective_ms=collective_ms, collective_bytes=1, cache_bytes=1,
-        weight_bytes=1, cost=cost,
-    )  # fmt: skip
+        rank=rank,
+        samples=[ms, ms, 9 * ms],
+        collective_ms=collective_ms,
+        collective_bytes=1,
+        cache_bytes=1,
+        weight_bytes=1,
+        cost=cost,
+    )
 
 
 def spread(*ranks: RankFacts) -> Spread:

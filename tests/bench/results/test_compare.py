@@ -62,14 +62,17 @@ def test_steps_of_a_pass_are_one_observation(run: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"history": [4, 1]}, "history differs"), ({"query_lens": [5, 3]}, "query_lens differs"),
-        ({"clock": "device"}, "clock differs"), ({"base": "other"}, "missing from the base run"),
+        ({"history": [4, 1]}, "history differs"),
+        ({"query_lens": [5, 3]}, "query_lens differs"),
+        ({"clock": "device"}, "clock differs"),
+        ({"base": "other"}, "missing from the base run"),
         ({"point": {"kv": 4096}}, "missing from the base run"),
         ({"op": "latent_attention"}, "missing from the base run"),
-        ({"dtype": "float32"}, "dtype differs: bfloat16 and float32"), ({"layers": 4}, "layers differs"),
+        ({"dtype": "float32"}, "dtype differs: bfloat16 and float32"),
+        ({"layers": 4}, "layers differs"),
         ({"implementation": "transformers"}, "missing from the base run"),
     ],
-)  # fmt: skip
+)
 def test_another_workload_is_refused(run: Any, change: dict[str, Any], reason: str) -> None:
     comparison, *missing = compare(run(), run(**change))
     assert (comparison.verdict, comparison.reason) == ("REFUSED", reason)

@@ -119,10 +119,17 @@ def test_what_cannot_be_is_refused_with_its_place(
 @pytest.mark.parametrize(
     "data",
     [
-        b"", b"{", b"\xff\xfe", b"[" * 10**5, b'{"config":' * 10**5, b'{"schema_version": NaN}',
-        b'{"schema_version": ' + b"9" * 5000 + b"}", b'{"\x1b[31m": 1', b"PK\x03\x04",
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[" * 10**5,
+        b'{"config":' * 10**5,
+        b'{"schema_version": NaN}',
+        b'{"schema_version": ' + b"9" * 5000 + b"}",
+        b'{"\x1b[31m": 1',
+        b"PK\x03\x04",
     ],
-)  # fmt: skip
+)
 def test_what_is_no_json_of_ours_is_refused_in_a_sentence(bench: Bench, data: bytes) -> None:
     Path("x.json").write_bytes(data)
     for words in (
@@ -145,11 +152,20 @@ def assert_one_sentence(done: Any) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        "cases.0.check.reason", "cases.0.repro", "cases.0.clock", "cases.0.ops", "cases.0.timings.0.method",
-        "cases.0.stages.0.name", "cases.0.agreement.0.implementation", "backend.device", "environment",
-        "argv", "config", "ceilings.0.source",
+        "cases.0.check.reason",
+        "cases.0.repro",
+        "cases.0.clock",
+        "cases.0.ops",
+        "cases.0.timings.0.method",
+        "cases.0.stages.0.name",
+        "cases.0.agreement.0.implementation",
+        "backend.device",
+        "environment",
+        "argv",
+        "config",
+        "ceilings.0.source",
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("text", ["\x1b]0;owned\x07", "a\nb", "a\u2028b", "\u202egnp", "a\rb", "\x9b31m"])
 def test_text_from_a_file_is_escaped_everywhere(document: Document, path: str, text: str) -> None:
     shapes: dict[str, Any] = {"cases.0.ops": {text: text}, "environment": {text: text}, "argv": [text]}

@@ -26,8 +26,13 @@ Document = dict[str, Any]
 
 CATEGORIES = ("hardware", "operator", "infer", "comm", "train")
 ACCELERATOR = {
-    "model": str, "count": int, "memory_gb_per_card": int, "driver": str, "cuda": str, "type": str,
-}  # fmt: skip
+    "model": str,
+    "count": int,
+    "memory_gb_per_card": int,
+    "driver": str,
+    "cuda": str,
+    "type": str,
+}
 
 
 def faults(document: Document) -> list[str]:
@@ -90,11 +95,15 @@ def with_timings(make_run: MakeRun, **changes: Any) -> Run:
     kept = case.latency_ms
     case.timings = [
         Timing(
-            mode=mode, cache=cache, clock=clock, passes=case.passes, check=results.Check(status="ok"),
+            mode=mode,
+            cache=cache,
+            clock=clock,
+            passes=case.passes,
+            check=results.Check(status="ok"),
             latency_ms=kept,
         )
         for mode, cache, clock in (("eager", "cold", "host"), ("graph", "warm", "device"))
-    ]  # fmt: skip
+    ]
     return run
 
 

@@ -26,10 +26,22 @@ DOCS = Path(__file__).parents[3] / "docs" / "results.md"
 
 # What a reader could take for a measurement of the case.
 MEASURED = {
-    "latency_ms", "latency_ci95_low_ms", "latency_ci95_high_ms", "latency_p10_ms", "latency_p90_ms",
-    "samples", "passes", "tokens_per_s", "tokens_per_s_ci95_low", "tokens_per_s_ci95_high",
-    "needed_tflop_per_s", "needed_gb_per_s", "limit_percent", "planning_ms", "transient_bytes",
-}  # fmt: skip
+    "latency_ms",
+    "latency_ci95_low_ms",
+    "latency_ci95_high_ms",
+    "latency_p10_ms",
+    "latency_p90_ms",
+    "samples",
+    "passes",
+    "tokens_per_s",
+    "tokens_per_s_ci95_low",
+    "tokens_per_s_ci95_high",
+    "needed_tflop_per_s",
+    "needed_gb_per_s",
+    "limit_percent",
+    "planning_ms",
+    "transient_bytes",
+}
 
 
 def timing(case: Case, status: Any = "ok", **changes: Any) -> Timing:

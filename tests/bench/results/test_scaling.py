@@ -36,11 +36,16 @@ def spread(samples: list[float], layout: str, predicted: bool) -> Spread:
     cost = Cost(flops=625 * 10**6, bytes=10**6)  # of all 10**9 FLOPs and 10**6 bytes
     ranks = [
         RankFacts(
-            rank=rank, samples=samples, collective_ms=0.5 + rank, collective_bytes=1, cache_bytes=1,
-            weight_bytes=1, cost=cost,
+            rank=rank,
+            samples=samples,
+            collective_ms=0.5 + rank,
+            collective_bytes=1,
+            cache_bytes=1,
+            weight_bytes=1,
+            cost=cost,
         )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     timed = [0] if predicted else []
     return Spread(layout=layout, library="gloo", ranks=ranks, predicted=predicted, timed_ranks=timed)
 

@@ -114,10 +114,13 @@ def test_a_resumed_run_keeps_what_joined_it(first_look: Bench) -> None:
 @pytest.mark.parametrize(
     ("words", "is_first_look"),
     [
-        ((), True), (("--config", "deepseek-v2-lite"), True), (("--config", "deepseek-r1"), False),
-        (("--implementations", "mla"), False), (("--scenario", "decode"), False),
+        ((), True),
+        (("--config", "deepseek-v2-lite"), True),
+        (("--config", "deepseek-r1"), False),
+        (("--implementations", "mla"), False),
+        (("--scenario", "decode"), False),
     ],
-)  # fmt: skip
+)
 def test_the_default_config_may_be_spelled_out(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], is_first_look: bool
 ) -> None:

@@ -54,8 +54,13 @@ def test_anything_else_is_no_duration(text: str) -> None:
 
 def test_a_duration_is_spoken_in_the_unit_one_would_choose() -> None:
     assert [spoken(seconds) for seconds in (0.023, 0, 5, 119, 600, 7200)] == [
-        "0.02 s", "0 s", "5 s", "119 s", "10 min", "2.0 h",
-    ]  # fmt: skip
+        "0.02 s",
+        "0 s",
+        "5 s",
+        "119 s",
+        "10 min",
+        "2.0 h",
+    ]
 
 
 def test_what_does_not_fit_into_what_is_left_is_not_begun() -> None:

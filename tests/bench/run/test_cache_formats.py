@@ -74,9 +74,15 @@ def writes_the_next_code(c: int, r: int) -> Codec:
 )
 @pytest.mark.parametrize("spec", ["2q1s40", "2q30s40"])
 def test_errors_of_a_kernel_are_not_taken_for_those_of_the_format(
-    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, module: Any, name: str,
-    wrong: Any, reason: str,
-) -> None:  # fmt: skip
+    bench: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    spec: str,
+    module: Any,
+    name: str,
+    wrong: Any,
+    reason: str,
+) -> None:
     write_tiny_run(tmp_path, kv_lora_rank=32, qk_rope_head_dim=32)
     words = [word for word in WORDS if word != "bfloat16"]
     words.insert(words.index("--dtype") + 1, "float32")

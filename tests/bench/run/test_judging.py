@@ -89,11 +89,17 @@ def test_a_number_that_stays_far_above_its_limit_is_withheld(case: Case, waits: 
         status="doubtful", error_ratio=0.5, relative_error=1e-3, reason="it cannot be"
     )
     assert (
-        judged_case.latency_ms, judged_case.tokens_per_s, judged_case.plan_ms, judged_case.launch_bound,
-    ) == (None, None, None, None)  # fmt: skip
+        judged_case.latency_ms,
+        judged_case.tokens_per_s,
+        judged_case.plan_ms,
+        judged_case.launch_bound,
+    ) == (None, None, None, None)
     assert (judged_case.roofline, judged_case.stages, judged_case.switch_steps, judged_case.passes) == (
-        Roofline(), [], [], 0,
-    )  # fmt: skip
+        Roofline(),
+        [],
+        [],
+        0,
+    )
     assert judged_case.new_lengths is None
     assert (timings[0].latency_ms, timings[0].check.status, timings[0].passes) == (None, "doubtful", 0)
     assert timings[1].check == check
@@ -103,9 +109,19 @@ def test_a_number_that_stays_far_above_its_limit_is_withheld(case: Case, waits: 
 def results_run(result: results.Case) -> results.Run:
     facts = results.BackendFacts(name="x", version=None, device="y", memory_bytes=None, cache_bytes=None)
     return results.Run(
-        schema_version=results.SCHEMA_VERSION, argv=[], created="", git_commit=None, backend=facts,
-        environment={}, config={}, dtype="bfloat16", attention="auto", page_size=64, seed=0, cases=[result],
-    )  # fmt: skip
+        schema_version=results.SCHEMA_VERSION,
+        argv=[],
+        created="",
+        git_commit=None,
+        backend=facts,
+        environment={},
+        config={},
+        dtype="bfloat16",
+        attention="auto",
+        page_size=64,
+        seed=0,
+        cases=[result],
+    )
 
 
 @pytest.mark.parametrize("rate", [1.0, 1e5])

@@ -88,9 +88,15 @@ def test_every_case_has_its_pass_with_a_range_per_op(bench: Bench, small: list[s
 
 def test_an_op_alone_and_several_layers_have_their_ranges(bench: Bench, small: list[str]) -> None:
     words = [
-        "--op", "latent_attention", "--kv", "5", "--implementations", f"mla,{SECOND}", "--profile",
+        "--op",
+        "latent_attention",
+        "--kv",
+        "5",
+        "--implementations",
+        f"mla,{SECOND}",
+        "--profile",
         "op.json",
-    ]  # fmt: skip
+    ]
     assert bench(*SEVERAL, *small[:2], *QUICK[:4], "--cache", "warm", *words).code == 0
     names = [event["name"] for event in ranges(read("op.json"))]
     assert names.count("latent_attention (first)") == names.count("latent_attention (second)") == 4
@@ -123,8 +129,15 @@ def test_nothing_is_recorded_before_all_is_timed_and_nothing_timed_changes(
 ) -> None:
     """The clock is scripted, so numbers are equal only if the same forwards were timed in the same order."""
     words = [
-        *VIRTUAL, *small, "-O", "script=1~9*50", "--implementations", "mla,mla-reference", "-o", "run.json",
-    ]  # fmt: skip
+        *VIRTUAL,
+        *small,
+        "-O",
+        "script=1~9*50",
+        "--implementations",
+        "mla,mla-reference",
+        "-o",
+        "run.json",
+    ]
     assert bench(*words, fakes=["virtual_clock"]).code == 0
     plain, log = samples(), []
     measure, record = engine.measure, profile.record

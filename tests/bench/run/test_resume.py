@@ -146,9 +146,13 @@ def test_nothing_is_measured_when_nothing_is_missing(bench: Bench, partial: list
     ],
 )
 def test_other_load_beside_kept_cases_is_kept(
-    bench: Bench, partial: list[str], monkeypatch: pytest.MonkeyPatch, before: str, missing: bool,
+    bench: Bench,
+    partial: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    before: str,
+    missing: bool,
     after: str,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(OtherLoad, "remark", lambda *_: "0.9 of 2")
     if not missing:
         assert bench(*partial, "--resume", "run.json").code == 0

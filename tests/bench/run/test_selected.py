@@ -218,10 +218,19 @@ def the_most_recent(patch: Patch) -> None:
 @pytest.mark.parametrize(
     "mutant",
     [
-        without_relu, relu_behind_the_weight, a_head_is_lost, keys_are_others, the_other_rope_layout,
-        no_bias, weights_unscaled, one_too_few, a_token_twice, causality_off_by_one, the_most_recent,
+        without_relu,
+        relu_behind_the_weight,
+        a_head_is_lost,
+        keys_are_others,
+        the_other_rope_layout,
+        no_bias,
+        weights_unscaled,
+        one_too_few,
+        a_token_twice,
+        causality_off_by_one,
+        the_most_recent,
     ],
-)  # fmt: skip
+)
 def test_a_wrong_indexer_is_caught(
     measure: Bench, monkeypatch: Patch, mutant: Callable[[Patch], None]
 ) -> None:

@@ -27,9 +27,16 @@ else:
 ROOT = Path(__file__).resolve().parents[3]
 LONG = "a23456789_123456789_123456789_12"
 FILES = {
-    "README.md", "mla_backend_acme/__init__.py", "mla_backend_acme/ops.py", "mla_backend_acme/py.typed",
-    "pyproject.toml", "tests/conftest.py", "tests/test_conformance.py", "tests/test_smoke.py", "xfails.txt",
-}  # fmt: skip
+    "README.md",
+    "mla_backend_acme/__init__.py",
+    "mla_backend_acme/ops.py",
+    "mla_backend_acme/py.typed",
+    "pyproject.toml",
+    "tests/conftest.py",
+    "tests/test_conformance.py",
+    "tests/test_smoke.py",
+    "xfails.txt",
+}
 New = Callable[..., Any]
 
 
@@ -236,7 +243,11 @@ def test_the_project_is_typed_under_our_rules(new: New, tmp_path: Path) -> None:
     project = str(tmp_path / "project")
     words = ["-m", "mypy", "--cache-dir", str(tmp_path / "cache"), "--config-file", "pyproject.toml", project]
     done = subprocess.run(
-        [sys.executable, *words], cwd=ROOT, env={**os.environ, "MYPYPATH": project}, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, *words],
+        cwd=ROOT,
+        env={**os.environ, "MYPYPATH": project},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr

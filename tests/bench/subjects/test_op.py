@@ -35,10 +35,16 @@ ROLES = {
 def config(tmp_path: Path) -> None:
     """Write a tiny config with a query LoRA, halves rotated and biases: all that changes an op."""
     dims = {
-        "hidden_size": 64, "num_attention_heads": 2, "q_lora_rank": 48, "kv_lora_rank": 32,
-        "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "attention_bias": True,
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "q_lora_rank": 48,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "attention_bias": True,
         "rope_interleave": False,
-    }  # fmt: skip
+    }
     (tmp_path / "tiny.json").write_text(json.dumps(dims))
     indexer = {"index_n_heads": 3, "index_head_dim": 16, "index_topk": 7}
     (tmp_path / "sparse.json").write_text(json.dumps({**dims, **indexer, "model_type": "deepseek_v32"}))
@@ -53,9 +59,15 @@ def measure(bench: Bench, config: None) -> Bench:
         kv = ["--kv", "21"] * (op in READS_HISTORY)
         heads = SHAPE if op not in ("rms_norm", "write_latent", *SPARSE[:2]) else SHAPE[:4]
         options = [
-            "--config", "sparse.json" if op in SPARSE else "tiny.json", "--page-size", "16", "--cache",
-            "warm", "-o", "run.json",
-        ]  # fmt: skip
+            "--config",
+            "sparse.json" if op in SPARSE else "tiny.json",
+            "--page-size",
+            "16",
+            "--cache",
+            "warm",
+            "-o",
+            "run.json",
+        ]
         return bench(*backend, *options, "--op", op, *kv, *heads, *QUICK, *words)
 
     return measure

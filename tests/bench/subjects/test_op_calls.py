@@ -293,10 +293,15 @@ class Mutating(WrappedOp):
 @pytest.mark.parametrize(
     ("role", "name"),
     [
-        ("qkv_a_proj", "x"), ("w_uk", "x"), ("q_a_layernorm", "x"), ("rotate_query", "cos_sin"),
-        ("write_latent", "kv_a"), ("latent_attention", "q"), ("expanded_attention", "q"),
+        ("qkv_a_proj", "x"),
+        ("w_uk", "x"),
+        ("q_a_layernorm", "x"),
+        ("rotate_query", "cos_sin"),
+        ("write_latent", "kv_a"),
+        ("latent_attention", "q"),
+        ("expanded_attention", "q"),
     ],
-)  # fmt: skip
+)
 def test_an_op_that_writes_to_what_it_reads_is_wrong(make: Make, role: str, name: str) -> None:
     bench = make(role, requests=[(0, 6)])  # flattened in place
     check = bench.run(bench.implementation(Mutating(ROLES[role], name)), 2)

@@ -14,9 +14,14 @@ from transformers_peer import needs_transformers
 from mla.bench import results
 
 TINY = {
-    "hidden_size": 64, "num_attention_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
-}  # fmt: skip
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
 FACTORS = [1.0, 1.5, 2.0, 3.0]
 FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {},

@@ -115,10 +115,14 @@ def test_a_sweep_has_a_line_that_counts_its_points(make_run: MakeRun) -> None:
         for kv, ms in ((4, 1.0), (8, 2.0))
         for name, factor in (("mla", 1.0), ("mla-reference", 2.0))
         for case in make_run(
-            [ms * factor] * 6, scenario=f"s kv={kv}", base="s", point={"kv": kv}, implementation=name,
+            [ms * factor] * 6,
+            scenario=f"s kv={kv}",
+            base="s",
+            point={"kv": kv},
+            implementation=name,
             ops={"o_proj": name},
         ).cases
-    ]  # fmt: skip
+    ]
     assert "\ns (2 points): mla is fastest at 2; 2x as fast as the next\n" in render(run, "table")
 
 

@@ -13,11 +13,16 @@ from mla_backends.outside import shortened
 
 # What the README of vLLM's tool at 10a68b7e says of its examples: (new tokens, all tokens) of each request.
 PUBLISHED = {
-    "q2k": [(2048, 2048)], "q1s1k": [(1, 1024)], "8q1s1k": [(1, 1024)] * 8, "q4s1k": [(4, 1024)],
-    "2q2k_32q1s1k": [(2048, 2048)] * 2 + [(1, 1024)] * 32, "16q4s1k": [(4, 1024)] * 16,
-    "4q8s2049_16q1s3072": [(8, 2049)] * 4 + [(1, 3072)] * 16, "q1ks16k": [(1024, 16384)],
+    "q2k": [(2048, 2048)],
+    "q1s1k": [(1, 1024)],
+    "8q1s1k": [(1, 1024)] * 8,
+    "q4s1k": [(4, 1024)],
+    "2q2k_32q1s1k": [(2048, 2048)] * 2 + [(1, 1024)] * 32,
+    "16q4s1k": [(4, 1024)] * 16,
+    "4q8s2049_16q1s3072": [(8, 2049)] * 4 + [(1, 3072)] * 16,
+    "q1ks16k": [(1024, 16384)],
     "01q02s003": [(2, 3)],
-}  # fmt: skip
+}
 
 
 def requests(spec: str) -> list[tuple[int, int]]:

@@ -34,11 +34,16 @@ def sentence(*words: str) -> str:
 @pytest.mark.parametrize(
     ("text", "values"),
     [
-        ("8", (8,)), ("1,8, 64", (1, 8, 64)), ("1k,2m", (1024, 2 << 20)),
-        ("1k..64k*4", (1024, 4096, 16384, 65536)), ("1..10*3", (1, 3, 9)), ("1..8+3", (1, 4, 7)),
-        ("0..2+1", (0, 1, 2)), ("4..4*2,8,4,1K", (4, 8, 1024)),
+        ("8", (8,)),
+        ("1,8, 64", (1, 8, 64)),
+        ("1k,2m", (1024, 2 << 20)),
+        ("1k..64k*4", (1024, 4096, 16384, 65536)),
+        ("1..10*3", (1, 3, 9)),
+        ("1..8+3", (1, 4, 7)),
+        ("0..2+1", (0, 1, 2)),
+        ("4..4*2,8,4,1K", (4, 8, 1024)),
     ],
-)  # fmt: skip
+)
 def test_values_are_numbers_and_ranges(text: str, values: tuple[int, ...]) -> None:
     assert parse([f"kv={text}"]) == {"kv": values}
 
@@ -81,8 +86,11 @@ def test_every_mistake_is_named(words: list[str], message: str) -> None:
 def test_points_are_the_product_and_the_first_axis_varies_slowest() -> None:
     points = points_of([DECODE], parse(["kv=4,8", "batch=1,3"]))
     assert [point.name for point in points] == [
-        "decode kv=4 batch=1", "decode kv=4 batch=3", "decode kv=8 batch=1", "decode kv=8 batch=3",
-    ]  # fmt: skip
+        "decode kv=4 batch=1",
+        "decode kv=4 batch=3",
+        "decode kv=8 batch=1",
+        "decode kv=8 batch=3",
+    ]
     assert {point.base for point in points} == {"decode"}
     assert points[3].point == {"kv": 8, "batch": 3}
     assert (points[3].history, points[3].query_lens) == ((8, 8, 8), (1, 2, 1))
@@ -98,8 +106,11 @@ def test_a_batch_cuts_or_repeats_the_requests_of_the_scenario() -> None:
 def test_without_axes_a_scenario_stays_what_it_is() -> None:
     (point,) = points_of([DECODE], {})
     assert (point.name, point.base, point.point, point.arguments) == (
-        "decode", "decode", {}, ["--scenario", "decode"],
-    )  # fmt: skip
+        "decode",
+        "decode",
+        {},
+        ["--scenario", "decode"],
+    )
     assert (point.query_lens, point.history, point.rounds) == (
         DECODE.query_lens,
         DECODE.history,
@@ -157,8 +168,17 @@ def test_an_axis_must_fit_the_model_the_device_and_the_options(
 def test_a_grid_is_measured_and_checked_point_by_point(bench: Bench, small: list[str]) -> None:
     """Several tokens per decode step included, as in multi-token prediction."""
     axes = (
-        "-a", "q_len=1,3", "-a", "kv=0,70", "-a", "heads=2", "-a", "dtype=bf16,fp32", "-a", "page_size=16",
-    )  # fmt: skip
+        "-a",
+        "q_len=1,3",
+        "-a",
+        "kv=0,70",
+        "-a",
+        "heads=2",
+        "-a",
+        "dtype=bf16,fp32",
+        "-a",
+        "page_size=16",
+    )
     done = bench(*VIRTUAL, *small, *FEW, *axes, "-o", "run.json", fakes=["virtual_clock"])
     assert done.code == 0
     run = results.read(Path("run.json"))
