@@ -119,7 +119,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, padded: bo
 # -------------------------------------------------------------------------------------------------- progress
 
 # Seconds until the first line where stderr is not a terminal; the next takes twice as long, up to the most.
-EVERY, SELDOM = 10.0, 80.0
+EVERY, SELDOM = 30.0, 120.0
 # Part of the work from which the rest is estimated.
 BEGUN = 0.05
 

@@ -132,18 +132,19 @@ def _busy(run: Run) -> Iterator[str]:
     """Yield that the machine was busy, or that its clock or temperature changed, if anything shows it."""
     unsteady = [case for case in run.cases if any(warned.kind in BUSY for warned in of_case(case))]
     load = run.environment.get(OTHERS, "")
-    short = sum(_lacks_passes(case) for case in run.cases)
-    if short:
-        count = f"{short} of {len(run.cases)} cases"
-        yield f"warning: {count} got too few passes for an interval; give --passes or --runs"
+    short, of_all = sum(_lacks_passes(case) for case in run.cases), f"of {len(run.cases)} cases"
     if not unsteady and not load:
+        if short:
+            yield f"warning: {short} {of_all} got too few passes for an interval; give --passes or --runs"
         return
-    cause = f"other processes used {load} CPUs" if load else "another load or the device's clock changed"
+    effects = [f"{short} {of_all} got too few passes for an interval"] if short else []
     if unsteady:
         drift = max(abs(case.latency_ms.drift or 0) if case.latency_ms else 0 for case in unsteady)
         extent = f" (drift up to {100 * drift:.0f} %)" if drift > DRIFTS else ""
-        cause = f"timings of {len(unsteady)} of {len(run.cases)} cases are unsteady{extent}: {cause}"
-    yield f"warning: {cause}; rerun when idle" + " (-v names the cases)" * bool(unsteady)
+        effects.insert(0, f"timings of {len(unsteady)} {of_all} are unsteady{extent}")
+    cause = f"other processes used {load} CPUs" if load else "another load or the device's clock changed"
+    what = f"{', '.join(effects)}: {cause}" if effects else cause
+    yield f"warning: {what}; rerun when idle" + " (-v names the cases)" * bool(effects)
 
 
 def _lacks_passes(case: Case) -> bool:

@@ -146,6 +146,12 @@ def test_cases_without_an_interval_for_lack_of_time_are_counted(make_run: MakeRu
     assert folded_warnings(run) == [
         "warning: 1 of 1 cases got too few passes for an interval; give --passes or --runs"
     ]
+    run.environment[OTHERS] = "1.6 of 2"
+    assert folded_warnings(run) == [
+        "warning: 1 of 1 cases got too few passes for an interval: other processes used 1.6 of 2 CPUs; rerun "
+        "when idle (-v names the cases)"
+    ]
+    del run.environment[OTHERS]
     run.cases[0].interrupted = True
     assert folded_warnings(run) == []
     run.cases[0].interrupted = False
