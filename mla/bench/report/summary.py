@@ -122,12 +122,13 @@ def _tile(scenario: str, cases: Sequence[Case]) -> Tile:
 
 
 def _ratio(first: Case, slower: Sequence[Case], outcome: str) -> tuple[str, str, str]:
-    """Return how many times as fast a case is as the next, the interval, and what that decides."""
-    comparison = compare_implementations(slower[0], first)
-    decided = {"open": "no decision: ", "doubt": "above limit: "}.get(outcome, "")
-    rank = f", the next of {len(slower)}" * (len(slower) > 1)
+    """Return how many times as fast a case is as the next (nothing where undecided), the interval, and a text."""
+    comparison, other = compare_implementations(slower[0], first), slower[0].implementation
+    if outcome == "open":
+        return "", "", f"no decision against {other}: {comparison.reason or 'their intervals overlap'}"
+    rank = f", the fastest of {len(slower)} others" * (len(slower) > 1)
     reason = f" ({comparison.reason})" * bool(comparison.reason)
-    return *_times(comparison), f"{decided}as fast as {slower[0].implementation}{rank}{reason}"
+    return *_times(comparison), f"{'above limit: ' * (outcome == 'doubt')}as fast as {other}{rank}{reason}"
 
 
 def _times(comparison: Comparison) -> tuple[str, str]:

@@ -129,7 +129,7 @@ def _ahead(ranking: Contest) -> str:
         comparison = compare_implementations(ranking.beaten[0], first)
         speed = times_as_fast(comparison.speedup, comparison.speedup_interval)
         ratio, _, bounds = speed.partition(" ")
-        rank = f", the next of {len(ranking.beaten)}" if len(ranking.beaten) > 1 else ""
+        rank = f", the fastest of {len(ranking.beaten)} others" if len(ranking.beaten) > 1 else ""
         return (
             f"{first.implementation} is {ratio} as fast as {ranking.beaten[0].implementation} {bounds}{rank}"
         )
