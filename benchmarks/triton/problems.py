@@ -122,7 +122,7 @@ PROBLEMS: dict[str, Problem] = {  # by the name in the table
     "rotate_query": small("rotate_query"),
     "write_latent": small("write_latent"),
 }
-MERGE = "merge"  # what problems that are split launch beside
+MERGE, BEST = "merge", "select: the best"  # what problems that are split, or select, launch beside
 
 
 def launches(tuning: Tuning, early: bool = False, native_e4m3: bool = False) -> dict[str, Launch]:
@@ -133,5 +133,6 @@ def launches(tuning: Tuning, early: bool = False, native_e4m3: bool = False) -> 
         problem.bound(triton_ops(tuning, MULTIPROCESSORS, recorder))()
         launched[name], *merge = recorder.recorded
         for launch in merge:
-            launched.setdefault(f"{MERGE}, lse" if launch.arguments["HAS_LSE"] else MERGE, launch)
+            named = {True: f"{MERGE}, lse", False: MERGE, None: BEST}
+            launched.setdefault(named[launch.arguments.get("HAS_LSE")], launch)
     return launched

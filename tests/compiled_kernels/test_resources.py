@@ -32,6 +32,8 @@ SHIPPED = [
     (A100, "merge, lse"),
     (H100, "sparse: 128 heads"),
     (H100, "select, fp8"),
+    (H100, "select: the best"),
+    (METAX_AS_CDNA3, "select: the best"),
     (H100, "write_latent"),
     (B200, "latent: 128 heads"),
     (B200, "expanded: 32 queries"),

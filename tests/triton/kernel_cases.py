@@ -23,7 +23,7 @@ from mla_backends.triton_ops.attention import (
 )
 from mla_backends.triton_ops.launcher import Launcher
 from mla_backends.triton_ops.pointwise import RmsNorm, RotateQuery, WriteLatent
-from mla_backends.triton_ops.selection import SelectLatents
+from mla_backends.triton_ops.selection import BITS, SelectLatents
 from mla_backends.triton_ops.tuning import Tile, Tuning
 
 SMALL = Tile(16, 16, 1, 1)
@@ -93,6 +93,7 @@ class KernelCase:
     in_place: bool = False
     joined: bool = False  # with a write of latents
     native: bool = False  # the card converts e4m3
+    by_torch: bool = False  # torch selects, as where our kernel fails its trial
     far: bool = False  # pages lie at the end of a cache beyond 32 bits
 
     def but(self, **changes: Any) -> KernelCase:
@@ -116,7 +117,9 @@ class KernelCase:
             op.splits = self.splits
             return op
         if self.case.kind == "select_latents":
-            return SelectLatents(launcher)
+            select = SelectLatents(launcher)
+            select._lack = "is not taken" * self.by_torch
+            return select
         if self.case.kind == "expanded_attention":
             return ExpandedAttention(launcher, tuning)
         rotation = Joined if self.joined else RotateQuery
@@ -183,6 +186,48 @@ class FarWrite:
         slots = cache.shape[0] * 64 - 1 - torch.arange(self.case.rows)
         call.replace(cache=cache, slots=slots)
         return list(filter(None, [call.call()]))
+
+
+@dataclass(frozen=True, eq=False)
+class BestCase:
+    """The best of given scores: each token is a request of its own, which sees `seen` of its numbers."""
+
+    scores: torch.Tensor  # [t, n] fp32
+    seen: Lengths
+    topk: int
+    tile: int = 64
+
+    def chosen(self) -> torch.Tensor:
+        """Return what the kernel selects [t, topk], or 77 if it writes elsewhere. NaN is unseen."""
+        from mla_backends.triton_ops.jit.selection import take_best
+
+        (tokens, width), first = self.scores.shape, 1  # a token before them has had its turn
+        held = torch.full((tokens, width + 3), torch.nan)
+        for row, scores, count in zip(held, self.scores, self.seen, strict=True):
+            row[:count] = scores[:count]
+        out = torch.full((first + tokens, self.topk + 2), 77, dtype=torch.int32)
+        take_best[(tokens,)](
+            scores=held, kv_lens=torch.tensor((5, *self.seen)).int(), out=out, out_token=out.stride(0),
+            cu_q=torch.arange(tokens + 2).int(), requests=tokens + 1, first=first, width=width + 3,
+            topk=self.topk, TILE=self.tile, BITS=BITS, EARLY=False,
+        )  # fmt: skip
+        strange = (out[:first] != 77).any() or (out[:, self.topk :] != 77).any()
+        return torch.full((tokens, self.topk), 77) if strange else out[first:, : self.topk]
+
+    def wrong(self) -> list[str]:
+        """Check each row against its scores in order: the same numbers, of places that ascend, then -1."""
+        said = []
+        for scores, chosen, count in zip(self.scores, self.chosen(), self.seen, strict=True):
+            taken = chosen[: max(0, min(count, self.topk))].long()
+            if (chosen[len(taken) :] != -1).any():
+                said.append("something else than -1 is behind the last")
+            if (taken.diff() <= 0).any() or ((taken < 0) | (taken >= max(1, count))).any():
+                said.append("places do not ascend, or are not seen")
+                continue
+            wanted = scores[:count].sort(descending=True).values[: len(taken)]
+            if not torch.equal(scores[taken].sort(descending=True).values, wanted):
+                said.append("others are better")
+        return said
 
 
 def latent(

@@ -13,7 +13,7 @@ chooses. Nothing imports Triton before an op is tried, and what Triton lacks is 
 |---|---|---|
 | `triton_latent` | 1, or 2 where requests are split | flash decoding over pages of any size |
 | `triton_sparse_latent` | 1, or 2 where tokens are split | the same to the keys that each token selects |
-| `triton_select` | 1, and torch's top-k | scores of an indexer, of which the best are selected |
+| `triton_select` | 2 | scores of an indexer, and a radix select of the best |
 | `triton_expanded` | 1 | flash attention over all segments |
 | `triton_write_latent` | 1 | norm, rotation and scatter of a token's latent, and the rotation of all heads |
 | `triton_rotate_query` | 1 | rotation of all heads, where `triton_write_latent` does not do it |

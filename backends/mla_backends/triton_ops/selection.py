@@ -1,4 +1,4 @@
-"""`select_latents`: a launch that scores all keys, and torch's top-k over the scores."""
+"""`select_latents`: a launch that scores all keys, and one that selects the best of them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mla_backends.api import OPS, BatchView, IndexerSpec
+from mla_backends.errors import describe, one_line
 from mla_backends.kernels.vendor import DeviceReason
-from mla_backends.selftest import try_select
+from mla_backends.selftest import device_trouble, try_select
 from mla_backends.triton_ops.attention import PartsMemory
 from mla_backends.triton_ops.launcher import KernelOp, Launcher, stored, wide
 from mla_backends.triton_ops.tuning import MIN_SIDE
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     import torch
 
 MAX_DEPTH, MAX_HEADS = 256, 128
-KEYS, WARPS = 64, 4  # of a program
+KEYS, WARPS = 64, 4  # of a program that scores
+TILE, BITS, BEST_WARPS = 4096, 6, 16  # scores of a step, and bits of a digit, of a program that selects
+SCORE_ALL = -(1 << 31)  # in place of how few keys are selected without scores
 # Bytes of the scores that are held at once; tokens beyond them take turns.
 SCORES_BYTES = 256 << 20
 PAGE, ODD_PAGE = 64, 1  # of the tiny problems
@@ -35,8 +38,9 @@ class SelectState:
 class SelectLatents(KernelOp):
     """The best keys of every token by an indexer's scores, in fp32.
 
-    A kernel writes the scores of some tokens, at most SCORES_BYTES of them, and torch's top-k reads them.
-    Width is that of the block table, so that a captured call serves requests that have grown.
+    A kernel writes the scores of some tokens, at most SCORES_BYTES of them, and another selects. Width is
+    that of the block table, so that a captured call serves requests that have grown. Torch's top-k selects
+    where the second kernel fails its trial, as in a Triton without `histogram`, and `remarks` says so.
     """
 
     contract = OPS["select_latents"]
@@ -47,6 +51,12 @@ class SelectLatents(KernelOp):
     def __init__(self, launcher: Launcher, device_reason: DeviceReason | None = None) -> None:
         super().__init__(launcher, device_reason)
         self._memory = PartsMemory()
+        self._lack = ""  # why the kernel that selects is not taken
+
+    @property
+    def remarks(self) -> list[str]:  # type: ignore[override]
+        """Say that torch selects, and why."""
+        return [f"torch's top-k selects, as our kernel {self._lack}"] if self._lack else []
 
     def shape_reasons(self, spec: IndexerSpec) -> list[str]:
         heads, depth = spec.num_heads, spec.head_dim
@@ -58,6 +68,18 @@ class SelectLatents(KernelOp):
         return reasons
 
     def attempt(self, spec: IndexerSpec) -> str:
+        try:
+            self._lack = self._trial(spec)
+        except Exception as error:  # compilers raise anything
+            if device_trouble(error):
+                raise
+            self._lack = f"raises {one_line(describe(error))}"
+        wrong = self._trial(spec) if self._lack else ""
+        if wrong:
+            self._lack = ""
+        return wrong
+
+    def _trial(self, spec: IndexerSpec) -> str:
         return try_select(self, spec, PAGE) or try_select(self, spec, ODD_PAGE)
 
     def prepare(self, spec: IndexerSpec, batch: BatchView) -> SelectState:
@@ -73,24 +95,34 @@ class SelectLatents(KernelOp):
         out: torch.Tensor,  # [T, topk] int32
         cache_format: str = "",
     ) -> None:  # fmt: skip
-        from mla_backends.triton_ops.jit.selection import score_latents
+        from mla_backends.triton_ops.jit.selection import score_latents, take_best
 
         facts, _ = stored(cache, cache_format, self.launcher)
-        arguments = {
-            "q": q, "weights": weights, "cache": cache,
-            "block_table": block_table, "kv_lens": kv_lens, "cu_q": cu_q,
+        tables = {
+            "kv_lens": kv_lens, "cu_q": cu_q, "requests": cu_q.shape[0] - 1, "width": state.width,
+            "EARLY": self.launcher.early,
+        }  # fmt: skip
+        scored = {
+            **tables, "q": q, "weights": weights, "cache": cache, "block_table": block_table,
             "q_token": q.stride(0), "q_head": q.stride(1), "weights_token": weights.stride(0),
-            "table_row": block_table.stride(0), "requests": cu_q.shape[0] - 1, "width": state.width,
+            "table_row": block_table.stride(0), "few": SCORE_ALL if self._lack else out.shape[1],
             "HEADS": q.shape[1], "WIDE_HEADS": wide(q.shape[1], MIN_SIDE),
             "DEPTH": q.shape[2], "WIDE": wide(q.shape[2], MIN_SIDE), "PAGE": cache.shape[1], "KEYS": KEYS,
-            "FORMAT": facts["FORMAT"], "NATIVE": facts["NATIVE"], "EARLY": self.launcher.early,
+            "FORMAT": facts["FORMAT"], "NATIVE": facts["NATIVE"],
+        }  # fmt: skip
+        best = {
+            **tables, "out": out, "out_token": out.stride(0), "topk": out.shape[1],
+            "TILE": TILE, "BITS": BITS,
         }  # fmt: skip
         for first in range(0, q.shape[0], state.together):
             chosen = out[first : first + state.together]
             scores = state.scores[: len(chosen) * state.width].view(-1, state.width)
-            grid = (len(chosen), -(-state.width // KEYS))
-            self.start(score_latents, grid, {**arguments, "scores": scores, "first": first}, WARPS)
-            _take_best(scores, chosen)
+            turn = {"scores": scores, "first": first}
+            self.start(score_latents, (len(chosen), -(-state.width // KEYS)), {**scored, **turn}, WARPS)
+            if self._lack:
+                _take_best(scores, chosen)
+            else:
+                self.start(take_best, (len(chosen),), {**best, **turn}, BEST_WARPS)
 
 
 def _take_best(scores: torch.Tensor, chosen: torch.Tensor) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import interpreting
 import pytest
 import torch
-from kernel_cases import FORMATS, KernelCase, latent, select, sparse
+from kernel_cases import FORMATS, KernelCase, latent, sparse
 
-from mla_backends.triton_ops import selection
 from mla_backends.triton_ops.attention import Splits
 from mla_backends.triton_ops.tuning import Tile
 
@@ -178,18 +175,3 @@ def test_selections_of_a_cache_beyond_32_bits() -> None:
 
 def test_a_selection_is_split_as_the_op_chooses_itself() -> None:
     check(sparse((1,), (1500,), 1024, heads=4, tile=LARGE))
-
-
-@pytest.mark.parametrize("page", [1, 16, 64])
-@pytest.mark.parametrize("stored", [{}, {"index_format": "fp8", "token_bytes": 52}], ids=["plain", "fp8"])
-def test_selections_by_scores(page: int, stored: dict[str, Any]) -> None:
-    check(select((2, 0, 3, 1), (70, 9, 4, 133), 24, page_size=page, **stored))
-
-
-def test_tokens_that_are_scored_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "SCORES_BYTES", 4 * 400)
-    check(select((3, 2), (70, 130), 24, page_size=16))
-
-
-def test_scores_that_follow_lengths_after_planning() -> None:
-    check(select((2, 1), (70, 33), 24, planned=(9, 200)))

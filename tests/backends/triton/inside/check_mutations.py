@@ -7,14 +7,26 @@ from pathlib import Path
 import interpreting
 import mutants
 import pytest
+import torch
 from format_cases import E4M3Case, FormatCase
-from kernel_cases import FarWrite, KernelCase, expanded, latent, norm, rotation, select, sparse, write
+from kernel_cases import (
+    BestCase,
+    FarWrite,
+    KernelCase,
+    expanded,
+    latent,
+    norm,
+    rotation,
+    select,
+    sparse,
+    write,
+)
 from mutating import Mutant
 
 from mla_backends.triton_ops.attention import Splits
 from mla_backends.triton_ops.tuning import Tile
 
-Case = KernelCase | FarWrite | E4M3Case | FormatCase
+Case = KernelCase | BestCase | FarWrite | E4M3Case | FormatCase
 
 FAR = 1_100_000_000  # the third row is beyond 32 bits
 NARROW = {"latent": 48, "rope": 8}
@@ -68,10 +80,15 @@ SELECTING = (
     sparse((1, 0, 2), (33, 5, 70), 24, heads=2, page_size=4, splits=Splits(16, 2), latent=48),
     sparse((2, 1), (9, 40), 20, heads=2, page_size=64, splits=Splits(1 << 20, 1), latent=48),
 )
+TIES = torch.tensor([1.5, -2.0, 0.0, 1.5, 7.0, 0.0, 1.5, 2.0**-30] * 40)
 INDEXED = (
     select((3, 1, 2), (70, 9, 130), 20, page_size=4),
-    select((1, 1, 2), (20, 9, 30), 8, page_size=16),  # scores of all tokens fill their memory
+    select((3, 1, 2), (70, 9, 130), 20, page_size=4, by_torch=True),
+    select((1, 1, 2), (20, 9, 30), 8, page_size=16, by_torch=True),  # scores of all tokens fill their memory
     select((1, 2), (130, 40), 24, page_size=16, index_format="fp8", token_bytes=52, selection="clustered"),
+    BestCase(torch.randn(4, 300, generator=torch.Generator().manual_seed(0)), (300, 40, 23, 41), 40),
+    BestCase(torch.stack((TIES, -TIES, TIES.flip(0))), (320, 311, 270), 90),
+    BestCase(1 + 2.0**-23 * (torch.arange(200.0)[None] * 89 % 200), (200,), 77),
 )
 MUTANTS: list[tuple[Mutant, tuple[Case, ...]]] = [
     *((one, LATENT) for one in mutants.LATENT),
