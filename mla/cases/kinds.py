@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from mla.cases.varied import Pool, Products, Queries, draw_signs
 from mla.verify.layer_check import TAIL
 from mla.verify.op_oracle import Weights, attend_requests, lost_weights, product, true_norm, true_rotation
 from mla.verify.places import Places
-from mla.verify.stored import judge_bytes, judge_decoded, stored_truth
+from mla.verify.stored import in_parts, judge_bytes, judge_decoded, stored_truth
 from mla_backends.api import AttentionSpec, FusedOp, LinearSpec, NormSpec, SegmentLengths
 
 if TYPE_CHECKING:
@@ -403,11 +404,15 @@ class StoredAttention(LatentAttention):
     cached = "b"
 
     def encoded(self, case: OpCase, given: Tensors) -> Tensors:
-        widths = case.spec.kv_lora_rank, case.spec.qk_rope_head_dim
-        return {**given, "keys": codec_for(case.spec).encode(*given["keys"].split(widths, dim=1))}
+        codec = codec_for(case.spec)
+
+        def encode(keys: torch.Tensor) -> torch.Tensor:
+            return codec.encode(*keys.split((codec.c, codec.r), dim=1))
+
+        return {**given, "keys": in_parts(encode, given["keys"])}
 
     def keys(self, spec: Any, given: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        return super().keys(spec, {"keys": latents(given["keys"], codec_for(spec))})
+        return super().keys(spec, {"keys": in_parts(partial(latents, codec=codec_for(spec)), given["keys"])})
 
 
 class ExpandedAttention(Attention):

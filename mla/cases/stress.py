@@ -167,7 +167,8 @@ def held_before(shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor
     """Return what a cache [pages, page, w] holds before a write, on the host; its last page is NaN."""
     if not dtype.is_floating_point:
         return torch.full(shape, 77, dtype=dtype)
-    before = torch.arange(math.prod(shape), dtype=torch.int32).remainder_(251).view(shape).to(dtype)
+    count = math.prod(shape)
+    before = torch.arange(251).to(dtype).repeat(-(-count // 251))[:count].view(shape)
     before[-1] = math.nan
     return before
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # Draws in a row that come to nothing, and of all per judged one, after which there is nothing to wait for.
 HOPELESS, SHARE = 60, 20
-FEW = 15  # in a row where an op refuses all that it is asked of in the dtype
+SOON = 15  # in a row where an op refuses all that it is asked of in the dtype
 SHRINKING = 60.0  # seconds for the search of a smaller case, beside those for drawing
 BYTES = 1 << 13  # that a case is made of, at most
 MOST_WORDS = 6  # of an axis, on the card
@@ -153,7 +153,7 @@ def draw(trial: Trial) -> None:
     start, drawn_from = time.monotonic(), field_of(trial, op)
     search = Search(scenes(drawn_from), player.play)
     if not any(drawn_from.serves(spec) for spec in specs(op, trial.subject) if spec.dtype == trial.dtype):
-        search.patience = FEW
+        search.patience = SOON
     file = re.sub(r"[^\w.-]+", "-", name) + ".txt"
     _search(search, drawing, drawing.folder and drawing.folder / FOLDER / file)
     end = min(time.monotonic(), search.shrink_until - SHRINKING)

@@ -143,7 +143,9 @@ class Placed:
                 fill = operand.flatten()[-1].item()  # what a kernel reads beside tables is a valid number
             gaps = call.facts.gaps.get(name, (0, 0, 0))
             piece = self.pieces[name] = Piece(shape, dtype, device, gaps, fill=fill)
-            if operand is not None:
+            if operand is None:
+                poison(piece.part)
+            else:
                 piece.part.copy_(operand)
         for piece in self.pieces.values():
             piece.seal()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -11,6 +12,7 @@ from mla.verify.places import Places, describe
 
 # How far a right op may be from the truth before it encodes: of a number, and of the largest of its row.
 NOISE, ROW_NOISE = 2.0**-16, 2.0**-21
+PART = 1 << 15  # numbers that are converted at once: these stay in a processor's cache
 UNKNOWN = -1.0  # stands for a byte that may be one of several
 
 Tensors = dict[str, torch.Tensor]
@@ -23,42 +25,47 @@ def stored_truth(latent: torch.Tensor, key: torch.Tensor, codec: Codec, dtype: t
     [T, token_bytes]: of an op that encodes what it has rounded to `dtype`, and of any other; `UNKNOWN` where
     bytes of the latents next to the true ones differ.
     """
-    info, parts = torch.finfo(dtype), (latent, key)
+    count = max(1, PART // (codec.c + codec.r))
+    parts = [_stored(pair, codec, dtype) for pair in zip(latent.split(count), key.split(count), strict=True)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def in_parts(convert: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    """Return what `convert` makes of rows [s, w], a few at a time: of each row alone."""
+    return torch.cat([convert(some) for some in rows.split(max(1, PART // max(1, rows[:1].numel())))])
+
+
+def _stored(parts: tuple[torch.Tensor, ...], codec: Codec, dtype: torch.dtype) -> Tensors:
+    """Return `stored_truth` of a few rows."""
+    info = torch.finfo(dtype)
     largest = [x.abs().amax(1, keepdim=True) if x.numel() else x.new_zeros(len(x), 1) for x in parts]
     if codec.joined:
         largest = [torch.maximum(*largest)] * 2
-    x, most = (
-        torch.cat(parts, dim=1),
-        torch.cat([m.expand_as(x) for m, x in zip(largest, parts, strict=True)], 1),
-    )
+    most = torch.cat([of.expand_as(x) for of, x in zip(largest, parts, strict=True)], dim=1)
+    x = torch.cat(parts, dim=1)
     sizes = x.abs()
     noise = NOISE * sizes + ROW_NOISE * most
     rounding = info.eps * sizes + info.tiny * info.eps  # of ops that round to `dtype` before they encode
     step = codec.of_largest * most + codec.relative * sizes + rounding + noise + codec.least
-    near, kinds = torch.stack((x, x - noise, x + noise)), (torch.float32, dtype)
-    numbers = torch.stack([near.to(kind).float() for kind in kinds])  # [2, 3, T, w]
-    rows = codec.encode(*numbers.flatten(0, 2).split([part.shape[1] for part in parts], dim=1))
-    decoded = torch.cat(codec.decode(rows), dim=1).view_as(numbers)
-    codes, stored = map(_agreed, rows.unflatten(0, numbers.shape[:3]), decoded, numbers)
-    unknown = torch.full_like(codes, UNKNOWN)
-    centre = decoded[0, 0].double()
-    return {
-        "low": centre - step,
-        "high": centre + step,
-        "bytes": stored if codec.steady or dtype != torch.float32 else unknown,
-        "codes": codes if codec.steady else unknown,
-    }
+    near = torch.stack((x, x - noise, x + noise))
+    known, centre = _agreed(codec, near if codec.steady else near[:1])
+    codes = known if codec.steady else torch.full_like(known, UNKNOWN)
+    stored = codes if dtype == torch.float32 else _agreed(codec, near.to(dtype))[0]
+    return {"low": centre - step, "high": centre + step, "bytes": stored, "codes": codes}
 
 
-def _agreed(rows: torch.Tensor, decoded: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Return the bytes [T, token_bytes] that the true, the least and the largest numbers share.
+def _agreed(codec: Codec, near: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the bytes [T, token_bytes] that numbers [n, T, c + r] near the true ones share, in float64.
 
-    These have `rows` [3, T, token_bytes]: of `numbers` [3, T, w], given back as `decoded`. No byte is certain
-    of a row whose scales differ: numbers that are the same are then decoded to others.
+    The true ones come first, and then the least and the largest; with them, what their bytes are decoded to.
+    No byte is certain of a row whose scales differ: numbers that are the same are then decoded to others.
     """
-    rescaled = ((decoded[1] != decoded[2]) & (numbers[1] == numbers[2])).any(1, keepdim=True)
-    same = (rows[0] == rows[1]) & (rows[0] == rows[2]) & ~rescaled
-    return torch.where(same, rows[0].double(), UNKNOWN)
+    numbers = near.float()
+    rows = codec.encode(*numbers.flatten(0, 1).split((codec.c, codec.r), dim=1)).unflatten(0, near.shape[:2])
+    decoded = torch.cat(codec.decode(rows.flatten(0, 1)), dim=1).view_as(numbers)
+    same = (rows == rows[0]).all(0)
+    same &= ~((decoded[1:] != decoded[-1]) & (numbers[1:] == numbers[-1])).any(0).any(1, keepdim=True)
+    return torch.where(same, rows[0].double(), UNKNOWN), decoded[0].double()
 
 
 def judge_decoded(
