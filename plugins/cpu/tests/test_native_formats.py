@@ -113,6 +113,17 @@ def test_every_code_is_decoded(kernels: Library, cache_format: str) -> None:
     torch.testing.assert_close(out[0].float(), value.to(BF16).float(), rtol=2**-7, atol=0)
 
 
+@pytest.mark.parametrize("cache_format", ["fp8_ds_mla", "int8", "q8_0"])
+def test_scales_of_an_earlier_call_do_not_matter(kernels: Library, cache_format: str) -> None:
+    """Keys are multiplied by groups, of which the last ones may hold what there was: NaN."""
+    attention = NativeLatentAttention(kernels)
+    before = latent_case([1], [600], 16, latent=256).stored(cache_format)
+    before.cache.fill_(0xFF)
+    for keys in (1, 17, 40, 270):
+        before.run(attention)
+        check_attention(latent_case([2], [keys + 1], 9, latent=256).stored(cache_format), attention)
+
+
 def test_a_cache_of_another_format_is_refused(kernels: Library) -> None:
     case = latent_case([1], [20], latent=128).stored("int8")
     for name, cache, message in (

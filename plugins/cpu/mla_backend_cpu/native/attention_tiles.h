@@ -11,6 +11,7 @@ namespace mla {
 
 constexpr int64_t KEYS = 256;                 // of one block
 constexpr int64_t KEY_TILES = KEYS / LANES;   // when they are rows of A
+constexpr int64_t FEW_SPANS = 4;              // whose sums are added in memory
 constexpr int64_t STEPS = KEYS / TILE_DEPTH;  // when weights and values are summed over them
 
 // The work of one task: keys arrive block after block.
@@ -34,10 +35,12 @@ class Attending : public Attention {
           rests_(scratch<18>().take<bf16>(rest_ ? KEY_TILES * TILE_BF16 : 0)),
           steps_(scratch<19>().take<int64_t>(panels_ + 1)) {}
 
-    // Attend keys first .. first + count - 1, whose rows `keys` and `values` point to. The next keys are not
-    // prefetched: products by tiles were slower with prefetching, and so was a prototype of this.
+    // Attend keys first .. first + count - 1, whose rows `keys` and `values` point to. Codes that come next,
+    // up to KEYS, are fetched meanwhile, as decoding waits for them. Plain keys are not: tiles read sixteen
+    // rows at a time, and were slower with prefetching.
     void attend(const bf16* const* keys, const bf16* const* values, int64_t first, int64_t count,
                 const bf16* const* next = nullptr) {
+        next_ = next && keys_.decoded() ? Lines(next, KEYS, keys_.lines()) : Lines();
         score(keys, first, count, next,
               [&](int64_t p, float* scores) { weight(p, scores, first, count, steps_[p & -2]); });
         if (keys_.decoded()) values = keys_.rows();
@@ -76,6 +79,12 @@ class Attending : public Attention {
     // Scores of one or two panels with the first `tiles` x 16 keys: [panel][KEYS][16].
     void score(int64_t p, bool two, int64_t tiles) {
         int64_t i = 0;
+        if (keys_.spans() > FEW_SPANS) {
+            for (; i < tiles; i++)
+                for (int half = 0; half <= two; half++)
+                    score_spans(p + half, i, score_ + half * KEYS * LANES + i * TILE_FLOATS);
+            return;
+        }
         if (two) {
             for (; i + 2 <= tiles; i += 2) score_block<2, 2>(p, i);
             if (i < tiles) score_block<1, 2>(p, i);
@@ -93,15 +102,56 @@ class Attending : public Attention {
         for (int64_t s = 0, k = 0; s < keys_.spans(); s++) {
             const Span& span = keys_.span(s);
             Block<M, N>::zero();
-            for (; k < (span.column + span.columns) / TILE_DEPTH; k++)
+            for (; k < (span.column + span.columns) / TILE_DEPTH; k++) {
                 Block<M, N>::multiply(a, k * TILE_DEPTH, keys_.pitch() * sizeof(bf16), b, k * TILE_BF16);
-            if (rest_ && s + 1 == keys_.spans()) Block<M, N>::multiply(rest, 0, TILE_ROW, b, whole_ * TILE_BF16);
+                next_.fetch(2 * M);
+            }
+            if (rest_ && s + 1 == keys_.spans())
+                Block<M, N>::multiply(rest, 0, TILE_ROW, b, whole_ * TILE_BF16);
             float* const to = score_ + tile * TILE_FLOATS;
             if (!span.scale)
                 Block<M, N>::store(to, TILE_FLOATS, KEYS * LANES);
             else
                 add_scaled<M, N>(span.scale + tile * LANES, s == 0, to);
         }
+    }
+    // Scores of a panel with sixteen keys, whose sums over spans stay in registers. Four spans are summed at
+    // once, as one would wait for itself.
+    void score_spans(int64_t p, int64_t tile, float* to) {
+        const bf16* const a = keys_[tile];
+        const bf16 *const rest = rests_ + tile * TILE_BF16, *const b = (const bf16*)(q_ + p * depth_);
+        float part[FEW_SPANS * TILE_FLOATS];
+        vf sum[LANES] = {};
+        for (int64_t s = 0; s < keys_.spans(); s += FEW_SPANS) {
+            unrolled<FEW_SPANS>([&](auto i) {
+                if (s + i < keys_.spans()) sum_span<i>(s + i, a, rest, b, part + i * TILE_FLOATS);
+            });
+            for (int64_t i = 0; i < std::min(FEW_SPANS, keys_.spans() - s); i++) {
+                const float *const scale = keys_.span(s + i).scale + tile * LANES, *const from =
+                                                                                       part + i * TILE_FLOATS;
+#pragma GCC unroll 16
+                for (int64_t j = 0; j < LANES; j++) sum[j] += load<vf>(from + j * LANES) * scale[j];
+            }
+        }
+#pragma GCC unroll 16
+        for (int64_t j = 0; j < LANES; j++) store(to + j * LANES, sum[j]);
+    }
+    // The products of one span of columns: [key][row].
+    template <int T>
+    void sum_span(int64_t s, const bf16* a, const bf16* rest, const bf16* b, float* to) {
+        constexpr int A = 4 + T % 2 * 2, B = A + 1;
+        const auto multiply = [&](const bf16* from, int64_t row, int64_t k) {
+            tile::load<A>(from, row);
+            tile::load<B>(b + k * TILE_BF16, TILE_ROW);
+            tile::dot<T, A, B>();
+            next_.fetch(8);
+        };
+        const Span& span = keys_.span(s);
+        tile::zero<T>();
+        for (int64_t k = span.column / TILE_DEPTH; k < (span.column + span.columns) / TILE_DEPTH; k++)
+            multiply(a + k * TILE_DEPTH, keys_.pitch() * sizeof(bf16), k);
+        if (rest_ && s + 1 == keys_.spans()) multiply(rest, TILE_ROW, whole_);
+        tile::store<T>(to, TILE_ROW);
     }
     // Add sums of a span of columns to the scores, times the scales of its keys.
     template <int M, int N>
@@ -126,12 +176,30 @@ class Attending : public Attention {
                                   : soften(panel, scores, first, seen, scale_, scores);
             if (!empty && !same(fade, 1)) scale(panel.sum, fade);
         }
-        for (int64_t s = 0; s < keys_.value_spans(); s++) {
-            if (!plain) narrow_weights(scores, keys_.span(s).scale, seen, weights_);
-            const int64_t pairs = (seen + 1) / 2;
-            std::memset((void*)(weights_ + pairs), 0, (steps * LANES - pairs) * sizeof(vu));
-            for (int64_t t = 0; t < steps; t++)
-                transpose(weights_ + t * LANES, spread(p, s) + t * TILE_FLOATS);
+        if (!plain) return spread_scaled(p, scores, seen, steps);
+        const int64_t pairs = (seen + 1) / 2;
+        std::memset((void*)(weights_ + pairs), 0, (steps * LANES - pairs) * sizeof(vu));
+        for (int64_t t = 0; t < steps; t++) transpose(weights_ + t * LANES, spread(p, 0) + t * TILE_FLOATS);
+    }
+    // The same of weights [seen][16] in fp32, times the scales of their keys: tiles for each span of values.
+    void spread_scaled(int64_t p, float* weights, int64_t seen, int64_t steps) {
+        std::memset(weights + seen * LANES, 0, (steps * TILE_DEPTH - seen) * LANES * sizeof(float));
+        const int64_t rows = std::min<int64_t>(LANES, count_ - p * LANES);
+        vu turned[2 * LANES];  // row by row, of 16 keys each
+        for (int64_t t = 0; t < steps; t++) {
+            for (int half = 0; half < 2; half++)
+                transpose((const vu*)weights + (2 * t + half) * LANES, (uint32_t*)(turned + half * LANES));
+            for (int64_t s = 0; s < keys_.value_spans(); s++) {
+                const auto scale = [&](int64_t key) {  // which a group that was not taken lacks
+                    return key < seen ? load<vf>(keys_.span(s).scale + key) : vf{};
+                };
+                const vf first = scale(t * TILE_DEPTH), second = scale(t * TILE_DEPTH + LANES);
+                bf16* to = (bf16*)(spread(p, s) + t * TILE_FLOATS);
+                for (int64_t row = 0; row < rows; row++, to += TILE_DEPTH) {
+                    store(to, narrow((vf)turned[row] * first));
+                    store(to + LANES, narrow((vf)turned[LANES + row] * second));
+                }
+            }
         }
     }
     void scale(float* sum, const vf& fade) const {
@@ -168,8 +236,8 @@ class Attending : public Attention {
                         weigh<1, 2>(p, s, c, values, count, zipped, STEPS - 1);
             }
     }
-    // Add weights . values to the sums of M panels and N x 16 columns of a span. `zipped` steps of the values are ready
-    // in the slots t & mask.
+    // Add weights . values to the sums of M panels and N x 16 columns of a span. `zipped` steps of the values
+    // are ready in the slots t & mask.
     template <int M, int N>
     void weigh(int64_t p, int64_t span, int64_t c, const bf16* const* values, int64_t count, int64_t& zipped,
                int64_t mask) {
@@ -189,7 +257,7 @@ class Attending : public Attention {
     }
     // Zip N x 16 columns of 32 values, zeros where there are fewer.
     template <int N>
-    void zip_step(const bf16* const* values, int64_t count, int64_t t, int64_t c, bf16* to) const {
+    void zip_step(const bf16* const* values, int64_t count, int64_t t, int64_t c, bf16* to) {
         for (int64_t i = 0; i < LANES; i++, to += TILE_DEPTH)
             for (int n = 0; n < N; n += 2) {
                 const int64_t j = t * TILE_DEPTH + 2 * i, at = c + n * LANES;
@@ -197,6 +265,7 @@ class Attending : public Attention {
                     zip(j < count ? values[j] + at : zeros_, j + 1 < count ? values[j + 1] + at : zeros_);
                 store(to + n * TILE_BF16, v.first);
                 store(to + (n + 1) * TILE_BF16, v.second);
+                next_.fetch(2);
             }
     }
 
@@ -208,6 +277,7 @@ class Attending : public Attention {
     vu* weights_;
     uint32_t* spread_;  // weights in tiles, [panels][spans][STEPS][row][pair]
     bf16 *zipped_, *rests_;
+    Lines next_;
     int64_t* steps_;  // of 32 keys that a pair of panels sees, at its first one
     alignas(64) const bf16 zeros_[2 * LANES] = {};
 };

@@ -4,16 +4,24 @@
 
 namespace mla {
 
-// Columns whose codes, of one byte, lie next to each other and are decoded alike, whatever their scales.
+constexpr int64_t PIECE = 32;  // columns between gaps, if there are any
+
+// Columns whose codes, of one byte, are decoded alike, whatever their scales, and lie next to each other, or
+// in pieces at one distance.
 struct Stretch {
     int64_t kind, column, columns, codes;
+    int64_t gap = 0;  // bytes between pieces
 
     // Take the next run in, if its codes follow.
     bool extended_by(const Run& run) {
-        const bool follows = run.kind == kind && run.codes == codes + columns;
+        const int64_t skipped = run.codes - codes - columns;
+        if (columns == PIECE && run.columns == PIECE && skipped > 0) gap = skipped;
+        const bool follows = run.kind == kind && skipped == gap * (columns / PIECE);
         if (follows) columns += run.columns;
         return follows;
     }
+    // The byte of a code, of the first one of a piece where there are gaps.
+    int64_t at(int64_t column) const { return codes + column + column / PIECE * gap; }
 };
 
 #if MLA_DOT_BF16
@@ -39,6 +47,10 @@ struct Bytes {
 };
 static constexpr Bytes E4M3_BYTES(false), INT8_BYTES(true);
 
+static inline __m512i two_pieces(const uint8_t* from, int64_t distance) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(load<__m256i>(from)), load<__m256i>(from + distance), 1);
+}
+
 // Decode 64 codes at a time, by tables that two registers hold; returns how many columns are decoded. The
 // tables lack -128, which nobody writes: a row that has it is left to `decode_codes`.
 template <bool WHOLE>
@@ -54,7 +66,7 @@ template <bool WHOLE>
         __mmask64 least = 0;
         for (int64_t k = 0; k < columns; k += 64) {
             const __m512i codes =
-                _mm512_permutexvar_epi64(order, load<__m512i>(rows[j] + part.codes + k));
+                _mm512_permutexvar_epi64(order, two_pieces(rows[j] + part.at(k), PIECE + part.gap));
             if (WHOLE) least |= _mm512_cmpeq_epi8_mask(codes, sign);
             const __m512i index = WHOLE ? _mm512_abs_epi8(codes) : codes;
             const __m512i low = _mm512_permutex2var_epi8(low0, index, low1);
@@ -63,7 +75,8 @@ template <bool WHOLE>
             store(to + k, _mm512_unpacklo_epi8(low, high));
             store(to + k + 32, _mm512_unpackhi_epi8(low, high));
         }
-        if (least) decode_codes<int8_part>(rows[j] + part.codes, columns, 1, to);
+        for (int64_t k = 0; least && k < columns; k += PIECE)
+            decode_codes<int8_part>(rows[j] + part.at(k), PIECE, 1, to + k);
     }
     return columns;
 }
@@ -85,17 +98,19 @@ static void decode_stretch(const uint8_t* const* rows, int64_t count, const Stre
     to += part.column;
     const bool plain = part.kind == PLAIN, whole = part.kind >= INT8;
     const int64_t done = by_tables(rows, count, part, to, pitch);
-    const int64_t left = part.columns - done;
-    to += done;
-    for (int64_t j = 0; j < count && left; j++, to += pitch) {
-        const uint8_t* from = rows[j] + part.codes + done;
-        if (plain) {
-            std::memcpy(to, from, left * sizeof(bf16));
-        } else if (whole) {
-            decode_codes<int8_part>(from, left, 1, to);
-        } else {
-            decode_codes<e4m3_part>(from, left, 1, to);
-            decode_nans(from, left, to);
+    for (int64_t c = done, piece; c < part.columns; c += piece) {
+        piece = part.gap ? PIECE : part.columns - c;
+        for (int64_t j = 0; j < count; j++) {
+            const uint8_t* from = rows[j] + part.at(c);
+            bf16* const row = to + j * pitch + c;
+            if (plain) {
+                std::memcpy(row, from, piece * sizeof(bf16));
+            } else if (whole) {
+                decode_codes<int8_part>(from, piece, 1, row);
+            } else {
+                decode_codes<e4m3_part>(from, piece, 1, row);
+                decode_nans(from, piece, row);
+            }
         }
     }
 }

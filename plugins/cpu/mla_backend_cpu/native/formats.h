@@ -1,8 +1,9 @@
 // Rows of a cache that stores codes and scales: how a row is encoded, and how it is decoded. A format is a
 // list of runs, so that attention and the cache write know no format by name.
 //
-// Every code has at most eight significant bits, so bf16 holds it exactly. Products of bf16 are made of codes,
-// and scales are applied to sums and weights in fp32: nothing is rounded that a plain cache would not round.
+// Every code has at most eight significant bits, so bf16 holds it exactly. Products of bf16 are made of
+// codes, and scales are applied to sums and weights in fp32: nothing is rounded that a plain cache would not
+// round.
 #pragma once
 #include <algorithm>
 #include <cfloat>
@@ -19,7 +20,8 @@ enum Kind : int64_t {
     E4M3_POWER,   // ... over a power of two: 2^ceil(log2(max(largest / 448, 1e-4)))
     E4M3_ANY,     // ... over largest / 448
     INT8,         // int8 over largest / 127, halves rounded to even
-    INT8_BLOCKS,  // the same as ggml does it: times the inverse, halves rounded away from 0, the scale in fp16
+    INT8_BLOCKS,  // the same as ggml does it: times the inverse, halves rounded away from 0, the scale in
+                  // fp16
 };
 
 // Columns of a row that follow each other, and share a scale: a multiple of 32 but in the last run, where
@@ -69,7 +71,8 @@ static inline uint16_t float_to_half(float x) {
 // PART codes in fp32; the code of a NaN gives some number.
 static inline pf e4m3_part(const uint8_t* from) {
 #if defined(__AVX512F__)
-    // As fp16, the exponent is too small by 8; conversions take denormals for what they are, whatever the mode.
+    // As fp16, the exponent is too small by 8; conversions take denormals for what they are, whatever the
+    // mode.
     const __m256i words = _mm256_slli_epi16(_mm256_cvtepi8_epi16(load<__m128i>(from)), 7);
     return (pf)_mm512_cvtph_ps(_mm256_and_si256(words, _mm256_set1_epi16((int16_t)0xbf80))) * 256.0f;
 #elif defined(__AVX2__)
@@ -138,6 +141,22 @@ static inline float scale_of(const Layout& layout, const Run& run, const uint8_t
     if (run.kind == E4M3_FIXED) return layout.fixed;
     if (run.kind == INT8_BLOCKS) return half_to_float(load<uint16_t>(row + run.scale));
     return load<float>(row + run.scale);
+}
+
+// The scales of `count` rows, up to sixteen; zeros behind them.
+static inline void scales_of(const Layout& layout, const Run& run, const uint8_t* const* rows, int64_t count,
+                             float* to) {
+    if (run.kind == INT8_BLOCKS && count == LANES) {
+        uint16_t half[LANES];
+        for (int64_t j = 0; j < LANES; j++) half[j] = load<uint16_t>(rows[j] + run.scale);
+#if defined(__AVX512F__)
+        store(to, _mm512_cvtph_ps(load<__m256i>(half)));
+#else
+        for (int64_t j = 0; j < LANES; j++) to[j] = half_to_float(half[j]);
+#endif
+        return;
+    }
+    for (int64_t j = 0; j < LANES; j++) to[j] = j < count ? scale_of(layout, run, rows[j]) : 0;
 }
 
 // Decode the columns of a run to fp32.

@@ -16,6 +16,26 @@ struct Span {
     const float* scale;
 };
 
+// Lines of `count` rows to fetch to the second-level cache while something is computed, a few at a time.
+class Lines {
+ public:
+    Lines() = default;
+    Lines(const bf16* const* rows, int64_t count, int64_t lines)
+        : row_(rows), end_(rows + count), lines_(lines) {}
+
+    void fetch(int64_t count) {
+        for (; count > 0 && row_ != end_; count--) {
+            __builtin_prefetch((const char*)*row_ + 64 * line_, 0, 2);
+            if (++line_ == lines_) line_ = 0, row_++;
+        }
+    }
+
+ private:
+    const bf16* const* row_ = nullptr;
+    const bf16* const* end_ = nullptr;
+    int64_t lines_ = 0, line_ = 0;
+};
+
 template <int64_t KEYS>
 class Gathered {
  public:
@@ -80,7 +100,7 @@ class Gathered {
         for (int64_t j = 0; j < LANES; j++) rows_[first + j] = to + j * pitch_;
         float* scale = scales_ + first;
         for (const Run& run : layout_) {
-            for (int64_t j = 0; j < LANES; j++) scale[j] = j < rows ? scale_of(layout_, run, key[j]) : 0;
+            scales_of(layout_, run, key, rows, scale);
             scale += KEYS;
         }
     }
