@@ -72,7 +72,7 @@ class Scene:
         if self.order != ((0, 1),):
             called = " ".join(f"{index + 1}" + f"x{times}" * (times > 1) for index, times in self.order)
             words.append(f"called {called}" if len(self.cases) > 1 else f"called {self.calls} times")
-            words += ["prepared anew every time"] * (not self.kept) + ["all prepared before"] * self.early
+            words += ["prepared again every time"] * (not self.kept) + ["all prepared before"] * self.early
             words += ["in the same memory"] * self.one_memory + ["with one state"] * bool(self.states)
         words += [f"out holds {self.held:g} before"] * (self.held == self.held)
         words += ["without lse"] * (not self.lse) + ["in place"] * self.in_place

@@ -210,7 +210,7 @@ class Folder:
         if self.index is None or not present or any(name in present for name, _ in self._indexed(self.index)):
             return ""
         return (
-            f"; '{self.index}' names none of the files that are here ('{present[0]}', ...): remove the index "
+            f"; '{self.index}' lists none of the files that are here ('{present[0]}', ...): remove the index "
             "if it is another checkpoint's"
         )
 

@@ -340,7 +340,7 @@ def _weight(
         )
     if scale is not None:
         raise CheckpointError(
-            f"{tensor} is {tensor.dtype} and yet has a scale, {quoted(scale.key)}: it is unclear whether "
+            f"{tensor} is {tensor.dtype} but has a scale, {quoted(scale.key)}: it is unclear whether "
             "that still has to be applied."
         )
     return StoredWeight(tensor)

@@ -213,7 +213,7 @@ def kept_numbers(file: Path) -> list[int]:
         return []
     numbers = [int(word) for word in words[1:] if re.fullmatch("[0-9]{1,18}", word)]
     if bad := len(words[1:]) - len(numbers):
-        note(f"'{file}' is damaged: {bad} of {len(words) - 1} words in it are no numbers.")
+        note(f"'{file}' is damaged: {bad} of {len(words) - 1} words in it are not numbers.")
     return list(dict.fromkeys(numbers))
 
 

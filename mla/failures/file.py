@@ -270,17 +270,17 @@ def _check_format(facts: CallFacts) -> None:
     """Check that a cache format is one, for latents of these widths, and the one that the op was told."""
     name = format_in(facts.spec)
     _require(
-        isinstance(name, str) and facts.scalars.get("cache_format", "") == name, "its cache format is odd"
+        isinstance(name, str) and facts.scalars.get("cache_format", "") == name, "its cache format is unknown"
     )
     if name:
         of, fields = next((row for row in CODECS if row[1][0] in facts.spec), CODECS[0])
         widths = [facts.spec[field] for field in fields]
         _require(
-            all(type(width) is int and 0 < width <= _MAX_SIZE for width in widths), "its widths are no sizes"
+            all(type(width) is int and 0 < width <= _MAX_SIZE for width in widths), "its widths are not sizes"
         )
         codec = of(name, *widths)  # raises `CacheFormatError`, a ValueError
         fits = codec is not None and facts.spec.get("token_bytes") == codec.token_bytes
-        _require(fits, f"its tokens are not of the size of {name}")
+        _require(fits, f"its bytes per token do not match {name}")
 
 
 def _is(kind: type, value: Any) -> bool:
@@ -346,18 +346,18 @@ def _check_values(facts: CallFacts, tensors: Tensors, sizes: Mapping[str, int]) 
         return
     count, page = facts.pages, sizes["page"]
     if "slots" in call:
-        _require(_within(call["slots"], count * page), "slots name no slot of the cache")
+        _require(_within(call["slots"], count * page), "slots point outside the cache")
         _require(len(call["slots"].unique()) == len(call["slots"]), "slots are not distinct")
     else:
         counted = torch.tensor([0, *facts.query_lens]).cumsum(0).tolist()
         _require(call["cu_q"].tolist() == counted, "cu_q does not count the new tokens")
         _require(call["kv_lens"].tolist() == facts.kv_lens, "kv_lens are not its lengths")
         _require(max(facts.kv_lens) <= sizes["m"] * page, "block_table has too few pages")
-        _require(_within(call["block_table"], count), "block_table names no page of the cache")
+        _require(_within(call["block_table"], count), "block_table points outside the cache")
     if "selection" in call:
         lengths_of = call["kv_lens"].repeat_interleave(call["cu_q"].diff())[:, None]
         named = ((call["selection"] >= -1) & (call["selection"] < lengths_of)).all()
-        _require(bool(named), "selection names no token of its request")
+        _require(bool(named), "selection points outside its request")
     kept = KINDS[facts.kind].touched(call, page)
     _require(torch.equal(kept, tensors["cache.pages"]), "it does not hold the pages that the call reads")
 

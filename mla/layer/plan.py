@@ -64,9 +64,8 @@ class Growth:
             raise UnsupportedBatch(
                 f"fused op '{choice.name}' returns no log-sum-exp, so it needs the keys and values of a "
                 f"whole request at once: {size(need)} for {keys} tokens, more than a quarter of the device's "
-                f"free memory ({size(int(spare))}). Use shorter prompts, or an op that "
-                "returns it, as the reference ops do (`--ops reference`); a program may also give MLA "
-                f"workspace_bytes={rebuilt_bytes(config, itemsize, keys)}, which plans this unasked."
+                f"free memory ({size(int(spare))}). Use shorter prompts or `--ops reference`; a program can "
+                f"give MLA workspace_bytes={rebuilt_bytes(config, itemsize, keys)}."
             )
 
     def _spare(self) -> float:

@@ -117,7 +117,7 @@ def judge_selection(
     named = torch.arange(result.shape[1]) < seen  # which entries name a key
     inside = (chosen >= 0) & (chosen < seen)
     for bad, what in (
-        ((~named & (chosen != -1)).any(1), "name a token, or something else than -1, behind the last"),
+        ((~named & (chosen != -1)).any(1), "name a token, or something other than -1, behind the last"),
         ((named & (chosen == -1)).any(1), "are not complete"),
         ((named & ~inside).any(1), "name a token that the query does not see"),
         (_repeats(chosen.masked_fill(~named, -1)), "name a token twice"),

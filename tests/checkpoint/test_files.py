@@ -168,7 +168,7 @@ def test_the_index_of_another_checkpoint_is_recognised(tmp_path: Path) -> None:
     )
     (made.folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     refused(
-        made.folder, made.config, r"is missing; .*names none of the files that are here .*: remove the index"
+        made.folder, made.config, r"is missing; .*lists none of the files that are here .*: remove the index"
     )
 
 

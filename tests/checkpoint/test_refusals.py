@@ -71,7 +71,7 @@ PLAIN: list[tuple[Callable[[Tensors], Tensors], str]] = [
     ),
     (
         lambda t: put(t, o_proj__weight_scale_inv=torch.ones(5, 2)),
-        "is BF16 and yet has a scale, .*it is unclear whether",
+        "is BF16 but has a scale, .*it is unclear whether",
     ),
     (lambda t: put(t, o_proj__weight=spoilt(t[O_PROJ], torch.nan)), "holds NaN or infinity in rows 0 to 71"),
     (

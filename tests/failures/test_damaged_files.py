@@ -93,8 +93,8 @@ LINEAR: list[tuple[Damage, str]] = [
     (lambda facts, kept: facts["gaps"].update(x=[0, 4]), r"Expected `array` of length 3"),
 ]
 ATTENTION: list[tuple[Damage, str]] = [
-    (change("block_table", 1, 5), "block_table names no page of the cache"),
-    (change("block_table", 0, -1), "block_table names no page of the cache"),
+    (change("block_table", 1, 5), "block_table points outside the cache"),
+    (change("block_table", 0, -1), "block_table points outside the cache"),
     (change("block_table", 0, 3), "it does not hold the pages that the call reads"),
     (change("kv_lens", 0, 9), "kv_lens are not its lengths"),
     (change("cu_q", 1, 2**31 - 1), "cu_q does not count the new tokens"),
@@ -106,7 +106,7 @@ ATTENTION: list[tuple[Damage, str]] = [
     ),
     (put("cache.rows", lambda rows: rows.flatten(0, 1)), "its cache has no pages"),
     (lambda facts, kept: facts.update(pages=0), "its cache has no pages"),
-    (lambda facts, kept: facts.update(pages=4), "block_table names no page of the cache"),
+    (lambda facts, kept: facts.update(pages=4), "block_table points outside the cache"),
     (put("cache.pages", lambda pages: pages + 1), "it does not hold the pages that the call reads"),
     (put("expected.lse", lambda lse: lse[:2]), r"expected.lse is float64 \[2, 2\], not float64 \[T, h\]"),
     (lambda facts, kept: kept.pop("reference.out"), "it lacks the tensor 'reference.out'"),

@@ -130,7 +130,7 @@ def test_a_kernel_that_leaves_keys_out_is_wrong(folder: Path) -> None:
 def test_a_case_that_is_not_there_is_refused(folder: Path) -> None:
     done = compare(folder, "--only", "2x2")
     assert done.returncode == 2
-    assert "error: --only names no case: use attention, product, 1x400-h16, " in done.stderr
+    assert "error: --only matches no case: use attention, product, 1x400-h16, " in done.stderr
 
 
 def test_threads_that_never_sleep_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

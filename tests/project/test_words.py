@@ -39,9 +39,12 @@ BANNED = {
     r"which (is|are) (no|not)": "not",
     r"lengths? (that )?(were )?never": "unseen lengths",
     r"one's own": "your own, its own",
+    r"names? no(ne|thing)?": "lacks, is empty, points outside",
+    r"anew": "again",
+    r"yet has": "but has",
 }
 # In messages alone: "this is no failure" reads well on a page.
-BANNED_IN_MESSAGES = BANNED | {r"(?<!there )is no(?! longer| more)": "is not a"}
+BANNED_IN_MESSAGES = BANNED | {r"(?<!there )(is|are) no(?! longer| more)": "is not a"}
 # A page may quote the status of a case as the file and the table have it.
 QUOTED = re.compile(r"```.*?```|`[^`\n]*`|\]\([^)]*\)|<[^>]+>|\*\*[^*\n]*\*\*", re.DOTALL)
 

@@ -75,9 +75,7 @@ def _source() -> str:
         wanted = line.partition(";")[0].replace(" ", "")
         if wanted.startswith(PACKAGES):
             return f"this torch asks for it: pip install {wanted}"
-    return (
-        "it comes with torch's wheels for CUDA and with vendors' builds of torch, and this torch names none"
-    )
+    return "it comes with torch's wheels for CUDA and with vendors' builds of torch; this torch asks for none"
 
 
 def _compiler() -> str:

@@ -64,7 +64,7 @@ def choose(setting: Setting, patterns: Sequence[str] | None) -> tuple[list[Atten
     )
     if not any(chosen):
         known = ", ".join([case.name for case in heads] + [case.name for case in shapes])
-        raise UsageError(f"--only names no case: use attention, product, {known}, or a pattern like 16x*.")
+        raise UsageError(f"--only matches no case: use attention, product, {known}, or a pattern like 16x*.")
     return chosen
 
 

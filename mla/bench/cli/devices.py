@@ -206,13 +206,12 @@ class _Memory(click.types.StringParamType):
 )  # fmt: skip
 @click.option(
     "--memory", metavar="SIZE", type=_Memory(), required=True, callback=parsed_by(read_memory),
-    help="Memory of one device for the layers' attention, weights and cache, such as 80GiB: less what the "
-    "rest of the model takes.",
+    help="Memory that one device has for weights and cache of all attention layers, such as 80GiB.",
 )  # fmt: skip
 @click.option(
     "--parallel", "layout", metavar="LAYOUT", default="tp=1", show_default=True,
     callback=parsed_by(Layout.parse),
-    help="tp=8, dp=2,tp=4, tp=4,dcp=2, ...; other layouts of as many devices are shown below it.",
+    help="Layout, such as tp=8 or dp=2,tp=4; other layouts of as many devices follow.",
 )  # fmt: skip
 @click.option(
     "--layers", type=click.IntRange(1, MAX_LAYERS), default=1, show_default=True, help="Layers of the model."

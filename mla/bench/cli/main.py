@@ -75,7 +75,7 @@ class DefaultGroup(click.Group):
         if args[0] not in self.commands:
             hint = did_you_mean(args[0], list(self.commands))
             known = ", ".join(self.commands)
-            raise click.UsageError(f"there is no command '{args[0]}'.{hint} Commands: {known}.")
+            raise click.UsageError(f"unknown command '{args[0]}'.{hint} Commands: {known}.")
         return super().resolve_command(ctx, args)
 
 

@@ -252,7 +252,7 @@ def _reliable(options: RunOptions, run: results.Run) -> Exit:
     """Return the exit code of --strict, and say on stderr why it is not 0."""
     lines = run_table.unreliable_headlines(labelled(run)) if options.strict else []
     for line in lines:
-        note(f"--strict: {line}; run again on a quieter machine")
+        note(f"--strict: {line}; rerun when idle")
     return Exit.DOUBTFUL if lines else Exit.OK
 
 

@@ -84,7 +84,7 @@ WHAT_TO_RUN = (
     ),
     what_to_run(
         "--selection", metavar="NAME", type=click.Choice(SELECTIONS), show_default=SELECTIONS[0],
-        help=f"How they lie: {', '.join(SELECTIONS)}; short for -a selection=NAME.",
+        help=f"How selected tokens lie: {', '.join(SELECTIONS)}; short for -a selection=NAME.",
     ),
     what_to_run(
         "--implementations", metavar="A,B", common=True,

@@ -135,7 +135,7 @@ class RunOptions(BackendOptions):
             return ["mla", "transformers"] if self.model_path and alone else []
         names = list(map(str, parse(self.implementations)))
         if not names:
-            raise UsageError("--implementations names nothing: leave it out, or list what to time.")
+            raise UsageError("--implementations is empty: leave it out, or list what to time.")
         return names
 
 

@@ -350,7 +350,7 @@ def _listed_implementations(options: RunOptions, points: Sequence[Point], config
 
     names = options.implementation_names
     if config.index_topk and options.implementations is None and names:
-        note("transformers is skipped: its layer selects by itself, and only ours says what")
+        note("transformers is skipped: it does not report which tokens its indexer selects")
         return []
     for name in names:
         check_name(parse_one(name).base)

@@ -42,7 +42,7 @@ def join(options: RunOptions, opened: OpenedBackend, layout: Layout) -> Crew:
     library, device = opened.backend.collectives(), opened.backend.device
     if library is None:
         raise RanksError(
-            f"backend '{opened.name}' names no library for collectives (Backend.collectives()), so it cannot "
+            f"backend '{opened.name}' has no collectives (Backend.collectives()), so it cannot "
             "run on several ranks",
             common=True,
         )

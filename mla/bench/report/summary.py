@@ -122,7 +122,7 @@ def _tile(scenario: str, cases: Sequence[Case]) -> Tile:
 
 
 def _ratio(first: Case, slower: Sequence[Case], outcome: str) -> tuple[str, str, str]:
-    """Return how many times as fast a case is as the next (nothing where undecided), the interval, and a text."""
+    """Return how many times as fast a case is as the next, the interval and a text; undecided, the text."""
     comparison, other = compare_implementations(slower[0], first), slower[0].implementation
     if outcome == "open":
         return "", "", f"no decision against {other}: {comparison.reason or 'their intervals overlap'}"

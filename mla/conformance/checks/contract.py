@@ -62,7 +62,7 @@ def batch_reasons(trial: Trial) -> None:
                     _expect_reasons("unsupported_batch()", asked)
 
 
-@check("ops.preflight", catches="a preflight that raises, or answers yes or no; remarks that are no list")
+@check("ops.preflight", catches="a preflight that raises, or answers yes or no; remarks that are not a list")
 def preflight(trial: Trial) -> None:
     """Asked for a layer that it supports, an op says with lists of sentences whether and how it runs here."""
     for name, op in _some(trial.backend.ops()).items():

@@ -50,7 +50,7 @@ def test_without_triton_its_source_is_named(complete: Path, monkeypatch: pytest.
     """A folder that happens to have its name is not Triton."""
     (complete / "site" / "triton" / "__init__.py").unlink()
     for required, cure in (
-        (None, "and this torch names none"),
+        (None, "this torch asks for none"),
         (["sympy", 'triton == 3.8.0 ; sys_platform == "linux"'], "pip install triton==3.8.0"),
         (["pytorch-triton-rocm==3.1.0"], "pip install pytorch-triton-rocm==3.1.0"),
     ):

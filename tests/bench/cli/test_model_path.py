@@ -242,7 +242,7 @@ def test_a_checkpoint_s_layer_with_an_indexer_is_timed_alone_and_one_that_shares
     words = ("--backend", "cpu", *small[2:], "--model-path", str(folder), "--layer")
     done = bench(*words, "1", "-o", "run.json")
     assert done.code == 0, done.err
-    assert "transformers is skipped: its layer selects by itself, and only ours says what" in done.err
+    assert "transformers is skipped: it does not report which tokens its indexer selects" in done.err
     run = results.decode(Path("run.json").read_bytes())
     assert {case.check.status for case in run.cases} == {"ok"}
     refused = bench(*words, "2")

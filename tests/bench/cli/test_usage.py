@@ -121,8 +121,8 @@ def test_version_is_that_of_the_package(bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["lst"], "Error: there is no command 'lst'. Did you mean 'list'? Commands: "),
-        (["benchmark"], "Error: there is no command 'benchmark'. Commands: "),
+        (["lst"], "Error: unknown command 'lst'. Did you mean 'list'? Commands: "),
+        (["benchmark"], "Error: unknown command 'benchmark'. Commands: "),
         (["--bakend", "cpu"], "Error: No such option '--bakend'"),
         (["-x"], "Error: No such option '-x'"),
         ([*CPU, "more"], "Error: Got unexpected extra argument (more)"),

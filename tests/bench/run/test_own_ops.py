@@ -202,7 +202,7 @@ KINDS = ", ".join(OPS)
             "unknown role 'latent_atention'. Did you mean 'latent_attention'? "
             f"mla[ROLE=OP] takes as ROLE: {KINDS}, qkv_a_proj, ",
         ),
-        (" , ", 2, "--implementations names nothing: leave it out, or list what to time."),
+        (" , ", 2, "--implementations is empty: leave it out, or list what to time."),
         (
             "mla[q_b_proj=rows]",
             2,
