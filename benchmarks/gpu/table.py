@@ -48,8 +48,8 @@ ORIGINAL_PREFILL_MS = 2.22
 ORIGINAL_DECODE_TOKENS = 2224.27
 FOOTNOTE = """\
 original: 2.22 ms per prefill batch and 2224.27 tok/s of decode, means over 100 runs, published in the README
-of InfiniLM's test/models/deepseek_r1 for its own implementation with deepseek-v2-lite's sizes; it does not name
-the card, and has no figures for other configs. Figures here are means too. ratio: how many times as fast.
+of InfiniLM's test/models/deepseek_r1 for its own implementation with deepseek-v2-lite's sizes; it does not
+name the card and has no figures for other configs. Figures here are means too. ratio: how many times as fast.
 """
 
 
