@@ -270,24 +270,14 @@ def report(runs: tuple[Path, ...], target: Path | None, folder: Path | None) -> 
         page.check_target(target, runs)
     read = [results.read(path) for path in runs]
     names = [str(path) for path in runs]
+    said = f"{sum(len(run.cases) for run in read)} cases of {counted(len(read), 'file')}"
     if folder is not None:
-        _pictures(names, read, folder)
+        page.check_folder(folder)
+        made = page.pictures(names, read)
+        page.write_pictures(made, folder)
+        console.note(f"wrote {len(made)} pictures into {folder}: {said}")
     if target is not None:
-        text = page.render(names, read)
-        files.write_bytes(text.encode("utf-8", "replace"), target)
-        console.note(f"wrote {target}: {_cases(read)}, {size(len(text.encode()), KiB='.0f')}")
+        text = page.render(names, read).encode("utf-8", "replace")
+        files.write_bytes(text, target)
+        console.note(f"wrote {target}: {said}, {size(len(text), KiB='.0f')}")
     return Exit.OK
-
-
-def _cases(runs: Sequence[Run]) -> str:
-    count = sum(len(run.cases) for run in runs)
-    return f"{count} cases of {counted(len(runs), 'file')}"
-
-
-def _pictures(names: Sequence[str], runs: Sequence[Run], folder: Path) -> None:
-    from mla.bench.report import page
-
-    page.check_folder(folder)
-    made = page.pictures(names, runs)
-    page.write_pictures(made, folder)
-    console.note(f"wrote {len(made)} pictures into {folder}: {_cases(runs)}")

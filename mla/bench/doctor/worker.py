@@ -84,6 +84,7 @@ def _facts(opened: Backend) -> dict[str, Any]:
     native, info, offered = opened.dtypes(), opened.device_info(), opened.ops()
     dtype = torch.bfloat16 if torch.bfloat16 in native else native[0]
     chosen = Ops(MLAConfig.preset(CONFIG), offered, dtype, opened.device, say=note)
+    ops = {role: chosen[role] for role in chosen.names()}
     return {
         "device": str(opened.device),
         "device_name": info.name,
@@ -91,7 +92,7 @@ def _facts(opened: Backend) -> dict[str, Any]:
         "dtypes": [dtype_name(dtype) for dtype in native],
         "config": CONFIG,
         "dtype": dtype_name(dtype),
-        "ops": {role: _choice(chosen, role) for role in chosen.names()},
+        "ops": {role: {"implementation": op.name, "reasons": list(op.reasons)} for role, op in ops.items()},
         "op_remarks": chosen.remarks(),
         "triton": _triton(offered),
         "idle_ops": _idle(chosen, offered),
@@ -105,10 +106,6 @@ def _ask_as_a_run_does(opened: Backend) -> None:
     opened.device_timer()
     opened.memory()
     opened.environment()
-
-
-def _choice(chosen: Ops, role: str) -> dict[str, Any]:
-    return {"implementation": chosen[role].name, "reasons": list(chosen[role].reasons)}
 
 
 def _triton(offered: Mapping[str, FusedOp]) -> dict[str, Any] | None:

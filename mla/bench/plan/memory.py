@@ -158,11 +158,12 @@ def plan_memory(
     simulated = 0 if setting.ranks is None else len(setting.ranks.timed(point))
     if setting.ranks is not None:  # once per rank that has them, and twice while they come from others
         gathered = layout.dcp if simulated else 2 * layout.head_parts
+    expected = 8 * setting.config.hidden_size * sum(run.rows for run in oracle_runs(setting.config, point))
     one_layer = replace(setting, ranks=None, layers=1), msgspec.structs.replace(point, layers=1)
     of_reference = max(_by_block(setting, point)) if simulated else layer_bytes(*one_layer)
     return MemoryPlan(
         per_implementation=layer_bytes(setting, point),
-        host=_host_bytes(setting, point) + max(0, simulated - 1) * _expected_bytes(setting, point),
+        host=_host_bytes(setting, point) + max(0, simulated - 1) * expected,
         outputs=_output_bytes(setting, point, point),
         per_reference=of_reference if fused else 0,
         gathered=gathered,
@@ -223,7 +224,8 @@ def _forward_bytes(setting: Setting, point: Point, share: int = 1) -> int:
     config = setting.config
     activations = point.layers * point.tokens * 4 * config.num_attention_heads * config.latent_dim
     numbers = activations + _input_numbers(setting, point) + _indexer_numbers(setting, point)
-    kept = (point.layers - 1) * _rebuilt_bytes(setting, point)  # that of one layer is in `WORKSPACE`
+    rebuilt = rebuilt_bytes(config, setting.dtype.itemsize, sum(_expanded_lens(setting, point)))
+    kept = (point.layers - 1) * min(rebuilt, WORKSPACE_BYTES)  # that of one layer is in `WORKSPACE`
     once = WORKSPACE + _longest_bytes(setting, point, share) + _grown_bytes(setting, point)
     return numbers * setting.dtype.itemsize + kept + once
 
@@ -255,12 +257,6 @@ def _expanded_lens(setting: Setting, point: Point) -> list[int]:
         for new, first, last in ends
         if new and cost.EXPANDED in (chooser.path(new, first), chooser.path(new, last))
     ]
-
-
-def _rebuilt_bytes(setting: Setting, point: Point) -> int:
-    """Return the rebuilt keys and values that a layer keeps memory for."""
-    keys = sum(_expanded_lens(setting, point))
-    return min(rebuilt_bytes(setting.config, setting.dtype.itemsize, keys), WORKSPACE_BYTES)
 
 
 def _grown_bytes(setting: Setting, point: Point) -> int:
@@ -335,11 +331,6 @@ def _host_bytes(setting: Setting, point: Point) -> int:
     else:
         runs = oracle_runs(config, point)
     return weights + history + evidence + judged + oracle_bytes(config, runs, itemsize)
-
-
-def _expected_bytes(setting: Setting, point: Point) -> int:
-    """Return what the outputs that are expected of all choices take on the host, in float64."""
-    return 8 * setting.config.hidden_size * sum(run.rows for run in oracle_runs(setting.config, point))
 
 
 def _other_bytes(setting: Setting, point: Point, lazy: bool) -> int:

@@ -228,18 +228,13 @@ def _cases(request: Request) -> list[_Case]:
         each = fixture.cost()
         for name in request.implementations:
             work = scenario.point.layers * float(each.flops + each.bytes)
-            cases.append(case := _Case(scenario, name, work, _unable(scenario, name)))
+            unable = "refused, skipped" if name in scenario.refused else ""
+            unable = unable if scenario.memory.fits else "does not fit, skipped"
+            cases.append(case := _Case(scenario, name, work, unable))
             if not case.said and request.setting.ranks is None and time.monotonic() < end:
                 case.seconds = _tried(fixture, scenario, name)
                 case.said = spoken(case.seconds) if case.seconds else "failed"
     return cases
-
-
-def _unable(scenario: ScenarioPlan, name: str) -> str:
-    """Return why a case cannot run; "" if it may."""
-    if not scenario.memory.fits:
-        return "does not fit, skipped"
-    return "refused, skipped" if name in scenario.refused else ""
 
 
 def _tried(fixture: Fixture, scenario: ScenarioPlan, name: str) -> float:

@@ -186,17 +186,14 @@ def with_link(options: RunOptions) -> RunOptions:
     if not options.simulate or options.parallel is None:
         return options
     link, source = _read(options.link or IDEAL)
-    if missing := link.missing(_kinds(options.parallel)):
+    layout = options.parallel
+    kinds = [ALL_REDUCE] * (layout.head_parts > 1) + [ALL_GATHER, ALL_TO_ALL] * (layout.dcp > 1)
+    if missing := link.missing(kinds):
         raise UsageError(
-            f"--link '{options.link}' lacks {missing[0]}, needed by layout '{options.parallel}': add "
+            f"--link '{options.link}' lacks {missing[0]}, needed by layout '{layout}': add "
             f"'{missing[0]}:alpha=5us,beta=300GB/s' to it."
         )
     return replace(options, link=str(link), link_source=source)
-
-
-def _kinds(layout: Layout) -> list[str]:
-    """Return the kinds of collectives in a forward of this layout."""
-    return [ALL_REDUCE] * (layout.head_parts > 1) + [ALL_GATHER, ALL_TO_ALL] * (layout.dcp > 1)
 
 
 def _read(text: str) -> tuple[Link, str]:

@@ -59,11 +59,12 @@ def file_name(document: Mapping[str, Any]) -> str:
 
 
 def _document(run: Run, case: Case) -> Document:
-    created = _time(run.created)
-    code = CODES[case.check.status]
+    created, code = _time(run.created), CODES[case.check.status]
+    # The same whenever this case is exported.
+    digest = hashlib.sha256(msgspec.json.encode((run.created, run.backend, case))).hexdigest()[:12]
     document: Document = {
         # The digest comes first, since the dashboard tells runs of one time apart by twelve letters.
-        "run_id": f"{_digest(run, case)}_{created:%Y%m%d_%H%M%S}",
+        "run_id": f"{digest}_{created:%Y%m%d_%H%M%S}",
         "time": f"{created:%Y-%m-%d %H:%M:%S}",
         "testcase": ".".join((CATEGORY, _word(case.implementation), _word(case.scenario))),
         "success": int(code != 0),  # theirs: 1 stands for a failure
@@ -81,12 +82,6 @@ def _time(text: str) -> datetime.datetime:
         return datetime.datetime.fromisoformat(text)
     except ValueError as error:
         raise ResultError(f"cannot export a run whose `created` is not a time: '{text}'.") from error
-
-
-def _digest(run: Run, case: Case) -> str:
-    """Return 12 hexadecimal digits that are the same whenever this case is exported."""
-    said = msgspec.json.encode((run.created, run.backend, case))
-    return hashlib.sha256(said).hexdigest()[:12]
 
 
 def _word(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter_ns as now_ns
 from typing import TYPE_CHECKING
 
@@ -63,14 +64,14 @@ def all_tasks(backend: Backend, dtypes: list[torch.dtype]) -> list[Task]:
     sizes = footprints(backend.device_info().cache_bytes, backend.memory().free)
     tasks: list[Task] = []
     for work, measure in (("read", benchmarks[0].read), ("copy", benchmarks[0].copy)):
-        tasks += [_memory_task(work, measure, footprint) for footprint in sizes]
+        tasks += [(f"{work} of {size(count)}", partial(_listed, measure, count)) for count in sizes]
     for benchmark, dtype in zip(benchmarks, dtypes, strict=True):
         tasks += _product_tasks(benchmark, dtype, backend)
     return tasks
 
 
-def _memory_task(work: str, measure: Callable[[int], Ceiling], footprint: int) -> Task:
-    return f"{work} of {size(footprint)}", lambda: [measure(footprint)]
+def _listed(measure: Callable[..., Ceiling], *amounts: int) -> list[Ceiling]:
+    return [measure(*amounts)]
 
 
 def _product_tasks(benchmark: Microbenchmark, dtype: torch.dtype, backend: Backend) -> Iterator[Task]:
@@ -79,11 +80,9 @@ def _product_tasks(benchmark: Microbenchmark, dtype: torch.dtype, backend: Backe
     yield f"square {name} products", lambda: list(benchmark.squares())
     for inputs, outputs in _projections(dtype, backend):
         for tokens in TOKENS:
-            yield _product_task(benchmark, name, (tokens, inputs, outputs))
-
-
-def _product_task(benchmark: Microbenchmark, name: str, shape: tuple[int, int, int]) -> Task:
-    return f"{name} product {' x '.join(map(str, shape))}", lambda: [benchmark.product(*shape)]
+            shape = tokens, inputs, outputs
+            what = f"{name} product {' x '.join(map(str, shape))}"
+            yield what, partial(_listed, benchmark.product, *shape)
 
 
 def _projections(dtype: torch.dtype, backend: Backend) -> list[tuple[int, int]]:

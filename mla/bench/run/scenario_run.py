@@ -176,9 +176,9 @@ class ScenarioRun:
         self.ceilings.again(min(LIMITS_AGAIN_S, self._hooks.target.spare()))
         ran = [impl.name for impl in built if not measured[impl.name].refused]
         cases = [self._case(impl, measured[impl.name], ran) for impl in built]
-        if self._request.options.stages:
-            for impl, case in zip(built, cases, strict=True):
-                self._add_stages(impl, case, checker)
+        for impl, case in zip(built, cases, strict=True) if self._request.options.stages else ():
+            if isinstance(impl, MlaLayer) and case.latency_ms and not case.interrupted:  # of our own layer
+                add_stages(case, impl, self._point, checker, self.ceilings, self._progress)
         return cases
 
     def _shorten(self, ms: Mapping[str, float], most: float) -> Shorter:
@@ -219,11 +219,6 @@ class ScenarioRun:
         note(f"{self._point.name}, {name} is skipped: {reason}")
         where = f"scenario '{self._point.name}', implementation '{name}'"
         self.refusal = self.refusal or UnsupportedBatch(f"{where}: {reason}")
-
-    def _add_stages(self, impl: Implementation, case: results.Case, checker: Any) -> None:
-        """Time the parts of our own layer's forward, if it has numbers at all."""
-        if isinstance(impl, MlaLayer) and case.latency_ms and not case.interrupted:
-            add_stages(case, impl, self._point, checker, self.ceilings, self._progress)
 
     def _build(self, name: str) -> Implementation:
         self._hooks.enter(name)

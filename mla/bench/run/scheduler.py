@@ -108,7 +108,7 @@ class _Scheduler:
             self._keep(work.interrupted(self._missing(scenario)))
             return Outcome(self._result(), interrupted=True)
         except Exception as error:  # noqa: BLE001  # whatever a plugin raises, finished cases must survive
-            if not self._others_may_run(error):
+            if len(self._request.scenarios) == 1 or not too_large(error):  # others may go well
                 return Outcome(self._result(), failure=failure_of(scenario.name, error))
             self._refusal = self._refusal or failure_of(scenario.name, error)
             self._skip(work, scenario, self._missing(scenario), first_line(error) or type(error).__name__)
@@ -116,7 +116,9 @@ class _Scheduler:
         self._advance(self._place(), self._bar)  # with what was planned and not done
         cases = [self._cases[scenario.name, name] for name in names]
         if any(case.check.status != "not run" for case in cases):
-            self._settle(scenario, cases)
+            self._latest = self._result()
+            self._steering.save(self._latest)
+            self._steering.log(f"{self._place()}  {scenario.name}: {', '.join(map(_in_short, cases))}")
         if work.prepared:
             del work
             gc.collect()  # weights and oracle are gone before the next ones are made
@@ -131,12 +133,6 @@ class _Scheduler:
             if self._steering.budget.left() > 0:
                 self._watchdog.beat()
                 model.again(seconds / len(self._limits), TIMES + 1)
-
-    def _settle(self, scenario: ScenarioPlan, cases: Sequence[results.Case]) -> None:
-        """Write the result so far, and log the scenario."""
-        self._latest = self._result()
-        self._steering.save(self._latest)
-        self._steering.log(f"{self._place()}  {scenario.name}: {', '.join(map(_in_short, cases))}")
 
     def _tick(self, what: str, done: int) -> None:
         """Advance the bar by so many forwards, but by no more than it has for this scenario."""
@@ -248,10 +244,6 @@ class _Scheduler:
         """Return the seconds of the next scenario, of so many for each: what others left over, or lack."""
         left = each * self._number - (time.monotonic() - self._start)
         return min(most, max(each / 2, left))
-
-    def _others_may_run(self, error: Exception) -> bool:
-        """Return whether other scenarios may go well: this one was too large."""
-        return len(self._request.scenarios) > 1 and too_large(error)
 
     def _skip(self, work: ScenarioRun, scenario: ScenarioPlan, names: Sequence[str], reason: str) -> None:
         note(f"{scenario.name} is skipped: {reason}")

@@ -375,10 +375,7 @@ class HistorySigns:
         changed = (signs != self._signs).nonzero()[:, 0].tolist()
         self._signs = signs
         if changed:
+            flat = [layer.view(-1, self._cache.config.latent_dim) for layer in self._cache.pages]
             for rows in torch.cat([self._slots[index] for index in changed]).split(CHUNK):
-                self._negate(rows)
-
-    def _negate(self, rows: torch.Tensor) -> None:
-        for layer in self._cache.pages:
-            flat = layer.view(-1, self._cache.config.latent_dim)
-            flat.index_copy_(0, rows, -flat.index_select(0, rows))
+                for layer in flat:
+                    layer.index_copy_(0, rows, -layer.index_select(0, rows))

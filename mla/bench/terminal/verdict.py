@@ -91,13 +91,10 @@ def contest(cases: Iterable[Case]) -> Contest:
     taking_part = [case for case in cases if not is_yardstick(case)]
     right = [case for case in taking_part if case.check.status == "ok"]
     without = [case for case in taking_part if case.latency_ms is None or case.check.status != "ok"]
-    ranked = sorted((case for case in right if case.latency_ms), key=_median)
+    timed = [(case.latency_ms.median, place) for place, case in enumerate(right) if case.latency_ms]
+    ranked = [right[place] for _, place in sorted(timed)]
     beaten = [case for case in ranked[1:] if compare_implementations(case, ranked[0]).decided]
     return Contest([case for case in ranked if case not in beaten], beaten, without)
-
-
-def _median(case: Case) -> float:
-    return case.latency_ms.median if case.latency_ms else 0.0
 
 
 def verdicts(run: Run) -> list[Verdict]:

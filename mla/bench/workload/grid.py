@@ -116,14 +116,13 @@ def points_of(scenarios: Sequence[Scenario], axes: Axes) -> list[Point]:
 
 def _own_axes(scenario: Scenario) -> Axes:
     try:
-        return {name: _values(name, _text(value)) for name, value in scenario.axes.items()}
+        texts = {
+            name: ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            for name, value in scenario.axes.items()
+        }
+        return {name: _values(name, text) for name, text in texts.items()}
     except (UsageError, ValueError) as error:
         raise UsageError(f"scenario '{scenario.name}': {shortened(str(error), 400)}") from error
-
-
-def _text(value: Any) -> str:
-    """Return a value of a TOML table in command-line form."""
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _values(name: str, text: str) -> tuple[Value, ...]:
