@@ -224,10 +224,12 @@ def role_costs(
     element_size: int,
     attention: str = "auto",
     token_bytes: int = 0,
+    index_bytes: int = 0,
 ) -> dict[str, Work]:
     """Return role of `mla.layer.ops` -> its work in one forward; `attention` as in `MLA`.
 
-    `token_bytes` of a token in the cache; by default it holds elements.
+    `token_bytes` of a token in the cache, `index_bytes` of one in the index cache; by default they hold
+    elements.
 
     Roles that do not run or count nothing are left out. kv_b's weights count once: for W_UK and W_UV if any
     request is absorbed, else for kv_b_proj. With a context beyond `config.index_topk`, all requests are
@@ -242,7 +244,8 @@ def role_costs(
     cached = token_bytes or element_size * config.latent_dim
     costs = _projections(config, sum(query_lens), element_size, cached)
     if config.index_n_heads:
-        costs |= _indexer(config, query_lens, kv_lens, element_size, sparse)
+        key = index_bytes or element_size * config.index_head_dim
+        costs |= _indexer(config, query_lens, kv_lens, element_size, key, sparse)
     if requests[ABSORBED]:
         costs |= _absorbed(config, requests[ABSORBED], element_size, cached, sparse)
     if requests[EXPANDED]:
@@ -258,9 +261,10 @@ def step_work(
     element_size: int,
     attention: str = "auto",
     token_bytes: int = 0,
+    index_bytes: int = 0,
 ) -> Work:
     """Return the work of one forward: weights once, each attended latent once, hidden states in and out."""
-    costs = role_costs(config, query_lens, kv_lens, element_size, attention, token_bytes)
+    costs = role_costs(config, query_lens, kv_lens, element_size, attention, token_bytes, index_bytes)
     return sum(costs.values(), Work())
 
 
@@ -282,20 +286,25 @@ def _projections(config: MLAConfig, tokens: int, element_size: int, cached: int)
 
 
 def _indexer(
-    config: MLAConfig, query_lens: Sequence[int], kv_lens: Sequence[int], element_size: int, sparse: bool
+    config: MLAConfig,
+    query_lens: Sequence[int],
+    kv_lens: Sequence[int],
+    element_size: int,
+    key_bytes: int,
+    sparse: bool,
 ) -> dict[str, Work]:
     """Index keys of new tokens; if a selection is made, also queries, fp32 weights and scores of all keys."""
     heads, width, tokens = config.index_n_heads, config.index_head_dim, sum(query_lens)
     costs = {
         "index_k_proj": _product(config.hidden_size * width, tokens, element_size),
-        "write_index_key": Work(bytes=tokens * width * element_size),
+        "write_index_key": Work(bytes=tokens * key_bytes),
     }
     if sparse:
         pairs = sum(map(attended_pairs, query_lens, kv_lens))
         costs |= {
             "index_q_proj": _product((config.q_lora_rank or 0) * heads * width, tokens, element_size),
             "index_weights_proj": _product(config.hidden_size * heads, tokens, element_size=4),
-            "select_latents": Work(2 * heads * width * pairs, sum(kv_lens) * width * element_size),
+            "select_latents": Work(2 * heads * width * pairs, sum(kv_lens) * key_bytes),
         }
     return costs
 

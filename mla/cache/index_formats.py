@@ -48,6 +48,10 @@ class IndexFp8(Codec):
         keys = index_keys(rows[:, None].contiguous(), self)[:, 0]  # a token is a page of one
         return keys, keys[:, :0]
 
+    def given_back(self, keys: torch.Tensor) -> torch.Tensor:
+        """Return keys [s, c] as a cache gives them back, in float32."""
+        return self.decode(self.encode(keys))[0]
+
     def parts(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return views of pages [p, page, c + 4] uint8: codes [p, page, c], scales [p, page, 4]."""
         count, page, _ = pages.shape

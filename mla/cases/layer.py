@@ -120,7 +120,7 @@ class LayerHost:
         """
         case, (codec, coded) = self.case, (cache.codec, cache.index_codec)
         stored = self.history if codec is None else [given_back(codec, *past) for past in self.history]
-        index = [keys if coded is None else coded.decode(coded.encode(keys))[0] for keys in self.index]
+        index = [keys if coded is None else coded.given_back(keys) for keys in self.index]
         past = [Past(kv, pe, keys) for (kv, pe), keys in zip(stored, index, strict=True)]
         judge = SelectionJudge(_selecting(case.config, case.dtype, case.model), case.dtype, codec, coded)
         by_request, expected = self.hidden.split(list(case.query_lens), dim=1), []

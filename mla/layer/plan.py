@@ -130,13 +130,15 @@ class StepPlan:
     expanded: ExpandedGroup | None
 
 
-def follows_lengths(plan: StepPlan) -> bool:
-    """Return whether a captured forward on this plan follows lengths that change in place, as its ops say."""
-    group = plan.absorbed
-    if plan.expanded is not None or group is None:
-        return False
-    states = (group.state, *(group.select,) * (group.select is not None))
-    return all(getattr(state, "graph_safe", False) for state in states)
+def frozen_roles(plan: StepPlan) -> list[str]:
+    """Return the roles whose state does not promise that a captured call follows lengths changed in place.
+
+    Those of the absorbed path: an expanded one never does.
+    """
+    if (group := plan.absorbed) is None:
+        return []
+    states = {group.role: group.state, **({} if group.select is None else {"select_latents": group.select})}
+    return [role for role, state in states.items() if not getattr(state, "graph_safe", False)]
 
 
 def make_plan(

@@ -298,7 +298,7 @@ class _Part:
         keys, true_keys = taken.keys[self.request], truth.index_keys(self.new, self.positions)
         beside, codec = torch.zeros(len(keys), dtype=torch.float64), self.judge.index_codec
         if codec is not None:
-            beside = row_errors(given_back(codec, true_keys.float(), true_keys[:, :0])[0], true_keys)
+            beside = row_errors(codec.given_back(true_keys.float()), true_keys)
         yield _row_fault(f"index keys of request {self.request}", keys, true_keys, dtype, beside=beside)
         if self.selection is None:
             return

@@ -115,6 +115,10 @@ HOW = (
         help="What the cache holds, such as fp8_ds_mla; short for -a cache_format=NAME.",
     ),
     how(
+        "--index-format", metavar="NAME", show_default="plain",
+        help="What index keys are held in: plain or fp8; short for -a index_format=NAME.",
+    ),
+    how(
         "--mode", metavar="A,B", show_default="both, if the backend has graphs",
         help="Launch mode: eager, graph.",
     ),

@@ -367,8 +367,10 @@ class LayerBench:
         Afterwards, the cache holds what it did. Raises `UnsupportedBatch` or `BackendError` for lengths that
         an op refuses.
         """
-        slots = self._batch(lengths).slots.clone()  # which the forwards write, in all layers
-        saved = [rows.index_select(1, slots) for rows in self._rows()]
+        slots, cache = self._batch(lengths).slots, self.layer.cache
+        pages = (slots // cache.page_size).unique()  # which the forwards write, in all layers
+        held = cache.pages, cache.index_pages
+        saved = [kept.index_select(1, pages) for kept in held]
         out = self.layer.out.narrow(-2, 0, len(slots))
         try:
             samples = []
@@ -380,8 +382,8 @@ class LayerBench:
                 beat()
             return samples
         finally:
-            for rows, before in zip(self._rows(), saved, strict=True):
-                rows.index_copy_(1, slots, before)
+            for kept, before in zip(held, saved, strict=True):
+                kept.index_copy_(1, pages, before)
 
     def _keep(self, lengths: Lengths, out: torch.Tensor) -> None:
         """Keep outputs [.., t, d], or those kept so far instead: each tuple is as likely to be judged."""
@@ -389,14 +391,6 @@ class LayerBench:
         if not _random.randrange(self._ran):
             taken = self.layer.evidence(*lengths)
             self._kept = lengths, (out[0] if out.dim() > 2 else out).to("cpu", copy=True), *taken
-
-    def _rows(self) -> list[torch.Tensor]:
-        cache = self.layer.cache
-        return [
-            pages.flatten(1, 2)
-            for pages in (cache.pages, getattr(cache, "index_pages", None))
-            if pages is not None
-        ]
 
     def _time(self, lengths: Lengths, out: torch.Tensor) -> Sample:
         impl, synchronize = self.layer, self.layer.setting.backend.synchronize

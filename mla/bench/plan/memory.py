@@ -322,7 +322,8 @@ def _host_bytes(setting: Setting, point: Point) -> int:
     config, itemsize = setting.config, setting.dtype.itemsize
     copies = 1 if point.layers == 1 else 2  # of the layer that is being rolled
     weights = cost.parameters(config) * (copies * itemsize + 8)
-    history = 2 * sum(point.history) * (config.latent_dim * itemsize + setting.index_bytes)
+    numbers = config.latent_dim + config.index_head_dim * (config.index_n_heads > 0)
+    history = 2 * sum(point.history) * numbers * itemsize
     evidence = point.inputs * point.tokens * config.hidden_size * (itemsize + 8)
     judged = point.tokens * config.hidden_size * (itemsize + 4 * 8)
     if setting.is_judged_after:  # from all new tokens of its pass

@@ -48,6 +48,7 @@ class RunOptions(BackendOptions):
     attention: str
     page_size: int | None
     cache_format: str | None
+    index_format: str | None
     topk: int | None
     selection: str | None
     ops: str
@@ -203,7 +204,7 @@ def command(words: Iterable[str]) -> str:
 
 def short_axes(options: RunOptions) -> list[str]:
     """Return the axes that options stand for."""
-    values = {name: getattr(options, name) for name in ("cache_format", *SELECTS)}
+    values = {name: getattr(options, name) for name in ("cache_format", "index_format", *SELECTS)}
     return [f"{name}={value}" for name, value in values.items() if value is not None]
 
 
@@ -415,7 +416,9 @@ def _check_stages(options: RunOptions, points: Sequence[Point]) -> None:
 
 
 def check_indexer(options: RunOptions, config: MLAConfig, points: Sequence[Point]) -> None:
-    """Raise `UsageError` for what is not measured of a layer with an indexer."""
+    """Raise `UsageError` for what is not measured of a layer with an indexer, or needs one."""
+    if not config.index_n_heads and any(point.index_format for point in points):
+        raise UsageError(f"index_format is that of index keys, and '{config.name}' has no indexer: omit it.")
     if not config.index_topk or all(point.op for point in points):
         return
     if not config.index_n_heads:
@@ -424,7 +427,6 @@ def check_indexer(options: RunOptions, config: MLAConfig, points: Sequence[Point
     refused = (
         (options.parallel, "is not spread over ranks yet", "--parallel"),
         (any(point.layers > 1 for point in points), "does not run in a row yet", "--layers"),
-        ("graph" in (options.mode or ""), "is not captured yet", "graph of --mode"),
         (
             options.implementations and foreign,
             "is judged by its own selection, if that is ours",

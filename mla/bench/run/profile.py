@@ -288,9 +288,8 @@ def costs(impl: MlaLayer, scenario: Scenario) -> dict[str, Cost]:
     setting, total, count = impl.setting, dict[str, Work](), scenario.inputs
     for step in range(count):
         lengths, size = (scenario.query_lens, scenario.kv_lens(step)), setting.dtype.itemsize
-        for role, work in role_costs(
-            setting.config, *lengths, size, setting.attention, setting.token_bytes
-        ).items():
+        cached = setting.token_bytes, setting.index_bytes
+        for role, work in role_costs(setting.config, *lengths, size, setting.attention, *cached).items():
             total[role] = total.get(role, Work()) + work
     return {role: Cost(flops=round(f / count), bytes=round(b / count)) for role, (f, b) in total.items()}
 

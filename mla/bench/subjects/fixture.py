@@ -236,7 +236,7 @@ class LayerFixture(Fixture):
             return made
         given = (setting.config, setting.dtype, state, inputs, self._reference)
         if setting.is_judged_after:
-            return taken_checker(*given, setting.codec)
+            return taken_checker(*given, setting.codec, index_codec=setting.index_codec)
         return layer_checker(*given, beat)
 
     def _weights(self) -> State:
@@ -265,12 +265,9 @@ class LayerFixture(Fixture):
         setting, point = self.setting, self.point
         count = min(point.inputs, steps or point.inputs)
         if count not in self._costs:
-            size, cached = setting.dtype.itemsize, setting.token_bytes
+            size, cached = setting.dtype.itemsize, (setting.token_bytes, setting.index_bytes)
             lengths = [(point.query_lens, point.kv_lens(step)) for step in range(count)]
-            works = (
-                step_work(setting.config, *lens, size, setting.attention, token_bytes=cached)
-                for lens in lengths
-            )
+            works = (step_work(setting.config, *lens, size, setting.attention, *cached) for lens in lengths)
             flops, moved = sum(works, Work())
             self._costs[count] = results.Cost(flops=round(flops / count), bytes=round(moved / count))
         return self._costs[count]

@@ -21,6 +21,7 @@ import torch
 from mla.bench.workload.scenario import Scenario
 from mla.cache import LatentCache
 from mla.cache.formats import Codec, given_back
+from mla.cache.index_formats import IndexFp8
 from mla.cases.case import generator
 from mla.config import MLAConfig
 from mla.cost import kv_b_parameters, projection_parameters
@@ -130,11 +131,14 @@ class Inputs:
         signed = [(sign * kv, sign * pe) for sign, (kv, pe) in zip(signs, self.history, strict=True)]
         return hidden, signed
 
-    def stored(self, codec: Codec | None) -> Inputs:
+    def stored(self, codec: Codec | None, index_codec: IndexFp8 | None = None) -> Inputs:
         """Return the inputs with the history as a cache gives it back."""
-        if codec is None:
-            return self
-        return replace(self, history=[given_back(codec, *past) for past in self.history])
+        history, index = self.history, self.index
+        if codec is not None:
+            history = [given_back(codec, *past) for past in history]
+        if index_codec is not None:
+            index = tuple(index_codec.given_back(keys) for keys in index)
+        return replace(self, history=history, index=index)
 
     def fresh(self, seed: int) -> Inputs:
         """Return inputs that nothing has seen: other plain hidden states, and another sign in every channel

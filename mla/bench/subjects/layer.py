@@ -25,6 +25,7 @@ from mla.bench.workload.scenario import Scenario
 from mla.cache import LatentCache
 from mla.cache.ragged_batch import RaggedBatch
 from mla.layer.attention import MLA
+from mla.layer.plan import frozen_roles
 from mla.parallel.layout import Share
 from mla.verify.layer_check import Forward, Poison
 from mla.verify.layer_oracle import State
@@ -78,6 +79,7 @@ class MlaLayer(LayerImplementation):
             ops=ops or setting.ops,
             overrides=dict(setting.overrides),
             cache_format=setting.cache_format,
+            index_format=setting.index_format,
         )
         if setting.weights is not None:
             layer.share_weights(setting.weights[index])
@@ -121,6 +123,7 @@ class MlaLayer(LayerImplementation):
             device=self.setting.device,
             dtype=self.setting.dtype,
             cache_format=self.setting.cache_format,
+            index_format=self.setting.index_format,
             shuffle=self.setting.seed,
         )
 
@@ -349,7 +352,7 @@ class CapturedForwards:
 
     def _prepare_decode(self, scenario: Scenario) -> None:
         layer = self._layer
-        _check_scaling(layer, scenario)
+        _check_switches(layer, scenario)
         layer.layer.rotary.reserve(self._max_tokens)  # growing would move what the graph reads
         layer.restore()
         for _ in range(scenario.inputs):
@@ -407,8 +410,6 @@ def captured(implementation: Implementation, scenario: Scenario) -> CapturedForw
     """Return an implementation's forwards as graph replays; it has run a whole pass. Raises `NoGraph`."""
     if not isinstance(implementation, MlaLayer):
         raise NoGraph(f"{implementation.name} is not captured")
-    if implementation.setting.config.index_topk:
-        raise NoGraph("a layer with an indexer is not captured yet")
     return CapturedForwards(implementation, scenario)
 
 
@@ -430,16 +431,18 @@ def _check_plan(layer: MlaLayer, batch: RaggedBatch) -> None:
     plan = layer.layer.plan(batch)
     if plan.expanded is not None:
         raise NoGraph("requests that take the expanded path keep the lengths of their plan")
-    if plan.absorbed is not None and not getattr(plan.absorbed.state, "graph_safe", False):
-        name = layer.layer.ops["latent_attention"].name
+    for role in frozen_roles(plan):
         raise NoGraph(
-            f"op '{name}' (latent_attention) does not promise that a captured call follows growing lengths"
+            f"op '{layer.layer.ops[role].name}' ({role}) does not promise that a captured call follows "
+            "growing lengths"
         )
 
 
-def _check_scaling(layer: MlaLayer, scenario: Scenario) -> None:
-    """Raise `NoGraph` if query scaling starts within a pass, which the host decides."""
-    scaling = layer.setting.config.query_scaling
-    first, last = max(scenario.kv_lens(0)), max(scenario.final_lens)
-    if scaling is not None and first <= scaling.period < last:
-        raise NoGraph(f"query scaling starts at {scaling.period} tokens, within the pass")
+def _check_switches(layer: MlaLayer, scenario: Scenario) -> None:
+    """Raise `NoGraph` if query scaling or selecting, which the host decides on, starts within a pass."""
+    config, first, last = layer.setting.config, max(scenario.kv_lens(0)), max(scenario.final_lens)
+    starts = {"selecting": config.index_topk or None}
+    starts["query scaling"] = config.query_scaling.period if config.query_scaling else None
+    for what, tokens in starts.items():
+        if tokens is not None and first <= tokens < last:
+            raise NoGraph(f"{what} starts at {tokens} tokens, within the pass")

@@ -39,7 +39,8 @@ def op_problem(setting: Setting, point: Point) -> Pool:
     """Return the calls of a scenario in its setting, as the layer makes them; not yet drawn."""
     assert point.op is not None
     role, config = point.op, setting.config
-    roles = layer_roles(config, setting.dtype, setting.device, cache_format=setting.cache_format)
+    formats = setting.cache_format, setting.index_format
+    roles = layer_roles(config, setting.dtype, setting.device, 1, *formats)
     kind, spec = roles[role]
     case = OpCase(
         kind,

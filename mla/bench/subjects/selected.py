@@ -13,6 +13,7 @@ from mla.bench.subjects.base import Outputs
 from mla.bench.subjects.inputs import Inputs, Turn
 from mla.bench.subjects.layer import MlaLayer
 from mla.cache.formats import Codec
+from mla.cache.index_formats import IndexFp8
 from mla.cache.ragged_batch import RaggedBatch
 from mla.config import MLAConfig
 from mla.cost import latent_attention_flops, parameters
@@ -88,7 +89,7 @@ class TakenChecker:
 
     def of(self, inputs: Inputs, count: int) -> TakenChecker:
         """Return a checker of passes over other inputs, within the same bounds."""
-        return replace(self, inputs=inputs.stored(self.judge.codec))
+        return replace(self, inputs=inputs.stored(self.judge.codec, self.judge.index_codec))
 
     def check_pass(self, outputs: Outputs, number: int, held: bool, taken: dict[int, Taken]) -> Check:
         """Judge the outputs of pass `number`, and what was taken; `held`: also to the reference's error."""
@@ -200,10 +201,11 @@ def taken_checker(
     make_reference: Callable[[], MlaLayer],
     codec: Codec | None,
     held: Held | None = None,
+    index_codec: IndexFp8 | None = None,
 ) -> TakenChecker:
     """Return what judges a layer with these weights by what it left in memory."""
-    judge = SelectionJudge(SelectingLayer(config, state), dtype, codec, held=held)
-    return TakenChecker(judge, inputs.stored(codec), make_reference)
+    judge = SelectionJudge(SelectingLayer(config, state), dtype, codec, index_codec, held)
+    return TakenChecker(judge, inputs.stored(codec, index_codec), make_reference)
 
 
 @dataclass

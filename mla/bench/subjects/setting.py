@@ -16,6 +16,7 @@ from mla.bench.workload.grid import Point, roles_of
 from mla.bench.workload.implementations import Named
 from mla.bench.workload.scenario import Scenario
 from mla.cache.formats import Codec, codec_of, stored_format
+from mla.cache.index_formats import IndexFp8, index_codec
 from mla.command.console import note
 from mla.config import MLAConfig
 from mla.layer.ops import Ops, layer_roles
@@ -89,6 +90,7 @@ class Setting:
     layers: int = 1
     overrides: tuple[tuple[str, str], ...] = ()  # role -> op, before the policy
     cache_format: str | None = None  # None: numbers of the dtype
+    index_format: str | None = None  # of index keys; None: numbers of the dtype
     # Torch's host threads once the backend was set up, before an op ran: a plugin's code may change them.
     threads: int = field(default_factory=torch.get_num_threads, compare=False)
     weights: ScenarioWeights | None = field(default=None, compare=False, repr=False)
@@ -106,6 +108,11 @@ class Setting:
         return codec_of(stored, self.config.kv_lora_rank, self.config.qk_rope_head_dim)
 
     @property
+    def index_codec(self) -> IndexFp8 | None:
+        """What encodes index keys; None where they are plain."""
+        return index_codec(self.index_format or "", self.config.index_head_dim)
+
+    @property
     def is_judged_after(self) -> bool:
         """Whether the truth of a forward depends on what it left in memory: a selection, or codes."""
         return bool(self.config.index_n_heads) or self.codec is not None
@@ -119,7 +126,10 @@ class Setting:
     @property
     def index_bytes(self) -> int:
         """Bytes of a token in the index cache of a layer; 0 without an indexer."""
-        return self.config.index_head_dim * self.dtype.itemsize if self.config.index_n_heads else 0
+        if not self.config.index_n_heads:
+            return 0
+        codec = self.index_codec
+        return codec.token_bytes if codec else self.config.index_head_dim * self.dtype.itemsize
 
     @property
     def beside(self) -> int:
@@ -147,6 +157,7 @@ def scenario_setting(setting: Setting, scenario: Point) -> Setting:
         dtype=getattr(torch, scenario.dtype) if scenario.dtype else setting.dtype,
         page_size=scenario.page_size or setting.page_size,
         cache_format=scenario.cache_format,
+        index_format=None if scenario.index_format == "plain" else scenario.index_format,
         layers=scenario.layers,
     )
 
@@ -176,7 +187,7 @@ def make_ops(setting: Setting, role: str | None = None) -> Ops:
     """
     offered, overrides = setting.backend.ops(), dict(setting.overrides)
     of = (setting.config, offered, setting.dtype, setting.device, setting.ops, overrides, note, role)
-    ops = Ops(*of, cache_format=setting.cache_format)
+    ops = Ops(*of, cache_format=setting.cache_format, index_format=setting.index_format)
     say_remarks(ops.remarks())
     return ops
 

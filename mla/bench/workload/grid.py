@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # More points are a typo, or should be several runs.
 MAX_POINTS = 1000
 
-# Axis -> smallest and largest value. `dtype`, `cache_format` and `selection` take names.
+# Axis -> smallest and largest value. `dtype`, both formats and `selection` take names.
 LIMITS = {
     "batch": (1, MAX_REQUESTS),
     "kv": (0, MAX_COUNT),
@@ -40,7 +40,7 @@ LIMITS = {
     "topk": (1, MAX_COUNT),
 }
 # Axes that override what a run or a config says, each a field of `Point`; one of them may have an option.
-OVERRIDES = ("dtype", "page_size", "cache_format", "topk", "selection")
+OVERRIDES = ("dtype", "page_size", "cache_format", "index_format", "topk", "selection")
 AXES = ("batch", "kv", "q_len", "heads", *OVERRIDES)
 # How selected tokens lie among those of a request: anywhere, last, in runs, or where scores tie.
 SELECTIONS = ("random", "recent", "clustered", "tied")
@@ -61,6 +61,7 @@ class Point(Scenario, frozen=True, kw_only=True):
     dtype: str | None = None  # overrides the run's
     page_size: int | None = None  # overrides the run's
     cache_format: str | None = None  # of the latent cache; None: numbers of the dtype
+    index_format: str | None = None  # of the index keys; None and "plain": numbers of the dtype
     topk: int | None = None  # tokens that each query of one op selects, in place of the config's
     selection: str | None = None  # how these lie, one of `SELECTIONS`
 
@@ -154,6 +155,15 @@ def _format(item: str) -> str:
         raise UsageError(f"axis cache_format: {error}") from error
 
 
+def _index_format(item: str) -> str:
+    from mla.cache.index_formats import INDEX_FORMATS  # needs torch
+
+    if item not in (known := ("plain", *INDEX_FORMATS)):
+        hint = did_you_mean(item, known)
+        raise UsageError(f"axis index_format: unknown '{item}'.{hint} Choose from: {', '.join(known)}.")
+    return item
+
+
 def _selection(item: str) -> str:
     if item not in SELECTIONS:
         hint = did_you_mean(item, SELECTIONS)
@@ -161,7 +171,7 @@ def _selection(item: str) -> str:
     return item
 
 
-NAMED = {"dtype": _dtype, "cache_format": _format, "selection": _selection}
+NAMED = {"dtype": _dtype, "cache_format": _format, "index_format": _index_format, "selection": _selection}
 
 
 def _numbers(name: str, item: str) -> list[int]:
@@ -333,6 +343,7 @@ READS_HISTORY = frozenset({"kv_b_proj", "write_latent", "latent_attention", "exp
 # Axis -> the only roles that it affects.
 AFFECTED = {
     "cache_format": frozenset({"write_latent", "latent_attention", "sparse_latent_attention"}),
+    "index_format": frozenset(SPARSE[:2]),
     "topk": frozenset(SPARSE[1:]),
     "selection": frozenset(SPARSE[1:]),
 }

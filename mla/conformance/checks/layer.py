@@ -20,7 +20,7 @@ from mla.conformance.checks.attention_state import NOT_SAFE, capture
 from mla.conformance.registry import LAYER, check
 from mla.conformance.trial import CheckFailed, Refused, Trial, expect
 from mla.layer.attention import MLA
-from mla.layer.plan import follows_lengths, rebuilt_bytes
+from mla.layer.plan import frozen_roles, rebuilt_bytes
 from mla.layer.rope import RotaryTable
 from mla.verify.layer_check import Checker
 from mla.verify.layer_oracle import Pair, oracle
@@ -494,7 +494,7 @@ def graph_lengths(trial: Trial) -> None:
         with trial.case(case.label):
             call = prepare(trial, case, "absorbed")
             batch, hidden = call.extend(in_shape=True), call.hidden[0].clone()
-            if not follows_lengths(call.layer.plan(batch)):
+            if frozen_roles(call.layer.plan(batch)):
                 raise Refused(NOT_SAFE)
             out = torch.empty_like(hidden)
             replay, outputs = capture(trial, partial(_replan, call, batch, hidden, out)), []

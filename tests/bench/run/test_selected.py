@@ -14,6 +14,7 @@ from tiny_run import DIMS
 
 from mla.bench import results
 from mla.cache.formats import codec_of
+from mla.cache.index_formats import IndexFp8
 from mla.layer.forward import Indexer
 from mla.reference import small, sparse
 
@@ -89,6 +90,60 @@ def test_a_quantised_cache_is_attended_as_it_is_stored(measure: Bench) -> None:
     )
     assert done.code == 0, done.out + done.err
     assert {case.check.status for case in cases()} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--workload", "sparse.toml", "--scenario", "decode"),
+        ("--workload", "sparse.toml", "--scenario", "prefill", "--cache-format", "int8"),
+        ("--op", "select_latents", "--batch", "3", "--kv", "90"),
+        ("--op", "write_index_key", "--batch", "3", "--kv", "90"),
+    ],
+)
+def test_the_format_of_index_keys_is_an_axis(measure: Bench, bench: Bench, words: tuple[str, ...]) -> None:
+    """Of the layer and of its ops; fp8 moves and takes fewer bytes."""
+    options = (
+        "--backend",
+        "torch",
+        "-O",
+        "device=cpu",
+        "--config",
+        "sparse.json",
+        "--implementations",
+        "mla",
+    )
+    done = bench(*options, *words, "--runs", "2", *COUNTS, "-a", "index_format=plain,fp8", "-o", "run.json")
+    assert done.code == 0, done.out + done.err
+    plain, coded = sorted(cases(), key=lambda case: case.point["index_format"] == "fp8")
+    assert plain.check.status == coded.check.status == "ok"
+    assert coded.cost.bytes < plain.cost.bytes
+    assert coded.memory.cache_bytes < plain.memory.cache_bytes
+
+
+def test_index_keys_of_bytes_that_are_written_wrong_are_found(
+    measure: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scale that is twice as large is within what rounding to four bits does, but not near enough."""
+    right = IndexFp8.encode
+
+    def doubled(codec: IndexFp8, kv: torch.Tensor, pe: torch.Tensor | None = None) -> torch.Tensor:
+        return right(codec, kv * 1.1, pe)
+
+    monkeypatch.setattr(
+        IndexFp8, "write", lambda codec, cache, slots, keys: codec.put(cache, slots, doubled(codec, keys))
+    )
+    assert measure("--index-format", "fp8", "--scenario", "prefill", "-o", "run.json").code == 4
+    assert all("rows of its index keys of request " in case.check.reason for case in cases())
+
+
+def test_a_format_of_index_keys_that_are_not_there_is_refused(bench: Bench, measure: Bench) -> None:
+    assert "axis index_format: unknown 'fp9'. Did you mean 'fp8'?" in measure("--index-format", "fp9").error
+    dense = bench("--index-format", "fp8", "--batch-spec", "2q1s40")
+    assert dense.code == 2
+    assert dense.error == (
+        "error: index_format is that of index keys, and 'deepseek-v2-lite' has no indexer: omit it."
+    )
 
 
 def test_other_codes_than_those_next_to_the_truth_are_wrong(
@@ -279,7 +334,6 @@ def test_a_run_is_resumed_and_compared(measure: Bench, bench: Bench) -> None:
     [
         (["--layers", "2"], "does not run in a row yet: leave out --layers."),
         (["--parallel", "tp=2", "--simulate"], "is not spread over ranks yet: leave out --parallel."),
-        (["--mode", "eager,graph"], "is not captured yet: leave out graph of --mode."),
         (
             ["--implementations", "mla,transformers-eager"],
             "is judged by its own selection, if that is ours: leave out transformers-eager.",
