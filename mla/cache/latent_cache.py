@@ -29,8 +29,11 @@ from mla.errors import CacheFull
 from mla_backends.operands import misfit
 
 
-def check_history(config: MLAConfig, kv: Any, pe: Any) -> int:
-    """Return the tokens of latents kv [s, c] and pe [s, r]. Raises ValueError for anything else."""
+def check_history(config: MLAConfig, kv: Any, pe: Any, length: int) -> int:
+    """Return the tokens of latents kv [s, c] and pe [s, r], for a sequence that has `length`.
+
+    Raises ValueError for anything else, and for another length than s or 0.
+    """
     widths = (config.kv_lora_rank, config.qk_rope_head_dim)
     for name, rows, width in zip(("kv", "pe"), (kv, pe), widths, strict=True):
         if not isinstance(rows, torch.Tensor) or rows.shape != (len(kv), width):
@@ -40,6 +43,8 @@ def check_history(config: MLAConfig, kv: Any, pe: Any) -> int:
             raise ValueError(f"{name} {wrong}")
         if not rows.is_floating_point() or rows.is_meta:
             raise ValueError(f"{name} must hold floating-point numbers, got {rows.dtype} on {rows.device}.")
+    if length not in (0, len(kv)):
+        raise ValueError(f"load() got {len(kv)} tokens for a sequence of {length}.")
     return len(kv)
 
 
@@ -385,8 +390,8 @@ class LatentCache:
         overwritten. Raises `CacheFull`, or ValueError when the sequence has another length or a tensor does
         not fit; both change nothing.
         """
-        count = check_history(self.config, kv, pe)
         sequence, layer = whole_numbers("a sequence and its layer", (sequence, layer))
+        count = check_history(self.config, kv, pe, self.length(sequence))
         if not 0 <= layer < self.pages.shape[0]:
             raise ValueError(f"this cache has {self.pages.shape[0]} layers, so there is no layer {layer}.")
         check_index(self.config, index, count, layer in self.index_layers)
@@ -394,12 +399,25 @@ class LatentCache:
         rows = plain(self.encoded(*kept))
         if count and self.length(sequence) == 0:
             self.extend([sequence], [count])
-        if self.length(sequence) != count:
-            raise ValueError(f"load() got {count} tokens for a sequence of {self.length(sequence)}.")
         slots = self.slots(sequence)
         self._flat(layer).index_copy_(0, slots, rows)
         if index is not None:
             self.write_index(layer, slots, index.detach().to(slots.device, self.dtype))
+
+    def copy(self, sequence: int, home: LatentCache) -> int:
+        """Return the id of a copy of a sequence in `home`, this cache or one like it: bytes stay as they are.
+
+        Raises `CacheFull`.
+        """
+        (made,) = home.new_sequences(1)
+        home.extend([made], [self.length(sequence)])
+        source, target = (
+            host_ints(pages).to(self.pages.device)
+            for pages in (self._get(sequence).pages, home._get(made).pages)
+        )
+        for held, theirs in ((self.pages, home.pages), (self.index_pages, home.index_pages)):
+            theirs.index_copy_(1, target, held.index_select(1, source))
+        return made
 
     def write_index(self, layer: int, slots: torch.Tensor, index: torch.Tensor) -> None:
         """Write index keys [s, D] in `dtype` to slots [s] int64 of a layer that has an indexer.

@@ -481,11 +481,13 @@ class AttentionCore:
         workspace_bytes: int = WORKSPACE_BYTES,
         scratch: Workspace | None = None,
         cache_format: str | None = None,
+        index_format: str | None = None,
     ) -> None:
         self.config, self.dtype, self._attention, self._limit = config, dtype, attention, workspace_bytes
         self.device = backend.device if backend is not None and backend.device else torch.device("cpu")
         offered = backend.ops() if backend else {}
-        self.ops = Ops(config, offered, dtype, self.device, ops, overrides, cache_format=cache_format)
+        chosen = (config, offered, dtype, self.device, ops, overrides)
+        self.ops = Ops(*chosen, cache_format=cache_format, index_format=index_format)
         turn = Turn.of(backend)
         self.scratch = scratch or Workspace(dtype, self.device, keeps=workspace_bytes, turn=turn)
         self._at = torch.empty(0, device=self.device).device  # as tensors say it: with an index
@@ -499,6 +501,11 @@ class AttentionCore:
     def cache_format(self) -> str:
         """The format of the pages that it reads; "" for numbers of the dtype."""
         return str(self.ops["latent_attention"].spec.cache_format)
+
+    @property
+    def index_format(self) -> str:
+        """The format of the index pages that it reads; "" for numbers of the dtype, and where it has none."""
+        return str(self.ops["select_latents"].spec.index_format) if "select_latents" in self.ops else ""
 
     def load(self, kv_b_proj: torch.Tensor) -> None:
         """Pack the weight [h (n + v), c]. Raises `WeightError` for another shape."""
@@ -525,7 +532,7 @@ class AttentionCore:
         """Return what the batch's new tokens select: positions [T, topk] int32, -1 behind the last.
 
         Takes rotated queries q [T, H, D], weights [T, H] fp32 with every factor, and index keys of all tokens
-        in `index_pages` [pages, page, D].
+        in `index_pages` [pages, page, D or bytes].
         """
         choice = self.ops["select_latents"]
         choice.check_batch(batch.query_lens, batch.kv_lens, batch.page_size)
@@ -539,6 +546,7 @@ class AttentionCore:
             kv_lens=batch.kv_lens_device,
             cu_q=batch.cu_q,
             out=out,
+            **stored_as(self.ops, "select_latents"),
         )
         return out
 

@@ -368,22 +368,14 @@ class ShardedCache:
             del self._lengths[sequence]
 
     def load(
-        self,
-        sequence: int,
-        kv: torch.Tensor,
-        pe: torch.Tensor,
-        layer: int = 0,
-        *,
-        index: torch.Tensor | None = None,
+        self, sequence: int, kv: torch.Tensor, pe: torch.Tensor, layer: int = 0, *, index: Any = None
     ) -> None:
         """Store this rank's tokens of a whole history: kv [s, c] already normed, pe [s, r] already rotated.
 
         As `LatentCache.load`, with the history of all ranks.
         """
-        count = check_history(self.config, kv, pe)
+        count = check_history(self.config, kv, pe, self.length(sequence))
         check_index(self.config, index, count, layer in self.index_layers)
-        if self.length(sequence) not in (0, count):
-            raise ValueError(f"load() got {count} tokens for a sequence of {self.length(sequence)}.")
         own = self.share.owns(torch.arange(count, device="cpu"))
         missing = self.share.first(count) - int(own.sum())  # rows that rank 0 has and this one has not
         spare = lambda x: torch.cat((x[own.to(x.device)], x.new_zeros(missing, x.shape[1])))  # noqa: E731

@@ -46,6 +46,49 @@ def test_it_holds_a_format(model: Any, prompts: Prompts, name: str, most: float)
             model(**prompts)
 
 
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
+def test_it_holds_index_keys_in_a_format(family: str, prompts: Prompts) -> None:
+    """What is attended differs by where keys near each other fall; stock caches do not hold them."""
+    model = make_model(family)
+    with torch.no_grad():
+        theirs = model(**prompts).logits
+        use_mla(model, index_format="fp8")
+        cache = paged(model)
+        ours = model(**prompts, **cache).logits
+        assert 0 < ((ours - theirs).norm() / theirs.norm()).item() < 0.5
+        assert cache[CACHE].latents.index_pages.dtype == torch.uint8
+        with pytest.raises(UnsupportedModel, match="only a PagedCache holds fp8"):
+            model(**prompts)
+    restore(model)
+    with pytest.raises(
+        UnsupportedModel, match="has no indexer, and so no index keys: leave index_format out"
+    ):
+        use_mla(make_model("deepseek_v3"), index_format="fp8")
+
+
+@pytest.mark.parametrize("formats", [{}, {"cache_format": "fp8", "index_format": "fp8"}])
+def test_copies_of_requests_are_copies_of_their_bytes(prompts: Prompts, formats: dict[str, str]) -> None:
+    """Whatever these are: decoding and encoding again would change some."""
+    model = use_mla(make_model("deepseek_v32"), **formats)
+    cache = paged(model)[CACHE]
+    with torch.no_grad():
+        model(**prompts, **{CACHE: cache})
+    latents = cache.latents
+    for pages in (latents.pages, latents.index_pages):
+        pages.view(torch.uint8).random_(0, 256)
+    twin = copy.deepcopy(cache)
+    twin.batch_repeat_interleave(2)
+    for number, sequence in enumerate(twin._sequences):
+        source = cache._sequences[number // 2]
+        assert twin.latents.length(sequence) == latents.length(source)
+        for held, copied in (
+            (latents.pages, twin.latents.pages),
+            (latents.index_pages, twin.latents.index_pages),
+        ):
+            before, after = held[:, latents._get(source).pages], copied[:, twin.latents._get(sequence).pages]
+            assert torch.equal(before.view(torch.uint8), after.view(torch.uint8))
+
+
 def test_padding_takes_no_pages(model: Any, prompts: Prompts) -> None:
     use_mla(model)
     cache = paged(model, page_size=4)[CACHE]

@@ -139,10 +139,8 @@ class Attention:
         picked: Picked | None,
     ) -> torch.Tensor:
         paged: Any = getattr(latent, "paged", None)  # a layer of a `PagedCache`: latents are new ones alone
-        if paged is None and self.core.cache_format:
-            raise UnsupportedModel(
-                f"only a PagedCache holds {self.core.cache_format}: pass one to the model."
-            )
+        if paged is None and (kept := self.core.cache_format or self.core.index_format):
+            raise UnsupportedModel(f"only a PagedCache holds {kept}: pass one to the model.")
         held = self._steps if paged is None else paged
         step: Step = held.step(flags, query.shape[2])
         rows = query.transpose(1, 2)  # [B, t, h, n + r]

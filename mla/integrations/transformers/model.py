@@ -39,12 +39,18 @@ class Use(NamedTuple):
 
 
 def use_mla(
-    model: Any, backend: str | Backend = "cpu", *, cache_format: str | None = None, **arguments: Any
+    model: Any,
+    backend: str | Backend = "cpu",
+    *,
+    cache_format: str | None = None,
+    index_format: str | None = None,
+    **arguments: Any,
 ) -> Any:
     """Have a loaded `transformers` model attend its cached latents through our ops; return it.
 
     `backend` is a name, with `arguments` of `mla.load_backend`, or what that returned. With a `cache_format`
-    other than the model's dtype, such as "fp8_ds_mla", the model takes a `PagedCache` alone, which holds it.
+    other than the model's dtype, such as "fp8_ds_mla", or an `index_format` of its index keys, "fp8", the
+    model takes a `PagedCache` alone, which holds it.
     Caches, generation and all other layers stay those of
     `transformers`. Raises `UnsupportedModel`, before anything is changed, for a model that cannot be served,
     and `BackendError` for a backend that is not there.
@@ -53,6 +59,8 @@ def use_mla(
     opened = backend if isinstance(backend, Backend) else _load(backend, surveyed.device, arguments)
     if opened is backend and arguments:
         raise UnsupportedModel(f"{', '.join(arguments)}: such arguments go to `mla.load_backend`.")
+    if index_format and not surveyed.config.index_n_heads:
+        raise UnsupportedModel("this model has no indexer, and so no index keys: leave index_format out.")
     if opened.device is None or not _same(opened.device, surveyed.device):
         name = getattr(backend, "name", backend)
         raise UnsupportedModel(
@@ -64,7 +72,7 @@ def use_mla(
     use = _use(surveyed)
     try:
         for layer in surveyed.layers:
-            _prepare(layer, surveyed, opened, steps, cache_format)
+            _prepare(layer, surveyed, opened, steps, cache_format, index_format)
             layer.mla_use = use
         surveyed.owner.set_attn_implementation(NAME)
         for served, guards in zip(surveyed.models, use.guards.values(), strict=True):
@@ -99,7 +107,14 @@ def _same(backend: torch.device, model: torch.device) -> bool:
     return backend.type == model.type and (model.index or 0) == (backend.index or 0)
 
 
-def _prepare(layer: Any, surveyed: Survey, backend: Backend, steps: Steps, cache_format: str | None) -> None:
+def _prepare(
+    layer: Any,
+    surveyed: Survey,
+    backend: Backend,
+    steps: Steps,
+    cache_format: str | None,
+    index_format: str | None,
+) -> None:
     """Have one layer run our ops; packed weights take the place of its plain ones."""
     config = surveyed.config.of_layer(layer.layer_idx)
     core = AttentionCore(
@@ -108,6 +123,7 @@ def _prepare(layer: Any, surveyed: Survey, backend: Backend, steps: Steps, cache
         dtype=surveyed.dtype,
         scratch=steps.scratch,
         cache_format=cache_format,
+        index_format=index_format,
     )
     core.load(layer.kv_b_proj.weight)
     layer.mla_attention, layer.expand_kv = Attention(core, steps, surveyed.config), _as_they_are

@@ -150,6 +150,7 @@ class PagedCache(Cache):
             device=core.device,
             dtype=core.dtype,
             cache_format=core.cache_format,
+            index_format=core.index_format,
         )
         self.columns = 0  # tokens of the longest request, with its padding
         self._sequences: list[int] = []
@@ -291,16 +292,9 @@ class PagedCache(Cache):
         again = set[int]()
         self._sequences = []
         for place in sources:
-            self._sequences.append(self._copy(old[place], self.latents) if place in again else old[place])
+            taken = self.latents.copy(old[place], self.latents) if place in again else old[place]
+            self._sequences.append(taken)
             again.add(place)
-
-    def _copy(self, sequence: int, home: LatentCache) -> int:
-        """Return a copy of a sequence, in this cache or another one."""
-        (made,) = home.new_sequences(1)
-        for layer in range(len(self.layers)):
-            index = self.latents.read_index(sequence, layer)
-            home.load(made, *self.latents.read(sequence, layer), layer, index=index)
-        return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
         """Return a cache for the same model. Raises `UnsupportedModel`."""
@@ -308,6 +302,6 @@ class PagedCache(Cache):
         self._require_finished()
         size = self.latents.page_size
         made = PagedCache(self._model, max_tokens=self.latents.num_pages * size, page_size=size)
-        made._sequences = [self._copy(sequence, made.latents) for sequence in self._sequences]
+        made._sequences = [self.latents.copy(sequence, made.latents) for sequence in self._sequences]
         made.columns, made._named = self.columns, self._named
         return made

@@ -63,18 +63,10 @@ class NativeWriteIndexKey(_IndexOp):
         return [*super()._sizes(width, rotary), *uneven]
 
     def __call__(
-        self,
-        *,
-        k: torch.Tensor,  # [T, D]
-        weight: torch.Tensor,  # [D]
-        bias: torch.Tensor,  # [D]
-        eps: float,
-        cos_sin: torch.Tensor,  # [T, R] fp32
-        interleaved: bool,
-        slots: torch.Tensor,  # [T] int64
-        cache: torch.Tensor,  # [pages, page, D], or bytes [pages, page, D + 4]
-        cache_format: str = "",
-    ) -> None:
+        self, *, k: Any, weight: Any, bias: Any, eps: float, cos_sin: Any, interleaved: bool, slots: Any,
+        cache: Any, cache_format: str = "",
+    ) -> None:  # fmt: skip
+        """Write keys; operands are those of `write_index_key/1`."""
         import torch
 
         k = rows("k", k, torch.bfloat16, None, None)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from judged import judged
+from tiny_run import DIMS
 
 import mla
 from mla.bench.results import decode
@@ -51,6 +53,23 @@ def test_decode_in_plain_torch_is_replayed_as_its_lengths_grow(bench: Any, tmp_p
     assert {graph.check.status for graph in graphs} == {"ok"}
     assert len(graphs) == 4  # warm and cold, on both clocks
     assert graphs[0].method == "replay of one captured graph, its block table as wide as the pass needs"
+
+
+@pytest.mark.only("nvidia")  # the suite looks at moore
+def test_decode_of_a_layer_with_an_indexer_is_replayed(bench: Any, tmp_path: Path) -> None:
+    """But not where it begins to select within a pass: that is decided on the host."""
+    indexer = {"model_type": "deepseek_v32", "q_lora_rank": 24, "index_n_heads": 3, "index_head_dim": 16}
+    for topk, reason in ((8, ""), (64, "selecting starts at 64 tokens, within the pass")):
+        (tmp_path / "sparse.json").write_text(json.dumps({**DIMS, **indexer, "index_topk": topk}))
+        words = ("--ops", "reference", "--scenario", "decode", "-O", "graph=on", "--config", "sparse.json")
+        done = bench(*words, "-o", "run.json")
+        assert done.code == 0, done.err
+        (case,) = decode((tmp_path / "run.json").read_bytes()).cases
+        assert case.check.status == "ok"
+        graphs = [timing for timing in case.timings if timing.mode == "graph"]
+        assert {(graph.check.status, graph.check.reason) for graph in graphs} == {
+            ("not run" if reason else "ok", reason)
+        }
 
 
 @pytest.mark.only("nvidia")  # the suite looks at moore
