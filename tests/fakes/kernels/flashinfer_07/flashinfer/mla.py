@@ -8,6 +8,7 @@ import functools
 import fake_kernels
 import torch
 from fake_kernels import ragged_mla
+from fake_kernels.flat_wrapper import FlatWrapper
 
 
 class _BackendPlanUnsupportedError(ValueError):
@@ -40,7 +41,7 @@ def keywords_only(method):
     return wrapped
 
 
-class BatchMLAPagedAttentionWrapper:
+class BatchMLAPagedAttentionWrapper(FlatWrapper):
     def __init__(
         self,
         float_workspace_buffer,
@@ -51,11 +52,7 @@ class BatchMLAPagedAttentionWrapper:
         kv_len_arr=None,
         backend="auto",
     ):
-        fake_kernels.CALLS["BatchMLAPagedAttentionWrapper"] += 1
-        if backend not in ("auto", "fa2", "fa3"):
-            raise ValueError(f"backend {backend} is not covered by the fake")
-        self.device = float_workspace_buffer.device
-        self._plan = None
+        super().__init__(float_workspace_buffer, backend=backend)
         self._lse_mode = "none"
 
     @keywords_only
@@ -150,7 +147,6 @@ class BatchMLAPagedAttentionWrapper:
         bmm1_scale=None,
         bmm2_scale=None,
     ):
-        fake_kernels.CALLS["run"] += 1
         if query is None or kv_cache is None:
             raise DeprecationWarning("Legacy MLA tensor arguments are deprecated")
         if self._plan is None:
@@ -161,16 +157,8 @@ class BatchMLAPagedAttentionWrapper:
         if asked != self._lse_mode:
             raise ValueError(f"LSE mode mismatch: planned {self._lse_mode!r}, got {asked!r}; re-plan")
         (q_nope, q_pe), (ckv_cache, kpe_cache) = query, kv_cache
-        out = torch.empty_like(q_nope) if out is None else out
-        ragged_mla.check_output(out, q_nope.shape, q_nope.dtype, "out")
-        if return_lse:
-            lse = q_nope.new_empty(q_nope.shape[:2], dtype=torch.float32) if lse is None else lse
-            ragged_mla.check_output(lse, q_nope.shape[:2], torch.float32, "lse")
         given = (ckv_scale, kpe_scale)
         if any((scale is None) == (ckv_cache.dtype == torch.float8_e4m3fn) for scale in given):
             raise ValueError("ckv_scale and kpe_scale are for FP8, which needs both")
-        parts = (q_nope, q_pe, ckv_cache, kpe_cache, out, lse if return_lse else None)
-        ragged_mla.run(self._plan, *parts, scales=given)
-        if asked == "base2":
-            ragged_mla.to_base_2(lse)
-        return (out, lse) if return_lse else out
+        parts = (q_nope, q_pe, ckv_cache, kpe_cache, out, lse)
+        return self.attend(*parts, return_lse, natural=asked == "basee", scales=given)
