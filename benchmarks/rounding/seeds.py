@@ -28,8 +28,8 @@ from benchmarks.rounding.cases import (
     product_ratio,
     roundings,
 )
-from benchmarks.rounding.forms import EXACT, ONE_BY_ONE, RIGHT
-from benchmarks.rounding.wrong import BF16, F16, F32, WRONG
+from benchmarks.rounding.forms import BF16, EXACT, F16, F32, ONE_BY_ONE, RIGHT, WRONG
+from mla.command.display import markdown
 
 DTYPES = {"bf16": BF16, "fp16": F16, "fp32": F32}
 NEW = "as the reference, new inputs"
@@ -75,11 +75,11 @@ def wrong(seeds: range) -> tuple[Ratios, Ratios]:
 
 def table(title: str, ratios: Ratios, pick: Callable[[Iterable[float]], float]) -> str:
     """Return a Markdown table of one figure per form and dtype."""
-    lines = [f"| {title} | {' | '.join(DTYPES)} |", "| --- |" + " --- |" * len(DTYPES)]
-    for form in dict.fromkeys(form for form, _ in ratios):
-        cells = [f"{pick(ratios[form, name]):.2f}" if ratios.get((form, name)) else "" for name in DTYPES]
-        lines.append(f"| {form} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    forms = dict.fromkeys(form for form, _ in ratios)
+    known = {place: f"{pick(several):.2f}" for place, several in ratios.items() if several}
+    return markdown(
+        (title, *DTYPES), [[form, *(known.get((form, name), "") for name in DTYPES)] for form in forms]
+    )
 
 
 def main() -> int:
@@ -99,7 +99,7 @@ def main() -> int:
         ("wrong layers, smallest error over bound", wrong_layers, min),
         ("wrong ops, smallest error over bound", wrong_ops, min),
     ):
-        print(f"{table(title, ratios, pick)}\n")  # noqa: T201
+        print(table(title, ratios, pick))  # noqa: T201
     alarms = max(max(map(max, ratios.values())) for ratios in (layers, single))
     both = [max(min(wrong_layers[form]), min(wrong_ops[form])) for form in wrong_layers]
     return int(alarms > 1 or min(both) <= 1)

@@ -19,8 +19,7 @@ from benchmarks.rounding.cases import (
     op_ratio,
     product_ratio,
 )
-from benchmarks.rounding.forms import ONE_BY_ONE, RIGHT, Form
-from benchmarks.rounding.wrong import WRONG
+from benchmarks.rounding.forms import ONE_BY_ONE, RIGHT, WRONG, Form
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 PREFILL, ALIKE, DECODE, ONE_TOKEN, WIDE = LAYERS
