@@ -38,6 +38,7 @@ _DECLARED = {
     "mla_write_latent": "pi p f pi p p piif i iiin n > s",
     "mla_write_index_key": "pi p p f pi p piin iiin n > s",
     "mla_select_latents": "piii pi p nii pii pp iii pii n > s",
+    "mla_huge_pages": "pi",
     "mla_recorded": "s > p",
     "mla_run_recorded": "pi n > s",
     "mla_dot_bf16": "> n",

@@ -44,7 +44,7 @@ class _IndexOp(NativeOp):
         if cache_format not in ("", *self.cache_formats):
             raise ValueError(f"the native ops do not know the index format '{cache_format}'.")
         coded = bool(cache_format)
-        return pages(cache, coded, width + SCALE_BYTES if coded else width), coded
+        return pages(self.kernels, cache, coded, width + SCALE_BYTES if coded else width), coded
 
 
 class NativeWriteIndexKey(_IndexOp):

@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from native_cases import levels_here
+import torch
+from native_cases import any_bits, bits, levels_here
 
 from mla_backend_cpu import compilation, instruction_sets, products
-from mla_backend_cpu.library import load
+from mla_backend_cpu.library import Library, load
+from mla_backend_cpu.native_ops import CACHE_BYTES, pages
 
 # The checks do not see what the tile instructions of AMX touch; the emulation is checked instead.
 UNTILED = next(name for name in levels_here() if name != "amx")
@@ -126,3 +129,22 @@ def test_a_lack_of_memory_is_an_error_and_no_end(name: str) -> None:
         names = [call for call in names if call not in ("linear", "batched")]
     assert done.stdout.splitlines() == [f"{call} - {why}" for call in names], done.stderr
     assert done.returncode == 0, done.stderr
+
+
+def test_a_large_cache_is_put_on_huge_pages_once_and_keeps_its_bytes() -> None:
+    """The system may refuse, which changes nothing; so what is asked of it is what is checked."""
+    kernels = load(UNTILED)
+    asked: list[tuple[int, int]] = []
+
+    def move(address: int, size: int) -> None:
+        asked.append((address, size))
+        kernels.functions.mla_huge_pages(address, size)
+
+    watched = Library(kernels.level, kernels.functions)
+    watched.functions = SimpleNamespace(mla_huge_pages=move)  # type: ignore[assignment]
+    cache = any_bits(CACHE_BYTES // (64 * 128 * 2), 64, 128, seed=1)
+    before = bits(cache).clone()
+    for part in (cache, cache, cache[1:]):  # what is left is too small
+        assert pages(watched, part, False, 128) is part
+    assert asked == [(cache.data_ptr(), CACHE_BYTES)]
+    assert torch.equal(bits(cache), before)

@@ -177,6 +177,12 @@ const char* mla_select_latents(const bf16* q, int64_t q_token, int64_t q_head, i
     return attempt([&] { select_latents(a, threads); });
 }
 
+// Put memory that was allocated elsewhere on huge pages: what is in use by now, and what will be.
+void mla_huge_pages(void* data, int64_t bytes) {
+    want_huge_pages(data, bytes);
+    make_huge_pages(data, bytes);
+}
+
 // How a function above is called from a record; null if it is never recorded.
 const void* mla_recorded(const char* name) {
     static const std::pair<const char*, Recorded> functions[] = {

@@ -28,8 +28,7 @@ class Attending : public Attention {
         : Attention(rows, count, value_width, scale),
           layout_(layout),
           key_width_(key_width),
-          q_(wide_queries(rows, count, key_width)),
-          score_(scratch<13>().take<float>(KEYS * LANES)) {}
+          q_(wide_queries(rows, count, key_width)) {}
 
     // Attend keys first .. first + count - 1, whose rows `keys` and `values` point to; where these are the
     // same pointers, a value is the beginning of its key. The keys [KEYS] that come next, if any, are fetched
@@ -37,24 +36,28 @@ class Attending : public Attention {
     void attend(const bf16* const* keys, const bf16* const* values, int64_t first, int64_t count,
                 const bf16* const* next = nullptr) {
         const Wide value = values == keys ? Wide{} : widened(values, count, width_, scratch<18>());
-        score(keys, first, count, next, [&](int64_t p, float* scores) {
+        score(keys, first, count, next, 1, [&](int64_t p, int64_t, int64_t, float* scores, int64_t) {
             Panel& panel = panel_[p];
             const int64_t seen = std::min(count, panel.most - first);
             fade(panel, soften(panel, scores, first, seen, scale_, scores));
-            weigh(panel, value.rows ? value : key_, seen, std::min<int64_t>(LANES, count_ - p * LANES));
+            weigh(panel, scores, value.rows ? value : key_, seen, std::min<int64_t>(LANES, count_ - p * LANES));
         });
     }
 
-    // Call use(p, scores [KEYS][16]) for each panel that sees any of these keys.
+    // Call use(p, 0, count, scores, column) for each `group` of panels, p the first, that sees any of these keys: scores
+    // [group][count][16], `column` apart.
     template <class Use>
-    void score(const bf16* const* keys, int64_t first, int64_t count, const bf16* const* next, const Use& use) {
+    void score(const bf16* const* keys, int64_t first, int64_t count, const bf16* const* next, int64_t group,
+               const Use& use) {
+        constexpr int64_t column = (KEYS + LANES - 1) / LANES * LANES * LANES;
+        float* const scores = scratch<13>().take<float>(group * column);
         key_ = widened(keys, count, key_width_, scratch<16>());
-        for (int64_t p = 0; p < panels_; p++) {
+        for (int64_t p = 0; p < panels_; p += group) {
             const int64_t seen = std::min(count, panel_[p].most - first);
             if (seen <= 0) continue;
-            score(q_ + p * key_width_ * LANES, key_, seen, next);
-            next = nullptr;
-            use(p, score_);
+            for (int64_t q = 0; q < group; q++, next = nullptr)
+                score(q_ + (p + q) * key_width_ * LANES, key_, seen, next, scores + q * column);
+            use(p, 0, count, scores, column);
         }
     }
 
@@ -76,7 +79,7 @@ class Attending : public Attention {
     }
 
     // Scores [count][16] of a panel's queries q [key_width][16].
-    void score(const float* q, const Wide& key, int64_t count, const bf16* const* next) {
+    void score(const float* q, const Wide& key, int64_t count, const bf16* const* next, float* to) {
         const int64_t blocks = (count + TILE_ROWS - 1) / TILE_ROWS;
         for (int64_t k = 0; k < key_width_; k += QUERY_COLUMNS) {
             const int64_t depth = std::min(QUERY_COLUMNS, key_width_ - k);
@@ -84,7 +87,7 @@ class Attending : public Attention {
                 rows = (count - j + blocks - block - 1) / (blocks - block);
                 if (next) fetch(next + j, block + 1 < blocks ? rows : KEYS - j, k, depth);
                 const RowMajor a = {key.rows + j * key.pitch + k, key.pitch};
-                scores_of(rows)(a, {q + k * LANES, LANES, 0}, {score_ + j * LANES, LANES, k == 0}, depth, {});
+                scores_of(rows)(a, {q + k * LANES, LANES, 0}, {to + j * LANES, LANES, k == 0}, depth, {});
             }
         }
     }
@@ -101,13 +104,13 @@ class Attending : public Attention {
     }
 
     // panel.sum += weights . values, `rows` of them in use.
-    void weigh(Panel& panel, const Wide& value, int64_t count, int64_t rows) const {
+    void weigh(Panel& panel, const float* weights, const Wide& value, int64_t count, int64_t rows) const {
         const int64_t blocks = (rows + WEIGH_ROWS - 1) / WEIGH_ROWS;
         for (int64_t c = 0; c < width_; c += WEIGH_STRIPS * LANES)
             for (int64_t block = 0, i = 0, some; block < blocks; block++, i += some) {
                 some = (rows - i + blocks - block - 1) / (blocks - block);
                 const Sums sums = {panel.sum + i * width_ + c, width_, false};
-                values_of(some)(Interleaved<LANES>{score_ + i}, {value.rows + c, value.pitch, LANES}, sums,
+                values_of(some)(Interleaved<LANES>{weights + i}, {value.rows + c, value.pitch, LANES}, sums,
                                 count, {});
             }
     }
@@ -130,7 +133,6 @@ class Attending : public Attention {
     const int64_t key_width_;
     const float* const q_;  // [panels][key_width][16]
     Wide key_ = {};         // of the block
-    float* const score_;    // and then weights, [KEYS][16]
 };
 
 }  // namespace mla

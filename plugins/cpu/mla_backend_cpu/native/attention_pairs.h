@@ -118,7 +118,6 @@ class Attending : public Attention {
           pairs_(key_width / 2),
           q_(paired_queries(rows, count, pairs_, pairs_)),
           keys_(layout, key_width, value_width, pitch),
-          score_(scratch<13>().take<float>(2 * KEYS * LANES)),
           weights_(scratch<14>().take<vu>(KEYS / 2)) {}
 
     // Attend keys first .. first + count - 1, whose rows `keys` and `values` point to. The keys [KEYS] that
@@ -127,44 +126,50 @@ class Attending : public Attention {
     void attend(const bf16* const* keys, const bf16* const* values, int64_t first, int64_t count,
                 const bf16* const* next = nullptr) {
         if (keys_.decoded()) values = keys_.rows();
-        score(keys, first, count, next,
-              [&](int64_t p, float* scores) { update(panel_[p], scores, values, first, count); });
+        score(keys, first, count, next, 2, [&](int64_t p, int64_t, int64_t, float* scores, int64_t column) {
+            for (int64_t end = std::min(p + 2, panels_); p < end; p++, scores += column)
+                update(panel_[p], scores, values, first, count);
+        });
     }
 
-    // Call use(p, scores [KEYS][16]) for each panel that sees any of these keys.
+    // Call use(p, 0, count, scores, column) for each `group` of panels, p the first, that sees any of these keys: scores
+    // [group][count][16], `column` apart.
     template <class Use>
-    void score(const bf16* const* keys, int64_t first, int64_t count, const bf16* const* next, const Use& use) {
+    void score(const bf16* const* keys, int64_t first, int64_t count, const bf16* const* next, int64_t group,
+               const Use& use) {
+        float* const scores = scratch<13>().take<float>(group * KEYS * LANES);
         bool taken = false;
-        for (int64_t p = 0; p < panels_; p += 2) {
-            const bool two = p + 1 < panels_;
-            if (std::max(panel_[p].most, two ? panel_[p + 1].most : 0) <= first) continue;
-            for (int64_t i = 0; i < count; i += LANES) {
-                if (!taken) keys_.take(keys, count, i / LANES);  // which its first product finds in the nearest cache
-                if (two)
-                    score_group<KEYS_TWO, 2>(p, i, next);
-                else
-                    score_group<KEYS_ONE, 1>(p, i, next);
-            }
-            next = nullptr, taken = true;
-            for (int half = 0; half <= two; half++) use(p + half, score_ + half * KEYS * LANES);
+        for (int64_t p = 0; p < panels_; p += group) {
+            const int64_t end = std::min(p + group, panels_);
+            if (std::all_of(panel_ + p, panel_ + end, [&](const Panel& panel) { return panel.most <= first; })) continue;
+            float* to = scores;
+            for (int64_t q = p; q < end; q += 2, next = nullptr, taken = true, to += 2 * KEYS * LANES)
+                for (int64_t i = 0; i < count; i += LANES) {
+                    if (!taken) keys_.take(keys, count, i / LANES);  // which its first product finds in the nearest cache
+                    if (q + 1 < end)
+                        score_group<KEYS_TWO, 2>(q, i, next, to + i * LANES);
+                    else
+                        score_group<KEYS_ONE, 1>(q, i, next, to + i * LANES);
+                }
+            use(p, 0, count, scores, KEYS * LANES);
         }
     }
 
  private:
     // Scores of NP panels with keys i .. i + 15 of the block.
     template <int KN, int NP>
-    void score_group(int64_t p, int64_t i, const bf16* const* next) {
+    void score_group(int64_t p, int64_t i, const bf16* const* next, float* to) {
         const bf16* key = keys_[i / LANES];
         const int64_t pitch = keys_.pitch();
         const Next fetched = {next + i, next ? keys_.lines() * LANES : 0}, nothing = {};
         const vu* q = q_ + p * pairs_;
         if (keys_.decoded())
             for (int j = 0; j < LANES; j += KN / 2)
-                scaled_scores<KN / 2, NP>(key + j * pitch, pitch, q, pairs_, score_ + (i + j) * LANES,
+                scaled_scores<KN / 2, NP>(key + j * pitch, pitch, q, pairs_, to + j * LANES,
                                           j ? nothing : fetched, &keys_.span(0), i + j);
         else
             for (int j = 0; j < LANES; j += KN)
-                scores<KN, NP>(key + j * pitch, pitch, q, pairs_, score_ + (i + j) * LANES,
+                scores<KN, NP>(key + j * pitch, pitch, q, pairs_, to + j * LANES,
                                j ? nothing : fetched);
     }
     void update(Panel& panel, float* score, const bf16* const* values, int64_t first, int64_t count) {
@@ -192,7 +197,6 @@ class Attending : public Attention {
     const int64_t pairs_;
     const vu* const q_;  // [panels][pairs]
     Gathered<KEYS> keys_;
-    float* score_;
     vu* weights_;
     alignas(64) const bf16 zeros_[2 * LANES] = {};
 };

@@ -37,12 +37,21 @@ class Attending : public Attention {
 
     // Attend keys first .. first + count - 1, whose rows `keys` and `values` point to. Codes that come next,
     // up to KEYS, are fetched meanwhile, as decoding waits for them. Plain keys are not: tiles read sixteen
-    // rows at a time, and were slower with prefetching.
+    // rows at a time, and were slower with prefetching, selected ones as well.
     void attend(const bf16* const* keys, const bf16* const* values, int64_t first, int64_t count,
                 const bf16* const* next = nullptr) {
         next_ = next && keys_.decoded() ? Lines(next, KEYS, keys_.lines()) : Lines();
-        score(keys, first, count, next,
-              [&](int64_t p, float* scores) { weight(p, scores, first, count, steps_[p & -2]); });
+        take(keys, count);
+        for (int64_t p = 0; p < panels_; p += 2) {
+            const bool two = p + 1 < panels_;
+            const int64_t most = two ? std::max(panel_[p].most, panel_[p + 1].most) : panel_[p].most;
+            const int64_t seen = std::max<int64_t>(0, std::min(count, most - first));
+            steps_[p] = (seen + TILE_DEPTH - 1) / TILE_DEPTH;
+            if (!seen) continue;
+            score(p, two, 0, (seen + LANES - 1) / LANES, score_, KEYS * LANES);
+            for (int half = 0; half <= two; half++)
+                weight(p + half, score_ + half * KEYS * LANES, first, count, steps_[p]);
+        }
         if (keys_.decoded()) values = keys_.rows();
         if (panels_ == 1)
             weigh_one(values, count);
@@ -50,23 +59,47 @@ class Attending : public Attention {
             weigh_pairs(values, count);
     }
 
-    // Call use(p, scores [KEYS][16]) for each panel of a pair that sees any of these keys.
+    // Call use(p, i, n, scores, column) for each `group` of panels, p the first, with n keys from i on, at most 16, if
+    // it sees any: scores [group][n][16], `column` apart. Vectors are used while tiles multiply the keys after them.
     template <class Use>
-    void score(const bf16* const* keys, int64_t first, int64_t count, const bf16* const*, const Use& use) {
-        for (int64_t i = 0; i * LANES < count; i++) keys_.take(keys, count, i);
-        for (int64_t i = 0; rest_ && i * LANES < count; i++) copy_rest(i);
-        for (int64_t p = 0; p < panels_; p += 2) {
-            const bool two = p + 1 < panels_;
-            const int64_t most = two ? std::max(panel_[p].most, panel_[p + 1].most) : panel_[p].most;
-            const int64_t seen = std::max<int64_t>(0, std::min(count, most - first));
-            steps_[p] = (seen + TILE_DEPTH - 1) / TILE_DEPTH;
-            if (!seen) continue;
-            score(p, two, (seen + LANES - 1) / LANES);
-            for (int half = 0; half <= two; half++) use(p + half, score_ + half * KEYS * LANES);
-        }
+    void score(const bf16* const* keys, int64_t first, int64_t count, const bf16* const* next, int64_t group,
+               const Use& use) {
+        const int64_t pairs = (group + 1) / 2, size = group * PIECE * LANES;
+        float* const scores = scratch<13>().take<float>(2 * size);
+        take(keys, count);
+        const int64_t steps = pairs * depth_ / LANES, lines = keys_.lines();
+        next_ = Lines(next, next ? KEYS : 0, lines), each_ = (PIECE * lines + steps - 1) / steps;
+        struct {
+            int64_t p, i, n;
+            const float* scores;
+        } last = {};
+        const auto use_last = [&](int64_t i) {
+            if (i < last.n)
+                use(last.p, last.i + i, std::min<int64_t>(LANES, last.n - i), last.scores + i * LANES, PIECE * LANES);
+        };
+        bool turn = false;
+        for (int64_t p = 0; p < panels_; p += group)
+            for (int64_t i = 0, seen = std::min(count, panel_[p].most - first); i < seen; i += PIECE, turn = !turn) {
+                const int64_t n = std::min(PIECE, seen - i), end = (i + n + LANES - 1) / LANES;
+                float* const to = scores + turn * size;
+                for (int64_t pair = 0; pair < std::max<int64_t>(pairs, 2); pair++) {
+                    if (pair < pairs)
+                        score(p + 2 * pair, 2 * pair + 1 < group, i / LANES, end, to + 2 * pair * PIECE * LANES,
+                              PIECE * LANES);
+                    if (pair < 2) use_last(pair * LANES);
+                }
+                last = {p, i, n, to};
+            }
+        use_last(0), use_last(LANES);
     }
 
  private:
+    static constexpr int64_t PIECE = 2 * LANES;  // keys whose scores are used at a time
+
+    void take(const bf16* const* keys, int64_t count) {
+        for (int64_t i = 0; i * LANES < count; i++) keys_.take(keys, count, i);
+        for (int64_t i = 0; rest_ && i * LANES < count; i++) copy_rest(i);
+    }
     // The last columns of sixteen keys, filled up with zeros to a tile.
     void copy_rest(int64_t i) {
         for (int64_t j = 0; j < LANES; j++) {
@@ -76,26 +109,30 @@ class Attending : public Attention {
         }
     }
 
-    // Scores of one or two panels with the first `tiles` x 16 keys: [panel][KEYS][16].
-    void score(int64_t p, bool two, int64_t tiles) {
-        int64_t i = 0;
+    // Scores of one or two panels with the tiles of keys i .. end - 1: [panel][keys][16], panels `column` apart.
+    void score(int64_t p, bool two, int64_t i, int64_t end, float* to, int64_t column) {
         if (keys_.spans() > FEW_SPANS) {
-            for (; i < tiles; i++)
-                for (int half = 0; half <= two; half++)
-                    score_spans(p + half, i, score_ + half * KEYS * LANES + i * TILE_FLOATS);
+            for (; i < end; i++, to += TILE_FLOATS)
+                for (int half = 0; half <= two; half++) score_spans(p + half, i, to + half * column);
             return;
         }
+        const auto block = [&](auto m, auto n) {
+            score_block<m, n>(p, i, to, column);
+            i += m, to += m * TILE_FLOATS;
+        };
+        constexpr std::integral_constant<int, 1> one;
+        constexpr std::integral_constant<int, 2> both;
         if (two) {
-            for (; i + 2 <= tiles; i += 2) score_block<2, 2>(p, i);
-            if (i < tiles) score_block<1, 2>(p, i);
+            while (i + 2 <= end) block(both, both);
+            if (i < end) block(one, both);
             return;
         }
-        for (; i + 4 <= tiles; i += 4) score_block<4, 1>(p, i);
-        if (i + 2 <= tiles) score_block<2, 1>(p, i), i += 2;
-        if (i < tiles) score_block<1, 1>(p, i);
+        while (i + 4 <= end) block(std::integral_constant<int, 4>(), one);
+        if (i + 2 <= end) block(both, one);
+        if (i < end) block(one, one);
     }
     template <int M, int N>
-    void score_block(int64_t p, int64_t tile) {
+    void score_block(int64_t p, int64_t tile, float* to, int64_t column) {
         const bf16 *a[M], *rest[M], *b[N];
         for (int m = 0; m < M; m++) a[m] = keys_[tile + m], rest[m] = rests_ + (tile + m) * TILE_BF16;
         for (int n = 0; n < N; n++) b[n] = (const bf16*)(q_ + (p + n) * depth_);
@@ -104,15 +141,13 @@ class Attending : public Attention {
             Block<M, N>::zero();
             for (; k < (span.column + span.columns) / TILE_DEPTH; k++) {
                 Block<M, N>::multiply(a, k * TILE_DEPTH, keys_.pitch() * sizeof(bf16), b, k * TILE_BF16);
-                next_.fetch(2 * M);
+                next_.fetch(each_ ? each_ : 2 * M);
             }
-            if (rest_ && s + 1 == keys_.spans())
-                Block<M, N>::multiply(rest, 0, TILE_ROW, b, whole_ * TILE_BF16);
-            float* const to = score_ + tile * TILE_FLOATS;
+            if (rest_ && s + 1 == keys_.spans()) Block<M, N>::multiply(rest, 0, TILE_ROW, b, whole_ * TILE_BF16);
             if (!span.scale)
-                Block<M, N>::store(to, TILE_FLOATS, KEYS * LANES);
+                Block<M, N>::store(to, TILE_FLOATS, column);
             else
-                add_scaled<M, N>(span.scale + tile * LANES, s == 0, to);
+                add_scaled<M, N>(span.scale + tile * LANES, s == 0, to, column);
         }
     }
     // Scores of a panel with sixteen keys, whose sums over spans stay in registers. Four spans are summed at
@@ -155,10 +190,10 @@ class Attending : public Attention {
     }
     // Add sums of a span of columns to the scores, times the scales of its keys.
     template <int M, int N>
-    static void add_scaled(const float* scale, bool first, float* to) {
+    static void add_scaled(const float* scale, bool first, float* to, int64_t column) {
         float part[M * N * TILE_FLOATS];
         Block<M, N>::store(part, TILE_FLOATS, M * TILE_FLOATS);
-        for (int n = 0; n < N; n++, to += KEYS * LANES)
+        for (int n = 0; n < N; n++, to += column)
             for (int64_t j = 0; j < M * LANES; j++) {
                 const vf sum = load<vf>(part + n * M * TILE_FLOATS + j * LANES) * scale[j];
                 store(to + j * LANES, first ? sum : load<vf>(to + j * LANES) + sum);
@@ -278,6 +313,7 @@ class Attending : public Attention {
     uint32_t* spread_;  // weights in tiles, [panels][spans][STEPS][row][pair]
     bf16 *zipped_, *rests_;
     Lines next_;
+    int64_t each_ = 0;  // lines that are fetched with a product of tiles, if it is set
     int64_t* steps_;  // of 32 keys that a pair of panels sees, at its first one
     alignas(64) const bf16 zeros_[2 * LANES] = {};
 };

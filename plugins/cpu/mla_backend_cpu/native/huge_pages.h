@@ -1,5 +1,5 @@
-// Huge pages for memory that every step reads from end to end: with small ones, looking up their addresses
-// takes longer than some of the products. If the system has none, nothing changes.
+// Huge pages for memory that every step reads from end to end, or here and there: with small ones, looking up
+// their addresses takes longer than some of the products. If the system has none, nothing changes.
 #pragma once
 #include <cstddef>
 #include <cstdint>

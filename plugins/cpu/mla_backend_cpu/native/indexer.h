@@ -99,11 +99,10 @@ class Best {
 
     // Offer `count` scores, at most KEYS, of the places from `first` on; those up to a multiple of LANES may be read.
     void offer(const float* scores, int64_t count, int32_t first) {
-        if (held_ > capacity_ - KEYS - LANES) cut();
+        if (held_ > capacity_ - KEYS - LANES) cut(most_ / 4);
         for (int64_t j = 0; j < count; j += LANES) {
             const vu key = ordered(load<vf>(scores + j));
-            const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-            take(key, lane + (int32_t)(first + j), (key > floor_) & (vu)(lane < (int32_t)(count - j)));
+            take(key, LANE + (int32_t)(first + j), (key > floor_) & (vu)(LANE < (int32_t)(count - j)));
         }
     }
     // What is held, as numbers that another one takes: how many, their keys, and their places.
@@ -118,21 +117,27 @@ class Best {
         std::copy_n(from + count, count, places_ + held_);
         held_ += count;
     }
-    // Leave no more than `most`.
-    void cut() {
-        if (held_ <= most_) return;
+    // Leave the best `most` and, for fewer steps of search, up to `more` of those that follow.
+    void cut(int64_t more = 0) {
+        const int64_t count = held_, wanted = most_ + more;
+        if (count <= wanted) return;
         uint32_t least = 0;  // as large as it can be so that `most` are not below it
-        int64_t enough = held_;
-        for (uint32_t bit = 1u << 31; bit && enough > most_; bit /= 2)
-            if (const int64_t count = at_least(least | bit); count >= most_) least |= bit, enough = count;
-        int64_t spare = enough - most_, kept = 0;  // of those that tie with the last one
-        for (int64_t i = 0; i < held_; i++) {
-            const bool tied = keys_[i] == least && spare > 0;
-            spare -= tied;
-            keys_[kept] = keys_[i], places_[kept] = places_[i];
-            kept += !tied && keys_[i] >= least;
+        int64_t enough = count;
+        for (uint32_t bit = 1u << 31; bit && enough > wanted; bit /= 2)
+            if (const int64_t some = at_least(least | bit); some >= most_) least |= bit, enough = some;
+        int64_t spare = std::max<int64_t>(0, enough - wanted);  // of those that tie with the last one
+        held_ = 0, floor_ = least;
+        for (int64_t i = 0; i < count; i += LANES) {
+            const vu key = load<vu>(keys_ + i);
+            const vi place = load<vi>(places_ + i), left = LANE < (int32_t)(count - i);
+            vi chosen = (key >= least) & left;
+            const vi tied = (key == least) & left;
+            for (int64_t j = 0; j < LANES && spare; j++) {
+                spare -= tied[j] & 1;
+                chosen[j] &= ~tied[j];
+            }
+            take(key, place, (vu)chosen);
         }
-        held_ = kept, floor_ = least;
     }
 
     // Write the places, and -1 behind them.
@@ -165,6 +170,7 @@ class Best {
         return count;
     }
 
+    static constexpr vi LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const int64_t most_, capacity_;
     uint32_t* const keys_;
     int32_t* const places_;
@@ -251,23 +257,52 @@ struct Queries {
     }
 };
 
-// sums [count][16] = or += weights * max(0, scores); a NaN counts as 0, such as infinity times zeros that fill up.
-static inline void add_weighted(const float* scores, const vf& weights, int64_t count, bool fresh, float* sums) {
-    for (int64_t j = 0; j < count * LANES; j += LANES) {
-        const vf score = load<vf>(scores + j), term = (score > 0.0f ? score : vf{}) * weights;
-        store(sums + j, fresh ? term : load<vf>(sums + j) + term);
+// Sixteen sums of the lanes of a vector each.
+static inline vf add_lanes(const vf* rows) {
+#if defined(__AVX512F__)
+    __m512 a[LANES];
+    for (int i = 0; i < LANES; i++) a[i] = (__m512)rows[i];
+    for (int i = 0; i < 8; i++)
+        a[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
+    for (int i = 0; i < 4; i++) {
+        const __m512d x = (__m512d)a[2 * i], y = (__m512d)a[2 * i + 1];
+        a[i] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(x, y), (__m512)_mm512_unpackhi_pd(x, y));
     }
+    for (int left = 2; left; left /= 2)
+        for (int i = 0; i < left; i++)
+            a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0x88),
+                                 _mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0xdd));
+    return (vf)a[0];
+#else
+    vu bits[LANES];
+    float turned[LANES * LANES];
+    std::memcpy(bits, rows, sizeof bits);
+    transpose(bits, (uint32_t*)turned);
+    vf total = load<vf>(turned);
+    for (int64_t i = 1; i < LANES; i++) total += load<vf>(turned + i * LANES);
+    return total;
+#endif
 }
-// Add up the lanes of each of `count` sums; results may be in the same memory.
-static inline void add_lanes(const float* sums, int64_t count, float* to) {
-    for (int64_t j = 0; j < count; j += LANES) {
-        vu part[LANES];
-        float turned[LANES * LANES];
-        for (int64_t i = 0; i < LANES; i++) part[i] = load<vu>(sums + (j + i) * LANES);
-        transpose(part, (uint32_t*)turned);
-        vf total = load<vf>(turned);
-        for (int64_t i = 1; i < LANES; i++) total += load<vf>(turned + i * LANES);
-        store(to + j, total);
+// max(0, x); a NaN counts as 0, such as infinity times zeros that fill up.
+static inline vf positive(vf x) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_max_ps((__m512)x, _mm512_setzero_ps());
+#else
+    return maximum(x, vf{});
+#endif
+}
+// to [count] = sums over PANELS, or `panels`, and their lanes of weights * max(0, scores [panels][count][16]).
+template <int PANELS>
+static inline void add_heads(const float* scores, int64_t column, int64_t panels, const float* weights, int64_t count,
+                             float* to) {
+    for (int64_t j = 0; j < count; j += LANES, scores += LANES * LANES) {
+        vf sums[LANES];
+        for (int64_t i = 0; i < LANES; i++) {
+            sums[i] = vf{};
+            for (int64_t p = 0; p < (PANELS ? PANELS : panels); p++)
+                sums[i] += positive(load<vf>(scores + p * column + i * LANES)) * load<vf>(weights + p * LANES);
+        }
+        store(to + j, add_lanes(sums));
     }
 }
 
@@ -276,7 +311,8 @@ static void score_keys(const Select& a, const SelectTask& task, std::vector<Best
     const int64_t panels = a.panels(), last = a.seen(task.request, task.token + task.tokens - 1);
     const Queries queries(a, task);
     Attending products(queries.rows, task.tokens * panels * LANES, a.in.width, 0, 1, a.in.width, a.in.layout);
-    float *sums = scratch<28>().take<float>((KEYS + LANES) * LANES + KEYS), *scales = sums + (KEYS + LANES) * LANES;
+    const auto add = panels == 4 ? add_heads<4> : panels == 2 ? add_heads<2> : add_heads<0>;
+    float sums[KEYS + LANES], scales[KEYS];
     const bf16* keys[2][KEYS];
     const int64_t end = std::min(task.begin() + task.keys, last);
     if (task.begin() < end) find_keys(a.in, task.request, task.begin(), end, keys[0]);
@@ -286,15 +322,15 @@ static void score_keys(const Select& a, const SelectTask& task, std::vector<Best
         if (more) find_keys(a.in, task.request, first + KEYS, end, keys[!turn]);
         const int64_t count = std::min(KEYS, end - first);
         for (int64_t j = 0; j < count && a.coded(); j++) scales[j] = a.scale(task.request, first + j);
-        products.score(keys[turn], first, count, more ? keys[!turn] : nullptr, [&](int64_t p, const float* scores) {
-            const int64_t t = p / panels, seen = std::min(count, a.seen(task.request, task.token + t) - first);
+        const bf16* const* next = more ? keys[!turn] : nullptr;
+        const auto offer = [&](int64_t p, int64_t i, int64_t n, const float* scores, int64_t column) {
+            const int64_t t = p / panels, seen = std::min(n, a.seen(task.request, task.token + t) - first - i);
             if (seen <= 0) return;
-            add_weighted(scores, load<vf>(queries.weights + p * LANES), seen, p % panels == 0, sums);
-            if ((p + 1) % panels) return;
-            add_lanes(sums, seen, sums);
-            for (int64_t j = 0; j < seen && a.coded(); j++) sums[j] *= scales[j];
-            best[t].offer(sums, seen, (int32_t)first);
-        });
+            add(scores, column, panels, queries.weights + p * LANES, seen, sums);
+            for (int64_t j = 0; j < seen && a.coded(); j++) sums[j] *= scales[i + j];
+            best[t].offer(sums, seen, (int32_t)(first + i));
+        };
+        products.score(keys[turn], first, count, next, panels, offer);
     }
 }
 

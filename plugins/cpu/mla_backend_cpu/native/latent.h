@@ -39,7 +39,8 @@ struct Latent {
     }
     // Where the token at a position of a request lies.
     const bf16* token(int64_t request, int64_t position) const {
-        return at(block_table[request * table_row + position / page_size], position % page_size);
+        const uint32_t at_once = (uint32_t)position, page = (uint32_t)page_size;  // divides faster
+        return at(block_table[request * table_row + at_once / page], at_once % page);
     }
 };
 
@@ -109,13 +110,14 @@ static void find_keys(const Latent& a, int64_t request, int64_t first, int64_t e
             *keys++ = a.token(a.owner[request], position[std::min(j, end - 1)]);
         return;
     }
-    const int32_t* page = a.block_table + request * a.table_row + first / a.page_size;
-    int64_t slot = first % a.page_size;
-    for (int64_t j = 0; j < KEYS; j++) {
-        keys[j] = a.at(*page, slot);
-        if (first + j >= end - 1) continue;
-        if (++slot == a.page_size) slot = 0, page++;
+    const bf16** const last = keys + std::min(KEYS, end - first);
+    for (int64_t position = first; keys < last;) {
+        const uint8_t* key = (const uint8_t*)a.token(request, position);
+        const int64_t run = std::min<int64_t>(last - keys, a.page_size - position % a.page_size);
+        for (int64_t j = 0; j < run; j++) *keys++ = (const bf16*)(key + j * a.layout.bytes);
+        position += run;
     }
+    std::fill(keys, keys + std::max<int64_t>(0, first + KEYS - end), keys[-1]);
 }
 
 // The tasks of a call.
