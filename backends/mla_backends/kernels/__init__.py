@@ -17,7 +17,8 @@ a layer is built, and a package that is missing, broken or changed becomes a rea
 | adapter | attention | package | `lse` | in a captured graph |
 |---|---|---|---|---|
 | `FlashMla` | latent | `flash_mla`, `mate.flashmla` | yes | plans inside the graph, or `graph=False` |
-| `FlashMlaSparse` | latents that are selected | `flash_mla` | yes | yes |
+| `FlashMlaSparse` | latents that are selected | `flash_mla`, `mate.flashmla` | yes | yes, or `graph=False` |
+| `FlashInferSparse` | latents that are selected | `flashinfer` from 0.7.4 on | yes | yes |
 | `TokenspeedMla` | latent | `tokenspeed_mla` | yes | makes its table inside the graph |
 | `IxformerMla` | latent | `ixformer` | newer releases; else NaN | bounded by the block table |
 | `FlashInferMla` | latent | `flashinfer` 0.2.5 to 0.7 | yes | refused: it plans on the host |
@@ -34,12 +35,12 @@ from mla_backends.kernels.expanded import FlashAttnVarlen, SdpaExpanded, TorchVa
 from mla_backends.kernels.flashinfer import FlashInferMla
 from mla_backends.kernels.latent import FlashMla, IxformerMla
 from mla_backends.kernels.paged import LatentLimits, PagedLatentOp
-from mla_backends.kernels.sparse import FlashMlaSparse
+from mla_backends.kernels.sparse import FlashInferSparse, FlashMlaSparse
 from mla_backends.kernels.tokenspeed import TokenspeedMla, TokenspeedPrefill
 from mla_backends.kernels.vendor import KernelRefused
 
 __all__ = [
-    "FlashAttnVarlen", "FlashInferMla", "FlashMla", "FlashMlaSparse", "IxformerMla", "KernelRefused",
-    "LatentLimits", "PagedLatentOp", "SdpaExpanded", "TokenspeedMla", "TokenspeedPrefill", "TorchVarlen",
-    "VarlenLimits",
+    "FlashAttnVarlen", "FlashInferMla", "FlashInferSparse", "FlashMla", "FlashMlaSparse", "IxformerMla",
+    "KernelRefused", "LatentLimits", "PagedLatentOp", "SdpaExpanded", "TokenspeedMla", "TokenspeedPrefill",
+    "TorchVarlen", "VarlenLimits",
 ]  # fmt: skip

@@ -53,10 +53,10 @@ def _flash_mla(fake: str, module: str = "flash_mla", *more: str) -> tuple[Call, 
     return decode, Call("get_mla_metadata", (), module, fake, placed=3)
 
 
-def _sparse(fake: str, *more: str) -> tuple[Call, ...]:
+def _sparse(fake: str, *more: str, module: str = "flash_mla") -> tuple[Call, ...]:
     return (
-        Call("flash_mla_with_kvcache", ("sparse:DECODE_ARGUMENTS", *more), "flash_mla", fake),
-        Call("flash_mla_sparse_fwd", ("sparse:PREFILL_ARGUMENTS", *more), "flash_mla", fake),
+        Call("flash_mla_with_kvcache", ("sparse:DECODE_ARGUMENTS", *more), module, fake),
+        Call("flash_mla_sparse_fwd", ("sparse:PREFILL_ARGUMENTS", *more), module, fake),
     )
 
 
@@ -82,6 +82,10 @@ LIBRARIES = (
                 f"{_WRAPPER}.run", ("flashinfer:PAIRS", "flashinfer:RUN", "flashinfer:SCALES"),
                 "flashinfer.mla", "flashinfer_07", where_taken=("return_lse_base_on_e",),
             ),
+            Call(
+                "trtllm_batch_decode_with_kv_cache_mla", ("sparse:TRTLLM_ARGUMENTS",), "flashinfer.mla",
+                "flashinfer_07",
+            ),
         ),
     ),
     Library(
@@ -97,7 +101,15 @@ LIBRARIES = (
         ),
     ),
     Library("FlashMLA", (*_flash_mla("nvidia_c"), *_sparse("nvidia_c")), on_index=False),
-    Library("MATE", _flash_mla("moore_mate", "mate.flashmla"), on_index=False),
+    Library(
+        "MATE",
+        (
+            *_flash_mla("moore_mate", "mate.flashmla"),
+            *_sparse("moore_mate", module="mate.flashmla"),
+            Call("get_mla_metadata", ("sparse:PLAN_ARGUMENTS",), "mate.flashmla", "moore_mate"),
+        ),
+        on_index=False,
+    ),
     Library("mcFlashMLA", _flash_mla("metax"), on_index=False),
     Library("MT-flashMLA", _flash_mla("moore_legacy"), on_index=False),
     Library("flash-attn", _flash_attn("flash_attn", "flash_attn_2"), on_index=False),

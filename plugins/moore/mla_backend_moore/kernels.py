@@ -1,6 +1,6 @@
 """Which kernels Moore Threads GPUs have for attention: MATE, MT-flashMLA before it, and those of torch_musa.
 
-MATE's two, for the MTT S5000, are compiled with mcc when they are first called. (Read in MATE 0.2.2, commit
+MATE's, for the MTT S5000, are compiled with mcc when they are first called. (Read in MATE 0.2.2, commit
 3f58cc3 of 2026-05-26. A later source, yeahdongcn/mate at bbcd8b8 with the sparse kernels of 0.2.4 and
 newer, has the same dense signatures, plans and layouts; the releases are not public.)
 """
@@ -17,11 +17,13 @@ from mla_backends import FusedOp
 from mla_backends.kernels import (
     FlashAttnVarlen,
     FlashMla,
+    FlashMlaSparse,
     LatentLimits,
     SdpaExpanded,
     TorchVarlen,
     VarlenLimits,
 )
+from mla_backends.kernels.sparse import LIMITS as SPARSE_LIMITS
 from mla_backends.triton_ops import Tile, Tuning
 
 if TYPE_CHECKING:
@@ -35,6 +37,10 @@ HEADS = (8, 16, 32, 64, 128)  # what MATE's own tests cover; other head counts a
 MATE_LATENT = LatentLimits(
     heads=HEADS, pads_heads_to=HEADS, lse_layout="tokens_first", empty_rows=False, graph=False
 )
+# Its sparse kernels, by TileLang, compute places in 32 bits (TL_DISABLE_INDEX_TYPE_PROMOTION, and descriptors
+# of a cache's bytes in int32), and write blocks of 64 heads whatever a token has.
+MATE_SPARSE = replace(SPARSE_LIMITS, graph=False)
+MATE_SPARSE_BYTES = (1 << 31) - 1
 # `_check_valid_asm_input` in mate/mha_interface.py: 192 and 128, or values as wide as keys of at most 128.
 # Other widths have kernels too, which its tests cover for 128 and 256 only.
 MATE_VARLEN = VarlenLimits(pads_values=False, max_unlisted=128, blind_tokens=False)
@@ -77,6 +83,12 @@ def kernels(capability: Callable[[], str | None], multiprocessors: int | None) -
     mate = {"install": MATE_INSTALL, "compiles": COMPILES, "cure": MATE_CURE}
     return {
         "mate": FlashMla(replace(MATE_LATENT, device_reason=device_reason), module="mate.flashmla", **mate),
+        "mate_sparse": FlashMlaSparse(
+            replace(MATE_SPARSE, device_reason=device_reason),
+            most_bytes=MATE_SPARSE_BYTES,
+            module="mate.flashmla",
+            **mate,
+        ),
         "mt_flash_mla": FlashMla(
             replace(CAREFUL, dtypes=("bfloat16",), max_query_rows=rows, device_reason=legacy_reason),
             install=_LEGACY,

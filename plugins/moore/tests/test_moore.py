@@ -59,7 +59,7 @@ def reasons(op: str, capability: str | None, dtype: torch.dtype = torch.bfloat16
     return "; ".join(reason for reason in answers if not any(words in reason for words in missing))
 
 
-@pytest.mark.parametrize("op", ["mate", "mt_flash_mla"])
+@pytest.mark.parametrize("op", ["mate", "mate_sparse", "mt_flash_mla"])
 def test_the_kernels_are_for_the_s5000_only(op: str) -> None:
     assert reasons(op, "3.1") == ""
     for capability in ("2.1", "2.2", "3.0", "4.0", None):

@@ -17,6 +17,7 @@ from mla_backends.api import AttentionSpec
 from mla_backends.kernels import (
     FlashAttnVarlen,
     FlashInferMla,
+    FlashInferSparse,
     FlashMla,
     FlashMlaSparse,
     LatentLimits,
@@ -30,6 +31,7 @@ from mla_backends.kernels.expanded import TORCH_LIMITS
 from mla_backends.kernels.flashinfer import LIMITS as FLASHINFER_LIMITS
 from mla_backends.kernels.flashinfer import compiled_kernels
 from mla_backends.kernels.sparse import LIMITS as SPARSE_LIMITS
+from mla_backends.kernels.sparse import TRTLLM_LIMITS
 from mla_backends.kernels.tokenspeed import LIMITS as TOKENSPEED_LIMITS
 from mla_backends.kernels.vendor import DeviceReason
 from mla_backends.triton_ops.launcher import PACKAGES
@@ -56,6 +58,7 @@ EARLY_DRIVER = 545
 AMPERE, ADA = (8, 0), (8, 9)
 HOPPER = ((9, 0),)
 SPARSE_FLASH_MLA = ((9, 0), (10, 0), (10, 3))  # sm_90a and sm_100f: what sgl-flash-mla 1.0.0 says it serves
+TRTLLM_GEN = ((10, 0), (10, 3))  # whose sparse kernels read bf16 caches
 BLACKWELL = ((10, 0), (10, 3), (10, 7))  # of data centres, with tensor memory; not sm_120
 
 # torch's SDPA asks cuDNN first on these architectures, if it is newer than this (9.15.0), and cuDNN takes
@@ -126,16 +129,21 @@ def kernels(architecture: Architecture, multiprocessors: int | None) -> Mapping[
         max_query_rows=(multiprocessors or 1) * TILE, max_rows=FLASH_MLA_ROWS, device_reason=hopper
     )
     tokenspeed = _TOKENSPEED if here in BLACKWELL else ""
+    flashinfer = f"pip install flashinfer-python, and where there is no nvcc, {compiled_kernels()}"
     return {
         "flash_mla": FlashMla(flash_mla, install=flash_mla_source() if here in HOPPER else ""),
         "flash_mla_sparse": FlashMlaSparse(
             replace(SPARSE_LIMITS, device_reason=_only(architecture, *SPARSE_FLASH_MLA)),
             install=flash_mla_source() if here in SPARSE_FLASH_MLA else "",
         ),
+        "flashinfer_sparse": FlashInferSparse(
+            replace(TRTLLM_LIMITS, device_reason=_only(architecture, *TRTLLM_GEN)),
+            install=flashinfer if here in TRTLLM_GEN else "",
+        ),
         "tokenspeed": TokenspeedMla(replace(TOKENSPEED_LIMITS, device_reason=blackwell), install=tokenspeed),
         "flashinfer": FlashInferMla(
             replace(FLASHINFER_LIMITS, device_reason=ampere),
-            install=f"pip install flashinfer-python, and where there is no nvcc, {compiled_kernels()}",
+            install=flashinfer,
             e4m3_reason=hopper,
         ),
         "flash_attn_3": FlashAttnVarlen(

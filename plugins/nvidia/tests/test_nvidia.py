@@ -116,6 +116,7 @@ def reasons(op: str, architecture: tuple[int, int]) -> list[str]:
     [
         ("flash_mla", {(9, 0)}),
         ("flash_mla_sparse", {(9, 0), (10, 0), (10, 3)}),
+        ("flashinfer_sparse", {(10, 0), (10, 3)}),
         ("tokenspeed", {(10, 0), (10, 3), (10, 7)}),
         ("tokenspeed_prefill", {(10, 0), (10, 3), (10, 7)}),
         ("flashinfer", {(8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (10, 7), (11, 0), (12, 0)}),

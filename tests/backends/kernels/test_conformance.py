@@ -15,6 +15,7 @@ from mla_backends import FusedOp
 from mla_backends.kernels import (
     FlashAttnVarlen,
     FlashInferMla,
+    FlashInferSparse,
     FlashMla,
     FlashMlaSparse,
     IxformerMla,
@@ -23,6 +24,7 @@ from mla_backends.kernels import (
     TokenspeedPrefill,
     VarlenLimits,
     flashinfer,
+    sparse,
 )
 
 # An adapter for each of its ways; `test_flash_mla` and its neighbours hold every generation to float64.
@@ -34,6 +36,8 @@ OFFERS: dict[str, Callable[[], FusedOp]] = {
         LatentLimits(dtypes=("bfloat16",), max_query_rows=56 * 64, empty_rows=False, graph=False)
     ),
     "moore_mate": lambda: kernels(lambda: CAPABILITY, 56)["mate"],
+    "moore_mate sparse": lambda: kernels(lambda: CAPABILITY, 56)["mate_sparse"],
+    "flashinfer_07 sparse": FlashInferSparse,
     "ixformer_old": IxformerMla,
     "flashinfer_old": FlashInferMla,
     "flashinfer_07": FlashInferMla,
@@ -46,7 +50,8 @@ OFFERS: dict[str, Callable[[], FusedOp]] = {
 
 @pytest.mark.parametrize("folder", OFFERS)
 def test_an_adapter_passes_the_suite(installed: Any, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
-    monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 1024)
+    for module in (flashinfer, sparse):
+        monkeypatch.setattr(module, "WORKSPACE_BYTES", 1024)
     make_smaller(monkeypatch)
     with installed(folder.partition(" ")[0]):
         op = OFFERS[folder]()

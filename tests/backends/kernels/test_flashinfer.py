@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -18,7 +20,9 @@ from mla.cache.formats import find_format, given_back
 from mla_backends.api import format_refusals
 from mla_backends.kernels import (
     FlashInferMla,
+    FlashInferSparse,
     FlashMla,
+    FlashMlaSparse,
     IxformerMla,
     KernelRefused,
     TokenspeedMla,
@@ -283,9 +287,32 @@ def test_an_e4m3_cache_that_is_not_read_is_refused_with_the_reason(
         (TokenspeedMla(), "fp8:0.3", "takes e4m3 queries"),
         (IxformerMla(), "int8", "as two tensors"),
         (FlashMla(), "q8_0", "it claims none"),
+        (FlashMlaSparse(), "fp8_ds_mla_any", "round decoded latents to bfloat16"),
+        (FlashInferSparse(), "fp8_ds_mla", "round queries to e4m3"),
+        (FlashInferSparse(), "fp8_ds_mla_any", "on sm_120 and sm_121"),
+        (FlashInferSparse(), "fp8", "takes e4m3 queries"),
     ],
 )
 def test_formats_of_other_kernels_are_refused_by_name(make_spec: Any, op: Any, name: str, said: str) -> None:
     (reason,) = format_refusals(op, make_spec(cache_format=name))
     assert name in reason
     assert said in reason
+
+
+def test_sparse_attention_of_an_older_release_is_refused(
+    installed: Any, make_spec: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with installed("flashinfer"):
+        assert FlashInferSparse().unsupported_reasons(make_spec(topk=8)) == [
+            "flashinfer.mla has no trtllm_batch_decode_with_kv_cache_mla"
+        ]
+    with installed("flashinfer_07"):
+        assert FlashInferSparse().unsupported_reasons(make_spec(topk=8)) == []
+        mla, name = importlib.import_module("flashinfer.mla"), "trtllm_batch_decode_with_kv_cache_mla"
+        without_bases = inspect.signature(getattr(mla, name))
+        kept = [it for it in without_bases.parameters.values() if it.name != "return_lse_base"]
+        function = lambda **given: None  # noqa: E731
+        function.__signature__ = without_bases.replace(parameters=kept)  # type: ignore[attr-defined]
+        monkeypatch.setattr(mla, name, function)
+        (reason,) = FlashInferSparse().unsupported_reasons(make_spec(topk=8))
+        assert reason == f"flashinfer.mla.{name} takes no argument return_lse_base"

@@ -1,12 +1,15 @@
-"""MATE's two kernels as the Moore Threads plugin offers them, on fakes."""
+"""MATE's kernels as the Moore Threads plugin offers them, on fakes."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from mla_backend_moore.kernels import CAPABILITY, kernels
+from mla_backends.kernels import KernelRefused
 
 WIDTHS = [(128, 64, 128), (64, 64, 128), (16, 64, 16), (32, 32, 64)]  # nope, rope, values
 
@@ -66,3 +69,15 @@ def test_a_kernel_that_cannot_be_compiled_is_a_reason(
             f"mate.{module} raises RuntimeError: mate needs MP31 on a tiny batch here; install the MUSA "
             "toolkit with mcc, or a MATE with kernels built ahead of time"
         )
+
+
+def test_a_cache_in_which_sparse_kernels_lose_their_way_is_refused(installed: Any, make_problem: Any) -> None:
+    problem = make_problem((1,), (70,))
+    selection = torch.zeros(1, 8, dtype=torch.int32)
+    problem.spec = replace(problem.spec, topk=8)
+    with installed("moore_mate"):
+        op = offered("mate_sparse")
+        assert (op.most_bytes, op.prepare(problem.spec, problem.view).graph_safe) == ((1 << 31) - 1, False)
+        op.most_bytes = problem.cache.numel()  # half of its bytes
+        with pytest.raises(KernelRefused, match=r"reads caches of at most 0 MiB.*give the cache fewer pages"):
+            problem.run(op, selection=selection)

@@ -12,10 +12,12 @@ import pytest
 import torch
 from judged import judged_op
 
+from mla_backend_moore.kernels import MATE_SPARSE
 from mla_backends import FusedOp
 from mla_backends.kernels import (
     FlashAttnVarlen,
     FlashInferMla,
+    FlashInferSparse,
     FlashMla,
     FlashMlaSparse,
     IxformerMla,
@@ -182,28 +184,82 @@ def unpadded(function: Callable[..., Any], given: dict[str, Any]) -> Any:
     return function(**{**given, "indices": given["indices"][..., :40].contiguous()})
 
 
-DECODE, PREFILL = sparse.DECODE, sparse.PREFILL
-SPARSE_MUTANTS: dict[str, tuple[str, Callable[[], FusedOp]]] = {
-    "logical positions": ("selections", LogicalPositions),
-    "sums as they come": ("fewer", RawSums),
-    "padded with a slot": ("fewer", lambda: altered(FlashMlaSparse(), PREFILL, padding(0))),
-    "padded with a slot, bytes": ("formats", lambda: altered(FlashMlaSparse(), DECODE, padding(0))),
-    "padded with -2, bytes": ("formats", lambda: altered(FlashMlaSparse(), DECODE, padding(-2))),
-    "not padded": ("selections", lambda: altered(FlashMlaSparse(), PREFILL, unpadded)),
-    "no scale, bytes": ("formats", lambda: altered(FlashMlaSparse(), DECODE, without("softmax_scale"))),
-    "heads not padded": ("selections", lambda: FlashMlaSparse(replace(sparse.LIMITS, heads=None))),
-    "current kernels": ("selections", lambda: altered(FlashMlaSparse(), PREFILL, without("use_legacy"))),
-}
+def with_all(**named: Any) -> Callable[[Callable[..., Any], dict[str, Any]], Any]:
+    return lambda function, given: function(**{**given, **named})
+
+
+def whole_width(function: Callable[..., Any], given: dict[str, Any]) -> Any:
+    return function(**{**given, "seq_lens": torch.full_like(given["seq_lens"], given["max_seq_len"])})
+
+
+class RowsOfNothing(FlashInferSparse):
+    """What a row that selects nothing gives is left as it comes."""
+
+    def __init__(self) -> None:
+        super().__init__(replace(sparse.TRTLLM_LIMITS, empty_rows=True))
+
+
+def mate(**limits: Any) -> Any:
+    return FlashMlaSparse(replace(MATE_SPARSE, **limits), module="mate.flashmla")
+
+
+DECODE, PREFILL, PLAN, TRTLLM = sparse.DECODE, sparse.PREFILL, sparse.PLAN, sparse.TRTLLM
+SOUND = {"nvidia_sgl": FlashMlaSparse, "moore_mate": mate, "flashinfer_07": FlashInferSparse}
+# By its name: the fake, the check that fails it, and the wrong adapter.
+SPARSE_MUTANTS: dict[str, tuple[str, str, Callable[[], FusedOp]]] = {
+    "logical positions": ("nvidia_sgl", "selections", LogicalPositions),
+    "sums as they come": ("nvidia_sgl", "fewer", RawSums),
+    **{
+        name: ("nvidia_sgl", check, lambda call=call: altered(FlashMlaSparse(), *call))
+        for name, check, call in (
+            ("padded with a slot", "fewer", (PREFILL, padding(0))),
+            ("padded with a slot, bytes", "formats", (DECODE, padding(0))),
+            ("padded with -2, bytes", "formats", (DECODE, padding(-2))),
+            ("not padded", "selections", (PREFILL, unpadded)),
+            ("no scale, bytes", "formats", (DECODE, without("softmax_scale"))),
+            ("current kernels", "selections", (PREFILL, without("use_legacy"))),
+        )
+    },
+    "heads not padded": (
+        "nvidia_sgl", "selections", lambda: FlashMlaSparse(replace(sparse.LIMITS, heads=None))
+    ),
+    "mate: heads not padded": ("moore_mate", "selections", lambda: mate(heads=None)),
+    "mate: not padded": ("moore_mate", "selections", lambda: altered(mate(), PREFILL, unpadded)),
+    "mate: padded with a slot": ("moore_mate", "formats", lambda: altered(mate(), DECODE, padding(0))),
+    "mate: planned for others": ("moore_mate", "formats", lambda: altered(mate(), PLAN, with_all(topk=64))),
+    "mate: planned for no bytes": (
+        "moore_mate", "formats", lambda: altered(mate(), PLAN, without("num_heads_q"))
+    ),
+    "flashinfer: rows of nothing": ("flashinfer_07", "fewer", RowsOfNothing),
+    **{
+        f"flashinfer: {name}": (
+            "flashinfer_07", check, lambda call=call: altered(FlashInferSparse(), TRTLLM, call)
+        )
+        for name, check, call in (
+            ("base 2", "selections", without("return_lse_base")),
+            ("all of the width", "fewer", whole_width),
+            ("any kernel", "selections", without("backend")),
+            ("no scale", "selections", without("bmm1_scale")),
+            ("as if dense", "selections", without("sparse_mla_top_k")),
+            ("a workspace that is not zero", "selections", with_all(workspace_buffer=torch.ones(9).byte())),
+        )
+    },
+    "flashinfer: heads not padded": (
+        "flashinfer_07", "heads", lambda: FlashInferSparse(replace(sparse.TRTLLM_LIMITS, max_heads=None))
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("mutant", SPARSE_MUTANTS)
-def test_the_suite_fails_a_wrong_sparse_flash_mla(
+def test_the_suite_fails_a_wrong_adapter_of_sparse_attention(
     installed: Any, monkeypatch: pytest.MonkeyPatch, mutant: str
 ) -> None:
-    check, make = SPARSE_MUTANTS[mutant]
-    monkeypatch.setattr(FlashMlaSparse, "preflight", lambda self, spec: [])  # which finds most of them
-    with installed("nvidia_sgl"):
-        results = [judged_op(op, f"sparse_latent_attention.{check}") for op in (FlashMlaSparse(), make())]
+    folder, check, make = SPARSE_MUTANTS[mutant]
+    monkeypatch.setattr(sparse, "WORKSPACE_BYTES", 1024)
+    for adapter in (FlashMlaSparse, FlashInferSparse):
+        monkeypatch.setattr(adapter, "preflight", lambda self, spec: [])  # which finds most of them
+    with installed(folder):
+        results = [judged_op(op, f"sparse_latent_attention.{check}") for op in (SOUND[folder](), make())]
     assert [[result.status for result in part] for part in results] == [["pass"], ["fail"]], results
 
 

@@ -28,12 +28,12 @@ def check_queries(q, indices, tile):
     check(topk % tile == 0, f"topk ({topk}) mod B_TOPK ({tile}) must be 0")
 
 
-def tokens(cache):
+def tokens(cache, cut=False):
     """Return rows [n, 576] in float64 of bytes [n, 656]; Blackwell's kernels cut scales to powers of two."""
     rows = fake_kernels.host(cache).contiguous().view(-1, TOKEN)
     latents = rows[:, :LATENT].contiguous().view(torch.float8_e4m3fn).double().unflatten(1, (4, 128))
     bits = rows[:, LATENT : LATENT + 16].contiguous().view(torch.int32)
-    if fake_kernels.CAPABILITY["flash_mla"] != (9, 0):
+    if cut:
         bits = bits & 0x7F800000
     scales = bits.view(torch.float32).double()[..., None]
     keys = rows[:, LATENT + 16 :].contiguous().view(torch.bfloat16).double()
@@ -63,7 +63,8 @@ def decode(meta, q, k_cache, indices, head_dim_v, softmax_scale):
     config = (b, s, h, *k_cache.shape[1:3], indices.shape[2])
     meta.have_initialized, meta.config = True, meta.config or config
     assert meta.config == config, f"sched_meta.config {meta.config} is not {config}"
-    rows, names = tokens(k_cache), fake_kernels.host(indices)
+    cut = fake_kernels.CAPABILITY["flash_mla"] != (9, 0)
+    rows, names = tokens(k_cache, cut), fake_kernels.host(indices)
     check(bool(((names >= -1) & (names < len(rows))).all()), IMA)
     flat = q.flatten(0, 1), rows, indices.flatten(0, 1), softmax_scale or q.shape[-1] ** -0.5
     out, lse = attend(*flat, lambda chosen: chosen != -1)
