@@ -3,6 +3,7 @@
 #pragma once
 #include "accumulators.h"
 #include "attention.h"
+#include "attention_few.h"
 #include "gathered.h"
 #include "queries.h"
 
@@ -10,13 +11,14 @@ namespace mla {
 
 constexpr int64_t KEYS = 128;  // of one block: its rows stay in the second-level cache while panels pass by
 
-constexpr int KEYS_ONE = 16, KEYS_TWO = 8, WEIGH_ROWS = 8;  // of a tile of sums; half as many where two are kept
+constexpr int KEYS_ONE = 16, KEYS_TWO = 8,
+              WEIGH_ROWS = 8;  // of a tile of sums; half as many where two are kept
 
 // If these were inlined into the loops of a task, not all sums would stay in registers.
 #define OWN_REGISTERS [[gnu::noinline]]
 
-// Rows to fetch while something is computed, so many pairs of elements of each of sixteen: one line with every
-// pair, since sixteen pairs are a line.
+// Rows to fetch while something is computed, so many pairs of elements of each of sixteen: one line with
+// every pair, since sixteen pairs are a line.
 struct Next {
     const bf16* const* rows;
     int64_t pairs;  // 0: nothing is fetched
@@ -54,8 +56,8 @@ OWN_REGISTERS static void scores(const bf16* key, int64_t pitch, const vu* q, in
         for (int p = 0; p < NP; p++) store(to + (p * KEYS + i) * LANES, sum[i][p]);
 }
 
-// The same where the keys are codes, over scales of their own in each span of columns; `first` is the first of
-// these keys in the block.
+// The same where the keys are codes, over scales of their own in each span of columns; `first` is the first
+// of these keys in the block.
 template <int KN, int NP>
 OWN_REGISTERS static void scaled_scores(const bf16* key, int64_t pitch, const vu* q, int64_t pairs, float* to,
                                         Next next, const Span* span, int64_t first) {
@@ -132,21 +134,28 @@ class Attending : public Attention {
         });
     }
 
-    // Call use(p, 0, count, scores, column) for each `group` of panels, p the first, that sees any of these keys: scores
-    // [group][count][16], `column` apart.
+    // Call use(p, 0, count, scores, column) for each `group` of panels, p the first, that sees any of these
+    // keys: scores [group][count][16], `column` apart.
     template <class Use>
     void score(const bf16* const* keys, int64_t first, int64_t count, const bf16* const* next, int64_t group,
                const Use& use) {
         float* const scores = scratch<13>().take<float>(group * KEYS * LANES);
         bool taken = false;
+        next_ = next ? Lines(next, KEYS, keys_.lines()) : Lines();
         for (int64_t p = 0; p < panels_; p += group) {
             const int64_t end = std::min(p + group, panels_);
-            if (std::all_of(panel_ + p, panel_ + end, [&](const Panel& panel) { return panel.most <= first; })) continue;
+            if (std::all_of(panel_ + p, panel_ + end,
+                            [&](const Panel& panel) { return panel.most <= first; }))
+                continue;
             float* to = scores;
             for (int64_t q = p; q < end; q += 2, next = nullptr, taken = true, to += 2 * KEYS * LANES)
                 for (int64_t i = 0; i < count; i += LANES) {
-                    if (!taken) keys_.take(keys, count, i / LANES);  // which its first product finds in the nearest cache
-                    if (q + 1 < end)
+                    if (!taken)
+                        keys_.take(keys, count,
+                                   i / LANES);  // which its first product finds in the nearest cache
+                    if (few())
+                        few_scores(i, to + i * LANES);
+                    else if (q + 1 < end)
                         score_group<KEYS_TWO, 2>(q, i, next, to + i * LANES);
                     else
                         score_group<KEYS_ONE, 1>(q, i, next, to + i * LANES);
@@ -156,6 +165,14 @@ class Attending : public Attention {
     }
 
  private:
+    bool few() const { return count_ <= FEW; }
+    // Call f with the number of rows, up to FEW, as a constant.
+    template <class F>
+    void by_rows(const F& f) const {
+        unrolled<FEW>([&](auto i) {
+            if (count_ == i + 1) f(std::integral_constant<int, i + 1>());
+        });
+    }
     // Scores of NP panels with keys i .. i + 15 of the block.
     template <int KN, int NP>
     void score_group(int64_t p, int64_t i, const bf16* const* next, float* to) {
@@ -169,12 +186,13 @@ class Attending : public Attention {
                                           j ? nothing : fetched, &keys_.span(0), i + j);
         else
             for (int j = 0; j < LANES; j += KN)
-                scores<KN, NP>(key + j * pitch, pitch, q, pairs_, to + j * LANES,
-                               j ? nothing : fetched);
+                scores<KN, NP>(key + j * pitch, pitch, q, pairs_, to + j * LANES, j ? nothing : fetched);
     }
     void update(Panel& panel, float* score, const bf16* const* values, int64_t first, int64_t count) {
         if (panel.most <= first) return;
         count = std::min(count, panel.most - first);
+        if (few())
+            return update_few(panel, score, values, count, soften(panel, score, first, count, scale_, score));
         if (!keys_.decoded()) {
             const vf fade = soften(panel, score, first, count, scale_, (uint32_t*)weights_);
             return add_values(panel, values, count, 0, width_, fade);
@@ -184,6 +202,41 @@ class Attending : public Attention {
             const Span& span = keys_.span(s);
             narrow_weights(score, span.scale, count, weights_);
             add_values(panel, values, count, span.column, span.column + span.columns, fade);
+        }
+    }
+    // Scores with keys i .. i + 15 of the block. Sums and totals of many spans share the registers.
+    void few_scores(int64_t i, float* to) {
+        by_rows([&](auto r) {
+            constexpr int most = r <= 4 ? 4 : 2;
+            (keys_.spans() == 1 ? mla::few_scores<r, most>
+                                : mla::few_scores<r, (r > 2 ? most / 2 : most)>)(rows_, keys_[i / LANES],
+                                                                                 keys_.pitch(),
+                                                                                 &keys_.span(0),
+                                                                                 keys_.spans(), i, to, next_);
+        });
+    }
+    // The same of few rows, whose weights `soften` has made in place.
+    void update_few(Panel& panel, const float* weights, const bf16* const* values, int64_t count,
+                    const vf& fade) {
+        const int64_t spans = keys_.value_spans(), size = count_ * KEYS;
+        float* const turned = scratch<16>().take<float>(size);
+        turn_weights<KEYS>(weights, count_, count, turned);
+        bf16* const scaled = scratch<15>().take<bf16>(spans * size);
+        for (int64_t s = 0; s < spans; s++)
+            scale_weights(turned, keys_.span(s).scale, count_, KEYS, count, scaled + s * size);
+        const bf16* of[4];
+        int64_t s = 0;
+        for (int64_t c = 0, blocks; c < width_; c += blocks * BLOCK) {
+            const int64_t most = few_blocks((int)count_);
+            blocks = width_ - c < most * BLOCK ? 1 : most;
+            for (int64_t b = 0; b < blocks; b++) {
+                while (keys_.decoded() && c + b * BLOCK >= keys_.span(s).column + keys_.span(s).columns) s++;
+                of[b] = scaled + s * size;
+            }
+            by_rows([&](auto r) {
+                (blocks == 1 ? few_weigh<r, 1> : few_weigh<r, few_blocks(r)>)(values, zeros_, count, of, KEYS,
+                                                                              panel.sum, width_, fade, c);
+            });
         }
     }
     void add_values(Panel& panel, const bf16* const* values, int64_t count, int64_t begin, int64_t end,
@@ -198,6 +251,7 @@ class Attending : public Attention {
     const vu* const q_;  // [panels][pairs]
     Gathered<KEYS> keys_;
     vu* weights_;
+    Lines next_;
     alignas(64) const bf16 zeros_[2 * LANES] = {};
 };
 

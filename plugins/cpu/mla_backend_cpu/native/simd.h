@@ -4,6 +4,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 #include <immintrin.h>
 #define MLA_DOT_BF16 1
@@ -223,6 +224,16 @@ static inline F exponential(F x) {
     p = p * rest + 6.9314718e-1f;
     p = p * rest + 1.0f;
     return x != x ? x : (F)((I)p + (whole << 23));
+}
+
+template <class F, int... I>
+static inline void unrolled(F&& f, std::integer_sequence<int, I...>) {
+    (f(std::integral_constant<int, I>()), ...);
+}
+// Call f(0), .., f(N - 1) with arguments that are constants.
+template <int N, class F>
+static inline void unrolled(F&& f) {
+    unrolled(f, std::make_integer_sequence<int, N>());
 }
 
 }  // namespace mla

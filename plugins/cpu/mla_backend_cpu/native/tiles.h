@@ -5,7 +5,6 @@
 // defined, plain C++ does the same, so that all code on top can run, and be checked, on any machine.
 #pragma once
 #include <cstdint>
-#include <utility>
 
 #include "simd.h"
 
@@ -76,16 +75,6 @@ class TileSession {
     };
     static_assert(sizeof(Config) == 64, "as the processor reads it");
 };
-
-template <class F, int... I>
-static inline void unrolled(F&& f, std::integer_sequence<int, I...>) {
-    (f(std::integral_constant<int, I>()), ...);
-}
-// Call f(0), .., f(N - 1) with arguments that are constants.
-template <int N, class F>
-static inline void unrolled(F&& f) {
-    unrolled(f, std::make_integer_sequence<int, N>());
-}
 
 // M by N tiles of sums in registers 0 .. 3, over which tiles of A and B pass. Four are enough to hide the
 // latency of a product; those of fewer tiles are for edges.
