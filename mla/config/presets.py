@@ -52,6 +52,14 @@ _COPIES = f"{_GITHUB}hlky/dinoml_v2/blob/ac464cf1b3a8/agents/plans/transformers/
 _V3_COPY = f"{_COPIES}deepseek_v3/_sources/deepseek-ai__DeepSeek-V3.config.json"
 _V3 = _layer("deepseek_v3", 7168, 128, 1536, rope_theta=10000, rope_scaling=_yarn(40, 1.0))
 
+_GLM5 = {
+    **_layer("glm_moe_dsa", 6144, 64, 2048, qk_nope_head_dim=192, v_head_dim=256),
+    "num_hidden_layers": 78,
+    "index_topk": 2048,
+    "index_n_heads": 32,
+    "index_head_dim": 128,
+}
+
 # Divisors of the 16 rotary frequencies of MiniCPM3, for short and long sequences alike.
 _MINICPM3_FACTORS = [
     1.0591234137867171, 1.1241891283591912, 1.2596935748670968, 1.5380380402321725, 2.093982484148734,
@@ -116,13 +124,14 @@ PRESETS: dict[str, Preset] = {
         f"{_COPIES}glm4_moe_lite/report.md",
     ),
     "glm-5": Preset(
+        "zai-org/GLM-5",
+        {**_GLM5, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000}},
+        f"{_GITHUB}jd-opensource/xllm/blob/a5ffadf5dc65/xllm/models/llm/glm5.h",
+    ),
+    "glm-5.2": Preset(
         "zai-org/GLM-5.2",
         {
-            **_layer("glm_moe_dsa", 6144, 64, 2048, qk_nope_head_dim=192, v_head_dim=256),
-            "num_hidden_layers": 78,
-            "index_topk": 2048,
-            "index_n_heads": 32,
-            "index_head_dim": 128,
+            **_GLM5,
             "index_topk_freq": 4,
             "index_skip_topk_offset": 3,
             "rope_parameters": {"rope_type": "default", "rope_theta": 8000000},

@@ -37,7 +37,8 @@ NUMBERS: dict[str, tuple[Any, ...]] = {
     "kimi-k2": (7168, 64, 1536, 512, 128, 64, 128, 5e4),
     "kimi-k2.5": (7168, 64, 1536, 512, 128, 64, 128, 5e4),
     "glm-4.7-flash": (2048, 20, 768, 512, 192, 64, 256, 1e6),
-    "glm-5": (6144, 64, 2048, 512, 192, 64, 256, 8e6),
+    "glm-5": (6144, 64, 2048, 512, 192, 64, 256, 1e6),
+    "glm-5.2": (6144, 64, 2048, 512, 192, 64, 256, 8e6),
     "youtu-llm-2b": (2048, 16, 1536, 512, 128, 64, 128, 1.6e6),
     "a.x-k1": (7168, 64, 1536, 512, 128, 64, 128, 1e4),
     "sarvam-105b": (4096, 64, None, 512, 128, 64, 128, 1e4),
@@ -156,7 +157,8 @@ def test_the_latent_norms_keep_1e_6_whatever_the_config_says(kind: str) -> None:
 # Heads, width, top-k, whether its rotary channels are interleaved, and layers with an indexer.
 INDEXERS = {
     "deepseek-v3.2": (64, 128, 2048, False, 61, 62),
-    "glm-5": (32, 128, 2048, True, 78, 22),
+    "glm-5": (32, 128, 2048, True, 78, 79),
+    "glm-5.2": (32, 128, 2048, True, 78, 22),
 }
 
 

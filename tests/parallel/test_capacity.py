@@ -41,7 +41,7 @@ def test_all_layouts_of_a_size_are_found_and_no_others() -> None:
 
 def test_index_keys_take_room_in_the_layers_that_have_an_indexer() -> None:
     """GLM-5.2 has one in 21 of 78 layers; DeepSeek-V3.2 in all of its."""
-    glm = MLAConfig.preset("glm-5")
+    glm = MLAConfig.preset("glm-5.2")
     room = capacity(glm, Layout(), 80 * GIB, layers=78)
     indexer = 32 * 128 * 2048 + 6144 * (128 + 32)
     assert room.weight_bytes == 2 * (78 * (parameters(glm) - indexer) + 21 * indexer)
