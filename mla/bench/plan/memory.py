@@ -214,9 +214,11 @@ def _held_bytes(setting: Setting, point: Point, share: int) -> int:
     longest = max(point.final_lens)
     lengths = [math.ceil(length / share) for length in point.final_lens]  # on the rank that has most
     pages = sum(math.ceil(length / page) for length in lengths) + SPARE_PAGES
-    weights = (cost.parameters(config) + cost.kv_b_parameters(config)) * setting.dtype.itemsize
-    cache = pages * page * (setting.token_bytes + setting.index_bytes)
-    return point.layers * (weights + cache + RotaryTable.bytes_for(config, longest))
+    count, indexed = point.layers, len(config.index_layers(point.layers))
+    weights = sum(cost.parameters(config.of_layer(layer)) for layer in range(count))
+    weights += count * cost.kv_b_parameters(config)
+    cache = pages * page * (count * setting.token_bytes + indexed * setting.index_bytes)
+    return weights * setting.dtype.itemsize + cache + count * RotaryTable.bytes_for(config, longest)
 
 
 def _forward_bytes(setting: Setting, point: Point, share: int = 1) -> int:

@@ -426,7 +426,6 @@ def check_indexer(options: RunOptions, config: MLAConfig, points: Sequence[Point
     foreign = [name for name in options.implementation_names if not implementations.is_ours(name)]
     refused = (
         (options.parallel, "is not spread over ranks yet", "--parallel"),
-        (any(point.layers > 1 for point in points), "does not run in a row yet", "--layers"),
         (
             options.implementations and foreign,
             "is judged by its own selection, if that is ours",

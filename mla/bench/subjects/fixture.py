@@ -267,9 +267,15 @@ class LayerFixture(Fixture):
         if count not in self._costs:
             size, cached = setting.dtype.itemsize, (setting.token_bytes, setting.index_bytes)
             lengths = [(point.query_lens, point.kv_lens(step)) for step in range(count)]
-            works = (step_work(setting.config, *lens, size, setting.attention, *cached) for lens in lengths)
-            flops, moved = sum(works, Work())
-            self._costs[count] = results.Cost(flops=round(flops / count), bytes=round(moved / count))
+            layers = range(point.layers if setting.config.indexer_types else 1)  # else all are alike
+            configs = [setting.config.of_layer(layer) for layer in layers]
+            works = (
+                step_work(config, *lens, size, setting.attention, *cached)
+                for config in configs
+                for lens in lengths
+            )
+            flops, moved = (total / (count * len(configs)) for total in sum(works, Work()))
+            self._costs[count] = results.Cost(flops=round(flops), bytes=round(moved))
         return self._costs[count]
 
     def _check_lengths(self, ops: Ops) -> None:

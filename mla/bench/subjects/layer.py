@@ -62,7 +62,7 @@ class MlaLayer(LayerImplementation):
         self.name = name
         self.layers = [self._make_layer(ops, index) for index in range(setting.layers)]
         for index, layer in enumerate(self.layers):
-            layer.load_state_dict(layer_state(state, index) if index else state)
+            layer.load_state_dict(layer_state(state, index) if index else state, strict=not index)
         self.layer, self._stacked = self.layers[0], setting.layers > 1
         self._takes = setting.is_judged_after
         if self._takes:
@@ -72,7 +72,7 @@ class MlaLayer(LayerImplementation):
     def _make_layer(self, ops: str | None, index: int) -> MLA:
         setting = self.setting
         layer = self.make_layer(
-            setting.config,
+            setting.config.of_layer(index),
             backend=setting.backend,
             dtype=setting.dtype,
             attention=setting.attention,
@@ -106,10 +106,11 @@ class MlaLayer(LayerImplementation):
         self.prepare_buffers(scenario, inputs, *[len(self.layers)] * self._stacked)
 
     def _load_history(self, inputs: Inputs) -> None:
-        for sequence, (kv, pe) in zip(self._sequences, inputs.history, strict=True):
-            self._cache.load(sequence, kv, pe)
-            for index in range(1, len(self.layers)):
-                self._cache.load(sequence, kv.roll(index, 1), pe, layer=index)
+        keys = inputs.index or [None] * len(self._sequences)
+        for sequence, (kv, pe), own in zip(self._sequences, inputs.history, keys, strict=True):
+            for index in range(len(self.layers)):
+                given = own if index in self._cache.index_layers else None
+                self._cache.load(sequence, kv.roll(index, 1), pe, layer=index, index=given)
         self._pages = list(self._cache.pages)
 
     def _make_cache(self, scenario: Scenario) -> LatentCache:
@@ -261,13 +262,12 @@ class MlaLayer(LayerImplementation):
 
     def check(self, checker: Any) -> Check:
         """Check every layer's outputs, and that its new latents are in its own part of the cache."""
-        if self._takes:
-            check: Check = checker.check_pass(
-                self.outputs(), self._number, self.held_to_reference, taken=self._taken
-            )
-            return check
         if not self._stacked:
-            return super().check(checker)
+            if not self._takes:
+                return super().check(checker)
+            given = self.outputs(), self._number, self.held_to_reference
+            check: Check = checker.check_pass(*given, taken=self._taken)
+            return check
         checks = [self._check_layer(checker, index) for index in range(len(self.layers))]
         for index, check in enumerate(checks):
             if check.status == "ok" and not self._cached(index):
@@ -278,8 +278,14 @@ class MlaLayer(LayerImplementation):
         return checks[index]
 
     def _check_layer(self, checker: Any, index: int) -> Check:
-        outputs = {forward: rows[index].roll(-index, -1) for forward, rows in super().outputs().items()}
-        return checker.check_pass(outputs, self._number, self.held_to_reference, self.places)
+        check: Check = checker.check_pass(
+            self._rolled(index), self._number, self.held_to_reference, self.places
+        )
+        return check
+
+    def _rolled(self, index: int) -> Outputs:
+        """Return the outputs of a layer, as layer 0 would have them."""
+        return {forward: rows[index].roll(-index, -1) for forward, rows in super().outputs().items()}
 
     def _cached(self, index: int) -> bool:
         """Return whether a layer cached the same as layer 0, rolled and up to rounding."""

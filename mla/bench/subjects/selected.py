@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ _random = random.SystemRandom()  # what is judged is not known before
 
 
 class SelectedLayer(MlaLayer):
-    """Our layer with an indexer, over a cache that has index pages.
+    """Our layer with an indexer, or N of which some share its selection, over a cache that has index pages.
 
     Of each forward that is kept, it also keeps what the indexer wrote. The index pages are poisoned as those
     of latents are, so that a stale or missing key shows in the selection.
@@ -39,15 +40,15 @@ class SelectedLayer(MlaLayer):
 
     def _load_history(self, inputs: Inputs) -> None:
         """Load latents and index keys of the history, and prepare the poison of index pages."""
-        for sequence, (kv, pe), index in zip(self._sequences, inputs.history, inputs.index, strict=True):
-            self._cache.load(sequence, kv, pe, index=index)
-        self._pages = list(self._cache.pages)
+        super()._load_history(inputs)
+        self._index_pages = [self._cache.of_layer(index)[1] for index in range(len(self.layers))]
         nan_safe = self.layer.ops["select_latents"].op.nan_safe_tail
         what = self._cache, self._sequences, self.scenario.final_lens, nan_safe
         self._index_poison = Poison(*what, of_index=True)
 
     def begin(self, number: int) -> Turn:
         self._index_poison.apply()
+        self._of_others: dict[int, list[Taken]] = {}  # by forward, of the layers behind the first
         return super().begin(number)
 
     def clear_new(self, batch: RaggedBatch) -> None:
@@ -56,11 +57,43 @@ class SelectedLayer(MlaLayer):
         self._index_poison.clear(batch.slots)
 
     def _run(self, batch: RaggedBatch, hidden: torch.Tensor, outs: list[torch.Tensor]) -> None:
-        self.layer(hidden, batch, self._pages[0], self._cache.index_pages[0], out=outs[0])
+        selection = None
+        for layer, pages, index_pages, out in zip(
+            self.layers, self._pages, self._index_pages, outs, strict=True
+        ):
+            given = selection if index_pages is None else None
+            layer(hidden, batch, pages, index_pages, given, out=out)
+            selection = layer.selection
+
+    def after(self, index: int) -> None:
+        """Keep what a forward left in every layer, if it is among those that are judged."""
+        super().after(index)
+        if index in self._taken:
+            self._of_others[index] = self._take_others(self._taken[index].selection)
+        self._of_others = {kept: self._of_others[kept] for kept in self._taken}
+
+    def _take_others(self, selection: torch.Tensor | None) -> list[Taken]:
+        """Return what layers behind the first have left, which made this selection [T, topk].
+
+        A layer that shares is judged by what it was to attend, not by what it says of that.
+        """
+        lengths, scenario = [self._cache.length(sequence) for sequence in self._sequences], self.scenario
+        what, others = (self._sequences, scenario.query_lens, scenario.history, lengths), list[Taken]()
+        for number, layer in enumerate(self.layers[1:], 1):
+            taken = take(layer, self._cache, *what, number)
+            selection = taken.selection if taken.q is not None else selection
+            others.append(replace(taken, selection=selection))
+        return others
 
     def take_now(self, query_lens: Sequence[int], history: Sequence[int], kv_lens: Sequence[int]) -> Taken:
         """Return what the last forward has left, with the index keys from the history to `kv_lens`."""
         return take(self.layer, self._cache, self._sequences, query_lens, history, kv_lens)
+
+    def _check_layer(self, checker: Any, index: int) -> Check:
+        taken = {forward: others[index - 1] for forward, others in self._of_others.items()}
+        given = self._rolled(index), self._number, self.held_to_reference
+        check: Check = checker.check_pass(*given, taken=taken if index else self._taken)
+        return check
 
 
 @dataclass

@@ -12,13 +12,16 @@ import pytest
 import torch
 from tiny_run import DIMS
 
+from mla import MLA
 from mla.bench import results
+from mla.bench.subjects.selected import SelectedLayer
 from mla.cache.formats import codec_of
 from mla.cache.index_formats import IndexFp8
 from mla.layer.forward import Indexer
 from mla.reference import small, sparse
 
 Bench = Callable[..., Any]
+Patch = pytest.MonkeyPatch
 
 INDEXER = {"model_type": "deepseek_v32", "q_lora_rank": 48, "index_n_heads": 3, "index_head_dim": 16}
 TOPK = 24
@@ -121,6 +124,85 @@ def test_the_format_of_index_keys_is_an_axis(measure: Bench, bench: Bench, words
     assert coded.memory.cache_bytes < plain.memory.cache_bytes
 
 
+@pytest.fixture
+def stack(measure: Bench, tmp_path: Path) -> Bench:
+    """Return `measure` for four layers, of which the second and the fourth share a selection."""
+    kinds = {"model_type": "glm_moe_dsa", "index_topk_pattern": "FSFS"}
+    (tmp_path / "stack.json").write_text(json.dumps({**DIMS, **INDEXER, **kinds, "index_topk": TOPK}))
+    options = ("--config", "stack.json", "--layers", "4", "--implementations", "mla", "-o", "run.json")
+    return lambda *words: measure(*options, *words)
+
+
+def test_layers_in_a_row_share_selections(stack: Bench, measure: Bench) -> None:
+    assert measure("--implementations", "mla", "-o", "run.json").code == 0
+    alone = {case.base: case for case in cases()}
+    done = stack("--dtype", "float32", "--index-format", "fp8")
+    assert done.code == 0, done.out + done.err
+    done = stack()
+    assert done.code == 0, done.out + done.err
+    for case in cases():
+        assert (case.check.status, case.layers) == ("ok", 4)
+        single = alone[case.base]
+        index_bytes = single.memory.cache_bytes * 16 // (32 + 8 + 16)
+        assert case.memory.cache_bytes == 4 * single.memory.cache_bytes - 2 * index_bytes
+        assert case.memory.weight_bytes < 4 * single.memory.weight_bytes
+        assert case.cost.flops < single.cost.flops
+
+
+def own_selection_of_the_second(patch: Patch) -> None:
+    """What is shared moves by one token."""
+    right = MLA.forward
+
+    def forward(
+        layer: MLA, hidden: Any, batch: Any, pages: Any, index: Any = None, selection: Any = None, **rest: Any
+    ) -> Any:
+        if selection is not None:
+            selection = torch.where(selection > 0, selection - 1, selection)
+        return right(layer, hidden, batch, pages, index, selection, **rest)
+
+    patch.setattr(MLA, "forward", forward)
+
+
+def the_first_index_pages(patch: Patch) -> None:
+    """All layers have the index pages of the first."""
+    right = SelectedLayer._load_history
+
+    def load(layer: SelectedLayer, inputs: Any) -> None:
+        right(layer, inputs)
+        layer._index_pages = [
+            pages if pages is None else layer._index_pages[0] for pages in layer._index_pages
+        ]
+
+    patch.setattr(SelectedLayer, "_load_history", load)
+
+
+def the_first_pages(patch: Patch) -> None:
+    right = SelectedLayer._load_history
+
+    def load(layer: SelectedLayer, inputs: Any) -> None:
+        right(layer, inputs)
+        layer._pages[2] = layer._pages[0]
+
+    patch.setattr(SelectedLayer, "_load_history", load)
+
+
+@pytest.mark.parametrize(
+    ("mutant", "reason"),
+    [
+        (own_selection_of_the_second, "layer 1: "),
+        (the_first_index_pages, "layer 2: "),
+        (the_first_pages, "layer "),
+    ],
+)
+def test_a_wrong_layer_of_several_is_named(
+    stack: Bench, monkeypatch: Patch, mutant: Callable[[Patch], None], reason: str
+) -> None:
+    mutant(monkeypatch)
+    assert stack("--scenario", "decode", "--scenario", "prefill").code == 4
+    assert [case.check.status for case in cases()] == ["wrong", "wrong"]
+    assert all(case.check.reason.startswith(reason) for case in cases())
+
+
 def test_index_keys_of_bytes_that_are_written_wrong_are_found(
     measure: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,7 +273,6 @@ def test_attention_within_topk_is_the_dense_one(measure: Bench) -> None:
 
 
 # ------------------------------------------------------------------------------------ indexers that are wrong
-Patch = pytest.MonkeyPatch
 
 
 def scored(patch: Patch, score: Callable[..., torch.Tensor]) -> None:
@@ -332,7 +413,6 @@ def test_a_run_is_resumed_and_compared(measure: Bench, bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--layers", "2"], "does not run in a row yet: leave out --layers."),
         (["--parallel", "tp=2", "--simulate"], "is not spread over ranks yet: leave out --parallel."),
         (
             ["--implementations", "mla,transformers-eager"],
