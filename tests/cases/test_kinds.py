@@ -100,7 +100,7 @@ def by_row(make: Callable[[int], torch.Tensor], rows: int) -> torch.Tensor:
 
 def slow(case: OpCase, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Compute the results of operands [T, ...] with loops."""
-    wide, spec = {name: one.double() for name, one in given.items()}, case.spec
+    wide, spec = {name: tensor.double() for name, tensor in given.items()}, case.spec
     if case.kind == "linear":
         bias = wide.get("bias", torch.zeros(6).double())
         return {"out": by_row(lambda t: (wide["weight"] * wide["x"][t]).sum(1) + bias, case.rows)}
@@ -155,7 +155,7 @@ def test_the_truth_of_a_kind_is_that_of_loops(kind: str, fields: dict[str, Any])
         given[name] = rows.unflatten(0, (-1, 3)) if name in ("q", "weights") else rows
     truth = case.entry.truth(case.spec, given | case.scalars, case.lengths)
     shapes = {name: case.shape(words) for name, words in case.entry.truths.items()}
-    assert {name: tuple(one.shape) for name, one in truth.items()} == shapes
+    assert {name: tuple(tensor.shape) for name, tensor in truth.items()} == shapes
     for name, right in slow(case, given).items():
         close = 1e-4 if kind == "select_latents" else 1e-12  # scores are there with their bounds
         torch.testing.assert_close(truth[name], right, rtol=1e-10, atol=close)
@@ -188,12 +188,12 @@ def called(pool: Pool, change: Callable[[Call], object] = lambda call: None) -> 
     call.prepare()
     call.begin(1)
     (results,) = call.buffers(1)
-    one = pool.change(1, 0)
-    call.take(call.upload(one), results)
+    drawn = pool.change(1, 0)
+    call.take(call.upload(drawn), results)
     call.run()
     change(call)
     call.fetch(results)
-    check = Checker(pool).check(results, one, call.places())
+    check = Checker(pool).check(results, drawn, call.places())
     return call, "; ".join(filter(None, (check.reason, call.damage())))
 
 
@@ -249,13 +249,13 @@ def test_pages_belong_to_one_request_each() -> None:
     lengths = (9, 1, 17, 0)
     pages = Pages.of(lengths, Layout(4, spare=3, shuffle=1))
     owned = [row[:count].tolist() for row, count in zip(pages.table, (3, 1, 5, 0), strict=True)]
-    named = [page for own in owned for page in own]
+    named = [page for row in owned for page in row]
     assert (len(set(named)), pages.count) == (9, 12)
     assert named != sorted(named)
     assert max(named) < 12
     slots = [
-        own[token // 4] * 4 + token % 4
-        for own, length in zip(owned, lengths, strict=True)
+        row[token // 4] * 4 + token % 4
+        for row, length in zip(owned, lengths, strict=True)
         for token in range(length)
     ]
     assert pages.slots.tolist() == slots
@@ -283,7 +283,7 @@ def test_new_tokens_are_written_behind_the_history() -> None:
     call = Call(pool_of(case), REFERENCE["write_latent"], case.spec)
     assert call.pages is not None
     slots = call.pages.slots.split(KEYS)
-    behind = [own[keys - new :] for own, new, keys in zip(slots, NEW, KEYS, strict=True)]
+    behind = [row[keys - new :] for row, new, keys in zip(slots, NEW, KEYS, strict=True)]
     assert torch.equal(call.arguments["slots"], torch.cat(behind))
 
 

@@ -192,34 +192,36 @@ def in_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", ENTRIES)
 def test_a_new_op_is_timed_and_checked(kind: str, dtype: torch.dtype) -> None:
     bench = OpBench(CONFIG, kind, dtype, runs=6)
-    one = bench.implementation(RIGHT[kind])
+    timed = bench.implementation(RIGHT[kind])
     given = set()
     for number in range(3):
-        check = bench.run(one, number, lambda index: given.add(next(iter(operands(one))).numpy().tobytes()))
+        check = bench.run(
+            timed, number, lambda index: given.add(next(iter(operands(timed))).numpy().tobytes())
+        )
         assert (check.status, check.reason) == ("ok", "")
-        assert len(one.outputs()) == 6
+        assert len(timed.outputs()) == 6
     assert len(given) == 18, "calls had operands alike"
     assert op_bytes(bench.fixture.pool) > 0
 
 
-def operands(one: Any) -> Iterator[torch.Tensor]:
-    yield one._call.arguments[one._pool.entry.varied[0]].float().contiguous()
+def operands(implementation: Any) -> Iterator[torch.Tensor]:
+    yield implementation._call.arguments[implementation._pool.entry.varied[0]].float().contiguous()
 
 
 @pytest.mark.parametrize(("kind", "op", "said"), WRONG)
 def test_a_wrong_form_is_found_kept_and_replayed(kind: str, op: FusedOp, said: str, tmp_path: Path) -> None:
     bench = OpBench(CONFIG, kind, runs=6)
-    one = bench.implementation(op)
-    check = bench.run(one, 1)
+    implementation = bench.implementation(op)
+    check = bench.run(implementation, 1)
     assert check.status == "wrong"
     assert said in check.reason
-    found = search(one, bench.scenario, bench.problem, lambda: None).wrong
-    assert found is not None
-    assert said in found.reason
-    file.write_call(tmp_path, found, ORIGIN)
+    wrong = search(implementation, bench.scenario, bench.problem, lambda: None).wrong
+    assert wrong is not None
+    assert said in wrong.reason
+    file.write_call(tmp_path, wrong, ORIGIN)
     kept = file.read(tmp_path)
     backend = HostBackend(ops={"mine": op, "right": RIGHT[kind]})
-    assert replay(kept, backend, "mine") == [found.reason]
+    assert replay(kept, backend, "mine") == [wrong.reason]
     assert replay(kept, backend, "right", runs=2) == replay(kept, backend, "reference", runs=2) == ["", ""]
 
 
@@ -228,9 +230,9 @@ def test_a_damaged_file_of_a_new_op_is_refused(kind: str, op: FusedOp, said: str
     import safetensors.torch
 
     bench = OpBench(CONFIG, kind, runs=2)
-    found = search(bench.implementation(op), bench.scenario, bench.problem, lambda: None).wrong
-    assert found is not None
-    file.write_call(tmp_path, found, ORIGIN)
+    wrong = search(bench.implementation(op), bench.scenario, bench.problem, lambda: None).wrong
+    assert wrong is not None
+    file.write_call(tmp_path, wrong, ORIGIN)
     path = tmp_path / file.NAME
     tensors = safetensors.torch.load_file(path)
     with safetensors.safe_open(path, framework="pt") as opened:

@@ -91,12 +91,12 @@ def test_a_wrong_op_is_found_kept_and_replayed(kind: str, number: int, tmp_path:
     implementation = bench.implementation(op)
     check = bench.run(implementation, 1)
     assert check.status == "wrong"
-    found = search(implementation, bench.scenario, bench.problem, lambda: None).wrong
-    assert found is not None
-    file.write_call(tmp_path, found, ORIGIN)
+    wrong = search(implementation, bench.scenario, bench.problem, lambda: None).wrong
+    assert wrong is not None
+    file.write_call(tmp_path, wrong, ORIGIN)
     backend = HostBackend(ops={"mine": op, "right": REFERENCE[kind]})
     kept = file.read(tmp_path)
-    assert file.replay(kept, backend, "mine") == [found.reason]
+    assert file.replay(kept, backend, "mine") == [wrong.reason]
     assert file.replay(kept, backend, "right") == file.replay(kept, backend, "reference") == [""]
 
 
@@ -163,9 +163,9 @@ def test_a_damaged_selection_is_refused_before_any_op_is_called(tmp_path: Path) 
 
     bench = OpBench(CONFIG, "sparse_latent_attention", torch.float32, REQUESTS, runs=2)
     op = MUTANTS["sparse_latent_attention.selections"][0]()
-    found = search(bench.implementation(op), bench.scenario, bench.problem, lambda: None).wrong
-    assert found is not None
-    file.write_call(tmp_path, found, ORIGIN)
+    wrong = search(bench.implementation(op), bench.scenario, bench.problem, lambda: None).wrong
+    assert wrong is not None
+    file.write_call(tmp_path, wrong, ORIGIN)
     path = tmp_path / file.NAME
     for bad in (-2, 14, 2**31 - 1):
         tensors = safetensors.torch.load_file(path)
@@ -174,7 +174,7 @@ def test_a_damaged_selection_is_refused_before_any_op_is_called(tmp_path: Path) 
         before = tensors["operand.selection"].clone()
         tensors["operand.selection"].view(-1)[0] = bad
         safetensors.torch.save_file(tensors, path, metadata)
-        with pytest.raises(file.ResultError, match="selection names no token"):
+        with pytest.raises(file.ResultError, match="selection points outside its request"):
             file.read(tmp_path)
         safetensors.torch.save_file({**tensors, "operand.selection": before}, path, metadata)
 

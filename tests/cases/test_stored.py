@@ -18,7 +18,7 @@ def played(op: Any, dtype: torch.dtype, count: int) -> list[tuple[Scene, str]]:
     """Return scenes over the op's format, drawn, and what is wrong with each."""
     from hypothesis import HealthCheck, Phase, given, settings
 
-    found: list[tuple[Scene, str]] = []
+    outcomes: list[tuple[Scene, str]] = []
     field = Field(KINDS[op.contract], dtype, torch.device("cpu"), formats=tuple(op.cache_formats))
     player = Player(op, lambda case: None)
 
@@ -28,15 +28,15 @@ def played(op: Any, dtype: torch.dtype, count: int) -> list[tuple[Scene, str]]:
     )  # fmt: skip
     @given(scenes(field).filter(lambda scene: scene.cases[0].spec.cache_format))
     def play(scene: Scene) -> None:
-        found.append((scene, player.play(scene)))
+        outcomes.append((scene, player.play(scene)))
 
     play()
-    return found
+    return outcomes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("number", range(len(RIGHT)))
 def test_right_ops_are_right(number: int, dtype: torch.dtype) -> None:
-    found = played(RIGHT[number](), dtype, 12)
-    assert [(scene.label, reason) for scene, reason in found if reason] == []
-    assert len(found) >= 5
+    outcomes = played(RIGHT[number](), dtype, 12)
+    assert [(scene.label, reason) for scene, reason in outcomes if reason] == []
+    assert len(outcomes) >= 5

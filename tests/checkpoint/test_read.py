@@ -307,10 +307,10 @@ def of(made: Made) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [("full-names", "sharded"), ("bare-names", "whole-layer"), ("fp8", "fp8-sharded")]
+    ("names", "other"), [("full-names", "sharded"), ("bare-names", "whole-layer"), ("fp8", "fp8-sharded")]
 )
-def test_names_and_shards_are_no_difference(tmp_path: Path, one: str, other: str) -> None:
-    first = of(maker.LAYOUTS[one].make(tmp_path / "one"))
+def test_names_and_shards_are_no_difference(tmp_path: Path, names: str, other: str) -> None:
+    first = of(maker.LAYOUTS[names].make(tmp_path / "one"))
     assert first == of(maker.LAYOUTS[other].make(tmp_path / "other"))
     assert len({*first.values()}) == len(first)
 

@@ -41,8 +41,8 @@ class Counting(type(REFERENCE["linear"])):  # type: ignore[misc]
 
 
 def of_ops(subject: BackendUnderTest, *only: str) -> list[Instance]:
-    found = instances(subject, (torch.float32,), only)
-    return [one for one in found if one.check.scope in (OP, LAYER)]
+    chosen = instances(subject, (torch.float32,), only)
+    return [instance for instance in chosen if instance.check.scope in (OP, LAYER)]
 
 
 def test_cases_are_counted_without_a_call_of_an_op_or_the_oracle(
@@ -59,18 +59,18 @@ def test_cases_are_counted_without_a_call_of_an_op_or_the_oracle(
         monkeypatch.setattr(owner, "pack", touched)
     monkeypatch.setattr(torch, "randn", touched)
     subject = BackendUnderTest(sound(ops=right_ops), "sound")
-    for one in of_ops(subject):
-        refused = replace(one, chosen=frozenset()).run(subject).cases
-        assert all(case.number == 0 and case.outcome == "refused" for case in refused), (one.id, refused)
-        assert one.labels(subject) or refused, one.id
+    for instance in of_ops(subject):
+        refused = replace(instance, chosen=frozenset()).run(subject).cases
+        assert all(case.number == 0 and case.outcome == "refused" for case in refused), (instance.id, refused)
+        assert instance.labels(subject) or refused, instance.id
 
 
 def test_the_label_of_a_case_is_its_own(sound: Any) -> None:
     """For small ops and layers, whose cases differ in more than lengths."""
     subject = BackendUnderTest(sound(), "sound")
-    for one in of_ops(subject, *SMALL_OPS, "layer"):
-        labels = one.labels(subject)
-        assert len(set(labels)) == len(labels), (one.id, labels)
+    for instance in of_ops(subject, *SMALL_OPS, "layer"):
+        labels = instance.labels(subject)
+        assert len(set(labels)) == len(labels), (instance.id, labels)
 
 
 WIDTHS = {"in_features": 128, "out_features": 96}
@@ -108,10 +108,10 @@ def test_a_label_tells_what_is_special(kind: str, changes: dict[str, Any], label
 
 def test_the_cases_that_are_counted_are_those_that_run(sound: Any) -> None:
     subject = BackendUnderTest(sound(), "sound", quick=True)
-    for one in of_ops(subject, "linear", "latent.heads", "layer.pages", "rms_norm"):
-        ran = one.run(subject).cases
-        assert [case.label for case in ran] == list(one.labels(subject)), one.id
-        assert [case.number for case in ran] == list(range(1, len(ran) + 1)), one.id
+    for instance in of_ops(subject, "linear", "latent.heads", "layer.pages", "rms_norm"):
+        ran = instance.run(subject).cases
+        assert [case.label for case in ran] == list(instance.labels(subject)), instance.id
+        assert [case.number for case in ran] == list(range(1, len(ran) + 1)), instance.id
 
 
 @pytest.mark.parametrize(
@@ -127,9 +127,9 @@ def test_a_case_runs_alone(judge: Run, sound: Any, only: tuple[str, ...], rows: 
     op = Counting()
     results = [verdict for verdict in judge(sound(ops={"mine": op}), *only) if verdict.of == "mine"]
     assert op.rows == rows
-    (one,) = results
-    assert one.status == "pass"
-    assert one.cases.passed == len(set(rows))
+    (result,) = results
+    assert result.status == "pass"
+    assert result.cases.passed == len(set(rows))
 
 
 def test_a_case_outside_those_chosen_cannot_fail_a_check(judge: Run, sound: Any) -> None:
@@ -154,8 +154,8 @@ def test_a_slow_dtype_gets_a_handful_and_keeps_its_numbers(sound: Any) -> None:
     op = Counting()
     subject = BackendUnderTest(sound(ops={"mine": op}), "sound", quick=True, slow=frozenset({torch.bfloat16}))
     dtypes = (torch.bfloat16, torch.float32)
-    found = {instance.dtype: instance for instance in instances(subject, dtypes, ["linear.product[mine-*]"])}
-    thin, whole = (carry_out(found[dtype], subject, Xfails()) for dtype in dtypes)
+    by_dtype = {case.dtype: case for case in instances(subject, dtypes, ["linear.product[mine-*]"])}
+    thin, whole = (carry_out(by_dtype[dtype], subject, Xfails()) for dtype in dtypes)
     assert op.rows == [1, 5, 1, 7, 130, 5]
     assert (thin.cases.passed, thin.cases.left_out) == (2, 2)
     assert (whole.cases.passed, whole.cases.left_out) == (4, 0)
@@ -233,8 +233,8 @@ class OnlyBfloat16(Counting):
 def test_an_op_that_serves_nothing_else_keeps_its_cases_in_a_slow_dtype(sound: Any) -> None:
     op = OnlyBfloat16()
     subject = BackendUnderTest(sound(ops={"mine": op}), "sound", quick=True, slow=frozenset({torch.bfloat16}))
-    (one,) = instances(subject, (torch.bfloat16,), ["linear.product[mine-*]"])
-    assert carry_out(one, subject, Xfails()).cases.left_out == 0
+    (instance,) = instances(subject, (torch.bfloat16,), ["linear.product[mine-*]"])
+    assert carry_out(instance, subject, Xfails()).cases.left_out == 0
     assert op.rows == [1, 7, 130, 5]
 
 
@@ -304,8 +304,8 @@ def test_the_card_says_of_which_dtype_a_handful_ran(
     chosen = ("--only", "rms_norm.formula", "--quick", *words)
     assert main(["--backend", "faulty_backend:FaultyBackend", "-O", "op=rms_norm", *chosen]) == 0
     said = r"- Most sizes in bfloat16: .* as long as float32 here, so that 2 of 4 cases ran"
-    found = re.search(said, capsys.readouterr().out)
-    assert bool(found) is not bool(words)
+    match = re.search(said, capsys.readouterr().out)
+    assert bool(match) is not bool(words)
 
 
 def test_checks_are_named_before_they_run_and_the_slowest_at_the_end(capsys: Any) -> None:

@@ -25,7 +25,7 @@ def result(name: str, status: Any = "pass", of: str = "mine", dtype: str = "floa
     return CheckResult(
         id=f"{name}[{of}-{dtype}]",
         check=name,
-        kind={one.id: one.fails for one in all_checks()}[name],
+        kind={check.id: check.fails for check in all_checks()}[name],
         of=of,
         dtype=dtype,
         status=status,
@@ -47,8 +47,8 @@ def extent(**changes: Any) -> Extent:
 
 
 def test_every_check_says_why_kernels_fail_it() -> None:
-    assert {one.fails for one in all_checks()} <= set(KINDS)
-    by_id = {one.id: one.fails for one in all_checks()}
+    assert {check.fails for check in all_checks()} <= set(KINDS)
+    by_id = {check.id: check.fails for check in all_checks()}
     assert by_id["device.timer"] == by_id["linear.pack"] == "contract"
     assert by_id["write_latent.untouched"] == by_id["layer.untouched"] == "memory"
     assert by_id["rms_norm.formula"] == "formula"
@@ -60,12 +60,12 @@ def test_a_kind_that_is_none_is_refused() -> None:
 
 
 def test_cases_are_counted_by_kind() -> None:
-    found = [
+    results = [
         result("layer.untouched", cases={"passed": 3, "failed": 1, "left_out": 2}),
         result("write_latent.untouched", cases={"refused": 4}),
         result("latent.far_pages"),
     ]
-    by_kind = {one.kind: one for one in coverage(found)}
+    by_kind = {row.kind: row for row in coverage(results)}
     assert list(by_kind) == list(KINDS)
     memory = by_kind["memory"]
     assert (memory.checks, memory.what) == (2, KINDS["memory"])
@@ -107,29 +107,29 @@ def test_a_dtype_that_was_spared_says_so() -> None:
 
 def test_what_an_op_refused_as_a_whole_is_unseen() -> None:
     of = {"a": "mine", "b": "other"}
-    found = [
+    results = [
         result("latent.keys", "refused", of["a"]),
         result("latent.heads", "refused", of["a"]),
         result("latent.decode", "pass", of["a"]),
-        *(result("linear.product", "refused", one, "bfloat16") for one in of.values()),
+        *(result("linear.product", "refused", op, "bfloat16") for op in of.values()),
         result("linear.product", "pass", of["b"], "float32"),
         result("layer.untouched", "refused", of["b"], "float32"),
         result("write_latent.untouched", "pass", of["b"], "float32"),
     ]
-    said = blind(extent(planned=len(found)), found)
+    said = blind(extent(planned=len(results)), results)
     assert "What fails by tiles in float32 of mine: all of it was refused." in said
     assert "Anything in bfloat16 of mine, other: all of it was refused." in said
     assert len(said) == ALWAYS + 2
 
 
 def test_how_far_an_index_got_is_said() -> None:
-    found = [
+    results = [
         result("latent.far_pages", note="4.3 GB from the start"),
         result("linear.product", note="unrelated"),
         result("expanded.far_rows", "refused", note="8.6 GB from first to last", cases={"refused": 1}),
     ]
-    assert "Indices beyond what latent.far_pages reached: 4.3 GB from the start." in blind(extent(), found)
-    assert not any("8.6 GB" in sentence for sentence in blind(extent(), found)), "it was refused"
+    assert "Indices beyond what latent.far_pages reached: 4.3 GB from the start." in blind(extent(), results)
+    assert not any("8.6 GB" in sentence for sentence in blind(extent(), results)), "it was refused"
 
 
 def test_the_card_and_the_report_say_what_was_covered(tmp_path: Path, capsys: Any) -> None:
@@ -145,7 +145,7 @@ def test_the_card_and_the_report_say_what_was_covered(tmp_path: Path, capsys: An
     )
     assert main([*FAULTY, *words]) == 0
     card, report = capsys.readouterr().out, decode((tmp_path / "out.json").read_bytes())
-    by_kind = {one.kind: one for one in report.coverage}
+    by_kind = {row.kind: row for row in report.coverage}
     assert (by_kind["state"].checks, by_kind["numbers"].checks, by_kind["index"].checks) == (1, 0, 1)
     assert sum(kind.checks for kind in report.coverage) == len(report.checks) == 5
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in card.splitlines() if line[:1] == "|"]
@@ -153,12 +153,12 @@ def test_the_card_and_the_report_say_what_was_covered(tmp_path: Path, capsys: An
     assert all(f"- {sentence}\n" in card for sentence in report.blind)
     assert report.blind[0] == "What other checks ask: only rms_norm ran."
     assert "bfloat16 and float16: claimed, and not asked for." in report.blind
-    assert {one["kind"] for one in json.loads((tmp_path / "out.json").read_text())["checks"]} <= set(KINDS)
+    assert {row["kind"] for row in json.loads((tmp_path / "out.json").read_text())["checks"]} <= set(KINDS)
 
 
 def test_a_card_lists_a_few_wrong_cases_and_counts_the_others() -> None:
     ids = [f"linear.product[mine]#{number}" for number in range(1, 10)]
-    failures = [Failure(id=one, case="1 rows", reason="wrong | here") for one in ids]
+    failures = [Failure(id=id, case="1 rows", reason="wrong | here") for id in ids]
     lines = failed_cases(result("linear.product", "fail", failures=failures, cases={"failed": 9}))
     assert lines[0] == "`linear.product[mine]#1`: 1 rows: wrong \\| here"
     assert lines[MOST_CASES:] == ["and 4 more"]
@@ -178,9 +178,9 @@ def test_the_command_on_the_card_runs_the_first_wrong_case_alone(
                 out *= 1.1
 
     monkeypatch.setattr("faulty_backend.FaultyBackend.ops", lambda self: {"large": Large()})
-    found = ("-O", "op=rms_norm", "--threads", "1", "--only", "rms_norm.formula", "--xfails", "/dev/null")
-    assert main([*FAULTY, *found]) == 4
-    (line,) = (one for one in capsys.readouterr().out.splitlines() if "  - the first alone: `" in one)
+    options = ("-O", "op=rms_norm", "--threads", "1", "--only", "rms_norm.formula", "--xfails", "/dev/null")
+    assert main([*FAULTY, *options]) == 4
+    (line,) = (row for row in capsys.readouterr().out.splitlines() if "  - the first alone: `" in row)
     words = shlex.split(line.split("`")[1])
     assert words[-2:] == ["--only", "rms_norm.formula[large-float32]#2"]
     rows.clear()

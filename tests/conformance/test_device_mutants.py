@@ -61,9 +61,9 @@ def test_a_layer_that_indexes_wrong_is_found(
 ) -> None:
     right = getattr(Indexer, method)
     monkeypatch.setattr(Indexer, method, lambda indexer, *given: wrong(indexer, right, *given))
-    (found,) = judge(sound(), check)
-    assert found.status == "fail"
-    assert reason in found.reason
+    (result,) = judge(sound(), check)
+    assert result.status == "fail"
+    assert reason in result.reason
 
 
 def test_a_backend_that_is_not_set_up_fails_instead_of_ending_the_run(judge: Run, sound: type) -> None:

@@ -161,11 +161,11 @@ CPU = torch.device("cpu")
 
 def drawn_scenes(of: Field, count: int) -> list[Scene]:
     """Return the scenes of the first numbers."""
-    found: list[Scene] = []
-    search = Search(scenes(of), lambda scene: found.append(scene) or "")  # type: ignore[func-returns-value]
+    drawn: list[Scene] = []
+    search = Search(scenes(of), lambda scene: drawn.append(scene) or "")  # type: ignore[func-returns-value]
     for number in range(count):
         search.run(number)
-    return found
+    return drawn
 
 
 @pytest.fixture(scope="module")
@@ -383,8 +383,8 @@ def test_time_is_shared_among_what_is_selected(monkeypatch: pytest.MonkeyPatch) 
     asked = Asked(BackendOptions("faulty_backend:FaultyBackend", None, (), None), ["float32"], minutes=1)
     opened = Suite.opened(asked, Xfails())
     opened.start = 0.0
-    (norm,) = (one for one in opened.planned if one.check.id == "rms_norm.drawn")
-    (latent,) = (one for one in opened.planned if one.check.id == "latent.drawn")
+    (norm,) = (instance for instance in opened.planned if instance.check.id == "rms_norm.drawn")
+    (latent,) = (instance for instance in opened.planned if instance.check.id == "latent.drawn")
     assert 0 < opened.share(norm) < opened.share(latent) < 45
     opened.selected = [norm, latent]
     assert opened.share(norm) + opened.share(latent) == pytest.approx(60)

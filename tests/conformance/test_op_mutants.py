@@ -65,8 +65,8 @@ def test_a_cache_that_there_is_no_memory_for_is_refused(
 ) -> None:
     def judged(available: int | None) -> CheckResult:
         monkeypatch.setattr(reach.host, "memory_available", lambda: available)
-        (found,) = judge(sound(ops={"mine": Latent()}), "latent.far_pages[mine-*]")
-        return found
+        (result,) = judge(sound(ops={"mine": Latent()}), "latent.far_pages[mine-*]")
+        return result
 
     monkeypatch.setattr(reach, "PLACES", (2 * FAR, FAR))
     assert judged(16 * FAR).note == "0.034 GB from the start"
@@ -83,8 +83,8 @@ def test_the_reference_finds_pages_as_far_as_this_machine_goes(
 ) -> None:
     """Nothing but the pages of the requests is touched, so that this takes address space and no memory."""
     monkeypatch.setattr(reach, "PLACES", (1 << 32, 1 << 31, 1 << 30))
-    (found,) = judge(sound(), "latent.far_pages[reference-bfloat16]", dtypes=(torch.bfloat16,))
-    assert found.status in ("pass", "refused"), found.reason
+    (result,) = judge(sound(), "latent.far_pages[reference-bfloat16]", dtypes=(torch.bfloat16,))
+    assert result.status in ("pass", "refused"), result.reason
 
 
 @pytest.mark.parametrize("rows", attention.TILES)

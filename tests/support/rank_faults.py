@@ -1,7 +1,7 @@
 """The CPU with an op that fails on rank `-O rank=...` as `-O fault=...` says, after `-O call=...` calls.
 
 scale: what it writes is 5 % too large. raises: it raises. hangs: the process stops. waits: for ever.
-With `-O library=none` it names no library for collectives. The variable RANK_THREADS sets its threads.
+With `-O library=none` it has no collectives. The variable RANK_THREADS sets its threads.
 """
 
 from __future__ import annotations

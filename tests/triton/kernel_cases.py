@@ -220,7 +220,7 @@ class BestCase:
         for scores, chosen, count in zip(self.scores, self.chosen(), self.seen, strict=True):
             taken = chosen[: max(0, min(count, self.topk))].long()
             if (chosen[len(taken) :] != -1).any():
-                said.append("something else than -1 is behind the last")
+                said.append("something other than -1 is behind the last")
             if (taken.diff() <= 0).any() or ((taken < 0) | (taken >= max(1, count))).any():
                 said.append("places do not ascend, or are not seen")
                 continue

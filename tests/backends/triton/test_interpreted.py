@@ -32,9 +32,9 @@ def run_inside(interpret: Any, names: tuple[str, ...], least: int, **more: Any) 
     configuration = ("-c", str(INSIDE / "pytest.ini"), f"--confcutdir={INSIDE}", "-p", "no:cacheprovider")
     done = interpret("-m", "pytest", *configuration, *files, **more)
     assert done.code == 0, done.out + done.err
-    found = re.search(r"(\d+) passed", done.out)
-    assert found, done.out
-    assert int(found[1]) >= least
+    match = re.search(r"(\d+) passed", done.out)
+    assert match, done.out
+    assert int(match[1]) >= least
 
 
 @pytest.mark.parametrize("process", PROCESSES)

@@ -54,7 +54,7 @@ def test_without_triton_its_source_is_named(complete: Path, monkeypatch: pytest.
         (["sympy", 'triton == 3.8.0 ; sys_platform == "linux"'], "pip install triton==3.8.0"),
         (["pytorch-triton-rocm==3.1.0"], "pip install pytorch-triton-rocm==3.1.0"),
     ):
-        monkeypatch.setattr("importlib.metadata.requires", lambda name, found=required: found)
+        monkeypatch.setattr("importlib.metadata.requires", lambda name, listed=required: listed)
         (reason,) = missing()
         assert reason.startswith("triton is not installed: ")
         assert reason.endswith(cure)

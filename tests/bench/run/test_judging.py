@@ -151,7 +151,7 @@ def test_the_cost_that_is_judged_is_that_of_the_cheaper_path(
     for attention in ("auto", "expanded"):
         least_flops = judged.setdefault(attention, [])
         monkeypatch.setattr(
-            scenario_run, "judge", lambda case, least, limits, found=least_flops: found.append(least.flops)
+            scenario_run, "judge", lambda case, least, limits, flops=least_flops: flops.append(least.flops)
         )
         bench("--backend", "cpu", *small, "--scenario", "decode", "--attention", attention)
     assert judged["auto"] == judged["expanded"]

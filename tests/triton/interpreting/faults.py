@@ -26,7 +26,7 @@ def place() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if not any(one in path.parent.as_posix() for one in _MACHINERY):
+        if not any(folder in path.parent.as_posix() for folder in _MACHINERY):
             return f"{path.name}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return "?"

@@ -68,7 +68,7 @@ class Launch(GridExecutor):  # type: ignore[misc]
     def _run(self, *args: Any, **kwargs: Any) -> None:
         args, kwargs = tuple(map(_raw, args)), {name: _raw(value) for name, value in kwargs.items()}
         builder = interpreter.interpreter_builder
-        builder.owned = Owned([one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)])
+        builder.owned = Owned([x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)])
         try:
             with warnings.catch_warnings(), np.errstate(all="ignore"):
                 warnings.simplefilter("ignore", RuntimeWarning)  # a device does not warn of NaN or infinities

@@ -30,10 +30,10 @@ def by_name(upstream: Any) -> Any:
     known: dict[str, Any] = {}
 
     def remembered(dtype: Any) -> Any:
-        found = known.get(dtype.name)
-        if found is None:
-            found = known[dtype.name] = upstream(dtype)
-        return found
+        answer = known.get(dtype.name)
+        if answer is None:
+            answer = known[dtype.name] = upstream(dtype)
+        return answer
 
     return remembered
 

@@ -132,17 +132,17 @@ def _on_numbers(upstream: type) -> type:
 
     class OnNumbers(upstream):  # type: ignore[misc]
         def apply_impl(self, input: Any) -> Any:
-            kinds = [one.dtype.scalar for one in input]
+            kinds = [value.dtype.scalar for value in input]
             wide = tuple(
-                _widened(one) if kind in CODED else one for one, kind in zip(input, kinds, strict=True)
+                _widened(value) if kind in CODED else value for value, kind in zip(input, kinds, strict=True)
             )
-            found = super().apply_impl(wide)
-            several = isinstance(found, (list, tuple))
+            results = super().apply_impl(wide)
+            several = isinstance(results, (list, tuple))
             made = [
-                _narrowed(one, kind) if kind in CODED else one
-                for one, kind in zip(found if several else [found], kinds, strict=False)
+                _narrowed(value, kind) if kind in CODED else value
+                for value, kind in zip(results if several else [results], kinds, strict=False)
             ]
-            return [*made, *found[len(made) :]] if several else made[0]
+            return [*made, *results[len(made) :]] if several else made[0]
 
     return OnNumbers
 

@@ -64,34 +64,34 @@ def subject() -> BackendUnderTest:
     )
 
 
-def is_of_a_kernel(one: Instance) -> bool:
+def is_of_a_kernel(instance: Instance) -> bool:
     """Return whether a check is about one of the kernels, and worth its time."""
-    planned = one.of == "triton_latent" or one.check.fails not in HOST
+    planned = instance.of == "triton_latent" or instance.check.fails not in HOST
     return (
-        one.of.startswith("triton_")
+        instance.of.startswith("triton_")
         and planned
-        and one.check.fails != DRAWN
-        and one.check.id not in LEFT_OUT | GRAPHS
+        and instance.check.fails != DRAWN
+        and instance.check.id not in LEFT_OUT | GRAPHS
     )
 
 
-def results(found: BackendUnderTest, chosen: Iterable[Instance]) -> dict[str, CheckResult]:
-    return {choice.id: carry_out(choice, found, Xfails()) for choice in chosen}
+def results(under_test: BackendUnderTest, chosen: Iterable[Instance]) -> dict[str, CheckResult]:
+    return {choice.id: carry_out(choice, under_test, Xfails()) for choice in chosen}
 
 
 def test_every_kernel_keeps_the_contract() -> None:
     device = subject()
     chosen = [instance for instance in instances(device, (torch.bfloat16,)) if is_of_a_kernel(instance)]
-    found = results(device, chosen)
-    assert {one.id: one.reason for one in found.values() if one.status != "pass"} == {}
-    assert len(found) >= 33
-    assert not any(one.cases.refused for one in found.values())
+    answers = results(device, chosen)
+    assert {result.id: result.reason for result in answers.values() if result.status != "pass"} == {}
+    assert len(answers) >= 33
+    assert not any(result.cases.refused for result in answers.values())
 
 
 def test_a_layer_of_interpreted_kernels_keeps_the_contract() -> None:
     device = subject()
-    found = results(device, instances(device, (torch.bfloat16,), LAYERS))
-    assert {one.id: one.reason for one in found.values() if one.status != "pass"} == {}
+    answers = results(device, instances(device, (torch.bfloat16,), LAYERS))
+    assert {result.id: result.reason for result in answers.values() if result.status != "pass"} == {}
 
 
 @pytest.mark.parametrize(

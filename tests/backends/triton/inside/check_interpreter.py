@@ -207,7 +207,7 @@ def test_programs_run_in_order_or_in_any() -> None:
     in_order = [10 * x + y for x in range(4) for y in range(3)]
     assert visited((4, 3)) == in_order
     with interpreting.shuffled(1):
-        found = visited((4, 3))
-    assert found != in_order
-    assert sorted(found) == in_order
+        grid = visited((4, 3))
+    assert grid != in_order
+    assert sorted(grid) == in_order
     assert visited((4, 3)) == in_order
