@@ -424,8 +424,14 @@ def check_indexer(options: RunOptions, config: MLAConfig, points: Sequence[Point
     if not config.index_n_heads:
         raise UsageError(f"config '{config.name}' selects and has no indexer: give it index_n_heads.")
     foreign = [name for name in options.implementation_names if not implementations.is_ours(name)]
+    layout = options.parallel
     refused = (
-        (options.parallel, "is not spread over ranks yet", "--parallel"),
+        (layout and layout.dcp > 1, "needs whole contexts to select from", "dcp of --parallel"),
+        (
+            layout and layout.dp > 1 and not options.simulate,
+            "is judged by one selection, and each part of dp makes its own",
+            "dp of --parallel",
+        ),
         (
             options.implementations and foreign,
             "is judged by its own selection, if that is ours",

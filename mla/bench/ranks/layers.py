@@ -24,6 +24,7 @@ from mla.bench.subjects.base import Facts, Implementation, Outputs, buffers, wor
 from mla.bench.subjects.fixture import Fixture, make_fixture
 from mla.bench.subjects.inputs import Inputs, Requests
 from mla.bench.subjects.layer import MlaLayer
+from mla.bench.subjects.selected import SelectedLayer
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
 from mla.errors import OutOfMemory, UnsupportedBatch
@@ -118,6 +119,10 @@ class RankLayer(MlaLayer):
         mine = slice(self.requests.first, self.requests.stop)
         self._meet()  # once: a rank that refuses such lengths comes to no further forward
         return self._bench.run(Lengths(lengths.query_lens[mine], lengths.kv_lens[mine]), count, beat)
+
+
+class SelectedRankLayer(RankLayer, SelectedLayer):
+    """The same of a layer with an indexer: each rank selects for itself, by the same keys and queries."""
 
 
 class LeadLayer(Implementation):
@@ -252,6 +257,8 @@ class LeadLayer(Implementation):
 
     def _taken(self, copy: int) -> dict[str, dict[int, Taken]]:
         """Return what a checker is to be given of all requests' memory, as one copy has it, if anything."""
+        if self.setting.config.index_n_heads:  # a copy is one rank's, which has all requests
+            return {"taken": self._left[copy][1]}
         whole: dict[int, list[Pair]] = {index: [] for index in self._left[0][1]}
         layout, scenario = self._crew.layout, self.scenario
         for rank in self._ranks(copy):

@@ -19,7 +19,7 @@ from mla.bench.results.stats import median
 from mla.bench.subjects.base import Facts, Implementation, LayerChecker, Outputs, poison, worst
 from mla.bench.subjects.fixture import layer_checker
 from mla.bench.subjects.inputs import Inputs, Requests
-from mla.bench.subjects.selected import TakenChecker, taken_checker
+from mla.bench.subjects.selected import SelectedLayer, TakenChecker, taken_checker
 from mla.bench.subjects.setting import Ranks, Setting
 from mla.bench.workload.scenario import Scenario
 from mla.parallel.groups import SimulatedGroups
@@ -64,6 +64,15 @@ class SimulatedPart(RankLayer):
         taken = (now_ns() - start) / 1e6
         self.after(index)
         return taken
+
+
+class SelectedPart(SimulatedPart, SelectedLayer):
+    """The same of a layer with an indexer."""
+
+
+def part_of(setting: Setting) -> type[SimulatedPart]:
+    """Return the class of one rank's part."""
+    return SelectedPart if setting.config.index_n_heads else SimulatedPart
 
 
 @dataclass(frozen=True)
@@ -116,7 +125,7 @@ class Simulation(Ranks):
 
         def of_rank(rank: int) -> tuple[Requests, LayerChecker | TakenChecker]:
             def reference() -> SimulatedPart:
-                part = SimulatedPart(setting, state, "mla-reference", "reference", rank)
+                part = part_of(setting)(setting, state, "mla-reference", "reference", rank)
                 part.load(scenario, inputs)
                 return part
 
@@ -127,7 +136,7 @@ class Simulation(Ranks):
             mine = requests.inputs(scenario, inputs)
             given = (config, setting.dtype, shard, mine, reference)
             if setting.is_judged_after:
-                return requests, taken_checker(*given, setting.codec, held)
+                return requests, taken_checker(*given, setting.codec, held, setting.index_codec)
             return requests, layer_checker(*given, beat, held)
 
         return ShareCheckers(scenario, {rank: of_rank(rank) for rank in self.timed(scenario)})
@@ -141,7 +150,7 @@ class SimulatedLayer(Implementation):
     ) -> None:
         super().__init__(setting)
         self.name, self._simulation = name, simulation
-        self._make = lambda rank: SimulatedPart(setting, state, name, ops, rank)
+        self._make = lambda rank: part_of(setting)(setting, state, name, ops, rank)
         self._parts = {0: self._make(0)}  # by rank, once loaded all that differ
         self.held_to_reference = self._parts[0].held_to_reference
         self._times: dict[int, list[float]] = {}  # of this pass, by rank other than 0

@@ -235,6 +235,7 @@ class Requests:
             scenario=self.scenario(whole),
             hidden=inputs.hidden[:, rows],
             history=inputs.history[part],
+            index=inputs.index[part],
             others=others,
             turns=inputs.turns.of(part),
         )

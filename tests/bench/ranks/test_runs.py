@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from ranks_of_a_run import BOUND, Start
+from tiny_run import DIMS
 
 from mla.bench import results
 
@@ -38,6 +40,18 @@ def test_one_result_has_every_ranks_samples(start: Start, layout: str, words: tu
         assert case.latency_ms.samples == list(map(max, by_forward))
         talks = layout != "dp=2"
         assert all((rank.collective_bytes > 0) == talks for rank in case.spread.ranks)
+
+
+def test_ranks_of_a_layer_that_selects_are_each_judged_by_their_own_selection(
+    start: Start, tmp_path: Path
+) -> None:
+    indexer = {"model_type": "deepseek_v32", "q_lora_rank": 24, "index_n_heads": 3, "index_head_dim": 16}
+    (tmp_path / "sparse.json").write_text(json.dumps({**DIMS, **indexer, "index_topk": 8}))
+    words = ("--parallel", "tp=2", "--config", "sparse.json", "--index-format", "fp8", "-o", "run.json")
+    for case in run(start, *words).cases:
+        assert case.check.status == "ok"
+        assert case.spread is not None
+        assert all(rank.collective_bytes > 0 for rank in case.spread.ranks)
 
 
 NO_TORCHRUN = dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS"))

@@ -149,6 +149,21 @@ def test_layers_in_a_row_share_selections(stack: Bench, measure: Bench) -> None:
         assert case.cost.flops < single.cost.flops
 
 
+@pytest.mark.parametrize("words", [("tp=2",), ("tp=2,dp=2", "--index-format", "fp8")])
+def test_ranks_that_are_predicted_select_for_themselves(
+    measure: Bench, monkeypatch: Patch, words: tuple[str, ...]
+) -> None:
+    """Each is judged by its own selection, and a wrong one costs it the number."""
+    options = ("--simulate", "--implementations", "mla-reference", "-o", "run.json", "--parallel", *words)
+    done = measure(*options, "--scenario", "decode", "--scenario", "prefill")
+    assert done.code == 0, done.out + done.err
+    assert {case.check.status for case in cases()} == {"ok"}
+    keys_are_others(monkeypatch)
+    assert measure(*options, "--scenario", "prefill").code == 4
+    reasons = [case.check.reason for case in cases()]
+    assert all("on rank " in reason and "selections leave out" in reason for reason in reasons)
+
+
 def own_selection_of_the_second(patch: Patch) -> None:
     """What is shared moves by one token."""
     right = MLA.forward
@@ -413,7 +428,10 @@ def test_a_run_is_resumed_and_compared(measure: Bench, bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--parallel", "tp=2", "--simulate"], "is not spread over ranks yet: leave out --parallel."),
+        (
+            ["--parallel", "dcp=2", "--simulate"],
+            "needs whole contexts to select from: leave out dcp of --parallel.",
+        ),
         (
             ["--implementations", "mla,transformers-eager"],
             "is judged by its own selection, if that is ours: leave out transformers-eager.",
