@@ -12,6 +12,9 @@ namespace mla {
 constexpr int64_t KEYS = 72;            // of one block: widened, they stay in the second-level cache
 constexpr int64_t QUERY_COLUMNS = 192;  // that the first-level cache holds, sixteen rows of them
 
+constexpr int64_t FEW = 4;   // rows
+constexpr int FEW_SUMS = 4;  // that do not wait for each other
+
 #if defined(__AVX512F__)
 constexpr int WEIGH_ROWS = 8, WEIGH_STRIPS = 2;  // value_width is a multiple of two strips
 #else
@@ -28,7 +31,7 @@ class Attending : public Attention {
         : Attention(rows, count, value_width, scale),
           layout_(layout),
           key_width_(key_width),
-          q_(wide_queries(rows, count, key_width)) {}
+          q_(few() ? wide_rows(rows, count, key_width) : wide_queries(rows, count, key_width)) {}
 
     // Attend keys first .. first + count - 1, whose rows `keys` and `values` point to; where these are the
     // same pointers, a value is the beginning of its key. The keys [KEYS] that come next, if any, are fetched
@@ -40,12 +43,13 @@ class Attending : public Attention {
             Panel& panel = panel_[p];
             const int64_t seen = std::min(count, panel.most - first);
             fade(panel, soften(panel, scores, first, seen, scale_, scores));
-            weigh(panel, scores, value.rows ? value : key_, seen, std::min<int64_t>(LANES, count_ - p * LANES));
+            weigh(panel, scores, value.rows ? value : key_, seen,
+                  std::min<int64_t>(LANES, count_ - p * LANES));
         });
     }
 
-    // Call use(p, 0, count, scores, column) for each `group` of panels, p the first, that sees any of these keys: scores
-    // [group][count][16], `column` apart.
+    // Call use(p, 0, count, scores, column) for each `group` of panels, p the first, that sees any of these
+    // keys: scores [group][count][16], `column` apart.
     template <class Use>
     void score(const bf16* const* keys, int64_t first, int64_t count, const bf16* const* next, int64_t group,
                const Use& use) {
@@ -55,7 +59,8 @@ class Attending : public Attention {
         for (int64_t p = 0; p < panels_; p += group) {
             const int64_t seen = std::min(count, panel_[p].most - first);
             if (seen <= 0) continue;
-            for (int64_t q = 0; q < group; q++, next = nullptr)
+            if (few()) score_few(seen, next, scores), next = nullptr;
+            for (int64_t q = 0; q < group && !few(); q++, next = nullptr)
                 score(q_ + (p + q) * key_width_ * LANES, key_, seen, next, scores + q * column);
             use(p, 0, count, scores, column);
         }
@@ -73,9 +78,36 @@ class Attending : public Attention {
         for (int64_t j = 0; j < count; j++) {
             for (int64_t k = 0; !layout_.count && k < width; k++) to[j * pitch + k] = widen(rows[j][k]);
             float* at = to + j * pitch;
-            for (const Run& run : layout_) decode_run(layout_, run, (const uint8_t*)rows[j], at), at += run.columns;
+            for (const Run& run : layout_)
+                decode_run(layout_, run, (const uint8_t*)rows[j], at), at += run.columns;
         }
         return {to, pitch};
+    }
+
+    // Whether sixteen rows as the lanes of a vector would mostly be empty.
+    bool few() const { return count_ <= FEW; }
+    // Scores [count][16] of few rows, whose lanes are columns: dot products along the keys.
+    void score_few(int64_t count, const bf16* const* next, float* to) const {
+        const int64_t whole = key_width_ / PART * PART;
+        for (int64_t j = 0; j < count; j++, to += LANES) {
+            if (next) fetch(next + j, j + 1 < count ? 1 : KEYS - j, 0, key_width_);
+            const float* const key = key_.rows + j * key_.pitch;
+            for (int64_t r = 0; r < count_; r++) {
+                const float* const q = q_ + r * key_width_;
+                pf sum[FEW_SUMS] = {};
+                int64_t k = 0;
+                for (; k + FEW_SUMS * PART <= whole; k += FEW_SUMS * PART)
+#pragma GCC unroll 4
+                    for (int i = 0; i < FEW_SUMS; i++)
+                        sum[i] += load<pf>(key + k + i * PART) * load<pf>(q + k + i * PART);
+                for (; k < whole; k += PART) sum[0] += load<pf>(key + k) * load<pf>(q + k);
+                const pf all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+                float total = 0;
+                for (int i = 0; i < PART; i++) total += all[i];
+                for (; k < key_width_; k++) total += key[k] * q[k];
+                to[r] = total;
+            }
+        }
     }
 
     // Scores [count][16] of a panel's queries q [key_width][16].
@@ -105,6 +137,7 @@ class Attending : public Attention {
 
     // panel.sum += weights . values, `rows` of them in use.
     void weigh(Panel& panel, const float* weights, const Wide& value, int64_t count, int64_t rows) const {
+        if (few()) return weigh_few(panel, weights, value, count);
         const int64_t blocks = (rows + WEIGH_ROWS - 1) / WEIGH_ROWS;
         for (int64_t c = 0; c < width_; c += WEIGH_STRIPS * LANES)
             for (int64_t block = 0, i = 0, some; block < blocks; block++, i += some) {
@@ -113,6 +146,23 @@ class Attending : public Attention {
                 values_of(some)(Interleaved<LANES>{weights + i}, {value.rows + c, value.pitch, LANES}, sums,
                                 count, {});
             }
+    }
+
+    // The same of few rows, with more columns at once: their sums would wait for each other.
+    void weigh_few(Panel& panel, const float* weights, const Wide& value, int64_t count) const {
+        unrolled<FEW>([&](auto i) {
+            constexpr int rows = i + 1, most = REGISTERS / 2 / PARTS / rows;
+            constexpr int strips = most >= 8 ? 8 : most >= 4 ? 4 : most >= 2 ? 2 : 1;
+            if (count_ != rows) return;
+            for (int64_t c = 0; c < width_;) {
+                const bool all = width_ - c >= strips * LANES;
+                const Sums sums = {panel.sum + c, width_, false};
+                const Strips columns = {value.rows + c, value.pitch, LANES};
+                (all ? add_tile<rows, strips, false, Interleaved<LANES>>
+                     : add_tile<rows, 1, false, Interleaved<LANES>>)({weights}, columns, sums, count, {});
+                c += (all ? strips : 1) * LANES;
+            }
+        });
     }
 
     template <class A>
@@ -131,7 +181,7 @@ class Attending : public Attention {
 
     const Layout& layout_;
     const int64_t key_width_;
-    const float* const q_;  // [panels][key_width][16]
+    const float* const q_;  // [panels][key_width][16], of few [rows][key_width]
     Wide key_ = {};         // of the block
 };
 

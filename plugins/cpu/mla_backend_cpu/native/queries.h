@@ -51,4 +51,12 @@ static inline float* wide_queries(const Row* rows, int64_t count, int64_t width)
     return q;
 }
 
+// Up to sixteen rows in fp32, as they are: [rows][width].
+static inline float* wide_rows(const Row* rows, int64_t count, int64_t width) {
+    float* const q = scratch<11>().take<float>(count * width);
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t k = 0; k < width; k++) q[i * width + k] = widen(rows[i].q[k]);
+    return q;
+}
+
 }  // namespace mla
