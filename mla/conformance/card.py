@@ -83,7 +83,8 @@ def _failures(report: ConformanceReport) -> Iterator[str]:
     for result in report.checks:
         if result.status == "fail":
             ran = result.cases.passed + result.cases.refused + result.cases.failed
-            of = f"{result.cases.failed} of {ran} cases" if ran > 1 else "its one case"
+            only = "the one case that ran" if result.cases.left_out else "its one case"
+            of = f"{result.cases.failed} of {ran} cases" if ran > 1 else only
             alone = shlex.join([*report.alone, "--only", result.failures[0].id])
             lines = [f"`{result.id}`: {of}", *failed_cases(result), f"the first alone: `{alone}`"]
             yield "\n  - ".join(lines)

@@ -236,8 +236,10 @@ def judge_lse(
     if worst <= 1:
         return worst, ""
     seen, true = result.flatten()[index].item(), truth.flatten()[index].item()
-    where = "" if places is None else f" at {describe(ratios > 1, places, index)}"
-    return worst, f"{seen:.5g} where the natural logarithm is {true:.5g}{where}"
+    bad = ratios > 1
+    where = "" if places is None else f" at {describe(bad, places, index)}"
+    wrong = f"; {int(bad.sum())} of {bad.numel()} are wrong" if bad.sum() > 1 else ""
+    return worst, f"{seen:.5g} where the natural logarithm is {true:.5g}{where}{wrong}"
 
 
 def row_errors(result: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from mla.conformance.card import MOST_CASES, Extent, blind, coverage, failed_cases
+from mla.conformance.card import MOST_CASES, Extent, _failures, blind, coverage, failed_cases
 from mla.conformance.cli import main
 from mla.conformance.registry import KINDS, all_checks, check
 from mla.conformance.report import Cases, CheckResult, Failure, Slow, decode
@@ -52,6 +53,14 @@ def test_every_check_says_why_kernels_fail_it() -> None:
     assert by_id["device.timer"] == by_id["linear.pack"] == "contract"
     assert by_id["write_latent.untouched"] == by_id["layer.untouched"] == "memory"
     assert by_id["rms_norm.formula"] == "formula"
+
+
+@pytest.mark.parametrize(("left", "said"), [(0, "its one case"), (3, "the one case that ran")])
+def test_a_single_wrong_case_is_not_said_to_be_all_there_are(left: int, said: str) -> None:
+    failures = [Failure("linear.product[mine-float32]#1", "1 token", "it is wrong")]
+    wrong = result("linear.product", "fail", cases={"failed": 1, "left_out": left}, failures=failures)
+    (line,) = _failures(SimpleNamespace(checks=[wrong], alone=[]))  # type: ignore[arg-type]
+    assert line.startswith(f"`linear.product[mine-float32]`: {said}\n")
 
 
 def test_a_kind_that_is_none_is_refused() -> None:

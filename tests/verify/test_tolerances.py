@@ -121,7 +121,7 @@ def test_a_wrong_log_sum_exp_is_named() -> None:
     places = Places.new_tokens((1, 2), (9, 5))
     assert judge_lse(lse, torch.zeros(3, 4).double(), BF16, places)[1] == (
         "0.7 where the natural logarithm is 0 at request 1, position 3, head 2 (row 1); "
-        "head 2 of every row of request 1"
+        "head 2 of every row of request 1; 2 of 12 are wrong"
     )
 
 
