@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -367,7 +367,7 @@ class Suite:
                 raise UsageError(f"the backend does not claim {name}; it claims: {', '.join(names)}.")
         chosen = tuple(dtype for dtype in claimed if not asked.dtypes or dtype_name(dtype) in asked.dtypes)
         drawing = Drawing(asked.draws, seed=asked.seed)
-        how = {"slow": dtypes_of(slow), "every_case": asked.every_case, "drawing": drawing}
+        how: dict[str, Any] = {"slow": dtypes_of(slow), "every_case": asked.every_case, "drawing": drawing}
         return cls(asked, replace(subject, **how), chosen, slow, xfails)
 
     @cached_property
