@@ -41,6 +41,7 @@ class Case:
     warps: int
     stages: int
     target: Target
+    registers: int | None = None  # the most of a thread
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -50,7 +51,7 @@ def case_of(launch: Launch, target: Target) -> Case:
     """Return the case of a launch. Raises KeyError for tensors of dtypes that no kernel takes."""
     kernel = f"{launch.kernel.fn.__module__}:{launch.kernel.fn.__name__}"
     arguments = {name: _argument(value) for name, value in launch.arguments.items()}
-    return Case(kernel, arguments, launch.warps, launch.stages, target)
+    return Case(kernel, arguments, launch.warps, launch.stages, target, launch.registers)
 
 
 def _argument(value: Any) -> dict[str, Any]:

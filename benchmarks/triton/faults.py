@@ -8,23 +8,6 @@ from benchmarks.triton.cases import Case, Target
 
 KIB = 1024
 TENSOR_MEMORY = 512  # columns
-# Bytes that a kernel without tiles may spill: ptxas puts two registers aside, outside of loops, where that
-# lets one more program run. It has registers left.
-PUT_ASIDE = 8
-# What a tile may spill with one version of Triton, while others spill none of it: two registers that ptxas
-# puts aside, or four in the merge that writes the log-sum-exp, so that one more program fits.
-# (Triton, kernel, target, tile) -> bytes per thread.
-KNOWN_SPILLS = {
-    ("3.1", "attend_latent", "sm_80", "16 x 16, 4, 1, halves"): 8,
-    ("3.6", "attend_latent", "sm_80", "16 x 16, 4, 3, halves"): 8,
-    ("3.7", "attend_latent", "sm_80", "16 x 32, 4, 2, halves"): 8,
-    ("3.7", "attend_latent", "sm_120", "16 x 16, 4, 2, halves"): 8,
-    ("3.7", "attend_expanded", "sm_100", "64 x 64, 4, 2"): 8,
-    ("3.8", "attend_latent", "sm_80", "16 x 32, 4, 2, halves"): 8,
-    ("3.8", "attend_latent", "sm_100", "16 x 32, 4, 3"): 8,
-    ("3.9", "attend_latent", "sm_80", "16 x 32, 4, 2, halves"): 8,
-    ("3.9", "merge_latent", "sm_80", "4"): 16,
-}
 # Of a multiprocessor: KiB of shared memory (each block takes 1 more than it asks for).
 PROCESSOR_KIB = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100}
 REGISTERS, UNIT = 65536, 256  # a warp gets a multiple of the unit
@@ -35,7 +18,7 @@ def faults(case: Case, found: dict[str, Any], shared_kib: int) -> list[str]:
     if "error" in found:
         return [f"does not compile: {found['error']}"]
     wrong = []
-    if found["spilled"] > max(0 if "ROWS" in case.arguments else PUT_ASIDE, known_spill(case, found)):
+    if found["spilled"]:
         wrong.append(f"spills {found['spilled']} bytes per thread")
     if found["shared"] > shared_kib * KIB:
         wrong.append(f"needs {found['shared'] / KIB:.0f} of {shared_kib} KiB of shared memory")
@@ -49,13 +32,6 @@ def faults(case: Case, found: dict[str, Any], shared_kib: int) -> list[str]:
     if case.arguments["EARLY"]["value"] and not found["instructions"].get("early start"):
         wrong.append("may start early, and does not wait for the launch before")
     return wrong
-
-
-def known_spill(case: Case, found: dict[str, Any]) -> int:
-    """Return the bytes per thread that a case may spill with the Triton that has compiled it."""
-    triton = ".".join(found["triton"].split(".")[:2])
-    _, _, kernel = case.kernel.partition(":")
-    return KNOWN_SPILLS.get((triton, kernel, str(case.target), tile_of(case)), 0)
 
 
 def product_of(case: Case) -> str:

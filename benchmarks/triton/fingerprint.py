@@ -5,40 +5,62 @@ from __future__ import annotations
 import ast
 import hashlib
 import io
+import re
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import mla_backends.triton_ops as ops
 from benchmarks.triton.cases import Case
-from benchmarks.triton.shipped import CURRENT, PORTABLE
+from benchmarks.triton.shipped import CURRENT, OLD, PORTABLE
 from benchmarks.triton.sources import kernel_of, specialised
 
 KERNELS = Path(ops.__file__).parent / "jit"
+READERS = ("counting.py", "resources.py", "sources.py", "worker.py")  # of what a compiler yields
 SILENT = (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING)
 
 
 def fingerprint() -> str:
-    """Return it. Comments, lines, run-time numbers, and the file that a kernel is in do not change it."""
-    digest = hashlib.sha256()
-    for definition in sorted(text for path in KERNELS.glob("*.py") for text in code(path)):
-        digest.update(definition.encode())
-    for shipped in (*CURRENT, *PORTABLE):
-        for name, case in shipped.cases().items():
-            digest.update(f"{name} {_compiled_for(case)}".encode())
-    return digest.hexdigest()[:16]
+    """Return it. Comments, docstrings, lines, run-time numbers and the file of a kernel do not change it."""
+    shipped = ((name, case) for tiles in (*CURRENT, *PORTABLE, *OLD) for name, case in tiles.cases().items())
+    compiled = (f"{name} {_compiled_for(case)}" for name, case in shipped)
+    return _digest([*sorted(text for path in KERNELS.glob("*.py") for text in code(path)), *compiled])
+
+
+def fingerprint_of(case: Case) -> str:
+    """Return what the answer to a case depends on: it, what its kernel calls, and who reads the answer."""
+    module = case.kernel.partition(":")[0].rpartition(".")[2]
+    kernels = sorted(text for path in _reached(KERNELS / f"{module}.py") for text in code(path))
+    readers = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in READERS)
+    return _digest([case.to_json(), *kernels, *readers])
+
+
+def _digest(texts: Iterable[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+def _reached(path: Path) -> set[Path]:
+    """Return a file of kernels, and those that it imports."""
+    if not path.is_file():  # a kernel from elsewhere
+        return set()
+    names = re.findall(rf"^from {ops.__name__}\.jit\.(\w+) import", path.read_text(encoding="utf-8"), re.M)
+    return {path}.union(*(_reached(path.with_name(f"{name}.py")) for name in names))
 
 
 def _compiled_for(case: Case) -> str:
     known = specialised(kernel_of(case.kernel).params, case.arguments)
-    return f"{case.kernel} {known} {case.warps} {case.stages} {case.target}"
+    return f"{case.kernel} {known} {case.warps} {case.stages} {case.target} {case.registers}"
 
 
 def code(path: Path) -> Iterator[str]:
-    """Yield what a file defines, as the tokens that Python acts upon; imports are left out."""
+    """Yield what a file defines, as the tokens that Python acts upon; imports and docstrings are left out."""
     source = path.read_text(encoding="utf-8")
-    lines = source.splitlines(keepends=True)
-    for node in ast.parse(source).body:
+    lines, tree = source.splitlines(keepends=True), ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+            said = slice(node.body[0].lineno - 1, node.body[0].end_lineno)
+            lines[said] = [""] * len(lines[said])
+    for node in tree.body:
         if not isinstance(node, (ast.Import, ast.ImportFrom, ast.Expr)):
             decorators = getattr(node, "decorator_list", [])
             first = min(part.lineno for part in (node, *decorators))

@@ -103,6 +103,7 @@ def _steps(heads: int) -> dict[str, Problem]:
         ", 2 new tokens": decode(heads, queries=2),
         ", 2 or 1 new": decode(heads, query_lens=(2, 2, 1)),
     }
+    steps |= {f", {name}": decode(heads).stored(name) for name in FORMATS}
     return {f"latent: {heads} heads{name}": step for name, step in steps.items()}
 
 
@@ -112,6 +113,8 @@ PROBLEMS: dict[str, Problem] = {  # by the name in the table
     **_steps(128),
     "sparse: 16 heads": sparse(16),
     "sparse: 128 heads": sparse(128),
+    "sparse: 16 heads, fp8_ds_mla": sparse(16).stored("fp8_ds_mla"),
+    "sparse: 128 heads, fp8_ds_mla": sparse(128).stored("fp8_ds_mla"),
     "select": select(),
     "select, fp8": select(index_format="fp8", token_bytes=132),
     "expanded: causal": prefill(),
@@ -121,15 +124,16 @@ PROBLEMS: dict[str, Problem] = {  # by the name in the table
     "rms_norm": small("rms_norm", NormSpec(1536, torch.bfloat16, CPU)),
     "rotate_query": small("rotate_query"),
     "write_latent": small("write_latent"),
+    **{f"write_latent, {name}": small("write_latent").stored(name) for name in FORMATS},
 }
 MERGE, BEST = "merge", "select: the best"  # what problems that are split, or select, launch beside
 
 
-def launches(tuning: Tuning, early: bool = False, native_e4m3: bool = False) -> dict[str, Launch]:
-    """Return by name what the problems launch with a tuning; `early` and `native_e4m3` as of `Launcher`."""
+def launches(tuning: Tuning, *card: bool) -> dict[str, Launch]:
+    """Return by name what the problems launch with a tuning; `card` are the arguments of `Launcher`."""
     launched: dict[str, Launch] = {}
     for name, problem in PROBLEMS.items():
-        recorder = Recorder(early, native_e4m3)
+        recorder = Recorder(*card)
         problem.bound(triton_ops(tuning, MULTIPROCESSORS, recorder))()
         launched[name], *merge = recorder.recorded
         for launch in merge:

@@ -26,15 +26,17 @@ class Shipped:
     shared: int  # KiB that a block may use
     early: bool = False  # with programmatic dependent launch
     native_e4m3: bool = False  # the card converts e4m3
+    bounds: bool = False  # registers are bounded
 
     def cases(self) -> dict[str, Case]:
         """Return by name what all problems launch."""
-        launched = launches(self.tuning, self.early, self.native_e4m3)
+        launched = launches(self.tuning, self.early, self.native_e4m3, self.bounds)
         return {name: case_of(launch, self.target) for name, launch in launched.items()}
 
 
 def _nvidia(cards: str, arch: int, shared: int) -> Shipped:
-    return Shipped(cards, tuning_for(shared * KIB, cards), _cuda(arch), shared, arch >= 90, arch >= 89)
+    tuning = tuning_for(shared * KIB, cards)
+    return Shipped(cards, tuning, _cuda(arch), shared, arch >= 90, arch >= 89, bounds=True)
 
 
 def _old(new: Shipped) -> Shipped:

@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.triton.cases import Case
 from benchmarks.triton.compiling import compile_cases
-from benchmarks.triton.faults import faults, known_spill, programs, tile_of
+from benchmarks.triton.faults import faults, programs, tile_of
 from benchmarks.triton.fingerprint import fingerprint
 from benchmarks.triton.shipped import CURRENT, OLD, PORTABLE, Shipped
 
@@ -72,11 +72,10 @@ class Row:
         if "error" in self.found:
             return f"{start} {self.faults[0]} | | | | |"
         fit = programs(self.case.target, self.case.warps, self.found)
-        spilled, known = self.found["spilled"], known_spill(self.case, self.found)
         counts = ", ".join(f"{n} {name}" for name, n in self.found["instructions"].items())
         counted = (
             str(self.found["registers"]),
-            f"{spilled} (known)" if spilled and known else str(spilled),
+            str(self.found["spilled"]),
             f"{self.found['shared'] / 1024:.1f}",
             "" if fit is None else str(fit),
             counts,
@@ -86,7 +85,7 @@ class Row:
 
 def compiled(part: Part, folder: Path, jobs: int) -> list[Row]:
     """Compile a part with the Triton in a folder; rows come in the order of what is shipped."""
-    wanted = [(one, name, case) for one in part.shipped for name, case in one.cases().items()]
+    wanted = [(tiles, name, case) for tiles in part.shipped for name, case in tiles.cases().items()]
     answers = compile_cases([case for _, _, case in wanted], folder, jobs)
     return [Row(*what, found) for what, found in zip(wanted, answers, strict=True)]
 
@@ -94,8 +93,6 @@ def compiled(part: Part, folder: Path, jobs: int) -> list[Row]:
 def lines(part: Part, rows: Sequence[Row]) -> Iterator[str]:
     """Yield a part of the table as Markdown."""
     yield f"\n## Triton {part.triton}, {part.why}"
-    if known := sorted({text for row in rows if (text := _known(row))}):
-        yield f"\nKnown, and no fault with this version: {'; '.join(known)}."
     for shipped in part.shipped:
         launches: dict[str, list[str]] = {}  # by what they need: equal ones are one row
         for row in rows:
@@ -104,13 +101,6 @@ def lines(part: Part, rows: Sequence[Row]) -> Iterator[str]:
         yield f"\n{shipped.cards}, compiled for {shipped.target}; a block may use {shipped.shared} KiB:"
         yield COLUMNS
         yield from (f"| {'; '.join(names)} | {cells}" for cells, names in launches.items())
-
-
-def _known(row: Row) -> str:
-    """Return what is said of a known spill; "" of any other row."""
-    most = known_spill(row.case, row.found) if row.found.get("spilled") else 0
-    where = f"`{row.case.kernel.partition(':')[2]}` for {row.case.target} in tiles of {tile_of(row.case)}"
-    return f"{where} spills up to {most} bytes a thread" if most else ""
 
 
 def installed(folder: Path) -> dict[str, Path]:

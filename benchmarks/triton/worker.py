@@ -66,6 +66,8 @@ def _answer(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     os.environ["TRITON_CACHE_DIR"] = str(folder / "cache")
     target = case["target"]
     options = {"num_warps": case["warps"], "num_stages": case["stages"]}
+    if case["registers"]:
+        options["maxnreg"] = case["registers"]
     if target["backend"] == "hip" and VERSION < (3, 5):
         _leave_unlinked()
     try:

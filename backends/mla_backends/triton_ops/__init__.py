@@ -114,6 +114,10 @@ class TritonBackend(TorchBackend):
         """Return whether the card and its Triton convert e4m3; integers do elsewhere."""
         return False
 
+    def bounds_registers(self) -> bool:
+        """Return whether the card is NVIDIA's and its Triton takes a bound on registers."""
+        return False
+
     @functools.cached_property
     def tuning(self) -> Tuning:
         """The tuning of the device, which is known after setup."""
@@ -152,7 +156,7 @@ class TritonBackend(TorchBackend):
         """Return the Triton ops for this device; keep them, because they hold scratch memory."""
         if not self._offers:
             return {}
-        launcher = Launcher(self.starts_early(), self.converts_e4m3())
+        launcher = Launcher(self.starts_early(), self.converts_e4m3(), self.bounds_registers())
         return triton_ops(self.tuning, self.multiprocessors(), launcher, self.triton_reason)
 
     def vendor_facts(self) -> Mapping[str, str]:

@@ -157,8 +157,8 @@ class PartsMemory:
 
 MAX_LATENT, MAX_ROPE = 512, 128
 UNKNOWN_MULTIPROCESSORS = 128  # requests are split as for a large device
-# Of a program of the merge: channels of a row, and warps.
-MERGED_CHANNELS, MERGE_WARPS = 128, 4
+# Of a program of the merge: channels of a row, and warps; and of a multiprocessor, such programs at a time.
+MERGED_CHANNELS, MERGE_WARPS, MERGES = 128, 4, 8
 # Programs that share the rows of the merge, about. With more rows each takes several: most have nothing to
 # merge in such a batch.
 MERGE_PROGRAMS = 4096
@@ -314,13 +314,13 @@ class LatentAttention(KernelOp):
         page, whole = arguments["PAGE"], wide(arguments["LATENT"], MIN_SIDE)
 
         def start(tile: Tile) -> None:
-            if page % tile.keys or arguments["TOPK"]:
-                tile = tile.across_pages()
             if arguments["FORMAT"] != "plain":
                 tile = tile.of_bytes(arguments["FORMAT"] in IN_TWO_PARTS)
+            if page % tile.keys or arguments["TOPK"]:
+                tile = tile.across_pages()
             blocks, programs = state.blocks(tile.rows)
             halves = tile.halves and whole > MIN_SIDE
-            sizes = {"blocks": blocks, "ROWS": tile.rows, "KEYS": tile.keys}
+            sizes = {"blocks": blocks, "ROWS": tile.rows, "KEYS": tile.keys, "SPREAD": tile.spread}
             pieces = {"PIECE": whole // 2 if halves else whole, "HALVES": halves}
             self.launcher.start(
                 attend_latent,
@@ -328,6 +328,7 @@ class LatentAttention(KernelOp):
                 {**arguments, **sizes, **pieces},
                 warps=tile.warps,
                 stages=tile.stages,
+                programs=tile.programs,
             )
 
         q, sizes = arguments["q"], (arguments["LATENT"], arguments["ROPE"], page, arguments["FORMAT"])
@@ -344,7 +345,7 @@ class LatentAttention(KernelOp):
         channels = min(MERGED_CHANNELS, wide(shared["LATENT"]))
         sizes = {"blocks": blocks, "rows": rows, "CHANNELS": channels, "PARTS": MERGED_PARTS}
         grid = (programs, -(-shared["LATENT"] // channels))
-        self.start(merge_latent, grid, {**shared, **sizes}, MERGE_WARPS)
+        self.start(merge_latent, grid, {**shared, **sizes}, MERGE_WARPS, MERGES)
 
 
 class SparseLatentAttention(LatentAttention):
@@ -495,6 +496,7 @@ class ExpandedAttention(KernelOp):
                 {**arguments, **sizes},
                 warps=tile.warps,
                 stages=tile.stages,
+                programs=tile.programs,
             )
 
         tile = tile_for(self.tuning.expanded, state.longest)

@@ -134,6 +134,9 @@ def cache_folder() -> Path:
 
 Grid = tuple[int, ...]
 
+# 32-bit registers of a multiprocessor of NVIDIA's, of a thread of it, and threads of a warp.
+REGISTERS, THREAD_REGISTERS, WARP = 65536, 255, 32
+
 # What Triton and vendors' forks raise, by name, for a kernel that needs too much; and what assemblers and
 # drivers say of one.
 OUT_OF_RESOURCES = "OutOfResources"
@@ -151,21 +154,40 @@ class Launcher:
     (programmatic dependent launch): its launch takes no time of its own. Triton and the card must have it.
     """
 
-    def __init__(self, early: bool = False, native_e4m3: bool = False) -> None:
-        """`native_e4m3`: the card converts e4m3 itself, which integers do elsewhere."""
+    def __init__(self, early: bool = False, native_e4m3: bool = False, bounds: bool = False) -> None:
+        """`native_e4m3`: the card converts e4m3 itself, which integers do elsewhere.
+
+        `bounds`: its Triton takes a bound on registers. Without one, ptxas spills a few of them wherever one
+        more program then fits, though shared memory may not hold it.
+        """
         self.early = early and not interprets()
         self.native_e4m3 = native_e4m3
+        self.bounds = bounds and not interprets()
         self.launches = 0
         self.remarks: list[str] = []
         self._fitting: dict[Hashable, Tile] = {}  # kernel, tile and variant -> the tile that runs
 
     def start(
-        self, kernel: Any, grid: Grid, arguments: Mapping[str, Any], *, warps: int = 4, stages: int = 1
+        self,
+        kernel: Any,
+        grid: Grid,
+        arguments: Mapping[str, Any],
+        *,
+        warps: int = 4,
+        stages: int = 1,
+        programs: int = 1,
     ) -> None:
-        """Start `kernel` (made by `triton.jit`) on `grid`; `arguments` by name, constants included."""
+        """Start `kernel` (made by `triton.jit`) on `grid`; `arguments` by name, constants included.
+
+        Registers are bounded so that a multiprocessor runs at least `programs` at a time.
+        """
         written = arguments.get("out", arguments.get("cache"))
         with on_device(written.device):  # Triton starts kernels on the current device
-            options = {"launch_pdl": True} if arguments.get("EARLY") else {}  # which not all have
+            options: dict[str, Any] = (
+                {"launch_pdl": True} if arguments.get("EARLY") else {}
+            )  # not all have it
+            if self.bounds:
+                options["maxnreg"] = registers(warps, programs)
             kernel[grid](**arguments, num_warps=warps, num_stages=stages, **options)
         self.launches += 1
 
@@ -195,6 +217,11 @@ class Launcher:
     def _remark(self, sentence: str) -> None:
         if sentence not in self.remarks:
             self.remarks.append(sentence)
+
+
+def registers(warps: int, programs: int) -> int:
+    """Return how many registers a thread may have where so many programs run on a multiprocessor."""
+    return min(THREAD_REGISTERS, REGISTERS // (WARP * warps * programs) // 8 * 8)
 
 
 # Formats of the cache that kernels read and write: a branch of jit/formats.py. "fp8:" is fp8 over any scale.
@@ -280,9 +307,11 @@ class KernelOp(FusedOp):
         """Run a tiny problem; return what is wrong, "" if nothing."""
         raise NotImplementedError
 
-    def start(self, kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], warps: int) -> None:
+    def start(
+        self, kernel: Any, grid: Grid, arguments: Mapping[str, Any], warps: int, programs: int = 1
+    ) -> None:
         """Start a kernel that has no tile."""
-        self.launcher.start(kernel, grid, arguments, warps=warps)
+        self.launcher.start(kernel, grid, arguments, warps=warps, programs=programs)
 
 
 def wide(size: int, least: int = 1) -> int:

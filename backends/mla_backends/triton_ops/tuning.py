@@ -20,7 +20,7 @@ from mla_backends.outside import escaped, quoted, shortened
 FORMAT = 1  # of the file
 CURE = "`tune-choose` of benchmarks/gpu writes one; without one, the plugin's defaults are used."
 MAX_SIZE = 65536  # of anything that a tile counts
-PAGES_WARPS = 4  # at least, of a step with the fewest keys, of several pages
+PAGES_WARPS, PAGES_ROWS = 4, 32  # of a step with the fewest keys, of several pages
 MIN_SIDE = 16  # rows or keys of a tile: the least that `tl.dot` takes
 
 
@@ -38,6 +38,7 @@ class Tile:
     stages: int
     halves: bool = True
     programs: int = 1
+    spread: bool = True
 
     def __post_init__(self) -> None:
         for name, least in (("rows", MIN_SIDE), ("keys", MIN_SIDE), ("warps", 1)):
@@ -50,8 +51,9 @@ class Tile:
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= MAX_SIZE:
                 raise ValueError(f"{name} must be a number from 1 to {MAX_SIZE}, got {quoted(value)}.")
-        if type(self.halves) is not bool:
-            raise ValueError(f"halves must be true or false, got {quoted(self.halves)}.")
+        for name in ("halves", "spread"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be true or false, got {quoted(getattr(self, name))}.")
 
     def smaller(self) -> Iterator[Tile]:
         """Yield tiles that need less and less of a multiprocessor, down to the smallest.
@@ -75,23 +77,33 @@ class Tile:
     def across_pages(self) -> Tile:
         """Return the tile for steps whose keys lie in several pages, which take more registers.
 
-        It has half the keys, and one stage more where it has several; or more warps and halves, where a few
-        warps share the fewest keys.
+        It has half the keys, and one stage more where it has several. One of whole latents that has the
+        fewest keys has halves, and at least PAGES_WARPS and at most PAGES_ROWS.
         """
         if self.keys > MIN_SIDE:
             return replace(self, keys=self.keys // 2, stages=self.stages + (self.stages > 1))
-        return replace(self, warps=PAGES_WARPS, halves=True) if self.warps < PAGES_WARPS else self
+        if self.halves:
+            return self
+        rows, warps = min(self.rows, PAGES_ROWS), max(self.warps, PAGES_WARPS)
+        return replace(self, rows=rows, warps=warps, halves=True)
 
     def of_bytes(self, parts: bool) -> Tile:
         """Return the tile for a cache of bytes, whose numbers lie in registers before they are multiplied.
 
-        It has more warps, and halves where tensor memory has nothing to do with it; with numbers of two
-        `parts` also fewer rows and keys.
+        It has more warps, which take the place of other programs, and halves where tensor memory has nothing
+        to do with it: there it has the fewest keys, one stage. With numbers of two `parts` it has fewer rows
+        and keys.
         """
-        tile = replace(
-            self, warps=max(self.warps, min(8, 2 * self.warps)), halves=self.halves or self.rows < 64
+        if parts:
+            return replace(self, rows=MIN_SIDE, keys=MIN_SIDE, warps=8, halves=True, programs=1)
+        tile = replace(self, warps=max(self.warps, min(8, 2 * self.warps)), programs=1)
+        if self.rows < 64:
+            return replace(tile, halves=True)
+        if not self.spread:
+            return replace(tile, keys=MIN_SIDE, stages=1)
+        return replace(
+            tile, halves=True, stages=1 if (self.keys, self.stages) == (MIN_SIDE, 2) else self.stages
         )
-        return replace(tile, rows=MIN_SIDE, keys=min(32, tile.keys)) if parts else tile
 
     def __str__(self) -> str:
         sizes = f"{self.rows} rows x {self.keys} keys, {self.warps} warps, {self.stages} stages"

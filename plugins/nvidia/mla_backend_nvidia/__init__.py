@@ -104,6 +104,9 @@ class Nvidia(TritonBackend, CudaBackend):
     def converts_e4m3(self) -> bool:
         return self.architecture() >= ADA
 
+    def bounds_registers(self) -> bool:
+        return True
+
     def make_monitor(self) -> Monitor:
         return Monitor(NvmlSampler(Dialect("pynvml", by_uuid=True), self._address))
 

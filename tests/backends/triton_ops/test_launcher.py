@@ -137,12 +137,42 @@ def test_a_launch_may_start_early_but_in_an_interpreter(
         (Tile(64, 64, 8, 2, halves=False), Tile(64, 32, 8, 3, halves=False)),
         (Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
         (Tile(16, 16, 2, 2, halves=False), Tile(16, 16, 4, 2)),
-        (Tile(64, 16, 8, 2, halves=False), Tile(64, 16, 8, 2, halves=False)),
+        (Tile(64, 16, 8, 2), Tile(64, 16, 8, 2)),
+        (Tile(64, 16, 8, 1, halves=False), Tile(32, 16, 8, 1)),
     ],
     ids=str,
 )
 def test_steps_over_several_pages_take_a_tile_of_fewer_registers(tile: Tile, expected: Tile) -> None:
     assert tile.across_pages() == expected
+
+
+@pytest.mark.parametrize(
+    ("tile", "parts", "expected"),
+    [
+        (Tile(16, 64, 4, 2, halves=False, programs=2), False, Tile(16, 64, 8, 2)),
+        (Tile(64, 64, 8, 2, halves=False), False, Tile(64, 64, 8, 2)),
+        (Tile(64, 16, 8, 2), False, Tile(64, 16, 8, 1)),
+        (
+            Tile(64, 32, 8, 2, halves=False, spread=False),
+            False,
+            Tile(64, 16, 8, 1, halves=False, spread=False),
+        ),
+        (Tile(64, 64, 8, 2, halves=False), True, Tile(16, 16, 8, 2)),
+    ],
+    ids=str,
+)
+def test_caches_of_bytes_take_a_tile_that_decodes_in_registers(
+    tile: Tile, parts: bool, expected: Tile
+) -> None:
+    assert tile.of_bytes(parts) == expected
+
+
+@pytest.mark.parametrize(("warps", "programs", "most"), [(4, 1, 255), (8, 1, 255), (4, 8, 64), (8, 2, 128)])
+def test_registers_are_bounded_by_the_programs_that_must_fit(warps: int, programs: int, most: int) -> None:
+    kernel, out = Kernel(), torch.zeros(1)
+    for launcher in (Launcher(), Launcher(bounds=True)):
+        launcher.start(kernel, (1,), {"out": out}, warps=warps, programs=programs)
+    assert [arguments.get("maxnreg") for _, arguments in kernel.calls] == [None, most]
 
 
 def test_only_what_was_started_is_counted() -> None:

@@ -101,8 +101,8 @@ LATENT = (
     ),
     _latent(
         "scores of many rows change where their product is hidden",
-        old="requests < 1 if",
-        new="requests > 0 if",
+        old="never = requests < 1",
+        new="never = requests > 0",
     ),
     _latent("the scale is lost", old="score * scale", new="score"),
     _latent(

@@ -76,9 +76,13 @@ def cached(
         codes = tl.load(place + column[None, :], mask=inside, other=0).to(tl.int8, bitcast=True)
         numbers = codes.to(dtype)
     elif FORMAT == "q8_0":
-        at = column // BLOCK * BLOCK_BYTES + 2 + column % BLOCK
-        codes = tl.load(place + at[None, :], mask=inside, other=0).to(tl.int8, bitcast=True)
-        numbers = scaled(codes.to(tl.float32), place, there, FIRST, N, END, BLOCK, 0, BLOCK_BYTES, tl.float16)
+        WIDTH: tl.constexpr = min(N, BLOCK)
+        group = FIRST + tl.arange(0, N // WIDTH) * WIDTH
+        at = place + (group // BLOCK * BLOCK_BYTES + group % BLOCK + 2)[None, :]
+        whole = there[:, None] & (group < END)[None, :]  # blocks lie side by side, and so do their codes
+        codes = tl.load(at[:, :, None] + tl.arange(0, WIDTH)[None, None, :], mask=whole[:, :, None], other=0)
+        wide = codes.to(tl.int8, bitcast=True).to(tl.float32)
+        numbers = scaled(wide, place, there, FIRST, N, END, BLOCK, 0, BLOCK_BYTES, tl.float16)
     elif FIRST < LATENT:
         codes = tl.load(place + column[None, :], mask=inside, other=0)
         wide = e4m3_numbers(codes, tl.float32, NATIVE)
@@ -101,7 +105,7 @@ def int8_scales(row, there, PART: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.c
 
 @triton.jit
 def scaled(
-    codes,  # [KEYS, N] fp32
+    codes,  # [KEYS, N] fp32, or the same in groups that share a scale
     place,  # [KEYS, 1]
     there,  # [KEYS]
     FIRST: tl.constexpr,

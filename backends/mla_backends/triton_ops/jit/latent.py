@@ -97,6 +97,7 @@ def attend_latent(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     CAUSAL: tl.constexpr,  # some request has several new tokens
+    SPREAD: tl.constexpr,  # hide scores of many rows: see `hidden`
     TOPK: tl.constexpr,  # keys that a token selects; 0: it attends to all that it sees
     HAS_LSE: tl.constexpr,
     TOKEN: tl.constexpr,  # elements of a cached token
@@ -114,11 +115,7 @@ def attend_latent(
     if (block * ROWS >= queries * HEADS) | (split >= parts):
         return
 
-    row = block * ROWS + tl.arange(0, ROWS)
-    token = row // HEADS
-    head = (row % HEADS).to(tl.int64)
-    owned = token < queries
-    at = (first + token).to(tl.int64)
+    token, head, owned, at = places_of(block, first, queries, HEADS, ROWS)
     newest = tl.minimum((block * ROWS + ROWS - 1) // HEADS, queries - 1)  # token of the last row
     length = ((keys + parts - 1) // parts + KEYS - 1) // KEYS * KEYS
     low = split * length
@@ -149,7 +146,8 @@ def attend_latent(
     value = tl.full([ROWS, PIECE], 0.0, tl.float32)
     table = block_table + request.to(tl.int64) * table_row
 
-    never = requests < 1 if SPREADS and ROWS >= SPREAD_ROWS else False
+    never = requests < 1
+    HIDES: tl.constexpr = SPREADS and SPREAD and ROWS >= SPREAD_ROWS
     if TOPK > 0:
         chosen = selection + first.to(tl.int64) * selection_row
     elif PAGE % KEYS == 0:  # a step stays within a page, whose number is fetched a step ahead
@@ -161,8 +159,11 @@ def attend_latent(
             place = tl.load(chosen + place, mask=there, other=-1)
             there = place >= 0
         if PAGE % KEYS == 0 and TOPK == 0:
-            slot = page.to(tl.int64) * PAGE + start % PAGE
-            key = cache + (slot + tl.arange(0, KEYS)) * TOKEN
+            if FORMAT == "plain":
+                slot = page.to(tl.int64) * PAGE + start % PAGE
+                key = cache + (slot + tl.arange(0, KEYS)) * TOKEN
+            else:  # in fewer registers, and more instructions
+                key = cache + page.to(tl.int64) * (PAGE * TOKEN) + (start % PAGE + tl.arange(0, KEYS)) * TOKEN
             following = start + KEYS
             page = tl.load(table + following // PAGE, mask=following < high, other=0)
         else:
@@ -171,15 +172,17 @@ def attend_latent(
         score = tl.full([ROWS, KEYS], 0.0, tl.float32)
         if ROPE > 0:
             _, score = multiply(
-                q_rope, key, there, score, never, LATENT, WIDE_ROPE, LATENT, ROPE, FORMAT, NATIVE
+                q_rope, key, there, score, never, HIDES, LATENT, WIDE_ROPE, LATENT, ROPE, FORMAT, NATIVE
             )
         if FORMAT == "int8":
             of_keys = score * int8_scales(key, there, 1, LATENT, ROPE)[None, :]
             score = tl.full([ROWS, KEYS], 0.0, tl.float32)
-        latent, score = multiply(q_latent, key, there, score, never, 0, PIECE, LATENT, ROPE, FORMAT, NATIVE)
+        latent, score = multiply(
+            q_latent, key, there, score, never, HIDES, 0, PIECE, LATENT, ROPE, FORMAT, NATIVE
+        )
         if HALVES:
             latent_upper, score = multiply(
-                q_upper, key, there, score, never, PIECE, PIECE, LATENT, ROPE, FORMAT, NATIVE
+                q_upper, key, there, score, never, HIDES, PIECE, PIECE, LATENT, ROPE, FORMAT, NATIVE
             )
         if FORMAT == "int8":
             by = int8_scales(key, there, 0, LATENT, ROPE)[None, :]
@@ -197,6 +200,7 @@ def attend_latent(
             value_upper = tl.dot(weight.to(latent.dtype), latent_upper, value_upper * shrink[:, None])
 
     whole, sums = close(top, total)
+    _, head, owned, at = places_of(hidden(block, never, True), first, queries, HEADS, ROWS)
     if FORMAT == "fp8":
         whole = whole / stored_scale
     value = value / whole[:, None]
@@ -221,12 +225,24 @@ def attend_latent(
 
 
 @triton.jit
+def places_of(block, first, queries, HEADS: tl.constexpr, ROWS: tl.constexpr):
+    """Return the token of each row within its request, its head, whether it is the request's, and its token.
+
+    They are asked for anew behind the loop, so that no registers hold them through it.
+    """
+    row = block * ROWS + tl.arange(0, ROWS)
+    token = row // HEADS
+    return token, (row % HEADS).to(tl.int64), token < queries, (first + token).to(tl.int64)
+
+
+@triton.jit
 def multiply(
     q,  # [ROWS, N]
     key,  # [KEYS]: where each cached token begins
     there,  # [KEYS]: which of them are read
     score,  # [ROWS, KEYS] fp32
     never,  # see `hidden`
+    HIDES: tl.constexpr,  # whether scores are hidden
     FIRST: tl.constexpr,  # see `cached`
     N: tl.constexpr,
     LATENT: tl.constexpr,
@@ -240,23 +256,25 @@ def multiply(
     as two numbers, of which values need only the first.
     """
     numbers = cached(key, there, q.dtype, FIRST, N, LATENT, ROPE, FORMAT, NATIVE)
-    keys = numbers.to(q.dtype)
-    score = hidden(tl.dot(q, tl.trans(keys), score), never)
+    keys = hidden(numbers.to(q.dtype), never, FORMAT != "plain")
+    score = hidden(tl.dot(q, tl.trans(keys), score), never, HIDES)
     if numbers.dtype != q.dtype:
-        score = hidden(tl.dot(q, tl.trans((numbers - keys.to(tl.float32)).to(q.dtype)), score), never)
+        rest = hidden((numbers - keys.to(tl.float32)).to(q.dtype), never, True)
+        score = hidden(tl.dot(q, tl.trans(rest), score), never, HIDES)
     return keys, score
 
 
 @triton.jit
-def hidden(score, never):
-    """Return the scores, whose product Triton does not connect with what they feed if `never` is a tensor.
+def hidden(numbers, never, HIDES: tl.constexpr):
+    """Return what Triton does not connect with where it comes from: scores with their product, if HIDES.
 
     `never` is false. Triton looks through sums and through conditions of the loop, but not through one that
-    was known before it.
+    was known before it. Numbers that it sees decoded are decoded anew for each product, by several warps.
     """
-    if never:
-        score = score * 0.5
-    return score
+    if HIDES:
+        if never:
+            numbers = -numbers
+    return numbers
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -302,10 +320,10 @@ def merge_latent(
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     for number in range(tl.minimum(rows, end - start)):
         row = start + number
+        place = (first.to(tl.int64) * HEADS + row) * max_splits
+        value, sums = merged(part_out, part_lse, place, parts, channel, LATENT, CHANNELS, PARTS)
         at = (first + row // HEADS).to(tl.int64)
         head = (row % HEADS).to(tl.int64)
-        place = (at * HEADS + head) * max_splits
-        value, sums = merged(part_out, part_lse, place, parts, channel, LATENT, CHANNELS, PARTS)
         target = out + at * out_token + head * out_head + channel
         tl.store(target, value.to(out.dtype.element_ty), mask=channel < LATENT)
         if HAS_LSE:
@@ -329,12 +347,12 @@ def merged(
     value = tl.full([CHANNELS], 0.0, tl.float32)
     for start in range(0, parts, PARTS):
         part = start + tl.arange(0, PARTS)
-        score = tl.load(part_lse + place + part, mask=part < parts, other=float("-inf"))
-        some = score > float("-inf")  # the value of a part that saw no key is not needed
-        weight, shrink, top, total = fold(score[None, :], top, total)
+        score = tl.load(part_lse + place + part, mask=part < parts, other=float("-inf"))[None, :]
+        some = tl.trans(score > float("-inf"))  # the value of a part that saw no key is not needed
+        weight, shrink, top, total = fold(score, top, total)
         several = tl.load(
             part_out + (place + part)[:, None] * LATENT + channel[None, :],
-            mask=some[:, None] & (channel < LATENT)[None, :],
+            mask=some & (channel < LATENT)[None, :],
             other=0.0,
         )
         value = value * shrink + tl.sum(tl.trans(weight) * several, 0)
