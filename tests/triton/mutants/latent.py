@@ -159,8 +159,8 @@ LATENT = (
     ),
     _latent(
         "parts lie elsewhere for the merge",
-        old="place = (at * HEADS + head) * max_splits\n",
-        new="place = (at * HEADS + head) * parts\n",
+        old="place = (first.to(tl.int64) * HEADS + row) * max_splits\n",
+        new="place = (first.to(tl.int64) * HEADS + row) * parts\n",
     ),
     _latent("the sums stay in powers of two", old="sums * LN2, mask=owned", new="sums, mask=owned"),
     _latent(
@@ -201,8 +201,8 @@ LATENT = (
     ),
     _latent(
         "places of queries are int32",
-        old="at = (first + token).to(tl.int64)",
-        new="at = first + token",
+        old="token < queries, (first + token).to(tl.int64)",
+        new="token < queries, first + token",
     ),
     _latent(
         "the 33rd and the 65th part are lost", old="range(0, parts, PARTS)", new="range(0, parts - 1, PARTS)"
