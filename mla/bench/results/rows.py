@@ -219,10 +219,10 @@ COLUMNS: dict[str, str | Callable[[Row], Cell]] = {
     "speedup_high": "speedup.speedup_interval.1",
     **{f"{name}_ms": _further(name) for name in KINDS},
     "cache_format": "case.point.cache_format",
-    "index_format": "case.point.index_format",
     "format_error": "case.format_error",
     "topk": "case.point.topk",
     "selection": "case.point.selection",
+    "index_format": "case.point.index_format",
 }
 
 
