@@ -73,12 +73,13 @@ r1=(--config deepseek-r1) lite=() layer=() counts=() tiny=()
 many=(--runs 20 --passes 6 --clock host) turns=(--runs 10 --passes 6 --cache warm)
 heads=(16 64 128) large=(16 128) shapes=("32 64k 150" "128 16k 150" "128 64k 300") # batch, history, seconds
 grid=(-a batch=1,8,32,128 -a 'kv=1k..64k*4') small=(-a batch=1,8 -a kv=1k,16k,64k)
-prompts=(-a batch=1,8 -a q_len=512,4k -a kv=0,4k) steps=(-a batch=1,32,128 -a 'kv=1k..64k*4')
+prompts=(-a batch=1,8 -a q_len=512,4k -a kv=0,4k) selecting=(-a batch=1,16 -a "kv=8k..128k*4") steps=(-a batch=1,32,128 -a 'kv=1k..64k*4')
 if [ -n "$smoke" ]; then
     r1=(--config "$here/smoke.json") counts=(--runs 2 --passes 2 --warmups 1) tiny=(--smoke)
     lite=("${r1[@]}") layer=(-a batch=2 -a kv=40) many=("${counts[@]}" --clock host)
     turns=("${counts[@]}" --cache warm) heads=(4) large=(4) shapes=("3 64 150")
     grid=(-a batch=1,2 -a kv=64) small=("${grid[@]}") prompts=(-a batch=2 -a q_len=8 -a kv=0) steps=("${grid[@]}")
+    selecting=("${grid[@]}")
 fi
 own='mla[latent_attention=triton_latent,expanded_attention=triton_expanded]'
 
@@ -158,6 +159,10 @@ others() {
     for h in "${large[@]}"; do
         rivals "rivals-expanded-$h" 90 --op expanded_attention --heads "$h" "${r1[@]}" "${prompts[@]}" "${turns[@]}"
     done
+    for h in select_latents sparse_latent_attention; do # of 64 heads of an indexer, and 128 of attention
+        rivals "rivals-$h" 240 --op "$h" --config deepseek-v3.2 "${selecting[@]}" "${turns[@]}"
+    done
+    bench sparse-layer 300 --preset sparse-layer --scenario decode --implementations mla "${selecting[@]}" "${counts[@]}"
     rivals choices 600 --scenario decode --clock host "${lite[@]}" "${counts[@]}" # inside the layer
     bench long-prefill 300 "${r1[@]}" --workload "$here/long_prefill.toml" --implementations mla --mode eager \
         --cache warm --clock host ${smoke:+--scenario new-1024-after-4096} "${counts[@]}"

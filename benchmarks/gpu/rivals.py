@@ -14,8 +14,9 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from mla_backends.api import Backend
 
 
-OPS = ("latent_attention", "expanded_attention")
+OPS = ("latent_attention", "expanded_attention", "sparse_latent_attention", "select_latents")
 ASK = "ask"  # first word of the child's command line
 
 
@@ -38,20 +39,24 @@ def options_of(words: list[str]) -> RunOptions:
     """Return the options of the run. Raises `click.ClickException` and `UsageError`."""
     options = RunOptions(**bench.make_context("rivals.py", list(words)).params)
     if options.backend is None or options.op not in (*OPS, None):
-        raise UsageError(f"rivals.py needs --backend NAME, and --op {' or '.join(OPS)} or no --op.")
+        raise UsageError(f"rivals.py needs --backend NAME, and --op {', '.join(OPS)} or no --op.")
     if options.implementations:
         raise UsageError("rivals.py names the --implementations itself: leave them out.")
     return options
 
 
 def serving(backend: Backend, kind: str, config: MLAConfig) -> tuple[list[str], list[str]]:
-    """Return the ops that serve attention of a layer in bfloat16, and why each other one does not."""
+    """Return the ops that serve this kind in a layer in bfloat16, and why each other one does not."""
     import torch
 
-    from mla.layer.ops import attention_spec, refusals
+    from mla.layer.ops import attention_spec, indexer_spec, refusals
 
     assert backend.device is not None
-    spec = attention_spec(config, torch.bfloat16, backend.device)
+    spec: Any = attention_spec(config, torch.bfloat16, backend.device)
+    if kind == "select_latents":
+        spec = indexer_spec(config, torch.bfloat16, backend.device)
+    elif kind == "sparse_latent_attention":
+        spec = replace(spec, topk=config.index_topk)
     names, reasons = [], []
     for name, op in backend.ops().items():
         if op.contract.partition("/")[0] != kind:

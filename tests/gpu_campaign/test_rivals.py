@@ -65,6 +65,18 @@ def test_kernels_that_run_here_take_turns_and_the_others_say_why_not(
     assert first.heads == [16]
 
 
+@pytest.mark.parametrize(("kind", "heads"), [("sparse_latent_attention", 128), ("select_latents", 64)])
+def test_kernels_of_sparse_attention_are_asked_about_their_own_layers(
+    ops: dict[str, FusedOp], kind: str, heads: int
+) -> None:
+    kernel = Kernel(contract=f"{kind}/1")
+    ops["kernel"], specs = kernel, []
+    kernel.unsupported_reasons = lambda spec: specs.append(spec) or []  # type: ignore[method-assign, func-returns-value]
+    words = ["--backend", "acme", "--op", kind, "--config", "deepseek-v3.2"]
+    assert rivals.implementations(words) == f"mla[{kind}=kernel]"
+    assert [(spec.num_heads, spec.topk) for spec in specs] == [(heads, 2048)]
+
+
 @pytest.mark.parametrize(("given", "left"), [("90s", "60s"), ("1m", "30s"), ("10s", "1s")])
 def test_the_time_that_has_gone_by_is_taken_off_the_budget(given: str, left: str) -> None:
     assert rivals.bench_words(WORDS, "a,b", 30.0) == ["-m", "mla.bench", *WORDS, "--implementations", "a,b"]
@@ -103,7 +115,10 @@ def test_the_command_itself_runs_them_and_writes_the_result(tmp_path: Path) -> N
     ("words", "said"),
     [
         (["--op", "latent_attention"], "needs --backend NAME"),
-        (["--backend", "acme", "--op", "linear"], "latent_attention or expanded_attention"),
+        (
+            ["--backend", "acme", "--op", "linear"],
+            (["--backend", "acme", "--op", "linear"], "sparse_latent_attention, select_latents or no --op"),
+        ),
         ([*WORDS, "--implementations", "mla"], "leave them out"),
     ],
 )
