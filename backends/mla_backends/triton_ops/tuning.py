@@ -30,6 +30,7 @@ class Tile:
 
     With `halves` latents are multiplied and summed in two halves: fewer registers, but more tensor memory.
     `programs`: how many of them a multiprocessor runs at a time; keys are split so that it has as many.
+    `spread`: warps share the columns of a score of 64 rows and more, which sums in tensor memory do not need.
     """
 
     rows: int  # of queries in a program
