@@ -4,7 +4,7 @@
 \b
     python benchmarks/peers/sparse_layers.py -o sparse-layers.json
 
-One decode step of DeepSeek-V3.2's layer, all parties in turns, in another order each round. `projections` is
+One decode step of DeepSeek-V3.2's layer, all parties interleaved, in another order each round. `projections` is
 the dense layer without history (W), `products` a product of two square matrices (its rate is F). With R
 requests, attention of the dense layer is D FLOPs and that of the sparse one S, indexer included:
 no more than (W + R D / F) / (W + R S / F) can be gained. `transformers` and ours are also compared for
@@ -186,7 +186,7 @@ def measure(config: MLAConfig, history: int, requests: int, few: int, rounds: in
 @click.command(help=__doc__)
 @click.option("--history", default=32768, show_default=True, help="Tokens of each request before the step.")
 @click.option("--requests", default=16, show_default=True, help="Requests of the batch.")
-@click.option("--few", default=1, show_default=True, help="Requests beside transformers; 0 leaves it out.")
+@click.option("--few", default=1, show_default=True, help="Requests of transformers; 0 leaves it out.")
 @click.option("--rounds", default=15, show_default=True, help="Timed steps of each.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the result as JSON.")
 def main(history: int, requests: int, few: int, rounds: int, output: Path | None) -> int:
