@@ -1,5 +1,5 @@
 // Naive ops for the driver in benchmarks/peers/ggml, so that its tests need no peer.
-// FAKE_LEAVES_OUT=n forgets a request's last n keys. Type "f16" is right, "abort" ends the process.
+// FAKE_LEAVES_OUT=n forgets a request's last n keys. Types "f16" and "q8_0" are right, "abort" ends the process.
 #include "ops.h"
 
 #include <cmath>
@@ -22,7 +22,7 @@ struct Loop : Work {
 };
 
 void check(const std::string &type) {
-  if (type == "f16") return;
+  if (type == "f16" || type == "q8_0") return;
   if (type != "abort") throw std::runtime_error("no type '" + type + "'");
   std::fprintf(stderr, "this cannot be computed\n");
   std::abort();
@@ -47,7 +47,7 @@ void attend(const Attention &one, const float *q, const float *keys, int length,
 
 }  // namespace
 
-std::string describe() { return "peer=fake instructions=none caches=f16 weights=f16"; }
+std::string describe() { return "peer=fake instructions=none caches=f16,q8_0 weights=f16"; }
 
 std::unique_ptr<Work> make(const Attention &one, const std::vector<float> &q, const std::vector<float> &keys, int) {
   check(one.type);

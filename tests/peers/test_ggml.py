@@ -100,17 +100,20 @@ def test_a_peer_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_all_ways_are_timed_and_right(folder: Path, tmp_path: Path) -> None:
-    done = compare(folder, "--only", "1x400-h16,16x512x4096", "-o", str(tmp_path / "out.json"))
+    done = compare(folder, "--only", "1x400-h16,1x400-h16-q8_0,16x512x4096", "-o", str(tmp_path / "out.json"))
     assert done.returncode == 0, done.stderr
     run = record.read(tmp_path / "out.json")
     assert [(case.name, case.op) for case in run.cases] == [
         ("1x400-h16", "attention"),
+        ("1x400-h16-q8_0", "attention"),
         ("16x512x4096", "product"),
     ]
     for case in run.cases:
         assert {"ours", "peer"} <= {timing.party for timing in case.timings}
         assert all(0 < timing.error < record.WRONG for timing in case.timings)
-        assert all(line in done.stdout for line in (case.name, "peer f16"))
+        kind = "q8_0" if "q8_0" in case.name else "f16"
+        assert all(line in done.stdout for line in (case.name, f"peer {kind}"))
+        assert {timing.name for timing in case.timings if timing.party == "peer"} == {f"peer {kind}"}
     assert run.threads == 1
     assert run.peer["peer"] == "fake"
     again = command("compare.py", "--markdown", str(tmp_path / "out.json"))

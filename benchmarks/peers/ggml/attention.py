@@ -9,7 +9,7 @@ all requests share one cache. Both are tried with every type of cache that the p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,6 +19,7 @@ from mla import cost
 from mla.bench.subjects.setting import Setting, make_ops
 from mla.bench.workload.workload_file import load_workload
 from mla.cache import LatentCache
+from mla.cache.formats import codec_of
 from mla.cache.ragged_batch import RaggedBatch
 from mla.cases.case import generator
 from mla.layer.ops import Choice, attention_spec
@@ -27,19 +28,24 @@ from mla.text import dtype_name
 from mla.verify.op_oracle import attend
 
 ROLE = "latent_attention"
+Q8 = "q8_0"  # the format that the peer has as well
 
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """Requests that decode one token each. `lengths`: keys of each, the new one included."""
+    """Requests that decode one token each. `lengths`: keys of each, the new one included.
+
+    `stored` is the format of both caches; "" is plain numbers.
+    """
 
     name: str
     heads: int
     lengths: tuple[int, ...]
+    stored: str = ""
 
 
 def attention_cases() -> list[AttentionCase]:
-    """Return one request of three lengths at few and many heads, and two batches of 16 requests."""
+    """Return one request of three lengths at few and many heads, and batches of 16 requests."""
     single = [
         AttentionCase(f"1x{length}-h{heads}", heads, (length,))
         for heads in (16, 128)
@@ -51,7 +57,16 @@ def attention_cases() -> list[AttentionCase]:
         *single,
         AttentionCase("decode-h16", 16, tuple(middle)),
         AttentionCase("16x4096-h16", 16, (4096,) * 16),
+        AttentionCase(f"1x400-h16-{Q8}", 16, (400,), Q8),
+        *(AttentionCase(f"16x16384-h{heads}-{Q8}", heads, (16384,) * 16, Q8) for heads in (1, 16)),
     ]
+
+
+def _codes(numbers: torch.Tensor) -> torch.Tensor:
+    """Return numbers [s, w] near N(0, 1) that bfloat16 and q8_0 hold exactly: seven bits over 2^-5."""
+    codes = (numbers.float() * 32).round().clamp_(-127, 127)
+    codes[:, ::32] = 127
+    return (codes / 32).to(numbers.dtype)
 
 
 class AttentionData:
@@ -66,8 +81,13 @@ class AttentionData:
 
         self.q = normal(len(case.lengths), case.heads, width)
         self.keys = normal(sum(case.lengths), width)
-
-        self.spec = attention_spec(setting.config, setting.dtype, setting.device)
+        if case.stored:
+            self.keys = _codes(self.keys)
+        spread = setting.config.kv_lora_rank, setting.config.qk_rope_head_dim
+        self.codec = codec_of(case.stored, *spread)
+        plain = attention_spec(setting.config, setting.dtype, setting.device)
+        size = self.codec.token_bytes if self.codec else 0
+        self.spec = replace(plain, cache_format=case.stored, token_bytes=size)
 
     @property
     def flops(self) -> int:
@@ -89,6 +109,7 @@ class AttentionData:
             max_tokens=pages * size,
             page_size=size,
             dtype=self.setting.dtype,
+            cache_format=self.case.stored or None,
             shuffle=self.setting.seed,
         )
         sequences = cache.new_sequences(len(self.case.lengths))
@@ -97,16 +118,18 @@ class AttentionData:
             cache.load(sequence, rows[:-1, :c], rows[:-1, c:])
         batch = cache.extend(sequences, [1] * len(requests))
         newest = torch.stack([rows[-1] for rows in requests])
-        cache.pages[0].view(-1, config.latent_dim).index_copy_(0, batch.slots, newest)
+        if self.codec is not None:
+            newest = self.codec.encode(*newest.split((c, config.qk_rope_head_dim), dim=1))
+        cache.pages[0].flatten(0, 1).index_copy_(0, batch.slots, newest)
         return cache, batch
 
 
 def own_ways(data: AttentionData) -> Iterator[Way]:
     """Yield the op that a layer of this setting uses, and the reference if that is another one."""
-    chosen = make_ops(data.setting, ROLE)[ROLE]
+    chosen = make_ops(replace(data.setting, cache_format=data.case.stored or None), ROLE)[ROLE]
     cache, batch = data.paged()
     yield _way(chosen, "ours", data, cache, batch)
-    if chosen.name != "reference":
+    if chosen.name != "reference" and not data.case.stored:
         plain = Choice("reference", REFERENCE[ROLE], data.spec)
         yield _way(plain, "reference", data, cache, batch)
 
@@ -116,12 +139,13 @@ def _way(choice: Choice, party: str, data: AttentionData, cache: LatentCache, ba
     out = torch.full((*heads, c), torch.nan, dtype=data.setting.dtype)
     lse = torch.full(heads, torch.nan)
     state = choice.op.prepare(choice.spec, batch)
+    stored = {"cache_format": data.case.stored} if data.case.stored else {}
 
     def call() -> None:
         choice.op(
             state, q=data.q, cache=cache.pages[0], block_table=batch.block_table,
             kv_lens=batch.kv_lens_device, cu_q=batch.cu_q, softmax_scale=choice.spec.softmax_scale,
-            out=out, lse=lse,
+            out=out, lse=lse, **stored,
         )  # fmt: skip
 
     def result() -> torch.Tensor:
@@ -129,13 +153,15 @@ def _way(choice: Choice, party: str, data: AttentionData, cache: LatentCache, ba
         call()
         return out
 
-    return Way(choice.name, party, dtype_name(data.setting.dtype), in_process(call), result)
+    kind = data.case.stored or dtype_name(data.setting.dtype)
+    return Way(choice.name, party, kind, in_process(call), result)
 
 
 def peer_ways(data: AttentionData, peer: Peer, close: Callable[..., object]) -> Iterator[Way]:
     """Yield the peer's ways; `close` takes what frees each of them."""
     layouts = ("separate", "unified") if len(data.case.lengths) > 1 else ("separate",)
-    for type_ in peer.types("caches"):
+    stored = data.case.stored
+    for type_ in [kind for kind in peer.types("caches") if (kind == stored if stored else kind != Q8)]:
         for layout in layouts:
             sizes = (data.case.lengths, data.spec.softmax_scale, data.spec.kv_lora_rank)
             work = peer.attention(data.q, data.keys, *sizes, type_, layout)

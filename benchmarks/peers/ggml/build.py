@@ -37,7 +37,7 @@ ISAS = {
         *(f"-DGGML_{name}=OFF" for name in ("AVX512", "AVX512_VBMI", "AVX512_VNNI", "AVX512_BF16")),
     ),
 }
-# Without kernels for quantized caches, which take most of the time and are not compared.
+# Without kernels for caches below eight bits, which take most of the time and are not compared.
 COMMON = ("-DCMAKE_BUILD_TYPE=Release", "-DGGML_IQK_FA_ALL_QUANTS=OFF", "--no-warn-unused-cli")
 
 

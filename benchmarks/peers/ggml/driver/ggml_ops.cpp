@@ -175,9 +175,9 @@ std::string instructions() {
 
 std::string describe() {
 #if LLAMA_CPP
-  const std::string name = "llama.cpp", caches = "f16,bf16", weights = "f16,bf16,f32";
+  const std::string name = "llama.cpp", caches = "f16,bf16,q8_0", weights = "f16,bf16,f32";
 #else  // ends the process for a bf16 cache without AVX512-BF16; its packed weights need these instructions too
-  const std::string name = "ik_llama.cpp", caches = has_bf16() ? "f16,bf16" : "f16";
+  const std::string name = "ik_llama.cpp", caches = has_bf16() ? "f16,bf16,q8_0" : "f16,q8_0";
   const std::string weights = has_bf16() ? "f16,bf16,bf16_r16,f32" : "f16,bf16,f32";
 #endif
   return "peer=" + name + " instructions=" + instructions() + " caches=" + caches + " weights=" + weights;
