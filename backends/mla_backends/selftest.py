@@ -102,7 +102,7 @@ def try_latent(
     keys = [row[:, None].expand(-1, spec.num_heads, -1) for row in rows]
     each = [None] * len(keys) if chosen is None else chosen.split(list(lengths[0]))
     queries = zip(q.split(list(lengths[0])), keys, each, strict=True)
-    truth = [_attend(query, k, k[..., : spec.kv_lora_rank], spec, chosen=own) for query, k, own in queries]
+    truth = [_attend(query, k, k[..., : spec.kv_lora_rank], spec, chosen=ids) for query, k, ids in queries]
     return _judge(out, lse if with_lse and op.writes_lse else None, truth)
 
 

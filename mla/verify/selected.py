@@ -235,9 +235,9 @@ class SelectionJudge:
             return Judged(expected, places, reason="more tokens were attended than may be selected")
         faults = [(0.0, "")]
         for request in places.request.unique().tolist():
-            own = (places.request == request).nonzero()[:, 0]
-            part = _Part(self, request, past[request], new[request], taken, rows[own], places.of(own))
-            expected[own] = part.expected()
+            indices = (places.request == request).nonzero()[:, 0]
+            part = _Part(self, request, past[request], new[request], taken, rows[indices], places.of(indices))
+            expected[indices] = part.expected()
             faults += part.faults()
         reason = next((said for _, said in faults if said), "")
         return Judged(expected, places, max(ratio for ratio, _ in faults), reason)

@@ -42,13 +42,13 @@ def true_selection(
     """
     reach = torch.full((len(q), longest), -torch.inf, dtype=torch.float64)
     rival, floor = (torch.full((len(q), topk + 1), none, dtype=torch.float64) for none in (-1.0, -torch.inf))
-    own = torch.tensor([seen for _, seen in spans])
+    visible = torch.tensor([seen for _, seen in spans])
     for runs in _alike(spans, longest):
         start, count, first, most = torch.tensor(runs)[..., None].unbind(1)  # each [n, 1]
         rows = start + torch.arange(int(count.max())).minimum(count - 1)  # [n, t], the last of a run repeated
         key = torch.arange(int(most.max()))
         scores, bounds = true_scores(q[rows], weights[rows], keys[first + key.minimum(most - 1)])
-        scores.masked_fill_(key >= own[rows][..., None], -torch.inf)
+        scores.masked_fill_(key >= visible[rows][..., None], -torch.inf)
         reach[rows, : len(key)] = scores + bounds
         surest = (scores - bounds).topk(min(topk + 1, len(key)))
         seen_too, width = surest.values > -torch.inf, surest.values.shape[-1]

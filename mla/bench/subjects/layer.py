@@ -107,9 +107,9 @@ class MlaLayer(LayerImplementation):
 
     def _load_history(self, inputs: Inputs) -> None:
         keys = inputs.index or [None] * len(self._sequences)
-        for sequence, (kv, pe), own in zip(self._sequences, inputs.history, keys, strict=True):
+        for sequence, (kv, pe), index_keys in zip(self._sequences, inputs.history, keys, strict=True):
             for index in range(len(self.layers)):
-                given = own if index in self._cache.index_layers else None
+                given = index_keys if index in self._cache.index_layers else None
                 self._cache.load(sequence, kv.roll(index, 1), pe, layer=index, index=given)
         self._pages = list(self._cache.pages)
 
@@ -170,7 +170,7 @@ class MlaLayer(LayerImplementation):
     def _new_slots(self, history: Sequence[int], kv_lens: Sequence[int]) -> list[torch.Tensor]:
         """Return per request where the tokens behind its history are cached, of those that are here."""
         held, ends = self.share.held, zip(self._sequences, history, kv_lens, strict=True)
-        return [self._cache.slots(own)[held(past) : held(end)] for own, past, end in ends]
+        return [self._cache.slots(sequence)[held(past) : held(end)] for sequence, past, end in ends]
 
     def _shrink(self) -> None:
         """Undo the pass, last pages first, so that the free list and thus every pass's pages are the same."""

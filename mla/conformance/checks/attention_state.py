@@ -156,9 +156,9 @@ def _attend(trial: Trial, case: OpCase, share: Share) -> Tensors:
     for latents, new, length in zip(
         whole.given["keys"].split(case.kv_lens), case.query_lens, case.kv_lens, strict=True
     ):
-        own = latents[share.rank :: share.world]
+        held = latents[share.rank :: share.world]
         seen = share.held(torch.arange(length - new, length) + 1)
-        keys += [own[:count] for count in seen.tolist()]
+        keys += [held[:count] for count in seen.tolist()]
     lengths = tuple(map(len, keys))
     part = case.but(query_lens=(1,) * len(lengths), kv_lens=lengths)
     given = {"q": whole.given["q"], "keys": torch.cat(keys)}

@@ -195,9 +195,9 @@ def _check_gate(layer: Any, config: MLAConfig) -> None:
 def _check_indexer(layer: Any, config: MLAConfig) -> None:
     """Raise `UnsupportedModel` where the layer selects keys in another way than the config announces."""
     indexer, heads = getattr(layer, "indexer", None), config.of_layer(layer.layer_idx).index_n_heads
-    if (found := 0 if indexer is None else indexer.n_heads) != heads:
+    if (actual := 0 if indexer is None else indexer.n_heads) != heads:
         raise UnsupportedModel(
-            f"layer {layer.layer_idx} has {found or 'no'} index heads, and its config announces "
+            f"layer {layer.layer_idx} has {actual or 'no'} index heads, and its config announces "
             f"{heads or 'none'}: this class computes another model."
         )
     if indexer is not None and "forward" in vars(indexer):
