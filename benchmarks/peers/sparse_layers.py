@@ -4,8 +4,8 @@
 \b
     python benchmarks/peers/sparse_layers.py -o sparse-layers.json
 
-One decode step of DeepSeek-V3.2's layer, all parties interleaved, in another order each round. `projections` is
-the dense layer without history (W), `products` a product of two square matrices (its rate is F). With R
+One decode step of DeepSeek-V3.2's layer; all are interleaved, in another order each round. `projections`
+is the dense layer without history (W), `products` a product of two square matrices (its rate is F). With R
 requests, attention of the dense layer is D FLOPs and that of the sparse one S, indexer included:
 no more than (W + R D / F) / (W + R S / F) can be gained. `transformers` and ours are also compared for
 `--few` requests, as its memory allows; an output of its that differs is WRONG and ends with exit code 4.
