@@ -96,7 +96,7 @@ class Tile:
         and keys.
         """
         if parts:
-            return replace(self, rows=MIN_SIDE, keys=MIN_SIDE, warps=8, halves=True, programs=1)
+            return replace(self, rows=MIN_SIDE, keys=MIN_SIDE, warps=4, halves=True, programs=1)
         tile = replace(self, warps=max(self.warps, min(8, 2 * self.warps)), programs=1)
         if self.rows < 64:
             return replace(tile, halves=True)
