@@ -18,6 +18,7 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter_ns as now_ns
 from typing import Any
@@ -154,19 +155,16 @@ def measure(config: MLAConfig, history: int, requests: int, few: int, rounds: in
     parties["projections"] = own(MlaLayer, dense, dense_state, (0,) * requests)
     if few:
         parties["sparse, few"] = own(SelectedLayer, setting, state, (history,) * few)
-    steps: dict[str, Step] = {
-        name: (lambda layer=layer: layer.step(0)) for name, (layer, _) in parties.items()
-    }
-    before: dict[str, Step] = {
-        name: (lambda layer=layer: layer.before(0)) for name, (layer, _) in parties.items()
-    }
+    steps: dict[str, Step] = {name: partial(layer.step, 0) for name, (layer, _) in parties.items()}
+    before: dict[str, Step] = {name: partial(layer.before, 0) for name, (layer, _) in parties.items()}
     a, b = (torch.randn(SIDE, SIDE).bfloat16() for _ in range(2))
     steps["products"] = lambda: a @ b
     difference = None
     if few:
         ours, inputs = parties["sparse, few"]
         stock = Stock(config, state, inputs)
-        stock.before(), ours.before(0), ours.step(0), ours.after(0)
+        for call in (stock.before, before["sparse, few"], steps["sparse, few"], partial(ours.after, 0)):
+            call()
         theirs, mine = stock.step().double(), ours.outputs()[0].double()
         difference = ((theirs - mine).norm() / mine.norm()).item()
         steps["transformers"], before["transformers"] = stock.step, stock.before

@@ -28,7 +28,14 @@ class Idle(Launcher):
     """Starts nothing, and keeps nothing."""
 
     def start(
-        self, kernel: Any, grid: Any, arguments: Mapping[str, Any], *, warps: int = 4, stages: int = 1
+        self,
+        kernel: Any,
+        grid: Any,
+        arguments: Mapping[str, Any],
+        *,
+        warps: int = 4,
+        stages: int = 1,
+        programs: int = 1,
     ) -> None:
         self.launches += 1
 
