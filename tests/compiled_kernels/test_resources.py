@@ -34,6 +34,7 @@ SHIPPED = [
     (A100, "merge, lse"),
     (A100, "latent: 16 heads, fp16, no rope"),
     (H100, "latent: 128 heads, fp8_ds_mla"),
+    (H100, "latent: 16 heads, q8_0"),
     (B200, "latent: 16 heads, q8_0"),
     (B200, "latent: 128 heads, int8"),
     (B200, "sparse: 128 heads, fp8_ds_mla"),

@@ -21,6 +21,7 @@ FORMAT = 1  # of the file
 CURE = "`tune-choose` of benchmarks/gpu writes one; without one, the plugin's defaults are used."
 MAX_SIZE = 65536  # of anything that a tile counts
 PAGES_WARPS, PAGES_ROWS = 4, 32  # of a step with the fewest keys, of several pages
+PARTS_KEYS = 32  # of a step over numbers of two parts: 66 KiB of shared memory
 MIN_SIDE = 16  # rows or keys of a tile: the least that `tl.dot` takes
 
 
@@ -30,7 +31,8 @@ class Tile:
 
     With `halves` latents are multiplied and summed in two halves: fewer registers, but more tensor memory.
     `programs`: how many of them a multiprocessor runs at a time; keys are split so that it has as many.
-    `spread`: warps share the columns of a score of 64 rows and more, which sums in tensor memory do not need.
+    `spread`: warps share the columns of a score of 64 rows and more, which sums in tensor memory do not need:
+    a card that has it is told from the others by this.
     """
 
     rows: int  # of queries in a program
@@ -92,11 +94,13 @@ class Tile:
         """Return the tile for a cache of bytes, whose numbers lie in registers before they are multiplied.
 
         It has more warps, which take the place of other programs, and halves where tensor memory has nothing
-        to do with it: there it has the fewest keys, one stage. With numbers of two `parts` it has fewer rows
-        and keys.
+        to do with it: there it has the fewest keys, one stage. With numbers of two `parts` it has the fewest
+        rows, and PARTS_KEYS, which spill beside tensor memory and do not fit cards for one stage.
         """
         if parts:
-            return replace(self, rows=MIN_SIDE, keys=MIN_SIDE, warps=4, halves=True, programs=1)
+            fewest = not self.spread or self.stages == 1
+            keys, warps = (MIN_SIDE, 4) if fewest else (PARTS_KEYS, 8)
+            return replace(self, rows=MIN_SIDE, keys=keys, warps=warps, halves=True, programs=1)
         tile = replace(self, warps=max(self.warps, min(8, 2 * self.warps)), programs=1)
         if self.rows < 64:
             return replace(tile, halves=True)

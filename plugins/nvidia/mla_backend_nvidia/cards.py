@@ -99,7 +99,7 @@ OLD_TRITON = {
 DATACENTER_BLACKWELL = re.compile(r"\bG?B[123]00\b")
 BLACKWELL = Tuning(
     latent={
-        1: Tile(16, 64, 4, 2, halves=False, programs=2),
+        1: Tile(16, 64, 4, 2, halves=False, programs=2, spread=False),
         33: Tile(64, 32, 8, 2, halves=False, spread=False),
     },
     expanded={1: Tile(64, 64, 4, 2), 65: Tile(128, 64, 8, 2)},
