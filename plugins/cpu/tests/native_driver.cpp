@@ -422,6 +422,8 @@ static bool tiles_allowed() {
 
 int main() {
     if (!tiles_allowed()) return std::puts("Linux refuses AMX tiles"), 2;
+    // Candidates of parts fill what a merge keeps to the last one; first, as memory grows to the largest use.
+    test_index({3}, {10240}, 1, 64, 16, 34, false, 3), test_index({3}, {34816}, 1, 64, 16, 5, false, 9);
     for (int64_t tokens : TOKENS) {
         for (int64_t outputs : {1, 16, 33, 70, 130}) {
             for (int wide : {0, 1}) test_linear<bf16>(tokens, 6, outputs, outputs % 2, wide, 2);
@@ -456,6 +458,7 @@ int main() {
         // Rows of such widths take a multiple of 8 bytes.
         for (int threads : {1, 2}) test_latent({1, 1, 3, 1, 1}, {127, 72, 129, 1, 257}, 5, 16, 96, 32, threads, kind);
         test_latent({1, 40}, {300, 40}, 17, 24, 160, 96, 2, kind);
+        for (int64_t heads = 1; heads <= 9; heads++) test_latent({1}, {126 + heads}, heads, heads, 160, 96, 1, kind);
     }
     test_latent({2}, {77}, 3, 1, 160, 4, 1, E4M3_ANY), test_latent({2}, {77}, 3, 1, 64, 8, 1, INT8);  // ends of runs
     for (int threads : {1, 3})

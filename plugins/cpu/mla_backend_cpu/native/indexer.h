@@ -112,7 +112,7 @@ class Best {
     }
     void merge(const uint32_t* from) {
         const int64_t count = *from++;
-        if (held_ + count > capacity_) cut();
+        if (held_ + count > capacity_ - LANES) cut();  // which reads whole vectors
         std::copy_n(from, count, keys_ + held_);
         std::copy_n(from + count, count, places_ + held_);
         held_ += count;
