@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from weakref import WeakKeyDictionary
 
 from mla_backend_cpu import products
 from mla_backend_cpu.library import Library
@@ -41,7 +42,8 @@ def output(name: str, x: Any, dtype: torch.dtype, *shape: int | None) -> torch.T
     return _direct(name, _distinct(name, _checked(name, x, dtype, shape)))
 
 
-_advised: set[tuple[int, int]] = set()  # address and bytes of caches
+#: Address and bytes of caches in a storage; another one may get its memory.
+_advised: WeakKeyDictionary[torch.UntypedStorage, set[tuple[int, int]]] = WeakKeyDictionary()
 
 
 def pages(kernels: Library, cache: Any, coded: bool, width: int) -> torch.Tensor:
@@ -57,9 +59,11 @@ def pages(kernels: Library, cache: Any, coded: bool, width: int) -> torch.Tensor
         raise ValueError("the native ops need a cache with contiguous pages; this one is strided.")
     if not cache.shape[1]:
         raise ValueError("cache has pages without a slot.")
-    if (place := (cache.data_ptr(), cache.nbytes))[1] >= CACHE_BYTES and place not in _advised:
-        _advised.add(place)
-        kernels.functions.mla_huge_pages(*place)
+    if (place := (cache.data_ptr(), cache.nbytes))[1] >= CACHE_BYTES:
+        advised = _advised.setdefault(cache.untyped_storage(), set())
+        if place not in advised:
+            advised.add(place)
+            kernels.functions.mla_huge_pages(*place)
     return cache
 
 
