@@ -407,10 +407,15 @@ class LatentCache:
     def copy(self, sequence: int, home: LatentCache) -> int:
         """Return the id of a copy of a sequence in `home`, this cache or one like it: bytes stay as they are.
 
-        Raises `CacheFull`.
+        Raises `CacheFull`, which changes nothing.
         """
+        length = self.length(sequence)
         (made,) = home.new_sequences(1)
-        home.extend([made], [self.length(sequence)])
+        try:
+            home.grow([made], [length])
+        except BaseException:
+            home.release([made])
+            raise
         source, target = (
             host_ints(pages).to(self.pages.device)
             for pages in (self._get(sequence).pages, home._get(made).pages)

@@ -325,6 +325,15 @@ def test_a_block_table_that_is_used_again_names_the_pages_of_now(make_cache: Any
         assert table[row, : len(slots[::16])].tolist() == (slots[::16] // 16).tolist()
 
 
+def test_a_copy_that_does_not_fit_leaves_no_sequence(make_cache: Any) -> None:
+    cache = make_cache(max_tokens=16, page_size=4)
+    (sequence,) = cache.new_sequences(1)
+    cache.extend([sequence], [9])
+    with pytest.raises(CacheFull, match="1 free pages of 4 tokens and this step needs 3"):
+        cache.copy(sequence, cache)
+    assert cache.sequences == [sequence]
+
+
 def everything(cache: Any) -> tuple[Any, ...]:
     """Return all that a cache says of itself."""
     lengths = {sequence: cache.length(sequence) for sequence in (0, 1)}
