@@ -313,6 +313,8 @@ def _load_installed(name: str) -> None:
 
 def find_format(name: str) -> Format:
     """Return the format of a name, "fp8:0.05" being fp8 over that scale. Raises `CacheFormatError`."""
+    if not isinstance(name, str):
+        raise CacheFormatError(f"unknown cache format {name!r}. Formats: {', '.join(FORMATS)}.")
     base, colon, scale = name.partition(":")
     if base not in FORMATS:
         _load_installed(base)

@@ -80,14 +80,14 @@ INDEX_FORMATS = {"fp8": IndexFp8}
 def index_codec(name: str, d: int) -> IndexFp8 | None:
     """Return the codec of an index cache for keys of d channels; None for "", the plain cache.
 
-    Raises `CacheFormatError` for an unknown name.
+    Raises `CacheFormatError` for an unknown name, or what is none.
     """
     if not name:
         return None
-    if name not in INDEX_FORMATS:
+    if not isinstance(name, str) or name not in INDEX_FORMATS:
         raise CacheFormatError(
-            f"unknown index format '{name}'.{did_you_mean(name, [*INDEX_FORMATS])} "
-            f"Formats: {', '.join(INDEX_FORMATS)}."
+            f"unknown index format {name!r}.{did_you_mean(str(name), [*INDEX_FORMATS])} "
+            f"Formats: {', '.join(INDEX_FORMATS)}; None is the layer's dtype."
         )
     return INDEX_FORMATS[name](d)
 

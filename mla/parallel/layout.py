@@ -5,6 +5,7 @@ Also what a layout costs each rank: FLOPs and bytes of a forward, and room for t
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -114,7 +115,11 @@ class Layout:
         return [list(range(first, first + self.dcp)) for first in range(0, self.world, self.dcp)]
 
     def check(self, config: MLAConfig) -> None:
-        """Raise `UsageError` unless the heads of `config` can be split this way."""
+        """Raise `UsageError` unless the heads of `config`, and its contexts, can be split this way."""
+        if config.index_topk and self.dcp > 1:
+            raise UsageError(
+                "a layer with an indexer needs whole contexts to select from: leave out dcp of --parallel."
+            )
         if config.num_attention_heads % self.head_parts:
             raise UsageError(
                 f"layout '{self}' splits heads over {self.head_parts} ranks, and config '{config.name}' has "
@@ -243,14 +248,34 @@ def token_bytes(name: str, c: int, r: int) -> int:
     return find_format(name).token_bytes(c, r)
 
 
+def index_key_bytes(name: str, d: int, itemsize: int) -> int:
+    """Return the bytes of an index key of d numbers, in the format of a name, or "" of `itemsize` bytes each.
+
+    Imports torch for a format. Raises `CacheFormatError` for an unknown name.
+    """
+    if not name:
+        return d * itemsize
+    from mla.cache.index_formats import index_codec
+
+    codec = index_codec(name, d)
+    assert codec is not None
+    return codec.token_bytes
+
+
 def capacity(
-    config: MLAConfig, layout: Layout, memory: int, layers: int, itemsize: int = 2, cache_format: str = ""
+    config: MLAConfig,
+    layout: Layout,
+    memory: int,
+    layers: int,
+    itemsize: int = 2,
+    cache_format: str = "",
+    index_format: str = "",
 ) -> Capacity:
     """Return what so many bytes on every device hold of `layers` layers and their cache.
 
     Weights count once, `itemsize` bytes each; of the cache, tokens without any room lost in pages. Layers
-    with an indexer have index keys as well, on every rank the same. `cache_format` "" is `itemsize` bytes a
-    number. Raises `UsageError` where the heads cannot be split, and `CacheFormatError`.
+    with an indexer have index keys as well, as often as the latent. A format "" is `itemsize` bytes a number.
+    Raises `UsageError` where the layer cannot be split, or has no index keys, and `CacheFormatError`.
     """
     layout.check(config)
     split, indexers = head_parameters(config), len(config.index_layers(layers))
@@ -259,16 +284,18 @@ def capacity(
     room = max(0, memory - weights)
     widths = (config.kv_lora_rank, config.qk_rope_head_dim)
     latent = token_bytes(cache_format, *widths) if cache_format else config.latent_dim * itemsize
-    per_token = latent * layers + config.index_head_dim * indexers * itemsize
+    key = index_key_bytes(index_format, config.index_head_dim, itemsize)
+    per_token = latent * layers + key * indexers
     return Capacity(layout, weights, room, room // per_token * layout.dcp * layout.dp, layout.tp)
 
 
 def layouts(config: MLAConfig, world: int) -> Iterator[Layout]:
-    """Yield every layout of so many ranks that the heads of `config` can be split by."""
+    """Yield every layout of so many ranks that `config` can be split by."""
     for dp in _divisors(world):
         for dcp in _divisors(world // dp):
             layout = Layout(tp=world // dp // dcp, dp=dp, dcp=dcp)
-            if config.num_attention_heads % layout.head_parts == 0:
+            with contextlib.suppress(UsageError):
+                layout.check(config)
                 yield layout
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from mla import MLAConfig
 from mla.cost import parameters
+from mla.errors import UsageError
 from mla.parallel.layout import Layout, capacity, layouts
 from mla.weights import weight_shapes
 
@@ -49,3 +50,12 @@ def test_index_keys_take_room_in_the_layers_that_have_an_indexer() -> None:
     deepseek = MLAConfig.preset("deepseek-v3.2")
     alone = capacity(deepseek, Layout(), 80 * GIB, layers=1)
     assert alone.tokens == (80 * GIB - alone.weight_bytes) // (2 * (576 + 128))
+    stored = capacity(deepseek, Layout(), 80 * GIB, 1, cache_format="fp8_ds_mla", index_format="fp8")
+    assert stored.tokens == (80 * GIB - stored.weight_bytes) // (656 + 132)
+
+
+def test_contexts_are_not_split_where_an_indexer_selects_from_them() -> None:
+    config = MLAConfig.preset("deepseek-v3.2")
+    assert {layout.dcp for layout in layouts(config, 8)} == {1}
+    with pytest.raises(UsageError, match="needs whole contexts to select from: leave out dcp"):
+        capacity(config, Layout(dcp=8), 80 * GIB, layers=61)

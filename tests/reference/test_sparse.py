@@ -12,7 +12,9 @@ from float64_attention import Outputs, attend
 from op_inputs import angles
 from sparse_problem import SparseBatch, attention_spec, indexer_spec
 
+from mla.cache.formats import find_format
 from mla.cache.index_formats import IndexFp8, index_codec, index_keys
+from mla.errors import CacheFormatError
 from mla.reference import REFERENCE, sparse
 
 LENGTHS = [
@@ -180,3 +182,8 @@ def test_attention_is_to_the_selection_alone(query_lens, kv_lens, topk, monkeypa
 def test_an_unknown_index_format_is_named() -> None:
     with pytest.raises(ValueError, match=r"unknown index format 'fp9'.*Formats: fp8"):
         index_codec("fp9", 128)
+    for other in (8, ["fp8"], b"fp8"):
+        with pytest.raises(CacheFormatError, match=r"unknown index format .*: fp8; None is the layer's"):
+            index_codec(other, 128)  # type: ignore[arg-type]
+        with pytest.raises(CacheFormatError, match=r"unknown cache format .* Formats: bf16"):
+            find_format(other)  # type: ignore[arg-type]

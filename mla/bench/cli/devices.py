@@ -12,7 +12,7 @@ import click
 from mla.bench import results
 from mla.bench.plan.options import check_dtype
 from mla.bench.terminal import ceilings as terminal
-from mla.bench.workload.grid import points_of
+from mla.bench.workload.grid import points_of, read_index_format
 from mla.bench.workload.scenario import MAX_LAYERS
 from mla.bench.workload.scenario import memory as read_memory
 from mla.bench.workload.workload_file import PRESETS as SHIPPED
@@ -222,26 +222,40 @@ class _Memory(click.types.StringParamType):
 )  # fmt: skip
 @click.option(
     "--cache-format", metavar="NAME", default="",
-    help="What the cache holds, such as fp8_ds_mla; index keys stay in the dtype.",
+    help="What the cache holds, such as fp8_ds_mla.",
+)  # fmt: skip
+@click.option(
+    "--index-format", metavar="NAME", default="plain", show_default=True,
+    help="What index keys are held in: plain (the dtype) or fp8.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def capacity_command(
-    config: str, memory: int, layout: Layout, layers: int, dtype: str, cache_format: str, as_json: bool
+    config: str,
+    memory: int,
+    layout: Layout,
+    layers: int,
+    dtype: str,
+    cache_format: str,
+    index_format: str,
+    as_json: bool,
 ) -> int:
     """Say how many tokens the devices of a layout hold together, and how much of the cache is repeated.
 
     tp repeats the whole latent on every device; dcp spreads the tokens of a request, and dp the requests.
     Weights are counted once, tokens without the room that is lost at the end of pages. Nothing is run.
 
-    Exit code 0; 2 for a config, layout or cache format that does not exist, heads that the layout cannot
-    split, or latents that the format cannot hold.
+    Exit code 0; 2 for a config, layout or format that does not exist, heads or an indexer that the layout
+    cannot split, or latents that the format cannot hold.
     """
     chosen = MLAConfig.named(config)
+    keys = "" if index_format == "plain" else read_index_format(index_format)
+    if keys and not chosen.index_n_heads:
+        raise UsageError(f"--index-format: '{chosen.name}' has no indexer, and no index keys: omit it.")
     itemsize = 4 if dtype == "float32" else 2
 
     def held_by(parallel: Layout) -> Capacity:
         try:
-            return capacity(chosen, parallel, memory, layers, itemsize, cache_format)
+            return capacity(chosen, parallel, memory, layers, itemsize, cache_format, keys)
         except CacheFormatError as error:
             raise UsageError(f"--cache-format: {error}") from error
 

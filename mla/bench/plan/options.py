@@ -426,7 +426,6 @@ def check_indexer(options: RunOptions, config: MLAConfig, points: Sequence[Point
     foreign = [name for name in options.implementation_names if not implementations.is_ours(name)]
     layout = options.parallel
     refused = (
-        (layout and layout.dcp > 1, "needs whole contexts to select from", "dcp of --parallel"),
         (
             layout and layout.dp > 1 and not options.simulate,
             "is judged by one selection, and each part of dp makes its own",

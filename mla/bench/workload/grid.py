@@ -155,12 +155,13 @@ def _format(item: str) -> str:
         raise UsageError(f"axis cache_format: {error}") from error
 
 
-def _index_format(item: str) -> str:
+def read_index_format(item: str) -> str:
+    """Return a name of a format of index keys. Raises `UsageError` for others."""
     from mla.cache.index_formats import INDEX_FORMATS  # needs torch
 
     if item not in (known := ("plain", *INDEX_FORMATS)):
         hint = did_you_mean(item, known)
-        raise UsageError(f"axis index_format: unknown '{item}'.{hint} Choose from: {', '.join(known)}.")
+        raise UsageError(f"unknown index format '{item}'.{hint} Choose from: {', '.join(known)}.")
     return item
 
 
@@ -171,7 +172,7 @@ def _selection(item: str) -> str:
     return item
 
 
-NAMED = {"dtype": _dtype, "cache_format": _format, "index_format": _index_format, "selection": _selection}
+NAMED = {"dtype": _dtype, "cache_format": _format, "index_format": read_index_format, "selection": _selection}
 
 
 def _numbers(name: str, item: str) -> list[int]:

@@ -50,6 +50,14 @@ def test_a_cache_format_is_counted_without_torch(bench: Bench, tmp_path: Path) -
         (("--memory", "8GB", "--parallel", "tp=3"), "splits heads over 3 ranks"),
         (("--memory", "8GB", "--parallel", "tp"), "a layout is written as in 'tp=2,dcp=2'"),
         (("--memory", "8GB", "--config", "none"), "unknown config 'none'"),
+        (
+            ("--memory", "8GB", "--index-format", "fp8"),
+            "has no indexer, and no index keys: omit it.",
+        ),
+        (
+            ("--memory", "8GB", "--config", "glm-5", "--index-format", "fp9"),
+            "unknown index format 'fp9'. Did you mean 'fp8'? Choose from: plain, fp8.",
+        ),
         (("--memory", "8GB", "--cache-format", "fp9"), "--cache-format: unknown cache format 'fp9'"),
     ],
 )

@@ -235,7 +235,7 @@ def test_index_keys_of_bytes_that_are_written_wrong_are_found(
 
 
 def test_a_format_of_index_keys_that_are_not_there_is_refused(bench: Bench, measure: Bench) -> None:
-    assert "axis index_format: unknown 'fp9'. Did you mean 'fp8'?" in measure("--index-format", "fp9").error
+    assert "unknown index format 'fp9'. Did you mean 'fp8'?" in measure("--index-format", "fp9").error
     dense = bench("--index-format", "fp8", "--batch-spec", "2q1s40")
     assert dense.code == 2
     assert dense.error == (
