@@ -38,12 +38,12 @@ from benchmarks.triton.cases import Case
 from benchmarks.triton.compiling import compile_cases
 from benchmarks.triton.faults import tile_of
 from benchmarks.triton.fingerprint import fingerprint
+from benchmarks.triton.problems import ATTENTION
 from benchmarks.triton.shipped import CURRENT
 from benchmarks.triton.table import PARTS, installed
 from mla.command import console
 
 TABLE = Path(__file__).with_name("model.md")
-LAUNCHES = ("latent: 16 heads", "latent: 128 heads", "expanded: causal")
 ELEMENT = 2  # bytes of a bfloat16
 HEADER = """# What bounds a step over keys: predictions
 
@@ -110,7 +110,7 @@ def cases(version: str = "") -> dict[tuple[str, str], Case]:
     known = {(tiles.cards, tiles.target) for tiles in CURRENT}
     old = (tiles for part in PARTS if part.triton == version for tiles in part.shipped)
     compiled = [tiles for tiles in old if (tiles.cards, tiles.target) in known] if version else CURRENT
-    return {(str(tiles.target), name): tiles.cases()[name] for tiles in compiled for name in LAUNCHES}
+    return {(str(tiles.target), name): tiles.cases()[name] for tiles in compiled for name in ATTENTION}
 
 
 Compiled = Mapping[tuple[str, str], tuple[Case, Mapping[str, Any]]]  # by target and launch

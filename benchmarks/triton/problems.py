@@ -127,6 +127,14 @@ PROBLEMS: dict[str, Problem] = {  # by the name in the table
     **{f"write_latent, {name}": small("write_latent").stored(name) for name in FORMATS},
 }
 MERGE, BEST = "merge", "select: the best"  # what problems that are split, or select, launch beside
+MERGE_LSE = f"{MERGE}, lse"
+ATTENTION = ("latent: 16 heads", "latent: 128 heads", "expanded: causal")  # whose steps are predicted
+STORED = frozenset(  # problems over caches of bytes
+    name
+    for name, problem in PROBLEMS.items()
+    if isinstance(problem.case.spec, AttentionSpec) and problem.case.spec.cache_format
+)
+BESIDE = frozenset((*PROBLEMS, MERGE, MERGE_LSE, BEST)).difference(ATTENTION)
 
 
 def launches(tuning: Tuning, *card: bool) -> dict[str, Launch]:
@@ -137,6 +145,6 @@ def launches(tuning: Tuning, *card: bool) -> dict[str, Launch]:
         problem.bound(triton_ops(tuning, MULTIPROCESSORS, recorder))()
         launched[name], *merge = recorder.recorded
         for launch in merge:
-            named = {True: f"{MERGE}, lse", False: MERGE, None: BEST}
+            named = {True: MERGE_LSE, False: MERGE, None: BEST}
             launched.setdefault(named[launch.arguments.get("HAS_LSE")], launch)
     return launched

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -69,3 +70,11 @@ def test_comments_docstrings_and_lines_change_no_number(tmp_path: Path) -> None:
     assert list(code(first)) == list(code(second))
     second.write_text("def f(x, y):\n    return x - y\n")
     assert list(code(first)) != list(code(second))
+
+
+def test_kernels_chain_no_conditions() -> None:
+    """Vendors' compilers speak Triton 3.1, which refuses `a and b and c` without parentheses."""
+    nodes = [node for path in KERNELS.glob("*.py") for node in ast.walk(ast.parse(path.read_text("utf-8")))]
+    conditions = [node for node in nodes if isinstance(node, ast.BoolOp)]
+    assert conditions
+    assert not [ast.unparse(node) for node in conditions if len(node.values) > 2]

@@ -147,7 +147,7 @@ def attend_latent(
     table = block_table + request.to(tl.int64) * table_row
 
     never = requests < 1
-    HIDES: tl.constexpr = SPREADS and SPREAD and ROWS >= SPREAD_ROWS
+    HIDES: tl.constexpr = (SPREADS and SPREAD) and ROWS >= SPREAD_ROWS
     if TOPK > 0:
         chosen = selection + first.to(tl.int64) * selection_row
     elif PAGE % KEYS == 0:  # a step stays within a page, whose number is fetched a step ahead
