@@ -65,7 +65,7 @@ FINE = {
     "instructions": {"wgmma": 8, "early start": 1},
 }
 WRONG = [
-    (_with(L40, Tile(64, 64, 8, 2)), [r"spills \d+ bytes", r"needs \d{3} of 99 KiB of shared memory$"]),
+    (_with(L40, Tile(64, 64, 4, 2)), [r"spills \d+ bytes", r"needs \d{3} of 99 KiB of shared memory$"]),
     (_with(B200, Tile(64, 32, 8, 2)), [r"needs 5\d\d of 512 columns", "is nothing but a trap$"]),
 ]
 

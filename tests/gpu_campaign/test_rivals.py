@@ -115,10 +115,7 @@ def test_the_command_itself_runs_them_and_writes_the_result(tmp_path: Path) -> N
     ("words", "said"),
     [
         (["--op", "latent_attention"], "needs --backend NAME"),
-        (
-            ["--backend", "acme", "--op", "linear"],
-            (["--backend", "acme", "--op", "linear"], "sparse_latent_attention, select_latents or no --op"),
-        ),
+        (["--backend", "acme", "--op", "linear"], "sparse_latent_attention, select_latents or no --op"),
         ([*WORDS, "--implementations", "mla"], "leave them out"),
     ],
 )
