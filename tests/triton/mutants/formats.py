@@ -40,8 +40,8 @@ FORMATS = (
     _formats("scales are read one further", old="(AT + group", new="(AT + STEP + group"),
     _formats(
         "scales of upper halves are those of lower ones",
-        old="group = FIRST + tl.arange(0, N // WIDTH)",
-        new="group = tl.arange(0, N // WIDTH)",
+        old="group = FIRST + tl.arange(0, N // WIDTH) * WIDTH  # its",
+        new="group = tl.arange(0, N // WIDTH) * WIDTH  # its",
     ),
     _formats(
         "scales are written in the other order",
@@ -162,8 +162,8 @@ STORED = (
     Mutant(
         "tokens of bytes lie as numbers do",
         "latent",
-        old="(slot + tl.arange(0, KEYS)) * TOKEN",
-        new="(slot + tl.arange(0, KEYS)) * (LATENT + ROPE)",
+        old="(PAGE * TOKEN) + (start % PAGE + tl.arange(0, KEYS)) * TOKEN",
+        new="(PAGE * (LATENT + ROPE)) + (start % PAGE + tl.arange(0, KEYS)) * (LATENT + ROPE)",
     ),
     Mutant(
         "tokens of bytes lie as numbers do where pages are odd",

@@ -72,7 +72,7 @@ LATENT = (
     _latent(
         "rows of the next request are stored",
         old="target = owned[:, None] & has_channel[None, :]",
-        new="target = has_channel[None, :] & (row >= 0)[:, None]",
+        new="target = has_channel[None, :] & (head >= 0)[:, None]",
     ),
     _latent(
         "columns behind the latent are stored",
