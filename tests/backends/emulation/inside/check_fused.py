@@ -19,6 +19,7 @@ import mla
 from mla.bench import results
 from mla.bench.measure import evidence
 from mla.conformance.checks import attention
+from mla.conformance.report import CheckResult
 from mla.verify.layer_check import Checker
 from mla.verify.layer_oracle import oracle
 from mla.weights import random_state_dict
@@ -237,11 +238,11 @@ def test_a_decode_step_through_the_kernel_does_not_wait(kernel: Any, backend: An
     assert set(state.waits) <= set(old_plans)
 
 
-def conform(name: str, *only: str) -> dict[str, str]:
-    """Return how the suite's own checks of an op end, in bfloat16."""
+def conform(name: str, *only: str) -> list[CheckResult]:
+    """Return how the suite's own checks end, in bfloat16; none fails."""
     results = judged(mla.load_backend(name, options={"graph": "on"}), *only)
     assert not [(result.id, result.reason) for result in results if result.status == "fail"]
-    return {result.id: result.status for result in results}
+    return results
 
 
 # One for every number that heads are padded to, and of more than one kernel's tile.
@@ -262,11 +263,13 @@ def test_what_the_layer_does_not_look_at_is_right_too(
     expected = dict.fromkeys(wanted, "pass")
     if request.node.callspec.id == "ixformer_old":  # it returns none
         expected[wanted[0]] = "refused"
-    assert conform(name, *wanted) == expected
+    assert {result.id: result.status for result in conform(name, *wanted)} == expected
 
 
 # Kernels whose planning follows a batch that is updated in place; others refuse a capture with a sentence.
 FOLLOW = ("nvidia_sgl", "tokenspeed", "ixformer")
+# Kernels that attend a selection, and wait: elsewhere the reference does, or a kernel that follows its batch.
+WAIT = ("mate",)
 
 
 @pytest.mark.parametrize(
@@ -275,10 +278,16 @@ FOLLOW = ("nvidia_sgl", "tokenspeed", "ixformer")
 def test_a_captured_step_follows_its_batch_or_is_refused(
     kernel: Any, name: str, request: pytest.FixtureRequest
 ) -> None:
-    """The suite's own checks: other inputs, and lengths that change in place."""
-    statuses = conform(name, f"latent.graph*[{kernel[1]}-bfloat16]", "layer.graph*")
-    assert len(statuses) >= 3
-    assert set(statuses.values()) == {"pass" if request.node.callspec.id in FOLLOW else "refused"}
+    """The suite's own checks: other inputs, and lengths that change in place; each layer by its own ops."""
+    case, checks = request.node.callspec.id, ("graph", "graph_lengths")
+    ended = {
+        result.check: (result.cases.passed, [refusal.case.split(",")[0] for refusal in result.refusals])
+        for result in conform(name, "layer.graph*")
+    }
+    refused = ["plain"] * (case not in FOLLOW) + ["indexer of halves"] * (case in WAIT)
+    assert ended == {f"layer.{check}": (2 - len(refused), refused) for check in checks}
+    of_op = {r.check: r.status for r in conform(name, f"latent.graph*[{kernel[1]}-bfloat16]")}
+    assert of_op == {f"latent.{check}": "pass" if case in FOLLOW else "refused" for check in checks}
 
 
 OTHER_CARDS = {
