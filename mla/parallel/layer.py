@@ -299,7 +299,7 @@ class ParallelMLA(MLA):
     All ranks load the same state dict, of which each keeps its part, and are called with the same `hidden`;
     each returns the whole output. Batches come from a `LatentCache` of all tokens, or with `dcp` from a
     `ShardedCache`. With `dcp` every request is attended absorbed, which for long prompts costs more FLOPs.
-    Other arguments are `MLA`'s. Raises `UsageError` where the heads cannot be split.
+    Other arguments are `MLA`'s. Raises `UsageError` where heads, or an indexer's contexts, cannot be split.
     """
 
     _groups: Groups
@@ -309,10 +309,6 @@ class ParallelMLA(MLA):
         groups.layout.check(config)
         if groups.layout.dcp > 1 and arguments.get("attention") == "expanded":
             raise UnsupportedOps("dcp supports attention='absorbed' only.")
-        if groups.layout.dcp > 1 and config.index_topk:
-            raise UnsupportedOps(
-                f"'{config.name}' has an indexer, which needs whole contexts: use a layout without dcp."
-            )
         share = config.with_heads(config.num_attention_heads // groups.layout.head_parts)
         self._groups = groups  # before the layer is made, which asks for them
         super().__init__(share, **arguments)

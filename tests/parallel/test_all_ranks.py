@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mla
 from mla import LatentCache, MLAConfig
 from mla.cases.memory import poison
-from mla.errors import UnsupportedOps
+from mla.errors import UsageError
 from mla.parallel.cache import ShardedCache
 from mla.parallel.groups import SimulatedGroups, summed_bytes
 from mla.parallel.layer import HeadShard, ParallelMLA
@@ -148,7 +148,7 @@ def test_ranks_of_heads_select_alike() -> None:
     assert error(alone, config, state_of(config)) > 1e-2  # than all keys give
     for out in outputs("tp=4", config):
         assert (out - alone).norm() < 1e-5 * alone.norm()
-    with pytest.raises(UnsupportedOps, match="has an indexer, which needs whole contexts: use a layout with"):
+    with pytest.raises(UsageError, match="an indexer needs whole contexts to select from: leave out dcp"):
         outputs("tp=2,dcp=2", config)
 
 
