@@ -4,11 +4,11 @@
 \b
     python benchmarks/peers/sparse_layers.py -o sparse-layers.json
 
-One decode step of DeepSeek-V3.2's layer; all are interleaved, in another order each round. `projections`
-is the dense layer without history (W), `products` a product of two square matrices (its rate is F). With R
-requests, attention of the dense layer is D FLOPs and that of the sparse one S, indexer included:
-no more than (W + R D / F) / (W + R S / F) can be gained. `transformers` and ours are also compared for
-`--few` requests, as its memory allows; an output of its that differs is WRONG and ends with exit code 4.
+One decode step of DeepSeek-V3.2's layer; all are interleaved, in another order each round. `projections` is
+the dense layer without history (W), `products` a product of two square matrices (its rate is F). With R
+requests, attention of the dense layer is D FLOPs and that of the sparse one S, indexer included: no more than
+(W + R D / F) / (W + R S / F) can be gained. Then `transformers` and ours take turns with `--few` requests, as
+its memory allows. Outputs after at most 4096 tokens are compared: one that differs is WRONG (exit code 4).
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from mla.verify.layer_oracle import State
 from mla.weights import random_state_dict
 
 SIDE = 2048  # of the matrices whose product is timed
+COMPARED = 4096  # tokens at most: with many more, scores that round alike let both select other keys
 TOLERATED = 0.05  # relative difference of outputs: both round to bf16, and may select near ties differently
 
 Step = Callable[[], Any]
@@ -64,7 +65,7 @@ class Measured(msgspec.Struct):
     gain: float  # of the sparse layer over the dense one
     allowed: float  # what W and F allow it to be
     over_transformers: float | None = None
-    difference: float | None = None  # of the outputs
+    difference: float | None = None  # of the outputs after at most `COMPARED` tokens
 
 
 class Stock:
@@ -141,6 +142,16 @@ def attention_flops(config: MLAConfig, keys: int) -> tuple[int, int]:
     return per_key * keys, scores + per_key * min(keys, config.index_topk)
 
 
+def difference(setting: Setting, state: State, history: int, few: int) -> float:
+    """Return how far the outputs of `transformers` are from ours, relative to ours."""
+    ours, inputs = own(SelectedLayer, setting, state, (history,) * few)
+    stock = Stock(setting.config, state, inputs)
+    for call in (stock.before, partial(ours.before, 0), partial(ours.step, 0), partial(ours.after, 0)):
+        call()
+    theirs, mine = stock.step().double(), ours.outputs()[0].double()
+    return ((theirs - mine).norm() / mine.norm()).item()
+
+
 @torch.no_grad()
 def measure(config: MLAConfig, history: int, requests: int, few: int, rounds: int) -> Measured:
     """Measure all parties; `few` requests of `transformers`, or none."""
@@ -153,22 +164,19 @@ def measure(config: MLAConfig, history: int, requests: int, few: int, rounds: in
     parties = {"sparse": own(SelectedLayer, setting, state, (history,) * requests)}
     parties["dense"] = own(MlaLayer, dense, dense_state, (history,) * requests)
     parties["projections"] = own(MlaLayer, dense, dense_state, (0,) * requests)
-    if few:
-        parties["sparse, few"] = own(SelectedLayer, setting, state, (history,) * few)
     steps: dict[str, Step] = {name: partial(layer.step, 0) for name, (layer, _) in parties.items()}
     before: dict[str, Step] = {name: partial(layer.before, 0) for name, (layer, _) in parties.items()}
     a, b = (torch.randn(SIDE, SIDE).bfloat16() for _ in range(2))
     steps["products"] = lambda: a @ b
-    difference = None
-    if few:
-        ours, inputs = parties["sparse, few"]
-        stock = Stock(config, state, inputs)
-        for call in (stock.before, before["sparse, few"], steps["sparse, few"], partial(ours.after, 0)):
-            call()
-        theirs, mine = stock.step().double(), ours.outputs()[0].double()
-        difference = ((theirs - mine).norm() / mine.norm()).item()
-        steps["transformers"], before["transformers"] = stock.step, stock.before
     taken = take_turns(steps, before, rounds, seed=0)
+    differs = None
+    if few:  # in turns of their own: steps of seconds cool the caches of the others
+        differs = difference(setting, state, min(history, COMPARED), few)
+        layer, inputs = own(SelectedLayer, setting, state, (history,) * few)
+        stock = Stock(config, state, inputs)
+        steps = {"sparse, few": partial(layer.step, 0), "transformers": stock.step}
+        before = {"sparse, few": partial(layer.before, 0), "transformers": stock.before}
+        taken |= take_turns(steps, before, rounds, seed=0)
     ms = {name: statistics.median(times) for name, times in taken.items()}
     rate = 2 * SIDE**3 / ms["products"]  # FLOPs per ms
     full, sparse = (requests * flops / rate for flops in attention_flops(config, history + 1))
@@ -177,7 +185,7 @@ def measure(config: MLAConfig, history: int, requests: int, few: int, rounds: in
         {name: median_interval(times) for name, times in taken.items()}, rate / 1e9,
         gain=ms["dense"] / ms["sparse"],
         allowed=(ms["projections"] + full) / (ms["projections"] + sparse),
-        over_transformers=ms["transformers"] / ms["sparse, few"] if few else None, difference=difference,
+        over_transformers=ms["transformers"] / ms["sparse, few"] if few else None, difference=differs,
     )  # fmt: skip
 
 
