@@ -418,7 +418,7 @@ def _check_stages(options: RunOptions, points: Sequence[Point]) -> None:
 def check_indexer(options: RunOptions, config: MLAConfig, points: Sequence[Point]) -> None:
     """Raise `UsageError` for what is not measured of a layer with an indexer, or needs one."""
     if not config.index_n_heads and any(point.index_format for point in points):
-        raise UsageError(f"index_format is that of index keys, and '{config.name}' has no indexer: omit it.")
+        raise UsageError(f"--index-format stores index keys, and '{config.name}' has no indexer: omit it.")
     if not config.index_topk or all(point.op for point in points):
         return
     if not config.index_n_heads:

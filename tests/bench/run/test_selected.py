@@ -239,7 +239,7 @@ def test_a_format_of_index_keys_that_are_not_there_is_refused(bench: Bench, meas
     dense = bench("--index-format", "fp8", "--batch-spec", "2q1s40")
     assert dense.code == 2
     assert dense.error == (
-        "error: index_format is that of index keys, and 'deepseek-v2-lite' has no indexer: omit it."
+        "error: --index-format stores index keys, and 'deepseek-v2-lite' has no indexer: omit it."
     )
 
 
