@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -33,6 +33,7 @@ from mla.cases.values import shape as shaped
 from mla.reference import REFERENCE
 from mla.verify.layer_check import stands_for
 from mla.verify.places import Places
+from mla.verify.tolerances import TINY
 from mla_backends.api import FusedOp
 
 CPU = torch.device("cpu")
@@ -118,16 +119,21 @@ class Host:
         call.prepare()
         call.run()
         errors, noise = self.entry.errors(call.results(), self.truth), dict(self._noise)
-        if self.entry.held and self.entry.prepares and self.case.spec.dtype == torch.float16:
+        if self.entry.held and self.entry.prepares:
             noise["out"] = noise.get("out", torch.zeros(())).hypot(self._lost)
         return errors | {name: errors.get(name, rows).maximum(rows) for name, rows in noise.items()}
 
     @property
     def _lost(self) -> torch.Tensor:
-        """By how much float16 may err in weights, per query [T, h]."""
-        given = self.given | self.case.scalars
-        lost = self.entry.lost(self.case.spec, given, self.case.lengths)  # type: ignore[attr-defined]
-        return (lost / self.truth["out"].norm(dim=-1)).nan_to_num(posinf=1e300)
+        """By how much small weights may err, per query [T, h]: those below the normal numbers of a dtype."""
+        given, entry, spec = self.given | self.case.scalars, cast(Any, self.entry), self.case.spec
+        if spec.dtype == torch.float16:
+            lost = entry.lost(spec, given, self.case.lengths)
+        else:  # flushed to zero, or held at the smallest by an exp that is bounded
+            _, values = entry.keys(spec, given)
+            largest = values.double().norm(dim=-1).amax() if values.numel() else 0.0
+            lost = torch.finfo(torch.float32).tiny * max(self.case.kv_lens) * largest
+        return lost / self.truth["out"].norm(dim=-1).clamp_min(TINY)
 
     @functools.cached_property
     def _noise(self) -> Tensors:

@@ -79,12 +79,12 @@ def op_bounds(
 
     `lse` is the true log-sum-exp of every row, if it has one: the size of the largest logit.
     """
-    sizes, floor = truth.norm(dim=-1), torch.tensor(ALLOWED[dtype].op, dtype=torch.float64)
-    floor = floor.maximum(half_subnormal(dtype) * math.sqrt(truth.shape[-1]) / sizes.clamp_min(TINY))
+    sizes, floor = truth.norm(dim=-1).clamp_min(TINY), torch.tensor(ALLOWED[dtype].op, dtype=torch.float64)
+    floor = floor.maximum(half_subnormal(dtype) * math.sqrt(truth.shape[-1]) / sizes)
     if lse is not None:
         floor = floor.maximum(LOGIT * lse.double().abs().nan_to_num(posinf=0.0))
     means = mean_over(known, sizes), mean_over(floor.expand(sizes.shape), sizes)
-    typical = max(*means, ALLOWED[dtype].op)  # which is left where all rows are zero
+    typical = max(*means, ALLOWED[dtype].op)  # which is left where there are no rows
     return Bounds(TWICE * typical, _rows(known, sizes, truth.shape[-1], ROW_SLACK * floor.clamp_min(typical)))
 
 
@@ -127,7 +127,7 @@ def _rows(known: torch.Tensor, sizes: torch.Tensor, width: int, slack: torch.Ten
     small with it.
     """
     usual = (sizes.square().mean() / sizes.square().clamp_min(TINY)).clamp_max(shrinkage(width))
-    cancelled = torch.where(sizes > 0, 1 + NARROW / width * usual, 1.0)
+    cancelled = torch.where(sizes > TINY, 1 + NARROW / width * usual, 1.0)
     return TWICE * torch.hypot(known, slack * cancelled.sqrt())
 
 
@@ -173,12 +173,12 @@ def judge_beside(
     if not result.numel():
         return 0.0, ""
     result, truth = result.detach().cpu().double(), truth.double()
-    gaps, sizes = (result - truth).norm(dim=-1), truth.norm(dim=-1)
+    gaps, sizes = (result - truth).norm(dim=-1), truth.norm(dim=-1).clamp_min(TINY)
     broken = ~gaps.isfinite()
     if broken.any():
         return math.inf, not_finite(result, broken, places)
-    errors, bounds = gaps / sizes.clamp_min(TINY), op_bounds(reference_errors, truth, dtype, lse)
-    total = gaps.norm().item() / max(sizes.norm().item(), TINY)
+    errors, bounds = gaps / sizes, op_bounds(reference_errors, truth, dtype, lse)
+    total = mean_over(errors, sizes)
     allowed = bounds.of_whole(bounds.rows, sizes)
     ratios = errors / bounds.rows
     worst = max(ratios.max().item(), total / max(allowed, TINY))  # zeros are allowed no error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,6 +38,30 @@ def test_weights_of_fp16_may_underflow(alike: bool, monkeypatch: pytest.MonkeyPa
     assert Laid(case, flash, host=Host(case, given)).call() == ""
     monkeypatch.setattr("mla.cases.kinds.lost_weights", torch.zeros_like)
     assert "rows are wrong" in Laid(case, flash, host=Host(case, given)).call()
+
+
+@pytest.mark.parametrize(("keys", "logit"), [(5, -200), (41, -2000), (2, -90)])
+def test_weights_may_be_held_at_the_smallest_normal_number(keys: int, logit: float) -> None:
+    """A key of zeros has all the weight, and an exp that is bounded below gives the others 2^-126."""
+    case = OpCase("latent_attention", replace(SPEC, dtype=torch.bfloat16), (1,), (keys,), stress=Stress())
+    given = Host(case).given
+    given["q"][:], given["keys"][0] = 0, 0
+    given["q"][..., -1] = 1
+    given["keys"][1:, -1] = logit / SPEC.softmax_scale
+    host = Host(case, given)
+    values = given["keys"][1:, : SPEC.kv_lora_rank].float().sum(0)
+
+    class Held(Flash):
+        factor = 1.0
+
+        def attend(self, *arguments: Any) -> None:
+            super().attend(*arguments)
+            arguments[-2][:] = self.factor * torch.finfo(torch.float32).tiny * values
+
+    op = Held("latent_attention/1", 64, 1)
+    assert Laid(case, op, host=host).call() == ""
+    op.factor = 1000.0
+    assert "rows are wrong" in Laid(case, op, host=host).call()
 
 
 @pytest.mark.parametrize("kind", ["latent_attention", "expanded_attention"])
