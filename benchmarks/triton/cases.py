@@ -1,10 +1,10 @@
-"""`Case`: one launch and the GPU that its kernel is compiled for, as JSON."""
+"""`Case`: one launch and the GPU that its kernel is compiled for, as JSON; and the work that it asks for."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.triton.recording import Launch
 
@@ -16,6 +16,7 @@ TYPES = {
     "int64": "i64",
     "uint8": "u8",
 }
+ELEMENT = 2  # bytes of a bfloat16
 ALIGNED = 16  # bytes: what Triton specialises pointers for
 
 
@@ -45,6 +46,24 @@ class Case:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
+
+
+class Work(NamedTuple):
+    """What the algorithm asks of a step of one program."""
+
+    flops: int
+    bytes: float  # from memory; what another program of the same step has fetched comes from the L2 cache
+
+    @classmethod
+    def of(cls, case: Case) -> Work:
+        """Return it for a launch of attention."""
+        known: dict[str, Any] = {name: argument.get("value") for name, argument in case.arguments.items()}
+        rows, keys = known["ROWS"], known["KEYS"]
+        if "LATENT" not in known:  # expanded: many blocks of queries read the same keys
+            return cls(2 * rows * keys * (known["WIDTH"] + known["VALUES"]), 0)
+        width = known["LATENT"] + known["ROPE"]
+        programs = -(-known["HEADS"] // rows)
+        return cls(2 * rows * keys * (width + known["LATENT"]), keys * width * ELEMENT / programs)
 
 
 def case_of(launch: Launch, target: Target) -> Case:

@@ -26,13 +26,12 @@ def compile_cases(cases: Sequence[Case], triton: Path | None = None, jobs: int =
     if triton is None:
         return _compiled(cases, None, jobs)
     files = [triton / "answers" / fingerprint_of(case) for case in cases]
-    waiting = [(case, file) for case, file in zip(cases, files, strict=True) if not file.exists()]
+    waiting = list({file: case for case, file in zip(cases, files, strict=True) if not file.exists()}.items())
     failed: dict[Path, dict[str, Any]] = {}  # which may be of a machine that is busy
     for start in range(0, len(waiting), BATCH * jobs):
         batch = waiting[start : start + BATCH * jobs]
-        for (_, file), answer in zip(
-            batch, _compiled([case for case, _ in batch], triton, jobs), strict=True
-        ):
+        answers = _compiled([case for _, case in batch], triton, jobs)
+        for (file, _), answer in zip(batch, answers, strict=True):
             if "error" in answer:
                 failed[file] = answer
             else:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.triton.cases import Case, Target
+from benchmarks.triton.cases import Case, Target, Work
 
 KIB = 1024
+MANY_ROWS = 64  # from which on no product may be computed twice, which warps of fewer rows have to
+SPREADS = (3, 6)  # the oldest Triton with which none is: see jit/latent.py
 TENSOR_MEMORY = 512  # columns
 # Of a multiprocessor: KiB of shared memory (each block takes 1 more than it asks for).
 PROCESSOR_KIB = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100}
@@ -29,6 +31,8 @@ def faults(case: Case, found: dict[str, Any], shared_kib: int) -> list[str]:
     needed = product_of(case)
     if needed and not found["instructions"].get(needed):
         wrong.append(f"has no {needed} instruction")
+    if (times := repeats(case, found)) > 1.01:
+        wrong.append(f"computes {times:.2f} times the products that it needs")
     if case.arguments["EARLY"]["value"] and not found["instructions"].get("early start"):
         wrong.append("may start early, and does not wait for the launch before")
     return wrong
@@ -41,7 +45,16 @@ def product_of(case: Case) -> str:
     if case.target.backend == "hip":
         return "mfma"
     wide = {90: "wgmma", 100: "tcgen05"}.get(int(case.target.arch))
-    return wide if wide and case.arguments["ROWS"]["value"] >= 64 else "mma"
+    return wide if wide and case.arguments["ROWS"]["value"] >= MANY_ROWS else "mma"
+
+
+def repeats(case: Case, found: dict[str, Any]) -> float:
+    """Return how often a step of MANY_ROWS computes the products that it needs; 0 of all other kernels."""
+    rows = case.arguments.get("ROWS", {"value": 0})["value"]
+    version = tuple(int(part) for part in found["triton"].split(".")[:2])
+    if rows < MANY_ROWS or version < SPREADS or not found["step"]:
+        return 0.0
+    return float(sum(found["step"]["flops"].values()) / Work.of(case).flops)
 
 
 def programs(target: Target, warps: int, found: dict[str, Any]) -> int | None:

@@ -7,7 +7,7 @@ import hashlib
 import io
 import re
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import mla_backends.triton_ops as ops
@@ -18,6 +18,9 @@ from benchmarks.triton.sources import kernel_of, specialised
 KERNELS = Path(ops.__file__).parent / "jit"
 READERS = ("counting.py", "resources.py", "sources.py", "worker.py")  # of what a compiler yields
 SILENT = (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING)
+NAME = re.compile(
+    r"\bdef\n(\w+)|\A(\w+)\n="
+)  # of what a text of `code` defines; imports that are tried have none
 
 
 def fingerprint() -> str:
@@ -28,23 +31,35 @@ def fingerprint() -> str:
 
 
 def fingerprint_of(case: Case) -> str:
-    """Return what the answer to a case depends on: it, what its kernel calls, and who reads the answer."""
-    module = case.kernel.partition(":")[0].rpartition(".")[2]
-    kernels = sorted(text for path in _reached(KERNELS / f"{module}.py") for text in code(path))
+    """Return what the answer to a case depends on: it, what its kernel reaches, and who reads the answer."""
+    module, _, kernel = case.kernel.rpartition(".")[2].partition(":")
+    texts = [text for path in _files(KERNELS / f"{module}.py") for text in code(path)]
     readers = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in READERS)
-    return _digest([case.to_json(), *kernels, *readers])
+    return _digest([case.to_json(), *_reached(kernel, texts), *readers])
 
 
 def _digest(texts: Iterable[str]) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
-def _reached(path: Path) -> set[Path]:
+def _files(path: Path) -> set[Path]:
     """Return a file of kernels, and those that it imports."""
     if not path.is_file():  # a kernel from elsewhere
         return set()
     names = re.findall(rf"^from {ops.__name__}\.jit\.(\w+) import", path.read_text(encoding="utf-8"), re.M)
-    return {path}.union(*(_reached(path.with_name(f"{name}.py")) for name in names))
+    return {path}.union(*(_files(path.with_name(f"{name}.py")) for name in names))
+
+
+def _reached(kernel: str, texts: Sequence[str]) -> list[str]:
+    """Return, sorted, those of what files define that a kernel names, or what it names, and so on."""
+    named = {found[found.lastindex or 0]: text for text in texts if (found := NAME.search(text))}
+    reached, waiting = {*texts}.difference(named.values()), {kernel} & named.keys()
+    while waiting:
+        text = named[waiting.pop()]
+        if text not in reached:
+            reached.add(text)
+            waiting |= set(re.findall(r"\w+", text)) & named.keys()
+    return sorted(reached)
 
 
 def _compiled_for(case: Case) -> str:

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import click
 
 from benchmarks.triton.cards import CARDS, DATA, Card, spoken
-from benchmarks.triton.cases import Case
+from benchmarks.triton.cases import Case, Work
 from benchmarks.triton.compiling import compile_cases
 from benchmarks.triton.faults import tile_of
 from benchmarks.triton.fingerprint import fingerprint
@@ -44,7 +44,6 @@ from benchmarks.triton.table import PARTS, installed
 from mla.command import console
 
 TABLE = Path(__file__).with_name("model.md")
-ELEMENT = 2  # bytes of a bfloat16
 HEADER = """# What bounds a step over keys: predictions
 
 Written by `python -m benchmarks.triton.model FOLDER`, whose `--help` explains the columns. Counted in
@@ -54,24 +53,6 @@ for MetaX's tiles. Kernels and tiles: `{fingerprint}`.
 COLUMNS = """
 | card | launch | tile | tensor | shared | issue | memory | bound by | tensor peak | bandwidth | needed |
 |---|---|---|---|---|---|---|---|---|---|---|"""
-
-
-class Work(NamedTuple):
-    """What the algorithm asks of a step of one program."""
-
-    flops: int
-    bytes: float  # from memory; what another program of the same step has fetched comes from the L2 cache
-
-    @classmethod
-    def of(cls, case: Case) -> Work:
-        """Return it for a launch of attention."""
-        known: dict[str, Any] = {name: argument.get("value") for name, argument in case.arguments.items()}
-        rows, keys = known["ROWS"], known["KEYS"]
-        if "LATENT" not in known:  # expanded: many blocks of queries read the same keys
-            return cls(2 * rows * keys * (known["WIDTH"] + known["VALUES"]), 0)
-        width = known["LATENT"] + known["ROPE"]
-        programs = -(-known["HEADS"] // rows)
-        return cls(2 * rows * keys * (width + known["LATENT"]), keys * width * ELEMENT / programs)
 
 
 class Prediction(NamedTuple):

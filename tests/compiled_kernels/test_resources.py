@@ -62,6 +62,7 @@ FINE = {
     "shared": 0,
     "tensor memory": 0,
     "trap": False,
+    "step": None,
     "instructions": {"wgmma": 8, "early start": 1},
 }
 WRONG = [
@@ -154,6 +155,10 @@ def test_tiles_that_do_not_fit_are_refused(compiled: list[tuple[Case, dict[str, 
         ({"error": "SIGABRT: no"}, "does not compile: SIGABRT: no"),
         ({"tensor memory": 576}, "needs 576 of 512 columns of tensor memory"),
         ({"instructions": {"mma": 8, "early start": 1}}, "has no wgmma instruction"),
+        (
+            {"step": {"flops": {"wgmma": 3 * 64 * 64 * 1088}}},
+            "computes 1.50 times the products that it needs",
+        ),
         ({"instructions": {"wgmma": 8}}, "may start early, and does not wait for the launch before"),
     ],
 )
@@ -183,7 +188,7 @@ def test_answers_are_kept_by_all_that_they_depend_on(tmp_path: Path, monkeypatch
     assert compile_cases(both, tmp_path) == [{"error": "busy"}, {"registers": case.warps}]
     assert compile_cases(both, tmp_path)[1] == {"registers": case.warps}
     assert asked == [*both, both[0]], "what failed is asked again"
-    compile_cases([replace(case, registers=64), replace(case, stages=7)], tmp_path)
+    compile_cases([replace(case, registers=64), *[replace(case, stages=7)] * 2], tmp_path)
     assert len(asked) == 5
     monkeypatch.setattr(fingerprint, "code", lambda path: iter(["another kernel"]))
     compile_cases([case], tmp_path)

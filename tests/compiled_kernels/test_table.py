@@ -16,6 +16,8 @@ from benchmarks.triton.shipped import CURRENT, H100
 from benchmarks.triton.table import TABLE, installed
 from mla_backends.triton_ops import Tile
 
+KINDS = ("latent: 16 heads", "merge", "expanded: causal", "rms_norm")
+
 
 def test_the_table_is_of_these_kernels_and_tiles() -> None:
     stale = "table.md is of other kernels or tiles: see benchmarks/triton/README.md"
@@ -44,6 +46,33 @@ def test_another_kernel_is_another_number(tmp_path: Path, monkeypatch: pytest.Mo
     shared = tmp_path / "shared.py"
     shared.write_text(shared.read_text(encoding="utf-8").replace("exp2", "exp"), encoding="utf-8")
     assert fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "changed"),
+    [
+        ("latent.py", "tl.trans(weight) * several", "several", {"merge"}),
+        ("latent.py", "value = value / whole[:, None]", "value = value", {"latent: 16 heads"}),
+        ("latent.py", "LN2 = tl.constexpr(0.69", "LN2 = tl.constexpr(0.96", {"latent: 16 heads", "merge"}),
+        ("shared.py", "exp2", "exp", {"latent: 16 heads", "merge", "expanded: causal"}),
+        ("shared.py", "gdc_launch_dependents = gdc_wait = None", "pass", {*KINDS}),
+    ],
+)
+def test_an_answer_depends_on_what_its_kernel_reaches(
+    file: str, old: str, new: str, changed: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def numbers() -> dict[str, str]:
+        return {name: module.fingerprint_of(cases[name]) for name in KINDS}
+
+    cases = H100.cases()
+    for path in KERNELS.glob("*.py"):
+        (tmp_path / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(module, "KERNELS", tmp_path)
+    before, source = numbers(), (tmp_path / file).read_text(encoding="utf-8")
+    assert old in source
+    (tmp_path / file).write_text(source.replace(old, new), encoding="utf-8")
+    after = numbers()
+    assert {name for name in KINDS if after[name] != before[name]} == changed
 
 
 def test_another_tile_is_another_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla_backends.triton_ops.attention import MAX_SPLITS, MIN_PART_KEYS, PARTS_BYTES, Splits, split
+from mla_backends.triton_ops.attention import MAX_SPLITS, MIN_PART_KEYS, PARTS_BYTES, Splits, _Load, split
 from mla_backends.triton_ops.tuning import Tile
 
 SMALL, LARGE = Tile(16, 32, 4, 2, programs=2), Tile(64, 64, 8, 2)
@@ -57,6 +57,12 @@ def test_a_long_request_among_short_ones_is_split_and_they_are_not() -> None:
 
 def test_short_requests_are_not_worth_a_merge() -> None:
     assert chosen(16, [MIN_PART_KEYS] * 2).max_splits == 1
+
+
+def test_a_merge_costs_more_with_more_parts() -> None:
+    load = _Load([1], [8192], 8192, True, 1, 8192)
+    merges = [load.cost(8192 // count, 10_000) - 8192 // count for count in (32, 33, 64, 256)]
+    assert merges[0] < merges[1] == merges[2] < merges[3]
 
 
 def test_lengths_that_grow_a_little_do_not_begin_another_wave() -> None:
