@@ -34,6 +34,7 @@ from mla_backends.errors import BackendError
 
 Run = Callable[..., list[CheckResult]]
 FEW = 12  # draws of a right op: enough to see that it runs, too few to see that it is right
+MANY = 25  # of the reference, in each of its forms
 
 
 class Rarely(type(REFERENCE["rms_norm"])):  # type: ignore[misc]
@@ -77,12 +78,32 @@ def drawn(judge: Run, backend: Any, kind: str, count: int) -> CheckResult:
     return result
 
 
+IN_PARTS: dict[str, Any] = {
+    "mla.reference.attention.queries_per_call": lambda heads, keys: 4,
+    "mla.reference.sparse.LOGITS_BYTES": 1 << 16,
+    "mla.reference.sparse.KEYS_BYTES": 1 << 16,
+    "mla.reference.small.writes_in_place": lambda device, dtype: True,
+}
+
+
+@pytest.mark.parametrize("parts", [{}, IN_PARTS], ids=["whole", "in parts"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", list(REFERENCE))
-def test_the_reference_is_right(judge: Run, sound: Any, kind: str) -> None:
-    (result,) = judge(sound(), f"{GROUPS.get(kind, kind)}.drawn[reference-*]", drawing=Drawing(FEW))
-    assert (result.status, result.reason) == ("incomplete", f"{FEW} of 300 drawn cases were judged")
+def test_the_reference_is_right(
+    judge: Run,
+    sound: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    dtype: torch.dtype,
+    parts: dict[str, Any],
+) -> None:
+    for name, value in parts.items():
+        monkeypatch.setattr(name, value)
+    only, drawing = f"{GROUPS.get(kind, kind)}.drawn[reference-*]", Drawing(MANY, seed=len(parts))
+    (result,) = judge(sound(), only, dtypes=(dtype,), drawing=drawing)
+    assert (result.status, result.reason) == ("incomplete", f"{MANY} of 300 drawn cases were judged")
     assert result.drawn is not None
-    assert (result.drawn.judged, result.drawn.refused, result.drawn.seed) == (FEW, 0, 0)
+    assert (result.drawn.judged, result.drawn.refused, result.drawn.seed) == (MANY, 0, len(parts))
     assert {"numbers", "calls", "memory"} <= set(result.drawn.along)
 
 

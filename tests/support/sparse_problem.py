@@ -9,7 +9,7 @@ import torch
 
 from mla.cache.index_formats import index_codec
 from mla.cases.memory import Layout, Pages
-from mla_backends.api import AttentionSpec, IndexerSpec
+from mla_backends.api import IndexerSpec
 
 HOST = torch.device("cpu")
 
@@ -71,9 +71,3 @@ class SparseBatch:
 
 def indexer_spec(heads: int, width: int, turned: int, topk: int, **facts: Any) -> IndexerSpec:
     return IndexerSpec(heads, width, turned, topk, **({"dtype": torch.float32, "device": HOST} | facts))
-
-
-def attention_spec(
-    heads: int, c: int, r: int, topk: int, dtype: torch.dtype = torch.float32
-) -> AttentionSpec:
-    return AttentionSpec(heads, c, 16, r, 16, 0.2, dtype, HOST, topk=topk)

@@ -13,7 +13,6 @@ from mla_backend_cpu.library import Library
 from mla_backend_cpu.native_ops import CACHE_FORMATS, NativeLatentAttention, NativeWriteLatent, layout_of
 
 formats = st.sampled_from(["fp8", "fp8:0.03", "fp8_ds_mla", "fp8_ds_mla_any", "int8", "q8_0"])
-widths = st.sampled_from([(512, 64), (128, 32), (160, 96), (96, 32)])
 seeds = st.integers(0, 99)
 
 
@@ -61,34 +60,6 @@ def test_stored_bytes_are_those_of_the_codec(
     latents, keys = plain.view(64, -1)[:tokens].split((latent, 32), dim=1)
     assert torch.equal(cache.view(64, -1)[:tokens], codec.encode(latents, keys))
     assert (cache.view(64, -1)[tokens:] == 0xA5).all()
-
-
-@settings(max_examples=8, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 150)), min_size=1, max_size=3),
-    formats,
-    widths,
-    st.sampled_from([1, 3, 16, 40]),
-    st.sampled_from([1, 16, 64]),
-    st.sampled_from([None, 0.02, 0.5]),
-    seeds,
-)
-def test_attention_is_over_what_is_stored(
-    kernels: Library,
-    requests: list[tuple[int, int]],
-    cache_format: str,
-    width: tuple[int, int],
-    heads: int,
-    page_size: int,
-    scale: float | None,
-    seed: int,
-) -> None:
-    new, keys = [queries for queries, _ in requests], [queries + old for queries, old in requests]
-    latent, rotary = width
-    case = latent_case(
-        new, keys, heads, page_size=page_size, latent=latent, rotary=rotary, scale=scale, seed=seed
-    )
-    check_attention(case.stored(cache_format), NativeLatentAttention(kernels))
 
 
 @pytest.mark.parametrize("cache_format", ["fp8:0.03", "fp8_ds_mla_any", "int8", "q8_0"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from native_cases import BF16, angles, bits, draw, expanded_case, latent_case
+from native_cases import BF16, LAYOUTS, Canvas, angles, bits, draw, expanded_case, latent_case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mla_backends.operands as operand_checks
@@ -172,6 +172,29 @@ def test_an_operand_that_is_not_what_its_memory_says_is_refused_by_name(
     op(*arguments, **given)
     again = [bits(given[name]) for name in (*WRITTEN, "cache") if name in given]
     assert all(torch.equal(*pair) for pair in zip(results, again, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+def test_how_operands_are_strided_changes_no_bit(
+    kernels: Library, call: Callable[[Library], Call], layout: str
+) -> None:
+    op, arguments, given = call(kernels)
+    op(*arguments, **given)
+    for name, right in given.items():
+        if (
+            name == "cache"
+            or not isinstance(right, torch.Tensor)
+            or (layout == "swapped" and right.dim() < 2)
+        ):
+            continue
+        canvas = Canvas(right.shape, layout, right.dtype) if right.is_floating_point() else None
+        strided = right.repeat_interleave(2, 0)[::2] if canvas is None else canvas.holding(right)
+        again = {key: torch.full_like(x, 7) if key in WRITTEN else x for key, x in given.items()}
+        op(*arguments, **{**again, name: strided})
+        written = {key: again[key] for key in WRITTEN if key in given and key != name}
+        written |= {name: canvas.taken()} if canvas is not None and name in WRITTEN else {}
+        assert all(torch.equal(bits(x), bits(given[key])) for key, x in written.items()), name
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
