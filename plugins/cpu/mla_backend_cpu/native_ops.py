@@ -339,13 +339,31 @@ class _Product(NativeOp):
         """Return the function for the dtype of the packed weight."""
         return getattr(self.functions, name if packed.itemsize == 2 else f"{name}_fp32")
 
-    def _ways(self, packed: torch.Tensor, tokens: int) -> tuple[bool, ...]:
-        """Return the argument that says whether bf16 pairs are widened, where the function takes one."""
-        if packed.itemsize == 4:
-            return ()
+    def _wide(self, packed: torch.Tensor, tokens: int) -> bool:
+        """Return whether bf16 pairs are widened."""
         kernels = self.kernels
-        pairs = kernels.dot_bf16 and not kernels.tiles
-        return (pairs and tokens >= WIDE_TOKENS and products.widening_gain(kernels) > 1,)
+        pairs = packed.itemsize == 2 and kernels.dot_bf16 and not kernels.tiles
+        return pairs and tokens >= WIDE_TOKENS and products.widening_gain(kernels) > 1
+
+    def _multiply(
+        self, packed: Packed, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+    ) -> None:
+        """Multiply x [T, i] or [T, h, i] by a weight [o, i] or [h, o, i] into out [T, o] or [T, h, o]."""
+        data, (*heads, outputs, inputs) = self._opened(packed)
+        x = rows("x", x, data.dtype, None, *heads, inputs)
+        bias = None if bias is None else rows("bias", bias, data.dtype, outputs)
+        target = output("out", out, data.dtype, x.shape[0], *heads, outputs)
+        wrong = self._function("mla_linear", data)(
+            x.data_ptr(), *_steps(x), data.data_ptr(), None if bias is None else bias.data_ptr(),
+            target.data_ptr(), *_steps(target), x.shape[0], *(heads or (1,)), inputs, outputs,
+            self._wide(data, x.shape[0]), threads(),
+        )  # fmt: skip
+        finish(wrong, target, out)
+
+
+def _steps(x: torch.Tensor) -> tuple[int, ...]:
+    """Return the distances of rows and of heads: of [T, h, i], or of [T, i], where it is 0."""
+    return x.stride()[:2] if x.dim() == 3 else (x.stride(0), 0)
 
 
 class NativeLinear(_Product):
@@ -357,16 +375,7 @@ class NativeLinear(_Product):
     def __call__(
         self, packed: Packed, *, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
     ) -> None:
-        data, (outputs, inputs) = self._opened(packed)
-        x = rows("x", x, data.dtype, None, inputs)
-        bias = None if bias is None else rows("bias", bias, data.dtype, outputs)
-        target = output("out", out, data.dtype, x.shape[0], outputs)
-        wrong = self._function("mla_linear", data)(
-            x.data_ptr(), x.stride(0), data.data_ptr(), None if bias is None else bias.data_ptr(),
-            target.data_ptr(), target.stride(0), x.shape[0], inputs, outputs,
-            *self._ways(data, x.shape[0]), threads(),
-        )  # fmt: skip
-        finish(wrong, target, out)
+        self._multiply(packed, x, bias, out)
 
 
 class NativeBatchedLinear(_Product):
@@ -376,14 +385,7 @@ class NativeBatchedLinear(_Product):
     dims = 3
 
     def __call__(self, packed: Packed, *, x: torch.Tensor, out: torch.Tensor) -> None:
-        data, (heads, outputs, inputs) = self._opened(packed)
-        x = rows("x", x, data.dtype, None, heads, inputs)
-        target = output("out", out, data.dtype, x.shape[0], heads, outputs)
-        wrong = self._function("mla_batched_linear", data)(
-            x.data_ptr(), *x.stride()[:2], data.data_ptr(), target.data_ptr(), *target.stride()[:2],
-            x.shape[0], heads, inputs, outputs, *self._ways(data, x.shape[0]), threads(),
-        )  # fmt: skip
-        finish(wrong, target, out)
+        self._multiply(packed, x, None, out)
 
 
 class NativeRmsNorm(NativeOp):

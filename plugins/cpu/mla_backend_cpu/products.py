@@ -150,25 +150,21 @@ class _SpeedTrial:
         """`fp32`: the tensors are float32, not bfloat16."""
         import torch
 
-        self._fp32 = fp32
         ones = functools.partial(torch.ones, dtype=torch.float32 if fp32 else torch.bfloat16, device="cpu")
-        self._call = kernels.functions
+        pack, self._multiply = (
+            getattr(kernels.functions, f"mla_{name}{'_fp32' * fp32}") for name in ("pack", "linear")
+        )
         self._shape = (tokens, inputs, outputs)
         self._x, self._weight, self._out = ones(tokens, inputs), ones(outputs, inputs), ones(tokens, outputs)
         self._packed = ones(-(-outputs // 16) * 16 * inputs)
-        pack = self._call.mla_pack_fp32 if self._fp32 else self._call.mla_pack
         pack(self._weight.data_ptr(), 0, inputs, 1, 1, outputs, inputs, self._packed.data_ptr(), 1)
 
     def native(self, wide: bool, threads: int) -> None:
         tokens, inputs, outputs = self._shape
-        arguments = (
-            self._x.data_ptr(), inputs, self._packed.data_ptr(), None, self._out.data_ptr(), outputs,
-            tokens, inputs, outputs,
+        self._multiply(
+            self._x.data_ptr(), inputs, 0, self._packed.data_ptr(), None, self._out.data_ptr(), outputs, 0,
+            tokens, 1, inputs, outputs, wide, threads,
         )  # fmt: skip
-        if self._fp32:
-            self._call.mla_linear_fp32(*arguments, threads)
-        else:
-            self._call.mla_linear(*arguments, wide, threads)
 
     def torch(self) -> None:
         import torch

@@ -57,10 +57,8 @@ static void pack_for(const bf16* w, int64_t g, int64_t r, int64_t c, int64_t gs,
 static void pack_for(const float* w, int64_t g, int64_t r, int64_t c, int64_t gs, int64_t o, int64_t i, float* to, int n) { mla_pack_fp32(w, g, r, c, gs, o, i, to, n); }
 static void unpack_for(const bf16* p, int64_t gs, int64_t o, int64_t i, bf16* to, int n) { mla_unpack(p, gs, o, i, to, n); }
 static void unpack_for(const float* p, int64_t gs, int64_t o, int64_t i, float* to, int n) { mla_unpack_fp32(p, gs, o, i, to, n); }
-static void linear_for(const bf16* x, int64_t xr, const bf16* p, const bf16* b, bf16* out, int64_t r, int64_t t, int64_t i, int64_t o, int wide, int n) { mla_linear(x, xr, p, b, out, r, t, i, o, wide, n); }
-static void linear_for(const float* x, int64_t xr, const float* p, const float* b, float* out, int64_t r, int64_t t, int64_t i, int64_t o, int, int n) { mla_linear_fp32(x, xr, p, b, out, r, t, i, o, n); }
-static void batched_for(const bf16* x, int64_t xt, int64_t xh, const bf16* p, bf16* out, int64_t ot, int64_t oh, int64_t t, int64_t h, int64_t i, int64_t o, int wide, int n) { mla_batched_linear(x, xt, xh, p, out, ot, oh, t, h, i, o, wide, n); }
-static void batched_for(const float* x, int64_t xt, int64_t xh, const float* p, float* out, int64_t ot, int64_t oh, int64_t t, int64_t h, int64_t i, int64_t o, int, int n) { mla_batched_linear_fp32(x, xt, xh, p, out, ot, oh, t, h, i, o, n); }
+static void linear_for(const bf16* x, int64_t xt, int64_t xh, const bf16* p, const bf16* b, bf16* out, int64_t ot, int64_t oh, int64_t t, int64_t h, int64_t i, int64_t o, int wide, int n) { mla_linear(x, xt, xh, p, b, out, ot, oh, t, h, i, o, wide, n); }
+static void linear_for(const float* x, int64_t xt, int64_t xh, const float* p, const float* b, float* out, int64_t ot, int64_t oh, int64_t t, int64_t h, int64_t i, int64_t o, int wide, int n) { mla_linear_fp32(x, xt, xh, p, b, out, ot, oh, t, h, i, o, wide, n); }
 
 // A sum of `count` terms of at most `size`: rounded once to bf16, or with the error of fp32 sums alone.
 template <class T>
@@ -81,7 +79,7 @@ static void test_linear(int64_t tokens, int64_t inputs, int64_t outputs, bool bi
     require(!std::memcmp(weight.data, again.data, weight.count * sizeof(T)), "unpack", outputs, inputs, 0);
     T untouched;
     std::memset((void*)&untouched, 0xff, sizeof(T));
-    linear_for(x.data, x_row, packed.data, biased ? bias.data : nullptr, out.data, out_row, tokens, inputs, outputs, wide, threads);
+    linear_for(x.data, x_row, 0, packed.data, biased ? bias.data : nullptr, out.data, out_row, 0, tokens, 1, inputs, outputs, wide, threads);
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t o = 0; o < out_row && t * out_row + o < (int64_t)out.count; o++) {
             if (o >= outputs) {
@@ -106,7 +104,7 @@ static void test_batched(int64_t tokens, int64_t heads, int64_t inputs, int64_t 
     Exact<T> packed(heads * packed_size(outputs, inputs)), out(heads * tokens * outputs);
     fill(x), fill(weight);
     pack_for(weight.data, outputs * inputs, 1, outputs, heads, outputs, inputs, packed.data, threads);  // transposed
-    batched_for(x.data, x_token, x_head, packed.data, out.data, outputs, tokens * outputs, tokens, heads, inputs, outputs, wide, threads);
+    linear_for(x.data, x_token, x_head, packed.data, (const T*)nullptr, out.data, outputs, tokens * outputs, tokens, heads, inputs, outputs, wide, threads);
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t h = 0; h < heads; h++)
             for (int64_t o = 0; o < outputs; o++) {
@@ -396,13 +394,13 @@ static void test_recorded(int64_t tokens, int64_t width, int threads) {
     Exact<bf16> middle(tokens * width), out(tokens * width), expected(tokens * width);
     fill(x), fill(weight), fill(bias);
     mla_pack(weight.data, 0, width, 1, 1, width, width, packed.data, threads);
-    mla_linear(x.data, width, packed.data, bias.data, middle.data, width, tokens, width, width, 0, threads);
-    mla_linear(middle.data, width, packed.data, nullptr, expected.data, width, tokens, width, width, 0, threads);
+    mla_linear(x.data, width, 0, packed.data, bias.data, middle.data, width, 0, tokens, 1, width, width, 0, threads);
+    mla_linear(middle.data, width, 0, packed.data, nullptr, expected.data, width, 0, tokens, 1, width, width, 0, threads);
     std::memset(middle.data, 0xff, tokens * width * sizeof(bf16));
     const Slot linear = (Slot)mla_recorded("mla_linear");
     const Slot given[] = {
-        linear, 11, (Slot)x.data, width, (Slot)packed.data, (Slot)bias.data, (Slot)middle.data, width, tokens, width, width, 0, -1,
-        linear, 11, (Slot)middle.data, width, (Slot)packed.data, 0, (Slot)out.data, width, tokens, width, width, 0, -1};
+        linear, 14, (Slot)x.data, width, 0, (Slot)packed.data, (Slot)bias.data, (Slot)middle.data, width, 0, tokens, 1, width, width, 0, -1,
+        linear, 14, (Slot)middle.data, width, 0, (Slot)packed.data, 0, (Slot)out.data, width, 0, tokens, 1, width, width, 0, -1};
     Exact<Slot> records(sizeof given / sizeof *given);
     std::memcpy(records.data, given, sizeof given);
     require(!mla_run_recorded(records.data, 2, threads), "recorded, refused", tokens, width, threads);

@@ -28,35 +28,20 @@ void mla_unpack_fp32(const float* packed, int64_t groups, int64_t outputs, int64
     unpack(packed, groups, outputs, inputs, weight, threads);
 }
 
-const char* mla_linear(const bf16* x, int64_t x_row, const bf16* packed, const bf16* bias, bf16* out,
-                       int64_t out_row, int64_t tokens, int64_t inputs, int64_t outputs, int wide,
-                       int threads) {
-    return attempt([&] {
-        linear(wide, x, x_row, packed, inputs, Output<bf16>{out, out_row, bias, outputs}, tokens, threads);
-    });
+const char* mla_linear(const bf16* x, int64_t x_token, int64_t x_head, const bf16* packed, const bf16* bias,
+                       bf16* out, int64_t out_token, int64_t out_head, int64_t tokens, int64_t heads,
+                       int64_t inputs, int64_t outputs, int wide, int threads) {
+    const Product<bf16, bf16> p = {
+        x, {x_token, x_head}, packed, inputs, {out, out_token, bias, outputs}, out_head, tokens, heads};
+    return attempt([&] { multiply(p, wide, threads); });
 }
-const char* mla_linear_fp32(const float* x, int64_t x_row, const float* packed, const float* bias, float* out,
-                            int64_t out_row, int64_t tokens, int64_t inputs, int64_t outputs, int threads) {
-    return attempt([&] {
-        fp32::linear(x, x_row, packed, inputs, Output<float>{out, out_row, bias, outputs}, tokens, threads);
-    });
-}
-
-const char* mla_batched_linear(const bf16* x, int64_t x_token, int64_t x_head, const bf16* packed, bf16* out,
-                               int64_t out_token, int64_t out_head, int64_t tokens, int64_t heads,
-                               int64_t inputs, int64_t outputs, int wide, int threads) {
-    return attempt([&] {
-        batched_linear(wide, x, Grouped{x_token, x_head}, packed, inputs, out, Grouped{out_token, out_head},
-                       outputs, tokens, heads, threads);
-    });
-}
-const char* mla_batched_linear_fp32(const float* x, int64_t x_token, int64_t x_head, const float* packed,
-                                    float* out, int64_t out_token, int64_t out_head, int64_t tokens,
-                                    int64_t heads, int64_t inputs, int64_t outputs, int threads) {
-    return attempt([&] {
-        fp32::batched_linear(x, {x_token, x_head}, packed, inputs, out, {out_token, out_head}, outputs,
-                             tokens, heads, threads);
-    });
+const char* mla_linear_fp32(const float* x, int64_t x_token, int64_t x_head, const float* packed,
+                            const float* bias, float* out, int64_t out_token, int64_t out_head,
+                            int64_t tokens, int64_t heads, int64_t inputs, int64_t outputs, int wide,
+                            int threads) {
+    const Product<float, float> p = {
+        x, {x_token, x_head}, packed, inputs, {out, out_token, bias, outputs}, out_head, tokens, heads};
+    return attempt([&] { multiply(p, wide, threads); });
 }
 
 const char* mla_latent_attention(const bf16* q, int64_t q_token, int64_t q_head, int64_t tokens,
@@ -187,7 +172,6 @@ void mla_huge_pages(void* data, int64_t bytes) {
 const void* mla_recorded(const char* name) {
     static const std::pair<const char*, Recorded> functions[] = {
         {"mla_linear", Recording<mla_linear>::run},
-        {"mla_batched_linear", Recording<mla_batched_linear>::run},
         {"mla_latent_attention", Recording<mla_latent_attention>::run},
         {"mla_rms_norm", Recording<mla_rms_norm>::run},
         {"mla_rotate", Recording<mla_rotate>::run},

@@ -4,9 +4,8 @@
 // distance is no power of two: rows of 8 KiB would all fall on the same cache sets.
 #pragma once
 #include "fp32_tile.h"
+#include "jobs.h"
 #include "memory.h"
-#include "panels.h"
-#include "work_queue.h"
 
 namespace mla {
 namespace fp32 {
@@ -26,17 +25,9 @@ static inline int64_t padded(int64_t inputs) {
     return inputs + LANES;
 }
 
-// Rows of x by neighbouring panels.
+// x is widened.
 template <class T>
-struct Job {
-    const float* x;
-    int64_t x_row, tokens;
-    const T* packed;
-    int64_t panels, inputs;
-    Output<T> out;
-
-    const T* weights(int64_t panel, int64_t k) const { return packed + (panel * inputs + k) * LANES; }
-};
+using Work = Job<float, T>;
 
 // W's bytes for one more k.
 template <class T>
@@ -67,7 +58,7 @@ static AddPanels<T> pick(int64_t rows) {
 }
 
 template <class T>
-static void write(const Job<T>& job, const Sums& sums, int64_t token, int64_t rows, int64_t panel,
+static void write(const Work<T>& job, const Sums& sums, int64_t token, int64_t rows, int64_t panel,
                   int64_t count) {
     for (int64_t i = 0; i < rows; i++)
         for (int64_t n = 0; n < count; n++)
@@ -78,7 +69,7 @@ static void write(const Job<T>& job, const Sums& sums, int64_t token, int64_t ro
 // Up to MOST rows by panels from `panel` on, NP at a time; returns the first one left. The weights are a
 // plain stream, but the processor runs too little ahead of it, except for a single row.
 template <class T, int NP, int MOST>
-static int64_t stream(const Job<T>& job, int64_t panel) {
+static int64_t stream(const Work<T>& job, int64_t panel) {
     float sum[MOST * NP * LANES];
     const auto add = pick<T, NP, (MOST > STREAM_ROWS), MOST>(job.tokens);
     for (; panel + NP <= job.panels; panel += NP) {
@@ -93,7 +84,7 @@ static int64_t stream(const Job<T>& job, int64_t panel) {
 
 // Up to FEW_ROWS: a tile of fewer rows takes more panels, so that it has sums enough to be busy with.
 template <class T>
-static void few_rows(const Job<T>& job) {
+static void few_rows(const Work<T>& job) {
     int64_t panel = 0;
     if (job.tokens == 1) panel = stream<T, 4 * TILE_STRIPS, 1>(job, panel);
     if (job.tokens <= 3) panel = stream<T, 2 * TILE_STRIPS, 3>(job, panel);
@@ -128,8 +119,8 @@ struct Chunk {
 
 // Rows from `first` on by NP strips. The last chunk's sums are results.
 template <class T, int NP>
-static void multiply_rows(const Job<T>& job, const Stretch& part, const Chunk<T>& chunk, const Strips& strips,
-                          int64_t first) {
+static void multiply_rows(const Work<T>& job, const Stretch& part, const Chunk<T>& chunk,
+                          const Strips& strips, int64_t first) {
     const int64_t blocks = (job.tokens - first + TILE_ROWS - 1) / TILE_ROWS;
     for (int64_t block = 0, i = first, rows; block < blocks; block++, i += rows) {
         rows = (job.tokens - i + blocks - block - 1) / (blocks - block);
@@ -144,13 +135,13 @@ static void multiply_rows(const Job<T>& job, const Stretch& part, const Chunk<T>
 
 // All rows by a chunk of NP panels.
 template <int NP>
-static void multiply(const Job<float>& job, const Stretch& part, const Chunk<float>& chunk) {
+static void multiply(const Work<float>& job, const Stretch& part, const Chunk<float>& chunk) {
     const Strips strips = {job.weights(chunk.panel, chunk.k), LANES, job.inputs * LANES};
     multiply_rows<float, NP>(job, part, chunk, strips, 0);
 }
 // The first rows widen the weights for all others.
 template <int NP>
-static void multiply(const Job<bf16>& job, const Stretch& part, const Chunk<bf16>& chunk) {
+static void multiply(const Work<bf16>& job, const Stretch& part, const Chunk<bf16>& chunk) {
     const Strips strips = {scratch<2>().take<float>(NP * CHUNK * LANES), LANES, CHUNK * LANES};
     const RowMajor x = {job.x + chunk.k, job.x_row};
     add_pairs_tile<WIDENING_ROWS, NP, false, true>(x, job.weights(chunk.panel, chunk.k), job.inputs * LANES,
@@ -162,7 +153,7 @@ static void multiply(const Job<bf16>& job, const Stretch& part, const Chunk<bf16
 // Panels from `panel` on, NP at a time; returns the first one left. `after` is asked for the weights that
 // come after the last ones of a stretch, or null.
 template <class T, int NP, class After>
-static int64_t sweep(const Job<T>& job, const Stretch& part, int64_t panel, const After& after) {
+static int64_t sweep(const Work<T>& job, const Stretch& part, int64_t panel, const After& after) {
     for (; panel + NP <= job.panels; panel += NP)
         for (int64_t k = part.begin; k < part.end; k += CHUNK) {
             const T* next = k + CHUNK < part.end      ? job.weights(panel, k + CHUNK)
@@ -176,7 +167,7 @@ static int64_t sweep(const Job<T>& job, const Stretch& part, int64_t panel, cons
 // `next` is asked at most once, with the last weights of the job, for those of the thread's next one, or
 // null.
 template <class T, class Next>
-static void run(const Job<T>& job, const Next& next) {
+static void run(const Work<T>& job, const Next& next) {
     if (job.tokens <= FEW_ROWS) return few_rows(job);
     const int64_t row = job.panels * LANES;
     float* sum = scratch<1>().take<float>(job.tokens * row);
@@ -187,16 +178,6 @@ static void run(const Job<T>& job, const Next& next) {
         const int64_t panel = sweep<T, TILE_STRIPS>(job, part, 0, after);
         sweep<T, 1>(job, part, panel, after);
     }
-}
-
-template <class T, class JobOf>
-static void run_all(int64_t count, const JobOf& job_of, int threads) {
-    run_pieces(count, threads, [&](int64_t task, const auto& take) {
-        run<T>(job_of(task), [&]() -> const T* {
-            const int64_t following = take();
-            return following < 0 ? nullptr : job_of(following).packed;
-        });
-    });
 }
 
 static inline void widen_row(const bf16* x, int64_t count, float* to) {
@@ -213,73 +194,21 @@ static inline int64_t task_rows(int64_t tokens) {
 }
 
 template <class T>
-static void product(const float* x, int64_t x_row, const T* packed, int64_t inputs, const Output<T>& out,
-                    int64_t tokens, int threads) {
-    const int64_t panels = panels_of(out.outputs), rows = task_rows(tokens);
-    const int64_t row_blocks = (tokens + rows - 1) / rows;
-    // Pieces are small enough that one disturbed core does not delay the others.
-    const int64_t wanted = panels * row_blocks / (16 * (int64_t)threads);
-    const int64_t group = std::min<int64_t>(16, std::max<int64_t>(4, (wanted + 3) / 4 * 4));
-    const int64_t groups = (panels + group - 1) / group;
-    const auto job_of = [&](int64_t task) -> Job<T> {
-        const int64_t token = task % row_blocks * rows, first = task / row_blocks * group;
-        return {x + token * x_row,
-                x_row,
-                std::min(rows, tokens - token),
-                packed + first * LANES * inputs,
-                std::min(group, panels - first),
-                inputs,
-                out.from(token, first * LANES)};
-    };
-    run_all<T>(row_blocks * groups, job_of, threads);
-}
-
-template <class T>
-static void linear(const T* x, int64_t x_row, const T* packed, int64_t inputs, const Output<T>& out,
-                   int64_t tokens, int threads) {
-    const int64_t row = padded(inputs);
-    float* copy = scratch<0>().take<float>(std::min(COPIED, tokens) * row);
-    for (int64_t first = 0; first < tokens; first += COPIED) {
-        const int64_t count = std::min(COPIED, tokens - first);
-        const T* from = x + first * x_row;
-#pragma omp parallel for num_threads(threads) if (count * inputs > PARALLEL_WORK)
-        for (int64_t t = 0; t < count; t++) widen_row(from + t * x_row, inputs, copy + t * row);
-        product(copy, row, packed, inputs, out.from(first, 0), count, threads);
-    }
-}
-
-// One weight per head: x [T, h, i], out [T, h, o], of tokens whose copies are [h, T, padded].
-template <class T>
-static void grouped_product(const float* copy, const T* packed, int64_t inputs, T* out, Grouped out_step,
-                            int64_t outputs, int64_t tokens, int64_t heads, int threads) {
-    const int64_t row = padded(inputs), rows = task_rows(tokens), blocks = (tokens + rows - 1) / rows;
-    const int64_t size = packed_size(outputs, inputs);
-    const auto job_of = [&](int64_t task) -> Job<T> {
-        const int64_t head = task / blocks, token = task % blocks * rows;
-        return {copy + (head * tokens + token) * row,
-                row,
-                std::min(rows, tokens - token),
-                packed + head * size,
-                panels_of(outputs),
-                inputs,
-                Output<T>{out + head * out_step.head, out_step.token, nullptr, outputs}.from(token, 0)};
-    };
-    run_all<T>(heads * blocks, job_of, threads);
-}
-
-template <class T>
-static void batched_linear(const T* x, Grouped x_step, const T* packed, int64_t inputs, T* out,
-                           Grouped out_step, int64_t outputs, int64_t tokens, int64_t heads, int threads) {
-    const int64_t row = padded(inputs), most = std::max(TASK_ROWS, COPIED_HEADS / heads);
-    float* copy = scratch<0>().take<float>(std::min(most, tokens) * heads * row);
-    for (int64_t first = 0; first < tokens; first += most) {
-        const int64_t count = std::min(most, tokens - first);
-        const T* from = x + first * x_step.token;
-#pragma omp parallel for num_threads(threads) if (count * heads * inputs > PARALLEL_WORK)
-        for (int64_t i = 0; i < count * heads; i++)
-            widen_row(from + i % count * x_step.token + i / count * x_step.head, inputs, copy + i * row);
-        grouped_product(copy, packed, inputs, out + first * out_step.token, out_step, outputs, count, heads,
-                        threads);
+static void multiply(const Product<T, T>& p, int threads) {
+    const int64_t row = padded(p.inputs);
+    const int64_t most = p.heads > 1 ? std::max(TASK_ROWS, COPIED_HEADS / p.heads) : COPIED;
+    float* copy = scratch<0>().take<float>(std::min(most, p.tokens) * p.heads * row);  // [h, T, padded]
+    for (int64_t first = 0; first < p.tokens; first += most) {
+        const Product<T, T> some = p.part(first, most);
+        const int64_t count = some.tokens, rows = count * p.heads;
+#pragma omp parallel for num_threads(threads) if (rows * p.inputs > PARALLEL_WORK)
+        for (int64_t i = 0; i < rows; i++)
+            widen_row(some.x + i % count * p.x_step.token + i / count * p.x_step.head, p.inputs,
+                      copy + i * row);
+        const Product<float, T> widened = {copy,     {row, count * row}, p.packed, p.inputs,
+                                           some.out, p.out_head,         count,    p.heads};
+        run_jobs(widened, task_rows(count), threads,
+                 [](const Work<T>& job, const auto& next) { run(job, next); });
     }
 }
 

@@ -11,24 +11,16 @@
 
 namespace mla {
 
-template <class... Arguments>
-static inline void linear(bool wide, Arguments... arguments) {
-#if MLA_TILES
-    return tiled::linear(arguments...);
-#elif MLA_DOT_BF16
-    if (!wide) return pairs::linear(arguments...);
-#endif
-    fp32::linear<bf16>(arguments...);
+static inline void multiply(const Product<float, float>& p, bool, int threads) {
+    fp32::multiply(p, threads);
 }
-
-template <class... Arguments>
-static inline void batched_linear(bool wide, Arguments... arguments) {
+static inline void multiply(const Product<bf16, bf16>& p, bool wide, int threads) {
 #if MLA_TILES
-    return tiled::batched_linear(arguments...);
+    return tiled::multiply(p, threads);
 #elif MLA_DOT_BF16
-    if (!wide) return pairs::batched_linear(arguments...);
+    if (!wide) return pairs::multiply(p, threads);
 #endif
-    fp32::batched_linear<bf16>(arguments...);
+    fp32::multiply(p, threads);
 }
 
 }  // namespace mla

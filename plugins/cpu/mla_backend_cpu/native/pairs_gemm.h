@@ -4,9 +4,8 @@
 #include <utility>
 
 #include "accumulators.h"
+#include "jobs.h"
 #include "memory.h"
-#include "panels.h"
-#include "work_queue.h"
 
 namespace mla {
 namespace pairs {
@@ -82,23 +81,14 @@ static Tile pick(int rows, std::integer_sequence<int, MR...>) {
 constexpr int FEW_ROWS = 6, ROWS = 14;
 constexpr int64_t DEPTH = 2048;  // inputs of a stretch, unless the tokens are few
 
-// What one task multiplies: rows of x by neighbouring panels.
-struct Job {
-    const bf16* x;
-    int64_t x_row, tokens;
-    const bf16* packed;
-    int64_t panels, inputs;
-    Output<bf16> out;
-
-    const bf16* weights(int64_t panel, int64_t k) const { return packed + (panel * inputs + k) * LANES; }
-};
+using Work = Job<bf16, bf16>;
 
 // All rows against panels from `panel` on, NR at a time while enough are left; returns the first one left.
 // The rows are cut evenly: 8 + 8 is faster than 14 + 2. Where it FETCHES, the first blocks of rows prefetch
 // the weights that come next, two panels each; `after` returns them when this job has none left in this
 // stretch.
 template <int MR, int NR, bool FETCHES, class After>
-static int64_t sweep(const Job& job, const Stretch& part, int64_t panel, const After& after) {
+static int64_t sweep(const Work& job, const Stretch& part, int64_t panel, const After& after) {
     const int64_t blocks = (job.tokens + MR - 1) / MR, step = (job.tokens + blocks - 1) / blocks;
     for (; panel + NR <= job.panels; panel += NR) {
         const bf16 *here = job.weights(panel, part.begin), *next = nullptr;
@@ -117,7 +107,7 @@ static int64_t sweep(const Job& job, const Stretch& part, int64_t panel, const A
 // `next` is asked at most once, with the last weights of the job, for those of the thread's next one, or
 // null.
 template <class Next>
-static void run(const Job& job, const Next& next) {
+static void run(const Work& job, const Next& next) {
     const int64_t depth = job.tokens > FEW_ROWS ? DEPTH : job.inputs, row = job.panels * LANES;
     const bool whole = depth >= job.inputs;
     float* partial = whole ? nullptr : scratch<1>().take<float>(job.tokens * row);
@@ -134,59 +124,13 @@ static void run(const Job& job, const Next& next) {
     }
 }
 
-// Do all jobs; job_of(i) makes one.
-template <class JobOf>
-static void run_all(int64_t count, const JobOf& job_of, int threads) {
-    run_pieces(count, threads, [&](int64_t task, const auto& take) {
-        run(job_of(task), [&]() -> const bf16* {
-            const int64_t following = take();
-            return following < 0 ? nullptr : job_of(following).packed;
-        });
-    });
-}
-
 // Rows of a task: its stretch of x and its partial sums stay in a core's second-level cache.
 static inline int64_t task_rows(int64_t tokens) {
     return tokens <= 2 * ROWS ? std::max<int64_t>(1, tokens) : 12 * ROWS;
 }
 
-static void linear(const bf16* x, int64_t x_row, const bf16* packed, int64_t inputs, const Output<bf16>& out,
-                   int64_t tokens, int threads) {
-    const int64_t panels = panels_of(out.outputs), rows = task_rows(tokens);
-    const int64_t row_blocks = (tokens + rows - 1) / rows;
-    // Pieces are small enough that one disturbed core does not delay the others.
-    const int64_t wanted = panels * row_blocks / (16 * (int64_t)threads);
-    const int64_t group = std::min<int64_t>(16, std::max<int64_t>(4, (wanted + 3) / 4 * 4));
-    const int64_t groups = (panels + group - 1) / group;
-    const auto job_of = [&](int64_t task) -> Job {
-        const int64_t token = task % row_blocks * rows, first = task / row_blocks * group;
-        return {x + token * x_row,
-                x_row,
-                std::min(rows, tokens - token),
-                packed + first * LANES * inputs,
-                std::min(group, panels - first),
-                inputs,
-                out.from(token, first * LANES)};
-    };
-    run_all(row_blocks * groups, job_of, threads);
-}
-
-// One weight per head: x [T, h, i], out [T, h, o].
-static void batched_linear(const bf16* x, Grouped x_step, const bf16* packed, int64_t inputs, bf16* out,
-                           Grouped out_step, int64_t outputs, int64_t tokens, int64_t heads, int threads) {
-    const int64_t rows = task_rows(tokens), blocks = (tokens + rows - 1) / rows;
-    const int64_t size = packed_size(outputs, inputs);
-    const auto job_of = [&](int64_t task) -> Job {
-        const int64_t head = task / blocks, token = task % blocks * rows;
-        return {x + token * x_step.token + head * x_step.head,
-                x_step.token,
-                std::min(rows, tokens - token),
-                packed + head * size,
-                panels_of(outputs),
-                inputs,
-                Output<bf16>{out + head * out_step.head, out_step.token, nullptr, outputs}.from(token, 0)};
-    };
-    run_all(heads * blocks, job_of, threads);
+static void multiply(const Product<bf16, bf16>& p, int threads) {
+    run_jobs(p, task_rows(p.tokens), threads, [](const Work& job, const auto& next) { run(job, next); });
 }
 
 }  // namespace pairs

@@ -77,4 +77,24 @@ struct Grouped {  // [tokens, heads, width] by strides
     int64_t token, head;
 };
 
+// out[t, h, o] = sum over i of x[t, h, i] W[h, o, i], and a bias where there is one head.
+template <class X, class T>
+struct Product {
+    const X* x;
+    Grouped x_step;
+    const T* packed;
+    int64_t inputs;
+    Output<T> out;
+    int64_t out_head, tokens, heads;
+
+    // The same of `most` tokens, or of those that are left.
+    Product part(int64_t first, int64_t most) const {
+        Product some = *this;
+        some.x += first * x_step.token;
+        some.out = out.from(first, 0);
+        some.tokens = std::min(most, tokens - first);
+        return some;
+    }
+};
+
 }  // namespace mla

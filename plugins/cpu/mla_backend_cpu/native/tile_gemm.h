@@ -18,34 +18,27 @@ constexpr int64_t MOST_TILES = 32;     // rows of tiles in a task
 constexpr int64_t MOST_PANELS = 16;    // of a task
 constexpr int64_t MOST_TOKENS = 2048;  // copied at a time: the copy must not grow with a long prompt
 
-// out[t, g, o] = sum_k x[t, g, k] W[g, o, k]
-struct Product {
-    const bf16* x;
-    Grouped x_step;
-    const bf16* packed;
-    int64_t inputs;
-    Output<bf16> out;
-    int64_t out_group, tokens, groups;
-    const bf16* a;  // x in tiles, [groups, row tiles, depth][16][32]
+struct Tiled : Product<bf16, bf16> {
+    const bf16* a;  // x in tiles, [heads, row tiles, depth][16][32]
 
     int64_t row_tiles() const { return (tokens + LANES - 1) / LANES; }
     int64_t depth() const { return (inputs + TILE_DEPTH - 1) / TILE_DEPTH; }
     int64_t panels() const { return panels_of(out.outputs); }
-    const bf16* a_tile(int64_t group, int64_t row) const {
-        return a + (group * row_tiles() + row) * depth() * TILE_BF16;
+    const bf16* a_tile(int64_t head, int64_t row) const {
+        return a + (head * row_tiles() + row) * depth() * TILE_BF16;
     }
-    const bf16* panel(int64_t group, int64_t panel) const {
-        return packed + (group * panels() + panel) * LANES * inputs;
+    const bf16* panel(int64_t head, int64_t panel) const {
+        return packed + (head * panels() + panel) * LANES * inputs;
     }
 };
 
 // Copy tiles `from` .. `to` - 1 of one row of tiles of x, filled up with zeros.
-static void copy_tiles(const Product& p, int64_t group, int64_t row, int64_t from, int64_t to, bf16* a) {
+static void copy_tiles(const Tiled& p, int64_t head, int64_t row, int64_t from, int64_t to, bf16* a) {
     const int64_t begin = from * TILE_DEPTH, end = std::min(to * TILE_DEPTH, p.inputs);
     for (int64_t i = 0; i < LANES; i++) {
         const int64_t token = row * LANES + i;
-        const bf16* x = p.x + token * p.x_step.token + group * p.x_step.head;
-        bf16* tile = a + ((group * p.row_tiles() + row) * p.depth() + from) * TILE_BF16 + i * TILE_DEPTH;
+        const bf16* x = p.x + token * p.x_step.token + head * p.x_step.head;
+        bf16* tile = a + ((head * p.row_tiles() + row) * p.depth() + from) * TILE_BF16 + i * TILE_DEPTH;
         for (int64_t k = begin; k < end; k += TILE_DEPTH, tile += TILE_BF16) {
             const int64_t count = token < p.tokens ? std::min(TILE_DEPTH, p.inputs - k) : 0;
             if (count < TILE_DEPTH) std::memset(tile, 0, TILE_ROW);
@@ -56,17 +49,17 @@ static void copy_tiles(const Product& p, int64_t group, int64_t row, int64_t fro
 
 // A part of the product, in tiles; `partial` holds its sums between stretches, [panels, rows][16][16].
 struct TileTask {
-    int64_t group, row, rows, panel, panels;
+    int64_t head, row, rows, panel, panels;
     float* partial;
 };
 
 // Write the sums of M x N tiles, of which the last rows and columns may not exist.
 template <int M, int N>
-static void write_block(const Product& p, int64_t group, int64_t row, int64_t panel) {
+static void write_block(const Tiled& p, int64_t head, int64_t row, int64_t panel) {
     alignas(64) float sums[M * N * TILE_FLOATS];
     Block<M, N>::store(sums, N * TILE_FLOATS, TILE_FLOATS);
     Output<bf16> out = p.out;
-    out.data += group * p.out_group;
+    out.data += head * p.out_head;
     for (int m = 0; m < M; m++) {
         const int64_t token = (row + m) * LANES, count = std::min<int64_t>(LANES, p.tokens - token);
         for (int64_t i = 0; i < count; i++)
@@ -78,7 +71,7 @@ static void write_block(const Product& p, int64_t group, int64_t row, int64_t pa
 
 // Multiply by the rows of the panels that do not fill a tile.
 template <int M, int N>
-static void multiply_rest(const Product& p, const bf16* const* a, const bf16* const* b, int64_t whole) {
+static void multiply_rest(const Tiled& p, const bf16* const* a, const bf16* const* b, int64_t whole) {
     alignas(64) bf16 rest[N][TILE_BF16] = {};
     const bf16* tiles[N];
     for (int n = 0; n < N; n++) {
@@ -91,12 +84,12 @@ static void multiply_rest(const Product& p, const bf16* const* a, const bf16* co
 
 // M x N tiles of a task over the inputs' tiles begin .. end - 1; row and panel count within the task.
 template <int M, int N>
-static void multiply_block(const Product& p, const TileTask& task, int64_t row, int64_t panel, int64_t begin,
+static void multiply_block(const Tiled& p, const TileTask& task, int64_t row, int64_t panel, int64_t begin,
                            int64_t end) {
     typedef Block<M, N> Sums;
     const bf16 *a[M], *b[N];
-    for (int m = 0; m < M; m++) a[m] = p.a_tile(task.group, task.row + row + m);
-    for (int n = 0; n < N; n++) b[n] = p.panel(task.group, task.panel + panel + n);
+    for (int m = 0; m < M; m++) a[m] = p.a_tile(task.head, task.row + row + m);
+    for (int n = 0; n < N; n++) b[n] = p.panel(task.head, task.panel + panel + n);
     float* partial = task.partial ? task.partial + (panel * task.rows + row) * TILE_FLOATS : nullptr;
     if (begin)
         Sums::load(partial, TILE_FLOATS, task.rows * TILE_FLOATS);
@@ -108,12 +101,12 @@ static void multiply_block(const Product& p, const TileTask& task, int64_t row, 
     if (end < p.depth())
         Sums::store(partial, TILE_FLOATS, task.rows * TILE_FLOATS);
     else
-        write_block<M, N>(p, task.group, task.row + row, task.panel + panel);
+        write_block<M, N>(p, task.head, task.row + row, task.panel + panel);
 }
 
 // Blocks of M x N while enough panels are left; returns the first panel left.
 template <int M, int N>
-static int64_t sweep(const Product& p, const TileTask& task, int64_t panel, int64_t begin, int64_t end) {
+static int64_t sweep(const Tiled& p, const TileTask& task, int64_t panel, int64_t begin, int64_t end) {
     for (; panel + N <= task.panels; panel += N) {
         int64_t row = 0;
         for (; row + M <= task.rows; row += M) multiply_block<M, N>(p, task, row, panel, begin, end);
@@ -122,7 +115,7 @@ static int64_t sweep(const Product& p, const TileTask& task, int64_t panel, int6
     return panel;
 }
 
-static void run_task(const Product& p, const TileTask& task, int64_t stretch) {
+static void run_task(const Tiled& p, const TileTask& task, int64_t stretch) {
     for (int64_t begin = 0; begin < p.depth(); begin += stretch) {
         const int64_t end = std::min(begin + stretch, p.depth());
         int64_t panel = task.rows == 1 ? sweep<1, 4>(p, task, 0, begin, end) : 0;
@@ -135,31 +128,31 @@ static void run_task(const Product& p, const TileTask& task, int64_t stretch) {
 struct Cut {
     int64_t rows, panels;
 
-    Cut(const Product& p, int threads) : rows(MOST_TILES), panels(MOST_PANELS) {
+    Cut(const Tiled& p, int threads) : rows(MOST_TILES), panels(MOST_PANELS) {
         const int64_t wanted = (p.row_tiles() > FEW_TILES ? 4 : 16) * (int64_t)threads;
         while (tasks(p) < wanted && rows > 4) rows /= 2;
         while (tasks(p) < wanted && panels > 4) panels /= 2;
         const int64_t blocks = row_blocks(p);
         if (blocks) rows = (p.row_tiles() + blocks - 1) / blocks;  // evenly
     }
-    int64_t row_blocks(const Product& p) const { return (p.row_tiles() + rows - 1) / rows; }
-    int64_t panel_blocks(const Product& p) const { return (p.panels() + panels - 1) / panels; }
-    int64_t tasks(const Product& p) const { return p.groups * row_blocks(p) * panel_blocks(p); }
+    int64_t row_blocks(const Tiled& p) const { return (p.row_tiles() + rows - 1) / rows; }
+    int64_t panel_blocks(const Tiled& p) const { return (p.panels() + panels - 1) / panels; }
+    int64_t tasks(const Tiled& p) const { return p.heads * row_blocks(p) * panel_blocks(p); }
 };
 
-static void multiply(Product p, int threads) {
+static void multiply_part(Tiled p, int threads) {
     const Cut cut(p, threads);
     const int64_t row_blocks = cut.row_blocks(p), panel_blocks = cut.panel_blocks(p), depth = p.depth();
     const int64_t rows = p.row_tiles(), pieces = (depth + STRETCH - 1) / STRETCH;
     const int64_t stretch = rows > FEW_TILES ? STRETCH : depth;
-    bf16* a = scratch<0>().take<bf16>(p.groups * rows * depth * TILE_BF16);
+    bf16* a = scratch<0>().take<bf16>(p.heads * rows * depth * TILE_BF16);
     p.a = a;
     Shortage shortage;
 #pragma omp parallel num_threads(threads)
     {
         const TileSession session;
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < p.groups * rows * pieces; i++) {
+        for (int64_t i = 0; i < p.heads * rows * pieces; i++) {
             const int64_t from = i % pieces * STRETCH;
             copy_tiles(p, i / pieces / rows, i / pieces % rows, from, std::min(from + STRETCH, depth), a);
         }
@@ -179,29 +172,9 @@ static void multiply(Product p, int threads) {
     shortage.raise();
 }
 
-static void linear(const bf16* x, int64_t x_row, const bf16* packed, int64_t inputs, const Output<bf16>& out,
-                   int64_t tokens, int threads) {
-    for (int64_t first = 0; first < tokens; first += MOST_TOKENS)
-        multiply({x + first * x_row,
-                  {x_row, 0},
-                  packed,
-                  inputs,
-                  out.from(first, 0),
-                  0,
-                  std::min(MOST_TOKENS, tokens - first),
-                  1,
-                  nullptr},
-                 threads);
-}
-
-// One weight per head: x [T, h, i], out [T, h, o].
-static void batched_linear(const bf16* x, Grouped x_step, const bf16* packed, int64_t inputs, bf16* out,
-                           Grouped out_step, int64_t outputs, int64_t tokens, int64_t heads, int threads) {
-    const Output<bf16> to = {out, out_step.token, nullptr, outputs};
-    for (int64_t first = 0; first < tokens; first += MOST_TOKENS)
-        multiply({x + first * x_step.token, x_step, packed, inputs, to.from(first, 0), out_step.head,
-                  std::min(MOST_TOKENS, tokens - first), heads, nullptr},
-                 threads);
+static void multiply(const Product<bf16, bf16>& p, int threads) {
+    for (int64_t first = 0; first < p.tokens; first += MOST_TOKENS)
+        multiply_part({p.part(first, MOST_TOKENS), nullptr}, threads);
 }
 
 }  // namespace tiled
