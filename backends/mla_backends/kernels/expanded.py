@@ -6,7 +6,6 @@ zeros and the result is cut. FlashAttention 3 takes 192 and 128 as they are.
 
 from __future__ import annotations
 
-import functools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -231,10 +230,6 @@ class FlashAttnVarlen(VarlenOp):
     def _function(self) -> Any:
         return getattr(self._vendor, FUNCTION)
 
-    @functools.cached_property
-    def _options(self) -> dict[str, bool]:
-        return {name: True for name in ASKS if accepts(self._function, name)}
-
     def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
         reasons = self._vendor.reasons() or missing(self._function, FUNCTION, ARGUMENTS)
         return reasons + super().unsupported_reasons(spec)
@@ -258,7 +253,7 @@ class FlashAttnVarlen(VarlenOp):
             max_seqlen_k=state.longest_k,
             softmax_scale=softmax_scale,
             causal=state.causal,
-            **self._options,
+            **{name: True for name in ASKS if accepts(self._function, name)},
         )
         if not isinstance(result, tuple):
             raise KernelRefused(

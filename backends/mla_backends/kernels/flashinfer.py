@@ -62,7 +62,7 @@ class Release:
         if reasons := self._vendor.reasons():
             return reasons
         plan = (*PLAN, "metadata") if self._structured else (*FLAT, *PLAN)
-        run = (*(PAIRS if self._paired else PARTS), *RUN)
+        run = (*(PAIRS if self.takes("run", *PAIRS) else PARTS), *RUN)
         return missing(self.wrapper.plan, f"{CLASS}.plan", plan) + missing(
             self.wrapper.run, f"{CLASS}.run", run
         )
@@ -72,15 +72,14 @@ class Release:
         """The class."""
         return getattr(self._vendor, CLASS)
 
-    @functools.cached_property
-    def reads_e4m3(self) -> bool:
-        """Whether runs take the scales of an e4m3 cache."""
-        return all(accepts(self.wrapper.run, name) for name in SCALES)
+    def takes(self, method: str, *names: str) -> bool:
+        """Return whether `plan` or `run` has all these arguments."""
+        return all(accepts(getattr(self.wrapper, method), name) for name in names)
 
-    @functools.cached_property
+    @property
     def declares_lse(self) -> bool:
         """Whether a plan says if its runs return the log-sum-exp."""
-        return self._structured and accepts(self.wrapper.plan, "lse_mode")
+        return self._structured and self.takes("plan", "lse_mode")
 
     @functools.cached_property
     def wide_pages(self) -> bool:
@@ -95,17 +94,9 @@ class Release:
         release = tuple(map(int, numbers.groups()))
         return release > WIDE_PAGES or (release == WIDE_PAGES and "dev" not in version)
 
-    @functools.cached_property
+    @property
     def _structured(self) -> bool:
-        return accepts(self.wrapper.plan, "metadata") and hasattr(self._vendor, TABLES)
-
-    @functools.cached_property
-    def _paired(self) -> bool:
-        return all(accepts(self.wrapper.run, name) for name in PAIRS)
-
-    @functools.cached_property
-    def _natural(self) -> bool:
-        return accepts(self.wrapper.run, NATURAL)
+        return self.takes("plan", "metadata") and hasattr(self._vendor, TABLES)
 
     def plan_arguments(self, plan: Mapping[str, Any], lse: bool) -> dict[str, Any]:
         """Return the arguments of `plan` from those of the flat form; `lse`: runs will return it."""
@@ -113,9 +104,9 @@ class Release:
             return dict(plan)
         given = {name: value for name, value in plan.items() if name not in FLAT}
         tables = getattr(self._vendor, TABLES).csr(**{name: plan[name] for name in FLAT})
-        layouts = {name: value for name, value in LAYOUTS.items() if accepts(self.wrapper.plan, name)}
+        layouts = {name: value for name, value in LAYOUTS.items() if self.takes("plan", name)}
         modes = {"lse_mode": "basee" if lse else "none"} if self.declares_lse else {}
-        if "float8" in str(plan["kv_data_type"]) and accepts(self.wrapper.plan, "scale_mode"):
+        if "float8" in str(plan["kv_data_type"]) and self.takes("plan", "scale_mode"):
             modes["scale_mode"] = "kv-per-tensor"
         return {"metadata": tables, **given, **layouts, **modes}
 
@@ -135,7 +126,7 @@ class Release:
         """
         latent = out.shape[-1]
         parts = (q[..., :latent], q[..., latent:], cache[..., :latent], cache[..., latent:])
-        if self._paired:
+        if self.takes("run", *PAIRS):
             given: dict[str, Any] = {"query": parts[:2], "kv_cache": parts[2:]}
         else:
             given = dict(zip(PARTS, parts, strict=True))
@@ -144,7 +135,7 @@ class Release:
         if lse is None:
             wrapper.run(**given, out=out)
             return
-        natural = {NATURAL: True} if self._natural else {}
+        natural = {NATURAL: True} if self.takes("run", NATURAL) else {}
         wrapper.run(**given, out=out, lse=lse, return_lse=True, **natural)
         if not natural:
             lse.mul_(math.log(2))
@@ -411,7 +402,7 @@ class FlashInferMla(FusedOp):
             return []
         device = self._e4m3_reason(spec.device) if self._e4m3_reason else ""
         reasons = [device] if device else []
-        if not self.release.reads_e4m3:
+        if not self.release.takes("run", *SCALES):
             reasons.append("this flashinfer reads no e4m3 cache: upgrade to 0.7.4 or newer")
         if str(spec.dtype) != "torch.bfloat16":
             reasons.append(f"it reads an e4m3 cache with bfloat16 queries only, not {spec.dtype}")

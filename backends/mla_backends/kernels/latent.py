@@ -10,7 +10,6 @@ name, for calls that ask for it with `use_legacy` (read in FlashMLA 9a7d253 and 
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -104,22 +103,16 @@ class FlashMla(PagedLatentOp):
 
     # --------------------------------------------------------------------------------------------- calls
 
-    @functools.cached_property
-    def _dense(self) -> dict[str, bool]:
-        """What asks for dense attention where it is not the default."""
-        function = self._vendor.flash_mla_with_kvcache
-        if not accepts(function, LEGACY):
-            return {}
-        asked = {LEGACY: True, "is_fp8_kvcache": False}
-        return {name: value for name, value in asked.items() if accepts(function, name)}
-
-    @functools.cached_property
-    def _planned_dense(self) -> dict[str, bool]:
-        return {LEGACY: True} if accepts(self._vendor.get_mla_metadata, LEGACY) else {}
+    def _asks(self, function: str, **wanted: bool) -> dict[str, bool]:
+        """Return what asks for dense attention where it is not the default, and the function takes it."""
+        target = getattr(self._vendor, function)
+        return {name: on for name, on in wanted.items() if accepts(target, LEGACY) and accepts(target, name)}
 
     def plan(self, kv_lens: torch.Tensor, query_rows: int) -> Any:
         """Return the scheduler metadata and the splits: for one batch, whose layers share them."""
-        return self._vendor.get_mla_metadata(kv_lens, query_rows, 1, **self._planned_dense)
+        return self._vendor.get_mla_metadata(
+            kv_lens, query_rows, 1, **self._asks("get_mla_metadata", use_legacy=True)
+        )
 
     def launch(self, plan: Any, call: Launch) -> Result:
         metadata, splits = plan
@@ -133,7 +126,7 @@ class FlashMla(PagedLatentOp):
             num_splits=splits,
             softmax_scale=call.scale,
             causal=True,
-            **self._dense,
+            **self._asks("flash_mla_with_kvcache", use_legacy=True, is_fp8_kvcache=False),
         )
         return out, lse
 
@@ -171,16 +164,11 @@ class IxformerMla(PagedLatentOp):
 
     @property
     def writes_lse(self) -> bool:  # type: ignore[override]
-        return not self._vendor.reasons() and LSE in self._flags
+        return not self._vendor.reasons() and accepts(self._function, LSE)
 
     @property
     def _function(self) -> Any:
         return getattr(self._vendor, IXFORMER)
-
-    @functools.cached_property
-    def _flags(self) -> frozenset[str]:
-        """Return which of its newer arguments the installed function has."""
-        return frozenset(name for name in (LSE, GRAPH) if accepts(self._function, name))
 
     def interface_reasons(self) -> list[str]:
         return missing(self._function, IXFORMER, IXFORMER_ARGUMENTS)
@@ -189,7 +177,7 @@ class IxformerMla(PagedLatentOp):
         if not call.cache.is_contiguous():
             raise KernelRefused("ixformer reads a contiguous latent cache only, and this one is a slice.")
         wanted = (LSE, GRAPH) if call.captured else (LSE,)
-        options = {name: True for name in wanted if name in self._flags}
+        options = {name: True for name in wanted if accepts(self._function, name)}
         rows, _, heads, _ = call.q.shape
         out = call.out
         if out is None:

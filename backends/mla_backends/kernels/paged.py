@@ -336,9 +336,21 @@ class PagedLatentOp(FusedOp):
         for part in state.parts:
             if captured != state.captured:  # the plan is of another time than this launch
                 part = self._part(part.group, state.heads, cache.shape[1], captured=True)
-            given = (q, cache, float(softmax_scale), out)
-            call = self._call(part, state.heads, *given, captured=captured, with_lse=lse is not None)
-            self._write(part.group, call, self.launch(part.plan, call), out, lse)
+            group = part.group
+            table = group.block_table.contiguous()  # not every kernel is known to read its strides
+            call = Launch(
+                q=self._queries(group, state.heads, q, captured),
+                cache=cache,
+                block_table=table,
+                kv_lens=part.kv_lens,
+                longest=table.shape[1] * cache.shape[1] if captured else max(1, group.longest),
+                scale=float(softmax_scale),
+                latent=out.shape[2],
+                out=_in_place(group, state.heads, out),
+                captured=captured,
+                with_lse=lse is not None,
+            )
+            self._write(group, call, self.launch(part.plan, call), out, lse)
 
     def _check_capture(self, state: PagedState) -> None:
         """Raise `KernelRefused` for what a replay would get wrong."""
@@ -349,33 +361,6 @@ class PagedLatentOp(FusedOp):
                 "a graph of this batch would not follow its lengths: capture batches whose requests all have "
                 "the same number of new tokens."
             )
-
-    def _call(
-        self,
-        part: Part,
-        heads: int,
-        q: torch.Tensor,
-        cache: torch.Tensor,
-        scale: float,
-        out: torch.Tensor,
-        *,
-        captured: bool,
-        with_lse: bool,
-    ) -> Launch:
-        group = part.group
-        table = group.block_table.contiguous()  # not every kernel is known to read its strides
-        return Launch(
-            q=self._queries(group, heads, q, captured),
-            cache=cache,
-            block_table=table,
-            kv_lens=part.kv_lens,
-            longest=table.shape[1] * cache.shape[1] if captured else max(1, group.longest),
-            scale=scale,
-            latent=out.shape[2],
-            out=_in_place(group, heads, out),
-            captured=captured,
-            with_lse=with_lse,
-        )
 
     def _queries(self, group: Group, heads: int, q: torch.Tensor, captured: bool) -> torch.Tensor:
         """Return the group's queries [rows, s, heads, c + r], contiguous; padding heads are zero."""

@@ -204,7 +204,7 @@ class FlashMlaSparse(SparseLatentOp, FlashMla):
             causal=False,
             is_fp8_kvcache=True,
             indices=call.block_table[:, None],
-            **self._legacy_of(DECODE),
+            **self._asks(DECODE, use_legacy=True),
         )
         return out[:, 0], lse
 
@@ -216,12 +216,9 @@ class FlashMlaSparse(SparseLatentOp, FlashMla):
             indices=call.block_table[:, None],
             sm_scale=call.scale,
             d_v=call.latent,
-            **self._legacy_of(PREFILL),
+            **self._asks(PREFILL, use_legacy=True),
         )
         return out, lse
-
-    def _legacy_of(self, function: str) -> dict[str, bool]:
-        return {LEGACY: True} if accepts(getattr(self._vendor, function), LEGACY) else {}
 
 
 # ------------------------------------------------------------------------------------------ FlashInfer

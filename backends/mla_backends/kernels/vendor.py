@@ -65,6 +65,7 @@ class VendorModule:
         return getattr(module, name)
 
 
+@functools.lru_cache(maxsize=256)  # they are asked for in every step
 def parameters(function: Callable[..., Any]) -> frozenset[str] | None:
     """Return the arguments that can be passed by keyword; None if any can, or if unknown."""
     known = _signature(function)
