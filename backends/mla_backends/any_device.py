@@ -29,8 +29,6 @@ from mla_backends.torch_backend import (
     TorchBackend,
     ask,
     attempt,
-    float32_facts,
-    forbid_tf32,
     whole,
     working_dtypes,
 )
@@ -147,8 +145,7 @@ class AnyDevice(TorchBackend):
         return super().setup(self._index if index is None else index)
 
     def prepare_device(self) -> None:
-        """Try what the device can do, with products of float32 in float32."""
-        forbid_tf32()
+        """Try what the device can do."""
         if self.options.get("graph") == "on" and not self.graph_class:
             module, absent = f"torch.{self.device_type}", ", ".join(lacking(self.found))
             raise BackendOptionError(
@@ -229,7 +226,6 @@ class AnyDevice(TorchBackend):
             "dtypes": f"{tried} (tried; which of them are native is unknown)",
             **{f"dtypes.{name}": f"left out: {why}" for name, why in self._left_out.items()},
             "device_clock": f"none: {self._clock_problem}" if self._clock_problem else "events",
-            **float32_facts(),
             **{f"extension.{point.name}": point.dist.version for point in points if point.dist is not None},
         }
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from mla_backends.api import Availability
 from mla_backends.known import KNOWN
-from mla_backends.torch_backend import TorchBackend, float32_facts, forbid_tf32
+from mla_backends.torch_backend import TorchBackend
 
 # What torch.cuda and the runtime below it say of a driver that is too old for this torch.
 OUTDATED_DRIVER = re.compile(
@@ -126,13 +126,5 @@ class CudaBackend(TorchBackend):
         hint = f"use `--backend {build.backend}` for {KNOWN[build.backend].device}, or {self.install_hint}"
         return f"{reason} and its cuda devices are not this backend's", hint
 
-    def prepare_device(self) -> None:
-        """Multiply float32 in float32."""
-        forbid_tf32()
-
     def vendor_facts(self) -> Mapping[str, str]:
-        build = cuda_build()
-        return {
-            **{f"mark.{name}": value for name, value in build.marks.items()},
-            **float32_facts(),
-        }
+        return {f"mark.{name}": value for name, value in cuda_build().marks.items()}

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from mla_backends import host
 from mla_backends.api import Availability, Backend, DeviceInfo, MemoryInfo, Timer
 from mla_backends.errors import BackendError, BackendOptionError, DeviceUnavailable, describe
-from mla_backends.monitor import Monitor
+from mla_backends.monitor import Address, Dialect, Monitor, NvmlSampler
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +37,8 @@ class TorchBackend(Backend):
     variables: tuple[str, ...] = ()  # further variables that a result should record
     packages: tuple[str, ...] = ()  # distributions whose versions a result should record
     graph_class = ""  # of the torch module: "CUDAGraph"; empty where the stack has none
+    dialect: Dialect | None = None  # of the vendor's management library, if it has NVML's functions
+    sampler: type[NvmlSampler] = NvmlSampler
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
         super().__init__(options)
@@ -83,11 +85,10 @@ class TorchBackend(Backend):
         try:
             with overheard() as remarks:
                 available = bool(module.is_available())
+            reason = "" if available else "; ".join((f"{call} is False", *remarks))
         except Exception as error:  # noqa: BLE001
             reason = f"{call} raised {describe(error)}"
-            return Availability(False, reason, self.cure(reason) or self.device_hint(), evidence)
-        if not available:
-            reason = "; ".join((f"{call} is False", *remarks))
+        if reason:
             return Availability(False, reason, self.cure(reason) or self.device_hint(), evidence)
         return Availability(True, evidence={f"torch.{self.device_type}": "available", **evidence})
 
@@ -119,6 +120,7 @@ class TorchBackend(Backend):
         try:
             self._check_index(index, self.device_count())
             self.device = self._start(index)
+            forbid_tf32()
             self.prepare_device()
         except DeviceUnavailable as error:
             if hint := self.cure(error.reason):
@@ -307,8 +309,14 @@ class TorchBackend(Backend):
         return self.make_monitor()
 
     def make_monitor(self) -> Monitor | None:
-        """Return a monitor of the device; subclasses that have a library override this."""
-        return None
+        """Return a monitor of the device; a subclass overrides this for a library without NVML's names."""
+        return None if self.dialect is None else Monitor(self.sampler(self.dialect, self.address))
+
+    def address(self) -> Address:
+        """Return where torch says the device is."""
+        chosen = (os.environ[name] for name in self.visibility if name in os.environ)
+        uuid = getattr(self.properties(), "uuid", None)
+        return Address(self.module.current_device(), next(chosen, None), str(uuid) if uuid else None)
 
     def sensors(self) -> Mapping[str, str]:
         return {} if self.monitor is None else self.monitor.sample()
@@ -325,6 +333,7 @@ class TorchBackend(Backend):
                 "device": self._device_facts,
                 "variables": lambda: set_variables((*self.visibility, *self.variables)),
                 "vendor": self.vendor_facts,
+                "float32": float32_facts,
                 "sensors": lambda: sensor_facts(self.monitor, self.at_setup),
             }
         )

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
-from mla_backends.cuda import CudaBackend, cuda_build
+from mla_backends.cuda import cuda_build
 from mla_backends.registry import create
 
 CUDA_LIKE = ("nvidia", "metax", "iluvatar")
@@ -78,6 +78,13 @@ def test_each_build_is_usable_by_its_own_backend_only(
         assert f"use `--backend {owner}`" in available.hint
     else:
         assert "--backend" not in available.hint
+
+
+@pytest.mark.parametrize(("backend", "suffix"), [("metax", "+metax"), ("iluvatar", "+corex")])
+def test_the_torch_that_a_vendor_builds_is_named_by_its_version(backend: str, suffix: str) -> None:
+    available = create(backend).probe()
+    assert not available.ok
+    assert f"its version contains {suffix}" in available.hint
 
 
 def test_the_extensions_of_a_build_are_read_without_importing_them(tmp_path: Any, monkeypatch: Any) -> None:
@@ -147,19 +154,19 @@ def test_float32_is_multiplied_in_float32_whatever_turned_tf32_on(
 ) -> None:
     """Quietly: warnings fail a test here, and some releases have announced a successor of every switch."""
     turn_on()
-    CudaBackend.prepare_device(create("nvidia"))  # type: ignore[arg-type]
+    backend = create("torch", {"device": "cpu"})
+    backend.setup()
     assert torch.backends.cuda.matmul.allow_tf32 is False
-    assert create("nvidia").vendor_facts()["float32_matmul_precision"] == "highest"
+    assert backend.environment()["float32_matmul_precision"] == "highest"
 
 
 def test_a_container_that_exports_tf32_is_overruled() -> None:
     """NVIDIA's images may set the variable that torch reads when it starts."""
     code = """
 import torch
-from mla_backends.cuda import CudaBackend
 from mla_backends.registry import create
 before = torch.backends.cuda.matmul.allow_tf32
-CudaBackend.prepare_device(create("nvidia"))
+create("torch", {"device": "cpu"}).setup()
 print(before, torch.backends.cuda.matmul.allow_tf32, torch.get_float32_matmul_precision())
 """
     variables = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}

@@ -84,6 +84,9 @@ def test_every_plugin_is_a_distribution_and_an_extra_of_the_core() -> None:
         (name,) = project["entry-points"]["mla.backends"]
         assert [Requirement(text).name for text in extras[name]] == [project["name"]]
         assert (folder.name, project["name"]) == (name, KNOWN[name].distribution)
+        torch = {"torch", "numpy"} if "PyPI" in KNOWN[name].torch_source else set()  # pip must not replace it
+        bare = {Requirement(text).name for text in project["dependencies"]}
+        assert bare == {"mla-backends", "mla-bench", *torch}
     assert {folder.name for folder in FOLDERS[2:]} == KNOWN.keys()
     assert {path.parent for path in ROOT.glob("plugins/*/mla_backend_*")} == set(FOLDERS[2:])
 

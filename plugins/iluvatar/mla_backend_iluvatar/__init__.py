@@ -54,7 +54,6 @@ class Iluvatar(TritonBackend, CudaBackend):
 
     def prepare_device(self) -> None:
         """Multiply in each dtype once. Raises `DeviceUnavailable` when none of them works."""
-        super().prepare_device()
         assert self.device is not None  # it has just started
         works, self._refused = working_dtypes(self.device, self.synchronize)
         self._dtypes = tuple(works)

@@ -5,7 +5,6 @@ The capability it reports collides with NVIDIA's numbers (a C500 may say 8, 9 or
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from mla_backends import FusedOp, hookimpl
 from mla_backends.cuda import CudaBackend
 from mla_backends.kernels import FlashAttnVarlen, FlashMla, LatentLimits, SdpaExpanded
 from mla_backends.known import KNOWN
-from mla_backends.monitor import Address, Dialect, Monitor, NvmlSampler
+from mla_backends.monitor import Dialect
 from mla_backends.torch_backend import TF32_VARIABLES
 from mla_backends.triton_ops import Tile, TritonBackend, Tuning
 
@@ -40,12 +39,13 @@ class Metax(TritonBackend, CudaBackend):
     variables = ("MACA_PATH", "MACA_HOME", "MACA_ROOT", "PYTORCH_CUDA_ALLOC_CONF", *TF32_VARIABLES)
     packages = ("flash-mla", "flash-attn", "mcoplib", "triton")
     tunings = Path(__file__).parent / "tuning"
+    # `pymxsml`, a wheel of the SDK (/opt/maca/share/mxsml); its unit of power is not documented.
+    dialect = Dialect("pymxsml.mxsml_extension", prefix="mxSmlEx", constants="MXSMLEX", milliwatts=False)
 
     def prepare_device(self) -> None:
         """Keep scaled_dot_product_attention off cuDNN, which this stack does not have."""
         import torch
 
-        super().prepare_device()
         switch = getattr(torch.backends.cuda, "enable_cudnn_sdp", None)  # older releases have none
         if switch is not None:
             switch(False)
@@ -74,15 +74,6 @@ class Metax(TritonBackend, CudaBackend):
 
     def default_tuning(self) -> Tuning:
         return TILES
-
-    def make_monitor(self) -> Monitor:
-        """Use `pymxsml`, a wheel of the SDK (/opt/maca/share/mxsml); its unit of power is not documented."""
-        dialect = Dialect("pymxsml.mxsml_extension", prefix="mxSmlEx", constants="MXSMLEX", milliwatts=False)
-        return Monitor(NvmlSampler(dialect, self._address))
-
-    def _address(self) -> Address:
-        chosen = (os.environ[name] for name in self.visibility if name in os.environ)
-        return Address(self.module.current_device(), visible=next(chosen, None))
 
 
 @hookimpl

@@ -5,7 +5,6 @@ Nothing here touches `torch.cuda`: under torchada it is a mirror of `torch.musa`
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -16,8 +15,7 @@ from mla_backend_moore.kernels import TILES, kernels
 from mla_backends import FusedOp, hookimpl
 from mla_backends.api import DeviceInfo, Peak
 from mla_backends.known import KNOWN
-from mla_backends.monitor import Address, Dialect, Monitor, NvmlSampler
-from mla_backends.torch_backend import float32_facts, forbid_tf32
+from mla_backends.monitor import Dialect, NvmlSampler
 from mla_backends.triton_ops import TritonBackend, Tuning
 
 if TYPE_CHECKING:
@@ -28,6 +26,20 @@ __all__ = ["Moore", "mla_backend"]
 # The first capability, in Moore Threads' own numbering, that computes bfloat16: MTT S4000.
 FIRST_WITH_BFLOAT16 = (2, 2)
 BANDWIDTH = "memory_bandwidth_gb_s"  # name of the fact
+
+
+class MtmlSampler(NvmlSampler):
+    """NVML's names over MTML (module `pymtml`), and the bandwidth, which NVML does not report."""
+
+    def facts(self) -> Mapping[str, str]:
+        facts = dict(super().facts())
+        with suppress(Exception):  # not every driver knows it
+            library, device = self.library, self.device()
+            with library.mtmlMemoryContext(device) as memory:
+                bandwidth = int(library.mtmlMemoryGetBandwidth(memory))
+            if bandwidth:
+                facts[BANDWIDTH] = str(bandwidth)
+        return facts
 
 
 class Moore(TritonBackend):
@@ -43,6 +55,8 @@ class Moore(TritonBackend):
     variables = ("MUSA_HOME", "TORCH_DEVICE_BACKEND_AUTOLOAD", "PYTORCH_MUSA_ALLOC_CONF")
     packages = ("torch-musa", "torchada", "mate", "flash-mla", "triton")
     tunings = Path(__file__).parent / "tuning"
+    dialect = Dialect("pymtml")
+    sampler = MtmlSampler
     graph_class = "MUSAGraph"
 
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -64,37 +78,11 @@ class Moore(TritonBackend):
         source = "mtmlMemoryGetBandwidth, mthreads-ml-py"
         return Peak(1e9 * float(reported), source) if reported else None
 
-    def make_monitor(self) -> Monitor:
-        return Monitor(MtmlSampler(Dialect("pymtml"), self._address))
-
-    def _address(self) -> Address:
-        return Address(self.module.current_device(), visible=os.environ.get("MUSA_VISIBLE_DEVICES"))
-
-    def prepare_device(self) -> None:
-        """Multiply float32 in float32: torch_musa allows TF32 by default (Context.h in torch_musa 2.7.1)."""
-        super().prepare_device()
-        forbid_tf32()
-
     def vendor_facts(self) -> Mapping[str, str]:
         import torch
 
         version = getattr(torch.version, "musa", None)
-        musa = {"torch.version.musa": str(version)} if version else {}
-        return {**super().vendor_facts(), **musa, **float32_facts()}
-
-
-class MtmlSampler(NvmlSampler):
-    """NVML's names over MTML (module `pymtml`), and the bandwidth, which NVML does not report."""
-
-    def facts(self) -> Mapping[str, str]:
-        facts = dict(super().facts())
-        with suppress(Exception):  # not every driver knows it
-            library, device = self.library, self.device()
-            with library.mtmlMemoryContext(device) as memory:
-                bandwidth = int(library.mtmlMemoryGetBandwidth(memory))
-            if bandwidth:
-                facts[BANDWIDTH] = str(bandwidth)
-        return facts
+        return {**super().vendor_facts(), **({"torch.version.musa": str(version)} if version else {})}
 
 
 @hookimpl

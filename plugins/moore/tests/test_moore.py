@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import sys
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -15,19 +14,6 @@ import mla_backend_moore
 from mla_backend_moore.kernels import kernels
 from mla_backends.api import AttentionSpec, SegmentLengths
 from mla_backends.registry import create
-
-
-def test_it_requires_no_torch() -> None:
-    """pip would replace the vendor's build of it. An editable install requires `editables` as well."""
-    required = metadata.requires("mla-backend-moore") or []
-    always = [
-        requirement
-        for requirement in required
-        if "extra" not in requirement and not requirement.startswith("editables")
-    ]
-    assert always == ["mla-backends<0.2,>=0.1", "mla-bench<0.2,>=0.1"]
-    (monitor,) = (requirement for requirement in required if "extra" in requirement)
-    assert monitor.startswith("mthreads-ml-py")  # not pymtml, which is another's package
 
 
 def test_no_line_of_it_names_torch_cuda() -> None:

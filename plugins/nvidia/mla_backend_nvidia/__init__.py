@@ -17,7 +17,7 @@ from mla_backends.api import DeviceInfo
 from mla_backends.cuda import CudaBackend
 from mla_backends.errors import DeviceUnavailable
 from mla_backends.known import KNOWN
-from mla_backends.monitor import Address, Dialect, Monitor, NvmlSampler
+from mla_backends.monitor import Dialect
 from mla_backends.torch_backend import TF32_VARIABLES
 from mla_backends.triton_ops import TritonBackend, Tuning
 
@@ -54,6 +54,7 @@ class Nvidia(TritonBackend, CudaBackend):
     )
     packages = PACKAGES
     tunings = Path(__file__).parent / "tuning"
+    dialect = Dialect("pynvml", by_uuid=True)
 
     def probe_module(self, module: ModuleType, evidence: Mapping[str, str]) -> Availability:
         with _asking_nvml():
@@ -65,7 +66,6 @@ class Nvidia(TritonBackend, CudaBackend):
 
     def prepare_device(self) -> None:
         """Refuse a device of another vendor that got past the marks of the build."""
-        super().prepare_device()
         name = str(self.properties().name)
         if any(word in name.lower() for word in FOREIGN):
             reason = f"torch.cuda offers '{name}', not an NVIDIA device"
@@ -106,13 +106,6 @@ class Nvidia(TritonBackend, CudaBackend):
 
     def bounds_registers(self) -> bool:
         return True
-
-    def make_monitor(self) -> Monitor:
-        return Monitor(NvmlSampler(Dialect("pynvml", by_uuid=True), self._address))
-
-    def _address(self) -> Address:
-        uuid = getattr(self.properties(), "uuid", None)
-        return Address(self.module.current_device(), uuid=str(uuid) if uuid else None)
 
     def vendor_facts(self) -> Mapping[str, str]:
         import torch
