@@ -6,12 +6,12 @@ import functools
 import importlib.util
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import fake_distribution
 import pytest
 import tiers
 from garbage import pytest_collection_finish, pytest_unconfigure
@@ -38,6 +38,12 @@ REQUIRED = ("mla", "mla_backends")
 OPTIONAL = tuple(f"mla_backend_{name}" for name in ("cpu", "nvidia", "moore", "metax", "iluvatar"))
 INSTALLED, CHECKOUT = "site-packages", "this checkout"
 FAKES = ROOT / "tests" / "fakes"
+# Fakes of other versions than 1.0, and that are offered under other names than their own.
+VERSIONS = {"broken_import": "1.2.3", "duplicate_b": "2.0", "future_import": "9.0", "old_api": "0.0.1"}
+ENTRIES = {
+    "hang": ("fake-hang", "fake-hang-too"),
+    **dict.fromkeys(("duplicate_a", "duplicate_b"), ("fake-twin",)),
+}
 pytest.register_assert_rewrite("checkpoint_checks", "engine_bench", "layer_cases")
 
 
@@ -76,16 +82,14 @@ def _side(origin: Path) -> str:
 
 @pytest.fixture(scope="session")
 def install(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a function that installs a fake with pip, once, and returns the directory."""
+    """Return a function that installs a fake, once, and returns the directory."""
 
     @functools.cache
     def install(fake: str) -> Path:
-        target = tmp_path_factory.mktemp(fake)
-        flags = ["--quiet", "--disable-pip-version-check", "--no-index", "--no-deps", "--no-build-isolation"]
-        subprocess.run(
-            [sys.executable, "-m", "pip", "install", *flags, "--target", str(target), str(FAKES / fake)],
-            check=True,
-        )
+        target, spelt = tmp_path_factory.mktemp(fake), fake.replace("_", "-")
+        entries = dict.fromkeys(ENTRIES.get(fake, (f"fake-{spelt}",)), f"fake_{fake}")
+        facts = (f"mla-backend-fake-{spelt}", VERSIONS.get(fake, "1.0"), "mla.backends", entries)
+        fake_distribution.install(FAKES / fake, target, *facts)
         return target
 
     return install

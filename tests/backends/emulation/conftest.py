@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fake_distribution import install
 from outcome import Outcome, run_python
 from torch.utils import backend_registration
 
 HERE = Path(__file__).parent
 collect_ignore = ["inside", "interpreted", "device", "torch_musa", "cuda_builds"]  # for those processes
-# backend -> (distribution that brings its device, environment)
+# What brings the device to torch: folder -> package, distribution and version.
+BRINGERS = {
+    "torch_musa": ("torch_musa", "torch-musa", "2.7.1"),
+    "cuda_builds": ("emulated_cuda_build", "emulated-cuda-build", "1.0"),
+}
+# backend -> (folder of what brings its device, environment)
 DEVICES = {
     "moore": ("torch_musa", {}),
     "nvidia": ("cuda_builds", {"EMULATED_BUILD": "nvidia"}),
@@ -27,14 +31,13 @@ Emulate = Callable[..., Outcome]
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Install the emulated device and what brings it to torch, each into a folder of its own."""
+    """Install what brings the emulated device to torch, each into a folder of its own."""
     if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this torch cannot take a device written in Python")
-    folders = {name: tmp_path_factory.mktemp(name) for name in ("device", "torch_musa", "cuda_builds")}
-    flags = ["--quiet", "--disable-pip-version-check", "--no-index", "--no-deps", "--no-build-isolation"]
+    folders = {name: tmp_path_factory.mktemp(name) for name in BRINGERS}
     for name, target in folders.items():
-        command = [sys.executable, "-m", "pip", "install", *flags, "--target", str(target), str(HERE / name)]
-        subprocess.run(command, check=True)
+        package, *facts = BRINGERS[name]
+        install(HERE / name, target, *facts, "torch.backends", {package: f"{package}:_autoload"})
     return folders
 
 
@@ -44,7 +47,7 @@ def emulate(installed: dict[str, Path], tmp_path: Path) -> Emulate:
 
     def emulate(backend: str, *words: str, **environment: str) -> Outcome:
         brings, variables = DEVICES[backend]
-        folders = (installed["device"], installed[brings])
+        folders = (HERE / "device", installed[brings])
         return run_python(*words, cwd=tmp_path, folders=folders, **{**variables, **environment})
 
     return emulate
