@@ -3,114 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from kernel_adapters import FLASH_MLA, Latent
 
 from mla_backends import BackendError
 from mla_backends.kernels import FlashMla, LatentLimits
 
-
-@dataclass(frozen=True)
-class Variant:
-    """A fake and what a plugin would declare about it."""
-
-    folder: str
-    limits: LatentLimits = field(default_factory=LatentLimits)
-    module: str = "flash_mla"
-    plan: str = "get_mla_metadata"  # the fake's counter
-    tells: bool = True  # the fake raises for a plan of other lengths; else its results are NaN
-
-    def op(self) -> FlashMla:
-        return FlashMla(self.limits, module=self.module)
-
-
-MATE = LatentLimits(
-    heads=(8, 16, 32, 64, 128),
-    pads_heads_to=(8, 16, 32, 64, 128),
-    lse_layout="tokens_first",
-    empty_rows=False,
-)
-VARIANTS = {
-    "nvidia_a": Variant("nvidia_a", LatentLimits(max_query_rows=132 * 64)),
-    "nvidia_b": Variant("nvidia_b"),
-    "nvidia_c": Variant("nvidia_c"),
-    "nvidia_sgl": Variant("nvidia_sgl", tells=False),
-    "metax": Variant("metax", LatentLimits(page_sizes=None)),
-    "moore_legacy": Variant(
-        "moore_legacy", LatentLimits(dtypes=("bfloat16",), max_query_rows=56 * 64, graph=False)
-    ),
-    "moore_mate": Variant("moore_mate", MATE),
-    "moore_mate_bare": Variant("moore_mate", MATE, "mate.flashmla", "mate.get_mla_metadata"),
-}
-each_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-requests = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 140)), min_size=1, max_size=5)
-
-
-@each_variant
-def test_every_kind_of_batch_is_right(installed: Any, check_latent: Any, variant: Variant) -> None:
-    with installed(variant.folder):
-        op = variant.op()
-        check_latent(op, heads=(1, 4, 16, 128))  # with 4 heads and 4 queries the shape of lse says nothing
-        if "float16" in variant.limits.dtypes:
-            check_latent(op, dtype=torch.float16)
-
-
-@each_variant
-@settings(max_examples=20, deadline=None)
-@given(
-    drawn=requests,
-    heads=st.one_of(st.integers(1, 20), st.sampled_from([32, 48, 64, 100, 128])),
-    seed=st.integers(0, 99),
-)
-def test_any_lengths_and_heads_are_right(
-    installed: Any, check_drawn: Any, variant: Variant, drawn: Any, heads: int, seed: int
-) -> None:
-    with installed(variant.folder):
-        check_drawn(variant.op(), drawn, heads=heads, seed=seed)
-
-
-@each_variant
-def test_lengths_around_a_page_boundary_are_right(
-    installed: Any, make_problem: Any, assert_right: Any, variant: Variant
-) -> None:
-    with installed(variant.folder):
-        for count in (1, 3):
-            kv_lens = (63, 64, 65, 127, 128, 129, count)
-            problem = make_problem([count] * 7, kv_lens)
-            assert_right(problem.run(variant.op()), problem.truth())
+each_variant = pytest.mark.parametrize("variant", FLASH_MLA.values(), ids=FLASH_MLA)
 
 
 @each_variant
 def test_queries_before_the_first_key_see_nothing(
-    installed: Any, make_problem: Any, assert_right: Any, variant: Variant
+    installed: Any, make_problem: Any, assert_right: Any, variant: Latent
 ) -> None:
     with installed(variant.folder):
         problem = make_problem([4, 3, 2], [2, 3, 0])
-        out, lse = problem.run(variant.op())
+        out, lse = problem.run(variant.make())
         assert_right((out, lse), problem.truth())
         assert (out[[0, 1, 7, 8]] == 0).all()
         assert (lse[[0, 1, 7, 8]] == -torch.inf).all()
 
 
-@pytest.mark.parametrize("page_size", [1, 2, 16, 128])
-def test_other_page_sizes_where_they_are_declared(installed: Any, check_latent: Any, page_size: int) -> None:
-    with installed("metax"):
-        check_latent(VARIANTS["metax"].op(), page_size=page_size)
-
-
 @each_variant
 def test_long_prompts_keep_within_the_rows_a_plan_can_hold(
-    installed: Any, make_problem: Any, assert_right: Any, variant: Variant
+    installed: Any, make_problem: Any, assert_right: Any, variant: Latent
 ) -> None:
     """70 tokens of 128 heads are more query rows than 132 (and 56) processors of 64 rows."""
     with installed(variant.folder):
         problem = make_problem([70, 1], [75, 9], heads=128)
-        assert_right(problem.run(variant.op()), problem.truth())
+        assert_right(problem.run(variant.make()), problem.truth())
 
 
 def test_without_that_limit_the_plan_is_empty_and_the_check_sees_it(
@@ -122,21 +47,15 @@ def test_without_that_limit_the_plan_is_empty_and_the_check_sees_it(
             assert_right(problem.run(FlashMla(LatentLimits())), problem.truth())
 
 
-@each_variant
-def test_strided_queries_and_outputs(installed: Any, check_strided: Any, variant: Variant) -> None:
-    with installed(variant.folder):
-        check_strided(variant.op())
-
-
 # ------------------------------------------------------------------------------------------------ plans
 
 
 @each_variant
 def test_layers_share_one_plan_and_every_batch_has_its_own(
-    installed: Any, make_problem: Any, assert_right: Any, variant: Variant
+    installed: Any, make_problem: Any, assert_right: Any, variant: Latent
 ) -> None:
     with installed(variant.folder) as fakes:
-        op = variant.op()
+        op = variant.make()
         first, second = (
             make_problem([1] * 4, [33, 64, 9, 70]),
             make_problem([1] * 4, [34, 65, 10, 71], seed=1),
@@ -150,10 +69,10 @@ def test_layers_share_one_plan_and_every_batch_has_its_own(
 
 
 @each_variant
-def test_a_plan_of_other_lengths_fails(installed: Any, make_problem: Any, variant: Variant) -> None:
+def test_a_plan_of_other_lengths_fails(installed: Any, make_problem: Any, variant: Latent) -> None:
     """What a step must not do: keep the plan while the lengths, in the same memory, have changed."""
     with installed(variant.folder):
-        op, problem = variant.op(), make_problem([1, 1], [33, 64])
+        op, problem = variant.make(), make_problem([1, 1], [33, 64])
         state = op.prepare(problem.spec, problem.view)
         problem.run(op, state)
         problem.view.kv_lens_device += 1
@@ -167,7 +86,7 @@ def test_a_plan_of_other_lengths_fails(installed: Any, make_problem: Any, varian
 def test_a_decode_step_uses_the_batchs_own_memory(installed: Any, make_problem: Any) -> None:
     """Neither tables nor queries are copied, and nothing of the adapter's own grows."""
     with installed("nvidia_c"):
-        op, problem = VARIANTS["nvidia_c"].op(), make_problem([2, 2], [33, 64])
+        op, problem = FLASH_MLA["nvidia_c"].make(), make_problem([2, 2], [33, 64])
         (part,) = op.prepare(problem.spec, problem.view).parts
         assert part.group.block_table is problem.view.block_table
         assert part.kv_lens is problem.view.kv_lens_device
@@ -178,7 +97,7 @@ def test_a_decode_step_uses_the_batchs_own_memory(installed: Any, make_problem: 
 def test_a_mixed_batch_is_one_launch_per_number_of_new_tokens(installed: Any, make_problem: Any) -> None:
     with installed("nvidia_c") as fakes:
         problem = make_problem([1, 3, 1, 3, 9, 0], [40, 3, 70, 5, 9, 8])
-        problem.run(VARIANTS["nvidia_c"].op())
+        problem.run(FLASH_MLA["nvidia_c"].make())
         assert fakes.CALLS["flash_mla_with_kvcache"] == 3
 
 
@@ -191,42 +110,18 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "is_current_stream_capturing", lambda: True, raising=False)
 
 
-GRAPHS = {name: variant for name, variant in VARIANTS.items() if variant.limits.graph}
-
-
-@pytest.mark.parametrize("variant", GRAPHS.values(), ids=GRAPHS)
-def test_a_captured_call_follows_lengths_that_are_updated_in_place(
-    installed: Any,
-    make_problem: Any,
-    assert_right: Any,
-    variant: Variant,
-    request: Any,
-) -> None:
-    """Run a state on tables overwritten since, as a replay does; rows became and ceased to be empty."""
-    with installed(variant.folder):
-        op = variant.op()
-        old, new = make_problem([1] * 4, [33, 190, 0, 5]), make_problem([1] * 4, [190, 0, 64, 6], seed=1)
-        state = op.prepare(old.spec, old.view)
-        assert state.graph_safe
-        request.getfixturevalue("capture")
-        old.run(op, state)
-        old.view.block_table.copy_(new.view.block_table)
-        old.view.kv_lens_device.copy_(new.view.kv_lens_device)
-        new.view = old.view
-        results = new.run(op, state)
-        new.view.query_lens = (1, 1, 1, 1)
-        assert_right(results, new.truth())
+GRAPHS = {name: variant for name, variant in FLASH_MLA.items() if variant.make().limits.graph}
 
 
 @pytest.mark.parametrize("variant", GRAPHS.values(), ids=GRAPHS)
 def test_a_plan_is_made_once_where_it_is_captured_with_its_calls(
-    installed: Any, make_problem: Any, assert_right: Any, variant: Variant, monkeypatch: pytest.MonkeyPatch
+    installed: Any, make_problem: Any, assert_right: Any, variant: Latent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Layers share what the graph plans; a call outside the graph, which may not have run yet, does not."""
     inside = [True]
     monkeypatch.setattr(torch.cpu, "is_current_stream_capturing", lambda: inside[0], raising=False)
     with installed(variant.folder) as fakes:
-        op, problem = variant.op(), make_problem([1] * 4, [33, 190, 0, 5])
+        op, problem = variant.make(), make_problem([1] * 4, [33, 190, 0, 5])
         state = op.prepare(problem.spec, problem.view)
         for _ in range(3):
             assert_right(problem.run(op, state), problem.truth())
@@ -241,7 +136,7 @@ def test_what_a_graph_captures_is_memory_of_its_own(
 ) -> None:
     """Scratch memory that a later, larger batch replaces would be freed under the graph."""
     with installed("moore_mate"):
-        op, problem = VARIANTS["moore_mate"].op(), make_problem([1, 1], [33, 64], heads=5)
+        op, problem = FLASH_MLA["moore_mate"].make(), make_problem([1, 1], [33, 64], heads=5)
         assert_right(problem.run(op), problem.truth())
         assert not op._scratch._held
 
@@ -250,12 +145,12 @@ def test_a_capture_that_a_replay_would_get_wrong_is_refused(
     installed: Any, make_problem: Any, capture: None
 ) -> None:
     with installed("nvidia_c"):
-        op, problem = VARIANTS["nvidia_c"].op(), make_problem([1, 2], [5, 9])
+        op, problem = FLASH_MLA["nvidia_c"].make(), make_problem([1, 2], [5, 9])
         assert not op.prepare(problem.spec, problem.view).graph_safe
         with pytest.raises(BackendError, match="would not follow its lengths"):
             problem.run(op)
     with installed("moore_legacy"), pytest.raises(BackendError, match="waits for the device"):
-        make_problem([1], [5]).run(VARIANTS["moore_legacy"].op())
+        make_problem([1], [5]).run(FLASH_MLA["moore_legacy"].make())
 
 
 # ---------------------------------------------------------------------------------------------- refusals
@@ -263,28 +158,6 @@ def test_a_capture_that_a_replay_would_get_wrong_is_refused(
 
 def no_such_chip(device: torch.device) -> str:
     return "it needs compute capability 9.0, and this device has 8.0"
-
-
-@pytest.mark.parametrize(
-    ("limits", "changes", "reason"),
-    [
-        (LatentLimits(), {"dtype": torch.float32}, "it computes in bfloat16 or float16, not float32"),
-        (LatentLimits(), {"kv_lora_rank": 256}, "it is made for latents of 512 + 64, not 256 + 64"),
-        (LatentLimits(heads=(64, 128)), {}, "it serves 64 or 128 heads, not 16"),
-        (LatentLimits(heads=(8,), pads_heads_to=(8,)), {}, "it serves 8 heads, not 16"),
-        (
-            LatentLimits(device_reason=no_such_chip),
-            {},
-            "it needs compute capability 9.0, and this device has 8.0",
-        ),
-    ],
-)
-def test_a_layer_it_cannot_serve_is_refused_before_anything_runs(
-    installed: Any, make_spec: Any, limits: LatentLimits, changes: Mapping[str, Any], reason: str
-) -> None:
-    with installed("nvidia_c") as fakes:
-        assert FlashMla(limits).unsupported_reasons(make_spec(**changes)) == [reason]
-        assert not fakes.CALLS
 
 
 def test_every_reason_is_given_at_once(installed: Any, make_spec: Any) -> None:
@@ -298,7 +171,7 @@ def test_a_wrong_page_size_is_refused_before_the_kernel_could_end_the_process(
 ) -> None:
     problem = make_problem([1], [40], page_size=16)
     with installed("moore_legacy") as fakes:
-        op = VARIANTS["moore_legacy"].op()
+        op = FLASH_MLA["moore_legacy"].make()
         with pytest.raises(BackendError) as refused:
             op.prepare(problem.spec, problem.view)
         assert not fakes.CALLS

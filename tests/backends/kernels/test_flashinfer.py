@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,31 +40,6 @@ def small_workspace() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flashinfer, "WORKSPACE_BYTES", 1024)
         yield
-
-
-@each_release
-def test_every_kind_of_batch_is_right(installed: Any, check_latent: Any, release: str) -> None:
-    with installed(release):
-        op = FlashInferMla()
-        check_latent(op, heads=(1, 4, 16, 128))
-        for page_size in (1, 16):
-            check_latent(op, dtype=torch.float16, page_size=page_size)
-
-
-@each_release
-@settings(max_examples=20, deadline=None)
-@given(drawn=requests, page_size=st.sampled_from([1, 8, 64]), seed=st.integers(0, 99))
-def test_any_lengths_are_right(
-    installed: Any, check_drawn: Any, release: str, drawn: Any, page_size: int, seed: int
-) -> None:
-    with installed(release):
-        check_drawn(FlashInferMla(), drawn, page_size=page_size, seed=seed)
-
-
-@each_release
-def test_strided_queries_and_outputs(installed: Any, check_strided: Any, release: str) -> None:
-    with installed(release):
-        check_strided(FlashInferMla())
 
 
 def test_a_strided_log_sum_exp(installed: Any, make_problem: Any, assert_right: Any) -> None:

@@ -18,21 +18,6 @@ def offered(name: str) -> Any:
     return kernels(lambda: CAPABILITY, 56)[name]
 
 
-def test_absorbed_attention_is_right(installed: Any, check_latent: Any) -> None:
-    with installed("moore_mate"):
-        check_latent(offered("mate"), heads=(4, 16, 128))
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_expanded_attention_is_right(
-    installed: Any, run_expanded: Any, assert_right: Any, causal: bool
-) -> None:
-    with installed("moore_mate"):
-        op = offered("mate_varlen")
-        for query_lens, kv_lens in (((5, 1, 20), (5, 1, 20)), ((3, 1), (40, 7)), ((4, 4), (4, 4))):
-            assert_right(*run_expanded(op, query_lens, kv_lens, causal=causal))
-
-
 def test_widths_without_a_kernel_are_refused(installed: Any, make_spec: Any) -> None:
     with installed("moore_mate"):
         op = offered("mate_varlen")

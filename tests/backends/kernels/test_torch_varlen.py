@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from float64_attention import attend_segments
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from judged import faults, judged_op
 from smaller_cases import make_smaller
@@ -45,25 +44,6 @@ def stacked(installed: Any) -> Callable[[str], Any]:
                 yield fakes
 
     return stacked
-
-
-@each_stack
-@settings(max_examples=25, deadline=None)
-@given(drawn=segments, causal=st.booleans(), heads=st.integers(1, 6))
-def test_any_segments_are_right(
-    stacked: Any,
-    run_expanded: Any,
-    assert_right: Any,
-    stack: str,
-    drawn: Any,
-    causal: bool,
-    heads: int,
-) -> None:
-    query_lens, kv_lens = [new for new, _ in drawn], [old for _, old in drawn]
-    with stacked(stack):
-        results, truth = run_expanded(STACKS[stack](), query_lens, kv_lens, causal=causal, heads=heads)
-        if sum(query_lens):
-            assert_right(results, truth)
 
 
 @each_stack
@@ -112,14 +92,6 @@ def test_the_suite_that_judges_backends_passes(
     assert sum(result.status == "pass" for result in results) >= 10
 
 
-@each_stack
-def test_a_layer_on_it_is_right_in_one_round_and_in_several(
-    stacked: Any, check_layer: Any, stack: str
-) -> None:
-    with stacked(stack):
-        check_layer("expanded_attention", STACKS[stack])
-
-
 # --------------------------------------------------------------------------------------- refusals
 
 
@@ -138,22 +110,6 @@ def test_a_device_without_the_kernel_is_a_reason_and_sdpa_runs() -> None:
 def test_a_torch_without_the_operator_is_a_reason(make_spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mla_backends.kernels.expanded.OPERATOR", "_flash_attention_forwards")
     assert TorchVarlen().unsupported_reasons(make_spec()) == ["this torch has no _flash_attention_forwards"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"dtype": torch.float32}, "it computes in bfloat16 or float16, not float32"),
-        ({"qk_nope_head_dim": 256}, "it takes heads of at most 256, not 320"),
-        ({"qk_nope_head_dim": 100}, "it takes heads in multiples of 8, not 164"),
-        ({"v_head_dim": 200}, "it takes values no wider than keys, not 200 and 192"),
-    ],
-)
-def test_a_layer_it_cannot_serve_is_refused(stacked: Any, make_spec: Any, changes: Any, reason: str) -> None:
-    with stacked("cuda") as fakes:
-        assert TorchVarlen().unsupported_reasons(make_spec(**changes)) == [reason]
-        assert TorchVarlen().unsupported_reasons(make_spec(v_head_dim=100)) == []  # they are padded
-        assert not fakes.CALLS
 
 
 # -------------------------------------------------------------------------------------- preflight

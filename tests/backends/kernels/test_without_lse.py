@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from kernel_adapters import LATENT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mla_backends import FusedOp
-from mla_backends.kernels import FlashMla, IxformerMla, LatentLimits, PagedLatentOp, paged
+from mla_backends.kernels import FlashMla, LatentLimits, paged
 
-MATE = LatentLimits(
-    heads=(8, 16, 32, 64, 128), pads_heads_to=(8, 16, 32), lse_layout="tokens_first", empty_rows=False
-)
-ADAPTERS: dict[str, Callable[[], PagedLatentOp]] = {
-    "nvidia_a": FlashMla,
-    "nvidia_b": FlashMla,
-    "nvidia_c": FlashMla,
-    "metax": lambda: FlashMla(LatentLimits(empty_rows=False)),
-    "moore_mate": lambda: FlashMla(MATE, module="mate.flashmla"),
-    "ixformer": IxformerMla,
-    "ixformer_old": IxformerMla,
-}
+# Those whose calls a graph can capture.
+ADAPTERS = {name: latent for name, latent in LATENT.items() if latent.make().limits.graph}
 STEPS = (((1, 1, 1), (33, 64, 129)), ((1, 1, 1), (0, 40, 0)), ((3, 1, 9, 1), (40, 7, 70, 65)))
 
 
@@ -42,14 +32,14 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
-@pytest.mark.parametrize("folder", ADAPTERS)
+@pytest.mark.parametrize("name", ADAPTERS)
 def test_the_output_is_the_same_without_lse(
-    installed: Any, make_problem: Any, folder: str, captured: bool, monkeypatch: pytest.MonkeyPatch
+    installed: Any, make_problem: Any, name: str, captured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(paged, "capturing", lambda device: captured)
     for heads in (4, 16):
-        with installed(folder):
-            op = ADAPTERS[folder]()
+        with installed(ADAPTERS[name].folder):
+            op = ADAPTERS[name].make()
             assert op.lse_optional
             for query_lens, kv_lens in STEPS[
                 : 2 if captured else 3

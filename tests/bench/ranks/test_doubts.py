@@ -40,7 +40,20 @@ def test_who_answers_new_inputs_from_memory_has_no_number(start: Start, tmp_path
 
 
 # Without warm-ups, whose number depends on the machine, the checked pass is over by call 40.
-LATER = ("-O", "fault=scale", "-O", "call=40", "-O", "rank=1", "--passes", "12", "--scenario", "decode", "--warmups", "0")
+LATER = (
+    "-O",
+    "fault=scale",
+    "-O",
+    "call=40",
+    "-O",
+    "rank=1",
+    "--passes",
+    "12",
+    "--scenario",
+    "decode",
+    "--warmups",
+    "0",
+)
 
 
 @pytest.mark.parametrize(
