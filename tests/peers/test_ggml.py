@@ -70,6 +70,16 @@ def test_a_product_passes_through_the_driver(folder: Path) -> None:
     torch.testing.assert_close(output.double(), product(x, weight), rtol=1e-5, atol=1e-5)
 
 
+def test_a_selection_passes_through_the_driver(folder: Path) -> None:
+    lengths, most = (9, 5), 3
+    q, keys, weights = torch.randn(2, 4, 8), torch.randn(sum(lengths), 8), torch.randn(2, 4)
+    with Peer(folder, 1) as running:
+        positions = running.selection(q, keys, weights, lengths, "f16", most).result().view(2, most)
+    for row, query, of, part in zip(positions, q, weights, keys.split(lengths), strict=True):
+        scores = (of.double() @ (query.double() @ part.double().T).clamp_min(0)).topk(most).indices
+        assert sorted(row.tolist()) == sorted(scores.tolist())
+
+
 def test_what_the_driver_refuses_leaves_it_usable(folder: Path) -> None:
     weight, x = torch.ones(5, 7), torch.ones(3, 7)
     with Peer(folder, 1) as running:
@@ -100,17 +110,24 @@ def test_a_peer_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_all_ways_are_timed_and_right(folder: Path, tmp_path: Path) -> None:
-    done = compare(folder, "--only", "1x400-h16,1x400-h16-q8_0,16x512x4096", "-o", str(tmp_path / "out.json"))
+    done = compare(
+        folder,
+        "--only",
+        "1x400-h16,1x400-h16-q8_0,select-1x4096,16x512x4096",
+        "-o",
+        str(tmp_path / "out.json"),
+    )
     assert done.returncode == 0, done.stderr
     run = record.read(tmp_path / "out.json")
     assert [(case.name, case.op) for case in run.cases] == [
         ("1x400-h16", "attention"),
         ("1x400-h16-q8_0", "attention"),
+        ("select-1x4096", "selection"),
         ("16x512x4096", "product"),
     ]
     for case in run.cases:
         assert {"ours", "peer"} <= {timing.party for timing in case.timings}
-        assert all(0 < timing.error < record.WRONG for timing in case.timings)
+        assert all(timing.error < record.WRONG for timing in case.timings)
         kind = "q8_0" if "q8_0" in case.name else "f16"
         assert all(line in done.stdout for line in (case.name, f"peer {kind}"))
         assert {timing.name for timing in case.timings if timing.party == "peer"} == {f"peer {kind}"}
@@ -119,11 +136,13 @@ def test_all_ways_are_timed_and_right(folder: Path, tmp_path: Path) -> None:
     again = command("compare.py", "--markdown", str(tmp_path / "out.json"))
     assert again.returncode == 0
     assert "| 1x400-h16 |" in again.stdout
+    assert "| select-1x4096 |" in again.stdout
     assert "| 16x512x4096 |" in again.stdout
 
 
-def test_a_kernel_that_leaves_keys_out_is_wrong(folder: Path) -> None:
-    done = compare(folder, "--only", "1x400-h16", FAKE_LEAVES_OUT="16")
+@pytest.mark.parametrize(("case", "fewer"), [("1x400-h16", "16"), ("select-1x4096", "1")])
+def test_a_kernel_that_leaves_keys_out_is_wrong(folder: Path, case: str, fewer: str) -> None:
+    done = compare(folder, "--only", case, FAKE_LEAVES_OUT=fewer)
     assert done.returncode == 4, done.stderr
     row = next(line for line in done.stdout.splitlines() if "peer f16" in line)
     assert row.endswith("WRONG")
@@ -133,7 +152,7 @@ def test_a_kernel_that_leaves_keys_out_is_wrong(folder: Path) -> None:
 def test_a_case_that_is_not_there_is_refused(folder: Path) -> None:
     done = compare(folder, "--only", "2x2")
     assert done.returncode == 2
-    assert "error: --only matches no case: use attention, product, 1x400-h16, " in done.stderr
+    assert "error: --only matches no case: use attention, selection, product, 1x400-h16, " in done.stderr
 
 
 def test_threads_that_never_sleep_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

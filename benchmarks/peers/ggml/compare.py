@@ -7,9 +7,9 @@
     python benchmarks/peers/ggml/compare.py --peer ~/ggml-native --only attention
     python benchmarks/peers/ggml/compare.py --markdown ops.json
 
-Decode attention over latents, and the products of the default config's projections; beside them the plain
-PyTorch reference and torch's own products. All ways of a case take turns, and every result is compared with
-float64. Exit codes as in `python -m mla.bench`: 4 means that a result was wrong.
+Decode attention over latents, the selection of DeepSeek-V3.2's indexer, and the products of the default
+config's projections; beside them the plain PyTorch reference and torch's own products. All ways take
+turns, and all results are compared with float64. Exit codes as in `python -m mla.bench`; 4: one is wrong.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ import click
 import torch
 
 from benchmarks.attention_test import defaults
-from benchmarks.peers.ggml import attention, products, record, table
+from benchmarks.peers.ggml import attention, products, record, selection, table
 from benchmarks.peers.ggml.attention import AttentionCase, AttentionData
 from benchmarks.peers.ggml.build import facts_of
 from benchmarks.peers.ggml.peer import Peer
 from benchmarks.peers.ggml.products import ProductCase, ProductData
+from benchmarks.peers.ggml.selection import SelectionCase, SelectionData
 from benchmarks.peers.ggml.ways import Way, judged, require_passive_waiting, take_turns, try_out
 from mla.bench import results
 from mla.bench.plan.request import Request, empty_run
@@ -49,9 +50,12 @@ VARIABLES = (
 )  # fmt: skip
 
 
-def choose(setting: Setting, patterns: Sequence[str] | None) -> tuple[list[AttentionCase], list[ProductCase]]:
+def choose(
+    setting: Setting, patterns: Sequence[str] | None
+) -> tuple[list[AttentionCase], list[SelectionCase], list[ProductCase]]:
     """Return the cases whose name or op matches a pattern; None: all. Raises `UsageError` if none does."""
     heads, shapes = attention.attention_cases(), products.product_cases(setting)
+    indexers = selection.selection_cases()
 
     def named(*words: str) -> bool:
         return patterns is None or any(
@@ -60,11 +64,14 @@ def choose(setting: Setting, patterns: Sequence[str] | None) -> tuple[list[Atten
 
     chosen = (
         [case for case in heads if named(case.name, "attention")],
+        [case for case in indexers if named(case.name, "selection")],
         [case for case in shapes if named(case.name, "product")],
     )
     if not any(chosen):
-        known = ", ".join([case.name for case in heads] + [case.name for case in shapes])
-        raise UsageError(f"--only matches no case: use attention, product, {known}, or a pattern like 16x*.")
+        known = ", ".join(case.name for cases in (heads, indexers, shapes) for case in cases)
+        raise UsageError(
+            f"--only matches no case: use attention, selection, product, {known}, or a pattern like 16x*."
+        )
     return chosen
 
 
@@ -76,6 +83,16 @@ def attend(case: AttentionCase, setting: Setting, peer: Peer, rounds: int) -> re
         ways = [*attention.own_ways(data), *attention.peer_ways(data, peer, work.callback)]
         take_turns(try_out(ways), rounds, setting.seed)
         return judged(case.name, "attention", data.flops, ways, data.truth(), [])
+
+
+def select(case: SelectionCase, setting: Setting, peer: Peer, rounds: int) -> record.Case:
+    """Return one case of an indexer. Its ways take turns with each other alone."""
+    data = SelectionData(case, setting)
+    console.note(f"timing {case.name}")
+    with contextlib.ExitStack() as work:
+        ways = [*selection.own_ways(data), *selection.peer_ways(data, peer, work.callback)]
+        take_turns(try_out(ways), rounds, setting.seed)
+        return judged(case.name, "selection", data.flops, ways, data.truth(), [])
 
 
 def multiply(cases: Sequence[ProductCase], setting: Setting, peer: Peer, rounds: int) -> list[record.Case]:
@@ -99,9 +116,10 @@ def measure(
 ) -> record.Comparison:
     """Measure the chosen cases. Raises `PeerError` or `UsageError`."""
     setting, threads = request.setting, torch.get_num_threads()
-    heads, shapes = choose(setting, patterns)
+    heads, indexers, shapes = choose(setting, patterns)
     with Peer(folder, threads) as peer, torch.inference_mode():
         cases = [attend(case, setting, peer, rounds) for case in heads]
+        cases += [select(case, setting, peer, rounds) for case in indexers]
         cases += multiply(shapes, setting, peer, rounds)
         run = empty_run(request)
         return record.Comparison(
@@ -124,7 +142,7 @@ def split(context: click.Context, option: click.Parameter, value: str | None) ->
 
 @click.command(help=__doc__)
 @click.option("--peer", "folder", type=click.Path(path_type=Path), help="Folder that build.py made.")
-@click.option("--only", callback=split, help="Cases: attention, product, names or patterns.  [all]")
+@click.option("--only", callback=split, help="Attention, selection, product, names, patterns.  [all]")
 @click.option("--runs", type=click.IntRange(1), default=15, show_default=True, help="Visits of every way.")
 @click.option("--threads", type=click.IntRange(1, 4096), help="Threads of everyone.  [the backend decides]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of operands and order.")

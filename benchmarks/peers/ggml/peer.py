@@ -88,7 +88,7 @@ class Peer:
         self._errors.close()
 
     def types(self, kind: str) -> list[str]:
-        """Return the types of the "caches" or "weights" that the peer computes with here."""
+        """Return the types of the "caches", "weights" or "index" keys that the peer computes with here."""
         return self.facts[kind].split(",")
 
     def attention(
@@ -99,6 +99,24 @@ class Peer:
         (requests, heads, width), words = q.shape, " ".join(map(str, lengths))
         line = f"{type_} {layout} {heads} {width} {value_width} {scale} {requests} {words}"
         return self._make("attention", line, (requests, heads, value_width), q, keys)
+
+    @property
+    def selects(self) -> bool:
+        """Whether its op of an indexer selects, and does not only score."""
+        return self.facts["selects"] == "yes"
+
+    def selection(
+        self, q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor, lengths: Sequence[int], type_: str,
+        most: int,
+    ) -> PeerWork:  # fmt: skip
+        """Bind q [requests, H, D], keys [sum of lengths, D] and weights [requests, H].
+
+        The result is positions [requests * most], or scores [sum of lengths]. Raises `PeerError`.
+        """
+        (requests, heads, width), words = q.shape, " ".join(map(str, lengths))
+        line = f"{type_} {heads} {width} {most} {requests} {words}"
+        size = requests * most if self.selects else sum(lengths)
+        return self._make("selection", line, (size,), q, keys, weights)
 
     def product(self, weight: torch.Tensor, x: torch.Tensor, type_: str) -> PeerWork:
         """Bind weight [o, i] and x [rows, i]. Raises `PeerError` for what it cannot do."""

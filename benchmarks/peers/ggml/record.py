@@ -39,7 +39,7 @@ class Case(msgspec.Struct, kw_only=True):
     """One shape. `passed_over`: ways too slow to be timed in every round, with the ms of their trial."""
 
     name: str
-    op: Literal["attention", "product"]
+    op: Literal["attention", "selection", "product"]
     flops: int
     timings: list[Timing]
     passed_over: dict[str, float] = {}

@@ -10,6 +10,7 @@ from mla.command import display
 # Op -> title of its table, and of its last column but one.
 _TITLES = {
     "attention": ("decode attention alone", "ours is"),
+    "selection": ("selection of latents alone", "ours is"),
     "product": ("products alone", "% of best fp32"),
 }
 
@@ -44,7 +45,7 @@ def _rows(case: Case, run: Comparison) -> list[list[str]]:
     rows: list[list[str]] = []
     for timing in sorted(case.timings, key=lambda timing: (timing.party != "ours", timing.ms)):
         rate = case.rate(timing)
-        last = _times(timing, ours) if case.op == "attention" else _share(rate, best)
+        last = _share(rate, best) if case.op == "product" else _times(timing, ours)
         error = f"{timing.error:.1e}{' WRONG' if timing.wrong else ''}"
         rows.append(["" if rows else case.name, timing.name, _ms(timing), number(rate), last, error])
     return rows
@@ -84,9 +85,9 @@ def _remarks(run: Comparison) -> list[str]:
 def markdown(run: Comparison) -> str:
     """Return one row per case: ours, the plain reference, and the fastest way of every other party."""
     parts, best = [_header(run)], run.best_fp32()
-    if attention := [_attention_row(case) for case in run.cases if case.op == "attention"]:
+    if rest := [_timed_row(case) for case in run.cases if case.op != "product"]:
         head = ["case", "ours, ms", "plain PyTorch, ms", "peer, ms", "ours is"]
-        parts.append(display.markdown(head, attention).rstrip("\n"))
+        parts.append(display.markdown(head, rest).rstrip("\n"))
     if products := [_product_row(case, best) for case in run.cases if case.op == "product"]:
         limit = f", and the share of the best fp32 product: {best[0]:.0f} ({best[1]})" if best else ""
         table = display.markdown(["case", "ours", "torch", "peer"], products).rstrip("\n")
@@ -94,7 +95,7 @@ def markdown(run: Comparison) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _attention_row(case: Case) -> list[str]:
+def _timed_row(case: Case) -> list[str]:
     ours, plain, peer = (next(iter(case.of(party)), None) for party in ("ours", "reference", "peer"))
     cells = [_ms(way) if way else "-" for way in (ours, plain)]
     cells.append(f"{_ms(peer)}, {peer.name.removeprefix('peer ')}" if peer else "-")

@@ -93,8 +93,8 @@ class Graph : public Work {
   std::vector<float> result() const override {
     std::vector<float> values;
     for (const ggml_tensor *output : outputs_) {
-      const auto *data = static_cast<const float *>(output->data);
-      values.insert(values.end(), data, data + ggml_nelements(output));
+      const auto append = [&](const auto *data) { values.insert(values.end(), data, data + ggml_nelements(output)); };
+      output->type == GGML_TYPE_I32 ? append(static_cast<const int32_t *>(output->data)) : append(static_cast<const float *>(output->data));
     }
     return values;
   }
@@ -157,6 +157,32 @@ void add_call(Graph &graph, const Attention &one, const std::vector<int> &length
   graph.add(ggml_flash_attn_ext(graph.context(), queries, k, v, mask, one.scale, 0.f, 0.f));
 }
 
+// An indexer of one request: ik_llama.cpp selects, llama.cpp scores. ik_llama.cpp shares a query among threads if its keys
+// are whole blocks; those that fill them up are masked.
+void add_indexer(Graph &graph, const Selection &one, int length, const float *q, const float *keys, const float *weights) {
+#if LLAMA_CPP
+  const int total = length;
+#else
+  const int total = padded(length, KEY_STEP);
+#endif
+  const ggml_type type = type_of(one.type);
+  ggml_tensor *k = graph.tensor(type, one.width, LLAMA_CPP ? 1 : total, LLAMA_CPP ? total : 1);
+  ggml_tensor *queries = graph.tensor(GGML_TYPE_F32, one.width, one.heads);
+  ggml_tensor *w = graph.tensor(GGML_TYPE_F32, one.heads, 1);
+  ggml_tensor *mask = graph.tensor(GGML_TYPE_F16, total, 1);
+  convert(ggml_quantize_chunk, type, keys, k->data, length, one.width);
+  std::copy_n(q, one.heads * one.width, static_cast<float *>(queries->data));
+  std::copy_n(weights, one.heads, static_cast<float *>(w->data));
+  std::vector<float> seen(total, -INFINITY);
+  std::fill_n(seen.begin(), length, 0.f);
+  ggml_fp32_to_fp16_row(seen.data(), static_cast<ggml_fp16_t *>(mask->data), total);
+#if LLAMA_CPP
+  graph.add(ggml_lightning_indexer(graph.context(), queries, k, w, mask));
+#else
+  graph.add(ggml_indexer_topk(graph.context(), k, queries, w, mask, GGML_UNARY_OP_RELU, one.most));
+#endif
+}
+
 bool has_bf16() { return ggml_cpu_has_avx512_bf16(); }
 
 std::string instructions() {
@@ -175,12 +201,13 @@ std::string instructions() {
 
 std::string describe() {
 #if LLAMA_CPP
-  const std::string name = "llama.cpp", caches = "f16,bf16,q8_0", weights = "f16,bf16,f32";
+  const std::string name = "llama.cpp", caches = "f16,bf16,q8_0", weights = "f16,bf16,f32", index = "f16,bf16 selects=no";
 #else  // ends the process for a bf16 cache without AVX512-BF16; its packed weights need these instructions too
   const std::string name = "ik_llama.cpp", caches = has_bf16() ? "f16,bf16,q8_0" : "f16,q8_0";
   const std::string weights = has_bf16() ? "f16,bf16,bf16_r16,f32" : "f16,bf16,f32";
+  const std::string index = "f16,q8_0 selects=yes";
 #endif
-  return "peer=" + name + " instructions=" + instructions() + " caches=" + caches + " weights=" + weights;
+  return "peer=" + name + " instructions=" + instructions() + " caches=" + caches + " weights=" + weights + " index=" + index;
 }
 
 std::unique_ptr<Work> make(const Attention &one, const std::vector<float> &q, const std::vector<float> &keys, int threads) {
@@ -196,6 +223,19 @@ std::unique_ptr<Work> make(const Attention &one, const std::vector<float> &q, co
       add_call(*graph, one, {one.lengths[request]}, own, keys.data() + first * one.width);
       first += one.lengths[request];
     }
+  }
+  graph->finish(threads);
+  return graph;
+}
+
+std::unique_ptr<Work> make(const Selection &one, const std::vector<float> &q, const std::vector<float> &keys,
+                           const std::vector<float> &weights, int threads) {
+  auto graph = std::make_unique<Graph>(one.lengths.size());
+  const float *first = keys.data();
+  for (size_t request = 0; request < one.lengths.size(); ++request) {
+    const size_t head = request * one.heads;
+    add_indexer(*graph, one, one.lengths[request], &q[head * one.width], first, &weights[head]);
+    first += size_t(one.lengths[request]) * one.width;
   }
   graph->finish(threads);
   return graph;

@@ -3,6 +3,7 @@
 //
 //   describe
 //   attention ID THREADS TYPE LAYOUT HEADS WIDTH VALUE_WIDTH SCALE REQUESTS LENGTH...   + q, keys
+//   selection ID THREADS TYPE HEADS WIDTH MOST REQUESTS LENGTH...                     + q, keys, weights
 //   product ID THREADS TYPE ROWS INPUTS OUTPUTS                                         + weight, x
 //   time ID UNTIMED TIMED      -> ok NANOSECONDS...
 //   result ID                  -> ok COUNT, then the result of a call made for it
@@ -40,17 +41,35 @@ peer::Work &known(int id) {
   return *found->second;
 }
 
+std::vector<int> lengths_of(std::istream &line) {
+  std::vector<int> lengths(word<int>(line));
+  for (int &length : lengths) length = word<int>(line);
+  return lengths;
+}
+
 std::string make_attention(std::istream &line) {
   const int id = word<int>(line), threads = word<int>(line);
   peer::Attention one;
   one.type = word<std::string>(line), one.layout = word<std::string>(line);
   one.heads = word<int>(line), one.width = word<int>(line), one.value_width = word<int>(line);
   one.scale = word<float>(line);
-  one.lengths.resize(word<int>(line));
-  for (int &length : one.lengths) length = word<int>(line);
+  one.lengths = lengths_of(line);
   const auto q = operand(one.lengths.size() * one.heads * one.width);
   const auto keys = operand(std::accumulate(one.lengths.begin(), one.lengths.end(), size_t{0}) * one.width);
   works[id] = peer::make(one, q, keys, threads);
+  return "ok";
+}
+
+std::string make_selection(std::istream &line) {
+  const int id = word<int>(line), threads = word<int>(line);
+  peer::Selection one;
+  one.type = word<std::string>(line);
+  one.heads = word<int>(line), one.width = word<int>(line), one.most = word<int>(line);
+  one.lengths = lengths_of(line);
+  const size_t heads = one.lengths.size() * one.heads;
+  const auto q = operand(heads * one.width);
+  const auto keys = operand(std::accumulate(one.lengths.begin(), one.lengths.end(), size_t{0}) * one.width);
+  works[id] = peer::make(one, q, keys, operand(heads), threads);
   return "ok";
 }
 
@@ -82,6 +101,7 @@ std::string time_calls(std::istream &line) {
 std::string carry_out(const std::string &command, std::istream &line, std::vector<float> &result) {
   if (command == "describe") return "ok " + peer::describe();
   if (command == "attention") return make_attention(line);
+  if (command == "selection") return make_selection(line);
   if (command == "product") return make_product(line);
   if (command == "time") return time_calls(line);
   if (command == "forget") return works.erase(word<int>(line)) ? "ok" : "error there is no such work";

@@ -22,6 +22,14 @@ struct Product {
   int rows, inputs, outputs;
 };
 
+// What an indexer selects, one query token per request: the keys that score best, of which a score is the sum
+// over heads of weight * max(0, q . k).
+struct Selection {
+  std::string type;  // of the keys
+  int heads, width, most;
+  std::vector<int> lengths;  // keys of each request
+};
+
 // An op bound to its operands: everything that comes before `compute` is not timed.
 class Work {
  public:
@@ -36,6 +44,9 @@ std::string describe();
 
 // q [requests, heads, width]; keys [sum of lengths, width], one request after another.
 std::unique_ptr<Work> make(const Attention &, const std::vector<float> &q, const std::vector<float> &keys, int threads);
+// The same, and weights [requests, heads]. The result is positions [requests, most], or all scores if it does not select.
+std::unique_ptr<Work> make(const Selection &, const std::vector<float> &q, const std::vector<float> &keys,
+                           const std::vector<float> &weights, int threads);
 std::unique_ptr<Work> make(const Product &, const std::vector<float> &weight, const std::vector<float> &x, int threads);
 
 }  // namespace peer
