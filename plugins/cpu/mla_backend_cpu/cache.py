@@ -1,7 +1,9 @@
 """Kernels that came with the installation, and those that were compiled here, in the user's cache folder.
 
 A build happens in a private folder that is renamed into place: one that is killed leaves nothing broken.
-Processes that start at once wait for the first. Nothing is loaded that another user could have written.
+Processes that start at once wait for the first. Nothing is loaded that another user could have written: the
+file, its folder and the cache are opened, and belong to this user, or root, who alone may write them. Folders
+above decide nothing, as nobody can make what belongs to this user.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from mla_backend_cpu import compilation
@@ -66,10 +69,7 @@ def find(level: Level) -> Artifact | None:
     except NoCompiler:
         which = "*"
     try:
-        kept = folder()
-        if distrust(kept):
-            return None
-        made = sorted(kept.glob(f"{name}-{which}"), key=_age)
+        made = sorted(folder().glob(f"{name}-{which}"), key=_age)
     except (BuildError, OSError):  # `make` says why
         return None
     return next(filter(None, map(_opened, made)), None)
@@ -132,19 +132,35 @@ def _alone(path: Path, level: Level) -> Iterator[None]:
 def prepare() -> Path:
     """Make the folder of the built kernels and return it. Raises `BuildError` if it cannot be used."""
     kept = folder()
-    _examine(kept, partly=True)
     try:
-        _make_folders(kept)
+        os.makedirs(kept, mode=0o755, exist_ok=True)  # whatever the umask
     except OSError as error:
         raise _not_stored(error) from error
-    _examine(kept)  # others may have made part of it in the meantime
+    _examine(kept)
     return kept
 
 
-def _examine(kept: Path, partly: bool = False) -> None:
-    """Raise `BuildError` if others can write the folder of the built kernels, or what exists of it."""
-    if reason := distrust(kept, partly):
-        raise BuildError(f"the cache of built kernels is not used: {reason} ({_OTHER_FOLDER})")
+def _examine(kept: Path) -> None:
+    """Raise `BuildError` if others can write the folder of the built kernels; it need not be there."""
+    try:
+        reason = distrust(kept.stat())
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        reason = f"cannot be examined ({error.strerror})"
+    if reason:
+        raise BuildError(f"the cache of built kernels is not used: '{kept}' {reason} ({_OTHER_FOLDER})")
+
+
+def distrust(status: os.stat_result) -> str:
+    """Return how other users may have written a file, or what is in a folder; "" if they may not.
+
+    The bits of the group are the most that anybody named in an access list may do.
+    """
+    if status.st_uid not in (0, os.geteuid()):
+        return f"belongs to user {status.st_uid}"
+    others = stat.S_IWGRP | stat.S_IWOTH
+    return "can be written by others" if status.st_mode & others else ""
 
 
 def _compiler() -> tuple[str, ...]:
@@ -153,7 +169,7 @@ def _compiler() -> tuple[str, ...]:
         return find_compiler()
     except NoCompiler as missing:
         try:
-            _examine(folder(), partly=True)
+            _examine(folder())
         except BuildError as error:
             raise NoCompiler(f"{missing}, and {error}") from error
         raise
@@ -179,13 +195,19 @@ def folder() -> Path:
 
 def _opened(kept: Path) -> Artifact | None:
     """Return kernels, unless they are damaged or others could have written them."""
-    if distrust(kept / LIBRARY):
-        return None
-    kernels = opened_kernels(kept)
-    if kernels and distrust_open(kernels.descriptor):
-        os.close(kernels.descriptor)
-        return None
-    return kernels
+    with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
+        place = None  # what is examined stays open, so that it cannot be replaced meanwhile
+        for part in (kept.parent, kept.name):
+            place = os.open(part, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=place)
+            undo.callback(os.close, place)
+            if distrust(os.fstat(place)):
+                return None
+        kernels = opened_kernels(Path(f"/proc/self/fd/{place}"))
+        if kernels and not distrust(os.fstat(kernels.descriptor)):
+            return replace(kernels, path=kept / LIBRARY)
+        if kernels:
+            os.close(kernels.descriptor)
+    return None
 
 
 def _version(command: tuple[str, ...]) -> str:
@@ -217,14 +239,6 @@ def _build(command: tuple[str, ...], level: Level, kept: Path) -> Artifact | Non
         shutil.rmtree(private, ignore_errors=True)
 
 
-def _make_folders(folder: Path) -> None:
-    """Make a folder and those above it so that only this user can write them, whatever the umask."""
-    if not folder.is_dir():
-        _make_folders(folder.parent)
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(mode=0o755)
-
-
 def _sweep(folder: Path) -> None:
     """Remove what killed builds have left."""
     for private in folder.glob(".building-*"):
@@ -238,90 +252,3 @@ def note(text: str) -> None:
     with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr may be closed, or be None
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
-
-
-# -------------------------------------------------------------------------------------------- trust
-
-# Whether somebody else could have written a file that is about to be loaded into this process.
-
-
-def distrust(path: Path, partly: bool = False) -> str | None:
-    """Return why other users may have written or replaced what is at a path, or None.
-
-    It goes from the root downwards, so that nobody else can replace a part once it has been examined.
-    Symbolic links are a reason (use `os.path.realpath`), and so is a part that does not exist, since somebody
-    else may be about to make it; with `partly`, the examination ends there without one. Root is trusted.
-    """
-    added_by_anybody = False
-    for part in (*reversed(path.parents), path):
-        try:
-            status = part.lstat()
-        except (FileNotFoundError, NotADirectoryError):
-            return None if partly else f"'{part}' does not exist"
-        except OSError as error:
-            return f"'{part}' cannot be examined ({error.strerror})"
-        above = part != path and not added_by_anybody
-        if reason := _exposed(status, part, _root_and_me() | (_unmapped() if above else set())):
-            return f"'{part}' {reason}"
-        added_by_anybody = bool(status.st_mode & stat.S_ISVTX)
-    return None
-
-
-def distrust_open(descriptor: int) -> str | None:
-    """Return why other users may have written an open file, or None."""
-    return _exposed(os.fstat(descriptor), descriptor, _root_and_me())
-
-
-def _root_and_me() -> set[int]:
-    return {0, os.geteuid()}
-
-
-def _unmapped() -> set[int]:
-    """Return as whom Linux shows root in a user namespace that has no number for root; else nobody.
-
-    It shows others without a number as the same user. Therefore this one is trusted only with folders above
-    the file's own, and not where anybody may add folders.
-    """
-    try:
-        numbers = Path("/proc/self/uid_map").read_text().splitlines()
-        overflow = int(Path("/proc/sys/kernel/overflowuid").read_text())
-    except (OSError, ValueError):
-        return set()
-    return set() if any(line.split()[1] == "0" for line in numbers) else {overflow}
-
-
-def _exposed(status: os.stat_result, where: Path | int, owners: set[int]) -> str | None:
-    """Return how a user who is not among the owners may write to a file or in a folder."""
-    if stat.S_ISLNK(status.st_mode):
-        return "is a symbolic link"
-    if status.st_uid not in owners:
-        return f"belongs to user {status.st_uid}"
-    if stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX:
-        return None  # others may add files, but not replace those of this user
-    if status.st_mode & stat.S_IWOTH:
-        return "can be written by everybody"
-    if status.st_mode & stat.S_IWGRP:  # with an access list, the most that anybody named in it may do
-        if _has_access_list(where):
-            return "can be written by those in its access control list"
-        if not _is_private(status.st_gid):
-            return f"can be written by group {status.st_gid}"
-    return None
-
-
-def _has_access_list(where: Path | int) -> bool:
-    try:
-        return bool(os.getxattr(where, "system.posix_acl_access"))
-    except OSError:
-        return False
-
-
-def _is_private(group: int) -> bool:
-    """Return whether a group is this user's alone; where everybody has one, groups may write (umask 002)."""
-    import grp  # not on Windows
-    import pwd
-
-    try:
-        name, members = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(group)
-    except KeyError:
-        return False
-    return members.gr_name == name and set(members.gr_mem) <= {name}
