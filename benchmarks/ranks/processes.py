@@ -27,7 +27,7 @@ MAIN = "mla.bench.cli.main:main"
 MODULES = [
     *("torch.distributed", "torch._dynamo", "mla.bench.cli.main", "mla.bench.plan.resolve"),
     *("mla.bench.plan.request", "mla.bench.measure.engine", "mla.bench.run.scheduler"),
-    *("mla.bench.run.steering", "mla.bench.plan.preview", "mla.bench.ranks.launch"),
+    *("mla.bench.run.steering", "mla.bench.plan.request", "mla.bench.ranks.launch"),
     *("mla.bench.run.scenario_run", "mla_backend_cpu"),
 ]
 # Measurements that nothing here looks at take no time: limits, the link, and which of two products is faster.

@@ -4,9 +4,16 @@
 read. The `StoredLayer` it returns reads weights one at a time, in blocks of rows.
 """
 
-from mla.checkpoint.folder import CheckpointError, refuse_other_formats
+from mla.checkpoint.folder import (
+    CheckpointError,
+    LazyState,
+    Part,
+    StoredLayer,
+    fingerprint,
+    finite,
+    refuse_other_formats,
+)
 from mla.checkpoint.read import read_layer
-from mla.checkpoint.stored import LazyState, Part, StoredLayer, fingerprint, finite
 
 __all__ = [
     "CheckpointError", "LazyState", "Part", "StoredLayer", "fingerprint", "finite", "read_layer",

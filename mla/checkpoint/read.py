@@ -9,8 +9,19 @@ from pathlib import Path
 
 import torch
 
-from mla.checkpoint.folder import CheckpointError, Facts, Folder, StoredTensor, headers, read_facts
-from mla.checkpoint.stored import DTYPES, FP8, ReadProgress, StoredLayer, StoredWeight
+from mla.checkpoint.folder import (
+    DTYPES,
+    FP8,
+    CheckpointError,
+    Facts,
+    Folder,
+    ReadProgress,
+    StoredLayer,
+    StoredTensor,
+    StoredWeight,
+    headers,
+    read_facts,
+)
 from mla.config import MLAConfig
 from mla.weights import SINKS, weight_shapes
 from mla_backends.outside import quoted

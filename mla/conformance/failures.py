@@ -15,7 +15,7 @@ from mla.conformance.selection import split
 from mla.conformance.suite import Asked, Instance, Suite
 from mla.conformance.trial import BackendUnderTest
 from mla.failures import file
-from mla.failures.watch import Watched, Watcher
+from mla.failures.call import Watched, Watcher
 from mla_backends.api import Backend, FusedOp
 from mla_backends.errors import describe
 

@@ -20,8 +20,19 @@ from mla.cases.case import OPTIONAL, Kind, dim, entry_of
 from mla.cases.memory import Tensors
 from mla.command import files
 from mla.errors import MLAError, OutOfMemory, ResultError, UnknownOp, did_you_mean
-from mla.failures.call import CONTEXT, MAX_CALL_BYTES, CallFacts, RecordedCall, format_in, placed_bytes
-from mla.failures.watch import Expected, JudgedCall, judged, make, raised
+from mla.failures.call import (
+    CONTEXT,
+    MAX_CALL_BYTES,
+    CallFacts,
+    Expected,
+    JudgedCall,
+    RecordedCall,
+    format_in,
+    judged,
+    make,
+    placed_bytes,
+    raised,
+)
 from mla.layer.ops import refusals, sentences
 from mla.reference import REFERENCE
 from mla.text import DTYPES, dtype_name, size

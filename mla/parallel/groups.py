@@ -17,8 +17,7 @@ import torch
 import torch.distributed as dist
 
 from mla.errors import UsageError
-from mla.parallel.layout import Layout
-from mla.parallel.link import Call
+from mla.parallel.layout import Call, Layout
 
 # Newer releases of torch deprecate the name that older ones have.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -1,13 +1,14 @@
 """`Layout`: what is split over ranks, and which part each has; `Share`: which tokens it has. No torch.
 
-Also what a layout costs each rank: FLOPs and bytes of a forward, and room for tokens.
+Also what a layout costs each rank: FLOPs and bytes of a forward, room for tokens, and collectives on a link.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -129,33 +130,26 @@ class Layout:
 
 @dataclass(frozen=True)
 class Share:
-    """The tokens i of every request with i // interleave mod world == rank."""
+    """The tokens i of every request with i mod world == rank."""
 
     rank: int
     world: int
-    interleave: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.world or self.interleave < 1:
-            raise ValueError(
-                f"no share has rank {self.rank} of {self.world} with runs of {self.interleave} tokens."
-            )
+        if not 0 <= self.rank < self.world:
+            raise ValueError(f"no share has rank {self.rank} of {self.world}.")
 
     def owns(self, position: Any) -> Any:
         """Return whether the token at a position is on this rank; of positions [T], for each."""
-        return position // self.interleave % self.world == self.rank
+        return position % self.world == self.rank
 
-    def held(self, length: Count, rank: int | None = None) -> Count:
-        """Return how many of the first `length` tokens this rank has, or `rank`; of lengths [T], for each."""
-        period = self.world * self.interleave
-        rest = length - (self.rank if rank is None else rank) * self.interleave
-        run = rest % period
-        beyond = (run - self.interleave) * (run > self.interleave)  # minimum, also of a tensor
-        return rest // period * self.interleave + run - beyond
+    def held(self, length: Count) -> Count:
+        """Return how many of the first `length` tokens this rank has; of lengths [T], for each."""
+        return (length + self.world - 1 - self.rank) // self.world
 
     def first(self, length: int) -> int:
         """Return how many of the first `length` tokens are on rank 0: the most that any rank has."""
-        return self.held(length, 0)
+        return -(-length // self.world)
 
 
 # ---------------------------------------------------------------------------------------------- costs
@@ -301,3 +295,141 @@ def layouts(config: MLAConfig, world: int) -> Iterator[Layout]:
 
 def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
+
+
+# ------------------------------------------------------------------------------------------------------ links
+# What a collective costs on a link, by a latency (alpha) and a bandwidth (beta) for each kind.
+#
+# A rank of n sends its part of a tensor in so many steps, one message in each, as in R. Thakur, R.
+# Rabenseifner and W. Gropp, *Optimization of Collective Communication Operations in MPICH* (2005),
+# for long messages:
+#
+# - all-reduce, a ring: 2 (n - 1) steps and 2 (n - 1) / n of the tensor (its reduce-scatter and all-gather)
+# - all-gather, a ring: n - 1 steps, and in each the tensor that one rank has
+# - all-to-all, pairwise: n - 1 steps and (n - 1) / n of the tensor
+#
+# A collective takes steps * alpha + bytes sent / beta. Libraries choose other algorithms for small tensors.
+
+
+ALL_REDUCE, ALL_GATHER, ALL_TO_ALL = KINDS = ("all-reduce", "all-gather", "all-to-all")
+
+IDEAL = "ideal"  # collectives that take no time
+_TIMES = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
+_PREFIXES = {"k": 1, "m": 2, "g": 3, "t": 4}
+_NUMBER = r"([0-9.]+(?:e[-+]?[0-9]+)?|inf)"
+_LINE = re.compile(
+    rf"\s*alpha={_NUMBER}\s*(ns|us|ms|s)\s*,\s*beta={_NUMBER}\s*([kmgt])(i?)b/s\s*", re.IGNORECASE
+)
+_SYNTAX = "a link is written as in 'alpha=5us,beta=300GB/s'"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One collective of a forward: among how many ranks, and the bytes that each sends in it."""
+
+    kind: str
+    ranks: int
+    sent: int
+
+    @classmethod
+    def all_reduce(cls, nbytes: int, ranks: int) -> Call:
+        """Return the sum of a tensor of so many bytes, which every rank has and gets."""
+        return cls(ALL_REDUCE, ranks, 2 * nbytes * (ranks - 1) // ranks)
+
+    @classmethod
+    def all_gather(cls, nbytes: int, ranks: int) -> Call:
+        """Return the gathering of a tensor of so many bytes from each rank to all."""
+        return cls(ALL_GATHER, ranks, nbytes * (ranks - 1))
+
+    @classmethod
+    def all_to_all(cls, nbytes: int, ranks: int) -> Call:
+        """Return the exchange in which each rank has so many bytes, an equal part of them for each."""
+        return cls(ALL_TO_ALL, ranks, nbytes * (ranks - 1) // ranks)
+
+    @property
+    def steps(self) -> int:
+        """Messages that a rank sends, one after the other."""
+        return (self.ranks - 1) * (2 if self.kind == ALL_REDUCE else 1)
+
+
+@dataclass(frozen=True)
+class Line:
+    """Seconds of a message without bytes, and bytes per second; infinitely many cost nothing."""
+
+    alpha: float = 0.0
+    beta: float = math.inf
+
+    def seconds(self, call: Call) -> float:
+        """Return what a collective takes."""
+        return call.steps * self.alpha + call.sent / self.beta
+
+    def __str__(self) -> str:
+        return f"alpha={1e6 * self.alpha:.6g}us,beta={self.beta / 1e9:.6g}GB/s"
+
+
+@dataclass(frozen=True)
+class Link:
+    """A line for each kind of collective. Without any, collectives take no time."""
+
+    lines: Mapping[str, Line]
+
+    @classmethod
+    def parse(cls, text: str) -> Link:
+        """Read "alpha=5us,beta=300GB/s", the same by kind ("all-reduce:...;all-gather:..."), or "ideal".
+
+        Raises `UsageError`.
+        """
+        if text.strip() == IDEAL:
+            return cls({})
+        lines: dict[str, Line] = {}
+        for part in text.split(";"):
+            kind, colon, numbers = part.strip().rpartition(":")
+            if colon and kind not in KINDS:
+                raise UsageError(f"link '{text}': unknown collective '{kind}'.{did_you_mean(kind, KINDS)}")
+            line = _line(numbers, text)
+            lines |= {kind: line} if colon else dict.fromkeys(KINDS, line)
+        return cls(lines)
+
+    def __str__(self) -> str:
+        if not self.lines:
+            return IDEAL
+        lines = set(self.lines.values())
+        if len(lines) == 1 and len(self.lines) == len(KINDS):
+            return str(lines.pop())
+        return ";".join(f"{kind}:{line}" for kind, line in self.lines.items())
+
+    @property
+    def ideal(self) -> bool:
+        """Whether nothing is known of the link, so that collectives count nothing."""
+        return not self.lines
+
+    def missing(self, kinds: Sequence[str]) -> list[str]:
+        """Return which of these kinds the link has no line for; an ideal link lacks none."""
+        return [] if self.ideal else [kind for kind in kinds if kind not in self.lines]
+
+    def seconds(self, calls: Sequence[Call]) -> float:
+        """Return what collectives take one after the other. Raises KeyError for a kind without a line."""
+        return 0.0 if self.ideal else sum(self.lines[call.kind].seconds(call) for call in calls)
+
+
+def fit(small: tuple[Call, float], large: tuple[Call, float]) -> Line:
+    """Return the line through the seconds of two collectives of one kind among as many ranks.
+
+    Where noise would make the latency or the time per byte negative, that is 0.
+    """
+    (less, early), (more, late) = small, large
+    per_byte = max(0.0, (late - early) / (more.sent - less.sent))
+    alpha = max(0.0, (early - less.sent * per_byte) / less.steps)
+    return Line(alpha, 1 / per_byte if per_byte else math.inf)
+
+
+def _line(text: str, whole: str) -> Line:
+    match = _LINE.fullmatch(text)
+    try:
+        alpha, beta = (float(match[1]), float(match[3])) if match else (math.nan, math.nan)
+    except ValueError:  # as in 1.2.3
+        alpha = beta = math.nan
+    if match is None or not (alpha < math.inf and beta > 0):
+        raise UsageError(f"{_SYNTAX}, got '{whole}'.")
+    unit = (1024 if match[5] else 1000) ** _PREFIXES[match[4].lower()]
+    return Line(alpha * _TIMES[match[2].lower()], beta * unit)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import mla
 from mla.checkpoint import CheckpointError, StoredLayer, fingerprint, read_layer
-from mla.checkpoint import stored as stored_module
+from mla.checkpoint import folder as stored_module
 from mla.errors import WeightError
 from mla.weights import weight_shapes
 

@@ -13,7 +13,7 @@ import torch
 from mla.bench.cli.main import main as bench
 from mla.conformance.cli import main
 from mla.failures import file
-from mla.failures.watch import Watched, Watcher
+from mla.failures.call import Watched, Watcher
 from mla.reference import REFERENCE
 
 FAULTY = ["--backend", "faulty_backend:FaultyBackend", "--dtype", "float32", "--quick"]

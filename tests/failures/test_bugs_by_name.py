@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mla.failures.watch import Watched, Watcher
+from mla.failures.call import Watched, Watcher
 from mla.reference import REFERENCE
 from mla_backends.api import AttentionSpec, FusedOp
 

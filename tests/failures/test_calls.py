@@ -22,8 +22,8 @@ from mla.cases.stress import Stress
 from mla.errors import ResultError, UnknownOp
 from mla.failures import call as calls
 from mla.failures import file
+from mla.failures.call import Watched, Watcher, make
 from mla.failures.file import CannotReplay, replay
-from mla.failures.watch import Watched, Watcher, make
 from mla.layer.ops import layer_roles
 from mla.reference import REFERENCE
 from mla.verify.layer_check import Poison

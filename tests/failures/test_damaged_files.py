@@ -15,9 +15,8 @@ from faulty_backend import FaultyOp
 
 from mla.errors import OutOfMemory, ResultError
 from mla.failures import file
-from mla.failures.call import Known, record
+from mla.failures.call import JudgedCall, Known, Made, expected, record
 from mla.failures.file import CannotReplay, replay
-from mla.failures.watch import JudgedCall, Made, expected
 from mla_backends.api import AttentionSpec, LinearSpec
 from mla_backends.testing import HostBackend
 

@@ -33,7 +33,7 @@ import mla
 from mla import MLA, LatentCache, MLAConfig
 from mla.bench.cli.main import main
 from mla.failures import file
-from mla.failures.watch import JudgedCall, Watched, Watcher
+from mla.failures.call import JudgedCall, Watched, Watcher
 from mla.layer.ops import layer_roles
 from mla.weights import random_state_dict
 from mla_backends import host

@@ -23,8 +23,7 @@ from mla.bench.workload.scenario import MAX_COUNT, MAX_REQUESTS, Scenario
 from mla.command import launcher
 from mla.command.options import key_values
 from mla.conformance import selection
-from mla.parallel.layout import AXES, Layout
-from mla.parallel.link import Link
+from mla.parallel.layout import AXES, Layout, Link
 from mla_backend_cpu import Cpu
 from mla_backends import host
 

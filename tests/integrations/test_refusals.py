@@ -13,7 +13,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
 
 from mla.integrations.transformers import UnsupportedModel, restore, use_mla
-from mla.integrations.transformers.packed import PackedLinear
+from mla.integrations.transformers.model import PackedLinear
 from mla.layer.forward import AttentionCore
 from mla_backends import BackendError
 

@@ -12,7 +12,7 @@ from tiny_models import make_model
 from torch import nn
 
 from mla.integrations.transformers import UnsupportedModel, restore, use_mla
-from mla.integrations.transformers.packed import Packed, PackedKvB, PackedLinear
+from mla.integrations.transformers.model import Packed, PackedKvB, PackedLinear
 
 TABLES = vars(nn.Module())  # of parameters and modules
 ABSORBED = ("kv_b_proj", "w_uk", "w_uv")  # the roles that kv_b_proj is packed for

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from mla.errors import UsageError
-from mla.parallel.link import ALL_GATHER, ALL_REDUCE, KINDS, Call, Line, Link, fit
+from mla.parallel.layout import ALL_GATHER, ALL_REDUCE, KINDS, Call, Line, Link, fit
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,37 @@
-"""What a run is asked for, resolved: planning, running and printing only read it."""
+"""What a run is asked for, resolved: planning, running and printing only read it.
+
+And what is said of it on stderr before it runs: the device, the layer, the plan, and what a dry run adds.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import torch
 
 from mla.bench import results
+from mla.bench.measure.target import MAX_S
 from mla.bench.measure.variants import Variants, forwards, stage_forwards
-from mla.bench.plan.memory import MemoryPlan, available_memory, plan_memory
+from mla.bench.plan.memory import MemoryPlan, available_memory, gib, plan_memory
 from mla.bench.results.cases import ADDED
-from mla.bench.subjects.fixture import make_fixture
-from mla.bench.subjects.setting import Setting, scenario_setting
+from mla.bench.subjects.fixture import Fixture, make_fixture
+from mla.bench.subjects.setting import Setting, implementation_setting, make_ops, scenario_setting
 from mla.bench.workload.grid import Point
-from mla.bench.workload.implementations import is_ours
+from mla.bench.workload.implementations import Named, is_ours, parse_one
+from mla.bench.workload.scenario import spoken
 from mla.command import environment
-from mla.text import dtype_name
+from mla.command.console import note
+from mla.command.display import aligned
+from mla.text import counted, dtype_name, grouped
 from mla.verify.layer_oracle import State
+from mla_backends.errors import describe as describe_error
+from mla_backends.errors import plugin_code
 
 if TYPE_CHECKING:
     from mla.bench.plan.options import RunOptions
@@ -138,3 +149,250 @@ def provenance(backend: Backend, version: str | None) -> dict[str, Any]:
         ),
         "environment": environment.environment(backend),
     }
+
+
+# ---------------------------------------------------------------------------------------- what is said before
+
+
+# More scenarios than this are counted, not listed.
+LISTED = 8
+# Seconds after which a dry run tries no further case, and of a first forward after which there is no second.
+TRYING_S, SLOW_S = 20.0, 3.0
+_HEADER = ("case", "scenario", "implementation", "about forwards", "device", "host", "one forward")
+
+
+def describe(request: Request, verbose: bool) -> None:
+    """Say what is about to be measured: the plan, or everything that follows from the options."""
+    setting = request.setting
+    if verbose:
+        _describe_setting(request)
+    for line in _simulated(setting):
+        note(line)
+    _plan(request, verbose)
+    for line in _same_ops(request):
+        note(line)
+    if request.options.profile:
+        note(f"profile    {request.options.profile}: one more pass of every case, once all are timed")
+
+
+def _describe_setting(request: Request) -> None:
+    setting = request.setting
+    facts = environment.environment(setting.backend)
+    name = setting.backend.device_info().name
+    note(f"backend    {setting.backend.name} on {name}, torch {facts['torch']}, {_threads(facts)}")
+    note(
+        f"config     {setting.config.name}, {dtype_name(setting.dtype)}, attention {setting.attention}, "
+        f"page size {setting.page_size}, seed {setting.seed}"
+    )
+    for line in _ops(request):
+        note(line)
+    for line in _scenarios(request.points):
+        note(f"scenario   {line}")
+    if len(request.variants.timed) > 1:
+        note(f"timed      {request.variants}")
+
+
+def _simulated(setting: Setting) -> Iterator[str]:
+    """Yield what stands for ranks that are not there."""
+    ranks = setting.ranks
+    if ranks is not None and ranks.assumed:
+        where = f"{counted(ranks.world, 'rank')} of {ranks.layout} on this device, one by one"
+        yield f"simulated  {where}; {ranks.assumed}: times are predicted"
+
+
+def _ops(request: Request) -> Iterator[str]:
+    """Yield the ops of `mla`, and those that each implementation with ops of its own has instead."""
+    named = [parse_one(name) for name in request.implementations if is_ours(name)]
+    if request.scenarios[0].point.op is not None:
+        yield from _measured_op(request.scenarios[0])
+        return
+    if not named or any(impl in (Named("mla"), Named("mla-reference")) for impl in named):
+        fused = _fused(make_ops(request.setting).names())
+        yield f"ops        {fused or 'reference for every op'} (--list-ops says why)"
+    for impl in named:
+        if impl.ops:
+            fused = _fused(make_ops(implementation_setting(request.setting, impl)).names())
+            yield f"ops        {impl}: {fused or 'reference for every op'}"
+
+
+def _measured_op(scenario: ScenarioPlan) -> Iterator[str]:
+    """Yield what runs for the one role that is measured; nothing is asked about others."""
+    for name, ops in scenario.ops.items():
+        if parse_one(name) != Named("mla-reference"):
+            yield "ops        " + ", ".join(f"{name}: {role}={op}" for role, op in ops.items())
+
+
+def _fused(names: Mapping[str, str]) -> str:
+    return ", ".join(f"{role}={name}" for role, name in names.items() if name != "reference")
+
+
+def _same_ops(request: Request) -> Iterator[str]:
+    """Yield a line for each implementation that runs the ops of an earlier one, and in how many scenarios."""
+    total = len(request.scenarios)
+    for place, name in enumerate(request.implementations):
+        for other in request.implementations[:place]:
+            pairs = [
+                (scenario.ops[other], scenario.ops[name])
+                for scenario in request.scenarios
+                if {other, name} <= scenario.ops.keys()
+            ]
+            count = sum(first == second for first, second in pairs)
+            if count:
+                where = "" if count == total else f" in {count} of {total} scenarios"
+                yield f"same ops   {name} runs the ops of {other}{where}: a difference between them is noise"
+                break
+
+
+def _threads(facts: Mapping[str, str]) -> str:
+    count, source = facts["torch_threads"], facts.get("backend.threads_from")
+    return counted(int(count), "thread") + (f" ({source})" if source else "")
+
+
+def _scenarios(points: Sequence[Point]) -> list[str]:
+    if len(points) <= LISTED:
+        return [_line(point) for point in points]
+    return [
+        f"{base}: {len(group)} points (--dry-run lists them)" if len(group) > 1 else _line(group[0])
+        for base, group in grouped(points, lambda point: point.base).items()
+    ]
+
+
+def _line(point: Point) -> str:
+    size = f"{counted(len(point.query_lens), 'request')}, {counted(point.tokens, 'new token')} per forward, "
+    shortest, longest = min(point.history), max(point.history)
+    lengths = f"history {shortest if shortest == longest else f'{shortest} to {longest}'}, "
+    layers = f"{point.layers} layers, " if point.layers > 1 else ""
+    return f"{point.name}: {size}{lengths}{layers}{counted(point.rounds, 'pass', 'es')} of {point.steps}"
+
+
+def _plan(request: Request, verbose: bool) -> None:
+    plans = [scenario.memory for scenario in request.scenarios]
+    together = all(plan.side_by_side for plan in plans if plan.fits)
+    order = "interleaved" if together else "one at a time where memory is short"
+    count = sum(map(request.forwards, request.points))
+    note(
+        f"plan       {', '.join(request.implementations)}, {order}; about {count} forwards, "
+        "checked against a float64 oracle"
+    )
+    if not verbose:
+        return
+    counts = [plan.implementations if plan.side_by_side else 1 for plan in plans]
+    device = max(plan.device_bytes(count) for plan, count in zip(plans, counts, strict=True))
+    on_host = max(plan.host_bytes(count) for plan, count in zip(plans, counts, strict=True))
+    note(
+        f"memory     {gib(device)} on the device, {gib(on_host)} on the host; "
+        f"available {gib(plans[0].device_available)} and {gib(plans[0].host_available)}"
+    )
+
+
+def require_memory(request: Request) -> None:
+    """Raise `OutOfMemory` when no scenario fits; those that do not are skipped in a run with others."""
+    plans = [scenario.memory for scenario in request.scenarios]
+    if not any(plan.fits for plan in plans):
+        min(plans, key=lambda plan: plan.device_bytes(1)).require()
+
+
+@dataclass
+class _Case:
+    """An implementation of a scenario in a dry run."""
+
+    scenario: ScenarioPlan
+    name: str
+    work: float  # of a forward: FLOPs and bytes, added
+    said: str = ""  # of its forward
+    seconds: float = 0.0  # of its forward; 0: unknown
+
+    def estimate(self, tried: Sequence[_Case]) -> None:
+        """Set the seconds by the rate of what was tried, best of this implementation and mode."""
+        mode = self.scenario.point.mode
+        by_name = [case for case in tried if case.name == self.name]
+        alike = [case for case in by_name if case.scenario.point.mode == mode] or by_name or tried
+        if work := sum(case.work for case in alike):
+            self.seconds = sum(case.seconds for case in alike) * self.work / work
+        self.said = f"not tried, about {spoken(self.seconds)}" if self.seconds else "not tried"
+
+    def row(self, number: int, count: int) -> tuple[str, ...]:
+        """Return the line of the table; `count`: forwards of a run."""
+        sizes = self.scenario.memory.device_bytes(1), self.scenario.memory.host_bytes(1)
+        return (str(number), self.scenario.name, self.name, str(count), *map(gib, sizes), self.said)
+
+
+def dry_run(request: Request) -> None:
+    """List every case with its memory and the time of a forward, measured or estimated from others.
+
+    What is spread over ranks is not tried: all would have to take part.
+    """
+    cases = _cases(request)
+    tried = [case for case in cases if case.seconds]
+    for case in cases:
+        if not case.said:
+            case.estimate(tried)
+    counts = [forwards(request.variants.timed, case.scenario.point) for case in cases]
+    seconds: dict[str, float] = {}
+    for case, count in zip(cases, counts, strict=True):
+        seconds[case.scenario.name] = seconds.get(case.scenario.name, 0.0) + count * case.seconds
+    total = sum(
+        duration if request.options.counted else min(duration, MAX_S) for duration in seconds.values()
+    )
+    rows = [
+        case.row(*numbers) for case, *numbers in zip(cases, range(1, len(cases) + 1), counts, strict=True)
+    ]
+    note("")
+    note(aligned(_HEADER, rows, _HEADER).rstrip("\n"))
+    note("")
+    for scenario in request.scenarios:
+        for name, reason in scenario.refused.items():
+            note(f"{scenario.name}, {name} will be skipped: {reason}")
+    unknown = any(case.said == "not tried" for case in cases)
+    beside = (
+        f"limits{', ' if unknown else ' and '}float64 oracle{' and what was not tried' if unknown else ''}"
+    )
+    note(f"{counted(len(cases), 'case')}, about {spoken(total)} of forwards, plus {beside}")
+
+
+def _cases(request: Request) -> list[_Case]:
+    """Return all cases, and try as many as `TRYING_S` allows."""
+    end, cases = time.monotonic() + TRYING_S, list[_Case]()
+    for scenario in request.scenarios:
+        fixture = make_fixture(scenario.setting, scenario.point, request.state)
+        each = fixture.cost()
+        for name in request.implementations:
+            work = scenario.point.layers * float(each.flops + each.bytes)
+            unable = "refused, skipped" if name in scenario.refused else ""
+            unable = unable if scenario.memory.fits else "does not fit, skipped"
+            cases.append(case := _Case(scenario, name, work, unable))
+            if not case.said and request.setting.ranks is None and time.monotonic() < end:
+                case.seconds = _tried(fixture, scenario, name)
+                case.said = spoken(case.seconds) if case.seconds else "failed"
+    return cases
+
+
+def _tried(fixture: Fixture, scenario: ScenarioPlan, name: str) -> float:
+    """Return the seconds of a forward; 0 if it fails, which is said."""
+    try:
+        with plugin_code(), torch.no_grad():
+            return _forward(fixture, scenario, name)
+    except Exception as error:  # noqa: BLE001  # a dry run says what would happen
+        note(f"{scenario.name}, {name}: one forward was tried and failed: {describe_error(error)}")
+        return 0.0
+
+
+def _forward(fixture: Fixture, scenario: ScenarioPlan, name: str) -> float:
+    """Return the seconds of the second forward, as the first may compile what others use.
+
+    Of a first one that takes `SLOW_S`, return its own.
+    """
+    inputs = fixture.inputs()
+    impl, synchronize = fixture.build(name), scenario.setting.backend.synchronize
+    impl.load(scenario.point, inputs)
+    for _ in range(2):
+        impl.restore()
+        start = time.monotonic()
+        impl.before(0)
+        impl.step(0)
+        synchronize()
+        taken = time.monotonic() - start
+        impl.after(0)
+        if taken > SLOW_S:
+            break
+    return taken

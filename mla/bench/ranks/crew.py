@@ -36,8 +36,7 @@ from mla.command.environment import build_digest
 from mla.command.exit_codes import Exit, interrupted
 from mla.errors import MLAError, OutOfMemory, UnsupportedBatch, UnsupportedOps
 from mla.parallel.groups import CollectiveError, Groups, all_gather
-from mla.parallel.layout import Layout
-from mla.parallel.link import Call, Line, fit
+from mla.parallel.layout import Call, Layout, Line, fit
 from mla_backends import BackendError
 from mla_backends.errors import describe, first_line
 

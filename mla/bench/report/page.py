@@ -3,27 +3,46 @@
 from __future__ import annotations
 
 import base64
+import math
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple, TypeVar, get_args
 
 import jinja2
 
 import mla
-from mla.bench.report import data, figures, summary, tables
-from mla.bench.report.charts import Charts
-from mla.bench.report.figures import NARROW, WIDE, Chart, svg
-from mla.bench.report.tables import Table
-from mla.bench.results import cases
-from mla.bench.results.cases import labelled
-from mla.bench.results.schema import Run
-from mla.bench.terminal import lines, run_table
+from mla.bench.report import data, figures, summary
+from mla.bench.report.data import LATENCY, THROUGHPUT, Curve, Entry, Quantity, ResultFile
+from mla.bench.report.figures import (
+    DASHES,
+    MARKERS,
+    NARROW,
+    WIDE,
+    Chart,
+    Draw,
+    Line,
+    Point,
+    Row,
+    colours,
+    svg,
+)
+from mla.bench.report.summary import Table
+from mla.bench.results import cases, compare
+from mla.bench.results.cases import device_cost, labelled
+from mla.bench.results.compare import Scaled, Scaling
+from mla.bench.results.schema import Case, Ceiling, Run
+from mla.bench.terminal import ceilings, lines, run_table, verdict
+from mla.bench.terminal.digits import known, limit, number
+from mla.bench.terminal.lines import name as case_name
 from mla.bench.terminal.tables import prediction
+from mla.bench.terminal.verdict import status
 from mla.command import files
 from mla.errors import ResultError
-from mla.text import size
+from mla.text import grouped, size
+from mla_backends.outside import shortened
 
 # In the head of every report; only a file with one of them is overwritten. Early reports have no generator.
 _MARKS = (b'<meta name="generator" content="python -m mla.bench report">', b"<title>MLA benchmark: ")
@@ -41,13 +60,6 @@ class Section(NamedTuple):
     tables: Sequence[Table]
 
 
-def check_target(target: Path, inputs: Sequence[Path]) -> None:
-    """Raise `ResultError` if `target` cannot be written, or exists and is not a report."""
-    if target.exists() and any(path.exists() and path.samefile(target) for path in inputs):
-        raise ResultError(f"cannot write '{target}': it is one of the result files; name another file.")
-    files.check_writable(target, PAGE)
-
-
 def check_folder(folder: Path) -> None:
     """Raise `ResultError` if pictures cannot be written into `folder`, which need not exist."""
     if folder.exists() and not folder.is_dir():
@@ -63,7 +75,7 @@ def render(paths: Sequence[str], runs: Sequence[Run]) -> str:
     environment = jinja2.Environment(
         loader=loader, trim_blocks=True, lstrip_blocks=True, autoescape=True, undefined=jinja2.StrictUndefined
     )
-    modules = (cases, lines, run_table, summary, tables, figures)
+    modules = (cases, lines, run_table, summary, figures)
     environment.globals |= {module.__name__.rpartition(".")[2]: module for module in modules}
     environment.globals |= {"images": _images, "prediction": prediction, "join": shlex.join, "size": size}
     drawn, version = list(sections(shown)), mla.__version__
@@ -85,10 +97,10 @@ def sections(shown: Sequence[data.ResultFile]) -> Iterator[Section]:
         "grid": (charts.grid(), []),
         "scenarios": (charts.scenarios(), []),
         "roofline": (charts.roofline(), []),
-        "scaling": (charts.scaling(), [tables.scalings(shown)]),
-        "comparison": (charts.comparison(), [tables.comparison(shown[0], new) for new in shown[1:]]),
-        **{kind: (iter(()), [tables.per_case(kind, file) for file in shown]) for kind in tables.PER_CASE},
-        "numbers": (iter(()), [tables.every_number(file) for file in shown]),
+        "scaling": (charts.scaling(), [summary.scalings(shown)]),
+        "comparison": (charts.comparison(), [summary.comparison(shown[0], new) for new in shown[1:]]),
+        **{kind: (iter(()), [summary.per_case(kind, file) for file in shown]) for kind in summary.PER_CASE},
+        "numbers": (iter(()), [summary.every_number(file) for file in shown]),
     }
     for slug, (drawn, listed) in every.items():
         section = Section(slug, list(drawn), [table for table in listed if table.rows])
@@ -113,9 +125,222 @@ def write_pictures(made: dict[str, str], folder: Path) -> None:
     for name in made:
         if (folder / name).exists():
             files.check_writable(folder / name, PICTURE)
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise ResultError(f"cannot make the folder '{folder}': {error.strerror}.") from error
+    files.make_folder(folder)
     for name, picture in made.items():
         files.write_bytes(picture.encode("utf-8", "replace"), folder / name)
+
+
+# ----------------------------------------------------------------------------------------------------- charts
+
+
+T = TypeVar("T")
+
+# Most rows in one chart, and most cases that a roofline's legend names; the tables have all of them.
+MOST_ROWS, MOST_NAMED = 24, 12
+# Most curves and limits in one chart, and most charts into which the curves along one axis are split.
+MOST_CURVES, MOST_LIMITS, MOST_PARTS = 8, 2, 6
+# Most things that a caption tells one by one, and most verdicts.
+MOST_TOLD, MOST_VERDICTS = 6, 3
+# Most letters of a title, of what was measured, and of a caption.
+LETTERS = (160, 320, 800)
+VERDICTS = {compare.FASTER: "s1", compare.SLOWER: "s2", compare.SAME: "ink"}
+
+
+class Charts:
+    """The charts of some files. Colours are those of implementations, the same in all charts."""
+
+    def __init__(self, files: Sequence[ResultFile]) -> None:
+        self.files = files
+        self.entries = data.entries(files)
+        self._titles = data.titles(map(data.workload, self.entries))
+        self._colours = colours(entry.case.implementation for entry in self.entries)
+
+    def grid(self) -> Iterator[Chart]:
+        """Yield latency and throughput along each axis of a grid, split by other values if these are many."""
+        for axis in data.AXES:
+            for which, group in data.curves(self.entries, axis).items():
+                parts = list(grouped(group, lambda curve: curve.others).values())
+                kept = parts[:: math.ceil(len(parts) / MOST_PARTS)] if len(group) > MOST_CURVES else [group]
+                note = f" {len(kept)} of {len(parts)} such charts are drawn." * (1 < len(kept) < len(parts))
+                for part in kept:
+                    yield self._curves(self._titles[which], axis, part, LATENCY, note)
+                    yield self._curves(self._titles[which], axis, part, THROUGHPUT, note)
+
+    def _curves(self, base: str, axis: str, group: Sequence[Curve], quantity: Quantity, note: str) -> Chart:
+        names = [curve.entry.case.implementation for curve in group]
+        shapes = [(curve.entry.file.key, curve.others) for curve in group]
+        lines, limits = [], dict[tuple[Point, ...], Line]()
+        for curve, name, shape in zip(group, names, shapes, strict=True):
+            points = [_point(x, entry.case, quantity) for x, entry in curve.points]
+            look = self._colours[name], _nth(MARKERS, shapes, shape), _nth(DASHES, names, name)
+            lines.append(Line(curve.name, *look, points))
+            floors = tuple(Point(x, e.case.roofline.floor_ms) for x, e in curve.points if e.case.latency_ms)
+            if quantity is LATENCY and all(point.value for point in floors):
+                limits[floors] = Line(f"{curve.entry.file.key} limit".strip(), "ink", "", ":", floors)
+        labels = data.AXES[axis], f"{quantity.name}, {quantity.unit}"
+        draw = figures.curves(lines, list(limits.values()) * (len(limits) <= MOST_LIMITS), labels)
+        word, others = "history" if axis == "kv" else axis, {curve.others for curve in group}
+        title = f"by {word}" if base == word else f"{base}, by {word}"
+        title += f", {others.pop()}" if len(others) == 1 and any(others) else ""
+        finding = _sentence([_of_line(line, quantity.unit) for line in lines], "lines") + note
+        members = [entry for curve in group for _, entry in curve.points]
+        return _chart(quantity.name, title, members, finding, draw)
+
+    def scenarios(self) -> Iterator[Chart]:
+        """Yield bars of the latency of the cases that are on no curve, by workload."""
+        for which, members in data.bars(self.entries).items():
+            part = members[:MOST_ROWS]
+            rows = [self._bar(entry, len({other.case.scenario for other in part}) > 1) for entry in part]
+            finding = _of_bars(part, rows, len(members) - len(part))
+            draw = figures.bars(rows)
+            yield _chart(LATENCY.name, self._titles[which], part, finding, draw)
+
+    def _bar(self, entry: Entry, several: bool) -> Row:
+        case, latency = entry.case, entry.case.latency_ms
+        name, near = f"{entry.name}, {case.scenario}" if several else entry.name, case.roofline
+        look = self._colours[case.implementation], near.floor_ms or None, case.check.status, bool(near.doubt)
+        if latency is None:
+            return Row(name, None, None, f"{status(case)}: no number", *look)
+        return Row(name, latency.median, latency.ci95, known(latency.median, latency.ci95), *look)
+
+    def roofline(self) -> Iterator[Chart]:
+        """Yield the roofline of every file with numbers: cases that did work, nearest to a limit first."""
+        for file in self.files:
+            timed = [entry for entry in self.entries if entry.file is file and entry.case.latency_ms]
+            worked = [entry for entry in timed if min(_work(entry.case)) > 0]
+            if worked:
+                worked.sort(key=lambda entry: -(entry.case.roofline.fraction or 0))
+                yield self._roofline(file, worked, data.drawn(data.roofs(file)))
+
+    def _roofline(self, file: ResultFile, entries: Sequence[Entry], roofs: Sequence[Ceiling]) -> Chart:
+        cases, lines = [entry.case for entry in entries], []
+        bases = sorted({case.base for case in cases})
+        for case in cases:
+            intensity, rate = _work(case)
+            point = Point(intensity, rate, doubt=bool(case.roofline.doubt))
+            look = self._colours[case.implementation], _nth(MARKERS, bases, case.base), ""
+            lines.append(Line(f"{case_name(case)}: {limit(case.roofline)}", *look, [point]))
+        legend = lines
+        if len(lines) > MOST_NAMED:
+            names = dict.fromkeys(case.implementation for case in cases)
+            legend = [Line(name, self._colours[name], "s") for name in names]
+            legend += [Line(base, "ink", _nth(MARKERS, bases, base)) for base in bases]
+        finding = _sentence([f"{case_name(case)}, {verdict.near(case)}" for case in cases], "cases")
+        finding += " This file has no limits, so there is no roof to draw." * (not roofs)
+        draw = figures.roofline(_roof_lines(roofs, [line.points[0].x for line in lines]), lines, legend)
+        return _chart("", f"Roofline {file.key}".strip(), entries, finding, draw)
+
+    def scaling(self) -> Iterator[Chart]:
+        """Yield how every case that is there on one device and over ranks scales."""
+        scalings = compare.scaling([file.run for file in self.files])
+        for name, members in grouped(scalings, lambda scaling: scaling.implementation).items():
+            every = [(of, scaled) for of in members for scaled in of.rows[1:]]
+            rows = [self._scaled(*pair) for pair in every[:MOST_ROWS]]
+            finding = _sentence([f"{row.name}: {row.text}" for row in rows], "cases", len(every))
+            subject = "; ".join(dict.fromkeys(f"against one device: {of.base}" for of in members))
+            draw = figures.ratios(rows, "speedup over one device")
+            yield _made(f"scaling {name}", (f"Strong scaling: {name}", subject, finding), draw)
+
+    def _scaled(self, of: Scaling, scaled: Scaled) -> Row:
+        share = f", {100 * scaled.efficiency:.0f} % of the ideal" if scaled.efficiency else ""
+        text = f"{scaled.speedup:.3g}x{share}"
+        colour = self._colours[scaled.case.implementation]
+        where = f"{of.scenario}: {scaled.layout}, {scaled.resources}"
+        return Row(where, scaled.speedup, scaled.interval, text, colour, scaled.ideal)
+
+    def comparison(self) -> Iterator[Chart]:
+        """Yield the ratios of times of every other file to the first."""
+        base, *others = self.files
+        for place, file in enumerate(others):
+            every = [case for case in compare.compare(base.run, file.run) if case.ratio]
+            rows = []
+            for case in every[:MOST_ROWS]:
+                name, colour = f"{case.scenario}, {case.implementation}", VERDICTS.get(case.verdict, "axis")
+                text = f"{known(case.ratio, case.interval)}x, {case.verdict}"
+                rows.append(Row(name, case.ratio, case.interval, text, colour))
+            finding = _sentence([f"{row.name}: {row.text}" for row in rows], "cases", len(every))
+            draw = figures.ratios(rows, "time ratio: left of 1 is faster than the base", compare.NOISE)
+            if rows:
+                title = f"Time ratio: {file.about} against {base.about}"
+                yield _made(f"compare {place}", (title, "", finding), draw)
+
+
+def _chart(kind: str, title: str, drawn: Sequence[Entry], finding: str, draw: Draw) -> Chart:
+    subject = "; ".join(dict.fromkeys(f"{entry.file.about}, {entry.case.dtype}" for entry in drawn))
+    return _made(f"{title} {kind}", (f"{kind.title()}: {title}".removeprefix(": "), subject, finding), draw)
+
+
+def _made(name: str, words: tuple[str, str, str], draw: Draw) -> Chart:
+    """Return a chart whose file is called `name`; of a very long name the middle is left out."""
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60].rstrip("-") or "picture"
+    title, subject, finding = map(shortened, words, LETTERS)
+    return Chart(slug, title, subject, finding, draw)
+
+
+def _nth(looks: Sequence[T], keys: Sequence[object], key: object) -> T:
+    """Return the look of a key among all keys, by first appearance."""
+    distinct = [other for place, other in enumerate(keys) if other not in keys[:place]]
+    return looks[distinct.index(key) % len(looks)]
+
+
+def _point(x: float, case: Case, quantity: Quantity) -> Point:
+    estimate = quantity.of(case)
+    value, bounds = (estimate.median, estimate.ci95) if estimate else (None, None)
+    return Point(x, value, bounds, case.check.status, bool(case.roofline.doubt))
+
+
+def _roof_lines(roofs: Sequence[Ceiling], intensities: Sequence[float]) -> list[Line]:
+    """Return every roof, bent where it meets the highest one of the other kind."""
+    steep = max((roof.value for roof in roofs if roof.work == "read"), default=math.inf)
+    flat = max((roof.value for roof in roofs if roof.work == "matmul"), default=math.inf)
+    shown = [*intensities, *[flat / steep] * math.isfinite(flat + steep)]
+    lines = []
+    for roof in roofs:
+        is_flat, of = roof.work == "matmul", roof.dtype or size(roof.footprint_bytes or None, unknown="")
+        rate, top = (steep, roof.value) if is_flat else (roof.value, flat)
+        ends = {min(shown) / 4, max(shown) * 4, *[top / rate] * math.isfinite(rate + top)}
+        points = [Point(x, min(x * rate, top) / 1e12) for x in sorted(ends)]
+        dash = _nth(DASHES, [other for other in roofs if other.work == roof.work], roof)
+        name = f"limit {ceilings.rate(roof)}{f' ({of})' * bool(of)}"
+        lines.append(Line(name, "ink" if is_flat else "soft", "", dash, points))
+    return lines
+
+
+def _work(case: Case) -> tuple[float, float]:
+    """Return the FLOPs of a forward per byte, and in 1e12 per second; zeros if they are not known."""
+    cost, latency = device_cost(case), case.latency_ms
+    if not cost or not latency or not cost.bytes:
+        return 0.0, 0.0
+    return cost.flops / cost.bytes, cost.flops / latency.median / 1e9
+
+
+def _sentence(told: Sequence[str], what: str, every: int = 0) -> str:
+    """Return what is drawn as a sentence: a few of many, how many more there are, and of how many in all."""
+    more = [f"and {len(told) - MOST_TOLD} more {what}"] * (len(told) > MOST_TOLD)
+    cut = f" The first {len(told)} of {every} are drawn." * (len(told) < every)
+    return "; ".join([*told[:MOST_TOLD], *more]) + "." + cut
+
+
+def _of_bars(entries: Sequence[Entry], rows: Sequence[Row], undrawn: int) -> str:
+    """Return the verdicts of the report, the limit, what has no number, and every bar."""
+    groups = grouped(entries, lambda entry: (entry.file.key, entry.case.scenario))
+    lead = []
+    for (key, scenario), members in list(groups.items())[:MOST_VERDICTS]:
+        cases = [case for case in members[0].file.run.cases if case.scenario == scenario]
+        lead.append(f"{key} {verdict.of_scenario(scenario, cases).text}.".strip())
+    drawn = sorted((row for row in rows if row.value is not None), key=lambda row: row.value or 0.0)
+    shared = figures.is_shared(rows)
+    lead += [f"The limit is {number(drawn[0].mark)} ms."] * shared
+    lead += [f"{row.name} has no number: {row.text.partition(':')[0]}." for row in rows if row.value is None]
+    limits = [f" (limit {number(row.mark)})" * bool(row.mark and not shared) for row in drawn]
+    told = [f"{row.name} {row.text} ms{limit}" for row, limit in zip(drawn, limits, strict=True)]
+    return " ".join([*lead, _sentence(told, "bars", len(told) + undrawn)])
+
+
+def _of_line(line: Line, unit: str) -> str:
+    """Return where a line begins and ends."""
+    told = [point for point in line.points if point.value is not None]
+    lost = f", no number at {len(line.points) - len(told)} places" * (len(told) < len(line.points))
+    first_and_last = told[:: len(told) - 1 or 1]
+    ends = [f"{known(point.value, point.bounds)} {unit} at {point.x:g}" for point in first_and_last]
+    return f"{line.name}: {' to '.join(ends)}{lost}"

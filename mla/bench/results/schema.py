@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from mla.parallel.link import Line
+from mla.parallel.layout import Line
 from mla.verify.verdict import Check
 
 # 2 added points of a grid, several timings and stages of a case, ceilings; 3 the status "doubtful", the
@@ -141,7 +141,7 @@ class RankFacts(msgspec.Struct, kw_only=True):
 
 
 class LinkLine(msgspec.Struct, kw_only=True):
-    """What one kind of collective costs: see `mla.parallel.link`."""
+    """What one kind of collective costs: see `mla.parallel.layout`."""
 
     collective: Literal["all-reduce", "all-gather", "all-to-all"]
     alpha_s: Annotated[float, Meta(ge=0, le=1e6)]  # seconds of a message without bytes

@@ -15,11 +15,10 @@ from mla.cases.memory import Tensors
 from mla.command import environment
 from mla.command.console import note
 from mla.failures import file
-from mla.failures.call import MAX_CALL_BYTES
-from mla.failures.watch import JudgedCall, Watched, Watcher
+from mla.failures.call import MAX_CALL_BYTES, JudgedCall, Watched, Watcher
 from mla.layer.ops import layer_roles
 from mla.text import counted, size
-from mla.verify.layer_check import Checker, Forward
+from mla.verify.layer_check import Forward
 from mla.verify.verdict import Check
 from mla_backends.errors import describe
 
@@ -132,15 +131,10 @@ def first_wrong(impl: LayerImplementation, checker: Any) -> tuple[int, Forward] 
     first = None
     for index, forward in impl.forwards(checker):  # one by one: what is expected of all takes much memory
         first = first or (index, forward)
-        if is_wrong(forward, impl, checker):
+        alone = forward.found.shape == forward.expected.shape  # of several layers together it cannot be told
+        if alone and checker.check_forwards([forward], impl.held_to_reference).status != "ok":
             return index, forward
     return first
-
-
-def is_wrong(forward: Forward, impl: LayerImplementation, checker: Checker) -> bool:
-    """Return whether one forward alone is wrong; of several layers together that cannot be told."""
-    alone = forward.found.shape == forward.expected.shape
-    return alone and checker.check_forwards([forward], impl.held_to_reference).status != "ok"
 
 
 # ------------------------------------------------------------------------------------------------ the search

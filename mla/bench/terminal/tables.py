@@ -14,7 +14,7 @@ from mla.bench.results.schema import Case, Interval, RankFacts, Roofline, Run, S
 from mla.bench.results.stats import median
 from mla.bench.terminal.digits import estimated, limit, number, per_second, percent
 from mla.command.display import table
-from mla.parallel.link import IDEAL, Link
+from mla.parallel.layout import IDEAL, Link
 from mla.text import size
 from mla_backends.outside import escaped
 

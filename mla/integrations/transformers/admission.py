@@ -111,21 +111,13 @@ def survey(model: Any) -> Survey:
     models = [
         part for part in model.modules() if hasattr(part, "set_attn_implementation") and find_attention(part)
     ]
-    _check_placement(model, layers)
-    config = _config(model, layers)
-    for layer in layers:
-        _check_layer(layer)
-        _check_gate(layer, config)
-        _check_indexer(layer, config)
-    _check_shared(model, layers)
-    weight = layers[0].kv_b_proj.weight
-    if len(dtypes := {linear.weight.dtype for layer in layers for _, linear in _projections(layer)}) > 1:
-        raise UnsupportedModel(
-            f"this model's projections differ in dtype ({', '.join(sorted(map(str, dtypes)))}): cast it to "
-            "one with `model.to(...)`."
-        )
-    owner = _owner(model, models, layers)
-    _check_scaling(layers, config)
+    try:
+        config = MLAConfig.from_dict(layers[0].config.to_dict())
+    except ConfigError as error:
+        raise UnsupportedModel(f"{type(model).__name__} cannot be served: {error}") from error
+    for fault in _faults(model, layers, config):
+        raise UnsupportedModel(fault)
+    owner, weight = _owner(model, models, layers), layers[0].kv_b_proj.weight
     return Survey(layers, models, owner, config, weight.dtype, weight.device)
 
 
@@ -151,73 +143,73 @@ def _owner(model: Any, models: list[Any], layers: list[Any]) -> Any:
     return owner
 
 
-def _check_placement(model: Any, layers: list[Any]) -> None:
-    """Raise `UnsupportedModel` unless all layers are on one device, and stay there."""
+def _faults(model: Any, layers: list[Any], config: MLAConfig) -> Iterator[str]:
+    """Yield why a model cannot be served whose layers are to run our ops, a sentence each."""
     devices = {str(weight.device) for layer in layers for weight in layer.parameters()}
     mapped = set((getattr(model, "hf_device_map", None) or {}).values())
-    if len(devices) > 1 or len(mapped) > 1 or "meta" in devices:
+    if len(devices) > 1 or len(mapped) > 1 or "meta" in devices:  # all have to be on one, and stay there
         places = ", ".join(sorted(map(str, mapped or devices)))
-        raise UnsupportedModel(
-            f"this model is split over devices or offloaded ({places}): load it on one, without `device_map`."
-        )
-
-
-def _check_layer(layer: Any) -> None:
-    if not hasattr(layer, "expand_kv"):
-        raise UnsupportedModel(
-            f"{type(layer).__name__} is not a class of `transformers`, and caches expanded keys: load the "
-            "model without `trust_remote_code`."
-        )
-    if "expand_kv" in vars(layer):
-        raise UnsupportedModel(
-            f"{type(layer).__name__} has its own expand_kv, and our ops would skip it: remove it first."
-        )
-    if not getattr(layer, "is_causal", True):
-        raise UnsupportedModel(NOT_CAUSAL)
-    for name, linear in _projections(layer):
-        if more := _more_than_a_weight(linear, name != "kv_b_proj"):
-            raise UnsupportedModel(
-                f"{name} of this model is {more}: load it unquantized, without adapters or offloading, in "
-                "bfloat16, float16 or float32."
-            )
-
-
-def _check_gate(layer: Any, config: MLAConfig) -> None:
-    """Raise `UnsupportedModel` where the class ignores the output gate that the config announces."""
-    gate = getattr(layer, "g_proj", None)
-    if (rows := 0 if gate is None else gate.weight.shape[0]) != config.gate_width:
-        raise UnsupportedModel(
-            f"{type(layer).__name__} has {rows or 'no'} output gates per token, and its config announces "
-            f"{config.gate_width or 'none'}: this class computes another model."
-        )
-
-
-def _check_indexer(layer: Any, config: MLAConfig) -> None:
-    """Raise `UnsupportedModel` where the layer selects keys in another way than the config announces."""
-    indexer, heads = getattr(layer, "indexer", None), config.of_layer(layer.layer_idx).index_n_heads
-    if (actual := 0 if indexer is None else indexer.n_heads) != heads:
-        raise UnsupportedModel(
-            f"layer {layer.layer_idx} has {actual or 'no'} index heads, and its config announces "
-            f"{heads or 'none'}: this class computes another model."
-        )
-    if indexer is not None and "forward" in vars(indexer):
-        raise UnsupportedModel(
-            f"the indexer of layer {layer.layer_idx} has its own forward, and our ops would skip it: remove "
-            "it first."
-        )
-
-
-def _check_shared(model: Any, layers: list[Any]) -> None:
-    """Raise `UnsupportedModel` where packing a projection would take its weight from another module."""
+        where = f"over devices or offloaded ({places})"
+        yield f"this model is split {where}: load it on one, without `device_map`."
+    for layer in layers:
+        yield from _faults_of(layer, config)
+    # Packing a projection takes its weight away, from other modules as well.
     modules = Counter(id(linear) for layer in layers for _, linear in _projections(layer))
     weights = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
     for layer in layers:
         for name, linear in _projections(layer):
             if modules[id(linear)] > 1 or weights[id(linear.weight)] > 1:
-                raise UnsupportedModel(
+                yield (
                     f"{name} of layer {layer.layer_idx} shares its weight with another module, and packing "
                     "would take it away: untie them first."
                 )
+    if len(dtypes := {linear.weight.dtype for layer in layers for _, linear in _projections(layer)}) > 1:
+        yield (
+            f"this model's projections differ in dtype ({', '.join(sorted(map(str, dtypes)))}): cast it to "
+            "one with `model.to(...)`."
+        )
+
+
+def _faults_of(layer: Any, config: MLAConfig) -> Iterator[str]:
+    """Yield why one layer cannot be served: it computes something else than its config announces."""
+    kind, gate, indexer = (
+        type(layer).__name__,
+        getattr(layer, "g_proj", None),
+        getattr(layer, "indexer", None),
+    )
+    if not hasattr(layer, "expand_kv"):
+        yield (
+            f"{kind} is not a class of `transformers`, and caches expanded keys: load the "
+            "model without `trust_remote_code`."
+        )
+    if "expand_kv" in vars(layer):
+        yield f"{kind} has its own expand_kv, and our ops would skip it: remove it first."
+    if not getattr(layer, "is_causal", True):
+        yield NOT_CAUSAL
+    for name, linear in _projections(layer):
+        if more := _more_than_a_weight(linear, name != "kv_b_proj"):
+            yield (
+                f"{name} of this model is {more}: load it unquantized, without adapters or offloading, in "
+                "bfloat16, float16 or float32."
+            )
+    if (rows := 0 if gate is None else gate.weight.shape[0]) != config.gate_width:
+        yield (
+            f"{kind} has {rows or 'no'} output gates per token, and its config announces "
+            f"{config.gate_width or 'none'}: this class computes another model."
+        )
+    heads = config.of_layer(layer.layer_idx).index_n_heads
+    if (actual := 0 if indexer is None else indexer.n_heads) != heads:
+        yield (
+            f"layer {layer.layer_idx} has {actual or 'no'} index heads, and its config announces "
+            f"{heads or 'none'}: this class computes another model."
+        )
+    if indexer is not None and "forward" in vars(indexer):
+        yield (
+            f"the indexer of layer {layer.layer_idx} has its own forward, and our ops would skip it: remove "
+            "it first."
+        )
+    if abs(layer.scaling - config.softmax_scale) > 1e-6 * config.softmax_scale:
+        yield f"{kind} scales logits by {layer.scaling:.6g}, and its config says {config.softmax_scale:.6g}."
 
 
 def _projections(layer: Any) -> list[tuple[str, Any]]:
@@ -240,23 +232,6 @@ def _more_than_a_weight(linear: Any, may_have_bias: bool) -> str:
         return "an nn.Linear with a bias"
     hooked = weight._backward_hooks or any(getattr(linear, name, None) for name in HOOKS)
     return "an nn.Linear with hooks" if hooked else ""
-
-
-def _config(model: Any, layers: list[Any]) -> MLAConfig:
-    """Return the layers' config. Raises `UnsupportedModel`."""
-    try:
-        return MLAConfig.from_dict(layers[0].config.to_dict())
-    except ConfigError as error:
-        raise UnsupportedModel(f"{type(model).__name__} cannot be served: {error}") from error
-
-
-def _check_scaling(layers: list[Any], config: MLAConfig) -> None:
-    for layer in layers:
-        if abs(layer.scaling - config.softmax_scale) > 1e-6 * config.softmax_scale:
-            raise UnsupportedModel(
-                f"{type(layer).__name__} scales logits by {layer.scaling:.6g}, and its config says "
-                f"{config.softmax_scale:.6g}."
-            )
 
 
 # -------------------------------------------------------------------------------------------- check

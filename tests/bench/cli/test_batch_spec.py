@@ -12,7 +12,7 @@ import pytest
 
 from mla.bench import results
 from mla.bench.cli.run import run
-from mla.bench.plan import preview
+from mla.bench.plan import request as preview
 from mla.bench.plan.options import RunOptions, case_command
 from mla.bench.plan.request import Request
 from mla.bench.plan.resolve import resolve

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mla.bench.measure.target import MAX_S
-from mla.bench.plan import preview
+from mla.bench.plan import request as preview
 
 Bench = Callable[..., Any]
 CPU = ("--backend", "cpu", "--threads", "1", "--implementations", "mla")

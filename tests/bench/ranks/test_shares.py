@@ -26,10 +26,9 @@ from mla.bench.ranks.simulation import Simulation
 from mla.bench.subjects.inputs import make_inputs
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.grid import Point
-from mla.checkpoint.stored import SAMPLED_ROWS
+from mla.checkpoint.folder import SAMPLED_ROWS
 from mla.parallel.groups import SimulatedGroups
-from mla.parallel.layout import Layout
-from mla.parallel.link import Link
+from mla.parallel.layout import Layout, Link
 from mla.reference import REFERENCE
 from mla.weights import random_state_dict, weight_shapes
 from mla_backends.testing import HostBackend
