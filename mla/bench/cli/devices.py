@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mla.bench import results
-from mla.bench.plan.options import check_dtype
+from mla.bench.plan.options import of_dtype, refuse
 from mla.bench.terminal import ceilings as terminal
 from mla.bench.workload.grid import points_of, read_index_format
 from mla.bench.workload.scenario import MAX_LAYERS
@@ -69,8 +69,11 @@ def list_backends(configs: bool, workloads: bool, as_json: bool) -> int:
         raise UsageError("--configs and --workloads are two lists: ask for one of them.")
     if workloads:
         out(_json(shipped_workloads()) if as_json else workloads_table())
+    elif configs and as_json:
+        out(_json(presets()))
     elif configs:
-        out(_json(presets()) if as_json else configs_table())
+        words = ("name", "nope/v", "rotation", "source")
+        out(fitted(_CONFIGS, map(_row, PRESETS), words, optional=("rotation", "source")))
     else:
         out(_backends(as_json))
     return Exit.OK
@@ -364,7 +367,7 @@ def _native(backend: Backend, names: list[str], *, explicit: bool) -> list[torch
     dtypes = [getattr(torch, name) for name in names]
     if explicit:
         for dtype in dtypes:
-            check_dtype(backend, dtype)
+            refuse(of_dtype(backend, dtype))
     native = backend.dtypes()
     return [dtype for dtype in dtypes if dtype in native] or list(native)
 
@@ -375,25 +378,18 @@ _CONFIGS = ("name", "hidden", "heads", "q_lora", "latent", "nope/v", "rotation",
 _WORKLOADS = ("name", "scenarios", "config", "op", "about", "source")
 
 
-def configs_table() -> str:
-    """Return a table with one line per preset, as wide as the result; "-" means none."""
-    return fitted(
-        *(_CONFIGS, map(_row, PRESETS), ("name", "nope/v", "rotation", "source")),
-        optional=("rotation", "source"),
-    )
-
-
 def presets() -> list[dict[str, Any]]:
     """Return per preset the config, its checkpoint, its config.json, and what was read in its place."""
+    configs = [(MLAConfig.preset(name), preset) for name, preset in PRESETS.items()]
+    said = ("checkpoint", "source", "read_from")
     return [
-        {**_numbers(name), **{key: getattr(preset, key) for key in ("checkpoint", "source", "read_from")}}
-        for name, preset in PRESETS.items()
+        {
+            **asdict(config),
+            "softmax_scale": config.softmax_scale,
+            **{key: getattr(preset, key) for key in said},
+        }
+        for config, preset in configs
     ]
-
-
-def _numbers(name: str) -> dict[str, Any]:
-    config = MLAConfig.preset(name)
-    return {**asdict(config), "softmax_scale": config.softmax_scale}
 
 
 def _row(name: str) -> tuple[str, ...]:
@@ -431,16 +427,14 @@ def workloads_table() -> str:
 
 def shipped_workloads() -> list[dict[str, Any]]:
     """Return per shipped workload its number of scenarios, its default config and op, and its source."""
-    return list(map(_facts, SHIPPED))
-
-
-def _facts(name: str) -> dict[str, Any]:
-    workload = read_workload(name)
-    return {
-        "name": name,
-        "scenarios": len(points_of(workload.scenarios, {})),
-        "config": workload.config or DEFAULT_CONFIG,
-        "op": workload.op,
-        "about": workload.about,
-        "source": workload.source,
-    }
+    return [
+        {
+            "name": workload.name,
+            "scenarios": len(points_of(workload.scenarios, {})),
+            "config": workload.config or DEFAULT_CONFIG,
+            "op": workload.op,
+            "about": workload.about,
+            "source": workload.source,
+        }
+        for workload in map(read_workload, SHIPPED)
+    ]

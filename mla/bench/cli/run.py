@@ -11,7 +11,7 @@ import click
 from mla.bench import results
 from mla.bench.cli.run_options import run_options
 from mla.bench.cli.stored import verdict as compared_verdict
-from mla.bench.plan.options import RunOptions, check_gate
+from mla.bench.plan.options import RunOptions
 from mla.bench.results.cases import labelled
 from mla.bench.results.file import printable
 from mla.bench.run.watchdog import Budget
@@ -90,7 +90,6 @@ def run(**values: Any) -> int:
     """
     options = RunOptions(**values)
     budget = Budget(options.budget)
-    check_gate(options)
     baseline = results.read(options.baseline) if options.baseline else None
     if options.resume and not options.output and files.is_stream(options.resume):
         raise UsageError(f"'{options.resume}' is a pipe and cannot be rewritten: give -o FILE.")
@@ -108,7 +107,7 @@ def _ranks(options: RunOptions, opened: OpenedBackend, layout: Layout) -> Any:
     """Meet the other ranks, or make simulated ones; torch is imported only then."""
     if options.simulate:
         from mla.bench.ranks.simulation import Simulation
-        from mla.parallel.link import Link
+        from mla.parallel.layout import Link
 
         assert options.link is not None
         return Simulation(layout, Link.parse(options.link), options.link_source)
@@ -148,8 +147,7 @@ def _list_ops(request: Request) -> Exit:
 
 def _run(request: Request, budget: Budget, old: results.Run | None, baseline: results.Run | None) -> int:
     """Say what will run, run it, write it and print it."""
-    from mla.bench.plan import preview
-    from mla.bench.plan.request import empty_run
+    from mla.bench.plan.request import describe, dry_run, empty_run, require_memory
     from mla.bench.run import scheduler
     from mla.bench.run.scheduler import verdict
     from mla.bench.run.steering import steering
@@ -157,11 +155,11 @@ def _run(request: Request, budget: Budget, old: results.Run | None, baseline: re
     options = request.options
     verbose(options.detail == "verbose")
     if options.detail != "quiet" or options.dry_run:
-        preview.describe(request, options.detail == "verbose" or options.dry_run)
-    preview.require_memory(request)
+        describe(request, options.detail == "verbose" or options.dry_run)
+    require_memory(request)
     if options.dry_run:
         with last_words.while_running(request.setting.backend.name):
-            preview.dry_run(request)
+            dry_run(request)
         return Exit.OK
     empty = empty_run(request)
     course = steering(request, empty, budget, old, lambda run: _show(options, run))
@@ -183,7 +181,11 @@ def _run(request: Request, budget: Budget, old: results.Run | None, baseline: re
         code = graver(code, _reliable(options, outcome.run))
     if not outcome.interrupted and compared is not None:
         code = graver(code, _gate(options, compared))
-    return code if outcome.interrupted else _profile(request, outcome, budget, code)
+    if outcome.interrupted or options.profile is None:
+        return code
+    from mla.bench.run.profile import profile
+
+    return profile(request, outcome.run, options.profile, budget, code)  # everything else is done by now
 
 
 def _note_load(load: OtherLoad, run: results.Run) -> None:
@@ -195,15 +197,6 @@ def _note_load(load: OtherLoad, run: results.Run) -> None:
     threads = int(facts["torch_threads"]) if facts["processor"] == run.backend.device else 1
     if busy := load.remark(threads):
         facts.setdefault(OTHERS, busy)
-
-
-def _profile(request: Request, outcome: Outcome, budget: Budget, code: Exit) -> Exit:
-    """Record a trace, if one was asked for; everything else is done by then."""
-    if request.options.profile is None:
-        return code
-    from mla.bench.run.profile import profile
-
-    return profile(request, outcome.run, request.options.profile, budget, code)
 
 
 def _report(request: Request, outcome: Outcome) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mla.bench.workload import implementations
 from mla.bench.workload.grid import AFFECTED, READS_HISTORY, SPARSE, Axes, Point, ops_of
-from mla.bench.workload.implementations import parse
+from mla.bench.workload.implementations import is_ours, parse
 from mla.bench.workload.scenario import MAX_COUNT
 from mla.bench.workload.workload_file import STANDARD
 from mla.command import launcher
@@ -139,38 +138,42 @@ class RunOptions(BackendOptions):
             raise UsageError("--implementations is empty: leave it out, or list what to time.")
         return names
 
+    @property
+    def foreign(self) -> list[str]:
+        """Those of `implementation_names` that do not run our layer."""
+        return [name for name in self.implementation_names if not is_ours(name)]
+
+
+# Options that reproduce any case of a run, in the order of its command; and values that need no words.
+_REPEATED = (
+    *(
+        "device",
+        "threads",
+        "config",
+        "model_path",
+        "layer",
+        "workload",
+        "runs",
+        "passes",
+        "warmups",
+        "layers",
+    ),
+    *("parallel", "link", "dtype", "attention", "page_size", "ops", "seed", "mode", "cache", "clock"),
+)
+_USUAL = {"workload": STANDARD, "dtype": DEFAULT_DTYPE, "page_size": DEFAULT_PAGE_SIZE}
+_USUAL |= {"attention": "auto", "ops": "auto"}
+
 
 def common_options(options: RunOptions, backend: str, device: int | None) -> list[str]:
     """Return the options that reproduce any case of this run on a backend, by its name."""
     config = DEFAULT_CONFIG if options.config is None else options.config
-    flags: Sequence[tuple[str, object, object]] = (
-        ("--device", device, None),
-        ("--threads", options.threads, None),
-        ("--config", None if options.model_path else config, None),
-        ("--model-path", options.model_path, None),
-        ("--layer", options.layer, None),
-        ("--workload", options.workload_name, STANDARD),
-        ("--runs", options.runs, None),
-        ("--passes", options.passes, None),
-        ("--warmups", options.warmups, None),
-        ("--layers", options.layers, None),
-        ("--parallel", options.parallel, None),
-        ("--link", options.link if options.simulate else None, None),
-        ("--dtype", options.dtype, DEFAULT_DTYPE),
-        ("--attention", options.attention, "auto"),
-        ("--page-size", options.page_size, DEFAULT_PAGE_SIZE),
-        ("--ops", options.ops, "auto"),
-        ("--seed", options.seed, None),
-        ("--mode", options.mode, None),
-        ("--cache", options.cache, None),
-        ("--clock", options.clock, None),
-    )
-    words = ["--backend", backend]
-    for option in options.backend_options:
-        words += ["-O", option]
-    for flag, value, default in flags:
-        if value is not None and value != default:
-            words += [flag, str(value)]
+    values = {**vars(options), "device": device, "workload": options.workload_name}
+    values |= {"config": None if options.model_path else config}
+    values |= {"link": options.link if options.simulate else None}
+    words = ["--backend", backend, *(word for option in options.backend_options for word in ("-O", option))]
+    for name in _REPEATED:
+        if values[name] is not None and values[name] != _USUAL.get(name):
+            words += [f"--{name.replace('_', '-')}", str(values[name])]
     return words
 
 
@@ -210,12 +213,19 @@ def short_axes(options: RunOptions) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------ validation
 
-# Every mistake shows here, before any work. `check_gate`, `check_lengths`, `check_options` and `check_points`
-# need only the command line and the workload; the others also the layer or the device, which starts slowly.
+# Every mistake shows here, before any work: `refuse` raises the first sentence that a generator below yields.
+# Those of lengths, options and points need only the command line and the workload; the others also the
+# layer or the device, which starts slowly.
 
 SELECTS = ("topk", "selection")  # axes of ops that select
 # Ranks of a prediction: the result has the samples of each.
 MAX_SIMULATED = 256
+
+
+def refuse(faults: Iterable[str]) -> None:
+    """Raise `UsageError` with the first of these sentences, if there is one."""
+    for fault in faults:
+        raise UsageError(fault)
 
 
 def _first(flags: Mapping[str, object]) -> str:
@@ -223,58 +233,86 @@ def _first(flags: Mapping[str, object]) -> str:
     return next((flag for flag, value in flags.items() if value), "")
 
 
-def check_gate(options: RunOptions) -> None:
-    """Raise `UsageError` for a threshold without a run to compare with."""
+def of_lengths(options: RunOptions) -> Iterator[str]:
+    """Yield that a threshold has no run to compare with, and that lengths have two sources."""
     if options.baseline is None and options.fail_slower is not None:
-        raise UsageError("--fail-slower needs a run to compare with: add --baseline FILE.")
-
-
-def check_lengths(options: RunOptions) -> None:
-    """Raise `UsageError` for two sources of lengths."""
+        yield "--fail-slower needs a run to compare with: add --baseline FILE."
     if options.preset and options.workload:
-        raise UsageError("--preset and --workload are mutually exclusive: a preset is a shipped workload.")
-    if options.batch_specs and options.workload_flag:
-        raise UsageError(
-            f"--batch-spec and {options.workload_flag} are mutually exclusive: a batch spec is the scenario."
-        )
+        yield "--preset and --workload are mutually exclusive: a preset is a shipped workload."
+    flag = options.workload_flag
+    if options.batch_specs and flag:
+        yield f"--batch-spec and {flag} are mutually exclusive: a batch spec is the scenario."
     lengths = [flag for flag, value in options.op_shape.items() if value is not None and flag != "--heads"]
-    source = "--batch-spec" if options.batch_specs else options.workload_flag
+    source = "--batch-spec" if options.batch_specs else flag
     if lengths and source:
-        raise UsageError(
-            f"{lengths[0]} and {source} are mutually exclusive: both give the lengths of the requests."
-        )
+        yield f"{lengths[0]} and {source} are mutually exclusive: both give the lengths of the requests."
 
 
-def check_sparse(options: RunOptions, op_of_file: str | None) -> None:
-    """Raise `UsageError` for an op that selects nothing on a workload whose ops, `op_of_file`, do."""
+def of_sparse(options: RunOptions, op_of_file: str | None) -> Iterator[str]:
+    """Yield that an op selects nothing, on a workload whose ops, `op_of_file`, do."""
     ops = [] if options.op is None else ops_of(options.op)
     dense = next((op for op in ops if op not in SPARSE), None)
     if dense and op_of_file and not set(SPARSE).isdisjoint(ops_of(op_of_file)):
-        raise UsageError(
+        yield (
             f"workload '{options.workload_name}' is for {', '.join(SPARSE)}, and {dense} selects nothing: "
             "leave --op out, or give its batches with --batch-spec."
         )
 
 
-def check_options(options: RunOptions, axes: Axes, op_of_file: str | None = None) -> None:
-    """Raise `UsageError` for options that contradict each other or lack one that they need.
+def of_options(options: RunOptions, axes: Axes, op_of_file: str | None = None) -> Iterator[str]:
+    """Yield which options contradict each other or lack one that they need.
 
-    `op_of_file`: the op to time, if the workload names it and the user does not.
+    `op_of_file`: the op to time, if the workload names it and the user does not. Raises `UsageError` for a
+    name of an implementation that cannot be read.
     """
-    options.implementation_names  # noqa: B018  # raises for a name that cannot be read
-    _check_op_shape(options, axes)
-    _check_op_alone(options, op_of_file)
-    _check_checkpoint(options)
-    _check_profile(options)
-    _check_page_size(options.page_size)
-    _check_parallel(options)
-    _check_simulation(options)
+    options.implementation_names  # noqa: B018  # raises
+    yield from _of_op(options, axes, op_of_file)
+    if options.layer is not None and not options.model_path:
+        yield "--layer chooses a layer of a checkpoint: it needs --model-path."
+    if options.model_path and options.config is not None:
+        yield "--config and --model-path are mutually exclusive: the checkpoint's own config.json is used."
+    size, trace = options.page_size, options.profile
+    if trace is not None and not trace.name.endswith((".json", ".json.gz")):
+        yield f"--profile writes a Chrome trace, FILE.json or FILE.json.gz, got '{trace}'."
+    files = {"-o": options.output, "--resume": options.resume, "--baseline": options.baseline}
+    for flag, other in files.items():
+        if trace and other and other.absolute() == trace.absolute():
+            yield f"--profile and {flag} name the same file, '{trace}': give the trace its own."
+    if size is not None and (not 1 <= size <= MAX_COUNT or size & (size - 1)):
+        yield f"--page-size must be a power of two below 2^31, got {size}."
+    yield from _of_ranks(options)
 
 
-def _check_parallel(options: RunOptions) -> None:
-    """Raise `UsageError` for what is not measured over several ranks."""
-    if options.parallel is None:
+def _of_op(options: RunOptions, axes: Axes, op_of_file: str | None) -> Iterator[str]:
+    """Yield which options of one op are without one, and which are about the whole layer with one."""
+    given = [flag for flag, value in options.op_shape.items() if value is not None]
+    for flag in given:
+        if flag[2:].replace("-", "_") in axes:
+            yield f"{flag} and an axis of that name are mutually exclusive: keep one."
+    if options.op is None:
+        if given and not options.batch_specs:
+            yield f"{given[0]} shapes one op: it needs --op; a workload has its own lengths, and axes (-a)."
         return
+    layer = {
+        "--model-path": options.model_path,
+        "--attention": options.attention != "auto",
+        "--layers": options.layers is not None,
+    }
+    about = f"{_first(layer)} is about the whole layer"
+    if _first(layer) and op_of_file:
+        yield (
+            f"{about}, and workload '{options.workload_name}' times one op, {op_of_file}: leave it out; "
+            "--heads and --config apply."
+        )
+    shape = "the workload's batches, " if options.workload_flag else "--batch, --kv, --q-len, --batch-spec, "
+    shape = "--batch-spec, " if options.batch_specs else shape
+    if _first(layer):
+        yield f"{about}: leave it out with --op, whose shape is {shape}--heads and --config."
+
+
+def _of_ranks(options: RunOptions) -> Iterator[str]:
+    """Yield what is not measured over ranks, and what simulates nothing or would be repeated by them."""
+    layout = options.parallel
     alone = {
         "--op": options.op,
         "--layers": options.layers not in (None, 1),
@@ -285,175 +323,87 @@ def _check_parallel(options: RunOptions) -> None:
         "--cache": options.cache not in (None, "warm"),
         "--clock": options.clock not in (None, "host"),
     }
-    if flag := _first(alone):
-        raise UsageError(f"{flag} is for one device: leave it out with --parallel, or run without.")
-    if options.parallel.dcp > 1 and options.attention == "expanded":
-        raise UsageError("dcp supports --attention absorbed only: leave out expanded, or dcp.")
-    foreign = [name for name in options.implementation_names if not implementations.is_ours(name)]
-    if foreign:
-        raise UsageError(f"{foreign[0]} runs on one device: --parallel times mla and mla-reference.")
-
-
-def _check_simulation(options: RunOptions) -> None:
-    """Raise `UsageError` for a simulation of nothing, and for one that several processes would repeat."""
+    if layout and (flag := _first(alone)):
+        yield f"{flag} is for one device: leave it out with --parallel, or run without."
+    if layout and layout.dcp > 1 and options.attention == "expanded":
+        yield "dcp supports --attention absorbed only: leave out expanded, or dcp."
+    if layout and options.foreign:
+        yield f"{options.foreign[0]} runs on one device: --parallel times mla and mla-reference."
     if not options.simulate:
         if options.link is not None:
-            raise UsageError("--link is what a simulation assumes of the ranks' link: add --simulate.")
+            yield "--link is what a simulation assumes of the ranks' link: add --simulate."
         return
-    if options.parallel is None:
-        raise UsageError("--simulate predicts the ranks of a layout: add --parallel, as in tp=8.")
-    count = launcher.count() or 1
-    if count > 1:
-        raise UsageError(
+    if layout is None:
+        yield "--simulate predicts the ranks of a layout: add --parallel, as in tp=8."
+    elif (count := launcher.count() or 1) > 1:
+        yield (
             f"--simulate predicts all ranks in one process, and {count} were started: start one, or leave "
             "--simulate out to measure the real ranks."
         )
-    if options.parallel.world > MAX_SIMULATED:
-        raise UsageError(
-            f"--simulate predicts ranks, {MAX_SIMULATED} at most, and layout '{options.parallel}' has "
-            f"{options.parallel.world}."
-        )
+    elif layout.world > MAX_SIMULATED:
+        yield f"--simulate predicts ranks, {MAX_SIMULATED} at most, and layout '{layout}' has {layout.world}."
 
 
-def _check_op_shape(options: RunOptions, axes: Axes) -> None:
-    given = [flag for flag, value in options.op_shape.items() if value is not None]
-    for flag in given:
-        if flag[2:].replace("-", "_") in axes:
-            raise UsageError(f"{flag} and an axis of that name are mutually exclusive: keep one.")
-    if options.op is None and given and not options.batch_specs:
-        raise UsageError(
-            f"{given[0]} shapes one op: it needs --op; a workload has its own lengths, and axes (-a)."
-        )
-
-
-def _check_op_alone(options: RunOptions, op_of_file: str | None) -> None:
-    """Raise `UsageError` for options about the whole layer where one op is timed."""
-    if options.op is None:
-        return
-    layer = {
-        "--model-path": options.model_path,
-        "--attention": options.attention != "auto",
-        "--layers": options.layers is not None,
-    }
-    if not (flag := _first(layer)):
-        return
-    about = f"{flag} is about the whole layer"
-    if op_of_file:
-        raise UsageError(
-            f"{about}, and workload '{options.workload_name}' times one op, {op_of_file}: leave it out; "
-            "--heads and --config apply."
-        )
-    shape = "the workload's batches, " if options.workload_flag else "--batch, --kv, --q-len, --batch-spec, "
-    shape = "--batch-spec, " if options.batch_specs else shape
-    raise UsageError(f"{about}: leave it out with --op, whose shape is {shape}--heads and --config.")
-
-
-def _check_checkpoint(options: RunOptions) -> None:
-    if options.layer is not None and not options.model_path:
-        raise UsageError("--layer chooses a layer of a checkpoint: it needs --model-path.")
-    if options.model_path and options.config is not None:
-        raise UsageError(
-            "--config and --model-path are mutually exclusive: the checkpoint's own config.json is used."
-        )
-
-
-def _check_profile(options: RunOptions) -> None:
-    file = options.profile
-    if file is None:
-        return
-    if not file.name.endswith((".json", ".json.gz")):
-        raise UsageError(f"--profile writes a Chrome trace, FILE.json or FILE.json.gz, got '{file}'.")
-    files = {"-o": options.output, "--resume": options.resume, "--baseline": options.baseline}
-    for flag, other in files.items():
-        if other is not None and other.absolute() == file.absolute():
-            raise UsageError(f"--profile and {flag} name the same file, '{file}': give the trace its own.")
-
-
-def _check_page_size(size: int | None) -> None:
-    if size is not None and (not 1 <= size <= MAX_COUNT or size & (size - 1)):
-        raise UsageError(f"--page-size must be a power of two below 2^31, got {size}.")
-
-
-def check_points(options: RunOptions, points: Sequence[Point]) -> None:
-    """Raise `UsageError` for options that the scenarios contradict."""
+def of_points(options: RunOptions, points: Sequence[Point]) -> Iterator[str]:
+    """Yield which options the scenarios contradict."""
     for flag, name in (("--dtype", "dtype"), ("--page-size", "page_size")):
         if getattr(options, name) is not None and any(name in point.point for point in points):
-            raise UsageError(
-                f"{flag} and an axis {name} are mutually exclusive: list every value in the axis."
-            )
+            yield f"{flag} and an axis {name} are mutually exclusive: list every value in the axis."
     for point in points:
         selects = next((name for name in SELECTS if getattr(point, name) is not None), None)
         if selects and point.op is None:
-            raise UsageError(
+            yield (
                 f"{selects} is that of one op: add --op sparse_latent_attention. A layer selects by itself, "
                 "as many as its config's index_topk."
             )
         if point.cache_format is not None and point.layers > 1:
-            raise UsageError(f"scenario '{point.name}': a cache format is measured with one layer.")
-    foreign = [name for name in options.implementation_names if not implementations.is_ours(name)]
-    if foreign and any(point.cache_format is not None and point.op is None for point in points):
-        raise UsageError(
-            f"{foreign[0]} has a cache of its own, without formats: leave cache_format out, or list "
+            yield f"scenario '{point.name}': a cache format is measured with one layer."
+    if options.foreign and any(point.cache_format is not None and point.op is None for point in points):
+        yield (
+            f"{options.foreign[0]} has a cache of its own, without formats: leave cache_format out, or list "
             "--implementations without it."
         )
     with_heads = [point.name for point in points if point.heads]
     if options.model_path and with_heads:
-        raise UsageError(f"scenario '{with_heads[0]}' sets heads, but a checkpoint's weights fix them.")
-    _check_stages(options, points)
-
-
-def _check_stages(options: RunOptions, points: Sequence[Point]) -> None:
-    """Raise `UsageError` where `--stages` has nothing to time, or more than one layer."""
+        yield f"scenario '{with_heads[0]}' sets heads, but a checkpoint's weights fix them."
     if not options.stages:
         return
     names = options.implementation_names
-    if names and not any(map(implementations.is_ours, names)):  # without names, `mla` is one of them
-        raise UsageError("--stages times the parts of mla and mla-reference: run one of them.")
+    if names and options.foreign == names:  # without names, `mla` is one of them
+        yield "--stages times the parts of mla and mla-reference: run one of them."
     if options.op is not None:
-        raise UsageError(f"--stages times the parts of a layer, and {options.op} is one part alone.")
+        yield f"--stages times the parts of a layer, and {options.op} is one part alone."
     if any(point.layers > 1 for point in points):
-        raise UsageError("--stages times one layer: leave out --layers.")
+        yield "--stages times one layer: leave out --layers."
 
 
-def check_indexer(options: RunOptions, config: MLAConfig, points: Sequence[Point]) -> None:
-    """Raise `UsageError` for what is not measured of a layer with an indexer, or needs one."""
+def of_indexer(options: RunOptions, config: MLAConfig, points: Sequence[Point]) -> Iterator[str]:
+    """Yield what is not measured of a layer with an indexer, or needs one."""
     if not config.index_n_heads and any(point.index_format for point in points):
-        raise UsageError(f"--index-format stores index keys, and '{config.name}' has no indexer: omit it.")
+        yield f"--index-format stores index keys, and '{config.name}' has no indexer: omit it."
     if not config.index_topk or all(point.op for point in points):
         return
     if not config.index_n_heads:
-        raise UsageError(f"config '{config.name}' selects and has no indexer: give it index_n_heads.")
-    foreign = [name for name in options.implementation_names if not implementations.is_ours(name)]
-    layout = options.parallel
-    refused = (
-        (
-            layout and layout.dp > 1 and not options.simulate,
-            "is judged by one selection, and each part of dp makes its own",
-            "dp of --parallel",
-        ),
-        (
-            options.implementations and foreign,
-            "is judged by its own selection, if that is ours",
-            *foreign[:1],
-        ),
-    )
-    for given, why, *what in refused:
-        if given:
-            raise UsageError(f"a layer with an indexer {why}: leave out {what[0]}.")
+        yield f"config '{config.name}' selects and has no indexer: give it index_n_heads."
+    about, layout = "a layer with an indexer is judged by", options.parallel
+    if layout and layout.dp > 1 and not options.simulate:
+        yield f"{about} one selection, and each part of dp makes its own: leave out dp of --parallel."
+    if options.implementations and options.foreign:
+        yield f"{about} its own selection, if that is ours: leave out {options.foreign[0]}."
 
 
-def check_dtype(backend: Backend, dtype: object) -> None:
-    """Raise `UsageError` for a dtype that the device only emulates."""
+def of_dtype(backend: Backend, dtype: object) -> Iterator[str]:
+    """Yield that the device only emulates a dtype."""
     native = backend.dtypes()
     if dtype not in native:
-        raise UsageError(
+        yield (
             f"backend '{backend.name}' does not compute {dtype_name(dtype)} natively; "
             f"choose --dtype from: {', '.join(map(dtype_name, native))}."
         )
 
 
-def check_heads(config: MLAConfig, points: Sequence[Point]) -> None:
-    """Raise `UsageError` for a number of heads that no tensor-parallel rank of the model has."""
+def of_heads(config: MLAConfig, points: Sequence[Point]) -> Iterator[str]:
+    """Yield a number of heads that no tensor-parallel rank of the model has."""
     whole = config.num_attention_heads
     for point in points:
         axis = point.point.get("heads")
@@ -462,22 +412,24 @@ def check_heads(config: MLAConfig, points: Sequence[Point]) -> None:
         if isinstance(heads, int) and (heads > whole or whole % heads):
             where = f"scenario '{point.name}', heads" if axis is None else "axis heads"
             problem = "are more than" if heads > whole else "do not divide"
-            raise UsageError(
+            yield (
                 f"{where}: {heads} {problem} the {whole} heads of {config.name}; a tensor-parallel rank "
                 "has an equal share of them."
             )
 
 
-def check_op_uses_shape(options: RunOptions, points: Sequence[Point]) -> None:
-    """Raise `UsageError` for `--kv`, `--heads` and other axes that change none of the op's roles."""
+def of_roles(
+    options: RunOptions, points: Sequence[Point], overrides: Mapping[str, Collection[str]]
+) -> Iterator[str]:
+    """Yield what changes none of the roles that `--op` times: lengths, heads, axes, and ops in brackets.
+
+    `overrides`: implementation -> roles that it has ops of its own for.
+    """
+    roles = list(dict.fromkeys(point.op for point in points if point.op))
     if options.op is None:
         return
-    roles = list(dict.fromkeys(point.op for point in points if point.op))
-    unused = []
-    if options.kv is not None and not any(role in READS_HISTORY for role in roles):
-        unused.append("--kv")
-    if options.heads is not None and not any(point.heads for point in points):
-        unused.append("--heads")
+    unused = ["--kv"] * (options.kv is not None and READS_HISTORY.isdisjoint(roles))
+    unused += ["--heads"] * (options.heads is not None and not any(point.heads for point in points))
     unused += [
         axis
         for axis, affected in AFFECTED.items()
@@ -485,20 +437,10 @@ def check_op_uses_shape(options: RunOptions, points: Sequence[Point]) -> None:
     ]
     if unused:
         have, them = ("has", "it") if len(unused) == 1 else ("have", "them")
-        raise UsageError(f"{' and '.join(unused)} {have} no effect on {', '.join(roles)}: omit {them}.")
-
-
-def check_own_ops(
-    options: RunOptions, points: Sequence[Point], overrides: Mapping[str, Collection[str]]
-) -> None:
-    """Raise `UsageError` for ops in brackets none of which `--op` times: they would change nothing.
-
-    `overrides`: implementation -> roles that it has ops of its own for.
-    """
-    roles = list(dict.fromkeys(point.op for point in points if point.op))
+        yield f"{' and '.join(unused)} {have} no effect on {', '.join(roles)}: omit {them}."
     for name, overridden in overrides.items():
-        if options.op is not None and overridden and not any(role in overridden for role in roles):
-            raise UsageError(
+        if overridden and not any(role in overridden for role in roles):
+            yield (
                 f"--op times {', '.join(roles)} alone, and the brackets of '{name}' give it no op: name "
                 f"{'one of them' if len(roles) > 1 else roles[0]} there, or leave '{name}' out."
             )

@@ -27,8 +27,7 @@ from mla.command.display import Reading
 from mla.command.options import OpenedBackend, open_backend
 from mla.config.presets import DEFAULT_CONFIG
 from mla.errors import UsageError
-from mla.parallel.layout import Layout
-from mla.parallel.link import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, IDEAL, Link
+from mla.parallel.layout import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, IDEAL, Layout, Link
 from mla_backends.errors import first_line
 
 if TYPE_CHECKING:
@@ -62,45 +61,32 @@ def resolve(options: RunOptions, join: Join | None = None, resumed: results.Run 
             files.check_writable(file, kind)
     opened = open_backend(options)
     setting, state = _layer(options, points, opened, join)
-    with setting.ranks.told() if setting.ranks else contextlib.nullcontext():
-        return _planned(given, options, points, wanted, opened, setting, state, resumed)
-
-
-def _planned(
-    given: RunOptions,
-    options: RunOptions,
-    points: Sequence[Point],
-    wanted: variants.Wanted,
-    opened: OpenedBackend,
-    setting: Setting,
-    state: State | None,
-    resumed: results.Run | None,
-) -> Request:
     from mla.bench.plan.request import Request, plan_scenarios
     from mla.layer.ops import layer_roles
 
-    roles = layer_roles(setting.config, setting.dtype, setting.device)
-    points = expand_ops(points, setting.config, {role: kind for role, (kind, _) in roles.items()})
-    commands.check_op_uses_shape(options, points)
-    listed = _listed_implementations(options, points, setting.config)
-    cold = "cold" in (wanted.caches or ("cold",))
-    baselines = _added_baselines(setting.config, resumed) if options.is_first_look else []
-    plans, names = plan_scenarios(setting, points, listed, cold, state, baselines)
-    if not listed and "mla-reference" not in names:
-        note("mla-reference is skipped: no fused op was chosen, so it is identical to mla")
-    commands.check_own_ops(options, points, _overrides(setting, names))
-    return Request(
-        setting=setting,
-        scenarios=plans,
-        implementations=names,
-        added=[name for name in baselines if name in names],
-        command=commands.common_options(options, opened.name, opened.device),
-        selection=commands.selection(options),
-        options=given,
-        backend_version=opened.version,
-        state=state,
-        variants=variants.available(wanted, opened.backend),
-    )
+    with setting.ranks.told() if setting.ranks else contextlib.nullcontext():
+        roles = layer_roles(setting.config, setting.dtype, setting.device)
+        points = expand_ops(points, setting.config, {role: kind for role, (kind, _) in roles.items()})
+        commands.refuse(commands.of_roles(options, points, {}))
+        listed = _listed_implementations(options, points, setting.config)
+        cold = "cold" in (wanted.caches or ("cold",))
+        baselines = _added_baselines(setting.config, resumed) if options.is_first_look else []
+        plans, names = plan_scenarios(setting, points, listed, cold, state, baselines)
+        if not listed and "mla-reference" not in names:
+            note("mla-reference is skipped: no fused op was chosen, so it is identical to mla")
+        commands.refuse(commands.of_roles(options, points, _overrides(setting, names)))
+        return Request(
+            setting=setting,
+            scenarios=plans,
+            implementations=names,
+            added=[name for name in baselines if name in names],
+            command=commands.common_options(options, opened.name, opened.device),
+            selection=commands.selection(options),
+            options=given,
+            backend_version=opened.version,
+            state=state,
+            variants=variants.available(wanted, opened.backend),
+        )
 
 
 # ----------------------------------------------------------------------------------------- scenarios
@@ -113,17 +99,17 @@ def _points(options: RunOptions) -> tuple[RunOptions, list[Point]]:
     """
     options = replace(options, axes=(*options.axes, *commands.short_axes(options)))
     grid.parse(options.axes)  # what the user wrote is judged before any file
-    commands.check_lengths(options)
+    commands.refuse(commands.of_lengths(options))
     alone = options.op is not None and options.workload_flag is None  # an op of equal requests
     workload = None if options.batch_specs or alone else read_workload(options.workload_name)
     by_file = workload.op if workload is not None and options.op is None else None
     options = _with_defaults(options, workload)
     axes = grid.parse(options.axes)
-    commands.check_options(options, axes, by_file)
+    commands.refuse(commands.of_options(options, axes, by_file))
     if options.batch_specs and options.op is None and options.heads is not None:
         axes = {**axes, "heads": (options.heads,)}
     points = grid.points_of(_counted(options, workload), axes)
-    commands.check_points(options, points)
+    commands.refuse(commands.of_points(options, points))
     return options, points
 
 
@@ -139,25 +125,20 @@ def _with_defaults(options: RunOptions, workload: Workload | None) -> RunOptions
     if config is None and options.model_path is None:
         config = workload.config
     op = workload.op if options.op is None else options.op
-    commands.check_sparse(options, workload.op)
+    commands.refuse(commands.of_sparse(options, workload.op))
     axes = {axis for scenario in select(workload.scenarios, options.scenarios) for axis in scenario.axes}
     axes -= {axis.partition("=")[0] for axis in options.axes}
     options = replace(options, config=config, op=op)
-    if options.dtype is not None and "dtype" in axes:
-        options = replace(options, dtype=None, axes=(*options.axes, f"dtype={options.dtype}"))
-    if options.page_size is not None and "page_size" in axes:
-        options = replace(options, page_size=None, axes=(*options.axes, f"page_size={options.page_size}"))
+    for name in ("dtype", "page_size"):
+        if (value := getattr(options, name)) is not None and name in axes:
+            changed: dict[str, Any] = {name: None, "axes": (*options.axes, f"{name}={value}")}
+            options = replace(options, **changed)
     return options
 
 
 def _counted(options: RunOptions, workload: Workload | None) -> list[Scenario]:
     """Return the scenarios that were chosen, or the op, with the counts that the user set."""
-    counts = {
-        "runs": options.runs,
-        "passes": options.passes,
-        "warmups": options.warmups,
-        "layers": options.layers,
-    }
+    counts = {name: getattr(options, name) for name in ("runs", "passes", "warmups", "layers")}
     changes = {name: count for name, count in counts.items() if count is not None}
     return [msgspec.structs.replace(scenario, **changes) for scenario in _chosen(options, workload)]
 
@@ -234,10 +215,9 @@ def _layer(
     dtype = getattr(torch, options.dtype or points[0].dtype or DEFAULT_DTYPE)
     dtypes = dict.fromkeys(getattr(torch, point.dtype) if point.dtype else dtype for point in points)
     for dtype_needed in dtypes:
-        commands.check_dtype(opened.backend, dtype_needed)
+        commands.refuse(commands.of_dtype(opened.backend, dtype_needed))
     config = _config(options)
-    commands.check_heads(config, points)
-    commands.check_indexer(options, config, points)
+    commands.refuse([*commands.of_heads(config, points), *commands.of_indexer(options, config, points)])
     stored = dtype if len(dtypes) == 1 else torch.float32  # each scenario rounds to its own
     state = _weights(options, config, stored) if options.model_path else None
     page_size = options.page_size
@@ -351,26 +331,18 @@ def _listed_implementations(options: RunOptions, points: Sequence[Point], config
         return []
     for name in names:
         check_name(parse_one(name).base)
-    other = next((name for name in names if not is_ours(name)), None)
-    if other is None:
-        return names
     try:
-        bases = [parse_one(name).base for name in names]
-        if any(base.startswith("transformers") and ":" not in base for base in bases):
+        if any(name.startswith("transformers") and ":" not in name for name in options.foreign):
             transformers_layer.require()
     except transformers_layer.TransformersMissing as error:
-        if not options.implementations:  # a checkpoint is compared only where it is installed
-            note(f"transformers is skipped: {error}")
-            return []
-        missing: Exception | None = error
-    else:
-        missing = None
-    if options.op is not None:
-        raise UsageError(
-            f"{other} runs the whole layer: {options.op} alone is timed of mla and mla-reference."
-        )
-    if any(point.layers > 1 for point in points):
-        raise UsageError(f"{other} runs one layer at a time: leave it out, or --layers.")
-    if missing:
-        raise missing
+        if options.implementations:
+            raise
+        note(f"transformers is skipped: {error}")  # a checkpoint is compared only where it is installed
+        return []
+    for name in options.foreign:
+        if options.op is not None:
+            only = f"{options.op} alone is timed of mla and mla-reference"
+            raise UsageError(f"{name} runs the whole layer: {only}.")
+        if any(point.layers > 1 for point in points):
+            raise UsageError(f"{name} runs one layer at a time: leave it out, or --layers.")
     return names
