@@ -1,12 +1,11 @@
 """`ShardedCache`: one rank's tokens of every request; and `ShardedBatch`: one step on them.
 
-Token i of a request is on rank i // interleave mod world. Page tables are those of rank 0, whose share of a
-request is never the smaller one: so all ranks hand out the same pages, and are full at the same time.
+Token i of a request is on rank i mod world. Page tables are those of rank 0, whose share of a request is
+never the smaller one: so all ranks hand out the same pages, and are full at the same time.
 
 Attention ops take requests of new tokens of which each sees one key more than the one before. On one of W
 ranks that holds for every W-th new token of a request, as each sees one more of this rank's tokens than the
-last such one: so a request with several new tokens becomes up to W, and queries are reordered. With runs
-of several tokens it does not hold, and every new token is a request of its own.
+last such one: so a request with several new tokens becomes up to W, and queries are reordered.
 """
 
 from __future__ import annotations
@@ -81,10 +80,8 @@ def most_rows(share: Share, query_lens: Sequence[int]) -> int:
     """Return the most rows of attention that a step is cut into.
 
     Of every request, each of `world` classes of tokens is a row, and its first token one more where it sees
-    no key here. Runs of several tokens are cut token by token.
+    no key here.
     """
-    if share.interleave > 1:
-        return sum(query_lens)
     return sum(min(new, 2 * share.world) for new in query_lens)
 
 
@@ -263,7 +260,7 @@ def _order(
 
     None where they stay in order.
     """
-    if share.interleave > 1 or max(query_lens, default=0) <= 1:
+    if max(query_lens, default=0) <= 1:
         return None
     order = (request * share.world + positions.remainder(share.world)).argsort(stable=True)
     return None if bool((order[1:] > order[:-1]).all()) else order

@@ -16,38 +16,32 @@ from mla.parallel.layout import Share
 from mla_backends.upload import upload_into
 
 CONFIG = MLAConfig(8, 2, kv_lora_rank=6, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=4)
-WORLDS = st.tuples(st.integers(1, 5), st.integers(1, 5))
+WORLDS = st.integers(1, 5)
 # A step of one new token each, as of a decode, is worked out in another way.
 STEP = st.just([1, 1, 1]) | st.lists(st.integers(0, 9), min_size=3, max_size=3)
 STEPS = st.lists(STEP, min_size=1, max_size=5)
 
 
-def owner(position: int, world: int, interleave: int) -> int:
-    return position // interleave % world
-
-
 @given(WORLDS, st.integers(0, 60))
-def test_a_share_is_what_counting_gives(layout: tuple[int, int], length: int) -> None:
-    world, interleave = layout
-    counts = [sum(owner(i, world, interleave) == rank for i in range(length)) for rank in range(world)]
+def test_a_share_is_what_counting_gives(world: int, length: int) -> None:
+    counts = [sum(i % world == rank for i in range(length)) for rank in range(world)]
     for rank in range(world):
-        share = Share(rank, world, interleave)
+        share = Share(rank, world)
         assert share.held(torch.tensor([length])).item() == share.held(length) == counts[rank]
         owned = share.owns(torch.arange(length)).tolist()
-        assert owned == [owner(i, world, interleave) == rank for i in range(length)]
+        assert owned == [i % world == rank for i in range(length)]
         assert owned == [share.owns(i) for i in range(length)]
-    assert Share(0, world, interleave).first(length) == max(counts)
+    assert Share(0, world).first(length) == max(counts)
 
 
 @given(WORLDS, STEPS, st.integers(1, 40))
 @settings(max_examples=60, deadline=None)
 def test_every_token_is_written_once_and_sees_all_before_it(
-    layout: tuple[int, int], steps: list[list[int]], most: int
+    world: int, steps: list[list[int]], most: int
 ) -> None:
     """Follow what each slot of each rank holds; every query must see this rank's tokens up to its own."""
-    world, interleave = layout
     caches = [
-        ShardedCache(CONFIG, Share(rank, world, interleave), max_tokens=600 * world, page_size=4, shuffle=1)
+        ShardedCache(CONFIG, Share(rank, world), max_tokens=600 * world, page_size=4, shuffle=1)
         for rank in range(world)
     ]
     held: list[dict[int, tuple[int, int]]] = [{} for _ in caches]  # slot -> request, position
@@ -69,7 +63,7 @@ def test_every_token_is_written_once_and_sees_all_before_it(
             assert batch.positions.tolist() == [position for _, position in new]
             seen = [visible for part in batch.parts(most) for visible in attended(part, slots)]
             for token, (request, position) in enumerate(new):
-                mine = [i for i in range(position + 1) if owner(i, world, interleave) == cache.share.rank]
+                mine = [i for i in range(position + 1) if i % world == cache.share.rank]
                 assert seen[token] == [(request, i) for i in mine]
         assert sorted(written) == list(range(len(new)))
 

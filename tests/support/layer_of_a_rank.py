@@ -64,14 +64,13 @@ class Case(NamedTuple):
     batch: str
     config: str = "plain"
     dtype: torch.dtype = torch.float32
-    interleave: int = 1
     workspace: int = 1 << 20  # bytes: with a small one, a step is attended in several parts
     hops: int = groups_module.MOST_HOPS  # of more, outputs are added up in float32
     at_once: bool = False  # the backend makes a forward that comes again in one call
 
     def __str__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")
-        rest = f"interleave {self.interleave}, workspace {self.workspace}, hops {self.hops}"
+        rest = f"workspace {self.workspace}, hops {self.hops}"
         return f"{self.layout}: {self.batch}, {self.config}, {kind}, {rest}" + ", at once" * self.at_once
 
 
@@ -88,7 +87,6 @@ def cases(world: int) -> Iterator[Case]:
         if "dcp" in layout:
             yield Case(layout, "mixed", "odd", torch.bfloat16)  # an lse that must be aligned among odd rows
             for batch in ("mixed", "decode", "two tokens"):
-                yield Case(layout, batch, interleave=4)
                 yield Case(layout, batch, workspace=1 << 15)
 
 
@@ -128,7 +126,7 @@ def make_cache(case: Case, config: MLAConfig, groups: Groups, tokens: int) -> La
     room = 2 * (tokens + 8 * 16 * groups.layout.dcp)
     cache: LatentCache | ShardedCache
     if groups.layout.dcp > 1:
-        share = Share(groups.place.dcp, groups.layout.dcp, case.interleave)
+        share = Share(groups.place.dcp, groups.layout.dcp)
         cache = ShardedCache(config, share, max_tokens=room, page_size=8, dtype=case.dtype, shuffle=3)
     else:
         cache = LatentCache(config, max_tokens=room, page_size=8, dtype=case.dtype, shuffle=3)
