@@ -26,29 +26,19 @@ def load_backend(
     if isinstance(index, Mapping):
         raise TypeError(f"load_backend('{name}', options={dict(index)}): options go by name.")
     chosen = dict(options or {})
-    if threads is None:
-        return _checked(name, open_backend(name, index, chosen))
-    chosen["threads"] = str(threads)
-    with contextlib.suppress(Exception):  # if torch does not import, what needs it says so, with the cure
-        _set_threads(threads)
+    if threads is not None:
+        chosen["threads"] = str(threads)
+        with contextlib.suppress(Exception):  # if torch does not import, what needs it says so, with the cure
+            import torch
+
+            torch.set_num_threads(threads)  # beforehand: a backend may do nothing with the option
     backend = open_backend(name, index, chosen)
-    _check_threads(name, threads)
-    return _checked(name, backend)
-
-
-def _checked(name: str, backend: Backend) -> Backend:
-    """Return a backend whose answers can be. Raises `BackendError`; torch is needed here at the latest."""
-    from mla.opened import check_opened
+    if threads is not None:
+        _check_threads(name, threads)
+    from mla.opened import check_opened  # which needs torch
 
     check_opened(name, backend)
     return backend
-
-
-def _set_threads(threads: int) -> None:
-    """Set torch's host threads beforehand: a backend that does nothing with the option has them as well."""
-    import torch
-
-    torch.set_num_threads(threads)
 
 
 def _check_threads(name: str, threads: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -43,7 +42,8 @@ def _faults(backend: Backend) -> Iterator[tuple[str, str]]:
         if not _is_count(value := getattr(memory, field), least=0):
             yield "memory()", f"{field} {value!r}, not a number of bytes or None"
     native = backend.dtypes()
-    if not isinstance(native, (tuple, list)) or not native or not all(map(_is_dtype, native)):
+    listed = isinstance(native, (tuple, list)) and native
+    if not listed or not all(isinstance(dtype, torch.dtype) for dtype in native):
         yield "dtypes()", f"{native!r}, not a tuple of torch dtypes"
 
 
@@ -65,7 +65,7 @@ def _of_device(info: DeviceInfo) -> Iterator[str]:
 def _of_peak(field: str, peak: Any, most: float) -> Iterator[str]:
     if not isinstance(peak, Peak):
         yield f"{field} {peak!r}, not a Peak"
-    elif not _is_real(peak.value) or not 1 <= peak.value <= most:
+    elif type(peak.value) is bool or not isinstance(peak.value, (int, float)) or not 1 <= peak.value <= most:
         yield f"{field} {peak.value!r} per second, not a number from 1 to {most:g}"
     elif not isinstance(peak.source, str) or not peak.source.isprintable():
         yield f"{field} of the source {peak.source!a}, not a printable text"
@@ -74,11 +74,3 @@ def _of_peak(field: str, peak: Any, most: float) -> Iterator[str]:
 def _is_count(value: Any, least: int) -> bool:
     whole = isinstance(value, int) and not isinstance(value, bool)
     return value is None or (whole and least <= value <= MAX_BYTES)
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_dtype(value: Any) -> bool:
-    return isinstance(value, torch.dtype)

@@ -27,7 +27,7 @@ from mla.bench import results
 from mla.bench.subjects.inputs import make_inputs
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.setting import Setting
-from mla.bench.workload.workload_file import load_workload
+from mla.bench.workload.workload_file import read_workload
 from mla.command import console
 from mla.command.environment import environment
 from mla.command.exit_codes import Exit, guarded
@@ -71,7 +71,7 @@ def verdict(readings: Sequence[MemoryReading]) -> tuple[bool, str]:
 
 def decode(setting: Setting, steps: int = STEPS) -> list[MemoryReading]:
     """Decode in passes of the standard scenario, as the runner does, with a reading every thousand steps."""
-    scenario = next(each for each in load_workload("standard") if each.mode == "decode")
+    scenario = next(each for each in read_workload("standard").scenarios if each.mode == "decode")
     layer = MlaLayer(setting, random_state_dict(setting.config, setting.seed, setting.dtype))
     layer.load(scenario, make_inputs(setting.config, scenario, setting.seed, setting.dtype))
     readings, faults = [read(0, 0)], minor_faults()

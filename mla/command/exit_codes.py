@@ -119,7 +119,9 @@ def _guarded(command: Callable[[], int | None]) -> int:
     except click.ClickException as error:
         return _refuse(error)
     except (KeyboardInterrupt, click.Abort):
-        _forget_interrupt()
+        # Python remembers a KeyboardInterrupt that has left an `exec` of text, as during imports, and would
+        # end the process as Ctrl-C does, whatever its exit code. Running another text makes it forget.
+        exec("")
         return _say(_interruption(), interrupted())
     except BackendOptionError as error:
         return _say(str(error), Exit.USAGE)
@@ -137,15 +139,6 @@ def _show_traceback(error: BaseException | None) -> None:
     """Print the traceback in Python's development mode."""
     if error is not None and sys.flags.dev_mode:
         traceback.print_exception(original(error))
-
-
-def _forget_interrupt() -> None:
-    """Let the exit code be the one that is returned.
-
-    Python remembers a KeyboardInterrupt that has left an `exec` of text, as during imports, and then ends the
-    process as Ctrl-C would, whatever its exit code. Running another text makes it forget.
-    """
-    exec("")
 
 
 def _unexpected(error: Exception) -> str:

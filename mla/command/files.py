@@ -9,7 +9,7 @@ import re
 import stat
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,6 +64,22 @@ def check_writable(path: Path, kind: Kind | None = None) -> None:
     except OSError as error:
         raise ResultError(f"cannot write '{path}': {error.strerror}.") from error
     _checked[path] = kind
+
+
+def check_not_input(path: Path, inputs: Iterable[Path]) -> None:
+    """Raise `ResultError` for a path that is one of the files which are read."""
+    if path.exists() and any(other.exists() and other.samefile(path) for other in inputs):
+        raise ResultError(f"cannot write '{path}': it is one of the result files; name another file.")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, unless it is there. Raises `ResultError`."""
+    if not path.parent.is_dir():
+        raise ResultError(f"cannot make the folder '{path}': there is no folder '{path.parent}'.")
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ResultError(f"cannot make the folder '{path}': {error.strerror}.") from error
 
 
 def is_stdout(path: Path | None) -> bool:

@@ -14,7 +14,7 @@ from tiny_run import DIMS
 from benchmarks.peers import steady, table
 from mla.bench import results
 from mla.bench.workload.grid import points_of
-from mla.bench.workload.workload_file import load_workload
+from mla.bench.workload.workload_file import read_workload
 
 REPOSITORY = Path(__file__).parents[2]
 LAYERS = "benchmarks.peers.layers"
@@ -72,7 +72,7 @@ def test_a_peer_that_is_not_there_is_said(peer: str, tmp_path: Path) -> None:
     ("transformers/lengths", {"decode", "prefill"}, 16),
 ])  # fmt: skip
 def test_workloads_of_the_results_are_read(name: str, modes: set[str], points: int) -> None:
-    scenarios = load_workload(str(REPOSITORY / f"benchmarks/{name}.toml"))
+    scenarios = read_workload(str(REPOSITORY / f"benchmarks/{name}.toml")).scenarios
     assert {scenario.mode for scenario in scenarios} == modes
     assert len(points_of(scenarios, {})) == points
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla.bench.workload.workload_file import STANDARD, load_workload
+from mla.bench.workload.workload_file import STANDARD, read_workload
 from mla.reference import REFERENCE
 from mla.reference import attention as decode
 from mla.reference.attention import DecodeState
@@ -137,7 +137,7 @@ def test_padding_has_a_limit(lengths: list[int], padded: bool, latent_problem: A
 @pytest.mark.parametrize("heads", [16, 128])
 def test_one_graph_serves_the_standard_decode(heads: int, latent_problem: Any) -> None:
     """In a block table as wide as the last step needs, every step takes the same launches."""
-    (scenario,) = (candidate for candidate in load_workload(STANDARD) if candidate.mode == "decode")
+    (scenario,) = (candidate for candidate in read_workload(STANDARD).scenarios if candidate.mode == "decode")
     states, widest = set(), -(-max(scenario.final_lens) // 64)
     for step in (0, 15, scenario.inputs - 1):
         problem = latent_problem(scenario.query_lens, scenario.kv_lens(step), page_size=64)

@@ -17,7 +17,7 @@ from benchmarks.peers.ggml.peer import Peer
 from benchmarks.peers.ggml.ways import Way, in_process
 from mla import cost
 from mla.bench.subjects.setting import Setting, make_ops
-from mla.bench.workload.workload_file import load_workload
+from mla.bench.workload.workload_file import read_workload
 from mla.cache import LatentCache
 from mla.cache.formats import codec_of
 from mla.cache.ragged_batch import RaggedBatch
@@ -51,7 +51,7 @@ def attention_cases() -> list[AttentionCase]:
         for heads in (16, 128)
         for length in (400, 4096, 16384)
     ]
-    decode = next(each for each in load_workload("standard") if each.mode == "decode")
+    decode = next(each for each in read_workload("standard").scenarios if each.mode == "decode")
     middle = decode.kv_lens(decode.steps // 2)
     return [
         *single,

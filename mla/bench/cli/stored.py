@@ -22,7 +22,7 @@ from mla.command import console, files
 from mla.command.console import note, out
 from mla.command.exit_codes import Exit
 from mla.command.options import DETAIL, FILE, Word, add_options, format_option, parsed_by, percent
-from mla.errors import ResultError, UsageError
+from mla.errors import UsageError
 from mla.text import counted, size
 
 Files = Sequence[tuple[Path, Run]]
@@ -161,10 +161,12 @@ def export(runs: tuple[Path, ...], kind: str, target: Path | None) -> int:
 
     Exit code 0; 2 for a file that is not a result, or that cannot be written; 5 if there is no case.
     """
-    _check_inputs(runs)
+    seen = Counter(path.resolve() for path in runs)
+    if twice := [path for path in runs if seen[path.resolve()] > 1]:  # two measurements of each case
+        raise UsageError(f"'{twice[0]}' is given twice: name every result file once.")
     read = [(path, results.read(path)) for path in runs]
     if target is not None:
-        _check_target(target, runs)
+        files.check_not_input(target, runs)
     states = Counter(case.check.status for _, run in read for case in run.cases)
     if not states:
         note("nothing to export: no case in " + ", ".join(map(str, runs)))
@@ -174,20 +176,6 @@ def export(runs: tuple[Path, ...], kind: str, target: Path | None) -> int:
     without = f"; without a number: {missing}" if missing else ""
     note(f"exported {wrote} of {counted(states.total(), 'case')} in {counted(len(read), 'file')}{without}")
     return Exit.OK
-
-
-def _check_inputs(inputs: Sequence[Path]) -> None:
-    """Raise `UsageError` for a file that is given twice: its cases would be two measurements each."""
-    seen = Counter(path.resolve() for path in inputs)
-    twice = next((path for path in inputs if seen[path.resolve()] > 1), None)
-    if twice is not None:
-        raise UsageError(f"'{twice}' is given twice: name every result file once.")
-
-
-def _check_target(target: Path, inputs: Sequence[Path]) -> None:
-    """Raise `ResultError` for a result file that would be overwritten."""
-    if target.exists() and any(path.samefile(target) for path in inputs):
-        raise ResultError(f"cannot write '{target}': it is one of the result files; name another file.")
 
 
 def _csv(read: Files, target: Path | None) -> str:
@@ -216,22 +204,13 @@ def _infinimetrics(read: Files, target: Path | None) -> str:
             )
         targets = [target]
     else:
-        _make_folder(target)
+        files.make_folder(target)
         targets = [target / infinimetrics.file_name(document) for document in documents]
     for path in targets:
         files.check_writable(path, DOCUMENT)
     for document, path in zip(documents, targets, strict=True):
         files.write_bytes(json.dumps(document, indent=1).encode() + b"\n", path)
     return said
-
-
-def _make_folder(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise ResultError(f"cannot make the folder '{path}': there is no folder '{path.parent}'.")
-    try:
-        path.mkdir(exist_ok=True)
-    except OSError as error:
-        raise ResultError(f"cannot make the folder '{path}': {error.strerror}.") from error
 
 
 # ---------------------------------------------------------------------------------------------------- report
@@ -267,7 +246,8 @@ def report(runs: tuple[Path, ...], target: Path | None, folder: Path | None) -> 
     from mla.bench.report import page  # for which no other command is to wait
 
     if target is not None:
-        page.check_target(target, runs)
+        files.check_not_input(target, runs)
+        files.check_writable(target, page.PAGE)
     read = [results.read(path) for path in runs]
     names = [str(path) for path in runs]
     said = f"{sum(len(run.cases) for run in read)} cases of {counted(len(read), 'file')}"

@@ -79,16 +79,11 @@ def check_torch(names: Sequence[str]) -> TorchReport:
 
 def _import(variables: Mapping[str, str]) -> dict[str, Any]:
     """Import torch in a child process; return its version and build, or the problem."""
+    nothing = {"version": "", "build": {}, "problem": "", "missing": False}
     try:
-        fields = ("version", "build", "problem", "missing")
-        return ask(["-m", "mla.bench.doctor.worker", "torch"], fields, PROBE_S, variables)
+        return ask(["-m", "mla.bench.doctor.worker", "torch"], (*nothing,), PROBE_S, variables)
     except NoAnswer as none:
-        return {
-            "version": "",
-            "build": {},
-            "problem": f"a process that imports torch {none}",
-            "missing": False,
-        }
+        return {**nothing, "problem": f"a process that imports torch {none}"}
 
 
 def _extensions() -> tuple[Extension, ...]:
@@ -116,7 +111,10 @@ def _with_culprits(report: TorchReport) -> TorchReport:
     """Load each extension in its own process, and add how to fix those that fail."""
     with ThreadPoolExecutor(max_workers=len(report.extensions)) as pool:
         tried = tuple(pool.map(_tried, report.extensions))
-    fixes = [fix for extension in tried if extension.problem for fix in _repairs(extension, report.version)]
+    fixes = []
+    for extension in (extension for extension in tried if extension.problem):
+        fixes.append(f"install a version of {extension.distribution} that fits torch {report.version}")
+        fixes.append(f"or remove it: `pip uninstall {extension.distribution}`")
     switch = f"or run with {SWITCH}=0, so that torch autoloads no extensions; backends import their own"
     return replace(report, autoload_is_to_blame=True, extensions=tried, fixes=[*fixes, switch])
 
@@ -127,13 +125,6 @@ def _tried(extension: Extension) -> Extension:
         return replace(extension, problem=ask(command, ("problem",), PROBE_S, OFF)["problem"])
     except NoAnswer as none:
         return replace(extension, problem=f"a process that loads it {none}")
-
-
-def _repairs(extension: Extension, torch_version: str) -> tuple[str, str]:
-    return (
-        f"install a version of {extension.distribution} that fits torch {torch_version}",
-        f"or remove it: `pip uninstall {extension.distribution}`",
-    )
 
 
 @dataclass(frozen=True)

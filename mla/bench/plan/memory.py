@@ -167,7 +167,7 @@ def plan_memory(
         outputs=_output_bytes(setting, point, point),
         per_reference=of_reference if fused else 0,
         gathered=gathered,
-        others=setting.beside,
+        others=0 if setting.ranks is None else setting.ranks.beside,
         per_other=_other_bytes(setting, point, lazy),
         shared_weights=shared_bytes(setting, names, fused),
         shared_alone=min(shared_bytes(setting, [name], fused) for name in names),

@@ -7,7 +7,7 @@ collectives are added from a model of the link.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter_ns as now_ns
 from typing import Any
 
@@ -19,13 +19,12 @@ from mla.bench.results.stats import median
 from mla.bench.subjects.base import Facts, Implementation, LayerChecker, Outputs, poison, worst
 from mla.bench.subjects.fixture import layer_checker
 from mla.bench.subjects.inputs import Inputs, Requests
-from mla.bench.subjects.selected import SelectedLayer, TakenChecker, taken_checker
+from mla.bench.subjects.selected import SelectedLayer, TakenChecker
 from mla.bench.subjects.setting import Ranks, Setting
 from mla.bench.workload.scenario import Scenario
 from mla.parallel.groups import SimulatedGroups
 from mla.parallel.layer import HeadShard
-from mla.parallel.layout import Layout, Share
-from mla.parallel.link import Link
+from mla.parallel.layout import Layout, Link, Share
 from mla.verify.layer_oracle import State
 from mla.verify.verdict import Check
 
@@ -122,6 +121,7 @@ class Simulation(Ranks):
     ) -> ShareCheckers:
         layout, scenario = self.layout, inputs.scenario
         config = setting.config.with_heads(setting.config.num_attention_heads // layout.head_parts)
+        share = replace(setting, config=config)
 
         def of_rank(rank: int) -> tuple[Requests, LayerChecker | TakenChecker]:
             def reference() -> SimulatedPart:
@@ -134,10 +134,7 @@ class Simulation(Ranks):
             shard = dict(HeadShard(state, setting.config, layout.head_part(rank), layout.head_parts))
             requests = Requests.of(scenario, place.dp, layout.dp)
             mine = requests.inputs(scenario, inputs)
-            given = (config, setting.dtype, shard, mine, reference)
-            if setting.is_judged_after:
-                return requests, taken_checker(*given, setting.codec, held, setting.index_codec)
-            return requests, layer_checker(*given, beat, held)
+            return requests, layer_checker(share, shard, mine, reference, beat, held)
 
         return ShareCheckers(scenario, {rank: of_rank(rank) for rank in self.timed(scenario)})
 

@@ -212,11 +212,6 @@ def _spreads_context(*runs: Run) -> bool:
     return any(Layout.parse(layout).dcp > 1 for layout in layouts)
 
 
-def other_work(base: Run, case: Case, new: Run, other: Case) -> list[str]:
-    """Return why two cases, of which ranks may have run one, are not the same work."""
-    return [*_run_differences(base, new), *_workload_differences(case, other)]
-
-
 def _same(old: Any, new: Any) -> bool:
     """Compare config values; fields that only a newer version wrote have a neutral default."""
     if isinstance(old, dict) and isinstance(new, dict):
@@ -395,11 +390,11 @@ def _scaling(runs: Sequence[Run], members: Sequence[tuple[int, Case]]) -> Scalin
     if not alone:
         return None
     place, base = min(alone, key=lambda member: _resources(runs[member[0]], member[1]).units)
-    rows = [
-        _scaled(number, case, (runs[place], base), runs[number])
-        for number, case in members
-        if case is base or not other_work(runs[place], base, runs[number], case)
-    ]
+    rows = []
+    for number, case in members:  # those of the same work, of which ranks may have run some
+        other_work = _run_differences(runs[place], runs[number]) or _workload_differences(base, case)
+        if case is base or not other_work:
+            rows.append(_scaled(number, case, (runs[place], base), runs[number]))
     rows.sort(key=lambda row: (row.case is not base, row.case.spread is not None, row.resources.units))
     if not any(row.case.spread for row in rows):
         return None

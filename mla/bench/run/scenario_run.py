@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -31,7 +32,7 @@ from mla.bench.workload.scenario import Scenario
 from mla.cache.formats import format_error
 from mla.command.console import detail, note
 from mla.errors import MLAError, UnsupportedBatch
-from mla.parallel.layout import Layout, Place, rank_work
+from mla.parallel.layout import Layout, rank_work
 from mla.text import dtype_name
 from mla.verify.verdict import Check
 
@@ -61,36 +62,18 @@ class Threads:
 def rank_costs(setting: Setting, layout: Layout, scenario: Scenario, steps: int | None = None) -> list[Cost]:
     """Return what each rank does in a forward, per layer: the mean over a pass, or its first `steps`."""
     count = min(scenario.inputs, steps or scenario.inputs)
-    known: dict[Place, Cost] = {}
-    places = [layout.place(rank) for rank in range(layout.world)]
-    for rank, place in enumerate(places):
-        if (alike := _alike(place)) not in known:
-            known[alike] = _mean(setting, layout, rank, scenario, count)
-    return [known[_alike(place)] for place in places]
 
+    @functools.cache
+    def mean(dp: int, dcp: int) -> Cost:  # the parts of `tp` are alike
+        part = Requests.of(scenario, dp, layout.dp).scenario(scenario)
+        lengths = [(part.query_lens, part.kv_lens(step)) for step in range(count)]
+        size, path, cached = setting.dtype.itemsize, setting.attention, setting.token_bytes
+        works = [rank_work(setting.config, layout, dcp, *each, size, path, cached) for each in lengths]
+        flops, moved = (round(sum(column) / count) for column in zip(*works, strict=True))
+        return Cost(flops=flops, bytes=moved)
 
-def _alike(place: Place) -> Place:
-    """Return the first rank that does as much: the parts of `tp` are alike."""
-    return Place(place.dp, 0, place.dcp)
-
-
-def _mean(setting: Setting, layout: Layout, rank: int, scenario: Scenario, steps: int) -> Cost:
-    part = Requests.of(scenario, layout.place(rank).dp, layout.dp).scenario(scenario)
-    works = [
-        rank_work(
-            setting.config,
-            layout,
-            rank,
-            part.query_lens,
-            part.kv_lens(step),
-            setting.dtype.itemsize,
-            setting.attention,
-            setting.token_bytes,
-        )
-        for step in range(steps)
-    ]
-    flops, moved = (sum(column) for column in zip(*works, strict=True))
-    return Cost(flops=round(flops / steps), bytes=round(moved / steps))
+    places = map(layout.place, range(layout.world))
+    return [mean(place.dp, place.dcp) for place in places]
 
 
 class ScenarioRun:

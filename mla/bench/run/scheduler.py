@@ -52,15 +52,12 @@ def measure(request: Request, empty: results.Run | None = None, steering: Steeri
     with Progress(sum(map(request.forwards, request.points)), ends) as progress:
         if len(request.scenarios) > 1:
             steering = replace(steering, log=progress.say)
-        return execute(request, empty, progress.advance, steering)
-
-
-def execute(request: Request, empty: results.Run, advance: Advance, steering: Steering) -> Outcome:
-    """Run every scenario in a seeded order, its implementations interleaved where memory allows it."""
-    return _Scheduler(request, empty, advance, steering).run()
+        return _Scheduler(request, empty, progress.advance, steering).run()
 
 
 class _Scheduler:
+    """Runs every scenario in a seeded order, its implementations interleaved where memory allows it."""
+
     def __init__(self, request: Request, empty: results.Run, advance: Advance, steering: Steering) -> None:
         self._request, self._empty, self._advance, self._steering = request, empty, advance, steering
         self._cases = {(case.scenario, case.implementation): case for case in steering.kept}

@@ -21,7 +21,7 @@ from mla.bench.subjects import op as one_op
 from mla.bench.subjects.base import METHODS, Foreign, Implementation, LayerChecker, called
 from mla.bench.subjects.inputs import Inputs, expected_outputs, expected_plain, make_inputs, oracle_flops
 from mla.bench.subjects.layer import MlaLayer
-from mla.bench.subjects.selected import SelectedLayer, taken_checker
+from mla.bench.subjects.selected import SelectedLayer, TakenChecker
 from mla.bench.subjects.setting import Setting, implementation_setting, make_ops, sharing_weights
 from mla.bench.subjects.transformers_layer import TransformersLayer
 from mla.bench.workload.grid import Point
@@ -29,12 +29,12 @@ from mla.bench.workload.implementations import parse_one
 from mla.cases.call import Checker
 from mla.cases.varied import Pool
 from mla.checkpoint import LazyState
-from mla.config import MLAConfig
 from mla.cost import Work, step_work
 from mla.errors import UnsupportedBatch, UsageError, did_you_mean
 from mla.layer.ops import Ops
 from mla.layer.plan import check_lengths
 from mla.verify.layer_oracle import Held, State, oracle
+from mla.verify.selected import SelectingLayer, SelectionJudge
 from mla.weights import random_state_dict
 from mla_backends.errors import describe
 
@@ -167,19 +167,22 @@ class Fixture(ABC):
 
 
 def layer_checker(
-    config: MLAConfig,
-    dtype: torch.dtype,
+    setting: Setting,
     state: State,
     inputs: Inputs,
     make_reference: Callable[[], MlaLayer],
     beat: Callable[[], None],
     held: Held | None = None,
-) -> LayerChecker:
+) -> LayerChecker | TakenChecker:
     """Return what judges a layer with these weights, which attends the positions that are `held`.
 
     `make_reference` returns the loaded layer whose error bounds that of fused ops; it runs once, if it is
     needed, with `beat` after every forward.
     """
+    config, dtype, codecs = setting.config, setting.dtype, (setting.codec, setting.index_codec)
+    if setting.is_judged_after:
+        judge = SelectionJudge(SelectingLayer(config, state), dtype, *codecs, held)
+        return TakenChecker(judge, inputs.stored(*codecs), make_reference)
 
     def reference_outputs() -> torch.Tensor:
         reference, outputs = make_reference(), list[torch.Tensor]()
@@ -230,14 +233,10 @@ class LayerFixture(Fixture):
         return make_inputs(self.setting.config, self.point, self.setting.seed, self.setting.dtype)
 
     def _make_checker(self, inputs: Inputs) -> Any:
-        setting, state = self.setting, self._state
-        beat = self._after_forward
+        setting, state, beat = self.setting, self._state, self._after_forward
         if setting.ranks is not None and (made := setting.ranks.checker(setting, state, inputs, beat)):
             return made
-        given = (setting.config, setting.dtype, state, inputs, self._reference)
-        if setting.is_judged_after:
-            return taken_checker(*given, setting.codec, index_codec=setting.index_codec)
-        return layer_checker(*given, beat)
+        return layer_checker(setting, state, inputs, self._reference, beat)
 
     def _weights(self) -> State:
         if self._given is None:

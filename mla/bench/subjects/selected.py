@@ -13,14 +13,10 @@ import torch
 from mla.bench.subjects.base import Outputs
 from mla.bench.subjects.inputs import Inputs, Turn
 from mla.bench.subjects.layer import MlaLayer
-from mla.cache.formats import Codec
-from mla.cache.index_formats import IndexFp8
 from mla.cache.ragged_batch import RaggedBatch
-from mla.config import MLAConfig
 from mla.cost import latent_attention_flops, parameters
 from mla.verify.layer_check import Checker, Forward, Poison
-from mla.verify.layer_oracle import Held, State
-from mla.verify.selected import Past, SelectingLayer, SelectionJudge, Taken, take
+from mla.verify.selected import Past, SelectionJudge, Taken, take
 from mla.verify.tolerances import Bounds, layer_bounds, mean_over, row_errors, table_decides
 from mla.verify.verdict import Check
 
@@ -224,21 +220,6 @@ class TakenChecker:
         )
         most = max(ROWS, int(ROWS_FLOPS / flops))
         return torch.tensor(sorted(_random.sample(range(count), min(count, most))))
-
-
-def taken_checker(
-    config: MLAConfig,
-    dtype: torch.dtype,
-    state: State,
-    inputs: Inputs,
-    make_reference: Callable[[], MlaLayer],
-    codec: Codec | None,
-    held: Held | None = None,
-    index_codec: IndexFp8 | None = None,
-) -> TakenChecker:
-    """Return what judges a layer with these weights by what it left in memory."""
-    judge = SelectionJudge(SelectingLayer(config, state), dtype, codec, index_codec, held)
-    return TakenChecker(judge, inputs.stored(codec, index_codec), make_reference)
 
 
 @dataclass

@@ -97,11 +97,6 @@ class Setting:
     ranks: Ranks | None = field(default=None, compare=False, repr=False)  # None: one device
 
     @property
-    def world(self) -> int:
-        """Number of devices that the layer is spread over."""
-        return 1 if self.ranks is None else self.ranks.world
-
-    @property
     def codec(self) -> Codec | None:
         """What encodes the cache; None where it is plain. Raises `CacheFormatError`."""
         stored = stored_format(self.cache_format, self.dtype)
@@ -130,11 +125,6 @@ class Setting:
             return 0
         codec = self.index_codec
         return codec.token_bytes if codec else self.config.index_head_dim * self.dtype.itemsize
-
-    @property
-    def beside(self) -> int:
-        """Number of further ranks that share this process's host."""
-        return 0 if self.ranks is None else self.ranks.beside
 
     @property
     def device(self) -> torch.device:

@@ -60,11 +60,6 @@ class Workload:
     op: str | None  # the default of --op
 
 
-def load_workload(source: str) -> list[Scenario]:
-    """Return the scenarios of a shipped workload by name, or of any by path. Raises `UsageError`."""
-    return read_workload(source).scenarios
-
-
 def read_workload(source: str) -> Workload:
     """Read a shipped workload by name, or any by path. Raises `UsageError`."""
     text = _read(source)

@@ -10,15 +10,15 @@ from mla.bench.measure.target import BASELINE_S, EXTRA_FORWARDS, LEFT, MIN_PASSE
 from mla.bench.measure.variants import HEADLINE, Steps, Variant, steps
 from mla.bench.results import stats
 from mla.bench.workload.scenario import Scenario
-from mla.bench.workload.workload_file import load_workload
+from mla.bench.workload.workload_file import read_workload
 
 COLD = Variant(cache="cold")
 VARIANTS = (HEADLINE, COLD, Variant(mode="graph"))
-PREFILL, DECODE = load_workload("standard")
+PREFILL, DECODE = read_workload("standard").scenarios
 LONG = Scenario(
     name="own", mode="decode", query_lens=(1,), history=(64,), runs=7, passes=40, warmups=0, layers=2
 )
-SCENARIOS = {"prefill": PREFILL, "decode": DECODE, "own": LONG, "smoke": load_workload("smoke")[0]}
+SCENARIOS = {"prefill": PREFILL, "decode": DECODE, "own": LONG, "smoke": read_workload("smoke").scenarios[0]}
 
 
 def seconds(plan: Steps, ms: float) -> float:

@@ -12,7 +12,7 @@ import pytest
 
 from mla.bench import results
 from mla.bench.workload.grid import parse, points_of
-from mla.bench.workload.workload_file import PRESETS, load_workload
+from mla.bench.workload.workload_file import PRESETS, read_workload
 
 Bench = Callable[..., Any]
 VIRTUAL = ("--backend", "fake-virtual-clock")
@@ -98,7 +98,7 @@ def test_weights_and_oracle_of_one_scenario_are_gone_before_the_next(
 
 
 def test_presets_are_shipped_workloads(bench: Bench, small: list[str]) -> None:
-    points = {name: points_of(load_workload(name), {}) for name in PRESETS}
+    points = {name: points_of(read_workload(name).scenarios, {}) for name in PRESETS}
     standard = [(point.name, point.query_lens, point.history) for point in points["standard"]]
     for name in ("smoke", "full"):
         assert [(point.name, point.query_lens, point.history) for point in points[name][:2]] == standard
@@ -113,5 +113,5 @@ def test_presets_are_shipped_workloads(bench: Bench, small: list[str]) -> None:
 
 
 def test_axes_lie_over_every_scenario_of_the_workload() -> None:
-    names = [point.name for point in points_of(load_workload("standard"), parse(["batch=1"]))]
+    names = [point.name for point in points_of(read_workload("standard").scenarios, parse(["batch=1"]))]
     assert names == ["prefill batch=1", "decode batch=1"]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mla.bench.workload.scenario import MAX_COUNT, MAX_REQUESTS, Scenario
-from mla.bench.workload.workload_file import load_workload, parse_lengths, select
+from mla.bench.workload.workload_file import parse_lengths, read_workload, select
 from mla.errors import UsageError
 
 LENGTHS = st.integers(0, 10**6)
@@ -27,7 +27,7 @@ def sentence(path: Path, text: str | bytes) -> str:
     """Return the one line that refuses a workload file."""
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UsageError) as refused:
-        load_workload(str(path))
+        read_workload(str(path))
     message = str(refused.value)
     assert "\n" not in message
     assert message.endswith(".")
@@ -36,7 +36,7 @@ def sentence(path: Path, text: str | bytes) -> str:
 
 
 def test_the_shipped_workload_is_the_two_standard_scenarios() -> None:
-    prefill, decode = load_workload("standard")
+    prefill, decode = read_workload("standard").scenarios
     assert (prefill.name, prefill.mode) == ("prefill", "prefill")
     assert prefill.query_lens == (64, 128, 256, 256)
     assert prefill.history == (512, 0, 0, 256)
@@ -128,11 +128,11 @@ def test_every_mistake_in_a_file_is_named(tmp_path: Path, text: str | bytes, exp
 @pytest.mark.parametrize("source", ["nothing.toml", ".", "", "n" * 300])
 def test_a_file_that_cannot_be_read_is_named(source: str) -> None:
     with pytest.raises(UsageError, match=r"^cannot read workload '.*': [^\n]+\.$"):
-        load_workload(source)
+        read_workload(source)
 
 
 def test_select_keeps_the_asked_order_and_asks_once() -> None:
-    scenarios = load_workload("standard")
+    scenarios = read_workload("standard").scenarios
     prefill, decode = scenarios
     assert select(scenarios, []) == [prefill, decode]
     assert select(scenarios, ["decode", "prefill", "decode"]) == [decode, prefill]
@@ -140,7 +140,7 @@ def test_select_keeps_the_asked_order_and_asks_once() -> None:
 
 def test_an_unknown_scenario_is_guessed() -> None:
     with pytest.raises(UsageError) as refused:
-        select(load_workload("standard"), ["decod"])
+        select(read_workload("standard").scenarios, ["decod"])
     assert str(refused.value) == (
         "unknown scenario 'decod'. Did you mean 'decode'? This workload has: prefill, decode."
     )

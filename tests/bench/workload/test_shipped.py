@@ -11,7 +11,7 @@ import pytest
 from mla.bench.cli.devices import shipped_workloads, workloads_table
 from mla.bench.workload.grid import op_of_batch, points_of
 from mla.bench.workload.scenario import Scenario
-from mla.bench.workload.workload_file import PRESETS, load_workload, read_workload
+from mla.bench.workload.workload_file import PRESETS, read_workload
 from mla.config import MLAConfig
 from mla.errors import UsageError
 
@@ -52,11 +52,11 @@ def test_a_published_workload_fits_its_own_config(name: str) -> None:
 
 def test_the_production_mix_is_one_list_at_three_geometries() -> None:
     mixes = [name for name in PRESETS if name.startswith("production-mix")]
-    lists = {name: {scenario.batch_spec for scenario in load_workload(name)} for name in mixes}
+    lists = {name: {scenario.batch_spec for scenario in read_workload(name).scenarios} for name in mixes}
     assert len(lists) == 3
     assert len(lists["production-mix"]) == 26
     assert all(specs == lists["production-mix"] for specs in lists.values())
-    heads = {name: {point.heads for point in points_of(load_workload(name), {})} for name in mixes}
+    heads = {name: {point.heads for point in points_of(read_workload(name).scenarios, {})} for name in mixes}
     assert heads == {
         "production-mix": {16},
         "production-mix-mistral-small-4": {16},
@@ -125,7 +125,7 @@ def test_a_path_of_a_config_starts_at_the_folder_of_its_file(
 
 def test_an_op_takes_the_lengths_of_specs_of_one_layer() -> None:
     with pytest.raises(UsageError, match="scenario 'prefill' has none"):
-        op_of_batch("linear", load_workload("standard")[0], None)
+        op_of_batch("linear", read_workload("standard").scenarios[0], None)
     deep = Scenario(name="q1", mode="prefill", query_lens=(1,), history=(0,), batch_spec="q1", layers=2)
     with pytest.raises(
         UsageError, match="scenario 'q1' has layers = 2, and linear is timed alone: leave one"
