@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mla_backend_cpu import instruction_sets, products
+from mla_backend_cpu import products
 from mla_backend_cpu.cache import note
-from mla_backend_cpu.compilation import LEVELS
 from mla_backend_cpu.library import Library, loaded
 from mla_backend_cpu.native_ops import (
     NativeBatchedLinear,
@@ -90,7 +89,7 @@ def facts(level: str) -> dict[str, str]:
     if isinstance(kernels, str):
         return {"kernels": "off" if level == "off" else f"none: {kernels}"}
     passed_over = [f"not {name}: {reason}" for name, reason in kernels.passed_over.items()]
-    facts = {"kernels": "; ".join((kernels.level, *passed_over, *_believed(kernels)))}
+    facts = {"kernels": "; ".join((kernels.level, *passed_over))}
     facts["kernels_from"] = kernels.origin
     if kernels.dot_bf16 and not kernels.tiles:
         facts["native_fp32_gain"] = f"{products.widening_gain(kernels):.2f}"
@@ -124,14 +123,7 @@ def _remarks(level: str) -> list[str]:
     if isinstance(kernels, str):
         lost = f"no CPU kernels: the reference ops run, which is several times slower, since {kernels}"
         return [] if level == "off" else [lost]
-    believed = [f"CPU kernels for {kernels.level}: {reason}" for reason in _believed(kernels)]
-    return believed + [
+    return [
         f"CPU kernels for {kernels.level} instead of {better}: {reason}"
         for better, reason in kernels.passed_over.items()
     ]
-
-
-def _believed(kernels: Library) -> list[str]:
-    """Return what to say if /proc/cpuinfo was believed when the kernels were chosen."""
-    why = instruction_sets.unasked() if kernels.level != LEVELS[-1].name else ""
-    return [f"/proc/cpuinfo was believed, since {why}"] if why else []
