@@ -165,7 +165,7 @@ def between_files(base: ResultFile, new: ResultFile) -> tuple[list[Tile], list[s
     tiles = []
     for case in shown:
         where = f"{case.verdict}: {case.scenario}, {case.implementation}"
-        text = "; ".join(filter(None, (f"as fast: {pair}", case.remarks)))
+        text = "; ".join(filter(None, (f"as fast in {new.key} as in {base.key}", case.remarks)))
         tiles.append(Tile(case.verdict.lower(), where, *_times(case), text))
     rest = [case for case in cases if case not in shown]
     counts = Counter(case.verdict + f" ({case.reason})" * (not case.ratio) for case in rest)

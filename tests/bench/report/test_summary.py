@@ -149,7 +149,7 @@ def against(make_run: Any, case: Case) -> Callable[..., tuple[list[summary.Tile]
 def test_files_are_compared_with_their_intervals_and_verdicts(against: Any) -> None:
     (tile,), sentences = against({"mla": 2.0}, {"mla": 1.0})
     assert (tile.status, tile.where, tile.value) == ("faster", "FASTER: prefill, mla", "2.00x")
-    assert tile.text == "as fast: B new.json against A old.json"
+    assert tile.text == "as fast in B as in A"
     assert sentences == []
     (tile,), _ = against({"mla": 1.0}, {"mla": 2.0})
     assert (tile.status, tile.value) == ("slower", "0.50x")
