@@ -5,7 +5,8 @@
     python benchmarks/peers/table.py lite.json [MORE.json ...]
 
 A Markdown table per file and scenario. `ours is` is the ratio of median times with its interval. `% of read`
-is the time in which memory alone moves a forward's bytes (`MemoryRead`), as a share of the time.
+is the time in which memory alone moves a forward's bytes (`MemoryRead`), as a share of the time. A sweep over
+`cache_format` is one table: a row per shape, and each format's ms as a multiple of the first one's.
 """
 
 from __future__ import annotations
@@ -64,6 +65,25 @@ def _row(case: Case, ours: Case, read: Case | None) -> list[str]:
     ]  # fmt: skip
 
 
+def formats(cases: Sequence[Case]) -> str:
+    """Return the table of one op, or one implementation, over formats of the cache; the first is the base."""
+    shapes: dict[tuple[object, ...], list[Case]] = {}
+    for case in cases:
+        shapes.setdefault((case.batch_spec or case.base, case.heads), []).append(case)
+    names = list(dict.fromkeys(str(case.point["cache_format"]) for case in cases))
+    head = ["requests", "heads", f"{names[0]}, ms", "% of limit", *names[1:]]
+    return markdown(head, [[*map(str, shape), *_formats_row(row)] for shape, row in shapes.items()])
+
+
+def _formats_row(cases: Sequence[Case]) -> list[str]:
+    times = [case.latency_ms.median if case.latency_ms else None for case in cases]
+    cells = [
+        f"{number(ms)} ms, {ms / times[0]:.2f}x" if ms and times[0] else case.check.status
+        for case, ms in zip(cases[1:], times[1:], strict=True)
+    ]
+    return [number(times[0]), percent(cases[0].roofline.fraction), *cells]
+
+
 def header(run: Run) -> str:
     """Return what was measured, and where."""
     facts = run.environment
@@ -80,6 +100,9 @@ def main(files: tuple[Path, ...]) -> None:
     """Carry out the command line."""
     for run in map(results.read, files):
         console.out(f"{header(run)}\n")
+        if all("cache_format" in case.point for case in run.cases):
+            console.out(f"\n{formats(run.cases)}\n")
+            continue
         for name, cases in by_scenario(run.cases).items():
             console.out(f"\n{name}\n\n{table(cases)}\n")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec import structs
 from tiny_run import DIMS
 
 from benchmarks.peers import steady, table
@@ -113,6 +114,20 @@ def test_the_table_says_how_ours_stands() -> None:
         case(f"{LAYERS}:SGLang", None, "not run", "no such kernel"),
     ]
     assert table.table(cases).strip() == MARKDOWN.strip()
+
+
+def test_formats_of_the_cache_are_columns() -> None:
+    cases = [
+        structs.replace(
+            case("mla", ms, "ok" if ms else "wrong"), batch_spec="16q1s16k", heads=heads, point={"cache_format": name}
+        )
+        for heads, times in ((1, (4.0, 3.0)), (16, (5.0, None)))
+        for name, ms in zip(("bf16", "int8"), times, strict=True)
+    ]
+    assert table.formats(cases).splitlines()[2:] == [
+        "| 16q1s16k | 1 | 4 | 50 % | 3 ms, 0.75x |",
+        "| 16q1s16k | 16 | 5 | 50 % | wrong |",
+    ]
 
 
 def test_the_table_reads_results_of_the_runner_before(capsys: pytest.CaptureFixture[str]) -> None:
