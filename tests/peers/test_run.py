@@ -119,7 +119,10 @@ def test_the_table_says_how_ours_stands() -> None:
 def test_formats_of_the_cache_are_columns() -> None:
     cases = [
         structs.replace(
-            case("mla", ms, "ok" if ms else "wrong"), batch_spec="16q1s16k", heads=heads, point={"cache_format": name}
+            case("mla", ms, "ok" if ms else "wrong"),
+            batch_spec="16q1s16k",
+            heads=heads,
+            point={"cache_format": name},
         )
         for heads, times in ((1, (4.0, 3.0)), (16, (5.0, None)))
         for name, ms in zip(("bf16", "int8"), times, strict=True)
