@@ -1,4 +1,7 @@
-"""What the host reports about its processor and memory. Unknown is None, and no function raises."""
+"""What the host reports about its processor and memory, and how many threads torch uses of it.
+
+Unknown is None, and no function raises.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -46,6 +49,21 @@ def thread_limit(default: int) -> tuple[int, str]:
     if re.fullmatch("[1-9][0-9]{0,5}", per_task):  # Slurm need not bind its tasks to as many
         limits.append((int(per_task), "SLURM_CPUS_PER_TASK"))
     return min(limits, key=lambda limit: limit[0])
+
+
+def set_threads(options: Mapping[str, str]) -> tuple[int, str]:
+    """Set how many threads torch uses: the option `threads`, else the limit. Return it, and its source.
+
+    Without this, torch starts a thread per core of the machine in a container that may use a few.
+    """
+    import torch
+
+    if "threads" in options:
+        threads, source = int(options["threads"]), "the option threads"
+    else:
+        threads, source = thread_limit(torch.get_num_threads())
+    torch.set_num_threads(threads)
+    return threads, source
 
 
 def memory_total() -> int | None:

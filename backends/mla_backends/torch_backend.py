@@ -116,7 +116,8 @@ class TorchBackend(Backend):
     # ------------------------------------------------------------------------------------------ setup
 
     def setup(self, index: int | None = None) -> torch.device:
-        self.set_threads()
+        threads, source = host.set_threads(self.options)  # for the float64 check
+        self._host_threads = f"{threads}, {source}"
         try:
             self._check_index(index, self.device_count())
             self.device = self._start(index)
@@ -176,20 +177,6 @@ class TorchBackend(Backend):
 
     def prepare_device(self) -> None:
         """Do what a vendor's stack needs once, right after the device has started."""
-
-    def set_threads(self) -> None:
-        """Set how many host threads torch uses, which the float64 check needs: the option, else the limit.
-
-        Without this, torch starts a thread per core of the machine in a container that may use a few.
-        """
-        import torch
-
-        if "threads" in self.options:
-            threads, source = int(self.options["threads"]), "the option threads"
-        else:
-            threads, source = host.thread_limit(torch.get_num_threads())
-        torch.set_num_threads(threads)
-        self._host_threads = f"{threads}, {source}"
 
     def synchronize(self) -> None:
         self.module.synchronize()

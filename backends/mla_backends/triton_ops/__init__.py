@@ -106,17 +106,9 @@ class TritonBackend(TorchBackend):
         """Return why the device cannot run the kernels; "" if it can, or may."""
         return ""
 
-    def starts_early(self) -> bool:
-        """Return whether card and Triton have programmatic dependent launch."""
-        return False
-
-    def converts_e4m3(self) -> bool:
-        """Return whether the card and its Triton convert e4m3; integers do elsewhere."""
-        return False
-
-    def bounds_registers(self) -> bool:
-        """Return whether the card is NVIDIA's and its Triton takes a bound on registers."""
-        return False
+    def launcher(self) -> Launcher:
+        """Return what starts the kernels; a subclass says what its card and its Triton have."""
+        return Launcher()
 
     @functools.cached_property
     def tuning(self) -> Tuning:
@@ -156,8 +148,7 @@ class TritonBackend(TorchBackend):
         """Return the Triton ops for this device; keep them, because they hold scratch memory."""
         if not self._offers:
             return {}
-        launcher = Launcher(self.starts_early(), self.converts_e4m3(), self.bounds_registers())
-        return triton_ops(self.tuning, self.multiprocessors(), launcher, self.triton_reason)
+        return triton_ops(self.tuning, self.multiprocessors(), self.launcher(), self.triton_reason)
 
     def vendor_facts(self) -> Mapping[str, str]:
         tuning = {} if self.device is None else {"tuning": self.tuning.source}  # it is chosen by the device

@@ -60,20 +60,13 @@ class Cpu(Backend):
 
         if index not in (None, 0):
             raise BackendError(f"backend 'cpu' has one device, so there is no device {index}.")
-        threads, self._threads_from = self._threads(torch.get_num_threads())
-        torch.set_num_threads(threads)
+        _, self._threads_from = host.set_threads(self.options)
         self._ops = {
             **native_ops(self._native),
             "fp32_linear": Fp32Linear(self._fp32),
             "fp32_batched_linear": Fp32BatchedLinear(self._fp32),
         }
         return torch.device("cpu")
-
-    def _threads(self, default: int) -> tuple[int, str]:
-        """Return the user's number, else the lowest limit; and where it comes from."""
-        if "threads" in self.options:
-            return int(self.options["threads"]), "the option threads"
-        return host.thread_limit(default)
 
     def collectives(self) -> str:
         return "gloo"

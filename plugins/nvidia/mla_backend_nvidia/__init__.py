@@ -19,7 +19,7 @@ from mla_backends.errors import DeviceUnavailable
 from mla_backends.known import KNOWN
 from mla_backends.monitor import Dialect
 from mla_backends.torch_backend import TF32_VARIABLES
-from mla_backends.triton_ops import TritonBackend, Tuning
+from mla_backends.triton_ops import Launcher, TritonBackend, Tuning
 
 if TYPE_CHECKING:
     import torch
@@ -98,14 +98,9 @@ class Nvidia(TritonBackend, CudaBackend):
     def triton_reason(self, device: torch.device) -> str:
         return since_ampere(self.architecture)(device) or old_triton(self.architecture)
 
-    def starts_early(self) -> bool:
-        return starts_early(self.architecture, driver_version())
-
-    def converts_e4m3(self) -> bool:
-        return self.architecture() >= ADA
-
-    def bounds_registers(self) -> bool:
-        return True
+    def launcher(self) -> Launcher:
+        early = starts_early(self.architecture, driver_version())
+        return Launcher(early, native_e4m3=self.architecture() >= ADA, bounds=True)
 
     def vendor_facts(self) -> Mapping[str, str]:
         import torch
