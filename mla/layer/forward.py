@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 
@@ -475,21 +474,17 @@ class AttentionCore:
         *,
         backend: Backend | None = None,
         dtype: torch.dtype = torch.bfloat16,
-        attention: str = "auto",
-        ops: str = "auto",
-        overrides: Mapping[str, str] = MappingProxyType({}),
-        workspace_bytes: int = WORKSPACE_BYTES,
         scratch: Workspace | None = None,
         cache_format: str | None = None,
         index_format: str | None = None,
     ) -> None:
-        self.config, self.dtype, self._attention, self._limit = config, dtype, attention, workspace_bytes
+        self.config, self.dtype = config, dtype
         self.device = backend.device if backend is not None and backend.device else torch.device("cpu")
         offered = backend.ops() if backend else {}
-        chosen = (config, offered, dtype, self.device, ops, overrides)
-        self.ops = Ops(*chosen, cache_format=cache_format, index_format=index_format)
+        formats = {"cache_format": cache_format, "index_format": index_format}
+        self.ops = Ops(config, offered, dtype, self.device, **formats)
         turn = Turn.of(backend)
-        self.scratch = scratch or Workspace(dtype, self.device, keeps=workspace_bytes, turn=turn)
+        self.scratch = scratch or Workspace(dtype, self.device, keeps=WORKSPACE_BYTES, turn=turn)
         self._at = torch.empty(0, device=self.device).device  # as tensors say it: with an index
         self._weights = PackedWeights(config, self.ops, dtype, self.device)
         self._growth = Growth(backend)
@@ -576,21 +571,18 @@ class AttentionCore:
         flat = q.flatten(1)
         projected = Projected(flat, flat, None, flat, q, flat, heads, heads.flatten(1))
         selected = selection is not None
-        plan = batch.memo((*self._key(), selected), lambda: self._plan(batch, selected))
+        keys = (self.ops[role].key() for role in ("latent_attention", "expanded_attention"))
+        plan = batch.memo((*keys, selected), lambda: self._plan(batch, selected))
         if plan.absorbed is not None:
             self._absorbed.run(self.ops, projected, plan.absorbed, pages, selection=selection)
         if plan.expanded is not None:
             self._expanded.run(self.ops, projected, plan.expanded, pages)
         return heads
 
-    def _key(self) -> tuple[object, ...]:
-        roles = ("latent_attention", "expanded_attention")
-        return (*(self.ops[role].key() for role in roles), self._attention, self._limit)
-
     def _plan(self, batch: RaggedBatch, selected: bool) -> StepPlan:
         """Plan a batch, whose queries are turned by no angle: cosines of 1 and sines of 0 change no bit."""
         half = self.config.qk_rope_head_dim // 2
         unturned = plain(torch.zeros(batch.num_tokens, 2 * half, dtype=torch.float32, device=self.device))
         unturned[:, :half] = 1
-        limits = (self._limit, self._growth)
-        return make_plan(self.config, self.ops, unturned, batch, self._attention, *limits, selected)
+        limits = (WORKSPACE_BYTES, self._growth)
+        return make_plan(self.config, self.ops, unturned, batch, "auto", *limits, selected)

@@ -227,7 +227,10 @@ def _retried(failed: Diagnosis, options: Mapping[str, str] | None) -> Diagnosis:
 
 def as_text(report: DoctorReport) -> str:
     """Return the report as text: a block for the host, torch and each backend, one fix per line."""
-    blocks = [_block("host", report.host.items()), _torch(report.torch), *map(_backend, report.backends)]
+    torch = f"torch {report.torch.version}".strip()
+    torch += ": does not import" if report.torch.problem else ": imports"
+    blocks = [_block("host", report.host.items()), _block(torch, _torch_lines(report.torch))]
+    blocks += map(_backend, report.backends)
     return "\n".join([*blocks, f"usable: {', '.join(report.usable) or 'none'}\n"])
 
 
@@ -235,23 +238,15 @@ def _block(title: str, lines: Iterable[tuple[str, str]]) -> str:
     return f"{title}\n" + "".join(f"  {key:<12}  {value}\n" for key, value in lines)
 
 
-def _torch(torch: TorchReport) -> str:
-    title = f"torch {torch.version}".strip()
-    return _block(f"{title}: {'does not import' if torch.problem else 'imports'}", _torch_lines(torch))
-
-
 def _torch_lines(torch: TorchReport) -> Iterator[tuple[str, str]]:
     yield from torch.build.items()
     if torch.problem:
         yield "reason", torch.problem
     yield "autoload", "on" if torch.autoload else f"off ({SWITCH})"
-    yield from (("extension", _extension(extension)) for extension in torch.extensions)
+    for extension in torch.extensions:
+        problem = f" fails: {extension.problem}" if extension.problem else ""
+        yield "extension", f"{extension.name} of {extension.distribution} {extension.version}{problem}"
     yield from (("fix", fix) for fix in torch.fixes)
-
-
-def _extension(extension: Extension) -> str:
-    problem = f" fails: {extension.problem}" if extension.problem else ""
-    return f"{extension.name} of {extension.distribution} {extension.version}{problem}"
 
 
 def _backend(backend: Diagnosis) -> str:

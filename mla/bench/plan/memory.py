@@ -196,9 +196,11 @@ def _by_block(setting: Setting, point: Point) -> list[int]:
     heads = setting.config.num_attention_heads // layout.head_parts
     rank = replace(setting, config=setting.config.with_heads(heads), ranks=None)
     blocks = [Requests.of(point, part, layout.dp).scenario(point) for part in range(layout.dp)]
+    # Of ranks that share a context, queries and results of all.
+    gathered = scratch_per_token(rank.config, layout.dcp, setting.dtype.itemsize) if layout.dcp > 1 else 0
     return [
         _held_bytes(rank, block, layout.dcp)
-        + _context_bytes(rank, block, layout.dcp)
+        + min(block.tokens * gathered, WORKSPACE_BYTES)
         + _forward_bytes(rank, block, layout.dcp)
         + _output_bytes(rank, block, point)
         for block in blocks
@@ -225,20 +227,14 @@ def _forward_bytes(setting: Setting, point: Point, share: int = 1) -> int:
     """Return the inputs of a pass, and the most that a forward takes; `share` as in `_held_bytes`."""
     config = setting.config
     activations = point.layers * point.tokens * 4 * config.num_attention_heads * config.latent_dim
-    numbers = activations + _input_numbers(setting, point) + _indexer_numbers(setting, point)
+    numbers = activations + _input_numbers(setting, point)
+    if heads := config.index_n_heads:  # queries and keys of new tokens, and in four bytes the rest
+        wide = config.hidden_size + heads + config.index_topk
+        numbers += point.tokens * ((heads + 1) * config.index_head_dim + 2 * wide)
     rebuilt = rebuilt_bytes(config, setting.dtype.itemsize, sum(_expanded_lens(setting, point)))
     kept = (point.layers - 1) * min(rebuilt, WORKSPACE_BYTES)  # that of one layer is in `WORKSPACE`
     once = WORKSPACE + _longest_bytes(setting, point, share) + _grown_bytes(setting, point)
     return numbers * setting.dtype.itemsize + kept + once
-
-
-def _indexer_numbers(setting: Setting, point: Point) -> int:
-    """Return what the indexer keeps of new tokens: queries, keys, and in four bytes the rest."""
-    config = setting.config
-    if not config.index_n_heads:
-        return 0
-    wide = config.hidden_size + config.index_n_heads + config.index_topk
-    return point.tokens * ((config.index_n_heads + 1) * config.index_head_dim + 2 * wide)
 
 
 def _longest_bytes(setting: Setting, point: Point, share: int) -> int:
@@ -291,14 +287,6 @@ def shared_bytes(setting: Setting, names: Sequence[str], fused: bool) -> int:
         specs = [timed[0][role].spec for role in group]
         saved += copies * sum(spec.groups * spec.in_features * spec.out_features for spec in specs)
     return saved * setting.dtype.itemsize
-
-
-def _context_bytes(setting: Setting, point: Point, dcp: int) -> int:
-    """Return the queries and results of all ranks that share a context, on a rank with this setting."""
-    if dcp == 1:
-        return 0
-    per_token = scratch_per_token(setting.config, dcp, setting.dtype.itemsize)
-    return min(point.tokens * per_token, WORKSPACE_BYTES)
 
 
 def _output_bytes(setting: Setting, point: Point, of: Point) -> int:

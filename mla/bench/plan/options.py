@@ -205,12 +205,6 @@ def command(words: Iterable[str]) -> str:
     return shlex.join([*PROGRAM, *words])
 
 
-def short_axes(options: RunOptions) -> list[str]:
-    """Return the axes that options stand for."""
-    values = {name: getattr(options, name) for name in ("cache_format", "index_format", *SELECTS)}
-    return [f"{name}={value}" for name, value in values.items() if value is not None]
-
-
 # ------------------------------------------------------------------------------------------------ validation
 
 # Every mistake shows here, before any work: `refuse` raises the first sentence that a generator below yields.

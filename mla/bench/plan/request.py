@@ -166,8 +166,9 @@ def describe(request: Request, verbose: bool) -> None:
     setting = request.setting
     if verbose:
         _describe_setting(request)
-    for line in _simulated(setting):
-        note(line)
+    if (ranks := setting.ranks) is not None and ranks.assumed:  # for ranks that are not there
+        where = f"{counted(ranks.world, 'rank')} of {ranks.layout} on this device, one by one"
+        note(f"simulated  {where}; {ranks.assumed}: times are predicted")
     _plan(request, verbose)
     for line in _same_ops(request):
         note(line)
@@ -192,19 +193,13 @@ def _describe_setting(request: Request) -> None:
         note(f"timed      {request.variants}")
 
 
-def _simulated(setting: Setting) -> Iterator[str]:
-    """Yield what stands for ranks that are not there."""
-    ranks = setting.ranks
-    if ranks is not None and ranks.assumed:
-        where = f"{counted(ranks.world, 'rank')} of {ranks.layout} on this device, one by one"
-        yield f"simulated  {where}; {ranks.assumed}: times are predicted"
-
-
 def _ops(request: Request) -> Iterator[str]:
     """Yield the ops of `mla`, and those that each implementation with ops of its own has instead."""
     named = [parse_one(name) for name in request.implementations if is_ours(name)]
-    if request.scenarios[0].point.op is not None:
-        yield from _measured_op(request.scenarios[0])
+    if request.scenarios[0].point.op is not None:  # what runs for one role; nothing is asked about others
+        for name, ops in request.scenarios[0].ops.items():
+            if parse_one(name) != Named("mla-reference"):
+                yield "ops        " + ", ".join(f"{name}: {role}={op}" for role, op in ops.items())
         return
     if not named or any(impl in (Named("mla"), Named("mla-reference")) for impl in named):
         fused = _fused(make_ops(request.setting).names())
@@ -213,13 +208,6 @@ def _ops(request: Request) -> Iterator[str]:
         if impl.ops:
             fused = _fused(make_ops(implementation_setting(request.setting, impl)).names())
             yield f"ops        {impl}: {fused or 'reference for every op'}"
-
-
-def _measured_op(scenario: ScenarioPlan) -> Iterator[str]:
-    """Yield what runs for the one role that is measured; nothing is asked about others."""
-    for name, ops in scenario.ops.items():
-        if parse_one(name) != Named("mla-reference"):
-            yield "ops        " + ", ".join(f"{name}: {role}={op}" for role, op in ops.items())
 
 
 def _fused(names: Mapping[str, str]) -> str:

@@ -62,6 +62,7 @@ def resolve(options: RunOptions, join: Join | None = None, resumed: results.Run 
     opened = open_backend(options)
     setting, state = _layer(options, points, opened, join)
     from mla.bench.plan.request import Request, plan_scenarios
+    from mla.bench.subjects.setting import implementation_setting
     from mla.layer.ops import layer_roles
 
     with setting.ranks.told() if setting.ranks else contextlib.nullcontext():
@@ -74,7 +75,9 @@ def resolve(options: RunOptions, join: Join | None = None, resumed: results.Run 
         plans, names = plan_scenarios(setting, points, listed, cold, state, baselines)
         if not listed and "mla-reference" not in names:
             note("mla-reference is skipped: no fused op was chosen, so it is identical to mla")
-        commands.refuse(commands.of_roles(options, points, _overrides(setting, names)))
+        ours = {name: parse_one(name) for name in names if is_ours(name)}
+        own = {name: dict(implementation_setting(setting, named).overrides) for name, named in ours.items()}
+        commands.refuse(commands.of_roles(options, points, own))
         return Request(
             setting=setting,
             scenarios=plans,
@@ -97,7 +100,9 @@ def _points(options: RunOptions) -> tuple[RunOptions, list[Point]]:
 
     Raises `UsageError`.
     """
-    options = replace(options, axes=(*options.axes, *commands.short_axes(options)))
+    values = {name: getattr(options, name) for name in ("cache_format", "index_format", *commands.SELECTS)}
+    short = [f"{name}={value}" for name, value in values.items() if value is not None]
+    options = replace(options, axes=(*options.axes, *short))
     grid.parse(options.axes)  # what the user wrote is judged before any file
     commands.refuse(commands.of_lengths(options))
     alone = options.op is not None and options.workload_flag is None  # an op of equal requests
@@ -188,13 +193,8 @@ def _read(text: str) -> tuple[Link, str]:
             f"--link takes alpha=5us,beta=300GB/s, the result file of a run over real ranks, or ideal, got "
             f"'{text}'. {_MEASURE} measures a link."
         )
-    return _measured(path, results.read(path))
-
-
-def _measured(path: Path, run: results.Run) -> tuple[Link, str]:
-    """Return the link that a run measured: the same for all of its cases."""
-    spreads = [case.spread for case in run.cases if case.spread and not case.spread.predicted]
-    measured = next((spread for spread in spreads if spread.link), None)
+    spreads = [case.spread for case in results.read(path).cases if case.spread and not case.spread.predicted]
+    measured = next((spread for spread in spreads if spread.link), None)  # the same for all cases
     if measured is None:
         raise UsageError(f"'{path}' holds no measured link; a run over real ranks does: {_MEASURE}.")
     link = Link({line.collective: line.line() for line in measured.link})
@@ -290,17 +290,6 @@ def _weights(options: RunOptions, config: MLAConfig, dtype: torch.dtype) -> Stat
 
 
 # ------------------------------------------------------------------------------------ implementations
-
-
-def _overrides(setting: Setting, names: Sequence[str]) -> dict[str, list[str]]:
-    """Return implementation -> the roles that it has ops of its own for."""
-    from mla.bench.subjects.setting import implementation_setting
-
-    ours = {name: parse_one(name) for name in names if is_ours(name)}
-    return {
-        name: [role for role, _ in implementation_setting(setting, named).overrides]
-        for name, named in ours.items()
-    }
 
 
 def _added_baselines(config: MLAConfig, resumed: results.Run | None) -> list[str]:

@@ -220,7 +220,7 @@ class LeadLayer(Implementation):
         self.outputs()
         checks = [
             checker.check_pass(self._whole(copy), self._number, self.held_to_reference, **self._taken(copy))
-            for copy in range(self._copies())
+            for copy in range(self._crew.layout.head_parts)  # every rank has the outputs of all heads
         ]
         copy = worst(checks)
         check = checks[copy]
@@ -241,10 +241,6 @@ class LeadLayer(Implementation):
             error = (forward.found.cpu().double() - forward.expected).nan_to_num(*[torch.inf] * 3)
             far = [max(old, float(error[part].norm())) for old, part in zip(far, rows, strict=True)]
         return ranks[far.index(max(far))]
-
-    def _copies(self) -> int:
-        """Return how often each output is there: every rank has those of all heads."""
-        return self._crew.layout.head_parts
 
     def _ranks(self, copy: int) -> list[int]:
         """Return the ranks that together have one copy of all outputs."""
@@ -287,10 +283,6 @@ class LeadLayer(Implementation):
 
     def facts(self) -> Facts:
         return self._part.facts()
-
-    def replace_ops(self, replace: Callable[[str, Any], Any]) -> None:
-        """Put `replace(role, op)` in place of every op of rank 0; called before `load`."""
-        self._part.replace_ops(replace)
 
 
 def _merged(shares: Sequence[Pair], past: int) -> Pair:

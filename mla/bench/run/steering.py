@@ -155,8 +155,10 @@ def kept_cases(path: Path, old: Run, now: Run, scenarios: Sequence[ScenarioPlan]
         plan = plans.get(case.scenario)
         if plan is None or case.implementation not in old.plan.implementations:
             reasons.append(f"only it has a case '{case.scenario}, {case.implementation}'")
-        elif _complete(case, plan.point.rounds):
-            reasons += _case_changes(case, plan)
+        elif not case.interrupted and (case.check.status == "wrong" or _is_whole(case, plan.point.rounds)):
+            if (ops := plan.ops.get(case.implementation)) is not None:  # the plan's digest says all else
+                where = f" of case '{case.scenario}, {case.implementation}'"
+                reasons += _changes(case.ops, ops, missing="no op", where=where)
             kept.append(case)
     if reasons:
         raise ResultError(
@@ -185,10 +187,9 @@ def _mark(old: Run, now: Run, remark: str) -> None:
         now.environment[MARK] = "; ".join(filter(None, dict.fromkeys(remarks)))
 
 
-def _complete(case: Case, rounds: int) -> bool:
-    """Return whether a case is complete; what a budget cut short is measured again."""
-    measured = case.check.status == "ok" and case.passes >= due(case, rounds)
-    return not case.interrupted and (measured or case.check.status == "wrong")
+def _is_whole(case: Case, rounds: int) -> bool:
+    """Return whether all passes of a case were run; what a budget cut short is measured again."""
+    return case.check.status == "ok" and case.passes >= due(case, rounds)
 
 
 def _changes(old: Mapping[str, Any], now: Mapping[str, Any], missing: str, where: str = "") -> list[str]:
@@ -232,12 +233,6 @@ def _facts(run: Run) -> dict[str, str]:
     if threads := run.environment.get("torch_threads"):
         facts.setdefault("OMP_NUM_THREADS", threads)  # which torchrun sets, and srun does not
     return {name: str(value) for name, value in facts.items() if value is not None}
-
-
-def _case_changes(case: Case, plan: ScenarioPlan) -> list[str]:
-    """Return which ops a kept case ran that are not chosen now; the plan's digest says all else."""
-    ops, where = plan.ops.get(case.implementation), f" of case '{case.scenario}, {case.implementation}'"
-    return [] if ops is None else _changes(case.ops, ops, missing="no op", where=where)
 
 
 def _scenario_changes(old: results.Plan, now: results.Plan) -> list[str]:
