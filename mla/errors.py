@@ -15,6 +15,11 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
+def unknown(what: str, word: str, known: Sequence[str], takes: str = "Choose from") -> str:
+    """Return that there is no such word, which was perhaps meant, and all there are."""
+    return f"unknown {what} '{word}'.{did_you_mean(word, known)} {takes}: {', '.join(known)}."
+
+
 class MLAError(Exception):
     """Base of every error the core raises on purpose."""
 
@@ -24,11 +29,6 @@ class MLAError(Exception):
 
 class ConfigError(MLAError):
     """A config that does not describe an MLA layer this core can run."""
-
-    @classmethod
-    def unknown_preset(cls, name: str, known: Sequence[str]) -> ConfigError:
-        """Return the error that lists the presets."""
-        return cls(f"unknown config '{name}'.{did_you_mean(name, known)} Presets: {', '.join(known)}.")
 
 
 class WeightError(MLAError):

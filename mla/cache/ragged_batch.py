@@ -155,7 +155,9 @@ class RaggedBatch:
         self._describe(tuple(query_lens), tuple(kv_lens), block_table)
         self.memory = memory or BatchMemory(self.num_tokens, block_table, device)
         self.memory.fill(self._pack(slots), block_table)
-        self._name_parts(self.memory)
+        self.slots, self.positions = self.memory.slots, self.memory.positions
+        self.kv_lens_device, self.cu_q = self.memory.kv_lens, self.memory.cu_q
+        self.block_table = self.memory.block_table
 
     def _describe(self, query_lens: tuple[int, ...], kv_lens: tuple[int, ...], table: torch.Tensor) -> None:
         """Derive every host-side length and table."""
@@ -205,10 +207,6 @@ class RaggedBatch:
         shift, mask = self.page_size.bit_length() - 1, self.page_size - 1
         pages = table.index_select(0, rows + (positions >> shift)).long()
         return ((pages << shift) + (positions & mask)).view(torch.int32), positions.int()
-
-    def _name_parts(self, memory: BatchMemory) -> None:
-        self.slots, self.positions = memory.slots, memory.positions
-        self.kv_lens_device, self.cu_q, self.block_table = memory.kv_lens, memory.cu_q, memory.block_table
 
     def subset(self, requests: Sequence[int]) -> RaggedBatch:
         """Return a batch of only `requests` (indices into this one)."""

@@ -102,11 +102,6 @@ def _hugging_face(name: str) -> str:
     return f"{head}.{tail}" if tail else head
 
 
-def is_mla(names: frozenset[str] | set[str]) -> bool:
-    """Return whether these are the weight names of a latent attention."""
-    return not _SIGNATURE.isdisjoint(names)
-
-
 # ------------------------------------------------------------------------------------------- choose
 # Choose among a checkpoint's attentions.
 
@@ -117,7 +112,12 @@ _WANTED = re.compile(r"([0-9]{1,6})(?:\.([0-9]{1,3}))?")
 
 def choose(locations: Collection[Location], wanted: Wanted, facts: Facts, folder: str) -> Location:
     """Return the location of the wanted layer; None: of the only main layer. Raises `CheckpointError`."""
-    _one_pattern(locations, folder)
+    patterns = sorted({location.pattern for location in locations})
+    if len(patterns) > 1:
+        raise CheckpointError(
+            f"checkpoint '{folder}' holds MLA attention weights under several names, '{patterns[0]}' and "
+            f"'{patterns[1]}': it is unclear which are meant."
+        )
     number, part = _parse(wanted, folder)
     if wanted is None:
         layer = _only_main(locations, facts, folder)
@@ -127,15 +127,6 @@ def choose(locations: Collection[Location], wanted: Wanted, facts: Facts, folder
     if chosen := next((location for location in parts if location.part == part), None):
         return chosen
     raise CheckpointError(_which_part(parts, layer, part, folder))
-
-
-def _one_pattern(locations: Collection[Location], folder: str) -> None:
-    patterns = sorted({location.pattern for location in locations})
-    if len(patterns) > 1:
-        raise CheckpointError(
-            f"checkpoint '{folder}' holds MLA attention weights under several names, '{patterns[0]}' and "
-            f"'{patterns[1]}': it is unclear which are meant."
-        )
 
 
 def _parse(wanted: Wanted, folder: str) -> tuple[int | None, int | None]:
@@ -252,7 +243,9 @@ def read_layer(
     number = location.layer if layer is None else _parse(layer, str(folder))[0]
     config = config.of_layer(number or 0)
     shapes = weight_shapes(config)
-    _check_names(stored, keys, shapes, _ignored(config))
+    # Tensors that may be there: converters give layers that share a selection an indexer, too.
+    ignored = (_TABLES, "indexer.") if config.index_topk and not config.index_n_heads else (_TABLES,)
+    _check_names(stored, keys, shapes, ignored)
     wanted = [name for weight in shapes for name in (weight, weight + _SCALE) if name in keys]
     tensors = _headers(stored, {name: keys[name][0] for name in wanted})
     weights = {
@@ -260,11 +253,6 @@ def read_layer(
         for name, shape in shapes.items()
     }
     return StoredLayer(weights, config, dtype, progress)
-
-
-def _ignored(config: MLAConfig) -> tuple[str, ...]:
-    """Return how names of tensors begin that may be there: converters give shared layers an indexer, too."""
-    return (_TABLES, "indexer.") if config.index_topk and not config.index_n_heads else (_TABLES,)
 
 
 def _find(folder: Folder, layer: Wanted, facts: Facts) -> tuple[Location, Keys]:
@@ -275,7 +263,9 @@ def _find(folder: Folder, layer: Wanted, facts: Facts) -> tuple[Location, Keys]:
         if located is not None:
             location, name = located
             locations.setdefault(location, {}).setdefault(name, []).append((file, key))
-    served = [location for location, keys in locations.items() if is_mla(set(keys)) and not location.is_draft]
+    served = [
+        location for location, keys in locations.items() if _SIGNATURE & keys.keys() and not location.is_draft
+    ]
     if not served:
         raise CheckpointError(
             f"checkpoint '{folder.path}' holds no MLA attention weights, such as "

@@ -21,7 +21,7 @@ from mla.config.families import (
     refused_model,
 )
 from mla.config.presets import PRESETS
-from mla.errors import ConfigError
+from mla.errors import ConfigError, unknown
 from mla_backends import outside
 from mla_backends.outside import escaped, quoted, shortened
 
@@ -437,7 +437,7 @@ class MLAConfig:
         if name not in PRESETS:
             if (reason := refused_model(name)) is not None:
                 raise ConfigError(f"config '{name}' is not supported: {reason}.")
-            raise ConfigError.unknown_preset(name, list(PRESETS))
+            raise ConfigError(unknown("config", name, list(PRESETS), "Presets"))
         return cls.from_dict({**PRESETS[name].values, "name": name})
 
     @classmethod

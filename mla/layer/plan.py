@@ -326,16 +326,12 @@ def _round(batch: RaggedBatch, choice: Choice, spans: Sequence[_Span]) -> Round:
     slots = upload(torch.cat([_slots(batch, span) for span in spans]), batch.device)
     last = spans[-1]
     if last.start == 0 and last.stop == batch.kv_lens[last.request]:
-        members = [span.request for span in spans]
+        members, cu_q = [span.request for span in spans], batch.cu_q_host
         lengths = SegmentLengths(
             tuple(batch.query_lens[i] for i in members), tuple(batch.kv_lens[i] for i in members), True
         )
-        return Round(slots, (piece(*_token_range(batch, members), lengths, False),))
+        return Round(slots, (piece(cu_q[members[0]], cu_q[members[-1] + 1], lengths, False),))
     return Round(slots, tuple(piece(*arguments) for arguments in _chunk_pieces(batch, last)))
-
-
-def _token_range(batch: RaggedBatch, members: Sequence[int]) -> tuple[int, int]:
-    return batch.cu_q_host[members[0]], batch.cu_q_host[members[-1] + 1]
 
 
 def _chunk_pieces(batch: RaggedBatch, span: _Span) -> Iterator[tuple[int, int, SegmentLengths, bool]]:

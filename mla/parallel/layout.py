@@ -25,7 +25,7 @@ from mla.cost import (
     projection_parameters,
     step_work,
 )
-from mla.errors import UsageError, did_you_mean
+from mla.errors import UsageError, did_you_mean, unknown
 
 if TYPE_CHECKING:
     import torch
@@ -75,8 +75,7 @@ class Layout:
                 raise UsageError(f"a layout is written as in 'tp=2,dcp=2', got '{text}'.")
             axis = match[1]
             if axis not in AXES:
-                hint = did_you_mean(axis, AXES)
-                raise UsageError(f"layout '{text}': unknown axis '{axis}'.{hint} Axes: {', '.join(AXES)}.")
+                raise UsageError(f"layout '{text}': {unknown('axis', axis, AXES, 'Axes')}")
             if axis in sizes:
                 raise UsageError(f"layout '{text}': {axis} is given twice.")
             sizes[axis] = int(match[2])

@@ -14,7 +14,7 @@ from mla.bench.cli import devices, run, stored
 from mla.command import console, launcher
 from mla.command.exit_codes import carried_out, guarded
 from mla.command.options import program, write_groups
-from mla.errors import did_you_mean
+from mla.errors import unknown
 
 
 def _unreadable(word: str) -> str:
@@ -73,9 +73,7 @@ class DefaultGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the command, or say which one was probably meant."""
         if args[0] not in self.commands:
-            hint = did_you_mean(args[0], list(self.commands))
-            known = ", ".join(self.commands)
-            raise click.UsageError(f"unknown command '{args[0]}'.{hint} Commands: {known}.")
+            raise click.UsageError(unknown("command", args[0], list(self.commands), "Commands"))
         return super().resolve_command(ctx, args)
 
 

@@ -30,7 +30,7 @@ from mla.cases.call import Checker
 from mla.cases.varied import Pool
 from mla.checkpoint import LazyState
 from mla.cost import Work, step_work
-from mla.errors import UnsupportedBatch, UsageError, did_you_mean
+from mla.errors import UnsupportedBatch, UsageError, unknown
 from mla.layer.ops import Ops
 from mla.layer.plan import check_lengths
 from mla.verify.layer_oracle import Held, State, oracle
@@ -66,10 +66,7 @@ def check_name(base: str) -> None:
     if ":" in base:
         foreign_class(base)
     elif base not in IMPLEMENTATIONS:
-        known = ", ".join(IMPLEMENTATIONS)
-        raise UsageError(
-            f"unknown implementation '{base}'.{did_you_mean(base, list(IMPLEMENTATIONS))} There are: {known}."
-        )
+        raise UsageError(unknown("implementation", base, list(IMPLEMENTATIONS), "There are"))
 
 
 def foreign_class(path: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -19,7 +19,7 @@ from mla.bench.workload.scenario import (
     check_lengths,
     repeated,
 )
-from mla.errors import CacheFormatError, UsageError, did_you_mean
+from mla.errors import CacheFormatError, UsageError, unknown
 from mla.text import named_dtype
 from mla_backends.api import OPS
 from mla_backends.outside import shortened
@@ -128,51 +128,43 @@ def _own_axes(scenario: Scenario) -> Axes:
 
 def _values(name: str, text: str) -> tuple[Value, ...]:
     if name not in AXES:
-        raise UsageError(f"unknown axis '{name}'.{did_you_mean(name, AXES)} Choose from: {', '.join(AXES)}.")
-    items = [item.strip() for item in text.split(",")]
+        raise UsageError(unknown("axis", name, AXES))
     values: list[Value] = []
-    for item in items:
-        named = NAMED.get(name)
-        values += [named(item)] if named else _numbers(name, item)
+    for item in (item.strip() for item in text.split(",")):
+        try:
+            values += [NAMED[name](item)] if name in NAMED else _numbers(name, item)
+        except (UsageError, CacheFormatError) as error:
+            raise UsageError(f"axis {name}: {error}") from error
         if len(values) > MAX_POINTS:
             raise UsageError(f"axis {name}: '{item}' exceeds {MAX_POINTS} values: give fewer.")
     return tuple(dict.fromkeys(values))
 
 
-def _dtype(item: str) -> str:
-    try:
-        return named_dtype(item)
-    except UsageError as error:
-        raise UsageError(f"axis dtype: {error}") from error
-
-
 def _format(item: str) -> str:
     from mla.cache.formats import find_format  # needs torch
 
-    try:
-        return find_format(item).name
-    except CacheFormatError as error:
-        raise UsageError(f"axis cache_format: {error}") from error
+    return find_format(item).name
 
 
 def read_index_format(item: str) -> str:
     """Return a name of a format of index keys. Raises `UsageError` for others."""
     from mla.cache.index_formats import INDEX_FORMATS  # needs torch
 
-    if item not in (known := ("plain", *INDEX_FORMATS)):
-        hint = did_you_mean(item, known)
-        raise UsageError(f"unknown index format '{item}'.{hint} Choose from: {', '.join(known)}.")
+    return _one_of("index format", item, ("plain", *INDEX_FORMATS))
+
+
+def _one_of(what: str, item: str, known: Sequence[str]) -> str:
+    if item not in known:
+        raise UsageError(unknown(what, item, known))
     return item
 
 
-def _selection(item: str) -> str:
-    if item not in SELECTIONS:
-        hint = did_you_mean(item, SELECTIONS)
-        raise UsageError(f"axis selection: unknown '{item}'.{hint} Choose from: {', '.join(SELECTIONS)}.")
-    return item
-
-
-NAMED = {"dtype": _dtype, "cache_format": _format, "index_format": read_index_format, "selection": _selection}
+NAMED: dict[str, Callable[[str], str]] = {
+    "dtype": named_dtype,
+    "cache_format": _format,
+    "index_format": read_index_format,
+    "selection": lambda item: _one_of("selection", item, SELECTIONS),
+}
 
 
 def _numbers(name: str, item: str) -> list[int]:
@@ -181,12 +173,11 @@ def _numbers(name: str, item: str) -> list[int]:
     match = _RANGE.fullmatch(item)
     if match is None:
         raise UsageError(
-            f"axis {name}: '{item}' is neither a number, such as 4k, nor a range, such as 1k..64k*4 "
-            "or 1..8+1."
+            f"'{item}' is neither a number, such as 4k, nor a range, such as 1k..64k*4 or 1..8+1."
         )
     first, last, by = (_number(match[group]) for group in (1, 2, 4))
     if first > last or by < 1 or (match[3] == "*" and (by < 2 or first < 1)):
-        raise UsageError(f"axis {name}: the range '{item}' does not ascend.")
+        raise UsageError(f"the range '{item}' does not ascend.")
     values = [_checked(name, first)]
     while len(values) <= MAX_POINTS:  # one too many tells the caller
         value = values[-1] * by if match[3] == "*" else values[-1] + by
@@ -204,15 +195,20 @@ def _number(text: str) -> int:
 def _checked(name: str, value: int) -> int:
     low, high = LIMITS[name]
     if not low <= value <= high:
-        raise UsageError(f"axis {name}: {value} is not between {low} and {high}.")
+        raise UsageError(f"{value} is not between {low} and {high}.")
     if name == "page_size" and value & (value - 1):
-        raise UsageError(f"axis page_size: {value} is not a power of two.")
+        raise UsageError(f"{value} is not a power of two.")
     return value
 
 
 def _point(scenario: Scenario, values: Mapping[str, Any]) -> Point:
     """Return the scenario at one point: requests repeated or truncated to `batch`, with the given lengths."""
-    _check_spec(scenario, values)
+    axis = next((name for name in LENGTHS if name in values), None)
+    if scenario.batch_spec and axis:
+        raise UsageError(
+            f"axis {axis}: the lengths of '{scenario.name}' are those of a batch spec; list a spec for each "
+            f"value of {axis}, or use the axes heads, {', '.join(OVERRIDES[:-1])} and {OVERRIDES[-1]}."
+        )
     lengths = itertools.cycle(zip(scenario.query_lens, scenario.history, strict=True))
     requests = list(itertools.islice(lengths, values.get("batch", len(scenario.query_lens))))
     changes = {
@@ -230,16 +226,6 @@ def _point(scenario: Scenario, values: Mapping[str, Any]) -> Point:
         point = Point(base=scenario.name, **{**msgspec.structs.asdict(scenario), **changes})
     check_lengths(f"scenario '{point.name}'", point)
     return point
-
-
-def _check_spec(scenario: Scenario, values: Mapping[str, Any]) -> None:
-    """Raise `UsageError` for an axis of lengths over a batch spec."""
-    axis = next((name for name in LENGTHS if name in values), None)
-    if scenario.batch_spec and axis:
-        raise UsageError(
-            f"axis {axis}: the lengths of '{scenario.name}' are those of a batch spec; list a spec for each "
-            f"value of {axis}, or use the axes heads, {', '.join(OVERRIDES[:-1])} and {OVERRIDES[-1]}."
-        )
 
 
 # ------------------------------------------------------------------------------------------ batch specs
@@ -482,8 +468,7 @@ def roles_of(op: str, config: MLAConfig, kinds: Mapping[str, str], takes: str, w
             f"choose a config that does, such as --config {preset}."
         )
     if not roles:
-        known = list(dict.fromkeys([*OPS, *kinds]))
-        raise UsageError(f"unknown {what} '{op}'.{did_you_mean(op, known)} {takes}: {', '.join(known)}.")
+        raise UsageError(unknown(what, op, list(dict.fromkeys([*OPS, *kinds])), takes))
     return roles
 
 

@@ -13,7 +13,7 @@ import msgspec
 
 from mla.bench.workload.grid import parse_batch_spec
 from mla.bench.workload.scenario import MAX_REQUESTS, Scenario, check_lengths
-from mla.errors import UsageError, did_you_mean
+from mla.errors import UsageError, did_you_mean, unknown
 from mla_backends import outside
 from mla_backends.outside import escaped, quoted, shortened
 
@@ -183,6 +183,5 @@ def select(scenarios: Sequence[Scenario], names: Sequence[str]) -> list[Scenario
     known = {scenario.name: scenario for scenario in scenarios}
     for name in names:
         if name not in known:
-            hint = did_you_mean(name, list(known))
-            raise UsageError(f"unknown scenario '{name}'.{hint} This workload has: {', '.join(known)}.")
+            raise UsageError(unknown("scenario", name, list(known), "This workload has"))
     return [known[name] for name in dict.fromkeys(names)] if names else list(scenarios)
