@@ -481,8 +481,8 @@ class AttentionCore:
         self.config, self.dtype = config, dtype
         self.device = backend.device if backend is not None and backend.device else torch.device("cpu")
         offered = backend.ops() if backend else {}
-        formats = {"cache_format": cache_format, "index_format": index_format}
-        self.ops = Ops(config, offered, dtype, self.device, **formats)
+        given = config, offered, dtype, self.device
+        self.ops = Ops(*given, cache_format=cache_format, index_format=index_format)
         turn = Turn.of(backend)
         self.scratch = scratch or Workspace(dtype, self.device, keeps=WORKSPACE_BYTES, turn=turn)
         self._at = torch.empty(0, device=self.device).device  # as tensors say it: with an index

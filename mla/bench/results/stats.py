@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Sequence
 
 LOG_2 = math.log(2)
+CONFIDENCE = 0.95  # at least, of an interval
 MOST_SLOPES = 100_000  # of pairs of passes; there may be 100,000 passes
 
 
@@ -19,17 +20,17 @@ def _log_factorial(n: int) -> float:
     return math.lgamma(n + 1)
 
 
-def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
-    """Return the narrowest symmetric order-statistic interval of the median with at least `confidence`.
+def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return the narrowest symmetric order-statistic interval of the median with at least 95 % confidence.
 
-    None if there are too few values (fewer than 6 at 95 %).
+    None if there are fewer than 6 values.
     """
     ordered, n = sorted(values), len(values)
     best = None
     outside = 0.0
     for k in range(n // 2):  # the interval from the (k+1)-th smallest to the (k+1)-th largest
         outside += 2 * math.exp(_log_factorial(n) - _log_factorial(k) - _log_factorial(n - k) - n * LOG_2)
-        if 1 - outside < confidence:
+        if 1 - outside < CONFIDENCE:
             break
         best = (ordered[k], ordered[n - 1 - k])
     return best
