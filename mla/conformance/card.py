@@ -1,4 +1,4 @@
-"""The card: the report in Markdown that is readable as plain text; what a run covered, and did not see."""
+"""The card: the report in Markdown that is readable as plain text; and what a run did not see."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mla.command.display import markdown
-from mla.conformance.registry import KINDS
-from mla.conformance.report import Cases, CheckResult, ConformanceReport, Coverage, Slow, Status
+from mla.conformance.report import Cases, CheckResult, ConformanceReport, Status
 from mla.text import grouped
 
 # How many wrong cases of a check are listed.
 MOST_CASES = 5
 
 _TITLES = ("check", "of", "result", "cases", "error/bound", "note")
-_KIND_TITLES = ("kind", "checks", "cases", "what it is")
 _WORDS: dict[Status, str] = {
     "pass": "passed",
     "fail": "failed",
@@ -30,7 +28,6 @@ _WORDS: dict[Status, str] = {
 def card(report: ConformanceReport) -> str:
     """Return the report card: Markdown that is readable as plain text."""
     checks = report.checks
-    kinds = [(kind.kind, str(kind.checks), _counted([kind.cases]), kind.what) for kind in report.coverage]
     parts = [
         f"# mla conformance: {report.backend.name}\n",
         _header(report),
@@ -43,8 +40,6 @@ def card(report: ConformanceReport) -> str:
         _list("Refused", _refusals(checks)),
         _list("Expected failures that matched no check", report.unused_xfails),
         _list("Drawn", map(_flat, _drawn(checks))),
-        "## Covered, by why kernels fail\n",
-        markdown(_KIND_TITLES, kinds, padded=True),
         _list("What this run cannot have seen", map(_flat, report.blind)),
         f"Seconds: {_seconds(checks)}\n",
         f"{_summary(report)}\n",
@@ -199,7 +194,7 @@ def _one_line(text: str) -> str:
     return " ".join(str(text).split())
 
 
-# ------------------------------------------------------------------------------ coverage
+# ------------------------------------------------------------------------- what is unseen
 
 # What no run of this suite sees.
 _ALWAYS = (
@@ -212,18 +207,6 @@ _ALWAYS = (
 )
 
 
-def coverage(checks: Sequence[CheckResult]) -> list[Coverage]:
-    """Return how much ran of every kind, in the order of `KINDS`."""
-    return [_of_kind(kind, [result for result in checks if result.kind == kind]) for kind in KINDS]
-
-
-def _of_kind(kind: str, members: Sequence[CheckResult]) -> Coverage:
-    counts = {
-        name: sum(getattr(result.cases, name) for result in members) for name in Cases.__struct_fields__
-    }
-    return Coverage(kind=kind, what=KINDS[kind], checks=len(members), cases=Cases(**counts))
-
-
 @dataclass(frozen=True)
 class Extent:
     """How far a run went."""
@@ -232,14 +215,13 @@ class Extent:
     only: Sequence[str]  # patterns; empty: every check
     claimed: Sequence[str]  # dtypes
     checked: Sequence[str]
-    slow: Sequence[Slow]
+    every_case: bool
     planned: int  # checks
 
 
 def blind(extent: Extent, checks: Sequence[CheckResult]) -> list[str]:
     """Return what a run cannot have seen, one sentence each; what depends on the run comes first."""
     cut = [*_cut(extent, checks), *_few(checks), *_late(checks), *_spare(extent, checks)]
-    cut += _thinned(extent, checks)
     return [*cut, *_reached(checks), *_all_refused(checks), *_other_dtypes(extent), *_ALWAYS]
 
 
@@ -250,10 +232,7 @@ def _cut(extent: Extent, checks: Sequence[CheckResult]) -> Iterator[str]:
     if extent.only:
         yield f"What other checks ask: only {', '.join(extent.only)} ran."
     if extent.quick:
-        yield (
-            "What more draws would find, and the reference on the device where an op of the backend serves "
-            "what most layers have: --quick leaves them out."
-        )
+        yield ("What more draws would find: --quick has few of them.")
 
 
 def _few(checks: Sequence[CheckResult]) -> Iterator[str]:
@@ -281,27 +260,9 @@ def _late(checks: Sequence[CheckResult]) -> Iterator[str]:
 
 
 def _spare(extent: Extent, checks: Sequence[CheckResult]) -> Iterator[str]:
-    slow = {slow.dtype for slow in extent.slow}
-    members = [check for check in checks if check.of == "reference" and check.dtype not in slow]
-    left = sum(check.cases.left_out - check.late for check in members)
-    if left > 0 and not extent.only:
-        yield f"{_fixed(left)} of the reference, which runs where no op serves (--every-case runs all)."
-
-
-def _thinned(extent: Extent, checks: Sequence[CheckResult]) -> Iterator[str]:
-    for slow in extent.slow:
-        members = [check.cases for check in checks if check.dtype == slow.dtype]
-        ran = sum(cases.passed + cases.refused + cases.failed for cases in members)
-        whole = ran + sum(cases.left_out for cases in members)
-        if ran < whole:
-            yield (
-                f"Most sizes in {slow.dtype}: it takes {_times(slow.factor)} as long as {slow.than} here, "
-                f"so that {ran} of {whole} cases ran (--every-case runs them all)."
-            )
-
-
-def _times(factor: float) -> str:
-    return f"{factor:.2g} times" if factor < 10 else f"{factor:.0f} times"
+    ours = any(check.of not in ("", "auto", "reference") for check in checks)
+    if ours and not (extent.every_case or extent.only):
+        yield "The reference on the device, where an op serves what most layers have (--every-case runs it)."
 
 
 def _reached(checks: Sequence[CheckResult]) -> Iterator[str]:

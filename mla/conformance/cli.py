@@ -103,7 +103,7 @@ def _finite(minutes: float | None) -> float | None:
 @how(
     "--every-case",
     is_flag=True,
-    help="Run every fixed case: also those left out for time, in a slow dtype, or of the reference.",
+    help="Run every fixed case, whatever the time, and those of the reference.",
 )
 @how(
     "--xfails",
@@ -186,7 +186,7 @@ def cli(
     if not list_only:
         require_hypothesis()
     options = BackendOptions(backend, device, backend_options, threads)
-    asked = Asked(options, dtypes, only, quick, every_case or list_only, minutes, draws, seed)
+    asked = Asked(options, dtypes, only, quick, every_case, minutes, draws, seed)
     words, started = command
     suite = Suite.opened(asked, xfails)
     suite.start = started

@@ -29,20 +29,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
 from mla.conformance.card import failed_cases
 from mla.conformance.registry import DRAWN, all_checks
 from mla.conformance.report import CheckResult, Status
 from mla.conformance.selection import Xfails, require_known
-from mla.conformance.suite import (
-    carry_out,
-    claimed_dtypes,
-    dtypes_of,
-    instances,
-    require_hypothesis,
-    slow_dtypes,
-)
+from mla.conformance.suite import carry_out, claimed_dtypes, instances, require_hypothesis
 from mla.conformance.trial import BackendUnderTest, Drawing
 from mla.errors import UsageError
 from mla_backends.api import Backend
@@ -78,22 +70,10 @@ class BackendConformance:
             except UsageError as error:
                 pytest.fail(str(error), pytrace=False)
         drawing = Drawing(self.draws)
-        subject = BackendUnderTest(backend, backend.name, self.quick, slow=_slow(backend), drawing=drawing)
+        subject = BackendUnderTest(backend, backend.name, self.quick, drawing=drawing)
         chosen = instances(subject, claimed_dtypes(subject), [check_id])
         results = [carry_out(instance, subject, expected_failures) for instance in chosen]
         conclude(_CHECKS[check_id].description, results, first_look=True)
-
-
-_known: dict[tuple[type, str], frozenset[torch.dtype]] = {}
-
-
-def _slow(backend: Backend) -> frozenset[torch.dtype]:
-    """Return the dtypes that a backend is slow in, measured once: the fixture may make one per test."""
-    key = (type(backend), str(backend.device))
-    if key not in _known:
-        claimed = claimed_dtypes(BackendUnderTest(backend, backend.name))
-        _known[key] = dtypes_of(slow_dtypes(backend, claimed))
-    return _known[key]
 
 
 def conclude(description: str, results: Sequence[CheckResult], first_look: bool) -> None:

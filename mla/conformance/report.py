@@ -11,7 +11,7 @@ import msgspec
 from mla.command.files import write_bytes
 from mla.errors import MLAError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 Status = Literal["pass", "incomplete", "fail", "refused", "xfail", "xpass"]
 
@@ -26,7 +26,7 @@ class Cases(msgspec.Struct, kw_only=True):
     passed: int
     refused: int
     failed: int
-    left_out: int  # because the device is slow in the dtype, time was up, or only others were asked for
+    left_out: int  # because time was up, or only others were asked for
 
 
 class Failure(msgspec.Struct):
@@ -90,23 +90,6 @@ class CheckedBackend(msgspec.Struct, kw_only=True):
     device_name: str
 
 
-class Slow(msgspec.Struct, kw_only=True):
-    """A dtype of which a handful of cases ran, because the device takes long in it."""
-
-    dtype: str
-    than: str  # the wider dtype it is compared with
-    factor: float  # how many times as long a product takes
-
-
-class Coverage(msgspec.Struct, kw_only=True):
-    """What ran of one kind of failure."""
-
-    kind: str
-    what: str
-    checks: int  # each of one op or layer in one dtype
-    cases: Cases
-
-
 class ConformanceReport(msgspec.Struct, kw_only=True):
     """One run of the suite."""
 
@@ -120,11 +103,9 @@ class ConformanceReport(msgspec.Struct, kw_only=True):
     backend: CheckedBackend
     environment: dict[str, str]
     dtypes: list[str]
-    slow: list[Slow]
     planned: int  # checks, of which `checks` holds those that ran
     checks: list[CheckResult]
     unused_xfails: list[str]  # patterns of the list that matched nothing that ran
-    coverage: list[Coverage]
     blind: list[str]  # what this run cannot have seen, one sentence each
 
     def counts(self) -> Counter[Status]:

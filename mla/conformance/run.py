@@ -16,7 +16,7 @@ from mla.command.display import Progress
 from mla.command.exit_codes import Exit
 from mla.command.exit_codes import interrupted as ended_early
 from mla.conformance import plugin, test_backend
-from mla.conformance.card import Extent, blind, coverage
+from mla.conformance.card import Extent, blind
 from mla.conformance.plugin import PROPERTY, SUITE
 from mla.conformance.report import SCHEMA_VERSION, CheckedBackend, CheckResult, ConformanceReport
 from mla.conformance.suite import Suite, claimed_dtypes
@@ -108,7 +108,7 @@ def make_report(words: Sequence[str], collected: Results, interrupted: bool) -> 
     subject, asked = suite.subject, suite.asked
     results = [collected.by_id[instance.id] for instance in suite.planned if instance.id in collected.by_id]
     dtypes, claimed = (list(map(dtype_name, each)) for each in (suite.dtypes, claimed_dtypes(subject)))
-    extent = Extent(subject.quick, asked.only, claimed, dtypes, suite.slow, len(suite.planned))
+    extent = Extent(subject.quick, asked.only, claimed, dtypes, asked.every_case, len(suite.planned))
     return ConformanceReport(
         schema_version=SCHEMA_VERSION,
         argv=["python", "-m", "mla.conformance", *words],
@@ -125,11 +125,9 @@ def make_report(words: Sequence[str], collected: Results, interrupted: bool) -> 
         ),
         environment=ask(lambda: environment.environment(subject.backend), {"environment": "unknown"}),
         dtypes=dtypes,
-        slow=list(suite.slow),
         planned=len(suite.planned),
         checks=results,
         unused_xfails=suite.xfails.unused(),
-        coverage=coverage(results),
         blind=blind(extent, results),
     )
 

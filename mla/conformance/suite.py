@@ -5,20 +5,19 @@ from __future__ import annotations
 import importlib.util
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from mla.cases import KINDS
 from mla.command.console import note
 from mla.command.options import BackendOptions, open_backend
-from mla.conformance.checks.contract import specs
 from mla.conformance.drawn import usual_spec
 from mla.conformance.registry import DEVICE, DRAWN, DTYPE, LAYER, OP, ConformanceCheck, all_checks
-from mla.conformance.report import Cases, CheckResult, Failure, Refusal, Slow, Status
+from mla.conformance.report import Cases, CheckResult, Failure, Refusal, Status
 from mla.conformance.selection import Numbers, Xfails, case_id, chosen_cases, nothing_matches, require_cases
 from mla.conformance.trial import DTYPES, BackendUnderTest, Drawing, Trial, ask
 from mla.errors import UsageError
@@ -42,11 +41,6 @@ DRAW_TIMES = {
     "batched_linear": 2.0, "write_latent": 2.0, "write_index_key": 1.5, "linear": 1.3, "rotate_query": 1.3,
 }  # fmt: skip
 UNUSUAL = 0.2  # times the time of an op that serves what most layers have
-# A product [ROWS, WIDTH] x [WIDTH, WIDTH] that takes this many times as long as in a wider dtype is slow.
-FACTOR = 3.0
-ROWS, WIDTH = 64, 1024
-ATTEMPTS = 5
-TRIAL_SECONDS = 0.5  # seconds after which a dtype has been tried often enough
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,6 @@ class Instance:
     dtype: torch.dtype | None = None
     op: FusedOp | None = None
     chosen: Numbers = None  # of its cases; None: all
-    spare: bool = False  # it is the reference's, and the backend has an op that most layers run
 
     @property
     def subject(self) -> str:
@@ -83,71 +76,6 @@ class Instance:
         """Return the labels of all its cases, of which none runs; empty for a check without cases."""
         return tuple(replace(self, chosen=frozenset()).run(subject).labels)
 
-    def spared(self, subject: BackendUnderTest) -> Instance:
-        """Return it with its first case if it is spare, or two in a slow dtype, unless some are chosen.
-
-        An op that serves no other dtype keeps them all: nothing else would tell what it does in them.
-        """
-        if self.chosen is not None or subject.every_case or self.check.scope == DTYPE:
-            return self
-        if self.spare:
-            return replace(self, chosen=frozenset((1,)))
-        if self.dtype not in subject.slow:
-            return self
-        if self.op is not None and not serves_another(self.op, subject):
-            return self
-        return replace(self, chosen=handful(len(self.labels(subject))))
-
-
-def serves_another(op: FusedOp, subject: BackendUnderTest) -> bool:
-    """Return whether an op serves a dtype that the device is not slow in."""
-
-    def served() -> bool:
-        fast = (spec for spec in specs(op, subject) if spec.dtype not in subject.slow)
-        return any(not op.unsupported_reasons(spec) for spec in fast)
-
-    return ask(served, True)
-
-
-def handful(count: int) -> Numbers:
-    """Return the numbers of the first and the last of so many cases; None: all."""
-    return frozenset((1, count)) if count > 2 else None
-
-
-def slow_dtypes(backend: Backend, dtypes: Sequence[torch.dtype]) -> tuple[Slow, ...]:
-    """Return the dtypes that the backend's device is slow in, of those given."""
-    if len(dtypes) < 2 or backend.device is None:
-        return ()
-    taken = {dtype: ask(partial(_seconds, backend, dtype), None) for dtype in dtypes}
-    known = {dtype: seconds for dtype, seconds in taken.items() if seconds is not None}
-    slow = []
-    for dtype, seconds in known.items():
-        wider = [other for other in known if other.itemsize > dtype.itemsize]
-        than = min(wider, key=known.__getitem__, default=dtype)
-        if seconds >= FACTOR * known[than]:
-            slow.append(Slow(dtype=dtype_name(dtype), than=dtype_name(than), factor=seconds / known[than]))
-    return tuple(slow)
-
-
-def _seconds(backend: Backend, dtype: torch.dtype) -> float:
-    """Return how long a product takes at best."""
-    x = torch.full((ROWS, WIDTH), 1 / WIDTH, dtype=dtype, device=backend.device)
-    weight = torch.full((WIDTH, WIDTH), 1.0, dtype=dtype, device=backend.device)
-    end, taken = time.perf_counter() + TRIAL_SECONDS, []
-    for _ in range(ATTEMPTS + 1):
-        start = time.perf_counter()
-        torch.mm(x, weight)[:1, :1].to("cpu", copy=True)  # only a result on the host is certain to be there
-        now = time.perf_counter()
-        taken.append(now - start)
-        if now > end:
-            break
-    return min(taken[1:] or taken)
-
-
-def dtypes_of(slow: Sequence[Slow]) -> frozenset[torch.dtype]:
-    """Return the dtypes themselves."""
-    return frozenset(getattr(torch, entry.dtype) for entry in slow)
-
 
 def claimed_dtypes(subject: BackendUnderTest) -> tuple[torch.dtype, ...]:
     """Return the dtypes of a layer that the backend claims; float32 if it claims none."""
@@ -164,15 +92,32 @@ def _claimed(subject: BackendUnderTest) -> list[torch.dtype]:
 def instances(
     subject: BackendUnderTest, dtypes: Sequence[torch.dtype], only: Sequence[str] = ()
 ) -> tuple[Instance, ...]:
-    """Return what runs on this backend, in order; `only` keeps what matches any of its patterns."""
+    """Return what runs on this backend, in order; `only` keeps what matches any of its patterns.
+
+    The reference is checked where no op serves what most layers have, or where it is asked for.
+    """
     offers: Mapping[str, FusedOp] = ask(lambda: dict(subject.backend.ops()), {})
     offered = {str(name): op for name, op in offers.items() if isinstance(op, FusedOp)}
-    every = (instance for check in all_checks() for instance in _of_check(check, subject, dtypes, offered))
+    whole = subject.every_case or any("[reference" in pattern for pattern in only)
+    every = (
+        instance for check in all_checks() for instance in _of_check(check, subject, dtypes, offered, whole)
+    )
     kept = ((instance, chosen_cases(only, instance.check.id, instance.subject)) for instance in every)
     chosen = (replace(instance, chosen=numbers) for instance, numbers in kept if numbers != frozenset())
-    served = _Served(subject, dtypes, offered)
-    ranked = [(served.rank(instance), served.spare(instance)) for instance in chosen]
-    return tuple(instance for rank in range(NEVER) for of, instance in ranked if of == rank)
+
+    @cache
+    def served(kind: str, dtype: torch.dtype | None) -> bool:
+        of_kind = ((name, op) for name, op in offered.items() if _kind(op) == kind)
+        return dtype is not None and any(_serves(subject, kind, dtype, *named) for named in of_kind)
+
+    def idle(instance: Instance) -> bool:
+        check, drawn = instance.check, instance.check.fails == DRAWN
+        if instance.of != "reference" or check.scope != OP or (whole and not drawn):
+            return False
+        return any(served(check.kind, dtype) for dtype in ([instance.dtype] if drawn else dtypes))
+
+    needed = (instance for instance in chosen if not idle(instance))
+    return tuple(sorted(needed, key=lambda instance: instance.check.fails == DRAWN))  # which come last
 
 
 def _of_check(
@@ -180,61 +125,21 @@ def _of_check(
     subject: BackendUnderTest,
     dtypes: Sequence[torch.dtype],
     offered: Mapping[str, FusedOp],
+    whole: bool,
 ) -> Iterator[Instance]:
     if check.scope == DEVICE:
         yield Instance(check)
     elif check.scope == DTYPE:  # those that no layer has, but the backend claims, as well
         more = (dtype for dtype in _claimed(subject) if dtype not in DTYPES)
         yield from (Instance(check, dtype=dtype) for dtype in (*dtypes, *more))
-    elif check.scope == OP:  # of the reference, too, which serves what ops refuse
+    elif check.scope == OP:
         for dtype in dtypes:
             of_kind = {name: op for name, op in offered.items() if _kind(op) == check.kind}
             yield from (Instance(check, name, dtype, op) for name, op in of_kind.items())
             yield Instance(check, "reference", dtype, REFERENCE[check.kind])
     else:  # without fused ops both policies are the same
-        policies = ("auto", "reference") if offered and not subject.quick else ("auto",)
+        policies = ("auto", "reference") if offered and whole else ("auto",)
         yield from (Instance(check, policy, dtype) for dtype in dtypes for policy in policies)
-
-
-FIRST, SPARE, LAST, NEVER = range(4)  # when a check runs
-
-
-@dataclass(frozen=True)
-class _Served:
-    """What most layers have, and which ops of the backend serve it."""
-
-    subject: BackendUnderTest
-    dtypes: Sequence[torch.dtype]
-    offered: Mapping[str, FusedOp]
-
-    def rank(self, instance: Instance) -> int:
-        """Return when it runs, as time may end: late if it is the reference's, and layers run another op."""
-        check, dtype, drawn = instance.check, instance.dtype, instance.check.fails == DRAWN
-        usual = LAST if drawn else FIRST
-        if (
-            instance.of != "reference"
-            or dtype is None
-            or (check.scope == OP and not self.by(check.kind, dtype))
-        ):
-            return usual
-        return NEVER if drawn or self.subject.quick else SPARE
-
-    def spare(self, instance: Instance) -> Instance:
-        """Return it, marked if it is the reference's and an op serves what most layers have in some dtype."""
-        check = instance.check
-        if instance.of != "reference" or check.fails == DRAWN:
-            return instance
-        spare = check.scope == LAYER or any(self.by(check.kind, dtype) for dtype in self.dtypes)
-        return replace(instance, spare=spare)
-
-    @cached_property
-    def by(self) -> Callable[[str, torch.dtype], bool]:
-        """Whether an op serves a kind in a dtype; each is asked once."""
-        return cache(self._by)
-
-    def _by(self, kind: str, dtype: torch.dtype) -> bool:
-        of_kind = {name: op for name, op in self.offered.items() if _kind(op) == kind}
-        return any(_serves(self.subject, kind, dtype, *named) for named in of_kind.items())
 
 
 def _serves(subject: BackendUnderTest, kind: str, dtype: torch.dtype, name: str, op: FusedOp) -> bool:
@@ -253,7 +158,7 @@ def _serves(subject: BackendUnderTest, kind: str, dtype: torch.dtype, name: str,
 def carry_out(instance: Instance, subject: BackendUnderTest, xfails: Xfails) -> CheckResult:
     """Run one check and classify its outcome."""
     start = time.perf_counter()
-    trial = instance.spared(subject).run(subject)
+    trial = instance.run(subject)
     status, reason = _verdict(trial, xfails.reason(instance.check.id, instance.subject))
     failed, refused = trial.ended("failed"), trial.ended("refused")
     return CheckResult(
@@ -343,7 +248,6 @@ class Suite:
     asked: Asked
     subject: BackendUnderTest
     dtypes: tuple[torch.dtype, ...]
-    slow: tuple[Slow, ...] = ()
     xfails: Xfails = field(default_factory=Xfails)
     keeper: Keeper | None = None
     selected: Sequence[Instance] | None = None  # what of the plan a pytest runs; None: all
@@ -360,15 +264,13 @@ class Suite:
 
         subject = BackendUnderTest(opened.backend, opened.name, asked.quick, opened.version, reopen, note)
         claimed = claimed_dtypes(subject)
-        slow = () if asked.every_case else slow_dtypes(subject.backend, claimed)
         names = [dtype_name(dtype) for dtype in claimed]
         for name in asked.dtypes:
             if name not in names:
                 raise UsageError(f"the backend does not claim {name}; it claims: {', '.join(names)}.")
         chosen = tuple(dtype for dtype in claimed if not asked.dtypes or dtype_name(dtype) in asked.dtypes)
         drawing = Drawing(asked.draws, seed=asked.seed)
-        how: dict[str, Any] = {"slow": dtypes_of(slow), "every_case": asked.every_case, "drawing": drawing}
-        return cls(asked, replace(subject, **how), chosen, slow, xfails)
+        return cls(asked, replace(subject, every_case=asked.every_case, drawing=drawing), chosen, xfails)
 
     @cached_property
     def planned(self) -> tuple[Instance, ...]:

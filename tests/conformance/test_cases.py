@@ -1,26 +1,23 @@
-"""Single cases: counted without running, run alone by id, and a handful of them where a dtype is slow."""
+"""Single cases: counted without running, run alone by id, and left out where time is up."""
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from wrong_ops.base import SMALL_OPS
 
-from mla.conformance.card import Extent, blind
 from mla.conformance.checks.attention import SMALL_SPEC
 from mla.conformance.checks.small_ops import EXAMPLES
 from mla.conformance.cli import main
 from mla.conformance.registry import LAYER, OP
 from mla.conformance.report import CheckResult
 from mla.conformance.selection import Xfails
-from mla.conformance.suite import Instance, carry_out, handful, instances, slow_dtypes
+from mla.conformance.suite import Instance, carry_out, instances
 from mla.conformance.trial import BackendUnderTest, Drawing
 from mla.reference import REFERENCE
 from mla_backends.api import Packed
@@ -145,26 +142,6 @@ def test_a_case_outside_those_chosen_cannot_fail_a_check(judge: Run, sound: Any)
     assert alone == ["pass", "fail", "pass", "pass"]
 
 
-@pytest.mark.parametrize(("count", "numbers"), [(1, None), (2, None), (3, {1, 3}), (15, {1, 15})])
-def test_a_handful_has_the_first_and_the_last(count: int, numbers: set[int] | None) -> None:
-    assert handful(count) == numbers
-
-
-def test_a_slow_dtype_gets_a_handful_and_keeps_its_numbers(sound: Any) -> None:
-    op = Counting()
-    subject = BackendUnderTest(sound(ops={"mine": op}), "sound", quick=True, slow=frozenset({torch.bfloat16}))
-    dtypes = (torch.bfloat16, torch.float32)
-    by_dtype = {case.dtype: case for case in instances(subject, dtypes, ["linear.product[mine-*]"])}
-    thin, whole = (carry_out(by_dtype[dtype], subject, Xfails()) for dtype in dtypes)
-    assert op.rows == [1, 5, 1, 7, 130, 5]
-    assert (thin.cases.passed, thin.cases.left_out) == (2, 2)
-    assert (whole.cases.passed, whole.cases.left_out) == (4, 0)
-    (asked,) = instances(subject, dtypes, ["linear.product[mine-bfloat16]#2"])
-    op.rows.clear()
-    carry_out(asked, subject, Xfails())
-    assert op.rows == [7]
-
-
 def test_a_check_that_is_late_runs_its_first_case(sound: Any) -> None:
     op = Counting()
     drawing = Drawing(until=time.monotonic() - 1)
@@ -175,6 +152,11 @@ def test_a_check_that_is_late_runs_its_first_case(sound: Any) -> None:
     (chosen,) = instances(subject, (torch.float32,), ["linear.product[mine-*]#3"])
     assert carry_out(chosen, subject, Xfails()).late == 0
     assert op.rows == [1, 130]
+
+
+class OnlyBfloat16(Counting):
+    def unsupported_reasons(self, spec: Any) -> list[str]:
+        return [] if spec.dtype == torch.bfloat16 else ["it computes in bfloat16"]
 
 
 class EvenHeads(type(REFERENCE["batched_linear"])):  # type: ignore[misc]
@@ -215,97 +197,21 @@ def test_the_card_counts_what_was_left_out_for_time(words: tuple[str, ...], late
     assert printed.endswith(" s; 3 fixed cases left out as time was up\n") is late
 
 
-def test_the_reference_comes_after_what_layers_run_and_draws_come_last(sound: Any) -> None:
-    subject = BackendUnderTest(sound(ops={"mine": Counting()}), "sound")
-    planned = instances(subject, (torch.float32,), ["linear", "layer.weights", "rms_norm.rows"])
-    ids = [instance.id for instance in planned]
-    assert ids.index("rms_norm.rows[reference-float32]") < ids.index("layer.weights[auto-float32]")
-    spare = [name for name in ids if name.startswith("linear.") and "reference" in name]
-    assert "layer.weights[auto-float32]" in ids[: ids.index(spare[0])]
-    assert ids[-1] == "linear.drawn[mine-float32]"
-
-
-class OnlyBfloat16(Counting):
-    def unsupported_reasons(self, spec: Any) -> list[str]:
-        return [] if spec.dtype == torch.bfloat16 else ["it computes in bfloat16"]
-
-
-def test_an_op_that_serves_nothing_else_keeps_its_cases_in_a_slow_dtype(sound: Any) -> None:
-    op = OnlyBfloat16()
-    subject = BackendUnderTest(sound(ops={"mine": op}), "sound", quick=True, slow=frozenset({torch.bfloat16}))
-    (instance,) = instances(subject, (torch.bfloat16,), ["linear.product[mine-*]"])
-    assert carry_out(instance, subject, Xfails()).cases.left_out == 0
-    assert op.rows == [1, 7, 130, 5]
-
-
-@pytest.mark.parametrize("every_case", [False, True])
-def test_the_reference_has_one_case_of_each_check_where_an_op_serves_another_dtype(
-    sound: Any, every_case: bool
+def test_the_reference_runs_where_no_op_serves_a_kind_or_where_it_is_asked_for_and_draws_come_last(
+    sound: Any,
 ) -> None:
-    subject = BackendUnderTest(sound(ops={"mine": OnlyBfloat16()}), "sound", every_case=every_case)
-    dtypes, of = (torch.bfloat16, torch.float32), ["linear.product[reference-float32]", "rms_norm.rows[*"]
-    done = {check.of: carry_out(check, subject, Xfails()) for check in instances(subject, dtypes, of[:1])}
-    assert (done["reference"].cases.passed, done["reference"].cases.left_out) == (
-        (4, 0) if every_case else (1, 3)
-    )
-    assert not any(check.spare for check in instances(subject, dtypes, of[1:]))  # it has no op of that kind
-    said = blind(Extent(False, (), [], [], (), 1), [*done.values()])
-    assert ("3 fixed cases of the reference" in said[0]) is not every_case
+    def ids(*only: str, **how: Any) -> list[str]:
+        subject = BackendUnderTest(sound(ops={"mine": OnlyBfloat16()}), "sound", **how)
+        return [instance.id for instance in instances(subject, (torch.bfloat16, torch.float32), only)]
 
-
-class Imitated(TorchDispatchMode):
-    """A device that takes long for products in one dtype."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.mm.default and args[0].dtype == self.dtype:
-            time.sleep(0.2)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def imitated(request: pytest.FixtureRequest) -> Iterator[None]:
-    with Imitated(request.param):
-        yield
-
-
-ALL = (torch.bfloat16, torch.float32)
-
-
-@pytest.mark.parametrize("imitated", [torch.bfloat16], indirect=True)
-def test_a_dtype_that_takes_longer_than_a_wider_one_is_slow(imitated: None, sound: Any) -> None:
-    backend = sound()
-    backend.device = torch.device("cpu")
-    (slow,) = slow_dtypes(backend, ALL)
-    assert (slow.dtype, slow.than) == ("bfloat16", "float32")
-    assert slow.factor > 3
-
-
-@pytest.mark.parametrize("imitated", [torch.float32], indirect=True)
-def test_the_widest_dtype_is_never_slow_nor_one_that_fails(imitated: None, sound: Any) -> None:
-    backend = sound()
-    backend.device = torch.device("cpu")
-    assert slow_dtypes(backend, ALL) == ()
-    assert slow_dtypes(backend, (torch.bfloat16,)) == ()
-    assert slow_dtypes(backend, (torch.float16, torch.bfloat16)) == ()
-    backend.device = torch.device("meta")  # nothing can be read back from it
-    assert slow_dtypes(backend, (torch.float16, torch.float32)) == ()
-
-
-@pytest.mark.parametrize("imitated", [torch.bfloat16], indirect=True)
-@pytest.mark.parametrize("words", [(), ("--every-case",)])
-def test_the_card_says_of_which_dtype_a_handful_ran(
-    imitated: None, words: tuple[str, ...], capsys: Any
-) -> None:
-    """And `--every-case` runs all of it."""
-    chosen = ("--only", "rms_norm.formula", "--quick", *words)
-    assert main(["--backend", "faulty_backend:FaultyBackend", "-O", "op=rms_norm", *chosen]) == 0
-    said = r"- Most sizes in bfloat16: .* as long as float32 here, so that 2 of 4 cases ran"
-    match = re.search(said, capsys.readouterr().out)
-    assert bool(match) is not bool(words)
+    planned = ids("linear", "layer.weights", "rms_norm.rows")
+    assert {"rms_norm.rows[reference-float32]", "layer.weights[auto-float32]"} <= {*planned}
+    reference = [name for name in planned if "linear" in name and "reference" in name]
+    assert reference == planned[-1:] == ["linear.drawn[reference-float32]"], "which no op serves"
+    named = ["linear.product[reference-bfloat16]"]
+    assert ids(*named) == named
+    whole = ids("linear.product", "layer.weights", every_case=True)
+    assert {*named, "layer.weights[reference-float32]"} <= {*whole}
 
 
 def test_checks_are_named_before_they_run_and_the_slowest_at_the_end(capsys: Any) -> None:

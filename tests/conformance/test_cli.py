@@ -106,7 +106,7 @@ def read(name: str = "out.json") -> ConformanceReport:
     return decode(Path(name).read_bytes())
 
 
-PARTS = ("product", "pack", "outlier", "new_contents", "rows")
+PARTS = ("product", "pack", "outlier", "far_rows", "rows")
 LINEAR = (*(word for part in PARTS for word in ("--only", f"linear.{part}")), "--dtype", "float32")
 
 
@@ -130,7 +130,7 @@ def test_a_report_onto_stdout_has_no_card_behind_it(conformance: Conformance) ->
 def test_the_report_holds_what_the_card_shows(conformance: Conformance) -> None:
     conformance(*LINEAR, "--report", "out.json", fault="outlier")
     report = read()
-    assert (report.schema_version, report.interrupted, report.quick) == (2, False, True)
+    assert (report.schema_version, report.interrupted, report.quick) == (3, False, True)
     assert report.argv[:3] == ["python", "-m", "mla.conformance"]
     assert report.argv[-1] == "fault=outlier" or "fault=outlier" in report.argv
     assert report.backend.name == "mine_for_conformance:Mine"

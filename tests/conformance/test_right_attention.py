@@ -13,10 +13,10 @@ from mla.conformance.report import CheckResult
 
 Run = Callable[..., list[CheckResult]]
 # Where rounding counts most: aimed queries, even ones, long contexts, parts that are merged.
-BOTH = ("keys", "new_tokens", "rows", "kept", "alive")
+BOTH = ("heads", "new_tokens", "rows", "alive")
 CHECKS = {
-    "latent": ("decode", "requests", "shares", *BOTH),
-    "expanded": ("prefill", "segments", "long", *BOTH),
+    "latent": ("decode", "requests", "shares", "keys", *BOTH),
+    "expanded": ("prefill", "segments", "long", "positions", *BOTH),
 }
 
 

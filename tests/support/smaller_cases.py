@@ -28,7 +28,6 @@ SMALLER = (
     (sparse, "CROWD", 1500),
     (sparse, "MANY", 500),
     (sparse, "REQUESTS", 40),
-    (sparse, "HEADS", (1, 3, 20, 128)),
 )
 
 

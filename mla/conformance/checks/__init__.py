@@ -14,11 +14,6 @@ Example = TypeVar("Example")  # a case, or what makes cases of an op
 Cases = Callable[[Example], Iterable[OpCase]]
 
 
-def in_order(*indices: int) -> tuple[tuple[int, int], ...]:
-    """Return the order of a scene that calls these cases, each once."""
-    return tuple((index, 1) for index in indices)
-
-
 def op_check(
     name: str, fails: str, catches: str, examples: Mapping[str, Example]
 ) -> Callable[[Callable[[Trial, Example], None]], Callable[[Trial, Example], None]]:

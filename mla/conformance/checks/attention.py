@@ -232,28 +232,14 @@ def cut(tile: int, count: int) -> Iterator[OpCase]:
         yield latent((token + 1,), (FIRST_KEY + 1,), count, gain=EVEN)
 
 
-@op_cases(
-    "keys", "tiles", "a last tile of keys that is dropped, or a split that loses its first or last key", BOTH
-)
+@op_cases("keys", "tiles", "a last tile of keys that is dropped, or a split that loses one", LATENT)
 def keys(make: Make) -> Iterator[OpCase]:
     """Lengths next to the borders of tiles and splits are attended in full, alone and together."""
-    return _latent_keys() if make is latent else _expanded_keys()
-
-
-def _latent_keys() -> Iterator[OpCase]:
     yield from (decode(*KEYS, heads=4, aimed=True), decode(*RESTS, heads=4, aimed=True))
     yield from (decode(length, heads=4, aimed=True) for length in (257, 513, 1025, 2047))
     yield decode(2500, *KEYS, heads=16, aimed=True)
     for count in (3, 16):
         yield latent((2, 3, 1, 5), (513, 130, 1025, 260), count, aimed=True)
-
-
-def _expanded_keys() -> Iterator[OpCase]:
-    lengths = tuple(1 + i % 3 for i in range(len(KEYS)))
-    yield from (expanded(lengths, KEYS, 2, aimed=True, causal=causal) for causal in (True, False))
-    yield expanded((2,) * len(RESTS), RESTS, 2, aimed=True)
-    for new, of, count in (((1,), (1025,), 3), ((130,), (700,), 3), ((1, 3), (2500, 321), 16)):
-        yield from (expanded(new, of, count, aimed=True, causal=causal) for causal in (True, False))
 
 
 @op_cases("new_tokens", "tiles", "a tile of new tokens whose mask or last row is wrong", BOTH)

@@ -10,7 +10,7 @@ import torch
 from mla.cases.case import OpCase
 from mla.cases.memory import Tensors
 from mla.cases.played import host_of
-from mla.conformance.checks import in_order, op_check
+from mla.conformance.checks import op_check
 from mla.conformance.checks.attention import BOTH, LATENT, Make, decode, require_lse, usual
 from mla.conformance.checks.device import NO_GRAPH, MatmulLoad, best, elapsed, load_of, median
 from mla.conformance.checks.sparse import EITHER
@@ -22,13 +22,8 @@ PAGED = {**LATENT, **EITHER}
 ALL = {**BOTH, **EITHER}
 UNITS = 4  # of pending work that a plan might wait for ...
 BUSY = 3  # ... as often: on a device that does not queue, work takes its time
-ALIVE = 20  # states at a time, and calls after one whose outputs are kept
+ALIVE = 20  # states at a time
 NOT_SAFE = "the op's state does not declare that a captured call follows its batch (graph_safe)"
-
-
-def other(make: Make) -> OpCase:
-    """Return a batch of other lengths than the usual."""
-    return make((1, 12, 1), (65, 40, 9))
 
 
 @functools.lru_cache(maxsize=1)
@@ -58,27 +53,15 @@ def prepare(trial: Trial, make: Make) -> None:
         expect(waited < 0.5 * pending, f"prepare() waited {waited:.3g} of {pending:.3g} ms of pending work")
 
 
-@op_check(
-    "kept", "state", "an output that is written again at a later call, or an input that is read again", ALL
-)
-def kept(trial: Trial, make: Make) -> None:
-    """What a call wrote stays as it is, and its inputs may be overwritten afterwards."""
-    first, second = trial.fitted(make(*usual(make), 4)), trial.fitted(other(make).but(num_heads=4))
-    with trial.case(f"{first.label}, then {second.label}"):
-        layers = first.but(seed=1), first.but(seed=1)  # with the state of the first, and with one of its own
-        order = (*in_order(0, 1, 2, 3), (2, ALIVE))
-        trial.play(first, second, *layers, order=order, states=(0, 1, 0, 3))
-
-
 @op_check("alive", "state", "states in a ring of a few, or scratch memory that later states take over", ALL)
 def alive(trial: Trial, make: Make) -> None:
     """Many states live at a time, and are called in any order."""
     case = trial.fitted(make((1, 2), (5, 9), 2))
     first, second = case.kv_lens
     cases = [case.but(kv_lens=(first + i, second + 2 * i)) for i in range(ALIVE)]
-    turns = range(ALIVE)
+    order = tuple((state, 1) for state in (*range(ALIVE)[::-1], *range(ALIVE)))
     with trial.case(f"{ALIVE} states, the first {case.label}"):
-        trial.play(*cases, order=in_order(*turns[::-1], *turns), early=True)
+        trial.play(*cases, order=order, early=True)
 
 
 # -------------------------------------------------------------------------------------------------- graphs

@@ -11,7 +11,7 @@ import torch
 from mla.cases.case import OpCase
 from mla.cases.memory import allocate, copy_rows
 from mla.cases.stress import Stress
-from mla.conformance.checks import in_order, op_cases, op_check
+from mla.conformance.checks import op_cases, op_check
 from mla.conformance.checks.attention import DEEPSEEK
 from mla.conformance.checks.sparse import WRITE_KEY
 from mla.conformance.reach import far, memory_may_end
@@ -188,12 +188,6 @@ def outlier(example: OpCase) -> Iterator[OpCase]:
 BITS = 17  # slots beyond what 16 bits count, in a cache that is small enough for any device
 
 
-@op_cases("untouched", "memory", "a write past the row, to a neighbour's slot or to another layer", of(WRITE))
-def untouched(example: OpCase) -> Iterator[OpCase]:
-    """Slots that are not written keep every bit, NaN included, and so do the other layers."""
-    yield from (example, example.but(tokens=1, page_size=16), example.but(tokens=70))
-
-
 @op_check("slots", "index", "slots or pages that are counted in 8 to 16 bits", of(WRITE))
 def slots(trial: Trial, example: OpCase) -> None:
     """Rows are written to slots all over a cache of 131072 and more, and beside them nothing is."""
@@ -252,15 +246,3 @@ def _check_far_rows(trial: Trial, case: OpCase, apart: int) -> None:
         there["out"] = copy_rows(wide[:, -out[0].numel() :].unflatten(1, out.shape[1:]), out)
     call.replace(**there)
     trial.check(call)
-
-
-# -------------------------------------------------------------------------------------------------- state
-
-
-@op_check("new_contents", "state", "a result or an input that is remembered by its address", EXAMPLES)
-def new_contents(trial: Trial, example: OpCase) -> None:
-    """Tensors whose contents have changed in place are read again, and outputs are written again."""
-    for case in dict.fromkeys((example, example.but(biased=example.kind == "linear"))):
-        with trial.case(case.label):  # with one packed weight, and outputs that hold numbers before
-            other = case.but(seed=1, others=0 if case.entry.packed else None)
-            trial.play(case, other, order=in_order(0, 1, 0), one_memory=True, states=(0, 0), held=0.0)
