@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from mla.command.console import out
 from mla.command.exit_codes import Exit
-from mla.conformance.registry import DRAWN, KINDS, LAYER, OP, all_checks, matches
+from mla.conformance.registry import KINDS, LAYER, OP, all_checks, matches
 from mla.errors import MLAError, UsageError, did_you_mean
 from mla_backends import outside
 from mla_backends.outside import quoted
@@ -76,13 +76,6 @@ def require_known(pattern: str, where: str) -> None:
     check, names = pattern.partition("[")[0], [known.id for known in all_checks()]
     if not any(matches(check, name) for name in names):
         hint = did_you_mean(check, [*names, *dict.fromkeys(name.partition(".")[0] for name in names)])
-        group, _, word = check.partition(".")
-        drawn, words = (
-            f"{group}.{DRAWN}",
-            [name.partition(".")[2] for name in names if name.startswith(group)],
-        )
-        if drawn in names and not did_you_mean(word, words):
-            hint = f" '{drawn}' covers what earlier fixed checks did."
         raise UsageError(f"{where}: unknown check {quoted(check)}.{hint} `--list` shows all checks.")
 
 

@@ -254,11 +254,6 @@ def test_a_device_that_cannot_describe_itself_still_gets_a_card(conformance: Con
         (["--only", "linear.outlier#1st"], 2, "'linear.outlier#1st': a case is named by its number, as in "),
         (["--only", "#3"], 2, "'#3': a case is named by its number, as in "),
         (["--only", "linear.outlier#0"], 2, "'linear.outlier#0': a case is named by its number, as in "),
-        (
-            ["--only", "latent.strided"],
-            2,
-            "'latent.strided'. 'latent.drawn' covers what earlier fixed checks",
-        ),
         (["--only", "linear.outleir#1"], 2, "unknown check 'linear.outleir'. Did you mean 'linear.outlier'?"),
         (
             ["--only", "linear.outlier#4"],

@@ -49,7 +49,7 @@ def test_a_sequence_must_not_remember(
     judge: Run, remembering: tuple[Backend, list[int]], request: pytest.FixtureRequest
 ) -> None:
     backend, ran = remembering
-    results = judge(backend, "layer.again", "layer.shared_plan")
+    results = judge(backend, "layer.shared_plan")
     failed = {one.check for one in results if one.status == "fail"}
     assert ran, "the suite has seen no sequence"
     if "nothing" in request.node.callspec.id:

@@ -14,18 +14,17 @@ from wrong_ops import extents, formats, habits, layers
 from wrong_ops.base import mutant
 
 MUTANTS: Mapping[str, list[Callable[[], Any]]] = {
-    "layer.prefill": [layers.FutureLeak, layers.Unrotated],
-    "layer.history": [layers.EarlyKeys],
-    "layer.mixed": [layers.RowsMoved],
+    "layer.mixed": [layers.RowsMoved, layers.FutureLeak, layers.Unrotated, layers.EarlyKeys],
     "layer.decode": [layers.LastPageDropped],
     "layer.pages": [layers.ConsecutivePages],
     "layer.chunks": [layers.BaseTwo],
     "layer.variant": [layers.NoBias, layers.AlwaysInterleaved],
-    "layer.cached": [layers.Unrotated, layers.Unnormed],
-    "layer.formats": [formats.NextCodes, formats.LastBitLost, formats.AsScaled],
+    "layer.formats": [
+        *(formats.NextCodes, formats.LastBitLost, formats.AsScaled),
+        *(layers.Unrotated, layers.Unnormed),
+    ],
     "layer.untouched": [layers.TwoSlots],
-    "layer.again": [layers.Accumulating],
-    "layer.shared_plan": [layers.FirstCache],
+    "layer.shared_plan": [layers.FirstCache, layers.Accumulating],
     "layer.two_layers": [
         partial(habits.packs_once, "linear", "shape"),
         partial(habits.packs_once, "batched_linear", "shape"),

@@ -48,7 +48,7 @@ TINY = {
     "MAX_REQUESTS": 40,
     "FAR": 1 << 11,
 }
-LAYERS = ("layer.prefill", "layer.decode", "layer.mixed")
+LAYERS = ("layer.decode", "layer.mixed")
 
 
 @pytest.fixture(autouse=True)
