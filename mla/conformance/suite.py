@@ -98,10 +98,7 @@ def instances(
     """
     offers: Mapping[str, FusedOp] = ask(lambda: dict(subject.backend.ops()), {})
     offered = {str(name): op for name, op in offers.items() if isinstance(op, FusedOp)}
-    whole = subject.every_case or any("[reference" in pattern for pattern in only)
-    every = (
-        instance for check in all_checks() for instance in _of_check(check, subject, dtypes, offered, whole)
-    )
+    every = (instance for check in all_checks() for instance in _of_check(check, subject, dtypes, offered))
     kept = ((instance, chosen_cases(only, instance.check.id, instance.subject)) for instance in every)
     chosen = (replace(instance, chosen=numbers) for instance, numbers in kept if numbers != frozenset())
 
@@ -110,11 +107,18 @@ def instances(
         of_kind = ((name, op) for name, op in offered.items() if _kind(op) == kind)
         return dtype is not None and any(_serves(subject, kind, dtype, *named) for named in of_kind)
 
+    named = [pattern for pattern in only if "[reference" in pattern]
+
     def idle(instance: Instance) -> bool:
         check, drawn = instance.check, instance.check.fails == DRAWN
-        if instance.of != "reference" or check.scope != OP or (whole and not drawn):
+        if instance.of != "reference" or check.scope not in (OP, LAYER):
             return False
-        return any(served(check.kind, dtype) for dtype in ([instance.dtype] if drawn else dtypes))
+        asked = named and chosen_cases(named, check.id, instance.subject) != frozenset()
+        if not drawn and (subject.every_case or asked):
+            return False
+        return check.scope == LAYER or any(
+            served(check.kind, dtype) for dtype in ([instance.dtype] if drawn else dtypes)
+        )
 
     needed = (instance for instance in chosen if not idle(instance))
     return tuple(sorted(needed, key=lambda instance: instance.check.fails == DRAWN))  # which come last
@@ -125,7 +129,6 @@ def _of_check(
     subject: BackendUnderTest,
     dtypes: Sequence[torch.dtype],
     offered: Mapping[str, FusedOp],
-    whole: bool,
 ) -> Iterator[Instance]:
     if check.scope == DEVICE:
         yield Instance(check)
@@ -138,7 +141,7 @@ def _of_check(
             yield from (Instance(check, name, dtype, op) for name, op in of_kind.items())
             yield Instance(check, "reference", dtype, REFERENCE[check.kind])
     else:  # without fused ops both policies are the same
-        policies = ("auto", "reference") if offered and whole else ("auto",)
+        policies = ("auto", "reference") if offered and not subject.quick else ("auto",)
         yield from (Instance(check, policy, dtype) for dtype in dtypes for policy in policies)
 
 
