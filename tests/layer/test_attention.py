@@ -22,90 +22,36 @@ def relative(out: torch.Tensor, truth: torch.Tensor) -> float:
     return float((out.double() - truth).norm() / truth.norm())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rank", [None, 24])
-@pytest.mark.parametrize("scaling", [None, YARN])
-@pytest.mark.parametrize("interleave", [True, False])
-def test_matches_the_oracle(
-    make_case: Any,
-    tiny: Any,
-    assert_rows_close: Any,
-    dtype: torch.dtype,
-    rank: int | None,
-    scaling: YarnScaling | None,
-    interleave: bool,
-) -> None:
-    config = tiny(q_lora_rank=rank, rope_scaling=scaling, rope_interleave=interleave)
-    case = make_case([40, 1, 7], [0, 90, 33], config, dtype=dtype)
-    assert_rows_close(case.run(), case.truth(), BOUND[dtype])
+# Beside the ends of pages, and any others.
+lengths = st.one_of(st.integers(0, 40), st.sampled_from((63, 64, 65, 127, 128, 129)))
+# Like those of most models, and all of them odd.
+WIDTHS = ({}, {"hidden_size": 33, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 21})
 
 
-@pytest.mark.parametrize("rank", [None, 24])
-def test_matches_the_oracle_with_biases(
-    make_case: Any, tiny: Any, assert_rows_close: Any, rank: int | None
-) -> None:
-    case = make_case([6, 1], [3, 20], tiny(q_lora_rank=rank, attention_bias=True))
-    assert_rows_close(case.run(), case.truth(), BOUND[torch.float32])
-
-
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_matches_the_oracle_for_any_shape(
     make_case: Any, tiny: Any, assert_rows_close: Any, data: st.DataObject
 ) -> None:
-    requests = data.draw(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 150)), min_size=1, max_size=6))
+    new, old = zip(*data.draw(st.lists(st.tuples(lengths, lengths), min_size=1, max_size=6)), strict=True)
     config = tiny(
-        num_attention_heads=data.draw(st.integers(1, 5)),
+        num_attention_heads=data.draw(st.integers(1, 7)),
         q_lora_rank=data.draw(st.sampled_from([None, 20])),
-        kv_lora_rank=data.draw(st.sampled_from([8, 32])),  # with 8, absorbed is always cheaper
+        kv_lora_rank=data.draw(st.sampled_from([8, 15, 32])),  # with 8, absorbed is always cheaper
         rope_scaling=data.draw(st.sampled_from([None, YARN])),
+        rope_interleave=data.draw(st.booleans()),
+        attention_bias=data.draw(st.booleans()),
+        **data.draw(st.sampled_from(WIDTHS)),
     )
     case = make_case(
-        [new for new, _ in requests],
-        [old for _, old in requests],
+        new,
+        old,
         config,
         attention=data.draw(st.sampled_from(MODES)),
-        page_size=data.draw(st.sampled_from([1, 2, 16, 64])),
+        page_size=data.draw(st.sampled_from([1, 2, 16, 64, 128])),
         seed=data.draw(st.integers(0, 99)),
     )
     assert_rows_close(case.run(), case.truth(), BOUND[torch.float32])
-
-
-@pytest.mark.parametrize("page_size", [1, 16, 64, 128])
-@pytest.mark.parametrize("attention", ["absorbed", "expanded"])
-def test_lengths_around_a_page_boundary(
-    make_case: Any, assert_rows_close: Any, page_size: int, attention: str
-) -> None:
-    lengths = (63, 64, 65, 127, 128, 129)
-    decode = make_case([1] * 6, lengths, page_size=page_size, attention=attention)
-    assert_rows_close(decode.run(), decode.truth(), BOUND[torch.float32])
-    prefill = make_case(lengths, [0] * 6, page_size=page_size, attention=attention)
-    assert_rows_close(prefill.run(), prefill.truth(), BOUND[torch.float32])
-
-
-@pytest.mark.parametrize("heads", [1, 3, 5, 7])
-@pytest.mark.parametrize("attention", ["absorbed", "expanded"])
-def test_odd_head_counts(
-    make_case: Any, tiny: Any, assert_rows_close: Any, heads: int, attention: str
-) -> None:
-    config = tiny(num_attention_heads=heads)
-    case = make_case([5, 1, 2], [0, 40, 17], config, attention=attention)
-    assert_rows_close(case.run(), case.truth(), BOUND[torch.float32])
-
-
-@pytest.mark.parametrize("attention", MODES)
-def test_an_empty_history_is_a_prefill(make_case: Any, assert_rows_close: Any, attention: str) -> None:
-    case = make_case([1, 17, 64], [0, 0, 0], attention=attention)
-    assert_rows_close(case.run(), case.truth(), BOUND[torch.float32])
-
-
-def test_a_config_with_every_width_different_from_deepseeks(
-    make_case: Any, tiny: Any, assert_rows_close: Any
-) -> None:
-    config = tiny(hidden_size=33, qk_nope_head_dim=10, qk_rope_head_dim=6, v_head_dim=21, kv_lora_rank=15)
-    for attention in MODES:
-        case = make_case([9, 1], [4, 50], config, attention=attention)
-        assert_rows_close(case.run(), case.truth(), BOUND[torch.float32])
 
 
 def test_positions_far_past_the_first_rotary_table(make_case: Any, tiny: Any, assert_rows_close: Any) -> None:
