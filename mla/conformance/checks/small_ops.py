@@ -106,7 +106,7 @@ def norm_formula(example: OpCase) -> Iterator[OpCase]:
 )
 def write_formula(example: OpCase) -> Iterator[OpCase]:
     """Latents and index keys are normed and keys rotated, each as accurately as the dtype allows."""
-    return of_tokens(example, 1, 9, 130)
+    return of_tokens(example, 9, 1, 130)
 
 
 @op_check(
