@@ -25,6 +25,8 @@ from mla.text import DTYPES
 from mla_backends.errors import describe
 
 E4M3_MAX, E4M3 = 448.0, torch.float8_e4m3fn
+E4M3_NUMBERS = torch.arange(256, dtype=torch.uint8).view(E4M3).float()  # of every code
+ROWS_AT_ONCE = 256  # that a CPU decodes: their temporaries stay in its caches, and large ones are mapped anew
 TILE, Q8_BLOCK = 128, 32  # numbers that share a scale
 LEAST_RATIO = 1e-4  # of the largest number of a tile and 448, in power-of-two scales
 TINY = torch.finfo(torch.float32).tiny  # the least of other scales: a tile of zeros decodes to zeros
@@ -123,7 +125,7 @@ class FlatFp8(Codec):
         return _bytes(_e4m3(_over(torch.cat((kv, pe), dim=1).float(), self.scale)))
 
     def decode(self, rows: torch.Tensor) -> Rows:
-        kv, pe = (_numbers(rows, E4M3).float() * self.scale).split((self.c, self.r), dim=1)
+        kv, pe = (_e4m3_numbers(rows) * self.scale).split((self.c, self.r), dim=1)
         return kv, pe
 
 
@@ -162,7 +164,7 @@ class TiledFp8(Codec):
     def decode(self, rows: torch.Tensor) -> Rows:
         codes, scales, key = rows.split((self.c, 4 * self.tiles, 2 * self.r), dim=1)
         spread = _numbers(scales, torch.float32).repeat_interleave(TILE, dim=1)[:, : self.c]
-        return _numbers(codes, E4M3).float() * spread, _numbers(key, torch.bfloat16).float()
+        return _e4m3_numbers(codes) * spread, _numbers(key, torch.bfloat16).float()
 
 
 @dataclass(frozen=True)
@@ -235,6 +237,13 @@ def _numbers(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if rows.shape[-1] == 0:  # which cannot be viewed
         return rows.to(dtype)
     return rows.clone(memory_format=torch.contiguous_format).view(dtype)  # aligned to the dtype
+
+
+def _e4m3_numbers(codes: torch.Tensor) -> torch.Tensor:
+    """Return e4m3 codes uint8 in float32: on a CPU from a table, as converting takes six times as long."""
+    if codes.device.type != "cpu":
+        return _numbers(codes, E4M3).float()
+    return E4M3_NUMBERS.index_select(0, codes.flatten().int()).view(codes.shape)
 
 
 def _largest(x: torch.Tensor) -> torch.Tensor:
@@ -360,6 +369,13 @@ def format_error(codec: Codec | None) -> float:
     gaps = [kept - x for kept, x in zip(given_back(codec, *numbers), numbers, strict=True)]
     gap, size = (torch.cat(parts, dim=1).norm().item() for parts in (gaps, numbers))
     return gap / size
+
+
+def decode_slots(codec: Codec, rows: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> None:
+    """Decode rows [n, token_bytes] uint8 at `slots` [s] into out [s, c + r], of any floating dtype."""
+    size = ROWS_AT_ONCE if out.device.type == "cpu" else max(1, out.shape[0])
+    for some, part in zip(slots.split(size), out.split(size), strict=True):
+        torch.cat(codec.decode(rows.index_select(0, some)), dim=1, out=part)
 
 
 def latents(rows: torch.Tensor, codec: Codec | None) -> torch.Tensor:

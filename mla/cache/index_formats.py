@@ -11,7 +11,18 @@ from typing import ClassVar
 
 import torch
 
-from mla.cache.formats import E4M3, E4M3_MAX, TINY, Codec, Rows, _bytes, _e4m3, _largest, _over, _power_above
+from mla.cache.formats import (
+    E4M3_MAX,
+    TINY,
+    Codec,
+    Rows,
+    _bytes,
+    _e4m3,
+    _e4m3_numbers,
+    _largest,
+    _over,
+    _power_above,
+)
 from mla.errors import CacheFormatError, did_you_mean
 
 LEAST = 1e-4  # the largest number of a key is taken for it where that is smaller
@@ -100,4 +111,4 @@ def index_keys(pages: torch.Tensor, codec: IndexFp8 | None) -> torch.Tensor:
     if codec is None:
         return pages.float()
     codes, scales = (part.clone(memory_format=torch.contiguous_format) for part in codec.parts(pages))
-    return codes.view(E4M3).float() * scales.view(torch.float32)
+    return _e4m3_numbers(codes) * scales.view(torch.float32)

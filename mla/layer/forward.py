@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mla.cache.formats import Codec, codec_of
+from mla.cache.formats import Codec, codec_of, decode_slots
 from mla.cache.ragged_batch import RaggedBatch, plain
 from mla.config import MLAConfig
 from mla.errors import WeightError
@@ -116,7 +116,7 @@ class Rebuild:
         if self.codec is None:
             torch.index_select(pages.view(-1, config.latent_dim), 0, slots, out=latents)
         else:
-            torch.cat(self.codec.decode(pages.flatten(0, 1).index_select(0, slots)), dim=1, out=latents)
+            decode_slots(self.codec, pages.flatten(0, 1), slots, latents)
         kv = take("kv_b", slots.shape[0], ops["kv_b_proj"].spec.out_features)
         ops["kv_b_proj"].op(self.weights.packed["kv_b_proj"], x=latents[:, :c], bias=None, out=kv)
         k_nope, v = kv.unflatten(1, (h, -1)).split((n, config.v_head_dim), dim=2)

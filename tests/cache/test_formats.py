@@ -12,7 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mla.cache.formats import FORMATS, Codec, Format, codec_of, find_format, register, stored_format
+from mla.cache.formats import (
+    FORMATS,
+    Codec,
+    Format,
+    codec_of,
+    decode_slots,
+    find_format,
+    register,
+    stored_format,
+)
 from mla.cost import TOKEN_BYTES
 from mla.errors import CacheFormatError
 from mla.parallel.layout import token_bytes
@@ -74,6 +83,28 @@ def test_ggml_blocks_worked_out_by_hand() -> None:
     stored = codec_of("q8_0", 64, 0).encode(kv, kv[:, :0])
     assert stored[0, :34].tolist() == [0] * 34
     assert stored[0, 34:40].tolist() == [0, 0x3C, 127, 1, 256 - 3, 1]
+
+
+def test_every_code_of_e4m3_is_decoded() -> None:
+    """By its definition: sign, four bits of exponent with bias 7, three of the number; all ones is NaN."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    exponent, rest = codes >> 3 & 15, (codes & 7).double()
+    size = torch.where(exponent > 0, 2.0 ** (exponent - 7.0) * (1 + rest / 8), 2.0**-9 * rest)
+    size[torch.tensor([127, 255])] = torch.nan
+    kv, pe = codec_of("fp8:0.25", 192, 64).decode(codes[None])
+    truth = 0.25 * torch.where(codes < 128, size, -size)
+    torch.testing.assert_close(torch.cat((kv, pe), dim=1)[0].double(), truth, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("tokens", [0, 1, 256, 700])
+def test_rows_that_are_decoded_some_at_a_time(name: str, tokens: int) -> None:
+    codec = codec_of(name, 128, 32)
+    stored = codec.encode(*rows(3, 128, 32, 700))
+    slots = torch.randperm(700, generator=torch.Generator().manual_seed(4))[:tokens]
+    out = torch.full((tokens, 160), torch.nan, dtype=torch.bfloat16)
+    decode_slots(codec, stored, slots, out)
+    assert torch.equal(out, torch.cat(codec.decode(stored), dim=1)[slots].bfloat16())
 
 
 def test_int8_scales_are_of_latent_and_key() -> None:
