@@ -7,7 +7,8 @@ import hashlib
 import io
 import re
 import tokenize
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 import mla_backends.triton_ops as ops
@@ -67,9 +68,14 @@ def _compiled_for(case: Case) -> str:
     return f"{case.kernel} {known} {case.warps} {case.stages} {case.target} {case.registers}"
 
 
-def code(path: Path) -> Iterator[str]:
-    """Yield what a file defines, as the tokens that Python acts upon; imports and docstrings are left out."""
-    source = path.read_text(encoding="utf-8")
+def code(path: Path) -> tuple[str, ...]:
+    """Return what a file defines, as the tokens that Python acts upon, without imports and docstrings."""
+    return _code(path.read_text(encoding="utf-8"))
+
+
+@cache
+def _code(source: str) -> tuple[str, ...]:
+    texts = []
     lines, tree = source.splitlines(keepends=True), ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
@@ -81,4 +87,6 @@ def code(path: Path) -> Iterator[str]:
             first = min(part.lineno for part in (node, *decorators))
             text = io.StringIO("".join(lines[first - 1 : node.end_lineno]))
             tokens = tokenize.generate_tokens(text.readline)
-            yield "\n".join(token.string.strip(" \t") for token in tokens if token.type not in SILENT)
+            kept = (token.string.strip(" \t") for token in tokens if token.type not in SILENT)
+            texts.append("\n".join(kept))
+    return tuple(texts)

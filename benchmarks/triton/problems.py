@@ -109,17 +109,20 @@ def _steps(heads: int) -> dict[str, Problem]:
 
 PROBLEMS: dict[str, Problem] = {  # by the name in the table
     **_steps(16),
+    "latent: 16 heads, 4 new tokens": decode(16, queries=4),  # of which a tile of many rows has several
     "latent: 16 heads of 256, one part": decode(16, keys=(60, 40), kv_lora_rank=256),
     **_steps(128),
     "sparse: 16 heads": sparse(16),
     "sparse: 128 heads": sparse(128),
     "sparse: 16 heads, fp8_ds_mla": sparse(16).stored("fp8_ds_mla"),
     "sparse: 128 heads, fp8_ds_mla": sparse(128).stored("fp8_ds_mla"),
+    "sparse: 16 heads, q8_0": sparse(16).stored("q8_0"),
     "select": select(),
     "select, fp8": select(index_format="fp8", token_bytes=132),
     "expanded: causal": prefill(),
     "expanded: all keys, lse": prefill(causal=False, with_lse=True),
     "expanded: causal, fp16, no rope": prefill(**FP16_NO_ROPE),
+    "expanded: causal, ragged": prefill(query_lens=(80, 50)),
     "expanded: 32 queries": prefill(32),
     "rms_norm": small("rms_norm", NormSpec(1536, torch.bfloat16, CPU)),
     "rotate_query": small("rotate_query"),

@@ -64,5 +64,5 @@ PORTABLE = (
     Shipped("Iluvatar", ILUVATAR, _cuda(80), SMALL),
     Shipped("Moore Threads", MOORE, _cuda(80), SMALL),
 )
-# With Triton 3.1 as well, for what it knows of them.
-OLD = tuple(map(_old, (A100, L40, H100)))
+# With Triton 3.1 as well; the plugin refuses it on newer cards.
+OLD = tuple(map(_old, (A100, L40)))

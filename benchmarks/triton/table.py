@@ -4,8 +4,8 @@
     python -m benchmarks.triton.table FOLDER [--jobs N]
 
 FOLDER/VERSION holds each version of Triton (`pip install --no-deps --target FOLDER/3.1.0 triton==3.1.0`).
-Nothing is written, and the exit code is 1, if something that is shipped has a fault. About ten minutes on
-one core.
+Nothing is written, and the exit code is 1, if something that is shipped has a fault. About half an hour on
+one core, where no answers are kept.
 """
 
 from __future__ import annotations
@@ -43,21 +43,18 @@ class Part:
     triton: str
     why: str  # this version
     shipped: tuple[Shipped, ...]
-    strict: bool = True  # a fault is an error
-    left_out: frozenset[str] = frozenset()  # launches that would take hours more
+    left_out: frozenset[str] = frozenset()  # launches that wait for a quiet hour
 
 
 NVIDIA = tuple(shipped for shipped in CURRENT if shipped is not METAX_AS_CDNA3)
-AS_CUDA = tuple(shipped for shipped in PORTABLE if shipped is not METAX_AS_CDNA3)
 STANDS_IN = (METAX_AS_CDNA3,)
 PARTS = (
-    Part("3.9.0", "which torch 2.15 pins", NVIDIA),
-    Part("3.9.0", "another compiler behind it", STANDS_IN, left_out=BESIDE),
-    Part("3.8.0", "which torch 2.14 pins", CURRENT, left_out=BESIDE),
+    Part("3.9.0", "which torch 2.15 pins", CURRENT),
+    Part("3.8.0", "which torch 2.14 pins", NVIDIA, left_out=STORED),
+    Part("3.8.0", "another compiler behind it", STANDS_IN, left_out=BESIDE),
     Part("3.6.0", "which torch 2.11 pins", CURRENT, left_out=BESIDE),
-    Part("3.1.0", "whose language the vendors' compilers speak", AS_CUDA, left_out=STORED),
-    Part("3.1.0", "another compiler behind it", STANDS_IN, left_out=BESIDE),
-    Part("3.1.0", "cards that have a newer one", OLD, strict=False, left_out=BESIDE),
+    Part("3.1.0", "whose language the vendors' compilers speak", PORTABLE),
+    Part("3.1.0", "on cards that have a newer one", OLD, left_out=BESIDE),
 )
 
 
@@ -140,7 +137,7 @@ def main() -> int:
     for part in PARTS:
         rows = compiled(part, versions[part.triton], options.jobs)
         text.extend(lines(part, rows))
-        wrong += [(part.triton, row, why) for row in rows if part.strict for why in row.faults]
+        wrong += [(part.triton, row, why) for row in rows for why in row.faults]
     for triton, row, why in wrong:
         what = f"{row.shipped.cards}, {row.name} ({tile_of(row.case)})"
         print(f"Triton {triton}, {row.case.target}, {what}: {why}", file=sys.stderr)  # noqa: T201

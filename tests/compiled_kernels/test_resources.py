@@ -190,7 +190,7 @@ def test_answers_are_kept_by_all_that_they_depend_on(tmp_path: Path, monkeypatch
     assert asked == [*both, both[0]], "what failed is asked again"
     compile_cases([replace(case, registers=64), *[replace(case, stages=7)] * 2], tmp_path)
     assert len(asked) == 5
-    monkeypatch.setattr(fingerprint, "code", lambda path: iter(["another kernel"]))
+    monkeypatch.setattr(fingerprint, "code", lambda path: ("another kernel",))
     compile_cases([case], tmp_path)
     assert len(asked) == 6
 

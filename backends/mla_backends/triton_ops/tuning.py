@@ -93,15 +93,17 @@ class Tile:
     def of_bytes(self, parts: bool) -> Tile:
         """Return the tile for a cache of bytes, whose numbers lie in registers before they are multiplied.
 
-        It has more warps, which take the place of other programs, and halves where tensor memory has nothing
-        to do with it: there it has the fewest keys, one stage. With numbers of two `parts` it has the fewest
-        rows, and PARTS_KEYS, which spill beside tensor memory and do not fit cards for one stage.
+        It has halves, and more warps, which take the place of other programs; but its own on cards for one
+        stage, whose warps may be wider. Where sums lie in tensor memory it has the fewest keys and one stage
+        instead of halves. With numbers of two `parts` it has the fewest rows, and PARTS_KEYS, which spill
+        beside tensor memory and do not fit cards for one stage.
         """
         if parts:
             fewest = not self.spread or self.stages == 1
             keys, warps = (MIN_SIDE, 4) if fewest else (PARTS_KEYS, 8)
             return replace(self, rows=MIN_SIDE, keys=keys, warps=warps, halves=True, programs=1)
-        tile = replace(self, warps=max(self.warps, min(8, 2 * self.warps)), programs=1)
+        warps = self.warps if self.stages == 1 else max(self.warps, min(8, 2 * self.warps))
+        tile = replace(self, warps=warps, programs=1)
         if self.rows < 64:
             return replace(tile, halves=True)
         if not self.spread:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mla_backends.api import Peak
 from mla_backends.cuda import OUTDATED_DRIVER
@@ -87,10 +87,13 @@ BY_SHARED_MEMORY = {
         source="defaults for little or unknown shared memory",
     ),
 }
-# Tiles of 16 rows for Triton before 3.6, which spills those above.
-OLD_TRITON = {
-    200 * KIB: Tile(16, 32, 4, 3, halves=False, programs=2),
-    96 * KIB: Tile(16, 16, 4, 2, programs=2),
+# What Triton before 3.6 spills, or computes twice, gets other tiles: fewer rows, or keys.
+OLD_TRITON: Mapping[int, Mapping[str, Any]] = {
+    200 * KIB: {
+        "latent": {1: Tile(16, 32, 4, 3, halves=False, programs=2), 33: Tile(64, 64, 8, 2, halves=False)}
+    },
+    160 * KIB: {"latent": {1: Tile(16, 32, 4, 2, programs=2)}, "expanded": {1: Tile(32, 32, 4, 2)}},
+    96 * KIB: {"latent": {1: Tile(16, 16, 4, 2, programs=2)}, "expanded": {1: Tile(32, 32, 4, 2)}},
 }
 # The shared memory of Hopper, but products of 64 rows keep their sums in tensor memory, where less fits. They
 # move to registers and back in every step: 18 to 36 % of the tensor peak, counted in compiled code. Rescaling
@@ -116,9 +119,7 @@ def tuning_for(shared_memory: int | None, name: str = "", old_triton: bool = Fal
         return BLACKWELL
     least = next(least for least in BY_SHARED_MEMORY if least <= (shared_memory or 0))
     tuning = BY_SHARED_MEMORY[least]
-    if not old_triton or least not in OLD_TRITON:
-        return tuning
-    return replace(tuning, latent={**tuning.latent, 1: OLD_TRITON[least]})
+    return replace(tuning, **OLD_TRITON.get(least, {})) if old_triton else tuning
 
 
 # ------------------------------------------------------------------------------------------- driver

@@ -287,16 +287,19 @@ def test_tensor_memory_has_tiles_of_its_own(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reported", "few_rows"),
-    [(H100, Tile(16, 32, 4, 3, halves=False, programs=2)), (L40S, Tile(16, 16, 4, 2, programs=2))],
+    ("reported", "few_rows", "most"),
+    [
+        (H100, Tile(16, 32, 4, 3, halves=False, programs=2), 64),
+        (A100, Tile(16, 32, 4, 2, programs=2), 16),
+        (L40S, Tile(16, 16, 4, 2, programs=2), 16),
+    ],
 )
-def test_an_old_triton_gets_tiles_that_it_does_not_spill(reported: int, few_rows: Tile) -> None:
+def test_an_old_triton_gets_tiles_that_it_does_not_spill(reported: int, few_rows: Tile, most: int) -> None:
     new, old = tuning_for(reported), tuning_for(reported, old_triton=True)
     assert old.latent[1] == few_rows
-    assert old.latent[33] == new.latent[33]
-    assert old.expanded == new.expanded
+    assert max(tile.rows for tile in old.latent.values()) == most
+    assert max(tile.rows for tile in old.expanded.values()) == 2 * most
     assert old.source == new.source
-    assert tuning_for(A100, old_triton=True) == tuning_for(A100)
 
 
 @pytest.mark.parametrize("old_triton", [False, True])

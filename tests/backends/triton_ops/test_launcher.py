@@ -160,6 +160,7 @@ def test_steps_over_several_pages_take_a_tile_of_fewer_registers(tile: Tile, exp
         (Tile(64, 64, 8, 2, halves=False), True, Tile(16, 32, 8, 2)),
         (Tile(64, 64, 8, 2, spread=False), True, Tile(16, 16, 4, 2, spread=False)),
         (Tile(16, 16, 4, 1), True, Tile(16, 16, 4, 1)),
+        (Tile(16, 16, 4, 1), False, Tile(16, 16, 4, 1)),
     ],
     ids=str,
 )

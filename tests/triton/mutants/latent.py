@@ -148,6 +148,11 @@ LATENT = (
         new="mask=part < parts - 1, other",
     ),
     _latent(
+        "the merge reads values behind the last part",
+        old="mask=(part < parts)[:, None] & (channel",
+        new="mask=(part >= 0)[:, None] & (channel",
+    ),
+    _latent(
         "the merge does not shrink what it has",
         old="value = value * shrink + tl.sum",
         new="value = value + tl.sum",

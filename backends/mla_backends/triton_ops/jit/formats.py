@@ -15,6 +15,7 @@ LEAST_RATIO = tl.constexpr(1e-4)
 TINY, MOST = tl.constexpr(2.0**-126), tl.constexpr(3.4028234663852886e38)  # of float32
 MOST_BF16, MOST_FP16 = tl.constexpr(3.3895313892515355e38), tl.constexpr(65504.0)
 TO_WHOLE = tl.constexpr(1.5 * 2.0**23)  # a float32 beside it is rounded to whole numbers, halves to even
+OF_FLOAT, OF_HALF = tl.constexpr(tl.pointer_type(tl.float32)), tl.constexpr(tl.pointer_type(tl.float16))
 
 
 # ------------------------------------------------------------------------------------------- e4m3
@@ -76,17 +77,17 @@ def cached(
         codes = tl.load(place + column[None, :], mask=inside, other=0).to(tl.int8, bitcast=True)
         numbers = codes.to(dtype)
     elif FORMAT == "q8_0":
-        WIDTH: tl.constexpr = min(N, BLOCK)
+        WIDTH: tl.constexpr = N if N < BLOCK else BLOCK
         group = FIRST + tl.arange(0, N // WIDTH) * WIDTH
         at = place + (group // BLOCK * BLOCK_BYTES + group % BLOCK + 2)[None, :]
         whole = there[:, None] & (group < END)[None, :]  # blocks lie side by side, and so do their codes
         codes = tl.load(at[:, :, None] + tl.arange(0, WIDTH)[None, None, :], mask=whole[:, :, None], other=0)
         wide = codes.to(tl.int8, bitcast=True).to(tl.float32)
-        numbers = scaled(wide, place, there, FIRST, N, END, BLOCK, 0, BLOCK_BYTES, tl.float16)
+        numbers = scaled(wide, place, there, FIRST, N, END, BLOCK, 0, BLOCK_BYTES, OF_HALF)
     elif FIRST < LATENT:
         codes = tl.load(place + column[None, :], mask=inside, other=0)
         wide = e4m3_numbers(codes, tl.float32, NATIVE)
-        numbers = scaled(wide, place, there, FIRST, N, END, TILE, LATENT, 4, tl.float32)
+        numbers = scaled(wide, place, there, FIRST, N, END, TILE, LATENT, 4, OF_FLOAT)
         if FORMAT == "fp8_ds_mla":  # of four bits, times a power of two
             numbers = numbers.to(dtype)
     else:
@@ -114,13 +115,13 @@ def scaled(
     SHARING: tl.constexpr,  # columns that have a scale together
     AT: tl.constexpr,  # the byte of the first scale, and from one to the next
     STEP: tl.constexpr,
-    dtype: tl.constexpr,  # of scales
+    OF: tl.constexpr,  # the type of pointers to scales
 ):
     """Return codes times the scales of their columns, float32."""
-    WIDTH: tl.constexpr = min(N, SHARING)
+    WIDTH: tl.constexpr = N if N < SHARING else SHARING
     group = FIRST + tl.arange(0, N // WIDTH) * WIDTH  # its first column
     scales = tl.load(
-        (place + (AT + group // SHARING * STEP)[None, :]).to(tl.pointer_type(dtype)),
+        (place + (AT + group // SHARING * STEP)[None, :]).to(OF),
         mask=there[:, None] & (group < END)[None, :],
         other=0.0,
     ).to(tl.float32)
@@ -166,7 +167,7 @@ def put(
 @triton.jit
 def put_tiles(row, numbers, COUNT: tl.constexpr, N: tl.constexpr, FORMAT: tl.constexpr, NATIVE: tl.constexpr):
     """Store the latent as e4m3, and behind it a scale for every TILE of it."""
-    WIDTH: tl.constexpr = min(N, TILE)
+    WIDTH: tl.constexpr = N if N < TILE else TILE
     tile = tl.arange(0, N // WIDTH)
     parts = tl.reshape(numbers, [N // WIDTH, WIDTH])
     ratio = over(largest(parts), E4M3_MOST)

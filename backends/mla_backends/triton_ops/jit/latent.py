@@ -306,7 +306,7 @@ def merge_latent(
     """Merge some channels of the parts of some rows of a request.
 
     Grid: (blocks of all requests, ceil(c / CHANNELS)). Programs share the channels of a row because one
-    request of few heads has few rows.
+    request of few heads has few rows. Each reads the log-sum-exps of a row once: as much as one channel more.
     """
     follow(EARLY)
     _, block, first, queries, keys = rows_of(
@@ -348,11 +348,10 @@ def merged(
     for start in range(0, parts, PARTS):
         part = start + tl.arange(0, PARTS)
         score = tl.load(part_lse + place + part, mask=part < parts, other=float("-inf"))[None, :]
-        some = tl.trans(score > float("-inf"))  # the value of a part that saw no key is not needed
         weight, shrink, top, total = fold(score, top, total)
         several = tl.load(
             part_out + (place + part)[:, None] * LATENT + channel[None, :],
-            mask=some & (channel < LATENT)[None, :],
+            mask=(part < parts)[:, None] & (channel < LATENT)[None, :],
             other=0.0,
         )
         value = value * shrink + tl.sum(tl.trans(weight) * several, 0)
