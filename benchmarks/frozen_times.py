@@ -30,7 +30,7 @@ DIMS: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "kv_lora_ra
 RUN = Path(__file__).parent / "results" / "cpu-xeon-amx-2vcpu-deepseek-v2-lite.json"
 BACKEND = ("--backend", "mla_backends.testing:HostBackend", "--dtype", "float32")
 COUNTS = ("--batch", "4", "--kv", "100", "--runs", "4", "--passes", "2", "--mode", "eager", "--cache", "warm")
-SMALL = ("--quick", "--draws", "0")
+QUICK = ("--quick", "--draws", "0")
 PROCESSES: dict[str, Sequence[str]] = {
     "import mla": ("-c", "import mla"),
     "import of the layer": ("-c", "from mla import MLA"),
@@ -38,8 +38,8 @@ PROCESSES: dict[str, Sequence[str]] = {
     "bench show": ("-m", "mla.bench", "show", str(RUN)),
     "conformance --list": ("-m", "mla.conformance", "--list"),
     "an op": ("-m", "mla.bench", *BACKEND, "--config", "tiny.json", "--op", "latent_attention", *COUNTS),
-    "conformance of writing": ("-m", "mla.conformance", *BACKEND, *SMALL, "--only", "write_latent"),
-    "conformance of a decode": ("-m", "mla.conformance", *BACKEND, *SMALL, "--only", "latent.decode"),
+    "conformance of writing": ("-m", "mla.conformance", *BACKEND, *QUICK, "--only", "write_latent"),
+    "conformance of a decode": ("-m", "mla.conformance", *BACKEND, *QUICK, "--only", "latent.decode"),
 }
 
 

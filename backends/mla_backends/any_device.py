@@ -82,7 +82,7 @@ class AnyDevice(TorchBackend):
     # ------------------------------------------------------------------------------------------ probe
 
     @functools.cached_property
-    def found(self) -> Found:
+    def stack(self) -> Stack:
         """The device's module. Raises `DeviceUnavailable`, and whatever importing torch raises."""
         stack = find(self._wanted, self.options.get("import", ""))
         self.device_type = stack.device_type
@@ -91,13 +91,13 @@ class AnyDevice(TorchBackend):
         return stack
 
     @property
-    def module(self) -> ModuleType:  # cached in `found`
+    def module(self) -> ModuleType:  # cached in `stack`
         """Return the device's torch module."""
-        return self.found.module
+        return self.stack.module
 
     def probe(self) -> Availability:
         try:
-            stack = self.found
+            stack = self.stack
         except DeviceUnavailable as why:
             return Availability(False, why.reason, why.hint)
         except Exception as error:  # noqa: BLE001  # a torch that does not import raises anything
@@ -147,7 +147,7 @@ class AnyDevice(TorchBackend):
     def prepare_device(self) -> None:
         """Try what the device can do."""
         if self.options.get("graph") == "on" and not self.graph_class:
-            module, absent = f"torch.{self.device_type}", ", ".join(lacking(self.found))
+            module, absent = f"torch.{self.device_type}", ", ".join(lacking(self.stack))
             raise BackendOptionError(
                 f"-O graph=on: {module} lacks what a capture needs ({absent}): leave the option out."
             )
@@ -160,7 +160,7 @@ class AnyDevice(TorchBackend):
         self._clock_problem = clock_problem(self.module, self.device_type, self.synchronize)
 
     def synchronize(self) -> None:
-        self.found.synchronize()
+        self.stack.synchronize()
 
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Return the dtypes in which a product works. Which of them are native, torch does not say."""
@@ -209,7 +209,7 @@ class AnyDevice(TorchBackend):
 
     def remarks(self) -> Sequence[str]:
         """Name a device that was not chosen, and the backend of this project that is made for it."""
-        said = [] if self._wanted else [f"device {self._device()}: {self.found.how} (-O device= chooses)"]
+        said = [] if self._wanted else [f"device {self._device()}: {self.stack.how} (-O device= chooses)"]
         if name := own_backend(self.device_type):
             said.append(
                 f"backend '{name}' is made for this device and has ops of its own: {how_to_use(name)}"
@@ -221,7 +221,7 @@ class AnyDevice(TorchBackend):
         points = metadata.entry_points(group=EXTENSIONS)
         return {
             "device_type": self.device_type,
-            "device_from": self.found.how,
+            "device_from": self.stack.how,
             "ops": "reference only",
             "dtypes": f"{tried} (tried; which of them are native is unknown)",
             **{f"dtypes.{name}": f"left out: {why}" for name, why in self._left_out.items()},
@@ -245,7 +245,7 @@ def how_to_use(backend: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------- finding it
-class Found(NamedTuple):
+class Stack(NamedTuple):
     """A device's torch module, and how this process came by it."""
 
     device_type: str
@@ -265,7 +265,7 @@ def parse(text: str) -> tuple[str, int | None]:
     return match[1], None if match[2] is None else int(match[2])
 
 
-def find(name: str, extension: str = "") -> Found:
+def find(name: str, extension: str = "") -> Stack:
     """Return the device called `name`, or the accelerator that torch reports if that is empty.
 
     `extension` is imported first. Raises `DeviceUnavailable`, and whatever importing torch raises.
@@ -278,7 +278,7 @@ def find(name: str, extension: str = "") -> Found:
     module = _module(torch, device_type) or _brought(torch, device_type, extension)
     bringer = extension or f"torch_{device_type}"
     wait = _synchronize(device_type, module)
-    return Found(device_type, module, wait, how, bringer if bringer in sys.modules else "")
+    return Stack(device_type, module, wait, how, bringer if bringer in sys.modules else "")
 
 
 def _torch_name(torch: ModuleType, name: str) -> str:
@@ -410,7 +410,7 @@ def graph_class(device_type: str) -> str:
     return f"{device_type.upper()}Graph"
 
 
-def lacking(stack: Found) -> list[str]:
+def lacking(stack: Stack) -> list[str]:
     """Return what the module lacks of what a capture needs."""
     needed = (graph_class(stack.device_type), "graph", "Stream", "stream", "current_stream")
     return [name for name in needed if not hasattr(stack.module, name)]

@@ -85,7 +85,7 @@ def _check_exists(name: str, index: int | None, count: int | None) -> None:
             name, f"device_count() is {count!r}", "check that this process may see a device"
         )
     if count is not None and index is not None and not 0 <= index < count:
-        raise BackendError(f"backend '{name}' has {count} device(s), so there is no device {index}.")
+        raise BackendError(f"backend '{name}' has no device {index}: it has {count}, numbered from 0.")
 
 
 def probe_backend(name: str, backend: Backend) -> Availability:

@@ -152,7 +152,7 @@ class TorchBackend(Backend):
             names = " or ".join(self.visibility)
             why = f" ({names} selects the visible ones)" if names else ""
             raise BackendError(
-                f"backend '{self.name}' has {count} device(s), so there is no device {index}{why}."
+                f"backend '{self.name}' has no device {index}: it has {count}, numbered from 0{why}."
             )
 
     def _start(self, index: int | None) -> torch.device:

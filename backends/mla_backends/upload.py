@@ -21,7 +21,7 @@ from mla_backends.torch_backend import capturing
 if TYPE_CHECKING:
     import torch
 
-SMALLEST = 4096  # bytes of a slot; others are the next powers of two
+LEAST_SLOT_BYTES = 4096  # others are the next powers of two
 
 
 def integers(values: Iterable[int], *, wide: bool = False) -> torch.Tensor:
@@ -140,7 +140,7 @@ def _ring(device: torch.device) -> _Ring:
 
 
 def _rounded(size: int) -> int:
-    return max(SMALLEST, 1 << (size - 1).bit_length())
+    return max(LEAST_SLOT_BYTES, 1 << (size - 1).bit_length())
 
 
 def _host_memory(size: int) -> torch.Tensor:

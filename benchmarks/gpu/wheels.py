@@ -43,20 +43,20 @@ def known(name: str) -> Library:
 
 def wanted(words: tuple[str, ...], places: tuple[str, ...]) -> list[tuple[Library, str, str]]:
     """Return library, requirement and place (a path, "" for the index). Raises `UsageError`."""
-    found = []
+    chosen = []
     for word in places:
         name, equals, place = word.partition("=")
         if not equals or not place:
             raise UsageError(f"--source takes NAME=PATH, not '{word}'.")
-        found.append((known(name), name, place))
+        chosen.append((known(name), name, place))
     if not words and not places:
         words = tuple(library.name for library in LIBRARIES if library.on_index)
     for word in words:
         library = known(word.partition("==")[0])
         if not library.on_index:
             raise UsageError(f"{library.name} has no wheel to download: give --source {library.name}=PATH.")
-        found.append((library, word, ""))
-    return found
+        chosen.append((library, word, ""))
+    return chosen
 
 
 def listing() -> str:
@@ -84,12 +84,12 @@ def wheels(libraries: tuple[str, ...], places: tuple[str, ...], keep: Path | Non
         folder.mkdir(parents=True, exist_ok=True)
         for library, requirement, place in chosen:
             real = sources.source(library.name, place) if place else sources.wheel(requirement, folder)
-            found = compare(library, real)
-            console.out("".join(f"{sentence}\n" for sentence in found.drift))
-            for note in found.notes:
+            findings = compare(library, real)
+            console.out("".join(f"{sentence}\n" for sentence in findings.drift))
+            for note in findings.notes:
                 console.note(f"note: {note}")
-            console.note(f"{real.label}: {found.checked} calls compared, {len(found.drift)} differ")
-            drifted |= bool(found.drift)
+            console.note(f"{real.label}: {findings.checked} calls compared, {len(findings.drift)} differ")
+            drifted |= bool(findings.drift)
     return Exit.REGRESSION if drifted else Exit.OK
 
 

@@ -103,7 +103,7 @@ class Stock:
         return out
 
 
-def own(
+def loaded(
     kind: type[MlaLayer], setting: Setting, state: State, lengths: tuple[int, ...]
 ) -> tuple[MlaLayer, Inputs]:
     """Return our layer with so many tokens of history per request, for steps of one token each."""
@@ -144,7 +144,7 @@ def attention_flops(config: MLAConfig, keys: int) -> tuple[int, int]:
 
 def difference(setting: Setting, state: State, history: int, few: int) -> float:
     """Return how far the outputs of `transformers` are from ours, relative to ours."""
-    ours, inputs = own(SelectedLayer, setting, state, (history,) * few)
+    ours, inputs = loaded(SelectedLayer, setting, state, (history,) * few)
     stock = Stock(setting.config, state, inputs)
     for call in (stock.before, partial(ours.before, 0), partial(ours.step, 0), partial(ours.after, 0)):
         call()
@@ -161,9 +161,9 @@ def measure(config: MLAConfig, history: int, requests: int, few: int, rounds: in
     state = random_state_dict(config, 0, setting.dtype)
     dense_state = {name: weight for name, weight in state.items() if not name.startswith("indexer.")}
     dense = replace(setting, config=plain)
-    parties = {"sparse": own(SelectedLayer, setting, state, (history,) * requests)}
-    parties["dense"] = own(MlaLayer, dense, dense_state, (history,) * requests)
-    parties["projections"] = own(MlaLayer, dense, dense_state, (0,) * requests)
+    parties = {"sparse": loaded(SelectedLayer, setting, state, (history,) * requests)}
+    parties["dense"] = loaded(MlaLayer, dense, dense_state, (history,) * requests)
+    parties["projections"] = loaded(MlaLayer, dense, dense_state, (0,) * requests)
     steps: dict[str, Step] = {name: partial(layer.step, 0) for name, (layer, _) in parties.items()}
     before: dict[str, Step] = {name: partial(layer.before, 0) for name, (layer, _) in parties.items()}
     a, b = (torch.randn(SIDE, SIDE).bfloat16() for _ in range(2))
@@ -172,7 +172,7 @@ def measure(config: MLAConfig, history: int, requests: int, few: int, rounds: in
     differs = None
     if few:  # in turns of their own: steps of seconds cool the caches of the others
         differs = difference(setting, state, min(history, COMPARED), few)
-        layer, inputs = own(SelectedLayer, setting, state, (history,) * few)
+        layer, inputs = loaded(SelectedLayer, setting, state, (history,) * few)
         stock = Stock(config, state, inputs)
         steps = {"sparse, few": partial(layer.step, 0), "transformers": stock.step}
         before = {"sparse, few": partial(layer.before, 0), "transformers": stock.before}

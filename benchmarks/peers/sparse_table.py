@@ -25,7 +25,7 @@ from benchmarks.peers.ggml import table as peers
 from benchmarks.peers.sparse_layers import Measured
 from benchmarks.peers.table import header
 from mla.bench import results
-from mla.bench.report.figures import NARROW, Chart, Line, Mode, Point, curves, svg
+from mla.bench.report.figures import NARROW_INCHES, Chart, Line, Mode, Point, curves, svg
 from mla.bench.report.page import write_pictures
 from mla.bench.results.schema import Case, Run
 from mla.bench.terminal.digits import estimated, known, limit, number, per_second
@@ -93,7 +93,7 @@ def picture(shapes: Shapes) -> dict[str, str]:
         "; ".join(words) + ".",
         draw,
     )
-    return {f"stage-{mode}.svg": svg(chart, mode, NARROW, titled=True) for mode in get_args(Mode)}
+    return {f"stage-{mode}.svg": svg(chart, mode, NARROW_INCHES, titled=True) for mode in get_args(Mode)}
 
 
 def of_layers(layers: Measured) -> str:

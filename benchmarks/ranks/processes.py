@@ -31,7 +31,7 @@ MODULES = [
     *("mla.bench.run.scenario_run", "mla_backend_cpu"),
 ]
 # Measurements that nothing here looks at take no time: limits, the link, and which of two products is faster.
-LITTLE: Mapping[str, Any] = {
+FAST_PARTS: Mapping[str, Any] = {
     "mla.bench.limits.microbench.SIDES": (64, 128),
     "mla.bench.limits.microbench.REPEAT_S": 0.0,
     "mla.bench.limits.microbench.REPEATS": 1,
@@ -110,13 +110,13 @@ def start(
     words: Sequence[str],
     folder: Path,
     world: int = 2,
-    own: Mapping[int, Sequence[str]] | None = None,
+    rank_words: Mapping[int, Sequence[str]] | None = None,
     folders: Mapping[int, Path] | None = None,
     program: str = MAIN,
     constants: Mapping[str, Any] | None = None,
     **environment: str | None,
 ) -> Ranks:
-    """Start a run's ranks in `folder`, or in others of `folders`; `own` has more words for some.
+    """Start a run's ranks in `folder`, or in others of `folders`; `rank_words` has more words for some.
 
     Each calls `program` ("module:function") with its words. `constants` are attributes of modules, by their
     full names. Variables of the environment that are None are not set, and "{rank}" in others is the rank;
@@ -126,7 +126,7 @@ def start(
     variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **environment}
     processes = []
     for rank in range(world):
-        given = [*words, *(own or {}).get(rank, ())]
+        given = [*words, *(rank_words or {}).get(rank, ())]
         named = {name: text and text.replace("{rank}", str(rank)) for name, text in variables.items()}
         where = str((folders or {}).get(rank, folder))
         processes.append(
@@ -157,7 +157,7 @@ def _become(
     _set(environment)
     evidence = importlib.import_module("mla.bench.measure.evidence")
     believed = {"mla.bench.measure.evidence.doubts": _believed(evidence.doubts)}
-    for name, value in {**LITTLE, **believed, **constants}.items():
+    for name, value in {**FAST_PARTS, **believed, **constants}.items():
         module, _, attribute = name.rpartition(".")
         if not hasattr(importlib.import_module(module), attribute):
             raise AttributeError(f"there is no {name}")

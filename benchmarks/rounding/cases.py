@@ -40,16 +40,16 @@ class Layer:
 
 
 # Four heads; the widths of the smallest DeepSeek are those of `MLAConfig` by default.
-TINY, WIDE = MLAConfig(256, 4), MLAConfig(2048, 16)
+FOUR_HEADS, SIXTEEN_HEADS = MLAConfig(256, 4), MLAConfig(2048, 16)
 PREFILL = (64, 128, 256, 256), (512, 0, 0, 256)  # new tokens, and cached ones
-DECODE = Layer("4 heads, decode", LayerCase((1,) * 5, (0, 1, 7, 100, 400), TINY))
+DECODE = Layer("4 heads, decode", LayerCase((1,) * 5, (0, 1, 7, 100, 400), FOUR_HEADS))
 LAYERS = (
-    Layer("4 heads, prefill", LayerCase(*PREFILL, TINY), forms=5),
-    Layer("4 heads, prefill, alike", LayerCase((64, 256), (0, 256), TINY), forms=4, alike=True),
+    Layer("4 heads, prefill", LayerCase(*PREFILL, FOUR_HEADS), forms=5),
+    Layer("4 heads, prefill, alike", LayerCase((64, 256), (0, 256), FOUR_HEADS), forms=4, alike=True),
     DECODE,
-    Layer("4 heads, one token", LayerCase((1,), (3,), replace(TINY, q_lora_rank=128))),
+    Layer("4 heads, one token", LayerCase((1,), (3,), replace(FOUR_HEADS, q_lora_rank=128))),
     Layer(
-        "16 heads, hidden 2048", LayerCase((5, 1, 1), (30, 200, 0), WIDE), forms=3, same_weights=20
+        "16 heads, hidden 2048", LayerCase((5, 1, 1), (30, 200, 0), SIXTEEN_HEADS), forms=3, same_weights=20
     ),
 )  # fmt: skip
 
@@ -102,7 +102,7 @@ ATTENTION = {
     "expanded, narrow": attention("expanded", 4, 16, 40, (32, 16, 8, 12), 24**-0.5),
     "absorbed, large logits": attention("latent", 4, 16, 80, scale=8 * 192**-0.5),
 }
-LONG = attention("latent", 4, 2, 2500)
+LONG_CONTEXT = attention("latent", 4, 2, 2500)
 PRODUCTS = tuple(
     OpCase("linear", LinearSpec(features, outputs, 1, torch.float32, CPU), (rows,), (rows,), stress=Stress())
     for rows, features, outputs in ((7, 512, 96), (1, 2048, 17), (40, 33, 5))

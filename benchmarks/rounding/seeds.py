@@ -21,7 +21,7 @@ from benchmarks.rounding.cases import (
     ATTENTION,
     DECODE,
     LAYERS,
-    LONG,
+    LONG_CONTEXT,
     layer_ratio,
     new_ratio,
     op_ratio,
@@ -33,7 +33,7 @@ from mla.command.display import markdown
 
 DTYPES = {"bf16": BF16, "fp16": F16, "fp32": F32}
 NEW = "as the reference, new inputs"
-FEW = 7  # rows
+FEW_ROWS = 7  # rows
 Ratios = dict[tuple[str, str], list[float]]  # form, dtype -> ratios, one per seed and case
 
 
@@ -50,7 +50,7 @@ def right(seeds: range) -> tuple[Ratios, Ratios, Ratios]:
                 for form in forms[: layer.forms]:
                     layers[form.name, name].append(layer_ratio(case, form))
                 layers[NEW, name].append(new_ratio(case))
-                if sum(case.query_lens) < FEW:  # many rows are never near
+                if sum(case.query_lens) < FEW_ROWS:  # many rows are never near
                     once[layer.name, name].append(roundings(case, EXACT))
             for op_case in ATTENTION.values():
                 for form in forms:
@@ -69,7 +69,7 @@ def wrong(seeds: range) -> tuple[Ratios, Ratios]:
             forms = [form for form, dtypes in WRONG if dtype in dtypes]
             for form in forms:
                 layers[form.name, name].append(layer_ratio(DECODE.drawn(dtype, seed), form))
-                single[form.name, name].append(op_ratio(LONG, form, dtype, seed))
+                single[form.name, name].append(op_ratio(LONG_CONTEXT, form, dtype, seed))
     return layers, single
 
 

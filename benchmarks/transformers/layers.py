@@ -18,7 +18,7 @@ from mla.bench.workload.scenario import Scenario
 from mla.verify.layer_oracle import State
 
 # What a model has besides its one attention layer: as little as can be.
-SMALL = {"num_hidden_layers": 1, "first_k_dense_replace": 1, "vocab_size": 64, "intermediate_size": 64}
+SMALL_MODEL = {"num_hidden_layers": 1, "first_k_dense_replace": 1, "vocab_size": 64, "intermediate_size": 64}
 
 
 class UseMla(TransformersLayer):
@@ -33,7 +33,7 @@ class UseMla(TransformersLayer):
 
         super().__init__(setting, state)
         plain, self.name = self._layer, self.title
-        for name, value in SMALL.items():
+        for name, value in SMALL_MODEL.items():
             setattr(self._model.config, name, value)
         with torch.device(setting.device):
             whole: Any = AutoModelForCausalLM.from_config(self._model.config).to(setting.dtype).eval()

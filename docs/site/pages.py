@@ -39,7 +39,7 @@ HEADING = re.compile(r"(#+) ")
 source_links = SourceLinks(ROOT)
 
 
-def found(*patterns: str) -> list[str]:
+def matching(*patterns: str) -> list[str]:
     """Return the files of the repository that match, as paths from its root."""
     paths = {path for pattern in patterns for path in ROOT.glob(pattern)}
     this_folder = Path(__file__).parent
@@ -48,7 +48,7 @@ def found(*patterns: str) -> list[str]:
 
 def on_config(config: MkDocsConfig) -> None:
     """Put pages in the place of the navigation's patterns, and say where the source is, if that is known."""
-    config.nav = expanded(config.nav, found(*PAGES))
+    config.nav = expanded(config.nav, matching(*PAGES))
     reference = ROOT / "docs" / "api"
     names = NameLinks(shown(reference / "core.md", reference / "backends.md"))
     config.markdown_extensions += [source_links, names]
@@ -62,7 +62,7 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
     """Add the repository's pages and pictures."""
     from mkdocs.structure.files import File
 
-    for path in found(*PAGES, *(asset.format(kind) for asset in ASSETS for kind in KINDS)):
+    for path in matching(*PAGES, *(asset.format(kind) for asset in ASSETS for kind in KINDS)):
         files.append(File(path, str(ROOT), config.site_dir, config.use_directory_urls))
     source_links.files = {file.src_uri for file in files}
 

@@ -29,7 +29,7 @@ E4M3_NUMBERS = torch.arange(256, dtype=torch.uint8).view(E4M3).float()  # of eve
 ROWS_AT_ONCE = 256  # that a CPU decodes: their temporaries stay in its caches, and large ones are mapped anew
 TILE, Q8_BLOCK = 128, 32  # numbers that share a scale
 LEAST_RATIO = 1e-4  # of the largest number of a tile and 448, in power-of-two scales
-TINY = torch.finfo(torch.float32).tiny  # the least of other scales: a tile of zeros decodes to zeros
+LEAST_SCALE = torch.finfo(torch.float32).tiny  # the least of other scales: a tile of zeros decodes to zeros
 
 Rows = tuple[torch.Tensor, torch.Tensor]
 
@@ -157,7 +157,7 @@ class TiledFp8(Codec):
     def encode(self, kv: torch.Tensor, pe: torch.Tensor) -> torch.Tensor:
         tiles = pad(kv.float(), (0, self.tiles * TILE - self.c)).unflatten(1, (self.tiles, TILE))
         ratio = _over(_largest(tiles), E4M3_MAX)
-        scales = _power_above(ratio.clamp_min(LEAST_RATIO)) if self.powers else ratio.clamp_min(TINY)
+        scales = _power_above(ratio.clamp_min(LEAST_RATIO)) if self.powers else ratio.clamp_min(LEAST_SCALE)
         codes = _bytes(_e4m3(tiles / scales[..., None]).flatten(1))[:, : self.c]
         return torch.cat((codes, _bytes(scales), _bytes(_saturated(pe, torch.bfloat16))), dim=1)
 
@@ -173,7 +173,7 @@ class Int8(Codec):
 
     of_largest: ClassVar[float] = 1.0 / 127
     relative: ClassVar[float] = 2.0**-22  # of the scale's own rounding
-    least: ClassVar[float] = TINY
+    least: ClassVar[float] = LEAST_SCALE
 
     def __post_init__(self) -> None:
         self._multiple(self.c + self.r, 4)
@@ -184,7 +184,7 @@ class Int8(Codec):
 
     def encode(self, kv: torch.Tensor, pe: torch.Tensor) -> torch.Tensor:
         parts = [part.float() for part in (kv, pe)]
-        scales = torch.stack([_over(_largest(part), 127).clamp_min(TINY) for part in parts], dim=1)
+        scales = torch.stack([_over(_largest(part), 127).clamp_min(LEAST_SCALE) for part in parts], dim=1)
         codes = [_int8((part / scales[:, i : i + 1]).round()) for i, part in enumerate(parts)]
         return torch.cat((*map(_bytes, codes), _bytes(scales)), dim=1)
 
@@ -302,7 +302,7 @@ def register(entry: Format) -> Format:
     if not entry.name.isprintable() or not entry.name or {":", ",", " ", "="} & set(entry.name):
         raise ValueError(f"a cache format needs a name without spaces, ':', ',' and '=', got {entry.name!r}.")
     if entry.name in FORMATS:
-        raise ValueError(f"there is a cache format '{entry.name}' already.")
+        raise ValueError(f"there is a cache format '{entry.name}' already: choose another name.")
     FORMATS[entry.name] = entry
     return entry
 
@@ -340,7 +340,7 @@ def find_format(name: str) -> Format:
         number = float(scale)
     except ValueError:
         number = math.nan
-    if not TINY <= number <= torch.finfo(torch.float32).max / E4M3_MAX:  # what float32 holds, 448 times too
+    if not LEAST_SCALE <= number <= torch.finfo(torch.float32).max / E4M3_MAX:  # 448 times it is finite
         raise CacheFormatError(
             f"the scale of a cache format must be a positive number from 1.2e-38 to 7.5e35, got '{scale}'."
         )

@@ -13,7 +13,7 @@ import torch
 
 from mla.cache.formats import (
     E4M3_MAX,
-    TINY,
+    LEAST_SCALE,
     Codec,
     Rows,
     _bytes,
@@ -25,7 +25,7 @@ from mla.cache.formats import (
 )
 from mla.errors import CacheFormatError, did_you_mean
 
-LEAST = 1e-4  # the largest number of a key is taken for it where that is smaller
+LEAST_AMAX = 1e-4  # the largest number of a key is taken for it where that is smaller
 SCALE_BYTES = 4
 
 
@@ -50,8 +50,8 @@ class IndexFp8(Codec):
     def encode(self, kv: torch.Tensor, pe: torch.Tensor | None = None) -> torch.Tensor:
         """Return rows [s, c + 4] uint8, codes and then the scale, of keys [s, c] of any floating dtype."""
         wide = kv.float()
-        largest = _largest(wide).clamp(LEAST, torch.finfo(torch.float32).max)
-        scales = _power_above(_over(largest, E4M3_MAX).clamp_min(TINY))[:, None]
+        largest = _largest(wide).clamp(LEAST_AMAX, torch.finfo(torch.float32).max)
+        scales = _power_above(_over(largest, E4M3_MAX).clamp_min(LEAST_SCALE))[:, None]
         return torch.cat((_bytes(_e4m3(wide / scales)), _bytes(scales)), dim=1)
 
     def decode(self, rows: torch.Tensor) -> Rows:
@@ -88,6 +88,11 @@ class IndexFp8(Codec):
 INDEX_FORMATS = {"fp8": IndexFp8}
 
 
+def stored_index_format(name: str | None) -> str:
+    """Return the format that specs name: "" for None and "plain", which are numbers of the layer's dtype."""
+    return "" if not name or name == "plain" else name
+
+
 def index_codec(name: str, d: int) -> IndexFp8 | None:
     """Return the codec of an index cache for keys of d channels; None for "", the plain cache.
 
@@ -98,7 +103,7 @@ def index_codec(name: str, d: int) -> IndexFp8 | None:
     if not isinstance(name, str) or name not in INDEX_FORMATS:
         raise CacheFormatError(
             f"unknown index format {name!r}.{did_you_mean(str(name), [*INDEX_FORMATS])} "
-            f"Formats: {', '.join(INDEX_FORMATS)}; None is the layer's dtype."
+            f"Formats: plain, {', '.join(INDEX_FORMATS)}."
         )
     return INDEX_FORMATS[name](d)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mla.cache.formats import codec_of, stored_format
-from mla.cache.index_formats import index_codec, index_keys
+from mla.cache.index_formats import index_codec, index_keys, stored_index_format
 from mla.cache.ragged_batch import (
     BatchMemory,
     RaggedBatch,
@@ -44,7 +44,9 @@ def check_history(config: MLAConfig, kv: Any, pe: Any, length: int) -> int:
         if not rows.is_floating_point() or rows.is_meta:
             raise ValueError(f"{name} must hold floating-point numbers, got {rows.dtype} on {rows.device}.")
     if length not in (0, len(kv)):
-        raise ValueError(f"load() got {len(kv)} tokens for a sequence of {length}.")
+        raise ValueError(
+            f"load() got {len(kv)} tokens for a sequence of {length}: load as many in every layer."
+        )
     return len(kv)
 
 
@@ -110,7 +112,8 @@ class LatentCache:
         self.codec = codec_of(self.cache_format, config.kv_lora_rank, config.qk_rope_head_dim)
         width, held = (self.codec.token_bytes, torch.uint8) if self.codec else (config.latent_dim, dtype)
         shape = (num_layers, self.num_pages, page_size, width)
-        self.index_layers, self.index_format = config.index_layers(num_layers), index_format or ""
+        self.index_layers = config.index_layers(num_layers)
+        self.index_format = stored_index_format(index_format)
         self.index_codec = codec = index_codec(self.index_format, config.index_head_dim)
         index_width, index_held = (
             (codec.token_bytes, torch.uint8) if codec else (config.index_head_dim, dtype)
@@ -300,12 +303,12 @@ class LatentCache:
         """Return the entries of a step's sequences: the same list as long as they are the same sequences."""
         ids = whole_numbers("sequences", sequences)
         if len(ids) != len(query_lens) or not ids:
-            raise ValueError(f"got {len(ids)} sequences and {len(query_lens)} query_lens.")
+            raise ValueError(f"got {len(ids)} sequences and {len(query_lens)} query_lens: give one for each.")
         if min(query_lens) < 0:
             raise ValueError(f"query_lens must not be negative, got {min(query_lens)}.")
         if self._last_entries is None or self._last_entries[0] != ids:
             if len(set(ids)) != len(ids):
-                raise ValueError("a sequence may appear only once in a step.")
+                raise ValueError("a sequence may appear only once in a step: list its new tokens together.")
             self._last_entries = (ids, [self._get(sequence) for sequence in ids])
             self._last_tables.clear()
         return self._last_entries[1]
@@ -347,7 +350,10 @@ class LatentCache:
         sequence, length = whole_numbers("a sequence and its length", (sequence, length))
         entry = self._get(sequence)
         if not 0 <= length <= entry.length:
-            raise ValueError(f"cannot truncate a sequence of {entry.length} tokens to {length}.")
+            raise ValueError(
+                f"cannot truncate a sequence of {entry.length} tokens to {length}: choose 0 to "
+                f"{entry.length}."
+            )
         keep = -(-length // self.page_size)
         dropped = entry.pages[keep:]
         if dropped:
@@ -364,7 +370,7 @@ class LatentCache:
         """Free the pages of sequences and forget their ids. Raises ValueError before freeing any."""
         sequences = whole_numbers("sequences", sequences)
         if len(set(sequences)) != len(sequences):
-            raise ValueError("a sequence may be released only once.")
+            raise ValueError("a sequence may be released only once: list each id once.")
         for sequence in sequences:
             self._get(sequence)
         self._last_entries = None
@@ -393,7 +399,9 @@ class LatentCache:
         sequence, layer = whole_numbers("a sequence and its layer", (sequence, layer))
         count = check_history(self.config, kv, pe, self.length(sequence))
         if not 0 <= layer < self.pages.shape[0]:
-            raise ValueError(f"this cache has {self.pages.shape[0]} layers, so there is no layer {layer}.")
+            raise ValueError(
+                f"this cache has no layer {layer}: it has {self.pages.shape[0]}, numbered from 0."
+            )
         check_index(self.config, index, count, layer in self.index_layers)
         kept = [x.detach().to(self.pages.device, self.dtype) for x in (kv, pe)]
         rows = plain(self.encoded(*kept))
@@ -471,4 +479,6 @@ class LatentCache:
         try:
             return self._sequences[sequence]
         except KeyError:
-            raise ValueError(f"this cache has no sequence {sequence}.") from None
+            raise ValueError(
+                f"this cache has no sequence {sequence}: pass ids of new_sequences() until release()."
+            ) from None

@@ -54,7 +54,7 @@ def plain(made: torch.Tensor) -> torch.Tensor:
     """Return memory to be kept. Raises ValueError for what a mode, as FakeTensorMode, made instead."""
     if type(made) is not torch.Tensor and not is_plain(made):
         kind = type(made).__name__
-        raise ValueError(f"layers and caches cannot work where a mode turns their memory into a {kind}.")
+        raise ValueError(f"a mode makes a {kind} of the memory of layers and caches: build them outside it.")
     return made
 
 
@@ -250,7 +250,7 @@ class RaggedBatch:
             raise StaleBatch("the cache of this batch is gone: keep it for as long as its batches run.")
         if cache is not None and cache.generation != self._generation:
             raise StaleBatch(
-                "this batch is out of date: the cache was extended, truncated or released since."
+                "this batch is out of date, as its cache has changed: use the batch of the last `extend`."
             )
 
 
@@ -263,9 +263,9 @@ def _lengths(query_lens: Sequence[int], kv_lens: Sequence[int]) -> tuple[list[in
     """Return the lengths of a step as Python's integers. Raises ValueError for those of none."""
     new, kept = whole_numbers("query_lens", query_lens), whole_numbers("kv_lens", kv_lens)
     if len(kept) != len(new) or any(not 0 <= q <= kv for q, kv in zip(new, kept, strict=True)):
-        raise ValueError(f"kv_lens {kept} do not count the new tokens {new}, as they must.")
+        raise ValueError(f"kv_lens {kept} must include the new tokens {new}, request by request.")
     if max((*kept, sum(new))) > MAX_TOKENS:
-        raise ValueError(f"a step has at most {MAX_TOKENS} tokens, new or of a request.")
+        raise ValueError(f"a step and a request have at most {MAX_TOKENS} tokens: split it.")
     return new, kept
 
 

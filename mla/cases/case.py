@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from mla.cases import stress
-from mla.cases.memory import PLAIN, Layout, Tensors, poison
+from mla.cases.memory import PLAIN_LAYOUT, Layout, Tensors, poison
 from mla.cases.stress import Stress
 from mla.config import MLAConfig
 from mla.cost import Work
@@ -66,7 +66,7 @@ class OpCase:
     stress: Stress | None = None  # None: numbers as a layer has them
     selection: str = "random"  # how selected tokens lie: a key of `mla.cases.sparse.SELECTIONS`
     values: tuple[str, ...] = ()  # what else is unusual about them: keys of `mla.cases.values.PATTERNS`
-    layout: Layout = PLAIN
+    layout: Layout = PLAIN_LAYOUT
 
     def but(self, **changes: Any) -> OpCase:
         """Return another case. A name is a field of the case, of its spec, of `Stress` or of `Layout`.

@@ -48,7 +48,7 @@ REPEATS = (20, 130, 1100, 130, 1100)  # of one call
 MOST_BYTES = 1 << 27  # that such calls read and write, all together
 MOST_OFTEN = 64  # latents that each query of it selects
 MAX_PRODUCTS = 1 << 24  # of a projection, which devices are slow in that lack the dtype
-FAR, MAX_CACHED = 1 << 15, 1 << 25  # slots that 16 bits do not name, and numbers of a cache with as many
+FAR_SLOTS, MAX_CACHED = 1 << 15, 1 << 25  # slots beyond 16 bits, and numbers of a cache with as many
 MAX_SPREAD = 1 << 21  # numbers of a large cache at most times
 MAX_SHARED = 12  # pairs that are asked one by one
 
@@ -154,12 +154,12 @@ def related(draw: Draw, page: int) -> Pairs:
     return pairs
 
 
-SMALLEST: Pairs = [(1, 1)]
+SMALLEST_BATCH: Pairs = [(1, 1)]
 
 
 def fitting(pairs: Pairs, fits: Callable[[Pairs], bool]) -> Pairs:
     """Return fewer requests, the longest kept, or shorter ones, until they fit."""
-    while not fits(pairs) and pairs != SMALLEST:
+    while not fits(pairs) and pairs != SMALLEST_BATCH:
         if len(pairs) > 1:
             longest = max(range(len(pairs)), key=lambda i: pairs[i][0] * pairs[i][1])
             first = max(0, min(longest - 1, len(pairs) // 4))
@@ -280,8 +280,9 @@ def write_case(draw: Draw, field: Field) -> OpCase:
     page = draw(among(*PAGE_SIZES))
     width = spec.kv_lora_rank + spec.qk_rope_head_dim
     rows = some_rows(draw, width, page)
-    rare = 20 if width * FAR <= MAX_SPREAD else 80
-    pages = FAR // page + draw(whole(1, 9)) if some(draw, rare) and width * FAR <= MAX_CACHED else 0
+    rare = 20 if width * FAR_SLOTS <= MAX_SPREAD else 80
+    far = some(draw, rare) and width * FAR_SLOTS <= MAX_CACHED
+    pages = FAR_SLOTS // page + draw(whole(1, 9)) if far else 0
     return OpCase(
         field.kind, spec, (rows,), (rows,), interleaved=draw(st.booleans()), eps=draw(among(1e-6, 1e-5)),
         layout=Layout(page_size=page, pages=pages), stress=Stress(order=draw(among(*ORDERS))),
@@ -341,11 +342,11 @@ def columns(pairs: Pairs) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def served_lengths(field: Field, spec: Any, pairs: Pairs, page: int | None) -> Pairs:
     """Return the lengths, or those most like them that an op takes which refuses them; else as they are."""
-    full = [(new, keys) for new, keys in pairs if new and keys] or SMALLEST
+    full = [(new, keys) for new, keys in pairs if new and keys] or SMALLEST_BATCH
     decode = [(1, keys) for _, keys in full]
     tried = (
         pairs, full, decode, [(min(pair), min(pair)) for pair in full], full[:1], decode[:1],
-        [(1, keys + -keys % (page or 1)) for _, keys in decode], [full[0]] * len(full), SMALLEST,
+        [(1, keys + -keys % (page or 1)) for _, keys in decode], [full[0]] * len(full), SMALLEST_BATCH,
     )  # fmt: skip
     return next((pairs for pairs in tried if field.takes(spec, *columns(pairs), page)), pairs)
 
@@ -449,14 +450,14 @@ def stresses(kind: str) -> Mapping[str, Mapping[str, Any]]:
 
 def numbers(draw: Draw, case: OpCase) -> Mapping[str, Any]:
     """Draw what is unusual about the numbers of a case: fields of it, and of its stress."""
-    own, patterns = stresses(case.kind), patterns_of(case.kind)
-    names = among(*patterns, *own)
+    stressed, patterns = stresses(case.kind), patterns_of(case.kind)
+    names = among(*patterns, *stressed)
     chosen = dict.fromkeys(draw(names) for _ in range(draw(among(0, 0, 0, 1, 1, 2))))
     large = [name for name in chosen if name in LARGE_ONES]
     changes: dict[str, Any] = {"aimed": True} if case.entry.prepares and draw(st.booleans()) else {}
     kept = sorted({*chosen} - {*large[1:]})
     for name in kept:
-        changes |= own.get(name, {})
+        changes |= stressed.get(name, {})
     return {**changes, "values": tuple(name for name in kept if name in patterns)}
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mla.cache.index_formats import index_codec
 from mla.cases.case import OpCase
 from mla.cases.drawn import (
-    FAR,
+    FAR_SLOTS,
     HEADS,
     HUGE,
     HUGE_ROOM,
@@ -60,12 +60,12 @@ def index_spec(draw: Draw, field: Field, heads: int, topk: int) -> IndexerSpec:
 
 
 def index_case(draw: Draw, field: Field) -> OpCase:
-    """Draw a write of index keys; one in 40 is to a cache of more than FAR slots, where its numbers allow."""
+    """Draw a write of index keys; one in 40 is to more than FAR_SLOTS slots, if its width allows."""
     spec, page = index_spec(draw, field, 4, 64), draw(among(*PAGE_SIZES))
     rows = some_rows(draw, spec.head_dim, page)
-    far = some(draw, 40) and spec.head_dim * FAR <= MAX_CACHED
+    far = some(draw, 40) and spec.head_dim * FAR_SLOTS <= MAX_CACHED
     case = OpCase(field.kind, spec, (rows,), (rows,), stress=Stress(order=draw(among(*ORDERS))))
-    layout = Layout(page_size=page, pages=FAR // page + 3 if far else 0)
+    layout = Layout(page_size=page, pages=FAR_SLOTS // page + 3 if far else 0)
     return replace(case, interleaved=draw(st.booleans()), eps=draw(among(1e-6, 1e-5, 1e-2)), layout=layout)
 
 

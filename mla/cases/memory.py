@@ -55,7 +55,7 @@ class Layout:
         return "".join(words)
 
 
-PLAIN = Layout()
+PLAIN_LAYOUT = Layout()
 
 
 class NoRoom(Exception):
@@ -256,21 +256,21 @@ class Piece:
         self._sides = slice(before), slice(before + self.part.numel(), None)  # if it has no gaps
         for side in self._sides if self.part.is_contiguous() else (slice(None),):
             _fill(self.whole[side], stands_for(fill, dtype))
-        self.sealed = self.own = self.whole  # what it holds before a call; and of which it was made
+        self.sealed = self.initial = self.whole  # what it holds before a call; and of which it was made
         self._view = (tuple(shape), tuple(stride), before)
 
     def seal(self) -> None:
         """Remember what all of the memory holds."""
-        self.sealed = self.own = self.whole.clone()
+        self.sealed = self.initial = self.whole.clone()
 
     def restore(self, other: Piece) -> None:
         """Hold what another piece of the same layout held when it was sealed; or this one itself."""
-        _copy(self.whole, other.own)
-        self.sealed = other.own
+        _copy(self.whole, other.initial)
+        self.sealed = other.initial
 
     def again(self, other: Piece) -> None:
         """Do what `restore` does where nothing but the tensor was written since."""
-        _copy(self.part, other.own.as_strided(*self._view))
+        _copy(self.part, other.initial.as_strided(*self._view))
 
     def damage(self, name: str, output: bool) -> str:
         """Return what has been written that should not have been, as a clause; "" if nothing."""

@@ -16,7 +16,7 @@ from mla.cases.case import OpCase
 from mla.cases.memory import (
     GUARD,
     MAX_BESIDE,
-    PLAIN,
+    PLAIN_LAYOUT,
     Layout,
     Pages,
     Piece,
@@ -33,7 +33,7 @@ from mla.cases.values import shape as shaped
 from mla.reference import REFERENCE
 from mla.verify.layer_check import stands_for
 from mla.verify.places import Places
-from mla.verify.tolerances import TINY
+from mla.verify.tolerances import LEAST_NORM
 from mla_backends.api import FusedOp
 
 CPU = torch.device("cpu")
@@ -133,7 +133,7 @@ class Host:
             _, values = entry.keys(spec, given)
             largest = values.double().norm(dim=-1).amax() if values.numel() else 0.0
             lost = torch.finfo(torch.float32).tiny * max(self.case.kv_lens) * largest
-        return lost / self.truth["out"].norm(dim=-1).clamp_min(TINY)
+        return lost / self.truth["out"].norm(dim=-1).clamp_min(LEAST_NORM)
 
     @functools.cached_property
     def _noise(self) -> Tensors:
@@ -172,7 +172,7 @@ MAX_HOSTS, MAX_NUMBERS = 64, 1 << 25  # and numbers in all of them; the last is 
 def on_host(case: OpCase) -> OpCase:
     """Return the case as the host has it: a device under test does not vouch for itself."""
     spec, of = dataclasses.replace(case.spec, device=CPU), case.layout
-    layout = PLAIN  # but for pages that hold keys of several requests, or several times
+    layout = PLAIN_LAYOUT  # but for pages that hold keys of several requests, or several times
     if of.repeated or any(of.shared):
         layout = Layout(page_size=of.page_size, shared=of.shared, of_first=of.of_first, repeated=of.repeated)
     return dataclasses.replace(case, spec=spec, layout=layout)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 Pattern = Callable[["OpCase", Tensors], None]
 
-LARGE = 1000.0  # times as large as others
-LOW = (16.0, -2000.0)  # a channel of every key, and of every query: all logits are far below 0
+OUTLIER = 1000.0  # times other values
+LOW_LOGITS = (16.0, -2000.0)  # a channel of every key, and of every query: all logits are far below 0
 RISE, STEEP = 12.0, 2000.0  # by which logits rise, or fall, from the first key to the last
 
 
@@ -68,13 +68,13 @@ def all_zero(case: OpCase, given: Tensors) -> None:
 def large_row(case: OpCase, given: Tensors) -> None:
     operand = next(rows(case, given), None)
     if operand is not None:
-        operand[len(operand) // 2] *= LARGE
+        operand[len(operand) // 2] *= OUTLIER
 
 
 def large_channel(case: OpCase, given: Tensors) -> None:
     operand = next(rows(case, given), None)
     if operand is not None:
-        operand[..., operand.shape[-1] // 2] *= LARGE
+        operand[..., operand.shape[-1] // 2] *= OUTLIER
 
 
 def denormals(case: OpCase, given: Tensors) -> None:
@@ -103,8 +103,8 @@ def keys(given: Tensors) -> torch.Tensor:
 
 
 def low(case: OpCase, given: Tensors) -> None:
-    keys(given)[..., 0] = LOW[0]
-    given["q"][..., 0] = LOW[1]
+    keys(given)[..., 0] = LOW_LOGITS[0]
+    given["q"][..., 0] = LOW_LOGITS[1]
 
 
 def _requests(case: OpCase) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,7 +27,7 @@ from mla.weights import SINKS, weight_shapes
 from mla_backends.outside import quoted
 
 # DeepSeek's own names (`inference/convert.py` of DeepSeek-V3) -> Hugging Face's.
-_OWN = {
+_DEEPSEEK_NAMES = {
     "wq": "q_proj",
     "wq_a": "q_a_proj",
     "q_norm": "q_a_layernorm",
@@ -39,7 +39,7 @@ _OWN = {
     "dense": "o_proj",  # Ling's
     "g_proj": "g_proj",
 }
-KNOWN = frozenset(_OWN.values())
+KNOWN = frozenset(_DEEPSEEK_NAMES.values())
 # Other attentions do not have these, so any one of them identifies MLA.
 _SIGNATURE = frozenset(f"{name}.weight" for name in ("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj"))
 # First words of names outside attention, where the attention's own names have no prefix.
@@ -96,7 +96,7 @@ def locate(key: str) -> tuple[Location, str] | None:
 def _hugging_face(name: str) -> str:
     """Translate DeepSeek's own name of a weight or of its scale; keep other names."""
     head, _, tail = name.partition(".")
-    head = _OWN.get(head, head)
+    head = _DEEPSEEK_NAMES.get(head, head)
     if (head in KNOWN and tail == "scale") or (head == "indexer" and tail.endswith(".scale")):
         tail = f"{tail.removesuffix('scale')}weight_scale_inv"
     return f"{head}.{tail}" if tail else head
@@ -177,7 +177,7 @@ def _numbered(locations: Collection[Location], number: int | None, facts: Facts,
 def _which_part(parts: list[Location], layer: int | None, part: int | None, folder: str) -> str:
     there = f"layer {layer or 0} of checkpoint '{folder}'"
     if parts[0].part is None:
-        return f"{there} has one attention, so there is no {layer or 0}.{part}."
+        return f"{there} has one attention, not a {layer or 0}.{part}: name {layer or 0}."
     numbers = sorted(location.part or 0 for location in parts)
     choices = " or ".join(f"'{layer or 0}.{number}'" for number in numbers)
     return f"{there} has several attentions: choose one with layer={choices}."

@@ -21,9 +21,9 @@ from rich.text import Text
 from mla.command.console import note, results_stream
 
 # Wider than any line: a truncated number is worse than a wrapped one.
-_WIDE = 10_000
+_UNLIMITED_COLUMNS = 10_000
 # Columns of a result that goes to a file or a pipe.
-_NARROW = 100
+_FILE_COLUMNS = 100
 # Columns that a cell needs which may take several lines.
 _TEXT = 36
 
@@ -34,9 +34,9 @@ def width() -> int:
     if columns.isdecimal() and int(columns):
         return int(columns)
     try:
-        return os.get_terminal_size(results_stream().fileno()).columns or _NARROW
+        return os.get_terminal_size(results_stream().fileno()).columns or _FILE_COLUMNS
     except (AttributeError, OSError, ValueError):  # no terminal; the stream of a test or a notebook
-        return _NARROW
+        return _FILE_COLUMNS
 
 
 def has_colours() -> bool:
@@ -68,7 +68,7 @@ def aligned(
     coloured = styles is not None
     wide = Console(
         file=io.StringIO(),
-        width=_WIDE,
+        width=_UNLIMITED_COLUMNS,
         force_terminal=coloured,
         color_system="standard" if coloured else None,
     )

@@ -160,7 +160,7 @@ def _say(sentence: str) -> None:
 @contextlib.contextmanager
 def while_loading(name: str, patience: float = LOADING_S) -> Iterator[None]:
     """Have the supervisor say that backend `name` takes long to load, or has ended this process."""
-    why = f"`python -m mla.bench doctor {name}` finds out where"
+    why = f"`mla-bench doctor {name}` finds out where"
     late = f"backend '{name}' has not been loaded and set up within {patience:g} s; {why}"
     doing = {"while": f" while backend '{name}' was loaded and set up", "hint": f"; {why}"}
     with _doing_now(doing, late, patience):

@@ -5,6 +5,7 @@ And the backend that they name, opened in the same way, with the same options, f
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -111,6 +112,15 @@ class GroupedCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the groups."""
         write_groups(ctx, formatter, self.get_params(ctx))
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples with the name that the program was run by: its script, or `python -m`."""
+        name = ctx.find_root().info_name or ""
+        script = name.removeprefix("python -m ").replace(".", "-")
+        text = inspect.cleandoc(self.epilog or "").replace(f"  {script} ", f"  {name} ")
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text(text)
 
 
 def program(module: str) -> str:
@@ -288,7 +298,7 @@ def only_usable() -> str:
     error = NoBackend(
         "no backend is usable: "
         + "; ".join(f"{status.name} ({status.state})" for status in backends)
-        + ". `python -m mla.bench list` says why."
+        + ". `mla-bench list` says why."
     )
     error.exit_code = Exit.BACKEND
     raise error

@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 LEAST_PYTEST = (8,)
 EPILOG = """\b
 Examples:
-  python -m mla.conformance --backend cpu
-  python -m mla.conformance --backend my_module:MyBackend --only latent
-  python -m mla.conformance --backend cpu --only 'latent.heads[my_op-bfloat16]#3'
-  python -m mla.conformance --backend cpu --xfails known.txt --report out.json
+  mla-conformance --backend cpu
+  mla-conformance --backend my_module:MyBackend --only latent
+  mla-conformance --backend cpu --only 'latent.heads[my_op-bfloat16]#3'
+  mla-conformance --backend cpu --xfails known.txt --report out.json
 
 A check is named by its id, its group, or with wildcards: latent.heads, latent, '*.drawn',
 'latent.heads[my_op-bfloat16]'; #3 behind that is its third case, numbered as by --list and on the card.
@@ -125,7 +125,7 @@ def _finite(minutes: float | None) -> float | None:
     metavar="DIR",
     type=FILE,
     callback=result_path,
-    help="Keep the first wrong call in DIR, for `python -m mla.bench replay DIR`.",
+    help="Keep the first wrong call in DIR, for `mla-bench replay DIR`.",
 )
 @output(
     "--list",

@@ -95,9 +95,7 @@ def _opened(options: Any) -> Suite:
         if not right:
             raise pytest.Collector.CollectError(f"--mla-{name} takes a number that is {least}.")
     if options.mla_backend is None:
-        raise pytest.Collector.CollectError(
-            "--mla-backend is missing; `python -m mla.bench list` shows what there is."
-        )
+        raise pytest.Collector.CollectError("--mla-backend is missing; `mla-bench list` shows what there is.")
     from mla.command.options import BackendOptions
     from mla.conformance.failures import Keeper
     from mla.conformance.selection import Xfails

@@ -446,4 +446,4 @@ def _require_memory(call: RecordedCall, backend: Backend) -> None:
     needed = cache + compared * (4 if on_host else 1) + placed_bytes(call)
     free = host.memory_available() if on_host else backend.memory().free
     if free is not None and needed > free:
-        raise OutOfMemory(f"this call needs {size(needed)} of memory, and {size(free)} are free.")
+        raise OutOfMemory(f"this call needs {size(needed)} of memory, and {size(free)} are free: free more.")

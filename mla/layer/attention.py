@@ -117,8 +117,9 @@ class MLA(nn.Module):
     and raise `UnsupportedOps` where they cannot serve; `overrides` (role -> name of an op, or "reference")
     come before it. Without a backend the layer runs the reference on the CPU.
     `cache_format` is that of the `LatentCache` it works on: both paths attend what is stored, new tokens too;
-    `index_format` is that of its index keys. With `config.index_topk`, a batch with a context beyond that is
-    attended absorbed and sparse, to the keys that `selection` then names; any other exactly as without.
+    `index_format` ("fp8"; None and "plain": `dtype`) is that of its index keys. With `config.index_topk`, a
+    batch with a context beyond that is attended absorbed and sparse, to the keys that `selection` then names;
+    any other exactly as without.
     `workspace_bytes` caps the keys and values that the expanded path rebuilds at a time. An op without a
     log-sum-exp gets all of a request at once: beyond the cap, up to a quarter of the device's free memory,
     else planning raises `UnsupportedBatch`.

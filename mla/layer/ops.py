@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mla.cache.formats import codec_of, stored_format
-from mla.cache.index_formats import index_codec
+from mla.cache.index_formats import index_codec, stored_index_format
 from mla.config import MLAConfig
 from mla.errors import UnknownOp, UnsupportedBatch, UnsupportedOps, did_you_mean
 from mla.reference import REFERENCE
@@ -422,7 +422,8 @@ def indexer_spec(
     config: MLAConfig, dtype: torch.dtype, device: torch.device, index_format: str | None = None
 ) -> IndexerSpec:
     """Return the spec that both ops of the index cache are chosen with. Raises `CacheFormatError`."""
-    codec = index_codec(index_format or "", config.index_head_dim)
+    stored = stored_index_format(index_format)
+    codec = index_codec(stored, config.index_head_dim)
     return IndexerSpec(
         num_heads=config.index_n_heads,
         head_dim=config.index_head_dim,
@@ -430,6 +431,6 @@ def indexer_spec(
         topk=config.index_topk,
         dtype=dtype,
         device=device,
-        index_format=index_format or "",
+        index_format=stored,
         token_bytes=codec.token_bytes if codec else 0,
     )

@@ -41,7 +41,7 @@ class ShardedMemory(BatchMemory):
         with torch.inference_mode(False):
             self.buffer = plain(torch.empty(sum(sizes), dtype=torch.int32, device=device))
         *wide, self.positions, self.kv_lens, self.cu_q, table = self.buffer.split(sizes)
-        self.own, self.slots, self.order, self.back = (part.view(torch.int64) for part in wide)
+        self.local, self.slots, self.order, self.back = (part.view(torch.int64) for part in wide)
         self.block_table = table.view(rows, width)
         self._numbers = self.buffer[: self.buffer.shape[0] - rows * width]
         self._held = None
@@ -123,7 +123,7 @@ class _Cut(NamedTuple):
 class _Step(NamedTuple):
     """A step on the host."""
 
-    own: list[int]  # this rank's among the new tokens
+    local: list[int]  # this rank's among the new tokens
     slots: list[int]  # of these
     positions: list[int]  # [T]
     cut: _Cut
@@ -134,7 +134,7 @@ def _packed(tokens: int, rows: int, step: _Step) -> torch.Tensor:
     order, none = step.cut.order, list[int]()
     ways = (none, none) if order is None else (order.tolist(), order.argsort().tolist())
     numbers = array("i")
-    for wide in (step.own, step.slots, *ways):
+    for wide in (step.local, step.slots, *ways):
         numbers.frombytes(array("q", wide).tobytes())
         numbers.frombytes(bytes(8 * (tokens - len(wide))))
     cu_q = (0, *accumulate(step.cut.query_lens))
@@ -148,7 +148,7 @@ class ShardedBatch:
     """One step of B requests with T new tokens in all, on one rank.
 
     `query_lens` and `kv_lens` are those of whole requests, `positions` [T] int32 those of all new tokens.
-    `own` [t] int64 are this rank's among them, `slots` [t] int64 the rows of its cache they are written to.
+    `local` [t] int64 are this rank's among them, `slots` [t] int64 the rows of its cache they are written to.
     """
 
     def __init__(
@@ -180,27 +180,27 @@ class ShardedBatch:
     def _step(self) -> _Step:
         """Work out a step of any number of new tokens."""
         request, positions, seen = self._tokens
-        own = self._source.share.owns(positions).nonzero().view(-1)
-        index = seen[own] - 1
-        page = self._table[request[own], index // self.page_size].long()
+        local = self._source.share.owns(positions).nonzero().view(-1)
+        index = seen[local] - 1
+        page = self._table[request[local], index // self.page_size].long()
         slots = page * self.page_size + index % self.page_size
         cut = self._cut(slice(0, self.num_tokens))
-        return _Step(own.tolist(), slots.tolist(), positions.tolist(), cut)
+        return _Step(local.tolist(), slots.tolist(), positions.tolist(), cut)
 
     def _decode(self) -> _Step:
         """Work out a step of one new token each: a few integers, not worth tensor arithmetic."""
         share, slot = self._source.share, self._source.slot
         seen = [share.held(length) for length in self.kv_lens]
-        own = [request for request, length in enumerate(self.kv_lens) if share.owns(length - 1)]
-        slots = [slot(self._sequences[request], seen[request] - 1) for request in own]
+        local = [request for request, length in enumerate(self.kv_lens) if share.owns(length - 1)]
+        slots = [slot(self._sequences[request], seen[request] - 1) for request in local]
         positions = [length - 1 for length in self.kv_lens]
-        return _Step(own, slots, positions, _Cut(None, None, self.query_lens, tuple(seen)))
+        return _Step(local, slots, positions, _Cut(None, None, self.query_lens, tuple(seen)))
 
     def _describe(self, step: _Step) -> None:
         """Upload a step and name its parts."""
-        memory, count = self.memory, len(step.own)
+        memory, count = self.memory, len(step.local)
         memory.fill(_packed(self.num_tokens, len(memory.kv_lens), step), self._table, step.cut.rows)
-        self.own, self.slots, self.positions = memory.own[:count], memory.slots[:count], memory.positions
+        self.local, self.slots, self.positions = memory.local[:count], memory.slots[:count], memory.positions
         self._whole = self._part(slice(0, self.num_tokens), step.cut, memory)
 
     def parts(self, most: int) -> tuple[Part, ...]:
@@ -249,7 +249,7 @@ class ShardedBatch:
         """Raise `StaleBatch` when the cache has changed since this batch was made."""
         if self._source.generation != self._generation:
             raise StaleBatch(
-                "this batch is out of date: the cache was extended, truncated or released since."
+                "this batch is out of date, as its cache has changed: use the batch of the last `extend`."
             )
 
 
@@ -353,7 +353,10 @@ class ShardedCache:
         """Forget all tokens of a sequence past `length`."""
         sequence, length = whole_numbers("a sequence and its length", (sequence, length))
         if not 0 <= length <= self.length(sequence):
-            raise ValueError(f"cannot truncate a sequence of {self.length(sequence)} tokens to {length}.")
+            raise ValueError(
+                f"cannot truncate a sequence of {self.length(sequence)} tokens to {length}: choose 0 to "
+                f"{self.length(sequence)}."
+            )
         self._local.truncate(sequence, self.share.first(length))
         self._lengths[sequence] = length
 
@@ -373,9 +376,9 @@ class ShardedCache:
         """
         count = check_history(self.config, kv, pe, self.length(sequence))
         check_index(self.config, index, count, layer in self.index_layers)
-        own = self.share.owns(torch.arange(count, device="cpu"))
-        missing = self.share.first(count) - int(own.sum())  # rows that rank 0 has and this one has not
-        spare = lambda x: torch.cat((x[own.to(x.device)], x.new_zeros(missing, x.shape[1])))  # noqa: E731
+        local = self.share.owns(torch.arange(count, device="cpu"))
+        missing = self.share.first(count) - int(local.sum())  # rows that rank 0 has and this one has not
+        spare = lambda x: torch.cat((x[local.to(x.device)], x.new_zeros(missing, x.shape[1])))  # noqa: E731
         keys = None if index is None else spare(index)
         self._local.load(sequence, spare(kv), spare(pe), layer, index=keys)
         self._lengths[sequence] = count

@@ -281,14 +281,14 @@ class ContextStep(Step):
     def _write_latent(
         self, ops: Ops, kv_a: torch.Tensor, batch: Any, plan: StepPlan, pages: torch.Tensor, **queries: Any
     ) -> None:
-        count, scratch = batch.own.shape[0], self.absorbed.scratch
+        count, scratch = batch.local.shape[0], self.absorbed.scratch
         if not count:
             return
         if count < batch.num_tokens:
-            rows = scratch.take("own_kv_a", count, kv_a.shape[1])
-            angles = scratch.take("own_cos_sin", count, plan.cos_sin.shape[1], dtype=FP32)
-            kv_a = torch.index_select(kv_a, 0, batch.own, out=rows)
-            plan = replace(plan, cos_sin=torch.index_select(plan.cos_sin, 0, batch.own, out=angles))
+            rows = scratch.take("local_kv_a", count, kv_a.shape[1])
+            angles = scratch.take("local_cos_sin", count, plan.cos_sin.shape[1], dtype=FP32)
+            kv_a = torch.index_select(kv_a, 0, batch.local, out=rows)
+            plan = replace(plan, cos_sin=torch.index_select(plan.cos_sin, 0, batch.local, out=angles))
         super()._write_latent(ops, kv_a, batch, plan, pages)
 
 
@@ -362,7 +362,7 @@ class ParallelMLA(MLA):
     def state_dict(self, **arguments: Any) -> dict[str, Any]:  # type: ignore[override]
         """Raise `WeightError`: this rank has a part of the weights, which no name stands for."""
         raise WeightError(
-            "a layer over several ranks has a part of the weights: its state dict is that of all."
+            "a rank has only a part of the weights: keep the state dict that they were loaded from."
         )
 
     def share_weights(self, shared: SharedWeights) -> None:

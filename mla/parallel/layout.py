@@ -246,7 +246,7 @@ def index_key_bytes(name: str, d: int, itemsize: int) -> int:
 
     Imports torch for a format. Raises `CacheFormatError` for an unknown name.
     """
-    if not name:
+    if name in ("", "plain"):
         return d * itemsize
     from mla.cache.index_formats import index_codec
 

@@ -19,7 +19,7 @@ import torch
 
 from mla.cache import LatentCache
 from mla.verify.places import Places, pattern_of
-from mla.verify.tolerances import TINY, Bounds, layer_bounds, mean_over, row_errors, table_decides
+from mla.verify.tolerances import LEAST_NORM, Bounds, layer_bounds, mean_over, row_errors, table_decides
 from mla.verify.verdict import Check
 
 
@@ -28,7 +28,7 @@ class Forward:
     """The outputs [T, d] of one forward and what they should be. `where` names it in a reason."""
 
     step: int  # of the scenario's inputs, whose rows have the same lengths
-    found: torch.Tensor
+    actual: torch.Tensor
     expected: torch.Tensor  # float64, on the host
     where: str
     places: Callable[[], Places] | None = None  # of its rows, asked for when some are wrong
@@ -88,7 +88,7 @@ class _Tally:
     _rows: list[torch.Tensor] = field(default_factory=list)  # per forward [3, T]: error, bound and size
 
     def add(self, forward: Forward) -> None:
-        gaps = forward.found.cpu().double() - forward.expected
+        gaps = forward.actual.cpu().double() - forward.expected
         size, gap = forward.expected.norm(dim=-1), gaps.norm(dim=-1)
         self.count += gap.numel()
         broken = ~gap.isfinite()
@@ -98,7 +98,7 @@ class _Tally:
                 self.place = f"the first is {first}{forward.common(broken)}"
             self.broken += int(broken.sum())
             return
-        errors, allowed = gap / size.clamp_min(TINY), self.bounds.rows[forward.step]
+        errors, allowed = gap / size.clamp_min(LEAST_NORM), self.bounds.rows[forward.step]
         self._rows.append(torch.stack((errors, allowed, size)))
         ratios = errors / allowed
         self.bad += int((ratios > 1).sum())

@@ -291,7 +291,7 @@ def _rotate(config: MLAConfig, x: torch.Tensor, positions: torch.Tensor) -> torc
     return torch.cat((turned.real, turned.imag), dim=-1)
 
 
-WIDE = 8  # bytes of a float64
+FLOAT64_BYTES = 8
 
 
 class Run(NamedTuple):
@@ -318,7 +318,7 @@ def oracle_bytes(config: MLAConfig, runs: Sequence[Run], itemsize: int) -> int:
     Weights and history count elsewhere. The bounds of a check need less, once the oracle is done.
     """
     numbers = config.hidden_size * sum(run.rows for run in runs)
-    outputs = 3 * WIDE * numbers  # of single requests, of all, and by step
+    outputs = 3 * FLOAT64_BYTES * numbers  # of single requests, of all, and by step
     inputs = 3 * itemsize * numbers  # as they were drawn, all choices together, and by request
     return inputs + outputs + max(_run_bytes(config, run) for run in runs)
 
@@ -328,7 +328,7 @@ def _run_bytes(config: MLAConfig, run: Run) -> int:
     per_row = 2 * config.hidden_size + 4 * config.num_attention_heads * config.qk_head_dim
     per_row += 3 * config.gate_width and config.num_attention_heads * config.v_head_dim  # gated heads
     per_key = 2 * config.latent_dim + 2 * config.qk_head_dim + config.v_head_dim
-    logits = WIDE * run.pairs
+    logits = FLOAT64_BYTES * run.pairs
     at_once = min(logits, max(logits // run.choices, LOGITS_BYTES))
     uncached = run.uncached * (config.hidden_size + 2 * config.latent_dim)
-    return WIDE * (run.rows * per_row + run.past * per_key + uncached) + 3 * at_once
+    return FLOAT64_BYTES * (run.rows * per_row + run.past * per_key + uncached) + 3 * at_once

@@ -328,7 +328,7 @@ class _Part:
 
 def _row_fault(
     what: str,
-    found: torch.Tensor,
+    actual: torch.Tensor,
     true: torch.Tensor,
     dtype: torch.dtype,
     places: Places | None = None,
@@ -340,7 +340,7 @@ def _row_fault(
     infinitely wrong.
     """
     bound = CAP_SLACK * ALLOWED[dtype].whole + beside
-    ratios = row_errors(found.double(), true).nan_to_num(nan=torch.inf) / bound
+    ratios = row_errors(actual.double(), true).nan_to_num(nan=torch.inf) / bound
     bad, worst = ratios > 1, ratios.max().item()
     if worst <= 1:
         return worst, ""

@@ -48,12 +48,12 @@ ROW_SLACK = 1.5  # ... with this in a row of an op, beside what the reference er
 # may decide a row, which then errs like one number and not like a mean.
 LAYER_SLACK = 2.5
 CAP_SLACK = 2.0  # one row of a layer may exceed the largest error of the whole by this
-NARROW = 6.0  # numbers of a row that may cancel
+CANCELLATION = 6.0  # numbers of a row that may cancel
 # The probability that a row of random numbers is smaller by chance than the rule allows for.
 CHANCE = 1e-7
 # A logit of size s has a rounding error of several 2^-24 s in fp32, and its weight that relative error.
 LOGIT = 8 * 2.0**-24
-TINY = torch.finfo(torch.float64).tiny  # stands in for the norm of zeros
+LEAST_NORM = torch.finfo(torch.float64).tiny  # stands in for the norm of zeros
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Bounds:
         Beside `many`, any one of them may be as wrong as a row may.
         """
         worst = (allowed * sizes).max().item() if sizes.numel() else 0.0
-        return math.hypot(self.many, worst / max(sizes.norm().item(), TINY))
+        return math.hypot(self.many, worst / max(sizes.norm().item(), LEAST_NORM))
 
 
 def op_bounds(
@@ -79,7 +79,8 @@ def op_bounds(
 
     `lse` is the true log-sum-exp of every row, if it has one: the size of the largest logit.
     """
-    sizes, floor = truth.norm(dim=-1).clamp_min(TINY), torch.tensor(ALLOWED[dtype].op, dtype=torch.float64)
+    sizes = truth.norm(dim=-1).clamp_min(LEAST_NORM)
+    floor = torch.tensor(ALLOWED[dtype].op, dtype=torch.float64)
     floor = floor.maximum(half_subnormal(dtype) * math.sqrt(truth.shape[-1]) / sizes)
     if lse is not None:
         floor = floor.maximum(LOGIT * lse.double().abs().nan_to_num(posinf=0.0))
@@ -116,7 +117,7 @@ def table_decides(dtype: torch.dtype) -> bool:
 
 def mean_over(errors: torch.Tensor, sizes: torch.Tensor) -> float:
     """Return the relative error of the whole, given those of its rows and their norms."""
-    return ((errors * sizes).norm() / sizes.norm().clamp_min(TINY)).item()
+    return ((errors * sizes).norm() / sizes.norm().clamp_min(LEAST_NORM)).item()
 
 
 def _rows(known: torch.Tensor, sizes: torch.Tensor, width: int, slack: torch.Tensor) -> torch.Tensor:
@@ -126,8 +127,8 @@ def _rows(known: torch.Tensor, sizes: torch.Tensor, width: int, slack: torch.Ten
     errors away. A wide one is small for other reasons, such as a mean over more keys, and its errors are
     small with it.
     """
-    usual = (sizes.square().mean() / sizes.square().clamp_min(TINY)).clamp_max(shrinkage(width))
-    cancelled = torch.where(sizes > TINY, 1 + NARROW / width * usual, 1.0)
+    usual = (sizes.square().mean() / sizes.square().clamp_min(LEAST_NORM)).clamp_max(shrinkage(width))
+    cancelled = torch.where(sizes > LEAST_NORM, 1 + CANCELLATION / width * usual, 1.0)
     return TWICE * torch.hypot(known, slack * cancelled.sqrt())
 
 
@@ -173,7 +174,7 @@ def judge_beside(
     if not result.numel():
         return 0.0, ""
     result, truth = result.detach().cpu().double(), truth.double()
-    gaps, sizes = (result - truth).norm(dim=-1), truth.norm(dim=-1).clamp_min(TINY)
+    gaps, sizes = (result - truth).norm(dim=-1), truth.norm(dim=-1).clamp_min(LEAST_NORM)
     broken = ~gaps.isfinite()
     if broken.any():
         return math.inf, not_finite(result, broken, places)
@@ -181,7 +182,7 @@ def judge_beside(
     total = mean_over(errors, sizes)
     allowed = bounds.of_whole(bounds.rows, sizes)
     ratios = errors / bounds.rows
-    worst = max(ratios.max().item(), total / max(allowed, TINY))  # zeros are allowed no error
+    worst = max(ratios.max().item(), total / max(allowed, LEAST_NORM))  # zeros are allowed no error
     return worst, "" if worst <= 1 else _reason(errors, ratios, total, allowed, places)
 
 
@@ -245,14 +246,14 @@ def judge_lse(
 def row_errors(result: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """Return the relative error |found - truth| / |truth| of every row, the last dimension, in float64."""
     result, truth = result.cpu().double(), truth.double()
-    return (result - truth).norm(dim=-1) / truth.norm(dim=-1).clamp_min(TINY)
+    return (result - truth).norm(dim=-1) / truth.norm(dim=-1).clamp_min(LEAST_NORM)
 
 
 def relative_error(*pairs: tuple[torch.Tensor, torch.Tensor]) -> float:
     """Return |found - truth| / |truth| over all (found, truth) pairs together, in float64."""
     norms = [_norms(result.cpu().double().flatten(), truth.double().flatten()) for result, truth in pairs]
     error = math.hypot(*(gap for gap, _ in norms))
-    return error / max(math.hypot(*(size for _, size in norms)), TINY)
+    return error / max(math.hypot(*(size for _, size in norms)), LEAST_NORM)
 
 
 def _norms(result: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:

@@ -42,7 +42,7 @@ class Uncounted(Host):
 def test_the_devices_that_a_plugin_counts_are_those_there_are() -> None:
     """Torch is not asked for more: it would start a device that the plugin hides."""
     assert OneOfFour().setup(0) == torch.device("cpu")
-    with pytest.raises(BackendError, match=r"has 1 device\(s\), so there is no device 2\."):
+    with pytest.raises(BackendError, match=r"has no device 2: it has 1, numbered from 0\."):
         OneOfFour().setup(2)
     with pytest.raises(DeviceUnavailable, match="tensors are made on cpu"):  # no count: it is tried
         Uncounted().setup(7)
@@ -52,7 +52,7 @@ def test_an_index_in_the_name_of_the_device_is_among_those_torch_sees() -> None:
     """The backend `torch` then offers no count of its own."""
     backend = AnyDevice({"device": "cpu:7"})
     assert backend.device_count() is None
-    with pytest.raises(BackendError, match=r"has 1 device\(s\), so there is no device 7\."):
+    with pytest.raises(BackendError, match=r"has no device 7: it has 1, numbered from 0\."):
         backend.setup()
 
 

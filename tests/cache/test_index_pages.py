@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla import LatentCache, MLAConfig
+from mla import MLA, LatentCache, MLAConfig
 from mla.errors import CacheFormatError
 from mla.parallel.cache import ShardedCache
 from mla.parallel.layout import Share
@@ -44,12 +44,12 @@ def history(config: MLAConfig, count: int, seed: int) -> History:
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 64])
-@pytest.mark.parametrize("index_format", ["", "fp8"])
+@pytest.mark.parametrize("index_format", ["", "plain", "fp8"])
 def test_layers_with_an_indexer_have_index_pages_and_others_none(
     make: Any, page_size: int, index_format: str
 ) -> None:
     cache = make(256, page_size, index_format=index_format)
-    width, dtype = (D + 4, torch.uint8) if index_format else (D, torch.float32)
+    width, dtype = (D + 4, torch.uint8) if index_format == "fp8" else (D, torch.float32)
     assert cache.index_pages.shape == (2, cache.num_pages, page_size, width)
     assert cache.index_pages.dtype == dtype
     assert cache.index_layers == (0, 2)
@@ -67,7 +67,7 @@ def test_layers_with_an_indexer_have_index_pages_and_others_none(
             assert index_pages is stored_keys is None
             continue
         assert index_pages.data_ptr() == cache.index_pages[layer // 2].data_ptr()
-        bound = 2.0**-4 * index.abs() + 2.0**-10 if index_format else torch.zeros(())
+        bound = 2.0**-4 * index.abs() + 2.0**-10 if index_format == "fp8" else torch.zeros(())
         assert ((stored_keys - index).abs() <= bound).all()
 
 
@@ -132,6 +132,8 @@ def test_a_load_that_does_not_fit_changes_nothing(make: Any, tiny: Any) -> None:
     assert dense.read_index(0) is None
     with pytest.raises(CacheFormatError, match="unknown index format 'fp9'"):
         make(index_format="fp9")
+    specs = MLA(cache.config, dtype=torch.float32, index_format="plain").ops["select_latents"].spec
+    assert specs.index_format == make(index_format="plain").index_format == ""
 
 
 def test_copies_and_what_is_printed(make: Any) -> None:

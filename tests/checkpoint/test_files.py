@@ -209,9 +209,8 @@ def test_several_indexes_are_refused_unless_one_is_the_models(tmp_path: Path) ->
 def test_the_same_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
     """As in a tensor-parallel conversion, where each rank's file holds a part under the same name."""
     values = maker.values_of("tiny")
-    folder = maker.write(
-        tmp_path / "model", values, maker.own(maker.plain(values)), maker.own(maker.plain(values, 1))
-    )
+    parts = [maker.deepseek_names(maker.plain(values, seed)) for seed in (0, 1)]
+    folder = maker.write(tmp_path / "model", values, *parts)
     refused(
         folder,
         mla.MLAConfig.from_dict(values),

@@ -183,7 +183,7 @@ def test_one_of_two_attentions_must_be_named(tmp_path: Path) -> None:
         ):
             read_layer(made.folder, made.config, asked)
     stored = maker.LAYOUTS["full-names"].make(tmp_path / "other")
-    with pytest.raises(CheckpointError, match=r"layer 3 of .* has one attention, so there is no 3.1"):
+    with pytest.raises(CheckpointError, match=r"layer 3 of .* has one attention, not a 3.1: name 3\."):
         read_layer(stored.folder, stored.config, "3.1")
 
 

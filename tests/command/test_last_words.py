@@ -55,7 +55,7 @@ def test_a_backend_that_ends_the_process_is_named(tmp_path: Path, code: str) -> 
     assert (ended, out) == (3, "")
     assert err == (
         f"error: the process ended while backend 'abrupt:it' was loaded and set up: {WAYS[code]}; "
-        "`python -m mla.bench doctor abrupt:it` finds out where\n"
+        "`mla-bench doctor abrupt:it` finds out where\n"
     )
 
 

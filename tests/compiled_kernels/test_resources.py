@@ -55,7 +55,7 @@ def _with(shipped: Shipped, tile: Tile) -> Shipped:
     return replace(shipped, tuning=replace(shipped.tuning, latent={1: tile}))
 
 
-MANY = "latent: 128 heads"
+MANY_HEADS = "latent: 128 heads"
 FINE = {
     "triton": "3.8.0",
     "spilled": 0,
@@ -90,7 +90,7 @@ def _joined(shipped: Shipped) -> Case:
 def compiled() -> list[tuple[Case, dict[str, Any]]]:
     """Both lists, at once: one process that has imported Triton serves them all."""
     cases = [shipped.cases()[name] for shipped, name in SHIPPED]
-    cases += [shipped.cases()[MANY] for shipped, _ in WRONG]
+    cases += [shipped.cases()[MANY_HEADS] for shipped, _ in WRONG]
     return list(zip(cases, compile_cases(cases), strict=True))
 
 
@@ -163,12 +163,12 @@ def test_tiles_that_do_not_fit_are_refused(compiled: list[tuple[Case, dict[str, 
     ],
 )
 def test_every_fault_has_a_sentence(change: dict[str, Any], fault: str) -> None:
-    case = H100.cases()[MANY]
+    case = H100.cases()[MANY_HEADS]
     assert faults(case, FINE, H100.shared) == []
     assert faults(case, {**FINE, **change}, H100.shared) == [fault]
 
 
-@pytest.mark.parametrize("name", [MANY, "expanded: causal", "merge", "rms_norm"])
+@pytest.mark.parametrize("name", [MANY_HEADS, "expanded: causal", "merge", "rms_norm"])
 def test_every_spill_is_a_fault(name: str) -> None:
     case = H100.cases()[name]
     facts = {**FINE, "spilled": 1, "instructions": {product_of(case): 8, "early start": 1}}

@@ -33,7 +33,7 @@ INDEXER = {"index_topk": 10, "index_n_heads": 16, "index_head_dim": 12}
 # Every deviation below costs at least this.
 VISIBLE = 1e-3
 
-TINY: dict[str, Any] = {
+TINY_VALUES: dict[str, Any] = {
     "hidden_size": 60,
     "num_attention_heads": 5,
     "num_key_value_heads": 5,
@@ -198,7 +198,7 @@ def with_gate(attention: Any) -> type:
 
 
 def config_json(kind: str, **change: Any) -> dict[str, Any]:
-    return {**TINY, "model_type": kind, **CASES[kind].keys, **change}
+    return {**TINY_VALUES, "model_type": kind, **CASES[kind].keys, **change}
 
 
 def own_class(kind: str, **change: Any) -> TransformersModel:
@@ -260,7 +260,7 @@ class Twin:
         """Return index keys [s, D] in the cache's order of channels, or from that in the checkpoint's."""
         if "glm" not in self.model.config.model_type:
             return keys
-        turned, rest = keys.split((r := TINY["qk_rope_head_dim"], keys.shape[1] - r), dim=1)
+        turned, rest = keys.split((r := TINY_VALUES["qk_rope_head_dim"], keys.shape[1] - r), dim=1)
         if to_cache:
             return torch.cat((turned[:, 0::2], turned[:, 1::2], rest), dim=1)
         return torch.cat((torch.stack(turned.chunk(2, dim=1), dim=-1).flatten(1), rest), dim=1)

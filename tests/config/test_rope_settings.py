@@ -148,7 +148,7 @@ def test_any_yarn_agrees(
 
 
 FACTORS = [1.0 + i / 7 for i in range(32)]
-LONG = {"type": "longrope", "short_factor": FACTORS, "long_factor": FACTORS}
+LONGROPE = {"type": "longrope", "short_factor": FACTORS, "long_factor": FACTORS}
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ LONG = {"type": "longrope", "short_factor": FACTORS, "long_factor": FACTORS}
     ids=str,
 )
 def test_longrope_with_one_list_agrees(change: dict[str, Any]) -> None:
-    keys = {"rope_scaling": {**LONG, **change}}
+    keys = {"rope_scaling": {**LONGROPE, **change}}
     assert_same(**keys)
     assert ours(**keys)[2] == 192**-0.5
 
@@ -190,11 +190,17 @@ def test_longrope_with_one_list_agrees(change: dict[str, Any]) -> None:
             "partial_rotary_factor '1'",
         ),
         ({"rope_theta": 1, "rope_scaling": {"type": "yarn", **YARN}}, "rope_theta must not be 1 under YaRN"),
-        ({"rope_scaling": {**LONG, "original_max_position_embeddings": None}}, "'original_max_position_emb"),
-        ({"rope_scaling": {**LONG, "short_factor": [1.0] * 32}}, "short_factor and long_factor differ"),
-        ({"rope_scaling": {**LONG, "long_factor": [1.0]}}, "lists 'short_factor' and 'long_factor' of 32"),
-        ({"rope_scaling": {**LONG, "long_factor": 3}}, "lists 'short_factor' and 'long_factor' of 32"),
-        ({"rope_scaling": {**LONG, "mscale_all_dim": 1.0}}, "key 'mscale_all_dim' is not supported"),
+        (
+            {"rope_scaling": {**LONGROPE, "original_max_position_embeddings": None}},
+            "'original_max_position_emb",
+        ),
+        ({"rope_scaling": {**LONGROPE, "short_factor": [1.0] * 32}}, "short_factor and long_factor differ"),
+        (
+            {"rope_scaling": {**LONGROPE, "long_factor": [1.0]}},
+            "lists 'short_factor' and 'long_factor' of 32",
+        ),
+        ({"rope_scaling": {**LONGROPE, "long_factor": 3}}, "lists 'short_factor' and 'long_factor' of 32"),
+        ({"rope_scaling": {**LONGROPE, "mscale_all_dim": 1.0}}, "key 'mscale_all_dim' is not supported"),
     ],
     ids=str,
 )
@@ -204,7 +210,7 @@ def test_what_would_be_a_guess_is_an_error(keys: dict[str, Any], message: str) -
 
 
 def test_longrope_without_any_length_is_an_error() -> None:
-    scaling = {**LONG, "original_max_position_embeddings": 4096}
+    scaling = {**LONGROPE, "original_max_position_embeddings": 4096}
     with pytest.raises(ConfigError, match="needs a 'factor', or the config max_position_embeddings"):
         MLAConfig.from_dict({**DIMS, "rope_scaling": scaling})
 
@@ -222,7 +228,7 @@ KEYS = (*KEYS, "short_factor", "long_factor", "llama_4_scaling_beta")
 @settings(deadline=None, max_examples=300)
 @given(
     kind=st.sampled_from(["deepseek_v3", "mistral4", "minicpm3", "kimi_linear", "sarvam_mla"]),
-    start=st.sampled_from([{"type": "yarn", **R1}, {**LONG, "original_max_position_embeddings": 64}, {}]),
+    start=st.sampled_from([{"type": "yarn", **R1}, {**LONGROPE, "original_max_position_embeddings": 64}, {}]),
     change=st.dictionaries(st.sampled_from(KEYS), JSON | st.just("yarn"), max_size=3),
     theta=JSON | st.just(10000.0),
 )

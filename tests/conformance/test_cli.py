@@ -354,8 +354,8 @@ def test_it_runs_as_a_module_and_survives_a_closed_pipe(tmp_path: Path) -> None:
     assert done.stderr == "0\n"
 
 
-@pytest.mark.parametrize(("given", "found"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
-def test_host_threads_sleep_while_they_wait(tmp_path: Path, given: dict[str, str], found: str) -> None:
+@pytest.mark.parametrize(("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_host_threads_sleep_while_they_wait(tmp_path: Path, given: dict[str, str], policy: str) -> None:
     """Beside other work the suite takes ten times as long otherwise. OpenMP asks when torch is loaded."""
     (tmp_path / "loads.py").write_text(
         "import builtins, os\n"
@@ -373,4 +373,4 @@ def test_host_threads_sleep_while_they_wait(tmp_path: Path, given: dict[str, str
     command = [sys.executable, "loads.py", "--list", "--only", "linear.outlier"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"when torch is loaded: {found}\n" in done.stdout + done.stderr
+    assert f"when torch is loaded: {policy}\n" in done.stdout + done.stderr

@@ -33,8 +33,8 @@ from mla_backends.api import AttentionSpec, LinearSpec, NormSpec
 from mla_backends.errors import BackendError
 
 Run = Callable[..., list[CheckResult]]
-FEW = 12  # draws of a right op: enough to see that it runs, too few to see that it is right
-MANY = 25  # of the reference, in each of its forms
+FEW_DRAWS = 12  # draws of a right op: enough to see that it runs, too few to see that it is right
+REF_DRAWS = 25  # of the reference, in each of its forms
 
 
 class Rarely(type(REFERENCE["rms_norm"])):  # type: ignore[misc]
@@ -99,11 +99,14 @@ def test_the_reference_is_right(
 ) -> None:
     for name, value in parts.items():
         monkeypatch.setattr(name, value)
-    only, drawing = f"{GROUPS.get(kind, kind)}.drawn[reference-*]", Drawing(MANY, seed=len(parts))
+    only, drawing = f"{GROUPS.get(kind, kind)}.drawn[reference-*]", Drawing(REF_DRAWS, seed=len(parts))
     (result,) = judge(sound(), only, dtypes=(dtype,), drawing=drawing)
-    assert (result.status, result.reason) == ("incomplete", f"{MANY} of 300 drawn cases were judged")
+    assert (result.status, result.reason) == (
+        "incomplete",
+        f"{REF_DRAWS} of 300 drawn cases were judged",
+    )
     assert result.drawn is not None
-    assert (result.drawn.judged, result.drawn.refused, result.drawn.seed) == (MANY, 0, len(parts))
+    assert (result.drawn.judged, result.drawn.refused, result.drawn.seed) == (REF_DRAWS, 0, len(parts))
     assert {"numbers", "calls", "memory"} <= set(result.drawn.along)
 
 
@@ -319,18 +322,18 @@ class Never(type(REFERENCE["rms_norm"])):  # type: ignore[misc]
 
 
 def test_what_an_op_takes_is_drawn(judge: Run, sound: Any) -> None:
-    (result,) = judge(sound(ops={"mine": OneWay()}), "latent.drawn[mine-*]", drawing=Drawing(FEW))
+    (result,) = judge(sound(ops={"mine": OneWay()}), "latent.drawn[mine-*]", drawing=Drawing(FEW_DRAWS))
     assert result.drawn is not None
-    assert (result.drawn.judged, result.drawn.refused) == (FEW, 0)
+    assert (result.drawn.judged, result.drawn.refused) == (FEW_DRAWS, 0)
 
 
 def test_draws_are_those_that_are_judged(judge: Run, sound: Any) -> None:
-    counted = drawn(judge, sound(ops={"mine": EverySeventh()}), "rms_norm", FEW).drawn
+    counted = drawn(judge, sound(ops={"mine": EverySeventh()}), "rms_norm", FEW_DRAWS).drawn
     assert counted is not None
-    assert counted.judged == FEW
-    assert counted.refused > FEW
+    assert counted.judged == FEW_DRAWS
+    assert counted.refused > FEW_DRAWS
     assert drawn(judge, sound(ops={"mine": Later()}), "rms_norm", 30).drawn.judged == 30  # type: ignore[union-attr]
-    assert drawn(judge, sound(ops={"mine": Never()}), "rms_norm", FEW).status == "refused"
+    assert drawn(judge, sound(ops={"mine": Never()}), "rms_norm", FEW_DRAWS).status == "refused"
 
 
 class OtherDtypes(type(REFERENCE["rms_norm"])):  # type: ignore[misc]
@@ -339,7 +342,7 @@ class OtherDtypes(type(REFERENCE["rms_norm"])):  # type: ignore[misc]
 
 
 def test_an_op_that_refuses_a_dtype_is_given_up_soon(judge: Run, sound: Any) -> None:
-    result = drawn(judge, sound(ops={"mine": OtherDtypes()}), "rms_norm", FEW)
+    result = drawn(judge, sound(ops={"mine": OtherDtypes()}), "rms_norm", FEW_DRAWS)
     assert result.status == "refused"
     assert result.drawn is not None
     assert result.drawn.refused == SOON
@@ -361,13 +364,13 @@ class FewGroups(type(REFERENCE["batched_linear"])):  # type: ignore[misc]
 
 def test_an_op_of_few_groups_is_drawn_for_with_as_many_as_it_serves(judge: Run, sound: Any) -> None:
     op = FewGroups()
-    drawn(judge, sound(ops={"mine": op}), "batched_linear", FEW)
-    assert op.groups.count(4) > FEW / 4
+    drawn(judge, sound(ops={"mine": op}), "batched_linear", FEW_DRAWS)
+    assert op.groups.count(4) > FEW_DRAWS / 4
 
 
 def test_the_largest_products_have_a_row(judge: Run, sound: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mla.cases.drawn.MAX_PRODUCTS", 1)
-    counted = drawn(judge, sound(ops={"mine": REFERENCE["linear"]}), "linear", FEW).drawn
+    counted = drawn(judge, sound(ops={"mine": REFERENCE["linear"]}), "linear", FEW_DRAWS).drawn
     assert counted is not None
     assert not counted.along["rows"].startswith("0 .. 0")
 
@@ -522,6 +525,6 @@ def test_kept_numbers_that_cannot_be_used_are_no_fault_of_the_op(
         assert re.fullmatch(rf"{FORMAT}\n\d+\n", file.read_text())
 
 
-def drawn_into(judge: Run, backend: Any, folder: Path, count: int = FEW) -> CheckResult:
+def drawn_into(judge: Run, backend: Any, folder: Path, count: int = FEW_DRAWS) -> CheckResult:
     (result,) = judge(backend, "rms_norm.drawn[mine-*]", drawing=Drawing(count, folder=folder))
     return result

@@ -31,4 +31,4 @@ def test_flash_attention_passes(
     checks = [f"{kind}.{check}[mine-*]" for check in CHECKS[kind]]
     results = judge(sound(ops={"mine": op}), *checks, dtypes=(dtype,))
     assert len(results) >= 8
-    assert [(one.id, one.status, one.reason) for one in results if one.status != "pass"] == []
+    assert [(result.id, result.status, result.reason) for result in results if result.status != "pass"] == []

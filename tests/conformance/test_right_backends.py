@@ -24,10 +24,10 @@ GRAPHS += ("layer.graph_lengths", *(f"{op}.graph_lengths" for op in PAGED))
 
 
 def by_status(results: list[CheckResult]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for one in results:
-        found.setdefault(one.status, []).append(f"{one.id}: {one.reason}")
-    return found
+    reasons: dict[str, list[str]] = {}
+    for result in results:
+        reasons.setdefault(result.status, []).append(f"{result.id}: {result.reason}")
+    return reasons
 
 
 @pytest.mark.usefixtures("smaller")
@@ -35,30 +35,32 @@ def test_a_backend_without_ops_passes_and_refuses_only_what_it_does_not_offer(ju
     plain = type("Plain", (sound,), {"graph": lambda self, fn: None})()
     results = judge(plain, drawing=Drawing(1))
     results += judge(plain, "*.drawn", "layer.mixed", dtypes=(torch.float16,), drawing=Drawing(1))
-    results = [one for one in results if one.status != "incomplete"]  # as one draw leaves a check
-    found = by_status(results)
-    assert set(found) == {"pass", "refused"}, found.get("fail")
-    refused = {one.check for one in results if one.status == "refused"}
+    results = [result for result in results if result.status != "incomplete"]  # as one draw leaves a check
+    reasons = by_status(results)
+    assert set(reasons) == {"pass", "refused"}, reasons.get("fail")
+    refused = {result.check for result in results if result.status == "refused"}
     assert refused == {"device.graph", *OF_OPS, *GRAPHS}
-    assert all(one.reason == "the backend offers no graphs" for one in results if one.check in GRAPHS[:4])
+    assert all(
+        result.reason == "the backend offers no graphs" for result in results if result.check in GRAPHS[:4]
+    )
 
 
 def test_the_installed_cpu_backend_passes(judge: Run) -> None:
     """Its own ops, and layers of them, are judged with its kernels."""
     backend = mla.load_backend("cpu", threads=1)
-    found = by_status(judge(backend, "device", "ops", dtypes=(torch.bfloat16,)))
-    assert set(found) == {"pass", "refused"}, found.get("fail")
+    reasons = by_status(judge(backend, "device", "ops", dtypes=(torch.bfloat16,)))
+    assert set(reasons) == {"pass", "refused"}, reasons.get("fail")
 
 
 @pytest.mark.usefixtures("smaller")
 def test_right_ops_pass_and_their_refusals_are_no_failures(judge: Run, sound: Any, right_ops: Any) -> None:
-    own = [f"*[{name}-*" for name in right_ops]
-    chosen = ("device", "ops", "layer", *own)
+    patterns = [f"*[{name}-*" for name in right_ops]
+    chosen = ("device", "ops", "layer", *patterns)
     results = judge(sound(ops=right_ops), *chosen, dtypes=(torch.bfloat16,), drawing=Drawing(0))
-    found = by_status(results)
-    assert set(found) == {"pass", "refused"}, found.get("fail")
-    ids = {one.id: one for one in results}
-    assert {one.check for one in results} == {check.id for check in all_checks()}
+    reasons = by_status(results)
+    assert set(reasons) == {"pass", "refused"}, reasons.get("fail")
+    ids = {result.id: result for result in results}
+    assert {result.check for result in results} == {check.id for check in all_checks()}
     assert ids["device.graph"].status == ids["latent.graph[looplatent-bfloat16]"].status == "pass"
     assert ids["latent.graph_lengths[denselatent-bfloat16]"].status == "pass"
     assert ids["latent.graph_lengths[looplatent-bfloat16]"].status == "refused"
@@ -78,9 +80,9 @@ def test_a_layer_counts_what_its_op_refuses(judge: Run, sound: Any, right_ops: A
 
 def test_a_device_with_a_queue_passes_the_checks_of_clocks(judge: Run, sound: Any, asynchronous: Any) -> None:
     checks = ("device.synchronize", "device.timer*", "*.prepare")
-    found = by_status(judge(sound(), *checks))
-    assert set(found) == {"pass"}, found
-    assert len(found["pass"]) == 8
+    reasons = by_status(judge(sound(), *checks))
+    assert set(reasons) == {"pass"}, reasons
+    assert len(reasons["pass"]) == 8
 
 
 @pytest.mark.parametrize("poll", [0.001, 0.03])
@@ -93,8 +95,8 @@ def test_a_wait_that_looks_now_and_then_passes_the_checks_of_clocks(
             asynchronous.queued = max(0.0, asynchronous.queued - poll)
 
     polls = type("Polls", (sound,), {"synchronize": synchronize})()
-    found = by_status(judge(polls, "device.synchronize", "device.timer*"))
-    assert set(found) == {"pass"}, found
+    reasons = by_status(judge(polls, "device.synchronize", "device.timer*"))
+    assert set(reasons) == {"pass"}, reasons
 
 
 def test_a_counter_that_moves_passes(judge: Run, sound: Any, allocated: None) -> None:
@@ -126,9 +128,9 @@ def test_an_op_of_another_contract_is_refused_and_never_called(judge: Run, sound
         def __call__(self, *state: Any, **tensors: Any) -> None:
             raise AssertionError("it has other arguments")
 
-    results = [one for one in judge(sound(ops={"later": Later()}), "linear") if one.of == "later"]
-    assert {one.status for one in results} == {"refused"}
-    assert {one.reason for one in results} == {"it implements linear/2, but this suite checks linear/1"}
+    results = [result for result in judge(sound(ops={"later": Later()}), "linear") if result.of == "later"]
+    assert {result.status for result in results} == {"refused"}
+    assert {result.reason for result in results} == {"it implements linear/2, but this suite checks linear/1"}
 
 
 def test_an_op_whose_preflight_fails_is_refused_and_asked_once(judge: Run, sound: Any) -> None:
@@ -142,7 +144,7 @@ def test_an_op_whose_preflight_fails_is_refused_and_asked_once(judge: Run, sound
 
     said: list[str] = []
     results = judge(sound(ops={"mine": Uncompiled()}), "latent.decode[mine-*]", say=said.append)
-    assert [(one.status, one.reason) for one in results] == [("refused", "there is no compiler")]
+    assert [(result.status, result.reason) for result in results] == [("refused", "there is no compiler")]
     assert (Uncompiled.asked, said) == (1, ["preparing mine: it compiles"])
 
 
@@ -159,8 +161,8 @@ def test_what_a_preflight_compiles_is_said_before_it_is_checked(judge: Run, soun
 
     subject = sound(ops={"mine": Compiled()})
     for _ in range(2):
-        (found,) = judge(subject, "ops.preflight", say=events.append)
-        assert found.status == "pass", found.reason
+        (result,) = judge(subject, "ops.preflight", say=events.append)
+        assert result.status == "pass", result.reason
     assert events[0] == "preparing mine: it compiles"
     assert len(events) == 1 + 3  # once for whoever asks, and once more for each check
     assert len(set(events)) == 2

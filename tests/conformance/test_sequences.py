@@ -50,7 +50,7 @@ def test_a_sequence_must_not_remember(
 ) -> None:
     backend, ran = remembering
     results = judge(backend, "layer.shared_plan")
-    failed = {one.check for one in results if one.status == "fail"}
+    failed = {result.check for result in results if result.status == "fail"}
     assert ran, "the suite has seen no sequence"
     if "nothing" in request.node.callspec.id:
         assert not failed

@@ -139,13 +139,15 @@ def test_an_undamaged_one_is_read(tmp_path: Path, make: Callable[[], tuple[Known
 
 def test_a_cache_that_does_not_fit_is_not_made(tmp_path: Path) -> None:
     write(tmp_path, attention(), lambda facts, kept: facts.update(pages=2**40))
-    with pytest.raises(OutOfMemory, match=r"this call needs 4.92e\+04 GiB of memory, and .* are free\."):
+    with pytest.raises(
+        OutOfMemory, match=r"this call needs 4.92e\+04 GiB of memory, and .* are free: free more\."
+    ):
         replay(file.read(tmp_path), HostBackend(), "reference")
 
 
 def test_gaps_that_do_not_fit_are_not_made(tmp_path: Path) -> None:
     write(tmp_path, linear(), lambda facts, kept: facts["gaps"].update(x=[0, 2**40, 0]))
-    with pytest.raises(OutOfMemory, match=r"this call needs .* GiB of memory, and .* are free\."):
+    with pytest.raises(OutOfMemory, match=r"this call needs .* GiB of memory, and .* are free: free more\."):
         replay(file.read(tmp_path), HostBackend(), "reference")
 
 

@@ -46,10 +46,10 @@ def run(*words: str) -> int:
 
 # ---------------------------------------------------------------------------------------------- configs
 
-LONG = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 CONFIGS = (
     values_of("tiny"),
-    {**values_of("tiny"), "model_type": "minicpm3", "rope_scaling": LONG, "name": "x"},
+    {**values_of("tiny"), "model_type": "minicpm3", "rope_scaling": LONGROPE, "name": "x"},
     {"model_type": "kimi_vl", "text_config": values_of("tiny"), "quantization_config": {"fmt": "e4m3"}},
 )
 

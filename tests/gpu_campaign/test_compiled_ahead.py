@@ -34,12 +34,12 @@ def kernel(name, warmup):
     return replace(good, kernel=SimpleNamespace(fn=SimpleNamespace(__name__=name), warmup=warmup))
 def refuses(**_):
     raise RuntimeError("PassManager::run failed")
-ahead.SECONDS = 60
+ahead.KERNEL_SECONDS = 60
 bad = [kernel("refuses", refuses), kernel("aborts", lambda **_: os.abort())]
 print(json.dumps(ahead.compile_all([*bad, good], 2, lambda: 60.0)))
 other = os.posix_spawn("/bin/true", ["true"], {})  # of somebody else, who waits for it
 time.sleep(0.5)
-ahead.SECONDS = 1
+ahead.KERNEL_SECONDS = 1
 print(json.dumps(ahead.compile_all([kernel("hangs", lambda **_: time.sleep(60))] * 2, 2, lambda: 60.0)))
 print(json.dumps(ahead.compile_all([kernel("late", refuses)], 2, lambda: 0.5)))
 os.waitpid(other, 0)

@@ -112,7 +112,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     ),
     "a mask of other requests": (
         lambda *a, **k: forward(*a, **k, attention_mask=torch.ones(2, 7, dtype=torch.int64)),
-        r"shape \[2, 7\], and there are 7 tokens so far of 1 requests",
+        r"shape \[2, 7\] for 7 tokens so far of 1 requests",
     ),
     "all keys at once": (all_keys, "is_causal = False"),
     "training": (training, "serves inference"),

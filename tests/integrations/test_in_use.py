@@ -57,7 +57,7 @@ def test_other_moves_are_refused_by_every_part(model: Any, change: Callable[[Any
 def test_a_backend_may_be_given_itself(model: Any) -> None:
     prompt = {"input_ids": PROMPT, "attention_mask": torch.ones_like(PROMPT)}
     theirs, opened = generate(model, prompt, max_new_tokens=4), load_backend("cpu")
-    with pytest.raises(UnsupportedModel, match=r"threads: such arguments go to `mla\.load_backend`"):
+    with pytest.raises(UnsupportedModel, match=r"this backend is open: give threads to `mla\.load_backend`"):
         use_mla(model, backend=opened, threads=1)
     use_mla(model, backend=opened)
     assert torch.equal(generate(model, prompt, max_new_tokens=4), theirs)

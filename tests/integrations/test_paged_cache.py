@@ -64,6 +64,7 @@ def test_it_holds_index_keys_in_a_format(family: str, prompts: Prompts) -> None:
         UnsupportedModel, match="has no indexer, and so no index keys: leave index_format out"
     ):
         use_mla(make_model("deepseek_v3"), index_format="fp8")
+    restore(use_mla(make_model("deepseek_v3"), index_format="plain"))
 
 
 @pytest.mark.parametrize("formats", [{}, {"cache_format": "fp8", "index_format": "fp8"}])

@@ -152,7 +152,7 @@ def mixed() -> Any:
     ("make", "message"),
     [
         (without_mla, "LlamaForCausalLM has no multi-head latent attention"),
-        (lambda: nn.Linear(2, 2), "Linear is not a loaded model of `transformers`"),
+        (lambda: nn.Linear(2, 2), "Linear is not a model of `transformers`"),
         (quantized, r"kv_b_proj of this model is .*test_refusals\.Linear8bit: load it unquantized"),
         (offloaded, r"split over devices or offloaded \(cpu, disk\)"),
         (in_fp8, r"o_proj of this model is transformers\..*\.FP8Linear: load it unquantized"),
@@ -273,7 +273,7 @@ def test_a_projection_that_is_more_than_its_weight(model: Any, name: str) -> Non
 
 
 def test_a_name_is_no_model() -> None:
-    with pytest.raises(UnsupportedModel, match="str is not a loaded model"):
+    with pytest.raises(UnsupportedModel, match="str is not a model of"):
         use_mla("path/to/model")
 
 

@@ -20,7 +20,7 @@ Way = Callable[..., torch.Tensor]  # (model, prompts, new, cache=) -> tokens, of
 # Their other layers take no guesses back, and have state that no page holds.
 STATEFUL = ("kimi_linear", "bailing_hybrid")
 # 200 tokens of a family without experts, which is cheap.
-LONG = {
+LONG_RUNS = {
     ("minicpm3", way)
     for way in ("sampled", "beams", "chunked prefill", "goes on", "no cache", "static", "prompt lookup")
 }
@@ -126,7 +126,7 @@ def pairs() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("family", "way"), pairs())
 def test_tokens_are_the_same_on_every_cache(family: str, way: str) -> None:
-    long = (family, way) in LONG
+    long = (family, way) in LONG_RUNS
     asked = three_prompts(), 200 if long else 8
     run, model = (WAYS | STOCK_ALONE)[way], ours(family)
     theirs = run(stock(family), *asked)

@@ -53,11 +53,11 @@ def test_every_token_is_written_once_and_sees_all_before_it(
         written: list[int] = []
         for cache, slots in zip(caches, held, strict=True):
             batch = cache.extend(ids, step)
-            written += batch.own.tolist()
+            written += batch.local.tolist()
             slots.update(
                 {
                     slot: new[token]
-                    for token, slot in zip(batch.own.tolist(), batch.slots.tolist(), strict=True)
+                    for token, slot in zip(batch.local.tolist(), batch.slots.tolist(), strict=True)
                 }
             )
             assert batch.positions.tolist() == [position for _, position in new]

@@ -52,6 +52,7 @@ def test_index_keys_take_room_in_the_layers_that_have_an_indexer() -> None:
     assert alone.tokens == (80 * GIB - alone.weight_bytes) // (2 * (576 + 128))
     stored = capacity(deepseek, Layout(), 80 * GIB, 1, cache_format="fp8_ds_mla", index_format="fp8")
     assert stored.tokens == (80 * GIB - stored.weight_bytes) // (656 + 132)
+    assert capacity(deepseek, Layout(), 80 * GIB, 1, index_format="plain") == alone
 
 
 def test_contexts_are_not_split_where_an_indexer_selects_from_them() -> None:

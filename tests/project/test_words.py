@@ -44,7 +44,13 @@ BANNED = {
     r"yet has": "but has",
 }
 # In messages alone: "this is no failure" reads well on a page.
-BANNED_IN_MESSAGES = BANNED | {r"(?<!there )(is|are) no(?! longer| more)": "is not a"}
+BANNED_IN_MESSAGES = BANNED | {
+    r"(?<!there )(is|are) no(?! longer| more)": "is not a",
+    r"so (that )?there (is|are) no": "has no, and the fix",
+    r"and there (is|are)": "has, for",
+    r"(is|are|was) (that|those) of": "the owner's, comes from",
+    r"\w+\(s\)": "`counted`, or a sentence of its own",
+}
 # A page may quote the status of a case as the file and the table have it.
 QUOTED = re.compile(r"```.*?```|`[^`\n]*`|\]\([^)]*\)|<[^>]+>|\*\*[^*\n]*\*\*", re.DOTALL)
 

@@ -18,7 +18,7 @@ NOTHING_ELSE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 Seen = dict[str, Any]
 # Opens the pages in frames of a phone's width, then searches in one, and returns what it saw.
 PROBE = """(async (PAGES) => {
-const seen = {pages: {}, fetched: [], found: []};
+const seen = {pages: {}, fetched: [], results: []};
 const sleep = (ms) => new Promise((done) => setTimeout(done, ms));
 async function open(page) {
   const frame = document.createElement("iframe");
@@ -52,9 +52,9 @@ function measure(view) {
   query.focus();
   query.value = "LatentCache";
   query.dispatchEvent(new view.Event("keyup", {bubbles: true}));
-  for (let tries = 0; tries < 600 && !seen.found.length; tries++) {
+  for (let tries = 0; tries < 600 && !seen.results.length; tries++) {
     await sleep(100);
-    seen.found = [...view.document.querySelectorAll(".md-search-result__link")].map((one) => one.href);
+    seen.results = [...view.document.querySelectorAll(".md-search-result__link")].map((link) => link.href);
   }
   return seen;
 })"""
@@ -126,7 +126,7 @@ def test_nothing_is_loaded_from_elsewhere(seen: Seen, host: str) -> None:
 
 
 def test_the_search_finds_a_name_of_the_reference(seen: Seen) -> None:
-    assert any("docs/api/core.html" in url for url in seen["found"]), seen["found"]
+    assert any("docs/api/core.html" in url for url in seen["results"]), seen["results"]
 
 
 def test_pictures_follow_the_theme_that_a_reader_has_chosen(browser: chromium.Chromium, host: str) -> None:

@@ -25,7 +25,7 @@ def quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(microbench, "SIDES", (16, 32))
     monkeypatch.setattr(microbench, "REPEAT_S", 0.0)
     monkeypatch.setattr(microbench, "REPEATS", 1)
-    monkeypatch.setattr(ceilings_command, "LARGEST", 1 << 20)
+    monkeypatch.setattr(ceilings_command, "MOST_BYTES", 1 << 20)
     monkeypatch.setattr(ceilings_command, "TOKENS", (2, 3))
 
 

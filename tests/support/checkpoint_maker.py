@@ -24,11 +24,11 @@ from checkpoint_tensors import (
     SIZES,
     State,
     Values,
+    deepseek_names,
     dequantized,
     fp8,
     named,
     neighbours,
-    own,
     plain,
     values_of,
 )
@@ -42,12 +42,12 @@ __all__ = [
     "SIZES",
     "Layout",
     "Made",
+    "deepseek_names",
     "dequantized",
     "fp8",
     "halves",
     "hub_cache",
     "named",
-    "own",
     "plain",
     "quantization",
     "values_of",
@@ -237,9 +237,9 @@ LAYOUTS: dict[str, Layout] = {
     "fp8-sharded": Layout(quantized=True, split=True, index=True, beside=neighbours),
     "fp8-sharded-without-index": Layout(quantized=True, split=True),
     "fp8-and-bf16": Layout(quantized=True, keep=("o_proj.weight", "q_b_proj.weight")),
-    "own-names": Layout(rename=own),
-    "own-names-bare": Layout(rename=lambda state: own(state, "")),
-    "own-names-fp8": Layout(quantized=True, rename=own, split=True),
+    "own-names": Layout(rename=deepseek_names),
+    "own-names-bare": Layout(rename=lambda state: deepseek_names(state, "")),
+    "own-names-fp8": Layout(quantized=True, rename=deepseek_names, split=True),
     "text-config": Layout(
         quantized=True,
         rename=lambda state: named(state, f"language_model.{LAYER}"),
@@ -284,7 +284,7 @@ LAYOUTS: dict[str, Layout] = {
         beside=neighbours,
     ),
     "deepseek-v3.2-own-names": Layout(
-        changes={"model_type": "deepseek_v32", **INDEXER}, quantized=True, rename=own, split=True
+        changes={"model_type": "deepseek_v32", **INDEXER}, quantized=True, rename=deepseek_names, split=True
     ),
     "two-attentions": Layout(
         rename=lambda state: named(state, f"{LAYER}1."), beside=_second_attention, layer="3.1"

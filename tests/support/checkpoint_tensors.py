@@ -128,7 +128,7 @@ def named(state: State, prefix: str) -> State:
     return {prefix + name: weight for name, weight in state.items()}
 
 
-def own(state: State, prefix: str = "layers.3.attn.") -> State:
+def deepseek_names(state: State, prefix: str = "layers.3.attn.") -> State:
     """Return the weights under DeepSeek's own names, scales as `.scale`."""
     renamed = {}
     for name, weight in state.items():

@@ -39,13 +39,13 @@ def _ends(text: str) -> str:
 
 
 OWN = (MLAError, BackendError, click.UsageError)
-LONGEST = 700  # characters of a sentence about a file, its name included
+MAX_LETTERS = 700  # characters of a sentence about a file, its name included
 LONGEST_TYPED = 4100  # of one that repeats the user's own words
 
 # What acts on a terminal, breaks a table, or is more than anybody wants to read.
 HOSTILE = ("\x1b]0;owned\x07", "\x1b[31m", "\u202egnp", "a\nb", "\r", "\u2028", "\0", "\ud800")
-LONG = (Text("x" * 100_000), Text("9" * 5000))
-TEXTS = st.sampled_from(("", " ", "é", "../x", "nan", *HOSTILE, *LONG)) | st.text(max_size=8)
+LONG_VALUES = (Text("x" * 100_000), Text("9" * 5000))
+TEXTS = st.sampled_from(("", " ", "é", "../x", "nan", *HOSTILE, *LONG_VALUES)) | st.text(max_size=8)
 NUMBERS = (
     st.sampled_from((2**31, 2**63, 2**64, 2**80, -(2**64), 10**400, -0.0, 5e-324, 1e300))
     | st.integers(-2, 300)
@@ -151,7 +151,7 @@ def _places(holder: Any) -> Iterator[tuple[Any, Any]]:
 # ---------------------------------------------------------------------------------------------- judgement
 
 
-def attempt(call: Callable[[], T], longest: int = LONGEST) -> T | None:
+def attempt(call: Callable[[], T], longest: int = MAX_LETTERS) -> T | None:
     """Return what a call returns, or None for an error of the project's own, which fits a terminal.
 
     Any other exception is the defect that is looked for, and gets out.
@@ -171,8 +171,8 @@ def attempt(call: Callable[[], T], longest: int = LONGEST) -> T | None:
     return None
 
 
-def assert_sentence(text: str, longest: int = LONGEST) -> None:
+def assert_sentence(text: str, longest: int = MAX_LETTERS) -> None:
     """Assert that this is one printable line, which says something in few words."""
     assert text.endswith("\n"), text
-    assert text[:-1].isprintable(), ascii(text[:LONGEST])
+    assert text[:-1].isprintable(), ascii(text[:MAX_LETTERS])
     assert len("error: ") + 1 < len(text) <= longest, f"{len(text)} characters: {text[:longest]}"

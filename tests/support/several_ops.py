@@ -21,7 +21,7 @@ from mla_backends.testing import HostBackend
 
 KINDS = {"first": "latent_attention", "second": "latent_attention", "rows": "linear"}
 
-LONGEST = 20  # tokens that a `Refusing` op takes
+MAX_TOKENS = 20  # tokens that a `Refusing` op takes
 RELEASE = threading.Event()  # ends the wait of what hangs
 
 
@@ -49,17 +49,17 @@ class Refusing(FaultyOp):
     def unsupported_batch(
         self, spec: Any, query_lens: Sequence[int], kv_lens: Sequence[int], page_size: int | None = None
     ) -> list[str]:
-        return ["it takes 20 tokens"] if self._how == "batch" and max(kv_lens) > LONGEST else []
+        return ["it takes 20 tokens"] if self._how == "batch" and max(kv_lens) > MAX_TOKENS else []
 
     def prepare(self, spec: Any, batch: Any) -> Any:
-        if max(batch.kv_lens) > LONGEST and self._how == "prepare":
+        if max(batch.kv_lens) > MAX_TOKENS and self._how == "prepare":
             raise BackendError("the kernel takes 20 tokens.")
-        if max(batch.kv_lens) > LONGEST and self._how == "raise":
+        if max(batch.kv_lens) > MAX_TOKENS and self._how == "raise":
             raise RuntimeError("the plan broke")
         return super().prepare(spec, batch)
 
     def __call__(self, *leading: Any, **tensors: Any) -> None:
-        if self._how == "call" and int(tensors["kv_lens"].max()) > LONGEST:
+        if self._how == "call" and int(tensors["kv_lens"].max()) > MAX_TOKENS:
             raise KernelRefused("the kernel takes 20 tokens.")
         super().__call__(*leading, **tensors)
 

@@ -24,9 +24,9 @@ SMALLER = (
     (small_ops, "BEYOND_GRID", 2049),
     (small_ops, "HEADS", (1, 2, 3, 16, 17, 128)),
     (attention, "LONG_CONTEXT", 3000),
-    (sparse, "LONG", 3000),
-    (sparse, "CROWD", 1500),
-    (sparse, "MANY", 500),
+    (sparse, "LONG_CONTEXT", 3000),
+    (sparse, "CROWDED_KEYS", 1500),
+    (sparse, "LARGE_TOPK", 500),
     (sparse, "REQUESTS", 40),
 )
 

@@ -6,7 +6,7 @@ from importlib import metadata
 
 import pytest
 
-LEAST = (3, 6)
+OLDEST = (3, 6)
 
 
 def lacking() -> str:
@@ -15,7 +15,7 @@ def lacking() -> str:
         version = metadata.version("triton")
     except metadata.PackageNotFoundError:
         return "Triton is not installed (extra `test-kernels`): kernels are neither interpreted nor compiled"
-    if tuple(int(part) for part in version.split(".")[:2]) >= LEAST:
+    if tuple(int(part) for part in version.split(".")[:2]) >= OLDEST:
         return ""
     return f"Triton {version} is older than 3.6: kernels are neither interpreted nor compiled"
 

@@ -13,7 +13,7 @@ import torch
 from benchmarks.rounding.cases import (
     ATTENTION,
     LAYERS,
-    LONG,
+    LONG_CONTEXT,
     layer_ratio,
     new_ratio,
     op_ratio,
@@ -82,7 +82,7 @@ def test_wrong_arithmetic_is_found(form: Form, dtype: torch.dtype) -> None:
     for seed in range(3):
         in_layer, alone = layer_ratio(DECODE.drawn(dtype, seed), form), 0.0
         if in_layer <= 1:
-            alone = op_ratio(LONG, form, dtype, seed)
+            alone = op_ratio(LONG_CONTEXT, form, dtype, seed)
         assert max(in_layer, alone) > 1, seed
 
 

@@ -6,8 +6,8 @@ a layer is built, and a package that is missing, broken or changed becomes a rea
     from mla_backends.kernels import FlashMla, LatentLimits
 
     def hopper_only(device):
-        found = torch.cuda.get_device_capability(device)
-        return "" if found == (9, 0) else f"it needs compute capability 9.0, not {found}"
+        capability = torch.cuda.get_device_capability(device)
+        return "" if capability == (9, 0) else f"it needs compute capability 9.0, not {capability}"
 
     class Acme(TorchBackend):
         def ops(self):

@@ -66,14 +66,14 @@ def triton_ops(
 
 
 def ordered(
-    kernels: Mapping[str, FusedOp], own: Mapping[str, FusedOp], ahead_of: Mapping[str, str]
+    kernels: Mapping[str, FusedOp], ours: Mapping[str, FusedOp], ahead_of: Mapping[str, str]
 ) -> dict[str, FusedOp]:
     """Return both, best first: ours last, but for those that `ahead_of` places before a vendor's kernel."""
     placed: dict[str, FusedOp] = {}
     for name, op in kernels.items():
-        placed |= {ours: own[ours] for ours, other in ahead_of.items() if other == name and ours in own}
+        placed |= {first: ours[first] for first, other in ahead_of.items() if other == name and first in ours}
         placed[name] = op
-    return {**placed, **{name: op for name, op in own.items() if name not in placed}}
+    return {**placed, **{name: op for name, op in ours.items() if name not in placed}}
 
 
 class TritonBackend(TorchBackend):

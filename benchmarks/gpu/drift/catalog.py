@@ -28,7 +28,7 @@ class Call:
 
     def passed(self) -> Sequence[str]:
         """Return the names passed by keyword."""
-        return [name for one in self.passes for name in _resolved(one)]
+        return [name for given in self.passes for name in _resolved(given)]
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ def _resolved(name: str) -> tuple[str, ...]:
     module, _, constant = name.partition(":")
     if not constant:
         return (name,)
-    found = getattr(importlib.import_module(f"{KERNELS}.{module}"), constant)
-    return (found,) if isinstance(found, str) else tuple(found)
+    value = getattr(importlib.import_module(f"{KERNELS}.{module}"), constant)
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def _flash_mla(fake: str, module: str = "flash_mla", *more: str) -> tuple[Call, ...]:

@@ -20,20 +20,20 @@ class Findings:
 
 def compare(library: Library, real: Sources) -> Findings:
     """Compare every call to a library with its sources."""
-    found = Findings()
+    findings = Findings()
     for call in library.calls:
         title = f"{real.label}: {call.function}"
         passed = call.passed()
-        found.checked += 1
+        findings.checked += 1
         try:
             taken = real.signature(call.module, call.function)
         except Lost as reason:
-            found.drift.append(f"{real.label}: {reason}, which the adapter calls")
+            findings.drift.append(f"{real.label}: {reason}, which the adapter calls")
             continue
         given = {*passed, *call.where_taken, *taken.placed(call.placed)}
-        found.drift += [f"{title} {one}" for one in _refused(call, passed, given, taken)]
-        _with_fake(call, title, given, taken, found)
-    return found
+        findings.drift += [f"{title} {reason}" for reason in _refused(call, passed, given, taken)]
+        _with_fake(call, title, given, taken, findings)
+    return findings
 
 
 def _refused(call: Call, passed: Sequence[str], given: set[str], taken: Signature) -> Iterator[str]:
@@ -48,29 +48,29 @@ def _refused(call: Call, passed: Sequence[str], given: set[str], taken: Signatur
             yield f"needs an argument `{argument.name}`, which the adapter does not pass"
 
 
-def _with_fake(call: Call, title: str, given: set[str], taken: Signature, found: Findings) -> None:
+def _with_fake(call: Call, title: str, given: set[str], taken: Signature, findings: Findings) -> None:
     """Add what the fake has otherwise: arguments, and defaults of those that the adapter leaves out."""
     folder = FAKES / call.fake
     if not folder.is_dir():
-        found.notes.append(
+        findings.notes.append(
             f"{title} was not compared with a fake: there is no tests/fakes/kernels/{call.fake}"
         )
         return
     try:
         fake = read(folder, call.fake).signature(call.module, call.function)
     except Lost as reason:
-        found.drift.append(f"{title} is not in the fake {call.fake}: {reason}")
+        findings.drift.append(f"{title} is not in the fake {call.fake}: {reason}")
         return
     if fake.any_keyword or taken.any_keyword:
         return
-    for one in fake.arguments:
-        real = taken.find(one.name)
+    for asked in fake.arguments:
+        real = taken.find(asked.name)
         if real is None:
-            found.drift.append(f"{title} has no argument `{one.name}`, which the fake {call.fake} takes")
-        elif real.default != one.default and one.name not in given:
-            found.drift.append(
-                f"{title} has {_default(real.default)} for `{one.name}`, which the adapter leaves out and "
-                f"the fake {call.fake} has {_default(one.default)} for"
+            findings.drift.append(f"{title} has no argument `{asked.name}`, which the fake {call.fake} takes")
+        elif real.default != asked.default and asked.name not in given:
+            findings.drift.append(
+                f"{title} has {_default(real.default)} for `{asked.name}`, which the adapter leaves out and "
+                f"the fake {call.fake} has {_default(asked.default)} for"
             )
     new = [
         f"`{argument.name}`"
@@ -78,7 +78,8 @@ def _with_fake(call: Call, title: str, given: set[str], taken: Signature, found:
         if fake.find(argument.name) is None and argument.default is not None
     ]
     if new:
-        found.notes.append(f"{title} also takes {', '.join(new)}, which the fake {call.fake} does not know")
+        also = f"{title} also takes {', '.join(new)}"
+        findings.notes.append(f"{also}, which the fake {call.fake} does not know")
 
 
 def _default(text: str | None) -> str:

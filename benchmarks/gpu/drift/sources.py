@@ -44,8 +44,8 @@ class Signature:
 
     def takes(self, name: str) -> bool:
         """Return whether a call may pass `name` by keyword."""
-        found = self.find(name)
-        return self.any_keyword if found is None else found.keyword
+        argument = self.find(name)
+        return self.any_keyword if argument is None else argument.keyword
 
     def placed(self, count: int) -> Sequence[str]:
         """Return the names of the arguments that a call with so many values by place gives."""
@@ -54,25 +54,25 @@ class Signature:
 
 def signature(function: Function, method: bool) -> Signature:
     """Return the signature of a definition; of a method without its first argument."""
-    found = function.args
-    placed = [*found.posonlyargs, *found.args]
+    taken = function.args
+    placed = [*taken.posonlyargs, *taken.args]
     none: list[ast.expr | None] = [None]
-    defaults = none * (len(placed) - len(found.defaults)) + list(found.defaults)
+    defaults = none * (len(placed) - len(taken.defaults)) + list(taken.defaults)
     arguments = [
-        Argument(one.arg, _text(default), keyword=number >= len(found.posonlyargs))
-        for number, (one, default) in enumerate(zip(placed, defaults, strict=True))
+        Argument(argument.arg, _text(default), keyword=number >= len(taken.posonlyargs))
+        for number, (argument, default) in enumerate(zip(placed, defaults, strict=True))
     ][method and not _is_static(function) :]
     arguments += [
-        Argument(one.arg, _text(default), place=False)
-        for one, default in zip(found.kwonlyargs, found.kw_defaults, strict=True)
+        Argument(argument.arg, _text(default), place=False)
+        for argument, default in zip(taken.kwonlyargs, taken.kw_defaults, strict=True)
     ]
-    return Signature(tuple(arguments), found.vararg is not None, found.kwarg is not None)
+    return Signature(tuple(arguments), taken.vararg is not None, taken.kwarg is not None)
 
 
 def decorated(function: Function, name: str) -> bool:
     """Return whether a decorator is called `name`, however it is reached."""
-    found = (one.func if isinstance(one, ast.Call) else one for one in function.decorator_list)
-    return any(ast.unparse(one).rpartition(".")[2] == name for one in found)
+    callees = (node.func if isinstance(node, ast.Call) else node for node in function.decorator_list)
+    return any(ast.unparse(callee).rpartition(".")[2] == name for callee in callees)
 
 
 def _is_static(function: Function) -> bool:
@@ -103,12 +103,12 @@ class Sources:
     def signature(self, module: str, name: str) -> Signature:
         """Return the signature of a function, or of a method ("Class.method"). Raises `Lost`."""
         owner, _, method = name.partition(".")
-        home, found = self._find(module, owner, 0)
+        home, definition = self._find(module, owner, 0)
         if not method:
-            if isinstance(found, ast.ClassDef):
+            if isinstance(definition, ast.ClassDef):
                 raise Lost(f"{module}.{name} is a class, not a function")
-            return signature(found, method=False)
-        inner = self._method(home, found, method, 0)
+            return signature(definition, method=False)
+        inner = self._method(home, definition, method, 0)
         if inner is None:
             raise Lost(f"{module}.{owner} has no method {method}")
         return signature(inner, method=True)
@@ -146,28 +146,28 @@ class Sources:
         """Return a method of a class or of one of its bases."""
         if not isinstance(owner, ast.ClassDef) or depth > DEEPEST:
             return None
-        own = [
+        methods = [
             statement
             for statement in _statements(owner.body)
             if isinstance(statement, Function) and statement.name == name
         ]
-        if own:
-            found = _last(own)
-            assert isinstance(found, Function)
-            return found
+        if methods:
+            method = _last(methods)
+            assert isinstance(method, Function)
+            return method
         for base in owner.bases:
             try:
                 home, parent = self._find(module, ast.unparse(base), 0)
             except Lost:
                 continue
-            if found_there := self._method(home, parent, name, depth + 1):
-                return found_there
+            if inherited := self._method(home, parent, name, depth + 1):
+                return inherited
         return None
 
 
 def _last(defined: list[_Definition] | list[Function]) -> _Definition:
     """Return the definition that counts: the last that is no overload."""
-    real = [one for one in defined if isinstance(one, ast.ClassDef) or not decorated(one, "overload")]
+    real = [node for node in defined if isinstance(node, ast.ClassDef) or not decorated(node, "overload")]
     return (real or defined)[-1]
 
 
@@ -204,13 +204,13 @@ def _names(assigned: ast.Assign) -> set[str]:
     return {target.id for target in assigned.targets if isinstance(target, ast.Name)}
 
 
-def _absolute(found: ast.ImportFrom, module: str, package: bool) -> str:
+def _absolute(statement: ast.ImportFrom, module: str, package: bool) -> str:
     """Return the module that is imported from, without leading dots."""
-    if not found.level:
-        return found.module or ""
+    if not statement.level:
+        return statement.module or ""
     parts = module.split(".")
-    parents = parts[: len(parts) - found.level + package]
-    return ".".join([*parents, *([found.module] if found.module else [])])
+    parents = parts[: len(parts) - statement.level + package]
+    return ".".join([*parents, *([statement.module] if statement.module else [])])
 
 
 def read(path: Path, label: str) -> Sources:
@@ -218,7 +218,7 @@ def read(path: Path, label: str) -> Sources:
     try:
         if path.is_dir():
             files = {
-                one.relative_to(path).as_posix(): _decode(one.read_bytes()) for one in path.rglob("*.py")
+                file.relative_to(path).as_posix(): _decode(file.read_bytes()) for file in path.rglob("*.py")
             }
         elif zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -233,8 +233,8 @@ def read(path: Path, label: str) -> Sources:
 
 def _untarred(path: Path) -> dict[str, str]:
     with tarfile.open(path) as archive:
-        found = ((one.name, archive.extractfile(one)) for one in archive if one.name.endswith(".py"))
-        return {name: _decode(file.read()) for name, file in found if file is not None}
+        files = ((entry.name, archive.extractfile(entry)) for entry in archive if entry.name.endswith(".py"))
+        return {name: _decode(file.read()) for name, file in files if file is not None}
 
 
 def _decode(data: bytes) -> str:
@@ -243,7 +243,7 @@ def _decode(data: bytes) -> str:
 
 # ----------------------------------------------------------------------------------------------- wheels
 
-SECONDS = 600
+DOWNLOAD_SECONDS = 600
 # Wheels are only read, so those of any Linux do, and for any Python.
 _PLATFORMS = ("manylinux2014_x86_64", "manylinux_2_28_x86_64", "manylinux_2_34_x86_64", "linux_x86_64", "any")
 
@@ -257,9 +257,9 @@ def wheel(requirement: str, folder: Path) -> Sources:
         *(word for name in _PLATFORMS for word in ("--platform", name)), requirement,
     ]  # fmt: skip
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        raise UsageError(f"pip download {requirement} took more than {SECONDS} s.") from None
+        raise UsageError(f"pip download {requirement} took more than {DOWNLOAD_SECONDS} s.") from None
     new = sorted(set(folder.glob("*.whl")) - before) or _named(folder, requirement)
     if done.returncode or not new:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]

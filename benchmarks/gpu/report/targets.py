@@ -17,11 +17,11 @@ OWN, OWN_LATENT = "triton_", "triton_latent"  # how names of the project's own k
 LARGE_BYTES = 1_000_000_000  # an attention call that moves less is no measure of bandwidth
 # Below it, a call outside a graph may last as long as the host takes to launch it.
 LONG_MS = 0.1
-LONG = f"{1e3 * LONG_MS:.0f} us"
+LONG_CALL = f"{1e3 * LONG_MS:.0f} us"
 HEADER = ("target", "result", "number", "of what")
 NOTE = f"""\
-Shares of ceilings are judged on shapes that
-move 1 GB or more, and ratios to another kernel on those that take both {LONG} or more on the device's clock:
+Shares of ceilings are judged on shapes that move 1 GB or more.
+Ratios to another kernel are judged where both take {LONG_CALL} or more on the device's clock:
 below that, a time may be the host's. What counts is the lowest number.
 """
 HOST: tuple[Way, ...] = (("graph", False), ("eager", False))
@@ -41,7 +41,7 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class Found:
+class Finding:
     """A number and what it is of; without one, `of` says why."""
 
     of: str
@@ -54,7 +54,7 @@ class Target:
     """What is to be reached, and how results show it."""
 
     text: str
-    look: Callable[[Evidence], Found]
+    look: Callable[[Evidence], Finding]
 
 
 def rows(evidence: Evidence, card: str) -> list[list[str]]:
@@ -63,7 +63,7 @@ def rows(evidence: Evidence, card: str) -> list[list[str]]:
     return [_row(target.text, target.look(evidence), elsewhere) for target in TARGETS]
 
 
-def _row(text: str, seen: Found, elsewhere: str) -> list[str]:
+def _row(text: str, seen: Finding, elsewhere: str) -> list[str]:
     if seen.met is None:
         return [text, "not run", "-", seen.of]
     return [text, ("met" if seen.met else "not met") + elsewhere, seen.number, seen.of]
@@ -84,20 +84,21 @@ class Layer:
     ways: tuple[Way, ...]  # of timing, the first that is there
     judge: Callable[[Case, float], tuple[str, bool]]
 
-    def __call__(self, evidence: Evidence) -> Found:
+    def __call__(self, evidence: Evidence) -> Finding:
         """Look for a forward with the project's own attention."""
         op = "latent_attention" if self.mode == "decode" else "expanded_attention"
         cases = list(self._cases(evidence))
         ours = [case for case in cases if case.ops.get(op, "").startswith(OWN)]
         if not ours:
             ran = ", ".join(dict.fromkeys(case.ops.get(op, "no other path") for case in cases))
-            return Found(f"{self.mode} of {self.config}: " + (f"attention was {ran}" if ran else "no result"))
+            why = f"attention was {ran}" if ran else "no result"
+            return Finding(f"{self.mode} of {self.config}: {why}")
         timed = ((case, way, latencies(case).get(way)) for case in ours for way in self.ways)
         for case, way, latency in timed:
             if latency is not None:
                 number, met = self.judge(case, statistics.fmean(latency.samples))
-                return Found(f"{case.scenario}, {case.implementation}: {spoken(way)}", number, met)
-        return Found(f"{ours[0].scenario}, {ours[0].implementation}: {_without_time(ours[0])}")
+                return Finding(f"{case.scenario}, {case.implementation}: {spoken(way)}", number, met)
+        return Finding(f"{ours[0].scenario}, {ours[0].implementation}: {_without_time(ours[0])}")
 
     def _cases(self, evidence: Evidence) -> Iterator[Case]:
         for run in evidence.layers.values():
@@ -133,25 +134,25 @@ class Share:
     work: Callable[[Case], int]
     least: float
 
-    def __call__(self, evidence: Evidence) -> Found:
+    def __call__(self, evidence: Evidence) -> Finding:
         """Look at every shape that moves `LARGE_BYTES`."""
         ceiling = evidence.ceilings.get(self.ceiling)
         if not ceiling:
-            return Found(f"no ceiling was measured: {self.ceiling}")
+            return Finding(f"no ceiling was measured: {self.ceiling}")
         cases = [case for case in own_decodes(evidence) if case.heads == self.heads]
         large = [case for case in cases if case.cost.bytes >= LARGE_BYTES]
         if not large:
-            return Found(f"no shape with {self.heads} heads that moves {LARGE_BYTES / 1e9:.0f} GB")
+            return Finding(f"no shape with {self.heads} heads that moves {LARGE_BYTES / 1e9:.0f} GB")
         rates = [(self.work(case) / ms * 1e3 / ceiling, case) for case in large if (ms := _ms(case))]
         if len(rates) < len(large):
             return _incomplete(large)
         return _judged(rates, self.least, "{:.0%}")
 
 
-def against(name: str, op: str, least: float) -> Callable[[Evidence], Found]:
+def against(name: str, op: str, least: float) -> Callable[[Evidence], Finding]:
     """Return a look at the ratio to another kernel on every shape that took both long on its clock."""
 
-    def look(evidence: Evidence) -> Found:
+    def look(evidence: Evidence) -> Finding:
         ratios = [
             (in_turns.ratio(ours, other, DEVICE, LONG_MS), ours)
             for together in in_turns.by_shape(_decodes(evidence))
@@ -160,7 +161,7 @@ def against(name: str, op: str, least: float) -> Callable[[Evidence], Found]:
         ]
         both = [(ratio, case) for ratio, case in ratios if ratio is not None]
         if not both:
-            return Found(f"no shape that took it and {name} {LONG} or more on the device's clock")
+            return Finding(f"no shape that took it and {name} {LONG_CALL} or more on the device's clock")
         return _judged(both, least, "{:.2f}x")
 
     return look
@@ -184,19 +185,19 @@ def _ms(case: Case) -> float:
     return best[1] if best else 0.0
 
 
-def _incomplete(cases: Sequence[Case]) -> Found:
+def _incomplete(cases: Sequence[Case]) -> Finding:
     missing = [case for case in cases if not _ms(case)]
     wrong = any(case.check.status == "wrong" for case in missing)
     said = f"{missing[0].scenario}: {_without_time(missing[0])}"
-    return Found(said, "wrong", False) if wrong else Found(said)
+    return Finding(said, "wrong", False) if wrong else Finding(said)
 
 
-def _judged(numbers: Sequence[tuple[float, Case]], least: float, form: str) -> Found:
+def _judged(numbers: Sequence[tuple[float, Case]], least: float, form: str) -> Finding:
     """Judge by the least of several numbers; all must reach the target."""
     worst, case = min(numbers, key=lambda pair: pair[0])
     mean = math.exp(statistics.fmean(math.log(number) for number, _ in numbers))
     of = f"{case.scenario}, the lowest of {len(numbers)}; geometric mean {form.format(mean)}"
-    return Found(of, form.format(worst), worst >= least)
+    return Finding(of, form.format(worst), worst >= least)
 
 
 TARGETS = (
@@ -221,11 +222,11 @@ TARGETS = (
         Share(128, in_turns.PRODUCT, lambda case: case.cost.flops, 0.65),
     ),
     Target(
-        f"decode attention of {LONG} or more: at least 0.9 times as fast as FlashMLA, device clock",
+        f"decode attention of {LONG_CALL} or more: at least 0.9 times as fast as FlashMLA, device clock",
         against("FlashMLA", "flash_mla", 0.9),
     ),
     Target(
-        f"decode attention of {LONG} or more: at least 0.85 times as fast as FlashInfer, device clock",
+        f"decode attention of {LONG_CALL} or more: at least 0.85 times as fast as FlashInfer, device clock",
         against("FlashInfer", in_turns.FLASHINFER, 0.85),
     ),
 )

@@ -21,7 +21,7 @@ from mla.command import console
 from mla_backends.errors import describe, one_line
 from mla_backends.triton_ops import Tuning, triton_ops
 
-SECONDS = 100  # of one kernel
+KERNEL_SECONDS = 100
 FORKED = multiprocessing.get_context("fork")  # launches hold what cannot be sent to another process
 
 
@@ -54,7 +54,7 @@ def compile_all(wanted: Iterable[Launch], jobs: int, left: Callable[[], float]) 
     running: dict[Any, tuple[Any, Launch]] = {}  # a process by what is waited for
     while running or (waiting and left() > 1):
         if waiting and len(running) < jobs and left() > 1:
-            launch, seconds = waiting.pop(0), max(1, int(min(SECONDS, left())))
+            launch, seconds = waiting.pop(0), max(1, int(min(KERNEL_SECONDS, left())))
             process = FORKED.Process(target=_compile, args=(launch, seconds), daemon=True)
             process.start()
             running[process.sentinel] = process, launch

@@ -110,14 +110,14 @@ FULL = (
     ),
 )  # fmt: skip
 
-_TINY = (Tile(16, 32, 4, 1), Tile(16, 16, 4, 1))
-_TINY_CHANGES: tuple[Change, ...] = ({"programs": 2}, {"halves": False})
+_SMOKE_TILES = (Tile(16, 32, 4, 1), Tile(16, 16, 4, 1))
+_SMOKE_CHANGES: tuple[Change, ...] = ({"programs": 2}, {"halves": False})
 SMOKE = (
-    TileClass("latent-16", "latent", 1, (Shape(2, 70, 4),), _TINY, _TINY_CHANGES),
-    TileClass("latent-64", "latent", 33, (Shape(1, 40, 34),), _TINY, _TINY_CHANGES),
-    TileClass("latent-128", "latent", 65, (Shape(1, 40, 66),), _TINY[:1]),
-    TileClass("expanded-64", "expanded", 1, (Shape(2, 40, 2, 20),), _TINY),
-    TileClass("expanded-128", "expanded", 65, (Shape(1, 66, 2, 66),), _TINY[:1]),
+    TileClass("latent-16", "latent", 1, (Shape(2, 70, 4),), _SMOKE_TILES, _SMOKE_CHANGES),
+    TileClass("latent-64", "latent", 33, (Shape(1, 40, 34),), _SMOKE_TILES, _SMOKE_CHANGES),
+    TileClass("latent-128", "latent", 65, (Shape(1, 40, 66),), _SMOKE_TILES[:1]),
+    TileClass("expanded-64", "expanded", 1, (Shape(2, 40, 2, 20),), _SMOKE_TILES),
+    TileClass("expanded-128", "expanded", 65, (Shape(1, 66, 2, 66),), _SMOKE_TILES[:1]),
 )
 
 

@@ -40,10 +40,10 @@ AGREES, EACH, WINDOW, TURNS = 0.10, 0.02, 20.0, 5
 MAX_FORWARDS = 4096
 # A forward ends late if a copy to the host waits for so many milliseconds more once its clock has stopped,
 # beyond AGREES of its time. So may this share of the forwards, and these few, on a busy machine.
-LATE, SHARE, FEW = 0.05, 0.1, 2
+LATE_MS, LATE_SHARE, LATE_FORWARDS = 0.05, 0.1, 2
 # Forwards on new inputs: of a decode, or timed ones of passes that time only some. They may take so many
 # times as long as in the passes, and so many milliseconds longer.
-STEPS, SOME, SLOWER, MIN_EXCESS_MS = 8, 3, 1.5, 0.05
+DECODE_STEPS, TIMED_STEPS, SLOWER, MIN_EXCESS_MS = 8, 3, 1.5, 0.05
 # Rounds of them: others only make forwards slower, so the fastest on new inputs counts.
 ROUNDS = 12
 
@@ -95,7 +95,7 @@ class Unseen:
 
 def forwards(steps: Steps, prefill: bool) -> int:
     """Return how many forwards of a pass are run on inputs that nothing has seen."""
-    most = 1 if prefill else STEPS if len(steps.timed) == len(steps.run) else SOME
+    most = 1 if prefill else DECODE_STEPS if len(steps.timed) == len(steps.run) else TIMED_STEPS
     return steps.timed[min(len(steps.timed), most) - 1] + 1
 
 
@@ -114,8 +114,8 @@ def doubts(
 def late_doubt(passes: Sequence[PassTimes]) -> str:
     """Return why forwards were not done when their clock stopped, or nothing."""
     pairs = [pair for times in passes for pair in zip(times.late, times.inside, strict=True)]
-    late = [(rest, ms) for rest, ms in pairs if rest > AGREES * ms + LATE]
-    if len(late) <= max(FEW, SHARE * len(pairs)):
+    late = [(rest, ms) for rest, ms in pairs if rest > AGREES * ms + LATE_MS]
+    if len(late) <= max(LATE_FORWARDS, LATE_SHARE * len(pairs)):
         return ""
     rest, ms = (median(values) for values in zip(*late, strict=True))
     return (

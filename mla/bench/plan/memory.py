@@ -23,7 +23,6 @@ from mla.bench.subjects.setting import SPARE_PAGES, Setting, implementation_sett
 from mla.bench.workload.grid import Point
 from mla.bench.workload.implementations import Named, is_ours, parse_one
 from mla.cases.varied import Pool
-from mla.errors import OutOfMemory
 from mla.layer.plan import WORKSPACE_BYTES, grown_bytes, rebuilt_bytes
 from mla.layer.rope import RotaryTable
 from mla.parallel.layer import scratch_per_token
@@ -104,14 +103,6 @@ class MemoryPlan:
     def with_available(self, available: Available) -> MemoryPlan:
         """Return the same needs next to what is available now."""
         return replace(self, device_available=available.device, host_available=available.host)
-
-    def require(self) -> None:
-        """Raise `OutOfMemory` when not even one implementation fits."""
-        if not self.fits:
-            raise OutOfMemory(
-                f"this run needs {self.shortage()}: use fewer requests, shorter histories or a smaller "
-                "config."
-            )
 
     def shortage(self) -> str:
         """Return what one implementation needs and what there is, as a clause."""

@@ -325,7 +325,7 @@ def _of_ranks(options: RunOptions) -> Iterator[str]:
         yield f"{options.foreign[0]} runs on one device: --parallel times mla and mla-reference."
     if not options.simulate:
         if options.link is not None:
-            yield "--link is what a simulation assumes of the ranks' link: add --simulate."
+            yield "--link sets the link of a simulation: add --simulate."
         return
     if layout is None:
         yield "--simulate predicts the ranks of a layout: add --parallel, as in tp=8."
@@ -347,8 +347,8 @@ def of_points(options: RunOptions, points: Sequence[Point]) -> Iterator[str]:
         selects = next((name for name in SELECTS if getattr(point, name) is not None), None)
         if selects and point.op is None:
             yield (
-                f"{selects} is that of one op: add --op sparse_latent_attention. A layer selects by itself, "
-                "as many as its config's index_topk."
+                f"{selects} applies to one op: add --op sparse_latent_attention. A layer takes its config's "
+                "index_topk."
             )
         if point.cache_format is not None and point.layers > 1:
             yield f"scenario '{point.name}': a cache format is measured with one layer."
@@ -373,17 +373,17 @@ def of_points(options: RunOptions, points: Sequence[Point]) -> Iterator[str]:
 
 def of_indexer(options: RunOptions, config: MLAConfig, points: Sequence[Point]) -> Iterator[str]:
     """Yield what is not measured of a layer with an indexer, or needs one."""
-    if not config.index_n_heads and any(point.index_format for point in points):
+    if not config.index_n_heads and any(point.index_format not in (None, "plain") for point in points):
         yield f"--index-format stores index keys, and '{config.name}' has no indexer: omit it."
     if not config.index_topk or all(point.op for point in points):
         return
     if not config.index_n_heads:
-        yield f"config '{config.name}' selects and has no indexer: give it index_n_heads."
+        yield f"config '{config.name}' has index_topk but no indexer: set its index_n_heads."
     about, layout = "a layer with an indexer is judged by", options.parallel
     if layout and layout.dp > 1 and not options.simulate:
         yield f"{about} one selection, and each part of dp makes its own: leave out dp of --parallel."
     if options.implementations and options.foreign:
-        yield f"{about} its own selection, if that is ours: leave out {options.foreign[0]}."
+        yield f"{about} the selection that it reports: leave out {options.foreign[0]}."
 
 
 def of_dtype(backend: Backend, dtype: object) -> Iterator[str]:

@@ -18,16 +18,17 @@ import torch
 from mla.bench import results
 from mla.bench.measure.target import MAX_S
 from mla.bench.measure.variants import Variants, forwards, stage_forwards
-from mla.bench.plan.memory import MemoryPlan, available_memory, gib, plan_memory
+from mla.bench.plan.memory import Available, MemoryPlan, available_memory, gib, plan_memory
 from mla.bench.results.cases import ADDED
 from mla.bench.subjects.fixture import Fixture, make_fixture
 from mla.bench.subjects.setting import Setting, implementation_setting, make_ops, scenario_setting
-from mla.bench.workload.grid import Point
+from mla.bench.workload.grid import AFFECTED, Point
 from mla.bench.workload.implementations import Named, is_ours, parse_one
 from mla.bench.workload.scenario import spoken
 from mla.command import environment
 from mla.command.console import note
 from mla.command.display import aligned
+from mla.errors import OutOfMemory
 from mla.text import counted, dtype_name, grouped
 from mla.verify.layer_oracle import State
 from mla_backends.errors import describe as describe_error
@@ -275,9 +276,23 @@ def _plan(request: Request, verbose: bool) -> None:
 
 def require_memory(request: Request) -> None:
     """Raise `OutOfMemory` when no scenario fits; those that do not are skipped in a run with others."""
-    plans = [scenario.memory for scenario in request.scenarios]
-    if not any(plan.fits for plan in plans):
-        min(plans, key=lambda plan: plan.device_bytes(1)).require()
+    if not any(scenario.memory.fits for scenario in request.scenarios):
+        least = min(request.scenarios, key=lambda scenario: scenario.memory.device_bytes(1))
+        raise OutOfMemory(f"this run needs {least.memory.shortage()}: {_what_fits(request, least)}.")
+
+
+def _what_fits(request: Request, scenario: ScenarioPlan) -> str:
+    """Return what fits instead: for an op that selects, the largest power of two below its top-k."""
+    topk, memory = scenario.setting.config.index_topk, scenario.memory
+    available = Available(memory.device_available, memory.host_available)
+    powers = range((topk - 1).bit_length() - 1, -1, -1) if scenario.point.op in AFFECTED["topk"] else ()
+    for smaller in (1 << power for power in powers):
+        point = msgspec.structs.replace(scenario.point, topk=smaller)
+        fixture = make_fixture(scenario_setting(request.setting, point), point)
+        needs = plan_memory(fixture, request.implementations, False, False, available, memory.sweep > 0)
+        if needs.fits:
+            return f"--topk {smaller} fits"
+    return "use fewer requests, shorter histories or a smaller config"
 
 
 @dataclass

@@ -76,8 +76,8 @@ def resolve(options: RunOptions, join: Join | None = None, resumed: results.Run 
         if not listed and "mla-reference" not in names:
             note("mla-reference is skipped: no fused op was chosen, so it is identical to mla")
         ours = {name: parse_one(name) for name in names if is_ours(name)}
-        own = {name: dict(implementation_setting(setting, named).overrides) for name, named in ours.items()}
-        commands.refuse(commands.of_roles(options, points, own))
+        asked = {name: dict(implementation_setting(setting, named).overrides) for name, named in ours.items()}
+        commands.refuse(commands.of_roles(options, points, asked))
         return Request(
             setting=setting,
             scenarios=plans,
@@ -243,8 +243,8 @@ def _ranks(
         layout.check(config.with_heads(point.heads) if point.heads else config)
         if layout.dp > len(point.query_lens):
             raise UsageError(
-                f"layout '{layout}' splits the requests of '{point.name}' {layout.dp} ways, and there "
-                f"{'is one' if len(point.query_lens) == 1 else f'are {len(point.query_lens)}'}."
+                f"layout '{layout}' needs {layout.dp} requests or more, and '{point.name}' has "
+                f"{len(point.query_lens)}: add requests, or lower dp to {len(point.query_lens)}."
             )
     assert join is not None
     ranks: Ranks = join(options, opened, layout)

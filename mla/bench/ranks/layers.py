@@ -238,7 +238,7 @@ class LeadLayer(Implementation):
         rows = [Requests.of(self.scenario, part, count).rows(self.scenario) for part in range(count)]
         far = [0.0] * count
         for _, forward in checker.forwards(self._whole(copy), self._number, **self._taken(copy)):
-            error = (forward.found.cpu().double() - forward.expected).nan_to_num(*[torch.inf] * 3)
+            error = (forward.actual.cpu().double() - forward.expected).nan_to_num(*[torch.inf] * 3)
             far = [max(old, float(error[part].norm())) for old, part in zip(far, rows, strict=True)]
         return ranks[far.index(max(far))]
 

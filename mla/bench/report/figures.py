@@ -20,8 +20,8 @@ from mla.bench.results.schema import Interval
 from mla.bench.terminal.digits import number
 
 Draw = Callable[[Figure], None]
-# Inches. Text has about 15 pixels in a wide chart on a page, and 11 in a narrow one on a phone.
-WIDE, NARROW = 10.0, 4.4
+# Text has about 15 pixels in a wide chart on a page, and 11 in a narrow one on a phone.
+WIDE_INCHES, NARROW_INCHES = 10.0, 4.4
 # Inches of a line of text, and of a letter: rather too wide than too narrow.
 LINE, LETTER = 0.19, 0.087
 # A bar this many times as long as the next shorter one is broken off: the others could not be told apart.

@@ -19,8 +19,8 @@ from mla.bench.report.data import LATENCY, THROUGHPUT, Curve, Entry, Quantity, R
 from mla.bench.report.figures import (
     DASHES,
     MARKERS,
-    NARROW,
-    WIDE,
+    NARROW_INCHES,
+    WIDE_INCHES,
     Chart,
     Draw,
     Line,
@@ -84,7 +84,7 @@ def render(paths: Sequence[str], runs: Sequence[Run]) -> str:
 
 def _images(chart: Chart) -> Iterator[tuple[str, str]]:
     """Yield the CSS class and the source of a chart for either width and mode; the style sheet shows one."""
-    for width, inches in (("wide", WIDE), ("narrow", NARROW)):
+    for width, inches in (("wide", WIDE_INCHES), ("narrow", NARROW_INCHES)):
         for mode in get_args(figures.Mode):
             encoded = base64.b64encode(svg(chart, mode, inches).encode("utf-8", "replace"))
             yield f"{width} {mode}", f"data:image/svg+xml;base64,{encoded.decode()}"
@@ -116,7 +116,7 @@ def pictures(paths: Sequence[str], runs: Sequence[Run]) -> dict[str, str]:
             taken[chart.name] += 1
             name = chart.name + f"-{taken[chart.name]}" * (taken[chart.name] > 1)
             for mode in get_args(figures.Mode):
-                made[f"{name}-{mode}.svg"] = svg(chart, mode, NARROW, titled=True)
+                made[f"{name}-{mode}.svg"] = svg(chart, mode, NARROW_INCHES, titled=True)
     return made
 
 
@@ -226,7 +226,7 @@ class Charts:
             legend = [Line(name, self._colours[name], "s") for name in names]
             legend += [Line(base, "ink", _nth(MARKERS, bases, base)) for base in bases]
         finding = _sentence([f"{case_name(case)}, {verdict.near(case)}" for case in cases], "cases")
-        finding += " This file has no limits, so there is no roof to draw." * (not roofs)
+        finding += " This file has no limits: the roof is left out." * (not roofs)
         draw = figures.roofline(_roof_lines(roofs, [line.points[0].x for line in lines]), lines, legend)
         return _chart("", f"Roofline {file.key}".strip(), entries, finding, draw)
 

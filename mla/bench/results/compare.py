@@ -289,7 +289,7 @@ def _verdict(interval: Interval | None, noise: float) -> str:
 
 # -------------------------------------------------------------------------------------------- strong scaling
 
-ONE = "one device"
+ONE_DEVICE = "one device"
 
 
 @dataclass(frozen=True)
@@ -338,7 +338,7 @@ class Scaled:
     @property
     def layout(self) -> str:
         """The layout, and whether the time is predicted."""
-        layout = self.case.spread.layout if self.case.spread else ONE
+        layout = self.case.spread.layout if self.case.spread else ONE_DEVICE
         return layout + f" ({WORD})" * is_predicted(self.case)
 
     @property

@@ -80,9 +80,9 @@ class _Head(msgspec.Struct):
     def other(self) -> str:
         """Return what another file holds and how to read it; "" for a run, or what nobody knows."""
         if self.report == "ceilings":
-            return "it holds ceilings; `python -m mla.bench show` prints them."
+            return "it holds ceilings; `mla-bench show` prints them."
         if self.checks is not None and self.planned is not None:
-            return "it holds a report of `python -m mla.conformance`, whose card is printed when it is made."
+            return "it holds a report of `mla-conformance`, whose card is printed when it is made."
         return ""
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mla_backends.api import Backend
 
 # Footprints: powers of 4 from the smallest to the largest, or to so many caches, or a share of memory.
-SMALLEST, LARGEST, CACHES, MEMORY_SHARE = 256 << 10, 1 << 30, 4, 4
+LEAST_BYTES, MOST_BYTES, CACHES, MEMORY_SHARE = 256 << 10, 1 << 30, 4, 4
 # New tokens of a forward in the standard scenarios: a decode step and a prefill.
 TOKENS = (16, 704)
 # Seconds after which nothing more is begun.
@@ -46,11 +46,11 @@ Task = tuple[str, Callable[[], list[Ceiling]]]
 
 def footprints(cache: int | None, free: int | None) -> list[int]:
     """Return the bytes that are read and copied, ascending: powers of 4, and the largest power of 2."""
-    limits = [LARGEST]
+    limits = [MOST_BYTES]
     limits += [CACHES * cache] if cache else []
     limits += [free // MEMORY_SHARE] if free else []
-    limit = max(SMALLEST, min(limits))
-    sizes = [size for size in (SMALLEST << 2 * power for power in range(16)) if size <= limit]
+    limit = max(LEAST_BYTES, min(limits))
+    sizes = [size for size in (LEAST_BYTES << 2 * power for power in range(16)) if size <= limit]
     last = 1 << limit.bit_length() - 1
     return [*sizes, last] if last > sizes[-1] else sizes
 

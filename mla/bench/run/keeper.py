@@ -104,7 +104,7 @@ def not_found(outcome: Search) -> str:
     if outcome.refused:
         return outcome.refused
     if not outcome.judged:
-        return "no op of its forwards can be judged alone, so there is no call to keep"
+        return "no call is kept: none of its ops can be judged alone"
     again = f"{counted(outcome.forwards, 'forward')}"
     return (
         f"the failure did not repeat: every op was right in {again} repeated op by op. It may be a race, or "
@@ -120,7 +120,7 @@ def layer_tensors(impl: Implementation, checker: Any) -> Tensors:
     if chosen is None:
         return {}
     index, forward = chosen
-    outputs = {"output": forward.found.cpu(), "expected": forward.expected}
+    outputs = {"output": forward.actual.cpu(), "expected": forward.expected}
     impl.restore(present_pass(impl))
     impl.before(index)
     return {"hidden": impl.x.to("cpu", copy=True), **outputs}
@@ -131,7 +131,7 @@ def first_wrong(impl: LayerImplementation, checker: Any) -> tuple[int, Forward] 
     first = None
     for index, forward in impl.forwards(checker):  # one by one: what is expected of all takes much memory
         first = first or (index, forward)
-        alone = forward.found.shape == forward.expected.shape  # of several layers together it cannot be told
+        alone = forward.actual.shape == forward.expected.shape  # of several layers together it cannot be told
         if alone and checker.check_forwards([forward], impl.held_to_reference).status != "ok":
             return index, forward
     return first

@@ -186,7 +186,7 @@ class TakenChecker:
             reference.step(0)
             reference.after(0)
             forward = next(reference.forwards(self))[1]
-            errors = row_errors(forward.found, forward.expected)
+            errors = row_errors(forward.actual, forward.expected)
             self.typical = mean_over(errors, forward.expected.norm(dim=-1))
         return self.typical
 

@@ -16,7 +16,7 @@ from mla.bench.workload.grid import Point, roles_of
 from mla.bench.workload.implementations import Named
 from mla.bench.workload.scenario import Scenario
 from mla.cache.formats import Codec, codec_of, stored_format
-from mla.cache.index_formats import IndexFp8, index_codec
+from mla.cache.index_formats import IndexFp8, index_codec, stored_index_format
 from mla.command.console import note
 from mla.config import MLAConfig
 from mla.layer.ops import Ops, layer_roles
@@ -105,7 +105,7 @@ class Setting:
     @property
     def index_codec(self) -> IndexFp8 | None:
         """What encodes index keys; None where they are plain."""
-        return index_codec(self.index_format or "", self.config.index_head_dim)
+        return index_codec(stored_index_format(self.index_format), self.config.index_head_dim)
 
     @property
     def is_judged_after(self) -> bool:
@@ -147,7 +147,7 @@ def scenario_setting(setting: Setting, scenario: Point) -> Setting:
         dtype=getattr(torch, scenario.dtype) if scenario.dtype else setting.dtype,
         page_size=scenario.page_size or setting.page_size,
         cache_format=scenario.cache_format,
-        index_format=None if scenario.index_format == "plain" else scenario.index_format,
+        index_format=scenario.index_format,
         layers=scenario.layers,
     )
 

@@ -20,7 +20,7 @@ NOISY = 1.5
 # Relative change over all passes above which a case is said to drift.
 DRIFTS = 0.05
 # Share of outliers, and multiple of the median taken by the slowest, above which they are mentioned.
-MANY, LONG = 0.01, 10.0
+OUTLIER_SHARE, OUTLIER_RATIO = 0.01, 10.0
 # Kinds of warnings about one fact, a busy machine.
 BUSY = ("not settled", "noisy", "drifts", "outliers")
 # The fact of an environment that says how many CPUs others used, such as "1.6 of 2"; absent if they are idle.
@@ -181,7 +181,7 @@ def _of_latency(latency: Latency) -> Iterator[tuple[str, str]]:
         change = f"{100 * abs(latency.drift):.0f} % {'slower' if latency.drift > 0 else 'faster'}"
         yield "drifts", f"{change} over its passes; the clock, the temperature or another load changed"
     longest, count = max(latency.samples) / latency.median, latency.outliers or 0
-    if count > MANY * len(latency.samples) or (count and longest > LONG):
+    if count > OUTLIER_SHARE * len(latency.samples) or (count and longest > OUTLIER_RATIO):
         samples = f"{count} of {len(latency.samples)} samples"
         yield "outliers", f"{samples}, the slowest {number(longest)} times the median; all are kept"
 

@@ -31,9 +31,9 @@ SCALING_COLUMNS = ("latency ms", "speedup", "90% CI", "efficiency", "collectives
 RANK_COLUMNS = ("rank", "ms", "collectives ms", "imbalance", "sent", "cache", "weights")
 _STAGE_COLUMNS = ("ms", "share %", "FLOP/s", "GB/s", "% of limit")
 _MEASURED_RANKS = (
-    "A latency is that of the slowest rank, forward by forward. Collectives were clocked in a pass of their\n"
+    "A latency is the slowest rank's, forward by forward. Collectives were clocked in a pass of their\n"
     "own, and hold the wait for other ranks. Imbalance is against the median rank, collectives left out: as\n"
-    "these are of another pass, a few percent mean nothing. Measured limits are those of rank 0.\n\n"
+    "these are of another pass, a few percent mean nothing. Measured limits are rank 0's.\n\n"
 )
 # Most cases that a remark about many names.
 MAX_NAMED = 3

@@ -177,7 +177,7 @@ def _numbers(name: str, item: str) -> list[int]:
         )
     first, last, by = (_number(match[group]) for group in (1, 2, 4))
     if first > last or by < 1 or (match[3] == "*" and (by < 2 or first < 1)):
-        raise UsageError(f"the range '{item}' does not ascend.")
+        raise UsageError(f"the range '{item}' does not ascend: write 1..8+1 or 1..8*2.")
     values = [_checked(name, first)]
     while len(values) <= MAX_POINTS:  # one too many tells the caller
         value = values[-1] * by if match[3] == "*" else values[-1] + by
@@ -206,7 +206,7 @@ def _point(scenario: Scenario, values: Mapping[str, Any]) -> Point:
     axis = next((name for name in LENGTHS if name in values), None)
     if scenario.batch_spec and axis:
         raise UsageError(
-            f"axis {axis}: the lengths of '{scenario.name}' are those of a batch spec; list a spec for each "
+            f"axis {axis}: the lengths of '{scenario.name}' come from a batch spec: list a spec for each "
             f"value of {axis}, or use the axes heads, {', '.join(OVERRIDES[:-1])} and {OVERRIDES[-1]}."
         )
     lengths = itertools.cycle(zip(scenario.query_lens, scenario.history, strict=True))

@@ -83,7 +83,8 @@ def check_lengths(where: str, scenario: Scenario) -> None:
     """Raise `UsageError` for impossible request lengths."""
     if len(scenario.query_lens) != len(scenario.history):
         raise UsageError(
-            f"{where}: query_lens has {len(scenario.query_lens)} requests, history {len(scenario.history)}."
+            f"{where}: query_lens has {len(scenario.query_lens)} requests, history {len(scenario.history)}: "
+            "give both as many."
         )
     if not scenario.query_lens:
         raise UsageError(f"{where}: query_lens is empty; a scenario needs at least one request.")
@@ -92,7 +93,7 @@ def check_lengths(where: str, scenario: Scenario) -> None:
     if min(scenario.history) < 0:
         raise UsageError(f"{where}: history must not be negative, got {min(scenario.history)}.")
     if max(scenario.final_lens) > MAX_COUNT:
-        raise UsageError(f"{where}: no request may grow beyond {MAX_COUNT} tokens.")
+        raise UsageError(f"{where}: no request may grow beyond {MAX_COUNT} tokens: shorten its history.")
 
 
 # -------------------------------------------------------------------------------- as users type them

@@ -188,7 +188,7 @@ FEW_HEADS = (*range(1, 34), 40, 48, 57, 63, 96, 127, 128)
 KEYS = (*around(*BORDERS, 512, 1024, 2048), 96, 160, 192, 320, 448, 576, 704, 1600)
 # Heads that models have.
 USUAL_HEADS = (16, 20, 24, 32, 40, 48, 64, 96, 128)
-MANY = 40  # heads, from which on fewer tokens do
+FEWER_TOKENS_FROM = 40  # heads, as many of them fill as many tiles
 # Keys that leave every rest in a tile of up to 128, behind a whole one.
 RESTS = tuple(range(129, 257))
 FEW_TOKENS = tuple(range(1, 34))  # new tokens that leave every rest in a tile of up to 32
@@ -204,12 +204,12 @@ def heads(make: Make) -> Iterator[OpCase]:
     """Any number of heads from 1 to 128 is served, or refused with a reason."""
     for count in FEW_HEADS:
         yield make((1, 1), (9, 3), count)
-        more = (6, 7, 8, 9) if count < MANY else ()  # of many heads, few tokens fill as many tiles
+        more = (6, 7, 8, 9) if count < FEWER_TOKENS_FROM else ()
         yield make((2, 1, 3, 4, 5, *more), (2, 66, 3, 7, 5, *(16, 7, 9, 9)[: len(more)]), count)
         if make is expanded:
             yield make((2, 1, 5), (9, 3, 7), count, causal=False)
         if count in USUAL_HEADS:
-            last = slice(3 if count < MANY else 2)
+            last = slice(3 if count < FEWER_TOKENS_FROM else 2)
             yield make((10, 17, 33)[last], (12, 17, 40)[last], count)
 
 

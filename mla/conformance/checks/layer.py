@@ -29,7 +29,7 @@ from mla.verify.tolerances import ALLOWED, TWICE, relative_error, same_bits
 from mla.verify.verdict import Check
 
 # Small, but with the head widths that kernels are made for: without and with a query LoRA.
-PLAIN = MLAConfig(
+PLAIN_CONFIG = MLAConfig(
     256, 16, rope_scaling=YarnScaling(40, 4096, mscale=0.707, mscale_all_dim=0.707), name="plain"
 )
 LORA = MLAConfig(
@@ -61,7 +61,7 @@ INDEXED = tuple(
 SHARING = replace(INDEXED[0], index_n_heads=0, name="shared selection")
 MODES = ("auto", "absorbed", "expanded")
 BOTH = MODES[1:]  # which "auto" chooses between
-plain = partial(LayerCase, config=PLAIN)
+plain = partial(LayerCase, config=PLAIN_CONFIG)
 # A prefill, a decode, several tokens after a history, and a request without new tokens.
 MIXED = ((20, 1, 0, 3), (0, 70, 5, 64))
 # Two requests cross the end of a page within eight steps, and one of them is the longest.
@@ -149,7 +149,7 @@ def expect_untouched(call: LayerCall, before: torch.Tensor, written: torch.Tenso
 @layer_check("mixed", "tokens that land in the rows of another request, or see what they should not")
 def mixed(trial: Trial) -> None:
     """Prefill, decode, several tokens after a history and a request without any share a batch."""
-    check_layer(trial, *(LayerCase(*MIXED, config) for config in (PLAIN, LORA)), modes=MODES)
+    check_layer(trial, *(LayerCase(*MIXED, config) for config in (PLAIN_CONFIG, LORA)), modes=MODES)
 
 
 @layer_check("decode", "a token that is cached at the wrong place, which only later steps see", "state")
@@ -204,7 +204,8 @@ FIRST_FORMAT = "fp8_ds_mla"  # the one that is rebuilt as well: that is the same
 )
 def formats(trial: Trial) -> None:
     """The output is that of what the step has cached; this errs by no more than its format does."""
-    codecs = {name: codec_of(name, PLAIN.kv_lora_rank, PLAIN.qk_rope_head_dim) for name in FORMATS}
+    widths = PLAIN_CONFIG.kv_lora_rank, PLAIN_CONFIG.qk_rope_head_dim
+    codecs = {name: codec_of(name, *widths) for name in FORMATS}
     stored = {name: codec for name, codec in codecs.items() if codec and not isinstance(codec, Plain)}
     for name, codec in {None: None, **stored}.items():
         for mode in BOTH if name == FIRST_FORMAT else BOTH[:1]:
@@ -282,7 +283,7 @@ def two_layers(trial: Trial, call: LayerCall, mode: str) -> None:
 )
 def state_dict(trial: Trial) -> None:
     """The layer returns the weights it was given, bit for bit."""
-    for config in (PLAIN, VARIANT):
+    for config in (PLAIN_CONFIG, VARIANT):
         with trial.case(config.name):
             given, back = weights(config, trial.dtype), make_layer(trial, config, "auto").state_dict()
             expect(set(back) == set(given), "state_dict() has different names from the weights it was given")
@@ -428,7 +429,7 @@ CAPTURED = "an op that waits, allocates or reads its inputs on the host while ca
 @layer_check("graph", CAPTURED, "state")
 def graph(trial: Trial) -> None:
     """A captured forward gives the right output for new inputs and other cache contents."""
-    for config in (PLAIN, INDEXED[0]):
+    for config in (PLAIN_CONFIG, INDEXED[0]):
         first, second = (LayerCase((1, 1, 1), (50, 10, 100), config, seed=seed) for seed in (0, 1))
         with trial.case(first.label):
             call, other, again = (prepare(trial, case, "absorbed") for case in (first, second, first))

@@ -134,8 +134,8 @@ def pack(trial: Trial, example: OpCase) -> None:
 MOST_ROWS = 5003
 # Every rest of small tiles; then beside powers of two, which sizes of blocks and their multiples are.
 ROW_COUNTS = (*range(1, 34), 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1023, 1024, 1025, 2049)
-# More than the 65535 blocks that a grid's second and third dimension may have; and widths for so many.
-BEYOND_GRID, NARROW = 66_001, 16
+# More rows than the 65535 blocks of a grid's second and third dimension; and their widths.
+BEYOND_GRID, NARROW_WIDTH = 66_001, 16
 # Every rest of a tile of up to 32 heads, and what layers have.
 HEADS = (*range(1, 34), 40, 48, 63, 64, 65, 96, 127, 128)
 
@@ -145,7 +145,7 @@ def rows(example: OpCase) -> Iterator[OpCase]:
     """From one row to thousands, every row is right."""
     widths = {"kv_lora_rank", "qk_rope_head_dim", "in_features", "out_features", "features", "head_dim"}
     widths |= {"rope_head_dim"}
-    narrow = dict.fromkeys(widths & set(example.entry.letters.values()), NARROW)
+    narrow = dict.fromkeys(widths & set(example.entry.letters.values()), NARROW_WIDTH)
     few = [*of_tokens(example, *ROW_COUNTS), example.but(**narrow, tokens=BEYOND_GRID)]
     return by_turns([*few, example.but(tokens=MOST_ROWS)])
 

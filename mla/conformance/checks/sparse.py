@@ -45,9 +45,9 @@ DECODE = (1, 1, 1, 1, 1), (333, 70, 100, 64, 3)
 # New tokens and keys: across top-k, beyond it, within it, and after a history.
 SEVERAL = (70, 5, 1, 3, 2), (130, 300, 65, 3, 129)
 REQUESTS = 300
-LONG = (1 << 17) + 70  # keys: more than 17 bits count
+LONG_CONTEXT = (1 << 17) + 70  # needs more than 17 bits
 # Keys whose scores share all leading bits, more than a bin has room for; and a top-k that large models have.
-CROWD, MANY = 6000, 2048
+CROWDED_KEYS, LARGE_TOPK = 6000, 2048
 
 
 # -------------------------------------------------------------------------------------------- selecting
@@ -63,8 +63,8 @@ def scores(make: Make) -> Iterator[OpCase]:
 @op_cases("crowded", "numbers", "a bin of candidates that overflows", SELECT)
 def crowded(make: Make) -> Iterator[OpCase]:
     """Thousands of tokens whose scores have the same leading bits are told apart."""
-    for topk in (TOPK, MANY):
-        yield make((1, 2), (CROWD, 700), 4, topk=topk, values=("crowded scores",))
+    for topk in (TOPK, LARGE_TOPK):
+        yield make((1, 2), (CROWDED_KEYS, 700), 4, topk=topk, values=("crowded scores",))
 
 
 # ------------------------------------------------------------------------------------------- attending
@@ -111,4 +111,4 @@ def positions(make: Make) -> Iterator[OpCase]:
         SMALL_SPEC if make is sparse else {"head_dim": 32, "rope_head_dim": 16}
     )  # or wider, for an op that serves no such
     for how in ("recent", "random"):
-        yield make((1, 2), (LONG, 70), 2, selection=how, aimed=how == "random", **narrow)
+        yield make((1, 2), (LONG_CONTEXT, 70), 2, selection=how, aimed=how == "random", **narrow)

@@ -60,7 +60,7 @@ def visible_keys(
     fits = attention_mask.ndim == 2 and tokens <= attention_mask.shape[1] <= kv_length
     if not fits or attention_mask.shape[0] != batch_size:
         raise UnsupportedModel(
-            f"attention_mask has shape {list(attention_mask.shape)}, and there are {tokens} tokens so far of "
+            f"attention_mask has shape {list(attention_mask.shape)} for {tokens} tokens so far of "
             f"{batch_size} requests: `use_mla` takes a mask [batch, tokens] of all tokens so far."
         )
     return _marked(attention_mask[:, None, None, :tokens].to("cpu", torch.int32), q_length)
@@ -102,7 +102,7 @@ def survey(model: Any) -> Survey:
     """Return what there is to serve. Raises `UnsupportedModel`."""
     if isinstance(model, type) or not hasattr(model, "set_attn_implementation"):
         kind = type(model).__name__
-        raise UnsupportedModel(f"{kind} is not a loaded model of `transformers` 5.20 or later.")
+        raise UnsupportedModel(f"{kind} is not a model of `transformers` 5.20 or later: load one first.")
     layers = find_attention(model)
     if any(hasattr(layer, "mla_attention") for layer in layers):
         raise UnsupportedModel("this model runs our ops already: call `restore(model)` first.")
@@ -209,7 +209,8 @@ def _faults_of(layer: Any, config: MLAConfig) -> Iterator[str]:
             "it first."
         )
     if abs(layer.scaling - config.softmax_scale) > 1e-6 * config.softmax_scale:
-        yield f"{kind} scales logits by {layer.scaling:.6g}, and its config says {config.softmax_scale:.6g}."
+        scale = f"{layer.scaling:.6g}, and its config says {config.softmax_scale:.6g}"
+        yield f"{kind} scales logits by {scale}: this class computes another model."
 
 
 def _projections(layer: Any) -> list[tuple[str, Any]]:
@@ -298,8 +299,8 @@ def _check_shapes(given: dict[str, Any], masks: list[torch.Tensor], caches: list
     mask = given.get("attention_mask")
     if not caches and isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape != shape:
         raise UnsupportedModel(
-            f"attention_mask has shape {list(mask.shape)}, and there are {shape[1]} tokens of {shape[0]} "
-            "requests: without a cache, `use_mla` takes a mask [batch, tokens] of these."
+            f"attention_mask has shape {list(mask.shape)} for {shape[1]} tokens of {shape[0]} requests: "
+            "without a cache, `use_mla` takes a mask [batch, tokens]."
         )
     if given.get("position_ids") is None and any(getattr(cache, "is_uneven", False) for cache in caches):
         raise UnsupportedModel(NOT_NUMBERED)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import mla
+from mla.cache.index_formats import stored_index_format
 from mla.integrations.transformers.admission import (
     NAME,
     PROJECTIONS,
@@ -51,7 +52,7 @@ def use_mla(
     """Have a loaded `transformers` model attend its cached latents through our ops; return it.
 
     `backend` is a name, with `arguments` of `mla.load_backend`, or what that returned. With a `cache_format`
-    other than the model's dtype, such as "fp8_ds_mla", or an `index_format` of its index keys, "fp8", the
+    other than the model's dtype, such as "fp8_ds_mla", or the `index_format` "fp8" of its index keys, the
     model takes a `PagedCache` alone, which holds it.
     Caches, generation and all other layers stay those of
     `transformers`. Raises `UnsupportedModel`, before anything is changed, for a model that cannot be served,
@@ -60,8 +61,8 @@ def use_mla(
     surveyed = survey(model)
     opened = backend if isinstance(backend, Backend) else _load(backend, surveyed.device, arguments)
     if opened is backend and arguments:
-        raise UnsupportedModel(f"{', '.join(arguments)}: such arguments go to `mla.load_backend`.")
-    if index_format and not surveyed.config.index_n_heads:
+        raise UnsupportedModel(f"this backend is open: give {', '.join(arguments)} to `mla.load_backend`.")
+    if stored_index_format(index_format) and not surveyed.config.index_n_heads:
         raise UnsupportedModel("this model has no indexer, and so no index keys: leave index_format out.")
     if opened.device is None or not _same(opened.device, surveyed.device):
         name = getattr(backend, "name", backend)

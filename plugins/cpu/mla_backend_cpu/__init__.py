@@ -59,7 +59,7 @@ class Cpu(Backend):
         import torch
 
         if index not in (None, 0):
-            raise BackendError(f"backend 'cpu' has one device, so there is no device {index}.")
+            raise BackendError(f"backend 'cpu' has no device {index}: it has 1, numbered from 0.")
         _, self._threads_from = host.set_threads(self.options)
         self._ops = {
             **native_ops(self._native),

@@ -168,7 +168,7 @@ def test_threads_are_the_least_that_anything_allows_unless_a_number_is_given(
 
 
 def test_there_is_only_one_cpu() -> None:
-    with pytest.raises(BackendError, match="backend 'cpu' has one device, so there is no device 3"):
+    with pytest.raises(BackendError, match="backend 'cpu' has no device 3: it has 1, numbered from 0"):
         mla.load_backend("cpu", index=3)
     assert mla.load_backend("cpu", index=0).device == torch.empty(0).device
 

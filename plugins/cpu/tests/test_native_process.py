@@ -77,7 +77,7 @@ def test_thousands_of_decode_steps_take_no_more_memory() -> None:
 def decode(count):
     for i in range(count):
         if i % 100 == 0:
-            for one in ids: cache.truncate(one, 0)
+            for sequence in ids: cache.truncate(sequence, 0)
         step()
     return status("VmRSS")
 step(300)

@@ -69,9 +69,7 @@ class Nvidia(TritonBackend, CudaBackend):
         name = str(self.properties().name)
         if any(word in name.lower() for word in FOREIGN):
             reason = f"torch.cuda offers '{name}', not an NVIDIA device"
-            raise DeviceUnavailable(
-                self.name, reason, "`python -m mla.bench list` shows the backend that serves it"
-            )
+            raise DeviceUnavailable(self.name, reason, "`mla-bench list` shows the backend that serves it")
 
     def architecture(self) -> tuple[int, int]:
         """Return the compute capability, (9, 0) for Hopper."""

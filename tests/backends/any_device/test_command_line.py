@@ -10,7 +10,7 @@ from typing import Any
 from mla.bench import results
 
 INSIDE = Path(__file__).parent / "inside"
-LEAST = "is_available,device_count,set_device,synchronize"
+REQUIRED = "is_available,device_count,set_device,synchronize"
 
 
 def read(tmp_path: Path) -> results.Run:
@@ -39,7 +39,7 @@ def test_a_device_torch_reports_gets_a_checked_number(bench: Any, tmp_path: Path
 def test_a_stack_that_offers_the_least_gets_one_too(bench: Any, tmp_path: Path) -> None:
     """No events, no properties, no counters; the user's index counts more than the launcher's number."""
     words = ("-O", "device=acme:1", "-o", "run.json")
-    done = bench(*words, ACME_HAS=LEAST, SLURM_LOCALID="0")
+    done = bench(*words, ACME_HAS=REQUIRED, SLURM_LOCALID="0")
     assert done.code == 0, done.err
     run = read(tmp_path)
     assert {case.check.status for case in run.cases} == {"ok"}

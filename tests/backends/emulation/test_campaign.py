@@ -15,8 +15,8 @@ from benchmarks.gpu import ask
 
 ask.CALLS, ask.ROUNDS, ask.BUSY, ask.FILLS = 2, 2, 16, 20
 for name in ask.QUESTIONS:
-    found, code = ask.answer(name, "nvidia")
-    print(msgspec.json.encode([name, code, found.answer], enc_hook=str).decode())
+    report, code = ask.answer(name, "nvidia")
+    print(msgspec.json.encode([name, code, report.answer], enc_hook=str).decode())
 """
 ANSWERS = {"launch": "", "event-gap": "", "copies-alive": "0 of ", "l2-flush": "reading "}
 

@@ -23,12 +23,12 @@ try:
 except BackendError as error:
     print(type(error).__name__)
     print(error)
-found = status({name!r})
-print("state:", found.state)
-print("from:", found.distribution, found.version)
-print("reason:", found.reason)
-print("hint:", found.hint)
-print("evidence:", found.evidence)
+state = status({name!r})
+print("state:", state.state)
+print("from:", state.distribution, state.version)
+print("reason:", state.reason)
+print("hint:", state.hint)
+print("evidence:", state.evidence)
 """
 
 CASES = {

@@ -315,7 +315,7 @@ except Exception as error:
 """
     assert python(code).splitlines() == [
         "device 1",
-        "BackendError backend 'local_code:it' has 2 device(s), so there is no device 5.",
+        "BackendError backend 'local_code:it' has no device 5: it has 2, numbered from 0.",
     ]
 
 

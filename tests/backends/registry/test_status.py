@@ -9,16 +9,16 @@ from typing import Any
 
 Python = Callable[..., str]
 
-ALL = """
+STATUSES = """
 import json, time
 from dataclasses import asdict
 from mla_backends.probe import statuses
 start = time.monotonic()
-found = [asdict(status) for status in statuses(timeout={timeout})]
-print(json.dumps([time.monotonic() - start, found]))
+told = [asdict(status) for status in statuses(timeout={timeout})]
+print(json.dumps([time.monotonic() - start, told]))
 """
 
-ONE = """
+STATUS = """
 import json
 from dataclasses import asdict
 from mla_backends.probe import status
@@ -26,14 +26,14 @@ print(json.dumps(asdict(status({name!r}))))
 """
 
 
-def one(python: Python, name: str, *fakes: str, **environment: str) -> dict[str, Any]:
-    status: dict[str, Any] = json.loads(python(ONE.format(name=name), *fakes, **environment))
+def status_of(python: Python, name: str, *fakes: str, **environment: str) -> dict[str, Any]:
+    status: dict[str, Any] = json.loads(python(STATUS.format(name=name), *fakes, **environment))
     return status
 
 
 def test_no_backend_can_spoil_the_report_on_the_others(python: Python) -> None:
     fakes = ["good", "hang", "crash", "broken_import", "no_device", "duplicate_a", "duplicate_b"]
-    seconds, statuses = json.loads(python(ALL.format(timeout=6), *fakes))
+    seconds, statuses = json.loads(python(STATUSES.format(timeout=6), *fakes))
     assert [(status["name"], status["state"]) for status in statuses] == [
         ("fake-broken-import", "import failed"),
         ("fake-crash", "no answer"),
@@ -65,8 +65,8 @@ print([module for module in sys.modules if module.startswith("fake_")])
 
 
 def test_evidence_survives_the_way_from_the_child(python: Python) -> None:
-    assert one(python, "fake-no-device", "no_device")["evidence"] == {"cards": "0"}
-    assert one(python, "fake-good", "good")["evidence"] == {"device": "host"}
+    assert status_of(python, "fake-no-device", "no_device")["evidence"] == {"cards": "0"}
+    assert status_of(python, "fake-good", "good")["evidence"] == {"device": "host"}
 
 
 def test_a_torch_that_does_not_import_is_explained(python: Python, tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_torch_that_does_not_import_is_explained(python: Python, tmp_path: Pat
     (torch / "version.py").touch()
     (torch / "__init__.py").write_text("import torch.version\nraise OSError('libvendor.so: not found')\n")
     (tmp_path / "local_code.py").write_text("import torch\n")
-    status = one(python, "local_code:it")
+    status = status_of(python, "local_code:it")
     assert status["state"] == "import failed"
     assert status["reason"] == "importing module local_code raised OSError: libvendor.so: not found"
     assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in status["hint"]
@@ -83,18 +83,18 @@ def test_a_torch_that_does_not_import_is_explained(python: Python, tmp_path: Pat
 
 def test_a_missing_torch_is_not_taken_for_a_broken_one(python: Python, tmp_path: Path) -> None:
     (tmp_path / "local_code.py").write_text("import no_such_torch\n")
-    assert "AUTOLOAD" not in one(python, "local_code:it")["hint"]
+    assert "AUTOLOAD" not in status_of(python, "local_code:it")["hint"]
 
 
 def test_what_a_plugin_prints_does_not_hide_the_answer(python: Python, tmp_path: Path) -> None:
     code = "import atexit\nprint('loading', end='')\natexit.register(print, 'bye')\nit = 3\n"
     (tmp_path / "local_code.py").write_text(code)
-    assert one(python, "local_code:it")["reason"] == "module local_code has no hook"
+    assert status_of(python, "local_code:it")["reason"] == "module local_code has no hook"
 
 
 def test_a_child_that_leaves_without_an_answer_is_reported(python: Python, tmp_path: Path) -> None:
     (tmp_path / "local_code.py").write_text("import os\nos._exit(7)\n")
-    status = one(python, "local_code:it")
+    status = status_of(python, "local_code:it")
     assert status["state"] == "no answer"
     assert status["reason"] == "the probe exited with status 7 without an answer"
     assert "python -X faulthandler -m mla_backends.probe local_code:it" in status["hint"]
@@ -103,5 +103,5 @@ def test_a_child_that_leaves_without_an_answer_is_reported(python: Python, tmp_p
 def test_an_error_a_plugin_chose_itself_still_gets_one_of_the_states(python: Python, tmp_path: Path) -> None:
     text = "from mla_backends import BackendError\ndef it(options): raise BackendError('no licence')\n"
     (tmp_path / "local_code.py").write_text(text)
-    status = one(python, "local_code:it")
+    status = status_of(python, "local_code:it")
     assert (status["state"], status["reason"]) == ("import failed", "no licence")

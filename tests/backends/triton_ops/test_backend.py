@@ -24,13 +24,13 @@ class Acme(TritonBackend):
 
     name, device_type, api_version = "acme", "cpu", 1
     device = torch.device("cpu")  # as if set up
-    found: Any = None
+    reported: Any = None
 
     def device_info(self) -> DeviceInfo:
         return DeviceInfo(CARD)
 
     def properties(self) -> Any:
-        return self.found
+        return self.reported
 
     def default_tuning(self) -> Tuning:
         return SMALL
@@ -139,7 +139,7 @@ def test_a_file_that_is_no_tuning_is_the_users_mistake(
 )
 def test_shared_memory_is_what_the_device_reports(properties: Any, size: int | None) -> None:
     backend = Acme()
-    backend.found = properties
+    backend.reported = properties
     assert backend.shared_memory() == size
 
 

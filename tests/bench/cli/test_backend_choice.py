@@ -37,7 +37,7 @@ def test_no_usable_backend_lists_why(isolated: Bench) -> None:
     known = "; ".join(f"{name} (not installed)" for name in KNOWN)
     assert done.err == (
         "error: no backend is usable: fake-broken-import (import failed); fake-no-device (no device); "
-        f"{known}; torch (no device). `python -m mla.bench list` says why.\n"
+        f"{known}; torch (no device). `mla-bench list` says why.\n"
     )
 
 

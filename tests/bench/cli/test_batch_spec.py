@@ -20,7 +20,7 @@ from mla.bench.plan.resolve import resolve
 Bench = Callable[..., Any]
 
 CPU = ("--backend", "cpu", "--threads", "1", "--page-size", "16", "--cache", "warm")
-TINY = ("--config", "tiny.json")
+TINY_CONFIG = ("--config", "tiny.json")
 COUNTS = ("--runs", "6", "--passes", "6", "--warmups", "1")
 SPEC = "2q3s20_q5_3q1s9"
 LENGTHS = ([3, 3, 5, 1, 1, 1], [17, 17, 0, 8, 8, 8])
@@ -85,7 +85,7 @@ def same_work(case: results.Case, other: results.Case) -> bool:
 def test_a_spec_is_one_forward_at_exactly_its_lengths(bench: Bench, small: list[str]) -> None:
     """No cache grows from forward to forward: vLLM's tool repeats one batch as well."""
     specs = ("--batch-spec", f"{SPEC},q7", "--implementations", "mla", "-v", "-o", "run.json")
-    done = bench(*CPU, *TINY, *COUNTS, *specs)
+    done = bench(*CPU, *TINY_CONFIG, *COUNTS, *specs)
     assert done.code == 0, done.err
     first, second = sorted(read("run.json").cases, key=lambda case: len(case.scenario), reverse=True)
     assert (first.scenario, first.batch_spec, first.mode) == (SPEC, SPEC, "prefill")
@@ -98,7 +98,7 @@ def test_a_spec_is_one_forward_at_exactly_its_lengths(bench: Bench, small: list[
 
 def test_a_spec_runs_below_one_op_with_heads_of_its_own(bench: Bench, small: list[str]) -> None:
     words = (*COUNTS, "--op", "latent_attention", "--batch-specs", SPEC, "--heads", "3", "-o", "run.json")
-    done = bench(*CPU, *TINY, *words)
+    done = bench(*CPU, *TINY_CONFIG, *words)
     assert done.code == 0, done.err
     cases = read("run.json").cases
     assert {case.scenario for case in cases} == {f"latent_attention {SPEC} heads=3"}
@@ -111,11 +111,11 @@ def test_a_spec_runs_below_one_op_with_heads_of_its_own(bench: Bench, small: lis
 @pytest.mark.parametrize(
     "words",
     [
-        (*TINY, "--batch-spec", SPEC, "--heads", "2"),
-        (*TINY, "--batch-spec", f"{SPEC},q1", "-a", "heads=4", "-a", "dtype=fp32,bf16"),
-        (*TINY, "--batch-spec", SPEC, "--op", "w_uk", "--heads", "2"),
-        (*TINY, "--batch-spec", SPEC, "--op", "linear"),
-        (*TINY, "--batch-spec", SPEC, "--layers", "2"),
+        (*TINY_CONFIG, "--batch-spec", SPEC, "--heads", "2"),
+        (*TINY_CONFIG, "--batch-spec", f"{SPEC},q1", "-a", "heads=4", "-a", "dtype=fp32,bf16"),
+        (*TINY_CONFIG, "--batch-spec", SPEC, "--op", "w_uk", "--heads", "2"),
+        (*TINY_CONFIG, "--batch-spec", SPEC, "--op", "linear"),
+        (*TINY_CONFIG, "--batch-spec", SPEC, "--layers", "2"),
         ("--workload", "ops.toml"),
         ("--workload", "axes.toml"),
         ("--workload", "axes.toml", "--page-size", "64", "--dtype", "bfloat16"),
@@ -169,7 +169,7 @@ def test_an_option_replaces_an_axis_of_the_file(
 )
 @pytest.mark.usefixtures("files")
 def test_the_repro_line_and_resume_find_the_case_again(bench: Bench, words: tuple[str, ...]) -> None:
-    shape = () if "--workload" in words else (*TINY, "--runs", "2", "--passes", "2", "--warmups", "0")
+    shape = () if "--workload" in words else (*TINY_CONFIG, "--runs", "2", "--passes", "2", "--warmups", "0")
     arguments = (*CPU, *shape, *words, "--implementations", "mla")
     assert bench(*arguments, "-o", "run.json").code == 0
     (case,) = read("run.json").cases
@@ -284,7 +284,7 @@ def test_heads_that_a_config_does_not_have_are_named(bench: Bench) -> None:
         (["q1", "--kv", "2"], "error: --kv and --batch-spec are mutually exclusive: both give the lengths"),
         (
             ["q1", "-a", "kv=1,2"],
-            "error: axis kv: the lengths of 'q1' are those of a batch spec; list a spec",
+            "error: axis kv: the lengths of 'q1' come from a batch spec: list a spec",
         ),
         (
             ["q1", "-a", "heads=2", "--heads", "4"],

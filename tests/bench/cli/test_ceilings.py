@@ -136,7 +136,7 @@ def test_a_task_measures_its_own_device_and_writes_its_own_file(
         (["--dtype", "bf16,,fp32"], 2, "error: unknown dtype ''. Choose from: "),
         (["-O", "x"], 2, "error: -O takes KEY=VALUE, got 'x'."),
         (["-O", "x=1"], 2, "error: backend 'cpu' has no option 'x'; it knows: threads"),
-        (["--device", "7"], 3, "error: backend 'cpu' has one device, so there is no device 7."),
+        (["--device", "7"], 3, "error: backend 'cpu' has no device 7: it has 1, numbered from 0."),
         (["--device", "-1"], 2, "Error: Invalid value for '--device': -1 is not in the range"),
         (["-o", "no/c.json"], 2, "error: cannot write 'no/c.json': there is no folder 'no'."),
         (["--format", "csv"], 2, "Error: Invalid value for '--format': 'csv' is not one of"),

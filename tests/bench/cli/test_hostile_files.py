@@ -33,7 +33,7 @@ from mla_backends.triton_ops.tuning import read_tuning
 Bench = Callable[..., Any]
 Reader = Callable[[Path], object]
 
-TINY = MLAConfig(hidden_size=64, num_attention_heads=2)
+TINY_CONFIG = MLAConfig(hidden_size=64, num_attention_heads=2)
 # What a user names, and how it is read.
 NAMED: dict[str, Reader] = {
     "config.json": MLAConfig.from_pretrained,
@@ -47,8 +47,8 @@ NAMED: dict[str, Reader] = {
 # What lies in the folder that a user names.
 IN_A_FOLDER: dict[str, Reader] = {
     "model/config.json": lambda path: MLAConfig.from_pretrained(path.parent),
-    "model/model.safetensors": lambda path: read_layer(path.parent, TINY),
-    "model/model.safetensors.index.json": lambda path: read_layer(path.parent, TINY),
+    "model/model.safetensors": lambda path: read_layer(path.parent, TINY_CONFIG),
+    "model/model.safetensors.index.json": lambda path: read_layer(path.parent, TINY_CONFIG),
 }
 READERS = {**NAMED, **IN_A_FOLDER}
 
@@ -222,29 +222,29 @@ def test_what_a_file_says_of_itself_cannot_act_on_a_terminal(
     assert max(map(len, done.err.splitlines())) < 1000
 
 
-BIG = "99999999999999999999"  # beyond 2^64
+BEYOND_64_BITS = "99999999999999999999"  # beyond 2^64
 
 
 @pytest.mark.parametrize(
     "words",
     [
-        ["--runs", BIG],
-        ["--seed", BIG],
-        ["--device", BIG],
+        ["--runs", BEYOND_64_BITS],
+        ["--seed", BEYOND_64_BITS],
+        ["--device", BEYOND_64_BITS],
         ["--page-size", str(2**70)],
-        ["--threads", BIG],
-        ["-O", f"threads={BIG}"],
+        ["--threads", BEYOND_64_BITS],
+        ["-O", f"threads={BEYOND_64_BITS}"],
         ["-O", "threads=99999999999"],
-        ["-a", f"kv={BIG}"],
+        ["-a", f"kv={BEYOND_64_BITS}"],
         ["-a", f"page_size={2**40}"],
-        ["--batch-spec", f"{BIG}q1"],
-        ["--batch-spec", f"q1s{BIG}k"],
-        ["--parallel", f"tp={BIG}"],
-        ["--hang-after", BIG],
-        ["--budget", f"{BIG}h"],
-        ["--layer", BIG],
-        ["--op", "latent_attention", "--kv", BIG],
-        ["capacity", "--memory", f"{BIG}GiB"],
+        ["--batch-spec", f"{BEYOND_64_BITS}q1"],
+        ["--batch-spec", f"q1s{BEYOND_64_BITS}k"],
+        ["--parallel", f"tp={BEYOND_64_BITS}"],
+        ["--hang-after", BEYOND_64_BITS],
+        ["--budget", f"{BEYOND_64_BITS}h"],
+        ["--layer", BEYOND_64_BITS],
+        ["--op", "latent_attention", "--kv", BEYOND_64_BITS],
+        ["capacity", "--memory", f"{BEYOND_64_BITS}GiB"],
     ],
     ids=" ".join,
 )
@@ -255,7 +255,7 @@ def test_a_number_beyond_every_machine_is_refused_before_the_plan(words: list[st
     assert not any(word in done.err for word in ("Overflow", "raised", "ValueError"))
 
 
-@pytest.mark.parametrize("number", [str(2**64), "0x1" + "0" * 4000, "-" + BIG, "inf", "nan"])
+@pytest.mark.parametrize("number", [str(2**64), "0x1" + "0" * 4000, "-" + BEYOND_64_BITS, "inf", "nan"])
 @pytest.mark.parametrize(
     "key", ["query_lens", "history", "runs", "passes", "warmups", "heads", "layers", "axes", "name"]
 )

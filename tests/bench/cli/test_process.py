@@ -323,8 +323,8 @@ def test_host_threads_do_not_spin_for_long_unless_the_user_says_so(
     """OpenMP asks when torch is loaded, which ends this run."""
     (tmp_path / "torch.py").write_text(
         "import os\n"
-        "found = [str(os.environ.get(name)) for name in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')]\n"
-        "raise ImportError('threads wait as in ' + ' '.join(found))\n"
+        "policies = [str(os.environ.get(name)) for name in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')]\n"
+        "raise ImportError('threads wait as in ' + ' '.join(policies))\n"
     )
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)

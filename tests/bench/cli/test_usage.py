@@ -102,6 +102,9 @@ def test_ceilings_takes_both_names_of_a_dtype_in_a_list() -> None:
 def test_a_script_goes_by_its_own_name(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/usr/bin/mla-bench"])
     assert bench("--help").out.startswith("Usage: mla-bench [COMMAND] [OPTIONS]\n")
+    assert "\n    mla-bench doctor cpu\n" in bench("--help-all").out
+    monkeypatch.setattr(sys, "argv", ["mla/bench/__main__.py"])
+    assert "\n    python -m mla.bench doctor cpu\n" in bench("--help-all").out
 
 
 def test_every_command_and_option_explains_itself(bench: Bench) -> None:
@@ -166,7 +169,7 @@ def test_a_bad_command_line_is_refused(bench: Bench, words: list[str], message: 
         ),
         (["--backend", "os:nothing"], 3, "backend 'os:nothing' failed to load: module os has no attribute"),
         (["--backend", "os:path"], 3, "backend 'os:path' failed to load: module os has no hook; "),
-        ([*CPU, "--device", "5"], 3, "backend 'cpu' has one device, so there is no device 5."),
+        ([*CPU, "--device", "5"], 3, "backend 'cpu' has no device 5: it has 1, numbered from 0."),
         ([*CPU, "-O", "x=1"], 2, "backend 'cpu' has no option 'x'; it knows: threads"),
         ([*CPU, "-O", "threads=two"], 2, "backend 'cpu' needs 1 to 4096 threads, got 'two'."),
         ([*CPU, "-O", "threads=-1"], 2, "backend 'cpu' needs 1 to 4096 threads, got '-1'."),

@@ -349,7 +349,7 @@ def cut(make_bench: MakeBench) -> Any:
     slow = bench.parrot("slow")
     hooks = Hooks(shorten=shorten, detail=said.append)
     measured = bench.measure(bench.parrot("fast"), slow, variants=variants, hooks=hooks)
-    return SimpleNamespace(bench=bench, found=measured, asked=asked, said=said, slow=slow)
+    return SimpleNamespace(bench=bench, measured=measured, asked=asked, said=said, slow=slow)
 
 
 def test_a_slow_yardstick_is_asked_for_as_soon_as_it_is_warm(cut: Any) -> None:
@@ -366,7 +366,7 @@ def test_none_is_held_to_what_was_wrong(make_bench: MakeBench) -> None:
 
 
 def test_it_runs_the_headline_alone_in_passes_as_short_as_they_were_cut_to(cut: Any) -> None:
-    fast, slow = cut.found["fast"], cut.found["slow"]
+    fast, slow = cut.measured["fast"], cut.found["slow"]
     assert [len(samples) for samples in slow.passes] == [2, 2]
     assert [len(samples) for samples in fast.passes] == [3] * 4
     assert (slow.others, slow.due) == ([], 2)
@@ -376,7 +376,7 @@ def test_it_runs_the_headline_alone_in_passes_as_short_as_they_were_cut_to(cut: 
 def test_its_check_is_as_short_and_all_of_its_outputs_are_checked(cut: Any) -> None:
     words = [what for who, what in cut.bench.log if who == "slow" and what in ("restore", "step", "outputs")]
     assert words[: words.index("outputs")][-3:] == ["restore", "step", "step"]
-    assert sorted(cut.found["slow"].outputs) == [0, 1]
+    assert sorted(cut.measured["slow"].outputs) == [0, 1]
 
 
 def test_long_forwards_do_without_one_that_reloads_the_caches(

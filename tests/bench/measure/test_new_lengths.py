@@ -99,16 +99,16 @@ class Loaded:
         inputs, self.checker = fixture.prepare()
         layer = fixture.build("mla")
         assert isinstance(layer, MlaLayer)
-        self.one = layer
+        self.layer = layer
         layer.load(scenario, inputs)
 
     def run(self, number: int) -> Check:
-        self.one.restore(number)
+        self.layer.restore(number)
         for index in range(self.scenario.steps):
-            self.one.before(index)
-            self.one.step(index)
-            self.one.after(index)
-        return self.one.check(self.checker)
+            self.layer.before(index)
+            self.layer.step(index)
+            self.layer.after(index)
+        return self.layer.check(self.checker)
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def attention(time: Time, make: Callable[..., Op] = Op, *words: Any) -> list[Op]
 
 def measured(loaded: Loaded, time: Time) -> NewLengths:
     assert loaded.run(1).status == "ok"
-    timing, doubt = on_new_lengths(loaded.one, loaded.scenario, loaded.checker, time)
+    timing, doubt = on_new_lengths(loaded.layer, loaded.scenario, loaded.checker, time)
     assert doubt == ""
     assert timing is not None
     return timing
@@ -184,15 +184,15 @@ def test_what_is_cached_and_kept_stays_as_it_was(
     )
     loaded = Loaded(tiny(), scenario, *attention(time), layers=layers)
     loaded.run(1)
-    loaded.one.restore(2)
-    pages, scratch = loaded.one.cache.pages.clone(), loaded.one.facts().scratch_bytes
-    timing, doubt = on_new_lengths(loaded.one, scenario, loaded.checker, time)
+    loaded.layer.restore(2)
+    pages, scratch = loaded.layer.cache.pages.clone(), loaded.layer.facts().scratch_bytes
+    timing, doubt = on_new_lengths(loaded.layer, scenario, loaded.checker, time)
     assert doubt == ""
     assert timing is not None
     assert timing.ms == (2 if timing.ms > 1 else 1) * 1, "per layer"
-    assert loaded.one.facts().scratch_bytes == scratch
-    loaded.one.restore(2)
-    assert torch.equal(loaded.one.cache.pages.nan_to_num(7), pages.nan_to_num(7))
+    assert loaded.layer.facts().scratch_bytes == scratch
+    loaded.layer.restore(2)
+    assert torch.equal(loaded.layer.cache.pages.nan_to_num(7), pages.nan_to_num(7))
     for number in (2, 3):
         assert loaded.run(number).status == "ok"
 
@@ -209,7 +209,7 @@ def test_lengths_are_new_and_no_longer_than_planned(
     lengths_seen: list[Lengths] = []
     for _ in range(2):
         first.planned.clear()
-        on_new_lengths(loaded.one, scenario, now=time)
+        on_new_lengths(loaded.layer, scenario, now=time)
         new = [lengths for lengths in first.planned if lengths not in before]
         assert new == [lengths for lengths in dict.fromkeys(new) for _ in range(3)]
         lengths_seen += dict.fromkeys(new)
@@ -234,7 +234,7 @@ class Idle(Op):
 def test_outputs_on_new_lengths_are_judged(tiny: Callable[..., MLAConfig], time: Time, name: str) -> None:
     loaded = Loaded(tiny(), SCENARIOS[name], *attention(time, Idle))
     loaded.run(1)
-    doubt = on_new_lengths(loaded.one, loaded.scenario, loaded.checker, time).doubt
+    doubt = on_new_lengths(loaded.layer, loaded.scenario, loaded.checker, time).doubt
     assert doubt.startswith("outputs on unseen lengths are wrong: ")
 
 
@@ -242,8 +242,8 @@ def test_a_part_of_a_layer_over_ranks_keeps_no_outputs(tiny: Callable[..., MLACo
     loaded = Loaded(tiny(), DECODE, *attention(time, Idle))
     loaded.run(1)
     for judged in (True, False):
-        bench = LayerBench(loaded.one, time, judged)
-        for lengths in new_lengths(loaded.one, DECODE):
+        bench = LayerBench(loaded.layer, time, judged)
+        for lengths in new_lengths(loaded.layer, DECODE):
             bench.run(lengths, 1, lambda: None)
         assert bool(bench.doubt(loaded.checker)) == judged
 
@@ -257,7 +257,7 @@ def test_a_scenario_without_room_says_nothing(
 ) -> None:
     scenario = Scenario(name="n", mode=mode, query_lens=tuple(query_lens), history=tuple(history), runs=2)
     loaded = Loaded(tiny(), scenario)
-    assert on_new_lengths(loaded.one, scenario, loaded.checker, time) == (None, "")
+    assert on_new_lengths(loaded.layer, scenario, loaded.checker, time) == (None, "")
     assert loaded.run(1).status == "ok"
 
 
@@ -283,7 +283,7 @@ def test_lengths_that_an_op_refuses_are_left_out(
     scenario = Scenario(name="e", mode="prefill", query_lens=(2,), history=(30,), runs=2, passes=2)
     op = Even("latent_attention", time)
     loaded = Loaded(tiny(), scenario, op, attention="absorbed")
-    timing, _ = on_new_lengths(loaded.one, scenario, loaded.checker, time)
+    timing, _ = on_new_lengths(loaded.layer, scenario, loaded.checker, time)
     assert timing is not None
     assert 0 < timing.forwards <= TUPLES
     assert all(kv_len % 2 == 0 for lengths in op.planned for kv_len in lengths.kv_lens)
@@ -298,7 +298,7 @@ def test_a_slow_layer_runs_fewer(tiny: Callable[..., MLAConfig], time: Time) -> 
         next(beats)
         time.spend(600)
 
-    timing, _ = on_new_lengths(loaded.one, DECODE, None, time, beat)
+    timing, _ = on_new_lengths(loaded.layer, DECODE, None, time, beat)
     assert timing is not None
     assert timing.forwards == 2  # the second ends after 3.6 of 2 seconds
     assert next(beats) == 6
@@ -307,7 +307,7 @@ def test_a_slow_layer_runs_fewer(tiny: Callable[..., MLAConfig], time: Time) -> 
 def test_paths_stay_those_of_the_scenario(tiny: Callable[..., MLAConfig]) -> None:
     """A request at the border of two paths: fewer keys, or fewer tokens, would be expanded."""
     loaded = Loaded(tiny(), PREFILL)
-    layer, scenario = loaded.one, PREFILL
+    layer, scenario = loaded.layer, PREFILL
     planned = evidence._paths(layer, Lengths(scenario.query_lens, scenario.kv_lens(0)))
     for lengths in new_lengths(layer, scenario):
         assert evidence._paths(layer, lengths) == planned

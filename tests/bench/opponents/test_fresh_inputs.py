@@ -13,7 +13,7 @@ from opponents.memory import RemembersContext, RemembersForwards
 Play = Callable[..., Any]
 
 # Few requests have few turns, and many passes come back to them; of many, each has its sign.
-FEW = """
+WORKLOAD = """
 [[scenario]]
 name = "alone"
 mode = "decode"
@@ -55,7 +55,7 @@ HERE = ("--workload", "few.toml")
 
 @pytest.fixture(autouse=True)
 def _workload(tmp_path: Path) -> None:
-    (tmp_path / "few.toml").write_text(FEW)
+    (tmp_path / "few.toml").write_text(WORKLOAD)
 
 
 @pytest.mark.parametrize("scenario", ["alone", "sixteen", "prompt"])

@@ -192,6 +192,18 @@ def test_a_run_that_cannot_fit_is_refused_before_it_allocates(
     assert re.fullmatch(sentence, done.error)
 
 
+def test_a_topk_that_cannot_fit_names_the_largest_power_of_two_that_does(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mla_backends.host.memory_available", lambda: 8 << 30)
+    words = ("--config", "deepseek-v3.2", "--op", "select_latents", "--batch", "1", "--dry-run", "--topk")
+    done = bench(*CPU, *words, "1000000000")
+    assert (done.code, done.out) == (2, "")
+    fits = int(re.fullmatch(r"error: this run needs about .*: --topk (\d+) fits\.", done.error)[1])
+    assert bench(*CPU, *words, str(fits)).code == 0
+    assert bench(*CPU, *words, str(2 * fits)).code == 2
+
+
 @pytest.mark.parametrize(
     ("cache", "cold"), [(["--cache", "warm"], False), (["--cache", "cold"], True), ([], True)]
 )

@@ -15,7 +15,7 @@ from mla.bench.plan import request as preview
 Bench = Callable[..., Any]
 CPU = ("--backend", "cpu", "--threads", "1", "--implementations", "mla")
 VIRTUAL = ("--backend", "fake-virtual-clock")
-FEW = ("--runs", "1", "--passes", "1", "--warmups", "0", "--scenario", "decode")
+SHORT_RUN = ("--runs", "1", "--passes", "1", "--warmups", "0", "--scenario", "decode")
 
 
 def announced(said: str) -> float:
@@ -35,14 +35,16 @@ def test_a_dry_run_measures_and_writes_nothing(bench: Bench, small: list[str]) -
 
 def test_one_is_not_plural_and_one_history_no_range(bench: Bench, small: list[str]) -> None:
     axes = ("-a", "batch=1", "-a", "kv=7")
-    done = bench(*CPU, *small, *FEW, *axes, "--dry-run")
+    done = bench(*CPU, *small, *SHORT_RUN, *axes, "--dry-run")
     said = "1 request, 1 new token per forward, history 7, 1 pass of 1\n"
     assert f"scenario   decode batch=1 kv=7: {said}" in done.err
 
 
 def test_a_dry_run_lists_every_case(bench: Bench, small: list[str]) -> None:
     both = ("--implementations", "mla,mla-reference")
-    done = bench(*VIRTUAL, *small, *FEW, "-a", "kv=1..10+1", *both, "--dry-run", fakes=["virtual_clock"])
+    done = bench(
+        *VIRTUAL, *small, *SHORT_RUN, "-a", "kv=1..10+1", *both, "--dry-run", fakes=["virtual_clock"]
+    )
     assert (done.code, done.out) == (0, "")
     rows = re.findall(
         r"^\d+ +decode kv=(\d+) +(mla\S*) +2 +[\d.]+ GiB +[\d.]+ GiB +[\d.e-]+ s$", done.err, re.MULTILINE
@@ -83,7 +85,7 @@ def test_what_is_not_tried_is_estimated_from_its_work(
     monkeypatch.setattr(preview, "_forward", lambda *_: 1.0)
     now = iter(range(0, 10_000, 15))
     monkeypatch.setattr(preview.time, "monotonic", lambda: float(next(now)))
-    done = bench(*CPU, *small, *FEW, "-a", "batch=1,8", "-a", "kv=4", "--dry-run")
+    done = bench(*CPU, *small, *SHORT_RUN, "-a", "batch=1,8", "-a", "kv=4", "--dry-run")
     assert re.search(r"^1 +decode batch=1 .* 1 s$", done.err, re.MULTILINE)
     estimate = re.search(r"^2 +decode batch=8 .* not tried, about ([\d.]+) s$", done.err, re.MULTILINE)
     assert estimate
@@ -113,7 +115,7 @@ def test_a_slow_first_forward_is_the_only_one(
     for long, count in ((3.0, 2), (-1.0, 1)):
         steps.clear()
         monkeypatch.setattr(preview, "SLOW_S", long)
-        assert bench(*CPU, *small, *FEW, "--dry-run").code == 0
+        assert bench(*CPU, *small, *SHORT_RUN, "--dry-run").code == 0
         assert len(steps) == count
 
 

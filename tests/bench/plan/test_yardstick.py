@@ -15,10 +15,15 @@ from mla.bench.workload.workload_file import read_workload
 COLD = Variant(cache="cold")
 VARIANTS = (HEADLINE, COLD, Variant(mode="graph"))
 PREFILL, DECODE = read_workload("standard").scenarios
-LONG = Scenario(
+LONG_DECODE = Scenario(
     name="own", mode="decode", query_lens=(1,), history=(64,), runs=7, passes=40, warmups=0, layers=2
 )
-SCENARIOS = {"prefill": PREFILL, "decode": DECODE, "own": LONG, "smoke": read_workload("smoke").scenarios[0]}
+SCENARIOS = {
+    "prefill": PREFILL,
+    "decode": DECODE,
+    "own": LONG_DECODE,
+    "smoke": read_workload("smoke").scenarios[0],
+}
 
 
 def seconds(plan: Steps, ms: float) -> float:
@@ -64,11 +69,11 @@ def test_what_cannot_run_less_is_not_cut() -> None:
 
 def test_other_timings_go_first_then_passes_then_steps() -> None:
     def of(ms: float) -> Steps:
-        return shortened(LONG, VARIANTS * 4, {"mla": 0.1, "other": ms})["other"][0]
+        return shortened(LONG_DECODE, VARIANTS * 4, {"mla": 0.1, "other": ms})["other"][0]
 
     whole = 1e3 * LEFT * BASELINE_S / (40 * 7)
-    plan, reason = shortened(LONG, VARIANTS * 4, {"mla": 0.1, "other": 0.99 * whole})["other"]
-    assert plan == steps(HEADLINE, LONG)
+    plan, reason = shortened(LONG_DECODE, VARIANTS * 4, {"mla": 0.1, "other": 0.99 * whole})["other"]
+    assert plan == steps(HEADLINE, LONG_DECODE)
     assert reason.endswith("; leaving out its other timings")
     assert (of(2.1 * whole).passes, len(of(2.1 * whole).run)) == (19, 7)
     assert (of(10 * whole).passes, len(of(10 * whole).run)) == (MIN_PASSES, 4)

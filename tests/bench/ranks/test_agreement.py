@@ -17,7 +17,7 @@ from mla.bench.ranks.pulse import RanksError
 
 
 @pytest.mark.parametrize(
-    ("own", "code", "sentence"),
+    ("more", "code", "sentence"),
     [
         (["--seed", "1"], 3, "rank 1 differs from rank 0 in options: --seed (1, not 0)"),
         (["--runs", "none"], 2, "rank 1 (process 1234 on host) ended: Invalid value for '--runs'"),
@@ -25,19 +25,20 @@ from mla.bench.ranks.pulse import RanksError
     ],
 )
 def test_a_rank_with_another_configuration_is_named(
-    start: Start, own: list[str], code: int, sentence: str
+    start: Start, more: list[str], code: int, sentence: str
 ) -> None:
-    ranks = start("--parallel", "tp=2", own={1: own}, constants={"mla.bench.ranks.pulse.STRANGER": 0.5})
+    constants = {"mla.bench.ranks.pulse.STRANGER": 0.5}
+    ranks = start("--parallel", "tp=2", rank_words={1: more}, constants=constants)
     assert ranks.wait(BOUND) == [code, code], (ranks.err(0), ranks.err(1))
     said = re.sub(r"\(process \d+ on [^)]+\)", "(process 1234 on host)", ranks.err(0).splitlines()[-1])
     assert said.startswith(f"error: {sentence}")
-    assert ranks.err(1).startswith(f"rank 1: error: {sentence}" if "--seed" in own else "")
+    assert ranks.err(1).startswith(f"rank 1: error: {sentence}" if "--seed" in more else "")
 
 
 def test_what_rank_0_alone_reads_may_differ(start: Start) -> None:
     """Where it writes, what it prints, and how it judges."""
     ranks = start(
-        "--parallel", "tp=2", own={0: ["-o", "run.json", "--strict", "--format", "md"], 1: ["--quiet"]}
+        "--parallel", "tp=2", rank_words={0: ["-o", "run.json", "--strict", "--format", "md"], 1: ["--quiet"]}
     )
     assert ranks.wait(BOUND)[1] in (0, 6), (ranks.err(0), ranks.err(1))
     assert "differs" not in ranks.err(0) + ranks.err(1)
@@ -111,7 +112,7 @@ def test_every_rank_that_has_something_else_is_named() -> None:
     ("words", "code", "sentence"),
     [
         (("--parallel", "tp=4"), 2, "--parallel tp=4 needs 4 processes, and 2 were started"),
-        (("--parallel", "dp=2", "-a", "batch=1"), 2, "there is one"),
+        (("--parallel", "dp=2", "-a", "batch=1"), 2, " has 1: add requests, or lower dp to 1."),
     ],
 )
 def test_what_all_ranks_have_wrong_is_said_once(

@@ -14,7 +14,7 @@ from benchmarks.ranks.processes import free_port
 from mla.bench import results
 
 # Long enough to be in it when something happens.
-LONG = ("--parallel", "tp=2", "-o", "run.json", "--passes", "1000000", "--warmups", "0")
+ENDLESS_RUN = ("--parallel", "tp=2", "-o", "run.json", "--passes", "1000000", "--warmups", "0")
 
 
 def when_said(ranks: Any, words: str, rank: int = 0) -> None:
@@ -33,7 +33,7 @@ def errors(ranks: Any) -> list[str]:
 
 
 def test_when_rank_0_is_killed_the_others_say_so(start: Start) -> None:
-    ranks = start(*LONG, "--scenario", "prefill")
+    ranks = start(*ENDLESS_RUN, "--scenario", "prefill")
     when_said(ranks, "plan ")
     ranks.send(0, signal.SIGKILL)
     assert ranks.wait(BOUND) == [-9, 3]
@@ -54,7 +54,7 @@ def test_cases_finished_before_are_kept_and_shown(start: Start) -> None:
 
 
 def test_all_that_are_killed_at_once_are_named_by_all_that_live(start: Start) -> None:
-    ranks = start("--parallel", "tp=4", *LONG[2:], "--scenario", "decode", world=4)
+    ranks = start("--parallel", "tp=4", *ENDLESS_RUN[2:], "--scenario", "decode", world=4)
     when_said(ranks, "plan ")
     for rank in (1, 3):
         ranks.send(rank, signal.SIGKILL)
@@ -69,7 +69,7 @@ def test_all_that_are_killed_at_once_are_named_by_all_that_live(start: Start) ->
 def test_a_stopped_rank_is_missed_and_ends_when_it_wakes_up(start: Start, rank: int) -> None:
     """Rank 0 holds the store, which then does not answer."""
     words = ("-O", "fault=hangs", "-O", f"rank={rank}", "-O", "call=3")
-    ranks = start(*LONG, *words, backend=FAULTY, constants=IMPATIENT)
+    ranks = start(*ENDLESS_RUN, *words, backend=FAULTY, constants=IMPATIENT)
     other = 1 - rank
     assert ranks.wait(BOUND, [other])[other] == 3
     assert ranks.code(rank) is None
@@ -98,7 +98,7 @@ def test_a_rank_0_that_is_stopped_before_all_have_met_is_missed(start: Start) ->
 @pytest.mark.parametrize("layout", ["tp=2", "dp=2"])  # which has no collectives
 def test_a_rank_that_hangs_in_an_op_is_named(start: Start, layout: str) -> None:
     words = ("-O", "fault=waits", "-O", "rank=1", "-O", "call=9", "--hang-after", "2s")
-    ranks = start("--parallel", layout, *LONG[2:], *words, backend=FAULTY, constants=IMPATIENT)
+    ranks = start("--parallel", layout, *ENDLESS_RUN[2:], *words, backend=FAULTY, constants=IMPATIENT)
     assert ranks.wait(BOUND) == [3, 3]
     assert f"rank 1 (process {ranks.pids[1]} on " in errors(ranks)[0]
     assert "--hang-after" in errors(ranks)[0]
@@ -132,7 +132,7 @@ def test_what_one_rank_raises_ends_all(start: Start, rank: int) -> None:
 def test_an_interrupted_rank_ends_all(
     start: Start, to: list[int], number: signal.Signals, code: int, word: str
 ) -> None:
-    ranks = start(*LONG, "--scenario", "decode")
+    ranks = start(*ENDLESS_RUN, "--scenario", "decode")
     when_said(ranks, "plan ")
     for rank in to:
         ranks.send(rank, number)
@@ -143,7 +143,7 @@ def test_an_interrupted_rank_ends_all(
 
 def test_a_run_at_the_port_of_another_leaves_it_alone(start: Start, start_ranks: Start) -> None:
     port = str(free_port())
-    first = start(*LONG, MASTER_PORT=port)
+    first = start(*ENDLESS_RUN, MASTER_PORT=port)
     when_said(first, "plan ")
     second_folder = first.folder / "second"
     second_folder.mkdir()

@@ -123,19 +123,20 @@ UNPRINTABLE = """((width, height) => {
   }
   return said;
 })"""
-LONG = "x" * 200
+LONG_NAME = "x" * 200
 
 
 def lengthen(run: results.Run) -> None:
     """Give everything in a run a name that is wider than any screen."""
-    run.backend.device, run.config["name"], run.environment[LONG] = f"card {LONG}", f"/p/{LONG}.json", LONG
+    run.environment[LONG_NAME] = LONG_NAME
+    run.backend.device, run.config["name"] = f"card {LONG_NAME}", f"/p/{LONG_NAME}.json"
     for case in run.cases:
-        case.scenario, case.base = f"{case.scenario} {LONG}", f"{case.base} {LONG}"
+        case.scenario, case.base = f"{case.scenario} {LONG_NAME}", f"{case.base} {LONG_NAME}"
         case.implementation = f"{case.implementation}[{'role=an_op,' * 20}]"
-        case.check.reason = case.repro = LONG
-        case.roofline.doubt = LONG if case.mode == "decode" else ""
+        case.check.reason = case.repro = LONG_NAME
+        case.roofline.doubt = LONG_NAME if case.mode == "decode" else ""
     for ceiling in run.ceilings:
-        ceiling.source = ceiling.dtype = LONG
+        ceiling.source = ceiling.dtype = LONG_NAME
 
 
 @pytest.mark.parametrize("long", [False, True])
@@ -145,7 +146,7 @@ def test_it_fits_phones_screens_and_paper(
     if long:
         for run in rich:
             lengthen(run)
-        rich_page = page.render([f"runs/{LONG}.json", "two.json"], rich)
+        rich_page = page.render([f"runs/{LONG_NAME}.json", "two.json"], rich)
     seen = show(rich_page)
     for width in (390, 1280):
         seen.width(width)
@@ -201,16 +202,16 @@ def test_paper_is_light_and_has_the_warnings(show: Show, rich_page: str) -> None
 # Every pair of colours of text and what is behind it.
 PAIRS = """(() => {
   const seen = new Map();
-  const behind = (one) => {
-    for (; one; one = one.parentElement) {
-      const colour = getComputedStyle(one).backgroundColor;
+  const behind = (element) => {
+    for (; element; element = element.parentElement) {
+      const colour = getComputedStyle(element).backgroundColor;
       if (!colour.startsWith("rgba(0, 0, 0, 0")) return colour;
     }
   };
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
-    const text = walker.currentNode.textContent, one = walker.currentNode.parentElement;
-    const colours = [getComputedStyle(one).color, behind(one)];
+    const text = walker.currentNode.textContent, element = walker.currentNode.parentElement;
+    const colours = [getComputedStyle(element).color, behind(element)];
     if (text.trim()) seen.set(colours.join(), [text, ...colours]);
   }
   return [...seen.values()];

@@ -20,8 +20,8 @@ from mla.bench.results.schema import NewLengths
 
 ROOT = Path(__file__).resolve().parents[3]
 COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-LITTLE = ["summary", "results", "scenarios", "roofline", "passes", "numbers", "method"]
-SECTIONS = [*LITTLE[:2], "grid", *LITTLE[2:4], "comparison", "stages", *LITTLE[4:]]
+FEW_SECTIONS = ["summary", "results", "scenarios", "roofline", "passes", "numbers", "method"]
+SECTIONS = [*FEW_SECTIONS[:2], "grid", *FEW_SECTIONS[2:4], "comparison", "stages", *FEW_SECTIONS[4:]]
 # Elements a report is made of. None of them runs or loads anything.
 OF_PAGE = (
     "a article b body caption code dd details div dl dt figcaption figure footer h1 h2 h3 h4 head header "
@@ -78,7 +78,7 @@ def drawn(runs: Sequence[results.Run], title: str) -> tuple[str, str]:
         for candidate in section.charts
         if candidate.title == title
     ]
-    return chart.finding, figures.svg(chart, "light", figures.WIDE)
+    return chart.finding, figures.svg(chart, "light", figures.WIDE_INCHES)
 
 
 def test_a_rich_report_has_every_section_and_chart(rich_page: str) -> None:
@@ -257,7 +257,7 @@ def test_a_run_with_little_in_it_is_a_page(make_run: Any, cases: int) -> None:
     run = make_run((5.0,))
     run.cases = run.cases[:cases]
     parsed = Page(render(run))
-    assert parsed.ids("section") == (LITTLE if cases else ["summary", "results", "method"])
+    assert parsed.ids("section") == (FEW_SECTIONS if cases else ["summary", "results", "method"])
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -78,7 +78,7 @@ def test_the_document_is_valid(document: Document) -> None:
     assert len(results.decode(json.dumps(document).encode()).cases) == 2
 
 
-HUGE, TINY = 10**30, 5e-324
+BEYOND_64_BITS, SUBNORMAL = 10**30, 5e-324
 LATENCY = "cases.0.latency_ms"
 
 
@@ -91,7 +91,7 @@ LATENCY = "cases.0.latency_ms"
         *((f"{LATENCY}.samples", value) for value in ([], [2.0], [0.0] * 7)),
         *(("cases.0.passes", value) for value in (-3, 8)),
         ("cases.0.steps_per_pass", 2),
-        *(("cases.0.query_lens", value) for value in ([], [3], [0, 0], [HUGE, 1])),
+        *(("cases.0.query_lens", value) for value in ([], [3], [0, 0], [BEYOND_64_BITS, 1])),
         ("cases.0.point", {"k\nv": 4}),
         ("cases.0.cost.flops", 0.5),
         ("cases.0.tokens_per_s", None),
@@ -211,22 +211,18 @@ def test_another_file_of_this_program_is_named(
         done = bench(command, *files, *options)
         assert (done.code, done.err) == (
             2,
-            "error: 'x.json' is not a result file: it holds ceilings; `python -m mla.bench show` "
-            "prints them.\n",
+            "error: 'x.json' is not a result file: it holds ceilings; `mla-bench show` prints them.\n",
         )
     Path("x.json").write_text(json.dumps(CONFORMANCE))
-    assert (
-        "it holds a report of `python -m mla.conformance`"
-        in bench(command, "x.json", "good.json", *options).err
-    )
-    assert "it holds a report of `python -m mla.conformance`" in bench("show", "x.json").err
+    assert "it holds a report of `mla-conformance`" in bench(command, "x.json", "good.json", *options).err
+    assert "it holds a report of `mla-conformance`" in bench("show", "x.json").err
 
 
 @pytest.mark.parametrize(
     ("path", "value"),
     [
         ("measured.0.value", 0),
-        ("declared.0.value", TINY),
+        ("declared.0.value", SUBNORMAL),
         ("measured.0.footprint_bytes", -1),
         ("schema_version", 0),
     ],

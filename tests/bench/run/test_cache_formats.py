@@ -18,7 +18,7 @@ from mla.errors import UsageError
 from mla.reference import attention, small
 
 WORDS = ("--backend", "torch", "-O", "device=cpu", "--dtype", "bfloat16", "--config", "tiny.json")
-FEW = ("--implementations", "mla", "--runs", "2", "--passes", "2", "--warmups", "0", "-o", "run.json")
+SHORT_RUN = ("--implementations", "mla", "--runs", "2", "--passes", "2", "--warmups", "0", "-o", "run.json")
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def run(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     write_tiny_run(tmp_path, kv_lora_rank=32, qk_rope_head_dim=32)
 
     def cases(*words: str) -> dict[str, Any]:
-        done = bench(*WORDS, *FEW, *words)
+        done = bench(*WORDS, *SHORT_RUN, *words)
         assert done.code == 0, done.err
         return {
             case["point"]["cache_format"]: case for case in json.loads(Path("run.json").read_text())["cases"]
@@ -86,7 +86,7 @@ def test_errors_of_a_kernel_are_not_taken_for_those_of_the_format(
     write_tiny_run(tmp_path, kv_lora_rank=32, qk_rope_head_dim=32)
     words = [word for word in WORDS if word != "bfloat16"]
     words.insert(words.index("--dtype") + 1, "float32")
-    words += [*FEW, "--cache-format", "int8", "--batch-spec", spec, "--attention", "absorbed"]
+    words += [*SHORT_RUN, "--cache-format", "int8", "--batch-spec", spec, "--attention", "absorbed"]
     assert bench(*words).code == 0
     monkeypatch.setattr(module, name, wrong)
     done = bench(*words)

@@ -36,14 +36,14 @@ class Plain:
     def step(self, index):
         lens = self.scenario.query_lens
         if self.scenario.mode == "prefill":
-            found = oracle(self.config, self.state, self.hidden, lens, self.history)
+            outputs = oracle(self.config, self.state, self.hidden, lens, self.history)
         else:  # all tokens of the pass so far, request by request
             self.rows.append(self.hidden)
             steps = len(self.rows)
-            every = torch.cat([torch.stack(rows) for rows in zip(*(one.unbind() for one in self.rows))])
-            found = oracle(self.config, self.state, every, [steps] * len(lens), self.history)
-            found = found[steps - 1 :: steps]
-        self.out = (self.off * found).to(self.hidden.dtype)
+            every = torch.cat([torch.stack(rows) for rows in zip(*(step.unbind() for step in self.rows))])
+            outputs = oracle(self.config, self.state, every, [steps] * len(lens), self.history)
+            outputs = outputs[steps - 1 :: steps]
+        self.out = (self.off * outputs).to(self.hidden.dtype)
 
     def after(self, index):
         self.kept[index] = self.out

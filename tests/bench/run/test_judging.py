@@ -14,7 +14,7 @@ from mla.bench.limits.roofline import RooflineModel
 from mla.bench.results.schema import Ceiling, Cost, NewLengths, Roofline, Stage, Timing
 from mla.bench.run import scenario_run
 
-LEAST = Cost(flops=10, bytes=10)
+COST = Cost(flops=10, bytes=10)
 Case = Callable[..., results.Case]
 
 
@@ -25,7 +25,7 @@ class Limits:
         self.left, self.doubt, self.asked = right_after, doubt, 0
 
     def roofline(self, cost: Cost, latency_ms: float) -> Roofline:
-        assert cost == LEAST
+        assert cost == COST
         return Roofline(doubt=self.doubt)
 
     def implausible(self, cost: Cost, latency_ms: float) -> str:
@@ -45,7 +45,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def judge(case: results.Case, limits: Limits) -> None:
-    scenario_run.judge(case, LEAST, cast("RooflineModel", limits))
+    scenario_run.judge(case, COST, cast("RooflineModel", limits))
 
 
 def test_a_case_within_its_limits_costs_no_further_measurement(case: Case) -> None:

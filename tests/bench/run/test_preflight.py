@@ -40,7 +40,7 @@ class Prep(HostBackend):
         log("synchronize")
 """
 LINE = "preparing mine: it compiles its kernel (a minute)"
-FEW = ("--implementations", "mla", "--scenario", "decode")
+SHORT_RUN = ("--implementations", "mla", "--scenario", "decode")
 WHY = "fused op 'mine' not used because there is no compiler"
 
 
@@ -67,7 +67,7 @@ def logged() -> list[str]:
 def test_a_run_prepares_each_kernel_once_before_anything_is_timed(
     bench: Bench, prep: Any, small: list[str]
 ) -> None:
-    done = bench("--backend", prep("return []"), *small, *FEW, "-a", "heads=2,4", "-o", "run.json")
+    done = bench("--backend", prep("return []"), *small, *SHORT_RUN, "-a", "heads=2,4", "-o", "run.json")
     assert done.code == 0, done.err
     assert done.err.splitlines().count(LINE) == 2  # per spec
     events = [line for line in logged() if line != "probe"]
@@ -86,7 +86,7 @@ def test_a_kernel_that_cannot_be_prepared_gives_way_with_its_reason(
     assert done.code == 0
     at = done.out.splitlines().index("latent_attention: spare")
     assert done.out.splitlines()[at + 1].strip() == WHY
-    assert bench("--backend", name, *small, *FEW, "-o", "run.json").code == 0
+    assert bench("--backend", name, *small, *SHORT_RUN, "-o", "run.json").code == 0
     cases = json.loads(Path("run.json").read_text())["cases"]
     assert {case["ops"]["latent_attention"] for case in cases} == {"spare"}
 
@@ -97,7 +97,7 @@ def test_what_an_op_says_of_itself_is_listed_said_once_and_kept(
     """A tile may turn out too large before anything is timed, or later."""
     later = "type(self).prepare = lambda op, *given: op.remarks.append('late') or super(type(op), op)"
     name = prep("self.remarks = ['small tile']; " + later + ".prepare(*given); return []")
-    done = bench("--backend", name, *small, *FEW, "-v", "-a", "heads=2,4", "-o", "run.json")
+    done = bench("--backend", name, *small, *SHORT_RUN, "-v", "-a", "heads=2,4", "-o", "run.json")
     lines = done.err.splitlines()
     assert lines.count("mine: small tile") == lines.count("mine: late") == 1
     assert lines.index("mine: small tile") < next(i for i, line in enumerate(lines) if "scenario " in line)

@@ -16,7 +16,7 @@ from mla.bench.workload.workload_file import PRESETS, read_workload
 
 Bench = Callable[..., Any]
 VIRTUAL = ("--backend", "fake-virtual-clock")
-FEW = ("--runs", "1", "--passes", "1", "--warmups", "0", "--scenario", "decode")
+SHORT_RUN = ("--runs", "1", "--passes", "1", "--warmups", "0", "--scenario", "decode")
 GRID = ("-a", "kv=1..6+1")
 
 
@@ -29,7 +29,9 @@ def test_points_run_in_a_seeded_order_and_are_reported_in_the_workloads(
     bench: Bench, small: list[str]
 ) -> None:
     def orders(seed: str) -> tuple[list[str], list[str]]:
-        done = bench(*VIRTUAL, *small, *FEW, *GRID, "--seed", seed, "-o", "run.json", fakes=["virtual_clock"])
+        done = bench(
+            *VIRTUAL, *small, *SHORT_RUN, *GRID, "--seed", seed, "-o", "run.json", fakes=["virtual_clock"]
+        )
         return visited(done.err), [case.scenario for case in results.read(Path("run.json")).cases]
 
     names = [f"decode kv={length}" for length in range(1, 7)]
@@ -43,14 +45,14 @@ def test_points_run_in_a_seeded_order_and_are_reported_in_the_workloads(
 
 def test_a_point_that_does_not_fit_is_named_and_the_others_run(bench: Bench, small: list[str]) -> None:
     axes = ("-a", "kv=8,2000000000")
-    done = bench(*VIRTUAL, *small, *FEW, *axes, "-o", "run.json", fakes=["virtual_clock"])
+    done = bench(*VIRTUAL, *small, *SHORT_RUN, *axes, "-o", "run.json", fakes=["virtual_clock"])
     assert done.code == 0
     assert "decode kv=2000000000 is skipped: it needs about " in done.err
     fits, large = results.read(Path("run.json")).cases
     assert (fits.check.status, large.check.status, large.latency_ms) == ("ok", "not run", None)
     assert "; available are " in large.check.reason
     assert "decode kv=2000000000, mla: it needs about " in done.out
-    plan = bench(*VIRTUAL, *small, *FEW, *axes, "--dry-run")
+    plan = bench(*VIRTUAL, *small, *SHORT_RUN, *axes, "--dry-run")
     assert plan.code == 0
     assert re.search(r"^2 +decode kv=2000000000 .* does not fit, skipped$", plan.err, re.MULTILINE)
     assert "2 cases, about " in plan.err
@@ -69,7 +71,7 @@ def test_a_point_the_device_has_no_memory_for_after_all_does_not_cost_the_others
         return expected_outputs(config, state, scenario, *rest)
 
     monkeypatch.setattr(fixture, "expected_outputs", refuse)
-    done = bench(*VIRTUAL, *small, *FEW, *GRID, "-o", "run.json", fakes=["virtual_clock"])
+    done = bench(*VIRTUAL, *small, *SHORT_RUN, *GRID, "-o", "run.json", fakes=["virtual_clock"])
     assert done.code == 0
     cases = {case.point["kv"]: case for case in results.read(Path("run.json")).cases}
     assert [kv for kv, case in cases.items() if case.latency_ms is None] == [3]
@@ -92,7 +94,7 @@ def test_weights_and_oracle_of_one_scenario_are_gone_before_the_next(
         return outputs
 
     monkeypatch.setattr(fixture, "expected_outputs", watched)
-    bench(*VIRTUAL, *small, *FEW, *GRID, fakes=["virtual_clock"])
+    bench(*VIRTUAL, *small, *SHORT_RUN, *GRID, fakes=["virtual_clock"])
     assert alive == [0] * 6
     assert tensors
 

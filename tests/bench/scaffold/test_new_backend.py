@@ -25,7 +25,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[3]
-LONG = "a23456789_123456789_123456789_12"
+LONGEST_NAME = "a23456789_123456789_123456789_12"
 FILES = {
     "README.md",
     "mla_backend_acme/__init__.py",
@@ -98,7 +98,7 @@ def test_others_may_read_it(new: New, tmp_path: Path) -> None:
         ("acmé", "'acmé' is not a valid backend name: "),
         ("acme\n", r"'acme\n' is not a valid backend name: "),
         ("../acme", "'../acme' is not a valid backend name: "),
-        (LONG + "3", f"'{LONG}3' is not a valid backend name: "),
+        (LONGEST_NAME + "3", f"'{LONGEST_NAME}3' is not a valid backend name: "),
         ("torch", "the name 'torch' is taken by torch itself: choose another."),
         ("cpu", "the name 'cpu' is taken by "),
         *((name, f"the name '{name}' is taken by ") for name in KNOWN),
@@ -227,7 +227,7 @@ def test_the_template_is_part_of_the_package() -> None:
     assert template <= shipped
 
 
-@pytest.mark.parametrize("name", ["acme", LONG])
+@pytest.mark.parametrize("name", ["acme", LONGEST_NAME])
 def test_the_project_is_clean_under_our_rules(new: New, tmp_path: Path, name: str) -> None:
     assert new(name)[0] == 0
     project = str(tmp_path / "project")

@@ -264,7 +264,7 @@ def test_latents_without_rotary_channels_are_written_alone_and_no_query_is_rotat
         ),
         (
             ["--topk", "4"],
-            "error: topk is that of one op: add --op sparse_latent_attention. A layer selects by itself, as ",
+            "error: topk applies to one op: add --op sparse_latent_attention. A layer takes ",
         ),
         (
             ["--op", "latent_attention", "--preset", "sparse"],

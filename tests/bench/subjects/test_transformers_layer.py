@@ -13,7 +13,7 @@ from transformers_peer import needs_transformers
 
 from mla.bench import results
 
-TINY = {
+TINY_MODEL = {
     "hidden_size": 64,
     "num_attention_heads": 4,
     "q_lora_rank": 32,
@@ -56,7 +56,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def test_a_family_runs_beside_its_own_class(
     bench: Any, small: list[str], tmp_path: Path, family: str
 ) -> None:
-    config = {"model_type": family, **TINY, **FAMILIES[family]}
+    config = {"model_type": family, **TINY_MODEL, **FAMILIES[family]}
     (tmp_path / "family.json").write_text(json.dumps(config))
     names = ["--implementations", "mla,transformers", "--dtype", "float32", "-o", "run.json"]
     shared = [word for word in small if word not in ("--config", "tiny.json")]

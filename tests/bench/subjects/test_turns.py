@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 PREFILL = Scenario(name="p", mode="prefill", query_lens=(3, 1, 2), history=(4, 0, 7), runs=12, passes=3)
 DECODE = Scenario(name="d", mode="decode", query_lens=(1, 2), history=(4, 3), runs=3)
-ONE = Scenario(name="one", mode="decode", query_lens=(1,), history=(5,), runs=2)
-LONG = Scenario(name="l", mode="prefill", query_lens=(64,), history=(512,), runs=2)
+ONE_REQUEST = Scenario(name="one", mode="decode", query_lens=(1,), history=(5,), runs=2)
+LONG_PREFILL = Scenario(name="l", mode="prefill", query_lens=(64,), history=(512,), runs=2)
 CHANGES = [{}, {"q_lora_rank": None}, {"attention_bias": True}, {"output_gate": "element"}]
 
 
-@pytest.mark.parametrize("scenario", [PREFILL, DECODE, LONG])
+@pytest.mark.parametrize("scenario", [PREFILL, DECODE, LONG_PREFILL])
 @pytest.mark.parametrize("changes", CHANGES)
 def test_the_work_of_the_oracle_is_what_torch_counts(
     tiny: Callable[..., MLAConfig], scenario: Scenario, changes: dict[str, object]
@@ -101,7 +101,7 @@ def test_every_forward_of_a_prefill_has_a_number_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("changes", CHANGES)
-@pytest.mark.parametrize("scenario", [PREFILL, DECODE, ONE], ids=["prefill", "decode", "one"])
+@pytest.mark.parametrize("scenario", [PREFILL, DECODE, ONE_REQUEST], ids=["prefill", "decode", "one"])
 def test_the_expected_outputs_of_a_turn_are_the_oracles(
     tiny: Callable[..., MLAConfig], scenario: Scenario, changes: dict[str, object]
 ) -> None:

@@ -141,5 +141,5 @@ def test_axes_of_heads_and_pages_make_a_grid_and_axes_of_lengths_do_not() -> Non
     ]
     assert points[1].arguments == ["--batch-spec", "4q1s64", "-a", "heads=4", "-a", "page_size=16"]
     for axis in ("batch=2", "kv=5", "q_len=1"):
-        with pytest.raises(UsageError, match="the lengths of '4q1s64' are those of a batch spec"):
+        with pytest.raises(UsageError, match="the lengths of '4q1s64' come from a batch spec"):
             points_of(specs, parse([axis]))

@@ -19,7 +19,7 @@ Bench = Callable[..., Any]
 
 VIRTUAL = ("--backend", "fake-virtual-clock")
 DECODE = Scenario(name="decode", mode="decode", query_lens=(1, 2), history=(5, 9), runs=2)
-FEW = ("--runs", "2", "--passes", "1", "--warmups", "0", "--scenario", "decode")
+SHORT_RUN = ("--runs", "2", "--passes", "1", "--warmups", "0", "--scenario", "decode")
 
 
 def sentence(*words: str) -> str:
@@ -182,7 +182,7 @@ def test_a_grid_is_measured_and_checked_point_by_point(bench: Bench, small: list
         "-a",
         "page_size=16",
     )
-    done = bench(*VIRTUAL, *small, *FEW, *axes, "-o", "run.json", fakes=["virtual_clock"])
+    done = bench(*VIRTUAL, *small, *SHORT_RUN, *axes, "-o", "run.json", fakes=["virtual_clock"])
     assert done.code == 0
     run = results.read(Path("run.json"))
     assert len(run.cases) == 8
@@ -208,7 +208,7 @@ def test_every_repro_line_reruns_its_point(bench: Bench, small: list[str]) -> No
     text = Path("tiny.toml").read_text()
     Path("tiny.toml").write_text(text + 'axes.batch = "1,3"\n')
     axes = ("-a", "kv=4,8", "-a", "dtype=fp32")
-    bench(*VIRTUAL, *small, *FEW[:-2], *axes, "-o", "run.json", fakes=["virtual_clock"])
+    bench(*VIRTUAL, *small, *SHORT_RUN[:-2], *axes, "-o", "run.json", fakes=["virtual_clock"])
     cases = results.read(Path("run.json")).cases
     assert len(cases) == 2 + 4
     for case in cases:

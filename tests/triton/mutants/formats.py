@@ -55,15 +55,21 @@ FORMATS = (
         old='if FORMAT == "fp8_ds_mla":\n        bits',
         new='if FORMAT == "fp8_ds_mla_any":\n        bits',
     ),
-    _formats("the least scale is lost", old="tl.maximum(ratio, LEAST_RATIO)", new="tl.maximum(ratio, TINY)"),
-    _formats("a tile of zeros divides by zero", old="scales = tl.maximum(ratio, TINY)", new="scales = ratio"),
+    _formats(
+        "the least scale is lost", old="tl.maximum(ratio, LEAST_RATIO)", new="tl.maximum(ratio, LEAST_SCALE)"
+    ),
+    _formats(
+        "a tile of zeros divides by zero", old="scales = tl.maximum(ratio, LEAST_SCALE)", new="scales = ratio"
+    ),
     _formats(
         "NaN reaches the scale",
         old="tl.where(parts != parts, 0.0, tl.minimum",
-        new="tl.where(parts != parts, MOST, tl.minimum",
+        new="tl.where(parts != parts, FP32_MAX, tl.minimum",
     ),
-    _formats("infinity reaches the scale", old="tl.minimum(tl.abs(parts), MOST)", new="tl.abs(parts)"),
-    _formats("the scale is of the largest, not of its size", old="tl.abs(parts), MOST", new="parts, MOST"),
+    _formats("infinity reaches the scale", old="tl.minimum(tl.abs(parts), FP32_MAX)", new="tl.abs(parts)"),
+    _formats(
+        "the scale is of the largest, not of its size", old="tl.abs(parts), FP32_MAX", new="parts, FP32_MAX"
+    ),
     _formats(
         "scales of int8 are swapped",
         old="LATENT + ROPE + 4 * PART",
@@ -76,7 +82,7 @@ FORMATS = (
     ),
     _formats(
         "a key of no columns has no scale",
-        old="tl.pointer_type(tl.float32)), TINY)",
+        old="tl.pointer_type(tl.float32)), LEAST_SCALE)",
         new="tl.pointer_type(tl.float32)), 0.0)",
     ),
     _formats(
@@ -93,16 +99,16 @@ FORMATS = (
     _formats(
         "q8_0 divides",
         old="ratio = parts * inverse[:, None]",
-        new="ratio = tl.div_rn(parts, parts * 0.0 + tl.maximum(scales, TINY)[:, None])",
+        new="ratio = tl.div_rn(parts, parts * 0.0 + tl.maximum(scales, LEAST_SCALE)[:, None])",
     ),
     _formats(
         "codes of q8_0 are those of the rounded scale",
-        old="scales = over(largest(parts), INT8_MOST)\n    inverse",
-        new="scales = over(largest(parts), INT8_MOST).to(tl.float16).to(tl.float32)\n    inverse",
+        old="scales = over(largest(parts), INT8_MAX)\n    inverse",
+        new="scales = over(largest(parts), INT8_MAX).to(tl.float16).to(tl.float32)\n    inverse",
     ),
     _formats(
         "a scale of q8_0 beyond float16 is infinite",
-        old="kept = tl.minimum(scales, MOST_FP16)",
+        old="kept = tl.minimum(scales, FP16_MAX)",
         new="kept = scales",
     ),
     _formats(
@@ -115,7 +121,7 @@ FORMATS = (
         old="tl.pointer_type(tl.bfloat16)) + at, key.to(tl.bfloat16)",
         new="tl.pointer_type(tl.bfloat16)) + at, key.to(tl.float8e4nv).to(tl.bfloat16)",
     ),
-    _formats("the key saturates to infinity", old="tl.clamp(numbers, -MOST_BF16, MOST_BF16)", new="numbers"),
+    _formats("the key saturates to infinity", old="tl.clamp(numbers, -BF16_MAX, BF16_MAX)", new="numbers"),
     _formats(
         "the key is read where scales lie",
         old="keys = (row + (LATENT + 4 * ((LATENT + TILE - 1) // TILE)))",

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 
 TILE, BLOCK, BLOCK_BYTES = tl.constexpr(128), tl.constexpr(32), tl.constexpr(34)
-E4M3_MOST, INT8_MOST = tl.constexpr(448.0), tl.constexpr(127.0)
+E4M3_MAX, INT8_MAX = tl.constexpr(448.0), tl.constexpr(127.0)
 LEAST_RATIO = tl.constexpr(1e-4)
-TINY, MOST = tl.constexpr(2.0**-126), tl.constexpr(3.4028234663852886e38)  # of float32
-MOST_BF16, MOST_FP16 = tl.constexpr(3.3895313892515355e38), tl.constexpr(65504.0)
+LEAST_SCALE, FP32_MAX = tl.constexpr(2.0**-126), tl.constexpr(3.4028234663852886e38)  # of float32
+BF16_MAX, FP16_MAX = tl.constexpr(3.3895313892515355e38), tl.constexpr(65504.0)
 TO_WHOLE = tl.constexpr(1.5 * 2.0**23)  # a float32 beside it is rounded to whole numbers, halves to even
 OF_FLOAT, OF_HALF = tl.constexpr(tl.pointer_type(tl.float32)), tl.constexpr(tl.pointer_type(tl.float16))
 
@@ -153,14 +153,14 @@ def put(
     elif FORMAT == "int8":
         put_int8(row, numbers, FIRST, COUNT, N, LATENT + ROPE + 4 * (FIRST // LATENT))
         if ROPE == 0:  # whose key has a scale all the same
-            tl.store((row + LATENT + 4).to(tl.pointer_type(tl.float32)), TINY)
+            tl.store((row + LATENT + 4).to(tl.pointer_type(tl.float32)), LEAST_SCALE)
     elif FORMAT == "q8_0":
         put_blocks(row, numbers, FIRST, COUNT, N)
     elif FIRST < LATENT:
         put_tiles(row, numbers, COUNT, N, FORMAT, NATIVE)
     else:
         begins = row + (LATENT + 4 * ((LATENT + TILE - 1) // TILE))
-        key = tl.where(numbers != numbers, numbers, tl.clamp(numbers, -MOST_BF16, MOST_BF16))
+        key = tl.where(numbers != numbers, numbers, tl.clamp(numbers, -BF16_MAX, BF16_MAX))
         tl.store(begins.to(tl.pointer_type(tl.bfloat16)) + at, key.to(tl.bfloat16), mask=at < COUNT)
 
 
@@ -170,12 +170,12 @@ def put_tiles(row, numbers, COUNT: tl.constexpr, N: tl.constexpr, FORMAT: tl.con
     WIDTH: tl.constexpr = N if N < TILE else TILE
     tile = tl.arange(0, N // WIDTH)
     parts = tl.reshape(numbers, [N // WIDTH, WIDTH])
-    ratio = over(largest(parts), E4M3_MOST)
+    ratio = over(largest(parts), E4M3_MAX)
     if FORMAT == "fp8_ds_mla":
         bits = tl.maximum(ratio, LEAST_RATIO).to(tl.int32, bitcast=True)
         scales = ((bits + 0x7FFFFF) & -0x800000).to(tl.float32, bitcast=True)  # the power of two above
     else:
-        scales = tl.maximum(ratio, TINY)
+        scales = tl.maximum(ratio, LEAST_SCALE)
     codes = e4m3_codes(tl.div_rn(parts, tl.broadcast_to(scales[:, None], [N // WIDTH, WIDTH])), NATIVE)
     at = tile[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     tl.store(row + at, codes, mask=at < COUNT)
@@ -188,9 +188,9 @@ def put_int8(
 ):  # fmt: skip
     """Store a part of a token as int8, and its scale at the byte SCALE."""
     at = tl.arange(0, N)
-    scale = tl.maximum(over(largest(tl.reshape(numbers, [1, N])), INT8_MOST), TINY)
+    scale = tl.maximum(over(largest(tl.reshape(numbers, [1, N])), INT8_MAX), LEAST_SCALE)
     ratio = tl.div_rn(numbers, tl.broadcast_to(scale, [N]))
-    whole = (tl.clamp(tl.where(ratio != ratio, 0.0, ratio), -INT8_MOST, INT8_MOST) + TO_WHOLE) - TO_WHOLE
+    whole = (tl.clamp(tl.where(ratio != ratio, 0.0, ratio), -INT8_MAX, INT8_MAX) + TO_WHOLE) - TO_WHOLE
     tl.store(row + FIRST + at, whole.to(tl.int8).to(tl.uint8, bitcast=True), mask=at < COUNT)
     tl.store((row + SCALE).to(tl.pointer_type(tl.float32)) + tl.arange(0, 1), scale)
 
@@ -200,23 +200,23 @@ def put_blocks(row, numbers, FIRST: tl.constexpr, COUNT: tl.constexpr, N: tl.con
     """Store a part of a token as blocks of a float16 scale and int8, halves rounded away from 0."""
     block = tl.arange(0, N // BLOCK)
     parts = tl.reshape(numbers, [N // BLOCK, BLOCK])
-    scales = over(largest(parts), INT8_MOST)
+    scales = over(largest(parts), INT8_MAX)
     inverse = tl.where(scales > 0, tl.div_rn(tl.full([N // BLOCK], 1.0, tl.float32), scales), 0.0)
     ratio = parts * inverse[:, None]
-    size = tl.minimum(tl.where(ratio != ratio, 0.0, tl.abs(ratio)), INT8_MOST)
+    size = tl.minimum(tl.where(ratio != ratio, 0.0, tl.abs(ratio)), INT8_MAX)
     whole = (tl.floor(2.0 * size).to(tl.int32) + 1) >> 1
     codes = tl.where(ratio < 0, -whole, whole).to(tl.int8).to(tl.uint8, bitcast=True)
     begins = row + (FIRST // BLOCK + block) * BLOCK_BYTES
     at = tl.arange(0, BLOCK)[None, :]
     tl.store(begins[:, None] + 2 + at, codes, mask=(block * BLOCK)[:, None] + at < COUNT)
-    kept = tl.minimum(scales, MOST_FP16).to(tl.float16)
+    kept = tl.minimum(scales, FP16_MAX).to(tl.float16)
     tl.store(begins.to(tl.pointer_type(tl.float16)), kept, mask=block * BLOCK < COUNT)
 
 
 @triton.jit
 def largest(parts):  # [groups, n] fp32
     """Return the largest size of a number of each group, NaN left out, at most what float32 holds."""
-    sizes = tl.where(parts != parts, 0.0, tl.minimum(tl.abs(parts), MOST))
+    sizes = tl.where(parts != parts, 0.0, tl.minimum(tl.abs(parts), FP32_MAX))
     return tl.max(sizes, 1)
 
 

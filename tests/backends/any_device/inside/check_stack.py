@@ -154,7 +154,7 @@ def test_an_index_is_the_users_or_the_launchers() -> None:
     assert mla.load_backend("torch", 1, options={"device": "acme:1"}).device == torch.device("acme:1")
     with pytest.raises(BackendOptionError, match="device=acme:0 and --device 1 name different devices"):
         mla.load_backend("torch", 1, options={"device": "acme:0"})
-    with pytest.raises(BackendError, match="has 2 device\\(s\\), so there is no device 2"):
+    with pytest.raises(BackendError, match="has no device 2: it has 2, numbered from 0"):
         opened(device="acme:2")
 
 
@@ -264,7 +264,7 @@ def test_a_stack_like_torch_cuda_is_described() -> None:
 
 def with_module(backend: Any, module: Any) -> Any:
     """Let a backend that is set up ask another module."""
-    backend.found = backend.found._replace(module=module)
+    backend.stack = backend.stack._replace(module=module)
     return backend
 
 

@@ -79,7 +79,7 @@ REPLAYED = {
     "iluvatar": {("ixformer", "decode")},
     "moore": {("mate_varlen", "prefill")},
 }[BACKEND]
-WIDE = {
+KERNEL_WIDTHS = {
     "hidden_size": 64,
     "num_attention_heads": 8,
     "kv_lora_rank": 512,
@@ -121,7 +121,7 @@ JUDGED = [case for case in KERNELS[BACKEND] if case[0] not in ALIKE or case[0] =
 
 def make_layer(backend: Any, kernel: tuple[str, str], heads: int = 8) -> tuple[mla.MLA, dict[str, Any]]:
     role, op = kernel
-    config = mla.MLAConfig(**{**WIDE, **SHAPES.get(op, {}), "num_attention_heads": heads})
+    config = mla.MLAConfig(**{**KERNEL_WIDTHS, **SHAPES.get(op, {}), "num_attention_heads": heads})
     mode = "absorbed" if role == "latent_attention" else "expanded"
     layer = mla.MLA(config, backend=backend, attention=mode)
     state = random_state_dict(config)
@@ -145,7 +145,7 @@ def written(kernel: tuple[str, str], done: Any, tmp_path: Path) -> Any:
 def config_of(kernel: tuple[str, str], tmp_path: Path) -> str:
     """Write a config that the kernel serves, and return which attention it is for."""
     role, op = kernel
-    (tmp_path / "tiny.json").write_text(json.dumps({**WIDE, **SHAPES.get(op, {})}))
+    (tmp_path / "tiny.json").write_text(json.dumps({**KERNEL_WIDTHS, **SHAPES.get(op, {})}))
     return "absorbed" if role == "latent_attention" else "expanded"
 
 
@@ -308,7 +308,7 @@ def test_a_card_the_kernel_was_not_built_for_is_refused(name: str, kernel: Any, 
 def test_what_a_kernel_cannot_serve_is_refused_when_the_layer_is_built(kernel: Any, backend: Any) -> None:
     role, op = kernel
     changed = {"kv_lora_rank": 256} if role == "latent_attention" else {"qk_nope_head_dim": 256}
-    why = mla.MLA(mla.MLAConfig(**{**WIDE, **changed}), backend=backend).ops[role].reasons
+    why = mla.MLA(mla.MLAConfig(**{**KERNEL_WIDTHS, **changed}), backend=backend).ops[role].reasons
     limits = (
         "it is made for latents of 512 + 64, not 256 + 64",
         "it takes heads of at most 256, not 320",
@@ -326,7 +326,7 @@ PAGED = [
 
 @pytest.mark.parametrize("kernel", PAGED, ids=_case, indirect=True)  # others read pages of any size
 def test_pages_a_kernel_cannot_read_are_a_reason(kernel: Any, bench: Any, tmp_path: Path) -> None:
-    (tmp_path / "tiny.json").write_text(json.dumps(WIDE))
+    (tmp_path / "tiny.json").write_text(json.dumps(KERNEL_WIDTHS))
     sizes = "32 or 64" if kernel[1] == "tokenspeed" else "64"
     reason = f"it reads pages of {sizes} tokens, but this cache has pages of 16"
     done = bench("--page-size", "16", "--attention", "absorbed", "--scenario", "decode", *HEADLINE)

@@ -103,7 +103,7 @@ def test_setup_returns_the_device_of_its_tensors(name: str, vendor: Any, state: 
 def test_a_device_that_is_not_there_is_counted(name: str, vendor: Any, bench: Any) -> None:
     done = bench("--device", "2")
     assert done.code == 3
-    assert f"backend '{name}' has 2 device(s), so there is no device 2" in done.error
+    assert f"backend '{name}' has no device 2: it has 2, numbered from 0" in done.error
     assert vendor.variable in done.error
 
 

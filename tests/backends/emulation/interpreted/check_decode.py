@@ -165,7 +165,7 @@ def test_one_graph_follows_the_lengths_over_the_end_of_a_page(
         difference = (ours.out.float() - reference.out.float()).norm() / reference.out.float().norm()
         assert float(difference) < (0.05 if config.index_topk else 0.02)
         if config.index_topk:  # a key whose score is within rounding of another's may stand for it
-            chosen, wanted = (one.layer.selection.cpu().sort().values for one in (ours, reference))
+            chosen, wanted = (case.layer.selection.cpu().sort().values for case in (ours, reference))
             assert torch.equal((chosen >= 0).sum(1), (wanted >= 0).sum(1))
             assert all(len({*a} ^ {*b}) <= 2 for a, b in zip(chosen.tolist(), wanted.tolist(), strict=True))
 

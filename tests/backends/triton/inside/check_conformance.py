@@ -37,7 +37,7 @@ LEFT_OUT = {"rotate_query.rows_and_heads", "expanded.positions", "select_latents
 GRAPHS = {"latent.graph", "latent.graph_lengths"}  # this device has none; an emulated one has
 HOST = {"state", "order", "contract"}  # of ops without a plan, what the host does is nothing to interpret
 DRAWS = 12
-TINY = {
+TINY_DRAWS = {
     "NUMBERS": 1 << 12,
     "REPEATS": (20,),
     "LOGITS": 1 << 10,
@@ -46,7 +46,7 @@ TINY = {
     "HUGE": 2050,
     "HUGE_ROOM": 32,
     "MAX_REQUESTS": 40,
-    "FAR": 1 << 11,
+    "FAR_SLOTS": 1 << 11,
 }
 LAYERS = ("layer.decode", "layer.mixed")
 
@@ -111,7 +111,7 @@ def test_a_layer_of_interpreted_kernels_keeps_the_contract() -> None:
 )
 def test_drawn_cases_of_a_kernel(monkeypatch: pytest.MonkeyPatch, check: str) -> None:
     """Small ones: an interpreter takes seconds for what a card does in microseconds."""
-    for name, value in TINY.items():
+    for name, value in TINY_DRAWS.items():
         monkeypatch.setattr(drawn, name, value)
     device = subject(drawing=Drawing(DRAWS, seed=5))
     chosen = [

@@ -28,27 +28,27 @@ from mla_backends.triton_ops.tuning import Tile
 
 Case = KernelCase | BestCase | FarWrite | E4M3Case | FormatCase
 
-FAR = 1_100_000_000  # the third row is beyond 32 bits
-NARROW = {"latent": 48, "rope": 8}
+FAR_STRIDE = 1_100_000_000  # the third row is beyond 32 bits
+NARROW_WIDTHS = {"latent": 48, "rope": 8}
 LATENT = (
-    latent((1, 1, 1), (1, 33, 70), heads=20, page_size=3, splits=Splits(32, 3), **NARROW),
-    latent((1, 1), (49, 64), heads=2, page_size=32, splits=Splits(20, 4), gain=100.0, **NARROW),
-    latent((2, 3, 0, 2), (1, 40, 0, 30), heads=12, page_size=1, **NARROW),
-    latent((2, 1), (600, 3), heads=6, splits=Splits(16, 40), halves=False, gain=4.0, **NARROW),
+    latent((1, 1, 1), (1, 33, 70), heads=20, page_size=3, splits=Splits(32, 3), **NARROW_WIDTHS),
+    latent((1, 1), (49, 64), heads=2, page_size=32, splits=Splits(20, 4), gain=100.0, **NARROW_WIDTHS),
+    latent((2, 3, 0, 2), (1, 40, 0, 30), heads=12, page_size=1, **NARROW_WIDTHS),
+    latent((2, 1), (600, 3), heads=6, splits=Splits(16, 40), halves=False, gain=4.0, **NARROW_WIDTHS),
     latent((1,), (20,), heads=1, page_size=1, far=True),
     latent((1,), (70,), heads=1, page_size=64, far=True),
-    latent((3,), (5,), heads=1, apart=FAR, **NARROW),
+    latent((3,), (5,), heads=1, apart=FAR_STRIDE, **NARROW_WIDTHS),
     # As of a captured step that grew, with channels for two programs of the merge.
     latent((1, 1), (200, 33), heads=2, splits=Splits(16, 5), latent=300, rope=8),
-    latent((1, 1), (33 * 16, 65 * 16), heads=4, splits=Splits(16, 65), gain=3.0, **NARROW),
-    latent((1,), (4096,), heads=2, page_size=64, splits=Splits(1 << 20, 1), **NARROW),
-    latent((1,), (40,), heads=66, tile=Tile(64, 32, 8, 2), **NARROW),
+    latent((1, 1), (33 * 16, 65 * 16), heads=4, splits=Splits(16, 65), gain=3.0, **NARROW_WIDTHS),
+    latent((1,), (4096,), heads=2, page_size=64, splits=Splits(1 << 20, 1), **NARROW_WIDTHS),
+    latent((1,), (40,), heads=66, tile=Tile(64, 32, 8, 2), **NARROW_WIDTHS),
 )
 EXPANDED = (
     expanded((5, 1, 20), (5, 70, 33), heads=2, widths=(16, 8, 12)),
     expanded((2, 3), (40, 1), heads=2, widths=(16, 8, 12), causal=False),
     expanded((3, 2), (1, 20), heads=2, widths=(16, 8, 12)),
-    expanded((3,), (3,), heads=1, widths=(16, 8, 12), apart=FAR),
+    expanded((3,), (3,), heads=1, widths=(16, 8, 12), apart=FAR_STRIDE),
 )
 SMALL = (
     norm(3, 100),
@@ -91,14 +91,14 @@ INDEXED = (
     BestCase(1 + 2.0**-23 * (torch.arange(200.0)[None] * 89 % 200), (200,), 77),
 )
 MUTANTS: list[tuple[Mutant, tuple[Case, ...]]] = [
-    *((one, LATENT) for one in mutants.LATENT),
-    *((one, SELECTING) for one in mutants.SELECTED),
-    *((one, INDEXED) for one in mutants.SELECTION),
-    *((one, (*LATENT, *EXPANDED)) for one in (*mutants.SOFTMAX, *mutants.PLACES)),
-    *((one, EXPANDED) for one in mutants.EXPANDED),
-    *((one, SMALL) for one in mutants.SMALL),
-    *((one, (*FORMATS, *STORED)) for one in mutants.FORMATS),
-    *((one, STORED) for one in mutants.STORED),
+    *((mutant, LATENT) for mutant in mutants.LATENT),
+    *((mutant, SELECTING) for mutant in mutants.SELECTED),
+    *((mutant, INDEXED) for mutant in mutants.SELECTION),
+    *((mutant, (*LATENT, *EXPANDED)) for mutant in (*mutants.SOFTMAX, *mutants.PLACES)),
+    *((mutant, EXPANDED) for mutant in mutants.EXPANDED),
+    *((mutant, SMALL) for mutant in mutants.SMALL),
+    *((mutant, (*FORMATS, *STORED)) for mutant in mutants.FORMATS),
+    *((mutant, STORED) for mutant in mutants.STORED),
 ]
 
 
@@ -110,7 +110,7 @@ def caught(cases: tuple[Case, ...]) -> bool:
         return True
 
 
-@pytest.mark.parametrize(("mutant", "cases"), MUTANTS, ids=lambda one: getattr(one, "name", ""))
+@pytest.mark.parametrize(("mutant", "cases"), MUTANTS, ids=lambda given: getattr(given, "name", ""))
 def test_a_mistake_is_caught(mutant: Mutant, cases: tuple[Case, ...], tmp_path: Path) -> None:
     with mutant.installed(tmp_path):
         assert caught(cases)

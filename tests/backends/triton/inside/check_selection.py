@@ -16,7 +16,7 @@ from mla_backends.triton_ops.launcher import Launcher
 from mla_backends.triton_ops.selection import SelectLatents
 
 FP8 = {"index_format": "fp8", "token_bytes": 52}
-LONG = 131_072 + 77
+LONG_CONTEXT = 131_072 + 77
 Draw = Callable[..., torch.Tensor]
 # Scores [t, n] by what may go wrong with them.
 DRAWS: dict[str, Draw] = {
@@ -62,7 +62,7 @@ def test_scores_that_follow_lengths_after_planning() -> None:
 
 def test_as_many_keys_as_a_long_context_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "KEYS", 4096)
-    check(select((1,), (LONG,), 2048, heads=2, depth=16, page_size=64))
+    check(select((1,), (LONG_CONTEXT,), 2048, heads=2, depth=16, page_size=64))
 
 
 @pytest.mark.parametrize("trouble", ["raises", "is wrong"])
@@ -104,8 +104,8 @@ def test_the_best_are_those_of_a_sort(how: str, topk: int, seed: int) -> None:
 
 @pytest.mark.parametrize("how", ["of either sign", "tied", "alike but for the last bits"])
 def test_the_best_of_a_long_row(how: str) -> None:
-    scores = DRAWS[how](1, LONG, generator=torch.Generator().manual_seed(1))
-    check(BestCase(scores, (LONG,), 2048, tile=selection.TILE))
+    scores = DRAWS[how](1, LONG_CONTEXT, generator=torch.Generator().manual_seed(1))
+    check(BestCase(scores, (LONG_CONTEXT,), 2048, tile=selection.TILE))
 
 
 def test_of_equal_scores_the_first_are_taken() -> None:
