@@ -31,17 +31,14 @@ def render(run: CeilingRun, kind: str) -> str:
 
 def run_lines(ceilings: Sequence[Ceiling]) -> list[str]:
     """Return one line per kind of work about the ceilings that a run was compared with."""
-    return [f"limit of {_work(members[0])}: {_range(members)}" for members in _by_kind(ceilings).values()]
+    return [f"{_work(members[0])}: {_range(members)}" for members in _by_kind(ceilings).values()]
 
 
 def peaks(ceilings: Sequence[Ceiling]) -> str:
     """Return the limits in a few words, such as "Peaks 440 GFLOP/s bf16, 69 to 113 GB/s."."""
     names = []
     for members in _by_kind(ceiling for ceiling in ceilings if ceiling.work != "copy").values():
-        low, high = (rate(choose(members, key=lambda ceiling: ceiling.value)) for choose in (min, max))
-        low = low.removesuffix(f" {high.partition(' ')[2]}")
-        span = high if high.startswith(f"{low} ") else f"{low} to {high}"
-        names.append(" ".join(filter(None, (span, short(members[0].dtype)))))
+        names.append(" ".join(filter(None, (_span(members), short(members[0].dtype)))))
     return f"Peak{'s' * (len(names) > 1)} {', '.join(names)}." if names else ""
 
 
@@ -68,19 +65,24 @@ def rate(ceiling: Ceiling) -> str:
 
 def _work(ceiling: Ceiling) -> str:
     if ceiling.work == "matmul":
-        return f"{ceiling.dtype} products" if ceiling.dtype else "products"
-    return {"read": "reading", "copy": "copying"}[ceiling.work]
+        return f"{ceiling.dtype or ''} matmul rate".lstrip()
+    return f"{ceiling.work} bandwidth"
+
+
+def _span(ceilings: Sequence[Ceiling]) -> str:
+    """Return the least and the greatest value with one unit, such as "69 to 113 GB/s"."""
+    low, high = (rate(choose(ceilings, key=lambda ceiling: ceiling.value)) for choose in (min, max))
+    low = low.removesuffix(f" {high.partition(' ')[2]}")
+    return high if high.startswith(f"{low} ") else f"{low} to {high}"
 
 
 def _range(ceilings: Sequence[Ceiling]) -> str:
     """Return the value and source of a single ceiling, or the range of several."""
     if len(ceilings) == 1:
         return f"{rate(ceilings[0])} ({ceilings[0].source}){_varied(ceilings)}{_ours(ceilings)}"
-    least, most = (choose(ceilings, key=lambda ceiling: ceiling.value) for choose in (min, max))
     footprints = [ceiling.footprint_bytes or 0 for ceiling in ceilings]
     sizes = f"{size(min(footprints))} to {size(max(footprints))}"
-    at = f"{rate(least)} to {rate(most)}, at {len(ceilings)} footprints from {sizes}"
-    return at + _varied(ceilings) + _ours(ceilings)
+    return f"{_span(ceilings)} at {sizes}{_varied(ceilings)}{_ours(ceilings)}"
 
 
 def _varied(ceilings: Sequence[Ceiling]) -> str:
@@ -89,16 +91,16 @@ def _varied(ceilings: Sequence[Ceiling]) -> str:
     if not lower or (len(ceilings) == 1 and ceilings[0].lowest == ceilings[0].value):
         return ""
     if len(ceilings) == 1:
-        return f", at the lowest {rate(msgspec.structs.replace(ceilings[0], value=ceilings[0].lowest))}"
-    return f", repeated at most {100 * max(lower):.0f} % lower"
+        return f", lowest {rate(msgspec.structs.replace(ceilings[0], value=ceilings[0].lowest))}"
+    return f", up to {100 * max(lower):.0f} % lower when repeated"
 
 
 def _ours(ceilings: Sequence[Ceiling]) -> str:
     """Return a remark where no way but our own op is known to be as fast."""
     if not any(ceiling.ours for ceiling in ceilings):
         return ""
-    where = "" if all(ceiling.ours for ceiling in ceilings) else " at some of them"
-    return f"; caveat: measured with the kernel under test{where}, no other way was faster"
+    where = "" if all(ceiling.ours for ceiling in ceilings) else " at some sizes"
+    return f"; caveat: only the kernel under test is as fast{where}"
 
 
 def _device(run: CeilingRun) -> str:

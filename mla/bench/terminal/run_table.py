@@ -194,7 +194,7 @@ def _reasons(cases: Sequence[Case]) -> list[str]:
 
 
 def _about(run: Run) -> Iterator[str]:
-    """Yield what the numbers are, what was checked, and what they are held against."""
+    """Yield what the numbers are, what was checked, and what they are compared with."""
     timed = [case for case in run.cases if case.latency_ms]
     intervals = any(case.latency_ms and case.latency_ms.ci95 for case in timed)
     parts = ["Median and 95 % interval." if intervals else "Medians."] if timed else []
@@ -246,8 +246,8 @@ def _differences(case: Case, other: Case, outputs: float) -> str:
     same = " run the same ops;" if case.ops and case.ops == other.ops else ":"
     return (
         f"{case.implementation} and {other.implementation}{same} outputs differ by {_exponent(outputs)}; "
-        f"cache {_mib(mine.cache_bytes)} against {_mib(theirs.cache_bytes)}; "
-        f"transient {_mib(mine.transient_bytes)} against {_mib(theirs.transient_bytes)}"
+        f"cache {_mib(mine.cache_bytes)} vs {_mib(theirs.cache_bytes)}; "
+        f"transient {_mib(mine.transient_bytes)} vs {_mib(theirs.transient_bytes)}"
     )
 
 

@@ -308,6 +308,6 @@ def test_show_prints_stages_and_limits_without_torch(
     done = process("show", "run.json", path=[tmp_path])
     assert done.code == 0
     assert "stages of prefill, mla " in done.out
-    said = "\nlimit of reading: 50 GB/s (measured: sum, 3 MiB)\n\nprefill: only mla has a number: 2 ms"
+    said = "\nread bandwidth: 50 GB/s (measured: sum, 3 MiB)\n\nprefill: only mla has a number: 2 ms"
     assert said not in done.out
     assert said in process("show", "run.json", "-v", path=[tmp_path]).out

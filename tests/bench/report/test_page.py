@@ -364,7 +364,7 @@ def test_limits_show_their_spread(rich: Sequence[results.Run]) -> None:
     rich[0].ceilings[0].lowest, rich[0].ceilings[0].ours = 1e12, True
     screen = first_screen(render(rich[0]))
     assert re.search(
-        r"limit of reading: 3 TB/s to 9 TB/s.*repeated at most 67 % lower.*kernel under test", screen
+        r"read bandwidth: 3 to 9 TB/s.*up to 67 % lower when repeated.*kernel under test", screen
     )
 
 

@@ -22,8 +22,8 @@ def test_a_table_shows_each_ceiling_and_the_sources_of_what_is_declared(ceiling_
         "matmul  1 x 2 x 3  500 GFLOP/s             25  torch.mm",
         "matmul  1 x 2 x 3  500 GFLOP/s              -  torch.mm",
         "",
-        "declared reading: 200 GB/s (https://x.example/sheet)",
-        "declared bfloat16 products: 2 TFLOP/s (https://x.example/flops)",
+        "declared read bandwidth: 200 GB/s (https://x.example/sheet)",
+        "declared bfloat16 matmul rate: 2 TFLOP/s (https://x.example/flops)",
     ]
     assert "| read | 16 MiB | 150 GB/s | 75 | dot |" in render(ceiling_run, "md").splitlines()
 
@@ -31,10 +31,10 @@ def test_a_table_shows_each_ceiling_and_the_sources_of_what_is_declared(ceiling_
 def test_a_runs_limits_are_a_line_per_kind_of_work(ceiling_run: CeilingRun) -> None:
     assert run_lines([]) == []
     assert run_lines(ceiling_run.measured) == [
-        "limit of reading: 150 GB/s to 400 GB/s, at 2 footprints from 4 MiB to 16 MiB",
-        "limit of copying: 100 GB/s (measured: neg, 16 MiB)",
-        "limit of bfloat16 products: 500 GFLOP/s (measured: torch.mm, 1 x 2 x 3)",
-        "limit of float32 products: 500 GFLOP/s (measured: torch.mm, 1 x 2 x 3)",
+        "read bandwidth: 150 to 400 GB/s at 4 MiB to 16 MiB",
+        "copy bandwidth: 100 GB/s (measured: neg, 16 MiB)",
+        "bfloat16 matmul rate: 500 GFLOP/s (measured: torch.mm, 1 x 2 x 3)",
+        "float32 matmul rate: 500 GFLOP/s (measured: torch.mm, 1 x 2 x 3)",
     ]
 
 
@@ -43,27 +43,26 @@ def test_a_line_says_how_far_a_limit_varied_and_that_only_our_own_op_reaches_it(
         fields = {"value": 5e11, "source": "measured: mine, 1 x 2 x 3", "dtype": "bfloat16", **changes}
         return Ceiling(work="matmul", **fields)
 
-    start = "limit of bfloat16 products: 500 GFLOP/s (measured: mine, 1 x 2 x 3)"
-    ours = "; caveat: measured with the kernel under test, no other way was faster"
-    assert run_lines([product(lowest=4.5e11)]) == [f"{start}, at the lowest 450 GFLOP/s"]
+    start = "bfloat16 matmul rate: 500 GFLOP/s (measured: mine, 1 x 2 x 3)"
+    ours = "; caveat: only the kernel under test is as fast"
+    assert run_lines([product(lowest=4.5e11)]) == [f"{start}, lowest 450 GFLOP/s"]
     assert run_lines([product(lowest=5e11)]) == [start]
     assert run_lines([product(lowest=5e11, ours=True)]) == [start + ours]
-    assert run_lines([product(lowest=1e11, ours=True)]) == [f"{start}, at the lowest 100 GFLOP/s{ours}"]
+    assert run_lines([product(lowest=1e11, ours=True)]) == [f"{start}, lowest 100 GFLOP/s{ours}"]
 
 
 def test_a_line_of_several_footprints_says_the_same() -> None:
     def read(value: float, lowest: float, size: int, ours: bool) -> Ceiling:
         return Ceiling(work="read", value=value, source="x", footprint_bytes=size, lowest=lowest, ours=ours)
 
-    start = "limit of reading: 100 GB/s to 200 GB/s, at 2 footprints from 1 MiB to 4 MiB, repeated at most "
+    start = "read bandwidth: 100 to 200 GB/s at 1 MiB to 4 MiB, up to "
     some = [read(1e11, 0.9e11, 4 << 20, True), read(2e11, 1e11, 1 << 20, False)]
     assert run_lines(some) == [
-        f"{start}50 % lower; caveat: measured with the kernel under test at some of them, no other way was "
-        "faster"
+        f"{start}50 % lower when repeated; caveat: only the kernel under test is as fast at some sizes"
     ]
     both = [read(1e11, 1e11, 4 << 20, True), read(2e11, 2e11, 1 << 20, True)]
     assert run_lines(both) == [
-        f"{start}0 % lower; caveat: measured with the kernel under test, no other way was faster"
+        f"{start}0 % lower when repeated; caveat: only the kernel under test is as fast"
     ]
 
 
