@@ -114,7 +114,7 @@ class LayerHost:
         return checker.check(outputs, held_to_reference=True)
 
     def check_selected(self, outputs: torch.Tensor, taken: Sequence[Taken], cache: LatentCache) -> Check:
-        """Judge outputs [steps, T, d] of a layer with an indexer by what each step has left, in turn.
+        """Judge outputs [steps, T, d] by what each step has left in memory, in turn.
 
         The formats are those of the `cache`.
         """
@@ -169,12 +169,12 @@ class LayerCall:
         """Run one step, which attends a `selection` [T, topk] if there is one. What is not written is NaN."""
         hidden, pages = self.hidden[step], self.cache.of_layer(0)
         out = self.layer(hidden, batch, *pages, selection, out=torch.full_like(hidden, torch.nan))
-        if self.case.config.index_topk:
+        if self.case.config.index_topk or self.cache.cache_format:
             self.take()
         return out
 
     def take(self) -> None:
-        """Keep what the last forward, of a layer that selects, has left."""
+        """Keep what the last forward, of a layer that selects or over a format, has left."""
         lengths = [self.cache.length(sequence) for sequence in self.ids]
         what = self.ids, self.case.query_lens, self.case.history, lengths
         self.taken.append(take(self.layer, self.cache, *what))

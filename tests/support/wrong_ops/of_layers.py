@@ -14,15 +14,14 @@ from wrong_ops import extents, formats, habits, layers
 from wrong_ops.base import mutant
 
 MUTANTS: Mapping[str, list[Callable[[], Any]]] = {
-    "layer.mixed": [layers.RowsMoved, layers.FutureLeak, layers.Unrotated, layers.EarlyKeys],
+    "layer.mixed": [
+        *(layers.RowsMoved, layers.FutureLeak, layers.Unrotated, layers.EarlyKeys, layers.Unnormed),
+    ],
     "layer.decode": [layers.LastPageDropped],
     "layer.pages": [layers.ConsecutivePages],
     "layer.chunks": [layers.BaseTwo],
     "layer.variant": [layers.NoBias, layers.AlwaysInterleaved],
-    "layer.formats": [
-        *(formats.NextCodes, formats.LastBitLost, formats.AsScaled),
-        *(layers.Unrotated, layers.Unnormed),
-    ],
+    "layer.formats": [formats.NextCodes, formats.LastBitLost, formats.AsScaled],
     "layer.untouched": [layers.TwoSlots],
     "layer.shared_plan": [layers.FirstCache, layers.Accumulating],
     "layer.two_layers": [
