@@ -22,7 +22,6 @@ from mla.conformance.trial import CheckFailed, Refused, Trial, expect
 from mla.layer.attention import MLA
 from mla.layer.plan import frozen_roles, rebuilt_bytes
 from mla.verify.tolerances import same_bits
-from mla.verify.verdict import Check
 
 # Small, but with the head widths that kernels are made for: without and with a query LoRA.
 PLAIN_CONFIG = MLAConfig(
@@ -96,11 +95,7 @@ def prepare(
 
 def judge(trial: Trial, call: LayerCall, outputs: Iterable[torch.Tensor]) -> None:
     """Compare the outputs [T, d] of every step with the oracle. Raises `CheckFailed`."""
-    take_verdict(trial, call.check(torch.stack([out.cpu() for out in outputs])))
-
-
-def take_verdict(trial: Trial, verdict: Check) -> None:
-    """Keep the largest error of a trial. Raises `CheckFailed` for a wrong output."""
+    verdict = call.check(torch.stack([out.cpu() for out in outputs]))
     trial.worst = max(verdict.error_ratio or 0.0, trial.worst or 0.0)
     if verdict.status != "ok":
         raise CheckFailed(verdict.reason)
