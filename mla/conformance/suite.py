@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mla.conformance.failures import Keeper
 
 MINUTES = {True: 1.0, False: 5.0}  # that a run takes, if it is quick and if not
+ENDING = 1.5  # seconds of it that are left for the card, and for the process to end
 MIN_DRAWS = 300  # judged draws of an op in a dtype, with which its check is green
 STRETCH = 2.0  # times its share of the time that a check may draw for until it has as many
 FOR_DRAWS = {True: 0.6, False: 0.7}  # of the time at least, if it is quick and if not
@@ -229,8 +230,8 @@ class Asked:
 
     @property
     def seconds(self) -> float:
-        """How long a run takes."""
-        return 60 * (MINUTES[self.quick] if self.minutes is None else self.minutes)
+        """How long checks may take."""
+        return 60 * (MINUTES[self.quick] if self.minutes is None else self.minutes) - ENDING
 
     def alone(self) -> list[str]:
         """Return the command that runs one case, without its `--only`."""
