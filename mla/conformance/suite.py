@@ -34,7 +34,7 @@ MINUTES = {True: 1.0, False: 5.0}  # that a run takes, if it is quick and if not
 ENDING = 1.5  # seconds of it that are left for the card, and for the process to end
 MIN_DRAWS = 300  # judged draws of an op in a dtype, with which its check is green
 STRETCH = 2.0  # times its share of the time that a check may draw for until it has as many
-FOR_DRAWS = {True: 0.6, False: 0.7}  # of the time at least, if it is quick and if not
+FOR_DRAWS = {True: 0.55, False: 0.7}  # of the time at least, if it is quick and if not
 MAX_SHARE = 0.15  # of the time that is left for fixed checks, for one of them
 # The time of a draw, in that of the quickest op: so much more of the run's time are draws of the kind given.
 DRAW_TIMES = {
