@@ -21,9 +21,6 @@ from mla.layer.rope import inverse_frequencies
 State = Mapping[str, torch.Tensor]
 Pair = tuple[torch.Tensor, torch.Tensor]
 Held = Callable[[torch.Tensor], torch.Tensor]  # which of some positions [n] are attended, bool [n]
-Stored = Callable[
-    [torch.Tensor, torch.Tensor], Pair
-]  # what a cache gives back of new kv [t, c] and pe [t, r]
 
 
 # Logits of so many bytes are made at once, or of one choice.
@@ -38,17 +35,15 @@ def oracle(
     query_lens: Sequence[int],
     history: Sequence[Pair],  # per request kv [s, c] normed, pe [s, r] rotated
     held: Held | None = None,
-    stored: Stored | None = None,
     selection: torch.Tensor | None = None,  # [T, topk]
 ) -> torch.Tensor:
     """Return the layer's output [T, d] in float64; weights and inputs are taken as they are stored.
 
-    Only tokens at positions that are `held` are attended, by default all; without any, attention is 0. New
-    tokens are attended as they are `stored`. Given a `selection`, a token attends the positions within its
-    request that it names (-1 is none).
+    Only tokens at positions that are `held` are attended, by default all; without any, attention is 0.
+    Given a `selection`, a token attends the positions within its request that it names (-1 is none).
     """
     picks = None if selection is None else selection[None]
-    return oracle_of_choices(config, state, hidden[None], query_lens, history, held, stored, picks)[0]
+    return oracle_of_choices(config, state, hidden[None], query_lens, history, held, picks)[0]
 
 
 def oracle_of_choices(
@@ -58,7 +53,6 @@ def oracle_of_choices(
     query_lens: Sequence[int],
     history: Sequence[Pair],
     held: Held | None = None,
-    stored: Stored | None = None,
     selections: torch.Tensor | None = None,  # [n, T, topk]
 ) -> torch.Tensor:
     """Return the outputs [n, T, d] in float64 of every choice; the history is expanded once for all."""
@@ -67,7 +61,7 @@ def oracle_of_choices(
     picks = [None] * len(lengths) if selections is None else selections.cpu().long().split(lengths, dim=1)
     requests = zip(hidden.cpu().split(lengths, dim=1), picks, history, strict=True)
     outputs = [
-        _request(config, wide, new.double(), *past, held, stored, pick)
+        _request(config, wide, new.double(), *past, held, pick)
         for new, pick, past in requests
         if new.shape[1]
     ]
@@ -82,14 +76,12 @@ def oracle_of_last(
     query_lens: Sequence[int],
     history: Sequence[Pair],
     held: Held | None = None,
-    stored: Stored | None = None,
 ) -> torch.Tensor:
     """Return the outputs [n, B, d] in float64 of the replaced last tokens; no other row sees them."""
     wide = {name: weight.double() for name, weight in _host(state).items()}
     requests = zip(hidden.cpu().double().split(list(query_lens)), last.unbind(1), history, strict=True)
     rows = [
-        _last_rows(config, wide, new[:-1], last.cpu().double(), *past, held, stored)
-        for new, last, past in requests
+        _last_rows(config, wide, new[:-1], last.cpu().double(), *past, held) for new, last, past in requests
     ]
     return torch.stack(rows, dim=1)
 
@@ -102,27 +94,21 @@ def _last_rows(
     kv: torch.Tensor,
     pe: torch.Tensor,
     held: Held | None,
-    stored: Stored | None,
 ) -> torch.Tensor:
     """Return the outputs [n, d] of one request whose last token is one of several."""
     positions = torch.arange(kv.shape[0], kv.shape[0] + before.shape[0])
-    new_kv, new_pe = _latents(config, state, before, positions, stored)
+    new_kv, new_pe = _latents(config, state, before, positions)
     past = torch.cat((kv.cpu().double(), new_kv)), torch.cat((pe.cpu().double(), new_pe))
-    return _request(config, state, last[:, None], *past, held, stored)[:, 0]
+    return _request(config, state, last[:, None], *past, held)[:, 0]
 
 
-def _latents(
-    config: MLAConfig, state: State, hidden: torch.Tensor, positions: torch.Tensor, stored: Stored | None
-) -> Pair:
+def _latents(config: MLAConfig, state: State, hidden: torch.Tensor, positions: torch.Tensor) -> Pair:
     """Return what new tokens are cached as: kv [t, c] normed, pe [t, r] rotated."""
     c = config.kv_lora_rank
     latent = _project(state, "kv_a_proj_with_mqa", hidden)
     kv = _norm(latent[:, :c], state["kv_a_layernorm.weight"], config.rms_norm_eps) * config.kv_latent_scale
     pe = _rotate(config, latent[:, None, c:], positions)[:, 0]
-    if stored is None:
-        return kv, pe
-    kv, pe = stored(kv, pe)
-    return kv.double(), pe.double()
+    return kv, pe
 
 
 def _host(state: State) -> dict[str, torch.Tensor]:
@@ -136,7 +122,6 @@ def _request(
     kv: torch.Tensor,
     pe: torch.Tensor,
     held: Held | None,
-    stored: Stored | None,
     selection: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return one request's outputs [n, t, d] for choices of new tokens [n, t, d] and selections [n, t, k]."""
@@ -145,9 +130,7 @@ def _request(
     positions = torch.arange(kv.shape[0], kv.shape[0] + t).repeat(choices)
     q = _queries(config, state, rows) * _by_position(config, positions)  # [n t, h, nope + r]
     q = torch.cat((q[..., :nope], _rotate(config, q[..., nope:], positions)), dim=-1)
-    new_kv, new_pe = (
-        part.unflatten(0, (choices, t)) for part in _latents(config, state, rows, positions, stored)
-    )
+    new_kv, new_pe = (part.unflatten(0, (choices, t)) for part in _latents(config, state, rows, positions))
     past, unseen = (kv.cpu().double(), pe.cpu().double()), torch.zeros(t, dtype=torch.bool)
     if held is not None:
         kept = held(torch.arange(kv.shape[0]))

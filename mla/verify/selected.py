@@ -27,7 +27,6 @@ from mla.verify.layer_oracle import (
     Held,
     Pair,
     State,
-    Stored,
     _by_position,
     _gate,
     _latents,
@@ -75,11 +74,9 @@ class SelectingLayer:
         self.config = config
         self._state = {name: weight.cpu().double() for name, weight in state.items()}
 
-    def latents(
-        self, hidden: torch.Tensor, positions: torch.Tensor, stored: Stored | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def latents(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what tokens [t, d] at positions [t] are cached as: kv [t, c] and pe [t, r]."""
-        return _latents(self.config, self._state, hidden.cpu().double(), positions, stored)
+        return _latents(self.config, self._state, hidden.cpu().double(), positions)
 
     def index_keys(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Return the index keys [t, D] of tokens [t, d] at positions [t]."""
