@@ -215,7 +215,6 @@ class Extent:
     only: Sequence[str]  # patterns; empty: every check
     claimed: Sequence[str]  # dtypes
     checked: Sequence[str]
-    every_case: bool
     planned: int  # checks
 
 
@@ -261,8 +260,8 @@ def _late(checks: Sequence[CheckResult]) -> Iterator[str]:
 
 def _spare(extent: Extent, checks: Sequence[CheckResult]) -> Iterator[str]:
     ours = any(check.of not in ("", "auto", "reference") for check in checks)
-    if ours and not (extent.every_case or extent.only):
-        yield "The reference on the device, where an op serves what most layers have (--every-case runs it)."
+    if ours and not extent.only:
+        yield "The reference on the device, where an op serves most layers (--only '*[reference-*' runs it)."
 
 
 def _reached(checks: Sequence[CheckResult]) -> Iterator[str]:

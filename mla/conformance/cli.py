@@ -97,14 +97,9 @@ def _finite(minutes: float | None) -> float | None:
 @how(
     "--draws",
     type=click.IntRange(0),
-    help="Cases drawn per op and dtype, in place of --minutes: for CI and interpreted kernels.",
+    help="Cases drawn per op and dtype, beside all fixed ones, in place of --minutes.",
 )
 @how("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of drawn cases.")
-@how(
-    "--every-case",
-    is_flag=True,
-    help="Run every fixed case, whatever the time, and those of the reference.",
-)
 @how(
     "--xfails",
     "xfails_file",
@@ -155,7 +150,6 @@ def cli(
     minutes: float | None,
     draws: int | None,
     seed: int,
-    every_case: bool,
     xfails_file: Path | None,
     report_file: Path | None,
     dump_failure: Path | None,
@@ -186,7 +180,7 @@ def cli(
     if not list_only:
         require_hypothesis()
     options = BackendOptions(backend, device, backend_options, threads)
-    asked = Asked(options, dtypes, only, quick, every_case, minutes, draws, seed)
+    asked = Asked(options, dtypes, only, quick, minutes, draws, seed)
     words, started = command
     suite = Suite.opened(asked, xfails)
     suite.start = started

@@ -25,10 +25,6 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "threads": {"metavar": "N", "type": int, "help": "Host threads. Default: the backend decides."},
     "dtype": {"action": "append", "default": [], "help": "Check only this dtype, such as bf16; repeatable."},
     "quick": {"action": "store_true", "help": "A first look: the same fixed checks, fewer draws."},
-    "every-case": {
-        "action": "store_true",
-        "help": "Run every fixed case, whatever its time and dtype.",
-    },
     "minutes": {"type": float, "metavar": "N", "help": "Duration in minutes. Default: 1 if quick, else 5."},
     "draws": {"type": int, "metavar": "N", "help": "Cases drawn per op and dtype, not --mla-minutes."},
     "seed": {"type": int, "default": 0, "metavar": "N", "help": "Seed of drawn cases."},
@@ -77,7 +73,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     told = [dict(report.user_properties) for report in reports if getattr(report, "when", "") == "call"]
     results = [json.loads(properties[PROPERTY]) for properties in told if PROPERTY in properties]
     if left := left_for_time(msgspec.convert(results, list[CheckResult])):
-        terminalreporter.write_line(f"{left} (--mla-minutes gives more, --mla-every-case runs all)")
+        terminalreporter.write_line(f"{left} (--mla-minutes gives more)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -111,7 +107,7 @@ def _opened(options: Any) -> Suite:
     try:
         require_hypothesis()
         dtypes = [named_dtype(word) for word in options.mla_dtype]
-        asked = Asked(chosen, dtypes, (), options.mla_quick, options.mla_every_case, *how)
+        asked = Asked(chosen, dtypes, (), options.mla_quick, *how)
         xfails = Xfails.read(Path(options.mla_xfails)) if options.mla_xfails else Xfails()
         suite = Suite.opened(asked, xfails)
         if options.mla_dump_failure:

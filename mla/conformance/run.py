@@ -108,7 +108,7 @@ def make_report(words: Sequence[str], collected: Results, interrupted: bool) -> 
     subject, asked = suite.subject, suite.asked
     results = [collected.by_id[instance.id] for instance in suite.planned if instance.id in collected.by_id]
     dtypes, claimed = (list(map(dtype_name, each)) for each in (suite.dtypes, claimed_dtypes(subject)))
-    extent = Extent(subject.quick, asked.only, claimed, dtypes, asked.every_case, len(suite.planned))
+    extent = Extent(subject.quick, asked.only, claimed, dtypes, len(suite.planned))
     return ConformanceReport(
         schema_version=SCHEMA_VERSION,
         argv=["python", "-m", "mla.conformance", *words],

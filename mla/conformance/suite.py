@@ -115,7 +115,7 @@ def instances(
         if instance.of != "reference" or check.scope not in (OP, LAYER):
             return False
         asked = named and chosen_cases(named, check.id, instance.subject) != frozenset()
-        if not drawn and (subject.every_case or asked):
+        if asked and not drawn:
             return False
         return check.scope == LAYER or any(
             served(check.kind, dtype) for dtype in ([instance.dtype] if drawn else dtypes)
@@ -223,7 +223,6 @@ class Asked:
     dtypes: Sequence[str] = ()  # names; empty: those the backend claims
     only: Sequence[str] = ()  # patterns; empty: every check
     quick: bool = False
-    every_case: bool = False
     minutes: float | None = None  # that a run takes; None: as `MINUTES` says
     draws: int | None = None  # of every op in every dtype, in place of a time
     seed: int = 0
@@ -274,7 +273,7 @@ class Suite:
                 raise UsageError(f"the backend does not claim {name}; it claims: {', '.join(names)}.")
         chosen = tuple(dtype for dtype in claimed if not asked.dtypes or dtype_name(dtype) in asked.dtypes)
         drawing = Drawing(asked.draws, seed=asked.seed)
-        return cls(asked, replace(subject, every_case=asked.every_case, drawing=drawing), chosen, xfails)
+        return cls(asked, replace(subject, drawing=drawing), chosen, xfails)
 
     @cached_property
     def planned(self) -> tuple[Instance, ...]:
@@ -312,7 +311,7 @@ class Suite:
     @property
     def until(self) -> float:
         """When a check that starts now and draws nothing is to end, by `time.monotonic`."""
-        if self.asked.draws is not None or self.asked.every_case:
+        if self.asked.draws is not None:
             return math.inf
         among = self.planned if self.selected is None else self.selected
         drawn = any(instance.check.fails == DRAWN for instance in among)

@@ -95,7 +95,6 @@ class BackendUnderTest:
     version: str | None = None
     reopen: Callable[[Mapping[str, str]], Backend] | None = None  # creates the backend with other options
     say: Say | None = None  # is told in one line what an op compiles, before it does
-    every_case: bool = False  # of the reference as well, where an op serves most layers
     drawing: Drawing = field(default_factory=Drawing)  # how many cases are drawn
 
     @property

@@ -466,8 +466,7 @@ def test_fixed_checks_leave_time_for_draws_and_for_each_other(monkeypatch: pytes
         ends.append(opened.until)
     assert 10 < ends[0] < 12
     assert ends[1] < 20
-    for asked in (Asked(backend, draws=3), Asked(backend, every_case=True)):
-        assert Suite(asked, opened.subject, ()).until == math.inf
+    assert Suite(Asked(backend, draws=3), opened.subject, ()).until == math.inf
 
 
 class WrongOverOnes(type(REFERENCE["rotate_query"])):  # type: ignore[misc]
