@@ -60,7 +60,7 @@ WHAT_TO_RUN = (
         help="Run only this scenario of the workload; repeatable.",
     ),
     what_to_run(
-        "--op", metavar="NAME,...", common=True, help="Single ops alone, by name or role (see --list-ops)."
+        "--op", metavar="NAME,...", common=True, help="Single ops by name or role; --list-ops names them."
     ),
     what_to_run(
         "--batch", type=click.IntRange(1, MAX_REQUESTS), show_default=str(DEFAULT_BATCH),
