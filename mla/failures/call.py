@@ -277,10 +277,14 @@ def _lengths(
 
 
 def _fill(cache: torch.Tensor, kept: torch.Tensor) -> float | None:
-    """Return what is in the pages that are not kept: the first number of the first of them."""
+    """Return what is in the pages that are not kept: a number of the first of them, 0 only if all are.
+
+    Whoever writes zeros to zeros leaves no trace.
+    """
     unread = torch.ones(cache.shape[0], dtype=torch.bool, device="cpu")
     unread[kept] = False
-    value = cache[int(unread.int().argmax())].flatten()[0].item() if bool(unread.any()) else torch.nan
+    page = cache[int(unread.int().argmax())].flatten()
+    value = page[int((page != 0).int().argmax())].item() if bool(unread.any()) else torch.nan
     return None if value != value else float(value)
 
 

@@ -24,7 +24,7 @@ FAULTY = ["--backend", "faulty_backend:FaultyBackend", "--dtype", "float32", "--
     [
         ("latent_attention", "head", "latent.decode", "head 15 of every row"),
         ("latent_attention", "lse", "latent.shares", "lse: "),
-        ("write_latent", "stray", "write_latent.formula", "1 slots of the cache have changed"),
+        ("write_latent", "stray", "write_latent.rows", "1 slots of the cache have changed"),
         ("linear", "scale", "layer.mixed", "every row"),
     ],
 )
