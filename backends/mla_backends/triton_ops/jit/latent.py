@@ -200,9 +200,13 @@ def attend_latent(
             value_upper = tl.dot(weight.to(latent.dtype), latent_upper, value_upper * shrink[:, None])
 
     whole, sums = close(top, total)
-    _, head, owned, at = places_of(hidden(block, never, True), first, queries, HEADS, ROWS)
-    if FORMAT == "fp8":
+    if FORMAT == "fp8":  # which has a register too few to hold them through the loop
         whole = whole / stored_scale
+        program = hidden(tl.program_id(0), never, True)
+        _, block, first, queries, keys = rows_of(
+            program, kv_lens, cu_q, requests, blocks, HEADS, ROWS, RAGGED, TOPK
+        )
+    _, head, owned, at = places_of(hidden(block, never, True), first, queries, HEADS, ROWS)
     value = value / whole[:, None]
     target = owned[:, None] & has_channel[None, :]
     if HALVES:
