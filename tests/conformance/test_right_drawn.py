@@ -10,13 +10,14 @@ import pytest
 import torch
 from flash import Flash, Normalised
 from right_ops import RIGHT_OPS
+from wrong_ops import formats
 
 from mla.conformance.report import CheckResult
 from mla.conformance.trial import Drawing
 from mla_backends import FusedOp
 
 Run = Callable[..., list[CheckResult]]
-DRAWS = 60
+DRAWS, OF_FORMATS = 60, 15
 FORMS: dict[str, Callable[[], FusedOp]] = {op.__name__: op for op in RIGHT_OPS} | {
     f"{form.__name__}-{kind}-{splits}": functools.partial(form, f"{kind}_attention/1", 64, splits)
     for kind in ("latent", "expanded")
@@ -24,14 +25,21 @@ FORMS: dict[str, Callable[[], FusedOp]] = {op.__name__: op for op in RIGHT_OPS} 
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+OVER_FORMATS = {f"over a format {number}": form for number, form in enumerate(formats.RIGHT)}
+
+
+@pytest.mark.parametrize("form", [*FORMS, *OVER_FORMATS])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_no_drawn_case_is_called_wrong(judge: Run, sound: Any, form: str, dtype: torch.dtype) -> None:
-    backend = sound(ops={"mine": FORMS[form]()})
-    (result,) = judge(backend, "*.drawn[mine-*]", dtypes=(dtype,), drawing=Drawing(DRAWS, seed=1))
+    count, backend = (
+        DRAWS if form in FORMS else OF_FORMATS,
+        sound(ops={"mine": (FORMS | OVER_FORMATS)[form]()}),
+    )
+    (result,) = judge(backend, "*.drawn[mine-*]", dtypes=(dtype,), drawing=Drawing(count, seed=1))
     assert (result.status, result.failures) == ("incomplete", [])
     assert result.drawn is not None
-    assert result.drawn.judged == DRAWS
+    assert result.drawn.judged == count
+    assert form in FORMS or result.drawn.along["cache"] != f"plain {count}"
 
 
 def test_a_long_sum_that_nearly_cancels_is_no_alarm(judge: Run, sound: Any) -> None:

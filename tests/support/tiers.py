@@ -31,7 +31,6 @@ REST: dict[str, tuple[str, tuple[str, ...]]] = {
             r"tests/conformance/test_(\w+_mutants|right_\w+|pytest_suite|plugin)",
             r"tests/frozen/test_(wrong|commands)",
             r"tests/verify/test_right_forms",
-            r"tests/cases/test_stored.py::test_right_ops_are_right\[([0-79]|1[0-9]|2[1-3])-",
         ),
     ),
     "adversary": (
