@@ -128,13 +128,13 @@ class Attending : public Attention {
     void attend(const bf16* const* keys, const bf16* const* values, int64_t first, int64_t count,
                 const bf16* const* next = nullptr) {
         if (keys_.decoded()) values = keys_.rows();
-        score(keys, first, count, next, 2, [&](int64_t p, int64_t, int64_t, float* scores, int64_t column) {
+        score(keys, first, count, next, 2, [&](int64_t p, int64_t, int64_t, float* scores, int64_t column, bool) {
             for (int64_t end = std::min(p + 2, panels_); p < end; p++, scores += column)
                 update(panel_[p], scores, values, first, count);
         });
     }
 
-    // Call use(p, 0, count, scores, column) for each `group` of panels, p the first, that sees any of these
+    // Call use(p, 0, count, scores, column, true) for each `group` of panels, p the first, that sees any of these
     // keys: scores [group][count][16], `column` apart.
     template <class Use>
     void score(const bf16* const* keys, int64_t first, int64_t count, const bf16* const* next, int64_t group,
@@ -160,7 +160,7 @@ class Attending : public Attention {
                     else
                         score_group<KEYS_ONE, 1>(q, i, next, to + i * LANES);
                 }
-            use(p, 0, count, scores, KEYS * LANES);
+            use(p, 0, count, scores, KEYS * LANES, true);
         }
     }
 

@@ -6,6 +6,7 @@
 #include "attention.h"
 #include "gathered.h"
 #include "queries.h"
+#include "softening.h"
 
 namespace mla {
 
@@ -28,7 +29,7 @@ class Attending : public Attention {
           keys_(layout, key_width, value_width, pitch),
           whole_(key_width / TILE_DEPTH),
           rest_(key_width % TILE_DEPTH),
-          score_(scratch<13>().take<float>(2 * KEYS * LANES)),
+          score_(scratch<13>().take<float>(4 * KEYS * LANES)),
           weights_(scratch<14>().take<vu>(KEYS / 2)),
           spread_(scratch<15>().take<uint32_t>(panels_ * keys_.value_spans() * STEPS * TILE_FLOATS)),
           zipped_(scratch<16>().take<bf16>(2 * STEPS * TILE_BF16)),
@@ -42,59 +43,117 @@ class Attending : public Attention {
                 const bf16* const* next = nullptr) {
         next_ = next && keys_.decoded() ? Lines(next, KEYS, keys_.lines()) : Lines();
         take(keys, count);
+        Softening soft;
+        Between between = {next_, soft};
         for (int64_t p = 0; p < panels_; p += 2) {
             const bool two = p + 1 < panels_;
             const int64_t most = two ? std::max(panel_[p].most, panel_[p + 1].most) : panel_[p].most;
             const int64_t seen = std::max<int64_t>(0, std::min(count, most - first));
             steps_[p] = (seen + TILE_DEPTH - 1) / TILE_DEPTH;
             if (!seen) continue;
-            score(p, two, 0, (seen + LANES - 1) / LANES, score_, KEYS * LANES);
-            for (int half = 0; half <= two; half++)
-                weight(p + half, score_ + half * KEYS * LANES, first, count, steps_[p]);
+            float* const scores = score_ + p / 2 % 2 * 2 * KEYS * LANES;
+            score(p, two, 0, (seen + LANES - 1) / LANES, scores, KEYS * LANES, between);
+            soft.finish();
+            const bool all = two && first + count <= std::min(panel_[p].least, panel_[p + 1].least);
+            if (all && count % TILE_DEPTH == 0 && !keys_.decoded())
+                soft.begin(panel_ + p, scores, KEYS * LANES, count, scale_, width_, spread(p, 0), spread(p + 1, 0));
+            else
+                for (int half = 0; half <= two; half++)
+                    weight(p + half, scores + half * KEYS * LANES, first, count, steps_[p]);
         }
-        if (keys_.decoded()) values = keys_.rows();
+        soft.finish();
+        if (values == keys || keys_.decoded()) values = keys_.rows();
         if (panels_ == 1)
             weigh_one(values, count);
         else
             weigh_pairs(values, count);
     }
 
-    // Call use(p, i, n, scores, column) for each `group` of panels, p the first, with n keys from i on, at most 16, if
-    // it sees any: scores [group][n][16], `column` apart. Vectors are used while tiles multiply the keys after them.
+    // Call use(p, i, n, scores, column, ends) for each `group` of panels, p the first, with n keys from i on, of the same
+    // sixteen, if it sees any: scores [group][n][16], `column` apart. `ends`: these, or all that are seen, are complete.
+    // Scores are used while tiles multiply the keys after them.
     template <class Use>
     void score(const bf16* const* keys, int64_t first, int64_t count, const bf16* const* next, int64_t group,
                const Use& use) {
-        const int64_t pairs = (group + 1) / 2, size = group * PIECE * LANES;
+        const int64_t pairs = (group + 1) / 2, size = group * PIECE * LANES, steps = std::max<int64_t>(1, pairs * whole_);
         float* const scores = scratch<13>().take<float>(2 * size);
         take(keys, count);
-        const int64_t steps = pairs * depth_ / LANES, lines = keys_.lines();
-        next_ = Lines(next, next ? KEYS : 0, lines), each_ = (PIECE * lines + steps - 1) / steps;
-        struct {
-            int64_t p, i, n;
-            const float* scores;
-        } last = {};
+        const auto whole = keys_.decoded() || rest_ || whole_ != 4 || group % 2 ? nullptr
+                           : pairs == 2 ? &Attending::score_piece<2, 4, Use>
+                           : pairs == 1 ? &Attending::score_piece<1, 4, Use> : nullptr;
+        Piece last = {};
         const auto use_last = [&](int64_t i) {
-            if (i < last.n)
-                use(last.p, last.i + i, std::min<int64_t>(LANES, last.n - i), last.scores + i * LANES, PIECE * LANES);
+            const int64_t n = std::min<int64_t>(LANES, last.n - i);
+            if (n > 0) use(last.p, last.i + i, n, last.scores + i * LANES, PIECE * LANES, true);
         };
         bool turn = false;
         for (int64_t p = 0; p < panels_; p += group)
             for (int64_t i = 0, seen = std::min(count, panel_[p].most - first); i < seen; i += PIECE, turn = !turn) {
-                const int64_t n = std::min(PIECE, seen - i), end = (i + n + LANES - 1) / LANES;
-                float* const to = scores + turn * size;
-                for (int64_t pair = 0; pair < std::max<int64_t>(pairs, 2); pair++) {
-                    if (pair < pairs)
-                        score(p + 2 * pair, 2 * pair + 1 < group, i / LANES, end, to + 2 * pair * PIECE * LANES,
-                              PIECE * LANES);
-                    if (pair < 2) use_last(pair * LANES);
-                }
-                last = {p, i, n, to};
+                const Piece piece = {p, i, std::min(PIECE, seen - i), scores + turn * size};
+                RowsAhead ahead = p ? RowsAhead() : keys_ahead(keys, next, i, (PIECE + steps - 1) / steps);
+                if (whole && piece.n == PIECE && last.n == PIECE) {
+                    (this->*whole)(piece, last, ahead, use);
+                } else
+                    for (int64_t pair = 0; pair < std::max<int64_t>(pairs, 2); pair++) {
+                        if (pair < pairs)
+                            score(p + 2 * pair, 2 * pair + 1 < group, i / LANES, (i + piece.n + LANES - 1) / LANES,
+                                  piece.scores + 2 * pair * PIECE * LANES, PIECE * LANES, ahead);
+                        if (pair < 2) use_last(pair * LANES);
+                    }
+                last = piece;
             }
         use_last(0), use_last(LANES);
     }
 
  private:
     static constexpr int64_t PIECE = 2 * LANES;  // keys whose scores are used at a time
+    static constexpr int64_t NEAR = 2 * PIECE;   // keys from one that is multiplied to one that is fetched
+
+    // What attention does after each product of tiles for scores.
+    struct Between {
+        Lines& lines;
+        Softening& soft;
+
+        void fetch(int64_t count) {
+            lines.fetch(count);
+            soft.step();
+        }
+    };
+    // Keys whose scores are made together, and used together later.
+    struct Piece {
+        int64_t p, i, n;
+        float* scores;
+    };
+    // Scores of a whole piece whose rows are DEPTH tiles. After each product some keys of the last piece are used: the
+    // processor looks ahead over few instructions.
+    template <int PAIRS, int DEPTH, class Use>
+    void score_piece(const Piece& piece, const Piece& last, RowsAhead& ahead, const Use& use) {
+        typedef Block<2, 2> Sums;
+        constexpr int SOME = PIECE / PAIRS / DEPTH;
+        const int64_t row = keys_.pitch() * sizeof(bf16);
+        const bf16* const a[2] = {keys_[piece.i / LANES], keys_[piece.i / LANES + 1]};
+        unrolled<PAIRS>([&](auto pair) {
+            const bf16* const q = (const bf16*)(q_ + (piece.p + 2 * pair) * DEPTH * LANES);
+            const bf16* const b[2] = {q, q + DEPTH * TILE_BF16};
+            Sums::zero();
+            unrolled<DEPTH>([&](auto k) {
+                constexpr int at = (pair * DEPTH + k) * SOME;
+                Sums::multiply(a, k * TILE_DEPTH, row, b, k * TILE_BF16);
+                ahead.template fetch<SOME, DEPTH>();
+                use(last.p, last.i + at, std::integral_constant<int, SOME>(), last.scores + at * LANES, PIECE * LANES,
+                    std::integral_constant<bool, (at + SOME) % LANES == 0>());
+            });
+            Sums::store(piece.scores + 2 * pair * PIECE * LANES, TILE_FLOATS, PIECE * LANES);
+        });
+    }
+    // What is fetched while the piece from key i on is multiplied, so many rows a product: plain keys soon to come, and
+    // of those a block later the first lines; codes of the next block, which are decoded at once.
+    RowsAhead keys_ahead(const bf16* const* keys, const bf16* const* next, int64_t i, int64_t rows) const {
+        const bf16* const* far = next ? next + i : nullptr;
+        if (keys_.decoded()) return {far, nullptr, rows, keys_.lines()};
+        if (i + NEAR < KEYS) return {keys + i + NEAR, far, rows, keys_.lines()};
+        return {far ? far + NEAR - KEYS : nullptr, far, rows, keys_.lines()};
+    }
 
     void take(const bf16* const* keys, int64_t count) {
         for (int64_t i = 0; i * LANES < count; i++) keys_.take(keys, count, i);
@@ -110,14 +169,15 @@ class Attending : public Attention {
     }
 
     // Scores of one or two panels with the tiles of keys i .. end - 1: [panel][keys][16], panels `column` apart.
-    void score(int64_t p, bool two, int64_t i, int64_t end, float* to, int64_t column) {
+    template <class Fetched>
+    void score(int64_t p, bool two, int64_t i, int64_t end, float* to, int64_t column, Fetched& ahead) {
         if (keys_.spans() > FEW_SPANS) {
             for (; i < end; i++, to += TILE_FLOATS)
                 for (int half = 0; half <= two; half++) score_spans(p + half, i, to + half * column);
             return;
         }
         const auto block = [&](auto m, auto n) {
-            score_block<m, n>(p, i, to, column);
+            score_block<m, n>(p, i, to, column, ahead);
             i += m, to += m * TILE_FLOATS;
         };
         constexpr std::integral_constant<int, 1> one;
@@ -131,8 +191,8 @@ class Attending : public Attention {
         if (i + 2 <= end) block(both, one);
         if (i < end) block(one, one);
     }
-    template <int M, int N>
-    void score_block(int64_t p, int64_t tile, float* to, int64_t column) {
+    template <int M, int N, class Fetched>
+    void score_block(int64_t p, int64_t tile, float* to, int64_t column, Fetched& ahead) {
         const bf16 *a[M], *rest[M], *b[N];
         for (int m = 0; m < M; m++) a[m] = keys_[tile + m], rest[m] = rests_ + (tile + m) * TILE_BF16;
         for (int n = 0; n < N; n++) b[n] = (const bf16*)(q_ + (p + n) * depth_);
@@ -141,7 +201,7 @@ class Attending : public Attention {
             Block<M, N>::zero();
             for (; k < (span.column + span.columns) / TILE_DEPTH; k++) {
                 Block<M, N>::multiply(a, k * TILE_DEPTH, keys_.pitch() * sizeof(bf16), b, k * TILE_BF16);
-                next_.fetch(each_ ? each_ : 2 * M);
+                ahead.fetch(2 * M);
             }
             if (rest_ && s + 1 == keys_.spans()) Block<M, N>::multiply(rest, 0, TILE_ROW, b, whole_ * TILE_BF16);
             if (!span.scale)
@@ -209,7 +269,7 @@ class Attending : public Attention {
             const bool empty = same(panel.top, -INFINITY);
             const vf fade = plain ? soften(panel, scores, first, seen, scale_, (uint32_t*)weights_)
                                   : soften(panel, scores, first, seen, scale_, scores);
-            if (!empty && !same(fade, 1)) scale(panel.sum, fade);
+            if (!empty && !same(fade, 1)) scale_tiles(panel.sum, width_, fade);
         }
         if (!plain) return spread_scaled(p, scores, seen, steps);
         const int64_t pairs = (seen + 1) / 2;
@@ -236,10 +296,6 @@ class Attending : public Attention {
                 }
             }
         }
-    }
-    void scale(float* sum, const vf& fade) const {
-        for (int64_t c = 0; c < width_; c += LANES)
-            for (int64_t row = 0; row < LANES; row++, sum += LANES) store(sum, load<vf>(sum) * fade[row]);
     }
     uint32_t* spread(int64_t p, int64_t span) const {
         return spread_ + (p * keys_.value_spans() + span) * STEPS * TILE_FLOATS;
@@ -313,7 +369,6 @@ class Attending : public Attention {
     uint32_t* spread_;  // weights in tiles, [panels][spans][STEPS][row][pair]
     bf16 *zipped_, *rests_;
     Lines next_;
-    int64_t each_ = 0;  // lines that are fetched with a product of tiles, if it is set
     int64_t* steps_;  // of 32 keys that a pair of panels sees, at its first one
     alignas(64) const bf16 zeros_[2 * LANES] = {};
 };

@@ -36,6 +36,36 @@ class Lines {
     int64_t lines_ = 0, line_ = 0;
 };
 
+// Whole rows to fetch while something is computed, so many a time, and the first lines of rows far behind them: the
+// processor then fetches some of what follows these by itself.
+class RowsAhead {
+ public:
+    RowsAhead() = default;
+    RowsAhead(const bf16* const* near, const bf16* const* far, int64_t rows, int64_t lines)
+        : near_(near), far_(far), rows_(near ? rows : 0), lines_(lines) {}
+
+    void fetch(int64_t) {
+        for (int64_t i = 0; i < rows_; i++) fetch_row(lines_);
+    }
+    // The same of so many rows and lines.
+    template <int ROWS, int LINES>
+    void fetch() {
+        if (rows_) unrolled<ROWS>([&](auto) { fetch_row(std::integral_constant<int, LINES>()); });
+    }
+
+ private:
+    template <class Count>
+    void fetch_row(Count lines) {
+        const char* const near = (const char*)*near_++;
+        for (int64_t line = 0; line < lines; line++) __builtin_prefetch(near + 64 * line, 0, 2);
+        if (far_) __builtin_prefetch(*far_++, 0, 2);
+    }
+
+    const bf16* const* near_ = nullptr;
+    const bf16* const* far_ = nullptr;
+    int64_t rows_ = 0, lines_ = 0;
+};
+
 template <int64_t KEYS>
 class Gathered {
  public:
@@ -68,12 +98,13 @@ class Gathered {
         bool neighbours = rows == LANES && !layout_.count;
         for (int64_t j = 1; j < rows; j++) neighbours &= key[j] == key[j - 1] + pitch_;
         group_[i] = neighbours ? key[0] : copy(i, key, rows);
+        for (int64_t j = 0; j < LANES; j++) rows_[i * LANES + j] = group_[i] + j * pitch_;
     }
 
     const bf16* operator[](int64_t group) const { return group_[group]; }
     int64_t pitch() const { return pitch_; }
     bool decoded() const { return layout_.count; }
-    // The decoded keys.
+    // The keys, where they lie for the products.
     const bf16* const* rows() const { return rows_; }
     // All columns of a key, and those that are its value.
     int64_t spans() const { return std::max<int64_t>(1, layout_.count); }
@@ -97,7 +128,6 @@ class Gathered {
     }
     void decode(int64_t first, const uint8_t* const* key, int64_t rows, bf16* to) {
         for (int64_t p = 0; p < part_count_; p++) decode_stretch(key, rows, parts_[p], to, pitch_);
-        for (int64_t j = 0; j < LANES; j++) rows_[first + j] = to + j * pitch_;
         float* scale = scales_ + first;
         for (const Run& run : layout_) {
             scales_of(layout_, run, key, rows, scale);

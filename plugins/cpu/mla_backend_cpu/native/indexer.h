@@ -291,28 +291,33 @@ static inline vf positive(vf x) {
     return maximum(x, vf{});
 #endif
 }
-// to [count] = sums over PANELS, or `panels`, and their lanes of weights * max(0, scores [panels][count][16]).
-template <int PANELS>
-static inline void add_heads(const float* scores, int64_t column, int64_t panels, const float* weights, int64_t count,
-                             float* to) {
-    for (int64_t j = 0; j < count; j += LANES, scores += LANES * LANES) {
-        vf sums[LANES];
-        for (int64_t i = 0; i < LANES; i++) {
-            sums[i] = vf{};
+// Sums over PANELS, or `panels`, and their lanes of weights * max(0, scores [panels][count][16]), of keys from `first` on:
+// rows of lanes [16][16] are kept until sixteen are complete, or `ends`, and then added up to `to`.
+template <int PANELS, class Count, class Ends>
+[[gnu::always_inline]] static inline void add_heads(const float* scores, int64_t column, int64_t panels,
+                                                    const float* weights, int64_t first, Count count, Ends ends,
+                                                    vf* rows, float* to) {
+    for (int64_t at = 0; at < count; at += LANES) {
+        const int64_t n = std::min<int64_t>(LANES, count - at);
+        for (int64_t i = 0; i < n; i++, scores += LANES) {
+            vf sum = {};
             for (int64_t p = 0; p < (PANELS ? PANELS : panels); p++)
-                sums[i] += positive(load<vf>(scores + p * column + i * LANES)) * load<vf>(weights + p * LANES);
+                sum += positive(load<vf>(scores + p * column)) * load<vf>(weights + p * LANES);
+            rows[(uint64_t)(first + at + i) % LANES] = sum;
         }
-        store(to + j, add_lanes(sums));
+        if (ends) store(to + (first + at) / LANES * LANES, add_lanes(rows));
     }
 }
 
 // Offer the scores of all keys of a task to the best of each of its queries.
+template <int PANELS>
 static void score_keys(const Select& a, const SelectTask& task, std::vector<Best>& best) {
-    const int64_t panels = a.panels(), last = a.seen(task.request, task.token + task.tokens - 1);
+    const int64_t panels = PANELS ? PANELS : a.panels(), last = a.seen(task.request, task.token + task.tokens - 1);
     const Queries queries(a, task);
     Attending products(queries.rows, task.tokens * panels * LANES, a.in.width, 0, 1, a.in.width, a.in.layout);
-    const auto add = panels == 4 ? add_heads<4> : panels == 2 ? add_heads<2> : add_heads<0>;
-    float sums[KEYS + LANES], scales[KEYS];
+    constexpr int64_t room = (KEYS + LANES - 1) / LANES * LANES;
+    float* const sums = scratch<28>().take<float>(task.tokens * room);  // [tokens][room]
+    vf rows[LANES] = {};
     const bf16* keys[2][KEYS];
     const int64_t end = std::min(task.begin() + task.keys, last);
     if (task.begin() < end) find_keys(a.in, task.request, task.begin(), end, keys[0]);
@@ -321,16 +326,16 @@ static void score_keys(const Select& a, const SelectTask& task, std::vector<Best
         const bool more = first + KEYS < end;
         if (more) find_keys(a.in, task.request, first + KEYS, end, keys[!turn]);
         const int64_t count = std::min(KEYS, end - first);
-        for (int64_t j = 0; j < count && a.coded(); j++) scales[j] = a.scale(task.request, first + j);
-        const bf16* const* next = more ? keys[!turn] : nullptr;
-        const auto offer = [&](int64_t p, int64_t i, int64_t n, const float* scores, int64_t column) {
-            const int64_t t = p / panels, seen = std::min(n, a.seen(task.request, task.token + t) - first - i);
-            if (seen <= 0) return;
-            add(scores, column, panels, queries.weights + p * LANES, seen, sums);
-            for (int64_t j = 0; j < seen && a.coded(); j++) sums[j] *= scales[i + j];
-            best[t].offer(sums, seen, (int32_t)(first + i));
+        const auto add = [&](int64_t p, int64_t i, auto n, const float* scores, int64_t column, auto ends) {
+            add_heads<PANELS>(scores, column, panels, queries.weights + p * LANES, i, n, ends, rows,
+                              sums + p / panels * room);
         };
-        products.score(keys[turn], first, count, next, panels, offer);
+        products.score(keys[turn], first, count, more ? keys[!turn] : nullptr, panels, add);
+        for (int64_t t = 0; t < task.tokens; t++) {
+            const int64_t seen = std::min(count, a.seen(task.request, task.token + t) - first);
+            for (int64_t j = 0; j < seen && a.coded(); j++) sums[t * room + j] *= a.scale(task.request, first + j);
+            best[t].offer(sums + t * room, seen, (int32_t)first);
+        }
     }
 }
 
@@ -364,7 +369,8 @@ static void select_task(const Select& a, const SelectTask& task, uint32_t* saved
         return;
     }
     std::vector<Best>& best = open_best(a, task, false);
-    score_keys(a, task, best);
+    const auto score = a.panels() == 4 ? score_keys<4> : a.panels() == 2 ? score_keys<2> : score_keys<0>;
+    score(a, task, best);
     if (task.parts > 1) saved += task.saved;
     for (int64_t t = 0; t < task.tokens; t++) {
         best[t].cut();

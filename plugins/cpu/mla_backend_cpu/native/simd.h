@@ -205,17 +205,30 @@ template <class F>
 static inline F maximum(F a, F b) {
     return a > b ? a : b;
 }
+#if defined(__AVX512F__)
+static inline vf maximum(vf a, vf b) {  // in one instruction, with the same result for a NaN
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+}
+// x times 2^power, of a whole number; a NaN stays one.
+static inline vf times_power(vf x, vf power) {
+    return (vf)_mm512_scalef_ps((__m512)x, (__m512)power);
+}
+#endif
+
+template <class F>
+static inline F times_power(F x, F power) {
+    typedef typename Like<F>::I I;
+    const float magic = 12582912.0f;  // 1.5 * 2^23, whose sum with a whole number has that as its last bits
+    return x != x ? x : (F)((I)x + (((I)(power + magic) - (I)(F{} + magic)) << 23));
+}
 
 // e^x for x <= 0, relative error below 3e-7; values below -87 count as -87.
 template <class F>
 static inline F exponential(F x) {
-    typedef typename Like<F>::I I;
-    x = x < -87.0f ? F{} - 87.0f : x;  // a NaN fails the comparison and stays
+    x = maximum(F{} - 87.0f, x);  // a NaN stays
     F scaled = x * 1.44269504f;
-    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
-    F shifted = scaled + magic;
-    I whole = (I)shifted - (I)(F{} + magic);
-    F rest = scaled - (shifted - magic);  // in [-0.5, 0.5]; 2^rest by its Taylor series
+    const float magic = 12582912.0f;  // adding it rounds to the nearest integer
+    const F whole = (scaled + magic) - magic, rest = scaled - whole;  // in [-0.5, 0.5]; 2^rest by its Taylor series
     F p = F{} + 1.5403530e-4f;
     p = p * rest + 1.3333558e-3f;
     p = p * rest + 9.6181291e-3f;
@@ -223,7 +236,7 @@ static inline F exponential(F x) {
     p = p * rest + 2.4022651e-1f;
     p = p * rest + 6.9314718e-1f;
     p = p * rest + 1.0f;
-    return x != x ? x : (F)((I)p + (whole << 23));
+    return times_power(p, whole);
 }
 
 template <class F, int... I>
