@@ -23,6 +23,8 @@ def load_backend(
     `threads` is how many host threads torch may use; a backend that sets another number is refused. Raises a
     subclass of `mla_backends.BackendError` whose text names the cause and the fix; there is no fallback.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"load_backend() takes the name of a backend, such as 'cpu', got {name!r:.80}.")
     if isinstance(index, Mapping):
         raise TypeError(f"load_backend('{name}', options={dict(index)}): options go by name.")
     chosen = dict(options or {})

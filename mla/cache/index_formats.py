@@ -88,9 +88,15 @@ class IndexFp8(Codec):
 INDEX_FORMATS = {"fp8": IndexFp8}
 
 
-def stored_index_format(name: str | None) -> str:
-    """Return the format that specs name: "" for None and "plain", which are numbers of the layer's dtype."""
-    return "" if not name or name == "plain" else name
+def stored_index_format(name: str | None, selects: object = True) -> str:
+    """Return the format that specs name: "" for None and "plain", which are numbers of the layer's dtype.
+
+    Raises `CacheFormatError` for a format where nothing `selects`, and so there are no keys to store.
+    """
+    stored = "" if not name or name == "plain" else name
+    if stored and not selects:
+        raise CacheFormatError("this config has no indexer, and so no index keys: leave index_format out.")
+    return stored
 
 
 def index_codec(name: str, d: int) -> IndexFp8 | None:

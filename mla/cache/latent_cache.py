@@ -18,6 +18,7 @@ from mla.cache.index_formats import index_codec, index_keys, stored_index_format
 from mla.cache.ragged_batch import (
     BatchMemory,
     RaggedBatch,
+    check_dtype,
     check_page_size,
     host_ints,
     plain,
@@ -108,12 +109,12 @@ class LatentCache:
         self.config = config
         self.page_size = page_size
         self.num_pages = -(-max_tokens // page_size)
-        self.dtype, self.cache_format = dtype, stored_format(cache_format, dtype)
+        self.dtype, self.cache_format = check_dtype(dtype), stored_format(cache_format, dtype)
         self.codec = codec_of(self.cache_format, config.kv_lora_rank, config.qk_rope_head_dim)
         width, held = (self.codec.token_bytes, torch.uint8) if self.codec else (config.latent_dim, dtype)
         shape = (num_layers, self.num_pages, page_size, width)
         self.index_layers = config.index_layers(num_layers)
-        self.index_format = stored_index_format(index_format)
+        self.index_format = stored_index_format(index_format, config.index_n_heads)
         self.index_codec = codec = index_codec(self.index_format, config.index_head_dim)
         index_width, index_held = (
             (codec.token_bytes, torch.uint8) if codec else (config.index_head_dim, dtype)
@@ -150,10 +151,18 @@ class LatentCache:
         return self.pages
 
     def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return a layer's pages and its index pages, None where it has no indexer."""
+        """Return a layer's pages and its index pages, None where it has no indexer. Raises ValueError."""
+        pages = self._pages_of(layer)
         if layer not in self.index_layers:
-            return self.pages[layer], None
-        return self.pages[layer], self.index_pages[self.index_layers.index(layer)]
+            return pages, None
+        return pages, self.index_pages[self.index_layers.index(layer)]
+
+    def _pages_of(self, layer: int) -> torch.Tensor:
+        if not 0 <= layer < self.pages.shape[0]:
+            raise ValueError(
+                f"this cache has no layer {layer}: it has {self.pages.shape[0]}, numbered from 0."
+            )
+        return self.pages[layer]
 
     @property
     def free_pages(self) -> int:
@@ -198,6 +207,8 @@ class LatentCache:
     def new_sequences(self, count: int) -> list[int]:
         """Return the ids of `count` empty sequences."""
         (count,) = whole_numbers("count", (count,))
+        if count < 0:
+            raise ValueError(f"new_sequences() takes a count from 0 on, got {count}.")
         return [self._new_sequence() for _ in range(count)]
 
     def _new_sequence(self) -> int:
@@ -398,10 +409,7 @@ class LatentCache:
         """
         sequence, layer = whole_numbers("a sequence and its layer", (sequence, layer))
         count = check_history(self.config, kv, pe, self.length(sequence))
-        if not 0 <= layer < self.pages.shape[0]:
-            raise ValueError(
-                f"this cache has no layer {layer}: it has {self.pages.shape[0]}, numbered from 0."
-            )
+        self._pages_of(layer)
         check_index(self.config, index, count, layer in self.index_layers)
         kept = [x.detach().to(self.pages.device, self.dtype) for x in (kv, pe)]
         rows = plain(self.encoded(*kept))
@@ -473,7 +481,7 @@ class LatentCache:
         return kv.contiguous(), pe.contiguous()
 
     def _flat(self, layer: int) -> torch.Tensor:
-        return self.pages[layer].flatten(0, 1)
+        return self._pages_of(layer).flatten(0, 1)
 
     def _get(self, sequence: int) -> _Sequence:
         try:

@@ -50,6 +50,13 @@ def check_page_size(page_size: Any) -> int:
     return size
 
 
+def check_dtype(dtype: Any) -> torch.dtype:
+    """Return a floating-point dtype. Raises ValueError for anything else."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point one, such as torch.bfloat16, got {dtype!r:.80}.")
+    return dtype
+
+
 def plain(made: torch.Tensor) -> torch.Tensor:
     """Return memory to be kept. Raises ValueError for what a mode, as FakeTensorMode, made instead."""
     if type(made) is not torch.Tensor and not is_plain(made):

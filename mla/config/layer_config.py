@@ -499,6 +499,8 @@ class MLAConfig:
         and so are head_dim and max_position_embeddings, which no weight and no angle of MLA depends on.
         Raises `ConfigError` for a family or key that means a different attention, and for an unknown family.
         """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"from_dict() takes the keys of a config.json, got {values!r:.80}.")
         inner = of_whole(values, language_model(values))
         name = shortened(escaped(str(values.get("name", inner.get("model_type", "custom")))))
         refuse(name, values)

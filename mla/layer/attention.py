@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.compiler import is_compiling
 
-from mla.cache.ragged_batch import RaggedBatch, plain
+from mla.cache.index_formats import stored_index_format
+from mla.cache.ragged_batch import RaggedBatch, check_dtype, plain
 from mla.checkpoint import read_layer, refuse_other_formats
 from mla.config import MLAConfig
 from mla.config.layer_config import require_config
@@ -148,14 +149,17 @@ class MLA(nn.Module):
         if backend is not None and not isinstance(backend, Backend):
             kind = type(backend).__name__
             raise ValueError(f"backend must be what mla.load_backend() returns, got a {kind}.")
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"dtype must be a torch.dtype, such as torch.bfloat16, got {dtype!r:.80}.")
         if attention not in ATTENTION_MODES:
             raise ValueError(f"attention must be one of {ATTENTION_MODES}, got {attention!r}.")
         if backend is not None and backend.device is None:
             raise ValueError(f"backend '{backend.name}' is not set up; use mla.load_backend().")
         self.config = config
-        self.dtype = dtype
+        if not isinstance(overrides, Mapping):
+            raise ValueError(f"overrides must map roles to names of ops, got {overrides!r:.80}.")
+        if not isinstance(workspace_bytes, int) or workspace_bytes < 0:
+            raise ValueError(f"workspace_bytes must be a number of bytes, got {workspace_bytes!r:.80}.")
+        stored_index_format(index_format, config.index_topk)
+        self.dtype = check_dtype(dtype)
         self.attention = attention
         self.workspace_bytes = workspace_bytes
         self.device = backend.device if backend is not None and backend.device else torch.device("cpu")
@@ -397,7 +401,7 @@ class MLA(nn.Module):
         require_pages(pages, self.ops, shape, self._at)
         if not batch.fits(pages.shape[0]):
             raise ValueError(
-                f"pages [{pages.shape[0]}, ...] are not those of the cache this batch describes."
+                f"pages [{pages.shape[0]}, ...] are not of the cache this batch describes: pass those."
             )
         if out is not None and out.untyped_storage().data_ptr() == pages.untyped_storage().data_ptr():
             raise ValueError("out shares memory with pages, whose latents it would overwrite.")

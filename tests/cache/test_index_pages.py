@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -132,6 +133,9 @@ def test_a_load_that_does_not_fit_changes_nothing(make: Any, tiny: Any) -> None:
     assert dense.read_index(0) is None
     with pytest.raises(CacheFormatError, match="unknown index format 'fp9'"):
         make(index_format="fp9")
+    for made in (MLA, partial(LatentCache, max_tokens=8)):
+        with pytest.raises(CacheFormatError, match="no index keys: leave index_format out"):
+            made(tiny(), dtype=torch.float32, index_format="fp8")
     specs = MLA(cache.config, dtype=torch.float32, index_format="plain").ops["select_latents"].spec
     assert specs.index_format == make(index_format="plain").index_format == ""
 

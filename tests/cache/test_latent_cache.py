@@ -153,6 +153,25 @@ def test_a_bad_step_is_refused_and_changes_nothing(
     assert snapshot(cache, ids) == before
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda cache: cache.of_layer(4), "no layer 4: it has 1, numbered from 0"),
+        (lambda cache: cache.read(0, -1), "no layer -1: it has 1, numbered from 0"),
+        (lambda cache: cache.new_sequences(-1), r"new_sequences\(\) takes a count from 0 on, got -1"),
+        (lambda cache: LatentCache(cache.config, max_tokens=3, dtype=torch.int8), "floating-point one"),
+        (lambda cache: LatentCache(cache.config, max_tokens=3, dtype="bf16"), "got 'bf16'"),
+    ],
+)
+def test_what_a_cache_cannot_be_asked_is_refused_by_sentence(
+    make_cache: Any, call: Callable[[LatentCache], Any], message: str
+) -> None:
+    cache = make_cache()
+    cache.new_sequences(1)
+    with pytest.raises(ValueError, match=message):
+        call(cache)
+
+
 def test_extending_again_after_truncate_takes_the_same_pages(make_cache: Any) -> None:
     cache = make_cache(256, shuffle=5)
     ids = cache.new_sequences(2)

@@ -124,6 +124,11 @@ def test_a_name_of_the_hub_suggests_its_preset() -> None:
         MLAConfig.named("deepseek-ai/unheard-of")
 
 
+def test_what_is_no_mapping_is_no_config() -> None:
+    with pytest.raises(ConfigError, match=r"from_dict\(\) takes the keys of a config\.json, got None"):
+        MLAConfig.from_dict(None)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("key", ["hidden_size", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, "64", None, True])
 def test_a_dimension_must_be_a_positive_integer(key: str, value: object) -> None:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mla
 from mla import MLA, MLAConfig
 from mla.config import YarnScaling
 from mla.verify.layer_oracle import oracle
@@ -149,7 +150,14 @@ def test_a_layer_shows_its_shapes_ops_and_weights(make_case: Any, tiny: Any) -> 
     [
         ({"config": "deepseek-r1"}, "config must be an MLAConfig, as .*, got 'deepseek-r1'"),
         ({"backend": "cpu"}, r"backend must be what mla.load_backend\(\) returns, got a str"),
-        ({"dtype": "bfloat16"}, "dtype must be a torch.dtype, such as torch.bfloat16, got 'bfloat16'"),
+        ({"dtype": "bfloat16"}, "dtype must be a floating-point one, such as torch.bfloat16, got 'bfloat16'"),
+        (
+            {"dtype": torch.int32},
+            "dtype must be a floating-point one, such as torch.bfloat16, got torch.int32",
+        ),
+        ({"overrides": ["linear"]}, r"overrides must map roles to names of ops, got \['linear'\]"),
+        ({"workspace_bytes": "1G"}, "workspace_bytes must be a number of bytes, got '1G'"),
+        ({"workspace_bytes": -1}, "workspace_bytes must be a number of bytes, got -1"),
     ],
 )
 def test_a_name_in_place_of_an_object_says_what_to_pass(
@@ -157,3 +165,10 @@ def test_a_name_in_place_of_an_object_says_what_to_pass(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         MLA(**{"config": tiny(), **arguments})
+
+
+def test_what_names_no_backend_says_what_to_pass() -> None:
+    with pytest.raises(
+        TypeError, match=r"load_backend\(\) takes the name of a backend, such as 'cpu', got None"
+    ):
+        mla.load_backend(None)  # type: ignore[arg-type]

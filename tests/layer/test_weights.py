@@ -242,7 +242,7 @@ def test_a_backends_own_layout_computes_and_unpacks(make_case: Any, tiny: Any) -
 
 def test_the_pages_of_another_cache_are_refused(make_case: Any) -> None:
     case = make_case([2, 1], [4, 5])
-    with pytest.raises(ValueError, match="are not those of the cache this batch describes"):
+    with pytest.raises(ValueError, match="are not of the cache this batch describes"):
         case.layer(case.hidden, case.batch, case.cache.pages[0][:-1])
 
 

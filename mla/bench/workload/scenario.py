@@ -10,6 +10,7 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 
 from mla.errors import UsageError
+from mla.text import counted
 
 # Longer lists are typos.
 MAX_REQUESTS = 65536
@@ -82,9 +83,9 @@ def repeated(items: Iterable[Item]) -> Item | None:
 def check_lengths(where: str, scenario: Scenario) -> None:
     """Raise `UsageError` for impossible request lengths."""
     if len(scenario.query_lens) != len(scenario.history):
+        given = counted(len(scenario.query_lens), "request")
         raise UsageError(
-            f"{where}: query_lens has {len(scenario.query_lens)} requests, history {len(scenario.history)}: "
-            "give both as many."
+            f"{where}: query_lens has {given}, history {len(scenario.history)}: give both as many."
         )
     if not scenario.query_lens:
         raise UsageError(f"{where}: query_lens is empty; a scenario needs at least one request.")
