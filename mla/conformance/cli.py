@@ -97,7 +97,7 @@ def _finite(minutes: float | None) -> float | None:
 @how(
     "--draws",
     type=click.IntRange(0),
-    help="Cases drawn per op and dtype, beside all fixed ones, in place of --minutes.",
+    help="Cases drawn per op and dtype, next to all fixed ones, in place of --minutes.",
 )
 @how("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of drawn cases.")
 @how(
