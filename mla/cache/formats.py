@@ -26,7 +26,7 @@ from mla_backends.errors import describe
 
 E4M3_MAX, E4M3 = 448.0, torch.float8_e4m3fn
 E4M3_NUMBERS = torch.arange(256, dtype=torch.uint8).view(E4M3).float()  # of every code
-ROWS_AT_ONCE = 256  # that a CPU decodes: their temporaries stay in its caches, and large ones are mapped anew
+ROWS_AT_ONCE = 2048  # that a CPU decodes: larger temporaries would be mapped anew, page by page
 TILE, Q8_BLOCK = 128, 32  # numbers that share a scale
 LEAST_RATIO = 1e-4  # of the largest number of a tile and 448, in power-of-two scales
 LEAST_SCALE = torch.finfo(torch.float32).tiny  # the least of other scales: a tile of zeros decodes to zeros
