@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch.nn.functional import pad
 
 from mla.cache.formats import Codec
 from mla.verify.places import Places, describe
@@ -14,6 +15,7 @@ from mla.verify.places import Places, describe
 NOISE, ROW_NOISE = 2.0**-16, 2.0**-21
 PART = 1 << 15  # numbers that are converted at once: these stay in a processor's cache
 UNKNOWN = -1.0  # stands for a byte that may be one of several
+MOST_BYTES = 4  # of a number, or a scale
 
 Tensors = dict[str, torch.Tensor]
 
@@ -64,6 +66,8 @@ def _agreed(codec: Codec, near: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     rows = codec.encode(*numbers.flatten(0, 1).split((codec.c, codec.r), dim=1)).unflatten(0, near.shape[:2])
     decoded = torch.cat(codec.decode(rows.flatten(0, 1)), dim=1).view_as(numbers)
     same = (rows == rows[0]).all(0)
+    for _ in range(MOST_BYTES - 1):  # the lowest comes first: below one that differs, any may lie between
+        same = same & pad(same[:, 1:], (0, 1), value=True)
     same &= ~((decoded[1:] != decoded[-1]) & (numbers[1:] == numbers[-1])).any(0).any(1, keepdim=True)
     return torch.where(same, rows[0].double(), UNKNOWN), decoded[0].double()
 
