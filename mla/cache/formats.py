@@ -25,7 +25,7 @@ from mla.text import DTYPES
 from mla_backends.errors import describe
 
 E4M3_MAX, E4M3 = 448.0, torch.float8_e4m3fn
-E4M3_NUMBERS = torch.arange(256, dtype=torch.uint8).view(E4M3).float()  # of every code
+E4M3_NUMBERS = torch.arange(256, dtype=torch.uint8, device="cpu").view(E4M3).float()  # of every code
 ROWS_AT_ONCE = 2048  # that a CPU decodes: larger temporaries would be mapped anew, page by page
 TILE, Q8_BLOCK = 128, 32  # numbers that share a scale
 LEAST_RATIO = 1e-4  # of the largest number of a tile and 448, in power-of-two scales
