@@ -44,8 +44,8 @@ class Code(NamedTuple):
     def loops(self) -> Iterator[Sequence[str]]:
         """Yield the body of every loop: what a branch jumps back over."""
         for place, text in enumerate(self.instructions):
-            found = re.search(self.branch, text)
-            start = self.labels.get(found[1], place + 1) if found else place + 1
+            match = re.search(self.branch, text)
+            start = self.labels.get(match[1], place + 1) if match else place + 1
             if start <= place:
                 yield self.instructions[start : place + 1]
 
@@ -90,10 +90,10 @@ def _total(instructions: int, costs: Sequence[tuple[Cost, float]]) -> dict[str, 
 def _code(text: str, label: str, instruction: str, branch: str) -> Code:
     code = Code([], {}, branch)
     for line in text.splitlines():
-        if found := re.match(label, line.strip()):
-            code.labels[found[1]] = len(code.instructions)
-        elif found := re.search(instruction, line):
-            code.instructions.append(found[1].strip())
+        if match := re.match(label, line.strip()):
+            code.labels[match[1]] = len(code.instructions)
+        elif match := re.search(instruction, line):
+            code.instructions.append(match[1].strip())
     return code
 
 
@@ -139,10 +139,10 @@ def _tcgen05(ptx: str) -> list[Cost]:
     product = re.compile(r"tcgen05\.mma\S*\s+\[[^]]*\],\s+(\[[^]]*\]|%rd\d+),\s+%rd\d+,\s+(%r\d+),")
     body = _hottest(code, lambda text: Cost("tcgen05") if product.search(text) else FREE) or []
     costs = []
-    for found in filter(None, map(product.search, body)):
-        descriptor, depth = known[found[2]], 16
+    for match in filter(None, map(product.search, body)):
+        descriptor, depth = known[match[2]], 16
         columns, rows = (descriptor >> 17 & 63) * 8, (descriptor >> 24 & 31) * 16
-        from_shared = columns + (0 if found[1].startswith("[") else rows)
+        from_shared = columns + (0 if match[1].startswith("[") else rows)
         half = ", 64 rows" if rows == 64 else ""
         costs.append(Cost(f"tcgen05{half}", 2 * rows * columns * depth, from_shared * depth * ELEMENT))
     return costs

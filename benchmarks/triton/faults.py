@@ -15,25 +15,25 @@ PROCESSOR_KIB = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100
 REGISTERS, UNIT = 65536, 256  # a warp gets a multiple of the unit
 
 
-def faults(case: Case, found: dict[str, Any], shared_kib: int) -> list[str]:
+def faults(case: Case, resources: dict[str, Any], shared_kib: int) -> list[str]:
     """Return what is wrong with a compiled case, on a card whose blocks may use so much shared memory."""
-    if "error" in found:
-        return [f"does not compile: {found['error']}"]
+    if "error" in resources:
+        return [f"does not compile: {resources['error']}"]
     wrong = []
-    if found["spilled"]:
-        wrong.append(f"spills {found['spilled']} bytes per thread")
-    if found["shared"] > shared_kib * KIB:
-        wrong.append(f"needs {found['shared'] / KIB:.0f} of {shared_kib} KiB of shared memory")
-    if found["tensor memory"] > TENSOR_MEMORY:
-        wrong.append(f"needs {found['tensor memory']} of {TENSOR_MEMORY} columns of tensor memory")
-    if found["trap"]:
+    if resources["spilled"]:
+        wrong.append(f"spills {resources['spilled']} bytes per thread")
+    if resources["shared"] > shared_kib * KIB:
+        wrong.append(f"needs {resources['shared'] / KIB:.0f} of {shared_kib} KiB of shared memory")
+    if resources["tensor memory"] > TENSOR_MEMORY:
+        wrong.append(f"needs {resources['tensor memory']} of {TENSOR_MEMORY} columns of tensor memory")
+    if resources["trap"]:
         wrong.append("is nothing but a trap")
     needed = product_of(case)
-    if needed and not found["instructions"].get(needed):
+    if needed and not resources["instructions"].get(needed):
         wrong.append(f"has no {needed} instruction")
-    if (times := repeats(case, found)) > 1.01:
+    if (times := repeats(case, resources)) > 1.01:
         wrong.append(f"computes {times:.2f} times the products that it needs")
-    if case.arguments["EARLY"]["value"] and not found["instructions"].get("early start"):
+    if case.arguments["EARLY"]["value"] and not resources["instructions"].get("early start"):
         wrong.append("may start early, and does not wait for the launch before")
     return wrong
 
@@ -48,21 +48,21 @@ def product_of(case: Case) -> str:
     return wide if wide and case.arguments["ROWS"]["value"] >= MANY_ROWS else "mma"
 
 
-def repeats(case: Case, found: dict[str, Any]) -> float:
+def repeats(case: Case, resources: dict[str, Any]) -> float:
     """Return how often a step of MANY_ROWS computes the products that it needs; 0 of all other kernels."""
     rows = case.arguments.get("ROWS", {"value": 0})["value"]
-    version = tuple(int(part) for part in found["triton"].split(".")[:2])
-    if rows < MANY_ROWS or version < SPREADS or not found["step"]:
+    version = tuple(int(part) for part in resources["triton"].split(".")[:2])
+    if rows < MANY_ROWS or version < SPREADS or not resources["step"]:
         return 0.0
-    return float(sum(found["step"]["flops"].values()) / Work.of(case).flops)
+    return float(sum(resources["step"]["flops"].values()) / Work.of(case).flops)
 
 
-def programs(target: Target, warps: int, found: dict[str, Any]) -> int | None:
+def programs(target: Target, warps: int, resources: dict[str, Any]) -> int | None:
     """Return how many programs fit on a multiprocessor; None where that is not known."""
     if str(target) not in PROCESSOR_KIB:
         return None
-    per_warp = -(-found["registers"] * target.warp_size // UNIT) * UNIT
-    by_memory = PROCESSOR_KIB[str(target)] * KIB // (found["shared"] + KIB)
+    per_warp = -(-resources["registers"] * target.warp_size // UNIT) * UNIT
+    by_memory = PROCESSOR_KIB[str(target)] * KIB // (resources["shared"] + KIB)
     return min(REGISTERS // (per_warp * warps), by_memory)
 
 

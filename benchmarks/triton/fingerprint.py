@@ -53,7 +53,7 @@ def _files(path: Path) -> set[Path]:
 
 def _reached(kernel: str, texts: Sequence[str]) -> list[str]:
     """Return, sorted, those of what files define that a kernel names, or what it names, and so on."""
-    named = {found[found.lastindex or 0]: text for text in texts if (found := NAME.search(text))}
+    named = {match[match.lastindex or 0]: text for text in texts if (match := NAME.search(text))}
     reached, waiting = {*texts}.difference(named.values()), {kernel} & named.keys()
     while waiting:
         text = named[waiting.pop()]

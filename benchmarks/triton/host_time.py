@@ -58,12 +58,12 @@ def microseconds(call: Callable[[], object], times: int) -> list[float]:
     """Return how long each of many calls took, after some that are not counted."""
     for _ in range(times // 10):
         call()
-    found = []
+    samples = []
     for _ in range(times):
         start = perf_counter_ns()
         call()
-        found.append((perf_counter_ns() - start) / 1000)
-    return found
+        samples.append((perf_counter_ns() - start) / 1000)
+    return samples
 
 
 def main() -> None:
@@ -73,8 +73,8 @@ def main() -> None:
     gc.disable()
     print("| op | median us | 95 % below |\n|---|---|---|")  # noqa: T201
     for name, call in calls().items():
-        found = microseconds(call, times)
-        print(f"| {name} | {median(found):.1f} | {quantiles(found, n=20)[-1]:.1f} |")  # noqa: T201
+        samples = microseconds(call, times)
+        print(f"| {name} | {median(samples):.1f} | {quantiles(samples, n=20)[-1]:.1f} |")  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -100,24 +100,24 @@ Compiled = Mapping[tuple[str, str], tuple[Case, Mapping[str, Any]]]  # by target
 def rows(version: str, compiled: Compiled) -> Iterator[dict[str, Any]]:
     """Yield a row per card and launch, as JSON holds it; `error` stands in for what does not compile."""
     for name, card in CARDS.items():
-        for (target, launch), (case, found) in compiled.items():
+        for (target, launch), (case, resources) in compiled.items():
             if target != card.target:
                 continue
             row: dict[str, Any] = {"triton": version, "card": name, "target": target, "launch": launch}
             row["tile"] = tile_of(case)
-            if "error" in found:
-                yield {**row, "error": found["error"]}
+            if "error" in resources:
+                yield {**row, "error": resources["error"]}
                 continue
-            counted = {"spilled": found["spilled"], "step": found["step"]}
-            yield {**row, **counted, **predict(card, Work.of(case), found["step"])._asdict()}
+            counted = {"spilled": resources["spilled"], "step": resources["step"]}
+            yield {**row, **counted, **predict(card, Work.of(case), resources["step"])._asdict()}
 
 
 def compiled_rows(triton: Path | None, jobs: int, version: str = "") -> list[dict[str, Any]]:
     """Compile everything with one version of Triton, by default that which is installed; return its rows."""
     wanted = cases(version)
-    found = compile_cases(list(wanted.values()), triton, jobs)
-    version = next((answer["triton"] for answer in found if "triton" in answer), "")
-    pairs = zip(wanted.items(), found, strict=True)
+    answers = compile_cases(list(wanted.values()), triton, jobs)
+    version = next((answer["triton"] for answer in answers if "triton" in answer), "")
+    pairs = zip(wanted.items(), answers, strict=True)
     return list(rows(version, {where: (case, answer) for (where, case), answer in pairs}))
 
 

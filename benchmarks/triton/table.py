@@ -63,24 +63,24 @@ class Row:
     shipped: Shipped
     name: str
     case: Case
-    found: dict[str, Any]
+    resources: dict[str, Any]
 
     @property
     def faults(self) -> list[str]:
-        return faults(self.case, self.found, self.shipped.shared)
+        return faults(self.case, self.resources, self.shipped.shared)
 
     @property
     def cells(self) -> str:
         """Every column but the first, the launch."""
         start = f"{tile_of(self.case)} |"
-        if "error" in self.found:
+        if "error" in self.resources:
             return f"{start} {self.faults[0]} | | | | |"
-        fit = programs(self.case.target, self.case.warps, self.found)
-        counts = ", ".join(f"{n} {name}" for name, n in self.found["instructions"].items())
+        fit = programs(self.case.target, self.case.warps, self.resources)
+        counts = ", ".join(f"{n} {name}" for name, n in self.resources["instructions"].items())
         counted = (
-            str(self.found["registers"]),
-            str(self.found["spilled"]),
-            f"{self.found['shared'] / 1024:.1f}",
+            str(self.resources["registers"]),
+            str(self.resources["spilled"]),
+            f"{self.resources['shared'] / 1024:.1f}",
             "" if fit is None else str(fit),
             counts,
         )
@@ -96,7 +96,7 @@ def compiled(part: Part, folder: Path, jobs: int) -> list[Row]:
         if name not in part.left_out
     ]
     answers = compile_cases([case for _, _, case in wanted], folder, jobs)
-    return [Row(*what, found) for what, found in zip(wanted, answers, strict=True)]
+    return [Row(*what, resources) for what, resources in zip(wanted, answers, strict=True)]
 
 
 def lines(part: Part, rows: Sequence[Row]) -> Iterator[str]:
@@ -116,12 +116,12 @@ def lines(part: Part, rows: Sequence[Row]) -> Iterator[str]:
 
 def installed(folder: Path) -> dict[str, Path]:
     """Return the folder of each version of Triton. Raises FileNotFoundError if one is not there."""
-    found = {part.triton: folder / part.triton for part in PARTS}
-    for version, where in found.items():
+    folders = {part.triton: folder / part.triton for part in PARTS}
+    for version, where in folders.items():
         if not (where / f"triton-{version}.dist-info").is_dir():
             cure = f"pip install --no-deps --target {where} triton=={version}"
             raise FileNotFoundError(f"{where} has no Triton {version}: run `{cure}`.")
-    return found
+    return folders
 
 
 def main() -> int:

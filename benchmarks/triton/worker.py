@@ -72,8 +72,8 @@ def _answer(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         _leave_unlinked()
     try:
         gpu = GPUTarget(target["backend"], target["arch"], target["warp_size"])
-        found = resources_of(triton.compile(source_of(case), target=gpu, options=options))
-        return {"triton": triton.__version__, **found}
+        resources = resources_of(triton.compile(source_of(case), target=gpu, options=options))
+        return {"triton": triton.__version__, **resources}
     except Exception as error:  # noqa: BLE001  # compilers raise anything
         return {"error": f"{type(error).__name__}: {_said(str(error))}"}
 
