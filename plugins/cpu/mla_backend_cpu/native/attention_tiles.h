@@ -38,7 +38,7 @@ class Attending : public Attention {
 
     // Attend keys first .. first + count - 1, whose rows `keys` and `values` point to. Codes that come next,
     // up to KEYS, are fetched meanwhile, as decoding waits for them. Plain keys are not: tiles read sixteen
-    // rows at a time, and were slower with prefetching, selected ones as well.
+    // rows at a time, and were slower with prefetching, selected ones as well, however far ahead.
     void attend(const bf16* const* keys, const bf16* const* values, int64_t first, int64_t count,
                 const bf16* const* next = nullptr) {
         next_ = next && keys_.decoded() ? Lines(next, KEYS, keys_.lines()) : Lines();
@@ -90,7 +90,7 @@ class Attending : public Attention {
         for (int64_t p = 0; p < panels_; p += group)
             for (int64_t i = 0, seen = std::min(count, panel_[p].most - first); i < seen; i += PIECE, turn = !turn) {
                 const Piece piece = {p, i, std::min(PIECE, seen - i), scores + turn * size};
-                RowsAhead ahead = p ? RowsAhead() : keys_ahead(keys, next, i, (PIECE + steps - 1) / steps);
+                RowsAhead ahead(next && !p ? next + i : nullptr, (PIECE + steps - 1) / steps, keys_.lines());
                 if (whole && piece.n == PIECE && last.n == PIECE) {
                     (this->*whole)(piece, last, ahead, use);
                 } else
@@ -107,7 +107,6 @@ class Attending : public Attention {
 
  private:
     static constexpr int64_t PIECE = 2 * LANES;  // keys whose scores are used at a time
-    static constexpr int64_t NEAR = 2 * PIECE;   // keys from one that is multiplied to one that is fetched
 
     // What attention does after each product of tiles for scores.
     struct Between {
@@ -146,15 +145,6 @@ class Attending : public Attention {
             Sums::store(piece.scores + 2 * pair * PIECE * LANES, TILE_FLOATS, PIECE * LANES);
         });
     }
-    // What is fetched while the piece from key i on is multiplied, so many rows a product: plain keys soon to come, and
-    // of those a block later the first lines; codes of the next block, which are decoded at once.
-    RowsAhead keys_ahead(const bf16* const* keys, const bf16* const* next, int64_t i, int64_t rows) const {
-        const bf16* const* far = next ? next + i : nullptr;
-        if (keys_.decoded()) return {far, nullptr, rows, keys_.lines()};
-        if (i + NEAR < KEYS) return {keys + i + NEAR, far, rows, keys_.lines()};
-        return {far ? far + NEAR - KEYS : nullptr, far, rows, keys_.lines()};
-    }
-
     void take(const bf16* const* keys, int64_t count) {
         for (int64_t i = 0; i * LANES < count; i++) keys_.take(keys, count, i);
         for (int64_t i = 0; rest_ && i * LANES < count; i++) copy_rest(i);

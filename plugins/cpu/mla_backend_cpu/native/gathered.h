@@ -36,13 +36,11 @@ class Lines {
     int64_t lines_ = 0, line_ = 0;
 };
 
-// Whole rows to fetch while something is computed, so many a time, and the first lines of rows far behind them: the
-// processor then fetches some of what follows these by itself.
+// Whole rows to fetch while something is computed, so many a time.
 class RowsAhead {
  public:
-    RowsAhead() = default;
-    RowsAhead(const bf16* const* near, const bf16* const* far, int64_t rows, int64_t lines)
-        : near_(near), far_(far), rows_(near ? rows : 0), lines_(lines) {}
+    RowsAhead(const bf16* const* next, int64_t rows, int64_t lines)
+        : next_(next), rows_(next ? rows : 0), lines_(lines) {}
 
     void fetch(int64_t) {
         for (int64_t i = 0; i < rows_; i++) fetch_row(lines_);
@@ -56,14 +54,12 @@ class RowsAhead {
  private:
     template <class Count>
     void fetch_row(Count lines) {
-        const char* const near = (const char*)*near_++;
-        for (int64_t line = 0; line < lines; line++) __builtin_prefetch(near + 64 * line, 0, 2);
-        if (far_) __builtin_prefetch(*far_++, 0, 2);
+        const char* const row = (const char*)*next_++;
+        for (int64_t line = 0; line < lines; line++) __builtin_prefetch(row + 64 * line, 0, 2);
     }
 
-    const bf16* const* near_ = nullptr;
-    const bf16* const* far_ = nullptr;
-    int64_t rows_ = 0, lines_ = 0;
+    const bf16* const* next_;
+    const int64_t rows_, lines_;
 };
 
 template <int64_t KEYS>
