@@ -32,12 +32,13 @@ def test_long_requests_are_right_however_they_are_split(
 
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("heads", [2, 20])
 def test_a_maximum_that_moves_between_parts_rescales_the_others(
-    kernels: Library, threads: Threads, count: int, order: int
+    kernels: Library, threads: Threads, heads: int, count: int, order: int
 ) -> None:
     """Logits rise, or fall, steadily over the keys, so that every block and part finds another maximum."""
     with threads(count):
-        case = latent_case([1], [3000], 2, page_size=64, latent=128, scale=0.5)
+        case = latent_case([1], [3000], heads, page_size=64, latent=128, scale=0.5)
         slope = order * torch.linspace(-6, 6, 3000)
         case.owned[0][:, 0] = slope.bfloat16()
         position = torch.arange(3000)
@@ -61,9 +62,10 @@ def test_one_dominant_key_is_returned_bit_for_bit(kernels: Library, threads: Thr
 
 
 @pytest.mark.parametrize("position", [0, 15, 63, 127, 128])
-def test_nan_in_an_owned_row_reaches_the_output(kernels: Library, position: int) -> None:
+@pytest.mark.parametrize("heads", [3, 20])
+def test_nan_in_an_owned_row_reaches_the_output(kernels: Library, heads: int, position: int) -> None:
     for channel in (0, 100, 159):  # of the value, and of the key's rotary part
-        case = latent_case([1, 1], [129, 129], 3, latent=128)
+        case = latent_case([1, 1], [129, 160], heads, latent=128)
         clean, _ = case.run(NativeLatentAttention(kernels))
         case.cache[case.table[0][position // 16].long(), position % 16, channel] = torch.nan
         out, lse = case.run(NativeLatentAttention(kernels))
