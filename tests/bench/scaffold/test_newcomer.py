@@ -26,7 +26,7 @@ if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
     pytest.skip("this torch cannot take a device written in Python", allow_module_level=True)
 
 HERE = Path(__file__).parent
-VENDOR = (HERE.parents[1] / "backends" / "emulation" / "device", HERE / "torch_acme")
+DEVICE, EXTENSION = HERE.parents[1] / "backends" / "emulation" / "device", HERE / "torch_acme"
 BENCH = ("-m", "mla.bench", "--backend", "acme", "--config", "tiny.json", "--workload", "tiny.toml")
 BENCH += ("--cache", "warm")  # the device's caches are emulated elsewhere
 # All are errors, but for that of an editable install of mla: its finder is imported before pytest is.
@@ -81,7 +81,8 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Newcomer:
     place = Newcomer(work, work / "acme", work / "site", work / "vendor")
     command = [sys.executable, "-m", "mla.bench", "new-backend", "acme", "acme"]
     subprocess.run(command, cwd=work, check=True, capture_output=True)
-    pip_install(place.vendor, *VENDOR)
+    shutil.copytree(DEVICE, place.vendor)
+    pip_install(place.vendor, EXTENSION)
     pip_install(place.site, place.project)
     write_tiny_run(work, q_lora_rank=48)
     return place
