@@ -41,7 +41,8 @@ def _nvidia(cards: str, arch: int, shared: int) -> Shipped:
 
 def _old(new: Shipped) -> Shipped:
     """Return what the same cards get with Triton 3.1."""
-    return replace(new, tuning=tuning_for(new.shared * KIB, new.cards, old_triton=True), early=False)
+    tuning = tuning_for(new.shared * KIB, new.cards, old_triton=True)
+    return replace(new, tuning=tuning, early=False, native_e4m3=False, bounds=False)
 
 
 def _cuda(arch: int) -> Target:

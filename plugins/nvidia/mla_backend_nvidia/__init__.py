@@ -98,7 +98,8 @@ class Nvidia(TritonBackend, CudaBackend):
 
     def launcher(self) -> Launcher:
         early = starts_early(self.architecture, driver_version())
-        return Launcher(early, native_e4m3=self.architecture() >= ADA, bounds=True)
+        new = not spills()  # an old Triton spills what the card converts, and what is bounded
+        return Launcher(early, native_e4m3=new and self.architecture() >= ADA, bounds=new)
 
     def vendor_facts(self) -> Mapping[str, str]:
         import torch

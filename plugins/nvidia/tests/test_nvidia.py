@@ -302,6 +302,16 @@ def test_an_old_triton_gets_tiles_that_it_does_not_spill(reported: int, few_rows
     assert old.source == new.source
 
 
+@pytest.mark.parametrize(("installed", "new"), [("3.1.0", False), ("3.5.1", False), ("3.6.0", True)])
+def test_an_old_triton_is_not_asked_for_what_it_spills(
+    installed: str, new: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metadata, "version", lambda package: installed)
+    monkeypatch.setattr(Nvidia, "architecture", lambda backend: (8, 9))
+    launcher = Nvidia().launcher()
+    assert (launcher.native_e4m3, launcher.bounds) == (new, new)
+
+
 @pytest.mark.parametrize("old_triton", [False, True])
 @pytest.mark.parametrize("reported", [H100, A100, L40S, 49_152])
 def test_what_a_tile_holds_fits_the_card(reported: int, old_triton: bool) -> None:
