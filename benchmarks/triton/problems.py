@@ -137,7 +137,6 @@ STORED = frozenset(  # problems over caches of bytes
     for name, problem in PROBLEMS.items()
     if isinstance(problem.case.spec, AttentionSpec) and problem.case.spec.cache_format
 )
-BESIDE = frozenset((*PROBLEMS, MERGE, MERGE_LSE, BEST)).difference(ATTENTION)
 
 
 def launches(tuning: Tuning, *card: bool) -> dict[str, Launch]:

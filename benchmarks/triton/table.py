@@ -22,7 +22,7 @@ from benchmarks.triton.cases import Case
 from benchmarks.triton.compiling import compile_cases
 from benchmarks.triton.faults import faults, programs, tile_of
 from benchmarks.triton.fingerprint import fingerprint
-from benchmarks.triton.problems import BESIDE, STORED
+from benchmarks.triton.problems import STORED
 from benchmarks.triton.shipped import (
     A100,
     B200,
@@ -57,17 +57,14 @@ class Part:
     left_out: frozenset[str] = frozenset()  # launches
 
 
-STANDS_IN = (METAX_AS_CDNA3,)
 SPILLED = frozenset(("latent: 128 heads, fp8_ds_mla", "latent: 128 heads, int8"))  # 8 to 248 bytes: README.md
 REFUSED = frozenset(("sparse: 16 heads", "sparse: 128 heads"))  # by the compiler
 PARTS = (
     Part("3.9.0", "which torch 2.15 pins", CURRENT),
-    Part("3.8.0", "which torch 2.14 pins", (A100, L40, RTX50)),
+    Part("3.8.0", "which torch 2.14 pins", (A100, L40, RTX50, METAX_AS_CDNA3)),
     Part("3.8.0", "on cards where it spills two of them", (H100, B200), left_out=SPILLED),
-    Part("3.8.0", "another compiler behind it", STANDS_IN, left_out=BESIDE),
-    Part("3.6.0", "which torch 2.11 pins", (H100, B200)),
+    Part("3.6.0", "which torch 2.11 pins", (H100, B200, METAX_AS_CDNA3)),
     Part("3.6.0", "on other cards", (A100, L40, RTX50), left_out=STORED),
-    Part("3.6.0", "another compiler behind it", STANDS_IN, left_out=BESIDE),
     Part("3.1.0", "whose language the vendors' compilers speak", PORTABLE),
     Part("3.1.0", "on cards that have a newer one", OLD, left_out=REFUSED),
 )
