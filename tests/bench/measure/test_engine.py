@@ -366,7 +366,7 @@ def test_none_is_held_to_what_was_wrong(make_bench: MakeBench) -> None:
 
 
 def test_it_runs_the_headline_alone_in_passes_as_short_as_they_were_cut_to(cut: Any) -> None:
-    fast, slow = cut.measured["fast"], cut.found["slow"]
+    fast, slow = cut.measured["fast"], cut.measured["slow"]
     assert [len(samples) for samples in slow.passes] == [2, 2]
     assert [len(samples) for samples in fast.passes] == [3] * 4
     assert (slow.others, slow.due) == ([], 2)
