@@ -146,19 +146,9 @@ class RunOptions(BackendOptions):
 
 # Options that reproduce any case of a run, in the order of its command; and values that need no words.
 _REPEATED = (
-    *(
-        "device",
-        "threads",
-        "config",
-        "model_path",
-        "layer",
-        "workload",
-        "runs",
-        "passes",
-        "warmups",
-        "layers",
-    ),
-    *("parallel", "link", "dtype", "attention", "page_size", "ops", "seed", "mode", "cache", "clock"),
+    *("device", "threads", "config", "model_path", "layer", "workload", "runs", "passes", "warmups"),
+    *("layers", "parallel", "link", "dtype", "attention", "page_size", "ops", "seed", "mode", "cache"),
+    "clock",
 )
 _USUAL = {"workload": STANDARD, "dtype": DEFAULT_DTYPE, "page_size": DEFAULT_PAGE_SIZE}
 _USUAL |= {"attention": "auto", "ops": "auto"}

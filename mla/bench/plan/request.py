@@ -285,13 +285,13 @@ def _what_fits(request: Request, scenario: ScenarioPlan) -> str:
     """Return what fits instead: for an op that selects, the largest power of two below its top-k."""
     topk, memory = scenario.setting.config.index_topk, scenario.memory
     available = Available(memory.device_available, memory.host_available)
-    powers = range((topk - 1).bit_length() - 1, -1, -1) if scenario.point.op in AFFECTED["topk"] else ()
-    for smaller in (1 << power for power in powers):
-        point = msgspec.structs.replace(scenario.point, topk=smaller)
+    powers = range((topk - 1).bit_length()) if scenario.point.op in AFFECTED["topk"] else ()
+    for power in reversed(powers):
+        point = msgspec.structs.replace(scenario.point, topk=1 << power)
         fixture = make_fixture(scenario_setting(request.setting, point), point)
         needs = plan_memory(fixture, request.implementations, False, False, available, memory.sweep > 0)
         if needs.fits:
-            return f"--topk {smaller} fits"
+            return f"--topk {1 << power} fits"
     return "use fewer requests, shorter histories or a smaller config"
 
 

@@ -320,18 +320,22 @@ def _listed_implementations(options: RunOptions, points: Sequence[Point], config
         return []
     for name in names:
         check_name(parse_one(name).base)
+    missing = None
     try:
         if any(name.startswith("transformers") and ":" not in name for name in options.foreign):
             transformers_layer.require()
     except transformers_layer.TransformersMissing as error:
-        if options.implementations:
-            raise
-        note(f"transformers is skipped: {error}")  # a checkpoint is compared only where it is installed
-        return []
-    for name in options.foreign:
+        if not options.implementations:
+            note(f"transformers is skipped: {error}")  # a checkpoint is compared only where it is installed
+            return []
+        missing = error
+    for name in options.foreign:  # what would be refused all the same is not to be installed first
         if options.op is not None:
-            only = f"{options.op} alone is timed of mla and mla-reference"
-            raise UsageError(f"{name} runs the whole layer: {only}.")
+            raise UsageError(
+                f"{name} runs the whole layer: {options.op} alone is timed of mla and mla-reference."
+            )
         if any(point.layers > 1 for point in points):
             raise UsageError(f"{name} runs one layer at a time: leave it out, or --layers.")
+    if missing:
+        raise missing
     return names
