@@ -220,7 +220,7 @@ class Extent:
 
 def blind(extent: Extent, checks: Sequence[CheckResult]) -> list[str]:
     """Return what a run cannot have seen, one sentence each; what depends on the run comes first."""
-    cut = [*_cut(extent, checks), *_few(checks), *_late(checks), *_spare(extent, checks)]
+    cut = [*_cut(extent, checks), *_few(checks), *_late(checks), *_idle(extent, checks)]
     return [*cut, *_reached(checks), *_all_refused(checks), *_other_dtypes(extent), *_ALWAYS]
 
 
@@ -231,7 +231,7 @@ def _cut(extent: Extent, checks: Sequence[CheckResult]) -> Iterator[str]:
     if extent.only:
         yield f"What other checks ask: only {', '.join(extent.only)} ran."
     if extent.quick:
-        yield ("What more draws would find: --quick has few of them.")
+        yield "What more draws would find: --quick has few of them."
 
 
 def _few(checks: Sequence[CheckResult]) -> Iterator[str]:
@@ -258,9 +258,8 @@ def _late(checks: Sequence[CheckResult]) -> Iterator[str]:
         yield f"{cases} of {names}: time was up before them (--minutes gives more)."
 
 
-def _spare(extent: Extent, checks: Sequence[CheckResult]) -> Iterator[str]:
-    ours = any(check.of not in ("", "auto", "reference") for check in checks)
-    if ours and not extent.only:
+def _idle(extent: Extent, checks: Sequence[CheckResult]) -> Iterator[str]:
+    if not extent.only and any(check.of not in ("", "auto", "reference") for check in checks):
         yield "The reference on the device, where an op serves most layers (--only '*[reference-*' runs it)."
 
 

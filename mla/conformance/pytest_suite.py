@@ -69,9 +69,9 @@ class BackendConformance:
                 require_hypothesis()
             except UsageError as error:
                 pytest.fail(str(error), pytrace=False)
-        drawing = Drawing(self.draws)
-        subject = BackendUnderTest(backend, backend.name, self.quick, drawing=drawing)
-        chosen = instances(subject, claimed_dtypes(subject), [check_id])
+        subject = BackendUnderTest(backend, backend.name, drawing=Drawing(self.draws))
+        only = [check_id, *[f"{check_id}[reference-*"] * (not self.quick)]
+        chosen = instances(subject, claimed_dtypes(subject), only)
         results = [carry_out(instance, subject, expected_failures) for instance in chosen]
         conclude(_CHECKS[check_id].description, results, first_look=True)
 

@@ -114,8 +114,7 @@ def instances(
         check, drawn = instance.check, instance.check.fails == DRAWN
         if instance.of != "reference" or check.scope not in (OP, LAYER):
             return False
-        asked = named and chosen_cases(named, check.id, instance.subject) != frozenset()
-        if asked and not drawn:
+        if named and not drawn and chosen_cases(named, check.id, instance.subject) != frozenset():
             return False
         return check.scope == LAYER or any(
             served(check.kind, dtype) for dtype in ([instance.dtype] if drawn else dtypes)
@@ -142,7 +141,7 @@ def _of_check(
             yield from (Instance(check, name, dtype, op) for name, op in of_kind.items())
             yield Instance(check, "reference", dtype, REFERENCE[check.kind])
     else:  # without fused ops both policies are the same
-        policies = ("auto", "reference") if offered and not subject.quick else ("auto",)
+        policies = ("auto", "reference") if offered else ("auto",)
         yield from (Instance(check, policy, dtype) for dtype in dtypes for policy in policies)
 
 
