@@ -115,9 +115,10 @@ def survey(model: Any) -> Survey:
         config = MLAConfig.from_dict(layers[0].config.to_dict())
     except ConfigError as error:
         raise UnsupportedModel(f"{type(model).__name__} cannot be served: {error}") from error
+    owner = _owner(model, models, layers)
     for fault in _faults(model, layers, config):
         raise UnsupportedModel(fault)
-    owner, weight = _owner(model, models, layers), layers[0].kv_b_proj.weight
+    weight = layers[0].kv_b_proj.weight
     return Survey(layers, models, owner, config, weight.dtype, weight.device)
 
 
@@ -172,11 +173,8 @@ def _faults(model: Any, layers: list[Any], config: MLAConfig) -> Iterator[str]:
 
 def _faults_of(layer: Any, config: MLAConfig) -> Iterator[str]:
     """Yield why one layer cannot be served: it computes something else than its config announces."""
-    kind, gate, indexer = (
-        type(layer).__name__,
-        getattr(layer, "g_proj", None),
-        getattr(layer, "indexer", None),
-    )
+    kind = type(layer).__name__
+    gate, indexer = getattr(layer, "g_proj", None), getattr(layer, "indexer", None)
     if not hasattr(layer, "expand_kv"):
         yield (
             f"{kind} is not a class of `transformers`, and caches expanded keys: load the "
