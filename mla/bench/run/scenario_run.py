@@ -64,7 +64,7 @@ def rank_costs(setting: Setting, layout: Layout, scenario: Scenario, steps: int 
     count = min(scenario.inputs, steps or scenario.inputs)
 
     @functools.cache
-    def mean(dp: int, dcp: int) -> Cost:  # the parts of `tp` are alike
+    def mean(dp: int, dcp: int) -> Cost:  # the parts of `tp` are alike: rank `dcp` is in the first
         part = Requests.of(scenario, dp, layout.dp).scenario(scenario)
         lengths = [(part.query_lens, part.kv_lens(step)) for step in range(count)]
         size, path, cached = setting.dtype.itemsize, setting.attention, setting.token_bytes
