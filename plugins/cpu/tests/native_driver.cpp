@@ -464,7 +464,7 @@ int main() {
             test_index({1, 1, 3, 0, 1, 1}, {127, 72, 129, 5, 0, 257}, 5, 16, 32, 40, coded, threads);
             test_index({2, 9}, {4100, 20}, 17, 24, 16, 1100, coded, threads);
             test_index({1, 2}, {300, 1}, 33, 1, 48, 1, coded, threads);
-            for (int64_t heads : {32, 64}) test_index({1, 3}, {700, 330}, heads, 16, 128, 40, coded, threads);  // whole pieces
+            for (int64_t heads : {32, 64, 96}) test_index({1, 3}, {700, 330}, heads, 16, 128, 40, coded, threads);  // whole pieces
         }
     for (int64_t most : {0, 1, 50, 300}) test_latent({1, 1, 3, 0, 9}, {127, 0, 129, 5, 700}, 5, 16, 32, 4, 2, PLAIN, most);
     test_latent({2, 1}, {300, 900}, 130, 24, 96, 32, 3, E4M3_ANY, 257);

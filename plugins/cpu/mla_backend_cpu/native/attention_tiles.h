@@ -90,7 +90,7 @@ class Attending : public Attention {
         for (int64_t p = 0; p < panels_; p += group)
             for (int64_t i = 0, seen = std::min(count, panel_[p].most - first); i < seen; i += PIECE, turn = !turn) {
                 const Piece piece = {p, i, std::min(PIECE, seen - i), scores + turn * size};
-                RowsAhead ahead(next && !p ? next + i : nullptr, (PIECE + steps - 1) / steps, keys_.lines());
+                RowsAhead ahead(next && !p ? next + i : nullptr, PIECE / steps, keys_.lines());
                 if (whole && piece.n == PIECE && last.n == PIECE) {
                     (this->*whole)(piece, last, ahead, use);
                 } else
