@@ -300,10 +300,10 @@ class TorchBackend(Backend):
         return None if self.dialect is None else Monitor(self.sampler(self.dialect, self.address))
 
     def address(self) -> Address:
-        """Return where torch says the device is."""
-        chosen = (os.environ[name] for name in self.visibility if name in os.environ)
-        uuid = getattr(self.properties(), "uuid", None)
-        return Address(self.module.current_device(), next(chosen, None), str(uuid) if uuid else None)
+        """Return where the device is; a monitor asks in a thread whose current device is the first."""
+        index = self.device.index or 0 if self.device else 0
+        visible = next(iter(set_variables(self.visibility).values()), None)
+        return Address(index, visible, str(getattr(self.properties(), "uuid", None) or ""))
 
     def sensors(self) -> Mapping[str, str]:
         return {} if self.monitor is None else self.monitor.sample()
