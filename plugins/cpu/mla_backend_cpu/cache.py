@@ -3,7 +3,7 @@
 A build happens in a private folder that is renamed into place: one that is killed leaves nothing broken.
 Processes that start at once wait for the first. Nothing is loaded that another user could have written: the
 file, its folder and the cache are opened, and belong to this user, or root, who alone may write them. Folders
-above decide nothing, as nobody can make what belongs to this user.
+above decide which folder of this user is the cache, and not what is in it.
 """
 
 from __future__ import annotations

@@ -222,7 +222,7 @@ static inline F times_power(F x, F power) {
     return x != x ? x : (F)((I)x + (((I)(power + magic) - (I)(F{} + magic)) << 23));
 }
 
-// e^x for x <= 0, relative error below 3e-7; values below -87 count as -87.
+// e^x for x up to 8 (softening.h), relative error below 3e-7 near 0; values below -87 count as -87.
 template <class F>
 static inline F exponential(F x) {
     x = maximum(F{} - 87.0f, x);  // a NaN stays
