@@ -91,7 +91,8 @@ def cases(version: str = "") -> dict[tuple[str, str], Case]:
     known = {(tiles.cards, tiles.target) for tiles in CURRENT}
     old = (tiles for part in PARTS if part.triton == version for tiles in part.shipped)
     compiled = [tiles for tiles in old if (tiles.cards, tiles.target) in known] if version else CURRENT
-    return {(str(tiles.target), name): tiles.cases()[name] for tiles in compiled for name in ATTENTION}
+    launched = {str(tiles.target): tiles.cases() for tiles in compiled}
+    return {(target, name): named[name] for target, named in launched.items() for name in ATTENTION}
 
 
 Compiled = Mapping[tuple[str, str], tuple[Case, Mapping[str, Any]]]  # by target and launch

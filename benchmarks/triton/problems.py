@@ -132,11 +132,6 @@ PROBLEMS: dict[str, Problem] = {  # by the name in the table
 MERGE, BEST = "merge", "select: the best"  # what problems that are split, or select, launch beside
 MERGE_LSE = f"{MERGE}, lse"
 ATTENTION = ("latent: 16 heads", "latent: 128 heads", "expanded: causal")  # whose steps are predicted
-STORED = frozenset(  # problems over caches of bytes
-    name
-    for name, problem in PROBLEMS.items()
-    if isinstance(problem.case.spec, AttentionSpec) and problem.case.spec.cache_format
-)
 
 
 def launches(tuning: Tuning, *card: bool) -> dict[str, Launch]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from benchmarks.triton.cases import Case, Target, case_of
@@ -9,7 +10,7 @@ from benchmarks.triton.problems import launches
 from mla_backend_iluvatar import TILES as ILUVATAR
 from mla_backend_metax import TILES as METAX
 from mla_backend_moore.kernels import TILES as MOORE
-from mla_backend_nvidia.cards import tuning_for
+from mla_backend_nvidia.cards import SPARING_TRITON, tuning_for
 from mla_backends.triton_ops import Tuning
 
 KIB = 1024
@@ -39,10 +40,16 @@ def _nvidia(cards: str, arch: int, shared: int) -> Shipped:
     return Shipped(cards, tuning, _cuda(arch), shared, arch >= 90, arch >= 89, bounds=True)
 
 
-def _old(new: Shipped) -> Shipped:
-    """Return what the same cards get with Triton 3.1."""
-    tuning = tuning_for(new.shared * KIB, new.cards, old_triton=True)
-    return replace(new, tuning=tuning, early=False, native_e4m3=False, bounds=False)
+def with_triton(triton: tuple[int, ...], new: Iterable[Shipped]) -> tuple[Shipped, ...]:
+    """Return what the same cards get with an older Triton. Only NVIDIA's plugin looks at the version."""
+    return tuple(_with(triton, shipped) if shipped.bounds else shipped for shipped in new)
+
+
+def _with(triton: tuple[int, ...], new: Shipped) -> Shipped:
+    older = replace(new, tuning=tuning_for(new.shared * KIB, new.cards, triton))
+    if triton >= SPARING_TRITON:
+        return older
+    return replace(older, early=False, native_e4m3=False, bounds=False)
 
 
 def _cuda(arch: int) -> Target:
@@ -58,6 +65,8 @@ METAX_AS_CDNA3 = Shipped("MetaX", METAX, Target("hip", "gfx942", 64), SMALL)
 
 # With the Triton that torch pins: without a fault.
 CURRENT = (A100, L40, H100, B200, RTX50, METAX_AS_CDNA3)
+# With those that older releases of torch pin: likewise.
+TRITON_3_8, TRITON_3_6 = with_triton((3, 8), CURRENT), with_triton((3, 6), CURRENT)
 # With Triton 3.1, whose language the vendors' compilers speak: without a fault, as far as these can tell.
 PORTABLE = (
     Shipped("MetaX", METAX, _cuda(80), SMALL),
@@ -66,4 +75,4 @@ PORTABLE = (
     Shipped("Moore Threads", MOORE, _cuda(80), SMALL),
 )
 # With Triton 3.1 as well; the plugin refuses it on newer cards.
-OLD = tuple(map(_old, (A100, L40)))
+OLD = with_triton((3, 1), (A100, L40))

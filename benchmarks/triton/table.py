@@ -22,19 +22,7 @@ from benchmarks.triton.cases import Case
 from benchmarks.triton.compiling import compile_cases
 from benchmarks.triton.faults import faults, programs, tile_of
 from benchmarks.triton.fingerprint import fingerprint
-from benchmarks.triton.problems import STORED
-from benchmarks.triton.shipped import (
-    A100,
-    B200,
-    CURRENT,
-    H100,
-    L40,
-    METAX_AS_CDNA3,
-    OLD,
-    PORTABLE,
-    RTX50,
-    Shipped,
-)
+from benchmarks.triton.shipped import CURRENT, OLD, PORTABLE, TRITON_3_6, TRITON_3_8, Shipped
 
 TABLE = Path(__file__).with_name("table.md")
 HEADER = """# What the kernels need of a GPU
@@ -54,19 +42,14 @@ class Part:
     triton: str
     why: str  # this version
     shipped: tuple[Shipped, ...]
-    left_out: frozenset[str] = frozenset()  # launches
 
 
-SPILLED = frozenset(("latent: 128 heads, fp8_ds_mla", "latent: 128 heads, int8"))  # 8 to 248 bytes: README.md
-REFUSED = frozenset(("sparse: 16 heads", "sparse: 128 heads"))  # by the compiler
 PARTS = (
     Part("3.9.0", "which torch 2.15 pins", CURRENT),
-    Part("3.8.0", "which torch 2.14 pins", (A100, L40, RTX50, METAX_AS_CDNA3)),
-    Part("3.8.0", "on cards where it spills two of them", (H100, B200), left_out=SPILLED),
-    Part("3.6.0", "which torch 2.11 pins", (H100, B200, METAX_AS_CDNA3)),
-    Part("3.6.0", "on other cards", (A100, L40, RTX50), left_out=STORED),
+    Part("3.8.0", "which torch 2.14 pins", TRITON_3_8),
+    Part("3.6.0", "which torch 2.11 pins", TRITON_3_6),
     Part("3.1.0", "whose language the vendors' compilers speak", PORTABLE),
-    Part("3.1.0", "on cards that have a newer one", OLD, left_out=REFUSED),
+    Part("3.1.0", "on cards that have a newer one", OLD),
 )
 
 
@@ -101,12 +84,7 @@ class Row:
 
 def compiled(part: Part, folder: Path, jobs: int) -> list[Row]:
     """Compile a part with the Triton in a folder; rows come in the order of what is shipped."""
-    wanted = [
-        (tiles, name, case)
-        for tiles in part.shipped
-        for name, case in tiles.cases().items()
-        if name not in part.left_out
-    ]
+    wanted = [(tiles, name, case) for tiles in part.shipped for name, case in tiles.cases().items()]
     answers = compile_cases([case for _, _, case in wanted], folder, jobs)
     return [Row(*what, resources) for what, resources in zip(wanted, answers, strict=True)]
 
@@ -114,8 +92,6 @@ def compiled(part: Part, folder: Path, jobs: int) -> list[Row]:
 def lines(part: Part, rows: Sequence[Row]) -> Iterator[str]:
     """Yield a part of the table as Markdown."""
     yield f"\n## Triton {part.triton}, {part.why}"
-    if part.left_out:
-        yield f"\nWithout {len(part.left_out)} of the launches above."
     for shipped in part.shipped:
         launches: dict[str, list[str]] = {}  # by what they need: equal ones are one row
         for row in rows:

@@ -261,7 +261,8 @@ class LatentAttention(KernelOp):
     ) -> LatentState:
         """Return the state for these lengths; `capacity` and `like` as of `split` and `PartsMemory`."""
         heads, longest = spec.num_heads, max(query_lens)
-        tile = tile_for(self.tuning.latent, longest * heads)
+        tiles = self.tuning.of_latents(spec.cache_format, sparse=spec.topk > 0)
+        tile = tile_for(tiles, longest * heads)
         rows = [count * heads for count in query_lens]
         sizes = (capacity, 4 * spec.kv_lora_rank, tile, self._multiprocessors)
         splits = split(rows, kv_lens, *sizes)

@@ -8,7 +8,7 @@ import re
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -126,12 +126,13 @@ class Tuning:
     """What a plugin chooses for a card.
 
     `latent` is by the query rows of a request (new tokens times heads), `expanded` by the queries of a
-    segment.
+    segment. `caches` holds tiles in place of `latent`, by cache format: see `of_latents`. Files have none.
     """
 
     latent: Tiles
     expanded: Tiles
     source: str = "defaults of the plugin"  # for the environment in results
+    caches: Mapping[str, Tiles] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("latent", "expanded"):
@@ -139,6 +140,14 @@ class Tuning:
             if 1 not in tiles or any(type(least) is not int or least < 1 for least in tiles):
                 raise ValueError(f"{name} needs a tile for 1 row on, and whole numbers of rows.")
             object.__setattr__(self, name, MappingProxyType(dict(tiles)))
+
+    def of_latents(self, cache_format: str, sparse: bool) -> Tiles:
+        """Return the tiles of attention over a cache of this format, "" for the plain one.
+
+        Those of sparse attention stand in `caches` as "sparse_int8"; plain is "sparse_plain".
+        """
+        name = f"sparse_{cache_format or 'plain'}" if sparse else cache_format
+        return self.caches.get(name, self.latent)
 
 
 def tile_for(tiles: Tiles, rows: int) -> Tile:
@@ -163,11 +172,11 @@ def read_tuning(path: str | Path) -> Tuning:
         document = json.loads(content)
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise ValueError(f"it is not a tuning of format {FORMAT}")
-        tiles = {name: _tiles(document[name]) for name in ("latent", "expanded")}
+        latent, expanded = _tiles(document["latent"]), _tiles(document["expanded"])
         where = ", ".join(str(document[key]) for key in ("card", "date") if document.get(key))
         where = shortened(escaped(where))
         source = f"{Path(path).name}: {where or 'of an unknown card'} (crc32 {zlib.crc32(content):08x})"
-        return Tuning(**tiles, source=source)
+        return Tuning(latent, expanded, source)
     except OSError as error:
         why = error.strerror or error
         raise BackendError(f"the tuning file {path} cannot be read: {why}. {CURE}") from error

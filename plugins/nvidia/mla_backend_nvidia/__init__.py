@@ -11,7 +11,16 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from mla_backend_nvidia.cards import driver_version, outdated, peaks, tuning_for
-from mla_backend_nvidia.kernels import ADA, ahead_of, kernels, old_triton, since_ampere, spills, starts_early
+from mla_backend_nvidia.kernels import (
+    ADA,
+    ahead_of,
+    installed_triton,
+    kernels,
+    old_triton,
+    since_ampere,
+    spills,
+    starts_early,
+)
 from mla_backends import Availability, FusedOp, hookimpl
 from mla_backends.api import DeviceInfo
 from mla_backends.cuda import CudaBackend
@@ -91,7 +100,7 @@ class Nvidia(TritonBackend, CudaBackend):
         return ahead_of(self.architecture())
 
     def default_tuning(self) -> Tuning:
-        return tuning_for(self.shared_memory(), str(self.properties().name), spills())
+        return tuning_for(self.shared_memory(), str(self.properties().name), installed_triton()[1])
 
     def triton_reason(self, device: torch.device) -> str:
         return since_ampere(self.architecture)(device) or old_triton(self.architecture)

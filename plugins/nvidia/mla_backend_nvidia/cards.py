@@ -62,6 +62,8 @@ def peaks(name: str, memory_bytes: int | None) -> tuple[Peak | None, dict[str, P
 # Not run on hardware. They fit, and Triton 3.6 to 3.9 spill none of them: benchmarks/triton/table.md.
 
 KIB = 1024
+# The oldest Triton that keeps two warps' share of 16 rows, or 64 keys, in registers.
+SPARING_TRITON = (3, 6)
 
 # Bytes of shared memory that a block may use -> the tuning for as many and more. Two programs with 16 rows
 # fit on a multiprocessor: such steps wait for memory, so one computes while the other loads.
@@ -87,13 +89,23 @@ BY_SHARED_MEMORY = {
         source="defaults for little or unknown shared memory",
     ),
 }
+# Triton 3.1 does not compile loads by selected keys in stages.
+ONE_STAGE: Mapping[str, Any] = {"sparse_plain": {1: Tile(16, 32, 4, 1, programs=2)}}
 # What Triton before 3.6 spills, or computes twice, gets other tiles: fewer rows, or keys.
 OLD_TRITON: Mapping[int, Mapping[str, Any]] = {
     200 * KIB: {
         "latent": {1: Tile(16, 32, 4, 3, halves=False, programs=2), 33: Tile(64, 64, 8, 2, halves=False)}
     },
-    160 * KIB: {"latent": {1: Tile(16, 32, 4, 2, programs=2)}, "expanded": {1: Tile(32, 32, 4, 2)}},
-    96 * KIB: {"latent": {1: Tile(16, 16, 4, 2, programs=2)}, "expanded": {1: Tile(32, 32, 4, 2)}},
+    160 * KIB: {
+        "latent": {1: Tile(16, 32, 4, 2, programs=2)},
+        "expanded": {1: Tile(32, 32, 4, 2)},
+        "caches": ONE_STAGE,
+    },
+    96 * KIB: {
+        "latent": {1: Tile(16, 16, 4, 2, programs=2)},
+        "expanded": {1: Tile(32, 32, 4, 2)},
+        "caches": ONE_STAGE,
+    },
 }
 # The shared memory of Hopper, but products of 64 rows keep their sums in tensor memory, where less fits. They
 # move to registers and back in every step: 18 to 36 % of the tensor peak, counted in compiled code. Rescaling
@@ -110,16 +122,30 @@ BLACKWELL = Tuning(
 )
 
 
-def tuning_for(shared_memory: int | None, name: str = "", old_triton: bool = False) -> Tuning:
+# What one Triton spills: its version, the tuning, and by format the tile from 33 rows on. Each moves more
+# through shared memory for a key, counted: 1.35 times as much on Hopper, 1.36 on Ampere, and 3.6 with tensor
+# memory, where a step takes 2.4 times as long.
+SPARING: Mapping[tuple[tuple[int, ...], str], Mapping[str, Tile]] = {
+    ((3, 8), BY_SHARED_MEMORY[200 * KIB].source): dict.fromkeys(
+        ("fp8_ds_mla", "int8"), Tile(64, 32, 8, 2, halves=False)
+    ),
+    ((3, 8), BLACKWELL.source): dict.fromkeys(("fp8_ds_mla", "int8"), BLACKWELL.latent[1]),
+    ((3, 6), BY_SHARED_MEMORY[160 * KIB].source): {"int8": Tile(64, 16, 8, 3)},
+}
+
+
+def tuning_for(shared_memory: int | None, name: str = "", triton: tuple[int, ...] = ()) -> Tuning:
     """Return the tuning for a card of this name, whose blocks may use so much shared memory.
 
-    `shared_memory` is in bytes; None is unknown. `old_triton`: it is compiled with Triton before 3.6.
+    `shared_memory` is in bytes; None is unknown. `triton`: the version that compiles, such as (3, 8); () is
+    unknown, and taken for a new one.
     """
-    if DATACENTER_BLACKWELL.search(name):
-        return BLACKWELL
     least = next(least for least in BY_SHARED_MEMORY if least <= (shared_memory or 0))
-    tuning = BY_SHARED_MEMORY[least]
-    return replace(tuning, **OLD_TRITON.get(least, {})) if old_triton else tuning
+    tuning = BLACKWELL if DATACENTER_BLACKWELL.search(name) else BY_SHARED_MEMORY[least]
+    if () < triton < SPARING_TRITON and tuning is not BLACKWELL:
+        return replace(tuning, **OLD_TRITON.get(least, {}))
+    spared = SPARING.get((triton, tuning.source), {})
+    return replace(tuning, caches={form: {**tuning.latent, 33: tile} for form, tile in spared.items()})
 
 
 # ------------------------------------------------------------------------------------------- driver

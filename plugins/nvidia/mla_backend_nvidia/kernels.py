@@ -12,6 +12,7 @@ from dataclasses import replace
 from importlib import metadata
 from typing import TYPE_CHECKING, NamedTuple
 
+from mla_backend_nvidia.cards import SPARING_TRITON
 from mla_backends import FusedOp
 from mla_backends.api import AttentionSpec
 from mla_backends.kernels import (
@@ -48,8 +49,6 @@ FLASH_MLA_ROWS = 11_000
 
 # Architecture -> the oldest Triton that compiles our kernels for it and newer ones.
 OLDEST_TRITON = {(10, 0): (3, 3), (9, 0): (3, 2), (0, 0): (3, 1)}
-# The oldest Triton that keeps two warps' share of 16 rows, or 64 keys, in registers.
-SPARING_TRITON = (3, 6)
 # The oldest Triton that our kernels were compiled with for programmatic dependent launch.
 EARLY_TRITON = (3, 6)
 # The driver of CUDA 12.3, whose graphs are the first that can hold such launches: with an older one, capture
@@ -207,7 +206,7 @@ def old_triton(architecture: Architecture) -> str:
 
     An older compiler does not raise, it ends the process: compiled ahead of time with 3.1 to 3.9.
     """
-    installed, version = _triton()
+    installed, version = installed_triton()
     if not installed:
         return ""
     needed = next(least for since, least in OLDEST_TRITON.items() if architecture() >= since)
@@ -227,15 +226,15 @@ def starts_early(architecture: Architecture, driver: str = "") -> bool:
     """
     major = driver.partition(".")[0]
     old_driver = major.isdecimal() and int(major) < EARLY_DRIVER
-    return architecture() >= HOPPER[0] and _triton()[1] >= EARLY_TRITON and not old_driver
+    return architecture() >= HOPPER[0] and installed_triton()[1] >= EARLY_TRITON and not old_driver
 
 
 def spills() -> bool:
     """Return whether the installed Triton spills tiles of 16 rows that newer ones do not."""
-    return () < _triton()[1] < SPARING_TRITON
+    return () < installed_triton()[1] < SPARING_TRITON
 
 
-def _triton() -> tuple[str, tuple[int, ...]]:
+def installed_triton() -> tuple[str, tuple[int, ...]]:
     """Return the installed version of Triton, as text and as numbers; "" and () if there is none."""
     installed = next(filter(None, map(_version, PACKAGES)), "")
     return installed, tuple(int(part) for part in installed.split(".")[:2] if part.isdecimal())

@@ -15,12 +15,21 @@ import torch
 
 from mla_backend_nvidia import Nvidia
 from mla_backend_nvidia.cards import SHEETS, driver_version, outdated, peaks, tuning_for
-from mla_backend_nvidia.kernels import PLACES, ahead_of, kernels, old_triton, spills, starts_early
+from mla_backend_nvidia.kernels import (
+    PLACES,
+    ahead_of,
+    installed_triton,
+    kernels,
+    old_triton,
+    spills,
+    starts_early,
+)
 from mla_backends.api import AttentionSpec, SegmentLengths
 from mla_backends.cuda import CudaBackend
 from mla_backends.errors import DeviceUnavailable
 from mla_backends.kernels.flashinfer import WIDE_PAGES
 from mla_backends.triton_ops import Tile, ordered, triton_ops
+from mla_backends.triton_ops.tuning import tile_for
 
 GIB = 1 << 30
 
@@ -295,11 +304,53 @@ def test_tensor_memory_has_tiles_of_its_own(name: str) -> None:
     ],
 )
 def test_an_old_triton_gets_tiles_that_it_does_not_spill(reported: int, few_rows: Tile, most: int) -> None:
-    new, old = tuning_for(reported), tuning_for(reported, old_triton=True)
+    new, old = tuning_for(reported), tuning_for(reported, triton=(3, 1))
     assert old.latent[1] == few_rows
     assert max(tile.rows for tile in old.latent.values()) == most
     assert max(tile.rows for tile in old.expanded.values()) == 2 * most
     assert old.source == new.source
+
+
+@pytest.mark.parametrize(
+    ("name", "reported", "triton", "spared"),
+    [
+        ("NVIDIA H200", H100, (3, 8), {"fp8_ds_mla": Tile(64, 32, 8, 2), "int8": Tile(64, 32, 8, 2)}),
+        (
+            "NVIDIA B200",
+            H100,
+            (3, 8),
+            dict.fromkeys(("fp8_ds_mla", "int8"), Tile(16, 64, 8, 2, spread=False)),
+        ),
+        ("NVIDIA A100", A100, (3, 6), {"int8": Tile(64, 16, 8, 3)}),
+        ("NVIDIA H200", H100, (3, 6), {}),
+        ("NVIDIA A100", A100, (3, 8), {}),
+        ("NVIDIA B200", H100, (3, 9), {}),
+        ("NVIDIA L40S", L40S, (3, 8), {}),
+    ],
+)
+def test_what_one_triton_spills_has_a_smaller_tile_with_that_triton_alone(
+    name: str, reported: int, triton: tuple[int, ...], spared: dict[str, Tile]
+) -> None:
+    """That none of them spills is read from compiled code: benchmarks/triton/table.md."""
+    tuning, latest = tuning_for(reported, name, triton), tuning_for(reported, name)
+    for cache in ("", "fp8", "fp8_ds_mla", "int8", "fp8_ds_mla_any", "q8_0"):
+        tiles = tuning.of_latents(cache, sparse=False)
+        assert tile_for(tiles, 32) == tile_for(latest.latent, 32)
+        if cache in spared:
+            assert tile_for(tiles, 128).of_bytes(parts=False) == spared[cache]
+        else:
+            assert tiles == latest.latent
+        assert tuning.of_latents(cache, sparse=True) == latest.latent
+
+
+@pytest.mark.parametrize("reported", [A100, L40S])
+def test_selected_keys_are_loaded_in_one_stage_with_a_triton_that_takes_no_more(reported: int) -> None:
+    """Of a plain cache: of bytes, it compiles several."""
+    tuning = tuning_for(reported, triton=(3, 1))
+    assert tile_for(tuning.of_latents("", sparse=True), 128).across_pages().stages == 1
+    assert (
+        tuning.of_latents("fp8_ds_mla", sparse=True) == tuning.of_latents("", sparse=False) == tuning.latent
+    )
 
 
 @pytest.mark.parametrize(("installed", "new"), [("3.1.0", False), ("3.5.1", False), ("3.6.0", True)])
@@ -312,11 +363,11 @@ def test_an_old_triton_is_not_asked_for_what_it_spills(
     assert (launcher.native_e4m3, launcher.bounds) == (new, new)
 
 
-@pytest.mark.parametrize("old_triton", [False, True])
+@pytest.mark.parametrize("triton", [(), (3, 1)])
 @pytest.mark.parametrize("reported", [H100, A100, L40S, 49_152])
-def test_what_a_tile_holds_fits_the_card(reported: int, old_triton: bool) -> None:
+def test_what_a_tile_holds_fits_the_card(reported: int, triton: tuple[int, ...]) -> None:
     """A lower bound: queries once, and keys of all stages but the one that is multiplied (bfloat16)."""
-    tuning = tuning_for(reported, old_triton=old_triton)
+    tuning = tuning_for(reported, triton=triton)
     for width, values, tiles in ((576, 0, tuning.latent), (192, 128, tuning.expanded)):
         for tile in tiles.values():
             held = 2 * (tile.rows * width + max(1, tile.stages - 1) * tile.keys * (width + values))
@@ -333,7 +384,7 @@ def test_our_own_kernels_come_after_the_vendors_but_for_one_with_evidence() -> N
     last = len(vendors) + 1
     assert names[:last] == [*vendors[:place], "triton_latent", *vendors[place:]]
     assert all(name.startswith("triton_") for name in names[last:])
-    assert backend.tuning == tuning_for(H100)
+    assert backend.tuning == tuning_for(H100, triton=installed_triton()[1])
     assert backend.ops() is backend.ops(), "they hold scratch memory"
 
 
