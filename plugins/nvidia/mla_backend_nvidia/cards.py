@@ -123,8 +123,8 @@ BLACKWELL = Tuning(
 
 
 # What one Triton spills: its version, the tuning, and by format the tile from 33 rows on. Each moves more
-# through shared memory for a key, counted: 1.35 times as much on Hopper, 1.36 on Ampere, and 3.6 with tensor
-# memory, where a step takes 2.4 times as long.
+# through shared memory for a key, counted: 1.35 times as much on Hopper, 1.36 on Ampere, and 3.7 with tensor
+# memory, where that is predicted to take 2.4 to 2.6 times as long.
 SPARING: Mapping[tuple[tuple[int, ...], str], Mapping[str, Tile]] = {
     ((3, 8), BY_SHARED_MEMORY[200 * KIB].source): dict.fromkeys(
         ("fp8_ds_mla", "int8"), Tile(64, 32, 8, 2, halves=False)
