@@ -22,8 +22,8 @@ def test_the_committed_page_is_made_of_the_files_beside_it() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Return a folder with the ops of one file."""
-    shutil.copy(sorted(FOLDER.glob("ops*.json"))[0], tmp_path)
+    """Return a folder with the file of all ops."""
+    shutil.copy(next(FOLDER.glob("ops-*cpu.json")), tmp_path)
     return tmp_path
 
 
