@@ -134,7 +134,8 @@ def _values(name: str, text: str) -> tuple[Value, ...]:
         try:
             values += [NAMED[name](item)] if name in NAMED else _numbers(name, item)
         except (UsageError, CacheFormatError) as error:
-            raise UsageError(f"axis {name}: {error}") from error
+            where = "" if name in NAMED else f"axis {name}: "  # names say of what they are
+            raise UsageError(f"{where}{error}") from error
         if len(values) > MAX_POINTS:
             raise UsageError(f"axis {name}: '{item}' exceeds {MAX_POINTS} values: give fewer.")
     return tuple(dict.fromkeys(values))

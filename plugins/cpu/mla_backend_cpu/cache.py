@@ -133,7 +133,8 @@ def prepare() -> Path:
     """Make the folder of the built kernels and return it. Raises `BuildError` if it cannot be used."""
     kept = folder()
     try:
-        os.makedirs(kept, mode=0o755, exist_ok=True)  # whatever the umask
+        for part in (*reversed(kept.parents), kept):  # of several, it would give the last one alone this mode
+            os.makedirs(part, mode=0o755, exist_ok=True)
     except OSError as error:
         raise _not_stored(error) from error
     _examine(kept)

@@ -104,8 +104,9 @@ def test_a_folder_that_others_make_during_a_build_is_not_used(
     compiler(f"touch {tmp_path}/compiled")
 
     def others_first(folder: Path, **options: Any) -> None:
-        folder.mkdir(parents=True)
-        spoil(folder)
+        folder.mkdir(exist_ok=True)
+        if folder == tmp_path / "cache" / "cpu":
+            spoil(folder)
 
     monkeypatch.setattr(cache.os, "makedirs", others_first)
     with pytest.raises(BuildError, match="the cache of built kernels is not used: "):
@@ -156,12 +157,15 @@ def test_no_umask_makes_a_cache_that_is_distrusted(
     compiler: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(compilation, "SOURCES", small_sources(tmp_path / "sources"))
+    monkeypatch.setenv("MLA_CACHE_DIR", str(tmp_path / "new" / "cache"))
     umask = os.umask(0)
     try:
         before = built().stat().st_ino
     finally:
         os.umask(umask)
     assert built().stat().st_ino == before
+    assert not cache.distrust((tmp_path / "new").stat())
+    assert not cache.distrust((tmp_path / "new" / "cache").stat())
 
 
 def test_what_was_checked_is_what_is_loaded(

@@ -100,7 +100,7 @@ def test_one_format_has_an_option(run: Any) -> None:
 
 
 def test_a_format_that_does_not_exist_is_named() -> None:
-    with pytest.raises(UsageError, match=r"axis cache_format: unknown .*Did you mean 'fp8_ds_mla'\?"):
+    with pytest.raises(UsageError, match=r"^unknown cache format .*Did you mean 'fp8_ds_mla'\?"):
         parse(["cache_format=fp8_ds"])
 
 

@@ -72,11 +72,11 @@ def test_dtypes_have_short_names() -> None:
         (["kv=9999m"], "axis kv: 10484711424 is not between 0 and 2147483647"),
         (["batch=0"], "axis batch: 0 is not between 1 and 65536"),
         (["page_size=48"], "axis page_size: 48 is not a power of two"),
-        (["dtype=bf61"], "axis dtype: unknown dtype 'bf61'. Did you mean 'bf16'? Choose from: bf16, "),
+        (["dtype=bf61"], "unknown dtype 'bf61'. Did you mean 'bf16'? Choose from: bf16, "),
         (["topk=0"], "axis topk: 0 is not between 1 and 2147483647"),
         (
             ["selection=tid"],
-            "axis selection: unknown selection 'tid'. Did you mean 'tied'? Choose from: random, ",
+            "unknown selection 'tid'. Did you mean 'tied'? Choose from: random, ",
         ),
         (["kv=1..40+1", "batch=1..40+1"], "these axes make 1600 points, but a run has at most 1000"),
         (["kv=2147483647"], "scenario 'decode kv=2147483647': no request may grow beyond 2147483647 tokens"),
