@@ -21,13 +21,12 @@ from mla.checkpoint import read_layer, refuse_other_formats
 from mla.config import MLAConfig
 from mla.config.layer_config import require_config
 from mla.errors import WeightError
-from mla.layer.forward import Step, make_step
+from mla.layer.forward import Step
 from mla.layer.ops import Ops
 from mla.layer.packed_weights import PackedWeights, SharedWeights
 from mla.layer.plan import SPARSE_ROLES, WORKSPACE_BYTES, Growth, StepPlan, is_sparse, make_plan
 from mla.layer.rope import RotaryTable
 from mla.layer.workspace import (
-    StepViews,
     Turn,
     Workspace,
     check_batch,
@@ -174,8 +173,7 @@ class MLA(nn.Module):
         kind = self.device.type
         self._autocast = kind if torch.amp.is_autocast_available(kind) else ""  # what of it there may be
         self._growth = Growth(backend)
-        views = StepViews(config, self.ops, self._scratch)
-        self.step: Step = make_step(config, self.ops, self._weights, views, self._scratch)
+        self.step = Step.of(config, self.ops, self._weights, self._scratch)
         self.selection: torch.Tensor | None = None  # [T, topk] int32, of the last forward; None: all keys
         self._repeated = Repeated(backend if self._calls_ops_alone() else None)
         self._plan_key = self._make_plan_key()

@@ -5,7 +5,9 @@ The ops come with every call, so that the same code runs them, records them or t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import cast
 
 import torch
 
@@ -20,14 +22,13 @@ from mla.layer.plan import (
     AbsorbedGroup,
     ExpandedGroup,
     Growth,
-    Piece,
-    Round,
     StepPlan,
     make_plan,
     rebuilt_bytes,
 )
 from mla.layer.rope import query_factors
 from mla.layer.workspace import (
+    Absorbed,
     Projected,
     StepViews,
     Turn,
@@ -36,196 +37,58 @@ from mla.layer.workspace import (
     require,
     require_pages,
 )
-from mla_backends.api import Backend
+from mla_backends.api import Backend, BatchView
 
-
-@dataclass(frozen=True, eq=False)
-class AbsorbedPath:
-    """What a step does with the requests that are cheaper absorbed."""
-
-    weights: PackedWeights
-    scratch: Workspace
-    views: StepViews
-    interleaved: bool
-    softmax_scale: float
-    stored: Mapping[str, str]  # see `stored_as`
-
-    def run(
-        self,
-        ops: Ops,
-        projected: Projected,
-        group: AbsorbedGroup,
-        pages: torch.Tensor,
-        rotated: bool = False,
-        selection: torch.Tensor | None = None,
-    ) -> None:
-        """Attend with q_nope W_UK, joined with the rotated q_pe, over the latents; then apply W_UV.
-
-        Takes `projected.q` not rotated and `pages` [pages, page, c + r]; writes the group's rows of
-        `projected.heads`. `rotated`: q_pe already is, in its place in the latent queries. A sparse group
-        attends its `selection` [t, topk] int32.
-        """
-        more = {} if selection is None else {"selection": selection}
-        views, packed = self.views.absorbed(projected, group.tokens), self.weights.packed
-        ops["w_uk"].op(packed["w_uk"], x=views.q_nope, out=views.latent_nope)
-        if not rotated:
-            ops["rotate_query"].op(
-                x=views.q_pe, cos_sin=group.cos_sin, interleaved=self.interleaved, out=views.latent_pe
-            )
-        ops[group.role].op(
-            group.state,
-            q=views.latent_q,
-            cache=pages,
-            block_table=group.batch.block_table,
-            kv_lens=group.batch.kv_lens_device,
-            cu_q=group.batch.cu_q,
-            softmax_scale=self.softmax_scale,
-            out=views.latent_out,
-            lse=views.lse,
-            **more,
-            **self.stored,
-        )
-        if views.lse is not None:
-            self.weights.leave_to_sinks(views.latent_out, views.lse)
-        ops["w_uv"].op(packed["w_uv"], x=views.latent_out, out=views.heads)
-        self.scratch.put(projected.heads, group.tokens, views.heads)
-
-
-# ----------------------------------------------------------------------------------------- expanded
-# The expanded path: keys and values are rebuilt per head from the latent cache, and attended as usual.
-@dataclass(frozen=True, eq=False)
-class Rebuild:
-    """Rebuilds keys and values per head from the latents of cached tokens."""
-
-    config: MLAConfig
-    weights: PackedWeights
-    scratch: Workspace
-    codec: Codec | None
-
-    def __call__(
-        self, ops: Ops, slots: torch.Tensor, pages: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return k [s, h, n + r] and v [s, h, v] of the cached tokens at `slots` [s], in scratch memory.
-
-        Valid until the next call.
-        """
-        config = self.config
-        n, c, h = config.qk_nope_head_dim, config.kv_lora_rank, config.num_attention_heads
-        take = self.scratch.for_round(rebuilt_bytes(config, self.scratch.itemsize, slots.shape[0]))
-        latents = take("latents", slots.shape[0], config.latent_dim)
-        if self.codec is None:
-            torch.index_select(pages.view(-1, config.latent_dim), 0, slots, out=latents)
-        else:
-            decode_slots(self.codec, pages.flatten(0, 1), slots, latents)
-        kv = take("kv_b", slots.shape[0], ops["kv_b_proj"].spec.out_features)
-        ops["kv_b_proj"].op(self.weights.packed["kv_b_proj"], x=latents[:, :c], bias=None, out=kv)
-        k_nope, v = kv.unflatten(1, (h, -1)).split((n, config.v_head_dim), dim=2)
-        k = take("k", slots.shape[0], h, config.qk_head_dim)
-        k[..., :n] = k_nope
-        k[..., n:] = latents[:, None, c:]
-        return k, v
-
-
-@dataclass(frozen=True, eq=False)
-class ExpandedPath:
-    """What a step does with the requests that are cheaper expanded."""
-
-    weights: PackedWeights
-    scratch: Workspace
-    rebuild: Callable[[Ops, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # see `Rebuild`
-    qk_nope_head_dim: int
-    interleaved: bool
-    softmax_scale: float
-    lse_optional: bool  # the op may leave it out, and nothing reads it
-
-    def run(self, ops: Ops, projected: Projected, group: ExpandedGroup, pages: torch.Tensor) -> None:
-        """Rebuild k and v of the context round by round and run multi-head attention.
-
-        Takes `projected.q` not yet rotated and `pages` [pages, page, c + r]; writes the group's rows of
-        `projected.heads`.
-        """
-        q = self.scratch.rows("expanded_q", projected.q, group.tokens)
-        rotary = q[..., self.qk_nope_head_dim :]
-        ops["rotate_query"].op(x=rotary, cos_sin=group.cos_sin, interleaved=self.interleaved, out=rotary)
-        target = self.scratch.target("expanded_heads", projected.heads, group.tokens, q.shape[0])
-        if len(group.rounds) == 1:
-            lse = self._one_round(ops, group.rounds[0], q, pages, target)
-        else:
-            lse = self._merge_rounds(ops, group, q, pages, target)
-        if lse is not None:
-            self.weights.leave_to_sinks(target, lse)
-        self.scratch.put(projected.heads, group.tokens, target)
-
-    def _one_round(
-        self, ops: Ops, only: Round, q: torch.Tensor, pages: torch.Tensor, out: torch.Tensor
-    ) -> torch.Tensor | None:
-        """Attend the whole context at once; return the log-sum-exp [t, h], which nothing here merges."""
-        k, v = self.rebuild(ops, only.slots, pages)
-        lse = None if self.lse_optional else self._lse(q)
-        for piece in only.pieces:
-            rows = piece.queries
-            self._attend(ops, piece, q, k, v, out[rows], None if lse is None else lse[rows])
-        return lse
-
-    def _lse(self, q: torch.Tensor) -> torch.Tensor:
-        return self.scratch.take("lse", *q.shape[:2], dtype=torch.float32)
-
-    def _merge_rounds(
-        self,
-        ops: Ops,
-        group: ExpandedGroup,
-        q: torch.Tensor,
-        pages: torch.Tensor,
-        out: torch.Tensor,
-    ) -> torch.Tensor:
-        """Attend round by round, merging in fp32: rounding after every round would add up. Return the lse."""
-        lse = self._lse(q)
-        total = self.scratch.take("merged", *out.shape, dtype=torch.float32)
-        for part in group.rounds:
-            k, v = self.rebuild(ops, part.slots, pages)
-            for piece in part.pieces:
-                rows = piece.queries
-                part_out = self.scratch.take("part_out", *out[rows].shape)
-                part_lse = self.scratch.take("part_lse", *lse[rows].shape, dtype=torch.float32)
-                self._attend(ops, piece, q, k, v, part_out, part_lse)
-                if piece.merge:
-                    _merge(total[rows], lse[rows], part_out, part_lse)
-                else:
-                    total[rows], lse[rows] = part_out, part_lse
-        out.copy_(total)
-        return lse
-
-    def _attend(
-        self,
-        ops: Ops,
-        piece: Piece,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
-    ) -> None:
-        """Attend one piece into out and lse, which hold its queries only."""
-        ops["expanded_attention"].op(
-            piece.state, q=q[piece.queries], k=k, v=v, softmax_scale=self.softmax_scale, out=out, lse=lse
-        )
-
-
-def _merge(out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse: torch.Tensor) -> None:
-    """Merge two attentions over disjoint keys, in place: weights are exp(lse), normalised."""
-    total = torch.logaddexp(lse, new_lse)
-    old_weight, new_weight = ((part - total).exp()[..., None] for part in (lse, new_lse))
-    out.mul_(old_weight).add_(new_out * new_weight)
-    lse.copy_(total)
-
-
-# ------------------------------------------------------------------------------------------ indexer
 INDEX_EPS = 1e-6  # of the LayerNorm of index keys, in the classes of all families
 
 
+def gate_heads(heads: torch.Tensor, gate: torch.Tensor) -> None:
+    """Multiply heads [T, h, v] by the sigmoid of gate [T, h] or [T, h * v]; both are overwritten.
+
+    Sigmoid and product are each rounded once to the dtype, as the models' own code does.
+    """
+    heads.mul_(gate.sigmoid_().unflatten(1, (heads.shape[1], -1)))
+
+
+def rebuild_keys(
+    step: Step, ops: Ops, slots: torch.Tensor, pages: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return k [s, h, n + r] and v [s, h, v] of the cached tokens at `slots` [s], in scratch memory.
+
+    Valid until the next call.
+    """
+    config = step.config
+    n, c, h = config.qk_nope_head_dim, config.kv_lora_rank, config.num_attention_heads
+    take = step.scratch.for_round(rebuilt_bytes(config, step.scratch.itemsize, slots.shape[0]))
+    latents = take("latents", slots.shape[0], config.latent_dim)
+    if step.codec is None:
+        torch.index_select(pages.view(-1, config.latent_dim), 0, slots, out=latents)
+    else:
+        decode_slots(step.codec, pages.flatten(0, 1), slots, latents)
+    kv = take("kv_b", slots.shape[0], ops["kv_b_proj"].spec.out_features)
+    step.linear(ops, "kv_b_proj", latents[:, :c], kv)
+    k_nope, v = kv.unflatten(1, (h, -1)).split((n, config.v_head_dim), dim=2)
+    k = take("k", slots.shape[0], h, config.qk_head_dim)
+    k[..., :n] = k_nope
+    k[..., n:] = latents[:, None, c:]
+    return k, v
+
+
+def paged(pages: torch.Tensor, batch: BatchView) -> dict[str, torch.Tensor]:
+    """Return what an op that reads a cache is told of a batch."""
+    return {
+        "cache": pages,
+        "block_table": batch.block_table,
+        "kv_lens": batch.kv_lens_device,
+        "cu_q": batch.cu_q,
+    }
+
+
 @dataclass(frozen=True, eq=False)
-class Indexer:
-    """What a step does to pick the keys that its queries attend (DeepSeek-V3.2, section 2.1).
+class Step:
+    """Queries, latents, attention on either path, gate, output. Stateless except for scratch memory.
+
+    An indexer picks the keys that queries attend (DeepSeek-V3.2, section 2.1):
 
         q = rotate(wq_b(q_latent))           [T, H, D], of the normed query latent
         k = rotate(LayerNorm(wk(x)))         [T, D], with bias; cached
@@ -238,90 +101,26 @@ class Indexer:
 
     config: MLAConfig
     weights: PackedWeights
-    views: StepViews
-    stored: Mapping[str, str]  # what ops are told of the index cache, beside its pages
-
-    def write(
-        self, ops: Ops, hidden: torch.Tensor, batch: RaggedBatch, plan: StepPlan, pages: torch.Tensor
-    ) -> None:
-        """Write the index keys of hidden [T, d] to the index `pages` [pages, page, D].
-
-        Every step does, also one that attends all keys: a later one selects among them.
-        """
-        k, vectors = self.views.indexed(hidden.shape[0]).k, self.weights.vectors
-        ops["index_k_proj"].op(self.weights.packed["index_k_proj"], x=hidden, bias=None, out=k)
-        ops["write_index_key"].op(
-            k=k,
-            weight=vectors["indexer.k_norm.weight"],
-            bias=vectors["indexer.k_norm.bias"],
-            eps=INDEX_EPS,
-            cos_sin=plan.cos_sin,
-            interleaved=self.config.indexer_rope_interleave,
-            slots=batch.slots,
-            cache=pages,
-            **self.stored,
-        )
-
-    def select(
-        self,
-        ops: Ops,
-        hidden: torch.Tensor,  # [T, d]
-        projected: Projected,
-        group: AbsorbedGroup,
-        pages: torch.Tensor,  # [pages, page, D]
-    ) -> torch.Tensor:
-        """Return the positions [T, topk] int32 that score best, in scratch memory; -1 behind the last.
-
-        The index keys of the step must have been written. Valid until the layer's next step.
-        """
-        views, packed = self.views.indexed(hidden.shape[0]), self.weights.packed
-        ops["index_q_proj"].op(packed["index_q_proj"], x=projected.q_normed, bias=None, out=views.q_flat)
-        ops["rotate_index_query"].op(
-            x=views.q_pe,
-            cos_sin=group.cos_sin,
-            interleaved=self.config.indexer_rope_interleave,
-            out=views.q_pe,
-        )
-        views.hidden.copy_(hidden)
-        ops["index_weights_proj"].op(
-            packed["index_weights_proj"], x=views.hidden, bias=None, out=views.weights
-        )
-        views.weights.mul_(self.config.index_scale)
-        ops["select_latents"].op(
-            group.select,
-            q=views.q,
-            weights=views.weights,
-            cache=pages,
-            block_table=group.batch.block_table,
-            kv_lens=group.batch.kv_lens_device,
-            cu_q=group.batch.cu_q,
-            out=views.selection,
-            **self.stored,
-        )
-        return views.selection
-
-
-# ------------------------------------------------------------------------------------------ forward
-def gate_heads(heads: torch.Tensor, gate: torch.Tensor) -> None:
-    """Multiply heads [T, h, v] by the sigmoid of gate [T, h] or [T, h * v]; both are overwritten.
-
-    Sigmoid and product are each rounded once to the dtype, as the models' own code does.
-    """
-    heads.mul_(gate.sigmoid_().unflatten(1, (heads.shape[1], -1)))
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """Queries, latents, attention on either path, gate, output. Stateless except for scratch memory."""
-
-    config: MLAConfig
-    weights: PackedWeights
-    views: StepViews
-    absorbed: AbsorbedPath
-    expanded: ExpandedPath
-    stored: Mapping[str, str]  # see `stored_as`
-    indexer: Indexer | None = None
+    scratch: Workspace
+    views: StepViews  # of `scratch`
+    codec: Codec | None  # of the cache
+    stored: Mapping[str, str]  # what ops are told of the cache, beside its pages
+    index_stored: Mapping[str, str]  # and of the index cache
+    lse_optional: bool  # the expanded op may leave it out, and nothing reads it
+    softmax_scale: float
+    rebuild: Callable[..., tuple[torch.Tensor, torch.Tensor]] = rebuild_keys
     gate: Callable[[torch.Tensor, torch.Tensor], None] = gate_heads
+
+    @classmethod
+    def of(cls, config: MLAConfig, ops: Ops, weights: PackedWeights, scratch: Workspace) -> Step:
+        """Return the step of one layer."""
+        cached = ops["latent_attention"].spec
+        codec = codec_of(cached.cache_format, cached.kv_lora_rank, cached.qk_rope_head_dim)
+        optional = ops["expanded_attention"].op.lse_optional and not config.sink_logits
+        indexed = stored_as(ops, "write_index_key") if config.index_n_heads else {}
+        views = StepViews(config, ops, scratch)
+        stored, scale = stored_as(ops), config.softmax_scale
+        return cls(config, weights, scratch, views, codec, stored, indexed, optional, scale)
 
     def run(
         self,
@@ -343,18 +142,15 @@ class Step:
         self._scale_queries(projected.q, batch)
         queries = self._rotated_with_latents(ops, projected, plan)
         self._write_latent(ops, projected.kv_a, batch, plan, pages, **queries)
-        if self.indexer is not None and index_pages is not None:
-            self.indexer.write(ops, hidden, batch, plan, index_pages)
+        if index_pages is not None:
+            self.write_index_keys(ops, hidden, batch, plan, index_pages)
             if selection is None and plan.absorbed is not None and plan.absorbed.is_sparse:
-                selection = self.indexer.select(ops, hidden, projected, plan.absorbed, index_pages)
-        if plan.absorbed is not None:
-            self.absorbed.run(ops, projected, plan.absorbed, pages, bool(queries), selection)
-        if plan.expanded is not None:
-            self.expanded.run(ops, projected, plan.expanded, pages)
+                selection = self.select(ops, hidden, projected, plan.absorbed, index_pages)
+        self.attend(ops, projected, plan, pages, bool(queries), selection)
         if projected.gate is not None:
-            self._linear(ops, "g_proj", hidden, projected.gate)
+            self.linear(ops, "g_proj", hidden, projected.gate)
             self.gate(projected.heads, projected.gate)
-        self._linear(ops, "o_proj", projected.heads_flat, out, bias="o_proj.bias")
+        self.linear(ops, "o_proj", projected.heads_flat, out, bias="o_proj.bias")
         return selection
 
     def scales(self, batch: RaggedBatch) -> bool:
@@ -362,14 +158,18 @@ class Step:
         scaling = self.config.query_scaling
         return scaling is not None and max(batch.kv_lens) > scaling.period
 
+    def linear(self, ops: Ops, role: str, x: torch.Tensor, out: torch.Tensor, bias: str = "") -> None:
+        """Write the product of x and a role's weight, plus the bias of a name, to `out`."""
+        ops[role].op(self.weights.packed[role], x=x, bias=self.weights.vectors.get(bias), out=out)
+
     def _project(self, ops: Ops, hidden: torch.Tensor) -> Projected:
         """Return the step's views, with q not yet rotated and kv_a neither normed nor rotated."""
         views = self.views.projected(hidden.shape[0])
-        self._linear(ops, "qkv_a_proj", hidden, views.first, bias="qkv_a_proj.bias")
+        self.linear(ops, "qkv_a_proj", hidden, views.first, bias="qkv_a_proj.bias")
         if views.q_normed is not None:
             weight, eps = self.weights.vectors["q_a_layernorm.weight"], self.config.rms_norm_eps
             ops["q_a_layernorm"].op(x=views.q_a, weight=weight, eps=eps, out=views.q_normed)
-            self._linear(ops, "q_b_proj", views.q_normed, views.q_flat)
+            self.linear(ops, "q_b_proj", views.q_normed, views.q_flat)
         return views
 
     def _scale_queries(self, q: torch.Tensor, batch: RaggedBatch) -> None:
@@ -379,6 +179,9 @@ class Step:
             return
         factors = batch.memo(scaling, lambda: query_factors(scaling, batch.positions)[:, None, None])
         q.mul_(factors)
+
+    def _rotate(self, ops: Ops, x: torch.Tensor, cos_sin: torch.Tensor, out: torch.Tensor) -> None:
+        ops["rotate_query"].op(x=x, cos_sin=cos_sin, interleaved=self.config.rope_interleave, out=out)
 
     def _rotated_with_latents(
         self, ops: Ops, projected: Projected, plan: StepPlan
@@ -417,43 +220,154 @@ class Step:
             **queries,
         )
 
-    def _linear(self, ops: Ops, role: str, x: torch.Tensor, out: torch.Tensor, bias: str = "") -> None:
-        ops[role].op(self.weights.packed[role], x=x, bias=self.weights.vectors.get(bias), out=out)
+    # ------------------------------------------------------------------------------------- indexer
+    def write_index_keys(
+        self, ops: Ops, hidden: torch.Tensor, batch: RaggedBatch, plan: StepPlan, pages: torch.Tensor
+    ) -> None:
+        """Write the index keys of hidden [T, d] to the index `pages` [pages, page, D].
+
+        Every step does, also one that attends all keys: a later one selects among them.
+        """
+        k, vectors = self.views.indexed(hidden.shape[0]).k, self.weights.vectors
+        self.linear(ops, "index_k_proj", hidden, k)
+        ops["write_index_key"].op(
+            k=k,
+            weight=vectors["indexer.k_norm.weight"],
+            bias=vectors["indexer.k_norm.bias"],
+            eps=INDEX_EPS,
+            cos_sin=plan.cos_sin,
+            interleaved=self.config.indexer_rope_interleave,
+            slots=batch.slots,
+            cache=pages,
+            **self.index_stored,
+        )
+
+    def select(
+        self, ops: Ops, hidden: torch.Tensor, projected: Projected, group: AbsorbedGroup, pages: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the positions [T, topk] int32 that score best, in scratch memory; -1 behind the last.
+
+        The index keys of the step must have been written. Valid until the layer's next step.
+        """
+        views, interleaved = self.views.indexed(hidden.shape[0]), self.config.indexer_rope_interleave
+        self.linear(ops, "index_q_proj", cast("torch.Tensor", projected.q_normed), views.q_flat)
+        rotate = ops["rotate_index_query"].op
+        rotate(x=views.q_pe, cos_sin=group.cos_sin, interleaved=interleaved, out=views.q_pe)
+        views.hidden.copy_(hidden)
+        self.linear(ops, "index_weights_proj", views.hidden, views.weights)
+        views.weights.mul_(self.config.index_scale)
+        queries = {"q": views.q, "weights": views.weights, "out": views.selection}
+        ops["select_latents"].op(group.select, **queries, **paged(pages, group.batch), **self.index_stored)
+        return views.selection
+
+    # ----------------------------------------------------------------------------------- attention
+    def attend(
+        self,
+        ops: Ops,
+        projected: Projected,
+        plan: StepPlan,
+        pages: torch.Tensor,
+        rotated: bool = False,
+        selection: torch.Tensor | None = None,
+    ) -> None:
+        """Attend with `projected.q` over the latents in `pages` [pages, page, c + r], to `projected.heads`.
+
+        `rotated`: q_pe of the absorbed group already is, in its place in the latent queries. A sparse group
+        attends its `selection` [t, topk] int32.
+        """
+        if plan.absorbed is not None:
+            self.absorbed(ops, projected, plan.absorbed, pages, rotated, selection)
+        if plan.expanded is not None:
+            self.expanded(ops, projected, plan.expanded, pages)
+
+    def absorbed(
+        self,
+        ops: Ops,
+        projected: Projected,
+        group: AbsorbedGroup,
+        pages: torch.Tensor,
+        rotated: bool = False,
+        selection: torch.Tensor | None = None,
+    ) -> None:
+        """Attend with q_nope W_UK, joined with the rotated q_pe, over the latents; then apply W_UV."""
+        more = {} if selection is None else {"selection": selection}
+        views, packed = self.views.absorbed(projected, group.tokens), self.weights.packed
+        ops["w_uk"].op(packed["w_uk"], x=views.q_nope, out=views.latent_nope)
+        if not rotated:
+            self._rotate(ops, views.q_pe, group.cos_sin, views.latent_pe)
+        self._over_latents(ops, group, views, pages, **more)
+        ops["w_uv"].op(packed["w_uv"], x=views.latent_out, out=views.heads)
+        self.scratch.put(projected.heads, group.tokens, views.heads)
+
+    def _over_latents(
+        self,
+        ops: Ops,
+        group: AbsorbedGroup,
+        views: Absorbed,
+        pages: torch.Tensor,
+        **more: torch.Tensor,
+    ) -> None:
+        """Write the attention of `views.latent_q` to `views.latent_out`."""
+        ops[group.role].op(
+            group.state,
+            q=views.latent_q,
+            softmax_scale=self.softmax_scale,
+            out=views.latent_out,
+            lse=views.lse,
+            **paged(pages, group.batch),
+            **more,
+            **self.stored,
+        )
+        if views.lse is not None:
+            self.weights.leave_to_sinks(views.latent_out, views.lse)
+
+    def expanded(self, ops: Ops, projected: Projected, group: ExpandedGroup, pages: torch.Tensor) -> None:
+        """Rebuild k and v of the context round by round and run multi-head attention.
+
+        Several rounds are merged in fp32, as rounding after every round would add up.
+        """
+        q, take = self.scratch.rows("expanded_q", projected.q, group.tokens), self.scratch.take
+        rotary = q[..., self.config.qk_nope_head_dim :]
+        self._rotate(ops, rotary, group.cos_sin, rotary)
+        out = self.scratch.target("expanded_heads", projected.heads, group.tokens, q.shape[0])
+        at_once = len(group.rounds) == 1
+        lse = None if at_once and self.lse_optional else take("lse", *q.shape[:2], dtype=torch.float32)
+        total = out if at_once else take("merged", *out.shape, dtype=torch.float32)
+        for part in group.rounds:
+            k, v = self.rebuild(self, ops, part.slots, pages)
+            for piece in part.pieces:
+                rows, part_out = piece.queries, out[piece.queries]
+                operands = {"q": q[rows], "k": k, "v": v, "out": part_out}
+                attend = partial(
+                    ops["expanded_attention"].op, piece.state, softmax_scale=self.softmax_scale, **operands
+                )
+                if piece.merge and lse is not None:
+                    new_lse = take("part_lse", *lse[rows].shape, dtype=torch.float32)
+                    attend(lse=new_lse)
+                    _merge(total[rows], lse[rows], part_out, new_lse)
+                    continue
+                attend(lse=None if lse is None else lse[rows])
+                if not at_once:
+                    total[rows] = part_out
+        if not at_once:
+            out.copy_(total)
+        if lse is not None:
+            self.weights.leave_to_sinks(out, lse)
+        self.scratch.put(projected.heads, group.tokens, out)
 
 
-def make_step(
-    config: MLAConfig, ops: Ops, weights: PackedWeights, views: StepViews, scratch: Workspace
-) -> Step:
-    """Return the step of one layer over `views` of `scratch`."""
-    paths = _paths(config, ops, weights, views, scratch, config.rope_interleave)
-    indexer = None
-    if config.index_n_heads:
-        indexer = Indexer(config, weights, views, stored_as(ops, "write_index_key"))
-    return Step(config, weights, views, *paths, stored_as(ops), indexer)
+def _merge(out: torch.Tensor, lse: torch.Tensor, new_out: torch.Tensor, new_lse: torch.Tensor) -> None:
+    """Merge two attentions over disjoint keys, in place: weights are exp(lse), normalised."""
+    total = torch.logaddexp(lse, new_lse)
+    old_weight, new_weight = ((part - total).exp()[..., None] for part in (lse, new_lse))
+    out.mul_(old_weight).add_(new_out * new_weight)
+    lse.copy_(total)
 
 
 def stored_as(ops: Ops, role: str = "latent_attention") -> Mapping[str, str]:
     """Return what the ops of a cache are told of it, beside its pages: nothing where it is plain."""
     name = ops[role].spec.cache_format
     return {"cache_format": name} if name else {}
-
-
-def _paths(
-    config: MLAConfig,
-    ops: Ops,
-    weights: PackedWeights,
-    views: StepViews,
-    scratch: Workspace,
-    interleaved: bool,
-) -> tuple[AbsorbedPath, ExpandedPath]:
-    cached = ops["latent_attention"].spec
-    codec = codec_of(cached.cache_format, cached.kv_lora_rank, cached.qk_rope_head_dim)
-    scale, rebuild = config.softmax_scale, Rebuild(config, weights, scratch, codec)
-    optional = ops["expanded_attention"].op.lse_optional and not config.sink_logits
-    absorbed = AbsorbedPath(weights, scratch, views, interleaved, scale, stored_as(ops))
-    return absorbed, ExpandedPath(
-        weights, scratch, rebuild, config.qk_nope_head_dim, interleaved, scale, optional
-    )
 
 
 # --------------------------------------------------------------------------------------------- core
@@ -480,17 +394,15 @@ class AttentionCore:
     ) -> None:
         self.config, self.dtype = config, dtype
         self.device = backend.device if backend is not None and backend.device else torch.device("cpu")
-        offered = backend.ops() if backend else {}
-        given = config, offered, dtype, self.device
+        given = config, backend.ops() if backend else {}, dtype, self.device
         self.ops = Ops(*given, cache_format=cache_format, index_format=index_format)
         turn = Turn.of(backend)
         self.scratch = scratch or Workspace(dtype, self.device, keeps=WORKSPACE_BYTES, turn=turn)
         self._at = torch.empty(0, device=self.device).device  # as tensors say it: with an index
         self._weights = PackedWeights(config, self.ops, dtype, self.device)
         self._growth = Growth(backend)
-        views = StepViews(config, self.ops, self.scratch)
-        paths = _paths(config, self.ops, self._weights, views, self.scratch, False)
-        self._absorbed, self._expanded = paths
+        straight = replace(config, rope_interleave=False)  # as queries come in
+        self._step = Step.of(straight, self.ops, self._weights, self.scratch)
 
     @property
     def cache_format(self) -> str:
@@ -532,17 +444,8 @@ class AttentionCore:
         choice = self.ops["select_latents"]
         choice.check_batch(batch.query_lens, batch.kv_lens, batch.page_size)
         out = torch.empty(batch.num_tokens, self.config.index_topk, dtype=torch.int32, device=self.device)
-        choice.op(
-            choice.op.prepare(choice.spec, batch),
-            q=q,
-            weights=weights,
-            cache=index_pages,
-            block_table=batch.block_table,
-            kv_lens=batch.kv_lens_device,
-            cu_q=batch.cu_q,
-            out=out,
-            **stored_as(self.ops, "select_latents"),
-        )
+        state, stored = choice.op.prepare(choice.spec, batch), self._step.index_stored
+        choice.op(state, q=q, weights=weights, out=out, **paged(index_pages, batch), **stored)
         return out
 
     @torch.no_grad()
@@ -573,10 +476,7 @@ class AttentionCore:
         selected = selection is not None
         keys = (self.ops[role].key() for role in ("latent_attention", "expanded_attention"))
         plan = batch.memo((*keys, selected), lambda: self._plan(batch, selected))
-        if plan.absorbed is not None:
-            self._absorbed.run(self.ops, projected, plan.absorbed, pages, selection=selection)
-        if plan.expanded is not None:
-            self._expanded.run(self.ops, projected, plan.expanded, pages)
+        self._step.attend(self.ops, projected, plan, pages, selection=selection)
         return heads
 
     def _plan(self, batch: RaggedBatch, selected: bool) -> StepPlan:

@@ -8,7 +8,7 @@ message, row by row: a message costs more than its few bytes do.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,11 +19,11 @@ from mla.checkpoint import LazyState, Part, StoredLayer
 from mla.config import MLAConfig
 from mla.errors import UnsupportedOps, WeightError
 from mla.layer.attention import MLA
-from mla.layer.forward import AbsorbedPath, Step
+from mla.layer.forward import Step, paged
 from mla.layer.ops import Ops
 from mla.layer.packed_weights import SharedWeights, check_weights
 from mla.layer.plan import AbsorbedGroup, StepPlan
-from mla.layer.workspace import Projected, Workspace
+from mla.layer.workspace import Absorbed, Projected, Workspace
 from mla.parallel.cache import Part as StepPart
 from mla.parallel.cache import ShardedBatch
 from mla.parallel.groups import Groups, lse_of
@@ -212,50 +212,36 @@ def scratch_per_token(config: MLAConfig, dcp: int, itemsize: int) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class ContextPath(AbsorbedPath):
-    """Absorbed attention over a context that is spread over ranks."""
+class ContextStep(Step):
+    """`Step` where the context is spread over ranks.
 
-    config: MLAConfig  # with this rank's heads
-    groups: Groups
+    It writes this rank's new latents, and attends absorbed, this rank's pages and those of all others.
+    """
+
+    groups: Groups = field(kw_only=True)
 
     def tokens_at_once(self, workspace: int) -> int:
         """Return how many tokens' queries and results of all ranks fit into so many bytes, at least one."""
         per_token = scratch_per_token(self.config, self.groups.layout.dcp, self.scratch.itemsize)
         return max(1, workspace // per_token)
 
-    def run(
-        self,
-        ops: Ops,
-        projected: Projected,
-        group: AbsorbedGroup,
-        pages: torch.Tensor,
-        rotated: bool = False,
-        selection: torch.Tensor | None = None,
+    def _over_latents(
+        self, ops: Ops, group: AbsorbedGroup, views: Absorbed, pages: torch.Tensor, **more: Any
     ) -> None:
-        """Attend as `AbsorbedPath.run` does, with this rank's `pages` and those of all others."""
-        views, packed = self.views.absorbed(projected, group.tokens), self.weights.packed
-        ops["w_uk"].op(packed["w_uk"], x=views.q_nope, out=views.latent_nope)
-        ops["rotate_query"].op(
-            x=views.q_pe, cos_sin=group.cos_sin, interleaved=self.interleaved, out=views.latent_pe
-        )
         for part, state in group.state:
-            exchange = self._exchange(part)
+            exchange, out = self._exchange(part), views.latent_out[part.tokens]
             ops["latent_attention"].op(
                 state,
                 q=exchange.gather(self.groups, views.latent_q[part.tokens], part.order),
-                cache=pages,
-                block_table=part.rows.block_table,
-                kv_lens=part.rows.kv_lens_device,
-                cu_q=part.rows.cu_q,
                 softmax_scale=self.softmax_scale,
                 out=exchange.out,
                 lse=exchange.lse,
+                **paged(pages, part.rows),
                 **self.stored,
             )
-            exchange.merge(self.groups, part.back, views.latent_out[part.tokens])
+            exchange.merge(self.groups, part.back, out)
             if self.config.sink_logits:
-                self.weights.leave_to_sinks(views.latent_out[part.tokens], exchange.lse_of_all())
-        ops["w_uv"].op(packed["w_uv"], x=views.latent_out, out=views.heads)
+                self.weights.leave_to_sinks(out, exchange.lse_of_all())
 
     def _exchange(self, part: StepPart) -> Exchange:
         """Return memory for the exchanges of a part."""
@@ -267,11 +253,6 @@ class ContextPath(AbsorbedPath):
             lambda: Exchange.of(self.scratch, world, shape, config.kv_lora_rank, ordered),
         )
 
-
-@dataclass(frozen=True, eq=False)
-class ContextStep(Step):
-    """`Step` where the context is spread over ranks: it writes this rank's new latents, and no others."""
-
     def _rotated_with_latents(
         self, ops: Ops, projected: Projected, plan: StepPlan
     ) -> dict[str, torch.Tensor]:
@@ -281,7 +262,7 @@ class ContextStep(Step):
     def _write_latent(
         self, ops: Ops, kv_a: torch.Tensor, batch: Any, plan: StepPlan, pages: torch.Tensor, **queries: Any
     ) -> None:
-        count, scratch = batch.local.shape[0], self.absorbed.scratch
+        count, scratch = batch.local.shape[0], self.scratch
         if not count:
             return
         if count < batch.num_tokens:
@@ -315,10 +296,7 @@ class ParallelMLA(MLA):
         self._whole = config
         if groups.layout.dcp > 1:
             self._require_lse()
-            path = {field.name: getattr(self.step.absorbed, field.name) for field in fields(AbsorbedPath)}
-            self._context = ContextPath(**path, config=share, groups=groups)
-            parts = {field.name: getattr(self.step, field.name) for field in fields(Step)}
-            self.step = ContextStep(**{**parts, "config": share, "absorbed": self._context})
+            self.step = self._context = ContextStep(**vars(self.step), groups=groups)
 
     def _calls_ops_alone(self) -> bool:
         alone = type(self) is ParallelMLA and self._groups.layout.dcp == 1  # heads are added up afterwards

@@ -16,7 +16,7 @@ from wrong_ops import of_layers
 
 from mla.conformance.registry import all_checks
 from mla.conformance.report import CheckResult
-from mla.layer.forward import Indexer
+from mla.layer.forward import Step
 
 Run = Callable[..., list[CheckResult]]
 
@@ -29,38 +29,48 @@ def test_every_check_of_the_layer_has_a_mutant() -> None:
     assert set(of_layers.MUTANTS) == {check.id for check in all_checks() if check.id.startswith("layer.")}
 
 
-def unscaled(indexer: Indexer, right: Callable[..., Any], ops: Any, hidden: Any, *rest: Any) -> Any:
+def unscaled(step: Step, right: Callable[..., Any], ops: Any, hidden: Any, *rest: Any) -> Any:
     """Weights carry no factor: what is selected stays the same."""
-    selection = right(indexer, ops, hidden, *rest)
-    indexer.views.indexed(len(hidden)).weights.div_(indexer.config.index_scale)
+    selection = right(step, ops, hidden, *rest)
+    step.views.indexed(len(hidden)).weights.div_(step.config.index_scale)
     return selection
 
 
-def only_where_read(indexer: Indexer, right: Callable[..., Any], *given: Any) -> None:
+def only_where_read(step: Step, right: Callable[..., Any], *given: Any) -> None:
     """Keys are written in steps that select, and in no others."""
     plan = given[3]
     if plan.absorbed is not None and plan.absorbed.is_sparse:
-        right(indexer, *given)
+        right(step, *given)
 
 
-def in_the_other_layout(indexer: Indexer, right: Callable[..., Any], *given: Any) -> None:
-    pairs = not indexer.config.indexer_rope_interleave
-    right(replace(indexer, config=replace(indexer.config, indexer_rope_interleave=pairs)), *given)
+def in_the_other_layout(step: Step, right: Callable[..., Any], *given: Any) -> None:
+    pairs = not step.config.indexer_rope_interleave
+    right(replace(step, config=replace(step.config, indexer_rope_interleave=pairs)), *given)
 
 
 @pytest.mark.parametrize(
     ("check", "method", "wrong", "reason"),
     [
         ("layer.indexer", "select", unscaled, "rows of its index weights are wrong"),
-        ("layer.indexer_steps", "write", only_where_read, "rows of its index keys of request 0 are wrong"),
-        ("layer.indexer", "write", in_the_other_layout, "rows of its index keys of request 0 are wrong"),
+        (
+            "layer.indexer_steps",
+            "write_index_keys",
+            only_where_read,
+            "rows of its index keys of request 0 are wrong",
+        ),
+        (
+            "layer.indexer",
+            "write_index_keys",
+            in_the_other_layout,
+            "rows of its index keys of request 0 are wrong",
+        ),
     ],
 )
 def test_a_layer_that_indexes_wrong_is_found(
     judge: Run, sound: Any, monkeypatch: pytest.MonkeyPatch, check: str, method: str, wrong: Any, reason: str
 ) -> None:
-    right = getattr(Indexer, method)
-    monkeypatch.setattr(Indexer, method, lambda indexer, *given: wrong(indexer, right, *given))
+    right = getattr(Step, method)
+    monkeypatch.setattr(Step, method, lambda step, *given: wrong(step, right, *given))
     (result,) = judge(sound(), check)
     assert result.status == "fail"
     assert reason in result.reason

@@ -79,10 +79,10 @@ GATES: dict[str, Callable[[torch.Tensor, torch.Tensor], None]] = {
 class NormedInput(Step):
     """The gate reads the hidden state through a norm."""
 
-    def _linear(self, ops: Any, role: str, x: torch.Tensor, out: torch.Tensor, bias: str = "") -> None:
+    def linear(self, ops: Any, role: str, x: torch.Tensor, out: torch.Tensor, bias: str = "") -> None:
         if role == "g_proj":
             x = rms_norm(3 * x[:, :30], torch.ones(30), 1e-6).repeat(1, 2).to(x.dtype)
-        super()._linear(ops, role, x, out, bias)
+        super().linear(ops, role, x, out, bias)
 
 
 class AfterOutput(Step):

@@ -190,8 +190,8 @@ def test_a_copy_of_a_layer_computes_the_same_without_the_backend(pair: Pair) -> 
 
 def test_what_a_subclass_does_is_done_in_every_step(pair: Pair) -> None:
     class LouderStep(Step):
-        def _linear(self, ops: Ops, role: str, x: torch.Tensor, out: torch.Tensor, bias: str = "") -> None:
-            super()._linear(ops, role, x, out, bias)
+        def linear(self, ops: Ops, role: str, x: torch.Tensor, out: torch.Tensor, bias: str = "") -> None:
+            super().linear(ops, role, x, out, bias)
             out.mul_(2)
 
     class Louder(MLA):

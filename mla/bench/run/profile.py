@@ -218,9 +218,9 @@ def watch_parts(impl: MlaLayer, watch: Stopwatch) -> None:
     """Put every part of a loaded layer's forwards into a region, for good."""
     layer, step = impl.layer, impl.layer.step
     impl.replace_ops(lambda role, op: Inside(op, partial(watch.region, role)))
-    rebuild = watch.region("gather")(step.expanded.rebuild)
+    rebuild = watch.region("gather")(step.rebuild)
     gate = watch.region("gate")(step.gate)
-    layer.step = replace(step, expanded=replace(step.expanded, rebuild=rebuild), gate=gate)
+    layer.step = replace(step, rebuild=rebuild, gate=gate)
     impl.extend = watch.region("extend")(impl.extend)  # type: ignore[method-assign]
     layer.plan = watch.region("plan")(layer.plan)  # type: ignore[method-assign]
 

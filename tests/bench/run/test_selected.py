@@ -17,7 +17,7 @@ from mla.bench import results
 from mla.bench.subjects.selected import SelectedLayer
 from mla.cache.formats import codec_of
 from mla.cache.index_formats import IndexFp8
-from mla.layer.forward import Indexer
+from mla.layer.forward import Step
 from mla.reference import small, sparse
 
 Bench = Callable[..., Any]
@@ -325,14 +325,14 @@ def no_bias(patch: Patch) -> None:
 
 
 def weights_unscaled(patch: Patch) -> None:
-    right = Indexer.select
+    right = Step.select
 
-    def select(indexer: Indexer, ops: Any, hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
-        selection = right(indexer, ops, hidden, *rest)
-        indexer.views.indexed(len(hidden)).weights.div_(indexer.config.index_scale)
+    def select(step: Step, ops: Any, hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
+        selection = right(step, ops, hidden, *rest)
+        step.views.indexed(len(hidden)).weights.div_(step.config.index_scale)
         return selection
 
-    patch.setattr(Indexer, "select", select)
+    patch.setattr(Step, "select", select)
 
 
 def chosen(patch: Patch, change: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
