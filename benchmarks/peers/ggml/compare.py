@@ -163,9 +163,9 @@ def compare(
             "--peer FOLDER is missing: it is the folder that benchmarks/peers/ggml/build.py made."
         )
     require_passive_waiting()
-    # The widening product is measured whether or not the backend would choose it here.
-    shared = {"backend": "cpu", "backend_options": ("fp32=on",), "implementations": "mla"}
-    request = resolve(defaults(**shared, threads=threads, seed=seed, output=output))
+    request = resolve(
+        defaults(backend="cpu", implementations="mla", threads=threads, seed=seed, output=output)
+    )
     comparison = measure(request, folder, only, runs)
     if output:
         results.write(comparison, output)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from mla_backend_cpu.catalog import facts, native_ops, tell, told
 from mla_backend_cpu.compilation import LEVELS
 from mla_backend_cpu.instruction_sets import EMULATED
-from mla_backend_cpu.products import Fp32BatchedLinear, Fp32Linear, fp32_gain
 from mla_backend_cpu.recorded import sequence
 from mla_backends import Availability, Backend, BackendError, BackendOptionError, FusedOp, hookimpl, host
 from mla_backends.api import DeviceInfo, MemoryInfo, OpCall
@@ -30,27 +29,19 @@ class Cpu(Backend):
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
         super().__init__(options)
-        self._fp32 = self._choice("fp32", ("auto", "on", "off"))
-        levels = ("auto", "off", *(level.name for level in LEVELS))
-        default = os.environ.get(NATIVE_VARIABLE) or "auto"
-        self._native = self._choice("native", levels, default, unlisted=EMULATED)
+        self._native = self.options.get("native", os.environ.get(NATIVE_VARIABLE) or "auto")
         self._ops: dict[str, FusedOp] = {}
         self._threads_from = "not set up"
-
-    def _choice(
-        self, option: str, allowed: tuple[str, ...], default: str = "auto", unlisted: str | None = None
-    ) -> str:
-        """Return the value of an option. Raises `BackendOptionError` if it is not allowed."""
-        value = self.options.get(option, default)
-        if value not in (*allowed, unlisted):
-            listed = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
-            where = "" if option in self.options else f" from {NATIVE_VARIABLE}"
-            raise BackendOptionError(f"backend 'cpu' takes -O {option}={listed}, got '{value}'{where}.")
-        return value
+        *levels, last = ("auto", "off", *(level.name for level in LEVELS))
+        if self._native not in (*levels, last, EMULATED):
+            where = "" if "native" in self.options else f" from {NATIVE_VARIABLE}"
+            raise BackendOptionError(
+                f"backend 'cpu' takes -O native={', '.join(levels)} or {last}, got '{self._native}'{where}."
+            )
 
     @classmethod
     def known_options(cls) -> tuple[str, ...]:
-        return ("threads", "native", "fp32")
+        return ("threads", "native")
 
     def probe(self) -> Availability:
         return Availability(True, evidence={"processor": host.processor_name()})
@@ -61,11 +52,7 @@ class Cpu(Backend):
         if index not in (None, 0):
             raise BackendError(f"backend 'cpu' has no device {index}: it has 1, numbered from 0.")
         _, self._threads_from = host.set_threads(self.options)
-        self._ops = {
-            **native_ops(self._native),
-            "fp32_linear": Fp32Linear(self._fp32),
-            "fp32_batched_linear": Fp32BatchedLinear(self._fp32),
-        }
+        self._ops = native_ops(self._native)
         return torch.device("cpu")
 
     def collectives(self) -> str:
@@ -108,7 +95,6 @@ class Cpu(Backend):
             "threads_from": self._threads_from,
             "cpu_limit": str(host.cpu_limit()),
             **facts(self._native),
-            "fp32_gain": f"{fp32_gain():.2f}",
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         }
 

@@ -46,11 +46,8 @@ def find_prebuilt(level: Level) -> Artifact | str:
     folder = PREBUILT / kernels_name(level)
     if kernels := opened_kernels(folder):
         return kernels
-    if folder.is_dir():
-        return f"those that came with this installation are damaged: '{folder}'"
-    if any(PREBUILT.glob(f"{level.name}-*")):
-        return "those that came with this installation were built from other sources"
-    return "this installation came with kernels, but not with these"
+    damaged = f"those that came with this installation are damaged: '{folder}'"
+    return damaged if folder.is_dir() else "this installation came with kernels, but not with these"
 
 
 # --------------------------------------------------------------------------------------- built here
@@ -77,7 +74,7 @@ def find(level: Level) -> Artifact | None:
 
 def make(level: Level, since: str) -> Artifact:
     """Compile the kernels of a level and keep them; say so on stderr, and why. Raises `BuildError`."""
-    command = _compiler()
+    command = find_compiler()
     kept = prepare() / f"{kernels_name(level)}-{_version(command)}"
     check_flags(command, level)
     with _alone(kept.parent / f".{level.name}.lock", level):
@@ -97,36 +94,21 @@ def make(level: Level, since: str) -> Artifact:
 def _alone(path: Path, level: Level) -> Iterator[None]:
     """Hold a lock, so that processes that start at once compile once; it goes with a process that dies.
 
-    Without one where the file system has none, or while another process takes longer than a compiler may.
+    A file system without locks has none; a compiler that hangs ends after `compilation.TIMEOUT`.
     """
     import fcntl  # not on Windows
 
-    try:
-        descriptor = os.open(
-            path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600
-        )
-    except OSError:
-        yield
-        return
-    try:
-        deadline, told = time.monotonic() + compilation.TIMEOUT, False
-        while time.monotonic() < deadline:
+    with contextlib.ExitStack() as undo:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+            undo.callback(os.close, descriptor)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if not told:
-                    note(f"waiting for another process that builds the CPU kernels for {level.name} ...")
-                told = True
-                time.sleep(0.1)
-            except OSError:
-                break
-            else:
-                break
+                note(f"waiting for another process that builds the CPU kernels for {level.name} ...")
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            undo.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)  # a child forked meanwhile has it, too
         yield
-    finally:
-        with contextlib.suppress(OSError):  # a child that was forked meanwhile holds the descriptor, too
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-        os.close(descriptor)
 
 
 def prepare() -> Path:
@@ -135,22 +117,12 @@ def prepare() -> Path:
     try:
         for part in (*reversed(kept.parents), kept):  # of several, it would give the last one alone this mode
             os.makedirs(part, mode=0o755, exist_ok=True)
+        reason = distrust(kept.stat())
     except OSError as error:
         raise _not_stored(error) from error
-    _examine(kept)
-    return kept
-
-
-def _examine(kept: Path) -> None:
-    """Raise `BuildError` if others can write the folder of the built kernels; it need not be there."""
-    try:
-        reason = distrust(kept.stat())
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except OSError as error:
-        reason = f"cannot be examined ({error.strerror})"
     if reason:
         raise BuildError(f"the cache of built kernels is not used: '{kept}' {reason} ({_OTHER_FOLDER})")
+    return kept
 
 
 def distrust(status: os.stat_result) -> str:
@@ -162,18 +134,6 @@ def distrust(status: os.stat_result) -> str:
         return f"belongs to user {status.st_uid}"
     others = stat.S_IWGRP | stat.S_IWOTH
     return "can be written by others" if status.st_mode & others else ""
-
-
-def _compiler() -> tuple[str, ...]:
-    """Return the command of the compiler. Raises `NoCompiler`, which says if the cache is no use either."""
-    try:
-        return find_compiler()
-    except NoCompiler as missing:
-        try:
-            _examine(folder())
-        except BuildError as error:
-            raise NoCompiler(f"{missing}, and {error}") from error
-        raise
 
 
 def _not_stored(error: OSError) -> BuildError:

@@ -22,6 +22,7 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 
 # --------------------------------------------------------------------------------- instruction sets
@@ -170,7 +171,6 @@ def _run(command: list[str]) -> str:
 
 LIBRARY = "kernels.so"
 _CHECKSUM, _COMPILER = "sha256", "compiler"
-_MOST_BYTES = 256 << 20  # bytes of a file; kernels take less than one MiB
 
 
 @dataclass(frozen=True)
@@ -211,31 +211,21 @@ def opened_kernels(folder: Path) -> Artifact | None:
 
     Loading a truncated library ends the process.
     """
-    with contextlib.suppress(OSError, UnicodeDecodeError), contextlib.ExitStack() as undo:
-        descriptor = _open_file(folder / LIBRARY)
-        undo.callback(os.close, descriptor)
-        with open(descriptor, "rb", closefd=False) as file:
-            checksum = hashlib.sha256(file.read()).hexdigest()
-        if checksum == _text(folder / _CHECKSUM):
-            kept = Artifact(folder / LIBRARY, descriptor, _text(folder / _COMPILER))
-            undo.pop_all()  # it stays open
-            return kept
+    with contextlib.suppress(OSError, UnicodeDecodeError), contextlib.ExitStack() as files:
+        names = (LIBRARY, _CHECKSUM, _COMPILER)
+        library, checksum, compiler = (files.enter_context(_opened(folder / name)) for name in names)
+        if hashlib.sha256(library.read()).hexdigest().encode() == checksum.read():
+            return Artifact(folder / LIBRARY, os.dup(library.fileno()), compiler.read().decode())
     return None
 
 
-def _open_file(path: Path) -> int:
-    """Open a regular file of bounded size, without waiting for the writer of a pipe. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    status = os.fstat(descriptor)
-    if stat.S_ISREG(status.st_mode) and status.st_size <= _MOST_BYTES:
-        return descriptor
+def _opened(path: Path) -> BinaryIO:
+    """Open a regular file, without waiting for the writer of a pipe. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return open(descriptor, "rb")
     os.close(descriptor)
-    raise OSError(f"'{path}' is not a regular file of at most {_MOST_BYTES >> 20} MiB")
-
-
-def _text(path: Path) -> str:
-    with open(_open_file(path), encoding="utf-8") as file:
-        return file.read()
+    raise OSError(f"'{path}' is not a regular file")
 
 
 # -------------------------------------------------------------------------- all levels, for a wheel
@@ -261,11 +251,9 @@ def make_all_kernels(command: tuple[str, ...], machine: str, folder: Path) -> di
         return None
 
     levels = levels_of(machine)
-    with ThreadPoolExecutor(
-        min(len(os.sched_getaffinity(0)), _MOST_COMPILERS)
-    ) as pool:  # each waits for a compiler
-        made = list(pool.map(make, levels))
-    reasons = {level.name: reason for level, reason in zip(levels, made, strict=True) if reason}
+    with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), _MOST_COMPILERS)) as pool:
+        made = pool.map(make, levels)  # each waits for a compiler
+        reasons = {level.name: reason for level, reason in zip(levels, made, strict=True) if reason}
     if len(reasons) == len(levels):
         raise BuildError(reasons[levels[-1].name])
     return reasons

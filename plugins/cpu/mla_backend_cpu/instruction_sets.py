@@ -32,20 +32,14 @@ _FLAGS = {
 # What glibc has since 2.33 (sys/platform/x86.h): of a leaf, four registers as the processor gives them, and
 # the same without what the system does not save the registers of.
 _CPU_FEATURES = "__x86_get_cpuid_feature_leaf"
-_UNKNOWN = "neither glibc, from 2.33 on, nor /proc/cpuinfo is here to name this processor's instructions"
 
 # From the Linux headers for x86-64: how a process asks to use tiles.
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 
 
-def processor_flags() -> frozenset[str]:
-    """Return the instruction sets that a program may use here, as Linux names them; empty where unknown."""
-    return _known() or frozenset()
-
-
 @functools.cache
-def _known() -> frozenset[str] | None:
-    """Return the same, or None where it is unknown.
+def processor_flags() -> frozenset[str]:
+    """Return the instruction sets that a program may use here, as Linux names them; empty where unknown.
 
     As the C library has asked the processor: /proc/cpuinfo is the host's in an emulator. It is read where
     that library is older, or another one.
@@ -64,17 +58,12 @@ def _known() -> frozenset[str] | None:
     )
 
 
-def _reported() -> frozenset[str] | None:
-    """Return what /proc/cpuinfo names; None if it cannot be read."""
+def _reported() -> frozenset[str]:
+    """Return what /proc/cpuinfo names."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-        words = next((line.split() for line in file if line.startswith("flags")), None)
-        return None if words is None else frozenset(words) & _FLAGS.keys()
-    return None
-
-
-def _unknown() -> str:
-    """Return why the instructions of this processor are unknown; "" if they are known."""
-    return _UNKNOWN if _known() is None else ""
+        words = next((line.split() for line in file if line.startswith("flags")), [])
+        return frozenset(words) & _FLAGS.keys()
+    return frozenset()
 
 
 @functools.cache
@@ -92,7 +81,7 @@ def missing(level: Level) -> str | None:
     """Return why the kernels of `level` cannot run here, or None."""
     absent = sorted(level.needs - processor_flags())
     if absent:
-        return _unknown() or f"this processor lacks {', '.join(absent)}, which level '{level.name}' needs"
+        return f"this processor lacks {', '.join(absent)}, which level '{level.name}' needs"
     return tiles_refused() if "amx_tile" in level.needs else None
 
 
@@ -118,8 +107,6 @@ def candidates(wanted: str) -> Iterator[Level]:
     if wanted != "auto":
         yield choose_level(wanted)
         return
-    if _unknown():
-        yield LEVELS[-2]  # so that it is said why it is not used
     flags = processor_flags()
     yield from (level for level in LEVELS if level.needs <= flags)
 

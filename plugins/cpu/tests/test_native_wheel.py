@@ -299,10 +299,6 @@ def lose(folder: Path) -> None:
     (folder / compilation.LIBRARY).unlink()
 
 
-def outdate(folder: Path) -> None:
-    folder.rename(folder.with_name("portable-0123456789abcdef"))
-
-
 def replace(folder: Path) -> None:
     folder.rename(folder.with_name("avx2-0123456789abcdef"))
 
@@ -342,7 +338,6 @@ def test_kernels_that_came_are_used_before_all_others(
         (change, "those that came with this installation are damaged: "),
         (lose, "those that came with this installation are damaged: "),
         (misbuild, "those that came with this installation cannot be loaded ("),
-        (outdate, "those that came with this installation were built from other sources"),
         (replace, "this installation came with kernels, but not with these"),
         (remove, "no kernels came with this installation"),
     ],
