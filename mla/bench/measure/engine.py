@@ -24,12 +24,13 @@ from mla.bench.measure import evidence
 from mla.bench.measure.passes import PassRunner, Setup, warm_up
 from mla.bench.measure.samples import Measurement, Samples, TransientBytes, read_sensors
 from mla.bench.measure.target import MIN_PASSES, NO_TIME, Target, Timetable
-from mla.bench.measure.variants import HEADLINE, Steps, Variants
+from mla.bench.measure.variants import HEADLINE, Steps, Variant, Variants
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.workload.implementations import parse_one
 from mla.bench.workload.scenario import Scenario
 from mla.command import exit_codes
+from mla.command.console import detail, note
 from mla.errors import OutOfMemory, UnsupportedBatch
 from mla.verify.verdict import Check
 from mla_backends import BackendError
@@ -57,12 +58,8 @@ class Hooks:
     # not wrong, in their order, and how many forwards of the last one fit into the time that is left.
     shorten: Callable[[Mapping[str, float], float], Shorter] = lambda ms, most: {}
     warmups: int = 0  # that the user asked for: they run however long they take
-    say: Callable[[str], None] = lambda text: None  # what a reader of the numbers should know
-    detail: Callable[[str], None] = lambda text: None  # what only -v shows
-    alone: Callable[[str], None] = lambda text: None  # which passes of the first ran without another
     first: str = ""  # the run's first implementation; by default the first that is measured
     target: Target = Target()  # noqa: RUF009  # without limits, nothing of it changes
-    oracle: float = 0.0  # seconds that the oracle of the evidence takes, which follows the checks
 
 
 def refusal(error: Exception, implementation: str) -> str:
@@ -105,21 +102,18 @@ def measure(
     required and the first implementation has none.
     """
     setup = Setup(backend, variants or Variants(), scenario)
-    names = [implementation.name for implementation in implementations]
-    engine = _Engine(scenario, inputs, checker, setup, backend, progress, hooks, names)
+    engine = _Engine(implementations, scenario, inputs, checker, setup, backend, progress, hooks)
     gc.collect()
     with no_garbage_collection():  # the same for checks and timing: no op can tell them apart by it
         try:
             for implementation in implementations:
-                hooks.enter(implementation.name)
-                with engine.refusable(implementation):
+                with engine.running(implementation):
                     engine.load_and_check(implementation)
-            runners = engine.make_runners(implementations)
-            engine.warm_up(runners)
-            engine.time(runners, random.Random(seed))
-            engine.examine(runners)
+            engine.make_runners()
+            engine.time(random.Random(seed))
+            engine.examine()
         except KeyboardInterrupt:
-            engine.interrupt(implementations)
+            engine.interrupt()
     return engine.measurements
 
 
@@ -128,6 +122,7 @@ class _Engine:
 
     def __init__(
         self,
+        implementations: Sequence[Implementation],
         scenario: Scenario,
         inputs: Any,
         checker: Any,
@@ -135,17 +130,14 @@ class _Engine:
         backend: Backend,
         progress: ProgressCallback,
         hooks: Hooks,
-        names: Sequence[str],
     ) -> None:
         self.measurements: dict[str, Measurement] = {}
-        self._headlines: dict[str, PassRunner] = {}
-        self._scenario, self._inputs, self._checker = scenario, inputs, checker
-        self._setup, self._backend = setup, backend
+        self._implementations, self._scenario, self._setup = implementations, scenario, setup
+        self._inputs, self._checker, self._backend = inputs, checker, backend
         self._progress, self._hooks = progress, hooks
-        self._prefill, self._first = scenario.mode == "prefill", hooks.first or names[0]
-        self._unplanned = len(names)  # whose passes are not planned yet
+        self._prefill, self._first = scenario.mode == "prefill", hooks.first or implementations[0].name
         self._times = Timetable(hooks.target, self._prefill, setup.asked, self._first, self._correct)
-        self._runners: Sequence[PassRunner] = ()  # once they are timed
+        self._runners: list[PassRunner] = []  # that are timed
         self._untimed = count(UNTIMED)  # numbers of passes that are not timed
         self._unseen: evidence.Unseen | None = None
 
@@ -156,8 +148,9 @@ class _Engine:
         return self.measurements[runner.implementation.name].check.status == "ok"
 
     @contextmanager
-    def refusable(self, implementation: Implementation) -> Iterator[None]:
-        """Record what an op refuses inside the `with` block: the implementation was not run."""
+    def running(self, implementation: Implementation) -> Iterator[None]:
+        """Run an implementation inside the `with` block; if an op refuses it, it was not run."""
+        self._hooks.enter(implementation.name)
         try:
             yield
         except Exception as error:  # all others are raised again
@@ -168,23 +161,19 @@ class _Engine:
 
     # ------------------------------------------------------------------------------------------ before
 
-    def _too_long(self, seconds: float, what: str) -> str:
-        """Return why something does not fit before the first implementation's pass and evidence, or ""."""
-        return self._hooks.should_stop(seconds + self._times.promised() + self._hooks.oracle, what)
-
     def load_and_check(self, implementation: Implementation) -> None:
         """Warm up and run a whole pass, untimed; the transient memory of the last forward is counted."""
         measurement = self.measurements[implementation.name] = Measurement(_not_run())
-        if reason := self._too_long(0.0, "loading and checks"):
+        if reason := self._hooks.should_stop(0.0, "loading and checks"):
             measurement.headline.check.reason = reason
             return
         implementation.load(self._scenario, self._inputs)
-        runner = self._headlines[implementation.name] = self._setup.headline(implementation, measurement)
+        runner = self._setup.headline(implementation, measurement)
         self._warm_up(runner)
         self._shorten(runner)
         self._times.headlines.append(runner)
         forwards = min(self._scenario.inputs, len(runner.steps.run)) + len(runner.steps.run)
-        if reason := self._too_long(forwards * runner.forward_s, "checks and one timed pass"):
+        if reason := self._hooks.should_stop(forwards * runner.forward_s, "checks and one timed pass"):
             measurement.headline.check = Check(status="not run", reason=reason)
             return
         start = self._hooks.target.now()
@@ -223,40 +212,44 @@ class _Engine:
             for other, measurement in self.measurements.items()
             if measurement.warm_ms and measurement.check.status in ("ok", "not run")  # its own check follows
         }
-        most, self._unplanned = self._times.forwards(runner, self._unplanned), self._unplanned - 1
+        waiting = len(self._implementations) - len(self._times.headlines)  # this one included
+        most = self._times.forwards(runner, waiting)
         if name in (less := self._hooks.shorten(ms, most)):
             runner.steps, reason = less[name]
             self.measurements[name].due = runner.steps.passes
-            self._hooks.detail(f"{self._scenario.name}, {name}: {reason}")
+            detail(f"{self._scenario.name}, {name}: {reason}")
 
-    def make_runners(self, implementations: Sequence[Implementation]) -> list[PassRunner]:
-        """Return the runners of all correct implementations, each variant checked before it is timed."""
-        self._hooks.target.begun()
-        runners = []
-        for implementation in implementations:
-            self._hooks.enter(implementation.name)
+    def make_runners(self) -> None:
+        """Make the runners of all correct implementations; each variant is checked before it is timed."""
+        self._hooks.target.leave_half()
+        made: list[PassRunner] = []
+        for runner in self._times.headlines:
+            implementation = runner.implementation
             measurement = self.measurements[implementation.name]
             if measurement.check.status == "ok":
-                runners.append(self._headlines[implementation.name])
+                made.append(runner)
                 if measurement.due is None:
-                    with self.refusable(implementation):
+                    with self.running(implementation):
                         first = implementation.name == self._first
-                        runners += self._setup.others(implementation, measurement, first)
-        for runner in runners:
+                        made += self._setup.others(implementation, measurement, first)
+        for runner in made:
             if not runner.headline and self._correct(runner):
-                self._hooks.enter(runner.implementation.name)
-                with self.refusable(runner.implementation):
+                with self.running(runner.implementation):
                     self._check_variant(runner)
-        return [runner for runner in runners if self._correct(runner) and runner.samples.check.status == "ok"]
+        self._runners = [
+            runner for runner in made if self._correct(runner) and runner.samples.check.status == "ok"
+        ]
 
     def _check_variant(self, runner: PassRunner) -> None:
         implementation, start = runner.implementation, self._hooks.target.now()
         left_out = Check(status="not run", reason=NO_TIME)
-        forward = self._headlines[implementation.name].forward_s
+        (forward,) = (
+            other.forward_s for other in self._times.headlines if other.implementation is implementation
+        )
         if not self._times.variant_fits(runner, forward):
             runner.samples.check = left_out
             return
-        if reason := self._too_long(2 * forward * len(runner.steps.run), "its check"):
+        if reason := self._hooks.should_stop(2 * forward * len(runner.steps.run), "its check"):
             runner.samples.check = Check(status="not run", reason=reason)
             return
         runner.run(next(self._untimed), self._hooks.heartbeat)
@@ -269,15 +262,7 @@ class _Engine:
             runner.samples.check = left_out
         else:
             self._times.variants.append(runner)
-
-    def warm_up(self, runners: Sequence[PassRunner]) -> None:
-        """Warm up every further mode as well, timed separately."""
-        for runner in runners:
-            variant = runner.samples.variant
-            if runner.headline or variant.cache == "cold" or variant.clock == "device":
-                continue  # the checked pass is warm-up enough: caches are flushed, or warm already
-            self._hooks.enter(runner.implementation.name)
-            with self.refusable(runner.implementation):
+            if runner.samples.variant == Variant(mode="graph"):  # else the check warms up enough
                 self._warm_up(runner)
 
     def _warm_up(self, runner: PassRunner) -> None:
@@ -300,23 +285,20 @@ class _Engine:
 
     # ------------------------------------------------------------------------------------------ timing
 
-    def time(self, runners: Sequence[PassRunner], order: random.Random) -> None:
+    def time(self, order: random.Random) -> None:
         """Time all passes, between two readings of the device's sensors."""
-        self._runners = runners
-        if self._too_long(0.0, "a timed pass"):
+        if not self._runners or self._hooks.should_stop(0.0, "a timed pass"):
             return
-        self._draw_unseen(runners)
-        self._hooks.target.checked()
+        if hasattr(self._checker, "of"):  # of one op operands change from call to call
+            self._draw_unseen()
         self._sense("before")
-        self._time_passes(runners, order)
+        self._time_passes(order)
         self._say_cut()
         self._sense("after")
 
-    def _draw_unseen(self, runners: Sequence[PassRunner]) -> None:
+    def _draw_unseen(self) -> None:
         """Make the inputs of the evidence and their oracle, before time is shared out among the passes."""
-        if not runners or not hasattr(self._checker, "of"):  # of one op operands change from call to call
-            return
-        count = max(evidence.forwards(runner.steps, self._prefill) for runner in runners)
+        count = max(evidence.forwards(runner.steps, self._prefill) for runner in self._runners)
         self._progress(f"{self._scenario.name}: drawing fresh inputs", 0)
         with self._spared():
             self._unseen = evidence.Unseen(self._inputs, self._checker, count)
@@ -336,7 +318,7 @@ class _Engine:
                 raise
             self._unseen = None
             said = "memory is short: times are not cross-checked on fresh inputs"
-            self._hooks.say(f"{self._scenario.name}: {said}")
+            note(f"{self._scenario.name}: {said}")
             if implementation is not None:
                 implementation.load(self._scenario, self._inputs)
 
@@ -345,26 +327,22 @@ class _Engine:
         for measurement in self.measurements.values():
             measurement.device_state += [dict(reading) for reading in state]
 
-    def _time_passes(self, runners: Sequence[PassRunner], order: random.Random) -> None:
+    def _time_passes(self, order: random.Random) -> None:
         previous, rounds = None, self._scenario.rounds
         for index in range(rounds):
-            due = [runner for runner in runners if runner.steps.due(index, rounds)]
+            due = [runner for runner in self._runners if runner.steps.due(index, rounds)]
             order.shuffle(due)
             for runner in due:
-                promised = 0.0 if runner in self._times.first() else self._times.promised()
-                if self._hooks.should_stop(self._times.ending(runner) + promised, "another pass"):
-                    if promised:
-                        continue
+                if self._hooks.should_stop(self._times.ending(runner), "another pass"):
                     return
-                if not self._correct(runner) or not self._times.another(runner):
-                    continue
-                with self.refusable(runner.implementation):
-                    self._time_pass(runner, switched=runner is not previous)
-                previous = runner
+                if self._correct(runner) and self._times.another(runner):
+                    with self.running(runner.implementation):
+                        self._time_pass(runner, switched=runner is not previous)
+                    previous = runner
 
     def _say_cut(self) -> None:
         """Say what has fewer passes than were due; a headline is complete with those."""
-        for runner, before in self._times.cut.items():
+        for runner in self._times.cut:
             name, done, due = runner.implementation.name, len(runner.passes), runner.steps.passes
             if not done:  # no headline: each has one
                 runner.samples.check = Check(status="not run", reason=NO_TIME)
@@ -372,24 +350,11 @@ class _Engine:
                 what = ", ".join(part for part in (name, runner.samples.variant.kind) if part)
                 few = ", too few for an interval" if done < MIN_PASSES else ""
                 said = f"{what}: {done} of {due} passes fit into a scenario's time{few}"
-                self._hooks.detail(f"{self._scenario.name}, {said}; give --passes or --runs to time them all")
+                detail(f"{self._scenario.name}, {said}; give --passes or --runs to time them all")
             if runner.headline and self._correct(runner):
                 self.measurements[name].due = done
-                self._say_alone(runner, before)
-
-    def _say_alone(self, cut: PassRunner, before: int) -> None:
-        """Say how many passes of the first implementation ran without one that was cut."""
-        for first in self._times.first():
-            alone = len(first.passes) - before
-            if first is not cut and alone and self._correct(first):
-                passes = f"{alone} passes" if alone > 1 else "pass"
-                said = f"the last {passes} of {first.implementation.name} ran without it"
-                text = f"{self._scenario.name}, {cut.implementation.name}: {said}"
-                self._hooks.detail(text)
-                self._hooks.alone(text)
 
     def _time_pass(self, runner: PassRunner, switched: bool) -> None:
-        self._hooks.enter(runner.implementation.name)
         start = self._hooks.target.now()
         runner.time(self._number(runner), next(self._untimed), self._hooks.heartbeat)
         runner.samples.after_switch.append(switched)
@@ -417,9 +382,9 @@ class _Engine:
 
     # ---------------------------------------------------------------------------------------- after
 
-    def examine(self, runners: Sequence[PassRunner]) -> None:
+    def examine(self) -> None:
         """Hold the times against other evidence; an implementation that it contradicts loses its numbers."""
-        for runner in runners:
+        for runner in self._runners:
             if not runner.passes or not self._correct(runner):
                 continue
             implementation, beat = runner.implementation, self._hooks.heartbeat
@@ -445,7 +410,7 @@ class _Engine:
             measurement.doubts += [doubt] if doubt else []
         elif isinstance(implementation, MlaLayer) and (measurement.due is None or cut):
             said = "no time is left for unseen lengths"
-            self._hooks.detail(f"{self._scenario.name}, {implementation.name}: {said}")
+            detail(f"{self._scenario.name}, {implementation.name}: {said}")
 
     def _withhold(self) -> None:
         """Take the numbers of what is in doubt."""
@@ -455,9 +420,9 @@ class _Engine:
 
     # ------------------------------------------------------------------------------------ interrupted
 
-    def interrupt(self, implementations: Sequence[Implementation]) -> None:
+    def interrupt(self) -> None:
         """Mark what an interrupt left undone, including implementations that had not started."""
-        for implementation in implementations:
+        for implementation in self._implementations:
             nothing = _not_run("interrupted")
             measurement = self.measurements.setdefault(implementation.name, Measurement(nothing))
             measurement.interrupted = True

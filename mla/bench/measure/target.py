@@ -42,17 +42,9 @@ class Target:
         self._seconds, self._most, self.now = seconds, most, clock
         self._end, self._last = clock() + seconds, clock() + most
 
-    def prepared(self) -> None:
-        """Leave at least half of the time to what follows: an oracle may have taken all of it."""
+    def leave_half(self) -> None:
+        """Leave at least half of the time to what follows: an oracle, or checks, may have taken all of it."""
         self._end = max(self._end, self.now() + self._seconds / 2)
-
-    def begun(self) -> None:
-        """Leave time to what costs little: first forwards may have taken all of it."""
-        self._end = max(self._end, self.now() + CHEAP_S)
-
-    def checked(self) -> None:
-        """Leave at least half of the time to passes: what precedes them may have taken all of it."""
-        self.begun()
         self._last = max(self._last, self.now() + self._most / 2)
 
     def spare(self) -> float:
@@ -78,11 +70,11 @@ class Timetable:
         self._first = first
         self.headlines: list[PassRunner] = []
         self.variants: list[PassRunner] = []  # whose passes all fit
-        self.cut: dict[PassRunner, int] = {}  # for which no time was left -> passes of the first by then
+        self.cut: list[PassRunner] = []  # for which no time was left
 
-    def first(self) -> list[PassRunner]:
-        """Return the headline of the first implementation; nothing if it does not run here."""
-        return [runner for runner in self.headlines if runner.implementation.name == self._first]
+    def is_first(self, runner: PassRunner) -> bool:
+        """Whether this is the headline of the first implementation."""
+        return runner.headline and runner.implementation.name == self._first
 
     def spare(self) -> float:
         """Return the seconds that are left beside the evidence and all passes of the headlines."""
@@ -109,32 +101,22 @@ class Timetable:
     def another(self, runner: PassRunner) -> bool:
         """Return whether another pass fits; every headline has one. What does not fit is cut for good."""
         if runner not in self.cut and not self._fits(runner):
-            self.cut[runner] = sum(len(first.passes) for first in self.first())
+            self.cut.append(runner)
         return runner not in self.cut
 
     def _fits(self, runner: PassRunner) -> bool:
-        target, seconds, passes, first = self._target, pass_seconds(runner), len(runner.passes), self.first()
-        if runner not in self.headlines:
-            return self._asked or seconds <= self.spare()
-        whole = runner in first and self._prefill  # the forwards of a headline, in however many passes
-        if passes >= MIN_PASSES and not whole and seconds > target.spare() - self._all_evidence():
+        passes, first = len(runner.passes), self.is_first(runner)
+        if not runner.headline:
+            return self._asked or pass_seconds(runner) <= self.spare()
+        whole = first and self._prefill  # the forwards of a headline, in however many passes
+        if passes >= MIN_PASSES and not whole and self.ending(runner) > self._target.spare():
             return False
-        ahead = 0.0 if runner in first else self._due(first)
-        return not passes or seconds <= target.left() - self._all_evidence() - ahead
+        ahead = 0.0 if first else self._due(filter(self.is_first, self.headlines))
+        return not passes or self.ending(runner) + ahead <= self._target.left()
 
     def ending(self, runner: PassRunner) -> float:
         """Return the seconds of another pass, with all evidence that follows the last one."""
-        others = [timed for timed in self._timed() if timed.passes and timed is not runner]
-        return pass_seconds(runner) + sum(map(self._evidence, [runner, *others]))
-
-    def promised(self) -> float:
-        """Return the seconds of a pass of the first implementation with its evidence, until it had one."""
-        due = [first for first in self.first() if not first.passes and self._right(first)]
-        return sum(map(self.ending, due))
-
-    def _timed(self) -> list[PassRunner]:
-        """Return what has outputs that are right so far."""
-        return list(filter(self._right, [*self.headlines, *self.variants]))
+        return pass_seconds(runner) + self._all_evidence()
 
     def _due(self, runners: Iterable[PassRunner]) -> float:
         """Return the seconds of all passes that are still due of these."""
@@ -143,7 +125,7 @@ class Timetable:
 
     def _all_evidence(self) -> float:
         """Return the seconds of all evidence, which follows the passes."""
-        return sum(map(self._evidence, self._timed()))
+        return sum(map(self._evidence, filter(self._right, [*self.headlines, *self.variants])))
 
     def _evidence(self, runner: PassRunner) -> float:
         each = pass_seconds(runner) / max(1, len(runner.steps.run))  # of a variant

@@ -25,38 +25,16 @@ from mla.bench.run.keeper import FailedCase, Keeper
 from mla.bench.run.profile import add_stages
 from mla.bench.subjects.base import Implementation, Outputs
 from mla.bench.subjects.fixture import make_fixture
-from mla.bench.subjects.inputs import Requests, choices
+from mla.bench.subjects.inputs import Requests
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.setting import Setting, say_remarks
 from mla.bench.workload.scenario import Scenario
 from mla.cache.formats import format_error
-from mla.command.console import detail, note
+from mla.command.console import note
 from mla.errors import MLAError, UnsupportedBatch
 from mla.parallel.layout import Layout, rank_work
 from mla.text import dtype_name
 from mla.verify.verdict import Check
-
-
-class Threads:
-    """Keeps torch at `count` host threads, and says once per scenario that code of a backend changes them."""
-
-    def __init__(self, count: int, scenario: str, backend: str) -> None:
-        self._count, self._scenario, self._backend = count, scenario, backend
-        self._said = False
-
-    def look(self) -> None:
-        """Say that the number has changed, if it has."""
-        now = torch.get_num_threads()
-        if now != self._count and not self._said:
-            self._said = True
-            changed = f"backend '{self._backend}' changed torch's host threads from {self._count} to {now}"
-            note(f"{self._scenario}: {changed}, so not all forwards ran on as many")
-
-    def restore(self) -> None:
-        """Set the number that the run was opened with, if it has changed."""
-        self.look()
-        if torch.get_num_threads() != self._count:
-            torch.set_num_threads(self._count)
 
 
 def rank_costs(setting: Setting, layout: Layout, scenario: Scenario, steps: int | None = None) -> list[Cost]:
@@ -91,9 +69,8 @@ class ScenarioRun:
         """`done`: cases of this scenario that an earlier run measured."""
         self._request, self._point, self._setting = request, scenario.point, scenario.setting
         self._progress = progress
-        self._threads = Threads(self._setting.threads, self._point.name, self._setting.backend.name)
-        self._hooks = self._with_threads(replace(hooks, failed=self._failed) if keeper else hooks)
-        self._keeper = keeper
+        self._hooks = replace(hooks, enter=self._enter, failed=self._failed)
+        self._running, self._keeper, self._threads_changed = hooks.enter, keeper, False
         self._fixture = make_fixture(scenario.setting, scenario.point, request.state, self._computing)
         self.ceilings = RooflineModel(self._setting)
         self.refusal: MLAError | None = None  # the first of an op
@@ -120,13 +97,9 @@ class ScenarioRun:
     def prepare(self) -> tuple[Any, Any]:
         """Make operands, and compute the oracle: on the host, once, which may take minutes."""
         if not self.prepared:
-            start = time.monotonic()
             self._computing()
-            _, checker = self._fixture.prepare()
-            if hasattr(checker, "of"):  # the oracle of the evidence is one of so many runs
-                runs = 1 if self._point.mode == "prefill" else choices(self._point, signed=False)
-                self._hooks = replace(self._hooks, oracle=(time.monotonic() - start) / runs)
-            self._hooks.target.prepared()
+            self._fixture.prepare()
+            self._hooks.target.leave_half()
         return self._fixture.prepare()
 
     def _computing(self) -> None:
@@ -137,16 +110,15 @@ class ScenarioRun:
     def measure(self, names: Sequence[str]) -> list[results.Case]:
         """Measure implementations, interleaved."""
         inputs, checker = self.prepare()  # which calls ops as well: of what is a limit
-        self._threads.restore()
+        self._restore_threads()
         built = [self._build(name) for name in names]
         backend, seed, variants = self._setting.backend, self._setting.seed, self._request.variants
         warmups, first = self._request.options.warmups or 0, self._request.implementations[0]
-        hooks = replace(self._hooks, shorten=self._shorten, say=note, detail=detail)
-        hooks = replace(hooks, warmups=warmups, first=first)
+        hooks = replace(self._hooks, shorten=self._shorten, warmups=warmups, first=first)
         measured = engine.measure(
             built, self._point, inputs, checker, backend, seed, variants, self._progress, hooks
         )
-        self._threads.restore()
+        self._restore_threads()
         for impl in built:
             if measured[impl.name].check.status in ("ok", "doubtful"):
                 self._outputs[impl.name] = measured[impl.name].outputs
@@ -178,24 +150,26 @@ class ScenarioRun:
         return target.shortened(self._point, timed, times, most, added)
 
     def _failed(self, impl: Implementation, check: Check) -> None:
-        """Keep the first failure of the run; the engine calls this once per wrong implementation."""
-        assert self._keeper is not None
+        """Keep the first failure of the run, if asked for: called once per wrong implementation."""
+        if self._keeper is None:
+            return
         command = case_command(self._request.command, self._point, self._fixture.repeated_as(impl.name))
         case = FailedCase(self._point, *self._fixture.prepare(), command, self._hooks.heartbeat)
         self._keeper.keep(impl, check, case)
 
-    def _with_threads(self, hooks: Hooks) -> Hooks:
-        """Return hooks that also look after torch's threads: every pass begins on as many."""
+    def _enter(self, name: str) -> None:
+        self._restore_threads()
+        self._running(name)
 
-        def enter(name: str) -> None:
-            self._threads.restore()
-            hooks.enter(name)
-
-        def heartbeat() -> None:
-            self._threads.look()
-            hooks.heartbeat()
-
-        return replace(hooks, enter=enter, heartbeat=heartbeat)
+    def _restore_threads(self) -> None:
+        """Let torch have the host threads of the run again; say once if a backend changed them."""
+        now, count = torch.get_num_threads(), self._setting.threads
+        if now != count:
+            torch.set_num_threads(count)
+            if not self._threads_changed:
+                self._threads_changed = True
+                by = f"backend '{self._setting.backend.name}' changed torch's host threads"
+                note(f"{self._point.name}: {by} from {count} to {now}, so not all forwards ran on as many")
 
     def refuse(self, name: str, reason: str) -> None:
         """Say which implementation is skipped because one of its ops refuses the batch."""

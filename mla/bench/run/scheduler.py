@@ -22,7 +22,6 @@ from mla.bench.run.scenario_run import ScenarioRun
 from mla.bench.run.steering import Steering
 from mla.bench.run.watchdog import OVER_BUDGET, Watchdog
 from mla.bench.terminal.digits import number, quoted, unreliable
-from mla.bench.terminal.lines import ALONE
 from mla.bench.workload.implementations import parse_one
 from mla.bench.workload.scenario import spoken
 from mla.command import exit_codes
@@ -228,14 +227,7 @@ class _Scheduler:
         budget = self._steering.budget
         given = self._request.options.counted or budget.seconds is not None
         target = Target() if given else Target(self._share(TARGET_S, 2 * TARGET_S), self._share(MAX_S, MAX_S))
-        return Hooks(
-            budget.short, self._watchdog.enter, self._watchdog.beat, alone=self._ran_alone, target=target
-        )
-
-    def _ran_alone(self, text: str) -> None:
-        """Keep with the result that passes were not interleaved to the end."""
-        facts = self._empty.environment
-        facts[ALONE] = "; ".join(filter(None, (facts.get(ALONE, ""), text)))
+        return Hooks(budget.short, self._watchdog.enter, self._watchdog.beat, target=target)
 
     def _share(self, each: float, most: float) -> float:
         """Return the seconds of the next scenario, of so many for each: what others left over, or lack."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from mla.bench import results
 from mla.bench.plan import options as commands
 from mla.bench.plan.options import RunOptions
@@ -18,7 +20,7 @@ from mla.bench.results.file import printable
 from mla.bench.results.schema import Case, Run
 from mla.bench.run.keeper import Keeper
 from mla.bench.run.watchdog import OVER_BUDGET, Budget
-from mla.bench.terminal.lines import ALONE, OTHERS
+from mla.bench.terminal.lines import OTHERS
 from mla.command import files, last_words, launcher
 from mla.command.console import Note, note
 from mla.command.exit_codes import Exit
@@ -127,7 +129,7 @@ def skipped(request: Request, run: results.Run) -> str | None:
 
 
 def _kept(request: Request, run: results.Run, old: results.Run | None) -> list[results.Case]:
-    """Return the cases of an earlier run that need not be measured again."""
+    """Return the cases of an earlier run that need not be measured again. Raises `ResultError`."""
     path = request.options.resume
     if old is None or path is None:
         return []
@@ -136,9 +138,14 @@ def _kept(request: Request, run: results.Run, old: results.Run | None) -> list[r
         note(f"resuming   no case of '{path}' is complete, so all are measured")
         return []
     note(f"resuming   {len(kept)} cases of '{path}' are kept")
-    if remark := _warning(old, run):
+    changed = _changes(_reported(old), _reported(run))
+    remark = f"kept cases were measured under other conditions: {'; '.join(changed)}" if changed else ""
+    if remark:
         note(f"warning: {remark}")
-    _mark(old, run, remark)
+    if remarks := dict.fromkeys(filter(None, (old.environment.get(MARK), remark))):
+        run.environment[MARK] = "; ".join(remarks)
+    if OTHERS in old.environment:
+        run.environment[OTHERS] = old.environment[OTHERS]
     return kept
 
 
@@ -146,20 +153,16 @@ def kept_cases(path: Path, old: Run, now: Run, scenarios: Sequence[ScenarioPlan]
     """Return the complete cases of a file. Raises `ResultError` if it holds another run than `now`."""
     if old.plan is None or now.plan is None:
         raise ResultError(f"cannot resume '{path}': it does not say what was planned; start a new run.")
-    reasons = _changes(_flags(old.plan.options), _flags(now.plan.options), missing="not given")
-    reasons += _changes(_facts(old), _facts(printable(now)), missing="not recorded")
-    reasons += _scenario_changes(old.plan, now.plan)
+    reasons = _changes(_facts(old, old.plan), _facts(printable(now), now.plan))
+    if apart := sorted({*old.plan.scenarios} ^ {*now.plan.scenarios}):
+        reasons.append(f"workload or axes differ, only one of them has scenario '{apart[0]}'")
+    elif old.plan.digest != now.plan.digest:
+        reasons.append("workload differs: a scenario has other lengths or counts, or their order changed")
     plans = {scenario.name: scenario for scenario in scenarios}
-    kept = []
-    for case in () if reasons else old.cases:
-        plan = plans.get(case.scenario)
-        if plan is None or case.implementation not in old.plan.implementations:
-            reasons.append(f"only it has a case '{case.scenario}, {case.implementation}'")
-        elif not case.interrupted and (case.check.status == "wrong" or _is_whole(case, plan.point.rounds)):
-            if (ops := plan.ops.get(case.implementation)) is not None:  # the plan's digest says all else
-                where = f" of case '{case.scenario}, {case.implementation}'"
-                reasons += _changes(case.ops, ops, missing="no op", where=where)
-            kept.append(case)
+    kept = [case for case in old.cases if (plan := plans.get(case.scenario)) and _is_done(case, plan)]
+    for case in kept:
+        where = f" of case '{case.scenario}, {case.implementation}'"
+        reasons += _changes(case.ops, plans[case.scenario].ops.get(case.implementation, case.ops), where)
     if reasons:
         raise ResultError(
             f"cannot resume '{path}', it holds another run: {'; '.join(reasons)}. Repeat its options, "
@@ -168,81 +171,37 @@ def kept_cases(path: Path, old: Run, now: Run, scenarios: Sequence[ScenarioPlan]
     return kept
 
 
-def _warning(old: Run, now: Run) -> str:
-    """Return what may make the new cases differ from the kept ones, though it forbids nothing."""
-
-    def reported(run: Run) -> dict[str, str | None]:
-        facts = {key: value for key, value in run.environment.items() if key.startswith(REPORTED)}
-        return {"commit": run.git_commit, **dict(sorted(facts.items()))}
-
-    changed = _changes(reported(old), reported(now), missing="None")
-    return f"kept cases were measured under other conditions: {'; '.join(changed)}" if changed else ""
+def _is_done(case: Case, plan: ScenarioPlan) -> bool:
+    """Return whether a case is wrong, or has all its passes: what was cut short is measured again."""
+    whole = case.check.status == "ok" and case.passes >= due(case, plan.point.rounds)
+    return not case.interrupted and (whole or case.check.status == "wrong")
 
 
-def _mark(old: Run, now: Run, remark: str) -> None:
-    """Keep in the completed file what disturbed the kept cases: other load, this warning and earlier ones."""
-    now.environment.update({key: old.environment[key] for key in (OTHERS, ALONE) if key in old.environment})
-    remarks = [old.environment.get(MARK, ""), remark]
-    if any(remarks):
-        now.environment[MARK] = "; ".join(filter(None, dict.fromkeys(remarks)))
-
-
-def _is_whole(case: Case, rounds: int) -> bool:
-    """Return whether all passes of a case were run; what a budget cut short is measured again."""
-    return case.check.status == "ok" and case.passes >= due(case, rounds)
-
-
-def _changes(old: Mapping[str, Any], now: Mapping[str, Any], missing: str, where: str = "") -> list[str]:
-    """Return "NAME was A and is B" for every fact that is not the same, or `missing` on one side."""
-    both = ((name, old.get(name, missing), now.get(name, missing)) for name in {**old, **now})
+def _changes(old: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> list[str]:
+    """Return "NAME was A and is B" for every fact that is not the same."""
+    both = ((name, old.get(name, "not given"), now.get(name, "not given")) for name in {**old, **now})
     return [f"{name}{where} was {first} and is {second}" for name, first, second in both if first != second]
 
 
-def _flags(words: Sequence[str]) -> dict[str, str]:
-    """Return the values of each option, in their order."""
-    flags: dict[str, str] = {}
-    for flag, value in zip(words[::2], words[1::2], strict=True):
-        flags[flag] = f"{flags[flag]} {value}" if flag in flags else value
-    return flags
+def _reported(run: Run) -> dict[str, str | None]:
+    """Return what may differ between two parts of a file, which a reader should know."""
+    facts = {key: value for key, value in run.environment.items() if key.startswith(REPORTED)}
+    return {"commit": run.git_commit, **dict(sorted(facts.items()))}
 
 
-def _facts(run: Run) -> dict[str, str]:
+def _facts(run: Run, plan: results.Plan) -> dict[str, str]:
     """Return what must be equal for two parts of a file to be one run: what ran, on what, with what."""
-    assert run.plan is not None
     facts = {
-        "backend": run.backend.name,
-        "the backend's version": run.backend.version,
-        "the build of mla and the backend": run.backend.build,
-        "device": run.backend.device,
-        "the device's memory": run.backend.memory_bytes,
-        "the device's cache": run.backend.cache_bytes,
-        "implementations": ",".join(run.plan.implementations),
-        "dtype": run.dtype,
-        "attention": run.attention,
-        "page size": run.page_size,
-        "seed": run.seed,
+        **{f"backend {name}": value for name, value in msgspec.structs.asdict(run.backend).items()},
         **{f"config's {name}": value for name, value in run.config.items()},
+        "implementations": ",".join(plan.implementations),
+        **{name: getattr(run, name) for name in ("dtype", "attention", "page_size", "seed")},
     }
+    for flag, value in zip(plan.options[::2], plan.options[1::2], strict=True):
+        facts[flag] = f"{facts[flag]} {value}" if flag in facts else value
     for key, value in run.environment.items():
-        if (
-            not launcher.is_fact(key)
-            and not key.startswith(REPORTED)
-            and key not in (MARK, OTHERS, ADDED, ALONE)
-        ):
+        if not launcher.is_fact(key) and not key.startswith(REPORTED) and key not in (MARK, OTHERS, ADDED):
             facts[key] = value
     if threads := run.environment.get("torch_threads"):
         facts.setdefault("OMP_NUM_THREADS", threads)  # which torchrun sets, and srun does not
     return {name: str(value) for name, value in facts.items() if value is not None}
-
-
-def _scenario_changes(old: results.Plan, now: results.Plan) -> list[str]:
-    new, gone = (
-        [name for name in plan.scenarios if name not in other.scenarios]
-        for plan, other in ((now, old), (old, now))
-    )
-    if new or gone:
-        place = f"it has no scenario '{new[0]}'" if new else f"only it has scenario '{gone[0]}'"
-        return [f"workload or axes differ, {place}"]
-    if old.digest != now.digest:
-        return ["workload differs: a scenario has other lengths or counts, or their order changed"]
-    return []

@@ -25,8 +25,6 @@ OUTLIER_SHARE, OUTLIER_RATIO = 0.01, 10.0
 BUSY = ("not settled", "noisy", "drifts", "outliers")
 # The fact of an environment that says how many CPUs others used, such as "1.6 of 2"; absent if they are idle.
 OTHERS = "cpus_used_by_others"
-# The fact that says which passes ran without another implementation, for which no time was left.
-ALONE = "passes_alone"
 
 
 def name(case: Case) -> str:

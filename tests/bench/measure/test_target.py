@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
 
 import msgspec
 import pytest
 from engine_bench import DECODE, PREFILL, Bench, MakeBench, Parrot
 
+from mla.bench.measure import engine
 from mla.bench.measure import target as yardstick
 from mla.bench.measure.engine import Hooks, Shorter
 from mla.bench.measure.samples import Measurement
-from mla.bench.measure.target import CHEAP_S, MAX_S, MIN_PASSES, NO_TIME, TARGET_S, Target, Timetable
-from mla.bench.measure.variants import EXTRA_PASSES, HEADLINE, Steps, Variant, Variants
+from mla.bench.measure.target import MAX_S, MIN_PASSES, NO_TIME, TARGET_S, Target
+from mla.bench.measure.variants import EXTRA_PASSES, HEADLINE, Variant, Variants
 from mla.bench.workload.scenario import Scenario
 
 BOTH = (HEADLINE, Variant(cache="cold"))
@@ -67,9 +66,11 @@ def run(
         return yardstick.shortened(bench.scenario, BOTH, dict.fromkeys(ms, 1e3), most)
 
     target = Target(seconds, most, lambda: Slow.now)
-    hooks = Hooks(shorten=shorten, say=said.append, detail=said.append, target=target)
+    hooks = Hooks(shorten=shorten, target=target)
     parrots = (Slow(bench, "first"), Slow(bench, "other"))
-    measured_by_name = bench.measure(*parrots, variants=Variants(BOTH, asked=asked), hooks=hooks)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(engine, "detail", said.append)
+        measured_by_name = bench.measure(*parrots, variants=Variants(BOTH, asked=asked), hooks=hooks)
     first, other = measured_by_name["first"], measured_by_name["other"]
     lengths: list[list[int]] = [
         [len(samples) for samples in passes]
@@ -88,14 +89,12 @@ def measured(
     seconds: float = math.inf,
     most: float = math.inf,
     script: Callable[[int], float] = a_second,
-    say: Callable[[str], None] = lambda text: None,
-    alone: Callable[[str], None] = lambda text: None,
     variants: tuple[Variant, ...] = (HEADLINE,),
 ) -> dict[str, Measurement]:
     """Time these, none of which is shortened; "first" is the run's first."""
     Slow.now, Slow.forwards, Slow.seconds = 0.0, 0, staticmethod(script)
     limits = Target(seconds, most, lambda: Slow.now)
-    hooks = Hooks(say=say, detail=say, alone=alone, target=limits, first="first")
+    hooks = Hooks(target=limits, first="first")
     return bench.measure(*(Slow(bench, name) for name in names), hooks=hooks, variants=Variants(variants))
 
 
@@ -132,24 +131,6 @@ def test_no_variant_begins_that_does_not_fit_beside_the_others(make_bench: MakeB
     assert [whole, whole, 0] in timed
 
 
-class Runner(SimpleNamespace):
-    """What a timetable reads of a runner."""
-
-    __hash__ = object.__hash__  # type: ignore[assignment]
-    __eq__ = object.__eq__
-
-
-def test_the_evidence_of_a_variant_has_time_of_its_own() -> None:
-    times = Timetable(Target(1000.0, clock=lambda: 0.0), False, False, "first", lambda runner: True)
-    steps = Steps(range(20), range(20), 0)
-    headline: Any = Runner(steps=steps, passes=[], forward_s=1.0, seconds=[])
-    cold: Any = Runner(steps=steps, passes=[], forward_s=0.0, seconds=[40.0])
-    times.headlines.append(headline)
-    before = times.spare()
-    times.variants.append(cold)
-    assert (1000.0 - before, before - times.spare()) == (10.0, 20.0), "8 new forwards and what goes with them"
-
-
 def test_a_first_forward_that_compiles_for_long_leaves_what_costs_little(make_bench: MakeBench) -> None:
     ran = run(make_bench(LONG), TARGET_S, MAX_S, script=lambda number: 0.001 if number else 40.0)
     assert (ran.first, ran.cold) == ([4] * 12, [4] * EXTRA_PASSES)
@@ -182,18 +163,6 @@ def test_a_prefill_keeps_the_forwards_of_its_headline(make_bench: MakeBench) -> 
     assert ran.first == [2] * 10
     assert len(ran.other) == MIN_PASSES
     assert ran.due == [None, MIN_PASSES]
-
-
-def test_passes_of_the_first_that_ran_without_the_other_are_counted(make_bench: MakeBench) -> None:
-    bench, said, kept = make_bench(LONG), list[str](), list[str]()
-    measured(bench, "first", "other", most=150, say=said.append, alone=kept.append)
-    after = [*reversed(bench.order())].index("other")
-    assert after > 1
-    alone = [text for text in said if "ran without it" in text]
-    assert kept == alone
-    assert alone in (
-        [f"d, other: the last {count} passes of first ran without it"] for count in (after - 1, after)
-    )
 
 
 def test_a_yardstick_that_runs_alone_is_not_taken_for_the_first(make_bench: MakeBench) -> None:
@@ -241,29 +210,11 @@ def test_variants_that_the_user_gave_are_run(make_bench: MakeBench) -> None:
     assert len(ran.cold) == EXTRA_PASSES
 
 
-def test_an_oracle_leaves_half_of_the_time(make_bench: MakeBench) -> None:
-    now = 0.0
-
-    def clock() -> float:
-        return now
-
-    target = Target(TARGET_S, MAX_S, clock=clock)
-    now = 3.0
-    target.prepared()
-    assert (target.spare(), target.left()) == (TARGET_S - 3.0, MAX_S - 3.0)
-    target.checked()
-    assert (target.spare(), target.left()) == (TARGET_S - 3.0, MAX_S - 3.0)
-    now = 1000.0
-    target.prepared()
-    assert (target.spare(), target.left()) == (TARGET_S / 2, MAX_S - 1000.0)
-    target.checked()
-    assert (target.spare(), target.left()) == (TARGET_S / 2, MAX_S / 2)
-    for after, late in ((target.begun, 2000.0), (target.checked, 3000.0)):
-        now = late
-        after()
-        assert target.spare() == CHEAP_S
-
-
-def test_by_default_there_is_no_limit(decode: Bench) -> None:
-    target: Any = Target()
-    assert (target.spare(), target.left()) == (math.inf, math.inf)
+def test_an_oracle_leaves_half_of_the_time() -> None:
+    now = [0.0]
+    target = Target(TARGET_S, MAX_S, clock=lambda: now[0])
+    for seconds, left in ((3.0, (TARGET_S - 3.0, MAX_S - 3.0)), (1000.0, (TARGET_S / 2, MAX_S / 2))):
+        now[0] = seconds
+        target.leave_half()
+        assert (target.spare(), target.left()) == left
+    assert (Target().spare(), Target().left()) == (math.inf, math.inf), "by default there is no limit"

@@ -9,7 +9,7 @@ import pytest
 
 from mla.bench import results
 from mla.bench.results.cases import LEFT_OUT
-from mla.bench.terminal.lines import ALONE, OTHERS, case_lines, folded_warnings, quality_warnings
+from mla.bench.terminal.lines import OTHERS, case_lines, folded_warnings, quality_warnings
 
 MakeRun = Callable[..., results.Run]
 STEADY = [1.8, 1.78, 1.82] * 4
@@ -158,12 +158,6 @@ def test_cases_without_an_interval_for_lack_of_time_are_counted(make_run: MakeRu
     for passes, due in ((3, 3), (6, 6)):  # as the user wants it, or cut by a --budget
         run.cases[0].planned = results.Planned(passes=passes, steps=1, due=due)
         assert folded_warnings(run) == []
-
-
-def test_passes_that_ran_alone_are_one_line(make_run: MakeRun) -> None:
-    run = make_run(latency_ms=latency())
-    run.environment[ALONE] = "prefill, b: the last 2 passes of mla ran without it"
-    assert folded_warnings(run) == []
 
 
 def test_a_way_of_timing_that_was_left_out_is_named_once_with_its_reason(make_run: MakeRun) -> None:
