@@ -5,13 +5,14 @@ And the backend that they name, opened in the same way, with the same options, f
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_type_hints
 
 import click
 from click.shell_completion import CompletionItem
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from mla_backends.api import Backend
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Record = TypeVar("Record")
 Callback = Callable[[click.Context, click.Parameter, "str | None"], Any]
 
 FILE = click.Path(path_type=Path)
@@ -187,9 +189,6 @@ def result_path(ctx: click.Context, parameter: click.Parameter, value: Path | No
 
 # ----------------------------------------------------------------------------------------------- the backend
 
-# The help of --backend where a command measures.
-MEASURED_BACKEND_HELP = "Backend (see `list`), or package.module:attribute. Default: the only usable one."
-
 
 class NoBackend(MLAError):
     """No backend was named, and none or several could be meant."""
@@ -199,14 +198,46 @@ class NoBackend(MLAError):
 class BackendOptions:
     """The options that choose and configure a backend."""
 
-    backend: str | None  # None: the only usable one
-    device: int | None
-    backend_options: tuple[str, ...]  # KEY=VALUE
-    threads: int | None
+    # fmt: off
+    backend: Annotated[str | None, what_to_run(
+        "--backend", metavar="NAME", common=True,
+        help="Backend (see `list`), or package.module:attribute. Default: the only usable one.",
+    )]
+    device: Annotated[int | None, how(
+        "--device", metavar="INDEX", type=click.IntRange(0, 65535), help="Device index.",
+        show_default="LOCAL_RANK, SLURM_LOCALID, or the current one",
+    )]
+    backend_options: Annotated[tuple[str, ...], how(
+        "-O", "backend_options", metavar="KEY=VALUE", multiple=True, help="Backend option; repeatable.",
+    )]
+    threads: Annotated[int | None, how(
+        "--threads", type=click.IntRange(1, 4096), common=True, show_default="chosen by the backend",
+        help="Host threads.",
+    )]
+    # fmt: on
 
     def key_values(self) -> dict[str, str]:
         """Return the `-O` options. Raises `UsageError`."""
         return key_values(self.backend_options)
+
+
+def declared(record: type) -> list[Callable[[Any], Any]]:
+    """Return the click options that a dataclass's fields are annotated with, in their order."""
+    hints = get_type_hints(record, include_extras=True).values()
+    return [option for hint in hints for option in getattr(hint, "__metadata__", ())]
+
+
+def takes(record: Callable[..., Record]) -> Callable[[Callable[[Record], int]], Callable[..., int]]:
+    """Return a decorator for a command that takes the options of a dataclass's fields, as that record."""
+
+    def add(command: Callable[[Record], int]) -> Callable[..., int]:
+        @functools.wraps(command)
+        def called(**values: Any) -> int:
+            return command(record(**values))
+
+        return add_options(declared(cast("type", record)))(called)
+
+    return add
 
 
 @dataclass(frozen=True)
@@ -220,26 +251,9 @@ class OpenedBackend:
 
 
 def backend_options(help: str) -> Callable[[Command], Command]:
-    """Return a decorator that adds --backend, --device, -O and --threads to a click command."""
-    options = (
-        what_to_run("--backend", metavar="NAME", common=True, help=help),
-        how(
-            "--device",
-            metavar="INDEX",
-            type=click.IntRange(0, 65535),
-            show_default="LOCAL_RANK, SLURM_LOCALID, or the current one",
-            help="Device index.",
-        ),
-        how("-O", "backend_options", metavar="KEY=VALUE", multiple=True, help="Backend option; repeatable."),
-        how(
-            "--threads",
-            type=click.IntRange(1, 4096),
-            common=True,
-            show_default="chosen by the backend",
-            help="Host threads.",
-        ),
-    )
-    return add_options(options)
+    """Return a decorator that adds --backend, with `help`, --device, -O and --threads to a click command."""
+    named = what_to_run("--backend", metavar="NAME", common=True, help=help)
+    return add_options([named, *declared(BackendOptions)[1:]])
 
 
 def open_backend(options: BackendOptions) -> OpenedBackend:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
@@ -23,7 +23,6 @@ from mla.command.display import aligned, fitted
 from mla.command.exit_codes import Exit, end_early
 from mla.command.options import (
     FILE,
-    MEASURED_BACKEND_HELP,
     BackendOptions,
     Dtype,
     Word,
@@ -33,6 +32,7 @@ from mla.command.options import (
     open_backend,
     parsed_by,
     result_path,
+    takes,
 )
 from mla.config import LongRopeScaling, MLAConfig, YarnScaling
 from mla.config.presets import DEFAULT_CONFIG, PRESETS
@@ -302,9 +302,18 @@ DEFAULT_DTYPES = ("bf16", "fp32")
 class CeilingOptions(BackendOptions):
     """The options of `ceilings`, one field each."""
 
-    dtype: str | None
-    output: Path | None
-    kind: str
+    # fmt: off
+    dtype: Annotated[str | None, click.option(
+        "--dtype", metavar="A,B",
+        help="Dtypes of products: bf16, fp16, fp32. Default: bf16 and fp32, as far as they are native.",
+    )]
+    output: Annotated[Path | None, click.option(
+        "-o", "--output", metavar="FILE", type=FILE, callback=result_path,
+        help="Write the complete result as JSON; `show` prints it again. %t is the task's number under srun "
+        "or torchrun, %j the job's.",
+    )]
+    kind: Annotated[str, format_option(terminal.FORMATS, "Format of what is printed on stdout.")]
+    # fmt: on
 
     def dtype_names(self) -> list[str]:
         """Return what --dtype lists, under torch's names. Raises `UsageError`."""
@@ -313,18 +322,8 @@ class CeilingOptions(BackendOptions):
 
 
 @click.command(short_help="Measure a device's peak bandwidth and FLOP rate.")
-@backend_options(MEASURED_BACKEND_HELP)
-@click.option(
-    "--dtype", metavar="A,B",
-    help="Dtypes of products: bf16, fp16, fp32. Default: bf16 and fp32, as far as they are native.",
-)  # fmt: skip
-@click.option(
-    "-o", "--output", metavar="FILE", type=FILE, callback=result_path,
-    help="Write the complete result as JSON; `show` prints it again. %t is the task's number under srun or "
-    "torchrun, %j the job's.",
-)  # fmt: skip
-@format_option(terminal.FORMATS, "Format of what is printed on stdout.")
-def ceilings(**values: Any) -> int:
+@takes(CeilingOptions)
+def ceilings(options: CeilingOptions) -> int:
     """Measure peak bandwidth and FLOP rate of a device.
 
     Takes 10 to 30 seconds. On a slow CPU, what has not begun after a minute is left out and named.
@@ -336,7 +335,6 @@ def ceilings(**values: Any) -> int:
     Exit code 0; 2 for a mistake; 3 if the backend cannot be used; 5 if nothing could be measured; 130 if
     interrupted, 143 by SIGTERM, 129 by SIGHUP.
     """
-    options = CeilingOptions(**values)
     if mixed := environment.mixed_installation():
         note(mixed)
     names = options.dtype_names()

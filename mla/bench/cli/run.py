@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from mla.bench import results
-from mla.bench.cli.run_options import run_options
 from mla.bench.cli.stored import verdict as compared_verdict
 from mla.bench.plan.options import RunOptions
 from mla.bench.results.cases import labelled
@@ -23,7 +22,7 @@ from mla.command import files, last_words
 from mla.command.console import note, out, verbose
 from mla.command.environment import OtherLoad
 from mla.command.exit_codes import Exit, graver
-from mla.command.options import HELP_NAMES, GroupedCommand
+from mla.command.options import HELP_NAMES, GroupedCommand, takes
 from mla.errors import UsageError
 
 if TYPE_CHECKING:
@@ -79,8 +78,8 @@ Exit codes:
     epilog=EPILOG,
     short_help="Time a layer, or one op, on a backend (default).",
 )
-@run_options
-def run(**values: Any) -> int:
+@takes(RunOptions)
+def run(options: RunOptions) -> int:
     """Measure one MLA layer on one device.
 
     By default the two standard scenarios run with the deepseek-v2-lite config: a prefill of 4 requests with
@@ -88,7 +87,6 @@ def run(**values: Any) -> int:
     with it as well; no exit code depends on that. Outputs are checked against a float64 oracle before
     timing and in every pass. stdout carries the result, stderr everything else.
     """
-    options = RunOptions(**values)
     budget = Budget(options.budget)
     baseline = results.read(options.baseline) if options.baseline else None
     if options.resume and not options.output and files.is_stream(options.resume):

@@ -6,18 +6,47 @@ import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from mla.bench.workload.grid import AFFECTED, READS_HISTORY, SPARSE, Axes, Point, ops_of
+import click
+
+from mla.bench.terminal.run_table import FORMATS
+from mla.bench.workload.grid import (
+    AFFECTED,
+    AXES,
+    DEFAULT_BATCH,
+    DEFAULT_HISTORY,
+    DEFAULT_QUERY,
+    READS_HISTORY,
+    SELECTIONS,
+    SPARSE,
+    Axes,
+    Point,
+    ops_of,
+)
 from mla.bench.workload.implementations import is_ours, parse
-from mla.bench.workload.scenario import MAX_COUNT
-from mla.bench.workload.workload_file import STANDARD
+from mla.bench.workload.scenario import MAX_COUNT, MAX_LAYERS, MAX_REQUESTS, duration, size
+from mla.bench.workload.workload_file import PRESETS, STANDARD
 from mla.command import launcher
-from mla.command.options import BackendOptions
+from mla.command.options import (
+    DETAIL,
+    FILE,
+    BackendOptions,
+    Dtype,
+    add_options,
+    evidence,
+    how,
+    output,
+    parsed_by,
+    percent,
+    result_path,
+    scale,
+    what_to_run,
+)
 from mla.config.presets import DEFAULT_CONFIG
 from mla.errors import UsageError
 from mla.parallel.layout import Layout
-from mla.text import dtype_name
+from mla.text import DTYPES, dtype_name
 
 if TYPE_CHECKING:
     from mla.config import MLAConfig
@@ -30,55 +59,192 @@ PROGRAM = ("python", "-m", "mla.bench")
 
 @dataclass(frozen=True)
 class RunOptions(BackendOptions):
-    """The options of `run`, one field each. None: not given."""
+    """The options of `run`, one field each, in the order of its help. None: not given."""
 
-    config: str | None
-    model_path: Path | None
-    layer: str | None
-    preset: str | None
-    workload: str | None
-    scenarios: tuple[str, ...]
-    axes: tuple[str, ...]
-    implementations: str | None
-    runs: int | None
-    passes: int | None
-    warmups: int | None
-    dtype: str | None
-    attention: str
-    page_size: int | None
-    cache_format: str | None
-    index_format: str | None
-    topk: int | None
-    selection: str | None
-    ops: str
-    seed: int
-    output: Path | None
-    resume: Path | None
-    budget: float | None
-    hang_after: float
-    baseline: Path | None
-    fail_slower: float | None
-    kind: str
-    dry_run: bool
-    list_ops: bool
-    op: str | None = None
-    batch: int | None = None
-    kv: int | None = None
-    q_len: int | None = None
-    heads: int | None = None
-    layers: int | None = None
-    stages: bool = False
-    strict: bool = False
-    mode: str | None = None
-    cache: str | None = None
-    clock: str | None = None
-    profile: Path | None = None
-    dump_failure: Path | None = None
-    batch_specs: tuple[str, ...] = ()
-    parallel: Layout | None = None
-    simulate: bool = False
-    link: str | None = None
-    detail: str | None = None  # "verbose" or "quiet"
+    # fmt: off
+    config: Annotated[str | None, what_to_run(
+        "--config", metavar="NAME|PATH", common=True, show_default=DEFAULT_CONFIG,
+        help="Preset (`list --configs`), config.json, or its folder.",
+    )]
+    model_path: Annotated[Path | None, what_to_run(
+        "--model-path", metavar="DIR", type=FILE, common=True,
+        help="Checkpoint (config.json, safetensors), in place of --config.",
+    )]
+    layer: Annotated[str | None, what_to_run(
+        "--layer", show_default="the only one",
+        help="Checkpoint layer: 3, or 3.1 for the second of two attentions.",
+    )]
+    batch_specs: Annotated[tuple[str, ...], what_to_run(
+        "--batch-spec", "--batch-specs", "batch_specs", metavar="SPEC,...", multiple=True, common=True,
+        help="Your own batch (vLLM's --batch-specs), such as 4q8s2049_16q1s3072: [COUNT]qNEW[sTOTAL].",
+    )]
+    preset: Annotated[str | None, what_to_run(
+        "--preset", metavar="NAME", type=click.Choice(PRESETS),
+        help="Shipped workload (`list --workloads`): smoke takes seconds, full adds sweeps.",
+    )]
+    workload: Annotated[str | None, what_to_run(
+        "--workload", metavar="NAME|FILE", show_default=STANDARD,
+        help="TOML file of scenarios (name, mode, query_lens, history, ...).",
+    )]
+    scenarios: Annotated[tuple[str, ...], what_to_run(
+        "--scenario", "scenarios", metavar="NAME", multiple=True,
+        help="Run only this scenario of the workload; repeatable.",
+    )]
+    op: Annotated[str | None, what_to_run(
+        "--op", metavar="NAME,...", common=True, help="Single ops by name or role; --list-ops names them."
+    )]
+    batch: Annotated[int | None, what_to_run(
+        "--batch", type=click.IntRange(1, MAX_REQUESTS), show_default=str(DEFAULT_BATCH),
+        help="Requests of --op.",
+    )]
+    kv: Annotated[int | None, what_to_run(
+        "--kv", callback=parsed_by(size), metavar="LEN", show_default=str(DEFAULT_HISTORY),
+        help="Cached tokens per request of --op, such as 4k.",
+    )]
+    q_len: Annotated[int | None, what_to_run(
+        "--q-len", type=click.IntRange(1, MAX_COUNT), show_default=str(DEFAULT_QUERY),
+        help="New tokens per request of --op.",
+    )]
+    heads: Annotated[int | None, what_to_run(
+        "--heads", type=click.IntRange(1, MAX_COUNT), show_default="the config's",
+        help="Heads of --op or --batch-spec.",
+    )]
+    topk: Annotated[int | None, what_to_run(
+        "--topk", type=click.IntRange(1, MAX_COUNT), show_default="the config's",
+        help="Tokens that a query of --op selects; short for -a topk=N.",
+    )]
+    selection: Annotated[str | None, what_to_run(
+        "--selection", metavar="NAME", type=click.Choice(SELECTIONS), show_default=SELECTIONS[0],
+        help=f"How selected tokens lie: {', '.join(SELECTIONS)}; short for -a selection=NAME.",
+    )]
+    implementations: Annotated[str | None, what_to_run(
+        "--implementations", metavar="A,B", common=True,
+        help="Any of mla, mla-reference, transformers, transformers-eager, mla[ROLE=OP,...].",
+    )]
+    dtype: Annotated[str | None, how(
+        "--dtype", metavar="DTYPE", type=Dtype(), common=True, show_default="bf16",
+        help=f"Dtype of weights, cache and activations: {', '.join(DTYPES)}.",
+    )]
+    budget: Annotated[float | None, how(
+        "--budget", metavar="TIME", callback=parsed_by(duration), common=True,
+        help="Time limit: 90s, 10m or 1h; what does not fit is skipped.",
+    )]
+    attention: Annotated[str, how(
+        "--attention", metavar="PATH", type=click.Choice(["auto", "absorbed", "expanded"]), default="auto",
+        show_default=True, help="absorbed, expanded, or auto: fewer FLOPs per request.",
+    )]
+    ops: Annotated[str, how(
+        "--ops", metavar="POLICY", default="auto", show_default=True,
+        help="auto (fused ops that fit), fused (fail where one does not), reference, or op names.",
+    )]
+    page_size: Annotated[int | None, how(
+        "--page-size", type=int, show_default=str(DEFAULT_PAGE_SIZE), help="Tokens per cache page."
+    )]
+    cache_format: Annotated[str | None, how(
+        "--cache-format", metavar="NAME", show_default="the dtype",
+        help="What the cache holds, such as fp8_ds_mla; short for -a cache_format=NAME.",
+    )]
+    index_format: Annotated[str | None, how(
+        "--index-format", metavar="NAME", show_default="plain",
+        help="What index keys are held in: plain or fp8; short for -a index_format=NAME.",
+    )]
+    mode: Annotated[str | None, how(
+        "--mode", metavar="A,B", show_default="both, if the backend has graphs",
+        help="Launch mode: eager, graph.",
+    )]
+    cache: Annotated[str | None, how(
+        "--cache", metavar="A,B", show_default="both",
+        help="Device caches before a forward: warm, cold (flushed).",
+    )]
+    clock: Annotated[str | None, how(
+        "--clock", metavar="A,B", show_default="both, if the device has a timer",
+        help="Timer: host, device. The headline is eager, warm, host.",
+    )]
+    runs: Annotated[int | None, how(
+        "--runs", type=click.IntRange(1, MAX_COUNT), show_default="workload's, 100",
+        help="Forwards (prefill), steps per pass (decode), calls per pass (--op).",
+    )]
+    passes: Annotated[int | None, how(
+        "--passes", type=click.IntRange(1, MAX_COUNT), show_default="workload's, 10 or 6",
+        help="Interleaved passes; a 95% interval needs 6.",
+    )]
+    warmups: Annotated[int | None, how(
+        "--warmups", type=click.IntRange(0, MAX_COUNT), show_default="workload's, 10",
+        help="Least number of untimed forwards first; 0: none.",
+    )]
+    seed: Annotated[int, how(
+        "--seed", type=click.IntRange(min=0, max=2**32 - 1), default=0, show_default=True,
+        help="Seed of weights, inputs, page order and scenario order.",
+    )]
+    axes: Annotated[tuple[str, ...], scale(
+        "-a", "--axis", "axes", metavar="AXIS=VALUES", multiple=True,
+        help=f"Sweep {', '.join(AXES)}: 1,8 or 1k..64k*4; repeatable.",
+    )]
+    layers: Annotated[int | None, scale(
+        "--layers", type=click.IntRange(1, MAX_LAYERS), show_default="workload's, 1",
+        help="Layers in a row, each with its own cache; numbers are per layer.",
+    )]
+    parallel: Annotated[Layout | None, scale(
+        "--parallel", metavar="LAYOUT",
+        is_eager=True,  # -o asks whether it was given
+        callback=parsed_by(Layout.parse),
+        help="Spread over torchrun or srun: tp=2 (heads), dcp=2 (context), dp=2 (requests), tp=2,dcp=2.",
+    )]
+    simulate: Annotated[bool, scale(
+        "--simulate", is_flag=True,
+        help="Predict --parallel on one device: time each distinct rank, add collectives from --link.",
+    )]
+    link: Annotated[str | None, scale(
+        "--link", metavar="MODEL|FILE",
+        help="Link of --simulate: ideal (default), alpha=5us,beta=300GB/s, or a result file.",
+    )]
+    output: Annotated[Path | None, output(
+        "-o", "--output", metavar="FILE", type=FILE, callback=result_path, common=True,
+        help="Save the result as JSON; %t is the task number under srun or torchrun, %j the job's.",
+    )]
+    detail: Annotated[str | None, add_options(DETAIL)]  # "verbose" or "quiet"
+    kind: Annotated[str, output(
+        "--format", "kind", metavar="FORMAT", type=click.Choice(FORMATS), default="table", show_default=True,
+        help=f"Format of stdout: {', '.join(FORMATS)}.",
+    )]
+    list_ops: Annotated[bool, output(
+        "--list-ops", is_flag=True, help="Print which op runs where, and why; then exit.",
+    )]
+    dry_run: Annotated[bool, output(
+        "--dry-run", is_flag=True,
+        help="Run one forward per case, print memory and estimated time on stderr; then exit.",
+    )]
+    hang_after: Annotated[float, evidence(
+        "--hang-after", metavar="TIME", callback=parsed_by(duration), default="10m", show_default=True,
+        help="Abort if no forward finishes for this long; results so far are kept.",
+    )]
+    resume: Annotated[Path | None, evidence(
+        "--resume", metavar="FILE", type=FILE, callback=result_path,
+        help="Resume the run in this result file; without -o, rewrite it.",
+    )]
+    baseline: Annotated[Path | None, evidence(
+        "--baseline", metavar="FILE", type=FILE, help="Compare with this result file after the run.",
+    )]
+    fail_slower: Annotated[float | None, evidence(
+        "--fail-slower", metavar="PERCENT", callback=parsed_by(percent),
+        help="With --baseline: exit 1 if the whole interval of a case's time ratio lies above this.",
+    )]
+    strict: Annotated[bool, evidence(
+        "--strict", is_flag=True,
+        help="Exit 6 if a headline is unreliable: no interval, or one wider than its number.",
+    )]
+    stages: Annotated[bool, evidence(
+        "--stages", is_flag=True, help="Afterwards, time every op alone: where a forward's time goes.",
+    )]
+    profile: Annotated[Path | None, evidence(
+        "--profile", metavar="FILE", type=FILE, callback=result_path,
+        help="Afterwards, record an untimed pass per case: a Chrome trace, .json or .json.gz.",
+    )]
+    dump_failure: Annotated[Path | None, evidence(
+        "--dump-failure", metavar="DIR", type=FILE, callback=result_path,
+        help="Keep the call of the op that made a result wrong in DIR, for `replay DIR`.",
+    )]
+    # fmt: on
     link_source: str = ""  # where its numbers are from (`mla.bench.plan.resolve`)
 
     @property
