@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import os
-import textwrap
 import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
@@ -24,8 +23,6 @@ from mla.command.console import note, results_stream
 _UNLIMITED_COLUMNS = 10_000
 # Columns of a result that goes to a file or a pipe.
 _FILE_COLUMNS = 100
-# Columns that a cell needs which may take several lines.
-_TEXT = 36
 
 
 def width() -> int:
@@ -55,55 +52,33 @@ def aligned(
     words: Iterable[str] = (),
     *,
     styles: Sequence[str] | None = None,
+    wrapped: Iterable[str] = (),
 ) -> str:
     """Return columns two spaces apart; those titled `words` are aligned left, all others right.
 
-    `styles` are the colours of the rows, as rich names them; without any, the table is plain text.
+    `styles` are the colours of the rows, as rich names them; without any, the table is plain text. Cells of
+    columns titled `wrapped` take several lines where the table would else be wider than the result.
     """
     grid, left = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=""), set(words)
     for title in header:
-        grid.add_column(Text(title), justify="left" if title in left else "right", no_wrap=True)
+        grid.add_column(
+            Text(title),
+            justify="left" if title in left else "right",
+            no_wrap=title not in wrapped,
+            overflow="fold",
+        )
     for place, row in enumerate(rows):
         grid.add_row(*map(Text, row), style=styles[place] if styles else "")
     coloured = styles is not None
     wide = Console(
         file=io.StringIO(),
-        width=_UNLIMITED_COLUMNS,
+        width=width() if wrapped else _UNLIMITED_COLUMNS,
         force_terminal=coloured,
         color_system="standard" if coloured else None,
     )
     wide.print(grid)
     lines = wide.file.getvalue().splitlines()  # type: ignore[attr-defined]  # a StringIO
     return "".join(f"{line.rstrip()}\n" for line in lines)
-
-
-def fitted(
-    header: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    words: Iterable[str] = (),
-    *,
-    optional: Sequence[str],
-    text: str = "",
-) -> str:
-    """Return `aligned` in the width of the result, without those `optional` columns that are too wide.
-
-    They go in their order, and a last line names them. Cells titled `text` take several lines.
-    """
-    columns = dict(zip(header, zip(*rows, strict=True), strict=True))
-    widths = {title: max(map(len, (title, *cells))) for title, cells in columns.items()}
-    least = widths | ({text: min(widths[text], _TEXT)} if text else {})
-    shown, left_out = list(header), []
-    for title in optional:
-        if sum(least[name] + 2 for name in shown) - 2 > width():
-            shown.remove(title)
-            left_out.append(title)
-    if text:
-        room = max(width() - sum(widths[name] + 2 for name in shown if name != text), _TEXT)
-        columns[text] = tuple("\n".join(textwrap.wrap(cell, room)) for cell in columns[text])
-    table = aligned(shown, zip(*(columns[title] for title in shown), strict=True), words)
-    if left_out:
-        table += f"\n{width()} columns have no room for {', '.join(left_out)} (see --json)\n"
-    return table
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, padded: bool = False) -> str:

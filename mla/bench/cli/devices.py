@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +19,7 @@ from mla.bench.workload.workload_file import PRESETS as SHIPPED
 from mla.bench.workload.workload_file import read_workload
 from mla.command import environment, files
 from mla.command.console import note, out
-from mla.command.display import aligned, fitted
+from mla.command.display import aligned
 from mla.command.exit_codes import Exit, end_early
 from mla.command.options import (
     FILE,
@@ -61,7 +61,9 @@ Exit codes: 0 every call was right, 2 usage, 3 backend missing or unusable, 4 a 
 
 @click.command("list", short_help="List backends and their state, presets, or workloads.")
 @click.option("--configs", is_flag=True, help="Show the presets of --config and where they were read.")
-@click.option("--workloads", is_flag=True, help="Show the shipped workloads and where they were published.")
+@click.option(
+    "--workloads", is_flag=True, help="Show the shipped workloads; --json adds where they were published."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def list_backends(configs: bool, workloads: bool, as_json: bool) -> int:
     """Show every installed and known backend and whether it is usable. Each is probed in its own process."""
@@ -69,11 +71,9 @@ def list_backends(configs: bool, workloads: bool, as_json: bool) -> int:
         raise UsageError("--configs and --workloads are two lists: ask for one of them.")
     if workloads:
         out(_json(shipped_workloads()) if as_json else workloads_table())
-    elif configs and as_json:
-        out(_json(presets()))
     elif configs:
         words = ("name", "nope/v", "rotation", "source")
-        out(fitted(_CONFIGS, map(_row, PRESETS), words, optional=("rotation", "source")))
+        out(_json(presets()) if as_json else aligned(_CONFIGS, map(_row, PRESETS), words, wrapped=words[2:]))
     else:
         out(_backends(as_json))
     return Exit.OK
@@ -157,91 +157,94 @@ def new_backend(name: str, folder: Path) -> int:
 @backend_options("Backend to replay on. Default: the one that failed, with its options.")
 @click.option("--op", "name", metavar="NAME", help="Another op of the backend, or reference.")
 @click.option("--runs", type=click.IntRange(1, 1_000_000), default=1, show_default=True, help="Calls.")
-def replay(
-    folder: Path,
-    backend: str | None,
-    device: int | None,
-    backend_options: tuple[str, ...],
-    threads: int | None,
-    name: str | None,
-    runs: int,
-) -> int:
+def replay(folder: Path, name: str | None, runs: int, **chosen: Any) -> int:
     """Make one call again that was wrong: the same operands in the same layout, judged by the same truth."""
     from mla.failures import file
 
     kept = file.read(folder)
     kept.call()  # may say that there is none
-    origin, facts = kept.document.origin, kept.document.call
+    origin, facts, options = kept.document.origin, kept.document.call, BackendOptions(**chosen)
     assert facts is not None
-    if backend is None:
-        backend, backend_options = origin.backend, (*origin.options, *backend_options)
-    opened = open_backend(BackendOptions(backend, device, backend_options, threads))
+    if options.backend is None:
+        again = (*origin.options, *options.backend_options)
+        options = replace(options, backend=origin.backend, backend_options=again)
+    opened = open_backend(options)
     note(f"kept       {origin.where}: {kept.document.reason}")
-    reasons = file.replay(kept, opened.backend, name, runs)
-    wrong = [reason for reason in reasons if reason]
+    wrong = [reason for reason in file.replay(kept, opened.backend, name, runs) if reason]
     what = f"{facts.role} (op '{name or facts.op}') on {opened.backend.device}"
-    if not wrong and not name:
+    if wrong:
+        often = f"wrong in {len(wrong)} of {runs} calls" if runs > 1 else "wrong"
+        out(f"{what}: {often}: {wrong[0]}\n")
+        return Exit.WRONG
+    if not name:
         why = {
             True: "the op has changed since: this call was wrong by itself when it was kept",
             False: "it depends on the calls before it, as it did when it was kept",
             None: "it may depend on the calls before it, or come and go (--runs 1000)",
         }[kept.document.alone]
         note(f"the failure did not repeat: {why}")
-    if not wrong:
-        out(f"{what}: right{f' in {runs} of {runs} calls' if runs > 1 else ''}\n")
-        return Exit.OK
-    often = f"wrong in {len(wrong)} of {runs} calls" if runs > 1 else "wrong"
-    out(f"{what}: {often}: {wrong[0]}\n")
-    return Exit.WRONG
+    out(f"{what}: right{f' in {runs} of {runs} calls' if runs > 1 else ''}\n")
+    return Exit.OK
 
 
-class _Memory(click.types.StringParamType):
-    """An amount of memory, that `read_memory` reads."""
+@dataclass(frozen=True)
+class CapacityOptions:
+    """The options of `capacity`, one field each."""
 
-    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        """Return what to give where it is missing."""
-        return "Give that of one device, such as --memory 80GiB."
+    # fmt: off
+    config: Annotated[str, click.option(
+        "--config", metavar="NAME|PATH", default=DEFAULT_CONFIG, show_default=True, help="As for a run.",
+    )]
+    memory: Annotated[int, click.option(
+        "--memory", metavar="SIZE", required=True, callback=parsed_by(read_memory),
+        help="Memory that one device has for weights and cache of all attention layers, such as 80GiB.",
+    )]
+    layout: Annotated[Layout, click.option(
+        "--parallel", "layout", metavar="LAYOUT", default="tp=1", show_default=True,
+        callback=parsed_by(Layout.parse),
+        help="Layout, such as tp=8 or dp=2,tp=4; other layouts of as many devices follow.",
+    )]
+    layers: Annotated[int, click.option(
+        "--layers", type=click.IntRange(1, MAX_LAYERS), default=1, show_default=True,
+        help="Layers of the model.",
+    )]
+    dtype: Annotated[str, click.option(
+        "--dtype", metavar="DTYPE", type=Dtype(), default="bf16", show_default=True,
+        help=f"Dtype of weights, and of the cache unless it has a format: {', '.join(DTYPES)}.",
+    )]
+    cache_format: Annotated[str, click.option(
+        "--cache-format", metavar="NAME", default="", help="What the cache holds, such as fp8_ds_mla.",
+    )]
+    index_format: Annotated[str, click.option(
+        "--index-format", metavar="NAME", default="plain", show_default=True,
+        help="What index keys are held in: plain (the dtype) or fp8.",
+    )]
+    as_json: Annotated[bool, click.option(
+        "--json", "as_json", is_flag=True, help="Print JSON instead of a table.",
+    )]
+    # fmt: on
+
+    def rows(self) -> list[Capacity]:
+        """Return what the layout holds, and others of as many devices, best first. Raises `UsageError`."""
+        config = MLAConfig.named(self.config)
+        keys = "" if self.index_format == "plain" else read_index_format(self.index_format)
+        if keys and not config.index_n_heads:
+            raise UsageError(f"--index-format: '{config.name}' has no indexer, and no index keys: omit it.")
+        itemsize = 4 if self.dtype == "float32" else 2
+        others = [other for other in layouts(config, self.layout.world) if other != self.layout]
+        try:
+            first, *rest = (
+                capacity(config, layout, self.memory, self.layers, itemsize, self.cache_format, keys)
+                for layout in (self.layout, *others)
+            )
+        except CacheFormatError as error:
+            raise UsageError(f"--cache-format: {error}") from error
+        return [first, *sorted(rest, key=lambda row: -row.tokens)]
 
 
 @click.command("capacity", short_help="Count the tokens that several devices hold, by layout.")
-@click.option(
-    "--config", metavar="NAME|PATH", default=DEFAULT_CONFIG, show_default=True, help="As for a run."
-)  # fmt: skip
-@click.option(
-    "--memory", metavar="SIZE", type=_Memory(), required=True, callback=parsed_by(read_memory),
-    help="Memory that one device has for weights and cache of all attention layers, such as 80GiB.",
-)  # fmt: skip
-@click.option(
-    "--parallel", "layout", metavar="LAYOUT", default="tp=1", show_default=True,
-    callback=parsed_by(Layout.parse),
-    help="Layout, such as tp=8 or dp=2,tp=4; other layouts of as many devices follow.",
-)  # fmt: skip
-@click.option(
-    "--layers", type=click.IntRange(1, MAX_LAYERS), default=1, show_default=True, help="Layers of the model."
-)  # fmt: skip
-@click.option(
-    "--dtype", metavar="DTYPE", type=Dtype(), default="bf16", show_default=True,
-    help=f"Dtype of weights, and of the cache unless it has a format: {', '.join(DTYPES)}.",
-)  # fmt: skip
-@click.option(
-    "--cache-format", metavar="NAME", default="",
-    help="What the cache holds, such as fp8_ds_mla.",
-)  # fmt: skip
-@click.option(
-    "--index-format", metavar="NAME", default="plain", show_default=True,
-    help="What index keys are held in: plain (the dtype) or fp8.",
-)  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def capacity_command(
-    config: str,
-    memory: int,
-    layout: Layout,
-    layers: int,
-    dtype: str,
-    cache_format: str,
-    index_format: str,
-    as_json: bool,
-) -> int:
+@takes(CapacityOptions)
+def capacity_command(options: CapacityOptions) -> int:
     """Say how many tokens the devices of a layout hold together, and how much of the cache is repeated.
 
     tp repeats the whole latent on every device; dcp spreads the tokens of a request, and dp the requests.
@@ -250,21 +253,8 @@ def capacity_command(
     Exit code 0; 2 for a config, layout or format that does not exist, heads or an indexer that the layout
     cannot split, or latents that the format cannot hold.
     """
-    chosen = MLAConfig.named(config)
-    keys = "" if index_format == "plain" else read_index_format(index_format)
-    if keys and not chosen.index_n_heads:
-        raise UsageError(f"--index-format: '{chosen.name}' has no indexer, and no index keys: omit it.")
-    itemsize = 4 if dtype == "float32" else 2
-
-    def held_by(parallel: Layout) -> Capacity:
-        try:
-            return capacity(chosen, parallel, memory, layers, itemsize, cache_format, keys)
-        except CacheFormatError as error:
-            raise UsageError(f"--cache-format: {error}") from error
-
-    alternatives = [held_by(parallel) for parallel in layouts(chosen, layout.world) if parallel != layout]
-    rows = [held_by(layout), *sorted(alternatives, key=lambda row: -row.tokens)]
-    out(_json([_layout_object(row) for row in rows]) if as_json else _layouts(rows))
+    rows = options.rows()
+    out(_json([_layout_object(row) for row in rows]) if options.as_json else _layouts(rows))
     return Exit.OK
 
 
@@ -373,7 +363,7 @@ def _native(backend: Backend, names: list[str], *, explicit: bool) -> list[torch
 # --------------------------------------------------------------------------------------------------- catalog
 
 _CONFIGS = ("name", "hidden", "heads", "q_lora", "latent", "nope/v", "rotation", "source")
-_WORKLOADS = ("name", "scenarios", "config", "op", "about", "source")
+_WORKLOADS = ("name", "scenarios", "config", "about")
 
 
 def presets() -> list[dict[str, Any]]:
@@ -417,10 +407,9 @@ def _rotation(config: MLAConfig) -> str:
 
 
 def workloads_table() -> str:
-    """Return a table with a row per shipped workload, as wide as the result; "-" means none."""
-    rows = [[str(value) if value else "-" for value in facts.values()] for facts in shipped_workloads()]
-    words = ("name", "config", "op", "about", "source")
-    return fitted(_WORKLOADS, rows, words, optional=("source", "op", "config"), text="about")
+    """Return a table with a row per shipped workload, as wide as the result."""
+    rows = [[str(workload[title]) for title in _WORKLOADS] for workload in shipped_workloads()]
+    return aligned(_WORKLOADS, rows, ("name", "config", "about"), wrapped=("about",))
 
 
 def shipped_workloads() -> list[dict[str, Any]]:
