@@ -11,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
+import select
 import signal
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -70,31 +72,32 @@ def _beyond_standard(number: int) -> int:
 
 
 class _Supervisor:
-    """Waits for a child, and hears what it is doing."""
+    """Waits for a child, passes signals on, and hears what it is doing."""
 
-    def __init__(self, child: subprocess.Popen[bytes], reader: int) -> None:
-        self._child, self._signal = child, 0
-        self._heard: dict[str, Any] = {}
-        self._changed = threading.Event()
-        self._listener = threading.Thread(target=self._listen, args=(reader,), daemon=True)
-        self._patience = threading.Thread(target=self._say_late, daemon=True)
+    def __init__(self, child: subprocess.Popen[bytes], line: int) -> None:
+        self._child, self._line, self._open, self._signal = child, line, True, 0
+        self._text, self._heard = b"", dict[str, Any]()
+        self._late = math.inf  # when to say that what the child does takes long
 
     def wait(self) -> int:
         """Return the exit code of the child, or our own after a sentence about its end."""
-        # A handler would run late or never: the kernel may hand a signal to another thread, and then nothing
-        # wakes this one. So no thread takes them, and this one waits for them by name.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        watched = {
-            number
-            for number in (*_SIGNALS, signal.SIGTSTP, signal.SIGCONT, signal.SIGCHLD)
-            if signal.getsignal(number) != signal.SIG_IGN  # as under nohup, where the child ignores it too
-        }
-        signal.pthread_sigmask(signal.SIG_BLOCK, watched)
-        self._listener.start()
-        self._patience.start()
+        woken, wake = map(_beyond_standard, os.pipe())
+        for number in (woken, wake, self._line):
+            os.set_blocking(number, False)
+        signal.set_wakeup_fd(wake)  # gets the number of every signal, also of one that comes before the wait
+        for signum in (*_SIGNALS, signal.SIGCHLD):
+            if signal.getsignal(signum) != signal.SIG_IGN:  # as under nohup, where the child ignores it too
+                signal.signal(signum, lambda *_: None)
         while (code := self._child.poll()) is None:
-            self._take(signal.sigwait(watched))
-        self._listener.join(1.0)  # its own children may hold the line open
+            late = None if self._late == math.inf else max(0.0, self._late - time.monotonic())
+            ready, _, _ = select.select([woken, *[self._line] * self._open], [], [], late)
+            if woken in ready:
+                self._pass_on(os.read(woken, 64))
+            self._hear()
+            if time.monotonic() >= self._late:
+                _say(self._heard["late"])
+                self._late = math.inf
+        self._hear()
         if "code" in self._heard:
             return code if code >= 0 else int(self._heard["code"])  # its libraries may crash as they end
         if self._signal and code == -self._signal:  # before it could say so
@@ -103,36 +106,25 @@ class _Supervisor:
         _say(f"error: the process ended{where}: {_end(code)}{hint}")
         return DIED
 
-    def _take(self, number: int) -> None:
-        """Pass a signal on; SIGTSTP stops this process, too, until SIGCONT continues both."""
-        if number == signal.SIGCHLD:
-            return
-        if number in _SIGNALS:
+    def _pass_on(self, numbers: bytes) -> None:
+        for number in (number for number in numbers if number in _SIGNALS):
             self._signal = number
-        with contextlib.suppress(ProcessLookupError):
-            self._child.send_signal(number)
-        if number == signal.SIGTSTP:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
-            os.kill(os.getpid(), number)
-            signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+            with contextlib.suppress(ProcessLookupError):
+                self._child.send_signal(number)
 
-    def _listen(self, reader: int) -> None:
-        with open(reader, errors="replace") as line:
-            for text in line:
-                with contextlib.suppress(ValueError):  # whatever a plugin wrote there
-                    heard = json.loads(text)
-                    self._heard = heard if isinstance(heard, dict) else self._heard
-                    self._changed.set()
-
-    def _say_late(self) -> None:
-        """Say that what the child does takes long, as far as it has set a limit."""
-        while True:
-            self._changed.wait(self._heard.get("patience"))
-            if self._changed.is_set():
-                self._changed.clear()
-            else:
-                _say(self._heard.pop("late", ""))
-                self._heard.pop("patience", None)
+    def _hear(self) -> None:
+        """Read what the child has said by now; the last sentence counts."""
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(self._line, 1 << 16):
+                self._text += data
+            self._open = False  # the child has closed it
+        *lines, self._text = self._text.split(b"\n")
+        for text in lines:
+            with contextlib.suppress(ValueError):  # whatever a plugin wrote there
+                heard = json.loads(text)
+                if isinstance(heard, dict):
+                    self._heard = heard
+                    self._late = time.monotonic() + (heard.get("patience") or math.inf)
 
 
 def _end(code: int) -> str:
