@@ -12,7 +12,7 @@ import torch
 
 from mla.cases import stress
 from mla.cases.memory import PLAIN_LAYOUT, Layout, Tensors, poison
-from mla.cases.stress import Stress
+from mla.cases.stress import USUAL, Stress
 from mla.config import MLAConfig
 from mla.cost import Work
 from mla.layer.rope import RotaryTable
@@ -62,10 +62,10 @@ class OpCase:
     biased: bool = False
     interleaved: bool = True
     eps: float = 1e-6
-    rope: MLAConfig | None = None  # the layer whose angles rotate; by default they are drawn
-    stress: Stress | None = None  # None: numbers as a layer has them
+    rope: MLAConfig | None = None  # the layer whose angles and slots these are; by default they are drawn
+    stress: Stress = USUAL
     selection: str = "random"  # how selected tokens lie: a key of `mla.cases.sparse.SELECTIONS`
-    values: tuple[str, ...] = ()  # what else is unusual about them: keys of `mla.cases.values.PATTERNS`
+    values: tuple[str, ...] = ()  # what else is unusual about numbers: keys of `mla.cases.stress.PATTERNS`
     layout: Layout = PLAIN_LAYOUT
 
     def but(self, **changes: Any) -> OpCase:
@@ -77,7 +77,7 @@ class OpCase:
             changes["query_lens"] = changes["kv_lens"] = (changes.pop("tokens"),)
         for part in ("spec", "stress", "layout"):
             value = changes.pop(part, getattr(self, part))
-            names = {field.name for field in fields(value)} & changes.keys() if value else ()
+            names = {field.name for field in fields(value)} & changes.keys()
             changes[part] = replace(value, **{name: changes.pop(name) for name in names}) if names else value
         return replace(self, **changes)
 
@@ -90,7 +90,7 @@ class OpCase:
             self, biased=False, interleaved=True, eps=1e-6, causal=True, seed=0, selection="random"
         )
         special = [stored] if (stored := getattr(self.spec, "cache_format", "")) else []
-        special += stress.words(self, usual) + (stress.words(self.stress, Stress()) if self.stress else [])
+        special += stress.words(self, usual) + stress.words(self.stress, USUAL)
         return ", ".join([title, *special, *self.values]) + self.layout.label
 
     @property
@@ -106,7 +106,7 @@ class OpCase:
     @property
     def alike(self) -> list[slice]:
         """The rows of each size: they are judged together."""
-        sizes = min(stress.SIZES, max(1, self.rows)) if self.stress and self.stress.spread else 1
+        sizes = min(stress.SIZES, max(1, self.rows)) if self.stress.spread else 1
         return [slice(first, None, sizes) for first in range(sizes)]
 
     @property
@@ -123,12 +123,18 @@ class OpCase:
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """Of every new token: the first key of its request, and how many it sees, at most none."""
+        """Of every new token: the first key of its request, and how many it sees, at least none."""
         first, spans = 0, list[tuple[int, int]]()
         for new, keys in zip(self.query_lens, self.kv_lens, strict=True):
-            spans += [(first, max(0, keys - new + i + 1)) for i in range(new)]
+            spans += [(first, max(0, keys - new + i + 1) if self.causal else keys) for i in range(new)]
             first += keys
         return spans
+
+    @property
+    def requests_of_keys(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of every key: the first key of its request [K], and the number of them [K] int64."""
+        lengths = torch.tensor(self.kv_lens)
+        return (lengths.cumsum(0) - lengths).repeat_interleave(lengths), lengths.repeat_interleave(lengths)
 
     @property
     def new_keys(self) -> torch.Tensor:
@@ -216,13 +222,13 @@ class Kind:
 
     spec: ClassVar[type]
     title: ClassVar[str] = "{q} tokens"  # how large a case is: of its sizes, its spec and its page size
-    letters: ClassVar[Mapping[str, str]]  # -> field of the spec
+    letters: Mapping[str, str]  # -> field of the spec
     operands: ClassVar[Mapping[str, str]]  # tensors of a call but the cache -> shape; outputs are among them
-    results: ClassVar[Mapping[str, str]]  # -> shape
+    results: Mapping[str, str]  # -> shape
     usual: ClassVar[Mapping[str, Any]]  # the spec of most layers, but for its dtype and device
     truths: Mapping[str, str]  # what `truth` returns -> shape; the results, unless an entry says otherwise
-    scalars: ClassVar[Mapping[str, type]] = {}
-    dtypes: ClassVar[Mapping[str, torch.dtype]] = DTYPES
+    scalars: Mapping[str, type] = {}
+    dtypes: Mapping[str, torch.dtype] = DTYPES
     prepares: ClassVar[bool] = False  # a state for a batch's lengths
     in_place: ClassVar[bool] = False  # the output may be the input
     packed: ClassVar[str] = ""  # the shape of a weight that the op packs

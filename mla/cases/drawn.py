@@ -17,11 +17,10 @@ import torch
 from hypothesis import strategies as st
 
 from mla.cache.formats import codec_of
-from mla.cases.case import KINDS, OpCase
+from mla.cases.case import OpCase
 from mla.cases.memory import Layout, edges
 from mla.cases.played import Scene
-from mla.cases.stress import Stress, words
-from mla.cases.values import LARGE_ONES, patterns_of
+from mla.cases.stress import LARGE_ONES, UNUSUAL, USUAL, Stress, words
 from mla.errors import CacheFormatError
 from mla_backends.api import AttentionSpec, LinearSpec, NormSpec
 
@@ -244,13 +243,13 @@ def linear_case(draw: Draw, field: Field) -> OpCase:
     rows = some_rows(draw, groups * max(inputs, outputs))
     rows = min(rows, max(1, MAX_PRODUCTS // (groups * inputs * outputs)))
     biased = field.kind == "linear" and draw(st.booleans())
-    return OpCase(field.kind, spec, (rows,), (rows,), stress=Stress(), biased=biased)
+    return OpCase(field.kind, spec, (rows,), (rows,), biased=biased)
 
 
 def norm_case(draw: Draw, field: Field) -> OpCase:
     spec = field.served(NormSpec(near(draw, draw(among(700, 8200))), field.dtype, field.device))
     rows, eps = some_rows(draw, spec.features), draw(among(1e-6, 1e-5, 1e-2))
-    return OpCase(field.kind, spec, (rows,), (rows,), stress=Stress(), eps=eps)
+    return OpCase(field.kind, spec, (rows,), (rows,), eps=eps)
 
 
 def rotation_case(draw: Draw, field: Field) -> OpCase:
@@ -260,7 +259,7 @@ def rotation_case(draw: Draw, field: Field) -> OpCase:
     if not field.serves(spec):
         spec = field.attention(heads, DEEPSEEK)
     rows = some_rows(draw, heads * spec.qk_rope_head_dim)
-    return OpCase(field.kind, spec, (rows,), (rows,), stress=Stress(), interleaved=draw(st.booleans()))
+    return OpCase(field.kind, spec, (rows,), (rows,), interleaved=draw(st.booleans()))
 
 
 def dims(draw: Draw) -> tuple[int, ...]:
@@ -331,7 +330,7 @@ def attention_case(draw: Draw, field: Field) -> OpCase:
     new, keys = columns(pairs)
     layout, spec = Layout(page_size=page), spec_of(heads)
     spec = field.stored(draw, spec) if latent else spec
-    return OpCase(field.kind, spec, new, keys, causal=causal, stress=Stress(), layout=layout)
+    return OpCase(field.kind, spec, new, keys, causal=causal, layout=layout)
 
 
 def columns(pairs: Pairs) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -424,41 +423,21 @@ def layout_of(draw: Draw, case: OpCase) -> Layout:
 
 # --------------------------------------------------------------------------------------------- numbers
 
-# Names of what may be unusual about numbers, beside the patterns of `mla.cases.values` -> fields of `Stress`.
-ROWWISE: Mapping[str, Mapping[str, Any]] = {
-    "three sizes": {"spread": 10},
-    "large": {"gain": 30.0},
-    "small": {"gain": 1e-2},
-}
-PRODUCTS: Mapping[str, Mapping[str, Any]] = {"cancels": {"cancels": True}, "outlier": {"outlier": True}}
-SIZES: Mapping[str, Mapping[str, Any]] = {"small rows": {"size": 1e-3}, "large rows": {"size": 300.0}}
-LOGITS_OF: Mapping[str, Mapping[str, Any]] = {
-    "large logits": {"gain": 30.0},
-    "huge logits": {"gain": 1000.0},
-    "even": {"gain": 0.1},
-}
-
-
-def stresses(kind: str) -> Mapping[str, Mapping[str, Any]]:
-    """Return what may be unusual about the numbers of a kind, by name."""
-    if KINDS[kind].prepares:
-        return LOGITS_OF
-    if kind in ("rms_norm", "write_latent", "write_index_key"):
-        return {"three sizes": ROWWISE["three sizes"], **SIZES}
-    return {**ROWWISE, **(PRODUCTS if KINDS[kind].packed else {})}
-
 
 def numbers(draw: Draw, case: OpCase) -> Mapping[str, Any]:
     """Draw what is unusual about the numbers of a case: fields of it, and of its stress."""
-    stressed, patterns = stresses(case.kind), patterns_of(case.kind)
-    names = among(*patterns, *stressed)
+    names = among(*(name for name, (kinds, _) in UNUSUAL.items() if case.kind in kinds))
     chosen = dict.fromkeys(draw(names) for _ in range(draw(among(0, 0, 0, 1, 1, 2))))
     large = [name for name in chosen if name in LARGE_ONES]
     changes: dict[str, Any] = {"aimed": True} if case.entry.prepares and draw(st.booleans()) else {}
-    kept = sorted({*chosen} - {*large[1:]})
-    for name in kept:
-        changes |= stressed.get(name, {})
-    return {**changes, "values": tuple(name for name in kept if name in patterns)}
+    patterns = []
+    for name in sorted({*chosen} - {*large[1:]}):
+        how = UNUSUAL[name][1]
+        if callable(how):
+            patterns.append(name)
+        else:
+            changes |= how
+    return {**changes, "values": tuple(patterns)}
 
 
 # ---------------------------------------------------------------------------------------------- scenes
@@ -511,7 +490,7 @@ def sequence(draw: Draw, field: Field, scene: Scene) -> Scene:
         other = derived(case, what)
     other = replace(other, seed=case.seed + 1)
     order = draw(among(*TURNS))
-    as_first = replace(case.stress, order=other.stress.order)  # type: ignore[union-attr, type-var]
+    as_first = replace(case.stress, order=other.stress.order)
     alike = replace(other, seed=case.seed, values=case.values, stress=as_first) == case
     memory = alike and draw(st.booleans()) and not case.layout.pages  # which nobody restores
     lent = alike and case.entry.prepares and draw(st.booleans())
@@ -543,8 +522,7 @@ def derived(case: OpCase, how: str) -> OpCase:
         pairs = pairs[::-1]
     elif how == "other pages" and case.entry.cached:  # or slots
         other = case.but(shuffle=case.layout.shuffle + 1, pages=0)
-        turned = "falling" if case.stress and case.stress.order == "rising" else "rising"
-        return other.but(order=turned) if case.stress else other
+        return other.but(order="falling" if case.stress.order == "rising" else "rising")
     elif (
         how == "other mask"
         and case.kind == "expanded_attention"
@@ -573,8 +551,7 @@ def axes(scene: Scene) -> Iterator[tuple[str, Any]]:
             yield "selection", case.selection
         if case.entry.stored is not None or "b" in case.entry.letters:
             yield "cache", case.spec.cache_format or "plain"
-        assert case.stress is not None
-        yield "numbers", ", ".join([*words(case.stress, Stress()), *case.values]) or "ordinary"
+        yield "numbers", ", ".join([*words(case.stress, USUAL), *case.values]) or "ordinary"
         memory = [name for name in ("gaps", "repeated", "pages") if getattr(case.layout, name)]
         yield "memory", ", ".join(memory + ["shared"] * any(case.layout.shared)) or "plain"
     yield "calls", scene.calls

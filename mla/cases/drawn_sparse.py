@@ -96,7 +96,7 @@ def select_case(draw: Draw, field: Field) -> OpCase:
     pairs = fitting(pairs, lambda pairs: fits(pairs, spec.num_heads))
     new, keys = columns(served_lengths(field, spec, pairs, page))
     layout, how = Layout(page_size=page), draw(among(*SELECTIONS))
-    return OpCase(field.kind, spec, new, keys, stress=Stress(), layout=layout, selection=how)
+    return OpCase(field.kind, spec, new, keys, layout=layout, selection=how)
 
 
 def sparse_case(draw: Draw, field: Field) -> OpCase:

@@ -4,17 +4,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from mla import cost
 from mla.cache.formats import Codec, codec_of, latents
 from mla.cases import stress
-from mla.cases.case import BYTES, DTYPES, KINDS, Kind, Lengths, Normal, OpCase
+from mla.cases.case import BYTES, KINDS, Kind, Lengths, Normal, OpCase
 from mla.cases.memory import Pages, Tensors, changed_slots, poison
 from mla.cases.varied import Pool, Products, Queries, draw_signs
 from mla.verify.layer_check import TAIL
@@ -61,7 +61,7 @@ class Linear(Kind):
         biased = case.biased and "bias" in self.operands
         bias = {"bias": normal(case.spec.out_features)} if biased else {}
         weight = normal(*case.shape(self.packed), scale=features**-0.5)
-        x, weight = stress.products(case, x, weight) if case.stress else (x, weight)
+        x, weight = stress.products(case, x, weight)
         return {"x": x, "weight": weight, **bias}
 
     def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
@@ -92,8 +92,8 @@ class RmsNorm(Kind):
 
     def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
         features = case.spec.features
-        x = stress.rows(case, normal(rows, features), case.stress.size if case.stress else 1.0)
-        return {"x": x, "weight": norm_weight(case, normal, features)}
+        x = stress.spread(case, normal(rows, features), case.stress.size)
+        return {"x": x, "weight": normal(features) * case.stress.gain}  # one that nobody can do without
 
     def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
         return {"out": true_norm(given["x"], given["weight"], given["eps"])}
@@ -101,11 +101,6 @@ class RmsNorm(Kind):
     def signs(self, case: OpCase, draw: torch.Generator) -> Tensors:
         signs = draw_signs(draw, case.spec.features)
         return {"x": signs, "out": signs}
-
-
-def norm_weight(case: OpCase, normal: Normal, features: int) -> torch.Tensor:
-    """Return the weight [features] of a norm: about 1, or one that nobody can do without."""
-    return 1 + normal(features, scale=0.1) if case.stress is None else normal(features) * case.stress.gain
 
 
 class RotateQuery(Kind):
@@ -122,8 +117,7 @@ class RotateQuery(Kind):
 
     def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
         x = normal(rows, case.spec.num_heads, case.spec.qk_rope_head_dim)
-        x = stress.rows(case, x, case.stress.gain if case.stress else 1.0)
-        return {"x": x, "cos_sin": case.angles(rows)}
+        return {"x": stress.spread(case, x, case.stress.gain), "cos_sin": case.angles(rows)}
 
     def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
         return {"out": true_rotation(given["x"], given["cos_sin"], given["interleaved"])}
@@ -151,7 +145,7 @@ class WritesSlots(Kind):
 
     def place(self, call: Call) -> None:
         case = call.case
-        if case.stress is not None:
+        if case.rope is None:
             slots, count = stress.slots(case)
             call.lay("slots", slots, fill=count * case.layout.page_size - 1)
             return
@@ -170,7 +164,7 @@ class WritesSlots(Kind):
 
     def strays(self, case: OpCase, arguments: Mapping[str, Any]) -> str:
         cache = self.by_token(arguments["cache"])
-        before = self.blank(case)["cache"] if case.stress else marker(cache.dtype)
+        before = self.blank(case)["cache"] if case.rope is None else marker(cache.dtype)
         count, first = changed_slots(cache, before, arguments["slots"])
         clause = f"{count} slots other than those of the new tokens have changed, the first is {first}"
         return clause if count else ""
@@ -196,10 +190,9 @@ class WriteLatent(WritesSlots):
     def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
         c = case.spec.kv_lora_rank
         kv_a = normal(rows, *case.shape(self.operands["kv_a"])[1:])
-        if case.stress:
-            kv_a = stress.rows(case, kv_a, case.stress.size)
-            kv_a[:, c:] *= case.stress.gain
-        return {"kv_a": kv_a, "weight": norm_weight(case, normal, c), "cos_sin": case.angles(rows)}
+        kv_a = stress.spread(case, kv_a, case.stress.size)
+        kv_a[:, c:] *= case.stress.gain
+        return {"kv_a": kv_a, "weight": normal(c) * case.stress.gain, "cos_sin": case.angles(rows)}
 
     def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
         latent, key = given["kv_a"].split((spec.kv_lora_rank, spec.qk_rope_head_dim), dim=1)
@@ -216,42 +209,52 @@ class WriteLatent(WritesSlots):
         return {"latent": rows[:, :c], "key": rows[:, c:]}
 
 
-STORED: Mapping[str, Any] = {
-    "letters": {**ATTENTION, "b": "token_bytes"},
-    "dtypes": {**DTYPES, **dict.fromkeys(("cache", *BYTES), torch.uint8)},
-}
-
-
 ENDS = ("low", "high")  # between which a decoded number is
 
 
-class StoredLatent(WriteLatent):
-    """The same to a cache of bytes: held to the codec, and never to what other ops err."""
+class OfBytes(Kind):
+    """What an op over a cache of bytes differs in; it precedes the op's own class."""
 
-    title = "{q} tokens, page {page}, latents of {c} and {r}"
-    results = {"latent": "T c", "key": "T r", "bytes": "T b", "codes": "T b"}
-    truths = {**results, "low": "T c+r", "high": "T c+r"}
-    scalars = {**WriteLatent.scalars, "cache_format": str}
-    letters = STORED["letters"]
-    dtypes = {**STORED["dtypes"], "latent": torch.float32, "key": torch.float32}
     cached = "b"
-    decoded: tuple[str, ...] = ("latent", "key")  # results that bytes are decoded to, in order
+    widths: tuple[str, ...] = ("kv_lora_rank", "qk_rope_head_dim")  # of a row's numbers: fields of the spec
+    find: Callable[..., Codec | None] = staticmethod(codec_of)  # of a format's name, and widths
+
+    def __init__(self) -> None:
+        self.letters = {**self.letters, "b": "token_bytes"}
+        self.scalars = {**self.scalars, "cache_format": str}
+        self.dtypes = {**self.dtypes, **dict.fromkeys(("cache", *BYTES), torch.uint8)}
+        super().__init__()
+
+    def codec(self, spec: Any) -> Codec:
+        """Return the codec of the cache of a spec."""
+        return cast("Codec", self.find(spec.cache_format, *(getattr(spec, name) for name in self.widths)))
+
+
+class Stores(OfBytes):
+    """Rows that are written are held to the codec, and never to what other ops err."""
+
+    def __init__(self) -> None:
+        self.decoded = self.results  # what bytes are decoded to, in order
+        self.results = {**self.decoded, **dict.fromkeys(BYTES, "T b")}
+        width = "+".join(words.split()[1] for words in self.decoded.values())
+        self.truths = {**self.results, **dict.fromkeys(ENDS, f"T {width}")}
+        self.dtypes = {**self.dtypes, **dict.fromkeys(self.decoded, torch.float32)}
+        super().__init__()
 
     def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
         true = super().truth(spec, given, lengths)
-        return true | stored_truth(true["latent"], true["key"], codec_for(spec), spec.dtype)
+        latent, *rest = true.values()
+        key = rest[0] if rest else latent[:, :0]
+        return true | stored_truth(latent, key, self.codec(spec), spec.dtype)
 
     def signs(self, case: OpCase, draw: torch.Generator) -> Tensors:
         return {}  # bytes have none
 
     def written(self, arguments: Mapping[str, Any]) -> Tensors:
-        rows = WritesSlots.written(self, arguments)["rows"]
-        codec = codec_of(
-            arguments["cache_format"], arguments["weight"].shape[0], arguments["cos_sin"].shape[1]
-        )
-        assert codec is not None
-        latent, key = codec.decode(rows)
-        return {"latent": latent, "key": key, **dict.fromkeys(BYTES, rows)}
+        rows = WritesSlots.written(cast("WritesSlots", self), arguments)["rows"]
+        widths = [arguments[name].shape[-1] for name in ("weight", "cos_sin")[: len(self.widths)]]
+        parts = cast("Codec", self.find(arguments["cache_format"], *widths)).decode(rows)
+        return {**dict(zip(self.decoded, parts, strict=False)), **dict.fromkeys(BYTES, rows)}
 
     def judged(self, op: FusedOp) -> list[str]:
         return [*self.decoded, "bytes" if op.encodes_rounded else "codes"]
@@ -275,11 +278,24 @@ class StoredLatent(WriteLatent):
             yield ratio, f"{name}: {reason}" if reason else ""
 
 
-def codec_for(spec: Any) -> Codec:
-    """Return the codec of the cache of a spec that has a format."""
-    codec = codec_of(spec.cache_format, spec.kv_lora_rank, spec.qk_rope_head_dim)
-    assert codec is not None
-    return codec
+class Reads(OfBytes):
+    """Keys are drawn, and then encoded: the truth is that of the decoded numbers."""
+
+    def encoded(self, case: OpCase, given: Tensors) -> Tensors:
+        codec = self.codec(case.spec)
+
+        def encode(keys: torch.Tensor) -> torch.Tensor:
+            return codec.encode(*keys.split((codec.c, codec.r), dim=1))
+
+        return {**given, "keys": in_parts(encode, given["keys"])}
+
+    def keys(self, spec: Any, given: Mapping[str, torch.Tensor]) -> Any:
+        keys = in_parts(partial(latents, codec=self.codec(spec)), given["keys"])
+        return super().keys(spec, {"keys": keys})  # type: ignore[misc]  # of an op that has keys
+
+
+class StoredLatent(Stores, WriteLatent):
+    """A write of latents to a cache of bytes."""
 
 
 class Attention(Kind):
@@ -384,35 +400,17 @@ class LatentAttention(OverPages, Attention):
     cost = staticmethod(cost.latent_attention_cost)
 
     def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
-        spec, width = case.spec, case.shape(self.operands["q"])[2]
+        width = case.shape(self.operands["q"])[2]
         q, keys = normal(rows, width), normal(sum(case.kv_lens), width)
-        if case.stress:
-            return {"q": stress.queries(case, q, keys[:, None]), "keys": keys}
-        q[..., : spec.kv_lora_rank] *= (spec.qk_nope_head_dim / spec.kv_lora_rank) ** 0.5  # as after W_UK
-        return {"q": q, "keys": keys}
+        return {"q": stress.queries(case, q, keys[:, None]), "keys": keys}
 
     def keys(self, spec: Any, given: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         keys = given["keys"][:, None]
         return keys, keys[..., : spec.kv_lora_rank]
 
 
-class StoredAttention(LatentAttention):
-    """The same over a cache of bytes: the truth is that of the decoded numbers."""
-
-    scalars = {**LatentAttention.scalars, "cache_format": str}
-    letters, dtypes = STORED["letters"], STORED["dtypes"]
-    cached = "b"
-
-    def encoded(self, case: OpCase, given: Tensors) -> Tensors:
-        codec = codec_for(case.spec)
-
-        def encode(keys: torch.Tensor) -> torch.Tensor:
-            return codec.encode(*keys.split((codec.c, codec.r), dim=1))
-
-        return {**given, "keys": in_parts(encode, given["keys"])}
-
-    def keys(self, spec: Any, given: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        return super().keys(spec, {"keys": in_parts(partial(latents, codec=codec_for(spec)), given["keys"])})
+class StoredAttention(Reads, LatentAttention):
+    """The same over a cache of bytes."""
 
 
 class ExpandedAttention(Attention):
@@ -425,7 +423,7 @@ class ExpandedAttention(Attention):
     def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
         k, v = (case.shape(self.operands[name]) for name in ("k", "v"))
         given = {"q": normal(rows, k[2]), "k": normal(*k), "v": normal(*v)}
-        return given | ({"q": stress.queries(case, given["q"], given["k"])} if case.stress else {})
+        return given | {"q": stress.queries(case, given["q"], given["k"])}
 
     def keys(self, spec: Any, given: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         return given["k"], given["v"]

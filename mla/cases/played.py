@@ -27,9 +27,8 @@ from mla.cases.memory import (
     same_words,
     scattered,
 )
-from mla.cases.stress import Drawing
-from mla.cases.values import LARGE_ONES
-from mla.cases.values import shape as shaped
+from mla.cases.stress import LARGE_ONES, USUAL, drawing
+from mla.cases.stress import shape as shaped
 from mla.reference import REFERENCE
 from mla.verify.layer_check import stands_for
 from mla.verify.places import Places
@@ -48,7 +47,6 @@ UNDERFLOW = 1e-30  # of values, relative to others: a weight may be as small, or
 ALIKE, DRIFT = frozenset(("equal keys", "all logits low", "rows of zeros", "all zero")), 2.0**-25
 # A float32 sum of n terms that cancels to an eighth, in the worst order: times sqrt(n).
 CANCELLED = 8 * 0.43 * 2.0**-24 / math.sqrt(2)
-USUAL = 1.0  # the gain of queries up to which logits are ordinary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +89,11 @@ class Host:
     varied: tuple[str, ...] = ()  # every call has the same operands
 
     def __init__(self, case: OpCase, given: Tensors | None = None) -> None:
-        """Draw the operands unless they are given. `case` has a stress, and is on the host."""
+        """Draw the operands unless they are given. `case` is on the host."""
         self.case, self.entry = case, case.entry
         drawn = given
         if drawn is None:
-            drawn = shaped(case, self.entry.draw(case, Drawing(case), self.entry.rows(case)))
+            drawn = shaped(case, self.entry.draw(case, drawing(case), self.entry.rows(case)))
             drawn = self.entry.encoded(case, drawn)
         shapes = {name: case.shape(self.entry.operands[name]) for name in self.entry.varied}
         self.given = drawn | {name: drawn[name].view(shape) for name, shape in shapes.items()}
@@ -142,12 +140,11 @@ class Host:
         What is large and cancels in a logit leaves an error that the logit does not show.
         """
         case, stress, exact = self.case, self.case.stress, self.case.spec.dtype == torch.float32
-        if exact and stress is not None and stress.cancels:
+        if exact and stress.cancels:
             rows = torch.ones(case.results["out"][:-1]).double()
             return {"out": rows * CANCELLED * math.sqrt(case.spec.in_features)}
         alike = not ALIKE.isdisjoint(case.values)
-        loud = stress is not None and stress.gain > USUAL
-        unusual = loud or alike or not LARGE_ONES.isdisjoint(case.values)
+        unusual = stress.gain > USUAL.gain or alike or not LARGE_ONES.isdisjoint(case.values)
         if not (self.entry.held and case.entry.prepares and unusual):
             return {}
         sizes = self.given["q"].double().norm(dim=-1)

@@ -5,32 +5,30 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from math import ceil
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from mla import cost
 from mla.cache.index_formats import SCALE_BYTES, IndexFp8, index_codec
 from mla.cases import stress
-from mla.cases.case import BYTES, DTYPES, KINDS, Normal, OpCase, generator
+from mla.cases.case import DTYPES, KINDS, Normal, OpCase, generator
 from mla.cases.kinds import (
     DEEPSEEK,
     LatentAttention,
+    OfBytes,
     OverPages,
-    StoredAttention,
-    StoredLatent,
+    Reads,
+    Stores,
     WritesSlots,
-    norm_weight,
 )
 from mla.cases.memory import Tensors, poison
-from mla.cases.varied import HOMES, VARIETY, Change, Pool, Queries, draw_signs
+from mla.cases.varied import Change, Pool, Queries
 from mla.cost import Work
 from mla.verify.op_oracle import Weights, attend_selected, true_layer_norm, true_rotation
 from mla.verify.places import Places
 from mla.verify.selections import judge_selection, true_selection
-from mla.verify.stored import stored_truth
 from mla_backends.api import FusedOp, IndexerSpec, SegmentLengths
 
 if TYPE_CHECKING:
@@ -140,17 +138,13 @@ class WriteIndexKey(WritesSlots):
 
     def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
         d = case.spec.head_dim
-        k = normal(rows, d)
-        if case.stress:
-            k = stress.rows(case, k + 0.5, case.stress.size)  # a mean that the norm takes away
-        weight, bias = norm_weight(case, normal, d), normal(d, scale=0.5)
+        k = stress.spread(case, normal(rows, d) + 0.5, case.stress.size)  # a mean that the norm takes away
+        weight, bias = normal(d) * case.stress.gain, normal(d, scale=0.5)
         return {"k": k, "weight": weight, "bias": bias, "cos_sin": case.angles(rows)}
 
     def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
-        key, turned = (
-            true_layer_norm(*(given[name] for name in ("k", "weight", "bias", "eps"))),
-            spec.rope_head_dim,
-        )
+        key = true_layer_norm(*(given[name] for name in ("k", "weight", "bias", "eps")))
+        turned = spec.rope_head_dim
         first = true_rotation(key[:, :turned], given["cos_sin"], given["interleaved"])
         return {"key": torch.cat((first, key[:, turned:]), dim=1)}
 
@@ -158,109 +152,55 @@ class WriteIndexKey(WritesSlots):
         return {"key": super().written(arguments)["rows"]}
 
 
-class StoredIndexKey(WriteIndexKey):
-    """The same to pages of bytes, whose values come before their scales; held to the codec."""
+class OfIndexBytes(OfBytes):
+    """Pages of bytes in which the values of all tokens come before their scales."""
 
-    results = {"key": "T d", "bytes": "T b", "codes": "T b"}
-    truths = {**results, "low": "T d", "high": "T d"}
-    scalars = {**WriteIndexKey.scalars, "cache_format": str}
-    letters = {**OF_KEYS, "b": "token_bytes"}
-    dtypes = {**DTYPES, **dict.fromkeys(("cache", *BYTES), torch.uint8), "key": torch.float32}
-    cached, decoded = "b", ("key",)
-    judged = StoredLatent.judged
-    faults = StoredLatent.faults
-
-    def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
-        true = super().truth(spec, given, lengths)
-        return true | stored_truth(true["key"], true["key"][:, :0], codec_for(spec.head_dim), spec.dtype)
+    widths, find = ("head_dim",), staticmethod(index_codec)
 
     def by_token(self, cache: torch.Tensor) -> torch.Tensor:
         """Return the bytes of tokens [pages, page, D + 4]: codes, then the scale. A copy."""
-        return codec_for(cache.shape[2] - SCALE_BYTES).rows(cache)
+        return IndexFp8(cache.shape[2] - SCALE_BYTES).rows(cache)
 
-    def written(self, arguments: Mapping[str, Any]) -> Tensors:
-        rows = WritesSlots.written(self, arguments)["rows"]
-        return {"key": codec_for(arguments["weight"].shape[0]).decode(rows)[0], **dict.fromkeys(BYTES, rows)}
+    def put(self, call: Call, slots: torch.Tensor, rows: torch.Tensor) -> None:
+        """Write the bytes [n, D + 4] of tokens to slots [n], wherever in their pages these are."""
+        cast("IndexFp8", self.codec(call.case.spec)).put(call.arguments["cache"], slots, rows)
+
+
+class StoredIndexKey(OfIndexBytes, Stores, WriteIndexKey):
+    """A write of index keys to pages of bytes."""
 
     def offer(self, call: Call, results: Tensors) -> None:
-        """Poison the bytes of the tokens that the next call writes, wherever in their pages these are."""
         cache, slots = call.arguments["cache"], call.arguments["slots"]
-        rows = poison(cache.new_empty((len(slots), cache.shape[2])))
-        codec_for(call.case.spec.head_dim).put(cache, slots, rows)
-
-
-def codec_for(d: int) -> IndexFp8:
-    """Return the codec of an index cache of bytes."""
-    codec = index_codec("fp8", d)
-    assert codec is not None
-    return codec
+        self.put(call, slots, poison(cache.new_empty((len(slots), cache.shape[2]))))
 
 
 # -------------------------------------------------------------------------------------------- selecting
-class Selecting(Pool):
-    """Queries of an indexer, rows [T * h] with their weights, and then alternatives of some.
+class Selecting(Queries):
+    """Queries of an indexer, with their weights: those of all heads of a token are replaced together.
 
-    A call takes some of these, and heads change places, which changes no score. Keys change signs once per
-    pass, per column, with those of queries.
+    Keys change signs once per pass, per column, with those of queries.
     """
 
-    @property
-    def homes(self) -> list[int]:
-        """The tokens that have alternatives: evenly spread."""
-        count = min(self.case.rows, HOMES)
-        return [number * self.case.rows // count for number in range(count)]
+    most = 16
 
     @property
-    def choices(self) -> int:
-        """Number of alternatives of such a token, itself included."""
-        return min(max(2, ceil(VARIETY ** (1 / max(1, len(self.homes))))), 16)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        heads = self.case.spec.num_heads
-        tokens = self.case.rows + len(self.homes) * (self.choices - 1)
-        return tokens * heads, self.case.rows * heads
-
-    @property
-    def width(self) -> int:
-        return int(self.case.spec.head_dim)
+    def together(self) -> int:  # type: ignore[override]
+        return int(self.case.spec.num_heads)
 
     def _true(self) -> Tensors:
         """Return what judges the selections of all tokens and alternatives: see `true_selection`."""
-        case, heads, spans = self.case, self.case.spec.num_heads, self.case.spans
+        case, heads, spans = self.case, self.together, self.case.spans
         spans = spans + [spans[home] for home in self.homes for _ in range(self.choices - 1)]
-        shaped = {name: self.given[name].unflatten(0, (-1, heads)) for name in ("q", "weights")}
-        keys = self.entry.keys(case.spec, self.given)  # type: ignore[attr-defined]  # of one that selects
-        return true_selection(shaped["q"], shaped["weights"], keys, spans, case.spec.topk, case.sizes["L"])
+        q, weights = (self.given[name].unflatten(0, (-1, heads)) for name in ("q", "weights"))
+        keys = self.entry.keys(case.spec, self.given)
+        return true_selection(q, weights, cast("Any", keys), spans, case.spec.topk, case.sizes["L"])
 
-    def pass_signs(self, number: int) -> Tensors:
-        """Return the signs of the channels of keys in a pass; none for keys in bytes."""
-        keys = self.given["keys"]
-        return {"keys": draw_signs(self.random(number), keys.shape[1])} if keys.is_floating_point() else {}
-
-    def change(self, number: int, index: int) -> Change:
-        """Take a random alternative of each home, and the heads of a token in random order.
-
-        The first home has another alternative in each of as many calls, so that neighbouring calls differ.
-        """
-        draw, heads = self.random(number, index), self.case.spec.num_heads
-        tokens, homes, more = torch.arange(self.case.rows), torch.tensor(self.homes), self.choices - 1
-        taken = torch.randint(0, self.choices, (len(homes),), generator=draw)
-        if len(homes):
-            taken[0] = torch.randperm(self.choices, generator=self.random(number))[index % self.choices]
-            others = self.case.rows + torch.arange(len(homes)) * more + taken - 1
-            tokens[homes] = torch.where(taken > 0, others, homes)
-        order = torch.randperm(heads, generator=draw)
-        of_keys = self.pass_signs(number).get("keys")
-        signs = {} if of_keys is None else {"q": of_keys[None]}
-        return Change(self, (tokens[:, None] * heads + order).view(1, -1), signs)
-
-    def covering(self) -> Iterator[Change]:
-        return iter(())  # no result is held to what the reference errs
+    def turned(self, signs: Tensors) -> Tensors:
+        return {"q": signs["keys"]}
 
     def expected(self, change: Change, name: str) -> torch.Tensor:
-        heads = self.case.spec.num_heads
-        return self.truth[name].index_select(0, change.rows[0].view(-1, heads)[:, 0] // heads)
+        tokens = change.rows[0].view(-1, self.together)[:, 0] // self.together
+        return self.truth[name].index_select(0, tokens)
 
 
 class SelectLatents(OverPages):
@@ -294,7 +234,7 @@ class SelectLatents(OverPages):
         "recent" and "clustered": the last channel of keys and queries makes the scores of such tokens rise,
         and weights are positive. "tied": keys repeat every GROUPS tokens.
         """
-        spec, (first, count) = case.spec, _of_keys(case)
+        spec, (first, count) = case.spec, case.requests_of_keys
         q, keys = normal(rows, spec.head_dim), normal(sum(case.kv_lens), spec.head_dim)
         weights = normal(rows).float() * (spec.num_heads * spec.head_dim) ** -0.5
         place = torch.arange(len(keys)) - first
@@ -306,10 +246,8 @@ class SelectLatents(OverPages):
             )
             keys[:, -1], q[:, -1] = (RISE * block).to(keys.dtype), RISE
             weights = weights.abs()
-        if case.stress:
-            q = stress.queries(case, q, keys[:, None])
-            weights = weights.abs() if case.stress.aimed else weights
-        return {"q": q, "keys": keys, "weights": weights}
+        weights = weights.abs() if case.stress.aimed else weights
+        return {"q": stress.queries(case, q, keys[:, None]), "keys": keys, "weights": weights}
 
     def rows(self, case: OpCase) -> int:
         return case.rows * case.spec.num_heads  # each of them varies by itself
@@ -348,38 +286,16 @@ class SelectLatents(OverPages):
         call.arguments["out"] = results[call.written[0]]
 
 
-def _of_keys(case: OpCase) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the first key [K], and the number of keys [K], of the request of every key."""
-    lengths = torch.tensor(case.kv_lens)
-    return (lengths.cumsum(0) - lengths).repeat_interleave(lengths), lengths.repeat_interleave(lengths)
-
-
-class SelectStored(SelectLatents):
-    """The same over pages of bytes: scores are of the decoded keys, which are drawn and then encoded."""
-
-    scalars = {"cache_format": str}
-    letters = {**INDEXER, "b": "token_bytes"}
-    dtypes = {**SelectLatents.dtypes, "cache": torch.uint8}
-    cached = "b"
-
-    by_token = StoredIndexKey.by_token
-
-    def encoded(self, case: OpCase, given: Tensors) -> Tensors:
-        return {**given, "keys": codec_for(case.spec.head_dim).encode(given["keys"])}
-
-    def keys(self, spec: Any, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return codec_for(spec.head_dim).decode(given["keys"])[0]
+class SelectStored(OfIndexBytes, Reads, SelectLatents):
+    """The same over pages of bytes."""
 
     def place(self, call: Call) -> None:
         """Lay tokens into the slots of the cache, row by row, and split those pages that hold any."""
         super().place(call)
         assert call.pages is not None
-        codec, cache = codec_for(call.case.spec.head_dim), call.arguments["cache"]
-        order = call.pages.order.to(cache.device)
-        rows, pages = cache[order], cache.new_empty((len(order), *cache.shape[1:]))
-        for part, columns in zip(codec.parts(pages), rows.split((codec.c, SCALE_BYTES), dim=2), strict=True):
-            part.copy_(columns)
-        cache[order] = pages
+        cache, order = call.arguments["cache"], call.pages.order.to(call.device)
+        slots = order[:, None] * cache.shape[1] + torch.arange(cache.shape[1], device=call.device)
+        self.put(call, slots.flatten(), cache[order].flatten(0, 1))
 
 
 # -------------------------------------------------------------------------------------- sparse attention
@@ -404,12 +320,11 @@ class SparseLatentAttention(LatentAttention):
 
         Aimed queries look at keys that they select, so that an op which skips one of these is far off.
         """
-        aimed = case.stress is not None and case.stress.aimed
-        given = super().draw(case.but(aimed=False) if aimed else case, normal, rows)
+        given = super().draw(case.but(aimed=False) if case.stress.aimed else case, normal, rows)
         given["selection"] = selection_of(case).clone()
-        if aimed:
+        if case.stress.aimed:
             chosen = selected_keys(given["selection"], case.spans)
-            given["q"] = stress.selecting(case, given["q"], given["keys"], chosen)
+            given["q"] = stress.queries(case, given["q"], given["keys"][:, None], chosen)
         return given
 
     def work(self, case: OpCase) -> Work:
@@ -426,11 +341,8 @@ class SparseLatentAttention(LatentAttention):
         return attend_selected(given["q"], k[:, 0], v[:, 0], chosen, given["softmax_scale"], change)
 
 
-class StoredSparse(SparseLatentAttention, StoredAttention):
-    """The same over a cache of bytes: the truth is that of the decoded numbers."""
-
-    scalars, dtypes, cached = StoredAttention.scalars, StoredAttention.dtypes, StoredAttention.cached
-    letters = {**SparseLatentAttention.letters, "b": "token_bytes"}
+class StoredSparse(Reads, SparseLatentAttention):
+    """The same over a cache of bytes."""
 
 
 KINDS.update(

@@ -183,27 +183,24 @@ class Queries(Pool):
     """
 
     entry: Attention
+    together, most = 1, MOST_CHOICES  # rows that are replaced together, and the most alternatives of them
 
     @property
     def homes(self) -> list[int]:
-        """The queries, as rows t * h + head, that have alternatives: evenly spread."""
-        queries = self.case.rows * self.case.spec.num_heads
-        count = min(queries, HOMES)
-        return [number * queries // count for number in range(count)]
+        """The groups of rows t * h + head that have alternatives: evenly spread."""
+        groups = self.case.rows * self.case.spec.num_heads // self.together
+        count = min(groups, HOMES)
+        return [number * groups // count for number in range(count)]
 
     @property
     def choices(self) -> int:
-        """Number of alternatives of such a query, itself included."""
-        return min(ceil(VARIETY ** (1 / len(self.homes))), MOST_CHOICES)
+        """Number of alternatives of such a group, itself included."""
+        return min(max(2, ceil(VARIETY ** (1 / max(1, len(self.homes))))), self.most)
 
     @property
     def size(self) -> tuple[int, int]:
         queries = self.case.rows * self.case.spec.num_heads
-        return queries + len(self.homes) * (self.choices - 1), queries
-
-    @property
-    def width(self) -> int:
-        return self.case.shape(self.entry.operands["q"])[2]
+        return queries + len(self.homes) * (self.choices - 1) * self.together, queries
 
     def _true(self) -> Tensors:
         heads, count = self.case.spec.num_heads, self.size[1]
@@ -237,20 +234,20 @@ class Queries(Pool):
 
     def pass_signs(self, number: int) -> Tensors:
         draw, given = self.random(number), self.given
-        names = [name for name in given if name != "q" and given[name].is_floating_point()]  # bytes have none
-        return {name: draw_signs(draw, *given[name].shape[1:]) for name in names}
+        names = [name for name, x in given.items() if name not in self.varied and x.is_floating_point()]
+        return {name: draw_signs(draw, *given[name].shape[1:]) for name in names}  # bytes have none
+
+    def turned(self, signs: Tensors) -> Tensors:
+        """Return the signs of queries and results, given those of keys and values, as of one key."""
+        keys, values = self.entry.keys(self.case.spec, signs)
+        return {"q": keys, "out": values}
 
     def change(self, number: int, index: int) -> Change:
         draw, heads = self.random(number, index), self.case.spec.num_heads
-        rows = {name: signs[None] for name, signs in self.pass_signs(number).items()}
-        signs = {}
-        if rows:
-            keys, values = self.entry.keys(self.case.spec, rows)  # as of one key
-            signs = {"q": keys, "out": values}
-        shared = not rows or keys.shape[1] == 1
-        order = torch.randperm(heads, generator=draw) if shared else torch.arange(heads)
+        signs = {name: signs[None] for name, signs in self.pass_signs(number).items()}
+        order = torch.arange(heads) if "k" in self.given else torch.randperm(heads, generator=draw)
         chosen = self._some_chosen(draw, number, index).view(-1, heads)[:, order].reshape(1, -1)
-        return Change(self, chosen, signs)
+        return Change(self, chosen, self.turned(signs) if signs else {})
 
     def covering(self) -> Iterator[Change]:
         count = self.choices if self.choices > 2 else 1  # of many queries, the alternatives are a few
@@ -259,11 +256,10 @@ class Queries(Pool):
 
     def _chosen(self, choices: torch.Tensor) -> torch.Tensor:
         """Return the queries' rows in the pool [T * h], given what each home takes (0: itself)."""
-        count, more = self.size[1], self.choices - 1
-        rows, homes = torch.arange(count), torch.tensor(self.homes)
-        alternatives = count + torch.arange(len(homes)) * more + choices - 1
-        rows[homes] = torch.where(choices > 0, alternatives, homes)
-        return rows
+        count, more = self.size[1] // self.together, self.choices - 1
+        groups, homes = torch.arange(count), torch.tensor(self.homes)
+        groups[homes] = torch.where(choices > 0, count + torch.arange(len(homes)) * more + choices - 1, homes)
+        return (groups[:, None] * self.together + torch.arange(self.together)).flatten()
 
     def _some_chosen(self, draw: torch.Generator, number: int, index: int) -> torch.Tensor:
         choices = torch.randint(0, self.choices, (len(self.homes),), generator=draw)

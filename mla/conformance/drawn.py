@@ -36,7 +36,7 @@ SOON = 15  # in a row where an op refuses all that it is asked of in the dtype
 SHRINKING = 60.0  # seconds for the search of a smaller case, beside those for drawing
 BYTES = 1 << 13  # that a case is made of, at most
 MOST_WORDS = 6  # of an axis, on the card
-FORMAT = "draws-4"  # first in a file of numbers; raise it where `mla.cases.drawn` makes other cases of them
+FORMAT = "draws-5"  # first in a file of numbers; raise it where `mla.cases.drawn` makes other cases of them
 FOLDER = "drawn"  # of the failures that are kept, in that of `--dump-failure`
 RARELY = "the same case was right when it ran again: the op is not always wrong"
 
