@@ -26,7 +26,7 @@ import mla
 from mla.bench import results
 from mla.bench.measure.engine import refusal, too_large
 from mla.bench.ranks.layers import LeadLayer, RankLayer, SelectedRankLayer
-from mla.bench.ranks.pulse import BEAT, SAME_OPTIONS, Place, Pulse, RanksError, differing, numbered
+from mla.bench.ranks.pulse import BEAT, Place, Pulse, RanksError, differing, numbered
 from mla.bench.results.stats import median
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.setting import Ranks, Setting
@@ -193,8 +193,7 @@ class Crew(Ranks):
 
     def _place(self) -> Place:
         """Return how far this rank is; asked from another thread."""
-        busy = not self._talks and self.groups.entered == self.groups.left
-        return Place(busy, self._forwards, self.groups.entered - self._before)
+        return Place(self._forwards, self.groups.entered + self.groups.left - 2 * self._before + self._talks)
 
     def when_lost(self, die: Callable[[RanksError], None]) -> None:
         """Have `die` end this process if another rank is lost while this one does something else."""
@@ -397,7 +396,7 @@ _MAY_DIFFER = (
 )
 _SHOWN = ("options", "versions", "host threads", "config")  # the values of others are digests
 _CURES = {
-    "options": SAME_OPTIONS,
+    "options": "start all ranks with the same options, and give every run a MASTER_PORT of its own",
     "host threads": "set OMP_NUM_THREADS, `srun --cpus-per-task` or --threads to one number for all ranks",
 }
 _SAME_FILES = "all nodes must have the same files, and the same packages"

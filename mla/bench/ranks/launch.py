@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from mla.bench.ranks.crew import Crew, blamed_on, flags
-from mla.bench.ranks.pulse import LOOK, SILENT, Pulse, RanksError, Run, Word
+from mla.bench.ranks.crew import Crew, blamed_on
+from mla.bench.ranks.pulse import LOOK, SILENT, Pulse, RanksError, Run
 from mla.command import console, last_words, launcher
 from mla.errors import MLAError, UsageError
 from mla_backends.errors import describe
@@ -46,7 +46,7 @@ def join(options: RunOptions, opened: OpenedBackend, layout: Layout) -> Crew:
             "run on several ranks",
             common=True,
         )
-    pulse, store = connect(MEETING, options=flags(options))
+    pulse, store = connect(MEETING)
     pulse.meet(MEETING)
     kind = "cpu" if device is None else device.type
     with blamed_on(pulse):
@@ -60,27 +60,21 @@ def join(options: RunOptions, opened: OpenedBackend, layout: Layout) -> Crew:
     return Crew(layout, library, options.hang_after, pulse, store)
 
 
-def connect(
-    seconds: float, word: Word | None = None, options: dict[str, str] | None = None
-) -> tuple[Pulse, Any]:
+def connect(seconds: float, word: str = "", code: int = 3) -> tuple[Pulse, Any]:
     """Return the pulse and the store of this rank, which waits so long for rank 0. Raises `RanksError`.
 
-    `word`: of a rank that comes only to say why it ends. `options`: what tells this run from another one at
-    the same port, unless a launcher names it. The store is held by rank 0 or, under torchrun, by
-    the launcher. It waits for nobody else, so the pulse can name a rank that never comes.
+    `word`, `code`: of a rank that comes only to say why it ends. The store is held by rank 0 or, under
+    torchrun, by the launcher. It waits for nobody else, so the pulse can name a rank that never comes.
     """
     rank, world, (host, port) = launcher.rank() or 0, launcher.count() or 1, address()
     holds = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # nothing is left of the last
-    unanswered = RanksError(f"rank 0 (at {host}:{port}) does not answer: stopped, or its node is gone")
-    if word:  # which nobody has said yet
-        unanswered = RanksError(word.reason, word.code)
+    silent = f"rank 0 (at {host}:{port}) does not answer: stopped, or its node is gone"
+    unanswered = RanksError(word or silent, code)  # a word that nobody has heard yet
     watch = threading.Timer(seconds + SILENT, die, (unanswered,))  # operations of a store wait without limit
     watch.daemon = True
     watch.start()
     limit, until = timedelta(seconds=seconds), time.monotonic() + seconds
-    name = launch_name()
-    run = Run(world, name, {} if name or options is None else options)
     try:
         if not holds:
             _reach(host, port, seconds)  # torch would write a page of warnings, and not hear Ctrl-C
@@ -92,7 +86,8 @@ def connect(
             for master in (holds, False)
         )
         left = max(LOOK, until - time.monotonic())
-        _JOINED.append((Pulse(rank, run, beats, die, word, left), store))
+        pulse = Pulse(rank, Run(world, launch_name()), beats, die, word, code, left)
+        _JOINED.append((pulse, store))
     except Exception as error:
         global _unreached
         _unreached = True
@@ -151,7 +146,7 @@ def leave_word(sentence: str, code: int) -> bool:
     if (launcher.count() or 1) == 1 or _unreached:
         return False
     try:
-        pulse, _ = _JOINED[0] if _JOINED else connect(WORD, Word(sentence.rstrip("."), code))
+        pulse, _ = _JOINED[0] if _JOINED else connect(WORD, sentence.rstrip("."), code)
     except MLAError:
         return False
     pulse.leave(sentence.rstrip("."), code)

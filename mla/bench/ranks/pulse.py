@@ -6,14 +6,12 @@ may wait for ever, so a thread ends the process then. A rank that computes for m
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -23,12 +21,9 @@ from mla_backends.errors import describe
 # Seconds between beats, and between looks while ranks still join; after SILENT without a beat a rank is lost.
 # GRACE: for this rank to notice by itself, and to write what it has. WORD: to be heard by the others.
 BEAT, LOOK, SILENT, GRACE, WORD = 0.5, 0.05, 20.0, 8.0, 5.0
-STRANGER = 10.0  # seconds for a rank to come after one of its number was refused for its options
 MAX_NAMED = 8  # ranks that a sentence names
-BYE = b"bye"  # the last beat of a rank that ends well
-KILLED = "killed, perhaps for lack of memory, or crashed"
+BYE = b"bye"  # the last beat of a rank that ends well, or knows why the run ends
 FREE_PORT = "set MASTER_PORT to a free port on all ranks"
-SAME_OPTIONS = "start all ranks with the same options, and give every run a MASTER_PORT of its own"
 
 
 class RanksError(MLAError):
@@ -54,68 +49,44 @@ def numbered(ranks: Sequence[int]) -> str:
 
 
 class Run(msgspec.Struct, frozen=True):
-    """What all ranks of a run have alike: their number, and what the launcher calls the run, if it does.
-
-    `options` are those of ranks that no launcher names, by flag; empty where a rank does not know them.
-    """
+    """What all ranks of a run have alike: their number, and what the launcher calls the run, if it does."""
 
     world: int
     launch: str = ""
-    options: dict[str, str] = {}
 
 
-def differing(expected: Mapping[str, str], given: Mapping[str, str], shown: bool = True) -> str:
-    """Return what is not as expected, as in "--seed (1, not 0)"; values only where they are shown."""
-    names = [name for name in {**expected, **given} if given.get(name) != expected.get(name)]
-    return listed([f"{n} ({given.get(n)}, not {expected.get(n)})" if shown else n for n in names])
-
-
-class Member(msgspec.Struct, frozen=True):
+class Member(NamedTuple):
     """Where a rank runs."""
 
     host: str
     pid: int
 
-    def runs(self) -> bool:
-        """Return whether such a process runs on this host; a zombie does not."""
-        with contextlib.suppress(OSError):  # another system has no such file
-            state = Path(f"/proc/{self.pid}/stat").read_text(errors="replace").rpartition(") ")[2][:1]
-            return state not in ("Z", "X")
-        try:
-            os.kill(self.pid, 0)
-        except OSError as error:
-            return isinstance(error, PermissionError)
-        return True
 
-
-class Word(msgspec.Struct, frozen=True):
-    """Why a rank ends, or all do, and the exit code; `said`: by the rank that ends first."""
+class Verdict(NamedTuple):
+    """Why a run ends, and the exit code; `said`: by the rank that ends first, for all."""
 
     reason: str
-    code: int
+    code: int = 3
     said: bool = True
 
 
-class Place(msgspec.Struct, frozen=True, array_like=True):
+class Place(NamedTuple):
     """How far a rank is."""
 
-    busy: bool = False  # it computes, and waits for no other
     forwards: int = 0  # before which it has come to where all ranks meet
-    entered: int = 0  # collectives since then
+    steps: int = 0  # since then, into a wait for others and out of it: an odd number while it waits
 
-
-class Beat(msgspec.Struct, frozen=True, array_like=True):
-    """A sign of life."""
-
-    turn: int
-    told: bool = False  # knows why the run ends
-    place: Place = Place()
+    @property
+    def busy(self) -> bool:
+        """Whether it computes, and waits for no other."""
+        return self.steps % 2 == 0
 
 
 class Pulse:
     """Beats for this rank in the run's store, and watches the others, until it is closed.
 
-    `die` must end the process: GRACE after another rank was lost, if this has not been closed by then.
+    The first verdict in the store ends the run on all ranks. `die` must end the process: GRACE after that, if
+    this has not been closed by then.
     """
 
     def __init__(
@@ -124,12 +95,13 @@ class Pulse:
         run: Run,
         store: Any,
         die: Callable[[RanksError], None],
-        word: Word | None = None,
+        word: str = "",
+        code: int = 0,
         seconds: float = 0.0,
     ) -> None:
         """`store`: a client of its own, since an operation of another thread may wait.
 
-        `word`: of a rank that has come to say that it ends. `seconds`: the wait for rank 0. Raises
+        `word`, `code`: of a rank that has come to say why it ends. `seconds`: the wait for rank 0. Raises
         `RanksError` without it, and where the store is another run's.
         """
         self.rank, self.world, self.die = rank, run.world, die
@@ -137,13 +109,11 @@ class Pulse:
         self.place: Callable[[], Place] = Place
         self.groups: Sequence[Sequence[int]] = [range(run.world)]  # of ranks that share collectives
         self.limit = SILENT  # seconds without a beat
-        self._store, self._turns, self._suspected = store, 0, False
-        self._word = word  # yet to be said
+        self._store, self._turns = store, 0
+        self._word = self._said(word, code) if word else None  # yet to be said
         self._lost: RanksError | None = None
-        self._beats: dict[int, Beat | None] = {}  # the last of each rank; None: it has ended well
+        self._beats: dict[int, bytes] = {}  # the last of each rank
         self._quiet: dict[int, float] = {}  # seconds since, as far as this process was running
-        self._near: set[int] = set()  # ranks whose processes can be seen here
-        self._strangers: dict[int, float] = {}  # by number, when one with other options was first seen
         self._changed, self._closed = threading.Condition(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
         self._enter(run, seconds)
@@ -160,14 +130,8 @@ class Pulse:
                 raise RanksError(f"rank 0 did not join within {seconds:.0f} s: check the output there")
             time.sleep(LOOK)
         first = msgspec.json.decode(self._store.get("run"), type=Run) if self.rank else run
-        if (first.world, first.launch) != (run.world, run.launch):
+        if first != run:
             raise RanksError(f"another run, of {first.world} ranks, uses this port: {FREE_PORT}")
-        if first.options and run.options and first.options != run.options:
-            reason = (
-                f"rank {self.rank} differs from rank 0 in options: {differing(first.options, run.options)}"
-            )
-            self._store.set(f"stranger/{self.rank}", f"{reason}; {SAME_OPTIONS}")
-            raise RanksError(f"{reason}; {SAME_OPTIONS}")
         if self._store.add(f"joined/{self.rank}", 1) > 1:
             raise RanksError(f"another run has a rank {self.rank} at this port: {FREE_PORT}")
         if self.rank == 0:
@@ -178,7 +142,9 @@ class Pulse:
     def meet(self, seconds: float) -> None:
         """Return once all ranks are here; rank 0 waits for so long. Raises `RanksError`."""
         with self._changed:
-            self._changed.wait_for(self._all_here_or_lost, None if self.rank else seconds)
+            self._changed.wait_for(
+                lambda: self._lost or len(self.members) == self.world, None if self.rank else seconds
+            )
         if self._lost:
             raise self._lost
         if missing := [rank for rank in range(self.world) if rank not in self.members]:
@@ -189,13 +155,10 @@ class Pulse:
             self.leave(sentence, 3)
             raise RanksError(sentence)
 
-    def _all_here_or_lost(self) -> bool:
-        return self._lost is not None or (len(self.members) == self.world and not self._suspected)
-
     def lost(self, seconds: float) -> RanksError | None:
         """Return which rank is lost, if that is known within so many seconds."""
         with self._changed:
-            self._changed.wait_for(lambda: self._lost is not None, seconds)
+            self._changed.wait_for(lambda: self._lost, seconds)
         return self._lost
 
     def behind(self) -> str:
@@ -203,15 +166,14 @@ class Pulse:
 
         Of each group of ranks that share collectives, these are the ones that compute, or else the least far.
         """
-        places = {rank: beat.place for rank, beat in self._beats.copy().items() if beat is not None}
+        beats = {rank: beat for rank, beat in self._beats.copy().items() if beat != BYE}
+        places = {rank: Place(*msgspec.json.decode(beat)[1:]) for rank, beat in beats.items()}
         places[self.rank] = self.place()
         newest, behind = max(place.forwards for place in places.values()), list[int]()
         for group in self.groups:
-            far = {rank: (places[rank].forwards, places[rank].entered) for rank in group if rank in places}
-            busy = [rank for rank in far if places[rank].busy]
-            behind += busy or [
-                rank for rank, place in far.items() if place < max(far.values()) or place[0] < newest
-            ]
+            far = {rank: places[rank] for rank in group if rank in places}
+            least = [rank for rank in far if far[rank] < max(far.values()) or far[rank].forwards < newest]
+            behind += [rank for rank in far if far[rank].busy] or least
         return self._names(behind) if 0 < len(behind) < self.world else ""
 
     def leave(self, reason: str, code: int) -> None:
@@ -221,19 +183,21 @@ class Pulse:
         """
         limit = time.monotonic() + WORD
         if self._lost is None:
-            self._word = Word(reason, code)  # for the other thread to say: the store may not answer
+            self._word = self._said(reason, code)  # for the other thread to say: the store may not answer
         while self._thread.is_alive() and time.monotonic() < limit:
             if self._lost is not None and (self.rank or self._all_told()):
                 break
             time.sleep(LOOK)
         self.close(max(BEAT, limit - time.monotonic()))
 
+    def _said(self, reason: str, code: int) -> Verdict:
+        return Verdict(f"{self._names([self.rank])} ended: {reason}", code)
+
     def _all_told(self) -> bool:
-        """Return whether every rank knows why the run ends, or is gone, or silent."""
-        beats, gone = self._beats.copy(), self._gone()
+        """Return whether every rank knows why the run ends, or is silent."""
+        beats = self._beats.copy()
         return len(beats) == self.world and all(
-            beat is None or beat.told or rank in gone or self._quiet[rank] > self.limit
-            for rank, beat in beats.items()
+            beat == BYE or self._quiet[rank] > self.limit for rank, beat in beats.items()
         )
 
     def close(self, seconds: float | None = None) -> None:
@@ -254,11 +218,13 @@ class Pulse:
                 pace = LOOK if len(self.members) < self.world or self._lost else BEAT
             self._store.set(f"beat/{self.rank}", BYE)
         except RuntimeError:  # the store is gone, which rank 0 holds
-            self._closed.wait(BEAT)  # its process is gone a little later
-            ended = f": {KILLED}" if 0 in self._gone() else " has ended or was killed: check the output there"
-            self._lose(Word(f"{self._names([0])}{ended}", 3, False))
+            self._closed.wait(BEAT)  # this rank may end as well as rank 0
+            self._lose(
+                Verdict(f"{self._names([0])} has ended or was killed: check the output there", said=False)
+            )
         except Exception as error:  # noqa: BLE001  # nobody would be missed from now on
-            self._lose(Word(f"{self._names([self.rank])}: its heartbeat failed: {describe(error)}", 3, False))
+            failed = f"{self._names([self.rank])}: its heartbeat failed: {describe(error)}"
+            self._lose(Verdict(failed, said=False))
 
     def _watch_store(self) -> None:
         """Miss a store that does not answer: its operations wait without limit."""
@@ -267,88 +233,61 @@ class Pulse:
             if self._closed.wait(BEAT) or not self._thread.is_alive():
                 return
             turns, quiet = self._turns, quiet + BEAT if turns == self._turns else 0.0
-        self._lose(Word(self._silent([0]), 3, False))
+        self._lose(self._silent([0]))
 
     def _beat(self) -> None:
-        if self._word is not None:
-            self._store.set(f"word/{self.rank}", msgspec.json.encode(self._word))
-            self._store.add("words", 1)
-            self._word = None
         self._turns += 1
-        beat = Beat(self._turns, self._lost is not None, self.place())
-        self._store.set(f"beat/{self.rank}", msgspec.json.encode(beat))
+        if self._word is not None:
+            self._end(self._word)
+            self._word = None
+        beat = BYE if self._lost else msgspec.json.encode((self._turns, *self.place()))
+        self._store.set(f"beat/{self.rank}", beat)
 
     def _look(self, pace: float) -> None:
-        """Look who has joined, and who is lost: all agree on the first verdict that is in the store."""
+        """Look who has joined, who beats, and whether the run ends."""
         for rank in range(self.world):
             if rank not in self.members and self._store.check([f"member/{rank}"]):
-                data = self._store.get(f"member/{rank}")
-                self.members[rank] = member = msgspec.json.decode(data, type=Member)
-                if member.host == self.members[self.rank].host and member.runs():
-                    self._near.add(rank)
-            elif rank not in self.members and self._store.check([f"stranger/{rank}"]):
-                self._strangers.setdefault(rank, time.monotonic())
-        self._hear(pace)
+                self.members[rank] = msgspec.json.decode(self._store.get(f"member/{rank}"), type=Member)
+        ranks = sorted(self.members)
+        for rank, beat in zip(ranks, self._store.multi_get([f"beat/{rank}" for rank in ranks]), strict=True):
+            heard = beat == BYE or beat != self._beats.get(rank)
+            self._quiet[rank] = 0.0 if heard else self._quiet[rank] + pace
+            self._beats[rank] = beat
         if self._lost is None:
             if self._store.check(["verdict"]):
-                self._take(self._store.get("verdict"))
-            elif word := self._judge():
-                if self._suspected:
-                    self._take(self._store.compare_set("verdict", "", msgspec.json.encode(word).decode()))
-                self._suspected = True  # one more look, since others may go with it
-            else:
-                self._suspected = False
+                self._end()
+            elif max(self._quiet.values()) > self.limit:  # others that went with it may be a beat behind
+                late = self.limit - 2 * BEAT
+                self._end(self._silent([rank for rank, quiet in self._quiet.items() if quiet > late]))
         with self._changed:
             self._changed.notify_all()
 
-    def _hear(self, pace: float) -> None:
-        ranks = sorted(self.members)
-        for rank, data in zip(ranks, self._store.multi_get([f"beat/{rank}" for rank in ranks]), strict=True):
-            beat = None if data == BYE else msgspec.json.decode(data, type=Beat)
-            heard = beat is None or beat != self._beats.get(rank)
-            self._quiet[rank] = 0.0 if heard else self._quiet[rank] + pace
-            self._beats[rank] = beat
+    def _end(self, verdict: Verdict | None = None) -> None:
+        """End the run, for the first reason that is in the store."""
+        mine = "" if verdict is None else msgspec.json.encode(verdict).decode()
+        self._lose(msgspec.json.decode(self._store.compare_set("verdict", "", mine), type=Verdict))
 
-    def _judge(self) -> Word | None:
-        """Return why the run should end, if so: a word comes before being gone, or silent."""
-        if self._store.add("words", 0):
-            spoken = [rank for rank in range(self.world) if self._store.check([f"word/{rank}"])]
-            words = [msgspec.json.decode(self._store.get(f"word/{rank}"), type=Word) for rank in spoken]
-            if words:  # of this run's ranks
-                same = [rank for rank, word in zip(spoken, words, strict=True) if word == words[0]]
-                return Word(f"{self._names(same)} ended: {words[0].reason}", words[0].code)
-        for rank, since in self._strangers.items():
-            if rank not in self.members and time.monotonic() - since > STRANGER:
-                return Word(self._store.get(f"stranger/{rank}").decode(), 3)
-        gone = self._gone()
-        silent = [rank for rank, seconds in self._quiet.items() if seconds > self.limit and rank not in gone]
-        reasons = [f"{self._names(gone)}: {KILLED}"] if gone else []
-        reasons += [self._silent(silent)] if silent else []
-        return Word("; ".join(reasons), 3, False) if reasons else None
-
-    def _gone(self) -> list[int]:
-        """Return the ranks whose processes have ended without a word; those on other hosts are not seen."""
-        unfinished = [rank for rank in self._near.copy() if self._beats.get(rank) is not None]
-        return [rank for rank in unfinished if not self.members[rank].runs()]
-
-    def _take(self, verdict: bytes) -> None:
-        self._lose(msgspec.json.decode(verdict, type=Word))
-        self._beat()  # rank 0 waits for that
-
-    def _lose(self, word: Word) -> None:
-        """End the run, for that reason."""
+    def _lose(self, verdict: Verdict) -> None:
+        """End the run on this rank."""
         if self._lost is None and not self._closed.is_set():
-            lost = self._lost = RanksError(word.reason, word.code, word.said)
+            lost = self._lost = RanksError(*verdict)
             timer = threading.Timer(GRACE, lambda: self._closed.is_set() or self.die(lost))
             timer.daemon = True
             timer.start()
         with self._changed:
             self._changed.notify_all()
 
-    def _silent(self, ranks: Iterable[int]) -> str:
-        return f"{self._names(ranks)}: no heartbeat for {self.limit:.0f} s; stopped, or the node is gone"
+    def _silent(self, ranks: Iterable[int]) -> Verdict:
+        causes = "killed, perhaps for lack of memory, crashed or stopped, or the node is gone"
+        return Verdict(f"{self._names(ranks)}: no heartbeat for {self.limit:.0f} s; {causes}", said=False)
 
     def _names(self, ranks: Iterable[int]) -> str:
         members = self.members.copy()
         where = {rank: f" (process {member.pid} on {member.host})" for rank, member in members.items()}
         return listed([f"rank {rank}{where.get(rank, '')}" for rank in sorted(ranks)])
+
+
+def differing(expected: Mapping[str, str], given: Mapping[str, str], shown: bool = True) -> str:
+    """Return what is not as expected, as in "--seed (1, not 0)"; values only where they are shown."""
+    names = [name for name in {**expected, **given} if given.get(name) != expected.get(name)]
+    return listed([f"{n} ({given.get(n)}, not {expected.get(n)})" if shown else n for n in names])

@@ -38,7 +38,7 @@ def test_when_rank_0_is_killed_the_others_say_so(start: Start) -> None:
     ranks.send(0, signal.SIGKILL)
     assert ranks.wait(BOUND) == [-9, 3]
     assert errors(ranks)[1].startswith(f"rank 1: error: rank 0 (process {ranks.pids[0]} on ")
-    assert "killed, perhaps" in errors(ranks)[1]
+    assert ") has ended or was killed: " in errors(ranks)[1]
 
 
 def test_cases_finished_before_are_kept_and_shown(start: Start) -> None:
@@ -62,7 +62,7 @@ def test_all_that_are_killed_at_once_are_named_by_all_that_live(start: Start) ->
     for said in (errors(ranks)[0], errors(ranks)[2]):  # and that rank 0 has ended is no reason
         assert f"error: rank 1 (process {ranks.pids[1]} on " in said
         assert f" and rank 3 (process {ranks.pids[3]} on " in said
-        assert "): killed, perhaps for lack of memory, or crashed" in said
+        assert "; killed, perhaps for lack of memory, " in said
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -74,8 +74,7 @@ def test_a_stopped_rank_is_missed_and_ends_when_it_wakes_up(start: Start, rank: 
     assert ranks.wait(BOUND, [other])[other] == 3
     assert ranks.code(rank) is None
     assert f"error: rank {rank} (process " in errors(ranks)[other]
-    silent = f"no heartbeat for {SILENT:.0f} s; stopped, or the node is gone"
-    assert silent in errors(ranks)[other]
+    assert f"no heartbeat for {SILENT:.0f} s; killed, perhaps" in errors(ranks)[other]
     ranks.send(rank, signal.SIGCONT)
     assert ranks.wait(BOUND) == [3, 3]
 
@@ -151,7 +150,7 @@ def test_a_run_at_the_port_of_another_leaves_it_alone(start: Start, start_ranks:
     second = start_ranks(words, second_folder, MASTER_PORT=port)
     assert second.wait(BOUND) == [3, 3]
     assert "set MASTER_PORT" in errors(second)[0]
-    assert "give every run a MASTER_PORT of its own" in errors(second)[1]
+    assert "another run has a rank 1 at this port" in errors(second)[1]
     assert (first.code(0), first.code(1)) == (None, None)
     first.send(1, signal.SIGINT)
     assert first.wait(BOUND) == [130, 130]
