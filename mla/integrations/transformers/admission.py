@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -241,89 +242,75 @@ class Check:
     def __init__(self, surveyed: Survey) -> None:
         self._device = surveyed.device.type
         self._scaled = [(layer, layer.scaling) for layer in surveyed.layers]
+        self._signature = inspect.signature(surveyed.models[-1].forward)
 
     @uncompiled
     def __call__(self, model: Any, arguments: tuple[Any, ...], words: dict[str, Any]) -> None:
         """Raise `UnsupportedModel` for a forward that cannot be served."""
-        values = (*arguments, *words.values())
-        tensors, caches = list(_tensors(values)), [value for value in values if isinstance(value, Cache)]
-        if words.get("output_attentions", model.config.output_attentions):
-            raise UnsupportedModel(NO_WEIGHTS)
-        masks = [tensor for tensor in tensors if tensor.ndim == 4]
-        if masks or not caches or any(getattr(cache, "is_uneven", False) for cache in caches):
-            _check_shapes(_bound(model, arguments, words), masks, caches)
-        if torch.is_autocast_enabled(self._device):
-            raise UnsupportedModel(
-                "`use_mla` computes in the dtype of the model's weights: leave autocast out."
-            )
-        self._check_layers(model)
-        for cache in caches:
-            _check_cache(cache)
-        require_inference(*tensors, training=torch.is_grad_enabled() and _trains(model))
+        given = {**words, **self._signature.bind_partial(*arguments, **words).arguments}
+        for fault in self._faults(model, given):
+            raise UnsupportedModel(fault)
+        trains = any(layer.training for layer, _ in self._scaled)
+        if not trains and torch.is_grad_enabled():  # or no weight is asked, since that takes a while
+            trains = any(weight.requires_grad for weight in model.parameters())
+        require_inference(*_tensors(given.values()), training=trains)
 
-    def _check_layers(self, model: Any) -> None:
-        if model.config._attn_implementation != NAME:
-            raise UnsupportedModel(
-                f"{model.config._attn_implementation} attention was selected for a model that runs our ops: "
-                "call `restore(model)` before."
+    def _faults(self, model: Any, given: dict[str, Any]) -> Iterator[str]:
+        """Yield why a forward cannot be served, a sentence each."""
+        caches = [value for value in given.values() if isinstance(value, Cache)]
+        inputs = [given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None]
+        shape = inputs[0].shape[:2] if inputs else None
+        mask, selected = given.get("attention_mask"), model.config._attn_implementation
+        if given.get("output_attentions", model.config.output_attentions):
+            yield NO_WEIGHTS
+        if not all(_is_of_this_step(x, shape, caches) for x in _tensors(given.values()) if x.ndim == 4):
+            yield OWN_MASK
+        if (
+            isinstance(mask, torch.Tensor)
+            and mask.ndim == 2
+            and not caches
+            and shape not in (None, mask.shape)
+        ):
+            yield (
+                f"attention_mask has shape {list(mask.shape)} for {shape[1]} tokens of {shape[0]} requests: "
+                "without a cache, `use_mla` takes a mask [batch, tokens]."
+            )
+        if given.get("position_ids") is None and any(getattr(cache, "is_uneven", False) for cache in caches):
+            yield NOT_NUMBERED
+        if torch.is_autocast_enabled(self._device):
+            yield "`use_mla` computes in the dtype of the model's weights: leave autocast out."
+        if selected != NAME:
+            yield (
+                f"{selected} attention was selected for a model that runs our ops: call `restore(model)` "
+                "before."
             )
         for layer, scaling in self._scaled:
-            if layer.training:
-                require_inference(training=True)
             if not getattr(layer, "is_causal", True):
-                raise UnsupportedModel(NOT_CAUSAL)
+                yield NOT_CAUSAL
             if layer.scaling != scaling:
-                raise UnsupportedModel(
+                yield (
                     f"layer {layer.layer_idx} scales logits by {layer.scaling:.6g}, and by {scaling:.6g} "
                     "when `use_mla` was called: call `restore(model)` before it is changed."
                 )
+        held: Iterator[tuple[int, Any]] = chain(*(enumerate(cache.layers) for cache in caches))
+        for index, kept in held:
+            if getattr(kept, "is_sliding", False) and kept.get_mask_sizes(1)[1]:
+                yield (
+                    f"layer {index} of this cache keeps a window of tokens and has dropped some: `use_mla` "
+                    "needs all of them."
+                )
 
 
-def _bound(model: Any, arguments: tuple[Any, ...], words: dict[str, Any]) -> dict[str, Any]:
-    """Return a forward's arguments by name: asked only where they are looked at, since it takes a while."""
-    return inspect.signature(model.forward).bind_partial(*arguments, **words).arguments
-
-
-def _check_shapes(given: dict[str, Any], masks: list[torch.Tensor], caches: list[Cache]) -> None:
-    """Raise `UnsupportedModel` for masks of another step, and for positions that are not given."""
-    if not all(map(is_ours, masks)):
-        raise UnsupportedModel(OWN_MASK)
-    inputs = (given.get(name) for name in ("input_ids", "inputs_embeds"))
-    shape = next((tensor.shape[:2] for tensor in inputs if tensor is not None), None)
-    if shape is None:
-        return  # the model says that it needs them
-    if not all(_is_of_this_step(mask, shape, caches) for mask in masks):
-        raise UnsupportedModel(OWN_MASK)
-    mask = given.get("attention_mask")
-    if not caches and isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape != shape:
-        raise UnsupportedModel(
-            f"attention_mask has shape {list(mask.shape)} for {shape[1]} tokens of {shape[0]} requests: "
-            "without a cache, `use_mla` takes a mask [batch, tokens]."
-        )
-    if given.get("position_ids") is None and any(getattr(cache, "is_uneven", False) for cache in caches):
-        raise UnsupportedModel(NOT_NUMBERED)
-
-
-def _is_of_this_step(mask: torch.Tensor, shape: torch.Size, caches: list[Cache]) -> bool:
+def _is_of_this_step(mask: torch.Tensor, shape: torch.Size | None, caches: list[Cache]) -> bool:
     """Return whether `visible_keys` made a mask [B, 1, 1, s] for this step of B, t = shape tokens."""
-    batch, queries = shape
-    if not is_ours(mask, queries) or mask.shape[0] != batch:
+    if shape is None:  # the model says that it needs them
+        return is_ours(mask)
+    if not is_ours(mask, shape[1]) or mask.shape[0] != shape[0]:
         return False
     held: list[Any] = [cache.get_seq_length() for cache in caches]
     if any(isinstance(count, torch.Tensor) and count.device.type != "cpu" for count in held):
         return True  # or the device would be waited for
-    return bool(mask.shape[-1] == queries + sum(map(int, held)))
-
-
-def _check_cache(cache: Cache) -> None:
-    """Raise `UnsupportedModel` for a cache with a layer that has dropped tokens."""
-    layer: Any
-    for index, layer in enumerate(cache.layers):
-        if getattr(layer, "is_sliding", False) and layer.get_mask_sizes(1)[1]:
-            raise UnsupportedModel(
-                f"layer {index} of this cache keeps a window of tokens and has dropped some: `use_mla` needs "
-                "all of them."
-            )
+    return bool(mask.shape[-1] == shape[1] + sum(map(int, held)))
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
@@ -333,8 +320,3 @@ def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
             yield value
         elif isinstance(value, dict):
             yield from _tensors(value.values())
-
-
-def _trains(model: Any) -> bool:
-    """Return whether a weight wants gradients: asked only where they are kept, since it takes a while."""
-    return any(weight.requires_grad for weight in model.parameters())

@@ -7,7 +7,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -129,34 +129,24 @@ class Attention:
         picked: Picked | None = None,
     ) -> torch.Tensor:
         """Return [B, t, h, v]; 0 for queries that see no key. Only what an indexer `picked` is attended."""
-        with self.core.scratch.turn:  # until the result has been copied
-            return self._attend(query, latent, pe, flags, picked)
-
-    def _attend(
-        self,
-        query: torch.Tensor,
-        latent: torch.Tensor,
-        pe: torch.Tensor,
-        flags: torch.Tensor,
-        picked: Picked | None,
-    ) -> torch.Tensor:
         paged: Any = getattr(latent, "paged", None)  # a layer of a `PagedCache`: latents are new ones alone
         if paged is None and (kept := self.core.cache_format or self.core.index_format):
             raise UnsupportedModel(f"only a PagedCache holds {kept}: pass one to the model.")
         held = self._steps if paged is None else paged
-        step: Step = held.step(flags, query.shape[2])
-        rows = query.transpose(1, 2)  # [B, t, h, n + r]
-        out = query.new_zeros(*rows.shape[:3], self.core.config.v_head_dim)
-        if not step.spans:
-            return out
-        selection = None if picked is None else picked.selection(self.core, step, held)
-        q = self.core.queries(step.batch.num_tokens)
-        counts = [span.tokens for span in step.spans]
-        for span, place in zip(step.spans, q.split(counts), strict=True):
-            place.copy_(rows[span.request, span.queries])
-        heads = self.core(q, step.batch, held.write(step, latent, pe), selection)
-        for span, rows_out in zip(step.spans, heads.split(counts), strict=True):
-            out[span.request, span.queries] = rows_out
+        with self.core.scratch.turn:  # until the result has been copied
+            step: Step = held.step(flags, query.shape[2])
+            rows = query.transpose(1, 2)  # [B, t, h, n + r]
+            out = query.new_zeros(*rows.shape[:3], self.core.config.v_head_dim)
+            if not step.spans:
+                return out
+            selection = None if picked is None else picked.selection(self.core, step, held)
+            q = self.core.queries(step.batch.num_tokens)
+            counts = [span.tokens for span in step.spans]
+            for span, place in zip(step.spans, q.split(counts), strict=True):
+                place.copy_(rows[span.request, span.queries])
+            heads = self.core(q, step.batch, held.write(step, latent, pe), selection)
+            for span, rows_out in zip(step.spans, heads.split(counts), strict=True):
+                out[span.request, span.queries] = rows_out
         return out
 
 
@@ -185,26 +175,24 @@ class Steps:
             raise UnsupportedModel(
                 f"this cache returned {returned} of {tokens} tokens: `use_mla` needs all of them."
             )
-        width, (c, r) = step.batch.block_table.shape[1], (latent.shape[-1], pe.shape[-1])
-        pages = self.scratch.take("pages", len(step.keys) * width, PAGE_SIZE, c + r)
-        rows = pages.view(len(step.keys), width * PAGE_SIZE, c + r)
-        for request, keys in enumerate(step.keys):
-            kv = latent[request, 0, keys]
-            rows[request, : kv.shape[0], :c] = kv
-            rows[request, : kv.shape[0], c:] = pe[request, 0, keys]
-            if self.zeroes:
-                rows[request, kv.shape[0] :] = 0
-        return pages
+        return self._copied("pages", step, latent[:, 0], pe[:, 0], zeroes=self.zeroes)
 
     def write_index(self, step: Step, keys: torch.Tensor) -> torch.Tensor:
         """Return all visible index keys of keys [B, s, D], copied to pages [pages, page, D]."""
-        width, count = step.batch.block_table.shape[1], len(step.keys)
-        pages = self.scratch.take("index_pages", count * width, PAGE_SIZE, keys.shape[-1])
-        rows = pages.view(count, width * PAGE_SIZE, keys.shape[-1])
-        for request, visible in enumerate(step.keys):
-            kept = keys[request, visible]
-            rows[request, : kept.shape[0]] = kept
-            rows[request, kept.shape[0] :] = 0
+        return self._copied("index_pages", step, keys, zeroes=True)
+
+    def _copied(self, name: str, step: Step, *parts: torch.Tensor, zeroes: bool) -> torch.Tensor:
+        """Return the visible rows of parts [B, s, w], side by side in pages [pages, page, sum of all w]."""
+        count, width = len(step.keys), step.batch.block_table.shape[1]
+        widths = [part.shape[-1] for part in parts]
+        pages = self.scratch.take(name, count * width, PAGE_SIZE, sum(widths))
+        for request, keys in enumerate(step.keys):
+            rows = pages.view(count, -1, sum(widths))[request]
+            seen = [part[request, keys] for part in parts]
+            for place, part in zip(rows[: len(seen[0])].split(widths, dim=-1), seen, strict=True):
+                place.copy_(part)
+            if zeroes:
+                rows[len(seen[0]) :] = 0
         return pages
 
 
@@ -239,42 +227,30 @@ def attend(
 # the attention, which knows the step, makes the selection.
 
 
-class Scored(NamedTuple):
-    """What an indexer computes of a forward of B requests with t new tokens."""
-
-    q: torch.Tensor  # [B, t, H, D], rotated
-    weights: torch.Tensor  # [B, t, H] fp32, with every factor on scores
-    keys: torch.Tensor  # [B, s, D], normed and rotated: of all tokens, or of a `PagedCache`'s new ones
-
-
-class Held(Protocol):
-    """What holds index keys: a model's scratch memory, or a layer of a `PagedCache`."""
-
-    def write_index(self, step: Any, keys: torch.Tensor) -> torch.Tensor:
-        """Write index keys [B, s, D] of a step and return the pages [pages, page, D] that have all of it."""
-
-
 class Picked:
     """What a layer with an indexer found for itself and for those that share its selection.
 
-    The selection is made at most once per step. Queries, weights and keys are let go of then.
+    Of a forward of B requests with t new tokens: rotated queries q [B, t, H, D], weights [B, t, H] fp32 with
+    every factor on scores, and normed and rotated keys [B, s, D] of all tokens, or of a `PagedCache`'s new
+    ones. The selection is made at most once per step; they are let go of then.
     """
 
-    def __init__(self, scored: Scored) -> None:
-        self._scored: Scored | None = scored
+    def __init__(self, q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor) -> None:
+        self._scored: tuple[torch.Tensor, ...] | None = (q, weights, keys)
         self._selection: torch.Tensor | None = None
 
-    def selection(self, core: AttentionCore, step: Any, held: Held) -> torch.Tensor | None:
+    def selection(self, core: AttentionCore, step: Any, held: Any) -> torch.Tensor | None:
         """Return the selection [T, topk] int32 of a step; None where all keys are attended.
 
-        Made by the layer that asks first, which is the one with the indexer.
+        Made by the layer that asks first, which is the one with the indexer. `held` holds its keys: a model's
+        `Steps`, or a layer of a `PagedCache`.
         """
         if self._scored is not None:
-            (q, weights, keys), self._scored = self._scored, None
+            (*scored, keys), self._scored = self._scored, None
             pages, batch = held.write_index(step, keys), step.batch
             if is_sparse(core.config, batch.query_lens, batch.kv_lens):
                 q, weights = (
-                    torch.cat([x[span.request, span.queries] for span in step.spans]) for x in (q, weights)
+                    torch.cat([x[span.request, span.queries] for span in step.spans]) for x in scored
                 )
                 self._selection = core.select(q, weights, batch, pages)
         return self._selection
@@ -312,7 +288,7 @@ class Indexing:
         if cache is not None:
             keys = cache.update_indexer(keys, indexer.layer_idx)
         wide = indexer.weights_proj(hidden_states.to(indexer.weights_proj.weight.dtype))
-        return Picked(Scored(q, wide.float() * config.index_scale, keys))
+        return Picked(q, wide.float() * config.index_scale, keys)
 
     def _rotated(self, x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
         """Return x [.., D] with its first r channels rotated, pairs apart as stock caches have them."""

@@ -33,12 +33,10 @@ from mla_backends.api import Backend, FusedOp, LinearSpec
 
 
 class Use(NamedTuple):
-    """What `restore` undoes. Layers refer to it, so it keeps none of them, nor the models, alive."""
+    """What `restore` undoes. Layers refer to it, so it keeps no model alive."""
 
-    layers: list[weakref.ref[Any]]
-    models: list[weakref.ref[Any]]  # those that hold the layers, from the outermost one that has their config
+    models: list[weakref.ref[Any]]  # those that hold the layers, from the outermost one
     before: str  # what they attended with
-    guards: dict[weakref.ref[Any], list[Callable[[], None]]]  # of each model, what takes them away
 
 
 def use_mla(
@@ -72,18 +70,18 @@ def use_mla(
         )
     _register()
     steps = Steps(surveyed.dtype, surveyed.device, WORKSPACE_BYTES, Turn.of(opened))
-    use = _use(surveyed)
+    use = Use([*map(weakref.ref, surveyed.models)], surveyed.owner.config._attn_implementation)
     try:
         for layer in surveyed.layers:
-            _prepare(layer, surveyed, opened, steps, cache_format, index_format)
             layer.mla_use = use
+            _prepare(layer, surveyed, opened, steps, cache_format, index_format)
         surveyed.owner.set_attn_implementation(NAME)
-        for served, guards in zip(surveyed.models, use.guards.values(), strict=True):
-            guards.append(guard(served, surveyed.dtype, surveyed.device))
-        check = surveyed.models[-1].register_forward_pre_hook(Check(surveyed), with_kwargs=True)
-        use.guards[use.models[-1]].append(check.remove)
+        for served in surveyed.models:
+            guard(served, surveyed.dtype, surveyed.device)
+        inner = surveyed.models[-1]
+        inner.mla_check = inner.register_forward_pre_hook(Check(surveyed), with_kwargs=True)
     except BaseException:
-        _undo(use)
+        _undo(model, use)
         raise
     return model
 
@@ -93,16 +91,6 @@ def _load(name: str, device: torch.device, arguments: dict[str, Any]) -> Backend
     if device.index is not None:
         arguments = {"index": device.index, **arguments}
     return mla.load_backend(name, **arguments)
-
-
-def _use(surveyed: Survey) -> Use:
-    models = [weakref.ref(model) for model in surveyed.models]
-    return Use(
-        [weakref.ref(layer) for layer in surveyed.layers],
-        models[surveyed.models.index(surveyed.owner) :],
-        surveyed.owner.config._attn_implementation,
-        {model: [] for model in models},
-    )
 
 
 def _same(backend: torch.device, model: torch.device) -> bool:
@@ -149,24 +137,29 @@ def restore(model: Any) -> Any:
     if not uses:
         raise UnsupportedModel("this model does not run our ops: there is nothing to restore.")
     for use in uses.values():
-        _undo(use)
+        _undo(model, use)
     return model
 
 
-def _undo(use: Use) -> None:
-    """Give back what layers had; some may not have been prepared."""
-    for model, guards in use.guards.items():
-        for take_away in guards if model() is not None else ():
-            take_away()
-    for layer in filter(None, (layer() for layer in use.layers)):
-        for name, child in list(layer.named_children()):
+def _undo(model: Any, use: Use) -> None:
+    """Give back what parts had of what is left of a model in use, as `model` is; some may be unprepared."""
+    whole = next((held for ref in use.models if (held := ref()) is not None), model)
+    layers, parts = find_attention(whole), list(whole.modules())
+    for part in parts:
+        for name, child in list(part.named_children()):
             if isinstance(child, Packed):
-                setattr(layer, name, child.plain())
+                setattr(part, name, child.plain())
+        if "mla_check" in vars(part):
+            vars(part).pop("mla_check").remove()
+        for name in GUARDS:
+            vars(part).pop(name, None)
+    for layer in layers:
         for name in ("mla_use", "mla_attention", "expand_kv"):
             vars(layer).pop(name, None)
         if isinstance(indexer := getattr(layer, "indexer", None), nn.Module):
             vars(indexer).pop("forward", None)
-    if owner := next(filter(None, (model() for model in use.models)), None):
+    owners = (part for part in parts if getattr(part, "config", None) is layers[0].config)
+    if owner := next((part for part in owners if hasattr(part, "set_attn_implementation")), None):
         owner.set_attn_implementation(use.before)
 
 
@@ -309,67 +302,27 @@ class PackedKvB(Packed):
 
 
 # ------------------------------------------------------------------------------------------- guards
-# Methods of a model in use that refuse before anything is changed.
-
-Method = Callable[..., Any]
-GUESSES = "_get_candidate_generator"  # which `generate` asks with all settings, before it runs the model
+GUARDS = ("_apply", "_load_from_state_dict", "_get_candidate_generator")
 
 
-def guard(model: Any, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
-    """Have methods refuse what packed weights would, but after others were changed; return the undo.
+def guard(model: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Have methods refuse what packed weights would, but after others were changed.
 
-    All are called by other methods of the model. Neither they nor the undo keep it alive: it would have to
-    wait for Python's garbage collector, which counts no bytes.
+    All are called by other methods of the model. They do not keep it alive: it would have to wait for
+    Python's garbage collector, which counts no bytes.
     """
-    guards: dict[str, Method] = {
-        "_apply": _unmoved(_method(model, "_apply"), dtype, device),
-        "_load_from_state_dict": refuse_to_load,
-    }
-    if hasattr(model, GUESSES):
-        guards[GUESSES] = _without_mtp(_method(model, GUESSES))
-    before = {name: vars(model)[name] for name in guards if name in vars(model)}
-    vars(model).update(guards)
-    alive = weakref.ref(model)
+    alive, kind, weight = weakref.ref(model), type(model), torch.empty(0, dtype=dtype, device=device)
 
-    def undo() -> None:
-        held = vars(alive())
-        for name in guards:
-            held.pop(name, None)
-        held.update(before)
-
-    return undo
-
-
-def _method(model: Any, name: str) -> Callable[[], Method]:
-    """Return how to get a method as it is now: the class's without keeping the model, or one of its own."""
-    if name in vars(model):
-        method: Method = vars(model)[name]
-        return lambda: method
-    bound: Any = weakref.WeakMethod(getattr(model, name))
-    return lambda: bound()
-
-
-def _unmoved(apply: Callable[[], Method], dtype: torch.dtype, device: torch.device) -> Method:
-    """Return an `nn.Module._apply` that lets only those moves pass that leave packed weights as they are."""
-    weight = torch.empty(0, dtype=dtype, device=device)
-
-    def moved(change: Any, *arguments: Any, **words: Any) -> Any:
+    def unmoved(change: Any, *arguments: Any, **words: Any) -> Any:
         require_unmoved(change, weight)
-        return apply()(change, *arguments, **words)
+        return kind._apply(alive(), change, *arguments, **words)
 
-    return moved
-
-
-def _without_mtp(choose: Callable[[], Method]) -> Method:
-    """Return a choice of who guesses tokens that refuses layers which are made, unprepared, for that."""
-
-    def chosen(*arguments: Any, **words: Any) -> Any:
-        config = words.get("generation_config", next(iter(arguments), None))
-        if getattr(config, "use_mtp", None):
+    def guesser(*arguments: Any, **words: Any) -> Any:  # which `generate` asks before it runs the model
+        if getattr(words.get("generation_config", next(iter(arguments), None)), "use_mtp", None):
             raise UnsupportedModel(
                 "the layers that guess tokens for `use_mtp` do not run our ops: leave it out, or call "
                 "`restore(model)` before."
             )
-        return choose()(*arguments, **words)
+        return kind._get_candidate_generator(alive(), *arguments, **words)
 
-    return chosen
+    vars(model).update(zip(GUARDS, (unmoved, refuse_to_load, guesser), strict=True))
