@@ -11,18 +11,19 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hypothesis import strategies as st
 
-from mla.cache.formats import codec_of
-from mla.cases.case import OpCase
+from mla.cases.case import KINDS, OpCase
+from mla.cases.kinds import OfBytes
 from mla.cases.memory import Layout, edges
 from mla.cases.played import Scene
-from mla.cases.stress import LARGE_ONES, UNUSUAL, USUAL, Stress, words
+from mla.cases.sparse import SELECTIONS, V32
+from mla.cases.stress import LARGE_ONES, UNUSUAL, USUAL, words
 from mla.errors import CacheFormatError
-from mla_backends.api import AttentionSpec, LinearSpec, NormSpec
+from mla_backends.api import AttentionSpec, IndexerSpec, LinearSpec, NormSpec
 
 Draw = Callable[..., Any]
 Pairs = list[tuple[int, int]]  # per request: new tokens and keys
@@ -34,6 +35,7 @@ BORDERS = (*range(1, 6), *range(7, 10), *((1 << bits) + by for bits in range(4, 
 MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # that an op may want widths to be
 PAGE_SIZES = (64, 16, 1, 32, 128, 2, 4, 8, 256)
 # Widths c, r, n and v: what every model of the family has, and many kernels serve alone; and small ones.
+WIDTHS = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
 DEEPSEEK = (512, 64, 128, 128)
 SMALL_WIDTHS = (32, 8, 16, 12)
 ORDERS = ("shuffled", "rising", "falling", "a run", "a shuffled run")  # of slots
@@ -50,6 +52,10 @@ MAX_PRODUCTS = 1 << 24  # of a projection, which devices are slow in that lack t
 FAR_SLOTS, MAX_CACHED = 1 << 15, 1 << 25  # slots beyond 16 bits, and numbers of a cache with as many
 MAX_SPREAD = 1 << 21  # numbers of a large cache at most times
 MAX_SHARED = 12  # pairs that are asked one by one
+TOPKS = (16, 1, 2, 3, 5, 8, 31, 32, 33, 63, 64, 65, 100, 128)
+MORE_TOPKS = (64, 128, 512, 1024, 2048)  # what an op is given that refuses others
+INDEX_WIDTHS = (128, 16, 32, 64, 24, 40, 96, 256)
+SELECT_HEADS = tuple(count for count in HEADS if count <= 65)
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -202,20 +208,30 @@ class Field:
         return next(filter(self.serves, rounded), replace(spec, **dict.fromkeys(names, 512)))
 
     def attention(self, heads: int, dims: Sequence[int], scale: float = 1.0) -> AttentionSpec:
-        """Return the spec of attention with widths c, r, n and v."""
+        """Return the spec of attention with widths c, r, n and v, or with DeepSeek's where it is refused."""
         c, r, n, v = dims
-        scale *= (n + r) ** -0.5
-        return AttentionSpec(heads, c, n, r, v, scale, self.dtype, self.device, topk=self.topk)
+        scaled = scale * (n + r) ** -0.5
+        spec = AttentionSpec(heads, c, n, r, v, scaled, self.dtype, self.device, topk=self.topk)
+        return spec if dims == DEEPSEEK or self.serves(spec) else self.attention(heads, DEEPSEEK, scale)
 
-    def stored(self, draw: Draw, spec: AttentionSpec) -> AttentionSpec:
+    def indexer(self, draw: Draw, heads: int, topk: int) -> IndexerSpec:
+        """Draw an indexer: in the widths of V3.2 for an op that serves no others."""
+        d = draw(among(*INDEX_WIDTHS)) if draw(st.booleans()) else 2 * draw(whole(1, 70))
+        r = draw(among(d // 4 * 2, 0, 2, d // 2 * 2))
+        spec = IndexerSpec(heads, d, r, topk, self.dtype, self.device)
+        usual = (replace(spec, **{**V32, "num_heads": count, "topk": k})
+                 for k in (topk, *MORE_TOPKS) for count in (heads, V32["num_heads"]))  # fmt: skip
+        return self.stored(draw, next(filter(self.serves, (spec, *usual)), spec))
+
+    def stored(self, draw: Draw, spec: Any) -> Any:
         """Draw a cache format for a spec, in widths that it and the op serve; plain where there are none."""
         name = draw(among(*self.formats)) if self.formats and draw(st.booleans()) else ""
-        c, r, n, v = DEEPSEEK
-        usual = replace(spec, kv_lora_rank=c, qk_rope_head_dim=r, qk_nope_head_dim=n, v_head_dim=v)
+        indexes, entry = isinstance(spec, IndexerSpec), cast("OfBytes", KINDS[self.kind].stored)
+        usual = spec if indexes else replace(spec, **dict(zip(WIDTHS, DEEPSEEK, strict=True)))
         for tried in (spec, usual) if name else ():
             with contextlib.suppress(CacheFormatError):
-                codec = codec_of(name, tried.kv_lora_rank, tried.qk_rope_head_dim)
-                stored = replace(tried, cache_format=name, token_bytes=codec.token_bytes if codec else 0)
+                named = replace(tried, **{"index_format" if indexes else "cache_format": name})
+                stored = replace(named, token_bytes=entry.codec(named).token_bytes)
                 if self.serves(stored):
                     return stored
         return spec
@@ -256,8 +272,6 @@ def rotation_case(draw: Draw, field: Field) -> OpCase:
     half = draw(whole(1, 70)) if draw(st.booleans()) else 32
     heads = draw(among(*HEADS))
     spec = field.attention(heads, (512, 2 * half, 128, 128))
-    if not field.serves(spec):
-        spec = field.attention(heads, DEEPSEEK)
     rows = some_rows(draw, heads * spec.qk_rope_head_dim)
     return OpCase(field.kind, spec, (rows,), (rows,), interleaved=draw(st.booleans()))
 
@@ -272,65 +286,91 @@ def dims(draw: Draw) -> tuple[int, ...]:
 
 
 def write_case(draw: Draw, field: Field) -> OpCase:
-    spec = field.attention(16, dims(draw))
-    if not field.serves(spec):
-        spec = field.attention(16, DEEPSEEK)
-    spec = field.stored(draw, spec)
-    page = draw(among(*PAGE_SIZES))
-    width = spec.kv_lora_rank + spec.qk_rope_head_dim
+    """Draw a write of latents or index keys, a few of them to more slots than 15 bits count."""
+    latents = field.kind == "write_latent"
+    spec = field.stored(draw, field.attention(16, dims(draw))) if latents else field.indexer(draw, 4, 64)
+    page, plain = draw(among(*PAGE_SIZES)), OpCase(field.kind, spec, (1,), (1,))
+    width = plain.shape(KINDS[field.kind].cached)[0]
     rows = some_rows(draw, width, page)
-    rare = 20 if width * FAR_SLOTS <= MAX_SPREAD else 80
-    far = some(draw, rare) and width * FAR_SLOTS <= MAX_CACHED
+    far = some(draw, 20 if width * FAR_SLOTS <= MAX_SPREAD else 80) and width * FAR_SLOTS <= MAX_CACHED
     pages = FAR_SLOTS // page + draw(whole(1, 9)) if far else 0
-    return OpCase(
-        field.kind, spec, (rows,), (rows,), interleaved=draw(st.booleans()), eps=draw(among(1e-6, 1e-5)),
-        layout=Layout(page_size=page, pages=pages), stress=Stress(order=draw(among(*ORDERS))),
+    return plain.but(
+        tokens=rows, interleaved=draw(st.booleans()), eps=draw(among(1e-6, 1e-5, 1e-2)),
+        page_size=page, pages=pages, order=draw(among(*ORDERS)),
     )  # fmt: skip
 
 
 def attention_case(draw: Draw, field: Field) -> OpCase:
-    latent = field.kind != "expanded_attention"
+    cached = bool(KINDS[field.kind].cached)
     scale = draw(among(1.0, 1.0, 0.5, 1.6))
     widths, heads = dims(draw), draw(among(*HEADS))
-    causal = latent or draw(whole(0, 2)) > 0
-    page = draw(among(*PAGE_SIZES))
+    causal = cached or draw(whole(0, 2)) > 0
 
     def spec_of(count: int) -> AttentionSpec:
-        spec = field.attention(count, widths, scale)
-        return spec if field.serves(spec) else field.attention(count, DEEPSEEK, scale)
+        return field.attention(count, widths, scale)
 
     if not field.serves(spec_of(heads)):
         heads = next((count for count in MORE_HEADS if field.serves(spec_of(count))), heads)
-    if latent and page not in (served := field.pages(spec_of(heads))):
+    case = batch(draw, field, spec_of, heads, causal, cached and widths == SMALL_WIDTHS)
+    return replace(case, spec=field.stored(draw, case.spec)) if cached else case
+
+
+def sparse_case(draw: Draw, field: Field) -> OpCase:
+    """Draw a case of attention; few queries of it gather many keys."""
+    usual = {k: replace(field, topk=k).attention(64, DEEPSEEK) for k in MORE_TOPKS}
+    topk = draw(among(*TOPKS))
+    if not field.serves(replace(usual[64], topk=topk)):
+        topk = next((k for k, spec in usual.items() if field.serves(spec)), topk)
+    case = attention_case(draw, replace(field, topk=topk))
+    return replace(case, selection=draw(among(*SELECTIONS)))
+
+
+def select_case(draw: Draw, field: Field) -> OpCase:
+    heads, topk = draw(among(*SELECT_HEADS)), draw(among(*TOPKS))
+    spec = field.indexer(draw, heads, topk)
+
+    def spec_of(count: int) -> IndexerSpec:
+        return replace(spec, num_heads=count)
+
+    case = batch(draw, field, spec_of, spec.num_heads, True, spec.head_dim <= 32)
+    return replace(case, selection=draw(among(*SELECTIONS)))
+
+
+def batch(
+    draw: Draw, field: Field, spec_of: Callable[[int], Any], heads: int, causal: bool, narrow: bool
+) -> OpCase:
+    """Draw a case with this spec of a number of heads, at most `heads`: as many operands as there is room.
+
+    A few cases of `narrow` keys have a request of HUGE tokens or more, whose positions need 18 bits.
+    """
+    entry, page, served = KINDS[field.kind], draw(among(*PAGE_SIZES)), field.pages(spec_of(heads))
+    if entry.cached and page not in served:
         page = served[PAGE_SIZES.index(page) % len(served)]
+    of = page if entry.cached else 1  # what keys come by
     pairs, room = requests(draw, page, causal), draw(among(*ROOMS))
     if any(keys > 900 for _, keys in pairs):
         room = max(room, LONG_ROOM)
-    if latent and widths == SMALL_WIDTHS and some(draw, 60):
+    if narrow and some(draw, 50):
         room, pairs, heads = HUGE_ROOM, [(1, 5), (1, draw(whole(HUGE, HUGE + 200)))], min(heads, 2)
 
     def fits(pairs: Pairs, count: int) -> bool:
-        spec = spec_of(count)
-        width = spec.qk_rope_head_dim + (spec.kv_lora_rank if latent else spec.qk_nope_head_dim)
-        of = page if latent else 1  # what keys come by
-        tokens, keys = sum(new for new, _ in pairs), sum(-(-keys // of) * of for _, keys in pairs)
-        numbers = width * (tokens * count + keys * (1 if latent else count))
+        case = OpCase(field.kind, spec_of(count), *columns(pairs))
+        row = math.prod(case.shape(entry.cached or entry.operands["k"].removeprefix("K ")))
+        cached = row * sum(-(-keys // of) * of for _, keys in pairs)
+        gathered = row * sum(new * min(field.topk, keys) for new, keys in pairs)
         logits = count * sum(new * keys for new, keys in pairs)
-        gathered = width * sum(new * min(field.topk, keys) for new, keys in pairs)
-        return max(numbers, gathered) <= NUMBERS * room and logits <= LOGITS * room
+        numbers = max(math.prod(case.shape(entry.operands["q"])) + cached, gathered)
+        return numbers <= NUMBERS * room and logits <= LOGITS * room
 
     if not fits(pairs, heads):  # rather fewer heads than fewer requests
         fewer = [count for count in HEADS if count < heads and field.serves(spec_of(count))]
-        few = (
-            min((heads, *fewer)) if draw(st.booleans()) else heads
-        )  # where none fit: many requests, or heads
+        few = min((heads, *fewer)) if draw(st.booleans()) else heads  # where none fit
         heads = max((count for count in fewer if fits(pairs, count)), default=few)
     pairs = fitting(pairs, lambda pairs: fits(pairs, heads))
-    pairs = served_lengths(field, spec_of(heads), pairs, page if latent else None)
-    new, keys = columns(pairs)
-    layout, spec = Layout(page_size=page), spec_of(heads)
-    spec = field.stored(draw, spec) if latent else spec
-    return OpCase(field.kind, spec, new, keys, causal=causal, layout=layout)
+    pairs = served_lengths(field, spec_of(heads), pairs, page if entry.cached else None)
+    return OpCase(
+        field.kind, spec_of(heads), *columns(pairs), causal=causal, layout=Layout(page_size=page)
+    )  # fmt: skip
 
 
 def columns(pairs: Pairs) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -350,14 +390,6 @@ def served_lengths(field: Field, spec: Any, pairs: Pairs, page: int | None) -> P
     return next((pairs for pairs in tried if field.takes(spec, *columns(pairs), page)), pairs)
 
 
-@functools.cache
-def cases_of(kind: str) -> Callable[[Draw, Field], OpCase]:
-    """Return what draws the cases of a kind of op."""
-    from mla.cases import drawn_sparse  # which draws by what is here
-
-    return {**CASES, **drawn_sparse.CASES}[kind]
-
-
 CASES: Mapping[str, Callable[[Draw, Field], OpCase]] = {
     "linear": linear_case,
     "batched_linear": linear_case,
@@ -366,6 +398,9 @@ CASES: Mapping[str, Callable[[Draw, Field], OpCase]] = {
     "write_latent": write_case,
     "latent_attention": attention_case,
     "expanded_attention": attention_case,
+    "write_index_key": write_case,
+    "select_latents": select_case,
+    "sparse_latent_attention": sparse_case,
 }
 
 
@@ -446,7 +481,7 @@ def numbers(draw: Draw, case: OpCase) -> Mapping[str, Any]:
 @st.composite
 def scenes(draw: Draw, field: Field) -> Scene:
     """Draw calls of one op."""
-    case = cases_of(field.kind)(draw, field)
+    case = CASES[field.kind](draw, field)
     case = case.but(**numbers(draw, case), seed=draw(whole(0, 3)))
     case = replace(case, layout=layout_of(draw, case))
     scene = Scene((case,), held=draw(among(math.nan, 0.0, 1.0)))
@@ -484,7 +519,7 @@ def sequence(draw: Draw, field: Field, scene: Scene) -> Scene:
         times = min(times, max(REPEATS[0], MOST_BYTES // max(1, few.work.bytes)))
         return replace(scene, cases=(few,), order=((0, 1), (0, times)), kept=True)
     if what == "others":
-        other = cases_of(field.kind)(draw, field)
+        other = CASES[field.kind](draw, field)
         other = replace(other, layout=layout_of(draw, other))
     else:
         other = derived(case, what)
@@ -502,38 +537,36 @@ def sequence(draw: Draw, field: Field, scene: Scene) -> Scene:
 
 def small(case: OpCase, times: int) -> OpCase:
     """Return a case of the same spec that takes little time, the less the more often it is called."""
-    new, keys = (
-        min(case.query_lens[0], 3 if times < 100 else 1),
-        min(case.kv_lens[0], 70 if times < 100 else 9),
-    )
-    layout = replace(case.layout, shared=(), repeated=False, pages=0)
-    return replace(case, query_lens=(new,), kv_lens=(max(new, keys),), layout=layout)
+    few, most = (3, 70) if times < 100 else (1, 9)
+    new = min(case.query_lens[0], few)
+    return of_lengths(case, [(new, max(new, min(case.kv_lens[0], most)))])
+
+
+def of_lengths(case: OpCase, pairs: Pairs) -> OpCase:
+    """Return a case of the same spec in other lengths, whose pages are its own."""
+    new, keys = columns(pairs)
+    return case.but(query_lens=new, kv_lens=keys, shared=(), repeated=False, pages=0)
 
 
 def derived(case: OpCase, how: str) -> OpCase:
-    """Return another case of the same spec: fewer or more tokens, or the same elsewhere, or otherwise."""
+    """Return another case of the same spec: fewer or more tokens, or the same elsewhere, or otherwise.
+
+    Only its numbers are others where nothing else can be.
+    """
     pairs = list(zip(case.query_lens, case.kv_lens, strict=True))
-    before, rowwise = pairs, not case.entry.prepares
-    if how == "fewer":
-        pairs = [(pairs[0][0] // 2,) * 2] if rowwise else pairs[: max(1, len(pairs) // 2)]
-    elif how == "more":
-        pairs = [(pairs[0][0] + 1,) * 2] if rowwise else [(new, keys + bool(keys)) for new, keys in pairs]
-    elif how == "other order":
-        pairs = pairs[::-1]
-    elif how == "other pages" and case.entry.cached:  # or slots
-        other = case.but(shuffle=case.layout.shuffle + 1, pages=0)
-        return other.but(order="falling" if case.stress.order == "rising" else "rising")
-    elif (
-        how == "other mask"
-        and case.kind == "expanded_attention"
-        and all(keys >= new or not keys for new, keys in pairs)
-    ):
-        return replace(case, causal=not case.causal)
-    if pairs == before:  # only its numbers are others
-        return case
-    new, keys = columns(pairs)
-    layout = replace(case.layout, shared=(), repeated=False, pages=0)
-    return replace(case, query_lens=new, kv_lens=keys, layout=layout)
+    rowwise, first = not case.entry.prepares, pairs[0][0]
+    if how == "other pages" and case.entry.cached:  # or slots
+        order = "falling" if case.stress.order == "rising" else "rising"
+        return case.but(shuffle=case.layout.shuffle + 1, pages=0, order=order)
+    if how == "other mask" and case.kind == "expanded_attention":
+        ordinary = all(keys >= new or not keys for new, keys in pairs)
+        return replace(case, causal=not case.causal) if ordinary else case
+    others = {
+        "fewer": [(first // 2,) * 2] if rowwise else pairs[: max(1, len(pairs) // 2)],
+        "more": [(first + 1,) * 2] if rowwise else [(new, keys + bool(keys)) for new, keys in pairs],
+        "other order": pairs[::-1],
+    }.get(how, pairs)
+    return case if others == pairs else of_lengths(case, others)
 
 
 def axes(scene: Scene) -> Iterator[tuple[str, Any]]:
