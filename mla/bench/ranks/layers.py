@@ -20,7 +20,7 @@ from mla.bench.measure.evidence import LayerBench, Lengths, Sample
 from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.results.schema import LinkLine, RankFacts, Spread
 from mla.bench.results.stats import median
-from mla.bench.subjects.base import Facts, Implementation, Outputs, buffers, worst
+from mla.bench.subjects.base import Facts, Implementation, Left, Outputs, buffers, worst
 from mla.bench.subjects.fixture import Fixture, make_fixture
 from mla.bench.subjects.inputs import Inputs, Requests
 from mla.bench.subjects.layer import MlaLayer
@@ -33,7 +33,6 @@ from mla.parallel.groups import Groups, Traffic
 from mla.parallel.layer import ParallelMLA
 from mla.parallel.layout import Share
 from mla.verify.layer_oracle import Pair, State
-from mla.verify.places import Places
 from mla.verify.selected import Taken
 from mla.verify.verdict import Check
 
@@ -74,8 +73,8 @@ class RankLayer(MlaLayer):
     def extend(self, table_tokens: int = 0) -> Any:
         return self._cache.extend(self._sequences, self.scenario.query_lens)
 
-    def places(self, step: int) -> Places:
-        return Places.new_tokens(self.scenario.query_lens, self.scenario.kv_lens(step))
+    def left(self) -> Left:
+        return super().left()._replace(places=None)  # of which rank 0 has its own
 
     def rank_facts(self, number: int) -> RankFacts:
         """Run a pass in which collectives are clocked, and return what a result says of this rank.
@@ -138,7 +137,7 @@ class LeadLayer(Implementation):
         self.layer = part  # whose lengths `run` may shrink
         self._part, self._crew = part, crew
         self.held_to_reference = part.held_to_reference
-        self._left: list[tuple[Outputs, dict[int, Taken]]] = []  # of the last pass, by rank
+        self._left: list[Left] = []  # of the last pass, by rank
         self._kept: list[list[float]] = []  # of the result's passes, by rank
 
     # ------------------------------------------------------------------------------------------ passes
@@ -219,7 +218,7 @@ class LeadLayer(Implementation):
         """Check what every rank has: each has the outputs of all heads, of its requests."""
         self.outputs()
         checks = [
-            checker.check_pass(self._whole(copy), self._number, self.held_to_reference, **self._taken(copy))
+            checker.check_pass(self._left_by(copy), self.held_to_reference)
             for copy in range(self._crew.layout.head_parts)  # every rank has the outputs of all heads
         ]
         copy = worst(checks)
@@ -237,7 +236,7 @@ class LeadLayer(Implementation):
         ranks, count = self._ranks(copy), self._crew.layout.dp
         rows = [Requests.of(self.scenario, part, count).rows(self.scenario) for part in range(count)]
         far = [0.0] * count
-        for _, forward in checker.forwards(self._whole(copy), self._number, **self._taken(copy)):
+        for _, forward in checker.forwards(self._left_by(copy)):
             error = (forward.actual.cpu().double() - forward.expected).nan_to_num(*[torch.inf] * 3)
             far = [max(old, float(error[part].norm())) for old, part in zip(far, rows, strict=True)]
         return ranks[far.index(max(far))]
@@ -248,23 +247,23 @@ class LeadLayer(Implementation):
 
     def _whole(self, copy: int) -> Outputs:
         """Return the outputs [T, d] of all requests, as one copy of them."""
-        parts = [self._left[rank][0] for rank in self._ranks(copy)]
+        parts = [self._left[rank].outputs for rank in self._ranks(copy)]
         return {index: torch.cat([part[index] for part in parts]) for index in sorted(parts[0])}
 
-    def _taken(self, copy: int) -> dict[str, dict[int, Taken]]:
-        """Return what a checker is to be given of all requests' memory, as one copy has it, if anything."""
+    def _left_by(self, copy: int) -> Left:
+        """Return what a pass left of all requests, as one copy has it."""
         if self.setting.config.index_n_heads:  # a copy is one rank's, which has all requests
-            return {"taken": self._left[copy][1]}
-        whole: dict[int, list[Pair]] = {index: [] for index in self._left[0][1]}
+            return Left(self._number, self._whole(copy), self._left[copy].taken)
+        whole: dict[int, list[Pair]] = {index: [] for index in self._left[0].taken}
         layout, scenario = self._crew.layout, self.scenario
         for rank in self._ranks(copy):
             group = range(rank - rank % layout.dcp, rank - rank % layout.dcp + layout.dcp)
             history = Requests.of(scenario, layout.place(rank).dp, layout.dp).scenario(scenario).history
             for index, latents in whole.items():
-                parts = zip(*(self._left[other][1][index].latents for other in group), strict=True)
+                parts = zip(*(self._left[other].taken[index].latents for other in group), strict=True)
                 latents += [_merged(pairs, past) for pairs, past in zip(parts, history, strict=True)]
         taken = {index: Taken(tuple(latents)) for index, latents in whole.items()}
-        return {"taken": taken} if taken else {}
+        return Left(self._number, self._whole(copy), taken)
 
     # ------------------------------------------------------------------------------------------- facts
 

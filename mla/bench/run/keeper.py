@@ -129,7 +129,7 @@ def layer_tensors(impl: Implementation, checker: Any) -> Tensors:
 def first_wrong(impl: LayerImplementation, checker: Any) -> tuple[int, Forward] | None:
     """Return the first wrong forward that was collected, or the first of all if none is wrong alone."""
     first = None
-    for index, forward in impl.forwards(checker):  # one by one: what is expected of all takes much memory
+    for index, forward in checker.forwards(impl.left()):  # one by one, for want of memory
         first = first or (index, forward)
         alone = forward.actual.shape == forward.expected.shape  # of several layers together it cannot be told
         if alone and checker.check_forwards([forward], impl.held_to_reference).status != "ok":

@@ -90,10 +90,6 @@ class ScenarioRun:
         self._progress(f"{self._point.name}: limits of the device", 0)
         self.ceilings.known(self._whole(self._costs(self._setting)).bytes)
 
-    def oracle_seconds(self) -> float:
-        """Return about how long the oracle takes at least; 0 for less than a second, and once it is there."""
-        return 0.0 if self.prepared else self._fixture.oracle_seconds()
-
     def prepare(self) -> tuple[Any, Any]:
         """Make operands, and compute the oracle: on the host, once, which may take minutes."""
         if not self.prepared:

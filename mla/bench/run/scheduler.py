@@ -173,9 +173,7 @@ class _Scheduler:
                 "so each runs alone"
             )
         work.measure_limits()
-        budget = self._steering.budget
-        seconds = 0.0 if budget.seconds is None else work.oracle_seconds()
-        if reason := budget.short(seconds, "oracle and checks"):
+        if reason := self._steering.budget.short(0.0, "oracle and checks"):
             self._keep(work.not_run(names, reason))
             return
         work.prepare()

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -24,10 +24,21 @@ from mla.bench.workload.scenario import Scenario
 from mla.errors import UsageError
 from mla.verify.layer_check import Checker, Forward
 from mla.verify.places import Places
+from mla.verify.selected import Taken
 from mla.verify.verdict import Check
 
 T = TypeVar("T")
 Outputs = dict[int, torch.Tensor]  # of the forwards of one pass, on the host
+
+
+class Left(NamedTuple):
+    """What a pass left to judge it by; outputs and `taken` are by forward."""
+
+    number: int
+    outputs: Outputs  # [T, d]
+    taken: dict[int, Taken] = {}  # noqa: RUF012  # nothing changes it
+    places: Callable[[int], Places] | None = None  # of a step's rows
+
 
 # What a class needs to be an implementation.
 METHODS = ("load", "restore", "before", "step", "after", "outputs", "facts")
@@ -91,9 +102,13 @@ class Implementation(ABC):
     def facts(self) -> Facts:
         """Return what a result says of this implementation; also asked before `load`."""
 
+    def left(self) -> Left:
+        """Return what the last pass left to judge it by."""
+        return Left(self._number, self.outputs())
+
     def check(self, checker: Any) -> Check:
         """Check all outputs of the last pass."""
-        check: Check = checker.check_pass(self.outputs(), self._number, self.held_to_reference)
+        check: Check = checker.check_pass(self.left(), self.held_to_reference)
         return check
 
     # ------------------------------------------------------------------------------- a layer over ranks
@@ -261,7 +276,7 @@ def poison(buffer: torch.Tensor) -> None:
 # ------------------------------------------------------------------------------------ of the whole layer
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LayerChecker(Checker):
     """Judges the layer's outputs for any turn of `inputs`.
 
@@ -269,15 +284,13 @@ class LayerChecker(Checker):
     and `any_oracle` those [T, d] of hidden states [T, d], lengths and history.
     """
 
-    inputs: Inputs | None = None
-    turned: Expected | None = None
-    oracle: Callable[[Inputs, int], torch.Tensor] | None = None
-    any_oracle: Callable[..., torch.Tensor] | None = None
+    inputs: Inputs
+    turned: Expected
+    oracle: Any = None
+    any_oracle: Any = None
 
     def of(self, inputs: Inputs, count: int) -> LayerChecker:
         """Return a checker of the first forwards of a plain pass of other inputs, within the same bounds."""
-        assert self.turned is not None
-        assert self.oracle is not None
         return replace(self, inputs=inputs, turned=replace(self.turned, plain=self.oracle(inputs, count)))
 
     def on_lengths(self, query_lens: Sequence[int], kv_lens: Sequence[int], outputs: torch.Tensor) -> Check:
@@ -285,37 +298,29 @@ class LayerChecker(Checker):
 
         The history of each request is cut to what its length leaves.
         """
-        assert self.inputs is not None
-        assert self.any_oracle is not None
         past = [length - new for length, new in zip(kv_lens, query_lens, strict=True)]
         history = [(kv[:n], pe[:n]) for n, (kv, pe) in zip(past, self.inputs.history, strict=True)]
         expected = self.any_oracle(self.inputs.hidden[0, : len(outputs)], query_lens, history)
         judge = Checker(expected[None], self.dtype, lambda: expected)
         return judge.check(outputs[None], held_to_reference=False)
 
-    def forwards(
-        self, outputs: Outputs, number: int, places: Callable[[int], Places] | None = None
-    ) -> Iterator[tuple[int, Forward]]:
-        """Yield the forwards of pass `number`, each with what it should be; `places` of a step's rows."""
-        assert self.inputs is not None
-        assert self.turned is not None
+    def forwards(self, left: Left) -> Iterator[tuple[int, Forward]]:
+        """Yield the forwards of a pass by index, each with what it should be."""
         scenario = self.inputs.scenario
-        decode, places = scenario.mode == "decode", places or partial(_new_tokens, scenario)
-        for index, rows in sorted(outputs.items()):
+        decode, places = scenario.mode == "decode", left.places or partial(new_tokens, scenario)
+        for index, rows in sorted(left.outputs.items()):
             step = index if decode else 0
-            expected = self.turned.rows(step, self.inputs.turn(number, index))
+            expected = self.turned.rows(step, self.inputs.turn(left.number, index))
             where = f"{'step' if decode else 'forward'} {index}"
             yield index, Forward(step, rows, expected, where, partial(places, step))
 
-    def check_pass(
-        self, outputs: Outputs, number: int, held: bool, places: Callable[[int], Places] | None = None
-    ) -> Check:
-        """Judge the outputs of pass `number`; `held`: an op of a backend is held to the reference."""
-        forwards = (forward for _, forward in self.forwards(outputs, number, places))
-        return self.check_forwards(forwards, held)
+    def check_pass(self, left: Left, held: bool) -> Check:
+        """Judge the outputs of a pass; `held`: an op of a backend is held to the reference."""
+        return self.check_forwards((forward for _, forward in self.forwards(left)), held)
 
 
-def _new_tokens(scenario: Scenario, step: int) -> Places:
+def new_tokens(scenario: Scenario, step: int) -> Places:
+    """Return what the rows of a forward are."""
     return Places.new_tokens(scenario.query_lens, scenario.kv_lens(step))
 
 
@@ -408,17 +413,6 @@ class LayerImplementation(Implementation):
             if index not in self._held:
                 self._held[index] = _on_host(buffer)
         return dict(self._held)
-
-    def check(self, checker: LayerChecker) -> Check:
-        return checker.check_pass(self.outputs(), self._number, self.held_to_reference, self.places)
-
-    def places(self, step: int) -> Places:
-        """Return what the rows of a forward are."""
-        return _new_tokens(self.scenario, step)
-
-    def forwards(self, checker: LayerChecker) -> Iterator[tuple[int, Forward]]:
-        """Yield the forwards of the last pass, by index, each with what it should be."""
-        return checker.forwards(self.outputs(), self._number, self.places)
 
 
 def _on_host(buffer: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from time import perf_counter_ns as now_ns
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ import torch
 from mla.bench import results
 from mla.bench.subjects import op as one_op
 from mla.bench.subjects.base import METHODS, Foreign, Implementation, LayerChecker, called
-from mla.bench.subjects.inputs import Inputs, expected_outputs, expected_plain, make_inputs, oracle_flops
+from mla.bench.subjects.inputs import Inputs, expected_outputs, expected_plain, make_inputs
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.selected import SelectedLayer, TakenChecker
 from mla.bench.subjects.setting import Setting, implementation_setting, make_ops, sharing_weights
@@ -38,8 +37,6 @@ from mla.verify.selected import SelectingLayer, SelectionJudge
 from mla.weights import random_state_dict
 from mla_backends.errors import describe
 
-# Side of the product in float64 that tells how fast the oracle may be.
-ORACLE_SIDE = 1024
 # Name -> how to build it. Others are named by where their class is.
 IMPLEMENTATIONS: dict[str, Callable[[Setting, State], Implementation]] = {
     "mla": lambda setting, state: _ours(setting, state, "mla", None),
@@ -120,10 +117,6 @@ class Fixture(ABC):
         if self._checker is None:
             self._checker = self._make_checker(self.inputs())
         return self.inputs(), self._checker
-
-    def oracle_seconds(self) -> float:
-        """Return about how long the oracle takes at least; 0 for less than a second."""
-        return 0.0
 
     @abstractmethod
     def _make_inputs(self) -> Any: ...
@@ -213,17 +206,6 @@ class LayerFixture(Fixture):
         self._given, self._after_forward = state, after_forward
         self._state: State = {}
         self._costs: dict[int, results.Cost] = {}  # by the number of steps
-
-    def oracle_seconds(self) -> float:
-        if self.setting.is_judged_after:
-            return 0.0
-        x, taken = torch.ones(ORACLE_SIDE, ORACLE_SIDE, dtype=torch.float64), list[int]()
-        for _ in range(3):
-            start = now_ns()
-            x.mm(x)
-            taken.append(now_ns() - start)
-        seconds = min(taken) / 1e9 * oracle_flops(self.setting.config, self.point) / (2 * ORACLE_SIDE**3)
-        return seconds if seconds >= 1 else 0.0
 
     def _make_inputs(self) -> Inputs:
         self._state = self._weights()

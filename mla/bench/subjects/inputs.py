@@ -24,7 +24,6 @@ from mla.cache.formats import Codec, given_back
 from mla.cache.index_formats import IndexFp8
 from mla.cases.case import generator
 from mla.config import MLAConfig
-from mla.cost import kv_b_parameters, projection_parameters
 from mla.verify.layer_oracle import Held, Run, State, oracle, oracle_of_choices, oracle_of_last
 
 # The most last tokens of a prefill's request; and rows of them over all requests.
@@ -307,20 +306,6 @@ def oracle_runs(config: MLAConfig, scenario: Scenario) -> list[Run]:
         return [Run(count, new * scenario.inputs, past) for new, past in requests]
     last = [Run(count - 1, 1, past + new - 1, uncached=new - 1) for new, past in requests]
     return [*(Run(1, *request) for request in requests), *last]
-
-
-def oracle_flops(config: MLAConfig, scenario: Scenario) -> int:
-    """Return the FLOPs in float64 of `expected_outputs`, masked keys included."""
-    latents, q_kv_o = config.hidden_size * config.latent_dim, projection_parameters(config)
-    heads, width = config.num_attention_heads, config.qk_head_dim + config.v_head_dim
-    multiplied = sum(
-        run.rows * q_kv_o
-        + run.uncached * latents
-        + (run.past + run.rows) * kv_b_parameters(config)
-        + run.pairs * heads * width
-        for run in oracle_runs(config, scenario)
-    )
-    return 2 * multiplied
 
 
 def _of_steps(

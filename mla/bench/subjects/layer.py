@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
 from time import perf_counter_ns as now_ns
@@ -16,6 +16,7 @@ from mla.bench.subjects.base import (
     Facts,
     Implementation,
     LayerImplementation,
+    Left,
     Outputs,
     worst,
 )
@@ -27,7 +28,7 @@ from mla.cache.ragged_batch import RaggedBatch
 from mla.layer.attention import MLA
 from mla.layer.plan import frozen_roles
 from mla.parallel.layout import Share
-from mla.verify.layer_check import Forward, Poison
+from mla.verify.layer_check import Poison
 from mla.verify.layer_oracle import State
 from mla.verify.places import Places
 from mla.verify.selected import Taken
@@ -223,6 +224,7 @@ class MlaLayer(LayerImplementation):
         return (self.take_now(query_lens, past, kv_lens),) if self._takes else ()
 
     def places(self, step: int) -> Places:
+        """Return what the rows of a forward are, and in which pages."""
         size = self._cache.page_size
         pages = [self._cache.slots(sequence)[::size].cpu() // size for sequence in self._sequences]
         table = torch.nn.utils.rnn.pad_sequence(pages, batch_first=True)
@@ -251,24 +253,15 @@ class MlaLayer(LayerImplementation):
         for index, layer in enumerate(self.layers):
             layer.replace_ops(partial(in_layer, index))
 
-    def left(self) -> tuple[Outputs, dict[int, Taken]]:
-        """Return the outputs of the last pass, and what they are judged by, by forward."""
-        return self.outputs(), self._taken
-
-    def forwards(self, checker: Any) -> Iterator[tuple[int, Forward]]:
-        if self._takes:
-            return checker.forwards(self.outputs(), self._number, self._taken)
-        return super().forwards(checker)
+    def left(self) -> Left:
+        return Left(self._number, self.outputs(), self._taken, self.places)
 
     def check(self, checker: Any) -> Check:
         """Check every layer's outputs, and that its new latents are in its own part of the cache."""
         if not self._stacked:
-            if not self._takes:
-                return super().check(checker)
-            given = self.outputs(), self._number, self.held_to_reference
-            check: Check = checker.check_pass(*given, taken=self._taken)
-            return check
-        checks = [self._check_layer(checker, index) for index in range(len(self.layers))]
+            return super().check(checker)
+        all_left = (self._left_by(index) for index in range(len(self.layers)))
+        checks = [checker.check_pass(left, self.held_to_reference) for left in all_left]
         for index, check in enumerate(checks):
             if check.status == "ok" and not self._cached(index):
                 check.status, check.reason = "wrong", "its latents are not in its part of the cache"
@@ -277,15 +270,10 @@ class MlaLayer(LayerImplementation):
             checks[index].reason = f"layer {index}: {checks[index].reason}"
         return checks[index]
 
-    def _check_layer(self, checker: Any, index: int) -> Check:
-        check: Check = checker.check_pass(
-            self._rolled(index), self._number, self.held_to_reference, self.places
-        )
-        return check
-
-    def _rolled(self, index: int) -> Outputs:
-        """Return the outputs of a layer, as layer 0 would have them."""
-        return {forward: rows[index].roll(-index, -1) for forward, rows in super().outputs().items()}
+    def _left_by(self, index: int) -> Left:
+        """Return what a layer left, with outputs as layer 0 would have them."""
+        outputs = {forward: rows[index].roll(-index, -1) for forward, rows in super().outputs().items()}
+        return Left(self._number, outputs, self._taken, self.places)
 
     def _cached(self, index: int) -> bool:
         """Return whether a layer cached the same as layer 0, rolled and up to rounding."""

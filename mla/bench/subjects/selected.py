@@ -5,19 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
 
 import torch
 
-from mla.bench.subjects.base import Outputs
+from mla.bench.subjects.base import Left
 from mla.bench.subjects.inputs import Inputs, Turn
 from mla.bench.subjects.layer import MlaLayer
 from mla.cache.ragged_batch import RaggedBatch
 from mla.cost import latent_attention_flops, parameters
 from mla.verify.layer_check import Checker, Forward, Poison
 from mla.verify.selected import Past, SelectionJudge, Taken, take
-from mla.verify.tolerances import Bounds, layer_bounds, mean_over, row_errors, table_decides
+from mla.verify.tolerances import layer_bounds, mean_over, row_errors, table_decides
 from mla.verify.verdict import Check
 
 # What the oracle may compute for a forward. Beyond that, it judges a random choice of rows, and at least so
@@ -85,11 +83,9 @@ class SelectedLayer(MlaLayer):
         """Return what the last forward has left, with the index keys from the history to `kv_lens`."""
         return take(self.layer, self._cache, self._sequences, query_lens, history, kv_lens)
 
-    def _check_layer(self, checker: Any, index: int) -> Check:
+    def _left_by(self, index: int) -> Left:
         taken = {forward: others[index - 1] for forward, others in self._of_others.items()}
-        given = self._rolled(index), self._number, self.held_to_reference
-        check: Check = checker.check_pass(*given, taken=taken if index else self._taken)
-        return check
+        return super()._left_by(index)._replace(taken=taken if index else self._taken)
 
 
 @dataclass
@@ -120,9 +116,9 @@ class TakenChecker:
         """Return a checker of passes over other inputs, within the same bounds."""
         return replace(self, inputs=inputs.stored(self.judge.codec, self.judge.index_codec))
 
-    def check_pass(self, outputs: Outputs, number: int, held: bool, taken: dict[int, Taken]) -> Check:
-        """Judge the outputs of pass `number`, and what was taken; `held`: also to the reference's error."""
-        return self._verdict([judged for _, judged in self.judged(outputs, number, taken)], held)
+    def check_pass(self, left: Left, held: bool) -> Check:
+        """Judge the outputs of a pass, and what was taken; `held`: also to the reference's error."""
+        return self._verdict([judged for _, judged in self.judged(left)], held)
 
     def on_lengths(
         self, query_lens: Sequence[int], kv_lens: Sequence[int], out: torch.Tensor, taken: Taken
@@ -138,31 +134,29 @@ class TakenChecker:
         if not listed:
             return Check(status="wrong", reason="there are no outputs to judge")
         expected, dtype = torch.stack([forward.expected for forward in listed]), self.judge.dtype
-        bounds = partial(self._bounds, held and not table_decides(dtype), expected)
-        return _Bounded(expected, dtype, lambda: expected, bounds=bounds).check_forwards(listed, held)
+        known = None
+        if held and not table_decides(dtype):
+            known = torch.full(expected.shape[:-1], self._typical(), dtype=torch.float64)
+        bounds = {False: layer_bounds(known, expected, dtype)}
+        return Checker(expected, dtype, lambda: expected, bounds).check_forwards(listed, False)
 
-    def judged(self, outputs: Outputs, number: int, taken: dict[int, Taken]) -> Iterator[tuple[int, Judged]]:
-        """Yield the forwards of pass `number` by index.
+    def judged(self, left: Left) -> Iterator[tuple[int, Judged]]:
+        """Yield the forwards of a pass by index.
 
         A step of decoding is judged from the new tokens of all steps before it; another forward by its own
         alone.
         """
         scenario = self.inputs.scenario
-        decode = scenario.mode == "decode"
-        for index, out in sorted(outputs.items()):
+        decode, lens = scenario.mode == "decode", (scenario.query_lens, scenario.history)
+        for index, out in sorted(left.outputs.items()):
             steps = range(index + 1) if decode else [index]
-            hidden = [self.inputs.forward(number, step)[0] for step in steps]
+            hidden = [self.inputs.forward(left.number, step)[0] for step in steps]
             where = f"{'step' if decode else 'forward'} {index}"
-            yield (
-                index,
-                self._judge(out, hidden, scenario.query_lens, scenario.history, taken.get(index), where),
-            )
+            yield index, self._judge(out, hidden, *lens, left.taken.get(index), where)
 
-    def forwards(
-        self, outputs: Outputs, number: int, taken: dict[int, Taken]
-    ) -> Iterator[tuple[int, Forward]]:
-        """Yield the forwards of pass `number` by index, each with what its output should be."""
-        return ((index, judged.forward) for index, judged in self.judged(outputs, number, taken))
+    def forwards(self, left: Left) -> Iterator[tuple[int, Forward]]:
+        """Yield the forwards of a pass by index, each with what its output should be."""
+        return ((index, judged.forward) for index, judged in self.judged(left))
 
     def _verdict(self, judged: Sequence[Judged], held: bool) -> Check:
         """Return the first reason of any forward, or else the verdict on all outputs."""
@@ -174,10 +168,6 @@ class TakenChecker:
             check.error_ratio = max([check.error_ratio, *(part.ratio for part in judged)])
         return check
 
-    def _bounds(self, held: bool, expected: torch.Tensor) -> Bounds:
-        known = torch.full(expected.shape[:-1], self._typical(), dtype=torch.float64) if held else None
-        return layer_bounds(known, expected, self.judge.dtype)
-
     def _typical(self) -> float:
         """Return the relative error of the reference's first forward, judged by its own selection."""
         if self.typical is None:
@@ -185,7 +175,7 @@ class TakenChecker:
             reference.before(0)
             reference.step(0)
             reference.after(0)
-            forward = next(reference.forwards(self))[1]
+            forward = next(self.forwards(reference.left()))[1]
             errors = row_errors(forward.actual, forward.expected)
             self.typical = mean_over(errors, forward.expected.norm(dim=-1))
         return self.typical
@@ -220,14 +210,3 @@ class TakenChecker:
         )
         most = max(ROWS, int(ROWS_FLOPS / flops))
         return torch.tensor(sorted(_random.sample(range(count), min(count, most))))
-
-
-@dataclass
-class _Bounded(Checker):
-    """Holds forwards to bounds that are made when the first one is judged."""
-
-    bounds: Callable[[], Bounds] | None = None
-
-    def _bounds(self, held_to_reference: bool) -> Bounds:
-        assert self.bounds is not None
-        return self.bounds()

@@ -199,15 +199,6 @@ def test_nothing_that_takes_long_begins_once_the_time_is_over(
     assert list(dict.fromkeys(log)) == done.split()
 
 
-def test_an_oracle_that_would_outlast_the_budget_is_not_begun(
-    run_inside: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(LayerFixture, "oracle_seconds", lambda self: 99.0)
-    assert run_inside(Budget(20, Clock())).code == 5
-    said = f"{OVER_BUDGET}: oracle and checks would take about 99 s, and 20 s of 20 s were left"
-    assert {case.check.reason for case in results.read(Path("run.json")).cases} == {said}
-
-
 def test_a_budget_that_is_over_at_once_runs_nothing(bench: Bench, small: list[str]) -> None:
     done = bench(*VIRTUAL, *small, *GRID, "--budget", "0.001", fakes=["virtual_clock"])
     assert done.code == 5
