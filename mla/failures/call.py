@@ -51,16 +51,10 @@ class CallFacts(msgspec.Struct, kw_only=True):
     gaps: dict[str, Gaps]  # of operands and outputs, where there are any
     in_place: bool = False  # the output was the input
     pages: Count = 0  # of the cache
-    fill: float | None = None  # what pages hold that the call does not touch; None is NaN
     query_lens: list[Count] = []
     kv_lens: list[Count] = []
     causal: bool = True
     writes_lse: bool = True
-
-    def unread(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Return pages that the call does not touch. Raises RuntimeError if `fill` is not of the dtype."""
-        fill = stands_for(torch.nan if self.fill is None else self.fill, dtype)
-        return torch.empty(tuple(shape), dtype=dtype, device=device).fill_(fill)
 
 
 def format_in(spec: Mapping[str, Any]) -> Any:
@@ -111,11 +105,12 @@ class RecordedCall:
         return self.entry.spec(**{**self.facts.spec, "dtype": self.dtype, "device": device})
 
     def arguments(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, Any]:
-        """Return the arguments of the call: these tensors, a fresh copy of the cache, and the scalars."""
+        """Return the arguments of the call: these tensors, the scalars, and a cache, else NaN."""
         given: dict[str, Any] = {**tensors, **self.facts.scalars, **dict.fromkeys(self.facts.absent)}
         if self.pages is None or self.kept_pages is None:
             return given
-        cache = self.facts.unread((self.facts.pages, *self.pages.shape[1:]), self.pages.dtype, device)
+        shape, dtype = (self.facts.pages, *self.pages.shape[1:]), self.pages.dtype
+        cache = torch.full(shape, stands_for(torch.nan, dtype), dtype=dtype, device=device)
         cache[self.kept_pages.to(device)] = self.pages.to(device)
         return {**given, "cache": cache}
 
@@ -222,7 +217,7 @@ def record(known: Known, tensors: Mapping[str, Any], of_step: Lengths | None = N
     operands = {name: x.to("cpu", copy=True).contiguous() for name, x in inputs.items()}
     if cache is None or kept is None:
         return RecordedCall(facts, operands)
-    facts.pages, facts.fill = cache.shape[0], _fill(cache, kept)
+    facts.pages = cache.shape[0]
     return RecordedCall(facts, operands, kept, cache[kept.to(cache.device)].cpu())
 
 
@@ -274,18 +269,6 @@ def _lengths(
     rows = tensors[KINDS[known.kind].varied[0]].shape[0]
     whole = of_step[known.role == CONTEXT] if of_step else ()
     return ([], []) if of_step is None or sum(whole) != rows else (list(of_step[0]), list(of_step[1]))
-
-
-def _fill(cache: torch.Tensor, kept: torch.Tensor) -> float | None:
-    """Return what is in the pages that are not kept: a number of the first of them, 0 only if all are.
-
-    Whoever writes zeros to zeros leaves no trace.
-    """
-    unread = torch.ones(cache.shape[0], dtype=torch.bool, device="cpu")
-    unread[kept] = False
-    page = cache[int(unread.int().argmax())].flatten()
-    value = page[int((page != 0).int().argmax())].item() if bool(unread.any()) else torch.nan
-    return None if value != value else float(value)
 
 
 def poison_outputs(tensors: Mapping[str, Any]) -> None:
@@ -366,7 +349,8 @@ class Watcher:
         except BackendError:  # a refusal
             raise
         except Exception as error:
-            self._raised(recorded, error)
+            if recorded is not None:  # what it wrote may be out of reach by now
+                self.wrong = JudgedCall(recorded, Made({}), expected(recorded), raised(error))
             raise
         if recorded is None:
             return
@@ -374,33 +358,19 @@ class Watcher:
         outcome, right = made(recorded, op, tensors, before), expected(recorded)
         self.judged += 1
         reason = judged(recorded, outcome, right)
-        small = before is not None or tensors.get("cache") is None  # there is room for a second one
-        again = self._again(recorded, op, tensors) if small else None
-        if again is not None and not reason:  # what it writes beside its outputs is seen there alone
-            outcome, reason = again, judged(recorded, again, right)
+        alone = None
+        if before is not None or tensors.get("cache") is None:  # there is room for a second cache
+            # What is wrong by itself as well has no call before it to blame; otherwise it depends on state.
+            device = next(tensor.device for tensor in tensors.values() if torch.is_tensor(tensor))
+            reasons, again = attempted(recorded, op, device, self._synchronize, right)
+            alone = bool(reasons)
+            if again is not None and not reason:  # what it writes beside its outputs is seen there alone
+                outcome, reason = again, reasons
         self._beat()
         if reason:
-            alone = (again is None or bool(judged(recorded, again, right))) if small else None
             self.wrong = JudgedCall(recorded, outcome, right, reason, alone)
         else:
             self.last = JudgedCall(recorded, outcome, right, reason)
-
-    def _again(self, call: RecordedCall, op: FusedOp, tensors: Mapping[str, Any]) -> Made | None:
-        """Make a call again by itself; None if it raises.
-
-        What is wrong in both has no call before it to blame; what is wrong in the first alone depends on
-        state.
-        """
-        device = next(tensor.device for tensor in tensors.values() if torch.is_tensor(tensor))
-        try:
-            return make(call, op, device, self._synchronize)
-        except Exception:  # noqa: BLE001  # whatever an op raises
-            return None
-
-    def _raised(self, recorded: RecordedCall | None, error: Exception) -> None:
-        """Keep a call that ended in an exception; what it wrote may be out of reach by now."""
-        if recorded is not None:
-            self.wrong = JudgedCall(recorded, Made({}), expected(recorded), raised(error))
 
     def _record(self, known: Known, tensors: Mapping[str, Any]) -> RecordedCall | None:
         if self._poisons:
@@ -556,6 +526,22 @@ def judged(call: RecordedCall, outcome: Made, right: Expected) -> str:
     errors = call.entry.errors(right.reference, right.truth)
     where = places(call)
     return call.entry.judge(outcome.results, right.truth, errors, call.dtype, where, outcome.damage).reason
+
+
+def attempted(
+    call: RecordedCall, op: FusedOp, device: torch.device, synchronize: Callable[[], None], right: Expected
+) -> tuple[str, Made | None]:
+    """Make a recorded call; return why it was wrong, "" if it was right, and what it left unless it raised.
+
+    Raises `BackendError` where the op refuses.
+    """
+    try:
+        outcome = make(call, op, device, synchronize)
+    except BackendError:
+        raise
+    except Exception as error:  # noqa: BLE001  # whatever an op raises
+        return raised(error), None
+    return judged(call, outcome, right), outcome
 
 
 def raised(error: Exception) -> str:

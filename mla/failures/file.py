@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +24,18 @@ from mla.failures.call import (
     CONTEXT,
     MAX_CALL_BYTES,
     CallFacts,
-    Expected,
     JudgedCall,
     RecordedCall,
+    attempted,
+    expected,
     format_in,
-    judged,
-    make,
     placed_bytes,
-    raised,
 )
 from mla.layer.ops import refusals, sentences
 from mla.reference import REFERENCE
 from mla.text import DTYPES, dtype_name, size
 from mla_backends import host, outside
 from mla_backends.api import Backend, FusedOp, current
-from mla_backends.errors import BackendError
 
 NAME = "failure.safetensors"
 BEFORE = "failure-before.safetensors"
@@ -101,16 +98,9 @@ class Failure(msgspec.Struct):
                 "this failure holds tensors of a whole layer, as no single op was found wrong: "
                 f"repeat the run instead, with: {self.document.origin.command}"
             )
-        cache = map(self.tensors.get, ("cache.pages", "cache.rows"))
-        return RecordedCall(facts, self._part("operand."), *cache)
-
-    def expected(self) -> Expected:
-        """Return what the call must write."""
-        return Expected(self._part("expected."), self._part("reference."))
-
-    def _part(self, prefix: str) -> Tensors:
-        tensors = {name: tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
-        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        named = (name.partition("operand.")[::2] for name in self.tensors)
+        operands = {name: self.tensors[f"operand.{name}"] for before, name in named if name and not before}
+        return RecordedCall(facts, operands, *map(self.tensors.get, ("cache.pages", "cache.rows")))
 
 
 def replay_command(folder: Path) -> str:
@@ -147,9 +137,9 @@ def write_call(folder: Path, judged: JudgedCall, origin: Origin) -> None:
     )
     extra = {"cache.pages": call.kept_pages, "cache.rows": call.pages}
     tensors = {name: tensor for name, tensor in extra.items() if tensor is not None}
-    right = judged.expected
-    parts = {"operand": call.operands, "found": judged.made.results, "expected": right.truth}
-    for part, held in {**parts, "reference": right.reference}.items():
+    # What it wrote and what it should have are for a reader: a replay computes the truth again.
+    parts = {"operand": call.operands, "found": judged.made.results, "expected": judged.expected.truth}
+    for part, held in parts.items():
         tensors |= {f"{part}.{name}": tensor for name, tensor in held.items()}
     write(folder, document, tensors)
 
@@ -201,12 +191,6 @@ def _read(path: Path) -> Failure:
 
 # --------------------------------------------------------------------------- whether a kept call can be made
 
-# What makes the codec of a cache, and the widths in a spec that it is made for.
-CODECS: Sequence[tuple[Callable[..., Any], Sequence[str]]] = (
-    (codec_of, ("kv_lora_rank", "qk_rope_head_dim")),
-    (index_codec, ("head_dim",)),
-)
-
 # A kept failure may come from anybody, and ops take addresses: no op is called before all of this holds.
 
 _MAX_SIZE = 2**31 - 1  # of a size in a spec, and of a length
@@ -218,42 +202,31 @@ def _check(facts: CallFacts, tensors: Tensors) -> None:
     Names, dtypes, shapes and values are checked in this order: ops trust their tables, and a wrong slot or
     page would have them read or write anywhere.
     """
-    if facts.kind not in KINDS:
-        raise ValueError(f"there is no kind of op '{facts.kind}'")
+    _require(facts.kind in KINDS, f"there is no kind of op '{facts.kind}'")
     kind = entry_of(facts.kind, format_in(facts.spec))
     sizes = _spec_sizes(kind, facts)
     dtype = getattr(torch, facts.spec["dtype"])
-    needed = _tensors(kind, facts, dtype)
-    _check_names(kind, facts, tensors, needed.keys())
+    inputs = [name for name in kind.operands if name not in {*kind.results, *facts.absent}]
+    words = {f"operand.{name}": kind.operands[name] for name in inputs}
+    words |= {"operand.weight": kind.packed} if kind.packed else {}
+    words |= {"cache.pages": "kept", "cache.rows": f"kept page {kind.cached}"} if kind.cached else {}
+    _check_names(kind, facts, tensors, words.keys())
     if kind.cached:
         sizes["page"] = tensors["cache.rows"].shape[1] if tensors["cache.rows"].dim() == 3 else 0
         _require(min(facts.pages, sizes["page"]) > 0, "its cache has no pages")
-        facts.unread((1,), tensors["cache.rows"].dtype, torch.device("cpu"))
-    for name, (of, words) in needed.items():
-        shown = name.removeprefix("operand.")
-        _check_tensor(shown, tensors[name].dtype, tensors[name].shape, of, words, sizes)
-    for name, shape in facts.outputs.items():
-        of = kind.dtypes.get(name, dtype)
-        _check_tensor(name, of, shape, of, kind.operands[name], sizes)
+    dtypes = {**kind.dtypes, "cache.pages": torch.int64, "cache.rows": kind.dtypes.get("cache", dtype)}
+    given: dict[str, tuple[torch.dtype, Sequence[int]]]
+    given = {name: (tensors[name].dtype, tensors[name].shape) for name in words}
+    given |= {name: (dtypes.get(name, dtype), shape) for name, shape in facts.outputs.items()}
+    for full, (of, shape) in given.items():
+        name, letters = full.removeprefix("operand."), (words.get(full) or kind.operands[full]).split()
+        for word, count in zip(letters, shape, strict=False):
+            sizes = dict.fromkeys(word.split("+"), count) | sizes  # a letter that is new gets its size here
+        fits = len(letters) == len(shape) and of == dtypes.get(name, dtype)
+        fits = fits and [dim(word, sizes) for word in letters] == list(shape)
+        what = f"{name} is {dtype_name(of)} {list(shape)}"
+        _require(fits, f"{what}, not {dtype_name(dtypes.get(name, dtype))} [{', '.join(letters)}]")
     _check_values(facts, tensors, sizes)
-
-
-def _tensors(kind: Kind, facts: CallFacts, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, str]]:
-    """Return the tensors that a file of a call must hold -> dtype and shape.
-
-    "operand." has what the op is given, "cache." the kept pages, "expected." the truth in float64, and
-    "reference." the results of the reference that bounds are made from.
-    """
-    inputs = {name: words for name, words in kind.operands.items() if name not in kind.results}
-    inputs = {name: words for name, words in inputs.items() if name not in facts.absent}
-    inputs |= {"weight": kind.packed} if kind.packed else {}
-    tensors = {f"operand.{name}": (kind.dtypes.get(name, dtype), words) for name, words in inputs.items()}
-    if kind.cached:
-        rows = (kind.dtypes.get("cache", dtype), f"kept page {kind.cached}")
-        tensors |= {"cache.pages": (torch.int64, "kept"), "cache.rows": rows}
-    tensors |= {f"expected.{name}": (torch.float64, shape) for name, shape in kind.truths.items()}
-    held = {name: kind.results[name] for name in kind.held}
-    return tensors | {f"reference.{name}": (kind.dtypes.get(name, dtype), held[name]) for name in held}
 
 
 def _require(holds: bool, clause: str) -> None:
@@ -263,44 +236,32 @@ def _require(holds: bool, clause: str) -> None:
 
 def _spec_sizes(kind: Kind, facts: CallFacts) -> dict[str, int]:
     """Return letter -> size of a spec that can be made."""
-    name, fields = kind.spec.__name__, dataclasses.fields(kind.spec)
+    spec, name, fields = facts.spec, kind.spec.__name__, dataclasses.fields(kind.spec)
     names = {field.name for field in fields}
     needed = {field.name for field in fields if field.default is dataclasses.MISSING}
-    fits = needed <= facts.spec.keys() <= names
+    fits = needed <= spec.keys() <= names
     _require(fits, f"its {name} does not have the fields {', '.join(sorted(names))}")
-    _check_format(facts)
-    _require(facts.spec["dtype"] in DTYPES.values(), "no layer has the dtype of its spec")
-    _require(_is(float, facts.spec.get("softmax_scale", 1.0)), "softmax_scale is not a number")
+    _require(spec["dtype"] in DTYPES.values(), "no layer has the dtype of its spec")
+    _require(_is(float, spec.get("softmax_scale", 1.0)), "softmax_scale is not a number")
     for name in kind.letters.values():
-        size = facts.spec[name]
+        size = spec[name]
         _require(type(size) is int and 0 < size <= _MAX_SIZE, f"{name} of its spec is not a size")
-    return {letter: facts.spec[name] for letter, name in kind.letters.items()}
-
-
-def _check_format(facts: CallFacts) -> None:
-    """Check that a cache format is one, for latents of these widths, and the one that the op was told."""
-    name = format_in(facts.spec)
-    _require(
-        isinstance(name, str) and facts.scalars.get("cache_format", "") == name, "its cache format is unknown"
-    )
-    if name:
-        of, fields = next((row for row in CODECS if row[1][0] in facts.spec), CODECS[0])
-        widths = [facts.spec[field] for field in fields]
-        _require(
-            all(type(width) is int and 0 < width <= _MAX_SIZE for width in widths), "its widths are not sizes"
-        )
-        codec = of(name, *widths)  # raises `CacheFormatError`, a ValueError
-        fits = codec is not None and facts.spec.get("token_bytes") == codec.token_bytes
-        _require(fits, f"its bytes per token do not match {name}")
+    cache_format = format_in(spec)
+    known = isinstance(cache_format, str) and facts.scalars.get("cache_format", "") == cache_format
+    _require(known, "its cache format is unknown")
+    if cache_format:  # which may raise `CacheFormatError`, a ValueError
+        widths = [spec[name] for name in ("head_dim", "kv_lora_rank", "qk_rope_head_dim") if name in spec]
+        codec = (index_codec if "head_dim" in spec else codec_of)(cache_format, *widths)
+        fits = codec is not None and spec.get("token_bytes") == codec.token_bytes
+        _require(fits, f"its bytes per token do not match {cache_format}")
+    return {letter: spec[name] for letter, name in kind.letters.items()}
 
 
 def _is(kind: type, value: Any) -> bool:
     """Return whether a value of JSON is a string, a bool, or a number that fp32 can hold."""
-    if kind is str:
-        return isinstance(value, str)
-    if kind is bool or isinstance(value, bool):
-        return kind is bool and isinstance(value, bool)
-    return isinstance(value, (int, float)) and abs(value) < 1e38
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < 1e38
+    return type(value) is kind
 
 
 def _check_names(kind: Kind, facts: CallFacts, tensors: Tensors, needed: Set[str]) -> None:
@@ -316,25 +277,6 @@ def _check_names(kind: Kind, facts: CallFacts, tensors: Tensors, needed: Set[str
     _require(not missing, f"it lacks the tensor '{', '.join(missing)}'")
     held = {name for name in tensors if name.startswith(("operand.", "cache."))}
     _require(held <= needed, f"{facts.kind} takes no '{', '.join(sorted(held - needed))}'")
-
-
-def _check_tensor(
-    name: str,
-    dtype: torch.dtype,
-    shape: Sequence[int],
-    right_dtype: torch.dtype,
-    letters: str,
-    sizes: dict[str, int],
-) -> None:
-    """Check dtype and shape of a tensor; a letter that is met for the first time gets its size."""
-    words = letters.split()
-    fits = dtype == right_dtype and len(shape) == len(words)
-    for word, count in zip(words, shape, strict=False):
-        for letter in word.split("+"):
-            sizes.setdefault(letter, count)
-        fits = fits and count == dim(word, sizes)
-    what = f"{name} is {dtype_name(dtype)} {list(shape)}"
-    _require(fits, f"{what}, not {dtype_name(right_dtype)} [{', '.join(words)}]")
 
 
 def _check_values(facts: CallFacts, tensors: Tensors, sizes: Mapping[str, int]) -> None:
@@ -392,22 +334,13 @@ def replay(failure: Failure, backend: Backend, name: str | None = None, runs: in
     Returns why each was wrong, "" for one that was right. Raises `CannotReplay`, `UnknownOp` and
     `OutOfMemory`.
     """
-    call, expected = failure.call(), failure.expected()
+    call = failure.call()
     op = op_of(call, backend.ops(), call.facts.op if name is None else name)
     assert backend.device is not None
     _require_served(call, name or call.facts.op, op, backend)
     _require_memory(call, backend)
-    reasons = []
-    for _ in range(runs):
-        try:
-            made = make(call, op, backend.device, backend.synchronize)
-        except BackendError:  # a refusal
-            raise
-        except Exception as error:  # noqa: BLE001  # whatever an op raises
-            reasons.append(raised(error))
-        else:
-            reasons.append(judged(call, made, expected))
-    return reasons
+    right = expected(call)
+    return [attempted(call, op, backend.device, backend.synchronize, right)[0] for _ in range(runs)]
 
 
 def op_of(call: RecordedCall, offered: Mapping[str, FusedOp], name: str) -> FusedOp:

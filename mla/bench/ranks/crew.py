@@ -26,7 +26,7 @@ import mla
 from mla.bench import results
 from mla.bench.measure.engine import refusal, too_large
 from mla.bench.ranks.layers import LeadLayer, RankLayer, SelectedRankLayer
-from mla.bench.ranks.pulse import BEAT, Place, Pulse, RanksError, differing, numbered
+from mla.bench.ranks.pulse import BEAT, Pulse, RanksError, listed, numbered
 from mla.bench.results.stats import median
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.setting import Ranks, Setting
@@ -187,13 +187,17 @@ class Crew(Ranks):
         with blamed_on(self._pulse):
             self.groups = Groups(self.layout, self._timeout)
         self._group = next(group for group in self.layout.head_groups() if self.rank in group)
-        self._pulse.groups, self._pulse.place = self.layout.head_groups(), self._place
+        self._pulse.place = self._place
         plans = [replace(plan, ops=common[plan.name]) for plan in request.scenarios]
         return replace(request, scenarios=plans)
 
-    def _place(self) -> Place:
-        """Return how far this rank is; asked from another thread."""
-        return Place(self._forwards, self.groups.entered + self.groups.left - 2 * self._before + self._talks)
+    def _place(self) -> int:
+        """Return how far this rank is: in which forward, and there in which collective or behind all of them.
+
+        It is asked from another thread.
+        """
+        steps = self.groups.entered + self.groups.left - 2 * self._before  # into collectives, and out of them
+        return (self._forwards << 32) + (-1 + (1 << 32) if self._talks else steps)
 
     def when_lost(self, die: Callable[[RanksError], None]) -> None:
         """Have `die` end this process if another rank is lost while this one does something else."""
@@ -443,10 +447,13 @@ def agree(by_rank: Sequence[Facts]) -> None:
         others = {rank: given[kind] for rank, given in enumerate(by_rank) if given[kind] != expected}
         if not others:
             continue
-        what = differing(expected, next(iter(others.values())), kind in _SHOWN)
+        given = next(iter(others.values()))
+        names = [name for name in {**expected, **given} if given.get(name) != expected.get(name)]
+        if kind in _SHOWN:
+            names = [f"{name} ({given.get(name)}, not {expected.get(name)})" for name in names]
         raise RanksError(
             f"{numbered(list(others))} differ{'s' * (len(others) == 1)} from rank 0 in {kind}: "
-            f"{what}; {_CURES.get(kind, _SAME_FILES)}",
+            f"{listed(names)}; {_CURES.get(kind, _SAME_FILES)}",
             common=True,
         )
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from mla.bench.ranks.crew import Crew, blamed_on
-from mla.bench.ranks.pulse import LOOK, SILENT, Pulse, RanksError, Run
+from mla.bench.ranks.pulse import LOOK, SILENT, Pulse, RanksError
 from mla.command import console, last_words, launcher
 from mla.errors import MLAError, UsageError
 from mla_backends.errors import describe
@@ -86,7 +86,7 @@ def connect(seconds: float, word: str = "", code: int = 3) -> tuple[Pulse, Any]:
             for master in (holds, False)
         )
         left = max(LOOK, until - time.monotonic())
-        pulse = Pulse(rank, Run(world, launch_name()), beats, die, word, code, left)
+        pulse = Pulse(rank, world, beats, die, word, code, left)
         _JOINED.append((pulse, store))
     except Exception as error:
         global _unreached
@@ -106,17 +106,6 @@ def connect(seconds: float, word: str = "", code: int = 3) -> tuple[Pulse, Any]:
     finally:
         watch.cancel()
     return _JOINED[0]
-
-
-def launch_name() -> str:
-    """Return what the launcher calls this run on all of its ranks; "" if it says nothing.
-
-    Ranks that were started by hand may be of several Slurm jobs.
-    """
-    if (name := os.environ.get("TORCHELASTIC_RUN_ID")) or "RANK" in os.environ:
-        return name or ""
-    job = os.environ.get("SLURM_HET_JOB_ID") or os.environ.get("SLURM_JOB_ID", "")
-    return f"{job}.{os.environ.get('SLURM_STEP_ID', '')}" if job else ""
 
 
 def _reach(host: str, port: int, seconds: float) -> None:

@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -48,13 +48,6 @@ def numbered(ranks: Sequence[int]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {listed(list(map(str, ranks)))}"
 
 
-class Run(msgspec.Struct, frozen=True):
-    """What all ranks of a run have alike: their number, and what the launcher calls the run, if it does."""
-
-    world: int
-    launch: str = ""
-
-
 class Member(NamedTuple):
     """Where a rank runs."""
 
@@ -70,18 +63,6 @@ class Verdict(NamedTuple):
     said: bool = True
 
 
-class Place(NamedTuple):
-    """How far a rank is."""
-
-    forwards: int = 0  # before which it has come to where all ranks meet
-    steps: int = 0  # since then, into a wait for others and out of it: an odd number while it waits
-
-    @property
-    def busy(self) -> bool:
-        """Whether it computes, and waits for no other."""
-        return self.steps % 2 == 0
-
-
 class Pulse:
     """Beats for this rank in the run's store, and watches the others, until it is closed.
 
@@ -92,7 +73,7 @@ class Pulse:
     def __init__(
         self,
         rank: int,
-        run: Run,
+        world: int,
         store: Any,
         die: Callable[[RanksError], None],
         word: str = "",
@@ -104,10 +85,9 @@ class Pulse:
         `word`, `code`: of a rank that has come to say why it ends. `seconds`: the wait for rank 0. Raises
         `RanksError` without it, and where the store is another run's.
         """
-        self.rank, self.world, self.die = rank, run.world, die
+        self.rank, self.world, self.die = rank, world, die
         self.members = {rank: Member(socket.gethostname(), os.getpid())}
-        self.place: Callable[[], Place] = Place
-        self.groups: Sequence[Sequence[int]] = [range(run.world)]  # of ranks that share collectives
+        self.place: Callable[[], int] = int  # how far this rank is: the more, the farther
         self.limit = SILENT  # seconds without a beat
         self._store, self._turns = store, 0
         self._word = self._said(word, code) if word else None  # yet to be said
@@ -116,26 +96,27 @@ class Pulse:
         self._quiet: dict[int, float] = {}  # seconds since, as far as this process was running
         self._changed, self._closed = threading.Condition(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
-        self._enter(run, seconds)
+        self._enter(seconds)
         self._beat()  # with the word, before the others can believe that all goes well
         store.set(f"member/{rank}", msgspec.json.encode(self.members[rank]))
         self._thread.start()
         threading.Thread(target=self._watch_store, name="pulse of the store", daemon=True).start()
 
-    def _enter(self, run: Run, seconds: float) -> None:
+    def _enter(self, seconds: float) -> None:
         """Take this rank's place, unless the store is another run's, which must not notice."""
         limit = time.monotonic() + seconds
-        while self.rank and not self._store.check(["run"]):  # under torchrun the store is there before rank 0
+        while self.rank and not self._store.check(
+            ["world"]
+        ):  # torchrun makes the store before rank 0
             if time.monotonic() > limit:
                 raise RanksError(f"rank 0 did not join within {seconds:.0f} s: check the output there")
             time.sleep(LOOK)
-        first = msgspec.json.decode(self._store.get("run"), type=Run) if self.rank else run
-        if first != run:
-            raise RanksError(f"another run, of {first.world} ranks, uses this port: {FREE_PORT}")
+        if self.rank and (world := int(self._store.get("world"))) != self.world:
+            raise RanksError(f"another run, of {world} ranks, uses this port: {FREE_PORT}")
         if self._store.add(f"joined/{self.rank}", 1) > 1:
             raise RanksError(f"another run has a rank {self.rank} at this port: {FREE_PORT}")
         if self.rank == 0:
-            self._store.set("run", msgspec.json.encode(run))
+            self._store.set("world", str(self.world))
 
     # ------------------------------------------------------------------------------- for the main thread
 
@@ -162,19 +143,12 @@ class Pulse:
         return self._lost
 
     def behind(self) -> str:
-        """Name the ranks that others wait for; "" if there are none, or all are alike.
-
-        Of each group of ranks that share collectives, these are the ones that compute, or else the least far.
-        """
+        """Name the ranks that others wait for, as they are the least far; "" if all are alike."""
         beats = {rank: beat for rank, beat in self._beats.copy().items() if beat != BYE}
-        places = {rank: Place(*msgspec.json.decode(beat)[1:]) for rank, beat in beats.items()}
+        places = {rank: msgspec.json.decode(beat)[1] for rank, beat in beats.items()}
         places[self.rank] = self.place()
-        newest, behind = max(place.forwards for place in places.values()), list[int]()
-        for group in self.groups:
-            far = {rank: places[rank] for rank in group if rank in places}
-            least = [rank for rank in far if far[rank] < max(far.values()) or far[rank].forwards < newest]
-            behind += [rank for rank in far if far[rank].busy] or least
-        return self._names(behind) if 0 < len(behind) < self.world else ""
+        least = [rank for rank, place in places.items() if place == min(places.values())]
+        return self._names(least) if len(least) < len(places) else ""
 
     def leave(self, reason: str, code: int) -> None:
         """Tell the others why this rank ends, unless all know why the run does.
@@ -185,20 +159,13 @@ class Pulse:
         if self._lost is None:
             self._word = self._said(reason, code)  # for the other thread to say: the store may not answer
         while self._thread.is_alive() and time.monotonic() < limit:
-            if self._lost is not None and (self.rank or self._all_told()):
+            if self._lost and (self.rank or list(self._beats.copy().values()) == [BYE] * self.world):
                 break
             time.sleep(LOOK)
         self.close(max(BEAT, limit - time.monotonic()))
 
     def _said(self, reason: str, code: int) -> Verdict:
         return Verdict(f"{self._names([self.rank])} ended: {reason}", code)
-
-    def _all_told(self) -> bool:
-        """Return whether every rank knows why the run ends, or is silent."""
-        beats = self._beats.copy()
-        return len(beats) == self.world and all(
-            beat == BYE or self._quiet[rank] > self.limit for rank, beat in beats.items()
-        )
 
     def close(self, seconds: float | None = None) -> None:
         """Stop beating and watching, and wait so long for that: WORD by default, once."""
@@ -240,7 +207,7 @@ class Pulse:
         if self._word is not None:
             self._end(self._word)
             self._word = None
-        beat = BYE if self._lost else msgspec.json.encode((self._turns, *self.place()))
+        beat = BYE if self._lost else msgspec.json.encode((self._turns, self.place()))
         self._store.set(f"beat/{self.rank}", beat)
 
     def _look(self, pace: float) -> None:
@@ -285,9 +252,3 @@ class Pulse:
         members = self.members.copy()
         where = {rank: f" (process {member.pid} on {member.host})" for rank, member in members.items()}
         return listed([f"rank {rank}{where.get(rank, '')}" for rank in sorted(ranks)])
-
-
-def differing(expected: Mapping[str, str], given: Mapping[str, str], shown: bool = True) -> str:
-    """Return what is not as expected, as in "--seed (1, not 0)"; values only where they are shown."""
-    names = [name for name in {**expected, **given} if given.get(name) != expected.get(name)]
-    return listed([f"{n} ({given.get(n)}, not {expected.get(n)})" if shown else n for n in names])

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -15,7 +16,7 @@ import torch
 
 from mla.bench.ranks import launch, pulse
 from mla.bench.ranks.crew import Crew
-from mla.bench.ranks.pulse import Member, Place, Pulse, RanksError
+from mla.bench.ranks.pulse import Member, Pulse, RanksError
 
 TIMEOUT_S = 60.0
 ELSEWHERE = Member("elsewhere", 7)
@@ -35,13 +36,13 @@ class Ranks:
 
     def real(self, rank: int, word: str = "", code: int = 0, store: Any = None) -> Pulse:
         """Have a rank join that beats."""
-        store, run = store or self.connect(), pulse.Run(self.world)
-        self.pulses.append(Pulse(rank, run, store, lambda lost: None, word, code, TIMEOUT_S))
+        store = store or self.connect()
+        self.pulses.append(Pulse(rank, self.world, store, lambda lost: None, word, code, TIMEOUT_S))
         return self.pulses[-1]
 
     def join(self, rank: int) -> None:
         """Have a rank join that then does nothing."""
-        self.store.set(f"beat/{rank}", msgspec.json.encode((1, 0, 0)))
+        self.store.set(f"beat/{rank}", msgspec.json.encode((1, 0)))
         self.store.set(f"member/{rank}", msgspec.json.encode(ELSEWHERE))
 
 
@@ -119,17 +120,16 @@ def test_a_second_rank_of_one_number_is_refused_and_the_first_goes_on(run: Calla
     assert ranks.zero.lost(0.2) is None
 
 
-@pytest.mark.parametrize(("rank", "world", "launch"), [(2, 4, ""), (1, 4, ""), (1, 2, "8.0")])
+@pytest.mark.parametrize("rank", [1, 2])
 def test_a_rank_of_another_run_is_refused_before_it_writes_anything(
-    run: Callable[[int], Ranks], rank: int, world: int, launch: str
+    run: Callable[[int], Ranks], rank: int
 ) -> None:
     """Also one that says why it ends, and one whose number is not taken yet."""
     ranks = run(2)
-    other = pulse.Run(world, launch)
     time.sleep(5 * pulse.BEAT)  # whatever rank 0 writes is there
     kept = ranks.store.num_keys()
     with pytest.raises(RanksError, match=r"^another run, of 2 ranks, uses this port: set MASTER_PORT"):
-        Pulse(rank, other, ranks.connect(), lambda lost: None, "no room", 2, TIMEOUT_S)
+        Pulse(rank, 4, ranks.connect(), lambda lost: None, "no room", 2, TIMEOUT_S)
     assert ranks.store.num_keys() == kept
     ranks.real(1).meet(TIMEOUT_S)
     assert ranks.zero.lost(0.2) is None
@@ -150,26 +150,6 @@ def test_a_rank_0_that_never_joins_is_named(
         launch.connect(0.3)
     assert store.num_keys() == kept
     assert not launch.leave_word("rank 0 did not join", 3)
-
-
-@pytest.mark.parametrize(
-    ("variables", "name"),
-    [
-        ({"TORCHELASTIC_RUN_ID": "a7", "RANK": "0", "SLURM_JOB_ID": "8"}, "a7"),
-        ({"RANK": "0", "SLURM_JOB_ID": "8", "SLURM_STEP_ID": "1"}, ""),  # by hand, maybe in several jobs
-        ({"SLURM_JOB_ID": "8", "SLURM_STEP_ID": "1"}, "8.1"),
-        ({"SLURM_HET_JOB_ID": "8", "SLURM_JOB_ID": "9", "SLURM_STEP_ID": "1"}, "8.1"),  # one of its parts
-        ({}, ""),
-    ],
-)
-def test_a_run_has_the_name_that_all_its_ranks_are_given(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], name: str
-) -> None:
-    for key in ("TORCHELASTIC_RUN_ID", "RANK", "SLURM_HET_JOB_ID", "SLURM_JOB_ID", "SLURM_STEP_ID"):
-        monkeypatch.delenv(key, raising=False)
-    for key, value in variables.items():
-        monkeypatch.setenv(key, value)
-    assert launch.launch_name() == name
 
 
 def test_a_rank_0_that_has_ended_first_is_not_missed(
@@ -195,7 +175,7 @@ def test_a_rank_0_that_has_ended_first_is_not_missed(
 
 def test_a_heartbeat_that_fails_ends_the_run(run: Callable[[int], Ranks]) -> None:
     ranks = run(2)
-    ranks.zero.place = lambda: 1 // 0  # type: ignore[assignment, return-value]
+    ranks.zero.place = lambda: 1 // 0
     lost = str(ranks.zero.lost(TIMEOUT_S))
     assert lost.startswith("rank 0 (process ")
     assert "): its heartbeat failed: " in lost
@@ -274,35 +254,38 @@ def test_rank_0_waits_for_one_that_looks_late(
 
 @pytest.mark.parametrize(
     ("places", "named"),
-    [
-        ([(5, 1), (5, 2), (5, 1)], [1]),  # an even number computes
-        ([(5, 0), (5, 1), (5, 1)], [0]),
-        ([(5, 1), (5, 2), (5, 0)], [1, 2]),
-        ([(5, 3), (5, 1), (5, 3)], [1]),  # it has skipped a collective
-        ([(5, 1), (5, 1), (4, 5)], [2]),  # it has not come to where all meet
-        ([(5, 1)] * 3, []),  # where all wait, the library hangs
-        ([(5, 2)] * 3, []),  # where all compute, nobody knows
-    ],
+    [([2, 1, 2], [1]), ([1, 4, 1], [0, 2]), ([3, 3, 3], [])],  # where all wait, the library hangs
 )
-def test_those_are_late_that_compute_or_are_less_far_while_others_wait(
-    run: Callable[[int], Ranks], places: list[tuple[int, int]], named: list[int]
+def test_those_that_are_the_least_far_keep_the_others_waiting(
+    run: Callable[[int], Ranks], places: list[int], named: list[int]
 ) -> None:
-    assert late(run(3), places) == named
-
-
-def test_only_ranks_of_one_group_are_compared_by_their_collectives(run: Callable[[int], Ranks]) -> None:
-    ranks = run(4)
-    ranks.zero.groups = [[0, 1], [2, 3]]
-    assert late(ranks, [(5, 1), (5, 1), (5, 7), (5, 5)]) == [3]
-
-
-def late(ranks: Ranks, places: list[tuple[int, int]]) -> list[int]:
-    """Return whom rank 0 takes to be late where each rank is in that forward, after so many steps."""
-    for rank in range(1, ranks.world):
+    ranks = run(3)
+    for rank in (1, 2):
         ranks.real(rank)
     for each, place in zip(ranks.pulses, places, strict=True):
-        each.place = partial(Place, *place)
+        each.place = partial(int, place)
     ranks.zero.meet(TIMEOUT_S)
     time.sleep(10 * pulse.BEAT)
     names = ranks.zero.behind()
-    return [rank for rank in range(ranks.world) if f"rank {rank} (process " in names]
+    assert [rank for rank in range(3) if f"rank {rank} (process " in names] == named
+
+
+@pytest.mark.parametrize(
+    ("far", "farther"),
+    [
+        ((5, 2, 1, False), (5, 2, 2, False)),  # in a collective, and behind it
+        ((5, 2, 2, False), (5, 3, 2, False)),  # it computes while the other waits in the next one
+        ((5, 2, 2, False), (5, 2, 2, True)),  # ... and where the other has done its part
+        ((5, 9, 9, True), (6, 9, 9, False)),
+    ],
+)
+def test_a_rank_is_as_far_as_its_forward_its_collectives_and_its_word(
+    far: tuple[int, int, int, bool], farther: tuple[int, int, int, bool]
+) -> None:
+    places = []
+    for forwards, entered, left, talks in (far, farther):
+        crew: Any = Crew.__new__(Crew)
+        crew._forwards, crew._before, crew._talks = forwards, 1, talks
+        crew.groups = SimpleNamespace(entered=entered, left=left)
+        places.append(crew._place())
+    assert places[0] < places[1]
