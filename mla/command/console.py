@@ -151,6 +151,17 @@ def out(text: str) -> None:
     print(safe(text).encode(encoding, "replace").decode(encoding), end="", file=stream, flush=True)
 
 
+def write(data: bytes) -> None:
+    """Print part of the result as it is, in UTF-8."""
+    stream = results_stream()
+    stream.flush()
+    if (binary := getattr(stream, "buffer", None)) is None:  # of a notebook
+        stream.write(data.decode())
+    else:
+        binary.write(data)
+    stream.flush()
+
+
 def results_stream() -> TextIO:
     """Return the stream that results are written to."""
     return sys.stdout if _results is None else _results

@@ -89,10 +89,7 @@ def is_stdout(path: Path | None) -> bool:
 
 def is_stream(path: Path) -> bool:
     """Return whether what is written adds up, as in a pipe or on stdout: write to it once."""
-    try:
-        return is_stdout(path) or stat.S_ISFIFO(path.stat().st_mode) or _is_nowhere(path)
-    except OSError:
-        return False
+    return is_stdout(path) or path.is_fifo() or os.path.realpath(path) == os.devnull
 
 
 def write_bytes(data: bytes, path: Path) -> None:
@@ -103,8 +100,11 @@ def write_bytes(data: bytes, path: Path) -> None:
     if path in _checked:
         check_writable(path, _checked[path])
     try:
-        if is_stream(path):
-            _send(data, path)
+        if is_stdout(path):
+            console.write(data)
+        elif is_stream(path):
+            with open(_pipes.pop(path, path), "wb") as pipe:
+                pipe.write(data)
         else:
             _replace(data, _target(path))
     except OSError as error:
@@ -121,29 +121,20 @@ def _objection(path: Path, kind: Kind | None) -> str:
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        status = None
-    if status is None:
         if not target.parent.is_dir():
             return f"there is no folder '{target.parent}'"
-    elif stat.S_ISDIR(status.st_mode):
-        return "it is a folder"
-    elif not stat.S_ISREG(status.st_mode):
-        return "it is neither a file nor a pipe"
-    elif _descriptor(path):
-        return "it is the descriptor of an open file; name the file itself"
-    elif not status.st_mode & 0o222 or not os.access(target, os.W_OK):
-        return "it is write-protected"
-    elif status.st_size and not (kind and kind.fits(outside.start(target, _START)[0])):
-        what = kind.name if kind else "empty"
-        return f"it exists and is not {what}; remove it or name another file"
-    elif _is_mounted(target):
-        return "it is a mount point and cannot be replaced; name another file"
-    elif _is_kept(status, target.parent.stat()):
-        return "it belongs to another user, and only its owner may replace it there; name another file"
-    handle, name = tempfile.mkstemp(dir=target.parent)
-    os.close(handle)
-    os.unlink(name)
-    return ""
+    else:
+        if stat.S_ISDIR(status.st_mode):
+            return "it is a folder"
+        if not stat.S_ISREG(status.st_mode):
+            return "it is neither a file nor a pipe"
+        if not status.st_mode & 0o222 or not os.access(target, os.W_OK):
+            return "it is write-protected"
+        if status.st_size and not (kind and kind.fits(outside.start(target, _START)[0])):
+            what = kind.name if kind else "empty"
+            return f"it exists and is not {what}; remove it or name another file"
+    with tempfile.TemporaryFile(dir=target.parent):  # raises if no file can be made there
+        return ""
 
 
 def _target(path: Path) -> Path:
@@ -151,92 +142,42 @@ def _target(path: Path) -> Path:
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
-def _descriptor(path: Path) -> Path | None:
-    """Return the descriptor that a path or its links lead to, such as /proc/7/fd/2; None for other files."""
-    while True:
-        path = Path(os.path.realpath(path.parent), path.name)
-        if re.fullmatch(r"/dev/fd|/proc/\d+(/task/\d+)?/fd", str(path.parent)):
-            return path
-        if not path.is_symlink():
-            return None
-        path = path.parent / os.readlink(path)
-
-
-def _is_mounted(path: Path) -> bool:
-    """Return whether a file is a mount point, as containers get single files; `ismount` may overlook it."""
-    try:
-        mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
-    except OSError:
-        return os.path.ismount(path)
-    return os.fsencode(os.path.realpath(path)) in {line.split()[4] for line in mounts}
-
-
-def _is_kept(file: os.stat_result, folder: os.stat_result) -> bool:
-    """Return whether a file lies in a sticky folder, as /tmp is, and neither of them is ours."""
-    return bool(folder.st_mode & stat.S_ISVTX) and os.geteuid() not in (0, file.st_uid, folder.st_uid)
-
-
-def _is_nowhere(path: Path) -> bool:
-    return os.path.realpath(path) == os.devnull
-
-
 def _unread(path: Path) -> str:
     """Open a pipe until it is written to; return why that cannot be."""
-    if path in _pipes:
-        return ""
-    number = console.descriptor(console.results_stream()) if is_stdout(path) else _own(path)
     try:
-        if number is not None:
-            os.write(number, b"")
+        if is_stdout(path):
+            if (number := console.descriptor(console.results_stream())) is not None:
+                os.write(number, b"")
+        elif path not in _pipes and path.is_fifo():
+            _pipes[path] = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+            os.set_blocking(_pipes[path], True)
     except OSError as error:
-        if error.errno != errno.EBADF:
+        known = {
+            errno.EBADF: "it is closed, or open for reading",
+            errno.ENXIO: "it is a pipe that no process reads from",
+        }
+        if error.errno not in known:
             raise
-        return "it is closed, or open for reading"
-    if is_stdout(path) or _is_nowhere(path):
-        return ""
-    try:
-        _pipes[path] = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
-    except OSError as error:
-        if error.errno != errno.ENXIO:
-            raise
-        return "it is a pipe that no process reads from"
-    os.set_blocking(_pipes[path], True)
+        return known[error.errno]
     return ""
 
 
-def _own(path: Path) -> int | None:
-    """Return the number of a descriptor of this process; None for other paths."""
-    link = _descriptor(path)
-    if link is None or str(link.parent) not in ("/dev/fd", f"/proc/{os.getpid()}/fd"):
-        return None
-    return int(link.name) if link.name.isdigit() else None
-
-
-def _send(data: bytes, path: Path) -> None:
-    """Write to a pipe or to stdout."""
-    if is_stdout(path):
-        stream = console.results_stream()
-        stream.flush()
-        number = console.descriptor(stream)
-        if number is None:  # of whoever calls us, as in a notebook
-            print(data.decode(), end="", file=stream, flush=True)
-            return
-        target = os.dup(number)
-    else:
-        target = _pipes.pop(path) if path in _pipes else os.open(path, os.O_WRONLY)
-    with open(target, "wb") as pipe:
-        pipe.write(data)
-
-
 def _replace(data: bytes, path: Path) -> None:
-    """Put a new file in the place of an old one, whose mode it takes over."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        try:
+    """Put a new file in the place of an old one, whose mode it takes over.
+
+    Its content changes in place where the folder does not let it go: a mount point, or in a sticky folder.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent)
+    try:
+        with open(handle, "wb") as file:
             file.write(data)
-            file.flush()
-            os.chmod(file.name, stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):  # Ctrl-C came after the replacement
-                os.unlink(file.name)
+        os.chmod(name, stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o644)
+        os.replace(name, path)
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.EPERM, errno.EACCES):
             raise
+        with open(os.open(path, os.O_WRONLY | os.O_TRUNC), "wb") as file:
+            file.write(data)
+    finally:
+        with contextlib.suppress(FileNotFoundError):  # it has taken its place
+            os.unlink(name)
