@@ -19,11 +19,10 @@ from mla.bench.subjects import op as one_op
 from mla.bench.subjects.base import buffers
 from mla.bench.subjects.fixture import Fixture, OpFixture
 from mla.bench.subjects.inputs import Requests, choices, is_signed, oracle_runs
-from mla.bench.subjects.setting import SPARE_PAGES, Setting, implementation_setting, make_ops
+from mla.bench.subjects.setting import SPARE_PAGES, Setting
 from mla.bench.workload.grid import Point
-from mla.bench.workload.implementations import Named, is_ours, parse_one
 from mla.cases.varied import Pool
-from mla.layer.plan import WORKSPACE_BYTES, grown_bytes, rebuilt_bytes
+from mla.layer.plan import WORKSPACE_BYTES, rebuilt_bytes
 from mla.layer.rope import RotaryTable
 from mla.parallel.layer import scratch_per_token
 from mla.parallel.layout import Layout
@@ -34,8 +33,6 @@ from mla_backends.api import Backend
 
 # Logits, gathered keys, masks, and what is rebuilt of a context, at most.
 WORKSPACE = 1 << 30
-# Roles whose packed weights may be views of one tensor: they count as shared if all of them are.
-_PACKED_TOGETHER = (("qkv_a_proj",), ("q_b_proj",), ("g_proj",), ("o_proj",), ("kv_b_proj", "w_uk", "w_uv"))
 
 
 class Available(NamedTuple):
@@ -66,8 +63,6 @@ class MemoryPlan:
     gathered: int = 1  # copies of the outputs that are being checked
     others: int = 0  # further ranks on this host
     per_other: int = 0  # what each holds there, apart from what is on its device
-    shared_weights: int = 0  # on the device, which all implementations and the reference save between them
-    shared_alone: int = 0  # which any single implementation and the reference save
 
     @property
     def side_by_side(self) -> bool:
@@ -86,9 +81,8 @@ class MemoryPlan:
         return _within(device, self.device_available) and _within(on_host, self.host_available)
 
     def device_bytes(self, count: int) -> int:
-        """Return what `count` implementations need on the device; weights that they share count once."""
-        saved = self.shared_weights if count == self.implementations else self.shared_alone
-        return count * self.per_implementation + self.per_reference + self.sweep - saved
+        """Return the most that `count` implementations need on the device: they may share weights."""
+        return count * self.per_implementation + self.per_reference + self.sweep
 
     def host_bytes(self, count: int) -> int:
         """Return what the host needs while `count` implementations are measured, for all ranks that it has.
@@ -160,8 +154,6 @@ def plan_memory(
         gathered=gathered,
         others=0 if setting.ranks is None else setting.ranks.beside,
         per_other=_other_bytes(setting, point, lazy),
-        shared_weights=shared_bytes(setting, names, fused),
-        shared_alone=min(shared_bytes(setting, [name], fused) for name in names),
         **common,
     )
 
@@ -222,62 +214,18 @@ def _forward_bytes(setting: Setting, point: Point, share: int = 1) -> int:
     if heads := config.index_n_heads:  # queries and keys of new tokens, and in four bytes the rest
         wide = config.hidden_size + heads + config.index_topk
         numbers += point.tokens * ((heads + 1) * config.index_head_dim + 2 * wide)
-    rebuilt = rebuilt_bytes(config, setting.dtype.itemsize, sum(_expanded_lens(setting, point)))
+    expands = setting.attention == cost.EXPANDED or (
+        setting.attention == "auto" and max(point.query_lens) > 1
+    )
+    rebuilt = rebuilt_bytes(config, setting.dtype.itemsize, sum(point.final_lens)) if expands else 0
     kept = (point.layers - 1) * min(rebuilt, WORKSPACE_BYTES)  # that of one layer is in `WORKSPACE`
-    once = WORKSPACE + _longest_bytes(setting, point, share) + _grown_bytes(setting, point)
-    return numbers * setting.dtype.itemsize + kept + once
+    return numbers * setting.dtype.itemsize + kept + WORKSPACE + _longest_bytes(setting, point, share)
 
 
 def _longest_bytes(setting: Setting, point: Point, share: int) -> int:
     """Return what one request's keys take, gathered and widened."""
     keys = math.ceil(max(point.final_lens) / share)
     return 4 * keys * setting.config.latent_dim * setting.dtype.itemsize
-
-
-def _expanded_lens(setting: Setting, point: Point) -> list[int]:
-    """Return the final lengths of the requests whose keys are rebuilt in the first or last forward."""
-    lengths = list(point.final_lens)
-    if setting.attention != "auto":
-        return lengths if setting.attention == cost.EXPANDED else []
-    chooser = cost.PathChooser(setting.config)
-    ends = zip(point.query_lens, point.kv_lens(0), lengths, strict=True)
-    return [
-        last
-        for new, first, last in ends
-        if new and cost.EXPANDED in (chooser.path(new, first), chooser.path(new, last))
-    ]
-
-
-def _grown_bytes(setting: Setting, point: Point) -> int:
-    """Return what the longest request takes where its op needs all keys at once; layers use it in turn."""
-    keys = max(_expanded_lens(setting, point), default=0)
-    what = setting.config, setting.dtype.itemsize, keys
-    if rebuilt_bytes(*what) <= WORKSPACE_BYTES or make_ops(setting)["expanded_attention"].op.writes_lse:
-        return 0
-    return grown_bytes(*what)
-
-
-def shared_bytes(setting: Setting, names: Sequence[str], fused: bool) -> int:
-    """Return the bytes of weights that implementations of ours save on the device by sharing them.
-
-    Those that several pack alike exist once. `fused`: the reference judges, with a layer of its own. Ranks
-    hold parts of the layer, and share none.
-    """
-    named = [parse_one(name) for name in names if is_ours(name)]
-    if setting.ranks is not None or not named:
-        return 0
-    timed = [make_ops(implementation_setting(setting, impl)) for impl in named]
-    judging = [make_ops(implementation_setting(setting, Named("mla-reference")))] if fused else []
-    saved = 0
-    for group in _PACKED_TOGETHER:
-        if group[0] not in timed[0].names():
-            continue
-        layouts = [tuple(ops[role].key() for role in group) for ops in timed]
-        copies = (len(layouts) - len(set(layouts))) * setting.layers
-        copies += sum(tuple(ops[role].key() for role in group) in layouts for ops in judging)
-        specs = [timed[0][role].spec for role in group]
-        saved += copies * sum(spec.groups * spec.in_features * spec.out_features for spec in specs)
-    return saved * setting.dtype.itemsize
 
 
 def _output_bytes(setting: Setting, point: Point, of: Point) -> int:

@@ -18,11 +18,11 @@ import torch
 from mla.bench import results
 from mla.bench.measure.target import MAX_S
 from mla.bench.measure.variants import Variants, forwards, stage_forwards
-from mla.bench.plan.memory import Available, MemoryPlan, available_memory, gib, plan_memory
+from mla.bench.plan.memory import MemoryPlan, available_memory, gib, plan_memory
 from mla.bench.results.cases import ADDED
 from mla.bench.subjects.fixture import Fixture, make_fixture
 from mla.bench.subjects.setting import Setting, implementation_setting, make_ops, scenario_setting
-from mla.bench.workload.grid import AFFECTED, Point
+from mla.bench.workload.grid import Point
 from mla.bench.workload.implementations import Named, is_ours, parse_one
 from mla.bench.workload.scenario import spoken
 from mla.command import environment
@@ -157,8 +157,8 @@ def provenance(backend: Backend, version: str | None) -> dict[str, Any]:
 
 # More scenarios than this are counted, not listed.
 LISTED = 8
-# Seconds after which a dry run tries no further case, and of a first forward after which there is no second.
-TRYING_S, SLOW_S = 20.0, 3.0
+# Seconds after which a dry run tries no further case.
+TRYING_S = 20.0
 _HEADER = ("case", "scenario", "implementation", "about forwards", "device", "host", "one forward")
 
 
@@ -278,21 +278,10 @@ def require_memory(request: Request) -> None:
     """Raise `OutOfMemory` when no scenario fits; those that do not are skipped in a run with others."""
     if not any(scenario.memory.fits for scenario in request.scenarios):
         least = min(request.scenarios, key=lambda scenario: scenario.memory.device_bytes(1))
-        raise OutOfMemory(f"this run needs {least.memory.shortage()}: {_what_fits(request, least)}.")
-
-
-def _what_fits(request: Request, scenario: ScenarioPlan) -> str:
-    """Return what fits instead: for an op that selects, the largest power of two below its top-k."""
-    topk, memory = scenario.setting.config.index_topk, scenario.memory
-    available = Available(memory.device_available, memory.host_available)
-    powers = range((topk - 1).bit_length()) if scenario.point.op in AFFECTED["topk"] else ()
-    for power in reversed(powers):
-        point = msgspec.structs.replace(scenario.point, topk=1 << power)
-        fixture = make_fixture(scenario_setting(request.setting, point), point)
-        needs = plan_memory(fixture, request.implementations, False, False, available, memory.sweep > 0)
-        if needs.fits:
-            return f"--topk {1 << power} fits"
-    return "use fewer requests, shorter histories or a smaller config"
+        raise OutOfMemory(
+            f"this run needs {least.memory.shortage()}: use fewer requests, shorter histories, a smaller "
+            "config or --topk."
+        )
 
 
 @dataclass
@@ -302,22 +291,14 @@ class _Case:
     scenario: ScenarioPlan
     name: str
     work: float  # of a forward: FLOPs and bytes, added
-    said: str = ""  # of its forward
+    count: int  # forwards of a run
+    said: str  # of its forward; "" while unknown
     seconds: float = 0.0  # of its forward; 0: unknown
 
-    def estimate(self, tried: Sequence[_Case]) -> None:
-        """Set the seconds by the rate of what was tried, best of this implementation and mode."""
-        mode = self.scenario.point.mode
-        by_name = [case for case in tried if case.name == self.name]
-        alike = [case for case in by_name if case.scenario.point.mode == mode] or by_name or tried
-        if work := sum(case.work for case in alike):
-            self.seconds = sum(case.seconds for case in alike) * self.work / work
-        self.said = f"not tried, about {spoken(self.seconds)}" if self.seconds else "not tried"
-
-    def row(self, number: int, count: int) -> tuple[str, ...]:
-        """Return the line of the table; `count`: forwards of a run."""
+    def row(self, number: int) -> tuple[str, ...]:
+        """Return the line of the table."""
         sizes = self.scenario.memory.device_bytes(1), self.scenario.memory.host_bytes(1)
-        return (str(number), self.scenario.name, self.name, str(count), *map(gib, sizes), self.said)
+        return (str(number), self.scenario.name, self.name, str(self.count), *map(gib, sizes), self.said)
 
 
 def dry_run(request: Request) -> None:
@@ -327,30 +308,27 @@ def dry_run(request: Request) -> None:
     """
     cases = _cases(request)
     tried = [case for case in cases if case.seconds]
-    for case in cases:
-        if not case.said:
-            case.estimate(tried)
-    counts = [forwards(request.variants.timed, case.scenario.point) for case in cases]
-    seconds: dict[str, float] = {}
-    for case, count in zip(cases, counts, strict=True):
-        seconds[case.scenario.name] = seconds.get(case.scenario.name, 0.0) + count * case.seconds
-    total = sum(
-        duration if request.options.counted else min(duration, MAX_S) for duration in seconds.values()
-    )
-    rows = [
-        case.row(*numbers) for case, *numbers in zip(cases, range(1, len(cases) + 1), counts, strict=True)
-    ]
+    for case in (case for case in cases if not case.said):  # by the rate of this implementation, or of all
+        alike = [other for other in tried if other.name == case.name] or tried
+        if work := sum(other.work for other in alike):
+            case.seconds = sum(other.seconds for other in alike) * case.work / work
+        case.said = f"not tried, about {spoken(case.seconds)}" if case.seconds else "not tried"
+    by_scenario = grouped(cases, lambda case: case.scenario.name).values()
+    seconds = [sum(case.count * case.seconds for case in scenario) for scenario in by_scenario]
+    total = sum(seconds if request.options.counted else (min(each, MAX_S) for each in seconds))
+    rows = [case.row(number) for number, case in enumerate(cases, 1)]
     note("")
     note(aligned(_HEADER, rows, _HEADER).rstrip("\n"))
     note("")
     for scenario in request.scenarios:
         for name, reason in scenario.refused.items():
             note(f"{scenario.name}, {name} will be skipped: {reason}")
-    unknown = any(case.said == "not tried" for case in cases)
-    beside = (
-        f"limits{', ' if unknown else ' and '}float64 oracle{' and what was not tried' if unknown else ''}"
-    )
-    note(f"{counted(len(cases), 'case')}, about {spoken(total)} of forwards, plus {beside}")
+    more = [
+        "limits",
+        "float64 oracle",
+        *["what was not tried"] * any(case.said == "not tried" for case in cases),
+    ]
+    note(f"{counted(len(cases), 'case')}, about {spoken(total)} of forwards, plus {' and '.join(more)}")
 
 
 def _cases(request: Request) -> list[_Case]:
@@ -358,12 +336,12 @@ def _cases(request: Request) -> list[_Case]:
     end, cases = time.monotonic() + TRYING_S, list[_Case]()
     for scenario in request.scenarios:
         fixture = make_fixture(scenario.setting, scenario.point, request.state)
-        each = fixture.cost()
+        each, count = fixture.cost(), forwards(request.variants.timed, scenario.point)
+        work = scenario.point.layers * float(each.flops + each.bytes)
         for name in request.implementations:
-            work = scenario.point.layers * float(each.flops + each.bytes)
             unable = "refused, skipped" if name in scenario.refused else ""
             unable = unable if scenario.memory.fits else "does not fit, skipped"
-            cases.append(case := _Case(scenario, name, work, unable))
+            cases.append(case := _Case(scenario, name, work, count, unable))
             if not case.said and request.setting.ranks is None and time.monotonic() < end:
                 case.seconds = _tried(fixture, scenario, name)
                 case.said = spoken(case.seconds) if case.seconds else "failed"
@@ -381,21 +359,16 @@ def _tried(fixture: Fixture, scenario: ScenarioPlan, name: str) -> float:
 
 
 def _forward(fixture: Fixture, scenario: ScenarioPlan, name: str) -> float:
-    """Return the seconds of the second forward, as the first may compile what others use.
-
-    Of a first one that takes `SLOW_S`, return its own.
-    """
+    """Return the seconds of the second forward: the first may compile what others use."""
     inputs = fixture.inputs()
-    impl, synchronize = fixture.build(name), scenario.setting.backend.synchronize
+    impl = fixture.build(name)
     impl.load(scenario.point, inputs)
     for _ in range(2):
         impl.restore()
         start = time.monotonic()
         impl.before(0)
         impl.step(0)
-        synchronize()
+        scenario.setting.backend.synchronize()
         taken = time.monotonic() - start
         impl.after(0)
-        if taken > SLOW_S:
-            break
     return taken

@@ -93,32 +93,6 @@ def test_what_is_not_tried_is_estimated_from_its_work(
     assert announced(done.err) > 2
 
 
-def test_a_slow_first_forward_is_the_only_one(
-    bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps: list[int] = []
-    step = preview.make_fixture
-
-    def counted(*facts: Any) -> Any:
-        fixture = step(*facts)
-        build = fixture.build
-
-        def built(name: str) -> Any:
-            impl = build(name)
-            impl.step = lambda index: steps.append(index)
-            return impl
-
-        fixture.build = built
-        return fixture
-
-    monkeypatch.setattr(preview, "make_fixture", counted)
-    for long, count in ((3.0, 2), (-1.0, 1)):
-        steps.clear()
-        monkeypatch.setattr(preview, "SLOW_S", long)
-        assert bench(*CPU, *small, *SHORT_RUN, "--dry-run").code == 0
-        assert len(steps) == count
-
-
 def test_a_forward_that_fails_is_told_and_the_others_are_tried(
     bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

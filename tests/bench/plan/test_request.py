@@ -44,5 +44,5 @@ def test_fused_ops_bring_the_reference_and_its_memory(
     assert implementations == chosen
     each = plan.memory.per_implementation
     assert plan.memory.per_reference == references * each
-    total = (len(chosen) + references) * each - plan.memory.shared_weights
+    total = (len(chosen) + references) * each
     assert plan.memory.device_bytes(len(chosen)) == total
