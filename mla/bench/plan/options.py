@@ -424,10 +424,6 @@ def of_options(options: RunOptions, axes: Axes, op_of_file: str | None = None) -
     size, trace = options.page_size, options.profile
     if trace is not None and not trace.name.endswith((".json", ".json.gz")):
         yield f"--profile writes a Chrome trace, FILE.json or FILE.json.gz, got '{trace}'."
-    files = {"-o": options.output, "--resume": options.resume, "--baseline": options.baseline}
-    for flag, other in files.items():
-        if trace and other and other.absolute() == trace.absolute():
-            yield f"--profile and {flag} name the same file, '{trace}': give the trace its own."
     if size is not None and (not 1 <= size <= MAX_COUNT or size & (size - 1)):
         yield f"--page-size must be a power of two below 2^31, got {size}."
     yield from _of_ranks(options)
@@ -447,17 +443,11 @@ def _of_op(options: RunOptions, axes: Axes, op_of_file: str | None) -> Iterator[
         "--model-path": options.model_path,
         "--attention": options.attention != "auto",
         "--layers": options.layers is not None,
+        "--stages": options.stages,
     }
-    about = f"{_first(layer)} is about the whole layer"
-    if _first(layer) and op_of_file:
-        yield (
-            f"{about}, and workload '{options.workload_name}' times one op, {op_of_file}: leave it out; "
-            "--heads and --config apply."
-        )
-    shape = "the workload's batches, " if options.workload_flag else "--batch, --kv, --q-len, --batch-spec, "
-    shape = "--batch-spec, " if options.batch_specs else shape
-    if _first(layer):
-        yield f"{about}: leave it out with --op, whose shape is {shape}--heads and --config."
+    if flag := _first(layer):
+        where = f" by workload '{options.workload_name}'" if op_of_file else ""
+        yield f"{flag} is about the whole layer, and {options.op} is timed alone{where}: leave one out."
 
 
 def _of_ranks(options: RunOptions) -> Iterator[str]:
@@ -521,8 +511,6 @@ def of_points(options: RunOptions, points: Sequence[Point]) -> Iterator[str]:
     names = options.implementation_names
     if names and options.foreign == names:  # without names, `mla` is one of them
         yield "--stages times the parts of mla and mla-reference: run one of them."
-    if options.op is not None:
-        yield f"--stages times the parts of a layer, and {options.op} is one part alone."
     if any(point.layers > 1 for point in points):
         yield "--stages times one layer: leave out --layers."
 

@@ -64,21 +64,21 @@ class Point(Scenario, frozen=True, kw_only=True):
     index_format: str | None = None  # of the index keys; None and "plain": numbers of the dtype
     topk: int | None = None  # tokens that each query of one op selects, in place of the config's
     selection: str | None = None  # how these lie, one of `SELECTIONS`
+    source: str = "--scenario"  # the option that names `base`
 
     @property
     def op(self) -> str | None:
         """The role of the op that is timed alone; None: the whole layer."""
         return None
 
-    def expand(self, config: MLAConfig, kinds: Mapping[str, str]) -> list[Point]:
-        """Return the scenarios that this one means in a layer of `config`; `kinds`: role -> op."""
-        return [self]
-
     @property
     def arguments(self) -> list[str]:
         """The command-line arguments that select this point alone."""
-        axes = [word for name, value in self.point.items() for word in ("-a", f"{name}={value}")]
-        return ["--scenario", self.base, *axes]
+        return [self.source, self.base, *_words(self.point)]
+
+
+def _words(axes: Mapping[str, Value]) -> list[str]:
+    return [word for name, value in axes.items() for word in ("-a", f"{name}={value}")]
 
 
 def parse(words: Sequence[str]) -> Axes:
@@ -238,15 +238,6 @@ _SEGMENT = re.compile(rf"({_DIGITS})?q({_DIGITS})(k?)(?:s({_DIGITS})(k?))?")
 PASSES = 10  # over which the 100 forwards of a spec on the command line are spread, as those of a prefill
 
 
-class BatchScenario(Point, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A batch spec of the command line: one forward over a batch, at exactly these lengths."""
-
-    @property
-    def arguments(self) -> list[str]:
-        """The command-line arguments that select this point alone."""
-        return ["--batch-spec", self.base, *super().arguments[2:]]
-
-
 def parse_batch_spec(spec: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the new tokens and the history of each request of, say, 4q8s2049_16q1s3072.
 
@@ -290,36 +281,22 @@ def _segment(text: str, where: str) -> tuple[int, int, int]:
     return count, new, total
 
 
-def batch_scenarios(words: Iterable[str]) -> list[BatchScenario]:
+def batch_scenarios(words: Iterable[str]) -> list[Point]:
     """Return a scenario for each spec in comma-separated lists. Raises `UsageError`."""
-    specs = split(words)
-    if twice := repeated(specs):
-        raise UsageError(f"--batch-spec lists '{twice}' twice: it is measured once.")
-    try:
-        return list(map(_scenario, specs))
-    except ValueError as error:
-        raise UsageError(f"{error}.") from error
-
-
-def split(words: Iterable[str]) -> Sequence[str]:
-    """Return the specs in comma-separated lists. Raises `UsageError` if there is none."""
     specs = [spec for word in words for spec in re.split(r"\s*,\s*|\s+", word.strip())]
     if not all(specs):
         raise UsageError(f"--batch-spec takes specs of the form {FORM}, comma-separated; one is empty.")
-    return specs
-
-
-def _scenario(spec: str) -> BatchScenario:
-    query_lens, history = parse_batch_spec(spec)
-    return BatchScenario(
-        name=spec,
-        base=spec,
-        mode="prefill",
-        query_lens=query_lens,
-        history=history,
-        passes=PASSES,
-        batch_spec=spec,
-    )
+    if twice := repeated(specs):
+        raise UsageError(f"--batch-spec lists '{twice}' twice: it is measured once.")
+    try:
+        lengths = list(map(parse_batch_spec, specs))
+    except ValueError as error:
+        raise UsageError(f"{error}.") from error
+    shared: dict[str, Any] = {"mode": "prefill", "passes": PASSES, "source": "--batch-spec"}
+    return [
+        Point(name=spec, base=spec, batch_spec=spec, query_lens=new, history=past, **shared)
+        for spec, (new, past) in zip(specs, lengths, strict=True)
+    ]
 
 
 # ------------------------------------------------------------------------------------ one op of the contract
@@ -353,17 +330,12 @@ class OpScenario(Point, frozen=True, kw_only=True, forbid_unknown_fields=True):
     role: str  # before `expand`, also names of ops, comma-separated, each of which means all of its roles
     mode: Literal["prefill", "decode"] = "prefill"
     passes: Positive = 10
-    words: tuple[str, ...] = ()  # what chooses the lengths of a batch spec on the command line
+    batch: str = ""  # name of the scenario whose lengths it takes; "": its own
 
     @property
     def op(self) -> str:
         """The role that is timed."""
         return self.role
-
-    def expand(self, config: MLAConfig, kinds: Mapping[str, str]) -> list[Point]:
-        """Return one scenario per role of the ops. Raises `UsageError` for an op that this layer lacks."""
-        roles = [roles_of(op, config, kinds, "--op takes") for op in ops_of(self.role)]
-        return [_of_role(self, role, config) for role in itertools.chain(*roles)]
 
     @property
     def steps(self) -> int:
@@ -380,10 +352,9 @@ class OpScenario(Point, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """The command-line arguments that select this scenario."""
         lengths = ["--batch", str(len(self.query_lens)), "--q-len", str(self.query_lens[0])]
         lengths += ["--kv", str(self.history[0])] * (self.role in READS_HISTORY)
-        words = ["--op", self.role, *(self.words or lengths)]
+        words = ["--op", self.role, *([self.source, self.batch] if self.batch else lengths)]
         words += ["--heads", str(self.heads)] if self.heads else []
-        axes = [f"{name}={self.point[name]}" for name in OVERRIDES if name in self.point]
-        return words + [word for axis in axes for word in ("-a", axis)]
+        return words + _words({name: self.point[name] for name in OVERRIDES if name in self.point})
 
 
 def ops_of(words: str) -> list[str]:
@@ -423,12 +394,12 @@ def op_of_batch(op: str, batch: Scenario, heads: int | None) -> OpScenario:
             f"scenario '{batch.name}' has layers = {batch.layers}, and {op} is timed alone: leave one out."
         )
     shared = {name: getattr(batch, name) for name in _SHARED}
-    listed = isinstance(batch, Point)
     return OpScenario(
         name=f"{op} {batch.name}",
         base=batch.name,
         role=op,
-        words=("--batch-spec" if listed else "--scenario", batch.name),
+        batch=batch.name,
+        source=batch.source if isinstance(batch, Point) else "--scenario",
         heads=heads or batch.heads,
         axes={name: values for name, values in batch.axes.items() if heads is None or name != "heads"},
         **shared,
@@ -442,7 +413,7 @@ def expand_ops(scenarios: Sequence[Point], config: MLAConfig, kinds: Mapping[str
     an op that is unknown or that this layer lacks.
     """
     expanded = list[Point]()
-    for point in (point for scenario in scenarios for point in scenario.expand(config, kinds)):
+    for point in (point for scenario in scenarios for point in _expand(scenario, config, kinds)):
         idle = [
             axis for axis, affected in AFFECTED.items() if getattr(point, axis) and point.op not in affected
         ]
@@ -451,6 +422,14 @@ def expand_ops(scenarios: Sequence[Point], config: MLAConfig, kinds: Mapping[str
     if twice := repeated(scenario.name for scenario in expanded):
         raise UsageError(f"'{twice}' would be measured twice: it is unaffected by the axes you vary.")
     return expanded
+
+
+def _expand(point: Point, config: MLAConfig, kinds: Mapping[str, str]) -> list[Point]:
+    """Return one scenario per role of its ops, and the whole layer as it is."""
+    if not isinstance(point, OpScenario):
+        return [point]
+    roles = [roles_of(op, config, kinds, "--op takes") for op in ops_of(point.role)]
+    return [_of_role(point, role, config) for role in itertools.chain(*roles)]
 
 
 def roles_of(op: str, config: MLAConfig, kinds: Mapping[str, str], takes: str, what: str = "op") -> list[str]:

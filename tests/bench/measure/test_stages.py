@@ -240,7 +240,7 @@ def test_stages_of_the_reference_stand_beside_those_of_fused_ops(bench: Bench, s
     [
         (["--layers", "2"], "--stages times one layer: leave out --layers."),
         (["--workload", "two.toml"], "--stages times one layer: leave out --layers."),
-        (["--op", "o_proj"], "--stages times the parts of a layer, and o_proj is one part alone."),
+        (["--op", "o_proj"], "--stages is about the whole layer, and o_proj is timed alone: leave one out."),
         (
             ["--implementations", "transformers"],
             "--stages times the parts of mla and mla-reference: run one of them.",

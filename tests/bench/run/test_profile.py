@@ -255,10 +255,6 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(bench: Bench, s
         ),
         (["--profile", "no/trace.json"], "cannot write 'no/trace.json': there is no folder 'no'."),
         (["--profile", "taken.json"], "cannot write 'taken.json': it is a folder."),
-        (
-            ["--profile", "run.json", "-o", "./run.json"],
-            "--profile and -o name the same file, 'run.json': give the trace its own.",
-        ),
     ],
 )
 def test_a_file_that_cannot_be_written_is_refused_before_the_run(

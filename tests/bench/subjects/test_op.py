@@ -289,10 +289,13 @@ def test_latents_without_rotary_channels_are_written_alone_and_no_query_is_rotat
             "error: --op takes the lengths of batch specs, and scenario 'decode' has none: give the op's",
         ),
         (["--op", "linear", "--workload", "x.toml"], "error: cannot read workload 'x.toml': No such file"),
-        (["--op", "linear", "--model-path", "x"], "error: --model-path is about the whole layer: leave it "),
+        (
+            ["--op", "linear", "--model-path", "x"],
+            "error: --model-path is about the whole layer, and linear is",
+        ),
         (
             ["--op", "linear", "--attention", "absorbed"],
-            "error: --attention is about the whole layer: leave ",
+            "error: --attention is about the whole layer, and ",
         ),
         (
             ["--op", "linear", "--implementations", "transformers"],
