@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import filecmp
 import hashlib
 import os
 import platform
@@ -117,26 +116,13 @@ def mixed_installation() -> str | None:
     """Return a note when two installations are mixed, or None.
 
     `mla` was the distribution's name before `mla-bench`: pip keeps both, and both own the folder `mla`.
-    `python -m mla.bench` in a checkout takes `mla` from it and everything else from site-packages. That is
-    fine while both hold the same code, and confusing after an edit.
     """
     if distribution_version("mla") and distribution_version("mla-bench"):
         return (
             "note: `mla` (the old name) and `mla-bench` are both installed and own the same files: run "
             "`pip uninstall mla mla-bench`, then `pip install . ./backends ./plugins/NAME` in the checkout."
         )
-    used = Path(str(mla_backends.__file__)).parent
-    beside = Path(str(mla.__file__)).parents[1] / "backends" / "mla_backends"
-    if not beside.is_dir() or beside.resolve() == used.resolve():
-        return None
-    names = [str(path.relative_to(beside)) for path in beside.rglob("*.py")]
-    _, different, missing = filecmp.cmpfiles(beside, used, names, shallow=False)
-    if not different and not missing:
-        return None
-    return (
-        f"note: mla runs from the checkout '{beside.parents[1]}' but the installed mla_backends is older or "
-        f"newer than its './backends': install again to run one state."
-    )
+    return None
 
 
 def build_digest(backend: object) -> str | None:

@@ -41,16 +41,10 @@ def result_path(path: Path, shared: bool = False) -> Path:
     Raises `LaunchError` when a letter stands for nothing here, and when several tasks would write one file,
     unless it is `shared`: one of them writes it.
     """
-    text = str(path)
-    count = _number(TASKS)
-    if (
-        not shared
-        and count is not None
-        and count > 1
-        and "t" not in {letter for _, letter in _PATTERN.findall(text)}
-    ):
+    text, tasks = str(path), count() or 1
+    if not shared and tasks > 1 and "t" not in {letter for _, letter in _PATTERN.findall(text)}:
         raise LaunchError(
-            f"{count} tasks would all write '{text}': put the task's number into the name, as in run-%t.json."
+            f"{tasks} tasks would all write '{text}': put the task's number into the name, as in run-%t.json."
         )
     return Path(_PATTERN.sub(lambda match: _value(text, match[2]).zfill(int(match[1] or 0)), text))
 
@@ -117,13 +111,8 @@ def start_words(world: int) -> list[str]:
     nodes = _number(("GROUP_WORLD_SIZE",)) or max(1, world // (_number(("LOCAL_WORLD_SIZE",)) or world))
     if nodes == 1:
         return ["torchrun", "--nproc-per-node", str(world)]
-    meet = [
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        f"{os.environ.get('MASTER_ADDR', 'localhost')}:29400",
-    ]
-    return ["torchrun", "--nnodes", str(nodes), "--nproc-per-node", str(world // nodes), *meet]
+    meet = f"--rdzv-backend c10d --rdzv-endpoint {os.environ.get('MASTER_ADDR', 'localhost')}:29400"
+    return f"torchrun --nnodes {nodes} --nproc-per-node {world // nodes} {meet}".split()
 
 
 def is_fact(key: str) -> bool:

@@ -325,8 +325,6 @@ def ceilings(options: CeilingOptions) -> int:
     Exit code 0; 2 for a mistake; 3 if the backend cannot be used; 5 if nothing could be measured; 130 if
     interrupted, 143 by SIGTERM, 129 by SIGHUP.
     """
-    if mixed := environment.mixed_installation():
-        note(mixed)
     names = options.dtype_names()
     options.key_values()  # a mistake shows before anything is opened
     if options.output:

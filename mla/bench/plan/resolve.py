@@ -21,7 +21,7 @@ from mla.bench.workload.grid import Point, batch_scenarios, expand_ops, op_of_ba
 from mla.bench.workload.implementations import is_ours, parse_one
 from mla.bench.workload.scenario import Scenario
 from mla.bench.workload.workload_file import Workload, read_workload, select
-from mla.command import environment, files, launcher
+from mla.command import files, launcher
 from mla.command.console import note
 from mla.command.display import Reading
 from mla.command.options import OpenedBackend, open_backend
@@ -49,8 +49,6 @@ def resolve(options: RunOptions, join: Join | None = None, resumed: results.Run 
 
     Raises `UsageError`, `ResultError`, `RanksError` or a `BackendError`.
     """
-    if mixed := environment.mixed_installation():
-        note(mixed)
     given = options
     options, points = _points(options)
     options = with_link(options)

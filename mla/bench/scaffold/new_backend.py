@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -110,28 +111,14 @@ def _path(source: Path, package: str) -> str:
 
 
 def _write(files: Mapping[str, str], folder: Path) -> None:
-    """Write everything next to its destination, on the same file system, and rename it once complete."""
-    exists = folder.is_dir()
-    with tempfile.TemporaryDirectory(
-        prefix=".new-backend-", dir=folder if exists else folder.parent
-    ) as staging:
-        project = Path(staging) / "project"
+    """Write everything elsewhere on the same file system first: a disk may fill up.
+
+    A folder that is there is kept: it may be a shell's working directory.
+    """
+    place = folder if folder.is_dir() else folder.parent
+    with tempfile.TemporaryDirectory(prefix=".new-backend-", dir=place) as staging:
         for path, text in files.items():
-            (project / path).parent.mkdir(parents=True, exist_ok=True)
-            (project / path).write_text(text, encoding="utf-8")
-        if exists:  # keep it: it may be a shell's working directory or a mount point
-            _move(project, folder)
-        else:
-            project.rename(folder)
-
-
-def _move(source: Path, target: Path) -> None:
-    """Move everything in `source` to `target`, or nothing."""
-    moved: list[Path] = []
-    try:
-        for entry in sorted(source.iterdir()):
-            moved.append(entry.rename(target / entry.name))
-    except BaseException:
-        for entry in moved:
-            entry.rename(source / entry.name)
-        raise
+            target = Path(staging, "project", path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text, encoding="utf-8")
+        shutil.copytree(Path(staging, "project"), folder, dirs_exist_ok=True)

@@ -7,7 +7,6 @@ roles), and what it runs: an op by its name, or `reference`. Needs no torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mla.bench.workload.scenario import repeated
@@ -31,7 +30,8 @@ class Named:
 
 def parse(text: str) -> list[Named]:
     """Read a comma-separated list; commas in brackets do not split it. Raises `UsageError`."""
-    names = [parse_one(part) for part in _split(text)]
+    parts = re.split(r",(?![^\[\]]*\])", text)
+    names = [parse_one(part) for part in parts if part.strip()]
     if twice := repeated(names):
         raise UsageError(f"--implementations names '{twice}' twice: it is measured once.")
     return names
@@ -58,23 +58,6 @@ def parse_one(text: str) -> Named:
 def is_ours(name: str) -> bool:
     """Return whether an implementation runs our layer."""
     return parse_one(name).base in OURS
-
-
-def _split(text: str) -> Iterator[str]:
-    """Yield the parts between commas outside of brackets, except empty ones."""
-    depth = start = 0
-    for place, character in enumerate(f"{text},"):
-        depth += {"[": 1, "]": -1}.get(character, 0)
-        if depth > 1:
-            raise UsageError(f"--implementations: brackets cannot be nested, as in '{text[start:].strip()}'.")
-        if depth < 0:
-            break
-        if character == "," and depth == 0:
-            if text[start:place].strip():
-                yield text[start:place]
-            start = place + 1
-    if depth:
-        raise UsageError(f"--implementations: the brackets of '{text[start:].strip()}' are not balanced.")
 
 
 def _pair(item: str, whole: str) -> tuple[str, str]:

@@ -231,7 +231,7 @@ KINDS = ", ".join(OPS)
             "used because it implements rotate_query/0 and this core calls rotate_query/1.",
         ),
         ("transformers[linear=rows]", 2, "'transformers[linear=rows]': transformers cannot be given ops in "),
-        ("mla[linear=rows", 2, "--implementations: the brackets of 'mla[linear=rows' are not balanced."),
+        ("mla[linear=rows", 2, "--implementations takes NAME or NAME[ROLE=OP,...], got 'mla[linear=rows'."),
         (f"{FIRST},{FIRST}", 2, f"--implementations names '{FIRST}' twice: it is measured once."),
         ("vllm,mla[linear=rows]", 2, "unknown implementation 'vllm'."),
     ],

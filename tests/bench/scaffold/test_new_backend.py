@@ -161,22 +161,6 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path: Path, exists: bool
     assert list((tmp_path / "work").rglob("*")) == ([tmp_path / "work" / "project"] if exists else [])
 
 
-def test_a_move_that_fails_half_way_is_undone(
-    new: New, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = Path.rename
-
-    def rename(source: Path, target: Path) -> Path:
-        if target.resolve() == tmp_path / "project" / "pyproject.toml":
-            raise OSError(5, "Input/output error")
-        return real(source, target)
-
-    (tmp_path / "project").mkdir()
-    monkeypatch.setattr(Path, "rename", rename)
-    assert new("acme") == (2, "", "error: cannot write 'project': Input/output error.\n")
-    assert not os.listdir(tmp_path / "project")
-
-
 # --------------------------------------------------------------------------------------------- contents
 
 

@@ -50,10 +50,10 @@ def test_only_our_own_layer_is_ours() -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("mla[a=b", "--implementations: the brackets of 'mla[a=b' are not balanced."),
-        ("mla,mla[a=b,c=d", "--implementations: the brackets of 'mla[a=b,c=d' are not balanced."),
-        ("mla]", "--implementations: the brackets of 'mla]' are not balanced."),
-        ("mla[a=[b]]", "--implementations: brackets cannot be nested, as in 'mla[a=[b]]'."),
+        ("mla[a=b", "--implementations takes NAME or NAME[ROLE=OP,...], got 'mla[a=b'."),
+        ("mla,mla[a=b,c=d", "--implementations takes NAME or NAME[ROLE=OP,...], got 'mla[a=b'."),
+        ("mla]", "--implementations takes NAME or NAME[ROLE=OP,...], got 'mla]'."),
+        ("mla[a=[b]]", "--implementations takes NAME or NAME[ROLE=OP,...], got 'mla[a=[b]]'."),
         ("mla[a=b]c", "--implementations takes NAME or NAME[ROLE=OP,...], got 'mla[a=b]c'."),
         ("[a=b]", "--implementations takes NAME or NAME[ROLE=OP,...], got '[a=b]'."),
         ("mla[]", "'mla[]': brackets hold ROLE=OP, separated by commas, got ''."),
