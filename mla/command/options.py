@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -268,27 +268,21 @@ def open_backend(options: BackendOptions) -> OpenedBackend:
     index = launcher.local_device(note) if options.device is None else options.device
     with while_loading(name):
         backend: Backend = mla.load_backend(name, index, options.threads, settings)
-    for remark in (*backend.remarks(), *_own_remarks(backend)):
+    for remark in (*backend.remarks(), *_crowded()):
         note(remark)
     return OpenedBackend(backend, name, locate(name).version, _repeatable_index(options, backend))
 
 
-def _own_remarks(backend: Backend) -> Iterator[str]:
-    """Yield what is odd about a backend, or about how it runs here, without being wrong."""
+def _crowded() -> list[str]:
+    """Return what is odd about more threads than CPUs, as the one item of a list."""
     import torch
 
     threads, cpus = torch.get_num_threads(), host.cpu_limit()
-    if threads > cpus:
-        yield (
-            f"{threads} host threads share {cpus} {'CPU' if cpus == 1 else 'CPUs'}: they wait for each "
-            f"other, and times are long and uneven; --threads {cpus} gives each a CPU of its own"
-        )
-    entry = backend.entry
-    if entry is not None and entry.distribution is not None and entry.name != backend.name:
-        yield (
-            f"backend '{entry.name}' of {entry.origin} calls itself '{backend.name}', and so do its results: "
-            "its `name` and its entry point should agree"
-        )
+    remark = (
+        f"{threads} host threads share {cpus} {'CPU' if cpus == 1 else 'CPUs'}: they wait for each other, "
+        f"and times are long and uneven; --threads {cpus} gives each a CPU of its own"
+    )
+    return [remark] * (threads > cpus)
 
 
 def _repeatable_index(options: BackendOptions, backend: Backend) -> int | None:

@@ -34,7 +34,7 @@ from mla.command.options import (
     result_path,
     takes,
 )
-from mla.config import LongRopeScaling, MLAConfig, YarnScaling
+from mla.config import MLAConfig
 from mla.config.presets import DEFAULT_CONFIG, PRESETS
 from mla.errors import CacheFormatError, UsageError
 from mla.parallel.layout import Capacity, Layout, capacity, layouts
@@ -72,7 +72,7 @@ def list_backends(configs: bool, workloads: bool, as_json: bool) -> int:
     if workloads:
         out(_json(shipped_workloads()) if as_json else workloads_table())
     elif configs:
-        words = ("name", "nope/v", "rotation", "source")
+        words = ("name", "nope/v", "source")
         out(_json(presets()) if as_json else aligned(_CONFIGS, map(_row, PRESETS), words, wrapped=words[2:]))
     else:
         out(_backends(as_json))
@@ -272,15 +272,8 @@ def _layouts(rows: list[Capacity]) -> str:
 
 
 def _layout_object(row: Capacity) -> dict[str, Any]:
-    """Return a line as JSON."""
-    return {
-        "layout": str(row.layout),
-        "devices": row.layout.world,
-        "weight_bytes_per_device": row.weight_bytes,
-        "cache_bytes_per_device": row.cache_bytes,
-        "tokens": row.tokens,
-        "copies": row.copies,
-    }
+    """Return a line as JSON; bytes are of one device."""
+    return asdict(row) | {"layout": str(row.layout), "devices": row.layout.world}
 
 
 # -------------------------------------------------------------------------------------------------- ceilings
@@ -360,7 +353,7 @@ def _native(backend: Backend, names: list[str], *, explicit: bool) -> list[torch
 
 # --------------------------------------------------------------------------------------------------- catalog
 
-_CONFIGS = ("name", "hidden", "heads", "q_lora", "latent", "nope/v", "rotation", "source")
+_CONFIGS = ("name", "hidden", "heads", "q_lora", "latent", "nope/v", "source")
 _WORKLOADS = ("name", "scenarios", "config", "about")
 
 
@@ -387,21 +380,8 @@ def _row(name: str) -> tuple[str, ...]:
         str(config.q_lora_rank or "-"),
         f"{config.kv_lora_rank}+{config.qk_rope_head_dim}",
         f"{config.qk_nope_head_dim}/{config.v_head_dim}",
-        _rotation(config),
         PRESETS[name].checkpoint,
     )
-
-
-def _rotation(config: MLAConfig) -> str:
-    """Return channel order, theta and scaling as one phrase."""
-    if config.rope_theta is None:
-        return "none"
-    words = ["" if config.rope_interleave else "half-split", f"theta {config.rope_theta:.12g}"]
-    if isinstance(config.rope_scaling, YarnScaling):
-        words.append(f"yarn {config.rope_scaling.factor:g}")
-    if isinstance(config.rope_scaling, LongRopeScaling):
-        words.append("longrope")
-    return " ".join(filter(None, words))
 
 
 def workloads_table() -> str:

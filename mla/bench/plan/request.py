@@ -21,7 +21,7 @@ from mla.bench.measure.variants import Variants, forwards, stage_forwards
 from mla.bench.plan.memory import MemoryPlan, available_memory, gib, plan_memory
 from mla.bench.results.cases import ADDED
 from mla.bench.subjects.fixture import Fixture, make_fixture
-from mla.bench.subjects.setting import Setting, implementation_setting, make_ops, scenario_setting
+from mla.bench.subjects.setting import Setting, scenario_setting
 from mla.bench.workload.grid import Point
 from mla.bench.workload.implementations import Named, is_ours, parse_one
 from mla.bench.workload.scenario import spoken
@@ -155,8 +155,6 @@ def provenance(backend: Backend, version: str | None) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------- what is said before
 
 
-# More scenarios than this are counted, not listed.
-LISTED = 8
 # Seconds after which a dry run tries no further case.
 TRYING_S = 20.0
 _HEADER = ("case", "scenario", "implementation", "about forwards", "device", "host", "one forward")
@@ -188,31 +186,18 @@ def _describe_setting(request: Request) -> None:
     )
     for line in _ops(request):
         note(line)
-    for line in _scenarios(request.points):
-        note(f"scenario   {line}")
+    for point in request.points:
+        note(f"scenario   {_line(point)}")
     if len(request.variants.timed) > 1:
         note(f"timed      {request.variants}")
 
 
 def _ops(request: Request) -> Iterator[str]:
-    """Yield the ops of `mla`, and those that each implementation with ops of its own has instead."""
-    named = [parse_one(name) for name in request.implementations if is_ours(name)]
-    if request.scenarios[0].point.op is not None:  # what runs for one role; nothing is asked about others
-        for name, ops in request.scenarios[0].ops.items():
-            if parse_one(name) != Named("mla-reference"):
-                yield "ops        " + ", ".join(f"{name}: {role}={op}" for role, op in ops.items())
-        return
-    if not named or any(impl in (Named("mla"), Named("mla-reference")) for impl in named):
-        fused = _fused(make_ops(request.setting).names())
-        yield f"ops        {fused or 'reference for every op'} (--list-ops says why)"
-    for impl in named:
-        if impl.ops:
-            fused = _fused(make_ops(implementation_setting(request.setting, impl)).names())
-            yield f"ops        {impl}: {fused or 'reference for every op'}"
-
-
-def _fused(names: Mapping[str, str]) -> str:
-    return ", ".join(f"{role}={name}" for role, name in names.items() if name != "reference")
+    """Yield the fused ops of `mla`, and those of each implementation with ops of its own."""
+    for name, ops in request.scenarios[0].ops.items():
+        if parse_one(name) != Named("mla-reference"):
+            fused = [f"{role}={op}" for role, op in ops.items() if op != "reference"]
+            yield f"ops        {name}: {', '.join(fused) or 'reference for every op'}"
 
 
 def _same_ops(request: Request) -> Iterator[str]:
@@ -235,15 +220,6 @@ def _same_ops(request: Request) -> Iterator[str]:
 def _threads(facts: Mapping[str, str]) -> str:
     count, source = facts["torch_threads"], facts.get("backend.threads_from")
     return counted(int(count), "thread") + (f" ({source})" if source else "")
-
-
-def _scenarios(points: Sequence[Point]) -> list[str]:
-    if len(points) <= LISTED:
-        return [_line(point) for point in points]
-    return [
-        f"{base}: {len(group)} points (--dry-run lists them)" if len(group) > 1 else _line(group[0])
-        for base, group in grouped(points, lambda point: point.base).items()
-    ]
 
 
 def _line(point: Point) -> str:

@@ -206,22 +206,6 @@ def test_doctor_calls_nothing_usable_that_a_run_cannot_use(doctor: Bench, plugin
     assert "device_count() is 0" in done.out
 
 
-def test_an_entry_point_of_another_name_is_remarked_on(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    facts = tmp_path / "mla_backend_misname-1.0.dist-info"
-    facts.mkdir()
-    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: mla-backend-misname\nVersion: 1.0\n")
-    (facts / "entry_points.txt").write_text("[mla.backends]\nmisname = misname_module:Plugin\n")
-    (tmp_path / "misname_module.py").write_text(CODE)
-    monkeypatch.syspath_prepend(tmp_path)
-    done = bench("--backend", "misname", "--list-ops")
-    assert done.code == 0
-    assert (
-        "backend 'misname' of mla-backend-misname 1.0 calls itself 'odd', and so do its results: " in done.err
-    )
-
-
 def test_an_unknown_name_gets_one_list_of_each_kind(bench: Bench) -> None:
     """A backend that is installed is not listed a second time as one that is known."""
     said = bench("doctor", "zzz").error
