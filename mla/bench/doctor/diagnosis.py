@@ -18,14 +18,14 @@ from importlib import metadata
 from typing import Any
 
 import mla
-from mla.bench.doctor.worker import EXTENSIONS
 from mla.command.environment import distribution_version
 from mla.text import size
 from mla_backends.discovery import locate
 from mla_backends.errors import BackendNotInstalled, DuplicateBackend
 from mla_backends.known import GENERAL, KNOWN
-from mla_backends.probe import NO_ANSWER, USABLE, NoAnswer, Status, ask, names, status
+from mla_backends.probe import NO_ANSWER, USABLE, NoAnswer, ask, names, status
 
+EXTENSIONS = "torch.backends"  # the group of entry points that torch loads by itself
 SWITCH = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 OFF = {SWITCH: "0"}
 PROBE_S = 60.0
@@ -34,47 +34,35 @@ SETUP_S = 600.0
 
 
 @dataclass(frozen=True)
-class Extension:
-    """A distribution that torch imports automatically. `problem` says why that fails, or is empty."""
-
-    name: str
-    value: str  # "package.module:function"
-    distribution: str
-    version: str
-    problem: str = ""
-
-
-@dataclass(frozen=True)
 class TorchReport:
     """The outcome of importing torch. `problem` is empty if it imports."""
 
-    version: str = ""
+    version: str
     build: Mapping[str, str] = field(default_factory=dict)
     problem: str = ""
     autoload: bool = True
-    autoload_is_to_blame: bool = False  # it imports with autoloading off
-    extensions: Sequence[Extension] = ()
+    extensions: Sequence[str] = ()  # that torch imports by itself, such as "torch_x of torch-x 2.5"
     fixes: Sequence[str] = ()
 
 
 def check_torch(names: Sequence[str]) -> TorchReport:
     """Import torch in a child process; if that fails, find out why. `names` are the diagnosed backends."""
-    imported = _import({})
-    report = TorchReport(
-        version=imported["version"],
-        build=imported["build"],
-        problem=imported["problem"],
-        autoload=os.environ.get(SWITCH, "1") == "1",  # as torch reads it
-        extensions=_extensions(),
-    )
-    if not report.problem:
+    imported, autoload = _import({}), os.environ.get(SWITCH, "1") == "1"  # as torch reads it
+    points = [(point.name, point.dist) for point in metadata.entry_points(group=EXTENSIONS)]
+    extensions = [f"{name} of {dist.name} {dist.version}" if dist else name for name, dist in points]
+    problem, missing = imported["problem"], imported.pop("missing")
+    report = TorchReport(**imported, autoload=autoload, extensions=extensions)
+    if not problem:
         return report
-    if imported["missing"]:
+    if missing:
         return replace(report, problem="torch is not installed", fixes=_sources(names))
-    without = _import(OFF) if report.autoload and report.extensions else imported
-    if without["problem"]:
-        return replace(report, fixes=["reinstall torch in a build that fits this system", *_sources(names)])
-    return _with_culprits(replace(report, version=without["version"], build=without["build"]))
+    if autoload and extensions and not (without := _import(OFF))["problem"]:
+        fixes = [
+            f"install a version of the extension that fits torch {without['version']}, or remove it",
+            f"or run with {SWITCH}=0, so that torch autoloads no extensions; backends import their own",
+        ]
+        return replace(report, version=without["version"], build=without["build"], fixes=fixes)
+    return replace(report, fixes=["reinstall torch in a build that fits this system", *_sources(names)])
 
 
 def _import(variables: Mapping[str, str]) -> dict[str, Any]:
@@ -86,45 +74,12 @@ def _import(variables: Mapping[str, str]) -> dict[str, Any]:
         return {**nothing, "problem": f"a process that imports torch {none}"}
 
 
-def _extensions() -> tuple[Extension, ...]:
-    """Return what torch would import automatically, without importing it."""
-    return tuple(
-        Extension(
-            point.name,
-            point.value,
-            point.dist.name if point.dist else "?",
-            point.dist.version if point.dist else "?",
-        )
-        for point in metadata.entry_points(group=EXTENSIONS)
-    )
-
-
 def _sources(names: Sequence[str]) -> list[str]:
     """Return where to get torch: from the vendors of the named backends if known."""
     known = [KNOWN[name] for name in names if name in KNOWN]
     return [f"for backend '{entry.name}', install torch from {entry.torch_source}" for entry in known] or [
         "install the torch build of your device's vendor"
     ]
-
-
-def _with_culprits(report: TorchReport) -> TorchReport:
-    """Load each extension in its own process, and add how to fix those that fail."""
-    with ThreadPoolExecutor(max_workers=len(report.extensions)) as pool:
-        tried = tuple(pool.map(_tried, report.extensions))
-    fixes = []
-    for extension in (extension for extension in tried if extension.problem):
-        fixes.append(f"install a version of {extension.distribution} that fits torch {report.version}")
-        fixes.append(f"or remove it: `pip uninstall {extension.distribution}`")
-    switch = f"or run with {SWITCH}=0, so that torch autoloads no extensions; backends import their own"
-    return replace(report, autoload_is_to_blame=True, extensions=tried, fixes=[*fixes, switch])
-
-
-def _tried(extension: Extension) -> Extension:
-    command = ["-m", "mla.bench.doctor.worker", "extension", extension.name, extension.value]
-    try:
-        return replace(extension, problem=ask(command, ("problem",), PROBE_S, OFF)["problem"])
-    except NoAnswer as none:
-        return replace(extension, problem=f"a process that loads it {none}")
 
 
 @dataclass(frozen=True)
@@ -138,7 +93,7 @@ class Diagnosis:
     reason: str
     evidence: Mapping[str, str]
     fixes: Sequence[str]
-    facts: Mapping[str, Any] = field(default_factory=dict)  # device, dtypes, ops; empty unless usable
+    facts: Mapping[str, Any]  # device, dtypes, ops; empty unless usable
 
 
 @dataclass(frozen=True)
@@ -166,11 +121,9 @@ def diagnose(name: str | None = None, options: Mapping[str, str] | None = None) 
     chosen = names() if name is None else [name]
     with ThreadPoolExecutor(max_workers=len(chosen) + 1) as pool:
         torch = pool.submit(check_torch, chosen)
-        backends = list(pool.map(lambda backend: _diagnose(backend, options=options), chosen))
+        backends = list(pool.map(lambda backend: _diagnose(backend, options or {}), chosen))
         if name is None and not any(backend.state == USABLE for backend in backends):
-            backends.append(_diagnose(GENERAL))
-        if torch.result().autoload_is_to_blame:
-            backends = list(pool.map(lambda backend: _retried(backend, options), backends))
+            backends.append(_diagnose(GENERAL, {}))
     return DoctorReport(_host(), torch.result(), backends)
 
 
@@ -183,46 +136,29 @@ def _host() -> dict[str, str]:
     }
 
 
-def _diagnose(
-    name: str, variables: Mapping[str, str] | None = None, options: Mapping[str, str] | None = None
-) -> Diagnosis:
+def _diagnose(name: str, options: Mapping[str, str]) -> Diagnosis:
     """Probe a backend, and set it up if the probe succeeds."""
-    probed = status(name, PROBE_S, variables, options)
-    if probed.state != USABLE:
-        return _diagnosis(probed, probed.state, probed.reason, probed.hint)
-    words = [f"{key}={value}" for key, value in (options or {}).items()]
-    command = ["-m", "mla.bench.doctor.worker", "backend", name, *words]
-    try:
-        fields = ("state", "reason", "hint", "facts")
-        return _diagnosis(probed, **ask(command, fields, SETUP_S, variables))
-    except NoAnswer as none:
-        reason = f"the probe succeeds, but a process that sets up the device {none}"
-        hint = f"`python -X faulthandler {' '.join(command)}` shows where it stops"
-        return _diagnosis(probed, NO_ANSWER, reason, hint)
-
-
-def _diagnosis(
-    probed: Status, state: str, reason: str, hint: str, facts: Mapping[str, Any] | None = None
-) -> Diagnosis:
+    probed = status(name, PROBE_S, options=options)
+    answer = {"state": probed.state, "reason": probed.reason, "hint": probed.hint, "facts": {}}
+    if probed.state == USABLE:
+        words = [f"{key}={value}" for key, value in options.items()]
+        command = ["-m", "mla.bench.doctor.worker", "backend", name, *words]
+        try:
+            answer = ask(command, (*answer,), SETUP_S)
+        except NoAnswer as none:
+            answer["state"] = NO_ANSWER
+            answer["reason"] = f"the probe succeeds, but a process that sets up the device {none}"
+            answer["hint"] = f"`python -X faulthandler {' '.join(command)}` shows where it stops"
     return Diagnosis(
-        name=probed.name,
-        state=state,
-        distribution=probed.distribution,
-        version=probed.version,
-        reason=reason,
-        evidence=probed.evidence,
-        fixes=[hint] if hint else [],
-        facts=facts or {},
+        name,
+        answer["state"],
+        probed.distribution,
+        probed.version,
+        answer["reason"],
+        probed.evidence,
+        [answer["hint"]] if answer["hint"] else [],
+        answer["facts"],
     )
-
-
-def _retried(failed: Diagnosis, options: Mapping[str, str] | None) -> Diagnosis:
-    """Retry a backend with torch's autoloading off, which may be all it needs."""
-    if failed.state in (USABLE, BackendNotInstalled.state, DuplicateBackend.state):
-        return failed
-    if _diagnose(failed.name, OFF, options).state != USABLE:
-        return failed
-    return replace(failed, fixes=[f"run with {SWITCH}=0: just tried, and it makes '{failed.name}' usable"])
 
 
 def as_text(report: DoctorReport) -> str:
@@ -243,9 +179,7 @@ def _torch_lines(torch: TorchReport) -> Iterator[tuple[str, str]]:
     if torch.problem:
         yield "reason", torch.problem
     yield "autoload", "on" if torch.autoload else f"off ({SWITCH})"
-    for extension in torch.extensions:
-        problem = f" fails: {extension.problem}" if extension.problem else ""
-        yield "extension", f"{extension.name} of {extension.distribution} {extension.version}{problem}"
+    yield from (("extension", extension) for extension in torch.extensions)
     yield from (("fix", fix) for fix in torch.fixes)
 
 

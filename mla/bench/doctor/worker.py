@@ -1,7 +1,7 @@
 """The questions `doctor` asks in child processes, because a vendor's library may abort or hang in them.
 
-`python -m mla.bench.doctor.worker torch`, `extension NAME VALUE` or `backend NAME [KEY=VALUE ...]`; the last
-line of stdout is the answer as JSON.
+`python -m mla.bench.doctor.worker torch` or `backend NAME [KEY=VALUE ...]`; the last line of stdout is the
+answer as JSON.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from mla.text import dtype_name
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from mla_backends.api import Backend, FusedOp
 
 CONFIG = "deepseek-v2-lite"  # the runner's default
-EXTENSIONS = "torch.backends"  # the group of entry points that torch loads by itself
 
 
 def examine_torch() -> dict[str, Any]:
@@ -39,20 +37,6 @@ def examine_torch() -> dict[str, Any]:
         if isinstance(value, str) and not name.startswith("_") and name != "git_version"
     }
     return {"version": str(torch.__version__), "build": build, "problem": "", "missing": False}
-
-
-def examine_extension(name: str, value: str) -> dict[str, Any]:
-    """Load one extension as torch would; return why that fails. Needs a torch that has not loaded it."""
-    import torch  # noqa: F401  # an extension may rely on a complete torch
-
-    try:
-        with plugin_code():
-            for point in metadata.entry_points(group=EXTENSIONS, name=name):
-                if point.value == value:
-                    point.load()()
-    except Exception as error:  # noqa: BLE001  # the question is what it raises
-        return {"problem": describe(error)}
-    return {"problem": ""}
 
 
 def examine_backend(name: str, *options: str) -> dict[str, Any]:
@@ -129,7 +113,6 @@ def _kind(op: FusedOp) -> str:
 
 QUESTIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "torch": examine_torch,
-    "extension": examine_extension,
     "backend": examine_backend,
 }
 

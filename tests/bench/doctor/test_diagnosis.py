@@ -288,23 +288,17 @@ def test_a_torch_that_is_broken_itself_blames_no_extension(
     assert done.code == 3
     torch = json.loads(done.out)["torch"]
     assert torch["problem"] == "OSError: libvendor.so: cannot open shared object file"
-    assert not torch["autoload_is_to_blame"]
-    assert [extension["problem"] for extension in torch["extensions"]] == [""]
+    assert torch["extensions"] == ["torch_fine of torch-fine 2.5"]
     assert torch["fixes"][0] == "reinstall torch in a build that fits this system"
 
 
 @pytest.mark.skipif(
     not hasattr(torch, "_is_device_backend_autoload_enabled"), reason="torch before 2.5 loads no extensions"
 )
-def test_extensions_that_break_torch_are_told_from_those_that_do_not(
+def test_an_extension_that_breaks_torch_is_told_from_a_broken_torch(
     process: Bench, extension: Any, loose: Any
 ) -> None:
-    """One raises, one takes the process down, one is innocent; without them, the backend works."""
-    path = [
-        extension("torch_late", "raise ImportError('needs torch 2.1\\nplease downgrade')"),
-        extension("torch_crash", "import os; os.abort()"),
-        extension("torch_fine", ""),
-    ]
+    path = [extension("torch_late", "raise ImportError('needs torch 2.1\\nplease downgrade')")]
     loose(probe="import torch")
     done = process("doctor", "loose:Loose", "--json", path=path)
     assert done.code == 3
@@ -312,29 +306,15 @@ def test_extensions_that_break_torch_are_told_from_those_that_do_not(
     torch = diagnosed["torch"]
     assert torch["problem"].startswith("RuntimeError: Failed to load the backend extension: torch_late.")
     assert torch["autoload"]
-    assert torch["autoload_is_to_blame"]
-    assert {
-        (extension["distribution"], extension["version"], extension["problem"])
-        for extension in torch["extensions"]
-    } == {
-        ("torch-late", "2.5", "ImportError: needs torch 2.1"),
-        ("torch-crash", "2.5", "a process that loads it died with signal SIGABRT"),
-        ("torch-fine", "2.5", ""),
-    }
+    assert torch["extensions"] == ["torch_late of torch-late 2.5"]
     assert torch["version"]
     assert torch["fixes"] == [
-        f"install a version of torch-late that fits torch {torch['version']}",
-        "or remove it: `pip uninstall torch-late`",
-        f"install a version of torch-crash that fits torch {torch['version']}",
-        "or remove it: `pip uninstall torch-crash`",
+        f"install a version of the extension that fits torch {torch['version']}, or remove it",
         "or run with TORCH_DEVICE_BACKEND_AUTOLOAD=0, so that torch autoloads no extensions; backends import "
         "their own",
     ]
     (backend,) = diagnosed["backends"]
     assert "Failed to load the backend extension: torch_late" in backend["reason"]
-    assert backend["fixes"] == [
-        "run with TORCH_DEVICE_BACKEND_AUTOLOAD=0: just tried, and it makes 'loose:Loose' usable"
-    ]
 
 
 def test_with_autoload_off_a_broken_extension_does_no_harm(process: Bench, extension: Any) -> None:
