@@ -7,7 +7,8 @@ in a format. Pages are handed out by a free list; sequences own pages through a 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +67,12 @@ def check_index(config: MLAConfig, index: Any, count: int, indexed: bool) -> Non
         )
 
 
+def check_shorter(length: int, held: int) -> None:
+    """Raise ValueError unless a sequence of `held` tokens can be truncated to `length`."""
+    if not 0 <= length <= held:
+        raise ValueError(f"cannot truncate a sequence of {held} tokens to {length}: choose 0 to {held}.")
+
+
 @dataclass(slots=True)
 class _Sequence:
     row: int  # of the block table
@@ -115,11 +122,10 @@ class LatentCache:
         shape = (num_layers, self.num_pages, page_size, width)
         self.index_layers = config.index_layers(num_layers)
         self.index_format = stored_index_format(index_format, config.index_n_heads)
-        self.index_codec = codec = index_codec(self.index_format, config.index_head_dim)
-        index_width, index_held = (
-            (codec.token_bytes, torch.uint8) if codec else (config.index_head_dim, dtype)
-        )
-        index_shape = (len(self.index_layers), self.num_pages, page_size, index_width)
+        self.index_codec = index_codec(self.index_format, config.index_head_dim)
+        index_width = self.index_codec.token_bytes if self.index_codec else config.index_head_dim
+        index_held = torch.uint8 if self.index_codec else dtype
+        index_shape = (len(self.index_layers), *shape[1:3], index_width)
         with torch.inference_mode(False):  # a tensor made in that mode cannot be written outside it
             self.pages = plain(torch.zeros(shape, dtype=held, device=device))
             self.index_pages = plain(torch.zeros(index_shape, dtype=index_held, device=device))
@@ -234,8 +240,7 @@ class LatentCache:
         width = -(-reserved // self.page_size)
         if width > self._tables.shape[1]:  # before anything changes: there may be no memory
             self._grow_tables(self._tables.shape[0], width)
-        entries, kv_lens = self._grow(sequences, query_lens)
-        try:
+        with self._grown(sequences, query_lens) as entries:
             table = self._table(entries, width)
             slots = None
             if query_lens.count(1) == len(query_lens):  # decode: a few integers, not worth tensor arithmetic
@@ -243,51 +248,45 @@ class LatentCache:
                 slots = [entry.pages[-1] * size + (entry.length - 1) % size for entry in entries]
             memory = self._batch_memory(sum(query_lens), table, reserved=reserved > 0)
             of = (table, self.page_size, self.pages.device, self, slots, memory)
-            return RaggedBatch(query_lens, kv_lens, *of)
-        except BaseException:
-            self._shrink(entries, query_lens)
-            raise
+            return RaggedBatch(query_lens, [entry.length for entry in entries], *of)
 
     def grow(self, sequences: Sequence[int], query_lens: Sequence[int]) -> torch.Tensor:
         """Make room as `extend` does, and return the host's block table [B, n] int32 alone."""
-        query_lens = whole_numbers("query_lens", query_lens)
-        entries, _ = self._grow(sequences, query_lens)
-        try:
+        with self._grown(sequences, whole_numbers("query_lens", query_lens)) as entries:
             return self._table(entries, 0)
-        except BaseException:
-            self._shrink(entries, query_lens)
-            raise
 
     def shrink(self, sequences: Sequence[int], query_lens: Sequence[int]) -> None:
         """Take back what `grow` gave these, in which nothing has been written."""
-        self._shrink([self._get(sequence) for sequence in sequences], query_lens)
+        for sequence, query in zip(sequences, query_lens, strict=True):
+            self._get(sequence).length -= query
+        self._take_back([self._get(sequence) for sequence in sequences])
 
-    def _shrink(self, entries: Sequence[_Sequence], query_lens: Sequence[int]) -> None:
-        for entry, query in zip(entries, query_lens, strict=True):
-            entry.length -= query
-        self._take_back(entries)
+    @contextmanager
+    def _grown(self, sequences: Sequence[int], query_lens: Sequence[int]) -> Iterator[list[_Sequence]]:
+        """Give sequences the pages and the lengths that they have after a step, unless it fails."""
+        entries = self._entries(sequences, query_lens)
+        past = [entry.length for entry in entries]
+        kv_lens = [old + new for old, new in zip(past, query_lens, strict=True)]
+        try:
+            self._reserve(entries, kv_lens)
+            for entry, kv_len in zip(entries, kv_lens, strict=True):
+                entry.length = kv_len
+            self.generation += 1
+            yield entries
+        except BaseException:
+            for entry, length in zip(entries, past, strict=True):
+                entry.length = length
+            self._take_back(entries)
+            raise
 
     def _take_back(self, entries: Sequence[_Sequence]) -> None:
         """Free the pages that lengths do not need, in which nothing has been written."""
-        self._last_tables.clear()
         for entry in reversed(entries):
             keep = -(-entry.length // self.page_size)
-            self._free += reversed(entry.pages[keep:])
-            del entry.pages[keep:]
-
-    def _grow(self, sequences: Sequence[int], query_lens: Sequence[int]) -> tuple[list[_Sequence], list[int]]:
-        """Give sequences the pages and the lengths [B] that they have after a step; return both."""
-        entries = self._entries(sequences, query_lens)
-        kv_lens = [entry.length + query for entry, query in zip(entries, query_lens, strict=True)]
-        try:
-            self._reserve(entries, kv_lens)
-        except BaseException:
-            self._take_back(entries)
-            raise
-        for entry, kv_len in zip(entries, kv_lens, strict=True):
-            entry.length = kv_len
-        self.generation += 1
-        return entries, kv_lens
+            if freed := entry.pages[keep:]:
+                self._last_tables.clear()
+                self._free += reversed(freed)
+                del entry.pages[keep:]
 
     def _batch_memory(self, tokens: int, table: torch.Tensor, reserved: bool) -> BatchMemory:
         """Return where the step's tables go: the last step's memory while the shape is the same.
@@ -295,8 +294,8 @@ class LatentCache:
         Steps of a reserved width have their own memory.
         """
         memory = self._memory.get(reserved)
-        if memory is None or not memory.fits(tokens, table):
-            memory = self._memory[reserved] = BatchMemory(tokens, table, self.pages.device)
+        if memory is None or not memory.fits(tokens, table.shape):
+            memory = self._memory[reserved] = BatchMemory(tokens, table.shape, self.pages.device)
         return memory
 
     def _table(self, entries: list[_Sequence], least: int) -> torch.Tensor:
@@ -360,22 +359,14 @@ class LatentCache:
         """
         sequence, length = whole_numbers("a sequence and its length", (sequence, length))
         entry = self._get(sequence)
-        if not 0 <= length <= entry.length:
-            raise ValueError(
-                f"cannot truncate a sequence of {entry.length} tokens to {length}: choose 0 to "
-                f"{entry.length}."
-            )
-        keep = -(-length // self.page_size)
-        dropped = entry.pages[keep:]
-        if dropped:
+        check_shorter(length, entry.length)
+        if dropped := entry.pages[-(-length // self.page_size) :]:
             freed = plain(torch.tensor(dropped, device=self.pages.device))
             self.pages[:, freed] = 0
             self.index_pages[:, freed] = 0
-            self._last_tables.clear()
-        del entry.pages[keep:]
         entry.length = length
         self.generation += 1
-        self._free += reversed(dropped)  # so that extending again takes the same pages
+        self._take_back([entry])  # in reverse, so that extending again takes the same pages
 
     def release(self, sequences: Sequence[int]) -> None:
         """Free the pages of sequences and forget their ids. Raises ValueError before freeing any."""

@@ -85,22 +85,22 @@ class BatchMemory:
     order.
     """
 
-    def __init__(self, tokens: int, table: torch.Tensor, device: torch.device) -> None:
-        """Make memory for `tokens` new tokens and a block table like `table`."""
-        requests, width = table.shape
-        sizes = (2 * tokens, tokens, requests, requests + 1, requests * width)
+    def __init__(self, tokens: int, shape: Sequence[int], device: torch.device, wide: int = 1) -> None:
+        """Make memory for `tokens` new tokens, so many `wide` numbers of each, and a table of `shape`."""
+        rows, width = shape
+        sizes = (2 * tokens,) * wide + (tokens, rows, rows + 1, rows * width)
         with torch.inference_mode(False):
             self.buffer = plain(torch.empty(sum(sizes), dtype=torch.int32, device=device))
-        slots, self.positions, self.kv_lens, self.cu_q, pages = self.buffer.split(sizes)
-        self.slots = slots.view(torch.int64)
-        self.block_table = pages.view(requests, width)
-        self._numbers = self.buffer[: self.buffer.shape[0] - requests * width]
+        *wides, self.positions, self.kv_lens, self.cu_q, table = self.buffer.split(sizes)
+        self.slots, *self.wides = (part.view(torch.int64) for part in wides)
+        self.block_table = table.view(rows, width)
+        self._numbers = self.buffer[: self.buffer.shape[0] - rows * width]
         self._held: torch.Tensor | None = None  # the host's block table that `block_table` is a copy of
         self._kept: dict[Hashable, Any] = {}
 
-    def fits(self, tokens: int, table: torch.Tensor) -> bool:
+    def fits(self, tokens: int, shape: Sequence[int]) -> bool:
         """Return whether a batch of this shape fits here."""
-        return self.positions.shape[0] == tokens and self.block_table.shape == table.shape
+        return self.positions.shape[0] == tokens and self.block_table.shape == shape
 
     def keep(self, key: Hashable, build: Callable[[], Value]) -> Value:
         """Return memory for data derived from a batch, made once per key.
@@ -130,7 +130,48 @@ class BatchMemory:
         self._held = other._held
 
 
-class RaggedBatch:
+class Batch:
+    """The lengths of one step, of new tokens and of whole requests, and what was derived from them."""
+
+    num_tokens: int
+
+    def __init__(self, page_size: int, source: LatentCache | None) -> None:
+        self.page_size = page_size
+        self._source = None if source is None else _Source(source)
+        self._num_pages = None if source is None else source.num_pages
+
+    def _describe(self, query_lens: tuple[int, ...], kv_lens: tuple[int, ...]) -> None:
+        self.query_lens, self.kv_lens = query_lens, kv_lens
+        cache = self._cache()
+        self._generation = 0 if cache is None else cache.generation
+        self._memo: dict[Hashable, Any] = {}
+
+    def _cache(self) -> LatentCache | None:
+        """Return the cache that this batch describes, or None if there is none or it is gone."""
+        return None if self._source is None else self._source()
+
+    def memo(self, key: Hashable, build: Callable[[], Value]) -> Value:
+        """Return what `build` made for `key`, building it at most once per batch."""
+        if key not in self._memo:
+            self._memo[key] = build()
+        return cast("Value", self._memo[key])
+
+    def fits(self, pages: int) -> bool:
+        """Return whether a cache of `pages` pages can be the one this batch describes."""
+        return self._num_pages is None or self._num_pages == pages
+
+    def check_current(self) -> None:
+        """Raise `StaleBatch` when the cache has changed since this batch was made, or is gone."""
+        cache = self._cache()
+        if cache is None and self._source is not None:
+            raise StaleBatch("the cache of this batch is gone: keep it for as long as its batches run.")
+        if cache is not None and cache.generation != self._generation:
+            raise StaleBatch(
+                "this batch is out of date, as its cache has changed: use the batch of the last `extend`."
+            )
+
+
+class RaggedBatch(Batch):
     """One step of B requests with T new tokens in all.
 
     Host: `query_lens` (new tokens per request), `kv_lens` (tokens attended per request, new ones included).
@@ -155,27 +196,21 @@ class RaggedBatch:
         if source is None:
             query_lens, kv_lens = _lengths(query_lens, kv_lens)
             _check_table(block_table, kv_lens, page_size)
-        self.page_size = page_size
+        super().__init__(page_size, source)
         self.device = device
-        self._source = None if source is None else _Source(source)
-        self._num_pages = None if source is None else source.num_pages
-        self._describe(tuple(query_lens), tuple(kv_lens), block_table)
-        self.memory = memory or BatchMemory(self.num_tokens, block_table, device)
+        self._tabulate(tuple(query_lens), tuple(kv_lens), block_table)
+        self.memory = memory or BatchMemory(self.num_tokens, block_table.shape, device)
         self.memory.fill(self._pack(slots), block_table)
         self.slots, self.positions = self.memory.slots, self.memory.positions
         self.kv_lens_device, self.cu_q = self.memory.kv_lens, self.memory.cu_q
         self.block_table = self.memory.block_table
 
-    def _describe(self, query_lens: tuple[int, ...], kv_lens: tuple[int, ...], table: torch.Tensor) -> None:
+    def _tabulate(self, query_lens: tuple[int, ...], kv_lens: tuple[int, ...], table: torch.Tensor) -> None:
         """Derive every host-side length and table."""
-        self.query_lens = query_lens
-        self.kv_lens = kv_lens
+        self._describe(query_lens, kv_lens)
         self.cu_q_host = (0, *accumulate(query_lens))
         self.num_tokens = self.cu_q_host[-1]
         self.block_table_host = table
-        cache = self._cache()
-        self._generation = 0 if cache is None else cache.generation
-        self._memo: dict[Hashable, Any] = {}
 
     def __repr__(self) -> str:
         """Return the lengths of the step, its device, and whether the cache has changed since."""
@@ -187,10 +222,6 @@ class RaggedBatch:
             f"block_table={list(self.block_table.shape)}, page_size={self.page_size}, device={self.device}"
             f"{', out of date' if old else ''})"
         )
-
-    def _cache(self) -> LatentCache | None:
-        """Return the cache that this batch describes, or None if there is none or it is gone."""
-        return None if self._source is None else self._source()
 
     def _pack(self, slots: Sequence[int] | None) -> torch.Tensor:
         """Lay slots, positions, kv_lens and cu_q out in one int32 host buffer."""
@@ -236,29 +267,9 @@ class RaggedBatch:
         if self.block_table.shape != other.block_table.shape:
             raise ValueError("update_() needs a block table of the same width.")
         other.check_current()
-        self._describe(other.query_lens, other.kv_lens, other.block_table_host)
+        self._tabulate(other.query_lens, other.kv_lens, other.block_table_host)
         self.memory.take(other.memory)
         return self
-
-    def memo(self, key: Hashable, build: Callable[[], Value]) -> Value:
-        """Return what `build` made for `key`, building it at most once per batch."""
-        if key not in self._memo:
-            self._memo[key] = build()
-        return cast("Value", self._memo[key])
-
-    def fits(self, pages: int) -> bool:
-        """Return whether a cache of `pages` pages can be the one this batch describes."""
-        return self._num_pages is None or self._num_pages == pages
-
-    def check_current(self) -> None:
-        """Raise `StaleBatch` when the cache has changed since this batch was made, or is gone."""
-        cache = self._cache()
-        if cache is None and self._source is not None:
-            raise StaleBatch("the cache of this batch is gone: keep it for as long as its batches run.")
-        if cache is not None and cache.generation != self._generation:
-            raise StaleBatch(
-                "this batch is out of date, as its cache has changed: use the batch of the last `extend`."
-            )
 
 
 def _first(lengths: Sequence[int]) -> str:

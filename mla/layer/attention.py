@@ -290,11 +290,15 @@ class MLA(nn.Module):
         return batch.memo(key, lambda: self._make_plan(batch, selected))
 
     def _make_plan(self, batch: RaggedBatch, selected: bool) -> StepPlan:
+        limits = (self.workspace_bytes, self._growth)
+        angles = self._angles(batch)
+        return make_plan(self.config, self.ops, angles, batch, self.attention, *limits, selected)
+
+    def _angles(self, batch: Any) -> torch.Tensor:
+        """Return the cosines and sines [T, r] of a batch's positions, in memory that is the batch's."""
         memory = batch.memory.keep(self._plan_key, lambda: self.rotary.empty(batch.num_tokens))
         self.rotary.reserve(max(batch.kv_lens))
-        cos_sin = self.rotary.gather(batch.positions, memory)
-        limits = (self.workspace_bytes, self._growth)
-        return make_plan(self.config, self.ops, cos_sin, batch, self.attention, *limits, selected)
+        return self.rotary.gather(batch.positions, memory)
 
     def _make_plan_key(self) -> object:
         """Return a stand-in for the specs a plan depends on: one object for layers with equal specs."""

@@ -11,104 +11,19 @@ last such one: so a request with several new tokens becomes up to W, and queries
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple
 
 import torch
 
 from mla.cache import LatentCache
-from mla.cache.latent_cache import check_history, check_index
-from mla.cache.ragged_batch import BatchMemory, host_ints, plain, whole_numbers
+from mla.cache.latent_cache import check_history, check_index, check_shorter
+from mla.cache.ragged_batch import Batch, BatchMemory, host_ints, whole_numbers
 from mla.config import MLAConfig
-from mla.errors import StaleBatch
 from mla.parallel.layout import Share
-
-Value = TypeVar("Value")
-
-
-class ShardedMemory(BatchMemory):
-    """The int32 device buffer of a step of so many new tokens, and views of its parts.
-
-    A step of as many tokens may own fewer of them, or ask for fewer requests: it takes the first ones.
-    """
-
-    def __init__(self, tokens: int, rows: int, width: int, device: torch.device) -> None:
-        """`rows`: the most requests that attention is asked for; `width`: pages of each."""
-        sizes = (2 * tokens,) * 4 + (tokens, rows, rows + 1, rows * width)
-        with torch.inference_mode(False):
-            self.buffer = plain(torch.empty(sum(sizes), dtype=torch.int32, device=device))
-        *wide, self.positions, self.kv_lens, self.cu_q, table = self.buffer.split(sizes)
-        self.local, self.slots, self.order, self.back = (part.view(torch.int64) for part in wide)
-        self.block_table = table.view(rows, width)
-        self._numbers = self.buffer[: self.buffer.shape[0] - rows * width]
-        self._held = None
-        self._kept = {}
-        self._spread: torch.Tensor | None = None  # the host's table of rows, and what it was made of
-        self._spread_of: tuple[torch.Tensor, torch.Tensor | None] | None = None
-
-    def fits_step(self, tokens: int, rows: int, width: int) -> bool:
-        """Return whether a step of so many tokens, rows of attention and pages of each fits here."""
-        return self.positions.shape[0] == tokens and self.block_table.shape == (rows, width)
-
-    def fill(self, numbers: torch.Tensor, table: torch.Tensor, rows: torch.Tensor | None = None) -> None:
-        """Copy a batch's numbers, and its block table unless it is already here, in one copy.
-
-        `table` [B, n] int32 is that of requests. `rows` [R] int64 has the request of each row of attention;
-        None: the one of its number.
-        """
-        if self._spread is None or self._spread_of is None or not _alike(self._spread_of, (table, rows)):
-            spread = table if rows is None else table[rows]
-            if rest := self.block_table.numel() - spread.numel():
-                spread = torch.cat((spread.reshape(-1), spread.new_zeros(rest)))
-            self._spread, self._spread_of = spread, (table, rows)
-        super().fill(numbers, self._spread)
-
-
-def _alike(
-    last: tuple[torch.Tensor, torch.Tensor | None], now: tuple[torch.Tensor, torch.Tensor | None]
-) -> bool:
-    """Return whether two steps have one table and rows of the same requests."""
-    if last[0] is not now[0] or last[1] is None or now[1] is None:
-        return last[0] is now[0] and last[1] is now[1]
-    return torch.equal(last[1], now[1])
-
-
-def most_rows(share: Share, query_lens: Sequence[int]) -> int:
-    """Return the most rows of attention that a step is cut into.
-
-    Of every request, each of `world` classes of tokens is a row, and its first token one more where it sees
-    no key here.
-    """
-    return sum(min(new, 2 * share.world) for new in query_lens)
-
-
-@dataclass
-class Rows:
-    """The requests that attention is asked for on this rank: a `mla_backends.api.BatchView`."""
-
-    query_lens: tuple[int, ...]
-    kv_lens: tuple[int, ...]
-    page_size: int
-    block_table: torch.Tensor  # [R, n] int32
-    kv_lens_device: torch.Tensor  # [R] int32
-    cu_q: torch.Tensor  # [R + 1] int32
-
-
-@dataclass
-class Part:
-    """Some new tokens of a step, and what they attend on this rank.
-
-    Queries go to `rows` in the order `order` [t] int64, and `back` [t] is the way back; both are None where
-    queries stay in order.
-    """
-
-    tokens: slice
-    rows: Rows
-    order: torch.Tensor | None
-    back: torch.Tensor | None
 
 
 class _Cut(NamedTuple):
@@ -129,22 +44,67 @@ class _Step(NamedTuple):
     cut: _Cut
 
 
-def _packed(tokens: int, rows: int, step: _Step) -> torch.Tensor:
-    """Return what a `ShardedMemory` of so many tokens and rows holds before its block table, int32 [n]."""
-    order, none = step.cut.order, list[int]()
-    ways = (none, none) if order is None else (order.tolist(), order.argsort().tolist())
-    numbers = array("i")
-    for wide in (step.local, step.slots, *ways):
-        numbers.frombytes(array("q", wide).tobytes())
-        numbers.frombytes(bytes(8 * (tokens - len(wide))))
-    cu_q = (0, *accumulate(step.cut.query_lens))
-    for short, size in ((step.positions, tokens), (step.cut.kv_lens, rows), (cu_q, rows + 1)):
-        numbers.extend(short)
-        numbers.frombytes(bytes(4 * (size - len(short))))
-    return torch.frombuffer(numbers, dtype=torch.int32)
+class ShardedMemory(BatchMemory):
+    """The device buffer of a step of so many new tokens, with `rows` of attention at most.
+
+    A step of as many tokens may own fewer of them, or ask for fewer rows: it takes the first ones.
+    """
+
+    def __init__(self, tokens: int, shape: tuple[int, int], device: torch.device) -> None:
+        super().__init__(tokens, shape, device, wide=4)
+        self.local, self.order, self.back = self.wides
+        # The host's table of rows, and what it was made of.
+        self._spread: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
+
+    def hold(self, step: _Step, table: torch.Tensor) -> None:
+        """Copy a step, and the block table [B, n] int32 of its requests unless it is already here."""
+        tokens, rows = self.positions.shape[0], self.kv_lens.shape[0]
+        order, none = step.cut.order, list[int]()
+        ways = (none, none) if order is None else (order.tolist(), order.argsort().tolist())
+        cu_q = (0, *accumulate(step.cut.query_lens))
+        numbers = array("i")
+        for wide in (step.slots, step.local, *ways):
+            numbers.frombytes(array("q", wide).tobytes())
+            numbers.frombytes(bytes(8 * (tokens - len(wide))))
+        for short, size in ((step.positions, tokens), (step.cut.kv_lens, rows), (cu_q, rows + 1)):
+            numbers.extend(short)
+            numbers.frombytes(bytes(4 * (size - len(short))))
+        self.fill(torch.frombuffer(numbers, dtype=torch.int32), self._table(table, step.cut.rows))
+
+    def _table(self, table: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        """Return the table of rows [R, n]: the last one where requests are the same."""
+        if self._spread is not None:
+            spread, of, last = self._spread
+            alike = last is rows if last is None or rows is None else torch.equal(last, rows)
+            if of is table and alike:
+                return spread
+        spread = table if rows is None else table[rows]
+        if rest := self.block_table.numel() - spread.numel():
+            spread = torch.cat((spread.reshape(-1), spread.new_zeros(rest)))
+        self._spread = (spread, table, rows)
+        return spread
 
 
-class ShardedBatch:
+@dataclass
+class Part:
+    """Some new tokens of a step, and what they attend on this rank: a `mla_backends.api.BatchView`.
+
+    Queries go to its R rows in the order `order` [t] int64, and `back` [t] is the way back; both are None
+    where queries stay in order.
+    """
+
+    tokens: slice
+    query_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    page_size: int
+    block_table: torch.Tensor  # [R, n] int32
+    kv_lens_device: torch.Tensor  # [R] int32
+    cu_q: torch.Tensor  # [R + 1] int32
+    order: torch.Tensor | None
+    back: torch.Tensor | None
+
+
+class ShardedBatch(Batch):
     """One step of B requests with T new tokens in all, on one rank.
 
     `query_lens` and `kv_lens` are those of whole requests, `positions` [T] int32 those of all new tokens.
@@ -153,21 +113,24 @@ class ShardedBatch:
 
     def __init__(
         self,
-        source: ShardedCache,
+        cache: LatentCache,  # of this rank
+        share: Share,
         sequences: Sequence[int],
         query_lens: Sequence[int],
         kv_lens: Sequence[int],
         block_table: torch.Tensor,  # [B, n] int32, on the host
         memory: ShardedMemory,
     ) -> None:
-        self.query_lens, self.kv_lens = tuple(query_lens), tuple(kv_lens)
-        self.num_tokens = sum(query_lens)
-        self.page_size, self.memory = source.page_size, memory
-        self._source, self._generation, self._sequences = source, source.generation, sequences
-        self._memo: dict[Hashable, Any] = {}
-        self._table = block_table
+        super().__init__(cache.page_size, cache)
+        self._describe(tuple(query_lens), tuple(kv_lens))
+        self.num_tokens, self.memory = sum(query_lens), memory
+        self._share, self._table = share, block_table
         one_each = self.query_lens.count(1) == len(self.query_lens)
-        self._describe(self._decode() if one_each else self._step())
+        step = self._decode(cache, sequences) if one_each else self._step()
+        memory.hold(step, block_table)
+        count = len(step.local)
+        self.local, self.slots, self.positions = memory.local[:count], memory.slots[:count], memory.positions
+        self._whole = self._part(slice(0, self.num_tokens), step.cut, memory)
 
     @cached_property
     def _tokens(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -175,33 +138,25 @@ class ShardedBatch:
         queries, ends = host_ints(self.query_lens), host_ints(accumulate(self.query_lens))
         request = torch.arange(len(queries), device="cpu").repeat_interleave(queries)
         positions = torch.arange(self.num_tokens, device="cpu") + (host_ints(self.kv_lens) - ends)[request]
-        return request, positions, self._source.share.held(positions + 1)
+        return request, positions, self._share.held(positions + 1)
 
     def _step(self) -> _Step:
         """Work out a step of any number of new tokens."""
         request, positions, seen = self._tokens
-        local = self._source.share.owns(positions).nonzero().view(-1)
+        local = self._share.owns(positions).nonzero().view(-1)
         index = seen[local] - 1
         page = self._table[request[local], index // self.page_size].long()
         slots = page * self.page_size + index % self.page_size
         cut = self._cut(slice(0, self.num_tokens))
         return _Step(local.tolist(), slots.tolist(), positions.tolist(), cut)
 
-    def _decode(self) -> _Step:
+    def _decode(self, cache: LatentCache, sequences: Sequence[int]) -> _Step:
         """Work out a step of one new token each: a few integers, not worth tensor arithmetic."""
-        share, slot = self._source.share, self._source.slot
-        seen = [share.held(length) for length in self.kv_lens]
-        local = [request for request, length in enumerate(self.kv_lens) if share.owns(length - 1)]
-        slots = [slot(self._sequences[request], seen[request] - 1) for request in local]
+        seen = [self._share.held(length) for length in self.kv_lens]
+        local = [request for request, length in enumerate(self.kv_lens) if self._share.owns(length - 1)]
+        slots = [cache.slot(sequences[request], seen[request] - 1) for request in local]
         positions = [length - 1 for length in self.kv_lens]
         return _Step(local, slots, positions, _Cut(None, None, self.query_lens, tuple(seen)))
-
-    def _describe(self, step: _Step) -> None:
-        """Upload a step and name its parts."""
-        memory, count = self.memory, len(step.local)
-        memory.fill(_packed(self.num_tokens, len(memory.kv_lens), step), self._table, step.cut.rows)
-        self.local, self.slots, self.positions = memory.local[:count], memory.slots[:count], memory.positions
-        self._whole = self._part(slice(0, self.num_tokens), step.cut, memory)
 
     def parts(self, most: int) -> tuple[Part, ...]:
         """Return the step's tokens in parts of at most `most`, which is positive; none without new tokens."""
@@ -210,18 +165,17 @@ class ShardedBatch:
         return self.memo(("parts", most), lambda: tuple(self._split(most)))
 
     def _split(self, most: int) -> Iterator[Part]:
-        device = self.positions.device
+        width, device = self._table.shape[1], self.positions.device
         for first in range(0, self.num_tokens, most):
             tokens = slice(first, min(first + most, self.num_tokens))
             cut = self._cut(tokens)
-            count, rows = tokens.stop - first, len(cut.kv_lens)
-            memory = ShardedMemory(count, rows, self._table.shape[1], device)
-            memory.fill(_packed(count, rows, _Step([], [], [], cut)), self._table, cut.rows)
+            memory = ShardedMemory(tokens.stop - first, (len(cut.kv_lens), width), device)
+            memory.hold(_Step([], [], [], cut), self._table)
             yield self._part(tokens, cut, memory)
 
     def _cut(self, tokens: slice) -> _Cut:
         request, positions, seen = (column[tokens] for column in self._tokens)
-        order = _order(self._source.share, request, positions, self.query_lens)
+        order = _order(self._share, request, positions, self.query_lens)
         if order is None:
             return _Cut(None, *_cut(request, seen))
         return _Cut(order, *_cut(request[order], seen[order]))
@@ -232,25 +186,8 @@ class ShardedBatch:
         device = memory.block_table, memory.kv_lens, memory.cu_q
         if count < memory.kv_lens.shape[0]:
             device = memory.block_table[:count], memory.kv_lens[:count], memory.cu_q[: count + 1]
-        rows = Rows(cut.query_lens, cut.kv_lens, self.page_size, *device)
-        return Part(tokens, rows, None if same else memory.order, None if same else memory.back)
-
-    def memo(self, key: Hashable, build: Callable[[], Value]) -> Value:
-        """Return what `build` made for `key`, building it at most once per batch."""
-        if key not in self._memo:
-            self._memo[key] = build()
-        return cast("Value", self._memo[key])
-
-    def fits(self, pages: int) -> bool:
-        """Return whether a cache of `pages` pages can be the one this batch describes."""
-        return self._source.num_pages == pages
-
-    def check_current(self) -> None:
-        """Raise `StaleBatch` when the cache has changed since this batch was made."""
-        if self._source.generation != self._generation:
-            raise StaleBatch(
-                "this batch is out of date, as its cache has changed: use the batch of the last `extend`."
-            )
+        ways = (None, None) if same else (memory.order, memory.back)
+        return Part(tokens, cut.query_lens, cut.kv_lens, self.page_size, *device, *ways)
 
 
 def _order(
@@ -310,10 +247,6 @@ class ShardedCache:
         self._local.length(sequence)  # raises ValueError for an unknown one
         return self._lengths[sequence]
 
-    def slot(self, sequence: int, token: int) -> int:
-        """Return the row of a flattened layer that holds one of this rank's tokens of a sequence."""
-        return self._local.slot(sequence, token)
-
     def slots(self, sequence: int) -> torch.Tensor:
         """Return the rows of a flattened layer that hold this rank's tokens of a sequence, in their order."""
         return self._local.slots(sequence)[: self.share.held(self.length(sequence))]
@@ -339,10 +272,13 @@ class ShardedCache:
             ]
         table = self._local.grow(sequences, grown)
         try:
-            size = (sum(query_lens), most_rows(self.share, query_lens), table.shape[1])
-            if self._memory is None or not self._memory.fits_step(*size):
+            # Each of `world` classes of tokens is a row, and its first token one more where it sees no key.
+            rows = sum(min(new, 2 * self.share.world) for new in query_lens)
+            size = sum(query_lens), (rows, table.shape[1])
+            if self._memory is None or not self._memory.fits(*size):
                 self._memory = ShardedMemory(*size, self.pages.device)
-            batch = ShardedBatch(self, sequences, query_lens, kv_lens, table, self._memory)
+            of = self._local, self.share, sequences
+            batch = ShardedBatch(*of, query_lens, kv_lens, table, self._memory)
         except BaseException:
             self._local.shrink(sequences, grown)
             raise
@@ -352,11 +288,7 @@ class ShardedCache:
     def truncate(self, sequence: int, length: int) -> None:
         """Forget all tokens of a sequence past `length`."""
         sequence, length = whole_numbers("a sequence and its length", (sequence, length))
-        if not 0 <= length <= self.length(sequence):
-            raise ValueError(
-                f"cannot truncate a sequence of {self.length(sequence)} tokens to {length}: choose 0 to "
-                f"{self.length(sequence)}."
-            )
+        check_shorter(length, self.length(sequence))
         self._local.truncate(sequence, self.share.first(length))
         self._lengths[sequence] = length
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -114,67 +113,48 @@ def merge_scratch(parts: torch.Tensor, scratch: Workspace) -> Sequence[torch.Ten
     return [scratch.take(name, *shape, dtype=FP32) for name, shape in shapes.items()]
 
 
-@dataclass(frozen=True, eq=False)
 class Exchange:
     """Scratch memory for t new tokens of a step, of which this rank has h heads, and views of it.
 
-    Where attention has its tokens in another order, `ordered_q` is in that order, and `ordered_out` and
-    `ordered_lse` are in the order of the step again.
+    `gathered` [world, t, h, c + r] are queries as they arrive, `q` [t, world h, c + r] a copy by token (of
+    one token, the same memory), `out` [t, world h, c] and `lse` [t, world h] fp32 attention over this rank's
+    tokens. `sent` and `received` [world, t, h, width] are rows of out and lse.
     """
 
-    gathered: torch.Tensor  # [world, t, h, c + r]: queries, as they arrive
-    q: torch.Tensor  # [t, world h, c + r]: a copy by token; of one token, the same memory
-    out: torch.Tensor  # [t, world h, c]: attention over this rank's tokens
-    lse: torch.Tensor  # [t, world h] fp32
-    ordered_q: torch.Tensor  # [t, world h, c + r]
-    ordered_out: torch.Tensor  # [t, world h, c]
-    ordered_lse: torch.Tensor  # [t, world h] fp32
-    sent: torch.Tensor  # [world, t, h, width]: rows of out and lse
-    received: torch.Tensor  # [world, t, h, width]
-    merging: Sequence[torch.Tensor]
+    def __init__(
+        self, scratch: Workspace, world: int, shape: tuple[int, int, int], c: int, ordered: bool
+    ) -> None:
+        """Make memory for this rank's queries of `shape` [t, h, c + r] in `scratch`.
 
-    @classmethod
-    def of(
-        cls, scratch: Workspace, world: int, shape: tuple[int, int, int], c: int, ordered: bool
-    ) -> Exchange:
-        """Return memory for this rank's queries of `shape` [t, h, c + r], which `scratch` holds.
-
-        `ordered`: attention has its tokens in another order.
+        `ordered`: attention has its tokens in another order. Then `ordered_q` is in that order, and
+        `ordered_out` and `ordered_lse` are in the order of the step again.
         """
         tokens, h, width = shape
-        row, take = _row(c, scratch.itemsize), scratch.take
-        gathered, received = take("gathered", world, *shape), take("received", world, tokens, h, row)
-
-        def results(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-            return take(f"{kind}_out", tokens, world * h, c), take(
-                f"{kind}_lse", tokens, world * h, dtype=FP32
-            )
-
-        q_shape = (tokens, world * h, width)
-        q = gathered.view(q_shape) if tokens == 1 else take("gathered_q", *q_shape)
-        results_here = results("context")
-        ordered_q, ordered_results = q, results_here
+        row, take, heads = _row(c, scratch.itemsize), scratch.take, (tokens, world * h)
+        self.gathered, received = take("gathered", world, *shape), take("received", world, tokens, h, row)
+        self.q = self.gathered.view(*heads, width) if tokens == 1 else take("gathered_q", *heads, width)
+        self.out, self.lse = take("context_out", *heads, c), take("context_lse", *heads, dtype=FP32)
+        self.ordered_q, self.ordered_out, self.ordered_lse = self.q, self.out, self.lse
         if ordered:
-            ordered_q, ordered_results = take("ordered_q", *q_shape), results("ordered")
-        sent, merging = take("sent", world, tokens, h, row), merge_scratch(received[..., :c], scratch)
-        return cls(gathered, q, *results_here, ordered_q, *ordered_results, sent, received, merging)
-
-    @cached_property
-    def _copies(self) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
-        """Views to copy: the queries by token, then out and lse by rank, target and source."""
-        out, by_rank = self.ordered_out, lambda x: x.unflatten(1, (len(self.sent), -1)).transpose(0, 1)
-        return (
-            (by_rank(self.q), self.gathered),
-            (self.sent[..., : out.shape[-1]], by_rank(out)),
-            (lse_of(self.sent), by_rank(self.ordered_lse)),
+            self.ordered_q, self.ordered_out = (
+                take("ordered_q", *heads, width),
+                take("ordered_out", *heads, c),
+            )
+            self.ordered_lse = take("ordered_lse", *heads, dtype=FP32)
+        self.sent, self.received = take("sent", world, tokens, h, row), received
+        self._parts, self._part_lse = received[..., :c], lse_of(received)  # of every rank
+        self._merging = merge_scratch(self._parts, scratch)
+        views = (
+            x.unflatten(1, (world, h)).transpose(0, 1) for x in (self.q, self.ordered_out, self.ordered_lse)
         )
+        self._q, out, lse = views  # by rank
+        self._by_rank = (self.sent[..., :c], out), (lse_of(self.sent), lse)  # copies: target and source
 
     def gather(self, groups: Groups, q: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
         """Return the queries [t, world h, c + r] of all ranks, of which this one has q [t, h, c + r]."""
         groups.gather_context(q, self.gathered)
         if q.shape[0] > 1:
-            target, source = self._copies[0]
-            target.copy_(source)
+            self._q.copy_(self.gathered)
         return self.q if order is None else torch.index_select(self.q, 0, order, out=self.ordered_q)
 
     def merge(self, groups: Groups, back: torch.Tensor | None, out: torch.Tensor) -> None:
@@ -182,19 +162,14 @@ class Exchange:
         if back is not None:
             torch.index_select(self.out, 0, back, out=self.ordered_out)
             torch.index_select(self.lse, 0, back, out=self.ordered_lse)
-        for target, source in self._copies[1:]:
+        for target, source in self._by_rank:
             target.copy_(source)
         groups.exchange_context(self.sent, self.received)
-        merge(*self._results, out, self.merging)
+        merge(self._parts, self._part_lse, out, self._merging)
 
     def lse_of_all(self) -> torch.Tensor:
         """Return the log-sum-exp [t, h] over all ranks' tokens, once they are merged."""
-        return self._results[1].logsumexp(0)
-
-    @cached_property
-    def _results(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Out [world, t, h, c] and lse [world, t, h] of every rank."""
-        return self.received[..., : self.out.shape[-1]], lse_of(self.received)
+        return self._part_lse.logsumexp(0)
 
 
 def _row(c: int, itemsize: int) -> int:
@@ -236,7 +211,7 @@ class ContextStep(Step):
                 softmax_scale=self.softmax_scale,
                 out=exchange.out,
                 lse=exchange.lse,
-                **paged(pages, part.rows),
+                **paged(pages, part),
                 **self.stored,
             )
             exchange.merge(self.groups, part.back, out)
@@ -250,7 +225,7 @@ class ContextStep(Step):
         shape = (count, config.num_attention_heads, config.latent_dim)
         return self.scratch.views(
             ("exchange", count, ordered),
-            lambda: Exchange.of(self.scratch, world, shape, config.kv_lora_rank, ordered),
+            lambda: Exchange(self.scratch, world, shape, config.kv_lora_rank, ordered),
         )
 
     def _rotated_with_latents(
@@ -324,18 +299,16 @@ class ParallelMLA(MLA):
     def _make_plan(self, batch: RaggedBatch | ShardedBatch, selected: bool) -> StepPlan:
         if isinstance(batch, RaggedBatch):
             return super()._make_plan(batch, selected)
-        memory = batch.memory.keep(self._plan_key, lambda: self.rotary.empty(batch.num_tokens))
-        self.rotary.reserve(max(batch.kv_lens))
-        cos_sin = self.rotary.gather(batch.positions, memory)
+        cos_sin = self._angles(batch)
         choice = self.ops["latent_attention"]
         parts = batch.parts(self._context.tokens_at_once(self.workspace_bytes))
         for part in parts:
-            choice.check_batch(part.rows.query_lens, part.rows.kv_lens, part.rows.page_size)
+            choice.check_batch(part.query_lens, part.kv_lens, part.page_size)
         if not parts:
             return StepPlan(cos_sin, None, None)
-        states = tuple((part, choice.op.prepare(choice.spec, part.rows)) for part in parts)
+        states = tuple((part, choice.op.prepare(choice.spec, part)) for part in parts)
         everything = slice(0, batch.num_tokens)
-        return StepPlan(cos_sin, AbsorbedGroup(everything, cos_sin, parts[0].rows, states), None)
+        return StepPlan(cos_sin, AbsorbedGroup(everything, cos_sin, parts[0], states), None)
 
     def state_dict(self, **arguments: Any) -> dict[str, Any]:  # type: ignore[override]
         """Raise `WeightError`: this rank has a part of the weights, which no name stands for."""

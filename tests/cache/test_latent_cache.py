@@ -459,14 +459,13 @@ def test_a_step_that_cannot_be_described_gives_its_pages_back(
 
     cache, untouched = (shared_or_not(tiny, shared) for _ in range(2))
     before = everything(cache)
-    room = mla.parallel.cache if shared else mla.cache.ragged_batch
     with monkeypatch.context() as broken, ExitStack() as stack:
         if fault == "fake mode":
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         elif fault == "no upload":
             broken.setattr(mla.cache.ragged_batch, "upload_into", fail)
         else:
-            broken.setattr(room, "plain", fail)
+            broken.setattr(mla.cache.ragged_batch, "plain", fail)
         with pytest.raises((RuntimeError, ValueError)):
             cache.extend([0, 1], new)
     _, *facts, pages = everything(cache)

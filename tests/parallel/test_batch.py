@@ -70,12 +70,11 @@ def test_every_token_is_written_once_and_sees_all_before_it(
 
 def attended(part: Part, slots: dict[int, tuple[int, int]]) -> list[list[tuple[int, int]]]:
     """Return, for every new token in its place, the tokens that attention shows to it by its contract."""
-    rows, shown = part.rows, list[list[tuple[int, int]]]()
-    size = rows.page_size
-    for row, (count, keys) in enumerate(zip(rows.query_lens, rows.kv_lens, strict=True)):
-        assert count == rows.cu_q[row + 1] - rows.cu_q[row]
-        assert keys == rows.kv_lens_device[row]
-        table = rows.block_table[row].tolist()
+    size, shown = part.page_size, list[list[tuple[int, int]]]()
+    for row, (count, keys) in enumerate(zip(part.query_lens, part.kv_lens, strict=True)):
+        assert count == part.cu_q[row + 1] - part.cu_q[row]
+        assert keys == part.kv_lens_device[row]
+        table = part.block_table[row].tolist()
         held = [slots[table[i // size] * size + i % size] for i in range(keys)]
         assert count == 1 or keys >= count, "the contract has no query without keys among others"
         shown += [held[: keys - (count - 1 - j)] for j in range(count)]
@@ -92,12 +91,12 @@ def test_queries_share_rows_where_they_can() -> None:
     """A row per token reads the keys once per token: of 64 new tokens on two ranks, two rows are enough."""
     cache = ShardedCache(CONFIG, Share(0, 2), max_tokens=256)
     (part,) = cache.extend(cache.new_sequences(1), [64]).parts(64)
-    assert part.rows.query_lens == (32, 32)
+    assert part.query_lens == (32, 32)
     later = ShardedCache(CONFIG, Share(1, 2), max_tokens=256)
     batch = later.extend(later.new_sequences(1), [64])
     (part,) = batch.parts(64)
-    assert part.rows.query_lens == (1, 31, 32)  # the first token of all sees none of this rank's
-    assert part.rows.kv_lens == (0, 31, 32)
+    assert part.query_lens == (1, 31, 32)  # the first token of all sees none of this rank's
+    assert part.kv_lens == (0, 31, 32)
     assert [piece.tokens for piece in batch.parts(48)] == [slice(0, 48), slice(48, 64)]
     assert batch.memory.block_table.shape[0] <= 4, "a table of one row for each token is too large"
 
@@ -188,7 +187,7 @@ def test_a_table_of_pages_that_is_on_the_device_is_not_sent_again(
         batch = cache.extend(ids, query_lens)
         tables.append(batch.memory.block_table.clone())
         (part,) = batch.parts(64)
-        assert len(part.rows.block_table) == len(part.rows.kv_lens)
+        assert len(part.block_table) == len(part.kv_lens)
     whole, numbers, again = sent
     assert numbers == again == whole - tables[0].numel()
     assert all(torch.equal(table, tables[0]) for table in tables)

@@ -76,5 +76,5 @@ def test_memory_for_an_exchange_is_what_is_planned(dtype: torch.dtype, c: int) -
     """An lse takes two elements of bf16, and an odd row one more before it."""
     config = replace(PLAIN, num_attention_heads=3, kv_lora_rank=c)
     scratch = Workspace(dtype, torch.device("cpu"))
-    Exchange.of(scratch, 2, (5, 3, config.latent_dim), c, ordered=True)
+    Exchange(scratch, 2, (5, 3, config.latent_dim), c, ordered=True)
     assert scratch.nbytes() == 5 * scratch_per_token(config, 2, dtype.itemsize)
