@@ -1,6 +1,6 @@
 """Clocks, power and temperature of a device, for the result file; reading them can never break a run.
 
-A `Sampler` may raise, and a driver may hang: `Monitor` asks it in a separate thread, for a bounded time, and
+A library may raise, and a driver may hang: `Monitor` asks it in a separate thread, for a bounded time, and
 turns every failure into one line of text.
 
 `NvmlSampler` reads management libraries that have NVML's functions, under NVML's or their own names.
@@ -17,29 +17,21 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 from mla_backends.errors import describe
 
 TIMEOUT_S = 3.0  # that a management library may take to answer
 
 
-class Sampler(Protocol):
-    """What a vendor's management library knows about one device. Both methods may raise anything."""
-
-    def facts(self) -> Mapping[str, str]:
-        """Return what does not change: the driver's version."""
-        ...
-
-    def sample(self) -> Mapping[str, str]:
-        """Return what changes: clocks, power, temperature, each with its unit in the key."""
-        ...
-
-
 class Monitor:
-    """A sampler that cannot break a run. After the first failure it is never asked again."""
+    """A sampler that cannot break a run. After the first failure it is never asked again.
 
-    def __init__(self, sampler: Sampler, timeout_s: float = TIMEOUT_S) -> None:
+    A sampler's `facts()` do not change: the driver's version. `sample()` has clocks, power and temperature,
+    with units in their names. Both may raise anything.
+    """
+
+    def __init__(self, sampler: Any, timeout_s: float = TIMEOUT_S) -> None:
         self._sampler = sampler
         self._timeout_s = timeout_s
         self._problem = ""
@@ -48,12 +40,12 @@ class Monitor:
     def facts(self) -> dict[str, str]:
         """Return what does not change, or why it is unknown, as {"monitor": reason}."""
         if self._facts is None:
-            self._facts = self._ask(lambda: self._sampler.facts())
+            self._facts = self._ask(self._sampler.facts)
         return {**self._facts, **({"monitor": f"none ({self._problem})"} if self._problem else {})}
 
     def sample(self) -> dict[str, str]:
         """Return what changes; empty if the library reports nothing."""
-        return self._ask(lambda: self._sampler.sample())
+        return self._ask(self._sampler.sample)
 
     def _ask(self, question: Callable[[], Mapping[str, str]]) -> dict[str, str]:
         if self._problem:
@@ -122,16 +114,16 @@ class NvmlSampler:
     def __init__(self, dialect: Dialect, locate: Callable[[], Address]) -> None:
         self.dialect = dialect
         self._locate = locate
-        self._device: Any = None
 
     def facts(self) -> Mapping[str, str]:
-        self.device()
+        self.device  # noqa: B018  # raises what is wrong
         with suppress(Exception):
-            return {"driver": _text(self.call("SystemGetDriverVersion"))}
+            said = self.call("SystemGetDriverVersion")
+            return {"driver": said.decode(errors="replace") if isinstance(said, bytes) else str(said)}
         return {}
 
     def sample(self) -> Mapping[str, str]:
-        device, sample = self.device(), {}
+        device, sample = self.device, {}
         for name, (function, constant) in READINGS.items():
             with suppress(Exception):  # any of them may be unsupported on a card
                 sample[name] = str(self.call(function, device, self.constant(constant)))
@@ -150,14 +142,11 @@ class NvmlSampler:
         """The library's module. Raises ImportError."""
         return importlib.import_module(self.dialect.module)
 
+    @functools.cached_property
     def device(self) -> Any:
-        """Return the library's handle of the device. Raises whatever the library does, or LookupError."""
-        if self._device is None:
-            self.call("Init")
-            self._device = self._find(self._locate())
-        return self._device
-
-    def _find(self, address: Address) -> Any:
+        """The library's handle of the device. Raises whatever the library does, or LookupError."""
+        self.call("Init")
+        address = self._locate()
         if not self.dialect.by_uuid:
             return self.call("DeviceGetHandleByIndex", address.physical_index())
         if address.uuid:
@@ -173,7 +162,3 @@ class NvmlSampler:
     def constant(self, name: str) -> Any:
         """Return a constant of the library by its name without prefix."""
         return getattr(self.library, f"{self.dialect.constants}_{name}")
-
-
-def _text(value: Any) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pluggy
 
@@ -39,16 +39,6 @@ __all__ = ["Entry", "create", "entries", "open_backend", "probe_backend"]
 HOOK = "mla_backend"
 REPORT = "report it to the backend's authors"
 PATH_HINT = "check the spelling, run from the folder it is in, or put that folder on PYTHONPATH"
-
-if not TYPE_CHECKING:  # a type checker reports the old place
-
-    def __getattr__(name: str) -> Any:
-        """Return what is now in `mla_backends.probe`: older generated projects import it from here."""
-        if name in ("Status", "status", "statuses"):
-            from mla_backends import probe
-
-            return getattr(probe, name)
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 
 def open_backend(

@@ -79,31 +79,20 @@ def try_latent(
 
     generator = torch.Generator().manual_seed(0)
     width = spec.kv_lora_rank + spec.qk_rope_head_dim
-    table, cache, rows = _pages(spec, width, page_size, lengths[1], generator)
-    batch = _batch(spec, page_size, lengths, table)
+    batch, given, rows = _pages(spec, width, page_size, lengths, generator)
     q = _draw((sum(lengths[0]), spec.num_heads, width), spec.dtype, generator)
     out = _poisoned((len(q), spec.num_heads, spec.kv_lora_rank), spec)
-    lse = _poisoned((len(q), spec.num_heads), spec, torch.float32)
-    selects = op.contract == OPS["sparse_latent_attention"]
-    chosen = _selected(lengths, spec.topk, generator) if selects else None
-    op(
-        op.prepare(spec, batch),
-        q=q.to(spec.device),
-        cache=cache.to(spec.device),
-        block_table=batch.block_table,
-        kv_lens=batch.kv_lens_device,
-        cu_q=batch.cu_q,
-        softmax_scale=spec.softmax_scale,
-        out=out,
-        lse=lse if with_lse else None,
-        **({} if chosen is None else {"selection": chosen.to(spec.device)}),
-        **_named_format(spec),
-    )
+    lse = _poisoned((len(q), spec.num_heads), spec, torch.float32) if with_lse else None
     keys = [row[:, None].expand(-1, spec.num_heads, -1) for row in rows]
-    each = [None] * len(keys) if chosen is None else chosen.split(list(lengths[0]))
-    queries = zip(q.split(list(lengths[0])), keys, each, strict=True)
+    each: Sequence[torch.Tensor | None] = [None] * len(keys)
+    if op.contract == OPS["sparse_latent_attention"]:
+        given["selection"] = _selected(lengths, spec.topk, generator)
+        each = given["selection"].split(lengths[0])
+    given |= {"q": q, "softmax_scale": spec.softmax_scale, "out": out, "lse": lse}
+    _run(op, spec, op.prepare(spec, batch), **given)
+    queries = zip(q.split(lengths[0]), keys, each, strict=True)
     truth = [_attend(query, k, k[..., : spec.kv_lora_rank], spec, chosen=ids) for query, k, ids in queries]
-    return _judge(out, lse if with_lse and op.writes_lse else None, truth)
+    return _judge(out, lse if op.writes_lse else None, truth)
 
 
 def try_select(op: FusedOp, spec: IndexerSpec, page_size: int, lengths: Lengths = ROWS) -> str:
@@ -114,22 +103,11 @@ def try_select(op: FusedOp, spec: IndexerSpec, page_size: int, lengths: Lengths 
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    table, cache, rows = _pages(spec, spec.head_dim, page_size, lengths[1], generator)
-    batch = _batch(spec, page_size, lengths, table)
+    batch, given, rows = _pages(spec, spec.head_dim, page_size, lengths, generator)
     q = _draw((sum(lengths[0]), spec.num_heads, spec.head_dim), spec.dtype, generator)
     weights = _draw((len(q), spec.num_heads), torch.float32, generator)
     out = torch.full((len(q), spec.topk), POISON, dtype=torch.int32, device=spec.device)
-    op(
-        op.prepare(spec, batch),
-        q=q.to(spec.device),
-        weights=weights.to(spec.device),
-        cache=cache.to(spec.device),
-        block_table=batch.block_table,
-        kv_lens=batch.kv_lens_device,
-        cu_q=batch.cu_q,
-        out=out,
-        **_named_format(spec),
-    )
+    _run(op, spec, op.prepare(spec, batch), q=q, weights=weights, out=out, **given)
     heard = [
         (torch.einsum("shd,nd->shn", query.float(), keys.float()).relu() * weight[..., None]).sum(1)
         for query, weight, keys in zip(q.split(lengths[0]), weights.split(lengths[0]), rows, strict=True)
@@ -164,18 +142,20 @@ def _pages(
     spec: AttentionSpec | IndexerSpec,
     width: int,
     page_size: int,
-    kv_lens: Sequence[int],
+    lengths: Lengths,
     generator: torch.Generator,
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Return table and cache on the host, and each request's own rows of this width.
+) -> tuple[Any, dict[str, Any], list[torch.Tensor]]:
+    """Return what `BatchView` asks for, the cache and tables as an op is given them, and requests' rows.
 
     Page 0 holds NaN and is nobody's; what the table names behind a request's last page is page 0.
     """
     import torch
 
+    query_lens, kv_lens = lengths
     counts = [-(-keys // page_size) for keys in kv_lens]
     cache = _draw((1 + sum(counts), page_size, width), spec.dtype, generator)
     cache[0] = torch.nan
+    held = cache
     if spec.cache_format:  # all of which read zeros as zeros
         cache[1:] = 0
         held = torch.zeros(*cache.shape[:2], spec.token_bytes, dtype=torch.uint8, device="cpu")
@@ -186,25 +166,13 @@ def _pages(
     for row, pages, keys in zip(table, owned, kv_lens, strict=True):
         row[: len(pages)] = pages
         rows.append(cache[pages].flatten(0, 1)[:keys])
-    return table, held if spec.cache_format else cache, rows
-
-
-def _named_format(spec: AttentionSpec | IndexerSpec) -> dict[str, str]:
-    return {"cache_format": spec.cache_format} if spec.cache_format else {}
-
-
-def _batch(spec: AttentionSpec | IndexerSpec, page_size: int, lengths: Lengths, table: torch.Tensor) -> Any:
-    """Return what `BatchView` asks for, on the device."""
-    import torch
-
-    query_lens, kv_lens = lengths
-    tables = {
-        "block_table": table,
-        "kv_lens_device": torch.tensor(kv_lens, dtype=torch.int32, device="cpu"),
-        "cu_q": torch.tensor([0, *accumulate(query_lens)], dtype=torch.int32, device="cpu"),
-    }
-    there = {name: tensor.to(spec.device) for name, tensor in tables.items()}
-    return SimpleNamespace(query_lens=query_lens, kv_lens=kv_lens, page_size=page_size, **there)
+    lens, cu_q = (
+        torch.tensor(numbers, dtype=torch.int32, device="cpu").to(spec.device)
+        for numbers in (kv_lens, [0, *accumulate(query_lens)])
+    )
+    tables = {"block_table": table.to(spec.device), "cu_q": cu_q}
+    facts = {"query_lens": query_lens, "kv_lens": kv_lens, "page_size": page_size, "kv_lens_device": lens}
+    return SimpleNamespace(**facts, **tables), {"cache": held, "kv_lens": lens, **tables}, rows
 
 
 def try_expanded(
@@ -222,19 +190,13 @@ def try_expanded(
     shapes = ((sum(query_lens), width), (sum(kv_lens), width), (sum(kv_lens), spec.v_head_dim))
     q, k, v = (_draw((tokens, spec.num_heads, size), spec.dtype, generator) for tokens, size in shapes)
     out = _poisoned((len(q), spec.num_heads, spec.v_head_dim), spec)
-    lse = _poisoned((len(q), spec.num_heads), spec, torch.float32)
-    op(
-        op.prepare(spec, SegmentLengths(query_lens, kv_lens, causal)),
-        q=q.to(spec.device),
-        k=k.to(spec.device),
-        v=torch.cat((k, v), dim=2).to(spec.device)[..., width:],  # as the layer has it: a slice
-        softmax_scale=spec.softmax_scale,
-        out=out,
-        lse=lse if with_lse else None,
-    )
-    pieces = zip(q.split(list(query_lens)), k.split(list(kv_lens)), v.split(list(kv_lens)), strict=True)
+    lse = _poisoned((len(q), spec.num_heads), spec, torch.float32) if with_lse else None
+    sliced = torch.cat((k, v), dim=2).to(spec.device)[..., width:]  # as the layer has it
+    state = op.prepare(spec, SegmentLengths(query_lens, kv_lens, causal))
+    _run(op, spec, state, q=q, k=k, v=sliced, softmax_scale=spec.softmax_scale, out=out, lse=lse)
+    pieces = zip(q.split(query_lens), k.split(kv_lens), v.split(kv_lens), strict=True)
     truth = [_attend(*piece, spec, causal) for piece in pieces]
-    return _judge(out, lse if with_lse and op.writes_lse else None, truth)
+    return _judge(out, lse if op.writes_lse else None, truth)
 
 
 def _attend(
@@ -281,7 +243,7 @@ def try_rms_norm(op: FusedOp, spec: NormSpec) -> str:
     """Run an `rms_norm` op on a few rows; return what is wrong, "" if nothing."""
     x, weight = (_draw(shape, spec.dtype) for shape in ((TOKENS, spec.features), (spec.features,)))
     out = _poisoned((TOKENS, spec.features), spec)
-    op(x=x.to(spec.device), weight=weight.to(spec.device), eps=EPS, out=out)
+    _run(op, spec, x=x, weight=weight, eps=EPS, out=out)
     return WRONG if _differs(out, _norm(x, weight)) else ""
 
 
@@ -291,7 +253,7 @@ def try_rotate_query(op: FusedOp, spec: AttentionSpec) -> str:
     x = _draw(shape, spec.dtype)
     for interleaved in (True, False):
         out = _poisoned(shape, spec)
-        op(x=x.to(spec.device), cos_sin=cos_sin.to(spec.device), interleaved=interleaved, out=out)
+        _run(op, spec, x=x, cos_sin=cos_sin, interleaved=interleaved, out=out)
         if _differs(out, _rotate(x, cos_sin[:, None], interleaved)):
             return WRONG
     return ""
@@ -306,18 +268,9 @@ def try_write_latent(op: FusedOp, spec: AttentionSpec) -> str:
     x = _draw((TOKENS, spec.num_heads, spec.qk_rope_head_dim), spec.dtype)
     for interleaved in (True, False):
         cache = _poisoned((2, 4, spec.token_bytes or width), spec, torch.uint8 if spec.cache_format else None)
-        queries = {} if op.rotates is None else {"x": x.to(spec.device), "out": _poisoned(x.shape, spec)}
-        op(
-            **queries,
-            kv_a=kv_a.to(spec.device),
-            weight=weight.to(spec.device),
-            eps=EPS,
-            cos_sin=cos_sin.to(spec.device),
-            interleaved=interleaved,
-            slots=torch.tensor(SLOTS, device=spec.device),
-            cache=cache,
-            **_named_format(spec),
-        )
+        queries = {} if op.rotates is None else {"x": x, "out": _poisoned(x.shape, spec)}
+        given = {"kv_a": kv_a, "weight": weight, "eps": EPS, "cos_sin": cos_sin, "interleaved": interleaved}
+        _run(op, spec, **queries, **given, slots=torch.tensor(SLOTS, device="cpu"), cache=cache)
         rows, slots = cache.flatten(0, 1).cpu(), list(SLOTS)
         right = (_norm(kv_a[:, :latent], weight), _rotate(kv_a[:, latent:], cos_sin, interleaved))
         if spec.cache_format:
@@ -355,6 +308,13 @@ def _rotate(x: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool) -> torch.
 
 
 # ------------------------------------------------------------------------------------------------ shared
+def _run(op: FusedOp, spec: Any, *arguments: Any, **tensors: Any) -> None:
+    """Call an op with tensors on its device, and the format of its cache if it is not plain."""
+    there = {name: x.to(spec.device) if hasattr(x, "to") else x for name, x in tensors.items()}
+    name = getattr(spec, "cache_format", "")
+    op(*arguments, **there, **({"cache_format": name} if name else {}))
+
+
 def _draw(
     shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator | None = None
 ) -> torch.Tensor:

@@ -133,8 +133,7 @@ class TorchBackend(Backend):
             which = "the device" if index is None else f"device {index}"
             reason = f"{which} failed to start: {describe(error)}"
             raise DeviceUnavailable(self.name, reason, self.cure(reason) or self.device_hint()) from error
-        if self.monitor is not None:
-            self.at_setup = self.monitor.sample()
+        self.at_setup = self.sensors()
         return self.device
 
     def device_count(self) -> int | None:
@@ -292,11 +291,7 @@ class TorchBackend(Backend):
 
     @functools.cached_property
     def monitor(self) -> Monitor | None:
-        """The vendor's management library, or None."""
-        return self.make_monitor()
-
-    def make_monitor(self) -> Monitor | None:
-        """Return a monitor of the device; a subclass overrides this for a library without NVML's names."""
+        """The vendor's management library, or None; subclasses override it for one without NVML's names."""
         return None if self.dialect is None else Monitor(self.sampler(self.dialect, self.address))
 
     def address(self) -> Address:
@@ -317,43 +312,43 @@ class TorchBackend(Backend):
         return report(
             {
                 "versions": lambda: versions(self.requires, self.packages),
-                "device": self._device_facts,
+                "device": lambda: self.device,
+                "device_count": self.visible_devices,
+                "capability": self.capability,
+                "multiprocessors": self.multiprocessors,
+                "graphs": lambda: self.graphs,
+                "host_threads": lambda: self._host_threads,
                 "variables": lambda: set_variables((*self.visibility, *self.variables)),
                 "vendor": self.vendor_facts,
                 "float32": float32_facts,
-                "sensors": lambda: sensor_facts(self.monitor, self.at_setup),
+                "sensors": self._sensor_facts,
             }
         )
 
-    def _device_facts(self) -> Mapping[str, str]:
-        asked: dict[str, Callable[[], Any]] = {
-            "device": lambda: self.device,
-            "device_count": self.visible_devices,
-            "capability": self.capability,
-            "multiprocessors": self.multiprocessors,
-            "graphs": lambda: self.graphs,
-            "host_threads": lambda: self._host_threads,
-        }
-        return report({name: functools.partial(_fact, name, function) for name, function in asked.items()})
+    def _sensor_facts(self) -> Mapping[str, str]:
+        """Return the monitor's facts, its readings at setup and its readings now."""
+        readings = {"at_setup": self.at_setup, "now": self.sensors()}
+        facts = {} if self.monitor is None else self.monitor.facts()
+        for when, reading in readings.items():
+            facts |= {f"{when}.{name}": value for name, value in reading.items()}
+        return facts
 
 
 # -------------------------------------------------------------------------------------- environment
 # The environment report of a `TorchBackend`: what a number on that device depended on.
-def report(parts: Mapping[str, Callable[[], Mapping[str, str]]]) -> dict[str, str]:
-    """Return the facts of all parts. Never raises: a part that fails becomes one fact, under its own name."""
+def report(parts: Mapping[str, Callable[[], Any]]) -> dict[str, str]:
+    """Return the facts of all parts: several, one under the part's name, or None.
+
+    Never raises: a part that fails becomes one fact, under its own name.
+    """
     facts: dict[str, str] = {}
     for name, part in parts.items():
         try:
-            facts |= part()
+            value = part()
+            facts |= value if isinstance(value, Mapping) else {} if value is None else {name: str(value)}
         except Exception as error:  # noqa: BLE001  # vendor stacks raise anything
             facts[name] = f"unknown ({describe(error)})"
     return facts
-
-
-def _fact(name: str, function: Callable[[], Any]) -> dict[str, str]:
-    """Return what a function answers as a fact, or none for None."""
-    value = function()
-    return {} if value is None else {name: str(value)}
 
 
 def set_variables(names: Sequence[str]) -> dict[str, str]:
@@ -374,18 +369,6 @@ def versions(modules: Sequence[str], distributions: Sequence[str]) -> dict[str, 
         with suppress(metadata.PackageNotFoundError):
             known[name] = metadata.version(name)
     return known
-
-
-def sensor_facts(monitor: Monitor | None, at_setup: Mapping[str, str]) -> dict[str, str]:
-    """Return the monitor's facts, its readings at setup and its readings now."""
-    if monitor is None:
-        return {}
-    now = monitor.sample()
-    return {
-        **monitor.facts(),
-        **{f"at_setup.{name}": value for name, value in at_setup.items()},
-        **{f"now.{name}": value for name, value in now.items()},
-    }
 
 
 # -------------------------------------------------------------------------------- asking the module
@@ -570,12 +553,12 @@ def _libraries() -> dict[str, Any]:
     """Return the members of `torch.backends` with a switch. Looked up only: to read a switch may raise."""
     import torch
 
-    members = {name: member for name, member in vars(torch.backends).items() if not name.startswith("_")}
-    return {name: member for name, member in members.items() if _has_switch(member)}
-
-
-def _has_switch(member: Any) -> bool:
-    return any(SWITCH in getattr(place, "__dict__", {}) for place in (member, *type(member).__mro__))
+    return {
+        name: member
+        for name, member in vars(torch.backends).items()
+        if not name.startswith("_")
+        and any(SWITCH in getattr(place, "__dict__", {}) for place in (member, *type(member).__mro__))
+    }
 
 
 @contextlib.contextmanager

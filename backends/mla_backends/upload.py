@@ -13,7 +13,7 @@ from __future__ import annotations
 from array import array
 from collections import defaultdict, deque
 from collections.abc import Iterable
-from types import ModuleType
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from mla_backends.torch_backend import capturing
@@ -58,77 +58,51 @@ def upload_into(host: torch.Tensor, target: torch.Tensor) -> None:
         _ring(target.device).send(host, target)
 
 
-class _Slot:
-    """Host memory of one copy at a time."""
-
-    def __init__(self, size: int, event: Any = None) -> None:
-        self._memory, self._event = _host_memory(size), event
-
-    def fill(self, host: torch.Tensor) -> torch.Tensor:
-        """Return a copy of `host` in this memory."""
-        held = self._memory[: host.nbytes].view(host.dtype).view(host.shape)
-        return held.copy_(host)
-
-    def sent(self, stream: Any) -> None:
-        """Note that the copy is on its way, in the stream (None: the current one)."""
-        self._event.record(*(() if stream is None else (stream,)))
-
-    def arrived(self) -> bool:
-        """Return whether the device has read this memory."""
-        return bool(self._event.query())
-
-
 class _Ring:
-    """The slots of one device, by size, those sent first in front."""
+    """Host memory of one device's copies, by size, each with an event; those sent first in front."""
 
     def __init__(self, device: torch.device) -> None:
         import torch
 
         self._device = device
-        self._module: ModuleType | None = getattr(torch, device.type, None)
-        self._slots: defaultdict[int, deque[_Slot]] = defaultdict(deque)
-        self._captured: list[_Slot] = []
-        self._has_events = self._try_event()
-
-    def _try_event(self) -> bool:
+        self._module: Any = getattr(torch, device.type, None)
+        self._slots: defaultdict[int, deque[tuple[torch.Tensor, Any]]] = defaultdict(deque)
+        self._captured: list[torch.Tensor] = []
         try:
-            return callable(self._event().query)
+            self._has_events = callable(self._module.Event().query)  # type: ignore[union-attr]
         except Exception:  # noqa: BLE001  # stacks lack events in different ways
-            return False
-
-    def _event(self) -> Any:
-        return self._module.Event()  # type: ignore[union-attr]
+            self._has_events = False
 
     def send(self, host: torch.Tensor, target: torch.Tensor) -> None:
         """Copy `host` to `target`, from a slot; where the stack has no events, wait for the copy."""
+        size = max(LEAST_SLOT_BYTES, 1 << (host.nbytes - 1).bit_length())
         if capturing(self._device):
-            slot = _Slot(_rounded(host.nbytes))
-            self._captured.append(slot)
-            target.copy_(slot.fill(host), non_blocking=True)
+            self._captured.append(_host_memory(size))
+            target.copy_(_filled(self._captured[-1], host), non_blocking=True)
         elif not self._has_events:
             target.copy_(host)
         else:
-            waiting = self._slots[_rounded(host.nbytes)]
-            slot = self._free(waiting, host.nbytes)
-            target.copy_(slot.fill(host), non_blocking=True)
-            slot.sent(self._stream())
-            waiting.append(slot)
+            memory, event = self._free(size)
+            target.copy_(_filled(memory, host), non_blocking=True)
+            # The stream that copies to this device are in need not be the current device's.
+            current = getattr(self._module, "current_stream", None)
+            event.record(*(() if current is None else (current(self._device),)))
+            self._slots[size].append((memory, event))
 
-    def _free(self, waiting: deque[_Slot], size: int) -> _Slot:
+    def _free(self, size: int) -> tuple[torch.Tensor, Any]:
         """Take the slot that was sent first if it has arrived, else make one. No other thread can take it."""
-        try:
-            slot = waiting.popleft()
-        except IndexError:
-            return _Slot(_rounded(size), self._event())
-        if slot.arrived():
-            return slot
-        waiting.appendleft(slot)
-        return _Slot(_rounded(size), self._event())
+        waiting = self._slots[size]
+        with suppress(IndexError):
+            memory, event = waiting.popleft()
+            if event.query():
+                return memory, event
+            waiting.appendleft((memory, event))
+        return _host_memory(size), self._module.Event()
 
-    def _stream(self) -> Any:
-        """Return the stream that copies to this device are in, which need not be the current device's."""
-        current = getattr(self._module, "current_stream", None)
-        return None if current is None else current(self._device)
+
+def _filled(memory: torch.Tensor, host: torch.Tensor) -> torch.Tensor:
+    """Return a copy of `host` in this memory."""
+    return memory[: host.nbytes].view(host.dtype).view(host.shape).copy_(host)
 
 
 _RINGS: dict[torch.device, _Ring] = {}
@@ -137,10 +111,6 @@ _RINGS: dict[torch.device, _Ring] = {}
 def _ring(device: torch.device) -> _Ring:
     ring = _RINGS.get(device)
     return ring if ring is not None else _RINGS.setdefault(device, _Ring(device))
-
-
-def _rounded(size: int) -> int:
-    return max(LEAST_SLOT_BYTES, 1 << (size - 1).bit_length())
 
 
 def _host_memory(size: int) -> torch.Tensor:

@@ -21,9 +21,3 @@ def test_on_the_cpu_a_buffer_is_filled_at_once() -> None:
     table.zero_()
     assert target.tolist() == [0, 1, 2]
     assert not uploads._RINGS
-
-
-def test_slots_have_few_sizes() -> None:
-    assert [uploads._rounded(size) for size in (1, 4096, 4097, 8192, 70_000)] == [
-        4096, 4096, 8192, 8192, 131_072,
-    ]  # fmt: skip

@@ -151,8 +151,6 @@ class Release:
 WORK_ITEMS = 16_384  # places in the tables of a plan
 FAR_NUMBERS = 1 << 32  # numbers: a page that starts beyond is read elsewhere, in releases before 0.6.11
 MULTIPROCESSORS = 256  # where the device does not say; more than any has
-# Shared memory of a multiprocessor, in bytes -> keys in a tile.
-KEY_TILES = ((221_696, 64), (147_968, 32), (0, 16))
 
 
 def work_reasons(heads: int, query_lens: Sequence[int], device: torch.device) -> list[str]:
@@ -171,28 +169,14 @@ def work_reasons(heads: int, query_lens: Sequence[int], device: torch.device) ->
     ]
 
 
-def tile_reasons(
-    heads: int, query_lens: Sequence[int], kv_lens: Sequence[int], device: torch.device
-) -> list[str]:
-    """Return which token would miss its last key (empty if none would).
+def tile_reasons(heads: int, query_lens: Sequence[int]) -> list[str]:
+    """Return that tiles end between the heads of a token, whose last key may be lost (empty if none does).
 
-    Where a tile ends between the heads of a token, the keys its rows see are rounded down to whole tokens.
-    The token's own key is then lost if it is the first of a tile of keys.
+    Keys that rows of a tile see are rounded down to whole tokens. Of LIMITS, only 128 heads are cut, where
+    hardly any request has new tokens.
     """
     tile = _tile(heads, query_lens)
-    if tile % heads == 0:
-        return []
-    keys_per_tile = key_tile(device)
-    for request, (count, keys) in enumerate(zip(query_lens, kv_lens, strict=True)):
-        for end in range(tile, count * heads, tile):
-            token, cut = divmod(end, heads)
-            key = keys - count + token
-            if cut and key >= 0 and key % keys_per_tile == 0:
-                return [
-                    f"its tiles of {tile} rows cut tokens of {heads} heads, and new token {token} of request "
-                    f"{request} would miss key {key}"
-                ]
-    return []
+    return [f"its tiles of {tile} rows cut tokens of {heads} heads"] if tile % heads else []
 
 
 def far_reasons(kv_lens: Sequence[int], page_size: int | None, width: int) -> list[str]:
@@ -215,23 +199,14 @@ def _tile(heads: int, query_lens: Sequence[int]) -> int:
     return 128 if sum(query_lens) * heads // max(1, len(query_lens)) > 64 else 64
 
 
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Return how many multiprocessors the device has, or more."""
-    return int(getattr(_properties(device), "multi_processor_count", None) or MULTIPROCESSORS)
-
-
-def key_tile(device: torch.device) -> int:
-    """Return how many keys a tile has; where the device does not say, the fewest, which divide all others."""
-    shared = getattr(_properties(device), "shared_memory_per_multiprocessor", None) or 0
-    return next(keys for bytes_needed, keys in KEY_TILES if shared >= bytes_needed)
-
-
-@functools.cache
-def _properties(device: torch.device) -> Any:
     import torch
 
     function = getattr(getattr(torch, device.type, None), "get_device_properties", None)
-    return None if function is None or device.type == "cpu" else function(device)
+    properties = None if function is None or device.type == "cpu" else function(device)
+    return int(getattr(properties, "multi_processor_count", None) or MULTIPROCESSORS)
 
 
 # -------------------------------------------------------------------------------------------- pages
@@ -278,33 +253,13 @@ WORKSPACE_BYTES = 128 << 20  # what the library's documentation recommends for s
 TURNS = 4  # how many batches may be planned ahead of the device
 
 
+@dataclass
 class Turn:
-    """A wrapper, and what it is planned for."""
+    """A wrapper, what it is planned for, and an event behind its last plan."""
 
-    def __init__(self, wrapper: Any, device: torch.device) -> None:
-        import torch
-
-        self.wrapper = wrapper
-        self.planned_for: tuple[FlashInferState, bool] | None = None
-        event = getattr(getattr(torch, device.type, None), "Event", None)
-        self._arrived = event() if event is not None and device.type != "cpu" else None
-
-    def plan(self, state: FlashInferState, lse: bool, arguments: dict[str, Any]) -> None:
-        """Plan, once the device has read what the last plan left in pinned memory.
-
-        Raises `KernelRefused` for what the library says it does not support. Whatever else it raises is a
-        failure and stays as it is: a run names the op that raised.
-        """
-        self.planned_for = None
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        try:
-            self.wrapper.plan(**arguments)
-        except ValueError as error:  # the library's own refusals are of this kind
-            raise KernelRefused(f"flashinfer refuses this batch ({one_line(describe(error))}).") from error
-        self.planned_for = (state, lse)
-        if self._arrived is not None:
-            self._arrived.record()
+    wrapper: Any
+    arrived: Any  # None where nothing is late
+    planned_for: tuple[FlashInferState, bool] | None = None
 
 
 class Wrappers:
@@ -321,25 +276,35 @@ class Wrappers:
     def planned(self, state: FlashInferState, lse: bool) -> Any:
         """Return a wrapper that is planned for exactly this state: one that still is, else the oldest.
 
-        `lse`: the next run returns the log-sum-exp.
+        `lse`: the next run returns the log-sum-exp. A wrapper is planned once the device has read what its
+        last plan left in pinned memory. Raises `KernelRefused` for what the library says it does not support;
+        whatever else it raises stays as it is: a run names the op that raised.
         """
         lse = lse and self._release.declares_lse
         for turn in self.turns:
             if turn.planned_for is not None and turn.planned_for[0] is state and turn.planned_for[1] is lse:
                 return turn.wrapper
-        turn = self._next()
+        turn = self.turns.pop(0) if len(self.turns) >= TURNS else self._turn()
         self.turns.append(turn)
-        turn.plan(state, lse, self._release.plan_arguments(state.plan, lse))
+        turn.planned_for = None
+        if turn.arrived is not None:
+            turn.arrived.synchronize()
+        try:
+            turn.wrapper.plan(**self._release.plan_arguments(state.plan, lse))
+        except ValueError as error:  # the library's own refusals are of this kind
+            raise KernelRefused(f"flashinfer refuses this batch ({one_line(describe(error))}).") from error
+        turn.planned_for = (state, lse)
+        if turn.arrived is not None:
+            turn.arrived.record()
         return turn.wrapper
 
-    def _next(self) -> Turn:
-        if len(self.turns) >= TURNS:
-            return self.turns.pop(0)
+    def _turn(self) -> Turn:
         import torch
 
         with torch.inference_mode(False):  # it makes memory of its own
             wrapper = self._release.wrapper(self._workspace, backend=self._backend)
-        return Turn(wrapper, self._device)
+        event = getattr(getattr(torch, self._device.type, None), "Event", None)
+        return Turn(wrapper, event() if event is not None and self._device.type != "cpu" else None)
 
 
 # ----------------------------------------------------------------------------------------------- op
@@ -347,7 +312,8 @@ class Wrappers:
 #
 # Plans are made on the host from host tensors, so that nothing is copied back from the device.
 
-LIMITS = LatentLimits(page_sizes=None, graph=False)
+# Tiles of its kernels hold whole tokens with these heads: see `tile_reasons`.
+LIMITS = LatentLimits(page_sizes=None, heads=(1, 2, 4, 8, 16, 32, 64, 128), graph=False)
 COMPILES = "it compiles its kernel for this device at first use (a minute or more)"
 
 
@@ -433,7 +399,7 @@ class FlashInferMla(FusedOp):
         if any(keys < count != 1 for count, keys in zip(query_lens, kv_lens, strict=True)):
             reasons.append("a request must not have more new tokens than keys")
         reasons += work_reasons(spec.num_heads, query_lens, spec.device)
-        reasons += tile_reasons(spec.num_heads, query_lens, kv_lens, spec.device)
+        reasons += tile_reasons(spec.num_heads, query_lens)
         far = far_reasons(kv_lens, page_size, spec.kv_lora_rank + spec.qk_rope_head_dim)
         return reasons + (far if far and not self.release.wide_pages else [])
 

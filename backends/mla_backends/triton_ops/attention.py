@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from mla_backends.api import OPS, AttentionSpec, BatchView, SegmentLengths
 from mla_backends.kernels.vendor import DeviceReason
@@ -24,6 +24,7 @@ from mla_backends.triton_ops.launcher import (
     Launcher,
     format_reasons,
     stored,
+    strides,
     wide,
 )
 from mla_backends.triton_ops.tuning import MIN_SIDE, Tile, Tuning, tile_for
@@ -186,27 +187,6 @@ class LatentState:
         return blocks, self.rows // rows + self.requests if self.ragged else self.requests * blocks
 
 
-class LatentVariant(NamedTuple):
-    """What else than its tile a launch is compiled for."""
-
-    device: torch.device
-    dtype: torch.dtype
-    latent: int
-    rope: int
-    page: int
-    cache_format: str
-    topk: int
-    ragged: bool
-    causal: bool
-    with_lse: bool
-
-    def __str__(self) -> str:
-        words = ["ragged"] * self.ragged + ["several new tokens"] * self.causal + ["with lse"] * self.with_lse
-        stored = [] if self.cache_format == "plain" else [self.cache_format]
-        stored += [f"{self.topk} selected keys"] * (self.topk > 0)
-        return ", ".join((f"latents of {self.latent} + {self.rope}, pages of {self.page}", *stored, *words))
-
-
 class LatentAttention(KernelOp):
     """Absorbed attention over pages of any size, with any number of heads and of new tokens per request.
 
@@ -281,32 +261,28 @@ class LatentAttention(KernelOp):
     ) -> None:  # fmt: skip
         if q.shape[0] == 0:
             return
-        latent = out.shape[2]
-        shared = _latent_arguments(state, q.shape[1], kv_lens, cu_q, out, lse)
-        shared["EARLY"] = self.launcher.early
-        shared["TOPK"] = 0 if selection is None else selection.shape[1]
+        latent, splits, heads = out.shape[2], state.splits, q.shape[1]
+        of_parts = state.rows * splits.max_splits * latent if splits.max_splits > 1 else 0
+        shared = {
+            "kv_lens": kv_lens, "cu_q": cu_q, "requests": cu_q.shape[0] - 1,
+            "out": out, "lse": state.parts if lse is None else lse, **strides(out=out, lse=lse),
+            "part_out": state.parts, "part_lse": state.parts[of_parts:],
+            "keys_per_split": splits.keys_per_split, "max_splits": splits.max_splits,
+            "RAGGED": state.ragged, "HEADS": heads, "LATENT": latent, "HAS_LSE": lse is not None,
+            "EARLY": self.launcher.early, "TOPK": 0 if selection is None else selection.shape[1],
+        }  # fmt: skip
         rope = q.shape[2] - latent
         facts, stored_scale = stored(cache, cache_format, self.launcher)
         arguments = {
-            **shared,
-            **facts,
-            "q": q,
-            "cache": cache,
-            "block_table": block_table,
-            "selection": selection,
-            "selection_row": None if selection is None else selection.stride(0),
-            "scale": softmax_scale * math.log2(math.e) * stored_scale,
-            "stored_scale": stored_scale,
-            "q_token": q.stride(0),
-            "q_head": q.stride(1),
-            "table_row": block_table.stride(0),
-            "ROPE": rope,
-            "WIDE_ROPE": wide(rope, MIN_SIDE),
-            "PAGE": cache.shape[1],
-            "CAUSAL": state.longest > q.shape[1],
-        }
+            **shared, **facts, "q": q, **strides(q=q), "cache": cache,
+            "block_table": block_table, "table_row": block_table.stride(0),
+            "selection": selection, "selection_row": None if selection is None else selection.stride(0),
+            "scale": softmax_scale * math.log2(math.e) * stored_scale, "stored_scale": stored_scale,
+            "ROPE": rope, "WIDE_ROPE": wide(rope, MIN_SIDE), "PAGE": cache.shape[1],
+            "CAUSAL": state.longest > heads,
+        }  # fmt: skip
         self._attend(state, arguments)
-        if state.splits.max_splits > 1:
+        if splits.max_splits > 1:
             self._merge(state, shared)
 
     def _attend(self, state: LatentState, arguments: dict[str, Any]) -> None:
@@ -323,20 +299,10 @@ class LatentAttention(KernelOp):
             halves = tile.halves and whole > MIN_SIDE
             sizes = {"blocks": blocks, "ROWS": tile.rows, "KEYS": tile.keys, "SPREAD": tile.spread}
             pieces = {"PIECE": whole // 2 if halves else whole, "HALVES": halves}
-            self.launcher.start(
-                attend_latent,
-                (programs, state.splits.max_splits),
-                {**arguments, **sizes, **pieces},
-                warps=tile.warps,
-                stages=tile.stages,
-                programs=tile.programs,
-            )
+            grid = (programs, state.splits.max_splits)
+            self.launcher.start(attend_latent, grid, {**arguments, **sizes, **pieces}, **tile.resources)
 
-        q, sizes = arguments["q"], (arguments["LATENT"], arguments["ROPE"], page, arguments["FORMAT"])
-        flags = (arguments["TOPK"], state.ragged, arguments["CAUSAL"], arguments["HAS_LSE"])
-        self.launcher.start_tiled(
-            self.tiled, state.tile, LatentVariant(q.device, q.dtype, *sizes, *flags), start
-        )
+        self.launcher.start_tiled(self.tiled, state.tile, arguments, start)
 
     def _merge(self, state: LatentState, shared: dict[str, Any]) -> None:
         from mla_backends.triton_ops.jit.latent import merge_latent
@@ -370,38 +336,6 @@ class SparseLatentAttention(LatentAttention):
         return self._planned(spec, batch.block_table, queries, keys or [0], spec.topk)
 
 
-def _latent_arguments(
-    state: LatentState,
-    heads: int,
-    kv_lens: torch.Tensor,
-    cu_q: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-) -> dict[str, Any]:
-    """Return the arguments that both kernels take."""
-    latent, splits = out.shape[2], state.splits
-    of_parts = state.rows * splits.max_splits * latent if splits.max_splits > 1 else 0
-    return {
-        "kv_lens": kv_lens,
-        "cu_q": cu_q,
-        "out": out,
-        "lse": state.parts if lse is None else lse,
-        "part_out": state.parts,
-        "part_lse": state.parts[of_parts:],
-        "out_token": out.stride(0),
-        "out_head": out.stride(1),
-        "lse_token": 0 if lse is None else lse.stride(0),
-        "lse_head": 0 if lse is None else lse.stride(1),
-        "requests": cu_q.shape[0] - 1,
-        "keys_per_split": splits.keys_per_split,
-        "max_splits": splits.max_splits,
-        "RAGGED": state.ragged,
-        "HEADS": heads,
-        "LATENT": latent,
-        "HAS_LSE": lse is not None,
-    }
-
-
 # ----------------------------------------------------------------------------------------- expanded
 
 MAX_WIDTH = 256
@@ -418,22 +352,6 @@ class ExpandedState:
     longest: int  # of the segment with the most
     ragged: bool  # segments have different numbers of queries
     causal: bool
-
-
-class ExpandedVariant(NamedTuple):
-    """What else than its tile a launch is compiled for."""
-
-    device: torch.device
-    dtype: torch.dtype
-    width: int
-    values: int
-    ragged: bool
-    causal: bool
-    with_lse: bool
-
-    def __str__(self) -> str:
-        words = ["ragged"] * self.ragged + ["causal"] * self.causal + ["with lse"] * self.with_lse
-        return ", ".join((f"keys of {self.width}, values of {self.values}", *words))
 
 
 class ExpandedAttention(KernelOp):
@@ -482,8 +400,17 @@ class ExpandedAttention(KernelOp):
             return
         from mla_backends.triton_ops.jit.expanded import attend_expanded
 
-        arguments = _expanded_arguments(state, q, k, v, softmax_scale, out, lse)
-        arguments["EARLY"] = self.launcher.early
+        width, values = q.shape[2], v.shape[2]
+        front = max(MIN_SIDE, 1 << (width.bit_length() - 1))
+        arguments = {
+            "q": q, "k": k, "v": v, "out": out, "lse": out if lse is None else lse,
+            **strides(q=q, k=k, v=v, out=out, lse=lse),
+            "cu_q": state.cu_q, "cu_k": state.cu_k, "segments": state.segments,
+            "scale": softmax_scale * math.log2(math.e),
+            "RAGGED": state.ragged, "WIDTH": width, "VALUES": values, "FRONT": front,
+            "BACK": wide(max(0, width - front), MIN_SIDE), "WIDE_VALUES": wide(values, MIN_SIDE),
+            "CAUSAL": state.causal, "HAS_LSE": lse is not None, "EARLY": self.launcher.early,
+        }  # fmt: skip
 
         def start(tile: Tile) -> None:
             blocks = -(-state.longest // tile.rows)
@@ -491,50 +418,8 @@ class ExpandedAttention(KernelOp):
             if state.ragged:
                 programs = state.queries // tile.rows + state.segments
             sizes = {"blocks": blocks, "ROWS": tile.rows, "KEYS": tile.keys}
-            self.launcher.start(
-                attend_expanded,
-                (programs, q.shape[1]),
-                {**arguments, **sizes},
-                warps=tile.warps,
-                stages=tile.stages,
-                programs=tile.programs,
-            )
+            grid = (programs, q.shape[1])
+            self.launcher.start(attend_expanded, grid, {**arguments, **sizes}, **tile.resources)
 
         tile = tile_for(self.tuning.expanded, state.longest)
-        flags = (state.ragged, state.causal, lse is not None)
-        variant = ExpandedVariant(q.device, q.dtype, q.shape[2], v.shape[2], *flags)
-        self.launcher.start_tiled(self.tiled, tile, variant, start)
-
-
-def _expanded_arguments(
-    state: ExpandedState,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    softmax_scale: float,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-) -> dict[str, Any]:
-    """Return the kernel's arguments but those of the tile."""
-    width, values = q.shape[2], v.shape[2]
-    front = max(MIN_SIDE, 1 << (width.bit_length() - 1))
-    arguments: dict[str, Any] = {
-        "q": q, "k": k, "v": v, "cu_q": state.cu_q, "cu_k": state.cu_k,
-        "out": out, "lse": out if lse is None else lse, "scale": softmax_scale * math.log2(math.e),
-    }  # fmt: skip
-    for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
-        arguments[f"{name}_token"], arguments[f"{name}_head"] = tensor.stride(0), tensor.stride(1)
-    return {
-        **arguments,
-        "lse_token": 0 if lse is None else lse.stride(0),
-        "lse_head": 0 if lse is None else lse.stride(1),
-        "segments": state.segments,
-        "RAGGED": state.ragged,
-        "WIDTH": width,
-        "VALUES": values,
-        "FRONT": front,
-        "BACK": wide(max(0, width - front), MIN_SIDE),
-        "WIDE_VALUES": wide(values, MIN_SIDE),
-        "CAUSAL": state.causal,
-        "HAS_LSE": lse is not None,
-    }
+        self.launcher.start_tiled(self.tiled, tile, arguments, start)

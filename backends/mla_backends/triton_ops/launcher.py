@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sysconfig
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
 from importlib.util import find_spec
@@ -85,9 +85,8 @@ def _compiler() -> str:
         if shutil.which(chosen):
             return ""
         return f"Triton compiles with CC, but {chosen!r} is not a program: unset it, or name gcc or clang"
-    if shutil.which("gcc") or shutil.which("clang"):
-        return ""
-    return "Triton finds no C compiler: install gcc or clang, or name one in CC"
+    there = shutil.which("gcc") or shutil.which("clang")
+    return "" if there else "Triton finds no C compiler: install gcc or clang, or name one in CC"
 
 
 def _headers() -> str:
@@ -165,7 +164,7 @@ class Launcher:
         self.bounds = bounds and not interprets()
         self.launches = 0
         self.remarks: list[str] = []
-        self._fitting: dict[Hashable, Tile] = {}  # kernel, tile and variant -> the tile that runs
+        self._fitting: dict[tuple[Any, ...], Tile] = {}  # kernel, tile and variant -> the tile that runs
 
     def start(
         self,
@@ -191,13 +190,18 @@ class Launcher:
             kernel[grid](**arguments, num_warps=warps, num_stages=stages, **options)
         self.launches += 1
 
-    def start_tiled(self, name: str, tile: Tile, variant: Hashable, start: Callable[[Tile], None]) -> None:
+    def start_tiled(
+        self, name: str, tile: Tile, arguments: Mapping[str, Any], start: Callable[[Tile], None]
+    ) -> None:
         """Call `start` with `tile`, or with a smaller one where the device lacks the resources for it.
 
-        `variant` is what else the kernel is compiled for, and says so as text: what fits one need not fit
-        another. What did not fit is not tried again. Raises `KernelRefused` if no tile fits.
+        What fits one variant of the kernel need not fit another: its constants, which are in capitals, the
+        dtype and the device tell them apart. What did not fit is not tried again. Raises `KernelRefused` if
+        no tile fits.
         """
-        key = (name, tile, variant)
+        constants = {key: value for key, value in arguments.items() if key.isupper()}
+        out = arguments["out"]
+        key = (name, tile, out.device, out.dtype, *constants.values())
         begin, why = self._fitting.get(key, tile), ""
         for candidate in chain((begin,), begin.smaller()):  # which is seldom asked for a second
             try:
@@ -209,14 +213,11 @@ class Launcher:
             else:
                 self._fitting[key] = candidate
                 if why:
-                    what = f"{name} ({variant})"
-                    self._remark(f"{what} runs with {candidate}, as {begin} does not fit this device ({why})")
+                    what = f"{name} ({', '.join(f'{key} {value}' for key, value in constants.items())})"
+                    said = f"{what} runs with {candidate}, as {begin} does not fit this device ({why})"
+                    self.remarks += [said] * (said not in self.remarks)
                 return
         raise KernelRefused(f"{name} does not fit this device in any tile ({why}).")
-
-    def _remark(self, sentence: str) -> None:
-        if sentence not in self.remarks:
-            self.remarks.append(sentence)
 
 
 def registers(warps: int, programs: int) -> int:
@@ -245,6 +246,14 @@ def stored(cache: torch.Tensor, cache_format: str, launcher: Launcher) -> tuple[
     name, _, scale = cache_format.partition(":")
     facts = {"TOKEN": cache.shape[2], "FORMAT": name or "plain", "NATIVE": launcher.native_e4m3}
     return facts, float(scale or 1)
+
+
+def strides(**tensors: torch.Tensor | None) -> dict[str, int]:
+    """Return the steps from a token, and from a head, to the next: `q_token`, `q_head`; 0 for None."""
+    steps: dict[str, int] = {}
+    for name, x in tensors.items():
+        steps[f"{name}_token"], steps[f"{name}_head"] = (0, 0) if x is None else x.stride()[:2]
+    return steps
 
 
 def lacks_resources(error: Exception) -> bool:

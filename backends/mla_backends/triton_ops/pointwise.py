@@ -13,6 +13,7 @@ from mla_backends.triton_ops.launcher import (
     Launcher,
     format_reasons,
     stored,
+    strides,
     wide,
 )
 
@@ -43,16 +44,9 @@ class RmsNorm(KernelOp):
             return
         width = x.shape[1]
         arguments = {
-            "x": x,
-            "weight": weight,
-            "out": out,
-            "eps": eps,
-            "x_row": x.stride(0),
-            "out_row": out.stride(0),
-            "WIDTH": width,
-            "WIDE": wide(width),
-            "EARLY": self.launcher.early,
-        }
+            "x": x, "x_row": x.stride(0), "out": out, "out_row": out.stride(0), "weight": weight, "eps": eps,
+            "WIDTH": width, "WIDE": wide(width), "EARLY": self.launcher.early,
+        }  # fmt: skip
         self.start(rms_norm, (x.shape[0],), arguments, _warps(width))
 
 
@@ -74,14 +68,10 @@ class RotateQuery(KernelOp):
             return
         rotated, blocks = _rotation(x, out)
         arguments = {
-            **rotated,
-            "cos_sin": cos_sin,
-            "cos_sin_row": cos_sin.stride(0),
-            "PAIRS": width // 2,
-            "WIDE_PAIRS": wide(width // 2),
-            "INTERLEAVED": bool(interleaved),
+            **rotated, "cos_sin": cos_sin, "cos_sin_row": cos_sin.stride(0),
+            "PAIRS": width // 2, "WIDE_PAIRS": wide(width // 2), "INTERLEAVED": bool(interleaved),
             "EARLY": self.launcher.early,
-        }
+        }  # fmt: skip
         self.start(rotate_query, (tokens, blocks), arguments, ROTATING_WARPS)
 
 
@@ -128,24 +118,12 @@ class WriteLatent(KernelOp):
             (rotated, blocks), warps = _rotation(x, out), max(warps, ROTATING_WARPS)
         facts, scale = stored(cache, cache_format, self.launcher)
         arguments = {
-            **rotated,
-            **facts,
-            "stored_scale": scale,
-            "kv_a": kv_a,
-            "weight": weight,
-            "cos_sin": cos_sin,
-            "slots": slots,
-            "cache": cache,
-            "eps": eps,
-            "kv_a_row": kv_a.stride(0),
-            "cos_sin_row": cos_sin.stride(0),
-            "LATENT": width,
-            "WIDE_LATENT": wide(width),
-            "PAIRS": pairs,
-            "WIDE_PAIRS": wide(pairs),
-            "INTERLEAVED": bool(interleaved),
+            **rotated, **facts, "stored_scale": scale, "kv_a": kv_a, "kv_a_row": kv_a.stride(0),
+            "weight": weight, "eps": eps, "cos_sin": cos_sin, "cos_sin_row": cos_sin.stride(0),
+            "slots": slots, "cache": cache, "LATENT": width, "WIDE_LATENT": wide(width),
+            "PAIRS": pairs, "WIDE_PAIRS": wide(pairs), "INTERLEAVED": bool(interleaved),
             "EARLY": self.launcher.early,
-        }
+        }  # fmt: skip
         self.start(write_latent, (kv_a.shape[0], 1 + blocks), arguments, warps)
 
 
@@ -156,16 +134,7 @@ def _rotation(x: torch.Tensor, out: torch.Tensor) -> tuple[dict[str, Any], int]:
     """Return what a kernel that rotates x [T, h, r] is told of it and of out, and the programs of a token."""
     heads, pairs = x.shape[1], wide(x.shape[2] // 2)
     block = min(wide(heads), max(1, BLOCK_ELEMENTS // pairs))
-    arguments = {
-        "x": x,
-        "out": out,
-        "x_token": x.stride(0),
-        "x_head": x.stride(1),
-        "out_token": out.stride(0),
-        "out_head": out.stride(1),
-        "HEADS": heads,
-        "BLOCK": block,
-    }
+    arguments = {"x": x, "out": out, **strides(x=x, out=out), "HEADS": heads, "BLOCK": block}
     return arguments, -(-heads // block)
 
 

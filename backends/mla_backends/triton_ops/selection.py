@@ -10,7 +10,7 @@ from mla_backends.errors import describe, one_line
 from mla_backends.kernels.vendor import DeviceReason
 from mla_backends.selftest import device_trouble, try_select
 from mla_backends.triton_ops.attention import PartsMemory
-from mla_backends.triton_ops.launcher import KernelOp, Launcher, stored, wide
+from mla_backends.triton_ops.launcher import KernelOp, Launcher, stored, strides, wide
 from mla_backends.triton_ops.tuning import MIN_SIDE
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class SelectLatents(KernelOp):
         }  # fmt: skip
         scored = {
             **tables, "q": q, "weights": weights, "cache": cache, "block_table": block_table,
-            "q_token": q.stride(0), "q_head": q.stride(1), "weights_token": weights.stride(0),
+            **strides(q=q), "weights_token": weights.stride(0),
             "table_row": block_table.stride(0), "few": SCORE_ALL if self._lack else out.shape[1],
             "HEADS": q.shape[1], "WIDE_HEADS": wide(q.shape[1], MIN_SIDE),
             "DEPTH": q.shape[2], "WIDE": wide(q.shape[2], MIN_SIDE), "PAGE": cache.shape[1], "KEYS": KEYS,

@@ -58,6 +58,11 @@ class Tile:
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} must be true or false, got {quoted(getattr(self, name))}.")
 
+    @property
+    def resources(self) -> dict[str, int]:
+        """What a launch takes of a multiprocessor, as `Launcher.start` is told it."""
+        return {"warps": self.warps, "stages": self.stages, "programs": self.programs}
+
     def smaller(self) -> Iterator[Tile]:
         """Yield tiles that need less and less of a multiprocessor, down to the smallest.
 

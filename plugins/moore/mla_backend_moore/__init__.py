@@ -34,7 +34,7 @@ class MtmlSampler(NvmlSampler):
     def facts(self) -> Mapping[str, str]:
         facts = dict(super().facts())
         with suppress(Exception):  # not every driver knows it
-            library, device = self.library, self.device()
+            library, device = self.library, self.device
             with library.mtmlMemoryContext(device) as memory:
                 bandwidth = int(library.mtmlMemoryGetBandwidth(memory))
             if bandwidth:

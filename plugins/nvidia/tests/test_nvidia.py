@@ -486,7 +486,8 @@ def test_a_uuid_finds_the_card_whatever_hides_the_others(monkeypatch: pytest.Mon
     backend = Nvidia()
     properties = SimpleNamespace(name="NVIDIA H200", uuid="4711-0815")
     backend.__dict__["module"] = SimpleNamespace(get_device_properties=lambda device: properties)
-    assert backend.make_monitor().facts() == {"driver": "570.1"}
+    assert backend.monitor is not None
+    assert backend.monitor.facts() == {"driver": "570.1"}
     assert asked == ["GPU-4711-0815"]
 
 

@@ -92,7 +92,7 @@ def test_a_wrapper_is_planned_again_only_when_its_last_plan_has_arrived(
         op = FlashInferMla()
         op.prepare(problem.spec, problem.view)
         for turn in op._pool(torch.device("cpu")).turns:
-            turn._arrived = Event()
+            turn.arrived = Event()
         Event.log.clear()
         for _ in range(flashinfer.TURNS):
             op.prepare(problem.spec, problem.view)

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from mla import LatentCache, MLAConfig
-from mla_backend_cpu.products import Fp32Linear
 from mla_backends import FusedOp
 from mla_backends.kernels import (
     FlashAttnVarlen,
@@ -70,7 +69,7 @@ def test_absorbed_attention(
 ) -> None:
     folder, make = LATENT[name]
     with installed(folder):
-        op, problem = make(), make_problem(*BATCHES[batch], heads=3)
+        op, problem = make(), make_problem(*BATCHES[batch], heads=4)
         for mode in modes:
             with torch.inference_mode(mode):
                 assert_right(problem.run(op), problem.truth())
@@ -96,16 +95,6 @@ def test_expanded_attention(
                     assert_right(results, truth)
         assert held(op)
         assert not any(tensor.is_inference() for tensor in held(op))
-
-
-@order
-def test_products_in_fp32(modes: tuple[bool, ...]) -> None:
-    op, x = Fp32Linear("on"), torch.ones(64, 32).bfloat16()
-    for mode in modes:
-        with torch.inference_mode(mode):
-            weight, out = op.pack(torch.ones(16, 32).bfloat16()), torch.zeros(64, 16).bfloat16()
-            op(weight, x=x, bias=None, out=out)
-            assert (out == 32).all()
 
 
 @order

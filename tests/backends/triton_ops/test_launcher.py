@@ -32,40 +32,45 @@ class Device:
             raise OutOfResources("out of resource: shared memory, Required: 9, Hardware limit: 8.")
 
 
+def launch(device: Any, launcher: Launcher | None = None, PAGE: int = 64) -> None:
+    arguments = {"out": torch.zeros(1), "PAGE": PAGE, "rows": 3}
+    (launcher or Launcher()).start_tiled("attention", WANTED, arguments, device)
+
+
 def test_a_tile_that_fits_is_tried_alone() -> None:
     launcher, device = Launcher(), Device(10**9)
     for _ in range(2):
-        launcher.start_tiled("attention", WANTED, "any", device)
+        launch(device, launcher)
     assert device.tried == [WANTED] * 2
     assert launcher.remarks == []
 
 
 def test_a_smaller_tile_is_found_once_and_said() -> None:
     launcher, device = Launcher(), Device(64 * 16 * 3)
-    launcher.start_tiled("attention", WANTED, "any", device)
+    launch(device, launcher)
     assert device.tried == [WANTED, Tile(64, 32, 8, 3), Tile(64, 16, 8, 3)]
-    launcher.start_tiled("attention", WANTED, "any", device)
+    launch(device, launcher)
     assert device.tried[3:] == [Tile(64, 16, 8, 3)]
     (said,) = launcher.remarks
-    assert said.startswith("attention (any) runs with 64 rows x 16 keys")
+    assert said.startswith("attention (PAGE 64) runs with 64 rows x 16 keys")
     assert "as 64 rows x 64 keys, 8 warps, 3 stages, halves does not fit this device" in said
     assert "shared memory" in said
 
 
 def test_what_fits_one_variant_need_not_fit_another() -> None:
     launcher, small, large = Launcher(), Device(64 * 16 * 3), Device(10**9)
-    launcher.start_tiled("attention", WANTED, "wide", small)
-    launcher.start_tiled("attention", WANTED, "narrow", large)
+    launch(small, launcher, PAGE=64)
+    launch(large, launcher, PAGE=1)
     assert large.tried == [WANTED]
     large.room = 64 * 32 * 3  # as a later call of the same variant may need more
-    launcher.start_tiled("attention", WANTED, "narrow", large)
+    launch(large, launcher, PAGE=1)
     assert large.tried[1:] == [WANTED, Tile(64, 32, 8, 3)]
 
 
 def test_a_device_without_room_for_any_tile_is_refused_with_the_first_reason() -> None:
     device = Device(0)
     with pytest.raises(KernelRefused, match=r"does not fit this device in any tile .*Required: 9"):
-        Launcher().start_tiled("attention", WANTED, "any", device)
+        launch(device)
     assert device.tried[-1].warps == 1
     assert len(set(device.tried)) == len(device.tried)
 
@@ -75,7 +80,7 @@ def test_other_errors_are_no_lack_of_resources() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        Launcher().start_tiled("attention", WANTED, "any", broken)
+        launch(broken)
 
 
 @pytest.mark.parametrize(

@@ -210,11 +210,12 @@ def test_steps_ahead_of_the_device_are_right(
     assert torch.equal(results, expected)
 
 
-class Hasty(uploads._Slot):
-    """Taken for read as soon as it was sent."""
+class Hasty(uploads._Ring):
+    """Takes a slot for read as soon as it was sent."""
 
-    def arrived(self) -> bool:
-        return True
+    def _free(self, size: int) -> Any:
+        waiting = self._slots[size]
+        return waiting.popleft() if waiting else super()._free(size)
 
 
 def plain_upload(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +227,7 @@ def plain_upload(monkeypatch: pytest.MonkeyPatch) -> None:
 MUTANTS = {
     "tables": lambda patch: patch.setattr("mla.cache.ragged_batch.upload_into", old_upload_into),
     "indices": plain_upload,
-    "slots used again too early": lambda patch: patch.setattr(uploads, "_Slot", Hasty),
+    "slots used again too early": lambda patch: patch.setattr(uploads, "_Ring", Hasty),
 }
 
 
