@@ -39,7 +39,7 @@ class Attending : public Attention {
     void attend(const bf16* const* keys, const bf16* const* values, int64_t first, int64_t count,
                 const bf16* const* next = nullptr) {
         const Wide value = values == keys ? Wide{} : widened(values, count, width_, scratch<18>());
-        score(keys, first, count, next, 1, [&](int64_t p, int64_t, int64_t, float* scores, int64_t, bool) {
+        score<1>(keys, first, count, next, 1, [&](int64_t p, int64_t, int64_t, int64_t, float* scores, int64_t, bool) {
             Panel& panel = panel_[p];
             const int64_t seen = std::min(count, panel.most - first);
             fade(panel, soften(panel, scores, first, seen, scale_, scores));
@@ -48,9 +48,9 @@ class Attending : public Attention {
         });
     }
 
-    // Call use(p, 0, count, scores, column, true) for each `group` of panels, p the first, that sees any of these
+    // Call use(p, first, 0, count, scores, column, true) for each `group` of panels, p the first, that sees any of these
     // keys: scores [group][count][16], `column` apart.
-    template <class Use>
+    template <int, class Use>
     void score(const bf16* const* keys, int64_t first, int64_t count, const bf16* const* next, int64_t group,
                const Use& use) {
         constexpr int64_t column = (KEYS + LANES - 1) / LANES * LANES * LANES;
@@ -62,9 +62,11 @@ class Attending : public Attention {
             if (few()) score_few(seen, next, scores), next = nullptr;
             for (int64_t q = 0; q < group && !few(); q++, next = nullptr)
                 score(q_ + (p + q) * key_width_ * LANES, key_, seen, next, scores + q * column);
-            use(p, 0, count, scores, column, true);
+            use(p, first, 0, count, scores, column, true);
         }
     }
+    template <class Use>
+    void finish_scores(const Use&) {}
 
  private:
     struct Wide {

@@ -128,15 +128,15 @@ class Attending : public Attention {
     void attend(const bf16* const* keys, const bf16* const* values, int64_t first, int64_t count,
                 const bf16* const* next = nullptr) {
         if (keys_.decoded()) values = keys_.rows();
-        score(keys, first, count, next, 2, [&](int64_t p, int64_t, int64_t, float* scores, int64_t column, bool) {
+        score<2>(keys, first, count, next, 2, [&](int64_t p, int64_t, int64_t, int64_t, float* scores, int64_t column, bool) {
             for (int64_t end = std::min(p + 2, panels_); p < end; p++, scores += column)
                 update(panel_[p], scores, values, first, count);
         });
     }
 
-    // Call use(p, 0, count, scores, column, true) for each `group` of panels, p the first, that sees any of these
+    // Call use(p, first, 0, count, scores, column, true) for each `group` of panels, p the first, that sees any of these
     // keys: scores [group][count][16], `column` apart.
-    template <class Use>
+    template <int, class Use>
     void score(const bf16* const* keys, int64_t first, int64_t count, const bf16* const* next, int64_t group,
                const Use& use) {
         float* const scores = scratch<13>().take<float>(group * KEYS * LANES);
@@ -160,9 +160,11 @@ class Attending : public Attention {
                     else
                         score_group<KEYS_ONE, 1>(q, i, next, to + i * LANES);
                 }
-            use(p, 0, count, scores, KEYS * LANES, true);
+            use(p, first, 0, count, scores, KEYS * LANES, true);
         }
     }
+    template <class Use>
+    void finish_scores(const Use&) {}
 
  private:
     bool few() const { return count_ <= FEW; }

@@ -15,6 +15,29 @@ constexpr int64_t KEY_TILES = KEYS / LANES;   // when they are rows of A
 constexpr int64_t FEW_SPANS = 4;              // whose sums are added in memory
 constexpr int64_t STEPS = KEYS / TILE_DEPTH;  // when weights and values are summed over them
 
+// Whole rows out of KEYS to fetch while something is computed, from the i-th on, so many a time. Rows of several STREAMS take
+// turns: next to each other they are fetched at two thirds of the rate.
+class RowsAhead {
+ public:
+    RowsAhead(const bf16* const* next, int64_t i, int64_t rows, int64_t lines)
+        : next_(next), rows_(next ? rows : 0), lines_(lines), i_(i) {}
+
+    void fetch(int64_t) {
+        for (int64_t end = i_ + rows_; i_ < end; i_++) fetch_row(next_, i_, lines_);
+    }
+    [[gnu::always_inline]] static void fetch_row(const bf16* const* next, int64_t i, int64_t lines) {
+        const char* const row = (const char*)next[i % STREAMS * (KEYS / STREAMS) + i / STREAMS];
+        for (int64_t line = 0; line < lines; line++) __builtin_prefetch(row + 64 * line, 0, 2);
+    }
+
+ private:
+    static constexpr int64_t STREAMS = 8;
+
+    const bf16* const* const next_;
+    const int64_t rows_, lines_;
+    int64_t i_;
+};
+
 // The work of one task: keys arrive block after block.
 class Attending : public Attention {
  public:
@@ -69,45 +92,46 @@ class Attending : public Attention {
             weigh_pairs(values, count);
     }
 
-    // Call use(p, i, n, scores, column, ends) for each `group` of panels, p the first, with n keys from i on, of the same
-    // sixteen, if it sees any: scores [group][n][16], `column` apart. `ends`: these, or all that are seen, are complete.
-    // Scores are used while tiles multiply the keys after them.
-    template <class Use>
-    void score(const bf16* const* keys, int64_t first, int64_t count, const bf16* const* next, int64_t group,
-               const Use& use) {
-        const int64_t pairs = (group + 1) / 2, size = group * PIECE * LANES, steps = std::max<int64_t>(1, pairs * whole_);
-        float* const scores = scratch<13>().take<float>(2 * size);
+    // Call use(p, key, at, n, scores, column, ends) for each `group` of panels, p the first, and all sixteen keys from
+    // position `key` on of which it sees any: scores [group][n][16] of those from key + at on, `column` apart. `ends`:
+    // these, or all that are seen, are complete. GROUP is `group`, or 0 where it is not 2 or 4. Scores are used while
+    // tiles multiply later keys, the last ones in finish_scores.
+    template <int GROUP, class Use>
+    void score(const bf16* const* keys, int64_t first, int64_t count, const bf16* const* next, int64_t group, const Use& use) {
+        const bool pieces = (GROUP == 2 || GROUP == 4) && whole_ == 4 && !rest_ && !keys_.decoded();
+        constexpr int64_t most = 2 * LANES;
+        const int64_t steps = std::max<int64_t>(1, (group + 1) / 2 * whole_);
+        float* const scores = scratch<13>().take<float>(2 * std::max<int64_t>(group + 1, 4) * TILE_FLOATS);
         take(keys, count);
-        const auto whole = keys_.decoded() || rest_ || whole_ != 4 || group % 2 ? nullptr
-                           : pairs == 2 ? &Attending::score_piece<2, 4, Use>
-                           : pairs == 1 ? &Attending::score_piece<1, 4, Use> : nullptr;
-        Piece last = {};
-        const auto use_last = [&](int64_t i) {
-            const int64_t n = std::min<int64_t>(LANES, last.n - i);
-            if (n > 0) use(last.p, last.i + i, n, last.scores + i * LANES, PIECE * LANES, true);
-        };
-        bool turn = false;
-        for (int64_t p = 0; p < panels_; p += group)
-            for (int64_t i = 0, seen = std::min(count, panel_[p].most - first); i < seen; i += PIECE, turn = !turn) {
-                const Piece piece = {p, i, std::min(PIECE, seen - i), scores + turn * size};
-                RowsAhead ahead(next && !p ? next + i : nullptr, PIECE / steps, keys_.lines());
-                if (whole && piece.n == PIECE && last.n == PIECE) {
-                    (this->*whole)(piece, last, ahead, use);
-                } else
-                    for (int64_t pair = 0; pair < std::max<int64_t>(pairs, 2); pair++) {
-                        if (pair < pairs)
-                            score(p + 2 * pair, 2 * pair + 1 < group, i / LANES, (i + piece.n + LANES - 1) / LANES,
-                                  piece.scores + 2 * pair * PIECE * LANES, PIECE * LANES, ahead);
-                        if (pair < 2) use_last(pair * LANES);
-                    }
-                last = piece;
+        for (int64_t p = 0; p < panels_; p += group, next = nullptr) {
+            const int64_t seen = std::min(count, panel_[p].most - first);
+            int64_t i = 0;
+            if constexpr (GROUP == 2 || GROUP == 4)
+                if (pieces) i = score_pieces<4 / GROUP, GROUP>(p, first, seen, scores, next, use);
+            if (i < seen) finish_scores(use);
+            for (; i < seen; i += most) {
+                const int64_t n = std::min(most, seen - i);
+                RowsAhead ahead(next, i, most / steps, keys_.lines());
+                for (int64_t q = 0; q < group; q += 2)
+                    score(p + q, q + 1 < group, i / LANES, (i + n + LANES - 1) / LANES, scores + 2 * q * TILE_FLOATS,
+                          2 * TILE_FLOATS, ahead);
+                for (int64_t j = 0; j < n; j += LANES)
+                    use(p, first + i + j, 0, std::min<int64_t>(LANES, n - j), scores + j * LANES, 2 * TILE_FLOATS, true);
             }
-        use_last(0), use_last(LANES);
+        }
+    }
+    template <class Use>
+    void finish_scores(const Use& use) {
+        if (ready_.scores) use_piece(ready_, use);
+        if (held_.scores) {
+            held_.tiles == 1 ? Block<1, 4>::store(held_.scores, 0, TILE_FLOATS)
+                             : Block<2, 2>::store(held_.scores, TILE_FLOATS, 2 * TILE_FLOATS);
+            use_piece(held_, use);
+        }
+        ready_ = held_ = Piece();
     }
 
  private:
-    static constexpr int64_t PIECE = 2 * LANES;  // keys whose scores are used at a time
-
     // What attention does after each product of tiles for scores.
     struct Between {
         Lines& lines;
@@ -118,32 +142,48 @@ class Attending : public Attention {
             soft.step();
         }
     };
-    // Keys whose scores are made together, and used together later.
+    // Some tiles of keys whose scores with a group of panels are made together, and used together later.
     struct Piece {
-        int64_t p, i, n;
-        float* scores;
+        int64_t tiles, p, key;
+        float* scores;  // or null: there is none
     };
-    // Scores of a whole piece whose rows are DEPTH tiles. After each product some keys of the last piece are used: the
-    // processor looks ahead over few instructions.
-    template <int PAIRS, int DEPTH, class Use>
-    void score_piece(const Piece& piece, const Piece& last, RowsAhead& ahead, const Use& use) {
-        typedef Block<2, 2> Sums;
-        constexpr int SOME = PIECE / PAIRS / DEPTH;
+    template <class Use>
+    static void use_piece(const Piece& piece, const Use& use) {
+        for (int64_t m = 0; m < piece.tiles; m++)
+            use(piece.p, piece.key + m * LANES, 0, LANES, piece.scores + m * TILE_FLOATS, piece.tiles * TILE_FLOATS, true);
+    }
+    // Scores of pieces, M whole tiles of keys with N panels; returns how many keys. They stay in their registers while the
+    // operands of the next piece are loaded, as storing at once waits for the last products. A piece later they are used, some
+    // keys after each product, as the processor looks ahead over few instructions.
+    template <int M, int N, class Use>
+    int64_t score_pieces(int64_t p, int64_t first, int64_t seen, float* scores, const bf16* const* next, const Use& use) {
+        constexpr int DEPTH = 4, SOME = M * LANES / DEPTH;
+        typedef Block<M, N> Sums;
+        const bf16 *a[M], *b[N];
+        for (int n = 0; n < N; n++) b[n] = (const bf16*)(q_ + (p + n) * DEPTH * LANES);
         const int64_t row = keys_.pitch() * sizeof(bf16);
-        const bf16* const a[2] = {keys_[piece.i / LANES], keys_[piece.i / LANES + 1]};
-        unrolled<PAIRS>([&](auto pair) {
-            const bf16* const q = (const bf16*)(q_ + (piece.p + 2 * pair) * DEPTH * LANES);
-            const bf16* const b[2] = {q, q + DEPTH * TILE_BF16};
-            Sums::zero();
+        Piece held = held_, ready = ready_;
+        int64_t i = 0;
+        for (; i + M * LANES <= seen; i += M * LANES) {
+            for (int m = 0; m < M; m++) a[m] = keys_[i / LANES + m];
+            float* const to = held.scores ? held.scores : scores;
             unrolled<DEPTH>([&](auto k) {
-                constexpr int at = (pair * DEPTH + k) * SOME;
-                Sums::multiply(a, k * TILE_DEPTH, row, b, k * TILE_BF16);
-                ahead.template fetch<SOME, DEPTH>();
-                use(last.p, last.i + at, std::integral_constant<int, SOME>(), last.scores + at * LANES, PIECE * LANES,
-                    std::integral_constant<bool, (at + SOME) % LANES == 0>());
+                if constexpr (k == 0)
+                    Sums::store_and_multiply(to, TILE_FLOATS, M * TILE_FLOATS, a, row, b);
+                else
+                    Sums::multiply(a, k * TILE_DEPTH, row, b, k * TILE_BF16);
+                for (int j = 0; j < SOME && next; j++) RowsAhead::fetch_row(next, i + k * SOME + j, DEPTH);
+                constexpr int at = k * SOME, m = at / LANES;
+                if (ready.scores)
+                    use(ready.p, ready.key + m * LANES, std::integral_constant<int, at % LANES>(),
+                        std::integral_constant<int, SOME>(), ready.scores + at * LANES, M * TILE_FLOATS,
+                        std::integral_constant<bool, (at + SOME) % LANES == 0>());
             });
-            Sums::store(piece.scores + 2 * pair * PIECE * LANES, TILE_FLOATS, PIECE * LANES);
-        });
+            ready = held;
+            held = {M, p, first + i, to == scores ? scores + M * N * TILE_FLOATS : scores};
+        }
+        held_ = held, ready_ = ready;
+        return i;
     }
     void take(const bf16* const* keys, int64_t count) {
         for (int64_t i = 0; i * LANES < count; i++) keys_.take(keys, count, i);
@@ -359,6 +399,7 @@ class Attending : public Attention {
     uint32_t* spread_;  // weights in tiles, [panels][spans][STEPS][row][pair]
     bf16 *zipped_, *rests_;
     Lines next_;
+    Piece held_ = {}, ready_ = {};  // in the registers of tiles, and in memory
     int64_t* steps_;  // of 32 keys that a pair of panels sees, at its first one
     alignas(64) const bf16 zeros_[2 * LANES] = {};
 };

@@ -36,32 +36,6 @@ class Lines {
     int64_t lines_ = 0, line_ = 0;
 };
 
-// Whole rows to fetch while something is computed, so many a time.
-class RowsAhead {
- public:
-    RowsAhead(const bf16* const* next, int64_t rows, int64_t lines)
-        : next_(next), rows_(next ? rows : 0), lines_(lines) {}
-
-    void fetch(int64_t) {
-        for (int64_t i = 0; i < rows_; i++) fetch_row(lines_);
-    }
-    // The same of so many rows and lines.
-    template <int ROWS, int LINES>
-    void fetch() {
-        if (rows_) unrolled<ROWS>([&](auto) { fetch_row(std::integral_constant<int, LINES>()); });
-    }
-
- private:
-    template <class Count>
-    void fetch_row(Count lines) {
-        const char* const row = (const char*)*next_++;
-        for (int64_t line = 0; line < lines; line++) __builtin_prefetch(row + 64 * line, 0, 2);
-    }
-
-    const bf16* const* next_;
-    const int64_t rows_, lines_;
-};
-
 template <int64_t KEYS>
 class Gathered {
  public:

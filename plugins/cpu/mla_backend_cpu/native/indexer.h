@@ -97,13 +97,11 @@ class Best {
         return 2 * (std::min(2 * most + KEYS, offered) + KEYS + LANES);
     }
 
-    // Offer `count` scores, at most KEYS, of the places from `first` on; those up to a multiple of LANES may be read.
-    void offer(const float* scores, int64_t count, int32_t first) {
-        if (held_ > capacity_ - KEYS - LANES) cut(most_ / 4);
-        for (int64_t j = 0; j < count; j += LANES) {
-            const vu key = ordered(load<vf>(scores + j));
-            take(key, LANE + (int32_t)(first + j), (key > floor_) & (vu)(LANE < (int32_t)(count - j)));
-        }
+    // Offer the first `count` of the scores of the places from `first` on.
+    void offer(vf scores, int64_t count, int32_t first) {
+        if (held_ > capacity_ - 2 * LANES) cut(most_ / 4);
+        const vu key = ordered(scores);
+        take(key, LANE + first, (key > floor_) & (vu)(LANE < (int32_t)count));
     }
     // What is held, as numbers that another one takes: how many, their keys, and their places.
     void save(uint32_t* to) const {
@@ -291,33 +289,42 @@ static inline vf positive(vf x) {
     return maximum(x, vf{});
 #endif
 }
-// Sums over PANELS, or `panels`, and their lanes of weights * max(0, scores [panels][count][16]), of keys from `first` on:
-// rows of lanes [16][16] are kept until sixteen are complete, or `ends`, and then added up to `to`.
-template <int PANELS, class Count, class Ends>
-[[gnu::always_inline]] static inline void add_heads(const float* scores, int64_t column, int64_t panels,
-                                                    const float* weights, int64_t first, Count count, Ends ends,
-                                                    vf* rows, float* to) {
-    for (int64_t at = 0; at < count; at += LANES) {
-        const int64_t n = std::min<int64_t>(LANES, count - at);
-        for (int64_t i = 0; i < n; i++, scores += LANES) {
-            vf sum = {};
-            for (int64_t p = 0; p < (PANELS ? PANELS : panels); p++)
-                sum += positive(load<vf>(scores + p * column)) * load<vf>(weights + p * LANES);
-            rows[(uint64_t)(first + at + i) % LANES] = sum;
-        }
-        if (ends) store(to + (first + at) / LANES * LANES, add_lanes(rows));
+// Sums over panels of weights * max(0, scores [panels][count][16]), lane by lane: rows [count].
+template <int PANELS>
+[[gnu::always_inline]] static inline void add_panels(const float* scores, int64_t column, int64_t panels,
+                                                     const float* weights, vf* row, int64_t count) {
+    vf weight[PANELS ? PANELS : 1];  // which the compiler would load again after each store
+    for (int p = 0; p < PANELS; p++) weight[p] = load<vf>(weights + p * LANES);
+    for (int64_t i = 0; i < count; i++, scores += LANES) {
+        vf sum = {};
+        for (int64_t p = 0; p < (PANELS ? PANELS : panels); p++)
+            sum += positive(load<vf>(scores + p * column)) * (PANELS ? weight[p] : load<vf>(weights + p * LANES));
+        row[i] = sum;
     }
 }
 
-// Offer the scores of all keys of a task to the best of each of its queries.
+// Offer the scores of all keys of a task to the best of each of its queries: sums over PANELS, or panels(), and their lanes of
+// weights * max(0, score).
 template <int PANELS>
 static void score_keys(const Select& a, const SelectTask& task, std::vector<Best>& best) {
     const int64_t panels = PANELS ? PANELS : a.panels(), last = a.seen(task.request, task.token + task.tokens - 1);
     const Queries queries(a, task);
     Attending products(queries.rows, task.tokens * panels * LANES, a.in.width, 0, 1, a.in.width, a.in.layout);
-    constexpr int64_t room = (KEYS + LANES - 1) / LANES * LANES;
-    float* const sums = scratch<28>().take<float>(task.tokens * room);  // [tokens][room]
     vf rows[LANES] = {};
+    const auto offer = [&](int64_t t, int64_t key, int64_t count) __attribute__((always_inline)) {
+        vf sums = add_lanes(rows);
+        const int64_t seen = std::min(count, a.seen(task.request, task.token + t) - key);
+        for (int64_t j = 0; j < seen && a.coded(); j++) sums[j] *= a.scale(task.request, key + j);
+        best[t].offer(sums, seen, (int32_t)key);
+    };
+    const auto add = [&](int64_t p, int64_t key, auto at, auto count, const float* scores, int64_t column,
+                         auto ends) __attribute__((always_inline)) {
+        for (int64_t i = 0; i < count; i += LANES, scores += LANES * LANES) {
+            add_panels<PANELS>(scores, column, panels, queries.weights + p * LANES, rows + at,
+                               std::min<int64_t>(LANES, count - i));
+            if (ends) offer(p / panels, key + i, std::min<int64_t>(LANES, at + count - i));
+        }
+    };
     const bf16* keys[2][KEYS];
     const int64_t end = std::min(task.begin() + task.keys, last);
     if (task.begin() < end) find_keys(a.in, task.request, task.begin(), end, keys[0]);
@@ -325,18 +332,9 @@ static void score_keys(const Select& a, const SelectTask& task, std::vector<Best
     for (int64_t first = task.begin(); first < end; first += KEYS, turn = !turn) {
         const bool more = first + KEYS < end;
         if (more) find_keys(a.in, task.request, first + KEYS, end, keys[!turn]);
-        const int64_t count = std::min(KEYS, end - first);
-        const auto add = [&](int64_t p, int64_t i, auto n, const float* scores, int64_t column, auto ends) {
-            add_heads<PANELS>(scores, column, panels, queries.weights + p * LANES, i, n, ends, rows,
-                              sums + p / panels * room);
-        };
-        products.score(keys[turn], first, count, more ? keys[!turn] : nullptr, panels, add);
-        for (int64_t t = 0; t < task.tokens; t++) {
-            const int64_t seen = std::min(count, a.seen(task.request, task.token + t) - first);
-            for (int64_t j = 0; j < seen && a.coded(); j++) sums[t * room + j] *= a.scale(task.request, first + j);
-            best[t].offer(sums + t * room, seen, (int32_t)first);
-        }
+        products.score<PANELS>(keys[turn], first, std::min(KEYS, end - first), more ? keys[!turn] : nullptr, panels, add);
     }
+    products.finish_scores(add);
 }
 
 // Make the best of each query of a task, of what a part of its keys or all of them offer.

@@ -95,15 +95,29 @@ struct Block {
     // Add the products of A's tiles at a[m] + a_at, whose rows lie a_row bytes apart, and B's at b[n] + b_at.
     static void multiply(const bf16* const* a, int64_t a_at, int64_t a_row, const bf16* const* b,
                          int64_t b_at) {
-        unrolled<M * N>([&](auto i) {
-            constexpr int m = i / N, n = i % N, A = a_register(m), B = b_register(n);
-            if constexpr (n == 0) tile::load<A>(a[m] + a_at, a_row);
-            if constexpr (m == 0) tile::load<B>(b[n] + b_at, TILE_ROW);
-            tile::dot<i, A, B>();
+        multiply(a, a_at, a_row, b, b_at, [](auto) {});
+    }
+    // Store the sums, and begin new ones: each tile when its first product has its operands.
+    static void store_and_multiply(float* to, int64_t row, int64_t column, const bf16* const* a, int64_t a_row,
+                                   const bf16* const* b) {
+        multiply(a, 0, a_row, b, 0, [&](auto i) {
+            tile::store<i>(to + i / N * row + i % N * column, TILE_ROW);
+            tile::zero<i>();
         });
     }
 
  private:
+    template <class Before>
+    static void multiply(const bf16* const* a, int64_t a_at, int64_t a_row, const bf16* const* b, int64_t b_at,
+                         const Before& before) {
+        unrolled<M * N>([&](auto i) {
+            constexpr int m = i / N, n = i % N, A = a_register(m), B = b_register(n);
+            if constexpr (n == 0) tile::load<A>(a[m] + a_at, a_row);
+            if constexpr (m == 0) tile::load<B>(b[n] + b_at, TILE_ROW);
+            before(i);
+            tile::dot<i, A, B>();
+        });
+    }
     // What is used more than once keeps its register.
     static constexpr int a_register(int m) { return N == 1 ? 5 + m % 3 : 4 + m; }
     static constexpr int b_register(int n) { return N == 1 ? 4 : 4 + M + n % (4 - M); }
