@@ -105,9 +105,7 @@ class Pulse:
     def _enter(self, seconds: float) -> None:
         """Take this rank's place, unless the store is another run's, which must not notice."""
         limit = time.monotonic() + seconds
-        while self.rank and not self._store.check(
-            ["world"]
-        ):  # torchrun makes the store before rank 0
+        while self.rank and not self._store.check(["world"]):  # torchrun makes the store before rank 0
             if time.monotonic() > limit:
                 raise RanksError(f"rank 0 did not join within {seconds:.0f} s: check the output there")
             time.sleep(LOOK)

@@ -1,4 +1,4 @@
-"""The four figures: bars with a limit, curves along a grid, a roofline, ratios. Plain rows in, SVG out."""
+"""The three figures: bars with a limit, curves along a grid, a roofline. Plain rows in, SVG out."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Chart(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A bar or a ratio; without a `value`, `text` says why. `mark` is its limit, or the ideal."""
+    """A bar; without a `value`, `text` says why. `mark` is its limit."""
 
     name: str
     value: float | None
@@ -238,33 +238,6 @@ def roofline(roofs: Sequence[Line], dots: Sequence[Line], legend: Sequence[Line]
     return draw
 
 
-def ratios(rows: Sequence[Row], label: str, band: float = 0.0) -> Draw:
-    """Draw ratios with intervals beside 1, on a logarithmic axis; those within `band` of 1 are the same."""
-
-    def draw(figure: Figure) -> None:
-        axes, _ = _rows(figure, [row.name for row in rows], 0.16)
-        axes.axvspan(1 - band, 1 + band, color=paint("band"), linewidth=0)
-        axes.axvline(1, color=paint("axis"), linewidth=1)
-        ends = [1 - band, 1 + band]
-        for place, row in enumerate(rows):
-            value, colour = row.value or 1.0, paint(row.colour)
-            low, high = row.bounds or (value, value)
-            axes.plot([low, high], [place, place], color=colour)
-            axes.plot(value, place, "o", color=colour, markersize=7)
-            if row.mark:
-                axes.plot(row.mark, place, "|", color=paint("ink"), markersize=13, markeredgewidth=1.8)
-            axes.annotate(row.text, (max(high, value, row.mark or 0.0), place), **_BESIDE)
-            ends += [end for end in (low, high, row.mark) if end]
-        span = max(ends) / min(ends)
-        axes.set_xlim(min(ends) / span**0.05, max(ends) * span ** (2 / figure.get_figwidth()))
-        _log(axes, "x")
-        axes.set_xlabel(label)
-        if any(row.mark for row in rows):
-            _legend(figure, [Line("ideal", "ink", "|")])
-
-    return draw
-
-
 def _legend(figure: Figure, lines: Sequence[Line]) -> None:
     """Write what lines and marks stand for below the chart, in as many columns as fit, and make room."""
     names = [wrapped(line.name) for line in lines]
@@ -338,7 +311,6 @@ THEME: dict[str, Tone] = {
     "code": Tone("#f4f4f2", "#1f2429"),
     "rule": Tone("#dcdcdc", "#3a4047"),
     "grid": Tone("#e0e0e0", "#2e343a"),
-    "band": Tone("#eeeeee", "#262b31"),
 }
 # Implementations that have the same colour in every report, by their place in the palette.
 KNOWN = ("mla", "mla-reference", "transformers", "transformers-eager")

@@ -30,9 +30,8 @@ from mla.bench.report.figures import (
     svg,
 )
 from mla.bench.report.summary import Table
-from mla.bench.results import cases, compare
+from mla.bench.results import cases
 from mla.bench.results.cases import device_cost, labelled
-from mla.bench.results.compare import Scaled, Scaling
 from mla.bench.results.schema import Case, Ceiling, Run
 from mla.bench.terminal import ceilings, lines, run_table, verdict
 from mla.bench.terminal.digits import known, limit, number
@@ -97,8 +96,8 @@ def sections(shown: Sequence[data.ResultFile]) -> Iterator[Section]:
         "grid": (charts.grid(), []),
         "scenarios": (charts.scenarios(), []),
         "roofline": (charts.roofline(), []),
-        "scaling": (charts.scaling(), [summary.scalings(shown)]),
-        "comparison": (charts.comparison(), [summary.comparison(shown[0], new) for new in shown[1:]]),
+        "scaling": (iter(()), [summary.scalings(shown)]),
+        "comparison": (iter(()), [summary.comparison(shown[0], new) for new in shown[1:]]),
         **{kind: (iter(()), [summary.per_case(kind, file) for file in shown]) for kind in summary.PER_CASE},
         "numbers": (iter(()), [summary.every_number(file) for file in shown]),
     }
@@ -143,7 +142,6 @@ MOST_CURVES, MOST_LIMITS, MOST_PARTS = 8, 2, 6
 MOST_TOLD, MOST_VERDICTS = 6, 3
 # Most letters of a title, of what was measured, and of a caption.
 LETTERS = (160, 320, 800)
-VERDICTS = {compare.FASTER: "s1", compare.SLOWER: "s2", compare.SAME: "ink"}
 
 
 class Charts:
@@ -230,49 +228,11 @@ class Charts:
         draw = figures.roofline(_roof_lines(roofs, [line.points[0].x for line in lines]), lines, legend)
         return _chart("", f"Roofline {file.key}".strip(), entries, finding, draw)
 
-    def scaling(self) -> Iterator[Chart]:
-        """Yield how every case that is there on one device and over ranks scales."""
-        scalings = compare.scaling([file.run for file in self.files])
-        for name, members in grouped(scalings, lambda scaling: scaling.implementation).items():
-            every = [(of, scaled) for of in members for scaled in of.rows[1:]]
-            rows = [self._scaled(*pair) for pair in every[:MOST_ROWS]]
-            finding = _sentence([f"{row.name}: {row.text}" for row in rows], "cases", len(every))
-            subject = "; ".join(dict.fromkeys(f"against one device: {of.base}" for of in members))
-            draw = figures.ratios(rows, "speedup over one device")
-            yield _made(f"scaling {name}", (f"Strong scaling: {name}", subject, finding), draw)
-
-    def _scaled(self, of: Scaling, scaled: Scaled) -> Row:
-        share = f", {100 * scaled.efficiency:.0f} % of the ideal" if scaled.efficiency else ""
-        text = f"{scaled.speedup:.3g}x{share}"
-        colour = self._colours[scaled.case.implementation]
-        where = f"{of.scenario}: {scaled.layout}, {scaled.resources}"
-        return Row(where, scaled.speedup, scaled.interval, text, colour, scaled.ideal)
-
-    def comparison(self) -> Iterator[Chart]:
-        """Yield the ratios of times of every other file to the first."""
-        base, *others = self.files
-        for place, file in enumerate(others):
-            every = [case for case in compare.compare(base.run, file.run) if case.ratio]
-            rows = []
-            for case in every[:MOST_ROWS]:
-                name, colour = f"{case.scenario}, {case.implementation}", VERDICTS.get(case.verdict, "axis")
-                text = f"{known(case.ratio, case.interval)}x, {case.verdict}"
-                rows.append(Row(name, case.ratio, case.interval, text, colour))
-            finding = _sentence([f"{row.name}: {row.text}" for row in rows], "cases", len(every))
-            draw = figures.ratios(rows, "time ratio: left of 1 is faster than the base", compare.NOISE)
-            if rows:
-                title = f"Time ratio: {file.about} against {base.about}"
-                yield _made(f"compare {place}", (title, "", finding), draw)
-
 
 def _chart(kind: str, title: str, drawn: Sequence[Entry], finding: str, draw: Draw) -> Chart:
     subject = "; ".join(dict.fromkeys(f"{entry.file.about}, {entry.case.dtype}" for entry in drawn))
-    return _made(f"{title} {kind}", (f"{kind.title()}: {title}".removeprefix(": "), subject, finding), draw)
-
-
-def _made(name: str, words: tuple[str, str, str], draw: Draw) -> Chart:
-    """Return a chart whose file is called `name`; of a very long name the middle is left out."""
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60].rstrip("-") or "picture"
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{title} {kind}".lower()).strip("-")[:60].rstrip("-") or "picture"
+    words = f"{kind.title()}: {title}".removeprefix(": "), subject, finding
     title, subject, finding = map(shortened, words, LETTERS)
     return Chart(slug, title, subject, finding, draw)
 

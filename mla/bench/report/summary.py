@@ -11,7 +11,7 @@ from typing import NamedTuple
 from mla.bench.report.data import ResultFile
 from mla.bench.results import cases, compare, stats
 from mla.bench.results.cases import repeated
-from mla.bench.results.compare import Comparison, compare_implementations, scaling
+from mla.bench.results.compare import compare_implementations, scaling
 from mla.bench.results.rows import COLUMNS, case_rows, cell, timing_rows
 from mla.bench.results.schema import Case
 from mla.bench.terminal import ceilings, run_table, verdict
@@ -49,12 +49,10 @@ class Tile(NamedTuple):
 
     status: str  # CSS class
     where: str
-    value: str  # in the largest letters
-    bounds: str = ""  # its interval
-    text: str = ""  # what the value is compared with, and what has no number
+    value: str  # in the largest letters: how many times as fast as the next, or else the headline
+    text: str  # the verdict
     number: str = ""  # the headline of the fastest
-    near: str = ""  # to the limit, in words
-    share: float | None = None  # and in percent
+    share: float | None = None  # of the limit, in percent
     noise: str = ""
     unsteady: bool = False
 
@@ -101,44 +99,25 @@ def tiles(file: ResultFile) -> list[Tile]:
 
 
 def _tile(scenario: str, cases: Sequence[Case]) -> Tile:
-    ranking = verdict.contest(cases)
-    without = ", ".join(f"{case.implementation} ({status(case)})" for case in ranking.without)
+    ranking, text = verdict.contest(cases), verdict.of_scenario(scenario, cases).text
     worst = min((css_class(case) for case in ranking.without), key=list(_WORDS).index, default="ok")
     if not ranking.leaders:
-        return Tile(worst, scenario, "no number", text=without or "nothing was compared")
-    first, *slower = [*ranking.leaders, *ranking.beaten]
-    value, bounds, text = _ratio(first, slower, ranking.outcome) if slower else ("", "", "")
-    number = run_table.headline(first).rpartition(": ")[2]
-    limit, unreliable, busy = first.roofline, why_unreliable(first), _warned(first) & set(BUSY)
+        return Tile(worst, scenario, "no number", text)
+    first, limit = ranking.leaders[0], ranking.leaders[0].roofline
+    value = number = run_table.headline(first).rpartition(": ")[2]
+    if len(ranking.leaders) == 1 and ranking.beaten:
+        comparison = compare_implementations(ranking.beaten[0], first)
+        value = f"{known(comparison.speedup, comparison.speedup_interval)}x"
+    unreliable, busy = why_unreliable(first), _warned(first) & set(BUSY)
     return Tile(
         "in-doubt" if limit.doubt else "unsteady" if unreliable and worst == "ok" else worst,
         f"{scenario}: {first.implementation}",
-        value or number,
-        bounds,
-        "; ".join(filter(None, (text, f"no number: {without}" * bool(without)))),
-        number if value else "",
-        verdict.near(first),
+        value,
+        text,
+        number * (value != number),
         None if limit.doubt or unreliable or limit.fraction is None else 100 * limit.fraction,
         _noise(first, busy),
         bool(busy),
-    )
-
-
-def _ratio(first: Case, slower: Sequence[Case], outcome: str) -> tuple[str, str, str]:
-    """Return how many times as fast a case is as the next, the interval and a text; undecided, the text."""
-    comparison, other = compare_implementations(slower[0], first), slower[0].implementation
-    if outcome == "open":
-        return "", "", f"no decision against {other}: {comparison.reason or 'their intervals overlap'}"
-    rank = f", the fastest of {len(slower)} others" * (len(slower) > 1)
-    reason = f" ({comparison.reason})" * bool(comparison.reason)
-    return *_times(comparison), f"{'above limit: ' * (outcome == 'doubt')}as fast as {other}{rank}{reason}"
-
-
-def _times(comparison: Comparison) -> tuple[str, str]:
-    """Return a speedup and its interval."""
-    speedup, interval = comparison.speedup, comparison.speedup_interval
-    return f"{known(speedup, interval)}x" * bool(speedup), between(interval, speedup, interval) * bool(
-        interval
     )
 
 
@@ -158,20 +137,20 @@ def said(file: ResultFile) -> list[str]:
     return [*sentences[:MOST_TILES], *ceilings.run_lines(file.run.ceilings)]
 
 
-def between_files(base: ResultFile, new: ResultFile) -> tuple[list[Tile], list[str]]:
-    """Return how much faster or slower a file is than the base: tiles, and sentences on the rest."""
-    pair, cases = f"{new.title} against {base.title}", compare.compare(base.run, new.run)
+def between_files(base: ResultFile, new: ResultFile) -> list[str]:
+    """Return how much faster or slower a file is than the base, and what else there is to say of both."""
+    cases = compare.compare(base.run, new.run)
     shown = [case for case in cases if case.ratio and case.new and not case.new.point][:MOST_TILES]
-    tiles = []
+    sentences = []
     for case in shown:
-        where = f"{case.verdict}: {case.scenario}, {case.implementation}"
-        text = "; ".join(filter(None, (f"as fast in {new.key} as in {base.key}", case.remarks)))
-        tiles.append(Tile(case.verdict.lower(), where, *_times(case), text))
+        speed = verdict.times_as_fast(case.speedup, case.speedup_interval)
+        told = f"{case.scenario}, {case.implementation} is {speed} as fast in {new.key} as in {base.key}"
+        sentences.append("; ".join(filter(None, (f"{case.verdict}: {told}", case.remarks))))
     rest = [case for case in cases if case not in shown]
     counts = Counter(case.verdict + f" ({case.reason})" * (not case.ratio) for case in rest)
     told = "; ".join(f"{count} {words}" for words, count in counts.items())
-    sentences = [f"{pair}: {'further cases: ' * bool(shown)}{told}"] * bool(told)
-    return tiles, sentences + [f"Warning: {warning}." for warning in compare.warnings(base.run, new.run)]
+    sentences += [f"{new.title} against {base.title}: {told}"] * bool(told)
+    return sentences + [f"Warning: {warning}." for warning in compare.warnings(base.run, new.run)]
 
 
 def folded(lengths: Sequence[int]) -> str:
@@ -242,9 +221,9 @@ def _cell(value: object) -> str:
 def scalings(files: Sequence[ResultFile]) -> Table:
     """Return every case that is there on one device and over ranks."""
     rows = []
-    for of in scaling([file.run for file in files]):
-        for row in of.rows:
-            where = [of.scenario, of.implementation, files[row.run].key, row.layout, str(row.resources)]
+    for first, *others in scaling([file.run for file in files]):
+        for row in (first, *others):
+            where = [row.case.scenario, first.case.implementation, files[row.run].key, row.layout, row.on]
             rows.append([*where, *terminal.scaling_cells(row)])
     return Table("data", (*NAMES, "file", "layout", "on", *terminal.SCALING_COLUMNS), rows, 5)
 

@@ -23,13 +23,11 @@ from mla.bench.results.cases import (
     is_predicted,
     label,
     planned_steps,
-    repeated,
     same_steps,
     shared_steps,
     unlabelled,
 )
 from mla.bench.results.schema import Case, Interval, Latency, Run
-from mla.bench.results.stats import median
 from mla.parallel.layout import Layout
 from mla.text import counted, grouped
 
@@ -289,26 +287,6 @@ def _verdict(interval: Interval | None, noise: float) -> str:
 
 # -------------------------------------------------------------------------------------------- strong scaling
 
-ONE_DEVICE = "one device"
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What a case ran on: that many ranks, and threads of each where the device is the host's processor."""
-
-    ranks: int
-    threads: int | None
-
-    @property
-    def units(self) -> int:
-        """Number of cores, or of devices."""
-        return self.ranks * (self.threads or 1)
-
-    def __str__(self) -> str:
-        if self.threads is None:
-            return counted(self.ranks, "device")
-        return f"{self.ranks} x {counted(self.threads, 'thread')}"
-
 
 @dataclass(frozen=True)
 class Scaled:
@@ -321,99 +299,67 @@ class Scaled:
     run: int  # place of its run among those given
     case: Case
     device: str
-    resources: Resources
-    comparison: Comparison | None  # None: this is the base
-    ideal: float | None  # the speedup of efficiency 1
+    threads: int | None  # of each rank, where the device is the host's processor
+    speedup: float = 1.0  # how many times as fast as the base
+    interval: Interval | None = None  # of the speedup, with at least 90 % confidence
+    efficiency: float | None = 1.0
 
     @property
-    def speedup(self) -> float:
-        """How many times as fast the case is as the base; 1 if that cannot be told."""
-        return (self.comparison and self.comparison.speedup) or 1.0
+    def ranks(self) -> int:
+        """On how many devices it ran."""
+        return len(self.case.spread.ranks) if self.case.spread else 1
 
     @property
-    def interval(self) -> Interval | None:
-        """The interval of the speedup, with at least 90 % confidence."""
-        return self.comparison.speedup_interval if self.comparison else None
+    def units(self) -> int:
+        """Number of cores, or of devices."""
+        return self.ranks * (self.threads or 1)
+
+    @property
+    def on(self) -> str:
+        """The cores, or the devices, in words."""
+        if self.threads is None:
+            return counted(self.ranks, "device")
+        return f"{self.ranks} x {counted(self.threads, 'thread')}"
 
     @property
     def layout(self) -> str:
         """The layout, and whether the time is predicted."""
-        layout = self.case.spread.layout if self.case.spread else ONE_DEVICE
+        layout = self.case.spread.layout if self.case.spread else "one device"
         return layout + f" ({WORD})" * is_predicted(self.case)
 
-    @property
-    def efficiency(self) -> float | None:
-        """The share of the ideal speedup."""
-        return self.speedup / self.ideal if self.ideal else None
-
-    @property
-    def collective_ms(self) -> float | None:
-        """Time in collectives of the median rank."""
-        spread = self.case.spread
-        return median([rank.collective_ms for rank in spread.ranks]) if spread else None
-
-    @property
-    def repeated(self) -> float | None:
-        """The share of all ranks' work that one device would not do, of what bounds the case."""
-        share = repeated(self.case)
-        return share.of(self.case.roofline.bound) if share else None
+    def over(self, base: Scaled) -> Scaled:
+        """Return the same compared with the base."""
+        comparison = compare_cases(base.case, self.case)
+        speedup = comparison.speedup or 1.0
+        alike = self.device == base.device and (self.threads is None) == (base.threads is None)
+        efficiency = speedup * base.units / self.units if alike else None
+        return replace(self, speedup=speedup, interval=comparison.speedup_interval, efficiency=efficiency)
 
 
-@dataclass(frozen=True)
-class Scaling:
-    """One scenario and implementation: on one device, and on ranks."""
-
-    scenario: str
-    implementation: str
-    base: Resources
-    rows: list[Scaled]  # the base first
-
-    def remark(self) -> str:
-        """Say that rows ran on other devices than the base; "" if none did."""
-        device = self.rows[0].device
-        elsewhere = list(dict.fromkeys(row.device for row in self.rows if row.device != device))
-        return f"no efficiency on {', '.join(elsewhere)}: the base ran on {device}" if elsewhere else ""
-
-
-def scaling(runs: Sequence[Run]) -> list[Scaling]:
+def scaling(runs: Sequence[Run]) -> list[list[Scaled]]:
     """Return every case that is there both on one device and over ranks, of the same work and dtype.
 
-    Of several on one device, the base is that with the fewest threads, and the others are rows.
+    The first of a group is the base: of several on one device, that with the fewest threads.
     """
-    timed = ((place, case) for place, run in enumerate(runs) for case in run.cases if case.latency_ms)
-    groups = grouped(timed, lambda member: (*key(member[1]), member[1].dtype))
-    return [scaling for members in groups.values() if (scaling := _scaling(runs, members)) is not None]
+    timed = [_scaled(place, run, case) for place, run in enumerate(runs) for case in run.cases]
+    groups = grouped(filter(None, timed), lambda row: (*key(row.case), row.case.dtype))
+    scalings = []
+    for rows in groups.values():
+        base = min((row for row in rows if row.case.spread is None), key=lambda row: row.units, default=None)
+        others = [row.over(base) for row in rows if base and row is not base and _same_work(runs, base, row)]
+        if base and any(row.case.spread for row in others):
+            scalings.append([base, *sorted(others, key=lambda row: (row.case.spread is not None, row.units))])
+    return scalings
 
 
-def _scaling(runs: Sequence[Run], members: Sequence[tuple[int, Case]]) -> Scaling | None:
-    alone = [(place, case) for place, case in members if case.spread is None]
-    if not alone:
-        return None
-    place, base = min(alone, key=lambda member: _resources(runs[member[0]], member[1]).units)
-    rows = []
-    for number, case in members:  # those of the same work, of which ranks may have run some
-        other_work = _run_differences(runs[place], runs[number]) or _workload_differences(base, case)
-        if case is base or not other_work:
-            rows.append(_scaled(number, case, (runs[place], base), runs[number]))
-    rows.sort(key=lambda row: (row.case is not base, row.case.spread is not None, row.resources.units))
-    if not any(row.case.spread for row in rows):
-        return None
-    return Scaling(base.scenario, unlabelled(base.implementation), rows[0].resources, rows)
+def _same_work(runs: Sequence[Run], base: Scaled, row: Scaled) -> bool:
+    return not (_run_differences(runs[base.run], runs[row.run]) or _workload_differences(base.case, row.case))
 
 
-def _scaled(place: int, case: Case, base: tuple[Run, Case], run: Run) -> Scaled:
-    before, after = _resources(*base), _resources(run, case)
-    device = run.backend.device
-    alike = device == base[0].backend.device and (before.threads is None) == (after.threads is None)
-    ideal = after.units / before.units if alike else None
-    comparison = None if case is base[1] else compare_cases(base[1], case)
-    return Scaled(place, case, device, after, comparison, ideal)
-
-
-def _resources(run: Run, case: Case) -> Resources:
-    """Return what a case ran on; threads count only where they are the device."""
+def _scaled(place: int, run: Run, case: Case) -> Scaled | None:
+    """Return a case that has a number; threads count only where they are the device."""
     threads = run.environment.get("torch_threads", "")
     on_host = run.backend.device == run.environment.get("processor")
-    ranks = len(case.spread.ranks) if case.spread else 1
-    counted = re.fullmatch("[1-9][0-9]{0,5}", threads) if on_host else None  # not thousands of digits
-    return Resources(ranks, int(threads) if counted else None)
+    counts = on_host and re.fullmatch("[1-9][0-9]{0,5}", threads)  # not thousands of digits
+    row = Scaled(place, case, run.backend.device, int(threads) if counts else None)
+    return row if case.latency_ms else None

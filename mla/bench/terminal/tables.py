@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from mla.bench.results import compare
 from mla.bench.results.cases import imbalance, imbalances, repeated
-from mla.bench.results.compare import Comparison, Scaled, Scaling
+from mla.bench.results.compare import Comparison, Scaled
 from mla.bench.results.schema import Case, Interval, RankFacts, Roofline, Run, Spread, Stage
 from mla.bench.results.stats import median
 from mla.bench.terminal.digits import estimated, limit, number, per_second, percent
@@ -81,30 +81,32 @@ def _remark(why: str, names: Sequence[str]) -> str:
     return f"{'; '.join(names[:MAX_NAMED])}{more}: {why}\n"
 
 
-def scaling_tables(scalings: Sequence[Scaling], kind: str) -> str:
+def scaling_tables(scalings: Sequence[Sequence[Scaled]], kind: str) -> str:
     """Return a table for every scenario that is there on ranks and on one device; "" if none is."""
     if not scalings:
         return ""
-    units = "cores" if all(scaling.base.threads is not None for scaling in scalings) else "devices"
+    units = "cores" if all(base.threads is not None for base, *_ in scalings) else "devices"
     text = f"strong scaling: speedup over the base; efficiency = speedup / {units} used\n"
-    for scaling in scalings:
-        title = f"{scaling.scenario}, {scaling.implementation}"
-        rows = [(row.layout, str(row.resources), *scaling_cells(row)) for row in scaling.rows]
-        remark = scaling.remark()
+    for base, *others in scalings:
+        title = f"{base.case.scenario}, {base.case.implementation}"
+        rows = [(row.layout, row.on, *scaling_cells(row)) for row in (base, *others)]
         text += "\n" + table(kind, (title, "on", *SCALING_COLUMNS), rows, (title, "on"))
-        text += f"\n{remark}\n" * bool(remark)
+        elsewhere = dict.fromkeys(row.device for row in others if row.device != base.device)
+        if elsewhere:
+            text += f"\nno efficiency on {', '.join(elsewhere)}: the base ran on {base.device}\n"
     return text
 
 
 def scaling_cells(row: Scaled) -> tuple[str, ...]:
     """Return what `SCALING_COLUMNS` say of a row."""
+    spread, share = row.case.spread, repeated(row.case)
     return (
         estimated(row.case.latency_ms),
         f"{row.speedup:.2f}",
         bounds(row.interval, 2),
         percent(row.efficiency),
-        number(row.collective_ms),
-        percent(row.repeated),
+        number(median([rank.collective_ms for rank in spread.ranks]) if spread else None),
+        percent(share.of(row.case.roofline.bound) if share else None),
     )
 
 

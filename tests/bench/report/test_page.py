@@ -95,7 +95,6 @@ def test_a_rich_report_has_every_section_and_chart(rich_page: str) -> None:
         "Latency: decode",
         "Roofline A",
         "Roofline B",
-        "Time ratio: B Card Two, deepseek-v2-lite against A Card One 80GB, deepseek-v2-lite",
     ]
     for kind in ("wide dark", "narrow light", "narrow dark"):
         assert list(parsed.charts(kind)) == list(parsed.charts())
@@ -299,11 +298,9 @@ def test_the_first_screen_says_by_how_much_and_how_near_the_limit_and_how_noisy(
     rich: Sequence[results.Run],
 ) -> None:
     screen = first_screen(page.render(["/srv/x/one.json", "/srv/x/two.json"], rich))
-    assert re.search(r"SLOWER: decode, mla 0\.7\d+x \(0\.7\d+ \.\. 0\.7\d+\) as fast in B as in A", screen)
-    tile = (
-        r"decode: mla 2\.99x \([\d. ]+\) as fast as mla-reference \d+ tok/s at \d+ % of the memory limit outl"
-    )
-    assert re.search(tile, screen)
+    assert re.search(r"SLOWER: decode, mla is 0\.7\d+x \(0\.7\d+ \.\. 0\.7\d+\) as fast in B as in A", screen)
+    sentence = r"mla is 2\.99x as fast as mla-reference \([\d. ]+\), at \d+ % of the memory limit"
+    assert re.search(rf"decode: mla 2\.99x {sentence} \d+ tok/s outliers", screen)
     assert "sweep (6 points): only mla has numbers; at" in screen
     assert "long-prefill, mla: wrong: row 17 is off by 31 times its bound" in screen
     assert "/srv" not in screen
@@ -353,7 +350,7 @@ def test_a_time_above_the_limit_shows_a_doubt_and_no_percentage(rich: Sequence[r
     assert "badge ok" not in text
     screen = first_screen(text)
     assert "10 of 11 cases with a suspect limit or time" in screen
-    assert "above limit: as fast as mla-reference" in screen
+    assert re.search(r"as fast as mla-reference \([^)]*\), but its limit or its time is suspect", screen)
     (roofline,) = [alt for alt in Page(text).charts() if alt.startswith("Roofline")]
     assert "its time is suspect" in roofline
     assert "%" not in roofline
@@ -396,8 +393,11 @@ def test_cases_over_ranks_have_their_scaling_and_every_rank(make_run: Any) -> No
     )
     ranks = [facts, msgspec.structs.replace(facts, rank=1, samples=[6.0])]
     runs[1].cases[0].spread = results.schema.Spread(layout="tp=2", library="gloo", ranks=ranks)
-    parsed = Page(render(*runs))
+    text = render(*runs)
+    parsed = Page(text)
     assert {"scaling", "ranks"} <= set(parsed.ids("section"))
-    assert "prefill: tp=2, 2 devices: 1.6x, 80 % of the ideal." in parsed.text
+    row = next(row for row in re.findall(r"<tr>.*?</tr>", text) if ">2 devices<" in row)
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", row)
+    assert cells[1:8] == ["B", "tp=2", "2 devices", "5", "1.60", "1.60 .. 1.60", "80 %"]
     assert parsed.text.count("tp=2 over gloo") == 2
     assert "FASTER: prefill, mla" in first_screen(render(*runs))
