@@ -139,7 +139,12 @@ def _host() -> dict[str, str]:
 def _diagnose(name: str, options: Mapping[str, str]) -> Diagnosis:
     """Probe a backend, and set it up if the probe succeeds."""
     probed = status(name, PROBE_S, options=options)
-    answer = {"state": probed.state, "reason": probed.reason, "hint": probed.hint, "facts": {}}
+    answer: dict[str, Any] = {
+        "state": probed.state,
+        "reason": probed.reason,
+        "hint": probed.hint,
+        "facts": {},
+    }
     if probed.state == USABLE:
         words = [f"{key}={value}" for key, value in options.items()]
         command = ["-m", "mla.bench.doctor.worker", "backend", name, *words]

@@ -28,11 +28,11 @@ from mla.bench import results
 from mla.bench.limits.microbench import no_garbage_collection
 from mla.bench.limits.roofline import RooflineModel
 from mla.bench.measure.variants import stage_forwards
-from mla.bench.plan.request import Request, ScenarioPlan
+from mla.bench.plan.request import Request
 from mla.bench.results.schema import Case, Cost, Roofline, Stage
 from mla.bench.run.watchdog import Budget, Watchdog
 from mla.bench.subjects.base import Implementation, LayerChecker
-from mla.bench.subjects.fixture import make_fixture
+from mla.bench.subjects.fixture import Fixture, make_fixture
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.workload.scenario import Scenario
 from mla.command import exit_codes
@@ -50,86 +50,71 @@ from mla_backends.errors import first_line
 VIEWERS = "open it at https://ui.perfetto.dev or chrome://tracing"
 
 
-class Profiling:
-    """The passes to record, and the trace they make."""
-
-    def __init__(self, request: Request, run: results.Run, code: Exit) -> None:
-        self._request, self._code = request, code
-        self._numbers = {(case.scenario, case.implementation) for case in run.cases if case.latency_ms}
-        self._watchdog = Watchdog(request.options.hang_after, self._hung)
-        self._case = "the start"
-        self.trace = Trace()
-
-    def record(self, budget: Budget) -> Exit:
-        """Record every case; return the exit code of the run, another one if this is interrupted."""
-        try:
-            with Progress(len(self._numbers)) as progress, self._watchdog:
-                for scenario, names in self._planned():
-                    if budget.left() <= 0:
-                        note(f"--budget leaves no time to profile {scenario.name} and what follows")
-                        break
-                    self._scenario(scenario, names, progress)
-        except KeyboardInterrupt:
-            note("profiling was interrupted: the result is complete, the trace is not")
-            return interrupted()
-        except Exception as error:  # noqa: BLE001  # a profiler must not cost a run
-            said = f"{type(error).__name__}: {first_line(error)} ({exit_codes.place(error)})"
-            note(f"profiling failed at {self._case}: {said}; the result is complete")
-        return self._code
-
-    def _planned(self) -> Iterator[tuple[ScenarioPlan, list[str]]]:
-        for scenario in self._request.scenarios:
-            names = [name for name in self._request.implementations if (scenario.name, name) in self._numbers]
-            if names:
-                yield scenario, names
-
-    def _scenario(self, scenario: ScenarioPlan, names: list[str], progress: Progress) -> None:
-        """Record one implementation after the other, each built alone."""
-        point, backend = scenario.point, scenario.setting.backend
-        fixture = make_fixture(scenario.setting, point, self._request.state)
-        inputs = fixture.inputs()
-        for name in names:
-            self._case = f"{scenario.name} / {name}"
-            progress.advance(f"profiling {self._case}", 0)
-            self._watchdog.enter(name)
-            with self._watchdog.watching(scenario.name):
-                impl = with_ranges(fixture.build(name))
-                impl.load(point, inputs)
-                self.trace.add(record(impl, point, backend.synchronize, self._watchdog.beat))
-            del impl
-            progress.advance(f"profiling {self._case}", 1)
-        backend.empty_cache()
-
-    def _hung(self, scenario: str, implementation: str) -> None:
-        note(f"profiling hung at {scenario} / {implementation} and was stopped; the result is complete")
-        os._exit(self._code)
-
-
 def profile(request: Request, run: results.Run, target: Path, budget: Budget, code: Exit) -> Exit:
-    """Write the trace of one more pass of every case with a number; return the exit code of the run."""
-    profiling = Profiling(request, run, code)
-    code = profiling.record(budget)
-    recorded = profiling.trace
-    if not recorded.passes:
+    """Write the trace of one more pass of every case with a number.
+
+    Return `code`, the run's exit code, or another one if this is interrupted.
+    """
+    trace = Trace()
+    code = _record_all(request, run, trace, budget, code)
+    if not trace.passes:
         note(f"profile    nothing was recorded, so '{target}' was not written")
         return code
     try:
-        data = recorded.encode()
+        data = trace.encode()
         write_bytes(gzip.compress(data) if target.suffix == ".gz" else data, target)
     except ResultError as error:
         note(f"profile    {error}")
         return code
-    note(f"profile    {_summary(recorded, request)} in '{target}': {VIEWERS}")
+    note(f"profile    {_summary(trace, request.setting.device)} in '{target}': {VIEWERS}")
     return code
 
 
-def _summary(recorded: Trace, request: Request) -> str:
+def _record_all(request: Request, run: results.Run, trace: Trace, budget: Budget, code: Exit) -> Exit:
+    """Record every case with a number, one implementation after the other, each built alone."""
+
+    def hung(scenario: str, implementation: str) -> None:
+        note(f"profiling hung at {scenario} / {implementation} and was stopped; the result is complete")
+        os._exit(code)
+
+    cases = [(case.scenario, case.implementation) for case in run.cases if case.latency_ms]
+    where, watchdog = "the start", Watchdog(request.options.hang_after, hung)
+    try:
+        with Progress(len(cases)) as progress, watchdog:
+            for plan in request.scenarios:
+                names = [name for name in request.implementations if (plan.name, name) in cases]
+                if names and budget.left() <= 0:
+                    note(f"--budget leaves no time to profile {plan.name} and what follows")
+                    break
+                fixture = make_fixture(plan.setting, plan.point, request.state)
+                for name in names:
+                    where = f"{plan.name} / {name}"
+                    progress.advance(f"profiling {where}", 0)
+                    watchdog.enter(name)
+                    with watchdog.watching(plan.name):
+                        trace.add(_record_case(fixture, name, watchdog.beat))
+                    progress.advance(f"profiling {where}", 1)
+    except KeyboardInterrupt:
+        note("profiling was interrupted: the result is complete, the trace is not")
+        return interrupted()
+    except Exception as error:  # noqa: BLE001  # a profiler must not cost a run
+        said = f"{type(error).__name__}: {first_line(error)} ({exit_codes.place(error)})"
+        note(f"profiling failed at {where}: {said}; the result is complete")
+    return code
+
+
+def _record_case(fixture: Fixture, name: str, beat: Callable[[], None]) -> dict[str, Any]:
+    inputs = fixture.inputs()
+    impl = with_ranges(fixture.build(name))
+    impl.load(fixture.point, inputs)
+    return record(impl, fixture.point, fixture.setting.backend.synchronize, beat)
+
+
+def _summary(trace: Trace, device: torch.device) -> str:
     """Return what the trace holds, and what it lacks."""
-    device = request.setting.device
-    count = counted(recorded.passes, "pass", "es")
-    said = f"{count}, eager, with {recorded.operators} operators of torch"
-    if recorded.launches:
-        return f"{said} and {recorded.launches} kernels"
+    said = f"{counted(trace.passes, 'pass', 'es')}, eager, with {trace.operators} operators of torch"
+    if trace.launches:
+        return f"{said} and {trace.launches} kernels"
     names = ", ".join(activity.name for activity in activities(device))
     lacking = f" and no kernels of {device.type} (this torch records: {names})"
     return said + lacking * (device.type != "cpu")
@@ -308,9 +293,8 @@ def summary(
         if not known:
             return Stage(name=name, ms=ms)
         cost = Cost(flops=sum(part.flops for part in known), bytes=sum(part.bytes for part in known))
-        return Stage(
-            name=name, ms=ms, cost=cost, roofline=ceilings.roofline(cost, ms, footprint) if ms else None
-        )
+        place = ceilings.roofline(cost, ms, footprint) if ms else None
+        return Stage(name=name, ms=ms, cost=cost, roofline=place)
 
     rows = []
     for name, parts in STAGES.items():
@@ -338,13 +322,13 @@ class Trace:
     def __init__(self) -> None:
         self.passes = self.operators = self.launches = 0
         self._facts: dict[str, Any] = {}
-        self._events: list[bytes] = []
+        self._events: list[Any] = []
         self._end = 0.0
         self._ids = 0
 
-    def add(self, document: Mapping[str, Any]) -> None:
+    def add(self, document: dict[str, Any]) -> None:
         """Append what the profiler wrote about one pass: an object with a list `traceEvents`."""
-        events = [dict(event) for event in document["traceEvents"]]
+        events = document["traceEvents"]
         start = min(float(event["ts"]) for event in events if event["ph"] == "X")
         end, ids = self._end, self._ids
         for event in events:
@@ -355,18 +339,16 @@ class Trace:
                 event["id"] += self._ids + 1
                 ids = max(ids, event["id"])
         self._end, self._ids = end + GAP_US, ids
-        facts = {name: value for name, value in document.items() if name not in _OF_ONE_PASS}
-        self._facts = self._facts or facts
-        self._events.append(msgspec.json.encode(events)[1:-1])
+        self._facts = {name: value for name, value in document.items() if name not in _OF_ONE_PASS}
+        self._events += events
         self.passes += 1
         self.operators += sum(event.get("cat") == "cpu_op" for event in events)
         self.launches += sum(event.get("cat") == "kernel" for event in events)
 
     def encode(self) -> bytes:
         """Return the trace as JSON."""
-        facts = msgspec.json.encode(self._facts)[1:-1]
-        head = TRACE_START + b"," + facts + b"," * bool(facts)
-        return head + b'"traceEvents":[' + b",\n".join(self._events) + b"]}\n"
+        rest = msgspec.json.encode({**self._facts, "traceEvents": self._events})
+        return TRACE_START + b"," + rest[1:] + b"\n"
 
 
 def with_ranges(impl: Implementation) -> Implementation:
@@ -387,7 +369,7 @@ def with_ranges(impl: Implementation) -> Implementation:
 
 def record(
     impl: Implementation, scenario: Scenario, synchronize: Callable[[], None], beat: Callable[[], None]
-) -> Mapping[str, Any]:
+) -> dict[str, Any]:
     """Run the first forwards of a pass, eagerly, and return what the profiler wrote about them.
 
     One forward runs unrecorded before; `beat` is called after each.
@@ -413,10 +395,8 @@ def record(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(file))
-        document: dict[str, Any] = json.loads(
-            file.read_bytes(), strict=False
-        )  # names may hold control characters
-    return document
+        made: dict[str, Any] = json.loads(file.read_bytes(), strict=False)  # for names with odd characters
+    return made
 
 
 def activities(device: torch.device) -> list[Any]:
