@@ -187,9 +187,9 @@ def _spread(count: int, most: int, device: torch.device) -> torch.Tensor:
 SIDES, LONG_PRODUCT_S = (256, 512, 1024, 2048, 4096, 8192), 5e-3
 # Features of the weight that is streamed: a multiple of the register blocks of any kernel.
 FEATURES = 2048
-# A way that takes so many times as long as the fastest is not repeated; is not tried again for the same
-# work; and, compared with torch's fastest, is not tried at all any more.
-SLOW, BEATEN, HOPELESS = 3.0, 1.5, 8.0
+# A way that takes so many times as long as the fastest is not repeated; and in a product of matrices that
+# takes HOPELESS_S or more, is not tried any more.
+SLOW, HOPELESS, HOPELESS_S = 3.0, 8.0, 1e-2
 
 
 class Wrong(Exception):
@@ -197,19 +197,12 @@ class Wrong(Exception):
 
 
 class Microbenchmark:
-    """Measures one device in one dtype. `ops` as in `MLA`: which projections are tried next to torch's.
-
-    Measuring something again tries only the ways that were nearly the fastest, unless `anew` is set.
-    """
+    """Measures one device in one dtype. `ops` as in `MLA`: which projections are tried next to torch's."""
 
     def __init__(self, backend: Backend, device: torch.device, dtype: torch.dtype, ops: str = "auto") -> None:
         self._backend, self._device, self._dtype = backend, device, dtype
         self._policy = "reference" if ops == "reference" else "auto"
-        self._near: dict[str, set[str]] = {}  # work -> ways that are nearly the fastest
-        self._hopeless: set[str] = set()  # ways that are not tried again
-        self._wrong: set[str] = set()  # and those that never are
-        self._sides: list[int] = []  # of squares that are nearly the fastest
-        self.anew = False
+        self._out: set[str] = set()  # ways that are wrong, or hopeless
 
     def read(self, count: int) -> Ceiling:
         """Return bytes per second of reading about `count` bytes repeatedly."""
@@ -235,22 +228,17 @@ class Microbenchmark:
         """Return FLOP per second of [tokens, inputs] x [inputs, outputs]; a multiply-add counts as 2."""
         return self._product(tokens, inputs, outputs)[0]
 
-    def squares(self, sides: Sequence[int] = ()) -> Iterator[Ceiling]:
+    def squares(self) -> Iterator[Ceiling]:
         """Yield products of square matrices, from small to large, until one takes torch `LONG_PRODUCT_S`."""
-        for side in sides or SIDES:
+        for side in SIDES:
             ceiling, by_torch = self._product(side, side, side)
             yield ceiling
             if by_torch > LONG_PRODUCT_S:
                 return
 
     def square(self) -> Ceiling:
-        """Return the fastest square; measuring it again leaves out those that are not nearly as fast."""
-        tried = SIDES if self.anew or not self._sides else self._sides
-        ceilings = list(self.squares(tried))
-        best = max(ceilings, key=lambda ceiling: ceiling.value)
-        timed = zip(tried, ceilings, strict=False)
-        self._sides = [side for side, ceiling in timed if ceiling.value * BEATEN >= best.value]
-        return best
+        """Return the fastest square."""
+        return max(self.squares(), key=lambda ceiling: ceiling.value)
 
     def _product(self, tokens: int, inputs: int, outputs: int) -> tuple[Ceiling, float]:
         """Return the ceiling and the seconds of torch's own fastest way."""
@@ -261,8 +249,8 @@ class Microbenchmark:
         timed = self._timed(ways, f"multiplying {shape}")
         fastest = min(timed, key=lambda pair: pair[0])
         by_torch = min((seconds for seconds, way in timed if not way.ours), default=fastest[0])
-        if tokens == inputs == outputs:
-            self._hopeless |= {way.name for seconds, way in timed if seconds > HOPELESS * by_torch}
+        least = max(HOPELESS * by_torch, HOPELESS_S)
+        self._out |= {way.name for seconds, way in timed if seconds > least}
         numbers, flops = tokens * inputs + inputs * outputs + tokens * outputs, 2 * tokens * inputs * outputs
         ceiling = _ceiling("matmul", flops, fastest, shape, self._dtype.itemsize * numbers, dtype)
         return ceiling, by_torch
@@ -290,16 +278,18 @@ class Microbenchmark:
         return min(self._timed(ways, work), key=lambda pair: pair[0])
 
     def _timed(self, ways: Sequence[Way], work: str) -> list[tuple[float, Way]]:
-        """Return the seconds of every way worth timing. Raises the first error if all of them fail."""
+        """Return the seconds of every way that is not out. Raises the first error if all of them fail."""
         timed: list[tuple[float, Way]] = []
         failed: list[Exception] = []
-        for way in self._worth_trying(ways, work):
+        for way in ways:
+            if way.name in self._out:
+                continue
             best = min((seconds for seconds, _ in timed), default=float("inf"))
             try:
                 with plugin_code():
                     timed.append((self._seconds(way, SLOW * best), way))
             except Wrong:
-                self._wrong.add(way.name)
+                self._out.add(way.name)
                 _leave_out(way.name, f"is left out of the limits: its result is wrong for {work}")
             except Exception as error:  # noqa: BLE001  # a device may lack an operation
                 failed.append(error)
@@ -308,18 +298,7 @@ class Microbenchmark:
                     _leave_out(way.name, why)
         if not timed:
             raise failed[0] if failed else Wrong(f"every op tried for {work} gives a wrong result")
-        best = min(seconds for seconds, _ in timed)
-        self._near[work] = {way.name for seconds, way in timed if seconds <= BEATEN * best}
         return timed
-
-    def _worth_trying(self, ways: Sequence[Way], work: str) -> list[Way]:
-        """Return the ways that may be the fastest; what was slow under another load is tried `anew`."""
-        right = [way for way in ways if way.name not in self._wrong]
-        if self.anew:
-            self._hopeless.clear()
-            return right
-        left = [way for way in right if way.name not in self._hopeless]
-        return [way for way in left if way.name in self._near.get(work, {way.name})] or left or right
 
     def _seconds(self, way: Way, enough: float) -> float:
         """Return the seconds per call of one way. Raises `Wrong`."""

@@ -130,8 +130,6 @@ SMALL_FOOTPRINTS = (1 << 20, 1 << 22)
 TIMES, MAX_TIMES = 4, 16
 # A declared and a measured limit that differ by so much are both named.
 DIFFER = 1.5
-# Measurements that differ by so much were disturbed.
-UNSTEADY = 1.2
 
 _Work = Literal["read", "matmul"]
 
@@ -141,18 +139,13 @@ class _Record:
     """A limit measured in this process: the highest of its measurements, which knows the lowest."""
 
     best: Ceiling
-    benchmark: Microbenchmark
     measure: Callable[[], Ceiling]
     times: int = 1
-    unsteady: bool = False  # two measurements differed: another load may have hidden the fastest way
 
-    def again(self, anew: bool) -> None:
-        """Measure once more, by the ways that were nearly the fastest, or `anew` by all of them."""
+    def again(self) -> None:
+        """Measure once more."""
         self.times += 1
-        self.benchmark.anew = anew or self.unsteady
-        ceiling, before = _lowest_so_far(self.measure()), self.best.value
-        self.unsteady |= not before / UNSTEADY <= ceiling.value <= before * UNSTEADY
-        self.best = higher(self.best, ceiling)
+        self.best = higher(self.best, _lowest_so_far(self.measure()))
 
 
 # Everything measured in this process, keyed by all it depends on.
@@ -205,18 +198,18 @@ class RooflineModel:
         known = self.known(cost.bytes)
         return "" if known is None else implausible(cost, latency_ms, *known)
 
-    def again(self, seconds: float, times: int = TIMES, anew: bool = False) -> None:
+    def again(self, seconds: float, times: int = TIMES) -> None:
         """Measure the limits used so far once more, the least measured first, for about so many seconds.
 
         None is measured more than `times` times in a process. One that was measured only once is measured
-        again whatever the time: it has no spread yet. `anew` tries every way again.
+        again whatever the time: it has no spread yet.
         """
         end = now_ns() + 1e9 * seconds
         for record in sorted(self._records(), key=lambda record: record.times):
             if record.times >= times or (record.times > 1 and now_ns() >= end):
                 break
             try:
-                record.again(anew)
+                record.again()
             except Exception:  # noqa: BLE001  # memory may be short by now: what was measured stands
                 record.times = MAX_TIMES  # never again
         self._backend.empty_cache()
@@ -250,7 +243,7 @@ class RooflineModel:
         if key not in _MEASURED:
             ceiling = measure()
             self._backend.empty_cache()
-            _MEASURED[key] = _Record(_lowest_so_far(ceiling), self._benchmark, measure)
+            _MEASURED[key] = _Record(_lowest_so_far(ceiling), measure)
         return _MEASURED[key].best
 
     def _records(self) -> list[_Record]:

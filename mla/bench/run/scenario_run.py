@@ -285,14 +285,14 @@ def judge(case: Case, least: Cost, ceilings: RooflineModel, beat: Callable[[], N
         return
     milliseconds = case.layers * case.latency_ms.median
     if ceilings.roofline(least, milliseconds).doubt:
-        ceilings.again(ANEW_S, MAX_TIMES, anew=True)
+        ceilings.again(ANEW_S, MAX_TIMES)
     for pause in PAUSES_S:
         if not ceilings.implausible(least, milliseconds):
             return
         beat()
         time.sleep(pause)
         beat()
-        ceilings.again(ANEW_S, MAX_TIMES, anew=True)
+        ceilings.again(ANEW_S, MAX_TIMES)
     if reason := ceilings.implausible(least, milliseconds):
         withhold(case, reason)
 

@@ -34,18 +34,15 @@ class Scripted:
         self.asked: list[Any] = []
         self.reads: Callable[[int], float] = lambda size: 1e9
         self.products: Callable[[int], float] = lambda number: 1e12
-        self.anew: list[bool] = []
-        monkeypatch.setattr(Microbenchmark, "read", lambda benchmark, size: self.read(benchmark, size))
-        monkeypatch.setattr(Microbenchmark, "square", lambda benchmark: self.square(benchmark))
+        monkeypatch.setattr(Microbenchmark, "read", lambda benchmark, size: self.read(size))
+        monkeypatch.setattr(Microbenchmark, "square", lambda benchmark: self.square())
 
-    def read(self, benchmark: Microbenchmark, size: int) -> Ceiling:
+    def read(self, size: int) -> Ceiling:
         self.asked.append(size)
-        self.anew.append(benchmark.anew)
         return Ceiling(work="read", value=self.reads(size), source="measured: x", footprint_bytes=size)
 
-    def square(self, benchmark: Microbenchmark) -> Ceiling:
+    def square(self) -> Ceiling:
         self.asked.append("square")
-        self.anew.append(benchmark.anew)
         value = self.products(self.asked.count("square"))
         return Ceiling(work="matmul", value=value, source="measured: mine, y", dtype="bfloat16", ours=True)
 
@@ -177,23 +174,6 @@ def test_the_highest_of_several_measurements_is_kept_with_the_lowest(
         model.again(100.0)
     assert (model.flops().value, model.flops().lowest) == (3.1e12, 2.6e12)
     assert model.used()[1] == model.flops()
-    assert script.anew == [False] * 8
-
-
-@pytest.mark.parametrize("second", [1e12, 9e12])
-def test_a_limit_that_varies_is_measured_by_every_way_again(
-    setting: Setting, script: Scripted, second: float
-) -> None:
-    script.products = lambda number: second if number == 2 else 3e12
-    model = RooflineModel(setting)
-    model.known(8 << 20)
-    for _ in range(3):
-        model.again(100.0)
-    assert [anew for what, anew in zip(script.asked, script.anew, strict=True) if what == "square"] == [
-        *(False, False),
-        *(True, True),
-    ]
-    assert not any(anew for what, anew in zip(script.asked, script.anew, strict=True) if what == 8 << 20)
 
 
 def test_a_limit_is_measured_twice_and_a_few_times_at_most_if_there_is_time(
@@ -209,9 +189,8 @@ def test_a_limit_is_measured_twice_and_a_few_times_at_most_if_there_is_time(
         model.again(100.0)
     assert script.asked.count("square") == script.asked.count(8 << 20) == TIMES
     for _ in range(20):
-        model.again(100.0, MAX_TIMES, anew=True)
+        model.again(100.0, MAX_TIMES)
     assert script.asked.count("square") == MAX_TIMES
-    assert script.anew[2 * TIMES :] == [True] * (2 * (MAX_TIMES - TIMES))
 
 
 def test_what_fails_when_measured_again_stands(setting: Setting, script: Scripted) -> None:

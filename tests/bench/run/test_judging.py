@@ -31,8 +31,7 @@ class Limits:
     def implausible(self, cost: Cost, latency_ms: float) -> str:
         return "it cannot be" if self.left > 0 else ""
 
-    def again(self, seconds: float, times: int, anew: bool) -> None:
-        assert anew
+    def again(self, seconds: float, times: int) -> None:
         self.asked += 1
         self.left -= 1
 
