@@ -55,7 +55,7 @@ def script_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def time_new_lengths(impl: Any, *others: Any, **options: Any) -> Any:
         scripted = hasattr(impl.setting.backend, "scripted")
-        return evidence.Told() if scripted else measure_new_lengths(impl, *others, **options)
+        return (None, "") if scripted else measure_new_lengths(impl, *others, **options)
 
     stages_timer = profile.HostTimer
     look_for_doubts, measure_new_lengths = evidence.doubts, evidence.on_new_lengths

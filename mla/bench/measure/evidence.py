@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle, starmap
 from math import ceil
 from statistics import fmean, median
 from time import perf_counter_ns as now_ns
@@ -61,8 +62,8 @@ _seen: set[Lengths] = set()
 class Unseen:
     """Inputs of a layer that none of its forwards has seen, with an oracle of their own.
 
-    Both are made once, and serve all variants and implementations of a scenario. They are replaced once they
-    have contradicted a time: who remembers them is known from then on.
+    Both serve all variants and implementations of a scenario. They are drawn again once they have
+    contradicted a time: who remembers them is known from then on.
     """
 
     def __init__(self, plain: Any, checker: Any, count: int) -> None:
@@ -71,20 +72,13 @@ class Unseen:
         `plain`: the inputs of the passes; `count`: forwards that are judged at most.
         """
         self.plain, self._checker, self._count = plain, checker, count
-        self._inputs: Any = None
-        self._judge: Any = None
+        self.draw()
         self.judge()
 
-    @property
-    def inputs(self) -> Any:
-        """The inputs, drawn when they are asked for."""
-        if self._inputs is None:
-            self._inputs = self.plain.fresh(_random.getrandbits(63))
-        return self._inputs
-
-    def forget(self) -> None:
-        """Have others drawn."""
-        self._judge = self._inputs = None
+    def draw(self) -> None:
+        """Draw other inputs."""
+        self.inputs = self.plain.fresh(_random.getrandbits(63))
+        self._judge: Any = None
 
     def judge(self) -> Any:
         """Return the checker of a pass on these inputs."""
@@ -180,15 +174,14 @@ def fresh_doubt(runner: PassRunner, new: Unseen, numbers: Iterator[int], beat: C
     known = _known(runner, len(runner.steps.run) if prefill else count)
     fresh, again = list[float](), list[float]()
     for _ in range(ROUNDS):
-        drawn = new.inputs  # first: to draw them evicts what a forward finds in a cache
         runner.rewarm(next(numbers))
-        layer.load(scenario, drawn)
+        layer.load(scenario, new.inputs)
         fresh.append(median(runner.run(0, beat, count).samples))
         if not _slower(fresh[-1], known):
             return _wrong_outputs(runner, new)
         layer.load(scenario, new.plain)
         again.append(median(runner.run(next(numbers), beat, count).samples))
-        new.forget()
+        new.draw()
     if _slower(min(fresh), median(again)):
         return (
             f"forwards on fresh inputs take {min(fresh):.3g} ms, those of the passes {known:.3g} ms, as if "
@@ -205,7 +198,7 @@ def _wrong_outputs(runner: PassRunner, new: Unseen) -> str:
     runner.implementation.load(new.plain.scenario, new.plain)
     if not reason:
         return ""
-    new.forget()
+    new.draw()
     return f"outputs on fresh inputs are wrong: {reason}"
 
 
@@ -240,30 +233,24 @@ class Sample(NamedTuple):
     plan: float
 
 
-class Told(NamedTuple):
-    """What came out of it: nothing where the scenario leaves no room for other lengths."""
-
-    times: NewLengths | None = None
-    doubt: str = ""  # why the outputs are wrong
-
-
 def on_new_lengths(
     impl: Implementation,
     scenario: Scenario,
     checker: Any = None,
     now: Callable[[], int] = now_ns,
     beat: Callable[[], None] = lambda: None,
-) -> Told:
-    """Time forwards of a loaded layer on new lengths; the outputs of a tuple, a random choice, are judged.
+) -> tuple[NewLengths | None, str]:
+    """Time forwards of a loaded layer on new lengths; return also why outputs are wrong, or "".
 
-    `now` returns nanoseconds; `beat` is called after every forward. Lengths are at most those of the
-    scenario, so that no memory grows. The history is left as it was.
+    None where the scenario leaves no room for other lengths. `checker` judges the outputs of a tuple, a
+    random choice. `now` returns nanoseconds; `beat` is called after every forward. Lengths are at most those
+    of the scenario, so that no memory grows. The history is left as it was.
     """
     new, again, start = list[Sample](), list[Sample](), now()
     over_ranks = getattr(impl, "lengths_bench", lambda: None)  # of a layer over ranks, made as `LayerBench`
     bench = LayerBench(impl, now) if isinstance(impl, MlaLayer) else over_ranks()
     if bench is None:
-        return Told()
+        return None, ""
     for lengths in new_lengths(bench.layer, scenario):
         try:
             first, *repeated = bench.run(lengths, 1 + AGAIN, beat)
@@ -276,10 +263,10 @@ def on_new_lengths(
     doubt = bench.doubt(checker) if isinstance(bench, LayerBench) and checker is not None else ""
     impl.restore()
     if not new:
-        return Told()
+        return None, ""
     times = (median(ms) / scenario.layers for samples in (new, again) for ms in zip(*samples, strict=True))
     names = ("ms", "plan_ms", "repeated_ms", "repeated_plan_ms")
-    return Told(NewLengths(forwards=len(new), **dict(zip(names, times, strict=True))), doubt)
+    return NewLengths(forwards=len(new), **dict(zip(names, times, strict=True))), doubt
 
 
 def new_lengths_s(runner: PassRunner) -> float:
@@ -289,36 +276,31 @@ def new_lengths_s(runner: PassRunner) -> float:
 
 def new_lengths(impl: MlaLayer, scenario: Scenario) -> Iterator[Lengths]:
     """Yield tuples of lengths that this process has not run, and that take the paths of the scenario's."""
-    shrinking = [_amounts(*pair) for pair in zip(scenario.query_lens, scenario.history, strict=True)]
+    requests = list(zip(scenario.query_lens, scenario.history, strict=True))
+    shrinking = list(starmap(_amounts, requests))
     planned = Lengths(scenario.query_lens, scenario.kv_lens(0))
     paths = _paths(impl, planned)
     for _ in range(TUPLES):
         for _ in range(DRAWS):
-            shrunk = _shrunk(scenario, [next(amounts) for amounts in shrinking])
-            known = shrunk == planned or shrunk in _seen
-            if not known and _paths(impl, shrunk) == paths and _served(impl, shrunk):
-                _seen.add(shrunk)
-                yield shrunk
+            shrunk = [_shrunk(*lens, next(less)) for lens, less in zip(requests, shrinking, strict=True)]
+            lengths = Lengths(*zip(*shrunk, strict=True))
+            known = lengths == planned or lengths in _seen
+            if not known and _paths(impl, lengths) == paths and _served(impl, lengths):
+                _seen.add(lengths)
+                yield lengths
                 break
 
 
 def _amounts(new: int, history: int) -> Iterator[int]:
-    """Yield by how much to shrink one request, each amount once before one comes again; 0 if by nothing."""
+    """Return by how much to shrink one request, each amount once before one comes again; 0 if by nothing."""
     length = history or new
     room = min(length if history else length - 1, max(TOKENS, length // PART))
-    amounts = list(range(1, room + 1)) or [0]
-    while True:
-        _random.shuffle(amounts)
-        yield from amounts
+    return cycle(_random.sample(range(1, room + 1), room) or [0])
 
 
-def _shrunk(scenario: Scenario, amounts: Sequence[int]) -> Lengths:
-    """Return the scenario's lengths with less history, or fewer new tokens in a request that has none."""
-    requests = list(zip(scenario.query_lens, scenario.history, amounts, strict=True))
-    decode = scenario.mode == "decode"
-    query_lens = tuple(new if past or decode else new - less for new, past, less in requests)
-    kept = (past - less if past else 0 for _, past, less in requests)
-    return Lengths(query_lens, tuple(past + new for past, new in zip(kept, query_lens, strict=True)))
+def _shrunk(new: int, history: int, less: int) -> tuple[int, int]:
+    """Return new and attended tokens of a request with less history, or fewer new ones if it has none."""
+    return (new, history + new - less) if history else (new - less, new - less)
 
 
 def _paths(impl: MlaLayer, lengths: Lengths) -> list[str]:
@@ -348,15 +330,14 @@ class LayerBench:
         impl.before(0)
         full = impl.batch if impl.scenario.mode == "prefill" else impl.extend()
         self._table, self._device = full.block_table_host, full.device
-        self._memory = BatchMemory(full.num_tokens, self._table, self._device)
+        self._memory = BatchMemory(full.num_tokens, self._table.shape, self._device)
         self._ran = 0  # tuples of lengths
-        # One of them, with its outputs in layer 0, and what else these are judged by.
-        self._kept: tuple[Any, ...] | None = None
+        self._kept: tuple[Any, ...] = ()  # one of them, its outputs in layer 0, and what judges these
 
     def _batch(self, lengths: Lengths) -> RaggedBatch:
         cache = self.layer.cache
-        if not self._memory.fits(tokens := sum(lengths.query_lens), self._table):
-            self._memory = BatchMemory(tokens, self._table, self._device)
+        if not self._memory.fits(tokens := sum(lengths.query_lens), self._table.shape):
+            self._memory = BatchMemory(tokens, self._table.shape, self._device)
         return RaggedBatch(
             *lengths, self._table, cache.page_size, self._device, source=cache, memory=self._memory
         )
@@ -390,7 +371,7 @@ class LayerBench:
         self._ran += 1
         if not _random.randrange(self._ran):
             taken = self.layer.evidence(*lengths)
-            self._kept = lengths, (out[0] if out.dim() > 2 else out).to("cpu", copy=True), *taken
+            self._kept = *lengths, (out[0] if out.dim() > 2 else out).to("cpu", copy=True), *taken
 
     def _time(self, lengths: Lengths, out: torch.Tensor) -> Sample:
         impl, synchronize = self.layer, self.layer.setting.backend.synchronize
@@ -407,8 +388,5 @@ class LayerBench:
 
     def doubt(self, checker: Any) -> str:
         """Return why the outputs of one of the tuples that ran are wrong, or nothing."""
-        if self._kept is None:
-            return ""
-        lengths, *outputs = self._kept
-        check = checker.on_lengths(*lengths, *outputs)
-        return f"outputs on unseen lengths are wrong: {check.reason}" if check.reason else ""
+        reason = checker.on_lengths(*self._kept).reason if self._kept else ""
+        return f"outputs on unseen lengths are wrong: {reason}" if reason else ""

@@ -52,7 +52,13 @@ def spread(samples: list[float], layout: str, predicted: bool) -> Spread:
 
 def test_two_threads_of_one_rank_and_two_ranks_of_one_are_the_same_resources(run: Run) -> None:
     ((base, threads, ranks),) = scaling([run(4.2, threads=2), run(8.0), run(5.0, "tp=2")])
-    assert (base.run, base.on, base.speedup, base.interval, base.efficiency) == (1, "1 x 1 thread", 1, None, 1)
+    assert (base.run, base.on, base.speedup, base.interval, base.efficiency) == (
+        1,
+        "1 x 1 thread",
+        1,
+        None,
+        1,
+    )
     assert (threads.on, threads.layout) == ("1 x 2 threads", "one device")
     assert (ranks.on, ranks.layout) == ("2 x 1 thread", "tp=2")
     assert threads.efficiency == pytest.approx(8 / 4.2 / 2)

@@ -133,7 +133,7 @@ def make_layer(backend: Any, kernel: tuple[str, str], heads: int = 8) -> tuple[m
 def unexamined(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hold times against no other evidence: `check_life` does, and it is half of a run's time."""
     monkeypatch.setattr(evidence, "doubts", lambda *_: [])
-    monkeypatch.setattr(evidence, "on_new_lengths", lambda *_, **__: evidence.Told())
+    monkeypatch.setattr(evidence, "on_new_lengths", lambda *_, **__: (None, ""))
 
 
 def written(kernel: tuple[str, str], done: Any, tmp_path: Path) -> Any:
