@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
 from benchmarks.triton import counting, model
 from benchmarks.triton.cards import CARDS, card_of, read
@@ -170,9 +169,3 @@ def test_our_kernel_comes_first_only_where_it_is_predicted_ahead() -> None:
                 assert row["tensor_share"][0] > place.beaten, (row["triton"], row["card"])
             if row["launch"] == "latent: 16 heads":
                 assert row["bound"] == "memory", (row["triton"], row["card"])
-
-
-def test_help_says_what_the_columns_mean_and_that_nothing_was_run() -> None:
-    said = CliRunner().invoke(model.main, ["--help"]).output
-    for word in ("tensor", "shared", "issue", "memory", "needed", "no card was run", "FOLDER"):
-        assert word in said

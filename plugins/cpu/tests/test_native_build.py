@@ -19,8 +19,6 @@ from pathlib import Path
 import pytest
 from native_builds import BUILD, PORTABLE, built, finish, small_sources, start
 
-import mla_backend_cpu
-import mla_backends
 from mla_backend_cpu import cache, compilation, instruction_sets
 from mla_backend_cpu.compilation import LEVELS, BuildError, FlagError, Level
 from mla_backend_cpu.library import Library
@@ -86,22 +84,6 @@ def test_a_killed_build_leaves_nothing_broken_and_no_lock(compiler: Script, tmp_
     shutil.rmtree(path.parent)
     assert finish(start("-c", BUILD))[0] == 0
     assert left(tmp_path) == [path.parent.name]  # ... but not a day later
-
-
-def test_a_child_that_outlives_a_build_does_not_keep_its_lock(
-    compiler: Script,
-) -> None:
-    """What is forked while a build holds the lock, as by another thread, has its descriptor too."""
-    with cache._alone(cache.prepare() / ".portable.lock", PORTABLE):
-        child = os.fork()
-        if not child:
-            signal.pause()
-    try:
-        with open(cache.folder() / ".portable.lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
 
 
 @pytest.mark.parametrize("refusal", ["open", "flock"])
@@ -260,13 +242,6 @@ def test_a_compiler_for_an_unknown_target_is_refused(
         compilation.compiled_machine((str(path),))
 
 
-def test_a_compiler_that_fails_is_quoted(compiler: Script, tmp_path: Path) -> None:
-    compiler("echo 'In file included from api.cpp:'; echo 'api.cpp:7: error: no such luck' >&2; exit 1")
-    with pytest.raises(BuildError, match=r"compiler' failed: api.cpp:7: error: no such luck$"):
-        built()
-    assert left(tmp_path) == []
-
-
 def test_a_processor_without_the_instructions_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         instruction_sets, "processor_flags", lambda: frozenset({"sse2", "avx2", "fma", "f16c", "bmi2"})
@@ -278,20 +253,6 @@ def test_a_processor_without_the_instructions_is_told_so(monkeypatch: pytest.Mon
     assert instruction_sets.choose_level().name == "portable"
     with pytest.raises(BuildError, match="unknown level 'best'"):
         instruction_sets.choose_level("best")
-
-
-@pytest.mark.parametrize(("processor", "level"), [("Nehalem", "portable"), ("Haswell", "avx2")])
-def test_the_level_is_that_of_the_processor_and_not_of_the_host(processor: str, level: str) -> None:
-    """An emulator shows the /proc/cpuinfo of the machine that it runs on."""
-    emulator = shutil.which("qemu-x86_64-static") or shutil.which("qemu-x86_64")
-    if emulator is None or platform.machine() != "x86_64":
-        pytest.skip("needs qemu-x86_64, as of Debian's package qemu-user-static")
-    code = "import sys; sys.path = sys.argv[1:]\n"
-    code += "from mla_backend_cpu import instruction_sets; print(instruction_sets.choose_level().name)"
-    path = [str(Path(str(package.__file__)).parents[1]) for package in (mla_backend_cpu, mla_backends)]
-    command = [emulator, "-cpu", processor, os.path.realpath(sys.executable), "-c", code, *path, *sys.path]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, f"{level}\n"), done.stderr
 
 
 @pytest.fixture

@@ -87,12 +87,6 @@ def test_packing_keeps_no_copy_of_the_weight(kernels: Library) -> None:
     assert packed.nbytes == 48 * 64 * 2  # outputs in panels of 16
 
 
-def test_a_large_weight_begins_where_a_huge_page_may(kernels: Library) -> None:
-    packed = NativeLinear(kernels).pack(draw(1024, 1024))
-    assert packed.data[0].data_ptr() % (2 << 20) == 0
-    assert packed.nbytes == 2 << 20
-
-
 def test_a_nan_or_infinity_in_one_token_stays_there(kernels: Library, dtype: torch.dtype) -> None:
     op, x = NativeLinear(kernels), draw(40, 32, dtype=dtype)
     packed, clean = op.pack(draw(50, 32, seed=1, dtype=dtype)), torch.empty(40, 50, dtype=dtype)

@@ -177,15 +177,6 @@ def test_what_must_be_copied_for_the_kernels_is_not_recorded(kernels: Library) -
     assert (out == 7).all(), "recording computes nothing"
 
 
-def test_ops_of_others_are_not_recorded(kernels: Library) -> None:
-    from mla.reference import REFERENCE
-
-    x = torch.randn(2, 32).to(BF16)
-    norm = {"x": x, "weight": torch.ones(32, dtype=BF16), "eps": 1e-6, "out": torch.empty_like(x)}
-    assert recorded.sequence([OpCall(NativeRmsNorm(kernels), (), norm)], []) is not None
-    assert recorded.sequence([OpCall(REFERENCE["rms_norm"], (), norm)], []) is None
-
-
 def test_an_op_that_does_more_is_not_recorded(kernels: Library) -> None:
     class Louder(NativeRmsNorm):
         def __call__(self, **tensors: Any) -> None:
@@ -220,10 +211,3 @@ def test_a_sequence_keeps_what_it_points_to(kernels: Library) -> None:
     assert all(tensor() is not None for tensor in held)
     del run
     assert not any(tensor() for tensor in held)
-
-
-def test_no_function_is_called_from_a_record_unless_it_can_be(kernels: Library) -> None:
-    known = [name for name in ("mla_linear", "mla_rotate") if kernels.functions.mla_recorded(name.encode())]
-    assert known == ["mla_linear", "mla_rotate"]
-    for name in ("mla_expanded_attention", "mla_pack", "nonsense"):
-        assert kernels.functions.mla_recorded(name.encode()) is None

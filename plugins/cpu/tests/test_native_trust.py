@@ -110,15 +110,6 @@ def test_a_folder_that_others_make_during_a_build_is_not_used(
     assert list((tmp_path / "cache" / "cpu").iterdir()) == []
 
 
-def test_a_link_to_the_cache_is_followed(kept: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Clusters have one at ~/.cache/mla, to a scratch disk."""
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "mla").symlink_to(tmp_path / "cache")
-    monkeypatch.delenv("MLA_CACHE_DIR")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    assert built() == kept
-
-
 def test_no_umask_makes_a_cache_that_is_distrusted(
     compiler: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

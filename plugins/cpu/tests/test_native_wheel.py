@@ -10,19 +10,17 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
-from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
 import pytest
-from native_builds import PACKAGE, PORTABLE, built
+from native_builds import PORTABLE, built
 
 from mla_backend_cpu import cache, compilation, instruction_sets, library
 from mla_backend_cpu.compilation import LEVELS, levels_of
 
 PROJECT = Path(__file__).resolve().parents[1]
 MACHINE = os.uname().machine
-Script = Callable[[str], Path]
 #: Prints what a run uses. What it imports is imported before the user changes, who may not read this Python.
 RUN = """if True:
     import json, os
@@ -96,16 +94,6 @@ def test_a_wheel_brings_every_level_and_needs_neither_compiler_nor_home(public: 
     assert facts["kernels_from"].startswith("came with this installation, ")
     assert facts["remarks"] == []
     assert os.listdir(there) == []
-
-
-@pytest.mark.usefixtures("no_level_named", "compiler", "nothing_loaded")
-def test_this_installation_has_kernels_unless_it_is_editable() -> None:
-    """It was made where the tests' compiler is."""
-    about = json.loads(distribution("mla-backend-cpu").read_text("direct_url.json") or "{}")
-    if about.get("dir_info", {}).get("editable", False):
-        assert not cache.PREBUILT.exists()
-    else:
-        assert library.load("auto").origin.startswith("came with this installation, ")
 
 
 # ------------------------------------------------------------------------------------------ the build
@@ -229,14 +217,6 @@ def test_a_build_that_must_not_go_on_says_why_in_one_sentence(
     assert said in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_compiling_modules_need_the_standard_library_only() -> None:
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import compilation"
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", code, str(PACKAGE)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.usefixtures("compiler")

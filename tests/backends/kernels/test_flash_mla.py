@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -36,15 +35,6 @@ def test_long_prompts_keep_within_the_rows_a_plan_can_hold(
     with installed(variant.folder):
         problem = make_problem([70, 1], [75, 9], heads=128)
         assert_right(problem.run(variant.make()), problem.truth())
-
-
-def test_without_that_limit_the_plan_is_empty_and_the_check_sees_it(
-    installed: Any, make_problem: Any, assert_right: Any
-) -> None:
-    with installed("nvidia_a"):
-        problem = make_problem([70], [75], heads=128)
-        with pytest.raises(AssertionError, match="NaN or infinity"):
-            assert_right(problem.run(FlashMla(LatentLimits())), problem.truth())
 
 
 # ------------------------------------------------------------------------------------------------ plans
@@ -191,15 +181,3 @@ def test_heads_are_padded_only_where_that_is_declared(installed: Any, make_spec:
     assert [strict.padded_heads(h) for h in (1, 64, 65)] == [None, 64, None]
     assert LatentLimits().padded_heads(7) == 7
     assert LatentLimits(heads=(8,), pads_heads_to=(16,)).padded_heads(16) == 16
-
-
-def test_the_narrower_of_two_limits_cuts_the_rows() -> None:
-    limits = LatentLimits(max_queries=4, max_query_rows=64)
-    assert [limits.queries_per_row(heads) for heads in (1, 16, 32, 128)] == [4, 4, 2, 1]
-    assert LatentLimits().queries_per_row(128) is None
-
-
-@pytest.mark.parametrize("wrong", [{"lse_layout": "bhs"}, {"lse_base": "10"}])
-def test_a_misspelt_declaration_is_an_error(wrong: Mapping[str, Any]) -> None:
-    with pytest.raises(ValueError, match="lse_layout"):
-        LatentLimits(**wrong)

@@ -18,9 +18,6 @@ from mla_backends.testing import HostBackend
 
 GENERATIONS = ("nvidia_a", "nvidia_b", "nvidia_c", "nvidia_sgl")
 HINT = "pip install what-has-it"
-Argument = tuple[str, Any]
-
-
 # ------------------------------------------------------------------------------------------- detection
 
 
@@ -36,12 +33,6 @@ def test_a_release_with_sparse_attention_only_is_refused_with_what_works(
         assert not fakes.CALLS
 
 
-@pytest.mark.parametrize("folder", GENERATIONS)
-def test_every_release_with_dense_decoding_is_taken(installed: Any, make_spec: Any, folder: str) -> None:
-    with installed(folder):
-        assert FlashMla().unsupported_reasons(make_spec()) == []
-
-
 def function(*more: str) -> Callable[..., Any]:
     """Return a function that takes the nine arguments of all releases, and `more`."""
     nine = (
@@ -51,19 +42,6 @@ def function(*more: str) -> Callable[..., Any]:
     scope: dict[str, Any] = {}
     exec(f"def flash_mla_with_kvcache({', '.join((nine, *more))}): pass", scope)
     return scope["flash_mla_with_kvcache"]
-
-
-def test_a_sparse_release_that_dropped_what_it_ignores_says_so_too(
-    installed: Any, make_spec: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with installed("nvidia_c"):
-        import flash_mla
-
-        def sparse(q: Any, k_cache: Any, head_dim_v: int, indices: Any) -> None: ...
-
-        monkeypatch.setattr(flash_mla, "flash_mla_with_kvcache", sparse)
-        (reason,) = FlashMla().unsupported_reasons(make_spec())
-        assert "sparse attention only: dense decoding is in sgl-flash-mla" in reason
 
 
 @pytest.mark.parametrize(
@@ -104,20 +82,6 @@ def test_a_package_without_its_dense_half_is_refused(installed: Any, make_spec: 
         assert op.unsupported_reasons(make_spec()) == [
             f"{text}, because libcudart.so.13: cannot open shared object file ({HINT})"
         ]
-
-
-def test_a_package_without_its_library_is_a_reason(
-    installed: Any, make_spec: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The wheel raises ImportError where its extension was not built."""
-    with installed("nvidia_c"):
-        broken = tmp_path / "flash_mla"
-        broken.mkdir()
-        (broken / "__init__.py").write_text("raise ImportError('the CUDA extension was not found')\n")
-        monkeypatch.syspath_prepend(tmp_path)
-        (reason,) = FlashMla(install=HINT).unsupported_reasons(make_spec())
-    assert "flash_mla is installed but cannot be imported" in reason
-    assert "the CUDA extension was not found" in reason
 
 
 # ------------------------------------------------------------------------------------------- preflight
@@ -213,20 +177,6 @@ NARROW = MLAConfig(
 )
 
 
-class KeptPlan(FlashMla):
-    """The plan of the first batch of a shape is used for all."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._plans: dict[Any, Any] = {}
-
-    def preflight(self, spec: Any) -> list[str]:
-        return []  # its tiny batch would be the first of a shape
-
-    def plan(self, kv_lens: torch.Tensor, query_rows: int) -> Any:
-        return self._plans.setdefault((kv_lens.shape, query_rows), super().plan(kv_lens, query_rows))
-
-
 class Life:
     """A layer, its cache and what is in it."""
 
@@ -271,13 +221,6 @@ def test_no_step_follows_the_splits_of_another(
 ) -> None:
     with installed(folder):
         assert steps(Life(FlashMla())) == [True] * 3
-
-
-@pytest.mark.parametrize("steps", [each_step, in_place])
-def test_a_kept_plan_shows_in_either_life(installed: Any, steps: Callable[[Life], list[bool]]) -> None:
-    """The package says nothing of it; results are NaN in the fake."""
-    with installed("nvidia_sgl"):
-        assert steps(Life(KeptPlan())) == [True, False, False]
 
 
 def test_a_state_is_planned_before_its_first_call_and_for_its_own_lengths(

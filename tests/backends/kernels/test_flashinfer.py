@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import sys
 from collections import Counter
 from dataclasses import replace
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mla.cache.formats import find_format, given_back
@@ -30,8 +27,6 @@ from mla_backends.kernels import (
 from mla_backends.kernels.flashinfer import PageIndex
 
 RELEASES = ("flashinfer", "flashinfer_old", "flashinfer_07")
-each_release = pytest.mark.parametrize("release", RELEASES)
-requests = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 140)), min_size=1, max_size=5)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -131,33 +126,6 @@ def test_a_capture_and_another_scale_are_refused(
                 call()
 
 
-def test_it_pads_no_heads(installed: Any, make_spec: Any) -> None:
-    from mla_backends.kernels import LatentLimits
-
-    with installed("flashinfer"):
-        op = FlashInferMla(LatentLimits(heads=(128,), pads_heads_to=(128,)))
-        assert op.unsupported_reasons(make_spec()) == ["it serves 128 heads, not 16"]
-
-
-# ---------------------------------------------------------------------------- test flashinfer pages
-# The page tables of a step: right for any batch, made without a loop over pages, and without waiting.
-class Lines:
-    """Counts the lines of Python that run in a block, in every frame and every turn of a generator."""
-
-    def __enter__(self) -> Lines:
-        self.count = 0
-        self._before = sys.gettrace()
-        sys.settrace(self._trace)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        sys.settrace(self._before)
-
-    def _trace(self, frame: FrameType, event: str, argument: object) -> Any:
-        self.count += 1
-        return self._trace
-
-
 class Launches(TorchDispatchMode):
     """Counts operations by name."""
 
@@ -168,31 +136,6 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
-
-
-def test_the_host_does_as_much_for_many_pages_as_for_few() -> None:
-    counted = []
-    for pages in (10, 10, 200_000):  # the first is warm-up
-        table = torch.arange(2 * pages, dtype=torch.int32).view(2, pages)
-        index = PageIndex()
-        with Lines() as lines:
-            gathered = index.gather(table, (pages, pages - 3))
-        assert torch.equal(gathered, torch.cat((table[0], table[1, :-3])))
-        counted.append(lines.count)
-    assert counted[1] == counted[2] < 200
-
-
-def test_a_whole_plan_has_no_loop_over_pages(installed: Any, make_problem: Any) -> None:
-    with installed("flashinfer"):
-        problems = [make_problem([1, 1], [length, 7], page_size=1) for length in (20, 20, 3000)]
-        counted = []
-        for problem in problems:
-            op = FlashInferMla()
-            op._pool(problem.spec.device).planned = lambda state, lse: None  # the library's own part
-            with Lines() as lines:
-                op.prepare(problem.spec, problem.view)
-            counted.append(lines.count)
-        assert counted[1] == counted[2]
 
 
 @pytest.mark.parametrize("counts", [(0, 0), (3,), (0, 2, 0, 1), (4, 4, 4), (1, 0)])

@@ -6,25 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import strategies as st
 
 from mla_backends.kernels import IxformerMla, KernelRefused, LatentLimits
-
-requests = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 140)), min_size=1, max_size=5)
 
 
 def test_declared_limits_never_put_two_tokens_into_a_row(installed: Any, check_latent: Any) -> None:
     with installed("ixformer"):
         check_latent(IxformerMla(LatentLimits(empty_rows=False, lse_layout="tokens_first")))
-
-
-def test_as_many_rows_as_requests_need_not_be_the_requests(
-    installed: Any, make_problem: Any, assert_right: Any
-) -> None:
-    """Two rows of one request, with the very lengths of the batch's two requests."""
-    with installed("ixformer"):
-        problem = make_problem([0, 2], [4, 5])
-        assert_right(problem.run(IxformerMla()), problem.truth())
 
 
 def test_a_release_without_log_sum_exp_says_so_and_leaves_nan(

@@ -23,10 +23,8 @@ from mla_backends.kernels import (
     IxformerMla,
     LatentLimits,
     PagedLatentOp,
-    VarlenLimits,
     flashinfer,
     latent,
-    paged,
     sparse,
 )
 from mla_backends.kernels.paged import Launch
@@ -445,37 +443,4 @@ def test_the_check_fails_a_wrong_varlen(
             check_expanded(run_expanded, assert_right, mutant())
 
 
-def test_values_that_must_be_padded_are_refused_by_the_fake_where_they_are_not(
-    installed: Any, run_expanded: Any
-) -> None:
-    with installed("flash_attn_2"), pytest.raises(RuntimeError, match="v must have shape"):
-        run_expanded(FlashAttnVarlen(VarlenLimits(pads_values=False)), (2,), (3,))
-
-
 # ------------------------------------------------------------------------------- what graphs would freeze
-
-
-class PlannedOutside(FlashMla):
-    """A captured call uses the plan of the batch it was captured with."""
-
-    def prepare(self, spec: Any, batch: Any) -> Any:
-        return replace(super().prepare(spec, batch), captured=True)
-
-
-def test_a_graph_with_a_plan_from_outside_fails_once_lengths_change(
-    installed: Any, make_problem: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inside = [False]
-    monkeypatch.setattr(paged, "capturing", lambda device: inside[0])
-    with installed("nvidia_b"):
-        for op, fails in ((FlashMla(), False), (PlannedOutside(), True)):
-            problem = make_problem([1, 1], [33, 64])
-            inside[0] = False
-            state = op.prepare(problem.spec, problem.view)
-            inside[0] = True
-            problem.view.kv_lens_device -= 1
-            if fails:
-                with pytest.raises(RuntimeError, match="planned for"):
-                    problem.run(op, state)
-            else:
-                problem.run(op, state)

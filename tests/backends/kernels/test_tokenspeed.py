@@ -8,17 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import strategies as st
 
 from mla_backends import BackendError
-from mla_backends.kernels import TokenspeedMla, TokenspeedPrefill, paged, tokenspeed
+from mla_backends.kernels import TokenspeedMla, TokenspeedPrefill, tokenspeed
 from mla_backends.kernels.tokenspeed import LIMITS, own_pages
 from mla_backends.selftest import try_expanded
 
 FAKE = "tokenspeed"
 WRONG = r"worst (row|lse) error|NaN or infinity"
 FAILS = (AssertionError, RuntimeError, ValueError)
-requests = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 140)), min_size=1, max_size=5)
 
 
 @pytest.fixture
@@ -51,12 +49,6 @@ def test_the_table_of_a_row_holds_its_own_pages_only() -> None:
     assert own_pages(table[:1, :1], lens[3:], 32).tolist() == [[7, 7, 7, 7]]
     assert own_pages(table[:1], lens[:1], 128).tolist() == [[7, 8, 8]]
     assert own_pages(table, lens, 64).dtype == torch.int32
-
-
-def test_a_long_prompt_is_cut_into_rows_of_four(fakes: Any, make_problem: Any, assert_right: Any) -> None:
-    problem = make_problem([70, 1], [75, 9], heads=128)
-    assert_right(problem.run(TokenspeedMla()), problem.truth())
-    assert fakes.CALLS["tokenspeed_mla_decode"] == 3  # rows of 4, the last two of the prompt, and one
 
 
 def test_one_workspace_serves_all_batches(fakes: Any, make_problem: Any, assert_right: Any) -> None:
@@ -132,13 +124,6 @@ class RawEmptyRows(TokenspeedMla):
         super()._write(replace(group, has_empty=False), *rest)
 
 
-class KeptTable(TokenspeedMla):
-    """A table is kept for a captured call."""
-
-    def prepare(self, spec: Any, batch: Any) -> Any:
-        return replace(super().prepare(spec, batch), captured=True)
-
-
 class SmallWorkspace(TokenspeedMla):
     def _workspace(self, device: torch.device) -> torch.Tensor:
         return super()._workspace(device)[: 1 << 16]
@@ -158,28 +143,6 @@ MUTANTS: dict[str, Callable[[], TokenspeedMla]] = {
 def test_the_check_fails_a_wrong_adapter(fakes: Any, check_latent: Any, mutant: str) -> None:
     with pytest.raises(FAILS, match=rf"{WRONG}|workspace_buffer too small"):
         check_latent(MUTANTS[mutant](), heads=(4, 16))
-
-
-def test_a_graph_with_a_table_from_outside_fails_once_lengths_change(
-    fakes: Any, make_problem: Any, assert_right: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inside = [False]
-    monkeypatch.setattr(paged, "capturing", lambda device: inside[0])
-    for op, right in ((TokenspeedMla(), True), (KeptTable(), False)):
-        old, new = make_problem([1, 1], [5, 64]), make_problem([1, 1], [65, 190], seed=1)
-        old.view.block_table = torch.nn.functional.pad(old.view.block_table, (0, 2))
-        inside[0] = False
-        state = op.prepare(old.spec, old.view)
-        inside[0] = True
-        old.view.block_table.copy_(new.view.block_table[:, :4])
-        old.view.kv_lens_device.copy_(new.view.kv_lens_device)
-        new.view = old.view
-        results = new.run(op, state)
-        if right:
-            assert_right(results, new.truth())
-        else:
-            with pytest.raises(AssertionError, match=WRONG):
-                assert_right(results, new.truth())
 
 
 # ------------------------------------------------------------------------------------------ prefill
@@ -289,36 +252,3 @@ def test_a_preflight_names_what_it_compiles(fakes: Any, make_spec: Any, make: An
     op = make()
     assert "tokenspeed_mla" in op.compiles
     assert op.preflight(make_spec()) == []
-
-
-@each_op
-def test_another_card_is_a_reason_of_the_preflight(fakes: Any, make_spec: Any, make: Any) -> None:
-    fakes.CAPABILITY["tokenspeed_mla"] = (12, 0)
-    (reason,) = make().preflight(make_spec())
-    assert "MLA decode requires SM100, SM103 or SM107, got (12, 0)" in reason
-
-
-@each_op
-def test_a_preflight_finds_wrong_numbers(
-    fakes: Any, make_spec: Any, make: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import tokenspeed_mla
-
-    def zero(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(**given: Any) -> Any:
-            result = function(**given)
-            (result[0] if given["return_lse"] else result).zero_()
-            return result
-
-        return call
-
-    for name in ("tokenspeed_mla_decode", "tokenspeed_mla_prefill"):
-        right = getattr(tokenspeed_mla, name)
-        monkeypatch.setattr(tokenspeed_mla, name, zero(right))
-    assert "gives wrong results on a tiny batch here" in make().preflight(make_spec())[0]
-
-
-def test_nothing_is_imported_before_it_is_asked_for() -> None:
-    assert tokenspeed.MODULE == "tokenspeed_mla"
-    TokenspeedMla()
-    TokenspeedPrefill()

@@ -50,20 +50,6 @@ def test_the_contract_exports_exactly_its_public_names() -> None:
     assert all(hasattr(mla_backends, name) for name in mla_backends.__all__)
 
 
-def test_what_older_generated_tests_import_from_the_registry_is_still_there(python: Python) -> None:
-    """And is not loaded before: `python -m mla_backends.probe` must not find itself imported."""
-    code = """
-import sys
-from mla_backends import registry
-print("mla_backends.probe" in sys.modules)
-from mla_backends.registry import Status, status, statuses
-from mla_backends import probe
-print((Status, status, statuses) == (probe.Status, probe.status, probe.statuses))
-print(hasattr(registry, "nothing"))
-"""
-    assert python(code).split() == ["False", "True", "False"]
-
-
 def test_entries_come_from_metadata_and_import_no_plugin(python: Python) -> None:
     code = """
 import sys
@@ -146,23 +132,11 @@ print(entry.name, entry.distribution, entry.version, entry.value)
     assert python(code, "good").strip() == "fake-good mla-backend-fake-good 1.0 fake_good"
 
 
-def test_a_backend_may_use_the_name_entry_for_itself(python: Python, tmp_path: Path) -> None:
-    definition = "class it(Local):\n    @property\n    def entry(self): return 'mine'"
-    (tmp_path / "local_code.py").write_text(f"{BACKEND}\n{definition}\n")
-    code = "from mla_backends.registry import create; print(create('local_code:it').entry)"
-    assert python(code).strip() == "mine"
-
-
 def test_an_absent_torch_is_named_with_its_cure(python: Python) -> None:
     assert refusal(python, "fake-good", "good") == (
         "DeviceUnavailable: backend 'fake-good' has no usable device: setup(None) raised "
         "ModuleNotFoundError: No module named 'torch'; install the torch build it needs."
     )
-
-
-def test_a_bad_option_passes_through_as_such(python: Python) -> None:
-    said = refusal(python, "fake-good", "good", options={"colour": "red"})
-    assert said == "BackendOptionError: backend 'fake-good' has no option 'colour'; it knows: threads."
 
 
 @pytest.mark.parametrize(
@@ -411,10 +385,3 @@ def test_the_probe_tells_by_its_exit_code_whether_a_backend_is_usable(
     assert shown.returncode == code
     assert shown.stderr.startswith(said)
     assert len(shown.stderr.splitlines()) == bool(said)
-
-
-def test_the_probe_has_a_help() -> None:
-    command = [sys.executable, "-m", "mla_backends.probe", "--help"]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert shown.stdout.startswith("usage: python -m mla_backends.probe NAME [KEY=VALUE ...]\n\nPrints what ")
-    assert shown.stderr == ""

@@ -64,11 +64,6 @@ print([module for module in sys.modules if module.startswith("fake_")])
     assert python(code, "good", "no_device").strip() == "[]"
 
 
-def test_evidence_survives_the_way_from_the_child(python: Python) -> None:
-    assert status_of(python, "fake-no-device", "no_device")["evidence"] == {"cards": "0"}
-    assert status_of(python, "fake-good", "good")["evidence"] == {"device": "host"}
-
-
 def test_a_torch_that_does_not_import_is_explained(python: Python, tmp_path: Path) -> None:
     torch = tmp_path / "torch"
     torch.mkdir()
@@ -98,10 +93,3 @@ def test_a_child_that_leaves_without_an_answer_is_reported(python: Python, tmp_p
     assert status["state"] == "no answer"
     assert status["reason"] == "the probe exited with status 7 without an answer"
     assert "python -X faulthandler -m mla_backends.probe local_code:it" in status["hint"]
-
-
-def test_an_error_a_plugin_chose_itself_still_gets_one_of_the_states(python: Python, tmp_path: Path) -> None:
-    text = "from mla_backends import BackendError\ndef it(options): raise BackendError('no licence')\n"
-    (tmp_path / "local_code.py").write_text(text)
-    status = status_of(python, "local_code:it")
-    assert (status["state"], status["reason"]) == ("import failed", "no licence")

@@ -14,7 +14,7 @@ INSIDE = HERE / "inside"
 DEVICE = HERE.parent / "emulation" / "device"
 # Files, and how many tests they have at least.
 PROCESSES = {
-    "kernels": (("interpreter", "latent", "selection", "expanded", "small_ops", "formats"), 330),
+    "kernels": (("interpreter", "latent", "selection", "expanded", "small_ops", "formats"), 320),
     "mutations": (("mutations", "preflight"), 140),
     "conformance": (("conformance",), 7),
 }

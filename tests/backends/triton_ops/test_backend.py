@@ -73,14 +73,6 @@ def test_a_file_of_the_user_comes_before_all(measured: Path, tmp_path: Path) -> 
     assert backend.vendor_facts()["tuning"].startswith("mine.json: of an unknown card (crc32 ")
 
 
-def test_two_files_of_one_card_are_told_apart(tmp_path: Path) -> None:
-    said = []
-    for tuning in (SMALL, LARGE):
-        write_tuning(tmp_path / "mine.json", tuning, {"card": CARD})
-        said.append(Acme({"tuning": str(tmp_path / "mine.json")}).vendor_facts()["tuning"])
-    assert said[0] != said[1]
-
-
 def test_a_tuning_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     write_tuning(path, SMALL, {"card": CARD})

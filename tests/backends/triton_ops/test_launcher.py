@@ -183,16 +183,6 @@ def test_registers_are_bounded_by_the_programs_that_must_fit(warps: int, program
     assert [arguments.get("maxnreg") for _, arguments in kernel.calls] == [None, most]
 
 
-def test_only_what_was_started_is_counted() -> None:
-    launcher, out = Launcher(), torch.zeros(1)
-    kernel = Kernel()
-    launcher.start(kernel, (3, 2), {"out": out, "ROWS": 16}, warps=8, stages=2)
-    assert kernel.calls == [((3, 2), {"out": out, "ROWS": 16, "num_warps": 8, "num_stages": 2})]
-    with pytest.raises(OutOfResources):
-        launcher.start(Kernel(fails=True), (1,), {"cache": out})
-    assert launcher.launches == 1
-
-
 def test_the_device_of_the_output_is_made_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton starts kernels on the current device, wherever the tensors are."""
     entered: list[int] = []

@@ -14,7 +14,7 @@ from tiny_run import HEADLINE
 
 import mla
 from mla.bench import results
-from mla_backends import BackendError, host
+from mla_backends import host
 from mla_backends.api import OPS
 from mla_backends.errors import DeviceUnavailable
 from mla_backends.registry import create
@@ -100,13 +100,6 @@ def test_setup_returns_the_device_of_its_tensors(name: str, vendor: Any, state: 
     assert state.current == 1
 
 
-def test_a_device_that_is_not_there_is_counted(name: str, vendor: Any, bench: Any) -> None:
-    done = bench("--device", "2")
-    assert done.code == 3
-    assert f"backend '{name}' has no device 2: it has 2, numbered from 0" in done.error
-    assert vendor.variable in done.error
-
-
 def test_a_driver_that_fails_at_setup_is_a_sentence(
     name: str, vendor: Any, bench: Any, module: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,15 +141,6 @@ def test_the_host_uses_no_more_threads_than_it_may(name: str, monkeypatch: pytes
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-
-
-def test_threads_and_unknown_options(name: str) -> None:
-    mla.load_backend(name, threads=1)
-    assert torch.get_num_threads() == 1
-    with pytest.raises(BackendError, match="it knows: threads, graph"):
-        mla.load_backend(name, options={"graphs": "off"})
-    with pytest.raises(BackendError, match="takes -O graph=on or off, got 'maybe'"):
-        mla.load_backend(name, options={"graph": "maybe"})
 
 
 def test_a_run_ends_in_a_result_file(name: str, vendor: Any, bench: Any, tmp_path: Any) -> None:

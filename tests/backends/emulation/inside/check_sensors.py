@@ -102,18 +102,6 @@ def test_the_monitor_counts_all_devices_of_the_host(
     assert report["monitor"].startswith("none (LookupError: device 1 of 'first,second'")
 
 
-def test_a_library_without_a_card_is_a_remark(name: str, nvml: Nvml, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, prefix, _ = LIBRARIES[name]
-
-    def fail() -> None:
-        raise OSError("driver not loaded")
-
-    monkeypatch.setattr(nvml, f"{prefix}Init", fail)
-    report = mla.load_backend(name).environment()
-    assert report["monitor"] == "none (OSError: driver not loaded)"
-    assert not [key for key in report if key.startswith(("now.", "at_setup."))]
-
-
 @pytest.mark.only("moore")
 @pytest.mark.parametrize(("says", "known"), [(768, 768e9), (0, None)])
 def test_moore_learns_its_bandwidth_from_the_library(

@@ -52,18 +52,6 @@ def test_a_device_that_is_behind_reads_host_memory_late(device: torch.device) ->
     assert [total.cpu().tolist() for total in sums] == [[6.0] * 3, [1.0] * 3]
 
 
-def test_waiting_lets_the_device_catch_up(device: torch.device, module: Any) -> None:
-    host, event = torch.ones(3), module.Event()
-    with emulated.behind():
-        there = host.to(device, non_blocking=True)
-        event.record()
-        assert not event.query()
-        assert there.cpu().tolist() == [1.0] * 3  # this waits
-        assert event.query()
-        host.zero_()
-    assert there.cpu().tolist() == [1.0] * 3
-
-
 # ------------------------------------------------------------------------------------------------ one copy
 
 
@@ -95,17 +83,6 @@ def test_every_table_arrives_as_it_was_sent(device: torch.device) -> None:
     with emulated.behind():
         uploads = sent(device, 40, old_upload)
     assert [upload.cpu().unique().tolist() for upload in uploads] != values[:40]
-
-
-def test_a_buffer_is_filled_in_place(device: torch.device) -> None:
-    target = torch.zeros(4, dtype=torch.int32, device=device)
-    with emulated.behind():
-        upload_into(torch.arange(4, dtype=torch.int32), target)
-    assert target.cpu().tolist() == [0, 1, 2, 3]
-
-
-def test_an_empty_table_is_one(device: torch.device) -> None:
-    assert upload(torch.empty(0, dtype=torch.int64), device).shape == (0,)
 
 
 def test_memory_is_used_again_once_the_device_has_read_it(device: torch.device, slots: list[int]) -> None:

@@ -23,12 +23,6 @@ def test_metax_keeps_attention_off_cudnn(name: str) -> None:
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
-@pytest.mark.only("metax")
-def test_metax_runs_on_a_torch_without_that_switch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.backends.cuda, "enable_cudnn_sdp")
-    assert mla.load_backend(name).device is not None
-
-
 @pytest.mark.only("nvidia", "metax", "iluvatar")
 def test_tf32_is_off_once_the_device_has_started(name: str) -> None:
     torch.set_float32_matmul_precision("high")
