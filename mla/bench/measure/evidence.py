@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from itertools import cycle, starmap
+from itertools import cycle
 from math import ceil
 from statistics import fmean, median
 from time import perf_counter_ns as now_ns
@@ -277,7 +277,7 @@ def new_lengths_s(runner: PassRunner) -> float:
 def new_lengths(impl: MlaLayer, scenario: Scenario) -> Iterator[Lengths]:
     """Yield tuples of lengths that this process has not run, and that take the paths of the scenario's."""
     requests = list(zip(scenario.query_lens, scenario.history, strict=True))
-    shrinking = list(starmap(_amounts, requests))
+    shrinking = [_amounts(scenario.mode, *lens) for lens in requests]
     planned = Lengths(scenario.query_lens, scenario.kv_lens(0))
     paths = _paths(impl, planned)
     for _ in range(TUPLES):
@@ -291,10 +291,11 @@ def new_lengths(impl: MlaLayer, scenario: Scenario) -> Iterator[Lengths]:
                 break
 
 
-def _amounts(new: int, history: int) -> Iterator[int]:
+def _amounts(mode: str, new: int, history: int) -> Iterator[int]:
     """Return by how much to shrink one request, each amount once before one comes again; 0 if by nothing."""
     length = history or new
-    room = min(length if history else length - 1, max(TOKENS, length // PART))
+    most = length if history else 0 if mode == "decode" else length - 1  # new tokens of a step stay
+    room = min(most, max(TOKENS, length // PART))
     return cycle(_random.sample(range(1, room + 1), room) or [0])
 
 
