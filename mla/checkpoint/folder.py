@@ -10,7 +10,7 @@ import json
 import math
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -62,22 +62,15 @@ class StoredTensor:
         return part
 
 
-def keys(file: Path) -> list[str]:
-    """Return the names of a file's tensors. Raises `CheckpointError`."""
+def headers(file: Path) -> dict[str, StoredTensor]:
+    """Return what the header says of each tensor. Raises `CheckpointError`."""
     _sniff(file)
     with opened(file) as tensors:
-        return list(tensors.keys())
-
-
-def headers(file: Path, names: Collection[str]) -> dict[str, StoredTensor]:
-    """Return what the header says about the tensors in `names` that it lists. Raises `CheckpointError`."""
-    _sniff(file)
-    stored = {}
-    with opened(file) as tensors:
-        for key in set(tensors.keys()).intersection(names):
-            part = tensors.get_slice(key)
-            stored[key] = StoredTensor(file, key, tuple(part.get_shape()), part.get_dtype())
-    return stored
+        parts = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118  # it is no mapping
+        return {
+            key: StoredTensor(file, key, tuple(part.get_shape()), part.get_dtype())
+            for key, part in parts.items()
+        }
 
 
 @contextmanager
@@ -148,7 +141,7 @@ class Folder:
             refuse_other_formats(self.path)
             raise CheckpointError(f"checkpoint '{self.path}' holds no *.safetensors files.")
         for name in names:
-            yield from ((name, key) for key in keys(self.file(name)))
+            yield from ((name, key) for key in headers(self.file(name)))
 
     def file(self, name: str) -> Path:
         """Return the path of a regular file. Raises `CheckpointError` for one that lies elsewhere."""
@@ -407,7 +400,10 @@ def finite(tensor: torch.Tensor) -> bool:
 
 
 class LazyState(Mapping[str, torch.Tensor]):
-    """A state dict whose weights are made when they are asked for."""
+    """A state dict whose weights, named by the keys of `names`, are made when they are asked for."""
+
+    def __init__(self, names: Mapping[str, object]) -> None:
+        self._names = names
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
@@ -426,6 +422,15 @@ class LazyState(Mapping[str, torch.Tensor]):
         self.read_into(name, out)
         return out
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # without reading the weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
 
 class StoredLayer(LazyState):
     """One layer's weights by Hugging Face name, on disk: shapes and dtypes are checked, values unread.
@@ -442,6 +447,7 @@ class StoredLayer(LazyState):
         dtype: torch.dtype | None = None,
         progress: ReadProgress | None = None,
     ) -> None:
+        super().__init__(weights)
         self._weights, self._dtype, self._progress = weights, dtype, progress
         self.config = config  # of this layer among those of its model
         self._unread = set(weights)
@@ -466,15 +472,6 @@ class StoredLayer(LazyState):
         self._done += done
         if self._progress is not None:
             self._progress(self._done, self.nbytes)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._weights
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
 
 
 # -------------------------------------------------------------------------------------- fingerprint

@@ -313,7 +313,7 @@ def _headers(folder: Folder, entries: Mapping[str, tuple[str, str]]) -> dict[str
         by_file.setdefault(file, {})[key] = name
     stored = {}
     for file, names in by_file.items():
-        tensors = headers(folder.file(file), names)
+        tensors = headers(folder.file(file))
         for key, name in names.items():
             if key not in tensors:
                 raise CheckpointError(

@@ -24,7 +24,7 @@ from mla.errors import WeightError
 from mla.layer.forward import Step
 from mla.layer.ops import Ops
 from mla.layer.packed_weights import PackedWeights, SharedWeights
-from mla.layer.plan import SPARSE_ROLES, WORKSPACE_BYTES, Growth, StepPlan, is_sparse, make_plan
+from mla.layer.plan import SPARSE_ROLES, WORKSPACE_BYTES, StepPlan, is_sparse, make_plan
 from mla.layer.rope import RotaryTable
 from mla.layer.workspace import (
     Turn,
@@ -39,18 +39,13 @@ from mla_backends.api import Backend, FusedOp, OpCall
 
 
 class Recording:
-    """Stands in for an op, and records its calls instead of computing."""
+    """Stands in for an op, and appends its calls to `calls` instead of computing."""
 
     def __init__(self, op: Any, calls: list[OpCall]) -> None:
         self._op, self._calls = op, calls
 
     def __call__(self, *arguments: Any, **tensors: Any) -> None:
         self._calls.append(OpCall(self._op, arguments, tensors))
-
-
-def recording(ops: Ops, calls: list[OpCall]) -> Ops:
-    """Return `ops` as ones that only append their calls to `calls`."""
-    return ops.replaced(lambda role, op: Recording(op, calls))
 
 
 class Repeated:
@@ -82,7 +77,7 @@ class Repeated:
         self,
         owners: tuple[object, ...],
         layout: tuple[object, ...],
-        record: Callable[[], list[OpCall]],
+        record: Callable[[list[OpCall]], object],
         moving: Sequence[torch.Tensor],
     ) -> Callable[..., None] | None:
         """Return a function that runs this forward in one call; None the first time, and where there is none.
@@ -95,9 +90,10 @@ class Repeated:
         if layout != self._layout or any(a is not b for a, b in zip(owners, self._owners, strict=True)):
             self.forget()
             self._owners, self._layout = owners, layout
-            return None
-        if not self._asked:
-            self._asked, self._call = True, self._sequence(record(), moving)
+        elif not self._asked:
+            calls: list[OpCall] = []
+            record(calls)
+            self._asked, self._call = True, self._sequence(calls, moving)
         return self._call
 
 
@@ -172,7 +168,7 @@ class MLA(nn.Module):
         self._at = self.rotary.table.device  # as tensors say it: with an index
         kind = self.device.type
         self._autocast = kind if torch.amp.is_autocast_available(kind) else ""  # what of it there may be
-        self._growth = Growth(backend)
+        self._backend = backend
         self.step = Step.of(config, self.ops, self._weights, self._scratch)
         self.selection: torch.Tensor | None = None  # [T, topk] int32, of the last forward; None: all keys
         self._repeated = Repeated(backend if self._calls_ops_alone() else None)
@@ -290,7 +286,7 @@ class MLA(nn.Module):
         return batch.memo(key, lambda: self._make_plan(batch, selected))
 
     def _make_plan(self, batch: RaggedBatch, selected: bool) -> StepPlan:
-        limits = (self.workspace_bytes, self._growth)
+        limits = (self.workspace_bytes, self._backend)
         angles = self._angles(batch)
         return make_plan(self.config, self.ops, angles, batch, self.attention, *limits, selected)
 
@@ -377,10 +373,9 @@ class MLA(nn.Module):
         same = (x == y, x == z, y == z)  # which of them start at the same address
         layout = (hidden.stride(), pages.shape, pages.stride(), out.stride(), same)
 
-        def record() -> list[OpCall]:
-            calls: list[OpCall] = []
-            self.step.run(recording(ops, calls), hidden, batch, plan, pages, out)
-            return calls
+        def record(calls: list[OpCall]) -> None:
+            recorded = ops.replaced(lambda role, op: Recording(op, calls))
+            self.step.run(recorded, hidden, batch, plan, pages, out)
 
         return self._repeated.find(owners, layout, record, (hidden, pages, out))
 

@@ -21,7 +21,6 @@ from mla.layer.plan import (
     WORKSPACE_BYTES,
     AbsorbedGroup,
     ExpandedGroup,
-    Growth,
     StepPlan,
     make_plan,
     rebuilt_bytes,
@@ -400,7 +399,7 @@ class AttentionCore:
         self.scratch = scratch or Workspace(dtype, self.device, keeps=WORKSPACE_BYTES, turn=turn)
         self._at = torch.empty(0, device=self.device).device  # as tensors say it: with an index
         self._weights = PackedWeights(config, self.ops, dtype, self.device)
-        self._growth = Growth(backend)
+        self._backend = backend
         straight = replace(config, rope_interleave=False)  # as queries come in
         self._step = Step.of(straight, self.ops, self._weights, self.scratch)
 
@@ -484,5 +483,5 @@ class AttentionCore:
         half = self.config.qk_rope_head_dim // 2
         unturned = plain(torch.zeros(batch.num_tokens, 2 * half, dtype=torch.float32, device=self.device))
         unturned[:, :half] = 1
-        limits = (WORKSPACE_BYTES, self._growth)
+        limits = (WORKSPACE_BYTES, self._backend)
         return make_plan(self.config, self.ops, unturned, batch, "auto", *limits, selected)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -35,9 +34,6 @@ from mla_backends.errors import describe, one_line, out_of_memory, plugin_code
 
 Say = Callable[[str], object]  # is told in one line what is about to take a while
 
-# Identity of an op -> the op, and what it answered per spec. An op may be neither hashable nor kept.
-_ANSWERS: dict[int, tuple[weakref.ref[FusedOp], dict[Hashable, tuple[str, ...]]]] = {}
-
 
 def preflight_reasons(name: str, op: FusedOp, spec: Any, say: Say | None = None) -> list[str]:
     """Return why `op`, offered as `name`, does not run here although it supports `spec`.
@@ -47,30 +43,19 @@ def preflight_reasons(name: str, op: FusedOp, spec: Any, say: Say | None = None)
     """
     if type(op).preflight is FusedOp.preflight:
         return []
-    answers = _answers(op)
+    answers: dict[Hashable, list[str]] = vars(op).setdefault("_preflight_answers", {})
     if spec in answers:
-        return list(answers[spec])
+        return answers[spec]
     if say is not None and op.compiles:
         say(f"preparing {name}: {op.compiles}")
-    reasons = _ask(op, spec)
-    if not any(map(out_of_memory, reasons)):
-        answers[spec] = tuple(reasons)
-    return reasons
-
-
-def _answers(op: FusedOp) -> dict[Hashable, tuple[str, ...]]:
-    known = _ANSWERS.get(id(op))
-    if known is None or known[0]() is not op:  # the identity is that of an op which is gone
-        known = _ANSWERS[id(op)] = (weakref.ref(op), {})
-    return known[1]
-
-
-def _ask(op: FusedOp, spec: Any) -> list[str]:
     try:
         with plugin_code():
-            return [one_line(reason) for reason in op.preflight(spec)]
+            reasons = [one_line(reason) for reason in op.preflight(spec)]
     except Exception as error:  # noqa: BLE001  # compilers and loaders raise anything
-        return [f"its preflight raised {one_line(describe(error))}"]
+        reasons = [f"its preflight raised {one_line(describe(error))}"]
+    if not any(map(out_of_memory, reasons)):
+        answers[spec] = reasons
+    return reasons
 
 
 # ---------------------------------------------------------------------------------------- overrides
@@ -351,13 +336,8 @@ def layer_roles(
 
     The latents are attended by the heads of `attended_by` layers like this one. Raises `CacheFormatError`.
     """
-    h, n, c, v = (
-        config.num_attention_heads,
-        config.qk_nope_head_dim,
-        config.kv_lora_rank,
-        config.v_head_dim,
-    )
-    q_width = h * config.qk_head_dim
+    h, n, v = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
+    c, q_width = config.kv_lora_rank, h * config.qk_head_dim
     first = config.q_lora_rank or q_width
 
     def weight(inputs: int, outputs: int, groups: int = 1) -> LinearSpec:

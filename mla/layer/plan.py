@@ -1,14 +1,11 @@
-"""`StepPlan`: how a batch goes through attention. Made on the host, once per batch, without a device sync.
-
-`Growth` bounds the bytes of keys and values that the expanded path may rebuild at a time."""
+"""`StepPlan`: how a batch goes through attention. Made on the host, once per batch, without a device sync."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,35 +40,27 @@ def grown_bytes(config: MLAConfig, itemsize: int, keys: int) -> int:
     return rebuilt_bytes(config, itemsize, keys) + padded
 
 
-class Growth:
-    """What a layer may rebuild at a time beyond its workspace, where its op cannot merge rounds."""
+def require_memory(backend: Backend | None, config: MLAConfig, choice: Choice, keys: int) -> None:
+    """Raise `UnsupportedBatch` when what `keys` keys need is more than the device has to spare.
 
-    def __init__(self, backend: Backend | None) -> None:
-        self._backend = backend
-
-    def require(self, config: MLAConfig, choice: Choice, keys: int) -> None:
-        """Raise `UnsupportedBatch` when what `keys` keys need is more than the device has to spare.
-
-        Called when a batch is planned whose context exceeds the workspace. The device is asked every time:
-        what was free before may be in use by now, and asking costs nothing next to such a context.
-        """
-        itemsize = choice.spec.dtype.itemsize
-        need, spare = grown_bytes(config, itemsize, keys), self._spare()
-        if need > spare and self._backend is not None:
-            self._backend.empty_cache()  # freed memory that torch keeps counts as used
-            spare = self._spare()
-        if need > spare:
-            raise UnsupportedBatch(
-                f"fused op '{choice.name}' returns no log-sum-exp, so it needs the keys and values of a "
-                f"whole request at once: {size(need)} for {keys} tokens, more than a quarter of the device's "
-                f"free memory ({size(int(spare))}). Use shorter prompts or `--ops reference`; a program can "
-                f"give MLA workspace_bytes={rebuilt_bytes(config, itemsize, keys)}."
-            )
-
-    def _spare(self) -> float:
-        """Return what may be taken now; nothing is refused where the free memory is unknown."""
-        free = self._backend.memory().free if self._backend is not None else None
-        return math.inf if free is None else free / FREE_PARTS
+    Called when a batch is planned whose context exceeds the workspace, and whose op cannot merge rounds. The
+    device is asked every time: what was free before may be in use by now, and asking costs nothing next to
+    such a context. Nothing is refused where the free memory is unknown.
+    """
+    itemsize = choice.spec.dtype.itemsize
+    need = grown_bytes(config, itemsize, keys)
+    free = None if backend is None else backend.memory().free
+    if backend is not None and free is not None and need > free / FREE_PARTS:
+        backend.empty_cache()  # freed memory that torch keeps counts as used
+        free = backend.memory().free
+    if free is None or need <= free / FREE_PARTS:
+        return
+    raise UnsupportedBatch(
+        f"fused op '{choice.name}' returns no log-sum-exp, so it needs the keys and values of a "
+        f"whole request at once: {size(need)} for {keys} tokens, more than a quarter of the device's "
+        f"free memory ({size(free // FREE_PARTS)}). Use shorter prompts or `--ops reference`; a program can "
+        f"give MLA workspace_bytes={rebuilt_bytes(config, itemsize, keys)}."
+    )
 
 
 # --------------------------------------------------------------------------------------------- plan
@@ -148,15 +137,15 @@ def make_plan(
     batch: RaggedBatch,
     attention: str,
     workspace: int,
-    growth: Growth,
+    backend: Backend | None,
     selected: bool = False,
 ) -> StepPlan:
     """Split a batch by path and prepare each op once.
 
     A batch with a context beyond `config.index_topk`, or whose selection is given (`selected`), is attended
     absorbed and sparse; any other as if there were no indexer. One round rebuilds at most `workspace` bytes
-    of keys and values; an op that cannot merge rounds gets a whole request, as far as `growth` allows it.
-    Raises `UnsupportedBatch`.
+    of keys and values; an op that cannot merge rounds gets a whole request, where the `backend` has the
+    memory for it. Raises `UnsupportedBatch`.
     """
     if selected or is_sparse(config, batch.query_lens, batch.kv_lens):
         return StepPlan(cos_sin, _sparse(ops, batch, cos_sin, selected), None)
@@ -164,7 +153,7 @@ def make_plan(
     return StepPlan(
         cos_sin=cos_sin,
         absorbed=_absorbed(ops, batch, members[cost.ABSORBED], cos_sin),
-        expanded=_expanded(config, ops, batch, members[cost.EXPANDED], cos_sin, workspace, growth),
+        expanded=_expanded(config, ops, batch, members[cost.EXPANDED], cos_sin, workspace, backend),
     )
 
 
@@ -251,20 +240,20 @@ def _expanded(
     requests: Sequence[int],
     cos_sin: torch.Tensor,
     workspace: int,
-    growth: Growth,
+    backend: Backend | None,
 ) -> ExpandedGroup | None:
     tokens, part = _part(batch, requests)
     if part is None:
         return None
     choice = ops["expanded_attention"]
     choice.check_batch(part.query_lens, part.kv_lens)
-    limit = _keys_per_round(config, choice, part, workspace, growth)
+    limit = _keys_per_round(config, choice, part, workspace, backend)
     rounds = tuple(_round(part, choice, chunk) for chunk in _chunks(part, limit))
     return ExpandedGroup(tokens, cos_sin[tokens], rounds)
 
 
 def _keys_per_round(
-    config: MLAConfig, choice: Choice, batch: RaggedBatch, workspace: int, growth: Growth
+    config: MLAConfig, choice: Choice, batch: RaggedBatch, workspace: int, backend: Backend | None
 ) -> int:
     """Return how many keys are rebuilt together: whole requests, for an op that cannot merge their parts."""
     limit = max(1, workspace // rebuilt_bytes(config, choice.spec.dtype.itemsize, 1))
@@ -272,7 +261,7 @@ def _keys_per_round(
         return limit
     longest = max(kv_len for new, kv_len in zip(batch.query_lens, batch.kv_lens, strict=True) if new)
     if longest > limit:
-        growth.require(config, choice, longest)
+        require_memory(backend, config, choice, longest)
     return max(limit, longest)
 
 
@@ -290,8 +279,7 @@ def _part(batch: RaggedBatch, requests: Sequence[int]) -> tuple[Tokens, RaggedBa
     return upload(index, batch.device), part
 
 
-@dataclass(frozen=True)
-class _Span:
+class _Span(NamedTuple):
     """Keys [start, stop) of one request."""
 
     request: int
@@ -317,37 +305,27 @@ def _chunks(batch: RaggedBatch, limit: int) -> Iterator[list[_Span]]:
 
 
 def _round(batch: RaggedBatch, choice: Choice, spans: Sequence[_Span]) -> Round:
-    """Resolve a round's slots, and the queries that see its keys."""
-    prepare = choice.op.prepare
-
-    def piece(first: int, stop: int, lengths: SegmentLengths, merge: bool) -> Piece:
-        return Piece(slice(first, stop), prepare(choice.spec, lengths), merge)
-
+    """Resolve a round's slots, and its queries: those inside it (causal), then those after it."""
     slots = upload(torch.cat([_slots(batch, span) for span in spans]), batch.device)
-    last = spans[-1]
-    if last.start == 0 and last.stop == batch.kv_lens[last.request]:
-        members, cu_q = [span.request for span in spans], batch.cu_q_host
-        lengths = SegmentLengths(
-            tuple(batch.query_lens[i] for i in members), tuple(batch.kv_lens[i] for i in members), True
-        )
-        return Round(slots, (piece(cu_q[members[0]], cu_q[members[-1] + 1], lengths, False),))
-    return Round(slots, tuple(piece(*arguments) for arguments in _chunk_pieces(batch, last)))
+    inside, after, keys = zip(*(_seen(batch, span) for span in spans), strict=True)
+    stop = batch.cu_q_host[spans[-1].request + 1] - after[-1]
+
+    def piece(queries: slice, query_lens: tuple[int, ...], causal: bool) -> Piece:
+        lengths = SegmentLengths(query_lens, keys, causal)
+        return Piece(queries, choice.op.prepare(choice.spec, lengths), merge=spans[0].start > 0)
+
+    pieces = [piece(slice(stop - sum(inside), stop), inside, True)] if any(inside) else []
+    if after[-1]:  # of the part of a long request, which is alone
+        pieces.append(piece(slice(stop, stop + after[-1]), after, False))
+    return Round(slots, tuple(pieces))
 
 
-def _chunk_pieces(batch: RaggedBatch, span: _Span) -> Iterator[tuple[int, int, SegmentLengths, bool]]:
-    """Yield the pieces of one chunk of a long request: queries inside it (causal), then those after it."""
-    base = batch.cu_q_host[span.request]
-    query_len, kv_len = batch.query_lens[span.request], batch.kv_lens[span.request]
-    past = kv_len - query_len
-    inside = max(0, span.start - past)  # first query at or after the chunk's first key
-    after = max(0, span.stop - past)  # first query past the chunk's last key
-    keys = span.stop - span.start
-    if after > inside:
-        lengths = SegmentLengths((after - inside,), (keys,), True)
-        yield base + inside, base + after, lengths, span.start > 0
-    if query_len > after:
-        lengths = SegmentLengths((query_len - after,), (keys,), False)
-        yield base + after, base + query_len, lengths, span.start > 0
+def _seen(batch: RaggedBatch, span: _Span) -> tuple[int, int, int]:
+    """Return how many of a request's queries are inside a span, and after it, and its keys."""
+    query_len = batch.query_lens[span.request]
+    past = batch.kv_lens[span.request] - query_len
+    before, until = max(0, span.start - past), max(0, span.stop - past)
+    return until - before, query_len - until, span.stop - span.start
 
 
 def _slots(batch: RaggedBatch, span: _Span) -> torch.Tensor:

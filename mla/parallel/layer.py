@@ -7,7 +7,7 @@ message, row by row: a message costs more than its few bytes do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -48,6 +48,7 @@ class HeadShard(LazyState):
         self._whole = weight_shapes(config)
         check_weights(state, self._whole, strict)
         self._shapes = weight_shapes(config.with_heads(config.num_attention_heads // parts))
+        super().__init__(self._shapes)
         self._state, self._part = state, part
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -77,15 +78,6 @@ class HeadShard(LazyState):
 
     def _slice(self, size: int) -> slice:
         return slice(self._part * size, (self._part + 1) * size)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._shapes  # without reading the weight
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
 
 
 # ---------------------------------------------------------------------------------------------------- context

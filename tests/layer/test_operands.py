@@ -228,22 +228,6 @@ def test_threads_share_a_layer_each_with_its_cache(backend: Backend | None, atte
         scene.check(scene.run())
 
 
-def test_threads_share_the_ops_of_a_backend_which_may_keep_scratch_memory() -> None:
-    backend = load_backend("cpu", options={"native": "off", "fp32": "on"})
-    scenes = [Scene(backend, seed, attention="expanded") for seed in range(2)]
-    for scene in scenes:
-        scene.batch = scene.cache.extend(scene.ids, [60, 1])
-        draw = torch.Generator().manual_seed(scene.batch.kv_lens[0])
-        scene.hidden = normal(draw, 61, 64)
-    alone = [scene.run().clone() for scene in scenes]
-
-    def work(number: int) -> None:
-        for _ in range(30):
-            assert torch.equal(scenes[number].run(), alone[number])
-
-    together(2, work)
-
-
 class Cores:
     """`AttentionCore`s that share scratch memory, and problems with their truth in float64."""
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from typing import Any
 
 import pytest
 import torch
 
 from mla.errors import UnsupportedOps
-from mla.layer import ops as choosing
-from mla.layer.ops import Ops, preflight_reasons
+from mla.layer.ops import Ops
 from mla.reference import REFERENCE
 
 LatentOp = type(REFERENCE["latent_attention"])
@@ -118,25 +115,3 @@ def test_an_op_that_compiles_nothing_says_nothing(tiny: Any) -> None:
     quiet.compiles = ""
     ops(tiny, {"mine": quiet, "plain": LatentOp()}, say=lambda line: pytest.fail(line))
     assert len(quiet.asked) == 1
-
-
-def test_answers_are_those_of_the_object_even_if_its_address_is_used_again() -> None:
-    """Ops come and go with their backends, and Python gives a new one the place of an old one."""
-    for answer in (["first"], ["second"], []):
-        op = Compiled(answer)
-        assert preflight_reasons("mine", op, "a spec") == answer
-        del op
-        gc.collect()
-    op, gone = Compiled(["its own"]), Compiled()
-    choosing._ANSWERS[id(op)] = (weakref.ref(gone), {"a spec": ("another's",)})
-    del gone
-    assert preflight_reasons("mine", op, "a spec") == ["its own"]
-
-
-def test_it_keeps_no_op_alive() -> None:
-    op = Compiled()
-    preflight_reasons("mine", op, "a spec")
-    seen = weakref.ref(op)
-    del op
-    gc.collect()
-    assert seen() is None
