@@ -1,6 +1,7 @@
 """The CPU with an op that fails on rank `-O rank=...` as `-O fault=...` says, after `-O call=...` calls.
 
 scale: what it writes is 5 % too large. raises: it raises. hangs: the process stops. waits: for ever.
+With `-O choice=rank` rank 0 would choose a right op, and the others the wrong one.
 With `-O library=none` it has no collectives. The variable RANK_THREADS sets its threads.
 """
 
@@ -61,7 +62,7 @@ class FaultyRank(HostBackend):
 
     @classmethod
     def known_options(cls) -> tuple[str, ...]:
-        return ("threads", "fault", "rank", "call", "library")
+        return ("threads", "fault", "rank", "call", "library", "choice")
 
     def setup(self, index: int | None = None) -> torch.device:
         torch.set_num_threads(int(os.environ.get("RANK_THREADS", "1")))
@@ -74,4 +75,8 @@ class FaultyRank(HostBackend):
         return (torch.bfloat16, torch.float32)
 
     def ops(self) -> Mapping[str, FusedOp]:
-        return {"faulty_linear": Faulty(self.options)}
+        ops: dict[str, FusedOp] = {"faulty_linear": Faulty(self.options)}
+        if "choice" not in self.options:
+            return ops
+        right = {"right_linear": Faulty({})}
+        return right | ops if os.environ["RANK"] == "0" else ops | right

@@ -31,7 +31,6 @@ from mla.bench.results.stats import median
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.setting import Ranks, Setting
 from mla.checkpoint import fingerprint, read_layer
-from mla.command.console import note
 from mla.command.environment import build_digest
 from mla.command.exit_codes import Exit, interrupted
 from mla.errors import MLAError, OutOfMemory, UnsupportedBatch, UnsupportedOps
@@ -146,7 +145,7 @@ class Crew(Ranks):
         self.beside = hosts.count(hosts[self.rank]) - 1
         self._forwards, self._before = 0, 0  # and collectives that were entered before this forward
         self._talks = False  # waits for the others, or for a command
-        self._demoted: dict[Any, dict[str, str]] = {}  # roles that run as reference, by layer
+        self._overrides: dict[Any, dict[str, str]] = {}  # roles whose op rank 0 chose otherwise, by layer
         self._link: dict[str, Line] | None = None  # once measured
         with blamed_on(pulse):
             self._control: Any = dist.new_group(backend="gloo", timeout=COMMAND_TIMEOUT)
@@ -171,24 +170,24 @@ class Crew(Ranks):
             raise
 
     def agreed(self, request: Request, facts: Facts) -> Request:
-        """Return what all ranks run: rank 0's implementations, with ops that all have. All must call it.
+        """Return what all ranks run: rank 0's implementations, with the ops that it chose. All must call it.
 
-        Raises `RanksError` on all ranks where there is none, and where `facts` differ.
+        A backend may choose by a measurement, and then not alike on all. Raises `RanksError` on all ranks
+        where `facts` differ.
         """
         chosen = {plan.name: plan.ops for plan in request.scenarios}
         chosen_by_all, facts_of_all = zip(*self.share((chosen, facts)), strict=True)
         agree(facts_of_all)
-        common = common_ops(chosen_by_all)
         for plan in request.scenarios:
             for name, roles in plan.ops.items():
-                ops = common[plan.name][name]
-                demoted = {role: REFERENCE for role, op in roles.items() if ops[role] != op}
-                self._demoted[_key(plan.setting, name)] = demoted
+                ops = chosen_by_all[0][plan.name][name]
+                others = {role: op for role, op in ops.items() if roles.get(role) != op}
+                self._overrides[_key(plan.setting, name)] = others
         with blamed_on(self._pulse):
             self.groups = Groups(self.layout, self._timeout)
         self._group = next(group for group in self.layout.head_groups() if self.rank in group)
         self._pulse.place = self._place
-        plans = [replace(plan, ops=common[plan.name]) for plan in request.scenarios]
+        plans = [replace(plan, ops=chosen_by_all[0][plan.name]) for plan in request.scenarios]
         return replace(request, scenarios=plans)
 
     def _place(self) -> int:
@@ -333,7 +332,7 @@ class Crew(Ranks):
         """
         if self.rank == 0:
             self.tell("drop")
-        overrides = {**dict(setting.overrides), **self._demoted.get(_key(setting, name), {})}
+        overrides = {**dict(setting.overrides), **self._overrides.get(_key(setting, name), {})}
         setting = replace(setting, overrides=tuple(overrides.items()))
         made = SelectedRankLayer if setting.config.index_n_heads else RankLayer
         part = made(setting, state, name, ops, self.groups, self.wait)
@@ -389,10 +388,6 @@ def _seconds(run: Callable[[], Any], synchronize: Callable[[], None], group: Any
 # ------------------------------------------------------------------------------------------------- agreement
 
 Facts = Mapping[str, Mapping[str, str]]  # kind -> name -> value or digest
-Roles = dict[str, str]  # role -> op
-Chosen = Mapping[str, Mapping[str, Roles]]  # scenario -> implementation -> roles
-
-REFERENCE = "reference"
 # Options that may differ between ranks: rank 0 writes, prints and judges, each has a device of its own.
 _MAY_DIFFER = (
     *("device", "output", "resume", "baseline", "profile", "dump_failure"),
@@ -456,39 +451,3 @@ def agree(by_rank: Sequence[Facts]) -> None:
             f"{listed(names)}; {_CURES.get(kind, _SAME_FILES)}",
             common=True,
         )
-
-
-def common_ops(chosen: Sequence[Chosen]) -> dict[str, dict[str, Roles]]:
-    """Return what all ranks run, from what each chose: the reference where one did not choose a fused op.
-
-    A backend may choose by a measurement, and then not alike on all; a note says which ops do not run. Raises
-    `RanksError`, on all ranks, where two have different fused ops.
-    """
-    common: dict[str, dict[str, Roles]] = {}
-    lacking: set[str] = set()
-    for scenario, implementations in chosen[0].items():
-        common[scenario] = {name: {} for name in implementations}
-        for name, roles in implementations.items():
-            for role in roles:
-                ops = [rank[scenario][name][role] for rank in chosen]
-                common[scenario][name][role] = op = _common_op(role, ops)
-                fused = next((other for other in ops if other != op), op)
-                lacking |= {f"{fused} (not rank {rank})" for rank, o in enumerate(ops) if o != fused}
-    if lacking:
-        note(
-            f"the reference runs on all ranks instead of {', '.join(sorted(lacking))}: a rank did not choose "
-            "it; --list-ops on that rank says why, and --ops fused makes that an error"
-        )
-    return common
-
-
-def _common_op(role: str, ops: Sequence[str]) -> str:
-    fused = dict.fromkeys(op for op in ops if op != REFERENCE)
-    if len(fused) > 1:
-        first, second = list(fused)[:2]
-        raise RanksError(
-            f"rank {ops.index(first)} would run {first} for {role}, and rank {ops.index(second)} {second}: "
-            "name one of them with --ops, or run on devices that are alike",
-            common=True,
-        )
-    return REFERENCE if REFERENCE in ops else ops[0]

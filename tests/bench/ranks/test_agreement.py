@@ -130,6 +130,13 @@ def test_a_backend_without_collectives_is_refused(start: Start) -> None:
     assert ranks.err(1) == ""
 
 
+def test_all_ranks_run_the_ops_that_rank_0_chose(start: Start) -> None:
+    words = ("-O", "choice=rank", "-O", "fault=scale", "-O", "rank=1", "-o", "run.json")
+    ranks = start("--parallel", "tp=2", "--scenario", "decode", *words, backend=FAULTY)
+    assert ranks.wait(BOUND) == [0, 0], ranks.err(0)
+    assert results.read(ranks.folder / "run.json").cases[0].ops["o_proj"] == "right_linear"
+
+
 def test_a_wrong_rank_is_named(start: Start) -> None:
     words = ("-O", "fault=scale", "-O", "rank=1")
     ranks = start("--parallel", "dp=2", "--scenario", "decode", "-o", "run.json", *words, backend=FAULTY)
