@@ -37,6 +37,28 @@ def test_a_batch_script_is_one_process_whatever_the_job_asks_for(launched: SetVa
 
 
 @pytest.mark.parametrize(
+    ("variables", "word", "message"),
+    [
+        ({}, "run-%t.json", "%t in 'run-%t.json' stands for RANK or SLURM_PROCID, but that is not set; "),
+        ({}, "%j.json", "%j in '%j.json' stands for SLURM_JOB_ID, but that is not set; write %% for a "),
+        ({"WORLD_SIZE": "two"}, "run.json", "the variable WORLD_SIZE must be a number from 0, got 'two'."),
+        (
+            SECOND,
+            "run-%%t.json",
+            "2 tasks would all write 'run-%%t.json': put the task's number into the name",
+        ),
+    ],
+)
+def test_a_name_that_no_task_can_write_is_refused(
+    launched: SetVariables, variables: dict[str, str], word: str, message: str
+) -> None:
+    launched(**variables)
+    with pytest.raises(launcher.LaunchError) as refused:
+        launcher.result_path(Path(word))
+    assert str(refused.value).startswith(message)
+
+
+@pytest.mark.parametrize(
     ("variables", "count", "index", "said"),
     [
         ({"SLURM_LOCALID": "1"}, 4, 1, ["device 1 of 4, from SLURM_LOCALID"]),

@@ -253,12 +253,6 @@ def test_a_published_workload_says_what_it_would_take(
     assert "cases, about " in done.err
 
 
-def test_heads_that_a_config_does_not_have_are_named(bench: Bench) -> None:
-    done = bench("--backend", "cpu", "--preset", "decode-tp-sweep", "--config", "deepseek-v2-lite")
-    assert done.code == 2
-    assert done.error.startswith("error: axis heads: 128 are more than the 16 heads of deepseek-v2-lite")
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -290,12 +284,3 @@ def test_what_contradicts_a_spec_is_refused(bench: Bench, words: list[str], mess
     done = bench("--backend", "cpu", "--batch-spec", *words)
     assert (done.code, done.out) == (2, "")
     assert done.error.startswith(message)
-
-
-def test_the_lists_of_presets_and_workloads_are_two(bench: Bench) -> None:
-    shown = bench("list", "--workloads")
-    assert shown.code == 0
-    assert "production-mix-kimi-k3" in shown.out
-    listed = json.loads(bench("list", "--workloads", "--json").out)
-    assert {"name", "scenarios", "config", "op", "about", "source"} == set(listed[0])
-    assert bench("list", "--workloads", "--configs").code == 2

@@ -132,14 +132,7 @@ def test_version_is_that_of_the_package(bench: Bench) -> None:
         (["list", "more"], "Error: Got unexpected extra argument (more)"),
         (["-o"], "Error: Option '-o' requires an argument."),
         (["--runs", "0"], "Error: Invalid value for '--runs': 0 is not in the range"),
-        (["--runs", "ten"], "Error: Invalid value for '--runs': 'ten' is not a valid integer"),
-        (["--runs", "9" * 20], "Error: Invalid value for '--runs': 99999999999999999999 is not in the range"),
-        (["--passes", "-1"], "Error: Invalid value for '--passes': -1 is not in the range"),
-        (["--warmups", "-1"], "Error: Invalid value for '--warmups': -1 is not in the range"),
-        (["--threads", "0"], "Error: Invalid value for '--threads': 0 is not in the range"),
         (["--threads", "100000"], "Error: Invalid value for '--threads': 100000 is not in the range"),
-        (["--device", "-1"], "Error: Invalid value for '--device': -1 is not in the range"),
-        (["--seed", "-1"], "Error: Invalid value for '--seed': -1 is not in the range"),
         (["--seed", "4294967296"], "Error: Invalid value for '--seed': 4294967296 is not in the range"),
         (["--dtype", "fp8"], "Error: Invalid value for '--dtype': unknown dtype 'fp8'. Choose from: bf16, "),
         (["--format", "yaml"], "Error: Invalid value for '--format': 'yaml' is not one of"),
@@ -208,6 +201,13 @@ def test_a_bad_command_line_is_refused(bench: Bench, words: list[str], message: 
         (["--workload", "."], 2, "cannot read workload '.': Is a directory."),
         (["-o", "no/run.json"], 2, "cannot write 'no/run.json': there is no folder 'no'."),
         (["-o", "."], 2, "cannot write '.': it is a folder."),
+        (["--model-path", "."], 2, "cannot read config 'config.json': No such file or directory."),
+        (
+            ["--model-path", "no"],
+            2,
+            "--model-path 'no' does not exist: it takes a folder with config.json and",
+        ),
+        (["--model-path", ".", "--config", "deepseek-r1"], 2, "--config and --model-path are mutually exclu"),
     ],
 )
 def test_a_mistake_gets_its_sentence(bench: Bench, words: list[str], code: int, message: str) -> None:
@@ -255,12 +255,6 @@ def test_a_config_may_be_a_folder(bench: Bench, small: list[str]) -> None:
     assert "config     model, bfloat16" in done.err
 
 
-def test_an_unfit_output_path_is_refused_before_the_run(bench: Bench, small: list[str]) -> None:
-    Path("taken").mkdir()
-    done = bench(*CPU, *small, "-o", "taken")
-    assert (done.code, done.err) == (2, "error: cannot write 'taken': it is a folder.\n")
-
-
 def test_a_known_backend_that_is_not_installed_says_how_to_install_it(isolated: Bench) -> None:
     done = isolated("--backend", "metax")
     assert done.code == 3
@@ -282,26 +276,8 @@ def test_a_dtype_the_device_does_not_compute_is_refused(bench: Bench, small: lis
     assert bench(*device, *small, "--dry-run", "--dtype", "float32").code == 0
 
 
-def test_a_config_beside_a_checkpoint_is_refused(bench: Bench) -> None:
-    done = bench(*CPU, "--model-path", "somewhere", "--config", "deepseek-r1")
-    assert done.code == 2
-    assert done.error == (
-        "error: --config and --model-path are mutually exclusive: the checkpoint's own config.json is used."
-    )
-
-
 def test_a_locale_without_utf8_is_not_blamed_on_the_argument(process: Bench) -> None:
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = process("show", "b\u00fcro.json", **locale)
     assert done.code == 2
     assert done.error.endswith("is UTF-8, and this locale is not: set LC_ALL=C.UTF-8.")
-
-
-def test_a_file_is_no_checkpoint_folder(bench: Bench) -> None:
-    Path("model.safetensors").write_bytes(b"x")
-    done = bench(*CPU, "--model-path", "model.safetensors")
-    assert done.code == 2
-    assert done.error == (
-        "error: --model-path 'model.safetensors' is not a folder: it takes a folder with config.json and "
-        "safetensors."
-    )
