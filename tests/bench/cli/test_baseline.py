@@ -77,13 +77,6 @@ def test_a_case_that_the_run_did_not_bring_closes_the_gate_unless_it_was_not_ask
     assert run("2", "--baseline", "base.json").code == 0
 
 
-def test_points_of_a_grid_are_compared_one_by_one(run: Bench) -> None:
-    grid = ("--scenario", "decode", "-a", "kv=1,2", "-a", "dtype=bf16,fp32")
-    run("2", *grid, "-o", "base.json")
-    compared = run("2", "--scenario", "decode", "-a", "kv=2", "-a", "dtype=fp32", *GATE)
-    assert (compared.code, compared.out.count("SAME")) == (0, 1)
-
-
 def test_a_run_and_itself_or_its_copy_need_no_comparison(run: Bench, bench: Bench) -> None:
     run("2", "-o", "other.json")
     Path("copy.json").write_bytes(Path("base.json").read_bytes())
@@ -107,13 +100,6 @@ def test_files_of_other_cases_are_refused_in_one_sentence(run: Bench, bench: Ben
     )
     assert base.startswith("the base run was `python -m mla.bench")
     assert new.startswith("the new run was `python -m mla.bench")
-
-
-def test_a_remark_about_many_cases_is_one_line(run: Bench, bench: Bench) -> None:
-    run("2", "-o", "more.json", "--implementations", "mla,mla-reference")
-    done = bench("compare", "base.json", "more.json")
-    assert done.code == 0
-    assert "\nprefill, mla-reference; decode, mla-reference: missing from the base run\n" in done.out
 
 
 def test_mistakes_show_before_any_work(run: Bench) -> None:

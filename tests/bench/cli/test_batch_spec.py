@@ -13,7 +13,6 @@ import pytest
 
 from mla.bench import results
 from mla.bench.cli.run import run
-from mla.bench.plan import request as preview
 from mla.bench.plan.options import RunOptions, case_command
 from mla.bench.plan.request import Request
 from mla.bench.plan.resolve import resolve
@@ -66,23 +65,6 @@ def read(path: str) -> results.Run:
     return results.decode(Path(path).read_bytes())
 
 
-def same_work(case: results.Case, other: results.Case) -> bool:
-    names = (
-        "scenario",
-        "base",
-        "point",
-        "mode",
-        "query_lens",
-        "history",
-        "heads",
-        "op",
-        "batch_spec",
-        "cost",
-        "repro",
-    )
-    return all(getattr(case, name) == getattr(other, name) for name in names)
-
-
 def test_a_spec_is_one_forward_at_exactly_its_lengths(bench: Bench, small: list[str]) -> None:
     """No cache grows from forward to forward: vLLM's tool repeats one batch as well."""
     specs = ("--batch-spec", f"{SPEC},q7", "--implementations", "mla", "-v", "-o", "run.json")
@@ -117,6 +99,7 @@ def test_a_spec_runs_below_one_op_with_heads_of_its_own(bench: Bench, small: lis
         (*TINY_CONFIG, "--batch-spec", SPEC, "--op", "w_uk", "--heads", "2"),
         (*TINY_CONFIG, "--batch-spec", SPEC, "--op", "linear"),
         (*TINY_CONFIG, "--batch-spec", SPEC, "--layers", "2"),
+        (*TINY_CONFIG, "--workload", "tiny.toml", "-a", "kv=4,8", "-a", "dtype=fp32", "-a", "batch=1,3"),
         ("--workload", "ops.toml"),
         ("--workload", "axes.toml"),
         ("--workload", "axes.toml", "--page-size", "64", "--dtype", "bfloat16"),
@@ -158,29 +141,6 @@ def test_an_option_replaces_an_axis_of_the_file(
     assert {point.heads for point in points} == heads
     assert {point.page_size for point in points} == sizes
     assert {point.dtype for point in points} == dtypes
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("--batch-spec", SPEC, "--heads", "2"),
-        ("--workload", "ops.toml", "--scenario", "odd 2q1s9"),
-    ],
-    ids=["heads", "workload"],
-)
-@pytest.mark.usefixtures("files")
-def test_the_repro_line_and_resume_find_the_case_again(bench: Bench, words: tuple[str, ...]) -> None:
-    shape = () if "--workload" in words else (*TINY_CONFIG, "--runs", "2", "--passes", "2", "--warmups", "0")
-    arguments = (*CPU, *shape, *words, "--implementations", "mla")
-    assert bench(*arguments, "-o", "run.json").code == 0
-    (case,) = read("run.json").cases
-    assert bench(*shlex.split(case.repro)[3:], "-o", "again.json").code == 0
-    (again,) = read("again.json").cases
-    assert same_work(case, again)
-    resumed = bench(*arguments, "--resume", "run.json")
-    assert resumed.code == 0
-    assert "resuming   1 cases of 'run.json' are kept" in resumed.err
-    assert bench("compare", "run.json", "again.json").out.count("REFUSED") == 0
 
 
 @pytest.mark.usefixtures("files")
@@ -239,18 +199,6 @@ def test_an_option_of_the_layer_beside_one_op_names_where_the_op_is_from(
     done = bench("--backend", "cpu", *words)
     assert (done.code, done.out) == (2, "")
     assert re.fullmatch(rf"error: {start} about the whole layer, and \S+ is timed alone{end}", done.error)
-
-
-@pytest.mark.parametrize("name", ["production-mix", "production-mix-kimi-k3"])
-def test_a_published_workload_says_what_it_would_take(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.setattr(preview, "TRYING_S", 0.0)  # a forward of this size takes seconds
-    done = bench("--backend", "cpu", "--preset", name, "--dry-run")
-    assert done.code == 0, done.err
-    spec = "9q1s3071_4q8s2049_q257s8191_2q513"
-    assert sum(spec in line for line in done.err.splitlines()) >= 2, "a case of each implementation"
-    assert "cases, about " in done.err
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pty
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -45,78 +43,17 @@ def test_a_checkpoint_is_compared_with_transformers(
     assert f"--model-path {made.folder} --layer 3" in run.cases[0].repro
 
 
-def _remove(name: str) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).unlink()
-
-
-def _only_pickles(folder: Path) -> None:
-    for file in folder.glob("*.safetensors*"):
-        file.unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"never opened")
-
-
-def _only_gguf(folder: Path) -> None:
-    shutil.rmtree(folder)
-    folder.mkdir()
-    (folder / "layer.gguf").write_bytes(b"GGUF")
-
-
-def _astray(folder: Path) -> None:
-    weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-    wrong = dict.fromkeys(weight_map, f"../{SHARDS[0]}")
-    (folder / INDEX).write_text(json.dumps({"weight_map": wrong}))
-
-
-def _link(folder: Path) -> None:
-    target = folder.parent / "elsewhere"
-    (folder / SHARDS[0]).rename(target)
-    (folder / SHARDS[0]).symlink_to(target)
-
-
-def _nan(folder: Path) -> None:
-    with (folder / SHARDS[1]).open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        entry = json.loads(file.read(length))[f"{maker.LAYER}o_proj.weight"]
-        file.seek(8 + length + entry["data_offsets"][1] - 1)
-        file.write(b"\x7f")  # the NaN of e4m3fn
-
-
 @pytest.mark.parametrize(
-    ("damage", "sentence"),
+    ("name", "sentence"),
     [
-        (_remove(SHARDS[0]), f"error: file '{SHARDS[0]}' of checkpoint 'model' is missing."),
-        (
-            lambda folder: (folder / SHARDS[1]).write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
-            f"error: checkpoint file 'model/{SHARDS[1]}' is only a Git LFS pointer: fetch",
-        ),
-        (
-            lambda folder: os.truncate(folder / SHARDS[0], 500),
-            f"error: checkpoint file 'model/{SHARDS[0]}' is truncated or not a safetensors file: 500 bytes",
-        ),
-        (
-            lambda folder: os.truncate(folder / SHARDS[0], (folder / SHARDS[0]).stat().st_size - 1),
-            f"error: checkpoint file 'model/{SHARDS[0]}' cannot be read, it is truncated or damaged",
-        ),
-        (_nan, f"error: tensor '{maker.LAYER}o_proj.weight' in 'model/{SHARDS[1]}' holds NaN or infinity"),
-        (_only_pickles, "error: file 'pytorch_model.bin' of checkpoint 'model' is a pickle, and opening"),
-        (_only_gguf, "error: file 'layer.gguf' of checkpoint 'model' is GGUF"),
-        (
-            _astray,
-            f"error: 'model/{INDEX}' names the file '../{SHARDS[0]}', which lies outside the directory.",
-        ),
-        (_link, f"error: file '{SHARDS[0]}' of checkpoint 'model' cannot be opened: it is a link"),
-        (lambda folder: (folder / INDEX).write_text("{"), f"error: 'model/{INDEX}' is not valid JSON"),
-        (_remove("config.json"), "error: cannot read config"),
-        (
-            lambda folder: (folder / "config.json").write_text("{"),
-            "error: config 'model/config.json' is not valid",
-        ),
+        (SHARDS[0], f"error: file '{SHARDS[0]}' of checkpoint 'model' is missing."),
+        ("config.json", "error: cannot read config"),
     ],
 )
 def test_a_broken_checkpoint_ends_in_one_sentence(
-    bench: Bench, small: list[str], damage: Callable[[Path], object], sentence: str, tmp_path: Path
+    bench: Bench, small: list[str], name: str, sentence: str, tmp_path: Path
 ) -> None:
-    damage(maker.LAYOUTS["fp8-sharded"].make(tmp_path / "model").folder)
+    (maker.LAYOUTS["fp8-sharded"].make(tmp_path / "model").folder / name).unlink()
     done = bench("--backend", "cpu", *small[2:], "--model-path", "model", "-o", "run.json")
     assert (done.code, done.out) == (2, "")
     assert done.error.startswith(sentence)

@@ -78,31 +78,6 @@ def test_what_is_no_op_is_told_from_a_misspelt_one(
     assert done.error.startswith(f"error: {sentence}")
 
 
-@pytest.mark.parametrize(
-    ("contract", "meant"),
-    [("latent_atention/1", "latent_attention/2"), ("linaer/1", "linear/1"), ("rms_nrom", "rms_norm/1")],
-)
-def test_a_misspelt_contract_gets_the_whole_one(
-    bench: Bench, plugin: Plugin, contract: str, meant: str
-) -> None:
-    words = plugin(f"    def ops(self): return {{'x': Op()}}\nOp.contract = {contract!r}")
-    done = bench(*words, "--list-ops")
-    assert done.error == (
-        f"error: the backend's op 'x' has unknown contract '{contract}'. Did you mean '{meant}'?"
-    )
-
-
-@pytest.mark.parametrize("answer", ["no bf16", None, [None], True, [""], [" "]])
-def test_reasons_that_are_no_list_are_named(bench: Bench, plugin: Plugin, answer: Any) -> None:
-    words = plugin(f"    def ops(self): return {{'x': Op()}}\nOp.reasons = {answer!r}")
-    done = bench(*words, "--list-ops")
-    assert (done.code, done.out) == (3, "")
-    assert done.error == (
-        f"error: the backend's op 'x': unsupported_reasons() returned {answer!r}, not a list of sentences "
-        "([] if it can)."
-    )
-
-
 def test_a_refusal_that_comes_too_late_names_the_op(bench: Bench, small: list[str]) -> None:
     late = ["-O", "at=call", "-O", "raises=BackendError"]
     words = ["--backend", "leaving_backend:Leaving", "--dtype", "float32", "--scenario", "decode"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from collections.abc import Callable
@@ -93,12 +91,6 @@ def test_an_unreliable_headline_is_an_exit_code_with_strict_alone(
     assert (said in done.err) is bool(code)
 
 
-def test_too_few_passes_give_no_interval(bench: Bench, small: list[str]) -> None:
-    bench(*VIRTUAL, *small, "--passes", "5", "-o", "run.json", fakes=["virtual_clock"])
-    assert [latency(case).ci95 for case in read("run.json").cases] == [None, None]
-    assert [case.passes for case in read("run.json").cases] == [5, 5]
-
-
 def test_a_result_records_what_was_measured(bench: Bench, small: list[str]) -> None:
     bench(*CPU, *small, "--seed", "7", "--dtype", "float32", "--page-size", "16", "-o", "run.json")
     run = read("run.json")
@@ -132,39 +124,6 @@ def test_stdout_of_a_machine_format_is_that_format_alone(process: Bench, small: 
     assert done.code == 0
     assert results.decode(done.out.encode()) == read("run.json")
     json.loads(done.out)
-
-
-@pytest.mark.parametrize("kind", ["csv", "md"])
-def test_so_is_that_of_a_table(bench: Bench, small: list[str], kind: str) -> None:
-    options = ["--runs", "2", "--passes", "2", "-o", "run.json", "--format", kind]
-    done = bench(*VIRTUAL, *small, *options, fakes=["virtual_clock"])
-    assert done.code == 0
-    if kind == "md":
-        assert done.out.startswith("| scenario | implementation |")
-        return
-    rows = list(csv.DictReader(io.StringIO(done.out)))
-    assert [row["scenario"] for row in rows] == ["prefill", "decode"]
-    medians = [latency(case).median for case in read("run.json").cases]
-    assert [float(row["latency_ms"]) for row in rows] == medians
-
-
-def test_implementations_alternate_in_the_asked_order_of_rows(bench: Bench, small: list[str]) -> None:
-    names = ["mla-reference", "mla"]
-    bench(*CPU, *small, "--implementations", ", ".join(names), "--scenario", "decode", "-o", "run.json")
-    cases = read("run.json").cases
-    assert [case.implementation for case in cases] == names
-    assert [case.interleaved_with for case in cases] == [["mla"], ["mla-reference"]]
-    switches = [len(case.switch_steps) for case in cases]
-    assert abs(switches[0] - switches[1]) <= 1
-    assert all(step % 4 == 0 for case in cases for step in case.switch_steps)
-
-
-def test_a_scenario_may_name_its_own_head_count(bench: Bench, small: list[str]) -> None:
-    text = Path("tiny.toml").read_text()
-    Path("tiny.toml").write_text(text.replace("warmups = 1", "warmups = 1\nheads = 2", 1))
-    bench(*CPU, *small, "-o", "run.json")
-    two, four = (case.memory.weight_bytes for case in read("run.json").cases)
-    assert two < four
 
 
 def test_code_that_is_not_packaged_can_be_measured(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from mla.bench import results
@@ -195,25 +193,3 @@ def test_a_grid_is_measured_and_checked_point_by_point(bench: Bench, small: list
     errors = {case.dtype: case.check.relative_error or 0 for case in run.cases}
     assert errors["float32"] < 1e-5 < errors["bfloat16"]
     assert (run.dtype, run.page_size) == ("bfloat16", 16)
-
-
-def identity(case: results.Case) -> dict[str, Any]:
-    """Return everything that a case shares with a run of the same case, on a clock that does not run."""
-    measured = ("check", "plan_ms", "roofline", "memory")
-    fields = {name: value for name, value in msgspec.structs.asdict(case).items() if name not in measured}
-    return {**fields, "check": case.check.status, "cache": case.memory.cache_bytes}
-
-
-def test_every_repro_line_reruns_its_point(bench: Bench, small: list[str]) -> None:
-    text = Path("tiny.toml").read_text()
-    Path("tiny.toml").write_text(text + 'axes.batch = "1,3"\n')
-    axes = ("-a", "kv=4,8", "-a", "dtype=fp32")
-    bench(*VIRTUAL, *small, *SHORT_RUN[:-2], *axes, "-o", "run.json", fakes=["virtual_clock"])
-    cases = results.read(Path("run.json")).cases
-    assert len(cases) == 2 + 4
-    for case in cases:
-        words = shlex.split(case.repro)[3:]
-        assert words[words.index("--scenario") + 1] == case.base
-        assert bench(*words, "-o", "again.json").code == 0
-        (again,) = results.read(Path("again.json")).cases
-        assert identity(again) == identity(case)
