@@ -223,10 +223,14 @@ def place(error: BaseException) -> str:
     """
     frames, at = _frames(error)
     if at is None:
-        return _text([place for place in frames if _package(place[0]) != "torch"] or frames) + _method(frames)
-    package = type(_self(frames[at][0])).__module__.partition(".")[0]
-    inside = [place for place in frames[at:] if _package(place[0]) == package]
-    return _text(inside or frames) + _name(frames, at)
+        inside = [frame for frame in frames if _package(frame[0]) != "torch"]
+        named = _method(frames)
+    else:
+        package = type(_self(frames[at][0])).__module__.partition(".")[0]
+        inside = [frame for frame in frames[at:] if _package(frame[0]) == package]
+        named = _name(frames, at)
+    frame, line = (inside or frames)[-1]
+    return f"{os.path.basename(frame.f_code.co_filename)}:{line} in {frame.f_code.co_name}{named}"
 
 
 def in_op(error: BaseException) -> bool:
@@ -243,9 +247,8 @@ def op_name(error: BaseException) -> str:
 def _frames(error: BaseException) -> tuple[list[_Place], int | None]:
     """Return the frames of a traceback, and the place of the outermost one of an op; None without any."""
     frames = list(traceback.walk_tb(original(error).__traceback__))
-    return frames, next(
-        (at for at, (frame, _) in enumerate(frames) if isinstance(_self(frame), FusedOp)), None
-    )
+    ops = (at for at, (frame, _) in enumerate(frames) if isinstance(_self(frame), FusedOp))
+    return frames, next(ops, None)
 
 
 def _method(frames: list[_Place]) -> str:
@@ -258,24 +261,21 @@ def _method(frames: list[_Place]) -> str:
 
 
 def _name(frames: list[_Place], at: int) -> str:
-    """Return ", op 'name' of role" for the op of frame `at`: the step that called the op knows both."""
+    """Return ", op 'name' of role" for the op of frame `at`, as whoever called it holds them."""
     from mla.layer.ops import Choice, Ops
 
     op = _self(frames[at][0])
-    for frame, _ in reversed(frames[:at]):
-        step = _self(frame)
-        held = (getattr(step, name, None) for name in ("ops", "_ops", "_choice"))
-        ops = next(
-            (held for held in (frame.f_locals.get("ops"), *held) if isinstance(held, (Ops, Choice))), None
-        )
-        if isinstance(ops, Choice) and ops.op is op:
-            return f", op '{ops.name}'"
-        if isinstance(ops, Ops):
-            roles = [role for role in ops.names() if ops[role].op is op]
-            named = frame.f_locals.get("role")  # one op may serve several weights
-            roles = [named] if named in roles else roles
-            return f", op '{ops[roles[0]].name}' of {' or '.join(roles)}" if roles else ""
-        if frame.f_locals.get("op") is op and isinstance(name := frame.f_locals.get("name"), str):
+    for known in (frame.f_locals for frame, _ in reversed(frames[:at])):
+        step = known.get("self")
+        for held in (known.get("ops"), *(getattr(step, name, None) for name in ("ops", "_ops", "_choice"))):
+            if isinstance(held, Choice) and held.op is op:
+                return f", op '{held.name}'"
+            if isinstance(held, Ops):
+                roles = [role for role in held.names() if held[role].op is op]
+                named = known.get("role")  # one op may serve several weights
+                said = named if named in roles else " or ".join(roles)
+                return f", op '{held[roles[0]].name}' of {said}" if roles else ""
+        if known.get("op") is op and isinstance(name := known.get("name"), str):
             return f", op '{name}'"  # it was being chosen
     return ""
 
@@ -286,8 +286,3 @@ def _self(frame: FrameType) -> object:
 
 def _package(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]
-
-
-def _text(frames: list[_Place]) -> str:
-    frame, line = frames[-1]
-    return f"{os.path.basename(frame.f_code.co_filename)}:{line} in {frame.f_code.co_name}"

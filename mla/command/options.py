@@ -6,7 +6,6 @@ And the backend that they name, opened in the same way, with the same options, f
 from __future__ import annotations
 
 import functools
-import inspect
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_type_hints
 
 import click
-from click.shell_completion import CompletionItem
 
 from mla.command import launcher
 from mla.command.console import note
@@ -46,12 +44,6 @@ class Dtype(click.types.StringParamType):
             return named_dtype(value)
         except UsageError as error:
             self.fail(str(error), param, ctx)
-
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        """Return the short names that begin so."""
-        return [CompletionItem(name) for name in DTYPES if name.startswith(incomplete)]
 
 
 class Word(click.Argument):
@@ -114,15 +106,6 @@ class GroupedCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the groups."""
         write_groups(ctx, formatter, self.get_params(ctx))
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the examples with the name that the program was run by: its script, or `python -m`."""
-        name = ctx.find_root().info_name or ""
-        script = name.removeprefix("python -m ").replace(".", "-")
-        text = inspect.cleandoc(self.epilog or "").replace(f"  {script} ", f"  {name} ")
-        formatter.write_paragraph()
-        with formatter.indentation():
-            formatter.write_text(text)
 
 
 def program(module: str) -> str:

@@ -16,15 +16,6 @@ from mla.command.exit_codes import carried_out, guarded
 from mla.command.options import program, write_groups
 from mla.errors import unknown
 
-
-def _unreadable(word: str) -> str:
-    try:
-        os.fsencode(word).decode()
-    except UnicodeError:
-        return "is not valid UTF-8"
-    return "is UTF-8, and this locale is not: set LC_ALL=C.UTF-8"
-
-
 EPILOG = """
 Everything else: --help-all
 
@@ -45,7 +36,9 @@ class DefaultGroup(click.Group):
         """Put `run` in front of anything that starts with an option."""
         for word in args:
             if word != word.encode(errors="replace").decode():  # it could not be written to a result
-                raise click.UsageError(f"argument {word!a} {_unreadable(word)}.")
+                raise click.UsageError(
+                    f"argument {word!a} is not valid UTF-8, or not in this locale (LC_ALL)."
+                )
         if not args and not ctx.resilient_parsing:  # which is that of shell completion
             args = ["--help"]
         elif args and args[0].startswith("-") and args[0] not in ("--help", "--version"):
