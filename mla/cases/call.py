@@ -10,20 +10,13 @@ from typing import Any
 import torch
 
 from mla.cases.case import OPTIONAL, OpCase
-from mla.cases.memory import (
-    GUARD,
-    Layout,
-    Pages,
-    Tensors,
-    blank,
-    poison_all,
-)
+from mla.cases.memory import GUARD, NO_GAPS, Layout, Pages, Tensors, blank, poison_all
 from mla.cases.varied import Change, Pool
 from mla.reference import REFERENCE
 from mla.verify.layer_check import TAIL
 from mla.verify.places import Places
 from mla.verify.verdict import Check
-from mla_backends.api import FusedOp, Packed
+from mla_backends.api import FusedOp
 
 
 class Call:
@@ -38,9 +31,8 @@ class Call:
         op: FusedOp,
         spec: Any,
         case: OpCase | None = None,
-        packed: Packed | None = None,
     ) -> None:
-        """Place the operands on the spec's device, and pack the weight unless it is given.
+        """Place the operands on the spec's device, and pack the weight.
 
         `case`: the pool's, in another layout. Raises what `pack` raises.
         """
@@ -54,7 +46,7 @@ class Call:
         self._signs: Tensors = {}  # those that the operands have at present which change once per pass
         entry, given = pool.entry, pool.given
         if entry.packed:
-            self.leading = (packed or op.pack(self.laid("weight", given["weight"])),)
+            self.leading = (op.pack(self.laid("weight", given["weight"])),)
         for name, words in entry.operands.items():
             if name in pool.varied:
                 self.arguments[name] = self.blank(name, self.case.shape(words))
@@ -111,12 +103,12 @@ class Call:
 
     def blank(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Return poisoned memory for an operand, or a result."""
-        return blank(shape, self.case.dtype(name), self.device, self.case.layout.margins.get(name, (0, 0)))
+        return blank(shape, self.case.dtype(name), self.device, self.case.layout.gaps.get(name, NO_GAPS))
 
     def buffers(self, count: int) -> list[Tensors]:
         """Return memory for the results of so many calls."""
-        stacks = {name: self.blank(name, (count, *shape)) for name, shape in self.case.results.items()}
-        return [{name: stack[index] for name, stack in stacks.items()} for index in range(count)]
+        results = self.case.results
+        return [{name: self.blank(name, shape) for name, shape in results.items()} for _ in range(count)]
 
     def prepare(self) -> bool:
         """Prepare the op's state for the batch; return whether it has one. Never part of the timed call."""

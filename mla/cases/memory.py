@@ -11,6 +11,8 @@ import torch
 from mla.verify.layer_check import stands_for
 
 Tensors = dict[str, torch.Tensor]
+Gaps = tuple[int, int, int]
+NO_GAPS = (0, 0, 0)
 
 GUARD = 32  # rows before and behind a tensor, where a kernel writes that rounds its rows up
 FAR_APART = 1 << 20  # numbers from one row to the next
@@ -33,10 +35,8 @@ class Layout:
     pages_before: int = 0  # that lie in front of all others, nobody owns and nobody writes
     pages: int = 0  # of a large cache that is hardly ever touched; 0: those owned, and the spare ones
     apart: int = 0  # numbers from one row of an operand to the next; 0: they are adjacent
-    # Operand or result -> columns before and behind its own, in wider rows.
-    margins: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
     # Operand or result -> numbers before its first, behind every row, and behind every part of a row.
-    gaps: Mapping[str, tuple[int, int, int]] = field(default_factory=dict, hash=False)
+    gaps: Mapping[str, Gaps] = field(default_factory=dict, hash=False)
     shared: tuple[int, ...] = ()  # per request: its first pages that are those of the request before it ...
     of_first: bool = False  # ... or of the first request
     repeated: bool = False  # the second full page of a request is its first
@@ -62,13 +62,23 @@ class NoRoom(Exception):
     """There is not as much memory as a layout takes."""
 
 
+def strides(shape: Sequence[int], gaps: Gaps) -> tuple[int, ...]:
+    """Return the strides of a tensor that has `gaps`."""
+    stride = [1] * len(shape)
+    for dim in range(len(shape) - 2, -1, -1):
+        stride[dim] = stride[dim + 1] * max(1, shape[dim + 1]) + gaps[1 if dim == 0 else 2]
+    return tuple(stride)
+
+
 def blank(
-    shape: Sequence[int], dtype: torch.dtype, device: torch.device, margins: tuple[int, int] = (0, 0)
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, gaps: Gaps = NO_GAPS
 ) -> torch.Tensor:
-    """Return poisoned memory, as the columns of rows with so many more before and behind."""
-    (before, behind), width = margins, shape[-1]
-    wide = torch.empty((*shape[:-1], before + width + behind), dtype=dtype, device=device)
-    return poison(wide)[..., before : before + width] if before or behind else poison(wide)
+    """Return poisoned memory, and poison in the gaps."""
+    if not any(gaps):
+        return poison(torch.empty(tuple(shape), dtype=dtype, device=device))
+    stride = strides(shape, gaps)
+    whole = poison(torch.empty(gaps[0] + shape[0] * stride[0], dtype=dtype, device=device))
+    return whole.as_strided(tuple(shape), stride, gaps[0])
 
 
 def poison(tensor: torch.Tensor) -> torch.Tensor:
@@ -94,8 +104,7 @@ def changed_slots(
 
     Rows `written` [T] of the flattened cache do not count.
     """
-    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[cache.itemsize]  # NaN equals NaN
-    changed = (cache.view(words) != before.to(cache.device).view(words)).any(-1).flatten().cpu()
+    changed = (words(cache) != words(before.to(cache.device))).any(-1).flatten().cpu()
     if written is not None:
         changed[written.cpu()] = False
     page, slot = divmod(int(changed.int().argmax()), cache.shape[1])
@@ -234,7 +243,7 @@ class Piece:
         shape: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
-        gaps: tuple[int, int, int] = (0, 0, 0),
+        gaps: Gaps = NO_GAPS,
         guard: int = GUARD,
         fill: float = math.nan,
         beside: int = MAX_BESIDE,
@@ -244,20 +253,17 @@ class Piece:
         `guard`: rows of nobody before and behind, of `beside` numbers at most. In integers, NaN is their
         largest.
         """
-        stride = [1] * len(shape)
-        for dim in range(len(shape) - 2, -1, -1):
-            behind = gaps[1] if dim == 0 else gaps[2]
-            stride[dim] = stride[dim + 1] * max(1, shape[dim + 1]) + behind
-        row = stride[0] if len(shape) > 1 else 1
+        stride = strides(shape, gaps)
+        row = stride[0]
         beside = -(-min(guard * row, beside) // ALIGNED) * ALIGNED
         before, count = beside + gaps[0], 2 * beside + -(-(gaps[0] + shape[0] * row) // ALIGNED) * ALIGNED
         self.whole = torch.empty((count,), dtype=dtype, device=device)
-        self.part = self.whole.as_strided(tuple(shape), tuple(stride), before)
+        self.part = self.whole.as_strided(tuple(shape), stride, before)
         self._sides = slice(before), slice(before + self.part.numel(), None)  # if it has no gaps
         for side in self._sides if self.part.is_contiguous() else (slice(None),):
             _fill(self.whole[side], stands_for(fill, dtype))
         self.sealed = self.initial = self.whole  # what it holds before a call; and of which it was made
-        self._view = (tuple(shape), tuple(stride), before)
+        self._view = (tuple(shape), stride, before)
 
     def seal(self) -> None:
         """Remember what all of the memory holds."""
@@ -276,20 +282,20 @@ class Piece:
         """Return what has been written that should not have been, as a clause; "" if nothing."""
         if output and self.part.is_contiguous():
             pairs = ((self.whole[side].cpu(), self.sealed[side].cpu()) for side in self._sides)
-            if all(torch.equal(now.view(torch.uint8), then.view(torch.uint8)) for now, then in pairs):
+            if all(torch.equal(words(now), words(then)) for now, then in pairs):
                 return ""
         now, then = self.whole.to("cpu", copy=output), self.sealed.cpu()
         if output:
             now.as_strided(*self._view).copy_(then.as_strided(*self._view))
         if same_words(now, then):
             return ""
-        changed, before = (bits(now) != bits(then)).any(-1), self._view[2]
+        changed, before = words(now) != words(then), self._view[2]
         if not output and bool(changed.as_strided(*self._view).any()):
             return f"the op wrote to {name}, not one of its outputs"
         last = before + sum((size - 1) * step for size, step in zip(*self._view[:2], strict=True))
         sides = (slice(before), slice(last + 1, None), slice(before, last + 1))
-        words = ("before the first row of", "behind the last row of", "beside rows of")
-        side = next(word for word, side in zip(words, sides, strict=True) if bool(changed[side].any()))
+        named = ("before the first row of", "behind the last row of", "beside rows of")
+        side = next(name for name, side in zip(named, sides, strict=True) if bool(changed[side].any()))
         return f"memory {side} `{name}` was written"
 
 
@@ -298,6 +304,6 @@ def same_words(left: torch.Tensor, right: torch.Tensor) -> bool:
     return torch.equal(left.view(torch.int64), right.view(torch.int64))
 
 
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the bytes of a host tensor [n, ...] as [n, ..., bytes], so that NaN equals NaN."""
-    return tensor.contiguous().unsqueeze(-1).view(torch.uint8)
+def words(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the bits of numbers as integers, so that NaN equals NaN."""
+    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])

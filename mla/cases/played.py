@@ -16,6 +16,7 @@ from mla.cases.case import OpCase
 from mla.cases.memory import (
     GUARD,
     MAX_BESIDE,
+    NO_GAPS,
     PLAIN_LAYOUT,
     Layout,
     Pages,
@@ -224,7 +225,7 @@ class Laid(Call):
     ) -> torch.Tensor:
         if self.case.layout.apart and tensor.dim() == 3 and name != "cache":
             return scattered(tensor, self.device, self.case.layout.apart)
-        gaps, rows = self.case.layout.gaps.get(name, (0, 0, 0)), 1 if name == "cache" else guard
+        gaps, rows = self.case.layout.gaps.get(name, NO_GAPS), 1 if name == "cache" else guard
         dtype, beside = self.case.dtype(name), MAX_BESIDE
         if self.alone and name in (*OUTPUTS, "cache"):
             beside = GUARD_BYTES // dtype.itemsize

@@ -16,7 +16,18 @@ import torch
 
 from mla.cases import KINDS
 from mla.cases.case import Kind, OpCase, entry_of
-from mla.cases.memory import ALIGNED, MAX_BESIDE, Layout, Piece, Tensors, changed_slots, poison, same_numbers
+from mla.cases.memory import (
+    ALIGNED,
+    MAX_BESIDE,
+    NO_GAPS,
+    Layout,
+    Piece,
+    Tensors,
+    changed_slots,
+    poison,
+    same_numbers,
+    strides,
+)
 from mla.errors import MLAError
 from mla.reference import REFERENCE
 from mla.text import dtype_name, size
@@ -143,7 +154,7 @@ class Placed:
             operand, fill = call.operands.get(name), torch.nan
             if operand is not None and operand.numel() and not operand.is_floating_point():
                 fill = operand.flatten()[-1].item()  # what a kernel reads beside tables is a valid number
-            gaps = call.facts.gaps.get(name, (0, 0, 0))
+            gaps = call.facts.gaps.get(name, NO_GAPS)
             piece = self.pieces[name] = Piece(shape, dtype, device, gaps, fill=fill)
             if operand is None:
                 poison(piece.part)
@@ -165,10 +176,8 @@ def placed_bytes(call: RecordedCall) -> int:
     """Return how much memory a `Placed` call takes, without its cache."""
     total = 0
     for name, (shape, dtype) in call.sizes().items():
-        before, behind_row, behind_part = call.facts.gaps.get(name, (0, 0, 0))
-        width = shape[-1] + (behind_part if len(shape) > 2 else behind_row)
-        row = width * shape[1] + behind_row if len(shape) > 2 else width
-        total += (before + (row * shape[0] if len(shape) > 1 else shape[0])) * dtype.itemsize
+        gaps = call.facts.gaps.get(name, NO_GAPS)
+        total += (gaps[0] + shape[0] * strides(shape, gaps)[0]) * dtype.itemsize
     return 2 * (total + len(call.sizes()) * (2 * MAX_BESIDE + ALIGNED) * 8)  # and what it held before
 
 

@@ -200,8 +200,8 @@ def called(pool: Pool, change: Callable[[Call], object] = lambda call: None) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", OPS)
 def test_the_reference_is_right(kind: str, dtype: torch.dtype) -> None:
-    margins = {"x": (3, 1), "kv_a": (5, 0), "v": (0, 2), "q": (1, 0), "out": (2, 2)}
-    for layout in (Layout(4, spare=2, shuffle=3), Layout(16, unowned=torch.nan, margins=margins)):
+    gaps = {"x": (3, 4, 1), "kv_a": (5, 5, 0), "v": (0, 0, 2), "q": (1, 2, 1), "out": (2, 2, 4)}
+    for layout in (Layout(4, spare=2, shuffle=3), Layout(16, unowned=torch.nan, gaps=gaps)):
         assert called(pool_of(case_of(kind, dtype, layout=layout)))[1] == ""
 
 
@@ -301,7 +301,7 @@ def test_unowned_pages_and_tails_are_poisoned(nan_safe: bool) -> None:
 
 
 def test_rows_around_a_strided_operand_are_poisoned() -> None:
-    case = case_of("rms_norm", layout=Layout(margins={"x": (2, 3)}))
+    case = case_of("rms_norm", layout=Layout(gaps={"x": (2, 5, 0)}))
     x = Call(pool_of(case), REFERENCE["rms_norm"], case.spec).arguments["x"]
     assert x.stride() == (29, 1)
     assert torch.as_strided(x, (9 * 29 - 5,), (1,), 2).isnan().sum() == 9 * 29 - 5  # before the first call

@@ -18,7 +18,7 @@ from mla.bench.workload.grid import Point
 from mla.bench.workload.scenario import Scenario
 from mla.cases.call import Call, Checker
 from mla.cases.case import OpCase
-from mla.cases.memory import Layout, Tensors, on_host, poison_all
+from mla.cases.memory import Gaps, Layout, Tensors, on_host, poison_all
 from mla.cases.varied import Change, Pool
 from mla.config import MLAConfig
 from mla.layer.forward import INDEX_EPS
@@ -61,24 +61,24 @@ def op_problem(setting: Setting, point: Point) -> Pool:
             columns=0,
             shuffle=setting.seed,
             unowned=torch.nan,
-            margins=margins(role, config),
+            gaps=gaps(role, config),
         ),
     )
     return case.entry.pool(case, point.steps)
 
 
-def margins(role: str, config: MLAConfig) -> dict[str, tuple[int, int]]:
-    """Return operand -> the columns before and behind it that belong to others in a layer."""
+def gaps(role: str, config: MLAConfig) -> dict[str, Gaps]:
+    """Return operand -> the gaps in it that belong to others in a layer: see `Layout.gaps`."""
     n, r = config.qk_nope_head_dim, config.qk_rope_head_dim
     first = config.q_lora_rank or config.num_attention_heads * config.qk_head_dim
     return {
-        "kv_b_proj": {"x": (0, r)},
-        "w_uk": {"x": (0, r), "out": (0, r)},
-        "q_a_layernorm": {"x": (0, config.latent_dim)},
-        "rotate_query": {"x": (n, 0), "out": (config.kv_lora_rank, 0)},
-        "rotate_index_query": dict.fromkeys(("x", "out"), (0, config.index_head_dim - r)),
-        "write_latent": {"kv_a": (first, 0)},
-        "expanded_attention": {"v": (n, 0)},
+        "kv_b_proj": {"x": (0, r, 0)},
+        "w_uk": {"x": (0, 0, r), "out": (0, 0, r)},
+        "q_a_layernorm": {"x": (0, config.latent_dim, 0)},
+        "rotate_query": {"x": (n, 0, n), "out": (config.kv_lora_rank, 0, config.kv_lora_rank)},
+        "rotate_index_query": dict.fromkeys(("x", "out"), (0, 0, config.index_head_dim - r)),
+        "write_latent": {"kv_a": (first, first, 0)},
+        "expanded_attention": {"v": (n, 0, n)},
     }.get(role, {})
 
 
