@@ -16,6 +16,7 @@ from mla.cases.stress import USUAL, Stress
 from mla.config import MLAConfig
 from mla.cost import Work
 from mla.layer.rope import RotaryTable
+from mla.verify.op_oracle import spans_of
 from mla.verify.places import Places
 from mla.verify.tolerances import judge_beside, judge_lse, relative_error, row_errors
 from mla.verify.verdict import Check
@@ -123,12 +124,8 @@ class OpCase:
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """Of every new token: the first key of its request, and how many it sees, at least none."""
-        first, spans = 0, list[tuple[int, int]]()
-        for new, keys in zip(self.query_lens, self.kv_lens, strict=True):
-            spans += [(first, max(0, keys - new + i + 1) if self.causal else keys) for i in range(new)]
-            first += keys
-        return spans
+        """Of every new token: the first key of its request, and how many it sees."""
+        return spans_of(self.lengths)
 
     @property
     def requests_of_keys(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,8 +16,8 @@ from mla.cases.case import Lengths
 from mla.config import MLAConfig
 from mla.layer.attention import MLA
 from mla.verify.layer_check import Checker, Poison
-from mla.verify.layer_oracle import oracle
-from mla.verify.selected import Past, SelectingLayer, SelectionJudge, Taken, take
+from mla.verify.layer_oracle import TrueLayer, oracle
+from mla.verify.selected import Past, SelectionJudge, Taken, take
 from mla.verify.verdict import Check
 from mla.weights import random_state_dict
 
@@ -67,8 +67,8 @@ def weights(config: MLAConfig, dtype: torch.dtype, model: int = 0) -> dict[str, 
 
 
 @functools.lru_cache(maxsize=8)
-def _selecting(config: MLAConfig, dtype: torch.dtype, model: int) -> SelectingLayer:
-    return SelectingLayer(config, weights(config, dtype, model))
+def _selecting(config: MLAConfig, dtype: torch.dtype, model: int) -> TrueLayer:
+    return TrueLayer(config, weights(config, dtype, model))
 
 
 class LayerHost:

@@ -26,7 +26,7 @@ from mla.cases.kinds import (
 from mla.cases.memory import Tensors, poison
 from mla.cases.varied import Change, Pool, Queries
 from mla.cost import Work
-from mla.verify.op_oracle import Weights, attend_selected, true_layer_norm, true_rotation
+from mla.verify.op_oracle import Weights, attend_selected, spans_of, true_layer_norm, true_rotation
 from mla.verify.places import Places
 from mla.verify.selections import judge_selection, true_selection
 from mla_backends.api import FusedOp, IndexerSpec, SegmentLengths
@@ -256,9 +256,8 @@ class SelectLatents(OverPages):
         return self.cost(case.spec, case.query_lens, case.kv_lens)
 
     def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
-        case = OpCase("select_latents", spec, tuple(lengths.query_lens), tuple(lengths.kv_lens))
         parts = given["q"], given["weights"], self.keys(spec, given)
-        return true_selection(*parts, case.spans, spec.topk, case.sizes["L"])
+        return true_selection(*parts, spans_of(lengths), spec.topk, max(1, *lengths.kv_lens))
 
     def keys(self, spec: Any, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the keys [K, d]."""
@@ -336,8 +335,7 @@ class SparseLatentAttention(LatentAttention):
         self, given: Mapping[str, Any], k: torch.Tensor, v: torch.Tensor, lengths: SegmentLengths,
         change: Weights = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        case = OpCase("sparse_latent_attention", None, tuple(lengths.query_lens), tuple(lengths.kv_lens))
-        chosen = selected_keys(given["selection"], case.spans)
+        chosen = selected_keys(given["selection"], spans_of(lengths))
         return attend_selected(given["q"], k[:, 0], v[:, 0], chosen, given["softmax_scale"], change)
 
 

@@ -4,19 +4,22 @@ Independent of the layer on purpose: heads are expanded, nothing is paged, absor
 code of `attention.py`, `reference/` or `cache.py` is used. Shared are the config's softmax scale
 and YaRN magnitude and `rope.inverse_frequencies`, which tests compare with `transformers`. Angles
 stay fp32(position) * fp32(inv_freq), because that is what a checkpoint was trained with.
+
+Rows of a layer that selects are few among many keys: they are attended over latents as they are cached, for
+q . (W k) is (q W) . k, exactly the same in float64 but for its last digits.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from mla.config import MLAConfig
 from mla.layer.rope import inverse_frequencies
+from mla.verify.op_oracle import true_layer_norm, true_norm, true_rotation
 
 State = Mapping[str, torch.Tensor]
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -56,15 +59,10 @@ def oracle_of_choices(
     selections: torch.Tensor | None = None,  # [n, T, topk]
 ) -> torch.Tensor:
     """Return the outputs [n, T, d] in float64 of every choice; the history is expanded once for all."""
-    wide = {name: weight.double() for name, weight in _host(state).items()}
-    lengths = list(query_lens)
+    layer, lengths = TrueLayer(config, state), list(query_lens)
     picks = [None] * len(lengths) if selections is None else selections.cpu().long().split(lengths, dim=1)
-    requests = zip(hidden.cpu().split(lengths, dim=1), picks, history, strict=True)
-    outputs = [
-        _request(config, wide, new.double(), *past, held, pick)
-        for new, pick, past in requests
-        if new.shape[1]
-    ]
+    requests = zip(hidden.cpu().double().split(lengths, dim=1), picks, history, strict=True)
+    outputs = [layer.request(new, past, held, pick) for new, pick, past in requests if new.shape[1]]
     return torch.cat(outputs or [hidden.cpu().double()], dim=1)
 
 
@@ -78,123 +76,182 @@ def oracle_of_last(
     held: Held | None = None,
 ) -> torch.Tensor:
     """Return the outputs [n, B, d] in float64 of the replaced last tokens; no other row sees them."""
-    wide = {name: weight.double() for name, weight in _host(state).items()}
-    requests = zip(hidden.cpu().double().split(list(query_lens)), last.unbind(1), history, strict=True)
-    rows = [
-        _last_rows(config, wide, new[:-1], last.cpu().double(), *past, held) for new, last, past in requests
-    ]
+    layer, rows = TrueLayer(config, state), []
+    for new, of, past in zip(hidden.split(list(query_lens)), last.unbind(1), history, strict=True):
+        before = layer.latents(new[:-1], torch.arange(len(past[0]), len(past[0]) + len(new) - 1))
+        whole = [torch.cat((old.cpu().double(), more)) for old, more in zip(past, before, strict=True)]
+        rows.append(layer.request(of.cpu().double()[:, None], whole, held)[:, 0])
     return torch.stack(rows, dim=1)
 
 
-def _last_rows(
-    config: MLAConfig,
-    state: State,
-    before: torch.Tensor,  # [t - 1, d]
-    last: torch.Tensor,  # [n, d]
-    kv: torch.Tensor,
-    pe: torch.Tensor,
-    held: Held | None,
-) -> torch.Tensor:
-    """Return the outputs [n, d] of one request whose last token is one of several."""
-    positions = torch.arange(kv.shape[0], kv.shape[0] + before.shape[0])
-    new_kv, new_pe = _latents(config, state, before, positions)
-    past = torch.cat((kv.cpu().double(), new_kv)), torch.cat((pe.cpu().double(), new_pe))
-    return _request(config, state, last[:, None], *past, held)[:, 0]
+class TrueLayer:
+    """One layer in float64, on the host; its weights are taken as they are stored.
 
+    `state` has the names of a checkpoint; of an indexer `indexer.wq_b`, `wk`, `k_norm` and `weights_proj`.
+    Tokens come in any floating dtype, from any device, with their positions int64; results are float64.
+    """
 
-def _latents(config: MLAConfig, state: State, hidden: torch.Tensor, positions: torch.Tensor) -> Pair:
-    """Return what new tokens are cached as: kv [t, c] normed, pe [t, r] rotated."""
-    c = config.kv_lora_rank
-    latent = _project(state, "kv_a_proj_with_mqa", hidden)
-    kv = _norm(latent[:, :c], state["kv_a_layernorm.weight"], config.rms_norm_eps) * config.kv_latent_scale
-    pe = _rotate(config, latent[:, None, c:], positions)[:, 0]
-    return kv, pe
+    def __init__(self, config: MLAConfig, state: State) -> None:
+        self.config = config
+        self._state = {name: weight.cpu().double() for name, weight in state.items()}
 
+    def latents(self, hidden: torch.Tensor, positions: torch.Tensor) -> Pair:
+        """Return what tokens [t, d] at positions [t] are cached as: kv [t, c] normed, pe [t, r] rotated."""
+        config = self.config
+        latent = self._project("kv_a_proj_with_mqa", hidden.cpu().double())
+        kv = self._normed("kv_a_layernorm", latent[:, : config.kv_lora_rank]) * config.kv_latent_scale
+        return kv, self._rotated(latent[:, None, config.kv_lora_rank :], positions)[:, 0]
 
-def _host(state: State) -> dict[str, torch.Tensor]:
-    return {name: weight.cpu() for name, weight in state.items()}
+    def queries(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return the queries [t, h, n + r] of tokens [t, d] at positions [t], the last r channels rotated.
 
+        They are times 1 + beta ln(1 + floor(position / period)) in a layer that scales them.
+        """
+        config, nope = self.config, self.config.qk_nope_head_dim
+        q = (
+            self._project("q_proj", hidden)
+            if config.q_lora_rank is None
+            else self._project("q_b_proj", self._normed("q_a_layernorm", self._project("q_a_proj", hidden)))
+        )
+        q = q.unflatten(1, (config.num_attention_heads, config.qk_head_dim)) * config.q_latent_scale
+        if config.query_scaling is not None:
+            beta, period = config.query_scaling.beta, config.query_scaling.period
+            factors = [1.0 + beta * math.log(1 + position // period) for position in positions.tolist()]
+            q = q * torch.tensor(factors, dtype=torch.float64)[:, None, None]
+        return torch.cat((q[..., :nope], self._rotated(q[..., nope:], positions)), dim=-1)
 
-def _request(
-    config: MLAConfig,
-    state: State,
-    hidden: torch.Tensor,
-    kv: torch.Tensor,
-    pe: torch.Tensor,
-    held: Held | None,
-    selection: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return one request's outputs [n, t, d] for choices of new tokens [n, t, d] and selections [n, t, k]."""
-    choices, t = hidden.shape[:2]
-    nope, rows = config.qk_nope_head_dim, hidden.flatten(0, 1)
-    positions = torch.arange(kv.shape[0], kv.shape[0] + t).repeat(choices)
-    q = _queries(config, state, rows) * _by_position(config, positions)  # [n t, h, nope + r]
-    q = torch.cat((q[..., :nope], _rotate(config, q[..., nope:], positions)), dim=-1)
-    new_kv, new_pe = (part.unflatten(0, (choices, t)) for part in _latents(config, state, rows, positions))
-    past, unseen = (kv.cpu().double(), pe.cpu().double()), torch.zeros(t, dtype=torch.bool)
-    if held is not None:
-        kept = held(torch.arange(kv.shape[0]))
-        past, unseen = (past[0][kept], past[1][kept]), ~held(positions[:t])
-    left = None
-    if selection is not None:  # column 0 stands for -1
-        named = torch.zeros(choices, t, kv.shape[0] + t + 1, dtype=torch.bool)
-        left = ~named.scatter_(2, selection + 1, True)[..., 1:]
-    heads = _attend(config, state, q.unflatten(0, (choices, t)), past, (new_kv, new_pe), unseen, left)
-    if config.output_gate is not None:
-        heads = heads / (1 + (-_gate(config, state, hidden)).exp())
-    return _project(state, "o_proj", heads.flatten(2))
+    def index_keys(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return the index keys [t, D] of tokens [t, d] at positions [t] (DeepSeek-V3.2's report, 2.1).
 
+        LayerNorm with bias of wk(hidden), eps 1e-6, then the rotation of the first r channels.
+        """
+        weights = (self._state[f"indexer.k_norm.{name}"] for name in ("weight", "bias"))
+        k = true_layer_norm(self._project("indexer.wk", hidden.cpu().double()), *weights, 1e-6)
+        return self._turned(k[:, None], positions)[:, 0]
 
-def _gate(config: MLAConfig, state: State, hidden: torch.Tensor) -> torch.Tensor:
-    """Return what the gates of hidden [n, t, d] are the sigmoid of: [n, t, h, 1] or [n, t, h, v]."""
-    return _project(state, "g_proj", hidden).unflatten(2, (config.num_attention_heads, -1))
+    def index_queries(
+        self, hidden: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what `select_latents` is to be given for tokens [t, d]: q [t, H, D] and weights [t, H].
 
+        Queries are wq_b of the normed query latent, their first r channels rotated. Weights are weights_proj
+        of the tokens times (H D)^-0.5, the factor that DeepSeek-V3.2 puts on scores.
+        """
+        config, rows = self.config, hidden.cpu().double()
+        q_a = self._normed("q_a_layernorm", self._project("q_a_proj", rows)) * config.q_latent_scale
+        q = self._project("indexer.wq_b", q_a).unflatten(1, (config.index_n_heads, -1))
+        return self._turned(q, positions), self._project("indexer.weights_proj", rows) * config.index_scale
 
-def _queries(config: MLAConfig, state: State, hidden: torch.Tensor) -> torch.Tensor:
-    if config.q_lora_rank is None:
-        q = _project(state, "q_proj", hidden)
-    else:
-        q_a = _project(state, "q_a_proj", hidden)
-        q = _project(state, "q_b_proj", _norm(q_a, state["q_a_layernorm.weight"], config.rms_norm_eps))
-    return q.unflatten(1, (config.num_attention_heads, config.qk_head_dim)) * config.q_latent_scale
+    def request(
+        self,
+        hidden: torch.Tensor,  # [n, t, d]: choices of new tokens
+        past: Sequence[torch.Tensor],  # kv [s, c], pe [s, r]
+        held: Held | None = None,
+        selection: torch.Tensor | None = None,  # [n, t, topk]
+    ) -> torch.Tensor:
+        """Return one request's outputs [n, t, d]: see `oracle`. Only one of the last two may be given."""
+        (choices, t), (kv, pe) = hidden.shape[:2], (part.cpu().double() for part in past)
+        rows, s = hidden.flatten(0, 1), len(kv)
+        positions = torch.arange(s, s + t).repeat(choices)
+        q = self.queries(rows, positions).unflatten(0, (choices, t))
+        new = [part.unflatten(0, (choices, t)) for part in self.latents(rows, positions)]
+        hides = None  # which keys [n, t, s + t] a query leaves out
+        if held is not None:
+            kept = held(torch.arange(s))
+            kv, pe = kv[kept], pe[kept]
+            unseen = torch.cat((torch.zeros(len(kv), dtype=torch.bool), ~held(positions[:t])))
+            hides = unseen.expand(choices, t, -1)
+        elif selection is not None:  # column 0 stands for -1
+            named = torch.zeros(choices, t, s + t + 1, dtype=torch.bool)
+            hides = ~named.scatter_(2, selection + 1, True)[..., 1:]
+        return self._output(self._attend(q, (kv, pe), new, hides), hidden)
 
+    def _attend(
+        self,
+        q: torch.Tensor,  # [n, t, h, nope + r]
+        past: Pair,  # kv [p, c], pe [p, r]: seen by all choices
+        new: Sequence[torch.Tensor],  # kv [n, t, c], pe [n, t, r]
+        hides: torch.Tensor | None,  # [n, t, p + t] bool
+    ) -> torch.Tensor:
+        """Return attention [n, t, h, v] over expanded keys and values; few heads and choices at once."""
+        config, (n, t), p = self.config, q.shape[:2], len(past[0])
+        kv_b = self._state["kv_b_proj.weight"].unflatten(0, (config.num_attention_heads, -1))
+        at_once = max(1, LOGITS_BYTES // max(1, 8 * t * (p + t)))
+        width = q.shape[3] + config.v_head_dim
+        few = max(1, FEW_BYTES // max(1, 8 * (n * t * (p + t) + (n * t + p) * width)))  # heads
+        every = [torch.cat((old, now.flatten(0, 1))) for old, now in zip(past, new, strict=True)]
+        sinks = self._state["sinks"] if config.sink_logits else torch.full((len(kv_b),), -math.inf).double()
+        heads = []
+        for some, sink, weight in zip(q.split(few, 2), sinks.split(few), kv_b.split(few), strict=True):
+            expanded = _expanded(weight, every, config.qk_nope_head_dim)
+            seen = [x[:, :p] for x in expanded]
+            fresh = [x[:, p:].unflatten(1, (n, t)) for x in expanded]
+            parts = [x.split(at_once, 1) for x in (some.movedim(2, 0), *fresh)]
+            of = [None] * len(parts[0]) if hides is None else hides.split(at_once)
+            chunks = zip(*parts, of, strict=True)
+            attended = [_softmax_attention(config.softmax_scale, sink, *seen, *chunk) for chunk in chunks]
+            heads.append(torch.cat(attended, dim=1))
+        return torch.cat(heads).movedim(0, 2)
 
-def _by_position(config: MLAConfig, positions: torch.Tensor) -> torch.Tensor | float:
-    """Return what each query [t, h, n + r] is multiplied by: 1 + beta ln(1 + floor(p / period))."""
-    if config.query_scaling is None:
-        return 1.0
-    beta, period = config.query_scaling.beta, config.query_scaling.period
-    factors = [1.0 + beta * math.log(1 + position // period) for position in positions.tolist()]
-    return torch.tensor(factors, dtype=torch.float64)[:, None, None]
+    def attended(
+        self,
+        hidden: torch.Tensor,  # [n, d]
+        positions: torch.Tensor,  # [n]
+        cached: Callable[[torch.Tensor], Pair],  # of positions [n]: kv [n, c] and pe [n, r], float64
+        selection: torch.Tensor | None = None,  # [n, topk], -1 behind the last; None: all that is seen
+        held: Held | None = None,
+    ) -> torch.Tensor:
+        """Return the layer's output [n, d] for tokens of one request, which read the keys that they select.
 
+        The softmax is over the selected keys alone, with the scale of dense attention, and over those at
+        positions that are `held`, if not all are; without any, attention is 0.
+        """
+        config, rows = self.config, hidden.cpu().double()
+        h, nope = config.num_attention_heads, config.qk_nope_head_dim
+        w_uk, w_uv = self._state["kv_b_proj.weight"].unflatten(0, (h, -1)).split((nope, config.v_head_dim), 1)
+        q = self.queries(rows, positions)
+        latent_q = torch.einsum("nhd,hdc->nhc", q[..., :nope], w_uk)
+        latent_out = torch.zeros_like(latent_q)
+        sinks = self._state["sinks"][:, None] if config.sink_logits else latent_q.new_zeros(h, 0)
+        for row, position in enumerate(positions.tolist()):
+            chosen = torch.arange(position + 1) if selection is None else selection[row].cpu().long()
+            kv, pe = cached(chosen := chosen[(chosen >= 0) if held is None else held(chosen)])
+            logits = (latent_q[row] @ kv.T + q[row, :, nope:] @ pe.T) * config.softmax_scale
+            weights = torch.cat((logits, sinks), dim=1).softmax(-1)[:, : len(chosen)]
+            latent_out[row] = weights @ kv
+        return self._output(torch.einsum("nhc,hvc->nhv", latent_out, w_uv), rows)
 
-def _attend(
-    config: MLAConfig,
-    state: State,
-    q: torch.Tensor,  # [n, t, h, nope + r]
-    past: Pair,  # kv [p, c], pe [p, r]: seen by all choices
-    new: Pair,  # kv [n, t, c], pe [n, t, r]
-    unseen: torch.Tensor,  # [t] bool: new tokens that nothing attends
-    left: torch.Tensor | None,  # [n, t, p + t] bool: what each query leaves out
-) -> torch.Tensor:
-    """Return attention [n, t, h, v] over expanded keys and values; heads and choices in turn bound memory."""
-    nope, v = config.qk_nope_head_dim, config.v_head_dim
-    kv_b = state["kv_b_proj.weight"].unflatten(0, (config.num_attention_heads, nope + v))
-    (n, t), p = q.shape[:2], past[0].shape[0]
-    at_once = max(1, LOGITS_BYTES // max(1, 8 * t * (p + t)))
-    few = max(1, FEW_BYTES // max(1, 8 * (n * t * (p + t) + (n * t + p) * (q.shape[3] + v))))  # heads
-    every = [torch.cat((old, now.flatten(0, 1))) for old, now in zip(past, new, strict=True)]
-    sinks = state["sinks"] if config.sink_logits else torch.full((len(kv_b),), -math.inf).double()
-    heads = []
-    for some, sink, weight in zip(q.split(few, 2), sinks.split(few), kv_b.split(few), strict=True):
-        expanded = _expanded(weight, every, nope)
-        seen = [x[:, :p] for x in expanded]
-        fresh = [x[:, p:].unflatten(1, (n, t)) for x in expanded]
-        parts = [x.split(at_once, 1) for x in (some.movedim(2, 0), *fresh)]
-        chunks = zip(*parts, [None] * len(parts[0]) if left is None else left.split(at_once), strict=True)
-        attended = [_softmax_attention(config.softmax_scale, sink, unseen, *seen, *chunk) for chunk in chunks]
-        heads.append(torch.cat(attended, dim=1))
-    return torch.cat(heads).movedim(0, 2)
+    def _output(self, heads: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Return o_proj [.., d] of heads [.., h, v], which hidden [.., d] may gate: one gate each, or v."""
+        if self.config.output_gate is not None:
+            gates = self._project("g_proj", hidden).unflatten(-1, (self.config.num_attention_heads, -1))
+            heads = heads / (1 + (-gates).exp())
+        return self._project("o_proj", heads.flatten(-2))
+
+    def _project(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(
+            x, self._state[f"{name}.weight"], self._state.get(f"{name}.bias")
+        )  # fmt: skip
+
+    def _normed(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return true_norm(x, self._state[f"{name}.weight"], self.config.rms_norm_eps)
+
+    def _rotated(
+        self, x: torch.Tensor, positions: torch.Tensor, interleaved: bool | None = None
+    ) -> torch.Tensor:
+        """Return x [t, h, r] rotated by the angles of positions [t], in the layer's layout by default."""
+        config = self.config
+        if config.rope_theta is None:
+            return x
+        angles = torch.outer(positions.float(), inverse_frequencies(config)).double()
+        magnitude = config.rope_scaling.magnitude() if config.rope_scaling else 1.0
+        cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1) * magnitude
+        return true_rotation(x, cos_sin, config.rope_interleave if interleaved is None else interleaved)
+
+    def _turned(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return x [t, H, D] with its first r channels rotated, in the indexer's layout."""
+        r, interleaved = self.config.qk_rope_head_dim, self.config.indexer_rope_interleave
+        return torch.cat((self._rotated(x[..., :r], positions, interleaved), x[..., r:]), dim=-1)
 
 
 def _expanded(weight: torch.Tensor, latents: Sequence[torch.Tensor], nope: int) -> Pair:
@@ -208,70 +265,26 @@ def _expanded(weight: torch.Tensor, latents: Sequence[torch.Tensor], nope: int) 
 def _softmax_attention(
     scale: float,
     sink: torch.Tensor,  # [h], logits that are not scaled, of no value
-    unseen: torch.Tensor,  # [t] bool
     past_keys: torch.Tensor,  # [h, p, nope + r]
     past_values: torch.Tensor,  # [h, p, v]
     q: torch.Tensor,  # [h, n, t, nope + r]
     keys: torch.Tensor,
     values: torch.Tensor,  # [h, n, t, v]
-    left: torch.Tensor | None,  # [n, t, p + t] bool
+    hides: torch.Tensor | None,  # [n, t, p + t] bool
 ) -> torch.Tensor:
     """Return attention [h, n, t, v] over what all choices see, and each over its own tokens."""
     (n, t), past = q.shape[1:3], past_keys.shape[1]
-    future = torch.ones(t, t, dtype=torch.bool).triu(1) | unseen
-    among_new = (q @ keys.mT).masked_fill_(future, -torch.inf)
+    among_new = (q @ keys.mT).masked_fill_(torch.ones(t, t, dtype=torch.bool).triu(1), -torch.inf)
     logits = torch.cat((q.flatten(1, 2) @ past_keys.mT, among_new.flatten(1, 2)), dim=2)
-    if left is not None:
-        logits.masked_fill_(left.flatten(0, 1), -torch.inf)
+    if hides is not None:
+        logits.masked_fill_(hides.flatten(0, 1), -torch.inf)
     weights = logits.mul_(scale).softmax(-1)
-    if left is not None or bool(unseen.any()):  # a token may attend nothing
+    if hides is not None:  # a token may attend nothing
         weights.masked_fill_(logits.isneginf().all(-1, keepdim=True), 0.0)
     if not bool(sink.isneginf().all()):  # it takes its share of what all keys had
         weights /= 1 + (sink[:, None, None] - logits.logsumexp(-1, keepdim=True)).exp()
     from_past = (weights[..., :past] @ past_values).unflatten(1, (n, t))
     return from_past + weights[..., past:].unflatten(1, (n, t)) @ values
-
-
-def index_keys_of(
-    config: MLAConfig, state: State, hidden: torch.Tensor, positions: torch.Tensor
-) -> torch.Tensor:
-    """Return the index keys [t, D] of hidden [t, d] in float64 (DeepSeek-V3.2's report, section 2.1).
-
-    LayerNorm with bias of wk(hidden), eps 1e-6, then the rotation of the first r channels.
-    """
-    k = _project(state, "indexer.wk", hidden)
-    k = k - k.mean(-1, keepdim=True)
-    k = k / (k.square().mean(-1, keepdim=True) + 1e-6).sqrt() * state["indexer.k_norm.weight"]
-    return _turned(config, (k + state["indexer.k_norm.bias"])[:, None], positions)[:, 0]
-
-
-def _turned(config: MLAConfig, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Return x [t, H, D] with its first r channels rotated, in the indexer's layout."""
-    layout, r = replace(config, rope_interleave=config.indexer_rope_interleave), config.qk_rope_head_dim
-    return torch.cat((_rotate(layout, x[..., :r], positions), x[..., r:]), dim=-1)
-
-
-def _project(state: State, name: str, x: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.linear(x, state[f"{name}.weight"], state.get(f"{name}.bias"))
-
-
-def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
-
-
-def _rotate(config: MLAConfig, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Rotate x [t, h, r] by multiplying channel pairs, as complex numbers, with e^(i angle)."""
-    if config.rope_theta is None:
-        return x
-    angles = torch.outer(positions.float(), inverse_frequencies(config)).double()
-    magnitude = config.rope_scaling.magnitude() if config.rope_scaling else 1.0
-    turn = torch.polar(torch.full_like(angles, magnitude), angles)[:, None]
-    if config.rope_interleave:
-        pairs = torch.complex(x[..., 0::2], x[..., 1::2])
-        return torch.view_as_real(pairs * turn).flatten(-2)
-    half = x.shape[-1] // 2
-    turned = torch.complex(x[..., :half], x[..., half:]) * turn
-    return torch.cat((turned.real, turned.imag), dim=-1)
 
 
 FLOAT64_BYTES = 8

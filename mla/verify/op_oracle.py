@@ -7,7 +7,8 @@ this one, so that neither can hide a mistake of the other.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 
 import torch
 
@@ -15,6 +16,7 @@ from mla.verify.tolerances import half_subnormal
 from mla_backends.api import SegmentLengths
 
 Weights = Callable[[torch.Tensor], torch.Tensor] | None
+Spans = Sequence[tuple[int, int]]  # of every query: the first key of its request, and how many it sees
 # The most bytes of float64 logits in one step, before padding.
 LOGITS_BYTES = 256 << 20
 
@@ -78,17 +80,20 @@ def attend_requests(
     out = torch.zeros((*q.shape[:2], v.shape[2]), dtype=torch.float64)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float64)
     within = v.data_ptr() == k.data_ptr() and v.stride() == k.stride()  # values are columns of keys
-    for runs in _alike(lengths, q.shape[1]):
-        first, new, first_key, keys, past = torch.tensor(runs)[..., None].unbind(1)  # each [n, 1]
-        token, key = torch.arange(int(new.max())), torch.arange(int(keys.max()))
-        seen = (past + token + 1).minimum(keys) if lengths.causal else keys.expand(-1, len(token))
-        hidden = key >= seen[..., None]  # [n, t, s]
-        query, of = first + token.minimum(new - 1), first_key + key.minimum(keys - 1)
-        wide = k[of].double()
-        values = wide[..., : v.shape[2]] if within else v[of].double()
-        rows, sums = _attend_padded(q[query].double(), wide, values, hidden, scale, change)
-        out[query], lse[query] = rows, sums  # padding repeats the last query
+    for rows, keys, hidden in alike(spans_of(lengths), q.shape[1]):
+        wide = k[keys].double()
+        values = wide[..., : v.shape[2]] if within else v[keys].double()
+        out[rows], lse[rows] = _attend_padded(q[rows].double(), wide, values, hidden, scale, change)
     return out, lse
+
+
+def spans_of(lengths: SegmentLengths) -> list[tuple[int, int]]:
+    """Return the first key of its request of every query, and how many it sees."""
+    first, spans = 0, list[tuple[int, int]]()
+    for new, keys in zip(lengths.query_lens, lengths.kv_lens, strict=True):
+        spans += [(first, max(0, keys - new + i + 1) if lengths.causal else keys) for i in range(new)]
+        first += keys
+    return spans
 
 
 def lost_weights(weights: torch.Tensor) -> torch.Tensor:
@@ -97,22 +102,29 @@ def lost_weights(weights: torch.Tensor) -> torch.Tensor:
     return torch.where(small, weights.clamp_max(half_subnormal(torch.float16)), 0.0)
 
 
-Run = tuple[int, int, int, int, int]  # first query, queries, first key, keys, and keys before the first query
+def alike(spans: Spans, heads: int = 1) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield queries that see keys, those of requests of similar sizes together, within `LOGITS_BYTES`.
 
-
-def _alike(lengths: SegmentLengths, heads: int) -> Iterator[list[Run]]:
-    """Yield runs of queries of single requests, those of similar lengths together, within `LOGITS_BYTES`."""
-    groups: dict[tuple[int, int], list[Run]] = defaultdict(list)
-    first = first_key = 0
-    for new, keys in zip(lengths.query_lens, lengths.kv_lens, strict=True):
-        most = max(1, LOGITS_BYTES // (8 * heads * max(1, keys)))
-        for start in range(0, new if keys else 0, most):
-            run = (first + start, min(most, new - start), first_key, keys, keys - new + start)
-            groups[run[1].bit_length(), keys.bit_length()].append(run)
-        first, first_key = first + new, first_key + keys
-    for (new_bits, key_bits), runs in groups.items():
-        together = max(1, LOGITS_BYTES // (8 * heads << new_bits + key_bits))
-        yield from (runs[start : start + together] for start in range(0, len(runs), together))
+    They are rows [n, t] and keys [n, s] of all, int64, padded by repeating the last; and `hidden` [n, t, s].
+    """
+    groups, start = defaultdict[tuple[int, int], list[tuple[int, int, int, int]]](list), 0
+    for first, of_request in groupby(spans, lambda span: span[0]):
+        seen = [count for _, count in of_request]
+        most = max(1, LOGITS_BYTES // (8 * heads * max(1, *seen)))
+        for at in range(0, len(seen), most):
+            run = seen[at : at + most]
+            if max(run):
+                sizes = len(run).bit_length(), max(run).bit_length()
+                groups[sizes].append((start + at, len(run), first, max(run)))
+        start += len(seen)
+    visible = torch.tensor([seen for _, seen in spans])
+    for (query_bits, key_bits), runs in groups.items():
+        together = max(1, LOGITS_BYTES // (8 * heads << query_bits + key_bits))
+        for at in range(0, len(runs), together):
+            query, count, first_key, keys = torch.tensor(runs[at : at + together])[..., None].unbind(1)
+            rows = query + torch.arange(int(count.max())).minimum(count - 1)
+            key = torch.arange(int(keys.max()))
+            yield rows, first_key + key.minimum(keys - 1), key >= visible[rows][..., None]
 
 
 def _attend_padded(

@@ -9,18 +9,15 @@ other's true score and bound. The sum of what is taken is then within the bounds
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from itertools import groupby
 
 import torch
 
+from mla.verify.op_oracle import Spans, alike
 from mla.verify.places import Places, describe
 
 # Of a score in fp32, relative to the sizes of what is multiplied and added up, in any order.
 NOISE = 2.0**-20
 BF16_BITS = 8  # of the significand
-SCORES_BYTES = 256 << 20  # of float64 scores that are computed at once
 PRODUCTS = 1 << 21  # of queries and keys, of as many heads at once
 
 Tensors = dict[str, torch.Tensor]
@@ -30,7 +27,7 @@ def true_selection(
     q: torch.Tensor,  # [T, H, D]
     weights: torch.Tensor,  # [T, H]
     keys: torch.Tensor,  # [K, D]
-    spans: Sequence[tuple[int, int]],  # per query: its first key, and how many it sees
+    spans: Spans,
     topk: int,
     longest: int,
 ) -> Tensors:
@@ -42,39 +39,16 @@ def true_selection(
     """
     reach = torch.full((len(q), longest), -torch.inf, dtype=torch.float64)
     rival, floor = (torch.full((len(q), topk + 1), none, dtype=torch.float64) for none in (-1.0, -torch.inf))
-    visible = torch.tensor([seen for _, seen in spans])
-    for runs in _alike(spans, longest):
-        start, count, first, most = torch.tensor(runs)[..., None].unbind(1)  # each [n, 1]
-        rows = start + torch.arange(int(count.max())).minimum(count - 1)  # [n, t], the last of a run repeated
-        key = torch.arange(int(most.max()))
-        scores, bounds = true_scores(q[rows], weights[rows], keys[first + key.minimum(most - 1)])
-        scores.masked_fill_(key >= visible[rows][..., None], -torch.inf)
-        reach[rows, : len(key)] = scores + bounds
-        surest = (scores - bounds).topk(min(topk + 1, len(key)))
+    for rows, of, hidden in alike(spans):
+        scores, bounds = true_scores(q[rows], weights[rows], keys[of])
+        scores.masked_fill_(hidden, -torch.inf)
+        count = of.shape[1]
+        reach[rows, :count] = scores + bounds
+        surest = (scores - bounds).topk(min(topk + 1, count))
         seen_too, width = surest.values > -torch.inf, surest.values.shape[-1]
         rival[rows, :width] = torch.where(seen_too, surest.indices.double(), -1.0)
         floor[rows, :width] = surest.values
     return {"reach": reach, "rival": rival, "floor": floor}
-
-
-Run = tuple[int, int, int, int]  # first query, queries, first key, and the most keys that one of them sees
-
-
-def _alike(spans: Sequence[tuple[int, int]], longest: int) -> Iterator[list[Run]]:
-    """Yield runs of queries over the same keys, those of similar sizes together, within `SCORES_BYTES`."""
-    groups: dict[tuple[int, int], list[Run]] = defaultdict(list)
-    most, start = max(1, SCORES_BYTES // (8 * max(1, longest))), 0
-    for first, of_request in groupby(spans, lambda span: span[0]):
-        counts = [seen for _, seen in of_request]
-        for at in range(0, len(counts), most):
-            seen = counts[at : at + most]
-            if max(seen):
-                sizes = len(seen).bit_length(), max(seen).bit_length()
-                groups[sizes].append((start + at, len(seen), first, max(seen)))
-        start += len(counts)
-    for (query_bits, key_bits), runs in groups.items():
-        together = max(1, SCORES_BYTES // (8 << query_bits + key_bits))
-        yield from (runs[at : at + together] for at in range(0, len(runs), together))
 
 
 def true_scores(

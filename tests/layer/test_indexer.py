@@ -16,8 +16,7 @@ from mla.errors import UnsupportedOps
 from mla.layer.forward import INDEX_EPS
 from mla.layer.workspace import Workspace
 from mla.reference import REFERENCE
-from mla.verify.layer_oracle import oracle
-from mla.verify.selected import SelectingLayer
+from mla.verify.layer_oracle import TrueLayer, oracle
 from mla.weights import random_state_dict
 from mla_backends.api import FusedOp
 from mla_backends.testing import HostBackend
@@ -37,12 +36,12 @@ def scores(
     case: Any, config: MLAConfig | None = None, index: Sequence[torch.Tensor] | None = None
 ) -> list[torch.Tensor]:
     """Return the true scores [t, s + t] of each request, -inf for keys that come later."""
-    truth = SelectingLayer(config or case.config, case.state)
+    truth = TrueLayer(config or case.config, case.state)
     requests = zip(case.hidden.split(list(case.batch.query_lens)), index or case.index, strict=True)
     return [_scores(truth, hidden, past.double()) for hidden, past in requests]
 
 
-def _scores(truth: SelectingLayer, hidden: torch.Tensor, past: torch.Tensor) -> torch.Tensor:
+def _scores(truth: TrueLayer, hidden: torch.Tensor, past: torch.Tensor) -> torch.Tensor:
     """As the paper has them: each head's weight times the positive part of query times key, summed."""
     positions = torch.arange(len(past), len(past) + len(hidden))
     keys = torch.cat((past, truth.index_keys(hidden, positions)))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import pytest
 import torch
 
 from mla import MLA, LatentCache, MLAConfig
-from mla.verify.layer_oracle import oracle
-from mla.verify.selected import Cached, SelectingLayer
+from mla.verify.layer_oracle import TrueLayer, oracle
 from mla.weights import random_state_dict
 
 History = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -43,6 +45,11 @@ def drawn(config: MLAConfig) -> tuple[dict[str, torch.Tensor], torch.Tensor, lis
     return random_state_dict(config, dtype=torch.float32), hidden, [(kv, pe, k) for kv, pe, k in history]
 
 
+def cached_in(past: Sequence[torch.Tensor], new: Sequence[torch.Tensor]) -> Callable[..., Any]:
+    whole = [torch.cat(parts) for parts in zip(past, new, strict=True)]
+    return lambda positions: [part[positions].double() for part in whole]
+
+
 def test_rows_given_a_selection_are_those_of_the_oracle(config: MLAConfig) -> None:
     state, hidden, history = drawn(config)
     selection, start = torch.full((sum(NEW), 6), -1), 0
@@ -53,12 +60,12 @@ def test_rows_given_a_selection_are_those_of_the_oracle(config: MLAConfig) -> No
             selection[start + row, : len(some)] = some
         start += new
     expected = oracle(config, state, hidden, NEW, [(kv, pe) for kv, pe, _ in history], selection=selection)
-    truth, start = SelectingLayer(config, state), 0
+    truth, start = TrueLayer(config, state), 0
     for (kv, pe, _), new in zip(history, NEW, strict=True):
         rows = slice(start, start := start + new)
         positions = torch.arange(len(kv), len(kv) + new)
         latents = truth.latents(hidden[rows], positions)
-        cached = Cached((kv, latents[0]), (pe, latents[1]))
+        cached = cached_in((kv, pe), latents)
         attended = truth.attended(hidden[rows], positions, cached, selection[rows])
         torch.testing.assert_close(attended, expected[rows], rtol=1e-10, atol=1e-12)
         last = truth.attended(hidden[rows][-1:], positions[-1:], cached, selection[rows][-1:])
@@ -68,9 +75,9 @@ def test_rows_given_a_selection_are_those_of_the_oracle(config: MLAConfig) -> No
 def test_without_a_selection_all_that_is_seen_is_attended(config: MLAConfig) -> None:
     state, hidden, history = drawn(config)
     expected = oracle(config, state, hidden[:4], [4], [(history[0][0], history[0][1])])
-    truth, positions = SelectingLayer(config, state), torch.arange(30, 34)
+    truth, positions = TrueLayer(config, state), torch.arange(30, 34)
     kv, pe = truth.latents(hidden[:4], positions)
-    cached = Cached((history[0][0], kv), (history[0][1], pe))
+    cached = cached_in(history[0][:2], (kv, pe))
     attended = truth.attended(hidden[:4], positions, cached)
     torch.testing.assert_close(attended, expected, rtol=1e-10, atol=1e-12)
 
@@ -84,7 +91,7 @@ def test_the_indexer_has_what_a_layer_in_float32_gives_its_ops(config: MLAConfig
     for sequence, (kv, pe, index) in zip(sequences, history, strict=True):
         cache.load(sequence, kv, pe, index=index)
     layer(hidden, cache.extend(sequences, NEW), *cache.of_layer(0))
-    views, truth, start = layer.step.views.indexed(sum(NEW)), SelectingLayer(config, state), 0
+    views, truth, start = layer.step.views.indexed(sum(NEW)), TrueLayer(config, state), 0
     for sequence, past, new in zip(sequences, HISTORY, NEW, strict=True):
         rows, positions = slice(start, start := start + new), torch.arange(past, past + new)
         q, weights = truth.index_queries(hidden[rows], positions)

@@ -32,8 +32,8 @@ from mla.cost import Work, step_work
 from mla.errors import UnsupportedBatch, UsageError, unknown
 from mla.layer.ops import Ops
 from mla.layer.plan import check_lengths
-from mla.verify.layer_oracle import Held, State, oracle
-from mla.verify.selected import SelectingLayer, SelectionJudge
+from mla.verify.layer_oracle import Held, State, TrueLayer, oracle
+from mla.verify.selected import SelectionJudge
 from mla.weights import random_state_dict
 from mla_backends.errors import describe
 
@@ -171,7 +171,7 @@ def layer_checker(
     """
     config, dtype, codecs = setting.config, setting.dtype, (setting.codec, setting.index_codec)
     if setting.is_judged_after:
-        judge = SelectionJudge(SelectingLayer(config, state), dtype, *codecs, held)
+        judge = SelectionJudge(TrueLayer(config, state), dtype, *codecs, held)
         return TakenChecker(judge, inputs.stored(*codecs), make_reference)
 
     def reference_outputs() -> torch.Tensor:
