@@ -125,8 +125,8 @@ class TrueLayer:
 
         LayerNorm with bias of wk(hidden), eps 1e-6, then the rotation of the first r channels.
         """
-        weights = (self._state[f"indexer.k_norm.{name}"] for name in ("weight", "bias"))
-        k = true_layer_norm(self._project("indexer.wk", hidden.cpu().double()), *weights, 1e-6)
+        weight, bias = (self._state[f"indexer.k_norm.{name}"] for name in ("weight", "bias"))
+        k = true_layer_norm(self._project("indexer.wk", hidden.cpu().double()), weight, bias, 1e-6)
         return self._turned(k[:, None], positions)[:, 0]
 
     def index_queries(

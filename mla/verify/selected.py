@@ -43,8 +43,10 @@ class Taken:
     def of(self, request: int, rows: torch.Tensor) -> Taken:
         """Return what was left of some rows [n] int64 of the forward, all of one request."""
         latents, keys = self.latents[request : request + 1], self.keys[request : request + 1]
-        parts = (None if part is None else part[rows] for part in (self.selection, self.q, self.weights))
-        return Taken(latents, *parts, keys, self.in_bf16)
+        selection, q, weights = (
+            None if part is None else part[rows] for part in (self.selection, self.q, self.weights)
+        )
+        return Taken(latents, selection, q, weights, keys, self.in_bf16)
 
 
 def take(
@@ -162,11 +164,8 @@ class SelectionJudge:
 
     def _held(self, past: Past, new: torch.Tensor) -> torch.Tensor:
         """Return which of all new tokens are here, bool [t]."""
-        return (
-            torch.ones(len(new), dtype=torch.bool)
-            if self.held is None
-            else self.held(self._positions(past, new))
-        )
+        positions = self._positions(past, new)
+        return torch.ones_like(positions, dtype=torch.bool) if self.held is None else self.held(positions)
 
     def _faults(
         self, of: str, past: Past, new: torch.Tensor, taken: Taken, places: Places
@@ -179,16 +178,15 @@ class SelectionJudge:
         if self.codec is not None:
             true = [part[self._held(past, new)] for part in truth.latents(new, positions)]
             near = given_back(self.codec, *(part.float() for part in true))
-            for name, stored, exact, rounded in zip(
-                ("latents", "keys"), taken.latents[0], true, near, strict=True
-            ):
+            parts = zip(("latents", "keys"), taken.latents[0], true, near, strict=True)
+            for name, stored, exact, rounded in parts:
                 if stored.numel():
-                    yield _row_fault(
-                        f"cached {name} {of}", stored, exact, dtype, beside=row_errors(rounded, exact)
-                    )
+                    beside = row_errors(rounded, exact)
+                    yield _row_fault(f"cached {name} {of}", stored, exact, dtype, beside=beside)
         if taken.q is None or taken.weights is None:  # the selection is another layer's
             return
-        (keys,), true_keys, beside = taken.keys, truth.index_keys(new, positions), 0.0
+        (keys,), true_keys = taken.keys, truth.index_keys(new, positions)
+        beside = true_keys.new_zeros(len(keys))
         if self.index_codec is not None:
             beside = row_errors(self.index_codec.given_back(true_keys.float()), true_keys)
         yield _row_fault(f"index keys {of}", keys, true_keys, dtype, beside=beside)
