@@ -9,7 +9,7 @@ take it to memory; norms, rotations and the product with a gate count nothing at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from mla.config import MLAConfig
@@ -20,21 +20,6 @@ if TYPE_CHECKING:
 # Attention paths a request can take.
 ABSORBED, EXPANDED = "absorbed", "expanded"
 MAX_KEYS = 2**31  # of a query that sees all keys: none has more
-
-
-WIDTHS = 32  # with latents and keys of multiples of it, every format below holds a layer
-# Cache format -> the bytes of a token with a latent of c and a key of r numbers, multiples of `WIDTHS`. These
-# are sums; `mla.cache.formats`, which needs torch, says what the bytes are, and knows other formats.
-TOKEN_BYTES: Mapping[str, Callable[[int, int], int]] = {
-    "bf16": lambda c, r: 2 * (c + r),
-    "fp16": lambda c, r: 2 * (c + r),
-    "fp32": lambda c, r: 4 * (c + r),
-    "fp8": lambda c, r: c + r,
-    "fp8_ds_mla": lambda c, r: c + 4 * -(-c // 128) + 2 * r,
-    "fp8_ds_mla_any": lambda c, r: c + 4 * -(-c // 128) + 2 * r,
-    "int8": lambda c, r: c + r + 8,
-    "q8_0": lambda c, r: (c + r) // 32 * 34,
-}
 
 
 class Work(NamedTuple):

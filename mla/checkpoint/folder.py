@@ -32,8 +32,6 @@ class CheckpointError(MLAError):
 # -------------------------------------------------------------------------------------------- files
 # Safetensors files: headers, and rows of a tensor. No file stays open or mapped.
 
-# What `safetensors` itself accepts.
-_MAX_HEADER = 100_000_000
 _LFS = b"version https://git-lfs"
 
 
@@ -91,22 +89,14 @@ def opened(file: Path) -> Iterator[Any]:
 
 
 def _sniff(file: Path) -> None:
-    """Raise `CheckpointError` for first bytes that the library would describe less clearly."""
+    """Raise `CheckpointError` for a pointer in the place of a file, which the library would call damaged."""
     try:
-        start, size = outside.start(file, len(_LFS))
+        start, _ = outside.start(file, len(_LFS))
     except OSError as error:
         raise CheckpointError(f"checkpoint file '{file}' cannot be read: {error.strerror}.") from error
     if start == _LFS:
         raise CheckpointError(
             f"checkpoint file '{file}' is only a Git LFS pointer: fetch its content with `git lfs pull`."
-        )
-    if len(start) < 8:
-        raise CheckpointError(f"checkpoint file '{file}' is truncated: it has {size} bytes.")
-    length = int.from_bytes(start[:8], "little")
-    if length > min(size - 8, _MAX_HEADER):
-        raise CheckpointError(
-            f"checkpoint file '{file}' is truncated or not a safetensors file: {size} bytes cannot hold a "
-            f"header of {length}."
         )
 
 
@@ -172,8 +162,7 @@ class Folder:
         try:
             yield
         except FileNotFoundError as error:
-            hint = self._stale_index() if name.endswith(".safetensors") else ""
-            raise CheckpointError(f"{where} is missing{hint}.") from error
+            raise CheckpointError(f"{where} is missing.") from error
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             why = getattr(error, "strerror", None) or shortened(str(error))
             raise CheckpointError(f"{where} cannot be opened: {why}.") from error
@@ -201,16 +190,6 @@ class Folder:
             return sorted(name for name in os.listdir(self.path) if name.endswith(ending))
         except OSError as error:
             raise CheckpointError(f"checkpoint '{self.path}' cannot be listed: {error.strerror}.") from error
-
-    def _stale_index(self) -> str:
-        """Return a hint where the index seems to be that of another checkpoint."""
-        present = self._names(".safetensors")
-        if self.index is None or not present or any(name in present for name, _ in self._indexed(self.index)):
-            return ""
-        return (
-            f"; '{self.index}' lists none of the files that are here ('{present[0]}', ...): remove the index "
-            "if it is another checkpoint's"
-        )
 
 
 def _check_indexed(index: Path, name: str) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
-from weakref import WeakSet
 
 import torch
 
@@ -24,7 +22,6 @@ Tokens = slice | torch.Tensor  # rows of a step: contiguous, or by index
 
 
 _Lock: Any = type(threading.RLock())  # knows which thread holds it
-_TURNS: WeakSet[Any] = WeakSet()
 
 
 class Turn(_Lock):  # type: ignore[misc]
@@ -33,9 +30,6 @@ class Turn(_Lock):  # type: ignore[misc]
     `with` raises RuntimeError in a thread whose turn it is already: a signal handler, a finalizer or an op
     that calls a layer would overwrite what the call that it interrupts has in scratch memory.
     """
-
-    def __init__(self) -> None:
-        _TURNS.add(self)
 
     def __enter__(self) -> bool:
         if self._is_owned():
@@ -57,17 +51,6 @@ class Turn(_Lock):  # type: ignore[misc]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Turn, ()
-
-
-def _after_fork() -> None:
-    """Free the turns of threads that the child of a fork does not have."""
-    for turn in list(_TURNS):
-        if not turn.held:
-            turn._at_fork_reinit()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 class Workspace:

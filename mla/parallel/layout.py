@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mla.config import MLAConfig
 from mla.cost import (
-    TOKEN_BYTES,
-    WIDTHS,
     Work,
     head_parameters,
     indexer_parameters,
@@ -228,33 +226,6 @@ class Capacity:
         return 1 - 1 / self.copies
 
 
-def token_bytes(name: str, c: int, r: int) -> int:
-    """Return the bytes of a cached token in a format, with a latent of c and a key of r numbers.
-
-    Imports torch for formats that are not in `TOKEN_BYTES`. Raises `CacheFormatError` for an unknown name,
-    and for widths that the format cannot hold.
-    """
-    if name in TOKEN_BYTES and c % WIDTHS == r % WIDTHS == 0:
-        return TOKEN_BYTES[name](c, r)
-    from mla.cache.formats import find_format
-
-    return find_format(name).token_bytes(c, r)
-
-
-def index_key_bytes(name: str, d: int, itemsize: int) -> int:
-    """Return the bytes of an index key of d numbers, in the format of a name, or "" of `itemsize` bytes each.
-
-    Imports torch for a format. Raises `CacheFormatError` for an unknown name.
-    """
-    if name in ("", "plain"):
-        return d * itemsize
-    from mla.cache.index_formats import index_codec
-
-    codec = index_codec(name, d)
-    assert codec is not None
-    return codec.token_bytes
-
-
 def capacity(
     config: MLAConfig,
     layout: Layout,
@@ -268,16 +239,22 @@ def capacity(
 
     Weights count once, `itemsize` bytes each; of the cache, tokens without any room lost in pages. Layers
     with an indexer have index keys as well, as often as the latent. A format "" is `itemsize` bytes a number.
-    Raises `UsageError` where the layer cannot be split, or has no index keys, and `CacheFormatError`.
+    Formats import torch. Raises `UsageError` where the layer cannot be split, and `CacheFormatError`.
     """
     layout.check(config)
     split, indexers = head_parameters(config), len(config.index_layers(layers))
     shared = (layers - indexers) * indexer_parameters(config)  # those of layers without an indexer
     weights = ((parameters(config) - split + split // layout.head_parts) * layers - shared) * itemsize
     room = max(0, memory - weights)
-    widths = (config.kv_lora_rank, config.qk_rope_head_dim)
-    latent = token_bytes(cache_format, *widths) if cache_format else config.latent_dim * itemsize
-    key = index_key_bytes(index_format, config.index_head_dim, itemsize)
+    latent, key = config.latent_dim * itemsize, config.index_head_dim * itemsize
+    if cache_format or index_format:
+        from mla.cache.formats import codec_of
+        from mla.cache.index_formats import index_codec, stored_index_format
+
+        if codec := codec_of(cache_format, config.kv_lora_rank, config.qk_rope_head_dim):
+            latent = codec.token_bytes
+        if index := index_codec(stored_index_format(index_format), config.index_head_dim):
+            key = index.token_bytes
     per_token = latent * layers + key * indexers
     return Capacity(layout, weights, room, room // per_token * layout.dcp * layout.dp, layout.tp)
 

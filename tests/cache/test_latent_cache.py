@@ -82,18 +82,6 @@ def test_loading_nothing_leaves_an_empty_sequence(make_cache: Any) -> None:
     assert [part.shape[0] for part in cache.read(sequence)] == [0, 0]
 
 
-def test_kv_cache_and_pe_cache_are_views_of_the_pages(make_cache: Any) -> None:
-    cache = make_cache()
-    (sequence,) = cache.new_sequences(1)
-    kv, pe = latents(cache, 16)
-    cache.load(sequence, kv, pe)
-    page = cache.slots(sequence)[0].item() // 16
-    assert torch.equal(cache.kv_cache[0, page], kv)
-    assert torch.equal(cache.pe_cache[0, page], pe)
-    assert cache.kv_cache.untyped_storage().data_ptr() == cache.pages.untyped_storage().data_ptr()
-    assert cache.pe_cache.untyped_storage().data_ptr() == cache.pages.untyped_storage().data_ptr()
-
-
 def test_a_load_that_does_not_fit_the_sequence_is_refused_and_changes_nothing(make_cache: Any) -> None:
     cache = make_cache()
     ids = cache.new_sequences(2)

@@ -33,16 +33,16 @@ def header(tensors: object, body: bytes = b"") -> bytes:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "model.safetensors' is truncated: it has 0 bytes"),
-        (b"1234567", "is truncated: it has 7 bytes"),
+        (b"", "model.safetensors' cannot be read, it is truncated or damaged"),
+        (b"1234567", "truncated or damaged"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "only a Git LFS pointer"),
-        (struct.pack("<Q", 2**63 + 5) + b"{}", f"10 bytes cannot hold a header of {2**63 + 5}"),
-        (struct.pack("<Q", 100) + b"{}", "10 bytes cannot hold a header of 100"),
+        (struct.pack("<Q", 2**63 + 5) + b"{}", "truncated or damaged"),
+        (struct.pack("<Q", 100) + b"{}", "truncated or damaged"),
         (struct.pack("<Q", 2) + b"xx", "model.safetensors' cannot be read, it is truncated or damaged"),
         (header([]), "truncated or damaged"),
         (header({"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}), "truncated or damaged"),
-        (b"PK\x03\x04" + bytes(40), "cannot hold a header|truncated or damaged"),
-        (b"GGUF" + bytes(40), "cannot hold a header|truncated or damaged"),
+        (b"PK\x03\x04" + bytes(40), "truncated or damaged"),
+        (b"GGUF" + bytes(40), "truncated or damaged"),
         (bytes(4096), "truncated or damaged"),
     ],
 )
@@ -158,18 +158,6 @@ def test_a_scale_in_a_missing_shard_is_refused(tmp_path: Path) -> None:
     shard = weight_map[SCALE]
     (made.folder / shard).unlink()
     refused(made.folder, made.config, f"'{shard}' of checkpoint .* is missing.$")
-
-
-def test_the_index_of_another_checkpoint_is_recognised(tmp_path: Path) -> None:
-    """Someone cut a layer out of a model and kept the model's index."""
-    made = make(tmp_path)
-    weight_map = dict.fromkeys(
-        (f"{maker.LAYER}{name}" for name in made.state), "model-00002-of-000163.safetensors"
-    )
-    (made.folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    refused(
-        made.folder, made.config, r"is missing; .*lists none of the files that are here .*: remove the index"
-    )
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,6 @@ def test_an_absurd_header_length_allocates_nothing(made: maker.Made, length: int
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     file = made.folder / "model.safetensors"
     file.write_bytes(struct.pack("<Q", length) + file.read_bytes()[8:])
-    with pytest.raises(CheckpointError, match=f"cannot hold a header of {length}"):
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
         read_layer(made.folder, made.config)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 16 << 10

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier, Event, Thread
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -342,32 +340,6 @@ def test_a_call_from_within_a_call_is_refused_and_spoils_nothing() -> None:
     scene.check(scene.run())
     assert len(refused) >= 5 * len(within)
     other.check(other.run())
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_fork_while_another_thread_computes_can_compute() -> None:
-    scene = Scene(None)
-    inside, forked = Event(), Event()
-
-    def wait() -> None:
-        inside.set()
-        assert forked.wait(60)
-
-    scene.layer.replace_ops(lambda role, op: Interrupted(op, wait))
-    thread = Thread(target=scene.run)
-    thread.start()
-    assert inside.wait(60)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
-        child = os.fork()
-    if child == 0:
-        try:
-            os._exit(0 if scene.layer._scratch.turn.acquire(timeout=5) else 1)
-        finally:
-            os._exit(2)
-    forked.set()
-    thread.join()
-    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_default_dtype_changes_nothing(backend: Backend | None) -> None:
