@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os.path
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from operator import itemgetter
@@ -12,7 +12,7 @@ from string import ascii_uppercase
 from typing import Literal, NamedTuple
 
 from mla.bench.results.cases import device_cost
-from mla.bench.results.schema import Case, Ceiling, Latency, Run, Throughput
+from mla.bench.results.schema import Case, Ceiling, Run
 from mla.bench.terminal.verdict import is_yardstick
 from mla.text import grouped
 from mla_backends.outside import escaped
@@ -64,18 +64,6 @@ class Entry(NamedTuple):
     def name(self) -> str:
         """Name among the cases of one workload, such as "A mla"."""
         return f"{self.file.key} {self.case.implementation}".strip()
-
-
-class Quantity(NamedTuple):
-    """What a bar, or the y axis of a curve, shows."""
-
-    name: str
-    unit: str
-    of: Callable[[Case], Latency | Throughput | None]
-
-
-LATENCY = Quantity("latency", "ms", lambda case: case.latency_ms)
-THROUGHPUT = Quantity("throughput", "tok/s", lambda case: case.tokens_per_s)
 
 
 def result_files(paths: Sequence[str], runs: Sequence[Run]) -> list[ResultFile]:

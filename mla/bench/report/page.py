@@ -15,7 +15,7 @@ import jinja2
 
 import mla
 from mla.bench.report import data, figures, summary
-from mla.bench.report.data import LATENCY, THROUGHPUT, Curve, Entry, Quantity, ResultFile
+from mla.bench.report.data import Curve, Entry, ResultFile
 from mla.bench.report.figures import (
     DASHES,
     MARKERS,
@@ -154,35 +154,34 @@ class Charts:
         self._colours = colours(entry.case.implementation for entry in self.entries)
 
     def grid(self) -> Iterator[Chart]:
-        """Yield latency and throughput along each axis of a grid, split by other values if these are many."""
+        """Yield the latency along each axis of a grid, split by other values if these are many."""
         for axis in data.AXES:
             for which, group in data.curves(self.entries, axis).items():
                 parts = list(grouped(group, lambda curve: curve.others).values())
                 kept = parts[:: math.ceil(len(parts) / MOST_PARTS)] if len(group) > MOST_CURVES else [group]
                 note = f" {len(kept)} of {len(parts)} such charts are drawn." * (1 < len(kept) < len(parts))
                 for part in kept:
-                    yield self._curves(self._titles[which], axis, part, LATENCY, note)
-                    yield self._curves(self._titles[which], axis, part, THROUGHPUT, note)
+                    yield self._curves(self._titles[which], axis, part, note)
 
-    def _curves(self, base: str, axis: str, group: Sequence[Curve], quantity: Quantity, note: str) -> Chart:
+    def _curves(self, base: str, axis: str, group: Sequence[Curve], note: str) -> Chart:
         names = [curve.entry.case.implementation for curve in group]
         shapes = [(curve.entry.file.key, curve.others) for curve in group]
         lines, limits = [], dict[tuple[Point, ...], Line]()
         for curve, name, shape in zip(group, names, shapes, strict=True):
-            points = [_point(x, entry.case, quantity) for x, entry in curve.points]
+            points = [_point(x, entry.case) for x, entry in curve.points]
             look = self._colours[name], _nth(MARKERS, shapes, shape), _nth(DASHES, names, name)
             lines.append(Line(curve.name, *look, points))
             floors = tuple(Point(x, e.case.roofline.floor_ms) for x, e in curve.points if e.case.latency_ms)
-            if quantity is LATENCY and all(point.value for point in floors):
+            if all(point.value for point in floors):
                 limits[floors] = Line(f"{curve.entry.file.key} limit".strip(), "ink", "", ":", floors)
-        labels = data.AXES[axis], f"{quantity.name}, {quantity.unit}"
+        labels = data.AXES[axis], "latency, ms"
         draw = figures.curves(lines, list(limits.values()) * (len(limits) <= MOST_LIMITS), labels)
         word, others = "history" if axis == "kv" else axis, {curve.others for curve in group}
         title = f"by {word}" if base == word else f"{base}, by {word}"
         title += f", {others.pop()}" if len(others) == 1 and any(others) else ""
-        finding = _sentence([_of_line(line, quantity.unit) for line in lines], "lines") + note
+        finding = _sentence(list(map(_of_line, lines)), "lines") + note
         members = [entry for curve in group for _, entry in curve.points]
-        return _chart(quantity.name, title, members, finding, draw)
+        return _chart("latency", title, members, finding, draw)
 
     def scenarios(self) -> Iterator[Chart]:
         """Yield bars of the latency of the cases that are on no curve, by workload."""
@@ -191,7 +190,7 @@ class Charts:
             rows = [self._bar(entry, len({other.case.scenario for other in part}) > 1) for entry in part]
             finding = _of_bars(part, rows, len(members) - len(part))
             draw = figures.bars(rows)
-            yield _chart(LATENCY.name, self._titles[which], part, finding, draw)
+            yield _chart("latency", self._titles[which], part, finding, draw)
 
     def _bar(self, entry: Entry, several: bool) -> Row:
         case, latency = entry.case, entry.case.latency_ms
@@ -243,9 +242,8 @@ def _nth(looks: Sequence[T], keys: Sequence[object], key: object) -> T:
     return looks[distinct.index(key) % len(looks)]
 
 
-def _point(x: float, case: Case, quantity: Quantity) -> Point:
-    estimate = quantity.of(case)
-    value, bounds = (estimate.median, estimate.ci95) if estimate else (None, None)
+def _point(x: float, case: Case) -> Point:
+    value, bounds = (case.latency_ms.median, case.latency_ms.ci95) if case.latency_ms else (None, None)
     return Point(x, value, bounds, case.check.status, bool(case.roofline.doubt))
 
 
@@ -297,10 +295,10 @@ def _of_bars(entries: Sequence[Entry], rows: Sequence[Row], undrawn: int) -> str
     return " ".join([*lead, _sentence(told, "bars", len(told) + undrawn)])
 
 
-def _of_line(line: Line, unit: str) -> str:
+def _of_line(line: Line) -> str:
     """Return where a line begins and ends."""
     told = [point for point in line.points if point.value is not None]
     lost = f", no number at {len(line.points) - len(told)} places" * (len(told) < len(line.points))
     first_and_last = told[:: len(told) - 1 or 1]
-    ends = [f"{known(point.value, point.bounds)} {unit} at {point.x:g}" for point in first_and_last]
+    ends = [f"{known(point.value, point.bounds)} ms at {point.x:g}" for point in first_and_last]
     return f"{line.name}: {' to '.join(ends)}{lost}"

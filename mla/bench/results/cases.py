@@ -5,17 +5,15 @@ and the statistics of its passes. Needs no torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import msgspec
 
 from mla.bench.results import stats
-from mla.bench.results.schema import Agreement, Case, Cost, Latency, Run, Spread, Throughput, Timing
+from mla.bench.results.schema import Case, Cost, Latency, Run, Spread, Throughput, Timing
 
 # The fact of an environment that names baselines which nobody asked for: no exit code depends on them.
 ADDED = "added_baselines"
-
-_Named = TypeVar("_Named", Case, Agreement)
 
 # How the reason of a timing begins that nobody asked for, and for which no time was left.
 LEFT_OUT = "left out: "
@@ -55,21 +53,12 @@ def is_predicted(case: Case) -> bool:
 
 def labelled(run: Run) -> Run:
     """Return a run for readers: implementations whose times are predicted say so in their names."""
-    if not any(map(is_predicted, run.cases)):
-        return run
-    labels = {(case.scenario, case.implementation): label(case) for case in run.cases}
-
-    def shown(scenario: str, item: _Named) -> _Named:
-        key = scenario, item.implementation
-        return msgspec.structs.replace(item, implementation=labels.get(key, item.implementation))
-
-    cases = [
-        msgspec.structs.replace(
-            shown(case.scenario, case), agreement=[shown(case.scenario, other) for other in case.agreement]
-        )
-        for case in run.cases
-    ]
-    return msgspec.structs.replace(run, cases=cases)
+    changed, cases = msgspec.structs.replace, list[Case]()
+    for case in run.cases:
+        mark = _MARK * is_predicted(case)  # and so are those that it agrees with
+        others = [changed(other, implementation=other.implementation + mark) for other in case.agreement]
+        cases.append(changed(case, implementation=label(case), agreement=others))
+    return changed(run, cases=cases)
 
 
 def label(case: Case) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import msgspec
-
 from mla.bench import results
 from mla.bench.results.schema import Ceiling, CeilingRun
 from mla.bench.terminal.digits import per_second
@@ -77,30 +75,15 @@ def _span(ceilings: Sequence[Ceiling]) -> str:
 
 
 def _range(ceilings: Sequence[Ceiling]) -> str:
-    """Return the value and source of a single ceiling, or the range of several."""
-    if len(ceilings) == 1:
-        return f"{rate(ceilings[0])} ({ceilings[0].source}){_varied(ceilings)}{_ours(ceilings)}"
+    """Return the value and source of a single ceiling, or the range of several; and how far to trust it."""
     footprints = [ceiling.footprint_bytes or 0 for ceiling in ceilings]
-    sizes = f"{size(min(footprints))} to {size(max(footprints))}"
-    return f"{_span(ceilings)} at {sizes}{_varied(ceilings)}{_ours(ceilings)}"
-
-
-def _varied(ceilings: Sequence[Ceiling]) -> str:
-    """Return by how much the lowest measurement of the same lies below the highest."""
-    lower = [1 - ceiling.lowest / ceiling.value for ceiling in ceilings if ceiling.lowest is not None]
-    if not lower or (len(ceilings) == 1 and ceilings[0].lowest == ceilings[0].value):
-        return ""
-    if len(ceilings) == 1:
-        return f", lowest {rate(msgspec.structs.replace(ceilings[0], value=ceilings[0].lowest))}"
-    return f", up to {100 * max(lower):.0f} % lower when repeated"
-
-
-def _ours(ceilings: Sequence[Ceiling]) -> str:
-    """Return a remark where no way but our own op is known to be as fast."""
-    if not any(ceiling.ours for ceiling in ceilings):
-        return ""
-    where = "" if all(ceiling.ours for ceiling in ceilings) else " at some sizes"
-    return f"; caveat: only the kernel under test is as fast{where}"
+    where = f" at {size(min(footprints))} to {size(max(footprints))}"
+    where = f" ({ceilings[0].source})" if len(ceilings) == 1 else where
+    lower = max((1 - ceiling.lowest / ceiling.value for ceiling in ceilings if ceiling.lowest), default=0.0)
+    varied = f", up to {100 * lower:.0f} % lower when repeated" * (lower > 0)
+    some = " at some sizes" * (not all(ceiling.ours for ceiling in ceilings))
+    caveat = f"; caveat: only the kernel under test is as fast{some}"
+    return _span(ceilings) + where + varied + caveat * any(ceiling.ours for ceiling in ceilings)
 
 
 def _device(run: CeilingRun) -> str:

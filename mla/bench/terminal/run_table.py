@@ -35,11 +35,10 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "rel. error": lambda row: _exponent(row.check.relative_error),
     "check": lambda row: row.check.status,
 }
-# A further column where a case ran fewer passes, or shorter ones, than the workload asks for.
+# Further columns: where a case ran fewer or shorter passes than planned, and where a cache has a format.
 PASSES: dict[str, Callable[[Row], str]] = {
     "passes": lambda row: f"{row.case.passes} x {row.case.steps_per_pass}" if row.case.passes else "-"
 }
-# ... and where a cache has a format.
 FORMAT: dict[str, Callable[[Row], str]] = {"format error": lambda row: _exponent(row.case.format_error)}
 
 # What the short table holds beside its numbers, the first to go last; and which of its columns are words.

@@ -12,7 +12,7 @@ from mla.bench.results.schema import Case, Interval, Latency, Run, Throughput
 from mla.bench.terminal.digits import between, known, quoted, unreliable
 
 # "doubt": the one ahead is faster than its limit.
-Outcome = Literal["won", "doubt", "open", "alone", "none", "absent"]
+Outcome = Literal["won", "doubt", "open", "alone", "none"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,6 @@ class Verdict:
     """What to say of one scenario or one sweep."""
 
     where: str
-    outcome: Outcome
     text: str
     is_sweep: bool = False
 
@@ -115,9 +114,9 @@ def of_scenario(where: str, cases: Iterable[Case]) -> Verdict:
     """Return which of the cases of one scenario is fastest."""
     ranking = contest(cases)
     if ranking.outcome == "none":
-        return Verdict(where, "none", _without(ranking).removeprefix("; ") or "nothing was compared")
+        return Verdict(where, _without(ranking).removeprefix("; ") or "nothing was compared")
     text = _open(ranking) if len(ranking.leaders) > 1 else _ahead(ranking)
-    return Verdict(where, ranking.outcome, f"{text}, {near(ranking.leaders[0])}{_without(ranking)}")
+    return Verdict(where, f"{text}, {near(ranking.leaders[0])}{_without(ranking)}")
 
 
 def _ahead(ranking: Contest) -> str:
@@ -180,11 +179,8 @@ def _of_sweep(where: str, contests: Sequence[Contest]) -> Verdict:
     only = {case.implementation for ranking in contests for case in (*ranking.leaders, *ranking.without)}
     if len(only) == 1 and set(outcomes) == {"alone"}:
         parts = [f"only {only.pop()} has numbers"]
-    order: tuple[Outcome, ...] = ("doubt", "won", "open", "alone", "none")
-    overall = next(outcome for outcome in order if outcomes[outcome])
-    return Verdict(
-        f"{where} ({len(contests)} points)", overall, "; ".join([", ".join(parts), *_ranges(contests)]), True
-    )
+    text = "; ".join([", ".join(parts), *_ranges(contests)])
+    return Verdict(f"{where} ({len(contests)} points)", text, True)
 
 
 def _ranges(contests: Sequence[Contest]) -> Iterator[str]:

@@ -62,7 +62,7 @@ def test_an_interval_that_does_not_hold_its_value_is_drawn(rich: Sequence[result
 def test_the_command_writes_pictures_and_overwrites_only_pictures(bench: Any, files: list[str]) -> None:
     done = bench("report", *files, "--pictures", "slides", "--html", "out.html")
     assert (done.code, done.out) == (0, "")
-    assert re.search(r"wrote 16 pictures into slides: 22 cases of 2 files", done.err)
+    assert re.search(r"wrote 12 pictures into slides: 22 cases of 2 files", done.err)
     assert Path("out.html").exists()
     made = {path.name for path in Path("slides").iterdir()}
     assert all(re.fullmatch(r"[a-z0-9-]+-(light|dark)\.svg", name) for name in made)
