@@ -304,7 +304,7 @@ class Assembled(LayerImplementation):
         )
 
     def restore(self, number: int = 0) -> None:
-        self.take(self.begin(number))
+        super().restore(number)
         self._problem.reset()
 
     def take(self, turn: Turn) -> None:

@@ -71,7 +71,7 @@ class RankLayer(MlaLayer):
         super().load(self.requests.scenario(scenario), self.requests.inputs(scenario, inputs))
 
     def extend(self, table_tokens: int = 0) -> Any:
-        return self._cache.extend(self._sequences, self.scenario.query_lens)
+        return self.cache.extend(self._sequences, self.scenario.query_lens)
 
     def left(self) -> Left:
         return super().left()._replace(places=None)  # of which rank 0 has its own

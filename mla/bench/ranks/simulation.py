@@ -49,7 +49,7 @@ class SimulatedPart(RankLayer):
         if self.scenario.mode == "decode":
             grown = list(zip(self._sequences, self.scenario.query_lens, strict=True))
             for sequence, new in reversed(grown):  # the free list, and so the next pages, are as before
-                self._cache.truncate(sequence, self._cache.length(sequence) - new)
+                self.cache.truncate(sequence, self.cache.length(sequence) - new)
         poison(self.out)
 
     def time(self, index: int) -> float:

@@ -166,33 +166,21 @@ class Foreign(Implementation):
     def facts(self) -> Facts:
         facts = called(self.name, self._made.facts)
         if not isinstance(facts, Facts):
-            raise UsageError(
-                f"--implementations: facts() of '{self.name}' returns {_a(facts)}, not a `Facts` of "
-                f"{Facts.__module__}."
-            )
+            given, due = type(facts).__name__, f"{Facts.__module__}.Facts"
+            raise UsageError(f"--implementations: facts() of '{self.name}' returns '{given}', not `{due}`.")
         return facts
 
     def check(self, checker: Any) -> Check:
         """Check all outputs of the last pass, none of which may be missing."""
         outputs = self.outputs()
-        if wrong := self._not_outputs(outputs):
+        wrong = ""
+        if not isinstance(outputs, dict) or outputs.keys() != self._ran:
+            wrong = f"is not a dict of the {len(self._ran)} forwards of the pass"
+        elif bad := [index for index in outputs if getattr(outputs[index], "shape", ()) != self._shape]:
+            wrong = f"has no tensor {list(self._shape)} for forward {bad[0]}"
+        if wrong:
             return Check(status="wrong", reason=f"outputs() of '{self.name}' {wrong}")
         return super().check(checker)
-
-    def _not_outputs(self, outputs: Any) -> str:
-        """Return why these are not the outputs of the pass, as a clause; "" if they are."""
-        if not isinstance(outputs, dict):
-            return f"returns {_a(outputs)}, not a dict of forwards"
-        if lacking := sorted(self._ran - outputs.keys()):
-            return f"lacks {len(lacking)} of {len(self._ran)} forwards, the first of them {lacking[0]}"
-        if unknown := [index for index in outputs if index not in self._ran]:
-            return f"has {unknown[0]!r}, not a forward of the pass"
-        for index, rows in outputs.items():
-            if not torch.is_tensor(rows):
-                return f"has {_a(rows)} for forward {index}, not a tensor"
-            if tuple(rows.shape) != self._shape:
-                return f"has {list(rows.shape)} for forward {index}, not {list(self._shape)}"
-        return ""
 
 
 def called(name: str, function: Callable[..., Any], *given: Any) -> Any:
@@ -213,11 +201,6 @@ def worst(checks: Sequence[Check]) -> int:
         return check.status != "ok", float("inf") if check.error_ratio is None else check.error_ratio
 
     return max(range(len(checks)), key=badness)
-
-
-def _a(value: Any) -> str:
-    kind = type(value).__name__
-    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 # ------------------------------------------------------------------------------------------------ outputs
@@ -327,12 +310,13 @@ def new_tokens(scenario: Scenario, step: int) -> Places:
 class LayerImplementation(Implementation):
     """Takes turns with the scenario's inputs; a subclass runs `x` and writes `out`.
 
-    What is left to it: `load`, which calls `prepare_buffers`; `restore`, which calls `begin`; `step`; and
-    `facts`.
+    What is left to it: `load`, which calls `prepare_buffers`; `step`; and `facts`.
     """
 
     buffers: int | None = None  # of outputs; None: as many as fit
     scenario: Scenario  # once it is loaded
+    x: torch.Tensor  # [T, d]: the inputs of the forward that `before` prepared
+    out: torch.Tensor  # [.., T, d]: the buffer for its output
     _hidden: TurnedHidden
 
     def prepare_buffers(self, scenario: Scenario, inputs: Inputs, *before: int) -> None:
@@ -359,22 +343,11 @@ class LayerImplementation(Implementation):
         """Inputs [inputs, T, d] on the device, always at the same address. `before` writes its forward's."""
         return self._hidden.rows
 
-    @property
-    def x(self) -> torch.Tensor:
-        """The inputs [T, d] of the forward that `before` prepared."""
-        return self._x
-
-    @property
-    def out(self) -> torch.Tensor:
-        """The buffer [.., T, d] for the output of the forward that `before` prepared."""
-        return self._out
-
-    def begin(self, number: int) -> Turn:
-        """Start pass `number` with poisoned buffers, and return the turn of its first forward."""
-        self._number = number
+    def restore(self, number: int = 0) -> None:
+        """Begin pass `number` with poisoned buffers, and take the turn of its first forward."""
+        self._number, self._held = number, {}
         self._shelf.clear(number)
-        self._held = {}
-        return self._inputs.turn(number, 0)
+        self.take(self._inputs.turn(number, 0))
 
     def take(self, turn: Turn) -> None:
         """Take the inputs of a turn. A subclass that keeps history gives it the turn's signs, too."""
@@ -382,18 +355,13 @@ class LayerImplementation(Implementation):
 
     def before(self, index: int) -> None:
         self.ready(index)
-        self.show(index)
+        self._hidden.show(self._step(index))  # as late as can be: nothing can work on inputs earlier
 
     def ready(self, index: int) -> None:
         """Do all of `before` but writing the inputs."""
         if self._prefills:
             self.take(self._inputs.turn(self._number, index))
-        self._x = self.hidden[self._step(index)]
-        self._out = self._shelf.next()
-
-    def show(self, index: int) -> None:
-        """Write the inputs, as late as can be: nothing can work on them earlier."""
-        self._hidden.show(self._step(index))
+        self.x, self.out = self.hidden[self._step(index)], self._shelf.next()
 
     @property
     def _prefills(self) -> bool:
@@ -404,7 +372,7 @@ class LayerImplementation(Implementation):
 
     def after(self, index: int) -> None:
         if self.setting.device.type == "cpu":  # where reading waits for nobody: what is there now counts
-            self._held[index] = _on_host(self._out)
+            self._held[index] = _on_host(self.out)
         self._shelf.keep(index)
         self._held = {kept: self._held[kept] for kept in self._shelf.kept if kept in self._held}
 

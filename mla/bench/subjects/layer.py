@@ -55,7 +55,7 @@ class MlaLayer(LayerImplementation):
     make_layer: Callable[..., MLA] = MLA
     make_cache: Callable[..., LatentCache] = LatentCache
     share = Share(0, 1)  # of every request's tokens
-    _cache: LatentCache
+    cache: LatentCache  # the scenario's, once it is loaded
     _sequences: list[int]
 
     def __init__(self, setting: Setting, state: State, name: str = "mla", ops: str | None = None) -> None:
@@ -88,31 +88,28 @@ class MlaLayer(LayerImplementation):
 
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
         again = self.loaded(scenario)
-        self._make_buffers(scenario, inputs)
+        self.prepare_buffers(scenario, inputs, *[len(self.layers)] * self._stacked)
         if again:
             self._shrink()
             for sequence in reversed(self._sequences):  # then the same pages are taken, which a graph reads
-                self._cache.truncate(sequence, 0)
+                self.cache.truncate(sequence, 0)
         else:
-            self._cache = self._make_cache(scenario)
-            self._sequences = self._cache.new_sequences(len(scenario.query_lens))
+            self.cache = self._make_cache(scenario)
+            self._sequences = self.cache.new_sequences(len(scenario.query_lens))
         self._load_history(inputs)
-        self._history = HistorySigns(self._cache, self._sequences)
+        self._history = HistorySigns(self.cache, self._sequences)
         if not again:
             nan_safe = self.layer.ops["latent_attention"].op.nan_safe_tail
-            self._poison = Poison(self._cache, self._sequences, scenario.final_lens, nan_safe)
+            self._poison = Poison(self.cache, self._sequences, scenario.final_lens, nan_safe)
         self.restore()
-
-    def _make_buffers(self, scenario: Scenario, inputs: Inputs) -> None:
-        self.prepare_buffers(scenario, inputs, *[len(self.layers)] * self._stacked)
 
     def _load_history(self, inputs: Inputs) -> None:
         keys = inputs.index or [None] * len(self._sequences)
         for sequence, (kv, pe), index_keys in zip(self._sequences, inputs.history, keys, strict=True):
             for index in range(len(self.layers)):
-                given = index_keys if index in self._cache.index_layers else None
-                self._cache.load(sequence, kv.roll(index, 1), pe, layer=index, index=given)
-        self._pages = list(self._cache.pages)
+                given = index_keys if index in self.cache.index_layers else None
+                self.cache.load(sequence, kv.roll(index, 1), pe, layer=index, index=given)
+        self._pages = list(self.cache.pages)
 
     def _make_cache(self, scenario: Scenario) -> LatentCache:
         size = self.setting.page_size
@@ -129,21 +126,13 @@ class MlaLayer(LayerImplementation):
             shuffle=self.setting.seed,
         )
 
-    @property
-    def cache(self) -> LatentCache:
-        """The scenario's cache, once it is loaded."""
-        return self._cache
-
     def restore(self, number: int = 0) -> None:
         self._shrink()
-        self.take(self.begin(number))
+        self._taken: dict[int, Taken] = {}  # by forward
+        super().restore(number)
         self._poison.apply()
         if self._prefills:
             self._plan()
-
-    def begin(self, number: int) -> Turn:
-        self._taken: dict[int, Taken] = {}  # by forward
-        return super().begin(number)
 
     def take(self, turn: Turn) -> None:
         super().take(turn)
@@ -153,7 +142,7 @@ class MlaLayer(LayerImplementation):
         """Keep what a forward left, if it is among those that are judged by it."""
         super().after(index)
         if self._takes and index in self._shelf.kept:
-            lengths = [self._cache.length(sequence) for sequence in self._sequences]
+            lengths = [self.cache.length(sequence) for sequence in self._sequences]
             self._taken[index] = self.take_now(self.scenario.query_lens, self.scenario.history, lengths)
         self._taken = {kept: self._taken[kept] for kept in self._shelf.kept if self._takes}
 
@@ -162,7 +151,7 @@ class MlaLayer(LayerImplementation):
 
         Lengths are per request: new tokens of the forward, tokens of the history, and all tokens after it.
         """
-        codec, rows = self.setting.codec, self._cache.pages[0].flatten(0, 1)
+        codec, rows = self.setting.codec, self.cache.pages[0].flatten(0, 1)
         if codec is None:
             return Taken()
         new = self._new_slots(history, kv_lens)
@@ -171,7 +160,7 @@ class MlaLayer(LayerImplementation):
     def _new_slots(self, history: Sequence[int], kv_lens: Sequence[int]) -> list[torch.Tensor]:
         """Return per request where the tokens behind its history are cached, of those that are here."""
         held, ends = self.share.held, zip(self._sequences, history, kv_lens, strict=True)
-        return [self._cache.slots(sequence)[held(past) : held(end)] for sequence, past, end in ends]
+        return [self.cache.slots(sequence)[held(past) : held(end)] for sequence, past, end in ends]
 
     def _shrink(self) -> None:
         """Undo the pass, last pages first, so that the free list and thus every pass's pages are the same."""
@@ -179,8 +168,8 @@ class MlaLayer(LayerImplementation):
         for step in reversed(range(scenario.inputs)):
             grown = zip(self._sequences, scenario.kv_lens(step), scenario.query_lens, strict=True)
             for sequence, length, new in reversed(list(grown)):
-                if self._cache.length(sequence) > length - new:
-                    self._cache.truncate(sequence, length - new)
+                if self.cache.length(sequence) > length - new:
+                    self.cache.truncate(sequence, length - new)
 
     def _plan(self) -> None:
         """Prepare the batch that every prefill forward runs; its time is reported separately."""
@@ -191,7 +180,7 @@ class MlaLayer(LayerImplementation):
 
     def ready(self, index: int) -> None:
         super().ready(index)
-        self._outs = self._by_layer(self._out)
+        self._outs = self._by_layer(self.out)
         if self._prefills:
             self.clear_new(self.batch)
 
@@ -200,11 +189,11 @@ class MlaLayer(LayerImplementation):
         self._poison.clear(batch.slots)
 
     def step(self, index: int) -> None:
-        self._run(self.batch if self._prefills else self.extend(), self._x, self._outs)
+        self._run(self.batch if self._prefills else self.extend(), self.x, self._outs)
 
     def extend(self, table_tokens: int = 0) -> RaggedBatch:
         """Make room for the next decode step and return its batch (`LatentCache.extend`)."""
-        return self._cache.extend(self._sequences, self.scenario.query_lens, table_tokens=table_tokens)
+        return self.cache.extend(self._sequences, self.scenario.query_lens, table_tokens=table_tokens)
 
     def forward(self, batch: RaggedBatch, hidden: torch.Tensor, out: torch.Tensor) -> None:
         """Run the layers on any batch of the cache."""
@@ -225,13 +214,13 @@ class MlaLayer(LayerImplementation):
 
     def places(self, step: int) -> Places:
         """Return what the rows of a forward are, and in which pages."""
-        size = self._cache.page_size
-        pages = [self._cache.slots(sequence)[::size].cpu() // size for sequence in self._sequences]
+        size = self.cache.page_size
+        pages = [self.cache.slots(sequence)[::size].cpu() // size for sequence in self._sequences]
         table = torch.nn.utils.rnn.pad_sequence(pages, batch_first=True)
         return Places.new_tokens(self.scenario.query_lens, self.scenario.kv_lens(step), table, size)
 
     def facts(self) -> Facts:
-        cache = getattr(self, "_cache", None)
+        cache = getattr(self, "cache", None)
         return Facts(
             cache_bytes=sum(held.nbytes for held in (cache.pages, cache.index_pages)) if cache else 0,
             weight_bytes=sum(layer.weight_bytes() for layer in self.layers),
@@ -286,7 +275,7 @@ class MlaLayer(LayerImplementation):
         return True
 
     def _unrolled(self, sequence: int, index: int) -> torch.Tensor:
-        kv, pe = self._cache.read(sequence, layer=index)
+        kv, pe = self.cache.read(sequence, layer=index)
         return torch.cat((kv.float().roll(-index, 1), pe.float()), dim=1)
 
     def outputs(self) -> Outputs:

@@ -104,7 +104,7 @@ class OpImplementation(Implementation):
         """Lay the operands out on the device. Raises `UnsupportedBatch` if the op refuses the shape."""
         check_lengths(self._choice, self._pool.case)
         self._call = Call(self._pool, self._choice.op, self._choice.spec)
-        stack = self._call.buffers(buffers(self._pool, self._pool.calls))
+        stack = self._call.buffers(buffers(self._pool))
         self._shelf = base.Shelf(stack, self._pool.calls, poison_all)
         self.restore()
 
@@ -208,13 +208,13 @@ def numbers(pool: Pool) -> int:
     return sum(map(prod, pool.case.results.values()))
 
 
-def buffers(pool: Pool, calls: int) -> int:
-    """Return how many buffers for results a pass of `calls` gets."""
+def buffers(pool: Pool) -> int:
+    """Return how many buffers for results a pass gets."""
     written = numbers(pool)
     kept = max(KEPT_CALLS, KEPT_NUMBERS // written)
-    return min(kept + 1, base.buffers(calls, written * pool.case.spec.dtype.itemsize))
+    return min(kept + 1, base.buffers(pool.calls, written * pool.case.spec.dtype.itemsize))
 
 
 def output_bytes(pool: Pool) -> int:
     """Return what the results of a pass take, in all their buffers."""
-    return buffers(pool, pool.calls) * numbers(pool) * pool.case.spec.dtype.itemsize
+    return buffers(pool) * numbers(pool) * pool.case.spec.dtype.itemsize

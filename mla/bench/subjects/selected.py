@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from mla.bench.subjects.base import Left
-from mla.bench.subjects.inputs import Inputs, Turn
+from mla.bench.subjects.inputs import Inputs
 from mla.bench.subjects.layer import MlaLayer
 from mla.cache.ragged_batch import RaggedBatch
 from mla.cost import latent_attention_flops, parameters
@@ -35,15 +35,15 @@ class SelectedLayer(MlaLayer):
     def _load_history(self, inputs: Inputs) -> None:
         """Load latents and index keys of the history, and prepare the poison of index pages."""
         super()._load_history(inputs)
-        self._index_pages = [self._cache.of_layer(index)[1] for index in range(len(self.layers))]
+        self._index_pages = [self.cache.of_layer(index)[1] for index in range(len(self.layers))]
         nan_safe = self.layer.ops["select_latents"].op.nan_safe_tail
-        what = self._cache, self._sequences, self.scenario.final_lens, nan_safe
+        what = self.cache, self._sequences, self.scenario.final_lens, nan_safe
         self._index_poison = Poison(*what, of_index=True)
 
-    def begin(self, number: int) -> Turn:
+    def restore(self, number: int = 0) -> None:
         self._index_poison.apply()
         self._of_others: dict[int, list[Taken]] = {}  # by forward, of the layers behind the first
-        return super().begin(number)
+        super().restore(number)
 
     def clear_new(self, batch: RaggedBatch) -> None:
         """Fill the slots of a batch's new tokens with NaN, in the index pages as well."""
@@ -71,17 +71,17 @@ class SelectedLayer(MlaLayer):
 
         A layer that shares is judged by what it was to attend, not by what it says of that.
         """
-        lengths, scenario = [self._cache.length(sequence) for sequence in self._sequences], self.scenario
+        lengths, scenario = [self.cache.length(sequence) for sequence in self._sequences], self.scenario
         what, others = (self._sequences, scenario.query_lens, scenario.history, lengths), list[Taken]()
         for number, layer in enumerate(self.layers[1:], 1):
-            taken = take(layer, self._cache, *what, number)
+            taken = take(layer, self.cache, *what, number)
             selection = taken.selection if taken.q is not None else selection
             others.append(replace(taken, selection=selection))
         return others
 
     def take_now(self, query_lens: Sequence[int], history: Sequence[int], kv_lens: Sequence[int]) -> Taken:
         """Return what the last forward has left, with the index keys from the history to `kv_lens`."""
-        return take(self.layer, self._cache, self._sequences, query_lens, history, kv_lens)
+        return take(self.layer, self.cache, self._sequences, query_lens, history, kv_lens)
 
     def _left_by(self, index: int) -> Left:
         taken = {forward: others[index - 1] for forward, others in self._of_others.items()}

@@ -78,9 +78,6 @@ class TransformersLayer(LayerImplementation):
         mask = torch.zeros(query_len, kv_len, dtype=self.setting.dtype, device=device)
         return mask.masked_fill_(~visible, least)[None, None]
 
-    def restore(self, number: int = 0) -> None:
-        self.take(self.begin(number))
-
     def take(self, turn: Turn) -> None:
         """Write the inputs of a turn, and make caches that hold the history alone: they grow."""
         super().take(turn)
@@ -94,8 +91,8 @@ class TransformersLayer(LayerImplementation):
     @torch.no_grad()
     def step(self, index: int) -> None:
         step = index if self.scenario.mode == "decode" else 0
-        rows = self._x.split(self.scenario.query_lens)
-        outputs = self._out.split(self.scenario.query_lens)
+        rows = self.x.split(self.scenario.query_lens)
+        outputs = self.out.split(self.scenario.query_lens)
         requests = zip(rows, outputs, self._caches, self._steps[step], strict=True)
         for hidden, out, cache, arguments in requests:
             out.copy_(self._layer(hidden[None], cache=cache, **arguments)[0][0])

@@ -32,7 +32,7 @@ class Raising(Right):
 class Wrong(Right):
     def step(self, index):
         super().step(index)
-        self._out.mul_(1.1)
+        self.out.mul_(1.1)
 """
 QUICK = ("--runs", "3", "--scenario", "decode")
 
