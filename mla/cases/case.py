@@ -18,7 +18,7 @@ from mla.cost import Work
 from mla.layer.rope import RotaryTable
 from mla.verify.op_oracle import spans_of
 from mla.verify.places import Places
-from mla.verify.tolerances import judge_beside, judge_lse, relative_error, row_errors
+from mla.verify.tolerances import judge, judge_lse, relative_error, row_errors
 from mla.verify.verdict import Check
 from mla_backends.api import FusedOp, SegmentLengths
 
@@ -169,7 +169,7 @@ class OpCase:
     def places(self, table: torch.Tensor | None = None) -> Places:
         """Name the rows of the results; `table` [B, n] is the host's block table."""
         if self.context:
-            return Places.context(self.kv_lens)
+            return Places.new_tokens(self.kv_lens, self.kv_lens)
         page_size = None if table is None else self.layout.page_size
         return Places.new_tokens(self.query_lens, self.kv_lens, table, page_size)
 
@@ -281,8 +281,7 @@ class Kind:
             if name == "lse":
                 ratio, reason = judge_lse(result, truth[name], dtype, places)
             else:
-                held_to = (truth[name], dtype, places, truth.get("lse"))
-                ratio, reason = judge_beside(errors[name], result, *held_to)
+                ratio, reason = judge(result, truth[name], errors[name], dtype, places, truth.get("lse"))
             yield ratio, f"{name}: {reason}" if reason else ""
 
     def judge(

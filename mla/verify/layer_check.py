@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -61,10 +62,22 @@ class Checker:
 
     def check_forwards(self, forwards: Iterable[Forward], held_to_reference: bool) -> Check:
         """Judge any number of forwards, whatever inputs each had."""
-        tally = _Tally(self._bounds(held_to_reference))
+        bounds, parts, worst, place = self._bounds(held_to_reference), list[torch.Tensor](), 1.0, ""
         for forward in forwards:
-            tally.add(forward)
-        return tally.verdict()
+            size = forward.expected.norm(dim=-1)
+            errors = (forward.actual.cpu().double() - forward.expected).norm(dim=-1)
+            errors = (errors / size.clamp_min(LEAST_NORM)).nan_to_num(nan=math.inf, posinf=math.inf)
+            parts.append(torch.stack((errors, bounds.rows[forward.step], size)))
+            ratios, broken = errors / parts[-1][1], errors.isinf()
+            if ratios.max() > worst:
+                worst, row = ratios.max().item(), int(ratios.argmax())
+                what, bad = f" with relative error {errors[row]:.1e}", ratios > 1
+                if bool(broken.any()):
+                    what, bad = "", broken
+                place = forward.name(row) + what + forward.common(bad)
+        if not parts:
+            return Check(status="wrong", reason="there are no outputs to judge")
+        return _verdict(torch.cat(parts, dim=1), bounds, place)
 
     def _bounds(self, held_to_reference: bool) -> Bounds:
         """Return the bounds, those of rows [inputs, T], made once. The reference runs if it matters."""
@@ -75,63 +88,20 @@ class Checker:
         return self._kept[held]
 
 
-@dataclass
-class _Tally:
-    """What was found in the forwards so far."""
-
-    bounds: Bounds
-    count: int = 0
-    bad: int = 0
-    broken: int = 0  # rows that hold NaN or infinity
-    worst: float = 0.0  # error of a row over its bound
-    place: str = ""  # of the worst row
-    _rows: list[torch.Tensor] = field(default_factory=list)  # per forward [3, T]: error, bound and size
-
-    def add(self, forward: Forward) -> None:
-        gaps = forward.actual.cpu().double() - forward.expected
-        size, gap = forward.expected.norm(dim=-1), gaps.norm(dim=-1)
-        self.count += gap.numel()
-        broken = ~gap.isfinite()
-        if bool(broken.any()):
-            if not self.broken:
-                first = forward.name(int(broken.nonzero()[0, 0]))
-                self.place = f"the first is {first}{forward.common(broken)}"
-            self.broken += int(broken.sum())
-            return
-        errors, allowed = gap / size.clamp_min(LEAST_NORM), self.bounds.rows[forward.step]
-        self._rows.append(torch.stack((errors, allowed, size)))
-        ratios = errors / allowed
-        self.bad += int((ratios > 1).sum())
-        worst = ratios.max().item()
-        if worst > self.worst:
-            self.worst = worst
-            token = int(ratios.argmax())
-            if worst > 1 and not self.broken:
-                named = f"{forward.name(token)} with relative error {errors[token]:.1e}"
-                self.place = f"{named}{forward.common(ratios > 1)}"
-
-    def verdict(self) -> Check:
-        if not self.count:
-            return Check(status="wrong", reason="there are no outputs to judge")
-        if self.broken:
-            return Check(
-                status="wrong",
-                reason=f"{self.broken} of {self.count} output rows hold NaN or infinity; {self.place}",
-            )
-        errors, allowed, sizes = torch.cat([torch.zeros(3, 0, dtype=torch.float64), *self._rows], dim=1)
-        total, bound = mean_over(errors, sizes), self.bounds.of_whole(allowed, sizes)
-        worst = max(self.worst, total / bound)
-        return Check(
-            status="ok" if worst <= 1 else "wrong",
-            error_ratio=worst,
-            relative_error=total,
-            reason="" if worst <= 1 else self._reason(total, bound),
-        )
-
-    def _reason(self, total: float, bound: float) -> str:
-        if not self.bad:
-            return f"relative error {total:.1e} of the whole output, allowed {bound:.1e}"
-        return f"{self.bad} of {self.count} output rows are too far from the oracle; worst is {self.place}"
+def _verdict(rows: torch.Tensor, bounds: Bounds, place: str) -> Check:
+    """Return the verdict on rows [3, T]: errors, what is allowed, and sizes. The worst is at a `place`."""
+    errors, allowed, sizes = rows
+    broken, bad = int(errors.isinf().sum()), int((errors > allowed).sum())
+    if broken:
+        what = f"{broken} of {len(errors)} output rows hold NaN or infinity; the first is {place}"
+        return Check(status="wrong", reason=what)
+    total, bound = mean_over(errors, sizes), bounds.of_whole(allowed, sizes)
+    worst = max((errors / allowed).max().item(), total / bound)
+    reason = "" if worst <= 1 else f"relative error {total:.1e} of the whole output, allowed {bound:.1e}"
+    if bad:
+        reason = f"{bad} of {len(errors)} output rows are too far from the oracle; worst is {place}"
+    status: Literal["ok", "wrong"] = "ok" if worst <= 1 else "wrong"
+    return Check(status=status, error_ratio=worst, relative_error=total, reason=reason)
 
 
 TAIL = 1e4

@@ -21,7 +21,7 @@ SMALL_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Places:
-    """Coordinates of T rows, on the host. Built by `new_tokens` or `context`."""
+    """Coordinates of T rows, on the host. Built by `new_tokens`."""
 
     request: torch.Tensor  # [T] int64
     position: torch.Tensor  # [T] int64, in the request, history included
@@ -51,11 +51,6 @@ class Places:
             pages = (position // page_size).clamp_min(0)  # of more new tokens than keys, the first have none
             slot = table[request, pages] * page_size + position % page_size
         return cls(request, position, first, keys, slot, page_size)
-
-    @classmethod
-    def context(cls, kv_lens: Sequence[int]) -> Places:
-        """Return the places of all tokens of all requests, for what works on the whole context."""
-        return cls.new_tokens(kv_lens, kv_lens)
 
     def of(self, rows: torch.Tensor) -> Places:
         """Return the places of some of the rows [n] int64, which keep their numbers."""
@@ -108,8 +103,9 @@ class Places:
 PAGES = "every row whose page is {} or beyond"
 
 
-def name_row(index: Sequence[int], places: Places | None) -> str:
-    """Return the name of a row by its index, [t] or [t, head]; "row 3, head 5" where places are unknown."""
+def name_row(flat: int, shape: Sequence[int], places: Places | None) -> str:
+    """Return the name of a row by its flat index among [T] or [T, h]; "row 3, head 5" without places."""
+    index = [int(i) for i in torch.unravel_index(torch.tensor(flat), tuple(shape))]
     if places is not None:
         return places.name(*index)
     return ", ".join(f"{what} {number}" for what, number in zip(("row", "head"), index, strict=False))
@@ -123,9 +119,7 @@ def describe(bad: torch.Tensor, places: Places | None, worst: int | None = None)
     `places` must be those of `bad`.
     """
     bad = bad.detach().cpu()
-    flat = int(bad.flatten().int().argmax()) if worst is None else worst
-    index = [int(i) for i in torch.unravel_index(torch.tensor(flat), bad.shape)]
-    named = name_row(index, places)
+    named = name_row(int(bad.flatten().int().argmax()) if worst is None else worst, bad.shape, places)
     common = pattern_of(bad, places)
     return f"{named}; {common}" if common else named
 

@@ -144,31 +144,17 @@ def shrinkage(width: int) -> float:
 def judge(
     result: torch.Tensor,
     truth: torch.Tensor,
-    reference: torch.Tensor,
+    known: torch.Tensor,
     dtype: torch.dtype,
     places: Places | None = None,
     lse: torch.Tensor | None = None,
 ) -> tuple[float, str]:
     """Return the largest error over its bound, and the reason if that is more than 1.
 
-    Errors are relative and per row of the last dimension, and of the whole. `reference` is the host
-    reference's output; `places` names the rows, which are the first dimension; `lse` is attention's true
+    Errors are relative and per row of the last dimension, and of the whole. `known` are those of the host's
+    reference in every row; `places` names the rows, which are the first dimension; `lse` is attention's true
     log-sum-exp of every row, which tells how large its logits are.
     """
-    if result.shape != truth.shape:
-        return math.inf, f"shape {list(result.shape)} instead of {list(truth.shape)}"
-    return judge_beside(row_errors(reference, truth), result, truth, dtype, places, lse)
-
-
-def judge_beside(
-    reference_errors: torch.Tensor,
-    result: torch.Tensor,
-    truth: torch.Tensor,
-    dtype: torch.dtype,
-    places: Places | None = None,
-    lse: torch.Tensor | None = None,
-) -> tuple[float, str]:
-    """Do what `judge` does, given the relative error of the reference in every row."""
     if result.shape != truth.shape:
         return math.inf, f"shape {list(result.shape)} instead of {list(truth.shape)}"
     if not result.numel():
@@ -178,7 +164,7 @@ def judge_beside(
     broken = ~gaps.isfinite()
     if broken.any():
         return math.inf, not_finite(result, broken, places)
-    errors, bounds = gaps / sizes, op_bounds(reference_errors, truth, dtype, lse)
+    errors, bounds = gaps / sizes, op_bounds(known, truth, dtype, lse)
     total = mean_over(errors, sizes)
     allowed = bounds.of_whole(bounds.rows, sizes)
     ratios = errors / bounds.rows
@@ -209,13 +195,9 @@ def _reason(
     error, ratio = errors.flatten()[index].item(), ratios.flatten()[index].item()
     return (
         f"{int(bad.sum())} of {bad.numel()} rows are wrong{f', {common}' if common else ''}; "
-        f"{name_row(_unravelled(index, bad), places)} has relative error {error:.1e}, "
+        f"{name_row(index, bad.shape, places)} has relative error {error:.1e}, "
         f"{ratio:.3g} times what is allowed"
     )
-
-
-def _unravelled(index: int, of: torch.Tensor) -> list[int]:
-    return [int(i) for i in torch.unravel_index(torch.tensor(index), of.shape)]
 
 
 def judge_lse(
@@ -251,21 +233,12 @@ def row_errors(result: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 def relative_error(*pairs: tuple[torch.Tensor, torch.Tensor]) -> float:
     """Return |found - truth| / |truth| over all (found, truth) pairs together, in float64."""
-    norms = [_norms(result.cpu().double().flatten(), truth.double().flatten()) for result, truth in pairs]
-    error = math.hypot(*(gap for gap, _ in norms))
-    return error / max(math.hypot(*(size for _, size in norms)), LEAST_NORM)
-
-
-def _norms(result: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
-    """Return |found - truth| and |truth|."""
-    return (result - truth).norm().item(), truth.norm().item()
+    wide = [(result.cpu().double(), truth.double()) for result, truth in pairs]
+    error = math.hypot(*((result - truth).norm().item() for result, truth in wide))
+    return error / max(math.hypot(*(truth.norm().item() for _, truth in wide)), LEAST_NORM)
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Return whether two tensors hold the same bits; NaN equals NaN."""
-    return left.shape == right.shape and torch.equal(_bytes(left), _bytes(right))
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    plain = torch.empty(tensor.shape, dtype=tensor.dtype)  # a single element may keep any stride otherwise
-    return plain.copy_(tensor.detach()).view(-1).view(torch.uint8)
+    plain = (torch.empty(x.shape, dtype=x.dtype).copy_(x.detach()) for x in (left, right))  # of usual strides
+    return left.shape == right.shape and torch.equal(*(x.view(-1).view(torch.uint8) for x in plain))

@@ -40,15 +40,16 @@ def test_every_row_has_the_name_of_its_request_and_position(places: Places) -> N
     for request, position, index in rows(*LENGTHS):
         page, slot = int(pages[request, position // PAGE]), position % PAGE
         where = f"row {index}; page {page}, slot {slot}"
-        assert name_row([index], places) == f"request {request}, position {position} ({where})"
-        assert name_row([index, 3], places) == f"request {request}, position {position}, head 3 ({where})"
+        assert name_row(index, (len(places),), places) == f"request {request}, position {position} ({where})"
+        named = f"request {request}, position {position}, head 3 ({where})"
+        assert name_row(4 * index + 3, (len(places), 4), places) == named
 
 
 def test_without_a_cache_there_are_no_pages_and_without_requests_only_rows() -> None:
     places = Places.new_tokens((1, 2), (5, 9))
-    assert name_row([2, 0], places) == "request 1, position 8, head 0 (row 2)"
-    assert name_row([4], Places.context((3, 2))) == "request 1, position 1 (row 4)"
-    assert (name_row([2, 0], None), name_row([2], None)) == ("row 2, head 0", "row 2")
+    assert name_row(2, (3, 1), places) == "request 1, position 8, head 0 (row 2)"
+    assert name_row(4, (5,), Places.new_tokens((3, 2), (3, 2))) == "request 1, position 1 (row 4)"
+    assert (name_row(2, (3, 1), None), name_row(2, (3,), None)) == ("row 2, head 0", "row 2")
 
 
 # ------------------------------------------------------------------------------------------- patterns

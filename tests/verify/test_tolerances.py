@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
+from mla.verify import tolerances
 from mla.verify.places import Places
-from mla.verify.tolerances import judge, judge_lse, same_bits
+from mla.verify.tolerances import judge_lse, row_errors, same_bits
 
 BF16 = torch.bfloat16
+
+
+def judge(
+    result: torch.Tensor, truth: torch.Tensor, reference: torch.Tensor, *how: Any, **words: Any
+) -> tuple[float, str]:
+    return tolerances.judge(result, truth, row_errors(reference, truth), *how, **words)
 
 
 def off(truth: torch.Tensor, error: float, row: int | slice = slice(None)) -> torch.Tensor:
