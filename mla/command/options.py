@@ -20,7 +20,7 @@ from mla.command.console import note
 from mla.command.exit_codes import Exit
 from mla.command.last_words import while_loading
 from mla.errors import MLAError, UsageError
-from mla.text import DTYPES, named_dtype
+from mla.text import named_dtype
 from mla_backends import host, probe
 from mla_backends.discovery import locate
 from mla_backends.known import GENERAL

@@ -10,4 +10,4 @@ from mla.bench.measure import passes as cold_cache
 def flush_little(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let cold passes write 1 MiB. How much it would be, and why, is still what `sweep` says."""
     sweep = cold_cache.sweep
-    monkeypatch.setattr(cold_cache, "sweep", lambda backend: sweep(backend)._replace(bytes=1 << 20))
+    monkeypatch.setattr(cold_cache, "sweep", lambda backend: (1 << 20, sweep(backend)[1]))

@@ -40,8 +40,7 @@ from mla_backends.api import Backend
 CHECKED, UNTIMED = 1 << 20, 1 << 21
 
 ProgressCallback = Callable[[str, int], None]  # what is running, forwards done since the last call
-# Implementation -> what it runs of the headline, and of nothing else, and the clause that says why.
-Shorter = Mapping[str, tuple[Steps, str]]
+Shorter = Mapping[str, Steps]  # implementation -> what it runs of the headline, and of nothing else
 
 
 @dataclass(frozen=True)
@@ -215,9 +214,10 @@ class _Engine:
         waiting = len(self._implementations) - len(self._times.headlines)  # this one included
         most = self._times.forwards(runner, waiting)
         if name in (less := self._hooks.shorten(ms, most)):
-            runner.steps, reason = less[name]
+            runner.steps, whole = less[name], runner.steps
             self.measurements[name].due = runner.steps.passes
-            detail(f"{self._scenario.name}, {name}: {reason}")
+            counts = [f"{passes.passes} passes of {len(passes.run)}" for passes in (runner.steps, whole)]
+            detail(f"{self._scenario.name}, {name}: too slow for all; running {' instead of '.join(counts)}")
 
     def make_runners(self) -> None:
         """Make the runners of all correct implementations; each variant is checked before it is timed."""

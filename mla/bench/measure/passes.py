@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from time import perf_counter_ns as now_ns
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -239,15 +239,8 @@ FALLBACK_BYTES, MIN_CACHE_BYTES = 256 << 20, 1 << 20
 MIN_FLUSH_BYTES, MAX_FLUSH_BYTES = 64 << 20, 512 << 20
 
 
-class Sweep(NamedTuple):
-    """How much is read and written, and why so much."""
-
-    bytes: int
-    reason: str
-
-
-def sweep(backend: Backend) -> Sweep:
-    """Return what flushes the last-level cache of a backend's device.
+def sweep(backend: Backend) -> tuple[int, str]:
+    """Return the bytes of a buffer that flushes the last-level cache of a backend's device, and why so many.
 
     Its declared size is held against what is known from elsewhere: the host's own caches, where it is the
     device, and what no device falls short of.
@@ -255,21 +248,16 @@ def sweep(backend: Backend) -> Sweep:
     declared, reported = backend.device_info().cache_bytes, None
     if backend.device is not None and backend.device.type == "cpu":
         reported = host.last_level_cache()
-    if declared is not None and declared < MIN_CACHE_BYTES and reported is None:
-        return Sweep(FALLBACK_BYTES, f"as {_size(declared)} cannot be the last-level cache that was declared")
-    if declared is None and reported is None:
-        return Sweep(FALLBACK_BYTES, "for a last-level cache of unknown size")
     cache = max(declared or 0, reported or 0)
-    reason = f"for a last-level cache of {_size(cache)}"
-    if reported and declared is not None and declared < reported:
-        reason += f" (as the host reports; the backend declares {_size(declared)})"
+    if cache < MIN_CACHE_BYTES:
+        unknown = "of unknown size" if not cache else f"that cannot be as small as the {cache} bytes declared"
+        return FALLBACK_BYTES, f"for a last-level cache {unknown}"
+    reason = f"for a last-level cache of {size(cache, MiB='g')}"
+    if declared is not None and declared < cache:
+        reason += " (as the host reports; the backend declares less)"
     if CACHE_SIZES * cache > MAX_FLUSH_BYTES:
         reason += ": less than twice its size, so that some of it may stay warm"
-    return Sweep(min(max(CACHE_SIZES * cache, MIN_FLUSH_BYTES), MAX_FLUSH_BYTES), reason)
-
-
-def _size(count: int) -> str:
-    return size(count, MiB="g") if count >= MIN_CACHE_BYTES else f"{count} bytes"
+    return min(max(CACHE_SIZES * cache, MIN_FLUSH_BYTES), MAX_FLUSH_BYTES), reason
 
 
 class CacheFlush:

@@ -16,7 +16,7 @@ from mla.bench.results.cases import LEFT_OUT, MIN_SHARED_STEPS
 if TYPE_CHECKING:
     from mla.bench.measure.passes import PassRunner
 
-from mla.bench.workload.scenario import Scenario, spoken
+from mla.bench.workload.scenario import Scenario
 
 # Seconds that a scenario should take, and seconds after which no further pass of it begins.
 TARGET_S, MAX_S = 30.0, 75.0
@@ -176,15 +176,15 @@ def shortened(
     ms: Mapping[str, float],
     most: float = math.inf,
     added: Sequence[str] = (),
-) -> dict[str, tuple[Steps, str]]:
-    """Return implementation -> what it runs, in the headline's way alone, and the clause that says so.
+) -> dict[str, Steps]:
+    """Return what those implementations run, in the headline's way alone, that run less than planned.
 
     `ms`: implementation -> milliseconds of one forward in its warm-up, the first one first; an implementation
     that is not in it keeps what is planned. So does one whose forwards take no more than `BASELINE_S` in all,
     or `SHARE` of those of the first implementation, or which cannot run less; unless time allows only for
     `most` forwards of the headline. Those `added` to what was asked for get `ADDED_S`, slow or not.
     """
-    shorter: dict[str, tuple[Steps, str]] = {}
+    shorter: dict[str, Steps] = {}
     counts = [steps(variant, scenario) for variant in variants]
     planned = EXTRA_FORWARDS + sum(count.passes * len(count.run) for count in counts)
     for name in list(ms)[1:]:
@@ -196,13 +196,10 @@ def shortened(
             allowed = 1e3 * ADDED_S / ms[name]
         elif ms[name] >= MUCH_SLOWER * ms[first]:
             allowed = max(1e3 * BASELINE_S, SHARE * planned * ms[first]) / ms[name]
-        whole, has_variants = steps(HEADLINE, scenario), len(variants) > 1
         cut = planned > allowed
-        enough = LEFT * allowed if cut else math.inf
-        fewer = _fitting(scenario, min(most, enough))
-        if (cut and has_variants) or fewer != whole:
-            seconds = None if fewer != _fitting(scenario, enough) else planned * ms[name] / 1e3
-            shorter[name] = fewer, _reason(seconds, whole, fewer, has_variants)
+        fewer = _fitting(scenario, min(most, LEFT * allowed if cut else math.inf))
+        if (cut and len(variants) > 1) or fewer != steps(HEADLINE, scenario):
+            shorter[name] = fewer
     return shorter
 
 
@@ -215,15 +212,3 @@ def _fitting(scenario: Scenario, allowed: float) -> Steps:
     least = min(count, MIN_STEPS if scenario.mode == "decode" else 1)
     some = range(min(count, max(least, math.floor(allowed / passes))))
     return replace(planned, run=some, timed=some, passes=passes)
-
-
-def _reason(seconds: float | None, planned: Steps, fewer: Steps, has_variants: bool) -> str:
-    """Return, say, "a full timing takes about 46 s; running 6 passes of 2 instead of 10 of 10".
-
-    `seconds`: what all of it would take; None where the time that is left is why.
-    """
-    why = "little time is left" if seconds is None else f"a full timing takes about {spoken(seconds)}"
-    if fewer == planned:
-        return f"{why}; leaving out its other timings"
-    counts = f"{fewer.passes} passes of {len(fewer.run)} instead of {planned.passes} of {len(planned.run)}"
-    return f"{why}; running {counts}{', and no other timings' * has_variants}"

@@ -132,7 +132,7 @@ def plan_memory(
         "device_available": available.device,
         "host_available": available.host,
         "shared": setting.device.type == "cpu",
-        "sweep": sweep(setting.backend).bytes if cold else 0,
+        "sweep": sweep(setting.backend)[0] if cold else 0,
     }
     if isinstance(fixture, OpFixture):
         per_impl, outputs = op_bytes(fixture.pool), one_op.output_bytes(fixture.pool)

@@ -160,7 +160,7 @@ class LeadLayer(Implementation):
         self._all(partial(self._part.load, scenario, inputs), "load", scenario.name, self.name, inputs.seed)
 
     def restore(self, number: int = 0) -> None:
-        self._number, self._left = number, []
+        self.number, self._left = number, []
         self._all(partial(self._part.restore, number), "restore", self.name, number)
 
     def before(self, index: int) -> None:
@@ -187,7 +187,7 @@ class LeadLayer(Implementation):
 
     def slowest(self, samples: list[float]) -> list[float]:
         by_rank = self._all(lambda: samples, "times")
-        if 1 <= self._number <= self.scenario.rounds:  # a pass of the result
+        if 1 <= self.number <= self.scenario.rounds:  # a pass of the result
             for kept, times in zip(self._kept, by_rank, strict=True):
                 kept += times
         return [max(times) for times in zip(*by_rank, strict=True)]
@@ -253,7 +253,7 @@ class LeadLayer(Implementation):
     def _left_by(self, copy: int) -> Left:
         """Return what a pass left of all requests, as one copy has it."""
         if self.setting.config.index_n_heads:  # a copy is one rank's, which has all requests
-            return Left(self._number, self._whole(copy), self._left[copy].taken)
+            return Left(self.number, self._whole(copy), self._left[copy].taken)
         whole: dict[int, list[Pair]] = {index: [] for index in self._left[0].taken}
         layout, scenario = self._crew.layout, self.scenario
         for rank in self._ranks(copy):
@@ -263,7 +263,7 @@ class LeadLayer(Implementation):
                 parts = zip(*(self._left[other].taken[index].latents for other in group), strict=True)
                 latents += [_merged(pairs, past) for pairs, past in zip(parts, history, strict=True)]
         taken = {index: Taken(tuple(latents)) for index, latents in whole.items()}
-        return Left(self._number, self._whole(copy), taken)
+        return Left(self.number, self._whole(copy), taken)
 
     # ------------------------------------------------------------------------------------------- facts
 

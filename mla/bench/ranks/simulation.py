@@ -162,7 +162,7 @@ class SimulatedLayer(Implementation):
             self._passes.setdefault(rank, [])
 
     def restore(self, number: int = 0) -> None:
-        self._number = number
+        self.number = number
         self._times = {rank: [] for rank in self._parts if rank}
         for part in self._parts.values():
             part.restore(number)
@@ -181,7 +181,7 @@ class SimulatedLayer(Implementation):
     def slowest(self, samples: list[float]) -> list[float]:
         """Return the predicted milliseconds: of the slowest rank, its collectives included."""
         times = {0: samples, **self._times}
-        if 1 <= self._number <= self.scenario.rounds:  # a pass of the result
+        if 1 <= self.number <= self.scenario.rounds:  # a pass of the result
             for rank, kept in self._passes.items():
                 kept += times[rank]
         predicted = ([ms + self._collective_ms(rank) for ms in taken] for rank, taken in times.items())

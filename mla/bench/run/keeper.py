@@ -63,8 +63,11 @@ class Keeper:
         path, replay, why = self.folder / file.NAME, file.replay_command(self.folder), not_found(outcome)
         if outcome.wrong is not None:
             file.write_call(self.folder, outcome.wrong, origin)
-            said = blame(outcome.wrong, case.point)
-            said += f" Its call is kept in '{path}'; replay it with: {replay}"
+            facts, what = outcome.wrong.call.facts, "is wrong again"
+            if case.point.op is None:
+                what = "is the first wrong op of this forward; its inputs were right"
+            kept = f"Its call is kept in '{path}'; replay it with: {replay}"
+            said = f"{facts.role} (op '{facts.op}') {what}. {kept}"
         elif outcome.last is not None and case.point.op is not None:
             file.write_call(self.folder, outcome.last, origin)
             said = f"{why}. A call is kept in '{path}'; repeat it with: {replay} --runs 1000"
@@ -91,14 +94,6 @@ class Keeper:
         )
 
 
-def blame(wrong: JudgedCall, point: Point) -> str:
-    """Return which op is wrong."""
-    op = f"{wrong.call.facts.role} (op '{wrong.call.facts.op}')"
-    if point.op is not None:
-        return f"{op} is wrong again."
-    return f"{op} is the first wrong op of this forward; its inputs were right."
-
-
 def not_found(outcome: Search) -> str:
     """Return why no op is to blame."""
     if outcome.refused:
@@ -113,38 +108,31 @@ def not_found(outcome: Search) -> str:
 
 
 def layer_tensors(impl: Implementation, checker: Any) -> Tensors:
-    """Return what a layer got in its first wrong forward, what it wrote, and what it had to write."""
+    """Return what a layer got in its first wrong forward, what it wrote, and what it had to write.
+
+    Of all forwards that were kept the first, if none is wrong alone.
+    """
     if not isinstance(impl, LayerImplementation):
         return {}
-    chosen = first_wrong(impl, checker)
+    chosen: tuple[int, Forward] | None = None
+    for index, forward in checker.forwards(impl.left()):  # one by one, for want of memory
+        chosen = chosen or (index, forward)
+        alone = forward.actual.shape == forward.expected.shape  # of several layers together it cannot be told
+        if alone and checker.check_forwards([forward], impl.held_to_reference).status != "ok":
+            chosen = index, forward
+            break
     if chosen is None:
         return {}
     index, forward = chosen
     outputs = {"output": forward.actual.cpu(), "expected": forward.expected}
-    impl.restore(present_pass(impl))
+    impl.restore(impl.number)
     impl.before(index)
     return {"hidden": impl.x.to("cpu", copy=True), **outputs}
 
 
-def first_wrong(impl: LayerImplementation, checker: Any) -> tuple[int, Forward] | None:
-    """Return the first wrong forward that was collected, or the first of all if none is wrong alone."""
-    first = None
-    for index, forward in checker.forwards(impl.left()):  # one by one, for want of memory
-        first = first or (index, forward)
-        alone = forward.actual.shape == forward.expected.shape  # of several layers together it cannot be told
-        if alone and checker.check_forwards([forward], impl.held_to_reference).status != "ok":
-            return index, forward
-    return first
-
-
-# ------------------------------------------------------------------------------------------------ the search
-
-# The forwards of a pass again, each op judged by float64.
-
-
 @dataclass(frozen=True)
 class Search:
-    """What came out of it."""
+    """What came of running the forwards of a pass again, each op judged by float64."""
 
     wrong: JudgedCall | None
     last: JudgedCall | None  # that was right
@@ -153,16 +141,10 @@ class Search:
     refused: str  # why a call was not judged
 
 
-def present_pass(impl: Implementation) -> int:
-    """Return the number of the pass that was wrong, whose inputs are to be used again."""
-    number: int = getattr(impl, "_number", 0)
-    return number
-
-
 def search(impl: Implementation, point: Point, inputs: Any, heartbeat: Callable[[], None]) -> Search:
     """Run an implementation's pass again until an op is wrong; it is of no further use."""
     watcher = Watcher(impl.setting.backend.synchronize, heartbeat)
-    names, forwards, number = impl.facts().ops, 0, present_pass(impl)
+    names, forwards, number = impl.facts().ops, 0, impl.number
     roles = layer_roles(impl.setting.config, impl.setting.dtype, impl.setting.device)
 
     def watched(role: str, op: Any) -> Watched:

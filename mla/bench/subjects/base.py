@@ -65,7 +65,7 @@ class Implementation(ABC):
     name: str
     held_to_reference = False  # at most twice its error, as well as the absolute bounds
     computes = True  # the work that is counted: its time cannot be shorter than the device's limits allow
-    _number = 0  # of the present pass
+    number = 0  # of the present pass
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -104,7 +104,7 @@ class Implementation(ABC):
 
     def left(self) -> Left:
         """Return what the last pass left to judge it by."""
-        return Left(self._number, self.outputs())
+        return Left(self.number, self.outputs())
 
     def check(self, checker: Any) -> Check:
         """Check all outputs of the last pass."""
@@ -146,7 +146,7 @@ class Foreign(Implementation):
         called(self.name, self._made.load, scenario, inputs)
 
     def restore(self, number: int = 0) -> None:
-        self._number, self._ran = number, set()
+        self.number, self._ran = number, set()
         called(self.name, self._made.restore, number)
 
     def before(self, index: int) -> None:
@@ -345,7 +345,7 @@ class LayerImplementation(Implementation):
 
     def restore(self, number: int = 0) -> None:
         """Begin pass `number` with poisoned buffers, and take the turn of its first forward."""
-        self._number, self._held = number, {}
+        self.number, self._held = number, {}
         self._shelf.clear(number)
         self.take(self._inputs.turn(number, 0))
 
@@ -360,7 +360,7 @@ class LayerImplementation(Implementation):
     def ready(self, index: int) -> None:
         """Do all of `before` but writing the inputs."""
         if self._prefills:
-            self.take(self._inputs.turn(self._number, index))
+            self.take(self._inputs.turn(self.number, index))
         self.x, self.out = self.hidden[self._step(index)], self._shelf.next()
 
     @property

@@ -243,7 +243,7 @@ class MlaLayer(LayerImplementation):
             layer.replace_ops(partial(in_layer, index))
 
     def left(self) -> Left:
-        return Left(self._number, self.outputs(), self._taken, self.places)
+        return Left(self.number, self.outputs(), self._taken, self.places)
 
     def check(self, checker: Any) -> Check:
         """Check every layer's outputs, and that its new latents are in its own part of the cache."""
@@ -262,7 +262,7 @@ class MlaLayer(LayerImplementation):
     def _left_by(self, index: int) -> Left:
         """Return what a layer left, with outputs as layer 0 would have them."""
         outputs = {forward: rows[index].roll(-index, -1) for forward, rows in super().outputs().items()}
-        return Left(self._number, outputs, self._taken, self.places)
+        return Left(self.number, outputs, self._taken, self.places)
 
     def _cached(self, index: int) -> bool:
         """Return whether a layer cached the same as layer 0, rolled and up to rounding."""

@@ -115,7 +115,7 @@ class OpImplementation(Implementation):
             self._plan_ms = (now_ns() - start) / 1e6
         self._call.begin(number)
         self._shelf.clear(number)
-        self._number = number
+        self.number = number
         self._kept: dict[int, Tensors] | None = None  # index of a call -> its results on the host
         calls = self._pool.calls if self._pool.calls * self._pool.size[1] <= EARLY_ROWS else 0
         self._early = [self._call.upload(self.truth_of(index)) for index in range(calls)]
@@ -162,7 +162,7 @@ class OpImplementation(Implementation):
 
     def truth_of(self, index: int) -> Change:
         """Return the change of call `index` of the last pass, which knows what that must write."""
-        return self._pool.change(self._number, index)
+        return self._pool.change(self.number, index)
 
     def facts(self) -> Facts:
         called = hasattr(self, "_call")  # the op may have refused to pack

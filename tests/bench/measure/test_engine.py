@@ -323,7 +323,7 @@ def cut(make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def shorten(ms: Any, most: float) -> Any:
         asked.append(dict(ms))
-        return {"slow": (Steps(range(2), range(2), 2), "it is slow")} if "slow" in ms else {}
+        return {"slow": Steps(range(2), range(2), 2)} if "slow" in ms else {}
 
     variants = Variants((HEADLINE, Variant(cache="cold")))
     slow = bench.parrot("slow")
@@ -334,7 +334,7 @@ def cut(make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_slow_yardstick_is_asked_for_as_soon_as_it_is_warm(cut: Any) -> None:
     assert [[*names] for names in cut.asked] == [["fast"], ["fast", "slow"]]
-    assert cut.said == ["d, slow: it is slow"]
+    assert cut.said == ["d, slow: too slow for all; running 2 passes of 2 instead of 4 passes of 3"]
 
 
 def test_none_is_held_to_what_was_wrong(make_bench: MakeBench) -> None:

@@ -122,7 +122,7 @@ def test_the_plan_counts_the_buffer_that_flushes_the_caches(
     assert bench("--backend", "cpu", *tiny, *cache, "--dry-run").code == 0
     assert plans
     for plan in plans:
-        assert plan.sweep == (sweep(mla.load_backend("cpu")).bytes if cold else 0)
+        assert plan.sweep == (sweep(mla.load_backend("cpu"))[0] if cold else 0)
         for count in (1, 2, 3):
             without = replace(plan, sweep=0).device_bytes(count)
             assert plan.device_bytes(count) == without + plan.sweep
