@@ -5,10 +5,7 @@ from __future__ import annotations
 import importlib
 import posixpath
 import re
-import shutil
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -132,28 +129,3 @@ def test_signatures_have_a_parameter_a_line_and_bounds_are_as_written(site: Path
     assert any(
         requirement.startswith("ruff") for requirement in extras["optional-dependencies"]["docs"]
     )  # formats them
-
-
-LINKS = {
-    "README.md": ("[a](docs/nowhere.md)", "'docs/nowhere.md'"),
-    "docs/devices.md": ("[a](results.md#nowhere)", "'#nowhere'"),
-    "backends/README.md": ("[a](/docs/README.md)", "'/docs/README.md'"),
-    "CHANGELOG.md": ("[a](mla/nowhere.py)", "'mla/nowhere.py'"),
-}
-
-
-def test_a_dead_link_fails_the_build(
-    build: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
-    root = tmp_path / "checkout"
-    shutil.copytree(ROOT / "docs", root / "docs")
-    (root / "mla").mkdir()  # the reference is left out: it would take most of the time
-    for path in markdown():
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        text = "" if path.startswith("docs/api/") else (ROOT / path).read_text(encoding="utf-8")
-        added, _ = LINKS.get(path, ("", ""))
-        (root / path).write_text(f"{text}\n{added}\n", encoding="utf-8")
-    done = build(root, tmp_path / "site")
-    assert done.returncode != 0
-    for _, said in LINKS.values():
-        assert said in done.stderr, done.stderr

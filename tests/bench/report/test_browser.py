@@ -259,7 +259,7 @@ def test_a_page_can_be_heard_in_order(show: Show, rich_page: str) -> None:
     assert levels[0] == 1
     assert levels.count(1) == 1
     assert all(later <= earlier + 1 for earlier, later in pairwise(levels))
-    for role, count in (("table", 20), ("image", 9)):
+    for role, count in (("table", 20), ("image", 6)):
         names = [node["name"] for node in labelled if node["role"] == role]
         assert len(names) >= count
         assert all(len(name.split()) > 1 for name in names)

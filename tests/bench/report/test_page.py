@@ -303,17 +303,6 @@ def test_the_first_screen_says_by_how_much_and_how_near_the_limit_and_how_noisy(
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_file_that_drifted_is_amber_and_not_green(make_run: Any) -> None:
-    run = make_run([1.0] * 6)
-    assert '<article class="file ok">' in render(run)
-    run.cases[0].latency_ms.drift = 0.31
-    text = render(run)
-    assert '<article class="file unsteady">' in text
-    assert 'class="badge unsteady">of 1 case: 1 drifting<' in text
-    assert 'class="line noise unsteady">drifts: 80 % within 1 .. 1 ms, drift +31.0 %<' in text
-
-
-@pytest.mark.usefixtures("undrawn")
 def test_a_doubtful_case_has_its_word_its_colour_and_its_reason_and_nothing_is_green(make_run: Any) -> None:
     why = "the clock covers 10 % of the time the pass took"
     run = make_run(check=results.Check(status="doubtful", reason=why), latency_ms=None, tokens_per_s=None)
@@ -330,15 +319,6 @@ def test_a_doubtful_case_has_its_word_its_colour_and_its_reason_and_nothing_is_g
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_doubtful_case_shows_no_other_timing_either(rich: Sequence[results.Run]) -> None:
-    rich[0].cases = rich[0].cases[:1]
-    (case,) = rich[0].cases
-    case.check, case.latency_ms = results.Check(status="doubtful", reason="because"), None
-    case.timings[0].latency_ms = results.Latency(median=77.7, ci95=None, p10=1, p90=99, samples=[77.7])
-    assert "77.7" not in Page(render(rich[0])).text
-
-
-@pytest.mark.usefixtures("undrawn")
 def test_a_time_above_the_limit_shows_a_doubt_and_no_percentage(rich: Sequence[results.Run]) -> None:
     for case in rich[0].cases:
         case.roofline = results.Roofline(floor_ms=9.0, bound="memory", doubt="faster than its floor of 9 ms")
@@ -350,15 +330,6 @@ def test_a_time_above_the_limit_shows_a_doubt_and_no_percentage(rich: Sequence[r
     (roofline,) = [alt for alt in Page(text).charts() if alt.startswith("Roofline")]
     assert "its time is suspect" in roofline
     assert "%" not in roofline
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_limits_show_their_spread(rich: Sequence[results.Run]) -> None:
-    rich[0].ceilings[0].lowest, rich[0].ceilings[0].ours = 1e12, True
-    screen = first_screen(render(rich[0]))
-    assert re.search(
-        r"read bandwidth: 3 to 9 TB/s.*up to 67 % lower when repeated.*kernel under test", screen
-    )
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -196,10 +196,6 @@ def test_stored_results_of_every_version_still_load(path: Path, bench: Bench) ->
     assert bench("compare", str(path), str(path)).code == 0
 
 
-def test_versions_1_and_2_are_among_the_stored() -> None:
-    assert {results.read(path).schema_version for path in STORED} >= {1, 2}
-
-
 @pytest.mark.parametrize("words", [("compare",), ("report", "--html", "x.html")])
 def test_another_file_of_this_program_is_named(
     bench: Bench, document: Document, ceiling_run: CeilingRun, words: tuple[str, ...]

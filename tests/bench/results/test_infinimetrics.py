@@ -199,18 +199,3 @@ def test_several_documents_do_not_fit_into_one_file(bench: Bench, make_run: Make
     results.write(make_run(), Path("one.json"))
     assert bench("export", "one.json", "--format", "infinimetrics", "-o", "all.json").code == 0
     assert faults(json.loads(Path("all.json").read_text())) == []
-
-
-def test_the_rules_find_what_is_broken(make_run: MakeRun) -> None:
-    (document,) = documents(make_run())
-    for key in ("run_id", "testcase", "config", "metrics"):
-        assert faults({name: value for name, value in document.items() if name != key}) == [key]
-    assert faults({**document, "testcase": "operator.mla"})
-    assert faults({**document, "result_code": 1})
-    assert faults({**document, "metrics": [{"name": "operator.latency", "value": math.nan}]})
-
-
-def test_a_share_of_a_limit_in_doubt_is_not_told(make_run: MakeRun) -> None:
-    (document,) = documents(make_run(roofline=results.Roofline(floor_ms=3.0, fraction=1.5, doubt="above")))
-    assert not [metric for metric in document["metrics"] if metric["name"] == "operator.share_of_limit"]
-    assert shown(document)["latency"] == 2.0

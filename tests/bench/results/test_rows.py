@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mla.bench import results
-from mla.bench.results.rows import COLUMNS, Row, as_csv, timing_rows
+from mla.bench.results.rows import COLUMNS, as_csv, timing_rows
 from mla.bench.results.schema import Case, Run, Timing
 
 Bench = Callable[..., Any]
@@ -195,17 +195,15 @@ def test_a_mistake_gets_its_sentence(
     assert not Path("out").exists()
 
 
-def test_a_row_asks_the_case_that_it_belongs_to(make_run: MakeRun) -> None:
-    run = make_run()
-    assert Row(run, run.cases[0]).check is run.cases[0].check
-
-
-def test_neither_export_nor_the_list_of_workloads_needs_torch(process: Bench, make_run: MakeRun) -> None:
+def test_what_looks_at_results_needs_no_torch(process: Bench, make_run: MakeRun) -> None:
     """Results are looked at where no device is."""
-    results.write(make_run(), Path("a.json"))
+    for name in ("a.json", "b.json"):
+        results.write(make_run(), Path(name))
     (folder := Path("no_torch")).mkdir()
     (folder / "torch.py").write_text("raise ImportError('no torch here')")
     for words in (
+        ("compare", "a.json", "b.json"),
+        ("show", "a.json"),
         ("export", "a.json"),
         ("export", "a.json", "--format", "infinimetrics"),
         ("list", "--workloads"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -101,13 +99,6 @@ def test_an_op_has_the_rate_of_what_limits_it_in_a_unit_that_fits(make_run: Make
         assert f" {rate} " in render(make_run(roofline=limit(0.5, bound), **changes), "table")
 
 
-def test_a_share_in_doubt_is_no_percentage(make_run: MakeRun) -> None:
-    doubt = results.Roofline(floor_ms=3.0, bound="compute", peak_source="x", doubt="the limit is in doubt")
-    assert " above limit" in render(make_run(roofline=doubt), "table")
-    assert ">100? com" in render(make_run(roofline=doubt), "md")
-    assert "%  " not in render(make_run(roofline=doubt), "table").replace("95 %", "")
-
-
 def test_a_sweep_has_a_line_that_counts_its_points(make_run: MakeRun) -> None:
     run = make_run()
     run.cases = [
@@ -145,19 +136,6 @@ def test_every_format_ends_with_one_newline(make_run: MakeRun, kind: str) -> Non
     text = render(make_run(), kind)
     assert text.endswith("\n")
     assert not text.endswith("\n\n")
-
-
-@pytest.mark.parametrize("kind", ["table", "md"])
-def test_people_get_the_headlines_last(make_run: MakeRun, kind: str) -> None:
-    run = make_run()
-    run.cases += make_run(**DECODE).cases
-    assert render(run, kind).splitlines()[-2:] == ["Prefill Latency: 2 ms", "Decode Throughput: 4000 tok/s"]
-
-
-def test_a_scenario_of_another_name_is_named_in_its_headline(make_run: MakeRun) -> None:
-    run = make_run(scenario="long")
-    run.cases += make_run(scenario="wide", mode="decode").cases
-    assert headlines(run) == ["Prefill Latency [long]: 2 ms", "Decode Throughput [wide]: 4000 tok/s"]
 
 
 def test_the_headline_is_the_first_implementation_even_if_it_is_wrong(make_run: MakeRun) -> None:
@@ -246,14 +224,6 @@ def test_markdown_is_one_table_with_as_many_cells_in_each_row(make_run: MakeRun)
     assert len(rows) == 3
     assert rows[1] == f"| {' | '.join(['---'] * len(COLUMNS))} |"
     assert {row.replace("\\|", "").count("|") for row in rows} == {len(COLUMNS) + 1}
-
-
-def test_csv_has_a_row_per_case_in_full_precision(make_run: MakeRun) -> None:
-    run = make_run([1 / 3] * 6, scenario='a,"b"', new_lengths=None)
-    run.cases += make_run(**WRONG).cases
-    right, wrong = csv.DictReader(io.StringIO(render(run, "csv")))
-    assert (right["scenario"], float(right["latency_ms"])) == ('a,"b"', 1 / 3)
-    assert (wrong["status"], wrong["latency_ms"], wrong["tokens_per_s"]) == ("wrong", "", "")
 
 
 def test_json_is_the_result_file(make_run: MakeRun) -> None:
