@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mla import MLA, LatentCache, MLAConfig
 from mla.errors import CacheFormatError
@@ -156,30 +154,6 @@ def test_copies_and_what_is_printed(make: Any) -> None:
     cache.load(again, *cache.read(sequence), index=keys)
     assert torch.equal(cache.read_index(again), keys)  # bytes of powers of two come back as they were
     assert "torch.float32 + 24 of 2 indexers on cpu" in repr(cache)
-
-
-STEPS = st.lists(st.tuples(st.sampled_from(["load", "truncate", "release"]), st.integers(0, 30)), max_size=12)
-
-
-@given(STEPS, st.sampled_from([1, 4, 16]))
-@settings(max_examples=40, deadline=None)
-def test_any_history_of_calls_keeps_keys_intact(make: Any, steps: list[Any], page_size: int) -> None:
-    cache, kept = make(96, page_size), dict[int, torch.Tensor]()
-    for number, (call, count) in enumerate(steps):
-        if call == "load" and count <= cache.free_pages * page_size:
-            (sequence,) = cache.new_sequences(1)
-            kv, pe, kept[sequence] = history(cache.config, count, number)
-            cache.load(sequence, kv, pe, index=kept[sequence])
-        elif kept and call != "load":
-            sequence = list(kept)[count % len(kept)]
-            if call == "release":
-                cache.release([sequence])
-                del kept[sequence]
-            else:
-                kept[sequence] = kept[sequence][:count]
-                cache.truncate(sequence, len(kept[sequence]))
-    for sequence, index in kept.items():
-        assert torch.equal(cache.read_index(sequence), index)
 
 
 @pytest.mark.parametrize("index_format", ["", "fp8"])

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla import LatentCache, RaggedBatch
-from mla.cache.ragged_batch import host_ints
 from mla.errors import StaleBatch
 
 
@@ -82,20 +81,6 @@ def test_steps_that_share_memory_keep_their_tables_apart(tiny: Any, data: st.Dat
             ids.reverse()
 
 
-def test_device_tables_have_the_dtypes_of_the_contract(tiny: Any) -> None:
-    _, _, batch = make_batch(tiny, [3, 1], [0, 40])
-    for name in ("positions", "block_table", "kv_lens_device", "cu_q"):
-        assert getattr(batch, name).dtype == torch.int32, name
-    assert batch.slots.dtype == torch.int64
-    assert batch.block_table.shape == (2, 3)
-
-
-def test_a_row_without_new_tokens_takes_no_slot(tiny: Any) -> None:
-    cache, ids, batch = make_batch(tiny, [0, 2, 0], [5, 6, 0])
-    assert batch.cu_q_host == (0, 0, 2, 2)
-    assert torch.equal(batch.slots, cache.slots(ids[1])[6:])
-
-
 def test_a_subset_describes_only_its_requests(tiny: Any) -> None:
     _, _, batch = make_batch(tiny, [3, 1, 4], [0, 40, 20])
     part = batch.subset([2, 0])
@@ -138,22 +123,6 @@ def test_steps_of_a_reserved_width_stay_where_a_graph_reads_them(tiny: Any) -> N
     assert cache.extend(ids, [1, 30], table_tokens=50).block_table.shape == (2, 5)
 
 
-def test_a_step_after_an_update_in_another_order_has_its_own_table(tiny: Any) -> None:
-    cache, ids, batch = make_batch(tiny, [1, 1], [5, 20])
-    batch.update_(batch.subset([1, 0]))
-    check_tables(cache, ids[::-1], batch, [1, 1])
-    check_tables(cache, ids, cache.extend(ids, [1, 1]), [1, 1])
-
-
-def test_an_updated_batch_runs_like_a_fresh_one(make_case: Any) -> None:
-    case = make_case([1, 1], [5, 20])
-    case.run()
-    fresh = case.cache.extend(case.ids, [1, 1])
-    expected = case.layer(case.hidden, fresh, case.cache.pages[0])
-    case.batch.update_(fresh)
-    assert torch.equal(case.run(), expected)
-
-
 def test_a_batch_does_not_keep_its_cache(make_case: Any) -> None:
     """Its plan refers to it, and only Python's collector, which counts no bytes, would find that cycle."""
     case = make_case([3, 1], [5, 20])
@@ -189,20 +158,6 @@ def test_update_refuses_a_stale_batch(tiny: Any) -> None:
         batch.update_(stale)
     with pytest.raises(StaleBatch):
         batch.check_current()
-
-
-def test_memo_builds_once_per_key(tiny: Any) -> None:
-    _, _, batch = make_batch(tiny, [1], [0])
-    built = [batch.memo(key, object) for key in ("a", "b", "a")]
-    assert built[0] is built[2]
-    assert built[0] is not built[1]
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_host_ints_keeps_values(dtype: torch.dtype) -> None:
-    for values in ([], [0], [-3, 2**30, 7]):
-        assert host_ints(iter(values), dtype).tolist() == values
-        assert host_ints(values, dtype).dtype == dtype
 
 
 @pytest.mark.parametrize(

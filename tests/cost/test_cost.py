@@ -48,23 +48,6 @@ def test_the_chosen_path_has_the_fewer_flops(
     assert cost.PathChooser(config).path(*request_lengths) == expected
 
 
-@pytest.mark.parametrize(("new", "old", "pairs"), [(1, 0, 1), (1, 9, 10), (3, 2, 12)])
-def test_flops_of_a_small_step_by_hand(new: int, old: int, pairs: int) -> None:
-    config = config_of(c=10, n=3, r=2, v=5)
-    absorbed, expanded = (attention_flops(config, new, new + old, path) for path in PATHS)
-    assert absorbed == 4 * (pairs * (10 + 4 + 10) + new * 10 * (3 + 5))
-    assert expanded == 4 * (pairs * (3 + 4 + 5) + (new + old) * 10 * (3 + 5))
-
-
-@pytest.mark.parametrize("preset", ["deepseek-r1", "deepseek-v2-lite", "kimi-k2"])
-def test_break_even_of_a_long_history_is_about_170_new_tokens(preset: str) -> None:
-    chooser, history = cost.PathChooser(MLAConfig.preset(preset)), 100_000
-    paths = [chooser.path(new, history + new) for new in range(1, 400)]
-    first_expanded = paths.index(cost.EXPANDED) + 1
-    assert 165 <= first_expanded <= 175
-    assert set(paths[first_expanded:]) == {cost.EXPANDED}
-
-
 def test_decode_over_history_is_absorbed_and_prefill_without_history_expanded() -> None:
     chooser = cost.PathChooser(MLAConfig.preset("deepseek-r1"))
     assert chooser.path(1, 1000) == cost.ABSORBED
@@ -100,15 +83,6 @@ def test_a_gate_costs_its_projection(tiny: Any) -> None:
     extra = cost.step_work(config, *step), cost.step_work(tiny(), *step)
     assert extra[0].flops - extra[1].flops == 2 * 7 * weights
     assert cost.head_parameters(config) - cost.head_parameters(tiny()) == weights
-
-
-def test_bytes_grow_with_the_attended_latents_and_the_element_size(tiny: Any) -> None:
-    config = tiny()
-    short, long = (cost.step_work(config, [1, 1], lens, 2).bytes for lens in ([10, 10], [10, 110]))
-    hidden = 2 * 2 * config.hidden_size
-    assert short == 2 * (cost.parameters(config) + (20 + 2) * config.latent_dim + hidden)
-    assert long - short == 2 * 100 * config.latent_dim
-    assert cost.step_work(config, [1, 1], [10, 10], 4).bytes == 2 * short
 
 
 @settings(max_examples=60, deadline=None)
@@ -210,11 +184,6 @@ def test_where_both_paths_run_the_weights_they_share_count_once(tiny: Any) -> No
     assert costs["w_uk"].bytes + costs["w_uv"].bytes == 2 * cost.kv_b_parameters(config)
     assert costs["w_uk"].flops == 2 * cost.kv_b_parameters(config) - costs["w_uv"].flops
     assert costs["kv_b_proj"].bytes == 2 * 200 * config.latent_dim
-
-
-@pytest.mark.parametrize(("rank", "roles"), [(None, False), (24, True)])
-def test_only_a_config_with_a_query_latent_expands_queries(tiny: Any, rank: int | None, roles: bool) -> None:
-    assert ("q_b_proj" in cost.role_costs(tiny(q_lora_rank=rank), [1], [5], 2)) == roles
 
 
 # --------------------------------------------------------------------------------------------- an indexer

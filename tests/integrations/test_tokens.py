@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import CACHE, FAMILIES, make_model
+from tiny_models import CACHE, make_model
 
 from mla.integrations.transformers import PagedCache, restore, use_mla
 from mla.integrations.transformers.attention import PAGE_SIZE, Step
@@ -28,13 +27,6 @@ def both(model: Any, prompts: Prompts, **words: Any) -> tuple[torch.Tensor, torc
     """Return the tokens without our ops, and with them."""
     theirs = generate(model, prompts, **words)
     return theirs, generate(use_mla(model), prompts, **words)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_generates_the_same_tokens(family: str, prompts: Prompts) -> None:
-    theirs, ours = both(make_model(family), prompts, max_new_tokens=200)
-    assert torch.equal(theirs, ours)
-    assert len(set(ours[0, 11:].tolist())) > 40, "tokens that repeat would hide a difference"
 
 
 def test_a_cache_made_without_our_ops_goes_on_with_them_and_back(model: Any, prompts: Prompts) -> None:
@@ -86,14 +78,6 @@ def test_an_assistant_may_run_our_ops_too(model: Any) -> None:
     use_mla(model)
     use_mla(words["assistant_model"])
     assert torch.equal(generate(model, prompt, **words), alone)
-
-
-def test_a_mask_of_ones_and_no_mask_are_the_same(model: Any) -> None:
-    use_mla(model)
-    ids = torch.arange(3, 23)[None]
-    with torch.no_grad():
-        outputs = [model(input_ids=ids, attention_mask=mask).logits for mask in (None, torch.ones_like(ids))]
-    assert torch.equal(*outputs)
 
 
 def test_bf16_is_as_close_to_fp32_as_theirs(prompts: Prompts) -> None:

@@ -12,7 +12,7 @@ from faulty_backend import FaultyOp
 
 from mla import MLA, MLAConfig
 from mla.errors import UnknownOp, UnsupportedBatch, UnsupportedOps
-from mla.layer.ops import Ops, choose
+from mla.layer.ops import Ops
 from mla.reference import REFERENCE
 from mla.weights import random_state_dict
 from mla_backends import BackendError, FusedOp
@@ -106,11 +106,6 @@ def test_fused_is_an_error_where_none_serves(tiny: Any) -> None:
     offered = {"old": Outdated(), "picky": Picky()}
     with pytest.raises(UnsupportedOps, match=r"'old' not used because .*'picky' not used because"):
         Ops(tiny(num_attention_heads=3), offered, torch.float32, torch.device("cpu"), "fused")
-
-
-def test_reference_policy_takes_no_fused_op(tiny: Any) -> None:
-    offered: dict[str, FusedOp] = {"plain": LatentOp()}
-    assert choose("latent_attention", None, offered, "reference").name == "reference"
 
 
 def test_an_op_that_refuses_a_batch_raises_and_never_falls_back(make_case: Any, tiny: Any) -> None:
@@ -263,11 +258,3 @@ def test_shared_weights_live_as_long_as_a_layer_that_uses_them(tiny: Callable[..
     assert len(shared) == 5
     del layer
     assert not shared
-
-
-def test_a_layer_that_shares_nothing_loads_what_it_is_given(tiny: Callable[..., MLAConfig]) -> None:
-    layer = MLA(tiny(), dtype=torch.float32)
-    for seed in (0, 1):
-        state = random_state_dict(tiny(), seed, torch.float32)
-        layer.load_state_dict(state)
-        assert all(torch.equal(layer.state_dict()[name], weight) for name, weight in state.items())

@@ -38,14 +38,6 @@ def test_state_dict_is_a_round_trip_bit_for_bit(
     assert all(torch.equal(weight, state[name]) for name, weight in again.state_dict().items())
 
 
-def test_biases_exist_for_the_projections_that_transformers_gives_one(tiny: Any) -> None:
-    def biases(rank: int | None) -> set[str]:
-        return {name for name in weight_shapes(tiny(q_lora_rank=rank, attention_bias=True)) if "bias" in name}
-
-    assert biases(None) == {"kv_a_proj_with_mqa.bias", "o_proj.bias"}
-    assert biases(24) == {"q_a_proj.bias", "kv_a_proj_with_mqa.bias", "o_proj.bias"}
-
-
 def test_loaded_weights_are_copies(make_case: Any) -> None:
     case = make_case([3], [4])
     before = case.run()
@@ -60,14 +52,6 @@ def test_loading_again_replaces_every_weight(make_case: Any) -> None:
     case.state = random_state_dict(case.config, 7, torch.float32)
     case.layer.load_state_dict(case.state)
     assert (case.run() - case.truth()).norm() <= 1e-5 * case.truth().norm()
-
-
-def test_weights_of_another_dtype_are_rounded_once(tiny: Any) -> None:
-    state = random_state_dict(tiny(), dtype=torch.float32)
-    layer = MLA(tiny(), dtype=torch.bfloat16)
-    layer.load_state_dict(state)
-    loaded = layer.state_dict()
-    assert all(torch.equal(loaded[name], weight.bfloat16()) for name, weight in state.items())
 
 
 def broken(state: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]:
@@ -151,33 +135,6 @@ def test_a_layer_cannot_be_moved_or_cast(make_case: Any, move: Any) -> None:
     case = make_case([1], [4])
     with pytest.raises(RuntimeError, match=r"cannot be moved or cast: its weights are packed"):
         move(case.layer)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            lambda hidden, pages: (hidden[:-1], pages),
-            r"hidden must be \[3, 48\] torch.float32, got \[2, 48\]",
-        ),
-        (lambda hidden, pages: (hidden[:, :-1], pages), r"hidden must be .* got \[3, 47\]"),
-        (lambda hidden, pages: (hidden[None], pages), r"hidden must be .* got \[1, 3, 48\]"),
-        (lambda hidden, pages: (hidden.double(), pages), r"hidden must be .* torch.float64"),
-        (lambda hidden, pages: (hidden, pages[None]), r"pages must be .*, 16, 40\] torch.float32, got"),
-        (lambda hidden, pages: (hidden, pages[..., :-1]), r"pages must be .* 16, 39\] torch.float32"),
-        (lambda hidden, pages: (hidden, pages[:, :8]), r"pages must be .* 8, 40\] torch.float32"),
-        (lambda hidden, pages: (hidden, pages.bfloat16()), r"pages must be .* torch.bfloat16"),
-    ],
-)
-def test_tensors_that_do_not_fit_are_refused_before_anything_is_written(
-    make_case: Any, change: Any, message: str
-) -> None:
-    case = make_case([2, 1], [4, 5])
-    before = case.cache.pages.nan_to_num(7)
-    hidden, pages = change(case.hidden, case.cache.pages[0])
-    with pytest.raises(ValueError, match=message):
-        case.layer(hidden, case.batch, pages)
-    assert torch.equal(case.cache.pages.nan_to_num(7), before)
 
 
 def test_an_unknown_attention_mode_is_refused(tiny: Any) -> None:
