@@ -11,24 +11,23 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import math
 import os
-import select
 import signal
 import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-LOADING_S = 60.0  # seconds after which loading a backend is said to take long
-SWITCH, LINE = "MLA_SUPERVISE", "MLA_SUPERVISED_BY"  # the latter: descriptor and process of the supervisor
+LOADING_S = 60.0  # seconds from the start after which loading a backend is said to take long
+SWITCH = "MLA_SUPERVISE"
+RECORD = "MLA_SUPERVISED_BY"  # the descriptor of the record, and the supervisor's process
 DIED = 3  # `mla.command.exit_codes.Exit.BACKEND`, which takes longer to import than all else here
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _STANDARD = 3  # descriptors below it are stdin, stdout and stderr, also where they are closed
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
-_line: int | None = None  # to the supervisor; None: there is none
+_record: int | None = None  # a file that the supervisor reads; None: there is none
 _doing: dict[str, str] = {}  # what it would say now
 
 
@@ -37,23 +36,53 @@ _doing: dict[str, str] = {}  # what it would say now
 
 def supervise() -> int | None:
     """Run this command in a child process and return its exit code; None in the child, which is to run it."""
-    _take_line()
-    if _line is not None or os.environ.get(SWITCH) == "0" or not sys.executable or _traced():
+    _take_record()
+    if _record is not None or os.environ.get(SWITCH) == "0" or not sys.executable or _traced():
         return None
-    reader, writer = (_beyond_standard(number) for number in os.pipe())
-    os.set_inheritable(writer, True)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, the status of a child is lost
     try:
+        with tempfile.TemporaryFile() as file:
+            record = fcntl.fcntl(file.fileno(), fcntl.F_DUPFD, _STANDARD)
         child = subprocess.Popen(
             [sys.executable, *sys.orig_argv[1:]],
-            env={**os.environ, LINE: f"{writer}:{os.getpid()}"},
+            env={**os.environ, RECORD: f"{record}:{os.getpid()}"},
             close_fds=False,  # a shell opened some for the command: `--baseline <(...)`
         )
-    except OSError:  # no room for another process: then without words
-        os.close(reader)
+    except OSError:  # no room for a file or another process: then without words
         return None
-    finally:
-        os.close(writer)
-    return _Supervisor(child, reader).wait()
+    return _wait(child, record)
+
+
+def _wait(child: subprocess.Popen[bytes], record: int) -> int:
+    """Return the exit code of the child, or our own after a sentence about its end."""
+    received = 0
+
+    def pass_on(number: int, frame: object) -> None:
+        nonlocal received
+        received = number
+        child.send_signal(number)
+
+    for number in _SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup, where the child ignores it too
+            signal.signal(number, pass_on)
+    signal.signal(signal.SIGALRM, lambda *_: _say(_read(record).get("late", "")))
+    signal.setitimer(signal.ITIMER_REAL, LOADING_S)
+    code, said = child.wait(), _read(record)
+    if "code" in said:
+        return code if code >= 0 else int(said["code"])  # its libraries may crash as they end
+    if received and code == -received:  # before it could say so
+        return 128 + received
+    _say(f"error: the process ended{said.get('while', '')}: {_end(code)}{said.get('hint', '')}")
+    return DIED
+
+
+def _read(record: int) -> dict[str, Any]:
+    """Return what the child has said last."""
+    try:
+        said = json.loads(os.pread(record, 1 << 16, 0).partition(b"\n")[0])
+    except ValueError:  # nothing yet, or whatever a plugin wrote there
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def _traced() -> bool:
@@ -62,69 +91,6 @@ def _traced() -> bool:
     tools = monitoring is not None and any(map(monitoring.get_tool, range(6)))
     debugged = "bdb" in sys.modules  # pdb looks at nothing between its breakpoints
     return tools or debugged or sys.gettrace() is not None or sys.getprofile() is not None
-
-
-def _beyond_standard(number: int) -> int:
-    """Move a descriptor away from those of stdin, stdout and stderr; child processes do not inherit it."""
-    moved = fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, _STANDARD)
-    os.close(number)
-    return moved
-
-
-class _Supervisor:
-    """Waits for a child, passes signals on, and hears what it is doing."""
-
-    def __init__(self, child: subprocess.Popen[bytes], line: int) -> None:
-        self._child, self._line, self._open, self._signal = child, line, True, 0
-        self._text, self._heard = b"", dict[str, Any]()
-        self._late = math.inf  # when to say that what the child does takes long
-
-    def wait(self) -> int:
-        """Return the exit code of the child, or our own after a sentence about its end."""
-        woken, wake = map(_beyond_standard, os.pipe())
-        for number in (woken, wake, self._line):
-            os.set_blocking(number, False)
-        signal.set_wakeup_fd(wake)  # gets the number of every signal, also of one that comes before the wait
-        for signum in (*_SIGNALS, signal.SIGCHLD):
-            if signal.getsignal(signum) != signal.SIG_IGN:  # as under nohup, where the child ignores it too
-                signal.signal(signum, lambda *_: None)
-        while (code := self._child.poll()) is None:
-            late = None if self._late == math.inf else max(0.0, self._late - time.monotonic())
-            ready, _, _ = select.select([woken, *[self._line] * self._open], [], [], late)
-            if woken in ready:
-                self._pass_on(os.read(woken, 64))
-            self._hear()
-            if time.monotonic() >= self._late:
-                _say(self._heard["late"])
-                self._late = math.inf
-        self._hear()
-        if "code" in self._heard:
-            return code if code >= 0 else int(self._heard["code"])  # its libraries may crash as they end
-        if self._signal and code == -self._signal:  # before it could say so
-            return 128 + self._signal
-        where, hint = self._heard.get("while", ""), self._heard.get("hint", "")
-        _say(f"error: the process ended{where}: {_end(code)}{hint}")
-        return DIED
-
-    def _pass_on(self, numbers: bytes) -> None:
-        for number in (number for number in numbers if number in _SIGNALS):
-            self._signal = number
-            with contextlib.suppress(ProcessLookupError):
-                self._child.send_signal(number)
-
-    def _hear(self) -> None:
-        """Read what the child has said by now; the last sentence counts."""
-        with contextlib.suppress(BlockingIOError):
-            while data := os.read(self._line, 1 << 16):
-                self._text += data
-            self._open = False  # the child has closed it
-        *lines, self._text = self._text.split(b"\n")
-        for text in lines:
-            with contextlib.suppress(ValueError):  # whatever a plugin wrote there
-                heard = json.loads(text)
-                if isinstance(heard, dict):
-                    self._heard = heard
-                    self._late = time.monotonic() + (heard.get("patience") or math.inf)
 
 
 def _end(code: int) -> str:
@@ -150,12 +116,12 @@ def _say(sentence: str) -> None:
 
 
 @contextlib.contextmanager
-def while_loading(name: str, patience: float = LOADING_S) -> Iterator[None]:
+def while_loading(name: str) -> Iterator[None]:
     """Have the supervisor say that backend `name` takes long to load, or has ended this process."""
     why = f"`mla-bench doctor {name}` finds out where"
-    late = f"backend '{name}' has not been loaded and set up within {patience:g} s; {why}"
-    doing = {"while": f" while backend '{name}' was loaded and set up", "hint": f"; {why}"}
-    with _doing_now(doing, late, patience):
+    late = f"backend '{name}' has not been loaded and set up within {LOADING_S:g} s; {why}"
+    doing = {"while": f" while backend '{name}' was loaded and set up", "hint": f"; {why}", "late": late}
+    with _doing_now(doing):
         yield
 
 
@@ -173,10 +139,10 @@ def dismiss(code: int = 0) -> None:
 
 
 @contextlib.contextmanager
-def _doing_now(doing: dict[str, str], late: str = "", patience: float | None = None) -> Iterator[None]:
+def _doing_now(doing: dict[str, str]) -> Iterator[None]:
     global _doing
     before, _doing = _doing, doing
-    _tell({**doing, "late": late, "patience": patience})
+    _tell(doing)
     try:
         yield
     finally:
@@ -185,19 +151,19 @@ def _doing_now(doing: dict[str, str], late: str = "", patience: float | None = N
 
 
 def _tell(what: dict[str, Any]) -> None:
-    if _line is not None:
+    if _record is not None:
         with contextlib.suppress(OSError):
-            os.write(_line, json.dumps(what).encode() + b"\n")
+            os.pwrite(_record, json.dumps(what).encode() + b"\n", 0)
 
 
-def _take_line() -> None:
-    """Find the line to the supervisor, if there is one, and die with it: nothing else would end us then."""
-    global _line
-    number, _, parent = os.environ.pop(LINE, "").partition(":")
+def _take_record() -> None:
+    """Find what the supervisor reads, if there is one, and die with it: nothing else would end us then."""
+    global _record
+    number, _, parent = os.environ.pop(RECORD, "").partition(":")
     if not number:
         return
-    _line = int(number)
-    os.set_inheritable(_line, False)
+    _record = int(number)
+    os.set_inheritable(_record, False)
     sys.excepthook = _dismissing(sys.excepthook)
     with contextlib.suppress(Exception):
         import ctypes

@@ -77,6 +77,7 @@ def test_without_a_supervisor_the_process_dies_as_it_does(tmp_path: Path) -> Non
 CHILD = """
 import os, sys
 from mla.command import last_words
+last_words.LOADING_S = 0.5
 if (code := last_words.supervise()) is not None:
     sys.exit(code)
 """
@@ -89,10 +90,10 @@ def supervised(body: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_backend_that_takes_long_is_named_while_it_does() -> None:
-    body = "import time\nwith last_words.while_loading('slow', patience=0.01):\n    time.sleep(1)\n"
+    body = "import time\nwith last_words.while_loading('slow'):\n    time.sleep(2)\n"
     done = supervised(body + "last_words.dismiss()")
     assert done.returncode == 0
-    assert done.stderr.startswith("backend 'slow' has not been loaded and set up within 0.01 s; ")
+    assert done.stderr.startswith("backend 'slow' has not been loaded and set up within 0.5 s; ")
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -116,9 +117,10 @@ def test_an_ordinary_exception_keeps_its_exit_code() -> None:
     assert done.stderr.splitlines()[-1] == "ValueError: a mistake of ours"
 
 
-def test_what_nobody_can_read_on_the_line_is_ignored() -> None:
-    done = supervised("os.write(last_words._line, b'\\xff\\n[1]\\n')\nlast_words.dismiss(6)\nos._exit(6)")
-    assert (done.returncode, done.stderr) == (6, "")
+def test_what_nobody_can_read_says_nothing_of_where() -> None:
+    done = supervised("os.pwrite(last_words._record, b'\\xff\\n', 0)\nos._exit(6)")
+    said = "error: the process ended: something in it called exit with status 6\n"
+    assert (done.returncode, done.stderr) == (3, said)
 
 
 def in_a_shell(body: str, redirections: str) -> subprocess.CompletedProcess[str]:
