@@ -9,7 +9,6 @@ import io
 import os
 import time
 from collections.abc import Iterable, Sequence
-from types import TracebackType
 from typing import TypeVar
 
 from rich import progress
@@ -123,9 +122,7 @@ class _Bar:
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self._bar.stop()
 
 

@@ -66,16 +66,15 @@ def resolve(options: RunOptions, join: Join | None = None, resumed: results.Run 
     with setting.ranks.told() if setting.ranks else contextlib.nullcontext():
         roles = layer_roles(setting.config, setting.dtype, setting.device)
         points = expand_ops(points, setting.config, {role: kind for role, (kind, _) in roles.items()})
-        commands.refuse(commands.of_roles(options, points, {}))
         listed = _listed_implementations(options, points, setting.config)
+        ours = {name: parse_one(name) for name in listed or ["mla"] if is_ours(name)}
+        asked = {name: dict(implementation_setting(setting, named).overrides) for name, named in ours.items()}
+        commands.refuse(commands.of_roles(options, points, asked))
         cold = "cold" in (wanted.caches or ("cold",))
         baselines = _added_baselines(setting.config, resumed) if options.is_first_look else []
         plans, names = plan_scenarios(setting, points, listed, cold, state, baselines)
         if not listed and "mla-reference" not in names:
             note("mla-reference is skipped: no fused op was chosen, so it is identical to mla")
-        ours = {name: parse_one(name) for name in names if is_ours(name)}
-        asked = {name: dict(implementation_setting(setting, named).overrides) for name, named in ours.items()}
-        commands.refuse(commands.of_roles(options, points, asked))
         return Request(
             setting=setting,
             scenarios=plans,
@@ -318,15 +317,6 @@ def _listed_implementations(options: RunOptions, points: Sequence[Point], config
         return []
     for name in names:
         check_name(parse_one(name).base)
-    missing = None
-    try:
-        if any(name.startswith("transformers") and ":" not in name for name in options.foreign):
-            transformers_layer.require()
-    except transformers_layer.TransformersMissing as error:
-        if not options.implementations:
-            note(f"transformers is skipped: {error}")  # a checkpoint is compared only where it is installed
-            return []
-        missing = error
     for name in options.foreign:  # what would be refused all the same is not to be installed first
         if options.op is not None:
             raise UsageError(
@@ -334,6 +324,12 @@ def _listed_implementations(options: RunOptions, points: Sequence[Point], config
             )
         if any(point.layers > 1 for point in points):
             raise UsageError(f"{name} runs one layer at a time: leave it out, or --layers.")
-    if missing:
-        raise missing
+    try:
+        if any(name.startswith("transformers") and ":" not in name for name in options.foreign):
+            transformers_layer.require()
+    except transformers_layer.TransformersMissing as error:
+        if options.implementations:
+            raise
+        note(f"transformers is skipped: {error}")  # a checkpoint is compared only where it is installed
+        return []
     return names
