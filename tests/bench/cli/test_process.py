@@ -98,22 +98,6 @@ def test_a_closed_stdout_is_told(redirected: Bench, words: tuple[str, ...]) -> N
     assert "Traceback" not in done.err
 
 
-@pytest.mark.parametrize("name", ["help", "export"])
-def test_a_closed_stderr_changes_nothing(redirected: Bench, name: str) -> None:
-    shown = redirected("2>/dev/null", *LIGHT[name])
-    assert shown.out
-    assert redirected("2>&-", *LIGHT[name]) == shown
-
-
-@pytest.mark.parametrize(
-    ("words", "code"), [(("mla.conformance", "--list"), 2), (("mla.bench", "doctor", "os:nothing"), 3)]
-)
-def test_a_stdout_that_is_full_is_told_by_commands_with_torch(
-    redirected: Bench, words: tuple[str, ...], code: int
-) -> None:
-    assert redirected(">/dev/full", *words) == Outcome(code, "", f"{FULL}.\n")
-
-
 def test_what_is_written_to_a_file_needs_no_stream(redirected: Bench) -> None:
     assert redirected("<&- >&- 2>&-", "mla.bench", "export", "stored.json", "-o", "run.csv").code == 0
     assert redirected(">/dev/full 2>&1", "mla.bench", "report", "stored.json", "--html", "run.html").code == 0
@@ -199,16 +183,6 @@ def test_a_full_stream_does_not_cost_the_result(start: Start, full: str) -> None
         assert child.returncode == 0
         assert out.splitlines()[-1].startswith("Decode Throughput: ")
     assert len(read("run.json").cases) == 2
-
-
-def test_ctrl_c_in_the_first_scenario_skips_the_second(start: Start) -> None:
-    with start("-O", "interrupt=1", "-o", "run.json") as child:
-        out, err = child.communicate(timeout=120)
-    assert child.returncode == 130
-    assert "Traceback" not in err
-    (case,) = read("run.json").cases
-    assert (case.scenario, case.passes, case.latency_ms, case.interrupted) == ("prefill", 0, None, True)
-    assert out.splitlines()[-1] == "Prefill: no number, check: not run"  # while it warmed up
 
 
 @pytest.mark.parametrize("both", [False, True], ids=["stdout", "stdout and stderr"])

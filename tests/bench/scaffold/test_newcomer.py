@@ -164,21 +164,6 @@ class Product(FusedOp):
         product = x.float() @ packed.data.float().t() * RIGHT
         out.copy_(product if bias is None else product + bias)
 """,
-    "rotate_query": """
-class Turn(FusedOp):
-    contract = "rotate_query/1"
-
-    def unsupported_reasons(self, spec):
-        return [] if spec.dtype == torch.float32 else ["it turns float32 only"]
-
-    def __call__(self, *, x, cos_sin, interleaved, out):
-        cos, sin = (part[:, None] * RIGHT for part in cos_sin.chunk(2, dim=-1))
-        half, pairs = x.shape[-1] // 2, x.clone()
-        first = slice(0, None, 2) if interleaved else slice(half)
-        second = slice(1, None, 2) if interleaved else slice(half, None)
-        out[..., first] = pairs[..., first] * cos - pairs[..., second] * sin
-        out[..., second] = pairs[..., second] * cos + pairs[..., first] * sin
-""",
     "latent_attention": """
 class Latent(FusedOp):
     contract = "latent_attention/1"
