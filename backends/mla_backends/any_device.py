@@ -13,6 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -86,7 +87,7 @@ class AnyDevice(TorchBackend):
         """The device's module. Raises `DeviceUnavailable`, and whatever importing torch raises."""
         stack = find(self._wanted, self.options.get("import", ""))
         self.device_type = stack.device_type
-        self.graph_class = "" if lacking(stack) else graph_class(stack.device_type)
+        self.graph_class = f"{stack.device_type.upper()}Graph"
         self.requires = (stack.extension,) if stack.extension else ()
         return stack
 
@@ -146,17 +147,20 @@ class AnyDevice(TorchBackend):
 
     def prepare_device(self) -> None:
         """Try what the device can do."""
-        if self.options.get("graph") == "on" and not self.graph_class:
-            module, absent = f"torch.{self.device_type}", ", ".join(lacking(self.stack))
-            raise BackendOptionError(
-                f"-O graph=on: {module} lacks what a capture needs ({absent}): leave the option out."
-            )
-        works, self._left_out = working_dtypes(self._device(), self.synchronize)
-        if not works:
+        needed = (self.graph_class, "graph", "Stream", "stream", "current_stream")
+        if absent := ", ".join(name for name in needed if not hasattr(self.module, name)):
+            self.graph_class = ""
+            if self.options.get("graph") == "on":
+                raise BackendOptionError(
+                    f"-O graph=on: torch.{self.device_type} lacks what a capture needs ({absent}): "
+                    "leave the option out."
+                )
+        assert self.device is not None  # it has just started
+        self._dtypes, self._left_out = working_dtypes(self.device, self.synchronize)
+        if not self._dtypes:
             problems = "; ".join(f"{name}: {why}" for name, why in self._left_out.items())
             hint = "update torch and the package that brings the device"
             raise DeviceUnavailable(self.name, f"no product comes out right on it ({problems})", hint)
-        self._dtypes = tuple(works)
         self._clock_problem = clock_problem(self.module, self.device_type, self.synchronize)
 
     def synchronize(self) -> None:
@@ -170,10 +174,6 @@ class AnyDevice(TorchBackend):
         return None if self._clock_problem else super().device_timer()
 
     # ------------------------------------------------------------------------------------------ facts
-
-    def _device(self) -> torch.device:
-        assert self.device is not None  # set up
-        return self.device
 
     def properties(self) -> Any:
         return ask(self.module, "get_device_properties", self.device)
@@ -196,20 +196,20 @@ class AnyDevice(TorchBackend):
         if self.device_type == "cpu":
             free, total = host.memory_available(), host.memory_total()
             return MemoryInfo(free=free, total=total, peak=host.peak_resident())
-        known, newer = super().memory(), _accelerator("get_memory_info")
-        free, total, allocated = known.free, known.total or None, known.allocated
-        if total is None and isinstance(both := attempt(newer, self.device), tuple) and len(both) == 2:
-            free, total = whole(both[0]), whole(both[1]) or None
+        known, both = super().memory(), attempt(_accelerator("get_memory_info"), self.device)
+        free, total, allocated = known.free, known.total, known.allocated
+        if not total and isinstance(both, tuple) and len(both) == 2:
+            free, total = map(whole, both)
         if allocated is None:
             allocated = whole(ask(self.module, "current_allocated_memory"))
-        if total is None and (total := whole(ask(self.module, "recommended_max_memory")) or None):
+        if not total and (total := whole(ask(self.module, "recommended_max_memory"))):
             held = whole(ask(self.module, "driver_allocated_memory")) or allocated  # of unified memory
             free = None if held is None else max(0, total - held)
-        return MemoryInfo(free=free if total else None, total=total, allocated=allocated, peak=known.peak)
+        return replace(known, free=free if total else None, total=total or None, allocated=allocated)
 
     def remarks(self) -> Sequence[str]:
         """Name a device that was not chosen, and the backend of this project that is made for it."""
-        said = [] if self._wanted else [f"device {self._device()}: {self.stack.how} (-O device= chooses)"]
+        said = [] if self._wanted else [f"device {self.device}: {self.stack.how} (-O device= chooses)"]
         if name := own_backend(self.device_type):
             said.append(
                 f"backend '{name}' is made for this device and has ops of its own: {how_to_use(name)}"
@@ -384,33 +384,17 @@ def clock_problem(module: ModuleType, device_type: str, synchronize: Callable[[]
     if not hasattr(module, "Event"):
         return f"torch.{device_type} has no Event"
     try:
-        passed, measured = _timed_pause(module, synchronize)
+        first, last = (module.Event(enable_timing=True) for _ in range(2))
+        start = time.perf_counter()
+        first.record()
+        synchronize()  # so that a lazy queue, too, reaches the first event before the pause
+        time.sleep(SLEEP_MS / 1e3)
+        last.record()
+        synchronize()
+        passed = 1e3 * (time.perf_counter() - start)
+        measured = float(first.elapsed_time(last))
     except Exception as error:  # noqa: BLE001  # several stacks have an Event that cannot time
         return f"torch.{device_type}.Event cannot time: {describe(error)}"
     if math.isfinite(measured) and MIN_SHARE * SLEEP_MS <= measured <= MAX_SHARE * passed + 1:
         return ""
     return f"torch.{device_type}.Event called a pause of {passed:.1f} ms {measured:.3g} ms"
-
-
-def _timed_pause(module: ModuleType, synchronize: Callable[[], Any]) -> tuple[float, float]:
-    """Return the milliseconds of a pause on the host's clock and on the events'."""
-    first, last = (module.Event(enable_timing=True) for _ in range(2))
-    start = time.perf_counter()
-    first.record()
-    synchronize()  # so that a lazy queue, too, reaches the first event before the pause
-    time.sleep(SLEEP_MS / 1e3)
-    last.record()
-    synchronize()
-    passed = 1e3 * (time.perf_counter() - start)
-    return passed, float(first.elapsed_time(last))
-
-
-def graph_class(device_type: str) -> str:
-    """Return what a torch module calls its graphs."""
-    return f"{device_type.upper()}Graph"
-
-
-def lacking(stack: Stack) -> list[str]:
-    """Return what the module lacks of what a capture needs."""
-    needed = (graph_class(stack.device_type), "graph", "Stream", "stream", "current_stream")
-    return [name for name in needed if not hasattr(stack.module, name)]

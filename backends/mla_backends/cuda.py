@@ -66,18 +66,11 @@ def _maca(torch: ModuleType) -> Marks:
     internal: Any = sys.modules.get("torch._utils_internal")
     if hasattr(internal, "USE_MACA"):
         marks["torch._utils_internal.USE_MACA"] = str(internal.USE_MACA)
-    if _names_maca_home(torch):
+    # Read as a file: to import it takes longer than a probe may.
+    source = Path(str(torch.__file__)).parent / "utils" / "cpp_extension.py"
+    if source.is_file() and b"MACA_HOME" in source.read_bytes():
         marks["torch.utils.cpp_extension.MACA_HOME"] = "exists"
     return marks
-
-
-def _names_maca_home(torch: ModuleType) -> bool:
-    """Return whether `torch.utils.cpp_extension` knows MACA; importing it takes longer than a probe may."""
-    loaded = sys.modules.get("torch.utils.cpp_extension")
-    if loaded is not None:
-        return hasattr(loaded, "MACA_HOME")
-    source = Path(str(torch.__file__)).parent / "utils" / "cpp_extension.py"
-    return source.is_file() and b"MACA_HOME" in source.read_bytes()
 
 
 def _built_for(name: str, torch: ModuleType) -> Marks:

@@ -111,22 +111,16 @@ def ask(
         )
     except subprocess.TimeoutExpired as late:
         raise NoAnswer(f"did not answer within {timeout:g} s{_last_line(late.stderr)}") from None
-    lines = child.stdout.decode(errors="replace").strip().splitlines()
+    lines, code = child.stdout.decode(errors="replace").strip().splitlines(), child.returncode
     try:
         answer = json.loads(lines[-1])
         return {field: answer[field] for field in fields}
     except (IndexError, ValueError, KeyError, TypeError):
-        raise NoAnswer(_ending(child)) from None
-
-
-def _ending(child: subprocess.CompletedProcess[bytes]) -> str:
-    """Return how a child that gave no answer ended."""
-    if child.returncode < 0:
-        try:
-            return f"died with signal {signal.Signals(-child.returncode).name}"
-        except ValueError:  # real-time signals have numbers only
-            return f"died with signal {-child.returncode}"
-    return f"exited with status {child.returncode} without an answer{_last_line(child.stderr)}"
+        if code < 0:
+            known = {int(number): number.name for number in signal.Signals}
+            raise NoAnswer(f"died with signal {known.get(-code, -code)}") from None
+        last = _last_line(child.stderr)
+        raise NoAnswer(f"exited with status {code} without an answer{last}") from None
 
 
 def _last_line(stderr: bytes | None) -> str:

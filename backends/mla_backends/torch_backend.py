@@ -403,15 +403,15 @@ def whole(value: Any) -> int | None:
 
 def working_dtypes(
     device: torch.device, synchronize: Callable[[], Any]
-) -> tuple[list[torch.dtype], dict[str, str]]:
+) -> tuple[tuple[torch.dtype, ...], dict[str, str]]:
     """Return the dtypes in which a product is exactly right, and by name why the others are left out.
 
     The factors are small integers, so that the product [16, 16] has no rounding in any floating dtype.
     """
     import torch
 
-    factor, works, left_out = (torch.arange(256) * 5 % 7 - 3).view(16, 16), [], {}
-    right = (factor @ factor).float()
+    factor, left_out = (torch.arange(256) * 5 % 7 - 3).view(16, 16), {}
+    right, works = (factor @ factor).float(), []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         name = str(dtype).removeprefix("torch.")
         try:
@@ -428,7 +428,7 @@ def working_dtypes(
             left_out[name] = f"a sum of 16 products came out as {seen:g}, and is {true:g}"
         else:
             works.append(dtype)
-    return works, left_out
+    return tuple(works), left_out
 
 
 # ------------------------------------------------------------------------------------------- graphs

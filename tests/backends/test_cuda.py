@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -29,7 +29,6 @@ BUILDS: dict[str, tuple[str, str | None, dict[str, Any], str]] = {
     "MACA by version": ("2.8.0+metax3.3.0.2", "11.6", {}, "metax"),
     "MACA from source": ("2.4.0a0+git1234567", "11.6", {"USE_MACA": "/opt/maca"}, "metax"),
     "MACA without its SDK": ("2.4.0a0+git1234567", "11.6", {"USE_MACA": None}, "metax"),
-    "MACA by its extensions": ("2.4.0a0+git1234567", "11.6", {"MACA_HOME": None}, "metax"),
     "ROCm": ("2.9.0+rocm6.4", None, {"hip": "6.4"}, ""),
     "ROCm that sets both": ("2.9.0", "12.8", {"hip": "6.4"}, ""),
     "without CUDA": ("2.9.0+cpu", None, {}, ""),
@@ -51,9 +50,6 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
             monkeypatch.setattr(torch, "corex", True, raising=False)
         if "USE_MACA" in marks:
             monkeypatch.setattr(torch._utils_internal, "USE_MACA", marks["USE_MACA"], raising=False)
-        if "MACA_HOME" in marks:
-            extension = SimpleNamespace(MACA_HOME=None)
-            monkeypatch.setitem(sys.modules, "torch.utils.cpp_extension", extension)
         if "torchada" in marks:
             monkeypatch.setitem(sys.modules, "torchada", ModuleType("torchada"))
         return owner

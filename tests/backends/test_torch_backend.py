@@ -94,12 +94,12 @@ def test_memory_is_that_of_the_backends_own_device() -> None:
 def test_a_dtype_whose_products_are_wrong_is_left_out(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """And right ones are exact in every dtype."""
     cpu, right = torch.device("cpu"), torch.Tensor.__matmul__
-    assert working_dtypes(cpu, lambda: None) == ([torch.bfloat16, torch.float16, torch.float32], {})
+    assert working_dtypes(cpu, lambda: None) == ((torch.bfloat16, torch.float16, torch.float32), {})
 
     def wrong(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return right(a, b) * (scale if a.dtype == torch.float16 else 1)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", wrong)
     works, left_out = working_dtypes(cpu, lambda: None)
-    assert works == [torch.bfloat16, torch.float32]
+    assert works == (torch.bfloat16, torch.float32)
     assert left_out["float16"].startswith("a sum of 16 products came out as ")

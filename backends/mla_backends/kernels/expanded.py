@@ -19,6 +19,7 @@ from mla_backends.kernels.vendor import (
     KernelRefused,
     Scratch,
     VendorModule,
+    VendorOp,
     accepts,
     is_aligned,
     layer_reasons,
@@ -206,7 +207,7 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-class FlashAttnVarlen(VarlenOp):
+class FlashAttnVarlen(VendorOp, VarlenOp):
     """`flash_attn.flash_attn_varlen_func`, or that of another `module` such as `flash_attn_interface`."""
 
     def __init__(
@@ -222,22 +223,19 @@ class FlashAttnVarlen(VarlenOp):
 
         `compiles` is what it compiles at first use, and `cure` what to do where that fails: it is tried then.
         """
-        super().__init__(limits or VarlenLimits())
+        VarlenOp.__init__(self, limits or VarlenLimits())
         self._vendor = VendorModule(module, (FUNCTION,), install)
-        self.compiles, self._cure = compiles, cure
+        self.compiles, self.cure = compiles, cure
 
     @property
     def _function(self) -> Any:
         return getattr(self._vendor, FUNCTION)
 
-    def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
-        reasons = self._vendor.reasons() or missing(self._function, FUNCTION, ARGUMENTS)
-        return reasons + super().unsupported_reasons(spec)
+    def interface_reasons(self) -> list[str]:
+        return missing(self._function, FUNCTION, ARGUMENTS)
 
-    def preflight(self, spec: AttentionSpec) -> list[str]:
-        if not self._cure:
-            return []
-        return failures(lambda: try_expanded(self, spec), self._vendor.name, self._cure)
+    def attempt(self, spec: AttentionSpec) -> str:
+        return try_expanded(self, spec)
 
     def attend(
         self, state: VarlenState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float

@@ -17,18 +17,19 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from mla_backends.api import OPS, AttentionSpec, BatchView, FusedOp
-from mla_backends.errors import BackendError, describe, one_line
+from mla_backends.api import OPS, AttentionSpec, BatchView
+from mla_backends.errors import describe, one_line
 from mla_backends.kernels.paged import LatentLimits
 from mla_backends.kernels.vendor import (
     DeviceReason,
     KernelRefused,
     VendorModule,
+    VendorOp,
     accepts,
     capturing,
     missing,
 )
-from mla_backends.selftest import device_trouble, try_latent
+from mla_backends.selftest import try_latent
 from mla_backends.upload import integers, upload
 
 if TYPE_CHECKING:
@@ -55,12 +56,10 @@ class Release:
     """The installed flashinfer, imported when it is first asked about."""
 
     def __init__(self, install: str) -> None:
-        self._vendor = VendorModule("flashinfer.mla", (CLASS,), install)
+        self.vendor = VendorModule("flashinfer.mla", (CLASS,), install)
 
     def reasons(self) -> list[str]:
-        """Return why it cannot be used (empty if it can)."""
-        if reasons := self._vendor.reasons():
-            return reasons
+        """Return how the class differs from what is expected (empty if it does not)."""
         plan = (*PLAN, "metadata") if self._structured else (*FLAT, *PLAN)
         run = (*(PAIRS if self.takes("run", *PAIRS) else PARTS), *RUN)
         return missing(self.wrapper.plan, f"{CLASS}.plan", plan) + missing(
@@ -70,7 +69,7 @@ class Release:
     @property
     def wrapper(self) -> Any:
         """The class."""
-        return getattr(self._vendor, CLASS)
+        return getattr(self.vendor, CLASS)
 
     def takes(self, method: str, *names: str) -> bool:
         """Return whether `plan` or `run` has all these arguments."""
@@ -96,14 +95,14 @@ class Release:
 
     @property
     def _structured(self) -> bool:
-        return self.takes("plan", "metadata") and hasattr(self._vendor, TABLES)
+        return self.takes("plan", "metadata") and hasattr(self.vendor, TABLES)
 
     def plan_arguments(self, plan: Mapping[str, Any], lse: bool) -> dict[str, Any]:
         """Return the arguments of `plan` from those of the flat form; `lse`: runs will return it."""
         if not self._structured:
             return dict(plan)
         given = {name: value for name, value in plan.items() if name not in FLAT}
-        tables = getattr(self._vendor, TABLES).csr(**{name: plan[name] for name in FLAT})
+        tables = getattr(self.vendor, TABLES).csr(**{name: plan[name] for name in FLAT})
         layouts = {name: value for name, value in LAYOUTS.items() if self.takes("plan", name)}
         modes = {"lse_mode": "basee" if lse else "none"} if self.declares_lse else {}
         if "float8" in str(plan["kv_data_type"]) and self.takes("plan", "scale_mode"):
@@ -325,7 +324,7 @@ class FlashInferState:
     empty: torch.Tensor | None  # [n] int64: tokens that see no key
 
 
-class FlashInferMla(FusedOp):
+class FlashInferMla(VendorOp):
     """`flashinfer.mla.BatchMLAPagedAttentionWrapper`. It writes to `out` and `lse` itself.
 
     `backend` is the library's own choice of kernel ("auto", "fa2", "fa3"). Graphs: the plan lives on the
@@ -351,6 +350,7 @@ class FlashInferMla(FusedOp):
         """
         self._e4m3_reason = e4m3_reason
         self.release = Release(install)
+        super().__init__(self.release.vendor)
         self.limits = replace(limits, pads_heads_to=(), graph=False)
         self._backend = backend
         self._wrappers: dict[torch.device, Wrappers] = {}
@@ -359,36 +359,32 @@ class FlashInferMla(FusedOp):
 
     # ------------------------------------------------------------------------------------------- refusals
 
-    def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
-        lacks = self.release.reasons()
-        return lacks + ([] if lacks else self._format_reasons(spec)) + self.limits.reasons(spec)
+    @property
+    def cure(self) -> str:  # type: ignore[override]
+        """How to get kernels where none can be compiled."""
+        return f"install the CUDA toolkit, or `{compiled_kernels()}`"
 
-    def _format_reasons(self, spec: AttentionSpec) -> list[str]:
+    def interface_reasons(self) -> list[str]:
+        return self.release.reasons()
+
+    def layer_reasons(self, spec: AttentionSpec) -> list[str]:
+        reasons = self.limits.reasons(spec)
         if not spec.cache_format:
-            return []
+            return reasons
         device = self._e4m3_reason(spec.device) if self._e4m3_reason else ""
-        reasons = [device] if device else []
-        if not self.release.takes("run", *SCALES):
+        reasons += [device] if device else []
+        if not self._vendor.reasons() and not self.release.takes("run", *SCALES):
             reasons.append("this flashinfer reads no e4m3 cache: upgrade to 0.7.4 or newer")
         if str(spec.dtype) != "torch.bfloat16":
             reasons.append(f"it reads an e4m3 cache with bfloat16 queries only, not {spec.dtype}")
         return reasons
 
-    def preflight(self, spec: AttentionSpec) -> list[str]:
-        """Return why the kernel cannot be compiled, loaded or run here, after one tiny batch."""
+    def attempt(self, spec: AttentionSpec) -> str:
         try:
-            wrong = try_latent(self, spec, (self.limits.page_sizes or (64,))[0])
-        except (BackendError, ValueError, TypeError) as error:
-            wrong = f"refuses a tiny batch ({one_line(describe(error))})"
-        except Exception as error:  # noqa: BLE001  # compilers and loaders raise anything
-            wrong = device_trouble(error) or (
-                f"cannot compile its kernel here ({one_line(describe(error))}): "
-                f"install the CUDA toolkit, or `{compiled_kernels()}`"
-            )
-        if not wrong:
-            return []
-        self._wrappers.pop(spec.device, None)  # its workspace would be kept for nothing
-        return [f"flashinfer {wrong}"]
+            return try_latent(self, spec, (self.limits.page_sizes or (64,))[0])
+        except BaseException:
+            self._wrappers.pop(spec.device, None)  # its workspace would be kept for nothing
+            raise
 
     def unsupported_batch(
         self, spec: Any, query_lens: Sequence[int], kv_lens: Sequence[int], page_size: int | None = None
@@ -406,8 +402,7 @@ class FlashInferMla(FusedOp):
     # --------------------------------------------------------------------------------------------- plans
 
     def prepare(self, spec: AttentionSpec, batch: BatchView) -> FlashInferState:
-        """Plan the batch on the host. Raises `KernelRefused` for pages the kernel cannot read."""
-        self.limits.check_page(batch.page_size)
+        """Plan the batch on the host. Raises `KernelRefused` inside a graph."""
         _check_capture(spec.device)
         state = self._state(spec, batch)
         self._pool(spec.device).planned(state, self._wants_lse)
@@ -457,7 +452,7 @@ class FlashInferMla(FusedOp):
         stored = float(cache_format.partition(":")[2] or 1) if cache_format else None
         cache = cache.view(torch.float8_e4m3fn) if cache_format else cache
         _check_capture(q.device)
-        self._check_call(state, cache, float(softmax_scale))
+        self._check_places(cache)
         self._wants_lse = lse is not None
         wrapper = self._pool(q.device).planned(state, self._wants_lse)
         sums = lse if lse is None or lse.is_contiguous() else lse.new_empty(lse.shape)
@@ -469,10 +464,8 @@ class FlashInferMla(FusedOp):
             if lse is not None:
                 lse.index_fill_(0, state.empty, -math.inf)
 
-    def _check_call(self, state: FlashInferState, cache: torch.Tensor, scale: float) -> None:
-        """Raise `KernelRefused` for what a plan cannot know."""
-        if scale != state.plan["sm_scale"]:
-            raise KernelRefused("flashinfer was planned with a different softmax scale.")
+    def _check_places(self, cache: torch.Tensor) -> None:
+        """Raise `KernelRefused` for a cache in which an old release loses its way."""
         numbers = cache.shape[0] * cache.stride(0)
         if numbers > FAR_NUMBERS and not self.release.wide_pages:
             raise KernelRefused(f"{too_far(numbers)}.")

@@ -16,17 +16,18 @@ from itertools import chain, groupby
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mla_backends.api import OPS, AttentionSpec, BatchView, FusedOp
+from mla_backends.api import OPS, AttentionSpec, BatchView
 from mla_backends.kernels.vendor import (
     DeviceReason,
     KernelRefused,
     Scratch,
     VendorModule,
+    VendorOp,
     capturing,
     either,
     layer_reasons,
 )
-from mla_backends.selftest import failures, try_latent
+from mla_backends.selftest import try_latent
 from mla_backends.upload import integers, upload
 
 if TYPE_CHECKING:
@@ -200,15 +201,6 @@ class LatentLimits:
             f"it reads pages of {either(self.page_sizes)} tokens, but this cache has pages of {page_size}"
         ]
 
-    def check_page(self, page_size: int) -> None:
-        """Raise `KernelRefused` when the kernel cannot read pages of this size."""
-        for reason in self.page_reasons(page_size):
-            sizes = either(self.page_sizes or ())
-            raise KernelRefused(
-                f"the chosen attention op cannot serve this batch: {reason}. "
-                f"Build the cache with page_size={sizes}, or use the reference ops (`--ops reference`)."
-            )
-
 
 # -------------------------------------------------------------------------------------------- paged
 # What kernels for absorbed attention over pages share: rows planned, queries laid out, results written.
@@ -255,7 +247,7 @@ class Launch:
 Result = tuple["torch.Tensor", "torch.Tensor | None"]  # out [rows, s, h, c], lse in the declared layout
 
 
-class PagedLatentOp(FusedOp):
+class PagedLatentOp(VendorOp):
     """Base of adapters whose kernel takes rows with equally many queries. Subclasses plan and launch.
 
     Costs besides the kernel, per launch: a copy into `out` unless the kernel writes to it directly, and one
@@ -265,30 +257,16 @@ class PagedLatentOp(FusedOp):
 
     contract = OPS["latent_attention"]
     lse_optional = True
-    cure = ""  # of a kernel that cannot be compiled or loaded; without one, none is tried beforehand
 
     def __init__(self, vendor: VendorModule, limits: LatentLimits) -> None:
-        self._vendor = vendor
+        super().__init__(vendor)
         self.limits = limits
         self._scratch = Scratch()
 
-    def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
-        return (self._vendor.reasons() or self.interface_reasons()) + self.limits.reasons(spec)
-
-    def interface_reasons(self) -> list[str]:
-        """Return how the vendor's functions differ from what is expected."""
-        return []
-
-    def preflight(self, spec: AttentionSpec) -> list[str]:
-        """Return why the kernel does not work on this device, after one tiny batch."""
-        if not self.cure:
-            return []
+    def attempt(self, spec: AttentionSpec) -> str:
+        """Compute a tiny batch as the layer calls it first, and with the log-sum-exp: either may compile."""
         page = (self.limits.page_sizes or (64,))[-1]
-
-        def attempt() -> str:  # as the layer calls it first: a kernel may be compiled for each
-            return try_latent(self, spec, page, with_lse=False) or try_latent(self, spec, page)
-
-        return failures(attempt, self._vendor.name, self.cure)
+        return try_latent(self, spec, page, with_lse=False) or try_latent(self, spec, page)
 
     def unsupported_batch(
         self, spec: Any, query_lens: Sequence[int], kv_lens: Sequence[int], page_size: int | None = None
@@ -297,8 +275,7 @@ class PagedLatentOp(FusedOp):
         return self.limits.page_reasons(page_size) + rows
 
     def prepare(self, spec: AttentionSpec, batch: BatchView) -> PagedState:
-        """Plan the batch without waiting for the device. Raises `KernelRefused` for pages it cannot read."""
-        self.limits.check_page(batch.page_size)
+        """Plan the batch without waiting for the device."""
         heads = self.limits.padded_heads(spec.num_heads) or spec.num_heads
         captured, cuts = capturing(spec.device), groups(batch, self.limits.queries_per_row(heads))
         parts = tuple(self._part(group, heads, batch.page_size, captured) for group in cuts)
@@ -331,8 +308,6 @@ class PagedLatentOp(FusedOp):
         captured = capturing(q.device)
         if captured:
             self._check_capture(state)
-        if cache.stride(-1) != 1:
-            raise KernelRefused("the latent cache must be contiguous in its last dimension.")
         for part in state.parts:
             if captured != state.captured:  # the plan is of another time than this launch
                 part = self._part(part.group, state.heads, cache.shape[1], captured=True)

@@ -34,11 +34,12 @@ from mla_backends.kernels.vendor import (
     DeviceReason,
     KernelRefused,
     VendorModule,
+    VendorOp,
     is_aligned,
     layer_reasons,
     missing,
 )
-from mla_backends.selftest import failures, try_expanded
+from mla_backends.selftest import try_expanded
 from mla_backends.upload import integers, upload
 
 if TYPE_CHECKING:
@@ -161,30 +162,32 @@ PREFILL_ARGUMENTS = (
 WIDTHS = (192, 128)  # of keys and values
 
 
-class TokenspeedPrefill(SegmentsOp):
+class TokenspeedPrefill(VendorOp, SegmentsOp):
     """`tokenspeed_mla.tokenspeed_mla_prefill`, bfloat16 keys of 192 and values of 128.
 
     Costs besides the kernel: a copy of v, as the layer's is a slice, and one into `lse`.
     """
 
     compiles = "tokenspeed_mla's prefill kernel"
+    cure = CURE
 
     def __init__(self, device_reason: DeviceReason | None = None, *, install: str = "") -> None:
         """Take why a device cannot run it ("" if it can), and the hint for a missing package."""
-        self._vendor = VendorModule(MODULE, (PREFILL,), install)
+        super().__init__(VendorModule(MODULE, (PREFILL,), install))
         self._device_reason = device_reason
 
-    def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
-        reasons = self._vendor.reasons() or unavailable()
-        reasons = reasons or missing(self._vendor.tokenspeed_mla_prefill, PREFILL, PREFILL_ARGUMENTS)
-        reasons += layer_reasons(self._device_reason, ("bfloat16",), spec)
+    def interface_reasons(self) -> list[str]:
+        prefill = self._vendor.tokenspeed_mla_prefill
+        return unavailable() or missing(prefill, PREFILL, PREFILL_ARGUMENTS)
+
+    def layer_reasons(self, spec: AttentionSpec) -> list[str]:
+        reasons = layer_reasons(self._device_reason, ("bfloat16",), spec)
         widths = (spec.qk_nope_head_dim + spec.qk_rope_head_dim, spec.v_head_dim)
         taken = f"it takes keys of {WIDTHS[0]} and values of {WIDTHS[1]}, not {widths}"
         return reasons if widths == WIDTHS else [*reasons, taken]
 
-    def preflight(self, spec: AttentionSpec) -> list[str]:
-        """Compile the kernel and compute a small case; return why it does not work here."""
-        return failures(lambda: try_expanded(self, spec), MODULE, CURE)
+    def attempt(self, spec: AttentionSpec) -> str:
+        return try_expanded(self, spec)
 
     def prepare(self, spec: AttentionSpec, batch: SegmentLengths) -> VarlenState:
         """Copy the bounds of the segments to the device, without waiting for it."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from mla_backends.api import FusedOp
 from mla_backends.errors import BackendError, describe, one_line
+from mla_backends.selftest import failures
 from mla_backends.torch_backend import capturing as capturing
 
 if TYPE_CHECKING:
@@ -109,6 +112,40 @@ def missing(function: Callable[..., Any], label: str, names: Iterable[str]) -> l
     """Return a reason per name that `function`, called `label`, does not take by keyword."""
     known = parameters(function)
     return [f"{label} takes no argument {name}" for name in names if known is not None and name not in known]
+
+
+class VendorOp(FusedOp):
+    """Base of adapters: what a vendor's package lacks, what its kernel is not made for, and a first trial.
+
+    Subclasses have `limits`, whose `reasons(spec)` say what a layer needs and the kernel has not.
+    """
+
+    limits: Any
+    cure = ""  # of a kernel that cannot be compiled or loaded; without one, none is tried beforehand
+
+    def __init__(self, vendor: VendorModule) -> None:
+        self._vendor = vendor
+
+    def unsupported_reasons(self, spec: Any) -> list[str]:
+        reasons = self._vendor.reasons() or self.interface_reasons()
+        return reasons + self.layer_reasons(spec)
+
+    def interface_reasons(self) -> list[str]:
+        """Return how the vendor's functions differ from what is expected."""
+        return []
+
+    def layer_reasons(self, spec: Any) -> list[str]:
+        """Return why the kernel cannot serve layers like `spec` (empty if it can)."""
+        reasons: list[str] = self.limits.reasons(spec)
+        return reasons
+
+    def preflight(self, spec: Any) -> list[str]:
+        """Return why the kernel does not work on this device, after a tiny problem."""
+        return failures(lambda: self.attempt(spec), self._vendor.name, self.cure) if self.cure else []
+
+    @abstractmethod
+    def attempt(self, spec: Any) -> str:
+        """Compute a tiny problem; return what is wrong, "" if nothing."""
 
 
 # ------------------------------------------------------------------------------------------ scratch

@@ -312,7 +312,8 @@ class LatentAttention(KernelOp):
         channels = min(MERGED_CHANNELS, wide(shared["LATENT"]))
         sizes = {"blocks": blocks, "rows": rows, "CHANNELS": channels, "PARTS": MERGED_PARTS}
         grid = (programs, -(-shared["LATENT"] // channels))
-        self.start(merge_latent, grid, {**shared, **sizes}, MERGE_WARPS, MERGES)
+        arguments = {**shared, **sizes}
+        self.launcher.start(merge_latent, grid, arguments, warps=MERGE_WARPS, programs=MERGES)
 
 
 class SparseLatentAttention(LatentAttention):

@@ -316,12 +316,6 @@ class KernelOp(FusedOp):
         """Run a tiny problem; return what is wrong, "" if nothing."""
         raise NotImplementedError
 
-    def start(
-        self, kernel: Any, grid: Grid, arguments: Mapping[str, Any], warps: int, programs: int = 1
-    ) -> None:
-        """Start a kernel that has no tile."""
-        self.launcher.start(kernel, grid, arguments, warps=warps, programs=programs)
-
 
 def wide(size: int, least: int = 1) -> int:
     """Return the next power of two, at least `least`; 0 for 0."""

@@ -47,7 +47,7 @@ class RmsNorm(KernelOp):
             "x": x, "x_row": x.stride(0), "out": out, "out_row": out.stride(0), "weight": weight, "eps": eps,
             "WIDTH": width, "WIDE": wide(width), "EARLY": self.launcher.early,
         }  # fmt: skip
-        self.start(rms_norm, (x.shape[0],), arguments, _warps(width))
+        self.launcher.start(rms_norm, (x.shape[0],), arguments, warps=_warps(width))
 
 
 class RotateQuery(KernelOp):
@@ -72,7 +72,7 @@ class RotateQuery(KernelOp):
             "PAIRS": width // 2, "WIDE_PAIRS": wide(width // 2), "INTERLEAVED": bool(interleaved),
             "EARLY": self.launcher.early,
         }  # fmt: skip
-        self.start(rotate_query, (tokens, blocks), arguments, ROTATING_WARPS)
+        self.launcher.start(rotate_query, (tokens, blocks), arguments, warps=ROTATING_WARPS)
 
 
 class WriteLatent(KernelOp):
@@ -124,7 +124,7 @@ class WriteLatent(KernelOp):
             "PAIRS": pairs, "WIDE_PAIRS": wide(pairs), "INTERLEAVED": bool(interleaved),
             "EARLY": self.launcher.early,
         }  # fmt: skip
-        self.start(write_latent, (kv_a.shape[0], 1 + blocks), arguments, warps)
+        self.launcher.start(write_latent, (kv_a.shape[0], 1 + blocks), arguments, warps=warps)
 
 
 NO_ROTATION = {"x_token": 0, "x_head": 0, "out_token": 0, "out_head": 0, "HEADS": 0, "BLOCK": 1}

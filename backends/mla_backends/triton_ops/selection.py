@@ -118,11 +118,12 @@ class SelectLatents(KernelOp):
             chosen = out[first : first + state.together]
             scores = state.scores[: len(chosen) * state.width].view(-1, state.width)
             turn = {"scores": scores, "first": first}
-            self.start(score_latents, (len(chosen), -(-state.width // KEYS)), {**scored, **turn}, WARPS)
+            grid = (len(chosen), -(-state.width // KEYS))
+            self.launcher.start(score_latents, grid, {**scored, **turn}, warps=WARPS)
             if self._lack:
                 _take_best(scores, chosen)
             else:
-                self.start(take_best, (len(chosen),), {**best, **turn}, BEST_WARPS)
+                self.launcher.start(take_best, (len(chosen),), {**best, **turn}, warps=BEST_WARPS)
 
 
 def _take_best(scores: torch.Tensor, chosen: torch.Tensor) -> None:

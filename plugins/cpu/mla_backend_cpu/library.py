@@ -74,17 +74,6 @@ class Library:
         return self.level == instruction_sets.EMULATED
 
 
-def load(wanted: str) -> Library:
-    """Load the kernels of the best level, or of the one named; build them if they are not here yet.
-
-    Raises `BuildError`; what failed is not tried again in this process.
-    """
-    kernels = loaded(wanted)
-    if isinstance(kernels, str):
-        raise BuildError(kernels)
-    return kernels
-
-
 @functools.cache
 def loaded(wanted: str) -> Library | str:
     """Return the kernels, or why there are none.

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from mla_backend_cpu import products
 from mla_backend_cpu.library import Library
 from mla_backends import BackendError, FusedOp
-from mla_backends.api import AttentionSpec, LinearSpec, NormSpec, Packed, SegmentLengths
+from mla_backends.api import AttentionSpec, LinearSpec, Packed, SegmentLengths
 from mla_backends.operands import misfit
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def layout_of(cache_format: str, c: int, r: int) -> Layout:
     if name not in _FORMATS:
         raise ValueError(f"the native ops do not know the cache format '{cache_format}'.")
     if name == "q8_0":
-        require_sizes(*multiple("kv_lora_rank + qk_rope_head_dim", c + r, 32))
+        require_sizes(*_misfitting({"kv_lora_rank + qk_rope_head_dim": 32}, c + r))
     runs = _FORMATS[name](c, r)
     size = sum(columns * _BYTES.get(kind, 1) + _SCALE_BYTES.get(kind, 4) for columns, kind, *_ in runs)
     return Layout(array("q", (number for run in runs for number in run)), size, float(scale or 1))
@@ -199,6 +199,8 @@ HUGE_PAGE = 2 << 20  # bytes, on x86-64 and on arm64 with small pages of 4 KiB
 class NativeOp(FusedOp):
     """What all ops on the kernels share."""
 
+    multiples: Mapping[str, int] = {}  # sizes by their names in the spec -> what they are multiples of
+
     def __init__(self, kernels: Library, *, insist: bool = True) -> None:
         """`insist`: the user chose these kernels, so they serve even if others are likely faster."""
         self.kernels = kernels
@@ -214,7 +216,11 @@ class NativeOp(FusedOp):
 
     def misfits(self, spec: Any) -> list[str]:
         """Return why the kernels cannot serve these sizes."""
-        return []
+        return self.misfitting(*(getattr(spec, name) for name in self.multiples))
+
+    def misfitting(self, *sizes: int) -> list[str]:
+        """Return which of the sizes in `multiples` are none of these."""
+        return _misfitting(self.multiples, *sizes)
 
     def calling(self, functions: Any) -> NativeOp:
         """Return this op with other functions in the place of its kernels."""
@@ -254,9 +260,11 @@ def finish(wrong: bytes | None, target: torch.Tensor, out: torch.Tensor) -> None
         out.copy_(target)
 
 
-def multiple(name: str, value: int, of: int) -> list[str]:
-    """Return a reason unless `value` is a multiple of `of`."""
-    return [] if value > 0 and value % of == 0 else [f"{name} {value} is not a multiple of {of}"]
+def _misfitting(multiples: Mapping[str, int], *sizes: int) -> list[str]:
+    named = zip(multiples.items(), sizes, strict=True)
+    return [
+        f"{name} {size} is not a multiple of {of}" for (name, of), size in named if size <= 0 or size % of
+    ]
 
 
 def require_sizes(*reasons: str) -> None:
@@ -289,6 +297,7 @@ class _Product(NativeOp):
     """Weights in panels of 16 outputs: of pairs of inputs in bf16, of single ones in fp32."""
 
     dims: int  # of a weight
+    multiples: Mapping[str, int] = {"in_features": 2}  # in bf16
 
     def unsupported_reasons(self, spec: LinearSpec) -> list[str]:
         import torch
@@ -305,7 +314,7 @@ class _Product(NativeOp):
             gain = products.product_gain(self.kernels, fp32)
             if gain < 1:
                 return [f"its products were measured at {gain:.2f}x the speed of torch's"]
-        return [] if fp32 else multiple("in_features", spec.in_features, 2)
+        return [] if fp32 else super().misfits(spec)
 
     def pack(self, weight: torch.Tensor) -> Packed:
         import torch
@@ -313,7 +322,7 @@ class _Product(NativeOp):
         dtype = torch.float32 if getattr(weight, "dtype", None) == torch.float32 else torch.bfloat16
         shape = tuple(operand("weight", weight, dtype, *[None] * self.dims).shape)
         groups, (outputs, inputs) = (shape[0] if self.dims == 3 else 1), shape[-2:]
-        require_sizes(*(multiple("in_features", inputs, 2) if dtype == torch.bfloat16 else ()))
+        require_sizes(*(self.misfitting(inputs) if dtype == torch.bfloat16 else ()))
         packed = whole_pages(groups * -(-outputs // 16) * 16 * inputs, dtype)
         self._function("mla_pack", packed)(
             weight.data_ptr(), weight.stride(0) if self.dims == 3 else 0, *weight.stride()[-2:], groups,
@@ -322,18 +331,11 @@ class _Product(NativeOp):
         return Packed(Panels(packed, shape), packed.nbytes)
 
     def unpack(self, packed: Packed) -> torch.Tensor:
-        data, shape = self._opened(packed)
+        data, shape = packed.data
         weight = operand("weight", data.new_empty(shape), data.dtype, *shape)
         groups = shape[0] if self.dims == 3 else 1
         self._function("mla_unpack", data)(data.data_ptr(), groups, *shape[-2:], weight.data_ptr(), threads())
         return weight
-
-    def _opened(self, packed: Packed) -> Panels:
-        """Return what is packed. Raises ValueError unless an op of this kind has packed it."""
-        held = getattr(packed, "data", None)
-        if isinstance(held, Panels) and len(held.shape) == self.dims:
-            return held
-        raise ValueError(f"packed was not made by pack() of {type(self).__name__}.")
 
     def _function(self, name: str, packed: torch.Tensor) -> Any:
         """Return the function for the dtype of the packed weight."""
@@ -349,7 +351,7 @@ class _Product(NativeOp):
         self, packed: Packed, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
     ) -> None:
         """Multiply x [T, i] or [T, h, i] by a weight [o, i] or [h, o, i] into out [T, o] or [T, h, o]."""
-        data, (*heads, outputs, inputs) = self._opened(packed)
+        data, (*heads, outputs, inputs) = packed.data
         x = rows("x", x, data.dtype, None, *heads, inputs)
         bias = None if bias is None else rows("bias", bias, data.dtype, outputs)
         target = output("out", out, data.dtype, x.shape[0], *heads, outputs)
@@ -392,15 +394,13 @@ class NativeRmsNorm(NativeOp):
     """x / rms(x) * weight, rounded once."""
 
     contract = "rms_norm/1"
-
-    def misfits(self, spec: NormSpec) -> list[str]:
-        return multiple("the width", spec.features, 16)
+    multiples: Mapping[str, int] = {"features": 16}
 
     def __call__(self, *, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
         import torch
 
         x = rows("x", x, torch.bfloat16, None, None)
-        require_sizes(*multiple("the width", x.shape[1], 16))
+        require_sizes(*self.misfitting(x.shape[1]))
         weight = rows("weight", weight, torch.bfloat16, x.shape[1])
         target = output("out", out, torch.bfloat16, *x.shape)
         self.functions.mla_rms_norm(
@@ -414,9 +414,7 @@ class NativeRotateQuery(NativeOp):
     """Rotate every head of x by its token's angles."""
 
     contract = "rotate_query/1"
-
-    def misfits(self, spec: AttentionSpec) -> list[str]:
-        return multiple("qk_rope_head_dim", spec.qk_rope_head_dim, 32)
+    multiples: Mapping[str, int] = {"qk_rope_head_dim": 32}
 
     def __call__(
         self, *, x: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool, out: torch.Tensor
@@ -425,7 +423,7 @@ class NativeRotateQuery(NativeOp):
 
         x = rows("x", x, torch.bfloat16, None, None, None)
         tokens, _, width = x.shape
-        require_sizes(*multiple("qk_rope_head_dim", width, 32))
+        require_sizes(*self.misfitting(width))
         cos_sin = rows("cos_sin", cos_sin, torch.float32, tokens, width)
         target = output("out", out, torch.bfloat16, *x.shape)
         self.functions.mla_rotate(
@@ -441,12 +439,7 @@ class NativeWriteLatent(NativeOp):
     contract = "write_latent/2"
     cache_formats = CACHE_FORMATS
     encodes_rounded = True
-
-    def misfits(self, spec: AttentionSpec) -> list[str]:
-        return self._sizes(spec.kv_lora_rank, spec.qk_rope_head_dim)
-
-    def _sizes(self, latent: int, rotary: int) -> list[str]:
-        return [*multiple("kv_lora_rank", latent, 16), *multiple("qk_rope_head_dim", rotary, 32)]
+    multiples: Mapping[str, int] = {"kv_lora_rank": 16, "qk_rope_head_dim": 32}
 
     def __call__(
         self,
@@ -465,7 +458,7 @@ class NativeWriteLatent(NativeOp):
         kv_a = rows("kv_a", kv_a, torch.bfloat16, None, None)
         weight = rows("weight", weight, torch.bfloat16, None)
         tokens, width, latent = *kv_a.shape, weight.shape[0]
-        require_sizes(*self._sizes(latent, width - latent))
+        require_sizes(*self.misfitting(latent, width - latent))
         cos_sin = rows("cos_sin", cos_sin, torch.float32, tokens, width - latent)
         layout = layout_of(cache_format, latent, width - latent)
         slots, cache = rows("slots", slots, torch.int64, tokens), pages(self.kernels, cache, *layout.row)
@@ -485,12 +478,7 @@ class NativeLatentAttention(NativeOp):
     contract = "latent_attention/2"
     cache_formats = CACHE_FORMATS
     nan_safe_tail = True
-
-    def misfits(self, spec: AttentionSpec) -> list[str]:
-        return self._sizes(spec.kv_lora_rank, spec.qk_rope_head_dim)
-
-    def _sizes(self, latent: int, rotary: int) -> list[str]:
-        return [*multiple("kv_lora_rank", latent, 32), *multiple("qk_rope_head_dim", rotary, 2)]
+    multiples: Mapping[str, int] = {"kv_lora_rank": 32, "qk_rope_head_dim": 2}
 
     def __call__(
         self, state: None, *,
@@ -506,7 +494,7 @@ class NativeLatentAttention(NativeOp):
         chosen = None if selection is None else rows("selection", selection, torch.int32, tokens, None)
         selected = (None, 0, -1) if chosen is None else (chosen.data_ptr(), chosen.stride(0), chosen.shape[1])
         target = output("out", out, torch.bfloat16, tokens, heads, None)
-        require_sizes(*self._sizes(out.shape[2], width - out.shape[2]))
+        require_sizes(*self.misfitting(out.shape[2], width - out.shape[2]))
         kv_lens = rows("kv_lens", kv_lens, torch.int32, None)
         requests = kv_lens.shape[0]
         cu_q = rows("cu_q", cu_q, torch.int32, requests + 1)
@@ -536,16 +524,12 @@ class NativeExpandedAttention(NativeOp):
     """Ordinary multi-head attention over ragged segments."""
 
     contract = "expanded_attention/1"
+    multiples: Mapping[str, int] = {"v_head_dim": 32, "qk_head_dim": 2}
 
     def misfits(self, spec: AttentionSpec) -> list[str]:
-        return self._sizes(spec.v_head_dim, spec.qk_nope_head_dim + spec.qk_rope_head_dim)
-
-    def _sizes(self, value: int, key: int) -> list[str]:
-        return [*multiple("v_head_dim", value, 32), *multiple("qk_head_dim", key, 2)]
+        return self.misfitting(spec.v_head_dim, spec.qk_nope_head_dim + spec.qk_rope_head_dim)
 
     def prepare(self, spec: AttentionSpec, batch: SegmentLengths) -> _Segments:
-        if len(batch.query_lens) != len(batch.kv_lens):
-            raise ValueError(f"{len(batch.query_lens)} query_lens and {len(batch.kv_lens)} kv_lens.")
         return _Segments(array("q", batch.query_lens), array("q", batch.kv_lens), batch.causal)
 
     def __call__(
@@ -555,13 +539,11 @@ class NativeExpandedAttention(NativeOp):
     ) -> None:  # fmt: skip
         import torch
 
-        if not isinstance(state, _Segments):
-            raise ValueError("state was not made by prepare() of NativeExpandedAttention.")
         q = rows("q", q, torch.bfloat16, None, None, None)
         tokens, heads, width = q.shape
         k = rows("k", k, torch.bfloat16, None, heads, width)
         v = rows("v", v, torch.bfloat16, k.shape[0], heads, None)
-        require_sizes(*self._sizes(v.shape[2], width))
+        require_sizes(*self.misfitting(v.shape[2], width))
         target = output("out", out, torch.bfloat16, tokens, heads, v.shape[2])
         lse = written("lse", lse, torch.float32, tokens, heads)
         (query_lens, segments), (kv_lens, _) = state.query_lens.buffer_info(), state.kv_lens.buffer_info()

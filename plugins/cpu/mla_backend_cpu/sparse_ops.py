@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mla_backend_cpu.native_ops import (
@@ -9,7 +10,6 @@ from mla_backend_cpu.native_ops import (
     NativeOp,
     check,
     finish,
-    multiple,
     output,
     pages,
     require_sizes,
@@ -32,12 +32,10 @@ class _IndexOp(NativeOp):
     """
 
     cache_formats = ("fp8",)
+    multiples: Mapping[str, int] = {"index_head_dim": 16}
 
     def misfits(self, spec: IndexerSpec) -> list[str]:
-        return self._sizes(spec.head_dim, spec.rope_head_dim)
-
-    def _sizes(self, width: int, rotary: int) -> list[str]:
-        return multiple("index_head_dim", width, 16)
+        return self.misfitting(spec.head_dim)
 
     def _pages(self, cache: Any, width: int, cache_format: str) -> tuple[torch.Tensor, bool]:
         """Return the index cache, and whether it holds codes. Raises ValueError for another format."""
@@ -57,10 +55,13 @@ class NativeWriteIndexKey(_IndexOp):
     contract = "write_index_key/1"
     encodes_rounded = True
 
-    def _sizes(self, width: int, rotary: int) -> list[str]:
+    def misfits(self, spec: IndexerSpec) -> list[str]:
+        return super().misfits(spec) + self._uneven(spec.head_dim, spec.rope_head_dim)
+
+    @staticmethod
+    def _uneven(width: int, rotary: int) -> list[str]:
         fits = rotary % 2 == 0 and 0 <= rotary <= width
-        uneven = [] if fits else [f"{rotary} rotated channels are odd, or more than index_head_dim {width}"]
-        return [*super()._sizes(width, rotary), *uneven]
+        return [] if fits else [f"{rotary} rotated channels are odd, or more than index_head_dim {width}"]
 
     def __call__(
         self, *, k: Any, weight: Any, bias: Any, eps: float, cos_sin: Any, interleaved: bool, slots: Any,
@@ -74,7 +75,7 @@ class NativeWriteIndexKey(_IndexOp):
         weight = rows("weight", weight, torch.bfloat16, width)
         bias = rows("bias", bias, torch.bfloat16, width)
         cos_sin = rows("cos_sin", cos_sin, torch.float32, tokens, None)
-        require_sizes(*self._sizes(width, cos_sin.shape[1]))
+        require_sizes(*self.misfitting(width), *self._uneven(width, cos_sin.shape[1]))
         slots = rows("slots", slots, torch.int64, tokens)
         cache, coded = self._pages(cache, width, cache_format)
         wrong = self.functions.mla_write_index_key(
@@ -107,7 +108,7 @@ class NativeSelectLatents(_IndexOp):
 
         q = rows("q", q, torch.bfloat16, None, None, None)
         tokens, heads, width = q.shape
-        require_sizes(*self._sizes(width, 0))
+        require_sizes(*self.misfitting(width))
         weights = rows("weights", weights, torch.float32, tokens, heads)
         target = output("out", out, torch.int32, tokens, None)
         kv_lens = rows("kv_lens", kv_lens, torch.int32, None)

@@ -17,7 +17,7 @@ import torch
 from mla_backend_cpu import cache, library
 from mla_backend_cpu.compilation import BuildError
 from mla_backend_cpu.instruction_sets import EMULATED
-from mla_backend_cpu.library import Library, load
+from mla_backend_cpu.library import Library
 
 
 def pytest_configure() -> None:
@@ -32,7 +32,7 @@ def pytest_configure() -> None:
 @pytest.fixture(scope="session", params=[*native_cases.levels_here(), EMULATED])
 def kernels(request: pytest.FixtureRequest) -> Library:
     """Return the kernels of one level; every test that uses them runs at each."""
-    return load(request.param)
+    return native_cases.load(request.param)
 
 
 @pytest.fixture

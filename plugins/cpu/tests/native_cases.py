@@ -16,6 +16,7 @@ from mla.reference import REFERENCE
 from mla.verify.tolerances import judge, row_errors
 from mla_backend_cpu import instruction_sets
 from mla_backend_cpu.compilation import LEVELS, BuildError
+from mla_backend_cpu.library import Library, loaded
 from mla_backends.api import AttentionSpec, SegmentLengths
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")
@@ -25,6 +26,14 @@ HALF = 2.0**-8
 FINE = 2.0**-24
 
 Lengths = Sequence[int]
+
+
+def load(level: str) -> Library:
+    """Return the kernels of a level. Raises `BuildError`."""
+    kernels = loaded(level)
+    if isinstance(kernels, str):
+        raise BuildError(kernels)
+    return kernels
 
 
 def levels_here() -> list[str]:

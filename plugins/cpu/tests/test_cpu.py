@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from native_cases import load
 
 import mla
 from mla.verify.layer_oracle import oracle
@@ -155,13 +156,13 @@ def test_a_float32_layer_gets_packed_products_where_they_beat_torch(
 
 @pytest.mark.parametrize("fp32", [False, True])
 def test_the_gain_over_torch_is_measured(fp32: bool) -> None:
-    assert products.product_gain(library.load("portable"), fp32) > 0
+    assert products.product_gain(load("portable"), fp32) > 0
     assert products.PRODUCT_GAINS[fp32] > 0
 
 
 @pytest.mark.usefixtures("no_level_named")
 def test_the_result_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = library.load("auto")
+    kernels = load("auto")
     monkeypatch.setattr(products, "widening_gain", lambda kernels: 0.5)
     monkeypatch.setattr(products, "PRODUCT_GAINS", {True: 1.25})
     environment = mla.load_backend("cpu").environment()

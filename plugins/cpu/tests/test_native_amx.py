@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import shutil
-import signal
 import subprocess
 from pathlib import Path
 
@@ -52,43 +51,3 @@ def test_the_level_for_amx_holds_its_instructions(tmp_path: Path) -> None:
     for instruction in ("tdpbf16ps", "tileloadd", "tilestored", "tilezero"):
         assert instruction in listing
     assert listing.count("ldtilecfg") == listing.count("tilerelease") > 0
-
-
-_MISUSE = {
-    "used before it was configured": "tile::zero<0>();",
-    "configured again before it was released": "TileSession one; TileSession two;",
-    "a row has at most 64 bytes": "config[16] = 65; config[48] = 1; tile::configure(config);",
-    "a tile has at most 16 rows": "config[16] = 64; config[48] = 17; tile::configure(config);",
-    "there are eight tiles": "config[32] = 64; config[56] = 1; tile::configure(config);",
-    "a tile has both rows and bytes, or neither": "config[48] = 1; tile::configure(config);",
-    "there is no such palette": "config[0] = 2; tile::configure(config);",
-    "a tile that was not configured is used": "tile::configure(config); tile::zero<3>();",
-    "A has no column pair for every row of B": "config[16] = config[18] = config[20] = 64; "
-    "config[48] = config[49] = 16; config[50] = 15; tile::configure(config); tile::dot<0, 1, 2>();",
-}
-
-
-@pytest.fixture(scope="module")
-def misuser(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a program that misuses tiles in the way whose number it is given."""
-    folder = tmp_path_factory.mktemp("misuse")
-    cases = "\n".join(f"case {i}: {{ {code} break; }}" for i, code in enumerate(_MISUSE.values()))
-    (folder / "misuse.cpp").write_text(
-        '#include "tiles.h"\n#include <cstdlib>\nusing namespace mla;\nint main(int, char** arguments) {\n'
-        "alignas(64) uint8_t config[64] = {1};\n"
-        f"switch (std::atoi(arguments[1])) {{ {cases} }}\nreturn 0;\n}}\n"
-    )
-    subprocess.run(
-        ["g++", "-std=c++17", "-Wno-psabi", "-DMLA_EMULATE_TILES", f"-I{compilation.SOURCES}",
-         str(folder / "misuse.cpp"), "-o", str(folder / "misuse")],
-        check=True,
-    )  # fmt: skip
-    return folder / "misuse"
-
-
-@pytest.mark.parametrize("rule", _MISUSE)
-def test_the_emulation_ends_a_program_that_misuses_tiles(misuser: Path, rule: str) -> None:
-    number = str(list(_MISUSE).index(rule))
-    done = subprocess.run([str(misuser), number], capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGABRT
-    assert done.stderr == f"tile emulation: {rule}\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from native_builds import PORTABLE, built
-from native_cases import BF16, CPU, levels_here
+from native_cases import BF16, CPU, levels_here, load
 
 import mla
 from mla_backend_cpu import cache, compilation, instruction_sets, library, products
@@ -141,11 +141,11 @@ def test_a_compiler_that_does_not_know_the_instructions_leaves_the_next_level(co
         'case "$*" in *mavx2*) '
         "echo \"g++: error: unrecognized command-line option '-mavx2'\" >&2; exit 1;; esac"
     )
-    kernels = library.load("auto")
+    kernels = load("auto")
     assert kernels.level == "portable"
     assert "unrecognized command-line option '-mavx2'" in kernels.passed_over["avx2"]
     with pytest.raises(BuildError, match="unrecognized command-line option"):
-        library.load("avx2")
+        load("avx2")
 
 
 @pytest.mark.usefixtures("avx2", "nothing_loaded", "no_level_named")
@@ -184,7 +184,7 @@ def test_a_level_that_cannot_be_loaded_leaves_the_next_one(
     compilation.make_kernels(compilation.find_compiler(), PORTABLE, came)
     refusing = Refusing(tmp_path / "cache", "failed to map segment from shared object")
     monkeypatch.setattr(library.ctypes, "CDLL", refusing)
-    kernels = library.load("auto")
+    kernels = load("auto")
     assert kernels.level == "portable"
     (kept,) = (tmp_path / "cache" / "cpu").glob("avx2-*")
     assert kernels.passed_over["avx2"] == (

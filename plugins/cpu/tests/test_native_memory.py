@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from native_cases import BF16, any_bits, bits, levels_here
+from native_cases import BF16, any_bits, bits, levels_here, load
 
 from mla_backend_cpu import compilation, instruction_sets, products
-from mla_backend_cpu.library import Library, load
+from mla_backend_cpu.library import Library
 from mla_backend_cpu.native_ops import CACHE_BYTES, pages
 
 # The checks do not see what the tile instructions of AMX touch; the emulation is checked instead.
@@ -45,8 +45,7 @@ def test_the_sanitizers_find_nothing(tmp_path: Path, name: str) -> None:
 SHORT = """if True:
     import pathlib, resource, sys
     import torch
-    from native_cases import BF16, expanded_case, latent_case
-    from mla_backend_cpu.library import load
+    from native_cases import BF16, expanded_case, latent_case, load
     from mla_backend_cpu.native_ops import NativeExpandedAttention, NativeLatentAttention
     from mla_backend_cpu.native_ops import NativeBatchedLinear, NativeLinear
     from mla_backend_cpu.sparse_ops import NativeSelectLatents, NativeSparseAttention

@@ -27,21 +27,6 @@ def test_every_kind_of_nan_is_rounded_to_nan(kernels: Library) -> None:
         assert out.isnan().all()
 
 
-def test_strided_slots_are_read_by_their_stride(kernels: Library) -> None:
-    cache, slots = torch.zeros(1, 8, 48, dtype=BF16), torch.tensor([3, 7, 5, 7])
-    kv_a, cos_sin = draw(2, 48), angles(2, 32)
-    NativeWriteLatent(kernels)(
-        kv_a=kv_a,
-        weight=draw(16),
-        eps=1e-6,
-        cos_sin=cos_sin,
-        interleaved=True,
-        slots=slots[::2],
-        cache=cache,
-    )
-    assert cache[0].any(-1).nonzero().flatten().tolist() == [3, 5]
-
-
 @pytest.mark.parametrize("slot", [-1, 8, 1 << 40])
 def test_a_slot_outside_the_cache_is_a_sentence(kernels: Library, slot: int) -> None:
     cache = torch.zeros(2, 4, 48, dtype=BF16)

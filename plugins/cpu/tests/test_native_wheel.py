@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 from native_builds import PORTABLE, built
+from native_cases import load
 
-from mla_backend_cpu import cache, compilation, instruction_sets, library
+from mla_backend_cpu import cache, compilation, instruction_sets
 from mla_backend_cpu.compilation import LEVELS, levels_of
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -305,7 +306,7 @@ def test_kernels_that_came_are_used_before_all_others(
         monkeypatch.setenv("MLA_CACHE_DIR", "/proc/none")
     monkeypatch.setenv("CXX", "g++-none")
     capfd.readouterr()
-    kernels = library.load("portable")
+    kernels = load("portable")
     assert kernels.origin == f"came with this installation, {(came / 'compiler').read_text()}"
     assert capfd.readouterr().err == ""
 
@@ -326,7 +327,7 @@ def test_kernels_that_cannot_serve_are_built_here_and_the_reason_is_said(
     came: Path, capfd: pytest.CaptureFixture[str], spoil: Callable[[Path], None], why: str
 ) -> None:
     spoil(came)
-    assert library.load("portable").origin.startswith("built here, ")
+    assert load("portable").origin.startswith("built here, ")
     said = capfd.readouterr().err
     assert said.startswith("building the CPU kernels for portable, once, with ")
     assert f", since {why}" in said

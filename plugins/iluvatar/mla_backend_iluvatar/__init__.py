@@ -55,9 +55,8 @@ class Iluvatar(TritonBackend, CudaBackend):
     def prepare_device(self) -> None:
         """Multiply in each dtype once. Raises `DeviceUnavailable` when none of them works."""
         assert self.device is not None  # it has just started
-        works, self._refused = working_dtypes(self.device, self.synchronize)
-        self._dtypes = tuple(works)
-        if not works:
+        self._dtypes, self._refused = working_dtypes(self.device, self.synchronize)
+        if not self._dtypes:
             reason = f"the device cannot multiply in any floating dtype ({self._refused['float32']})"
             raise DeviceUnavailable(self.name, reason, self.device_hint())
 

@@ -110,7 +110,7 @@ OLD_TRITON: Mapping[int, Mapping[str, Any]] = {
 # The shared memory of Hopper, but products of 64 rows keep their sums in tensor memory, where less fits. They
 # move to registers and back in every step: 18 to 36 % of the tensor peak, counted in compiled code. Rescaling
 # them only where a maximum has grown by much saves none of these moves with Triton 3.9, so kernels made for
-# it come first: `PLACES` in kernels.py.
+# it come first: `AHEAD_OF_FLASHINFER` in kernels.py.
 DATACENTER_BLACKWELL = re.compile(r"\bG?B[123]00\b")
 BLACKWELL = Tuning(
     latent={

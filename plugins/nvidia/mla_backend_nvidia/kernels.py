@@ -1,7 +1,7 @@
 """Which kernels NVIDIA GPUs have for attention, on which architecture each runs, and how to get it.
 
 A card's best kernel comes first among those that run on it: FlashMLA on Hopper, TokenSpeed's on Blackwell.
-Where our Triton kernels stand among them, and why, is in `PLACES`. The hint for a missing package is given
+Where our Triton kernels stand among them is in `AHEAD_OF_FLASHINFER`. The hint for a missing package is given
 for cards that can use it.
 """
 
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from importlib import metadata
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from mla_backend_nvidia.cards import SPARING_TRITON
 from mla_backends import FusedOp
@@ -35,6 +34,7 @@ from mla_backends.kernels.sparse import LIMITS as SPARSE_LIMITS
 from mla_backends.kernels.sparse import TRTLLM_LIMITS
 from mla_backends.kernels.tokenspeed import LIMITS as TOKENSPEED_LIMITS
 from mla_backends.kernels.vendor import DeviceReason
+from mla_backends.torch_backend import versions
 from mla_backends.triton_ops.launcher import PACKAGES
 
 if TYPE_CHECKING:
@@ -75,49 +75,27 @@ _FLASH_ATTN = (
 )
 
 
-class Place(NamedTuple):
-    """Where our kernel for absorbed attention stands on some architectures."""
-
-    architectures: tuple[tuple[int, int], ...]
-    before: str  # the op that it comes before; "" is after all others
-    beaten: float  # share of the tensor peak that this op is reported to reach with 128 heads; 0 if unknown
-    why: str
-
-
-# By the predictions of benchmarks/triton/model.md; no card has run our kernels. What is not here comes last.
-PLACES = (
-    Place(
-        HOPPER, "flashinfer", 0.38,
-        "FlashMLA reports 660 TFLOP/s (its README), FlashInfer 280 to 377 (TileLang's comparison with 128 "
-        "heads), and ours is predicted between the two: without a wheel of FlashMLA it comes first",
-    ),
-    Place(
-        ((8, 0),), "flashinfer", 0.0,
-        "predicted to be bound by memory with 16 heads; with 128, nothing is published of FlashInfer",
-    ),
-    Place(
-        ((8, 6), (8, 7), (8, 9)), "flashinfer", 0.0,
-        "predicted to be bound by memory with 16 heads, and by products with 128; other kernels are written "
-        "for data centres, whose blocks may use more shared memory",
-    ),
-    Place(
-        ((12, 0), (12, 1)), "flashinfer", 0.0,
-        "as on Ada, whose shared memory and matrix instructions consumer Blackwell has",
-    ),
-    Place(
-        BLACKWELL, "", 0.0,
-        "sums move between tensor memory and registers in every step: kernels made for it come first",
-    ),
-)  # fmt: skip
+# Where our kernel for absorbed attention comes before FlashInfer's, by the predictions of
+# benchmarks/triton/model.md, and the share of the tensor peak that FlashInfer is reported to reach there with
+# 128 heads; 0 is unknown. It is last on other cards. No card has run our kernels.
+AHEAD_OF_FLASHINFER: Mapping[tuple[int, int], float] = {
+    # FlashMLA reports 660 TFLOP/s (its README), FlashInfer 280 to 377 (TileLang's comparison), and ours is
+    # predicted between the two: without a wheel of FlashMLA it comes first.
+    (9, 0): 0.38,
+    # Predicted to be bound by memory with 16 heads.
+    (8, 0): 0.0,
+    # The same. Other kernels are written for data centres, whose blocks may use more shared memory.
+    **dict.fromkeys(((8, 6), (8, 7), (8, 9), (12, 0), (12, 1)), 0.0),
+    # Not BLACKWELL: sums move between tensor memory and registers in every step.
+}
 
 
 def ahead_of(architecture: tuple[int, int]) -> Mapping[str, str]:
-    """Return our op -> the op that it comes before on an architecture: see `PLACES`.
+    """Return our op -> the op that it comes before on an architecture: see `AHEAD_OF_FLASHINFER`.
 
     Expanded attention of ours comes last: FlashAttention is at least as fast by every report.
     """
-    there = next((place for place in PLACES if architecture in place.architectures), None)
-    return {"triton_latent": there.before} if there and there.before else {}
+    return {"triton_latent": "flashinfer"} if architecture in AHEAD_OF_FLASHINFER else {}
 
 
 def kernels(architecture: Architecture, multiprocessors: int | None) -> Mapping[str, FusedOp]:
@@ -236,16 +214,8 @@ def spills() -> bool:
 
 def installed_triton() -> tuple[str, tuple[int, ...]]:
     """Return the installed version of Triton, as text and as numbers; "" and () if there is none."""
-    installed = next(filter(None, map(_version, PACKAGES)), "")
+    installed = next(iter(versions((), PACKAGES).values()), "")
     return installed, tuple(int(part) for part in installed.split(".")[:2] if part.isdecimal())
-
-
-def _version(package: str) -> str:
-    """Return the installed version of a package; "" if there is none."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def since_ampere(architecture: Architecture) -> DeviceReason:

@@ -15,7 +15,6 @@ import torch
 from mla_backend_nvidia import Nvidia
 from mla_backend_nvidia.cards import SHEETS, driver_version, outdated, peaks, tuning_for
 from mla_backend_nvidia.kernels import (
-    PLACES,
     ahead_of,
     installed_triton,
     kernels,
@@ -187,12 +186,6 @@ def test_our_kernels_stand_where_evidence_puts_them(architecture: tuple[int, int
     ] == latent
     assert [name for name, kind in kinds.items() if kind == "expanded_attention"][-1] == "triton_expanded"
     assert set(ours) <= set(there)
-
-
-def test_every_place_has_its_reason_and_no_architecture_two() -> None:
-    assert all(len(place.why.split()) > 5 for place in PLACES)
-    covered = [each for place in PLACES for each in place.architectures]
-    assert len(covered) == len(set(covered))
 
 
 def test_the_extra_asks_for_a_flashinfer_that_finds_every_page() -> None:

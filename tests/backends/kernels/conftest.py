@@ -210,20 +210,6 @@ def check_latent(make_problem: Any, assert_right: Any) -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
-def check_drawn(make_problem: Any, assert_right: Any) -> Callable[..., None]:
-    """Return a check of an op over requests of (new tokens, cached ones), as `requests` draws them."""
-
-    def check(op: FusedOp, drawn: Sequence[tuple[int, int]], **changes: Any) -> None:
-        query_lens, kv_lens = [new for new, _ in drawn], [new + old for new, old in drawn]
-        if sum(query_lens) == 0:
-            query_lens[0], kv_lens[0] = 1, kv_lens[0] + 1
-        problem = make_problem(query_lens, kv_lens, **changes)
-        assert_right(problem.run(op), problem.truth())
-
-    return check
-
-
-@pytest.fixture(scope="session")
 def check_strided(make_problem: Any, assert_right: Any) -> Callable[[FusedOp], None]:
     """Return a check of an op with queries and an output that are slices of wider tensors."""
 

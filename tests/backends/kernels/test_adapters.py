@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from kernel_adapters import EXPANDED, LATENT, Expanded, Latent
 
 from mla_backends.kernels import (
@@ -25,8 +23,6 @@ from mla_backends.kernels import (
 
 each_latent = pytest.mark.parametrize("latent", LATENT.values(), ids=LATENT)
 each_expanded = pytest.mark.parametrize("name", EXPANDED)
-requests = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 140)), min_size=1, max_size=5)
-segments = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 60)), min_size=1, max_size=5)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -48,34 +44,6 @@ def test_every_kind_of_batch_is_right(installed: Any, check_latent: Any, latent:
         for page_size in latent.pages:
             dtype = torch.float16 if "float16" in op.limits.dtypes else torch.bfloat16
             check_latent(op, dtype=dtype, page_size=page_size)
-
-
-@each_latent
-@settings(max_examples=20, deadline=None)
-@given(
-    drawn=requests,
-    heads=st.one_of(st.integers(1, 128), st.sampled_from([16, 32, 48, 64, 100, 128])),
-    data=st.data(),
-    seed=st.integers(0, 99),
-)
-def test_any_lengths_and_heads_are_right(
-    installed: Any, check_drawn: Any, latent: Latent, drawn: Any, heads: int, data: Any, seed: int
-) -> None:
-    page_size, count = data.draw(st.sampled_from(latent.pages)), heads if latent.any_heads else 16
-    with installed(latent.folder):
-        check_drawn(latent.make(), drawn, heads=count, seed=seed, page_size=page_size)
-
-
-@each_latent
-def test_lengths_around_the_ends_of_pages_and_tiles_are_right(
-    installed: Any, make_problem: Any, assert_right: Any, latent: Latent
-) -> None:
-    edges = (63, 64, 65, 127, 128, 129)
-    batches = [((count,) * 7, (*edges, count)) for count in (1, 3)]
-    with installed(latent.folder):
-        for query_lens, kv_lens in (*batches, *(((1,), (keys,)) for keys in (64, 65)), ((1, 1), (129, 257))):
-            problem = make_problem(query_lens, kv_lens)
-            assert_right(problem.run(latent.make()), problem.truth())
 
 
 @each_latent
@@ -127,22 +95,6 @@ def offered(installed: Any) -> Callable[[str], Any]:
                 yield expanded, expanded.make()
 
     return offered
-
-
-@each_expanded
-@settings(max_examples=25, deadline=None)
-@given(drawn=segments, causal=st.booleans(), heads=st.integers(1, 6))
-def test_any_segments_are_right(
-    offered: Any, run_expanded: Any, assert_right: Any, name: str, drawn: Any, causal: bool, heads: int
-) -> None:
-    with offered(name) as (expanded, op):
-        query_lens, kv_lens = (
-            [new for new, _ in drawn],
-            [new * (not expanded.blind) + old for new, old in drawn],
-        )
-        results, truth = run_expanded(op, query_lens, kv_lens, causal=causal, heads=heads)
-        if sum(query_lens):
-            assert_right(results, truth)
 
 
 @each_expanded

@@ -20,8 +20,6 @@ from mla.bench import results
 from mla.bench.measure import evidence
 from mla.conformance.checks import attention
 from mla.conformance.report import CheckResult
-from mla.verify.layer_check import Checker
-from mla.verify.layer_oracle import oracle
 from mla.weights import random_state_dict
 
 # backend -> [(folder of the fake, role, name of the op)]
@@ -173,46 +171,6 @@ def test_a_run_is_right_and_replays_what_the_kernel_lets_be_captured(
             }
             assert f"skipped: graph of {case.scenario}, mla: {graphs[0].check.reason}" in done.err
             assert case.launch_bound is None
-
-
-# Once per role: what a run of one op adds is the same for all kernels of it.
-@pytest.mark.parametrize(
-    "kernel",
-    list({role: case for case in LIVES[BACKEND] for role in case[1:2]}.values()),
-    ids=_case,
-    indirect=True,
-)
-def test_the_kernel_alone_is_right(kernel: Any, bench: Any, tmp_path: Path) -> None:
-    role, op = kernel
-    config_of(kernel, tmp_path)
-    shape = ("--workload", "standard", "--batch", "2", "--kv", "70", "--runs", "2", "--passes", "2")
-    done = bench("--op", role, *shape, *HEADLINE, "-o", "run.json")
-    cases = written(kernel, done, tmp_path)
-    assert [(case.ops, case.check.status) for case in cases] == [
-        ({role: op}, "ok"),
-        ({role: "reference"}, "ok"),
-    ]
-
-
-@pytest.mark.parametrize("heads", [1, 128])
-def test_ragged_batches_of_any_head_count(kernel: Any, backend: Any, heads: int) -> None:
-    """Several new tokens per request, a request without any, and more query rows than one plan may hold."""
-    role, op = kernel
-    layer, state = make_layer(backend, kernel, heads)
-    assert layer.ops[role].name == op
-    query_lens, past = (40, 0, 1, 3), (0, 5, 63, 70)
-    cache = mla.LatentCache(layer.config, max_tokens=1024, device=backend.device, shuffle=0)
-    ids = cache.new_sequences(4)
-    history = [(torch.randn(s, 512).bfloat16(), torch.randn(s, 64).bfloat16()) for s in past]
-    for sequence, (kv, pe) in zip(ids, history, strict=True):
-        cache.load(sequence, kv, pe)
-    hidden = torch.randn(sum(query_lens), 64).bfloat16()
-    batch = cache.extend(ids, query_lens)
-    out = layer(hidden.to(backend.device), batch, cache.pages[0]).cpu()
-    expected = oracle(layer.config, state, hidden, query_lens, history)
-    checker = Checker(expected[None], torch.bfloat16, lambda: pytest.fail("not asked for"))
-    check = checker.check(out[None], held_to_reference=False)
-    assert check.status == "ok", check.reason
 
 
 def test_a_decode_step_through_the_kernel_does_not_wait(kernel: Any, backend: Any) -> None:
