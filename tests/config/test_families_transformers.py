@@ -295,6 +295,18 @@ def test_a_family_agrees_with_its_class(make_case: Any, kind: str, attention: st
     assert latents <= LATENT_BOUND
 
 
+@pytest.mark.parametrize("attention", ["absorbed", "expanded"])
+@pytest.mark.parametrize(("history", "bound"), [(4095, 1e-5), (20000, 2e-5)])
+def test_positions_past_the_original_context_agree(
+    make_case: Any, history: int, bound: float, attention: str
+) -> None:
+    yarn = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "mscale_all_dim": 1.0}
+    change = {"rope_scaling": yarn, "max_position_embeddings": 163840}
+    config = MLAConfig.from_dict(config_json("deepseek_v3", **change))
+    case = make_case([3], [history], config, attention=attention, page_size=64)
+    assert errors(case, Twin(own_class("deepseek_v3", **change), case.state))[0] <= bound
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_every_knob_of_a_family_shows(make_case: Any, kind: str) -> None:
     """The comparison above could fail: each deviation, one at a time, is far outside its bound."""

@@ -292,35 +292,13 @@ def test_there_must_be_something_to_restore(model: Any) -> None:
         restore(model)
 
 
-def attention_weights(model: Any) -> None:
-    model(input_ids=torch.tensor([[3, 4]]), output_attentions=True)
-
-
 def attention_weights_of_a_generation(model: Any) -> None:
     words = {"output_attentions": True, "return_dict_in_generate": True}
     model.generate(torch.tensor([[3, 4]]), max_new_tokens=2, **words)
 
 
-def own_mask(model: Any) -> None:
-    model(input_ids=torch.tensor([[3, 4]]), attention_mask=torch.zeros(1, 1, 2, 2))
-
-
-def own_whole_numbers(model: Any) -> None:
-    mask = torch.ones(2, 2, dtype=torch.int32).tril()[None, None]
-    model(input_ids=torch.tensor([[3, 4]]), attention_mask=mask)
-
-
 def packed(model: Any) -> None:
     model(input_ids=torch.tensor([[3, 4, 5, 6]]), position_ids=torch.tensor([[0, 1, 0, 1]]), use_cache=False)
-
-
-def training(model: Any) -> None:
-    model.train()(input_ids=torch.tensor([[3, 4]]))
-
-
-def gradients(model: Any) -> None:
-    with torch.enable_grad():
-        model(input_ids=torch.tensor([[3, 4]]))
 
 
 class Forgetful(DynamicCache):
@@ -345,15 +323,10 @@ def window(model: Any) -> None:
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        (attention_weights, "computes no attention weights"),
         (attention_weights_of_a_generation, "computes no attention weights"),
         (dropped_tokens, "this cache returned 4 of 6 tokens"),
         (window, "layer 0 of this cache keeps a window"),
-        (own_mask, "takes no mask \\[batch, 1, queries, keys\\]"),
-        (own_whole_numbers, "takes no mask \\[batch, 1, queries, keys\\]"),
         (packed, "serves plain causal attention only"),
-        (training, "serves inference"),
-        (gradients, "serves inference"),
     ],
 )
 def test_steps_that_cannot_be_served(model: Any, run: Callable[[Any], None], message: str) -> None:

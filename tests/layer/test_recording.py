@@ -246,16 +246,6 @@ def test_a_backend_that_never_makes_sequences_is_offered_none(tiny: Any) -> None
     assert layer._repeated._owners == ()
 
 
-def test_rows_apart_are_another_forward(pair: Pair) -> None:
-    layer, cache = pair.layers[0], pair.caches[0]
-    for _ in range(3):
-        pair.forward()
-    ran = pair.backend.ran
-    wide = torch.randn(2, 2 * pair.config.hidden_size)
-    layer(wide[:, : pair.config.hidden_size], cache.extend([0, 1], [1, 1]), cache.pages[0])
-    assert pair.backend.ran == ran
-
-
 def test_replaced_ops_are_called_one_by_one(tiny: Any) -> None:
     """Whoever watches ops must see each call, and no call of what they stand for in a sequence."""
     pair, seen = Pair(tiny()), []
