@@ -264,14 +264,9 @@ class Kind:
         return {}
 
     def faults(
-        self,
-        results: Tensors,
-        truth: Tensors,
-        *,
-        errors: Tensors,
-        dtype: torch.dtype,
+        self, results: Tensors, truth: Tensors, *, errors: Tensors, dtype: torch.dtype,
         places: Places | None = None,
-    ) -> Iterable[tuple[float, str]]:
+    ) -> Iterable[tuple[float, str]]:  # fmt: skip
         """Yield the error over its bound of every result, and what is wrong with it; "" if nothing is.
 
         `results` are what a call wrote and `truth` what it had to, rows [T, ..]; `errors` are those of the
@@ -285,14 +280,9 @@ class Kind:
             yield ratio, f"{name}: {reason}" if reason else ""
 
     def judge(
-        self,
-        results: Tensors,
-        truth: Tensors,
-        errors: Tensors,
-        dtype: torch.dtype,
-        places: Places | None = None,
-        damage: str = "",
-    ) -> Check:
+        self, results: Tensors, truth: Tensors, errors: Tensors, dtype: torch.dtype,
+        places: Places | None = None, damage: str = "",
+    ) -> Check:  # fmt: skip
         """Return "ok", or "wrong" with a reason that says where. The same for every kind: see `faults`.
 
         `damage` is a fault of which the caller knows.

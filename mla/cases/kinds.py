@@ -260,14 +260,9 @@ class Stores(OfBytes):
         return [*self.decoded, "bytes" if op.encodes_rounded else "codes"]
 
     def faults(
-        self,
-        results: Tensors,
-        truth: Tensors,
-        *,
-        errors: Tensors,
-        dtype: torch.dtype,
+        self, results: Tensors, truth: Tensors, *, errors: Tensors, dtype: torch.dtype,
         places: Places | None = None,
-    ) -> Iterable[tuple[float, str]]:
+    ) -> Iterable[tuple[float, str]]:  # fmt: skip
         widths = [truth[name].shape[1] for name in self.decoded]
         parts = {end: dict(zip(self.decoded, truth[end].split(widths, dim=1), strict=True)) for end in ENDS}
         for name, result in results.items():

@@ -155,23 +155,19 @@ class Pages:
 
     def blocks(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the pages [n, page, w] in `order`, that hold keys [K, w]."""
-        rising, places = self.order.sort()
-        pages = places[torch.searchsorted(rising, self.slots // self.layout.page_size)]  # of any cache
-        slots = pages * self.layout.page_size + self.slots % self.layout.page_size
-        return self._filled(len(self.order), pages, slots, rows)
+        size, (rising, places) = self.layout.page_size, self.order.sort()
+        pages = places[torch.searchsorted(rising, self.slots // size)]  # of any cache
+        unowned, tail = (stands_for(value, rows.dtype) for value in (self.layout.unowned, self.layout.tail))
+        blocks = torch.full((len(self.order), size, rows.shape[1]), unowned, dtype=rows.dtype)
+        blocks[pages.unique()] = tail
+        blocks[pages, self.slots % size] = rows
+        return blocks
 
     def cache(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the whole cache [pages, page, w] on the host, that holds keys [K, w]."""
-        return self._filled(self.count, self.slots // self.layout.page_size, self.slots, rows)
-
-    def _filled(
-        self, count: int, pages: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor
-    ) -> torch.Tensor:
-        unowned, tail = (stands_for(value, rows.dtype) for value in (self.layout.unowned, self.layout.tail))
-        shape = (count, self.layout.page_size, rows.shape[1])
-        cache = torch.full(shape, unowned, dtype=rows.dtype)
-        cache[pages.unique()] = tail
-        cache.view(-1, rows.shape[1])[slots] = rows
+        blocks, unowned = self.blocks(rows), stands_for(self.layout.unowned, rows.dtype)
+        cache = torch.full((self.count, *blocks.shape[1:]), unowned, dtype=rows.dtype)
+        cache[self.order] = blocks
         return cache
 
 

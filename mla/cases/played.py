@@ -259,14 +259,11 @@ class Laid(Call):
         for name, piece in self.pieces.items():
             piece.restore(case.pieces[name])
 
-    def call(self) -> str:
-        """Call the op once; return what was wrong, or ""."""
-        if not self.leading:
-            self.prepare()
-        return self.call_as(self, self.leading)
-
-    def call_as(self, case: Laid, leading: tuple[Any, ...]) -> str:
+    def call(self, case: Laid | None = None, leading: tuple[Any, ...] = ()) -> str:
         """Call the op once in this memory, with the operands of `case`; return what was wrong, or ""."""
+        if not leading and not self.leading:
+            self.prepare()
+        case, leading = case or self, leading or self.leading
         if case is not self or not self.untouched:
             self.restore(case)
         self.untouched = False
@@ -372,7 +369,7 @@ class Player:
                 if owner not in states or not scene.kept:
                     states[owner] = self._leading(calls[owner], scene)
                 if turn < 2 or turn == times - 1:
-                    reason = calls[place].call_as(call, states[owner])
+                    reason = calls[place].call(call, states[owner])
                 elif calls[place].again(call, states[owner]):
                     continue
                 else:

@@ -44,17 +44,6 @@ RANKED = 1 << 24  # numbers that are ranked at once to draw selections
 
 
 # ------------------------------------------------------------------------------------------- selections
-# How selected tokens lie -> what ranks the tokens [t, s] of queries that see `seen` [t, 1] of them.
-
-
-def _random(draw: torch.Generator, position: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """Rank tokens at random: what a query selects is scattered over all pages of its request."""
-    return torch.rand((len(seen), len(position)), generator=draw)
-
-
-def _recent(draw: torch.Generator, position: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """Rank later tokens higher, so that queries select what a window would show them."""
-    return position.float().expand(len(seen), -1)
 
 
 def _clustered(draw: torch.Generator, position: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
@@ -63,39 +52,30 @@ def _clustered(draw: torch.Generator, position: torch.Tensor, seen: torch.Tensor
     return blocks[:, position // BLOCK] + 1e-4 * (position % BLOCK) / BLOCK
 
 
-def _tied(draw: torch.Generator, position: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """Rank earlier tokens higher, as most ops choose among tokens that score the same."""
-    return -position.float().expand(len(seen), -1)
-
-
+# How selected tokens lie -> what ranks the tokens [t, s] of queries that see `seen` [t, 1] of them: scattered
+# over all pages, what a window would show, runs, and what most ops choose among tokens that score the same.
 SELECTIONS: Mapping[str, Callable[[torch.Generator, torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "random": _random,
-    "recent": _recent,
+    "random": lambda draw, position, seen: torch.rand((len(seen), len(position)), generator=draw),
+    "recent": lambda draw, position, seen: position.float().expand(len(seen), -1),
     "clustered": _clustered,
-    "tied": _tied,
+    "tied": lambda draw, position, seen: -position.float().expand(len(seen), -1),
 }
 
 
+@functools.lru_cache(maxsize=4)
 def selection_of(case: OpCase) -> torch.Tensor:
     """Return what each query selects [T, k] int32: positions in its request, then -1.
 
-    A query that sees s tokens selects min(k, s) of them, the highest ranked first. The tensor is kept for
-    other calls of the case: copy it before a call may write to it.
+    A query that sees s tokens selects min(k, s) of them, the highest ranked first; RANKED numbers are ranked
+    at once. The tensor is kept for other calls of the case: copy it before a call may write to it.
     """
-    return _selection(case.selection, case.query_lens, case.kv_lens, case.spec.topk, case.seed)
-
-
-@functools.lru_cache(maxsize=4)
-def _selection(
-    how: str, query_lens: tuple[int, ...], kv_lens: tuple[int, ...], topk: int, seed: int
-) -> torch.Tensor:
-    """Rank the tokens of all requests, at most RANKED numbers at a time, and take the first of each query."""
-    draw, parts = generator(seed, "selection"), [torch.empty((0, topk), dtype=torch.int32)]
-    for new, keys in zip(query_lens, kv_lens, strict=True):
+    topk, draw = case.spec.topk, generator(case.seed, "selection")
+    parts = [torch.empty((0, topk), dtype=torch.int32)]
+    for new, keys in zip(case.query_lens, case.kv_lens, strict=True):
         position, together = torch.arange(keys), max(1, RANKED // max(1, keys))
         for first in range(0, new, together):
             seen = (torch.arange(first, min(new, first + together)) + keys - new + 1).clamp_min(0)[:, None]
-            rank = SELECTIONS[how](draw, position, seen).masked_fill(position >= seen, -torch.inf)
+            rank = SELECTIONS[case.selection](draw, position, seen).masked_fill(position >= seen, -torch.inf)
             best = rank.topk(min(topk, keys), dim=1).indices
             chosen = best.masked_fill(best >= seen, -1).int()
             parts.append(torch.nn.functional.pad(chosen, (0, topk - chosen.shape[1]), value=-1))
@@ -103,12 +83,12 @@ def _selection(
 
 
 @functools.lru_cache(maxsize=256)
-def _different(how: str, query_lens: tuple[int, ...], kv_lens: tuple[int, ...], topk: int, seed: int) -> int:
+def different(case: OpCase) -> int:
     """Return how many different tokens the queries of all requests select.
 
     A call must read each of these latents at least once: see `sparse_latent_attention_cost`.
     """
-    parts = _selection(how, query_lens, kv_lens, topk, seed).split(query_lens)
+    parts = selection_of(case).split(case.query_lens)
     return sum(len(part[part >= 0].unique()) for part in parts)
 
 
@@ -264,14 +244,9 @@ class SelectLatents(OverPages):
         return given["keys"]
 
     def faults(
-        self,
-        results: Tensors,
-        truth: Tensors,
-        *,
-        errors: Tensors,
-        dtype: torch.dtype,
+        self, results: Tensors, truth: Tensors, *, errors: Tensors, dtype: torch.dtype,
         places: Places | None = None,
-    ) -> Iterable[tuple[float, str]]:
+    ) -> Iterable[tuple[float, str]]:  # fmt: skip
         for name, result in results.items():
             yield judge_selection(result, truth, places, in_bf16=name == "coarse")
 
@@ -328,8 +303,7 @@ class SparseLatentAttention(LatentAttention):
 
     def work(self, case: OpCase) -> Work:
         """Return the work of the op, whose bytes count each selected latent once per request."""
-        how = (case.selection, case.query_lens, case.kv_lens, case.spec.topk, case.seed)
-        return self.cost(case.spec, case.query_lens, case.kv_lens, _different(*how))
+        return self.cost(case.spec, case.query_lens, case.kv_lens, different(case))
 
     def attend(
         self, given: Mapping[str, Any], k: torch.Tensor, v: torch.Tensor, lengths: SegmentLengths,
