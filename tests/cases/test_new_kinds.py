@@ -1,7 +1,6 @@
-"""Two ops that the contract does not have, each added as one entry: timed, checked, dumped and replayed.
+"""An op that the contract does not have, added as one entry: timed, checked, dumped and replayed.
 
-One encodes values into the bytes of a cache, so that many answers are right; the other selects rows, so that
-its results are integers, and among equals any will do.
+It encodes values into the bytes of a cache, so that many answers are right.
 """
 
 # ruff: noqa: RUF012  # tables that nobody writes to
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from op_bench import OpBench
 
@@ -21,7 +21,7 @@ from mla import MLAConfig
 from mla.bench.plan.memory import op_bytes
 from mla.bench.run.keeper import search
 from mla.cases import KINDS
-from mla.cases.case import DTYPES, Kind, Normal, OpCase
+from mla.cases.case import DTYPES, Normal, OpCase
 from mla.cases.kinds import WritesSlots
 from mla.cases.memory import Tensors
 from mla.cases.varied import Pool
@@ -40,10 +40,9 @@ ORIGIN = file.Origin(backend="host", options=[], device="cpu", command="repeat",
 
 @dataclass(frozen=True)
 class RowSpec:
-    """Rows of `width`, of which an op may select `count`."""
+    """Rows of `width`."""
 
     width: int
-    count: int
     dtype: torch.dtype
     device: torch.device
 
@@ -104,96 +103,29 @@ class Stray(Encode):
         cache.view(-1, cache.shape[2])[min(others), 0] = 3
 
 
-# ------------------------------------------------------------------------------------------ rows by score
-
-
-class SelectRows(Kind):
-    """The entry of `select_rows`."""
-
-    spec, letters, pool = RowSpec, {"d": "width", "n": "count"}, Pool
-    operands = {"q": "T d", "k": "K d", "out": "T n"}
-    results = {"out": "T n"}
-    truths = {"scores": "T K"}
-    dtypes = {**DTYPES, "out": torch.int32}
-    varied = ("q",)
-
-    def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
-        return {"q": normal(rows, case.spec.width), "k": normal(sum(case.kv_lens), case.spec.width)}
-
-    def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
-        return {"scores": given["q"].double() @ given["k"].double().T}
-
-    def work(self, case: OpCase) -> Work:
-        pairs = case.rows * sum(case.kv_lens)
-        return Work(2 * pairs * case.spec.width, 4 * case.rows * case.spec.count)
-
-    def faults(self, results: Tensors, truth: Tensors, **_: Any) -> Iterator[tuple[float, str]]:
-        out, scores = results["out"].long(), truth["scores"]
-        inside = ((out >= 0) & (out < scores.shape[1])).all(1)
-        distinct = torch.tensor([len(row.unique()) == len(row) for row in out])
-        chosen = scores.gather(1, out.clamp(0, scores.shape[1] - 1)).amin(1)
-        least = scores.topk(out.shape[1], dim=1).values[:, -1]
-        wrong = ~(inside & distinct & (chosen >= least - 1e-3))
-        yield (
-            wrong.double().mean().item(),
-            f"the selection of row {int(wrong.int().argmax())}" * bool(wrong.any()),
-        )
-
-
-class Select(FusedOp):
-    """Selects the best, in any order, but for as many as are `skipped`."""
-
-    contract = "select_rows/1"
-
-    def __init__(self, skipped: int = 0) -> None:
-        self._skipped = skipped
-
-    def __call__(self, *, q: torch.Tensor, k: torch.Tensor, out: torch.Tensor) -> None:  # type: ignore[override]
-        best = (q.float() @ k.float().T).topk(out.shape[1] + self._skipped, dim=1).indices
-        out.copy_(best[:, self._skipped :].flip(1))
-
-
-class Repeating(Select):
-    """Selects its best row twice."""
-
-    def __call__(self, *, q: torch.Tensor, k: torch.Tensor, out: torch.Tensor) -> None:  # type: ignore[override]
-        super().__call__(q=q, k=k, out=out)
-        out[:, 0] = out[:, -1]
-
-
-ENTRIES: dict[str, Kind] = {"encode_rows": EncodeRows(), "select_rows": SelectRows()}
-RIGHT: dict[str, FusedOp] = {"encode_rows": Encode(), "select_rows": Select()}
-WRONG = [
-    ("encode_rows", Encode(1.1), "the values of row "),
-    ("encode_rows", Stray(), "1 slots "),
-    ("select_rows", Select(1), "the selection of row "),
-    ("select_rows", Repeating(), "the selection of row "),
-]
+KIND, RIGHT = "encode_rows", Encode()
+WRONG = [(Encode(1.1), "the values of row "), (Stray(), "1 slots ")]
 
 
 @pytest.fixture(autouse=True)
 def in_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Add both to the contract, the reference and the layer's roles."""
+    """Add it to the contract, the reference and the layer's roles."""
     roles = layer_ops.layer_roles
 
     def more(config: Any, dtype: torch.dtype, device: torch.device, *rest: Any, **words: Any) -> Any:
-        spec = RowSpec(24, 5, dtype, device)
-        return {**roles(config, dtype, device, *rest, **words), **{kind: (kind, spec) for kind in ENTRIES}}
+        spec = RowSpec(24, dtype, device)
+        return {**roles(config, dtype, device, *rest, **words), KIND: (KIND, spec)}
 
-    for kind, op in RIGHT.items():
-        monkeypatch.setitem(KINDS, kind, ENTRIES[kind])
-        monkeypatch.setitem(OPS, kind, op.contract)
-        monkeypatch.setitem(REFERENCE, kind, op)  # type: ignore[arg-type]
+    for table, entry in ((KINDS, EncodeRows()), (OPS, RIGHT.contract), (REFERENCE, RIGHT)):
+        monkeypatch.setitem(table, KIND, entry)  # type: ignore[arg-type]
     for module in ("mla.layer.ops", "mla.bench.subjects.op", "mla.bench.run.keeper"):
         monkeypatch.setattr(f"{module}.layer_roles", more)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ENTRIES)
-def test_a_new_op_is_timed_and_checked(kind: str, dtype: torch.dtype) -> None:
-    bench = OpBench(CONFIG, kind, dtype, runs=6)
-    timed = bench.implementation(RIGHT[kind])
-    given = set()
+def test_a_new_op_is_timed_and_checked(dtype: torch.dtype) -> None:
+    bench, given = OpBench(CONFIG, KIND, dtype, runs=6), set()
+    timed = bench.implementation(RIGHT)
     for number in range(3):
         check = bench.run(
             timed, number, lambda index: given.add(next(iter(operands(timed))).numpy().tobytes())
@@ -208,9 +140,9 @@ def operands(implementation: Any) -> Iterator[torch.Tensor]:
     yield implementation._call.arguments[implementation._pool.entry.varied[0]].float().contiguous()
 
 
-@pytest.mark.parametrize(("kind", "op", "said"), WRONG)
-def test_a_wrong_form_is_found_kept_and_replayed(kind: str, op: FusedOp, said: str, tmp_path: Path) -> None:
-    bench = OpBench(CONFIG, kind, runs=6)
+@pytest.mark.parametrize(("op", "said"), WRONG)
+def test_a_wrong_form_is_found_kept_and_replayed(op: FusedOp, said: str, tmp_path: Path) -> None:
+    bench = OpBench(CONFIG, KIND, runs=6)
     implementation = bench.implementation(op)
     check = bench.run(implementation, 1)
     assert check.status == "wrong"
@@ -220,25 +152,13 @@ def test_a_wrong_form_is_found_kept_and_replayed(kind: str, op: FusedOp, said: s
     assert said in wrong.reason
     file.write_call(tmp_path, wrong, ORIGIN)
     kept = file.read(tmp_path)
-    backend = HostBackend(ops={"mine": op, "right": RIGHT[kind]})
+    backend = HostBackend(ops={"mine": op, "right": RIGHT})
     assert replay(kept, backend, "mine") == [wrong.reason]
     assert replay(kept, backend, "right", runs=2) == replay(kept, backend, "reference", runs=2) == ["", ""]
-
-
-@pytest.mark.parametrize(("kind", "op", "said"), WRONG)
-def test_a_damaged_file_of_a_new_op_is_refused(kind: str, op: FusedOp, said: str, tmp_path: Path) -> None:
-    import safetensors.torch
-
-    bench = OpBench(CONFIG, kind, runs=2)
-    wrong = search(bench.implementation(op), bench.scenario, bench.problem, lambda: None).wrong
-    assert wrong is not None
-    file.write_call(tmp_path, wrong, ORIGIN)
     path = tmp_path / file.NAME
     tensors = safetensors.torch.load_file(path)
     with safetensors.safe_open(path, framework="pt") as opened:
         metadata = opened.metadata()
-    name = "cache.rows" if kind == "encode_rows" else next(name for name in tensors if "operand." in name)
-    tensors[name] = tensors[name].half()
-    safetensors.torch.save_file(tensors, path, metadata)
-    with pytest.raises(file.ResultError, match="is float16"):
+    safetensors.torch.save_file({**tensors, "cache.rows": tensors["cache.rows"].float()}, path, metadata)
+    with pytest.raises(file.ResultError, match="is float32"):
         file.read(tmp_path)

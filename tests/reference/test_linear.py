@@ -23,16 +23,12 @@ def warns(bmm: Bmm, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) ->
     bmm(x, weight, out=out)
 
 
-def leaves_it(bmm: Bmm, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    bmm(x, weight)
-
-
 def ignores_strides(bmm: Bmm, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
     made = bmm(x, weight)
     out.as_strided(made.shape, made.stride()).copy_(made)
 
 
-STACKS = {"refuses": refuses, "warns": warns, "leaves it": leaves_it, "ignores strides": ignores_strides}
+STACKS = (refuses, warns, ignores_strides)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -42,11 +38,11 @@ def test_a_stack_that_writes_slices_is_recognised(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("stack", STACKS)
-def test_a_stack_that_does_not_keeps_its_copy(stack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stack_that_does_not_keeps_its_copy(stack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     bmm = torch.bmm
 
     def other(x: torch.Tensor, weight: torch.Tensor, *, out: torch.Tensor | None = None) -> Any:
-        return bmm(x, weight) if out is None else STACKS[stack](bmm, x, weight, out)
+        return bmm(x, weight) if out is None else stack(bmm, x, weight, out)
 
     monkeypatch.setattr(torch, "bmm", other)
     assert not linear.serves_slices(torch.device("cpu"), torch.float32)

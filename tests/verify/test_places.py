@@ -46,9 +46,7 @@ def test_every_row_has_the_name_of_its_request_and_position(places: Places) -> N
 
 
 def test_without_a_cache_there_are_no_pages_and_without_requests_only_rows() -> None:
-    places = Places.new_tokens((1, 2), (5, 9))
-    assert name_row(2, (3, 1), places) == "request 1, position 8, head 0 (row 2)"
-    assert name_row(4, (5,), Places.new_tokens((3, 2), (3, 2))) == "request 1, position 1 (row 4)"
+    assert name_row(2, (3, 1), Places.new_tokens((1, 2), (5, 9))) == "request 1, position 8, head 0 (row 2)"
     assert (name_row(2, (3, 1), None), name_row(2, (3,), None)) == ("row 2, head 0", "row 2")
 
 
@@ -135,29 +133,23 @@ def test_pages_beyond_a_limit_are_named() -> None:
     assert pattern_of(many[:, 0] >= 13, places) == "every row whose page is 13 or beyond"
 
 
-@pytest.mark.parametrize(
-    ("heads", "text"),
-    [([6], "only head 6"), ([6, 7], "only heads 6 and 7"), ([0, 1, 2, 7], "only heads 0..2 and 7")],
-)
-def test_few_heads_are_named_where_the_rows_have_no_pattern(
-    places: Places, heads: list[int], text: str
-) -> None:
+HEADS = {(6,): "only head 6", (6, 7): "only heads 6 and 7", (0, 1, 2, 7): "only heads 0..2 and 7"}
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_few_heads_are_named_where_the_rows_have_no_pattern(places: Places, heads: tuple[int, ...]) -> None:
     bad = torch.zeros(len(places), 8, dtype=torch.bool)
-    for row in (0, 7, 41, 44, 50):
-        bad[row, heads] = True
-    assert pattern_of(bad, places) == text
+    bad[torch.tensor([0, 7, 41, 44, 50])[:, None], list(heads)] = True
+    assert pattern_of(bad, places) == HEADS[heads]
 
 
-def test_part_of_one_request_is_named(places: Places) -> None:
+def test_part_of_a_request_is_named_and_nothing_is_said_of_one_row_or_rows_all_over(places: Places) -> None:
     bad = torch.zeros(len(places), dtype=torch.bool)
     bad[[3, 9, 17]] = True
     assert pattern_of(bad, places) == "only request 0"
     bad[[46, 47]] = True
     assert pattern_of(bad, places) == "only requests 0 and 4"
-
-
-def test_nothing_is_said_of_one_row_or_of_rows_all_over(places: Places) -> None:
-    bad = torch.zeros(len(places), dtype=torch.bool)
+    bad.zero_()
     bad[17] = True
     assert pattern_of(bad, places) == ""
     bad[[0, 5, 40, 43, 46, 49]] = True
