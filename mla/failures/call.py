@@ -9,6 +9,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import msgspec
@@ -141,39 +142,26 @@ class RecordedCall:
         return shapes | {name: (shape, case.dtype(name)) for name, shape in self.facts.outputs.items()}
 
 
-class Placed:
-    """A recorded call in fresh memory on a device: strided as it was, amid numbers that nobody may write.
+def placed(call: RecordedCall, device: torch.device) -> tuple[dict[str, Piece], dict[str, Any]]:
+    """Return a call's memory on a device by name, strided as it was, and its arguments.
 
-    These are NaN beside floating-point tensors, and beside tables a valid entry, so that an op which reads
-    too far gives a wrong result and no invalid address.
+    Nobody may write beside it: there is NaN, and beside tables a valid entry, so that an op which reads too
+    far gives a wrong result and no invalid address.
     """
-
-    def __init__(self, call: RecordedCall, device: torch.device) -> None:
-        self.pieces: dict[str, Piece] = {}
-        for name, (shape, dtype) in call.sizes().items():
-            operand, fill = call.operands.get(name), torch.nan
-            if operand is not None and operand.numel() and not operand.is_floating_point():
-                fill = operand.flatten()[-1].item()  # what a kernel reads beside tables is a valid number
-            gaps = call.facts.gaps.get(name, NO_GAPS)
-            piece = self.pieces[name] = Piece(shape, dtype, device, gaps, fill=fill)
-            if operand is None:
-                poison(piece.part)
-            else:
-                piece.part.copy_(operand)
-        for piece in self.pieces.values():
-            piece.seal()
-        self.arguments = call.arguments({name: piece.part for name, piece in self.pieces.items()}, device)
-        if call.facts.in_place:
-            self.arguments["out"] = self.arguments["x"]
-
-    def damage(self) -> list[str]:
-        """Return what was written beside operands and outputs, as clauses."""
-        clauses = (piece.damage(name, output=True) for name, piece in self.pieces.items())
-        return list(filter(None, clauses))
+    pieces: dict[str, Piece] = {}
+    for name, (shape, dtype) in call.sizes().items():
+        operand, fill = call.operands.get(name), torch.nan
+        if operand is not None and operand.numel() and not operand.is_floating_point():
+            fill = operand.flatten()[-1].item()
+        piece = pieces[name] = Piece(shape, dtype, device, call.facts.gaps.get(name, NO_GAPS), fill=fill)
+        poison(piece.part) if operand is None else piece.part.copy_(operand)
+        piece.seal()
+    arguments = call.arguments({name: piece.part for name, piece in pieces.items()}, device)
+    return pieces, arguments | ({"out": arguments["x"]} if call.facts.in_place else {})
 
 
 def placed_bytes(call: RecordedCall) -> int:
-    """Return how much memory a `Placed` call takes, without its cache."""
+    """Return how much memory a call that is `placed` takes, without its cache."""
     total = 0
     for name, (shape, dtype) in call.sizes().items():
         gaps = call.facts.gaps.get(name, NO_GAPS)
@@ -477,12 +465,11 @@ def make(
     call: RecordedCall, op: FusedOp, device: torch.device, synchronize: Callable[[], None] = lambda: None
 ) -> Made:
     """Make a recorded call on a device, in fresh memory of the same layout."""
-    placed = Placed(call, device)
-    arguments = placed.arguments
+    pieces, arguments = placed(call, device)
     before = copied(arguments.get("cache"))
     op(*call.leading(op, call.spec(device), arguments), **arguments)
     synchronize()
-    return made(call, op, arguments, before, placed.damage)
+    return made(call, op, arguments, before, pieces)
 
 
 def copied(cache: torch.Tensor | None) -> torch.Tensor | None:
@@ -495,11 +482,11 @@ def made(
     op: FusedOp,
     arguments: Mapping[str, Any],
     before: torch.Tensor | None,
-    beside: Callable[[], list[str]] = list,
+    pieces: Mapping[str, Piece] = MappingProxyType({}),
 ) -> Made:
     """Return what a call that has been made left in its memory.
 
-    `before` is the cache before it, if known; `beside` returns what was written beside operands.
+    `before` is the cache before it, if known; `pieces`: the memory of operands, if nobody else writes there.
     """
     inputs = call.operands.keys() & arguments.keys() - ({"x"} if call.facts.in_place else set())
     clauses = [
@@ -507,7 +494,7 @@ def made(
         for name in sorted(inputs)
         if not bool(same_numbers(arguments[name].cpu(), call.operands[name]).all())
     ]
-    clauses += beside()
+    clauses += filter(None, (piece.damage(name, output=True) for name, piece in pieces.items()))
     if before is not None:
         now, then = (call.entry.by_token(cache) for cache in (arguments["cache"], before))
         count, first = changed_slots(now, then, arguments.get("slots"))

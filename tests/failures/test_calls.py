@@ -28,7 +28,6 @@ from mla.layer.ops import layer_roles
 from mla.reference import REFERENCE
 from mla.verify.layer_check import Poison
 from mla.weights import random_state_dict
-from mla_backends import BackendError
 from mla_backends.api import FusedOp
 from mla_backends.testing import HostBackend
 
@@ -268,17 +267,6 @@ def test_files_that_are_none_are_refused_in_one_sentence(tmp_path: Path) -> None
     file.write(tmp_path, file.Document(origin=ORIGIN), {"output": torch.zeros(2)})
     with pytest.raises(ResultError, match=r"holds tensors of a whole layer.*with: repeat"):
         file.read(tmp_path).call()
-
-
-@pytest.mark.parametrize("method", ["unsupported_reasons", "unsupported_batch"])
-@pytest.mark.parametrize("answer", [None, "no bf16", [""]])
-def test_reasons_that_are_no_list_are_named_by_a_replay(
-    kept_attention: file.Failure, monkeypatch: pytest.MonkeyPatch, method: str, answer: Any
-) -> None:
-    monkeypatch.setattr(Looking, method, lambda *where: answer)
-    backend = HostBackend(ops={"mine": Looking("latent_attention")})
-    with pytest.raises(BackendError, match=rf"op 'mine': {method}\(\) returned .*, not a list of sentences"):
-        replay(kept_attention, backend, "mine")
 
 
 def test_a_failure_of_an_earlier_run_makes_room_for_the_next(tmp_path: Path) -> None:

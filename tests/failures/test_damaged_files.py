@@ -76,12 +76,10 @@ def put(tensor: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
 
 LINEAR: list[tuple[Damage, str]] = [
     (put("operand.x", lambda x: x.to(torch.uint8)), r"x is uint8 \[3, 4\], not bfloat16 \[T, i\]"),
-    (put("operand.weight", torch.Tensor.float), r"weight is float32 \[6, 4\], not bfloat16 \[o, i\]"),
     (put("operand.weight", lambda weight: weight[:5]), r"weight is bfloat16 \[5, 4\]"),
     (lambda facts, kept: facts["outputs"].update(out=[4, 6]), r"out is bfloat16 \[4, 6\]"),
     (lambda facts, kept: kept.pop("operand.x"), "it lacks the tensor 'operand.x'"),
     (lambda facts, kept: facts["outputs"].pop("out"), "the operands of linear are x, bias, out"),
-    (lambda facts, kept: facts.update(absent=["out"]), "the operands of linear are"),
     (lambda facts, kept: facts.update(in_place=True, outputs={}), "the operands of linear are"),
     (lambda facts, kept: kept.update({"operand.y": kept["operand.x"]}), "linear takes no 'operand.y'"),
     (lambda facts, kept: facts["scalars"].update(eps=1.0), "the scalars of linear are none"),
@@ -89,11 +87,9 @@ LINEAR: list[tuple[Damage, str]] = [
     (lambda facts, kept: facts["spec"].update(dtype="load"), "no layer has the dtype of its spec"),
     (lambda facts, kept: facts.update(kind="matmul"), "there is no kind of op 'matmul'"),
     (lambda facts, kept: facts["gaps"].update(x=[0, -4, 0]), r"Expected `int` >= 0"),
-    (lambda facts, kept: facts["gaps"].update(x=[0, 4]), r"Expected `array` of length 3"),
 ]
 ATTENTION: list[tuple[Damage, str]] = [
     (change("block_table", 1, 5), "block_table points outside the cache"),
-    (change("block_table", 0, -1), "block_table points outside the cache"),
     (change("block_table", 0, 3), "it does not hold the pages that the call reads"),
     (change("kv_lens", 0, 9), "kv_lens are not its lengths"),
     (change("cu_q", 1, 2**31 - 1), "cu_q does not count the new tokens"),
@@ -103,9 +99,7 @@ ATTENTION: list[tuple[Damage, str]] = [
         put("cache.rows", lambda rows: rows[..., :5]),
         r"cache.rows is bfloat16 \[3, 4, 5\], not ",
     ),
-    (put("cache.rows", lambda rows: rows.flatten(0, 1)), "its cache has no pages"),
     (lambda facts, kept: facts.update(pages=0), "its cache has no pages"),
-    (lambda facts, kept: facts.update(pages=4), "block_table points outside the cache"),
     (put("cache.pages", lambda pages: pages + 1), "it does not hold the pages that the call reads"),
     (lambda facts, kept: facts["outputs"].update(lse=[2, 2]), r"lse is float32 \[2, 2\], not "),
 ]

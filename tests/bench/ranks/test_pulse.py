@@ -229,29 +229,6 @@ def test_a_rank_ends_in_time_where_the_store_does_not_answer(
     assert other.lost(0.0) is None
 
 
-def test_rank_0_waits_for_one_that_looks_late(
-    run: Callable[[int], Ranks], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("WORD", "SILENT"):
-        monkeypatch.setattr(pulse, name, TIMEOUT_S)
-    ranks = run(3)
-    store = Broken(ranks.connect())
-    late, third = ranks.real(1, store=store), ranks.real(2)
-    for each in (late, third):
-        each.meet(TIMEOUT_S)
-    store.answers.clear()
-    leaving = threading.Thread(target=ranks.zero.leave, args=("the card is gone", 3), daemon=True)
-    leaving.start()
-    assert third.lost(TIMEOUT_S) is not None
-    third.close()
-    leaving.join(30 * pulse.BEAT)
-    assert leaving.is_alive()
-    store.answers.set()
-    assert str(late.lost(TIMEOUT_S)).endswith(" ended: the card is gone.")
-    leaving.join(TIMEOUT_S)
-    assert not leaving.is_alive()
-
-
 @pytest.mark.parametrize(
     ("places", "named"),
     [([2, 1, 2], [1]), ([1, 4, 1], [0, 2]), ([3, 3, 3], [])],  # where all wait, the library hangs

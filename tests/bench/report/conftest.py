@@ -90,59 +90,42 @@ def build(
 def timings(timed_case: results.Case, slow: float) -> list[results.Timing]:
     """Return the same case timed with a cold cache, as a graph, and by the device."""
     assert timed_case.latency_ms is not None
-    rng = random.Random(timed_case.scenario)
+    rng, median, made = random.Random(timed_case.scenario), timed_case.latency_ms.median, []
+    refused = results.Check(status="not run", reason="no graph of this op can be captured")
     ways: list[tuple[Any, Any, str, float]] = [
         ("eager", "cold", "host", 1.5),
         ("graph", "warm", "host", 0.6),
         ("graph", "warm", "device events", 0.5),
+        ("graph", "cold", "host", 0),
     ]
-    made = [
-        results.Timing(
-            mode=mode,
-            cache=cache,
-            clock=clock,
-            passes=6,
-            check=results.Check(status="ok"),
-            latency_ms=latency(timed_case.latency_ms.median * factor, rng, 10),
-        )
-        for mode, cache, clock, factor in ways
-    ]
-    refused = results.Check(status="not run", reason="no graph of this op can be captured")
-    return [
-        *made,
-        results.Timing(mode="graph", cache="cold", clock="host", passes=0, check=refused, latency_ms=None),
-    ]
+    for mode, cache, clock, factor in ways:
+        right = results.Check(status="ok") if factor else refused
+        found = latency(median * factor, rng, 10) if factor else None
+        way = {"mode": mode, "cache": cache, "clock": clock, "passes": 6 * bool(factor)}
+        made.append(results.Timing(**way, check=right, latency_ms=found))
+    return made
 
 
 def stages(timed_case: results.Case) -> list[results.Stage]:
     """Return the parts of a forward."""
     assert timed_case.latency_ms is not None
     shares = {"projections": 0.4, "attention": 0.35, "o_proj": 0.2, "cache write": 0.05, "launches": 0.15}
-    shares["attention: w_uk"] = 0.1
-    return [
-        results.Stage(
-            name=name,
-            ms=share * timed_case.latency_ms.median,
-            cost=timed_case.cost,
-            roofline=results.Roofline(floor_ms=0.1, fraction=0.5 * share, bound="memory"),
-        )
-        for name, share in shares.items()
-    ]
+    made = []
+    for name, share in {**shares, "attention: w_uk": 0.1}.items():
+        limit = results.Roofline(floor_ms=0.1, fraction=0.5 * share, bound="memory")
+        ms = share * timed_case.latency_ms.median
+        made.append(results.Stage(name=name, ms=ms, cost=timed_case.cost, roofline=limit))
+    return made
 
 
 def ceilings(slow: float) -> list[results.Ceiling]:
     """Return what a card reached: reading from memory and from its cache, copying, products."""
+    read, copy, matmul = (CEILINGS[work] / slow for work in ("read", "copy", "matmul"))
     return [
-        results.Ceiling(
-            work="read", value=CEILINGS["read"] / slow, source="measured: sum", footprint_bytes=512 << 20
-        ),
-        results.Ceiling(
-            work="read", value=3 * CEILINGS["read"] / slow, source="measured: sum", footprint_bytes=32 << 20
-        ),
-        results.Ceiling(work="copy", value=CEILINGS["copy"] / slow, source="measured: copy_"),
-        results.Ceiling(
-            work="matmul", value=CEILINGS["matmul"] / slow, source="measured: mm", dtype="bfloat16"
-        ),
+        results.Ceiling(work="read", value=read, source="measured: sum", footprint_bytes=512 << 20),
+        results.Ceiling(work="read", value=3 * read, source="measured: sum", footprint_bytes=32 << 20),
+        results.Ceiling(work="copy", value=copy, source="measured: copy_"),
+        results.Ceiling(work="matmul", value=matmul, source="measured: mm", dtype="bfloat16"),
     ]
 
 

@@ -36,10 +36,6 @@ def test_one_busy_rank_does_not_hide_in_the_average() -> None:
     assert imbalance(parts) == pytest.approx(1)
 
 
-def test_ranks_that_only_wait_are_not_divided_by() -> None:
-    assert imbalance(spread(facts(0, 1.0, 2.0), facts(1, 1.0, 2.0))) == 0
-
-
 def test_of_each_kind_of_work_the_busiest_rank_counts(case: Case) -> None:
     few, many = Cost(flops=8, bytes=3), Cost(flops=6, bytes=5)
     split = case(cost=Cost(flops=10, bytes=6), spread=spread(facts(0, cost=few), facts(1, cost=many)))

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from mla.bench import results
-from mla.bench.results.compare import compare_implementations
 from mla.bench.terminal.digits import limit
 from mla.bench.terminal.verdict import is_yardstick, verdicts
 from mla.verify.verdict import Check
@@ -104,11 +103,6 @@ def test_a_case_without_a_number_never_wins_and_is_named(said: Any, case: Make, 
     assert said(failed(case, "mla", status)) == [f"prefill: no number: mla ({status})"]
 
 
-def test_a_case_that_was_right_and_not_timed_is_named_so(said: Any, case: Make) -> None:
-    (text,) = said(case(latency_ms=None, tokens_per_s=None, interrupted=True), timed(case, "b", 2, 2.1))
-    assert text.endswith("; no number: mla (not timed)")
-
-
 def test_a_number_that_failed_its_check_never_wins(said: Any, case: Make) -> None:
     odd = timed(case, "odd", 0.1, 0.2, check=Check(status="wrong"))
     (text,) = said(timed(case, "a", 1, 1.1), timed(case, "b", 2, 2.1), odd)
@@ -148,10 +142,3 @@ def test_a_sweep_of_one_point_is_a_scenario(said: Any, case: Make) -> None:
     cases = [timed(case, "a", 1, 1.1, **point), timed(case, "b", 2, 2.2, **point)]
     (text,) = said(*cases)
     assert text.startswith("s kv=1: a is 2.0x as fast as b")
-
-
-def test_nothing_to_divide_by_is_no_speed(case: Make) -> None:
-    assert compare_implementations(timed(case, "b", 1, 2), timed(case, "a", 0, 0)).speedup is None
-    comparison = compare_implementations(timed(case, "b", 1, 2), timed(case, "a", 0, 2))
-    assert comparison.speedup is not None
-    assert comparison.speedup_interval is None
