@@ -18,13 +18,6 @@ COST = Cost(flops=10**9, bytes=10**6)  # 1 ms of either
 Case = Callable[..., results.Case]
 
 
-def test_up_to_its_limit_a_case_has_a_share() -> None:
-    assert place(COST, 4.0, READ, PRODUCT) == Roofline(
-        floor_ms=1.0, fraction=0.25, bound="memory", peak_source="measured: x"
-    )
-    assert place(COST, 1.0, READ, PRODUCT).fraction == 1.0
-
-
 @pytest.mark.parametrize("latency", [0.999, 0.8, 0.4, 0.001])
 def test_above_its_limit_a_case_has_a_doubt_and_no_share(latency: float) -> None:
     roofline = place(Cost(flops=10**9, bytes=0), latency, READ, PRODUCT)

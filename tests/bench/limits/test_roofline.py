@@ -126,14 +126,6 @@ def test_a_declared_peak_that_is_higher_wins_and_no_longer_is_our_own(
     assert (product.ours, product.lowest, product.dtype) == (False, None, "bfloat16")
 
 
-def test_a_declared_peak_near_what_is_measured_needs_no_remark(
-    setting: Setting, script: Scripted, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    declare(setting, monkeypatch, 1.2e9, 0.9e12)
-    model = RooflineModel(setting)
-    assert (model.bandwidth(8 << 20).source, model.flops().source) == ("a sheet", "measured: mine, y")
-
-
 def test_a_declared_peak_serves_a_device_that_cannot_be_measured(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,17 +141,6 @@ def test_a_declared_peak_serves_a_device_that_cannot_be_measured(
     assert model.used() == [
         Ceiling(work="read", value=1e9, source="a sheet"),
         Ceiling(work="matmul", value=1e12, source="another sheet", dtype="bfloat16"),
-    ]
-
-
-def test_the_ceilings_that_were_used_are_listed_once(setting: Setting, script: Scripted) -> None:
-    model = RooflineModel(setting)
-    assert model.used() == []
-    for count in (8 << 20, (8 << 20) + 1):
-        model.roofline(results.Cost(flops=1, bytes=count), latency_ms=1.0)
-    assert [(ceiling.work, ceiling.footprint_bytes) for ceiling in model.used()] == [
-        ("read", 8 << 20),
-        ("matmul", None),
     ]
 
 

@@ -38,14 +38,6 @@ def test_views_and_given_buffers_do_not_count() -> None:
     assert counted.peak == 0
 
 
-def test_memory_that_is_kept_counts_until_it_is_freed() -> None:
-    kept = []
-    with TransientBytes() as counted:
-        for _ in range(3):
-            kept.append(torch.zeros(MIB // 4))
-    assert counted.peak == 3 * MIB
-
-
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="packs a tensor with oneDNN")
 def test_tensors_that_a_library_packed_have_no_storage_to_count() -> None:
     packed = torch.ones(MIB // 4).to_mkldnn()
@@ -75,12 +67,6 @@ def test_agreement_is_relative_and_mutual(case: Any) -> None:
     assert of_a.relative_difference == pytest.approx(0.2)
     assert of_b.relative_difference == pytest.approx(0.25)
     assert of_a.speed_ratio == pytest.approx(1 / of_b.speed_ratio)
-
-
-def test_a_wrong_case_is_compared_with_nobody(case: Any) -> None:
-    a, b = case(implementation="a"), case(implementation="b")
-    agreement.compare([a, b], {"a": {0: torch.ones(3)}})
-    assert (a.agreement, b.agreement) == ([], [])
 
 
 @needs_transformers

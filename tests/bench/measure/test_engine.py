@@ -52,24 +52,6 @@ def test_outputs_are_collected_before_anything_else_is_called(decode: Bench) -> 
         assert words[-2:] == ["after", "outputs"]
 
 
-def test_each_round_runs_every_implementation_once(decode: Bench) -> None:
-    decode.measure(decode.parrot("a"), decode.parrot("b"), decode.parrot("c"))
-    order = decode.order()
-    rounds = [order[first : first + 3] for first in range(0, len(order), 3)]
-    assert [sorted(names) for names in rounds] == [["a", "b", "c"]] * DECODE.passes
-
-
-def test_the_order_within_rounds_follows_the_seed(make_bench: MakeBench) -> None:
-    def order(seed: int) -> tuple[str, ...]:
-        bench = make_bench(DECODE)
-        bench.measure(bench.parrot("a"), bench.parrot("b"), seed=seed)
-        return tuple(bench.order())
-
-    orders = [order(seed) for seed in range(8)]
-    assert orders == [order(seed) for seed in range(8)]
-    assert len(set(orders)) > 1
-
-
 def test_a_pass_after_another_implementation_is_flagged(decode: Bench) -> None:
     measured = decode.measure(decode.parrot("a"), decode.parrot("b"), seed=3)
     order = decode.order()
@@ -79,13 +61,6 @@ def test_a_pass_after_another_implementation_is_flagged(decode: Bench) -> None:
             s for s, who in zip(switched, order, strict=True) if who == name
         ]
     assert False in switched[1:], "choose a seed with two passes of one implementation in a row"
-
-
-def test_every_pass_starts_from_restored_history(decode: Bench) -> None:
-    decode.measure(decode.parrot("a"))
-    for words in decode.timed():
-        assert words[0] == "restore"
-        assert words.count("restore") == 2  # to warm up again, and of the timed one
 
 
 def test_no_two_timed_passes_have_the_same_inputs_and_all_implementations_have_the_same(
@@ -115,12 +90,6 @@ def test_one_that_is_wrong_in_any_one_pass_loses_its_numbers(decode: Bench, chos
     assert measured["late"].check.status == "wrong"
     assert measured["late"].check.reason.startswith(f"right at first, wrong in pass {chosen + 1}: 6 of 6 ")
     assert measured["late"].passes == []
-
-
-def test_one_that_is_wrong_does_not_cost_another_its_numbers(decode: Bench) -> None:
-    measured = decode.measure(decode.parrot("late", wrong=lambda number: number > 3), decode.parrot("b"))
-    assert measured["late"].check.status == "wrong"
-    assert len(measured["b"].passes) == DECODE.passes
 
 
 def test_a_failure_is_told_while_it_is_in_place_and_once(decode: Bench) -> None:
@@ -168,22 +137,6 @@ def test_an_interrupt_while_loading_leaves_the_rest_not_run(decode: Bench) -> No
     measured = decode.measure(decode.parrot("a"), Unloadable(decode, "b"))
     assert [measured[name].check.status for name in ("a", "b")] == ["ok", "not run"]
     assert all(measurement.interrupted and not measurement.passes for measurement in measured.values())
-
-
-def test_an_interrupt_during_the_last_check_keeps_the_passes(
-    decode: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    check = decode.checker.check_forwards
-
-    def interrupted(*arguments: Any) -> Any:
-        if decode.order().count("a") == DECODE.passes:
-            raise KeyboardInterrupt
-        return check(*arguments)
-
-    monkeypatch.setattr(decode.checker, "check_forwards", interrupted)
-    result = decode.measure(decode.parrot("a"))["a"]
-    assert len(result.passes) == DECODE.passes
-    assert result.interrupted
 
 
 def test_an_interrupt_keeps_what_another_clock_has_confirmed(

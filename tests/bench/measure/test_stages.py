@@ -19,7 +19,6 @@ from mla.bench.subjects.layer import MlaLayer
 from mla.bench.terminal.run_table import render
 from mla.bench.workload.scenario import Scenario
 from mla.layer.ops import Ops
-from mla.verify.verdict import Check
 
 Bench = Callable[..., Any]
 VIRTUAL = ("--backend", "fake-virtual-clock", "--implementations", "mla")
@@ -190,13 +189,6 @@ def test_headline_passes_run_the_ops_themselves(
     assert timed[0] > 0
 
 
-def test_the_headline_is_the_same_with_and_without_stages(bench: Bench, small: list[str]) -> None:
-    plain, staged = cases(bench, small), cases(bench, small, "--stages")
-    for case, other in zip(plain, staged, strict=True):
-        assert case.latency_ms == other.latency_ms
-        assert (case.stages, bool(other.stages)) == ([], True)
-
-
 def test_a_case_that_is_wrong_when_its_stages_are_timed_loses_its_numbers(
     bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,14 +217,6 @@ def test_an_interrupt_while_stages_are_timed_keeps_the_numbers(
     assert case.interrupted
     assert case.latency_ms is not None
     assert case.stages == []
-
-
-def test_stages_of_the_reference_stand_beside_those_of_fused_ops(bench: Bench, small: list[str]) -> None:
-    words = ("-O", "fault=none", "--scenario", "decode", "--stages", "-o", "run.json")
-    assert bench("--backend", "fake-wrong-op", *small, *words, fakes=["wrong_op"]).code == 0
-    stages = {case.implementation: case.stages for case in results.read(Path("run.json")).cases}
-    assert list(stages) == ["mla", "mla-reference"]
-    assert [stage.name for stage in stages["mla"]] == [stage.name for stage in stages["mla-reference"]]
 
 
 @pytest.mark.parametrize(
@@ -291,11 +275,6 @@ def test_stages_are_a_table_of_their_own_in_markdown(make_run: Callable[..., Run
     text = render(make_run(stages=STAGES_OF_A_CASE), "md")
     assert "\n\n| stages of prefill, mla | ms | share % | FLOP/s | GB/s | % of limit |\n| --- |" in text
     assert "\n| attention: gather | 0.5 | 12.5 | - | - | - |\n" in text
-
-
-def test_a_case_without_stages_prints_nothing_about_them(make_run: Callable[..., Run]) -> None:
-    wrong = make_run(check=Check(status="wrong", reason="x"), latency_ms=None, tokens_per_s=None)
-    assert "stages" not in render(wrong, "table") + render(make_run(), "md")
 
 
 def test_show_prints_stages_and_limits_without_torch(

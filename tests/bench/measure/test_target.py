@@ -165,12 +165,6 @@ def test_a_prefill_keeps_the_forwards_of_its_headline(make_bench: MakeBench) -> 
     assert ran.due == [None, MIN_PASSES]
 
 
-def test_a_yardstick_that_runs_alone_is_not_taken_for_the_first(make_bench: MakeBench) -> None:
-    for name, passes in (("other", MIN_PASSES), ("first", SHORT.passes)):
-        by_name = measured(make_bench(SHORT), name, seconds=0.0)
-        assert len(by_name[name].passes) == passes
-
-
 @pytest.mark.parametrize("most", [*range(72, 104, 6)])
 @pytest.mark.parametrize(
     ("scenario", "forwards"),

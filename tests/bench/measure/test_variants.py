@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -68,12 +66,6 @@ def test_by_default_warm_and_cold_are_timed(virtual: Bench) -> None:
     assert cold.passes == 6
     assert re.match(r"\d+ MiB read and written before every timed forward, for a last-level", cold.method)
     assert only_case().launch_bound is None
-
-
-def test_the_headline_alone_can_be_asked_for(virtual: Bench) -> None:
-    done = virtual(*HEADLINE, script="2")
-    assert "timed      " not in done.err
-    assert only_case().timings == []
 
 
 def test_every_combination_is_timed_by_its_own_clock(virtual: Bench) -> None:
@@ -163,12 +155,6 @@ def test_an_op_that_plans_on_the_host_is_not_captured(virtual: Bench) -> None:
     assert virtual("--mode", "graph", "--ops", "reference", scenario="prefill", graphs="on").code == 0
 
 
-def test_a_comparator_without_graphs_is_no_error(virtual: Bench) -> None:
-    done = virtual("--mode", "graph", "--implementations", "mla,mla-reference", graphs="on")
-    assert done.code == 0
-    assert "skipped: graph of decode, mla-reference: " in done.err
-
-
 @pytest.mark.parametrize(
     ("words", "code", "sentence"),
     [
@@ -217,11 +203,6 @@ def test_launch_bound_compares_eager_with_the_replay(
     assert only_case().launch_bound is expected
 
 
-def test_without_graphs_nobody_knows(virtual: Bench) -> None:
-    virtual(device_script="0.1")
-    assert only_case().launch_bound is None
-
-
 # ------------------------------------------------------------------------------------------ statistics
 
 
@@ -244,23 +225,6 @@ def test_a_steady_drift_is_measured_and_said(virtual: Bench) -> None:
     assert "decode, mla: 22 % slower over its passes" in done.err
 
 
-def test_throttling_midway_is_drift_and_noise_and_no_outlier(virtual: Bench) -> None:
-    done = virtual(*HEADLINE, script="1*12,2*12/1")
-    latency = headline()
-    assert (latency.median, latency.ci95, latency.outliers) == (1.5, (1, 2), 0)
-    assert latency.drift == pytest.approx(6 * (1 / 4) / 1.5)  # of 15 slopes, 1/4 is in the middle
-    assert remarks(done) == ["noisy", "drifts"]
-
-
-def test_an_outlier_is_counted_and_kept(virtual: Bench) -> None:
-    done = virtual(*HEADLINE, script="1*13,1.5,1*10/1")
-    latency = headline()
-    assert (latency.outliers, latency.drift, latency.median) == (1, 0, 1)
-    assert latency.samples.count(1.5) == 1
-    assert latency.ci95 == (1, 1)
-    assert remarks(done) == ["outliers"]
-
-
 def test_a_hang_is_kept_and_named(virtual: Bench) -> None:
     done = virtual(*HEADLINE, "--runs", "20", script="1*70,60000,1*49/1")
     latency = headline()
@@ -273,20 +237,7 @@ def test_a_hang_is_kept_and_named(virtual: Bench) -> None:
     assert "1 of 120 samples, the slowest 60000 times the median" in done.err
 
 
-def test_a_growing_cache_is_neither_drift_nor_an_outlier(virtual: Bench) -> None:
-    done = virtual(*HEADLINE, script="1,1.05,1.1,1.15/1")
-    assert (headline().outliers, headline().drift) == (0, 0)
-    assert remarks(done) == []
-
-
 # --------------------------------------------------------------------------------------------- warm-up
-
-
-def test_a_warm_up_goes_on_until_latencies_settle(virtual: Bench) -> None:
-    """5, 4, 3, 2 ms, then 1 for ever: the window before is 1 in its middle with the 12th forward."""
-    done = virtual(*HEADLINE, script="1/5,4,3,2,1*1000")
-    assert (only_case().warmups, only_case().settled) == (12, True)
-    assert remarks(done) == []
 
 
 def test_a_warm_up_that_does_not_settle_is_said(virtual: Bench) -> None:
@@ -294,16 +245,6 @@ def test_a_warm_up_that_does_not_settle_is_said(virtual: Bench) -> None:
     assert (only_case().warmups, only_case().settled) == (103, False)
     assert remarks(done) == ["not settled"]
     assert "latencies still changed after 103 warm-up forwards" in done.err
-
-
-def test_a_hang_in_the_warm_up_does_not_last(virtual: Bench) -> None:
-    virtual(*HEADLINE, script="1/1,5000")
-    assert (only_case().warmups, only_case().settled) == (2, False)
-
-
-def test_no_warm_up_is_none(virtual: Bench) -> None:
-    virtual(*HEADLINE, "--warmups", "0", script="1/5")
-    assert (only_case().warmups, only_case().settled) == (0, None)
 
 
 # ------------------------------------------------------------------------------------------ the result
@@ -323,18 +264,6 @@ def test_a_sensor_that_breaks_costs_nothing(virtual: Bench) -> None:
         "when": "after",
         "sensors": "unknown (RuntimeError: the sensor does not answer)",
     }
-
-
-def test_csv_has_a_column_for_every_way(virtual: Bench) -> None:
-    done = virtual("--format", "csv", script="8/8/9/4/5/8", device_script="1/6/7/2/3", graphs="on")
-    (row,) = csv.DictReader(io.StringIO(done.out))
-    names = ("cold", "device", "device_cold", "graph", "graph_cold", "graph_device", "graph_device_cold")
-    assert [float(row[f"{name}_ms"]) for name in names] == [9, 6, 7, 4, 5, 2, 3]
-    assert (row["launch_bound"], row["outliers"], row["drift"]) == ("true", "0", "0.0")
-    again = virtual("--format", "csv", *HEADLINE)
-    (bare,) = csv.DictReader(io.StringIO(again.out))
-    assert list(bare) == list(row)
-    assert {bare[f"{name}_ms"] for name in names} == {""}
 
 
 def test_a_repro_line_repeats_the_variants(virtual: Bench) -> None:

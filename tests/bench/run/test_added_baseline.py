@@ -103,14 +103,6 @@ def test_no_gate_depends_on_it(first_look: Bench, bench: Bench) -> None:
     assert done.error == "not compared: decode, joins:Right: missing from the new run"
 
 
-def test_a_resumed_run_keeps_what_joined_it(first_look: Bench) -> None:
-    assert first_look("Right", "-o", "run.json").code == 0
-    done = first_look("Right", "--resume", "run.json")
-    assert done.code == 0, done.err
-    assert "cases of 'run.json' are kept" in done.err
-    assert "joins:Right" in stored("run.json")
-
-
 @pytest.mark.parametrize(
     ("words", "is_first_look"),
     [

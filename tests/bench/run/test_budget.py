@@ -15,7 +15,7 @@ import pytest
 from mla.bench import results
 from mla.bench.limits.roofline import RooflineModel
 from mla.bench.run import scheduler
-from mla.bench.run.steering import HANG_AFTER, Steering
+from mla.bench.run.steering import Steering
 from mla.bench.run.watchdog import OVER_BUDGET, Budget
 from mla.bench.subjects.fixture import LayerFixture
 from mla.bench.subjects.layer import MlaLayer
@@ -224,8 +224,3 @@ def test_no_more_time_is_said_to_be_left_than_a_limit_leaves(
     monkeypatch.setattr(scheduler, "Progress", Noted)
     assert bench(*VIRTUAL, *small, *GRID, *words, fakes=["virtual_clock"]).code == 0
     assert known == [ends]
-
-
-def test_by_default_nothing_ends_a_run_early() -> None:
-    assert Steering().budget.left() == float("inf")
-    assert Steering().hang_after == HANG_AFTER == duration("10m")

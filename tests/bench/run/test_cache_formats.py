@@ -11,10 +11,8 @@ import pytest
 import torch
 from tiny_run import write_tiny_run
 
-from mla.bench.workload.grid import parse
 from mla.cache import formats
 from mla.cache.formats import Codec, Int8
-from mla.errors import UsageError
 from mla.reference import attention, small
 
 WORDS = ("--backend", "torch", "-O", "device=cpu", "--dtype", "bfloat16", "--config", "tiny.json")
@@ -93,15 +91,6 @@ def test_errors_of_a_kernel_are_not_taken_for_those_of_the_format(
     assert done.code == 4, done.out + done.err
     (case,) = json.loads(Path("run.json").read_text())["cases"]
     assert reason in case["check"]["reason"]
-
-
-def test_one_format_has_an_option(run: Any) -> None:
-    assert list(run("--batch-spec", "2q40", "--cache-format", "int8")) == ["int8"]
-
-
-def test_a_format_that_does_not_exist_is_named() -> None:
-    with pytest.raises(UsageError, match=r"^unknown cache format .*Did you mean 'fp8_ds_mla'\?"):
-        parse(["cache_format=fp8_ds"])
 
 
 def test_what_has_no_formats_is_refused(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

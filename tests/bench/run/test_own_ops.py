@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from msgspec.structs import asdict
 
 from mla.bench import results
-from mla.bench.report.figures import wrapped
 from mla_backends.api import OPS
 
 Bench = Callable[..., Any]
@@ -139,49 +137,6 @@ def test_the_repro_line_of_a_role_is_accepted_where_brackets_name_another(
         assert (again.scenario, again.ops) == (case.scenario, case.ops)
 
 
-def test_the_same_ops_are_not_called_faster(measure: Bench) -> None:
-    done = measure(f"mla,{FIRST},{SECOND}", "-v")
-    assert done.code == 0
-    assert f"decode: mla and {FIRST} run the same ops; outputs differ by " in done.out
-    assert f"decode: mla and {SECOND}: outputs differ by " in done.out
-
-
-def test_stages_layers_and_formats_know_the_names(measure: Bench) -> None:
-    done = measure(f"{FIRST},{SECOND}", "--stages", "--format", "md")
-    assert done.code == 0
-    assert all(f"| stages of decode, {name} |" in done.out for name in (FIRST, SECOND))
-    done = measure(f"{SECOND},mla", "--layers", "2", "--format", "csv")
-    assert done.code == 0, done.err
-    assert f'"{SECOND}"' in done.out or f",{SECOND}," in done.out
-
-
-def test_a_run_is_resumed_and_compared_by_name(measure: Bench, bench: Bench) -> None:
-    names = f"mla[ latent_attention = first ],{SECOND}"
-    assert measure(names).code == 0
-    before = cases()
-    done = measure(names, "--resume", "run.json", "--baseline", "run.json")
-    assert done.code == 0
-    assert "resuming   2 cases" in done.err
-    assert {name: asdict(case) for name, case in cases().items()} == {
-        name: asdict(case) for name, case in before.items()
-    }
-    assert all(re.search(rf"^decode +{re.escape(name)} ", done.out, re.MULTILINE) for name in before)
-    later = Path("run.json").read_text().replace('"created": "2', '"created": "3')
-    Path("later.json").write_text(later)
-    assert bench("compare", "run.json", "later.json").out.count("latent_attention=") >= 2
-    done = measure(f"{FIRST},mla", "--resume", "run.json")
-    assert done.code == 2
-    assert f"implementations was {FIRST},{SECOND} and is {FIRST},mla" in done.error
-
-
-def test_the_repro_line_of_an_op_reruns_it(measure: Bench, bench: Bench) -> None:
-    assert measure(f"mla,{SECOND}").code == 0
-    words = shlex.split(cases()[SECOND].repro)[3:]
-    assert bench(*words, "-o", "again.json").code == 0
-    assert list(cases("again.json")) == [SECOND]
-    assert cases("again.json")[SECOND].ops == cases()[SECOND].ops
-
-
 def test_each_is_listed_with_its_ops_and_reasons(measure: Bench) -> None:
     done = measure(f"mla,{SECOND}", "--list-ops")
     assert done.code == 0
@@ -243,15 +198,3 @@ def test_a_mistake_gets_its_sentence_before_anything_runs(
     assert (done.code, done.out) == (code, "")
     assert done.error.startswith(f"error: {sentence}")
     assert not Path("run.json").exists()
-
-
-def test_a_report_keeps_the_names_apart(measure: Bench, bench: Bench) -> None:
-    pair = [
-        f"mla[expanded_attention=reference,{name[4:-1]},rotate_query=reference]" for name in (FIRST, SECOND)
-    ]
-    assert measure(",".join(pair)).code == 0
-    assert bench("report", "run.json", "--html", "page.html").code == 0
-    page = Path("page.html").read_text()
-    assert all(page.count(name) >= 2 for name in pair), "in tables and legends"
-    assert len({wrapped(name) for name in pair}) == 2
-    assert all(len(line) <= 46 for name in pair for line in wrapped(name).splitlines())

@@ -239,13 +239,6 @@ def test_a_profiler_that_hangs_is_given_up(
     assert all(samples().values())
 
 
-def test_a_dry_run_says_what_would_be_written_and_writes_nothing(bench: Bench, small: list[str]) -> None:
-    done = bench(*VIRTUAL, *small, "--dry-run", "--profile", "trace.json", fakes=["virtual_clock"])
-    assert (done.code, done.out) == (0, "")
-    assert "profile    trace.json: one more pass of every case, once all are timed\n" in done.err
-    assert not Path("trace.json").exists()
-
-
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

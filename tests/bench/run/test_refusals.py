@@ -148,12 +148,3 @@ def test_a_backend_that_fails_outside_of_its_ops_ends_the_run(
     monkeypatch.setattr(HostBackend, "synchronize", broken)
     done = measure(NAMES, "second:call", *LONG)
     assert (done.code, done.error) == (3, "error: the device is gone.")
-
-
-def test_a_resumed_run_keeps_what_was_measured_and_asks_the_op_again(measure: Bench) -> None:
-    assert measure(NAMES, "second:call", *BOTH).code == 0
-    before = read()
-    done = measure(NAMES, "second:call", *BOTH, "--resume", "run.json")
-    assert done.code == 0
-    assert "resuming   5 cases" in done.err
-    assert read().cases == before.cases

@@ -136,32 +136,18 @@ def test_nothing_is_measured_when_nothing_is_missing(bench: Bench, partial: list
     assert "of 3  decode" not in done.err
 
 
-@pytest.mark.parametrize(
-    ("before", "missing", "after"),
-    [
-        ("1.6 of 2", True, "1.6 of 2"),
-        ("1.6 of 2", False, "1.6 of 2"),
-        ("", True, "0.9 of 2"),
-        ("", False, ""),
-    ],
-)
+@pytest.mark.parametrize(("before", "after"), [("1.6 of 2", "1.6 of 2"), ("", "0.9 of 2")])
 def test_other_load_beside_kept_cases_is_kept(
-    bench: Bench,
-    partial: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    before: str,
-    missing: bool,
-    after: str,
+    bench: Bench, partial: list[str], monkeypatch: pytest.MonkeyPatch, before: str, after: str
 ) -> None:
     monkeypatch.setattr(OtherLoad, "remark", lambda *_: "0.9 of 2")
-    if not missing:
-        assert bench(*partial, "--resume", "run.json").code == 0
     run = read("run.json")
     run.environment.pop(OTHERS, None)
     run.environment |= {OTHERS: before} if before else {}
     results.write(run, Path("run.json"))
-    assert bench(*partial, "--resume", "run.json").code == 0
-    assert read("run.json").environment.get(OTHERS, "") == after
+    for _ in range(2):  # the second time nothing is missing
+        assert bench(*partial, "--resume", "run.json").code == 0
+        assert read("run.json").environment.get(OTHERS, "") == after
 
 
 def test_what_was_cut_short_or_left_out_is_measured_again(bench: Bench, partial: list[str]) -> None:
@@ -250,9 +236,6 @@ def test_a_wrong_case_stays_wrong_and_a_doubtful_one_is_measured_again(
     [
         ("--seed 1", "--seed was 0 and is 1"),
         ("--dtype float32", "--dtype was not given and is float32"),
-        ("--attention absorbed", "--attention was not given and is absorbed"),
-        ("--page-size 16", "--page-size was not given and is 16"),
-        ("--ops reference", "--ops was not given and is reference"),
         ("--passes 7", "--passes was not given and is 7"),
         ("-O script=1", "-O was not given and is script=1"),
         ("--implementations mla-reference", "implementations was mla and is mla-reference"),
@@ -284,19 +267,11 @@ def test_another_grid_workload_or_config_is_refused(bench: Bench, partial: list[
 
 FACTS = {
     "backend.name": ("other", "backend name was other and is virtual"),
-    "backend.version": ("0.0.9", "backend version was 0.0.9 and is "),
     "backend.build": ("0123", "backend build was 0123 and is "),
     "backend.device": ("H9000", "backend device was H9000 and is "),
-    "backend.memory_bytes": (1, "backend memory_bytes was 1 and is "),
-    "backend.cache_bytes": (7, "backend cache_bytes was 7 and is "),
     "environment.torch": ("1.0", "torch was 1.0 and is "),
-    "environment.torch_threads": ("99", "torch_threads was 99 and is "),
-    "environment.processor": ("8086", "processor was 8086 and is "),
     "environment.OMP_NUM_THREADS": ("77", "OMP_NUM_THREADS was 77 and is "),
-    "environment.mla": ("9", "mla was 9 and is "),
     "dtype": ("float16", "dtype was float16 and is bfloat16"),
-    "attention": ("absorbed", "attention was absorbed and is auto"),
-    "page_size": (16, "page_size was 16 and is 64"),
     "seed": (3, "seed was 3 and is 0"),
     "config": ({"hidden_size": 65}, "config's hidden_size was 65 and is 64"),
     "plan.implementations": (["mla-reference"], "implementations was mla-reference and is mla"),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mla.bench import results
-from mla.bench.workload.grid import parse, points_of
+from mla.bench.workload.grid import points_of
 from mla.bench.workload.workload_file import PRESETS, read_workload
 
 Bench = Callable[..., Any]
@@ -112,8 +112,3 @@ def test_presets_are_shipped_workloads(bench: Bench, small: list[str]) -> None:
     assert "scenario   decode: 16 requests, 16 new tokens per forward, history 50 to 400, 6 passes of 10" in (
         chosen.err
     )
-
-
-def test_axes_lie_over_every_scenario_of_the_workload() -> None:
-    names = [point.name for point in points_of(read_workload("standard").scenarios, parse(["batch=1"]))]
-    assert names == ["prefill batch=1", "decode batch=1"]

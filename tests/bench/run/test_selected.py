@@ -416,15 +416,6 @@ def test_the_call_of_a_wrong_indexer_is_kept_and_replayed(measure: Bench, bench:
     assert bench("replay", "kept", "--op", "reference").code == 0
 
 
-def test_a_run_is_resumed_and_compared(measure: Bench, bench: Bench) -> None:
-    words = ("--implementations", "mla-reference", "--scenario", "decode")
-    assert measure(*words, "-o", "run.json").code == 0
-    assert measure(*words, "--resume", "run.json").code == 0
-    assert bench("compare", "run.json", "run.json").code == 0
-    assert bench("report", "run.json", "--html", "page.html").code == 0
-    assert "sparse.json" in Path("page.html").read_text()
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,36 +76,11 @@ def test_an_op_that_goes_wrong_while_it_is_timed_loses_its_numbers(measure: Benc
     assert wrong.check.reason in done.out
 
 
-def test_an_op_that_would_go_wrong_after_the_run_is_right(measure: Bench) -> None:
-    assert measure("late", "-O", "after=1000").code == 0
-
-
-def test_the_reference_may_be_asked_for_instead(measure: Bench) -> None:
-    done = measure("drop", "--ops", "reference")
-    assert done.code == 0
-    assert list(cases()) == ["mla"]
-    assert set(cases()["mla"].ops.values()) == {"reference"}
-
-
 def test_wrong_rows_are_red_on_a_terminal(measure: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("FORCE_COLOR", "1")
     row = next(line for line in measure("drop").out.splitlines() if "decode" in line and "wrong" in line)
     assert "\x1b[31m" in row
-
-
-@pytest.mark.parametrize("kind", ["json", "csv", "md"])
-def test_no_format_shows_a_number_for_a_wrong_case(measure: Bench, kind: str) -> None:
-    done = measure("nan", "--implementations", "mla", "--format", kind)
-    assert done.code == 4
-    if kind == "json":
-        (case,) = results.decode(done.out.encode()).cases
-        assert (case.latency_ms, case.tokens_per_s) == (None, None)
-    elif kind == "csv":
-        (row,) = csv.DictReader(io.StringIO(done.out))
-        assert (row["status"], row["latency_ms"], row["tokens_per_s"]) == ("wrong", "", "")
-    else:
-        assert "| - | - | - | - | - | - | - | - | wrong |" in done.out
 
 
 def test_an_op_that_refuses_the_layer_is_passed_over_with_its_reason(measure: Bench) -> None:
@@ -131,9 +104,3 @@ def test_an_op_that_refuses_the_batch_is_not_run_and_the_reference_is(measure: B
     )
     assert (reference.check.status, bool(reference.latency_ms)) == ("ok", True)
     assert measure("batch", "--ops", "reference").code == 0
-
-
-def test_a_backend_may_refuse_its_options(measure: Bench) -> None:
-    done = measure("fire")
-    assert done.code == 3
-    assert done.err.startswith("error: backend 'fake-wrong-op' knows these faults: none, drop, ")
