@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from mla.errors import UsageError
-from mla.parallel.layout import Call, Layout
+from mla.parallel.layout import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, Call, Layout
 
 # Newer releases of torch deprecate the name that older ones have.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -82,13 +82,13 @@ class Groups:
         if size == 1:
             return
         total = out if size <= MOST_HOPS else out.float()
-        self._run(Call.all_reduce(total.nbytes, size), dist.all_reduce, total, group=self.heads)
+        self._run(Call(ALL_REDUCE, size, total.nbytes), dist.all_reduce, total, group=self.heads)
         if total is not out:
             out.copy_(total)
 
     def gather_context(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Write the contiguous x [t, ...] of every rank of the context group to out [dcp, t, ...]."""
-        call = Call.all_gather(x.nbytes, self.layout.dcp)
+        call = Call(ALL_GATHER, self.layout.dcp, x.nbytes)
         self._run(call, all_gather, out.flatten(0, 1), x, group=self._context)
 
     def exchange_context(self, parts: torch.Tensor, out: torch.Tensor) -> None:
@@ -96,7 +96,7 @@ class Groups:
 
         Both are contiguous [dcp, ...].
         """
-        call = Call.all_to_all(parts.nbytes, self.layout.dcp)
+        call = Call(ALL_TO_ALL, self.layout.dcp, parts.nbytes)
         self._run(call, dist.all_to_all_single, out, parts, group=self._context)
 
     def _run(self, call: Call, collective: Callable[..., Any], *tensors: torch.Tensor, group: Any) -> None:
@@ -156,11 +156,11 @@ class SimulatedGroups(Groups):
         if (size := self.layout.head_parts) > MOST_HOPS:
             out.copy_(out.float())
         if self._rehearses and size > 1:
-            self.calls.append(Call.all_reduce(summed_bytes(out, size), size))
+            self.calls.append(Call(ALL_REDUCE, size, summed_bytes(out, size)))
 
     def gather_context(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Write x [t, ...] to out [dcp, t, ...] once for every rank."""
-        if self._receives(Call.all_gather(x.nbytes, self.layout.dcp), out):
+        if self._receives(Call(ALL_GATHER, self.layout.dcp, x.nbytes), out):
             out.copy_(x)
 
     def exchange_context(self, parts: torch.Tensor, out: torch.Tensor) -> None:
@@ -168,7 +168,7 @@ class SimulatedGroups(Groups):
 
         Of a token that attends nothing here, they weigh nothing.
         """
-        if self._receives(Call.all_to_all(parts.nbytes, self.layout.dcp), out):
+        if self._receives(Call(ALL_TO_ALL, self.layout.dcp, parts.nbytes), out):
             out.copy_(parts)
             lse_of(out).sub_(math.log(self.layout.dcp)).clamp_(min=LEAST_LSE)
 

@@ -301,26 +301,22 @@ _SYNTAX = "a link is written as in 'alpha=5us,beta=300GB/s'"
 
 @dataclass(frozen=True)
 class Call:
-    """One collective of a forward: among how many ranks, and the bytes that each sends in it."""
+    """One collective of a forward among `ranks`.
+
+    `nbytes` are those of the tensor that every rank has and gets in an all-reduce, of the one that each gives
+    to an all-gather, and of all the equal parts that each has for others in an all-to-all.
+    """
 
     kind: str
     ranks: int
-    sent: int
+    nbytes: int
 
-    @classmethod
-    def all_reduce(cls, nbytes: int, ranks: int) -> Call:
-        """Return the sum of a tensor of so many bytes, which every rank has and gets."""
-        return cls(ALL_REDUCE, ranks, 2 * nbytes * (ranks - 1) // ranks)
-
-    @classmethod
-    def all_gather(cls, nbytes: int, ranks: int) -> Call:
-        """Return the gathering of a tensor of so many bytes from each rank to all."""
-        return cls(ALL_GATHER, ranks, nbytes * (ranks - 1))
-
-    @classmethod
-    def all_to_all(cls, nbytes: int, ranks: int) -> Call:
-        """Return the exchange in which each rank has so many bytes, an equal part of them for each."""
-        return cls(ALL_TO_ALL, ranks, nbytes * (ranks - 1) // ranks)
+    @property
+    def sent(self) -> int:
+        """Bytes that each rank sends."""
+        if self.kind == ALL_GATHER:
+            return self.nbytes * (self.ranks - 1)
+        return self.nbytes * (self.ranks - 1) * (2 if self.kind == ALL_REDUCE else 1) // self.ranks
 
     @property
     def steps(self) -> int:

@@ -22,7 +22,6 @@ def test_every_preset_is_a_config_that_knows_its_name_and_source(name: str) -> N
     assert MLAConfig.preset(name).name == name
     assert PRESETS[name].source.startswith("https://huggingface.co/")
     assert PRESETS[name].source.endswith("/config.json")
-    assert PRESETS[name].read_from.startswith("https://")
 
 
 def test_a_config_shows_its_dimensions_and_what_is_not_default() -> None:

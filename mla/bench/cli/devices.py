@@ -358,9 +358,9 @@ _WORKLOADS = ("name", "scenarios", "config", "about")
 
 
 def presets() -> list[dict[str, Any]]:
-    """Return per preset the config, its checkpoint, its config.json, and what was read in its place."""
+    """Return per preset the config, its checkpoint, and the address of its config.json."""
     configs = [(MLAConfig.preset(name), preset) for name, preset in PRESETS.items()]
-    said = ("checkpoint", "source", "read_from")
+    said = ("checkpoint", "source")
     return [
         {
             **asdict(config),

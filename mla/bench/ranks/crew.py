@@ -35,7 +35,7 @@ from mla.command.environment import build_digest
 from mla.command.exit_codes import Exit, interrupted
 from mla.errors import MLAError, OutOfMemory, UnsupportedBatch, UnsupportedOps
 from mla.parallel.groups import CollectiveError, Groups, all_gather
-from mla.parallel.layout import Call, Layout, Line, fit
+from mla.parallel.layout import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, Call, Layout, Line, fit
 from mla_backends import BackendError
 from mla_backends.errors import describe, first_line
 
@@ -364,9 +364,9 @@ def _collectives(
     ranks, group = groups.layout.head_parts, groups.heads
     x = torch.zeros(ranks, nbytes // ranks // 2, dtype=torch.bfloat16, device=device)
     out, part = torch.zeros_like(x), torch.zeros_like(x[0])
-    yield Call.all_reduce(x.nbytes, ranks), lambda: dist.all_reduce(x, group=group)
-    yield Call.all_gather(part.nbytes, ranks), lambda: all_gather(out.view(-1), part, group=group)
-    yield Call.all_to_all(x.nbytes, ranks), lambda: dist.all_to_all_single(out, x, group=group)
+    yield Call(ALL_REDUCE, ranks, x.nbytes), lambda: dist.all_reduce(x, group=group)
+    yield Call(ALL_GATHER, ranks, part.nbytes), lambda: all_gather(out.view(-1), part, group=group)
+    yield Call(ALL_TO_ALL, ranks, x.nbytes), lambda: dist.all_to_all_single(out, x, group=group)
 
 
 def _seconds(run: Callable[[], Any], synchronize: Callable[[], None], group: Any) -> float:
