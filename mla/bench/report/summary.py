@@ -16,7 +16,7 @@ from mla.bench.results.rows import COLUMNS, case_rows, cell, timing_rows
 from mla.bench.results.schema import Case
 from mla.bench.terminal import ceilings, run_table, verdict
 from mla.bench.terminal import tables as terminal
-from mla.bench.terminal.digits import between, estimated, known, limit, number, percent
+from mla.bench.terminal.digits import between, known, number, percent
 from mla.bench.terminal.lines import BUSY, name, of_case
 from mla.bench.terminal.verdict import is_yardstick, status, why_unreliable
 from mla.text import counted, grouped
@@ -168,7 +168,7 @@ _ELSEWHERE = {*NAMES, *list(COLUMNS)[:9]}
 
 
 class Table(NamedTuple):
-    """Rows of cells. The first `names` columns hold words, and one called "reason"; the others numbers.
+    """Rows of cells. The first `names` columns hold words, and two called so; the others numbers.
 
     `marks` are CSS classes of rows, and `remarks` what stands below some of them, by place.
     """
@@ -182,7 +182,7 @@ class Table(NamedTuple):
 
     def is_words(self, column: int) -> bool:
         """Return whether a column holds words."""
-        return column < self.names or self.head[column] == "reason"
+        return column < self.names or self.head[column] in ("verdict", "reason")
 
 
 def css_class(case: Case) -> str:
@@ -230,13 +230,9 @@ def scalings(files: Sequence[ResultFile]) -> Table:
 
 def comparison(base: ResultFile, new: ResultFile) -> Table:
     """Return every case of a file compared with the base, refusals with their reason."""
-    rows = []
-    for case in compare.compare(base.run, new.run):
-        ratio = "-" if case.ratio is None else f"{case.ratio:.3f}"
-        numbers = [*map(estimated, case.times), ratio, terminal.bounds(case.interval)]
-        rows.append([case.scenario, case.implementation, case.verdict, *numbers, case.remarks])
-    head = (*NAMES, "verdict", "base ms", "new ms", "time ratio", "90% CI", "reason")
-    return Table(f"{new.title} against {base.title}", head, rows)
+    cases = compare.compare(base.run, new.run)
+    rows = [[*terminal.compared_cells(case), case.remarks] for case in cases]
+    return Table(f"{new.title} against {base.title}", (*terminal.COMPARED, "reason"), rows, 2)
 
 
 def _ranks(case: Case) -> Iterator[list[str]]:
@@ -249,11 +245,10 @@ def _ranks(case: Case) -> Iterator[list[str]]:
 
 
 def _stages(case: Case) -> Iterator[list[str]]:
-    """Yield every stage with its share of the sum and of its own limit."""
+    """Yield every stage, as the terminal has it."""
     whole = terminal.stages_ms(case.stages)
     for stage in case.stages:
-        share = percent(stage.ms / whole if whole else None)
-        yield [stage.name, number(stage.ms), share, limit(stage.roofline) if stage.roofline else "-"]
+        yield [stage.name, *terminal.stage_cells(stage, whole)]
 
 
 def _passes(case: Case) -> Iterator[list[str]]:
@@ -266,7 +261,7 @@ def _passes(case: Case) -> Iterator[list[str]]:
 # What is shown of each case of a file, by section: the columns, and the rows of a case.
 PER_CASE: dict[str, tuple[Sequence[str], Callable[[Case], Iterator[list[str]]]]] = {
     "ranks": (("layout", *terminal.RANK_COLUMNS, "repeated"), _ranks),
-    "stages": (("stage", "ms", "of the sum", "% of limit"), _stages),
+    "stages": (("stage", *terminal.STAGE_COLUMNS), _stages),
     "passes": (("pass", "forwards", "min ms", "median ms", "p90 ms", "max ms"), _passes),
 }
 

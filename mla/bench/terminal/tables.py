@@ -18,7 +18,7 @@ from mla.parallel.layout import IDEAL, Link
 from mla.text import size
 from mla_backends.outside import escaped
 
-_COMPARED = (
+COMPARED = (
     "scenario",
     "implementation",
     "base median ms",
@@ -29,7 +29,7 @@ _COMPARED = (
 )
 SCALING_COLUMNS = ("latency ms", "speedup", "90% CI", "efficiency", "collectives ms", "repeated")
 RANK_COLUMNS = ("rank", "ms", "collectives ms", "imbalance", "sent", "cache", "weights")
-_STAGE_COLUMNS = ("ms", "share %", "FLOP/s", "GB/s", "% of limit")
+STAGE_COLUMNS = ("ms", "share %", "FLOP/s", "GB/s", "% of limit")
 _MEASURED_RANKS = (
     "A latency is the slowest rank's, forward by forward. Collectives were clocked in a pass of their\n"
     "own, and hold the wait for other ranks. Imbalance is against the median rank, collectives left out: as\n"
@@ -65,11 +65,12 @@ def compare_runs(
             for which, ran in (("base", base), ("new", run))
         ]
         return "\n".join([*lines, ""]), cases
-    text = "\n".join(lines) + "\n" + table(kind, _COMPARED, map(_compared, cases), _COMPARED)
+    text = "\n".join(lines) + "\n" + table(kind, COMPARED, map(compared_cells, cases), COMPARED)
     return text + "\n" * bool(remarks) + "".join(_remark(*remark) for remark in remarks.items()), cases
 
 
-def _compared(case: Comparison) -> tuple[str, ...]:
+def compared_cells(case: Comparison) -> tuple[str, ...]:
+    """Return what `COMPARED` say of a case."""
     ratio = "-" if case.ratio is None else f"{'' if case.interval else '~'}{case.ratio:.3f}"
     times = map(estimated, case.times)
     return (case.scenario, case.implementation, *times, ratio, bounds(case.interval), case.verdict)
@@ -173,20 +174,25 @@ def stages_ms(stages: Sequence[Stage]) -> float:
 
 def _stages(case: Case, kind: str) -> str:
     sum_ms, title = stages_ms(case.stages), f"stages of {case.scenario}, {case.implementation}"
-    rows = [_stage(stage, sum_ms, kind) for stage in case.stages]
+    rows = [(_part(stage, kind), *stage_cells(stage, sum_ms)) for stage in case.stages]
     forward = number(case.latency_ms.median if case.latency_ms else None)
     note = (
         f"Each is timed alone, with a synchronization before and after: the sum is {number(sum_ms)} ms, a "
         f"forward takes {forward} ms."
     )
     note += " Bookkeeping is not part of a prefill's latency." * (case.mode == "prefill")
-    return f"{table(kind, (title, *_STAGE_COLUMNS), rows, (title,))}\n{note}\n\n"
+    return f"{table(kind, (title, *STAGE_COLUMNS), rows, (title,))}\n{note}\n\n"
 
 
-def _stage(stage: Stage, sum_ms: float, kind: str) -> tuple[str, ...]:
-    part, cost = stage.name.partition(": ")[2], stage.cost
+def _part(stage: Stage, kind: str) -> str:
+    part = stage.name.partition(": ")[2]
+    return f"  {part}" if part and kind == "table" else stage.name
+
+
+def stage_cells(stage: Stage, sum_ms: float) -> tuple[str, ...]:
+    """Return what `STAGE_COLUMNS` say of a stage; all of them take `sum_ms`."""
+    cost = stage.cost
     return (
-        f"  {part}" if part and kind == "table" else stage.name,
         number(stage.ms),
         f"{100 * stage.ms / sum_ms:.1f}" if sum_ms else "-",
         per_second(_rate(cost.flops if cost else 0, stage.ms), ""),
