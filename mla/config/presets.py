@@ -49,10 +49,6 @@ def _layer(
     }
 
 
-def _of(checkpoint: str, *shape: Any, **more: Any) -> Preset:
-    return Preset(checkpoint, _layer(*shape, **more))
-
-
 _V3 = _layer("deepseek_v3", 7168, 128, 1536, rope_theta=10000, rope_scaling=_yarn(40, 1.0))
 
 _GLM5 = {
@@ -72,23 +68,13 @@ _MINICPM3_FACTORS = [
 ]  # fmt: skip
 
 PRESETS: dict[str, Preset] = {
-    "deepseek-v2-lite": _of(
+    "deepseek-v2-lite": Preset(
         "deepseek-ai/DeepSeek-V2-Lite",
-        "deepseek_v2",
-        2048,
-        16,
-        None,
-        rope_theta=10000,
-        rope_scaling=_yarn(40, 0.707),
+        _layer("deepseek_v2", 2048, 16, None, rope_theta=10000, rope_scaling=_yarn(40, 0.707)),
     ),
-    "deepseek-v2": _of(
+    "deepseek-v2": Preset(
         "deepseek-ai/DeepSeek-V2",
-        "deepseek_v2",
-        5120,
-        128,
-        1536,
-        rope_theta=10000,
-        rope_scaling=_yarn(40, 0.707),
+        _layer("deepseek_v2", 5120, 128, 1536, rope_theta=10000, rope_scaling=_yarn(40, 0.707)),
     ),
     "deepseek-v3": Preset("deepseek-ai/DeepSeek-V3", _V3),
     "deepseek-v3.1": Preset("deepseek-ai/DeepSeek-V3.1", _V3),
@@ -97,30 +83,28 @@ PRESETS: dict[str, Preset] = {
         "deepseek-ai/DeepSeek-V3.2",
         {**_V3, "model_type": "deepseek_v32", "index_topk": 2048, "index_n_heads": 64, "index_head_dim": 128},
     ),
-    "kimi-k2": _of(
+    "kimi-k2": Preset(
         "moonshotai/Kimi-K2-Instruct",
-        "kimi_k2",
-        7168,
-        64,
-        1536,
-        rope_theta=50000.0,
-        rope_scaling=_yarn(32.0, 1.0, beta_fast=1),
+        _layer("kimi_k2", 7168, 64, 1536, rope_theta=50000.0, rope_scaling=_yarn(32.0, 1.0, beta_fast=1)),
     ),
-    "kimi-k2.5": _of(
-        "moonshotai/Kimi-K2.5", "kimi_k2", 7168, 64, 1536, rope_theta=50000.0, rope_scaling=_yarn(64.0, 1.0)
+    "kimi-k2.5": Preset(
+        "moonshotai/Kimi-K2.5",
+        _layer("kimi_k2", 7168, 64, 1536, rope_theta=50000.0, rope_scaling=_yarn(64.0, 1.0)),
     ),
-    "glm-4.7-flash": _of(
+    "glm-4.7-flash": Preset(
         "zai-org/GLM-4.7-Flash",
-        "glm4_moe_lite",
-        2048,
-        20,
-        768,
-        qk_nope_head_dim=192,
-        v_head_dim=256,
-        rms_norm_eps=1e-5,
-        rope_theta=1000000,
-        rope_scaling=None,
-        partial_rotary_factor=1.0,
+        _layer(
+            "glm4_moe_lite",
+            2048,
+            20,
+            768,
+            qk_nope_head_dim=192,
+            v_head_dim=256,
+            rms_norm_eps=1e-5,
+            rope_theta=1000000,
+            rope_scaling=None,
+            partial_rotary_factor=1.0,
+        ),
     ),
     "glm-5": Preset(
         "zai-org/GLM-5", {**_GLM5, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000}}
@@ -134,89 +118,89 @@ PRESETS: dict[str, Preset] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 8000000},
         },
     ),
-    "youtu-llm-2b": _of(
+    "youtu-llm-2b": Preset(
         "tencent/Youtu-LLM-2B",
-        "youtu",
-        2048,
-        16,
-        1536,
-        rope_parameters={"rope_type": "default", "rope_theta": 1600000},
+        _layer("youtu", 2048, 16, 1536, rope_parameters={"rope_type": "default", "rope_theta": 1600000}),
     ),
-    "a.x-k1": _of(
+    "a.x-k1": Preset(
         "skt/A.X-K1",
-        "AXK1",
-        7168,
-        64,
-        1536,
-        rope_theta=10000,
-        rope_scaling={**_yarn(4.0, 1.0, original=32768), "mscale_all_dim": 0.0},
+        _layer(
+            "AXK1",
+            7168,
+            64,
+            1536,
+            rope_theta=10000,
+            rope_scaling={**_yarn(4.0, 1.0, original=32768), "mscale_all_dim": 0.0},
+        ),
     ),
-    "sarvam-105b": _of(
+    "sarvam-105b": Preset(
         "sarvamai/sarvam-105b",
-        "sarvam_mla",
-        4096,
-        64,
-        None,
-        rope_theta=10000.0,
-        rope_scaling={**_yarn(40, 1.0), "type": "deepseek_yarn"},
+        _layer(
+            "sarvam_mla",
+            4096,
+            64,
+            None,
+            rope_theta=10000.0,
+            rope_scaling={**_yarn(40, 1.0), "type": "deepseek_yarn"},
+        ),
     ),
-    "minicpm3-4b": _of(
+    "minicpm3-4b": Preset(
         "openbmb/MiniCPM3-4B",
-        "minicpm3",
-        2560,
-        40,
-        768,
-        256,
-        qk_nope_head_dim=64,
-        qk_rope_head_dim=32,
-        rms_norm_eps=1e-5,
-        max_position_embeddings=32768,
-        rope_scaling={
-            "type": "longrope",
-            "short_factor": _MINICPM3_FACTORS,
-            "long_factor": _MINICPM3_FACTORS,
-            "original_max_position_embeddings": 32768,
-        },
+        _layer(
+            "minicpm3",
+            2560,
+            40,
+            768,
+            256,
+            qk_nope_head_dim=64,
+            qk_rope_head_dim=32,
+            rms_norm_eps=1e-5,
+            max_position_embeddings=32768,
+            rope_scaling={
+                "type": "longrope",
+                "short_factor": _MINICPM3_FACTORS,
+                "long_factor": _MINICPM3_FACTORS,
+                "original_max_position_embeddings": 32768,
+            },
+        ),
     ),
-    "longcat-flash": _of(
-        "meituan-longcat/LongCat-Flash-Chat", "longcat_flash", 6144, 64, 1536, rope_theta=10000000.0
+    "longcat-flash": Preset(
+        "meituan-longcat/LongCat-Flash-Chat", _layer("longcat_flash", 6144, 64, 1536, rope_theta=10000000.0)
     ),
-    "mistral-small-4": _of(
+    "mistral-small-4": Preset(
         "mistralai/Mistral-Small-4-119B-2603",
-        "mistral4",
-        4096,
-        32,
-        1024,
-        256,
-        qk_nope_head_dim=64,
-        v_head_dim=128,
-        rope_parameters={
-            **_yarn(128.0, 1.0, original=8192),
-            "rope_theta": 10000.0,
-            "llama_4_scaling_beta": 0.1,
-        },
+        _layer(
+            "mistral4",
+            4096,
+            32,
+            1024,
+            256,
+            qk_nope_head_dim=64,
+            v_head_dim=128,
+            rope_parameters={
+                **_yarn(128.0, 1.0, original=8192),
+                "rope_theta": 10000.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+        ),
     ),
-    "kimi-linear-48b": _of(
-        "moonshotai/Kimi-Linear-48B-A3B-Instruct", "kimi_linear", 2304, 32, None, mla_use_nope=True
+    "kimi-linear-48b": Preset(
+        "moonshotai/Kimi-Linear-48B-A3B-Instruct", _layer("kimi_linear", 2304, 32, None, mla_use_nope=True)
     ),
-    "kimi-k3": _of(
+    "kimi-k3": Preset(
         "moonshotai/Kimi-K3",
-        "kimi_k3",
-        7168,
-        96,
-        1536,
-        rms_norm_eps=1e-5,
-        mla_use_nope=True,
-        mla_use_output_gate=True,
+        _layer("kimi_k3", 7168, 96, 1536, rms_norm_eps=1e-5, mla_use_nope=True, mla_use_output_gate=True),
     ),
-    "ling-3-flash": _of(
+    "ling-3-flash": Preset(
         "inclusionAI/Ling-3.0-flash",
-        "bailing_hybrid",
-        2560,
-        32,
-        None,
-        rope_theta=6000000,
-        gated_attention_proj_granularity_type="head_wise",
+        _layer(
+            "bailing_hybrid",
+            2560,
+            32,
+            None,
+            rope_theta=6000000,
+            gated_attention_proj_granularity_type="head_wise",
+        ),
     ),
 }
 
