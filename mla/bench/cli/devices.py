@@ -326,17 +326,16 @@ def ceilings(options: CeilingOptions) -> int:
 
     opened = open_backend(options)
     dtypes = _native(opened.backend, names, explicit=options.dtype is not None)
-    findings = run_tasks(all_tasks(opened.backend, dtypes))
-    result = report(opened, findings)
+    result = report(opened, *run_tasks(all_tasks(opened.backend, dtypes)))
     try:
         if options.output:
             results.write(result, options.output)
     finally:
         if not files.is_stdout(options.output):
             out(terminal.render(result, options.kind))
-    if findings.interrupted:
+    if result.interrupted:
         return end_early()
-    return Exit.OK if findings.ceilings else Exit.NOTHING_RAN
+    return Exit.OK if result.measured else Exit.NOTHING_RAN
 
 
 def _native(backend: Backend, names: list[str], *, explicit: bool) -> list[torch.dtype]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from functools import partial
 from time import perf_counter_ns as now_ns
 from typing import TYPE_CHECKING
@@ -19,7 +18,6 @@ from mla_backends.errors import first_line, plugin_code
 if TYPE_CHECKING:
     import torch
 
-    from mla.bench.limits.microbench import Microbenchmark
     from mla_backends.api import Backend
 
 # Footprints: powers of 4 from the smallest to the largest, or to so many caches, or a share of memory.
@@ -32,16 +30,8 @@ MOST_SECONDS = 60
 PROJECTIONS = ("qkv_a_proj", "kv_b_proj", "o_proj")
 
 
-@dataclass
-class Findings:
-    """What was measured so far."""
-
-    ceilings: list[Ceiling] = field(default_factory=list)
-    interrupted: bool = False
-
-
 # What is about to be measured, and a function that does it.
-Task = tuple[str, Callable[[], list[Ceiling]]]
+Task = tuple[str, Callable[[], Iterable[Ceiling]]]
 
 
 def footprints(cache: int | None, free: int | None) -> list[int]:
@@ -56,7 +46,7 @@ def footprints(cache: int | None, free: int | None) -> list[int]:
 
 
 def all_tasks(backend: Backend, dtypes: list[torch.dtype]) -> list[Task]:
-    """Return what there is to measure: reading, copying, and products."""
+    """Return what there is to measure: reading, copying, squares, and the default config's projections."""
     from mla.bench.limits.microbench import Microbenchmark
 
     assert backend.device is not None
@@ -64,25 +54,15 @@ def all_tasks(backend: Backend, dtypes: list[torch.dtype]) -> list[Task]:
     sizes = footprints(backend.device_info().cache_bytes, backend.memory().free)
     tasks: list[Task] = []
     for work, measure in (("read", benchmarks[0].read), ("copy", benchmarks[0].copy)):
-        tasks += [(f"{work} of {size(count)}", partial(_listed, measure, count)) for count in sizes]
+        tasks += [(f"{work} of {size(count)}", partial(map, measure, [count])) for count in sizes]
     for benchmark, dtype in zip(benchmarks, dtypes, strict=True):
-        tasks += _product_tasks(benchmark, dtype, backend)
+        name = dtype_name(dtype)
+        tasks.append((f"square {name} products", benchmark.squares))
+        for inputs, outputs in _projections(dtype, backend):
+            for tokens in TOKENS:
+                what = f"{name} product {tokens} x {inputs} x {outputs}"
+                tasks.append((what, partial(map, benchmark.product, [tokens], [inputs], [outputs])))
     return tasks
-
-
-def _listed(measure: Callable[..., Ceiling], *amounts: int) -> list[Ceiling]:
-    return [measure(*amounts)]
-
-
-def _product_tasks(benchmark: Microbenchmark, dtype: torch.dtype, backend: Backend) -> Iterator[Task]:
-    """Yield squares as one task, and the default config's projections for few and for many tokens."""
-    name = dtype_name(dtype)
-    yield f"square {name} products", lambda: list(benchmark.squares())
-    for inputs, outputs in _projections(dtype, backend):
-        for tokens in TOKENS:
-            shape = tokens, inputs, outputs
-            what = f"{name} product {' x '.join(map(str, shape))}"
-            yield what, partial(_listed, benchmark.product, *shape)
 
 
 def _projections(dtype: torch.dtype, backend: Backend) -> list[tuple[int, int]]:
@@ -97,9 +77,12 @@ def _projections(dtype: torch.dtype, backend: Backend) -> list[tuple[int, int]]:
     return [(spec.in_features, spec.out_features) for spec in specs]
 
 
-def run_tasks(tasks: list[Task]) -> Findings:
-    """Carry out the tasks; what fails is named and skipped, and so is what is left after `MOST_SECONDS`."""
-    findings = Findings()
+def run_tasks(tasks: list[Task]) -> tuple[list[Ceiling], bool]:
+    """Carry out the tasks; return what was measured, and whether an interrupt ended it.
+
+    What fails is named and skipped, and so is what is left after `MOST_SECONDS`.
+    """
+    ceilings: list[Ceiling] = []
     end = now_ns() + 1e9 * MOST_SECONDS
     with Progress(len(tasks)) as progress:
         for number, (what, measure) in enumerate(tasks):
@@ -109,15 +92,13 @@ def run_tasks(tasks: list[Task]) -> Findings:
             progress.advance(what, 0)
             try:
                 with plugin_code():
-                    findings.ceilings += measure()
+                    ceilings += measure()
             except KeyboardInterrupt:
-                findings.interrupted = True
-                break
+                return ceilings, True
             except Exception as error:  # noqa: BLE001  # whatever a device refuses, the rest is worth having
-                reason = first_line(error)
-                note(f"skipped: {what}: {type(error).__name__}: {reason}")
+                note(f"skipped: {what}: {type(error).__name__}: {first_line(error)}")
             progress.advance(what, 1)
-    return findings
+    return ceilings, False
 
 
 def declared(backend: Backend) -> list[Ceiling]:
@@ -131,13 +112,13 @@ def declared(backend: Backend) -> list[Ceiling]:
     ]
 
 
-def report(opened: OpenedBackend, findings: Findings) -> CeilingRun:
+def report(opened: OpenedBackend, ceilings: list[Ceiling], interrupted: bool) -> CeilingRun:
     """Return the result file."""
     return CeilingRun(
         report="ceilings",
         schema_version=CEILINGS_VERSION,
         **provenance(opened.backend, opened.version),
-        measured=findings.ceilings,
+        measured=ceilings,
         declared=declared(opened.backend),
-        interrupted=findings.interrupted,
+        interrupted=interrupted,
     )

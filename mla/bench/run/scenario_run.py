@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -115,14 +116,14 @@ class ScenarioRun:
             built, self._point, inputs, checker, backend, seed, variants, self._progress, hooks
         )
         self._restore_threads()
-        for impl in built:
-            if measured[impl.name].check.status in ("ok", "doubtful"):
-                self._outputs[impl.name] = measured[impl.name].outputs
-            if measured[impl.name].check.status == "ok":
-                self._ms[impl.name] = measured[impl.name].typical_ms or 0.0
-        for impl in built:
-            if measured[impl.name].refused:
-                self.refuse(impl.name, measured[impl.name].check.reason)
+        for name in names:
+            measurement = measured[name]
+            if measurement.check.status in ("ok", "doubtful"):
+                self._outputs[name] = measurement.outputs
+            if measurement.check.status == "ok":
+                self._ms[name] = measurement.typical_ms or 0.0
+            if measurement.refused:
+                self.refuse(name, measurement.check.reason)
         self._progress(f"{self._point.name}: limits of the device", 0)
         self.ceilings.again(min(LIMITS_AGAIN_S, self._hooks.target.spare()))
         ran = [impl.name for impl in built if not measured[impl.name].refused]
@@ -299,17 +300,11 @@ def judge(case: Case, least: Cost, ceilings: RooflineModel, beat: Callable[[], N
 
 def withhold(case: Case, reason: str) -> None:
     """Take the numbers from a case that are in doubt; what its check found otherwise stays."""
-    case.check = doubtful(case.check, reason)
+    in_doubt = partial(msgspec.structs.replace, status="doubtful", reason=reason)
+    case.check = in_doubt(case.check)
     case.latency_ms = case.tokens_per_s = case.plan_ms = case.launch_bound = case.new_lengths = None
     case.roofline, case.stages, case.switch_steps, case.passes = Roofline(), [], [], 0
     case.spread = None
     for timing in case.timings:
         if timing.latency_ms is not None:
-            timing.check, timing.latency_ms, timing.passes = doubtful(timing.check, reason), None, 0
-
-
-def doubtful(check: Check, reason: str) -> Check:
-    """Return the check of a number that is withheld."""
-    return Check(
-        status="doubtful", error_ratio=check.error_ratio, relative_error=check.relative_error, reason=reason
-    )
+            timing.check, timing.latency_ms, timing.passes = in_doubt(timing.check), None, 0

@@ -260,37 +260,30 @@ def _closest(config: MLAConfig) -> str:
         return "kimi_linear"
     if config.query_scaling is not None:
         return "mistral4"
-    return "longcat_flash" if _scales(config) != (1.0, 1.0) else "deepseek_v3"
-
-
-def _scales(config: MLAConfig) -> tuple[float, float]:
-    return config.q_latent_scale, config.kv_latent_scale
+    return "longcat_flash" if (config.q_latent_scale, config.kv_latent_scale) != (1, 1) else "deepseek_v3"
 
 
 def _computes(classes: _Classes, config: MLAConfig) -> bool:
     """Return whether the classes honour every field of the config that a family may fix."""
     scales = (1.0, 1.0)
-    if classes.scales_latents and config.q_lora_rank is not None:
+    if classes.scales_latents:
+        if config.q_lora_rank is None:
+            return False
         ranks = (config.q_lora_rank, config.kv_lora_rank)
         scales = ((config.hidden_size / ranks[0]) ** 0.5, (config.hidden_size / ranks[1]) ** 0.5)
+    if (queries := config.query_scaling) is not None:  # whose period must be YaRN's original length
+        scaling, original = config.rope_scaling, queries.period
+        if isinstance(scaling, YarnScaling):
+            original = scaling.original_max_position_embeddings
+        if not classes.by_position or original != queries.period:
+            return False
     return (
-        _scales(config) == scales
+        (config.q_latent_scale, config.kv_latent_scale) == scales
         and (config.rope_theta is not None) == classes.rotates
         and config.output_gate == classes.output_gate
         and not (config.sink_logits or config.qk_rope_head_dim == 0 or config.index_topk)
-        and _computes_query_scaling(classes, config)
-        and (not classes.scales_latents or config.q_lora_rank is not None)
         and (not classes.rotates or classes.interleaved in (None, config.rope_interleave))
     )
-
-
-def _computes_query_scaling(classes: _Classes, config: MLAConfig) -> bool:
-    """Return whether there is no query scale, or one whose period is YaRN's original length."""
-    if config.query_scaling is None:
-        return True
-    period, scaling = config.query_scaling.period, config.rope_scaling
-    original = scaling.original_max_position_embeddings if isinstance(scaling, YarnScaling) else period
-    return classes.by_position and original == period
 
 
 def _dims(config: MLAConfig) -> dict[str, Any]:
