@@ -58,7 +58,6 @@ class OpCase:
     kv_lens: Lengths
     name: str = ""
     seed: int = 0
-    context: bool = False  # a row for every key of every request, instead of every new token
     causal: bool = True
     biased: bool = False
     interleaved: bool = True
@@ -102,7 +101,7 @@ class OpCase:
     @property
     def rows(self) -> int:
         """Number of rows that the op works on."""
-        return sum(self.kv_lens if self.context else self.query_lens)
+        return sum(self.query_lens)
 
     @property
     def alike(self) -> list[slice]:
@@ -168,8 +167,6 @@ class OpCase:
 
     def places(self, table: torch.Tensor | None = None) -> Places:
         """Name the rows of the results; `table` [B, n] is the host's block table."""
-        if self.context:
-            return Places.new_tokens(self.kv_lens, self.kv_lens)
         page_size = None if table is None else self.layout.page_size
         return Places.new_tokens(self.query_lens, self.kv_lens, table, page_size)
 

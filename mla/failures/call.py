@@ -103,9 +103,9 @@ class RecordedCall:
         """The call without its operands, on the host."""
         facts = self.facts
         layout = Layout(1 if self.pages is None else self.pages.shape[1], gaps=facts.gaps)
-        lengths = (tuple(facts.query_lens), tuple(facts.kv_lens))
-        spec, context = self.spec(torch.device("cpu")), facts.role == CONTEXT
-        return OpCase(facts.kind, spec, *lengths, context=context, causal=facts.causal, layout=layout)
+        keys, spec = tuple(facts.kv_lens), self.spec(torch.device("cpu"))
+        new = keys if facts.role == CONTEXT else tuple(facts.query_lens)
+        return OpCase(facts.kind, spec, new, keys, causal=facts.causal, layout=layout)
 
     @property
     def cache_numbers(self) -> int:

@@ -45,11 +45,10 @@ def op_problem(setting: Setting, point: Point) -> Pool:
     case = OpCase(
         kind,
         spec,
-        point.query_lens,
+        point.kv_lens(0) if role == "kv_b_proj" else point.query_lens,  # which has a row for every key
         point.kv_lens(0),
         name=point.name,
         seed=setting.seed,
-        context=role == "kv_b_proj",
         biased=config.attention_bias and role in ("qkv_a_proj", "o_proj"),
         interleaved=config.indexer_rope_interleave if role in INDEXER else config.rope_interleave,
         eps=INDEX_EPS if role in INDEXER else config.rms_norm_eps,
