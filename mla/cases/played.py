@@ -164,7 +164,7 @@ class Host:
 
 
 _hosts: dict[OpCase, Host] = {}  # the last used are last
-MAX_HOSTS, MAX_NUMBERS = 64, 1 << 25  # and numbers in all of them; the last is kept whatever it has
+MANY, MAX_NUMBERS = 1 << 19, 1 << 25  # of each at least, and of all; the last is kept in any case
 
 
 def on_host(case: OpCase) -> OpCase:
@@ -180,9 +180,7 @@ def host_of(case: OpCase) -> Host:
     """Return the host's side of a case, wherever its call lies. It is kept for other ops and layouts."""
     case = on_host(case)
     _hosts[case] = kept = _hosts.pop(case, None) or Host(case)
-    while len(_hosts) > 1 and (
-        len(_hosts) > MAX_HOSTS or sum(host.numbers for host in _hosts.values()) > MAX_NUMBERS
-    ):
+    while len(_hosts) > 1 and sum(host.numbers + MANY for host in _hosts.values()) > MAX_NUMBERS:
         del _hosts[next(iter(_hosts))]
     return kept
 
@@ -193,12 +191,7 @@ class Laid(Call):
     pool: Host  # type: ignore[assignment]
 
     def __init__(
-        self,
-        case: OpCase,
-        op: FusedOp,
-        scene: Scene | None = None,
-        *,
-        host: Host | None = None,
+        self, case: OpCase, op: FusedOp, scene: Scene | None = None, *, host: Host | None = None
     ) -> None:
         """`scene`: of which it is a part, if of any. `host`: the case's host side, unless it is drawn."""
         self.alone = scene is None
@@ -321,9 +314,8 @@ class Laid(Call):
 
     def spoil(self) -> None:
         """Overwrite inputs: an op that has returned reads them no more."""
-        for name in (
-            {*self.pool.entry.varied, "k", "v", "selection", "cache"} & self.pieces.keys()
-        ) - self.outputs:
+        read = {*self.pool.entry.varied, "k", "v", "selection", "cache"} - self.outputs
+        for name in read & self.pieces.keys():
             poison(self.pieces[name].part)
 
     def copies(self) -> Tensors:
@@ -354,9 +346,7 @@ class Player:
         for case in scene.cases:
             self.require(case)
         calls = [Laid(case, self.op, scene) for case in scene.cases]
-        states = (
-            {index: self._leading(call, scene) for index, call in enumerate(calls)} if scene.early else {}
-        )
+        states = {index: self._leading(call, scene) for index, call in enumerate(calls) if scene.early}
         written: dict[int, Tensors] = {}
         number = 0
         for index, times in scene.order:

@@ -83,9 +83,12 @@ def judge_decoded(
     worst = far.max().item() if far.numel() else 0.0
     if worst <= 1:
         return worst, ""
-    bad = (far > 1).any(1)
+    return worst, _rows((far > 1).any(1), "are more than one code from the codec's", places)
+
+
+def _rows(bad: torch.Tensor, what: str, places: Places | None) -> str:
     where = f": {describe(bad, places)}" if places is not None else ""
-    return worst, f"{int(bad.sum())} of {len(bad)} rows are more than one code from the codec's{where}"
+    return f"{int(bad.sum())} of {len(bad)} rows {what}{where}"
 
 
 def judge_bytes(result: torch.Tensor, right: torch.Tensor, places: Places | None) -> tuple[float, str]:
@@ -95,8 +98,7 @@ def judge_bytes(result: torch.Tensor, right: torch.Tensor, places: Places | None
     wrong = (right >= 0) & (result.double() != right)
     if not bool(wrong.any()):
         return 0.0, ""
-    bad = wrong.any(1)
-    where = f": {describe(bad, places)}" if places is not None else ""
     first = int(wrong.any(0).nonzero()[0])
-    counted = f"{int(bad.sum())} of {len(bad)} rows"
-    return math.inf, f"{counted} hold other bytes than the codec makes, byte {first} the first{where}"
+    return math.inf, _rows(
+        wrong.any(1), f"hold other bytes than the codec makes, byte {first} the first", places
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from op_bench import OpBench
 from wrong_sparse import MUTANTS
@@ -159,24 +160,21 @@ def test_different_selected_tokens_are_counted_once() -> None:
 
 
 def test_a_damaged_selection_is_refused_before_any_op_is_called(tmp_path: Path) -> None:
-    import safetensors.torch
-
     bench = OpBench(CONFIG, "sparse_latent_attention", torch.float32, REQUESTS, runs=2)
     op = MUTANTS["sparse_latent_attention.selections"][0]()
     wrong = search(bench.implementation(op), bench.scenario, bench.problem, lambda: None).wrong
     assert wrong is not None
     file.write_call(tmp_path, wrong, ORIGIN)
     path = tmp_path / file.NAME
+    tensors = safetensors.torch.load_file(path)
+    with safetensors.safe_open(path, framework="pt") as opened:
+        metadata = opened.metadata()
     for bad in (-2, 14, 2**31 - 1):
-        tensors = safetensors.torch.load_file(path)
-        with safetensors.safe_open(path, framework="pt") as opened:
-            metadata = opened.metadata()
-        before = tensors["operand.selection"].clone()
-        tensors["operand.selection"].view(-1)[0] = bad
-        safetensors.torch.save_file(tensors, path, metadata)
+        selection = tensors["operand.selection"].clone()
+        selection.view(-1)[0] = bad
+        safetensors.torch.save_file({**tensors, "operand.selection": selection}, path, metadata)
         with pytest.raises(file.ResultError, match="selection points outside its request"):
             file.read(tmp_path)
-        safetensors.torch.save_file({**tensors, "operand.selection": before}, path, metadata)
 
 
 def test_an_op_may_not_write_to_its_selection() -> None:
