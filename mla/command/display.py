@@ -94,8 +94,6 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, padded: bo
 
 # Seconds until the first line where stderr is not a terminal; the next takes twice as long, up to the most.
 EVERY, SELDOM = 30.0, 120.0
-# Part of the work from which the rest is estimated.
-BEGUN = 0.05
 
 _Self = TypeVar("_Self", bound="_Bar")
 
@@ -127,13 +125,12 @@ class _Bar:
 
 
 class Progress(_Bar):
-    """Counts forwards; says what is running and how long the rest will take."""
+    """Counts forwards; says what is running and which part is done."""
 
-    def __init__(self, forwards: float, ends: Sequence[float] = ()) -> None:
-        """`ends`: the real seconds in which all should be done, and those in which it must, if limited."""
+    def __init__(self, forwards: float) -> None:
         super().__init__("starting", forwards)
-        self._total, self._done, self._ends, self._every = forwards, 0.0, ends, EVERY
-        self._start = self._said = time.monotonic()
+        self._total, self._done, self._every = forwards, 0.0, EVERY
+        self._said = time.monotonic()
 
     @property
     def hidden(self) -> bool:
@@ -148,26 +145,13 @@ class Progress(_Bar):
         now = time.monotonic()
         if self.hidden and now - self._said >= self._every:
             self._said, self._every = now, min(2 * self._every, SELDOM)
-            note(f"running    {what}{self._left(now - self._start)}")
+            note(f"running    {what}, {self._done / self._total:.0%} of the plan")
 
     def say(self, text: str) -> None:
         """Print a line of news where there is no bar; the next line on what runs is then due later."""
         if self.hidden:
             self._said = time.monotonic()
             note(text)
-
-    def _left(self, taken: float) -> str:
-        """Return how much longer it will take, if that can be told."""
-        known = [end - taken for end in self._ends if end > taken]
-        if self._ends and not known:
-            return ""  # what is late runs fewer forwards than planned: how many cannot be told
-        # Limits come before the first forwards, and say nothing of them.
-        if self._done and self._done >= BEGUN * self._total:
-            known.append(taken * (self._total - self._done) / self._done)
-        if not known:
-            return ""
-        left = min(known)
-        return f", about {left / 60:.0f} min left" if left >= 120 else f", about {left:.0f} s left"
 
 
 class Reading(_Bar):

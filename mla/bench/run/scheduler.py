@@ -45,10 +45,7 @@ def measure(request: Request, empty: results.Run | None = None, steering: Steeri
     `empty` is the result without cases.
     """
     empty, steering = empty or empty_run(request), steering or Steering()
-    ends = [seconds * len(request.scenarios) for seconds in (TARGET_S, MAX_S)]
-    if request.options.counted or steering.budget.seconds is not None:
-        ends = [steering.budget.seconds] if steering.budget.seconds is not None else []
-    with Progress(sum(map(request.forwards, request.points)), ends) as progress:
+    with Progress(sum(map(request.forwards, request.points))) as progress:
         if len(request.scenarios) > 1:
             steering = replace(steering, log=progress.say)
         return _Scheduler(request, empty, progress.advance, steering).run()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from mla.bench.run.watchdog import OVER_BUDGET, Budget
 from mla.bench.subjects.fixture import LayerFixture
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.workload.scenario import duration, spoken
-from mla.command.display import Progress
 
 Bench = Callable[..., Any]
 
@@ -205,22 +204,3 @@ def test_a_budget_that_is_over_at_once_runs_nothing(bench: Bench, small: list[st
     assert "--budget was too short for any number (0 s of 0.001 s were left): give it more, or " in done.err
     assert "--budget skipped 3 of 3 cases; with -o, a later run could" in done.err
     assert "is not a valid duration" in bench(*VIRTUAL, "--budget", "soon").err
-
-
-@pytest.mark.parametrize(
-    ("words", "ends"),
-    [(("--budget", "5m"), [300.0]), (("--passes", "2"), [])],
-)
-def test_no_more_time_is_said_to_be_left_than_a_limit_leaves(
-    bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], ends: list[float]
-) -> None:
-    known = []
-
-    class Noted(Progress):
-        def __init__(self, forwards: float, ends: Sequence[float] = ()) -> None:
-            known.append(ends)
-            super().__init__(forwards, ends)
-
-    monkeypatch.setattr(scheduler, "Progress", Noted)
-    assert bench(*VIRTUAL, *small, *GRID, *words, fakes=["virtual_clock"]).code == 0
-    assert known == [ends]
