@@ -41,7 +41,7 @@ MAX_CALLS = 4096
 Region = Callable[[int], float]  # number of calls -> seconds
 
 
-def per_call(region: Region, max_calls: int = MAX_CALLS, enough: float = float("inf")) -> float:
+def per_call(region: Region, enough: float = float("inf")) -> float:
     """Return the seconds of one call. More than `enough` need not be exact.
 
     Regions are repeated; the shortest of N and of 2N calls count, because noise only adds.
@@ -49,7 +49,7 @@ def per_call(region: Region, max_calls: int = MAX_CALLS, enough: float = float("
     once = region(1)  # loads kernels and touches pages
     if once > LONG_CALL_S:
         return min(once, region(1))
-    calls, short, long = _size(region, max_calls)
+    calls, short, long = _size(region)
     end, done = now_ns() + 1e9 * REPEAT_S, 1
     last = now_ns() + 1e9 * MAX_REPEAT_S
     while (done < REPEATS or now_ns() < end) and now_ns() < last:
@@ -60,13 +60,13 @@ def per_call(region: Region, max_calls: int = MAX_CALLS, enough: float = float("
     return grown(short, long, calls)
 
 
-def _size(region: Region, max_calls: int) -> tuple[int, float, float]:
+def _size(region: Region) -> tuple[int, float, float]:
     """Return N, large enough for the growth to be measured, and the seconds of N and of 2N calls."""
     calls = 1
     while True:
         short, long = region(calls), region(2 * calls)
         clear = long - short >= MIN_GROWTH_S and long >= RATIO * short
-        if clear or long >= LONG_REGION_S or 8 * calls > max_calls:
+        if clear or long >= LONG_REGION_S or 8 * calls > MAX_CALLS:
             return calls, short, long
         calls *= 4
 
@@ -103,12 +103,12 @@ CHECKED = (8, 32)
 
 @dataclass(frozen=True)
 class Way:
-    """One way to do the work. `call(i)` does it for the i-th time in a region and returns what it wrote."""
+    """One way to do the work: `call` does it once and returns what it wrote."""
 
     name: str
-    call: Callable[[int], torch.Tensor]
-    prepare: Callable[[int], None] = lambda calls: None  # before a region of so many calls, untimed
-    right: Callable[[int], bool] = lambda calls: True  # whether that region's results are, untimed
+    call: Callable[[], torch.Tensor]
+    prepare: Callable[[], object] = lambda: None  # before a region of calls, untimed
+    right: Callable[[], bool] = lambda: True  # whether the region's last result is, untimed
     ours: bool = False
 
 
@@ -132,23 +132,21 @@ def read_ways(weight: torch.Tensor) -> list[Way]:
     x, out = weight[:1].clone(), weight.new_empty(1, weight.shape[0])
     numbers = weight.view(torch.float32)  # sums of other dtypes are widened first, which is slow
     return [
-        Way("sum", lambda call: numbers.sum()),
-        Way("sums of rows", lambda call: numbers.sum(1)),
-        Way("maximum", lambda call: numbers.amax()),
-        Way("dot", lambda call: torch.dot(numbers.view(-1), numbers.view(-1))),
-        Way("torch.mm of one token", lambda call: torch.mm(x, weight.t(), out=out)),
+        Way("sum", lambda: numbers.sum()),
+        Way("sums of rows", lambda: numbers.sum(1)),
+        Way("maximum", lambda: numbers.amax()),
+        Way("dot", lambda: torch.dot(numbers.view(-1), numbers.view(-1))),
+        Way("torch.mm of one token", lambda: torch.mm(x, weight.t(), out=out)),
     ]
 
 
 def product_ways(x: torch.Tensor, weight: torch.Tensor) -> list[Way]:
     """Return torch's ways to multiply x [tokens, inputs] by the transpose of weight [outputs, inputs]."""
     out = x.new_empty(x.shape[0], weight.shape[0])
-    ways = [Way("torch.mm", lambda call: torch.mm(x, weight.t(), out=out))]
+    ways = [Way("torch.mm", lambda: torch.mm(x, weight.t(), out=out))]
     if x.dtype != torch.float32:
         wide = x.float(), weight.float(), out.float()
-        ways.append(
-            Way("torch.mm in float32", lambda call: torch.mm(wide[0], wide[1].t(), out=wide[2])),
-        )
+        ways.append(Way("torch.mm in float32", lambda: torch.mm(wide[0], wide[1].t(), out=wide[2])))
     return ways
 
 
@@ -161,18 +159,15 @@ def own_product(choice: Choice, weight: torch.Tensor, tokens: int) -> Way:
     truth = x[rows].cpu().double() @ weight[columns].cpu().double().t()
     bound = ROW_SLACK * BOUNDS[weight.dtype] * truth.norm(dim=-1)
 
-    def call(number: int) -> torch.Tensor:
+    def call() -> torch.Tensor:
         choice.op(packed, x=x, bias=None, out=out)
         return out
 
-    def prepare(calls: int) -> None:
-        wait(out.fill_(torch.nan))
-
-    def right(calls: int) -> bool:
+    def right() -> bool:
         error = out[rows][:, columns].cpu().double() - truth
         return bool((error.norm(dim=-1) <= bound).all())  # NaN is not
 
-    return Way(choice.name, call, prepare, right, ours=True)
+    return Way(choice.name, call, lambda: wait(out.fill_(torch.nan)), right, ours=True)
 
 
 def _spread(count: int, most: int, device: torch.device) -> torch.Tensor:
@@ -210,7 +205,7 @@ class Microbenchmark:
         count = rows * FEATURES * self._dtype.itemsize
         weight = random_rows(rows, FEATURES, self._dtype, self._device)
         work = f"reading {size(count, MiB='.3g')}"
-        fastest = self._best([*read_ways(weight), *self._own(weight, 1, work)], work)
+        fastest = self._timed([*read_ways(weight), *self._own(weight, 1, work)], work)[0]
         return _ceiling("read", count, fastest, size(count, MiB=".3g"), count)
 
     def copy(self, count: int) -> Ceiling:
@@ -219,10 +214,16 @@ class Microbenchmark:
         target = torch.empty_like(source)
         moved = 2 * source.nbytes
         ways = [
-            Way("copy_", lambda call: target.copy_(source)),
-            Way("neg", lambda call: torch.neg(source, out=target)),
+            Way("copy_", lambda: target.copy_(source)),
+            Way("neg", lambda: torch.neg(source, out=target)),
         ]
-        return _ceiling("copy", moved, self._best(ways, f"copying {moved}"), size(moved, MiB=".3g"), moved)
+        return _ceiling(
+            "copy",
+            moved,
+            min(self._timed(ways, f"copying {moved}"), key=_seconds),
+            size(moved, MiB=".3g"),
+            moved,
+        )
 
     def product(self, tokens: int, inputs: int, outputs: int) -> Ceiling:
         """Return FLOP per second of [tokens, inputs] x [inputs, outputs]; a multiply-add counts as 2."""
@@ -247,12 +248,11 @@ class Microbenchmark:
         shape = f"{tokens} x {inputs} x {outputs} {dtype}"
         ways = [*product_ways(x, weight), *self._own(weight, tokens, f"multiplying {shape}")]
         timed = self._timed(ways, f"multiplying {shape}")
-        fastest = min(timed, key=lambda pair: pair[0])
-        by_torch = min((seconds for seconds, way in timed if not way.ours), default=fastest[0])
+        by_torch = next((seconds for seconds, way in timed if not way.ours), timed[0][0])
         least = max(HOPELESS * by_torch, HOPELESS_S)
         self._out |= {way.name for seconds, way in timed if seconds > least}
         numbers, flops = tokens * inputs + inputs * outputs + tokens * outputs, 2 * tokens * inputs * outputs
-        ceiling = _ceiling("matmul", flops, fastest, shape, self._dtype.itemsize * numbers, dtype)
+        ceiling = _ceiling("matmul", flops, timed[0], shape, self._dtype.itemsize * numbers, dtype)
         return ceiling, by_torch
 
     def _own(self, weight: torch.Tensor, tokens: int, work: str) -> list[Way]:
@@ -273,12 +273,11 @@ class Microbenchmark:
             _leave_out(name, f"failed when {work}, and is left out of the limits: {describe(error)}")
         return []
 
-    def _best(self, ways: Sequence[Way], work: str) -> tuple[float, Way]:
-        """Return the seconds of the fastest way, and the way. Raises the first error if all ways fail."""
-        return min(self._timed(ways, work), key=lambda pair: pair[0])
-
     def _timed(self, ways: Sequence[Way], work: str) -> list[tuple[float, Way]]:
-        """Return the seconds of every way that is not out. Raises the first error if all of them fail."""
+        """Return the seconds of every way that is not out, the fastest first.
+
+        Raises the first error if all of them fail.
+        """
         timed: list[tuple[float, Way]] = []
         failed: list[Exception] = []
         for way in ways:
@@ -298,7 +297,7 @@ class Microbenchmark:
                     _leave_out(way.name, why)
         if not timed:
             raise failed[0] if failed else Wrong(f"every op tried for {work} gives a wrong result")
-        return timed
+        return sorted(timed, key=lambda pair: pair[0])
 
     def _seconds(self, way: Way, enough: float) -> float:
         """Return the seconds per call of one way. Raises `Wrong`."""
@@ -307,13 +306,13 @@ class Microbenchmark:
 
     def _region(self, way: Way, calls: int) -> float:
         """Return the seconds of so many calls, until the last one's result is there. Raises `Wrong`."""
-        way.prepare(calls)
+        way.prepare()
         start = now_ns()
-        for call in range(calls):
-            written = way.call(call)
+        for _ in range(calls):
+            written = way.call()
         wait(written)
         seconds = (now_ns() - start) / 1e9
-        if not way.right(calls):
+        if not way.right():
             raise Wrong
         return seconds
 

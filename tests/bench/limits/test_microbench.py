@@ -78,7 +78,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[Way], float]) ->
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
-    ways = [Way(name, lambda call: torch.ones(1)) for name in seconds]
+    ways = [Way(name, lambda: torch.ones(1)) for name in seconds]
     monkeypatch.setattr(microbench, "read_ways", lambda weight: ways)
     monkeypatch.setattr(Microbenchmark, "_own", lambda *where: [])
     counted(monkeypatch, lambda way: seconds[way.name])
@@ -96,11 +96,11 @@ def test_the_fastest_way_is_the_ceiling_and_is_named(
 def test_a_way_that_a_device_lacks_is_no_obstacle_and_all_of_them_are(
     benchmark: Microbenchmark, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lacking(call: int) -> torch.Tensor:
+    def lacking() -> torch.Tensor:
         raise NotImplementedError("no such kernel")
 
     monkeypatch.setattr(Microbenchmark, "_own", lambda *where: [])
-    some = [Way("a", lacking), Way("b", lambda call: torch.ones(1))]
+    some = [Way("a", lacking), Way("b", lambda: torch.ones(1))]
     monkeypatch.setattr(microbench, "read_ways", lambda weight: some)
     assert benchmark.read(1 << 20).source == "measured: b, 1 MiB"
     monkeypatch.setattr(microbench, "read_ways", lambda weight: some[:1])
@@ -119,7 +119,7 @@ def test_every_way_of_reading_reads_all_of_it(dtype: torch.dtype, place: int) ->
         weight.view(-1)[place : place + 2 or None] = 1e12
     assert len(ways) == 5
     for way in ways:
-        assert way.call(0).max() > 1e11, way.name
+        assert way.call().max() > 1e11, way.name
 
 
 def test_every_route_to_a_product_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +135,7 @@ def test_every_route_to_a_product_is_timed(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_widened_operands_give_the_same_product() -> None:
     x, weight = (microbench.random_rows(rows, 48, torch.bfloat16, CPU) for rows in (8, 24))
-    plain, wide = (way.call(0) for way in microbench.product_ways(x, weight))
+    plain, wide = (way.call() for way in microbench.product_ways(x, weight))
     assert wide.dtype == torch.float32
     assert torch.allclose(wide, x.double().mm(weight.double().t()).float(), rtol=1e-4, atol=1e-4)
     assert torch.allclose(plain.float(), wide, rtol=2e-2, atol=2e-2)
@@ -259,7 +259,7 @@ class Ticking:
     def now_ns(self) -> int:
         return round(1e9 * self.now)
 
-    def call(self, number: int) -> torch.Tensor:
+    def call(self) -> torch.Tensor:
         self.now += self.each
         return torch.ones(1)
 
@@ -321,26 +321,13 @@ def test_a_call_of_seconds_is_made_twice() -> None:
     assert asked == [1, 1]
 
 
-def asked(each: float = 1e-3, **limits: float) -> list[int]:
-    """Return the calls of every region that was asked for."""
-    calls_of_regions: list[int] = []
-
-    def region(calls: int) -> float:
-        calls_of_regions.append(calls)
-        return calls * each
-
-    per_call(region, **limits)  # type: ignore[arg-type]
-    return calls_of_regions
-
-
-def test_no_region_has_more_calls_than_there_are_outputs_for() -> None:
-    for most in range(2, 40):
-        assert max(asked(1e-9, max_calls=most)) <= most
-
-
 def test_a_way_that_cannot_win_is_not_repeated() -> None:
-    counts = [len(asked(enough=enough)) for enough in (2.0, 1e-6)]
-    assert counts[1] < counts[0]
+    def regions(enough: float) -> int:
+        asked: list[int] = []
+        per_call(lambda calls: asked.append(calls) or 1e-3 * calls, enough)  # type: ignore[func-returns-value]
+        return len(asked)
+
+    assert regions(1e-6) < regions(2.0)
 
 
 @pytest.mark.parametrize("enabled", [True, False])
