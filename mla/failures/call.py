@@ -107,11 +107,6 @@ class RecordedCall:
         new = keys if facts.role == CONTEXT else tuple(facts.query_lens)
         return OpCase(facts.kind, spec, new, keys, causal=facts.causal, layout=layout)
 
-    @property
-    def cache_numbers(self) -> int:
-        """How many numbers the whole cache holds; 0 without one."""
-        return 0 if self.pages is None else self.facts.pages * self.pages[:1].numel()
-
     def spec(self, device: torch.device) -> Any:
         """Return the spec on a device."""
         return self.entry.spec(**{**self.facts.spec, "dtype": self.dtype, "device": device})
@@ -195,7 +190,8 @@ def record(known: Known, tensors: Mapping[str, Any], of_step: Lengths | None = N
     kept = None if cache is None else KINDS[known.kind].touched(tensors, cache.shape[1])
     _require_room(known, inputs, cache, kept)
     lengths = _lengths(known, tensors, of_step)
-    in_place = "out" in given and any(_same_place(given["out"], x) for x in inputs.values())
+    places = [(x.data_ptr(), x.device, x.shape) for x in inputs.values() if x.numel()]
+    in_place = "out" in given and (given["out"].data_ptr(), given["out"].device, given["out"].shape) in places
     facts = CallFacts(
         kind=known.kind,
         role=known.role,
@@ -232,11 +228,6 @@ def gaps_of(tensor: torch.Tensor) -> tuple[int, int, int]:
         stride = tensor.stride(dim) if shape[dim] > 1 else usual
         gaps[min(dim, 1)], usual = stride - usual, stride
     return (int(tensor.storage_offset()) % ALIGNED, gaps[0], gaps[1]) if min(gaps) >= 0 else (0, 0, 0)
-
-
-def _same_place(left: torch.Tensor, right: torch.Tensor) -> bool:
-    same = left.data_ptr() == right.data_ptr() and left.device == right.device
-    return same and left.shape == right.shape and left.numel() > 0
 
 
 def _plain(spec: Any) -> dict[str, Any]:

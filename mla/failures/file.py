@@ -373,7 +373,7 @@ def _require_served(call: RecordedCall, name: str, op: FusedOp, backend: Backend
 
 def _require_memory(call: RecordedCall, backend: Backend) -> None:
     """Raise `OutOfMemory` if the device has no room for the call; the file holds only a part of a cache."""
-    cache = call.cache_numbers * (0 if call.pages is None else call.pages.itemsize)
+    cache = 0 if call.pages is None else call.facts.pages * call.pages[:1].nbytes
     compared = cache if cache <= MAX_CALL_BYTES else 0
     on_host = backend.device is not None and backend.device.type == "cpu"
     needed = cache + compared * (4 if on_host else 1) + placed_bytes(call)

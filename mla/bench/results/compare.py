@@ -126,7 +126,10 @@ def compare_cases(base: Case, new: Case, noise: float = NOISE) -> Comparison:
     if old is None or now is None or min(old.median, now.median) <= 0:
         return Comparison(base, new, reason="there are not two numbers to compare", note=note)
     ratio = now.median / old.median
-    interval, passes = _ratio_interval(now.ci95, old.ci95, ratio), _passes_interval(base, new)
+    interval, passes = _ratio_interval(now.ci95, old.ci95, ratio), None
+    if base.tokens_per_s and new.tokens_per_s:  # of whole passes, which a rate is the inverse of
+        rate, before = new.tokens_per_s, base.tokens_per_s
+        passes = _ratio_interval(before.ci95, rate.ci95, before.median / rate.median)
     verdict, reason = _verdict(interval, noise), ""
     if interval is None:
         reason = "too few passes for an interval (6 are needed)"
@@ -218,7 +221,12 @@ def _same(old: Any, new: Any) -> bool:
 
 
 def _case_differences(base: Case, new: Case) -> list[str]:
-    reasons = [*_prediction_differences(base, new), *_workload_differences(base, new)]
+    predicted, reasons = [is_predicted(case) for case in (base, new)], []
+    if predicted[0] != predicted[1]:
+        reasons = [f"the {'base' if predicted[0] else 'new'} run is predicted, and the other measured"]
+    elif base.spread and new.spread and predicted[0] and base.spread.link != new.spread.link:
+        reasons = ["both are predicted, on links that differ"]
+    reasons += _workload_differences(base, new)
     for which, case in (("base", base), ("new", new)):
         if case.latency_ms is None:
             because = f" ({case.check.reason})" if case.check.reason else ""
@@ -239,16 +247,6 @@ def _workload_differences(base: Case, new: Case) -> list[str]:
     return reasons
 
 
-def _prediction_differences(base: Case, new: Case) -> list[str]:
-    """Return why a prediction is not compared with a measurement, nor with one on another link."""
-    predicted = [is_predicted(case) for case in (base, new)]
-    if predicted[0] != predicted[1]:
-        return [f"the {'base' if predicted[0] else 'new'} run is predicted, and the other measured"]
-    if base.spread and new.spread and predicted[0] and base.spread.link != new.spread.link:
-        return ["both are predicted, on links that differ"]
-    return []
-
-
 def _note(base: Case, new: Case, cut: tuple[Case, Case]) -> str:
     """Return which steps of two cases are compared, unless all are, and that both are predicted."""
     notes = ["both are predicted"] * is_predicted(new)
@@ -264,14 +262,6 @@ def _ratio_interval(upper: Interval | None, lower: Interval | None, ratio: float
     if upper is None or lower is None or min(*upper, *lower) <= 0:
         return None
     return min(ratio, upper[0] / lower[1]), max(ratio, upper[1] / lower[0])
-
-
-def _passes_interval(base: Case, new: Case) -> Interval | None:
-    """Return the interval of the ratio of times of whole passes, from both throughputs."""
-    old, now = base.tokens_per_s, new.tokens_per_s
-    if old is None or now is None:
-        return None
-    return _ratio_interval(old.ci95, now.ci95, old.median / now.median)
 
 
 def _verdict(interval: Interval | None, noise: float) -> str:

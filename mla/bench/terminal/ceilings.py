@@ -24,7 +24,9 @@ def render(run: CeilingRun, kind: str) -> str:
         return results.encode(run).decode()
     rows = [_row(run, ceiling) for ceiling in run.measured]
     body = table(kind, _HEADER, rows, ("work", "size", "fastest way"))
-    return f"{_device(run)}\n\n{body}\n{_declared(run.declared)}"
+    declared = [f"declared {_work(peak)}: {rate(peak)} ({peak.source})\n" for peak in run.declared]
+    none = "The backend declares no peaks for this device.\n"
+    return f"{_device(run)}\n\n{body}\n{''.join(declared) or none}"
 
 
 def run_lines(ceilings: Sequence[Ceiling]) -> list[str]:
@@ -99,9 +101,3 @@ def _row(run: CeilingRun, ceiling: Ceiling) -> tuple[str, ...]:
     of_declared = "-" if fraction is None else f"{100 * fraction:.0f}"
     amount = shape if ceiling.work == "matmul" else size(ceiling.footprint_bytes)
     return (ceiling.work, amount, rate(ceiling), of_declared, f"{way} (our own)" if ceiling.ours else way)
-
-
-def _declared(declared: Sequence[Ceiling]) -> str:
-    if not declared:
-        return "The backend declares no peaks for this device.\n"
-    return "".join(f"declared {_work(peak)}: {rate(peak)} ({peak.source})\n" for peak in declared)

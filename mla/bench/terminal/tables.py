@@ -66,7 +66,11 @@ def compare_runs(
         ]
         return "\n".join([*lines, ""]), cases
     text = "\n".join(lines) + "\n" + table(kind, COMPARED, map(compared_cells, cases), COMPARED)
-    return text + "\n" * bool(remarks) + "".join(_remark(*remark) for remark in remarks.items()), cases
+    text += "\n" * bool(remarks)
+    for why, names in remarks.items():
+        more = f" and {len(names) - MAX_NAMED} more" * (len(names) > MAX_NAMED)
+        text += f"{'; '.join(names[:MAX_NAMED])}{more}: {why}\n"
+    return text, cases
 
 
 def compared_cells(case: Comparison) -> tuple[str, ...]:
@@ -74,12 +78,6 @@ def compared_cells(case: Comparison) -> tuple[str, ...]:
     ratio = "-" if case.ratio is None else f"{'' if case.interval else '~'}{case.ratio:.3f}"
     times = map(estimated, case.times)
     return (case.scenario, case.implementation, *times, ratio, bounds(case.interval), case.verdict)
-
-
-def _remark(why: str, names: Sequence[str]) -> str:
-    """Return a line that names the cases that a remark is about, or the first of many."""
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return f"{'; '.join(names[:MAX_NAMED])}{more}: {why}\n"
 
 
 def scaling_tables(scalings: Sequence[Sequence[Scaled]], kind: str) -> str:
