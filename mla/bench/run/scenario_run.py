@@ -178,13 +178,9 @@ class ScenarioRun:
         self._hooks.enter(name)
         return self._fixture.build(name)
 
-    def not_run(self, names: Sequence[str], reason: str) -> list[results.Case]:
+    def not_run(self, names: Sequence[str], reason: str, interrupted: bool = False) -> list[results.Case]:
         """Return cases that say why they hold no number."""
-        return [self._empty(name, reason, interrupted=False) for name in names]
-
-    def interrupted(self, names: Sequence[str]) -> list[results.Case]:
-        """Return cases that an interrupt prevented."""
-        return [self._empty(name, "interrupted", interrupted=True) for name in names]
+        return [self._empty(name, reason, interrupted) for name in names]
 
     def compare(self, cases: Sequence[results.Case]) -> None:
         """Tell the right implementations of this scenario how they relate."""

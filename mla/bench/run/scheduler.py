@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import random
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,7 +11,7 @@ import msgspec
 
 from mla.bench import results
 from mla.bench.limits import roofline
-from mla.bench.limits.roofline import TIMES, RooflineModel
+from mla.bench.limits.roofline import RooflineModel
 from mla.bench.measure.engine import Hooks, too_large
 from mla.bench.measure.target import MAX_S, TARGET_S, Target
 from mla.bench.plan.memory import MemoryPlan, available_memory
@@ -32,9 +31,6 @@ from mla.errors import MLAError
 from mla.text import counted
 from mla_backends import BackendError
 from mla_backends.errors import describe, first_line, plugin_code
-
-# Most of a run's time that its limits are measured for once more after the last case.
-LIMITS_SHARE = 0.05
 
 Advance = Callable[[str, float], None]  # what is running, forwards done since the last call
 
@@ -58,7 +54,6 @@ class _Scheduler:
         self._request, self._empty, self._advance, self._steering = request, empty, advance, steering
         self._cases = {(case.scenario, case.implementation): case for case in steering.kept}
         self._limits: list[RooflineModel] = []
-        self._start = time.monotonic()
         self._latest = self._result()
         self._watchdog = Watchdog(steering.hang_after, self._hung)
         self._number = 0
@@ -77,10 +72,6 @@ class _Scheduler:
                 ended = self._visit(scenario)
                 if ended is not None:
                     return ended
-            try:
-                self._measure_limits_again()
-            except KeyboardInterrupt:
-                return Outcome(self._result(), interrupted=True)
         result = self._result()
         nothing = not any(case.latency_ms for case in subjects(result.cases))
         nothing &= not any(case.check.status in ("wrong", "doubtful") for case in _asked_for(result))
@@ -98,7 +89,7 @@ class _Scheduler:
                 with plugin_code():
                     self._measure(work, scenario, names)
         except KeyboardInterrupt:
-            self._keep(work.interrupted(self._missing(scenario)))
+            self._keep(work.not_run(self._missing(scenario), "interrupted", interrupted=True))
             return Outcome(self._result(), interrupted=True)
         except Exception as error:  # noqa: BLE001  # whatever a plugin raises, finished cases must survive
             if len(self._request.scenarios) == 1 or not too_large(error):  # others may go well
@@ -117,15 +108,6 @@ class _Scheduler:
             gc.collect()  # weights and oracle are gone before the next ones are made
             self._request.setting.backend.empty_cache()
         return Outcome(self._result(), interrupted=True) if any(case.interrupted for case in cases) else None
-
-    def _measure_limits_again(self) -> None:
-        """Measure the limits once more after all cases, in a small share of the time they took."""
-        taken = time.monotonic() - self._start
-        seconds = min(LIMITS_SHARE * taken, TARGET_S * len(self._request.scenarios) - taken)
-        for model in self._limits:
-            if self._steering.budget.left() > 0:
-                self._watchdog.beat()
-                model.again(seconds / len(self._limits), TIMES + 1)
 
     def _tick(self, what: str, done: int) -> None:
         """Advance the bar by so many forwards, but by no more than it has for this scenario."""
@@ -190,7 +172,7 @@ class _Scheduler:
             self._keep(cases)
             done += cases
             if any(case.interrupted for case in cases):
-                self._keep(work.interrupted(self._missing(scenario)))
+                self._keep(work.not_run(self._missing(scenario), "interrupted", interrupted=True))
                 return
         work.compare(done)
         cut = [case for case in done if case.check.status == "ok" and not case.passes]
@@ -221,13 +203,8 @@ class _Scheduler:
         """Return the engine's hooks: what the user gave ends the passes, and else the time of a scenario."""
         budget = self._steering.budget
         given = self._request.options.counted or budget.seconds is not None
-        target = Target() if given else Target(self._share(TARGET_S, 2 * TARGET_S), self._share(MAX_S, MAX_S))
+        target = Target() if given else Target(TARGET_S, MAX_S)
         return Hooks(budget.short, self._watchdog.enter, self._watchdog.beat, target=target)
-
-    def _share(self, each: float, most: float) -> float:
-        """Return the seconds of the next scenario, of so many for each: what others left over, or lack."""
-        left = each * self._number - (time.monotonic() - self._start)
-        return min(most, max(each / 2, left))
 
     def _skip(self, work: ScenarioRun, scenario: ScenarioPlan, names: Sequence[str], reason: str) -> None:
         note(f"{scenario.name} is skipped: {reason}")

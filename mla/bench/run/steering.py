@@ -13,7 +13,6 @@ import msgspec
 
 from mla.bench import results
 from mla.bench.plan import options as commands
-from mla.bench.plan.options import RunOptions
 from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.results.cases import ADDED, due
 from mla.bench.results.file import printable
@@ -27,7 +26,6 @@ from mla.command.exit_codes import Exit
 from mla.errors import ResultError
 from mla.failures import file
 
-Show = Callable[[results.Run], None]
 # Seconds without a forward after which a device is assumed to hang.
 HANG_AFTER = 600.0
 # Facts that a backend reports of itself; some are measured, such as a clock, so that they never repeat.
@@ -36,70 +34,62 @@ REPORTED = "backend."
 MARK = "resumed"
 
 
-def _end_here(run: results.Run, sentence: str, code: Exit = Exit.BACKEND) -> None:
-    last_words.dismiss(code)
-    os._exit(code)
-
-
 @dataclass(frozen=True)
 class Steering:
-    """What may cut a run short, what it resumes from, and what is called as it advances."""
+    """What may cut a run short, what it resumes from, and what is kept as it advances."""
 
     budget: Budget = field(default_factory=Budget)
     kept: Sequence[results.Case] = ()  # of the run that is resumed: these are not measured again
     ceilings: Sequence[results.Ceiling] = ()  # that the kept cases used
-    save: Callable[[results.Run], None] = lambda run: None  # after every scenario
     log: Note = lambda text: None  # one line per finished scenario
     hang_after: float = HANG_AFTER
-    hung: Callable[..., None] = _end_here  # as `_end_here`: must end the process
     keeper: Keeper | None = None  # of the first failure
+    target: Path | None = None  # where the result goes
+    show: Callable[[results.Run], None] = lambda run: None  # what a reader gets of a run that hangs
+
+    def save(self, run: results.Run, *, last: bool = False) -> None:
+        """Write what there is, so that it's kept whatever comes; to a pipe only the last time."""
+        try:
+            if self.target and (last or not files.is_stream(self.target)):
+                results.write(run, self.target)
+        except ResultError as error:
+            note(f"{error} The run continues and will try again.")
+
+    def hung(self, run: results.Run, sentence: str, code: Exit = Exit.BACKEND) -> None:
+        """End the process: a call into a driver cannot be interrupted."""
+        with contextlib.suppress(Exception):  # nothing may keep the process from ending
+            self.save(run, last=True)
+            self.show(run)
+            note(f"error: {sentence}")
+            last_words.dismiss(code)
+        os._exit(code)
 
 
 def steering(
-    request: Request, empty: results.Run, budget: Budget, old: results.Run | None, show: Show
+    request: Request,
+    empty: results.Run,
+    budget: Budget,
+    old: results.Run | None,
+    show: Callable[[results.Run], None],
 ) -> Steering:
     """Return what steers a run; `empty` is its result without cases, `old` the one to resume.
 
     Raises `ResultError`.
     """
-    options, kept = request.options, _kept(request, empty, old)
-
-    def hung(run: results.Run, sentence: str, code: Exit = Exit.BACKEND) -> None:
-        with contextlib.suppress(Exception):  # nothing may keep the process from ending
-            _save(options, run, last=True)
-            show(run)
-            note(f"error: {sentence}")
-            last_words.dismiss(code)
-        os._exit(code)  # a call into a driver cannot be interrupted
-
+    options, kept, keeper = request.options, _kept(request, empty, old), None
+    if options.dump_failure is not None:
+        file.prepare(options.dump_failure)
+        name = options.backend or request.setting.backend.name
+        keeper = Keeper(options.dump_failure, name, list(options.backend_options))
     return Steering(
         budget,
         kept,
         old.ceilings if old is not None else (),
-        save=lambda run: _save(options, run),
         hang_after=options.hang_after,
-        hung=hung,
-        keeper=_keeper(request),
+        keeper=keeper,
+        target=options.target,
+        show=show,
     )
-
-
-def _keeper(request: Request) -> Keeper | None:
-    """Return what keeps the first failure, if that was asked for. Raises `ResultError`."""
-    options = request.options
-    if options.dump_failure is None:
-        return None
-    file.prepare(options.dump_failure)
-    name = options.backend or request.setting.backend.name
-    return Keeper(options.dump_failure, name, list(options.backend_options))
-
-
-def _save(options: RunOptions, run: results.Run, *, last: bool = False) -> None:
-    """Write what there is, so that it's kept whatever comes; to a pipe only the last time."""
-    try:
-        if options.target and (last or not files.is_stream(options.target)):
-            results.write(run, options.target)
-    except ResultError as error:
-        note(f"{error} The run continues and will try again.")
 
 
 def skipped(request: Request, run: results.Run) -> str | None:

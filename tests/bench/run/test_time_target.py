@@ -67,29 +67,3 @@ def test_what_the_user_gave_is_what_counts(
     assert {(target.spare(), target.left()) for target in made} == {(math.inf, math.inf)}, (
         "nothing else gives way"
     )
-
-
-def test_what_one_scenario_leaves_over_the_next_one_has_or_lacks(
-    bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Clock:
-        now = 0.0
-
-        def monotonic(self) -> float:
-            return Clock.now
-
-    given: list[tuple[float, float]] = []
-
-    class Noted(scheduler.Target):
-        def __init__(self, seconds: float, most: float) -> None:
-            given.append((seconds, most))
-            Clock.now += took.pop(0)
-            super().__init__(seconds, most)
-
-    for name, value in (("TARGET_S", 30.0), ("MAX_S", 75.0), ("time", Clock())):
-        monkeypatch.setattr(scheduler, name, value)
-    monkeypatch.setattr(scheduler, "Target", Noted)
-    took = [5.0, 100.0, 300.0, 0.0]
-    words = ("--backend", "cpu", *small, "--implementations", "mla", "--warmups", "0")
-    assert bench(*words, "--scenario", "decode", "-a", "kv=1,2,3,4").code == 0
-    assert given == [(30.0, 75.0), (55.0, 75.0), (15.0, 75.0), (15.0, 37.5)]
