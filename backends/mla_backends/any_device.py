@@ -210,10 +210,11 @@ class AnyDevice(TorchBackend):
     def remarks(self) -> Sequence[str]:
         """Name a device that was not chosen, and the backend of this project that is made for it."""
         said = [] if self._wanted else [f"device {self.device}: {self.stack.how} (-O device= chooses)"]
-        if name := own_backend(self.device_type):
-            said.append(
-                f"backend '{name}' is made for this device and has ops of its own: {how_to_use(name)}"
-            )
+        names = [known.name for known in KNOWN.values() if self.device_type in (known.name, *known.also)]
+        for name in names if self.device_type != "cuda" else filter(None, [cuda_build().backend]):
+            installed = any(entry.name == name for entry in entries())
+            use = f"`--backend {name}`" if installed else f"{KNOWN[name].install}, and `--backend {name}`"
+            said.append(f"backend '{name}' is made for this device and has ops of its own: {use}")
         return said
 
     def vendor_facts(self) -> Mapping[str, str]:
@@ -228,20 +229,6 @@ class AnyDevice(TorchBackend):
             "device_clock": f"none: {self._clock_problem}" if self._clock_problem else "events",
             **{f"extension.{point.name}": point.dist.version for point in points if point.dist is not None},
         }
-
-
-def own_backend(device_type: str) -> str:
-    """Return the backend of this project that is made for the device; "" if there is none."""
-    if device_type == "cuda":
-        return cuda_build().backend
-    return next((known.name for known in KNOWN.values() if device_type in (known.name, *known.also)), "")
-
-
-def how_to_use(backend: str) -> str:
-    """Return the command that chooses a backend of this project, and how to install it where it is not."""
-    use = f"`--backend {backend}`"
-    installed = any(entry.name == backend for entry in entries())
-    return use if installed else f"{KNOWN[backend].install}, and {use}"
 
 
 # ------------------------------------------------------------------------------------------- finding it

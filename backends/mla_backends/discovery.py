@@ -40,7 +40,8 @@ def entries() -> list[Entry]:
     for point in metadata.entry_points(group=GROUP):
         distribution, version = _identity(point)
         entry = Entry(point.name, distribution, version, point.value)
-        entries.setdefault((point.name, _normalised(distribution)), entry)
+        key = (point.name, re.sub(r"[-_.]+", "-", distribution).lower())  # normalised as PEP 503 does
+        entries.setdefault(key, entry)
     return sorted(entries.values(), key=lambda entry: (entry.name, entry.distribution or ""))
 
 
@@ -84,8 +85,3 @@ def _identity(point: metadata.EntryPoint) -> tuple[str, str]:
     except (KeyError, OSError):
         pass  # Python 3.10 to 3.12 say None where METADATA is missing, later ones may raise
     return "(unnamed distribution)", "?"
-
-
-def _normalised(distribution: str) -> str:
-    """Normalise a distribution name as PEP 503 does."""
-    return re.sub(r"[-_.]+", "-", distribution).lower()

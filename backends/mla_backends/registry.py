@@ -63,19 +63,15 @@ def open_backend(
         device = backend.setup(index)
     if device is None:
         raise DeviceUnavailable(name, f"setup({index}) returned no device", REPORT)
-    _check_exists(name, index, count_devices(name, backend))
-    backend.device = device
-    return backend
-
-
-def _check_exists(name: str, index: int | None, count: int | None) -> None:
-    """Raise for a device that is not among those the backend sees: `setup` should have, and did not."""
+    count = count_devices(name, backend)  # `setup` should have refused what follows
     if count is not None and count < 1:
         raise DeviceUnavailable(
             name, f"device_count() is {count!r}", "check that this process may see a device"
         )
     if count is not None and index is not None and not 0 <= index < count:
         raise BackendError(f"backend '{name}' has no device {index}: it has {count}, numbered from 0.")
+    backend.device = device
+    return backend
 
 
 def probe_backend(name: str, backend: Backend) -> Availability:

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
 from importlib.util import find_spec
@@ -94,18 +94,13 @@ def _headers() -> str:
     # The scheme that Debian adds is not where its headers are; Triton does the same.
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
     folder = sysconfig.get_paths(scheme=scheme)["include"]
-    if any(Path(place, "Python.h").is_file() for place in (folder, *_searched())):
+    searched = (os.environ.get(name, "").split(os.pathsep) for name in ("CPATH", "C_INCLUDE_PATH"))
+    if any(place and Path(place, "Python.h").is_file() for place in (folder, *chain(*searched))):
         return ""
     return (
         f"Triton compiles against Python, and {folder} has no Python.h: install the headers of this Python "
         "(python3-dev on Debian and Ubuntu, python3-devel on Fedora and openEuler)"
     )
-
-
-def _searched() -> Iterator[str]:
-    """Yield the folders that compilers search by themselves."""
-    for name in ("CPATH", "C_INCLUDE_PATH"):
-        yield from filter(None, os.environ.get(name, "").split(os.pathsep))
 
 
 def _cache() -> str:

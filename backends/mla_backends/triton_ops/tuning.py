@@ -160,14 +160,9 @@ def tile_for(tiles: Tiles, rows: int) -> Tile:
     return tiles[max((least for least in tiles if least <= rows), default=1)]
 
 
-def card_slug(name: str) -> str:
-    """Return a card's name as part of a file name: "nvidia-h100-80gb-hbm3" for "NVIDIA H100 80GB HBM3"."""
-    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-") or "unknown"
-
-
 def card_file(name: str) -> str:
-    """Return the name of the file that holds the tuning measured on a card of this name."""
-    return f"{card_slug(name)}.json"
+    """Return the file of the tuning measured on a card: "nvidia-h200.json" for "NVIDIA H200"."""
+    return f"{re.sub(r'[^a-z0-9.]+', '-', name.lower()).strip('-') or 'unknown'}.json"
 
 
 def read_tuning(path: str | Path) -> Tuning:

@@ -15,12 +15,10 @@ import shutil
 import stat
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from mla_backend_cpu import compilation
 from mla_backend_cpu.compilation import (
     LIBRARY,
     Artifact,
@@ -184,7 +182,6 @@ def _age(made: Path) -> float:
 
 
 def _build(command: tuple[str, ...], level: Level, kept: Path) -> Artifact | None:
-    _sweep(kept.parent)
     private = Path(tempfile.mkdtemp(prefix=".building-", dir=kept.parent))
     try:
         make_kernels(command, level, private)
@@ -198,14 +195,6 @@ def _build(command: tuple[str, ...], level: Level, kept: Path) -> Artifact | Non
         return None
     finally:
         shutil.rmtree(private, ignore_errors=True)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what killed builds have left."""
-    for private in folder.glob(".building-*"):
-        with contextlib.suppress(OSError):  # its owner has just finished
-            if time.time() - private.stat().st_mtime > 3 * compilation.TIMEOUT:
-                shutil.rmtree(private, ignore_errors=True)
 
 
 def note(text: str) -> None:

@@ -134,16 +134,6 @@ def check_flags(command: tuple[str, ...], level: Level) -> None:
         _run([*command, *level.flags, "-fsyntax-only", "-x", "c++", os.devnull])
 
 
-def compile_level(command: tuple[str, ...], level: Level, machine: str, library: Path) -> None:
-    """Compile and link the kernels of one level for a machine into a shared library. Raises `BuildError`."""
-    built = library.with_suffix(".o")
-    _run([*command, *flags_of(level, machine), "-c", str(SOURCES / "api.cpp"), "-o", str(built)])
-    _run([*command, *LINK_FLAGS, str(built), "-o", str(library)])
-    built.unlink(missing_ok=True)
-    if not library.is_file():
-        raise BuildError(f"the compiler '{command[0]}' wrote no file (set CXX to a C++ compiler)")
-
-
 def _run(command: list[str]) -> str:
     """Run the compiler and return what it prints. Raises `BuildError` with its first error."""
     try:
@@ -198,8 +188,13 @@ def make_kernels(command: tuple[str, ...], level: Level, folder: Path, machine: 
 
     Raises `BuildError`, and OSError if it cannot be written.
     """
-    library = folder / LIBRARY
-    compile_level(command, level, machine or platform.machine(), library)
+    library, built = folder / LIBRARY, folder / "kernels.o"
+    flags = flags_of(level, machine or platform.machine())
+    _run([*command, *flags, "-c", str(SOURCES / "api.cpp"), "-o", str(built)])
+    _run([*command, *LINK_FLAGS, str(built), "-o", str(library)])
+    built.unlink(missing_ok=True)
+    if not library.is_file():
+        raise BuildError(f"the compiler '{command[0]}' wrote no file (set CXX to a C++ compiler)")
     (folder / _CHECKSUM).write_text(hashlib.sha256(library.read_bytes()).hexdigest())
     (folder / _COMPILER).write_text(compiler_version(command).partition("\n")[0])
     for file in folder.iterdir():
@@ -244,7 +239,10 @@ def make_all_kernels(command: tuple[str, ...], machine: str, folder: Path) -> di
         target.mkdir()
         try:
             make_kernels(command, level, target, machine)
-            _check_openmp(command, target)
+            if b"__kmpc" in (target / LIBRARY).read_bytes():  # torch's wheels load GNU's runtime
+                raise BuildError(
+                    f"'{command[0]}' compiles for LLVM's OpenMP, but torch loads GNU's (set CXX to g++)"
+                )
         except BuildError as error:
             shutil.rmtree(target)
             return str(error)
@@ -257,9 +255,3 @@ def make_all_kernels(command: tuple[str, ...], machine: str, folder: Path) -> di
     if len(reasons) == len(levels):
         raise BuildError(reasons[levels[-1].name])
     return reasons
-
-
-def _check_openmp(command: tuple[str, ...], made: Path) -> None:
-    """Raise `BuildError` if kernels need another OpenMP runtime than that of torch's wheels, GNU's."""
-    if b"__kmpc" in (made / LIBRARY).read_bytes():
-        raise BuildError(f"'{command[0]}' compiles for LLVM's OpenMP, but torch loads GNU's (set CXX to g++)")

@@ -26,23 +26,17 @@ def sequence(calls: Sequence[OpCall], moving: Sequence[torch.Tensor]) -> Callabl
     ops = [call.op for call in calls if isinstance(call.op, NativeOp) and type(call.op) in RECORDABLE]
     if len(ops) < len(calls) or len({op.kernels.level for op in ops}) != 1:
         return None
-    made = _write_down(ops, calls)  # which refuses what has no address
+    recorder = _Recorder()
+    for op, call in zip(ops, calls, strict=True):  # which refuse what has no address
+        writing: Any = op.calling(recorder)
+        writing(*call.arguments, **call.tensors)
     if not all(is_direct(tensor) for tensor in _tensors(calls)):
         return None  # a copy of such a tensor would belong to the record, not to the step
-    return Recorded(ops[0].kernels.functions, made, calls, moving)
+    return Recorded(ops[0].kernels.functions, recorder.calls, calls, moving)
 
 
 def _tensors(calls: Sequence[OpCall]) -> list[torch.Tensor]:
     return [value for call in calls for value in call.tensors.values() if hasattr(value, "data_ptr")]
-
-
-def _write_down(ops: Sequence[NativeOp], calls: Sequence[OpCall]) -> list[Made]:
-    """Return the functions that these ops call, and their arguments."""
-    recorder = _Recorder()
-    for op, call in zip(ops, calls, strict=True):
-        writing: Any = op.calling(recorder)
-        writing(*call.arguments, **call.tensors)
-    return recorder.calls
 
 
 class _Recorder:

@@ -78,12 +78,7 @@ def test_a_killed_build_leaves_nothing_broken_and_no_lock(compiler: Script, tmp_
             os.killpg(process.pid, signal.SIGKILL)
     path = Path(out.strip())
     assert Library("portable", ctypes.CDLL(str(path))).dot_bf16 is False
-    assert left(tmp_path) == [private, path.parent.name]  # perhaps somebody is still building there ...
-    long_ago = time.time() - 24 * 3600
-    os.utime(tmp_path / "cache" / "cpu" / private, (long_ago, long_ago))
-    shutil.rmtree(path.parent)
-    assert finish(start("-c", BUILD))[0] == 0
-    assert left(tmp_path) == [path.parent.name]  # ... but not a day later
+    assert left(tmp_path) == [private, path.parent.name]  # somebody may still be building there
 
 
 @pytest.mark.parametrize("refusal", ["open", "flock"])

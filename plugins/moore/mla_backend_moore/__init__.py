@@ -70,13 +70,10 @@ class Moore(TritonBackend):
         return TILES
 
     def device_info(self) -> DeviceInfo:
-        return replace(super().device_info(), bandwidth=self._bandwidth())
-
-    def _bandwidth(self) -> Peak | None:
-        """Return what the management library reports; no data sheet is public."""
+        """Describe the device. The bandwidth is the management library's; no data sheet is public."""
         reported = self.monitor.facts().get(BANDWIDTH) if self.monitor else None
-        source = "mtmlMemoryGetBandwidth, mthreads-ml-py"
-        return Peak(1e9 * float(reported), source) if reported else None
+        peak = Peak(1e9 * float(reported), "mtmlMemoryGetBandwidth, mthreads-ml-py") if reported else None
+        return replace(super().device_info(), bandwidth=peak)
 
     def vendor_facts(self) -> Mapping[str, str]:
         import torch

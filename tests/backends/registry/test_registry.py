@@ -97,22 +97,6 @@ def test_a_half_removed_installation_hides_no_other_backend(python: Python, tmp_
     assert python(code, "good").strip() == "['fake-good', 'half']"
 
 
-def test_creating_one_backend_imports_no_other_plugin(python: Python) -> None:
-    code = """
-import sys
-from mla_backends.registry import create
-create("fake-good")
-print(sorted(module for module in sys.modules if module.startswith("fake_")))
-"""
-    assert python(code, "broken_import", "good", "no_device").strip() == "['fake_good']"
-
-
-def test_an_ambiguous_name_imports_neither_owner(python: Python) -> None:
-    said = refusal(python, "fake-twin", "duplicate_a", "duplicate_b")
-    assert said.startswith("DuplicateBackend: ")
-    assert "ambiguous" not in said
-
-
 def test_a_chosen_backend_is_probed_and_set_up_on_a_real_device(python: Python) -> None:
     code = """
 import torch
@@ -180,12 +164,9 @@ ABSENT = "backend 'local_code:it' has no usable device: "
     ("definition", "sentence"),
     [
         ("import sys; sys.exit(3)", FAILED + "importing module local_code raised SystemExit: 3;"),
-        ("raise ValueError", FAILED + "importing module local_code raised ValueError;"),
         ("import no_such_sdk", FAILED + "importing module local_code raised ModuleNotFoundError: No module"),
         ("", FAILED + "module local_code has no attribute 'it'; check the spelling"),
-        ("class inner:\n    it = 1", FAILED + "module local_code has no attribute 'it'; "),
         ("class it2(Local): pass", FAILED + "module local_code has no attribute 'it'; the nearest is 'it2'"),
-        ("raise GeneratorExit", FAILED + "importing module local_code raised GeneratorExit;"),
         (
             "class Odd(BaseException): pass\nraise Odd('x')",
             FAILED + "importing module local_code raised Odd: x;",
@@ -193,14 +174,6 @@ ABSENT = "backend 'local_code:it' has no usable device: "
         (
             "class it(Local):\n    def probe(self): raise SystemExit(0)",
             ABSENT + "probe() raised SystemExit: 0, which the contract forbids;",
-        ),
-        (
-            "class it(Local):\n    def setup(self, index=None): raise GeneratorExit",
-            ABSENT + "setup(None) raised GeneratorExit;",
-        ),
-        (
-            "class it(Local):\n    def device_count(self): raise SystemExit(0)",
-            ABSENT + "device_count() raised SystemExit: 0;",
         ),
         ("class it(Local):\n    def device_count(self): return 0", ABSENT + "device_count() is 0;"),
         (
@@ -219,10 +192,6 @@ ABSENT = "backend 'local_code:it' has no usable device: "
         (
             "@hookimpl\ndef it(options, card): return 1",
             FAILED + "the hook of module local_code takes the wrong arguments;",
-        ),
-        (
-            "class it(Backend): name = 'x'",
-            FAILED + "mla_backend(options) of module local_code raised TypeError: Can't",
         ),
         ("class it(Local): name = 5", FAILED + "the backend of module local_code has no name;"),
         (
@@ -250,10 +219,6 @@ ABSENT = "backend 'local_code:it' has no usable device: "
         (
             "class it(Local):\n    def probe(self): return True",
             ABSENT + "probe() returned a bool, which the contract forbids;",
-        ),
-        (
-            "class it(Local):\n    def probe(self): return Availability(False)",
-            ABSENT + "no reason given.",
         ),
         (
             "class it(Local):\n    def setup(self, index=None): raise OSError('device 0 is busy')",
@@ -291,23 +256,6 @@ except Exception as error:
         "device 1",
         "BackendError backend 'local_code:it' has no device 5: it has 2, numbered from 0.",
     ]
-
-
-def test_what_fails_at_import_is_to_be_seen_with_its_traceback(
-    python: Python, tmp_path: Path, contract_alone: Path
-) -> None:
-    """The hint names a command that shows more than the sentence it stands in."""
-    (tmp_path / "local_code.py").write_text("def load(): raise OSError('libx.so is missing')\nload()\n")
-    said = refusal(python, "local_code:it")
-    assert said.endswith("`python -m mla_backends.probe local_code:it` shows the traceback.")
-    shown = subprocess.run(
-        [sys.executable, "-m", "mla_backends.probe", "local_code:it"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(contract_alone)},
-        capture_output=True,
-        text=True,
-    )
-    assert 'local_code.py", line 1, in load' in shown.stderr
 
 
 def test_the_error_a_backend_chose_itself_passes_through(python: Python, tmp_path: Path) -> None:

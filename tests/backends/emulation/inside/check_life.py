@@ -14,7 +14,6 @@ from tiny_run import HEADLINE
 
 import mla
 from mla.bench import results
-from mla_backends import host
 from mla_backends.api import OPS
 from mla_backends.errors import DeviceUnavailable
 from mla_backends.registry import create
@@ -52,14 +51,6 @@ def test_an_absent_card_is_a_sentence(name: str, vendor: Any, bench: Any, state:
     assert done.error.startswith(f"error: backend '{name}' has no usable device: torch.{vendor.device}.")
     assert f"`{vendor.tool}` lists the device" in done.error
     assert not done.out
-
-
-def test_a_hidden_card_names_what_hides_it(
-    name: str, vendor: Any, state: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    state.count = 0
-    monkeypatch.setenv(vendor.variable, "")
-    assert f"that {vendor.variable}='' does not hide it" in create(name).probe().hint
 
 
 def test_what_a_stack_warns_about_becomes_the_reason(
@@ -120,27 +111,6 @@ def test_a_device_that_vanished_after_the_probe(name: str, state: Any, module: A
     state.count = 0
     with pytest.raises(DeviceUnavailable, match="torch sees 0 devices"):
         backend.setup()
-
-
-def test_the_host_uses_no_more_threads_than_it_may(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A container's CPU quota does not show in torch's default, which counts the machine's cores."""
-    before = torch.get_num_threads()
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
-    try:
-        for cores, may, expected in ((64, 3, 3), (2, 8, 2)):
-            torch.set_num_threads(cores)
-            monkeypatch.setattr(host, "cpu_limit", lambda may=may: may)
-            facts = mla.load_backend(name).environment()
-            assert torch.get_num_threads() == expected
-        assert facts["host_threads"] == "2, torch's default"
-        monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
-        assert mla.load_backend(name).environment()["host_threads"] == "1, SLURM_CPUS_PER_TASK"
-        assert torch.get_num_threads() == 1
-        assert mla.load_backend(name, threads=2).environment()["host_threads"] == "2, the option threads"
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_a_run_ends_in_a_result_file(name: str, vendor: Any, bench: Any, tmp_path: Any) -> None:
