@@ -16,7 +16,6 @@ from opponents.base import CONFIG, Opponent
 
 from mla.bench import results
 from mla.bench.cli.main import main
-from mla.bench.run import scheduler
 
 WORKLOAD = """
 [[scenario]]
@@ -95,7 +94,6 @@ def _limits_soon(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Take little time for limits, except where they are looked at."""
     if request.path.name != "test_limits.py":
         measure_limits_quickly(monkeypatch)
-        monkeypatch.setattr(scheduler, "LIMITS_SHARE", 0.0)
 
 
 @pytest.fixture
