@@ -168,10 +168,9 @@ class Attending : public Attention {
             for (int m = 0; m < M; m++) a[m] = keys_[i / LANES + m];
             float* const to = held.scores ? held.scores : scores;
             unrolled<DEPTH>([&](auto k) {
-                if constexpr (k == 0)
-                    Sums::store_and_multiply(to, TILE_FLOATS, M * TILE_FLOATS, a, row, b);
-                else
-                    Sums::multiply(a, k * TILE_DEPTH, row, b, k * TILE_BF16);
+                Sums::multiply(a, k * TILE_DEPTH, row, b, k * TILE_BF16, [&](auto i) {
+                    if constexpr (k == 0) Sums::template store_tile<i>(to, TILE_FLOATS, M * TILE_FLOATS), tile::zero<i>();
+                });
                 for (int j = 0; j < SOME && next; j++) RowsAhead::fetch_row(next, i + k * SOME + j, DEPTH);
                 constexpr int at = k * SOME, m = at / LANES;
                 if (ready.scores)
@@ -356,25 +355,37 @@ class Attending : public Attention {
                     else
                         weigh<1, 2>(p, s, c, values, count, zipped, STEPS - 1);
             }
+        store_sums();
     }
     // Add weights . values to the sums of M panels and N x 16 columns of a span. `zipped` steps of the values
     // are ready in the slots t & mask.
     template <int M, int N>
     void weigh(int64_t p, int64_t span, int64_t c, const bf16* const* values, int64_t count, int64_t& zipped,
                int64_t mask) {
-        const int64_t steps = steps_[p];
+        typedef Block<M, N> Sums;
+        const int64_t steps = steps_[p], row = LANES * width_;
         if (!steps) return;
+        if (M == 1) store_sums();
         const bf16 *a[M], *b[N];
         for (int m = 0; m < M; m++) a[m] = (const bf16*)spread(p + m, span);
         for (int n = 0; n < N; n++) b[n] = zipped_ + n * TILE_BF16;
         float* sum = panel_[p].sum + sum_at(0, c, width_);
-        Block<M, N>::load(sum, LANES * width_, TILE_FLOATS);
         for (int64_t t = 0; t < steps; t++) {
             for (; zipped < std::min(t + 2, steps); zipped++)  // one ahead
                 zip_step<N>(values, count, zipped, c, zipped_ + (zipped & mask) * N * TILE_BF16);
-            Block<M, N>::multiply(a, t * TILE_BF16, TILE_ROW, b, (t & mask) * N * TILE_BF16);
+            Sums::multiply(a, t * TILE_BF16, TILE_ROW, b, (t & mask) * N * TILE_BF16, [&](auto i) {
+                if (t) return;
+                if (M == 2 && sums_) Sums::template store_tile<i>(sums_, row, TILE_FLOATS);
+                Sums::template load_tile<i>(sum, row, TILE_FLOATS);
+            });
         }
-        Block<M, N>::store(sum, LANES * width_, TILE_FLOATS);
+        sums_ = sum;
+        if (M == 1) Sums::store(sum, row, TILE_FLOATS), sums_ = nullptr;
+    }
+    // Sums of two panels stay in their registers until others take these.
+    void store_sums() {
+        if (sums_) Block<2, 2>::store(sums_, LANES * width_, TILE_FLOATS);
+        sums_ = nullptr;
     }
     // Zip N x 16 columns of 32 values, zeros where there are fewer.
     template <int N>
@@ -399,6 +410,7 @@ class Attending : public Attention {
     uint32_t* spread_;  // weights in tiles, [panels][spans][STEPS][row][pair]
     bf16 *zipped_, *rests_;
     Lines next_;
+    float* sums_ = nullptr;  // which are in registers, or null
     Piece held_ = {}, ready_ = {};  // in the registers of tiles, and in memory
     int64_t* steps_;  // of 32 keys that a pair of panels sees, at its first one
     alignas(64) const bf16 zeros_[2 * LANES] = {};

@@ -91,10 +91,18 @@ class Gathered {
         if (layout_.count)
             decode(i * LANES, (const uint8_t* const*)key, rows, group);
         else
-            for (int64_t j = 0; j < rows; j++)
-                std::memcpy(group + j * pitch_, key[j], columns_ * sizeof(bf16));
+            copy_lines(key, rows, group);
         for (int64_t j = rows; j < LANES; j++) std::memset(group + j * pitch_, 0, columns_ * sizeof(bf16));
         return group;
+    }
+    // A line of each row in turn: memory answers more of them at once than where a row is read at a time.
+    void copy_lines(const bf16* const* key, int64_t rows, bf16* to) {
+        constexpr int64_t line = 2 * LANES;
+        const int64_t whole = columns_ / line * line;
+        for (int64_t k = 0; k < whole; k += line)
+            for (int64_t j = 0; j < rows; j++) store(to + j * pitch_ + k, load<vu>(key[j] + k));
+        for (int64_t j = 0; j < rows && whole < columns_; j++)
+            std::memcpy(to + j * pitch_ + whole, key[j] + whole, (columns_ - whole) * sizeof(bf16));
     }
     void decode(int64_t first, const uint8_t* const* key, int64_t rows, bf16* to) {
         for (int64_t p = 0; p < part_count_; p++) decode_stretch(key, rows, parts_[p], to, pitch_);

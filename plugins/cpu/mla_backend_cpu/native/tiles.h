@@ -87,26 +87,26 @@ struct Block {
     }
     // The sums of (m, n) lie at to + m * row + n * column, each tile in one piece.
     static void load(const float* from, int64_t row, int64_t column) {
-        unrolled<M * N>([&](auto i) { tile::load<i>(from + i / N * row + i % N * column, TILE_ROW); });
+        unrolled<M * N>([&](auto i) { load_tile<i>(from, row, column); });
     }
     static void store(float* to, int64_t row, int64_t column) {
-        unrolled<M * N>([&](auto i) { tile::store<i>(to + i / N * row + i % N * column, TILE_ROW); });
+        unrolled<M * N>([&](auto i) { store_tile<i>(to, row, column); });
+    }
+    template <int I>
+    static void load_tile(const float* from, int64_t row, int64_t column) {
+        tile::load<I>(from + I / N * row + I % N * column, TILE_ROW);
+    }
+    template <int I>
+    static void store_tile(float* to, int64_t row, int64_t column) {
+        tile::store<I>(to + I / N * row + I % N * column, TILE_ROW);
     }
     // Add the products of A's tiles at a[m] + a_at, whose rows lie a_row bytes apart, and B's at b[n] + b_at.
     static void multiply(const bf16* const* a, int64_t a_at, int64_t a_row, const bf16* const* b,
                          int64_t b_at) {
         multiply(a, a_at, a_row, b, b_at, [](auto) {});
     }
-    // Store the sums, and begin new ones: each tile when its first product has its operands.
-    static void store_and_multiply(float* to, int64_t row, int64_t column, const bf16* const* a, int64_t a_row,
-                                   const bf16* const* b) {
-        multiply(a, 0, a_row, b, 0, [&](auto i) {
-            tile::store<i>(to + i / N * row + i % N * column, TILE_ROW);
-            tile::zero<i>();
-        });
-    }
-
- private:
+    // The same, where the sums of tile i are first used for something else: before(i), when its operands are loaded. Stores
+    // of finished sums cost nothing there; right behind their last product, they would wait for it.
     template <class Before>
     static void multiply(const bf16* const* a, int64_t a_at, int64_t a_row, const bf16* const* b, int64_t b_at,
                          const Before& before) {
@@ -118,6 +118,8 @@ struct Block {
             tile::dot<i, A, B>();
         });
     }
+
+ private:
     // What is used more than once keeps its register.
     static constexpr int a_register(int m) { return N == 1 ? 5 + m % 3 : 4 + m; }
     static constexpr int b_register(int n) { return N == 1 ? 4 : 4 + M + n % (4 - M); }
