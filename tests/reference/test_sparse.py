@@ -2,50 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from sparse_problem import SparseBatch, indexer_spec
 
 from mla.cache.formats import find_format
 from mla.cache.index_formats import IndexFp8, index_codec, index_keys
+from mla.cases.case import OpCase
+from mla.cases.memory import Layout
+from mla.cases.played import Laid
 from mla.errors import CacheFormatError
 from mla.reference import REFERENCE, sparse
-
-
-def select(
-    batch: SparseBatch,
-    topk: int,
-    index_format: str = "",
-    heads: int = 3,
-    plan: Callable[[Any], Any] | None = None,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return the selection [T, topk], and the true scores of what each query sees."""
-    keys, q = batch.normal(sum(batch.kv_lens), 8), batch.normal(batch.tokens, heads, 8)
-    weights = batch.normal(batch.tokens, heads)
-    cache = batch.index_cache(keys, index_format)
-    if index_format:
-        keys = index_keys(cache, IndexFp8(8)).flatten(0, 1)[batch.pages.slots]
-    out = torch.full((batch.tokens, topk), 7, dtype=torch.int32)
-    op, spec = REFERENCE["select_latents"], indexer_spec(heads, 8, 4, topk, index_format=index_format)
-    named = {"cache_format": index_format} if index_format else {}
-    state = op.prepare(spec, batch) if plan is None else plan(spec)
-    op(state, q=q, weights=weights, cache=cache, **batch.tables, out=out, **named)
-    return out, batch.true_scores(q, weights, keys)
-
-
-def check_selection(out: torch.Tensor, scores: list[torch.Tensor]) -> None:
-    for row, true in zip(out.tolist(), scores, strict=True):
-        count = min(len(row), len(true))
-        assert row[count:] == [-1] * (len(row) - count)
-        chosen = row[:count]
-        assert len({*chosen}) == count
-        assert all(0 <= place < len(true) for place in chosen)
-        if count:
-            assert true[chosen].min() >= true.topk(count).values[-1] - 1e-5
+from mla_backends.api import IndexerSpec
 
 
 @pytest.mark.parametrize("bytes_at_once", [1, 1 << 20])
@@ -60,17 +29,17 @@ def test_a_decode_step_on_a_device_follows_lengths_that_were_not_planned(
 ) -> None:
     """Its launches are the same whatever the lengths, and what a request does not own is NaN."""
     monkeypatch.setattr(sparse, "LOGITS_BYTES", bytes_at_once)
-    planned, batch = (
-        SparseBatch((queries,) * len(kv_lens), lens) for lens in ((queries,) * len(kv_lens), kv_lens)
-    )
-
-    def plan(spec: Any) -> Any:
-        state = REFERENCE["select_latents"].prepare(replace(spec, device=torch.device("meta")), planned)
-        assert state.graph_safe
-        return state
-
+    op, new = REFERENCE["select_latents"], (queries,) * len(kv_lens)
     for topk in (1, 5, 16, 70):
-        check_selection(*select(batch, topk, index_format, plan=plan))
+        stored = {"index_format": index_format, "token_bytes": 12} if index_format else {}
+        spec = IndexerSpec(3, 8, 4, topk, torch.float32, torch.device("cpu"), **stored)
+        layout = Layout(4, shuffle=1, unowned=torch.nan)
+        cases = (OpCase("select_latents", spec, new, lens, layout=layout) for lens in (new, kv_lens))
+        planned, call = (Laid(case, op) for case in cases)
+        batch = planned.pool.entry.batch(planned.arguments, planned.case.lengths)
+        state = op.prepare(replace(spec, device=torch.device("meta")), batch)
+        assert state.graph_safe
+        assert call.call(None, (state,)) == ""
 
 
 def test_bytes_of_a_page_are_all_values_and_then_all_scales() -> None:
