@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_right
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from math import ceil, prod
@@ -39,6 +38,7 @@ class Change:
     """The operands of one call. `signs`: of operands (per block of columns, [blocks, ..]) and of results."""
 
     pool: Pool
+    number: int  # of the pass
     rows: torch.Tensor  # [blocks, n] int64: which rows of the pool
     signs: Tensors = field(default_factory=dict)
 
@@ -46,21 +46,9 @@ class Change:
         """Return what the call must write to the result `name`, in float64 on the host."""
         return self.pool.expected(self, name)
 
-    def reference_errors(self, name: str, known: torch.Tensor) -> torch.Tensor:
-        """Return the reference's error in every row of the result, from those of the pool.
-
-        Rows that it was not run on, such as those put together from others, count as its worst.
-        """
-        shape, worst = self.pool.case.results[name][:-1], known[known.isfinite()].max()
-        if not self.pool.whole:
-            return worst.expand(shape)
-        return known.nan_to_num(nan=worst.item()).index_select(0, self.rows[0]).view(shape)
-
 
 class Pool:
     """Rows of operands for calls that all differ: more than a call takes, each with its row of the truth."""
-
-    whole = True  # rows are taken as they are
 
     def __init__(self, case: OpCase, calls: int = 1) -> None:
         """`calls`: that a pass has. Nothing is drawn yet."""
@@ -106,17 +94,11 @@ class Pool:
         draw, (pool, rows) = self.random(number, index), self.size
         signs = self.entry.signs(self.case, draw)
         signs |= {name: signs[name][None] for name in self.entry.varied if name in signs}
-        return Change(self, torch.randperm(pool, generator=draw)[None, :rows], signs)
+        return Change(self, number, torch.randperm(pool, generator=draw)[None, :rows], signs)
 
     def pass_signs(self, number: int) -> Tensors:
         """Return the signs of the operands that change once per pass, by name."""
         return {}
-
-    def covering(self) -> Iterator[Change]:
-        """Yield changes without signs that together take every row of the pool, or all but a few of many."""
-        pool, rows = self.size
-        for start in range(0, pool, rows):
-            yield Change(self, (torch.arange(start, start + rows) % pool).expand(len(self.columns), -1))
 
     def expected(self, change: Change, name: str) -> torch.Tensor:
         """Return what a call must write to the result `name`, in float64 on the host."""
@@ -143,10 +125,6 @@ class Products(Pool):
     parts: torch.Tensor
 
     @property
-    def whole(self) -> bool:  # type: ignore[override]
-        return "bias" not in self.given and len(self.columns) == 1
-
-    @property
     def columns(self) -> list[slice]:
         product_bytes = 8 * self.size[0] * self.case.spec.groups * self.case.spec.out_features
         if BLOCKS * product_bytes > PARTS_BYTES:
@@ -158,15 +136,13 @@ class Products(Pool):
         x, weight, bias = self.given["x"], self.given["weight"], self.given.get("bias")
         products = [product(x[..., part], weight[..., part]) for part in self.columns]
         self.parts = torch.stack(products) if len(products) > 1 else products[0][None]
-        if self.whole:
-            return {"out": products[0]}
         return {"out": self.parts.sum(0) + (0 if bias is None else bias.double())}
 
     def change(self, number: int, index: int) -> Change:
         draw, blocks, (pool, rows) = self.random(number, index), len(self.columns), self.size
         chosen = torch.stack([torch.randperm(pool, generator=draw)[:rows] for _ in range(blocks)])
         heads = self.given["x"].shape[1:-1]
-        return Change(self, chosen, {"x": draw_signs(draw, blocks, rows, *heads, 1)})
+        return Change(self, number, chosen, {"x": draw_signs(draw, blocks, rows, *heads, 1)})
 
     def expected(self, change: Change, name: str) -> torch.Tensor:
         total = torch.zeros(self.case.results[name], dtype=torch.float64)
@@ -247,12 +223,7 @@ class Queries(Pool):
         signs = {name: signs[None] for name, signs in self.pass_signs(number).items()}
         order = torch.arange(heads) if "k" in self.given else torch.randperm(heads, generator=draw)
         chosen = self._some_chosen(draw, number, index).view(-1, heads)[:, order].reshape(1, -1)
-        return Change(self, chosen, self.turned(signs) if signs else {})
-
-    def covering(self) -> Iterator[Change]:
-        count = self.choices if self.choices > 2 else 1  # of many queries, the alternatives are a few
-        for choice in range(count):
-            yield Change(self, self._chosen(torch.full((len(self.homes),), choice))[None])
+        return Change(self, number, chosen, self.turned(signs) if signs else {})
 
     def _chosen(self, choices: torch.Tensor) -> torch.Tensor:
         """Return the queries' rows in the pool [T * h], given what each home takes (0: itself)."""
