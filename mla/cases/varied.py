@@ -9,9 +9,8 @@ the same operands.
 from __future__ import annotations
 
 import random
-from bisect import bisect_right
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from math import ceil, prod
 from typing import TYPE_CHECKING
 
@@ -201,11 +200,7 @@ class Queries(Pool):
 
     def keys_of(self, token: int) -> slice | torch.Tensor:
         """Return which keys a query attends to, among those of all requests."""
-        case, starts = self.case, [0, *accumulate(self.case.query_lens)]
-        request = bisect_right(starts, token) - 1
-        first, seen = sum(case.kv_lens[:request]), case.kv_lens[request]
-        if case.causal:
-            seen -= starts[request] + case.query_lens[request] - token - 1
+        first, seen = self.case.spans[token]
         return slice(first, first + seen)
 
     def pass_signs(self, number: int) -> Tensors:
