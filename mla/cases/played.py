@@ -164,7 +164,7 @@ class Host:
 
 
 _hosts: dict[OpCase, Host] = {}  # the last used are last
-MANY, MAX_NUMBERS = 1 << 19, 1 << 25  # of each at least, and of all; the last is kept in any case
+MAX_HOSTS, MAX_NUMBERS = 64, 1 << 25  # and numbers in all of them; the last is kept whatever it has
 
 
 def on_host(case: OpCase) -> OpCase:
@@ -180,7 +180,9 @@ def host_of(case: OpCase) -> Host:
     """Return the host's side of a case, wherever its call lies. It is kept for other ops and layouts."""
     case = on_host(case)
     _hosts[case] = kept = _hosts.pop(case, None) or Host(case)
-    while len(_hosts) > 1 and sum(host.numbers + MANY for host in _hosts.values()) > MAX_NUMBERS:
+    while len(_hosts) > 1 and (
+        len(_hosts) > MAX_HOSTS or sum(host.numbers for host in _hosts.values()) > MAX_NUMBERS
+    ):
         del _hosts[next(iter(_hosts))]
     return kept
 
