@@ -215,6 +215,12 @@ def test_what_lies_between_rows_must_stay() -> None:
     assert make(recorded, REFERENCE["rotate_query"], CPU).damage == ""
     said = make(recorded, Overrunning("rotate_query"), CPU).damage
     assert said == "memory beside rows of `out` was written"
+    watcher, spec = Watcher(lambda: None), layer_roles(CONFIG, torch.float32, CPU)["rotate_query"][1]
+    wide, out = torch.randn(5, 4, 30), torch.zeros(5, 4, 20)[..., 12:]
+    op = Watched("rotate_query", "mine", Overrunning("rotate_query"), watcher, spec)
+    op(x=wide[..., 3:11], cos_sin=torch.randn(5, 8), interleaved=True, out=out)
+    assert watcher.wrong is not None, "its call by itself has nothing beside it"
+    assert watcher.wrong.reason == said
 
 
 @pytest.mark.parametrize("name", ["q", "block_table", "cache"])

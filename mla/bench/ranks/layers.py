@@ -194,20 +194,20 @@ class LeadLayer(Implementation):
 
     def outputs(self) -> Outputs:
         if not self._left:
-            self._left = self._all(self._part.left, "left")
+            self._left = self._all(self._part.left, "part", self.name, "left")
         return self._whole(0)
 
     def lengths_bench(self) -> LeadLayer | None:
         """Return what runs forwards of all ranks on new lengths, by `run`; None: nothing."""
         if self._crew.layout.dcp > 1:  # whose batches are laid out for the lengths of a pass
             return None
-        self._all(self._part.make_bench, "make_bench", self.name)
+        self._all(self._part.make_bench, "part", self.name, "make_bench")
         return self
 
     def run(self, lengths: Lengths, count: int, beat: Callable[[], None]) -> list[Sample]:
         """Run `count` forwards of all ranks, and return of each the times of the slowest rank."""
         work = partial(self._part.run_bench, lengths, count, beat)
-        self._crew.tell("run_bench", lengths, count)
+        self._crew.tell("part", self.name, "run_bench", lengths, count)
         with self._crew.blamed():
             by_rank = self._crew.attempt(self.name, work, together=True)  # the layer stays if one refuses
         return [Sample(*map(max, zip(*samples, strict=True))) for samples in zip(*by_rank, strict=True)]
@@ -379,13 +379,10 @@ class Follower:
             return
         self._times.append((now_ns() - start) / 1e6)
 
-    def make_bench(self, implementation: str) -> None:
-        """Prepare forwards on new lengths."""
-        self._attempt(implementation, self._turn_to(implementation).make_bench)
-
-    def run_bench(self, lengths: Lengths, count: int) -> None:
-        """Run so many forwards on these lengths of all requests, and send what they took."""
-        self._attempt(self._layer.name, partial(self._layer.run_bench, lengths, count), together=True)
+    def part(self, implementation: str, method: str, *arguments: Any) -> None:
+        """Send what a method of this rank's part gives, or why a forward failed before."""
+        work = getattr(self._turn_to(implementation), method)
+        self._attempt(implementation, partial(work, *arguments), together=method == "run_bench")
 
     def after(self, index: int) -> None:
         """Keep the output of a forward."""
@@ -395,10 +392,6 @@ class Follower:
     def times(self) -> None:
         """Send the milliseconds of this pass's forwards, or why one failed."""
         self._attempt(self._layer.name, lambda: self._times)
-
-    def left(self) -> None:
-        """Send what this pass left to judge it by, or why a forward failed."""
-        self._attempt(self._layer.name, self._layer.left)
 
     def clock(self, implementation: str, number: int) -> None:
         """Clock the collectives of a pass and the link, and send what the result says of this rank."""
