@@ -4,7 +4,7 @@ from mla.integrations.installed import require_transformers
 
 require_transformers()
 
-from mla.integrations.transformers.errors import UnsupportedModel  # noqa: E402
+from mla.integrations.transformers.admission import UnsupportedModel  # noqa: E402
 from mla.integrations.transformers.model import restore, use_mla  # noqa: E402
 from mla.integrations.transformers.paged import PagedCache  # noqa: E402
 

@@ -7,26 +7,57 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
 from mla.config import MLAConfig
-from mla.errors import ConfigError
-from mla.integrations.transformers.errors import (
-    NO_WEIGHTS,
-    NOT_CAUSAL,
-    NOT_NUMBERED,
-    NOT_PREPARED,
-    OWN_MASK,
-    UnsupportedModel,
-    require_inference,
-    uncompiled,
+from mla.errors import ConfigError, MLAError
+
+NO_WEIGHTS = (
+    "`use_mla` computes no attention weights: leave output_attentions out, or `restore(model)` and select "
+    "eager attention to get them."
 )
+NOT_CAUSAL = (
+    "a layer of this model has is_causal = False, but `use_mla` computes causal attention only: call "
+    "`restore(model)` before setting it."
+)
+NOT_PREPARED = (
+    "this config was copied from a model under `use_mla`. Give the model its own config and call "
+    "`model.set_attn_implementation('sdpa')` first."
+)
+NOT_NUMBERED = (
+    "the requests of this forward have different lengths in the PagedCache: give position_ids "
+    "[batch, tokens]."
+)
+OWN_MASK = "`use_mla` takes no mask [batch, 1, queries, keys]: give attention_mask [batch, tokens], or none."
+
+
+class UnsupportedModel(MLAError):
+    """A model, a cache or a feature of `transformers` that `use_mla` does not serve."""
+
+
+def require_inference(*tensors: torch.Tensor, training: bool = False) -> None:
+    """Raise `UnsupportedModel` where gradients are wanted: our ops have none."""
+    if training or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+        raise UnsupportedModel(
+            "`use_mla` serves inference: call `model.eval()` and run under `torch.no_grad()`, or "
+            "`restore(model)` to train."
+        )
+
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def uncompiled(function: F) -> F:
+    """Keep `torch.compile` out of a function: steps are worked out on the host, and ops are a backend's."""
+    disabled: F = torch.compiler.disable(function)
+    return disabled
+
 
 NAME = "mla"  # of our attention function and its masks among those of `transformers`
 

@@ -13,11 +13,11 @@ import torch
 
 from mla.cache.ragged_batch import RaggedBatch, host_ints
 from mla.config import MLAConfig
-from mla.integrations.transformers.admission import is_ours
-from mla.integrations.transformers.errors import (
+from mla.integrations.transformers.admission import (
     NOT_PREPARED,
     OWN_MASK,
     UnsupportedModel,
+    is_ours,
     require_inference,
     uncompiled,
 )

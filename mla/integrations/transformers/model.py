@@ -19,12 +19,14 @@ from mla.integrations.transformers.admission import (
     PROJECTIONS,
     Check,
     Survey,
+    UnsupportedModel,
     find_attention,
+    require_inference,
     survey,
+    uncompiled,
     visible_keys,
 )
 from mla.integrations.transformers.attention import Attention, Indexing, Steps, attend
-from mla.integrations.transformers.errors import UnsupportedModel, require_inference, uncompiled
 from mla.layer.forward import AttentionCore
 from mla.layer.ops import Choice, choose
 from mla.layer.plan import WORKSPACE_BYTES

@@ -17,9 +17,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mla.cache import LatentCache
 from mla.cache.ragged_batch import RaggedBatch
 from mla.errors import CacheFull
-from mla.integrations.transformers.admission import find_attention
+from mla.integrations.transformers.admission import UnsupportedModel, find_attention, uncompiled
 from mla.integrations.transformers.attention import Step, left_padded, left_padding
-from mla.integrations.transformers.errors import UnsupportedModel, uncompiled
 
 
 class NewLatents:
