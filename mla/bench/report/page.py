@@ -43,12 +43,11 @@ from mla.errors import ResultError
 from mla.text import grouped, size
 from mla_backends.outside import shortened
 
-# In the head of every report; only a file with one of them is overwritten. Early reports have no generator.
-_MARKS = (b'<meta name="generator" content="python -m mla.bench report">', b"<title>MLA benchmark: ")
-PAGE = files.Kind("a report", lambda start: any(mark in start[:2000] for mark in _MARKS))
-# How early pictures start, and what all others say in their metadata.
-_SIGNS = (b"<!-- Made by python -m mla.bench report. -->", b"<dc:title>python -m mla.bench report</dc:title>")
-PICTURE = files.Kind("a picture of a report", lambda start: any(sign in start for sign in _SIGNS))
+# In the head of every report, and in the metadata of every picture: only a file with it is overwritten.
+_MARK = b'<meta name="generator" content="python -m mla.bench report">'
+PAGE = files.Kind("a report", lambda start: _MARK in start[:2000])
+_SIGN = b"<dc:title>python -m mla.bench report</dc:title>"
+PICTURE = files.Kind("a picture of a report", lambda start: _SIGN in start)
 
 
 class Section(NamedTuple):

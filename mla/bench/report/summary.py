@@ -32,9 +32,8 @@ _WORDS = {
     "not-timed": "not timed",
     "interrupted": "interrupted",
 }
-# Kinds of warnings, as said of a count, where the kind itself does not do.
-_WARNED = {"drifts": "drifting", "outliers": "with outliers", "skipped": "with timing variants skipped"}
-_WARNED |= {"new lengths": "slower on unseen lengths"}
+# Kinds of warnings about a busy machine, as said of a count, where the kind itself does not do.
+_WARNED = {"drifts": "drifting", "outliers": "with outliers"}
 
 
 class Badge(NamedTuple):
@@ -67,16 +66,15 @@ def badges(cases: Sequence[Case]) -> list[Badge]:
     if not badges:
         agree = f"all {judged} cases agree" if judged > 1 else "the only case agrees"
         badges = [Badge("ok", f"{agree} with the oracle") if judged else Badge("not-run", "no case was run")]
-    warned = Counter(kind for case in cases for kind in sorted(_warned(case)))
-    for mark, busy in (("unsteady", True), ("soft", False)):
-        told = [f"{n} {_WARNED.get(kind, kind)}" for kind, n in warned.items() if (kind in BUSY) == busy]
-        badges += [Badge(mark, f"{of}: {', '.join(told)}")] * bool(told)
+    busy = Counter(kind for case in cases for kind in sorted(_busy(case)))
+    told = [f"{n} {_WARNED.get(kind, kind)}" for kind, n in busy.items()]
+    badges += [Badge("unsteady", f"{of}: {', '.join(told)}")] * bool(told)
     return badges + [Badge("soft", f"{yardsticks} without a result to check")] * bool(yardsticks)
 
 
-def _warned(case: Case) -> set[str]:
-    """Return the kinds of the warnings about a case; a doubt has a badge of its own."""
-    return {warned.kind for warned in of_case(case)} - {"above 100 % of its limit"}
+def _busy(case: Case) -> set[str]:
+    """Return the kinds of the warnings about a case that show a busy machine."""
+    return {warned.kind for warned in of_case(case)} & set(BUSY)
 
 
 def named(cases: Sequence[Case]) -> list[Badge]:
@@ -108,7 +106,7 @@ def _tile(scenario: str, cases: Sequence[Case]) -> Tile:
     if len(ranking.leaders) == 1 and ranking.beaten:
         comparison = compare_implementations(ranking.beaten[0], first)
         value = f"{known(comparison.speedup, comparison.speedup_interval)}x"
-    unreliable, busy = why_unreliable(first), _warned(first) & set(BUSY)
+    unreliable, busy = why_unreliable(first), _busy(first)
     return Tile(
         "in-doubt" if limit.doubt else "unsteady" if unreliable and worst == "ok" else worst,
         f"{scenario}: {first.implementation}",

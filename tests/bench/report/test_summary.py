@@ -9,7 +9,6 @@ import pytest
 
 from mla.bench import results
 from mla.bench.report import data, summary
-from mla.bench.results.schema import NewLengths
 
 Case = Callable[..., results.Case]
 
@@ -116,16 +115,6 @@ def test_the_cases_in_doubt_are_named_with_reasons_up_to_a_few(case: Case) -> No
         "bad, mla: wrong: because",
         *(f"s{place}, mla: doubtful: because" for place in range(3)),
         "and 6 more in the table",
-    ]
-
-
-def test_slow_unseen_lengths_are_counted(case: Case) -> None:
-    def lengths(ms: float) -> results.Case:
-        unseen = NewLengths(forwards=9, ms=ms, repeated_ms=2.0, plan_ms=0.1, repeated_plan_ms=0.1)
-        return timed(case, 2.0, new_lengths=unseen)
-
-    assert summary.badges([lengths(2.1), lengths(9.0)])[1:] == [
-        ("soft", "of 2 cases: 1 slower on unseen lengths")
     ]
 
 

@@ -136,12 +136,6 @@ def test_a_case_without_a_number_fails_and_says_why(make_run: MakeRun, status: A
     assert not [metric for metric in document["metrics"] if metric["unit"]], "a number would have one"
 
 
-@pytest.mark.parametrize("status", ["wrong", "doubtful"])
-def test_numbers_in_a_hand_made_run_do_not_leave_either(make_run: MakeRun, status: Any) -> None:
-    (document,) = documents(with_timings(make_run, check=results.Check(status=status, reason="because")))
-    assert not [metric for metric in document["metrics"] if metric["unit"]]
-
-
 @pytest.mark.parametrize(
     "name", ["summary", "dispatcher_summary 1", "a.b.c", "..", "16q1s4k heads=8", "解码"]
 )
