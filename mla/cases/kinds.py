@@ -293,13 +293,9 @@ class StoredLatent(Stores, WriteLatent):
     """A write of latents to a cache of bytes."""
 
 
-class Attention(Kind):
-    """Queries over keys and values, with a log-sum-exp and a prepared state."""
+class OfQueries(Kind):
+    """An op of queries over keys, with a prepared state."""
 
-    spec, letters, pool, usual = AttentionSpec, ATTENTION, Queries, DEEPSEEK
-    title = "q {q} kv {kv}, {h} heads, keys of {n} and {r}"
-    scalars = {"softmax_scale": float}
-    varied = ("q",)
     prepares = True
 
     def rows(self, case: OpCase) -> int:
@@ -307,6 +303,15 @@ class Attention(Kind):
 
     def work(self, case: OpCase) -> cost.Work:
         return self.cost(case.spec, case.query_lens, case.kv_lens)
+
+
+class Attention(OfQueries):
+    """Queries over keys and values, with a log-sum-exp."""
+
+    spec, letters, pool, usual = AttentionSpec, ATTENTION, Queries, DEEPSEEK
+    title = "q {q} kv {kv}, {h} heads, keys of {n} and {r}"
+    scalars = {"softmax_scale": float}
+    varied = ("q",)
 
     def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
         out, lse = self.attend(given, *self.keys(spec, given), lengths)
@@ -347,10 +352,8 @@ class Batch:
     cu_q: torch.Tensor
 
 
-class OverPages(Kind):
+class OverPages(OfQueries):
     """An op whose queries see the keys of their requests, in pages of a cache."""
-
-    prepares = True
 
     def given(self, arguments: Mapping[str, Any], lengths: SegmentLengths) -> Mapping[str, Any]:
         cache, keys = self.by_token(arguments["cache"]), []

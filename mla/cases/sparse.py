@@ -229,12 +229,6 @@ class SelectLatents(OverPages):
         weights = weights.abs() if case.stress.aimed else weights
         return {"q": stress.queries(case, q, keys[:, None]), "keys": keys, "weights": weights}
 
-    def rows(self, case: OpCase) -> int:
-        return case.rows * case.spec.num_heads  # each of them varies by itself
-
-    def work(self, case: OpCase) -> Work:
-        return self.cost(case.spec, case.query_lens, case.kv_lens)
-
     def truth(self, spec: Any, given: Mapping[str, Any], lengths: SegmentLengths) -> Tensors:
         parts = given["q"], given["weights"], self.keys(spec, given)
         return true_selection(*parts, spans_of(lengths), spec.topk, max(1, *lengths.kv_lens))

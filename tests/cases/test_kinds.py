@@ -15,6 +15,7 @@ from mla.cases import KINDS
 from mla.cases.call import Call, Checker
 from mla.cases.case import OpCase
 from mla.cases.memory import Layout, Pages, Piece
+from mla.cases.played import host_of
 from mla.cases.varied import Pool
 from mla.reference import REFERENCE
 from mla.verify import op_oracle
@@ -105,11 +106,9 @@ def slow(case: OpCase, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     if case.kind == "rms_norm":
         return {"out": by_row(lambda t: norm(wide["x"][t], wide["weight"], case.eps), case.rows)}
     if case.kind == "rotate_query":
-        rows = [
-            [turned(head, c, case.interleaved) for head in x]
-            for x, c in zip(wide["x"], wide["cos_sin"], strict=True)
-        ]
-        return {"out": torch.stack([torch.stack(heads) for heads in rows])}
+        pairs = zip(wide["x"], wide["cos_sin"], strict=True)
+        heads = [torch.stack([turned(head, c, case.interleaved) for head in x]) for x, c in pairs]
+        return {"out": torch.stack(heads)}
     if case.kind == "write_latent":
         latent, key = wide["kv_a"][:, :32], wide["kv_a"][:, 32:]
         return {
@@ -118,8 +117,9 @@ def slow(case: OpCase, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
         }
     if case.kind == "write_index_key":
         rows = [layer_norm(x, wide["weight"], wide["bias"], case.eps) for x in wide["k"]]
-        first = [turned(row[:8], c, case.interleaved) for row, c in zip(rows, wide["cos_sin"], strict=True)]
-        return {"key": torch.stack([torch.cat((a, row[8:])) for a, row in zip(first, rows, strict=True)])}
+        pairs = zip(rows, wide["cos_sin"], strict=True)
+        keys = [torch.cat((turned(row[:8], c, case.interleaved), row[8:])) for row, c in pairs]
+        return {"key": torch.stack(keys)}
     if case.kind == "select_latents":
         reach, floor = torch.full((9, 17), -torch.inf).double(), torch.full((9, 6), -torch.inf).double()
         for row, scores in enumerate(slow_scores(wide)):
@@ -143,13 +143,9 @@ def slow(case: OpCase, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 @pytest.mark.parametrize("fields", [{}, {"interleaved": False, "biased": True}])
 @pytest.mark.parametrize("kind", OPS)
 def test_the_truth_of_a_kind_is_that_of_loops(kind: str, fields: dict[str, Any]) -> None:
-    case = case_of(kind, **fields)
-    pool = pool_of(case)
-    given = dict(pool.given)
-    for name in case.entry.varied:
-        rows = given[name][: pool.size[1]]
-        given[name] = rows.unflatten(0, (-1, 3)) if name in ("q", "weights") else rows
-    truth = case.entry.truth(case.spec, given | case.scalars, case.lengths)
+    case = case_of(kind, rope=None, **fields)
+    host = host_of(case)
+    given, truth = host.given, host.truth
     shapes = {name: case.shape(words) for name, words in case.entry.truths.items()}
     assert {name: tuple(tensor.shape) for name, tensor in truth.items()} == shapes
     for name, right in slow(case, given).items():

@@ -1,13 +1,13 @@
-"""An op that the contract does not have, added as one entry: timed, checked, dumped and replayed.
+"""Ops of sparse attention, and one that the contract lacks, added as one entry: timed, kept and replayed.
 
-It encodes values into the bytes of a cache, so that many answers are right.
+That one encodes values into the bytes of a cache, so that many answers are right.
 """
 
 # ruff: noqa: RUF012  # tables that nobody writes to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 from op_bench import OpBench
+from wrong_sparse import MUTANTS
 
 from mla import MLAConfig
 from mla.bench.plan.memory import op_bytes
@@ -34,7 +35,11 @@ from mla_backends.api import OPS, FusedOp, SegmentLengths
 from mla_backends.testing import HostBackend
 
 CPU = torch.device("cpu")
-CONFIG = MLAConfig(64, 2, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12)
+CONFIG = MLAConfig(
+    64, 2, q_lora_rank=24, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12,
+    index_topk=6, index_n_heads=3, index_head_dim=16,
+)  # fmt: skip
+REQUESTS = ((12, 2), (3, 2), (9, 1), (0, 4))
 ORIGIN = file.Origin(backend="host", options=[], device="cpu", command="repeat", where="here", reason="wrong")
 
 
@@ -104,7 +109,17 @@ class Stray(Encode):
 
 
 KIND, RIGHT = "encode_rows", Encode()
-WRONG = [(Encode(1.1), "the values of row "), (Stray(), "1 slots ")]
+ALL = (KIND, "write_index_key", "select_latents", "sparse_latent_attention")
+FAULTS = (  # other mutants of index keys differ in layers unlike this one
+    ("write_index_key", "norm", (0, 1, 3)),
+    ("select_latents", "scores", range(6)),
+    ("sparse_latent_attention", "selections", range(5)),
+)
+WRONG = [  # and what is said of it
+    (KIND, lambda: Encode(1.1), "the values of row "),
+    (KIND, Stray, "1 slots "),
+    *((kind, MUTANTS[f"{kind}.{fault}"][number], "") for kind, fault, of in FAULTS for number in of),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -123,12 +138,14 @@ def in_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_new_op_is_timed_and_checked(dtype: torch.dtype) -> None:
-    bench, given = OpBench(CONFIG, KIND, dtype, runs=6), set()
-    timed = bench.implementation(RIGHT)
+@pytest.mark.parametrize("kind", ALL)
+def test_a_pass_is_right_and_every_call_of_it_differs(kind: str, dtype: torch.dtype) -> None:
+    bench, given = OpBench(CONFIG, kind, dtype, REQUESTS, runs=6), set()
+    timed = bench.implementation(REFERENCE[kind])
+    name = timed._pool.entry.varied[0]
     for number in range(3):
         check = bench.run(
-            timed, number, lambda index: given.add(next(iter(operands(timed))).numpy().tobytes())
+            timed, number, lambda index: given.add(timed._call.arguments[name].float().numpy().tobytes())
         )
         assert (check.status, check.reason) == ("ok", "")
         assert len(timed.outputs()) == 6
@@ -136,13 +153,11 @@ def test_a_new_op_is_timed_and_checked(dtype: torch.dtype) -> None:
     assert op_bytes(bench.fixture.pool) > 0
 
 
-def operands(implementation: Any) -> Iterator[torch.Tensor]:
-    yield implementation._call.arguments[implementation._pool.entry.varied[0]].float().contiguous()
-
-
-@pytest.mark.parametrize(("op", "said"), WRONG)
-def test_a_wrong_form_is_found_kept_and_replayed(op: FusedOp, said: str, tmp_path: Path) -> None:
-    bench = OpBench(CONFIG, KIND, runs=6)
+@pytest.mark.parametrize(("kind", "make", "said"), WRONG)
+def test_a_wrong_op_is_found_kept_and_replayed(
+    kind: str, make: Callable[[], FusedOp], said: str, tmp_path: Path
+) -> None:
+    op, bench = make(), OpBench(CONFIG, kind, torch.float32, REQUESTS, runs=6)
     implementation = bench.implementation(op)
     check = bench.run(implementation, 1)
     assert check.status == "wrong"
@@ -152,13 +167,34 @@ def test_a_wrong_form_is_found_kept_and_replayed(op: FusedOp, said: str, tmp_pat
     assert said in wrong.reason
     file.write_call(tmp_path, wrong, ORIGIN)
     kept = file.read(tmp_path)
-    backend = HostBackend(ops={"mine": op, "right": RIGHT})
+    backend = HostBackend(ops={"mine": op, "right": REFERENCE[kind]})
     assert replay(kept, backend, "mine") == [wrong.reason]
     assert replay(kept, backend, "right", runs=2) == replay(kept, backend, "reference", runs=2) == ["", ""]
+
+
+DAMAGED: dict[str, tuple[Any, str, list[Callable[[torch.Tensor], Any]], str]] = {
+    KIND: (Stray, "cache.rows", [torch.Tensor.float], "is float32"),
+    "sparse_latent_attention": (
+        MUTANTS["sparse_latent_attention.selections"][0],
+        "operand.selection",
+        [lambda x, bad=bad: x.index_fill(0, torch.tensor([0]), bad) for bad in (-2, 14, 2**31 - 1)],
+        "selection points outside its request",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_file_is_refused_before_any_op_is_called(kind: str, tmp_path: Path) -> None:
+    make, name, damages, said = DAMAGED[kind]
+    bench = OpBench(CONFIG, kind, torch.float32, REQUESTS, runs=2)
+    wrong = search(bench.implementation(make()), bench.scenario, bench.problem, lambda: None).wrong
+    assert wrong is not None
+    file.write_call(tmp_path, wrong, ORIGIN)
     path = tmp_path / file.NAME
     tensors = safetensors.torch.load_file(path)
     with safetensors.safe_open(path, framework="pt") as opened:
         metadata = opened.metadata()
-    safetensors.torch.save_file({**tensors, "cache.rows": tensors["cache.rows"].float()}, path, metadata)
-    with pytest.raises(file.ResultError, match="is float32"):
-        file.read(tmp_path)
+    for damage in damages:
+        safetensors.torch.save_file({**tensors, name: damage(tensors[name])}, path, metadata)
+        with pytest.raises(file.ResultError, match=said):
+            file.read(tmp_path)
