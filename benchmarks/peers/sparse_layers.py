@@ -34,7 +34,6 @@ from mla.bench import results
 from mla.bench.results.stats import median_interval
 from mla.bench.subjects.inputs import Inputs, make_inputs
 from mla.bench.subjects.layer import MlaLayer
-from mla.bench.subjects.selected import SelectedLayer
 from mla.bench.subjects.setting import Setting
 from mla.bench.subjects.transformers_layer import _Classes, _dims, _rope
 from mla.bench.workload.scenario import Scenario
@@ -144,7 +143,7 @@ def attention_flops(config: MLAConfig, keys: int) -> tuple[int, int]:
 
 def difference(setting: Setting, state: State, history: int, few: int) -> float:
     """Return how far the outputs of `transformers` are from ours, relative to ours."""
-    ours, inputs = loaded(SelectedLayer, setting, state, (history,) * few)
+    ours, inputs = loaded(MlaLayer, setting, state, (history,) * few)
     stock = Stock(setting.config, state, inputs)
     for call in (stock.before, partial(ours.before, 0), partial(ours.step, 0), partial(ours.after, 0)):
         call()
@@ -161,7 +160,7 @@ def measure(config: MLAConfig, history: int, requests: int, few: int, rounds: in
     state = random_state_dict(config, 0, setting.dtype)
     dense_state = {name: weight for name, weight in state.items() if not name.startswith("indexer.")}
     dense = replace(setting, config=plain)
-    parties = {"sparse": loaded(SelectedLayer, setting, state, (history,) * requests)}
+    parties = {"sparse": loaded(MlaLayer, setting, state, (history,) * requests)}
     parties["dense"] = loaded(MlaLayer, dense, dense_state, (history,) * requests)
     parties["projections"] = loaded(MlaLayer, dense, dense_state, (0,) * requests)
     steps: dict[str, Step] = {name: partial(layer.step, 0) for name, (layer, _) in parties.items()}
@@ -172,7 +171,7 @@ def measure(config: MLAConfig, history: int, requests: int, few: int, rounds: in
     differs = None
     if few:  # in turns of their own: steps of seconds cool the caches of the others
         differs = difference(setting, state, min(history, COMPARED), few)
-        layer, inputs = loaded(SelectedLayer, setting, state, (history,) * few)
+        layer, inputs = loaded(MlaLayer, setting, state, (history,) * few)
         stock = Stock(config, state, inputs)
         steps = {"sparse, few": partial(layer.step, 0), "transformers": stock.step}
         before = {"sparse, few": partial(layer.before, 0), "transformers": stock.before}

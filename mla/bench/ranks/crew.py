@@ -25,7 +25,7 @@ import torch.distributed as dist
 import mla
 from mla.bench import results
 from mla.bench.measure.engine import refusal, too_large
-from mla.bench.ranks.layers import LeadLayer, RankLayer, SelectedRankLayer
+from mla.bench.ranks.layers import LeadLayer, RankLayer
 from mla.bench.ranks.pulse import BEAT, Pulse, RanksError, listed, numbered
 from mla.bench.results.stats import median
 from mla.bench.subjects.base import Implementation
@@ -334,8 +334,7 @@ class Crew(Ranks):
             self.tell("drop")
         overrides = {**dict(setting.overrides), **self._overrides.get(_key(setting, name), {})}
         setting = replace(setting, overrides=tuple(overrides.items()))
-        made = SelectedRankLayer if setting.config.index_n_heads else RankLayer
-        part = made(setting, state, name, ops, self.groups, self.wait)
+        part = RankLayer(setting, state, name, ops, self.groups, self.wait)
         return LeadLayer(setting, part, self) if self.rank == 0 else part
 
 

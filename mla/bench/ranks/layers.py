@@ -24,7 +24,6 @@ from mla.bench.subjects.base import Facts, Implementation, Left, Outputs, buffer
 from mla.bench.subjects.fixture import Fixture, make_fixture
 from mla.bench.subjects.inputs import Inputs, Requests
 from mla.bench.subjects.layer import MlaLayer
-from mla.bench.subjects.selected import SelectedLayer
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
 from mla.errors import OutOfMemory, UnsupportedBatch
@@ -73,6 +72,15 @@ class RankLayer(MlaLayer):
     def extend(self, table_tokens: int = 0) -> Any:
         return self.cache.extend(self._sequences, self.scenario.query_lens)
 
+    def take_now(self, query_lens: Sequence[int], history: Sequence[int], kv_lens: Sequence[int]) -> Taken:
+        """Return what the last forward has left here, of the tokens that are this rank's."""
+        codec, held = self.setting.codec, self.share.held
+        if self.share.world == 1 or codec is None:
+            return super().take_now(query_lens, history, kv_lens)
+        rows, ends = self.cache.pages[0].flatten(0, 1), zip(self._sequences, history, kv_lens, strict=True)
+        new = [self.cache.slots(sequence)[held(past) : held(end)] for sequence, past, end in ends]
+        return Taken(tuple(codec.decode(rows.index_select(0, slots).cpu()) for slots in new))
+
     def left(self) -> Left:
         return super().left()._replace(places=None)  # of which rank 0 has its own
 
@@ -118,10 +126,6 @@ class RankLayer(MlaLayer):
         mine = slice(self.requests.first, self.requests.stop)
         self._meet()  # once: a rank that refuses such lengths comes to no further forward
         return self._bench.run(Lengths(lengths.query_lens[mine], lengths.kv_lens[mine]), count, beat)
-
-
-class SelectedRankLayer(RankLayer, SelectedLayer):
-    """The same of a layer with an indexer: each rank selects for itself, by the same keys and queries."""
 
 
 class LeadLayer(Implementation):

@@ -19,7 +19,7 @@ from mla.bench.results.stats import median
 from mla.bench.subjects.base import Facts, Implementation, LayerChecker, Outputs, poison, worst
 from mla.bench.subjects.fixture import layer_checker
 from mla.bench.subjects.inputs import Inputs, Requests
-from mla.bench.subjects.selected import SelectedLayer, TakenChecker
+from mla.bench.subjects.selected import TakenChecker
 from mla.bench.subjects.setting import Ranks, Setting
 from mla.bench.workload.scenario import Scenario
 from mla.parallel.groups import SimulatedGroups
@@ -63,15 +63,6 @@ class SimulatedPart(RankLayer):
         taken = (now_ns() - start) / 1e6
         self.after(index)
         return taken
-
-
-class SelectedPart(SimulatedPart, SelectedLayer):
-    """The same of a layer with an indexer."""
-
-
-def part_of(setting: Setting) -> type[SimulatedPart]:
-    """Return the class of one rank's part."""
-    return SelectedPart if setting.config.index_n_heads else SimulatedPart
 
 
 @dataclass(frozen=True)
@@ -125,7 +116,7 @@ class Simulation(Ranks):
 
         def of_rank(rank: int) -> tuple[Requests, LayerChecker | TakenChecker]:
             def reference() -> SimulatedPart:
-                part = part_of(setting)(setting, state, "mla-reference", "reference", rank)
+                part = SimulatedPart(setting, state, "mla-reference", "reference", rank)
                 part.load(scenario, inputs)
                 return part
 
@@ -147,7 +138,7 @@ class SimulatedLayer(Implementation):
     ) -> None:
         super().__init__(setting)
         self.name, self._simulation = name, simulation
-        self._make = lambda rank: part_of(setting)(setting, state, name, ops, rank)
+        self._make = lambda rank: SimulatedPart(setting, state, name, ops, rank)
         self._parts = {0: self._make(0)}  # by rank, once loaded all that differ
         self.held_to_reference = self._parts[0].held_to_reference
         self._times: dict[int, list[float]] = {}  # of this pass, by rank other than 0

@@ -20,7 +20,7 @@ from mla.bench.subjects import op as one_op
 from mla.bench.subjects.base import METHODS, Foreign, Implementation, LayerChecker, called
 from mla.bench.subjects.inputs import Inputs, expected_outputs, expected_plain, make_inputs
 from mla.bench.subjects.layer import MlaLayer
-from mla.bench.subjects.selected import SelectedLayer, TakenChecker
+from mla.bench.subjects.selected import TakenChecker
 from mla.bench.subjects.setting import Setting, implementation_setting, make_ops, sharing_weights
 from mla.bench.subjects.transformers_layer import TransformersLayer
 from mla.bench.workload.grid import Point
@@ -50,12 +50,7 @@ def _ours(setting: Setting, state: State, name: str, ops: str | None) -> Impleme
     if setting.ranks is not None:
         spread: Implementation = setting.ranks.layer(setting, state, name, ops)
         return spread
-    return _layer(setting)(setting, state, name, ops)
-
-
-def _layer(setting: Setting) -> type[MlaLayer]:
-    """Return the class of our layer."""
-    return SelectedLayer if setting.config.index_n_heads else MlaLayer
+    return MlaLayer(setting, state, name, ops)
 
 
 def check_name(base: str) -> None:
@@ -226,7 +221,7 @@ class LayerFixture(Fixture):
 
     def _reference(self) -> MlaLayer:
         of = replace(self.setting, layers=1), self._state, "mla-reference", "reference"
-        reference = _layer(self.setting)(*of)
+        reference = MlaLayer(*of)
         reference.load(self.point, self.inputs())
         return reference
 

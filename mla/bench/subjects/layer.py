@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from copy import copy
+from dataclasses import replace
 from functools import partial
 from time import perf_counter_ns as now_ns
 from typing import Any
@@ -31,7 +32,7 @@ from mla.parallel.layout import Share
 from mla.verify.layer_check import Poison
 from mla.verify.layer_oracle import State
 from mla.verify.places import Places
-from mla.verify.selected import Taken
+from mla.verify.selected import Taken, take
 from mla.verify.tolerances import BOUNDS, ROW_SLACK
 from mla.verify.verdict import Check
 from mla_backends import BackendError
@@ -48,7 +49,8 @@ class MlaLayer(LayerImplementation):
     layer that uses another's weights or cache is wrong.
 
     Of each forward that is kept, it also keeps what is in memory, if that is what it is judged by: see
-    `Taken`.
+    `Taken`. A layer with an indexer may share its selection with those behind it. Index pages are poisoned as
+    those of latents are, so that a stale or missing key shows in the selection.
     """
 
     batch: RaggedBatch  # the prepared one of a prefill
@@ -99,8 +101,10 @@ class MlaLayer(LayerImplementation):
         self._load_history(inputs)
         self._history = HistorySigns(self.cache, self._sequences)
         if not again:
-            nan_safe = self.layer.ops["latent_attention"].op.nan_safe_tail
-            self._poison = Poison(self.cache, self._sequences, scenario.final_lens, nan_safe)
+            roles = ["latent_attention", *["select_latents"] * bool(self.setting.config.index_n_heads)]
+            safe = [self.layer.ops[role].op.nan_safe_tail for role in roles]
+            what = self.cache, self._sequences, scenario.final_lens
+            self._poisons = [Poison(*what, safe[place], of_index=bool(place)) for place in range(len(safe))]
         self.restore()
 
     def _load_history(self, inputs: Inputs) -> None:
@@ -110,6 +114,7 @@ class MlaLayer(LayerImplementation):
                 given = index_keys if index in self.cache.index_layers else None
                 self.cache.load(sequence, kv.roll(index, 1), pe, layer=index, index=given)
         self._pages = list(self.cache.pages)
+        self._index_pages = [self.cache.of_layer(index)[1] for index in range(len(self.layers))]
 
     def _make_cache(self, scenario: Scenario) -> LatentCache:
         size = self.setting.page_size
@@ -128,9 +133,10 @@ class MlaLayer(LayerImplementation):
 
     def restore(self, number: int = 0) -> None:
         self._shrink()
-        self._taken: dict[int, Taken] = {}  # by forward
+        self._taken: dict[int, list[Taken]] = {}  # by forward, of every layer
         super().restore(number)
-        self._poison.apply()
+        for poison in self._poisons:
+            poison.apply()
         if self._prefills:
             self._plan()
 
@@ -139,11 +145,10 @@ class MlaLayer(LayerImplementation):
         self._history.take(turn.signs)
 
     def after(self, index: int) -> None:
-        """Keep what a forward left, if it is among those that are judged by it."""
+        """Keep what a forward left in every layer, if it is among those that are judged by it."""
         super().after(index)
         if self._takes and index in self._shelf.kept:
-            lengths = [self.cache.length(sequence) for sequence in self._sequences]
-            self._taken[index] = self.take_now(self.scenario.query_lens, self.scenario.history, lengths)
+            self._taken[index] = self._take_all()
         self._taken = {kept: self._taken[kept] for kept in self._shelf.kept if self._takes}
 
     def take_now(self, query_lens: Sequence[int], history: Sequence[int], kv_lens: Sequence[int]) -> Taken:
@@ -151,16 +156,21 @@ class MlaLayer(LayerImplementation):
 
         Lengths are per request: new tokens of the forward, tokens of the history, and all tokens after it.
         """
-        codec, rows = self.setting.codec, self.cache.pages[0].flatten(0, 1)
-        if codec is None:
-            return Taken()
-        new = self._new_slots(history, kv_lens)
-        return Taken(tuple(codec.decode(rows.index_select(0, slots).cpu()) for slots in new))
+        return take(self.layer, self.cache, self._sequences, query_lens, history, kv_lens)
 
-    def _new_slots(self, history: Sequence[int], kv_lens: Sequence[int]) -> list[torch.Tensor]:
-        """Return per request where the tokens behind its history are cached, of those that are here."""
-        held, ends = self.share.held, zip(self._sequences, history, kv_lens, strict=True)
-        return [self.cache.slots(sequence)[held(past) : held(end)] for sequence, past, end in ends]
+    def _take_all(self) -> list[Taken]:
+        """Return what every layer has left of a pass's forward.
+
+        A layer that shares a selection is judged by what it was to attend, not by what it says of that.
+        """
+        scenario, kv_lens = self.scenario, [self.cache.length(sequence) for sequence in self._sequences]
+        lengths = scenario.query_lens, scenario.history, kv_lens
+        all_taken = [self.take_now(*lengths)]
+        for number, layer in enumerate(self.layers[1:], 1):
+            taken = take(layer, self.cache, self._sequences, *lengths, number)
+            shares = taken.q is None
+            all_taken.append(replace(taken, selection=all_taken[-1].selection) if shares else taken)
+        return all_taken
 
     def _shrink(self) -> None:
         """Undo the pass, last pages first, so that the free list and thus every pass's pages are the same."""
@@ -185,8 +195,9 @@ class MlaLayer(LayerImplementation):
             self.clear_new(self.batch)
 
     def clear_new(self, batch: RaggedBatch) -> None:
-        """Overwrite the latents of a batch's new tokens, which another forward may have written."""
-        self._poison.clear(batch.slots)
+        """Overwrite what is cached of a batch's new tokens, which another forward may have written."""
+        for poison in self._poisons:
+            poison.clear(batch.slots)
 
     def step(self, index: int) -> None:
         self._run(self.batch if self._prefills else self.extend(), self.x, self._outs)
@@ -204,8 +215,11 @@ class MlaLayer(LayerImplementation):
         return list(out) if self._stacked else [out]
 
     def _run(self, batch: RaggedBatch, hidden: torch.Tensor, outs: list[torch.Tensor]) -> None:
-        for layer, pages, out in zip(self.layers, self._pages, outs, strict=True):
-            layer(hidden, batch, pages, out=out)
+        selection = None
+        parts = zip(self.layers, self._pages, self._index_pages, outs, strict=True)
+        for layer, pages, index_pages, out in parts:
+            layer(hidden, batch, pages, index_pages, selection if index_pages is None else None, out=out)
+            selection = layer.selection
 
     def evidence(self, query_lens: tuple[int, ...], kv_lens: tuple[int, ...]) -> tuple[Taken, ...]:
         """Return what the outputs of the last forward, on these lengths, are judged by beside its inputs."""
@@ -243,7 +257,8 @@ class MlaLayer(LayerImplementation):
             layer.replace_ops(partial(in_layer, index))
 
     def left(self) -> Left:
-        return Left(self.number, self.outputs(), self._taken, self.places)
+        taken = {forward: by_layer[0] for forward, by_layer in self._taken.items()}
+        return Left(self.number, self.outputs(), taken, self.places)
 
     def check(self, checker: Any) -> Check:
         """Check every layer's outputs, and that its new latents are in its own part of the cache."""
@@ -262,7 +277,8 @@ class MlaLayer(LayerImplementation):
     def _left_by(self, index: int) -> Left:
         """Return what a layer left, with outputs as layer 0 would have them."""
         outputs = {forward: rows[index].roll(-index, -1) for forward, rows in super().outputs().items()}
-        return Left(self.number, outputs, self._taken, self.places)
+        taken = {forward: by_layer[index] for forward, by_layer in self._taken.items()}
+        return Left(self.number, outputs, taken, self.places)
 
     def _cached(self, index: int) -> bool:
         """Return whether a layer cached the same as layer 0, rolled and up to rounding."""

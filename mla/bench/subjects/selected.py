@@ -1,4 +1,4 @@
-"""Layers that are judged by what they left in memory (`mla.verify.selected`), as implementations."""
+"""Judges layers by what they left in memory (`mla.verify.selected`)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import torch
 from mla.bench.subjects.base import Left
 from mla.bench.subjects.inputs import Inputs
 from mla.bench.subjects.layer import MlaLayer
-from mla.cache.ragged_batch import RaggedBatch
 from mla.cost import latent_attention_flops, parameters
-from mla.verify.layer_check import Checker, Forward, Poison
-from mla.verify.selected import Past, SelectionJudge, Taken, take
+from mla.verify.layer_check import Checker, Forward
+from mla.verify.selected import Past, SelectionJudge, Taken
 from mla.verify.tolerances import layer_bounds, mean_over, row_errors, table_decides
 from mla.verify.verdict import Check
 
@@ -23,69 +22,6 @@ from mla.verify.verdict import Check
 ROWS_FLOPS, ROWS = 4e10, 8
 
 _random = random.SystemRandom()  # what is judged is not known before
-
-
-class SelectedLayer(MlaLayer):
-    """Our layer with an indexer, or N of which some share its selection, over a cache that has index pages.
-
-    Of each forward that is kept, it also keeps what the indexer wrote. The index pages are poisoned as those
-    of latents are, so that a stale or missing key shows in the selection.
-    """
-
-    def _load_history(self, inputs: Inputs) -> None:
-        """Load latents and index keys of the history, and prepare the poison of index pages."""
-        super()._load_history(inputs)
-        self._index_pages = [self.cache.of_layer(index)[1] for index in range(len(self.layers))]
-        nan_safe = self.layer.ops["select_latents"].op.nan_safe_tail
-        what = self.cache, self._sequences, self.scenario.final_lens, nan_safe
-        self._index_poison = Poison(*what, of_index=True)
-
-    def restore(self, number: int = 0) -> None:
-        self._index_poison.apply()
-        self._of_others: dict[int, list[Taken]] = {}  # by forward, of the layers behind the first
-        super().restore(number)
-
-    def clear_new(self, batch: RaggedBatch) -> None:
-        """Fill the slots of a batch's new tokens with NaN, in the index pages as well."""
-        super().clear_new(batch)
-        self._index_poison.clear(batch.slots)
-
-    def _run(self, batch: RaggedBatch, hidden: torch.Tensor, outs: list[torch.Tensor]) -> None:
-        selection = None
-        for layer, pages, index_pages, out in zip(
-            self.layers, self._pages, self._index_pages, outs, strict=True
-        ):
-            given = selection if index_pages is None else None
-            layer(hidden, batch, pages, index_pages, given, out=out)
-            selection = layer.selection
-
-    def after(self, index: int) -> None:
-        """Keep what a forward left in every layer, if it is among those that are judged."""
-        super().after(index)
-        if index in self._taken:
-            self._of_others[index] = self._take_others(self._taken[index].selection)
-        self._of_others = {kept: self._of_others[kept] for kept in self._taken}
-
-    def _take_others(self, selection: torch.Tensor | None) -> list[Taken]:
-        """Return what layers behind the first have left, which made this selection [T, topk].
-
-        A layer that shares is judged by what it was to attend, not by what it says of that.
-        """
-        lengths, scenario = [self.cache.length(sequence) for sequence in self._sequences], self.scenario
-        what, others = (self._sequences, scenario.query_lens, scenario.history, lengths), list[Taken]()
-        for number, layer in enumerate(self.layers[1:], 1):
-            taken = take(layer, self.cache, *what, number)
-            selection = taken.selection if taken.q is not None else selection
-            others.append(replace(taken, selection=selection))
-        return others
-
-    def take_now(self, query_lens: Sequence[int], history: Sequence[int], kv_lens: Sequence[int]) -> Taken:
-        """Return what the last forward has left, with the index keys from the history to `kv_lens`."""
-        return take(self.layer, self.cache, self._sequences, query_lens, history, kv_lens)
-
-    def _left_by(self, index: int) -> Left:
-        taken = {forward: others[index - 1] for forward, others in self._of_others.items()}
-        return super()._left_by(index)._replace(taken=taken if index else self._taken)
 
 
 @dataclass

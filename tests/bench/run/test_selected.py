@@ -14,7 +14,7 @@ from tiny_run import DIMS
 
 from mla import MLA
 from mla.bench import results
-from mla.bench.subjects.selected import SelectedLayer
+from mla.bench.subjects.layer import MlaLayer
 from mla.cache.formats import codec_of
 from mla.cache.index_formats import IndexFp8
 from mla.layer.forward import Step
@@ -180,25 +180,25 @@ def own_selection_of_the_second(patch: Patch) -> None:
 
 def the_first_index_pages(patch: Patch) -> None:
     """All layers have the index pages of the first."""
-    right = SelectedLayer._load_history
+    right = MlaLayer._load_history
 
-    def load(layer: SelectedLayer, inputs: Any) -> None:
+    def load(layer: MlaLayer, inputs: Any) -> None:
         right(layer, inputs)
         layer._index_pages = [
             pages if pages is None else layer._index_pages[0] for pages in layer._index_pages
         ]
 
-    patch.setattr(SelectedLayer, "_load_history", load)
+    patch.setattr(MlaLayer, "_load_history", load)
 
 
 def the_first_pages(patch: Patch) -> None:
-    right = SelectedLayer._load_history
+    right = MlaLayer._load_history
 
-    def load(layer: SelectedLayer, inputs: Any) -> None:
+    def load(layer: MlaLayer, inputs: Any) -> None:
         right(layer, inputs)
         layer._pages[2] = layer._pages[0]
 
-    patch.setattr(SelectedLayer, "_load_history", load)
+    patch.setattr(MlaLayer, "_load_history", load)
 
 
 @pytest.mark.parametrize(
