@@ -27,7 +27,6 @@ _RESULT = re.compile(rb'\s*\{\s*"schema_version":\s*\d+,\s*"argv":\s*%b,\s*"(?:a
 _START = 1 << 20  # bytes that tell what a file is
 
 _pipes: dict[Path, int] = {}  # opened before a run, so that their readers see one end
-_checked: dict[Path, Kind | None] = {}  # before a run, and not written since
 
 written: list[Path] = []  # by this process
 
@@ -56,14 +55,13 @@ def check_writable(path: Path, kind: Kind | None = None) -> None:
     """Raise `ResultError` before a long run rather than after it.
 
     Pipes with a reader, /dev/stdout and /dev/null are written to; what a link leads to is replaced. A file
-    that is there must be empty, or of this `kind`; `write_bytes` looks again.
+    that is there must be empty, or of this `kind`.
     """
     try:
         if objection := _objection(path, kind):
             raise ResultError(f"cannot write '{path}': {objection}.")
     except OSError as error:
         raise ResultError(f"cannot write '{path}': {error.strerror}.") from error
-    _checked[path] = kind
 
 
 def check_not_input(path: Path, inputs: Iterable[Path]) -> None:
@@ -93,12 +91,7 @@ def is_stream(path: Path) -> bool:
 
 
 def write_bytes(data: bytes, path: Path) -> None:
-    """Write a file whole or not at all, or all of it to a pipe. Raises `ResultError`.
-
-    The first time after `check_writable`, what was put there meanwhile is judged as well.
-    """
-    if path in _checked:
-        check_writable(path, _checked[path])
+    """Write a file whole or not at all, or all of it to a pipe. Raises `ResultError`."""
     try:
         if is_stdout(path):
             console.write(data)
@@ -109,7 +102,6 @@ def write_bytes(data: bytes, path: Path) -> None:
             _replace(data, _target(path))
     except OSError as error:
         raise ResultError(f"cannot write '{path}': {error.strerror}.") from error
-    _checked.pop(path, None)
     written.append(path)
 
 

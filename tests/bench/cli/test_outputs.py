@@ -112,21 +112,6 @@ def test_a_result_is_known_and_read_however_large_it_is() -> None:
     check_writable(Path("run.json"), RESULT)
 
 
-def test_what_comes_while_a_run_goes_on_is_judged_as_well(make_run: MakeRun) -> None:
-    """The user's own file is kept, however often the run tries; another run's result is replaced."""
-    path = Path("run.json")
-    check_writable(path, RESULT)
-    path.write_text(MINE)
-    for _ in range(2):
-        with pytest.raises(ResultError, match="it exists and is not a result file"):
-            write_bytes(b"new", path)
-    assert path.read_text() == MINE
-    path.write_bytes(results.encode(make_run()))
-    write_bytes(b"new", path)
-    write_bytes(b"newer", path)
-    assert path.read_bytes() == b"newer"
-
-
 def test_a_run_that_is_resumed_from_a_pipe_needs_a_file(run: str, bench: Bench) -> None:
     with subprocess.Popen(["cat", run], stdout=subprocess.PIPE) as cat:
         assert cat.stdout is not None

@@ -212,7 +212,7 @@ def test_a_folder_that_vanishes_during_the_run_does_not_cost_the_numbers(start: 
         out, err = child.communicate(timeout=120)
     assert child.returncode == 2
     assert out.splitlines()[-1].startswith("Decode Throughput: ")
-    assert err.splitlines()[-1] == "error: cannot write 'out/run.json': there is no folder 'out'."
+    assert err.splitlines()[-1] == "error: cannot write 'out/run.json': No such file or directory."
 
 
 def test_a_name_the_terminal_cannot_show_does_not_cost_the_result(process: Bench, small: list[str]) -> None:
