@@ -60,13 +60,6 @@ def test_a_broken_checkpoint_ends_in_one_sentence(
     assert not Path("run.json").exists()
 
 
-def test_a_layer_that_is_not_there_is_refused(bench: Bench, small: list[str], tmp_path: Path) -> None:
-    maker.LAYOUTS["whole-layer"].make(tmp_path / "model")
-    done = bench("--backend", "cpu", *small[2:], "--model-path", "model", "--layer", "4")
-    assert done.code == 2
-    assert done.error == ("error: checkpoint 'model' has no attention weights of layer 4; it holds layers 3.")
-
-
 def drain(descriptor: int) -> bytes:
     """Read until the other side is closed, which a terminal reports as an error."""
     text = b""

@@ -98,13 +98,6 @@ def test_a_closed_stdout_is_told(redirected: Bench, words: tuple[str, ...]) -> N
     assert "Traceback" not in done.err
 
 
-def test_what_is_written_to_a_file_needs_no_stream(redirected: Bench) -> None:
-    assert redirected("<&- >&- 2>&-", "mla.bench", "export", "stored.json", "-o", "run.csv").code == 0
-    assert redirected(">/dev/full 2>&1", "mla.bench", "report", "stored.json", "--html", "run.html").code == 0
-    assert Path("run.csv").read_text().count("\n") == 2
-    assert Path("run.html").read_text().endswith("</html>")
-
-
 @pytest.mark.parametrize("again", ["", AGAIN], ids=["once", "and while the result is written"])
 def test_ctrl_c_keeps_the_complete_passes(start: Start, again: str) -> None:
     """A pass of 4 forwards waits 5 times: the 12th is in the third pass."""

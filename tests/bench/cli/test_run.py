@@ -139,13 +139,6 @@ def test_code_that_is_not_packaged_can_be_measured(
     assert "--backend loose_backend:VirtualClock " in run.cases[0].repro
 
 
-def test_list_ops_names_every_role_and_measures_nothing(bench: Bench, small: list[str]) -> None:
-    done = bench(*CPU, *small, "--list-ops")
-    assert done.code == 0
-    roles = dict(line.split(": ") for line in done.out.splitlines() if not line.startswith(" "))
-    assert {"latent_attention", "expanded_attention", "write_latent", "o_proj"} <= set(roles)
-
-
 @needs_transformers
 def test_the_main_job_runs_at_full_size_and_compares_with_transformers(bench: Bench) -> None:
     counts = ("--runs", "2", "--passes", "2", "--warmups", "0", "--cache", "warm")

@@ -42,18 +42,6 @@ def test_the_memory_plan_counts_every_layer() -> None:
     assert five.per_implementation - single.per_implementation >= 4 * layer.facts().weight_bytes
 
 
-def test_the_history_exists_twice_on_the_host() -> None:
-    """Once for the passes, and once with other signs for the evidence; the oracle widens one request."""
-    config, backend = mla.MLAConfig.preset("deepseek-v2-lite"), mla.load_backend("cpu", threads=1)
-    setting = Setting(config, backend, torch.bfloat16, "auto", 64, 0)
-    points = [
-        Point(name=str(place), base="d", mode="decode", runs=2, query_lens=(1,) * 16, history=history)
-        for place, history in enumerate([(4000,) + (0,) * 15, (4000,) * 16])
-    ]
-    single, sixteen = (plan.memory for plan in plan_scenarios(setting, points, ["mla"])[0])
-    assert sixteen.host - single.host >= 2 * 15 * 4000 * config.latent_dim * setting.dtype.itemsize
-
-
 def test_an_indexer_has_weights_and_keys_of_all_tokens() -> None:
     """16 x 4000 keys of 128 numbers are on the device, and twice on the host, once with other signs."""
     preset, backend = mla.MLAConfig.preset("deepseek-v3.2"), mla.load_backend("cpu", threads=1)

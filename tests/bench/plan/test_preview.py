@@ -33,13 +33,6 @@ def test_a_dry_run_measures_and_writes_nothing(bench: Bench, small: list[str]) -
     assert not Path("run.json").exists()
 
 
-def test_one_is_not_plural_and_one_history_no_range(bench: Bench, small: list[str]) -> None:
-    axes = ("-a", "batch=1", "-a", "kv=7")
-    done = bench(*CPU, *small, *SHORT_RUN, *axes, "--dry-run")
-    said = "1 request, 1 new token per forward, history 7, 1 pass of 1\n"
-    assert f"scenario   decode batch=1 kv=7: {said}" in done.err
-
-
 def test_a_dry_run_lists_every_case(bench: Bench, small: list[str]) -> None:
     both = ("--implementations", "mla,mla-reference")
     done = bench(
