@@ -47,22 +47,24 @@ class _Descriptor(io.FileIO):
 
 
 def own_streams() -> None:
-    """Let printing never fail from now on; `unshown` tells what it cost.
+    """Let printing never fail from now on, and keep stdout for results; `unshown` tells what was lost.
 
-    What is closed becomes /dev/null: a file would else get its number when it is opened, and with it all that
-    libraries print. A result that is written to a closed stdout still counts as lost.
+    Plugins and vendor libraries print also below Python: so descriptor 1 becomes that of stderr, and
+    sys.stdout writes to a copy of what it was.
     """
     global _unshown
     _unshown = ""
-    if sys.stdin is None:
-        sys.stdin = open(_nowhere(os.O_RDONLY))  # noqa: SIM115
-    for name, mode in (("stdout", os.O_RDONLY), ("stderr", os.O_WRONLY)):  # reading only: writing fails
-        like, itself = getattr(sys, name), f"__{name}__"
-        if like is getattr(sys, itself):  # not a test's
-            number = like.fileno() if like else _nowhere(mode)
-            stream = _stream(number, like, results=name == "stdout")
-            setattr(sys, name, stream)
-            setattr(sys, itself, stream)
+    sys.stdin = sys.stdin or open(_number(None, os.O_RDONLY))  # noqa: SIM115
+    shown, number = sys.stdout, -1
+    if shown is sys.__stdout__:  # not a test's, and not done before
+        number = _number(shown, os.O_RDONLY)  # reading only: writing fails
+    if sys.stderr is sys.__stderr__:
+        errors = _stream(_number(sys.stderr, os.O_WRONLY), sys.stderr, results=False)
+        vars(sys).update(stderr=errors, __stderr__=errors)
+    if number >= 0:
+        results, rest = (_stream(fd, shown, fd != number) for fd in (os.dup(number), number))
+        vars(sys).update(stdout=results, __stdout__=rest)
+        os.dup2(2, number)
 
 
 def unshown() -> str:
@@ -70,14 +72,19 @@ def unshown() -> str:
     return _unshown
 
 
-def _nowhere(mode: int) -> int:
-    """Open /dev/null; the lowest descriptor that is closed becomes it, also for child processes."""
+def _number(stream: TextIO | None, mode: int) -> int:
+    """Return the descriptor of a stream; what is closed becomes /dev/null, also for child processes.
+
+    A file would else get its number when it is opened, and with it all that libraries print.
+    """
+    if stream is not None:
+        return stream.fileno()
     number = os.open(os.devnull, mode)
     os.set_inheritable(number, True)
     return number
 
 
-def _stream(number: int, like: TextIO | None, results: bool) -> TextIO:
+def _stream(number: int, like: TextIO | None, results: bool) -> Any:
     """Return a stream like another one, that never raises; None: like stderr."""
     return io.TextIOWrapper(
         io.BufferedWriter(_Descriptor(number, results)),
@@ -169,29 +176,14 @@ def results_stream() -> TextIO:
 
 @contextlib.contextmanager
 def results_apart() -> Iterator[None]:
-    """Keep stdout for what `out` prints inside the block; all else that is printed there goes to stderr.
-
-    Plugins and vendor libraries print while they load and run, also below Python: so descriptor 1 is that of
-    stderr, and `out` writes to a copy of what it was.
-    """
+    """Keep stdout for what `out` prints inside the block; what else Python prints there goes to stderr."""
     global _results
-    shown = sys.stdout
-    if _results is not None:
-        yield
-        return
-    shown.flush()
-    kept = os.dup(1)
-    _results = _stream(kept, shown, results=True) if descriptor(shown) == 1 else shown
-    sys.stdout = sys.stderr
-    os.dup2(2, 1)
+    before = _results, sys.stdout
+    _results, sys.stdout = results_stream(), sys.stderr
     try:
         yield
     finally:
-        sys.stdout, _results = shown, None
-        shown.flush()  # a library may have kept the stream, and still hold text of its own
-        _flush_c()
-        os.dup2(kept, 1)
-        os.close(kept)
+        _results, sys.stdout = before
 
 
 def descriptor(stream: TextIO) -> int | None:
@@ -200,14 +192,6 @@ def descriptor(stream: TextIO) -> int | None:
         return stream.fileno()
     except (AttributeError, OSError, ValueError):
         return None
-
-
-def _flush_c() -> None:
-    """Write out what C libraries printed and still hold."""
-    with contextlib.suppress(Exception):
-        import ctypes
-
-        ctypes.CDLL(None).fflush(None)
 
 
 def flush() -> None:
@@ -224,7 +208,7 @@ def close() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     flush()
-    os.dup2(2, 1)
+    sys.stdout = sys.stderr
 
 
 Note = Callable[[str], None]

@@ -104,10 +104,10 @@ def test_under_nohup_a_hangup_changes_nothing() -> None:
 
 
 def test_ctrl_c_while_a_full_pipe_is_waited_for_at_the_end_shows_no_traceback() -> None:
-    body = """import os; os.set_blocking(1, False)
+    body = """import os; number = sys.stdout.fileno(); os.set_blocking(number, False)
     try:
-        while os.write(1, b'x' * 4096): pass
-    except BlockingIOError: os.set_blocking(1, True)
+        while os.write(number, b'x' * 4096): pass
+    except BlockingIOError: os.set_blocking(number, True)
     sys.stdout.write('the rest'); console.note('waiting')"""
     words = [sys.executable, "-c", CODE.format(body=body)]
     pipe = subprocess.PIPE
