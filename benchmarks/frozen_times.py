@@ -39,7 +39,7 @@ PROCESSES: dict[str, Sequence[str]] = {
     "conformance --list": ("-m", "mla.conformance", "--list"),
     "an op": ("-m", "mla.bench", *BACKEND, "--config", "tiny.json", "--op", "latent_attention", *COUNTS),
     "conformance of writing": ("-m", "mla.conformance", *BACKEND, *QUICK, "--only", "write_latent"),
-    "conformance of a decode": ("-m", "mla.conformance", *BACKEND, *QUICK, "--only", "latent.decode"),
+    "conformance of a decode": ("-m", "mla.conformance", *BACKEND, *QUICK, "--only", "latent.formula"),
 }
 
 

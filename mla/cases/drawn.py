@@ -39,7 +39,7 @@ WIDTHS = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
 DEEPSEEK = (512, 64, 128, 128)
 SMALL_WIDTHS = (32, 8, 16, 12)
 ORDERS = ("shuffled", "rising", "falling", "a run", "a shuffled run")  # of slots
-HEADS = (1, 2, 3, 4, 5, 8, 12, 15, 16, 17, 20, 24, 31, 32, 33, 40, 48, 63, 64, 65, 96, 127, 128, 130)
+HEADS = (*range(1, 18), 20, 24, 31, 32, 33, 40, 48, 63, 64, 65, 96, 127, 128, 130)
 MORE_HEADS = (4, 16, 64, 128)  # what an op is given that refuses fewer
 FEW_GROUPS = 4  # ... and one that refuses more
 # The most numbers of operands, and pairs of a query and a key, that a case has, times one of ROOMS.
@@ -55,7 +55,7 @@ MAX_SHARED = 12  # pairs that are asked one by one
 TOPKS = (16, 1, 2, 3, 5, 8, 31, 32, 33, 63, 64, 65, 100, 128)
 MORE_TOPKS = (64, 128, 512, 1024, 2048)  # what an op is given that refuses others
 INDEX_WIDTHS = (128, 16, 32, 64, 24, 40, 96, 256)
-SELECT_HEADS = tuple(count for count in HEADS if count <= 65)
+SELECT_HEADS = 65  # at most
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -91,6 +91,12 @@ def near(draw: Draw, most: int, least: int = 1, step: int = 1) -> int:
     return min(most, max(least, number))
 
 
+def heads_of(draw: Draw, most: int = HEADS[-1]) -> int:
+    """Draw a number of heads: one that layers have, a border, or any."""
+    usual = among(*(count for count in HEADS if count <= most))
+    return int(draw(whole(1, most) if draw(st.booleans()) else usual))
+
+
 def some(draw: Draw, one_in: int) -> bool:
     """Return whether something happens that is rare; shrinks to no."""
     return bool(draw(whole(0, one_in - 1)) == one_in - 1)
@@ -111,6 +117,7 @@ def requests(draw: Draw, page: int, causal: bool) -> Pairs:
     if some(draw, 5):  # nothing new of some, no keys of others
         at = draw(whole(0, len(pairs)))
         empty = [draw(among(*NOTHING)) for _ in range(draw(whole(1, 3)))]
+        pairs = [] if some(draw, 6) else pairs
         pairs[at:at] = [(new, page if keys is None else keys) for new, keys in empty]
     if not causal and some(draw, 2):
         more = draw(st.booleans())
@@ -247,7 +254,7 @@ def some_rows(draw: Draw, width: int, page: int = 1) -> int:
 
 
 def linear_case(draw: Draw, field: Field) -> OpCase:
-    groups = draw(among(*HEADS)) if field.kind == "batched_linear" else 1
+    groups = heads_of(draw) if field.kind == "batched_linear" else 1
     inputs, outputs = (near(draw, 600, step=draw(among(1, 16))) for _ in range(2))
     if some(draw, 8):  # one side very wide
         inputs, outputs = draw(whole(1, 16)), draw(whole(2048, 40_000))
@@ -270,7 +277,7 @@ def norm_case(draw: Draw, field: Field) -> OpCase:
 
 def rotation_case(draw: Draw, field: Field) -> OpCase:
     half = draw(whole(1, 70)) if draw(st.booleans()) else 32
-    heads = draw(among(*HEADS))
+    heads = heads_of(draw)
     spec = field.attention(heads, (512, 2 * half, 128, 128))
     rows = some_rows(draw, heads * spec.qk_rope_head_dim)
     return OpCase(field.kind, spec, (rows,), (rows,), interleaved=draw(st.booleans()))
@@ -303,7 +310,7 @@ def write_case(draw: Draw, field: Field) -> OpCase:
 def attention_case(draw: Draw, field: Field) -> OpCase:
     cached = bool(KINDS[field.kind].cached)
     scale = draw(among(1.0, 1.0, 0.5, 1.6))
-    widths, heads = dims(draw), draw(among(*HEADS))
+    widths, heads = dims(draw), heads_of(draw)
     causal = cached or draw(whole(0, 2)) > 0
 
     def spec_of(count: int) -> AttentionSpec:
@@ -326,7 +333,7 @@ def sparse_case(draw: Draw, field: Field) -> OpCase:
 
 
 def select_case(draw: Draw, field: Field) -> OpCase:
-    heads, topk = draw(among(*SELECT_HEADS)), draw(among(*TOPKS))
+    heads, topk = heads_of(draw, SELECT_HEADS), draw(among(*TOPKS))
     spec = field.indexer(draw, heads, topk)
 
     def spec_of(count: int) -> IndexerSpec:
@@ -362,8 +369,9 @@ def batch(
         numbers = max(math.prod(case.shape(entry.operands["q"])) + cached, gathered)
         return numbers <= NUMBERS * room and logits <= LOGITS * room
 
-    if not fits(pairs, heads):  # rather fewer heads than fewer requests
-        fewer = [count for count in HEADS if count < heads and field.serves(spec_of(count))]
+    if not fits(pairs, heads) and not some(draw, 3):  # rather fewer heads than fewer requests
+        counts = {*HEADS, *(heads * part // 8 for part in range(1, 8))}
+        fewer = [count for count in counts if 0 < count < heads and field.serves(spec_of(count))]
         few = min((heads, *fewer)) if draw(st.booleans()) else heads  # where none fit
         heads = max((count for count in fewer if fits(pairs, count)), default=few)
     pairs = fitting(pairs, lambda pairs: fits(pairs, heads))
@@ -494,6 +502,7 @@ def scenes(draw: Draw, field: Field) -> Scene:
 
 FOLLOWING = (
     "again", "other numbers", "fewer", "more", "other order", "others", "often", "other pages", "other mask",
+    "other numbers",
 )  # fmt: skip
 TURNS = (
     ((0, 1), (1, 1)),
@@ -530,7 +539,7 @@ def sequence(draw: Draw, field: Field, scene: Scene) -> Scene:
     memory = alike and draw(st.booleans()) and not case.layout.pages  # which nobody restores
     lent = alike and case.entry.prepares and draw(st.booleans())
     return replace(
-        scene, cases=(case, other), order=order, kept=kept, early=early,
+        scene, cases=(case, other), order=order, kept=kept or lent, early=early,
         one_memory=memory, states=(0, 0) if lent else (),
     )  # fmt: skip
 

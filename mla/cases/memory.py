@@ -200,12 +200,12 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
 
 
 def scattered(tensor: torch.Tensor, device: torch.device, apart: int) -> torch.Tensor:
-    """Copy the rows of [n, h, d] to the device, so many numbers apart. What is between them is never touched.
+    """Copy the rows of [n, ..] to the device, so many numbers apart. What is between them is never touched.
 
     Raises `NoRoom` if that takes more memory than there is.
     """
     whole = allocate((tensor.shape[0] * apart,), tensor.dtype, device)
-    return copy_rows(whole.as_strided(tensor.shape, (apart, tensor.shape[2], 1)), tensor)
+    return copy_rows(whole.as_strided(tensor.shape, (apart, *tensor.contiguous().stride()[1:])), tensor)
 
 
 def copy_rows(rows: torch.Tensor, source: torch.Tensor) -> torch.Tensor:

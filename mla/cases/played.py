@@ -38,6 +38,7 @@ from mla_backends.api import FusedOp
 
 CPU = torch.device("cpu")
 OUTPUTS = ("out", "lse")
+ROWS = frozenset({"x", "kv_a", "q", "k", "v", "out"})  # whose rows may lie far apart
 GUARD_BYTES = 8 << 20  # before and behind an output that one call writes: whole rows but of the widest
 AROUND = 77.0  # what outputs lie in; neither 0 nor NaN, which is what is written by mistake
 NOISE = 4 * 2.0**-24  # of a sum of products in fp32, relative to the sizes of what is multiplied
@@ -218,7 +219,7 @@ class Laid(Call):
     def laid(
         self, name: str, tensor: torch.Tensor, fill: float = torch.nan, guard: int = GUARD
     ) -> torch.Tensor:
-        if self.case.layout.apart and tensor.dim() == 3 and name != "cache":
+        if self.case.layout.apart and name in ROWS and tensor.is_floating_point():
             return scattered(tensor, self.device, self.case.layout.apart)
         gaps, rows = self.case.layout.gaps.get(name, NO_GAPS), 1 if name == "cache" else guard
         dtype, beside = self.case.dtype(name), MAX_BESIDE

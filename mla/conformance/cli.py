@@ -38,11 +38,11 @@ EPILOG = """\b
 Examples:
   mla-conformance --backend cpu
   mla-conformance --backend my_module:MyBackend --only latent
-  mla-conformance --backend cpu --only 'latent.heads[my_op-bfloat16]#3'
+  mla-conformance --backend cpu --only 'latent.tiles[my_op-bfloat16]#3'
   mla-conformance --backend cpu --xfails known.txt --report out.json
 
-A check is named by its id, its group, or with wildcards: latent.heads, latent, '*.drawn',
-'latent.heads[my_op-bfloat16]'; #3 behind that is its third case, numbered as by --list and on the card.
+A check is named by its id, its group, or with wildcards: latent.tiles, latent, '*.drawn',
+'latent.tiles[my_op-bfloat16]'; #3 behind that is its third case, numbered as by --list and on the card.
 
 \b
 The checks are tests of pytest, which must be installed. With its own options:

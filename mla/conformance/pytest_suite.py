@@ -12,7 +12,7 @@ Example::
 
     @pytest.fixture(scope="module")
     def xfails():  # or the path of an xfails file
-        return {"latent.heads[mine-float16]": "SDK 4.3 pads heads to 16"}
+        return {"latent.tiles[mine-float16]": "SDK 4.3 drops a last tile"}
 
     class TestAcme(BackendConformance):
         quick = False  # the reference as well, where an op serves in its place

@@ -18,9 +18,7 @@ KINDS = {
     "grid": "limits of a launch grid: many requests, rows, segments or heads",
     "index": "widths of an index: slots, pages, bytes and elements beyond what 8 to 32 bits count",
     "tiles": "borders of tiles, pages and splits: of rows, heads and keys",
-    "order": "who comes first: equal requests, permuted batches",
     "state": "what is kept between calls: a plan, an output, an input, another layer",
-    "memory": "what lies around operands: strides, guard rows, neighbours",
     "emptiness": "nothing at all: no tokens, no keys",
     "numbers": "precision: narrow sums, large and small values",
     "drawn": "any of these: cases drawn over all axes at once, which no table has together",
@@ -33,7 +31,7 @@ _GROUPS = (
     *("device", "ops", "rms_norm", "rotate_query", "write_latent", "linear", "batched_linear"),
     *("write_index_key", "select_latents", "latent", "expanded", "sparse_latent_attention", "layer"),
 )
-_MODULES = ("device", "contract", "small_ops", "attention", "sparse", "attention_state", "layer", "drawn")
+_MODULES = ("device", "contract", "borders", "ops", "layer")
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,8 @@ def all_checks() -> tuple[ConformanceCheck, ...]:
 def matches(pattern: str, check_id: str, subject: str = "") -> bool:
     """Return whether `pattern` means this check, or this check of this subject.
 
-    A pattern is a check ("latent.decode"), a group ("latent"), a check of one subject
-    ("latent.decode[mine-bfloat16]"), or one of these with wildcards ("*.decode[*-float16]").
+    A pattern is a check ("latent.formula"), a group ("latent"), a check of one subject
+    ("latent.formula[mine-bfloat16]"), or one of these with wildcards ("*.decode[*-float16]").
     """
     literal = pattern.replace("[", "[[]")  # a bracket names the subject, it is not a character class
     names = (check_id, f"{check_id}[{subject}]", check_id.partition(".")[0])

@@ -44,7 +44,7 @@ def split(pattern: str) -> tuple[str, int | None]:
     number = pattern[len(check) + 1 :]
     if not (check and re.fullmatch("0*[1-9][0-9]{0,8}", number)):
         raise UsageError(
-            f"'{pattern}': a case is named by its number, as in 'latent.heads[my_op-bfloat16]#3'."
+            f"'{pattern}': a case is named by its number, as in 'latent.tiles[my_op-bfloat16]#3'."
         )
     return check, int(number)
 

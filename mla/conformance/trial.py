@@ -218,24 +218,26 @@ class Trial:
         self.worst = max(judged.worst, self.worst or 0.0)
         expect(not reason, reason)
 
-    def play(self, *cases: OpCase, **how: Any) -> None:
-        """Make the calls of a scene, see `Scene` for `how`, and judge each. Raises `CheckFailed`."""
+    def play(self, scene: Scene) -> None:
+        """Make the calls of a scene and judge each. Raises `CheckFailed`."""
         player = Player(self.op_of_contract(), self.require_case)
-        scene = Scene(tuple(case.but(dtype=self.dtype, device=self.device) for case in cases), **how)
-        self.right(player, player.play(scene))
+        cases = tuple(case.but(dtype=self.dtype, device=self.device) for case in scene.cases)
+        self.right(player, player.play(replace(scene, cases=cases)))
 
-    def check_cases(self, cases: Iterable[OpCase], *, exact: bool = False) -> None:
-        """Make a call for each case and judge it. An op of attention may get more heads, unless `exact`."""
-        for asked in cases:
-            case = self.fitted(asked) if asked.entry.prepares and not exact else asked
-            with self.case(case.label):
-                self.check(self.serve(case))
+    def check_scenes(self, scenes: Iterable[Scene]) -> None:
+        """Play each scene as a case of the check. An op of attention may get more heads."""
+        for asked in scenes:
+            scene = replace(asked, cases=tuple(map(self.fitted, asked.cases)))
+            with self.case(scene.label):
+                self.play(scene)
 
     def fitted(self, case: OpCase) -> OpCase:
         """Return the case with the fewest more heads, or in the widths of most layers, if it is refused.
 
         For checks that are not about heads. It stays as it is, to be refused, if it grew too large by heads.
         """
+        if not case.entry.prepares:
+            return case
         more = [case.but(num_heads=count) for count in MORE_HEADS if count > case.spec.num_heads]
         widths = {name: of for name, of in case.entry.usual.items() if name not in ("num_heads", "topk")}
         with contextlib.suppress(Exception):  # the case itself reports what an op raises

@@ -50,16 +50,15 @@ def test_every_check_says_why_kernels_fail_it() -> None:
     assert {check.fails for check in all_checks()} <= set(KINDS)
     by_id = {check.id: check.fails for check in all_checks()}
     assert by_id["device.timer"] == by_id["linear.pack"] == "contract"
-    assert by_id["select_latents.page_sizes"] == by_id["layer.untouched"] == "memory"
     assert by_id["rms_norm.formula"] == "formula"
 
 
 @pytest.mark.parametrize(("left", "said"), [(0, "its one case"), (3, "the one case that ran")])
 def test_a_single_wrong_case_is_not_said_to_be_all_there_are(left: int, said: str) -> None:
-    failures = [Failure("linear.product[mine-float32]#1", "1 token", "it is wrong")]
-    wrong = result("linear.product", "fail", cases={"failed": 1, "left_out": left}, failures=failures)
+    failures = [Failure("linear.formula[mine-float32]#1", "1 token", "it is wrong")]
+    wrong = result("linear.formula", "fail", cases={"failed": 1, "left_out": left}, failures=failures)
     (line,) = _failures(SimpleNamespace(checks=[wrong], alone=[]))  # type: ignore[arg-type]
-    assert line.startswith(f"`linear.product[mine-float32]`: {said}\n")
+    assert line.startswith(f"`linear.formula[mine-float32]`: {said}\n")
 
 
 def test_a_kind_that_is_none_is_refused() -> None:
@@ -69,8 +68,8 @@ def test_a_kind_that_is_none_is_refused() -> None:
 
 QUICK = "What more draws would find: --quick has few of them."
 SPARED = "The reference on the device, where an op serves most layers (--only '*[reference-*' runs it)."
-ALWAYS = len(blind(extent(), [result("linear.product")]))
-assert SPARED in blind(extent(), [result("linear.product")])
+ALWAYS = len(blind(extent(), [result("linear.formula")]))
+assert SPARED in blind(extent(), [result("linear.formula")])
 
 
 @pytest.mark.parametrize(
@@ -83,7 +82,7 @@ assert SPARED in blind(extent(), [result("linear.product")])
     ],
 )
 def test_a_run_that_was_cut_says_so(changes: dict[str, Any], sentence: str) -> None:
-    said = blind(extent(**changes), [result("linear.product")])
+    said = blind(extent(**changes), [result("linear.formula")])
     assert sentence in said
     assert len(said) == ALWAYS + (SPARED in said)  # in place of which a choice is named
 
@@ -91,13 +90,12 @@ def test_a_run_that_was_cut_says_so(changes: dict[str, Any], sentence: str) -> N
 def test_what_an_op_refused_as_a_whole_is_unseen() -> None:
     of = {"a": "mine", "b": "other"}
     results = [
-        result("latent.keys", "refused", of["a"]),
-        result("latent.heads", "refused", of["a"]),
-        result("latent.decode", "pass", of["a"]),
-        *(result("linear.product", "refused", op, "bfloat16") for op in of.values()),
-        result("linear.product", "pass", of["b"], "float32"),
-        result("layer.untouched", "refused", of["b"], "float32"),
-        result("select_latents.page_sizes", "pass", of["b"], "float32"),
+        result("latent.tiles", "refused", of["a"]),
+        result("latent.tiles", "refused", of["a"]),
+        result("latent.formula", "pass", of["a"]),
+        *(result("linear.formula", "refused", op, "bfloat16") for op in of.values()),
+        result("linear.formula", "pass", of["b"], "float32"),
+        result("layer.mixed", "refused", of["b"], "float32"),
     ]
     said = blind(extent(planned=len(results)), results)
     assert "What fails by tiles in float32 of mine: all of it was refused." in said
@@ -108,7 +106,7 @@ def test_what_an_op_refused_as_a_whole_is_unseen() -> None:
 def test_how_far_an_index_got_is_said() -> None:
     results = [
         result("latent.far_pages", note="4.3 GB from the start"),
-        result("linear.product", note="unrelated"),
+        result("linear.formula", note="unrelated"),
         result("expanded.far_rows", "refused", note="8.6 GB from first to last", cases={"refused": 1}),
     ]
     assert "Indices beyond what latent.far_pages reached: 4.3 GB from the start." in blind(extent(), results)
@@ -136,12 +134,12 @@ def test_the_card_and_the_report_say_what_was_not_seen(tmp_path: Path, capsys: A
 
 
 def test_a_card_lists_a_few_wrong_cases_and_counts_the_others() -> None:
-    ids = [f"linear.product[mine]#{number}" for number in range(1, 10)]
+    ids = [f"linear.formula[mine]#{number}" for number in range(1, 10)]
     failures = [Failure(id=id, case="1 rows", reason="wrong | here") for id in ids]
-    lines = failed_cases(result("linear.product", "fail", failures=failures, cases={"failed": 9}))
-    assert lines[0] == "`linear.product[mine]#1`: 1 rows: wrong \\| here"
+    lines = failed_cases(result("linear.formula", "fail", failures=failures, cases={"failed": 9}))
+    assert lines[0] == "`linear.formula[mine]#1`: 1 rows: wrong \\| here"
     assert lines[MOST_CASES:] == ["and 4 more"]
-    assert len(failed_cases(result("linear.product", "fail", failures=failures[:MOST_CASES]))) == MOST_CASES
+    assert len(failed_cases(result("linear.formula", "fail", failures=failures[:MOST_CASES]))) == MOST_CASES
 
 
 def test_the_command_on_the_card_runs_the_first_wrong_case_alone(

@@ -37,7 +37,7 @@ class Doubles(FusedOp):
 
     def __call__(self, packed, *, x, bias, out):
         self.calls += 1
-        if self.fault.startswith("SIG") and self.calls == 6:
+        if self.fault.startswith("SIG") and self.calls == 13:
             signal.raise_signal(signal.Signals[self.fault])
         if self.fault == "raise":
             raise RuntimeError("illegal\\nmemory access")
@@ -106,7 +106,7 @@ def read(name: str = "out.json") -> ConformanceReport:
     return decode(Path(name).read_bytes())
 
 
-PARTS = ("product", "pack", "outlier", "far_rows", "rows")
+PARTS = ("formula", "pack", "outlier", "far_rows", "grid")
 LINEAR = (*(word for part in PARTS for word in ("--only", f"linear.{part}")), "--dtype", "float32")
 
 
@@ -181,15 +181,15 @@ def test_nothing_but_refusals_is_exit_code_5(conformance: Conformance) -> None:
 
 def test_an_expected_failure_is_none(conformance: Conformance, tmp_path: Path) -> None:
     (tmp_path / "known.txt").write_text(
-        "# SDK 4.2\n\nlinear.outlier[doubles-float32]: it needs SDK 4.3\nlatent.heads: no such op here\n"
+        "# SDK 4.2\n\nlinear.outlier[doubles-float32]: it needs SDK 4.3\nlatent.tiles: no such op here\n"
     )
     done = conformance(*LINEAR, "--xfails", "known.txt", "--report", "out.json", fault="outlier")
     assert done.code == 0
     assert (
         "## Failed as expected\n\n- `linear.outlier[doubles-float32]`: it needs SDK 4.3 (2 of 2" in done.out
     )
-    assert "## Expected failures that matched no check\n\n- latent.heads\n" in done.out
-    assert read().unused_xfails == ["latent.heads"]
+    assert "## Expected failures that matched no check\n\n- latent.tiles\n" in done.out
+    assert read().unused_xfails == ["latent.tiles"]
 
 
 def test_an_expected_failure_that_passes_is_exit_code_1(conformance: Conformance, tmp_path: Path) -> None:
@@ -238,11 +238,11 @@ def test_a_device_that_cannot_describe_itself_still_gets_a_card(conformance: Con
 @pytest.mark.parametrize(
     ("words", "code", "sentence"),
     [
-        (["--only", "latent.head"], 2, "unknown check 'latent.head'. Did you mean 'latent.heads'?"),
+        (["--only", "latent.tile"], 2, "unknown check 'latent.tile'. Did you mean 'latent.tiles'?"),
         (
-            ["--only", "latent.heads[nobody-*]"],
+            ["--only", "latent.tiles[nobody-*]"],
             2,
-            "no check of this backend matches --only latent.heads[nobody-*]",
+            "no check of this backend matches --only latent.tiles[nobody-*]",
         ),
         (
             ["--only", "linear.outlier[double-float32]"],
@@ -291,12 +291,12 @@ def test_a_report_replaces_no_file_of_the_users_own(conformance: Conformance) ->
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("latent.heads\n", "'known.txt' line 1: expected 'check: reason', got 'latent.heads'."),
-        ("\nlatent.heads:  \n", "'known.txt' line 2: expected 'check: reason', got 'latent.heads:'."),
-        ("latent.haeds: it pads\n", "line 1: unknown check 'latent.haeds'. Did you mean 'latent.heads'?"),
+        ("latent.tiles\n", "'known.txt' line 1: expected 'check: reason', got 'latent.tiles'."),
+        ("\nlatent.tiles:  \n", "'known.txt' line 2: expected 'check: reason', got 'latent.tiles:'."),
+        ("latent.tlies: it pads\n", "line 1: unknown check 'latent.tlies'. Did you mean 'latent.tiles'?"),
         (
-            "latent.heads[*]#3: it pads\n",
-            "line 1: expected failures are checks, not single cases: list 'latent.heads[*]'.",
+            "latent.tiles[*]#3: it pads\n",
+            "line 1: expected failures are checks, not single cases: list 'latent.tiles[*]'.",
         ),
         ("latent: a\nlatent: b\n", "'known.txt' line 2: 'latent' is listed twice."),
         (b"\xff\xfe", "cannot read 'known.txt': "),
@@ -322,20 +322,20 @@ def test_the_list_describes_every_check(conformance: Conformance) -> None:
     assert done.code == 0
     for check in all_checks():
         assert f"{check.id} ({check.fails})\n  {check.description}\n  Catches {check.catches}.\n" in done.out
-    part = conformance("--list", "--only", "latent.heads", backend=False)
-    assert part.out.splitlines()[0] == "latent.heads (tiles)"
+    part = conformance("--list", "--only", "latent.tiles", backend=False)
+    assert part.out.splitlines()[0] == "latent.tiles (tiles)"
     assert part.out.splitlines()[3:] == ["1 check: 1 tiles"]
 
 
 def test_verbose_names_a_check_before_it_runs(conformance: Conformance) -> None:
-    done = conformance("--only", "device.identity", "-v")
+    done = conformance("--only", "device.probe", "-v")
     first, last = done.err.splitlines()
-    assert first == "device.identity"
+    assert first == "device.probe"
     assert re.fullmatch(r"slowest: device\.identity \d\.\d s", last)
 
 
 def test_a_report_of_another_schema_is_refused(conformance: Conformance) -> None:
-    conformance("--only", "device.identity", "--report", "out.json")
+    conformance("--only", "device.probe", "--report", "out.json")
     fields = json.loads(Path("out.json").read_text())
     with pytest.raises(ConformanceReportError, match="schema version 9"):
         decode(json.dumps({**fields, "schema_version": 9}).encode())
@@ -350,7 +350,7 @@ def test_it_runs_as_a_module_and_survives_a_closed_pipe(tmp_path: Path) -> None:
     done = subprocess.run(
         f"({command}) | head -1", shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True
     )
-    assert done.stdout == "device.identity (contract)\n"
+    assert done.stdout == "device.probe (contract)\n"
     assert done.stderr == "0\n"
 
 

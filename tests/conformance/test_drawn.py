@@ -21,7 +21,7 @@ from mla.cases.stress import Stress, slots
 from mla.command.exit_codes import Exit
 from mla.command.options import BackendOptions
 from mla.conformance import cli, suite
-from mla.conformance.checks.drawn import GROUPS
+from mla.conformance.checks.borders import GROUPS
 from mla.conformance.cli import main
 from mla.conformance.drawn import FORMAT, SOON, Search, _search
 from mla.conformance.report import CheckResult, decode

@@ -22,9 +22,9 @@ FAULTY = ["--backend", "faulty_backend:FaultyBackend", "--dtype", "float32", "--
 @pytest.mark.parametrize(
     ("kind", "fault", "only", "reason"),
     [
-        ("latent_attention", "head", "latent.decode", "head 15 of every row"),
+        ("latent_attention", "head", "latent.formula", "head 15 of every row"),
         ("latent_attention", "lse", "latent.shares", "lse: "),
-        ("write_latent", "stray", "write_latent.rows", "1 slots of the cache have changed"),
+        ("write_latent", "stray", "write_latent.grid", "1 slots of the cache have changed"),
         ("linear", "scale", "layer.mixed", "every row"),
     ],
 )
@@ -72,11 +72,11 @@ def test_the_case_that_failed_is_kept_and_not_one_before_it(
             out[100:] *= 1.05
 
     monkeypatch.setattr(faulty_backend.FaultyOp, "__call__", many_rows)
-    options = ["-O", "op=linear", "--only", "linear.product", "--dump-failure", "kept"]
+    options = ["-O", "op=linear", "--only", "linear.formula", "--dump-failure", "kept"]
     assert main([*FAULTY, *options]) == 4
     assert rows == [1, 7, 130, 5, 130, 130]  # every case, the wrong one again, and its call alone
     origin = file.read(Path("kept")).document.origin
-    assert origin.where == "linear.product[faulty-float32]#3"
+    assert origin.where == "linear.formula[faulty-float32]#3"
     words = shlex.split(origin.command)
     assert words[:3] == ["python", "-m", "mla.conformance"]
     rows.clear()

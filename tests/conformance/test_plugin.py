@@ -68,21 +68,21 @@ def test_a_pytest_of_something_else_loads_the_plugin_alone(tmp_path: Path) -> No
 def test_pytest_selects_stops_and_reports(tmp_path: Path) -> None:
     """With a configuration of the user's."""
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers --strict-config\n")
-    chosen = ("-k", "device.probe or linear.pack or linear.product", "-x", "--junitxml=out.xml")
+    chosen = ("-k", "device.probe or linear.pack or linear.formula", "-x", "--junitxml=out.xml")
     done = run_pytest(tmp_path, "--pyargs", "mla.conformance", *SCALED, *chosen)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "The product is correct for one token and for many.\n" in done.stdout
-    assert "`linear.product[faulty-float32]#3`: 130 tokens, 128 to 256: out: 130 of 130 rows" in done.stdout
+    assert "The plainest cases are right.\n" in done.stdout
+    assert "`linear.formula[faulty-float32]#3`: 130 tokens, 128 to 256: out: 130 of 130 rows" in done.stdout
     assert "Traceback" not in done.stdout
     cases = list(ElementTree.parse(tmp_path / "out.xml").iter("testcase"))
     names = [str(case.get("name")) for case in cases]
     assert "test_conformance[device.probe]" in names
-    assert names[-1] == "test_conformance[linear.product[faulty-float32]]", "it is the first that fails"
+    assert names[-1] == "test_conformance[linear.formula[faulty-float32]]", "it is the first that fails"
     assert [len(list(case.iter("failure"))) for case in cases] == [0] * (len(cases) - 1) + [1]
 
 
 def test_pytest_counts_what_was_left_out_for_time(tmp_path: Path) -> None:
-    chosen = ("-k", "linear.product and faulty", "--mla-option", "op=linear", "--mla-minutes", "1e-6")
+    chosen = ("-k", "linear.formula and faulty", "--mla-option", "op=linear", "--mla-minutes", "1e-6")
     done = run_pytest(tmp_path, "--pyargs", "mla.conformance", *FAULTY, *chosen)
     assert done.returncode == 0, done.stdout + done.stderr
     said = "3 fixed cases left out as time was up (--mla-minutes gives more)"
@@ -100,15 +100,15 @@ def test_the_first_wrong_call_is_kept_by_one_process_alone(tmp_path: Path) -> No
 def test_a_test_is_named_by_its_id_and_an_expected_failure_that_passes_fails(tmp_path: Path) -> None:
     """Also in another process, whose reports are sent."""
     (tmp_path / "known.txt").write_text(
-        "linear.product[faulty-*]: SDK 4.3 is needed\nlinear.pack: it loses bits\n"
+        "linear.formula[faulty-*]: SDK 4.3 is needed\nlinear.pack: it loses bits\n"
     )
     file = Path(str(mla.__file__)).parent / "conformance" / "test_backend.py"
-    ids = ("linear.product[faulty-float32]", "linear.pack[faulty-float32]", "device.probe")
+    ids = ("linear.formula[faulty-float32]", "linear.pack[faulty-float32]", "device.probe")
     named = [f"{file}::test_conformance[{check}]" for check in ids]
     done = run_pytest(tmp_path, *named, *SCALED, "--mla-xfails", "known.txt", "-n1", "-rA")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "1 failed, 1 passed, 1 xfailed" in done.stdout
-    assert "linear.product[faulty-float32]: SDK 4.3 is needed (4 of 4 cases; 1 tokens" in done.stdout
+    assert "linear.formula[faulty-float32]: SDK 4.3 is needed (4 of 4 cases; 1 tokens" in done.stdout
     assert "expected to fail, but passed:\nlinear.pack[faulty-float32]: it loses bits" in done.stdout
 
 
@@ -224,9 +224,9 @@ def test_an_infinite_error_is_on_the_card(
         out.fill_(torch.nan)
 
     monkeypatch.setattr(faulty_backend.FaultyOp, "__call__", not_a_number)
-    chosen = ("--only", "linear.product[faulty-*]", "--dtype", "float32", "-O", "op=linear")
+    chosen = ("--only", "linear.formula[faulty-*]", "--dtype", "float32", "-O", "op=linear")
     assert main([*COMMAND[:3], *chosen]) == 4
-    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| linear.product"))
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| linear.formula"))
     assert [cell.strip() for cell in row.split("|")][3:6] == ["FAIL", "4, 4 wrong", "inf"]
 
 

@@ -66,7 +66,7 @@ class TestExpected(BackendConformance):
     @pytest.fixture
     def xfails(self, tmp_path):
         path = tmp_path / "known.txt"
-        path.write_text("linear.rows[nobias-float32]: no bias before SDK 4.3\nlinear.pack: wrong\n")
+        path.write_text("linear.grid[nobias-float32]: no bias before SDK 4.3\nlinear.pack: wrong\n")
         return path
 
 class TestUndrawn(BackendConformance):
@@ -75,7 +75,7 @@ class TestUndrawn(BackendConformance):
 class TestMisspelt(BackendConformance):
     @pytest.fixture
     def xfails(self):
-        return {"linear.rwos": "no such check"}
+        return {"linear.gird": "no such check"}
 """
 
 
@@ -109,7 +109,7 @@ def test_an_author_sees_which_check_failed_and_why(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sorted(folders))}
     editable = "ignore:Module already imported so cannot be rewritten"  # mla, whose finder is imported first
     flags = ["-q", "-rA", "-p", "no:cacheprovider", "-W", "error", "-W", editable]
-    chosen = "linear.rows and not batched or linear.pack or device.graph or linear.drawn or rms_norm.drawn"
+    chosen = "linear.grid and not batched or linear.pack or device.graph or linear.drawn or rms_norm.drawn"
     command = [sys.executable, "-m", "pytest", *flags, "-k", chosen]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     lines = done.stdout.splitlines()
@@ -119,21 +119,21 @@ def test_an_author_sees_which_check_failed_and_why(tmp_path: Path) -> None:
         (line,) = [line for line in lines if re.search(rf"^[A-Z]+ .*{re.escape(test)}", line)]
         return line.partition(" ")[0]
 
-    assert outcome("TestMine::test_conformance[linear.rows]") == "FAILED"
-    assert "linear.rows[nobias-float32]: 17 wrong" in done.stdout
-    assert "`linear.rows[nobias-float32]#3`: 3 tokens, 256 to 128, biased: out: " in done.stdout
+    assert outcome("TestMine::test_conformance[linear.grid]") == "FAILED"
+    assert "linear.grid[nobias-float32]: 17 wrong" in done.stdout
+    assert "`linear.grid[nobias-float32]#3`: 3 tokens, 256 to 128, biased: out: " in done.stdout
     assert outcome("TestMine::test_conformance[linear.pack]") == "PASSED"
     assert "the backend offers no graphs" in done.stdout
     assert outcome("TestMine::test_conformance[linear.drawn]") == "FAILED", "a bias is drawn"
     assert outcome("TestMine::test_conformance[rms_norm.drawn]") == "PASSED", "few draws, all right"
-    assert outcome("TestUndrawn::test_conformance[linear.rows]") == "FAILED"
+    assert outcome("TestUndrawn::test_conformance[linear.grid]") == "FAILED"
     assert "no cases were to be drawn" in done.stdout
     assert "TestUndrawn::test_conformance[linear.drawn]" not in done.stdout, "it is skipped"
-    assert outcome("TestExpected::test_conformance[linear.rows]") == "XFAIL"
+    assert outcome("TestExpected::test_conformance[linear.grid]") == "XFAIL"
     assert outcome("TestExpected::test_conformance[linear.pack]") == "FAILED"
     assert "expected to fail, but passed" in done.stdout
-    assert outcome("TestMisspelt::test_conformance[linear.rows]") == "ERROR"
-    assert "unknown check 'linear.rwos'. Did you mean 'linear.rows'?" in done.stdout
+    assert outcome("TestMisspelt::test_conformance[linear.grid]") == "ERROR"
+    assert "unknown check 'linear.gird'. Did you mean 'linear.grid'?" in done.stdout
 
 
 def test_few_draws_are_skipped_where_a_run_is_to_be_complete() -> None:

@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import wrong_devices
 from frozen_table import hold, kept
 from wrong_in_play import GROUPS, keys
+
+from mla.conformance.registry import all_checks
 
 SUPPORT = Path(__file__).parents[1] / "support"
 
@@ -37,6 +40,14 @@ def test_none_was_dropped(group: str) -> None:
 @pytest.mark.parametrize("group", GROUPS)
 def test_all_are_found(group: str) -> None:
     assert hold("wrong", group, findings(group)) == []
+
+
+def test_every_check_finds_something_wrong() -> None:
+    """Or a wrong device is refused before it is checked."""
+    rows = [finding for group in GROUPS for finding in kept("wrong", group).values()]
+    found = {finding.split()[1] for finding in rows if finding.startswith("fails ")}
+    of_devices = {check for check in wrong_devices.MUTANTS if check not in found}
+    assert {check.id for check in all_checks()} == found | of_devices
 
 
 def test_every_row_names_what_finds_it() -> None:

@@ -147,7 +147,7 @@ def test_ways_of_timing(text: str) -> None:
 @FUZZ
 @example("latent#" + "9" * 5000)
 @given(
-    damaged_text(("latent.heads", "latent", "*.drawn", "latent.heads[my_op-bfloat16]#3"), "latn.*[]#0123 ")
+    damaged_text(("latent.tiles", "latent", "*.drawn", "latent.tiles[my_op-bfloat16]#3"), "latn.*[]#0123 ")
 )
 def test_names_of_checks(text: str) -> None:
     attempt(lambda: selection.split(text))

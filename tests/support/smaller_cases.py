@@ -1,40 +1,40 @@
-"""The suite with smaller cases in place of large ones, for slow ops and for tests of other things."""
+"""The suite without its large cases, for slow ops and for tests of other things."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
+from mla.cases.played import Scene
 from mla.conformance import reach
-from mla.conformance.checks import attention, small_ops, sparse
+from mla.conformance.checks import borders
 
 NEARER = (reach, "PLACES", (1 << 22,))  # some ops copy what they are given
-SMALLER = (
-    NEARER,
-    (attention, "REQUESTS", (40, 40)),
-    (attention, "REQUESTS_OF", (16, 40)),
-    (attention, "BEYOND_GRID", (128, 9)),
-    (attention, "ROWS", (4, 33, 4)),
-    (attention, "FEW_HEADS", (1, 3, 20, 128)),
-    (attention, "KEYS", (15, 16, 17, 63, 64, 65, 257, 513)),
-    (attention, "RESTS", (129, 130, 192, 255)),
-    (attention, "FEW_TOKENS", (1, 2, 15, 16, 17)),
-    (attention, "MANY_HEADS", (65, 16)),
-    (small_ops, "ROW_COUNTS", (1, 2, 3, 16, 17, 64, 65, 257)),
-    (small_ops, "MOST_ROWS", 1031),
-    (small_ops, "BEYOND_GRID", 2049),
-    (small_ops, "HEADS", (1, 2, 3, 16, 17, 128)),
-    (attention, "LONG_CONTEXT", 3000),
-    (sparse, "LONG_CONTEXT", 3000),
-    (sparse, "CROWDED_KEYS", 1500),
-    (sparse, "LARGE_TOPK", 500),
-    (sparse, "REQUESTS", 40),
-)
+SMALL = 300_000  # heads of tokens and keys that a scene may have
 
 
-def make_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the cases of attention smaller until the test ends."""
-    for room, name, value in SMALLER:
-        monkeypatch.setattr(room, name, value)
+def size_of(scene: Scene) -> int:
+    """Return how many rows, and keys that a loop over them would read, all heads of a scene have."""
+    heads = [getattr(case.spec, "num_heads", getattr(case.spec, "groups", 1)) for case in scene.cases]
+    lengths = [
+        case.rows if not case.entry.prepares else sum(map(int.__mul__, case.query_lens, case.kv_lens))
+        for case in scene.cases
+    ]
+    return sum(map(int.__mul__, heads, lengths))
+
+
+def make_smaller(monkeypatch: pytest.MonkeyPatch, most: int = SMALL) -> None:
+    """Leave out large cases of tables until the test ends, but for the smallest of each check."""
+    every = borders.scenes
+
+    def few(name: str, kind: str) -> Iterator[Scene]:
+        rows = sorted(every(name, kind), key=size_of)
+        yield rows[0]
+        yield from (row for row in rows[1:] if size_of(row) <= most)
+
+    monkeypatch.setattr(borders, "scenes", few)
+    make_nearer(monkeypatch)
 
 
 def make_nearer(monkeypatch: pytest.MonkeyPatch) -> None:

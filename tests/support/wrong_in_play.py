@@ -15,7 +15,7 @@ import sys
 import tempfile
 import types
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,16 @@ from mla.conformance.registry import all_checks
 
 MODULE = types.ModuleType("in_play")  # `--backend in_play:backend`
 FIXED = frozenset(check.id for check in all_checks())  # other faults are found by drawn cases
+# What a fault is about -> the name of the check whose fixed cases are the next to it.
+BORDERS = {
+    **dict.fromkeys(("decode", "page_sizes", "prefill", "product", "scores", "selections"), "formula"),
+    **dict.fromkeys(("halves", "interleaved"), "formula"),
+    "variant": "mixed",
+    "indexer_formats": "formats",
+    "indexer_steps": "update",  # of a layer
+    **dict.fromkeys(("requests", "rows", "rows_and_heads", "segments"), "grid"),
+    **dict.fromkeys(("cut_tokens", "keys", "long", "new_tokens", "positions"), "tiles"),
+}
 DRAWS = 300
 NAMES = {"after", "wrong", "given", "Latent", "Expanded", "mutant"}  # that tell nothing
 
@@ -60,9 +70,12 @@ class Wrong:
     dtype: str = "float32"
 
     @property
-    def check(self) -> str:
-        """The check that is asked."""
-        return self.fault if self.fault in FIXED else f"{self.fault.partition('.')[0]}.drawn"
+    def checks(self) -> tuple[str, ...]:
+        """The checks that are asked, until one fails."""
+        group, _, about = self.fault.partition(".")
+        named = self.fault if self.fault in FIXED else f"{group}.{BORDERS.get(about)}"
+        others = "*[mine-*]" if group == "layer" else f"{group}.drawn"
+        return (self.fault,) if named == self.fault else (*FIXED & {named}, others)
 
 
 @dataclass(frozen=True)
@@ -125,31 +138,33 @@ def of_ops(those: Iterable[Wrong]) -> Iterator[Call]:
     """Yield calls about ops, one for those that are asked the same."""
     asked = defaultdict(list)
     for mutant in those:
-        asked[mutant.check, mutant.dtype].append(mutant)
-    for (check, dtype), group in asked.items():
+        asked[mutant.checks, mutant.dtype].append(mutant)
+    for (checks, dtype), group in asked.items():
         keys = {f"wrong{number}": mutant.key for number, mutant in enumerate(group)}
 
         def backend(group: list[Wrong] = group) -> Sound:
             return Whole(ops={f"wrong{number}": mutant.make() for number, mutant in enumerate(group)})
 
-        yield conformance(f"{check}[wrong*]", backend, keys, dtype, check.endswith(".prepare"))
+        only = [f"{check}[wrong*]" for check in checks]
+        yield conformance(only, backend, keys, dtype, checks[0].endswith(".prepare"))
 
 
 def of_layers_and_devices() -> Iterator[Call]:
     """Yield calls about what takes a backend of its own."""
     for mutant in numbered(of_layers.MUTANTS):
         yield conformance(
-            mutant.check, lambda mutant=mutant: Sound(ops={"mine": mutant.make()}), {"": mutant.key}
+            mutant.checks[:1], lambda mutant=mutant: Sound(ops={"mine": mutant.make()}), {"": mutant.key}
         )
     for check, makers in wrong_devices.MUTANTS.items():
         waits = "synchronize" in check or "timer" in check
         for number, make in enumerate(makers):
             key = {"": f"{check}/{number}"}
-            yield conformance(check, lambda make=make: type(make(Sound)), key, waits=waits)
+            only = check if check in FIXED else check.partition(".")[0]
+            yield conformance([only], lambda make=make: type(make(Sound)), key, waits=waits)
 
 
 def conformance(
-    only: str,
+    only: Sequence[str],
     backend: Callable[[], Any],
     keys: Mapping[str, str],
     dtype: str = "float32",
@@ -157,7 +172,7 @@ def conformance(
 ) -> Call:
     """Return a call of the suite; `keys`: name of an op -> its key, "" for any."""
     words = ["--backend", "in_play:backend", "--quick", "--draws", str(DRAWS)]
-    words += ["--dtype", dtype, "--only", only]
+    words += ["--dtype", dtype, *(word for pattern in only for word in ("--only", pattern))]
 
     def run() -> dict[str, str]:
         with tempfile.TemporaryDirectory() as folder:
@@ -195,10 +210,12 @@ def put_in_play(backend: Any, waits: bool = False) -> None:
 
 
 def until_one_fails(case: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `Trial.case` that runs no case behind one that has failed: that is all a finding takes."""
+    """Return `Trial.case` that runs no case of an op behind one that has failed: a finding takes no more."""
+    trials: list[Any] = []
 
     def next_case(self: Any, label: str = "") -> Any:
-        if self.ended("failed"):
+        trials.extend([self] if not any(self is trial for trial in trials) else [])
+        if any(trial.name == self.name and trial.ended("failed") for trial in trials):
             self.chosen = frozenset()
         return case(self, label)
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from wrong_attention.base import Makers, after, altered, given, starts, wrong
+from wrong_attention.base import FAR, Makers, after, altered, given, starts, wrong
 from wrong_attention.both import waits
 from wrong_attention.habits import reads_first, ring_of_outputs, ring_of_states, writes_again
-from wrong_attention.latent import host_query
+from wrong_attention.latent import host_query, wrapped
 from wrong_ops import extents, habits, places
 from wrong_ops.base import changing, mutant
 from wrong_ops.formulas import next_slot_too
@@ -509,7 +509,9 @@ MUTANTS: Makers = {
         lambda: selecting(zeros_from(1 << 17)),
     ],
     "select_latents.far_rows": [lambda: given(Select, narrow_rows)],
+    "select_latents.far_pages": [lambda: wrong(Select, prepare=wrapped(FAR // 2))],
     "sparse_latent_attention.far_rows": [lambda: given(Sparse, narrow_rows)],
+    "sparse_latent_attention.far_pages": [lambda: wrong(Sparse, prepare=wrapped(FAR // 2))],
     "select_latents.prepare": [lambda: wrong(Select, prepare=waits)],
     "select_latents.kept": kept(Select),
     "select_latents.alive": [lambda: ring_of_states(Select, 3)],

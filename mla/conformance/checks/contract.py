@@ -13,7 +13,7 @@ from mla.cache.formats import find_format
 from mla.cache.index_formats import index_codec
 from mla.cases import KINDS
 from mla.config import MLAConfig
-from mla.conformance.checks.attention import DEEPSEEK, SMALL_SPEC, SPEC
+from mla.conformance.checks.borders import DEEPSEEK, SMALL_SPEC, SPEC
 from mla.conformance.registry import check
 from mla.conformance.trial import DTYPES, BackendUnderTest, Refused, Trial, expect
 from mla.layer.ops import Ops, preflight_reasons

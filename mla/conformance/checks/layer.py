@@ -16,11 +16,11 @@ from mla.cases.case import Lengths
 from mla.cases.layer import LayerCall, LayerCase, weights
 from mla.cases.memory import changed_slots
 from mla.config import MLAConfig, YarnScaling
-from mla.conformance.checks.attention_state import NOT_SAFE, capture
+from mla.conformance.checks.ops import NOT_SAFE, capture
 from mla.conformance.registry import LAYER, check
 from mla.conformance.trial import CheckFailed, Refused, Trial, expect
 from mla.layer.attention import MLA
-from mla.layer.plan import frozen_roles, rebuilt_bytes
+from mla.layer.plan import frozen_roles
 from mla.verify.tolerances import same_bits
 
 # Small, but with the head widths that kernels are made for: without and with a query LoRA.
@@ -30,11 +30,11 @@ PLAIN_CONFIG = MLAConfig(
 LORA = MLAConfig(
     192, 16, q_lora_rank=128, rope_scaling=YarnScaling(40, 4096, mscale=1.0, mscale_all_dim=1.0), name="lora"
 )
-# What few models have: biases, and channels rotated in halves.
+# What few models have: biases, and channels rotated in halves; output gates, of Kimi K3, which keeps rotary
+# channels and rotates none, and of Ling 3; no such channels; and sinks.
 VARIANT = MLAConfig(192, 16, q_lora_rank=128, attention_bias=True, rope_interleave=False, name="variant")
-# Output gates: of Kimi K3, which keeps rotary channels and rotates none, and of Ling 3;
-# no such channels; and sinks.
-GATED = (
+UNUSUAL = (
+    VARIANT,
     MLAConfig(192, 12, q_lora_rank=128, rope_theta=None, output_gate="element", name="gate per element"),
     MLAConfig(192, 16, output_gate="head", name="gate per head"),
     MLAConfig(192, 16, qk_rope_head_dim=0, name="no rotary channels"),
@@ -115,15 +115,16 @@ Body = Callable[[Trial, LayerCall, str], None]
 
 
 def mode_check(
-    name: str, catches: str, fails: str, case: LayerCase, modes: Sequence[str] = BOTH
+    name: str, catches: str, fails: str, *cases: LayerCase, modes: Sequence[str] = BOTH
 ) -> Callable[[Body], Body]:
-    """Register what is done with a prepared case in these attention modes as a check."""
+    """Register what is done with each prepared case in these attention modes as a check."""
 
     def register(body: Body) -> Body:
         def run(trial: Trial) -> None:
-            for mode in modes:
-                with trial.case(f"{mode}, {case.label}"):
-                    body(trial, prepare(trial, case, mode), mode)
+            for case in cases:
+                for mode in modes:
+                    with trial.case(f"{mode}, {case.label}"):
+                        body(trial, prepare(trial, case, mode), mode)
 
         run.__doc__ = body.__doc__
         layer_check(name, catches, fails)(run)
@@ -132,16 +133,11 @@ def mode_check(
     return register
 
 
-def expect_untouched(call: LayerCall, before: torch.Tensor, written: torch.Tensor | None = None) -> None:
-    """Raise `CheckFailed` if a slot of the cache has changed, but for those `written` [T]."""
-    count, first = changed_slots(call.cache.pages[0], before, written)
-    expect(not count, f"{count} slots that should not be written have changed, the first is {first}")
-
-
 @layer_check("mixed", "tokens that land in the rows of another request, or see what they should not")
 def mixed(trial: Trial) -> None:
     """Prefill, decode, several tokens after a history and a request without any share a batch."""
     check_layer(trial, *(LayerCase(*MIXED, config) for config in (PLAIN_CONFIG, LORA)), modes=MODES)
+    check_layer(trial, *(LayerCase((5, 1), (0, 30), config) for config in UNUSUAL))
 
 
 @layer_check("decode", "a token that is cached at the wrong place, which only later steps see", "state")
@@ -150,51 +146,19 @@ def decode(trial: Trial) -> None:
     check_layer(trial, plain((1, 1, 1), (50, 0, 120), steps=20), modes=("auto", "absorbed"))
 
 
-@layer_check("pages", "pages that are assumed to be contiguous", "tiles")
-def pages(trial: Trial) -> None:
-    """The order and the size of pages do not matter; sizes may be refused with a reason."""
-    case = plain((2, 1), (140, 70))
-    for page_size, shuffle in ((64, 1), (64, 2), (64, 3), (16, 1), (128, 1)):
-        with trial.case(f"page {page_size}, order {shuffle}, {case.label}"):
-            call = prepare(trial, case, "absorbed", page_size=page_size, shuffle=shuffle)
-            judge(trial, call, call.run())
-
-
-@layer_check(
-    "chunks", "a log-sum-exp that is wrong, which shows only when parts of a context are merged", "tiles"
-)
-def chunks(trial: Trial) -> None:
-    """A workspace too small for the context makes the expanded path merge several rounds."""
-    case = plain((30, 6), (100, 0))
-    workspace = rebuilt_bytes(case.config, trial.dtype.itemsize, 40)
-    check_layer(trial, case, modes=("expanded",), workspace_bytes=workspace)
-
-
-@layer_check("variant", "biases that are dropped, or channels rotated in the usual order only")
-def variant(trial: Trial) -> None:
-    """A layer with biases and half-split rotary channels; those with an output gate, or nothing to rotate."""
-    check_layer(trial, *(LayerCase((5, 1), (0, 30), config) for config in (VARIANT, *GATED)))
-
-
 FIRST_FORMAT = "fp8_ds_mla"  # the one that is rebuilt as well: that is the same code for all
 
 
 @layer_check("formats", "new tokens that are attended as they were before the cache has rounded them")
 def formats(trial: Trial) -> None:
-    """The output is that of the bytes the step has cached; they err by no more than the format does."""
+    """The output is that of the bytes the step has cached, latents and index keys, within their format."""
     for name in FORMATS:
         codec = codec_of(name, PLAIN_CONFIG.kv_lora_rank, PLAIN_CONFIG.qk_rope_head_dim)
         if codec is not None and not isinstance(codec, Plain):
             modes = BOTH if name == FIRST_FORMAT else BOTH[:1]
             check_layer(trial, plain(*MIXED), modes=modes, cache_format=name)
-
-
-@mode_check("untouched", "latents written to a page that is another request's", "memory", plain(*MIXED))
-def untouched(trial: Trial, call: LayerCall, mode: str) -> None:
-    """A step changes the slots of its new tokens and no other bit of the cache."""
-    before, batch = call.cache.pages[0].cpu().clone(), call.extend()
-    call.forward(0, batch)
-    expect_untouched(call, before, batch.slots)
+    cached = LayerCase((3, 1), (70, 130), INDEXED[0])
+    check_layer(trial, cached, modes=MODES[:1], cache_format=FIRST_FORMAT, index_format="fp8")
 
 
 @mode_check(
@@ -260,28 +224,6 @@ def _any_lengths(seed: int) -> tuple[Lengths, Lengths]:
 
 
 @layer_check(
-    "indexer_steps", "index keys that are written only by steps that read them, or a step too late", "state"
-)
-def indexer_steps(trial: Trial) -> None:
-    """A context that grows beyond top-k selects among the keys of all steps, updated in place."""
-    case = LayerCase((1, 2), (TOPK - 5, TOPK - 6), INDEXED[0], steps=5)
-    with trial.case(case.label):
-        step_in_place(trial, prepare(trial, case))
-
-
-@layer_check("indexer_formats", "index keys whose scales are another's, or attention to what was not stored")
-def indexer_formats(trial: Trial) -> None:
-    """Index keys of bytes are selected among, and latents of bytes attended, as they are stored."""
-    check_layer(
-        trial,
-        LayerCase((3, 1), (70, 130), INDEXED[0]),
-        modes=("auto",),
-        cache_format="fp8_ds_mla",
-        index_format="fp8",
-    )
-
-
-@layer_check(
     "shared_selection", "attention to all keys, or to those of another token, where some are selected"
 )
 def shared_selection(trial: Trial) -> None:
@@ -303,33 +245,6 @@ def any_selection(query_lens: Lengths, history: Lengths) -> torch.Tensor:
     return selection
 
 
-# --------------------------------------------------------------------------------------- other batches
-
-
-FEW_NEW = (0, 0, 2, 0, 3)  # new tokens of requests by turns
-
-
-@layer_check("requests", "requests beyond a launch grid, whose rows stay as they were", "grid")
-def requests(trial: Trial) -> None:
-    """Hundreds of requests share a batch, with up to three new tokens each."""
-    for count, mode in ((133, "absorbed"), (47, "expanded")):
-        new, old = ([of[request % len(of)] for request in range(count)] for of in (FEW_NEW, range(4)))
-        check_layer(trial, plain(tuple(new), tuple(old)), modes=(mode,))
-
-
-@layer_check("rows", "new tokens beyond a launch grid or a buffer that was made for fewer", "grid")
-def rows(trial: Trial) -> None:
-    """Hundreds of new tokens of one request, after a few and before others."""
-    check_layer(trial, plain((3, 530, 1), (0, 0, 2)), modes=("auto",))
-
-
-@layer_check("equal", "requests of equal lengths that are put back in another order", "order")
-def equal(trial: Trial) -> None:
-    """Requests of equal lengths keep their places, sorted by length or not, step after step."""
-    for new, old in (((1,) * 8, (5, 9, 5, 9, 5, 5, 9, 9)), ((3, 1, 3, 3, 1), (7, 7, 7, 7, 7))):
-        check_layer(trial, plain(new, old, steps=2))
-
-
 @mode_check(
     "no_tokens",
     "an empty batch that raises, or that a later one suffers from",
@@ -343,7 +258,8 @@ def no_tokens(trial: Trial, call: LayerCall, mode: str) -> None:
         nothing = call.cache.extend(call.ids, [0, 0])
         out = call.layer(call.hidden[0, :0], nothing, call.cache.pages[0])
         expect(out.shape == (0, call.case.config.hidden_size), f"its output is {list(out.shape)}")
-    expect_untouched(call, before)
+    count, first = changed_slots(call.cache.pages[0], before)
+    expect(not count, f"{count} slots have changed, the first is {first}")
     judge(trial, call, call.run())
 
 
@@ -352,18 +268,14 @@ def no_tokens(trial: Trial, call: LayerCall, mode: str) -> None:
 
 @mode_check(
     "update",
-    "a plan that is remembered for the batch object, not for its lengths",
+    "a plan that is remembered for the batch object, or index keys that only steps that read them write",
     "state",
     STEPPING,
-    ("absorbed", "auto"),
+    LayerCase((1, 2), (TOPK - 5, TOPK - 6), INDEXED[0], steps=5),  # whose contexts grow beyond top-k
+    modes=("absorbed", "auto"),
 )
 def update(trial: Trial, call: LayerCall, mode: str) -> None:
     """A batch updated in place to the next step's lengths runs like that step's own batch."""
-    step_in_place(trial, call)
-
-
-def step_in_place(trial: Trial, call: LayerCall) -> None:
-    """Run every step of a case on one batch, updated in place, and judge them."""
     batch = call.extend(in_shape=True)
     outputs = [call.forward(0, batch)]
     for step in range(1, call.case.steps):

@@ -12,11 +12,6 @@ from mla.reference import REFERENCE
 Tensor = torch.Tensor
 Body = Callable[..., None]
 SMALL_OPS = ("linear", "batched_linear", "rms_norm", "rotate_query", "write_latent")
-# Checks of what an op computes, whose mutants are in `formulas.py`.
-FORMULAS = {
-    *(f"{kind}.{name}" for kind in ("linear", "batched_linear") for name in ("product", "pack")),
-    *("rms_norm.formula", "write_latent.formula"),
-}
 
 
 def mutant(kind: str, body: Body) -> Any:

@@ -12,30 +12,19 @@ import torch
 from smaller_cases import make_smaller
 
 from mla.cases import drawn
-from mla.conformance.checks import attention, small_ops
 from mla.conformance.registry import DRAWN
 from mla.conformance.report import CheckResult
 from mla.conformance.selection import Xfails
 from mla.conformance.suite import Instance, carry_out, instances
 from mla.conformance.trial import BackendUnderTest, Drawing
 
-# An interpreter's time goes by programs, of which these cases start thousands.
-SMALLER = (
-    (attention, "FEW_HEADS", (1, 20)),
-    (attention, "USUAL_HEADS", (12,)),
-    (attention, "MANY_HEADS", (65, 2)),
-    (attention, "FEW_TOKENS", (1, 3, 16, 17)),
-    (attention, "REQUESTS", (9, 9)),
-    (attention, "REQUESTS_OF", (16, 9)),
-    (attention, "BEYOND_GRID", (16, 9)),
-    (small_ops, "ROW_COUNTS", (1, 2, 16, 17)),
-    (small_ops, "MOST_ROWS", 67),
-    (small_ops, "BEYOND_GRID", 129),
+SMALL = (
+    5000  # of `smaller_cases`: an interpreter's time goes by programs, of which large cases start thousands
 )
 # Checks that start most of all, and differ from others in a number of programs.
-LEFT_OUT = {"rotate_query.rows_and_heads", "expanded.positions", "select_latents.positions"}
+LEFT_OUT = {"select_latents.positions", "sparse_latent_attention.positions"}
 GRAPHS = {"latent.graph", "latent.graph_lengths"}  # this device has none; an emulated one has
-HOST = {"state", "order", "contract"}  # of ops without a plan, what the host does is nothing to interpret
+HOST = {"state", "contract"}  # of ops without a plan, what the host does is nothing to interpret
 DRAWS = 12
 TINY_DRAWS = {
     "NUMBERS": 1 << 12,
@@ -53,9 +42,7 @@ LAYERS = ("layer.decode", "layer.mixed")
 
 @pytest.fixture(autouse=True)
 def _smaller(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_smaller(monkeypatch)
-    for room, name, value in SMALLER:
-        monkeypatch.setattr(room, name, value)
+    make_smaller(monkeypatch, SMALL)
 
 
 def subject(**more: Any) -> BackendUnderTest:

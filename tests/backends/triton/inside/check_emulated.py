@@ -66,7 +66,7 @@ def test_tensors_of_two_devices_in_one_launch_are_found() -> None:
 
 
 @pytest.mark.parametrize(
-    "check", ["latent.graph", "latent.graph_lengths", "latent.decode", "expanded.prefill"]
+    "check", ["latent.graph", "latent.graph_lengths", "latent.formula", "expanded.formula"]
 )
 def test_the_suite_on_the_device(check: str) -> None:
     backend = Acme({"graph": "on"})

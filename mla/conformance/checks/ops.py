@@ -1,0 +1,276 @@
+"""What is asked of ops and takes more than a call: packing, planning, graphs, and places beyond 32 bits."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from mla.cases import KINDS
+from mla.cases.case import OpCase
+from mla.cases.memory import Tensors, allocate
+from mla.cases.played import Scene, host_of
+from mla.conformance.checks.borders import (
+    ATTENTION,
+    EXAMPLES,
+    GROUPS,
+    PREFILL,
+    SEVERAL,
+    SPARSE,
+    batch,
+    both_ways,
+    decode,
+)
+from mla.conformance.checks.device import NO_GRAPH, MatmulLoad, best, elapsed, load_of, median
+from mla.conformance.drawn import draw
+from mla.conformance.reach import far
+from mla.conformance.registry import DRAWN, OP, check
+from mla.conformance.trial import Refused, Trial, expect
+from mla.parallel.layer import merge
+from mla.parallel.layout import Share
+from mla.verify.tolerances import same_bits
+from mla_backends.api import Packed
+
+PAGED, WRITES = ("latent_attention", *SPARSE), ("write_latent", "write_index_key")
+UNITS = 4  # of pending work that a plan might wait for ...
+BUSY = 3  # ... as often: on a device that does not queue, work takes its time
+NOT_SAFE = "the op's state does not declare that a captured call follows its batch (graph_safe)"
+Body = Callable[..., None]  # of a trial and a kind of op
+
+
+def op_check(name: str, fails: str, kinds: Iterable[str], catches: str) -> Callable[[Body], Body]:
+    """Register a function of a trial and a kind of op as a check of several kinds."""
+
+    def register(body: Body) -> Body:
+        for kind in kinds:
+            run = functools.partial(body, kind=kind)
+            run.__doc__ = body.__doc__
+            check(f"{GROUPS.get(kind, kind)}.{name}", catches=catches, scope=OP, kind=kind, fails=fails)(run)
+        return body
+
+    return register
+
+
+@op_check(
+    "pack",
+    "contract",
+    ("linear", "batched_linear"),
+    "a layout that loses bits, so that a checkpoint cannot be saved again",
+)
+def pack(trial: Trial, kind: str) -> None:
+    """unpack(pack(weight)) is the weight, bit for bit, whatever its strides."""
+    for case in (EXAMPLES[kind], EXAMPLES[kind].but(tokens=1, in_features=96, out_features=70)):
+        with trial.case(case.label):
+            call = trial.serve(case)
+            weight = call.pool.given["weight"]
+            on_device = weight.to(trial.device, copy=True)
+            for name, given in {"contiguous": on_device, "transposed": on_device.mT.contiguous().mT}.items():
+                packed = call.op.pack(given)
+                expect(isinstance(packed, Packed), f"pack() returned a {type(packed).__name__}")
+                expect(packed.nbytes > 0, f"nbytes is {packed.nbytes}")
+                expect(same_bits(given, weight), f"pack() changed the weight it was given ({name})")
+                expect(same_bits(call.op.unpack(packed), weight), f"unpack() returns different bits ({name})")
+
+
+@functools.lru_cache(maxsize=1)
+def pending_of(work: MatmulLoad) -> float:
+    """Return how many milliseconds that work takes, measured once."""
+    return work.milliseconds(UNITS)
+
+
+@op_check(
+    "prepare",
+    "state",
+    (*ATTENTION, *SPARSE),
+    "a plan step that waits for the device or copies lengths back from it",
+)
+def prepare(trial: Trial, kind: str) -> None:
+    """Preparing a batch does not wait for pending work on the device."""
+    case = trial.fitted(batch(kind, *SEVERAL))
+    with trial.case(case.label):
+        call = trial.serve(case)
+        call.prepare()  # one-time setup does not count
+        work = load_of(trial.subject)
+        pending = pending_of(work)
+
+        def busy() -> float:
+            work.read()
+            work.submit(UNITS)
+            return elapsed(call.prepare)
+
+        behind = median(busy, BUSY)
+        work.read()
+        waited = behind - best(lambda: elapsed(call.prepare))
+        expect(waited < 0.5 * pending, f"prepare() waited {waited:.3g} of {pending:.3g} ms of pending work")
+
+
+# -------------------------------------------------------------------------------------------------- graphs
+
+
+def capture(trial: Trial, work: Callable[[], None]) -> Callable[[], None]:
+    """Run `work` once, so that one-time setup is not captured, then capture it."""
+    work()
+    trial.backend.synchronize()
+    replay = trial.backend.graph(work)
+    if replay is None:
+        raise Refused(NO_GRAPH)
+    return replay
+
+
+def captured(trial: Trial, first: OpCase, second: OpCase, follows: bool) -> None:
+    """Capture a call for one case, then replay it with the inputs of the other, and back again."""
+    call = trial.serve(first)
+    call.prepare()
+    if follows and not getattr(call.leading[0], "graph_safe", False):
+        raise Refused(NOT_SAFE)
+    replay = capture(trial, lambda: call.op(*call.leading, **call.arguments))
+    for case in (second, first, second):
+        held = trial.serve(case)
+        call.restore(held)
+        replay()
+        trial.backend.synchronize()
+        trial.right(held, call.judge(held, only=("out", "coarse")))
+
+
+@op_check("graph", "state", PAGED, "a call that waits, allocates or reads inputs on the host while captured")
+def graph(trial: Trial, kind: str) -> None:
+    """A captured call gives the right output for other queries and other cache contents."""
+    first = trial.fitted(decode(kind, (50, 10, 100)))
+    with trial.case(first.label):
+        captured(trial, first, first.but(seed=1), follows=False)
+
+
+@op_check("graph_lengths", "state", PAGED, "a schedule or a longest length that is frozen at capture")
+def graph_lengths(trial: Trial, kind: str) -> None:
+    """A captured call follows lengths and block tables that change in place, if its state declares it."""
+    first, second = (trial.fitted(decode(kind, keys)) for keys in ((50, 10, 100, 3), (100, 65, 1, 0)))
+    with trial.case(f"{first.label}, then {second.label}"):
+        captured(trial, first, second.but(seed=1), follows=True)
+
+
+# -------------------------------------------------------------------------------------------------- shares
+
+NO_LSE = "it does not supply the log-sum-exp (writes_lse is False)"
+
+
+@op_check(
+    "shares",
+    "numbers",
+    ("latent_attention",),
+    "a log-sum-exp that does not weigh parts of a context: in another base, or without keys",
+)
+def shares(trial: Trial, kind: str) -> None:
+    """Every 2nd, or 3rd, token attended apart and merged gives what all do; some shares have no keys."""
+    if not getattr(trial.op, "writes_lse", True):
+        raise Refused(NO_LSE)
+    for world in (2, 3):
+        for case in (decode(kind, (70, 2, 1, 129)), batch(kind, (3, 1, 5), (5, 66, 5))):
+            case = trial.fitted(case)
+            with trial.case(f"{case.label} in {world} shares"):
+                whole = trial.serve(case)
+                parts = [_attend(trial, case, Share(rank, world)) for rank in range(world)]
+                out, sums = (torch.stack([part[name] for part in parts]) for name in ("out", "lse"))
+                merged = torch.empty_like(out[0])
+                merge(out, sums, merged)
+                trial.right(whole, whole.wrong({"out": merged}))
+
+
+def _attend(trial: Trial, case: OpCase, share: Share) -> Tensors:
+    """Return out [T, h, c] and lse [T, h] of one share, where each new token is a request of its own."""
+    whole, keys = host_of(case.but(dtype=trial.dtype)), []
+    for latents, new, length in zip(
+        whole.given["keys"].split(case.kv_lens), case.query_lens, case.kv_lens, strict=True
+    ):
+        held = latents[share.rank :: share.world]
+        seen = share.held(torch.arange(length - new, length) + 1)
+        keys += [held[:count] for count in seen.tolist()]
+    lengths = tuple(map(len, keys))
+    part = case.but(query_lens=(1,) * len(lengths), kv_lens=lengths)
+    given = {"q": whole.given["q"], "keys": torch.cat(keys)}
+    call = trial.serve(part, given=given)
+    trial.check(call)
+    return call.results()
+
+
+# -------------------------------------------------------------------------------------------------- places
+# Requests are short and lie in large memory, of which nothing else is ever touched.
+
+PLACES = "places that are computed in 32 bits, and lie elsewhere in memory"
+FAR_TOKENS = 35
+BITS = 17  # slots beyond what 16 bits count, in a cache that is small enough for any device
+
+
+@op_check("far_rows", "index", KINDS, PLACES)
+def far_rows(trial: Trial, kind: str) -> None:
+    """Rows of operands and outputs may lie apart, the last of them beyond 32 bits."""
+    example = EXAMPLES[kind]
+    case = (
+        batch(kind, (4, 30, 1), (4, 131, 5), 2) if example.entry.prepares else example.but(tokens=FAR_TOKENS)
+    )
+    keyed = kind == "expanded_attention"  # which has keys and values as well
+    for way in map(trial.fitted, both_ways(case) if keyed else [case]):
+        with trial.case(f"{way.label}, rows far apart"), far(trial, 5 if keyed else 2) as numbers:
+            apart = numbers // (FAR_TOKENS - 2) // 1024 * 1024  # the last is beyond, and all are aligned
+            trial.play(Scene((way.but(apart=apart),)))
+
+
+@op_check("far_pages", "index", PAGED, PLACES)
+def far_pages(trial: Trial, kind: str) -> None:
+    """Pages whose place in memory is beyond 32 bits are read where they are."""
+    for case in map(trial.fitted, (decode(kind, (33, 130, 7)), batch(kind, *PREFILL))):
+        with trial.case(f"{case.label}, pages far away"), far(trial, what="from the start") as numbers:
+            page = case.layout.page_size * sum(case.shape(case.entry.cached))
+            trial.play(Scene((case.but(pages_before=-(-numbers // page)),)))
+
+
+@op_check("slots", "index", WRITES, "slots or pages that are counted in 8 to 16 bits")
+def slots(trial: Trial, kind: str) -> None:
+    """Rows are written to slots all over a cache of 131072 and more, and beside them nothing is."""
+    for page_size in (64, 1):
+        case = EXAMPLES[kind].but(page_size=page_size, interleaved=page_size > 1)
+        with trial.case(f"{case.label}, slots to {1 << BITS}"):
+            _write_apart(trial, case, _beside_powers(1 << BITS))
+
+
+@op_check("far_slots", "index", WRITES, PLACES)
+def far_slots(trial: Trial, kind: str) -> None:
+    """Rows whose place in memory is beyond 32 bits are written where they belong."""
+    case = EXAMPLES[kind]
+    with trial.case(f"{case.label}, slots far away"), far(trial, what="from the start") as numbers:
+        end = numbers // sum(case.shape(case.entry.cached))
+        _write_apart(trial, case, [*_beside_powers(end), *range(end - 2, end + 3)])
+
+
+def _beside_powers(end: int) -> Iterator[int]:
+    """Yield slots beside powers of two, and one between them, so that any mask or limit shows."""
+    for power in range(2, math.ceil(math.log2(end)) + 1):
+        yield from (slot for slot in (2**power, 2**power + 1, 3 * 2 ** (power - 1) - 1) if slot < end + 2)
+
+
+def _write_apart(trial: Trial, case: OpCase, some: Iterable[int]) -> None:
+    """Write to some slots of a cache whose memory is otherwise not touched, which costs little on a host."""
+    chosen = torch.tensor(sorted(set(some)))
+    chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))]
+    call, around = trial.serve(case.but(tokens=len(chosen))), torch.cat((chosen - 1, chosen + 1)).unique()
+    beside = around[(around >= 0) & ~torch.isin(around, chosen)].to(trial.device)
+    pages = int(chosen.max()) // case.layout.page_size + 2
+    shape = pages, case.layout.page_size, *case.shape(case.entry.cached)
+    cache = allocate(shape, trial.dtype, trial.device)
+    rows, on_device = cache.flatten(0, 1), chosen.to(trial.device)
+    rows[on_device] = rows[beside] = torch.nan
+    call.replace(slots=on_device, cache=cache)
+    trial.check(call)
+    expect(bool(rows[beside].isnan().all()), "a slot other than those written has changed")
+
+
+# --------------------------------------------------------------------------------------------------- draws
+
+
+@op_check(DRAWN, DRAWN, KINDS, "combinations of sizes, numbers, memory and calls that no table has")
+def drawn(trial: Trial, kind: str) -> None:
+    """Cases drawn over all axes at once are right; the smallest wrong one is shown."""
+    with trial.case("drawn"):
+        trial.require  # noqa: B018  # ends a case that is not chosen
+        draw(trial)
