@@ -80,7 +80,7 @@ EVERYDAY: tuple[str, ...] = (
     r"tests/conformance/test_plugin.py::test_a_pytest_of_something_else",
     r"tests/frozen/test_wrong.py::test_(none_was|every_row)",
     r"tests/backends/triton/test_interpreted.py::test_(every_file|triton_that)",
-    r"tests/fuzz/test_options",
+    r"tests/fuzz/test_(options|cache)",
     r"tests/gpu_campaign/test_sections",
     r"tests/peers/test_run.py::test_(the|memory|workloads)",
     r"tests/bench/scaffold/test_new_backend.py::test_a",
