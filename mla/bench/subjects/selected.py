@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from mla.bench.subjects.inputs import Inputs
 from mla.bench.subjects.layer import MlaLayer
 from mla.cost import latent_attention_flops, parameters
 from mla.verify.layer_check import Checker, Forward
-from mla.verify.selected import Past, SelectionJudge, Taken
+from mla.verify.selected import Judged, Past, SelectionJudge, Taken
 from mla.verify.tolerances import layer_bounds, mean_over, row_errors, table_decides
 from mla.verify.verdict import Check
 
@@ -22,18 +23,6 @@ from mla.verify.verdict import Check
 ROWS_FLOPS, ROWS = 4e10, 8
 
 _random = random.SystemRandom()  # what is judged is not known before
-
-
-@dataclass
-class Judged:
-    """One forward: its output with what that should be, and what is wrong with what came before.
-
-    `reason` is "" where the indexer's rows and the selection are right; the output is judged apart.
-    """
-
-    forward: Forward
-    ratio: float = 0.0  # the largest error over its bound
-    reason: str = ""
 
 
 @dataclass
@@ -54,7 +43,7 @@ class TakenChecker:
 
     def check_pass(self, left: Left, held: bool) -> Check:
         """Judge the outputs of a pass, and what was taken; `held`: also to the reference's error."""
-        return self._verdict([judged for _, judged in self.judged(left)], held)
+        return self._verdict([parts for _, *parts in self.judged(left)], held)
 
     def on_lengths(
         self, query_lens: Sequence[int], kv_lens: Sequence[int], out: torch.Tensor, taken: Taken
@@ -76,7 +65,7 @@ class TakenChecker:
         bounds = {False: layer_bounds(known, expected, dtype)}
         return Checker(expected, dtype, lambda: expected, bounds).check_forwards(listed, False)
 
-    def judged(self, left: Left) -> Iterator[tuple[int, Judged]]:
+    def judged(self, left: Left) -> Iterator[tuple[int, Forward, Judged]]:
         """Yield the forwards of a pass by index.
 
         A step of decoding is judged from the new tokens of all steps before it; another forward by its own
@@ -88,20 +77,20 @@ class TakenChecker:
             steps = range(index + 1) if decode else [index]
             hidden = [self.inputs.forward(left.number, step)[0] for step in steps]
             where = f"{'step' if decode else 'forward'} {index}"
-            yield index, self._judge(out, hidden, *lens, left.taken.get(index), where)
+            yield index, *self._judge(out, hidden, *lens, left.taken.get(index), where)
 
     def forwards(self, left: Left) -> Iterator[tuple[int, Forward]]:
         """Yield the forwards of a pass by index, each with what its output should be."""
-        return ((index, judged.forward) for index, judged in self.judged(left))
+        return ((index, forward) for index, forward, _ in self.judged(left))
 
-    def _verdict(self, judged: Sequence[Judged], held: bool) -> Check:
-        """Return the first reason of any forward, or else the verdict on all outputs."""
-        wrong = next((part.reason for part in judged if part.reason), "")
-        if wrong:
-            return Check(status="wrong", reason=wrong)
-        check = self.check_forwards([part.forward for part in judged], held)
+    def _verdict(self, parts: Sequence[Sequence[Any]], held: bool) -> Check:
+        """Return the first reason of any forward, each with what was judged of it, or else on all outputs."""
+        for forward, judged in parts:
+            if judged.reason:
+                return Check(status="wrong", reason=f"{judged.reason} ({forward.where})")
+        check = self.check_forwards([forward for forward, _ in parts], held)
         if check.error_ratio is not None:
-            check.error_ratio = max([check.error_ratio, *(part.ratio for part in judged)])
+            check.error_ratio = max([check.error_ratio, *(judged.ratio for _, judged in parts)])
         return check
 
     def _typical(self) -> float:
@@ -124,7 +113,7 @@ class TakenChecker:
         history: Sequence[int],  # how much of it there is
         taken: Taken | None,
         where: str,
-    ) -> Judged:
+    ) -> tuple[Forward, Judged]:
         """Judge some rows of one forward."""
         inputs, steps = self.inputs, [part.split(list(query_lens)) for part in hidden]
         index = inputs.index or [part.new_empty(0) for _, part in inputs.history]
@@ -133,8 +122,7 @@ class TakenChecker:
         new = [torch.cat(parts) for parts in zip(*steps, strict=True)]
         rows = self._rows(query_lens, [len(old.kv) + len(more) for old, more in zip(past, new, strict=True)])
         judged = self.judge.judge(query_lens, past, new, taken, rows)
-        forward = Forward(0, out[rows], judged.expected, where, lambda: judged.places)
-        return Judged(forward, judged.ratio, f"{judged.reason} ({where})" if judged.reason else "")
+        return Forward(0, out[rows], judged.expected, where, lambda: judged.places), judged
 
     def _rows(self, query_lens: Sequence[int], kv_lens: Sequence[int]) -> torch.Tensor:
         """Return the rows of a forward that are judged: all, or a random choice of many, in order."""
