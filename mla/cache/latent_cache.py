@@ -22,7 +22,6 @@ from mla.cache.ragged_batch import (
     check_dtype,
     check_page_size,
     host_ints,
-    plain,
     whole_numbers,
 )
 from mla.config import MLAConfig
@@ -127,8 +126,8 @@ class LatentCache:
         index_held = torch.uint8 if self.index_codec else dtype
         index_shape = (len(self.index_layers), *shape[1:3], index_width)
         with torch.inference_mode(False):  # a tensor made in that mode cannot be written outside it
-            self.pages = plain(torch.zeros(shape, dtype=held, device=device))
-            self.index_pages = plain(torch.zeros(index_shape, dtype=index_held, device=device))
+            self.pages = torch.zeros(shape, dtype=held, device=device)
+            self.index_pages = torch.zeros(index_shape, dtype=index_held, device=device)
             self._tables = torch.zeros(0, 1, dtype=torch.int32, device="cpu")  # [rows, pages]
         self.generation = 0
         self._free = list(range(self.num_pages - 1, -1, -1))
@@ -290,7 +289,7 @@ class LatentCache:
         width = max(1, least, *[len(entry.pages) for entry in entries])
         if width > self._tables.shape[1]:
             self._grow_tables(self._tables.shape[0], width)
-        table = plain(self._tables[:, :width].index_select(0, host_ints(entry.row for entry in entries)))
+        table = self._tables[:, :width].index_select(0, host_ints(entry.row for entry in entries))
         self._last_tables[least] = table
         return table
 
@@ -333,7 +332,7 @@ class LatentCache:
 
     def _grow_tables(self, rows: int, width: int) -> None:
         with torch.inference_mode(False):
-            grown = plain(torch.zeros(rows, width, dtype=torch.int32, device="cpu"))
+            grown = torch.zeros(rows, width, dtype=torch.int32, device="cpu")
         grown[: self._tables.shape[0], : self._tables.shape[1]] = self._tables
         self._tables = grown
 
@@ -346,7 +345,7 @@ class LatentCache:
         entry = self._get(sequence)
         check_shorter(length, entry.length)
         if dropped := entry.pages[-(-length // self.page_size) :]:
-            freed = plain(torch.tensor(dropped, device=self.pages.device))
+            freed = torch.tensor(dropped, device=self.pages.device)
             self.pages[:, freed] = 0
             self.index_pages[:, freed] = 0
         entry.length = length
@@ -388,7 +387,7 @@ class LatentCache:
         self._pages_of(layer)
         check_index(self.config, index, count, layer in self.index_layers)
         kept = [x.detach().to(self.pages.device, self.dtype) for x in (kv, pe)]
-        rows = plain(self.encoded(*kept))
+        rows = self.encoded(*kept)
         if count and self.length(sequence) == 0:
             self.extend([sequence], [count])
         slots = self.slots(sequence)

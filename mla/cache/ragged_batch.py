@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 
 from mla.errors import StaleBatch
-from mla_backends.operands import is_plain
 from mla_backends.upload import upload_into
 
 if TYPE_CHECKING:
@@ -57,14 +56,6 @@ def check_dtype(dtype: Any) -> torch.dtype:
     return dtype
 
 
-def plain(made: torch.Tensor) -> torch.Tensor:
-    """Return memory to be kept. Raises ValueError for what a mode, as FakeTensorMode, made instead."""
-    if type(made) is not torch.Tensor and not is_plain(made):
-        kind = type(made).__name__
-        raise ValueError(f"a mode makes a {kind} of the memory of layers and caches: build them outside it.")
-    return made
-
-
 class _Source(weakref.ref[Any]):
     """Weak: a plan in the memo refers to its batch, and this cycle must not hold the pages of a cache."""
 
@@ -90,7 +81,7 @@ class BatchMemory:
         rows, width = shape
         sizes = (2 * tokens,) * wide + (tokens, rows, rows + 1, rows * width)
         with torch.inference_mode(False):
-            self.buffer = plain(torch.empty(sum(sizes), dtype=torch.int32, device=device))
+            self.buffer = torch.empty(sum(sizes), dtype=torch.int32, device=device)
         *wides, self.positions, self.kv_lens, self.cu_q, table = self.buffer.split(sizes)
         self.slots, *self.wides = (part.view(torch.int64) for part in wides)
         self.block_table = table.view(rows, width)
@@ -114,7 +105,6 @@ class BatchMemory:
 
     def fill(self, numbers: torch.Tensor, table: torch.Tensor) -> None:
         """Copy what a batch packed, and its block table unless it is already here, in one copy."""
-        plain(numbers)
         if table is self._held:
             upload_into(numbers, self._numbers)
             return

@@ -16,7 +16,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from mla.cache.index_formats import stored_index_format
-from mla.cache.ragged_batch import RaggedBatch, check_dtype, plain
+from mla.cache.ragged_batch import RaggedBatch, check_dtype
 from mla.checkpoint import read_layer, refuse_other_formats
 from mla.config import MLAConfig
 from mla.config.layer_config import require_config
@@ -344,7 +344,6 @@ class MLA(nn.Module):
         self.check(hidden, batch, pages, out, index_pages, selection)
         if out is None:
             out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-            plain(out)  # which a mode may have made
         if hidden.stride(-1) != 1:  # the contract promises ops rows of adjacent elements
             hidden = hidden.contiguous()
         plan = self._planned(batch, selection is not None)

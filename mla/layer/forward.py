@@ -12,7 +12,7 @@ from typing import cast
 import torch
 
 from mla.cache.formats import Codec, codec_of, decode_slots
-from mla.cache.ragged_batch import RaggedBatch, plain
+from mla.cache.ragged_batch import RaggedBatch
 from mla.config import MLAConfig
 from mla.errors import WeightError
 from mla.layer.ops import Ops
@@ -481,7 +481,7 @@ class AttentionCore:
     def _plan(self, batch: RaggedBatch, selected: bool) -> StepPlan:
         """Plan a batch, whose queries are turned by no angle: cosines of 1 and sines of 0 change no bit."""
         half = self.config.qk_rope_head_dim // 2
-        unturned = plain(torch.zeros(batch.num_tokens, 2 * half, dtype=torch.float32, device=self.device))
+        unturned = torch.zeros(batch.num_tokens, 2 * half, dtype=torch.float32, device=self.device)
         unturned[:, :half] = 1
         limits = (WORKSPACE_BYTES, self._backend)
         return make_plan(self.config, self.ops, unturned, batch, "auto", *limits, selected)

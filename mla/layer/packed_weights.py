@@ -7,7 +7,6 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from mla.cache.ragged_batch import plain
 from mla.checkpoint import LazyState, StoredLayer, finite
 from mla.config import MLAConfig
 from mla.errors import WeightError
@@ -116,7 +115,7 @@ class PackedWeights:
         shapes = weight_shapes(self._config)
         rows = [shapes[name][0] for name in names]
         dtype = torch.float32 if names[0] in FP32 else self._dtype
-        out = plain(torch.empty(sum(rows), *shapes[names[0]][1:], dtype=dtype, device=self._device))
+        out = torch.empty(sum(rows), *shapes[names[0]][1:], dtype=dtype, device=self._device)
         for name, part in zip(names, out.split(rows), strict=True):
             if isinstance(state, LazyState):
                 state.read_into(name, part)

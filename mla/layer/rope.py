@@ -10,7 +10,6 @@ import math
 
 import torch
 
-from mla.cache.ragged_batch import plain
 from mla.config import LongRopeScaling, MLAConfig, QueryScaling, YarnScaling
 
 
@@ -81,12 +80,12 @@ class RotaryTable:
         """Grow the table to at least `positions` rows, doubling so that growth stays rare."""
         size = self.table.shape[0]
         if positions > size:
-            self.table = plain(self._compute(max(positions, 2 * size)))
+            self.table = self._compute(max(positions, 2 * size))
 
     def gather(self, positions: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return the rows [T, r] of `positions` [T], in `out` if given; the caller has reserved them."""
-        return plain(torch.index_select(self.table, 0, positions, out=out))
+        return torch.index_select(self.table, 0, positions, out=out)
 
     def empty(self, count: int) -> torch.Tensor:
         """Return memory for `count` rows."""
-        return plain(self.table.new_empty(count, self.table.shape[1]))
+        return self.table.new_empty(count, self.table.shape[1])

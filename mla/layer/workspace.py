@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
-from mla.cache.ragged_batch import plain
 from mla.config import MLAConfig
 from mla.layer.ops import Ops
 from mla_backends.api import Backend
@@ -76,7 +75,7 @@ class Workspace:
         held = self._held.get(name)
         if held is None or held.numel() < size:
             with torch.inference_mode(False):  # a tensor made in that mode cannot be written outside it
-                held = plain(torch.empty(size, dtype=dtype or self._dtype, device=self._device))
+                held = torch.empty(size, dtype=dtype or self._dtype, device=self._device)
             self._held[name] = held
             self._views.clear()  # they may view memory that is gone
         return held[:size].view(shape)

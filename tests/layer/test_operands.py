@@ -359,25 +359,6 @@ def test_a_step_of_no_requests_is_refused(backend: Backend | None) -> None:
         cores.core(cores.core.queries(0), batch, scene.pages)
 
 
-def test_a_fake_mode_is_not_remembered_by_a_batch(backend: Backend | None) -> None:
-    scene, cores = Scene(backend), Cores(backend)
-    q, batch, pages, truth = cores.problem(0)
-    real = {"pages": scene.pages, "out": torch.empty_like(scene.hidden)}
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        with pytest.raises(ValueError, match="a mode makes a FakeTensor of the memory"):
-            scene.run(**real)
-        with pytest.raises((ValueError, RuntimeError)):
-            attended(cores.core, q, batch, pages)
-    scene.check(scene.run())
-    assert close(attended(cores.core, q, batch, pages), truth)
-    del real["out"]  # which the layer makes, with all else at hand since the run before
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        pytest.raises(ValueError, match="a mode makes a FakeTensor"),
-    ):
-        scene.run(**real)
-
-
 def test_a_compiled_model_calls_a_layer_as_it_is() -> None:
     scene = Scene(load_backend("cpu", options={"native": "portable"}))
     held = scene.cache.pages.clone()
