@@ -247,9 +247,7 @@ class Field:
 def some_rows(draw: Draw, width: int, page: int = 1) -> int:
     """Draw a number of rows that each hold so many numbers, at times many of them."""
     way = draw(whole(0, 2))
-    rows = (
-        near(draw, 300, step=page) if way == 0 else near(draw, 4200) if way == 1 else draw(among(1, 1, 0, 2))
-    )
+    rows = draw(among(1, 1, 0, 2)) if way == 2 else near(draw, *((4200,) if way else (300, 1, page)))
     return min(rows, max(1, NUMBERS * draw(among(*ROOMS)) // width))
 
 
@@ -350,8 +348,8 @@ def batch(
 
     A few cases of `narrow` keys have a request of HUGE tokens or more, whose positions need 18 bits.
     """
-    entry, page, served = KINDS[field.kind], draw(among(*PAGE_SIZES)), field.pages(spec_of(heads))
-    if entry.cached and page not in served:
+    entry, page = KINDS[field.kind], draw(among(*PAGE_SIZES))
+    if entry.cached and page not in (served := field.pages(spec_of(heads))):
         page = served[PAGE_SIZES.index(page) % len(served)]
     of = page if entry.cached else 1  # what keys come by
     pairs, room = requests(draw, page, causal), draw(among(*ROOMS))
@@ -376,9 +374,8 @@ def batch(
         heads = max((count for count in fewer if fits(pairs, count)), default=few)
     pairs = fitting(pairs, lambda pairs: fits(pairs, heads))
     pairs = served_lengths(field, spec_of(heads), pairs, page if entry.cached else None)
-    return OpCase(
-        field.kind, spec_of(heads), *columns(pairs), causal=causal, layout=Layout(page_size=page)
-    )  # fmt: skip
+    layout = Layout(page_size=page)
+    return OpCase(field.kind, spec_of(heads), *columns(pairs), causal=causal, layout=layout)
 
 
 def columns(pairs: Pairs) -> tuple[tuple[int, ...], tuple[int, ...]]:
