@@ -204,7 +204,8 @@ def write(call: Call, number: float) -> None:
 @pytest.mark.parametrize("kind", OPS)
 def test_what_is_wrong_is_named(kind: str) -> None:
     pool = pool_of(case_of(kind))
-    assert "request 2, position 16" in called(pool, lambda call: write(call, 1.01))[1]
+    for factor in (1.0002, 1.01):  # within reach of what the reference errs, and beyond
+        assert "request 2, position 16" in called(pool, lambda call, factor=factor: write(call, factor))[1]
     if kind != "select_latents":
         assert "NaN" in called(pool, lambda call: write(call, torch.nan))[1]
     name = pool.entry.varied[0]
