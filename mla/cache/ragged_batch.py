@@ -56,18 +56,6 @@ def check_dtype(dtype: Any) -> torch.dtype:
     return dtype
 
 
-class _Source(weakref.ref[Any]):
-    """Weak: a plan in the memo refers to its batch, and this cycle must not hold the pages of a cache."""
-
-    def __deepcopy__(self, memo: Any) -> _Source:
-        return self
-
-    def __reduce__(self) -> Any:
-        raise TypeError(
-            "a batch cannot be pickled: it describes a cache as it is now. Pickle the cache, and `extend` it."
-        )
-
-
 class BatchMemory:
     """The int32 device buffer of a batch's tables, and views of its parts.
 
@@ -127,7 +115,8 @@ class Batch:
 
     def __init__(self, page_size: int, source: LatentCache | None) -> None:
         self.page_size = page_size
-        self._source = None if source is None else _Source(source)
+        # Weak: a plan in the memo refers to its batch, and this cycle must not hold the pages of a cache.
+        self._source = None if source is None else weakref.ref(source)
         self._num_pages = None if source is None else source.num_pages
 
     def _describe(self, query_lens: tuple[int, ...], kv_lens: tuple[int, ...]) -> None:

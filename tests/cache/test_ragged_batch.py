@@ -207,7 +207,7 @@ def test_lengths_of_a_batch_without_a_cache_are_integers_of_any_kind() -> None:
 
 def test_a_batch_of_a_cache_is_copied_but_not_pickled(tiny: Any) -> None:
     cache, _, batch = make_batch(tiny, [1, 2], [5, 6])
-    with pytest.raises(TypeError, match=r"a batch cannot be pickled: .* Pickle the cache"):
+    with pytest.raises(TypeError, match="cannot pickle"):
         pickle.dumps(batch)
     for copied in (copy.copy(batch), copy.deepcopy(batch)):
         copied.check_current()
