@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from mla.bench.results import cases
-from mla.bench.results.schema import CEILINGS_VERSION, SCHEMA_VERSION, Case, CeilingRun, Run, Spread
+from mla.bench.results.schema import CEILINGS_VERSION, SCHEMA_VERSION, Case, CeilingRun, Run
 from mla.command.files import write_bytes
 from mla.errors import ResultError, UsageError
 from mla.parallel.layout import Layout
@@ -131,7 +131,13 @@ def _faults(case: Case) -> Faults:
     if case.latency_ms is not None:
         yield from _numbers(case)
     if case.spread is not None:
-        yield from _ranks(case.spread, len(case.latency_ms.samples) if case.latency_ms else 0)
+        try:
+            world = Layout.parse(case.spread.layout).world
+        except UsageError as error:
+            yield str(error).rstrip("."), ".spread.layout"
+        else:
+            if [rank.rank for rank in case.spread.ranks] != list(range(world)):
+                yield f"Expected ranks 0 to {world - 1}, as many as the layout has", ".spread.ranks"
 
 
 def _names(case: Case) -> Faults:
@@ -157,21 +163,6 @@ def _numbers(case: Case) -> Faults:
         low, high = getattr(getattr(case, name), "ci95", None) or (0.0, 0.0)
         if low > high:
             yield "Expected the lower end first", f".{name}.ci95"
-
-
-def _ranks(spread: Spread, samples: int) -> Faults:
-    """Yield that ranks are not those of the layout, or have not as many samples as the case."""
-    try:
-        world = Layout.parse(spread.layout).world
-    except UsageError as error:
-        yield str(error).rstrip("."), ".spread.layout"
-        return
-    if [rank.rank for rank in spread.ranks] != list(range(world)):
-        yield f"Expected ranks 0 to {world - 1}, as many as layout '{spread.layout}' has", ".spread.ranks"
-    for rank in spread.ranks:
-        if len(rank.samples) != samples:
-            said = f"{samples} samples, as the case has, got {len(rank.samples)}"
-            yield f"Expected {said}", f".spread.ranks[{rank.rank}].samples"
 
 
 def _upgrade(run: Run) -> Run:

@@ -37,7 +37,7 @@ def case_lines(run: Run) -> list[str]:
     return [
         f"{name(case)}: {text}"
         for case in run.cases
-        for text in (*_timings(case), *_passes(case), *_planning(case), *_new_lengths(case), *_mean(case))
+        for text in (*_timings(case), *_passes(case), *_beside(case))
     ]
 
 
@@ -70,14 +70,11 @@ def _passes(case: Case) -> Iterator[str]:
     yield f"timed in {passes} of {of} instead of {planned.passes} of {planned.steps}{few}{shared}"
 
 
-def _planning(case: Case) -> Iterator[str]:
-    """In prefill, and for one op, planning is outside of the latency."""
-    if case.latency_ms is not None and case.plan_ms is not None:
+def _beside(case: Case) -> Iterator[str]:
+    """Say what the latency leaves out: planning, unseen lengths, and a mean that tok/s is from."""
+    unseen, latency, rate = case.new_lengths, case.latency_ms, case.tokens_per_s
+    if latency is not None and case.plan_ms is not None:
         yield f"planning takes {number(case.plan_ms)} ms a batch, not counted in the latency"
-
-
-def _new_lengths(case: Case) -> Iterator[str]:
-    unseen = case.new_lengths
     if unseen is not None:
         yield (
             f"unseen lengths: {number(unseen.ms)} ms a forward (planning {number(unseen.plan_ms)}), "
@@ -85,16 +82,11 @@ def _new_lengths(case: Case) -> Iterator[str]:
         )
     elif case.spread is not None and (case.spread.predicted or "dcp" in case.spread.layout):
         yield f"unseen lengths were not tried with {case.spread.layout}"
-
-
-def _mean(case: Case) -> Iterator[str]:
-    """Say where tok/s is from if it does not follow from the latency beside it."""
-    if case.latency_ms is None or case.tokens_per_s is None:
-        return
-    mean = 1e3 * sum(case.query_lens) / case.tokens_per_s.median
-    if abs(mean / case.latency_ms.median - 1) > APART:
-        median = known(case.latency_ms.median, case.latency_ms.ci95)
-        yield f"mean {number(mean)} ms, median {median} ms (tok/s uses the mean)"
+    if latency is not None and rate is not None:
+        mean = 1e3 * sum(case.query_lens) / rate.median
+        if abs(mean / latency.median - 1) > APART:
+            median = known(latency.median, latency.ci95)
+            yield f"mean {number(mean)} ms, median {median} ms (tok/s uses the mean)"
 
 
 class Warned(NamedTuple):

@@ -50,7 +50,6 @@ def test_a_right_spread_is_accepted(make_run: Make) -> None:
         (spread([2.0, 0.5, 1.0], [1.5, 1.0, 3.0], layout="tp=2,dcp=2"), "Expected ranks 0 to 3"),
         (spread([2.0, 0.5, 1.0], [1.5, 1.0, 3.0], first=1), "Expected ranks 0 to 1"),
         (spread([2.0, 0.5, 1.0], [1.5, 1.0, 3.0], layout="two"), "a layout is written as"),
-        (spread([2.0, 0.5, 1.0], [1.5, 1.0]), "Expected 3 samples, as the case has, got 2"),
     ],
 )
 def test_what_contradicts_the_case_is_refused(make_run: Make, spread_of_case: Spread, fault: str) -> None:
