@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count, pairwise
@@ -23,8 +23,8 @@ from mla.bench.limits.microbench import no_garbage_collection
 from mla.bench.measure import evidence
 from mla.bench.measure.passes import PassRunner, Setup, warm_up
 from mla.bench.measure.samples import Measurement, Samples, TransientBytes, read_sensors
-from mla.bench.measure.target import MIN_PASSES, NO_TIME, Target, Timetable
-from mla.bench.measure.variants import HEADLINE, Steps, Variant, Variants
+from mla.bench.measure.target import MIN_PASSES, NO_TIME, Target, Timetable, shortened
+from mla.bench.measure.variants import HEADLINE, Variant, Variants
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.workload.implementations import parse_one
@@ -40,7 +40,6 @@ from mla_backends.api import Backend
 CHECKED, UNTIMED = 1 << 20, 1 << 21
 
 ProgressCallback = Callable[[str, int], None]  # what is running, forwards done since the last call
-Shorter = Mapping[str, Steps]  # implementation -> what it runs of the headline, and of nothing else
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,10 @@ class Hooks:
     heartbeat: Callable[[], None] = lambda: None  # called between forwards
     # An implementation whose pass was wrong, while its inputs, cache and collected outputs are in place.
     failed: Callable[[Implementation, Check], None] = lambda implementation, check: None
-    # Asked after every warm-up, with the milliseconds of a forward of each implementation that is
-    # not wrong, in their order, and how many forwards of the last one fit into the time that is left.
-    shorten: Callable[[Mapping[str, float], float], Shorter] = lambda ms, most: {}
     warmups: int = 0  # that the user asked for: they run however long they take
     first: str = ""  # the run's first implementation; by default the first that is measured
+    first_ms: float = 0.0  # of a forward of it, if it has run before
+    added: Sequence[str] = ()  # implementations that nobody asked for
     target: Target = Target()  # noqa: RUF009  # without limits, nothing of it changes
 
 
@@ -205,16 +203,17 @@ class _Engine:
 
         Its own fastest forward counts, and the median of others: a disturbance makes it no slower.
         """
-        name = runner.implementation.name
-        ms = {
-            other: (measurement.warm_ms if other == name else measurement.typical_ms) or 0.0
-            for other, measurement in self.measurements.items()
-            if measurement.warm_ms and measurement.check.status in ("ok", "not run")  # its own check follows
-        }
+        name, first_ms = runner.implementation.name, self._hooks.first_ms
+        first, ms = self.measurements.get(self._first), self.measurements[name].warm_ms
+        if first is not None and first.check.status == "ok":
+            first_ms = first.typical_ms or 0.0
+        if name == self._first or not first_ms or not ms:
+            return
         waiting = len(self._implementations) - len(self._times.headlines)  # this one included
-        most = self._times.forwards(runner, waiting)
-        if name in (less := self._hooks.shorten(ms, most)):
-            runner.steps, whole = less[name], runner.steps
+        most, added = self._times.forwards(runner, waiting), name in self._hooks.added
+        less = shortened(self._scenario, self._setup.timed, first_ms, ms, most, added)
+        if less is not None:
+            runner.steps, whole = less, runner.steps
             self.measurements[name].due = runner.steps.passes
             counts = [f"{passes.passes} passes of {len(passes.run)}" for passes in (runner.steps, whole)]
             detail(f"{self._scenario.name}, {name}: too slow for all; running {' instead of '.join(counts)}")

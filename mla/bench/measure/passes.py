@@ -282,7 +282,7 @@ class Setup:
 
     def __init__(self, backend: Backend, variants: Variants, scenario: Scenario) -> None:
         self._backend, self._variants, self._scenario = backend, variants, scenario
-        self.asked = variants.asked
+        self.asked, self.timed = variants.asked, variants.timed
         cold = any(variant.cache == "cold" for variant in variants.timed)
         self._flush = CacheFlush(backend) if cold else None
 
@@ -300,7 +300,7 @@ class Setup:
         """
         replayed = self._captured(implementation, first)
         runners = []
-        for variant in self._variants.timed:
+        for variant in self.timed:
             if variant == HEADLINE:
                 continue
             samples = Samples(variant, Check(status="not run"))
@@ -316,7 +316,7 @@ class Setup:
 
     def _captured(self, implementation: Implementation, first: bool) -> CapturedForwards | str:
         """Return the captured forwards, or why there are none."""
-        if not any(variant.mode == "graph" for variant in self._variants.timed):
+        if not any(variant.mode == "graph" for variant in self.timed):
             return ""
         try:
             return captured(implementation, self._scenario)

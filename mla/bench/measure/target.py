@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -173,34 +173,28 @@ MIN_STEPS = MIN_SHARED_STEPS
 def shortened(
     scenario: Scenario,
     variants: Sequence[Variant],
-    ms: Mapping[str, float],
+    first_ms: float,
+    ms: float,
     most: float = math.inf,
-    added: Sequence[str] = (),
-) -> dict[str, Steps]:
-    """Return what those implementations run, in the headline's way alone, that run less than planned.
+    added: bool = False,
+) -> Steps | None:
+    """Return what an implementation runs, in the headline's way alone, if that is less than planned.
 
-    `ms`: implementation -> milliseconds of one forward in its warm-up, the first one first; an implementation
-    that is not in it keeps what is planned. So does one whose forwards take no more than `BASELINE_S` in all,
-    or `SHARE` of those of the first implementation, or which cannot run less; unless time allows only for
-    `most` forwards of the headline. Those `added` to what was asked for get `ADDED_S`, slow or not.
+    `first_ms`, `ms`: milliseconds of a forward of the first implementation, and of this one in its warm-up.
+    It keeps what is planned if its forwards take no more than `BASELINE_S` in all, or `SHARE` of those of the
+    first implementation, or if it cannot run less; unless time allows only for `most` forwards of the
+    headline. One that was `added` to what was asked for gets `ADDED_S`, slow or not.
     """
-    shorter: dict[str, Steps] = {}
     counts = [steps(variant, scenario) for variant in variants]
     planned = EXTRA_FORWARDS + sum(count.passes * len(count.run) for count in counts)
-    for name in list(ms)[1:]:
-        first = next(iter(ms))
-        if not ms[name]:
-            continue
-        allowed = math.inf
-        if name in added:
-            allowed = 1e3 * ADDED_S / ms[name]
-        elif ms[name] >= MUCH_SLOWER * ms[first]:
-            allowed = max(1e3 * BASELINE_S, SHARE * planned * ms[first]) / ms[name]
-        cut = planned > allowed
-        fewer = _fitting(scenario, min(most, LEFT * allowed if cut else math.inf))
-        if (cut and len(variants) > 1) or fewer != steps(HEADLINE, scenario):
-            shorter[name] = fewer
-    return shorter
+    allowed = math.inf
+    if added:
+        allowed = 1e3 * ADDED_S / ms
+    elif ms >= MUCH_SLOWER * first_ms:
+        allowed = max(1e3 * BASELINE_S, SHARE * planned * first_ms) / ms
+    cut = planned > allowed
+    fewer = _fitting(scenario, min(most, LEFT * allowed if cut else math.inf))
+    return fewer if (cut and len(variants) > 1) or fewer != steps(HEADLINE, scenario) else None
 
 
 def _fitting(scenario: Scenario, allowed: float) -> Steps:

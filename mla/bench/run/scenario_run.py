@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,8 +15,8 @@ import torch
 from mla.bench import results
 from mla.bench.limits import roofline
 from mla.bench.limits.roofline import MAX_TIMES, RooflineModel
-from mla.bench.measure import engine, samples, target
-from mla.bench.measure.engine import Hooks, Shorter
+from mla.bench.measure import engine, samples
+from mla.bench.measure.engine import Hooks
 from mla.bench.measure.samples import Measurement
 from mla.bench.plan.options import case_command
 from mla.bench.plan.request import Request, ScenarioPlan
@@ -76,10 +76,10 @@ class ScenarioRun:
         self.ceilings = RooflineModel(self._setting)
         self.refusal: MLAError | None = None  # the first of an op
         self._outputs: dict[str, Outputs] = {}  # of right implementations
-        # Of a forward of each right implementation that has run.
-        self._ms = {
-            case.implementation: case.latency_ms.median * case.layers for case in done if case.latency_ms
-        }
+        self._first = request.implementations[0]
+        first = (case.latency_ms for case in done if case.implementation == self._first and case.latency_ms)
+        layers = self._point.layers
+        self._first_ms = sum(layers * latency.median for latency in first)  # of a forward, once it ran right
 
     @property
     def prepared(self) -> bool:
@@ -110,8 +110,9 @@ class ScenarioRun:
         self._restore_threads()
         built = [self._build(name) for name in names]
         backend, seed, variants = self._setting.backend, self._setting.seed, self._request.variants
-        warmups, first = self._request.options.warmups or 0, self._request.implementations[0]
-        hooks = replace(self._hooks, shorten=self._shorten, warmups=warmups, first=first)
+        warmups, added = self._request.options.warmups or 0, self._request.added
+        first, ms = self._first, self._first_ms
+        hooks = replace(self._hooks, warmups=warmups, added=added, first=first, first_ms=ms)
         measured = engine.measure(
             built, self._point, inputs, checker, backend, seed, variants, self._progress, hooks
         )
@@ -120,8 +121,8 @@ class ScenarioRun:
             measurement = measured[name]
             if measurement.check.status in ("ok", "doubtful"):
                 self._outputs[name] = measurement.outputs
-            if measurement.check.status == "ok":
-                self._ms[name] = measurement.typical_ms or 0.0
+            if measurement.check.status == "ok" and name == self._first:
+                self._first_ms = measurement.typical_ms or 0.0
             if measurement.refused:
                 self.refuse(name, measurement.check.reason)
         self._progress(f"{self._point.name}: limits of the device", 0)
@@ -132,19 +133,6 @@ class ScenarioRun:
             if isinstance(impl, MlaLayer) and case.latency_ms and not case.interrupted:  # of our own layer
                 add_stages(case, impl, self._point, checker, self.ceilings, self._progress)
         return cases
-
-    def _shorten(self, ms: Mapping[str, float], most: float) -> Shorter:
-        """Return what slow yardsticks run less than planned; the first implementation may have run before.
-
-        Where its time is not known, or it was wrong, nothing is cut. `most` of their forwards fit into the
-        time that is left.
-        """
-        known, first = {**self._ms, **ms}, self._request.implementations[0]
-        if not known.get(first):
-            return {}
-        times = {first: known[first], **known}
-        timed, added = self._request.variants.timed, self._request.added
-        return target.shortened(self._point, timed, times, most, added)
 
     def _failed(self, impl: Implementation, check: Check) -> None:
         """Keep the first failure of the run, if asked for: called once per wrong implementation."""

@@ -271,31 +271,24 @@ def test_warm_ups_are_timed_apart_and_restore_where_a_pass_ends(make_bench: Make
 def cut(make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Measure two implementations, of which "slow" runs two passes of the first two of three steps."""
     bench = make_bench(msgspec.structs.replace(DECODE, warmups=1))
-    asked: list[dict[str, float]] = []
     said: list[str] = []
-
-    def shorten(ms: Any, most: float) -> Any:
-        asked.append(dict(ms))
-        return {"slow": Steps(range(2), range(2), 2)} if "slow" in ms else {}
-
+    monkeypatch.setattr(engine, "shortened", lambda *given: Steps(range(2), range(2), 2))
+    monkeypatch.setattr(engine, "detail", said.append)
     variants = Variants((HEADLINE, Variant(cache="cold")))
     slow = bench.parrot("slow")
-    monkeypatch.setattr(engine, "detail", said.append)
-    measured = bench.measure(bench.parrot("fast"), slow, variants=variants, hooks=Hooks(shorten=shorten))
-    return SimpleNamespace(bench=bench, measured=measured, asked=asked, said=said, slow=slow)
+    measured = bench.measure(bench.parrot("fast"), slow, variants=variants)
+    return SimpleNamespace(bench=bench, measured=measured, said=said, slow=slow)
 
 
 def test_a_slow_yardstick_is_asked_for_as_soon_as_it_is_warm(cut: Any) -> None:
-    assert [[*names] for names in cut.asked] == [["fast"], ["fast", "slow"]]
     assert cut.said == ["d, slow: too slow for all; running 2 passes of 2 instead of 4 passes of 3"]
 
 
-def test_none_is_held_to_what_was_wrong(make_bench: MakeBench) -> None:
+def test_none_is_held_to_what_was_wrong(make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = make_bench(msgspec.structs.replace(DECODE, warmups=1))
-    asked: list[list[str]] = []
-    hooks = Hooks(shorten=lambda ms, most: asked.append([*ms]) or {})  # type: ignore[func-returns-value]
-    bench.measure(bench.parrot("bad", lambda number: True), bench.parrot("other"), hooks=hooks)
-    assert asked == [["bad"], ["other"]]
+    monkeypatch.setattr(engine, "shortened", lambda *given: pytest.fail("it was asked for"))
+    measured = bench.measure(bench.parrot("bad", lambda number: True), bench.parrot("other"))
+    assert len(measured["other"].passes) == DECODE.passes
 
 
 def test_it_runs_the_headline_alone_in_passes_as_short_as_they_were_cut_to(cut: Any) -> None:

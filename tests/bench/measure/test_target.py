@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -12,7 +12,7 @@ from engine_bench import DECODE, PREFILL, Bench, MakeBench, Parrot
 
 from mla.bench.measure import engine
 from mla.bench.measure import target as yardstick
-from mla.bench.measure.engine import Hooks, Shorter
+from mla.bench.measure.engine import Hooks
 from mla.bench.measure.samples import Measurement
 from mla.bench.measure.target import MAX_S, MIN_PASSES, NO_TIME, TARGET_S, Target
 from mla.bench.measure.variants import EXTRA_PASSES, HEADLINE, Variant, Variants
@@ -62,14 +62,14 @@ def run(
 ) -> Ran:
     Slow.now, Slow.forwards, Slow.seconds, said = 0.0, 0, staticmethod(script), list[str]()
 
-    def shorten(ms: Mapping[str, float], most: float) -> Shorter:
-        return yardstick.shortened(bench.scenario, BOTH, dict.fromkeys(ms, 1e3), most)
+    def slow(scenario: Scenario, variants: object, first: float, ms: float, most: float, *_: bool) -> object:
+        return yardstick.shortened(scenario, BOTH, 1e3, 1e3, most)
 
-    target = Target(seconds, most, lambda: Slow.now)
-    hooks = Hooks(shorten=shorten, target=target)
+    hooks = Hooks(target=Target(seconds, most, lambda: Slow.now))
     parrots = (Slow(bench, "first"), Slow(bench, "other"))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(engine, "detail", said.append)
+        patched.setattr(engine, "shortened", slow)
         measured_by_name = bench.measure(*parrots, variants=Variants(BOTH, asked=asked), hooks=hooks)
     first, other = measured_by_name["first"], measured_by_name["other"]
     lengths: list[list[int]] = [
@@ -95,7 +95,9 @@ def measured(
     Slow.now, Slow.forwards, Slow.seconds = 0.0, 0, staticmethod(script)
     limits = Target(seconds, most, lambda: Slow.now)
     hooks = Hooks(target=limits, first="first")
-    return bench.measure(*(Slow(bench, name) for name in names), hooks=hooks, variants=Variants(variants))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(engine, "shortened", lambda *given: None)
+        return bench.measure(*(Slow(bench, name) for name in names), hooks=hooks, variants=Variants(variants))
 
 
 def test_with_time_enough_nothing_gives_way(make_bench: MakeBench) -> None:
