@@ -2,6 +2,7 @@
 // extension, so that any target compiles; the instructions that matter are chosen by the target's macros. A
 // bf16 value is held as uint16_t, a pair of them as uint32_t (first one low).
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -209,7 +210,7 @@ static inline F maximum(F a, F b) {
 static inline vf maximum(vf a, vf b) {  // in one instruction, with the same result for a NaN
     return (vf)_mm512_max_ps((__m512)a, (__m512)b);
 }
-// x times 2^power, of a whole number; a NaN stays one.
+// x times 2^power, rounded down to a whole number; a NaN stays one.
 static inline vf times_power(vf x, vf power) {
     return (vf)_mm512_scalef_ps((__m512)x, (__m512)power);
 }
@@ -237,6 +238,21 @@ static inline F exponential(F x) {
     p = p * rest + 6.9314718e-1f;
     p = p * rest + 1.0f;
     return times_power(p, whole);
+}
+
+// 2^x, relative error below 2e-7, but not exactly 1 for 0; a NaN stays. The polynomial is the best one on [0, 1) of its degree.
+static inline vf two_to(vf x) {
+#if defined(__AVX512DQ__)
+    const vf rest = (vf)_mm512_reduce_ps((__m512)x, 9);  // x - floor(x); 0 for -inf
+    vf p = vf{} + 1.8775767e-3f;
+    p = p * rest + 8.9893397e-3f;
+    p = p * rest + 5.5826318e-2f;
+    p = p * rest + 2.4015361e-1f;
+    p = p * rest + 6.9315308e-1f;
+    return times_power(p * rest + 0.99999994f, x);  // which takes floor(x)
+#else
+    return x == splat(-INFINITY) ? vf{} : exponential(x * 0.69314718f);
+#endif
 }
 
 template <class F, int... I>

@@ -39,7 +39,7 @@ class Softening {
 
  private:
     // A panel's weights are relative to e^top, which is left as it is while they are below e^STEADY: sums are then not scaled.
-    static constexpr float STEADY = 8;
+    static constexpr float STEADY = 8, LOG2E = 1.44269504f;
 
     const float* scores(int p, int64_t key) const { return scores_ + p * column_ + key * LANES; }
     void find_top(int64_t key) {
@@ -61,16 +61,14 @@ class Softening {
                 if (!same(old, -INFINITY) && !same(fade, 1)) scale_tiles(panel.sum, width_, fade);
                 panel.total *= fade, panel.top = most;
             }
-            base_[p] = panel.top == splat(-INFINITY) ? vf{} : panel.top;
+            base_[p] = panel.top == splat(-INFINITY) ? vf{} : panel.top * LOG2E;
         }
     }
     void weigh(int64_t pair) {
         for (int p = 0; p < 2; p++) {
             vf weight[2];
             for (int half = 0; half < 2; half++) {
-                const vf score = load<vf>(scores(p, 2 * pair + half));
-                weight[half] = exponential(score * scale_ - base_[p]);
-                weight[half] = score == splat(-INFINITY) ? vf{} : weight[half];
+                weight[half] = two_to(load<vf>(scores(p, 2 * pair + half)) * (scale_ * LOG2E) - base_[p]);
             }
             total_[p] += weight[0] + weight[1];
             pairs_[p][pair % LANES] = narrow_pairs(weight[0], weight[1]);
