@@ -90,12 +90,21 @@ def write_latent_cost(spec: AttentionSpec, tokens: int) -> Work:
     return Work(tokens * (4 * c + 3 * r), moved)
 
 
-def latent_attention_cost(spec: AttentionSpec, query_lens: Sequence[int], kv_lens: Sequence[int]) -> Work:
-    """Return the work of `latent_attention`: one key of c + r and one value of c for all heads; fp32 lse."""
+def latent_attention_cost(
+    spec: AttentionSpec, query_lens: Sequence[int], kv_lens: Sequence[int], read: int | None = None
+) -> Work:
+    """Return the work of `latent_attention`: one key of c + r and one value of c for all heads; fp32 lse.
+
+    Also of `sparse_latent_attention`, over what queries select. `read`: how many different latents are read;
+    by default all, or as many as the requests' queries can select.
+    """
     c, r, h, tokens = spec.kv_lora_rank, spec.qk_rope_head_dim, spec.num_heads, sum(query_lens)
-    moved = spec.dtype.itemsize * tokens * h * (2 * c + r) + sum(kv_lens) * cached_bytes(spec)
-    flops = latent_attention_flops(h, sum(map(attended_pairs, query_lens, kv_lens)), c, r)
-    return Work(flops, moved + 4 * tokens * h)
+    topk = spec.topk or MAX_KEYS
+    pairs = [selected_pairs(new, keys, topk) for new, keys in zip(query_lens, kv_lens, strict=True)]
+    if read is None:
+        read = sum(map(min, pairs, kv_lens)) if spec.topk else sum(kv_lens)
+    moved = tokens * (spec.dtype.itemsize * h * (2 * c + r) + 4 * (h + spec.topk)) + read * cached_bytes(spec)
+    return Work(latent_attention_flops(h, sum(pairs), c, r), moved)
 
 
 def expanded_attention_cost(spec: AttentionSpec, query_lens: Sequence[int], kv_lens: Sequence[int]) -> Work:
@@ -126,20 +135,6 @@ def select_latents_cost(spec: IndexerSpec, query_lens: Sequence[int], kv_lens: S
     h, d, tokens = spec.num_heads, spec.head_dim, sum(query_lens)
     moved = tokens * (h * (spec.dtype.itemsize * d + 4) + 4 * spec.topk) + sum(kv_lens) * index_bytes(spec)
     return Work(2 * h * (d + 1) * sum(map(attended_pairs, query_lens, kv_lens)), moved)
-
-
-def sparse_latent_attention_cost(
-    spec: AttentionSpec, query_lens: Sequence[int], kv_lens: Sequence[int], read: int | None = None
-) -> Work:
-    """Return the work of `sparse_latent_attention`: as of `latent_attention`, over what queries select.
-
-    `read`: how many different latents the requests' queries select; by default as many as they can.
-    """
-    c, r, h, tokens = spec.kv_lora_rank, spec.qk_rope_head_dim, spec.num_heads, sum(query_lens)
-    pairs = [selected_pairs(new, keys, spec.topk) for new, keys in zip(query_lens, kv_lens, strict=True)]
-    read = sum(map(min, pairs, kv_lens)) if read is None else read
-    moved = tokens * (spec.dtype.itemsize * h * (2 * c + r) + 4 * (h + spec.topk)) + read * cached_bytes(spec)
-    return Work(latent_attention_flops(h, sum(pairs), c, r), moved)
 
 
 # ------------------------------------------------------------------------------------- weights of a layer

@@ -86,7 +86,7 @@ def selection_of(case: OpCase) -> torch.Tensor:
 def different(case: OpCase) -> int:
     """Return how many different tokens the queries of all requests select.
 
-    A call must read each of these latents at least once: see `sparse_latent_attention_cost`.
+    A call must read each of these latents at least once: see `latent_attention_cost`.
     """
     parts = selection_of(case).split(case.query_lens)
     return sum(len(part[part >= 0].unique()) for part in parts)
@@ -281,7 +281,7 @@ class SparseLatentAttention(LatentAttention):
     letters, pool, usual = {**LatentAttention.letters, "k": "topk"}, Selected, {**DEEPSEEK, "topk": 2048}
     title = "q {q} kv {kv}, top {k}, {h} heads, page {page}, latents of {c} and {r}"
     operands = {**LatentAttention.operands, "selection": "T k"}
-    cost = staticmethod(cost.sparse_latent_attention_cost)
+    cost = staticmethod(cost.latent_attention_cost)
 
     def draw(self, case: OpCase, normal: Normal, rows: int) -> Tensors:
         """Draw what attention needs, and a selection.
