@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from mla_backends.api import OPS, AttentionSpec, BatchView
 from mla_backends.kernels.vendor import (
@@ -116,10 +116,6 @@ def _describe(
 # ------------------------------------------------------------------------------------------- limits
 # What a vendor's kernel can do, as data that the vendor's plugin declares, and the checks that follow.
 
-LSE_LAYOUTS = ("heads_first", "tokens_first")
-LSE_BASES = ("e", "2")
-
-
 # Why kernels that could read an e4m3 cache do not serve it: `FusedOp.refused_formats`.
 E4M3_QUERIES: Mapping[str, str] = {
     "fp8": "its kernel takes e4m3 queries with such a cache, and the format does not round queries"
@@ -131,7 +127,7 @@ class LatentLimits:
     """What one kernel for absorbed attention serves. The defaults are those of FlashMLA on Hopper.
 
     Declare conservatively what has not been confirmed: `empty_rows=False` costs a little, a wrong True gives
-    wrong numbers. Raises ValueError for an unknown layout or base.
+    wrong numbers.
     """
 
     dtypes: tuple[str, ...] = ("bfloat16", "float16")
@@ -143,15 +139,11 @@ class LatentLimits:
     max_queries: int | None = None  # query tokens of one request in one row; None: any
     max_query_rows: int | None = None  # query tokens times heads in one row; None: any
     max_rows: int | None = None  # rows of one launch; None: any
-    lse_layout: str = "heads_first"  # [rows, h, s], or "tokens_first": [rows, s, h]
-    lse_base: str = "e"  # or "2"
+    lse_layout: Literal["heads_first", "tokens_first"] = "heads_first"  # [rows, h, s], or [rows, s, h]
+    lse_base: Literal["e", "2"] = "e"
     empty_rows: bool = True  # rows without keys may be launched
     graph: bool = True  # calls can be captured
     device_reason: DeviceReason | None = None
-
-    def __post_init__(self) -> None:
-        if self.lse_layout not in LSE_LAYOUTS or self.lse_base not in LSE_BASES:
-            raise ValueError(f"lse_layout must be one of {LSE_LAYOUTS}, lse_base one of {LSE_BASES}.")
 
     def padded_heads(self, heads: int) -> int | None:
         """Return how many heads the kernel is given for `heads`; None if it serves no such layer."""

@@ -157,6 +157,9 @@ class PartsMemory:
 # ------------------------------------------------------------------------------------------- latent
 
 MAX_LATENT, MAX_ROPE = 512, 128
+# What a launch is compiled for, and a tile fits or not.
+LATENT_VARIANT = ("LATENT", "ROPE", "PAGE", "FORMAT", "TOPK", "RAGGED", "CAUSAL", "HAS_LSE")
+EXPANDED_VARIANT = ("WIDTH", "VALUES", "RAGGED", "CAUSAL", "HAS_LSE")
 UNKNOWN_MULTIPROCESSORS = 128  # requests are split as for a large device
 # Of a program of the merge: channels of a row, and warps; and of a multiprocessor, such programs at a time.
 MERGED_CHANNELS, MERGE_WARPS, MERGES = 128, 4, 8
@@ -302,7 +305,7 @@ class LatentAttention(KernelOp):
             grid = (programs, state.splits.max_splits)
             self.launcher.start(attend_latent, grid, {**arguments, **sizes, **pieces}, **tile.resources)
 
-        self.launcher.start_tiled(self.tiled, state.tile, arguments, start)
+        self.launcher.start_tiled(self.tiled, state.tile, arguments, LATENT_VARIANT, start)
 
     def _merge(self, state: LatentState, shared: dict[str, Any]) -> None:
         from mla_backends.triton_ops.jit.latent import merge_latent
@@ -423,4 +426,4 @@ class ExpandedAttention(KernelOp):
             self.launcher.start(attend_expanded, grid, {**arguments, **sizes}, **tile.resources)
 
         tile = tile_for(self.tuning.expanded, state.longest)
-        self.launcher.start_tiled(self.tiled, tile, arguments, start)
+        self.launcher.start_tiled(self.tiled, tile, arguments, EXPANDED_VARIANT, start)

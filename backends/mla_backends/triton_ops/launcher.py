@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
 from importlib.util import find_spec
@@ -186,17 +186,21 @@ class Launcher:
         self.launches += 1
 
     def start_tiled(
-        self, name: str, tile: Tile, arguments: Mapping[str, Any], start: Callable[[Tile], None]
+        self,
+        name: str,
+        tile: Tile,
+        arguments: Mapping[str, Any],
+        variant: Sequence[str],
+        start: Callable[[Tile], None],
     ) -> None:
         """Call `start` with `tile`, or with a smaller one where the device lacks the resources for it.
 
-        What fits one variant of the kernel need not fit another: its constants, which are in capitals, the
-        dtype and the device tell them apart. What did not fit is not tried again. Raises `KernelRefused` if
-        no tile fits.
+        What fits one variant of the kernel need not fit another: `variant` names the arguments that tell them
+        apart, beside dtype and device. What did not fit is not tried again. Raises `KernelRefused` if no tile
+        fits.
         """
-        constants = {key: value for key, value in arguments.items() if key.isupper()}
         out = arguments["out"]
-        key = (name, tile, out.device, out.dtype, *constants.values())
+        key = (name, tile, out.device, out.dtype, *map(arguments.__getitem__, variant))
         begin, why = self._fitting.get(key, tile), ""
         for candidate in chain((begin,), begin.smaller()):  # which is seldom asked for a second
             try:
@@ -208,8 +212,10 @@ class Launcher:
             else:
                 self._fitting[key] = candidate
                 if why:
-                    what = f"{name} ({', '.join(f'{key} {value}' for key, value in constants.items())})"
-                    said = f"{what} runs with {candidate}, as {begin} does not fit this device ({why})"
+                    given = ", ".join(f"{word.lower()} {arguments[word]}" for word in variant)
+                    said = (
+                        f"{name} ({given}) runs with {candidate}, as {begin} does not fit this device ({why})"
+                    )
                     self.remarks += [said] * (said not in self.remarks)
                 return
         raise KernelRefused(f"{name} does not fit this device in any tile ({why}).")

@@ -34,7 +34,7 @@ class Device:
 
 def launch(device: Any, launcher: Launcher | None = None, PAGE: int = 64) -> None:
     arguments = {"out": torch.zeros(1), "PAGE": PAGE, "rows": 3}
-    (launcher or Launcher()).start_tiled("attention", WANTED, arguments, device)
+    (launcher or Launcher()).start_tiled("attention", WANTED, arguments, ("PAGE",), device)
 
 
 def test_a_tile_that_fits_is_tried_alone() -> None:
@@ -52,7 +52,7 @@ def test_a_smaller_tile_is_found_once_and_said() -> None:
     launch(device, launcher)
     assert device.tried[3:] == [Tile(64, 16, 8, 3)]
     (said,) = launcher.remarks
-    assert said.startswith("attention (PAGE 64) runs with 64 rows x 16 keys")
+    assert said.startswith("attention (page 64) runs with 64 rows x 16 keys")
     assert "as 64 rows x 64 keys, 8 warps, 3 stages, halves does not fit this device" in said
     assert "shared memory" in said
 
