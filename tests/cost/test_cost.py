@@ -48,12 +48,6 @@ def test_the_chosen_path_has_the_fewer_flops(
     assert cost.PathChooser(config).path(*request_lengths) == expected
 
 
-def test_decode_over_history_is_absorbed_and_prefill_without_history_expanded() -> None:
-    chooser = cost.PathChooser(MLAConfig.preset("deepseek-r1"))
-    assert chooser.path(1, 1000) == cost.ABSORBED
-    assert chooser.path(1000, 1000) == cost.EXPANDED
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.lists(lengths, min_size=1, max_size=5))
 def test_a_step_costs_its_projections_and_the_cheaper_path_of_each_request(
@@ -99,12 +93,6 @@ def test_decode_is_planned_at_once_only_where_every_request_would_absorb(
         assert paths == {cost.ABSORBED}
     else:
         assert chooser.path(1, 10**9) == cost.EXPANDED or cost.EXPANDED in paths
-
-
-def test_a_single_cached_key_is_not_absorbed() -> None:
-    chooser = cost.PathChooser(MLAConfig.preset("deepseek-v2-lite"))
-    assert not chooser.always_absorbs(1)
-    assert chooser.always_absorbs(2)
 
 
 def spec_of(kind: str) -> Any:
