@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import click
 
@@ -20,11 +21,11 @@ from mla.command.options import (
     BackendOptions,
     Dtype,
     GroupedCommand,
-    backend_options,
     how,
     output,
     program,
     result_path,
+    takes,
     what_to_run,
 )
 from mla.errors import UsageError
@@ -64,98 +65,71 @@ Exit codes:
 """
 
 
-def _finite(minutes: float | None) -> float | None:
+def _finite(context: click.Context, parameter: click.Parameter, minutes: float | None) -> float | None:
     if minutes is None or minutes < float("inf"):  # which NaN is not
         return minutes
     raise UsageError(f"--minutes {minutes} is not a time, such as 0.5 or 10.")
 
 
+@dataclass(frozen=True)
+class Options(BackendOptions):
+    """What a command line asks for."""
+
+    # fmt: off
+    backend: Annotated[str | None, what_to_run(
+        "--backend", metavar="NAME", common=True, help="Backend to check, or package.module:attribute.",
+    )]
+    dtypes: Annotated[tuple[str, ...], what_to_run(
+        "--dtype", "dtypes", metavar="DTYPE", multiple=True, type=Dtype(),
+        show_default="all that the backend claims",
+        help=f"Check only this dtype ({', '.join(DTYPES)}); repeatable.",
+    )]
+    only: Annotated[tuple[str, ...], what_to_run(
+        "--only", metavar="PATTERN", multiple=True, help="Run only these checks or cases; repeatable.",
+    )]
+    quick: Annotated[bool, how(
+        "--quick", is_flag=True,
+        help="A first look of about a minute: the same fixed checks, and fewer drawn cases.",
+    )]
+    minutes: Annotated[float | None, how(
+        "--minutes", type=click.FloatRange(0, min_open=True), callback=_finite,
+        show_default="5, or 1 with --quick",
+        help="Duration: fixed checks in the first part, drawn cases in the rest.",
+    )]
+    draws: Annotated[int | None, how(
+        "--draws", type=click.IntRange(0),
+        help="Cases drawn per op and dtype, next to all fixed ones, in place of --minutes.",
+    )]
+    seed: Annotated[int, how(
+        "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of drawn cases.",
+    )]
+    xfails: Annotated[Path | None, how(
+        "--xfails", metavar="FILE", type=FILE, help="Expected failures, one 'check: reason' per line.",
+    )]
+    report: Annotated[Path | None, output(
+        "--report", metavar="FILE", type=FILE, callback=result_path,
+        help="Save the report as JSON; %t is the task number under srun or torchrun, %j the job's.",
+    )]
+    dump_failure: Annotated[Path | None, output(
+        "--dump-failure", metavar="DIR", type=FILE, callback=result_path,
+        help="Keep the first wrong call in DIR, for `mla-bench replay DIR`.",
+    )]
+    list_only: Annotated[bool, output(
+        "--list", "list_only", is_flag=True,
+        help="Describe every check, or with --backend its cases; then exit.",
+    )]
+    verbose: Annotated[bool, output(
+        "-v", "--verbose", is_flag=True,
+        help="Name every check on stderr before it runs, and the slowest at the end.",
+    )]
+    # fmt: on
+
+
 @click.command(cls=GroupedCommand, epilog=EPILOG, context_settings=HELP_NAMES)
-@backend_options("Backend to check, or package.module:attribute.")
-@what_to_run(
-    "--dtype",
-    "dtypes",
-    metavar="DTYPE",
-    multiple=True,
-    type=Dtype(),
-    show_default="all that the backend claims",
-    help=f"Check only this dtype ({', '.join(DTYPES)}); repeatable.",
-)
-@what_to_run("--only", metavar="PATTERN", multiple=True, help="Run only these checks or cases; repeatable.")
-@how(
-    "--quick",
-    is_flag=True,
-    help="A first look of about a minute: the same fixed checks, and fewer drawn cases.",
-)
-@how(
-    "--minutes",
-    type=click.FloatRange(0, min_open=True),
-    callback=lambda context, parameter, minutes: _finite(minutes),
-    show_default="5, or 1 with --quick",
-    help="Duration: fixed checks in the first part, drawn cases in the rest.",
-)
-@how(
-    "--draws",
-    type=click.IntRange(0),
-    help="Cases drawn per op and dtype, next to all fixed ones, in place of --minutes.",
-)
-@how("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of drawn cases.")
-@how(
-    "--xfails",
-    "xfails_file",
-    metavar="FILE",
-    type=FILE,
-    help="Expected failures, one 'check: reason' per line.",
-)
-@output(
-    "--report",
-    "report_file",
-    metavar="FILE",
-    type=FILE,
-    callback=result_path,
-    help="Save the report as JSON; %t is the task number under srun or torchrun, %j the job's.",
-)
-@output(
-    "--dump-failure",
-    metavar="DIR",
-    type=FILE,
-    callback=result_path,
-    help="Keep the first wrong call in DIR, for `mla-bench replay DIR`.",
-)
-@output(
-    "--list",
-    "list_only",
-    is_flag=True,
-    help="Describe every check, or with --backend its cases; then exit.",
-)
-@output(
-    "-v",
-    "--verbose",
-    is_flag=True,
-    help="Name every check on stderr before it runs, and the slowest at the end.",
-)
-@click.version_option(mla.__version__)
-@click.pass_obj
 @carried_out
-def cli(
-    command: tuple[Sequence[str], float],
-    /,
-    backend: str | None,
-    device: int | None,
-    backend_options: tuple[str, ...],
-    threads: int | None,
-    dtypes: Sequence[str],
-    only: Sequence[str],
-    quick: bool,
-    minutes: float | None,
-    draws: int | None,
-    seed: int,
-    xfails_file: Path | None,
-    report_file: Path | None,
-    dump_failure: Path | None,
-    list_only: bool,
-    verbose: bool,
-) -> int | None:
+@takes(Options)
+@click.version_option(mla.__version__)
+def cli(options: Options) -> int:
     """Check that a backend keeps the contract: its device, its ops, and a whole layer on it.
 
     Every result is compared with float64 on the host. stdout carries a report card in Markdown, fit to be
@@ -163,32 +137,31 @@ def cli(
     """
     from mla.conformance import selection
 
-    if backend is None and not list_only:
+    if options.backend is None and not options.list_only:
         raise UsageError("--backend is missing; `mla-bench list` shows the backends.")
-    xfails = selection.Xfails.read(xfails_file) if xfails_file else selection.Xfails()
-    for pattern in only:
+    xfails = selection.Xfails.read(options.xfails) if options.xfails else selection.Xfails()
+    for pattern in options.only:
         selection.require_known(selection.split(pattern)[0], "--only")
-    if backend is None:
-        return selection.list_checks(only)
-    if report_file:
-        files.check_writable(report_file, files.RESULT)
-    if not list_only:
+    if options.backend is None:
+        return selection.list_checks(options.only)
+    if options.report:
+        files.check_writable(options.report, files.RESULT)
+    if not options.list_only:
         _require_pytest()
     from mla.conformance.failures import Keeper
     from mla.conformance.suite import Asked, Suite, require_hypothesis
 
-    if not list_only:
+    if not options.list_only:
         require_hypothesis()
-    options = BackendOptions(backend, device, backend_options, threads)
-    asked = Asked(options, dtypes, only, quick, minutes, draws, seed)
-    words, started = command
-    suite = Suite.opened(asked, xfails)
+    how_long = (options.quick, options.minutes, options.draws, options.seed)
+    words, started = click.get_current_context().obj
+    suite = Suite.opened(Asked(options, options.dtypes, options.only, *how_long), xfails)
     suite.start = started
-    if list_only:
+    if options.list_only:
         return selection.list_cases(suite.planned, suite.subject)
-    if dump_failure:
-        suite.keeper = Keeper.into(dump_failure, suite)
-    return _run(suite, words, report_file, verbose)
+    if options.dump_failure:
+        suite.keeper = Keeper.into(options.dump_failure, suite)
+    return _run(suite, words, options.report, options.verbose)
 
 
 def _run(suite: Suite, words: Sequence[str], report_file: Path | None, verbose: bool) -> int:

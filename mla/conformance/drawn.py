@@ -20,7 +20,6 @@ import torch
 from mla.cases.case import KINDS
 from mla.cases.played import Player, Scene
 from mla.command.console import note
-from mla.conformance.checks.contract import specs
 from mla.conformance.report import Drawn
 from mla.conformance.trial import CheckFailed, Drawing, Refused, Trial, ask, raised
 from mla.text import dtype_name
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
 # Draws in a row that come to nothing, and of all per judged one, after which there is nothing to wait for.
 HOPELESS, SHARE = 60, 20
-SOON = 15  # in a row where an op refuses all that it is asked of in the dtype
 SHRINKING = 60.0  # seconds for the search of a smaller case, beside those for drawing
 BYTES = 1 << 13  # that a case is made of, at most
 MOST_WORDS = 6  # of an axis, on the card
@@ -57,7 +55,6 @@ class Search:
     why: str = ""  # it refused
     wasted: int = 0  # draws that were refused, or were there before
     in_a_row: int = 0  # that were wasted
-    patience: int = HOPELESS
     reusing: bool = False
     wrong: tuple[Scene, str] | None = None  # the smallest so far
     shrink_until: float = math.inf
@@ -97,7 +94,7 @@ class Search:
     @property
     def hopeless(self) -> bool:
         """Whether hardly anything is left that the op serves."""
-        return self.in_a_row >= self.patience and self.wasted > SHARE * self.judged
+        return self.in_a_row >= HOPELESS and self.wasted > SHARE * self.judged
 
     @functools.cached_property
     def _test(self) -> Any:
@@ -150,10 +147,7 @@ def draw(trial: Trial) -> None:
         if name in drawing.smallest:
             _fail(drawing.smallest[name], player.play(drawing.smallest[name]), player)
         return
-    start, drawn_from = time.monotonic(), field_of(trial, op)
-    search = Search(scenes(drawn_from), player.play)
-    if not any(drawn_from.serves(spec) for spec in specs(op, trial.subject) if spec.dtype == trial.dtype):
-        search.patience = SOON
+    start, search = time.monotonic(), Search(scenes(field_of(trial, op)), player.play)
     file = re.sub(r"[^\w.-]+", "-", name) + ".txt"
     _search(search, drawing, drawing.folder and drawing.folder / FOLDER / file)
     end = min(time.monotonic(), search.shrink_until - SHRINKING)

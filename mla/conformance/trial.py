@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from math import prod
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -27,8 +26,7 @@ from mla_backends.errors import BackendError, describe, original, plugin_code
 
 # Dtypes that a layer can have.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MORE_HEADS = (4, 16, 64, 128)  # what an op is given that refuses fewer, and how large cases may get by it
-MOST_NUMBERS, MOST_LOGITS = 1 << 25, 1 << 22
+MORE_HEADS, MOST_FLOPS = (4, 16, 64, 128), 3e10  # what an op gets that refuses fewer, if it takes no longer
 
 
 class CheckFailed(Exception):
@@ -234,22 +232,19 @@ class Trial:
     def fitted(self, case: OpCase) -> OpCase:
         """Return the case with the fewest more heads, or in the widths of most layers, if it is refused.
 
-        For checks that are not about heads. It stays as it is, to be refused, if it grew too large by heads.
+        It stays as it is, to be refused, if no op of attention serves that, or it grew too large.
         """
-        if not case.entry.prepares:
+        if not case.entry.prepares or self.op is None:
             return case
-        more = [case.but(num_heads=count) for count in MORE_HEADS if count > case.spec.num_heads]
         widths = {name: of for name, of in case.entry.usual.items() if name not in ("num_heads", "topk")}
+        more = [{"num_heads": count} for count in MORE_HEADS if count > case.spec.num_heads]
+        tried = (case.but(**heads, **wide) for wide in ({}, widths) for heads in ({}, *more))
         with contextlib.suppress(Exception):  # the case itself reports what an op raises
-            if self._refuses(case):
-                tried = [*filter(_is_small, more), case.but(**widths)]
-                tried += [wide for fitted in more if _is_small(wide := fitted.but(**widths))]
-                return next((fitted for fitted in tried if not self._refuses(fitted)), case)
+            for other in tried:
+                spec = replace(other.spec, dtype=self.dtype, device=self.device)
+                if other.work.flops <= MOST_FLOPS and not self.op.unsupported_reasons(spec):
+                    return other
         return case
-
-    def _refuses(self, case: OpCase) -> bool:
-        spec = replace(case.spec, dtype=self.dtype, device=self.device)
-        return self.op is not None and bool(self.op.unsupported_reasons(spec))
 
     def require(self, spec: Any) -> FusedOp:
         """Return the op if it serves this spec; raises `Refused` with its reasons."""
@@ -275,15 +270,6 @@ class Trial:
         if not current(self.op.contract, self.kind):
             raise Refused(f"it implements {self.op.contract}, but this suite checks {OPS[self.kind]}")
         return self.op
-
-
-def _is_small(case: OpCase) -> bool:
-    """Return whether operands and logits, masked ones included, are few enough."""
-    shapes, keys = case.entry.operands, sum(case.kv_lens)
-    row = prod(case.shape(case.entry.cached or shapes["k"].removeprefix("K ")))
-    logits = sum(new * of for new, of in zip(case.query_lens, case.kv_lens, strict=True))
-    few = prod(case.shape(shapes["q"])) + keys * row <= MOST_NUMBERS
-    return few and case.spec.num_heads * logits <= MOST_LOGITS
 
 
 def expect(condition: bool, reason: str) -> None:

@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from wrong_ops.base import SMALL_OPS
 
-from mla.conformance.checks.borders import EXAMPLES, SMALL_SPEC
 from mla.conformance.cli import main
 from mla.conformance.registry import LAYER, OP
 from mla.conformance.report import CheckResult
@@ -59,47 +57,6 @@ def test_cases_are_counted_without_a_call_of_an_op_or_the_oracle(
         refused = replace(instance, chosen=frozenset()).run(subject).cases
         assert all(case.number == 0 and case.outcome == "refused" for case in refused), (instance.id, refused)
         assert instance.labels(subject) or refused, instance.id
-
-
-def test_the_label_of_a_case_is_its_own(sound: Any) -> None:
-    """For small ops and layers, whose cases differ in more than lengths."""
-    subject = BackendUnderTest(sound(), "sound")
-    for instance in of_ops(subject, *SMALL_OPS, "layer"):
-        labels = instance.labels(subject)
-        assert len(set(labels)) == len(labels), (instance.id, labels)
-
-
-WIDTHS = {"in_features": 128, "out_features": 96}
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes", "label"),
-    [
-        ("linear", {**WIDTHS, "spread": 12}, "7 tokens, 128 to 96, spread 12"),
-        (
-            "batched_linear",
-            {**WIDTHS, "cancels": True, "seed": 1},
-            "7 tokens, 2 heads, 128 to 96, seed 1, cancels",
-        ),
-        (
-            "rms_norm",
-            {"features": 33, "size": 1e-3, "eps": 1e-5},
-            "7 tokens, 33 features, eps 1e-05, size 0.001",
-        ),
-        (
-            "rotate_query",
-            {"qk_rope_head_dim": 62, "interleaved": False},
-            "7 tokens, 2 heads of 62, not interleaved",
-        ),
-        (
-            "write_latent",
-            {**SMALL_SPEC, "order": "rising"},
-            "9 tokens, page 64, latents of 32 and 8, order rising",
-        ),
-    ],
-)
-def test_a_label_tells_what_is_special(kind: str, changes: dict[str, Any], label: str) -> None:
-    assert EXAMPLES[kind].but(**changes).label == label
 
 
 def test_the_cases_that_are_counted_are_those_that_run(sound: Any) -> None:
@@ -206,21 +163,6 @@ def test_the_reference_runs_where_no_op_serves_a_kind_or_where_it_is_asked_for_a
     named = ["linear.formula[reference-bfloat16]"]
     assert ids(*named) == named
     assert "layer.weights[reference-float32]" in ids("*[reference-*")
-
-
-def test_checks_are_named_before_they_run_and_the_slowest_at_the_end(capsys: Any) -> None:
-    chosen = ("--only", "linear.formula", "--only", "linear.pack", "--dtype", "float32", "--quick", "-v")
-    assert main(["--backend", "faulty_backend:FaultyBackend", "-O", "op=linear", *chosen]) == 0
-    *named, slowest = capsys.readouterr().err.splitlines()
-    assert named == [f"linear.{check}[faulty-float32]" for check in ("formula", "pack")]
-    assert slowest.startswith("slowest: linear.")
-
-
-def test_a_quick_look_runs_a_layer_that_chooses_its_attention(sound: Any) -> None:
-    subject = BackendUnderTest(sound(), "sound", quick=True)
-    (mixed,) = instances(subject, (torch.float32,), ["layer.mixed"])
-    modes = [label.partition(",")[0] for label in mixed.labels(subject)]
-    assert modes[:6] == 2 * ["auto", "absorbed", "expanded"]
 
 
 class Foreign(Counting):

@@ -215,18 +215,6 @@ def test_a_signal_keeps_what_was_found(conformance: Conformance, fault: str, cod
     assert f"{len(report.checks)} checks (interrupted, 5 planned): " in done.out
 
 
-def test_the_command_on_the_card_works_when_it_is_pasted(conformance: Conformance, tmp_path: Path) -> None:
-    (tmp_path / "known to fail.txt").write_text("linear.outlier: it $rounds them\n")
-    words = ("--only", "linear.*", "--only", "*.outlier", "--xfails", "known to fail.txt")
-    done = conformance(*words)
-    (line,) = (line for line in done.out.splitlines() if line.startswith("- command: "))
-    command = line.removeprefix("- command: `").removesuffix("`")
-    shell = subprocess.run(
-        ["sh", "-c", f"printf '%s\\n' {command}"], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    assert shell.stdout.splitlines()[-len(words) :] == list(words)
-
-
 @pytest.mark.parametrize("fault", ["environment", "info"])
 def test_a_device_that_cannot_describe_itself_still_gets_a_card(conformance: Conformance, fault: str) -> None:
     done = conformance("--only", f"device.{fault}", fault=fault)
@@ -331,7 +319,7 @@ def test_verbose_names_a_check_before_it_runs(conformance: Conformance) -> None:
     done = conformance("--only", "device.probe", "-v")
     first, last = done.err.splitlines()
     assert first == "device.probe"
-    assert re.fullmatch(r"slowest: device\.identity \d\.\d s", last)
+    assert re.fullmatch(r"slowest: device\.probe \d\.\d s", last)
 
 
 def test_a_report_of_another_schema_is_refused(conformance: Conformance) -> None:

@@ -23,7 +23,7 @@ from mla.command.options import BackendOptions
 from mla.conformance import cli, suite
 from mla.conformance.checks.borders import GROUPS
 from mla.conformance.cli import main
-from mla.conformance.drawn import FORMAT, SOON, Search, _search
+from mla.conformance.drawn import FORMAT, Search, _search
 from mla.conformance.report import CheckResult, decode
 from mla.conformance.selection import Xfails
 from mla.conformance.suite import Asked, Suite
@@ -334,18 +334,6 @@ def test_draws_are_those_that_are_judged(judge: Run, sound: Any) -> None:
     assert counted.refused > FEW_DRAWS
     assert drawn(judge, sound(ops={"mine": Later()}), "rms_norm", 30).drawn.judged == 30  # type: ignore[union-attr]
     assert drawn(judge, sound(ops={"mine": Never()}), "rms_norm", FEW_DRAWS).status == "refused"
-
-
-class OtherDtypes(type(REFERENCE["rms_norm"])):  # type: ignore[misc]
-    def unsupported_reasons(self, spec: Any) -> list[str]:
-        return ["it computes in another dtype"]
-
-
-def test_an_op_that_refuses_a_dtype_is_given_up_soon(judge: Run, sound: Any) -> None:
-    result = drawn(judge, sound(ops={"mine": OtherDtypes()}), "rms_norm", FEW_DRAWS)
-    assert result.status == "refused"
-    assert result.drawn is not None
-    assert result.drawn.refused == SOON
 
 
 class FewGroups(type(REFERENCE["batched_linear"])):  # type: ignore[misc]

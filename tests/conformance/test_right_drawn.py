@@ -1,4 +1,4 @@
-"""Ops that are right in other forms: no drawn case calls one wrong."""
+"""Ops that are right in other forms: neither a border nor a drawn case calls one wrong."""
 
 from __future__ import annotations
 
@@ -40,6 +40,18 @@ def test_no_drawn_case_is_called_wrong(judge: Run, sound: Any, form: str, dtype:
     assert result.drawn is not None
     assert result.drawn.judged == count
     assert form in FORMS or result.drawn.along["cache"] != f"plain {count}"
+
+
+@pytest.mark.usefixtures("smaller")
+@pytest.mark.parametrize("kind", ["latent", "expanded"])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_no_border_is_called_wrong(judge: Run, sound: Any, kind: str, splits: int) -> None:
+    """Where rounding counts most: aimed queries, long contexts, parts that are merged."""
+    op = Flash(f"{kind}_attention/1", 64 * splits, splits)
+    borders = [f"{kind}.{check}[mine-*]" for check in ("formula", "grid", "tiles", "alive", "shares")]
+    results = judge(sound(ops={"mine": op}), *borders, dtypes=(torch.bfloat16, torch.float32))
+    assert len(results) >= 8
+    assert [(result.id, result.reason) for result in results if result.status != "pass"] == []
 
 
 def test_a_long_sum_that_nearly_cancels_is_no_alarm(judge: Run, sound: Any) -> None:

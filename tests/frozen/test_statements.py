@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 READ = (
     *("tests/bench/opponents", "tests/layer/test_mutations.py", "tests/verify/test_right_forms.py"),
     *("tests/verify/test_bounds.py", "tests/verify/test_tolerances.py", "tests/verify/test_poison.py"),
-    *("tests/conformance/test_sequences.py", "tests/conformance/test_short_memory.py"),
-    *("tests/conformance/test_right_attention.py", "tests/conformance/test_right_backends.py"),
+    *("tests/conformance/test_sequences.py", "tests/conformance/test_reach.py"),
+    "tests/conformance/test_right_backends.py",
     *(f"tests/bench/ranks/test_{name}.py" for name in ("doubts", "refusals", "shares", "link_fit")),
 )
 INTERPRETED = "tests/backends/triton/inside/check_mutations.py"  # which only an interpreter can import

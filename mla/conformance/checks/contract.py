@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,11 +12,19 @@ from mla.cache.formats import find_format
 from mla.cache.index_formats import index_codec
 from mla.cases import KINDS
 from mla.config import MLAConfig
-from mla.conformance.checks.borders import DEEPSEEK, SMALL_SPEC, SPEC
+from mla.conformance.checks.borders import EXAMPLES, SMALL_SPEC
 from mla.conformance.registry import check
 from mla.conformance.trial import DTYPES, BackendUnderTest, Refused, Trial, expect
 from mla.layer.ops import Ops, preflight_reasons
-from mla_backends.api import FusedOp, IndexerSpec, LinearSpec, NormSpec, claimed_formats
+from mla_backends.api import AttentionSpec, FusedOp, IndexerSpec, LinearSpec, NormSpec, claimed_formats
+
+# What few layers have, in place of small widths of latents.
+ODD: Mapping[type, Mapping[str, Any]] = {
+    LinearSpec: {"in_features": 33, "out_features": 70},
+    NormSpec: {"features": 33},
+    IndexerSpec: {"head_dim": 30, "rope_head_dim": 14, "topk": 7},
+    AttentionSpec: SMALL_SPEC,
+}
 
 
 @check("ops.known", catches="an op with a misspelt contract or cache format, which would silently never run")
@@ -38,27 +45,16 @@ def known(trial: Trial) -> None:
                     find_format(f"{claimed}1" if claimed.endswith(":") else claimed)
 
 
-@check("ops.reasons", catches="a support query that raises, launches work, or gives no reason")
+@check("ops.reasons", catches="a support query that raises, launches work, or gives no list of reasons")
 def reasons(trial: Trial) -> None:
-    """For any layer, an op answers with a list of sentences, the same every time."""
-    for name, op in _some(trial.backend.ops()).items():
-        with trial.case(name):
-            for spec in specs(op, trial.subject):
-                asked = [op.unsupported_reasons(spec) for _ in range(2)]
-                _expect_reasons("unsupported_reasons()", asked)
-
-
-@check("ops.batch_reasons", catches="a support query for lengths that raises, or answers yes or no")
-def batch_reasons(trial: Trial) -> None:
-    """For any lengths, an op that prepares a batch answers with a list of sentences."""
+    """For any layer, and any lengths, an op answers with a list of sentences, the same every time."""
     lengths = (((1,), (1,)), ((0, 1), (0, 0)), ((3, 1, 128), (3, 70_000, 200)), ((1,) * 300, (5,) * 300))
     for name, op in _some(trial.backend.ops()).items():
-        if not KINDS[_kind(op)].prepares:
-            continue
         with trial.case(name):
             for spec in specs(op, trial.subject):
-                for query_lens, kv_lens in lengths:
-                    asked = [op.unsupported_batch(spec, query_lens, kv_lens) for _ in range(2)]
+                _expect_reasons("unsupported_reasons()", [op.unsupported_reasons(spec) for _ in range(2)])
+                for batch in lengths if KINDS[_kind(op)].prepares else ():
+                    asked = [op.unsupported_batch(spec, *batch) for _ in range(2)]
                     _expect_reasons("unsupported_batch()", asked)
 
 
@@ -83,21 +79,12 @@ def _some(offered: Mapping[str, FusedOp]) -> Mapping[str, FusedOp]:
 def specs(op: FusedOp, subject: BackendUnderTest) -> Iterator[Any]:
     """Yield specs of the op's kind, common and odd ones."""
     kind = _kind(op)
+    usual, odd = EXAMPLES[kind], ODD[KINDS[kind].spec]
     for dtype in (*DTYPES, torch.float64):
-        if kind in ("linear", "batched_linear"):
-            for groups in (1,) if kind == "linear" else (1, 3, 128):
-                yield LinearSpec(33, 70, groups, dtype, subject.device)
-        elif kind == "rms_norm":
-            yield from (NormSpec(features, dtype, subject.device) for features in (1, 33, 1536))
-        elif KINDS[kind].spec is IndexerSpec:
-            for width, topk in ((128, 2048), (64, 64), (30, 7)):
-                sizes = ((heads, width, width // 2, topk) for heads in (1, 3, 64))
-                yield from (IndexerSpec(*size, dtype, subject.device) for size in sizes)
-        else:
-            topk = 0 if "k" not in KINDS[kind].letters else 64
-            spec = replace(SPEC, topk=topk, dtype=dtype, device=subject.device)
-            for widths in (DEEPSEEK, SMALL_SPEC):
-                yield from (replace(spec, **widths, num_heads=heads) for heads in (1, 3, 16, 128))
+        for case in (usual, usual.but(**odd)):
+            for heads in (1, 3, 16, 128):
+                names = {"num_heads", "groups"} & {*vars(case.spec)} if kind != "linear" else ()
+                yield case.but(dtype=dtype, device=subject.device, **dict.fromkeys(names, heads)).spec
 
 
 def _kind(op: FusedOp) -> str:
