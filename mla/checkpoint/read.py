@@ -110,39 +110,42 @@ Wanted = int | str | None
 _WANTED = re.compile(r"([0-9]{1,6})(?:\.([0-9]{1,3}))?")
 
 
-def choose(locations: Collection[Location], wanted: Wanted, facts: Facts, folder: str) -> Location:
-    """Return the location of the wanted layer; None: of the only main layer. Raises `CheckpointError`."""
+def choose(
+    locations: Collection[Location], wanted: Wanted, facts: Facts, folder: str
+) -> tuple[Location, int | None]:
+    """Return the location of the wanted layer, and the number that the model's config knows it by.
+
+    None means the only main layer. Raises `CheckpointError`.
+    """
     patterns = sorted({location.pattern for location in locations})
     if len(patterns) > 1:
         raise CheckpointError(
             f"checkpoint '{folder}' holds MLA attention weights under several names, '{patterns[0]}' and "
             f"'{patterns[1]}': it is unclear which are meant."
         )
-    number, part = _parse(wanted, folder)
+    layers = {location.layer for location in locations}
     if wanted is None:
-        layer = _only_main(locations, facts, folder)
+        number = layer = _only_main(layers, facts, folder)
+        part = None
+    elif match := _WANTED.fullmatch(str(wanted)):
+        number, part = int(match[1]), int(match[2]) if match[2] else None
+        layer = number if number in layers else _renumbered(layers, number, facts, folder)
     else:
-        layer = _numbered(locations, number, facts, folder)
-    parts = [location for location in locations if location.layer == layer]
-    if chosen := next((location for location in parts if location.part == part), None):
-        return chosen
-    raise CheckpointError(_which_part(parts, layer, part, folder))
-
-
-def _parse(wanted: Wanted, folder: str) -> tuple[int | None, int | None]:
-    if wanted is None:
-        return None, None
-    match = _WANTED.fullmatch(str(wanted))
-    if not match:
         raise CheckpointError(
             f"checkpoint '{folder}' has no layer {wanted!r}: layers are numbers, such as 3, or 3.1 for the "
             "second attention of a layer."
         )
-    return int(match[1]), int(match[2]) if match[2] else None
+    parts = {location.part: location for location in locations if location.layer == layer}
+    if part in parts:
+        return parts[part], number
+    there, named = f"layer {layer or 0} of checkpoint '{folder}'", layer or 0
+    if None in parts:
+        raise CheckpointError(f"{there} has one attention, not a {named}.{part}: name {named}.")
+    choices = " or ".join(f"'{named}.{each or 0}'" for each in sorted(parts, key=lambda each: each or 0))
+    raise CheckpointError(f"{there} has several attentions: choose one with layer={choices}.")
 
 
-def _only_main(locations: Collection[Location], facts: Facts, folder: str) -> int | None:
-    layers = {location.layer for location in locations}
+def _only_main(layers: set[int | None], facts: Facts, folder: str) -> int | None:
     main = {layer for layer in layers if not facts.is_draft(layer)}
     if len(main) == 1:
         return main.pop()
@@ -156,31 +159,19 @@ def _only_main(locations: Collection[Location], facts: Facts, folder: str) -> in
     )
 
 
-def _numbered(locations: Collection[Location], number: int | None, facts: Facts, folder: str) -> int | None:
-    """Return the stored number of layer `number`; a folder of one layer may have lost or changed it."""
-    layers = {location.layer for location in locations}
-    if number in layers:
-        return number
+def _renumbered(layers: set[int | None], number: int, facts: Facts, folder: str) -> int | None:
+    """Return the stored number of layer `number`, which a folder of one layer may have lost or changed."""
     if facts.attends_otherwise(number):
         raise CheckpointError(
             f"layer {number} of checkpoint '{folder}' has another attention: its MLA layers, counted from 0, "
             f"are {_listed(facts.mla_layers or ())}."
         )
     if layers == {None} or (layers == {0} and facts.layers == 1):
-        return layers.pop()
+        return next(iter(layers))
     raise CheckpointError(
         f"checkpoint '{folder}' has no attention weights of layer {number}; it holds layers "
         f"{_listed(layers)}."
     )
-
-
-def _which_part(parts: list[Location], layer: int | None, part: int | None, folder: str) -> str:
-    there = f"layer {layer or 0} of checkpoint '{folder}'"
-    if parts[0].part is None:
-        return f"{there} has one attention, not a {layer or 0}.{part}: name {layer or 0}."
-    numbers = sorted(location.part or 0 for location in parts)
-    choices = " or ".join(f"'{layer or 0}.{number}'" for number in numbers)
-    return f"{there} has several attentions: choose one with layer={choices}."
 
 
 def _listed(layers: Iterable[int | None]) -> str:
@@ -239,8 +230,7 @@ def read_layer(
     """
     stored = Folder(folder)
     facts = read_facts(stored)
-    location, keys = _find(stored, layer, facts)
-    number = location.layer if layer is None else _parse(layer, str(folder))[0]
+    keys, number = _find(stored, layer, facts)
     config = config.of_layer(number or 0)
     shapes = weight_shapes(config)
     # Tensors that may be there: converters give layers that share a selection an indexer, too.
@@ -255,8 +245,8 @@ def read_layer(
     return StoredLayer(weights, config, dtype, progress)
 
 
-def _find(folder: Folder, layer: Wanted, facts: Facts) -> tuple[Location, Keys]:
-    """Return where the chosen layer's attention is, and its tensors."""
+def _find(folder: Folder, layer: Wanted, facts: Facts) -> tuple[Keys, int | None]:
+    """Return the tensors of the chosen layer's attention, and the layer's number."""
     locations: dict[Location, Keys] = {}
     for file, key in folder.tensors():
         located = locate(key)
@@ -271,8 +261,8 @@ def _find(folder: Folder, layer: Wanted, facts: Facts) -> tuple[Location, Keys]:
             f"checkpoint '{folder.path}' holds no MLA attention weights, such as "
             "'model.layers.0.self_attn.kv_a_proj_with_mqa.weight'."
         )
-    chosen = choose(served, layer, facts, str(folder.path))
-    return chosen, locations[chosen]
+    chosen, number = choose(served, layer, facts, str(folder.path))
+    return locations[chosen], number
 
 
 def _check_names(folder: Folder, keys: Keys, shapes: Mapping[str, object], ignored: tuple[str, ...]) -> None:
