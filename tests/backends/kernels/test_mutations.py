@@ -206,7 +206,7 @@ SOUND = {"nvidia_sgl": FlashMlaSparse, "moore_mate": mate, "flashinfer_07": Flas
 DRAWS = 40  # cases: right adapters pass as many
 # By its name: the fake, the check that fails it, and the wrong adapter.
 SPARSE_MUTANTS: dict[str, tuple[str, str, Callable[[], FusedOp]]] = {
-    "logical positions": ("nvidia_sgl", "selections", LogicalPositions),
+    "logical positions": ("nvidia_sgl", "formula", LogicalPositions),
     "sums as they come": ("nvidia_sgl", "drawn", RawSums),
     **{
         name: ("nvidia_sgl", check, lambda call=call: altered(FlashMlaSparse(), *call))
@@ -214,16 +214,16 @@ SPARSE_MUTANTS: dict[str, tuple[str, str, Callable[[], FusedOp]]] = {
             ("padded with a slot", "drawn", (PREFILL, padding(0))),
             ("padded with a slot, bytes", "drawn", (DECODE, padding(0))),
             ("padded with -2, bytes", "drawn", (DECODE, padding(-2))),
-            ("not padded", "selections", (PREFILL, unpadded)),
+            ("not padded", "formula", (PREFILL, unpadded)),
             ("no scale, bytes", "drawn", (DECODE, without("softmax_scale"))),
-            ("current kernels", "selections", (PREFILL, without("use_legacy"))),
+            ("current kernels", "formula", (PREFILL, without("use_legacy"))),
         )
     },
     "heads not padded": (
-        "nvidia_sgl", "selections", lambda: FlashMlaSparse(replace(sparse.LIMITS, heads=None))
+        "nvidia_sgl", "formula", lambda: FlashMlaSparse(replace(sparse.LIMITS, heads=None))
     ),
-    "mate: heads not padded": ("moore_mate", "selections", lambda: mate(heads=None)),
-    "mate: not padded": ("moore_mate", "selections", lambda: altered(mate(), PREFILL, unpadded)),
+    "mate: heads not padded": ("moore_mate", "formula", lambda: mate(heads=None)),
+    "mate: not padded": ("moore_mate", "formula", lambda: altered(mate(), PREFILL, unpadded)),
     "mate: padded with a slot": ("moore_mate", "drawn", lambda: altered(mate(), DECODE, padding(0))),
     "mate: planned for others": ("moore_mate", "drawn", lambda: altered(mate(), PLAN, with_all(topk=64))),
     "mate: planned for no bytes": (
@@ -235,12 +235,12 @@ SPARSE_MUTANTS: dict[str, tuple[str, str, Callable[[], FusedOp]]] = {
             "flashinfer_07", check, lambda call=call: altered(FlashInferSparse(), TRTLLM, call)
         )
         for name, check, call in (
-            ("base 2", "selections", without("return_lse_base")),
+            ("base 2", "formula", without("return_lse_base")),
             ("all of the width", "drawn", whole_width),
-            ("any kernel", "selections", without("backend")),
-            ("no scale", "selections", without("bmm1_scale")),
-            ("as if dense", "selections", without("sparse_mla_top_k")),
-            ("a workspace that is not zero", "selections", with_all(workspace_buffer=torch.ones(9).byte())),
+            ("any kernel", "formula", without("backend")),
+            ("no scale", "formula", without("bmm1_scale")),
+            ("as if dense", "formula", without("sparse_mla_top_k")),
+            ("a workspace that is not zero", "formula", with_all(workspace_buffer=torch.ones(9).byte())),
         )
     },
     "flashinfer: heads not padded": (
