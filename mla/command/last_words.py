@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 LOADING_S = 60.0  # seconds from the start after which loading a backend is said to take long
+TURN_S = 1.0  # of a wait: a signal that comes right before one does not end it, and its handler has to run
 SWITCH = "MLA_SUPERVISE"
 RECORD = "MLA_SUPERVISED_BY"  # the descriptor of the record, and the supervisor's process
 DIED = 3  # `mla.command.exit_codes.Exit.BACKEND`, which takes longer to import than all else here
@@ -55,7 +56,13 @@ def supervise() -> int | None:
 
 def _wait(child: subprocess.Popen[bytes], record: int) -> int:
     """Return the exit code of the child, or our own after a sentence about its end."""
-    received = 0
+    received, turns = 0, 0
+
+    def turn(number: int, frame: object) -> None:
+        nonlocal turns
+        turns += 1
+        if turns == max(1, LOADING_S // TURN_S):
+            _say(_read(record).get("late", ""))
 
     def pass_on(number: int, frame: object) -> None:
         nonlocal received
@@ -65,9 +72,10 @@ def _wait(child: subprocess.Popen[bytes], record: int) -> int:
     for number in _SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup, where the child ignores it too
             signal.signal(number, pass_on)
-    signal.signal(signal.SIGALRM, lambda *_: _say(_read(record).get("late", "")))
-    signal.setitimer(signal.ITIMER_REAL, LOADING_S)
+    signal.signal(signal.SIGALRM, turn)
+    signal.setitimer(signal.ITIMER_REAL, TURN_S, TURN_S)
     code, said = child.wait(), _read(record)
+    signal.setitimer(signal.ITIMER_REAL, 0)  # or it would end this process on its way out
     if "code" in said:
         return code if code >= 0 else int(said["code"])  # its libraries may crash as they end
     if received and code == -received:  # before it could say so
