@@ -196,18 +196,18 @@ def _search(search: Search, drawing: Drawing, kept: Path | None) -> None:
 def kept_numbers(file: Path) -> list[int]:
     """Return the numbers of draws that failed before; what is wrong with the file is said on stderr."""
     try:
-        words = file.read_text().split()
+        kept, *words = file.read_text().split() or [FORMAT]
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
         note(f"'{file}' cannot be read, so that no earlier failure comes first: {reason_of(error)}.")
         return []
-    if words and words[0] != FORMAT:
+    if kept != FORMAT:
         note(f"'{file}' is ignored: the suite that wrote it drew other cases.")
         return []
-    numbers = [int(word) for word in words[1:] if re.fullmatch("[0-9]{1,18}", word)]
-    if bad := len(words[1:]) - len(numbers):
-        note(f"'{file}' is damaged: {bad} of {len(words) - 1} words in it are not numbers.")
+    numbers = [int(word) for word in words if re.fullmatch("[0-9]{1,18}", word)]
+    if bad := len(words) - len(numbers):
+        note(f"'{file}' is damaged: {bad} of {len(words)} words in it are not numbers.")
     return list(dict.fromkeys(numbers))
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mla.command.console import out
 from mla.command.exit_codes import Exit
-from mla.conformance.registry import KINDS, LAYER, OP, all_checks, matches
+from mla.conformance.registry import DRAWN, KINDS, LAYER, OP, all_checks, matches
 from mla.errors import MLAError, UsageError, did_you_mean
 from mla_backends import outside
 from mla_backends.outside import quoted
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from mla.conformance.trial import BackendUnderTest
 
 Numbers = frozenset[int] | None  # of cases, from 1; None: all
+ALIKE = 0.85  # of two ids that differ by a slip
 MARK = "#"  # between the id of a check and the number of a case
 
 
@@ -74,9 +76,13 @@ def require_cases(planned: Iterable[Instance], subject: BackendUnderTest) -> Non
 def require_known(pattern: str, where: str) -> None:
     """Raise `UsageError` unless some check matches the pattern, whatever the subject."""
     check, names = pattern.partition("[")[0], [known.id for known in all_checks()]
-    if not any(matches(check, name) for name in names):
-        hint = did_you_mean(check, [*names, *dict.fromkeys(name.partition(".")[0] for name in names)])
-        raise UsageError(f"{where}: unknown check {quoted(check)}.{hint} `--list` shows all checks.")
+    if any(matches(check, name) for name in names):
+        return
+    drawn, close = f"{check.partition('.')[0]}.{DRAWN}", get_close_matches(check, names, 1, ALIKE)
+    hint = did_you_mean(check, [*names, *dict.fromkeys(name.partition(".")[0] for name in names)])
+    if drawn in names and not (close or check in drawn):  # as of checks that earlier versions had
+        hint = f" '{drawn}' has the cases that are in no table."
+    raise UsageError(f"{where}: unknown check {quoted(check)}.{hint} `--list` shows all checks.")
 
 
 def nothing_matches(patterns: Sequence[str], ids: Sequence[str]) -> UsageError:

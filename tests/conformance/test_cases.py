@@ -85,19 +85,6 @@ def test_a_case_runs_alone(judge: Run, sound: Any, only: tuple[str, ...], rows: 
     assert result.cases.passed == len(set(rows))
 
 
-def test_a_case_outside_those_chosen_cannot_fail_a_check(judge: Run, sound: Any) -> None:
-    class FailsAlone(Counting):
-        def __call__(self, packed: Packed, *, x: torch.Tensor, out: torch.Tensor, **rest: Any) -> None:
-            super().__call__(packed, x=x, out=out, **rest)
-            out *= 2 if len(x) == 7 else 1
-
-    backend = sound(ops={"mine": FailsAlone()})
-    wanted = "linear.formula[mine-float32]"
-    assert [verdict.status for verdict in judge(backend, wanted)] == ["fail"]
-    alone = [judge(backend, f"{wanted}#{number}")[0].status for number in (1, 2, 3, 4)]
-    assert alone == ["pass", "fail", "pass", "pass"]
-
-
 def test_a_check_that_is_late_runs_its_first_case(sound: Any) -> None:
     op = Counting()
     drawing = Drawing(until=time.monotonic() - 1)

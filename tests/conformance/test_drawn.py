@@ -140,11 +140,6 @@ def test_one_seed_gives_one_sequence(judge: Run, sound: Any) -> None:
     assert along[0] == along[1] != along[2]
 
 
-def test_nothing_is_drawn_where_none_was_asked_for(judge: Run, sound: Any) -> None:
-    (result,) = judge(sound(), "rms_norm.drawn", drawing=Drawing(count=0, seconds=9.0))
-    assert (result.status, result.reason) == ("refused", "no cases were to be drawn")
-
-
 def test_a_check_that_has_no_time_left_is_incomplete_and_not_refused(judge: Run, sound: Any) -> None:
     """A run whose other checks took too long would end as if all that is served were right."""
     (result,) = judge(sound(), "rms_norm.drawn", drawing=Drawing())

@@ -119,6 +119,8 @@ def test_a_test_is_named_by_its_id_and_an_expected_failure_that_passes_fails(tmp
         (("--mla-backend", "nobody"), "unknown backend 'nobody'"),
         ((*FAULTY, "--mla-xfails", "none.txt"), "cannot read 'none.txt': No such file or directory."),
         ((*FAULTY, "--mla-dtype", "float64"), "unknown dtype 'float64'."),
+        ((*FAULTY, "--mla-minutes=0"), "--mla-minutes takes a number that is above 0."),
+        ((*FAULTY, "--mla-draws=-1"), "--mla-draws takes a number that is 0 or more."),
     ],
 )
 def test_a_mistake_is_one_sentence_for_pytest_too(
@@ -228,10 +230,3 @@ def test_an_infinite_error_is_on_the_card(
     assert main([*COMMAND[:3], *chosen]) == 4
     (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| linear.formula"))
     assert [cell.strip() for cell in row.split("|")][3:6] == ["FAIL", "4, 4 wrong", "inf"]
-
-
-@pytest.mark.parametrize(("word", "least"), [("minutes=0", "above 0"), ("draws=-1", "0 or more")])
-def test_pytest_refuses_numbers_as_the_command_does(tmp_path: Path, word: str, least: str) -> None:
-    done = run_pytest(tmp_path, "--pyargs", "mla.conformance", *FAULTY, f"--mla-{word}")
-    assert done.returncode != 0
-    assert f"--mla-{word.partition('=')[0]} takes a number that is {least}." in done.stdout

@@ -20,7 +20,7 @@ import torch
 from mla.conformance.registry import DTYPE, check
 from mla.conformance.trial import BackendUnderTest, CheckFailed, Refused, Trial, expect
 from mla.verify.tolerances import UNITS, relative_error, same_bits
-from mla_backends.api import Availability, DeviceInfo, MemoryInfo, Peak
+from mla_backends.api import Availability
 from mla_backends.errors import BackendError
 
 PROBE_MS = 50.0  # what a probe may take
@@ -90,24 +90,13 @@ def options(trial: Trial) -> None:
         raise CheckFailed(f"-O {option}=1 was accepted")
 
 
-@check("device.info", catches="zero or an empty text for an unknown fact")
+@check("device.info", catches="a figure that nobody can look up")
 def info(trial: Trial) -> None:
-    """Facts about the device are positive, peaks have a source, and unknown values are None."""
+    """Peaks have a source; all else that a device says of itself is checked when a backend is opened."""
     answer = trial.backend.device_info()
-    expect(isinstance(answer, DeviceInfo), f"device_info() returned a {type(answer).__name__}")
-    expect(isinstance(answer.name, str) and bool(answer.name.strip()), f"the name is {answer.name!r}")
     trial.note = answer.name
-    for fact in ("memory_bytes", "cache_bytes"):
-        value = getattr(answer, fact)
-        expect(value is None or _positive(value), f"{fact} is {value!r}; use None for unknown")
-    peaks = {"bandwidth": answer.bandwidth, **{f"flops[{key}]": peak for key, peak in answer.flops.items()}}
-    for fact, peak in peaks.items():
-        right = peak is None or (isinstance(peak, Peak) and _positive(peak.value) and bool(peak.source))
-        expect(right, f"{fact} is {peak!r}; it needs a positive value and a source")
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+    for fact, peak in {"bandwidth": answer.bandwidth, **answer.flops}.items():
+        expect(peak is None or bool(peak.source), f"{fact} is {peak!r}; it needs a source")
 
 
 @check("device.environment", catches="a library version lookup that takes the whole run down")
@@ -127,11 +116,6 @@ def _expect_texts(what: str, answer: Any) -> None:
 def memory(trial: Trial) -> None:
     """Counters are None or consistent, and an allocation raises `allocated` by its size."""
     answer = trial.backend.memory()
-    expect(isinstance(answer, MemoryInfo), f"memory() returned a {type(answer).__name__}")
-    for name in ("free", "total", "allocated", "peak"):
-        value = getattr(answer, name)
-        right = value is None or (isinstance(value, int) and value >= 0)
-        expect(right, f"{name} is {value!r}; it must be a number of bytes or None")
     expect(answer.total != 0, "total is 0; use None for unknown")
     for less, more in (("free", "total"), ("allocated", "total"), ("allocated", "peak")):
         low, high = getattr(answer, less), getattr(answer, more)

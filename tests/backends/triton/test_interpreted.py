@@ -58,7 +58,7 @@ def test_the_command_line_checks_the_interpreted_backend(interpret: Any) -> None
     only = ("--only", "latent.formula", "--only", "write_latent.formula")
     done = interpret("-m", "mla.conformance", *backend, *only)
     assert done.code == 0, done.out + done.err
-    assert re.search(r"latent\.decode +\| triton_latent +\| pass", done.out), done.out
+    assert re.search(r"latent\.formula +\| triton_latent +\| pass", done.out), done.out
 
 
 def test_triton_that_was_imported_before_is_an_error_that_says_so(interpret: Any) -> None:

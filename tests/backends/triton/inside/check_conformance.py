@@ -71,7 +71,7 @@ def test_every_kernel_keeps_the_contract() -> None:
     chosen = [instance for instance in instances(device, (torch.bfloat16,)) if is_of_a_kernel(instance)]
     answers = results(device, chosen)
     assert {result.id: result.reason for result in answers.values() if result.status != "pass"} == {}
-    assert len(answers) >= 33
+    assert len(answers) >= 31
     assert not any(result.cases.refused for result in answers.values())
 
 
