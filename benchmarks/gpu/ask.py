@@ -2,7 +2,7 @@
 """Ask one open question of a device, and print the answer as one line of JSON.
 
 \b
-    python benchmarks/gpu/ask.py launch --backend nvidia
+    python benchmarks/gpu/ask.py l2-flush --backend nvidia
     python benchmarks/gpu/ask.py --list
 
 stdout: {"question": ..., "answer": ..., "evidence": {...}}. Exit codes: 0 answered, 2 usage, 3 it cannot be
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
     from mla_backends.api import Backend
 
-CALLS, ROUNDS = 50, 7  # of what is timed
-NODES = 100  # calls in one graph
 BUSY = 2048  # width of the product that keeps the device busy for longer than a launch takes
 FILLS, NUMBERS = 10_000, 2048
 
@@ -69,43 +67,6 @@ def device_module(backend: Backend) -> Any:
     if kind == "cpu" or module is None or not hasattr(module, "Event"):
         raise NotHere(f"needs a device with events of its own, such as CUDA; {kind} has none")
     return module
-
-
-def microseconds(backend: Backend, call: Callable[[], object], calls: int = 0) -> float:
-    """Return the host's microseconds per call, synchronization included; the median of several rounds."""
-    timer, calls = backend.timer(), calls or CALLS
-    call()
-    times = []
-    for _ in range(ROUNDS):
-        timer.start()
-        for _ in range(calls):
-            call()
-        times.append(timer.stop() * 1e3 / calls)
-    return round(statistics.median(times), 2)
-
-
-def launch(backend: Backend) -> Asked:
-    """How long does a launch take, one by one and as a node of a graph?"""
-    import torch
-
-    number = torch.zeros(1, device=backend.device)
-    alone, replayed = microseconds(backend, lambda: number.add_(0)), _in_graph(backend, number)
-    evidence = {"add of one element us": alone, "add as a node of a graph us": replayed}
-    return Asked(f"{alone} us one by one, in a graph: {replayed}", evidence)
-
-
-def _in_graph(backend: Backend, number: torch.Tensor) -> object:
-    """Return the microseconds per addition in a graph, or why there is none."""
-
-    def many() -> None:
-        for _ in range(NODES):
-            number.add_(0)
-
-    try:
-        graph = backend.graph(many)
-    except Exception as error:  # noqa: BLE001  # that is the question
-        return one_line(describe(error))[:200]
-    return round(microseconds(backend, graph, 5) / NODES, 3) if graph else "this stack has no graphs"
 
 
 def event_gap(backend: Backend) -> Asked:
@@ -189,8 +150,10 @@ def l2_flush(backend: Backend) -> Asked:
 
 
 QUESTIONS: dict[str, Callable[[Backend], Asked]] = {
-    "launch": launch, "event-gap": event_gap, "copies-alive": copies, "l2-flush": l2_flush,
-}  # fmt: skip
+    "event-gap": event_gap,
+    "copies-alive": copies,
+    "l2-flush": l2_flush,
+}
 
 
 def answer(name: str, backend_name: str) -> tuple[Answer, int]:

@@ -166,7 +166,7 @@ others() {
     rivals choices 600 --scenario decode --clock host "${lite[@]}" "${counts[@]}" # inside the layer
     bench long-prefill 300 "${r1[@]}" --workload "$here/long_prefill.toml" --implementations mla --mode eager \
         --cache warm --clock host ${smoke:+--scenario new-1024-after-4096} "${counts[@]}"
-    ask 60 launch event-gap copies-alive l2-flush
+    ask 60 event-gap copies-alive l2-flush
     bench layers 600 --scenario decode --implementations mla "${steps[@]}" "${r1[@]}" "${many[@]}"
     conformance conformance-full-latent 300 bfloat16 --only latent
     conformance conformance-full-pointwise 160 bfloat16 "${pointwise[@]}"

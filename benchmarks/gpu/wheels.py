@@ -15,7 +15,6 @@ no network.
 from __future__ import annotations
 
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
@@ -32,30 +31,23 @@ from mla.errors import UsageError, did_you_mean
 BY_NAME = {library.name: library for library in LIBRARIES}
 
 
-def known(name: str) -> Library:
-    """Return a library by name. Raises `UsageError`."""
-    if name not in BY_NAME:
-        raise UsageError(
-            f"there is no library '{name}'.{did_you_mean(name, list(BY_NAME))} --list shows all."
-        )
-    return BY_NAME[name]
-
-
 def wanted(words: tuple[str, ...], places: tuple[str, ...]) -> list[tuple[Library, str, str]]:
     """Return library, requirement and place (a path, "" for the index). Raises `UsageError`."""
+    pairs = [(place.partition("=")[0], place) for place in places]
+    pairs += [(word.partition("==")[0], word) for word in words]
+    if not pairs:
+        pairs = [(library.name, library.name) for library in LIBRARIES if library.on_index]
     chosen = []
-    for word in places:
-        name, equals, place = word.partition("=")
-        if not equals or not place:
+    for number, (name, word) in enumerate(pairs):
+        place = word.partition("=")[2] if number < len(places) else ""
+        if name not in BY_NAME:
+            hint = did_you_mean(name, list(BY_NAME))
+            raise UsageError(f"there is no library '{name}'.{hint} --list shows all.")
+        if number < len(places) and not place:
             raise UsageError(f"--source takes NAME=PATH, not '{word}'.")
-        chosen.append((known(name), name, place))
-    if not words and not places:
-        words = tuple(library.name for library in LIBRARIES if library.on_index)
-    for word in words:
-        library = known(word.partition("==")[0])
-        if not library.on_index:
-            raise UsageError(f"{library.name} has no wheel to download: give --source {library.name}=PATH.")
-        chosen.append((library, word, ""))
+        if not place and not BY_NAME[name].on_index:
+            raise UsageError(f"{name} has no wheel to download: give --source {name}=PATH.")
+        chosen.append((BY_NAME[name], word, place))
     return chosen
 
 
@@ -71,25 +63,21 @@ def listing() -> str:
 @click.command(help=__doc__)
 @click.argument("libraries", nargs=-1, metavar="[NAME[==VERSION]]...")
 @click.option("--source", "places", multiple=True, metavar="NAME=PATH", help="Sources of a library.")
-@click.option("--keep", type=click.Path(path_type=Path, file_okay=False), help="Folder for downloads.")
 @click.option("--list", "list_only", is_flag=True, help="List what is compared, and stop.")
-def wheels(libraries: tuple[str, ...], places: tuple[str, ...], keep: Path | None, list_only: bool) -> int:
+def wheels(libraries: tuple[str, ...], places: tuple[str, ...], list_only: bool) -> int:
     """Carry out the command line."""
     if list_only:
         console.out(listing())
         return Exit.OK
-    chosen, drifted = wanted(libraries, places), False
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = keep or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        for library, requirement, place in chosen:
-            real = sources.source(library.name, place) if place else sources.wheel(requirement, folder)
-            findings = compare(library, real)
-            console.out("".join(f"{sentence}\n" for sentence in findings.drift))
-            for note in findings.notes:
-                console.note(f"note: {note}")
-            console.note(f"{real.label}: {findings.checked} calls compared, {len(findings.drift)} differ")
-            drifted |= bool(findings.drift)
+    drifted = False
+    for library, requirement, place in wanted(libraries, places):
+        real = sources.given(Path(place), library.name) if place else sources.wheel(requirement)
+        findings = compare(library, real)
+        console.out("".join(f"{sentence}\n" for sentence in findings.drift))
+        for note in findings.notes:
+            console.note(f"note: {note}")
+        console.note(f"{real.label}: {findings.checked} calls compared, {len(findings.drift)} differ")
+        drifted |= bool(findings.drift)
     return Exit.REGRESSION if drifted else Exit.OK
 
 

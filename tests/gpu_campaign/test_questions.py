@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,15 +10,6 @@ import torch
 from benchmarks.gpu import ask
 
 CPU = torch.device("cpu")
-
-
-class Timer:
-    """A clock that takes a millisecond per round."""
-
-    def start(self) -> None: ...
-
-    def stop(self) -> float:
-        return 1.0
 
 
 def test_a_copy_that_loses_its_source_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,18 +22,6 @@ def test_a_copy_that_loses_its_source_is_counted(monkeypatch: pytest.MonkeyPatch
         return sent[-2] if len(sent) == 7 else sent[-1]
 
     assert ask.lost_copies(CPU, late) == 1
-
-
-def test_launches_are_divided_by_their_number() -> None:
-    def launch(graph: Any) -> ask.Asked:
-        backend: Any = SimpleNamespace(device=CPU, timer=Timer, graph=graph)
-        return ask.launch(backend)
-
-    answer = launch(lambda call: call)
-    assert answer.evidence["add of one element us"] == 20.0  # a round of 50 takes a millisecond
-    assert answer.evidence["add as a node of a graph us"] == 2.0  # five replays of a hundred
-    assert launch(lambda call: None).answer.endswith("this stack has no graphs")
-    assert launch(lambda call: 1 / 0).answer.endswith("in a graph: ZeroDivisionError: division by zero")
 
 
 @pytest.mark.parametrize("name", ["copies-alive", "event-gap", "l2-flush"])

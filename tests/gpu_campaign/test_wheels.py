@@ -15,7 +15,7 @@ import pytest
 from benchmarks.gpu import wheels
 from benchmarks.gpu.drift import compare as comparison
 from benchmarks.gpu.drift.catalog import FAKES, LIBRARIES, Call, Library
-from benchmarks.gpu.drift.sources import Lost, Sources, given, read, source
+from benchmarks.gpu.drift.sources import Lost, Sources, given, read
 from mla.errors import UsageError
 
 PROGRAM = Path(wheels.__file__)
@@ -140,7 +140,7 @@ DEFINED = "def f(here): ..."
     ids=lambda files: files.get("p/__init__.py", "src").splitlines()[0],
 )
 def test_a_name_is_followed_to_its_definition(files: dict[str, str]) -> None:
-    assert [argument.name for argument in Sources("p", files).signature("p", "f").arguments] == ["here"]
+    assert [*Sources("p", files).signature("p", "f")] == ["here"]
 
 
 def test_a_method_may_come_from_a_base_class_elsewhere() -> None:
@@ -151,13 +151,14 @@ class Base:
     @staticmethod
     def s(a): ...
     @classmethod
-    def f(cls, b, /, c): ...
+    def f(cls, b, /, c=None): ...
 """,
     }
     sources = Sources("p", files)
-    assert [argument.name for argument in sources.signature("p", "C.f").arguments] == ["b", "c"]
-    assert [argument.name for argument in sources.signature("p", "C.s").arguments] == ["a"]
+    assert [*sources.signature("p", "C.f")] == ["b", "c"]
+    assert [*sources.signature("p", "C.s")] == ["a"]
     assert not sources.signature("p", "C.f").takes("b")
+    assert sources.signature("p", "C.f")["c"].default == "None", "asked again"
 
 
 @pytest.mark.parametrize(
@@ -261,4 +262,4 @@ def test_a_source_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
         (str(tmp_path / "text.txt"), "cannot read"),
     ):
         with pytest.raises(UsageError, match=said):
-            source("FlashMLA", place)
+            given(Path(place), "FlashMLA")

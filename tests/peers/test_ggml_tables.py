@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -162,7 +164,9 @@ def test_every_way_is_visited_once_per_round_in_changing_order() -> None:
 def test_a_result_without_numbers_is_wrong() -> None:
     broken = way("ours", "ours", 1.0)
     broken.visits, broken.result = [1.0], lambda: torch.tensor([1.0, torch.nan])
-    case = judged("1x4", "attention", 1, [broken, way("peer", "peer", 1.0)], torch.ones(2).double(), [])
+    named = SimpleNamespace(name="1x4", op="attention")
+    problem: Any = SimpleNamespace(case=named, flops=1, notes=[], truth=torch.ones(2).double)
+    case = judged(problem, [broken, way("peer", "peer", 1.0)])
     assert case.timings[0].wrong
     assert case.of("ours") == []
     assert list(case.passed_over) == ["peer"]

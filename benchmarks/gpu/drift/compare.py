@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from inspect import Parameter
 
 from benchmarks.gpu.drift.catalog import FAKES, Call, Library
 from benchmarks.gpu.drift.sources import Lost, Signature, Sources, read
@@ -41,11 +42,11 @@ def _refused(call: Call, passed: Sequence[str], given: set[str], taken: Signatur
     for name in passed:
         if not taken.takes(name):
             yield f"has no argument `{name}`, which the adapter passes"
-    if len(taken.placed(call.placed)) < call.placed and not taken.any_place:
+    if len(taken.placed(call.placed)) < call.placed and not taken.of(Parameter.VAR_POSITIONAL):
         yield f"takes fewer than the {call.placed} values that the adapter passes by place"
-    for argument in taken.arguments:
-        if argument.default is None and argument.name not in given:
-            yield f"needs an argument `{argument.name}`, which the adapter does not pass"
+    for name, argument in taken.named.items():
+        if argument.default is Parameter.empty and name not in given:
+            yield f"needs an argument `{name}`, which the adapter does not pass"
 
 
 def _with_fake(call: Call, title: str, given: set[str], taken: Signature, findings: Findings) -> None:
@@ -63,24 +64,20 @@ def _with_fake(call: Call, title: str, given: set[str], taken: Signature, findin
         return
     if fake.any_keyword or taken.any_keyword:
         return
-    for asked in fake.arguments:
-        real = taken.find(asked.name)
+    for name, asked in fake.named.items():
+        real = taken.named.get(name)
         if real is None:
-            findings.drift.append(f"{title} has no argument `{asked.name}`, which the fake {call.fake} takes")
-        elif real.default != asked.default and asked.name not in given:
+            findings.drift.append(f"{title} has no argument `{name}`, which the fake {call.fake} takes")
+        elif real.default != asked.default and name not in given:
             findings.drift.append(
-                f"{title} has {_default(real.default)} for `{asked.name}`, which the adapter leaves out and "
-                f"the fake {call.fake} has {_default(asked.default)} for"
+                f"{title} has {_default(real)} for `{name}`, which the adapter leaves out and "
+                f"the fake {call.fake} has {_default(asked)} for"
             )
-    new = [
-        f"`{argument.name}`"
-        for argument in taken.arguments
-        if fake.find(argument.name) is None and argument.default is not None
-    ]
-    if new:
+    optional = [name for name, real in taken.named.items() if real.default is not Parameter.empty]
+    if new := [f"`{name}`" for name in optional if name not in fake.named]:
         also = f"{title} also takes {', '.join(new)}"
         findings.notes.append(f"{also}, which the fake {call.fake} does not know")
 
 
-def _default(text: str | None) -> str:
-    return "no default" if text is None else f"the default {text}"
+def _default(taken: Parameter) -> str:
+    return "no default" if taken.default is Parameter.empty else f"the default {taken.default}"

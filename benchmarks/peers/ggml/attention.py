@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from benchmarks.peers.ggml.peer import Peer
-from benchmarks.peers.ggml.ways import Way, in_process
+from benchmarks.peers.ggml.ways import Way, in_layer, own
 from mla import cost
 from mla.bench.subjects.setting import Setting, make_ops
 from mla.bench.workload.workload_file import read_workload
@@ -23,7 +24,6 @@ from mla.cache.formats import codec_of
 from mla.cache.ragged_batch import RaggedBatch
 from mla.cases.case import generator
 from mla.layer.ops import Choice, attention_spec
-from mla.reference import REFERENCE
 from mla.text import dtype_name
 from mla.verify.op_oracle import attend
 
@@ -42,6 +42,7 @@ class AttentionCase:
     heads: int
     lengths: tuple[int, ...]
     stored: str = ""
+    op = "attention"
 
 
 def attention_cases() -> list[AttentionCase]:
@@ -69,11 +70,12 @@ def _codes(numbers: torch.Tensor) -> torch.Tensor:
     return (codes / 32).to(numbers.dtype)
 
 
-class AttentionData:
+class Attention:
     """The operands of a case, in the layer's dtype: q [requests, h, c + r], keys [sum of lengths, c + r]."""
 
     def __init__(self, case: AttentionCase, setting: Setting) -> None:
-        self.case, self.setting = case, setting
+        self.case, self.notes = case, list[str]()
+        self.setting = setting = replace(setting, config=setting.config.with_heads(case.heads))
         random, width = generator(setting.seed, case.name), setting.config.latent_dim
 
         def normal(*shape: int) -> torch.Tensor:
@@ -123,48 +125,30 @@ class AttentionData:
         cache.pages[0].flatten(0, 1).index_copy_(0, batch.slots, newest)
         return cache, batch
 
+    def ways(self, peer: Peer, close: Callable[..., object]) -> Iterator[Way]:
+        """Yield the op that a layer of this setting uses, the reference, and the peer's ways."""
+        stored = self.case.stored
+        chosen = make_ops(replace(self.setting, cache_format=stored or None), ROLE)[ROLE]
+        cache, batch = self.paged()
+        for party, choice in in_layer(chosen, ROLE).items():
+            if party == "ours" or not stored:
+                yield self._own(party, choice, cache, batch)
+        for type_ in [kind for kind in peer.types("caches") if (kind == stored if stored else kind != Q8)]:
+            for layout in ("separate", "unified")[: len(self.case.lengths)]:
+                sizes = (self.case.lengths, self.spec.softmax_scale, self.spec.kv_lora_rank)
+                work = peer.attention(self.q, self.keys, *sizes, type_, layout)
+                close(work.close)
+                name = f"peer {type_}{' unified' if layout == 'unified' else ''}"
+                yield Way(name, "peer", type_, work.time, work.result)
 
-def own_ways(data: AttentionData) -> Iterator[Way]:
-    """Yield the op that a layer of this setting uses, and the reference if that is another one."""
-    chosen = make_ops(replace(data.setting, cache_format=data.case.stored or None), ROLE)[ROLE]
-    cache, batch = data.paged()
-    yield _way(chosen, "ours", data, cache, batch)
-    if chosen.name != "reference" and not data.case.stored:
-        plain = Choice("reference", REFERENCE[ROLE], data.spec)
-        yield _way(plain, "reference", data, cache, batch)
-
-
-def _way(choice: Choice, party: str, data: AttentionData, cache: LatentCache, batch: RaggedBatch) -> Way:
-    heads, c = data.q.shape[:2], data.setting.config.kv_lora_rank
-    out = torch.full((*heads, c), torch.nan, dtype=data.setting.dtype)
-    lse = torch.full(heads, torch.nan)
-    state = choice.op.prepare(choice.spec, batch)
-    stored = {"cache_format": data.case.stored} if data.case.stored else {}
-
-    def call() -> None:
-        choice.op(
-            state, q=data.q, cache=cache.pages[0], block_table=batch.block_table,
-            kv_lens=batch.kv_lens_device, cu_q=batch.cu_q, softmax_scale=choice.spec.softmax_scale,
-            out=out, lse=lse, **stored,
+    def _own(self, party: str, choice: Choice, cache: LatentCache, batch: RaggedBatch) -> Way:
+        heads, c = self.q.shape[:2], self.setting.config.kv_lora_rank
+        out = torch.empty(*heads, c, dtype=self.setting.dtype)
+        stored = {"cache_format": self.case.stored} if self.case.stored else {}
+        call = partial(
+            choice.op, choice.op.prepare(choice.spec, batch), q=self.q, cache=cache.pages[0],
+            block_table=batch.block_table, kv_lens=batch.kv_lens_device, cu_q=batch.cu_q,
+            softmax_scale=choice.spec.softmax_scale, out=out, lse=torch.empty(heads), **stored,
         )  # fmt: skip
-
-    def result() -> torch.Tensor:
-        out.fill_(torch.nan)
-        call()
-        return out
-
-    kind = data.case.stored or dtype_name(data.setting.dtype)
-    return Way(choice.name, party, kind, in_process(call), result)
-
-
-def peer_ways(data: AttentionData, peer: Peer, close: Callable[..., object]) -> Iterator[Way]:
-    """Yield the peer's ways; `close` takes what frees each of them."""
-    layouts = ("separate", "unified") if len(data.case.lengths) > 1 else ("separate",)
-    stored = data.case.stored
-    for type_ in [kind for kind in peer.types("caches") if (kind == stored if stored else kind != Q8)]:
-        for layout in layouts:
-            sizes = (data.case.lengths, data.spec.softmax_scale, data.spec.kv_lora_rank)
-            work = peer.attention(data.q, data.keys, *sizes, type_, layout)
-            close(work.close)
-            name = f"peer {type_}{' unified' if layout == 'unified' else ''}"
-            yield Way(name, "peer", type_, work.time, work.result)
+        kind = self.case.stored or dtype_name(self.setting.dtype)
+        return own(choice.name, party, kind, call, out)

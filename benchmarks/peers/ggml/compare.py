@@ -14,13 +14,12 @@ turns, and all results are compared with float64. Exit codes as in `python -m ml
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).parents[3]))
 
@@ -28,13 +27,13 @@ import click
 import torch
 
 from benchmarks.attention_test import defaults
-from benchmarks.peers.ggml import attention, products, record, selection, table
-from benchmarks.peers.ggml.attention import AttentionCase, AttentionData
+from benchmarks.peers.ggml import record, table
+from benchmarks.peers.ggml.attention import Attention, AttentionCase, attention_cases
 from benchmarks.peers.ggml.build import facts_of
 from benchmarks.peers.ggml.peer import Peer
-from benchmarks.peers.ggml.products import ProductCase, ProductData
-from benchmarks.peers.ggml.selection import SelectionCase, SelectionData
-from benchmarks.peers.ggml.ways import Way, judged, require_passive_waiting, take_turns, try_out
+from benchmarks.peers.ggml.products import Product, ProductCase, product_cases
+from benchmarks.peers.ggml.selection import Selection, SelectionCase, selection_cases
+from benchmarks.peers.ggml.ways import Problem, compared, require_passive_waiting
 from mla.bench import results
 from mla.bench.plan.request import Request, empty_run
 from mla.bench.plan.resolve import resolve
@@ -50,77 +49,44 @@ VARIABLES = (
 )  # fmt: skip
 
 
-def choose(
-    setting: Setting, patterns: Sequence[str] | None
-) -> tuple[list[AttentionCase], list[SelectionCase], list[ProductCase]]:
+PROBLEMS: dict[type, Callable[[Any, Setting], Problem]] = {
+    AttentionCase: Attention, SelectionCase: Selection, ProductCase: Product,
+}  # fmt: skip
+
+
+def choose(setting: Setting, patterns: Sequence[str] | None) -> list[Any]:
     """Return the cases whose name or op matches a pattern; None: all. Raises `UsageError` if none does."""
-    heads, shapes = attention.attention_cases(), products.product_cases(setting)
-    indexers = selection.selection_cases()
-
-    def named(*words: str) -> bool:
-        return patterns is None or any(
-            fnmatch.fnmatchcase(word, pattern) for pattern in patterns for word in words
-        )
-
-    chosen = (
-        [case for case in heads if named(case.name, "attention")],
-        [case for case in indexers if named(case.name, "selection")],
-        [case for case in shapes if named(case.name, "product")],
-    )
-    if not any(chosen):
-        known = ", ".join(case.name for cases in (heads, indexers, shapes) for case in cases)
+    every: list[Any] = [*attention_cases(), *selection_cases(), *product_cases(setting)]
+    chosen = [
+        case
+        for case in every
+        for pattern in patterns or "*"
+        if fnmatch.fnmatchcase(case.name, pattern) or fnmatch.fnmatchcase(case.op, pattern)
+    ]
+    if not chosen:
+        known = ", ".join(case.name for case in every)
         raise UsageError(
             f"--only matches no case: use attention, selection, product, {known}, or a pattern like 16x*."
         )
-    return chosen
-
-
-def attend(case: AttentionCase, setting: Setting, peer: Peer, rounds: int) -> record.Case:
-    """Return one case of attention. Its ways take turns with each other alone."""
-    data = AttentionData(case, replace(setting, config=setting.config.with_heads(case.heads)))
-    console.note(f"timing {case.name}")
-    with contextlib.ExitStack() as work:
-        ways = [*attention.own_ways(data), *attention.peer_ways(data, peer, work.callback)]
-        take_turns(try_out(ways), rounds, setting.seed)
-        return judged(case.name, "attention", data.flops, ways, data.truth(), [])
-
-
-def select(case: SelectionCase, setting: Setting, peer: Peer, rounds: int) -> record.Case:
-    """Return one case of an indexer. Its ways take turns with each other alone."""
-    data = SelectionData(case, setting)
-    console.note(f"timing {case.name}")
-    with contextlib.ExitStack() as work:
-        ways = [*selection.own_ways(data), *selection.peer_ways(data, peer, work.callback)]
-        take_turns(try_out(ways), rounds, setting.seed)
-        return judged(case.name, "selection", data.flops, ways, data.truth(), [])
-
-
-def multiply(cases: Sequence[ProductCase], setting: Setting, peer: Peer, rounds: int) -> list[record.Case]:
-    """Return all products. They take turns together, so that a share of the best is one of its time."""
-    if cases:
-        console.note(f"timing {len(cases)} products")
-    drawn: list[tuple[ProductCase, list[Way], torch.Tensor, list[str]]] = []
-    timed: list[Way] = []
-    with contextlib.ExitStack() as work:
-        for case in cases:
-            data, notes = ProductData(case, setting), list[str]()
-            ways = products.all_ways(data, peer, notes, work.callback)
-            timed += try_out(ways)
-            drawn.append((case, ways, data.truth(), notes))
-        take_turns(timed, rounds, setting.seed)
-        return [judged(case.name, "product", case.flops, *rest) for case, *rest in drawn]  # type: ignore[arg-type]
+    return list(dict.fromkeys(chosen))
 
 
 def measure(
     request: Request, folder: Path, patterns: tuple[str, ...] | None, rounds: int
 ) -> record.Comparison:
-    """Measure the chosen cases. Raises `PeerError` or `UsageError`."""
+    """Measure the chosen cases. Raises `PeerError` or `UsageError`.
+
+    All products take turns together, so that a share of the best is one of its time; each other case alone.
+    """
     setting, threads = request.setting, torch.get_num_threads()
-    heads, indexers, shapes = choose(setting, patterns)
+    chosen = choose(setting, patterns)
+    together = [case for case in chosen if case.op == "product"]
+    groups = [[case] for case in chosen if case.op != "product"] + [together] * bool(together)
     with Peer(folder, threads) as peer, torch.inference_mode():
-        cases = [attend(case, setting, peer, rounds) for case in heads]
-        cases += [select(case, setting, peer, rounds) for case in indexers]
-        cases += multiply(shapes, setting, peer, rounds)
+        cases: list[record.Case] = []
+        for group in groups:
+            problems = (PROBLEMS[type(case)](case, setting) for case in group)
+            cases += compared(problems, peer, rounds, setting.seed)
         run = empty_run(request)
         return record.Comparison(
             argv=["python benchmarks/peers/ggml/compare.py", *sys.argv[1:]],

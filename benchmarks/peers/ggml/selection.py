@@ -11,17 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from benchmarks.peers.ggml.peer import Peer, PeerWork
-from benchmarks.peers.ggml.ways import Way, in_process
+from benchmarks.peers.ggml.ways import Way, in_layer, own
 from mla import MLAConfig, cost
 from mla.bench.subjects.setting import Setting, make_ops
 from mla.cache import LatentCache
+from mla.cache.ragged_batch import RaggedBatch
 from mla.cases.case import generator
-from mla.layer.ops import Choice
-from mla.reference import REFERENCE
 from mla.text import dtype_name
 from mla.verify.selections import true_scores
 
@@ -33,6 +33,7 @@ class SelectionCase:
     """Requests that decode one token each. `lengths`: keys of each, the new one included."""
 
     lengths: tuple[int, ...]
+    op = "selection"
 
     @property
     def name(self) -> str:
@@ -45,11 +46,12 @@ def selection_cases() -> list[SelectionCase]:
     return [*(SelectionCase((length,)) for length in (4096, 32768, 131072)), SelectionCase((32768,) * 16)]
 
 
-class SelectionData:
+class Selection:
     """q [requests, H, D] and keys [sum of lengths, D] in the layer's dtype, fp32 weights [requests, H]."""
 
     def __init__(self, case: SelectionCase, setting: Setting) -> None:
-        self.case, self.setting = case, replace(setting, config=MLAConfig.named(CONFIG))
+        self.case, self.notes = case, list[str]()
+        self.setting = replace(setting, config=MLAConfig.named(CONFIG))
         config, random = self.setting.config, generator(setting.seed, case.name)
         sizes = len(case.lengths), config.index_n_heads, config.index_head_dim
         self.q = torch.randn(sizes, generator=random).to(setting.dtype)
@@ -90,49 +92,39 @@ class SelectionData:
         parts = scores.split(self.case.lengths)
         return self.of_positions(torch.stack([part.topk(self.most).indices for part in parts]))
 
+    def paged(self) -> tuple[LatentCache, RaggedBatch]:
+        """Return a cache that holds the keys in shuffled pages, and the batch of the new tokens."""
+        lengths, setting = self.case.lengths, self.setting
+        narrow = replace(setting.config, kv_lora_rank=16, qk_rope_head_dim=16)  # latents are not read
+        pages = sum(-(-length // setting.page_size) for length in lengths)
+        cache = LatentCache(
+            narrow, max_tokens=pages * setting.page_size, page_size=setting.page_size, dtype=setting.dtype,
+            shuffle=setting.seed,
+        )  # fmt: skip
+        sequences = cache.new_sequences(len(lengths))
+        cache.extend(sequences, [length - 1 for length in lengths])
+        batch = cache.extend(sequences, [1] * len(lengths))
+        for sequence, keys in zip(sequences, self.keys.split(lengths), strict=True):
+            cache.write_index(0, cache.slots(sequence), keys)
+        return cache, batch
 
-def own_ways(data: SelectionData) -> Iterator[Way]:
-    """Yield the op that a layer of this setting uses, and the reference if that is another one."""
-    lengths, setting = data.case.lengths, data.setting
-    narrow = replace(setting.config, kv_lora_rank=16, qk_rope_head_dim=16)  # latents are not read
-    pages = sum(-(-length // setting.page_size) for length in lengths)
-    cache = LatentCache(
-        narrow, max_tokens=pages * setting.page_size, page_size=setting.page_size, dtype=setting.dtype,
-        shuffle=setting.seed,
-    )  # fmt: skip
-    sequences = cache.new_sequences(len(lengths))
-    cache.extend(sequences, [length - 1 for length in lengths])
-    batch = cache.extend(sequences, [1] * len(lengths))
-    for sequence, keys in zip(sequences, data.keys.split(lengths), strict=True):
-        cache.write_index(0, cache.slots(sequence), keys)
-    plain = Choice("reference", REFERENCE[ROLE], data.chosen.spec)
-    for choice in [data.chosen, *([plain] if data.chosen.name != "reference" else [])]:
-        out = torch.empty(len(lengths), data.most, dtype=torch.int32)
-        state = choice.op.prepare(choice.spec, batch)
-
-        def call(choice: Choice = choice, out: torch.Tensor = out, state: object = state) -> None:
-            choice.op(
-                state, q=data.q, weights=data.weights, cache=cache.index_pages[0], out=out,
-                block_table=batch.block_table, kv_lens=batch.kv_lens_device, cu_q=batch.cu_q,
+    def ways(self, peer: Peer, close: Callable[..., object]) -> Iterator[Way]:
+        """Yield the op that a layer of this setting uses, the reference, and the peer's ways."""
+        cache, batch = self.paged()
+        for party, choice in in_layer(self.chosen, ROLE).items():
+            out = torch.empty(len(self.case.lengths), self.most, dtype=torch.int32)
+            call = partial(
+                choice.op, choice.op.prepare(choice.spec, batch), q=self.q, weights=self.weights,
+                cache=cache.index_pages[0], out=out, block_table=batch.block_table,
+                kv_lens=batch.kv_lens_device, cu_q=batch.cu_q,
             )  # fmt: skip
+            yield own(choice.name, party, dtype_name(self.setting.dtype), call, out, self.of_positions)
+        for type_ in peer.types("index"):
+            work = peer.selection(self.q, self.keys, self.weights, self.case.lengths, type_, self.most)
+            close(work.close)
+            name = f"peer {type_}{'' if peer.selects else ', scores alone'}"
+            yield Way(name, "peer", type_, work.time, partial(self._of_peer, peer, work))
 
-        def result(call: Callable[[], None] = call, out: torch.Tensor = out) -> torch.Tensor:
-            out.fill_(-1)
-            call()
-            return data.of_positions(out)
-
-        party = "reference" if choice is plain else "ours"
-        yield Way(choice.name, party, dtype_name(setting.dtype), in_process(call), result)
-
-
-def peer_ways(data: SelectionData, peer: Peer, close: Callable[..., object]) -> Iterator[Way]:
-    """Yield the peer's ways; `close` takes what frees each of them."""
-    for type_ in peer.types("index"):
-        work = peer.selection(data.q, data.keys, data.weights, data.case.lengths, type_, data.most)
-        close(work.close)
-
-        def result(work: PeerWork = work) -> torch.Tensor:
-            made = work.result()
-            return data.of_positions(made.view(-1, data.most)) if peer.selects else data.of_scores(made)
-
-        yield Way(f"peer {type_}{'' if peer.selects else ', scores alone'}", "peer", type_, work.time, result)
+    def _of_peer(self, peer: Peer, work: PeerWork) -> torch.Tensor:
+        made = work.result()
+        return self.of_positions(made.view(-1, self.most)) if peer.selects else self.of_scores(made)

@@ -8,19 +8,25 @@ from the process that is next.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter_ns as now_ns
+from typing import Any, Protocol
 
 import torch
 
 from benchmarks.peers.ggml import record
+from benchmarks.peers.ggml.peer import Peer
 from mla.bench.results import stats
+from mla.command import console
 from mla.errors import UsageError
+from mla.layer.ops import Choice
+from mla.reference import REFERENCE
 
 VISIT_MS, WARM_MS = 30.0, 6.0  # of timed and of untimed calls
 MOST_CALLS = 50
@@ -54,18 +60,22 @@ class Way:
         )  # fmt: skip
 
 
-def judged(
-    name: str, op: str, flops: int, ways: Sequence[Way], truth: torch.Tensor, notes: list[str]
-) -> record.Case:
+def judged(problem: Problem, ways: Sequence[Way]) -> record.Case:
     """Return a case with the medians of all ways that were visited, and the errors of their results."""
-    timings = [way.timing(truth) for way in ways if way.visits]
-    slow = {way.name: way.trial_ms for way in ways if not way.visits}
-    case = {"name": name, "op": op, "flops": flops, "timings": timings, "passed_over": slow, "notes": notes}
-    return record.Case(**case)  # type: ignore[arg-type]
+    truth = problem.truth()
+    return record.Case(
+        name=problem.case.name, op=problem.case.op, flops=problem.flops,
+        timings=[way.timing(truth) for way in ways if way.visits],
+        passed_over={way.name: way.trial_ms for way in ways if not way.visits},
+        notes=problem.notes,
+    )  # fmt: skip
 
 
-def in_process(call: Callable[[], object]) -> Callable[[int, int], list[float]]:
-    """Return a way's `time` for a function of this process."""
+def own(
+    name: str, party: str, dtype: str, call: Callable[[], object], out: torch.Tensor,
+    answer: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.clone,
+) -> Way:  # fmt: skip
+    """Return a function of this process that writes to `out`. `answer` turns that into what is judged."""
 
     def timed_calls(untimed: int, timed: int) -> list[float]:
         for _ in range(untimed):
@@ -77,7 +87,48 @@ def in_process(call: Callable[[], object]) -> Callable[[int, int], list[float]]:
             times.append((now_ns() - start) / 1e6)
         return times
 
-    return timed_calls
+    def result() -> torch.Tensor:
+        out.fill_(torch.nan if out.is_floating_point() else -1)
+        call()
+        return answer(out)
+
+    return Way(name, party, dtype, timed_calls, result)
+
+
+def in_layer(chosen: Choice, role: str) -> dict[str, Choice]:
+    """Return by party the op that a layer uses, and the reference if that is another one."""
+    plain = Choice("reference", REFERENCE[role], chosen.spec)
+    return {"ours": chosen} | ({} if chosen.name == "reference" else {"reference": plain})
+
+
+class Problem(Protocol):
+    """One case with its operands. `notes` get why a way does not exist."""
+
+    case: Any  # with a `name`, and the `op` of `record.Case`
+    notes: list[str]
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of one call."""
+
+    def truth(self) -> torch.Tensor:
+        """Return the result in float64."""
+
+    def ways(self, peer: Peer, close: Callable[..., object]) -> Iterator[Way]:
+        """Yield all ways; `close` takes what frees those of the peer."""
+
+
+def compared(problems: Iterable[Problem], peer: Peer, rounds: int, seed: int) -> list[record.Case]:
+    """Return the cases of problems whose ways all take turns with each other."""
+    offered: list[tuple[Problem, list[Way]]] = []
+    timed: list[Way] = []
+    with contextlib.ExitStack() as work:
+        for problem in problems:
+            console.note(f"timing {problem.case.name}")
+            offered.append((problem, list(problem.ways(peer, work.callback))))
+            timed += try_out(offered[-1][1])
+        take_turns(timed, rounds, seed)
+        return [judged(*each) for each in offered]
 
 
 def require_passive_waiting() -> None:
