@@ -9,7 +9,7 @@ import torch
 from wrong_attention.base import FAR, Makers, after, altered, given, starts, wrong
 from wrong_attention.both import waits
 from wrong_attention.habits import reads_first, ring_of_outputs, ring_of_states, writes_again
-from wrong_attention.latent import host_query, wrapped
+from wrong_attention.latent import host_query
 from wrong_ops import extents, habits, places
 from wrong_ops.base import changing, mutant
 from wrong_ops.formulas import next_slot_too
@@ -426,6 +426,12 @@ class FrozenSelect(Select):  # type: ignore[misc, valid-type]
         super().__call__(state.batch, **tensors)
 
 
+def wrapped(block_table: Tensor, cache: Tensor, **tensors: Any) -> dict[str, Any]:
+    """The places of pages wrap around."""
+    page = cache.shape[1] * cache.shape[2]
+    return {"block_table": (block_table.long() * page % (FAR // 2) // page).int()}
+
+
 def narrow_rows(q: Tensor, **tensors: Any) -> dict[str, Any]:
     """The places of queries are computed in 20 bits."""
     at = [q.storage_offset() + row * q.stride(0) % (1 << 20) for row in range(len(q))]
@@ -509,9 +515,9 @@ MUTANTS: Makers = {
         lambda: selecting(zeros_from(1 << 17)),
     ],
     "select_latents.far_rows": [lambda: given(Select, narrow_rows)],
-    "select_latents.far_pages": [lambda: wrong(Select, prepare=wrapped(FAR // 2))],
+    "select_latents.far_pages": [lambda: given(Select, wrapped)],
     "sparse_latent_attention.far_rows": [lambda: given(Sparse, narrow_rows)],
-    "sparse_latent_attention.far_pages": [lambda: wrong(Sparse, prepare=wrapped(FAR // 2))],
+    "sparse_latent_attention.far_pages": [lambda: given(Sparse, wrapped)],
     "select_latents.prepare": [lambda: wrong(Select, prepare=waits)],
     "select_latents.kept": kept(Select),
     "select_latents.alive": [lambda: ring_of_states(Select, 3)],

@@ -214,6 +214,12 @@ def outlier(kind: str) -> Rows:
     return (EXAMPLES[kind].but(tokens=tokens, outlier=True) for tokens in (1, 66))
 
 
+def crowded(kind: str) -> Rows:
+    """Thousands of tokens whose scores have the same leading bits are told apart."""
+    for topk in (TOPK, 2048):  # more keys than a bin has room for, and a top-k that large models have
+        yield batch(kind, (1, 2), (6000, 700), 4, topk=topk, values=("crowded scores",))
+
+
 ATTENTION = ("latent_attention", "expanded_attention")
 SPARSE = ("select_latents", "sparse_latent_attention")
 # Name of a check -> why kernels fail it, of which kinds of ops, its rows, and the bug that it catches.
@@ -228,6 +234,7 @@ BORDERS: Mapping[str, tuple[str, Iterable[str], Callable[[str], Rows], str]] = {
         alive,
         "states in a ring of a few, or in shared memory",
     ),
+    "crowded": ("numbers", SPARSE[:1], crowded, "a bin of candidates that overflows"),
     "outlier": ("numbers", ("linear", "batched_linear"), outlier, "a scale that an outlier sets for a row"),
 }
 

@@ -134,8 +134,7 @@ def wrapped(numbers: int) -> Callable[..., Any]:
     """Find pages where so many numbers wrap around."""
 
     def prepare(spec: Any, batch: Any) -> Any:
-        width = spec.head_dim if hasattr(spec, "head_dim") else spec.kv_lora_rank + spec.qk_rope_head_dim
-        page = batch.page_size * width
+        page = batch.page_size * (spec.kv_lora_rank + spec.qk_rope_head_dim)
         return altered(batch, block_table=(batch.block_table.long() * page % numbers // page).int())
 
     return prepare
