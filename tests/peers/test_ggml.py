@@ -190,29 +190,9 @@ def test_a_folder_without_the_source_is_refused(tmp_path: Path) -> None:
     assert build.commit_of(built) == "unknown"
 
 
-def test_a_missing_cmake_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(PeerError, match="cmake is not installed: `pip install cmake`"):
-        build.configure(tmp_path, tmp_path, "avx2", None)
-
-
-def test_a_failed_step_says_its_first_error(tmp_path: Path) -> None:
-    words = [sys.executable, "-c", "print('a.cpp:1:2: error: no member x\\nmake: *** Error 1'); exit(2)"]
-    with pytest.raises(PeerError, match=r"building failed: a\.cpp:1:2: error: no member x; all of it is in"):
-        build.run("building", words, tmp_path / "build.log")
-
-
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        (
-            "CMake Error at CMakeLists.txt:5 (project):\n  No C++ compiler found.\n\n",
-            "No C++ compiler found.",
-        ),
-        ("-- ok\nc++: error: unrecognized option '-std=gnu++20'", "a compiler for C++20 is needed"),
-        ("one\nlast line\n", "last line"),
-        ("", "it printed nothing"),
-    ],
-)
-def test_the_first_error_of_a_log(text: str, sentence: str) -> None:
-    assert sentence in build.first_error(text)
+def test_a_step_that_fails_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(PeerError, match="no-such-cmake is not installed: `pip install no-such-cmake`"):
+        build.run("configuring", "no-such-cmake")
+    with pytest.raises(PeerError, match=r"building failed, as said above; needed are CMake 3\.14"):
+        build.run("building", sys.executable, "-c", "exit('a.cpp:1:2: error: no member x')")
+    assert "a.cpp:1:2: error" in capfd.readouterr().err

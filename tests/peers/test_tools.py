@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -180,16 +178,4 @@ def test_a_library_that_does_not_load_is_said(tmp_path: Path) -> None:
     library.parent.mkdir()
     library.write_bytes(b"no library" * 100)
     with pytest.raises(Unavailable, match="invalid ELF header"):
-        sglang_tools.load(tmp_path)
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="builds a library")
-def test_a_library_that_ends_the_process_is_said(tmp_path: Path) -> None:
-    """Kernels for another processor do so with SIGILL, in the middle of a call."""
-    library = tmp_path / sglang_tools.LIBRARY
-    library.parent.mkdir()
-    source = tmp_path / "fatal.cpp"
-    source.write_text("#include <csignal>\n__attribute__((constructor)) static void f() { raise(SIGILL); }\n")
-    subprocess.run(["g++", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
-    with pytest.raises(Unavailable, match="SIGILL in load_library of"):
         sglang_tools.load(tmp_path)

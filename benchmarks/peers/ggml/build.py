@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[3]))
@@ -76,42 +75,17 @@ def facts_of(folder: Path) -> dict[str, str]:
         return {}
 
 
-def run(step: str, words: Sequence[str], log: Path) -> None:
-    """Run one step, its output in a file. Raises `PeerError` with the first error in it."""
-    console.note(f"{step} (output in {log})")
+def run(step: str, *words: str) -> None:
+    """Run one step, which says itself what is wrong. Raises `PeerError`."""
+    console.note(step)
     try:
-        with log.open("wb") as file:
-            done = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, check=False)
+        done = subprocess.run(words, check=False)
     except FileNotFoundError as error:
         raise PeerError(
             f"{words[0]} is not installed: `pip install {words[0]}`, or take your system's."
         ) from error
     if done.returncode:
-        raise PeerError(
-            f"{step} failed: {first_error(log.read_text(errors='replace'))}; all of it is in '{log}'."
-        )
-
-
-def first_error(text: str) -> str:
-    """Return the sentence of the first error in the output of CMake or of a compiler."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    for number, line in enumerate(lines):
-        if line.startswith("CMake Error"):  # its sentence is on the next line
-            return " ".join(lines[number + 1 : number + 2]) or line
-        if "error:" in line:
-            hint = "; a compiler for C++20 is needed, such as GCC 11" if "-std=" in line else ""
-            return line + hint
-    return lines[-1] if lines else "it printed nothing"
-
-
-def configure(ggml: Path, into: Path, isa: str, library: Path | None) -> None:
-    """Write the build files. Raises `PeerError`."""
-    words = ["cmake", "-S", str(SOURCES), "-B", str(into), *COMMON, *ISAS[isa], f"-DGGML_FOLDER={ggml}"]
-    run(
-        "configuring",
-        [*words, f"-DGGML_LIBRARY={library.resolve() if library else ''}"],
-        into / "configure.log",
-    )
+        raise PeerError(f"{step} failed, as said above; needed are CMake 3.14 and a compiler for C++20.")
 
 
 @click.command(help=__doc__)
@@ -141,9 +115,10 @@ def build(
             f"there is no library '{library}': name a libggml.a, or leave --library out to build it."
         )
     into.mkdir(parents=True, exist_ok=True)
-    configure(ggml, into, isa, library)
+    where = (f"-DGGML_FOLDER={ggml}", f"-DGGML_LIBRARY={library.resolve() if library else ''}")
+    run("configuring", "cmake", "-S", str(SOURCES), "-B", str(into), *COMMON, *ISAS[isa], *where)
     words = ["cmake", "--build", str(into), "--target", DRIVER, "--parallel", str(jobs or host.cpu_limit())]
-    run("building, which takes minutes", words, into / "build.log")
+    run("building", *words)
     facts = {"commit": commit or commit_of(ggml), "isa": "of its library" if library else isa}
     (into / FACTS).write_bytes(msgspec.json.encode(facts))
     console.out(f"built {into / DRIVER} from commit {facts['commit']}\n")
