@@ -213,6 +213,10 @@ def _put(target: torch.Tensor, tokens: slice | torch.Tensor, rows: torch.Tensor)
 
 def _cut(batch: BatchView, heads: int) -> Iterator[_Row]:
     """Cut each request's queries into runs whose logits fit the cap."""
+    if batch.query_lens.count(1) == len(batch.query_lens):  # decode: nothing to cut
+        requests = range(len(batch.kv_lens))
+        yield from map(_Row._make, zip(batch.query_lens, batch.kv_lens, requests, requests, strict=True))
+        return
     start = 0
     for request, (query_len, kv_len) in enumerate(zip(batch.query_lens, batch.kv_lens, strict=True)):
         step = queries_per_call(heads, kv_len)
@@ -242,12 +246,41 @@ def _gather_rows(rows: Sequence[_Row], heads: int, width: int) -> Iterator[list[
 
 
 def _groups(groups: Sequence[Sequence[_Row]], batch: BatchView) -> Iterator[_Group]:
-    """Resolve groups. One copy to the device tells the request, owned keys and first query of all rows."""
-    rows = [(row.request, row.keys, row.first_query) for members in groups for row in members]
-    numbers = host_ints([number for row in rows for number in row]).view(-1, 3)
-    index = upload(numbers, batch.block_table.device)
+    """Resolve groups; tables go to the device only if a group needs more than a slice of the batch's own."""
+    uniform = [_is_uniform(members) for members in groups]
+    if all(uniform):
+        yield from (_uniform_group(members, batch) for members in groups)
+        return
+    index = _index(groups, batch.block_table.device)
     parts = index.split([len(members) for members in groups])
-    return (_group(members, part, batch) for members, part in zip(groups, parts, strict=True))
+    for plain, members, part in zip(uniform, groups, parts, strict=True):
+        yield _uniform_group(members, batch) if plain else _group(members, part, batch)
+
+
+def _is_uniform(members: Sequence[_Row]) -> bool:
+    """Return whether the rows are single queries of adjacent requests with the same number of keys."""
+    first, last = members[0], members[-1]
+    return (
+        first.queries == 1
+        and first.keys == last.keys  # they are sorted by keys, and then by request
+        and last.request - first.request == len(members) - 1 == last.first_query - first.first_query
+    )
+
+
+def _uniform_group(members: Sequence[_Row], batch: BatchView) -> _Group:
+    """Resolve rows that need neither padding nor a mask nor tables of their own."""
+    first, count = members[0], len(members)
+    table = batch.block_table[first.request : first.request + count, : -(-first.keys // batch.page_size)]
+    tokens = slice(first.first_query, first.first_query + count)
+    return _Group(count, 1, first.keys, tokens, table.reshape(-1), None, None)
+
+
+def _index(groups: Sequence[Sequence[_Row]], device: torch.device) -> torch.Tensor:
+    """Return [rows, 3] int64 on the device: request, owned keys, first query; one copy for all groups."""
+    values = [
+        value for members in groups for row in members for value in (row.request, row.keys, row.first_query)
+    ]
+    return upload(host_ints(values).view(-1, 3), device)
 
 
 def _group(members: Sequence[_Row], index: torch.Tensor, batch: BatchView) -> _Group:
