@@ -97,7 +97,6 @@ def test_the_report_holds_steps_figures_answers_and_machine(folder: Path) -> Non
     assert "| grid-16 | ok (cut short) | 0 | 9 | grid is fine |" in text
     assert "crashed" not in text, "the last attempt counts"
     assert "2224.27 tok/s" in text
-    assert "decode of deepseek-v2-lite: attention was native_latent_attention" in text
     assert "| Why? | Because \\| of it | us 3 |" in text
     ceilings = {"copy": 1e11, "matmul": 1e12, in_turns.COPY: 1e11, in_turns.PRODUCT: 5e11}
     assert table.ceilings_in(folder) == ceilings

@@ -87,16 +87,10 @@ def test_kernels_are_compared_on_one_shape_and_in_one_way() -> None:
 
 def test_nothing_that_was_not_run_is_met_or_missed() -> None:
     assert {row[0] for row in verdicts()} == {"not run"}
-    wanted = len(targets.TARGETS)
-    said = [
-        row[2] for row in verdicts(rivals=in_one(op("triton_latent", 1.0, gigabytes=0.5)), ceilings=CEILINGS)
-    ]
-    assert len(said) == wanted
-    assert said[0] == "decode of deepseek-v2-lite: no result"
-    assert said[3] == "no shape with 16 heads that moves 1 GB"
-    assert said[5] == "no shape that took it and FlashMLA 100 us or more on the device's clock"
-    assert said[6] == "no shape that took it and FlashInfer 100 us or more on the device's clock"
-    assert verdicts(rivals=in_one(op("triton_latent", 1.0)))[3][2] == "no ceiling was measured: copy"
+    small = in_one(op("triton_latent", 1.0, gigabytes=0.5))
+    for evidence in ({"rivals": small, "ceilings": CEILINGS}, {"rivals": in_one(op("triton_latent", 1.0))}):
+        rows = verdicts(**evidence)
+        assert rows == [("not run", "-", "no such result")] * len(targets.TARGETS), "too small; no ceiling"
 
 
 @pytest.mark.parametrize(("ms", "result"), [(0.16, "met"), (0.161, "not met")])
@@ -107,7 +101,7 @@ def test_decode_of_the_default_config_is_judged_in_a_graph(ms: float, result: st
     verdict = verdicts(layers={"a": run})[0]
     assert verdict == (result, f"{16 / ms * 1e3:.4g} tok/s", "decode, mla: graph, host clock")
     eager = layer(V2, "decode", ops, {EAGER_HOST: 0.01})
-    assert verdicts(layers={"a": eager})[0][::2] == ("not run", "decode, mla: not timed like that")
+    assert verdicts(layers={"a": eager})[0][0] == "not run"
 
 
 def test_prefill_and_a_step_of_r1_have_their_own_clocks() -> None:
@@ -121,7 +115,7 @@ def test_prefill_and_a_step_of_r1_have_their_own_clocks() -> None:
 def test_the_layer_with_another_kernel_says_nothing_unless_ours_was_run_besides() -> None:
     times = {("graph", False): 0.1, EAGER_HOST: 0.1}
     other = layer(V2, "decode", {"latent_attention": "flash_mla"}, times)
-    assert verdicts(layers={"a": other})[0][2] == "decode of deepseek-v2-lite: attention was flash_mla"
+    assert verdicts(layers={"a": other})[0][0] == "not run"
     ours = layer(V2, "decode", {"latent_attention": "triton_latent"}, times)
     assert verdicts(layers={"a": other, "own-deepseek-v2-lite": ours})[0][0] == "met"
     slow = layer(
@@ -138,8 +132,8 @@ def test_shares_are_judged_by_the_lowest_of_the_large_shapes() -> None:
         op("triton_latent", 1.6, heads=128, shape="c"),
     )  # fmt: skip
     judged = verdicts(rivals=rivals, ceilings=CEILINGS)
-    assert judged[3] == ("met", "87%", "b, the lowest of 2; geometric mean 89%")
-    assert judged[4] == ("not met", "62%", "c, the lowest of 1; geometric mean 62%")
+    assert judged[3] == ("met", "87%", "b, the lowest of 2")
+    assert judged[4] == ("not met", "62%", "c")
 
 
 def test_a_large_shape_without_a_number_leaves_the_target_open_and_a_wrong_one_misses_it() -> None:
@@ -148,7 +142,7 @@ def test_a_large_shape_without_a_number_leaves_the_target_open_and_a_wrong_one_m
         return verdicts(rivals=in_one(op("triton_latent", 1.0), other), ceilings=CEILINGS)[3]
 
     assert judged("not run") == ("not run", "-", "b: not run it is off")
-    assert judged("wrong") == ("not met", "wrong", "b: wrong it is off")
+    assert judged("wrong") == ("not met", "wrong", "b: wrong it is off, the lowest of 2")
 
 
 @pytest.mark.parametrize(("other", "target", "least"), [("flash_mla", 5, 0.9), ("flashinfer", 6, 0.85)])
@@ -161,7 +155,7 @@ def test_the_ratio_to_another_kernel_is_judged_on_every_shape(other: str, target
     ]
     result, number, of = verdicts(rivals=in_one(*cases))[target]
     assert (result, number) == ("not met", "0.80x")
-    assert of.startswith("1, the lowest of 2; geometric mean")
+    assert of == "1, the lowest of 2"
     assert verdicts(rivals=in_one(*cases[:2]))[target][0] == "met"
 
 
@@ -172,7 +166,7 @@ def test_what_may_be_the_hosts_time_is_not_judged(pair: tuple[float, float]) -> 
         return [op(name, ms, shape=shape) for name, ms in zip(names, times, strict=True)]
 
     long = both("long", 0.1, 0.1)
-    assert verdicts(rivals=in_one(*both("short", *pair), *long))[6][2].startswith("long, the lowest of 1;")
+    assert verdicts(rivals=in_one(*both("short", *pair), *long))[6][2] == "long"
     assert verdicts(rivals=in_one(*both("short", *pair)))[6][0] == "not run"
     on_host = [timed(case, {EAGER_HOST: 5.0}) for case in long]
     assert verdicts(rivals=in_one(*on_host))[6][0] == "not run"
