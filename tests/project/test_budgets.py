@@ -76,18 +76,6 @@ def test_comments_and_docstrings_weigh_nothing() -> None:
     assert weigh(".py", "x = f'{a + f\"{b}\"} c' + d\n") == Weight(1, 5, 0), "an f-string is a string"
 
 
-@pytest.mark.parametrize(
-    ("suffix", "text", "expected"),
-    [
-        (".h", "/* so\nlong */\nint a; // b\n\n", Weight(1, 3)),
-        (".toml", '# all\nname = "a b"\n', Weight(1, 3)),
-        (".css", "/* a */\np { x: 1; }\n", Weight(1, 7)),
-    ],
-)
-def test_other_languages_count(suffix: str, text: str, expected: Weight) -> None:
-    assert weigh(suffix, text) == expected
-
-
 def test_files_count_in_their_rooms() -> None:
     for path, room in (
         ("mla/bench/plan/memory.py", "mla/bench/plan"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-import built_site
 import markdown
 import pytest
 
@@ -112,40 +111,3 @@ def test_names_of_the_reference_stand_one_level_below_their_heading() -> None:
         "    options: { heading_level: 3, show_if_no_docstring: true, show_bases: false }\n\n"
         "### D\n::: a.e\n    options: { heading_level: 4 }\n\n"
     )
-
-
-FAULTS = {
-    '<a href="nowhere.html">': "nowhere.html is not there",
-    '<a href="folder/">': "folder/ is not there",  # no page in it
-    '<a href="#nowhere">': "#nowhere has no such anchor",
-    '<a href="other.html#nowhere">': "other.html#nowhere has no such anchor",
-    '<a href="../outside.html">': "../outside.html is not there",
-    '<a href="/other.html">': "/other.html is absolute",
-    '<img src="other.html">': "a picture has no text",
-    '<img src="https://a.example/b.png" alt="b">': "fetches https://a.example/b.png",
-    '<img srcset="other.html 1x, //a.example/b.png 2x" alt="b">': "fetches //a.example/b.png",
-    '<script src="https://a.example/b.js"></script>': "fetches https://a.example/b.js",
-    '<link rel="preconnect" href="https://a.example">': "fetches https://a.example",
-    '<style>@import "https://a.example/b.css";</style>': "fetches https://a.example/b.css",
-    '<style>@import url("https://a.example/b.css");</style>': "fetches https://a.example/b.css",
-    '<p style="background: url(https://a.example/b.png)">': "fetches https://a.example/b.png",
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_the_check_finds(tmp_path: Path, fault: str) -> None:
-    site = tmp_path / "site"
-    (site / "folder").mkdir(parents=True)
-    (tmp_path / "outside.html").touch()
-    (site / "other.html").write_text('<h1 id="there">', encoding="utf-8")
-    right = (
-        '<a href="other.html#there"><a href="https://a.example"><a href="mailto:a@a.example"><p id="here">'
-    )
-    (site / "page.html").write_text(f'{right}<a href="#here">{fault}', encoding="utf-8")
-    faults = list(built_site.faults(site, built_site.read_site(site)))
-    assert faults == [f"page.html: {FAULTS[fault]}"]
-
-
-def test_the_check_reads_style_sheets(tmp_path: Path) -> None:
-    (tmp_path / "a.css").write_text("@import url('https://a.example/b.css'); p { background: url(data:x) }")
-    assert list(built_site.faults(tmp_path, {})) == ["a.css: fetches https://a.example/b.css"]

@@ -8,8 +8,8 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
-import built_site
 import pytest
 
 from mla import errors
@@ -21,7 +21,16 @@ else:
 
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN = re.compile(r"(^|/)(\.[^/]+|node_modules|v?env|build|dist|site|tests)/")
-Pages = dict[str, built_site.Page]
+
+
+class Page(NamedTuple):
+    """What a page names, and where it leads."""
+
+    anchors: list[str]
+    links: list[str]
+
+
+Pages = dict[str, Page]
 MODULES = ("mla", "mla_backends", "mla_backends.api", "mla.bench.results")
 
 
@@ -39,12 +48,30 @@ def address(path: str) -> str:
 @pytest.fixture(scope="module")
 def pages(site: Path) -> Pages:
     """Return every page of the built site by its path."""
-    return built_site.read_site(site)
+    texts = {path.relative_to(site).as_posix(): path.read_text("utf-8") for path in site.rglob("*.html")}
+    return {
+        name: Page(re.findall(r'\bid="?([^"\s>]+)', text), re.findall(r'<a\b[^>]*\bhref="?([^"\s>]*)', text))
+        for name, text in texts.items()
+    }
 
 
-def test_every_link_leads_somewhere_and_nothing_comes_from_elsewhere(site: Path, pages: Pages) -> None:
-    assert sum(len(page.links) for page in pages.values()) > 1000
-    assert list(built_site.faults(site, pages)) == []
+def test_pictures_have_a_text_and_nothing_comes_from_elsewhere(site: Path) -> None:
+    """Dead links and anchors are refused by MkDocs itself: see `validation` in mkdocs.yml."""
+    tags = [
+        (path.relative_to(site).as_posix(), *tag)
+        for path in site.rglob("*.html")
+        for tag in re.findall(r"<(img|script|source|iframe|link)\b([^>]*)>", path.read_text("utf-8"))
+    ]
+    assert len(tags) > 200
+    for page, tag, text in tags:
+        values = dict(re.findall(r'\b(\w+)="([^"]*)"', text)) | dict(re.findall(r"\b(\w+)=([^\s\"]+)", text))
+        assert tag != "img" or values.get("alt"), (page, text)
+        if values.get("rel") not in ("canonical", "next", "prev"):
+            fetched = [values[name] for name in ("src", "srcset", "href") if name in values]
+            assert not [url for url in fetched if re.match(r"(\w+:)?//", url)], (page, text)
+    styles = [path.read_text("utf-8") for path in site.rglob("*.css")]
+    assert styles
+    assert not re.search(r"(@import\s+|url\()[\"'(]*(\w+:)?//", "".join(styles))
 
 
 def test_the_navigation_has_every_page_of_the_repository(pages: Pages) -> None:
