@@ -120,8 +120,8 @@ def test_an_author_sees_which_check_failed_and_why(tmp_path: Path) -> None:
         return line.partition(" ")[0]
 
     assert outcome("TestMine::test_conformance[linear.grid]") == "FAILED"
-    assert "linear.grid[nobias-float32]: 17 wrong" in done.stdout
-    assert "`linear.grid[nobias-float32]#3`: 3 tokens, 256 to 128, biased: out: " in done.stdout
+    assert "linear.grid[nobias-float32]: 4 wrong" in done.stdout
+    assert "`linear.grid[nobias-float32]#2`: 256 tokens, 256 to 128, biased: out: " in done.stdout
     assert outcome("TestMine::test_conformance[linear.pack]") == "PASSED"
     assert "the backend offers no graphs" in done.stdout
     assert outcome("TestMine::test_conformance[linear.drawn]") == "FAILED", "a bias is drawn"
