@@ -1,21 +1,17 @@
-"""The scripts of a release: names on an index, a tag and its changes, links that work on another site."""
+"""The scripts of a release: a tag and its changes, links that work on another site."""
 
 from __future__ import annotations
 
 import re
 import shutil
 import subprocess
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FORGE = "https://forge.example/owner/mla"
-DIRECT = {"no_proxy": "127.0.0.1"}  # a proxy of this machine cannot know that index
 CODE = re.compile(r"```.*?```|`[^`]+`", re.DOTALL)  # which holds no links
 UNNEEDED = (
     ".git",
@@ -31,24 +27,6 @@ UNNEEDED = (
 )
 
 Script = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@contextmanager
-def index(*projects: str, status: int = 404) -> Iterator[str]:
-    """Serve an index of these projects, which answers `status` for all others."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            self.send_response(200 if self.path.strip("/") in projects else status)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            """Print nothing."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
 
 
 def snapshot(tree: Path) -> dict[Path, str]:
@@ -67,49 +45,6 @@ def tree(tmp_path: Path) -> Path:
         if folder.is_dir() and folder.name != "__pycache__":
             (target / folder.relative_to(ROOT)).mkdir(parents=True, exist_ok=True)
     return target
-
-
-def test_free_names_are_free(packaging_script: Script) -> None:
-    with index("torch", "mlb") as address:
-        done = packaging_script("names.py", "--index", address, **DIRECT)
-    assert done.returncode == 0
-    assert done.stdout.startswith("free: mla-bench, mla-backends, mla-backend-cpu, ")
-
-
-@pytest.mark.parametrize(
-    ("project", "sentence"),
-    [
-        ("mla-backend-metax", "'mla-backend-metax' is taken."),
-        ("mlabench", "'mla-bench' will be refused: it is too similar to 'mlabench', which exists."),
-        (
-            "m1a-backends",
-            "'mla-backends' will be refused: it is too similar to 'm1a-backends', which exists.",
-        ),
-        ("mlabackendm0ore", None),  # two changes at once: not asked for
-        (
-            "mla-backend-mo0re",
-            "'mla-backend-moore' will be refused: it is too similar to 'mla-backend-mo0re'",
-        ),
-        ("mlabackendcpu", "'mla-backend-cpu' will be refused: it is too similar to 'mlabackendcpu'"),
-    ],
-)
-def test_a_name_that_cannot_be_had_is_found(
-    packaging_script: Script, project: str, sentence: str | None
-) -> None:
-    with index(project) as address:
-        done = packaging_script("names.py", "--index", address, **DIRECT)
-    assert done.returncode == (0 if sentence is None else 1)
-    assert sentence is None or done.stdout.startswith(sentence)
-
-
-@pytest.mark.parametrize("status", [500, 403])
-def test_an_index_that_does_not_say_is_not_taken_for_free_names(
-    packaging_script: Script, status: int
-) -> None:
-    with index(status=status) as address:
-        done = packaging_script("names.py", "--index", address, **DIRECT)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert f"{address} did not say which names exist: HTTP Error {status}" in done.stderr
 
 
 def test_a_tag_must_be_the_version_and_its_changes_dated(packaging_script: Script, tree: Path) -> None:
@@ -203,8 +138,6 @@ def test_a_dead_link_ends_a_release_and_changes_nothing(
 @pytest.mark.parametrize(
     ("script", "words", "code", "sentence"),
     [
-        ("names.py", ["--index", "notaurl"], 2, "error: notaurl did not say which names exist: "),
-        ("names.py", ["--index", "http://a b"], 2, "error: http://a b did not say which names exist: "),
         ("build_all.py", ["FILE"], 2, "FILE cannot be made a folder: File exists."),
         ("build_all.py", ["FILE/dist"], 2, "FILE/dist cannot be made a folder: Not a directory."),
         ("build_all.py", ["dist", "--jobs", "0"], 2, "argument --jobs: '0' is not a number from 1 to 99"),
