@@ -54,16 +54,22 @@ def check_selection(
     return out[:, :topk]
 
 
-@pytest.mark.parametrize("index_format", ["", "fp8"])
-def test_a_long_request_is_split_over_threads(kernels: Library, threads: Threads, index_format: str) -> None:
+@pytest.mark.parametrize(
+    ("heads", "width", "index_format"),
+    [(5, 32, ""), (5, 32, "fp8"), (32, 128, ""), (64, 128, ""), (64, 128, "fp8")],
+)
+def test_a_long_request_is_split_over_threads(
+    kernels: Library, threads: Threads, heads: int, width: int, index_format: str
+) -> None:
+    """With 32 and 64 heads of 128 channels, tiles hold scores until the next keys are multiplied."""
     batch = SparseBatch((2, 1), (9001, 40), page_size=64)
     for topk in (50, 2048, 6000):
         batch.draw.manual_seed(topk)
         with threads(1):
-            alone = check_selection(kernels, batch, 5, 32, topk, index_format)
+            alone = check_selection(kernels, batch, heads, width, topk, index_format)
         batch.draw.manual_seed(topk)
         with threads(5):
-            assert torch.equal(check_selection(kernels, batch, 5, 32, topk, index_format), alone)
+            assert torch.equal(check_selection(kernels, batch, heads, width, topk, index_format), alone)
 
 
 def test_infinite_keys_and_scores_of_any_sign_lose_no_position(kernels: Library, threads: Threads) -> None:
