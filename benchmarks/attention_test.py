@@ -36,13 +36,6 @@ DEVICES = {
         for name, entry in WITHOUT_PLUGIN.items()
     },
 }
-# Flags that other versions of the original have.
-REFUSED = {
-    "--skip_correctness": "outputs are always checked, outside of what is timed; leave it out",
-    "--skip_performance": "this test measures; `python -m mla.conformance --backend NAME` checks alone",
-    "--use_small_config": "the config is the original's; `python -m mla.bench --backend NAME --preset smoke` "
-    "is a short run",
-}
 TITLES = {"mla": "Custom", "transformers": "Transformers"}
 WIDTH = 78
 
@@ -102,19 +95,6 @@ def device_flags(command: click.decorators.FC) -> click.decorators.FC:
     return command
 
 
-def refuse(ctx: click.Context, parameter: click.Parameter, given: bool) -> None:
-    """Say why a flag of other versions of the original cannot be honoured."""
-    if given:
-        raise click.UsageError(f"{parameter.opts[0]}: {REFUSED[parameter.opts[0]]}.")
-
-
-def refused_flags(command: click.decorators.FC) -> click.decorators.FC:
-    """Add the flags that get a sentence instead of a run."""
-    for flag in REFUSED:
-        command = click.option(flag, is_flag=True, hidden=True, expose_value=False, callback=refuse)(command)
-    return command
-
-
 def one_device(flags: Mapping[str, bool]) -> str:
     """Return the platform that was chosen. Raises `click.UsageError` unless there is one."""
     chosen = [name for name, given in flags.items() if given]
@@ -128,7 +108,6 @@ def one_device(flags: Mapping[str, bool]) -> str:
 
 @click.command(help=__doc__)
 @device_flags
-@refused_flags
 @click.option(
     "--model_path", type=click.Path(path_type=Path), help="Compare with transformers on its weights."
 )

@@ -7,7 +7,7 @@ import hashlib
 import io
 import re
 import tokenize
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -19,9 +19,6 @@ from benchmarks.triton.sources import kernel_of, specialised
 KERNELS = Path(ops.__file__).parent / "jit"
 READERS = ("counting.py", "resources.py", "sources.py", "worker.py")  # of what a compiler yields
 SILENT = (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING)
-NAME = re.compile(
-    r"\bdef\n(\w+)|\A(\w+)\n="
-)  # of what a text of `code` defines; imports that are tried have none
 
 
 def fingerprint() -> str:
@@ -34,11 +31,11 @@ def fingerprint() -> str:
 
 
 def fingerprint_of(case: Case) -> str:
-    """Return what the answer to a case depends on: it, what its kernel reaches, and who reads the answer."""
-    module, _, kernel = case.kernel.rpartition(".")[2].partition(":")
-    texts = [text for path in _files(KERNELS / f"{module}.py") for text in code(path)]
+    """Return what the answer to a case depends on: it, its kernel's files, and who reads the answer."""
+    module = case.kernel.rpartition(".")[2].partition(":")[0]
+    texts = [text for path in sorted(_files(KERNELS / f"{module}.py")) for text in code(path)]
     readers = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in READERS)
-    return _digest([case.to_json(), *_reached(kernel, texts), *readers])
+    return _digest([case.to_json(), *texts, *readers])
 
 
 def _digest(texts: Iterable[str]) -> str:
@@ -51,18 +48,6 @@ def _files(path: Path) -> set[Path]:
         return set()
     names = re.findall(rf"^from {ops.__name__}\.jit\.(\w+) import", path.read_text(encoding="utf-8"), re.M)
     return {path}.union(*(_files(path.with_name(f"{name}.py")) for name in names))
-
-
-def _reached(kernel: str, texts: Sequence[str]) -> list[str]:
-    """Return, sorted, those of what files define that a kernel names, or what it names, and so on."""
-    named = {match[match.lastindex or 0]: text for text in texts if (match := NAME.search(text))}
-    reached, waiting = {*texts}.difference(named.values()), {kernel} & named.keys()
-    while waiting:
-        text = named[waiting.pop()]
-        if text not in reached:
-            reached.add(text)
-            waiting |= set(re.findall(r"\w+", text)) & named.keys()
-    return sorted(reached)
 
 
 def _compiled_for(case: Case) -> str:

@@ -35,17 +35,10 @@ def test_a_missing_version_is_named_with_its_cure(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "old", "new", "changed"),
-    [
-        ("latent.py", "tl.trans(weight) * several", "several", {"merge"}),
-        ("latent.py", "value = value / whole[:, None]", "value = value", {"latent: 16 heads"}),
-        ("latent.py", "LN2 = tl.constexpr(0.69", "LN2 = tl.constexpr(0.96", {"latent: 16 heads", "merge"}),
-        ("shared.py", "exp2", "exp", {"latent: 16 heads", "merge", "expanded: causal"}),
-        ("shared.py", "gdc_launch_dependents = gdc_wait = None", "pass", {*KINDS}),
-    ],
+    ("file", "changed"), [("latent.py", {"latent: 16 heads", "merge"}), ("shared.py", {*KINDS})]
 )
-def test_an_answer_depends_on_what_its_kernel_reaches(
-    file: str, old: str, new: str, changed: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_answer_depends_on_the_files_of_its_kernel(
+    file: str, changed: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def numbers() -> dict[str, str]:
         return {name: module.fingerprint_of(cases[name]) for name in KINDS}
@@ -54,9 +47,9 @@ def test_an_answer_depends_on_what_its_kernel_reaches(
     for path in KERNELS.glob("*.py"):
         (tmp_path / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(module, "KERNELS", tmp_path)
-    before, source = numbers(), (tmp_path / file).read_text(encoding="utf-8")
-    assert old in source
-    (tmp_path / file).write_text(source.replace(old, new), encoding="utf-8")
+    before = numbers()
+    with (tmp_path / file).open("a", encoding="utf-8") as stream:
+        stream.write("\nMORE = 1\n")
     after = numbers()
     assert {name for name in KINDS if after[name] != before[name]} == changed
 

@@ -136,8 +136,6 @@ def test_the_original_command_line_prints_the_original_format(
             3,
             "error: backend 'hygon': there is no plugin for Hygon DCUs; with Hygon's torch for ",
         ),
-        (("--cpu", "--skip_correctness"), 2, "Error: --skip_correctness: outputs are always checked, "),
-        (("--use_small_config",), 2, "Error: --use_small_config: the config is the original's; "),
         (
             ("--cpu", "--model_path", "nowhere"),
             2,
