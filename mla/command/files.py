@@ -87,7 +87,10 @@ def is_stdout(path: Path | None) -> bool:
 
 def is_stream(path: Path) -> bool:
     """Return whether what is written adds up, as in a pipe or on stdout: write to it once."""
-    return is_stdout(path) or path.is_fifo() or os.path.realpath(path) == os.devnull
+    try:
+        return is_stdout(path) or path.is_fifo() or os.path.realpath(path) == os.devnull
+    except OSError:  # its folder cannot be read any more, which writing will say
+        return False
 
 
 def write_bytes(data: bytes, path: Path) -> None:

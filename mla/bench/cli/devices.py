@@ -187,6 +187,14 @@ def replay(folder: Path, name: str | None, runs: int, **chosen: Any) -> int:
     return Exit.OK
 
 
+class _Memory(click.types.StringParamType):
+    """An amount of memory, that `read_memory` reads."""
+
+    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """Return what to give where it is missing."""
+        return "Give that of one device, such as --memory 80GiB."
+
+
 @dataclass(frozen=True)
 class CapacityOptions:
     """The options of `capacity`, one field each."""
@@ -196,7 +204,7 @@ class CapacityOptions:
         "--config", metavar="NAME|PATH", default=DEFAULT_CONFIG, show_default=True, help="As for a run.",
     )]
     memory: Annotated[int, click.option(
-        "--memory", metavar="SIZE", required=True, callback=parsed_by(read_memory),
+        "--memory", metavar="SIZE", type=_Memory(), required=True, callback=parsed_by(read_memory),
         help="Memory that one device has for weights and cache of all attention layers, such as 80GiB.",
     )]
     layout: Annotated[Layout, click.option(

@@ -333,6 +333,8 @@ class _Engine:
             order.shuffle(due)
             for runner in due:
                 if self._hooks.should_stop(self._times.ending(runner), "another pass"):
+                    if index == 0:
+                        continue  # a shorter pass of another implementation may still fit
                     return
                 if self._correct(runner) and self._times.another(runner):
                     with self.running(runner.implementation):

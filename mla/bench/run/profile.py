@@ -35,7 +35,7 @@ from mla.bench.subjects.base import Implementation, LayerChecker
 from mla.bench.subjects.fixture import Fixture, make_fixture
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.workload.scenario import Scenario
-from mla.command import exit_codes
+from mla.command import exit_codes, last_words
 from mla.command.console import note
 from mla.command.display import Progress
 from mla.command.exit_codes import Exit, interrupted
@@ -75,6 +75,7 @@ def _record_all(request: Request, run: results.Run, trace: Trace, budget: Budget
 
     def hung(scenario: str, implementation: str) -> None:
         note(f"profiling hung at {scenario} / {implementation} and was stopped; the result is complete")
+        last_words.dismiss(code)
         os._exit(code)
 
     cases = [(case.scenario, case.implementation) for case in run.cases if case.latency_ms]

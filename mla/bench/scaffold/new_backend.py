@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -111,7 +110,7 @@ def _path(source: Path, package: str) -> str:
 
 
 def _write(files: Mapping[str, str], folder: Path) -> None:
-    """Write everything elsewhere on the same file system first: a disk may fill up.
+    """Write everything elsewhere on the same file system, then rename it: a disk may fill up before.
 
     A folder that is there is kept: it may be a shell's working directory.
     """
@@ -121,4 +120,6 @@ def _write(files: Mapping[str, str], folder: Path) -> None:
             target = Path(staging, "project", path)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(text, encoding="utf-8")
-        shutil.copytree(Path(staging, "project"), folder, dirs_exist_ok=True)
+        folder.mkdir(exist_ok=True)
+        for entry in Path(staging, "project").iterdir():
+            entry.rename(folder / entry.name)

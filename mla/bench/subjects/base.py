@@ -176,7 +176,9 @@ class Foreign(Implementation):
         wrong = ""
         if not isinstance(outputs, dict) or outputs.keys() != self._ran:
             wrong = f"is not a dict of the {len(self._ran)} forwards of the pass"
-        elif bad := [index for index in outputs if getattr(outputs[index], "shape", ()) != self._shape]:
+        elif bad := [
+            index for index, x in outputs.items() if not torch.is_tensor(x) or x.shape != self._shape
+        ]:
             wrong = f"has no tensor {list(self._shape)} for forward {bad[0]}"
         if wrong:
             return Check(status="wrong", reason=f"outputs() of '{self.name}' {wrong}")

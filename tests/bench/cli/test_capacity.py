@@ -40,7 +40,7 @@ def test_a_cache_format_is_counted(bench: Bench) -> None:
     [
         (("--memory", "8"), "'8' is not a valid amount of memory, such as 80GiB or 64GB"),
         (("--memory", "0GiB"), "'0GiB' is not a valid amount of memory"),
-        ((), "Missing option '--memory'."),
+        ((), "Missing option '--memory'. Give that of one device, such as --memory 80GiB."),
         (("--memory", "8GB", "--parallel", "tp=3"), "splits heads over 3 ranks"),
         (("--memory", "8GB", "--parallel", "tp"), "a layout is written as in 'tp=2,dcp=2'"),
         (("--memory", "8GB", "--config", "none"), "unknown config 'none'"),

@@ -208,6 +208,13 @@ def test_no_pass_starts_when_the_time_is_over_and_all_that_ran_are_checked(decod
     assert not any(measurement.interrupted for measurement in measured.values())
 
 
+def test_a_first_pass_that_does_not_fit_leaves_the_others_theirs(decode: Bench) -> None:
+    answers = iter(["too little time", *[""] * 3, "it is over"])
+    hooks = Hooks(should_stop=lambda seconds, what: next(answers) if what == "another pass" else "")
+    measured = decode.measure(decode.parrot("a"), decode.parrot("b"), hooks=hooks)
+    assert sum(len(measurement.passes) for measurement in measured.values()) == 3
+
+
 @pytest.mark.parametrize("short", [True, False])
 def test_new_lengths_are_left_out_where_time_is_short(
     decode: Bench, monkeypatch: pytest.MonkeyPatch, short: bool

@@ -70,6 +70,9 @@ class Strange(Plain):
 class OneRow(Plain):
     outputs = lambda self: {index: rows[:1] for index, rows in self.kept.items()}
 
+class Arrays(Plain):
+    outputs = lambda self: {index: rows.float().numpy() for index, rows in self.kept.items()}
+
 class Listed(Plain):
     outputs = lambda self: list(self.kept.values())
 
@@ -145,6 +148,7 @@ def test_one_that_remembers_what_it_should_not_is_wrong(measure: Bench) -> None:
         ("Few", "is not a dict of the 3 forwards of the pass"),
         ("Strange", "is not a dict of the 3 forwards of the pass"),
         ("OneRow", "has no tensor ["),
+        ("Arrays", "has no tensor ["),
         ("Listed", "is not a dict of the 3 forwards of the pass"),
     ],
 )
