@@ -77,8 +77,9 @@ class _Ring:
         """Copy `host` to `target`, from a slot; where the stack has no events, wait for the copy."""
         size = max(LEAST_SLOT_BYTES, 1 << (host.nbytes - 1).bit_length())
         if capturing(self._device):
-            self._captured.append(_host_memory(size))
-            target.copy_(_filled(self._captured[-1], host), non_blocking=True)
+            memory = _host_memory(size)
+            self._captured.append(memory)
+            target.copy_(_filled(memory, host), non_blocking=True)
         elif not self._has_events:
             target.copy_(host)
         else:

@@ -23,6 +23,7 @@ from mla_backends.kernels.paged import LatentLimits
 from mla_backends.kernels.vendor import (
     DeviceReason,
     KernelRefused,
+    Scratch,
     VendorModule,
     VendorOp,
     accepts,
@@ -311,8 +312,9 @@ class Wrappers:
 #
 # Plans are made on the host from host tensors, so that nothing is copied back from the device.
 
-# Tiles of its kernels hold whole tokens with these heads: see `tile_reasons`.
-LIMITS = LatentLimits(page_sizes=None, heads=(1, 2, 4, 8, 16, 32, 64, 128), graph=False)
+# Tiles of its kernels hold whole tokens with these heads, to which others are padded: see `tile_reasons`.
+HEADS = (1, 2, 4, 8, 16, 32, 64, 128)
+LIMITS = LatentLimits(page_sizes=None, heads=HEADS, pads_heads_to=HEADS, graph=False)
 COMPILES = "it compiles its kernel for this device at first use (a minute or more)"
 
 
@@ -351,7 +353,7 @@ class FlashInferMla(VendorOp):
         self._e4m3_reason = e4m3_reason
         self.release = Release(install)
         super().__init__(self.release.vendor)
-        self.limits = replace(limits, pads_heads_to=(), graph=False)
+        self.limits, self._scratch = replace(limits, graph=False), Scratch()
         self._backend = backend
         self._wrappers: dict[torch.device, Wrappers] = {}
         self._pages = PageIndex()
@@ -380,11 +382,12 @@ class FlashInferMla(VendorOp):
         return reasons
 
     def attempt(self, spec: AttentionSpec) -> str:
-        try:
-            return try_latent(self, spec, (self.limits.page_sizes or (64,))[0])
-        except BaseException:
+        return try_latent(self, spec, (self.limits.page_sizes or (64,))[0])
+
+    def preflight(self, spec: AttentionSpec) -> list[str]:
+        if reasons := super().preflight(spec):
             self._wrappers.pop(spec.device, None)  # its workspace would be kept for nothing
-            raise
+        return reasons
 
     def unsupported_batch(
         self, spec: Any, query_lens: Sequence[int], kv_lens: Sequence[int], page_size: int | None = None
@@ -394,8 +397,8 @@ class FlashInferMla(VendorOp):
             reasons.append("a batch must have new tokens")
         if any(keys < count != 1 for count, keys in zip(query_lens, kv_lens, strict=True)):
             reasons.append("a request must not have more new tokens than keys")
-        reasons += work_reasons(spec.num_heads, query_lens, spec.device)
-        reasons += tile_reasons(spec.num_heads, query_lens)
+        heads = self.limits.padded_heads(spec.num_heads) or spec.num_heads
+        reasons += work_reasons(heads, query_lens, spec.device) + tile_reasons(heads, query_lens)
         far = far_reasons(kv_lens, page_size, spec.kv_lora_rank + spec.qk_rope_head_dim)
         return reasons + (far if far and not self.release.wide_pages else [])
 
@@ -426,7 +429,7 @@ class FlashInferMla(VendorOp):
                 "kv_indptr": integers(accumulate(pages, initial=0)),
                 "kv_indices": self._pages.gather(batch.block_table, pages),
                 "kv_len_arr": integers(batch.kv_lens),
-                "num_heads": spec.num_heads,
+                "num_heads": self.limits.padded_heads(spec.num_heads) or spec.num_heads,
                 "head_dim_ckv": spec.kv_lora_rank,
                 "head_dim_kpe": spec.qk_rope_head_dim,
                 "page_size": batch.page_size,
@@ -455,14 +458,26 @@ class FlashInferMla(VendorOp):
         self._check_places(cache)
         self._wants_lse = lse is not None
         wrapper = self._pool(q.device).planned(state, self._wants_lse)
-        sums = lse if lse is None or lse.is_contiguous() else lse.new_empty(lse.shape)
-        self.release.run(wrapper, q, cache, out, sums, stored)
+        heads, target = q.shape[1], out
+        sums = lse if lse is None or lse.is_contiguous() else self._wide("lse", lse, heads)
+        if (planned := state.plan["num_heads"]) > heads:
+            target, given = self._wide("out", out, planned), q
+            q = self._wide("q", q, planned)
+            q[:, :heads] = given
+            sums = None if lse is None else self._wide("lse", lse, planned)
+        self.release.run(wrapper, q, cache, target, sums, stored)
+        if target is not out:
+            out.copy_(target[:, :heads])
         if lse is not None and sums is not None and sums is not lse:
-            lse.copy_(sums)
+            lse.copy_(sums[:, :heads])
         if state.empty is not None:
             out.index_fill_(0, state.empty, 0)
             if lse is not None:
                 lse.index_fill_(0, state.empty, -math.inf)
+
+    def _wide(self, name: str, x: torch.Tensor, heads: int) -> torch.Tensor:
+        """Return memory like x [T, h, ..] with so many heads, those of no call full of zeros."""
+        return self._scratch.take(name, (x.shape[0], heads, *x.shape[2:]), x)
 
     def _check_places(self, cache: torch.Tensor) -> None:
         """Raise `KernelRefused` for a cache in which an old release loses its way."""

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mla_backends.kernels.paged import E4M3_QUERIES, LatentLimits, Launch, PagedLatentOp, Result
-from mla_backends.kernels.vendor import VendorModule, accepts, default, demanded, missing
+from mla_backends.kernels.vendor import KernelRefused, VendorModule, accepts, default, demanded, missing
 
 if TYPE_CHECKING:
     import torch
@@ -174,6 +174,8 @@ class IxformerMla(PagedLatentOp):
         return missing(self._function, IXFORMER, IXFORMER_ARGUMENTS)
 
     def launch(self, plan: Any, call: Launch) -> Result:
+        if not call.cache.is_contiguous():
+            raise KernelRefused("ixformer reads a contiguous latent cache only, and this one is a slice.")
         wanted = (LSE, GRAPH) if call.captured else (LSE,)
         options = {name: True for name in wanted if accepts(self._function, name)}
         rows, _, heads, _ = call.q.shape

@@ -33,15 +33,28 @@ def hopper() -> Any:
 # ---------------------------------------------------------------------------------------- a token's last key
 
 
+@each_release
+@pytest.mark.parametrize("heads", [12, 40, 96])
+def test_heads_that_tiles_would_cut_are_padded(
+    installed: Any, make_problem: Any, assert_right: Any, release: str, heads: int
+) -> None:
+    with installed(release):
+        op = FlashInferMla()
+        for query_lens, kv_lens in (([1, 1], [65, 64]), ([70, 3, 1], [70, 65, 129])):
+            problem = make_problem(query_lens, kv_lens, heads=heads)
+            assert op.unsupported_reasons(problem.spec) == []
+            assert op.unsupported_batch(problem.spec, query_lens, kv_lens, 64) == []
+            assert_right(problem.run(op), problem.truth())
+
+
 def test_a_token_whose_last_key_would_be_lost_is_refused(
     installed: Any, make_problem: Any, make_spec: Any, assert_right: Any
 ) -> None:
-    """Heads that a tile of 128 rows cuts are refused with the layer, and by one of 64 with the batch."""
+    """More heads than a tile of 128 rows are refused with the layer, and than one of 64 with the batch."""
     with installed("flashinfer"):
         op = FlashInferMla()
-        for heads in (20, 40, 96, 192):
-            (reason,) = op.unsupported_reasons(make_spec(num_heads=heads))
-            assert reason.endswith(f"or 128 heads, not {heads}")
+        (reason,) = op.unsupported_reasons(make_spec(num_heads=192))
+        assert reason == "it serves 1, 2, 4, 8, 16, 32, 64 or 128 heads, not 192"
         query_lens, kv_lens = (1, 0, 0), (65, 5, 5)
         problem = make_problem(query_lens, kv_lens, heads=128)
         (reason,) = op.unsupported_batch(problem.spec, query_lens, kv_lens, 64)
@@ -53,7 +66,7 @@ def test_a_token_whose_last_key_would_be_lost_is_refused(
 
 @settings(max_examples=60, deadline=None)
 @given(
-    heads=st.sampled_from(flashinfer.LIMITS.heads or ()),
+    heads=st.sampled_from(flashinfer.HEADS),
     drawn=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 130)), min_size=1, max_size=4),
 )
 def test_every_batch_that_loses_a_key_is_refused(installed: Any, heads: int, drawn: Any) -> None:
