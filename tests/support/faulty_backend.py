@@ -11,32 +11,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from wrapped_op import WrappedOp
 
-from mla.reference import REFERENCE
 from mla_backends import FusedOp
-from mla_backends.api import Packed
 from mla_backends.testing import HostBackend
 
 
-class FaultyOp(FusedOp):
+class FaultyOp(WrappedOp):
     """A reference op, and then its fault."""
 
-    nan_safe_tail = True
-
     def __init__(self, kind: str, fault: str) -> None:
-        self._right, self._fault = REFERENCE[kind], fault
-        self.contract = self._right.contract
+        super().__init__(kind)
+        self._fault = fault
         self.writes_lse = fault != "no_lse"
         self._calls = 0
-
-    def pack(self, weight: torch.Tensor) -> Packed:
-        return self._right.pack(weight)
-
-    def unpack(self, packed: Packed) -> torch.Tensor:
-        return self._right.unpack(packed)
-
-    def prepare(self, spec: Any, batch: Any) -> Any:
-        return self._right.prepare(spec, batch)
 
     def __call__(self, *leading: Any, **tensors: Any) -> None:
         self._calls += 1
@@ -45,12 +33,12 @@ class FaultyOp(FusedOp):
         flat = "slots" in tensors
         out = tensors["cache"].view(-1, tensors["cache"].shape[-1]) if flat else tensors["out"]
         if not len(tensors["slots"] if flat else out):  # there is nothing to spoil
-            self._right(*leading, **tensors)
+            self.right(*leading, **tensors)
             return
         rows: Any = tensors["slots"] if flat else slice(None)
         last = rows[-1] if flat else -1
         before = out[last].clone()
-        self._right(*leading, **tensors)
+        self.right(*leading, **tensors)
         if self._fault == "scale" and not out.is_floating_point():
             out[rows] += 1
         elif self._fault == "scale":

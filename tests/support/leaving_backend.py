@@ -9,12 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from wrapped_op import WrappedOp
 
-from mla.reference import REFERENCE
 from mla_backends import Availability, Backend, BackendError, FusedOp
 from mla_backends.api import API_VERSION, DeviceInfo, HostTimer, MemoryInfo, Packed, Timer
-
-KIND = "linear"
 
 
 class Odd(BaseException):
@@ -30,12 +28,11 @@ RAISED: dict[str, Callable[[], BaseException]] = {
 }
 
 
-class LeavingOp(FusedOp):
+class LeavingOp(WrappedOp):
     """The reference op, unless it leaves."""
 
-    contract = REFERENCE[KIND].contract
-
     def __init__(self, backend: Leaving) -> None:
+        super().__init__("linear")
         self._backend = backend
 
     def unsupported_reasons(self, spec: Any) -> list[str]:
@@ -44,10 +41,10 @@ class LeavingOp(FusedOp):
 
     def pack(self, weight: torch.Tensor) -> Packed:
         self._backend.leave("pack")
-        return REFERENCE[KIND].pack(weight)
+        return super().pack(weight)
 
     def __call__(self, *args: Any, **tensors: Any) -> None:
-        REFERENCE[KIND](*args, **tensors)
+        super().__call__(*args, **tensors)
         self._backend.leave("call")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
@@ -12,10 +11,8 @@ from mla.bench.subjects.op import OpImplementation
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.grid import OpScenario
 from mla.config import MLAConfig
-from mla.reference import REFERENCE
 from mla.verify.verdict import Check
 from mla_backends import FusedOp
-from mla_backends.api import Packed
 from mla_backends.testing import HostBackend
 
 # An op of every kind, and the roles that differ in how their operands lie in memory.
@@ -29,28 +26,6 @@ ROLES = {
     "latent_attention": "latent_attention",
     "expanded_attention": "expanded_attention",
 }
-
-
-class WrappedOp(FusedOp):
-    """The reference, around which a subclass does something."""
-
-    nan_safe_tail = True
-
-    def __init__(self, kind: str) -> None:
-        self.right = REFERENCE[kind]
-        self.contract = self.right.contract
-
-    def pack(self, weight: torch.Tensor) -> Packed:
-        return self.right.pack(weight)
-
-    def unpack(self, packed: Packed) -> torch.Tensor:
-        return self.right.unpack(packed)
-
-    def prepare(self, spec: Any, batch: Any) -> Any:
-        return self.right.prepare(spec, batch)
-
-    def __call__(self, *leading: Any, **tensors: Any) -> None:
-        self.right(*leading, **tensors)
 
 
 class OpBench:

@@ -14,33 +14,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from wrapped_op import WrappedOp
 
-from mla.reference import REFERENCE
 from mla_backends import FusedOp
-from mla_backends.api import Packed
 from mla_backends.testing import HostBackend
 
-KIND = "linear"
 
-
-class Faulty(FusedOp):
+class Faulty(WrappedOp):
     """The reference op, and then its fault."""
 
-    contract = REFERENCE[KIND].contract
     woken = False  # in this process, which may have several of it
 
     def __init__(self, options: Mapping[str, str]) -> None:
+        super().__init__("linear")
         self._fault = options.get("fault") if os.environ["RANK"] == options.get("rank", "1") else None
         self._left = int(options.get("call", "0"))
 
-    def pack(self, weight: torch.Tensor) -> Packed:
-        return REFERENCE[KIND].pack(weight)
-
-    def unpack(self, packed: Packed) -> torch.Tensor:
-        return REFERENCE[KIND].unpack(packed)
-
     def __call__(self, *leading: Any, **tensors: Any) -> None:
-        REFERENCE[KIND](*leading, **tensors)
+        super().__call__(*leading, **tensors)
         self._left -= 1
         if self._fault is None or self._left >= 0:
             return

@@ -26,54 +26,45 @@ from typing import Any
 
 import torch
 from opponents.memory import RemembersForwards
+from wrapped_op import WrappedOp
 
 from mla.bench.ranks.layers import RankLayer
 from mla.checkpoint.folder import StoredTensor
-from mla.reference import REFERENCE
 from mla_backends import BackendError, FusedOp
 from mla_backends.api import Packed
 from mla_backends.testing import HostBackend
 
 
-class FailingAttention(FusedOp):
+class FailingAttention(WrappedOp):
     """Attention of the reference that fails before a prefill, or in it."""
 
-    contract = REFERENCE["latent_attention"].contract
-    nan_safe_tail, writes_lse = True, True
-
     def __init__(self, fail: Any) -> None:
+        super().__init__("latent_attention")
         self._fail = fail
 
     def prepare(self, spec: Any, batch: Any) -> Any:
         several = max(batch.query_lens) > 1
         if several:
             self._fail("prepare")
-        return several, REFERENCE["latent_attention"].prepare(spec, batch)
+        return several, super().prepare(spec, batch)
 
     def __call__(self, state: Any, *leading: Any, **tensors: Any) -> None:
         several, of_rank = state
         if several:
             self._fail("call")
-        REFERENCE["latent_attention"](of_rank, *leading, **tensors)
+        super().__call__(of_rank, *leading, **tensors)
 
 
-class FailingLinear(FusedOp):
+class FailingLinear(WrappedOp):
     """A product of the reference whose weights cannot always be packed."""
 
-    contract = REFERENCE["linear"].contract
-
     def __init__(self, fail: Any) -> None:
+        super().__init__("linear")
         self._fail = fail
 
     def pack(self, weight: torch.Tensor) -> Packed:
         self._fail("pack")
-        return REFERENCE["linear"].pack(weight)
-
-    def unpack(self, packed: Packed) -> torch.Tensor:
-        return REFERENCE["linear"].unpack(packed)
-
-    def __call__(self, *leading: Any, **tensors: Any) -> None:
-        REFERENCE["linear"](*leading, **tensors)
+        return super().pack(weight)
 
 
 class _OnRanks(HostBackend):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_bench import WrappedOp
+from wrapped_op import WrappedOp
 
 from mla import MLAConfig
 from mla.bench.measure import evidence

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from float64_attention import attend_segments
-from op_bench import ROLES, OpBench, WrappedOp
+from op_bench import ROLES, OpBench
+from wrapped_op import WrappedOp
 
 from mla import MLAConfig
 from mla.bench.subjects import base as shelf

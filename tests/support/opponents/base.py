@@ -9,10 +9,9 @@ from statistics import median
 from typing import Any
 
 import torch
+from wrapped_op import WrappedOp
 
-from mla.reference import REFERENCE
-from mla_backends import FusedOp
-from mla_backends.api import OPS, Packed
+from mla_backends.api import OPS
 from mla_backends.testing import HostBackend
 
 # The layer that opponents run: no two of its operands have the same width.
@@ -63,23 +62,15 @@ class Call:
         return self.kind == "linear" and self.tensors["out"].shape[-1] == HIDDEN
 
 
-class ReferenceOp(FusedOp):
+class ReferenceOp(WrappedOp):
     """An op of the reference, called through the backend that offers it."""
 
-    nan_safe_tail = True
-
     def __init__(self, kind: str, backend: Opponent) -> None:
-        self.kind, self.right, self._backend = kind, REFERENCE[kind], backend
-        self.contract = OPS[kind]
-
-    def pack(self, weight: torch.Tensor) -> Packed:
-        return self.right.pack(weight)
-
-    def unpack(self, packed: Packed) -> torch.Tensor:
-        return self.right.unpack(packed)
+        super().__init__(kind)
+        self.kind, self._backend = kind, backend
 
     def prepare(self, spec: Any, batch: Any) -> Any:
-        state = self.right.prepare(spec, batch)
+        state = super().prepare(spec, batch)
         return self._backend.planned(state, batch) if self.kind == "latent_attention" else state
 
     def __call__(self, *leading: Any, **tensors: Any) -> None:

@@ -1,0 +1,33 @@
+"""The reference of a kind of op, around which a subclass does something."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mla.reference import REFERENCE
+from mla_backends import FusedOp
+from mla_backends.api import Packed
+
+
+class WrappedOp(FusedOp):
+    """The reference of `kind`."""
+
+    nan_safe_tail = True
+
+    def __init__(self, kind: str) -> None:
+        self.right = REFERENCE[kind]
+        self.contract = self.right.contract
+
+    def pack(self, weight: torch.Tensor) -> Packed:
+        return self.right.pack(weight)
+
+    def unpack(self, packed: Packed) -> torch.Tensor:
+        return self.right.unpack(packed)
+
+    def prepare(self, spec: Any, batch: Any) -> Any:
+        return self.right.prepare(spec, batch)
+
+    def __call__(self, *leading: Any, **tensors: Any) -> None:
+        self.right(*leading, **tensors)
