@@ -90,7 +90,7 @@ def options(trial: Trial) -> None:
         raise CheckFailed(f"-O {option}=1 was accepted")
 
 
-@check("device.info", catches="a figure that nobody can look up")
+@check("device.info", catches="a figure without a source to look up")
 def info(trial: Trial) -> None:
     """Peaks have a source; all else that a device says of itself is checked when a backend is opened."""
     answer = trial.backend.device_info()
