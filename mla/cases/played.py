@@ -37,6 +37,7 @@ from mla.verify.tolerances import LEAST_NORM
 from mla_backends.api import FusedOp
 
 CPU = torch.device("cpu")
+MOST_NAMED = 3  # cases of a scene, each named by its label
 OUTPUTS = ("out", "lse")
 ROWS = frozenset({"x", "kv_a", "q", "k", "v", "out"})  # whose rows may lie far apart
 GUARD_BYTES = 8 << 20  # before and behind an output that one call writes: whole rows but of the widest
@@ -68,11 +69,13 @@ class Scene:
     @property
     def label(self) -> str:
         """The scene in one line."""
-        words = [self.cases[0].label]
-        words += [f"then {case.label}" for case in self.cases[1:]]
+        first, many = self.cases[0].label, len(self.cases) > MOST_NAMED
+        words = [first, *(f"then {case.label}" for case in self.cases[1:])]
+        words = [f"{len(self.cases)} cases, the first {first}"] if many else words
         if self.order != ((0, 1),):
             called = " ".join(f"{index + 1}" + f"x{times}" * (times > 1) for index, times in self.order)
-            words.append(f"called {called}" if len(self.cases) > 1 else f"called {self.calls} times")
+            several = len(self.cases) > 1 and not many
+            words.append(f"called {called}" if several else f"called {self.calls} times")
             words += ["prepared again every time"] * (not self.kept) + ["all prepared before"] * self.early
             words += ["in the same memory"] * self.one_memory + ["with one state"] * bool(self.states)
         words += [f"out holds {self.held:g} before"] * (self.held == self.held)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from mla.conformance.checks import borders
 from mla.conformance.cli import main
 from mla.conformance.registry import LAYER, OP
 from mla.conformance.report import CheckResult
@@ -187,3 +188,9 @@ def test_cases_are_listed_with_a_backend_alone(capsys: Any) -> None:
     assert "'latent.tiles#3' is a case; --list shows cases with --backend alone." in capsys.readouterr().err
     assert main(["--list", "--only", "latent.tiles"]) == 0
     assert "1 check: 1 tiles" in capsys.readouterr().out
+
+
+def test_a_row_of_many_cases_has_a_short_label() -> None:
+    (scene,) = borders.scenes("alive", "latent_attention")
+    assert scene.label.startswith("20 cases, the first q 1,2 kv 5,9, ")
+    assert scene.label.endswith("; called 40 times; all prepared before")
