@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from threading import Barrier
 from typing import Any
 
@@ -216,6 +216,17 @@ def test_threads_share_a_layer_each_with_its_cache(backend: Backend | None, atte
     together(3, work)
     for scene in scenes:
         scene.check(scene.run())
+
+
+def test_layers_of_a_backend_take_turns_as_its_ops_may_keep_scratch_memory() -> None:
+    backend = load_backend("cpu", options={"native": "portable"})
+    first, second = (Scene(backend, seed) for seed in range(2))
+    second.run()
+    with ThreadPoolExecutor(1) as pool:
+        with first.layer._scratch.turn:
+            running = pool.submit(second.run)
+            assert not wait([running], 0.2).done
+        second.check(running.result())
 
 
 class Cores:

@@ -81,6 +81,21 @@ def test_a_killed_build_leaves_nothing_broken_and_no_lock(compiler: Script, tmp_
     assert left(tmp_path) == [private, path.parent.name]  # somebody may still be building there
 
 
+@pytest.mark.usefixtures("compiler")
+def test_a_child_that_outlives_a_build_does_not_keep_its_lock() -> None:
+    """What is forked while a build holds the lock, as by another thread, has its descriptor too."""
+    with cache._alone(cache.prepare() / ".portable.lock", PORTABLE):
+        child = os.fork()
+        if not child:
+            signal.pause()
+    try:
+        with open(cache.folder() / ".portable.lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 @pytest.mark.parametrize("refusal", ["open", "flock"])
 def test_a_file_system_without_locks_builds_all_the_same(
     compiler: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, refusal: str
