@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -129,7 +130,9 @@ def test_an_op_that_changes_the_threads_is_remarked_on(
         "    def ops(self): return {'x': Changing()}\n"
         "from mla.reference import REFERENCE\n"
         "class Changing(Op):\n"
+        "    seen = []\n"
         "    def __call__(self, *args, **tensors):\n"
+        "        self.seen.append(torch.get_num_threads())\n"
         "        REFERENCE['linear'](*args, **tensors)\n"
         "        torch.set_num_threads(1)"
     )
@@ -137,6 +140,8 @@ def test_an_op_that_changes_the_threads_is_remarked_on(
     done = bench(*words, *small, *options)
     assert done.code == 0
     assert "decode: backend 'odd' changed torch's host threads from 2 to 1, " in done.err
+    seen = sys.modules[words[1].partition(":")[0]].Changing.seen
+    assert seen.count(2) > 2, "every pass begins on as many"
 
 
 # -------------------------------------------------------------------------------------- device, clock, name
