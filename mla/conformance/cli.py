@@ -151,7 +151,7 @@ def cli(options: Options) -> int:
     from mla.conformance.failures import Keeper
     from mla.conformance.suite import Asked, Suite, require_hypothesis
 
-    if not options.list_only:
+    if not options.list_only and options.draws != 0:
         require_hypothesis()
     how_long = (options.quick, options.minutes, options.draws, options.seed)
     words, started = click.get_current_context().obj

@@ -136,11 +136,11 @@ class Search:
 
 def draw(trial: Trial) -> None:
     """Draw cases for an op, and judge them. Raises `Refused`, or `CheckFailed` for the smallest wrong one."""
-    from mla.cases.drawn import scenes
-
     drawing, op = trial.subject.drawing, trial.op_of_contract()
     if drawing.count == 0:
         raise Refused("no cases were to be drawn")
+    from mla.cases.drawn import scenes
+
     player = Player(op, trial.require_case)
     name = f"{trial.kind}[{trial.name}-{dtype_name(trial.dtype)}]"
     if drawing.again:

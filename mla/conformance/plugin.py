@@ -105,7 +105,8 @@ def _opened(options: Any) -> Suite:
     )
     how = (options.mla_minutes, options.mla_draws, options.mla_seed)
     try:
-        require_hypothesis()
+        if options.mla_draws != 0:
+            require_hypothesis()
         dtypes = [named_dtype(word) for word in options.mla_dtype]
         asked = Asked(chosen, dtypes, (), options.mla_quick, *how)
         xfails = Xfails.read(Path(options.mla_xfails)) if options.mla_xfails else Xfails()

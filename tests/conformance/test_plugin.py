@@ -158,6 +158,9 @@ def test_without_hypothesis_the_backend_is_not_to_blame(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert sum(line.startswith(sentence) for line in done.stdout.splitlines()) == 1
     assert "Traceback" not in done.stdout + done.stderr
+    none = ("--mla-draws", "0", "-k", "rms_norm")  # nothing is drawn, so that nothing is missing
+    done = run_pytest(tmp_path, *hidden, "-n0", "--pyargs", "mla.conformance", *FAULTY, *none)
+    assert done.returncode == 0, done.stdout + done.stderr
     done = run_pytest(tmp_path, *hidden, "-n0", "test_mine.py", "-k", "rms_norm.drawn or rms_norm.formula")
     assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
     assert sentence in done.stdout
