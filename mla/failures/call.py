@@ -5,6 +5,7 @@ Ops that are watched have each call recorded, made and judged, until the first o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -346,12 +347,13 @@ class Watcher:
         outcome, right = made(recorded, op, tensors, before), expected(recorded)
         self.judged += 1
         reason = judged(recorded, outcome, right)
-        alone = None
+        alone, again, reasons = None, None, ""
         if before is not None or tensors.get("cache") is None:  # there is room for a second cache
             # What is wrong by itself as well has no call before it to blame; otherwise it depends on state.
             device = next(tensor.device for tensor in tensors.values() if torch.is_tensor(tensor))
-            reasons, again = attempted(recorded, op, device, self._synchronize, right)
-            alone = bool(reasons)
+            with contextlib.suppress(BackendError):  # refused this time: what was found still counts
+                reasons, again = attempted(recorded, op, device, self._synchronize, right)
+                alone = bool(reasons)
             if again is not None and not reason:  # what it writes beside its outputs is seen there alone
                 outcome, reason = again, reasons
         self._beat()

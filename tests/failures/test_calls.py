@@ -28,6 +28,7 @@ from mla.layer.ops import layer_roles
 from mla.reference import REFERENCE
 from mla.verify.layer_check import Poison
 from mla.weights import random_state_dict
+from mla_backends import BackendError
 from mla_backends.api import FusedOp
 from mla_backends.testing import HostBackend
 
@@ -201,6 +202,21 @@ def test_strides_are_kept_amid_poison() -> None:
         around = tensor.as_strided((5, 4, tensor.stride(1)), tensor.stride(), tensor.storage_offset())
         assert bool(around[..., 8:].isnan().all())
     assert bool(out.isnan().all())
+
+
+def test_a_wrong_call_is_kept_where_the_op_refuses_to_be_called_again() -> None:
+    class Once(FaultyOp):
+        calls = 0
+
+        def __call__(self, *leading: Any, **tensors: Any) -> None:
+            Once.calls += 1
+            if Once.calls > 1:
+                raise BackendError("once is enough")
+            super().__call__(*leading, **tensors)
+
+    watcher = run_layer(lambda name, op: Once(KINDS[name], "scale") if name == "o_proj" else op)
+    assert watcher.wrong is not None
+    assert (watcher.wrong.call.facts.role, watcher.wrong.alone) == ("o_proj", None)
 
 
 def test_what_lies_between_rows_must_stay() -> None:

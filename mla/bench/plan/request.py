@@ -299,12 +299,11 @@ def dry_run(request: Request) -> None:
     for scenario in request.scenarios:
         for name, reason in scenario.refused.items():
             note(f"{scenario.name}, {name} will be skipped: {reason}")
-    more = [
-        "limits",
-        "float64 oracle",
-        *["what was not tried"] * any(case.said == "not tried" for case in cases),
-    ]
-    note(f"{counted(len(cases), 'case')}, about {spoken(total)} of forwards, plus {' and '.join(more)}")
+    beside = ["limits", "float64 oracle"]
+    if any(case.said == "not tried" for case in cases):
+        beside = ["limits, float64 oracle", "what was not tried"]
+    said = f"{counted(len(cases), 'case')}, about {spoken(total)} of forwards"
+    note(f"{said}, plus {' and '.join(beside)}")
 
 
 def _cases(request: Request) -> list[_Case]:
