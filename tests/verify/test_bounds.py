@@ -101,6 +101,15 @@ def test_few_rows_may_err_more_than_many(even: Even) -> None:
     assert bounds.of_whole(bounds.rows[:100], large) > 0.9 * row, "a row that is most of the whole"
 
 
+def test_rows_that_repeat_err_alike(even: Even) -> None:
+    """All heads that see one key have its values: what one of them may err by, all may."""
+    off = 1 + 2.4 * UNITS[BF16]  # less than a row may be off by, and more than the whole of many
+    one, many = even(1, 64), even(100, 64)
+    same = one.expand(100, 64)
+    assert judge(one * off, one, one, BF16)[1] == judge(same * off, same, same, BF16)[1] == ""
+    assert "of the whole" in judge(many * off, many, many, BF16)[1]
+
+
 def test_what_the_reference_errs_in_a_row_is_added_to_what_others_may(even: Even) -> None:
     errors = torch.tensor([0.0, 1e-2, 0.0], dtype=torch.float64).repeat(100)
     rows = op_bounds(errors, even(300), BF16).rows

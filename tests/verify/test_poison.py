@@ -49,7 +49,7 @@ def run_pass(layer: MlaLayer, scenario: Scenario) -> None:
 def history_slots(layer: MlaLayer, scenario: Scenario) -> torch.Tensor:
     """Return the flattened cache rows that hold history."""
     pairs = zip(layer._sequences, scenario.history, strict=True)
-    return torch.cat([layer._cache.slots(sequence)[:length] for sequence, length in pairs])
+    return torch.cat([layer.cache.slots(sequence)[:length] for sequence, length in pairs])
 
 
 def clean(cache: LatentCache) -> torch.Tensor:
@@ -64,11 +64,11 @@ def test_after_restore_only_history_is_readable(setting: Setting, scenario: Scen
     for _ in range(passes):
         run_pass(layer, scenario)
         layer.restore()
-    owned = torch.zeros(layer._cache.num_pages * PAGE, dtype=torch.bool)
+    owned = torch.zeros(layer.cache.num_pages * PAGE, dtype=torch.bool)
     owned[history_slots(layer, scenario)] = True
-    assert torch.equal(clean(layer._cache), owned)
+    assert torch.equal(clean(layer.cache), owned)
     for sequence, (kv, pe), length in zip(layer._sequences, inputs.history, scenario.history, strict=True):
-        rows = layer._cache.read(sequence)
+        rows = layer.cache.read(sequence)
         assert torch.equal(rows[0][:length], kv)
         assert torch.equal(rows[1][:length], pe)
 
@@ -76,7 +76,7 @@ def test_after_restore_only_history_is_readable(setting: Setting, scenario: Scen
 def test_a_pass_writes_only_the_rows_of_its_new_tokens(setting: Setting) -> None:
     layer, _ = load(setting, DECODE)
     run_pass(layer, DECODE)
-    assert int(clean(layer._cache).sum()) == sum(DECODE.final_lens)
+    assert int(clean(layer.cache).sum()) == sum(DECODE.final_lens)
 
 
 def test_every_pass_gets_the_same_pages_and_gives_the_same_outputs(setting: Setting) -> None:
@@ -84,7 +84,7 @@ def test_every_pass_gets_the_same_pages_and_gives_the_same_outputs(setting: Sett
     seen = []
     for _ in range(3):
         run_pass(layer, DECODE)
-        slots = torch.cat([layer._cache.slots(sequence) for sequence in layer._sequences])
+        slots = torch.cat([layer.cache.slots(sequence) for sequence in layer._sequences])
         outputs = torch.stack([output for _, output in sorted(layer.outputs().items())])
         seen.append((slots.tolist(), outputs))
         layer.restore()
@@ -95,17 +95,17 @@ def test_every_pass_gets_the_same_pages_and_gives_the_same_outputs(setting: Sett
 
 def test_pages_are_handed_out_shuffled(setting: Setting) -> None:
     layer, _ = load(setting, Scenario(name="p", mode="prefill", query_lens=(1,), history=(40,)))
-    pages = (layer._cache.slots(layer._sequences[0])[::PAGE] // PAGE).tolist()
+    pages = (layer.cache.slots(layer._sequences[0])[::PAGE] // PAGE).tolist()
     assert pages != sorted(pages)
 
 
 def test_a_read_outside_of_what_is_owned_shows_in_the_output(setting: Setting) -> None:
     layer, _ = load(replace(setting, attention="absorbed"), DECODE)
-    batch = layer._cache.extend(layer._sequences, DECODE.query_lens)
-    stranger = set(range(layer._cache.num_pages)) - set(batch.block_table.flatten().tolist())
+    batch = layer.cache.extend(layer._sequences, DECODE.query_lens)
+    stranger = set(range(layer.cache.num_pages)) - set(batch.block_table.flatten().tolist())
     batch.block_table[2, 0] = stranger.pop()
     layer.before(0)
-    out = layer.layer(layer.x, batch, layer._cache.pages[0])
+    out = layer.layer(layer.x, batch, layer.cache.pages[0])
     assert out[2].isnan().all()
     assert out[:2].isfinite().all()
 
