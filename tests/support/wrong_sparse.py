@@ -324,6 +324,11 @@ def everything(kv_lens: Tensor, cu_q: Tensor, **tensors: Any) -> dict[str, Any]:
     return {"selection": torch.where(places < seen, places, -1).int()}
 
 
+def first_1024(selection: Tensor, **_: Any) -> dict[str, Any]:
+    """A block's threads read one entry each."""
+    return {"selection": torch.cat((selection[:, :1024], torch.full_like(selection[:, 1024:], -1)), dim=1)}
+
+
 def half_of_it(**tensors: Any) -> dict[str, Any]:
     selection = tensors["selection"].clone()
     selection[:, (selection.shape[1] + 1) // 2 :] = -1
@@ -529,6 +534,7 @@ MUTANTS: Makers = {
         lambda: given(Sparse, of_the_token_before),
         lambda: wrong(Sparse, as_slots),
         lambda: given(Sparse, neighbour_table),
+        lambda: given(Sparse, first_1024),
     ],
     "sparse_latent_attention.fewer": [
         lambda: given(Sparse, minus_one_is(0)),
