@@ -133,7 +133,7 @@ class KernelCase:
             call = self._placed(self.planned)
             call.prepare()
             call.arguments["block_table"].copy_(later.arguments["block_table"])
-        reason = call.call_as(later, call.leading) if self.planned else call.call()
+        reason = call.call(later, call.leading) if self.planned else call.call()
         said = [reason] * bool(reason)
         truth = later.pool.truth.get("out")
         if self.case.kind == "rms_norm" and not _rounded_once(call.arguments["out"], truth):

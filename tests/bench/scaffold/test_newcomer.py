@@ -135,7 +135,7 @@ def test_it_conforms(newcomer: Newcomer, tmp_path: Path) -> None:
     card = report.decode((tmp_path / "card.json").read_bytes())
     counts = card.counts()
     assert (counts["fail"], counts["xfail"], counts["xpass"]) == (0, 0, 0)
-    assert counts["pass"] > 55
+    assert counts["pass"] > 35
     passed = {check.check for check in card.checks if check.of == "acme_rms_norm" and check.status == "pass"}
     assert {"rms_norm.formula", "rms_norm.grid"} <= passed
 
