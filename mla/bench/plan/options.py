@@ -424,7 +424,7 @@ def of_options(options: RunOptions, axes: Axes, op_of_file: str | None = None) -
     size, trace = options.page_size, options.profile
     if trace is not None and not trace.name.endswith((".json", ".json.gz")):
         yield f"--profile writes a Chrome trace, FILE.json or FILE.json.gz, got '{trace}'."
-    if trace is not None and options.target is not None and trace.absolute() == options.target.absolute():
+    if trace is not None and options.target is not None and trace.resolve() == options.target.resolve():
         yield f"--profile and the result would both write '{trace}': name another file."
     if size is not None and (not 1 <= size <= MAX_COUNT or size & (size - 1)):
         yield f"--page-size must be a power of two below 2^31, got {size}."

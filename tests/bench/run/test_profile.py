@@ -249,6 +249,10 @@ def test_a_profiler_that_hangs_is_given_up(
         ),
         (["--profile", "no/trace.json"], "cannot write 'no/trace.json': there is no folder 'no'."),
         (["--profile", "taken.json"], "cannot write 'taken.json': it is a folder."),
+        (
+            ["--profile", "run.json", "-o", "taken.json/../run.json"],
+            "--profile and the result would both write 'run.json': name another file.",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_written_is_refused_before_the_run(
