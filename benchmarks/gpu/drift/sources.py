@@ -1,12 +1,11 @@
 """The Python files of a wheel, an archive or a folder: where a name of theirs is defined, and its signature.
 
-Nothing is imported. Wheels come with pip from its index, or from a path that the user gives.
+Nothing is imported: griffe reads the sources. Wheels come with pip from its index, or from a path.
 """
 
 from __future__ import annotations
 
-import ast
-import copy
+import atexit
 import functools
 import inspect
 import shutil
@@ -14,15 +13,15 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from inspect import Parameter
 from pathlib import Path
 
+import griffe
+
 from mla.errors import UsageError
 
-Function = ast.FunctionDef | ast.AsyncFunctionDef
-_Definition = Function | ast.ClassDef
-DEEPEST = 12  # imports that are followed from one name
+KINDS = {kind.description: kind for kind in inspect._ParameterKind}  # griffe's words are Python's
+MOST_NAMES = 12  # assignments that are followed from one name
 
 
 class Lost(Exception):
@@ -58,142 +57,81 @@ class Signature(dict[str, Parameter]):
         return self.of(Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)[:count]
 
 
-def signature(function: Function, method: bool) -> Signature:
+def signature(function: griffe.Function) -> Signature:
     """Return the signature of a definition; of a method without its first argument."""
-    taken = copy.deepcopy(function.args)
-    for argument in ast.walk(taken):
-        if isinstance(argument, ast.arg):
-            argument.annotation = None
-    taken.defaults = [_text(default) for default in taken.defaults]
-    taken.kw_defaults = [default and _text(default) for default in taken.kw_defaults]
-    alone = ast.Expression(ast.Lambda(taken, ast.Constant(None)))
-    compiled = compile(ast.fix_missing_locations(alone), "<signature>", "eval")
-    parameters = list(inspect.signature(eval(compiled)).parameters.items())  # constants only
-    return Signature(parameters[method and not decorated(function, "staticmethod") :])
+    method = function.parent is not None and function.parent.is_class
+    own = list(function.parameters)[method and "staticmethod" not in function.labels :]
+    return Signature({each.name: _parameter(each) for each in own})
 
 
-def _text(default: ast.expr) -> ast.expr:
-    return ast.Constant(ast.unparse(default))
-
-
-def decorated(function: Function, name: str) -> bool:
-    """Return whether a decorator is called `name`, however it is reached."""
-    callees = (node.func if isinstance(node, ast.Call) else node for node in function.decorator_list)
-    return any(ast.unparse(callee).rpartition(".")[2] == name for callee in callees)
+def _parameter(taken: griffe.Parameter) -> Parameter:
+    assert taken.kind is not None
+    kind = KINDS[taken.kind.value]
+    gathers = kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    default = Parameter.empty if gathers or taken.default is None else str(taken.default)
+    return Parameter(taken.name, kind, default=default)
 
 
 class Sources:
-    """Text by path, with `/`. A folder above the packages (`name-1.0/`, `src/`) does not matter."""
+    """The packages in a folder. What is above them (`name-1.0/`, `src/`) does not matter."""
 
-    def __init__(self, label: str, files: dict[str, str]) -> None:
-        self.label = label  # distribution and version, for sentences
-        self._files = files
+    def __init__(self, label: str, folder: Path) -> None:
+        self.label, self._folder = label, folder  # the label is distribution and version, for sentences
 
     def signature(self, module: str, name: str) -> Signature:
         """Return the signature of a function, or of a method ("Class.method"). Raises `Lost`."""
         owner, _, method = name.partition(".")
-        home, definition = self._find(module, owner)
-        inner = self._method(home, definition, method) if method else definition
-        if inner is None:
+        definition = self._definition(module, owner)
+        if method and not (definition.is_class and method in definition.all_members):
             raise Lost(f"{module}.{owner} has no method {method}")
-        if isinstance(inner, ast.ClassDef):
-            raise Lost(f"{module}.{name} is a class, not a function")
-        return signature(inner, method=bool(method))
+        inner = _followed(definition.all_members[method]) if method else definition
+        if not isinstance(inner, griffe.Function):
+            raise Lost(f"{module}.{name} is a {inner.kind.value}, not a function")
+        return signature(inner)
 
-    @functools.cache  # noqa: B019  # one object per command
-    def _module(self, module: str) -> tuple[list[ast.stmt], bool]:
-        """Return a module's statements and whether it is a package. Raises `Lost`."""
-        path = module.replace(".", "/")
-        for end in (".py", "/__init__.py"):
-            for name in sorted(self._files, key=len):
-                if f"/{name}".endswith(f"/{path}{end}"):
-                    return list(_statements(ast.parse(self._files[name]).body)), end != ".py"
-        raise Lost(f"there is no module {module}")
-
-    def _find(self, module: str, name: str, depth: int = 0) -> tuple[str, _Definition]:
-        """Return the module that defines a name, and the definition, following imports. Raises `Lost`."""
-        body, package = self._module(module)
-        if definition := _defined(body, name):
-            return module, definition
-        for target, inner in _bindings(body, module, package, name) if depth < DEEPEST else ():
+    def _definition(self, module: str, name: str) -> griffe.Object:
+        """Return what a name of a module stands for: imports and assignments are followed. Raises `Lost`."""
+        known = self._modules(module)
+        for _ in range(MOST_NAMES):
             try:
-                return self._find(target, inner, depth + 1)
-            except Lost:
-                continue
+                target = _followed(known[f"{module}.{name}"])
+            except (KeyError, griffe.AliasResolutionError, griffe.CyclicAliasError):
+                break
+            if not (isinstance(target, griffe.Attribute) and isinstance(target.value, griffe.ExprName)):
+                return target
+            module, name = target.module.path, target.value.name
         raise Lost(f"{module} has no {name}")
 
-    def _method(self, module: str, owner: _Definition, name: str, depth: int = 0) -> _Definition | None:
-        """Return a method of a class or of one of its bases."""
-        if not isinstance(owner, ast.ClassDef) or depth > DEEPEST:
-            return None
-        if method := _defined(_statements(owner.body), name):
-            return method
-        for base in owner.bases:
-            try:
-                inherited = self._method(*self._find(module, ast.unparse(base)), name, depth + 1)
-            except Lost:
-                continue
-            if inherited:
-                return inherited
-        return None
+    @functools.cache  # noqa: B019  # one object per command
+    def _modules(self, module: str) -> griffe.ModulesCollection:
+        """Return the modules of a package, read. Raises `Lost` where this one is not there."""
+        places = (module.replace(".", "/") + end for end in (".py", "/__init__.py"))
+        files = [file for place in places for file in self._folder.rglob(place)]
+        if not files:
+            raise Lost(f"there is no module {module}")
+        file = min(files, key=lambda path: len(path.parts))
+        root = file.parents[module.count(".") + (file.name == "__init__.py")]
+        loader = griffe.GriffeLoader(search_paths=[root], allow_inspection=False)
+        loader.load(module.partition(".")[0], try_relative_path=False)
+        loader.resolve_aliases(implicit=True, external=False)
+        return loader.modules_collection
 
 
-def _defined(body: Iterator[ast.stmt] | list[ast.stmt], name: str) -> _Definition | None:
-    """Return the definition of a name that counts: the last that is no overload."""
-    defined = [node for node in body if isinstance(node, _Definition) and node.name == name]
-    real = [node for node in defined if isinstance(node, ast.ClassDef) or not decorated(node, "overload")]
-    return next(reversed(real or defined), None)
-
-
-def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Yield statements, also those below if, else and try; what except handlers do is a substitute."""
-    for statement in body:
-        yield statement
-        if isinstance(statement, ast.If | ast.Try | ast.With):
-            for field in ("body", "orelse", "finalbody"):
-                yield from _statements(getattr(statement, field, []))
-
-
-def _bindings(body: list[ast.stmt], module: str, package: bool, name: str) -> Iterator[tuple[str, str]]:
-    """Yield the modules and names that a name may stand for: imports, aliases, and then stars."""
-    stars = []
-    for statement in body:
-        if isinstance(statement, ast.ImportFrom):
-            target = _absolute(statement, module, package)
-            names = {alias.asname or alias.name: alias.name for alias in statement.names}
-            if name in names:
-                yield target, names[name]
-            elif "*" in names:
-                stars.append(target)
-        elif (
-            isinstance(statement, ast.Assign)
-            and isinstance(statement.value, ast.Name)
-            and name in map(ast.unparse, statement.targets)
-        ):
-            yield module, statement.value.id
-    yield from ((target, name) for target in stars)
-
-
-def _absolute(statement: ast.ImportFrom, module: str, package: bool) -> str:
-    """Return the module that is imported from, without leading dots."""
-    if not statement.level:
-        return statement.module or ""
-    parts = module.split(".")
-    parents = parts[: len(parts) - statement.level + package]
-    return ".".join([*parents, *filter(None, [statement.module])])
+def _followed(target: griffe.Object | griffe.Alias) -> griffe.Object:
+    return target.final_target if isinstance(target, griffe.Alias) else target
 
 
 def read(path: Path, label: str) -> Sources:
     """Return the Python files of a wheel, zip, tar or folder. Raises `UsageError`."""
     if path.is_dir():
-        files = {file.relative_to(path).as_posix(): file for file in path.rglob("*.py")}
-        return Sources(label, {name: file.read_text(errors="replace") for name, file in files.items()})
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            shutil.unpack_archive(path, folder, "zip" if zipfile.is_zipfile(path) else None)
-        except (OSError, shutil.ReadError) as error:
-            raise UsageError(f"cannot read '{path}' as a folder, wheel, zip or tar: {error}.") from error
-        return read(Path(folder), label)
+        return Sources(label, path)
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    try:
+        shutil.unpack_archive(path, folder, "zip" if zipfile.is_zipfile(path) else None)
+    except (OSError, shutil.ReadError) as error:
+        raise UsageError(f"cannot read '{path}' as a folder, wheel, zip or tar: {error}.") from error
+    return Sources(label, folder)
 
 
 # ----------------------------------------------------------------------------------------------- wheels
