@@ -123,11 +123,10 @@ def doctor(name: str | None, backend_options: tuple[str, ...], as_json: bool) ->
     if backend_options and name is None:
         raise UsageError("-O is an option of one backend: name it, as in `doctor torch -O device=cpu`.")
     report = diagnosis.diagnose(name, key_values(backend_options))
-    facts = {**asdict(report), "usable": report.usable}
-    out(_json(facts) if as_json else diagnosis.as_text(report))
-    if any(backend.state == BackendOptionError.state for backend in report.backends):
+    out(_json(report) if as_json else diagnosis.as_text(report))
+    if any(backend["state"] == BackendOptionError.state for backend in report["backends"]):
         return Exit.USAGE
-    return Exit.OK if report.usable else Exit.BACKEND
+    return Exit.OK if report["usable"] else Exit.BACKEND
 
 
 @click.command("new-backend", short_help="Create a plugin project for a new device.")

@@ -233,7 +233,7 @@ def test_what_triton_lacks_is_a_line_with_its_cure(
             {"setup": "os.abort()"},
             "no answer",
             "the probe succeeds, but a process that sets up the device died with signal SIGABRT",
-            "`python -X faulthandler -m mla.bench.doctor.worker backend loose:Loose` shows where it stops",
+            "`python -X faulthandler -m mla.bench.doctor.diagnosis backend loose:Loose` shows where it stops",
         ),
         (
             {"setup": "raise RuntimeError('driver too old')"},
