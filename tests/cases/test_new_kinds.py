@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from op_bench import OpBench
 from wrong_sparse import MUTANTS
@@ -170,31 +169,3 @@ def test_a_wrong_op_is_found_kept_and_replayed(
     backend = HostBackend(ops={"mine": op, "right": REFERENCE[kind]})
     assert replay(kept, backend, "mine") == [wrong.reason]
     assert replay(kept, backend, "right", runs=2) == replay(kept, backend, "reference", runs=2) == ["", ""]
-
-
-DAMAGED: dict[str, tuple[Any, str, list[Callable[[torch.Tensor], Any]], str]] = {
-    KIND: (Stray, "cache.rows", [torch.Tensor.float], "is float32"),
-    "sparse_latent_attention": (
-        MUTANTS["sparse_latent_attention.selections"][0],
-        "operand.selection",
-        [lambda x, bad=bad: x.index_fill(0, torch.tensor([0]), bad) for bad in (-2, 14, 2**31 - 1)],
-        "selection points outside its request",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGED)
-def test_a_damaged_file_is_refused_before_any_op_is_called(kind: str, tmp_path: Path) -> None:
-    make, name, damages, said = DAMAGED[kind]
-    bench = OpBench(CONFIG, kind, torch.float32, REQUESTS, runs=2)
-    wrong = search(bench.implementation(make()), bench.scenario, bench.problem, lambda: None).wrong
-    assert wrong is not None
-    file.write_call(tmp_path, wrong, ORIGIN)
-    path = tmp_path / file.NAME
-    tensors = safetensors.torch.load_file(path)
-    with safetensors.safe_open(path, framework="pt") as opened:
-        metadata = opened.metadata()
-    for damage in damages:
-        safetensors.torch.save_file({**tensors, name: damage(tensors[name])}, path, metadata)
-        with pytest.raises(file.ResultError, match=said):
-            file.read(tmp_path)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+import safetensors.torch
 import torch
 from faulty_backend import FaultyOp
 
@@ -19,10 +23,10 @@ from mla.cases.case import OpCase
 from mla.cases.memory import Layout
 from mla.cases.played import Laid
 from mla.cases.stress import Stress
-from mla.errors import ResultError, UnknownOp
+from mla.errors import OutOfMemory, ResultError, UnknownOp
 from mla.failures import call as calls
 from mla.failures import file
-from mla.failures.call import Watched, Watcher, make
+from mla.failures.call import CallFacts, Watched, Watcher
 from mla.failures.file import CannotReplay, replay
 from mla.layer.ops import layer_roles
 from mla.reference import REFERENCE
@@ -164,7 +168,7 @@ class Looking(FusedOp):
 
 def test_a_call_is_made_again_in_the_same_layout(kept_attention: file.Failure) -> None:
     op = Looking("latent_attention")
-    make(kept_attention.call(), op, CPU)
+    kept_attention.call().make(op, CPU)
     cache = op.seen["cache"]
     assert cache.shape == (16, 16, 40)
     owned = {
@@ -185,16 +189,16 @@ def strided_call() -> tuple[calls.RecordedCall, torch.Tensor]:
     """Return a recorded rotation from columns to columns of wide rows, and the rows that x is part of."""
     wide, out = torch.randn(5, 4, 30), torch.full((5, 4, 20), 7.0)
     spec = layer_roles(CONFIG, torch.float32, CPU)["rotate_query"][1]
-    known = calls.Known("rotate_query", "rotate_query", "mine", spec)
+    facts = CallFacts.of("rotate_query", "rotate_query", "mine", spec)
     tensors = {"x": wide[..., 3:11], "cos_sin": torch.randn(5, 8), "interleaved": True, "out": out[..., 12:]}
     calls.poison_outputs(tensors)
-    return calls.record(known, tensors), wide
+    return calls.record(facts, tensors), wide
 
 
 def test_strides_are_kept_amid_poison() -> None:
     recorded, wide = strided_call()
     op = Looking("rotate_query")
-    make(recorded, op, CPU)
+    recorded.make(op, CPU)
     x, out = op.seen["x"], op.seen["out"]
     assert (x.stride(), out.stride()) == ((120, 30, 1), (80, 20, 1))
     assert torch.equal(x, wide[..., 3:11])
@@ -228,8 +232,8 @@ def test_what_lies_between_rows_must_stay() -> None:
             out = tensors["out"]
             out.as_strided((4, 1), (20, 1), out.storage_offset() + 8).zero_()
 
-    assert make(recorded, REFERENCE["rotate_query"], CPU).damage == ""
-    said = make(recorded, Overrunning("rotate_query"), CPU).damage
+    assert recorded.make(REFERENCE["rotate_query"], CPU).damage == ""
+    said = recorded.make(Overrunning("rotate_query"), CPU).damage
     assert said == "memory beside rows of `out` was written"
     watcher, spec = Watcher(lambda: None), layer_roles(CONFIG, torch.float32, CPU)["rotate_query"][1]
     wide, out = torch.randn(5, 4, 30), torch.zeros(5, 4, 20)[..., 12:]
@@ -237,6 +241,27 @@ def test_what_lies_between_rows_must_stay() -> None:
     op(x=wide[..., 3:11], cos_sin=torch.randn(5, 8), interleaved=True, out=out)
     assert watcher.wrong is not None, "its call by itself has nothing beside it"
     assert watcher.wrong.reason == said
+
+
+def changed(kept: file.Failure, **changes: Any) -> file.Failure:
+    """Return a failure whose call has other facts."""
+    assert kept.document.call is not None
+    facts = msgspec.structs.replace(kept.document.call, **changes)
+    return file.Failure(msgspec.structs.replace(kept.document, call=facts), kept.tensors)
+
+
+def test_a_cache_that_does_not_fit_is_not_made(kept_attention: file.Failure) -> None:
+    said = r"this call needs .* GiB of memory, and .* are free: free more\."
+    with pytest.raises(OutOfMemory, match=said):
+        replay(changed(kept_attention, pages=2**42), HostBackend(), "reference")
+
+
+def test_an_op_that_writes_lse_is_not_blamed_for_a_call_without_one(kept_attention: file.Failure) -> None:
+    outputs = kept_attention.call().facts.outputs
+    kept = changed(kept_attention, outputs={"out": outputs["out"]}, absent=["lse"])
+    assert replay(kept, HostBackend(), "reference") == [""]
+    with pytest.raises(CannotReplay, match="op 'other' needs an lse to write to, and the kept call has none"):
+        replay(kept, HostBackend(ops={"other": FaultyOp("latent_attention", "none")}), "other")
 
 
 @pytest.mark.parametrize("name", ["q", "block_table", "cache"])
@@ -289,6 +314,15 @@ def test_files_that_are_none_are_refused_in_one_sentence(tmp_path: Path) -> None
     file.write(tmp_path, file.Document(origin=ORIGIN), {"output": torch.zeros(2)})
     with pytest.raises(ResultError, match=r"holds tensors of a whole layer.*with: repeat"):
         file.read(tmp_path).call()
+    metadata = {file.KEY: json.dumps({"version": 1, "call": {"views": {}}})}  # as it was then, in part
+    safetensors.torch.save_file({"x": torch.zeros(2)}, tmp_path / file.NAME, metadata)
+    said = "its version is 1, and this program reads version 2: run the command that kept it again"
+    with pytest.raises(ResultError, match=said):
+        file.read(tmp_path)
+    (tmp_path / file.NAME).unlink()
+    os.mkfifo(tmp_path / file.NAME)
+    with pytest.raises(ResultError, match="kept: it is not a regular file"):
+        file.read(tmp_path)
 
 
 def test_a_failure_of_an_earlier_run_makes_room_for_the_next(tmp_path: Path) -> None:
