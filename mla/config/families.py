@@ -6,7 +6,6 @@ fixed values are those of the classes in `transformers`, which the tests compare
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -198,9 +197,6 @@ REFUSED: Mapping[str, str] = {
     "LongcatCausalLM": "its indexer always picks the first and the last tokens as well",
 }
 
-# Models that are released under a name unlike their family's.
-_RELEASED_AS: Mapping[str, str] = {"glm53flash": "glm5_next", "longcat2": "LongcatCausalLM"}
-
 # Keys that mean a different attention when set, and what they mean. Refused in every family.
 CHANGES: Mapping[str, str] = {
     **dict.fromkeys(INDEXER_KEYS, _INDEXER),
@@ -278,14 +274,6 @@ def mla_layers(values: Mapping[str, Any]) -> tuple[int, ...] | None:
         rest = count // group * group
         return tuple(layer for layer in range(count) if (layer + 1) % group == 0 or layer >= rest)
     return None
-
-
-def refused_model(name: str) -> str | None:
-    """Return why a model such as 'deepseek-v3.2-exp' is not supported, or None for other names."""
-    plain = re.sub(r"[\W_]", "", name.lower())
-    released = {**{re.sub(r"[\W_]", "", kind): kind for kind in REFUSED}, **_RELEASED_AS}
-    kinds = [kind for begin, kind in sorted(released.items(), reverse=True) if plain.startswith(begin)]
-    return REFUSED.get(kinds[0]) if kinds else None
 
 
 def find_family(name: str, values: Mapping[str, Any]) -> tuple[str | None, Family]:

@@ -18,10 +18,9 @@ from mla.config.families import (
     language_model,
     of_whole,
     refuse,
-    refused_model,
 )
 from mla.config.presets import PRESETS
-from mla.errors import ConfigError, unknown
+from mla.errors import ConfigError, MLAError, unknown
 from mla_backends import outside
 from mla_backends.outside import escaped, quoted, shortened
 
@@ -89,67 +88,6 @@ class QueryScaling:
 
 RopeScaling = YarnScaling | LongRopeScaling
 
-# Keys that name the kind of scaling.
-_KIND = ("type", "rope_type")
-# Keys for which null does not mean absent.
-_NULL_COUNTS = (*_KIND, "truncate")
-
-
-@dataclass(frozen=True)
-class Rope:
-    """The meaning of a config.json's rotary keys; `theta` None means that nothing is rotated."""
-
-    theta: float | None
-    scaling: RopeScaling | None = None
-    query_scaling: QueryScaling | None = None
-
-
-def read_rope(name: str, family: Family, values: Mapping[str, Any], head: tuple[int, int]) -> Rope:
-    """Read the rotary keys of config `name`; `head` is (n, r). Raises `ConfigError`.
-
-    As in `transformers`: `rope_scaling` wins over `rope_parameters` as a whole, `rope_type` over `type`, and
-    a rope_theta or original length of the same dict, or else of the config, over the default. Where
-    `transformers` would guess (a missing original length, a missing factor), this raises.
-    """
-    if not family.rotates:
-        return Rope(None)
-    key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
-    rope = values.get(key) or family.defaults.get("rope_parameters") or {}
-    if not isinstance(rope, Mapping):
-        raise ConfigError(f"config '{name}': {key} must be an object or null, got {quoted(rope)}.")
-    given = {key: value for key, value in rope.items() if value is not None or key in _NULL_COUNTS}
-    spec = _Spec(f"config '{name}': {key}", given)
-    theta = rope.get("rope_theta", values.get("rope_theta", family.defaults.get("rope_theta", 10000.0)))
-    share = spec.values.pop("partial_rotary_factor", values.get("partial_rotary_factor"))
-    if share is not None and "partial_rotary_factor" not in family.ignores:
-        _check_share(name, share, head, family.rotary_share_of_head)
-    spec.values.pop("rope_theta", None)
-    spec.values.pop("max_position_embeddings", None)
-    if "original_max_position_embeddings" in values:
-        spec.values["original_max_position_embeddings"] = values["original_max_position_embeddings"]
-    queries = _query_scaling(spec) if family.scales_queries else None
-    return Rope(theta, _scaling(spec, family, values, head[1] // 2), queries)
-
-
-@dataclass(frozen=True)
-class _Spec:
-    """Rotary keys with a value, and how messages name their location."""
-
-    where: str
-    values: dict[str, Any]
-
-    def number(self, key: str) -> Any:
-        """Return a positive number. Raises `ConfigError`."""
-        if not is_positive(self.values.get(key)):
-            raise ConfigError(f"{self.where} needs a positive number '{key}'.")
-        return self.values[key]
-
-    def check_known(self, known: set[str]) -> None:
-        """Raise `ConfigError` for a key that this kind of scaling does not have."""
-        extra = sorted(set(self.values) - known - set(_KIND))
-        if extra:
-            raise ConfigError(f"{self.where} key {quoted(extra[0])} is not supported.")
-
 
 def is_positive(value: Any) -> bool:
     """Return whether a value of a config.json is a number above 0, within bounds that any real one keeps.
@@ -160,98 +98,128 @@ def is_positive(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 1e-30 < value < most
 
 
-def _check_share(name: str, share: Any, head: tuple[int, int], of_head: bool) -> None:
-    """Refuse a partial_rotary_factor that does not mean the r rotary channels."""
-    whole = sum(head) if of_head else head[1]
-    if not is_positive(share) or round(share * whole) != head[1]:
+@dataclass(frozen=True)
+class _RopeKeys:
+    """The rotary keys that have a value, and how messages name their place."""
+
+    where: str
+    values: dict[str, Any]
+
+    def error(self, what: str) -> ConfigError:
+        return ConfigError(f"{self.where} {what}.")
+
+    def number(self, key: str) -> Any:
+        """Return a positive number. Raises `ConfigError`."""
+        if not is_positive(value := self.values.get(key)):
+            raise self.error(f"needs a positive number '{key}', got {quoted(value)}")
+        return value
+
+
+def read_rope(name: str, family: Family, values: Mapping[str, Any], head: tuple[int, int]) -> dict[str, Any]:
+    """Read the rotary keys of config `name` as fields of `MLAConfig`; `head` is (n, r). Raises `ConfigError`.
+
+    As in `transformers`: `rope_scaling` wins over `rope_parameters` as a whole, `rope_type` over `type`, and
+    a rope_theta or original length of the same dict, or else of the config, over the default. Where
+    `transformers` would guess (a missing original length, a missing factor), this raises.
+    """
+    if not family.rotates:
+        return {"rope_theta": None}
+    key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    given = values.get(key) or family.defaults.get("rope_parameters") or {}
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"config '{name}': {key} must be an object or null, got {quoted(given)}.")
+    theta = given.get("rope_theta", values.get("rope_theta", family.defaults.get("rope_theta", 10000.0)))
+    share = given.get("partial_rotary_factor", values.get("partial_rotary_factor"))
+    whole = sum(head) if family.rotary_share_of_head else head[1]
+    ignored = share is None or "partial_rotary_factor" in family.ignores
+    if not ignored and not (is_positive(share) and round(share * whole) == head[1]):
         raise ConfigError(
             f"config '{name}': partial_rotary_factor {quoted(share)} of {whole} channels does not rotate the "
             f"{head[1]} of qk_rope_head_dim; that is not supported."
         )
+    # Null means absent, but for these.
+    rope = {key: value for key, value in given.items() if value is not None or key in (*_KIND, "truncate")}
+    if "original_max_position_embeddings" in values:
+        rope["original_max_position_embeddings"] = values["original_max_position_embeddings"]
+    for read in ("rope_theta", "partial_rotary_factor", "max_position_embeddings"):
+        rope.pop(read, None)
+    keys = _RopeKeys(f"config '{name}': {key}", rope)
+    queries = _query_scaling(keys) if family.scales_queries else None
+    scaling = _scaling(keys, family, values, head[1] // 2)
+    return {"rope_theta": theta, "rope_scaling": scaling, "query_scaling": queries}
 
 
-def _query_scaling(spec: _Spec) -> QueryScaling | None:
-    """Take the query scale out of `spec`."""
-    beta = spec.values.pop("llama_4_scaling_beta", None)
+def _query_scaling(keys: _RopeKeys) -> QueryScaling | None:
+    """Take the query scale out of `keys`."""
+    beta = keys.values.pop("llama_4_scaling_beta", None)
     if isinstance(beta, bool) or (beta != 0 and not is_positive(beta)):
-        raise ConfigError(f"{spec.where} needs a number 'llama_4_scaling_beta' of at least 0.")
-    return QueryScaling(beta, spec.number("original_max_position_embeddings")) if beta else None
+        raise keys.error("needs a number 'llama_4_scaling_beta' of at least 0")
+    return QueryScaling(beta, keys.number("original_max_position_embeddings")) if beta else None
 
 
-def _scaling(spec: _Spec, family: Family, values: Mapping[str, Any], half: int) -> RopeScaling | None:
-    kind = spec.values.get("rope_type", spec.values.get("type", "default"))
+_KIND = ("type", "rope_type")
+_ORIGINAL = "original_max_position_embeddings"
+# Kinds of scaling, and what each may have besides.
+_KNOWN = {
+    "default": (_ORIGINAL,),
+    "yarn": tuple(field.name for field in fields(YarnScaling)),
+    "longrope": ("short_factor", "long_factor", "factor", "attention_factor", _ORIGINAL),
+}
+
+
+def _scaling(keys: _RopeKeys, family: Family, values: Mapping[str, Any], half: int) -> RopeScaling | None:
+    kind = keys.values.get("rope_type", keys.values.get("type", "default"))
     kind = family.rope_types.get(kind, kind) if isinstance(kind, str) else kind
+    if not isinstance(kind, str) or kind not in _KNOWN:
+        raise keys.error(f"type {quoted(kind)} is not supported; 'yarn' and 'longrope' are")
+    if extra := sorted(keys.values.keys() - {*_KNOWN[kind], *_KIND}):
+        raise keys.error(f"key {quoted(extra[0])} is not supported")
     if kind == "default":
-        spec.check_known({"original_max_position_embeddings"})
         return None
-    if kind == "yarn":
-        return _yarn(spec)
-    if kind == "longrope":
-        return _longrope(spec, values, half)
-    raise ConfigError(f"{spec.where} type {quoted(kind)} is not supported; 'yarn' and 'longrope' are.")
+    return _yarn(keys) if kind == "yarn" else _longrope(keys, values, half)
 
 
-def _yarn(spec: _Spec) -> YarnScaling:
-    known = {field.name for field in fields(YarnScaling)}
-    spec.check_known(known)
-    for key in ("factor", "original_max_position_embeddings"):
-        spec.number(key)
+def _yarn(keys: _RopeKeys) -> YarnScaling:
+    given = {key: value for key, value in keys.values.items() if key not in _KIND}
     for key in ("mscale", "mscale_all_dim"):
-        if not spec.values.get(key):  # 0 means absent
-            spec.values.pop(key, None)
-    if not isinstance(spec.values.get("truncate", True), bool):
-        raise ConfigError(f"{spec.where} key 'truncate' must be true or false.")
-    for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"):
-        if key in spec.values and not is_positive(spec.values[key]):
-            value = spec.values[key]
-            raise ConfigError(f"{spec.where} key '{key}' must be a positive number, got {quoted(value)}.")
-    return YarnScaling(**{key: value for key, value in spec.values.items() if key in known})
+        if not given.get(key):  # 0 means absent
+            given.pop(key, None)
+    if not isinstance(given.get("truncate", True), bool):
+        raise keys.error("key 'truncate' must be true or false")
+    for key in {"factor", _ORIGINAL, *given} - {"truncate"}:
+        keys.number(key)
+    return YarnScaling(**given)
 
 
-def _longrope(spec: _Spec, values: Mapping[str, Any], half: int) -> LongRopeScaling:
-    known = ("short_factor", "long_factor", "factor", "attention_factor", "original_max_position_embeddings")
-    spec.check_known(set(known))
-    lists = [spec.values.get(key) for key in ("short_factor", "long_factor")]
+def _longrope(keys: _RopeKeys, values: Mapping[str, Any], half: int) -> LongRopeScaling:
+    """Read the one list of divisors, and attention_factor, or sqrt(1 + ln(factor) / ln(original length))."""
+    lists: list[Any] = [keys.values.get(key) for key in ("short_factor", "long_factor")]
     for factors in lists:
         if not isinstance(factors, list) or len(factors) != half or not all(map(is_positive, factors)):
-            raise ConfigError(
-                f"{spec.where} needs lists 'short_factor' and 'long_factor' of {half} positive numbers."
-            )
+            raise keys.error(f"needs lists 'short_factor' and 'long_factor' of {half} positive numbers")
     if lists[0] != lists[1]:
-        raise ConfigError(
-            f"{spec.where} short_factor and long_factor differ, so cached keys would change as a sequence "
-            "grows; that is not supported."
+        raise keys.error(
+            "lists short_factor and long_factor that differ: cached keys would change with length"
         )
-    return LongRopeScaling(tuple(lists[0] or ()), _longrope_magnitude(spec, values))
-
-
-def _longrope_magnitude(spec: _Spec, values: Mapping[str, Any]) -> float:
-    """Return attention_factor, or sqrt(1 + ln(factor) / ln(original length)) for a factor above 1."""
-    if "attention_factor" in spec.values:
-        return spec.number("attention_factor")
-    original = spec.number("original_max_position_embeddings")
-    if "factor" in spec.values:
-        factor = spec.number("factor")
-    elif is_positive(values.get("max_position_embeddings")):
-        factor = values["max_position_embeddings"] / original
-    else:
-        raise ConfigError(f"{spec.where} needs a 'factor', or the config max_position_embeddings.")
-    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    if "attention_factor" in keys.values:
+        return LongRopeScaling(tuple(lists[0]), keys.number("attention_factor"))
+    original, longest = keys.number(_ORIGINAL), values.get("max_position_embeddings")
+    if "factor" not in keys.values and is_positive(longest):
+        keys.values["factor"] = longest / original
+    factor = max(1.0, keys.number("factor"))
+    return LongRopeScaling(tuple(lists[0]), math.sqrt(1 + math.log(factor) / math.log(original)))
 
 
 # ------------------------------------------------------------------------------------- layer config
 
-# Keys of a config.json that must agree with the head's width, where they are given.
-_WIDTHS = ("qk_head_dim", "q_head_dim")
 # Fields that are dimensions, all of them keys of a config.json.
 DIMENSIONS = (
     "hidden_size", "num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim",
     "qk_rope_head_dim", "v_head_dim",
 )  # fmt: skip
-# Values of `output_gate`.
-GATES = (None, "head", "element")
 # Fields that are not keys of a config.json.
 _READ_APART = {"rope_theta", "rope_scaling", "query_scaling", "model_type", "name"}
+_MAY_BE_0 = {"qk_rope_head_dim", "index_topk", "index_n_heads", "index_head_dim"}
 
 
 @dataclass(frozen=True, repr=False)
@@ -295,59 +263,45 @@ class MLAConfig:
     name: str = "custom"
 
     def __post_init__(self) -> None:
-        for key in DIMENSIONS:
-            value = getattr(self, key)
-            optional = key == "q_lora_rank" and value is None
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            least = 0 if key == "qk_rope_head_dim" else 1
-            if not optional and not (whole and least <= value < 2**31):
-                kind = "an integer of at least 0" if least == 0 else "a positive integer"
-                raise self._error(f"{key} must be {kind}, got {quoted(value)}")
-        for key in ("rms_norm_eps", "rope_theta", "q_latent_scale", "kv_latent_scale"):
-            value = getattr(self, key)
-            if not is_positive(value) and not (key == "rope_theta" and value is None):
-                raise self._error(f"{key} must be a positive number, got {quoted(value)}")
-        for key in ("attention_bias", "rope_interleave", "sink_logits"):
-            if not isinstance(getattr(self, key), bool):
-                raise self._error(f"{key} must be true or false, got {quoted(getattr(self, key))}")
-        if self.output_gate not in GATES:
-            got = quoted(self.output_gate)
-            raise self._error(f"output_gate must be null, 'head' or 'element', got {got}")
+        if isinstance(self.indexer_types, list):  # as in a config.json
+            object.__setattr__(self, "indexer_types", tuple(self.indexer_types))
+        for field in fields(self):
+            self._check_value(field.name, field.type)
+        if self.output_gate not in (None, "head", "element"):
+            raise self._error(
+                f"output_gate must be null, 'head' or 'element', got {quoted(self.output_gate)}"
+            )
         if self.qk_rope_head_dim % 2:
             raise self._error(f"qk_rope_head_dim must be even, got {self.qk_rope_head_dim}")
         if self.rope_theta == 1 and isinstance(self.rope_scaling, YarnScaling):
             raise self._error("rope_theta must not be 1 under YaRN")
         if self.q_lora_rank is None and self.q_latent_scale != 1:
             raise self._error("q_latent_scale needs a q_lora_rank: without one, queries have no latent")
-        self._check_indexer()
-
-    def _check_indexer(self) -> None:
-        """Raise `ConfigError` for an indexer that no layer can have; a list of types becomes a tuple."""
-        if isinstance(self.indexer_types, (list, tuple)):
-            object.__setattr__(self, "indexer_types", tuple(self.indexer_types))  # a config.json has a list
-        for key in ("index_topk", "index_n_heads", "index_head_dim"):
-            value = getattr(self, key)
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
-                raise self._error(f"{key} must be an integer of at least 0, got {quoted(value)}")
-        if not isinstance(self.indexer_rope_interleave, bool):
-            got = quoted(self.indexer_rope_interleave)
-            raise self._error(f"indexer_rope_interleave must be true or false, got {got}")
         kinds = self.indexer_types
         if not isinstance(kinds, tuple) or not {*map(repr, kinds)} <= {"'full'", "'shared'"}:
             raise self._error(f"indexer_types must list 'full' and 'shared', got {quoted(kinds)}")
         if kinds and kinds[0] != "full":
             raise self._error("indexer_types must begin with 'full': no layer is before it to share with")
-        if not self.index_n_heads:
-            return
-        if not self.index_topk:
-            raise self._error("index_n_heads needs a positive index_topk")
-        if self.q_lora_rank is None:
-            raise self._error("index_n_heads needs a q_lora_rank: an indexer reads the query latent")
-        if self.index_head_dim < max(1, self.qk_rope_head_dim):
+        if self.index_n_heads and (not self.index_topk or self.q_lora_rank is None):
             raise self._error(
-                f"index_head_dim must be at least qk_rope_head_dim, {self.qk_rope_head_dim}, got "
-                f"{self.index_head_dim}"
+                "index_n_heads needs a positive index_topk and a q_lora_rank, whose latent it reads"
             )
+        if self.index_n_heads and self.index_head_dim < (least := max(1, self.qk_rope_head_dim)):
+            raise self._error(
+                f"index_head_dim must be at least {least}, as qk_rope_head_dim, got {self.index_head_dim}"
+            )
+
+    def _check_value(self, key: str, kind: Any) -> None:
+        """Raise `ConfigError` where a number or a switch is none, by the annotation of its field."""
+        value, least = getattr(self, key), 0 if key in _MAY_BE_0 else 1
+        rules = {
+            "int": (f"an integer of at least {least}", type(value) is int and least <= value < 2**31),
+            "float": ("a positive number", is_positive(value)),
+            "bool": ("true or false", isinstance(value, bool)),
+        }
+        what, fits = rules.get(kind.removesuffix(" | None"), ("", True))
+        if not fits and not (value is None and kind.endswith("None")):
+            raise self._error(f"{key} must be {what}, got {quoted(value)}")
 
     def __repr__(self) -> str:
         """Return the name, all dimensions, and every other field that has no default value."""
@@ -435,8 +389,6 @@ class MLAConfig:
     def preset(cls, name: str) -> MLAConfig:
         """Return a preset by name. Raises `ConfigError` listing the names."""
         if name not in PRESETS:
-            if (reason := refused_model(name)) is not None:
-                raise ConfigError(f"config '{name}' is not supported: {reason}.")
             raise ConfigError(unknown("config", name, list(PRESETS), "Presets"))
         return cls.from_dict({**PRESETS[name].values, "name": name})
 
@@ -449,21 +401,12 @@ class MLAConfig:
         path = "/" in name or name.endswith(".json") or os.path.isdir(name)  # Path("") would be one
         if not path or name in PRESETS:
             return cls.preset(name)
-        if not os.path.exists(name):
-            cls._refuse_hub_name(name)
-        return cls._read(Path(name, "config.json") if os.path.isdir(name) else Path(name), None, name)
-
-    @staticmethod
-    def _refuse_hub_name(name: str) -> None:
-        """Raise `ConfigError` for a model of the Hugging Face hub, which is not downloaded."""
-        owner, _, model = name.partition("/")
-        if (reason := refused_model(model)) is not None and owner:
-            raise ConfigError(f"config '{name}' is not supported: {reason}.")
         for preset, known in PRESETS.items():
-            if known.checkpoint.lower() == name.lower():
+            if known.checkpoint.lower() == name.lower() and not os.path.exists(name):
                 raise ConfigError(
                     f"config '{name}' is not a file. Use the preset '{preset}', this model's own."
                 )
+        return cls._read(Path(name, "config.json") if os.path.isdir(name) else Path(name), None, name)
 
     @classmethod
     def from_pretrained(cls, source: str | Path | Mapping[str, Any]) -> MLAConfig:
@@ -474,22 +417,17 @@ class MLAConfig:
         if isinstance(source, Mapping):
             return cls.from_dict(source)
         path = Path(source)
-        if path.is_dir():
-            return cls._read(path / "config.json", path, str(source))
-        return cls._read(path, None, str(source))
+        folder = path if path.is_dir() else None
+        return cls._read(path if folder is None else path / "config.json", folder, str(source))
 
     @classmethod
     def _read(cls, path: Path, folder: Path | None, name: str) -> MLAConfig:
         """Read a file that was named, or that lies in the `folder` that was. Raises `ConfigError`."""
         try:
-            values = json.loads(outside.read(path if folder is None else path.name, folder))
+            data = outside.read(path if folder is None else path.name, folder)
         except OSError as error:
             raise ConfigError(f"cannot read config '{path}': {error.strerror}.") from error
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"config '{path}' is not valid JSON: {shortened(str(error))}.") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"config '{path}' must hold a JSON object, got {type(values).__name__}.")
-        return cls.from_dict({"name": name, **values})
+        return cls.from_dict({"name": name, **json_object(data, path, ConfigError)})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MLAConfig:
@@ -513,11 +451,20 @@ class MLAConfig:
         config = _plain(cls, family, {**family.defaults, **inner}, model_type=kind, name=name)
         _check_agreement(config, inner)
         rope = read_rope(name, family, inner, (config.qk_nope_head_dim, config.qk_rope_head_dim))
-        if family.rotates and rope.theta is None:
+        if family.rotates and rope["rope_theta"] is None:
             raise ConfigError(f"config '{name}': rope_theta must be a positive number, got None.")
-        return replace(
-            config, rope_theta=rope.theta, rope_scaling=rope.scaling, query_scaling=rope.query_scaling
-        )
+        return replace(config, **rope)
+
+
+def json_object(data: bytes, path: Path, kind: type[MLAError]) -> dict[str, Any]:
+    """Return the object that the JSON text of a file is. Raises an error of `kind`."""
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise kind(f"'{path}' is not valid JSON: {shortened(str(error))}.") from error
+    if not isinstance(values, dict):
+        raise kind(f"'{path}' must hold a JSON object, got {type(values).__name__}.")
+    return values
 
 
 def require_config(config: Any) -> None:
@@ -539,16 +486,12 @@ def _plain(cls: type[MLAConfig], family: Family, values: Mapping[str, Any], **na
 
 def _check_agreement(config: MLAConfig, values: Mapping[str, Any]) -> None:
     """Refuse keys that contradict the layer's dimensions: they would mean a different attention."""
-    heads = values.get("num_key_value_heads")
-    if heads is not None and heads != config.num_attention_heads:
-        raise ConfigError(
-            f"config '{config.name}': num_key_value_heads {quoted(heads)} is not num_attention_heads "
-            f"{config.num_attention_heads}, so heads share keys and values in groups: that is not MLA."
-        )
-    for key in _WIDTHS:
-        width = values.get(key)
-        if width is not None and width != config.qk_head_dim:
-            raise ConfigError(
-                f"config '{config.name}': {key} {quoted(width)} is not qk_nope_head_dim + qk_rope_head_dim, "
-                f"{config.qk_head_dim}."
-            )
+    width, shared = config.qk_head_dim, "heads share keys and values in groups: that is not MLA"
+    for key, only, what in (
+        ("num_key_value_heads", config.num_attention_heads, f"num_attention_heads: {shared}"),
+        ("qk_head_dim", width, "qk_nope_head_dim + qk_rope_head_dim"),
+        ("q_head_dim", width, "qk_nope_head_dim + qk_rope_head_dim"),
+    ):
+        if values.get(key) not in (None, only):
+            got = quoted(values[key])
+            raise ConfigError(f"config '{config.name}': {key} {got} is not {only}, {what}.")

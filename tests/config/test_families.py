@@ -326,8 +326,8 @@ def test_keys_that_a_family_knows_are_not_refused() -> None:
             "q_lora_rank must not be null in this family.",
         ),
         ({"model_type": "axk1", "q_lora_rank": None}, "q_lora_rank must not be null in this family."),
-        ({"num_key_value_heads": 2}, "num_key_value_heads 2 is not num_attention_heads 4, so heads share"),
-        ({"qk_head_dim": 128}, "qk_head_dim 128 is not qk_nope_head_dim + qk_rope_head_dim, 192."),
+        ({"num_key_value_heads": 2}, "num_key_value_heads 2 is not 4, num_attention_heads: heads share"),
+        ({"qk_head_dim": 128}, "qk_head_dim 128 is not 192, qk_nope_head_dim + qk_rope_head_dim."),
         ({"q_latent_scale": 2.0, "q_lora_rank": None}, "q_latent_scale needs a q_lora_rank"),
         ({"kv_latent_scale": 0}, "kv_latent_scale must be a positive number, got 0."),
         (
@@ -336,7 +336,7 @@ def test_keys_that_a_family_knows_are_not_refused() -> None:
         ),
         (
             {"model_type": "mistral4", "rope_scaling": {"type": "default", "llama_4_scaling_beta": 1}},
-            "rope_scaling needs a positive number 'original_max_position_embeddings'.",
+            "rope_scaling needs a positive number 'original_max_position_embeddings', got None.",
         ),
         (
             {"model_type": "mistral4", "partial_rotary_factor": 1.0},
