@@ -427,7 +427,7 @@ class MLAConfig:
             data = outside.read(path if folder is None else path.name, folder)
         except OSError as error:
             raise ConfigError(f"cannot read config '{path}': {error.strerror}.") from error
-        return cls.from_dict({"name": name, **json_object(data, path, ConfigError)})
+        return cls.from_dict({"name": name, **json_object(data, f"config '{path}'", ConfigError)})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MLAConfig:
@@ -456,14 +456,14 @@ class MLAConfig:
         return replace(config, **rope)
 
 
-def json_object(data: bytes, path: Path, kind: type[MLAError]) -> dict[str, Any]:
-    """Return the object that the JSON text of a file is. Raises an error of `kind`."""
+def json_object(data: bytes, what: str, kind: type[MLAError]) -> dict[str, Any]:
+    """Return the object that the JSON text of a file, `what`, is. Raises an error of `kind`."""
     try:
         values = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise kind(f"'{path}' is not valid JSON: {shortened(str(error))}.") from error
+        raise kind(f"{what} is not valid JSON: {shortened(str(error))}.") from error
     if not isinstance(values, dict):
-        raise kind(f"'{path}' must hold a JSON object, got {type(values).__name__}.")
+        raise kind(f"{what} must hold a JSON object, got {type(values).__name__}.")
     return values
 
 

@@ -215,7 +215,7 @@ def test_a_mistake_gets_its_sentence(bench: Bench, words: list[str], code: int, 
     [
         ("{", "is not valid JSON: "),
         ("{}", "has no hidden_size, so it does not describe an MLA layer."),
-        ('{"hidden_size": 0', "hidden_size must be a positive integer, got 0."),
+        ('{"hidden_size": 0', "hidden_size must be an integer of at least 1, got 0."),
     ],
 )
 def test_a_bad_config_file_gets_its_sentence(bench: Bench, small: list[str], text: str, message: str) -> None:
