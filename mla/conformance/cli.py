@@ -14,7 +14,7 @@ import click
 import mla
 from mla.command import files
 from mla.command.console import out
-from mla.command.exit_codes import carried_out, guarded
+from mla.command.exit_codes import Exit, carried_out, guarded, interrupted
 from mla.command.options import (
     FILE,
     HELP_NAMES,
@@ -32,9 +32,11 @@ from mla.errors import UsageError
 from mla.text import DTYPES
 
 if TYPE_CHECKING:
+    from mla.conformance.report import ConformanceReport
     from mla.conformance.suite import Suite
 
-LEAST_PYTEST = (8,)
+MINUTES = {True: 1.0, False: 5.0}  # that a run takes, if it is quick and if not
+ENDING = 1.5  # seconds of it that are left for the card, and for the process to end
 EPILOG = """\b
 Examples:
   mla-conformance --backend cpu
@@ -44,10 +46,6 @@ Examples:
 
 A check is named by its id, its group, or with wildcards: latent.tiles, latent, '*.drawn',
 'latent.tiles[my_op-bfloat16]'; #3 behind that is its third case, numbered as by --list and on the card.
-
-\b
-The checks are tests of pytest, which must be installed. With its own options:
-  pytest --pyargs mla.conformance --mla-backend cpu -k latent -x
 
 \b
 Exit codes:
@@ -124,6 +122,22 @@ class Options(BackendOptions):
     )]
     # fmt: on
 
+    @property
+    def seconds(self) -> float:
+        """How long checks may take."""
+        return 60 * (MINUTES[self.quick] if self.minutes is None else self.minutes) - ENDING
+
+    @property
+    def alone(self) -> list[str]:
+        """The command that runs one case, without its `--only`."""
+        words = ["python", "-m", "mla.conformance", "--backend", str(self.backend)]
+        words += [word for option in self.backend_options for word in ("-O", option)]
+        for name in ("device", "threads", "seed", "minutes", "draws"):
+            value = getattr(self, name)
+            if value is not None and (name, value) != ("seed", 0):
+                words += [f"--{name}", f"{value:g}" if name == "minutes" else str(value)]
+        return words + ["--quick"] * self.quick
+
 
 @click.command(cls=GroupedCommand, epilog=EPILOG, context_settings=HELP_NAMES)
 @carried_out
@@ -146,54 +160,49 @@ def cli(options: Options) -> int:
         return selection.list_checks(options.only)
     if options.report:
         files.check_writable(options.report, files.RESULT)
-    if not options.list_only:
-        _require_pytest()
-    from mla.conformance.failures import Keeper
-    from mla.conformance.suite import Asked, Suite, require_hypothesis
+    from mla.conformance.suite import Suite, require_hypothesis
 
     if not options.list_only and options.draws != 0:
         require_hypothesis()
-    how_long = (options.quick, options.minutes, options.draws, options.seed)
     words, started = click.get_current_context().obj
-    suite = Suite.opened(Asked(options, options.dtypes, options.only, *how_long), xfails)
-    suite.start = started
+    suite = Suite.opened(options, xfails, started)
     if options.list_only:
         return selection.list_cases(suite.planned, suite.subject)
-    if options.dump_failure:
-        suite.keeper = Keeper.into(options.dump_failure, suite)
-    return _run(suite, words, options.report, options.verbose)
+    return _run(suite, words)
 
 
-def _run(suite: Suite, words: Sequence[str], report_file: Path | None, verbose: bool) -> int:
+def _run(suite: Suite, words: Sequence[str]) -> int:
     """Run the checks, print the card and write the report; return the exit code."""
     from mla.conformance.card import card
     from mla.conformance.report import write
-    from mla.conformance.run import carry_out, verdict
 
-    report = carry_out(suite, words, verbose)
+    options = suite.options
+    if options.dump_failure:
+        from mla.conformance.failures import Keeper
+
+        suite.keeper = Keeper.into(options.dump_failure, suite)
+    report = suite.run(words)
     try:
-        if report_file:
-            write(report, report_file)
+        if options.report:
+            write(report, options.report)
     finally:  # the card must survive a disk that has filled up
-        if not files.is_stdout(report_file):
+        if not files.is_stdout(options.report):
             out(card(report))
-    return verdict(report)
+    return _verdict(report)
 
 
-def _require_pytest() -> None:
-    try:
-        import pytest
-
-        here = getattr(pytest, "version_tuple", (0,))  # which pytest 6 lacks
-        problem = "" if here >= LEAST_PYTEST else f"version {pytest.__version__} is installed"
-    except ImportError:
-        problem = "it is not installed"
-    if problem:
-        least = LEAST_PYTEST[0]
-        raise UsageError(
-            f"the suite needs pytest {least} or later, and {problem}: `pip install 'pytest>={least}'` "
-            "(it comes with `mla-bench[conformance]`)."
-        )
+def _verdict(report: ConformanceReport) -> Exit:
+    """Return the exit code."""
+    counts = report.counts()
+    if report.interrupted:
+        return interrupted()
+    if counts["fail"]:
+        return Exit.WRONG
+    if counts["xpass"]:
+        return Exit.REGRESSION
+    if counts["incomplete"] and not report.quick:  # a first look is not meant to be complete
+        return Exit.INCOMPLETE
+    return Exit.OK if counts["pass"] + counts["xfail"] + counts["incomplete"] else Exit.NOTHING_RAN
 
 
 def main(arguments: list[str] | None = None, started: float | None = None) -> int:

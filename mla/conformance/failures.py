@@ -6,18 +6,22 @@ import copy
 import dataclasses
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mla.command import environment
 from mla.command.console import note
 from mla.conformance.registry import DRAWN
 from mla.conformance.report import CheckResult, Failure
 from mla.conformance.selection import split
-from mla.conformance.suite import Asked, Instance, Suite
+from mla.conformance.suite import Instance, Suite
 from mla.conformance.trial import BackendUnderTest
 from mla.failures import file
 from mla.failures.call import Watched, Watcher
 from mla_backends.api import Backend, FusedOp
 from mla_backends.errors import describe
+
+if TYPE_CHECKING:
+    from mla.conformance.cli import Options
 
 
 @dataclasses.dataclass
@@ -26,7 +30,7 @@ class Keeper:
 
     folder: Path
     subject: BackendUnderTest
-    asked: Asked
+    options: Options
     kept: bool = dataclasses.field(default=False, init=False)
 
     @classmethod
@@ -34,7 +38,7 @@ class Keeper:
         """Make the folder before a long run. Raises `ResultError`."""
         file.prepare(folder)
         suite.subject.drawing.folder = folder
-        return cls(folder, suite.subject, suite.asked)
+        return cls(folder, suite.subject, suite.options)
 
     def see(self, instance: Instance, result: CheckResult) -> None:
         """Keep the call that a check's first wrong case found, unless one was kept before. Raises nothing."""
@@ -70,9 +74,9 @@ class Keeper:
     def _origin(self, case: Failure) -> file.Origin:
         return file.Origin(
             backend=self.subject.name,
-            options=list(self.asked.backend.backend_options),
+            options=list(self.options.backend_options),
             device=str(self.subject.backend.device),
-            command=shlex.join([*self.asked.alone(), "--only", case.id]),
+            command=shlex.join([*self.options.alone, "--only", case.id]),
             where=case.id,
             reason=case.reason,
             created=environment.now(),

@@ -1,4 +1,4 @@
-"""The report of a run: one schema, validated on write and on read."""
+"""The report of a run: one schema."""
 
 from __future__ import annotations
 
@@ -9,15 +9,10 @@ from typing import Literal
 import msgspec
 
 from mla.command.files import write_bytes
-from mla.errors import MLAError
 
 SCHEMA_VERSION = 3
 
 Status = Literal["pass", "incomplete", "fail", "refused", "xfail", "xpass"]
-
-
-class ConformanceReportError(MLAError):
-    """A report that cannot be read."""
 
 
 class Cases(msgspec.Struct, kw_only=True):
@@ -111,19 +106,6 @@ class ConformanceReport(msgspec.Struct, kw_only=True):
     def counts(self) -> Counter[Status]:
         """Return status -> number of checks."""
         return Counter(result.status for result in self.checks)
-
-
-def decode(data: bytes) -> ConformanceReport:
-    """Parse and validate a report. Raises `ConformanceReportError` with the JSON path of the fault."""
-    try:
-        report = msgspec.json.decode(data, type=ConformanceReport)
-    except msgspec.DecodeError as error:
-        raise ConformanceReportError(f"not a conformance report of this version: {error}.") from error
-    if report.schema_version != SCHEMA_VERSION:
-        raise ConformanceReportError(
-            f"the report has schema version {report.schema_version}, not {SCHEMA_VERSION}."
-        )
-    return report
 
 
 def write(report: ConformanceReport, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is asked of a backend: every check of the device, of each dtype, of each op and of a layer."""
+"""What is asked of a backend: every check of the device, each dtype, each op and a layer; and a run of it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,23 @@ from typing import TYPE_CHECKING
 import torch
 
 from mla.cases import KINDS
+from mla.command import environment
 from mla.command.console import note
-from mla.command.options import BackendOptions, open_backend
+from mla.command.display import Progress
+from mla.command.options import open_backend
+from mla.conformance.card import Extent, blind
 from mla.conformance.drawn import usual_spec
 from mla.conformance.registry import DEVICE, DRAWN, DTYPE, LAYER, OP, ConformanceCheck, all_checks
-from mla.conformance.report import Cases, CheckResult, Failure, Refusal, Status
+from mla.conformance.report import (
+    SCHEMA_VERSION,
+    Cases,
+    CheckedBackend,
+    CheckResult,
+    ConformanceReport,
+    Failure,
+    Refusal,
+    Status,
+)
 from mla.conformance.selection import Numbers, Xfails, case_id, chosen_cases, nothing_matches, require_cases
 from mla.conformance.trial import DTYPES, BackendUnderTest, Drawing, Trial, ask
 from mla.errors import UsageError
@@ -28,10 +40,9 @@ from mla_backends.api import Backend, FusedOp, current
 from mla_backends.registry import create
 
 if TYPE_CHECKING:
+    from mla.conformance.cli import Options
     from mla.conformance.failures import Keeper
 
-MINUTES = {True: 1.0, False: 5.0}  # that a run takes, if it is quick and if not
-ENDING = 1.5  # seconds of it that are left for the card, and for the process to end
 MIN_DRAWS = 300  # judged draws of an op in a dtype, with which its check is green
 STRETCH = 2.0  # times its share of the time that a check may draw for until it has as many
 FOR_DRAWS = {True: 0.55, False: 0.7}  # of the time at least, if it is quick and if not
@@ -41,6 +52,7 @@ DRAW_TIMES = {
     "latent_attention": 3.5, "sparse_latent_attention": 3.0, "select_latents": 3.0, "expanded_attention": 2.5,
     "batched_linear": 2.0, "write_latent": 2.0, "write_index_key": 1.5, "linear": 1.3, "rotate_query": 1.3,
 }  # fmt: skip
+SLOWEST = 10  # checks that --verbose names at the end
 UNUSUAL = 0.2  # times the time of an op that serves what most layers have
 
 
@@ -214,70 +226,44 @@ def require_hypothesis() -> None:
         )
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What the command line, or the options of pytest, ask for."""
-
-    backend: BackendOptions
-    dtypes: Sequence[str] = ()  # names; empty: those the backend claims
-    only: Sequence[str] = ()  # patterns; empty: every check
-    quick: bool = False
-    minutes: float | None = None  # that a run takes; None: as `MINUTES` says
-    draws: int | None = None  # of every op in every dtype, in place of a time
-    seed: int = 0
-
-    @property
-    def seconds(self) -> float:
-        """How long checks may take."""
-        return 60 * (MINUTES[self.quick] if self.minutes is None else self.minutes) - ENDING
-
-    def alone(self) -> list[str]:
-        """Return the command that runs one case, without its `--only`."""
-        words = ["python", "-m", "mla.conformance", "--backend", str(self.backend.backend)]
-        words += [word for option in self.backend.backend_options for word in ("-O", option)]
-        for flag, value in (("--device", self.backend.device), ("--threads", self.backend.threads)):
-            words += [] if value is None else [flag, str(value)]
-        words += ["--seed", str(self.seed)] * bool(self.seed)
-        words += [] if self.minutes is None else ["--minutes", f"{self.minutes:g}"]
-        words += [] if self.draws is None else ["--draws", str(self.draws)]
-        return [*words, *(["--quick"] * self.quick)]
-
-
 @dataclass
 class Suite:
     """A backend that is open, and what is checked of it."""
 
-    asked: Asked
+    options: Options
     subject: BackendUnderTest
     dtypes: tuple[torch.dtype, ...]
     xfails: Xfails = field(default_factory=Xfails)
     keeper: Keeper | None = None
-    selected: Sequence[Instance] | None = None  # what of the plan a pytest runs; None: all
     ended: set[str] = field(default_factory=set)  # the ids of checks that ended
     start: float = field(default_factory=time.monotonic)  # of the run, later by what is beside its time
 
     @classmethod
-    def opened(cls, asked: Asked, xfails: Xfails) -> Suite:
-        """Open the backend. Raises `UsageError`, `BackendError`."""
-        opened, settings = open_backend(asked.backend), asked.backend.key_values()
+    def opened(cls, options: Options, xfails: Xfails, start: float) -> Suite:
+        """Open the backend. `start`: when the run began. Raises `UsageError`, `BackendError`."""
+        opened, settings = open_backend(options), options.key_values()
 
         def reopen(more: Mapping[str, str]) -> Backend:
             return create(opened.name, {**settings, **more})
 
-        subject = BackendUnderTest(opened.backend, opened.name, asked.quick, opened.version, reopen, note)
+        drawing = Drawing(options.draws, seed=options.seed)
+        subject = BackendUnderTest(
+            opened.backend, opened.name, options.quick, opened.version, reopen, note, drawing
+        )
         claimed = claimed_dtypes(subject)
         names = [dtype_name(dtype) for dtype in claimed]
-        for name in asked.dtypes:
+        for name in options.dtypes:
             if name not in names:
                 raise UsageError(f"the backend does not claim {name}; it claims: {', '.join(names)}.")
-        chosen = tuple(dtype for dtype in claimed if not asked.dtypes or dtype_name(dtype) in asked.dtypes)
-        drawing = Drawing(asked.draws, seed=asked.seed)
-        return cls(asked, replace(subject, drawing=drawing), chosen, xfails)
+        chosen = tuple(
+            dtype for dtype in claimed if not options.dtypes or dtype_name(dtype) in options.dtypes
+        )
+        return cls(options, subject, chosen, xfails, start=start)
 
     @cached_property
     def planned(self) -> tuple[Instance, ...]:
-        """What runs, in order. Raises `UsageError` where a check or a case is not there."""
-        only = self.asked.only
+        """What runs, in order. Raises `UsageError` where a pattern matches nothing."""
+        only = self.options.only
         planned = instances(self.subject, self.dtypes, only)
         if not planned:
             raise nothing_matches(only, [peer.id for peer in instances(self.subject, self.dtypes)])
@@ -287,16 +273,14 @@ class Suite:
     @property
     def left(self) -> float:
         """The seconds that are left of a run's; below 0 if it is late."""
-        return self.start + self.asked.seconds - time.monotonic()
+        return self.start + self.options.seconds - time.monotonic()
 
     def share(self, instance: Instance) -> float:
         """Return the seconds for a check that draws: its share of those left."""
-        if instance.check.fails != DRAWN:
+        if not (weight := self._weight(instance)):
             return 0.0
-        among = self.planned if self.selected is None else self.selected
-        drawn = (peer for peer in among if peer.check.fails == DRAWN)
-        weights = {peer.id: self._weight(peer) for peer in drawn if peer.id not in self.ended}
-        return max(0.0, self.left) * self._weight(instance) / (sum(weights.values()) or 1.0)
+        others = (self._weight(peer) for peer in self.planned if peer.id not in {*self.ended, instance.id})
+        return max(0.0, self.left) * weight / (weight + sum(others))
 
     def _weight(self, instance: Instance) -> float:
         """Return the weight of a check that draws, which is small if its op refuses what most layers have."""
@@ -310,12 +294,11 @@ class Suite:
     @property
     def until(self) -> float:
         """When a check that starts now and draws nothing is to end, by `time.monotonic`."""
-        if self.asked.draws is not None:
+        if self.options.draws is not None:
             return math.inf
-        among = self.planned if self.selected is None else self.selected
-        drawn = any(instance.check.fails == DRAWN for instance in among)
-        now, end = time.monotonic(), self.asked.seconds * (1 - FOR_DRAWS[self.asked.quick] * drawn)
-        return now + (self.start + end - now) * (MAX_SHARE if len(among) > 1 else 1)
+        drawn = any(instance.check.fails == DRAWN for instance in self.planned)
+        now, end = time.monotonic(), self.options.seconds * (1 - FOR_DRAWS[self.options.quick] * drawn)
+        return now + (self.start + end - now) * (MAX_SHARE if len(self.planned) > 1 else 1)
 
     def carry_out(self, instance: Instance) -> CheckResult:
         """Run one check, and keep the first wrong call if that was asked for."""
@@ -329,3 +312,46 @@ class Suite:
         if self.keeper is not None:
             self.keeper.see(instance, result)
         return result
+
+    def run(self, words: Sequence[str]) -> ConformanceReport:
+        """Run all checks, or those before Ctrl-C or a signal. `words`: those of the command line."""
+        results: list[CheckResult] = []
+        with Progress(len(self.planned)) as progress:
+            try:
+                for instance in self.planned:
+                    progress.advance(instance.id, 0)
+                    if self.options.verbose:  # in case it ends the process
+                        note(instance.id)
+                    results.append(self.carry_out(instance))
+                    progress.advance(instance.id, 1)
+            except KeyboardInterrupt:
+                pass
+        if self.options.verbose:
+            longest = sorted(results, key=lambda result: -result.seconds)[:SLOWEST]
+            note(f"slowest: {', '.join(f'{result.id} {result.seconds:.1f} s' for result in longest)}")
+        return self._report(words, results)
+
+    def _report(self, words: Sequence[str], results: list[CheckResult]) -> ConformanceReport:
+        subject, options, dtypes = self.subject, self.options, list(map(dtype_name, self.dtypes))
+        claimed, planned = list(map(dtype_name, claimed_dtypes(subject))), len(self.planned)
+        return ConformanceReport(
+            schema_version=SCHEMA_VERSION,
+            argv=["python", "-m", "mla.conformance", *words],
+            alone=options.alone,
+            created=environment.now(),
+            git_commit=environment.git_commit(),
+            interrupted=len(results) < planned,
+            quick=options.quick,
+            backend=CheckedBackend(
+                name=subject.name,
+                version=subject.version,
+                device=str(subject.backend.device),
+                device_name=ask(lambda: str(subject.backend.device_info().name), "unknown"),
+            ),
+            environment=ask(lambda: environment.environment(subject.backend), {"environment": "unknown"}),
+            dtypes=dtypes,
+            planned=planned,
+            checks=results,
+            unused_xfails=self.xfails.unused(),
+            blind=blind(Extent(options.quick, options.only, claimed, dtypes, planned), results),
+        )

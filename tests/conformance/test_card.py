@@ -14,7 +14,7 @@ import torch
 from mla.conformance.card import MOST_CASES, Extent, _failures, blind, failed_cases
 from mla.conformance.cli import main
 from mla.conformance.registry import KINDS, all_checks, check
-from mla.conformance.report import Cases, CheckResult, Failure, decode
+from mla.conformance.report import Cases, CheckResult, Failure
 from mla.reference import REFERENCE
 
 FAULTY = ("--backend", "faulty_backend:FaultyBackend", "--quick", "--dtype", "float32")
@@ -118,12 +118,12 @@ def test_the_card_and_the_report_say_what_was_not_seen(tmp_path: Path, capsys: A
         str(tmp_path / "out.json"),
     )
     assert main([*FAULTY, *words]) == 0
-    card, report = capsys.readouterr().out, decode((tmp_path / "out.json").read_bytes())
-    assert len(report.checks) == 4
-    assert all(f"- {sentence}\n" in card for sentence in report.blind)
-    assert report.blind[0] == "What other checks ask: only rms_norm ran."
-    assert "bfloat16 and float16: claimed, and not asked for." in report.blind
-    assert {row["kind"] for row in json.loads((tmp_path / "out.json").read_text())["checks"]} <= set(KINDS)
+    card, report = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_bytes())
+    assert len(report["checks"]) == 4
+    assert all(f"- {sentence}\n" in card for sentence in report["blind"])
+    assert report["blind"][0] == "What other checks ask: only rms_norm ran."
+    assert "bfloat16 and float16: claimed, and not asked for." in report["blind"]
+    assert {check["kind"] for check in report["checks"]} <= set(KINDS)
 
 
 def test_a_card_lists_a_few_wrong_cases_and_counts_the_others() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from outcome import Outcome
 
@@ -19,7 +19,7 @@ import mla_backends
 from mla.conformance import suite
 from mla.conformance.cli import main
 from mla.conformance.registry import all_checks
-from mla.conformance.report import ConformanceReport, ConformanceReportError, decode
+from mla.conformance.report import ConformanceReport
 
 # The CPU, with a fused op that is right, wrong, raises or gets a signal, as `-O fault=...` says.
 MODULE = """
@@ -45,6 +45,8 @@ class Doubles(FusedOp):
         if self.fault == "outlier" and len(x) and x[:, 0].abs().sum() > 10 * x[:, 1:].abs().sum(0).max():
             product *= 1.1
         out.copy_(product if bias is None else product + bias)
+        if self.fault == "nan":
+            out.fill_(float("nan"))
 
 class Mine(Backend):
     name = "mine"
@@ -102,8 +104,8 @@ def conformance(
     return run
 
 
-def read(name: str = "out.json") -> ConformanceReport:
-    return decode(Path(name).read_bytes())
+def read(data: bytes | None = None) -> ConformanceReport:
+    return msgspec.json.decode(data or Path("out.json").read_bytes(), type=ConformanceReport)
 
 
 PARTS = ("formula", "pack", "outlier", "far_rows", "grid")
@@ -124,7 +126,7 @@ def test_a_right_backend_gets_a_card_and_exit_code_0(conformance: Conformance) -
 
 def test_a_report_onto_stdout_has_no_card_behind_it(conformance: Conformance) -> None:
     done = conformance(*LINEAR, "--report", "/dev/stdout")
-    assert len(decode(done.out.encode()).checks) == 5
+    assert len(read(done.out.encode()).checks) == 5
 
 
 def test_the_report_holds_what_the_card_shows(conformance: Conformance) -> None:
@@ -327,13 +329,29 @@ def test_verbose_names_a_check_before_it_runs(conformance: Conformance) -> None:
     assert re.fullmatch(r"slowest: device\.probe \d\.\d s", last)
 
 
-def test_a_report_of_another_schema_is_refused(conformance: Conformance) -> None:
-    conformance("--only", "device.probe", "--report", "out.json")
-    fields = json.loads(Path("out.json").read_text())
-    with pytest.raises(ConformanceReportError, match="schema version 9"):
-        decode(json.dumps({**fields, "schema_version": 9}).encode())
-    with pytest.raises(ConformanceReportError, match=r"not a conformance report of this version.*\$\.checks"):
-        decode(json.dumps({**fields, "checks": 3}).encode())
+def test_a_fault_of_the_suite_itself_is_no_finding(
+    conformance: Conformance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite, "carry_out", lambda *_: [].index("a fault of our own"))
+    done = conformance("--only", "device.probe")
+    assert (done.code, done.out) == (3, "")
+    assert "a fault of our own" in done.err
+
+
+def test_an_infinite_error_is_on_the_card(conformance: Conformance) -> None:
+    done = conformance(*LINEAR[:2], *LINEAR[-2:], fault="nan")
+    (row,) = (line for line in done.out.splitlines() if line.startswith("| linear.formula"))
+    assert [cell.strip() for cell in row.split("|")][3:6] == ["FAIL", "4, 4 wrong", "inf"]
+
+
+def test_without_hypothesis_it_says_so_where_it_draws(
+    conformance: Conformance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    done = conformance("--only", "device.probe")
+    assert (done.code, done.out) == (2, "")
+    assert "the suite needs hypothesis to draw cases, and it is not installed: `pip install hy" in done.err
+    assert conformance("--only", "device.probe", "--draws", "0").code == 0
 
 
 def test_it_runs_as_a_module_and_survives_a_closed_pipe(tmp_path: Path) -> None:

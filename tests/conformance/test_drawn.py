@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 import time
@@ -19,14 +20,13 @@ from mla.cases.memory import Layout
 from mla.cases.played import Player, Scene
 from mla.cases.stress import Stress, slots
 from mla.command.exit_codes import Exit
-from mla.command.options import BackendOptions
 from mla.conformance import cli, suite
 from mla.conformance.checks.borders import GROUPS
-from mla.conformance.cli import main
+from mla.conformance.cli import ENDING, Options, main
 from mla.conformance.drawn import FORMAT, Search, _search
-from mla.conformance.report import CheckResult, decode
+from mla.conformance.report import CheckResult
 from mla.conformance.selection import Xfails
-from mla.conformance.suite import Asked, Suite
+from mla.conformance.suite import Suite
 from mla.conformance.trial import Drawing
 from mla.reference import REFERENCE
 from mla_backends.api import AttentionSpec, LinearSpec, NormSpec
@@ -168,9 +168,8 @@ def test_too_few_draws_are_incomplete_and_a_kept_failure_comes_first(
     assert main([*words, "300", "--dump-failure", "kept"]) == 4
     assert "the first wrong call is kept" in capsys.readouterr().err
     assert main([*words, "300", "--dump-failure", "kept"]) == 4
-    (check,) = decode(Path("out.json").read_bytes()).checks
-    assert check.drawn is not None
-    assert (check.drawn.judged, check.drawn.kept) == (0, 1)
+    (check,) = json.loads(Path("out.json").read_bytes())["checks"]
+    assert (check["drawn"]["judged"], check["drawn"]["kept"]) == (0, 1)
 
 
 # ------------------------------------------------------------------------------------- what is drawn
@@ -373,8 +372,23 @@ def test_cases_that_differ_in_memory_alone_are_drawn_both() -> None:
 # --------------------------------------------------------------------------------------- how it ends
 
 
+FAULTY = "faulty_backend:FaultyBackend"
+
+
+def asked(backend: str = FAULTY, options: tuple[str, ...] = (), **changes: Any) -> Options:
+    """Return what a command line asks for, in float32."""
+    of_a_run = dict.fromkeys(("minutes", "draws", "xfails", "report", "dump_failure"))
+    flags = dict.fromkeys(("quick", "list_only", "verbose"), False)
+    rest = {"only": (), "dtypes": ("float32",), "seed": 0, **of_a_run, **flags, **changes}
+    return Options(backend, None, options, None, **rest)
+
+
+def opened(**changes: Any) -> Suite:
+    return Suite.opened(asked(**changes), Xfails(), 0.0)
+
+
 def test_the_command_that_runs_a_case_draws_as_much() -> None:
-    words = Asked(BackendOptions("cpu", None, (), None), minutes=0.5, draws=2_000_001, seed=3).alone()
+    words = asked("cpu", minutes=0.5, draws=2_000_001, seed=3).alone
     assert words[-6:] == ["--seed", "3", "--minutes", "0.5", "--draws", "2000001"]
 
 
@@ -385,18 +399,14 @@ def test_an_expected_failure_with_too_few_draws_is_no_surprise(judge: Run, sound
     assert result.status == "incomplete"
 
 
-def test_time_is_shared_among_what_is_selected(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_is_shared_among_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.monotonic", lambda: 0.0)
-    asked = Asked(BackendOptions("faulty_backend:FaultyBackend", None, (), None), ["float32"], minutes=1)
-    opened = Suite.opened(asked, Xfails())
-    opened.start = 0.0
-    (norm,) = (instance for instance in opened.planned if instance.check.id == "rms_norm.drawn")
-    (latent,) = (instance for instance in opened.planned if instance.check.id == "latent.drawn")
-    assert 0 < opened.share(norm) < opened.share(latent) < 45
-    opened.selected = [norm, latent]
-    assert opened.share(norm) + opened.share(latent) == pytest.approx(60 - suite.ENDING)
-    opened.ended.add(latent.id)
-    assert opened.share(norm) == 60 - suite.ENDING
+    suite = opened(minutes=1, only=("rms_norm.drawn", "latent.drawn", "linear.formula"))
+    norm, latent = suite.planned[-2:]
+    assert suite.share(suite.planned[0]) == 0 < suite.share(norm) < suite.share(latent)
+    assert suite.share(norm) + suite.share(latent) == pytest.approx(60 - ENDING)
+    suite.ended.add(latent.id)
+    assert suite.share(norm) == 60 - ENDING
 
 
 @pytest.mark.parametrize(("least", "most", "end"), [(0, 90, 30), (5, 90, 50), (50, 64, 60)])
@@ -424,32 +434,27 @@ def test_shrinking_takes_no_time_from_draws_of_other_ops(monkeypatch: pytest.Mon
     monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
     monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr("mla.conformance.drawn.hints", lambda *_: [next(clock) for _ in range(1000)][:0])
-    backend = BackendOptions("faulty_backend:FaultyBackend", None, ("op=rms_norm",), None)
-    opened = Suite.opened(Asked(backend, ["float32"], minutes=5), Xfails())
     monkeypatch.setattr("faulty_backend.FaultyBackend.ops", lambda self: {"mine": Rarely()})
-    (latent,) = (entry for entry in opened.planned if entry.check.id == "latent.drawn")
-    (norm,) = (entry for entry in opened.planned if entry.check.id == "rms_norm.drawn")
-    opened.selected, opened.start = [norm, latent], float(next(clock))
-    result = opened.carry_out(norm)
+    run = opened(minutes=5, only=("rms_norm.drawn", "latent.drawn"))
+    norm, latent = run.planned
+    run.start = float(next(clock))
+    result = run.carry_out(norm)
     assert result.status == "fail"
     assert result.drawn is not None
     assert result.drawn.seconds < 300 < 1000 < result.seconds
-    assert opened.share(latent) > 275 - result.drawn.seconds
+    assert run.share(latent) > 275 - result.drawn.seconds
 
 
 def test_fixed_checks_leave_time_for_draws_and_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    backend = BackendOptions("faulty_backend:FaultyBackend", None, (), None)
-    opened = Suite.opened(Asked(backend, ["float32"], minutes=1), Xfails())
-    opened.start = 0.0
-    ends = []
-    assert 0 < opened.until < 10
+    run, ends = opened(minutes=1), []
+    assert 0 < run.until < 10
     for now in (10.0, 20.0):  # noqa: B007  # the clock reads it
-        ends.append(opened.until)
+        ends.append(run.until)
     assert 10 < ends[0] < 12
     assert ends[1] < 20
-    assert Suite(Asked(backend, draws=3), opened.subject, ()).until == math.inf
+    assert opened(draws=3).until == math.inf
 
 
 class WrongOverOnes(type(REFERENCE["rotate_query"])):  # type: ignore[misc]

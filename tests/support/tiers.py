@@ -28,7 +28,7 @@ REST: dict[str, tuple[str, tuple[str, ...]]] = {
     "mutants": (
         "wrong ops, and right ones in other forms, by the hundred",
         (
-            r"tests/conformance/test_(\w+_mutants|right_\w+|pytest_suite|plugin)",
+            r"tests/conformance/test_(\w+_mutants|right_\w+|pytest_suite)",
             r"tests/frozen/test_(wrong|commands)",
             r"tests/verify/test_right_forms",
         ),
@@ -77,7 +77,6 @@ REST: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 # One real path through each of those rooms is in the tier of everybody.
 EVERYDAY: tuple[str, ...] = (
-    r"tests/conformance/test_plugin.py::test_a_pytest_of_something_else",
     r"tests/frozen/test_wrong.py::test_(none_was|every_row)",
     r"tests/backends/triton/test_interpreted.py::test_(every_file|triton_that)",
     r"tests/fuzz/test_(options|cache)",

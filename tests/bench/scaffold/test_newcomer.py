@@ -14,13 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import pytest
 from outcome import Outcome
 from tiny_run import write_tiny_run
 from torch.utils import backend_registration
 
 from mla.bench import results
-from mla.conformance import report
+from mla.conformance.report import ConformanceReport
 
 if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
     pytest.skip("this torch cannot take a device written in Python", allow_module_level=True)
@@ -132,7 +133,7 @@ def test_it_conforms(newcomer: Newcomer, tmp_path: Path) -> None:
     only = [word for group in ("device", "ops", "rms_norm", "layer") for word in ("--only", group)]
     done = newcomer.run(*CONFORMANCE, *words, *only)
     assert done.code == 0, done.out
-    card = report.decode((tmp_path / "card.json").read_bytes())
+    card = msgspec.json.decode((tmp_path / "card.json").read_bytes(), type=ConformanceReport)
     counts = card.counts()
     assert (counts["fail"], counts["xfail"], counts["xpass"]) == (0, 0, 0)
     assert counts["pass"] > 35
