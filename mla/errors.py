@@ -75,3 +75,12 @@ class ResultError(MLAError):
 
 class UsageError(MLAError):
     """An option, a workload or a combination of them that cannot be run as asked."""
+
+
+class RanksError(MLAError):
+    """Ranks of a run that do not find each other, do not agree, or are lost."""
+
+    def __init__(self, sentence: str, code: int = 3, common: bool = False) -> None:
+        """`common`: every rank meets it, or has been told."""
+        super().__init__(f"{sentence.rstrip('.')}.")
+        self.exit_code, self.common = code, common

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ K = TypeVar("K")
 # Short name -> torch's name of each dtype that a layer can have.
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
+MAX_LISTED = 8  # words of a sentence's list
 _BYTES = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}  # descending: `size` takes the first that fits
 _FORMATS = dict.fromkeys(_BYTES, ".3g")
 
@@ -36,6 +37,19 @@ def dtype_name(dtype: object) -> str:
 def counted(count: int, what: str, plural: str = "s") -> str:
     """Return, for example, "1 pass" and "2 passes"."""
     return f"{count} {what}{plural * (count != 1)}"
+
+
+def listed(words: Sequence[str]) -> str:
+    """Return "a, b and c"; of many, the first and how many more there are."""
+    if len(words) > MAX_LISTED:
+        words = [*words[:MAX_LISTED], f"{len(words) - MAX_LISTED} more"]
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def numbered(what: str, numbers: Sequence[object]) -> str:
+    """Return, for example, "rank 1" and "ranks 1, 2 and 3"."""
+    return f"{what}{'s' * (len(numbers) > 1)} {listed(list(map(str, numbers)))}"
 
 
 def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:

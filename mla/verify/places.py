@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from mla.text import listed
+
 # As many runs of numbers are still a pattern: "requests 2, 5..7 and 9".
 MAX_RUNS = 3
 # "only ...": the part that holds all bad rows is at most this share of the whole.
@@ -184,5 +186,4 @@ def _few(what: str, chosen: torch.Tensor) -> str:
     words = []
     for first, last in runs:
         words += [f"{first}..{last}"] if last > first + 1 else [str(n) for n in range(first, last + 1)]
-    listed = " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
-    return f"{what}{'s' * (len(numbers) > 1)} {listed}"
+    return f"{what}{'s' * (len(numbers) > 1)} {listed(words)}"

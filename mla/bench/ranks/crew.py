@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -26,16 +27,17 @@ import mla
 from mla.bench import results
 from mla.bench.measure.engine import refusal, too_large
 from mla.bench.ranks.layers import LeadLayer, RankLayer
-from mla.bench.ranks.pulse import BEAT, Pulse, RanksError, listed, numbered
+from mla.bench.ranks.pulse import BEAT, Pulse
 from mla.bench.results.stats import median
 from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.setting import Ranks, Setting
 from mla.checkpoint import fingerprint, read_layer
 from mla.command.environment import build_digest
 from mla.command.exit_codes import Exit, interrupted
-from mla.errors import MLAError, OutOfMemory, UnsupportedBatch, UnsupportedOps
+from mla.errors import MLAError, OutOfMemory, RanksError, UnsupportedBatch, UnsupportedOps
 from mla.parallel.groups import CollectiveError, Groups, all_gather
 from mla.parallel.layout import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, Call, Layout, Line, fit
+from mla.text import listed, numbered
 from mla_backends import BackendError
 from mla_backends.errors import describe, first_line
 
@@ -118,8 +120,8 @@ def blamed_on(pulse: Pulse, computes: bool = False) -> Iterator[None]:
         if not computes or isinstance(error, CollectiveError):
             pulse.limit = min(BROKEN_S, pulse.limit)
             patience = pulse.limit + 4 * BEAT
-        if (lost := pulse.lost(patience)) is not None:
-            raise lost from error
+        if pulse.over.wait(patience) and pulse.lost is not None:
+            raise pulse.lost from error
         if isinstance(error, CollectiveError) and (behind := pulse.behind()):
             raise RanksError(
                 f"{behind} did not join a collective that other ranks wait in: {HANGS}"
@@ -141,14 +143,13 @@ class Crew(Ranks):
         self._timeout, self._pulse, self._store = timeout, pulse, store
         self.leave, self.behind = pulse.leave, pulse.behind  # type: ignore[method-assign]
         self.blamed = partial(blamed_on, pulse, computes=True)  # for what a library raises in a block
-        hosts = [pulse.members[rank].host for rank in range(layout.world)]
-        self.beside = hosts.count(hosts[self.rank]) - 1
         self._forwards, self._before = 0, 0  # and collectives that were entered before this forward
         self._talks = False  # waits for the others, or for a command
         self._overrides: dict[Any, dict[str, str]] = {}  # roles whose op rank 0 chose otherwise, by layer
         self._link: dict[str, Line] | None = None  # once measured
         with blamed_on(pulse):
             self._control: Any = dist.new_group(backend="gloo", timeout=COMMAND_TIMEOUT)
+        self.beside = self.share(socket.gethostname()).count(socket.gethostname()) - 1
 
     def __enter__(self) -> Crew:
         return self
@@ -446,7 +447,7 @@ def agree(by_rank: Sequence[Facts]) -> None:
         if kind in _SHOWN:
             names = [f"{name} ({given.get(name)}, not {expected.get(name)})" for name in names]
         raise RanksError(
-            f"{numbered(list(others))} differ{'s' * (len(others) == 1)} from rank 0 in {kind}: "
+            f"{numbered('rank', list(others))} differ{'s' * (len(others) == 1)} from rank 0 in {kind}: "
             f"{listed(names)}; {_CURES.get(kind, _SAME_FILES)}",
             common=True,
         )

@@ -8,15 +8,18 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from mla.bench.ranks.crew import Crew, blamed_on
-from mla.bench.ranks.pulse import LOOK, SILENT, Pulse, RanksError
+from mla.bench.ranks.pulse import LOOK, SILENT, Pulse
 from mla.command import console, last_words, launcher
-from mla.errors import MLAError, UsageError
+from mla.errors import MLAError, RanksError, UsageError
+from mla.text import numbered
 from mla_backends.errors import describe
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
 # Seconds that ranks wait for each other, that one which ends early waits for rank 0, and for a connection.
 MEETING, WORD, TRY = 120.0, 20.0, 10.0
+
+FREE_PORT = "set MASTER_PORT to a free port on all ranks"
 
 _TCPStore: Any = vars(dist)["TCPStore"]  # whose stubs do not export them
 _PrefixStore: Any = vars(dist)["PrefixStore"]
@@ -47,7 +52,8 @@ def join(options: RunOptions, opened: OpenedBackend, layout: Layout) -> Crew:
             common=True,
         )
     pulse, store = connect(MEETING)
-    pulse.meet(MEETING)
+    pulse.start()
+    meet(pulse, MEETING)
     kind = "cpu" if device is None else device.type
     with blamed_on(pulse):
         dist.init_process_group(
@@ -60,24 +66,23 @@ def join(options: RunOptions, opened: OpenedBackend, layout: Layout) -> Crew:
     return Crew(layout, library, options.hang_after, pulse, store)
 
 
-def connect(seconds: float, word: str = "", code: int = 3) -> tuple[Pulse, Any]:
+def connect(seconds: float, unheard: RanksError | None = None) -> tuple[Pulse, Any]:
     """Return the pulse and the store of this rank, which waits so long for rank 0. Raises `RanksError`.
 
-    `word`, `code`: of a rank that comes only to say why it ends. The store is held by rank 0 or, under
-    torchrun, by the launcher. It waits for nobody else, so the pulse can name a rank that never comes.
+    `unheard`: why this rank ends, if it has come to say so. The store is held by rank 0 or, under torchrun,
+    by the launcher. It waits for nobody else, so it is known who never comes.
     """
     rank, world, (host, port) = launcher.rank() or 0, launcher.count() or 1, address()
     holds = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # nothing is left of the last
-    silent = f"rank 0 (at {host}:{port}) does not answer: stopped, or its node is gone"
-    unanswered = RanksError(word or silent, code)  # a word that nobody has heard yet
-    watch = threading.Timer(seconds + SILENT, die, (unanswered,))  # operations of a store wait without limit
+    silent = RanksError(f"rank 0 (at {host}:{port}) does not answer: stopped, or its node is gone")
+    watch = threading.Timer(seconds + SILENT, die, (unheard or silent,))  # a store waits without limit
     watch.daemon = True
     watch.start()
     limit, until = timedelta(seconds=seconds), time.monotonic() + seconds
     try:
-        if not holds:
-            _reach(host, port, seconds)  # torch would write a page of warnings, and not hear Ctrl-C
+        if not holds:  # torch would write a page of warnings, and not hear Ctrl-C
+            _await(partial(_listens, host, port), until)
         store, beats = (
             _PrefixStore(
                 f"mla/{attempt}",
@@ -85,9 +90,8 @@ def connect(seconds: float, word: str = "", code: int = 3) -> tuple[Pulse, Any]:
             )
             for master in (holds, False)
         )
-        left = max(LOOK, until - time.monotonic())
-        pulse = Pulse(rank, world, beats, die, word, code, left)
-        _JOINED.append((pulse, store))
+        enter(beats, rank, world, seconds)
+        _JOINED.append((Pulse(rank, world, beats, die), store))
     except Exception as error:
         global _unreached
         _unreached = True
@@ -98,27 +102,62 @@ def connect(seconds: float, word: str = "", code: int = 3) -> tuple[Pulse, Any]:
             "ended, or MASTER_ADDR or MASTER_PORT is wrong"
         )
         if holds:
-            sentence = (
-                f"rank 0 cannot listen at port {port} ({describe(error)}): another run may use it; "
-                "set MASTER_PORT to a free port on all ranks"
-            )
+            taken = f"rank 0 cannot listen at port {port} ({describe(error)}): another run may use it"
+            sentence = f"{taken}; {FREE_PORT}"
         raise RanksError(sentence) from error
     finally:
         watch.cancel()
     return _JOINED[0]
 
 
-def _reach(host: str, port: int, seconds: float) -> None:
-    """Return once somebody listens there. Raises OSError after so many seconds."""
-    limit = time.monotonic() + seconds
-    while True:
-        try:
-            socket.create_connection((host, port), min(TRY, max(0.1, limit - time.monotonic()))).close()
-            return
-        except OSError:
-            if time.monotonic() > limit:
-                raise
-            time.sleep(LOOK)
+def _listens(host: str, port: int) -> bool:
+    with contextlib.suppress(OSError):
+        socket.create_connection((host, port), TRY).close()
+        return True
+    return False
+
+
+def _await(condition: Callable[[], object], until: float) -> None:
+    """Return once the condition holds. Raises `TimeoutError` at that time of the monotonic clock."""
+    while not condition():
+        if time.monotonic() > until:
+            raise TimeoutError
+        time.sleep(LOOK)
+
+
+def enter(store: Any, rank: int, world: int, seconds: float) -> None:
+    """Take this rank's place, unless the store is another run's, which must not notice.
+
+    Raises `RanksError` then, and if rank 0 has not come after so long: torchrun makes the store before it.
+    """
+    if rank == 0:
+        for key in ("verdict", *map("beat/{}".format, range(world))):
+            store.set(key, "")
+        store.set("world", str(world))
+    try:
+        _await(partial(store.check, ["world"]), time.monotonic() + seconds)
+    except TimeoutError:
+        sentence = f"rank 0 did not join within {seconds:.0f} s: check the output there"
+        raise RanksError(sentence) from None
+    if (expected := int(store.get("world"))) != world:
+        raise RanksError(f"another run, of {expected} ranks, uses this port: {FREE_PORT}")
+    if store.add(f"joined/{rank}", 1) > 1:
+        raise RanksError(f"another run has a rank {rank} at this port: {FREE_PORT}")
+
+
+def meet(pulse: Pulse, seconds: float) -> None:
+    """Return once all ranks are here; rank 0 waits for so long. Raises `RanksError`."""
+    until = time.monotonic() + seconds
+    while len(pulse.beats) < pulse.world and (pulse.rank or time.monotonic() < until):
+        if pulse.over.wait(LOOK):
+            break
+    if pulse.lost:
+        raise pulse.lost
+    if missing := [rank for rank in range(pulse.world) if rank not in pulse.beats]:
+        raise RanksError(
+            f"{numbered('rank', missing)} did not join within {seconds:.0f} s: check the output there, and "
+            f"that {socket.gethostname()} can be reached from there"
+        )
 
 
 def die(lost: RanksError) -> None:
@@ -135,7 +174,7 @@ def leave_word(sentence: str, code: int) -> bool:
     if (launcher.count() or 1) == 1 or _unreached:
         return False
     try:
-        pulse, _ = _JOINED[0] if _JOINED else connect(WORD, sentence.rstrip("."), code)
+        pulse, _ = _JOINED[0] if _JOINED else connect(WORD, RanksError(sentence, code))
     except MLAError:
         return False
     pulse.leave(sentence.rstrip("."), code)
