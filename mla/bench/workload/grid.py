@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -27,30 +27,51 @@ from mla_backends.outside import shortened
 if TYPE_CHECKING:
     from mla.config import MLAConfig
 
-# More points are a typo, or should be several runs.
-MAX_POINTS = 1000
-
-# Axis -> smallest and largest value. `dtype`, both formats and `selection` take names.
-LIMITS = {
-    "batch": (1, MAX_REQUESTS),
-    "kv": (0, MAX_COUNT),
-    "q_len": (1, MAX_COUNT),
-    "heads": (1, MAX_COUNT),
-    "page_size": (1, MAX_COUNT),
-    "topk": (1, MAX_COUNT),
-}
-# Axes that override what a run or a config says, each a field of `Point`; one of them may have an option.
-OVERRIDES = ("dtype", "page_size", "cache_format", "index_format", "topk", "selection")
-AXES = ("batch", "kv", "q_len", "heads", *OVERRIDES)
-# How selected tokens lie among those of a request: anywhere, last, in runs, or where scores tie.
-SELECTIONS = ("random", "recent", "clustered", "tied")
-LENGTHS = ("batch", "kv", "q_len")  # axes that a batch spec has no room for
-
 Value = int | str
 Axes = dict[str, tuple[Value, ...]]
 
-_NUMBER = r"\d{1,12}[kKmM]?"
-_RANGE = re.compile(rf"({_NUMBER})\.\.({_NUMBER})([*+])({_NUMBER})")
+# More points are a typo, or should be several runs.
+MAX_POINTS = 1000
+# How selected tokens lie among those of a request: anywhere, last, in runs, or where scores tie.
+SELECTIONS = ("random", "recent", "clustered", "tied")
+
+
+def _format(item: str) -> str:
+    from mla.cache.formats import find_format  # needs torch
+
+    try:
+        return find_format(item).name
+    except CacheFormatError as error:
+        raise UsageError(str(error)) from error
+
+
+def read_index_format(item: str) -> str:
+    """Return a name of a format of index keys. Raises `UsageError` for others."""
+    from mla.cache.index_formats import INDEX_FORMATS  # needs torch
+
+    return _one_of("index format", item, ("plain", *INDEX_FORMATS))
+
+
+def _one_of(what: str, item: str, known: Sequence[str]) -> str:
+    if item not in known:
+        raise UsageError(unknown(what, item, known))
+    return item
+
+
+# Axis -> smallest and largest value, or what reads its names.
+LENGTHS = {"batch": (1, MAX_REQUESTS), "kv": (0, MAX_COUNT), "q_len": (1, MAX_COUNT)}  # batch specs say these
+AXES: dict[str, tuple[int, int] | Callable[[str], str]] = {
+    **LENGTHS,
+    "heads": (1, MAX_COUNT),
+    "dtype": named_dtype,
+    "page_size": (1, MAX_COUNT),
+    "cache_format": _format,
+    "index_format": read_index_format,
+    "topk": (1, MAX_COUNT),
+    "selection": lambda item: _one_of("selection", item, SELECTIONS),
+}
+# Those that override what a run or a config says, each a field of `Point`; one of them may have an option.
+OVERRIDES = tuple(AXES)[len(LENGTHS) + 1 :]
 
 
 class Point(Scenario, frozen=True, kw_only=True):
@@ -81,6 +102,12 @@ def _words(axes: Mapping[str, Value]) -> list[str]:
     return [word for name, value in axes.items() for word in ("-a", f"{name}={value}")]
 
 
+# ---------------------------------------------------------------------------------------------- axes
+
+_NUMBER = r"(\d{1,12}[kKmM]?)"
+_NUMBERS = re.compile(rf"{_NUMBER}(?:\.\.{_NUMBER}([*+]){_NUMBER})?")
+
+
 def parse(words: Sequence[str]) -> Axes:
     """Read "kv=1k..64k*4" and the like. Raises `UsageError`."""
     axes: Axes = {}
@@ -92,6 +119,46 @@ def parse(words: Sequence[str]) -> Axes:
             raise UsageError(f"axis '{name}' is given twice: list all of its values in one -a.")
         axes[name] = _values(name, text)
     return axes
+
+
+def _values(axis: str, text: str) -> tuple[Value, ...]:
+    if axis not in AXES:
+        raise UsageError(unknown("axis", axis, list(AXES)))
+    kind = AXES[axis]
+    values: list[Value] = []
+    for item in map(str.strip, text.split(",")):
+        values += (
+            [kind(item)] if callable(kind) else itertools.islice(_numbers(axis, item, *kind), MAX_POINTS + 1)
+        )
+        if len(values) > MAX_POINTS:
+            raise UsageError(f"axis {axis}: '{item}' exceeds {MAX_POINTS} values: give fewer.")
+    return tuple(dict.fromkeys(values))
+
+
+def _numbers(axis: str, item: str, low: int, high: int) -> Iterator[int]:
+    """Yield the number, or those of the range; as soon as one is not allowed, raise `UsageError`."""
+    match = _NUMBERS.fullmatch(item)
+    if match is None:
+        raise UsageError(
+            f"axis {axis}: '{item}' is neither a number, such as 4k, nor a range, such as 1k..64k*4 or "
+            "1..8+1."
+        )
+    value, last, by = map(_number, (match[1], match[2] or match[1], match[4] or "1"))
+    times = match[3] == "*"
+    if value > last or by < 1 or (times and (by < 2 or value < 1)):
+        raise UsageError(f"axis {axis}: the range '{item}' does not ascend: write 1..8+1 or 1..8*2.")
+    while value <= last:
+        if not low <= value <= high:
+            raise UsageError(f"axis {axis}: {value} is not between {low} and {high}.")
+        if axis == "page_size" and value & (value - 1):
+            raise UsageError(f"axis {axis}: {value} is not a power of two.")
+        yield value
+        value = value * by if times else value + by
+
+
+def _number(text: str) -> int:
+    digits = text.rstrip("kKmM")
+    return int(digits) * UNITS[text[len(digits) :].lower()]
 
 
 def points_of(scenarios: Sequence[Scenario], axes: Axes) -> list[Point]:
@@ -116,90 +183,11 @@ def points_of(scenarios: Sequence[Scenario], axes: Axes) -> list[Point]:
 
 
 def _own_axes(scenario: Scenario) -> Axes:
+    lists = {name: value if isinstance(value, list) else [value] for name, value in scenario.axes.items()}
     try:
-        texts = {
-            name: ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            for name, value in scenario.axes.items()
-        }
-        return {name: _values(name, text) for name, text in texts.items()}
+        return {name: _values(name, ",".join(map(str, values))) for name, values in lists.items()}
     except (UsageError, ValueError) as error:
         raise UsageError(f"scenario '{scenario.name}': {shortened(str(error), 400)}") from error
-
-
-def _values(name: str, text: str) -> tuple[Value, ...]:
-    if name not in AXES:
-        raise UsageError(unknown("axis", name, AXES))
-    values: list[Value] = []
-    for item in (item.strip() for item in text.split(",")):
-        try:
-            values += [NAMED[name](item)] if name in NAMED else _numbers(name, item)
-        except (UsageError, CacheFormatError) as error:
-            where = "" if name in NAMED else f"axis {name}: "  # names say of what they are
-            raise UsageError(f"{where}{error}") from error
-        if len(values) > MAX_POINTS:
-            raise UsageError(f"axis {name}: '{item}' exceeds {MAX_POINTS} values: give fewer.")
-    return tuple(dict.fromkeys(values))
-
-
-def _format(item: str) -> str:
-    from mla.cache.formats import find_format  # needs torch
-
-    return find_format(item).name
-
-
-def read_index_format(item: str) -> str:
-    """Return a name of a format of index keys. Raises `UsageError` for others."""
-    from mla.cache.index_formats import INDEX_FORMATS  # needs torch
-
-    return _one_of("index format", item, ("plain", *INDEX_FORMATS))
-
-
-def _one_of(what: str, item: str, known: Sequence[str]) -> str:
-    if item not in known:
-        raise UsageError(unknown(what, item, known))
-    return item
-
-
-NAMED: dict[str, Callable[[str], str]] = {
-    "dtype": named_dtype,
-    "cache_format": _format,
-    "index_format": read_index_format,
-    "selection": lambda item: _one_of("selection", item, SELECTIONS),
-}
-
-
-def _numbers(name: str, item: str) -> list[int]:
-    if re.fullmatch(_NUMBER, item):
-        return [_checked(name, _number(item))]
-    match = _RANGE.fullmatch(item)
-    if match is None:
-        raise UsageError(
-            f"'{item}' is neither a number, such as 4k, nor a range, such as 1k..64k*4 or 1..8+1."
-        )
-    first, last, by = (_number(match[group]) for group in (1, 2, 4))
-    if first > last or by < 1 or (match[3] == "*" and (by < 2 or first < 1)):
-        raise UsageError(f"the range '{item}' does not ascend: write 1..8+1 or 1..8*2.")
-    values = [_checked(name, first)]
-    while len(values) <= MAX_POINTS:  # one too many tells the caller
-        value = values[-1] * by if match[3] == "*" else values[-1] + by
-        if value > last:
-            break
-        values.append(_checked(name, value))
-    return values
-
-
-def _number(text: str) -> int:
-    digits = text.rstrip("kKmM")
-    return int(digits) * UNITS[text[len(digits) :].lower()]
-
-
-def _checked(name: str, value: int) -> int:
-    low, high = LIMITS[name]
-    if not low <= value <= high:
-        raise UsageError(f"{value} is not between {low} and {high}.")
-    if name == "page_size" and value & (value - 1):
-        raise UsageError(f"{value} is not a power of two.")
-    return value
 
 
 def _point(scenario: Scenario, values: Mapping[str, Any]) -> Point:
@@ -210,8 +198,9 @@ def _point(scenario: Scenario, values: Mapping[str, Any]) -> Point:
             f"axis {axis}: the lengths of '{scenario.name}' come from a batch spec: list a spec for each "
             f"value of {axis}, or use the axes heads, {', '.join(OVERRIDES[:-1])} and {OVERRIDES[-1]}."
         )
+    count = values.get("batch", len(scenario.query_lens))
     lengths = itertools.cycle(zip(scenario.query_lens, scenario.history, strict=True))
-    requests = list(itertools.islice(lengths, values.get("batch", len(scenario.query_lens))))
+    requests = list(itertools.islice(lengths, count))
     changes = {
         "query_lens": tuple(values.get("q_len", new) for new, _ in requests),
         "history": tuple(values.get("kv", past) for _, past in requests),
@@ -221,10 +210,9 @@ def _point(scenario: Scenario, values: Mapping[str, Any]) -> Point:
         "point": dict(values),
         "name": " ".join([scenario.name, *(f"{name}={value}" for name, value in values.items())]),
     }
-    if isinstance(scenario, Point):
-        point = msgspec.structs.replace(scenario, **changes)
-    else:
-        point = Point(base=scenario.name, **{**msgspec.structs.asdict(scenario), **changes})
+    if not isinstance(scenario, Point):
+        scenario = Point(base=scenario.name, **msgspec.structs.asdict(scenario))
+    point = msgspec.structs.replace(scenario, **changes)
     check_lengths(f"scenario '{point.name}'", point)
     return point
 
@@ -249,35 +237,37 @@ def parse_batch_spec(spec: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     history: list[int] = []
     place = 1
     for number, segment in enumerate(spec.split("_"), 1):
-        where = (
-            f"batch spec '{shortened(spec)}': segment {number}, '{shortened(segment)}' (character {place}),"
-        )
-        count, new, total = _segment(segment, where)
-        if len(query_lens) + count > MAX_REQUESTS:
-            raise ValueError(f"{where} makes more than {MAX_REQUESTS} requests")
+        try:
+            count, new, total = _segment(segment)
+            if len(query_lens) + count > MAX_REQUESTS:
+                raise ValueError(f"makes more than {MAX_REQUESTS} requests")
+        except ValueError as error:
+            where = f"segment {number}, '{shortened(segment)}' (character {place}),"
+            raise ValueError(f"batch spec '{shortened(spec)}': {where} {error}") from None
         query_lens += [new] * count
         history += [total - new] * count
         place += len(segment) + 1
     return tuple(query_lens), tuple(history)
 
 
-def _segment(text: str, where: str) -> tuple[int, int, int]:
-    """Return count, new tokens and all tokens of a segment. Raises ValueError."""
+def _segment(text: str) -> tuple[int, int, int]:
+    """Return count, new tokens and all tokens of a segment. Raises ValueError, without a subject."""
     match = _SEGMENT.fullmatch(text)
     if match is None:
         hint = " (q, s and k are lower-case)" if _SEGMENT.fullmatch(text.lower()) else ""
-        raise ValueError(f"{where} is not {FORM}{hint}")
+        raise ValueError(f"is not {FORM}{hint}")
     count = int(match[1] or 1)
     new = int(match[2]) * UNITS[match[3]]
     total = int(match[4]) * UNITS[match[5]] if match[4] else new
-    if count < 1 or new < 1:
-        raise ValueError(f"{where} has no {'requests' if count < 1 else 'new tokens'}: count from 1")
-    if total < new:
-        raise ValueError(
-            f"{where} has s{total} for q{new}: s counts all tokens of a request, the new ones included"
-        )
-    if total > MAX_COUNT:
-        raise ValueError(f"{where} has a request of more than {MAX_COUNT} tokens")
+    faults = {
+        "has no requests: count from 1": count < 1,
+        "has no new tokens: count from 1": new < 1,
+        f"has s{total} for q{new}: s counts all tokens of a request, the new ones included": total < new,
+        f"has a request of more than {MAX_COUNT} tokens": total > MAX_COUNT,
+    }
+    for fault, present in faults.items():
+        if present:
+            raise ValueError(fault)
     return count, new, total
 
 
@@ -312,6 +302,8 @@ AFFECTED = {
     "topk": frozenset(SPARSE[1:]),
     "selection": frozenset(SPARSE[1:]),
 }
+# Roles without a head count, beside the joined projection: an indexer has heads of its own.
+_HEADLESS = ("q_a_layernorm", "write_latent", *SPARSE[:2])
 DEFAULT_BATCH, DEFAULT_HISTORY, DEFAULT_QUERY = 16, 1024, 1
 SPARSE_HISTORY = 8192  # the default of an op that selects: beyond what published models select
 # What an op takes over from the batch spec that it runs on.
@@ -327,7 +319,7 @@ LACKED |= dict.fromkeys(SPARSE, ("it has no indexer", "deepseek-v3.2"))
 class OpScenario(Point, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One op on one prepared batch: a pass is `runs` identical calls. `role` as in `mla.layer.ops`."""
 
-    role: str  # before `expand`, also names of ops, comma-separated, each of which means all of its roles
+    role: str  # before `expand_ops`, also names of ops, comma-separated, each of which means all of its roles
     mode: Literal["prefill", "decode"] = "prefill"
     passes: Positive = 10
     batch: str = ""  # name of the scenario whose lengths it takes; "": its own
@@ -369,14 +361,8 @@ def op_scenario(
     requests = DEFAULT_BATCH if batch is None else batch
     if kv is None:
         kv = DEFAULT_HISTORY if set(SPARSE).isdisjoint(ops_of(op)) else SPARSE_HISTORY
-    return OpScenario(
-        name=op,
-        base=op,
-        role=op,
-        query_lens=(DEFAULT_QUERY if q_len is None else q_len,) * requests,
-        history=(kv,) * requests,
-        heads=heads,
-    )
+    new, past = (q_len or DEFAULT_QUERY,) * requests, (kv,) * requests
+    return OpScenario(name=op, base=op, role=op, query_lens=new, history=past, heads=heads)
 
 
 def op_of_batch(op: str, batch: Scenario, heads: int | None) -> OpScenario:
@@ -412,24 +398,20 @@ def expand_ops(scenarios: Sequence[Point], config: MLAConfig, kinds: Mapping[str
     One that an axis of other roles leaves as it is comes once. `kinds`: role -> op. Raises `UsageError` for
     an op that is unknown or that this layer lacks.
     """
-    expanded = list[Point]()
-    for point in (point for scenario in scenarios for point in _expand(scenario, config, kinds)):
-        idle = [
-            axis for axis, affected in AFFECTED.items() if getattr(point, axis) and point.op not in affected
-        ]
-        if not (point.op and idle and any(point.name == other.name for other in expanded)):
-            expanded.append(point)
+    expanded: list[Point] = []
+    for scenario in scenarios:
+        if not isinstance(scenario, OpScenario):
+            expanded.append(scenario)
+            continue
+        roles = [roles_of(op, config, kinds, "--op takes") for op in ops_of(scenario.role)]
+        for role in itertools.chain(*roles):
+            point = _of_role(scenario, role, config)
+            idle = any(getattr(point, axis) and role not in affected for axis, affected in AFFECTED.items())
+            if not idle or all(point.name != other.name for other in expanded):
+                expanded.append(point)
     if twice := repeated(scenario.name for scenario in expanded):
         raise UsageError(f"'{twice}' would be measured twice: it is unaffected by the axes you vary.")
     return expanded
-
-
-def _expand(point: Point, config: MLAConfig, kinds: Mapping[str, str]) -> list[Point]:
-    """Return one scenario per role of its ops, and the whole layer as it is."""
-    if not isinstance(point, OpScenario):
-        return [point]
-    roles = [roles_of(op, config, kinds, "--op takes") for op in ops_of(point.role)]
-    return [_of_role(point, role, config) for role in itertools.chain(*roles)]
 
 
 def roles_of(op: str, config: MLAConfig, kinds: Mapping[str, str], takes: str, what: str = "op") -> list[str]:
@@ -438,9 +420,7 @@ def roles_of(op: str, config: MLAConfig, kinds: Mapping[str, str], takes: str, w
     `takes`: start of the list of names in the `UsageError` for an unknown one, which is called `what`.
     """
     idle = op == "rotate_query" and not config.qk_rope_head_dim
-    if op in kinds and not idle:
-        return [op]
-    roles = [role for role, kind in kinds.items() if kind == op and not idle]
+    roles = [] if idle else [op] if op in kinds else [role for role, kind in kinds.items() if kind == op]
     if not roles and op in LACKED:
         why, preset = LACKED[op]
         raise UsageError(
@@ -453,39 +433,31 @@ def roles_of(op: str, config: MLAConfig, kinds: Mapping[str, str], takes: str, w
 
 
 def _of_role(scenario: OpScenario, role: str, config: MLAConfig) -> OpScenario:
-    """Return the scenario for one role, without the values that do not affect it."""
-    history = scenario.history
-    if role not in READS_HISTORY and not scenario.batch_spec:
-        history = (DEFAULT_HISTORY,) * len(history)
-    point = _shape(scenario, role, config)
-    shown = {name: value for name, value in point.items() if (name, value) != ("q_len", DEFAULT_QUERY)}
-    base = f"{role} {scenario.base}" if scenario.batch_spec else role
+    """Return the scenario for one role, without the values that do not affect it, named after the others.
+
+    A batch spec names its lengths.
+    """
+    history, spec = scenario.history, scenario.batch_spec
+    shape: dict[str, Value] = {}
+    if not spec:
+        if role not in READS_HISTORY:
+            history = (DEFAULT_HISTORY,) * len(history)
+        shape["batch"] = len(history)
+        shape |= {"kv": history[0]} if role in READS_HISTORY else {}
+        shape["q_len"] = scenario.query_lens[0]
+    has_heads = role not in _HEADLESS and not (role == "qkv_a_proj" and config.q_lora_rank)
+    if has_heads:
+        shape["heads"] = scenario.heads or config.num_attention_heads
+    affects = [name for name in OVERRIDES if role in AFFECTED.get(name, (role,))]
+    shape |= {name: scenario.point[name] for name in affects if name in scenario.point}
+    base = f"{role} {scenario.base}" if spec else role
+    shown = [f"{name}={value}" for name, value in shape.items() if (name, value) != ("q_len", DEFAULT_QUERY)]
     return msgspec.structs.replace(
         scenario,
         role=role,
         base=base,
         history=history,
-        heads=scenario.heads if _has_heads(role, config) else None,
-        point=point,
-        name=" ".join([base, *(f"{name}={value}" for name, value in shown.items())]),
+        heads=scenario.heads if has_heads else None,
+        point=shape,
+        name=" ".join([base, *shown]),
     )
-
-
-def _shape(scenario: OpScenario, role: str, config: MLAConfig) -> dict[str, Value]:
-    """Return axis -> value for everything a role depends on, except the lengths of a batch spec."""
-    shape: dict[str, Value] = {}
-    if not scenario.batch_spec:
-        shape["batch"] = len(scenario.query_lens)
-        if role in READS_HISTORY:
-            shape["kv"] = scenario.history[0]
-        shape["q_len"] = scenario.query_lens[0]
-    if _has_heads(role, config):
-        shape["heads"] = scenario.heads or config.num_attention_heads
-    affects = [name for name in OVERRIDES if role in AFFECTED.get(name, (role,))]
-    return shape | {name: scenario.point[name] for name in affects if name in scenario.point}
-
-
-def _has_heads(role: str, config: MLAConfig) -> bool:
-    """Return whether a role's shape depends on the head count."""
-    without = ("q_a_layernorm", "write_latent", *SPARSE[:2])  # an indexer has heads of its own
-    return role not in without and not (role == "qkv_a_proj" and config.q_lora_rank)
