@@ -155,13 +155,6 @@ def kv_b_parameters(config: MLAConfig) -> int:
     return config.kv_lora_rank * config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
 
 
-def head_parameters(config: MLAConfig) -> int:
-    """Return the number of weights that belong to single heads: of q (or q_b), kv_b, gate and o."""
-    h, inputs = config.num_attention_heads, config.q_lora_rank or config.hidden_size
-    per_head = config.qk_head_dim * inputs + config.v_head_dim * config.hidden_size
-    return h * per_head + config.gate_width * config.hidden_size + kv_b_parameters(config)
-
-
 def indexer_parameters(config: MLAConfig) -> int:
     """Return the number of weights in the indexer, if there is one: of its queries, keys and weights.
 

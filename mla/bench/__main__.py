@@ -8,7 +8,7 @@ import sys
 from mla.command import last_words
 
 # Commands that load no plugin into their process.
-LIGHT = ("capacity", "compare", "doctor", "export", "list", "new-backend", "report", "show")
+LIGHT = ("compare", "doctor", "export", "list", "new-backend", "report", "show")
 
 
 def start() -> int:

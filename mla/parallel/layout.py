@@ -1,22 +1,19 @@
 """`Layout`: what is split over ranks, and which part each has; `Share`: which tokens it has. No torch.
 
-Also what a layout costs each rank: FLOPs and bytes of a forward, room for tokens, and collectives on a link.
+Also what a layout costs each rank: FLOPs and bytes of a forward, and collectives on a link.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mla.config import MLAConfig
 from mla.cost import (
     Work,
-    head_parameters,
-    indexer_parameters,
     kv_b_parameters,
     latent_attention_flops,
     parameters,
@@ -208,69 +205,6 @@ def _quotients(last: int, world: int) -> int:
     """Return the sum of x // world for x from 0 to `last`."""
     whole = (last + 1) // world
     return world * whole * (whole - 1) // 2 + whole * (last + 1 - whole * world)
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """What `layout` leaves for the cache, and how many tokens that is; bytes are of one device."""
-
-    layout: Layout
-    weight_bytes: int
-    cache_bytes: int  # 0 where the weights alone do not fit
-    tokens: int  # of all devices together, each counted once
-    copies: int  # of every token, on as many devices
-
-    @property
-    def repeated(self) -> float:
-        """The share of all cached bytes that is a copy of others."""
-        return 1 - 1 / self.copies
-
-
-def capacity(
-    config: MLAConfig,
-    layout: Layout,
-    memory: int,
-    layers: int,
-    itemsize: int = 2,
-    cache_format: str = "",
-    index_format: str = "",
-) -> Capacity:
-    """Return what so many bytes on every device hold of `layers` layers and their cache.
-
-    Weights count once, `itemsize` bytes each; of the cache, tokens without any room lost in pages. Layers
-    with an indexer have index keys as well, as often as the latent. A format "" is `itemsize` bytes a number.
-    Formats import torch. Raises `UsageError` where the layer cannot be split, and `CacheFormatError`.
-    """
-    layout.check(config)
-    split, indexers = head_parameters(config), len(config.index_layers(layers))
-    shared = (layers - indexers) * indexer_parameters(config)  # those of layers without an indexer
-    weights = ((parameters(config) - split + split // layout.head_parts) * layers - shared) * itemsize
-    room = max(0, memory - weights)
-    latent, key = config.latent_dim * itemsize, config.index_head_dim * itemsize
-    if cache_format or index_format:
-        from mla.cache.formats import codec_of
-        from mla.cache.index_formats import index_codec, stored_index_format
-
-        if codec := codec_of(cache_format, config.kv_lora_rank, config.qk_rope_head_dim):
-            latent = codec.token_bytes
-        if index := index_codec(stored_index_format(index_format), config.index_head_dim):
-            key = index.token_bytes
-    per_token = latent * layers + key * indexers
-    return Capacity(layout, weights, room, room // per_token * layout.dcp * layout.dp, layout.tp)
-
-
-def layouts(config: MLAConfig, world: int) -> Iterator[Layout]:
-    """Yield every layout of so many ranks that `config` can be split by."""
-    for dp in _divisors(world):
-        for dcp in _divisors(world // dp):
-            layout = Layout(tp=world // dp // dcp, dp=dp, dcp=dcp)
-            with contextlib.suppress(UsageError):
-                layout.check(config)
-                yield layout
-
-
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
 
 
 # ------------------------------------------------------------------------------------------------------ links

@@ -14,7 +14,6 @@ from damage import attempt as attempt_within
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mla.bench.cli.devices import capacity_command
 from mla.bench.cli.run import run
 from mla.bench.measure import variants
 from mla.bench.workload import grid, implementations
@@ -81,13 +80,6 @@ def test_layouts(text: str) -> None:
     if layout is not None:
         assert layout.world == math.prod(getattr(layout, axis) for axis in AXES)
         assert Layout.parse(str(layout)) == layout
-
-
-@FUZZ
-@given(damaged_text(("80GiB", "64 GB", "1.5tib", "0.1kb"), "0123456789. kmgtKMGTiB²٣"))
-def test_memory(text: str) -> None:
-    memory = attempt(lambda: option(capacity_command, "--memory", text))
-    assert memory is None or 1 <= memory < 2**90
 
 
 @FUZZ

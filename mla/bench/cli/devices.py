@@ -1,8 +1,9 @@
-"""Commands about backends and devices: `list`, `doctor`, `new-backend`, `replay`, `capacity`, `ceilings`."""
+"""Commands about backends and devices: `list`, `doctor`, `new-backend`, `replay`, `ceilings`."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,9 +13,7 @@ import click
 from mla.bench import results
 from mla.bench.plan.options import of_dtype, refuse
 from mla.bench.terminal import ceilings as terminal
-from mla.bench.workload.grid import points_of, read_index_format
-from mla.bench.workload.scenario import MAX_LAYERS
-from mla.bench.workload.scenario import memory as read_memory
+from mla.bench.workload.grid import points_of
 from mla.bench.workload.workload_file import PRESETS as SHIPPED
 from mla.bench.workload.workload_file import read_workload
 from mla.command import environment, files
@@ -24,21 +23,18 @@ from mla.command.exit_codes import Exit, end_early
 from mla.command.options import (
     FILE,
     BackendOptions,
-    Dtype,
     Word,
     backend_options,
     format_option,
     key_values,
     open_backend,
-    parsed_by,
     result_path,
     takes,
 )
 from mla.config import MLAConfig
 from mla.config.presets import DEFAULT_CONFIG, PRESETS
-from mla.errors import CacheFormatError, UsageError
-from mla.parallel.layout import Capacity, Layout, capacity, layouts
-from mla.text import DTYPES, named_dtype, size
+from mla.errors import UsageError
+from mla.text import named_dtype
 from mla_backends import BackendOptionError, probe
 from mla_backends.known import GENERAL, GENERAL_USE
 
@@ -47,7 +43,6 @@ if TYPE_CHECKING:
 
     from mla_backends.api import Backend
 
-LAYOUT_COLUMNS = ("layout", "weights", "cache", "tokens", "copies", "repeated")
 REPLAY_EPILOG = """\b
 Examples:
   mla-bench replay failed
@@ -72,8 +67,7 @@ def list_backends(configs: bool, workloads: bool, as_json: bool) -> int:
     if workloads:
         out(_json(shipped_workloads()) if as_json else workloads_table())
     elif configs:
-        words = ("name", "nope/v", "source")
-        out(_json(presets()) if as_json else aligned(_CONFIGS, map(_row, PRESETS), words, wrapped=words[2:]))
+        out(_json(presets()) if as_json else _table(_CONFIGS, map(_row, presets()), "source"))
     else:
         out(_backends(as_json))
     return Exit.OK
@@ -86,7 +80,7 @@ def _json(document: object) -> str:
 def _backends(as_json: bool) -> str:
     backends = probe.statuses(chosen=[*probe.names(), GENERAL])
     if as_json:
-        return _json([asdict(status) for status in backends])
+        return _json(list(map(asdict, backends)))
     widths = [max(len(getattr(status, name)) for status in backends) for name in ("name", "state")]
     return "".join(_line(status, *widths) for status in backends)
 
@@ -98,6 +92,56 @@ def _line(status: probe.Status, name: int, state: int) -> str:
         why = f"without a plugin, {GENERAL_USE} (here {status.evidence['device']})"
     said = ": ".join(part for part in (version, why) if part)
     return f"{status.name:{name}}  {status.state:{state}}  {said}".rstrip() + "\n"
+
+
+_CONFIGS = ("name", "hidden", "heads", "q_lora", "latent", "nope/v", "source")
+_WORKLOADS = ("name", "scenarios", "config", "about")
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[str]], last: str) -> str:
+    """Return a table as wide as the result, whose last column is wrapped; numbers are on the right."""
+    return aligned(titles, rows, ("name", "nope/v", "config", last), wrapped=(last,))
+
+
+def presets() -> list[dict[str, Any]]:
+    """Return per preset the config, its checkpoint, and the address of its config.json."""
+    rows = [(MLAConfig.preset(name), preset) for name, preset in PRESETS.items()]
+    return [
+        {
+            **asdict(config),
+            "softmax_scale": config.softmax_scale,
+            "checkpoint": preset.checkpoint,
+            "source": preset.source,
+        }
+        for config, preset in rows
+    ]
+
+
+def _row(preset: dict[str, Any]) -> list[str]:
+    latent = f"{preset['kv_lora_rank']}+{preset['qk_rope_head_dim']}"
+    heads = f"{preset['qk_nope_head_dim']}/{preset['v_head_dim']}"
+    numbers = [preset["hidden_size"], preset["num_attention_heads"], preset["q_lora_rank"] or "-"]
+    return [preset["name"], *map(str, numbers), latent, heads, preset["checkpoint"]]
+
+
+def workloads_table() -> str:
+    """Return a table with a row per shipped workload, as wide as the result."""
+    rows = [[str(workload[title]) for title in _WORKLOADS] for workload in shipped_workloads()]
+    return _table(_WORKLOADS, rows, "about")
+
+
+def shipped_workloads() -> list[dict[str, Any]]:
+    """Return per shipped workload its number of scenarios, its default config and op, and its source."""
+    said = ("op", "about", "source")
+    return [
+        {
+            "name": workload.name,
+            "scenarios": len(points_of(workload.scenarios, {})),
+            "config": workload.config or DEFAULT_CONFIG,
+            **{name: getattr(workload, name) for name in said},
+        }
+        for workload in map(read_workload, SHIPPED)
+    ]
 
 
 @click.command(short_help="Explain why a backend is or isn't usable.")
@@ -186,103 +230,6 @@ def replay(folder: Path, name: str | None, runs: int, **chosen: Any) -> int:
     return Exit.OK
 
 
-class _Memory(click.types.StringParamType):
-    """An amount of memory, that `read_memory` reads."""
-
-    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        """Return what to give where it is missing."""
-        return "Give that of one device, such as --memory 80GiB."
-
-
-@dataclass(frozen=True)
-class CapacityOptions:
-    """The options of `capacity`, one field each."""
-
-    # fmt: off
-    config: Annotated[str, click.option(
-        "--config", metavar="NAME|PATH", default=DEFAULT_CONFIG, show_default=True, help="As for a run.",
-    )]
-    memory: Annotated[int, click.option(
-        "--memory", metavar="SIZE", type=_Memory(), required=True, callback=parsed_by(read_memory),
-        help="Memory that one device has for weights and cache of all attention layers, such as 80GiB.",
-    )]
-    layout: Annotated[Layout, click.option(
-        "--parallel", "layout", metavar="LAYOUT", default="tp=1", show_default=True,
-        callback=parsed_by(Layout.parse),
-        help="Layout, such as tp=8 or dp=2,tp=4; other layouts of as many devices follow.",
-    )]
-    layers: Annotated[int, click.option(
-        "--layers", type=click.IntRange(1, MAX_LAYERS), default=1, show_default=True,
-        help="Layers of the model.",
-    )]
-    dtype: Annotated[str, click.option(
-        "--dtype", metavar="DTYPE", type=Dtype(), default="bf16", show_default=True,
-        help=f"Dtype of weights, and of the cache unless it has a format: {', '.join(DTYPES)}.",
-    )]
-    cache_format: Annotated[str, click.option(
-        "--cache-format", metavar="NAME", default="", help="What the cache holds, such as fp8_ds_mla.",
-    )]
-    index_format: Annotated[str, click.option(
-        "--index-format", metavar="NAME", default="plain", show_default=True,
-        help="What index keys are held in: plain (the dtype) or fp8.",
-    )]
-    as_json: Annotated[bool, click.option(
-        "--json", "as_json", is_flag=True, help="Print JSON instead of a table.",
-    )]
-    # fmt: on
-
-    def rows(self) -> list[Capacity]:
-        """Return what the layout holds, and others of as many devices, best first. Raises `UsageError`."""
-        config = MLAConfig.named(self.config)
-        keys = "" if self.index_format == "plain" else read_index_format(self.index_format)
-        if keys and not config.index_n_heads:
-            raise UsageError(f"--index-format: '{config.name}' has no indexer, and no index keys: omit it.")
-        itemsize = 4 if self.dtype == "float32" else 2
-        others = [other for other in layouts(config, self.layout.world) if other != self.layout]
-        try:
-            first, *rest = (
-                capacity(config, layout, self.memory, self.layers, itemsize, self.cache_format, keys)
-                for layout in (self.layout, *others)
-            )
-        except CacheFormatError as error:
-            raise UsageError(f"--cache-format: {error}") from error
-        return [first, *sorted(rest, key=lambda row: -row.tokens)]
-
-
-@click.command("capacity", short_help="Count the tokens that several devices hold, by layout.")
-@takes(CapacityOptions)
-def capacity_command(options: CapacityOptions) -> int:
-    """Say how many tokens the devices of a layout hold together, and how much of the cache is repeated.
-
-    tp repeats the whole latent on every device; dcp spreads the tokens of a request, and dp the requests.
-    Weights are counted once, tokens without the room that is lost at the end of pages. Nothing is run.
-
-    Exit code 0; 2 for a config, layout or format that does not exist, heads or an indexer that the layout
-    cannot split, or latents that the format cannot hold.
-    """
-    rows = options.rows()
-    out(_json([_layout_object(row) for row in rows]) if options.as_json else _layouts(rows))
-    return Exit.OK
-
-
-def _layouts(rows: list[Capacity]) -> str:
-    """Return one line per layout, the one that was asked for first."""
-    lines = (
-        (str(row.layout), size(row.weight_bytes), size(row.cache_bytes) if row.cache_bytes else "no room",
-         f"{row.tokens:,}", str(row.copies), f"{row.repeated:.0%}")
-        for row in rows
-    )  # fmt: skip
-    return aligned(LAYOUT_COLUMNS, lines, words=("layout",)) + (
-        "\nweights and cache: of one device; tokens: of all together, each counted once; repeated: the share "
-        "of all\ncached bytes that is a copy\n"
-    )
-
-
-def _layout_object(row: Capacity) -> dict[str, Any]:
-    """Return a line as JSON; bytes are of one device."""
-    return asdict(row) | {"layout": str(row.layout), "devices": row.layout.world}
-
-
 # -------------------------------------------------------------------------------------------------- ceilings
 
 DEFAULT_DTYPES = ("bf16", "fp32")
@@ -355,57 +302,3 @@ def _native(backend: Backend, names: list[str], *, explicit: bool) -> list[torch
             refuse(of_dtype(backend, dtype))
     native = backend.dtypes()
     return [dtype for dtype in dtypes if dtype in native] or list(native)
-
-
-# --------------------------------------------------------------------------------------------------- catalog
-
-_CONFIGS = ("name", "hidden", "heads", "q_lora", "latent", "nope/v", "source")
-_WORKLOADS = ("name", "scenarios", "config", "about")
-
-
-def presets() -> list[dict[str, Any]]:
-    """Return per preset the config, its checkpoint, and the address of its config.json."""
-    configs = [(MLAConfig.preset(name), preset) for name, preset in PRESETS.items()]
-    said = ("checkpoint", "source")
-    return [
-        {
-            **asdict(config),
-            "softmax_scale": config.softmax_scale,
-            **{key: getattr(preset, key) for key in said},
-        }
-        for config, preset in configs
-    ]
-
-
-def _row(name: str) -> tuple[str, ...]:
-    config = MLAConfig.preset(name)
-    return (
-        name,
-        str(config.hidden_size),
-        str(config.num_attention_heads),
-        str(config.q_lora_rank or "-"),
-        f"{config.kv_lora_rank}+{config.qk_rope_head_dim}",
-        f"{config.qk_nope_head_dim}/{config.v_head_dim}",
-        PRESETS[name].checkpoint,
-    )
-
-
-def workloads_table() -> str:
-    """Return a table with a row per shipped workload, as wide as the result."""
-    rows = [[str(workload[title]) for title in _WORKLOADS] for workload in shipped_workloads()]
-    return aligned(_WORKLOADS, rows, ("name", "config", "about"), wrapped=("about",))
-
-
-def shipped_workloads() -> list[dict[str, Any]]:
-    """Return per shipped workload its number of scenarios, its default config and op, and its source."""
-    return [
-        {
-            "name": workload.name,
-            "scenarios": len(points_of(workload.scenarios, {})),
-            "config": workload.config or DEFAULT_CONFIG,
-            "op": workload.op,
-            "about": workload.about,
-            "source": workload.source,
-        }
-        for workload in map(read_workload, SHIPPED)
-    ]

@@ -85,7 +85,6 @@ for command in (
     stored.show,
     stored.export,
     devices.replay,
-    devices.capacity_command,
     devices.ceilings,
     devices.new_backend,
 ):

@@ -45,8 +45,7 @@ def _format(item: str) -> str:
         raise UsageError(str(error)) from error
 
 
-def read_index_format(item: str) -> str:
-    """Return a name of a format of index keys. Raises `UsageError` for others."""
+def _index_format(item: str) -> str:
     from mla.cache.index_formats import INDEX_FORMATS  # needs torch
 
     return _one_of("index format", item, ("plain", *INDEX_FORMATS))
@@ -66,7 +65,7 @@ AXES: dict[str, tuple[int, int] | Callable[[str], str]] = {
     "dtype": named_dtype,
     "page_size": (1, MAX_COUNT),
     "cache_format": _format,
-    "index_format": read_index_format,
+    "index_format": _index_format,
     "topk": (1, MAX_COUNT),
     "selection": lambda item: _one_of("selection", item, SELECTIONS),
 }

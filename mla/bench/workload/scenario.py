@@ -1,4 +1,4 @@
-"""A scenario: what is measured and its possible lengths; lengths, memory and durations as users type them."""
+"""A scenario: what is measured and its possible lengths; lengths and durations as users type them."""
 
 from __future__ import annotations
 
@@ -108,19 +108,6 @@ def size(text: str) -> int:
     value = int(match[1]) * UNITS[match[2]] if match else -1
     if not 0 <= value <= MAX_COUNT:
         raise ValueError(f"'{text}' is not a valid length: use a number such as 4096, 4k or 1m.")
-    return value
-
-
-_BYTES = {f"{prefix}ib": 2 ** (10 * power) for power, prefix in enumerate("kmgt", 1)}
-_BYTES |= {f"{prefix}b": 10 ** (3 * power) for power, prefix in enumerate("kmgt", 1)}
-
-
-def memory(text: str) -> int:
-    """Return the bytes of "80GiB" or "64 GB". Raises ValueError for anything else, and for 0."""
-    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?) ?([kmgt]i?b)", text.strip().lower())
-    value = int(float(match[1]) * _BYTES[match[2]]) if match else 0
-    if value < 1:
-        raise ValueError(f"'{text}' is not a valid amount of memory, such as 80GiB or 64GB")
     return value
 
 

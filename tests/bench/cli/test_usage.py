@@ -73,7 +73,7 @@ def test_help_all_names_every_option_by_group_and_every_exit_code(bench: Bench) 
 @pytest.mark.parametrize(
     ("before", "word", "offered"),
     [
-        ((), "c", ["capacity", "ceilings", "compare"]),
+        ((), "c", ["ceilings", "compare"]),
         ((), "--mod", ["--model-path", "--mode"]),
         (("--attention",), "a", ["auto", "absorbed"]),
         (("compare", "a.json"), "--noi", ["--noise"]),
@@ -86,7 +86,7 @@ def test_a_shell_completes_commands_and_the_options_of_a_run(
     assert [completion.value for completion in shell.get_completions(list(before), word)] == offered
 
 
-@pytest.mark.parametrize("command", [cli.commands["run"], cli.commands["capacity"], conformance])
+@pytest.mark.parametrize("command", [cli.commands["run"], conformance])
 def test_both_names_of_a_dtype_are_one_word(command: click.Command) -> None:
     (option,) = (option for option in command.params if "--dtype" in option.opts)
     for short, long in DTYPES.items():
