@@ -35,7 +35,6 @@ FAST_PARTS: Mapping[str, Any] = {
     "mla.bench.limits.microbench.SIDES": (64, 128),
     "mla.bench.limits.microbench.REPEAT_S": 0.0,
     "mla.bench.limits.microbench.REPEATS": 1,
-    "mla.bench.run.scenario_run.LIMITS_AGAIN_S": 0.0,
     "mla.bench.ranks.crew.LINK_BYTES": (32 << 10, 64 << 10),
     "mla.bench.ranks.crew.LINK_TIMES": 2,
     "mla_backend_cpu.products.product_gain": lambda kernels, fp32: 1.0,

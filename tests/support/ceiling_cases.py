@@ -8,7 +8,6 @@ from mla.bench import results
 from mla.bench.limits import microbench
 from mla.bench.results.schema import Ceiling, CeilingRun
 from mla.bench.run import ceilings as ceilings_command
-from mla.bench.run import scenario_run
 
 
 def measure_limits_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -16,7 +15,6 @@ def measure_limits_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(microbench, "SIDES", (256, 512))
     monkeypatch.setattr(microbench, "REPEAT_S", 0.0)
     monkeypatch.setattr(microbench, "REPEATS", 2)
-    monkeypatch.setattr(scenario_run, "LIMITS_AGAIN_S", 0.0)
 
 
 @pytest.fixture

@@ -49,7 +49,12 @@ def per_call(region: Region, enough: float = float("inf")) -> float:
     once = region(1)  # loads kernels and touches pages
     if once > LONG_CALL_S:
         return min(once, region(1))
-    calls, short, long = _size(region)
+    calls, short, long = 1, region(1), region(2)
+    while long < LONG_REGION_S and 8 * calls <= MAX_CALLS:
+        if long - short >= MIN_GROWTH_S and long >= RATIO * short:
+            break
+        calls *= 4
+        short, long = region(calls), region(2 * calls)
     end, done = now_ns() + 1e9 * REPEAT_S, 1
     last = now_ns() + 1e9 * MAX_REPEAT_S
     while (done < REPEATS or now_ns() < end) and now_ns() < last:
@@ -58,17 +63,6 @@ def per_call(region: Region, enough: float = float("inf")) -> float:
         short, long = min(short, region(calls)), min(long, region(2 * calls))
         done += 1
     return grown(short, long, calls)
-
-
-def _size(region: Region) -> tuple[int, float, float]:
-    """Return N, large enough for the growth to be measured, and the seconds of N and of 2N calls."""
-    calls = 1
-    while True:
-        short, long = region(calls), region(2 * calls)
-        clear = long - short >= MIN_GROWTH_S and long >= RATIO * short
-        if clear or long >= LONG_REGION_S or 8 * calls > MAX_CALLS:
-            return calls, short, long
-        calls *= 4
 
 
 def grown(short: float, long: float, calls: int) -> float:
@@ -203,22 +197,20 @@ class Microbenchmark:
         """Return bytes per second of reading about `count` bytes repeatedly."""
         rows = max(16, count // (FEATURES * self._dtype.itemsize) // 16 * 16)
         count = rows * FEATURES * self._dtype.itemsize
-        weight = random_rows(rows, FEATURES, self._dtype, self._device)
-        work = f"reading {size(count, MiB='.3g')}"
-        fastest = self._timed([*read_ways(weight), *self._own(weight, 1, work)], work)[0]
-        return _ceiling("read", count, fastest, size(count, MiB=".3g"), count)
+        weight, what = random_rows(rows, FEATURES, self._dtype, self._device), size(count, MiB=".3g")
+        seconds, way = self._timed(read_ways(weight), f"reading {what}", weight)[0]
+        return _ceiling("read", count / seconds, way, what, count)
 
     def copy(self, count: int) -> Ceiling:
         """Return bytes per second, reads plus writes, of copying half of `count` bytes to the other half."""
         source = torch.ones(count // 8, dtype=torch.float32, device=self._device)
-        target = torch.empty_like(source)
-        moved = 2 * source.nbytes
+        target, moved = torch.empty_like(source), 2 * source.nbytes
         ways = [
             Way("copy_", lambda: target.copy_(source)),
             Way("neg", lambda: torch.neg(source, out=target)),
         ]
-        fastest = self._timed(ways, f"copying {moved}")[0]
-        return _ceiling("copy", moved, fastest, size(moved, MiB=".3g"), moved)
+        seconds, way = self._timed(ways, f"copying {moved}")[0]
+        return _ceiling("copy", moved / seconds, way, size(moved, MiB=".3g"), moved)
 
     def product(self, tokens: int, inputs: int, outputs: int) -> Ceiling:
         """Return FLOP per second of [tokens, inputs] x [inputs, outputs]; a multiply-add counts as 2."""
@@ -238,61 +230,59 @@ class Microbenchmark:
 
     def _product(self, tokens: int, inputs: int, outputs: int) -> tuple[Ceiling, float]:
         """Return the ceiling and the seconds of torch's own fastest way."""
-        dtype = dtype_name(self._dtype)
+        dtype, wide = dtype_name(self._dtype), self._dtype.itemsize
         x, weight = (random_rows(rows, inputs, self._dtype, self._device) for rows in (tokens, outputs))
         shape = f"{tokens} x {inputs} x {outputs} {dtype}"
-        ways = [*product_ways(x, weight), *self._own(weight, tokens, f"multiplying {shape}")]
-        timed = self._timed(ways, f"multiplying {shape}")
+        timed = self._timed(product_ways(x, weight), f"multiplying {shape}", weight, tokens)
         by_torch = next((seconds for seconds, way in timed if not way.ours), timed[0][0])
         least = max(HOPELESS * by_torch, HOPELESS_S)
         self._out |= {way.name for seconds, way in timed if seconds > least}
-        numbers, flops = tokens * inputs + inputs * outputs + tokens * outputs, 2 * tokens * inputs * outputs
-        ceiling = _ceiling("matmul", flops, timed[0], shape, self._dtype.itemsize * numbers, dtype)
-        return ceiling, by_torch
+        (seconds, way), flops = timed[0], 2 * tokens * inputs * outputs
+        footprint = wide * (tokens * inputs + inputs * outputs + tokens * outputs)
+        return _ceiling("matmul", flops / seconds, way, shape, footprint, dtype), by_torch
 
-    def _own(self, weight: torch.Tensor, tokens: int, work: str) -> list[Way]:
-        """Return the layer's own projection of so many tokens, if it has a fused one.
-
-        One that fails is named, and torch's ways remain.
-        """
-        name = f"linear of backend '{self._backend.name}'"
-        try:
-            with plugin_code():
-                spec = LinearSpec(weight.shape[1], weight.shape[0], 1, weight.dtype, weight.device)
-                choice = choose("linear", spec, self._backend.ops(), self._policy)
-                name = choice.name
-                if name == "reference":  # which is torch.mm
-                    return []
-                return [own_product(choice, weight, tokens)]
-        except Exception as error:  # noqa: BLE001  # a plugin may raise anything
-            _leave_out(name, f"failed when {work}, and is left out of the limits: {describe(error)}")
-        return []
-
-    def _timed(self, ways: Sequence[Way], work: str) -> list[tuple[float, Way]]:
+    def _timed(
+        self, ways: Sequence[Way], work: str, weight: torch.Tensor | None = None, tokens: int = 1
+    ) -> list[tuple[float, Way]]:
         """Return the seconds of every way that is not out, the fastest first.
 
-        Raises the first error if all of them fail.
+        With a `weight`, the backend's projection of so many tokens is one more; if that fails it is named.
+        Raises the first error if all ways fail.
         """
         timed: list[tuple[float, Way]] = []
         failed: list[Exception] = []
-        for way in ways:
-            if way.name in self._out:
-                continue
+
+        def add(way: Way) -> None:
             best = min((seconds for seconds, _ in timed), default=float("inf"))
+            if way.name not in self._out:
+                timed.append((self._seconds(way, SLOW * best), way))
+
+        for way in ways:
             try:
-                with plugin_code():
-                    timed.append((self._seconds(way, SLOW * best), way))
-            except Wrong:
-                self._out.add(way.name)
-                _leave_out(way.name, f"is left out of the limits: its result is wrong for {work}")
+                add(way)
             except Exception as error:  # noqa: BLE001  # a device may lack an operation
                 failed.append(error)
-                if way.ours:
-                    why = f"failed when {work}, and is left out of the limits: {describe(error)}"
-                    _leave_out(way.name, why)
+        name = f"linear of backend '{self._backend.name}'"
+        try:
+            with plugin_code():
+                choice = None if weight is None else self._choice(weight)
+                if choice is not None and weight is not None:
+                    name = choice.name
+                    add(own_product(choice, weight, tokens))
+        except Wrong:
+            self._out.add(name)
+            _leave_out(name, f"is left out of the limits: its result is wrong for {work}")
+        except Exception as error:  # noqa: BLE001  # a plugin may raise anything
+            _leave_out(name, f"failed when {work}, and is left out of the limits: {describe(error)}")
         if not timed:
-            raise failed[0] if failed else Wrong(f"every op tried for {work} gives a wrong result")
+            raise failed[0] if failed else Wrong(f"no op is left for {work}")
         return sorted(timed, key=lambda pair: pair[0])
+
+    def _choice(self, weight: torch.Tensor) -> Choice | None:
+        """Return what the layer's own projection would be; None for the reference, which is torch.mm."""
+        spec = LinearSpec(weight.shape[1], weight.shape[0], 1, weight.dtype, weight.device)
+        choice = choose("linear", spec, self._backend.ops(), self._policy)
+        return None if choice.name == "reference" else choice
 
     def _seconds(self, way: Way, enough: float) -> float:
         """Return the seconds per call of one way. Raises `Wrong`."""
@@ -324,19 +314,14 @@ def _leave_out(way: str, why: str) -> None:
 
 def _ceiling(
     work: Literal["read", "copy", "matmul"],
-    amount: int,
-    fastest: tuple[float, Way],
+    rate: float,
+    way: Way,
     what: str,
     footprint: int,
     dtype: str | None = None,
 ) -> Ceiling:
-    """Return what the fastest way, with its seconds per call, reaches of an amount of bytes or FLOPs."""
-    seconds, way = fastest
+    """Return what a way reaches, in bytes or FLOPs per second."""
+    source = f"measured: {way.name}, {what}"
     return Ceiling(
-        work=work,
-        value=amount / seconds,
-        source=f"measured: {way.name}, {what}",
-        dtype=dtype,
-        footprint_bytes=footprint,
-        ours=way.ours,
+        work=work, value=rate, source=source, dtype=dtype, footprint_bytes=footprint, ours=way.ours
     )

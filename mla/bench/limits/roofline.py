@@ -1,14 +1,13 @@
 """How near a latency comes to the device's limits, and the limits of a run's setting.
 
-They are measured before its cases and at least once more; the highest is kept.
+They are measured before the first case that needs them and once more after it; the highest is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from time import perf_counter_ns as now_ns
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Literal
 
 import msgspec
@@ -44,15 +43,10 @@ def merged(ceilings: Iterable[Ceiling]) -> list[Ceiling]:
     kinds: dict[tuple[str, str | None, int | None], Ceiling] = {}
     for ceiling in ceilings:
         key = (ceiling.work, ceiling.dtype, ceiling.footprint_bytes if ceiling.work != "matmul" else None)
-        kinds[key] = higher(kinds[key], ceiling) if key in kinds else ceiling
+        same = (kinds.get(key, ceiling), ceiling)
+        known = [each.lowest for each in same if each.lowest is not None]
+        kinds[key] = msgspec.structs.replace(max(same, key=_value), lowest=min(known) if known else None)
     return list(kinds.values())
-
-
-def higher(first: Ceiling, second: Ceiling) -> Ceiling:
-    """Return the higher of two measurements of the same thing, which keeps the lowest of both."""
-    best = max(first, second, key=_value)
-    known = [ceiling.lowest for ceiling in (first, second) if ceiling.lowest is not None]
-    return msgspec.structs.replace(best, lowest=min(known) if known else None)
 
 
 def limits(ceilings: Sequence[Ceiling], dtype: str, footprint: int) -> tuple[Ceiling, Ceiling] | None:
@@ -72,15 +66,14 @@ def _value(ceiling: Ceiling) -> float:
 
 def place(cost: Cost, latency_ms: float, read: Ceiling, product: Ceiling) -> Roofline:
     """Return how near a latency is to the larger of both floors; above 100 % only that it cannot be."""
-    floor, bound, limit = _floor(cost, read, product)
-    fraction: float | None = floor / latency_ms
-    doubt = ""
-    if floor > latency_ms:
-        fraction, doubt = None, f"the limit or the time is suspect: {_excess(floor, latency_ms, limit)}"
+    memory, compute = 1e3 * cost.bytes / read.value, 1e3 * cost.flops / product.value
+    floor, limit = max(memory, compute), read if memory >= compute else product
+    above = floor > latency_ms
+    doubt = f"the limit or the time is suspect: {_excess(floor, latency_ms, limit)}" if above else ""
     return Roofline(
         floor_ms=floor,
-        fraction=fraction,
-        bound="memory" if bound else "compute",
+        fraction=None if above else floor / latency_ms,
+        bound="memory" if limit is read else "compute",
         peak_source=limit.source,
         doubt=doubt,
     )
@@ -93,12 +86,6 @@ def implausible(cost: Cost, latency_ms: float, read: Ceiling, product: Ceiling) 
         if floor >= min(max(TWICE, SPREADS * spread), MAX_EXCESS) * latency_ms:
             return f"no device is this much faster than its limit: {_excess(floor, latency_ms, limit)}"
     return ""
-
-
-def _floor(cost: Cost, read: Ceiling, product: Ceiling) -> tuple[float, bool, Ceiling]:
-    """Return the milliseconds of the larger floor, whether it is that of memory, and its limit."""
-    memory, compute = 1e3 * cost.bytes / read.value, 1e3 * cost.flops / product.value
-    return (memory, True, read) if memory >= compute else (compute, False, product)
 
 
 def _excess(floor: float, latency_ms: float, limit: Ceiling) -> str:
@@ -126,30 +113,14 @@ def place_case(case: Case, ceilings: Sequence[Ceiling]) -> None:
 
 # Footprints whose reading is a limit of smaller ones too, which are hardly more than launches.
 SMALL_FOOTPRINTS = (1 << 20, 1 << 22)
-# How often a limit is measured while cases run, and at most: where a number lies above it.
-TIMES, MAX_TIMES = 4, 16
+# How often a limit is measured, and at most: where a number lies above it.
+TIMES, MAX_TIMES = 2, 16
 # A declared and a measured limit that differ by so much are both named.
 DIFFER = 1.5
 
-_Work = Literal["read", "matmul"]
-
-
-@dataclass
-class _Record:
-    """A limit measured in this process: the highest of its measurements, which knows the lowest."""
-
-    best: Ceiling
-    measure: Callable[[], Ceiling]
-    times: int = 1
-
-    def again(self) -> None:
-        """Measure once more."""
-        self.times += 1
-        self.best = higher(self.best, _lowest_so_far(self.measure()))
-
-
-# Everything measured in this process, keyed by all it depends on.
-_MEASURED: dict[Hashable, _Record] = {}
+FLOPS = "flops"  # what is measured beside footprints
+# All measurements of this process, by what they depend on, and by footprint or `FLOPS`; None: it failed.
+_MEASURED: dict[Hashable, defaultdict[int | str, list[Ceiling | None]]] = {}
 
 
 class RooflineModel:
@@ -157,109 +128,69 @@ class RooflineModel:
 
     def __init__(self, setting: Setting) -> None:
         self._dtype, self._backend = dtype_name(setting.dtype), setting.backend
-        self._info = setting.backend.device_info()
         self._benchmark = Microbenchmark(setting.backend, setting.device, setting.dtype, setting.ops)
         names = (setting.backend.name, setting.device, setting.dtype, setting.ops, torch.get_num_threads())
-        self._key = (*names, tuple(setting.backend.ops()))
-        self._footprints: list[int] = []  # that were asked for
-        self._products = False
+        self._measured = _MEASURED.setdefault((*names, tuple(setting.backend.ops())), defaultdict(list))
+        self._footprints: dict[int, None] = {}  # that were asked for, in order
+
+    @property
+    def _asked(self) -> list[int | str]:
+        """What is measured for the footprints so far."""
+        small = (size for size in SMALL_FOOTPRINTS if size > min(self._footprints, default=size))
+        return [*dict.fromkeys((*self._footprints, *small)), *[FLOPS] * bool(self._footprints)]
 
     def used(self) -> list[Ceiling]:
         """Return the limits asked for so far, in the order of first use, at their highest."""
-        ceilings = [self.bandwidth(footprint) for footprint in self._footprints]
-        ceilings += [self.flops()] * self._products
-        return list({(ceiling.work, ceiling.footprint_bytes): ceiling for ceiling in ceilings}.values())
+        known = [*self._highest("read"), *self._highest("matmul")]
+        pairs = (limits(known, self._dtype, footprint) for footprint in self._footprints)
+        return merged(chain.from_iterable(zip(*filter(None, pairs), strict=True)))
+
+    def _highest(self, work: Literal["read", "matmul"]) -> Iterator[Ceiling]:
+        """Yield what is known of one kind of work: measured or, where nothing was, declared."""
+        info, dtype = self._backend.device_info(), self._dtype if work == "matmul" else None
+        peak = info.flops.get(self._dtype) if dtype else info.bandwidth
+        every = (ceiling for what in self._asked for ceiling in self._measured[what])
+        measured = merged(ceiling for ceiling in every if ceiling is not None and ceiling.work == work)
+        if peak is None:
+            yield from measured
+        elif measured:
+            yield from (_with_declared(ceiling, peak) for ceiling in measured)
+        else:
+            yield Ceiling(work=work, value=peak.value, source=peak.source, dtype=dtype)
 
     def known(self, footprint: int) -> tuple[Ceiling, Ceiling] | None:
         """Return the limits of reading so many bytes and of products, measured now if they are not yet.
 
         None for a device that can do neither and declares no peak.
         """
-        try:
-            known = self.bandwidth(footprint), self.flops()
-        except Exception:  # noqa: BLE001  # a device that cannot run the microbenchmark keeps its numbers
-            return None
-        if rounded(footprint) not in self._footprints:
-            self._footprints.append(rounded(footprint))
-        self._products = True
-        return known
-
-    def roofline(self, cost: Cost, latency_ms: float, footprint: int | None = None) -> Roofline:
-        """Return how near a latency is to the larger of both floors; an empty roofline if one is unknown.
-
-        `footprint` is the number of bytes read in rotation with the work's own: for a part of a forward,
-        those of the whole forward. Default: the work's own.
-        """
-        known = self.known(footprint or cost.bytes)
-        return Roofline() if known is None else place(cost, latency_ms, *known)
+        self._footprints[rounded(footprint)] = None
+        self.again(1)
+        return limits([*self._highest("read"), *self._highest("matmul")], self._dtype, footprint)
 
     def implausible(self, cost: Cost, latency_ms: float) -> str:
         """Return why work cannot be done in this time on this device; "" if it can, or nothing is known."""
         known = self.known(cost.bytes)
         return "" if known is None else implausible(cost, latency_ms, *known)
 
-    def again(self, seconds: float, times: int = TIMES) -> None:
-        """Measure the limits used so far once more, the least measured first, for about so many seconds.
+    def above(self, cost: Cost, latency_ms: float) -> bool:
+        """Return whether work takes less time than its limit allows."""
+        known = self.known(cost.bytes)
+        return known is not None and bool(place(cost, latency_ms, *known).doubt)
 
-        None is measured more than `times` times in a process. One that was measured only once is measured
-        again whatever the time: it has no spread yet.
-        """
-        end = now_ns() + 1e9 * seconds
-        for record in sorted(self._records(), key=lambda record: record.times):
-            if record.times >= times or (record.times > 1 and now_ns() >= end):
-                break
-            try:
-                record.again()
-            except Exception:  # noqa: BLE001  # memory may be short by now: what was measured stands
-                record.times = MAX_TIMES  # never again
-        self._backend.empty_cache()
+    def again(self, times: int = TIMES) -> None:
+        """Measure the limits used so far once more, but for those measured so many times in this process."""
+        for what in self._asked:
+            if len(self._measured[what]) < times:
+                self._measured[what].append(self._measure(what))
+                self._backend.empty_cache()
 
-    def flops(self) -> Ceiling:
-        """Return FLOP per second of dense products in the run's dtype."""
-        return self._highest({"flops": self._benchmark.square}, self._info.flops.get(self._dtype), "matmul")
-
-    def bandwidth(self, count: int) -> Ceiling:
-        """Return bytes per second of reading about `count` bytes."""
-        measures: dict[Hashable, Callable[[], Ceiling]] = {
-            size: partial(self._benchmark.read, size) for size in _sizes(rounded(count))
-        }
-        return self._highest(measures, self._info.bandwidth, "read")
-
-    def _highest(
-        self, measures: Mapping[Hashable, Callable[[], Ceiling]], peak: Peak | None, work: _Work
-    ) -> Ceiling:
-        """Return the highest of what is measured and of what is declared. Raises if there is neither."""
+    def _measure(self, what: int | str) -> Ceiling | None:
+        """Return one more measurement; None where a device fails: it keeps what it has."""
         try:
-            best = max((self._once(*item) for item in measures.items()), key=_value)
-        except Exception:
-            if peak is None:
-                raise
-            dtype = self._dtype if work == "matmul" else None
-            return Ceiling(work=work, value=peak.value, source=peak.source, dtype=dtype)
-        return best if peak is None else _with_declared(best, peak)
-
-    def _once(self, what: Hashable, measure: Callable[[], Ceiling]) -> Ceiling:
-        key = (*self._key, what)
-        if key not in _MEASURED:
-            ceiling = measure()
-            self._backend.empty_cache()
-            _MEASURED[key] = _Record(_lowest_so_far(ceiling), measure)
-        return _MEASURED[key].best
-
-    def _records(self) -> list[_Record]:
-        """Return what is known of the limits used so far."""
-        sizes = {size for footprint in self._footprints for size in _sizes(footprint)}
-        keys = [(*self._key, what) for what in (*sizes, *["flops"] * self._products)]
-        return [_MEASURED[key] for key in keys if key in _MEASURED]
-
-
-def _sizes(footprint: int) -> list[int]:
-    return [footprint, *(size for size in SMALL_FOOTPRINTS if size > footprint)]
-
-
-def _lowest_so_far(ceiling: Ceiling) -> Ceiling:
-    """Return a first measurement, which is the lowest so far."""
-    return msgspec.structs.replace(ceiling, lowest=ceiling.value)
+            ceiling = self._benchmark.read(what) if isinstance(what, int) else self._benchmark.square()
+        except Exception:  # noqa: BLE001  # it may lack an operation, or memory by now
+            return None
+        return msgspec.structs.replace(ceiling, lowest=ceiling.value)
 
 
 def _with_declared(measured: Ceiling, peak: Peak) -> Ceiling:

@@ -26,7 +26,6 @@ import torch
 
 from mla.bench import results
 from mla.bench.limits.microbench import no_garbage_collection
-from mla.bench.limits.roofline import RooflineModel
 from mla.bench.measure.variants import stage_forwards
 from mla.bench.plan.request import Request
 from mla.bench.results.schema import Case, Cost, Roofline, Stage
@@ -248,7 +247,6 @@ def add_stages(
     impl: MlaLayer,
     scenario: Scenario,
     checker: LayerChecker,
-    ceilings: RooflineModel,
     progress: Callable[[str, int], None],
 ) -> None:
     """Fill `case.stages`, the last thing that is done with a layer.
@@ -262,7 +260,7 @@ def add_stages(
         case.interrupted = True
         return
     if check.status == "ok":
-        case.stages = summary(samples, costs(impl, scenario), ceilings, case.cost.bytes)
+        case.stages = summary(samples, costs(impl, scenario))
         return
     check.reason = f"right in timed passes and wrong when its stages were timed: {check.reason}"
     case.check, case.roofline = check, Roofline()
@@ -280,13 +278,8 @@ def costs(impl: MlaLayer, scenario: Scenario) -> dict[str, Cost]:
     return {role: Cost(flops=round(f / count), bytes=round(b / count)) for role, (f, b) in total.items()}
 
 
-def summary(
-    samples: Sequence[Sample], costs: Mapping[str, Cost], ceilings: RooflineModel, footprint: int
-) -> list[Stage]:
-    """Return a row per stage that ran and, where it has several parts, one for each: "stage: part".
-
-    `footprint`: the bytes of a whole forward.
-    """
+def summary(samples: Sequence[Sample], costs: Mapping[str, Cost]) -> list[Stage]:
+    """Return a row per stage that ran and, where it has several parts, one for each: "stage: part"."""
 
     def stage(name: str, parts: Sequence[str]) -> Stage:
         ms = median(sum(sample.get(part, 0.0) for part in parts) for sample in samples)
@@ -294,8 +287,7 @@ def summary(
         if not known:
             return Stage(name=name, ms=ms)
         cost = Cost(flops=sum(part.flops for part in known), bytes=sum(part.bytes for part in known))
-        place = ceilings.roofline(cost, ms, footprint) if ms else None
-        return Stage(name=name, ms=ms, cost=cost, roofline=place)
+        return Stage(name=name, ms=ms, cost=cost)
 
     rows = []
     for name, parts in STAGES.items():

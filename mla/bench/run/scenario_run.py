@@ -126,12 +126,12 @@ class ScenarioRun:
             if measurement.refused:
                 self.refuse(name, measurement.check.reason)
         self._progress(f"{self._point.name}: limits of the device", 0)
-        self.ceilings.again(min(LIMITS_AGAIN_S, self._hooks.target.spare()))
+        self.ceilings.again()
         ran = [impl.name for impl in built if not measured[impl.name].refused]
         cases = [self._case(impl, measured[impl.name], ran) for impl in built]
         for impl, case in zip(built, cases, strict=True) if self._request.options.stages else ():
             if isinstance(impl, MlaLayer) and case.latency_ms and not case.interrupted:  # of our own layer
-                add_stages(case, impl, self._point, checker, self.ceilings, self._progress)
+                add_stages(case, impl, self._point, checker, self._progress)
         return cases
 
     def _failed(self, impl: Implementation, check: Check) -> None:
@@ -254,11 +254,9 @@ class ScenarioRun:
 
 # A number far above a limit is withheld, whoever measured wrongly.
 
-# Seconds for which limits are measured again after the cases of a scenario.
-LIMITS_AGAIN_S = 0.5
-# A case far above its limit: waits before the limit is measured again, in full, for about ANEW_S each
-# time. Another load may have slowed it down, and a load comes and goes in seconds.
-PAUSES_S, ANEW_S = (0.3, 1.0, 2.0), 5.0
+# A case far above its limit: seconds of waiting before the limit is measured again. Another load may have
+# slowed it down, and a load comes and goes in seconds.
+PAUSES_S = (0.3, 1.0, 2.0)
 
 
 def judge(case: Case, least: Cost, ceilings: RooflineModel, beat: Callable[[], None] = lambda: None) -> None:
@@ -269,15 +267,15 @@ def judge(case: Case, least: Cost, ceilings: RooflineModel, beat: Callable[[], N
     if case.latency_ms is None:
         return
     milliseconds = case.layers * case.latency_ms.median
-    if ceilings.roofline(least, milliseconds).doubt:
-        ceilings.again(ANEW_S, MAX_TIMES)
+    if ceilings.above(least, milliseconds):
+        ceilings.again(MAX_TIMES)
     for pause in PAUSES_S:
         if not ceilings.implausible(least, milliseconds):
             return
         beat()
         time.sleep(pause)
         beat()
-        ceilings.again(ANEW_S, MAX_TIMES)
+        ceilings.again(MAX_TIMES)
     if reason := ceilings.implausible(least, milliseconds):
         withhold(case, reason)
 

@@ -80,7 +80,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[Way], float]) ->
 def scripted(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
     ways = [Way(name, lambda: torch.ones(1)) for name in seconds]
     monkeypatch.setattr(microbench, "read_ways", lambda weight: ways)
-    monkeypatch.setattr(Microbenchmark, "_own", lambda *where: [])
+    monkeypatch.setattr(Microbenchmark, "_choice", lambda *where: None)
     counted(monkeypatch, lambda way: seconds[way.name])
 
 
@@ -99,7 +99,7 @@ def test_a_way_that_a_device_lacks_is_no_obstacle_and_all_of_them_are(
     def lacking() -> torch.Tensor:
         raise NotImplementedError("no such kernel")
 
-    monkeypatch.setattr(Microbenchmark, "_own", lambda *where: [])
+    monkeypatch.setattr(Microbenchmark, "_choice", lambda *where: None)
     some = [Way("a", lacking), Way("b", lambda: torch.ones(1))]
     monkeypatch.setattr(microbench, "read_ways", lambda weight: some)
     assert benchmark.read(1 << 20).source == "measured: b, 1 MiB"
@@ -167,7 +167,9 @@ def test_an_op_that_is_right_counts(dtype: torch.dtype, shape: tuple[int, int, i
     tokens, inputs, outputs = shape
     weight = microbench.random_rows(outputs, inputs, dtype, CPU)
     benchmark = with_op(Linear(), dtype)
-    (way,) = benchmark._own(weight, tokens, "a product")
+    choice = benchmark._choice(weight)
+    assert choice is not None
+    way = microbench.own_product(choice, weight, tokens)
     for calls in (1, 2, 7, 14):
         assert benchmark._region(way, calls) > 0
 
@@ -275,7 +277,7 @@ def test_a_wait_that_always_costs_the_same_lowers_no_ceiling(
     monkeypatch.setattr(microbench, "now_ns", ticking.now_ns)
     monkeypatch.setattr(microbench, "wait", ticking.wait)
     monkeypatch.setattr(microbench, "read_ways", lambda weight: [Way("x", ticking.call)])
-    monkeypatch.setattr(Microbenchmark, "_own", lambda *where: [])
+    monkeypatch.setattr(Microbenchmark, "_choice", lambda *where: None)
     ceiling = Microbenchmark(HostBackend(), CPU, torch.float32).read(1 << 20)
     assert ceiling.value == pytest.approx((1 << 20) / 1e-4, rel=0.01)
 

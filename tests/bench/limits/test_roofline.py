@@ -12,7 +12,7 @@ import mla
 from mla.bench import results
 from mla.bench.limits import microbench, roofline
 from mla.bench.limits.microbench import Microbenchmark
-from mla.bench.limits.roofline import GRAIN, MAX_READ_BYTES, MAX_TIMES, TIMES, RooflineModel, limits
+from mla.bench.limits.roofline import GRAIN, MAX_READ_BYTES, MAX_TIMES, TIMES, RooflineModel, limits, place
 from mla.bench.results.schema import Ceiling
 from mla.bench.subjects.setting import Setting
 from mla_backends.api import DeviceInfo, Peak
@@ -58,24 +58,29 @@ def declare(setting: Setting, monkeypatch: pytest.MonkeyPatch, bandwidth: float,
     monkeypatch.setattr(setting.backend, "device_info", lambda: info)
 
 
+def known(model: RooflineModel, footprint: int = 8 << 20) -> tuple[Ceiling, Ceiling]:
+    """Return the limits of reading so many bytes and of products."""
+    limits = model.known(footprint)
+    assert limits is not None
+    return limits
+
+
 def test_what_is_unknown_is_measured_once_and_says_how(setting: Setting) -> None:
-    model = RooflineModel(setting)
-    flops, read = model.flops(), model.bandwidth(30 << 20)
+    read, flops = known(RooflineModel(setting), 30 << 20)
     assert flops.value == flops.lowest > 0
     assert flops.source.startswith("measured: ")
     assert flops.source.endswith(" bfloat16")
-    assert read.value > 0
+    assert read.value == read.lowest > 0
     assert read.source.endswith(", 30 MiB")
-    assert RooflineModel(setting).flops() is flops
-    assert model.bandwidth((30 << 20) + 1) is read  # the same footprint
-    assert model.bandwidth(9 << 20) is not read
+    assert known(RooflineModel(setting), (30 << 20) + 1) == (read, flops)  # the same footprint
+    assert known(RooflineModel(setting), 9 << 20)[0].source.endswith(", 9 MiB")
 
 
 @pytest.mark.parametrize("count", [1, 1 << 18, (1 << 22) - 1, 50_000_000, 51_000_000, 1 << 40])
 def test_a_footprint_is_at_most_an_eighth_smaller_than_what_is_asked_for(
     setting: Setting, script: Scripted, count: int
 ) -> None:
-    RooflineModel(setting).bandwidth(count)
+    RooflineModel(setting).known(count)
     wanted = max(GRAIN, min(count, MAX_READ_BYTES))  # a long context is not made twice
     assert wanted * 7 / 8 < script.asked[0] <= wanted
     assert script.asked[0] % GRAIN == 0
@@ -85,17 +90,18 @@ def test_a_rate_reached_on_more_bytes_is_a_limit_of_few_too(setting: Setting, sc
     """Few bytes cost as much per byte, and a launch besides, which a kernel of ours may save."""
     script.reads = lambda size: 5e9 if size == 1 << 20 else 1e9
     model = RooflineModel(setting)
-    assert (model.bandwidth(1 << 18).value, model.bandwidth(1 << 18).footprint_bytes) == (5e9, 1 << 20)
-    assert model.bandwidth(2 << 20).value == 1e9
+    read, _ = known(model, 1 << 18)
+    assert (read.value, read.footprint_bytes) == (5e9, 1 << 20)
+    assert known(model, 2 << 20)[0].value == 1e9
     assert 1 << 22 in script.asked
 
 
 def test_the_nearer_limit_is_the_floor(setting: Setting, script: Scripted) -> None:
-    model = RooflineModel(setting)
-    memory = model.roofline(results.Cost(flops=10**9, bytes=2 * 10**6), latency_ms=8.0)
+    limits = known(RooflineModel(setting), 2 * 10**6)
+    memory = place(results.Cost(flops=10**9, bytes=2 * 10**6), 8.0, *limits)
     assert (memory.floor_ms, memory.fraction, memory.bound) == (2.0, 0.25, "memory")
     assert memory.peak_source == "measured: x"
-    compute = model.roofline(results.Cost(flops=5 * 10**9, bytes=2 * 10**6), latency_ms=10.0)
+    compute = place(results.Cost(flops=5 * 10**9, bytes=2 * 10**6), 10.0, *limits)
     assert (compute.floor_ms, compute.fraction, compute.bound) == (5.0, 0.5, "compute")
     assert compute.peak_source == "measured: mine, y"
 
@@ -105,8 +111,7 @@ def test_a_declared_peak_that_is_too_low_loses_and_is_named(
     setting: Setting, script: Scripted, monkeypatch: pytest.MonkeyPatch, low: float, said: str
 ) -> None:
     declare(setting, monkeypatch, 1e9 / low, 1e12 / low)
-    model = RooflineModel(setting)
-    read, product = model.bandwidth(8 << 20), model.flops()
+    read, product = known(RooflineModel(setting))
     assert (read.value, product.value, product.ours) == (1e9, 1e12, True)
     assert read.source == f"measured: x; declared: {said}, a sheet"
     assert product.source.startswith("measured: mine, y; declared: ")
@@ -118,8 +123,7 @@ def test_a_declared_peak_that_is_higher_wins_and_no_longer_is_our_own(
     setting: Setting, script: Scripted, monkeypatch: pytest.MonkeyPatch, high: float
 ) -> None:
     declare(setting, monkeypatch, 1e9 * high, 1e12 * high)
-    model = RooflineModel(setting)
-    read, product = model.bandwidth(8 << 20), model.flops()
+    read, product = known(RooflineModel(setting))
     assert (read.value, product.value) == (1e9 * high, 1e12 * high)
     assert read.source == "a sheet; measured: x: 1 GB/s"
     assert product.source == "another sheet; measured: mine, y: 1 TFLOP/s"
@@ -137,7 +141,7 @@ def test_a_declared_peak_serves_a_device_that_cannot_be_measured(
     monkeypatch.setattr(Microbenchmark, "read", refuse)
     monkeypatch.setattr(Microbenchmark, "square", refuse)
     model = RooflineModel(setting)
-    assert model.roofline(results.Cost(flops=1, bytes=10**6), 4.0).fraction == 0.25
+    assert place(results.Cost(flops=1, bytes=10**6), 4.0, *known(model)).fraction == 0.25
     assert model.used() == [
         Ceiling(work="read", value=1e9, source="a sheet"),
         Ceiling(work="matmul", value=1e12, source="another sheet", dtype="bfloat16"),
@@ -152,25 +156,22 @@ def test_the_highest_of_several_measurements_is_kept_with_the_lowest(
     model = RooflineModel(setting)
     model.known(8 << 20)
     for _ in range(3):
-        model.again(100.0)
-    assert (model.flops().value, model.flops().lowest) == (3.1e12, 2.6e12)
-    assert model.used()[1] == model.flops()
+        model.again(4)
+    product = known(model)[1]
+    assert (product.value, product.lowest) == (3.1e12, 2.6e12)
+    assert model.used()[1] == product
 
 
-def test_a_limit_is_measured_twice_and_a_few_times_at_most_if_there_is_time(
+def test_a_limit_is_measured_twice_in_a_run_whatever_its_scenarios_and_a_few_times_at_most(
     setting: Setting, script: Scripted
 ) -> None:
-    model = RooflineModel(setting)
-    model.known(8 << 20)
-    assert script.asked == [8 << 20, "square"]
-    for _ in range(2):
-        model.again(-1.0)
-        assert script.asked == [8 << 20, "square"] * 2
-    for _ in range(10):
-        model.again(100.0)
-    assert script.asked.count("square") == script.asked.count(8 << 20) == TIMES
+    for _ in range(3):
+        model = RooflineModel(setting)
+        model.known(8 << 20)
+        model.again()
+    assert script.asked == [8 << 20, "square"] * TIMES
     for _ in range(20):
-        model.again(100.0, MAX_TIMES)
+        model.again(MAX_TIMES)
     assert script.asked.count("square") == MAX_TIMES
 
 
@@ -184,18 +185,9 @@ def test_what_fails_when_measured_again_stands(setting: Setting, script: Scripte
     model = RooflineModel(setting)
     model.known(8 << 20)
     for _ in range(3):
-        model.again(100.0)
-    assert model.flops().value == 7e12
+        model.again()
+    assert known(model)[1].value == 7e12
     assert script.asked.count("square") == 2
-
-
-def test_a_part_of_a_forward_is_read_at_the_footprint_of_the_whole(
-    setting: Setting, script: Scripted
-) -> None:
-    script.reads = float
-    cost = results.Cost(flops=0, bytes=1 << 23)
-    assert RooflineModel(setting).roofline(cost, 1000.0).floor_ms == 1000
-    assert RooflineModel(setting).roofline(cost, 1000.0, footprint=1 << 25).floor_ms == 250
 
 
 def test_a_device_that_cannot_run_the_microbenchmark_keeps_its_numbers(
@@ -207,10 +199,10 @@ def test_a_device_that_cannot_run_the_microbenchmark_keeps_its_numbers(
     monkeypatch.setattr(Microbenchmark, "read", refuse)
     model = RooflineModel(setting)
     cost = results.Cost(flops=10**9, bytes=2 * 10**6)
-    assert model.roofline(cost, 8.0) == results.Roofline()
-    assert model.implausible(cost, 1e-9) == ""
+    assert model.known(cost.bytes) is None
+    assert (model.above(cost, 1e-9), model.implausible(cost, 1e-9)) == (False, "")
+    model.again()
     assert model.used() == []
-    model.again(100.0)
 
 
 def test_a_run_reports_its_limits_and_places_all_cases_under_the_highest(

@@ -21,17 +21,17 @@ Case = Callable[..., results.Case]
 class Limits:
     """Limits above which a case lies until they were measured so many times again."""
 
-    def __init__(self, right_after: int, doubt: str = "") -> None:
-        self.left, self.doubt, self.asked = right_after, doubt, 0
+    def __init__(self, right_after: int, above: bool = False) -> None:
+        self.left, self.above_limit, self.asked = right_after, above, 0
 
-    def roofline(self, cost: Cost, latency_ms: float) -> Roofline:
+    def above(self, cost: Cost, latency_ms: float) -> bool:
         assert cost == COST
-        return Roofline(doubt=self.doubt)
+        return self.above_limit
 
     def implausible(self, cost: Cost, latency_ms: float) -> str:
         return "it cannot be" if self.left > 0 else ""
 
-    def again(self, seconds: float, times: int) -> None:
+    def again(self, times: int) -> None:
         self.asked += 1
         self.left -= 1
 
@@ -56,7 +56,7 @@ def test_a_case_within_its_limits_costs_no_further_measurement(case: Case) -> No
 def test_a_case_a_little_above_its_limit_keeps_its_number_and_has_the_limit_measured_again(
     case: Case,
 ) -> None:
-    judged_case, limits = case(), Limits(0, "doubt")
+    judged_case, limits = case(), Limits(0, above=True)
     judge(judged_case, limits)
     assert (limits.asked, judged_case) == (1, case())
 
@@ -65,7 +65,7 @@ def test_a_case_a_little_above_its_limit_keeps_its_number_and_has_the_limit_meas
 def test_a_limit_that_another_load_had_lowered_costs_no_number(
     case: Case, waits: list[float], times: int
 ) -> None:
-    judged_case, limits = case(), Limits(times, "doubt")
+    judged_case, limits = case(), Limits(times, above=True)
     judge(judged_case, limits)
     assert (limits.asked, judged_case) == (times, case())
     assert len(waits) == times - 1
@@ -82,7 +82,7 @@ def test_a_number_that_stays_far_above_its_limit_is_withheld(case: Case, waits: 
     judged_case = case(
         timings=timings, stages=[Stage(name="a", ms=1.0)], launch_bound=True, new_lengths=lengths
     )
-    judge(judged_case, Limits(99, "doubt"))
+    judge(judged_case, Limits(99, above=True))
     assert sum(waits) >= 3, "a load comes and goes in seconds"
     assert judged_case.check == results.Check(
         status="doubtful", error_ratio=0.5, relative_error=1e-3, reason="it cannot be"

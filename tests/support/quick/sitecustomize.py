@@ -13,7 +13,6 @@ from typing import Any
 
 CONSTANTS: dict[str, dict[str, Any]] = {
     "mla.bench.limits.microbench": {"SIDES": (256, 512), "REPEAT_S": 0.0, "REPEATS": 2},
-    "mla.bench.run.scenario_run": {"LIMITS_AGAIN_S": 0.0},
 }
 
 
