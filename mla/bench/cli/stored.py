@@ -16,8 +16,7 @@ from mla.bench.results.compare import REFUSED, Comparison, scaling
 from mla.bench.results.file import decode_ceilings, is_ceilings
 from mla.bench.results.rows import as_csv, timing_rows
 from mla.bench.results.schema import Run
-from mla.bench.terminal import ceilings, run_table
-from mla.bench.terminal.tables import compare_runs, scaling_tables
+from mla.bench.terminal import ceilings, run_table, tables
 from mla.command import console, files
 from mla.command.console import note, out
 from mla.command.exit_codes import Exit
@@ -64,11 +63,11 @@ def compare(base: Path, runs: tuple[Path, ...], noise: float, fail_slower: float
             what = "is compared with itself" if path == base else f"holds the same run as {base}"
             text += f"{path} {what}: there is nothing to compare\n"
             continue
-        printed, compared = compare_runs(first, run, f"{path} against {base}", kind, noise)
+        printed, compared = tables.compare_runs(first, run, f"{path} against {base}", kind, noise)
         text += printed
         cases += compared
-    scaled = scaling_tables(scaling([first, *runs_after]), kind)
-    out(text + "\n" * bool(scaled) + scaled)
+    scaled = tables.scaling(scaling([first, *runs_after]))
+    out("\n".join([text, *(table.text(kind) for table in scaled)]))
     return Exit.OK if all(same) else verdict(cases, fail_slower)
 
 

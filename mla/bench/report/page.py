@@ -29,14 +29,14 @@ from mla.bench.report.figures import (
     colours,
     svg,
 )
-from mla.bench.report.summary import Table
 from mla.bench.results import cases
 from mla.bench.results.cases import device_cost, labelled
+from mla.bench.results.compare import compare, scaling
 from mla.bench.results.schema import Case, Ceiling, Run
-from mla.bench.terminal import ceilings, lines, run_table, verdict
+from mla.bench.terminal import ceilings, lines, run_table, tables, verdict
 from mla.bench.terminal.digits import known, limit, number
 from mla.bench.terminal.lines import name as case_name
-from mla.bench.terminal.tables import prediction
+from mla.bench.terminal.tables import Table, prediction
 from mla.bench.terminal.verdict import status
 from mla.command import files
 from mla.errors import ResultError
@@ -90,20 +90,28 @@ def _images(chart: Chart) -> Iterator[tuple[str, str]]:
 
 def sections(shown: Sequence[data.ResultFile]) -> Iterator[Section]:
     """Yield the sections that have something to show, in the order of the page."""
-    charts = Charts(shown)
-    every: dict[str, tuple[Iterator[Chart], list[Table]]] = {
-        "grid": (charts.grid(), []),
-        "scenarios": (charts.scenarios(), []),
-        "roofline": (charts.roofline(), []),
-        "scaling": (iter(()), [summary.scalings(shown)]),
-        "comparison": (iter(()), [summary.comparison(shown[0], new) for new in shown[1:]]),
-        **{kind: (iter(()), [summary.per_case(kind, file) for file in shown]) for kind in summary.PER_CASE},
-        "numbers": (iter(()), [summary.every_number(file) for file in shown]),
+    charts, (first, *others) = Charts(shown), shown
+    drawn = {"grid": charts.grid(), "scenarios": charts.scenarios(), "roofline": charts.roofline()}
+    listed = {
+        "scaling": tables.scaling(scaling([file.run for file in shown])),
+        "comparison": [
+            tables.comparison(f"{new.title} against {first.title}", compare(first.run, new.run))
+            for new in others
+        ],
+        **{
+            of.__name__: [
+                table._replace(title=f"{file.key} {table.title}".strip())
+                for file in shown
+                for table in of(file.run.cases)
+            ]
+            for of in (tables.ranks, tables.stages)
+        },
+        "passes": [summary.passes(file) for file in shown],
+        "numbers": [summary.every_number(file) for file in shown],
     }
-    for slug, (drawn, listed) in every.items():
-        section = Section(slug, list(drawn), [table for table in listed if table.rows])
-        if section.charts or section.tables:
-            yield section
+    every = [Section(slug, list(made), []) for slug, made in drawn.items()]
+    every += [Section(slug, [], [table for table in made if table.rows]) for slug, made in listed.items()]
+    yield from (section for section in every if section.charts or section.tables)
 
 
 def pictures(paths: Sequence[str], runs: Sequence[Run]) -> dict[str, str]:

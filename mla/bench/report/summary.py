@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 from mla.bench.report.data import ResultFile
 from mla.bench.results import cases, compare, stats
-from mla.bench.results.cases import repeated
-from mla.bench.results.compare import compare_implementations, scaling
+from mla.bench.results.compare import compare_implementations
 from mla.bench.results.rows import COLUMNS, case_rows, cell, timing_rows
 from mla.bench.results.schema import Case
 from mla.bench.terminal import ceilings, run_table, verdict
-from mla.bench.terminal import tables as terminal
-from mla.bench.terminal.digits import between, known, number, percent
+from mla.bench.terminal.digits import between, known, number
 from mla.bench.terminal.lines import BUSY, name, of_case
+from mla.bench.terminal.tables import NAMES, Table
 from mla.bench.terminal.verdict import is_yardstick, status, why_unreliable
 from mla.text import counted, grouped
 
@@ -82,8 +81,7 @@ def named(cases: Sequence[Case]) -> list[Badge]:
     badges = []
     for kind in ("wrong", "doubtful", "in-doubt"):
         for case in (case for case in cases if css_class(case) == kind):
-            doubt = f"suspect limit or time: {case.roofline.doubt}"
-            reason = doubt if kind == "in-doubt" else f"{kind}: {case.check.reason}"
+            reason = _doubt(case) if kind == "in-doubt" else f"{kind}: {case.check.reason}"
             badges.append(Badge(kind, f"{name(case)}: {reason}"))
     more = len(badges) - MOST_NAMED
     return badges[:MOST_NAMED] + [Badge("soft", f"and {more} more in the table")] * (more > 0)
@@ -160,27 +158,8 @@ def folded(lengths: Sequence[int]) -> str:
 # ----------------------------------------------------------------------------------------------------- tables
 
 
-NAMES = ("scenario", "implementation")
 # Columns of the CSV file that are said once, elsewhere on the page: what ran where.
 _ELSEWHERE = {*NAMES, *list(COLUMNS)[:9]}
-
-
-class Table(NamedTuple):
-    """Rows of cells. The first `names` columns hold words, and two called so; the others numbers.
-
-    `marks` are CSS classes of rows, and `remarks` what stands below some of them, by place.
-    """
-
-    caption: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    names: int = 3
-    marks: Sequence[str] = ()
-    remarks: Sequence[str] = ()
-
-    def is_words(self, column: int) -> bool:
-        """Return whether a column holds words."""
-        return column < self.names or self.head[column] in ("verdict", "reason")
 
 
 def css_class(case: Case) -> str:
@@ -196,11 +175,15 @@ def results(file: ResultFile) -> Table:
     """Return the cases of a file with the terminal's columns, and what is wrong or in doubt."""
     columns, remarks = run_table.columns(file.run.cases), []
     for case in file.run.cases:
-        doubt = f"suspect limit or time: {case.roofline.doubt}" if case.roofline.doubt else ""
         reason = case.check.reason if case.check.status != "ok" else ""
-        remarks.append("; ".join(filter(None, (reason, doubt))))
+        remarks.append("; ".join(filter(None, (reason, _doubt(case)))))
     rows = [[column(row) for column in columns.values()] for row in case_rows(file.run)]
-    return Table("Results", list(columns), rows, 2, list(map(css_class, file.run.cases)), remarks)
+    marks = list(map(css_class, file.run.cases))
+    return Table("Results", list(columns), rows, marks=marks, remarks=remarks)
+
+
+def _doubt(case: Case) -> str:
+    return f"suspect limit or time: {case.roofline.doubt}" if case.roofline.doubt else ""
 
 
 def every_number(file: ResultFile) -> Table:
@@ -209,63 +192,20 @@ def every_number(file: ResultFile) -> Table:
     names = [*NAMES, *(name for name in COLUMNS if name not in _ELSEWHERE)]
     columns = {name.replace("_", " "): [_cell(cell(row, name)) for row in rows] for name in names}
     shown = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
-    return Table(file.title, list(shown), list(zip(*shown.values(), strict=True)), 2)
+    return Table(file.title, list(shown), list(zip(*shown.values(), strict=True)))
 
 
 def _cell(value: object) -> str:
     return number(value) if isinstance(value, float) else "-" if value in (None, "") else str(value)
 
 
-def scalings(files: Sequence[ResultFile]) -> Table:
-    """Return every case that is there on one device and over ranks."""
+def passes(file: ResultFile) -> Table:
+    """Return statistics of every pass; the samples themselves are in the result file."""
+    head = (*NAMES, "pass", "forwards", "min ms", "median ms", "p90 ms", "max ms")
     rows = []
-    for first, *others in scaling([file.run for file in files]):
-        for row in (first, *others):
-            where = [row.case.scenario, first.case.implementation, files[row.run].key, row.layout, row.on]
-            rows.append([*where, *terminal.scaling_cells(row)])
-    return Table("data", (*NAMES, "file", "layout", "on", *terminal.SCALING_COLUMNS), rows, 5)
-
-
-def comparison(base: ResultFile, new: ResultFile) -> Table:
-    """Return every case of a file compared with the base, refusals with their reason."""
-    cases = compare.compare(base.run, new.run)
-    rows = [[*terminal.compared_cells(case), case.remarks] for case in cases]
-    return Table(f"{new.title} against {base.title}", (*terminal.COMPARED, "reason"), rows, 2)
-
-
-def _ranks(case: Case) -> Iterator[list[str]]:
-    """Yield what each rank did of a case that was spread over several."""
-    if case.spread is not None:
-        share = repeated(case)
-        again = percent(share.of(case.roofline.bound) if share else None)
-        for row in terminal.rank_rows(case.spread):
-            yield [f"{case.spread.layout} over {case.spread.library}", *row, again]
-
-
-def _stages(case: Case) -> Iterator[list[str]]:
-    """Yield every stage, as the terminal has it."""
-    whole = terminal.stages_ms(case.stages)
-    for stage in case.stages:
-        yield [stage.name, *terminal.stage_cells(stage, whole)]
-
-
-def _passes(case: Case) -> Iterator[list[str]]:
-    """Yield statistics of every pass; the samples themselves are in the result file."""
-    for place, times in enumerate(cases.passes_of(case), start=1):
-        summary = (min(times), stats.median(times), stats.percentile(times, 90), max(times))
-        yield [str(place), str(len(times)), *map(number, summary)]
-
-
-# What is shown of each case of a file, by section: the columns, and the rows of a case.
-PER_CASE: dict[str, tuple[Sequence[str], Callable[[Case], Iterator[list[str]]]]] = {
-    "ranks": (("layout", *terminal.RANK_COLUMNS, "repeated"), _ranks),
-    "stages": (("stage", *terminal.STAGE_COLUMNS), _stages),
-    "passes": (("pass", "forwards", "min ms", "median ms", "p90 ms", "max ms"), _passes),
-}
-
-
-def per_case(kind: str, file: ResultFile) -> Table:
-    """Return a table of all cases of a file, of one of the kinds `PER_CASE`."""
-    head, of = PER_CASE[kind]
-    rows = [[case.scenario, case.implementation, *cells] for case in file.run.cases for cells in of(case)]
-    return Table(file.title, (*NAMES, *head), rows)
+    for case in file.run.cases:
+        for place, times in enumerate(cases.passes_of(case), start=1):
+            summary = (min(times), stats.median(times), stats.percentile(times, 90), max(times))
+            where = (case.scenario, case.implementation, str(place), str(len(times)))
+            rows.append([*where, *map(number, summary)])
+    return Table(file.title, head, rows)

@@ -33,6 +33,7 @@ class Row:
     timing: Timing | None = None
     path: Path | None = None
     comparison: Comparison | None = None  # of the headline with the scenario's baseline; None: it is that
+    difference: float | None = None  # of outputs, relative to those of the scenario's first implementation
 
     @property
     def check(self) -> Check:
@@ -106,10 +107,22 @@ def baseline(cases: Sequence[Case]) -> Case | None:
     return (known or timed)[0] if len(timed) > 1 else None
 
 
+def first_run(cases: Sequence[Case]) -> Case:
+    """Return the first case that was run, or the first if none was."""
+    ran = (case for case in cases if case.latency_ms or case.check.status != "not run")
+    return next(ran, cases[0])
+
+
 def case_rows(run: Run) -> list[Row]:
     """Return the headline of every case, compared with the baseline of its scenario."""
-    bases = {scenario: baseline(cases) for scenario, cases in by_scenario(run.cases).items()}
-    return [Row(run, case, comparison=_compared(bases[case.scenario], case)) for case in run.cases]
+    rows, scenarios = [], by_scenario(run.cases)
+    known = {scenario: (baseline(cases), first_run(cases)) for scenario, cases in scenarios.items()}
+    for case in run.cases:
+        base, first = known[case.scenario]
+        apart = {other.implementation: other.relative_difference for other in case.agreement}
+        difference = apart.get(first.implementation)
+        rows.append(Row(run, case, comparison=_compared(base, case), difference=difference))
+    return rows
 
 
 def _compared(base: Case | None, case: Case) -> Comparison | None:

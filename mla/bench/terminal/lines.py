@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from mla.bench.results.cases import LEFT_OUT, as_planned, by_kind
+from mla.bench.results.compare import Comparison
 from mla.bench.results.schema import Case, Latency, NewLengths, Run, Timing
 from mla.bench.terminal.digits import known, number
 from mla.text import counted
@@ -27,7 +28,7 @@ BUSY = ("not settled", "noisy", "drifts", "outliers")
 OTHERS = "cpus_used_by_others"
 
 
-def name(case: Case) -> str:
+def name(case: Case | Comparison) -> str:
     """Return what a sentence calls a case."""
     return f"{case.scenario}, {case.implementation}"
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from mla.bench import results
 from mla.bench.results.cases import as_planned, labelled
-from mla.bench.results.rows import Row, as_csv, baseline, by_scenario, case_rows, withheld
+from mla.bench.results.rows import Row, as_csv, baseline, by_scenario, case_rows, first_run, withheld
 from mla.bench.results.schema import Case, Latency, Run
 from mla.bench.terminal import ceilings, tables
 from mla.bench.terminal.digits import between, estimated, limit, number, per_second, percent, quoted
@@ -33,13 +33,13 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "GB/s": lambda row: number(row.per_second(row.case.cost.bytes, 1e9)),
     "% of limit": lambda row: limit(row.case.roofline),
     "rel. error": lambda row: _exponent(row.check.relative_error),
+    "difference": lambda row: _exponent(row.difference),
+    "cache": lambda row: size(row.case.memory.cache_bytes),
+    "transient": lambda row: size(row.case.memory.transient_bytes),
+    "passes": lambda row: f"{row.case.passes} x {row.case.steps_per_pass}" if row.case.passes else "-",
+    "format error": lambda row: _exponent(row.case.format_error),
     "check": lambda row: row.check.status,
 }
-# Further columns: where a case ran fewer or shorter passes than planned, and where a cache has a format.
-PASSES: dict[str, Callable[[Row], str]] = {
-    "passes": lambda row: f"{row.case.passes} x {row.case.steps_per_pass}" if row.case.passes else "-"
-}
-FORMAT: dict[str, Callable[[Row], str]] = {"format error": lambda row: _exponent(row.case.format_error)}
 
 # What the short table holds beside its numbers, the first to go last; and which of its columns are words.
 _EXTRAS = ("interval", "interval of the speedup", "limit")
@@ -94,22 +94,26 @@ def _detailed(run: Run, kind: str) -> Iterator[list[str]]:
     yield _parts(run, kind)
     yield case_lines(run)
     yield ceilings.run_lines(run.ceilings)
-    yield comparisons(run)
     yield list(map(str, verdicts(run)))
     yield headlines(run)
 
 
 def _parts(run: Run, kind: str) -> list[str]:
     """Return the tables of ranks and of stages, which only some runs have."""
-    return (
-        (tables.rank_tables(run.cases, kind) + tables.stage_tables(run.cases, kind)).rstrip("\n").splitlines()
-    )
+    ranks = tables.ranks(run.cases)
+    text = "\n".join(table.text(kind) for table in [*ranks, *tables.stages(run.cases)])
+    measured = any(case.spread and not case.spread.predicted for case in run.cases)
+    return [*text.splitlines(), *["", *tables.MEASURED_RANKS.splitlines()] * measured]
 
 
 def columns(cases: Sequence[Case]) -> dict[str, Callable[[Row], str]]:
-    """Return the columns of a detailed table of these cases."""
-    columns = COLUMNS if all(map(as_planned, cases)) else COLUMNS | PASSES
-    return columns | FORMAT if any(case.format_error for case in cases) else columns
+    """Return the columns of a detailed table of these cases: some only where a case has something there."""
+    shown = {
+        "difference": any(case.agreement for case in cases),
+        "passes": not all(map(as_planned, cases)),
+        "format error": any(case.format_error for case in cases),
+    }
+    return {title: cell for title, cell in COLUMNS.items() if shown.get(title, True)}
 
 
 def context(run: Run) -> str:
@@ -221,35 +225,6 @@ def _wrapped(*paragraphs: str) -> list[str]:
     return [line for text in paragraphs for line in textwrap.wrap(text, width(), break_on_hyphens=False)]
 
 
-def comparisons(run: Run) -> list[str]:
-    """Return one line per scenario and pair: how outputs and memory of the first and each other differ."""
-    lines = []
-    for scenario, cases in by_scenario(run.cases).items():
-        first = _first_run(cases)
-        by_name = {case.implementation: case for case in cases if case is not first}
-        for agreement in first.agreement:
-            other = by_name.get(agreement.implementation)
-            if other is not None:
-                lines.append(f"{scenario}: {_differences(first, other, agreement.relative_difference)}")
-    return lines
-
-
-def _first_run(cases: Sequence[Case]) -> Case:
-    """Return the first case that was run, or the first if none was."""
-    ran = (case for case in cases if case.latency_ms or case.check.status != "not run")
-    return next(ran, cases[0])
-
-
-def _differences(case: Case, other: Case, outputs: float) -> str:
-    mine, theirs = case.memory, other.memory
-    same = " run the same ops;" if case.ops and case.ops == other.ops else ":"
-    return (
-        f"{case.implementation} and {other.implementation}{same} outputs differ by {_exponent(outputs)}; "
-        f"cache {_mib(mine.cache_bytes)} vs {_mib(theirs.cache_bytes)}; "
-        f"transient {_mib(mine.transient_bytes)} vs {_mib(theirs.transient_bytes)}"
-    )
-
-
 def headlines(run: Run) -> list[str]:
     """Return one line per scenario for the first implementation that ran it."""
     return list(map(headline, leading(run)))
@@ -257,7 +232,7 @@ def headlines(run: Run) -> list[str]:
 
 def leading(run: Run) -> list[Case]:
     """Return the case of the first implementation that ran, for every scenario."""
-    return list(map(_first_run, by_scenario(run.cases).values()))
+    return list(map(first_run, by_scenario(run.cases).values()))
 
 
 def headline(case: Case) -> str:
@@ -297,10 +272,6 @@ def _interval(latency: Latency | None) -> str:
 
 def _spread(latency: Latency | None) -> str:
     return between((latency.p10, latency.p90), latency.median, latency.ci95) if latency else "-"
-
-
-def _mib(count: int | None) -> str:
-    return size(count, MiB=number)
 
 
 def _exponent(value: float | None) -> str:

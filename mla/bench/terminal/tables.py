@@ -1,11 +1,12 @@
-"""The tables beside that of a run: of ranks, of stages, of two runs, and of scaling over ranks.
+"""Tables of ranks, of stages, of two runs and of scaling, for the terminal and the page.
 
 Results alone are read, so torch is not needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
 
 from mla.bench.results import compare
 from mla.bench.results.cases import imbalance, imbalances, repeated
@@ -13,30 +14,46 @@ from mla.bench.results.compare import Comparison, Scaled
 from mla.bench.results.schema import Case, Interval, RankFacts, Roofline, Run, Spread, Stage
 from mla.bench.results.stats import median
 from mla.bench.terminal.digits import estimated, limit, number, per_second, percent
+from mla.bench.terminal.lines import name
 from mla.command.display import table
 from mla.parallel.layout import IDEAL, Link
-from mla.text import size
+from mla.text import grouped, size
 from mla_backends.outside import escaped
 
-COMPARED = (
-    "scenario",
-    "implementation",
-    "base median ms",
-    "new median ms",
-    "time ratio",
-    "90% CI",
-    "verdict",
-)
-SCALING_COLUMNS = ("latency ms", "speedup", "90% CI", "efficiency", "collectives ms", "repeated")
-RANK_COLUMNS = ("rank", "ms", "collectives ms", "imbalance", "sent", "cache", "weights")
-STAGE_COLUMNS = ("ms", "share %", "FLOP/s", "GB/s", "% of limit")
-_MEASURED_RANKS = (
+NAMES = ("scenario", "implementation")
+# Columns that hold words, in any table.
+WORDS = (*NAMES, "stage", "layout", "on")
+COMPARED = (*NAMES, "base median ms", "new median ms", "time ratio", "90% CI", "verdict")
+SCALED = ("layout", "on", "latency ms", "speedup", "90% CI", "efficiency", "collectives ms", "repeated")
+RANKS = ("rank", "ms", "collectives ms", "imbalance", "sent", "cache", "weights")
+STAGES = ("stage", "ms", "share %", "FLOP/s", "GB/s", "% of limit")
+MEASURED_RANKS = (
     "A latency is the slowest rank's, forward by forward. Collectives were clocked in a pass of their\n"
     "own, and hold the wait for other ranks. Imbalance is against the median rank, collectives left out: as\n"
-    "these are of another pass, a few percent mean nothing. Measured limits are rank 0's.\n\n"
+    "these are of another pass, a few percent mean nothing. Measured limits are rank 0's."
 )
 # Most cases that a remark about many names.
 MAX_NAMED = 3
+
+
+class Table(NamedTuple):
+    """Rows of cells below a title, and notes below them; columns titled one of `words` are aligned left.
+
+    On the page, `marks` are CSS classes of rows, and `remarks` what stands below some of them, by place.
+    """
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+    words: Collection[str] = WORDS
+    marks: Sequence[str] = ()
+    remarks: Sequence[str] = ()
+
+    def text(self, kind: str) -> str:
+        """Return all of it as plain text, or as Markdown for the kind "md", ending in a newline."""
+        body = table(kind, self.head, self.rows, self.words).rstrip("\n") if self.rows else ""
+        return "\n\n".join(filter(None, (self.title, body, "\n".join(self.notes)))) + "\n"
 
 
 def bounds(interval: Interval | None, places: int = 3) -> str:
@@ -47,59 +64,55 @@ def bounds(interval: Interval | None, places: int = 3) -> str:
 # ------------------------------------------------------------------------------------------------ two runs
 
 
-def compare_runs(
-    base: Run, run: Run, title: str, kind: str, noise: float = compare.NOISE
-) -> tuple[str, list[Comparison]]:
-    """Return what to print about a run compared with the base, and all its cases."""
-    cases = compare.compare(base, run, noise)
-    lines = [escaped(title), *(f"warning: {warning}" for warning in compare.warnings(base, run)), ""]
-    remarks: dict[str, list[str]] = {}
-    for case in cases:
-        remarks.setdefault(case.remarks, []).append(f"{case.scenario}, {case.implementation}")
-    remarks.pop("", None)
-    if len(cases) > 1 and all(case.verdict == compare.REFUSED for case in cases):
-        reasons = "; ".join(f"{why} ({len(names)})" for why, names in remarks.items())
-        lines.append(f"none of {len(cases)} cases can be compared: {reasons}")
-        lines += [
-            f"the {which} run was `{escaped(' '.join(ran.argv))}`"
-            for which, ran in (("base", base), ("new", run))
-        ]
-        return "\n".join([*lines, ""]), cases
-    text = "\n".join(lines) + "\n" + table(kind, COMPARED, map(compared_cells, cases), COMPARED)
-    text += "\n" * bool(remarks)
-    for why, names in remarks.items():
-        more = f" and {len(names) - MAX_NAMED} more" * (len(names) > MAX_NAMED)
-        text += f"{'; '.join(names[:MAX_NAMED])}{more}: {why}\n"
-    return text, cases
+def comparison(title: str, cases: Sequence[Comparison]) -> Table:
+    """Return the table of a run compared with another one; notes say what there is to say of its cases."""
+    notes = []
+    for why, same in grouped((case for case in cases if case.remarks), lambda case: case.remarks).items():
+        more = f" and {len(same) - MAX_NAMED} more" * (len(same) > MAX_NAMED)
+        notes.append(f"{'; '.join(name(case) for case in same[:MAX_NAMED])}{more}: {why}")
+    return Table(title, COMPARED, list(map(_compared, cases)), notes, COMPARED)
 
 
-def compared_cells(case: Comparison) -> tuple[str, ...]:
-    """Return what `COMPARED` say of a case."""
+def _compared(case: Comparison) -> tuple[str, ...]:
     ratio = "-" if case.ratio is None else f"{'' if case.interval else '~'}{case.ratio:.3f}"
     times = map(estimated, case.times)
     return (case.scenario, case.implementation, *times, ratio, bounds(case.interval), case.verdict)
 
 
-def scaling_tables(scalings: Sequence[Sequence[Scaled]], kind: str) -> str:
-    """Return a table for every scenario that is there on ranks and on one device; "" if none is."""
-    if not scalings:
-        return ""
-    units = "cores" if all(base.threads is not None for base, *_ in scalings) else "devices"
-    text = f"strong scaling: speedup over the base; efficiency = speedup / {units} used\n"
+def compare_runs(
+    base: Run, run: Run, title: str, kind: str, noise: float = compare.NOISE
+) -> tuple[str, list[Comparison]]:
+    """Return what to print about a run compared with the base, and all its cases."""
+    cases = compare.compare(base, run, noise)
+    lines = [escaped(title), *(f"warning: {warning}" for warning in compare.warnings(base, run))]
+    compared = comparison("\n".join(lines), cases)
+    if len(cases) > 1 and all(case.verdict == compare.REFUSED for case in cases):
+        reasons = "; ".join(f"{why} ({len(of)})" for why, of in grouped(cases, lambda c: c.remarks).items())
+        ran = {"base": base.argv, "new": run.argv}
+        notes = [f"none of {len(cases)} cases can be compared: {reasons}"]
+        notes += [f"the {which} run was `{escaped(' '.join(argv))}`" for which, argv in ran.items()]
+        compared = compared._replace(rows=(), notes=notes)
+    return compared.text(kind), cases
+
+
+def scaling(scalings: Iterable[Sequence[Scaled]]) -> list[Table]:
+    """Return a table for every scenario that is there on ranks and on one device."""
+    tables = []
     for base, *others in scalings:
-        title = f"{base.case.scenario}, {base.case.implementation}"
-        rows = [(row.layout, row.on, *scaling_cells(row)) for row in (base, *others)]
-        text += "\n" + table(kind, (title, "on", *SCALING_COLUMNS), rows, (title, "on"))
-        elsewhere = dict.fromkeys(row.device for row in others if row.device != base.device)
-        if elsewhere:
-            text += f"\nno efficiency on {', '.join(elsewhere)}: the base ran on {base.device}\n"
-    return text
+        units = "devices" if base.threads is None else "cores"
+        notes = [f"Speedup is over the first row; efficiency is speedup / {units} used."]
+        if elsewhere := dict.fromkeys(row.device for row in others if row.device != base.device):
+            notes.append(f"no efficiency on {', '.join(elsewhere)}: the base ran on {base.device}")
+        rows = [_scaled(row) for row in (base, *others)]
+        tables.append(Table(f"strong scaling of {name(base.case)}", SCALED, rows, notes))
+    return tables
 
 
-def scaling_cells(row: Scaled) -> tuple[str, ...]:
-    """Return what `SCALING_COLUMNS` say of a row."""
+def _scaled(row: Scaled) -> tuple[str, ...]:
     spread, share = row.case.spread, repeated(row.case)
     return (
+        row.layout,
+        row.on,
         estimated(row.case.latency_ms),
         f"{row.speedup:.2f}",
         bounds(row.interval, 2),
@@ -112,29 +125,23 @@ def scaling_cells(row: Scaled) -> tuple[str, ...]:
 # --------------------------------------------------------------------------------------------------- ranks
 
 
-def rank_tables(cases: Sequence[Case], kind: str) -> str:
-    """Return a table of ranks for every case that has some; "" if none has. `kind` is "table" or "md"."""
-    tables = "".join(_ranks(case, case.spread, kind) for case in cases if case.spread)
-    measured = any(case.spread and not case.spread.predicted for case in cases)
-    return tables + _MEASURED_RANKS * measured
+def ranks(cases: Iterable[Case]) -> list[Table]:
+    """Return a table of ranks for every case that has some: of a prediction, of those that stand for all."""
+    return [_ranks(case, case.spread) for case in cases if case.spread is not None]
 
 
-def _ranks(case: Case, spread: Spread, kind: str) -> str:
-    over = "" if spread.predicted else f" over {spread.library}"
-    about = f"{prediction(spread)}\n" * spread.predicted + f"Imbalance {percent(imbalance(spread))}. "
+def _ranks(case: Case, spread: Spread) -> Table:
+    about = f"Imbalance {percent(imbalance(spread))}."
     if share := repeated(case):
         about += (
-            f"Repeated on ranks: {percent(share.flops)} of all FLOPs, {percent(share.bytes)} of all bytes."
+            f" Repeated on ranks: {percent(share.flops)} of all FLOPs, {percent(share.bytes)} of all bytes."
         )
-    title = f"ranks of {case.scenario}, {case.implementation}: {spread.layout}{over}"
-    return f"{title}\n\n{table(kind, RANK_COLUMNS, rank_rows(spread))}\n{about}\n\n"
-
-
-def rank_rows(spread: Spread) -> list[tuple[str, ...]]:
-    """Return what `RANK_COLUMNS` say of every rank; of a prediction, of those that stand for all."""
-    ranks = zip(spread.ranks, imbalances(spread), strict=True)
     shown = spread.timed_ranks if spread.predicted else range(len(spread.ranks))
-    return [_rank(rank, excess) for rank, excess in ranks if rank.rank in shown]
+    of_ranks = zip(spread.ranks, imbalances(spread), strict=True)
+    rows = [_rank(rank, excess) for rank, excess in of_ranks if rank.rank in shown]
+    over = "" if spread.predicted else f" over {spread.library}"
+    notes = [prediction(spread)] * spread.predicted + [about]
+    return Table(f"ranks of {name(case)}: {spread.layout}{over}", RANKS, rows, notes)
 
 
 def _rank(rank: RankFacts, excess: float) -> tuple[str, ...]:
@@ -160,37 +167,27 @@ def prediction(spread: Spread) -> str:
 # -------------------------------------------------------------------------------------------------- stages
 
 
-def stage_tables(cases: Sequence[Case], kind: str) -> str:
-    """Return the stages of every case that has some; "" if none has. `kind` is "table" or "md"."""
-    return "".join(_stages(case, kind) for case in cases if case.stages)
+def stages(cases: Iterable[Case]) -> list[Table]:
+    """Return the stages of every case that has some; parts of a stage ("stage: part") are counted in it."""
+    return [_stages(case) for case in cases if case.stages]
 
 
-def stages_ms(stages: Sequence[Stage]) -> float:
-    """Return the sum of all stages in milliseconds; parts of a stage ("stage: part") are counted in it."""
-    return sum(stage.ms for stage in stages if ": " not in stage.name)
-
-
-def _stages(case: Case, kind: str) -> str:
-    sum_ms, title = stages_ms(case.stages), f"stages of {case.scenario}, {case.implementation}"
-    rows = [(_part(stage, kind), *stage_cells(stage, sum_ms)) for stage in case.stages]
+def _stages(case: Case) -> Table:
+    sum_ms = sum(stage.ms for stage in case.stages if ": " not in stage.name)
     forward = number(case.latency_ms.median if case.latency_ms else None)
     note = (
         f"Each is timed alone, with a synchronization before and after: the sum is {number(sum_ms)} ms, a "
         f"forward takes {forward} ms."
     )
     note += " Bookkeeping is not part of a prefill's latency." * (case.mode == "prefill")
-    return f"{table(kind, (title, *STAGE_COLUMNS), rows, (title,))}\n{note}\n\n"
+    rows = [_stage(stage, sum_ms) for stage in case.stages]
+    return Table(f"stages of {name(case)}", STAGES, rows, [note])
 
 
-def _part(stage: Stage, kind: str) -> str:
-    part = stage.name.partition(": ")[2]
-    return f"  {part}" if part and kind == "table" else stage.name
-
-
-def stage_cells(stage: Stage, sum_ms: float) -> tuple[str, ...]:
-    """Return what `STAGE_COLUMNS` say of a stage; all of them take `sum_ms`."""
+def _stage(stage: Stage, sum_ms: float) -> tuple[str, ...]:
     cost = stage.cost
     return (
+        stage.name,
         number(stage.ms),
         f"{100 * stage.ms / sum_ms:.1f}" if sum_ms else "-",
         per_second(_rate(cost.flops if cost else 0, stage.ms), ""),

@@ -257,11 +257,13 @@ STAGES_OF_A_CASE = [
 def test_stages_are_printed_below_the_table(make_run: Callable[..., Run]) -> None:
     lines = render(make_run(stages=STAGES_OF_A_CASE), "table").splitlines()
     first = next(place for place, line in enumerate(lines) if line.startswith("stages of "))
-    assert lines[first : first + 8] == [
-        "stages of prefill, mla         ms  share %  FLOP/s  GB/s  % of limit",
+    assert lines[first : first + 10] == [
+        "stages of prefill, mla",
+        "",
+        "stage                          ms  share %  FLOP/s  GB/s  % of limit",
         "query and latent projections    1     25.0     1 T     2      25 com",
         "attention                     2.5     62.5       -     4           -",
-        "  gather                      0.5     12.5       -     -           -",
+        "attention: gather             0.5     12.5       -     -           -",
         "between ops                   0.5     12.5       -     -           -",
         "",
         "Each is timed alone, with a synchronization before and after: the sum is 4 ms, a forward takes 2 "
@@ -273,7 +275,7 @@ def test_stages_are_printed_below_the_table(make_run: Callable[..., Run]) -> Non
 
 def test_stages_are_a_table_of_their_own_in_markdown(make_run: Callable[..., Run]) -> None:
     text = render(make_run(stages=STAGES_OF_A_CASE), "md")
-    assert "\n\n| stages of prefill, mla | ms | share % | FLOP/s | GB/s | % of limit |\n| --- |" in text
+    assert "\n\n| stage | ms | share % | FLOP/s | GB/s | % of limit |\n| --- |" in text
     assert "\n| attention: gather | 0.5 | 12.5 | - | - | - |\n" in text
 
 
@@ -286,7 +288,7 @@ def test_show_prints_stages_and_limits_without_torch(
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
     done = process("show", "run.json", path=[tmp_path])
     assert done.code == 0
-    assert "stages of prefill, mla " in done.out
+    assert "stages of prefill, mla\n" in done.out
     said = "\nread bandwidth: 50 GB/s (measured: sum, 3 MiB)\n\nprefill: only mla has a number: 2 ms"
     assert said not in done.out
     assert said in process("show", "run.json", "-v", path=[tmp_path]).out

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
 from mla.bench import results
-from mla.bench.results.compare import compare, scaling
+from mla.bench.results.compare import Scaled, compare, scaling
 from mla.bench.results.schema import Cost, RankFacts, Spread
-from mla.bench.terminal.tables import scaling_cells, scaling_tables
+from mla.bench.terminal import tables
 
 Run = Callable[..., results.Run]
 STEADY = [8.0, 8.01, 7.99, 8.0, 8.02, 7.98]
@@ -50,6 +50,12 @@ def spread(samples: list[float], layout: str, predicted: bool) -> Spread:
     return Spread(layout=layout, library="gloo", ranks=ranks, predicted=predicted, timed_ranks=timed)
 
 
+def cells(*scaled: Scaled) -> Sequence[str]:
+    """Return the last row of a table."""
+    (table,) = tables.scaling([scaled])
+    return table.rows[-1]
+
+
 def test_two_threads_of_one_rank_and_two_ranks_of_one_are_the_same_resources(run: Run) -> None:
     ((base, threads, ranks),) = scaling([run(4.2, threads=2), run(8.0), run(5.0, "tp=2")])
     assert (base.run, base.on, base.speedup, base.interval, base.efficiency) == (
@@ -67,14 +73,14 @@ def test_two_threads_of_one_rank_and_two_ranks_of_one_are_the_same_resources(run
     assert ranks.interval is not None
     assert ranks.interval[0] < 1.6 < ranks.interval[1]
     # Repeated is of bytes, where it is not known which kind limits the case.
-    assert scaling_cells(ranks)[1::2] == ("1.60", "80 %", "50 %")
-    assert scaling_cells(ranks)[4] == "1"
+    assert cells(base, threads, ranks)[3::2] == ("1.60", "80 %", "50 %")
+    assert cells(base, threads, ranks)[6] == "1"
 
 
 def test_what_a_layout_repeats_is_of_the_work_that_limits_the_case(run: Run) -> None:
     limit = results.Roofline(floor_ms=1.0, fraction=0.2, bound="compute")
-    ((_, ranks),) = scaling([run(8.0), run(5.0, "tp=2", roofline=limit)])
-    assert scaling_cells(ranks)[-1] == "20 %"
+    (scaled,) = scaling([run(8.0), run(5.0, "tp=2", roofline=limit)])
+    assert cells(*scaled)[-1] == "20 %"
 
 
 def test_threads_of_the_host_do_not_count_on_cards(run: Run) -> None:
@@ -101,8 +107,8 @@ def test_there_is_no_efficiency_across_different_cards(run: Run, layout: str) ->
         ("card A", "dcp=2"): pytest.approx(8 / 6 / 2),
     }
     said = "no efficiency on card B: the base ran on card A"
-    assert said in scaling_tables([scaled], "table").splitlines()
-    assert "no efficiency" not in scaling_tables(scaling([runs[0], runs[2]]), "table")
+    assert said in tables.scaling([scaled])[0].notes
+    assert "no efficiency" not in tables.scaling(scaling([runs[0], runs[2]]))[0].text("table")
 
 
 def test_predictions_say_so(run: Run) -> None:

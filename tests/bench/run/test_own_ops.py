@@ -56,9 +56,6 @@ def test_ops_are_timed_beside_each_other(measure: Bench) -> None:
         assert (case.check.status, case.passes) == ("ok", 2)
         assert case.interleaved_with == [other for other in names if other != name]
         assert [agreement.implementation for agreement in case.agreement] == case.interleaved_with
-        assert name == "mla" or f"decode: mla and {name}: outputs differ by " in done.out, (
-            "of two passes each"
-        )
         assert shlex.split(case.repro)[-2:] == ["--implementations", name]
     assert f"ops        {SECOND}: " in done.err
     assert "same ops" not in done.err
