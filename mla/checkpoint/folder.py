@@ -6,7 +6,6 @@ Weights stay on disk until they are asked for; FP8 blocks become numbers then. N
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from abc import abstractmethod
@@ -20,6 +19,7 @@ import torch
 
 from mla.config import MLAConfig
 from mla.config.families import language_model, mla_layers
+from mla.config.layer_config import json_object
 from mla.errors import MLAError
 from mla_backends import outside
 from mla_backends.outside import escaped, quoted, shortened
@@ -60,17 +60,6 @@ class StoredTensor:
         return part
 
 
-def headers(file: Path) -> dict[str, StoredTensor]:
-    """Return what the header says of each tensor. Raises `CheckpointError`."""
-    _sniff(file)
-    with opened(file) as tensors:
-        parts = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118  # it is no mapping
-        return {
-            key: StoredTensor(file, key, tuple(part.get_shape()), part.get_dtype())
-            for key, part in parts.items()
-        }
-
-
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
     """Open a file, and turn any failure into a `CheckpointError`."""
@@ -88,26 +77,12 @@ def opened(file: Path) -> Iterator[Any]:
         ) from error
 
 
-def _sniff(file: Path) -> None:
-    """Raise `CheckpointError` for a pointer in the place of a file, which the library would call damaged."""
-    try:
-        start, _ = outside.start(file, len(_LFS))
-    except OSError as error:
-        raise CheckpointError(f"checkpoint file '{file}' cannot be read: {error.strerror}.") from error
-    if start == _LFS:
-        raise CheckpointError(
-            f"checkpoint file '{file}' is only a Git LFS pointer: fetch its content with `git lfs pull`."
-        )
-
-
 # ------------------------------------------------------------------------------------------- folder
 
 _INDEX = ".safetensors.index.json"
+_PICKLE = "is a pickle, and opening a pickle can run any code: convert it to safetensors"
 _REFUSED = {
-    **dict.fromkeys(
-        (".bin", ".pt", ".pth", ".pkl", ".ckpt"),
-        "is a pickle, and opening a pickle can run any code: convert it to safetensors",
-    ),
+    **dict.fromkeys((".bin", ".pt", ".pth", ".pkl", ".ckpt"), _PICKLE),
     ".gguf": "is GGUF, whose quantized weights are not read: use the safetensors it was made from",
 }
 
@@ -119,99 +94,86 @@ class Folder:
         self.path = Path(path)
         if not self.path.is_dir():
             raise CheckpointError(f"checkpoint '{path}' is not a directory.")
-        self.index = self._index()
+        names = _names(path)
+        self._files = [name for name in names if name.endswith(".safetensors")]
+        indexes = [name for name in names if name.endswith(_INDEX)]
+        if len(indexes) > 1 and f"model{_INDEX}" not in indexes:
+            raise CheckpointError(f"checkpoint '{path}' has several indexes: {', '.join(indexes)}.")
+        self.index = f"model{_INDEX}" if f"model{_INDEX}" in indexes else next(iter(indexes), None)
 
     def tensors(self) -> Iterator[tuple[str, str]]:
         """Yield (file name, tensor name). With an index opens no file; otherwise reads only headers."""
         if self.index is not None:
-            yield from self._indexed(self.index)
+            weight_map = (self.json(self.index) or {}).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(x, str) for x in weight_map.values()):
+                raise CheckpointError(
+                    f"'{self.path / self.index}' has no weight_map from tensor names to file names, so it is "
+                    "not an index."
+                )
+            yield from ((name, key) for key, name in weight_map.items())
             return
-        names = self._names(".safetensors")
-        if not names:
+        if not self._files:
             refuse_other_formats(self.path)
             raise CheckpointError(f"checkpoint '{self.path}' holds no *.safetensors files.")
-        for name in names:
-            yield from ((name, key) for key in headers(self.file(name)))
+        for name in self._files:
+            yield from ((name, key) for key in self.headers(name))
 
-    def file(self, name: str) -> Path:
-        """Return the path of a regular file. Raises `CheckpointError` for one that lies elsewhere."""
-        with self._refusals(name):
-            path = outside.inside(self.path, name)
-            outside.start(path, 0)
-            return path
+    def headers(self, name: str) -> dict[str, StoredTensor]:
+        """Return what the header of a file says of each tensor. Raises `CheckpointError`.
+
+        That is also for a file that lies elsewhere, and for what is no safetensors file.
+        """
+        if (suffix := PurePosixPath(name).suffix) != ".safetensors":
+            raise self._refusal(name, _REFUSED.get(suffix, "is not a *.safetensors file"))
+        try:
+            file = outside.inside(self.path, name)
+            start, _ = outside.start(file, len(_LFS))
+        except (OSError, ValueError) as error:
+            raise self._unreadable(name, error) from error
+        if start == _LFS:  # which the library would call damaged
+            raise self._refusal(name, "is only a Git LFS pointer: fetch its content with `git lfs pull`")
+        with opened(file) as tensors:
+            parts = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118  # it is no mapping
+            return {
+                key: StoredTensor(file, key, tuple(part.get_shape()), part.get_dtype())
+                for key, part in parts.items()
+            }
 
     def json(self, name: str) -> dict[str, Any] | None:
-        """Return the object a JSON file holds, or None if there is no such file."""
+        """Return the object a JSON file holds, or None if there is no such file. Raises `CheckpointError`."""
         if not os.path.lexists(self.path / name):
             return None
-        path = self.path / name
-        with self._refusals(name):
+        try:
             data = outside.read(name, self.path)
-        try:
-            values = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"'{path}' is not valid JSON: {shortened(str(error))}.") from error
-        if not isinstance(values, dict):
-            raise CheckpointError(f"'{path}' must hold a JSON object, got {type(values).__name__}.")
-        return values
-
-    @contextmanager
-    def _refusals(self, name: str) -> Iterator[None]:
-        """Say in one sentence why a file cannot be opened."""
-        where = f"file {quoted(name)} of checkpoint '{self.path}'"
-        try:
-            yield
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{where} is missing.") from error
-        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-            why = getattr(error, "strerror", None) or shortened(str(error))
-            raise CheckpointError(f"{where} cannot be opened: {why}.") from error
-
-    def _index(self) -> str | None:
-        names = self._names(_INDEX)
-        if len(names) > 1 and f"model{_INDEX}" not in names:
-            raise CheckpointError(f"checkpoint '{self.path}' has several indexes: {', '.join(names)}.")
-        return f"model{_INDEX}" if f"model{_INDEX}" in names else next(iter(names), None)
-
-    def _indexed(self, index: str) -> Iterator[tuple[str, str]]:
-        weight_map = (self.json(index) or {}).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise CheckpointError(
-                f"'{self.path / index}' has no weight_map from tensor names to file names, so it is not an "
-                "index."
-            )
-        for name in sorted(set(weight_map.values())):
-            _check_indexed(self.path / index, name)
-        for key, name in weight_map.items():
-            yield name, key
-
-    def _names(self, ending: str) -> list[str]:
-        try:
-            return sorted(name for name in os.listdir(self.path) if name.endswith(ending))
         except OSError as error:
-            raise CheckpointError(f"checkpoint '{self.path}' cannot be listed: {error.strerror}.") from error
+            raise self._unreadable(name, error) from error
+        return json_object(data, f"'{self.path / name}'", CheckpointError)
+
+    def _unreadable(self, name: str, error: OSError | ValueError) -> CheckpointError:
+        if isinstance(error, FileNotFoundError):
+            return self._refusal(name, "is missing")
+        why = getattr(error, "strerror", None) or shortened(str(error))  # a name that no file can have
+        return self._refusal(name, f"cannot be opened: {why}")
+
+    def _refusal(self, name: str, why: str) -> CheckpointError:
+        return CheckpointError(f"file {quoted(name)} of checkpoint '{self.path}' {why}.")
 
 
-def _check_indexed(index: Path, name: str) -> None:
-    parts = PurePosixPath(name)
-    if parts.is_absolute() or ".." in parts.parts:
-        raise CheckpointError(f"'{index}' names the file {quoted(name)}, which lies outside the directory.")
-    if parts.suffix != ".safetensors":
-        reason = _REFUSED.get(parts.suffix, "is not a *.safetensors file")
-        raise CheckpointError(f"'{index}' names the file {quoted(name)}, which {reason}.")
+def _names(folder: str | Path) -> list[str]:
+    """Return the names in a folder; none where it cannot be listed."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
 
 
 def refuse_other_formats(folder: str | Path) -> None:
     """Raise `CheckpointError` for a folder that holds weights in unsupported formats only."""
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError:
-        return
+    names = _names(folder)
     if any(name.endswith((".safetensors", _INDEX)) for name in names):
         return
     for name in names:
-        reason = _REFUSED.get(PurePosixPath(name).suffix)
-        if reason:
+        if reason := _REFUSED.get(PurePosixPath(name).suffix):
             raise CheckpointError(f"file {quoted(name)} of checkpoint '{folder}' {reason}.")
 
 
@@ -233,54 +195,43 @@ class Facts:
             return False
         return self.layers <= layer < self.layers + self.draft_layers
 
-    def attends_otherwise(self, layer: int | None) -> bool:
+    def attends_otherwise(self, layer: int) -> bool:
         """Return whether a layer is one of the main ones that are not MLA."""
-        if self.mla_layers is None or layer is None or layer in self.mla_layers:
+        if self.mla_layers is None or layer in self.mla_layers:
             return False
         return self.layers is None or layer < self.layers
 
     def block_size(self, tensor: str) -> tuple[int, int]:
         """Return how many rows and columns share one FP8 scale, as declared: shapes do not determine it."""
+        declared = self.quantization
         for key, known in (("quant_method", ("fp8",)), ("fmt", ("e4m3", None))):
-            if self.quantization.get(key) not in known:
+            if declared.get(key) not in known:
                 raise CheckpointError(
                     f"{tensor} is FP8, but '{self.source}' declares quantization_config.{key} "
-                    f"{quoted(self.quantization.get(key))}: only {known[0]!r} is read."
+                    f"{quoted(declared.get(key))}: only {known[0]!r} is read."
                 )
-        block = self.quantization.get("weight_block_size")
-        if not isinstance(block, list) or len(block) != 2 or not all(map(_is_count, block)) or 0 in block:
-            raise CheckpointError(
-                f"{tensor} is FP8, but quantization_config.weight_block_size in '{self.source}' is "
-                f"{quoted(block)}: two positive integers are needed, such as [128, 128]."
-            )
-        return block[0], block[1]
+        match declared.get("weight_block_size"):
+            case [int(rows), int(columns)] if min(rows, columns) > 0:
+                return rows, columns
+        raise CheckpointError(
+            f"{tensor} is FP8, but quantization_config.weight_block_size in '{self.source}' is "
+            f"{quoted(declared.get('weight_block_size'))}: [128, 128] or other positive integers are needed."
+        )
 
 
 def read_facts(folder: Folder) -> Facts:
     """Read the facts from the folder's config.json, if it has one. Raises `CheckpointError`."""
-    name = "config.json"
-    source = str(folder.path / name)
-    values = folder.json(name)
-    if values is None:
-        return Facts(source)
+    values = folder.json("config.json") or {}
     inner = language_model(values)
-    quantization = inner.get("quantization_config") or values.get("quantization_config") or {}
-    if not isinstance(quantization, dict):
-        raise CheckpointError(f"quantization_config in '{source}' must be a JSON object.")
-    layers = _count(inner, "num_hidden_layers", source)
-    drafts = _count(inner, "num_nextn_predict_layers", source) or 0
-    return Facts(source, layers, mla_layers(inner), drafts, quantization)
-
-
-def _count(values: Mapping[str, Any], key: str, source: str) -> int | None:
-    count = values.get(key)
-    if count is not None and not _is_count(count):
-        raise CheckpointError(f"{key} in '{source}' must be a whole number, got {quoted(count)}.")
-    return count
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    layers, drafts = (inner.get(key) for key in ("num_hidden_layers", "num_nextn_predict_layers"))
+    quantization = inner.get("quantization_config") or values.get("quantization_config")
+    return Facts(
+        str(folder.path / "config.json"),
+        layers if isinstance(layers, int) else None,
+        mla_layers(inner),
+        drafts if isinstance(drafts, int) else 0,
+        quantization if isinstance(quantization, dict) else {},
+    )
 
 
 # --------------------------------------------------------------------------------------------- stored weights
@@ -335,12 +286,12 @@ class StoredWeight:
         step = max(1, BLOCK // max(1, math.prod(out.shape[1:])))
         for start in range(first, end, step):
             stop = min(end, start + step)
-            numbers = self._numbers(start, stop, part.columns, scale)
-            rounded = numbers.to(out.dtype)
+            rounded = self._numbers(start, stop, part.columns, scale).to(out.dtype)
             if not finite(rounded):
-                raise CheckpointError(self._not_finite(numbers, start, stop, out.dtype))
+                what = f"NaN or infinity, or numbers beyond the range of {out.dtype},"
+                raise CheckpointError(f"{self.tensor} holds {what} in rows {start} to {stop - 1}.")
             out[start - first : stop - first].copy_(rounded)
-            advance(numbers.numel() * _BYTES[self.tensor.dtype])
+            advance(rounded.numel() * _BYTES[self.tensor.dtype])
 
     def _read_scale(self) -> torch.Tensor | None:
         if self.scale is None:
@@ -364,12 +315,6 @@ class StoredWeight:
         wide[:, : whole * width].unflatten(1, (whole, width)).mul_(by_row[:, :whole, None])
         wide[:, whole * width :].mul_(by_row[:, whole:])  # the last block is cut off by the edge
         return wide
-
-    def _not_finite(self, numbers: torch.Tensor, start: int, stop: int, dtype: torch.dtype) -> str:
-        where = f"{self.tensor} holds"
-        if finite(numbers):
-            return f"{where} numbers beyond the range of {dtype} in rows {start} to {stop - 1}."
-        return f"{where} NaN or infinity in rows {start} to {stop - 1}."
 
 
 def finite(tensor: torch.Tensor) -> bool:
@@ -471,8 +416,8 @@ def _digest(layer: StoredLayer, name: str) -> str:
     shape, dtype = layer.shape(name), layer.dtype(name)
     digest = hashlib.sha256(f"{shape} {dtype}".encode())
     rows = shape[0] if len(shape) == 1 else 1  # a vector is read whole
+    read = torch.empty((rows, *shape[1:]), dtype=dtype, device="cpu")
     for start in sorted({place * (shape[0] - rows) // (SAMPLED_ROWS - 1) for place in range(SAMPLED_ROWS)}):
-        read = torch.empty((rows, *shape[1:]), dtype=dtype, device="cpu")
         layer.read_into(name, read, Part(slice(start, start + rows)))
         digest.update(bytes(read.view(torch.uint8).flatten().tolist()))  # torch may be without numpy
     return digest.hexdigest()[:16]

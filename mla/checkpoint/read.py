@@ -19,12 +19,11 @@ from mla.checkpoint.folder import (
     StoredLayer,
     StoredTensor,
     StoredWeight,
-    headers,
     read_facts,
 )
 from mla.config import MLAConfig
 from mla.weights import SINKS, weight_shapes
-from mla_backends.outside import quoted
+from mla_backends.outside import quoted, shortened
 
 # DeepSeek's own names (`inference/convert.py` of DeepSeek-V3) -> Hugging Face's.
 _DEEPSEEK_NAMES = {
@@ -175,15 +174,7 @@ def _renumbered(layers: set[int | None], number: int, facts: Facts, folder: str)
 
 
 def _listed(layers: Iterable[int | None]) -> str:
-    """Return "0, 1" or "0-60, 62"; three or more in a row become a range."""
-    runs: list[list[int]] = []
-    for layer in sorted(layer or 0 for layer in layers):
-        if runs and runs[-1][-1] == layer - 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    words = (f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
-    return ", ".join(words)
+    return shortened(", ".join(str(layer) for layer in sorted(layer or 0 for layer in layers)))
 
 
 # --------------------------------------------------------------------------------------------- read
@@ -269,7 +260,11 @@ def _check_names(folder: Folder, keys: Keys, shapes: Mapping[str, object], ignor
     """Refuse tensors that are duplicated, foreign to this layer, or missing."""
     for name, entries in keys.items():
         if len(entries) > 1:
-            raise CheckpointError(f"checkpoint '{folder.path}' holds '{name}' twice: {_twice(*entries[:2])}.")
+            where = " and ".join(f"{quoted(key)} in {quoted(file)}" for file, key in entries[:2])
+            raise CheckpointError(
+                f"checkpoint '{folder.path}' holds '{name}' twice: {where}. Parts of a tensor-parallel "
+                "conversion are not joined."
+            )
         if name not in shapes and name.removesuffix(_SCALE) not in shapes and not name.startswith(ignored):
             file, key = entries[0]
             raise CheckpointError(f"tensor {quoted(key)} in '{folder.path / file}' {_unexpected(name)}.")
@@ -279,12 +274,6 @@ def _check_names(folder: Folder, keys: Keys, shapes: Mapping[str, object], ignor
             raise CheckpointError(
                 f"checkpoint '{folder.path}' has no tensor '{name}' next to {quoted(key)} in {quoted(file)}."
             )
-
-
-def _twice(first: tuple[str, str], second: tuple[str, str]) -> str:
-    words = f"{quoted(first[1])} in {quoted(first[0])} and {quoted(second[1])} in {quoted(second[0])}"
-    split = first[0] != second[0]
-    return f"{words}, and the parts of a tensor-parallel conversion are not joined" if split else words
 
 
 def _unexpected(name: str) -> str:
@@ -303,7 +292,7 @@ def _headers(folder: Folder, entries: Mapping[str, tuple[str, str]]) -> dict[str
         by_file.setdefault(file, {})[key] = name
     stored = {}
     for file, names in by_file.items():
-        tensors = headers(folder.file(file))
+        tensors = folder.headers(file)
         for key, name in names.items():
             if key not in tensors:
                 raise CheckpointError(
@@ -323,24 +312,22 @@ def _weight(
             f"{tensor} has shape {list(tensor.shape)}, the config asks for {list(shape)}{transposed}."
         )
     if tensor.dtype == FP8 and len(shape) == 2:
-        return _fp8(tensor, scale, facts)
+        if scale is None:
+            raise CheckpointError(f"{tensor} is FP8 but has no scale.")
+        return _fp8(tensor, scale, facts.block_size(str(tensor)))
     if tensor.dtype not in DTYPES:
         raise CheckpointError(
-            f"{tensor} is {tensor.dtype}: only BF16, F16, F32 and, for matrices, F8_E4M3 with scales are "
-            "read."
+            f"{tensor} is {tensor.dtype}: only BF16, F16, F32 and, of matrices, F8_E4M3 with scales are read."
         )
     if scale is not None:
         raise CheckpointError(
-            f"{tensor} is {tensor.dtype} but has a scale, {quoted(scale.key)}: it is unclear whether "
-            "that still has to be applied."
+            f"{tensor} is {tensor.dtype} but has a scale, {quoted(scale.key)}: it is unclear if that has "
+            "been applied."
         )
     return StoredWeight(tensor)
 
 
-def _fp8(tensor: StoredTensor, scale: StoredTensor | None, facts: Facts) -> StoredWeight:
-    if scale is None:
-        raise CheckpointError(f"{tensor} is FP8 but has no scale.")
-    block = facts.block_size(str(tensor))
+def _fp8(tensor: StoredTensor, scale: StoredTensor, block: tuple[int, int]) -> StoredWeight:
     grid = tuple(-(-length // size) for length, size in zip(tensor.shape, block, strict=True))
     if scale.shape != grid:
         raise CheckpointError(

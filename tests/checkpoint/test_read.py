@@ -134,7 +134,7 @@ def test_a_layer_is_chosen_by_its_number(layer: int | str, tmp_path: Path) -> No
 
 def test_several_layers_must_be_chosen_from_and_the_draft_layer_is_not_among_them(tmp_path: Path) -> None:
     folder, config = with_layers(tmp_path / "model", *range(4), 7, 9, 10, 61)
-    with pytest.raises(CheckpointError, match=r"holds layers 0-3, 7, 9, 10: choose one with layer=N"):
+    with pytest.raises(CheckpointError, match=r"holds layers 0, 1, 2, 3, 7, 9, 10: choose one with layer=N"):
         read_layer(folder, config)
 
 

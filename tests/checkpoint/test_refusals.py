@@ -67,13 +67,16 @@ PLAIN: list[tuple[Callable[[Tensors], Tensors], str]] = [
     (lambda t: put(t, o_proj__weight=t[O_PROJ].to(torch.float8_e4m3fn)), "is FP8 but has no scale"),
     (
         lambda t: put(t, kv_a_layernorm__weight=torch.ones(40).to(torch.float8_e4m3fn)),
-        "kv_a_layernorm.weight' in .* is F8_E4M3: only .* for matrices",
+        "kv_a_layernorm.weight' in .* is F8_E4M3: only .* of matrices",
     ),
     (
         lambda t: put(t, o_proj__weight_scale_inv=torch.ones(5, 2)),
-        "is BF16 but has a scale, .*it is unclear whether",
+        "is BF16 but has a scale, .*it is unclear if",
     ),
-    (lambda t: put(t, o_proj__weight=spoilt(t[O_PROJ], torch.nan)), "holds NaN or infinity in rows 0 to 71"),
+    (
+        lambda t: put(t, o_proj__weight=spoilt(t[O_PROJ], torch.nan)),
+        "holds NaN or infinity, .* in rows 0 to 71",
+    ),
     (
         lambda t: put(t, o_proj__weight=spoilt(t[O_PROJ], -torch.inf)),
         "o_proj.weight' .* holds NaN or infinity",
@@ -109,7 +112,7 @@ PLAIN: list[tuple[Callable[[Tensors], Tensors], str]] = [
     (lambda t: put(t, o_proj__weight=None, o_proj__qweight=torch.ones(2)), "belongs to a quantization"),
     (
         lambda t: put(t, wo__weight=torch.ones(2)),
-        "holds 'o_proj.weight' twice: .*(o_proj|wo).weight' in 'model.safetensors'.$",
+        r"holds 'o_proj.weight' twice: .*(o_proj|wo).weight' in 'model.safetensors'\. ",
     ),
     (lambda t: {"lm_head.weight": torch.ones(2)}, r"holds no MLA attention weights, such as 'model\.layers"),
     (lambda t: {}, "holds no MLA attention weights"),
@@ -167,13 +170,12 @@ def test_broken_fp8_is_named(damage: Callable[[Tensors], Tensors], reason: str, 
         (None, r"is FP8, but '.*config.json' declares quantization_config.quant_method None: only 'fp8'"),
         ({"quant_method": "awq"}, "quant_method 'awq'"),
         ({"fmt": "e5m2"}, "fmt 'e5m2': only 'e4m3'"),
-        ({"weight_block_size": None}, "weight_block_size in '.*config.json' is None: two positive integers"),
+        ({"weight_block_size": None}, "weight_block_size in '.*config.json' is None: .128, 128. or other"),
         ({"weight_block_size": [128]}, r"is \[128\]"),
         ({"weight_block_size": [0, 128]}, r"is \[0, 128\]"),
         ({"weight_block_size": ["128", 128]}, r"is \['128', 128\]"),
-        ({"weight_block_size": [True, 128]}, r"is \[True, 128\]"),
         ({"weight_block_size": [16, 16]}, r"in blocks of \[16, 16\] needs"),
-        ("fp8", "quantization_config in .* must be a JSON object"),
+        ("fp8", "quant_method None: only"),
     ],
 )
 def test_fp8_needs_a_declared_block(declared: Any, reason: str, tmp_path: Path) -> None:
@@ -190,7 +192,7 @@ def test_numbers_beyond_the_layers_dtype_are_refused(tmp_path: Path) -> None:
     made, tensors = make(tmp_path, "fp32")
     save_file(put(tensors, o_proj__weight=spoilt(tensors[O_PROJ], 1e30)), made.folder / FILE)
     with pytest.raises(
-        CheckpointError, match=r"o_proj.* numbers beyond the range of torch.float16 in rows 0"
+        CheckpointError, match=r"o_proj.* numbers beyond the range of torch.float16, in rows 0"
     ):
         dict(read_layer(made.folder, made.config, dtype=torch.float16))
     assert read_layer(made.folder, made.config)["o_proj.weight"].isfinite().all()
@@ -207,11 +209,3 @@ def test_numbers_beyond_the_layers_dtype_are_refused(tmp_path: Path) -> None:
 def test_another_models_config_is_refused(other: dict[str, Any], reason: str, tmp_path: Path) -> None:
     made, _ = make(tmp_path)
     refused(made.folder, mla.MLAConfig.from_dict({**made.values, **other}), reason)
-
-
-@pytest.mark.parametrize("key", ["num_hidden_layers", "num_nextn_predict_layers"])
-@pytest.mark.parametrize("value", ["61", -1, 1.5, True, []])
-def test_layer_counts_must_be_numbers(key: str, value: object, tmp_path: Path) -> None:
-    made, _ = make(tmp_path)
-    (made.folder / "config.json").write_text(json.dumps({**made.values, key: value}))
-    refused(made.folder, made.config, f"{key} in '.*config.json' must be a whole number")
