@@ -7,8 +7,8 @@
     python benchmarks/gpu/wheels.py --source FlashMLA=../FlashMLA  a checkout, wheel or archive
     python benchmarks/gpu/wheels.py --list
 
-Signatures are read from source text by griffe (`pip install griffe`): nothing else is installed or imported, so
-neither a GPU nor CUDA is needed.
+Signatures are read from source text by griffe (`pip install griffe`): nothing is imported, so neither a GPU
+nor CUDA is needed.
 stdout carries one sentence per difference; notes go to stderr. Exit codes: 0 no drift, 1 drift, 2 usage or
 no network.
 """

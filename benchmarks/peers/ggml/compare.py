@@ -17,9 +17,8 @@ from __future__ import annotations
 import fnmatch
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.append(str(Path(__file__).parents[3]))
 
@@ -28,12 +27,10 @@ import torch
 
 from benchmarks.attention_test import defaults
 from benchmarks.peers.ggml import record, table
-from benchmarks.peers.ggml.attention import Attention, AttentionCase, attention_cases
 from benchmarks.peers.ggml.build import facts_of
 from benchmarks.peers.ggml.peer import Peer
-from benchmarks.peers.ggml.products import Product, ProductCase, product_cases
-from benchmarks.peers.ggml.selection import Selection, SelectionCase, selection_cases
-from benchmarks.peers.ggml.ways import Problem, compared, require_passive_waiting
+from benchmarks.peers.ggml.problems import Problem, Shape, shapes
+from benchmarks.peers.ggml.ways import compared, require_passive_waiting
 from mla.bench import results
 from mla.bench.plan.request import Request, empty_run
 from mla.bench.plan.resolve import resolve
@@ -49,44 +46,30 @@ VARIABLES = (
 )  # fmt: skip
 
 
-PROBLEMS: dict[type, Callable[[Any, Setting], Problem]] = {
-    AttentionCase: Attention, SelectionCase: Selection, ProductCase: Product,
-}  # fmt: skip
-
-
-def choose(setting: Setting, patterns: Sequence[str] | None) -> list[Any]:
-    """Return the cases whose name or op matches a pattern; None: all. Raises `UsageError` if none does."""
-    every: list[Any] = [*attention_cases(), *selection_cases(), *product_cases(setting)]
+def choose(setting: Setting, patterns: Sequence[str] | None) -> list[Shape]:
+    """Return the shapes whose name or op matches a pattern; None: all. Raises `UsageError` if none does."""
+    every = shapes(setting)
     chosen = [
-        case
-        for case in every
-        for pattern in patterns or "*"
-        if fnmatch.fnmatchcase(case.name, pattern) or fnmatch.fnmatchcase(case.op, pattern)
+        shape
+        for shape in every
+        if any(fnmatch.fnmatchcase(name, each) for name in (shape.name, shape.op) for each in patterns or "*")
     ]
     if not chosen:
-        known = ", ".join(case.name for case in every)
+        known = ", ".join(shape.name for shape in every)
         raise UsageError(
             f"--only matches no case: use attention, selection, product, {known}, or a pattern like 16x*."
         )
-    return list(dict.fromkeys(chosen))
+    return chosen
 
 
 def measure(
     request: Request, folder: Path, patterns: tuple[str, ...] | None, rounds: int
 ) -> record.Comparison:
-    """Measure the chosen cases. Raises `PeerError` or `UsageError`.
-
-    All products take turns together, so that a share of the best is one of its time; each other case alone.
-    """
+    """Measure the chosen shapes, one after the other. Raises `PeerError` or `UsageError`."""
     setting, threads = request.setting, torch.get_num_threads()
     chosen = choose(setting, patterns)
-    together = [case for case in chosen if case.op == "product"]
-    groups = [[case] for case in chosen if case.op != "product"] + [together] * bool(together)
     with Peer(folder, threads) as peer, torch.inference_mode():
-        cases: list[record.Case] = []
-        for group in groups:
-            problems = (PROBLEMS[type(case)](case, setting) for case in group)
-            cases += compared(problems, peer, rounds, setting.seed)
+        cases = [compared(Problem(shape, setting), peer, rounds, setting.seed) for shape in chosen]
         run = empty_run(request)
         return record.Comparison(
             argv=["python benchmarks/peers/ggml/compare.py", *sys.argv[1:]],
@@ -135,7 +118,7 @@ def compare(
     comparison = measure(request, folder, only, runs)
     if output:
         results.write(comparison, output)
-    console.out(table.render(comparison))
+    console.out(table.markdown(comparison))
     wrong = any(timing.wrong for case in comparison.cases for timing in case.timings)
     return Exit.WRONG if wrong else Exit.OK
 

@@ -21,7 +21,7 @@ class Timing(msgspec.Struct, kw_only=True):
     """One way of computing a case. `visits_ms`: the median of every visit, by round."""
 
     name: str
-    party: Literal["ours", "reference", "torch", "peer"]
+    party: Literal["ours", "reference", "torch", "peer"]  # "torch": in files of before
     dtype: str
     ms: float  # the median of the visits
     ci95: Interval | None  # of that median; None with fewer than 6 rounds
@@ -43,7 +43,6 @@ class Case(msgspec.Struct, kw_only=True):
     flops: int
     timings: list[Timing]
     passed_over: dict[str, float] = {}
-    notes: list[str] = []  # ways that do not exist here, and why
 
     def of(self, party: str) -> list[Timing]:
         """Return a party's ways with right results, fastest first."""
@@ -51,10 +50,6 @@ class Case(msgspec.Struct, kw_only=True):
             (timing for timing in self.timings if timing.party == party and not timing.wrong),
             key=lambda timing: timing.ms,
         )
-
-    def rate(self, timing: Timing) -> float:
-        """Return GFLOP/s."""
-        return self.flops / timing.ms / 1e6
 
 
 class Comparison(msgspec.Struct, kw_only=True):
@@ -71,16 +66,6 @@ class Comparison(msgspec.Struct, kw_only=True):
     threads: int
     seed: int
     cases: list[Case]
-
-    def best_fp32(self) -> tuple[float, str] | None:
-        """Return GFLOP/s of the fastest right product of fp32 operands, of any shape, and which it was."""
-        candidates = [
-            (case.rate(timing), f"{timing.name}, {case.name}")
-            for case in self.cases
-            for timing in case.timings
-            if case.op == "product" and timing.dtype == "float32" and not timing.wrong
-        ]
-        return max(candidates, default=None)
 
 
 def ratio(slow: Timing, fast: Timing) -> tuple[float, Interval | None]:

@@ -9,14 +9,15 @@ from the process that is next.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter_ns as now_ns
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,16 +26,15 @@ from benchmarks.peers.ggml.peer import Peer
 from mla.bench.results import stats
 from mla.command import console
 from mla.errors import UsageError
-from mla.layer.ops import Choice
-from mla.reference import REFERENCE
+
+if TYPE_CHECKING:
+    from benchmarks.peers.ggml.problems import Problem
 
 VISIT_MS, WARM_MS = 30.0, 6.0  # of timed and of untimed calls
 MOST_CALLS = 50
 TRIALS, SLOW_TRIAL_MS = 2, 500.0
 PAUSE = 0.03  # seconds; GNU's runtime spins for 5 to 15 ms
-# What is not timed beyond the trial: a peer's way that takes so many times as long as its fastest one, and a
-# product of torch's that does so compared with all, if its call takes so many ms.
-SLOW_PEER, SLOW_TORCH, LONG_MS = 1.5, 4.0, 50.0
+SLOW_PEER = 1.5  # a peer's way that takes so many times as long as its fastest one is timed no further
 
 
 @dataclass
@@ -64,10 +64,9 @@ def judged(problem: Problem, ways: Sequence[Way]) -> record.Case:
     """Return a case with the medians of all ways that were visited, and the errors of their results."""
     truth = problem.truth()
     return record.Case(
-        name=problem.case.name, op=problem.case.op, flops=problem.flops,
+        name=problem.shape.name, op=problem.shape.op, flops=problem.case.work.flops,
         timings=[way.timing(truth) for way in ways if way.visits],
         passed_over={way.name: way.trial_ms for way in ways if not way.visits},
-        notes=problem.notes,
     )  # fmt: skip
 
 
@@ -95,40 +94,13 @@ def own(
     return Way(name, party, dtype, timed_calls, result)
 
 
-def in_layer(chosen: Choice, role: str) -> dict[str, Choice]:
-    """Return by party the op that a layer uses, and the reference if that is another one."""
-    plain = Choice("reference", REFERENCE[role], chosen.spec)
-    return {"ours": chosen} | ({} if chosen.name == "reference" else {"reference": plain})
-
-
-class Problem(Protocol):
-    """One case with its operands. `notes` get why a way does not exist."""
-
-    case: Any  # with a `name`, and the `op` of `record.Case`
-    notes: list[str]
-
-    @property
-    def flops(self) -> int:
-        """FLOPs of one call."""
-
-    def truth(self) -> torch.Tensor:
-        """Return the result in float64."""
-
-    def ways(self, peer: Peer, close: Callable[..., object]) -> Iterator[Way]:
-        """Yield all ways; `close` takes what frees those of the peer."""
-
-
-def compared(problems: Iterable[Problem], peer: Peer, rounds: int, seed: int) -> list[record.Case]:
-    """Return the cases of problems whose ways all take turns with each other."""
-    offered: list[tuple[Problem, list[Way]]] = []
-    timed: list[Way] = []
+def compared(problem: Problem, peer: Peer, rounds: int, seed: int) -> record.Case:
+    """Return a case whose ways have taken turns."""
     with contextlib.ExitStack() as work:
-        for problem in problems:
-            console.note(f"timing {problem.case.name}")
-            offered.append((problem, list(problem.ways(peer, work.callback))))
-            timed += try_out(offered[-1][1])
-        take_turns(timed, rounds, seed)
-        return [judged(*each) for each in offered]
+        console.note(f"timing {problem.shape.name}")
+        ways = list(problem.ways(peer, work.callback))
+        take_turns(try_out(ways), rounds, seed)
+        return judged(problem, ways)
 
 
 def require_passive_waiting() -> None:
@@ -145,7 +117,8 @@ def try_out(ways: Sequence[Way]) -> list[Way]:
     for way in ways:
         way.trial_ms = _trial(way)
         way.calls = min(max(int(VISIT_MS / way.trial_ms), 1), MOST_CALLS)
-    return [way for way in ways if way.trial_ms <= _limit(way, ways)]
+    limit = SLOW_PEER * min((way.trial_ms for way in ways if way.party == "peer"), default=math.inf)
+    return [way for way in ways if way.party != "peer" or way.trial_ms <= limit]
 
 
 def _trial(way: Way) -> float:
@@ -156,14 +129,6 @@ def _trial(way: Way) -> float:
         time.sleep(PAUSE)
         best = min(best, *way.time(1, 3))
     return max(best, 1e-6)
-
-
-def _limit(way: Way, ways: Sequence[Way]) -> float:
-    if way.party == "peer":
-        return SLOW_PEER * min(way.trial_ms for way in ways if way.party == "peer")
-    if way.party == "torch":
-        return max(SLOW_TORCH * min(way.trial_ms for way in ways), LONG_MS)
-    return float("inf")
 
 
 def take_turns(ways: Sequence[Way], rounds: int, seed: int) -> None:
