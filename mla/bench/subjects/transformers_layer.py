@@ -7,10 +7,8 @@ forward for all layers. The class that computes a config is chosen here, and the
 from __future__ import annotations
 
 import importlib
-import re
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,11 +20,9 @@ from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
 from mla.config import DIMENSIONS, LongRopeScaling, MLAConfig, QueryScaling, YarnScaling
 from mla.errors import MLAError
+from mla.integrations.installed import require_transformers
 from mla.verify.layer_oracle import State
 from mla_backends.errors import first_line
-
-# The oldest release whose classes and caches are those that are used here.
-OLDEST = (5, 20)
 
 
 class TransformersMissing(MLAError):
@@ -41,8 +37,7 @@ class TransformersLayer(LayerImplementation):
         self.name = "transformers" if kind == "sdpa" else f"transformers-{kind}"
         self._kind = kind
         self._make_cache = require()
-        with _missing_is_said():
-            self._model = transformers_model(setting.config, kind)
+        self._model = transformers_model(setting.config, kind)
         with torch.device(setting.device):
             self._layer = self._model.attention().to(setting.dtype).eval()
             self._rotary = self._model.rotary()
@@ -70,13 +65,11 @@ class TransformersLayer(LayerImplementation):
     def _mask(self, query_len: int, kv_len: int) -> torch.Tensor | None:
         if query_len == 1:
             return None
-        device = self.setting.device
+        device, dtype = self.setting.device, self.setting.dtype
         visible = torch.ones(query_len, kv_len, dtype=torch.bool, device=device).tril(kv_len - query_len)
         if self._kind == "sdpa":
             return visible[None, None]
-        least = torch.finfo(self.setting.dtype).min
-        mask = torch.zeros(query_len, kv_len, dtype=self.setting.dtype, device=device)
-        return mask.masked_fill_(~visible, least)[None, None]
+        return torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)[None, None]
 
     def take(self, turn: Turn) -> None:
         """Write the inputs of a turn, and make caches that hold the history alone: they grow."""
@@ -107,41 +100,14 @@ class TransformersLayer(LayerImplementation):
 
 def require() -> Any:
     """Return the cache class of `transformers`. Raises `TransformersMissing`."""
-    with _missing_is_said():
-        from transformers import DynamicCache, __version__
-        from transformers.utils.import_utils import is_torch_available
-    if tuple(map(int, re.findall("[0-9]+", __version__)[:2])) < OLDEST:
-        raise TransformersMissing(_needed(f"{__version__} is installed"))
-    if not is_torch_available():  # each release has an oldest torch, below which it runs without models
-        raise TransformersMissing(
-            f"implementation 'transformers' needs a newer torch: transformers {__version__} does not work "
-            f"with torch {torch.__version__}."
-        )
-    return DynamicCache
-
-
-@contextmanager
-def _missing_is_said() -> Iterator[None]:
-    """Import quietly inside the block. Raises `TransformersMissing` for what cannot be imported.
-
-    A library that `transformers` imports may raise other errors, such as torchvision of another torch.
-    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield
-    except ImportError as error:
-        raise TransformersMissing(_needed(str(error))) from error
-    except (OSError, RuntimeError) as error:
-        raise TransformersMissing(
-            f"implementation 'transformers' cannot be imported: {first_line(error)}."
-        ) from error
-
-
-def _needed(why: str) -> str:
-    release = ">= {}.{}".format(*OLDEST)
-    pip = f"`pip install 'transformers{release.replace(' ', '')}'`"
-    return f"implementation 'transformers' needs transformers {release}: {pip} ({why})."
+            require_transformers()
+            from transformers import DynamicCache
+    except Exception as error:  # what it imports may raise anything, such as torchvision of another torch
+        raise TransformersMissing(f"implementation 'transformers': {first_line(error)}") from error
+    return DynamicCache
 
 
 # ----------------------------------------------------------------------------- the class of a config
@@ -168,15 +134,13 @@ class _Classes:
 
     def load(self) -> tuple[type, type | None, type]:
         """Return the attention, rotary embedding (if any) and config classes. Raises `ImportError`."""
-        home = "transformers.models."
-        modeling = importlib.import_module(f"{home}{self.module}.modeling_{self.module}")
-        configs = importlib.import_module(f"{home}{self.module}.configuration_{self.module}")
-        rotary = getattr(modeling, f"{self.prefix}RotaryEmbedding") if self.rotates else None
-        return (
-            getattr(modeling, f"{self.prefix}{self.attention}"),
-            rotary,
-            getattr(configs, f"{self.prefix}Config"),
+        modeling, configs = (
+            importlib.import_module(f"transformers.models.{self.module}.{part}_{self.module}")
+            for part in ("modeling", "configuration")
         )
+        rotary = getattr(modeling, f"{self.prefix}RotaryEmbedding") if self.rotates else None
+        attention = getattr(modeling, f"{self.prefix}{self.attention}")
+        return attention, rotary, getattr(configs, f"{self.prefix}Config")
 
 
 _CLASSES: Mapping[str, _Classes] = {
@@ -216,8 +180,7 @@ class TransformersModel:
         """Build the attention module, with the config's eps in its latent norms."""
         module = self.attention_class(self.config, 0)
         for name in ("q_a_layernorm", "kv_a_layernorm"):
-            norm = getattr(module, name, None)
-            if norm is not None:
+            if (norm := getattr(module, name, None)) is not None:
                 norm.variance_epsilon = self.eps
         return module.eval().requires_grad_(False)
 
@@ -227,8 +190,8 @@ class TransformersModel:
 
     def arguments(self, embedding: Any | None, positions: torch.Tensor) -> dict[str, Any]:
         """Return the forward's arguments besides hidden states, mask and cache; positions are [1, t]."""
-        arguments = {} if embedding is None else {"position_embeddings": embedding}
-        return {**arguments, "position_ids": positions} if self.takes_position_ids else arguments
+        given = {"position_ids": positions} if self.takes_position_ids else {}
+        return given if embedding is None else {**given, "position_embeddings": embedding}
 
     def to_cache(self, pe: torch.Tensor) -> torch.Tensor:
         """Return rotary keys [.., r] in the channel order of its cache, given in the checkpoint's."""
@@ -241,8 +204,7 @@ def transformers_model(config: MLAConfig, kind: str = "sdpa") -> TransformersMod
     `kind` is "sdpa" or "eager". Raises `NoEquivalentClass`, and `ImportError` when `transformers` is
     missing or too old to have the class.
     """
-    family = config.model_type if config.model_type in _CLASSES else None
-    classes = _CLASSES[family] if family else _CLASSES[_closest(config)]
+    classes = _CLASSES.get(config.model_type or "") or _CLASSES[_closest(config)]
     if not _computes(classes, config):
         raise NoEquivalentClass(f"transformers has no attention that computes config '{config.name}'.")
     attention, rotary, config_class = classes.load()
@@ -267,18 +229,15 @@ def _computes(classes: _Classes, config: MLAConfig) -> bool:
     """Return whether the classes honour every field of the config that a family may fix."""
     scales = (1.0, 1.0)
     if classes.scales_latents:
-        if config.q_lora_rank is None:
-            return False
-        ranks = (config.q_lora_rank, config.kv_lora_rank)
-        scales = ((config.hidden_size / ranks[0]) ** 0.5, (config.hidden_size / ranks[1]) ** 0.5)
-    if (queries := config.query_scaling) is not None:  # whose period must be YaRN's original length
-        scaling, original = config.rope_scaling, queries.period
-        if isinstance(scaling, YarnScaling):
-            original = scaling.original_max_position_embeddings
-        if not classes.by_position or original != queries.period:
-            return False
+        d = config.hidden_size
+        scales = ((d / (config.q_lora_rank or d)) ** 0.5, (d / config.kv_lora_rank) ** 0.5)
+    queries, scaling = config.query_scaling, config.rope_scaling
+    original = scaling.original_max_position_embeddings if isinstance(scaling, YarnScaling) else None
+    if queries is not None and not (classes.by_position and original in (None, queries.period)):
+        return False  # whose period must be YaRN's original length
     return (
-        (config.q_latent_scale, config.kv_latent_scale) == scales
+        (config.q_lora_rank is not None or not classes.scales_latents)
+        and (config.q_latent_scale, config.kv_latent_scale) == scales
         and (config.rope_theta is not None) == classes.rotates
         and config.output_gate == classes.output_gate
         and not (config.sink_logits or config.qk_rope_head_dim == 0 or config.index_topk)
@@ -287,12 +246,8 @@ def _computes(classes: _Classes, config: MLAConfig) -> bool:
 
 
 def _dims(config: MLAConfig) -> dict[str, Any]:
-    names = (*DIMENSIONS, "attention_bias", "rope_interleave")
-    return {
-        **{name: getattr(config, name) for name in names},
-        "num_key_value_heads": config.num_attention_heads,
-        "max_position_embeddings": 163840,
-    }
+    dims = {name: getattr(config, name) for name in (*DIMENSIONS, "attention_bias", "rope_interleave")}
+    return {**dims, "num_key_value_heads": config.num_attention_heads, "max_position_embeddings": 163840}
 
 
 def _rope(config: MLAConfig, classes: _Classes) -> dict[str, Any]:

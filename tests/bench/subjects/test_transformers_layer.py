@@ -74,8 +74,8 @@ def test_a_torch_that_transformers_refuses_is_named_before_anything_runs(
     done = bench("--backend", "cpu", *small, "--implementations", "mla,transformers")
     assert done.code == 2
     assert done.error == (
-        "error: implementation 'transformers' needs a newer torch: transformers "
-        f"{transformers.__version__} does not work with torch {torch.__version__}."
+        f"error: implementation 'transformers': transformers {transformers.__version__} does not work with "
+        f"torch {torch.__version__}: install a newer torch."
     )
 
 
