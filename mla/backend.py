@@ -39,76 +39,60 @@ def load_backend(
 
             torch.set_num_threads(threads)  # beforehand: a backend may do nothing with the option
     backend = open_backend(name, index, chosen)
-    if threads is not None:
-        _check_threads(name, threads)
-    for method, fault in _faults(backend):
-        said = f"{method} returned {fault}"
-        raise BackendError(f"backend '{name}' cannot be used: {said}; {REPORT}.", reason=said, hint=REPORT)
-    return backend
-
-
-def _check_threads(name: str, threads: int) -> None:
-    """Raise `BackendError` if a backend has set another number than the one that was asked for."""
-    import torch
-
-    used = torch.get_num_threads()
-    if used != threads:
+    if threads is not None and (used := torch.get_num_threads()) != threads:
         asked = f"{threads} {'was' if threads == 1 else 'were'} asked for"
         raise BackendError(
             f"backend '{name}' ignores the option threads: {asked}, and after its setup() torch uses {used}; "
             "leave the option out to run on the backend's own number."
         )
+    for method, what, answer, fits, due in _answers(backend):
+        if not fits:
+            said = f"{method} returned {f'{what} {answer!a}'.strip()}, not {due}"
+            raise BackendError(
+                f"backend '{name}' cannot be used: {said}; {REPORT}.", reason=said, hint=REPORT
+            )
+    return backend
 
 
-def _faults(backend: Backend) -> Iterator[tuple[str, str]]:
-    """Yield the method that was asked, and what is wrong with its answer: no result could hold it."""
+def _answers(backend: Backend) -> Iterator[tuple[str, str, Any, bool, str]]:
+    """Yield what a backend answers: method, part, answer, whether a result could hold it, and what is due."""
     import torch
 
-    if not isinstance(backend.device, torch.device):
-        yield "setup()", f"{backend.device!r}, not a torch.device"
-    if not backend.name.isprintable() or not backend.name.strip():
-        yield "its name", f"{backend.name!a}, not a printable text"
+    device = backend.device
+    yield "setup()", "", device, isinstance(device, torch.device), "a torch.device"
+    yield "its name", "", backend.name, _is_text(backend.name), "a printable text"
     try:
         info = backend.device_info()
     except Exception:  # noqa: BLE001  # told where it is used, and a check of conformance
         return
-    if not isinstance(info, DeviceInfo):
-        yield "device_info()", f"{info!r}, not a DeviceInfo"
-    yield from (("device_info()", fault) for fault in _of_device(info))
+    of = "device_info()"
+    yield of, "", info, isinstance(info, DeviceInfo), "a DeviceInfo"
+    yield of, "the name", info.name, _is_text(info.name), "a printable text"
+    for field in ("memory_bytes", "cache_bytes"):
+        value = getattr(info, field)
+        yield of, field, value, _is_count(value, least=1), "a positive number of bytes or None"
+    yield of, "flops", info.flops, isinstance(info.flops, Mapping), "a mapping of dtype names"
+    peaks = [(f"flops of {dtype!a}", peak, MAX_FLOPS) for dtype, peak in info.flops.items()]
+    peaks += [("bandwidth", info.bandwidth, MAX_BANDWIDTH)] if info.bandwidth is not None else []
+    for field, peak, most in peaks:
+        yield of, field, peak, isinstance(peak, Peak), "a Peak"
+        a_number = isinstance(peak.value, (int, float)) and type(peak.value) is not bool
+        fits = a_number and 1 <= peak.value <= most
+        yield of, f"{field} per second", peak.value, fits, f"a number from 1 to {most:g}"
+        yield of, f"{field} of the source", peak.source, _is_text(peak.source or "-"), "a printable text"
     memory = backend.memory()
-    if not isinstance(memory, MemoryInfo):
-        yield "memory()", f"{memory!r}, not a MemoryInfo"
+    yield "memory()", "", memory, isinstance(memory, MemoryInfo), "a MemoryInfo"
     for field in ("free", "total", "allocated", "peak"):
-        if not _is_count(value := getattr(memory, field), least=0):
-            yield "memory()", f"{field} {value!r}, not a number of bytes or None"
+        value = getattr(memory, field)
+        yield "memory()", field, value, _is_count(value, least=0), "a number of bytes or None"
     native = backend.dtypes()
     listed = isinstance(native, (tuple, list)) and native
-    if not listed or not all(isinstance(dtype, torch.dtype) for dtype in native):
-        yield "dtypes()", f"{native!r}, not a tuple of torch dtypes"
+    fits = bool(listed) and all(isinstance(dtype, torch.dtype) for dtype in native)
+    yield "dtypes()", "", native, fits, "a tuple of torch dtypes"
 
 
-def _of_device(info: DeviceInfo) -> Iterator[str]:
-    if not isinstance(info.name, str) or not info.name.strip() or not info.name.isprintable():
-        yield f"the name {info.name!a}, not a printable text"
-    for field in ("memory_bytes", "cache_bytes"):
-        if not _is_count(value := getattr(info, field), least=1):
-            yield f"{field} {value!r}, not a positive number of bytes or None"
-    if info.bandwidth is not None:
-        yield from _of_peak("bandwidth", info.bandwidth, MAX_BANDWIDTH)
-    if not isinstance(info.flops, Mapping):
-        yield f"flops {info.flops!r}, not a mapping of dtype names"
-        return
-    for dtype, peak in info.flops.items():
-        yield from _of_peak(f"flops of {dtype!a}", peak, MAX_FLOPS)
-
-
-def _of_peak(field: str, peak: Any, most: float) -> Iterator[str]:
-    if not isinstance(peak, Peak):
-        yield f"{field} {peak!r}, not a Peak"
-    elif type(peak.value) is bool or not isinstance(peak.value, (int, float)) or not 1 <= peak.value <= most:
-        yield f"{field} {peak.value!r} per second, not a number from 1 to {most:g}"
-    elif not isinstance(peak.source, str) or not peak.source.isprintable():
-        yield f"{field} of the source {peak.source!a}, not a printable text"
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable() and bool(value.strip())
 
 
 def _is_count(value: Any, least: int) -> bool:

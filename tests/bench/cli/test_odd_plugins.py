@@ -203,7 +203,10 @@ DEVICE = "    def device_info(self): return {}\nfrom mla_backends.api import Dev
         (DEVICE.format("DeviceInfo('d', cache_bytes=-5)"), "device_info() returned cache_bytes -5, not a "),
         (DEVICE.format("DeviceInfo('d', memory_bytes=0)"), "device_info() returned memory_bytes 0, not a "),
         (DEVICE.format("DeviceInfo('d', memory_bytes=1.5)"), "device_info() returned memory_bytes 1.5, not "),
-        (DEVICE.format("DeviceInfo('d', bandwidth=Peak(0, 'x'))"), "device_info() returned bandwidth 0 per "),
+        (
+            DEVICE.format("DeviceInfo('d', bandwidth=Peak(0, 'x'))"),
+            "device_info() returned bandwidth per second 0, ",
+        ),
         (
             DEVICE.format("DeviceInfo('d', flops={'x': 3})"),
             "device_info() returned flops of 'x' 3, not a Peak",
