@@ -86,8 +86,8 @@ own='mla[latent_attention=triton_latent,expanded_attention=triton_expanded]'
 
 bench() { kind=bench step "$1" "$2" -m mla.bench --backend "$backend" "${@:3}"; }
 
-rivals() { # NAME SECONDS WORDS...: every kernel of attention that runs here, in turns
-    optional=1 tuned=1 kind=bench step "$1" "$2" "$here/rivals.py" --backend "$backend" "${@:3}"
+rivals() { # NAME SECONDS OP WORDS...: every kernel of an op that runs here, in turns
+    optional=1 tuned=1 bench "$1" "$2" --op "$3" --implementations "mla[$3=*]" "${@:4}"
 }
 
 large_rivals() { # SUFFIX SHAPE...: the shapes that targets are judged on, whose keys are up to 10 GB
@@ -95,7 +95,7 @@ large_rivals() { # SUFFIX SHAPE...: the shapes that targets are judged on, whose
     for h in "${large[@]}"; do
         for shape in "${@:2}"; do
             read -r batch history seconds <<<"$shape"
-            rivals "rivals-$h-${batch}x$history$suffix" "$seconds" --op latent_attention --heads "$h" \
+            rivals "rivals-$h-${batch}x$history$suffix" "$seconds" latent_attention --heads "$h" \
                 "${r1[@]}" -a "batch=$batch" -a "kv=$history" "${turns[@]}"
         done
     done
@@ -155,16 +155,17 @@ others() {
     done
     large_rivals '' "${shapes[@]:1}"
     for h in "${heads[@]}"; do
-        rivals "rivals-$h" 140 --op latent_attention --heads "$h" "${r1[@]}" "${small[@]}" "${turns[@]}"
+        rivals "rivals-$h" 140 latent_attention --heads "$h" "${r1[@]}" "${small[@]}" "${turns[@]}"
     done
     for h in "${large[@]}"; do
-        rivals "rivals-expanded-$h" 90 --op expanded_attention --heads "$h" "${r1[@]}" "${prompts[@]}" "${turns[@]}"
+        rivals "rivals-expanded-$h" 90 expanded_attention --heads "$h" "${r1[@]}" "${prompts[@]}" "${turns[@]}"
     done
     for h in select_latents sparse_latent_attention; do # of 64 heads of an indexer, and 128 of attention
-        rivals "rivals-$h" 240 --op "$h" --config deepseek-v3.2 "${selecting[@]}" "${turns[@]}"
+        rivals "rivals-$h" 240 "$h" --config deepseek-v3.2 "${selecting[@]}" "${turns[@]}"
     done
     bench sparse-layer 300 --preset sparse-layer --scenario decode --implementations mla "${selecting[@]}" "${counts[@]}"
-    rivals choices 600 --scenario decode --clock host "${lite[@]}" "${counts[@]}" # inside the layer
+    optional=1 tuned=1 bench choices 600 --scenario decode --clock host "${lite[@]}" "${counts[@]}" \
+        --implementations 'mla,mla[latent_attention=*],mla[latent_attention=reference]' # inside the layer
     bench long-prefill 300 "${r1[@]}" --workload "$here/long_prefill.toml" --implementations mla --mode eager \
         --cache warm --clock host ${smoke:+--scenario new-1024-after-4096} "${counts[@]}"
     ask 60 event-gap copies-alive l2-flush

@@ -26,7 +26,6 @@ HERE = Path(__file__).parents[2] / "benchmarks" / "gpu"
 PARSERS: dict[str, click.Command] = {
     "mla.bench": bench.cli,
     "mla.conformance": conformance.cli,
-    "rivals.py": bench.cli,
     "tune.py": tune,
     "ask.py": ask.ask,
 }

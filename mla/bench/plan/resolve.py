@@ -60,13 +60,16 @@ def resolve(options: RunOptions, join: Join | None = None, resumed: results.Run 
     opened = open_backend(options)
     setting, state = _layer(options, points, opened, join)
     from mla.bench.plan.request import Request, plan_scenarios
-    from mla.bench.subjects.setting import implementation_setting
+    from mla.bench.subjects.setting import implementation_setting, scenario_setting, with_each_op
     from mla.layer.ops import layer_roles
 
     with setting.ranks.told() if setting.ranks else contextlib.nullcontext():
         roles = layer_roles(setting.config, setting.dtype, setting.device)
         points = expand_ops(points, setting.config, {role: kind for role, (kind, _) in roles.items()})
         listed = _listed_implementations(options, points, setting.config)
+        listed = [
+            each for name in listed for each in with_each_op(scenario_setting(setting, points[0]), name)
+        ]
         ours = {name: parse_one(name) for name in listed or ["mla"] if is_ours(name)}
         asked = {name: dict(implementation_setting(setting, named).overrides) for name, named in ours.items()}
         commands.refuse(commands.of_roles(options, points, asked))

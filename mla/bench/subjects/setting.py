@@ -13,13 +13,14 @@ from weakref import WeakValueDictionary
 import torch
 
 from mla.bench.workload.grid import Point, roles_of
-from mla.bench.workload.implementations import Named
+from mla.bench.workload.implementations import EVERY, Named, parse_one
 from mla.bench.workload.scenario import Scenario
 from mla.cache.formats import Codec, codec_of, stored_format
 from mla.cache.index_formats import IndexFp8, index_codec, stored_index_format
 from mla.command.console import note
 from mla.config import MLAConfig
-from mla.layer.ops import Ops, layer_roles
+from mla.errors import UnsupportedOps, UsageError
+from mla.layer.ops import Ops, layer_roles, refusals
 from mla.layer.packed_weights import SharedWeights
 from mla.parallel.layout import Layout
 from mla.verify.layer_oracle import State
@@ -31,6 +32,7 @@ ScenarioWeights = defaultdict[int, SharedWeights]
 # Pages beyond what a scenario needs; they stay NaN, so that reading a wrong page shows.
 SPARE_PAGES = 16
 
+TAKES = "mla[ROLE=OP] takes as ROLE"  # what a wrong role is answered with
 _SAID: set[str] = set()  # remarks of ops
 
 
@@ -164,10 +166,42 @@ def implementation_setting(setting: Setting, named: Named) -> Setting:
     overrides = {
         role: op
         for key, op in [*whole, *single]  # a role says more than its kind
-        for role in roles_of(key, setting.config, kinds, "mla[ROLE=OP] takes as ROLE", "role")
+        for role in roles_of(key, setting.config, kinds, TAKES, "role")
     }
     policy = "reference" if named.base == "mla-reference" else setting.ops
     return replace(setting, ops=policy, overrides=tuple(overrides.items()))
+
+
+def with_each_op(setting: Setting, name: str) -> list[str]:
+    """Return the names that `mla[ROLE=*]` stands for, one for each op that serves the role; else the name.
+
+    Ops that don't run here are named on stderr. Raises `UnsupportedOps` where none does, and `UsageError`.
+    """
+    named = parse_one(name)
+    anything = [role for role, op in named.ops if op == EVERY]
+    if not anything:
+        return [name]
+    if len(anything) > 1:
+        raise UsageError(f"'{name}': one role takes `{EVERY}`; give the others an op.")
+    of = setting.config, setting.dtype, setting.device, 1, setting.cache_format, setting.index_format
+    roles = layer_roles(*of)
+    kinds = {role: kind for role, (kind, _) in roles.items()}
+    kind, spec = roles[roles_of(anything[0], setting.config, kinds, TAKES, "role")[0]]
+    serving, reasons = [], []
+    for op_name, op in setting.backend.ops().items():
+        if op.contract.partition("/")[0] != kind:
+            continue
+        if why := refusals(op_name, op, kind, spec, note):
+            reasons.append(f"{op_name} is left out: {'; '.join(why)}")
+        else:
+            serving.append(op_name)
+    if not serving:
+        raise UnsupportedOps(f"no {kind} op runs here: {'; '.join(reasons) or 'none is offered'}.")
+    for reason in reasons:
+        note(reason)
+    return [
+        str(replace(named, ops=tuple(sorted({**dict(named.ops), anything[0]: op}.items())))) for op in serving
+    ]
 
 
 def make_ops(setting: Setting, role: str | None = None) -> Ops:

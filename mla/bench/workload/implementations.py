@@ -1,7 +1,7 @@
 """The names of `--implementations`, such as `mla` or `mla[latent_attention=mine,linear=reference]`.
 
 In brackets stand ops of the implementation's own: a role of the layer or a kind of op (which means all of its
-roles), and what it runs: an op by its name, or `reference`. Needs no torch.
+roles), and what it runs: an op by its name, `reference`, or `*` for each that serves. Needs no torch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from mla.errors import UsageError
 
 # Implementations that run our layer, and thus take ops in brackets.
 OURS = ("mla", "mla-reference")
+EVERY = "*"  # in place of an op: each that serves the role, in turns
 _FORM = re.compile(r"([^\[\]]*)(?:\[([^\[\]]*)\])?")
 
 
