@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
@@ -54,11 +54,10 @@ class MemoryPlan:
     per_implementation: int  # on the device
     host: int  # weights, inputs, and the oracle in float64, once for all implementations
     outputs: int  # of a pass of one implementation, on the host
-    per_reference: int  # of the copy that judges fused ops on the device; 0: there is none
     implementations: int
-    device_available: int | None
-    host_available: int | None
+    available: Available
     shared: bool  # device memory is host memory
+    per_reference: int = 0  # of the copy that judges fused ops on the device; 0: there is none
     sweep: int = 0  # the buffer that is read and written before a cold forward
     gathered: int = 1  # copies of the outputs that are being checked
     others: int = 0  # further ranks on this host
@@ -75,10 +74,10 @@ class MemoryPlan:
         return self._fits(1)
 
     def _fits(self, count: int) -> bool:
-        device, on_host = self.device_bytes(count), self.host_bytes(count)
+        needs = self.device_bytes(count), self.host_bytes(count)
         if self.shared:
-            return _within(device + on_host, self.host_available)
-        return _within(device, self.device_available) and _within(on_host, self.host_available)
+            needs = 0, sum(needs)
+        return all(free is None or need <= free for need, free in zip(needs, self.available, strict=True))
 
     def device_bytes(self, count: int) -> int:
         """Return the most that `count` implementations need on the device: they may share weights."""
@@ -94,22 +93,14 @@ class MemoryPlan:
         other = self.per_other + (count * self.per_implementation if self.shared else 0)
         return self.host + outputs + self.others * other
 
-    def with_available(self, available: Available) -> MemoryPlan:
-        """Return the same needs next to what is available now."""
-        return replace(self, device_available=available.device, host_available=available.host)
-
     def shortage(self) -> str:
         """Return what one implementation needs and what there is, as a clause."""
         device, on_host = self.device_bytes(1), self.host_bytes(1)
         need = f"{gib(device)} on the device and {gib(on_host)} on the host"
-        available = f"{gib(self.device_available)} and {gib(self.host_available)}"
         if self.shared:
-            need, available = f"{gib(device + on_host)}, which are {need}", gib(self.host_available)
-        return f"about {need}; available are {available}"
-
-
-def _within(need: int, available: int | None) -> bool:
-    return available is None or need <= available
+            need = f"{gib(device + on_host)}, which are {need}"
+            return f"about {need}; available are {gib(self.available.host)}"
+        return f"about {need}; available are {gib(self.available.device)} and {gib(self.available.host)}"
 
 
 def gib(count: int | None) -> str:
@@ -126,35 +117,31 @@ def plan_memory(
     `fused`: an op is not the reference. `lazy`: weights are those of a checkpoint. `cold`: forwards are also
     timed after the caches were flushed.
     """
-    setting, point = fixture.setting, fixture.point
-    common: dict[str, Any] = {
-        "implementations": len(names),
-        "device_available": available.device,
-        "host_available": available.host,
-        "shared": setting.device.type == "cpu",
-        "sweep": sweep(setting.backend)[0] if cold else 0,
-    }
-    if isinstance(fixture, OpFixture):
-        per_impl, outputs = op_bytes(fixture.pool), one_op.output_bytes(fixture.pool)
-        return MemoryPlan(
-            per_impl, _op_host_bytes(fixture.pool, per_impl), outputs, per_reference=0, **common
-        )
-    layout, gathered = Layout() if setting.ranks is None else setting.ranks.layout, 1
-    simulated = 0 if setting.ranks is None else len(setting.ranks.timed(point))
-    if setting.ranks is not None:  # once per rank that has them, and twice while they come from others
-        gathered = layout.dcp if simulated else 2 * layout.head_parts
+    setting, point, ranks = fixture.setting, fixture.point, fixture.setting.ranks
+    pool = fixture.pool if isinstance(fixture, OpFixture) else None
+    on_device = op_bytes(pool) if pool else layer_bytes(setting, point)
+    plan = MemoryPlan(
+        per_implementation=on_device,
+        host=_op_host_bytes(pool, on_device) if pool else _host_bytes(setting, point),
+        outputs=one_op.output_bytes(pool) if pool else _output_bytes(setting, point, point),
+        implementations=len(names),
+        available=available,
+        shared=setting.device.type == "cpu",
+        sweep=sweep(setting.backend)[0] if cold else 0,
+    )
+    timed = len(ranks.timed(point)) if ranks is not None else 0
+    if fused and pool is None:
+        alone = replace(setting, ranks=None, layers=1), msgspec.structs.replace(point, layers=1)
+        plan = replace(plan, per_reference=max(_by_part(setting, point)) if timed else layer_bytes(*alone))
+    if ranks is None:
+        return plan
     expected = 8 * setting.config.hidden_size * sum(run.rows for run in oracle_runs(setting.config, point))
-    one_layer = replace(setting, ranks=None, layers=1), msgspec.structs.replace(point, layers=1)
-    of_reference = max(_by_block(setting, point)) if simulated else layer_bytes(*one_layer)
-    return MemoryPlan(
-        per_implementation=layer_bytes(setting, point),
-        host=_host_bytes(setting, point) + max(0, simulated - 1) * expected,
-        outputs=_output_bytes(setting, point, point),
-        per_reference=of_reference if fused else 0,
-        gathered=gathered,
-        others=0 if setting.ranks is None else setting.ranks.beside,
+    return replace(
+        plan,
+        host=plan.host + max(0, timed - 1) * expected,
+        gathered=ranks.layout.dcp if timed else 2 * ranks.layout.head_parts,  # twice while they come
+        others=ranks.beside,
         per_other=_other_bytes(setting, point, lazy),
-        **common,
     )
 
 
@@ -166,27 +153,24 @@ def layer_bytes(setting: Setting, point: Point) -> int:
 
     Of ranks that are simulated there, it is what those that are timed hold; else of the rank that holds most.
     """
-    each, ranks = _by_block(setting, point), setting.ranks
+    each, ranks = _by_part(setting, point), setting.ranks
     if ranks is None or not (timed := ranks.timed(point)):
         return max(each)
     one_by_one = WORKSPACE + _longest_bytes(setting, point, ranks.layout.dcp)
     return sum(each[ranks.layout.place(rank).dp] for rank in timed) - (len(timed) - 1) * one_by_one
 
 
-def _by_block(setting: Setting, point: Point) -> list[int]:
+def _by_part(setting: Setting, point: Point) -> list[int]:
     """Return what a rank of each part of `dp` holds on its device."""
     layout = Layout() if setting.ranks is None else setting.ranks.layout
     heads = setting.config.num_attention_heads // layout.head_parts
     rank = replace(setting, config=setting.config.with_heads(heads), ranks=None)
-    blocks = [Requests.of(point, part, layout.dp).scenario(point) for part in range(layout.dp)]
-    # Of ranks that share a context, queries and results of all.
-    gathered = scratch_per_token(rank.config, layout.dcp, setting.dtype.itemsize) if layout.dcp > 1 else 0
+    parts = [Requests.of(point, part, layout.dp).scenario(point) for part in range(layout.dp)]
     return [
-        _held_bytes(rank, block, layout.dcp)
-        + min(block.tokens * gathered, WORKSPACE_BYTES)
-        + _forward_bytes(rank, block, layout.dcp)
-        + _output_bytes(rank, block, point)
-        for block in blocks
+        _held_bytes(rank, part, layout.dcp)
+        + _forward_bytes(rank, part, layout.dcp)
+        + _output_bytes(rank, part, point)
+        for part in parts
     ]
 
 
@@ -195,31 +179,31 @@ def _held_bytes(setting: Setting, point: Point, share: int) -> int:
 
     kv_b is packed for both its uses.
     """
-    config, page = setting.config, setting.page_size
-    longest = max(point.final_lens)
+    config, page, count = setting.config, setting.page_size, point.layers
     lengths = [math.ceil(length / share) for length in point.final_lens]  # on the rank that has most
     pages = sum(math.ceil(length / page) for length in lengths) + SPARE_PAGES
-    count, indexed = point.layers, len(config.index_layers(point.layers))
     weights = sum(cost.parameters(config.of_layer(layer)) for layer in range(count))
     weights += count * cost.kv_b_parameters(config)
-    cache = pages * page * (count * setting.token_bytes + indexed * setting.index_bytes)
-    return weights * setting.dtype.itemsize + cache + count * RotaryTable.bytes_for(config, longest)
+    token_bytes = count * setting.token_bytes + len(config.index_layers(count)) * setting.index_bytes
+    rotary = count * RotaryTable.bytes_for(config, max(point.final_lens))
+    return weights * setting.dtype.itemsize + pages * page * token_bytes + rotary
 
 
-def _forward_bytes(setting: Setting, point: Point, share: int = 1) -> int:
+def _forward_bytes(setting: Setting, point: Point, share: int) -> int:
     """Return the inputs of a pass, and the most that a forward takes; `share` as in `_held_bytes`."""
-    config = setting.config
-    activations = point.layers * point.tokens * 4 * config.num_attention_heads * config.latent_dim
-    numbers = activations + _input_numbers(setting, point)
+    config, itemsize = setting.config, setting.dtype.itemsize
+    numbers = point.layers * point.tokens * 4 * config.num_attention_heads * config.latent_dim
+    numbers += _input_numbers(setting, point)
     if heads := config.index_n_heads:  # queries and keys of new tokens, and in four bytes the rest
         wide = config.hidden_size + heads + config.index_topk
         numbers += point.tokens * ((heads + 1) * config.index_head_dim + 2 * wide)
-    expands = setting.attention == cost.EXPANDED or (
-        setting.attention == "auto" and max(point.query_lens) > 1
-    )
-    rebuilt = rebuilt_bytes(config, setting.dtype.itemsize, sum(point.final_lens)) if expands else 0
-    kept = (point.layers - 1) * min(rebuilt, WORKSPACE_BYTES)  # that of one layer is in `WORKSPACE`
-    return numbers * setting.dtype.itemsize + kept + WORKSPACE + _longest_bytes(setting, point, share)
+    room = WORKSPACE + _longest_bytes(setting, point, share)
+    if share > 1:  # queries and results of all that share a context
+        room += min(point.tokens * scratch_per_token(config, share, itemsize), WORKSPACE_BYTES)
+    if setting.attention == cost.EXPANDED or (setting.attention == "auto" and max(point.query_lens) > 1):
+        rebuilt = rebuilt_bytes(config, itemsize, sum(point.final_lens))
+        room += (point.layers - 1) * min(rebuilt, WORKSPACE_BYTES)  # that of one layer is in `WORKSPACE`
+    return numbers * itemsize + room
 
 
 def _longest_bytes(setting: Setting, point: Point, share: int) -> int:
@@ -230,8 +214,8 @@ def _longest_bytes(setting: Setting, point: Point, share: int) -> int:
 
 def _output_bytes(setting: Setting, point: Point, of: Point) -> int:
     """Return the outputs of a pass, in as many buffers as there are for those of all requests, `of`."""
-    each = setting.config.hidden_size * setting.dtype.itemsize
-    return buffers(of.steps, of.layers * of.tokens * each) * point.layers * point.tokens * each
+    each = point.layers * setting.config.hidden_size * setting.dtype.itemsize
+    return buffers(of.steps, of.tokens * each) * point.tokens * each
 
 
 def _input_numbers(setting: Setting, point: Point) -> int:

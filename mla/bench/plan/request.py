@@ -246,7 +246,7 @@ def _plan(request: Request, verbose: bool) -> None:
     on_host = max(plan.host_bytes(count) for plan, count in zip(plans, counts, strict=True))
     note(
         f"memory     {gib(device)} on the device, {gib(on_host)} on the host; "
-        f"available {gib(plans[0].device_available)} and {gib(plans[0].host_available)}"
+        f"available {gib(plans[0].available.device)} and {gib(plans[0].available.host)}"
     )
 
 

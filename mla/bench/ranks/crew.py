@@ -42,11 +42,8 @@ from mla_backends import BackendError
 from mla_backends.errors import describe, first_line
 
 if TYPE_CHECKING:
-    from mla.bench.plan.options import RunOptions
     from mla.bench.plan.request import Request
 
-# Seconds in which ranks that share heads tell each other that a forward failed.
-FAILED_S = 5.0
 # How long a rank may wait for a command: rank 0 computes the oracle, and reads files. That it is gone shows
 # at once, in a closed connection.
 COMMAND_TIMEOUT = timedelta(days=7)
@@ -66,22 +63,19 @@ T = TypeVar("T")
 class Failure(msgspec.Struct, frozen=True):
     """Why a rank could not do its part of a case: an op refuses, or memory is short.
 
-    On one device the next case runs after that. On several it can if every rank knows, and none waits in a
-    collective for one that has given up.
+    On one device the next case runs after that. On several it does as well, unless another rank waits in a
+    collective by then, which cannot be taken back.
     """
 
     sentence: str
     refused: bool  # by an op; else memory is short
-    entered: int = 0  # collectives of a forward, until it failed
 
 
-def failure(error: Exception, implementation: str, entered: int = 0) -> Failure | None:
+def failure(error: Exception, implementation: str) -> Failure | None:
     """Return what to tell the other ranks of an error; None for one that ends the run."""
     reason = str(error) if isinstance(error, UnsupportedOps) else refusal(error, implementation)
-    if reason:
-        return Failure(reason, True, entered)
-    if too_large(error):
-        return Failure(first_line(error) or type(error).__name__, False, entered)
+    if reason or too_large(error):
+        return Failure(reason or first_line(error) or type(error).__name__, bool(reason))
     return None
 
 
@@ -134,13 +128,13 @@ class Crew(Ranks):
 
     groups: Groups  # once all have agreed on the layout
 
-    def __init__(self, layout: Layout, library: str, timeout: float, pulse: Pulse, store: Any) -> None:
+    def __init__(self, layout: Layout, library: str, timeout: float, pulse: Pulse) -> None:
         """`library`: of the device's collectives. `timeout`: seconds that a forward may wait for a rank.
 
-        `store`: of `torch.distributed`, which must be initialized.
+        `torch.distributed` must be initialized.
         """
         self.layout, self.library, self.rank = layout, library, pulse.rank  # rank 0 leads
-        self._timeout, self._pulse, self._store = timeout, pulse, store
+        self._timeout, self._pulse = timeout, pulse
         self.leave, self.behind = pulse.leave, pulse.behind  # type: ignore[method-assign]
         self.blamed = partial(blamed_on, pulse, computes=True)  # for what a library raises in a block
         self._forwards, self._before = 0, 0  # and collectives that were entered before this forward
@@ -170,7 +164,7 @@ class Crew(Ranks):
             self.leave(*word_of(error))
             raise
 
-    def agreed(self, request: Request, facts: Facts) -> Request:
+    def agreed(self, request: Request, facts: Mapping[str, str]) -> Request:
         """Return what all ranks run: rank 0's implementations, with the ops that it chose. All must call it.
 
         A backend may choose by a measurement, and then not alike on all. Raises `RanksError` on all ranks
@@ -186,7 +180,6 @@ class Crew(Ranks):
                 self._overrides[_key(plan.setting, name)] = others
         with blamed_on(self._pulse):
             self.groups = Groups(self.layout, self._timeout)
-        self._group = next(group for group in self.layout.head_groups() if self.rank in group)
         self._pulse.place = self._place
         plans = [replace(plan, ops=chosen_by_all[0][plan.name]) for plan in request.scenarios]
         return replace(request, scenarios=plans)
@@ -270,26 +263,19 @@ class Crew(Ranks):
         with self._talking():
             dist.barrier(group=self._control)
 
-    def attempt(
-        self,
-        implementation: str,
-        work: Callable[[], T],
-        failed: Failure | None = None,
-        together: bool = False,
-    ) -> list[T]:
+    def attempt(self, implementation: str, work: Callable[[], T], together: bool = False) -> list[T]:
         """Do this rank's part of what all ranks do; on rank 0, return what each rank's part gave.
 
-        `failed`: what a forward has left to be told, instead of that part. `together`: parts need each other,
-        as forwards do. On rank 0, raises `UnsupportedBatch` or `OutOfMemory` where any rank's part failed;
-        on one that leaves others waiting, `RanksError`.
+        `together`: parts need each other once no op has refused them. On rank 0, raises `UnsupportedBatch` or
+        `OutOfMemory` where any rank's part failed; on one that leaves others waiting, `RanksError`.
         """
         mine: T | Failure
         try:
-            mine = failed or work()
+            mine = work()
         except Exception as error:
-            with self.awaited(implementation):
-                refused = (self.alike if together else failure)(error, implementation)
-                if refused is None:
+            refused = failure(error, implementation)
+            if refused is None or (together and not refused.refused):
+                with self.awaited(implementation):
                     raise
             mine = refused
         parts: list[Any] = self.gather(mine)
@@ -297,23 +283,6 @@ class Crew(Ranks):
         if error_of_all is not None:
             raise error_of_all
         return parts
-
-    def alike(self, error: Exception, implementation: str) -> Failure | None:
-        """Return what to tell of an error of a forward if all that share collectives failed at one place.
-
-        None if they did not: one that goes on waits in a collective, and cannot be told.
-        """
-        mine = failure(error, implementation, self.groups.entered - self._before)
-        if mine is None or len(self._group) == 1:
-            return mine
-        keys = [f"failed/{self._forwards}/{rank}" for rank in self._group]
-        try:
-            self._store.set(keys[self._group.index(self.rank)], msgspec.json.encode(mine))
-            self._store.wait(keys, timedelta(seconds=FAILED_S))
-            places = {msgspec.json.decode(self._store.get(key), type=Failure).entered for key in keys}
-        except RuntimeError:  # one has not failed, or is lost
-            return None
-        return mine if len(places) == 1 else None
 
     # ----------------------------------------------------------------------------------------- measuring
 
@@ -348,106 +317,81 @@ def measured_link(groups: Groups, device: torch.device, synchronize: Callable[[]
 
     All of them must call it together. Each has times of its own, and of a collective the slowest counts.
     """
-    if groups.layout.head_parts == 1:
-        return {}
-    lines = {}
-    for small, large in zip(*(_collectives(groups, device, nbytes) for nbytes in LINK_BYTES), strict=True):
-        seconds = [_seconds(run, synchronize, groups.heads) for _, run in (small, large)]
-        lines[small[0].kind] = fit((small[0], seconds[0]), (large[0], seconds[1]))
-    return lines
-
-
-def _collectives(
-    groups: Groups, device: torch.device, nbytes: int
-) -> Iterator[tuple[Call, Callable[[], Any]]]:
-    """Yield every kind of collective on tensors of about so many bytes."""
     ranks, group = groups.layout.head_parts, groups.heads
-    x = torch.zeros(ranks, nbytes // ranks // 2, dtype=torch.bfloat16, device=device)
-    out, part = torch.zeros_like(x), torch.zeros_like(x[0])
-    yield Call(ALL_REDUCE, ranks, x.nbytes), lambda: dist.all_reduce(x, group=group)
-    yield Call(ALL_GATHER, ranks, part.nbytes), lambda: all_gather(out.view(-1), part, group=group)
-    yield Call(ALL_TO_ALL, ranks, x.nbytes), lambda: dist.all_to_all_single(out, x, group=group)
+    points: dict[str, list[tuple[Call, float]]] = {}
+    for nbytes in LINK_BYTES if ranks > 1 else ():
+        x = torch.zeros(ranks, nbytes // ranks // 2, dtype=torch.bfloat16, device=device)
+        out, part = torch.zeros_like(x), torch.zeros_like(x[0])
+        for call, collective in (
+            (Call(ALL_REDUCE, ranks, x.nbytes), partial(dist.all_reduce, x, group=group)),
+            (Call(ALL_GATHER, ranks, part.nbytes), partial(all_gather, out.view(-1), part, group=group)),
+            (Call(ALL_TO_ALL, ranks, x.nbytes), partial(dist.all_to_all_single, out, x, group=group)),
+        ):
+            points.setdefault(call.kind, []).append((call, _seconds(collective, synchronize, group)))
+    return {kind: fit(small, large) for kind, (small, large) in points.items()}
 
 
 def _seconds(run: Callable[[], Any], synchronize: Callable[[], None], group: Any) -> float:
     """Return the seconds of a collective from a common start, on the slowest rank."""
     taken = []
-    for turn in range(LINK_WARMUPS + LINK_TIMES):
+    for _ in range(LINK_WARMUPS + LINK_TIMES):
         dist.barrier(group=group)
         synchronize()
         start = now_ns()
         run()
         synchronize()
-        if turn >= LINK_WARMUPS:
-            taken.append((now_ns() - start) / 1e9)
+        taken.append((now_ns() - start) / 1e9)
     slowest: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(slowest, taken, group=group)
+    dist.all_gather_object(slowest, taken[LINK_WARMUPS:], group=group)
     return median([max(times) for times in zip(*slowest, strict=True)])
 
 
 # ------------------------------------------------------------------------------------------------- agreement
 
-Facts = Mapping[str, Mapping[str, str]]  # kind -> name -> value or digest
 # Options that may differ between ranks: rank 0 writes, prints and judges, each has a device of its own.
 _MAY_DIFFER = (
     *("device", "output", "resume", "baseline", "profile", "dump_failure"),
     *("kind", "detail", "fail_slower", "strict"),
 )
-_SHOWN = ("options", "versions", "host threads", "config")  # the values of others are digests
-_CURES = {
-    "options": "start all ranks with the same options, and give every run a MASTER_PORT of its own",
-    "host threads": "set OMP_NUM_THREADS, `srun --cpus-per-task` or --threads to one number for all ranks",
-}
-_SAME_FILES = "all nodes must have the same files, and the same packages"
+_THREADS = "threads of --threads, OMP_NUM_THREADS or `srun --cpus-per-task`"
 
 
-def flags(options: RunOptions) -> dict[str, str]:
-    """Return the options that all ranks must be given, by flag."""
-    given = {name: str(value) for name, value in vars(options).items() if name not in _MAY_DIFFER}
-    return {f"--{name.replace('_', '-')}": value for name, value in given.items()}
+def facts(request: Request) -> dict[str, str]:
+    """Return name -> value of what must be the same on all ranks, or its digest.
 
-
-def facts(request: Request) -> dict[str, dict[str, str]]:
-    """Return what must be the same on all ranks: files of one name may hold something else on another node.
-
-    Raises `CheckpointError` and `ResultError`.
+    Files of one name may hold something else on another node. Raises `CheckpointError` and `ResultError`.
     """
     setting, backend, options = request.setting, request.setting.backend, request.options
-    versions = {"mla": mla.__version__, "torch": str(torch.__version__), "Python": platform.python_version()}
-    on_host = setting.device.type == "cpu"  # else no result counts them
-    named = (option.partition("=") for option in options.backend_options)
-    files = {name: Path(value) for name, _, value in named if Path(value).is_file()}
-    weights: Mapping[str, str] = {}
+    given = {name: str(value) for name, value in vars(options).items() if name not in _MAY_DIFFER}
+    facts = {f"--{name.replace('_', '-')}": value for name, value in given.items()}
+    facts |= {"mla": mla.__version__, "torch": torch.__version__, "Python": platform.python_version()}
+    facts |= {backend.name: f"{request.backend_version}, {build_digest(backend)}"}
+    if setting.device.type == "cpu":  # else no result counts them
+        facts[_THREADS] = str(torch.get_num_threads())
+    facts |= {f"config's {name}": str(value) for name, value in asdict(setting.config).items()}
+    facts |= {f"scenario '{point.name}'": _digest(msgspec.json.encode(point)) for point in request.points}
     if options.model_path is not None:
-        weights = fingerprint(read_layer(options.model_path, setting.config, options.layer))
-    return {
-        "options": flags(options),
-        "versions": {**versions, backend.name: str(request.backend_version)},
-        "host threads": {"torch": str(torch.get_num_threads())} if on_host else {},
-        "program": {f"mla, mla_backends or '{backend.name}'": build_digest(backend) or ""},
-        "config": {name: str(value) for name, value in asdict(setting.config).items()},
-        "workload": {f"'{point.name}'": _digest(msgspec.json.encode(point)) for point in request.points},
-        "checkpoint": dict(weights),
-        "files of -O": {f"'{name}'": _digest(results.content(file)) for name, file in files.items()},
-    }
+        facts |= fingerprint(read_layer(options.model_path, setting.config, options.layer))
+    for option in options.backend_options:
+        if (path := Path(option.partition("=")[2])).is_file():
+            facts[f"'{path}'"] = _digest(results.content(path))
+    return facts
 
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def agree(by_rank: Sequence[Facts]) -> None:
+def agree(by_rank: Sequence[Mapping[str, str]]) -> None:
     """Raise `RanksError`, on all ranks, where some have something else than rank 0."""
-    for kind, expected in by_rank[0].items():
-        others = {rank: given[kind] for rank, given in enumerate(by_rank) if given[kind] != expected}
-        if not others:
-            continue
-        given = next(iter(others.values()))
-        names = [name for name in {**expected, **given} if given.get(name) != expected.get(name)]
-        if kind in _SHOWN:
-            names = [f"{name} ({given.get(name)}, not {expected.get(name)})" for name in names]
+    expected = by_rank[0]
+    others = [rank for rank, given in enumerate(by_rank) if given != expected]
+    if others:
+        given = by_rank[others[0]]
+        apart = [name for name in {**expected, **given} if given.get(name) != expected.get(name)]
         raise RanksError(
-            f"{numbered('rank', list(others))} differ{'s' * (len(others) == 1)} from rank 0 in {kind}: "
-            f"{listed(names)}; {_CURES.get(kind, _SAME_FILES)}",
+            f"{numbered('rank', others)} differ{'s' * (len(others) == 1)} from rank 0 in "
+            f"{listed([f'{name} ({given.get(name)}, not {expected.get(name)})' for name in apart])}: all "
+            "need the same options, packages and files, and every run a MASTER_PORT of its own",
             common=True,
         )

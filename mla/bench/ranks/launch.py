@@ -63,7 +63,7 @@ def join(options: RunOptions, opened: OpenedBackend, layout: Layout) -> Crew:
             world_size=pulse.world,
             timeout=timedelta(seconds=max(MEETING, options.hang_after)),
         )
-    return Crew(layout, library, options.hang_after, pulse, store)
+    return Crew(layout, library, options.hang_after, pulse)
 
 
 def connect(seconds: float, unheard: RanksError | None = None) -> tuple[Pulse, Any]:

@@ -36,7 +36,7 @@ from mla.verify.selected import Taken
 from mla.verify.verdict import Check
 
 if TYPE_CHECKING:
-    from mla.bench.ranks.crew import Crew, Failure
+    from mla.bench.ranks.crew import Crew
 
 T = TypeVar("T")
 # The number of the pass in which collectives are clocked: no other pass has it.
@@ -179,11 +179,9 @@ class LeadLayer(Implementation):
     def step(self, index: int) -> None:
         try:
             self._part.step(index)
-        except Exception as error:  # nothing is entered before a forward that is timed
-            if (failed := self._crew.alike(error, self.name)) is None:
-                with self._crew.awaited(self.name), self._crew.blamed():
-                    raise
-            self._all(lambda: failed, "times")  # raises what it is on all ranks
+        except Exception:  # nothing is entered before a forward that is timed
+            with self._crew.awaited(self.name), self._crew.blamed():
+                raise
 
     def after(self, index: int) -> None:
         self._crew.tell("after", index)
@@ -305,7 +303,6 @@ class Follower:
         self._fixture: Fixture | None = None
         self._layers: dict[str, RankLayer] = {}  # of the present scenario, by implementation
         self._layer: Any = None  # the one that runs
-        self._failure: Failure | None = None  # of a forward of it, until rank 0 asks
         self._times: list[float] = []  # of this pass
 
     def follow(self) -> int:
@@ -318,23 +315,17 @@ class Follower:
                 with self._crew.blamed():
                     getattr(self, command)(*arguments)
 
-    def _attempt(self, implementation: str, work: Callable[[], object], together: bool = False) -> None:
-        """Do this rank's part, and send what it gave, or why a forward failed before."""
-        failed, self._failure = self._failure, None
-        self._crew.attempt(implementation, work, failed, together)
-
     def load(self, scenario: str, implementation: str, fresh: int | None) -> None:
         """Build an implementation's part, with the scenario's weights, history and inputs.
 
         One that is there already takes `fresh` inputs of this seed, or the scenario's own again.
         """
         plan = next(plan for plan in self._request.scenarios if plan.name == scenario)
-        self._failure = None
         if self._fixture is None or self._fixture.point.name != scenario:
             self._fixture = None  # the last one's weights are gone before there are others
             self.drop()
             self._fixture = make_fixture(plan.setting, plan.point, self._request.state)
-        self._attempt(implementation, partial(self._load, self._fixture, plan, implementation, fresh))
+        self._crew.attempt(implementation, partial(self._load, self._fixture, plan, implementation, fresh))
 
     def _load(self, fixture: Fixture, plan: ScenarioPlan, implementation: str, fresh: int | None) -> None:
         inputs = fixture.inputs()
@@ -346,56 +337,41 @@ class Follower:
         """Free the parts of these implementations, or of all."""
         for name in implementations or list(self._layers):
             self._layers.pop(name, None)
-        self._layer = self._failure = None
+        self._layer = None
         gc.collect()
         self._request.setting.backend.empty_cache()
-
-    def _turn_to(self, implementation: str) -> Any:
-        """Return the layer that runs from now on."""
-        layer = self._layers[implementation]
-        if layer is not self._layer:
-            self._layer, self._failure = layer, None
-        return layer
 
     def restore(self, implementation: str, number: int) -> None:
         """Begin a pass."""
         torch.set_num_threads(self._request.setting.threads)  # an op may have changed it
-        layer, self._times = self._turn_to(implementation), []
-        self._attempt(implementation, partial(layer.restore, number))
+        self._layer, self._times = self._layers[implementation], []
+        self._crew.attempt(implementation, partial(self._layer.restore, number))
 
     def forward(self, index: int) -> None:
-        """Prepare a forward, meet the others, and time it; after one that failed, only meet them."""
-        if self._failure is not None:
-            self._crew.wait()
-            return
+        """Prepare a forward, meet the others, and time it."""
         layer, synchronize = self._layer, self._request.setting.backend.synchronize
-        layer.before(index)
-        synchronize()
-        self._crew.wait()
-        start = now_ns()
-        try:
+        with self._crew.awaited(layer.name):
+            layer.before(index)
+            synchronize()
+            self._crew.wait()
+            start = now_ns()
             layer.step(index)
             synchronize()
-        except Exception as error:
-            self._failure = self._crew.alike(error, layer.name)
-            if self._failure is None:
-                raise
-            return
-        self._times.append((now_ns() - start) / 1e6)
-
-    def part(self, implementation: str, method: str, *arguments: Any) -> None:
-        """Send what a method of this rank's part gives, or why a forward failed before."""
-        work = getattr(self._turn_to(implementation), method)
-        self._attempt(implementation, partial(work, *arguments), together=method == "run_bench")
+            self._times.append((now_ns() - start) / 1e6)
 
     def after(self, index: int) -> None:
         """Keep the output of a forward."""
-        if self._failure is None:
-            self._layer.after(index)
+        self._layer.after(index)
+
+    def part(self, implementation: str, method: str, *arguments: Any) -> None:
+        """Send what a method of this rank's part gives."""
+        self._layer = self._layers[implementation]
+        work = partial(getattr(self._layer, method), *arguments)
+        self._crew.attempt(implementation, work, together=method == "run_bench")
 
     def times(self) -> None:
-        """Send the milliseconds of this pass's forwards, or why one failed."""
-        self._attempt(self._layer.name, lambda: self._times)
+        """Send the milliseconds of this pass's forwards."""
+        self._crew.attempt(self._layer.name, lambda: self._times)
 
     def clock(self, implementation: str, number: int) -> None:
         """Clock the collectives of a pass and the link, and send what the result says of this rank."""

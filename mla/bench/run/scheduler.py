@@ -127,7 +127,7 @@ class _Scheduler:
         names = self._not_refused(work, scenario, names)
         if not names:
             return
-        memory = scenario.memory.with_available(available_memory(scenario.setting.backend))
+        memory = replace(scenario.memory, available=available_memory(scenario.setting.backend))
         if not memory.fits:
             self._skip(work, scenario, names, f"it needs {memory.shortage()}")
         elif reason := self._steering.budget.short(0.0, "limits and checks"):

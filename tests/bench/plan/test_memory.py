@@ -161,5 +161,5 @@ def test_a_run_whose_outputs_do_not_fit_on_the_host_is_told_so() -> None:
     (plan,), _ = plan_scenarios(setting, [point], ["mla", "mla-reference"])
     alone, together = (plan.memory.host_bytes(count) + plan.memory.device_bytes(count) for count in (1, 2))
     for free, fits in ((alone - 1, (False, False)), (alone, (True, False)), (together, (True, True))):
-        now = plan.memory.with_available(memory.Available(free, free))
+        now = replace(plan.memory, available=memory.Available(free, free))
         assert (now.fits, now.side_by_side) == fits

@@ -13,13 +13,13 @@ from tiny_run import write_tiny_run
 
 from mla.bench import results
 from mla.bench.ranks.crew import agree
-from mla.bench.ranks.pulse import RanksError
+from mla.errors import RanksError
 
 
 @pytest.mark.parametrize(
     ("more", "code", "sentence"),
     [
-        (["--seed", "1"], 3, "rank 1 differs from rank 0 in options: --seed (1, not 0)"),
+        (["--seed", "1"], 3, "rank 1 differs from rank 0 in --seed (1, not 0)"),
         (["--runs", "none"], 2, "rank 1 (process 1234 on host) ended: Invalid value for '--runs'"),
         (["-O", "nonsense=1"], 2, "rank 1 (process 1234 on host) ended: "),
     ],
@@ -48,8 +48,8 @@ def test_ranks_with_other_numbers_of_threads_are_named(start: Start) -> None:
     ranks = start("--parallel", "tp=2", backend=FAULTY, RANK_THREADS="1{rank}")
     assert ranks.wait(BOUND) == [3, 3], (ranks.err(0), ranks.err(1))
     said = ranks.err(0).splitlines()[-1]
-    assert said.startswith("error: rank 1 differs from rank 0 in host threads: torch (11, not 10); set ")
-    assert "OMP_NUM_THREADS, `srun --cpus-per-task`" in said
+    assert said.startswith("error: rank 1 differs from rank 0 in threads of --threads, OMP_NUM_THREADS or ")
+    assert "`srun --cpus-per-task` (11, not 10): all need the same" in said
     assert ranks.err(1) == ""
 
 
@@ -67,12 +67,12 @@ def _checkpoint(folder: Path, copy: int) -> None:
         (
             _config,
             (),
-            "rank 1 differs from rank 0 in config: kv_lora_rank (32, not 16); all nodes must have the same",
+            "rank 1 differs from rank 0 in config's kv_lora_rank (32, not 16): all need the same",
         ),
         (
             _checkpoint,
             ("--model-path", "model"),
-            "rank 1 differs from rank 0 in checkpoint: q_a_proj.weight, ",
+            "rank 1 differs from rank 0 in q_a_proj.weight (",
         ),
     ],
 )
@@ -97,13 +97,11 @@ def test_a_rank_whose_files_of_the_same_name_hold_something_else_is_named(
 
 
 def test_every_rank_that_has_something_else_is_named() -> None:
-    alike = {"program": {"mla": "1"}, "config": {"heads": "4"}, "files of -O": {}}
-    old = {**alike, "program": {"mla": "0"}}
-    with pytest.raises(RanksError, match=r"^ranks 1 and 3 differ from rank 0 in program: mla; "):
-        agree([alike, old, alike, old])
-    more = {**alike, "files of -O": {"tuning": "2"}}
-    with pytest.raises(RanksError, match=r"^rank 2 differs from rank 0 in files of -O: tuning; "):
-        agree([alike, alike, more])
+    alike = {"mla": "1", "config's heads": "4"}
+    with pytest.raises(RanksError, match=r"^ranks 1 and 3 differ from rank 0 in mla \(0, not 1\): all need "):
+        agree([alike, {**alike, "mla": "0"}, alike, {**alike, "mla": "0"}])
+    with pytest.raises(RanksError, match=r"^rank 2 differs from rank 0 in 'tuning' \(2, not None\): "):
+        agree([alike, alike, {**alike, "'tuning'": "2"}])
     agree([alike, alike])
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from ranks_of_a_run import BOUND, Start
 
 from mla.bench import results
@@ -76,22 +74,15 @@ def test_where_it_is_short_on_rank_0_no_other_is_left_waiting(start: Start) -> N
     assert [case.check.reason for case in cases.values()] == ["no memory for a tile"] * 2
 
 
-def test_what_all_ranks_refuse_in_a_forward_costs_that_case(start: Start) -> None:
-    ranks, cases = run(start, "all", "call", "refuse")
-    assert ranks.code(0) == 0, ranks.err(0)
-    assert cases["prefill mla"].check.status == "not run"
-    assert not cases["prefill mla"].check.reason.startswith("rank")
-    assert cases["decode mla"].latency_ms is not None
-
-
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_what_one_rank_refuses_in_a_forward_ends_all(start: Start, rank: str) -> None:
-    """The other waits in a collective by then, which cannot be taken back."""
-    soon = {"mla.bench.ranks.crew.FAILED_S": 1.0}
-    ranks, cases = run(start, rank, "call", "refuse", constants=soon)
+@pytest.mark.parametrize(
+    ("rank", "what", "said"), [("0", "refuse", TILE), ("1", "memory", "no memory"), ("all", "refuse", TILE)]
+)
+def test_what_fails_in_a_forward_ends_all(start: Start, rank: str, what: str, said: str) -> None:
+    """Others wait in a collective by then, which cannot be taken back."""
+    ranks, cases = run(start, rank, "call", what)
     assert ranks.code(0) == 3
-    assert TILE in ranks.err(0)
-    assert f"rank {rank}" in ranks.err(0).splitlines()[-1]
+    assert said in ranks.err(0)
+    assert f"rank {rank}".replace("all", "") in ranks.err(0).splitlines()[-1]
     assert all(case.latency_ms is None for name, case in cases.items() if "prefill" in name)
 
 
@@ -100,7 +91,6 @@ def test_what_one_rank_refuses_in_a_forward_ends_all(start: Start, rank: str) ->
     [
         ("none", "call", "tp=2", True),
         ("0", "prepare", "tp=2", False),  # while it is loaded, elsewhere
-        ("0", "call", "dp=2", False),
     ],
 )
 def test_no_rank_keeps_a_layer_that_rank_0_does_not_measure(
@@ -117,27 +107,6 @@ def test_no_rank_keeps_a_layer_that_rank_0_does_not_measure(
     assert cases[f"prefill {other}"].latency_ms is not None, ranks.err(0)
     assert (cases["prefill mla"].latency_ms is None) == (rank != "none")
     assert set(map(int, (ranks.folder / "loaded.txt").read_text().split())) == {0}
-
-
-@pytest.mark.parametrize(
-    ("layout", "rank", "what", "named"),
-    [
-        ("dp=2", "0", "refuse", "rank 0: "),
-        ("dp=2", "1", "refuse", "rank 1: "),
-        ("dp=2", "all", "memory", "no memory"),
-        ("dp=2,tp=2", "2+3", "refuse", "rank 2: "),  # after which parts differ in what they have exchanged
-    ],
-)
-def test_what_one_part_of_dp_refuses_in_a_forward_costs_that_case(
-    start: Start, layout: str, rank: str, what: str, named: str
-) -> None:
-    """The ranks of the other part need nothing of it in a forward."""
-    ranks, cases = run(start, rank, "call", what, layout=layout)
-    assert ranks.code(0) == 0, ranks.err(0)
-    assert cases["prefill mla"].check.reason.startswith(named)
-    assert (cases["prefill mla"].check.status, cases["prefill mla"].latency_ms) == ("not run", None)
-    assert cases["decode mla"].check.status == "ok"
-    assert cases["decode mla"].latency_ms is not None
 
 
 def test_the_first_rank_that_failed_is_named() -> None:
@@ -201,27 +170,3 @@ def test_short_memory_for_other_inputs_or_lengths_is_told_to_all_ranks(what: str
         getattr(follower, command)(*arguments)
         assert number or second.gave == Failure("no memory for inputs", False)
     assert not follower._layers
-
-
-@pytest.mark.parametrize(
-    ("before", "inside", "alike"), [((5, 9), (1, 1), True), ((5, 4), (1, 2), False)], ids=["same", "other"]
-)
-def test_ranks_fail_alike_at_the_same_place_of_one_forward(
-    before: tuple[int, int], inside: tuple[int, int], alike: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """How many collectives each had entered before that forward does not count."""
-    monkeypatch.setattr(torch.distributed, "barrier", lambda group: None)
-    store = vars(torch.distributed)["HashStore"]()
-
-    def fail(rank: int) -> Failure | None:
-        crew: Any = Crew.__new__(Crew)
-        crew.groups = SimpleNamespace(entered=before[rank], left=before[rank])
-        crew.rank, crew._pulse, crew._store = rank, SimpleNamespace(), store
-        crew._group, crew._forwards, crew._control = (0, 1), 0, None
-        crew.wait()
-        crew.groups.entered += inside[rank]
-        return crew.alike(MemoryError("no room"), "mla")
-
-    with ThreadPoolExecutor(2) as pool:
-        failures = list(pool.map(fail, (0, 1)))
-    assert failures == [Failure("no room", False, inside[rank]) if alike else None for rank in (0, 1)]

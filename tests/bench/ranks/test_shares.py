@@ -170,12 +170,12 @@ def test_what_one_device_has_no_room_for_fits_on_two() -> None:
     room = Available(device=int(0.8 * alone.device_bytes(1)), host=None)
     for layout, fits in (("dp=2", True), ("dcp=2", True), ("tp=2", False)):  # which has all latents twice
         plan = planned(Processes(Layout.parse(layout)), long)
-        assert replace(plan, shared=False).with_available(room).fits == fits, layout
+        assert replace(plan, shared=False, available=room).fits == fits, layout
     short = planned(None, point(30, requests=1))
     for layout, fits in (("tp=2", True), ("tp=8", True), ("tp=1", False)):
         plan = planned(Processes(Layout.parse(layout)), point(30, requests=1))
         exact = Available(device=short.device_bytes(1) - 1, host=None)
-        assert replace(plan, shared=False).with_available(exact).fits == fits, layout
+        assert replace(plan, shared=False, available=exact).fits == fits, layout
 
 
 def test_ranks_on_one_host_count_there_together() -> None:
