@@ -67,8 +67,7 @@ def end_early() -> Exit:
 
 
 def _interruption() -> str:
-    by = _received or signal.SIGINT
-    return "interrupted" if by == signal.SIGINT else f"interrupted by {by.name}"
+    return f"interrupted by {_received.name}" if _received not in (None, signal.SIGINT) else "interrupted"
 
 
 def guarded(command: Callable[[], int | None]) -> int:
@@ -80,17 +79,14 @@ def guarded(command: Callable[[], int | None]) -> int:
             code = _guarded(command)
         finally:
             console.flush()
-        return _unshown(code, reason) if (reason := console.unshown()) else code
+        if not (reason := console.unshown()):
+            return code
+        kept = ", ".join(f"'{path}'" for path in dict.fromkeys(files.written))
+        said = f"cannot write the result to stdout: {reason}{f'; written: {kept}' if kept else ''}."
+        return _say(said, Exit(code or Exit.USAGE))  # what is worse keeps its code
 
     with interrupting():
         return _guarded(flushed)  # Ctrl-C may come while a slow reader is waited for
-
-
-def _unshown(code: int, reason: str) -> int:
-    """Say that the result could not be printed, and where it is; what is worse keeps its code."""
-    written = ", ".join(f"'{path}'" for path in dict.fromkeys(files.written))
-    kept = f"; written: {written}" if written else ""
-    return _say(f"cannot write the result to stdout: {reason}{kept}.", Exit(code or Exit.USAGE))
 
 
 def carried_out(command: Command) -> Command:
@@ -116,40 +112,38 @@ def _guarded(command: Callable[[], int | None]) -> int:
         return int(command() or Exit.OK)
     except click.exceptions.Exit as done:
         return done.exit_code
-    except click.ClickException as error:
-        return _refuse(error)
+    except click.ClickException as error:  # click says what is wrong with the words, which ranks share
+        vars(error).update(message=console.fit(error.message))  # which type checkers take for final
+        console.complain(error.format_message(), common=True, show=error.show)
+        return Exit.USAGE
     except (KeyboardInterrupt, click.Abort):
         # Python remembers a KeyboardInterrupt that has left an `exec` of text, as during imports, and would
         # end the process as Ctrl-C does, whatever its exit code. Running another text makes it forget.
         exec("")
         return _say(_interruption(), interrupted())
-    except BackendOptionError as error:
-        return _say(str(error), Exit.USAGE)
     except BackendError as error:
         _show_traceback(error.__cause__)
-        return _say(str(error), Exit.BACKEND)
+        return _say(str(error), Exit.USAGE if isinstance(error, BackendOptionError) else Exit.BACKEND)
     except MLAError as error:
         return _say(str(error), Exit(error.exit_code), error.common)
     except Exception as error:  # noqa: BLE001  # what a backend raises is not the user's to debug
         _show_traceback(error)
-        return _say(_unexpected(error), Exit.BACKEND)
+        if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+            return _say(_NO_TORCH, Exit.BACKEND)
+        said = f"{describe(error)} ({place(error)}); `python -X dev -m mla.bench ...` shows the traceback."
+        return _say(said, Exit.BACKEND)
+
+
+_NO_TORCH = (
+    "torch is not installed: install the build of your device's vendor, or for a CPU run "
+    "`pip install . ./backends ./plugins/cpu` in a checkout (once released, `pip install mla-backend-cpu`)."
+)
 
 
 def _show_traceback(error: BaseException | None) -> None:
     """Print the traceback in Python's development mode."""
     if error is not None and sys.flags.dev_mode:
         traceback.print_exception(original(error))
-
-
-def _unexpected(error: Exception) -> str:
-    """Return the sentence for an unforeseen exception, or for a missing torch."""
-    if isinstance(error, ModuleNotFoundError) and error.name == "torch":
-        return (
-            "torch is not installed: install the build of your device's vendor, or for a CPU run "
-            "`pip install . ./backends ./plugins/cpu` in a checkout "
-            "(once released, `pip install mla-backend-cpu`)."
-        )
-    return f"{describe(error)} ({place(error)}); `python -X dev -m mla.bench ...` shows the traceback."
 
 
 # What every rank of a run is given alike.
@@ -159,13 +153,6 @@ _COMMON = (Exit.USAGE, Exit.HUNG_UP, Exit.INTERRUPTED, Exit.TERMINATED)
 def _say(sentence: str, code: Exit, common: bool = False) -> int:
     console.complain(sentence, common or code in _COMMON)
     return code
-
-
-def _refuse(error: click.ClickException) -> int:
-    """Let click say what is wrong with the words, which ranks of a run share."""
-    vars(error).update(message=console.fit(error.message))  # which type checkers take for final
-    console.complain(error.format_message(), common=True, show=error.show)
-    return Exit.USAGE
 
 
 # --------------------------------------------------------------------------------------------------- signals
@@ -213,7 +200,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 # --------------------------------------------------------------------------------- where an error was raised
 
-_Place = tuple[FrameType, int]  # a frame and its current line
+_Frames = list[tuple[FrameType, int]]  # of a traceback, each with its current line
 
 
 def place(error: BaseException) -> str:
@@ -230,53 +217,45 @@ def place(error: BaseException) -> str:
         inside = [frame for frame in frames[at:] if _package(frame[0]) == package]
         named = _name(frames, at)
     frame, line = (inside or frames)[-1]
-    return f"{os.path.basename(frame.f_code.co_filename)}:{line} in {frame.f_code.co_name}{named}"
+    said = f"{os.path.basename(frame.f_code.co_filename)}:{line} in {frame.f_code.co_name}"
+    return f"{said}, {named}" if named else said
 
 
-def in_op(error: BaseException) -> bool:
-    """Return whether an op raised the error, or what it called."""
-    return any(isinstance(_self(frame), FusedOp) for frame, _ in traceback.walk_tb(error.__traceback__))
-
-
-def op_name(error: BaseException) -> str:
-    """Return "op 'name' of role" for an error that an op raised, as far as both are known; else ""."""
+def op_name(error: BaseException) -> str | None:
+    """Return "op 'name' of role" for an error that an op raised, as far as known; None for any other."""
     frames, at = _frames(error)
-    return "" if at is None else _name(frames, at).removeprefix(", ")
+    return None if at is None else _name(frames, at)
 
 
-def _frames(error: BaseException) -> tuple[list[_Place], int | None]:
+def _frames(error: BaseException) -> tuple[_Frames, int | None]:
     """Return the frames of a traceback, and the place of the outermost one of an op; None without any."""
     frames = list(traceback.walk_tb(original(error).__traceback__))
     ops = (at for at, (frame, _) in enumerate(frames) if isinstance(_self(frame), FusedOp))
     return frames, next(ops, None)
 
 
-def _method(frames: list[_Place]) -> str:
-    """Return ", ops() of backend 'name'" if a method of a backend was running; "" otherwise."""
-    for frame, _ in frames:
-        backend = _self(frame)
-        if isinstance(backend, Backend):
-            return f", {frame.f_code.co_name}() of backend '{getattr(backend, 'name', '?')}'"
-    return ""
+def _method(frames: _Frames) -> str:
+    """Return "ops() of backend 'name'" if a method of a backend was running; "" otherwise."""
+    named = ((frame.f_code.co_name, _self(frame)) for frame, _ in frames)
+    said = (f"{name}() of backend '{held.name}'" for name, held in named if isinstance(held, Backend))
+    return next(said, "")
 
 
-def _name(frames: list[_Place], at: int) -> str:
-    """Return ", op 'name' of role" for the op of frame `at`, as whoever called it holds them."""
+def _name(frames: _Frames, at: int) -> str:
+    """Return "op 'name' of role" for the op of frame `at`, from what its callers hold; else ""."""
     from mla.layer.ops import Choice, Ops
 
     op = _self(frames[at][0])
     for known in (frame.f_locals for frame, _ in reversed(frames[:at])):
-        step = known.get("self")
-        for held in (known.get("ops"), *(getattr(step, name, None) for name in ("ops", "_ops", "_choice"))):
+        for held in (*known.values(), *getattr(known.get("self"), "__dict__", {}).values()):
             if isinstance(held, Choice) and held.op is op:
-                return f", op '{held.name}'"
-            if isinstance(held, Ops):
-                roles = [role for role in held.names() if held[role].op is op]
+                return f"op '{held.name}'"
+            if isinstance(held, Ops) and (roles := [role for role in held.names() if held[role].op is op]):
                 named = known.get("role")  # one op may serve several weights
                 said = named if named in roles else " or ".join(roles)
-                return f", op '{held[roles[0]].name}' of {said}" if roles else ""
+                return f"op '{held[roles[0]].name}' of {said}"
         if known.get("op") is op and isinstance(name := known.get("name"), str):
-            return f", op '{name}'"  # it was being chosen
+            return f"op '{name}'"  # it was being chosen
     return ""
 
 

@@ -66,8 +66,7 @@ def refusal(error: Exception, implementation: str) -> str:
     """
     if isinstance(error, UnsupportedBatch):
         return str(error)
-    if isinstance(error, BackendError) and exit_codes.in_op(error):
-        op = exit_codes.op_name(error)
+    if isinstance(error, BackendError) and (op := exit_codes.op_name(error)) is not None:
         cure = "Use the reference ops for it (`--ops reference`)."
         if parse_one(implementation).ops:
             cure = f"Leave `{implementation}` out of --implementations."
