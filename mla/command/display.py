@@ -9,7 +9,6 @@ import io
 import os
 import time
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
 
 from rich import progress
 from rich.console import Console
@@ -18,10 +17,8 @@ from rich.text import Text
 
 from mla.command.console import note, results_stream
 
-# Wider than any line: a truncated number is worse than a wrapped one.
-_UNLIMITED_COLUMNS = 10_000
-# Columns of a result that goes to a file or a pipe.
-_FILE_COLUMNS = 100
+_UNLIMITED_COLUMNS = 10_000  # a truncated number is worse than a wrapped one
+_FILE_COLUMNS = 100  # of a result that goes to a file or a pipe
 
 
 def width() -> int:
@@ -95,13 +92,16 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, padded: bo
 # Seconds until the first line where stderr is not a terminal; the next takes twice as long, up to the most.
 EVERY, SELDOM = 30.0, 120.0
 
-_Self = TypeVar("_Self", bound="_Bar")
+# Columns of what is read from a file.
+BYTES = (progress.DownloadColumn(), progress.TransferSpeedColumn())
 
 
-class _Bar:
-    """A bar between a description and whatever columns a subclass adds."""
+class Progress:
+    """Counts forwards, or the bytes of a file with the columns `BYTES`; says what is running."""
 
-    def __init__(self, description: str, total: float | None, *columns: progress.ProgressColumn) -> None:
+    def __init__(
+        self, total: float | None, what: str = "starting", columns: Iterable[progress.ProgressColumn] = ()
+    ) -> None:
         console = Console(stderr=True)
         self._bar = progress.Progress(
             progress.TextColumn("{task.description}", markup=False),
@@ -114,23 +114,16 @@ class _Bar:
             speed_estimate_period=3600,  # scenarios differ: a short window would see only one of them
             auto_refresh=False,  # a refresh thread would disturb the timed region
         )
-        self._task = self._bar.add_task(description, total=total)
+        self._task = self._bar.add_task(what, total=total)
+        self._total, self._done, self._every = total or 1.0, 0.0, EVERY
+        self._said = time.monotonic()
 
-    def __enter__(self: _Self) -> _Self:
+    def __enter__(self) -> Progress:
         self._bar.start()
         return self
 
     def __exit__(self, *failure: object) -> None:
         self._bar.stop()
-
-
-class Progress(_Bar):
-    """Counts forwards; says what is running and which part is done."""
-
-    def __init__(self, forwards: float) -> None:
-        super().__init__("starting", forwards)
-        self._total, self._done, self._every = forwards, 0.0, EVERY
-        self._said = time.monotonic()
 
     @property
     def hidden(self) -> bool:
@@ -147,20 +140,13 @@ class Progress(_Bar):
             self._said, self._every = now, min(2 * self._every, SELDOM)
             note(f"running    {what}, {self._done / self._total:.0%} of the plan")
 
+    def reach(self, done: int, total: int) -> None:
+        """Record that `done` bytes of `total` have been read."""
+        self._bar.update(self._task, completed=done, total=total)
+        self._bar.refresh()
+
     def say(self, text: str) -> None:
         """Print a line of news where there is no bar; the next line on what runs is then due later."""
         if self.hidden:
             self._said = time.monotonic()
             note(text)
-
-
-class Reading(_Bar):
-    """Counts the bytes of a checkpoint's layer."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__(what, None, progress.DownloadColumn(), progress.TransferSpeedColumn())
-
-    def advance(self, done: int, total: int) -> None:
-        """Record that `done` bytes of `total` have been read."""
-        self._bar.update(self._task, completed=done, total=total)
-        self._bar.refresh()

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import mla
 import mla_backends
@@ -95,34 +96,16 @@ def distribution_version(name: str) -> str | None:
 
 def git_commit() -> str | None:
     """Return the commit of the checkout this package runs from, "-dirty" if changed; None outside one."""
-    folder = Path(mla.__file__).parent
-    commit = _git(folder, "rev-parse", "HEAD")
-    if commit is None or _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
-        return None  # installed into an environment that merely lies inside some work tree
-    return f"{commit}-dirty" if _git(folder, "status", "--porcelain") else commit
 
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(mla.__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
-def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=False
-        )
+        git("ls-files", "--error-unmatch", "__init__.py")  # or it merely lies inside some work tree
+        return git("rev-parse", "HEAD") + "-dirty" * bool(git("status", "--porcelain"))
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def mixed_installation() -> str | None:
-    """Return a note when two installations are mixed, or None.
-
-    `mla` was the distribution's name before `mla-bench`: pip keeps both, and both own the folder `mla`.
-    """
-    if distribution_version("mla") and distribution_version("mla-bench"):
-        return (
-            "note: `mla` (the old name) and `mla-bench` are both installed and own the same files: run "
-            "`pip uninstall mla mla-bench`, then `pip install . ./backends ./plugins/NAME` in the checkout."
-        )
-    return None
 
 
 def build_digest(backend: object) -> str | None:
@@ -130,28 +113,24 @@ def build_digest(backend: object) -> str | None:
 
     A version or a commit does not tell two states of a work tree apart, nor plugins that are edited in place.
     """
-    module = type(backend).__module__
-    names = {mla.__name__, mla_backends.__name__, module.partition(".")[0]}
+    names = {mla.__name__, mla_backends.__name__, type(backend).__module__.partition(".")[0]}
     digest = hashlib.sha256()
     try:
         for name in sorted(names):
-            for path, shown in _files(name):
+            for path, shown in _files(sys.modules[name]):
                 digest.update(f"{name}/{shown}\n".encode())
                 digest.update(hashlib.sha256(path.read_bytes()).digest())
-    except (OSError, KeyError, ValueError):
+    except (OSError, KeyError, TypeError):
         return None
     return digest.hexdigest()[:16]
 
 
-def _files(name: str) -> Iterator[tuple[Path, str]]:
+def _files(module: Any) -> Iterator[tuple[Path, str]]:
     """Yield the files of a package that count, or the one of a module, with their names in it."""
-    module = sys.modules[name]
     folders = [Path(folder) for folder in getattr(module, "__path__", ())]
     if not folders:
-        file = getattr(module, "__file__", None)
-        if not file:
-            raise ValueError(f"{name} has no file")
-        yield Path(file), Path(file).name
+        file = Path(getattr(module, "__file__", None))  # type: ignore[arg-type]  # TypeError without one
+        yield file, file.name
     for folder in folders:
         for path in sorted(folder.rglob("*")):
             shown = path.relative_to(folder)

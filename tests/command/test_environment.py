@@ -1,9 +1,8 @@
-"""The load of other processes, and installations that are mixed."""
+"""The load of other processes."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 
@@ -28,12 +27,3 @@ def test_others_count_where_this_process_needed_their_cpus(
 def test_what_nobody_tells_is_no_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "_seconds_of_others", lambda: None)
     assert OtherLoad().remark(2) == ""
-
-
-def test_the_old_and_the_new_name_of_the_distribution_are_a_mixed_installation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(environment.metadata, "version", {"mla": "0.1.0", "mla-bench": "0.2.0"}.__getitem__)
-    note = environment.mixed_installation()
-    assert note is not None
-    assert "run `pip uninstall mla mla-bench`, then `pip install . ./backends ./plugins/NAME` in the" in note

@@ -16,7 +16,7 @@ from mla.bench.terminal import ceilings as terminal
 from mla.bench.workload.grid import points_of
 from mla.bench.workload.workload_file import PRESETS as SHIPPED
 from mla.bench.workload.workload_file import read_workload
-from mla.command import environment, files
+from mla.command import files
 from mla.command.console import note, out
 from mla.command.display import aligned
 from mla.command.exit_codes import Exit, end_early
@@ -162,8 +162,6 @@ def doctor(name: str | None, backend_options: tuple[str, ...], as_json: bool) ->
     """
     from mla.bench.doctor import diagnosis
 
-    if mixed := environment.mixed_installation():
-        note(mixed)
     if backend_options and name is None:
         raise UsageError("-O is an option of one backend: name it, as in `doctor torch -O device=cpu`.")
     report = diagnosis.diagnose(name, key_values(backend_options))

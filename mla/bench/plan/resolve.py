@@ -23,7 +23,7 @@ from mla.bench.workload.scenario import Scenario
 from mla.bench.workload.workload_file import Workload, read_workload, select
 from mla.command import files, launcher
 from mla.command.console import note
-from mla.command.display import Reading
+from mla.command.display import BYTES, Progress
 from mla.command.options import OpenedBackend, open_backend
 from mla.config.presets import DEFAULT_CONFIG
 from mla.errors import UsageError
@@ -279,8 +279,8 @@ def _weights(options: RunOptions, config: MLAConfig, dtype: torch.dtype) -> Stat
     assert options.model_path is not None
     if options.parallel and not options.simulate and launcher.rank():
         return read_layer(options.model_path, config, options.layer, dtype=dtype)
-    with Reading(f"reading {options.model_path}") as reading:
-        layer = read_layer(options.model_path, config, options.layer, dtype=dtype, progress=reading.advance)
+    with Progress(None, f"reading {options.model_path}", BYTES) as reading:
+        layer = read_layer(options.model_path, config, options.layer, dtype=dtype, progress=reading.reach)
         if config.index_n_heads and not layer.config.index_n_heads:
             raise UsageError(
                 f"layer {options.layer} of '{options.model_path}' shares another's selection: choose one "
