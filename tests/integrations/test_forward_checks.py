@@ -60,15 +60,6 @@ def gradients_of_inputs(model: Any, **words: Any) -> None:
         model(inputs_embeds=inputs, **words)
 
 
-def scaled(model: Any, **words: Any) -> None:
-    layer = next(module for module in reversed(list(model.modules())) if hasattr(module, "scaling"))
-    before, layer.scaling = layer.scaling, 2 * layer.scaling
-    try:
-        forward(model, **words)
-    finally:
-        layer.scaling = before
-
-
 def all_keys(model: Any, **words: Any) -> None:
     layer = next(module for module in reversed(list(model.modules())) if hasattr(module, "mla_attention"))
     layer.is_causal = False
@@ -119,7 +110,6 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "gradients of a later layer": (gradients_of_a_later_layer, "serves inference"),
     "gradients of inputs": (gradients_of_inputs, "serves inference"),
     "autocast": (autocast, "leave autocast out"),
-    "scaling": (scaled, "scales logits by"),
     "another attention": (another_attention, "sdpa attention was selected"),
 }
 
@@ -183,14 +173,6 @@ def test_a_layer_alone_loses_no_gradient(model: Any, name: str) -> None:
     turn = torch.ones(1, 2, 8), torch.zeros(1, 2, 8)
     with pytest.raises(UnsupportedModel, match="serves inference"):
         layer(torch.zeros(1, 2, 64), position_embeddings=turn, attention_mask=flags)
-
-
-@pytest.mark.parametrize("shape", [(1, 9), (1, 5), (2, 6)])
-def test_a_mask_of_other_tokens_is_refused_without_a_cache(model: Any, shape: tuple[int, int]) -> None:
-    use_mla(model)
-    mask = torch.ones(shape, dtype=torch.int64)
-    with torch.no_grad(), pytest.raises(UnsupportedModel, match="6 tokens of 1 requests"):
-        model(input_ids=PROMPT, attention_mask=mask, use_cache=False)
 
 
 def test_a_default_device_is_not_ours(model: Any) -> None:

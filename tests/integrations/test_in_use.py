@@ -1,4 +1,4 @@
-"""What a model in use refuses besides forwards: moves, copies and guesses of layers that are not prepared."""
+"""What a model in use refuses besides forwards: moves and copies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import torch
 from test_refusals import PROJECTIONS, assert_same
 from test_tokens import generate
 from tiny_models import make_model
-from transformers import GenerationConfig
 
 from mla import load_backend
 from mla.integrations.transformers import PagedCache, UnsupportedModel, restore, use_mla
@@ -79,27 +78,6 @@ def test_a_model_in_use_is_not_copied(model: Any, copied: Callable[[Any], Any]) 
     for part in (model, model.model):
         with pytest.raises(UnsupportedModel, match="cannot be copied or pickled"):
             copied(part)
-
-
-BESIDE = ["by the model, beside a config"]  # which says nothing of it
-
-
-@pytest.mark.parametrize("how", ["by a word", "by a config", "by place", "by the model", *BESIDE])
-def test_guesses_of_its_own_layers_are_refused(model: Any, how: str) -> None:
-    use_mla(model)
-    config = GenerationConfig(use_mtp=True, max_new_tokens=2)
-    places: tuple[Any, ...] = (PROMPT, config) if how == "by place" else (PROMPT,)
-    some = {"max_new_tokens": 2}
-    words = {"by a word": {"use_mtp": True, **some}, "by a config": {"generation_config": config}}.get(
-        how, {}
-    )
-    if how == "by the model":
-        model.generation_config.use_mtp, words = True, some
-    if how == "by the model, beside a config":
-        model.generation_config.use_mtp = True
-        words = {"generation_config": GenerationConfig(max_new_tokens=2)}
-    with pytest.raises(UnsupportedModel, match="guess tokens for `use_mtp` do not run our ops"):
-        model.generate(*places, **words)
 
 
 def test_an_optimizer_made_before_trains_after(model: Any) -> None:
@@ -174,16 +152,6 @@ def test_memory_is_free_when_nobody_has_the_model(end: Callable[[Any], Any]) -> 
         assert not [weight for weight in weights if weight() is not None]
     finally:
         gc.enable()
-
-
-def test_a_part_that_outlives_its_model_is_restored(model: Any) -> None:
-    state = {name: weight.clone() for name, weight in model.model.state_dict().items()}
-    part = use_mla(model).model
-    del model
-    gc.collect()
-    assert_same(restore(part), state)
-    assert part.config._attn_implementation == "sdpa"
-    part(PROMPT)
 
 
 def test_a_parameter_that_was_replaced_does_not_stand_in_the_way(model: Any) -> None:

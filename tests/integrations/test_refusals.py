@@ -77,12 +77,6 @@ def biased() -> Any:
     return model
 
 
-def expanding() -> Any:
-    model = make_model("deepseek_v3")
-    model.model.layers[1].self_attn.expand_kv = lambda latent, pe: (latent, pe)
-    return model
-
-
 def scaled() -> Any:
     model = make_model("deepseek_v3")
     model.model.layers[1].self_attn.scaling *= 2
@@ -92,12 +86,6 @@ def scaled() -> Any:
 def mixed_within_a_layer() -> Any:
     model = make_model("deepseek_v3")
     model.model.layers[1].self_attn.o_proj.to(torch.bfloat16)
-    return model
-
-
-def of_all_keys() -> Any:
-    model = make_model("deepseek_v3")
-    model.model.layers[1].self_attn.is_causal = False
     return model
 
 
@@ -119,13 +107,6 @@ def one_module_twice() -> Any:
     model = make_model("deepseek_v3")
     first, second = (layer.self_attn for layer in model.model.layers)
     second.kv_b_proj = first.kv_b_proj
-    return model
-
-
-def with_an_indexer_of_its_own() -> Any:
-    model = make_model("deepseek_v32")
-    indexer = model.model.layers[1].self_attn.indexer
-    indexer.forward = indexer.forward
     return model
 
 
@@ -160,12 +141,9 @@ def mixed() -> Any:
         (two_models, "DeepseekV3ForCausalLM holds several language models"),
         (split, "split over devices"),
         (biased, "kv_b_proj of this model is an nn.Linear with a bias"),
-        (expanding, "has its own expand_kv"),
-        (of_all_keys, "is_causal = False"),
         (tied, "o_proj of layer 0 shares its weight"),
         (tied_to_another_part, "o_proj of layer 0 shares its weight"),
         (one_module_twice, "kv_b_proj of layer 0 shares its weight"),
-        (with_an_indexer_of_its_own, "indexer of layer 1 has its own forward"),
         (without_an_indexer, "layer 2 has no index heads, and its config announces 16"),
         (
             lambda: make_model("deepseek_v32", index_topk_freq=2, index_skip_topk_offset=1),

@@ -115,16 +115,32 @@ def test_weights_are_loaded_into_plain_models_alone(model: Any) -> None:
     assert all(torch.equal(weight, state[name]) for name, weight in restore(model).state_dict().items())
 
 
-@pytest.mark.parametrize("prepared", ["", "model"])
-@pytest.mark.parametrize("given", ["", "model", "model.layers.1"])
-def test_any_part_of_a_model_will_do(model: Any, prompts: Prompts, prepared: str, given: str) -> None:
+@pytest.mark.parametrize(("prepared", "given"), [("", ""), ("model", "model"), ("model", "")])
+def test_what_was_prepared_is_restored_alone_or_in_a_whole(
+    model: Any, prompts: Prompts, prepared: str, given: str
+) -> None:
     theirs, before = generate(model, prompts, max_new_tokens=8), snapshot(model)
     use_mla(model.get_submodule(prepared))
     assert torch.equal(generate(model, prompts, max_new_tokens=8), theirs)
+    for other in (model.lm_head, model.model.layers[1]):
+        with pytest.raises(UnsupportedModel, match="nothing to restore"):
+            restore(other)
     restore(model.get_submodule(given))
     assert snapshot(model) == before
     with pytest.raises(UnsupportedModel, match="nothing to restore"):
         restore(model)
+
+
+def test_a_move_of_the_models_own_is_kept(model: Any) -> None:
+    """A method that its user gave it is called while it is in use, and is there afterwards."""
+    moved: list[object] = []
+    model._apply = lambda change, *arguments: moved.append(change) or type(model)._apply(model, change)
+    own = model._apply
+    use_mla(model).to("cpu")
+    with pytest.raises(UnsupportedModel, match="cannot be moved or cast"):
+        model.half()
+    assert len(moved) == 2
+    assert vars(restore(model))["_apply"] is own
 
 
 def test_it_is_saved_as_it_was_loaded(model: Any, tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ NOT_CAUSAL = (
     "`restore(model)` before setting it."
 )
 NOT_PREPARED = (
-    "this config was copied from a model under `use_mla`. Give the model its own config and call "
-    "`model.set_attn_implementation('sdpa')` first."
+    "this config was copied from a model under `use_mla`, as `use_mtp` does. Give the model its own config "
+    "and call `model.set_attn_implementation('sdpa')` first."
 )
 NOT_NUMBERED = (
     "the requests of this forward have different lengths in the PagedCache: give position_ids "
@@ -212,10 +212,6 @@ def _faults_of(layer: Any, config: MLAConfig) -> Iterator[str]:
             f"{kind} is not a class of `transformers`, and caches expanded keys: load the "
             "model without `trust_remote_code`."
         )
-    if "expand_kv" in vars(layer):
-        yield f"{kind} has its own expand_kv, and our ops would skip it: remove it first."
-    if not getattr(layer, "is_causal", True):
-        yield NOT_CAUSAL
     for name, linear in _projections(layer):
         if more := _more_than_a_weight(linear, name != "kv_b_proj"):
             yield (
@@ -232,11 +228,6 @@ def _faults_of(layer: Any, config: MLAConfig) -> Iterator[str]:
         yield (
             f"layer {layer.layer_idx} has {actual or 'no'} index heads, and its config announces "
             f"{heads or 'none'}: this class computes another model."
-        )
-    if indexer is not None and "forward" in vars(indexer):
-        yield (
-            f"the indexer of layer {layer.layer_idx} has its own forward, and our ops would skip it: remove "
-            "it first."
         )
     if abs(layer.scaling - config.softmax_scale) > 1e-6 * config.softmax_scale:
         scale = f"{layer.scaling:.6g}, and its config says {config.softmax_scale:.6g}"
@@ -272,7 +263,7 @@ class Check:
 
     def __init__(self, surveyed: Survey) -> None:
         self._device = surveyed.device.type
-        self._scaled = [(layer, layer.scaling) for layer in surveyed.layers]
+        self._layers = surveyed.layers
         self._signature = inspect.signature(surveyed.models[-1].forward)
 
     @uncompiled
@@ -281,7 +272,7 @@ class Check:
         given = {**words, **self._signature.bind_partial(*arguments, **words).arguments}
         for fault in self._faults(model, given):
             raise UnsupportedModel(fault)
-        trains = any(layer.training for layer, _ in self._scaled)
+        trains = any(layer.training for layer in self._layers)
         if not trains and torch.is_grad_enabled():  # or no weight is asked, since that takes a while
             trains = any(weight.requires_grad for weight in model.parameters())
         require_inference(*_tensors(given.values()), training=trains)
@@ -291,21 +282,11 @@ class Check:
         caches = [value for value in given.values() if isinstance(value, Cache)]
         inputs = [given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None]
         shape = inputs[0].shape[:2] if inputs else None
-        mask, selected = given.get("attention_mask"), model.config._attn_implementation
+        selected = model.config._attn_implementation
         if given.get("output_attentions", model.config.output_attentions):
             yield NO_WEIGHTS
         if not all(_is_of_this_step(x, shape, caches) for x in _tensors(given.values()) if x.ndim == 4):
             yield OWN_MASK
-        if (
-            isinstance(mask, torch.Tensor)
-            and mask.ndim == 2
-            and not caches
-            and shape not in (None, mask.shape)
-        ):
-            yield (
-                f"attention_mask has shape {list(mask.shape)} for {shape[1]} tokens of {shape[0]} requests: "
-                "without a cache, `use_mla` takes a mask [batch, tokens]."
-            )
         if given.get("position_ids") is None and any(getattr(cache, "is_uneven", False) for cache in caches):
             yield NOT_NUMBERED
         if torch.is_autocast_enabled(self._device):
@@ -315,14 +296,8 @@ class Check:
                 f"{selected} attention was selected for a model that runs our ops: call `restore(model)` "
                 "before."
             )
-        for layer, scaling in self._scaled:
-            if not getattr(layer, "is_causal", True):
-                yield NOT_CAUSAL
-            if layer.scaling != scaling:
-                yield (
-                    f"layer {layer.layer_idx} scales logits by {layer.scaling:.6g}, and by {scaling:.6g} "
-                    "when `use_mla` was called: call `restore(model)` before it is changed."
-                )
+        if not all(getattr(layer, "is_causal", True) for layer in self._layers):
+            yield NOT_CAUSAL
         held: Iterator[tuple[int, Any]] = chain(*(enumerate(cache.layers) for cache in caches))
         for index, kept in held:
             if getattr(kept, "is_sliding", False) and kept.get_mask_sizes(1)[1]:

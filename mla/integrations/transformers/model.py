@@ -5,12 +5,12 @@ Modules with packed weights, and no second copy, take the place of a layer's `nn
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
 
 import mla
 from mla.cache.index_formats import stored_index_format
@@ -32,13 +32,6 @@ from mla.layer.ops import Choice, choose
 from mla.layer.plan import WORKSPACE_BYTES
 from mla.layer.workspace import Turn
 from mla_backends.api import Backend, FusedOp, LinearSpec
-
-
-class Use(NamedTuple):
-    """What `restore` undoes. Layers refer to it, so it keeps no model alive."""
-
-    models: list[weakref.ref[Any]]  # those that hold the layers, from the outermost one
-    before: str  # what they attended with
 
 
 def use_mla(
@@ -70,20 +63,21 @@ def use_mla(
             f"this model is on {surveyed.device}, and backend '{name}' computes on {opened.device}: move it "
             "there with `model.to(...)` first."
         )
-    _register()
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, visible_keys)
     steps = Steps(surveyed.dtype, surveyed.device, WORKSPACE_BYTES, Turn.of(opened))
-    use = Use([*map(weakref.ref, surveyed.models)], surveyed.owner.config._attn_implementation)
+    outer, owner, inner = surveyed.models[0], surveyed.owner, surveyed.models[-1]
+    outer.mla_used, owner.mla_before = True, owner.config._attn_implementation
     try:
         for layer in surveyed.layers:
-            layer.mla_use = use
             _prepare(layer, surveyed, opened, steps, cache_format, index_format)
-        surveyed.owner.set_attn_implementation(NAME)
-        for served in surveyed.models:
-            guard(served, surveyed.dtype, surveyed.device)
-        inner = surveyed.models[-1]
+        owner.set_attn_implementation(NAME)
+        for served in surveyed.models:  # a guard comes first, as methods go through children in their order
+            guard = Guard(torch.empty(0, dtype=surveyed.dtype, device=surveyed.device))
+            served._modules = {"mla_guard": guard, **served._modules}
         inner.mla_check = inner.register_forward_pre_hook(Check(surveyed), with_kwargs=True)
     except BaseException:
-        _undo(model, use)
+        restore(model)
         raise
     return model
 
@@ -131,38 +125,29 @@ def _prepare(
 
 
 def restore(model: Any) -> Any:
-    """Undo `use_mla`, bit for bit, on the model, the one it is a part of, or those inside it; return it.
+    """Undo `use_mla`, bit for bit, on the model that it was given, or what holds that; return it.
 
     Raises `UnsupportedModel` where there is nothing to undo.
     """
-    uses = {id(layer.mla_use): layer.mla_use for layer in find_attention(model) if hasattr(layer, "mla_use")}
-    if not uses:
-        raise UnsupportedModel("this model does not run our ops: there is nothing to restore.")
-    for use in uses.values():
-        _undo(model, use)
-    return model
-
-
-def _undo(model: Any, use: Use) -> None:
-    """Give back what parts had of what is left of a model in use, as `model` is; some may be unprepared."""
-    whole = next((held for ref in use.models if (held := ref()) is not None), model)
-    layers, parts = find_attention(whole), list(whole.modules())
+    parts = list(model.modules()) if isinstance(model, nn.Module) else []
+    if not any(vars(part).pop("mla_used", False) for part in parts):
+        raise UnsupportedModel("`use_mla` was not called on this model: there is nothing to restore.")
     for part in parts:
+        part._modules.pop("mla_guard", None)
         for name, child in list(part.named_children()):
             if isinstance(child, Packed):
                 setattr(part, name, child.plain())
-        if "mla_check" in vars(part):
-            vars(part).pop("mla_check").remove()
-        for name in GUARDS:
-            vars(part).pop(name, None)
-    for layer in layers:
-        for name in ("mla_use", "mla_attention", "expand_kv"):
+    for layer in find_attention(model):
+        for name in ("mla_attention", "expand_kv"):
             vars(layer).pop(name, None)
         if isinstance(indexer := getattr(layer, "indexer", None), nn.Module):
             vars(indexer).pop("forward", None)
-    owners = (part for part in parts if getattr(part, "config", None) is layers[0].config)
-    if owner := next((part for part in owners if hasattr(part, "set_attn_implementation")), None):
-        owner.set_attn_implementation(use.before)
+    for part in parts:
+        if "mla_check" in vars(part):
+            vars(part).pop("mla_check").remove()
+        if "mla_before" in vars(part):
+            part.set_attn_implementation(vars(part).pop("mla_before"))
+    return model
 
 
 def _as_they_are(latent: torch.Tensor, pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,31 +155,34 @@ def _as_they_are(latent: torch.Tensor, pe: torch.Tensor) -> tuple[torch.Tensor, 
     return latent, pe
 
 
-def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, visible_keys)
-
-
 # ----------------------------------------------------------------------------------------------------- packed
+class Guard(nn.Module):
+    """Refuses what packed weights cannot follow; as a model's first child, before others are changed."""
 
+    def __init__(self, like: torch.Tensor) -> None:
+        """`like`: an empty tensor of the packed weights' dtype and device."""
+        super().__init__()
+        self._like = like
 
-def require_unmoved(change: Callable[[torch.Tensor], torch.Tensor], weight: torch.Tensor) -> None:
-    """Raise `UnsupportedModel` unless `change` leaves a weight like this empty one as it is."""
-    if change(weight) is not weight:
+    def _apply(self, fn: Any, recurse: bool = True) -> Guard:
+        if fn(self._like) is not self._like:
+            raise UnsupportedModel(
+                "a model that runs our ops cannot be moved or cast, since its weights are packed for one "
+                "device: call `restore(model)`, move it, and then `use_mla` again."
+            )
+        return super()._apply(fn, recurse)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
         raise UnsupportedModel(
-            "a model that runs our ops cannot be moved or cast, since its weights are packed for one device: "
-            "call `restore(model)`, move it, and then `use_mla` again."
+            "a model that runs our ops cannot be copied or pickled, since its weights are packed: call "
+            "`restore(model)` before, or save its `state_dict()`."
         )
 
-
-def refuse_to_load(*arguments: Any, **words: Any) -> NoReturn:
-    """Raise `UnsupportedModel`."""
-    raise UnsupportedModel("this model's weights are packed: call `restore(model)` to load others.")
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        raise UnsupportedModel("this model's weights are packed: call `restore(model)` to load others.")
 
 
-class Packed(nn.Module):
+class Packed(Guard):
     """A packed weight.
 
     `weight` is the plain module's own, emptied: optimizers and `requires_grad_` find it, and copying a whole
@@ -202,7 +190,7 @@ class Packed(nn.Module):
     """
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
+        super().__init__(linear.weight.detach().new_empty(0))
         self.training = linear.training
         self._linear = (linear,)  # in a tuple, so that it is not a child
         self.weight, self.bias = linear.weight, linear.bias
@@ -228,22 +216,9 @@ class Packed(nn.Module):
             linear.weight.data = self.weight_as_loaded()  # even if it was replaced in between
         return linear.train(self.training)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Packed:
-        require_unmoved(fn, self.weight.detach())
-        return super()._apply(fn, recurse)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise UnsupportedModel(
-            "a model that runs our ops cannot be copied or pickled, since its weights are packed: call "
-            "`restore(model)` before, or save its `state_dict()`."
-        )
-
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"] = self.weight_as_loaded()
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        refuse_to_load()
 
 
 class PackedLinear(Packed):
@@ -301,30 +276,3 @@ class PackedKvB(Packed):
     def weight_as_loaded(self) -> torch.Tensor:
         """Return the weight [h (n + v), c], bit for bit."""
         return self._core.kv_b_proj()
-
-
-# ------------------------------------------------------------------------------------------- guards
-GUARDS = ("_apply", "_load_from_state_dict", "_get_candidate_generator")
-
-
-def guard(model: Any, dtype: torch.dtype, device: torch.device) -> None:
-    """Have methods refuse what packed weights would, but after others were changed.
-
-    All are called by other methods of the model. They do not keep it alive: it would have to wait for
-    Python's garbage collector, which counts no bytes.
-    """
-    alive, kind, weight = weakref.ref(model), type(model), torch.empty(0, dtype=dtype, device=device)
-
-    def unmoved(change: Any, *arguments: Any, **words: Any) -> Any:
-        require_unmoved(change, weight)
-        return kind._apply(alive(), change, *arguments, **words)
-
-    def guesser(*arguments: Any, **words: Any) -> Any:  # which `generate` asks before it runs the model
-        if getattr(words.get("generation_config", next(iter(arguments), None)), "use_mtp", None):
-            raise UnsupportedModel(
-                "the layers that guess tokens for `use_mtp` do not run our ops: leave it out, or call "
-                "`restore(model)` before."
-            )
-        return kind._get_candidate_generator(alive(), *arguments, **words)
-
-    vars(model).update(zip(GUARDS, (unmoved, refuse_to_load, guesser), strict=True))

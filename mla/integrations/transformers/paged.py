@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -24,21 +24,11 @@ from mla.integrations.transformers.attention import Step, left_padded, left_padd
 class NewLatents:
     """A step's new latents [B, 1, t, c], for the attention alone: it reads all others from the pages.
 
-    A model that does not run our ops would take them for the whole history: it is stopped at its first use.
+    A model that does not run our ops cannot take them for the whole history: they are no tensor.
     """
 
     def __init__(self, rows: torch.Tensor, paged: PagedLayer) -> None:
         self.rows, self.paged, self.requires_grad = rows, paged, rows.requires_grad
-
-    @classmethod
-    def __torch_function__(cls, *arguments: Any) -> NoReturn:
-        """Raise `UnsupportedModel`."""
-        raise UnsupportedModel("only our ops read a PagedCache: call `use_mla` on this model first.")
-
-    @property
-    def shape(self) -> NoReturn:
-        """Raise `UnsupportedModel`."""
-        self.__torch_function__()
 
 
 class PagedLayer(CacheLayerMixin):
@@ -82,7 +72,6 @@ class PagedLayer(CacheLayerMixin):
         new = [torch.cat([part[span.request, span.queries] for span in step.spans]) for part in parts]
         rows = self._cache.latents.encoded(*new)
         pages.view(-1, pages.shape[-1]).index_copy_(0, step.batch.slots, rows)
-        self._cache.written(self._index)
         return pages
 
     def update_indexer(self, keys: torch.Tensor) -> torch.Tensor:
@@ -154,7 +143,6 @@ class PagedCache(Cache):
         self.columns = 0  # tokens of the longest request, with its padding
         self._sequences: list[int] = []
         self._named = False  # whether `use` said which they are
-        self._unfinished = set[int]()  # sequences whose counted tokens some layers have not written
         self._last: Step
         super().__init__(layers=[PagedLayer(self, layer, index) for index, layer in enumerate(layers)])
 
@@ -186,14 +174,8 @@ class PagedCache(Cache):
         """Return the step of a forward, for which the first layer that asks makes room."""
         if layer == 0:
             self._leave_out_released()
-            self._require_finished()
             self._last = self._extended(flags, queries)
         return self._last
-
-    def written(self, layer: int) -> None:
-        """Note that a layer has written the step; the last one finishes it."""
-        if layer == len(self.layers) - 1:
-            self._unfinished.difference_update(self._sequences)
 
     def length(self) -> int:
         """Return the tokens of the longest request, with its padding."""
@@ -204,14 +186,6 @@ class PagedCache(Cache):
         """Forget which sequences were released behind this cache's back, as a server may."""
         if not all(sequence in self.latents for sequence in self._sequences):
             self.use([sequence for sequence in self._sequences if sequence in self.latents])
-
-    def _require_finished(self) -> None:
-        """Raise `UnsupportedModel` where a forward broke off between two layers."""
-        if not self._unfinished.isdisjoint(self._sequences):
-            raise UnsupportedModel(
-                "a forward broke off before all layers had written to this PagedCache: call `reset()`, or "
-                "release the sequences that it was of."
-            )
 
     def _extended(self, flags: torch.Tensor, queries: int) -> Step:
         starts, tokens = left_padding(flags[:, 0, 0] != 0), flags.shape[-1]
@@ -229,8 +203,6 @@ class PagedCache(Cache):
                 f"cache holds {held}: call `reset()`, or `use` the sequences of this batch."
             )
         batch = self._extend(new)
-        if any(new):  # or no layer writes
-            self._unfinished.update(self._sequences)
         self.columns = tokens
         return Step(flags, [], list(left_padded(starts, tokens, queries)), batch)
 
@@ -248,7 +220,6 @@ class PagedCache(Cache):
     def clear(self) -> None:
         """Free the pages of all sequences, and forget them."""
         self.latents.release(self.latents.sequences)
-        self._unfinished.clear()
         self.use(())
 
     def forget(self, tokens: int) -> None:
@@ -276,7 +247,6 @@ class PagedCache(Cache):
         Raises `CacheFull` and `UnsupportedModel` before anything is changed.
         """
         self._leave_out_released()
-        self._require_finished()
         old, counts = self._sequences, Counter(sources)
         kept = [old[place] for place in counts]
         size = self.latents.page_size
@@ -298,7 +268,6 @@ class PagedCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
         """Return a cache for the same model. Raises `UnsupportedModel`."""
         self._leave_out_released()
-        self._require_finished()
         size = self.latents.page_size
         made = PagedCache(self._model, max_tokens=self.latents.num_pages * size, page_size=size)
         made._sequences = [self.latents.copy(sequence, made.latents) for sequence in self._sequences]
