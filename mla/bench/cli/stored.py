@@ -12,11 +12,12 @@ import click
 from mla.bench import results
 from mla.bench.report import require
 from mla.bench.results import infinimetrics
-from mla.bench.results.compare import REFUSED, Comparison, scaling
+from mla.bench.results.compare import REFUSED, Comparison
 from mla.bench.results.file import decode_ceilings, is_ceilings
 from mla.bench.results.rows import as_csv, timing_rows
 from mla.bench.results.schema import Run
-from mla.bench.terminal import ceilings, run_table, tables
+from mla.bench.terminal import ceilings, run_table
+from mla.bench.terminal.tables import compare_runs
 from mla.command import console, files
 from mla.command.console import note, out
 from mla.command.exit_codes import Exit
@@ -47,8 +48,8 @@ def compare(base: Path, runs: tuple[Path, ...], noise: float, fail_slower: float
     Milliseconds and their intervals are those that the runs print. Verdicts come from the interval of the
     ratio of times, never from a single number. Cases whose workload, config, dtype or clock differ, that have
     no number in one of the runs, or that only one of them has are REFUSED, with the reason; other differences
-    are named. A run and a copy of it are not compared. Where one result is of one device and others are of
-    several ranks, a table says how they scale.
+    are named. A run and a copy of it are not compared. Where the base is of one device and another result of
+    several ranks, notes say how cases scale.
 
     Exit code 0; 1 with --fail-slower and a case whose whole interval is slower, or one that the base has a
     number for and that was not compared; 2 for a file that is not a result; 4 if a case turned wrong or a
@@ -63,11 +64,10 @@ def compare(base: Path, runs: tuple[Path, ...], noise: float, fail_slower: float
             what = "is compared with itself" if path == base else f"holds the same run as {base}"
             text += f"{path} {what}: there is nothing to compare\n"
             continue
-        printed, compared = tables.compare_runs(first, run, f"{path} against {base}", kind, noise)
+        printed, compared = compare_runs(first, run, f"{path} against {base}", kind, noise)
         text += printed
         cases += compared
-    scaled = tables.scaling(scaling([first, *runs_after]))
-    out("\n".join([text, *(table.text(kind) for table in scaled)]))
+    out(text)
     return Exit.OK if all(same) else verdict(cases, fail_slower)
 
 

@@ -31,7 +31,6 @@ from mla.bench.report.figures import (
 )
 from mla.bench.results import cases
 from mla.bench.results.cases import device_cost, labelled
-from mla.bench.results.compare import compare, scaling
 from mla.bench.results.schema import Case, Ceiling, Run
 from mla.bench.terminal import ceilings, lines, run_table, tables, verdict
 from mla.bench.terminal.digits import known, limit, number
@@ -90,14 +89,9 @@ def _images(chart: Chart) -> Iterator[tuple[str, str]]:
 
 def sections(shown: Sequence[data.ResultFile]) -> Iterator[Section]:
     """Yield the sections that have something to show, in the order of the page."""
-    charts, (first, *others) = Charts(shown), shown
+    charts = Charts(shown)
     drawn = {"grid": charts.grid(), "scenarios": charts.scenarios(), "roofline": charts.roofline()}
     listed = {
-        "scaling": tables.scaling(scaling([file.run for file in shown])),
-        "comparison": [
-            tables.comparison(f"{new.title} against {first.title}", compare(first.run, new.run))
-            for new in others
-        ],
         **{
             of.__name__: [
                 table._replace(title=f"{file.key} {table.title}".strip())

@@ -16,7 +16,7 @@ from mla.bench.results.schema import Case
 from mla.bench.terminal import ceilings, run_table, verdict
 from mla.bench.terminal.digits import between, known, number
 from mla.bench.terminal.lines import BUSY, name, of_case
-from mla.bench.terminal.tables import NAMES, Table
+from mla.bench.terminal.tables import NAMES, Table, comparison
 from mla.bench.terminal.verdict import is_yardstick, status, why_unreliable
 from mla.text import counted, grouped
 
@@ -133,20 +133,11 @@ def said(file: ResultFile) -> list[str]:
     return [*sentences[:MOST_TILES], *ceilings.run_lines(file.run.ceilings)]
 
 
-def between_files(base: ResultFile, new: ResultFile) -> list[str]:
-    """Return how much faster or slower a file is than the base, and what else there is to say of both."""
-    cases = compare.compare(base.run, new.run)
-    shown = [case for case in cases if case.ratio and case.new and not case.new.point][:MOST_TILES]
-    sentences = []
-    for case in shown:
-        speed = verdict.times_as_fast(case.speedup, case.speedup_interval)
-        told = f"{case.scenario}, {case.implementation} is {speed} as fast in {new.key} as in {base.key}"
-        sentences.append("; ".join(filter(None, (f"{case.verdict}: {told}", case.remarks))))
-    rest = [case for case in cases if case not in shown]
-    counts = Counter(case.verdict + f" ({case.reason})" * (not case.ratio) for case in rest)
-    told = "; ".join(f"{count} {words}" for words, count in counts.items())
-    sentences += [f"{new.title} against {base.title}: {told}"] * bool(told)
-    return sentences + [f"Warning: {warning}." for warning in compare.warnings(base.run, new.run)]
+def compared(base: ResultFile, new: ResultFile) -> Table:
+    """Return every case of a file compared with the base, and what else there is to say of both."""
+    table = comparison(f"{new.title} against {base.title}", compare.compare(base.run, new.run))
+    warnings = [f"Warning: {warning}." for warning in compare.warnings(base.run, new.run)]
+    return table._replace(notes=[*warnings, *table.notes])
 
 
 def folded(lengths: Sequence[int]) -> str:

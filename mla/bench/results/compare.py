@@ -1,7 +1,7 @@
 """The one comparison of two cases: the ratio of their median times, its interval and a verdict.
 
 `compare_cases` serves everything that is held against something else: the implementations of a run
-(`compare_implementations`), two runs (`compare`), and ranks against one device (`scaling`).
+(`compare_implementations`), and two runs (`compare`), of which one may be of several ranks.
 
 Figures and intervals are those of the runs' own tables. Where one case ran fewer decode steps, both are
 compared by the steps that they share, without the first if that leaves two. The unit of confidence is the
@@ -13,12 +13,10 @@ there is SLOWER. Needs no torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mla.bench.results.cases import (
-    WORD,
     added_baselines,
     is_predicted,
     label,
@@ -29,7 +27,6 @@ from mla.bench.results.cases import (
 )
 from mla.bench.results.schema import Case, Interval, Latency, Run
 from mla.parallel.layout import Layout
-from mla.text import counted, grouped
 
 # Ratios this near 1 were noise on every machine tried.
 NOISE = 0.02
@@ -162,10 +159,12 @@ def compare(base: Run, new: Run, noise: float = NOISE) -> list[Comparison]:
             comparisons.append(Comparison(None, case, reason="missing from the base run"))
             continue
         met.add((*key(other), other.dtype))
-        reason = "; ".join([*differ, *_case_differences(other, case)])
-        comparisons.append(
-            Comparison(other, case, reason=reason) if reason else compare_cases(other, case, noise)
-        )
+        if reason := "; ".join([*differ, *_case_differences(other, case)]):
+            comparisons.append(Comparison(other, case, reason=reason))
+        else:
+            comparison = compare_cases(other, case, noise)
+            notes = filter(None, (comparison.note, _scaling(base, new, comparison)))
+            comparisons.append(replace(comparison, note="; ".join(notes)))
     missing = [case for which, case in known.items() if which not in met]
     comparisons += [Comparison(case, None, reason="missing from the new run") for case in missing]
     added = {False: added_baselines(base), True: added_baselines(new)}
@@ -211,6 +210,27 @@ def _spreads_context(*runs: Run) -> bool:
     """Return whether a run has a part of each context on every rank, which no other path than one allows."""
     layouts = {case.spread.layout for run in runs for case in run.cases if case.spread}
     return any(Layout.parse(layout).dcp > 1 for layout in layouts)
+
+
+def _scaling(base: Run, new: Run, comparison: Comparison) -> str:
+    """Return the speedup over one device of a case on several of its kind, and its efficiency; else ""."""
+    one, several = comparison.base, comparison.new
+    alike = base.backend.device == new.backend.device and one is not None and one.spread is None
+    if not alike or several is None or several.spread is None or comparison.speedup is None:
+        return ""
+    more = len(several.spread.ranks) * _threads(new) / _threads(base)
+    units, efficiency = "cores" if _on_host(new) else "devices", comparison.speedup / more
+    return f"{comparison.speedup:.2f}x on {more:g} times the {units}: efficiency {100 * efficiency:.0f} %"
+
+
+def _threads(run: Run) -> int:
+    """Return the threads of each rank where the device is the host's processor, else 1."""
+    threads = run.environment.get("torch_threads", "")
+    return int(threads) if _on_host(run) and re.fullmatch("[1-9][0-9]{0,5}", threads) else 1
+
+
+def _on_host(run: Run) -> bool:
+    return run.backend.device == run.environment.get("processor")
 
 
 def _same(old: Any, new: Any) -> bool:
@@ -273,83 +293,3 @@ def _verdict(interval: Interval | None, noise: float) -> str:
     if low > 1 + noise:
         return SLOWER
     return SAME if low >= 1 - noise and high <= 1 + noise else UNDECIDED
-
-
-# -------------------------------------------------------------------------------------------- strong scaling
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """A case compared with the base, whose own `speedup` is 1 and has no interval.
-
-    `efficiency` is the speedup over the cores or devices that it took; None where those are not of one kind,
-    or not the same: then the speedup holds what lies between the devices as well.
-    """
-
-    run: int  # place of its run among those given
-    case: Case
-    device: str
-    threads: int | None  # of each rank, where the device is the host's processor
-    speedup: float = 1.0  # how many times as fast as the base
-    interval: Interval | None = None  # of the speedup, with at least 90 % confidence
-    efficiency: float | None = 1.0
-
-    @property
-    def ranks(self) -> int:
-        """On how many devices it ran."""
-        return len(self.case.spread.ranks) if self.case.spread else 1
-
-    @property
-    def units(self) -> int:
-        """Number of cores, or of devices."""
-        return self.ranks * (self.threads or 1)
-
-    @property
-    def on(self) -> str:
-        """The cores, or the devices, in words."""
-        if self.threads is None:
-            return counted(self.ranks, "device")
-        return f"{self.ranks} x {counted(self.threads, 'thread')}"
-
-    @property
-    def layout(self) -> str:
-        """The layout, and whether the time is predicted."""
-        layout = self.case.spread.layout if self.case.spread else "one device"
-        return layout + f" ({WORD})" * is_predicted(self.case)
-
-    def over(self, base: Scaled) -> Scaled:
-        """Return the same compared with the base."""
-        comparison = compare_cases(base.case, self.case)
-        speedup = comparison.speedup or 1.0
-        alike = self.device == base.device and (self.threads is None) == (base.threads is None)
-        efficiency = speedup * base.units / self.units if alike else None
-        return replace(self, speedup=speedup, interval=comparison.speedup_interval, efficiency=efficiency)
-
-
-def scaling(runs: Sequence[Run]) -> list[list[Scaled]]:
-    """Return every case that is there both on one device and over ranks, of the same work and dtype.
-
-    The first of a group is the base: of several on one device, that with the fewest threads.
-    """
-    timed = [_scaled(place, run, case) for place, run in enumerate(runs) for case in run.cases]
-    groups = grouped(filter(None, timed), lambda row: (*key(row.case), row.case.dtype))
-    scalings = []
-    for rows in groups.values():
-        base = min((row for row in rows if row.case.spread is None), key=lambda row: row.units, default=None)
-        others = [row.over(base) for row in rows if base and row is not base and _same_work(runs, base, row)]
-        if base and any(row.case.spread for row in others):
-            scalings.append([base, *sorted(others, key=lambda row: (row.case.spread is not None, row.units))])
-    return scalings
-
-
-def _same_work(runs: Sequence[Run], base: Scaled, row: Scaled) -> bool:
-    return not (_run_differences(runs[base.run], runs[row.run]) or _workload_differences(base.case, row.case))
-
-
-def _scaled(place: int, run: Run, case: Case) -> Scaled | None:
-    """Return a case that has a number; threads count only where they are the device."""
-    threads = run.environment.get("torch_threads", "")
-    on_host = run.backend.device == run.environment.get("processor")
-    counts = on_host and re.fullmatch("[1-9][0-9]{0,5}", threads)  # not thousands of digits
-    row = Scaled(place, case, run.backend.device, int(threads) if counts else None)
-    return row if case.latency_ms else None

@@ -1,27 +1,21 @@
-"""Read, upgrade, check and write result files: those of runs, and those of `ceilings`. Needs no torch.
-
-Ranges of single fields are in the schema. Beyond them a file is refused where it was cut or edited so that a
-reader would fail on it.
-"""
+"""Read, upgrade and write result files: those of runs, and those of `ceilings`. Needs no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import msgspec
 
 from mla.bench.results import cases
-from mla.bench.results.schema import CEILINGS_VERSION, SCHEMA_VERSION, Case, CeilingRun, Run
+from mla.bench.results.schema import CEILINGS_VERSION, SCHEMA_VERSION, CeilingRun, Run
 from mla.command.files import write_bytes
-from mla.errors import ResultError, UsageError
-from mla.parallel.layout import Layout
+from mla.errors import ResultError
 from mla_backends import outside
 from mla_backends.outside import escaped, shortened
 
 T = TypeVar("T")
-Faults = Iterator[tuple[str, str]]  # what is wrong, and the JSON path of where
 
 _MAX_BYTES = 1 << 30  # bytes of a file: thousands of cases come to some 100 MB
 
@@ -44,10 +38,7 @@ def decode(data: bytes) -> Run:
     if other := head.other():
         raise ResultError(f"not a {kind}: {other}")
     check_version(head.schema_version, SCHEMA_VERSION, kind)
-    run = _upgrade(parsed(data, Run, kind))
-    if fault := fault_of_run(run):
-        raise ResultError(f"not a {kind}: {fault}.")
-    return printable(run)
+    return printable(_upgrade(parsed(data, Run, kind)))
 
 
 def parsed(data: bytes, type_: type[T], kind: str) -> T:
@@ -99,70 +90,6 @@ def decode_ceilings(data: bytes) -> CeilingRun:
     kind = "ceilings file"
     check_version(parsed(data, _Head, kind).schema_version, CEILINGS_VERSION, kind)
     return printable(parsed(data, CeilingRun, kind))
-
-
-def fault_of_run(run: Run) -> str | None:
-    """Return the first fault of a run with its JSON path; None for a valid one."""
-    seen = set()
-    for index, case in enumerate(run.cases):
-        path = f"$.cases[{index}]"
-        key = (case.scenario, case.base, frozenset(case.point.items()), case.implementation, case.dtype)
-        if key in seen:
-            return f"A second case of '{case.scenario}, {case.implementation}' - at `{path}`"
-        seen.add(key)
-        for what, where in _faults(case):
-            return f"{what} - at `{path}{where}`"
-    if run.plan is not None and len(run.plan.options) % 2:
-        return "Expected options and values in pairs - at `$.plan.options`"
-    return None
-
-
-def _faults(case: Case) -> Faults:
-    yield from _names(case)
-    if len(case.query_lens) != len(case.history) or not any(case.query_lens):
-        yield "Expected a history for every request, and a new token", ".query_lens"
-    if (case.latency_ms is None) != (case.tokens_per_s is None):
-        yield "Expected both `latency_ms` and `tokens_per_s` or neither", ""
-    ways = [("", case.check, case.latency_ms)]
-    ways += [(f".timings[{at}]", way.check, way.latency_ms) for at, way in enumerate(case.timings)]
-    for where, check, latency in ways:
-        if latency is not None and check.status in ("wrong", "doubtful"):
-            yield f"Expected no number where the check is {check.status}", f"{where}.latency_ms"
-    if case.latency_ms is not None:
-        yield from _numbers(case)
-    if case.spread is not None:
-        try:
-            world = Layout.parse(case.spread.layout).world
-        except UsageError as error:
-            yield str(error).rstrip("."), ".spread.layout"
-        else:
-            if [rank.rank for rank in case.spread.ranks] != list(range(world)):
-                yield f"Expected ranks 0 to {world - 1}, as many as the layout has", ".spread.ranks"
-
-
-def _names(case: Case) -> Faults:
-    """Yield names that no workload may have: they identify a case, so escaping them would make another."""
-    for name in ("scenario", "base", "implementation"):
-        text = getattr(case, name)
-        if not text.isprintable() or not (text.strip() or name == "base"):
-            yield f"Expected a printable name, got {text!a}", f".{name}"
-    for axis, value in case.point.items():
-        if not f"{axis}{value}".isprintable():
-            yield f"Expected a printable axis and value, got {axis!a} and {value!a}", ".point"
-
-
-def _numbers(case: Case) -> Faults:
-    """Yield that samples were cut, that they cannot be divided by, or that an interval is none."""
-    passes = cases.passes_of(case)
-    if sum(map(len, passes)) != case.passes * case.steps_per_pass:
-        expected = f"{case.passes} passes of {case.steps_per_pass} steps, got {sum(map(len, passes))}"
-        yield f"Expected the samples of {expected}", ".latency_ms.samples"
-    elif not all(map(sum, passes)):
-        yield "Expected passes that take time", ".latency_ms.samples"
-    for name in ("latency_ms", "tokens_per_s"):
-        low, high = getattr(getattr(case, name), "ci95", None) or (0.0, 0.0)
-        if low > high:
-            yield "Expected the lower end first", f".{name}.ci95"
 
 
 def _upgrade(run: Run) -> Run:

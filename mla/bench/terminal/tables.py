@@ -1,4 +1,4 @@
-"""Tables of ranks, of stages, of two runs and of scaling, for the terminal and the page.
+"""Tables of ranks, of stages and of two runs, for the terminal and the page.
 
 Results alone are read, so torch is not needed.
 """
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from mla.bench.results import compare
 from mla.bench.results.cases import imbalance, imbalances, repeated
-from mla.bench.results.compare import Comparison, Scaled
+from mla.bench.results.compare import Comparison
 from mla.bench.results.schema import Case, Interval, RankFacts, Roofline, Run, Spread, Stage
 from mla.bench.results.stats import median
 from mla.bench.terminal.digits import estimated, limit, number, per_second, percent
@@ -22,9 +22,8 @@ from mla_backends.outside import escaped
 
 NAMES = ("scenario", "implementation")
 # Columns that hold words, in any table.
-WORDS = (*NAMES, "stage", "layout", "on")
+WORDS = (*NAMES, "stage")
 COMPARED = (*NAMES, "base median ms", "new median ms", "time ratio", "90% CI", "verdict")
-SCALED = ("layout", "on", "latency ms", "speedup", "90% CI", "efficiency", "collectives ms", "repeated")
 RANKS = ("rank", "ms", "collectives ms", "imbalance", "sent", "cache", "weights")
 STAGES = ("stage", "ms", "share %", "FLOP/s", "GB/s", "% of limit")
 MEASURED_RANKS = (
@@ -93,33 +92,6 @@ def compare_runs(
         notes += [f"the {which} run was `{escaped(' '.join(argv))}`" for which, argv in ran.items()]
         compared = compared._replace(rows=(), notes=notes)
     return compared.text(kind), cases
-
-
-def scaling(scalings: Iterable[Sequence[Scaled]]) -> list[Table]:
-    """Return a table for every scenario that is there on ranks and on one device."""
-    tables = []
-    for base, *others in scalings:
-        units = "devices" if base.threads is None else "cores"
-        notes = [f"Speedup is over the first row; efficiency is speedup / {units} used."]
-        if elsewhere := dict.fromkeys(row.device for row in others if row.device != base.device):
-            notes.append(f"no efficiency on {', '.join(elsewhere)}: the base ran on {base.device}")
-        rows = [_scaled(row) for row in (base, *others)]
-        tables.append(Table(f"strong scaling of {name(base.case)}", SCALED, rows, notes))
-    return tables
-
-
-def _scaled(row: Scaled) -> tuple[str, ...]:
-    spread, share = row.case.spread, repeated(row.case)
-    return (
-        row.layout,
-        row.on,
-        estimated(row.case.latency_ms),
-        f"{row.speedup:.2f}",
-        bounds(row.interval, 2),
-        percent(row.efficiency),
-        number(median([rank.collective_ms for rank in spread.ranks]) if spread else None),
-        percent(share.of(row.case.roofline.bound) if share else None),
-    )
 
 
 # --------------------------------------------------------------------------------------------------- ranks

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pytest
-
 from mla.bench import results
 from mla.bench.report import data, summary
 
@@ -118,31 +116,19 @@ def test_the_cases_in_doubt_are_named_with_reasons_up_to_a_few(case: Case) -> No
     ]
 
 
-@pytest.fixture
-def against(make_run: Any, case: Case) -> Callable[..., list[str]]:
-    """Return what is said of two files with these latencies by implementation."""
-
-    def against(base: dict[str, float], new: dict[str, float]) -> list[str]:
-        runs = [make_run(), make_run()]
-        for run, times in zip(runs, (base, new), strict=True):
-            run.cases = [timed(case, ms, implementation=name) for name, ms in times.items()]
-        return summary.between_files(*data.result_files(["/x/old.json", "/x/new.json"], runs))
-
-    return against
-
-
-def test_files_are_compared_with_their_intervals_and_verdicts(against: Any) -> None:
-    (sentence,) = against({"mla": 2.0}, {"mla": 1.0})
-    assert sentence == "FASTER: prefill, mla is 2.00x (1.96 .. 2.04) as fast in B as in A"
-    (sentence,) = against({"mla": 1.0}, {"mla": 2.0})
-    assert sentence.startswith("SLOWER: prefill, mla is 0.50x (")
-
-
-def test_what_cannot_be_compared_is_counted(against: Any) -> None:
-    sentences = against({"mla": 2.0}, {"b": 2.0})
-    reasons = [f"missing from the {which} run" for which in ("base", "new")]
-    refused = "; ".join(f"1 REFUSED ({reason})" for reason in reasons)
-    assert sentences == [f"B new.json against A old.json: {refused}"]
+def test_files_are_compared_with_their_intervals_and_verdicts(make_run: Any, case: Case) -> None:
+    runs = [make_run(), make_run()]
+    for run, times in zip(runs, ({"mla": 2.0, "a": 1.0}, {"mla": 1.0, "b": 1.0}), strict=True):
+        run.cases = [timed(case, ms, implementation=name) for name, ms in times.items()]
+    runs[1].seed = 1
+    table = summary.compared(*data.result_files(["/x/old.json", "/x/new.json"], runs))
+    assert table.title == "B new.json against A old.json"
+    assert list(table.rows[0])[4:] == ["0.500", "0.490 .. 0.510", "FASTER"]
+    assert table.notes == [
+        "Warning: seed differs: 0 and 1.",
+        "prefill, b: missing from the base run",
+        "prefill, a: missing from the new run",
+    ]
 
 
 def test_lengths_are_folded() -> None:
