@@ -20,12 +20,11 @@ TEMPLATE = Path(__file__).with_name("template")
 SUFFIX = ".template"  # keeps linters and type checkers away from templates
 NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")  # fits a module, a distribution and a torch device
 MAX_NAME_LENGTH = 32  # the template's lines are formatted for names up to this length
-COMMANDS = (
-    "pip install -e .",
-    "python -m mla.bench doctor {name}",
-    "python -m mla.bench --backend {name}",
-    "python -m mla.conformance --backend {name} --xfails xfails.txt",
-)
+COMMANDS = """\
+pip install -e .
+python -m mla.bench doctor {name}
+python -m mla.bench --backend {name}
+python -m mla.conformance --backend {name} --xfails xfails.txt"""
 
 
 class NewBackendError(MLAError):
@@ -44,19 +43,30 @@ def create(name: str, folder: Path) -> None:
 
 def next_commands(name: str, folder: Path) -> str:
     """Return the message to print once the project is written."""
-    lines = [f"cd {shlex.quote(str(folder))}", *_commands(name)]
-    return f"wrote the project of backend '{name}'; continue with\n\n" + "".join(
-        f"  {line}\n" for line in lines
-    )
+    lines = [f"cd {shlex.quote(str(folder))}", *COMMANDS.format(name=name).splitlines()]
+    listed = "".join(f"  {line}\n" for line in lines)
+    return f"wrote the project of backend '{name}'; continue with\n\n{listed}"
 
 
 def render(name: str) -> dict[str, str]:
     """Return path -> text of every file of the project."""
-    values = _values(name)
-    return {
-        _path(source, values["package"]): Template(source.read_text(encoding="utf-8")).substitute(values)
-        for source in sorted(TEMPLATE.rglob(f"*{SUFFIX}"))
+    major, minor = mla.__version__.split(".")[:2]
+    values = {
+        "name": name,
+        "class_name": "".join(map(str.capitalize, name.split("_"))) + "Backend",
+        "package": f"mla_backend_{name}",
+        "distribution": f"mla-backend-{name.replace('_', '-')}",
+        "extension": f"torch_{name}",
+        "api_version": str(API_VERSION),
+        "bound": f">={major}.{minor},<{major}.{int(minor) + 1}",
+        "commands": COMMANDS.format(name=name),
     }
+    project = {}
+    for source in sorted(TEMPLATE.rglob(f"*{SUFFIX}")):
+        path = source.relative_to(TEMPLATE).as_posix().removesuffix(SUFFIX)
+        text = Template(source.read_text(encoding="utf-8")).substitute(values)
+        project[re.sub("^package/", f"{values['package']}/", path)] = text
+    return project
 
 
 def _check_name(name: str) -> None:
@@ -76,37 +86,13 @@ def _check_name(name: str) -> None:
 
 def _check_folder(folder: Path) -> None:
     if folder.is_dir():
-        if any(folder.iterdir()):
-            raise NewBackendError(f"cannot write '{folder}': it is not empty.")
+        fault = "it is not empty" if any(folder.iterdir()) else ""
     elif os.path.lexists(folder):
-        raise NewBackendError(f"cannot write '{folder}': it is not a folder.")
-    elif not folder.parent.is_dir():
-        raise NewBackendError(f"cannot write '{folder}': there is no folder '{folder.parent}'.")
-
-
-def _commands(name: str) -> list[str]:
-    return [command.format(name=name) for command in COMMANDS]
-
-
-def _values(name: str) -> dict[str, str]:
-    """Return the values of the template's placeholders."""
-    major, minor = mla.__version__.split(".")[:2]
-    return {
-        "name": name,
-        "class_name": "".join(map(str.capitalize, name.split("_"))) + "Backend",
-        "package": f"mla_backend_{name}",
-        "distribution": f"mla-backend-{name.replace('_', '-')}",
-        "extension": f"torch_{name}",
-        "api_version": str(API_VERSION),
-        "bound": f">={major}.{minor},<{major}.{int(minor) + 1}",
-        "commands": "\n".join(_commands(name)),
-    }
-
-
-def _path(source: Path, package: str) -> str:
-    """Return a template file's path in the project."""
-    path = source.relative_to(TEMPLATE).as_posix().removesuffix(SUFFIX)
-    return re.sub("^package/", f"{package}/", path)
+        fault = "it is not a folder"
+    else:
+        fault = "" if folder.parent.is_dir() else f"there is no folder '{folder.parent}'"
+    if fault:
+        raise NewBackendError(f"cannot write '{folder}': {fault}.")
 
 
 def _write(files: Mapping[str, str], folder: Path) -> None:

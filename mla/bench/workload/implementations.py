@@ -50,7 +50,14 @@ def parse_one(text: str) -> Named:
         raise UsageError(
             f"'{text.strip()}': {base} cannot be given ops in brackets; only {' and '.join(OURS)} can."
         )
-    pairs = [_pair(item, text.strip()) for item in form[2].split(",")]
+    pairs = []
+    for item in form[2].split(","):
+        key, _, op = (part.strip() for part in item.partition("="))
+        if not key or not op:
+            raise UsageError(
+                f"'{text.strip()}': brackets hold ROLE=OP, separated by commas, got '{item.strip()}'."
+            )
+        pairs.append((key, op))
     if twice := repeated(key for key, _ in pairs):
         raise UsageError(f"'{text.strip()}' gives {twice} two ops: keep one.")
     return Named(base, tuple(sorted(pairs)))
@@ -59,10 +66,3 @@ def parse_one(text: str) -> Named:
 def is_ours(name: str) -> bool:
     """Return whether an implementation runs our layer."""
     return parse_one(name).base in OURS
-
-
-def _pair(item: str, whole: str) -> tuple[str, str]:
-    key, _, op = (part.strip() for part in item.partition("="))
-    if not key or not op:
-        raise UsageError(f"'{whole}': brackets hold ROLE=OP, separated by commas, got '{item.strip()}'.")
-    return key, op

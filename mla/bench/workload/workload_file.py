@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import msgspec
 
 from mla.bench.workload.grid import parse_batch_spec
-from mla.bench.workload.scenario import MAX_REQUESTS, Scenario, check_lengths
+from mla.bench.workload.scenario import MAX_REQUESTS, Scenario, check_lengths, repeated
 from mla.errors import UsageError, did_you_mean, unknown
 from mla_backends import outside
 from mla_backends.outside import escaped, quoted, shortened
@@ -62,21 +63,30 @@ class Workload:
 
 def read_workload(source: str) -> Workload:
     """Read a shipped workload by name, or any by path. Raises `UsageError`."""
-    text = _read(source)
+    where, shipped = f"workload '{source}'", resources.files("mla.bench.workload") / f"{source}.toml"
     try:
-        document = msgspec.convert(tomllib.loads(text), _File)
-    except msgspec.ValidationError as error:
-        raise UsageError(f"workload '{source}': {_why(error)}; it needs [[scenario]] tables.") from error
-    except (ValueError, RecursionError) as error:  # absurd numbers and nesting do not raise TOMLDecodeError
-        raise UsageError(f"workload '{source}' is not valid TOML: {_why(error)}.") from error
-    scenarios = [
-        _scenario(source, table) for given in document.scenario for table in _one_each(source, given)
-    ]
-    names = [scenario.name for scenario in scenarios]
-    if not names or len(set(names)) != len(names):
-        raise UsageError(f"workload '{source}' needs at least one scenario, each with a unique name.")
-    config = _beside(source, document.config) if document.config else None
-    return Workload(source, scenarios, document.about, document.source, config, document.op)
+        text = shipped.read_text(encoding="utf-8") if source in PRESETS else outside.read(source).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {where}: {getattr(error, 'strerror', None) or error}.") from error
+    with _blaming(f"{where} is not valid TOML"):
+        document = tomllib.loads(text)
+    with _blaming(where, "; it needs [[scenario]] tables"):
+        file = msgspec.convert(document, _File)
+    scenarios = [_scenario(where, table) for given in file.scenario for table in _one_each(where, given)]
+    twice = repeated(scenario.name for scenario in scenarios)
+    if not scenarios or twice:
+        raise UsageError(f"{where} needs at least one scenario, each with a unique name.")
+    config = _beside(source, file.config) if file.config else None
+    return Workload(source, scenarios, file.about, file.source, config, file.op)
+
+
+@contextmanager
+def _blaming(where: str, cure: str = "") -> Iterator[None]:
+    """Say what is wrong with a file and where; absurd numbers and nesting have errors of their own."""
+    try:
+        yield
+    except (msgspec.ValidationError, ValueError, RecursionError) as error:
+        raise UsageError(f"{where}: {shortened(escaped(str(error)))}{cure}.") from error
 
 
 def _beside(source: str, config: str) -> str:
@@ -85,73 +95,50 @@ def _beside(source: str, config: str) -> str:
     return str(path) if "/" in config or config.endswith(".json") or path.is_dir() else config
 
 
-def _one_each(source: str, table: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _one_each(where: str, table: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield a table for each batch spec that `table` lists, named after it; other tables as they are."""
     if "batch_spec" not in table:
         yield table
         return
-    specs = table["batch_spec"] if isinstance(table["batch_spec"], list) else [table["batch_spec"]]
+    given = table["batch_spec"]
+    specs = given if isinstance(given, list) else [given]
     if not specs or not all(isinstance(spec, str) for spec in specs):
         raise UsageError(
-            f"workload '{source}': batch_spec takes a text such as \"16q1s4k\", or a list of them, "
-            f"got {quoted(table['batch_spec'])}."
+            f'{where}: batch_spec takes a text such as "16q1s4k", or a list of them, got {quoted(given)}.'
         )
-    said = next((key for key in _FIXED_BY_SPEC if key in table), None)
-    if said:
-        raise UsageError(f"workload '{source}': a batch_spec says what '{said}' would: leave '{said}' out.")
+    if said := next((key for key in _FIXED_BY_SPEC if key in table), None):
+        raise UsageError(f"{where}: a batch_spec says what '{said}' would: leave '{said}' out.")
     for spec in specs:
-        try:
+        with _blaming(where):
             query_lens, history = parse_batch_spec(spec)
-        except ValueError as error:
-            raise UsageError(f"workload '{source}': {_why(error)}.") from error
         lengths = {"mode": "prefill", "query_lens": list(query_lens), "history": list(history)}
         name = table.get("name", "")
         named = f"{name} {spec}".lstrip() if isinstance(name, str) else name  # which is refused later
         yield {**table, **lengths, "batch_spec": spec, "name": named}
 
 
-def _read(source: str) -> str:
-    shipped = resources.files("mla.bench.workload") / f"{source}.toml"
-    try:
-        return shipped.read_text(encoding="utf-8") if source in PRESETS else outside.read(source).decode()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"cannot read workload '{source}': {reason}.") from error
-
-
-def _scenario(source: str, table: dict[str, Any]) -> Scenario:
-    where = f"workload '{source}', scenario {quoted(table.get('name', '?'))}"
+def _scenario(file: str, table: dict[str, Any]) -> Scenario:
+    where = f"{file}, scenario {quoted(table.get('name', '?'))}"
     _check_keys(where, table)
-    try:
+    with _blaming(where):
         lists: dict[str, Any] = {
             key: parse_lengths(table[key]) for key in ("query_lens", "history") if key in table
         }
         scenario = msgspec.convert({**table, **lists}, Scenario)
-    except (msgspec.ValidationError, ValueError) as error:
-        raise UsageError(f"{where}: {_why(error)}.") from error
     check_lengths(where, scenario)
     if not scenario.name.strip() or not scenario.name.isprintable():
-        raise UsageError(
-            f"workload '{source}': {quoted(scenario.name)} is not a valid name: use one line of text."
-        )
+        raise UsageError(f"{file}: {quoted(scenario.name)} is not a valid name: use one line of text.")
     return scenario
-
-
-def _why(error: Exception) -> str:
-    """Return what an error says, where that may quote the file."""
-    return shortened(escaped(str(error)))
 
 
 def _check_keys(where: str, table: Mapping[str, Any]) -> None:
     """Raise `UsageError` for unknown and for missing keys."""
     fields = msgspec.structs.fields(Scenario)
     known = [field.encode_name for field in fields]
-    for key in table:
-        if key not in known:
-            fixed = _FIXED_BY_SPEC if "batch_spec" in table else ()
-            free = [name for name in known if name not in fixed]
-            hint = did_you_mean(key, free)
-            raise UsageError(f"{where}: unknown key {quoted(key)}.{hint} Choose from: {', '.join(free)}.")
+    if strange := next((key for key in table if key not in known), None):
+        free = [name for name in known if "batch_spec" not in table or name not in _FIXED_BY_SPEC]
+        hint = did_you_mean(strange, free)
+        raise UsageError(f"{where}: unknown key {quoted(strange)}.{hint} Choose from: {', '.join(free)}.")
     missing = [field.encode_name for field in fields if field.required and field.encode_name not in table]
     if missing:
         raise UsageError(f"{where}: it has no {' and no '.join(missing)}.")
