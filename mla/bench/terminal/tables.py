@@ -22,7 +22,7 @@ from mla_backends.outside import escaped
 
 NAMES = ("scenario", "implementation")
 # Columns that hold words, in any table.
-WORDS = (*NAMES, "stage")
+WORDS = (*NAMES, "stage", "verdict")
 COMPARED = (*NAMES, "base median ms", "new median ms", "time ratio", "90% CI", "verdict")
 RANKS = ("rank", "ms", "collectives ms", "imbalance", "sent", "cache", "weights")
 STAGES = ("stage", "ms", "share %", "FLOP/s", "GB/s", "% of limit")
@@ -69,7 +69,7 @@ def comparison(title: str, cases: Sequence[Comparison]) -> Table:
     for why, same in grouped((case for case in cases if case.remarks), lambda case: case.remarks).items():
         more = f" and {len(same) - MAX_NAMED} more" * (len(same) > MAX_NAMED)
         notes.append(f"{'; '.join(name(case) for case in same[:MAX_NAMED])}{more}: {why}")
-    return Table(title, COMPARED, list(map(_compared, cases)), notes, COMPARED)
+    return Table(title, COMPARED, list(map(_compared, cases)), notes)
 
 
 def _compared(case: Comparison) -> tuple[str, ...]:
