@@ -57,7 +57,6 @@ def queries_per_call(heads: int, keys: int) -> int:
 
 
 # ----------------------------------------------------------------------------------------- expanded
-# Ordinary multi-head attention, one ragged segment after another.
 class ExpandedAttention(FusedOp):
     """Ordinary multi-head attention, one ragged segment after another."""
 
@@ -246,41 +245,13 @@ def _gather_rows(rows: Sequence[_Row], heads: int, width: int) -> Iterator[list[
 
 
 def _groups(groups: Sequence[Sequence[_Row]], batch: BatchView) -> Iterator[_Group]:
-    """Resolve groups; tables go to the device only if a group needs more than a slice of the batch's own."""
-    uniform = [_is_uniform(members) for members in groups]
-    if all(uniform):
-        yield from (_uniform_group(members, batch) for members in groups)
-        return
-    index = _index(groups, batch.block_table.device)
-    parts = index.split([len(members) for members in groups])
-    for plain, members, part in zip(uniform, groups, parts, strict=True):
-        yield _uniform_group(members, batch) if plain else _group(members, part, batch)
-
-
-def _is_uniform(members: Sequence[_Row]) -> bool:
-    """Return whether the rows are single queries of adjacent requests with the same number of keys."""
-    first, last = members[0], members[-1]
-    return (
-        first.queries == 1
-        and first.keys == last.keys  # they are sorted by keys, and then by request
-        and last.request - first.request == len(members) - 1 == last.first_query - first.first_query
-    )
-
-
-def _uniform_group(members: Sequence[_Row], batch: BatchView) -> _Group:
-    """Resolve rows that need neither padding nor a mask nor tables of their own."""
-    first, count = members[0], len(members)
-    table = batch.block_table[first.request : first.request + count, : -(-first.keys // batch.page_size)]
-    tokens = slice(first.first_query, first.first_query + count)
-    return _Group(count, 1, first.keys, tokens, table.reshape(-1), None, None)
-
-
-def _index(groups: Sequence[Sequence[_Row]], device: torch.device) -> torch.Tensor:
-    """Return [rows, 3] int64 on the device: request, owned keys, first query; one copy for all groups."""
+    """Resolve groups; one copy takes [rows, 3] int64 to the device: request, owned keys, first query."""
     values = [
         value for members in groups for row in members for value in (row.request, row.keys, row.first_query)
     ]
-    return upload(host_ints(values).view(-1, 3), device)
+    index = upload(host_ints(values).view(-1, 3), batch.block_table.device)
+    for members, part in zip(groups, index.split([len(members) for members in groups]), strict=True):
+        yield _group(members, part, batch)
 
 
 def _group(members: Sequence[_Row], index: torch.Tensor, batch: BatchView) -> _Group:
