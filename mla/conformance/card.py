@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 from mla.command.display import markdown
-from mla.conformance.report import Cases, CheckResult, ConformanceReport, Status
-from mla.text import grouped
+from mla.conformance.report import CheckResult, ConformanceReport, Status
+from mla.text import counted, grouped
 
 # How many wrong cases of a check are listed.
 MOST_CASES = 5
@@ -53,9 +51,10 @@ def _summary(report: ConformanceReport) -> str:
     told = [status for status in _WORDS if counts[status] or status != "incomplete"]
     listed = ", ".join(f"{counts[status]} {_WORDS[status]}" for status in told)
     cut = f" (interrupted, {report.planned} planned)" if report.interrupted else ""
-    count = "1 check" if len(checks) == 1 else f"{len(checks)} checks"
-    late = f"; {left}" if (left := left_for_time(checks)) else ""
-    return f"{count}{cut}: {listed}; {sum(result.seconds for result in checks):.1f} s{late}"
+    late = sum(result.late for result in checks)
+    left = f"; {counted(late, 'fixed case')} left out as time was up" if late else ""
+    seconds = sum(result.seconds for result in checks)
+    return f"{counted(len(checks), 'check')}{cut}: {listed}; {seconds:.1f} s{left}"
 
 
 def _header(report: ConformanceReport) -> str:
@@ -96,10 +95,11 @@ def failed_cases(result: CheckResult) -> list[str]:
 
 def _seconds(checks: Iterable[CheckResult]) -> str:
     """Return what every group of checks took, the longest first."""
-    taken: Counter[str] = Counter()
-    for result in checks:
-        taken[_group(result)] += result.seconds  # type: ignore[assignment]  # a counter takes floats as well
-    return ", ".join(f"{group} {seconds:.1f}" for group, seconds in taken.most_common())
+    taken = {
+        group: sum(result.seconds for result in members) for group, members in grouped(checks, _group).items()
+    }
+    longest = sorted(taken.items(), key=lambda pair: -pair[1])
+    return ", ".join(f"{group} {seconds:.1f}" for group, seconds in longest)
 
 
 def _rows(checks: Iterable[CheckResult]) -> Iterator[tuple[str, ...]]:
@@ -108,8 +108,7 @@ def _rows(checks: Iterable[CheckResult]) -> Iterator[tuple[str, ...]]:
         ratios = [result.error_ratio for result in members if result.error_ratio is not None]
         ratio = f"{max(ratios):.2g}" if ratios else ""
         note = "; ".join(dict.fromkeys(result.note for result in members if result.note))
-        cases = _counted([result.cases for result in members])
-        yield tuple(map(_one_line, (name, of or "device", _result(members), cases, ratio, note)))
+        yield tuple(map(_one_line, (name, of or "device", _result(members), _cases(members), ratio, note)))
 
 
 def _result(members: Sequence[CheckResult]) -> str:
@@ -122,10 +121,10 @@ def _result(members: Sequence[CheckResult]) -> str:
     return "; ".join(f"{word} {', '.join(result.dtype for result in ended)}" for word, ended in ends.items())
 
 
-def _counted(members: Sequence[Cases]) -> str:
+def _cases(members: Sequence[CheckResult]) -> str:
     """Return how many cases there are, and of them "3 wrong, 2 refused, 4 left out"."""
     words = {"passed": "", "failed": "wrong", "refused": "refused", "left_out": "left out"}
-    counts = {word: sum(getattr(result, name) for result in members) for name, word in words.items()}
+    counts = {word: sum(getattr(result.cases, name) for result in members) for name, word in words.items()}
     extra = [f"{count} {word}" for word, count in counts.items() if word and count]
     return ", ".join([str(sum(counts.values())), *extra])
 
@@ -152,22 +151,22 @@ def _refusals(checks: Sequence[CheckResult]) -> Iterator[str]:
         for result in checks
         for reason in dict.fromkeys(each.reason for each in result.refusals)
     ]
-    for (of, reason), members in grouped(pairs, lambda pair: (pair[0].of, pair[1])).items():
-        concerned = ", ".join(_concerned([result for result, _ in members], checks))
-        yield f"{f'`{of}`: ' if of else ''}{_flat(reason)}: {concerned}"
+    for (of, reason), concerned in grouped(pairs, lambda pair: (pair[0].of, pair[1])).items():
+        names = ", ".join(_concerned([result for result, _ in concerned], checks))
+        yield f"{f'`{of}`: ' if of else ''}{_flat(reason)}: {names}"
 
 
 def _concerned(members: Sequence[CheckResult], checks: Sequence[CheckResult]) -> Iterator[str]:
     """Yield the names of checks with their dtypes, a group of several that is refused as a whole as one."""
 
-    def key(result: CheckResult) -> tuple[str, str, str]:
-        return _group(result), result.of, result.dtype
+    def of_group(result: CheckResult, among: Iterable[CheckResult]) -> int:
+        alike = _group(result), result.of, result.dtype
+        return sum((_group(other), other.of, other.dtype) == alike for other in among)
 
-    sizes = Counter(map(key, checks))
-    refused = Counter(key(result) for result in members if result.status == "refused")
+    refused = [result for result in members if result.status == "refused"]
 
     def name(result: CheckResult) -> str:
-        if refused[key(result)] == max(2, sizes[key(result)]):
+        if of_group(result, refused) == max(2, of_group(result, checks)):
             return f"{_group(result)}.*"
         return result.check if result.status == "refused" else f"{result.check} (some)"
 
@@ -207,88 +206,49 @@ _ALWAYS = (
 )
 
 
-@dataclass(frozen=True)
-class Extent:
-    """How far a run went."""
-
-    quick: bool
-    only: Sequence[str]  # patterns; empty: every check
-    claimed: Sequence[str]  # dtypes
-    checked: Sequence[str]
-    planned: int  # checks
-
-
-def blind(extent: Extent, checks: Sequence[CheckResult]) -> list[str]:
-    """Return what a run cannot have seen, one sentence each; what depends on the run comes first."""
-    cut = [*_cut(extent, checks), *_few(checks), *_late(checks), *_idle(extent, checks)]
-    return [*cut, *_reached(checks), *_all_refused(checks), *_other_dtypes(extent), *_ALWAYS]
-
-
-def _cut(extent: Extent, checks: Sequence[CheckResult]) -> Iterator[str]:
-    if len(checks) < extent.planned:
-        missing = extent.planned - len(checks)
-        yield f"What {missing} of {extent.planned} checks ask: the run ended before them."
-    if extent.only:
-        yield f"What other checks ask: only {', '.join(extent.only)} ran."
-    if extent.quick:
+def blind(
+    checks: Sequence[CheckResult],
+    planned: int,  # checks
+    quick: bool = False,
+    only: Sequence[str] = (),  # patterns; empty: every check
+    claimed: Sequence[str] = (),  # dtypes
+    asked: Sequence[str] = (),  # dtypes
+) -> Iterator[str]:
+    """Yield what a run cannot have seen, one sentence each; what depends on the run comes first."""
+    if len(checks) < planned:
+        yield f"What {planned - len(checks)} of {planned} checks ask: the run ended before them."
+    if only:
+        yield f"What other checks ask: only {', '.join(only)} ran."
+    if quick:
         yield "What more draws would find: --quick has few of them."
-
-
-def _few(checks: Sequence[CheckResult]) -> Iterator[str]:
-    few = [result.id for result in checks if result.status == "incomplete"]
-    if few:
-        yield f"What more draws would find: too few of {', '.join(few)} (--minutes or --draws gives more)."
-
-
-def left_for_time(checks: Iterable[CheckResult]) -> str:
-    """Return how many fixed cases time was too short for, as a clause; empty if there are none."""
-    count = sum(result.late for result in checks)
-    return f"{_fixed(count)} left out as time was up" if count else ""
-
-
-def _fixed(count: int) -> str:
-    return "1 fixed case" if count == 1 else f"{count} fixed cases"
-
-
-def _late(checks: Sequence[CheckResult]) -> Iterator[str]:
-    late = [result for result in checks if result.late]
-    if late:
-        names = ", ".join(dict.fromkeys(map(_group, late)))
-        cases = _fixed(sum(result.late for result in late))
-        yield f"{cases} of {names}: time was up before them (--minutes gives more)."
-
-
-def _idle(extent: Extent, checks: Sequence[CheckResult]) -> Iterator[str]:
-    if not extent.only and any(check.of not in ("", "auto", "reference") for check in checks):
+    if few := ", ".join(result.id for result in checks if result.status == "incomplete"):
+        yield f"What more draws would find: too few of {few} (--minutes or --draws gives more)."
+    if late := [result for result in checks if result.late]:
+        cases = counted(sum(result.late for result in late), "fixed case")
+        groups = ", ".join(dict.fromkeys(map(_group, late)))
+        yield f"{cases} of {groups}: time was up before them (--minutes gives more)."
+    if not only and any(result.of not in ("", "auto", "reference") for result in checks):
         yield "The reference on the device, where an op serves most layers (--only '*[reference-*' runs it)."
-
-
-def _reached(checks: Sequence[CheckResult]) -> Iterator[str]:
-    """Say how far checks of index widths got, as memory allowed."""
-    members = [result for result in checks if result.kind == "index" and result.note and result.cases.passed]
-    for check in dict.fromkeys(result.check for result in members):
-        notes = dict.fromkeys(result.note for result in members if result.check == check)
-        yield f"Indices beyond what {check} reached: {', '.join(notes)}."
+    reached = [result for result in checks if result.kind == "index" and result.note and result.cases.passed]
+    for check, members in grouped(reached, lambda result: result.check).items():
+        notes = ", ".join(dict.fromkeys(result.note for result in members))
+        yield f"Indices beyond what {check} reached: {notes}."
+    yield from _all_refused(checks)
+    if unasked := [dtype for dtype in claimed if dtype not in asked]:
+        yield f"{' and '.join(unasked)}: claimed, and not asked for."
+    yield f"Other dtypes than {', '.join(claimed)}: the backend claims no others."
+    yield from _ALWAYS
 
 
 def _all_refused(checks: Sequence[CheckResult]) -> Iterator[str]:
     """Say which ops refused a dtype as a whole, and which kinds of failure in what they serve."""
-    served: dict[tuple[str, str], dict[str, bool]] = {}
-    for result in checks:
-        kinds = served.setdefault((result.dtype, result.of or "the device"), {})
-        kinds[result.kind] = kinds.get(result.kind, False) or result.status != "refused"
     subjects: dict[tuple[str, str], list[str]] = {}
-    for (dtype, of), kinds in served.items():
-        none = [kind for kind, some in kinds.items() if not some]
-        if none:
-            what = "Anything" if len(none) == len(kinds) else f"What fails by {' or '.join(none)}"
-            subjects.setdefault((what, f" in {dtype}" if dtype else ""), []).append(of)
+    for (dtype, of), members in grouped(checks, lambda result: (result.dtype, result.of)).items():
+        kinds = {result.kind for result in members}
+        refused = kinds - {result.kind for result in members if result.status != "refused"}
+        what = f"What fails by {' or '.join(sorted(refused))}" if refused < kinds else "Anything"
+        if refused:
+            where = f" in {dtype}" if dtype else ""
+            subjects.setdefault((what, where), []).append(of or "the device")
     for (what, where), names in subjects.items():
         yield f"{what}{where} of {', '.join(names)}: all of it was refused."
-
-
-def _other_dtypes(extent: Extent) -> Iterator[str]:
-    unchecked = [dtype for dtype in extent.claimed if dtype not in extent.checked]
-    if unchecked:
-        yield f"{' and '.join(unchecked)}: claimed, and not asked for."
-    yield f"Other dtypes than {', '.join(extent.claimed)}: the backend claims no others."

@@ -17,7 +17,7 @@ from mla.command import environment
 from mla.command.console import note
 from mla.command.display import Progress
 from mla.command.options import open_backend
-from mla.conformance.card import Extent, blind
+from mla.conformance.card import blind
 from mla.conformance.drawn import usual_spec
 from mla.conformance.registry import DEVICE, DRAWN, DTYPE, LAYER, OP, ConformanceCheck, all_checks
 from mla.conformance.report import (
@@ -333,7 +333,7 @@ class Suite:
 
     def _report(self, words: Sequence[str], results: list[CheckResult]) -> ConformanceReport:
         subject, options, dtypes = self.subject, self.options, list(map(dtype_name, self.dtypes))
-        claimed, planned = list(map(dtype_name, claimed_dtypes(subject))), len(self.planned)
+        planned, claimed = len(self.planned), list(map(dtype_name, claimed_dtypes(subject)))
         return ConformanceReport(
             schema_version=SCHEMA_VERSION,
             argv=["python", "-m", "mla.conformance", *words],
@@ -353,5 +353,5 @@ class Suite:
             planned=planned,
             checks=results,
             unused_xfails=self.xfails.unused(),
-            blind=blind(Extent(options.quick, options.only, claimed, dtypes, planned), results),
+            blind=list(blind(results, planned, options.quick, options.only, claimed, dtypes)),
         )

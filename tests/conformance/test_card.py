@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mla.conformance.card import MOST_CASES, Extent, _failures, blind, failed_cases
+from mla.conformance.card import MOST_CASES, _failures, blind, failed_cases
 from mla.conformance.cli import main
 from mla.conformance.registry import KINDS, all_checks, check
 from mla.conformance.report import Cases, CheckResult, Failure
@@ -35,15 +35,9 @@ def result(name: str, status: Any = "pass", of: str = "mine", dtype: str = "floa
     )
 
 
-def extent(**changes: Any) -> Extent:
-    facts: dict[str, Any] = {
-        "quick": False,
-        "only": (),
-        "claimed": ("bfloat16", "float32"),
-        "checked": ("bfloat16", "float32"),
-        "planned": 1,
-    }
-    return Extent(**{**facts, **changes})
+def unseen(results: Any, **changes: Any) -> list[str]:
+    facts = {"claimed": ("bfloat16", "float32"), "asked": ("bfloat16", "float32"), "planned": len(results)}
+    return list(blind(results, **{**facts, **changes}))
 
 
 @pytest.mark.parametrize(("left", "said"), [(0, "its one case"), (3, "the one case that ran")])
@@ -61,8 +55,8 @@ def test_a_kind_that_is_none_is_refused() -> None:
 
 QUICK = "What more draws would find: --quick has few of them."
 SPARED = "The reference on the device, where an op serves most layers (--only '*[reference-*' runs it)."
-ALWAYS = len(blind(extent(), [result("linear.formula")]))
-assert SPARED in blind(extent(), [result("linear.formula")])
+ALWAYS = len(unseen([result("linear.formula")]))
+assert SPARED in unseen([result("linear.formula")])
 
 
 @pytest.mark.parametrize(
@@ -71,11 +65,11 @@ assert SPARED in blind(extent(), [result("linear.formula")])
         ({"quick": True}, QUICK),
         ({"only": ("linear", "*.product")}, "What other checks ask: only linear, *.product ran."),
         ({"planned": 9}, "What 8 of 9 checks ask: the run ended before them."),
-        ({"checked": ("float32",)}, "bfloat16: claimed, and not asked for."),
+        ({"asked": ("float32",)}, "bfloat16: claimed, and not asked for."),
     ],
 )
 def test_a_run_that_was_cut_says_so(changes: dict[str, Any], sentence: str) -> None:
-    said = blind(extent(**changes), [result("linear.formula")])
+    said = unseen([result("linear.formula")], **changes)
     assert sentence in said
     assert len(said) == ALWAYS + (SPARED in said)  # in place of which a choice is named
 
@@ -90,7 +84,7 @@ def test_what_an_op_refused_as_a_whole_is_unseen() -> None:
         result("linear.formula", "pass", of["b"], "float32"),
         result("layer.mixed", "refused", of["b"], "float32"),
     ]
-    said = blind(extent(planned=len(results)), results)
+    said = unseen(results)
     assert "What fails by tiles in float32 of mine: all of it was refused." in said
     assert "Anything in bfloat16 of mine, other: all of it was refused." in said
     assert len(said) == ALWAYS + 2
@@ -102,8 +96,8 @@ def test_how_far_an_index_got_is_said() -> None:
         result("linear.formula", note="unrelated"),
         result("expanded.far_rows", "refused", note="8.6 GB from first to last", cases={"refused": 1}),
     ]
-    assert "Indices beyond what latent.far_pages reached: 4.3 GB from the start." in blind(extent(), results)
-    assert not any("8.6 GB" in sentence for sentence in blind(extent(), results)), "it was refused"
+    assert "Indices beyond what latent.far_pages reached: 4.3 GB from the start." in unseen(results)
+    assert not any("8.6 GB" in sentence for sentence in unseen(results)), "it was refused"
 
 
 def test_the_card_and_the_report_say_what_was_not_seen(tmp_path: Path, capsys: Any) -> None:
