@@ -180,7 +180,7 @@ def _run(suite: Suite, words: Sequence[str]) -> int:
     if options.dump_failure:
         from mla.conformance.failures import Keeper
 
-        suite.keeper = Keeper.into(options.dump_failure, suite)
+        suite.keeper = Keeper(options.dump_failure, suite)
     report = suite.run(words)
     try:
         if options.report:

@@ -10,7 +10,7 @@ import re
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from mla.conformance.report import Drawn
 from mla.conformance.trial import CheckFailed, Drawing, Refused, Trial, ask, raised
 from mla.text import dtype_name
 from mla_backends.api import FusedOp, claimed_formats
-from mla_backends.errors import BackendError, plugin_code
+from mla_backends.errors import BackendError, describe, plugin_code
 
 if TYPE_CHECKING:
     from mla.cases.drawn import Field
@@ -173,8 +173,8 @@ def _search(search: Search, drawing: Drawing, kept: Path | None) -> None:
 
     However short the time, a case is judged if the op serves any: no check ends as refused for lack of time.
     """
-    search.reusing = True
-    for number in kept_numbers(kept) if kept is not None else ():
+    search.reusing, numbers = True, kept_numbers(kept) if kept is not None else []
+    for number in numbers:
         if search.wrong is None:
             search.run(number)
             search.kept += 1
@@ -189,51 +189,39 @@ def _search(search: Search, drawing: Drawing, kept: Path | None) -> None:
         before, drawn = drawn, time.monotonic() - start
         longest = max(longest, drawn - before)
         if search.wrong is not None and kept is not None:
-            _keep(kept, number)
+            _keep(kept, [*numbers, number])
         number += 1
 
 
 def kept_numbers(file: Path) -> list[int]:
-    """Return the numbers of draws that failed before; what is wrong with the file is said on stderr."""
+    """Return the numbers of draws that failed before; why a file is ignored is said on stderr."""
     try:
-        kept, *words = file.read_text().split() or [FORMAT]
+        kept, *numbers = file.read_text().split() or [FORMAT]
+        if kept == FORMAT:
+            return list(dict.fromkeys(map(int, numbers)))
+        why = "the suite that wrote it drew other cases"
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
-        note(f"'{file}' cannot be read, so that no earlier failure comes first: {reason_of(error)}.")
-        return []
-    if kept != FORMAT:
-        note(f"'{file}' is ignored: the suite that wrote it drew other cases.")
-        return []
-    numbers = [int(word) for word in words if re.fullmatch("[0-9]{1,18}", word)]
-    if bad := len(words) - len(numbers):
-        note(f"'{file}' is damaged: {bad} of {len(words)} words in it are not numbers.")
-    return list(dict.fromkeys(numbers))
+        why = describe(error)
+    note(f"'{file}' is ignored, so that no earlier failure comes first: {why}.")
+    return []
 
 
-def _keep(file: Path, number: int) -> None:
-    """Add the number of a draw that failed, in place of those of another format.
-
-    What keeps it from being written is said on stderr.
-    """
+def _keep(file: Path, numbers: Sequence[int]) -> None:
+    """Keep the numbers of draws that failed. What keeps them from being written is said on stderr."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        ours = file.is_file() and file.read_bytes().split()[:1] == [FORMAT.encode()]
-        with file.open("a" if ours else "w") as lines:
-            lines.write(f"{number}\n" if ours else f"{FORMAT}\n{number}\n")
+        file.write_text("".join(f"{line}\n" for line in (FORMAT, *numbers)))
     except OSError as error:
-        note(f"'{file}' cannot be written, so that draw {number} is not kept: {reason_of(error)}.")
-
-
-def reason_of(error: Exception) -> str:
-    """Return what the system says."""
-    return getattr(error, "strerror", None) or type(error).__name__
+        note(f"'{file}' cannot be written, so that draw {numbers[-1]} is not kept: {describe(error)}.")
 
 
 def field_of(trial: Trial, op: FusedOp) -> Field:
     """Return what is drawn from: what the op serves."""
     from mla.cases.drawn import Field
 
+    @functools.cache
     def serves(spec: Any) -> bool:
         return not ask(lambda: list(op.unsupported_reasons(spec)), [])
 
@@ -241,10 +229,8 @@ def field_of(trial: Trial, op: FusedOp) -> Field:
     def takes(spec: Any, new: tuple[int, ...], keys: tuple[int, ...], page: int | None) -> bool:
         return not ask(lambda: list(op.unsupported_batch(spec, new, keys, page)), [])
 
-    served = functools.cache(serves)
     formats = tuple(f"{name}0.5" if name.endswith(":") else name for name in claimed_formats(op))
-    of = (trial.kind, trial.dtype, trial.device)
-    return Field(*of, served, bool(op.lse_optional), takes, formats)
+    return Field(trial.kind, trial.dtype, trial.device, serves, bool(op.lse_optional), takes, formats)
 
 
 def _fail(scene: Scene, reason: str, player: Player) -> None:

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mla.command import environment
 from mla.command.console import note
@@ -14,14 +13,10 @@ from mla.conformance.registry import DRAWN
 from mla.conformance.report import CheckResult, Failure
 from mla.conformance.selection import split
 from mla.conformance.suite import Instance, Suite
-from mla.conformance.trial import BackendUnderTest
 from mla.failures import file
 from mla.failures.call import Watched, Watcher
 from mla_backends.api import Backend, FusedOp
 from mla_backends.errors import describe
-
-if TYPE_CHECKING:
-    from mla.conformance.cli import Options
 
 
 @dataclasses.dataclass
@@ -29,16 +24,13 @@ class Keeper:
     """Writes the first failure of a suite into a folder."""
 
     folder: Path
-    subject: BackendUnderTest
-    options: Options
+    suite: Suite
     kept: bool = dataclasses.field(default=False, init=False)
 
-    @classmethod
-    def into(cls, folder: Path, suite: Suite) -> Keeper:
+    def __post_init__(self) -> None:
         """Make the folder before a long run. Raises `ResultError`."""
-        file.prepare(folder)
-        suite.subject.drawing.folder = folder
-        return cls(folder, suite.subject, suite.options)
+        file.prepare(self.folder)
+        self.suite.subject.drawing.folder = self.folder
 
     def see(self, instance: Instance, result: CheckResult) -> None:
         """Keep the call that a check's first wrong case found, unless one was kept before. Raises nothing."""
@@ -52,14 +44,15 @@ class Keeper:
 
     def _see(self, instance: Instance, case: Failure) -> None:
         drawn = instance.check.fails == DRAWN  # and says what outputs hold before a call
-        watcher = Watcher(self.subject.backend.synchronize, poisons=not drawn)
+        subject = self.suite.subject
+        watcher = Watcher(subject.backend.synchronize, poisons=not drawn)
         op = instance.op and Watched(instance.check.kind, instance.of, instance.op, watcher)
-        backend = with_watched_ops(self.subject.backend, watcher)
+        backend = with_watched_ops(subject.backend, watcher)
         number = split(case.id)[1]
         chosen = None if number is None else frozenset({number})
         again = dataclasses.replace(instance, op=op, chosen=chosen)
-        with self.subject.drawing.only_smallest():
-            again.run(dataclasses.replace(self.subject, backend=backend))
+        drawing = dataclasses.replace(subject.drawing, again=True)
+        again.run(dataclasses.replace(subject, backend=backend, drawing=drawing))
         if watcher.wrong is None:
             why = watcher.reason or "no call of an op in it was wrong when it ran again"
             note(f"--dump-failure kept nothing of {case.id}: {why}")
@@ -72,16 +65,17 @@ class Keeper:
         )
 
     def _origin(self, case: Failure) -> file.Origin:
+        subject, options = self.suite.subject, self.suite.options
         return file.Origin(
-            backend=self.subject.name,
-            options=list(self.options.backend_options),
-            device=str(self.subject.backend.device),
-            command=shlex.join([*self.options.alone, "--only", case.id]),
+            backend=subject.name,
+            options=list(options.backend_options),
+            device=str(subject.backend.device),
+            command=shlex.join([*options.alone, "--only", case.id]),
             where=case.id,
             reason=case.reason,
             created=environment.now(),
             git_commit=environment.git_commit(),
-            environment=environment.environment(self.subject.backend),
+            environment=environment.environment(subject.backend),
         )
 
 

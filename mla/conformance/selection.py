@@ -7,13 +7,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mla.command.console import out
 from mla.command.exit_codes import Exit
-from mla.conformance.registry import DRAWN, KINDS, LAYER, OP, all_checks, matches
+from mla.conformance.registry import KINDS, LAYER, OP, all_checks, matches
 from mla.errors import MLAError, UsageError, did_you_mean
 from mla_backends import outside
 from mla_backends.outside import quoted
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from mla.conformance.trial import BackendUnderTest
 
 Numbers = frozenset[int] | None  # of cases, from 1; None: all
-ALIKE = 0.85  # of two ids that differ by a slip
 MARK = "#"  # between the id of a check and the number of a case
 
 
@@ -41,31 +39,27 @@ def without_case(pattern: str) -> str:
 def split(pattern: str) -> tuple[str, int | None]:
     """Return what names a check, and the number of the case if there is one. Raises `UsageError`."""
     check = without_case(pattern)
-    if check == pattern:
-        return pattern, None
     number = pattern[len(check) + 1 :]
-    if not (check and re.fullmatch("0*[1-9][0-9]{0,8}", number)):
-        raise UsageError(
-            f"'{pattern}': a case is named by its number, as in 'latent.tiles[my_op-bfloat16]#3'."
-        )
-    return check, int(number)
+    if check == pattern:
+        return check, None
+    if check and re.fullmatch("0*[1-9][0-9]{0,8}", number):
+        return check, int(number)
+    raise UsageError(f"'{pattern}': a case is named by its number, as in 'latent.tiles[my_op-bfloat16]#3'.")
 
 
 def chosen_cases(patterns: Sequence[str], check_id: str, subject: str) -> Numbers:
     """Return the cases of a check that the patterns name; none if it is not named at all."""
-    if not patterns:
-        return None
     numbers = {number for check, number in map(split, patterns) if matches(check, check_id, subject)}
-    return None if None in numbers else frozenset(number for number in numbers if number is not None)
+    if not patterns or None in numbers:
+        return None
+    return frozenset(number for number in numbers if number is not None)
 
 
 def require_cases(planned: Iterable[Instance], subject: BackendUnderTest) -> None:
     """Raise `UsageError` unless every check has the cases that were chosen of it."""
     for instance in planned:
-        if instance.chosen is None:
-            continue
-        count = max(1, len(instance.labels(subject)))
-        missing = max(instance.chosen)
+        count = max(1, len(instance.labels(subject))) if instance.chosen else 0
+        missing = max(instance.chosen or [0])
         if missing > count:
             cases = f"{count} cases" if count > 1 else "one case"
             raise UsageError(
@@ -76,19 +70,15 @@ def require_cases(planned: Iterable[Instance], subject: BackendUnderTest) -> Non
 def require_known(pattern: str, where: str) -> None:
     """Raise `UsageError` unless some check matches the pattern, whatever the subject."""
     check, names = pattern.partition("[")[0], [known.id for known in all_checks()]
-    if any(matches(check, name) for name in names):
-        return
-    drawn, close = f"{check.partition('.')[0]}.{DRAWN}", get_close_matches(check, names, 1, ALIKE)
-    hint = did_you_mean(check, [*names, *dict.fromkeys(name.partition(".")[0] for name in names)])
-    if drawn in names and not (close or check in drawn):  # as of checks that earlier versions had
-        hint = f" '{drawn}' has the cases that are in no table."
-    raise UsageError(f"{where}: unknown check {quoted(check)}.{hint} `--list` shows all checks.")
+    if not any(matches(check, name) for name in names):
+        hint = did_you_mean(check, [*names, *dict.fromkeys(name.partition(".")[0] for name in names)])
+        raise UsageError(f"{where}: unknown check {quoted(check)}.{hint} `--list` shows all checks.")
 
 
 def nothing_matches(patterns: Sequence[str], ids: Sequence[str]) -> UsageError:
     """Return the error of patterns that match no check of a backend, whose ids are given."""
-    checks = [split(pattern)[0] for pattern in patterns]
-    hint = did_you_mean(checks[0], ids) if len(checks) == 1 and "*" not in checks[0] else ""
+    check = split(patterns[0])[0]
+    hint = did_you_mean(check, ids) if len(patterns) == 1 and "*" not in check else ""
     return UsageError(f"no check of this backend matches --only {' '.join(patterns)}.{hint}")
 
 

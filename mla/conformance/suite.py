@@ -81,7 +81,6 @@ class Instance:
         trial = Trial(subject, self.dtype or torch.float32, self.op, self.of, self.check.kind)
         trial.policy = self.of if self.check.scope == LAYER else "auto"
         trial.may_refuse, trial.chosen = of_ops, self.chosen
-        trial.until = subject.drawing.until
         trial.run(self.check.run)
         return trial
 

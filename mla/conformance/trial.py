@@ -73,15 +73,6 @@ class Drawing:
     smallest: dict[str, Scene] = field(default_factory=dict)  # the wrong case of every check that failed
     again: bool = False  # nothing but that one is played
 
-    @contextmanager
-    def only_smallest(self) -> Iterator[None]:
-        """Have checks play the wrong case that they found, and no other."""
-        self.again = True
-        try:
-            yield
-        finally:
-            self.again = False
-
 
 @dataclass(frozen=True)
 class BackendUnderTest:
@@ -126,8 +117,7 @@ class Trial:
     policy: str = "auto"  # of the layer's ops
     may_refuse: bool = False  # a `BackendError` is an op's refusal, not a failure
     chosen: frozenset[int] | None = None  # numbers of the cases that run; None: all
-    until: float = math.inf  # by `time.monotonic`: after that no case runs but the first that is served
-    late: int = 0  # cases that were left out because of that
+    late: int = 0  # cases that were left out because time was up
     labels: list[str] = field(default_factory=list)  # of all cases, chosen or not
     cases: list[Case] = field(default_factory=list)  # that ran
     worst: float | None = None  # largest error over its bound
@@ -152,6 +142,10 @@ class Trial:
         """Return the cases that ended so."""
         return [case for case in self.cases if case.outcome == outcome]
 
+    @property
+    def _served(self) -> bool:
+        return any(case.outcome != "refused" for case in self.cases)
+
     def run(self, check: Callable[[Trial], None]) -> None:
         """Run a check. What it raises outside of its cases is case 0, as is a check without cases."""
         with self._judged(0, "", may_refuse=False):
@@ -168,7 +162,11 @@ class Trial:
         self.labels.append(label)
         number = len(self.labels)
         chosen = self.chosen is None or number in self.chosen
-        late = chosen and time.monotonic() > self.until and len(self.cases) > len(self.ended("refused"))
+        late = (
+            chosen
+            and time.monotonic() > self.subject.drawing.until
+            and len(self.cases) > len(self.ended("refused"))
+        )
         self.late += late
         if chosen and not late:
             with self._judged(number, label, self.may_refuse):

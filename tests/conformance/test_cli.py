@@ -230,11 +230,6 @@ def test_a_device_that_cannot_describe_itself_still_gets_a_card(conformance: Con
     [
         (["--only", "latent.tile"], 2, "unknown check 'latent.tile'. Did you mean 'latent.tiles'?"),
         (
-            ["--only", "latent.kept"],
-            2,
-            "unknown check 'latent.kept'. 'latent.drawn' has the cases that are in no",
-        ),
-        (
             ["--only", "latent.tiles[nobody-*]"],
             2,
             "no check of this backend matches --only latent.tiles[nobody-*]",

@@ -14,6 +14,7 @@ import torch
 
 from mla.cases import KINDS
 from mla.cases.case import Lengths, OpCase
+from mla.cases.kinds import DEEPSEEK
 from mla.cases.played import Scene
 from mla.cases.stress import EVEN, Stress
 from mla.conformance.registry import OP, check
@@ -25,14 +26,7 @@ Rows = Iterable[OpCase | Scene]
 CPU, FP32 = torch.device("cpu"), torch.float32
 GROUPS = {"latent_attention": "latent", "expanded_attention": "expanded"}  # of checks; others are the kind
 
-# Widths of heads and latents: what every model of the family has, and every kernel is made for; and others.
-DEEPSEEK: Mapping[str, Any] = {
-    "kv_lora_rank": 512,
-    "qk_rope_head_dim": 64,
-    "qk_nope_head_dim": 128,
-    "v_head_dim": 128,
-    "softmax_scale": 192**-0.5,
-}
+# Widths of heads and latents, beside those that every model of the family has.
 SMALL_SPEC: Mapping[str, Any] = {
     "kv_lora_rank": 32,
     "qk_rope_head_dim": 8,
@@ -41,7 +35,7 @@ SMALL_SPEC: Mapping[str, Any] = {
     "softmax_scale": 24**-0.5,
 }
 TOPK, LARGE_TOPK = 64, 2048  # the larger is that of large models, which draws hardly ever reach
-SPEC = AttentionSpec(**DEEPSEEK, num_heads=16, dtype=FP32, device=CPU)
+SPEC = AttentionSpec(**DEEPSEEK, dtype=FP32, device=CPU)
 INDEXER = IndexerSpec(16, 128, 64, TOPK, FP32, CPU)
 # A case of each kind. Widths are multiples of 128, which some kernels want; draws try odd ones.
 EXAMPLES: Mapping[str, OpCase] = {

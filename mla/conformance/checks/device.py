@@ -9,10 +9,8 @@ from __future__ import annotations
 import functools
 import statistics
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -31,8 +29,9 @@ BLOCK_BYTES = 32 << 20  # allocated to see the memory counter move
 @check("device.probe", catches="a probe that raises, scans the machine, or runs a vendor's command-line tool")
 def probe(trial: Trial) -> None:
     """The probe finds the device usable, after setup as well, in less than 50 ms and without a process."""
-    with _started_processes() as started:
-        answer = trial.backend.probe()
+    before = len(_processes())
+    answer = trial.backend.probe()
+    started = _processes()[before:]
     expect(isinstance(answer, Availability), f"probe() returned a {type(answer).__name__}")
     expect(answer.ok is True, f"probe() says: {answer.reason or answer.ok!r}")
     _expect_texts("evidence", answer.evidence)
@@ -43,25 +42,14 @@ def probe(trial: Trial) -> None:
 
 
 _PROCESS_EVENTS = {"subprocess.Popen", "os.system", "os.posix_spawn", "os.fork", "os.forkpty", "os.exec"}
-_watch: dict[str, Any] = {"installed": False, "thread": None, "started": []}
 
 
-@contextmanager
-def _started_processes() -> Iterator[list[str]]:
-    """Collect the names of events by which this thread starts processes."""
-    if not _watch["installed"]:
-        sys.addaudithook(_audit)  # hooks cannot be removed, so it stays and does nothing
-        _watch["installed"] = True
-    _watch.update(thread=threading.get_ident(), started=[])
-    try:
-        yield _watch["started"]
-    finally:
-        _watch["thread"] = None
-
-
-def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    if event in _PROCESS_EVENTS and _watch["thread"] == threading.get_ident():
-        _watch["started"].append(event)
+@functools.cache
+def _processes() -> list[str]:
+    """Return the events by which processes were started since the first call: hooks cannot be removed."""
+    started: list[str] = []
+    sys.addaudithook(lambda event, _: started.append(event) if event in _PROCESS_EVENTS else None)
+    return started
 
 
 @check("device.setup", catches="a device that differs from that of its own tensors, e.g. 'x:0' and 'x'")
@@ -195,13 +183,14 @@ class MatmulLoad:
         """Wait, by needing the result on the host."""
         self._y[:1, :1].to("cpu", copy=True)
 
-    def _finish(self, units: int) -> None:
-        self.submit(units)
-        self.read()
-
     def milliseconds(self, units: int = 1) -> float:
         """Return how long work takes until its result is on the host, at best."""
-        return best(lambda: elapsed(lambda: self._finish(units)))
+
+        def finish() -> None:
+            self.submit(units)
+            self.read()
+
+        return best(lambda: elapsed(finish))
 
 
 def elapsed(action: Callable[[], object]) -> float:

@@ -23,7 +23,7 @@ from mla.conformance.checks.borders import (
     both_ways,
     decode,
 )
-from mla.conformance.checks.device import NO_GRAPH, MatmulLoad, best, elapsed, load_of, median
+from mla.conformance.checks.device import NO_GRAPH, best, elapsed, load_of, median
 from mla.conformance.drawn import draw
 from mla.conformance.reach import far
 from mla.conformance.registry import DRAWN, OP, check
@@ -74,12 +74,6 @@ def pack(trial: Trial, kind: str) -> None:
                 expect(same_bits(call.op.unpack(packed), weight), f"unpack() returns different bits ({name})")
 
 
-@functools.lru_cache(maxsize=1)
-def pending_of(work: MatmulLoad) -> float:
-    """Return how many milliseconds that work takes, measured once."""
-    return work.milliseconds(UNITS)
-
-
 @op_check(
     "prepare",
     "state",
@@ -93,7 +87,7 @@ def prepare(trial: Trial, kind: str) -> None:
         call = trial.serve(case)
         call.prepare()  # one-time setup does not count
         work = load_of(trial.subject)
-        pending = pending_of(work)
+        pending = work.milliseconds(UNITS)
 
         def busy() -> float:
             work.read()
