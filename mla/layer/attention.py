@@ -117,8 +117,7 @@ class MLA(nn.Module):
     batch with a context beyond that is attended absorbed and sparse, to the keys that `selection` then names;
     any other exactly as without.
     `workspace_bytes` caps the keys and values that the expanded path rebuilds at a time. An op without a
-    log-sum-exp gets all of a request at once: beyond the cap, up to a quarter of the device's free memory,
-    else planning raises `UnsupportedBatch`.
+    log-sum-exp gets all of a request at once, beyond the cap.
     Weights arrive through `load_state_dict` under Hugging Face names.
     Any thread may call a layer; those that call layers of one backend take turns, and a call from within a
     call raises RuntimeError.
@@ -168,7 +167,6 @@ class MLA(nn.Module):
         self._at = self.rotary.table.device  # as tensors say it: with an index
         kind = self.device.type
         self._autocast = kind if torch.amp.is_autocast_available(kind) else ""  # what of it there may be
-        self._backend = backend
         self.step = Step.of(config, self.ops, self._weights, self._scratch)
         self.selection: torch.Tensor | None = None  # [T, topk] int32, of the last forward; None: all keys
         self._repeated = Repeated(backend if self._calls_ops_alone() else None)
@@ -286,9 +284,8 @@ class MLA(nn.Module):
         return batch.memo(key, lambda: self._make_plan(batch, selected))
 
     def _make_plan(self, batch: RaggedBatch, selected: bool) -> StepPlan:
-        limits = (self.workspace_bytes, self._backend)
-        angles = self._angles(batch)
-        return make_plan(self.config, self.ops, angles, batch, self.attention, *limits, selected)
+        way = (self.attention, self.workspace_bytes, selected)
+        return make_plan(self.config, self.ops, self._angles(batch), batch, *way)
 
     def _angles(self, batch: Any) -> torch.Tensor:
         """Return the cosines and sines [T, r] of a batch's positions, in memory that is the batch's."""

@@ -399,7 +399,6 @@ class AttentionCore:
         self.scratch = scratch or Workspace(dtype, self.device, keeps=WORKSPACE_BYTES, turn=turn)
         self._at = torch.empty(0, device=self.device).device  # as tensors say it: with an index
         self._weights = PackedWeights(config, self.ops, dtype, self.device)
-        self._backend = backend
         straight = replace(config, rope_interleave=False)  # as queries come in
         self._step = Step.of(straight, self.ops, self._weights, self.scratch)
 
@@ -483,5 +482,4 @@ class AttentionCore:
         half = self.config.qk_rope_head_dim // 2
         unturned = torch.zeros(batch.num_tokens, 2 * half, dtype=torch.float32, device=self.device)
         unturned[:, :half] = 1
-        limits = (WORKSPACE_BYTES, self._backend)
-        return make_plan(self.config, self.ops, unturned, batch, "auto", *limits, selected)
+        return make_plan(self.config, self.ops, unturned, batch, "auto", WORKSPACE_BYTES, selected)

@@ -12,18 +12,13 @@ import torch
 from mla import cost
 from mla.cache.ragged_batch import RaggedBatch
 from mla.config import MLAConfig
-from mla.errors import UnsupportedBatch
 from mla.layer.ops import Choice, Ops
 from mla.layer.workspace import Tokens
-from mla.text import size
-from mla_backends.api import Backend, BatchView, SegmentLengths
+from mla_backends.api import BatchView, SegmentLengths
 from mla_backends.upload import upload
 
 # Bytes that the rebuilt keys and values of one round usually take at most.
 WORKSPACE_BYTES = 256 << 20
-# An op that cannot merge rounds may take one part in this many of the free memory for a longer context. The
-# rest is for queries, outputs and what the op allocates.
-FREE_PARTS = 4
 # Roles of the ops that run by a batch's lengths where its queries attend a selection.
 SPARSE_ROLES = ("sparse_latent_attention", "select_latents")
 
@@ -32,35 +27,6 @@ def rebuilt_bytes(config: MLAConfig, itemsize: int, keys: int) -> int:
     """Return the bytes of this many rebuilt keys: k, kv_b's output (v is part of it) and latents."""
     row = config.qk_head_dim + config.qk_nope_head_dim + config.v_head_dim
     return keys * (row * config.num_attention_heads + config.latent_dim) * itemsize
-
-
-def grown_bytes(config: MLAConfig, itemsize: int, keys: int) -> int:
-    """Return the bytes for keys that are rebuilt beyond the workspace: with values padded to k's width."""
-    padded = keys * config.num_attention_heads * config.qk_head_dim * itemsize
-    return rebuilt_bytes(config, itemsize, keys) + padded
-
-
-def require_memory(backend: Backend | None, config: MLAConfig, choice: Choice, keys: int) -> None:
-    """Raise `UnsupportedBatch` when what `keys` keys need is more than the device has to spare.
-
-    Called when a batch is planned whose context exceeds the workspace, and whose op cannot merge rounds. The
-    device is asked every time: what was free before may be in use by now, and asking costs nothing next to
-    such a context. Nothing is refused where the free memory is unknown.
-    """
-    itemsize = choice.spec.dtype.itemsize
-    need = grown_bytes(config, itemsize, keys)
-    free = None if backend is None else backend.memory().free
-    if backend is not None and free is not None and need > free / FREE_PARTS:
-        backend.empty_cache()  # freed memory that torch keeps counts as used
-        free = backend.memory().free
-    if free is None or need <= free / FREE_PARTS:
-        return
-    raise UnsupportedBatch(
-        f"fused op '{choice.name}' returns no log-sum-exp, so it needs the keys and values of a "
-        f"whole request at once: {size(need)} for {keys} tokens, more than a quarter of the device's "
-        f"free memory ({size(free // FREE_PARTS)}). Use shorter prompts or `--ops reference`; a program can "
-        f"give MLA workspace_bytes={rebuilt_bytes(config, itemsize, keys)}."
-    )
 
 
 # --------------------------------------------------------------------------------------------- plan
@@ -137,15 +103,13 @@ def make_plan(
     batch: RaggedBatch,
     attention: str,
     workspace: int,
-    backend: Backend | None,
     selected: bool = False,
 ) -> StepPlan:
     """Split a batch by path and prepare each op once.
 
     A batch with a context beyond `config.index_topk`, or whose selection is given (`selected`), is attended
     absorbed and sparse; any other as if there were no indexer. One round rebuilds at most `workspace` bytes
-    of keys and values; an op that cannot merge rounds gets a whole request, where the `backend` has the
-    memory for it. Raises `UnsupportedBatch`.
+    of keys and values; an op that cannot merge rounds gets a whole request. Raises `UnsupportedBatch`.
     """
     if selected or is_sparse(config, batch.query_lens, batch.kv_lens):
         return StepPlan(cos_sin, _sparse(ops, batch, cos_sin, selected), None)
@@ -153,7 +117,7 @@ def make_plan(
     return StepPlan(
         cos_sin=cos_sin,
         absorbed=_absorbed(ops, batch, members[cost.ABSORBED], cos_sin),
-        expanded=_expanded(config, ops, batch, members[cost.EXPANDED], cos_sin, workspace, backend),
+        expanded=_expanded(config, ops, batch, members[cost.EXPANDED], cos_sin, workspace),
     )
 
 
@@ -240,29 +204,17 @@ def _expanded(
     requests: Sequence[int],
     cos_sin: torch.Tensor,
     workspace: int,
-    backend: Backend | None,
 ) -> ExpandedGroup | None:
     tokens, part = _part(batch, requests)
     if part is None:
         return None
     choice = ops["expanded_attention"]
     choice.check_batch(part.query_lens, part.kv_lens)
-    limit = _keys_per_round(config, choice, part, workspace, backend)
+    limit = max(1, workspace // rebuilt_bytes(config, choice.spec.dtype.itemsize, 1))
+    if not choice.op.writes_lse:  # it cannot merge parts of a request
+        limit = max(limit, *(kv for new, kv in zip(part.query_lens, part.kv_lens, strict=True) if new))
     rounds = tuple(_round(part, choice, chunk) for chunk in _chunks(part, limit))
     return ExpandedGroup(tokens, cos_sin[tokens], rounds)
-
-
-def _keys_per_round(
-    config: MLAConfig, choice: Choice, batch: RaggedBatch, workspace: int, backend: Backend | None
-) -> int:
-    """Return how many keys are rebuilt together: whole requests, for an op that cannot merge their parts."""
-    limit = max(1, workspace // rebuilt_bytes(config, choice.spec.dtype.itemsize, 1))
-    if choice.op.writes_lse:
-        return limit
-    longest = max(kv_len for new, kv_len in zip(batch.query_lens, batch.kv_lens, strict=True) if new)
-    if longest > limit:
-        require_memory(backend, config, choice, longest)
-    return max(limit, longest)
 
 
 def _part(batch: RaggedBatch, requests: Sequence[int]) -> tuple[Tokens, RaggedBatch | None]:

@@ -1,28 +1,23 @@
-"""Contexts longer than the workspace: merged in rounds where the op can, else rebuilt at once or refused."""
+"""Contexts longer than the workspace: merged in rounds where the op can, else rebuilt at once."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from mla import MLA, LatentCache, MLAConfig
-from mla.errors import UnsupportedBatch
-from mla.layer.plan import FREE_PARTS, grown_bytes, rebuilt_bytes
+from mla.layer.plan import rebuilt_bytes
 from mla.reference import REFERENCE
 from mla.verify.layer_oracle import oracle
 from mla.weights import random_state_dict
-from mla_backends.api import MemoryInfo
 from mla_backends.testing import HostBackend
 
 CONFIG = MLAConfig(hidden_size=48, num_attention_heads=3, kv_lora_rank=32)
 PAST, NEW = 120, 30
 PER_KEY = rebuilt_bytes(CONFIG, 4, 1)
 HELD = (PAST + NEW) * PER_KEY
-NEED = grown_bytes(CONFIG, 4, PAST + NEW)
 WORKSPACE = 40 * PER_KEY
 
 
@@ -37,29 +32,11 @@ class Unmergeable(type(REFERENCE["expanded_attention"])):  # type: ignore[misc]
             lse.fill_(torch.nan)
 
 
-class Counting(HostBackend):
-    """A device that counts how often its memory is asked for, and releases some of it when told to."""
-
-    def __init__(self, op: Any, *free: int | None) -> None:
-        super().__init__(ops={"mine": op})
-        self.asked = 0
-        self._free = list(free)
-
-    def memory(self) -> MemoryInfo:
-        self.asked += 1
-        return MemoryInfo(free=self._free[0])
-
-    def shrink(self, free: int) -> None:
-        self._free = [free]
-
-    def empty_cache(self) -> None:
-        self._free = self._free[1:] or self._free
-
-
 class Subject:
     """A layer on a cache with one request's history."""
 
-    def __init__(self, backend: HostBackend, config: MLAConfig = CONFIG, **options: Any) -> None:
+    def __init__(self, op: Any, **options: Any) -> None:
+        backend, config = HostBackend(ops={"mine": op}), CONFIG
         self.config = config
         self.layer = MLA(
             config,
@@ -85,96 +62,17 @@ class Subject:
         torch.testing.assert_close(out.double(), truth, atol=1e-4, rtol=1e-3)
 
 
-def test_an_op_without_a_log_sum_exp_gets_the_whole_context_at_once() -> None:
-    subject = Subject(Counting(Unmergeable(), FREE_PARTS * NEED))
-    subject.check()
-    assert len(Subject(Counting(Unmergeable(), FREE_PARTS * NEED)).plan().rounds) == 1
-
-
-def test_an_op_with_one_merges_rounds_and_asks_for_nothing() -> None:
-    backend = Counting(REFERENCE["expanded_attention"], 0)
-    subject = Subject(backend)
-    subject.check()
-    assert len(Subject(backend).plan().rounds) == 4
-    assert backend.asked == 0
-
-
-def test_memory_is_asked_for_only_beyond_the_workspace() -> None:
-    """Planning is part of a timed decode step."""
-    backend = Counting(Unmergeable(), FREE_PARTS * NEED)
-    assert len(Subject(backend, workspace_bytes=HELD).plan().rounds) == 1
-    assert backend.asked == 0
-
-
-def test_memory_that_was_free_before_is_not_counted_on() -> None:
-    """A cache or another process may have taken it since."""
-    backend = Counting(Unmergeable(), FREE_PARTS * NEED)
-    subject = Subject(backend)
-    subject.plan(new=NEW - 1)
-    backend.shrink(FREE_PARTS * NEED // 2)
-    with pytest.raises(UnsupportedBatch, match="free memory"):
-        subject.plan(new=1)
-    backend.shrink(FREE_PARTS * NEED)
-    Subject(backend).check()
-
-
-def test_too_little_memory_is_a_sentence_with_the_numbers_and_cures_that_work() -> None:
-    backend = Counting(Unmergeable(), FREE_PARTS * NEED // 2)
-    with pytest.raises(UnsupportedBatch) as refused:
-        Subject(backend).plan()
-    message = str(refused.value)
-    whole, half = f"{NEED / (1 << 20):.3g} MiB", f"{NEED / 2 / (1 << 10):.3g} KiB"
-    assert re.search(
-        rf"'mine' returns no log-sum-exp.* {whole} for 150 tokens, .* quarter .* \({half}\)", message
-    )
-    assert refused.value.exit_code == 3
-    assert "--ops reference" in message
-    assert "raise workspace_bytes" not in message, "the runner has no such option"
-    (size,) = re.findall(r"give MLA workspace_bytes=(\d+)", message)
-    Subject(backend, workspace_bytes=int(size)).check()
-    Subject(backend, ops="reference").check()
-
-
-def test_memory_that_was_freed_is_released_before_a_refusal() -> None:
-    """Allocators keep freed memory, which the device then counts as used."""
-    Subject(Counting(Unmergeable(), 0, FREE_PARTS * NEED)).check()
-    with pytest.raises(UnsupportedBatch):
-        Subject(Counting(Unmergeable(), 0, FREE_PARTS * NEED - FREE_PARTS)).plan()
-
-
-def test_where_the_free_memory_is_unknown_nothing_is_refused() -> None:
-    Subject(Counting(Unmergeable(), None)).check()
+@pytest.mark.parametrize(("op", "rounds"), [(Unmergeable(), 1), (REFERENCE["expanded_attention"], 4)])
+def test_an_op_without_a_log_sum_exp_gets_the_whole_context_at_once(op: Any, rounds: int) -> None:
+    Subject(op).check()
+    assert len(Subject(op).plan().rounds) == rounds
 
 
 def test_what_exceeds_the_workspace_is_not_kept_by_every_layer() -> None:
-    small, large = (
-        Subject(Counting(Unmergeable(), None), workspace_bytes=size) for size in (WORKSPACE, HELD)
-    )
+    small, large = (Subject(Unmergeable(), workspace_bytes=size) for size in (WORKSPACE, HELD))
     for subject in (small, large):
         subject.check()
     assert large.layer.scratch_bytes() - small.layer.scratch_bytes() >= HELD
-
-
-class Given(Unmergeable):  # type: ignore[misc, valid-type]
-    """Pads values as adapters do, and notes what it holds besides queries and outputs."""
-
-    nbytes = 0
-
-    def __call__(self, state: Any, *, k: torch.Tensor, v: torch.Tensor, **tensors: Any) -> None:
-        padded = torch.zeros_like(k)
-        padded[..., : v.shape[2]] = v
-        held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (k, v, padded)}
-        self.nbytes = sum(held.values())
-        super().__call__(state, k=k, v=v, **tensors)
-
-
-@pytest.mark.parametrize("heads", [1, 3])
-def test_what_is_asked_for_is_what_is_taken(heads: int) -> None:
-    """Keys, the projection that values are a part of, latents, and padded values."""
-    op, config = Given(), replace(CONFIG, num_attention_heads=heads)
-    Subject(HostBackend(ops={"mine": op}), config).check()
-    latents = (PAST + NEW) * config.latent_dim * 4
-    assert op.nbytes + latents == grown_bytes(config, 4, PAST + NEW)
 
 
 # --------------------------------------------------------------------------------- test without lse
