@@ -6,20 +6,15 @@ forward) and a clock (the host's, or the device's own). Eager, warm, host is the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal, TypeVar
+from typing import Any, Literal
 
 from mla.bench.workload.scenario import Scenario
 from mla.errors import MLAError, UsageError, did_you_mean
 from mla_backends.api import Backend
 from mla_backends.errors import describe
-
-Mode = Literal["eager", "graph"]
-Cache = Literal["warm", "cold"]
-Clock = Literal["host", "device"]
-Value = TypeVar("Value", bound=str)
 
 # Passes of a variant other than the headline: the fewest that give a 95 % interval.
 EXTRA_PASSES = 6
@@ -37,13 +32,22 @@ class VariantError(MLAError):
     exit_code = 3
 
 
+# Option -> its values, the headline's first.
+WAYS: Mapping[str, tuple[str, ...]] = {
+    "mode": ("eager", "graph"),
+    "cache": ("warm", "cold"),
+    "clock": ("host", "device"),
+}
+Wanted = Mapping[str, Sequence[str]]  # option -> values that were asked for; without one, what is supported
+
+
 @dataclass(frozen=True)
 class Variant:
-    """One way of timing."""
+    """One way of timing: a value of each of `WAYS`."""
 
-    mode: Mode = "eager"
-    cache: Cache = "warm"
-    clock: Clock = "host"
+    mode: Literal["eager", "graph"] = "eager"
+    cache: Literal["warm", "cold"] = "warm"
+    clock: Literal["host", "device"] = "host"
 
     def __str__(self) -> str:
         return f"{self.mode}, {self.cache} cache, {self.clock} clock"
@@ -73,25 +77,20 @@ class Variants:
         return f"{', '.join(modes)}; {', '.join(caches)}; {' and '.join(clocks)} clock"
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """The values of `--mode`, `--cache` and `--clock`. None means whatever the backend supports."""
-
-    modes: tuple[Mode, ...] | None = None
-    caches: tuple[Cache, ...] | None = None
-    clocks: tuple[Clock, ...] | None = None
-
-
-MODES: Sequence[Mode] = ("eager", "graph")
-CACHES: Sequence[Cache] = ("warm", "cold")
-CLOCKS: Sequence[Clock] = ("host", "device")
-
-
 def parse(mode: str | None, cache: str | None, clock: str | None) -> Wanted:
     """Read the comma-separated values of the three options. Raises `UsageError`; needs no backend."""
-    return Wanted(
-        _values("--mode", mode, MODES), _values("--cache", cache, CACHES), _values("--clock", clock, CLOCKS)
-    )
+    wanted: dict[str, list[str]] = {}
+    for name, given in zip(WAYS, (mode, cache, clock), strict=True):
+        if given is None:
+            continue
+        takes = f"--{name} takes {' and '.join(WAYS[name])}, got"
+        wanted[name] = list(dict.fromkeys(word.strip() for word in given.split(",") if word.strip()))
+        for word in wanted[name]:
+            if word not in WAYS[name]:
+                raise UsageError(f"{takes} '{word}'.{did_you_mean(word, list(WAYS[name]))}")
+        if not wanted[name]:
+            raise UsageError(f"{takes} nothing.")
+    return wanted
 
 
 def available(wanted: Wanted, backend: Backend) -> Variants:
@@ -100,31 +99,23 @@ def available(wanted: Wanted, backend: Backend) -> Variants:
     Graphs and a device timer that the backend lacks are omitted by default. Raises `VariantError` if they
     were requested.
     """
-    modes, clocks = list(wanted.modes or MODES), list(wanted.clocks or CLOCKS)
-    if "device" in clocks and backend.device_timer() is None:
-        if wanted.clocks:
-            raise VariantError(f"backend '{backend.name}' has no device timer (required by --clock device).")
-        clocks.remove("device")
-    if "graph" in modes and (problem := _no_graphs(backend)):
-        if wanted.modes:
-            raise VariantError(f"{problem} (required by --mode graph).")
-        modes.remove("graph")
-    combined = [Variant(*values) for values in product(modes, wanted.caches or CACHES, clocks)]
+    values: dict[str, list[Any]] = {name: list(wanted.get(name, known)) for name, known in WAYS.items()}
+    lacks: dict[tuple[str, str], Callable[[], str]] = {
+        ("clock", "device"): lambda: _no_timer(backend),
+        ("mode", "graph"): lambda: _no_graphs(backend),
+    }
+    for (name, value), why in lacks.items():
+        if value in values[name] and (problem := why()):
+            if name in wanted:
+                raise VariantError(f"{problem} (required by --{name} {value}).")
+            values[name].remove(value)
+    combined = [Variant(*each) for each in product(*values.values())]
     timed = tuple(dict.fromkeys((HEADLINE, *combined)))
-    return Variants(timed, graphs_required=wanted.modes is not None, asked=wanted != Wanted())
+    return Variants(timed, graphs_required="mode" in wanted, asked=bool(wanted))
 
 
-def _values(option: str, given: str | None, known: Sequence[Value]) -> tuple[Value, ...] | None:
-    if given is None:
-        return None
-    words: list[str] = [word.strip() for word in given.split(",") if word.strip()]
-    for word in words:
-        if word not in known:
-            hint = did_you_mean(word, list(known))
-            raise UsageError(f"{option} takes {' and '.join(known)}, got '{word}'.{hint}")
-    if not words:
-        raise UsageError(f"{option} takes {' and '.join(known)}, got nothing.")
-    return tuple(known[known.index(word)] for word in dict.fromkeys(words))
+def _no_timer(backend: Backend) -> str:
+    return f"backend '{backend.name}' has no device timer" if backend.device_timer() is None else ""
 
 
 def _no_graphs(backend: Backend) -> str:
@@ -132,12 +123,8 @@ def _no_graphs(backend: Backend) -> str:
     import torch
 
     number = torch.zeros(1, device=backend.device)
-
-    def add() -> None:
-        number.add_(1)
-
     try:
-        if backend.graph(add) is not None:
+        if backend.graph(lambda: number.add_(1)) is not None:  # type: ignore[arg-type]  # result unused
             return ""
     except Exception as error:  # noqa: BLE001  # a stack raises anything when it cannot capture
         return f"backend '{backend.name}' cannot capture graphs: {describe(error)}"

@@ -73,7 +73,7 @@ def resolve(options: RunOptions, join: Join | None = None, resumed: results.Run 
         ours = {name: parse_one(name) for name in listed or ["mla"] if is_ours(name)}
         asked = {name: dict(implementation_setting(setting, named).overrides) for name, named in ours.items()}
         commands.refuse(commands.of_roles(options, points, asked))
-        cold = "cold" in (wanted.caches or ("cold",))
+        cold = "cold" in (wanted.get("cache") or ("cold",))
         baselines = _added_baselines(setting.config, resumed) if options.is_first_look else []
         plans, names = plan_scenarios(setting, points, listed, cold, state, baselines)
         if not listed and "mla-reference" not in names:
