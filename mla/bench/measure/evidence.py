@@ -372,7 +372,7 @@ class LayerBench:
         self._ran += 1
         if not _random.randrange(self._ran):
             taken = self.layer.evidence(*lengths)
-            self._kept = *lengths, (out[0] if out.dim() > 2 else out).to("cpu", copy=True), *taken
+            self._kept = *lengths, out[0].to("cpu", copy=True), *taken
 
     def _time(self, lengths: Lengths, out: torch.Tensor) -> Sample:
         impl, synchronize = self.layer, self.layer.setting.backend.synchronize

@@ -20,7 +20,7 @@ import torch
 from mla.bench.measure.samples import Measurement, Samples
 from mla.bench.measure.variants import HEADLINE, Steps, VariantError, Variants, steps
 from mla.bench.subjects.base import Implementation
-from mla.bench.subjects.layer import CapturedForwards, NoGraph, captured
+from mla.bench.subjects.layer import CapturedForwards, MlaLayer, NoGraph
 from mla.bench.workload.scenario import Scenario
 from mla.errors import MLAError
 from mla.text import size
@@ -319,7 +319,9 @@ class Setup:
         if not any(variant.mode == "graph" for variant in self.timed):
             return ""
         try:
-            return captured(implementation, self._scenario)
+            if not isinstance(implementation, MlaLayer):
+                raise NoGraph(f"{implementation.name} is not captured")
+            return CapturedForwards(implementation, self._scenario)
         except NoGraph as error:
             if first and self._variants.graphs_required:
                 where = f"{self._scenario.name}, {implementation.name}"

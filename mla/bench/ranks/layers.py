@@ -81,8 +81,8 @@ class RankLayer(MlaLayer):
         new = [self.cache.slots(sequence)[held(past) : held(end)] for sequence, past, end in ends]
         return Taken(tuple(codec.decode(rows.index_select(0, slots).cpu()) for slots in new))
 
-    def left(self) -> Left:
-        return super().left()._replace(places=None)  # of which rank 0 has its own
+    def left(self, layer: int = 0) -> Left:
+        return super().left(layer)._replace(places=None)  # of which rank 0 has its own
 
     def rank_facts(self, number: int) -> RankFacts:
         """Run a pass in which collectives are clocked, and return what a result says of this rank.

@@ -174,7 +174,7 @@ def layer_checker(
         for index in range(inputs.scenario.inputs):
             reference.before(index)
             reference.step(index)
-            outputs.append(reference.out.cpu())
+            outputs.append(reference.out[0].cpu())
             reference.after(index)
             beat()
         return torch.stack(outputs)

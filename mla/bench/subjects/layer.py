@@ -15,7 +15,6 @@ import torch
 from mla.bench.subjects.base import (
     KEPT,
     Facts,
-    Implementation,
     LayerImplementation,
     Left,
     Outputs,
@@ -66,10 +65,8 @@ class MlaLayer(LayerImplementation):
         self.layers = [self._make_layer(ops, index) for index in range(setting.layers)]
         for index, layer in enumerate(self.layers):
             layer.load_state_dict(layer_state(state, index) if index else state, strict=not index)
-        self.layer, self._stacked = self.layers[0], setting.layers > 1
-        self._takes = setting.is_judged_after
-        if self._takes:
-            self.buffers = KEPT + 1
+        self.layer, self._takes = self.layers[0], setting.is_judged_after
+        self.buffers = KEPT + 1 if self._takes else None
         self.held_to_reference = not self.layer.ops.all_reference()
 
     def _make_layer(self, ops: str | None, index: int) -> MLA:
@@ -90,7 +87,7 @@ class MlaLayer(LayerImplementation):
 
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
         again = self.loaded(scenario)
-        self.prepare_buffers(scenario, inputs, *[len(self.layers)] * self._stacked)
+        self.prepare_buffers(scenario, inputs, len(self.layers))
         if again:
             self._shrink()
             for sequence in reversed(self._sequences):  # then the same pages are taken, which a graph reads
@@ -98,23 +95,20 @@ class MlaLayer(LayerImplementation):
         else:
             self.cache = self._make_cache(scenario)
             self._sequences = self.cache.new_sequences(len(scenario.query_lens))
-        self._load_history(inputs)
-        self._history = HistorySigns(self.cache, self._sequences)
-        if not again:
-            roles = ["latent_attention", *["select_latents"] * bool(self.setting.config.index_n_heads)]
-            safe = [self.layer.ops[role].op.nan_safe_tail for role in roles]
-            what = self.cache, self._sequences, scenario.final_lens
-            self._poisons = [Poison(*what, safe[place], of_index=bool(place)) for place in range(len(safe))]
-        self.restore()
-
-    def _load_history(self, inputs: Inputs) -> None:
         keys = inputs.index or [None] * len(self._sequences)
         for sequence, (kv, pe), index_keys in zip(self._sequences, inputs.history, keys, strict=True):
             for index in range(len(self.layers)):
                 given = index_keys if index in self.cache.index_layers else None
                 self.cache.load(sequence, kv.roll(index, 1), pe, layer=index, index=given)
-        self._pages = list(self.cache.pages)
-        self._index_pages = [self.cache.of_layer(index)[1] for index in range(len(self.layers))]
+        self._history = HistorySigns(self.cache, self._sequences)
+        if not again:
+            self._pages = list(self.cache.pages)
+            self._index_pages = [self.cache.of_layer(index)[1] for index in range(len(self.layers))]
+            what = self.cache, self._sequences, scenario.final_lens
+            roles = ["latent_attention", *["select_latents"] * bool(self.setting.config.index_n_heads)]
+            safe = [self.layer.ops[role].op.nan_safe_tail for role in roles]
+            self._poisons = [Poison(*what, safe[place], of_index=bool(place)) for place in range(len(safe))]
+        self.restore()
 
     def _make_cache(self, scenario: Scenario) -> LatentCache:
         size = self.setting.page_size
@@ -147,9 +141,10 @@ class MlaLayer(LayerImplementation):
     def after(self, index: int) -> None:
         """Keep what a forward left in every layer, if it is among those that are judged by it."""
         super().after(index)
-        if self._takes and index in self._shelf.kept:
-            self._taken[index] = self._take_all()
-        self._taken = {kept: self._taken[kept] for kept in self._shelf.kept if self._takes}
+        if self._takes:
+            kept = self._shelf.kept
+            self._taken |= {index: self._take_all()} if index in kept else {}
+            self._taken = {forward: self._taken[forward] for forward in kept}
 
     def take_now(self, query_lens: Sequence[int], history: Sequence[int], kv_lens: Sequence[int]) -> Taken:
         """Return what the last forward has left of all tokens from the history to `kv_lens`.
@@ -190,7 +185,7 @@ class MlaLayer(LayerImplementation):
 
     def ready(self, index: int) -> None:
         super().ready(index)
-        self._outs = self._by_layer(self.out)
+        self._outs = list(self.out)  # views, made before anything is timed
         if self._prefills:
             self.clear_new(self.batch)
 
@@ -207,12 +202,8 @@ class MlaLayer(LayerImplementation):
         return self.cache.extend(self._sequences, self.scenario.query_lens, table_tokens=table_tokens)
 
     def forward(self, batch: RaggedBatch, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        """Run the layers on any batch of the cache."""
-        self._run(batch, hidden, self._by_layer(out))
-
-    def _by_layer(self, out: torch.Tensor) -> list[torch.Tensor]:
-        """Return the outputs [T, d] of each layer as views, made before anything is timed."""
-        return list(out) if self._stacked else [out]
+        """Run the layers on any batch of the cache; `out` is [layers, T, d]."""
+        self._run(batch, hidden, list(out))
 
     def _run(self, batch: RaggedBatch, hidden: torch.Tensor, outs: list[torch.Tensor]) -> None:
         selection = None
@@ -251,67 +242,69 @@ class MlaLayer(LayerImplementation):
         """
 
         def in_layer(index: int, role: str, op: Any) -> Any:
-            return replace(f"layer {index}: {role}" if self._stacked else role, op)
+            return replace(f"layer {index}: {role}" if len(self.layers) > 1 else role, op)
 
         for index, layer in enumerate(self.layers):
             layer.replace_ops(partial(in_layer, index))
 
-    def left(self) -> Left:
-        taken = {forward: by_layer[0] for forward, by_layer in self._taken.items()}
-        return Left(self.number, self.outputs(), taken, self.places)
+    def outputs(self) -> Outputs:
+        return self._outputs(0)
+
+    def _outputs(self, layer: int) -> Outputs:
+        """Return the outputs [T, d] of a layer by forward, as layer 0 would have them."""
+        by_forward = super().outputs().items()
+        return {forward: rows[layer].roll(-layer, -1) if layer else rows[0] for forward, rows in by_forward}
+
+    def left(self, layer: int = 0) -> Left:
+        """Return what a layer left of the last pass to judge it by."""
+        taken = {forward: by_layer[layer] for forward, by_layer in self._taken.items()}
+        return Left(self.number, self._outputs(layer), taken, self.places)
 
     def check(self, checker: Any) -> Check:
         """Check every layer's outputs, and that its new latents are in its own part of the cache."""
-        if not self._stacked:
-            return super().check(checker)
-        all_left = (self._left_by(index) for index in range(len(self.layers)))
-        checks = [checker.check_pass(left, self.held_to_reference) for left in all_left]
+        count = len(self.layers)
+        checks = [checker.check_pass(self.left(index), self.held_to_reference) for index in range(count)]
         for index, check in enumerate(checks):
-            if check.status == "ok" and not self._cached(index):
+            if check.status == "ok" and index and not self._cached(index):
                 check.status, check.reason = "wrong", "its latents are not in its part of the cache"
         index = worst(checks)
-        if checks[index].reason:
+        if checks[index].reason and count > 1:
             checks[index].reason = f"layer {index}: {checks[index].reason}"
         return checks[index]
-
-    def _left_by(self, index: int) -> Left:
-        """Return what a layer left, with outputs as layer 0 would have them."""
-        outputs = {forward: rows[index].roll(-index, -1) for forward, rows in super().outputs().items()}
-        taken = {forward: by_layer[index] for forward, by_layer in self._taken.items()}
-        return Left(self.number, outputs, taken, self.places)
 
     def _cached(self, index: int) -> bool:
         """Return whether a layer cached the same as layer 0, rolled and up to rounding."""
         bound = ROW_SLACK * BOUNDS[self.setting.dtype]
         for sequence in self._sequences:
-            first, other = (self._unrolled(sequence, layer) for layer in (0, index))
+            pairs = (self.cache.read(sequence, layer=layer) for layer in (0, index))
+            first, other = (torch.cat(pair, dim=1).float() for pair in pairs)
+            rank = self.setting.config.kv_lora_rank
+            other[:, :rank] = other[:, :rank].roll(-index, 1)
             errors = (other - first).norm(dim=1) / first.norm(dim=1)
             if not bool((errors <= bound).all()):  # NaN is not
                 return False
         return True
 
-    def _unrolled(self, sequence: int, index: int) -> torch.Tensor:
-        kv, pe = self.cache.read(sequence, layer=index)
-        return torch.cat((kv.float().roll(-index, 1), pe.float()), dim=1)
 
-    def outputs(self) -> Outputs:
-        return {index: rows[0] if self._stacked else rows for index, rows in super().outputs().items()}
+# What is rolled in the weights of a layer behind the first, along which dimension: the latent's channels, of
+# kv_a before the rotary ones, and those of the output.
+ROLLED = {
+    **dict.fromkeys(("kv_a_layernorm.weight", "o_proj.weight", "o_proj.bias"), 0),
+    **dict.fromkeys(("kv_a_proj_with_mqa.weight", "kv_a_proj_with_mqa.bias"), 0),
+    "kv_b_proj.weight": 1,
+}
 
 
 def layer_state(state: State, index: int) -> dict[str, torch.Tensor]:
     """Return the weights of layer `index`, the rolled ones as copies."""
-    rank = state["kv_a_layernorm.weight"].shape[0]
-    rolled = {
-        "kv_a_layernorm.weight": state["kv_a_layernorm.weight"].roll(index, 0),
-        "kv_b_proj.weight": state["kv_b_proj.weight"].roll(index, 1),
-    }
-    for name in ("kv_a_proj_with_mqa.weight", "kv_a_proj_with_mqa.bias"):
+    rank, rolled = state["kv_a_layernorm.weight"].shape[0], dict(state)
+    for name, dim in ROLLED.items():
         if name in state:
-            rolled[name] = torch.cat((state[name][:rank].roll(index, 0), state[name][rank:]))
-    for name in ("o_proj.weight", "o_proj.bias"):
-        if name in state:
-            rolled[name] = state[name].roll(index, 0)
-    return {**state, **rolled}
+            size = state[name].shape[dim]
+            count = size if name.startswith("o_proj") else rank
+            channels, others = state[name].split((count, size - count), dim)
+            rolled[name] = torch.cat((channels.roll(index, dim), others), dim)
+    return rolled
 
 
 # ------------------------------------------------------------------------------------------------- graphs
@@ -333,9 +326,8 @@ class CapturedForwards:
     def __init__(self, layer: MlaLayer, scenario: Scenario) -> None:
         self._layer, self._decode = layer, scenario.mode == "decode"
         self._bookkeeps = self._decode  # in a step
+        self.out, self._max_tokens = torch.empty_like(layer.out), max(scenario.final_lens)
         self.method = "replay of one captured forward of the prepared batch"  # for the result
-        self.out = torch.empty_like(layer.out)  # where the graph writes
-        self._max_tokens = max(scenario.final_lens)
         if self._decode:
             self.method = "replay of one captured graph, its block table as wide as the pass needs"
             self._prepare_decode(scenario)
@@ -343,9 +335,7 @@ class CapturedForwards:
             layer.restore()
             layer.before(0)
             self._batch, self._hidden = layer.batch, layer.hidden[0]
-            self._plan = layer.layer.plan(
-                self._batch
-            )  # kept alive, as the batch is: the graph reads its memory
+            self._plan = layer.layer.plan(self._batch)  # kept alive, as the batch is: the graph reads it
         self._replay = capture(layer.setting.backend, self._work)  # of a decode the last step, the longest
         layer.restore()
 
@@ -375,41 +365,29 @@ class CapturedForwards:
     def restore(self, number: int = 0) -> None:
         """Restore the cache to the history, and select the inputs of pass `number`. Never timed."""
         self._layer.restore(number)
-        if not self._decode and not torch.equal(
-            self._layer.batch.block_table_host, self._batch.block_table_host
-        ):
+        table = self._batch.block_table_host
+        if not self._decode and not torch.equal(self._layer.batch.block_table_host, table):
             raise RuntimeError("a restored cache handed out pages other than the captured ones.")
 
     def before(self, index: int) -> None:
         """Write the inputs of a forward to where its graph reads them, and poison its output. Never timed."""
         if self._decode and not self._bookkeeps:
-            self._bookkeep()
+            self._batch.update_(self._layer.extend(self._max_tokens))
         self.out.fill_(math.nan)
         self._layer.before(index)
         if self._decode:
             self._hidden.copy_(self._layer.x)
 
-    def _bookkeep(self) -> None:
-        """Do what the host does for every decode step."""
-        self._batch.update_(self._layer.extend(self._max_tokens))
-
     def step(self, index: int) -> None:
-        """Run one forward."""
+        """Run one forward, in decode with what the host does for every step."""
         if self._bookkeeps:
-            self._bookkeep()
+            self._batch.update_(self._layer.extend(self._max_tokens))
         self._replay()
 
     def after(self, index: int) -> None:
         """Copy the output of a forward to a buffer of its own. Never timed."""
         self._layer.out.copy_(self.out)
         self._layer.after(index)
-
-
-def captured(implementation: Implementation, scenario: Scenario) -> CapturedForwards:
-    """Return an implementation's forwards as graph replays; it has run a whole pass. Raises `NoGraph`."""
-    if not isinstance(implementation, MlaLayer):
-        raise NoGraph(f"{implementation.name} is not captured")
-    return CapturedForwards(implementation, scenario)
 
 
 def capture(backend: Backend, work: Callable[[], None]) -> Callable[[], None]:
@@ -440,8 +418,7 @@ def _check_plan(layer: MlaLayer, batch: RaggedBatch) -> None:
 def _check_switches(layer: MlaLayer, scenario: Scenario) -> None:
     """Raise `NoGraph` if query scaling or selecting, which the host decides on, starts within a pass."""
     config, first, last = layer.setting.config, max(scenario.kv_lens(0)), max(scenario.final_lens)
-    starts = {"selecting": config.index_topk or None}
-    starts["query scaling"] = config.query_scaling.period if config.query_scaling else None
-    for what, tokens in starts.items():
-        if tokens is not None and first <= tokens < last:
+    period = config.query_scaling.period if config.query_scaling else 0
+    for what, tokens in (("selecting", config.index_topk), ("query scaling", period)):
+        if tokens and first <= tokens < last:
             raise NoGraph(f"{what} starts at {tokens} tokens, within the pass")

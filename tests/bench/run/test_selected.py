@@ -180,25 +180,25 @@ def own_selection_of_the_second(patch: Patch) -> None:
 
 def the_first_index_pages(patch: Patch) -> None:
     """All layers have the index pages of the first."""
-    right = MlaLayer._load_history
+    right = MlaLayer.load
 
-    def load(layer: MlaLayer, inputs: Any) -> None:
-        right(layer, inputs)
+    def load(layer: MlaLayer, scenario: Any, inputs: Any) -> None:
+        right(layer, scenario, inputs)
         layer._index_pages = [
             pages if pages is None else layer._index_pages[0] for pages in layer._index_pages
         ]
 
-    patch.setattr(MlaLayer, "_load_history", load)
+    patch.setattr(MlaLayer, "load", load)
 
 
 def the_first_pages(patch: Patch) -> None:
-    right = MlaLayer._load_history
+    right = MlaLayer.load
 
-    def load(layer: MlaLayer, inputs: Any) -> None:
-        right(layer, inputs)
+    def load(layer: MlaLayer, scenario: Any, inputs: Any) -> None:
+        right(layer, scenario, inputs)
         layer._pages[2] = layer._pages[0]
 
-    patch.setattr(MlaLayer, "_load_history", load)
+    patch.setattr(MlaLayer, "load", load)
 
 
 @pytest.mark.parametrize(
