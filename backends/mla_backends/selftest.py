@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from mla_backends.api import OPS, AttentionSpec, FusedOp, IndexerSpec, NormSpec, SegmentLengths
-from mla_backends.errors import describe, one_line, out_of_memory
+from mla_backends.errors import BackendError, describe, one_line, out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,8 @@ def failures(attempt: Callable[[], str], label: str, cure: str) -> list[str]:
     """
     try:
         wrong = attempt()
+    except BackendError as refusal:
+        return [f"{label} refuses a tiny batch here: {str(refusal).rstrip('.')}; {OTHERWISE}"]
     except Exception as error:  # noqa: BLE001  # compilers and loaders raise anything
         if trouble := device_trouble(error):
             return [f"{label} {trouble}"]

@@ -21,7 +21,7 @@ a layer is built, and a package that is missing, broken or changed becomes a rea
 | `FlashInferSparse` | latents that are selected | `flashinfer` from 0.7.4 on | yes | yes |
 | `TokenspeedMla` | latent | `tokenspeed_mla` | yes | makes its table inside the graph |
 | `IxformerMla` | latent | `ixformer` | newer releases; else NaN | bounded by the block table |
-| `FlashInferMla` | latent | `flashinfer` 0.2.5 to 0.7 | yes | refused: it plans on the host |
+| `FlashInferMla` | latent | `flashinfer` from 0.6.11 on | yes | refused: it plans on the host |
 | `SdpaExpanded` | expanded | torch itself | no: NaN | keeps the lengths of its plan |
 | `TokenspeedPrefill` | expanded | `tokenspeed_mla` | yes | keeps the lengths of its plan |
 | `TorchVarlen` | expanded | torch itself | yes | keeps the lengths of its plan |

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
@@ -21,9 +21,9 @@ from mla_backends.kernels.vendor import (
     VendorModule,
     VendorOp,
     accepts,
+    either,
     is_aligned,
     layer_reasons,
-    missing,
     padded,
 )
 from mla_backends.selftest import failures, try_expanded
@@ -63,6 +63,11 @@ class VarlenLimits:
         """Return why the function cannot serve layers like `spec` (empty if it can)."""
         reasons = layer_reasons(self.device_reason, self.dtypes, spec)
         width, values = spec.qk_nope_head_dim + spec.qk_rope_head_dim, spec.v_head_dim
+        most = self.max_unlisted
+        if most is not None and (width, values) not in self.unpadded and max(width, values) > most:
+            listed = [f"{keys} and {narrower}" for keys, narrower in self.unpadded]
+            listed += [f"of at most {most}"] if most else []
+            return [*reasons, f"it takes heads of {either(listed)}, not {width} and {values}"]
         if width > self.max_width:
             reasons.append(f"it takes heads of at most {self.max_width}, not {width}")
         given = width if self.pads(width, values) else values
@@ -73,10 +78,6 @@ class VarlenLimits:
         ]
         if self.pads(width, values) and values > width:
             reasons.append(f"it takes values no wider than keys, not {values} and {width}")
-        most = self.max_unlisted
-        if most is not None and (width, values) not in self.unpadded and max(width, values) > most:
-            listed = " or ".join(f"{keys} and {narrower}" for keys, narrower in self.unpadded)
-            reasons.append(f"it takes heads of {listed} or of at most {most}, not {width} and {values}")
         return reasons
 
 
@@ -90,59 +91,20 @@ class VarlenState:
     longest_q: int
     longest_k: int
     causal: bool
-    blind: torch.Tensor | None = None  # queries that an op overwrites, int64
+    blind: torch.Tensor | None = None  # queries that the op overwrites, int64
 
 
-class SegmentsOp(FusedOp):
-    """One launch for all segments, in `run`.
+class VarlenOp(VendorOp):
+    """One launch for all segments, in a subclass's `attend`, of a kernel in the form of FlashAttention's.
 
-    The plan holds the lengths it was made with, so a captured graph does not follow later ones.
+    The plan holds the lengths it was made with, so a captured graph does not follow later ones. Costs besides
+    the kernel: a copy into `out` unless it writes there, one into `lse` where it is asked for, and one of v
+    where it is padded.
     """
 
     contract = OPS["expanded_attention"]
-    lse_optional = True
-
-    def prepare(self, spec: AttentionSpec, batch: SegmentLengths) -> VarlenState:
-        """Copy the bounds of the segments to the device, without waiting for it."""
-        count, lengths = len(batch.query_lens), (batch.query_lens, batch.kv_lens)
-        bounds = chain(*(accumulate(lens, initial=0) for lens in lengths), batch.kv_lens)
-        cu_q, cu_k, kv_lens = upload(integers(bounds), spec.device).split([count + 1, count + 1, count])
-        longest_q, longest_k = (max(lens, default=0) for lens in lengths)
-        return VarlenState(cu_q, cu_k, kv_lens, longest_q, longest_k, batch.causal)
-
-    def __call__(
-        self, state: VarlenState, *,
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,  # [Tq, h, n + r], [Tk, h, n + r], [Tk, h, v]
-        softmax_scale: float, out: torch.Tensor, lse: torch.Tensor | None,  # out [Tq, h, v], lse [Tq, h] fp32
-    ) -> None:  # fmt: skip
-        if state.longest_q == 0:
-            return
-        if state.longest_k:
-            self.run(state, q, k, v, float(softmax_scale), out, lse)
-            return
-        out.zero_()
-        if lse is not None:
-            lse.fill_(-math.inf)
-
-    @abstractmethod
-    def run(
-        self, state: VarlenState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float,
-        out: torch.Tensor, lse: torch.Tensor | None,
-    ) -> None:  # fmt: skip
-        """Attend segments of which some has queries and some has keys."""
-
-
-class VarlenOp(SegmentsOp):
-    """A kernel in the form of FlashAttention's, which a subclass calls in `attend`.
-
-    Costs besides the kernel: a copy into `out`, one into `lse` where it is asked for, and one of v where it
-    is padded.
-    """
-
-    def __init__(self, limits: VarlenLimits) -> None:
-        """Take the kernel's limits on this vendor's devices."""
-        self.limits = limits
-        self._scratch = Scratch()
+    contiguous = False  # the kernel reads q, k and v as if they were, whatever their strides are
+    overwrites_blind = False  # what the kernel gives for queries that see no key, in segments that have some
 
     @abstractmethod
     def attend(
@@ -152,11 +114,9 @@ class VarlenOp(SegmentsOp):
         k: torch.Tensor,  # [Tk, h, n + r]
         v: torch.Tensor,  # [Tk, h, v], or padded to the width of k
         softmax_scale: float,
+        out: torch.Tensor,  # [Tq, h, v]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return out [Tq, h, as wide as v] and the natural log-sum-exp, [h, Tq] or [segments, h, longest]."""
-
-    def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
-        return self.limits.reasons(spec)
+        """Return out, or [Tq, h, as wide as v], and the natural log-sum-exp: [h, Tq], or [n, h, longest]."""
 
     def unsupported_batch(
         self, spec: Any, query_lens: Sequence[int], kv_lens: Sequence[int], page_size: int | None = None
@@ -165,49 +125,73 @@ class VarlenOp(SegmentsOp):
         unknown = blind and not self.limits.blind_tokens
         return ["what it gives for a token without keys is not documented"] if unknown else []
 
-    def run(
-        self, state: VarlenState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float,
-        out: torch.Tensor, lse: torch.Tensor | None,
+    def prepare(self, spec: AttentionSpec, batch: SegmentLengths) -> VarlenState:
+        """Copy the bounds of the segments to the device, without waiting for it."""
+        count, lengths = len(batch.query_lens), (batch.query_lens, batch.kv_lens)
+        bounds = chain(*(accumulate(lens, initial=0) for lens in lengths), batch.kv_lens)
+        cu_q, cu_k, kv_lens = upload(integers(bounds), spec.device).split([count + 1, count + 1, count])
+        longest_q, longest_k = (max(lens, default=0) for lens in lengths)
+        blind = _blind_tokens(batch, spec.device) if self.overwrites_blind and batch.causal else None
+        return VarlenState(cu_q, cu_k, kv_lens, longest_q, longest_k, batch.causal, blind)
+
+    def __call__(
+        self, state: VarlenState, *,
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,  # [Tq, h, n + r], [Tk, h, n + r], [Tk, h, v]
+        softmax_scale: float, out: torch.Tensor, lse: torch.Tensor | None,  # out [Tq, h, v], lse [Tq, h] fp32
     ) -> None:  # fmt: skip
+        if state.longest_q == 0:
+            return
+        if state.longest_k == 0:
+            out.zero_()
+            if lse is not None:
+                lse.fill_(-math.inf)
+            return
         if self.limits.pads(k.shape[2], v.shape[2]):
             v = padded(self._scratch, k, v)
-        value, sums = self.attend(state, _aligned(q), _aligned(k), _aligned(v), softmax_scale)
-        out.copy_(value[..., : out.shape[2]])
+        q, k, v = map(self._as_read, (q, k, v))
+        value, sums = self.attend(state, q, k, v, float(softmax_scale), out)
+        if value is not out:
+            out.copy_(value[..., : out.shape[2]])
         if lse is not None:
             lse.copy_(self._logs(sums, state, lse))
+        if state.blind is not None:
+            out.index_fill_(0, state.blind, 0)
+            if lse is not None:
+                lse.index_fill_(0, state.blind, -math.inf)
 
     @staticmethod
     def _logs(sums: torch.Tensor, state: VarlenState, lse: torch.Tensor) -> torch.Tensor:
-        """Return the log-sum-exp as [Tq, h] with -inf for queries without keys, where kernels give +inf.
+        """Return the log-sum-exp as [Tq, h], with -inf for queries without keys, where kernels give +inf."""
+        import torch
 
-        Old releases return [segments, h, longest] instead of [h, Tq].
+        if sums.dim() == 3:  # of torch_musa, and of old releases
+            token = torch.arange(lse.shape[0], dtype=torch.int32, device=lse.device)
+            segment = torch.bucketize(token, state.cu_q[1:], right=True)
+            sums = sums[segment, :, token - state.cu_q.index_select(0, segment)].t()
+        return sums.t().masked_fill(sums.t() == math.inf, -math.inf)
+
+    def _as_read(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensor, or a copy where its rows start elsewhere than at multiples of 16 bytes.
+
+        Kernels load so many at a time and check the last stride only. Widths that are no multiples of 8 are
+        padded, and thereby copied, by the kernel's own wrapper.
         """
         import torch
 
-        if sums.dim() == 3:
-            token = torch.arange(lse.shape[0], dtype=torch.int32, device=lse.device)
-            segment = torch.bucketize(token, state.cu_q[1:], right=True)
-            place = token - state.cu_q.index_select(0, segment)
-            sums = sums[segment, :, place]
-        else:
-            sums = sums.transpose(0, 1)
-        return sums.masked_fill(sums == math.inf, -math.inf)
-
-
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor, or a copy where its rows start elsewhere than at multiples of 16 bytes.
-
-    Kernels load so many at a time and check the last stride only. Widths that are no multiples of 8 are
-    padded, and thereby copied, by the kernel's own wrapper.
-    """
-    import torch
-
-    if tensor.shape[-1] % 8 == 0 and not is_aligned(tensor):
+        fits = is_aligned(tensor) and (tensor.is_contiguous() or not self.contiguous)
+        if fits or tensor.shape[-1] % 8:
+            return tensor
         return tensor.clone(memory_format=torch.contiguous_format)
-    return tensor
 
 
-class FlashAttnVarlen(VendorOp, VarlenOp):
+def _blind_tokens(batch: SegmentLengths, device: torch.device) -> torch.Tensor | None:
+    """Return the queries that see no key although their segment has some; None if there are none."""
+    segments = zip(accumulate(batch.query_lens, initial=0), batch.query_lens, batch.kv_lens, strict=False)
+    tokens = [range(first, first + queries - keys) for first, queries, keys in segments if keys]
+    return upload(integers(chain(*tokens), wide=True), device) if any(tokens) else None
+
+
+class FlashAttnVarlen(VarlenOp):
     """`flash_attn.flash_attn_varlen_func`, or that of another `module` such as `flash_attn_interface`."""
 
     def __init__(
@@ -223,25 +207,16 @@ class FlashAttnVarlen(VendorOp, VarlenOp):
 
         `compiles` is what it compiles at first use, and `cure` what to do where that fails: it is tried then.
         """
-        VarlenOp.__init__(self, limits or VarlenLimits())
-        self._vendor = VendorModule(module, (FUNCTION,), install)
+        super().__init__(VendorModule(module, {FUNCTION: ARGUMENTS}, install), limits or VarlenLimits())
         self.compiles, self.cure = compiles, cure
 
-    @property
-    def _function(self) -> Any:
-        return getattr(self._vendor, FUNCTION)
-
-    def interface_reasons(self) -> list[str]:
-        return missing(self._function, FUNCTION, ARGUMENTS)
-
-    def attempt(self, spec: AttentionSpec) -> str:
-        return try_expanded(self, spec)
-
     def attend(
-        self, state: VarlenState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, state: VarlenState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float,
+        out: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Call the function. Raises `KernelRefused` when it returns no log-sum-exp."""
-        result = self._function(
+        function = getattr(self._vendor, FUNCTION)
+        result = function(
             q=q,
             k=k,
             v=v,
@@ -251,14 +226,13 @@ class FlashAttnVarlen(VendorOp, VarlenOp):
             max_seqlen_k=state.longest_k,
             softmax_scale=softmax_scale,
             causal=state.causal,
-            **{name: True for name in ASKS if accepts(self._function, name)},
+            **{name: True for name in ASKS if accepts(function, name)},
         )
         if not isinstance(result, tuple):
             raise KernelRefused(
                 f"{self._vendor.name}.{FUNCTION} returns no log-sum-exp; use another release."
             )
-        value, sums = result[:2]
-        return value, sums
+        return result[0], result[1]
 
 
 # ------------------------------------------------------------------------------------- torch varlen
@@ -286,11 +260,11 @@ class TorchVarlen(VarlenOp):
     """torch's own FlashAttention: needs no package besides torch. fp16 and bf16, heads of at most 256."""
 
     def __init__(self, limits: VarlenLimits = TORCH_LIMITS) -> None:
-        super().__init__(limits)
+        super().__init__(VendorModule("torch", {}), limits)
 
-    def unsupported_reasons(self, spec: AttentionSpec) -> list[str]:
+    def layer_reasons(self, spec: AttentionSpec) -> list[str]:
         why = _no_kernel(spec.device)
-        return ([why] if why else []) + super().unsupported_reasons(spec)
+        return ([why] if why else []) + super().layer_reasons(spec)
 
     def preflight(self, spec: AttentionSpec) -> list[str]:
         """Attend a few tiny segments and compare with the definition: reads back, so never while timing."""
@@ -305,8 +279,9 @@ class TorchVarlen(VarlenOp):
         return failures(attempt, "torch's own flash attention", VARLEN_CURE)
 
     def attend(
-        self, state: VarlenState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, state: VarlenState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float,
+        out: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Call the operator, without dropout (0.0) and without a debug mask (False)."""
         import torch
 
@@ -353,21 +328,19 @@ class SdpaState:
     kv_lens: tuple[int, ...]
     blind: tuple[int, ...]  # leading queries that see no key
     masks: tuple[torch.Tensor | bool, ...]  # [queries, keys] bool; True: causal without history; False: none
-    pads: bool  # segments without a mask need values as wide as keys
 
 
 class SdpaExpanded(FusedOp):
     """One segment after another through torch's attention; a causal one ends at its last key.
 
-    `pads_values`: give v the width of k with zeros, at the cost of a copy. A function decides per layer, from
-    its widths and what its device's fastest kernel takes. Allocates as torch does.
+    `pads_values`: give v the width of k with zeros, at the cost of a copy. Allocates as torch does.
     """
 
     contract = OPS["expanded_attention"]
     writes_lse = False
     lse_optional = True
 
-    def __init__(self, *, pads_values: bool | Callable[[AttentionSpec], bool] = False) -> None:
+    def __init__(self, *, pads_values: bool = False) -> None:
         self._pads_values = pads_values
         self._scratch = Scratch()
 
@@ -387,13 +360,7 @@ class SdpaExpanded(FusedOp):
             batch.causal and _mask(queries - hidden, keys, spec.device)
             for (queries, keys), hidden in zip(pairs, blind, strict=True)
         )
-        pads = self._pads(spec) and any(isinstance(mask, bool) for mask in masks)
-        return SdpaState(batch.query_lens, batch.kv_lens, blind, masks, pads)
-
-    def _pads(self, spec: AttentionSpec) -> bool:
-        if spec.v_head_dim >= spec.qk_nope_head_dim + spec.qk_rope_head_dim:
-            return False
-        return self._pads_values if isinstance(self._pads_values, bool) else self._pads_values(spec)
+        return SdpaState(batch.query_lens, batch.kv_lens, blind, masks)
 
     def __call__(
         self, state: SdpaState, *,
@@ -402,7 +369,9 @@ class SdpaExpanded(FusedOp):
     ) -> None:  # fmt: skip
         if lse is not None:
             lse.fill_(float("nan"))
-        wide = padded(self._scratch, k, v) if state.pads else v
+        unmasked = any(isinstance(mask, bool) for mask in state.masks)
+        pads = self._pads_values and unmasked and v.shape[2] < k.shape[2]
+        wide = padded(self._scratch, k, v) if pads else v
         by_query = (tensor.split(state.query_lens) for tensor in (q, out))
         by_key = (tensor.split(state.kv_lens) for tensor in (k, v, wide))
         parts = zip(*by_query, *by_key, state.blind, state.masks, strict=True)

@@ -1,17 +1,14 @@
 """FlashInfer's `BatchMLAPagedAttentionWrapper`: ragged absorbed attention, causal, on pages of any size.
 
-The class has three generations, told apart by their arguments. Oldest: flat tables, log-sum-exp to base 2.
-Then, up to 0.6, the natural logarithm can be asked for. Since 0.7 tables come as one object, queries and
-cache as pairs, and what `run` returns is declared to `plan`; the older ways still work there and warn.
-(Read in flashinfer 0.2.5, 0.6.18, 0.7.2.post1 and 0.7.4, whose kernels for Hopper read e4m3 caches.)
+Up to 0.6, tables are arguments of `plan`, and queries and cache come in parts. Since 0.7 tables come as one
+object, queries and cache as pairs, and what `run` returns is declared to `plan`; the older ways still work
+there and warn. (Read in flashinfer 0.6.18, 0.7.2.post1 and 0.7.4, whose kernels for Hopper read e4m3 caches.)
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -23,14 +20,12 @@ from mla_backends.kernels.paged import LatentLimits
 from mla_backends.kernels.vendor import (
     DeviceReason,
     KernelRefused,
-    Scratch,
     VendorModule,
     VendorOp,
     accepts,
     capturing,
     missing,
 )
-from mla_backends.selftest import try_latent
 from mla_backends.upload import integers, upload
 
 if TYPE_CHECKING:
@@ -45,27 +40,27 @@ PLAN = (
 )  # fmt: skip
 PARTS = ("q_nope", "q_pe", "ckv_cache", "kpe_cache")
 PAIRS = ("query", "kv_cache")
-RUN = ("out", "lse", "return_lse")
-NATURAL = "return_lse_base_on_e"
+RUN = ("out", "lse", "return_lse", "return_lse_base_on_e")
 SCALES = ("ckv_scale", "kpe_scale")
 LAYOUTS = {"query_layout": "split", "kv_cache_layout": "split"}
-# The first release whose kernels compute the place of a page in 64 bits (flashinfer PR 3136).
-WIDE_PAGES = (0, 6, 11)
 
 
 class Release:
     """The installed flashinfer, imported when it is first asked about."""
 
     def __init__(self, install: str) -> None:
-        self.vendor = VendorModule("flashinfer.mla", (CLASS,), install)
+        self.vendor = VendorModule("flashinfer.mla", {CLASS: ()}, install)
 
     def reasons(self) -> list[str]:
         """Return how the class differs from what is expected (empty if it does not)."""
-        plan = (*PLAN, "metadata") if self._structured else (*FLAT, *PLAN)
+        plan = ("metadata", *PLAN) if self._structured else (*FLAT, *PLAN)
         run = (*(PAIRS if self.takes("run", *PAIRS) else PARTS), *RUN)
-        return missing(self.wrapper.plan, f"{CLASS}.plan", plan) + missing(
-            self.wrapper.run, f"{CLASS}.run", run
-        )
+        wanted = {"plan": plan, "run": run}
+        return [
+            reason
+            for method, names in wanted.items()
+            for reason in missing(getattr(self.wrapper, method), f"{CLASS}.{method}", names)
+        ]
 
     @property
     def wrapper(self) -> Any:
@@ -80,19 +75,6 @@ class Release:
     def declares_lse(self) -> bool:
         """Whether a plan says if its runs return the log-sum-exp."""
         return self._structured and self.takes("plan", "lse_mode")
-
-    @functools.cached_property
-    def wide_pages(self) -> bool:
-        """Whether pages are found beyond 2^32 numbers; False where the version is unknown."""
-        try:
-            version = str(getattr(importlib.import_module("flashinfer"), "__version__", ""))
-        except Exception:  # noqa: BLE001  # a broken package raises anything; `reasons` says so
-            return False
-        numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
-        if numbers is None:
-            return False
-        release = tuple(map(int, numbers.groups()))
-        return release > WIDE_PAGES or (release == WIDE_PAGES and "dev" not in version)
 
     @property
     def _structured(self) -> bool:
@@ -110,35 +92,18 @@ class Release:
             modes["scale_mode"] = "kv-per-tensor"
         return {"metadata": tables, **given, **layouts, **modes}
 
-    def run(
-        self,
-        wrapper: Any,
-        q: torch.Tensor,
-        cache: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
-        scale: float | None = None,
-    ) -> None:
-        """Run a planned wrapper: q [T, h, c + r], cache [pages, page, c + r], out [T, h, c].
+    def run_arguments(
+        self, q: torch.Tensor, cache: torch.Tensor, latent: int, scale: float | None
+    ) -> dict[str, Any]:
+        """Return what `run` is given of q [T, h, c + r] and cache [pages, page, c + r], with `latent` = c.
 
-        `lse` [T, h] fp32, contiguous, gets the natural logarithm; None where nobody reads it. `scale` is that
-        of e4m3 numbers in the cache.
+        `scale` is that of e4m3 numbers in the cache.
         """
-        latent = out.shape[-1]
         parts = (q[..., :latent], q[..., latent:], cache[..., :latent], cache[..., latent:])
+        scales = {} if scale is None else dict.fromkeys(SCALES, scale)
         if self.takes("run", *PAIRS):
-            given: dict[str, Any] = {"query": parts[:2], "kv_cache": parts[2:]}
-        else:
-            given = dict(zip(PARTS, parts, strict=True))
-        if scale is not None:
-            given |= dict.fromkeys(SCALES, scale)
-        if lse is None:
-            wrapper.run(**given, out=out)
-            return
-        natural = {NATURAL: True} if self.takes("run", NATURAL) else {}
-        wrapper.run(**given, out=out, lse=lse, return_lse=True, **natural)
-        if not natural:
-            lse.mul_(math.log(2))
+            return {"query": parts[:2], "kv_cache": parts[2:], **scales}
+        return dict(zip(PARTS, parts, strict=True)) | scales
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -147,9 +112,12 @@ class Release:
 # Its scheduler packs all heads of a request's new tokens into rows, cuts these into tiles of 64, or 128 where
 # requests have more than 64 on average, and each tile's keys into parts. (Read in scheduler.cuh, mla.cuh and
 # mla_hopper.cuh of include/flashinfer/attention in 0.6.18; 0.7.2 refuses the same batches when it plans.)
+#
+# Keys that rows of a tile see are rounded down to whole tokens, so tiles must not end between the heads of
+# one. With HEADS none does where every request has new tokens; others are left out of the plan.
 
+HEADS = (1, 2, 4, 8, 16, 32, 64, 128)  # to which other numbers are padded
 WORK_ITEMS = 16_384  # places in the tables of a plan
-FAR_NUMBERS = 1 << 32  # numbers: a page that starts beyond is read elsewhere, in releases before 0.6.11
 MULTIPROCESSORS = 256  # where the device does not say; more than any has
 
 
@@ -159,7 +127,8 @@ def work_reasons(heads: int, query_lens: Sequence[int], device: torch.device) ->
     Parts are at least as long as a cluster's fair share of all tiles' keys. So there are fewer additional
     parts than clusters, and the bound is above the true count by less than one per multiprocessor.
     """
-    tile = _tile(heads, query_lens)
+    rows = sum(query_lens) * heads
+    tile = 128 if rows // max(1, len(query_lens)) > 64 else 64  # of one block, or of a cluster of two
     items = sum(-(-count * heads // tile) for count in query_lens) + multiprocessors(device) // (tile // 64)
     if items <= WORK_ITEMS:
         return []
@@ -167,36 +136,6 @@ def work_reasons(heads: int, query_lens: Sequence[int], device: torch.device) ->
         f"its tables hold {WORK_ITEMS} parts of work, and {sum(query_lens)} new tokens of {heads} heads may "
         f"need {items}"
     ]
-
-
-def tile_reasons(heads: int, query_lens: Sequence[int]) -> list[str]:
-    """Return that tiles end between the heads of a token, whose last key may be lost (empty if none does).
-
-    Keys that rows of a tile see are rounded down to whole tokens. Of LIMITS, only 128 heads are cut, where
-    hardly any request has new tokens.
-    """
-    tile = _tile(heads, query_lens)
-    return [f"its tiles of {tile} rows cut tokens of {heads} heads"] if tile % heads else []
-
-
-def far_reasons(kv_lens: Sequence[int], page_size: int | None, width: int) -> list[str]:
-    """Return why pages of this batch must start beyond `FAR_NUMBERS` (empty if they need not)."""
-    size = page_size or 1
-    numbers = sum(-(-keys // size) for keys in kv_lens) * size * width
-    return [too_far(numbers)] if numbers > FAR_NUMBERS else []
-
-
-def too_far(numbers: int) -> str:
-    """Say why a cache of so many numbers is refused."""
-    return (
-        f"this flashinfer finds pages in the first 2^32 numbers of a cache only, and this one has {numbers}: "
-        "upgrade flashinfer to 0.6.11 or newer"
-    )
-
-
-def _tile(heads: int, query_lens: Sequence[int]) -> int:
-    """Return the rows of a tile: those of one block or of a cluster of two."""
-    return 128 if sum(query_lens) * heads // max(1, len(query_lens)) > 64 else 64
 
 
 @functools.cache
@@ -210,34 +149,18 @@ def multiprocessors(device: torch.device) -> int:
 
 
 # -------------------------------------------------------------------------------------------- pages
-# The pages of all requests back to back, which is how FlashInfer takes a block table.
-class PageIndex:
-    """Gathers them on the device. Where they lie in the table is kept for the next batch with as many.
+@functools.lru_cache(maxsize=4)  # in 63 of 64 decode steps with pages of 64 tokens, no request gets a new one
+def _places(rows: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Return where pages lie in a flattened table, [sum(counts)] int64: `counts[i]` from place `rows[i]` on.
 
-    In 63 of 64 decode steps with pages of 64 tokens, one request in a batch of one gets no new page.
+    FlashInfer takes the pages of all requests back to back. Waits for nothing.
     """
-
-    def __init__(self) -> None:
-        self._key: tuple[tuple[int, ...], int, torch.device] | None = None
-        self._places: torch.Tensor | None = None
-
-    def gather(self, table: torch.Tensor, counts: tuple[int, ...]) -> torch.Tensor:
-        """Return the first `counts[i]` pages of each row of `table` [B, n] int32, as [sum(counts)]."""
-        key = (counts, table.shape[1], table.device)
-        if self._places is None or key != self._key:
-            self._key, self._places = key, _places(*key)
-        return table.reshape(-1).index_select(0, self._places)
-
-
-def _places(counts: tuple[int, ...], width: int, device: torch.device) -> torch.Tensor:
-    """Return where the pages lie in the flattened table [sum(counts)] int64. Waits for nothing."""
     import torch
 
     total = sum(counts)
     if not total:
         return torch.empty(0, dtype=torch.int64, device=device)
-    starts = accumulate(counts, initial=0)
-    shifts = (i * width - start for i, start in zip(range(len(counts)), starts, strict=False))
+    shifts = (row - start for row, start in zip(rows, accumulate(counts, initial=0), strict=False))
     shift, repeats = upload(integers((*shifts, *counts), wide=True), device).view(2, -1)
     # With the size of the result given, the device is not asked for the sum of the repeats.
     return torch.repeat_interleave(shift, repeats, output_size=total).add_(torch.arange(total, device=device))
@@ -308,12 +231,7 @@ class Wrappers:
 
 
 # ----------------------------------------------------------------------------------------------- op
-# The op: which layers and batches it serves, what it plans, and its call.
-#
-# Plans are made on the host from host tensors, so that nothing is copied back from the device.
 
-# Tiles of its kernels hold whole tokens with these heads, to which others are padded: see `tile_reasons`.
-HEADS = (1, 2, 4, 8, 16, 32, 64, 128)
 LIMITS = LatentLimits(page_sizes=None, heads=HEADS, pads_heads_to=HEADS, graph=False)
 COMPILES = "it compiles its kernel for this device at first use (a minute or more)"
 
@@ -329,13 +247,12 @@ class FlashInferState:
 class FlashInferMla(VendorOp):
     """`flashinfer.mla.BatchMLAPagedAttentionWrapper`. It writes to `out` and `lse` itself.
 
-    `backend` is the library's own choice of kernel ("auto", "fa2", "fa3"). Graphs: the plan lives on the
-    host, so a capture is refused.
+    `backend` is the library's own choice of kernel ("auto", "fa2", "fa3"). Plans are made on the host from
+    host tensors, so that nothing is copied back from the device; a capture is therefore refused.
     """
 
     contract = OPS["latent_attention"]
     cache_formats = ("fp8", "fp8:")
-    lse_optional = True
     compiles = COMPILES
 
     def __init__(
@@ -350,13 +267,10 @@ class FlashInferMla(VendorOp):
 
         `e4m3_reason` says why a device cannot read e4m3 caches, "" if it can.
         """
-        self._e4m3_reason = e4m3_reason
         self.release = Release(install)
-        super().__init__(self.release.vendor)
-        self.limits, self._scratch = replace(limits, graph=False), Scratch()
-        self._backend = backend
+        super().__init__(self.release.vendor, replace(limits, graph=False))
+        self._e4m3_reason, self._backend = e4m3_reason, backend
         self._wrappers: dict[torch.device, Wrappers] = {}
-        self._pages = PageIndex()
         self._wants_lse = False  # what the last call wanted: the next plan is made for it
 
     # ------------------------------------------------------------------------------------------- refusals
@@ -370,7 +284,7 @@ class FlashInferMla(VendorOp):
         return self.release.reasons()
 
     def layer_reasons(self, spec: AttentionSpec) -> list[str]:
-        reasons = self.limits.reasons(spec)
+        reasons = super().layer_reasons(spec)
         if not spec.cache_format:
             return reasons
         device = self._e4m3_reason(spec.device) if self._e4m3_reason else ""
@@ -380,9 +294,6 @@ class FlashInferMla(VendorOp):
         if str(spec.dtype) != "torch.bfloat16":
             reasons.append(f"it reads an e4m3 cache with bfloat16 queries only, not {spec.dtype}")
         return reasons
-
-    def attempt(self, spec: AttentionSpec) -> str:
-        return try_latent(self, spec, (self.limits.page_sizes or (64,))[0])
 
     def preflight(self, spec: AttentionSpec) -> list[str]:
         if reasons := super().preflight(spec):
@@ -397,10 +308,12 @@ class FlashInferMla(VendorOp):
             reasons.append("a batch must have new tokens")
         if any(keys < count != 1 for count, keys in zip(query_lens, kv_lens, strict=True)):
             reasons.append("a request must not have more new tokens than keys")
-        heads = self.limits.padded_heads(spec.num_heads) or spec.num_heads
-        reasons += work_reasons(heads, query_lens, spec.device) + tile_reasons(heads, query_lens)
-        far = far_reasons(kv_lens, page_size, spec.kv_lora_rank + spec.qk_rope_head_dim)
-        return reasons + (far if far and not self.release.wide_pages else [])
+        busy = [count for count in query_lens if count]
+        return reasons + work_reasons(self._heads(spec), busy, spec.device)
+
+    def _heads(self, spec: AttentionSpec) -> int:
+        """Return how many heads the kernel is given."""
+        return self.limits.padded_heads(spec.num_heads) or spec.num_heads
 
     # --------------------------------------------------------------------------------------------- plans
 
@@ -419,17 +332,22 @@ class FlashInferMla(VendorOp):
     def _state(self, spec: AttentionSpec, batch: BatchView) -> FlashInferState:
         import torch
 
-        pages = tuple(-(-keys // batch.page_size) for keys in batch.kv_lens)
-        starts = accumulate(batch.query_lens, initial=0)
-        requests = zip(starts, batch.query_lens, batch.kv_lens, strict=False)
-        empty = [first for first, count, keys in requests if count and not keys]  # one token each
+        table, requests = batch.block_table, enumerate(zip(batch.query_lens, batch.kv_lens, strict=True))
+        busy = [(row, count, keys) for row, (count, keys) in requests if count]
+        counts = [count for _, count, _ in busy]
+        pages = tuple(-(-keys // batch.page_size) for _, _, keys in busy)
+        places = _places(tuple(row * table.shape[1] for row, _, _ in busy), pages, table.device)
+        starts = list(accumulate(counts, initial=0))
+        empty = [
+            first for first, (_, _, keys) in zip(starts, busy, strict=False) if not keys
+        ]  # one token each
         return FlashInferState(
             plan={
-                "qo_indptr": integers(accumulate(batch.query_lens, initial=0)),
+                "qo_indptr": integers(starts),
                 "kv_indptr": integers(accumulate(pages, initial=0)),
-                "kv_indices": self._pages.gather(batch.block_table, pages),
-                "kv_len_arr": integers(batch.kv_lens),
-                "num_heads": self.limits.padded_heads(spec.num_heads) or spec.num_heads,
+                "kv_indices": table.reshape(-1).index_select(0, places),
+                "kv_len_arr": integers(keys for _, _, keys in busy),
+                "num_heads": self._heads(spec),
                 "head_dim_ckv": spec.kv_lora_rank,
                 "head_dim_kpe": spec.qk_rope_head_dim,
                 "page_size": batch.page_size,
@@ -438,7 +356,7 @@ class FlashInferMla(VendorOp):
                 "q_data_type": spec.dtype,
                 "kv_data_type": torch.float8_e4m3fn if spec.cache_format else spec.dtype,
             },
-            empty=upload(integers(empty, wide=True), batch.block_table.device) if empty else None,
+            empty=upload(integers(empty, wide=True), table.device) if empty else None,
         )
 
     # --------------------------------------------------------------------------------------------- calls
@@ -452,24 +370,23 @@ class FlashInferMla(VendorOp):
     ) -> None:  # fmt: skip
         import torch
 
-        stored = float(cache_format.partition(":")[2] or 1) if cache_format else None
+        scale = float(cache_format.partition(":")[2] or 1) if cache_format else None
         cache = cache.view(torch.float8_e4m3fn) if cache_format else cache
         _check_capture(q.device)
-        self._check_places(cache)
         self._wants_lse = lse is not None
         wrapper = self._pool(q.device).planned(state, self._wants_lse)
-        heads, target = q.shape[1], out
-        sums = lse if lse is None or lse.is_contiguous() else self._wide("lse", lse, heads)
-        if (planned := state.plan["num_heads"]) > heads:
-            target, given = self._wide("out", out, planned), q
-            q = self._wide("q", q, planned)
-            q[:, :heads] = given
-            sums = None if lse is None else self._wide("lse", lse, planned)
-        self.release.run(wrapper, q, cache, target, sums, stored)
-        if target is not out:
-            out.copy_(target[:, :heads])
-        if lse is not None and sums is not None and sums is not lse:
-            lse.copy_(sums[:, :heads])
+        heads, planned, target, sums = q.shape[1], state.plan["num_heads"], out, lse
+        if planned > heads:
+            target, narrow_q, q = self._wide("out", out, planned), q, self._wide("q", q, planned)
+            q[:, :heads] = narrow_q
+        if lse is not None and (planned > heads or not lse.is_contiguous()):
+            sums = self._wide("lse", lse, planned)
+        given = self.release.run_arguments(q, cache, out.shape[-1], scale)
+        wanted = {} if sums is None else {"lse": sums, "return_lse": True, "return_lse_base_on_e": True}
+        wrapper.run(**given, out=target, **wanted)
+        for wide, narrow in ((target, out), (sums, lse)):
+            if narrow is not None and wide is not None and wide is not narrow:
+                narrow.copy_(wide[:, :heads])
         if state.empty is not None:
             out.index_fill_(0, state.empty, 0)
             if lse is not None:
@@ -478,12 +395,6 @@ class FlashInferMla(VendorOp):
     def _wide(self, name: str, x: torch.Tensor, heads: int) -> torch.Tensor:
         """Return memory like x [T, h, ..] with so many heads, those of no call full of zeros."""
         return self._scratch.take(name, (x.shape[0], heads, *x.shape[2:]), x)
-
-    def _check_places(self, cache: torch.Tensor) -> None:
-        """Raise `KernelRefused` for a cache in which an old release loses its way."""
-        numbers = cache.shape[0] * cache.stride(0)
-        if numbers > FAR_NUMBERS and not self.release.wide_pages:
-            raise KernelRefused(f"{too_far(numbers)}.")
 
 
 def _check_capture(device: torch.device) -> None:

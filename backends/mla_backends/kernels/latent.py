@@ -10,25 +10,23 @@ name, for calls that ask for it with `use_legacy` (read in FlashMLA 9a7d253 and 
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mla_backends.kernels.paged import E4M3_QUERIES, LatentLimits, Launch, PagedLatentOp, Result
-from mla_backends.kernels.vendor import KernelRefused, VendorModule, accepts, default, demanded, missing
+from mla_backends.kernels.vendor import KernelRefused, VendorModule, accepts, default
 
 if TYPE_CHECKING:
     import torch
 
+DECODE, PLAN = "flash_mla_with_kvcache", "get_mla_metadata"
 ARGUMENTS = (
     "q", "k_cache", "block_table", "cache_seqlens", "head_dim_v", "tile_scheduler_metadata", "num_splits",
     "softmax_scale", "causal",
 )  # fmt: skip
 LEGACY = "use_legacy"
-DENSE = "dense decoding is in sgl-flash-mla, and in FlashMLA up to commit 9241ae3 of 2026-04-29"
-# The first generation's planner has static memory for fewer than 4096 rows and ends the process for more.
-FIRST_GENERATION_ROWS = 4095
+KEPT = "is in sgl-flash-mla, and in FlashMLA up to commit 9241ae3 of 2026-04-29"
 
 
 class FlashMla(PagedLatentOp):
@@ -41,6 +39,8 @@ class FlashMla(PagedLatentOp):
     """
 
     refused_formats = E4M3_QUERIES
+    needs: Mapping[str, tuple[str, ...]] = {DECODE: ARGUMENTS, PLAN: ()}
+    of_v41 = f"has sparse attention only: dense decoding {KEPT}"  # a release since 2026-09-30
 
     def __init__(
         self,
@@ -55,53 +55,15 @@ class FlashMla(PagedLatentOp):
 
         `compiles` is what it compiles at first use, and `cure` what to do where that fails.
         """
-        vendor = VendorModule(module, ("get_mla_metadata", "flash_mla_with_kvcache"), install)
-        super().__init__(vendor, limits or LatentLimits())
+        super().__init__(VendorModule(module, self.needs, install), limits or LatentLimits())
         self.compiles = compiles
-        self._install = install
         self.cure = cure or install or "use the reference ops (`--ops reference`)"
 
-    # ------------------------------------------------------------------------------------------- refusals
-
     def interface_reasons(self) -> list[str]:
-        function = self._vendor.flash_mla_with_kvcache
-        name = f"{self._vendor.name}.flash_mla_with_kvcache"
-        needs, legacy = demanded(function) - set(ARGUMENTS), accepts(function, LEGACY)
-        if not legacy and (default(function, "is_fp8_kvcache") is True or "indices" in needs):
-            return [f"this {self._vendor.name} has sparse attention only: {self._with_hint(DENSE)}"]
-        reasons = missing(function, name, ARGUMENTS)
-        reasons = reasons or [f"{name} needs {word}, which dense decoding has not" for word in sorted(needs)]
-        return reasons or (self._legacy_reasons() if legacy else [])
-
-    def _legacy_reasons(self) -> list[str]:
-        """Return why a package that keeps dense decoding apart lacks it."""
-        if self._loader_says("has_legacy", lambda: True)():
+        decode = self._vendor.flash_mla_with_kvcache
+        if accepts(decode, LEGACY) or default(decode, "is_fp8_kvcache") is not True:
             return []
-        why = self._loader_says("_LEGACY_UNAVAILABLE", None)
-        text = f"the dense kernels of this {self._vendor.name} are missing"
-        return [self._with_hint(f"{text}, because {why}" if why else text)]
-
-    def _loader_says(self, name: str, otherwise: Any) -> Any:
-        try:
-            loader = importlib.import_module(f"{self._vendor.name}._loader")
-        except ImportError:
-            return otherwise
-        return getattr(loader, name, otherwise)
-
-    def _with_hint(self, text: str) -> str:
-        return f"{text} ({self._install})" if self._install else text
-
-    def unsupported_batch(
-        self, spec: Any, query_lens: Sequence[int], kv_lens: Sequence[int], page_size: int | None = None
-    ) -> list[str]:
-        reasons = super().unsupported_batch(spec, query_lens, kv_lens, page_size)
-        few = sum(query_lens) <= FIRST_GENERATION_ROWS  # so the module need not be looked at
-        if few or accepts(self._vendor.flash_mla_with_kvcache, "is_fp8_kvcache"):
-            return reasons
-        first_generation = replace(self.limits, max_rows=FIRST_GENERATION_ROWS)
-        return reasons + first_generation.row_reasons(spec.num_heads, query_lens, kv_lens)
-
-    # --------------------------------------------------------------------------------------------- calls
+        return [self._vendor.with_hint(f"this {self._vendor.name} {self.of_v41}")]
 
     def _asks(self, function: str, **wanted: bool) -> dict[str, bool]:
         """Return what asks for dense attention where it is not the default, and the function takes it."""
@@ -110,9 +72,7 @@ class FlashMla(PagedLatentOp):
 
     def plan(self, kv_lens: torch.Tensor, query_rows: int) -> Any:
         """Return the scheduler metadata and the splits: for one batch, whose layers share them."""
-        return self._vendor.get_mla_metadata(
-            kv_lens, query_rows, 1, **self._asks("get_mla_metadata", use_legacy=True)
-        )
+        return self._vendor.get_mla_metadata(kv_lens, query_rows, 1, **self._asks(PLAN, use_legacy=True))
 
     def launch(self, plan: Any, call: Launch) -> Result:
         metadata, splits = plan
@@ -126,7 +86,7 @@ class FlashMla(PagedLatentOp):
             num_splits=splits,
             softmax_scale=call.scale,
             causal=True,
-            **self._asks("flash_mla_with_kvcache", use_legacy=True, is_fp8_kvcache=False),
+            **self._asks(DECODE, use_legacy=True, is_fp8_kvcache=False),
         )
         return out, lse
 
@@ -159,30 +119,23 @@ class IxformerMla(PagedLatentOp):
 
     def __init__(self, limits: LatentLimits = IXFORMER_LIMITS, *, install: str = "") -> None:
         """Take the kernel's limits; regardless of them, a row holds one query token."""
-        vendor = VendorModule("ixformer.inference.functions", (IXFORMER,), install)
+        vendor = VendorModule("ixformer.inference.functions", {IXFORMER: IXFORMER_ARGUMENTS}, install)
         super().__init__(vendor, replace(limits, max_queries=1))
 
     @property
     def writes_lse(self) -> bool:  # type: ignore[override]
-        return not self._vendor.reasons() and accepts(self._function, LSE)
-
-    @property
-    def _function(self) -> Any:
-        return getattr(self._vendor, IXFORMER)
-
-    def interface_reasons(self) -> list[str]:
-        return missing(self._function, IXFORMER, IXFORMER_ARGUMENTS)
+        return not self._vendor.reasons() and accepts(getattr(self._vendor, IXFORMER), LSE)
 
     def launch(self, plan: Any, call: Launch) -> Result:
         if not call.cache.is_contiguous():
             raise KernelRefused("ixformer reads a contiguous latent cache only, and this one is a slice.")
-        wanted = (LSE, GRAPH) if call.captured else (LSE,)
-        options = {name: True for name in wanted if accepts(self._function, name)}
+        function, wanted = getattr(self._vendor, IXFORMER), (LSE, GRAPH) if call.captured else (LSE,)
+        options = {name: True for name in wanted if accepts(function, name)}
         rows, _, heads, _ = call.q.shape
         out = call.out
         if out is None:
             out = self._scratch.take("out", (rows, 1, heads, call.latent), call.q, fresh=call.captured)
-        result = self._function(
+        result = function(
             output=out[:, 0],
             query=call.q[:, 0],
             kv_cache=call.cache,

@@ -13,21 +13,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from mla_backends.api import OPS, AttentionSpec, BatchView
 from mla_backends.kernels.vendor import (
     DeviceReason,
     KernelRefused,
-    Scratch,
-    VendorModule,
     VendorOp,
     capturing,
     either,
     layer_reasons,
 )
-from mla_backends.selftest import try_latent
 from mla_backends.upload import integers, upload
 
 if TYPE_CHECKING:
@@ -57,27 +53,22 @@ class Group:
     follows_batch: bool  # the tables are the batch's own, so a captured graph sees what they are updated to
 
 
-def cut(batch: BatchView, most: int | None) -> Iterator[Row]:
+def cut(query_lens: Sequence[int], kv_lens: Sequence[int], most: int | None) -> Iterator[Row]:
     """Cut each request into rows of at most `most` queries (None: any)."""
     start = 0
-    for request, (count, keys) in enumerate(zip(batch.query_lens, batch.kv_lens, strict=True)):
+    for request, (count, keys) in enumerate(zip(query_lens, kv_lens, strict=True)):
         blind = min(count, max(0, count - keys))  # queries before the request's first key
-        yield from _cut(request, start, blind, 0, most)
-        yield from _cut(request, start + blind, count - blind, keys, most)
+        for begin, end in ((0, blind), (blind, count)):
+            for first in range(begin, end, most or count or 1):
+                last = min(first + (most or count), end)
+                seen = 0 if first < blind else keys - (count - last)  # queries behind the row have more
+                yield Row(request, start + first, last - first, seen)
         start += count
-
-
-def _cut(request: int, first: int, count: int, keys: int, most: int | None) -> Iterator[Row]:
-    step = most or max(1, count)
-    for offset in range(0, count, step):
-        queries = min(step, count - offset)
-        unseen = count - offset - queries if keys else 0  # keys of the queries after this row
-        yield Row(request, first + offset, queries, keys - unseen)
 
 
 def groups(batch: BatchView, most: int | None) -> tuple[Group, ...]:
     """Group a batch's rows by their number of queries. Waits for nothing on the device."""
-    rows = sorted(cut(batch, most), key=lambda row: row.queries)  # stable: contiguous tokens stay so
+    rows = sorted(cut(batch.query_lens, batch.kv_lens, most), key=lambda row: row.queries)  # which is stable
     if not rows:
         return ()  # no new tokens
     members = [list(alike) for _, alike in groupby(rows, key=lambda row: row.queries)]
@@ -178,8 +169,7 @@ class LatentLimits:
         if self.max_rows is None or sum(query_lens) <= self.max_rows:  # a row has at least one query
             return []
         most = self.queries_per_row(self.padded_heads(heads) or heads)
-        lengths: Any = SimpleNamespace(query_lens=query_lens, kv_lens=kv_lens)
-        sizes = Counter(row.queries for row in cut(lengths, most))
+        sizes = Counter(row.queries for row in cut(query_lens, kv_lens, most))
         rows = max(sizes.values(), default=0)
         if rows <= self.max_rows:
             return []
@@ -248,17 +238,7 @@ class PagedLatentOp(VendorOp):
     """
 
     contract = OPS["latent_attention"]
-    lse_optional = True
-
-    def __init__(self, vendor: VendorModule, limits: LatentLimits) -> None:
-        super().__init__(vendor)
-        self.limits = limits
-        self._scratch = Scratch()
-
-    def attempt(self, spec: AttentionSpec) -> str:
-        """Compute a tiny batch as the layer calls it first, and with the log-sum-exp: either may compile."""
-        page = (self.limits.page_sizes or (64,))[-1]
-        return try_latent(self, spec, page, with_lse=False) or try_latent(self, spec, page)
+    limits: LatentLimits
 
     def unsupported_batch(
         self, spec: Any, query_lens: Sequence[int], kv_lens: Sequence[int], page_size: int | None = None

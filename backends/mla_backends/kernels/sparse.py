@@ -12,19 +12,19 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mla_backends.api import OPS, AttentionSpec, BatchView
-from mla_backends.kernels.latent import LEGACY, FlashMla
+from mla_backends.kernels.latent import DECODE, KEPT, PLAN, FlashMla
 from mla_backends.kernels.paged import E4M3_QUERIES, LatentLimits, Launch, PagedLatentOp, Result
-from mla_backends.kernels.vendor import KernelRefused, VendorModule, accepts, capturing, default, missing
+from mla_backends.kernels.vendor import KernelRefused, VendorModule, accepts, capturing, missing
 from mla_backends.slots import selected_slots
 
 if TYPE_CHECKING:
     import torch
 
-DECODE, PREFILL, PLAN = "flash_mla_with_kvcache", "flash_mla_sparse_fwd", "get_mla_metadata"
+PREFILL = "flash_mla_sparse_fwd"
 DECODE_ARGUMENTS = (
     "q", "k_cache", "block_table", "cache_seqlens", "head_dim_v", "tile_scheduler_metadata", "num_splits",
     "softmax_scale", "causal", "is_fp8_kvcache", "indices",
@@ -34,10 +34,8 @@ PREFILL_ARGUMENTS = ("q", "kv", "indices", "sm_scale", "d_v")
 PLAN_ARGUMENTS = (
     "cache_seqlens", "num_q_tokens_per_head_k", "num_heads_k", "num_heads_q", "is_fp8_kvcache", "topk", "q",
 )  # fmt: skip
-KEPT = "kernels for latents of 576 are in sgl-flash-mla, and in FlashMLA up to commit 9241ae3 of 2026-04-29"
 HEADS = (64, 128)
 TILE = 128  # selected tokens: what Blackwell takes with 128 heads; elsewhere it is 64
-MOST_SLOTS = 2**31  # that int32 names
 # Pages of bytes as deployed: FlashMLA's own tests go from 2 to 576 tokens.
 LIMITS = LatentLimits(dtypes=("bfloat16",), heads=HEADS, pads_heads_to=HEADS)
 
@@ -114,8 +112,6 @@ class SparseLatentOp(PagedLatentOp):
 
     def _check_cache(self, cache: torch.Tensor) -> None:
         """Raise `KernelRefused` for a cache in which the kernel would lose its way."""
-        if cache.shape[0] * cache.shape[1] > MOST_SLOTS:
-            raise KernelRefused(f"{self._vendor.name} names at most {MOST_SLOTS} tokens of a cache.")
         size = cache.numel() * cache.element_size()
         if self.most_bytes is not None and size > self.most_bytes:
             raise KernelRefused(
@@ -141,32 +137,21 @@ class FlashMlaSparse(SparseLatentOp, FlashMla):
         "fp8_ds_mla_any": "its kernels round decoded latents to bfloat16, or cut scales to powers of two"
     }
 
-    def __init__(
-        self,
-        limits: LatentLimits = LIMITS,
-        *,
-        most_bytes: int | None = None,
-        module: str = "flash_mla",
-        **named: str,
-    ) -> None:
+    needs: Mapping[str, tuple[str, ...]] = {DECODE: DECODE_ARGUMENTS, PREFILL: PREFILL_ARGUMENTS, PLAN: ()}
+    of_v41 = f"reads caches of DeepSeek-V4.1 only: what reads latents of 576 {KEPT}"
+
+    def __init__(self, limits: LatentLimits = LIMITS, *, most_bytes: int | None = None, **named: str) -> None:
         """Take the kernels' limits on a vendor's devices, and how to get the module: see `FlashMla`."""
-        super().__init__(replace(limits, max_rows=None), module=module, **named)
-        self._vendor = VendorModule(module, ("get_mla_metadata", DECODE, PREFILL), self._install)
+        super().__init__(limits, **named)
         self.most_bytes = most_bytes
 
     def pages_matter(self, spec: AttentionSpec) -> bool:
         return bool(spec.cache_format)
 
     def interface_reasons(self) -> list[str]:
-        decode, prefill, plan = (getattr(self._vendor, name) for name in (DECODE, PREFILL, PLAN))
-        legacy = accepts(decode, LEGACY)
-        if not legacy and default(decode, "is_fp8_kvcache") is True:
-            return [f"this {self._vendor.name} reads caches of DeepSeek-V4.1 only: {self._with_hint(KEPT)}"]
-        reasons = missing(decode, f"{self._vendor.name}.{DECODE}", DECODE_ARGUMENTS)
-        reasons += missing(prefill, f"{self._vendor.name}.{PREFILL}", PREFILL_ARGUMENTS)
-        if accepts(plan, "topk"):
-            reasons += missing(plan, f"{self._vendor.name}.{PLAN}", PLAN_ARGUMENTS)
-        return reasons or (self._legacy_reasons() if legacy else [])
+        plan = self._vendor.get_mla_metadata
+        wanted = PLAN_ARGUMENTS if accepts(plan, "topk") else ()
+        return super().interface_reasons() or missing(plan, f"{self._vendor.name}.{PLAN}", wanted)
 
     def launch(self, plan: SparseState, call: Launch) -> Result:
         if not plan.spec.cache_format:
@@ -243,11 +228,8 @@ class FlashInferSparse(SparseLatentOp):
 
     def __init__(self, limits: LatentLimits = TRTLLM_LIMITS, *, install: str = "") -> None:
         """Take the kernel's limits on a vendor's devices, and how to get flashinfer."""
-        super().__init__(VendorModule("flashinfer.mla", (TRTLLM,), install), limits)
+        super().__init__(VendorModule("flashinfer.mla", {TRTLLM: TRTLLM_ARGUMENTS}, install), limits)
         self.cure = install or "use other ops (`--ops reference`)"
-
-    def interface_reasons(self) -> list[str]:
-        return missing(getattr(self._vendor, TRTLLM), f"flashinfer.mla.{TRTLLM}", TRTLLM_ARGUMENTS)
 
     def launch(self, plan: SparseState, call: Launch) -> Result:
         import torch

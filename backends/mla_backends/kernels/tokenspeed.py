@@ -1,6 +1,7 @@
-"""`tokenspeed_mla_decode`: absorbed attention on SM100, SM103 and SM107, compiled by CuTe DSL at first use.
+"""TokenSpeed's kernels for SM100, SM103 and SM107, compiled by CuTe DSL at first use.
 
-Read in the wheels tokenspeed-mla 0.1.8 to 2.0.4 (2026-11). What their documents do not say of 16-bit caches:
+Read in the wheels tokenspeed-mla 0.1.8 to 2.0.4 (2026-11). What their documents do not say of
+`tokenspeed_mla_decode`, absorbed attention, with 16-bit caches:
 
 - The keys of a row are read in tiles of 128, and what the table names behind a row's last page, or page 0
   where the table ends, is multiplied by zero: NaN in a page of another request would reach the result. The
@@ -8,18 +9,20 @@ Read in the wheels tokenspeed-mla 0.1.8 to 2.0.4 (2026-11). What their documents
 - A row without keys is written only where `local_visible_lens` is passed, so such rows are given one key.
 - The workspace must be int8, against the docstring.
 - Tensors must start, and their rows too, at multiples of 16 bytes.
+
+`tokenspeed_mla_prefill` is ordinary causal attention over ragged segments (read in vLLM at 055e47c too, which
+runs it in bfloat16). The package's README promises only fp8 for these widths, so a small case is computed
+first. q, k and v are read as if they were contiguous. The log-sum-exp is natural, unlike that of decoding.
 """
 
 from __future__ import annotations
 
 import importlib
-import math
 from dataclasses import replace
-from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
-from mla_backends.api import AttentionSpec, BatchView, SegmentLengths
-from mla_backends.kernels.expanded import SegmentsOp, VarlenState
+from mla_backends.api import AttentionSpec, BatchView
+from mla_backends.kernels.expanded import VarlenLimits, VarlenOp, VarlenState
 from mla_backends.kernels.paged import (
     E4M3_QUERIES,
     Group,
@@ -30,26 +33,19 @@ from mla_backends.kernels.paged import (
     Part,
     Result,
 )
-from mla_backends.kernels.vendor import (
-    DeviceReason,
-    KernelRefused,
-    VendorModule,
-    VendorOp,
-    is_aligned,
-    layer_reasons,
-    missing,
-)
-from mla_backends.selftest import try_expanded
-from mla_backends.upload import integers, upload
+from mla_backends.kernels.vendor import DeviceReason, KernelRefused, VendorModule, is_aligned
 
 if TYPE_CHECKING:
     import torch
 
-MODULE = "tokenspeed_mla"
-DECODE = "tokenspeed_mla_decode"
+MODULE, DECODE, PREFILL = "tokenspeed_mla", "tokenspeed_mla_decode", "tokenspeed_mla_prefill"
 DECODE_ARGUMENTS = (
     "query", "kv_cache", "workspace_buffer", "kv_lora_rank", "qk_rope_head_dim", "block_tables", "seq_lens",
     "max_seq_len", "softmax_scale", "out", "causal_mask", "return_lse",
+)  # fmt: skip
+PREFILL_ARGUMENTS = (
+    "query", "key", "value", "seq_lens", "cum_seq_lens", "max_seq_len", "batch_size", "softmax_scale",
+    "is_causal", "return_lse", "cum_seq_lens_q", "max_seq_len_q", "out",
 )  # fmt: skip
 CURE = "pip install -U tokenspeed-mla, which brings the CuTe DSL it needs"
 TILE = 128  # keys, and query rows
@@ -62,6 +58,13 @@ LIMITS = LatentLimits(
     lse_base="2",
     empty_rows=False,
 )
+PREFILL_LIMITS = VarlenLimits(dtypes=("bfloat16",), pads_values=False, max_unlisted=0)
+
+
+def unavailable() -> list[str]:
+    """Return why the package cannot run, where it knows: its import succeeds even without CuTe DSL."""
+    why = getattr(importlib.import_module(MODULE), "_IMPORT_ERROR", None)
+    return [] if why is None else [f"{MODULE} cannot load CuTe DSL ({why}); {CURE}"]
 
 
 class TokenspeedMla(PagedLatentOp):
@@ -73,20 +76,19 @@ class TokenspeedMla(PagedLatentOp):
 
     compiles = "tokenspeed_mla's decode kernel"
     cure = CURE
-
     refused_formats = E4M3_QUERIES
 
     def __init__(self, limits: LatentLimits = LIMITS, *, install: str = "") -> None:
         """Take the kernel's limits, and the hint for a missing package."""
-        super().__init__(VendorModule(MODULE, (DECODE, "get_num_sm"), install), limits)
+        super().__init__(VendorModule(MODULE, {DECODE: DECODE_ARGUMENTS, "get_num_sm": ()}, install), limits)
         self._workspaces: dict[torch.device, torch.Tensor] = {}
 
     def interface_reasons(self) -> list[str]:
-        return unavailable() or missing(self._vendor.tokenspeed_mla_decode, DECODE, DECODE_ARGUMENTS)
+        return unavailable()
 
     def prepare(self, spec: AttentionSpec, batch: BatchView) -> PagedState:
         """Plan the batch, with a table per launch, without waiting for the device."""
-        self._workspace(spec.device)  # memory that a graph uses is not taken while it is captured
+        self._workspace(batch.block_table)  # memory that a graph uses is not taken while it is captured
         return super().prepare(spec, batch)
 
     def _part(self, group: Group, heads: int, page_size: int, captured: bool) -> Part:
@@ -99,7 +101,7 @@ class TokenspeedMla(PagedLatentOp):
         result = self._vendor.tokenspeed_mla_decode(
             query=call.q if is_aligned(call.q) else call.q.clone(),
             kv_cache=call.cache,
-            workspace_buffer=self._workspace(call.q.device),
+            workspace_buffer=self._workspace(call.block_table),
             kv_lora_rank=call.latent,
             qk_rope_head_dim=call.q.shape[3] - call.latent,
             block_tables=plan,
@@ -112,18 +114,18 @@ class TokenspeedMla(PagedLatentOp):
         )
         return result if call.with_lse else (result, None)
 
-    def _workspace(self, device: torch.device) -> torch.Tensor:
-        """Return memory for the partial results of any batch.
+    def _workspace(self, table: torch.Tensor) -> torch.Tensor:
+        """Return memory for the partial results of any batch, on the device of its table.
 
         Rows times splits are at most half a tile of query rows per multiprocessor, each partial result with
         its log-sum-exp in float32; twice that is taken.
         """
         import torch
 
+        device = table.device
         if device not in self._workspaces:
             size = self._vendor.get_num_sm(device) * TILE * (512 + 1) * 4
-            with torch.inference_mode(False):  # a tensor made in that mode cannot be written outside it
-                self._workspaces[device] = torch.empty(size, dtype=torch.int8, device=device)
+            self._workspaces[device] = self._scratch.take("workspace", (size,), table.view(torch.int8))
         return self._workspaces[device]
 
 
@@ -140,67 +142,30 @@ def own_pages(table: torch.Tensor, kv_lens: torch.Tensor, page_size: int) -> tor
     return table.gather(1, torch.minimum(torch.arange(width, device=table.device), last[:, None]))
 
 
-def unavailable() -> list[str]:
-    """Return why the package cannot run, where it knows: its import succeeds even without CuTe DSL."""
-    why = getattr(importlib.import_module(MODULE), "_IMPORT_ERROR", None)
-    return [] if why is None else [f"{MODULE} cannot load CuTe DSL ({why}); {CURE}"]
-
-
-# ------------------------------------------------------------------------------- tokenspeed prefill
-# `tokenspeed_mla_prefill`: ordinary causal attention over ragged segments on SM100, SM103 and SM107.
-#
-# Read in the wheels tokenspeed-mla 0.1.8 to 2.0.4 (2026-11) and in vLLM (commit 055e47c), which runs it in
-# bfloat16; the package's README promises only fp8 for these widths, so `preflight` computes a small case
-# first. q, k and v are read as if they were contiguous, whatever their strides are. The log-sum-exp is
-# natural here, unlike that of decoding.
-
-PREFILL = "tokenspeed_mla_prefill"
-PREFILL_ARGUMENTS = (
-    "query", "key", "value", "seq_lens", "cum_seq_lens", "max_seq_len", "batch_size", "softmax_scale",
-    "is_causal", "return_lse", "cum_seq_lens_q", "max_seq_len_q", "out",
-)  # fmt: skip
-WIDTHS = (192, 128)  # of keys and values
-
-
-class TokenspeedPrefill(VendorOp, SegmentsOp):
-    """`tokenspeed_mla.tokenspeed_mla_prefill`, bfloat16 keys of 192 and values of 128.
-
-    Costs besides the kernel: a copy of v, as the layer's is a slice, and one into `lse`.
-    """
+class TokenspeedPrefill(VarlenOp):
+    """`tokenspeed_mla.tokenspeed_mla_prefill`, bfloat16 keys of 192 and values of 128."""
 
     compiles = "tokenspeed_mla's prefill kernel"
     cure = CURE
+    contiguous = True
+    overwrites_blind = True
 
     def __init__(self, device_reason: DeviceReason | None = None, *, install: str = "") -> None:
         """Take why a device cannot run it ("" if it can), and the hint for a missing package."""
-        super().__init__(VendorModule(MODULE, (PREFILL,), install))
-        self._device_reason = device_reason
+        limits = replace(PREFILL_LIMITS, device_reason=device_reason)
+        super().__init__(VendorModule(MODULE, {PREFILL: PREFILL_ARGUMENTS}, install), limits)
 
     def interface_reasons(self) -> list[str]:
-        prefill = self._vendor.tokenspeed_mla_prefill
-        return unavailable() or missing(prefill, PREFILL, PREFILL_ARGUMENTS)
+        return unavailable()
 
-    def layer_reasons(self, spec: AttentionSpec) -> list[str]:
-        reasons = layer_reasons(self._device_reason, ("bfloat16",), spec)
-        widths = (spec.qk_nope_head_dim + spec.qk_rope_head_dim, spec.v_head_dim)
-        taken = f"it takes keys of {WIDTHS[0]} and values of {WIDTHS[1]}, not {widths}"
-        return reasons if widths == WIDTHS else [*reasons, taken]
-
-    def attempt(self, spec: AttentionSpec) -> str:
-        return try_expanded(self, spec)
-
-    def prepare(self, spec: AttentionSpec, batch: SegmentLengths) -> VarlenState:
-        """Copy the bounds of the segments to the device, without waiting for it."""
-        return replace(super().prepare(spec, batch), blind=_blind(batch, spec.device))
-
-    def run(
+    def attend(
         self, state: VarlenState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float,
-        out: torch.Tensor, lse: torch.Tensor | None,
-    ) -> None:  # fmt: skip
+        out: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         value, sums = self._vendor.tokenspeed_mla_prefill(
-            query=_dense(q),
-            key=_dense(k),
-            value=_dense(v),
+            query=q,
+            key=k,
+            value=v,
             seq_lens=state.kv_lens,
             cum_seq_lens=state.cu_k,
             max_seq_len=state.longest_k,
@@ -212,29 +177,4 @@ class TokenspeedPrefill(VendorOp, SegmentsOp):
             max_seq_len_q=state.longest_q,
             out=out if out.is_contiguous() and is_aligned(out) else None,
         )
-        if value is not out:
-            out.copy_(value)
-        if lse is not None:
-            lse.copy_(sums)
-        if state.blind is not None:
-            out.index_fill_(0, state.blind, 0)
-            if lse is not None:
-                lse.index_fill_(0, state.blind, -math.inf)
-
-
-def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor as the kernel reads it: contiguous, and aligned."""
-    import torch
-
-    if tensor.is_contiguous() and is_aligned(tensor):
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _blind(batch: SegmentLengths, device: torch.device) -> torch.Tensor | None:
-    """Return the queries that see no key although their segment has some; None if there are none."""
-    if not batch.causal:
-        return None
-    segments = zip(accumulate(batch.query_lens, initial=0), batch.query_lens, batch.kv_lens, strict=False)
-    tokens = [range(first, first + queries - keys) for first, queries, keys in segments if keys]
-    return upload(integers(chain(*tokens), wide=True), device) if any(tokens) else None
+        return value, sums.t()

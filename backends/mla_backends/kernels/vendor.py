@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from mla_backends.api import FusedOp
+from mla_backends.api import OPS, FusedOp
 from mla_backends.errors import BackendError, describe, one_line
-from mla_backends.selftest import failures
+from mla_backends.selftest import failures, try_expanded, try_latent
 from mla_backends.torch_backend import capturing as capturing
 
 if TYPE_CHECKING:
@@ -26,30 +25,29 @@ class KernelRefused(BackendError):
 
 
 class VendorModule:
-    """A module of a vendor's package and the functions an adapter needs from it.
+    """A module of a vendor's package, and the functions that an adapter calls, with the keywords it passes.
 
     Nothing is imported until `reasons` or an attribute is asked for. `hint` says how to install it.
     """
 
-    def __init__(self, name: str, needs: Sequence[str], hint: str = "") -> None:
-        self.name = name
-        self._needs = tuple(needs)
-        self._hint = hint
+    def __init__(self, name: str, needs: Mapping[str, Sequence[str]], hint: str = "") -> None:
+        self.name, self.hint = name, hint
+        self._needs = needs
 
     @functools.cached_property
     def _loaded(self) -> tuple[ModuleType | None, str]:
         """Return the module, or None and why there is none."""
         try:
             return importlib.import_module(self.name), ""
-        except ModuleNotFoundError as error:
-            if error.name and (self.name == error.name or self.name.startswith(f"{error.name}.")):
-                return None, f"{error.name} is not installed" + (f" ({self._hint})" if self._hint else "")
-            return None, self._broken(error)
         except Exception as error:  # noqa: BLE001  # a broken extension module raises anything
-            return None, self._broken(error)
+            absent = error.name if isinstance(error, ModuleNotFoundError) else None
+            if absent and f"{self.name}.".startswith(f"{absent}."):
+                return None, self.with_hint(f"{absent} is not installed")
+            return None, f"{self.name} is installed but cannot be imported ({one_line(describe(error))})"
 
-    def _broken(self, error: Exception) -> str:
-        return f"{self.name} is installed but cannot be imported ({one_line(describe(error))})"
+    def with_hint(self, text: str) -> str:
+        """Return a clause with how to install the package behind it."""
+        return f"{text} ({self.hint})" if self.hint else text
 
     def reasons(self) -> list[str]:
         """Return why the module cannot be used (empty if it can)."""
@@ -57,6 +55,14 @@ class VendorModule:
         if module is None:
             return [reason]
         return [f"{self.name} has no {name}" for name in self._needs if not hasattr(module, name)]
+
+    def differences(self) -> list[str]:
+        """Return which keywords its functions do not take (empty if they take all)."""
+        return [
+            reason
+            for name, arguments in self._needs.items()
+            for reason in missing(getattr(self, name), f"{self.name}.{name}", arguments)
+        ]
 
     def __getattr__(self, name: str) -> Any:
         """Return a function or class of the module. Raises `KernelRefused` if there is no module."""
@@ -89,17 +95,6 @@ def default(function: Callable[..., Any], name: str) -> Any:
     return None if parameter is None or parameter.default is parameter.empty else parameter.default
 
 
-def demanded(function: Callable[..., Any]) -> frozenset[str]:
-    """Return the arguments that `function` cannot be called without; empty if unknown."""
-    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    known = (_signature(function) or {}).items()
-    return frozenset(
-        name
-        for name, parameter in known
-        if parameter.default is parameter.empty and parameter.kind not in variable
-    )
-
-
 def _signature(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
     """Return the parameters by name; None if they are unknown."""
     try:
@@ -117,21 +112,24 @@ def missing(function: Callable[..., Any], label: str, names: Iterable[str]) -> l
 class VendorOp(FusedOp):
     """Base of adapters: what a vendor's package lacks, what its kernel is not made for, and a first trial.
 
-    Subclasses have `limits`, whose `reasons(spec)` say what a layer needs and the kernel has not.
+    `limits` have `reasons(spec)`, which say what a layer needs and the kernel has not.
     """
 
-    limits: Any
+    lse_optional = True
     cure = ""  # of a kernel that cannot be compiled or loaded; without one, none is tried beforehand
 
-    def __init__(self, vendor: VendorModule) -> None:
+    def __init__(self, vendor: VendorModule, limits: Any) -> None:
         self._vendor = vendor
+        self.limits = limits
+        self._scratch = Scratch()
 
     def unsupported_reasons(self, spec: Any) -> list[str]:
-        reasons = self._vendor.reasons() or self.interface_reasons()
+        vendor = self._vendor
+        reasons = vendor.reasons() or self.interface_reasons() or vendor.differences()
         return reasons + self.layer_reasons(spec)
 
     def interface_reasons(self) -> list[str]:
-        """Return how the vendor's functions differ from what is expected."""
+        """Return why a package that is installed does not serve, besides keywords that it does not take."""
         return []
 
     def layer_reasons(self, spec: Any) -> list[str]:
@@ -143,9 +141,15 @@ class VendorOp(FusedOp):
         """Return why the kernel does not work on this device, after a tiny problem."""
         return failures(lambda: self.attempt(spec), self._vendor.name, self.cure) if self.cure else []
 
-    @abstractmethod
     def attempt(self, spec: Any) -> str:
-        """Compute a tiny problem; return what is wrong, "" if nothing."""
+        """Compute a tiny problem; return what is wrong, "" if nothing.
+
+        Over pages it is computed as the layer calls it first, and with the log-sum-exp: either may compile.
+        """
+        if self.contract == OPS["expanded_attention"]:
+            return try_expanded(self, spec)
+        page = (self.limits.page_sizes or (64,))[-1]
+        return try_latent(self, spec, page, with_lse=False) or try_latent(self, spec, page)
 
 
 # ------------------------------------------------------------------------------------------ scratch
@@ -201,7 +205,7 @@ def layer_reasons(device_reason: DeviceReason | None, dtypes: Sequence[str], spe
     return reasons if name in dtypes else [*reasons, f"it computes in {either(dtypes)}, not {name}"]
 
 
-def either(values: object) -> str:
+def either(values: Iterable[object]) -> str:
     """Join values as "1, 2 or 3"."""
-    words = list(dict.fromkeys(str(value) for value in values))  # type: ignore[attr-defined]
+    words = list(dict.fromkeys(map(str, values)))
     return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))

@@ -80,7 +80,7 @@ LIBRARIES = (
             ),
             Call(
                 f"{_WRAPPER}.run", ("flashinfer:PAIRS", "flashinfer:RUN", "flashinfer:SCALES"),
-                "flashinfer.mla", "flashinfer_07", where_taken=("return_lse_base_on_e",),
+                "flashinfer.mla", "flashinfer_07",
             ),
             Call(
                 "trtllm_batch_decode_with_kv_cache_mla", ("sparse:TRTLLM_ARGUMENTS",), "flashinfer.mla",
@@ -111,7 +111,6 @@ LIBRARIES = (
         on_index=False,
     ),
     Library("mcFlashMLA", _flash_mla("metax"), on_index=False),
-    Library("MT-flashMLA", _flash_mla("moore_legacy"), on_index=False),
     Library("flash-attn", _flash_attn("flash_attn", "flash_attn_2"), on_index=False),
     Library("flash-attn-3", _flash_attn("flash_attn_interface", "flash_attn_3"), on_index=False),
     Library(

@@ -53,7 +53,7 @@ class Moore(TritonBackend):
     query_tool = "mthreads-gmi"
     visibility = ("MUSA_VISIBLE_DEVICES",)
     variables = ("MUSA_HOME", "TORCH_DEVICE_BACKEND_AUTOLOAD", "PYTORCH_MUSA_ALLOC_CONF")
-    packages = ("torch-musa", "torchada", "mate", "flash-mla", "triton")
+    packages = ("torch-musa", "torchada", "mate", "triton")
     tunings = Path(__file__).parent / "tuning"
     dialect = Dialect("pymtml")
     sampler = MtmlSampler
@@ -64,7 +64,7 @@ class Moore(TritonBackend):
         return self.floats_since(FIRST_WITH_BFLOAT16)
 
     def kernels(self) -> Mapping[str, FusedOp]:
-        return kernels(self.capability, self.multiprocessors())
+        return kernels(self.capability)
 
     def default_tuning(self) -> Tuning:
         return TILES

@@ -1,4 +1,4 @@
-"""Which kernels Moore Threads GPUs have for attention: MATE, MT-flashMLA before it, and those of torch_musa.
+"""Which kernels Moore Threads GPUs have for attention: MATE's, and those of torch_musa.
 
 MATE's, for the MTT S5000, are compiled with mcc when they are first called. (Read in MATE 0.2.2, commit
 3f58cc3 of 2026-05-26. A later source, yeahdongcn/mate at bbcd8b8 with the sparse kernels of 0.2.4 and
@@ -7,8 +7,6 @@ newer, has the same dense signatures, plans and layouts; the releases are not pu
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -45,41 +43,27 @@ MATE_SPARSE_BYTES = (1 << 31) - 1
 # Other widths have kernels too, which its tests cover for 128 and 256 only.
 MATE_VARLEN = VarlenLimits(pads_values=False, max_unlisted=128, blind_tokens=False)
 
-# ------------------------------------------------------------------------------------------ kernels
-# MATE's kernels and MT-flashMLA serve capability 3.1 (MTT S5000) only. MT-flashMLA ends the process when a
-# page or width is wrong and waits for the device on every call, so its limits are as narrow as its source.
-
-CAPABILITY = "3.1"  # that the kernels are compiled for, in Moore Threads' own numbering
-# MT-flashMLA plans one part per multiprocessor and tile of this many query rows; with none, it reads garbage.
-LEGACY_TILE = 32
-# Not documented: what rows without keys give, and whether planning can be captured into a graph.
-CAREFUL = LatentLimits(empty_rows=False, graph=False)
+CAPABILITY = "3.1"  # of the MTT S5000, in Moore Threads' own numbering: MATE's kernels are compiled for it
 # muDNN's FlashAttention takes values narrower than keys (MuDNNFlashVarlenFwd in torch_musa's SDP.cpp). SDPA
 # picks it for 192 and 128 and for widths up to 128 (SDPUtils.h at 94a8bde), from capability 2.2 (MTT S4000)
 # on; with values padded to 192 it would fall back to plain products. Neither was run on a card.
 MUDNN = VarlenLimits(pads_values=False)
 FIRST_WITH_FLASH = (2, 2)
 
-_LEGACY = "see https://github.com/MooreThreads/MT-flashMLA"
 
-
-def kernels(capability: Callable[[], str | None], multiprocessors: int | None) -> Mapping[str, FusedOp]:
-    """Return the ops, best first. `multiprocessors` None means unknown."""
+def kernels(capability: Callable[[], str | None]) -> Mapping[str, FusedOp]:
+    """Return the ops, best first; `capability` says the device's, once it is known."""
 
     def device_reason(device: torch.device) -> str:
         reported = capability()
         wanted = f"it runs on capability {CAPABILITY} (MTT S5000) only"
         return "" if reported == CAPABILITY else f"{wanted}, but this device reports {reported}"
 
-    def legacy_reason(device: torch.device) -> str:
-        return device_reason(device) or _not_legacy()
-
     def flash_reason(device: torch.device) -> str:
         reported = capability()
         why = f"it needs capability 2.2 (MTT S4000) or newer, but this device reports {reported}"
         return "" if reported and tuple(map(int, reported.split("."))) >= FIRST_WITH_FLASH else why
 
-    rows = (multiprocessors or 1) * LEGACY_TILE
     mate = {"install": MATE_INSTALL, "compiles": COMPILES, "cure": MATE_CURE}
     return {
         "mate": FlashMla(replace(MATE_LATENT, device_reason=device_reason), module="mate.flashmla", **mate),
@@ -89,27 +73,12 @@ def kernels(capability: Callable[[], str | None], multiprocessors: int | None) -
             module="mate.flashmla",
             **mate,
         ),
-        "mt_flash_mla": FlashMla(
-            replace(CAREFUL, dtypes=("bfloat16",), max_query_rows=rows, device_reason=legacy_reason),
-            install=_LEGACY,
-        ),
         "mate_varlen": FlashAttnVarlen(
             replace(MATE_VARLEN, device_reason=device_reason), module="mate.mha_interface", **mate
         ),
         "torch_varlen": TorchVarlen(replace(MUDNN, device_reason=flash_reason)),
         "sdpa": SdpaExpanded(),
     }
-
-
-def _not_legacy() -> str:
-    """Return why the installed `flash_mla` is not MT-flashMLA; MATE also ships a module of that name."""
-    if importlib.util.find_spec("flash_mla") is None:
-        return ""  # another reason says so
-    if importlib.util.find_spec("flash_mla_musa") is None:
-        return "this flash_mla is not MT-flashMLA: it has no extension flash_mla_musa"
-    if hasattr(sys.modules.get("flash_mla"), "FlashMLASchedMeta"):
-        return "this flash_mla is not MT-flashMLA: it is of a newer generation"
-    return ""
 
 
 # -------------------------------------------------------------------------------------------- tiles

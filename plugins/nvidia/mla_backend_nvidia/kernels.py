@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from mla_backend_nvidia.cards import SPARING_TRITON
 from mla_backends import FusedOp
-from mla_backends.api import AttentionSpec
 from mla_backends.kernels import (
     FlashAttnVarlen,
     FlashInferMla,
@@ -59,13 +58,6 @@ HOPPER = ((9, 0),)
 SPARSE_FLASH_MLA = ((9, 0), (10, 0), (10, 3))  # sm_90a and sm_100f: what sgl-flash-mla 1.0.0 says it serves
 TRTLLM_GEN = ((10, 0), (10, 3))  # whose sparse kernels read bf16 caches
 BLACKWELL = ((10, 0), (10, 3), (10, 7))  # of data centres, with tensor memory; not sm_120
-
-# torch's SDPA asks cuDNN first on these architectures, if it is newer than this (9.15.0), and cuDNN takes
-# values narrower than keys: either width up to 128, or 192 and 128. FlashAttention 2 wants them equal.
-# From check_prefer_cudnn_attention and check_cudnn_tensor_shapes in PyTorch's sdp_utils.cpp at 001f694.
-CUDNN_FIRST = ((9, 0), (10, 0), (10, 3))
-CUDNN_NEWER_THAN = 91500
-CUDNN_WIDTHS = (192, 128)
 
 _TOKENSPEED = "pip install tokenspeed-mla"
 _FLASH_ATTN_3 = "build the folder hopper of https://github.com/Dao-AILab/flash-attention"
@@ -131,7 +123,7 @@ def kernels(architecture: Architecture, multiprocessors: int | None) -> Mapping[
         "tokenspeed_prefill": TokenspeedPrefill(blackwell, install=tokenspeed),
         "flash_attn": FlashAttnVarlen(VarlenLimits(device_reason=ampere), install=_FLASH_ATTN),
         "torch_varlen": TorchVarlen(replace(TORCH_LIMITS, device_reason=ampere)),
-        "sdpa": SdpaExpanded(pads_values=_wants_equal_widths(architecture)),
+        "sdpa": SdpaExpanded(),
     }
 
 
@@ -153,20 +145,6 @@ def flash_mla_source() -> str:
     if version < "2.14.1":
         return "pip install --no-deps sgl-flash-mla, as pip would replace this torch by a newer one otherwise"
     return "pip install sgl-flash-mla"
-
-
-def _wants_equal_widths(architecture: Architecture) -> Callable[[AttentionSpec], bool]:
-    """Return a function that says whether SDPA's fastest kernel needs values as wide as keys."""
-
-    def pads(spec: AttentionSpec) -> bool:
-        import torch
-
-        widths = (spec.qk_nope_head_dim + spec.qk_rope_head_dim, spec.v_head_dim)
-        takes = max(widths) <= CUDNN_WIDTHS[1] or widths == CUDNN_WIDTHS
-        first = architecture() in CUDNN_FIRST and (torch.backends.cudnn.version() or 0) > CUDNN_NEWER_THAN
-        return not (takes and first)
-
-    return pads
 
 
 def _only(architecture: Architecture, *wanted: tuple[int, int]) -> DeviceReason:

@@ -22,10 +22,9 @@ from mla_backend_nvidia.kernels import (
     spills,
     starts_early,
 )
-from mla_backends.api import AttentionSpec, SegmentLengths
+from mla_backends.api import AttentionSpec
 from mla_backends.cuda import CudaBackend
 from mla_backends.errors import DeviceUnavailable
-from mla_backends.kernels.flashinfer import WIDE_PAGES
 from mla_backends.triton_ops import Tile, ordered, triton_ops
 from mla_backends.triton_ops.tuning import tile_for
 
@@ -105,32 +104,6 @@ def test_a_kernel_is_refused_where_it_was_not_built_for(op: str, serves: set[tup
         assert all(f"this is sm_{architecture[0]}{architecture[1]}" in reason for reason in refusals)
 
 
-DEEPSEEK, SMALL, WIDE = (128, 64, 128), (64, 32, 64), (192, 64, 128)  # qk_nope, qk_rope and v
-
-
-@pytest.mark.parametrize(
-    ("architecture", "cudnn", "unpadded"),
-    [
-        ((8, 0), 92000, ()),  # FlashAttention 2
-        ((8, 9), 92000, ()),
-        ((9, 0), 91500, ()),  # not asked first
-        ((9, 0), 91501, (DEEPSEEK, SMALL)),
-        ((10, 0), 92000, (DEEPSEEK, SMALL)),
-        ((10, 3), 92000, (DEEPSEEK, SMALL)),
-        ((12, 0), 92000, ()),  # cuDNN is not asked first here
-        ((9, 0), None, ()),  # a torch without cuDNN
-    ],
-)
-def test_sdpa_gets_the_widths_that_its_fastest_kernel_takes(
-    architecture: tuple[int, int], cudnn: int | None, unpadded: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
-    op = kernels(lambda: architecture, 132)["sdpa"]
-    for widths in (DEEPSEEK, SMALL, WIDE):
-        spec = AttentionSpec(16, 512, *widths, 0.1, torch.bfloat16, torch.device("cpu"))
-        assert op.prepare(spec, SegmentLengths((3,), (3,), True)).pads == (widths not in unpadded)
-
-
 def missing(architecture: tuple[int, int], kind: str) -> dict[str, str]:
     """Return op -> why it is refused, of the ops that would run on a card, best first."""
     spec = AttentionSpec(16, 512, 128, 64, 128, 0.1, torch.bfloat16, torch.device("cpu"))
@@ -186,13 +159,6 @@ def test_our_kernels_stand_where_evidence_puts_them(architecture: tuple[int, int
     ] == latent
     assert [name for name, kind in kinds.items() if kind == "expanded_attention"][-1] == "triton_expanded"
     assert set(ours) <= set(there)
-
-
-def test_the_extra_asks_for_a_flashinfer_that_finds_every_page() -> None:
-    extras = (Path(__file__).parents[1] / "pyproject.toml").read_text()
-    oldest = re.search(r'"flashinfer-python>=([\d.]+)"', extras)
-    assert oldest is not None
-    assert tuple(map(int, oldest[1].split("."))) >= WIDE_PAGES
 
 
 def test_no_card_is_told_to_install_what_it_cannot_run() -> None:

@@ -41,24 +41,19 @@ class Latent:
 
 
 FLASH_MLA = {
-    "nvidia_a": Latent("nvidia_a", lambda: FlashMla(LatentLimits(max_query_rows=132 * 64))),
-    "nvidia_b": Latent("nvidia_b", FlashMla),
+    "nvidia_b": Latent("nvidia_b", lambda: FlashMla(LatentLimits(max_query_rows=132 * 64))),
     "nvidia_c": Latent("nvidia_c", FlashMla),
     "nvidia_sgl": Latent("nvidia_sgl", FlashMla, tells=False),
     "metax": Latent("metax", lambda: FlashMla(LatentLimits(page_sizes=None)), pages=(1, 2, 16, 64, 128)),
-    "moore_legacy": Latent(
-        "moore_legacy",
-        lambda: FlashMla(LatentLimits(dtypes=("bfloat16",), max_query_rows=56 * 64, graph=False)),
-    ),
     "moore_mate": Latent("moore_mate", lambda: FlashMla(MATE)),
     "moore_mate_bare": Latent(
         "moore_mate", lambda: FlashMla(MATE, module="mate.flashmla"), plan="mate.get_mla_metadata"
     ),
 }
-FLASHINFER = ("flashinfer", "flashinfer_old", "flashinfer_07")
+FLASHINFER = ("flashinfer", "flashinfer_07")
 LATENT = {
     **FLASH_MLA,
-    "mate, as it is offered": Latent("moore_mate", lambda: kernels(lambda: CAPABILITY, 56)["mate"]),
+    "mate, as it is offered": Latent("moore_mate", lambda: kernels(lambda: CAPABILITY)["mate"]),
     "ixformer": Latent("ixformer", IxformerMla, pages=(64, 16)),
     "tokenspeed": Latent("tokenspeed", TokenspeedMla, heads=(1, 4, 16, 96, 128), pages=(64, 32)),
     **{name: Latent(name, FlashInferMla, pages=(64, 1, 8, 16), any_heads=False) for name in FLASHINFER},
@@ -78,12 +73,11 @@ class Expanded:
 VARLEN_3 = VarlenLimits(pads_values=False)
 EXPANDED = {
     "flash_attn_2": Expanded("flash_attn_2", FlashAttnVarlen),
-    "flash_attn_2_old": Expanded("flash_attn_2_old", FlashAttnVarlen),
     "flash_attn_3": Expanded(
         "flash_attn_3", lambda: FlashAttnVarlen(VARLEN_3, module="flash_attn_interface")
     ),
     "torch, cuda": Expanded("flash_attn_2", TorchVarlen, kernel="cuda"),
     "torch, musa": Expanded("flash_attn_2", lambda: TorchVarlen(VARLEN_3), kernel="musa"),
     "tokenspeed": Expanded("tokenspeed", TokenspeedPrefill),
-    "mate": Expanded("moore_mate", lambda: kernels(lambda: CAPABILITY, 56)["mate_varlen"], blind=False),
+    "mate": Expanded("moore_mate", lambda: kernels(lambda: CAPABILITY)["mate_varlen"], blind=False),
 }

@@ -151,7 +151,7 @@ MLA, LEFT, VARLEN, TORCH = "nvidia_c", "tokenspeed", "flash_attn_2", TorchVarlen
             LEFT,
             TokenspeedPrefill,
             {"v_head_dim": 192},
-            "it takes keys of 192 and values of 128, not (192, 192)",
+            "it takes heads of 192 and 128, not 192 and 192",
         ),
         (VARLEN, FlashAttnVarlen, {"dtype": torch.float32}, TWO_BYTES),
         (

@@ -32,14 +32,12 @@ DRAWS = 20  # of each dtype: few, as what stands in for a vendor's kernel is slo
 OFFERS: dict[str, Callable[[], FusedOp]] = {
     "nvidia_sgl": FlashMla,
     "nvidia_sgl sparse": FlashMlaSparse,
-    "moore_legacy": lambda: FlashMla(
-        LatentLimits(dtypes=("bfloat16",), max_query_rows=56 * 64, empty_rows=False, graph=False)
-    ),
-    "moore_mate": lambda: kernels(lambda: CAPABILITY, 56)["mate"],
-    "moore_mate sparse": lambda: kernels(lambda: CAPABILITY, 56)["mate_sparse"],
+    "metax": lambda: FlashMla(LatentLimits(max_rows=4095, empty_rows=False, graph=False)),
+    "moore_mate": lambda: kernels(lambda: CAPABILITY)["mate"],
+    "moore_mate sparse": lambda: kernels(lambda: CAPABILITY)["mate_sparse"],
     "flashinfer_07 sparse": FlashInferSparse,
     "ixformer_old": IxformerMla,
-    "flashinfer_old": FlashInferMla,
+    "flashinfer": FlashInferMla,
     "flashinfer_07": FlashInferMla,
     "tokenspeed": TokenspeedMla,
     "tokenspeed prefill": TokenspeedPrefill,

@@ -139,8 +139,8 @@ def test_a_capture_that_a_replay_would_get_wrong_is_refused(
         assert not op.prepare(problem.spec, problem.view).graph_safe
         with pytest.raises(BackendError, match="would not follow its lengths"):
             problem.run(op)
-    with installed("moore_legacy"), pytest.raises(BackendError, match="waits for the device"):
-        make_problem([1], [5]).run(FLASH_MLA["moore_legacy"].make())
+    with installed("metax"), pytest.raises(BackendError, match="waits for the device"):
+        make_problem([1], [5]).run(FlashMla(LatentLimits(graph=False)))
 
 
 # ---------------------------------------------------------------------------------------------- refusals
@@ -158,7 +158,7 @@ def test_every_reason_is_given_at_once(installed: Any, make_spec: Any) -> None:
 
 def test_a_wrong_page_size_is_a_reason(make_spec: Any) -> None:
     """The kernel could end the process."""
-    op = FLASH_MLA["moore_legacy"].make()
+    op = FLASH_MLA["nvidia_b"].make()
     reasons = op.unsupported_batch(make_spec(), [1], [40], page_size=16)
     assert reasons == ["it reads pages of 64 tokens, but this cache has pages of 16"]
     assert op.unsupported_batch(make_spec(), [1], [40]) == []

@@ -1,4 +1,4 @@
-"""The FlashInfer adapter on fakes of three releases: ragged batches, base 2, plans that take turns."""
+"""The FlashInfer adapter on fakes of two releases: ragged batches, base 2, plans that take turns."""
 
 from __future__ import annotations
 
@@ -24,9 +24,12 @@ from mla_backends.kernels import (
     TokenspeedMla,
     flashinfer,
 )
-from mla_backends.kernels.flashinfer import PageIndex
 
-RELEASES = ("flashinfer", "flashinfer_old", "flashinfer_07")
+
+def pages(table: torch.Tensor, counts: tuple[int, ...]) -> torch.Tensor:
+    """Return the first pages of each row, as a plan gathers them."""
+    rows = tuple(row * table.shape[1] for row in range(len(counts)))
+    return table.reshape(-1).index_select(0, flashinfer._places(rows, counts, table.device))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -139,28 +142,28 @@ def test_pages_are_those_of_each_request_in_order(counts: tuple[int, ...]) -> No
     table = torch.randperm(4 * len(counts)).int().view(len(counts), 4)
     wide = torch.nn.functional.pad(table, (0, 3))[:, :4]  # a table may be a slice of a wider one
     rows = [row[:count] for row, count in zip(table, counts, strict=True)]
-    for pages in (table, wide):
-        assert torch.equal(PageIndex().gather(pages, counts), torch.cat(rows))
+    for given in (table, wide):
+        assert torch.equal(pages(given, counts), torch.cat(rows))
 
 
 def test_equal_counts_share_the_places_and_never_the_pages() -> None:
-    """The next step of the same requests may find other pages in its table, at the same places."""
-    index, table = PageIndex(), torch.arange(12, dtype=torch.int32).view(2, 6)
-    assert index.gather(table, (3, 2)).tolist() == [0, 1, 2, 6, 7]
+    """The next step of the same requests may find other pages in its table, at the same places.
+
+    Nothing is read back from the device.
+    """
+    flashinfer._places.cache_clear()
+    table = torch.arange(12, dtype=torch.int32).view(2, 6)
+    with Launches() as first:
+        assert pages(table, (3, 2)).tolist() == [0, 1, 2, 6, 7]
+    assert not {"_local_scalar_dense", "item", "nonzero"} & set(first.count)
     with Launches() as again:
-        assert index.gather(table + 100, (3, 2)).tolist() == [100, 101, 102, 106, 107]
+        assert pages(table + 100, (3, 2)).tolist() == [100, 101, 102, 106, 107]
     assert again.count["index_select"] == 1
     assert not {"arange", "repeat_interleave", "_to_copy"} & set(again.count)
-    assert index.gather(table, (2, 3)).tolist() == [0, 1, 6, 7, 8]  # as many, elsewhere
+    assert pages(table, (2, 3)).tolist() == [0, 1, 6, 7, 8]  # as many, elsewhere
     wide = torch.arange(16, dtype=torch.int32).view(2, 8)
-    assert index.gather(wide, (2, 3)).tolist() == [0, 1, 8, 9, 10]
-    assert index.gather(table[:1], (2,)).tolist() == [0, 1]
-
-
-def test_nothing_is_read_back_from_the_device() -> None:
-    with Launches() as launches:
-        PageIndex().gather(torch.arange(12, dtype=torch.int32).view(2, 6), (5, 6))
-    assert not {"_local_scalar_dense", "item", "nonzero"} & set(launches.count)
+    assert pages(wide, (2, 3)).tolist() == [0, 1, 8, 9, 10]
+    assert pages(table[:1], (2,)).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("name", ["fp8", "fp8:0.3"])

@@ -15,7 +15,7 @@ WIDTHS = [(128, 64, 128), (64, 64, 128), (16, 64, 16), (32, 32, 64)]  # nope, ro
 
 
 def offered(name: str) -> Any:
-    return kernels(lambda: CAPABILITY, 56)[name]
+    return kernels(lambda: CAPABILITY)[name]
 
 
 def test_widths_without_a_kernel_are_refused(installed: Any, make_spec: Any) -> None:

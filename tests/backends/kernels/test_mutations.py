@@ -127,9 +127,8 @@ FLASH_MUTANTS: dict[str, tuple[str, Callable[[], FusedOp]]] = {
     "lse transposed": ("nvidia_c", lambda: FlashMla(LatentLimits(lse_layout="tokens_first"))),
     "lse not transposed": ("moore_mate", lambda: FlashMla(replace(MATE, lse_layout="heads_first"))),
     "lse base": ("metax", lambda: FlashMla(LatentLimits(lse_base="2"))),
-    "plan kept, first": ("nvidia_a", KeptPlan),
-    "plan kept, second": ("nvidia_b", KeptPlan),
-    "plan kept, third": ("nvidia_c", KeptPlan),
+    "plan kept, tensors": ("nvidia_b", KeptPlan),
+    "plan kept, object": ("nvidia_c", KeptPlan),
     "plan kept, fork": ("nvidia_sgl", KeptPlan),
     "plan kept, wrapper": ("moore_mate", lambda: KeptPlan(MATE)),
     "plan of one query": ("nvidia_b", PlainMean),
@@ -408,8 +407,8 @@ class NeverCausal(FlashAttnVarlen):
 class ValuesBehind(FlashAttnVarlen):
     """Values are padded in front and cut behind."""
 
-    def attend(self, state: Any, q: Any, k: Any, v: Any, softmax_scale: float) -> Any:
-        return super().attend(state, q, k, v.roll(192 - 128, dims=2), softmax_scale)
+    def attend(self, state: Any, q: Any, k: Any, v: Any, *rest: Any) -> Any:
+        return super().attend(state, q, k, v.roll(192 - 128, dims=2), *rest)
 
 
 class RawLogs(FlashAttnVarlen):

@@ -145,8 +145,8 @@ def test_a_build_without_the_kernel_is_refused(stacked: Any, make_spec: Any) -> 
 class NoScale(TorchVarlen):
     """The kernel's own scale, which is not that of a model with YaRN."""
 
-    def attend(self, state: Any, q: Any, k: Any, v: Any, softmax_scale: float) -> Any:
-        return super().attend(state, q, k, v, q.shape[2] ** -0.5)
+    def attend(self, state: Any, q: Any, k: Any, v: Any, softmax_scale: float, out: Any) -> Any:
+        return super().attend(state, q, k, v, q.shape[2] ** -0.5, out)
 
 
 class AlwaysMask(TorchVarlen):
@@ -168,8 +168,8 @@ class StaleLogs(TorchVarlen):
 class ValuesBehind(TorchVarlen):
     """Values are padded in front and cut behind."""
 
-    def attend(self, state: Any, q: Any, k: Any, v: Any, softmax_scale: float) -> Any:
-        return super().attend(state, q, k, v.roll(192 - 128, dims=2), softmax_scale)
+    def attend(self, state: Any, q: Any, k: Any, v: Any, *rest: Any) -> Any:
+        return super().attend(state, q, k, v.roll(192 - 128, dims=2), *rest)
 
 
 @pytest.mark.parametrize("mutant", [NoScale, AlwaysMask, StaleLogs, ValuesBehind])

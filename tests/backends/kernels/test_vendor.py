@@ -94,17 +94,18 @@ RENAMED = {
     "ixformer": (
         "def vllm_paged_attention_mla(output, query, kv_cache, scale, tables, context_lens, "
         "max_context_len): ...",
-        "vllm_paged_attention_mla takes no argument block_tables",
+        "ixformer.inference.functions.vllm_paged_attention_mla takes no argument block_tables",
     ),
     "flashinfer": (
         "class BatchMLAPagedAttentionWrapper:\n    def plan(self, **anything): ...\n"
-        "    def run(self, q_nope, q_pe, ckv_cache, kpe_cache, out, return_lse): ...",
+        "    def run(self, q_nope, q_pe, ckv_cache, kpe_cache, out, return_lse, "
+        "return_lse_base_on_e): ...",
         "BatchMLAPagedAttentionWrapper.run takes no argument lse",
     ),
     "flash_attn": (
         "def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, "
         "causal): ...",
-        "flash_attn_varlen_func takes no argument softmax_scale",
+        "flash_attn.flash_attn_varlen_func takes no argument softmax_scale",
     ),
 }
 

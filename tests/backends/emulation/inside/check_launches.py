@@ -33,7 +33,6 @@ class Step(NamedTuple):
 DECODE = {
     "nvidia": {
         "reference": Step(9, 35),
-        "nvidia_a": Step(3, 29),
         "nvidia_b": Step(3, 29),
         "nvidia_c": Step(3, 29),
         "nvidia_sgl": Step(3, 29),
@@ -42,14 +41,13 @@ DECODE = {
         "flashinfer_07": Step(4, 28),
     },
     "metax": {"metax": Step(3, 29)},
-    "moore": {"reference": Step(9, 35), "moore_mate": Step(3, 29), "moore_legacy": Step(3, 29)},
+    "moore": {"reference": Step(9, 35), "moore_mate": Step(3, 29)},
     "iluvatar": {"ixformer": Step(2, 28), "ixformer_old": Step(2, 28)},
 }
 # The same, captured with its planning for two layers: nothing is planned per layer.
 CAPTURED: dict[str, dict[str, Step]] = {
     "nvidia": {
         "reference": Step(8, 35),
-        "nvidia_a": Step(2, 32),
         "nvidia_b": Step(2, 32),
         "nvidia_c": Step(2, 32),
         "nvidia_sgl": Step(2, 32),

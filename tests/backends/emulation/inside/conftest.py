@@ -159,9 +159,6 @@ def vendor_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     """Return a function that puts a fake package on the path; what it launches is one kernel a call."""
 
     def install(folder: str) -> None:
-        if folder == "moore_legacy":
-            (tmp_path / "flash_mla_musa.py").write_text('"""The extension that tells MT-flashMLA."""\n')
-            monkeypatch.syspath_prepend(tmp_path)
         emulated.STATE.card = replace(emulated.STATE.card, **CARDS.get(folder, {}))
         for path in (FAKES / "common", FAKES / folder):
             monkeypatch.syspath_prepend(path)

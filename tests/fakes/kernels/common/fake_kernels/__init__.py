@@ -9,7 +9,7 @@ import torch
 
 # Package -> the capability of the device it believes to run on.
 CAPABILITY = {
-    "flash_mla": (9, 0), "mt_flash_mla": (3, 1), "mate": (3, 1), "tokenspeed_mla": (10, 0),
+    "flash_mla": (9, 0), "mate": (3, 1), "tokenspeed_mla": (10, 0),
     "flashinfer sparse": (10, 0),
 }  # fmt: skip
 # Package -> whether its optional half was built.

@@ -1,6 +1,6 @@
 """FlashInfer's planned MLA attention: what a wrapper is planned with decides, and runs must fit it.
 
-Like the real kernels, it takes batches that it serves wrongly: see `lose_keys`, `WORK_ITEMS` and `FAR`.
+Like the real kernels, it takes batches that it serves wrongly: see `lose_keys` and `WORK_ITEMS`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import fake_kernels
 from fake_kernels import check
 
 WORK_ITEMS = 16384  # places in the tables of a plan
-FAR = 1 << 32  # numbers from the start of a cache at which the place of a page wraps, in old releases
 KEYS = 64  # in a tile, as on Hopper
 
 
@@ -74,11 +73,8 @@ class Plan:
                 yield token, heads, key
 
 
-def run(plan, q_nope, q_pe, ckv_cache, kpe_cache, out, lse, far=None, scales=(1.0, 1.0)):
-    """Write out and the natural log-sum-exp; rows without keys stay as they are.
-
-    `far`: where the place of a page wraps. `scales`: of e4m3 latents and keys.
-    """
+def run(plan, q_nope, q_pe, ckv_cache, kpe_cache, out, lse, scales=(1.0, 1.0)):
+    """Write out and the natural log-sum-exp; rows without keys stay as they are. `scales`: of e4m3."""
     check(plan is not None, "plan() must be called before run()")
     check(tuple(q_nope.shape) == (plan.starts[-1], plan.heads, 512), "q_nope does not fit the plan")
     check(tuple(q_pe.shape) == (plan.starts[-1], plan.heads, 64), "q_pe does not fit the plan")
@@ -96,9 +92,6 @@ def run(plan, q_nope, q_pe, ckv_cache, kpe_cache, out, lse, far=None, scales=(1.
         if length == 0 or rows.start == rows.stop:
             continue
         table = plan.indices[plan.pages[i] : plan.pages[i + 1]][None]
-        if far is not None:
-            stride = ckv_cache.stride(0)
-            table = table.long() * stride % far // stride
         lens = torch.tensor([length])
         value, sums = fake_kernels.paged(q[None, rows], cache, table, lens, plan.scale, plan.causal, 512)
         if plan.causal:

@@ -1,3 +1,0 @@
-"""FlashInfer."""
-
-__version__ = "0.2.5"
