@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -18,7 +18,8 @@ from mla.bench.results.rows import as_csv, timing_rows
 from mla.bench.results.schema import Run
 from mla.bench.terminal import ceilings, run_table
 from mla.bench.terminal.tables import compare_runs
-from mla.command import console, files
+from mla.bench.workload.scenario import repeated
+from mla.command import files
 from mla.command.console import note, out
 from mla.command.exit_codes import Exit
 from mla.command.options import DETAIL, FILE, Word, add_options, format_option, parsed_by, percent
@@ -55,12 +56,11 @@ def compare(base: Path, runs: tuple[Path, ...], noise: float, fail_slower: float
     number for and that was not compared; 2 for a file that is not a result; 4 if a case turned wrong or a
     new one is; 5 if nothing could be compared; 6 if a case turned suspect or a new one is.
     """
-    first, *runs_after = [results.read(path) for path in (base, *runs)]
+    first, *others = [results.read(path) for path in (base, *runs)]
     cases: list[Comparison] = []
     text = ""
-    same = [run == first for run in runs_after]
-    for path, run, is_same in zip(runs, runs_after, same, strict=True):
-        if is_same:
+    for path, run in zip(runs, others, strict=True):
+        if run == first:
             what = "is compared with itself" if path == base else f"holds the same run as {base}"
             text += f"{path} {what}: there is nothing to compare\n"
             continue
@@ -68,7 +68,7 @@ def compare(base: Path, runs: tuple[Path, ...], noise: float, fail_slower: float
         text += printed
         cases += compared
     out(text)
-    return Exit.OK if all(same) else verdict(cases, fail_slower)
+    return Exit.OK if all(run == first for run in others) else verdict(cases, fail_slower)
 
 
 def verdict(cases: Sequence[Comparison], limit: float | None, *, selected: bool = False) -> Exit:
@@ -79,47 +79,35 @@ def verdict(cases: Sequence[Comparison], limit: float | None, *, selected: bool 
     baseline that nobody asked for closes no gate.
     """
     judged = [case for case in cases if not case.added]
-    wrong, doubtful = (_named(judged, status) for status in ("wrong", "doubtful"))
-    red = _red(judged, limit, selected) if limit is not None else []
-    for line in [*wrong, *red, *doubtful]:
+    order = (Exit.WRONG, Exit.REGRESSION, Exit.DOUBTFUL)
+    faults = [fault for case in judged for fault in _faults(case, limit, selected)]
+    faults.sort(key=lambda fault: order.index(fault[0]))
+    for _, line in faults:
         note(line)
-    if wrong:
-        return Exit.WRONG
-    if not any(case.verdict != REFUSED for case in cases) and not doubtful:
+    if all(case.verdict == REFUSED for case in cases) and {code for code, _ in faults} <= {Exit.REGRESSION}:
         note("nothing could be compared: time the same cases in both runs, with the same options")
         return Exit.NOTHING_RAN
-    if red:
-        return Exit.REGRESSION
-    if doubtful:
-        return Exit.DOUBTFUL
-    if limit is not None and not any(case.interval for case in judged):
+    if not faults and limit is not None and not any(case.interval for case in judged):
         note("no case has an interval, so the gate cannot decide: time at least 6 passes")
         return Exit.NOTHING_RAN
-    return Exit.OK
+    return faults[0][0] if faults else Exit.OK
 
 
-def _named(cases: Sequence[Comparison], status: str) -> list[str]:
-    """Return a line for every case that turned wrong, or doubtful, or that is new and so."""
-    return [
-        f"{status} result: {case.scenario}, {case.implementation} has no number"
-        for case in cases
-        if case.status == status and (case.expected or case.base is None)
-    ]
-
-
-def _red(cases: Sequence[Comparison], limit: float, selected: bool) -> list[str]:
-    """Return why a gate is closed: what is slower, and what could not be compared."""
-    reasons = []
-    for case in (case for case in cases if case.slower_than(limit)):
+def _faults(case: Comparison, limit: float | None, selected: bool) -> Iterator[tuple[Exit, str]]:
+    """Yield that a case turned wrong or doubtful, or is new and so, and why it closes the gate."""
+    name, states = f"{case.scenario}, {case.implementation}", {"wrong": Exit.WRONG, "doubtful": Exit.DOUBTFUL}
+    if case.status in states and (case.expected or case.base is None):
+        yield states[case.status], f"{case.status} result: {name} has no number"
+    if limit is None:
+        return
+    if case.slower_than(limit):
         times = f"takes {case.ratio:.3f} times as long"
         if case.passes is not None and not (case.interval and case.interval[0] > 1 + limit):
             times = f"takes at least {case.passes[0]:.3f} times as long in whole passes"
-        reasons.append(f"regression: {case.scenario}, {case.implementation} {times}")
-    for case in cases:
-        lost = case.verdict == REFUSED and case.expected and case.status not in ("wrong", "doubtful")
-        if lost and not (selected and case.status == "missing"):
-            reasons.append(f"not compared: {case.scenario}, {case.implementation}: {case.reason}")
-    return reasons
+        yield Exit.REGRESSION, f"regression: {name} {times}"
+    lost = case.verdict == REFUSED and case.expected and case.status not in states
+    if lost and not (selected and case.status == "missing"):
+        yield Exit.REGRESSION, f"not compared: {name}: {case.reason}"
 
 
 @click.command(short_help="Print a stored run again.")
@@ -160,9 +148,9 @@ def export(runs: tuple[Path, ...], kind: str, target: Path | None) -> int:
 
     Exit code 0; 2 for a file that is not a result, or that cannot be written; 5 if there is no case.
     """
-    seen = Counter(path.resolve() for path in runs)
-    if twice := [path for path in runs if seen[path.resolve()] > 1]:  # two measurements of each case
-        raise UsageError(f"'{twice[0]}' is given twice: name every result file once.")
+    if twice := repeated(path.resolve() for path in runs):  # two measurements of each case
+        name = next(path for path in runs if path.resolve() == twice)
+        raise UsageError(f"'{name}' is given twice: name every result file once.")
     read = [(path, results.read(path)) for path in runs]
     if target is not None:
         files.check_not_input(target, runs)
@@ -195,16 +183,16 @@ def _infinimetrics(read: Files, target: Path | None) -> str:
         lines = "".join(f"{json.dumps(document)}\n" for document in documents)
         out(lines) if target is None else files.write_bytes(lines.encode(), target)
         return said
-    if target.suffix == ".json" and not target.is_dir():
-        if len(documents) != 1:
-            raise UsageError(
-                f"InfiniMetrics reads one result per file, and these are {len(documents)}: give -o a folder, "
-                f"such as -o {target.with_suffix('')}."
-            )
-        targets = [target]
-    else:
+    if target.suffix != ".json" or target.is_dir():
         files.make_folder(target)
         targets = [target / infinimetrics.file_name(document) for document in documents]
+    elif len(documents) == 1:
+        targets = [target]
+    else:
+        raise UsageError(
+            f"InfiniMetrics reads one result per file, and these are {len(documents)}: give -o a folder, "
+            f"such as -o {target.with_suffix('')}."
+        )
     for path in targets:
         files.check_writable(path, DOCUMENT)
     for document, path in zip(documents, targets, strict=True):
@@ -254,9 +242,9 @@ def report(runs: tuple[Path, ...], target: Path | None, folder: Path | None) -> 
         page.check_folder(folder)
         made = page.pictures(names, read)
         page.write_pictures(made, folder)
-        console.note(f"wrote {len(made)} pictures into {folder}: {said}")
+        note(f"wrote {len(made)} pictures into {folder}: {said}")
     if target is not None:
         text = page.render(names, read).encode("utf-8", "replace")
         files.write_bytes(text, target)
-        console.note(f"wrote {target}: {said}, {size(len(text), KiB='.0f')}")
+        note(f"wrote {target}: {said}, {size(len(text), KiB='.0f')}")
     return Exit.OK
