@@ -38,16 +38,6 @@ from mla.text import size
 from mla_backends.api import Backend, FusedOp, OpCall
 
 
-class Recording:
-    """Stands in for an op, and appends its calls to `calls` instead of computing."""
-
-    def __init__(self, op: Any, calls: list[OpCall]) -> None:
-        self._op, self._calls = op, calls
-
-    def __call__(self, *arguments: Any, **tensors: Any) -> None:
-        self._calls.append(OpCall(self._op, arguments, tensors))
-
-
 class Repeated:
     """The last forward of a layer, as one call once it is repeated."""
 
@@ -148,10 +138,6 @@ class MLA(nn.Module):
         if backend is not None and backend.device is None:
             raise ValueError(f"backend '{backend.name}' is not set up; use mla.load_backend().")
         self.config = config
-        if not isinstance(overrides, Mapping):
-            raise ValueError(f"overrides must map roles to names of ops, got {overrides!r:.80}.")
-        if not isinstance(workspace_bytes, int) or workspace_bytes < 0:
-            raise ValueError(f"workspace_bytes must be a number of bytes, got {workspace_bytes!r:.80}.")
         stored_index_format(index_format, config.index_topk)
         self.dtype = check_dtype(dtype)
         self.attention = attention
@@ -322,36 +308,26 @@ class MLA(nn.Module):
         cache has changed since `batch` was made, and ValueError when a tensor does not fit.
         """
         if is_compiling():  # asked here because a decorator would cost every call
-            return _uncompiled(self, hidden, batch, pages, index_pages, selection, out)
+            alone: Any = torch.compiler.disable(MLA.forward)  # steps are the host's, and ops a backend's
+            return alone(self, hidden, batch, pages, index_pages, selection, out)
         if self._autocast and torch.is_autocast_enabled(self._autocast):
             with torch.autocast(self._autocast, enabled=False):
                 return MLA.forward(self, hidden, batch, pages, index_pages, selection, out)
         with self._scratch.turn, torch.set_grad_enabled(False):  # half of what the decorator no_grad costs
-            return self._forward(hidden, batch, pages, index_pages, selection, out)
-
-    def _forward(
-        self,
-        hidden: torch.Tensor,
-        batch: RaggedBatch,
-        pages: torch.Tensor,
-        index_pages: torch.Tensor | None,
-        selection: torch.Tensor | None,
-        out: torch.Tensor | None,
-    ) -> torch.Tensor:
-        self.check(hidden, batch, pages, out, index_pages, selection)
-        if out is None:
-            out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-        if hidden.stride(-1) != 1:  # the contract promises ops rows of adjacent elements
-            hidden = hidden.contiguous()
-        plan = self._planned(batch, selection is not None)
-        at_once = self._at_once(hidden, batch, plan, pages, out)
-        if at_once is not None:
-            at_once(hidden, pages, out)
-        else:
+            self.check(hidden, batch, pages, index_pages, selection, out)
+            if out is None:
+                out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+            if hidden.stride(-1) != 1:  # the contract promises ops rows of adjacent elements
+                hidden = hidden.contiguous()
+            plan = self._planned(batch, selection is not None)
+            at_once = self._at_once(hidden, batch, plan, pages, out)
+            if at_once is not None:
+                at_once(hidden, pages, out)
+                return out
             attended = self.step.run(self.ops, hidden, batch, plan, pages, out, index_pages, selection)
             if self.config.index_topk:
                 self.selection = attended
-        return out
+            return out
 
     def _at_once(
         self, hidden: torch.Tensor, batch: RaggedBatch, plan: StepPlan, pages: torch.Tensor, out: torch.Tensor
@@ -370,8 +346,10 @@ class MLA(nn.Module):
         layout = (hidden.stride(), pages.shape, pages.stride(), out.stride(), same)
 
         def record(calls: list[OpCall]) -> None:
-            recorded = ops.replaced(lambda role, op: Recording(op, calls))
-            self.step.run(recorded, hidden, batch, plan, pages, out)
+            def recorded(role: str, op: Any) -> Callable[..., None]:
+                return lambda *arguments, **tensors: calls.append(OpCall(op, arguments, tensors))
+
+            self.step.run(ops.replaced(recorded), hidden, batch, plan, pages, out)
 
         return self._repeated.find(owners, layout, record, (hidden, pages, out))
 
@@ -380,44 +358,35 @@ class MLA(nn.Module):
         hidden: torch.Tensor,
         batch: RaggedBatch,
         pages: torch.Tensor,
+        index_pages: torch.Tensor | None,
+        selection: torch.Tensor | None,
         out: torch.Tensor | None,
-        index_pages: torch.Tensor | None = None,
-        selection: torch.Tensor | None = None,
     ) -> None:
-        """Raise what `forward` raises when the tensors or the batch do not fit this layer."""
+        """Raise what `forward` raises when the tensors or the batch do not fit this layer.
+
+        The positions in a selection are not read: that would wait for the device.
+        """
         self._require_weights()
         check_batch(batch, self._batches, self._at)
-        require("hidden", hidden, (batch.num_tokens, self.config.hidden_size), self.dtype, self._at)
-        if out is not None:
-            self._check_out(out, batch)
+        config, tokens = self.config, batch.num_tokens
+        require("hidden", hidden, (tokens, config.hidden_size), self.dtype, self._at)
         shape = (*getattr(pages, "shape", (None,))[:1], batch.page_size)
         require_pages(pages, self.ops, shape, self._at)
         if not batch.fits(pages.shape[0]):
             raise ValueError(
                 f"pages [{pages.shape[0]}, ...] are not of the cache this batch describes: pass those."
             )
-        if out is not None and out.untyped_storage().data_ptr() == pages.untyped_storage().data_ptr():
-            raise ValueError("out shares memory with pages, whose latents it would overwrite.")
-        if self.config.index_topk or index_pages is not None or selection is not None:
-            self._check_sparse(batch, pages, index_pages, selection)
-
-    def _check_sparse(
-        self,
-        batch: RaggedBatch,
-        pages: torch.Tensor,
-        index_pages: torch.Tensor | None,
-        selection: torch.Tensor | None,
-    ) -> None:
-        """Raise ValueError for index pages or a selection that do not fit, or are missing.
-
-        The positions in a selection are not read: that would wait for the device.
-        """
-        config = self.config
+        if out is not None:
+            self._check_out(out, batch)
+            if out.untyped_storage().data_ptr() == pages.untyped_storage().data_ptr():
+                raise ValueError("out shares memory with pages, whose latents it would overwrite.")
+        if not config.index_topk and index_pages is None and selection is None:
+            return
         require_index_pages(index_pages, self.ops, config, pages)
         if selection is not None:
             if not config.index_topk:
                 raise ValueError("this layer attends all keys (index_topk 0): leave selection out.")
-            require("selection", selection, (batch.num_tokens, config.index_topk), torch.int32, self._at)
+            require("selection", selection, (tokens, config.index_topk), torch.int32, self._at)
         elif not config.index_n_heads and is_sparse(config, batch.query_lens, batch.kv_lens):
             raise ValueError(
                 "this layer shares a selection: pass selection=, the `selection` of the last layer before it "
@@ -428,13 +397,7 @@ class MLA(nn.Module):
         width = self.config.hidden_size
         require("out", out, (batch.num_tokens, width), self.dtype, self._at)
         row, column = out.stride()
-        if column != 1:
-            raise ValueError(f"out has strides {[row, column]}: elements of a row must be adjacent.")
-        if row < width and batch.num_tokens > 1:
-            raise ValueError(f"out has strides {[row, column]}: its rows must not share memory.")
-
-
-def _uncompiled(layer: MLA, *arguments: Any) -> torch.Tensor:
-    """Run a forward outside `torch.compile`: steps are worked out on the host, and ops are a backend's."""
-    result: torch.Tensor = torch.compiler.disable(MLA.forward)(layer, *arguments)  # imports a compiler
-    return result
+        if column != 1 or (row < width and batch.num_tokens > 1):
+            raise ValueError(
+                f"out has strides {[row, column]}: its elements must be adjacent, and no rows share memory."
+            )

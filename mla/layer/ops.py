@@ -17,7 +17,7 @@ import torch
 from mla.cache.formats import codec_of, stored_format
 from mla.cache.index_formats import index_codec, stored_index_format
 from mla.config import MLAConfig
-from mla.errors import UnknownOp, UnsupportedBatch, UnsupportedOps, did_you_mean
+from mla.errors import UnknownOp, UnsupportedBatch, UnsupportedOps, unknown
 from mla.reference import REFERENCE
 from mla_backends import BackendError
 from mla_backends.api import (
@@ -58,30 +58,21 @@ def preflight_reasons(name: str, op: FusedOp, spec: Any, say: Say | None = None)
     return reasons
 
 
-# ---------------------------------------------------------------------------------------- overrides
-# Ops that single roles of a layer must run, whatever the policy says: which names are valid.
-def check_overrides(
-    overrides: Mapping[str, str], kinds: Mapping[str, str], offered: Mapping[str, FusedOp]
+def _check_overrides(
+    overrides: Mapping[str, str], roles: Mapping[str, tuple[str, Any]], offered: Mapping[str, FusedOp]
 ) -> None:
-    """Raise `UnknownOp` for a role that the layer lacks, or an op that its role cannot run.
-
-    `overrides`: role -> name of an op, or "reference". `kinds`: role -> kind of op.
-    """
+    """Raise `UnknownOp` for a role that the layer lacks, or an op that its role cannot run."""
     for role, name in overrides.items():
-        if role not in kinds:
-            known = list(kinds)
-            raise UnknownOp(
-                f"this layer has no role '{role}'.{did_you_mean(role, known)} Its roles: {', '.join(known)}."
-            )
-        fitting = ["reference", *(known for known, op in offered.items() if _kind(op) == kinds[role])]
+        if role not in roles:
+            raise UnknownOp(f"this layer has an {unknown('role', role, list(roles), 'Its roles')}")
+        fitting = ["reference", *_of_kind(roles[role][0], offered)]
         if name not in fitting:
-            other = f"op '{name}' is of kind {_kind(offered[name])}." if name in offered else ""
-            missing = f"this backend offers no op '{name}'.{did_you_mean(name, fitting)}"
-            raise UnknownOp(f"{other or missing} {role} takes: {', '.join(fitting)}.")
+            raise UnknownOp(unknown(f"op of role {role}", name, fitting, "It takes"))
 
 
-def _kind(op: FusedOp) -> str:
-    return op.contract.partition("/")[0]
+def _of_kind(kind: str, offered: Mapping[str, FusedOp]) -> dict[str, FusedOp]:
+    """Return the ops of this kind, of whatever version, by name."""
+    return {name: op for name, op in offered.items() if op.contract.partition("/")[0] == kind}
 
 
 # ---------------------------------------------------------------------------------------------- ops
@@ -139,7 +130,7 @@ def choose(
     """
     if policy == "reference":
         return Choice("reference", REFERENCE[kind], spec)
-    candidates = {name: op for name, op in offered.items() if op.contract.partition("/")[0] == kind}
+    candidates = _of_kind(kind, offered)
     named = {name: op for name, op in candidates.items() if name in _names(policy)}
     reasons: list[str] = []
     for name, op in (named or candidates).items():
@@ -164,14 +155,9 @@ def _names(policy: str) -> tuple[str, ...]:
 def _check_names(offered: Mapping[str, FusedOp], policy: str) -> None:
     """Raise `UnknownOp` when a policy names an op that the backend does not offer."""
     for name in _names(policy):
-        if name in POLICIES:
-            raise UnknownOp(f"--ops {name} cannot be combined with names of ops.")
         if name not in offered:
-            known = [*POLICIES, *offered]
-            raise UnknownOp(
-                f"this backend offers no op '{name}'.{did_you_mean(name, known)} "
-                f"--ops takes {', '.join(POLICIES)}, or names from: {', '.join(offered) or 'none'}."
-            )
+            known = [*(() if "," in policy else POLICIES), *offered]
+            raise UnknownOp(unknown("op", name, known, "--ops takes one, or several names of ops"))
 
 
 def refusals(name: str, op: FusedOp, kind: str, spec: Any, say: Say | None = None) -> list[str]:
@@ -223,9 +209,8 @@ class Ops:
     ) -> None:
         _validate(offered)
         _check_names(offered, policy)
-        self.attention = attention_spec(config, dtype, device)
         roles = layer_roles(config, dtype, device, attended_by, cache_format, index_format)
-        check_overrides(overrides, {role: kind for role, (kind, _) in roles.items()}, offered)
+        _check_overrides(overrides, roles, offered)
         self._choices: dict[str, Choice] = {}
         sinks = config.sink_logits
         for chosen in roles if role is None else (role,):
@@ -288,30 +273,27 @@ def _validate(offered: Mapping[str, FusedOp]) -> None:
     if not isinstance(offered, Mapping):
         raise BackendError(f"the backend's ops() returned a {type(offered).__name__}, not a mapping of ops.")
     for name, op in offered.items():
-        if not isinstance(name, str) or not name.strip():
-            raise BackendError(f"a backend's op needs a name, and one of {op!r} is {name!r}.")
-        if name == "reference":
+        if not isinstance(name, str) or not name.strip() or name == "reference":
+            raise BackendError(f"a backend's op needs a name other than 'reference', and {op!r} is {name!r}.")
+        if not isinstance(op, FusedOp):
+            what = f"the class {op.__name__} itself" if isinstance(op, type) else f"a {type(op).__name__}"
+            raise BackendError(f"the backend's op '{name}' is {what}, not an instance of a FusedOp.")
+        contract = str(getattr(op, "contract", None))
+        if contract.partition("/")[0] not in OPS:
             raise BackendError(
-                "a backend's op may not be named 'reference': results could not tell the two apart."
+                f"the backend's op '{name}' has an {unknown('contract', contract, [*OPS.values()])}"
             )
-        if problem := _problem(op):
-            raise BackendError(f"the backend's op '{name}' {problem}")
 
 
-def _problem(op: Any) -> str:
-    """Return why this is no op, or one that nothing ever calls; "" if it is one."""
-    if isinstance(op, type):
-        return f"is the class {op.__name__} itself: ops() must return an instance, {op.__name__}()."
-    if not isinstance(op, FusedOp):
-        return f"is a {type(op).__name__}, not a FusedOp."
-    contract = getattr(op, "contract", None)
-    if str(contract).partition("/")[0] in OPS:
-        return ""
-    return f"has unknown contract {contract!r}.{did_you_mean(str(contract), list(OPS.values()))}"
+def attention_spec(
+    config: MLAConfig, dtype: torch.dtype, device: torch.device, cache_format: str | None = None
+) -> AttentionSpec:
+    """Return the spec that attention ops are chosen and prepared with. Raises `CacheFormatError`.
 
-
-def attention_spec(config: MLAConfig, dtype: torch.dtype, device: torch.device) -> AttentionSpec:
-    """Return the spec that both attention ops are chosen and prepared with."""
+    Of ops that neither read nor write the latent cache, it has no format.
+    """
+    stored = stored_format(cache_format, dtype)
+    codec = codec_of(stored, config.kv_lora_rank, config.qk_rope_head_dim)
     return AttentionSpec(
         num_heads=config.num_attention_heads,
         kv_lora_rank=config.kv_lora_rank,
@@ -321,6 +303,8 @@ def attention_spec(config: MLAConfig, dtype: torch.dtype, device: torch.device) 
         softmax_scale=config.softmax_scale,
         dtype=dtype,
         device=device,
+        cache_format=stored,
+        token_bytes=codec.token_bytes if codec else 0,
     )
 
 
@@ -344,7 +328,7 @@ def layer_roles(
         return LinearSpec(inputs, outputs, groups, dtype, device)
 
     attention = attention_spec(config, dtype, device)
-    cached = _cached(attention, cache_format)
+    cached = attention_spec(config, dtype, device, cache_format)
     attended = dataclasses.replace(cached, num_heads=attended_by * h)
     roles: dict[str, tuple[str, Any]] = {
         "qkv_a_proj": ("linear", weight(config.hidden_size, first + config.latent_dim)),
@@ -368,13 +352,6 @@ def layer_roles(
     return roles | _indexer_roles(config, attention, index_format)
 
 
-def _cached(attention: AttentionSpec, cache_format: str | None) -> AttentionSpec:
-    """Return the spec of ops that read or write the latent cache. Raises `CacheFormatError`."""
-    stored = stored_format(cache_format, attention.dtype)
-    codec = codec_of(stored, attention.kv_lora_rank, attention.qk_rope_head_dim)
-    return dataclasses.replace(attention, cache_format=stored, token_bytes=codec.token_bytes if codec else 0)
-
-
 def _indexer_roles(
     config: MLAConfig, attention: AttentionSpec, index_format: str | None
 ) -> dict[str, tuple[str, Any]]:
@@ -386,8 +363,18 @@ def _indexer_roles(
     heads, width, latent = config.index_n_heads, config.index_head_dim, config.q_lora_rank
     if not heads or latent is None:
         return {}
-    dtype, device = attention.dtype, attention.device
-    indexer = indexer_spec(config, dtype, device, index_format)
+    dtype, device, stored = attention.dtype, attention.device, stored_index_format(index_format)
+    codec = index_codec(stored, width)
+    indexer = IndexerSpec(
+        num_heads=heads,
+        head_dim=width,
+        rope_head_dim=config.qk_rope_head_dim,
+        topk=config.index_topk,
+        dtype=dtype,
+        device=device,
+        index_format=stored,
+        token_bytes=codec.token_bytes if codec else 0,
+    )
     return {
         "index_q_proj": ("linear", LinearSpec(latent, heads * width, 1, dtype, device)),
         "index_k_proj": ("linear", LinearSpec(config.hidden_size, width, 1, dtype, device)),
@@ -396,21 +383,3 @@ def _indexer_roles(
         "write_index_key": ("write_index_key", indexer),
         "select_latents": ("select_latents", indexer),
     }
-
-
-def indexer_spec(
-    config: MLAConfig, dtype: torch.dtype, device: torch.device, index_format: str | None = None
-) -> IndexerSpec:
-    """Return the spec that both ops of the index cache are chosen with. Raises `CacheFormatError`."""
-    stored = stored_index_format(index_format)
-    codec = index_codec(stored, config.index_head_dim)
-    return IndexerSpec(
-        num_heads=config.index_n_heads,
-        head_dim=config.index_head_dim,
-        rope_head_dim=config.qk_rope_head_dim,
-        topk=config.index_topk,
-        dtype=dtype,
-        device=device,
-        index_format=stored,
-        token_bytes=codec.token_bytes if codec else 0,
-    )

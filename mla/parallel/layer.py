@@ -330,12 +330,7 @@ class ParallelMLA(MLA):
             )
         if out is not None:
             self._check_out(out, batch)  # type: ignore[arg-type]
-        part = out
-        if out is not None and not out.is_contiguous():
-            self.check(hidden, batch, pages, out, index_pages, selection)  # type: ignore[arg-type]
-            part = torch.empty_like(out).contiguous()
-        part = super().forward(hidden, batch, pages, index_pages, selection, part)  # type: ignore[arg-type]
-        self._groups.add_heads(
-            part
-        )  # memory, not rows, and out of turn: others need not wait for other ranks
+        whole = out if out is None or out.is_contiguous() else None  # memory, not rows, is added up
+        part = super().forward(hidden, batch, pages, index_pages, selection, whole)  # type: ignore[arg-type]
+        self._groups.add_heads(part)  # out of turn: others need not wait for other ranks
         return part if out is None or part is out else out.copy_(part)

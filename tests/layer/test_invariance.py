@@ -164,7 +164,7 @@ def test_out_is_written_and_returned_also_when_strided(make_case: Any) -> None:
 def test_an_out_whose_rows_are_scattered_is_refused(make_case: Any) -> None:
     """The contract promises ops that elements of a row are adjacent."""
     case = make_case([5, 2], [0, 60])
-    with pytest.raises(ValueError, match=r"out has strides \[1, 7\]: elements of a row must be adjacent"):
+    with pytest.raises(ValueError, match=r"out has strides \[1, 7\]: its elements must be adjacent"):
         case.run(out=torch.empty(case.config.hidden_size, 7).t())
 
 

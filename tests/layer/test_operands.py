@@ -110,7 +110,7 @@ def test_what_is_no_plain_tensor_of_the_layer_is_refused_by_name(backend: Backen
                     scene.run(**{"out": out, name: make(right)})
                 assert str(error.value).count(".\n") == 0, fault
                 assert torch.equal(scene.cache.pages, before)
-        with pytest.raises(ValueError, match="its rows must not share memory"):
+        with pytest.raises(ValueError, match="no rows share memory"):
             scene.run(out=out[:1].expand_as(out))
         for inside in (scene.cache.pages[0, -1, :5, :64], scene.cache.pages[1].view(-1)[:320].view(5, 64)):
             with pytest.raises(ValueError, match="out shares memory with pages"):

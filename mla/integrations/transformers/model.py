@@ -129,7 +129,7 @@ def restore(model: Any) -> Any:
 
     Raises `UnsupportedModel` where there is nothing to undo.
     """
-    parts = list(model.modules()) if isinstance(model, nn.Module) else []
+    parts: list[Any] = list(model.modules()) if isinstance(model, nn.Module) else []
     if not any(vars(part).pop("mla_used", False) for part in parts):
         raise UnsupportedModel("`use_mla` was not called on this model: there is nothing to restore.")
     for part in parts:

@@ -163,12 +163,12 @@ KINDS = ", ".join(OPS)
         (
             "mla[latent_attention=frist]",
             2,
-            "this backend offers no op 'frist'. Did you mean 'first'? latent_",
+            "unknown op of role latent_attention 'frist'. Did you mean 'first'? It ",
         ),
         (
             "mla[latent_attention=rows]",
             2,
-            "op 'rows' is of kind linear. latent_attention takes: reference, f",
+            "unknown op of role latent_attention 'rows'. It takes: reference, f",
         ),
         (
             "mla,mla[latent_attention=picky]",
