@@ -30,40 +30,28 @@ from mla.errors import CacheFull
 from mla_backends.operands import misfit
 
 
-def check_history(config: MLAConfig, kv: Any, pe: Any, length: int) -> int:
+def check_history(config: MLAConfig, length: int, indexed: bool, kv: Any, pe: Any, index: Any) -> int:
     """Return the tokens of latents kv [s, c] and pe [s, r], for a sequence that has `length`.
 
-    Raises ValueError for anything else, and for another length than s or 0.
+    An `indexed` layer has index keys index [s, D] as well, and others None. Raises ValueError for anything
+    else, and for another length than s or 0.
     """
-    widths = (config.kv_lora_rank, config.qk_rope_head_dim)
-    for name, rows, width in zip(("kv", "pe"), (kv, pe), widths, strict=True):
-        if not isinstance(rows, torch.Tensor) or rows.shape != (len(kv), width):
-            got = list(rows.shape) if isinstance(rows, torch.Tensor) else f"a {type(rows).__name__}"
-            raise ValueError(f"load() takes kv [s, {widths[0]}] and pe [s, {widths[1]}], got {name} {got}.")
-        if wrong := misfit(rows.resolve_neg(), rows.shape, rows.dtype, rows.device):
-            raise ValueError(f"{name} {wrong}")
-        if not rows.is_floating_point() or rows.is_meta:
-            raise ValueError(f"{name} must hold floating-point numbers, got {rows.dtype} on {rows.device}.")
-    if length not in (0, len(kv)):
+    if index is not None and not indexed:
+        raise ValueError("load() got index keys of a layer without an indexer: leave index= out.")
+    parts = [("kv", kv, config.kv_lora_rank), ("pe", pe, config.qk_rope_head_dim)]
+    parts += [("index", index, config.index_head_dim)] * indexed
+    count = kv.shape[0] if isinstance(kv, torch.Tensor) and kv.dim() else 0
+    for name, rows, width in parts:
+        if not isinstance(rows, torch.Tensor) or not rows.is_floating_point() or rows.is_meta:
+            got = f"{rows.dtype} on {rows.device}" if isinstance(rows, torch.Tensor) else type(rows).__name__
+            raise ValueError(f"load() takes {name} [s, {width}] of floating-point numbers, got {got}.")
+        if wrong := misfit(rows.resolve_neg(), (count, width), rows.dtype, rows.device):
+            raise ValueError(f"load(): {name} {wrong}")
+    if length not in (0, count):
         raise ValueError(
-            f"load() got {len(kv)} tokens for a sequence of {length}: load as many in every layer."
+            f"load() got {count} tokens for a sequence of {length}: load as many in every layer."
         )
-    return len(kv)
-
-
-def check_index(config: MLAConfig, index: Any, count: int, indexed: bool) -> None:
-    """Raise ValueError unless these are index keys [count, D] of an `indexed` layer, and None of others."""
-    if not indexed:
-        if index is not None:
-            raise ValueError("load() got index keys of a layer without an indexer: leave index= out.")
-        return
-    shape = (count, config.index_head_dim)
-    if not isinstance(index, torch.Tensor) or index.shape != shape or not index.is_floating_point():
-        got = list(index.shape) if isinstance(index, torch.Tensor) else f"a {type(index).__name__}"
-        raise ValueError(
-            f"this layer has an indexer: load() takes index [s, {shape[1]}], its keys of {count} tokens, got "
-            f"{got}."
-        )
+    return count
 
 
 def check_shorter(length: int, held: int) -> None:
@@ -139,21 +127,6 @@ class LatentCache:
         self._last_entries: tuple[list[int], list[_Sequence]] | None = None  # the last step's, by id
         self._last_tables: dict[int, torch.Tensor] = {}  # of those sequences, by the least width asked for
         self._memory: dict[bool, BatchMemory] = {}  # of the last step without and with a least width
-
-    @property
-    def kv_cache(self) -> torch.Tensor:
-        """The latent part of `pages`: [layers, pages, page_size, c]. RuntimeError where they are bytes."""
-        return self._plain_pages()[..., : self.config.kv_lora_rank]
-
-    @property
-    def pe_cache(self) -> torch.Tensor:
-        """The rotary part of `pages`: [layers, pages, page_size, r], channels in checkpoint order."""
-        return self._plain_pages()[..., self.config.kv_lora_rank :]
-
-    def _plain_pages(self) -> torch.Tensor:
-        if self.codec is not None:
-            raise RuntimeError(f"this cache holds bytes of {self.cache_format}: read() decodes them.")
-        return self.pages
 
     def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return a layer's pages and its index pages, None where it has no indexer. Raises ValueError."""
@@ -398,9 +371,9 @@ class LatentCache:
         not fit; both change nothing.
         """
         sequence, layer = whole_numbers("a sequence and its layer", (sequence, layer))
-        count = check_history(self.config, kv, pe, self.length(sequence))
         self._pages_of(layer)
-        check_index(self.config, index, count, layer in self.index_layers)
+        indexed = layer in self.index_layers
+        count = check_history(self.config, self.length(sequence), indexed, kv, pe, index)
         kept = [x.detach().to(self.pages.device, self.dtype) for x in (kv, pe)]
         rows = self.encoded(*kept)
         if count and self.length(sequence) == 0:

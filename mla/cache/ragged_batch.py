@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 
 from mla.errors import StaleBatch
+from mla_backends.operands import misfit
 from mla_backends.upload import upload_into
 
 if TYPE_CHECKING:
@@ -267,22 +268,11 @@ def _lengths(query_lens: Sequence[int], kv_lens: Sequence[int]) -> tuple[list[in
 
 
 def _check_table(table: torch.Tensor, kv_lens: Sequence[int], page_size: int) -> None:
-    """Raise ValueError unless this is a block table that has pages for these lengths."""
-    count = len(kv_lens)
-    if not isinstance(table, torch.Tensor):
-        raise ValueError(f"block_table must be a tensor [{count}, n], got a {type(table).__name__}.")
-    if (
-        table.dim() != 2
-        or table.shape[0] != count
-        or table.dtype != torch.int32
-        or table.device.type != "cpu"
-    ):
-        raise ValueError(
-            f"block_table must be [{count}, n] torch.int32 on the host, got {list(table.shape)} "
-            f"{table.dtype} on {table.device}."
-        )
+    """Raise ValueError unless this is a block table on the host that has pages for these lengths."""
+    if wrong := misfit(table, (len(kv_lens), None), torch.int32, torch.device("cpu")):
+        raise ValueError(f"block_table {wrong}")
     if (longest := max(kv_lens, default=0)) > table.shape[1] * page_size:
         raise ValueError(
             f"block_table {list(table.shape)} has too few pages of {page_size} tokens for a request of "
-            f"{longest}: it must be [{count}, n >= {-(-longest // page_size)}]."
+            f"{longest}: it must be [{len(kv_lens)}, n >= {-(-longest // page_size)}]."
         )

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mla.cache import LatentCache
-from mla.cache.latent_cache import check_history, check_index, check_shorter
+from mla.cache.latent_cache import check_history, check_shorter
 from mla.cache.ragged_batch import Batch, BatchMemory, host_ints, whole_numbers
 from mla.config import MLAConfig
 from mla.parallel.layout import Share
@@ -306,8 +306,8 @@ class ShardedCache:
 
         As `LatentCache.load`, with the history of all ranks.
         """
-        count = check_history(self.config, kv, pe, self.length(sequence))
-        check_index(self.config, index, count, layer in self.index_layers)
+        indexed = layer in self.index_layers
+        count = check_history(self.config, self.length(sequence), indexed, kv, pe, index)
         local = self.share.owns(torch.arange(count, device="cpu"))
         missing = self.share.first(count) - int(local.sum())  # rows that rank 0 has and this one has not
         spare = lambda x: torch.cat((x[local.to(x.device)], x.new_zeros(missing, x.shape[1])))  # noqa: E731

@@ -110,11 +110,8 @@ def test_a_load_that_does_not_fit_changes_nothing(make: Any, tiny: Any) -> None:
     (sequence,) = cache.new_sequences(1)
     kv, pe, index = history(cache.config, 6, 1)
     for keys, message in (
-        (
-            None,
-            r"this layer has an indexer: load\(\) takes index \[s, 20\], its keys of 6 tokens, got a NoneT",
-        ),
-        (index[:5], r"index \[s, 20\], .* got \[5, 20\]"),
+        (None, r"load\(\) takes index \[s, 20\] of floating-point numbers, got NoneType"),
+        (index[:5], r"index must be \[6, 20\] .* got \[5, 20\]"),
         (index[:, :8], r"got \[6, 8\]"),
         (index.int(), r"takes index \[s, 20\]"),
     ):
@@ -167,7 +164,7 @@ def test_a_shard_holds_its_tokens_keys(model: MLAConfig, index_format: str) -> N
             model, share, max_tokens=64, page_size=4, dtype=torch.float32, index_format=index_format
         )
         (sequence,) = cache.new_sequences(1)
-        with pytest.raises(ValueError, match=r"this layer has an indexer: load\(\) takes index"):
+        with pytest.raises(ValueError, match=r"load\(\) takes index"):
             cache.load(sequence, kv, pe)
         cache.load(sequence, kv, pe, index=index)
         held = share.owns(torch.arange(23))

@@ -74,16 +74,6 @@ def test_freed_pages_are_zero_in_every_layer_and_kept_pages_keep_their_content(m
     assert (cache.pages == 0).all()
 
 
-def test_kv_cache_and_pe_cache_are_views_of_the_pages(make_cache: Any) -> None:
-    cache = make_cache()
-    (sequence,) = cache.new_sequences(1)
-    cache.load(sequence, *latents(cache, 16))
-    page = cache.slots(sequence)[0].item() // 16
-    for view, kept in zip((cache.kv_cache, cache.pe_cache), cache.read(sequence), strict=True):
-        assert torch.equal(view[0, page], kept)
-        assert view.untyped_storage().data_ptr() == cache.pages.untyped_storage().data_ptr()
-
-
 def test_a_full_cache_changes_nothing(make_cache: Any) -> None:
     cache = make_cache(80)
     ids = cache.new_sequences(3)
