@@ -239,7 +239,6 @@ def report(runs: tuple[Path, ...], target: Path | None, folder: Path | None) -> 
     names = [str(path) for path in runs]
     said = f"{sum(len(run.cases) for run in read)} cases of {counted(len(read), 'file')}"
     if folder is not None:
-        page.check_folder(folder)
         made = page.pictures(names, read)
         page.write_pictures(made, folder)
         note(f"wrote {len(made)} pictures into {folder}: {said}")

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from itertools import compress
 from operator import itemgetter
 from string import ascii_uppercase
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from mla.bench.results.cases import device_cost
 from mla.bench.results.schema import Case, Ceiling, Run
 from mla.bench.terminal.verdict import is_yardstick
 from mla.text import grouped
@@ -20,8 +19,6 @@ from mla_backends.outside import escaped
 # What cases must have in common to appear in one chart: base scenario, op, config and dtype.
 Workload = tuple[str, str, str, str]
 
-# Roofs within this share of each other are drawn as one.
-NEAR_SHARE = 0.10
 # Axes of a grid that get curves, and what they count.
 AXES = {
     "kv": "history (tokens per request)",
@@ -157,29 +154,8 @@ def bars(cases: Sequence[Entry]) -> dict[Workload, list[Entry]]:
 
 
 def roofs(file: ResultFile) -> list[Ceiling]:
-    """Return the measured limits of a file, else those that its cases' floors imply; highest first."""
-    measured = [ceiling for ceiling in file.run.ceilings if ceiling.work != "copy"]
-    implied = [roof for case in file.run.cases if (roof := _implied(case)) is not None]
-    unique = {(f"{roof.value:.6g}", roof.work, roof.source, roof.dtype): roof for roof in implied}
-    return sorted(measured or unique.values(), key=lambda roof: (roof.work == "matmul", -roof.value))
-
-
-def _implied(case: Case) -> Ceiling | None:
-    """Return the limit that a case's floor was computed from: its work over the floor."""
-    limit, cost = case.roofline, device_cost(case)
-    if not limit.floor_ms or limit.bound is None or cost is None:
-        return None
-    work, dtype = (cost.flops, case.dtype) if limit.bound == "compute" else (cost.bytes, None)
-    kind: Literal["matmul", "read"] = "matmul" if dtype else "read"
-    source = limit.peak_source or "-"
-    return Ceiling(work=kind, value=1e3 * work / limit.floor_ms, source=source, dtype=dtype)
-
-
-def drawn(roofs: Iterable[Ceiling]) -> list[Ceiling]:
-    """Return the roofs to draw: of near-equal ones the highest, at most two of memory and four of compute."""
-    kept: list[Ceiling] = []
-    for roof in roofs:
-        if not kept or kept[-1].work != roof.work or roof.value < (1 - NEAR_SHARE) * kept[-1].value:
-            kept.append(roof)
-    read, compute = ([roof for roof in kept if roof.work == work] for work in ("read", "matmul"))
-    return [*read[:1], *read[1:][-1:], *compute[:4]]
+    """Return the limits to draw: the highest and the lowest bandwidth, and the highest rate of each dtype."""
+    known = sorted(file.run.ceilings, key=lambda roof: -roof.value)
+    read, compute = ([roof for roof in known if roof.work == work] for work in ("read", "matmul"))
+    highest = [of_dtype[0] for of_dtype in grouped(compute, lambda roof: roof.dtype).values()]
+    return [*read[:1], *read[1:][-1:], *highest]

@@ -38,7 +38,6 @@ from mla.bench.terminal.lines import name as case_name
 from mla.bench.terminal.tables import Table, prediction
 from mla.bench.terminal.verdict import status
 from mla.command import files
-from mla.errors import ResultError
 from mla.text import grouped, size
 from mla_backends.outside import shortened
 
@@ -55,14 +54,6 @@ class Section(NamedTuple):
     slug: str
     charts: Sequence[Chart]
     tables: Sequence[Table]
-
-
-def check_folder(folder: Path) -> None:
-    """Raise `ResultError` if pictures cannot be written into `folder`, which need not exist."""
-    if folder.exists() and not folder.is_dir():
-        raise ResultError(f"cannot write pictures into '{folder}': it is a file; name a folder.")
-    if not folder.exists():
-        files.check_writable(folder)
 
 
 def render(paths: Sequence[str], runs: Sequence[Run]) -> str:
@@ -208,7 +199,7 @@ class Charts:
             worked = [entry for entry in timed if min(_work(entry.case)) > 0]
             if worked:
                 worked.sort(key=lambda entry: -(entry.case.roofline.fraction or 0))
-                yield self._roofline(file, worked, data.drawn(data.roofs(file)))
+                yield self._roofline(file, worked, data.roofs(file))
 
     def _roofline(self, file: ResultFile, entries: Sequence[Entry], roofs: Sequence[Ceiling]) -> Chart:
         cases, lines = [entry.case for entry in entries], []

@@ -80,10 +80,12 @@ def test_the_command_writes_pictures_and_overwrites_only_pictures(bench: Any, fi
 @pytest.mark.usefixtures("files")
 def test_a_folder_that_cannot_be_is_one_sentence(bench: Any) -> None:
     done = bench("report", "one.json", "--pictures", "two.json")
-    message = "cannot write pictures into 'two.json': it is a file; name a folder."
-    assert (done.code, done.err) == (2, f"error: {message}\n")
+    assert (done.code, done.err) == (2, "error: cannot make the folder 'two.json': File exists.\n")
     done = bench("report", "one.json", "--pictures", "gone/pictures")
-    assert (done.code, done.err) == (2, "error: cannot write 'gone/pictures': there is no folder 'gone'.\n")
+    assert (done.code, done.err) == (
+        2,
+        "error: cannot make the folder 'gone/pictures': there is no folder 'gone'.\n",
+    )
 
 
 def test_the_gallery_shows_what_the_committed_results_say() -> None:
