@@ -1,4 +1,4 @@
-"""The three figures: bars with a limit, curves along a grid, a roofline. Plain rows in, SVG out."""
+"""The two figures: bars with a limit, and curves: along a grid, or under a roof. Plain rows in, SVG out."""
 
 from __future__ import annotations
 
@@ -179,19 +179,29 @@ def _reach(values: Iterable[float]) -> float:
     return ordered[-1] if ordered else 1.0
 
 
-def curves(lines: Sequence[Line], limits: Sequence[Line], labels: tuple[str, str]) -> Draw:
-    """Draw lines with whiskers, and limits, over the values of an axis; both axes are logarithmic."""
+def curves(
+    lines: Sequence[Line],
+    limits: Sequence[Line],
+    labels: tuple[str, str],
+    *,
+    legend: Sequence[Line] = (),
+    ticks: bool = True,
+) -> Draw:
+    """Draw lines with whiskers, and limits, over the values of an axis; both axes are logarithmic.
+
+    `ticks`: at the places of points, that are counts. `legend`: other entries than all lines.
+    """
 
     def draw(figure: Figure) -> None:
         figure.set_figheight(3.6)
         axes = figure.add_subplot()
         for line in (*lines, *limits):
             _line(axes, line)
-        _log(axes, "x", {point.x for line in lines for point in line.points})
+        _log(axes, "x", {point.x for line in lines for point in line.points} if ticks else ())
         _log(axes, "y")
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
-        _legend(figure, [*lines, *limits])
+        _legend(figure, [*(legend or lines), *limits])
 
     return draw
 
@@ -205,37 +215,16 @@ def _line(axes: Axes, line: Line) -> None:
     up = [max(0.0, high - y) for y, (_, high) in zip(ys, ends, strict=True)]
     style: dict[str, Any] = {"color": paint(line.colour), "marker": line.marker}
     whiskers = [down, up] if line.marker else None
-    axes.errorbar(xs, ys, whiskers, linestyle=line.dash, linewidth=1.4, markersize=5, **style)
+    look = (
+        {"markersize": 5} if len(line.points) > 1 else {"markersize": 8, "alpha": 0.6}
+    )  # what lies below shows
+    axes.errorbar(xs, ys, whiskers, linestyle=line.dash, linewidth=1.4, **style, **look)
     for point in line.points:
         if point.value is None:
             (sign, colour), spot = MISSING.get(point.status, MISSING["not run"]), axes.get_xaxis_transform()
             axes.text(point.x, 0.02, sign, color=paint(colour), transform=spot, ha="center", size=12)
         elif point.doubt:
             axes.plot(point.x, point.value, **style, markersize=7, markerfacecolor=paint("paper"), zorder=4)
-
-
-def roofline(roofs: Sequence[Line], dots: Sequence[Line], legend: Sequence[Line]) -> Draw:
-    """Draw lines, and dots under them, each of one point, over intensities in FLOP per byte."""
-
-    def draw(figure: Figure) -> None:
-        figure.set_figheight(4.2)
-        axes = figure.add_subplot()
-        for dot in dots:
-            (point,), colour = dot.points, paint(dot.colour)
-            face = "none" if point.doubt else (colour, 0.5)  # marks below stay visible
-            axes.plot(
-                [point.x], [point.value or 0.0], dot.marker, color=colour, markersize=8, markerfacecolor=face
-            )
-        for roof in roofs:
-            ends = zip(*((point.x, point.value) for point in roof.points), strict=True)
-            axes.plot(*ends, color=paint(roof.colour), linestyle=roof.dash, linewidth=1.2)
-        _log(axes, "x")
-        _log(axes, "y")
-        axes.set_xlabel("arithmetic intensity, FLOP per byte")
-        axes.set_ylabel("TFLOP/s")
-        _legend(figure, [*legend, *roofs])
-
-    return draw
 
 
 def _legend(figure: Figure, lines: Sequence[Line]) -> None:

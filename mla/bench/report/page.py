@@ -216,7 +216,9 @@ class Charts:
             legend += [Line(base, "ink", _nth(MARKERS, bases, base)) for base in bases]
         finding = _sentence([f"{case_name(case)}, {verdict.near(case)}" for case in cases], "cases")
         finding += " This file has no limits: the roof is left out." * (not roofs)
-        draw = figures.roofline(_roof_lines(roofs, [line.points[0].x for line in lines]), lines, legend)
+        limits = _roof_lines(roofs, [line.points[0].x for line in lines])
+        labels = "arithmetic intensity, FLOP per byte", "TFLOP/s"
+        draw = figures.curves(lines, limits, labels, legend=legend, ticks=False)
         return _chart("", f"Roofline {file.key}".strip(), entries, finding, draw)
 
 
