@@ -245,20 +245,15 @@ def headline(case: Case) -> str:
     estimate, what = headline_number(case), "Op" if case.op else kind
     if estimate is None:
         return f"{what}{of}: no number, check: {case.check.status}"
-    why = why_unreliable(case)
-    few = f" ({why})" if why and estimate.ci95 is None else ""
-    if estimate is case.latency_ms:
-        return f"{what} Latency{of}: {quoted(estimate.median, estimate.ci95, 'ms')}{few}"
-    return f"Decode Throughput{of}: {quoted(estimate.median, estimate.ci95, 'tok/s')}{few}"
+    unit = "ms" if estimate is case.latency_ms else "tok/s"
+    told = quoted(estimate.median, estimate.ci95, unit)
+    few = f" ({why_unreliable(case)})" if why_unreliable(case) and estimate.ci95 is None else ""
+    return f"{what} Latency{of}: {told}{few}" if unit == "ms" else f"Decode Throughput{of}: {told}{few}"
 
 
 def unreliable_headlines(run: Run) -> list[str]:
-    """Return the headlines that are not to be relied on, and why."""
-    lines = []
-    for case in leading(run):
-        line, why = headline(case), why_unreliable(case)
-        lines += [line if line.endswith(f"({why})") else f"{line}: {why}"] * bool(why)
-    return lines
+    """Return the headlines that are not to be relied on."""
+    return [headline(case) for case in leading(run) if why_unreliable(case)]
 
 
 def _layers(case: Case) -> str:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from mla.bench.results.compare import compare_implementations
 from mla.bench.results.schema import Case, Interval, Latency, Run, Throughput
 from mla.bench.terminal.digits import between, known, quoted, unreliable
-
-# "doubt": the one ahead is faster than its limit.
-Outcome = Literal["won", "doubt", "open", "alone", "none"]
 
 
 @dataclass(frozen=True)
@@ -24,15 +20,20 @@ class Contest:
     without: Sequence[Case]  # no number: wrong, doubtful, not run
 
     @property
-    def outcome(self) -> Outcome:
-        """Return whether one is fastest, is so in doubt, or alone; whether that is open; or "none"."""
+    def won(self) -> bool:
+        """Whether one is proven to be the fastest, by a time that its limit allows."""
+        return len(self.leaders) == 1 and bool(self.beaten) and not self.leaders[0].roofline.doubt
+
+    @property
+    def outcome(self) -> str:
+        """How it ended, in a few words."""
         if not self.leaders:
-            return "none"
+            return "no number"
         if len(self.leaders) > 1:
-            return "open"
+            return "no decision"
         if self.leaders[0].roofline.doubt:
-            return "doubt"
-        return "won" if self.beaten else "alone"
+            return "suspect limit or time"
+        return f"{self.leaders[0].implementation} is fastest" if self.won else "only one has a number"
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def verdicts(run: Run) -> list[Verdict]:
 def of_scenario(where: str, cases: Iterable[Case]) -> Verdict:
     """Return which of the cases of one scenario is fastest."""
     ranking = contest(cases)
-    if ranking.outcome == "none":
+    if not ranking.leaders:
         return Verdict(where, _without(ranking).removeprefix("; ") or "nothing was compared")
     text = _open(ranking) if len(ranking.leaders) > 1 else _ahead(ranking)
     return Verdict(where, f"{text}, {near(ranking.leaders[0])}{_without(ranking)}")
@@ -162,39 +163,24 @@ def near(case: Case) -> str:
     return f"at {100 * limit.fraction:.0f} % of the {f'{limit.bound} ' if limit.bound else ''}limit"
 
 
-_COUNTED: dict[Outcome, str] = {
-    "doubt": "suspect limit or time at",
-    "open": "no decision at",
-    "alone": "only one has a number at",
-    "none": "no number at",
-}
-
-
 def _of_sweep(where: str, contests: Sequence[Contest]) -> Verdict:
-    """Count the outcomes of all points."""
-    first = Counter(ranking.leaders[0].implementation for ranking in contests if ranking.outcome == "won")
+    """Count the outcomes of all points, and say how far apart and how near their limits the fastest are."""
     outcomes = Counter(ranking.outcome for ranking in contests)
-    parts = [f"{name} is fastest at {count}" for name, count in first.most_common()]
-    parts += [f"{words} {outcomes[outcome]}" for outcome, words in _COUNTED.items() if outcomes[outcome]]
+    told = [", ".join(f"{outcome} at {count}" for outcome, count in outcomes.most_common())]
     only = {case.implementation for ranking in contests for case in (*ranking.leaders, *ranking.without)}
-    if len(only) == 1 and set(outcomes) == {"alone"}:
-        parts = [f"only {only.pop()} has numbers"]
-    text = "; ".join([", ".join(parts), *_ranges(contests)])
-    return Verdict(f"{where} ({len(contests)} points)", text, True)
-
-
-def _ranges(contests: Sequence[Contest]) -> Iterator[str]:
-    """Yield how much faster than the next the fastest are, how near their limits, and what has no number."""
-    pairs = [(ranking.beaten[0], ranking.leaders[0]) for ranking in contests if ranking.outcome == "won"]
-    ratios = [speedup for pair in pairs if (speedup := compare_implementations(*pair).speedup)]
-    if ratios:
-        yield f"{_range(ratios, 'x')} as fast as the next"
+    if len(only) == 1 and set(outcomes) == {"only one has a number"}:
+        told = [f"only {only.pop()} has numbers"]
+    pairs = [(ranking.beaten[0], ranking.leaders[0]) for ranking in contests if ranking.won]
+    if ratios := [speedup for pair in pairs if (speedup := compare_implementations(*pair).speedup)]:
+        told.append(f"{_range(ratios, 'x')} as fast as the next")
     leaders = [ranking.leaders[0] for ranking in contests if ranking.leaders]
     shares = [case.roofline.fraction for case in leaders if not why_unreliable(case)]
     if known_shares := [round(100 * share) for share in shares if share is not None]:
-        yield f"at {_range(known_shares, ' %')} of the limit"
+        told.append(f"at {_range(known_shares, ' %')} of the limit")
     if counts := Counter(status(case) for ranking in contests for case in ranking.without):
-        yield "cases without a number: " + ", ".join(f"{count} {name}" for name, count in counts.items())
+        without = ", ".join(f"{count} {name}" for name, count in counts.items())
+        told.append(f"cases without a number: {without}")
+    return Verdict(f"{where} ({len(contests)} points)", "; ".join(told), True)
 
 
 def _range(values: Sequence[float], unit: str) -> str:
