@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from mla.cache.formats import codec_of, stored_format
-from mla.cache.index_formats import index_codec, index_keys, stored_index_format
+from mla.cache.formats import codec_of, index_codec, index_keys, stored_format, stored_index_format
 from mla.cache.ragged_batch import (
     BatchMemory,
     RaggedBatch,
@@ -71,7 +70,7 @@ class LatentCache:
     """`pages` [layers, pages, page_size, c + r], zero where nothing was written.
 
     `index_pages` [layers with an indexer, pages, page_size, D] hold their index keys under the same block
-    table; `of_layer` finds a layer's among them. With an `index_format` of `mla.cache.index_formats` they are
+    table; `of_layer` finds a layer's among them. With an `index_format` of `mla.cache.formats` they are
     [.., D + 4] uint8, split within a page.
 
     With a `cache_format` (a name of `mla.cache.formats.FORMATS`) other than numbers of `dtype`, `pages` are

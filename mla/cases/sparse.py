@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from mla import cost
-from mla.cache.index_formats import SCALE_BYTES, IndexFp8, index_codec
+from mla.cache.formats import SCALE_BYTES, IndexFp8, index_codec
 from mla.cases import stress
 from mla.cases.case import DTYPES, KINDS, Normal, OpCase, generator
 from mla.cases.kinds import (

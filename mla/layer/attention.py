@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.compiler import is_compiling
 
-from mla.cache.index_formats import stored_index_format
+from mla.cache.formats import stored_index_format
 from mla.cache.ragged_batch import RaggedBatch, check_dtype
 from mla.checkpoint import read_layer, refuse_other_formats
 from mla.config import MLAConfig

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from mla.cache.formats import codec_of, stored_format
-from mla.cache.index_formats import index_codec, stored_index_format
+from mla.cache.formats import codec_of, index_codec, stored_format, stored_index_format
 from mla.config import MLAConfig
 from mla.errors import UnknownOp, UnsupportedBatch, UnsupportedOps, unknown
 from mla.reference import REFERENCE

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mla.cache.formats import FORMATS
-from mla.cache.index_formats import INDEX_FORMATS
+from mla.cache.formats import FORMATS, INDEX_FORMATS
 from mla.reference.attention import ExpandedAttention, LatentAttention
 from mla.reference.small import BatchedLinear, Linear, RmsNorm, RotateQuery, WriteLatent
 from mla.reference.sparse import SelectLatents, SparseLatentAttention, WriteIndexKey

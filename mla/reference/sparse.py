@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mla.cache.formats import codec_of, latents
-from mla.cache.index_formats import IndexFp8, index_codec, index_keys
+from mla.cache.formats import IndexFp8, codec_of, index_codec, index_keys, latents
 from mla.reference.attention import KEYS_BYTES, LOGITS_BYTES, attend, is_decode
 from mla.reference.small import OfFormats, rotate
 from mla_backends.api import OPS, AttentionSpec, BatchView, IndexerSpec

@@ -15,8 +15,7 @@ from typing import NamedTuple, cast
 import torch
 
 from mla.cache import LatentCache
-from mla.cache.formats import Codec, given_back
-from mla.cache.index_formats import IndexFp8
+from mla.cache.formats import Codec, IndexFp8, given_back
 from mla.layer.attention import MLA
 from mla.layer.plan import is_sparse
 from mla.verify.layer_oracle import Held, Pair, TrueLayer

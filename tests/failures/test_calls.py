@@ -16,8 +16,7 @@ import torch
 from faulty_backend import FaultyOp
 
 from mla import MLA, LatentCache, MLAConfig
-from mla.cache.formats import codec_of
-from mla.cache.index_formats import index_codec
+from mla.cache.formats import codec_of, index_codec
 from mla.cases import KINDS as ENTRIES
 from mla.cases.case import OpCase
 from mla.cases.memory import Layout

@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mla.cache.formats import find_format
-from mla.cache.index_formats import IndexFp8, index_codec, index_keys
+from mla.cache.formats import IndexFp8, find_format, index_codec, index_keys
 from mla.cases.case import OpCase
 from mla.cases.memory import Layout
 from mla.cases.played import Laid

@@ -14,7 +14,7 @@ from wrong_ops import extents, habits, places
 from wrong_ops.base import changing, mutant
 from wrong_ops.formulas import next_slot_too
 
-from mla.cache.index_formats import IndexFp8
+from mla.cache.formats import IndexFp8
 from mla.reference import REFERENCE
 from mla.reference.small import rms_norm, rotate
 from mla.reference.sparse import index_scores

@@ -20,8 +20,7 @@ import torch
 
 from mla.bench.workload.scenario import Scenario
 from mla.cache import LatentCache
-from mla.cache.formats import Codec, given_back
-from mla.cache.index_formats import IndexFp8
+from mla.cache.formats import Codec, IndexFp8, given_back
 from mla.cases.case import generator
 from mla.config import MLAConfig
 from mla.verify.layer_oracle import Held, Run, State, oracle, oracle_of_choices, oracle_of_last

@@ -15,8 +15,7 @@ import torch
 from mla.bench.workload.grid import Point, roles_of
 from mla.bench.workload.implementations import EVERY, Named, parse_one
 from mla.bench.workload.scenario import Scenario
-from mla.cache.formats import Codec, codec_of, stored_format
-from mla.cache.index_formats import IndexFp8, index_codec, stored_index_format
+from mla.cache.formats import Codec, IndexFp8, codec_of, index_codec, stored_format, stored_index_format
 from mla.command.console import note
 from mla.config import MLAConfig
 from mla.errors import UnsupportedOps, UsageError

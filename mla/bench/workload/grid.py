@@ -46,7 +46,7 @@ def _format(item: str) -> str:
 
 
 def _index_format(item: str) -> str:
-    from mla.cache.index_formats import INDEX_FORMATS  # needs torch
+    from mla.cache.formats import INDEX_FORMATS  # needs torch
 
     return _one_of("index format", item, ("plain", *INDEX_FORMATS))
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from mla.cache.formats import find_format
-from mla.cache.index_formats import index_codec
+from mla.cache.formats import find_format, index_codec
 from mla.cases import KINDS
 from mla.config import MLAConfig
 from mla.conformance.checks.borders import EXAMPLES, SMALL_SPEC

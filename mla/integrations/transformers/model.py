@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 import mla
-from mla.cache.index_formats import stored_index_format
+from mla.cache.formats import stored_index_format
 from mla.integrations.transformers.admission import (
     NAME,
     PROJECTIONS,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mla.cache.index_formats import index_codec
+from mla.cache.formats import index_codec
 from mla.cases.memory import Layout, Pages
 from mla_backends.api import IndexerSpec
 

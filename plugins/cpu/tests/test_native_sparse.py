@@ -10,7 +10,7 @@ import torch
 from native_cases import BF16, FINE, draw, laid_out, latent_case
 from sparse_problem import SparseBatch, indexer_spec
 
-from mla.cache.index_formats import IndexFp8, index_keys
+from mla.cache.formats import IndexFp8, index_keys
 from mla_backend_cpu.library import Library
 from mla_backend_cpu.sparse_ops import NativeSelectLatents, NativeSparseAttention
 

@@ -15,8 +15,7 @@ from tiny_run import DIMS
 from mla import MLA
 from mla.bench import results
 from mla.bench.subjects.layer import MlaLayer
-from mla.cache.formats import codec_of
-from mla.cache.index_formats import IndexFp8
+from mla.cache.formats import IndexFp8, codec_of
 from mla.layer.forward import Step
 from mla.reference import small, sparse
 
