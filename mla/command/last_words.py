@@ -16,7 +16,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 LOADING_S = 60.0  # seconds from the start after which loading a backend is said to take long
@@ -29,7 +30,7 @@ _STANDARD = 3  # descriptors below it are stdin, stdout and stderr, also where t
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 _record: int | None = None  # a file that the supervisor reads; None: there is none
-_doing: dict[str, str] = {}  # what it would say now
+_now: dict[str, str] = {}  # what it would say
 
 
 # ---------------------------------------------------------------------------------------- the supervisor
@@ -87,10 +88,9 @@ def _wait(child: subprocess.Popen[bytes], record: int) -> int:
 def _read(record: int) -> dict[str, Any]:
     """Return what the child has said last."""
     try:
-        said = json.loads(os.pread(record, 1 << 16, 0).partition(b"\n")[0])
-    except ValueError:  # nothing yet, or whatever a plugin wrote there
+        return dict(json.loads(os.pread(record, 1 << 16, 0).partition(b"\n")[0]))
+    except (ValueError, TypeError):  # nothing yet, or whatever a plugin wrote there
         return {}
-    return said if isinstance(said, dict) else {}
 
 
 def _traced() -> bool:
@@ -123,22 +123,19 @@ def _say(sentence: str) -> None:
 # --------------------------------------------------------------------------------------------- the child
 
 
-@contextlib.contextmanager
-def while_loading(name: str) -> Iterator[None]:
+def while_loading(name: str) -> AbstractContextManager[None]:
     """Have the supervisor say that backend `name` takes long to load, or has ended this process."""
     why = f"`mla-bench doctor {name}` finds out where"
     late = f"backend '{name}' has not been loaded and set up within {LOADING_S:g} s; {why}"
-    doing = {"while": f" while backend '{name}' was loaded and set up", "hint": f"; {why}", "late": late}
-    with _doing_now(doing):
-        yield
+    return _doing(
+        {"while": f" while backend '{name}' was loaded and set up", "hint": f"; {why}", "late": late}
+    )
 
 
-@contextlib.contextmanager
-def while_running(name: str) -> Iterator[None]:
+def while_running(name: str) -> AbstractContextManager[None]:
     """Have the supervisor say that this process has ended while backend `name` ran."""
     hint = "; `python -X faulthandler -m mla.bench ...` shows where"
-    with _doing_now({"while": f" while backend '{name}' ran", "hint": hint}):
-        yield
+    return _doing({"while": f" while backend '{name}' ran", "hint": hint})
 
 
 def dismiss(code: int = 0) -> None:
@@ -147,14 +144,14 @@ def dismiss(code: int = 0) -> None:
 
 
 @contextlib.contextmanager
-def _doing_now(doing: dict[str, str]) -> Iterator[None]:
-    global _doing
-    before, _doing = _doing, doing
-    _tell(doing)
+def _doing(what: dict[str, str]) -> Iterator[None]:
+    global _now
+    before, _now = _now, what
+    _tell(what)
     try:
         yield
     finally:
-        _doing = before
+        _now = before
         _tell(before)
 
 
@@ -172,23 +169,12 @@ def _take_record() -> None:
         return
     _record = int(number)
     os.set_inheritable(_record, False)
-    sys.excepthook = _dismissing(sys.excepthook)
     with contextlib.suppress(Exception):
         import ctypes
 
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     if os.getppid() != int(parent):  # it is gone already
         os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _dismissing(show: Callable[..., Any]) -> Callable[..., None]:
-    """Return a hook for an exception that ends this process: its traceback says all there is to say."""
-
-    def hook(kind: type[BaseException], *rest: Any) -> None:
-        dismiss(128 + signal.SIGINT if issubclass(kind, KeyboardInterrupt) else 1)
-        show(kind, *rest)
-
-    return hook
 
 
 def loads_plugins(words: Sequence[str], harmless: Sequence[str] = ()) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from mla.errors import MLAError
@@ -52,13 +53,9 @@ def result_path(path: Path, shared: bool = False) -> Path:
 def _value(text: str, letter: str) -> str:
     if letter == "%":
         return letter
-    names = LETTERS[letter]
-    variable = _first(names)
-    if variable is None:
-        raise LaunchError(
-            f"%{letter} in '{text}' stands for {' or '.join(names)}, but that is not set; write %% for a "
-            "percent sign."
-        )
+    if (variable := _first(LETTERS[letter])) is None:
+        stands = f"%{letter} in '{text}' stands for {' or '.join(LETTERS[letter])}"
+        raise LaunchError(f"{stands}, but that is not set; write %% for a percent sign.")
     return variable[1]
 
 
@@ -84,35 +81,28 @@ def local_device(note: Callable[[str], None]) -> Callable[[int | None], int | No
     visible devices start again from 0: with --gpus-per-task=1 every task sees its own device as number 0.
     Returns None without a launcher.
     """
-    number = local_number()
-    if number is None:
-        return None
 
-    def choose(count: int | None) -> int | None:
+    def choose(number: int, count: int | None) -> int | None:
         if not count:
             return None
         wrapped = f" {number}" if number >= count else ""
         note(f"device {number % count} of {count}, from {_source(LOCAL)}{wrapped}")
         return number % count
 
-    return choose
+    return None if (number := local_number()) is None else partial(choose, number)
 
 
 def start_words(world: int) -> list[str]:
-    """Return what starts as many processes as this one has beside it, on as many nodes; torchrun by default.
+    """Return what starts as many processes as this one has beside it; torchrun by default.
 
-    With several nodes, torchrun is to be started on each.
+    With several nodes, torchrun is to be started on each, with its options of a rendezvous.
     """
     if _source(TASKS) == "SLURM_STEP_NUM_TASKS":
-        nodes = _number(("SLURM_STEP_NUM_NODES", "SLURM_NNODES")) or 1
         threads = os.environ.get("SLURM_CPUS_PER_TASK")
-        more = [*(["-N", str(nodes)] if nodes > 1 else []), "-n", str(world)]
-        return ["srun", *more, *([f"--cpus-per-task={threads}"] if threads else []), "python"]
-    nodes = _number(("GROUP_WORLD_SIZE",)) or max(1, world // (_number(("LOCAL_WORLD_SIZE",)) or world))
-    if nodes == 1:
-        return ["torchrun", "--nproc-per-node", str(world)]
-    meet = f"--rdzv-backend c10d --rdzv-endpoint {os.environ.get('MASTER_ADDR', 'localhost')}:29400"
-    return f"torchrun --nnodes {nodes} --nproc-per-node {world // nodes} {meet}".split()
+        return ["srun", "-n", str(world), *([f"--cpus-per-task={threads}"] if threads else []), "python"]
+    nodes = _number(("GROUP_WORLD_SIZE",)) or 1
+    several = ["--nnodes", str(nodes)] if nodes > 1 else []
+    return ["torchrun", *several, "--nproc-per-node", str(world // nodes)]
 
 
 def is_fact(key: str) -> bool:

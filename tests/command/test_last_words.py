@@ -111,12 +111,6 @@ def test_what_happens_after_the_last_word_changes_no_exit_code(end: str) -> None
     assert (done.returncode, done.stderr) == (5, "")
 
 
-def test_an_ordinary_exception_keeps_its_exit_code() -> None:
-    done = supervised("raise ValueError('a mistake of ours')")
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "ValueError: a mistake of ours"
-
-
 def test_what_nobody_can_read_says_nothing_of_where() -> None:
     done = supervised("os.pwrite(last_words._record, b'\\xff\\n', 0)\nos._exit(6)")
     said = "error: the process ended: something in it called exit with status 6\n"

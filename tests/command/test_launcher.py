@@ -89,22 +89,11 @@ def test_without_a_launcher_nothing_is_chosen(launched: SetVariables) -> None:
     ("variables", "words"),
     [
         ({}, "torchrun --nproc-per-node 8"),
+        ({"WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "1"}, "torchrun --nproc-per-node 8"),
+        ({"WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "2"}, "torchrun --nnodes 2 --nproc-per-node 4"),
         (
-            {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "1"},
-            "torchrun --nproc-per-node 8",
-        ),
-        (
-            {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "n1"},
-            "torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint n1:29400",
-        ),
-        (
-            {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "n1"},
-            "torchrun --nnodes 4 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint n1:29400",
-        ),
-        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "1"}, "srun -n 8 python"),
-        (
-            {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "3"},
-            "srun -N 2 -n 8 --cpus-per-task=3 python",
+            {"SLURM_STEP_NUM_TASKS": "8", "SLURM_CPUS_PER_TASK": "3"},
+            "srun -n 8 --cpus-per-task=3 python",
         ),
         ({"SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}, "torchrun --nproc-per-node 8"),
     ],
