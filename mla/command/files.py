@@ -9,7 +9,7 @@ import re
 import stat
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,12 +39,9 @@ class Kind(NamedTuple):
 
 
 def _is_trace(data: bytes) -> bool:
-    zipped = data.startswith(b"\x1f\x8b")
-    try:
-        start = zlib.decompressobj(31).decompress(data, len(TRACE_START)) if zipped else data
-    except zlib.error:
-        return False
-    return start.startswith(TRACE_START)
+    with contextlib.suppress(zlib.error):
+        data = zlib.decompressobj(31).decompress(data, len(TRACE_START))
+    return data.startswith(TRACE_START)
 
 
 RESULT = Kind("a result file", lambda data: _RESULT.match(data) is not None)
@@ -57,11 +54,18 @@ def check_writable(path: Path, kind: Kind | None = None) -> None:
     Pipes with a reader, /dev/stdout and /dev/null are written to; what a link leads to is replaced. A file
     that is there must be empty, or of this `kind`.
     """
-    try:
-        if objection := _objection(path, kind):
+    with _naming(path):
+        if objection := _unread(path) if is_stream(path) else _objection(path, kind):
             raise ResultError(f"cannot write '{path}': {objection}.")
+
+
+@contextlib.contextmanager
+def _naming(path: Path, what: str = "write") -> Iterator[None]:
+    """Say of which file or folder the system complains."""
+    try:
+        yield
     except OSError as error:
-        raise ResultError(f"cannot write '{path}': {error.strerror}.") from error
+        raise ResultError(f"cannot {what} '{path}': {error.strerror}.") from error
 
 
 def check_not_input(path: Path, inputs: Iterable[Path]) -> None:
@@ -72,12 +76,8 @@ def check_not_input(path: Path, inputs: Iterable[Path]) -> None:
 
 def make_folder(path: Path) -> None:
     """Make a folder, unless it is there. Raises `ResultError`."""
-    if not path.parent.is_dir():
-        raise ResultError(f"cannot make the folder '{path}': there is no folder '{path.parent}'.")
-    try:
+    with _naming(path, "make the folder"):
         path.mkdir(exist_ok=True)
-    except OSError as error:
-        raise ResultError(f"cannot make the folder '{path}': {error.strerror}.") from error
 
 
 def is_stdout(path: Path | None) -> bool:
@@ -95,7 +95,7 @@ def is_stream(path: Path) -> bool:
 
 def write_bytes(data: bytes, path: Path) -> None:
     """Write a file whole or not at all, or all of it to a pipe. Raises `ResultError`."""
-    try:
+    with _naming(path):
         if is_stdout(path):
             console.write(data)
         elif is_stream(path):
@@ -103,15 +103,11 @@ def write_bytes(data: bytes, path: Path) -> None:
                 pipe.write(data)
         else:
             _replace(data, _target(path))
-    except OSError as error:
-        raise ResultError(f"cannot write '{path}': {error.strerror}.") from error
     written.append(path)
 
 
 def _objection(path: Path, kind: Kind | None) -> str:
-    """Return why a path must not be written to; "" if it may."""
-    if is_stream(path):
-        return _unread(path)
+    """Return why a file must not be written; "" if it may."""
     target = _target(path)
     try:
         status = path.stat()
@@ -139,6 +135,10 @@ def _target(path: Path) -> Path:
 
 def _unread(path: Path) -> str:
     """Open a pipe until it is written to; return why that cannot be."""
+    known = {
+        errno.EBADF: "it is closed, or open for reading",
+        errno.ENXIO: "it is a pipe that no process reads from",
+    }
     try:
         if is_stdout(path):
             if (number := console.descriptor(console.results_stream())) is not None:
@@ -147,10 +147,6 @@ def _unread(path: Path) -> str:
             _pipes[path] = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
             os.set_blocking(_pipes[path], True)
     except OSError as error:
-        known = {
-            errno.EBADF: "it is closed, or open for reading",
-            errno.ENXIO: "it is a pipe that no process reads from",
-        }
         if error.errno not in known:
             raise
         return known[error.errno]

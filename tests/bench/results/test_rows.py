@@ -175,7 +175,7 @@ def test_a_result_file_is_never_overwritten(bench: Bench, make_run: MakeRun) -> 
         (
             ["a.json", "--format", "infinimetrics", "-o", "no/x"],
             2,
-            "error: cannot make the folder 'no/x': there is no folder 'no'.",
+            "error: cannot make the folder 'no/x': No such file or directory.",
         ),
         (["a.json", "./a.json"], 2, "error: 'a.json' is given twice: name every result file once."),
     ],
