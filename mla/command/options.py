@@ -199,10 +199,6 @@ class BackendOptions:
     )]
     # fmt: on
 
-    def key_values(self) -> dict[str, str]:
-        """Return the `-O` options. Raises `UsageError`."""
-        return key_values(self.backend_options)
-
 
 def declared(record: type) -> list[Callable[[Any], Any]]:
     """Return the click options that a dataclass's fields are annotated with, in their order."""
@@ -246,14 +242,17 @@ def open_backend(options: BackendOptions) -> OpenedBackend:
     """
     import mla
 
-    settings = options.key_values()
+    settings = key_values(options.backend_options)
     name = only_usable() if options.backend is None else options.backend
     index = launcher.local_device(note) if options.device is None else options.device
     with while_loading(name):
         backend: Backend = mla.load_backend(name, index, options.threads, settings)
     for remark in (*backend.remarks(), *_crowded()):
         note(remark)
-    return OpenedBackend(backend, name, locate(name).version, _repeatable_index(options, backend))
+    device = options.device
+    if device is None and launcher.local_number() is not None and backend.device is not None:
+        device = backend.device.index  # commands that repeat this run need no launcher then
+    return OpenedBackend(backend, name, locate(name).version, device)
 
 
 def _crowded() -> list[str]:
@@ -268,37 +267,29 @@ def _crowded() -> list[str]:
     return [remark] * (threads > cpus)
 
 
-def _repeatable_index(options: BackendOptions, backend: Backend) -> int | None:
-    """Return the index to name in commands that repeat this run: they need no launcher then."""
-    if options.device is not None or launcher.local_number() is None or backend.device is None:
-        return options.device
-    return backend.device.index
-
-
 def only_usable() -> str:
     """Return the one usable backend; `GENERAL` only where no plugin's is. Raises `NoBackend`."""
     backends = probe.statuses()
     if not any(status.state == probe.USABLE for status in backends):
         backends.append(probe.status(GENERAL))
     usable = [status.name for status in backends if status.state == probe.USABLE]
-    if len(usable) == 1:
-        note(f"using backend '{usable[0]}', the only usable one")
-        return usable[0]
-    if usable:
+    if len(usable) > 1:
         raise NoBackend(f"several backends are usable: {', '.join(usable)}. Choose one with --backend.")
-    error = NoBackend(
-        "no backend is usable: "
-        + "; ".join(f"{status.name} ({status.state})" for status in backends)
-        + ". `mla-bench list` says why."
-    )
-    error.exit_code = Exit.BACKEND
-    raise error
+    if not usable:
+        states = "; ".join(f"{status.name} ({status.state})" for status in backends)
+        error = NoBackend(f"no backend is usable: {states}. `mla-bench list` says why.")
+        error.exit_code = Exit.BACKEND
+        raise error
+    note(f"using backend '{usable[0]}', the only usable one")
+    return usable[0]
 
 
 def key_values(options: Sequence[str]) -> dict[str, str]:
     """Split `-O` options at their "=". Raises `UsageError`."""
-    pairs = [option.partition("=") for option in options]
-    for option, (key, equals, _) in zip(options, pairs, strict=True):
+    pairs = {}
+    for option in options:
+        key, equals, value = option.partition("=")
         if not key or not equals:
             raise UsageError(f"-O takes KEY=VALUE, got '{option}'.")
-    return {key: value for key, _, value in pairs}
+        pairs[key] = value
+    return pairs

@@ -16,7 +16,7 @@ from mla.cases import KINDS
 from mla.command import environment
 from mla.command.console import note
 from mla.command.display import Progress
-from mla.command.options import open_backend
+from mla.command.options import key_values, open_backend
 from mla.conformance.card import blind
 from mla.conformance.drawn import usual_spec
 from mla.conformance.registry import DEVICE, DRAWN, DTYPE, LAYER, OP, ConformanceCheck, all_checks
@@ -240,7 +240,7 @@ class Suite:
     @classmethod
     def opened(cls, options: Options, xfails: Xfails, start: float) -> Suite:
         """Open the backend. `start`: when the run began. Raises `UsageError`, `BackendError`."""
-        opened, settings = open_backend(options), options.key_values()
+        opened, settings = open_backend(options), key_values(options.backend_options)
 
         def reopen(more: Mapping[str, str]) -> Backend:
             return create(opened.name, {**settings, **more})

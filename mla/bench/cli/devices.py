@@ -271,7 +271,6 @@ def ceilings(options: CeilingOptions) -> int:
     interrupted, 143 by SIGTERM, 129 by SIGHUP.
     """
     names = options.dtype_names()
-    options.key_values()  # a mistake shows before anything is opened
     if options.output:
         files.check_writable(options.output, files.RESULT)
     from mla.bench.run.ceilings import all_tasks, report, run_tasks
