@@ -246,9 +246,7 @@ class Suite:
             return create(opened.name, {**settings, **more})
 
         drawing = Drawing(options.draws, seed=options.seed)
-        subject = BackendUnderTest(
-            opened.backend, opened.name, options.quick, opened.version, reopen, note, drawing
-        )
+        subject = BackendUnderTest(opened.backend, opened.name, opened.version, reopen, note, drawing)
         claimed = claimed_dtypes(subject)
         names = [dtype_name(dtype) for dtype in claimed]
         for name in options.dtypes:

@@ -80,7 +80,6 @@ class BackendUnderTest:
 
     backend: Backend
     name: str
-    quick: bool = False
     version: str | None = None
     reopen: Callable[[Mapping[str, str]], Backend] | None = None  # creates the backend with other options
     say: Say | None = None  # is told in one line what an op compiles, before it does
@@ -162,11 +161,7 @@ class Trial:
         self.labels.append(label)
         number = len(self.labels)
         chosen = self.chosen is None or number in self.chosen
-        late = (
-            chosen
-            and time.monotonic() > self.subject.drawing.until
-            and len(self.cases) > len(self.ended("refused"))
-        )
+        late = chosen and self._served and time.monotonic() > self.subject.drawing.until
         self.late += late
         if chosen and not late:
             with self._judged(number, label, self.may_refuse):

@@ -32,7 +32,7 @@ class Linear(FusedOp):
 
 def test_the_suite_accepts_it_and_judges_the_ops_it_is_given() -> None:
     host = HostBackend(ops={"mine": Linear()})
-    subject = BackendUnderTest(host, "host", quick=True, drawing=Drawing(0))
+    subject = BackendUnderTest(host, "host", drawing=Drawing(0))
     chosen = instances(subject, (torch.float32,), ["device", "linear"])
     results = [carry_out(choice, subject, Xfails()) for choice in chosen]
     assert not [(result.id, result.reason) for result in results if result.status not in ("pass", "refused")]

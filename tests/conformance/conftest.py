@@ -55,7 +55,7 @@ def judge() -> Run:
         xfails: Xfails | None = None,
         **facts: Any,
     ) -> list[CheckResult]:
-        subject = BackendUnderTest(backend, backend.name, quick=True, **facts)
+        subject = BackendUnderTest(backend, backend.name, **facts)
         chosen = instances(subject, dtypes, only)
         return [carry_out(choice, subject, xfails or Xfails()) for choice in chosen]
 

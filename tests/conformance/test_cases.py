@@ -61,7 +61,7 @@ def test_cases_are_counted_without_a_call_of_an_op_or_the_oracle(
 
 
 def test_the_cases_that_are_counted_are_those_that_run(sound: Any) -> None:
-    subject = BackendUnderTest(sound(), "sound", quick=True)
+    subject = BackendUnderTest(sound(), "sound")
     for instance in of_ops(subject, "linear", "latent.tiles", "layer.decode", "rms_norm"):
         ran = instance.run(subject).cases
         assert [case.label for case in ran] == list(instance.labels(subject)), instance.id
@@ -179,7 +179,7 @@ class NoBatch(type(REFERENCE["latent_attention"])):  # type: ignore[misc]
 def test_the_reference_is_checked_where_no_op_serves_a_layer(
     sound: Any, op: Any, only: str, checked: list[str]
 ) -> None:
-    subject = BackendUnderTest(sound(ops={"mine": op()}), "sound", quick=True)
+    subject = BackendUnderTest(sound(ops={"mine": op()}), "sound")
     assert [instance.of for instance in instances(subject, (torch.float32,), [only])] == checked
 
 

@@ -23,7 +23,7 @@ FAULTY = ["--backend", "faulty_backend:FaultyBackend", "--dtype", "float32", "--
     ("kind", "fault", "only", "reason"),
     [
         ("latent_attention", "head", "latent.formula", "head 15 of every row"),
-        ("latent_attention", "lse", "latent.shares", "lse: "),
+        ("latent_attention", "lse", "latent.formula", "lse: "),
         ("write_latent", "stray", "write_latent.grid", "1 slots of the cache have changed"),
         ("linear", "scale", "layer.mixed", "every row"),
     ],

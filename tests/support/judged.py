@@ -28,7 +28,7 @@ def judged(
     **known: Any,
 ) -> list[CheckResult]:
     """Return the results of checks, as --quick has them. `known`: of `BackendUnderTest`."""
-    subject = BackendUnderTest(backend, backend.name, quick=True, **known)
+    subject = BackendUnderTest(backend, backend.name, **known)
     chosen = filter(wanted, instances(subject, dtypes, only))
     return [carry_out(instance, subject, Xfails()) for instance in chosen]
 

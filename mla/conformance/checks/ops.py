@@ -10,8 +10,8 @@ import torch
 
 from mla.cases import KINDS
 from mla.cases.case import OpCase
-from mla.cases.memory import Tensors, allocate
-from mla.cases.played import Scene, host_of
+from mla.cases.memory import allocate
+from mla.cases.played import Scene
 from mla.conformance.checks.borders import (
     ATTENTION,
     EXAMPLES,
@@ -28,8 +28,6 @@ from mla.conformance.drawn import draw
 from mla.conformance.reach import far
 from mla.conformance.registry import DRAWN, OP, check
 from mla.conformance.trial import Refused, Trial, expect
-from mla.parallel.layer import merge
-from mla.parallel.layout import Share
 from mla.verify.tolerances import same_bits
 from mla_backends.api import Packed
 
@@ -142,50 +140,6 @@ def graph_lengths(trial: Trial, kind: str) -> None:
     first, second = (trial.fitted(decode(kind, keys)) for keys in ((50, 10, 100, 3), (100, 65, 1, 0)))
     with trial.case(f"{first.label}, then {second.label}"):
         captured(trial, first, second.but(seed=1), follows=True)
-
-
-# -------------------------------------------------------------------------------------------------- shares
-
-NO_LSE = "it does not supply the log-sum-exp (writes_lse is False)"
-
-
-@op_check(
-    "shares",
-    "numbers",
-    ("latent_attention",),
-    "a log-sum-exp that does not weigh parts of a context: in another base, or without keys",
-)
-def shares(trial: Trial, kind: str) -> None:
-    """Every 2nd, or 3rd, token attended apart and merged gives what all do; some shares have no keys."""
-    if not getattr(trial.op, "writes_lse", True):
-        raise Refused(NO_LSE)
-    for world in (2, 3):
-        for case in (decode(kind, (70, 2, 1, 129)), batch(kind, (3, 1, 5), (5, 66, 5))):
-            case = trial.fitted(case)
-            with trial.case(f"{case.label} in {world} shares"):
-                whole = trial.serve(case)
-                parts = [_attend(trial, case, Share(rank, world)) for rank in range(world)]
-                out, sums = (torch.stack([part[name] for part in parts]) for name in ("out", "lse"))
-                merged = torch.empty_like(out[0])
-                merge(out, sums, merged)
-                trial.right(whole, whole.wrong({"out": merged}))
-
-
-def _attend(trial: Trial, case: OpCase, share: Share) -> Tensors:
-    """Return out [T, h, c] and lse [T, h] of one share, where each new token is a request of its own."""
-    whole, keys = host_of(case.but(dtype=trial.dtype)), []
-    for latents, new, length in zip(
-        whole.given["keys"].split(case.kv_lens), case.query_lens, case.kv_lens, strict=True
-    ):
-        held = latents[share.rank :: share.world]
-        seen = share.held(torch.arange(length - new, length) + 1)
-        keys += [held[:count] for count in seen.tolist()]
-    lengths = tuple(map(len, keys))
-    part = case.but(query_lens=(1,) * len(lengths), kv_lens=lengths)
-    given = {"q": whole.given["q"], "keys": torch.cat(keys)}
-    call = trial.serve(part, given=given)
-    trial.check(call)
-    return call.results()
 
 
 # -------------------------------------------------------------------------------------------------- places

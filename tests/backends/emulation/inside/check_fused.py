@@ -205,17 +205,14 @@ def conform(name: str, *only: str, **known: Any) -> list[CheckResult]:
 
 @pytest.mark.parametrize("kernel", JUDGED, ids=_case, indirect=True)
 def test_what_the_layer_does_not_look_at_is_right_too(
-    kernel: Any, name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    kernel: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Above all the log-sum-exp, whose layout and base differ between vendors, for any number of heads."""
     make_smaller(monkeypatch)
     role, op = kernel
     group = "latent" if role == "latent_attention" else "expanded"
-    uses_lse = "shares" if group == "latent" else "formula"
-    wanted = [f"{group}.{check}[{op}-bfloat16]" for check in (uses_lse, "drawn")]
+    wanted = [f"{group}.{check}[{op}-bfloat16]" for check in ("formula", "drawn")]
     expected = dict(zip(wanted, ("pass", "incomplete"), strict=True))
-    if request.node.callspec.id == "ixformer_old":  # it returns none
-        expected[wanted[0]] = "refused"
     ended = conform(name, *wanted, drawing=Drawing(DRAWS))
     assert {result.id: result.status for result in ended} == expected
 

@@ -46,7 +46,7 @@ def _smaller(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def subject(**more: Any) -> BackendUnderTest:
-    return BackendUnderTest(interpreted.Interpreted(), "interpreted", quick=True, **more)
+    return BackendUnderTest(interpreted.Interpreted(), "interpreted", **more)
 
 
 def is_of_a_kernel(instance: Instance) -> bool:
