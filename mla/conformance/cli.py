@@ -178,7 +178,7 @@ def _run(suite: Suite, words: Sequence[str]) -> int:
 
     options = suite.options
     if options.dump_failure:
-        from mla.conformance.failures import Keeper
+        from mla.conformance.suite import Keeper
 
         suite.keeper = Keeper(options.dump_failure, suite)
     report = suite.run(words)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from mla.command.console import out
 from mla.command.exit_codes import Exit
 from mla.conformance.registry import KINDS, LAYER, OP, all_checks, matches
-from mla.errors import MLAError, UsageError, did_you_mean
+from mla.errors import UsageError, did_you_mean
 from mla_backends import outside
 from mla_backends.outside import quoted
 
@@ -118,10 +118,6 @@ def list_cases(planned: Sequence[Instance], subject: BackendUnderTest) -> Exit:
 # ----------------------------------------------------------------------- expected failures
 
 
-class XfailError(MLAError):
-    """A list of expected failures that cannot be read."""
-
-
 @dataclass
 class Xfails:
     """Expected failures: pattern -> reason. Remembers which ones were used.
@@ -135,24 +131,24 @@ class Xfails:
 
     @classmethod
     def read(cls, path: Path) -> Xfails:
-        """Read a file. Raises `XfailError` or `UsageError` naming the line."""
+        """Read a file. Raises `UsageError` naming the line."""
         try:
             lines = outside.read(path).decode().splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise XfailError(f"cannot read '{path}': {getattr(error, 'strerror', None) or error}.") from error
+            raise UsageError(f"cannot read '{path}': {getattr(error, 'strerror', None) or error}.") from error
         entries: dict[str, str] = {}
         for number, line in enumerate(map(str.strip, lines), 1):
             if line and not line.startswith("#"):
                 where = f"'{path}' line {number}"
                 pattern, _, reason = map(str.strip, line.partition(":"))
                 if not pattern or not reason:
-                    raise XfailError(f"{where}: expected 'check: reason', got {quoted(line)}.")
+                    raise UsageError(f"{where}: expected 'check: reason', got {quoted(line)}.")
                 if (check := without_case(pattern)) != pattern:
                     hint = f"list {quoted(check)}"
-                    raise XfailError(f"{where}: expected failures are checks, not single cases: {hint}.")
+                    raise UsageError(f"{where}: expected failures are checks, not single cases: {hint}.")
                 require_known(pattern, where)
                 if pattern in entries:
-                    raise XfailError(f"{where}: {quoted(pattern)} is listed twice.")
+                    raise UsageError(f"{where}: {quoted(pattern)} is listed twice.")
                 entries[pattern] = reason
         return cls(entries)
 

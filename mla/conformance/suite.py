@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,18 +33,28 @@ from mla.conformance.report import (
     Refusal,
     Status,
 )
-from mla.conformance.selection import Numbers, Xfails, case_id, chosen_cases, nothing_matches, require_cases
+from mla.conformance.selection import (
+    Numbers,
+    Xfails,
+    case_id,
+    chosen_cases,
+    nothing_matches,
+    require_cases,
+    split,
+)
 from mla.conformance.trial import DTYPES, BackendUnderTest, Drawing, Trial, ask
 from mla.errors import UsageError
+from mla.failures import file
+from mla.failures.call import Watched, Watcher
 from mla.layer.ops import preflight_reasons
 from mla.reference import REFERENCE
 from mla.text import dtype_name
 from mla_backends.api import Backend, FusedOp, current
+from mla_backends.errors import describe
 from mla_backends.registry import create
 
 if TYPE_CHECKING:
     from mla.conformance.cli import Options
-    from mla.conformance.failures import Keeper
 
 MIN_DRAWS = 300  # judged draws of an op in a dtype, with which its check is green
 STRETCH = 2.0  # times its share of the time that a check may draw for until it has as many
@@ -115,21 +128,20 @@ def instances(
     chosen = (replace(instance, chosen=numbers) for instance, numbers in kept if numbers != frozenset())
 
     @cache
-    def served(kind: str, dtype: torch.dtype | None) -> bool:
+    def served(kind: str, dtype: torch.dtype) -> bool:
         of_kind = ((name, op) for name, op in offered.items() if _kind(op) == kind)
-        return dtype is not None and any(_serves(subject, kind, dtype, *named) for named in of_kind)
+        return any(_serves(subject, kind, dtype, *named) for named in of_kind)
 
     named = [pattern for pattern in only if "[reference" in pattern]
 
     def idle(instance: Instance) -> bool:
         check, drawn = instance.check, instance.check.fails == DRAWN
-        if instance.of != "reference" or check.scope not in (OP, LAYER):
+        if instance.of != "reference":
             return False
         if named and not drawn and chosen_cases(named, check.id, instance.subject) != frozenset():
             return False
-        return check.scope == LAYER or any(
-            served(check.kind, dtype) for dtype in ([instance.dtype] if drawn else dtypes)
-        )
+        among = [instance.dtype or torch.float32] if drawn else dtypes
+        return check.scope == LAYER or any(served(check.kind, dtype) for dtype in among)
 
     needed = (instance for instance in chosen if not idle(instance))
     return tuple(sorted(needed, key=lambda instance: instance.check.fails == DRAWN))  # which come last
@@ -352,3 +364,77 @@ class Suite:
             unused_xfails=self.xfails.unused(),
             blind=list(blind(results, planned, options.quick, options.only, claimed, dtypes)),
         )
+
+
+# ------------------------------------------------------------------------------------------ kept failures
+
+
+@dataclass
+class Keeper:
+    """Writes the first failure of a suite into a folder."""
+
+    folder: Path
+    suite: Suite
+    kept: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        """Make the folder before a long run. Raises `ResultError`."""
+        file.prepare(self.folder)
+        self.suite.subject.drawing.folder = self.folder
+
+    def see(self, instance: Instance, result: CheckResult) -> None:
+        """Keep the call that a check's first wrong case found, unless one was kept before. Raises nothing."""
+        if self.kept or result.status != "fail":
+            return
+        case = result.failures[0]
+        try:
+            self._see(instance, case)
+        except Exception as error:  # noqa: BLE001  # whatever a backend raises when it is called again
+            note(f"--dump-failure kept nothing of {case.id}: {describe(error)}")
+
+    def _see(self, instance: Instance, case: Failure) -> None:
+        drawn = instance.check.fails == DRAWN  # and says what outputs hold before a call
+        subject = self.suite.subject
+        watcher = Watcher(subject.backend.synchronize, poisons=not drawn)
+        op = instance.op and Watched(instance.check.kind, instance.of, instance.op, watcher)
+        backend = with_watched_ops(subject.backend, watcher)
+        number = split(case.id)[1]
+        chosen = None if number is None else frozenset({number})
+        again = replace(instance, op=op, chosen=chosen)
+        drawing = replace(subject.drawing, again=True)
+        again.run(replace(subject, backend=backend, drawing=drawing))
+        if watcher.wrong is None:
+            why = watcher.reason or "no call of an op in it was wrong when it ran again"
+            note(f"--dump-failure kept nothing of {case.id}: {why}")
+            return
+        self.kept = True
+        file.write_call(self.folder, watcher.wrong, self._origin(case))
+        note(
+            f"{case.id}: the first wrong call is kept in '{self.folder / file.NAME}'; replay it with: "
+            f"{file.replay_command(self.folder)}"
+        )
+
+    def _origin(self, case: Failure) -> file.Origin:
+        subject, options = self.suite.subject, self.suite.options
+        return file.Origin(
+            backend=subject.name,
+            options=list(options.backend_options),
+            device=str(subject.backend.device),
+            command=shlex.join([*options.alone, "--only", case.id]),
+            where=case.id,
+            reason=case.reason,
+            created=environment.now(),
+            git_commit=environment.git_commit(),
+            environment=environment.environment(subject.backend),
+        )
+
+
+def with_watched_ops(backend: Backend, watcher: Watcher) -> Backend:
+    """Return the backend with ops that are watched, called one by one."""
+    watched: dict[str, FusedOp] = {
+        name: Watched(op.contract.partition("/")[0], name, op, watcher) for name, op in backend.ops().items()
+    }
+    twin = copy.copy(backend)
+    twin.ops = lambda: watched  # type: ignore[method-assign]  # of this twin alone
+    twin.sequence = lambda calls, moving: None  # type: ignore[method-assign]
+    return twin

@@ -13,7 +13,7 @@ import torch
 
 from mla.conformance.card import MOST_CASES, _failures, blind, failed_cases
 from mla.conformance.cli import main
-from mla.conformance.registry import KINDS, all_checks, check
+from mla.conformance.registry import KINDS, all_checks
 from mla.conformance.report import Cases, CheckResult, Failure
 from mla.reference import REFERENCE
 
@@ -46,11 +46,6 @@ def test_a_single_wrong_case_is_not_said_to_be_all_there_are(left: int, said: st
     wrong = result("linear.formula", "fail", cases={"failed": 1, "left_out": left}, failures=failures)
     (line,) = _failures(SimpleNamespace(checks=[wrong], alone=[]))  # type: ignore[arg-type]
     assert line.startswith(f"`linear.formula[mine-float32]`: {said}\n")
-
-
-def test_a_kind_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'linear\.new' fails by 'luck', not one of contract, "):
-        check("linear.new", catches="nothing", fails="luck")
 
 
 QUICK = "What more draws would find: --quick has few of them."

@@ -82,6 +82,7 @@ IN_PARTS: dict[str, Any] = {
     "mla.reference.attention.queries_per_call": lambda heads, keys: 4,
     "mla.reference.sparse.LOGITS_BYTES": 1 << 16,
     "mla.reference.sparse.KEYS_BYTES": 1 << 16,
+    "mla.reference.small.writes_in_place": lambda device, dtype: True,
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from wrong_attention.base import FAR, Latent
 from wrong_ops.base import SMALL_OPS, mutant
 
-from mla.conformance import reach
+from mla.conformance.checks import ops as reach
 from mla.conformance.report import CheckResult
 
 Run = Callable[..., list[CheckResult]]

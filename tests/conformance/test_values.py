@@ -15,7 +15,7 @@ from mla.cases.case import OpCase
 from mla.cases.memory import Layout
 from mla.cases.played import CPU, Host, Laid, Scene
 from mla.cases.stress import PATTERNS, UNUSUAL, Stress
-from mla.conformance import reach
+from mla.conformance.checks import ops as reach
 from mla.conformance.trial import BackendUnderTest, Trial
 from mla.reference import REFERENCE
 from mla_backends.api import AttentionSpec, NormSpec

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from mla.cases.played import Scene
-from mla.conformance import reach
 from mla.conformance.checks import borders
+from mla.conformance.checks import ops as reach
 
 NEARER = (reach, "PLACES", (1 << 22,))  # some ops copy what they are given
 SMALL = 300_000  # heads of tokens and keys that a scene may have

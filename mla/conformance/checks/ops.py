@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -25,11 +26,12 @@ from mla.conformance.checks.borders import (
 )
 from mla.conformance.checks.device import NO_GRAPH, best, elapsed, load_of, median
 from mla.conformance.drawn import draw
-from mla.conformance.reach import far
 from mla.conformance.registry import DRAWN, OP, check
 from mla.conformance.trial import Refused, Trial, expect
 from mla.verify.tolerances import same_bits
+from mla_backends import host
 from mla_backends.api import Packed
+from mla_backends.errors import describe, out_of_memory
 
 PAGED, WRITES = ("latent_attention", *SPARSE), ("write_latent", "write_index_key")
 UNITS = 4  # of pending work that a plan might wait for ...
@@ -145,12 +147,52 @@ def graph_lengths(trial: Trial, kind: str) -> None:
 # -------------------------------------------------------------------------------------------------- places
 # Requests are short and lie in large memory, of which nothing else is ever touched.
 
-PLACES = "places that are computed in 32 bits, and lie elsewhere in memory"
+ELSEWHERE = "places that are computed in 32 bits, and lie elsewhere in memory"
 FAR_TOKENS = 35
+# Numbers from the first to the last: beyond what 32 bits count, unsigned and signed. Beyond the last, signed
+# bytes have run out, in a dtype of two.
+PLACES = (1 << 32, 1 << 31, 1 << 30)
 BITS = 17  # slots beyond what 16 bits count, in a cache that is small enough for any device
 
 
-@op_check("far_rows", "index", KINDS, PLACES)
+@contextmanager
+def far(trial: Trial, tensors: int = 1, what: str = "from the first to the last") -> Iterator[int]:
+    """Yield the farthest place that so many tensors have memory for, and note it.
+
+    Raises `Refused` if there is none, and for an error that says that memory was short, as copies may cause.
+    """
+    numbers = _reach(trial, tensors)
+    trial.note = f"{numbers * trial.dtype.itemsize / 1e9:.2g} GB {what}"
+    try:
+        yield numbers
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one, where torch has it
+        if out_of_memory(describe(error)):
+            raise Refused("there is not as much memory as it takes") from error
+        raise
+    finally:
+        trial.backend.empty_cache()
+
+
+def _reach(trial: Trial, tensors: int) -> int:
+    """Return how many numbers each of the tensors may span. Many of them at the farthest take too much."""
+    least = 0
+    for numbers in PLACES if tensors <= 2 else PLACES[1:] or PLACES:
+        least = numbers * trial.dtype.itemsize * tensors
+        # Little of a tensor on the host is ever touched, unless an op makes a copy of a cache in float32.
+        copied = 4 * numbers if tensors == 1 else 0
+        needed, free = (
+            (least + copied, host.memory_available())
+            if trial.device.type == "cpu"
+            else (least + least // 4, trial.backend.memory().free)
+        )
+        if free is None:
+            raise Refused("how much memory is free is not known")
+        if needed <= free:
+            return numbers
+    raise Refused(f"there is no room for {least / 1e9:.2g} GB")
+
+
+@op_check("far_rows", "index", KINDS, ELSEWHERE)
 def far_rows(trial: Trial, kind: str) -> None:
     """Rows of operands and outputs may lie apart, the last of them beyond 32 bits."""
     example = EXAMPLES[kind]
@@ -164,7 +206,7 @@ def far_rows(trial: Trial, kind: str) -> None:
             trial.play(Scene((way.but(apart=apart),)))
 
 
-@op_check("far_pages", "index", PAGED, PLACES)
+@op_check("far_pages", "index", PAGED, ELSEWHERE)
 def far_pages(trial: Trial, kind: str) -> None:
     """Pages whose place in memory is beyond 32 bits are read where they are."""
     for case in map(trial.fitted, (decode(kind, (33, 130, 7)), batch(kind, *PREFILL))):
@@ -182,7 +224,7 @@ def slots(trial: Trial, kind: str) -> None:
             _write_apart(trial, case, _beside_powers(1 << BITS))
 
 
-@op_check("far_slots", "index", WRITES, PLACES)
+@op_check("far_slots", "index", WRITES, ELSEWHERE)
 def far_slots(trial: Trial, kind: str) -> None:
     """Rows whose place in memory is beyond 32 bits are written where they belong."""
     case = EXAMPLES[kind]
