@@ -395,22 +395,16 @@ class AttentionCore:
         self.device = backend.device if backend is not None and backend.device else torch.device("cpu")
         given = config, backend.ops() if backend else {}, dtype, self.device
         self.ops = Ops(*given, cache_format=cache_format, index_format=index_format)
+        # Of the pages that it reads; "" for numbers of the dtype, and where there are none.
+        self.cache_format: str = self.ops["latent_attention"].spec.cache_format
+        indexed = "select_latents" in self.ops
+        self.index_format: str = self.ops["select_latents"].spec.index_format if indexed else ""
         turn = Turn.of(backend)
         self.scratch = scratch or Workspace(dtype, self.device, keeps=WORKSPACE_BYTES, turn=turn)
         self._at = torch.empty(0, device=self.device).device  # as tensors say it: with an index
         self._weights = PackedWeights(config, self.ops, dtype, self.device)
         straight = replace(config, rope_interleave=False)  # as queries come in
         self._step = Step.of(straight, self.ops, self._weights, self.scratch)
-
-    @property
-    def cache_format(self) -> str:
-        """The format of the pages that it reads; "" for numbers of the dtype."""
-        return str(self.ops["latent_attention"].spec.cache_format)
-
-    @property
-    def index_format(self) -> str:
-        """The format of the index pages that it reads; "" for numbers of the dtype, and where it has none."""
-        return str(self.ops["select_latents"].spec.index_format) if "select_latents" in self.ops else ""
 
     def load(self, kv_b_proj: torch.Tensor) -> None:
         """Pack the weight [h (n + v), c]. Raises `WeightError` for another shape."""
@@ -420,7 +414,7 @@ class AttentionCore:
     def kv_b_proj(self) -> torch.Tensor:
         """Return the weight [h (n + v), c] as it was loaded, bit for bit."""
         with self.scratch.turn:
-            return self._weights.unpacked_kv_b()
+            return self._weights.unpack("kv_b_proj").clone()
 
     def weight_bytes(self) -> int:
         """Return the bytes that the packed weight keeps alive."""

@@ -262,10 +262,6 @@ class Ops:
                 remarks[choice.name] = [*map(one_line, lines)]
         return remarks
 
-    def all_reference(self) -> bool:
-        """Return whether no fused op was chosen."""
-        return all(choice.name == "reference" for choice in self._choices.values())
-
 
 def _validate(offered: Mapping[str, FusedOp]) -> None:
     """Raise `BackendError` for what is no op, or an op that would silently never run."""

@@ -58,10 +58,6 @@ class PackedWeights:
         check_weights({name: weight}, {name: weight_shapes(self._config)[name]}, strict=True)
         self.packed = dict(self._pack({name: weight}, [name], self._uses_of_kv_b()))
 
-    def unpacked_kv_b(self) -> torch.Tensor:
-        """Return a plain copy of kv_b_proj."""
-        return self._unpack("kv_b_proj").clone()
-
     def _fold_latent_scales(self, vectors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Scale norm weights by the config's latent scales, in place; return the plain ones."""
         scales = {"q_a_layernorm.weight": self._config.q_latent_scale}
@@ -73,13 +69,10 @@ class PackedWeights:
 
     def _pack_all(self, state: State) -> Iterator[tuple[str, Packed]]:
         """Yield every packed matrix; large ones first, because packing may hold one of them twice."""
-        yield from self._pack(state, ["o_proj.weight"], {"o_proj": _whole})
-        if self._config.gate_width:
-            yield from self._pack(state, ["g_proj.weight"], {"g_proj": _whole})
-        if self._config.q_lora_rank is not None:
-            yield from self._pack(state, ["q_b_proj.weight"], {"q_b_proj": _whole})
-        for name, role in INDEXER.items() if self._config.index_n_heads else ():
-            yield from self._pack(state, [name], {role: _whole})
+        alone = {f"{role}.weight": role for role in ("o_proj", "g_proj", "q_b_proj")} | INDEXER
+        for name, role in alone.items():
+            if role in self._ops:
+                yield from self._pack(state, [name], {role: _whole})
         first = [f"{self._first}.weight", "kv_a_proj_with_mqa.weight"]
         yield from self._pack(state, first, {"qkv_a_proj": _whole})
         yield from self._pack(state, ["kv_b_proj.weight"], self._uses_of_kv_b())
@@ -140,15 +133,16 @@ class PackedWeights:
         """Return plain copies of the weights under Hugging Face names."""
         shapes = weight_shapes(self._config)
         rows = (shapes[f"{self._first}.weight"][0], self._config.latent_dim)
-        q, kv_a = self._unpack("qkv_a_proj").split(rows)
+        q, kv_a = self.unpack("qkv_a_proj").split(rows)
         vectors = {**self.vectors, **self._unscaled}
         plain = {f"{self._first}.weight": q, "kv_a_proj_with_mqa.weight": kv_a, **vectors}
         for name in shapes:
             if name not in plain:
-                plain[name] = self._unpack(INDEXER.get(name, name.removesuffix(".weight")))
+                plain[name] = self.unpack(INDEXER.get(name, name.removesuffix(".weight")))
         return {name: plain[name].clone() for name in shapes}
 
-    def _unpack(self, role: str) -> torch.Tensor:
+    def unpack(self, role: str) -> torch.Tensor:
+        """Return the weight of a role, which may be a view of the packed one."""
         return self._ops[role].op.unpack(self.packed[role])
 
     def nbytes(self) -> int:

@@ -260,9 +260,13 @@ class ParallelMLA(MLA):
         share = config.with_heads(config.num_attention_heads // groups.layout.head_parts)
         self._groups = groups  # before the layer is made, which asks for them
         super().__init__(share, **arguments)
-        self._whole = config
+        self._whole, attention = config, self.ops["latent_attention"]
+        if groups.layout.dcp > 1 and not attention.op.writes_lse:
+            raise UnsupportedOps(
+                f"op '{attention.name}' writes no log-sum-exp, and dcp needs it to merge parts of a context: "
+                "use a layout without dcp, or another op (`--ops reference`)."
+            )
         if groups.layout.dcp > 1:
-            self._require_lse()
             self.step = self._context = ContextStep(**vars(self.step), groups=groups)
 
     def _calls_ops_alone(self) -> bool:
@@ -271,14 +275,6 @@ class ParallelMLA(MLA):
 
     def _attended_by(self) -> int:
         return self._groups.layout.dcp
-
-    def _require_lse(self) -> None:
-        choice = self.ops["latent_attention"]
-        if not choice.op.writes_lse:
-            raise UnsupportedOps(
-                f"op '{choice.name}' writes no log-sum-exp, and dcp needs it to merge parts of a context: "
-                "use a layout without dcp, or another op (`--ops reference`)."
-            )
 
     def load_state_dict(
         self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False

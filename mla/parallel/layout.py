@@ -20,7 +20,7 @@ from mla.cost import (
     projection_parameters,
     step_work,
 )
-from mla.errors import UsageError, did_you_mean, unknown
+from mla.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -66,14 +66,9 @@ class Layout:
         sizes: dict[str, int] = {}
         for word in text.split(","):
             match = re.fullmatch(r"\s*([a-z]+)=([0-9]{1,6})\s*", word)
-            if match is None:
-                raise UsageError(f"a layout is written as in 'tp=2,dcp=2', got '{text}'.")
-            axis = match[1]
-            if axis not in AXES:
-                raise UsageError(f"layout '{text}': {unknown('axis', axis, AXES, 'Axes')}")
-            if axis in sizes:
-                raise UsageError(f"layout '{text}': {axis} is given twice.")
-            sizes[axis] = int(match[2])
+            if match is None or match[1] in sizes or match[1] not in AXES:
+                raise UsageError(f"a layout is written as in 'tp=2,dcp=2', of dp, tp, dcp, got '{text}'.")
+            sizes[match[1]] = int(match[2])
         return cls(**sizes)
 
     def __str__(self) -> str:

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from mla.integrations.installed import OLDEST, require_transformers
+from mla.integrations import OLDEST, require_transformers
 
 
 @pytest.mark.parametrize("version", ["4.57.6", f"{OLDEST[0]}.{OLDEST[1] - 1}.9", f"{OLDEST[0]}.9.0"])

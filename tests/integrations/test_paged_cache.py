@@ -20,7 +20,7 @@ def paged(model: Any, **words: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "longcat_flash"])
-@pytest.mark.parametrize("words", [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}], ids=str)
+@pytest.mark.parametrize("words", [{}, {"prefill_chunk_size": 4}], ids=str)
 def test_it_gives_the_same_tokens(family: str, prompts: Prompts, words: dict[str, Any]) -> None:
     model = make_model(family)
     theirs = generate(model, prompts, **words)
@@ -78,9 +78,7 @@ def test_copies_of_requests_are_copies_of_their_bytes(prompts: Prompts, formats:
     for pages in (latents.pages, latents.index_pages):
         pages.view(torch.uint8).random_(0, 256)
     twin = copy.deepcopy(cache)
-    twin.batch_repeat_interleave(2)
-    for number, sequence in enumerate(twin._sequences):
-        source = cache._sequences[number // 2]
+    for source, sequence in zip(cache._sequences, twin._sequences, strict=True):
         assert twin.latents.length(sequence) == latents.length(source)
         for held, copied in (
             (latents.pages, twin.latents.pages),
@@ -137,6 +135,11 @@ def test_a_model_of_other_numbers_does_not_write_to_it(
         generate(other, prompts, **cache)
     latents = cache[CACHE].latents
     assert (cache[CACHE].columns, latents.free_pages) == (0, latents.num_pages)
+
+
+def test_beams_are_refused(model: Any, prompts: Prompts) -> None:
+    with pytest.raises(UnsupportedModel, match="use a stock cache for beams"):
+        generate(model, prompts, **paged(use_mla(model)), num_beams=3)
 
 
 def test_a_hybrid_model_has_state_that_it_does_not_hold() -> None:
@@ -228,32 +231,6 @@ def test_what_was_refused_leaves_it_as_it_was(model: Any, prompts: Prompts) -> N
     latents = cache[CACHE].latents
     assert (cache[CACHE].columns, latents.free_pages) == (0, latents.num_pages)
     assert torch.equal(generate(model, prompts, **cache, max_new_tokens=30), expected[:, : 11 + 30])
-
-
-def test_requests_that_go_on_alone_keep_their_pages(model: Any, prompts: Prompts) -> None:
-    cache = paged(use_mla(model), page_size=16)[CACHE]
-    with torch.no_grad():
-        model(**prompts, **{CACHE: cache})
-    before = [cache.latents.read(sequence) for sequence in cache._sequences]
-    ids = list(cache._sequences)
-    cache.reorder_cache(torch.tensor([2, 0, 2]))
-    assert cache._sequences[:2] == [ids[2], ids[0]]
-    assert cache._sequences[2] not in ids
-    for sequence, place in zip(cache._sequences, (2, 0, 2), strict=True):
-        assert all(map(torch.equal, cache.latents.read(sequence), before[place]))
-
-
-def test_copies_that_do_not_fit_lose_nothing(model: Any, prompts: Prompts) -> None:
-    cache = paged(use_mla(model), page_size=16, max_tokens=5 * 16)[CACHE]
-    with torch.no_grad():
-        model(**prompts, **{CACHE: cache})
-    before = list(cache._sequences)
-    with pytest.raises(CacheFull, match="6 more pages, and the cache has 2"):
-        cache.batch_repeat_interleave(3)
-    assert cache._sequences == before
-    cache.batch_select_indices(torch.tensor([1]))
-    assert cache._sequences == before[1:2]
-    assert cache.latents.free_pages == 4
 
 
 def test_tokens_are_cropped(model: Any, prompts: Prompts) -> None:

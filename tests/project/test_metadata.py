@@ -13,7 +13,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 import mla
-from mla.integrations.installed import OLDEST
+from mla.integrations import OLDEST
 from mla_backends.known import KNOWN
 
 if sys.version_info >= (3, 11):

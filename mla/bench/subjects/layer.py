@@ -67,7 +67,7 @@ class MlaLayer(LayerImplementation):
             layer.load_state_dict(layer_state(state, index) if index else state, strict=not index)
         self.layer, self._takes = self.layers[0], setting.is_judged_after
         self.buffers = KEPT + 1 if self._takes else None
-        self.held_to_reference = not self.layer.ops.all_reference()
+        self.held_to_reference = {*self.layer.ops.names().values()} != {"reference"}
 
     def _make_layer(self, ops: str | None, index: int) -> MLA:
         setting = self.setting

@@ -20,7 +20,7 @@ from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
 from mla.config import DIMENSIONS, LongRopeScaling, MLAConfig, QueryScaling, YarnScaling
 from mla.errors import MLAError
-from mla.integrations.installed import require_transformers
+from mla.integrations import require_transformers
 from mla.verify.layer_oracle import State
 from mla_backends.errors import first_line
 

@@ -1,6 +1,6 @@
 """`transformers` models whose attention layers run this project's ops: `use_mla(model, backend="cpu")`."""
 
-from mla.integrations.installed import require_transformers
+from mla.integrations import require_transformers
 
 require_transformers()
 

@@ -6,9 +6,8 @@ Nothing is copied to attend, requests may have any lengths, and padding takes no
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -229,41 +228,11 @@ class PagedCache(Cache):
             self.latents.truncate(sequence, max(0, self.latents.length(sequence) - tokens))
         self.columns = max(0, self.columns - tokens)
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Let request i go on from what request beam_idx[i] holds."""
-        self._rearrange(beam_idx.tolist())
+    def _refuse_to_rearrange(self, *arguments: Any) -> NoReturn:
+        """Raise `UnsupportedModel`."""
+        raise UnsupportedModel("a PagedCache keeps the order of its requests: use a stock cache for beams.")
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every request."""
-        self._rearrange([index for index in range(len(self._sequences)) for _ in range(repeats)])
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep some requests."""
-        self._rearrange(torch.arange(len(self._sequences), device="cpu")[indices.cpu()].tolist())
-
-    def _rearrange(self, sources: Sequence[int]) -> None:
-        """Let requests be those of these places; one that comes again is copied.
-
-        Raises `CacheFull` and `UnsupportedModel` before anything is changed.
-        """
-        self._leave_out_released()
-        old, counts = self._sequences, Counter(sources)
-        kept = [old[place] for place in counts]
-        size = self.latents.page_size
-        more = sum(
-            (count - 1) * -(-self.latents.length(old[place]) // size) for place, count in counts.items()
-        )
-        left = [sequence for sequence in old if sequence not in kept]
-        free = self.latents.free_pages + sum(-(-self.latents.length(sequence) // size) for sequence in left)
-        if more > free:
-            raise CacheFull(f"copies of requests need {more} more pages, and the cache has {free}.")
-        self.latents.release(left)
-        again = set[int]()
-        self._sequences = []
-        for place in sources:
-            taken = self.latents.copy(old[place], self.latents) if place in again else old[place]
-            self._sequences.append(taken)
-            again.add(place)
+    reorder_cache = batch_repeat_interleave = batch_select_indices = _refuse_to_rearrange  # type: ignore[assignment]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
         """Return a cache for the same model. Raises `UnsupportedModel`."""
