@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -36,23 +36,16 @@ EPILOG = """\b
 Examples:
   mla-bench --backend cpu
   mla-bench --backend cpu --config deepseek-r1 --runs 10 -o run.json
-  mla-bench --backend cpu --scenario decode --implementations mla,transformers
   mla-bench --backend cpu --implementations 'mla,mla[latent_attention=reference]'
   mla-bench --backend cpu --scenario decode -a kv=1k..16k*4 -a batch=1,16 -o sweep.json
   mla-bench --backend cpu --preset full --budget 10m -o full.json
   mla-bench --backend cpu --op latent_attention --batch 64 --kv 4k
   mla-bench --backend cpu --batch-spec 4q8s2049_16q1s3072 --heads 8
-  mla-bench --backend cpu --scenario decode --profile trace.json.gz
   mla-bench --backend cpu --config deepseek-r1 --parallel tp=8,dcp=4 --simulate
-  mla-bench --backend torch -O device=xpu
   mla-bench --backend my_module:MyBackend --workload mine.toml --dry-run
   mla-bench compare before.json after.json --fail-slower 3%
   mla-bench report before.json after.json --html report.html
   mla-bench export run.json --format csv -o run.csv
-  mla-bench ceilings --backend cpu
-  mla-bench list
-  mla-bench doctor cpu
-  mla-bench new-backend acme ./acme
 
 \b
 MLA_SUPERVISE=0 in the environment keeps the work in one process, as some debuggers and profilers need.
@@ -165,21 +158,21 @@ def _run(request: Request, budget: Budget, old: results.Run | None, baseline: re
     with last_words.while_running(request.setting.backend.name):
         outcome = scheduler.measure(request, empty, course)
     kept = {(case.scenario, case.implementation) for case in course.kept}
-    new = [
-        case
-        for case in outcome.run.cases
-        if case.latency_ms and (case.scenario, case.implementation) not in kept
-    ]
+    new = any(
+        case.latency_ms and (case.scenario, case.implementation) not in kept for case in outcome.run.cases
+    )
     if new and (options.simulate or not options.parallel):  # otherwise the others are ranks of this run
         _note_load(load, outcome.run)
     _report(request, outcome)
     compared = _compare(options, baseline, outcome.run)
     code = verdict(outcome)
-    if not outcome.interrupted:
-        code = graver(code, _reliable(options, outcome.run))
-    if not outcome.interrupted and compared is not None:
-        code = graver(code, _gate(options, compared))
-    if outcome.interrupted or options.profile is None:
+    if outcome.interrupted:
+        return code
+    code = graver(code, _reliable(options, outcome.run))
+    if compared is not None:
+        chosen = (options.scenarios, options.batch_specs, options.axes, options.op, options.implementations)
+        code = graver(code, compared_verdict(compared, options.fail_slower, selected=any(chosen)))
+    if options.profile is None:
         return code
     from mla.bench.run.profile import profile
 
@@ -245,10 +238,3 @@ def _reliable(options: RunOptions, run: results.Run) -> Exit:
     for line in lines:
         note(f"--strict: {line}; rerun when idle")
     return Exit.DOUBTFUL if lines else Exit.OK
-
-
-def _gate(options: RunOptions, cases: Sequence[Comparison]) -> Exit:
-    selected = any(
-        (options.scenarios, options.batch_specs, options.axes, options.op, options.implementations)
-    )
-    return compared_verdict(cases, options.fail_slower, selected=selected)
