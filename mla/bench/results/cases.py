@@ -77,10 +77,6 @@ class Repeated(NamedTuple):
     flops: float
     bytes: float
 
-    def of(self, bound: str | None) -> float:
-        """Return the share of what bounds the case; the larger one where that is not known."""
-        return {"memory": self.bytes, "compute": self.flops}.get(bound or "", max(self))
-
 
 def busiest(costs: Sequence[Cost]) -> Cost:
     """Return the most that any device has of each kind of work: under one limit, its floor is the highest."""

@@ -13,6 +13,7 @@ there is SLOWER. Needs no torch.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from mla.bench.results.cases import (
     shared_steps,
     unlabelled,
 )
-from mla.bench.results.schema import Case, Interval, Latency, Run
+from mla.bench.results.schema import Case, Interval, Run
 from mla.parallel.layout import Layout
 
 # Ratios this near 1 were noise on every machine tried.
@@ -70,13 +71,6 @@ class Comparison:
     def implementation(self) -> str:
         """The implementation, with a word if its times are predicted."""
         return label(self._either)
-
-    @property
-    def times(self) -> tuple[Latency | None, Latency | None]:
-        """The latencies that were compared, base and new; None if they were not."""
-        if self.ratio is None or self.base is None or self.new is None:
-            return None, None
-        return self.base.latency_ms, self.new.latency_ms
 
     @property
     def status(self) -> str:
@@ -240,31 +234,24 @@ def _same(old: Any, new: Any) -> bool:
     return bool(old == new)
 
 
-def _case_differences(base: Case, new: Case) -> list[str]:
-    predicted, reasons = [is_predicted(case) for case in (base, new)], []
-    if predicted[0] != predicted[1]:
-        reasons = [f"the {'base' if predicted[0] else 'new'} run is predicted, and the other measured"]
-    elif base.spread and new.spread and predicted[0] and base.spread.link != new.spread.link:
-        reasons = ["both are predicted, on links that differ"]
-    reasons += _workload_differences(base, new)
+def _case_differences(base: Case, new: Case) -> Iterator[str]:
+    """Yield why two cases cannot be compared."""
+    predicted, timed = is_predicted(base), base.latency_ms and new.latency_ms
+    if predicted != is_predicted(new):
+        yield f"the {'base' if predicted else 'new'} run is predicted, and the other measured"
+    elif predicted and base.spread and new.spread and base.spread.link != new.spread.link:
+        yield "both are predicted, on links that differ"
+    if base.dtype != new.dtype:
+        yield f"dtype differs: {base.dtype} and {new.dtype}"
+    names = ["mode", "query_lens", "history", "layers", "op", *["clock"] * bool(timed)]
+    names += ["heads"] * (base.heads is not None and new.heads is not None)  # version 1 did not say
+    yield from (f"{name} differs" for name in names if getattr(base, name) != getattr(new, name))
+    if new.mode == "decode" and planned_steps(base) != planned_steps(new):  # forwards of a prefill are alike
+        yield "steps_per_pass differs"
     for which, case in (("base", base), ("new", new)):
         if case.latency_ms is None:
             because = f" ({case.check.reason})" if case.check.reason else ""
-            reasons.append(f"the {which} run has no number, check: {case.check.status}{because}")
-    return reasons
-
-
-def _workload_differences(base: Case, new: Case) -> list[str]:
-    names = ["mode", "query_lens", "history", "layers", "op"]
-    if base.latency_ms and new.latency_ms:  # otherwise there was no clock
-        names.append("clock")
-    if base.heads is not None and new.heads is not None:  # version 1 did not say
-        names.append("heads")
-    reasons = [f"dtype differs: {base.dtype} and {new.dtype}"] if base.dtype != new.dtype else []
-    reasons += [f"{name} differs" for name in names if getattr(base, name) != getattr(new, name)]
-    if new.mode == "decode" and planned_steps(base) != planned_steps(new):  # forwards of a prefill are alike
-        reasons.append("steps_per_pass differs")
-    return reasons
+            yield f"the {which} run has no number, check: {case.check.status}{because}"
 
 
 def _note(base: Case, new: Case, cut: tuple[Case, Case]) -> str:

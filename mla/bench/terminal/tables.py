@@ -74,7 +74,7 @@ def comparison(title: str, cases: Sequence[Comparison]) -> Table:
 
 def _compared(case: Comparison) -> tuple[str, ...]:
     ratio = "-" if case.ratio is None else f"{'' if case.interval else '~'}{case.ratio:.3f}"
-    times = map(estimated, case.times)
+    times = [estimated(of.latency_ms if of and case.ratio else None) for of in (case.base, case.new)]
     return (case.scenario, case.implementation, *times, ratio, bounds(case.interval), case.verdict)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from mla.bench import results
-from mla.bench.results.cases import Repeated, device_cost, imbalance, imbalances, repeated
+from mla.bench.results.cases import device_cost, imbalance, imbalances, repeated
 from mla.bench.results.schema import Cost, RankFacts, Spread
 
 Case = Callable[..., results.Case]
@@ -41,11 +41,6 @@ def test_of_each_kind_of_work_the_busiest_rank_counts(case: Case) -> None:
     split = case(cost=Cost(flops=10, bytes=6), spread=spread(facts(0, cost=few), facts(1, cost=many)))
     assert device_cost(split) == Cost(flops=8, bytes=5)
     assert repeated(split) == pytest.approx((4 / 14, 2 / 8))
-
-
-def test_what_bounds_a_case_says_which_share_is_meant() -> None:
-    shares = Repeated(flops=0.2, bytes=0.5)
-    assert [shares.of(bound) for bound in ("compute", "memory", None)] == [0.2, 0.5, 0.5]
 
 
 def test_without_the_work_of_every_rank_nothing_is_known(case: Case) -> None:

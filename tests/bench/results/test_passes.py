@@ -27,7 +27,7 @@ def decode(make_run: MakeRun) -> Callable[..., Run]:
 
 
 def medians(comparison: Comparison) -> tuple[float, ...]:
-    return tuple(latency.median for latency in comparison.times if latency)
+    return tuple(case.latency_ms.median for case in (comparison.base, comparison.new) if case.latency_ms)
 
 
 def test_a_ratio_to_a_yardstick_is_of_the_steps_that_it_ran(decode: Callable[..., Run]) -> None:
