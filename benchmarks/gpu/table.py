@@ -25,8 +25,8 @@ from benchmarks.gpu.tuning import trials
 from benchmarks.gpu.tuning.classes import classes
 from mla.bench import results
 from mla.bench.results import rows
-from mla.bench.results.file import decode_ceilings
-from mla.bench.results.schema import Case, Latency, Run
+from mla.bench.results.file import decode_any
+from mla.bench.results.schema import Case, CeilingRun, Latency, Run
 from mla.bench.terminal import run_table
 from mla.command import console
 from mla.command.display import markdown
@@ -121,8 +121,10 @@ def in_turns_only(runs: Mapping[str, Run]) -> dict[str, Run]:
 def ceilings_in(folder: Path) -> dict[str, float]:
     """Return kind of work -> the best the device reached: beyond its cache, and in bfloat16."""
     try:
-        measured = decode_ceilings((folder / "facts.json").read_bytes())
+        measured = decode_any((folder / "facts.json").read_bytes())
     except (MLAError, OSError):
+        return {}
+    if not isinstance(measured, CeilingRun):
         return {}
     best: dict[str, float] = {}
     for ceiling in measured.measured:

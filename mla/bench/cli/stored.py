@@ -13,7 +13,7 @@ from mla.bench import results
 from mla.bench.report import require
 from mla.bench.results import infinimetrics
 from mla.bench.results.compare import REFUSED, Comparison
-from mla.bench.results.file import decode_ceilings, is_ceilings
+from mla.bench.results.file import decode_any
 from mla.bench.results.rows import as_csv, timing_rows
 from mla.bench.results.schema import Run
 from mla.bench.terminal import ceilings, run_table
@@ -122,10 +122,8 @@ def show(run: Path, kind: str, detail: run_table.Detail | None) -> int:
 
 def stored(path: Path, kind: str, detail: run_table.Detail = "short") -> str:
     """Return a stored run, or what `ceilings` stored, as it was printed. Raises `ResultError`."""
-    data = results.content(path)  # of a pipe there is only one reading
-    if is_ceilings(data):
-        return ceilings.render(results.decoded(data, path, decode_ceilings), kind)
-    return run_table.render(results.decoded(data, path, results.decode), kind, detail)
+    run = results.decoded(results.content(path), path, decode_any)
+    return run_table.render(run, kind, detail) if isinstance(run, Run) else ceilings.render(run, kind)
 
 
 @click.command(short_help="Export results as CSV, or for InfiniMetrics.")

@@ -29,67 +29,44 @@ def encode(run: msgspec.Struct) -> bytes:
 
 
 def decode(data: bytes) -> Run:
-    """Parse and validate a run. Raises `ResultError` with the JSON path of the fault.
+    """Parse and validate a run. Raises `ResultError` with the JSON path of the fault."""
+    stored = decode_any(data)
+    if isinstance(stored, Run):
+        return stored
+    raise ResultError("not a result file: it holds ceilings; `mla-bench show` prints them.")
+
+
+def decode_any(data: bytes) -> Run | CeilingRun:
+    """Parse and validate a run, or what `ceilings` stored. Raises `ResultError` with the place of the fault.
 
     What is not printable in its strings is escaped, so that no file can act on a terminal or break a table.
     """
-    kind = "result file"
-    head = parsed(data, _Head, kind)
-    if other := head.other():
-        raise ResultError(f"not a {kind}: {other}")
-    check_version(head.schema_version, SCHEMA_VERSION, kind)
-    return printable(_upgrade(parsed(data, Run, kind)))
-
-
-def parsed(data: bytes, type_: type[T], kind: str) -> T:
-    """Return JSON as a structure. Raises `ResultError`, which names the `kind` of file and the fault."""
-    try:
-        return msgspec.json.decode(data, type=type_)
-    except msgspec.DecodeError as error:
-        raise ResultError(f"not a {kind}: {shortened(escaped(str(error)))}.") from error
-    except (RecursionError, ValueError) as error:  # brackets without end; a number or a text like no other
-        raise ResultError(f"not a {kind}: JSON is malformed ({type(error).__name__}).") from error
-
-
-def check_version(version: int, newest: int, kind: str) -> None:
-    """Raise `ResultError` for a file of a newer version than this program reads."""
-    if version > newest:
+    head = _parsed(data, _Head)
+    newest = CEILINGS_VERSION if head.report == "ceilings" else SCHEMA_VERSION
+    if head.schema_version > newest:
         raise ResultError(
-            f"a {kind} of schema version {version}, but this mla reads only up to {newest}: use the mla that "
-            "wrote it, or a newer one."
+            f"a result file of schema version {head.schema_version}, but this mla reads only up to {newest}: "
+            "use the mla that wrote it, or a newer one."
         )
+    if head.report == "ceilings":
+        return printable(_parsed(data, CeilingRun))
+    return printable(_upgrade(_parsed(data, Run)))
 
 
 class _Head(msgspec.Struct):
-    """What tells a run from other files of this program."""
+    """What tells runs from ceilings."""
 
     schema_version: int = 0
     report: Any = None
-    checks: Any = None
-    planned: Any = None
-
-    def other(self) -> str:
-        """Return what another file holds and how to read it; "" for a run, or what nobody knows."""
-        if self.report == "ceilings":
-            return "it holds ceilings; `mla-bench show` prints them."
-        if self.checks is not None and self.planned is not None:
-            return "it holds a report of `mla-conformance`, whose card is printed when it is made."
-        return ""
 
 
-def is_ceilings(data: bytes) -> bool:
-    """Return whether a file says it was written by `ceilings`; False for what is no JSON."""
+def _parsed(data: bytes, type_: type[T]) -> T:
     try:
-        return msgspec.json.decode(data, type=_Head).report == "ceilings"
-    except (ValueError, RecursionError):  # decoding says what is wrong
-        return False
-
-
-def decode_ceilings(data: bytes) -> CeilingRun:
-    """Parse and validate a ceilings file. Raises `ResultError` with the JSON path of the fault."""
-    kind = "ceilings file"
-    check_version(parsed(data, _Head, kind).schema_version, CEILINGS_VERSION, kind)
-    return printable(parsed(data, CeilingRun, kind))
+        return msgspec.json.decode(data, type=type_)
+    except msgspec.DecodeError as error:
+        raise ResultError(f"not a result file: {shortened(escaped(str(error)))}.") from error
+    except (RecursionError, ValueError) as error:  # brackets without end; a number or a text like no other
+        raise ResultError(f"not a result file: JSON is malformed ({type(error).__name__}).") from error
 
 
 def _upgrade(run: Run) -> Run:

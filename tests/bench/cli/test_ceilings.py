@@ -13,7 +13,7 @@ from launch_variables import launched
 
 from mla.bench import results
 from mla.bench.limits.microbench import Microbenchmark
-from mla.bench.results.file import decode_ceilings
+from mla.bench.results.file import decode_any
 from mla.bench.results.schema import Ceiling, CeilingRun
 from mla.bench.run import ceilings as ceilings_command
 
@@ -26,7 +26,7 @@ def test_the_command_measures_stores_and_shows_the_same(bench: Bench, quick_ceil
     done = bench(*CPU, "--dtype", "fp32", "-o", "c.json")
     assert done.code == 0
     assert done.err == ""
-    run = decode_ceilings(Path("c.json").read_bytes())
+    run = decode_any(Path("c.json").read_bytes())
     assert [measurement.work for measurement in run.measured[:4]] == ["read", "read", "copy", "copy"]
     assert {measurement.footprint_bytes for measurement in run.measured[:4]} == {1 << 18, 1 << 20}
     products = [measurement.source.rpartition(", ")[2] for measurement in run.measured[4:]]
@@ -47,12 +47,12 @@ def test_json_on_stdout_is_the_file(bench: Bench, quick_ceilings: None) -> None:
 
 def test_a_file_that_is_stdout_has_no_table_behind_it(bench: Bench, quick_ceilings: None) -> None:
     done = bench(*CPU, "--dtype", "fp32", "-o", "/dev/stdout")
-    assert not decode_ceilings(done.out.encode()).interrupted
+    assert not decode_any(done.out.encode()).interrupted
 
 
 def test_the_default_is_what_the_device_computes_natively(bench: Bench, quick_ceilings: None) -> None:
     run = bench("ceilings", "--backend", "fake-float32-only", "--format", "json", fakes=["float32_only"])
-    dtypes = {measurement.dtype for measurement in decode_ceilings(run.out.encode()).measured}
+    dtypes = {measurement.dtype for measurement in decode_any(run.out.encode()).measured}
     assert dtypes == {None, "float32"}
 
 
@@ -69,7 +69,7 @@ def test_what_a_device_refuses_is_named_and_left_out(
         "skipped: copy of 256 KiB: RuntimeError: out of memory",
         "skipped: copy of 1 MiB: RuntimeError: out of memory",
     ]
-    assert "copy" not in {measurement.work for measurement in decode_ceilings(done.out.encode()).measured}
+    assert "copy" not in {measurement.work for measurement in decode_any(done.out.encode()).measured}
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_signal_keeps_what_was_measured(
     done = bench(*CPU, "-o", "c.json")
     assert done.code == code
     assert done.error == f"interrupted{by}: the result holds what was measured until then"
-    run = decode_ceilings(Path("c.json").read_bytes())
+    run = decode_any(Path("c.json").read_bytes())
     assert [measurement.work for measurement in run.measured] == ["read", "read"]
     assert run.interrupted
 

@@ -9,7 +9,7 @@ import pytest
 
 from mla.bench import results
 from mla.bench.cli import stored
-from mla.bench.results.file import decode_ceilings
+from mla.bench.results.file import decode_any
 from mla.bench.results.schema import CeilingRun
 from mla.errors import ResultError
 
@@ -28,7 +28,7 @@ def test_ceilings_survive_the_round_trip_and_faults_are_named(
     ceiling_run: CeilingRun, tmp_path: Path
 ) -> None:
     data = results.encode(ceiling_run)
-    assert decode_ceilings(data) == ceiling_run
+    assert decode_any(data) == ceiling_run
     document = msgspec.json.decode(data)
     for change, expected in (
         ({"measured": [{}]}, "Object missing required field `work` - at `$.measured[0]`"),
@@ -37,6 +37,6 @@ def test_ceilings_survive_the_round_trip_and_faults_are_named(
         (tmp_path / "bad.json").write_bytes(msgspec.json.encode({**document, **change}))
         with pytest.raises(ResultError) as refused:
             stored.stored(tmp_path / "bad.json", "table")
-        assert str(refused.value) == f"'{tmp_path / 'bad.json'}' is not a ceilings file: {expected}."
+        assert str(refused.value) == f"'{tmp_path / 'bad.json'}' is not a result file: {expected}."
     with pytest.raises(ResultError, match="schema version 9, but this mla reads only up to 1"):
-        decode_ceilings(msgspec.json.encode({**document, "schema_version": 9}))
+        decode_any(msgspec.json.encode({**document, "schema_version": 9}))
