@@ -91,7 +91,6 @@ def sections(shown: Sequence[data.ResultFile]) -> Iterator[Section]:
             ]
             for of in (tables.ranks, tables.stages)
         },
-        "passes": [summary.passes(file) for file in shown],
         "numbers": [summary.every_number(file) for file in shown],
     }
     every = [Section(slug, list(made), []) for slug, made in drawn.items()]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mla.bench.report.data import ResultFile
-from mla.bench.results import cases, compare, stats
+from mla.bench.results import compare
 from mla.bench.results.compare import compare_implementations
 from mla.bench.results.rows import COLUMNS, case_rows, cell, timing_rows
 from mla.bench.results.schema import Case
@@ -188,15 +188,3 @@ def every_number(file: ResultFile) -> Table:
 
 def _cell(value: object) -> str:
     return number(value) if isinstance(value, float) else "-" if value in (None, "") else str(value)
-
-
-def passes(file: ResultFile) -> Table:
-    """Return statistics of every pass; the samples themselves are in the result file."""
-    head = (*NAMES, "pass", "forwards", "min ms", "median ms", "p90 ms", "max ms")
-    rows = []
-    for case in file.run.cases:
-        for place, times in enumerate(cases.passes_of(case), start=1):
-            summary = (min(times), stats.median(times), stats.percentile(times, 90), max(times))
-            where = (case.scenario, case.implementation, str(place), str(len(times)))
-            rows.append([*where, *map(number, summary)])
-    return Table(file.title, head, rows)

@@ -50,7 +50,12 @@ START = re.compile(
 
 def documents(run: Run) -> list[Document]:
     """Return a document for every case. Raises `ResultError` for a run that has no date."""
-    return [_document(run, case) for case in run.cases]
+    try:
+        created = datetime.datetime.fromisoformat(run.created)
+    except ValueError as error:
+        said = f"cannot export a run whose `created` is not a time: '{run.created}'."
+        raise ResultError(said) from error
+    return [_document(run, case, created) for case in run.cases]
 
 
 def file_name(document: Mapping[str, Any]) -> str:
@@ -58,8 +63,8 @@ def file_name(document: Mapping[str, Any]) -> str:
     return f"{document['run_id']}_results.json"
 
 
-def _document(run: Run, case: Case) -> Document:
-    created, code = _time(run.created), CODES[case.check.status]
+def _document(run: Run, case: Case, created: datetime.datetime) -> Document:
+    code = CODES[case.check.status]
     # The same whenever this case is exported.
     digest = hashlib.sha256(msgspec.json.encode((run.created, run.backend, case))).hexdigest()[:12]
     document: Document = {
@@ -75,13 +80,6 @@ def _document(run: Run, case: Case) -> Document:
         "resolved": {"nodes": 1, "gpus_per_node": 1, "device_used": 1},
     }
     return document | {"error_msg": case.check.reason} if code else document
-
-
-def _time(text: str) -> datetime.datetime:
-    try:
-        return datetime.datetime.fromisoformat(text)
-    except ValueError as error:
-        raise ResultError(f"cannot export a run whose `created` is not a time: '{text}'.") from error
 
 
 def _word(text: str) -> str:
@@ -138,12 +136,12 @@ def _config(run: Run, case: Case) -> Document:
 
 def _metrics(row: Row) -> Iterator[Document]:
     """Yield the metrics that may leave a case: without its numbers, only what the check said."""
+    known: dict[str, tuple[Cell, str]] = {
+        name: (cell(row, of), unit) for name, (of, unit) in _METRICS.items()
+    }
     if row.check.status in ("ok", "wrong"):
-        yield _scalar("tensor_accuracy", "PASS" if row.check.status == "ok" else "FAIL", "")
-    for name, (column, unit) in _METRICS.items():
-        if value := cell(row, column):  # an op without FLOPs has no rate of them
-            yield _scalar(name, value, unit)
-
-
-def _scalar(name: str, value: Cell, unit: str) -> Document:
-    return {"name": f"{CATEGORY}.{name}", "type": "scalar", "value": value, "raw_data_url": "", "unit": unit}
+        known = {"tensor_accuracy": ("PASS" if row.check.status == "ok" else "FAIL", ""), **known}
+    for name, (value, unit) in known.items():
+        if value:  # an op without FLOPs has no rate of them
+            name = f"{CATEGORY}.{name}"
+            yield {"name": name, "type": "scalar", "value": value, "raw_data_url": "", "unit": unit}

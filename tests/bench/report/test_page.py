@@ -20,7 +20,7 @@ from mla.bench.results.schema import NewLengths
 
 ROOT = Path(__file__).resolve().parents[3]
 COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-FEW_SECTIONS = ["summary", "results", "scenarios", "roofline", "passes", "numbers", "method"]
+FEW_SECTIONS = ["summary", "results", "scenarios", "roofline", "numbers", "method"]
 SECTIONS = [*FEW_SECTIONS[:2], "grid", *FEW_SECTIONS[2:4], "stages", *FEW_SECTIONS[4:]]
 # Elements a report is made of. None of them runs or loads anything.
 OF_PAGE = (
