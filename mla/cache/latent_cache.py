@@ -7,8 +7,7 @@ in a format. Pages are handed out by a free list; sequences own pages through a 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -203,61 +202,36 @@ class LatentCache:
 
         The block table is as wide as the longest sequence needs, or as `table_tokens` tokens would if that is
         more: steps of sequences that grow up to there have one shape and one memory, as a graph needs.
-        Raises `CacheFull` when pages run out and ValueError for bad arguments; both change nothing. After any
-        other error, as for want of memory, lengths and pages are as before, and earlier batches out of date.
+        Raises `CacheFull` when pages run out and ValueError for bad arguments; both change nothing.
         """
         query_lens = whole_numbers("query_lens", query_lens)
         reserved = table_tokens and whole_numbers("table_tokens", [table_tokens])[0]
         width = -(-reserved // self.page_size)
         if width > self._tables.shape[1]:  # before anything changes: there may be no memory
             self._grow_tables(self._tables.shape[0], width)
-        with self._grown(sequences, query_lens) as entries:
-            table = self._table(entries, width)
-            slots = None
-            if query_lens.count(1) == len(query_lens):  # decode: a few integers, not worth tensor arithmetic
-                size = self.page_size
-                slots = [entry.pages[-1] * size + (entry.length - 1) % size for entry in entries]
-            memory = self._batch_memory(sum(query_lens), table, reserved=reserved > 0)
-            of = (table, self.page_size, self.pages.device, self, slots, memory)
-            return RaggedBatch(query_lens, [entry.length for entry in entries], *of)
+        entries = self._grow(sequences, query_lens)
+        table = self._table(entries, width)
+        slots = None
+        if query_lens.count(1) == len(query_lens):  # decode: a few integers, not worth tensor arithmetic
+            size = self.page_size
+            slots = [entry.pages[-1] * size + (entry.length - 1) % size for entry in entries]
+        memory = self._batch_memory(sum(query_lens), table, reserved=reserved > 0)
+        of = (table, self.page_size, self.pages.device, self, slots, memory)
+        return RaggedBatch(query_lens, [entry.length for entry in entries], *of)
 
     def grow(self, sequences: Sequence[int], query_lens: Sequence[int]) -> torch.Tensor:
         """Make room as `extend` does, and return the host's block table [B, n] int32 alone."""
-        with self._grown(sequences, whole_numbers("query_lens", query_lens)) as entries:
-            return self._table(entries, 0)
+        return self._table(self._grow(sequences, whole_numbers("query_lens", query_lens)), 0)
 
-    def shrink(self, sequences: Sequence[int], query_lens: Sequence[int]) -> None:
-        """Take back what `grow` gave these, in which nothing has been written."""
-        for sequence, query in zip(sequences, query_lens, strict=True):
-            self._get(sequence).length -= query
-        self._take_back([self._get(sequence) for sequence in sequences])
-
-    @contextmanager
-    def _grown(self, sequences: Sequence[int], query_lens: Sequence[int]) -> Iterator[list[_Sequence]]:
-        """Give sequences the pages and the lengths that they have after a step, unless it fails."""
+    def _grow(self, sequences: Sequence[int], query_lens: Sequence[int]) -> list[_Sequence]:
+        """Give sequences the pages and the lengths that they have after a step."""
         entries = self._entries(sequences, query_lens)
-        past = [entry.length for entry in entries]
-        kv_lens = [old + new for old, new in zip(past, query_lens, strict=True)]
-        try:
-            self._reserve(entries, kv_lens)
-            for entry, kv_len in zip(entries, kv_lens, strict=True):
-                entry.length = kv_len
-            self.generation += 1
-            yield entries
-        except BaseException:
-            for entry, length in zip(entries, past, strict=True):
-                entry.length = length
-            self._take_back(entries)
-            raise
-
-    def _take_back(self, entries: Sequence[_Sequence]) -> None:
-        """Free the pages that lengths do not need, in which nothing has been written."""
-        for entry in reversed(entries):
-            keep = -(-entry.length // self.page_size)
-            if freed := entry.pages[keep:]:
-                self._last_tables.clear()
-                self._free += reversed(freed)
-                del entry.pages[keep:]
+        kv_lens = [entry.length + new for entry, new in zip(entries, query_lens, strict=True)]
+        self._reserve(entries, kv_lens)
+        for entry, kv_len in zip(entries, kv_lens, strict=True):
+            entry.length = kv_len
+        self.generation += 1
+        return entries
 
     def _batch_memory(self, tokens: int, table: torch.Tensor, reserved: bool) -> BatchMemory:
         """Return where the step's tables go: the last step's memory while the shape is the same.
@@ -331,13 +305,16 @@ class LatentCache:
         sequence, length = whole_numbers("a sequence and its length", (sequence, length))
         entry = self._get(sequence)
         check_shorter(length, entry.length)
-        if dropped := entry.pages[-(-length // self.page_size) :]:
+        keep = -(-length // self.page_size)
+        if dropped := entry.pages[keep:]:
             freed = torch.tensor(dropped, device=self.pages.device)
             self.pages[:, freed] = 0
             self.index_pages[:, freed] = 0
+            self._last_tables.clear()
+            self._free += reversed(dropped)  # so that extending again takes the same pages
+            del entry.pages[keep:]
         entry.length = length
         self.generation += 1
-        self._take_back([entry])  # in reverse, so that extending again takes the same pages
 
     def release(self, sequences: Sequence[int]) -> None:
         """Free the pages of sequences and forget their ids. Raises ValueError before freeing any."""

@@ -17,6 +17,7 @@ import torch
 
 from mla.errors import StaleBatch
 from mla_backends.operands import misfit
+from mla_backends.outside import shortened
 from mla_backends.upload import upload_into
 
 if TYPE_CHECKING:
@@ -193,14 +194,11 @@ class RaggedBatch(Batch):
         self.block_table_host = table
 
     def __repr__(self) -> str:
-        """Return the lengths of the step, its device, and whether the cache has changed since."""
-        cache = self._cache()
-        old = self._source is not None and (cache is None or cache.generation != self._generation)
+        """Return the lengths of the step, its table and its device."""
         return (
-            f"RaggedBatch(requests={len(self.query_lens)}, tokens={self.num_tokens}, "
-            f"query_lens={_first(self.query_lens)}, kv_lens={_first(self.kv_lens)}, "
-            f"block_table={list(self.block_table.shape)}, page_size={self.page_size}, device={self.device}"
-            f"{', out of date' if old else ''})"
+            f"RaggedBatch(query_lens={shortened(str([*self.query_lens]))}, "
+            f"kv_lens={shortened(str([*self.kv_lens]))}, block_table={list(self.block_table.shape)}, "
+            f"page_size={self.page_size}, device={self.device})"
         )
 
     def _pack(self, slots: Sequence[int] | None) -> torch.Tensor:
@@ -250,11 +248,6 @@ class RaggedBatch(Batch):
         self._tabulate(other.query_lens, other.kv_lens, other.block_table_host)
         self.memory.take(other.memory)
         return self
-
-
-def _first(lengths: Sequence[int]) -> str:
-    """Return the first eight lengths."""
-    return f"[{', '.join(map(str, lengths[:8]))}{', ...' if len(lengths) > 8 else ''}]"
 
 
 def _lengths(query_lens: Sequence[int], kv_lens: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -394,10 +394,7 @@ class MLAConfig:
 
     @classmethod
     def named(cls, name: str) -> MLAConfig:
-        """Return a preset, or what a path to a config.json, or to its folder, holds. Raises `ConfigError`.
-
-        What a folder holds may be a link to anywhere, as data version control makes them.
-        """
+        """Return a preset, or what a path to a config.json, or to its folder, holds. Raises `ConfigError`."""
         path = "/" in name or name.endswith(".json") or os.path.isdir(name)  # Path("") would be one
         if not path or name in PRESETS:
             return cls.preset(name)
@@ -406,7 +403,7 @@ class MLAConfig:
                 raise ConfigError(
                     f"config '{name}' is not a file. Use the preset '{preset}', this model's own."
                 )
-        return cls._read(Path(name, "config.json") if os.path.isdir(name) else Path(name), None, name)
+        return cls.from_pretrained(name)
 
     @classmethod
     def from_pretrained(cls, source: str | Path | Mapping[str, Any]) -> MLAConfig:
@@ -418,16 +415,12 @@ class MLAConfig:
             return cls.from_dict(source)
         path = Path(source)
         folder = path if path.is_dir() else None
-        return cls._read(path if folder is None else path / "config.json", folder, str(source))
-
-    @classmethod
-    def _read(cls, path: Path, folder: Path | None, name: str) -> MLAConfig:
-        """Read a file that was named, or that lies in the `folder` that was. Raises `ConfigError`."""
+        path = path / "config.json" if folder else path
         try:
-            data = outside.read(path if folder is None else path.name, folder)
+            data = outside.read(path.name if folder else path, folder)
         except OSError as error:
             raise ConfigError(f"cannot read config '{path}': {error.strerror}.") from error
-        return cls.from_dict({"name": name, **json_object(data, f"config '{path}'", ConfigError)})
+        return cls.from_dict({"name": str(source), **json_object(data, f"config '{path}'", ConfigError)})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MLAConfig:

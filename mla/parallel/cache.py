@@ -271,19 +271,13 @@ class ShardedCache:
                 self.share.first(now) - self.share.first(old) for now, old in zip(kv_lens, past, strict=True)
             ]
         table = self._local.grow(sequences, grown)
-        try:
-            # Each of `world` classes of tokens is a row, and its first token one more where it sees no key.
-            rows = sum(min(new, 2 * self.share.world) for new in query_lens)
-            size = sum(query_lens), (rows, table.shape[1])
-            if self._memory is None or not self._memory.fits(*size):
-                self._memory = ShardedMemory(*size, self.pages.device)
-            of = self._local, self.share, sequences
-            batch = ShardedBatch(*of, query_lens, kv_lens, table, self._memory)
-        except BaseException:
-            self._local.shrink(sequences, grown)
-            raise
         self._lengths.update(zip(sequences, kv_lens, strict=True))
-        return batch
+        # Each of `world` classes of tokens is a row, and its first token one more where it sees no key.
+        rows = sum(min(new, 2 * self.share.world) for new in query_lens)
+        size = sum(query_lens), (rows, table.shape[1])
+        if self._memory is None or not self._memory.fits(*size):
+            self._memory = ShardedMemory(*size, self.pages.device)
+        return ShardedBatch(self._local, self.share, sequences, query_lens, kv_lens, table, self._memory)
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget all tokens of a sequence past `length`."""

@@ -268,47 +268,6 @@ def test_sizes_are_integers_of_any_kind(make_cache: Any) -> None:
     assert cache.extend(cache.new_sequences(1), [20]).block_table.tolist() == [[0, 1]]
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("new", [[1, 1], [40, 0], [200, 1]])
-@pytest.mark.parametrize("fault", ["no memory for tables", "no upload"])
-def test_a_step_that_cannot_be_described_gives_its_pages_back(
-    tiny: Any, monkeypatch: pytest.MonkeyPatch, shared: bool, new: list[int], fault: str
-) -> None:
-    def fail(*_: Any) -> None:
-        raise RuntimeError("out of memory")
-
-    cache, untouched = (shared_or_not(tiny, shared) for _ in range(2))
-    before = everything(cache)
-    with monkeypatch.context() as broken:
-        name = "upload_into" if fault == "no upload" else "BatchMemory.fill"
-        broken.setattr(f"mla.cache.ragged_batch.{name}", fail)
-        with pytest.raises((RuntimeError, ValueError)):
-            cache.extend([0, 1], new)
-    _, *facts, pages = everything(cache)
-    assert facts == list(before[1:-1])
-    assert torch.equal(pages, before[-1])
-    for lengths in (new, [3, 3]):
-        batch, expected = cache.extend([0, 1], lengths), untouched.extend([0, 1], lengths)
-        assert type(batch.slots) is torch.Tensor
-        for name in ("slots", "positions", "kv_lens"):
-            actual, right = (torch.as_tensor(getattr(candidate, name)) for candidate in (batch, expected))
-            assert torch.equal(actual, right), name
-
-
-def test_pages_come_back_when_the_next_request_finds_no_room_for_its_table(
-    tiny: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise MemoryError
-
-    cache = shared_or_not(tiny, False)
-    before = everything(cache)
-    monkeypatch.setattr(cache, "_grow_tables", fail)
-    with pytest.raises(MemoryError):
-        cache.extend([1, 0], [5, 160])
-    assert everything(cache)[1:-1] == before[1:-1]
-
-
 def test_a_cache_shows_its_pages_and_how_full_they_are(make_cache: Any) -> None:
     cache = make_cache(64, 16, num_layers=2)
     cache.extend(cache.new_sequences(2), [17, 1])

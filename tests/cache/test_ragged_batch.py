@@ -217,13 +217,9 @@ def test_a_batch_of_a_cache_is_copied_but_not_pickled(tiny: Any) -> None:
     assert pickle.loads(pickle.dumps(cache)).length(0) == cache.length(0)
 
 
-def test_a_batch_shows_its_lengths_and_whether_it_is_out_of_date(tiny: Any) -> None:
+def test_a_batch_shows_its_lengths(tiny: Any) -> None:
     cache = LatentCache(tiny(), max_tokens=640, page_size=16)
-    ids = cache.new_sequences(9)
-    batch = cache.extend(ids, [3] + [1] * 8)
-    assert repr(batch) == (
-        "RaggedBatch(requests=9, tokens=11, query_lens=[3, 1, 1, 1, 1, 1, 1, 1, ...], "
-        "kv_lens=[3, 1, 1, 1, 1, 1, 1, 1, ...], block_table=[9, 1], page_size=16, device=cpu)"
+    shown = repr(cache.extend(cache.new_sequences(2), [3, 1]))
+    assert shown == (
+        "RaggedBatch(query_lens=[3, 1], kv_lens=[3, 1], block_table=[2, 1], page_size=16, device=cpu)"
     )
-    cache.extend(ids[:1], [1])
-    assert repr(batch).endswith("device=cpu, out of date)")

@@ -145,13 +145,13 @@ def test_the_blobs_of_a_hub_cache_may_lie_on_another_disk(tmp_path: Path) -> Non
 
 
 def test_a_config_that_is_named_may_be_a_link_to_anywhere(tmp_path: Path) -> None:
-    """Data version control makes such folders, of which a checkpoint's rule does not hold."""
+    """Data version control makes such files, of which a checkpoint's rule does not hold."""
     (tmp_path / "store").write_text(
         json.dumps({"hidden_size": 64, "num_attention_heads": 2, "kv_lora_rank": 8})
     )
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").symlink_to(tmp_path / "store")
-    assert MLAConfig.named(str(tmp_path / "model")).hidden_size == 64
+    assert MLAConfig.named(str(tmp_path / "model" / "config.json")).hidden_size == 64
 
 
 def test_a_pipe_of_a_high_number_is_read(tmp_path: Path) -> None:
