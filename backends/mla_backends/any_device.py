@@ -14,9 +14,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from importlib import metadata
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from mla_backends import host
 from mla_backends.api import Availability, DeviceInfo, MemoryInfo, Timer
@@ -25,21 +24,13 @@ from mla_backends.discovery import entries
 from mla_backends.errors import BackendOptionError, DeviceUnavailable, describe, plugin_code
 from mla_backends.hookspecs import hookimpl
 from mla_backends.known import GENERAL, KNOWN
-from mla_backends.torch_backend import (
-    TF32_VARIABLES,
-    TorchBackend,
-    ask,
-    attempt,
-    whole,
-    working_dtypes,
-)
+from mla_backends.torch_backend import TF32_VARIABLES, TorchBackend, ask, attempt, whole, working_dtypes
 
 if TYPE_CHECKING:
     import torch
 
 # Names under which people know a device -> torch's name of its module. A ROCm build calls it cuda.
 ALIASES = {"hip": "cuda", "rocm": "cuda"}
-EXTENSIONS = "torch.backends"  # the group of entry points that torch loads by itself
 SLEEP_MS = 20.0
 # A pause of SLEEP_MS measured with events: clocks drift, and another unit is off by a factor of 1000.
 MIN_SHARE, MAX_SHARE = 0.8, 1.2
@@ -53,7 +44,7 @@ def mla_backend(options: Mapping[str, str]) -> AnyDevice:
 
 
 class AnyDevice(TorchBackend):
-    """The device that `-O device=NAME` names, else the accelerator that torch reports.
+    """The device that `-O device=NAME` names, else the one accelerator that torch reports.
 
     `-O import=MODULE` names the package that brings it, unless it is `torch_NAME` or loaded by torch.
     There are no fused ops, and graphs only with `-O graph=on`.
@@ -66,8 +57,8 @@ class AnyDevice(TorchBackend):
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
         super().__init__(options)
         wanted = self.options.get("device")
-        self._wanted, self._index = ("", None) if wanted is None else parse(wanted)
-        self.device_type = self._wanted
+        self.device_type, self._index = ("", None) if wanted is None else parse(wanted)
+        self._how = f"named by -O device={wanted}" if wanted else "the accelerator that torch reports"
         self._dtypes: tuple[torch.dtype, ...] = ()
         self._left_out: Mapping[str, str] = {}
         self._clock_problem = "the device is not set up"
@@ -83,34 +74,30 @@ class AnyDevice(TorchBackend):
     # ------------------------------------------------------------------------------------------ probe
 
     @functools.cached_property
-    def stack(self) -> Stack:
-        """The device's module. Raises `DeviceUnavailable`, and whatever importing torch raises."""
-        stack = find(self._wanted, self.options.get("import", ""))
-        self.device_type = stack.device_type
-        self.graph_class = f"{stack.device_type.upper()}Graph"
-        self.requires = (stack.extension,) if stack.extension else ()
-        return stack
-
-    @property
-    def module(self) -> ModuleType:  # cached in `stack`
-        """Return the device's torch module."""
-        return self.stack.module
+    def module(self) -> ModuleType:
+        """The device's torch module. Raises `DeviceUnavailable`, and whatever importing torch raises."""
+        torch, extension = importlib.import_module("torch"), self.options.get("import", "")
+        if extension:
+            _import(extension, f"-O import={extension} names it")
+        self.device_type, module = find(torch, self.device_type or _reported(torch), extension)
+        self.graph_class = f"{self.device_type.upper()}Graph"
+        bringer = extension or f"torch_{self.device_type}"
+        self.requires = (bringer,) if bringer in sys.modules else ()
+        return module
 
     def probe(self) -> Availability:
         try:
-            stack = self.stack
+            module = self.module
         except DeviceUnavailable as why:
             return Availability(False, why.reason, why.hint)
         except Exception as error:  # noqa: BLE001  # a torch that does not import raises anything
-            absent = isinstance(error, ModuleNotFoundError) and error.name == "torch"
-            reason = "torch is not installed" if absent else f"importing torch raised {describe(error)}"
-            return Availability(False, reason, self.install_hint)
-        evidence = {"device": f"{stack.device_type}, {stack.how}"}
-        if stack.extension:
-            evidence["extension"] = stack.extension
-        if not hasattr(stack.module, "is_available"):
+            return Availability(False, self._import_problem(error), self.install_hint)
+        evidence = {"device": f"{self.device_type}, {self._how}"}
+        if self.requires:
+            evidence["extension"] = self.requires[0]
+        if not hasattr(module, "is_available"):
             return Availability(True, evidence={**evidence, "is_available": "missing; setup will tell"})
-        return self.probe_module(stack.module, evidence)
+        return self.probe_module(module, evidence)
 
     def cure(self, reason: str) -> str:
         """Return what to do if the driver is too old for this torch; it may pass the probe."""
@@ -163,9 +150,6 @@ class AnyDevice(TorchBackend):
             raise DeviceUnavailable(self.name, f"no product comes out right on it ({problems})", hint)
         self._clock_problem = clock_problem(self.module, self.device_type, self.synchronize)
 
-    def synchronize(self) -> None:
-        self.stack.synchronize()
-
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Return the dtypes in which a product works. Which of them are native, torch does not say."""
         return self._dtypes
@@ -181,7 +165,7 @@ class AnyDevice(TorchBackend):
     def device_info(self) -> DeviceInfo:
         """Describe the device as far as its module does; the host describes a CPU."""
         if self.device_type == "cpu":
-            return DeviceInfo(host.processor_name(), host.memory_total(), host.last_level_cache())
+            return host.device_info()
         properties = self.properties()
         name = getattr(properties, "name", None) or ask(self.module, "get_device_name", self.device)
         text = name.strip() if isinstance(name, str) else ""
@@ -194,22 +178,18 @@ class AnyDevice(TorchBackend):
     def memory(self) -> MemoryInfo:
         """Return the counters that torch has, under any of their names; the host's for a CPU."""
         if self.device_type == "cpu":
-            free, total = host.memory_available(), host.memory_total()
-            return MemoryInfo(free=free, total=total, peak=host.peak_resident())
-        known, both = super().memory(), attempt(_accelerator("get_memory_info"), self.device)
-        free, total, allocated = known.free, known.total, known.allocated
-        if not total and isinstance(both, tuple) and len(both) == 2:
-            free, total = map(whole, both)
-        if allocated is None:
-            allocated = whole(ask(self.module, "current_allocated_memory"))
-        if not total and (total := whole(ask(self.module, "recommended_max_memory"))):
-            held = whole(ask(self.module, "driver_allocated_memory")) or allocated  # of unified memory
+            return host.memory()
+        known, counted = super().memory(), functools.partial(ask, self.module)
+        allocated = whole(counted("current_allocated_memory")) if known.allocated is None else known.allocated
+        free, total = known.free, known.total or whole(counted("recommended_max_memory"))
+        if total and not known.total:  # of unified memory
+            held = whole(counted("driver_allocated_memory")) or allocated
             free = None if held is None else max(0, total - held)
         return replace(known, free=free if total else None, total=total or None, allocated=allocated)
 
     def remarks(self) -> Sequence[str]:
         """Name a device that was not chosen, and the backend of this project that is made for it."""
-        said = [] if self._wanted else [f"device {self.device}: {self.stack.how} (-O device= chooses)"]
+        said = [] if "device" in self.options else [f"device {self.device}: {self._how} (-O device= chooses)"]
         names = [known.name for known in KNOWN.values() if self.device_type in (known.name, *known.also)]
         for name in names if self.device_type != "cuda" else filter(None, [cuda_build().backend]):
             installed = any(entry.name == name for entry in entries())
@@ -219,29 +199,17 @@ class AnyDevice(TorchBackend):
 
     def vendor_facts(self) -> Mapping[str, str]:
         tried = ", ".join(str(dtype).removeprefix("torch.") for dtype in self._dtypes)
-        points = metadata.entry_points(group=EXTENSIONS)
         return {
             "device_type": self.device_type,
-            "device_from": self.stack.how,
+            "device_from": self._how,
             "ops": "reference only",
             "dtypes": f"{tried} (tried; which of them are native is unknown)",
             **{f"dtypes.{name}": f"left out: {why}" for name, why in self._left_out.items()},
             "device_clock": f"none: {self._clock_problem}" if self._clock_problem else "events",
-            **{f"extension.{point.name}": point.dist.version for point in points if point.dist is not None},
         }
 
 
 # ------------------------------------------------------------------------------------------- finding it
-class Stack(NamedTuple):
-    """A device's torch module, and how this process came by it."""
-
-    device_type: str
-    module: ModuleType
-    synchronize: Callable[[], Any]
-    how: str  # "named by -O device", or that torch reports it
-    extension: str  # the package that brings the module, if it is imported
-
-
 def parse(text: str) -> tuple[str, int | None]:
     """Split "xpu:1" into type and index. Raises `BackendOptionError`."""
     match = _DEVICE.fullmatch(text.strip().lower())
@@ -252,52 +220,34 @@ def parse(text: str) -> tuple[str, int | None]:
     return match[1], None if match[2] is None else int(match[2])
 
 
-def find(name: str, extension: str = "") -> Stack:
-    """Return the device called `name`, or the accelerator that torch reports if that is empty.
+def find(torch: ModuleType, name: str, extension: str) -> tuple[str, ModuleType]:
+    """Return torch's name of the device called `name`, and its module, which `extension` may have brought.
 
-    `extension` is imported first. Raises `DeviceUnavailable`, and whatever importing torch raises.
+    Imports the package that brings a device to torch, whose name custom gives. Raises `DeviceUnavailable`.
     """
-    torch = importlib.import_module("torch")
-    if extension:
-        _import(extension, f"-O import={extension} names it")
-    how = f"named by -O device={name}" if name else "the accelerator that torch reports"
-    device_type = _torch_name(torch, name) if name else _reported(torch)
-    module = _module(torch, device_type) or _brought(torch, device_type, extension)
-    bringer = extension or f"torch_{device_type}"
-    wait = _synchronize(device_type, module)
-    return Stack(device_type, module, wait, how, bringer if bringer in sys.modules else "")
-
-
-def _torch_name(torch: ModuleType, name: str) -> str:
-    """Return what torch calls the device. Raises `DeviceUnavailable` for one that no layer can run on."""
-    if name == "meta":
-        reason = "a meta tensor has a shape and no numbers, so nothing could be checked"
-        raise DeviceUnavailable(GENERAL, reason, _choices(torch))
     if name in ALIASES and not getattr(torch.version, "hip", None):
         reason = f"this torch is not a ROCm build (torch.version.hip is None), so it has no {name} device"
         raise DeviceUnavailable(GENERAL, reason, f"install torch's build for ROCm, or {_choices(torch)}")
-    return ALIASES.get(name, name)
+    device_type = ALIASES.get(name, name)
+    lacks, bringer = f"torch {torch.__version__} has no torch.{device_type}", f"torch_{device_type}"
+    named = f"name the module that registers it with -O import=MODULE, or {_choices(torch)}"
+    module = _module(torch, device_type)
+    if module is None and not extension:
+        _import(bringer, f"install the package that brings it; {named}", f"{lacks}, and ")
+        module = _module(torch, device_type)
+    if module is None:
+        raise DeviceUnavailable(
+            GENERAL, f"{lacks}, and importing {extension or bringer} does not bring it", named
+        )
+    if not callable(getattr(module, "synchronize", None)):
+        reason = f"torch.{device_type} has no synchronize(), so a clock would stop before the work is done"
+        raise DeviceUnavailable(GENERAL, reason, "update the package that brings the device")
+    return device_type, module
 
 
 def _module(torch: ModuleType, device_type: str) -> Any:
     """Return `torch.<device_type>` if that is a device's module (`torch.nn` is not), else None."""
     return getattr(torch, device_type, None) if attempt(torch.device, device_type) else None
-
-
-def _brought(torch: ModuleType, device_type: str, asked: str) -> Any:
-    """Import the package that brings a device to torch, whose name custom gives, and look again."""
-    bringer = asked or f"torch_{device_type}"
-    reason = f"torch {torch.__version__} has no torch.{device_type}"
-    if asked:
-        hint = f"name the module that registers it with -O import=MODULE, or {_choices(torch)}"
-    else:
-        called = f"if that is not called {bringer}, name it with -O import=MODULE"
-        hint = f"install the package that brings it; {called}; or {_choices(torch)}"
-        _import(bringer, hint, f"{reason}, and ")
-    module = _module(torch, device_type)
-    if module is None:
-        raise DeviceUnavailable(GENERAL, f"{reason}, and importing {bringer} does not bring it", hint)
-    return module
 
 
 def _import(package: str, hint: str, prefix: str = "") -> None:
@@ -311,41 +261,16 @@ def _import(package: str, hint: str, prefix: str = "") -> None:
         raise DeviceUnavailable(GENERAL, prefix + why, hint) from error
 
 
-def _accelerator(name: str) -> Any:
-    """Return a function of `torch.accelerator`; None where torch is too old to have it."""
-    import torch
-
-    return getattr(getattr(torch, "accelerator", None), name, None)
-
-
-def _synchronize(device_type: str, module: ModuleType) -> Callable[[], Any]:
-    """Return what waits for the device. Raises where nothing does: a clock would time launches."""
-    wait, general = getattr(module, "synchronize", None), _accelerator("synchronize")
-    if callable(wait):
-        return wait
-    if general is not None and _current() == device_type:
-        return general
-    reason = f"torch.{device_type} has no synchronize(), so a clock would stop before the work is done"
-    raise DeviceUnavailable(GENERAL, reason, "update the package that brings the device")
-
-
-def _current() -> str:
-    """Return the type of torch's current accelerator; "" where torch cannot say, or has none."""
-    return str(getattr(attempt(_accelerator("current_accelerator")), "type", ""))
-
-
 def _reported(torch: ModuleType) -> str:
     """Return the one accelerator that is here. Raises `DeviceUnavailable`: nothing is guessed."""
-    here = [name for name in device_modules(torch) if name != "cpu" and _is_here(torch, name)]
-    if (current := _current()) in here:
-        return current
+    here = [name for name in _device_modules(torch) if name != "cpu" and _is_here(torch, name)]
     if len(here) == 1:
         return here[0]
     seen = f"several accelerators ({', '.join(here)})" if here else "no accelerator"
     raise DeviceUnavailable(GENERAL, f"torch {torch.__version__} reports {seen}", _choices(torch))
 
 
-def device_modules(torch: ModuleType) -> list[str]:
+def _device_modules(torch: ModuleType) -> list[str]:
     """Return the device types for which this torch has a module, whether or not there is a device."""
     modules = [name for name, value in vars(torch).items() if isinstance(value, ModuleType)]
     return sorted(name for name in modules if not name.startswith("_") and _module(torch, name))
@@ -358,7 +283,7 @@ def _is_here(torch: ModuleType, device_type: str) -> bool:
 
 def _choices(torch: ModuleType) -> str:
     """Return how to name a device, and which ones there are."""
-    modules = device_modules(torch)
+    modules = _device_modules(torch)
     here = [name for name in modules if _is_here(torch, name)]
     absent = ", ".join(name for name in modules if name not in here)
     known = f"; this torch also knows {absent}" if absent else ""

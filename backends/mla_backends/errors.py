@@ -17,6 +17,8 @@ from mla_backends.known import GENERAL, GENERAL_DEVICES, GENERAL_USE, WITHOUT_PL
 if TYPE_CHECKING:
     from mla_backends.known import KnownBackend, KnownDevice
 
+LONGEST_LINE = 160  # characters of another's text that are quoted whole
+
 
 def probe_hint(name: str) -> str:
     """Return how to see the traceback of a backend that fails before its device is set up."""
@@ -197,27 +199,12 @@ def describe(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, which may be empty: stacks append pages of theirs."""
-    lines = str(error).strip().splitlines()
-    return _missing_kernel(str(error)) or (lines[0].strip() if lines else "")
+    """Return the first line of an error's text, which may be empty; of a long one, its first sentence.
 
-
-# What torch says where a device lacks an operator: a paragraph, and on MPS a text of its own.
-_NO_KERNEL = (
-    re.compile(r"Could not run '([\w:.]+)' with arguments from the '(\w+)' backend"),
-    re.compile(r"The operator '([\w:.]+)' is not currently \w+ (?:for|on) the (\w+) (?:device|backend)"),
-)
-_FALLBACK = "PYTORCH_ENABLE_MPS_FALLBACK=1"
-
-
-def _missing_kernel(text: str) -> str:
-    """Return one clause for an operator that torch does not have on a device, or ""."""
-    no_kernel = next((match for pattern in _NO_KERNEL if (match := pattern.search(text))), None)
-    if no_kernel is None:
-        return ""
-    said = f"torch has no kernel for {no_kernel[1]} on the device {no_kernel[2]}"
-    offered = f"; {_FALLBACK} runs it on the CPU instead, and times that" if _FALLBACK in text else ""
-    return said + offered
+    Stacks append pages: torch lists all devices for which it has an operator that one lacks.
+    """
+    line = next(iter(str(error).strip().splitlines()), "").strip()
+    return line if len(line) <= LONGEST_LINE else line.partition(". ")[0]
 
 
 _OUT_OF_MEMORY = re.compile(

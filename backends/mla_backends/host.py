@@ -12,6 +12,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from mla_backends.api import DeviceInfo, MemoryInfo
+
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -64,6 +66,16 @@ def set_threads(options: Mapping[str, str]) -> tuple[int, str]:
         threads, source = thread_limit(torch.get_num_threads())
     torch.set_num_threads(threads)
     return threads, source
+
+
+def device_info() -> DeviceInfo:
+    """Describe the host as a device."""
+    return DeviceInfo(processor_name(), memory_total(), last_level_cache())
+
+
+def memory() -> MemoryInfo:
+    """Return the host's memory, and the most that this process has had."""
+    return MemoryInfo(free=memory_available(), total=memory_total(), peak=peak_resident())
 
 
 def memory_total() -> int | None:

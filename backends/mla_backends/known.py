@@ -41,42 +41,27 @@ class KnownBackend:
         )
 
 
-KNOWN: Mapping[str, KnownBackend] = MappingProxyType(
-    {
-        backend.name: backend
-        for backend in (
-            KnownBackend(
-                name="cpu",
-                device="any CPU that PyTorch runs on",
-                torch_source="PyPI or, without CUDA libraries, https://download.pytorch.org/whl/cpu",
-            ),
-            KnownBackend(
-                name="nvidia",
-                device="NVIDIA GPUs",
-                torch_source="PyPI",
-                also=("cuda",),
-            ),
-            KnownBackend(
-                name="moore",
-                device="Moore Threads GPUs, through torch_musa",
-                torch_source="Moore Threads' container images or https://github.com/MooreThreads/torch_musa",
-                also=("musa", "mthreads"),
-            ),
-            KnownBackend(
-                name="metax",
-                device="MetaX GPUs, through the MACA SDK",
-                torch_source="MetaX's own wheel index for the MACA SDK (its version contains +metax)",
-                also=("maca",),
-            ),
-            KnownBackend(
-                name="iluvatar",
-                device="Iluvatar GPUs, through the CoreX SDK",
-                torch_source="Iluvatar's CoreX SDK (its version contains +corex)",
-                also=("corex",),
-            ),
-        )
-    }
-)
+_BACKENDS = (
+    KnownBackend(
+        "cpu", "any CPU that PyTorch runs on",
+        "PyPI or, without CUDA libraries, https://download.pytorch.org/whl/cpu",
+    ),
+    KnownBackend("nvidia", "NVIDIA GPUs", "PyPI", also=("cuda",)),
+    KnownBackend(
+        "moore", "Moore Threads GPUs, through torch_musa",
+        "Moore Threads' container images or https://github.com/MooreThreads/torch_musa",
+        also=("musa", "mthreads"),
+    ),
+    KnownBackend(
+        "metax", "MetaX GPUs, through the MACA SDK",
+        "MetaX's own wheel index for the MACA SDK (its version contains +metax)", also=("maca",),
+    ),
+    KnownBackend(
+        "iluvatar", "Iluvatar GPUs, through the CoreX SDK",
+        "Iluvatar's CoreX SDK (its version contains +corex)", also=("corex",),
+    ),
+)  # fmt: skip
+KNOWN: Mapping[str, KnownBackend] = MappingProxyType({backend.name: backend for backend in _BACKENDS})
 
 
 @dataclass(frozen=True)
@@ -99,25 +84,17 @@ class KnownDevice:
     @property
     def plugin_command(self) -> str:
         """The command that starts a plugin; "" where torch says cuda, which the template is not for."""
-        torch_device = self.torch_device
-        return (
-            ""
-            if torch_device == "cuda"
-            else f"python -m mla.bench new-backend {torch_device} ./{torch_device}"
-        )
+        name = self.torch_device
+        return "" if name == "cuda" else f"python -m mla.bench new-backend {name} ./{name}"
 
 
 # Flags, torch devices and packages as in InfiniCore at 2cec6ce6 (test/infinicore/framework).
-WITHOUT_PLUGIN: Mapping[str, KnownDevice] = MappingProxyType(
-    {
-        device.name: device
-        for device in (
-            KnownDevice("cambricon", "Cambricon MLUs", "mlu", "torch_mlu"),
-            KnownDevice("ascend", "Huawei Ascend NPUs", "npu", "torch_npu", also=("huawei",)),
-            KnownDevice("kunlun", "Kunlun XPUs", "cuda", "torch_xmlir", "torch_xmlir"),
-            KnownDevice("hygon", "Hygon DCUs", "cuda", "Hygon's torch for DTK", also=("dcu", "dtk")),
-            KnownDevice("qy", "QY GPUs", "cuda", "their vendor's torch"),
-            KnownDevice("ali", "Alibaba PPUs", "cuda", "the torch of their SDK", also=("ppu", "alibaba")),
-        )
-    }
+_DEVICES = (
+    KnownDevice("cambricon", "Cambricon MLUs", "mlu", "torch_mlu"),
+    KnownDevice("ascend", "Huawei Ascend NPUs", "npu", "torch_npu", also=("huawei",)),
+    KnownDevice("kunlun", "Kunlun XPUs", "cuda", "torch_xmlir", "torch_xmlir"),
+    KnownDevice("hygon", "Hygon DCUs", "cuda", "Hygon's torch for DTK", also=("dcu", "dtk")),
+    KnownDevice("qy", "QY GPUs", "cuda", "their vendor's torch"),
+    KnownDevice("ali", "Alibaba PPUs", "cuda", "the torch of their SDK", also=("ppu", "alibaba")),
 )
+WITHOUT_PLUGIN: Mapping[str, KnownDevice] = MappingProxyType({device.name: device for device in _DEVICES})

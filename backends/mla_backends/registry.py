@@ -6,13 +6,13 @@ skipped, and nothing falls back to another backend.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
+import operator
 import re
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,12 +54,7 @@ def open_backend(
     probe_backend(name, backend)
     if callable(index):
         index = index(count_devices(name, backend))
-
-    def failed(error: Exception) -> BackendError:
-        reason = f"setup({index}) raised {describe(error)}"
-        return DeviceUnavailable(name, reason, _torch_hint(name, error) or setup_hint(name))
-
-    with refused(failed):
+    with _calling(name, f"setup({index})", setup_hint(name)):
         device = backend.setup(index)
     if device is None:
         raise DeviceUnavailable(name, f"setup({index}) returned no device", REPORT)
@@ -76,16 +71,11 @@ def open_backend(
 
 def probe_backend(name: str, backend: Backend) -> Availability:
     """Return what a successful probe found, or raise `DeviceUnavailable`."""
-    broken = "which the contract forbids"
-
-    def failed(error: Exception) -> BackendError:
-        reason = f"probe() raised {describe(error)}, {broken}"
-        return DeviceUnavailable(name, reason, _torch_hint(name, error) or probe_hint(name))
-
-    with refused(failed):
+    broken = ", which the contract forbids"
+    with _calling(name, "probe()", probe_hint(name), broken):
         availability = backend.probe()
     if not isinstance(availability, Availability):
-        raise DeviceUnavailable(name, f"probe() returned a {type(availability).__name__}, {broken}", REPORT)
+        raise DeviceUnavailable(name, f"probe() returned a {type(availability).__name__}{broken}", REPORT)
     if not availability.ok:
         raise DeviceUnavailable(
             name, availability.reason, _torch_hint(name) or availability.hint, availability.evidence
@@ -95,15 +85,20 @@ def probe_backend(name: str, backend: Backend) -> Availability:
 
 def count_devices(name: str, backend: Backend) -> int | None:
     """Return how many devices the backend sees, or None. Raises `DeviceUnavailable` when asking fails."""
-
-    def failed(error: Exception) -> BackendError:
-        return DeviceUnavailable(name, f"device_count() raised {describe(error)}", setup_hint(name))
-
-    with refused(failed):
+    with _calling(name, "device_count()", setup_hint(name)):
         count = backend.device_count()
     if count is None or (isinstance(count, int) and not isinstance(count, bool)):
         return count
     raise DeviceUnavailable(name, f"device_count() returned {count!r}, not a number or None", REPORT)
+
+
+def _calling(name: str, call: str, hint: str, broken: str = "") -> AbstractContextManager[None]:
+    """Turn what a method of a backend raises into `DeviceUnavailable`."""
+    return refused(
+        lambda error: DeviceUnavailable(
+            name, f"{call} raised {describe(error)}{broken}", _torch_hint(name, error) or hint
+        )
+    )
 
 
 def create(name: str, options: Mapping[str, str] | None = None) -> Backend:
@@ -135,17 +130,12 @@ def _import(value: str) -> tuple[Any, str]:
 
 def _attribute(entry: Entry, module: Any, path: str) -> Any:
     """Return what the entry point names inside its module. Raises `BackendImportError` if it is not there."""
-    value = module
-    for name in filter(None, path.split(".")):
-        try:
-            value = getattr(value, name)
-        except AttributeError as error:
-            known = [word for word in dir(value) if not word.startswith("_")]
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"the nearest is '{close[0]}'" if close else PATH_HINT
-            reason = f"{entry.origin} has no attribute '{path}'"
-            raise BackendImportError(entry.name, reason, hint) from error
-    return value
+    try:
+        return operator.attrgetter(path)(module) if path else module
+    except AttributeError as error:
+        raise BackendImportError(
+            entry.name, f"{entry.origin} has no attribute '{path}'", PATH_HINT
+        ) from error
 
 
 def _build(entry: Entry, provider: Any, options: dict[str, str]) -> Any:
@@ -156,7 +146,16 @@ def _build(entry: Entry, provider: Any, options: dict[str, str]) -> Any:
         return provider
     if isinstance(provider, type) and issubclass(provider, Backend):
         return provider(options)
-    manager, hooks = _register(entry, provider)
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    plugin = provider() if isinstance(provider, type) else provider
+    if inspect.isroutine(provider):  # the attribute *is* the hook, whatever it is called
+        plugin = SimpleNamespace(**{HOOK: provider})
+    manager.register(plugin, name=entry.name)
+    hooks = manager.get_hookcallers(plugin) or []
+    if wrong := ", ".join(repr(hook.name) for hook in hooks if not hook.has_spec()):
+        reason = f"{entry.origin} implements {wrong}, not a hook"
+        raise BackendImportError(entry.name, reason, f"the only hook is {HOOK}(options)")
     if hooks:
         return manager.hook.mla_backend(options=options)
     if callable(provider) and not isinstance(provider, type):
@@ -164,31 +163,6 @@ def _build(entry: Entry, provider: Any, options: dict[str, str]) -> Any:
     raise BackendImportError(
         entry.name, f"{entry.origin} has no hook", f"mark its {HOOK}(options) with @mla_backends.hookimpl"
     )
-
-
-def _register(entry: Entry, provider: Any) -> tuple[pluggy.PluginManager, list[str]]:
-    """Register one plugin with a fresh manager; return it and the hooks the plugin implements."""
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
-    plugin = provider() if isinstance(provider, type) else provider
-    if inspect.isroutine(provider):  # the attribute *is* the hook, whatever it is called
-        plugin = SimpleNamespace(**{HOOK: provider})
-    try:
-        manager.register(plugin, name=entry.name)
-    except pluggy.PluginValidationError as error:
-        raise BackendImportError(
-            entry.name,
-            f"the hook of {entry.origin} takes the wrong arguments",
-            f"define it as {HOOK}(options)",
-        ) from error
-    hooks = manager.get_hookcallers(plugin) or []
-    try:
-        manager.check_pending()  # otherwise a misspelt hook would look like no hook at all
-    except pluggy.PluginValidationError as error:
-        wrong = ", ".join(repr(hook.name) for hook in hooks if not hook.has_spec())
-        reason = f"{entry.origin} implements {wrong}, not a hook"
-        raise BackendImportError(entry.name, reason, f"the only hook is {HOOK}(options)") from error
-    return manager, [hook.name for hook in hooks]
 
 
 def _validated(entry: Entry, backend: Any) -> Backend:

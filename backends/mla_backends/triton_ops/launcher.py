@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
 from importlib.util import find_spec
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mla_backends.api import FusedOp
@@ -40,24 +37,12 @@ VARIABLES = (
 )  # fmt: skip
 
 
-def absent() -> list[str]:
+def missing() -> list[str]:
     """Return that Triton is not installed, and how to get it (empty if it is)."""
     spec = find_spec("triton")
     if spec is None or spec.origin is None:  # a folder of that name, of anything
         return [f"triton is not installed: {_source()}"]
     return []
-
-
-def missing() -> list[str]:
-    """Return what Triton lacks, one clause with its cure for each (empty if it has all).
-
-    A launcher that is in the cache already needs no compiler: that kernels do not run is for a trial to say.
-    """
-    if reasons := absent():
-        return reasons
-    if interprets():
-        return []  # nothing is compiled
-    return [lack for lack in (_compiler(), _headers(), _cache()) if lack]
 
 
 def interprets() -> bool:
@@ -76,51 +61,6 @@ def _source() -> str:
         if wanted.startswith(PACKAGES):
             return f"this torch asks for it: pip install {wanted}"
     return "it comes with torch's wheels for CUDA and with vendors' builds of torch; this torch asks for none"
-
-
-def _compiler() -> str:
-    """Return why no launcher can be compiled; "" if a compiler is there."""
-    chosen = os.environ.get("CC")
-    if chosen is not None:
-        if shutil.which(chosen):
-            return ""
-        return f"Triton compiles with CC, but {chosen!r} is not a program: unset it, or name gcc or clang"
-    there = shutil.which("gcc") or shutil.which("clang")
-    return "" if there else "Triton finds no C compiler: install gcc or clang, or name one in CC"
-
-
-def _headers() -> str:
-    """Return that the headers of Python are missing; "" if they are there."""
-    # The scheme that Debian adds is not where its headers are; Triton does the same.
-    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
-    folder = sysconfig.get_paths(scheme=scheme)["include"]
-    searched = (os.environ.get(name, "").split(os.pathsep) for name in ("CPATH", "C_INCLUDE_PATH"))
-    if any(place and Path(place, "Python.h").is_file() for place in (folder, *chain(*searched))):
-        return ""
-    return (
-        f"Triton compiles against Python, and {folder} has no Python.h: install the headers of this Python "
-        "(python3-dev on Debian and Ubuntu, python3-devel on Fedora and openEuler)"
-    )
-
-
-def _cache() -> str:
-    """Return that the cache cannot be written; "" if it can, or if Triton is told to keep it elsewhere."""
-    if os.environ.get("TRITON_CACHE_MANAGER"):
-        return ""
-    folder = cache_folder()
-    existing = folder
-    while not os.path.lexists(existing) and existing != existing.parent:
-        existing = existing.parent
-    if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
-        return ""
-    return f"Triton cannot write its cache to {folder}: set TRITON_CACHE_DIR to a folder that can be written"
-
-
-def cache_folder() -> Path:
-    """Return where Triton keeps what it has compiled."""
-    chosen = os.environ.get("TRITON_CACHE_DIR", "").strip()
-    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
-    return Path(os.path.abspath(chosen or os.path.join(home, ".triton", "cache")))
 
 
 # ----------------------------------------------------------------------------------------- launcher
@@ -280,7 +220,10 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 # ---------------------------------------------------------------------------------------- kernel op
 # What the Triton ops share: what they need to run, and a trial before the first use.
 
-CURE = "use the Triton that this torch asks for, or other ops (`-O triton=off` offers none of these)"
+CURE = (
+    "check that Triton finds gcc or clang (or CC), Python's headers (python3-dev), and a cache folder to "
+    "write (TRITON_CACHE_DIR), or use other ops (`-O triton=off` offers none of these)"
+)
 
 
 class KernelOp(FusedOp):
@@ -302,16 +245,15 @@ class KernelOp(FusedOp):
     def unsupported_reasons(self, spec: Any) -> list[str]:
         """Return that there is no Triton, and what the kernel is not made for."""
         reasons = layer_reasons(self._device_reason, self.dtypes, spec)
-        return reasons + self.shape_reasons(spec) + absent()
+        return reasons + self.shape_reasons(spec) + missing()
 
     def shape_reasons(self, spec: Any) -> list[str]:
         """Return why the kernel is not made for these sizes (empty if it is)."""
         return []
 
     def preflight(self, spec: Any) -> list[str]:
-        """Run tiny problems, which compiles the kernels; where that fails, say first what Triton lacks."""
-        reasons = failures(lambda: self.attempt(spec), "the Triton kernel", CURE)
-        return (missing() or reasons) if reasons else []
+        """Run tiny problems, which compiles the kernels."""
+        return failures(lambda: self.attempt(spec), "the Triton kernel", CURE)
 
     def attempt(self, spec: Any) -> str:
         """Run a tiny problem; return what is wrong, "" if nothing."""

@@ -174,17 +174,9 @@ def _facts(opened: Backend) -> Facts:
         "dtype": dtype_name(dtype),
         "ops": {role: {"implementation": op.name, "reasons": list(op.reasons)} for role, op in ops.items()},
         "op_remarks": chosen.remarks(),
-        "triton": _triton(offered),
         # Of a kind that this config never calls: they are not refused, but do not run.
         "idle_ops": {name: op.contract for name, op in offered.items() if _kind(op) not in called},
     }
-
-
-def _triton(offered: Mapping[str, FusedOp]) -> Facts | None:
-    """Return what Triton lacks here, for a backend that offers ops of ours in it; None for others."""
-    from mla_backends.triton_ops.launcher import KernelOp, missing
-
-    return {"missing": missing()} if any(isinstance(op, KernelOp) for op in offered.values()) else None
 
 
 def _kind(op: FusedOp) -> str:
@@ -240,8 +232,6 @@ def _lines(backend: Facts) -> Iterator[tuple[str, str]]:
             yield from (("", f"{name}: {remark}") for remark in remarks)
         for name, contract in facts["idle_ops"].items():
             yield "", f"{name}: offered for {contract}, not called by this config"
-        if facts["triton"]:
-            yield from (("triton", gap) for gap in facts["triton"]["missing"] or ["lacks nothing here"])
     yield from (("fix", fix) for fix in backend["fixes"])
 
 

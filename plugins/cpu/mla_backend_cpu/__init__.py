@@ -62,11 +62,7 @@ class Cpu(Backend):
         """Return at once: torch's CPU ops are done when they return."""
 
     def device_info(self) -> DeviceInfo:
-        return DeviceInfo(
-            name=host.processor_name(),
-            memory_bytes=host.memory_total(),
-            cache_bytes=host.last_level_cache(),
-        )
+        return host.device_info()
 
     def dtypes(self) -> tuple[torch.dtype, ...]:
         import torch
@@ -74,7 +70,7 @@ class Cpu(Backend):
         return (torch.bfloat16, torch.float16, torch.float32)
 
     def memory(self) -> MemoryInfo:
-        return MemoryInfo(free=host.memory_available(), total=host.memory_total(), peak=host.peak_resident())
+        return host.memory()
 
     def remarks(self) -> Sequence[str]:
         return told(self._native)

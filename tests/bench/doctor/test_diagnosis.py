@@ -206,13 +206,7 @@ def test_ops_are_listed_with_every_reason_for_the_default_config(process: Bench,
     assert lines[-1] == "norm: offered for rms_norm/1, not called by this config"
 
 
-@pytest.mark.parametrize("below", ["", "file"])
-def test_what_triton_lacks_is_a_line_with_its_cure(
-    process: Bench, loose: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, below: str
-) -> None:
-    """Where our own kernels are offered; the trial of an op says what comes of it."""
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / below / "cache"))
+def test_what_triton_cannot_compile_is_a_reason_with_its_cure(process: Bench, loose: Any) -> None:
     tiles = "{1: Tile(16, 16, 4, 1)}"
     loose(ops=f"triton_ops(Tuning({tiles}, {tiles}), None)")
     with open("loose.py", "a") as file:
@@ -220,10 +214,8 @@ def test_what_triton_lacks_is_a_line_with_its_cure(
     done = process("doctor", "loose:Loose")
     assert done.code == 0
     (lines,) = (lines for title, lines in blocks(done.out).items() if title == "loose:Loose: usable")
-    lack = f"Triton cannot write its cache to {tmp_path}/file/cache: set TRITON_CACHE_DIR to a folder that"
-    assert any(line.startswith(f"triton {lack if below else 'lacks nothing here'}") for line in lines)
-    why = "fused op 'triton_write_latent' not used because "
-    assert any(line.startswith(why + (lack if below else "the Triton kernel raises")) for line in lines)
+    why = "fused op 'triton_write_latent' not used because the Triton kernel raises"
+    assert any(line.startswith(why) and "TRITON_CACHE_DIR" in line for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,6 @@ def test_any_stack_runs_or_says_why(seed: int, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("name", sorted(name for name in vars(torch.acme) if not name.startswith("_")))
 def test_one_missing_part_is_named_or_not_needed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.acme, name)
-    monkeypatch.delattr(torch, "accelerator")  # as before torch 2.6
     if name == "synchronize":
         with pytest.raises(BackendError, match=r"torch\.acme has no synchronize\(\), so a clock would stop"):
             opened()
@@ -112,32 +111,10 @@ def test_one_missing_part_is_named_or_not_needed(name: str, monkeypatch: pytest.
         use(opened())
 
 
-def test_torch_waits_for_a_device_whose_module_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.acme, "synchronize")
-    waits: list[str] = []
-    current = SimpleNamespace(type="acme")
-    fake = SimpleNamespace(
-        current_accelerator=lambda: current, synchronize=lambda: waits.append("torch.accelerator")
-    )
-    monkeypatch.setattr(torch, "accelerator", fake)
-    backend = opened()
-    waits.clear()
-    backend.synchronize()
-    assert waits == ["torch.accelerator"]
-    current.type = "other"  # torch would wait for another device
-    with pytest.raises(BackendError, match="has no synchronize"):
-        opened()
-
-
 def test_the_only_accelerator_is_taken_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     remarks = mla.load_backend("torch").remarks()
     assert remarks == ["device acme:0: the accelerator that torch reports (-O device= chooses)"]
     assert opened().remarks() == []
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.mtia, "is_available", lambda: True)
-        assert mla.load_backend("torch").device == torch.device("acme:0")  # as torch.accelerator says
-    monkeypatch.delattr(torch, "accelerator")
-    assert mla.load_backend("torch").device == torch.device("acme:0")
     monkeypatch.delattr(torch.acme, "is_available")  # as torch.mps in torch 2.4
     assert mla.load_backend("torch").device == torch.device("acme:0")
     monkeypatch.setattr(torch.mtia, "is_available", lambda: True)
@@ -230,7 +207,7 @@ def test_dtypes_whose_products_fail_or_lie_are_left_out(monkeypatch: pytest.Monk
         assert "a sum of 16 products came out as " in backend.environment()["dtypes.float16"]
     monkeypatch.setenv("ACME_REFUSES", "aten::mm")
     with pytest.raises(
-        BackendError, match=r"no product comes out right on it .*no kernel for aten::mm on the"
+        BackendError, match=r"no product comes out right on it .*Could not run 'aten::mm' with arguments"
     ):
         opened()
 
@@ -264,16 +241,8 @@ def test_a_stack_like_torch_cuda_is_described() -> None:
 
 def with_module(backend: Any, module: Any) -> Any:
     """Let a backend that is set up ask another module."""
-    backend.stack = backend.stack._replace(module=module)
+    backend.__dict__["module"] = module
     return backend
-
-
-def test_memory_that_only_torch_knows(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = SimpleNamespace(get_memory_info=lambda device: (5, 9) if device.index == 1 else (1, 2))
-    backend = opened(device="acme:1")
-    monkeypatch.setattr(torch, "accelerator", fake)
-    memory = with_module(backend, SimpleNamespace()).memory()
-    assert (memory.free, memory.total) == (5, 9)
 
 
 def test_memory_of_a_stack_with_other_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +252,6 @@ def test_memory_of_a_stack_with_other_names(monkeypatch: pytest.MonkeyPatch) -> 
         recommended_max_memory=lambda: 1000,
     )
     backend = opened()
-    monkeypatch.delattr(torch, "accelerator")
     memory = with_module(backend, module).memory()
     assert memory == MemoryInfo(free=600, total=1000, allocated=300, peak=None)
 
