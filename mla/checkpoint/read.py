@@ -148,28 +148,18 @@ def _only_main(layers: set[int | None], facts: Facts, folder: str) -> int | None
     main = {layer for layer in layers if not facts.is_draft(layer)}
     if len(main) == 1:
         return main.pop()
-    if main:
-        raise CheckpointError(
-            f"checkpoint '{folder}' holds layers {_listed(main)}: choose one with layer=N (--layer N)."
-        )
-    raise CheckpointError(
-        f"checkpoint '{folder}' holds no main layer, only layers for multi-token prediction: "
-        f"{_listed(layers)}. Ask for one by its number."
+    held = (
+        f"layers {_listed(main)}" if main else f"layers for multi-token prediction alone, {_listed(layers)}"
     )
+    raise CheckpointError(f"checkpoint '{folder}' holds {held}: choose one with layer=N (--layer N).")
 
 
 def _renumbered(layers: set[int | None], number: int, facts: Facts, folder: str) -> int | None:
     """Return the stored number of layer `number`, which a folder of one layer may have lost or changed."""
-    if facts.attends_otherwise(number):
-        raise CheckpointError(
-            f"layer {number} of checkpoint '{folder}' has another attention: its MLA layers, counted from 0, "
-            f"are {_listed(facts.mla_layers or ())}."
-        )
     if layers == {None} or (layers == {0} and facts.layers == 1):
         return next(iter(layers))
     raise CheckpointError(
-        f"checkpoint '{folder}' has no attention weights of layer {number}; it holds layers "
-        f"{_listed(layers)}."
+        f"checkpoint '{folder}' has no MLA weights of layer {number}; it holds layers {_listed(layers)}."
     )
 
 
