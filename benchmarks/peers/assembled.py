@@ -313,7 +313,7 @@ class Assembled(LayerImplementation):
 
     @torch.no_grad()
     def step(self, index: int) -> None:
-        step = index if self._problem.scenario.mode == "decode" else 0
+        step = self._problem.scenario.step(index)
         q, kv, pe = self._parts.first(self.x).split(self._widths, dim=-1)
         self._write(kv, pe, step)
         heads = self._attention(self._queries(q, step), step)

@@ -53,7 +53,7 @@ class UseMla(TransformersLayer):
         from mla.integrations.transformers.admission import visible_keys
 
         super().before(index)
-        for arguments in self._steps[index if self.scenario.mode == "decode" else 0]:
+        for arguments in self._steps[self.scenario.step(index)]:
             new, keys = arguments["position_ids"].shape[1], int(arguments["position_ids"][0, -1]) + 1
             mask = visible_keys(1, new, keys, keys - new, mask_function=causal_mask_function)
             arguments["attention_mask"] = mask

@@ -110,43 +110,46 @@ def measure(
             engine.examine()
         except KeyboardInterrupt:
             engine.interrupt()
+    for measurement in engine.measurements.values():
+        if measurement.doubts:
+            measurement.discard()
     return engine.measurements
 
 
+@dataclass
 class _Engine:
     """The measurement of one scenario."""
 
-    def __init__(
-        self,
-        implementations: Sequence[Implementation],
-        scenario: Scenario,
-        inputs: Any,
-        checker: Any,
-        setup: Setup,
-        backend: Backend,
-        progress: ProgressCallback,
-        hooks: Hooks,
-    ) -> None:
+    implementations: Sequence[Implementation]
+    scenario: Scenario
+    inputs: Any
+    checker: Any
+    setup: Setup
+    backend: Backend
+    progress: ProgressCallback
+    hooks: Hooks
+
+    def __post_init__(self) -> None:
         self.measurements: dict[str, Measurement] = {}
-        self._implementations, self._scenario, self._setup = implementations, scenario, setup
-        self._inputs, self._checker, self._backend = inputs, checker, backend
-        self._progress, self._hooks = progress, hooks
-        self._prefill, self._first = scenario.mode == "prefill", hooks.first or implementations[0].name
-        self._times = Timetable(hooks.target, self._prefill, setup.asked, self._first, self._correct)
-        self._runners: list[PassRunner] = []  # that are timed
-        self._untimed = count(UNTIMED)  # numbers of passes that are not timed
-        self._unseen: evidence.Unseen | None = None
+        self.prefill, self.target = self.scenario.mode == "prefill", self.hooks.target
+        self.first = self.hooks.first or self.implementations[0].name
+        self.times = Timetable(self.target, self.prefill, self.setup.asked, self.first, self.correct)
+        self.runners: list[PassRunner] = []  # that are timed
+        self.untimed = count(UNTIMED)  # numbers of passes that are not timed
+        self.unseen: evidence.Unseen | None = None
 
-    def _tick(self, doing: str, implementation: Implementation, count: int = 1) -> None:
-        self._progress(f"{self._scenario.name}: {doing} {implementation.name}", count)
+    def tick(self, doing: str, implementation: Implementation, count: int = 1) -> None:
+        """Say what is done, after so many forwards."""
+        self.progress(f"{self.scenario.name}: {doing} {implementation.name}", count)
 
-    def _correct(self, runner: PassRunner) -> bool:
+    def correct(self, runner: PassRunner) -> bool:
+        """Whether all outputs of an implementation were right so far."""
         return self.measurements[runner.implementation.name].check.status == "ok"
 
     @contextmanager
     def running(self, implementation: Implementation) -> Iterator[None]:
         """Run an implementation inside the `with` block; if an op refuses it, it was not run."""
-        self._hooks.enter(implementation.name)
+        self.hooks.enter(implementation.name)
         try:
             yield
         except Exception as error:  # all others are raised again
@@ -160,32 +163,32 @@ class _Engine:
     def load_and_check(self, implementation: Implementation) -> None:
         """Warm up and run a whole pass, untimed; the transient memory of the last forward is counted."""
         measurement = self.measurements[implementation.name] = Measurement(_not_run())
-        if reason := self._hooks.should_stop(0.0, "loading and checks"):
+        if reason := self.hooks.should_stop(0.0, "loading and checks"):
             measurement.headline.check.reason = reason
             return
-        implementation.load(self._scenario, self._inputs)
-        runner = self._setup.headline(implementation, measurement)
+        implementation.load(self.scenario, self.inputs)
+        runner = self.setup.headline(implementation, measurement)
         self._warm_up(runner)
         self._shorten(runner)
-        self._times.headlines.append(runner)
-        forwards = min(self._scenario.inputs, len(runner.steps.run)) + len(runner.steps.run)
-        if reason := self._hooks.should_stop(forwards * runner.forward_s, "checks and one timed pass"):
+        self.times.headlines.append(runner)
+        forwards = min(self.scenario.inputs, len(runner.steps.run)) + len(runner.steps.run)
+        if reason := self.hooks.should_stop(forwards * runner.forward_s, "checks and one timed pass"):
             measurement.headline.check = Check(status="not run", reason=reason)
             return
-        start = self._hooks.target.now()
+        start = self.target.now()
         measurement.transient_bytes = self._whole_pass(runner)
         if not runner.forward_s:  # without a warm-up
-            runner.forward_s = (self._hooks.target.now() - start) / self._scenario.inputs
-        measurement.headline.check = implementation.check(self._checker)
+            runner.forward_s = (self.target.now() - start) / self.scenario.inputs
+        measurement.headline.check = implementation.check(self.checker)
         if measurement.check.status == "ok":
             measurement.outputs = implementation.outputs()
         else:
-            self._hooks.failed(implementation, measurement.check)
+            self.hooks.failed(implementation, measurement.check)
 
     def _whole_pass(self, runner: PassRunner) -> int:
         """Run a pass, and of a prefill one forward; return the transient bytes of the last, the longest."""
         implementation, transient = runner.implementation, TransientBytes()
-        indices = runner.steps.run[: self._scenario.inputs]
+        indices = runner.steps.run[: self.scenario.inputs]
         implementation.restore(CHECKED)
         for index in indices:
             implementation.before(index)
@@ -193,7 +196,7 @@ class _Engine:
             with transient if index == indices[-1] else nullcontext():
                 implementation.step(index)
             implementation.after(index)
-            self._tick("checking", implementation)
+            self.tick("checking", implementation)
         implementation.outputs()
         return transient.peak + implementation.facts().scratch_bytes
 
@@ -202,77 +205,72 @@ class _Engine:
 
         Its own fastest forward counts, and the median of others: a disturbance makes it no slower.
         """
-        name, first_ms = runner.implementation.name, self._hooks.first_ms
-        first, ms = self.measurements.get(self._first), self.measurements[name].warm_ms
+        name, first_ms = runner.implementation.name, self.hooks.first_ms
+        first, measurement = self.measurements.get(self.first), self.measurements[name]
         if first is not None and first.check.status == "ok":
             first_ms = first.typical_ms or 0.0
-        if name == self._first or not first_ms or not ms:
+        if name == self.first or not first_ms or not measurement.warm_ms:
             return
-        waiting = len(self._implementations) - len(self._times.headlines)  # this one included
-        most, added = self._times.forwards(runner, waiting), name in self._hooks.added
-        less = shortened(self._scenario, self._setup.timed, first_ms, ms, most, added)
+        waiting = len(self.implementations) - len(self.times.headlines)  # this one included
+        most, added = self.times.forwards(runner, waiting), name in self.hooks.added
+        less = shortened(self.scenario, self.setup.timed, first_ms, measurement.warm_ms, most, added)
         if less is not None:
             runner.steps, whole = less, runner.steps
-            self.measurements[name].due = runner.steps.passes
-            counts = [f"{passes.passes} passes of {len(passes.run)}" for passes in (runner.steps, whole)]
-            detail(f"{self._scenario.name}, {name}: too slow for all; running {' instead of '.join(counts)}")
+            measurement.due = less.passes
+            counts = [f"{passes.passes} passes of {len(passes.run)}" for passes in (less, whole)]
+            detail(f"{self.scenario.name}, {name}: too slow for all; running {' instead of '.join(counts)}")
 
     def make_runners(self) -> None:
         """Make the runners of all correct implementations; each variant is checked before it is timed."""
-        self._hooks.target.leave_half()
-        made: list[PassRunner] = []
-        for runner in self._times.headlines:
-            implementation = runner.implementation
+        self.target.leave_half()
+        made: list[tuple[PassRunner, float]] = []  # and the seconds of a forward of its headline
+        for headline in filter(self.correct, self.times.headlines):
+            implementation, made_here = headline.implementation, [headline]
             measurement = self.measurements[implementation.name]
-            if measurement.check.status == "ok":
-                made.append(runner)
-                if measurement.due is None:
-                    with self.running(implementation):
-                        first = implementation.name == self._first
-                        made += self._setup.others(implementation, measurement, first)
-        for runner in made:
-            if not runner.headline and self._correct(runner):
+            if measurement.due is None:
+                with self.running(implementation):
+                    first = implementation.name == self.first
+                    made_here += self.setup.others(implementation, measurement, first)
+            made += [(runner, headline.forward_s) for runner in made_here]
+        for runner, forward_s in made:
+            if not runner.headline and self.correct(runner):
                 with self.running(runner.implementation):
-                    self._check_variant(runner)
-        self._runners = [
-            runner for runner in made if self._correct(runner) and runner.samples.check.status == "ok"
+                    self._check_variant(runner, forward_s)
+        self.runners = [
+            runner for runner, _ in made if self.correct(runner) and runner.samples.check.status == "ok"
         ]
 
-    def _check_variant(self, runner: PassRunner) -> None:
-        implementation, start = runner.implementation, self._hooks.target.now()
-        left_out = Check(status="not run", reason=NO_TIME)
-        (forward,) = (
-            other.forward_s for other in self._times.headlines if other.implementation is implementation
-        )
-        if not self._times.variant_fits(runner, forward):
-            runner.samples.check = left_out
+    def _check_variant(self, runner: PassRunner, forward_s: float) -> None:
+        implementation, samples, start = runner.implementation, runner.samples, self.target.now()
+        if not self.times.variant_fits(runner, forward_s):
+            samples.check = Check(status="not run", reason=NO_TIME)
             return
-        if reason := self._hooks.should_stop(2 * forward * len(runner.steps.run), "its check"):
-            runner.samples.check = Check(status="not run", reason=reason)
+        if reason := self.hooks.should_stop(2 * forward_s * len(runner.steps.run), "its check"):
+            samples.check = Check(status="not run", reason=reason)
             return
-        runner.run(next(self._untimed), self._hooks.heartbeat)
-        self._tick("checking", implementation, len(runner.steps.run))
-        runner.samples.check = implementation.check(self._checker)
-        runner.seconds = [self._hooks.target.now() - start]
-        if runner.samples.check.status != "ok":
-            self._hooks.failed(implementation, runner.samples.check)
-        elif not self._times.variant_fits(runner, 0.0):
-            runner.samples.check = left_out
+        runner.run(next(self.untimed), self.hooks.heartbeat)
+        self.tick("checking", implementation, len(runner.steps.run))
+        samples.check = implementation.check(self.checker)
+        runner.seconds = [self.target.now() - start]
+        if samples.check.status != "ok":
+            self.hooks.failed(implementation, samples.check)
+        elif not self.times.variant_fits(runner, 0.0):
+            samples.check = Check(status="not run", reason=NO_TIME)
         else:
-            self._times.variants.append(runner)
-            if runner.samples.variant == Variant(mode="graph"):  # else the check warms up enough
+            self.times.variants.append(runner)
+            if samples.variant == Variant(mode="graph"):  # else the check warms up enough
                 self._warm_up(runner)
 
     def _warm_up(self, runner: PassRunner) -> None:
         implementation, ends = runner.implementation, list[float]()
 
         def tick(count: int) -> None:
-            ends.append(self._hooks.target.now())
-            self._tick("warming up", implementation, count)
+            ends.append(self.target.now())
+            self.tick("warming up", implementation, count)
 
-        steps, least = self._scenario.steps, self._scenario.warmups
-        must = min(least, self._hooks.warmups)
-        result = warm_up(runner.forwards, steps, least, runner.time_step, self._untimed, tick, must)
+        steps, least = self.scenario.steps, self.scenario.warmups
+        must = min(least, self.hooks.warmups)
+        result = warm_up(runner.forwards, steps, least, runner.time_step, self.untimed, tick, must)
         runner.ms = result.ms or 0.0
         if runner.headline:
             measurement = self.measurements[implementation.name]
@@ -285,22 +283,20 @@ class _Engine:
 
     def time(self, order: random.Random) -> None:
         """Time all passes, between two readings of the device's sensors."""
-        if not self._runners or self._hooks.should_stop(0.0, "a timed pass"):
+        if not self.runners or self.hooks.should_stop(0.0, "a timed pass"):
             return
-        if hasattr(self._checker, "of"):  # of one op operands change from call to call
-            self._draw_unseen()
-        self._sense("before")
+        if hasattr(self.checker, "of"):  # of one op operands change from call to call
+            most = max(evidence.forwards(runner.steps, self.prefill) for runner in self.runners)
+            self.progress(f"{self.scenario.name}: drawing fresh inputs", 0)
+            with self._spared():  # before time is shared out among the passes
+                self.unseen = evidence.Unseen(self.inputs, self.checker, most)
+            self.hooks.heartbeat()
+        readings = read_sensors(self.backend, "before")
         self._time_passes(order)
         self._say_cut()
-        self._sense("after")
-
-    def _draw_unseen(self) -> None:
-        """Make the inputs of the evidence and their oracle, before time is shared out among the passes."""
-        count = max(evidence.forwards(runner.steps, self._prefill) for runner in self._runners)
-        self._progress(f"{self._scenario.name}: drawing fresh inputs", 0)
-        with self._spared():
-            self._unseen = evidence.Unseen(self._inputs, self._checker, count)
-        self._hooks.heartbeat()
+        readings += read_sensors(self.backend, "after")
+        for measurement in self.measurements.values():
+            measurement.device_state = [dict(reading) for reading in readings]
 
     @contextmanager
     def _spared(self, implementation: Implementation | None = None) -> Iterator[None]:
@@ -314,128 +310,109 @@ class _Engine:
             over_ranks = implementation is not None and implementation.setting.ranks is not None
             if not too_large(error) or over_ranks:
                 raise
-            self._unseen = None
+            self.unseen = None
             said = "memory is short: times are not cross-checked on fresh inputs"
-            note(f"{self._scenario.name}: {said}")
+            note(f"{self.scenario.name}: {said}")
             if implementation is not None:
-                implementation.load(self._scenario, self._inputs)
-
-    def _sense(self, when: str) -> None:
-        state = read_sensors(self._backend, when)
-        for measurement in self.measurements.values():
-            measurement.device_state += [dict(reading) for reading in state]
+                implementation.load(self.scenario, self.inputs)
 
     def _time_passes(self, order: random.Random) -> None:
-        previous, rounds = None, self._scenario.rounds
+        previous, rounds = None, self.scenario.rounds
         for index in range(rounds):
-            due = [runner for runner in self._runners if runner.steps.due(index, rounds)]
+            due = [runner for runner in self.runners if runner.steps.due(index, rounds)]
             order.shuffle(due)
             for runner in due:
-                if self._hooks.should_stop(self._times.ending(runner), "another pass"):
+                if self.hooks.should_stop(self.times.ending(runner), "another pass"):
                     if index == 0:
                         continue  # a shorter pass of another implementation may still fit
                     return
-                if self._correct(runner) and self._times.another(runner):
+                if self.correct(runner) and self.times.another(runner):
                     with self.running(runner.implementation):
                         self._time_pass(runner, switched=runner is not previous)
                     previous = runner
 
     def _say_cut(self) -> None:
         """Say what has fewer passes than were due; a headline is complete with those."""
-        for runner in self._times.cut:
+        for runner in self.times.cut:
             name, done, due = runner.implementation.name, len(runner.passes), runner.steps.passes
             if not done:  # no headline: each has one
                 runner.samples.check = Check(status="not run", reason=NO_TIME)
-            elif self._correct(runner):
-                what = ", ".join(part for part in (name, runner.samples.variant.kind) if part)
+            elif self.correct(runner):
+                what = ", ".join(filter(None, (name, runner.samples.variant.kind)))
                 few = ", too few for an interval" if done < MIN_PASSES else ""
                 said = f"{what}: {done} of {due} passes fit into a scenario's time{few}"
-                detail(f"{self._scenario.name}, {said}; give --passes or --runs to time them all")
-            if runner.headline and self._correct(runner):
+                detail(f"{self.scenario.name}, {said}; give --passes or --runs to time them all")
+            if runner.headline and self.correct(runner):
                 self.measurements[name].due = done
 
     def _time_pass(self, runner: PassRunner, switched: bool) -> None:
-        start = self._hooks.target.now()
-        runner.time(self._number(runner), next(self._untimed), self._hooks.heartbeat)
-        runner.samples.after_switch.append(switched)
+        """Time a pass and check all its outputs; an implementation that is wrong in one loses its numbers.
+
+        Its number selects inputs that are the same for all implementations.
+        """
+        implementation, samples, start = runner.implementation, runner.samples, self.target.now()
+        measurement = self.measurements[implementation.name]
+        place = [other.variant for other in measurement.samples].index(samples.variant)
+        number = 1 + place * self.scenario.rounds + len(runner.passes)
+        runner.time(number, next(self.untimed), self.hooks.heartbeat)
+        samples.after_switch.append(switched)
         of = f"pass {len(runner.passes)} of {runner.steps.passes} of"
-        self._tick(f"timing {of}", runner.implementation, len(runner.steps.run))
-        self._check_pass(runner)
-        runner.seconds.append(self._hooks.target.now() - start)
-
-    def _number(self, runner: PassRunner) -> int:
-        """Return the number of a variant's next pass: inputs are the same for all implementations."""
-        samples = self.measurements[runner.implementation.name].samples
-        place = [variant.variant for variant in samples].index(runner.samples.variant)
-        return 1 + place * self._scenario.rounds + len(runner.passes)
-
-    def _check_pass(self, runner: PassRunner) -> None:
-        """Check all outputs of a pass; an implementation that is wrong in one loses its numbers."""
-        first, again = runner.samples.check, runner.implementation.check(self._checker)
+        self.tick(f"timing {of}", implementation, len(runner.steps.run))
+        first, again = samples.check, implementation.check(self.checker)
         if again.status != "ok":
             again.reason = f"right at first, wrong in pass {len(runner.passes)}: {again.reason}"
+            self.hooks.failed(implementation, again)
+            measurement.discard()
         if again.status != "ok" or (again.error_ratio or 0) >= (first.error_ratio or 0):
-            runner.samples.check = again
-        if again.status != "ok":
-            self._hooks.failed(runner.implementation, again)
-            self.measurements[runner.implementation.name].discard()
+            samples.check = again
+        runner.seconds.append(self.target.now() - start)
 
     # ---------------------------------------------------------------------------------------- after
 
     def examine(self) -> None:
         """Hold the times against other evidence; an implementation that it contradicts loses its numbers."""
-        for runner in self._runners:
-            if not runner.passes or not self._correct(runner):
+        for runner in self.runners:
+            if not runner.passes or not self.correct(runner):
                 continue
-            implementation, beat = runner.implementation, self._hooks.heartbeat
-            self._hooks.enter(implementation.name)
-            self._tick("cross-checking", implementation, 0)
+            implementation, beat = runner.implementation, self.hooks.heartbeat
+            self.hooks.enter(implementation.name)
+            self.tick("cross-checking", implementation, 0)
             where = "" if runner.headline else f"{runner.samples.variant}: "
             known = self.measurements[implementation.name].doubts
             with self._spared(implementation):
-                for doubt in evidence.doubts(runner, self._unseen, self._untimed, beat):
+                for doubt in evidence.doubts(runner, self.unseen, self.untimed, beat):
                     known.append(f"{where}{doubt}")
             if runner.headline and not known:
                 self._time_new_lengths(runner)
             beat()
-        self._withhold()
 
     def _time_new_lengths(self, runner: PassRunner) -> None:
-        implementation, fit = runner.implementation, self._times.new_lengths_fit(runner)
-        measurement, cut = self.measurements[implementation.name], runner in self._times.cut
-        fit = fit and not self._hooks.should_stop(evidence.new_lengths_s(runner), "new lengths")
+        implementation, fit = runner.implementation, self.times.new_lengths_fit(runner)
+        measurement, cut = self.measurements[implementation.name], runner in self.times.cut
+        fit = fit and not self.hooks.should_stop(evidence.new_lengths_s(runner), "new lengths")
         if measurement.due is None and fit:
-            what = (implementation, self._scenario, self._checker)
-            measurement.new_lengths, doubt = evidence.on_new_lengths(*what, beat=self._hooks.heartbeat)
+            what = (implementation, self.scenario, self.checker)
+            measurement.new_lengths, doubt = evidence.on_new_lengths(*what, beat=self.hooks.heartbeat)
             measurement.doubts += [doubt] if doubt else []
         elif isinstance(implementation, MlaLayer) and (measurement.due is None or cut):
             said = "no time is left for unseen lengths"
-            detail(f"{self._scenario.name}, {implementation.name}: {said}")
-
-    def _withhold(self) -> None:
-        """Take the numbers of what is in doubt."""
-        for measurement in self.measurements.values():
-            if measurement.doubts:
-                measurement.discard()
-
-    # ------------------------------------------------------------------------------------ interrupted
+            detail(f"{self.scenario.name}, {implementation.name}: {said}")
 
     def interrupt(self) -> None:
         """Mark what an interrupt left undone, including implementations that had not started."""
-        for implementation in self._implementations:
+        for implementation in self.implementations:
             nothing = _not_run("interrupted")
             measurement = self.measurements.setdefault(implementation.name, Measurement(nothing))
             measurement.interrupted = True
             if measurement.check.status == "not run" and not measurement.check.reason:
                 measurement.headline = nothing  # while it warmed up
-        for runner in self._runners:
-            if runner.passes and self._correct(runner):
+        for runner in self.runners:
+            if runner.passes and self.correct(runner):
                 late = evidence.late_doubt(runner.passes)
                 self.measurements[runner.implementation.name].doubts += [late] if late else []
                 if runner.timer is not None and not runner.confirmed:
                     runner.samples.check = Check(status="not run", reason="interrupted")
                     runner.samples.discard()
-        self._withhold()
 
 
 def _not_run(reason: str = "") -> Samples:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from itertools import cycle
 from math import ceil
 from statistics import fmean, median
 from time import perf_counter_ns as now_ns
@@ -77,13 +76,11 @@ class Unseen:
 
     def draw(self) -> None:
         """Draw other inputs."""
-        self.inputs = self.plain.fresh(_random.getrandbits(63))
-        self._judge: Any = None
+        self.inputs, self._judge = self.plain.fresh(_random.getrandbits(63)), None
 
     def judge(self) -> Any:
         """Return the checker of a pass on these inputs."""
-        if self._judge is None:
-            self._judge = self._checker.of(self.inputs, self._count)
+        self._judge = self._judge or self._checker.of(self.inputs, self._count)
         return self._judge
 
 
@@ -148,9 +145,9 @@ def _window(runner: PassRunner, timer: Timer, count: int, numbers: Iterator[int]
     timer.start()
     start = now_ns()
     for place in range(count):
-        if place and place % len(indices) == 0:
-            forwards.restore(next(numbers))
         index = indices[place % len(indices)]
+        if place and index == indices[0]:
+            forwards.restore(next(numbers))
         forwards.before(index)
         forwards.step(index)
     runner.wait()
@@ -277,26 +274,27 @@ def new_lengths_s(runner: PassRunner) -> float:
 def new_lengths(impl: MlaLayer, scenario: Scenario) -> Iterator[Lengths]:
     """Yield tuples of lengths that this process has not run, and that take the paths of the scenario's."""
     requests = list(zip(scenario.query_lens, scenario.history, strict=True))
-    shrinking = [_amounts(scenario.mode, *lens) for lens in requests]
+    amounts = [_amounts(scenario.mode, *lens) for lens in requests]
     planned = Lengths(scenario.query_lens, scenario.kv_lens(0))
     paths = _paths(impl, planned)
-    for _ in range(TUPLES):
-        for _ in range(DRAWS):
-            shrunk = [_shrunk(*lens, next(less)) for lens, less in zip(requests, shrinking, strict=True)]
-            lengths = Lengths(*zip(*shrunk, strict=True))
-            known = lengths == planned or lengths in _seen
-            if not known and _paths(impl, lengths) == paths and _served(impl, lengths):
-                _seen.add(lengths)
-                yield lengths
-                break
+    _seen.add(planned)
+    left = TUPLES
+    for draw in range(TUPLES * DRAWS):
+        less = [each[draw % len(each)] for each in amounts]
+        shrunk = [_shrunk(*lens, by) for lens, by in zip(requests, less, strict=True)]
+        lengths = Lengths(*zip(*shrunk, strict=True))
+        if left and lengths not in _seen and _paths(impl, lengths) == paths and _served(impl, lengths):
+            left -= 1
+            _seen.add(lengths)
+            yield lengths
 
 
-def _amounts(mode: str, new: int, history: int) -> Iterator[int]:
-    """Return by how much to shrink one request, each amount once before one comes again; 0 if by nothing."""
+def _amounts(mode: str, new: int, history: int) -> list[int]:
+    """Return by how much to shrink one request, in random order; 0 if by nothing."""
     length = history or new
     most = length if history else 0 if mode == "decode" else length - 1  # new tokens of a step stay
     room = min(most, max(TOKENS, length // PART))
-    return cycle(_random.sample(range(1, room + 1), room) or [0])
+    return _random.sample(range(1, room + 1), room) or [0]
 
 
 def _shrunk(new: int, history: int, less: int) -> tuple[int, int]:
@@ -346,6 +344,7 @@ class LayerBench:
     def run(self, lengths: Lengths, count: int, beat: Callable[[], None]) -> list[Sample]:
         """Time `count` forwards, tables, plan and all; `beat` is called after every one.
 
+        Outputs [layers, t, d] of a tuple are kept, or those kept so far: each is as likely to be judged.
         Afterwards, the cache holds what it did. Raises `UnsupportedBatch` or `BackendError` for lengths that
         an op refuses.
         """
@@ -353,26 +352,20 @@ class LayerBench:
         pages = (slots // cache.page_size).unique()  # which the forwards write, in all layers
         held = cache.pages, cache.index_pages
         saved = [kept.index_select(1, pages) for kept in held]
-        out = self.layer.out.narrow(-2, 0, len(slots))
+        out, samples = self.layer.out.narrow(-2, 0, len(slots)), list[Sample]()
         try:
-            samples = []
-            for place in range(count):
+            for _ in range(count):
                 out.fill_(torch.nan)
                 samples.append(self._time(lengths, out))
-                if place == 0 and self.judged:
-                    self._keep(lengths, out)
+                self._ran += len(samples) == 1
+                if self.judged and len(samples) == 1 and not _random.randrange(self._ran):
+                    taken = self.layer.evidence(*lengths)
+                    self._kept = *lengths, out[0].to("cpu", copy=True), *taken
                 beat()
             return samples
         finally:
             for kept, before in zip(held, saved, strict=True):
                 kept.index_copy_(1, pages, before)
-
-    def _keep(self, lengths: Lengths, out: torch.Tensor) -> None:
-        """Keep outputs [.., t, d], or those kept so far instead: each tuple is as likely to be judged."""
-        self._ran += 1
-        if not _random.randrange(self._ran):
-            taken = self.layer.evidence(*lengths)
-            self._kept = *lengths, out[0].to("cpu", copy=True), *taken
 
     def _time(self, lengths: Lengths, out: torch.Tensor) -> Sample:
         impl, synchronize = self.layer, self.layer.setting.backend.synchronize

@@ -245,12 +245,10 @@ def sweep(backend: Backend) -> tuple[int, str]:
     Its declared size is held against what is known from elsewhere: the host's own caches, where it is the
     device, and what no device falls short of.
     """
-    declared, reported = backend.device_info().cache_bytes, None
-    if backend.device is not None and backend.device.type == "cpu":
-        reported = host.last_level_cache()
-    cache = max(declared or 0, reported or 0)
+    declared, is_host = backend.device_info().cache_bytes, getattr(backend.device, "type", "") == "cpu"
+    cache = max(declared or 0, (host.last_level_cache() or 0) if is_host else 0)
     if cache < MIN_CACHE_BYTES:
-        unknown = "of unknown size" if not cache else f"that cannot be as small as the {cache} bytes declared"
+        unknown = f"that cannot be as small as the {cache} bytes declared" if cache else "of unknown size"
         return FALLBACK_BYTES, f"for a last-level cache {unknown}"
     reason = f"for a last-level cache of {size(cache, MiB='g')}"
     if declared is not None and declared < cache:
@@ -264,17 +262,14 @@ class CacheFlush:
     """A buffer on the backend's device; calling the object flushes the cache and waits for the device."""
 
     def __init__(self, backend: Backend) -> None:
-        self.bytes, self._reason = sweep(backend)
+        self.bytes, reason = sweep(backend)
+        self.method = f"{size(self.bytes, MiB='g')} read and written before every timed forward, {reason}"
         self._buffer = torch.zeros(self.bytes // 4, dtype=torch.float32, device=backend.device)
 
     def __call__(self) -> None:
         """Flush. Nothing of the backend is called: it could warm the cache again."""
         self._buffer.add_(1)
         self._buffer[-1].to("cpu")  # waits for the sweep, in the order of the stream
-
-    def method(self) -> str:
-        """Return how the cache is flushed, for the result."""
-        return f"{size(self.bytes, MiB='g')} read and written before every timed forward, {self._reason}"
 
 
 class Setup:
@@ -298,37 +293,28 @@ class Setup:
         All variants are noted in `measurement`, unavailable ones with the reason. Raises `VariantError` if
         graphs are required and this is the `first` implementation and has none.
         """
-        replayed = self._captured(implementation, first)
+        further = [Samples(variant, Check(status="not run")) for variant in self.timed if variant != HEADLINE]
+        measurement.others += further
+        replayed: CapturedForwards | None = None
+        if graphs := [samples for samples in further if samples.variant.mode == "graph"]:
+            try:
+                if not isinstance(implementation, MlaLayer):
+                    raise NoGraph(f"{implementation.name} is not captured")
+                replayed = CapturedForwards(implementation, self._scenario)
+            except NoGraph as error:
+                where = f"--mode graph: {self._scenario.name}, {implementation.name}"
+                if first and self._variants.graphs_required:
+                    raise VariantError(f"{where} cannot be replayed from graphs: {error}.") from error
+                for samples in graphs:
+                    samples.check.reason = str(error)
         runners = []
-        for variant in self.timed:
-            if variant == HEADLINE:
-                continue
-            samples = Samples(variant, Check(status="not run"))
-            measurement.others.append(samples)
-            if variant.mode == "eager":
-                runners.append(self._runner(implementation, implementation, samples))
-            elif isinstance(replayed, CapturedForwards):
-                forwards = replayed.without_bookkeeping() if variant.clock == "device" else replayed
+        for samples in further:
+            forwards: Any = implementation if samples.variant.mode == "eager" else replayed
+            if forwards is replayed and replayed is not None and samples.variant.clock == "device":
+                forwards = replayed.without_bookkeeping()
+            if forwards is not None:
                 runners.append(self._runner(implementation, forwards, samples))
-            else:
-                samples.check.reason = replayed
         return runners
-
-    def _captured(self, implementation: Implementation, first: bool) -> CapturedForwards | str:
-        """Return the captured forwards, or why there are none."""
-        if not any(variant.mode == "graph" for variant in self.timed):
-            return ""
-        try:
-            if not isinstance(implementation, MlaLayer):
-                raise NoGraph(f"{implementation.name} is not captured")
-            return CapturedForwards(implementation, self._scenario)
-        except NoGraph as error:
-            if first and self._variants.graphs_required:
-                where = f"{self._scenario.name}, {implementation.name}"
-                raise VariantError(
-                    f"--mode graph: {where} cannot be replayed from graphs: {error}."
-                ) from error
-            return str(error)
 
     def _runner(self, implementation: Implementation, forwards: Any, samples: Samples) -> PassRunner:
         variant, backend = samples.variant, self._backend
@@ -339,7 +325,7 @@ class Setup:
                 f"backend '{backend.name}' no longer has a device timer: device_timer() returned None."
             )
         flush = self._flush if variant.cache == "cold" else None
-        parts = [getattr(forwards, "method", ""), flush.method() if flush else "", plan.method()]
+        parts = [getattr(forwards, "method", ""), flush.method if flush else "", plan.method()]
         samples.clock = timer.clock if timer else "host"
-        samples.method = "; ".join(part for part in parts if part)
+        samples.method = "; ".join(filter(None, parts))
         return PassRunner(implementation, forwards, backend.synchronize, timer, flush, plan, samples)

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 from mla.bench.measure import evidence
 from mla.bench.measure.variants import EXTRA_PASSES, HEADLINE, Steps, Variant, steps
 from mla.bench.results.cases import LEFT_OUT, MIN_SHARED_STEPS
+from mla.bench.workload.scenario import Scenario
 
 if TYPE_CHECKING:
     from mla.bench.measure.passes import PassRunner
-
-from mla.bench.workload.scenario import Scenario
 
 # Seconds that a scenario should take, and seconds after which no further pass of it begins.
 TARGET_S, MAX_S = 30.0, 75.0
@@ -82,8 +81,8 @@ class Timetable:
 
     def forwards(self, runner: PassRunner, implementations: int) -> float:
         """Return how many timed forwards of one of so many implementations fit, its evidence aside."""
-        seconds, each = max(self.spare(), CHEAP_S) / implementations, runner.forward_s or 1e-9
-        return (seconds / each - self._evidence_forwards(runner)) / WHOLE
+        seconds = max(self.spare(), CHEAP_S) / implementations - self._evidence(runner)
+        return seconds / (WHOLE * runner.forward_s) if runner.forward_s else math.inf
 
     def variant_fits(self, runner: PassRunner, forward: float) -> bool:
         """Return whether all passes of a variant fit beside those that do already.
@@ -124,19 +123,15 @@ class Timetable:
         return sum((runner.steps.passes - len(runner.passes)) * pass_seconds(runner) for runner in right)
 
     def _all_evidence(self) -> float:
-        """Return the seconds of all evidence, which follows the passes."""
         return sum(map(self._evidence, filter(self._right, [*self.headlines, *self.variants])))
 
     def _evidence(self, runner: PassRunner) -> float:
-        each = pass_seconds(runner) / max(1, len(runner.steps.run))  # of a variant
-        return self._evidence_forwards(runner) * (runner.forward_s or each)
+        """Return the seconds of a variant's evidence: on new inputs, one forward before, and loading them.
 
-    def _evidence_forwards(self, runner: PassRunner) -> int:
-        """Return how many forwards the evidence of a variant has: on inputs that nothing has seen.
-
-        Those and their oracle are made before time is shared out.
+        Those inputs and their oracle are made before time is shared out.
         """
-        return evidence.forwards(runner.steps, self._prefill) + 2  # one before, and one for loading them
+        each = runner.forward_s or pass_seconds(runner) / max(1, len(runner.steps.run))
+        return (evidence.forwards(runner.steps, self._prefill) + 2) * each
 
 
 def pass_seconds(runner: PassRunner) -> float:
@@ -192,17 +187,16 @@ def shortened(
         allowed = 1e3 * ADDED_S / ms
     elif ms >= MUCH_SLOWER * first_ms:
         allowed = max(1e3 * BASELINE_S, SHARE * planned * first_ms) / ms
-    cut = planned > allowed
-    fewer = _fitting(scenario, min(most, LEFT * allowed if cut else math.inf))
-    return fewer if (cut and len(variants) > 1) or fewer != steps(HEADLINE, scenario) else None
+    cut, whole = planned > allowed, steps(HEADLINE, scenario)
+    fewer = _fitting(whole, scenario, min(most, LEFT * allowed if cut else math.inf))
+    return fewer if (cut and len(variants) > 1) or fewer != whole else None
 
 
-def _fitting(scenario: Scenario, allowed: float) -> Steps:
-    """Return the headline in `allowed` forwards: first with fewer passes, and then with shorter ones."""
-    planned = steps(HEADLINE, scenario)
-    count = len(planned.run)
-    allowed = min(allowed, planned.passes * count)
-    passes = min(planned.passes, max(MIN_PASSES, math.floor(allowed / count)))
+def _fitting(whole: Steps, scenario: Scenario, allowed: float) -> Steps:
+    """Return a headline in `allowed` forwards: first with fewer passes, and then with shorter ones."""
+    count = len(whole.run)
+    allowed = min(allowed, whole.passes * count)
+    passes = min(whole.passes, max(MIN_PASSES, math.floor(allowed / count)))
     least = min(count, MIN_STEPS if scenario.mode == "decode" else 1)
     some = range(min(count, max(least, math.floor(allowed / passes))))
-    return replace(planned, run=some, timed=some, passes=passes)
+    return replace(whole, run=some, timed=some, passes=passes)

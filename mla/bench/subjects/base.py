@@ -64,7 +64,6 @@ class Implementation(ABC):
 
     name: str
     held_to_reference = False  # at most twice its error, as well as the absolute bounds
-    computes = True  # the work that is counted: its time cannot be shorter than the device's limits allow
     number = 0  # of the present pass
 
     def __init__(self, setting: Setting) -> None:
@@ -141,30 +140,33 @@ class Foreign(Implementation):
         self._ran: set[int] = set()  # forwards of the present pass
         self._shape: tuple[int, int] = (0, 0)  # of a forward's outputs
 
+    def _call(self, method: str, *given: Any) -> Any:
+        return called(self.name, getattr(self._made, method), *given)
+
     def load(self, scenario: Scenario, inputs: Inputs) -> None:
         self._shape = (scenario.tokens, self.setting.config.hidden_size)
-        called(self.name, self._made.load, scenario, inputs)
+        self._call("load", scenario, inputs)
 
     def restore(self, number: int = 0) -> None:
         self.number, self._ran = number, set()
-        called(self.name, self._made.restore, number)
+        self._call("restore", number)
 
     def before(self, index: int) -> None:
-        called(self.name, self._made.before, index)
+        self._call("before", index)
 
     def step(self, index: int) -> None:
         self._made.step(index)
 
     def after(self, index: int) -> None:
-        called(self.name, self._made.after, index)
+        self._call("after", index)
         self._ran.add(index)
 
     def outputs(self) -> Outputs:
-        outputs: Outputs = called(self.name, self._made.outputs)
+        outputs: Outputs = self._call("outputs")
         return outputs
 
     def facts(self) -> Facts:
-        facts = called(self.name, self._made.facts)
+        facts = self._call("facts")
         if not isinstance(facts, Facts):
             given, due = type(facts).__name__, f"{Facts.__module__}.Facts"
             raise UsageError(f"--implementations: facts() of '{self.name}' returns '{given}', not `{due}`.")
@@ -173,13 +175,11 @@ class Foreign(Implementation):
     def check(self, checker: Any) -> Check:
         """Check all outputs of the last pass, none of which may be missing."""
         outputs = self.outputs()
-        wrong = ""
         if not isinstance(outputs, dict) or outputs.keys() != self._ran:
             wrong = f"is not a dict of the {len(self._ran)} forwards of the pass"
-        elif bad := [
-            index for index, x in outputs.items() if not torch.is_tensor(x) or x.shape != self._shape
-        ]:
-            wrong = f"has no tensor {list(self._shape)} for forward {bad[0]}"
+        else:
+            odd = (at for at, x in outputs.items() if not torch.is_tensor(x) or x.shape != self._shape)
+            wrong = next((f"has no tensor {list(self._shape)} for forward {index}" for index in odd), "")
         if wrong:
             return Check(status="wrong", reason=f"outputs() of '{self.name}' {wrong}")
         return super().check(checker)
@@ -292,21 +292,21 @@ class LayerChecker(Checker):
     def forwards(self, left: Left) -> Iterator[tuple[int, Forward]]:
         """Yield the forwards of a pass by index, each with what it should be."""
         scenario = self.inputs.scenario
-        decode, places = scenario.mode == "decode", left.places or partial(new_tokens, scenario)
         for index, rows in sorted(left.outputs.items()):
-            step = index if decode else 0
+            step, where = (
+                scenario.step(index),
+                f"{'step' if scenario.mode == 'decode' else 'forward'} {index}",
+            )
             expected = self.turned.rows(step, self.inputs.turn(left.number, index))
-            where = f"{'step' if decode else 'forward'} {index}"
-            yield index, Forward(step, rows, expected, where, partial(places, step))
+            yield index, Forward(step, rows, expected, where, partial(left.places or self._places, step))
+
+    def _places(self, step: int) -> Places:
+        """Return what the rows of a forward are."""
+        return Places.new_tokens(self.inputs.scenario.query_lens, self.inputs.scenario.kv_lens(step))
 
     def check_pass(self, left: Left, held: bool) -> Check:
         """Judge the outputs of a pass; `held`: an op of a backend is held to the reference."""
         return self.check_forwards((forward for _, forward in self.forwards(left)), held)
-
-
-def new_tokens(scenario: Scenario, step: int) -> Places:
-    """Return what the rows of a forward are."""
-    return Places.new_tokens(scenario.query_lens, scenario.kv_lens(step))
 
 
 class LayerImplementation(Implementation):
@@ -357,20 +357,17 @@ class LayerImplementation(Implementation):
 
     def before(self, index: int) -> None:
         self.ready(index)
-        self._hidden.show(self._step(index))  # as late as can be: nothing can work on inputs earlier
+        self._hidden.show(self.scenario.step(index))  # as late as can be: nothing can work on inputs earlier
 
     def ready(self, index: int) -> None:
         """Do all of `before` but writing the inputs."""
         if self._prefills:
             self.take(self._inputs.turn(self.number, index))
-        self.x, self.out = self.hidden[self._step(index)], self._shelf.next()
+        self.x, self.out = self.hidden[self.scenario.step(index)], self._shelf.next()
 
     @property
     def _prefills(self) -> bool:
         return self.scenario.mode == "prefill"
-
-    def _step(self, index: int) -> int:
-        return 0 if self._prefills else index
 
     def after(self, index: int) -> None:
         if self.setting.device.type == "cpu":  # where reading waits for nobody: what is there now counts

@@ -123,7 +123,7 @@ class Inputs:
 
         In decode the history is that of the pass: the tokens of earlier steps are not in it.
         """
-        turn, step = self.turn(number, index), index if self.scenario.mode == "decode" else 0
+        turn, step = self.turn(number, index), self.scenario.step(index)
         hidden = _chosen(self.scenario, self.hidden, self.others, step, turn)
         signs = turn.signs.to(hidden.dtype)
         signed = [(sign * kv, sign * pe) for sign, (kv, pe) in zip(signs, self.history, strict=True)]

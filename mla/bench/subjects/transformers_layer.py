@@ -83,10 +83,9 @@ class TransformersLayer(LayerImplementation):
 
     @torch.no_grad()
     def step(self, index: int) -> None:
-        step = index if self.scenario.mode == "decode" else 0
         rows = self.x.split(self.scenario.query_lens)
         outputs = self.out.split(self.scenario.query_lens)
-        requests = zip(rows, outputs, self._caches, self._steps[step], strict=True)
+        requests = zip(rows, outputs, self._caches, self._steps[self.scenario.step(index)], strict=True)
         for hidden, out, cache, arguments in requests:
             out.copy_(self._layer(hidden[None], cache=cache, **arguments)[0][0])
 

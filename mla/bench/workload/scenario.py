@@ -59,6 +59,10 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """Number of distinct hidden states: one per decode step, one for prefill."""
         return self.steps if self.mode == "decode" else 1
 
+    def step(self, index: int) -> int:
+        """Return the step whose lengths and inputs forward `index` of a pass has: 0 in prefill."""
+        return index if self.mode == "decode" else 0
+
     @property
     def tokens(self) -> int:
         """Number of new tokens in one forward."""

@@ -94,7 +94,7 @@ def test_every_byte_is_written_and_the_backend_is_not_called_after_it() -> None:
         assert backend.called == []
         assert flush._buffer.nbytes == flush.bytes
         assert bool((flush._buffer == times).all())
-    assert flush.method().startswith(
+    assert flush.method.startswith(
         f"{flush.bytes // MIB} MiB read and written before every timed forward, for"
     )
 
