@@ -1,14 +1,13 @@
 """The CPU with two ops of one kind to compare, and ops that cannot run: all are the reference inside.
 
 `first` and `second` are latent attention, `rows` is linear. `-O wrong=NAME` makes what that op writes 5 %
-too large; `-O hang=profiled`: `first` hangs while it is profiled. `-O refuse=NAME:HOW` makes an op refuse
+too large. `-O refuse=NAME:HOW` makes an op refuse
 contexts of more than 20 tokens: by `unsupported_batch` ("batch"), in "prepare" or at its "call"; with "raise"
 its `prepare` fails. `picky` is latent attention and refuses every layer; `old` has an outdated contract.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,16 +21,6 @@ from mla_backends.testing import HostBackend
 KINDS = {"first": "latent_attention", "second": "latent_attention", "rows": "linear"}
 
 MAX_TOKENS = 20  # tokens that a `Refusing` op takes
-RELEASE = threading.Event()  # ends the wait of what hangs
-
-
-class Hanging(FaultyOp):
-    """Waits for ever as soon as a profiler watches."""
-
-    def __call__(self, *leading: Any, **tensors: Any) -> None:
-        if torch.autograd._profiler_enabled():
-            assert RELEASE.wait(600)
-        super().__call__(*leading, **tensors)
 
 
 class Picky(FaultyOp):
@@ -75,7 +64,7 @@ class SeveralOps(HostBackend):
 
     @classmethod
     def known_options(cls) -> tuple[str, ...]:
-        return ("threads", "wrong", "hang", "refuse")
+        return ("threads", "wrong", "refuse")
 
     def setup(self, index: int | None = None) -> torch.device:
         torch.set_num_threads(1)
@@ -86,11 +75,9 @@ class SeveralOps(HostBackend):
 
     def ops(self) -> Mapping[str, FusedOp]:
         if not self._ops:
-            wrong = self.options.get("wrong", "hang")
+            wrong = self.options.get("wrong")
             for name, kind in KINDS.items():
                 self._ops[name] = FaultyOp(kind, "scale" if name == wrong else "none")
-            if self.options.get("hang") == "profiled":
-                self._ops["first"] = Hanging("latent_attention", "none")
             if "refuse" in self.options:
                 name, _, how = self.options["refuse"].partition(":")
                 self._ops[name] = Refusing(KINDS[name], how)

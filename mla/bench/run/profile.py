@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 import gzip
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -29,12 +28,12 @@ from mla.bench.limits.microbench import no_garbage_collection
 from mla.bench.measure.variants import stage_forwards
 from mla.bench.plan.request import Request
 from mla.bench.results.schema import Case, Cost, Roofline, Stage
-from mla.bench.run.watchdog import Budget, Watchdog
+from mla.bench.run.watchdog import Budget
 from mla.bench.subjects.base import Implementation, LayerChecker
-from mla.bench.subjects.fixture import Fixture, make_fixture
+from mla.bench.subjects.fixture import make_fixture
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.workload.scenario import Scenario
-from mla.command import exit_codes, last_words
+from mla.command import exit_codes
 from mla.command.console import note
 from mla.command.display import Progress
 from mla.command.exit_codes import Exit, interrupted
@@ -42,7 +41,6 @@ from mla.command.files import TRACE_START, write_bytes
 from mla.cost import Work, role_costs
 from mla.errors import ResultError
 from mla.text import counted
-from mla.verify.verdict import Check
 from mla_backends.api import HostTimer, Timer
 from mla_backends.errors import first_line
 
@@ -50,37 +48,14 @@ VIEWERS = "open it at https://ui.perfetto.dev or chrome://tracing"
 
 
 def profile(request: Request, run: results.Run, target: Path, budget: Budget, code: Exit) -> Exit:
-    """Write the trace of one more pass of every case with a number.
+    """Write the trace of one more pass of every case with a number, each implementation built alone.
 
     Return `code`, the run's exit code, or another one if this is interrupted.
     """
-    trace = Trace()
-    code = _record_all(request, run, trace, budget, code)
-    if not trace.passes:
-        note(f"profile    nothing was recorded, so '{target}' was not written")
-        return code
-    try:
-        data = trace.encode()
-        write_bytes(gzip.compress(data) if target.suffix == ".gz" else data, target)
-    except ResultError as error:
-        note(f"profile    {error}")
-        return code
-    note(f"profile    {_summary(trace, request.setting.device)} in '{target}': {VIEWERS}")
-    return code
-
-
-def _record_all(request: Request, run: results.Run, trace: Trace, budget: Budget, code: Exit) -> Exit:
-    """Record every case with a number, one implementation after the other, each built alone."""
-
-    def hung(scenario: str, implementation: str) -> None:
-        note(f"profiling hung at {scenario} / {implementation} and was stopped; the result is complete")
-        last_words.dismiss(code)
-        os._exit(code)
-
     cases = [(case.scenario, case.implementation) for case in run.cases if case.latency_ms]
-    where, watchdog = "the start", Watchdog(request.options.hang_after, hung)
+    trace, where = Trace(), "the start"
     try:
-        with Progress(len(cases)) as progress, watchdog:
+        with Progress(len(cases)) as progress:
             for plan in request.scenarios:
                 names = [name for name in request.implementations if (plan.name, name) in cases]
                 if names and budget.left() <= 0:
@@ -90,24 +65,26 @@ def _record_all(request: Request, run: results.Run, trace: Trace, budget: Budget
                 for name in names:
                     where = f"{plan.name} / {name}"
                     progress.advance(f"profiling {where}", 0)
-                    watchdog.enter(name)
-                    with watchdog.watching(plan.name):
-                        trace.add(_record_case(fixture, name, watchdog.beat))
+                    inputs, impl = fixture.inputs(), with_ranges(fixture.build(name))
+                    impl.load(plan.point, inputs)
+                    trace.add(record(impl, plan.point, plan.setting.backend.synchronize))
                     progress.advance(f"profiling {where}", 1)
     except KeyboardInterrupt:
         note("profiling was interrupted: the result is complete, the trace is not")
-        return interrupted()
+        code = interrupted()
     except Exception as error:  # noqa: BLE001  # a profiler must not cost a run
         said = f"{type(error).__name__}: {first_line(error)} ({exit_codes.place(error)})"
         note(f"profiling failed at {where}: {said}; the result is complete")
+    if not trace.passes:
+        note(f"profile    nothing was recorded, so '{target}' was not written")
+        return code
+    try:
+        data = trace.encode()
+        write_bytes(gzip.compress(data) if target.suffix == ".gz" else data, target)
+        note(f"profile    {_summary(trace, request.setting.device)} in '{target}': {VIEWERS}")
+    except ResultError as error:
+        note(f"profile    {error}")
     return code
-
-
-def _record_case(fixture: Fixture, name: str, beat: Callable[[], None]) -> dict[str, Any]:
-    inputs = fixture.inputs()
-    impl = with_ranges(fixture.build(name))
-    impl.load(fixture.point, inputs)
-    return record(impl, fixture.point, fixture.setting.backend.synchronize, beat)
 
 
 def _summary(trace: Trace, device: torch.device) -> str:
@@ -182,8 +159,7 @@ class Stopwatch:
     @contextmanager
     def region(self, name: str) -> Iterator[None]:
         """Time the `with` block, or a function that this decorates, excluding other regions inside it."""
-        if self._open:
-            self._stop()
+        self._stop()
         self._open.append(name)
         self._timer.start()
         try:
@@ -195,8 +171,9 @@ class Stopwatch:
                 self._timer.start()
 
     def _stop(self) -> None:
-        name = self._open[-1]
-        self._times[name] = self._times.get(name, 0.0) + self._timer.stop()
+        if self._open:
+            name = self._open[-1]
+            self._times[name] = self._times.get(name, 0.0) + self._timer.stop()
 
 
 def watch_parts(impl: MlaLayer, watch: Stopwatch) -> None:
@@ -218,30 +195,6 @@ def watched_step(impl: MlaLayer, watch: Stopwatch) -> None:
         impl.forward(batch, impl.x, impl.out)
 
 
-def time_forwards(
-    impl: MlaLayer,
-    scenario: Scenario,
-    timer: Timer,
-    progress: Callable[[str, int], None],
-    check: Callable[[], Check],
-) -> tuple[list[Sample], Check]:
-    """Run the passes; return a sample per forward, and the check of the last pass or the first wrong one."""
-    watch, samples, verdict = Stopwatch(timer), list[Sample](), Check(status="ok")
-    watch_parts(impl, watch)
-    gc.collect()
-    with no_garbage_collection():
-        while len(samples) < stage_forwards(scenario) and verdict.status == "ok":
-            impl.restore(PASSES + len(samples))  # inputs that no other pass had
-            for index in range(scenario.inputs):
-                impl.before(index)
-                watched_step(impl, watch)
-                impl.after(index)
-                samples.append(watch.take())
-            verdict = check()
-            progress(f"{scenario.name}: stages of {impl.name}", scenario.inputs)
-    return samples, verdict
-
-
 def add_stages(
     case: Case,
     impl: MlaLayer,
@@ -249,13 +202,24 @@ def add_stages(
     checker: LayerChecker,
     progress: Callable[[str, int], None],
 ) -> None:
-    """Fill `case.stages`, the last thing that is done with a layer.
+    """Run passes that fill `case.stages`, the last thing that is done with a layer.
 
     A case that is wrong in these passes loses its numbers.
     """
+    watch, samples, check = Stopwatch(HostTimer(impl.setting.backend.synchronize)), list[Sample](), case.check
+    watch_parts(impl, watch)
+    gc.collect()
     try:
-        timer = HostTimer(impl.setting.backend.synchronize)
-        samples, check = time_forwards(impl, scenario, timer, progress, lambda: impl.check(checker))
+        with no_garbage_collection():
+            while len(samples) < stage_forwards(scenario) and check.status == "ok":
+                impl.restore(PASSES + len(samples))  # inputs that no other pass had
+                for index in range(scenario.inputs):
+                    impl.before(index)
+                    watched_step(impl, watch)
+                    impl.after(index)
+                    samples.append(watch.take())
+                check = impl.check(checker)
+                progress(f"{scenario.name}: stages of {impl.name}", scenario.inputs)
     except KeyboardInterrupt:
         case.interrupted = True
         return
@@ -317,24 +281,21 @@ class Trace:
         self._facts: dict[str, Any] = {}
         self._events: list[Any] = []
         self._end = 0.0
-        self._ids = 0
 
     def add(self, document: dict[str, Any]) -> None:
         """Append what the profiler wrote about one pass: an object with a list `traceEvents`."""
         events = document["traceEvents"]
         start = min(float(event["ts"]) for event in events if event["ph"] == "X")
-        end, ids = self._end, self._ids
+        begin, self.passes = self._end, self.passes + 1
         for event in events:
             if "ts" in event:
-                event["ts"] = max(self._end, self._end + float(event["ts"]) - start)
-                end = max(end, event["ts"] + float(event.get("dur", 0)))
+                event["ts"] = max(begin, begin + float(event["ts"]) - start)
+                self._end = max(self._end, event["ts"] + float(event.get("dur", 0)))
             if event["ph"] in _LINKED and isinstance(event.get("id"), int):
-                event["id"] += self._ids + 1
-                ids = max(ids, event["id"])
-        self._end, self._ids = end + GAP_US, ids
+                event["id"] += self.passes << 32
+        self._end += GAP_US
         self._facts = {name: value for name, value in document.items() if name not in _OF_ONE_PASS}
         self._events += events
-        self.passes += 1
         self.operators += sum(event.get("cat") == "cpu_op" for event in events)
         self.launches += sum(event.get("cat") == "kernel" for event in events)
 
@@ -360,12 +321,10 @@ def with_ranges(impl: Implementation) -> Implementation:
     return impl
 
 
-def record(
-    impl: Implementation, scenario: Scenario, synchronize: Callable[[], None], beat: Callable[[], None]
-) -> dict[str, Any]:
+def record(impl: Implementation, scenario: Scenario, synchronize: Callable[[], None]) -> dict[str, Any]:
     """Run the first forwards of a pass, eagerly, and return what the profiler wrote about them.
 
-    One forward runs unrecorded before; `beat` is called after each.
+    One forward runs unrecorded before.
     """
 
     def forward(index: int) -> None:
@@ -374,7 +333,6 @@ def record(
         with torch.profiler.record_function(f"forward {index}"):
             impl.step(index)
         impl.after(index)
-        beat()
 
     impl.restore()
     forward(0)

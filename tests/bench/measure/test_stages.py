@@ -212,7 +212,7 @@ def test_an_interrupt_while_stages_are_timed_keeps_the_numbers(
     def interrupt(*arguments: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(profile, "time_forwards", interrupt)
+    monkeypatch.setattr(profile, "watched_step", interrupt)
     (case,) = cases(bench, small, "--stages", code=130)
     assert case.interrupted
     assert case.latency_ms is not None

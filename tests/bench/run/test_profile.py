@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import several_ops
 import torch
 
 from mla.bench import results
 from mla.bench.measure import engine
 from mla.bench.run import profile
-from mla.bench.run.watchdog import Watchdog
 
 Bench = Callable[..., Any]
 Event = dict[str, Any]
@@ -217,27 +215,6 @@ def test_ctrl_c_keeps_the_result_and_the_passes_so_far(
     assert "profiling was interrupted: the result is complete, the trace is not" in done.err
     assert all(samples().values())
     assert len({event["name"] for event in ranges(read("trace.json")) if " / " in event["name"]}) == 1
-
-
-def test_a_profiler_that_hangs_is_given_up(
-    bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ending the process is replaced by ending the wait."""
-    codes: list[int] = []
-
-    def end(code: int) -> None:
-        codes.append(code)
-        several_ops.RELEASE.set()
-
-    monkeypatch.setattr(profile, "Watchdog", lambda limit, hung: Watchdog(0.2, hung))
-    monkeypatch.setattr(profile.os, "_exit", end)
-    monkeypatch.setattr(profile.last_words, "dismiss", lambda code: codes.append(code))
-    several_ops.RELEASE.clear()
-    words = ["-O", "hang=profiled", "--scenario", "decode", "--implementations", "mla", "-o", "run.json"]
-    done = bench(*SEVERAL, *small, *QUICK, *words, "--profile", "trace.json")
-    assert (done.code, codes) == (0, [0, 0])
-    assert "\nprofiling hung at decode / mla and was stopped; the result is complete\n" in done.err
-    assert all(samples().values())
 
 
 @pytest.mark.parametrize(
