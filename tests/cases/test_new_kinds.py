@@ -161,7 +161,7 @@ def test_a_wrong_op_is_found_kept_and_replayed(
     check = bench.run(implementation, 1)
     assert check.status == "wrong"
     assert said in check.reason
-    wrong = search(implementation, bench.scenario, bench.problem, lambda: None).wrong
+    wrong = search(implementation, bench.scenario, bench.problem, lambda: None)[0].wrong
     assert wrong is not None
     assert said in wrong.reason
     file.write_call(tmp_path, wrong, ORIGIN)

@@ -19,10 +19,8 @@ from mla.bench.workload.grid import (
     DEFAULT_QUERY,
     READS_HISTORY,
     SELECTIONS,
-    SPARSE,
     Axes,
     Point,
-    ops_of,
 )
 from mla.bench.workload.implementations import is_ours, parse
 from mla.bench.workload.scenario import MAX_COUNT, MAX_LAYERS, MAX_REQUESTS, duration, size
@@ -399,17 +397,6 @@ def of_lengths(options: RunOptions) -> Iterator[str]:
         yield f"{lengths[0]} and {source} are mutually exclusive: both give the lengths of the requests."
 
 
-def of_sparse(options: RunOptions, op_of_file: str | None) -> Iterator[str]:
-    """Yield that an op selects nothing, on a workload whose ops, `op_of_file`, do."""
-    ops = [] if options.op is None else ops_of(options.op)
-    dense = next((op for op in ops if op not in SPARSE), None)
-    if dense and op_of_file and not set(SPARSE).isdisjoint(ops_of(op_of_file)):
-        yield (
-            f"workload '{options.workload_name}' is for {', '.join(SPARSE)}, and {dense} selects nothing: "
-            "leave --op out, or give its batches with --batch-spec."
-        )
-
-
 def of_options(options: RunOptions, axes: Axes, op_of_file: str | None = None) -> Iterator[str]:
     """Yield which options contradict each other or lack one that they need.
 
@@ -544,18 +531,14 @@ def of_dtype(backend: Backend, dtype: object) -> Iterator[str]:
 
 
 def of_heads(config: MLAConfig, points: Sequence[Point]) -> Iterator[str]:
-    """Yield a number of heads that no tensor-parallel rank of the model has."""
+    """Yield a number of heads that no tensor-parallel rank of the model has; one op alone may have any."""
     whole = config.num_attention_heads
     for point in points:
-        axis = point.point.get("heads")
-        # One op alone may have any number of them.
-        heads = point.heads if axis is None and point.op is None else axis
-        if isinstance(heads, int) and (heads > whole or whole % heads):
-            where = f"scenario '{point.name}', heads" if axis is None else "axis heads"
-            problem = "are more than" if heads > whole else "do not divide"
+        heads = point.point.get("heads", None if point.op else point.heads)
+        if isinstance(heads, int) and whole % heads:
             yield (
-                f"{where}: {heads} {problem} the {whole} heads of {config.name}; a tensor-parallel rank "
-                "has an equal share of them."
+                f"scenario '{point.name}': {heads} heads are no equal share of the {whole} heads of "
+                f"{config.name}, which a tensor-parallel rank has."
             )
 
 

@@ -130,7 +130,6 @@ def _with_defaults(options: RunOptions, workload: Workload | None) -> RunOptions
     if config is None and options.model_path is None:
         config = workload.config
     op = workload.op if options.op is None else options.op
-    commands.refuse(commands.of_sparse(options, workload.op))
     axes = {axis for scenario in select(workload.scenarios, options.scenarios) for axis in scenario.axes}
     axes -= {axis.partition("=")[0] for axis in options.axes}
     options = replace(options, config=config, op=op)

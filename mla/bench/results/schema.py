@@ -193,21 +193,21 @@ class Case(msgspec.Struct, kw_only=True):
     query_lens: Annotated[list[Length], Meta(min_length=1)]
     history: Annotated[list[Length], Meta(min_length=1)]
     steps_per_pass: Positive
-    passes: Length
-    warmups: Length  # forwards run before timing, not counting the checked ones
-    interleaved_with: list[str]
+    passes: Length = 0
+    warmups: Length = 0  # forwards run before timing, not counting the checked ones
+    interleaved_with: list[str] = []
     check: Check
-    latency_ms: Latency | None
-    tokens_per_s: Throughput | None
-    plan_ms: Sample | None  # prefill: planning the batch, outside the timed region
-    switch_steps: list[Length]  # indices into samples of forwards that followed another implementation
+    latency_ms: Latency | None = None
+    tokens_per_s: Throughput | None = None
+    plan_ms: Sample | None = None  # prefill: planning the batch, outside the timed region
+    switch_steps: list[Length] = []  # indices into samples of forwards that followed another implementation
     cost: Cost
-    roofline: Roofline
+    roofline: Roofline = msgspec.field(default_factory=Roofline)
     memory: Memory
-    ops: dict[str, str]
+    ops: dict[str, str] = {}
     agreement: list[Agreement] = []
-    clock: str
-    interrupted: bool
+    clock: str = "none"
+    interrupted: bool = False
     repro: str
     base: str = ""  # the workload's scenario that a grid expands; `scenario` also names the point
     point: dict[str, Length | str] = {}  # axis -> value, for a point of a grid

@@ -15,7 +15,7 @@ from mla.cases.memory import Tensors
 from mla.command import environment
 from mla.command.console import note
 from mla.failures import file
-from mla.failures.call import MAX_CALL_BYTES, JudgedCall, Watched, Watcher
+from mla.failures.call import MAX_CALL_BYTES, Watched, Watcher
 from mla.layer.ops import layer_roles
 from mla.text import counted, size
 from mla.verify.layer_check import Forward
@@ -58,18 +58,31 @@ class Keeper:
 
     def _keep(self, impl: Implementation, check: Check, case: FailedCase) -> None:
         seen = layer_tensors(impl, case.checker)  # before the search overwrites them
-        outcome = search(impl, case.point, case.inputs, case.heartbeat)
+        watcher, forwards = search(impl, case.point, case.inputs, case.heartbeat)
+        path, replay, alone = (
+            self.folder / file.NAME,
+            file.replay_command(self.folder),
+            case.point.op is not None,
+        )
         origin = self._origin(impl, check, case)
-        path, replay, why = self.folder / file.NAME, file.replay_command(self.folder), not_found(outcome)
-        if outcome.wrong is not None:
-            file.write_call(self.folder, outcome.wrong, origin)
-            facts, what = outcome.wrong.call.facts, "is wrong again"
-            if case.point.op is None:
-                what = "is the first wrong op of this forward; its inputs were right"
-            kept = f"Its call is kept in '{path}'; replay it with: {replay}"
-            said = f"{facts.role} (op '{facts.op}') {what}. {kept}"
-        elif outcome.last is not None and case.point.op is not None:
-            file.write_call(self.folder, outcome.last, origin)
+        why = (
+            f"the failure did not repeat: every op was right in {counted(forwards, 'forward')} repeated op "
+            "by op. It may be a race, or depend on earlier work or a graph"
+        )
+        if watcher.reason or not watcher.judged:
+            why = watcher.reason or "no call is kept: none of its ops can be judged alone"
+        if watcher.wrong is not None:
+            file.write_call(self.folder, watcher.wrong, origin)
+            facts, what = (
+                watcher.wrong.call.facts,
+                "is the first wrong op of this forward; its inputs were right",
+            )
+            said = (
+                f"{facts.role} (op '{facts.op}') {'is wrong again' if alone else what}. Its call is kept in "
+            )
+            said += f"'{path}'; replay it with: {replay}"
+        elif watcher.last is not None and alone:
+            file.write_call(self.folder, watcher.last, origin)
             said = f"{why}. A call is kept in '{path}'; repeat it with: {replay} --runs 1000"
         elif sum(tensor.nbytes for tensor in seen.values()) > MAX_CALL_BYTES:
             said = f"{why}. Nothing is kept: the outputs take more than {size(MAX_CALL_BYTES)}"
@@ -92,19 +105,6 @@ class Keeper:
             git_commit=environment.git_commit(),
             environment={**environment.environment(backend), "argv": " ".join(sys.argv[1:])},
         )
-
-
-def not_found(outcome: Search) -> str:
-    """Return why no op is to blame."""
-    if outcome.refused:
-        return outcome.refused
-    if not outcome.judged:
-        return "no call is kept: none of its ops can be judged alone"
-    again = f"{counted(outcome.forwards, 'forward')}"
-    return (
-        f"the failure did not repeat: every op was right in {again} repeated op by op. It may be a race, or "
-        "depend on earlier work or a graph"
-    )
 
 
 def layer_tensors(impl: Implementation, checker: Any) -> Tensors:
@@ -130,21 +130,15 @@ def layer_tensors(impl: Implementation, checker: Any) -> Tensors:
     return {"hidden": impl.x.to("cpu", copy=True), **outputs}
 
 
-@dataclass(frozen=True)
-class Search:
-    """What came of running the forwards of a pass again, each op judged by float64."""
+def search(
+    impl: Implementation, point: Point, inputs: Any, heartbeat: Callable[[], None]
+) -> tuple[Watcher, int]:
+    """Run an implementation's pass again until an op is wrong; it is of no further use.
 
-    wrong: JudgedCall | None
-    last: JudgedCall | None  # that was right
-    forwards: int  # that were made
-    judged: int  # calls of ops in them
-    refused: str  # why a call was not judged
-
-
-def search(impl: Implementation, point: Point, inputs: Any, heartbeat: Callable[[], None]) -> Search:
-    """Run an implementation's pass again until an op is wrong; it is of no further use."""
+    Return what judged every op by float64, and how many forwards were made.
+    """
     watcher = Watcher(impl.setting.backend.synchronize, heartbeat)
-    names, forwards, number = impl.facts().ops, 0, impl.number
+    names, number, forwards = impl.facts().ops, impl.number, 0
     roles = layer_roles(impl.setting.config, impl.setting.dtype, impl.setting.device)
 
     def watched(role: str, op: Any) -> Watched:
@@ -156,14 +150,11 @@ def search(impl: Implementation, point: Point, inputs: Any, heartbeat: Callable[
     if isinstance(impl, OpImplementation):
         impl.load(point, inputs)  # its call is bound to the op
     impl.restore(number)
-    for index in range(point.steps):
-        step = index if point.mode == "decode" else 0
-        watcher.lengths = (point.query_lens, point.kv_lens(step))
-        impl.before(index)
+    while forwards < point.steps and not watcher.done:
+        watcher.lengths = (point.query_lens, point.kv_lens(forwards if point.mode == "decode" else 0))
+        impl.before(forwards)
         impl.meet()
-        impl.step(index)
-        impl.after(index)
+        impl.step(forwards)
+        impl.after(forwards)
         forwards += 1
-        if watcher.done:
-            break
-    return Search(watcher.wrong, watcher.last, forwards, watcher.judged, watcher.reason)
+    return watcher, forwards

@@ -65,18 +65,19 @@ class ScenarioRun:
         progress: engine.ProgressCallback,
         hooks: Hooks,
         keeper: Keeper | None = None,
-        done: Sequence[results.Case] = (),
+        done: Sequence[Case] = (),
     ) -> None:
         """`done`: cases of this scenario that an earlier run measured."""
         self._request, self._point, self._setting = request, scenario.point, scenario.setting
         self._progress = progress
-        self._hooks = replace(hooks, enter=self._enter, failed=self._failed)
         self._running, self._keeper, self._threads_changed = hooks.enter, keeper, False
+        self._first, warmups = request.implementations[0], request.options.warmups or 0
+        hooks = replace(hooks, warmups=warmups, added=request.added, first=self._first)
+        self._hooks = replace(hooks, enter=self._enter, failed=self._failed)
         self._fixture = make_fixture(scenario.setting, scenario.point, request.state, self._computing)
         self.ceilings = RooflineModel(self._setting)
         self.refusal: MLAError | None = None  # the first of an op
-        self._outputs: dict[str, Outputs] = {}  # of right implementations
-        self._first = request.implementations[0]
+        self.outputs: dict[str, Outputs] = {}  # of right implementations
         first = (case.latency_ms for case in done if case.implementation == self._first and case.latency_ms)
         layers = self._point.layers
         self._first_ms = sum(layers * latency.median for latency in first)  # of a forward, once it ran right
@@ -104,23 +105,22 @@ class ScenarioRun:
         self._progress(f"{self._point.name}: float64 oracle", 0)
         self._hooks.heartbeat()
 
-    def measure(self, names: Sequence[str]) -> list[results.Case]:
+    def measure(self, names: Sequence[str]) -> list[Case]:
         """Measure implementations, interleaved."""
         inputs, checker = self.prepare()  # which calls ops as well: of what is a limit
         self._restore_threads()
-        built = [self._build(name) for name in names]
-        backend, seed, variants = self._setting.backend, self._setting.seed, self._request.variants
-        warmups, added = self._request.options.warmups or 0, self._request.added
-        first, ms = self._first, self._first_ms
-        hooks = replace(self._hooks, warmups=warmups, added=added, first=first, first_ms=ms)
-        measured = engine.measure(
-            built, self._point, inputs, checker, backend, seed, variants, self._progress, hooks
-        )
+        built = []
+        for name in names:
+            self._hooks.enter(name)
+            built.append(self._fixture.build(name))
+        given = self._setting.backend, self._setting.seed, self._request.variants, self._progress
+        hooks = replace(self._hooks, first_ms=self._first_ms)
+        measured = engine.measure(built, self._point, inputs, checker, *given, hooks)
         self._restore_threads()
         for name in names:
             measurement = measured[name]
             if measurement.check.status in ("ok", "doubtful"):
-                self._outputs[name] = measurement.outputs
+                self.outputs[name] = measurement.outputs
             if measurement.check.status == "ok" and name == self._first:
                 self._first_ms = measurement.typical_ms or 0.0
             if measurement.refused:
@@ -162,21 +162,9 @@ class ScenarioRun:
         where = f"scenario '{self._point.name}', implementation '{name}'"
         self.refusal = self.refusal or UnsupportedBatch(f"{where}: {reason}")
 
-    def _build(self, name: str) -> Implementation:
-        self._hooks.enter(name)
-        return self._fixture.build(name)
-
-    def not_run(self, names: Sequence[str], reason: str, interrupted: bool = False) -> list[results.Case]:
-        """Return cases that say why they hold no number."""
-        return [self._empty(name, reason, interrupted) for name in names]
-
-    def compare(self, cases: Sequence[results.Case]) -> None:
-        """Tell the right implementations of this scenario how they relate."""
-        samples.compare(cases, self._outputs)
-
-    def _case(self, impl: Implementation, measured: Measurement, names: Sequence[str]) -> results.Case:
+    def _case(self, impl: Implementation, measured: Measurement, names: Sequence[str]) -> Case:
         loaded = measured.check.status != "not run"
-        case = self._empty(impl.name, "", interrupted=False)
+        (case,) = self.not_run([impl.name], "")
         facts = impl.facts()
         samples.fill(case, self._point, measured, facts)
         whole = case.latency_ms and not case.interrupted  # after that, ranks may be anywhere in a forward
@@ -203,50 +191,44 @@ class ScenarioRun:
         roofline.place_case(case, self.ceilings.used())
         return case
 
-    def _whole(self, costs: Sequence[results.Cost]) -> results.Cost:
+    def _whole(self, costs: Sequence[Cost]) -> Cost:
         """Return a device's work in a forward, which moves the bytes of all layers: the busiest one's."""
         layers, most = self._point.layers, busiest(costs)
-        return results.Cost(flops=layers * most.flops, bytes=layers * most.bytes)
+        return Cost(flops=layers * most.flops, bytes=layers * most.bytes)
 
-    def _costs(self, setting: Setting, steps: int | None = None) -> list[results.Cost]:
+    def _costs(self, setting: Setting, steps: int | None = None) -> list[Cost]:
         """Return the work of one layer on every device."""
         if setting.ranks is not None:
             return rank_costs(setting, setting.ranks.layout, self._point, steps)
         return [make_fixture(setting, self._point, self._request.state).cost(steps)]
 
-    def _empty(self, name: str, reason: str, interrupted: bool) -> results.Case:
+    def not_run(self, names: Sequence[str], reason: str, interrupted: bool = False) -> list[Case]:
+        """Return cases that say why they hold no number."""
         scenario = self._point
-        return results.Case(
-            scenario=scenario.name,
-            mode=scenario.mode,
-            implementation=name,
-            query_lens=list(scenario.query_lens),
-            history=list(scenario.history),
-            steps_per_pass=scenario.steps,
-            passes=0,
-            warmups=0,
-            interleaved_with=[],
-            check=results.Check(status="not run", reason=reason),
-            latency_ms=None,
-            tokens_per_s=None,
-            plan_ms=None,
-            switch_steps=[],
-            cost=self._fixture.cost(),
-            roofline=results.Roofline(),
-            memory=results.Memory(weight_bytes=0, cache_bytes=0, peak_bytes=None),
-            ops={},
-            clock="none",
-            interrupted=interrupted,
-            repro=case_command(self._request.command, scenario, self._fixture.repeated_as(name)),
-            base=scenario.base,
-            point=dict(scenario.point),
-            dtype=dtype_name(self._setting.dtype),
-            heads=self._setting.config.num_attention_heads,
-            format_error=format_error(self._setting.codec) or None,
-            layers=scenario.layers,
-            op=self._fixture.op,
-            batch_spec=scenario.batch_spec,
-        )
+        return [
+            Case(
+                scenario=scenario.name,
+                mode=scenario.mode,
+                implementation=name,
+                query_lens=list(scenario.query_lens),
+                history=list(scenario.history),
+                steps_per_pass=scenario.steps,
+                check=results.Check(status="not run", reason=reason),
+                cost=self._fixture.cost(),
+                memory=results.Memory(weight_bytes=0, cache_bytes=0, peak_bytes=None),
+                interrupted=interrupted,
+                repro=case_command(self._request.command, scenario, self._fixture.repeated_as(name)),
+                base=scenario.base,
+                point=dict(scenario.point),
+                dtype=dtype_name(self._setting.dtype),
+                heads=self._setting.config.num_attention_heads,
+                format_error=format_error(self._setting.codec) or None,
+                layers=scenario.layers,
+                op=self._fixture.op,
+                batch_spec=scenario.batch_spec,
+            )
+            for name in names
+        ]
 
 
 # --------------------------------------------------------------------------------------- the device's limits

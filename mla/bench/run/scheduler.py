@@ -12,9 +12,10 @@ import msgspec
 from mla.bench import results
 from mla.bench.limits import roofline
 from mla.bench.limits.roofline import RooflineModel
+from mla.bench.measure import samples
 from mla.bench.measure.engine import Hooks, too_large
 from mla.bench.measure.target import MAX_S, TARGET_S, Target
-from mla.bench.plan.memory import MemoryPlan, available_memory
+from mla.bench.plan.memory import available_memory
 from mla.bench.plan.request import Request, ScenarioPlan, empty_run
 from mla.bench.results.cases import added_baselines, label
 from mla.bench.run.scenario_run import ScenarioRun
@@ -95,7 +96,9 @@ class _Scheduler:
             if len(self._request.scenarios) == 1 or not too_large(error):  # others may go well
                 return Outcome(self._result(), failure=failure_of(scenario.name, error))
             self._refusal = self._refusal or failure_of(scenario.name, error)
-            self._skip(work, scenario, self._missing(scenario), first_line(error) or type(error).__name__)
+            reason = first_line(error) or type(error).__name__
+            note(f"{scenario.name} is skipped: {reason}")
+            self._keep(work.not_run(self._missing(scenario), reason))
         self._refusal = self._refusal or work.refusal
         self._advance(self._place(), self._bar)  # with what was planned and not done
         cases = [self._cases[scenario.name, name] for name in names]
@@ -124,36 +127,24 @@ class _Scheduler:
         return f"{self._number} of {len(self._request.scenarios)}"
 
     def _measure(self, work: ScenarioRun, scenario: ScenarioPlan, names: list[str]) -> None:
-        names = self._not_refused(work, scenario, names)
-        if not names:
-            return
+        """Measure implementations, side by side where memory allows it, except those that are refused."""
+        for name in [name for name in names if name in scenario.refused]:
+            work.refuse(name, scenario.refused[name])
+            self._keep(work.not_run([name], scenario.refused[name]))
+        names = [name for name in names if name not in scenario.refused]
         memory = replace(scenario.memory, available=available_memory(scenario.setting.backend))
-        if not memory.fits:
-            self._skip(work, scenario, names, f"it needs {memory.shortage()}")
-        elif reason := self._steering.budget.short(0.0, "limits and checks"):
-            self._keep(work.not_run(names, reason))
-        else:
-            self._interleave(work, memory, scenario, names)
-
-    def _not_refused(self, work: ScenarioRun, scenario: ScenarioPlan, names: list[str]) -> list[str]:
-        """Skip the implementations whose ops refuse the lengths; return the others."""
-        for name in names:
-            if name in scenario.refused:
-                work.refuse(name, scenario.refused[name])
-                self._keep(work.not_run([name], scenario.refused[name]))
-        return [name for name in names if name not in scenario.refused]
-
-    def _interleave(
-        self, work: ScenarioRun, memory: MemoryPlan, scenario: ScenarioPlan, names: list[str]
-    ) -> None:
+        if names and not memory.fits:
+            note(f"{scenario.name} is skipped: it needs {memory.shortage()}")
+            self._keep(work.not_run(names, f"it needs {memory.shortage()}"))
+        if not names or not memory.fits or self._is_late(work, names, "limits and checks"):
+            return
         if not memory.side_by_side:
             note(
                 f"{scenario.name} is not interleaved: the implementations do not fit into memory together, "
                 "so each runs alone"
             )
         work.measure_limits()
-        if reason := self._steering.budget.short(0.0, "oracle and checks"):
-            self._keep(work.not_run(names, reason))
+        if self._is_late(work, names, "oracle and checks"):
             return
         work.prepare()
         waiting = [names] if memory.side_by_side else [[name] for name in names]
@@ -174,10 +165,17 @@ class _Scheduler:
             if any(case.interrupted for case in cases):
                 self._keep(work.not_run(self._missing(scenario), "interrupted", interrupted=True))
                 return
-        work.compare(done)
-        cut = [case for case in done if case.check.status == "ok" and not case.passes]
-        late = f"{OVER_BUDGET}: after the checks, no timed pass fitted into what was left"
-        self._keep(work.not_run([case.implementation for case in cut], late))
+        samples.compare(done, work.outputs)
+        cut = [case.implementation for case in done if case.check.status == "ok" and not case.passes]
+        self._keep(
+            work.not_run(cut, f"{OVER_BUDGET}: after the checks, no timed pass fitted into what was left")
+        )
+
+    def _is_late(self, work: ScenarioRun, names: Sequence[str], what: str) -> bool:
+        """Return whether the time is over before something begins; then leave these out."""
+        if reason := self._steering.budget.short(0.0, what):
+            self._keep(work.not_run(names, reason))
+        return bool(reason)
 
     def _after(
         self, error: Exception, work: ScenarioRun, scenario: ScenarioPlan, names: list[str]
@@ -205,10 +203,6 @@ class _Scheduler:
         given = self._request.options.counted or budget.seconds is not None
         target = Target() if given else Target(TARGET_S, MAX_S)
         return Hooks(budget.short, self._watchdog.enter, self._watchdog.beat, target=target)
-
-    def _skip(self, work: ScenarioRun, scenario: ScenarioPlan, names: Sequence[str], reason: str) -> None:
-        note(f"{scenario.name} is skipped: {reason}")
-        self._keep(work.not_run(names, reason))
 
     def _keep(self, cases: Sequence[results.Case]) -> None:
         self._cases |= {(case.scenario, case.implementation): case for case in cases}

@@ -28,10 +28,9 @@ from mla.failures import file
 
 # Seconds without a forward after which a device is assumed to hang.
 HANG_AFTER = 600.0
-# Facts that a backend reports of itself; some are measured, such as a clock, so that they never repeat.
-REPORTED = "backend."
-# Where a completed file keeps what was different when its older cases were measured.
-MARK = "resumed"
+# Facts of an environment that may differ between two parts of a file: what a backend reports of itself, of
+# which some is measured, what else was running, and which baselines were added.
+_VARY = ("backend.", OTHERS, ADDED, "resumed")
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,11 @@ class Steering:
     budget: Budget = field(default_factory=Budget)
     kept: Sequence[results.Case] = ()  # of the run that is resumed: these are not measured again
     ceilings: Sequence[results.Ceiling] = ()  # that the kept cases used
-    log: Note = lambda text: None  # one line per finished scenario
     hang_after: float = HANG_AFTER
     keeper: Keeper | None = None  # of the first failure
     target: Path | None = None  # where the result goes
     show: Callable[[results.Run], None] = lambda run: None  # what a reader gets of a run that hangs
+    log: Note = lambda text: None  # one line per finished scenario
 
     def save(self, run: results.Run, *, last: bool = False) -> None:
         """Write what there is, so that it's kept whatever comes; to a pipe only the last time."""
@@ -76,20 +75,13 @@ def steering(
 
     Raises `ResultError`.
     """
-    options, kept, keeper = request.options, _kept(request, empty, old), None
+    options, keeper = request.options, None
+    kept, ceilings = _kept(request, empty, old), old.ceilings if old is not None else ()
     if options.dump_failure is not None:
         file.prepare(options.dump_failure)
         name = options.backend or request.setting.backend.name
         keeper = Keeper(options.dump_failure, name, list(options.backend_options))
-    return Steering(
-        budget,
-        kept,
-        old.ceilings if old is not None else (),
-        hang_after=options.hang_after,
-        keeper=keeper,
-        target=options.target,
-        show=show,
-    )
+    return Steering(budget, kept, ceilings, options.hang_after, keeper, options.target, show)
 
 
 def skipped(request: Request, run: results.Run) -> str | None:
@@ -101,55 +93,37 @@ def skipped(request: Request, run: results.Run) -> str | None:
     )
     if not reasons and not short:
         return None
-    words = [*request.command, *request.selection]
-    words += ["--implementations", ",".join(request.implementations), "--resume", str(request.options.target)]
-    on = "with -o, a later run could --resume it"
-    if request.options.target:
-        on = f"resume with: {commands.command(words)}"
     did = [f"skipped {len(reasons)}"] * bool(reasons) + [f"cut short {short}"] * bool(short)
-    cut = f"--budget {' and '.join(did)} of {len(run.cases)} cases"
-    if not reasons or any(case.latency_ms for case in run.cases):
-        return f"{cut}; {on}"
-    less = "measure less with --runs, --passes, --scenario or --mode eager --cache warm"
-    why = reasons[0].partition(": ")[2]
-    return f"--budget was too short for any number ({why}): give it more, or {less}. {cut}; {on}"
+    cut = f"--budget {' and '.join(did)} of {len(run.cases)} cases; "
+    if reasons and not any(case.latency_ms for case in run.cases):
+        less = "measure less with --runs, --passes, --scenario or --mode eager --cache warm"
+        why = reasons[0].partition(": ")[2]
+        cut = f"--budget was too short for any number ({why}): give it more, or {less}. {cut}"
+    if not request.options.target:
+        return f"{cut}with -o, a later run could --resume it"
+    words = [*request.command, *request.selection, "--implementations", ",".join(request.implementations)]
+    return f"{cut}resume with: {commands.command([*words, '--resume', str(request.options.target)])}"
 
 
 # ------------------------------------------------------------------------------------------------- resuming
 
 
 def _kept(request: Request, run: results.Run, old: results.Run | None) -> list[results.Case]:
-    """Return the cases of an earlier run that need not be measured again. Raises `ResultError`."""
-    path = request.options.resume
-    if old is None or path is None:
-        return []
-    kept = kept_cases(path, old, run, request.scenarios)
-    if not kept:
-        note(f"resuming   no case of '{path}' is complete, so all are measured")
-        return []
-    note(f"resuming   {len(kept)} cases of '{path}' are kept")
-    changed = _changes(_reported(old), _reported(run))
-    remark = f"kept cases were measured under other conditions: {'; '.join(changed)}" if changed else ""
-    if remark:
-        note(f"warning: {remark}")
-    if remarks := dict.fromkeys(filter(None, (old.environment.get(MARK), remark))):
-        run.environment[MARK] = "; ".join(remarks)
-    if OTHERS in old.environment:
-        run.environment[OTHERS] = old.environment[OTHERS]
-    return kept
+    """Return the cases of an earlier run that need not be measured again: those that are wrong or complete.
 
-
-def kept_cases(path: Path, old: Run, now: Run, scenarios: Sequence[ScenarioPlan]) -> list[Case]:
-    """Return the complete cases of a file. Raises `ResultError` if it holds another run than `now`."""
-    if old.plan is None or now.plan is None:
+    Raises `ResultError` if its file holds another run.
+    """
+    path, plans = request.options.resume, {plan.name: plan for plan in request.scenarios}
+    if old is None:
+        return []
+    if old.plan is None or run.plan is None:
         raise ResultError(f"cannot resume '{path}': it does not say what was planned; start a new run.")
-    reasons = _changes(_facts(old, old.plan), _facts(printable(now), now.plan))
-    if apart := sorted({*old.plan.scenarios} ^ {*now.plan.scenarios}):
+    kept = [case for case in old.cases if case.scenario in plans and _is_done(case, plans[case.scenario])]
+    reasons = _changes(_facts(old, old.plan), _facts(printable(run), run.plan))
+    if apart := sorted({*old.plan.scenarios} ^ {*run.plan.scenarios}):
         reasons.append(f"workload or axes differ, only one of them has scenario '{apart[0]}'")
-    elif old.plan.digest != now.plan.digest:
+    elif old.plan.digest != run.plan.digest:
         reasons.append("workload differs: a scenario has other lengths or counts, or their order changed")
-    plans = {scenario.name: scenario for scenario in scenarios}
-    kept = [case for case in old.cases if (plan := plans.get(case.scenario)) and _is_done(case, plan)]
     for case in kept:
         where = f" of case '{case.scenario}, {case.implementation}'"
         reasons += _changes(case.ops, plans[case.scenario].ops.get(case.implementation, case.ops), where)
@@ -158,6 +132,10 @@ def kept_cases(path: Path, old: Run, now: Run, scenarios: Sequence[ScenarioPlan]
             f"cannot resume '{path}', it holds another run: {'; '.join(reasons)}. Repeat its options, "
             "or write a new file."
         )
+    none = f"no case of '{path}' is complete, so all are measured"
+    note(f"resuming   {f'{len(kept)} cases of {str(path)!r} are kept' if kept else none}")
+    if kept and OTHERS in old.environment:
+        run.environment[OTHERS] = old.environment[OTHERS]
     return kept
 
 
@@ -173,12 +151,6 @@ def _changes(old: Mapping[str, Any], now: Mapping[str, Any], where: str = "") ->
     return [f"{name}{where} was {first} and is {second}" for name, first, second in both if first != second]
 
 
-def _reported(run: Run) -> dict[str, str | None]:
-    """Return what may differ between two parts of a file, which a reader should know."""
-    facts = {key: value for key, value in run.environment.items() if key.startswith(REPORTED)}
-    return {"commit": run.git_commit, **dict(sorted(facts.items()))}
-
-
 def _facts(run: Run, plan: results.Plan) -> dict[str, str]:
     """Return what must be equal for two parts of a file to be one run: what ran, on what, with what."""
     facts = {
@@ -190,7 +162,7 @@ def _facts(run: Run, plan: results.Plan) -> dict[str, str]:
     for flag, value in zip(plan.options[::2], plan.options[1::2], strict=True):
         facts[flag] = f"{facts[flag]} {value}" if flag in facts else value
     for key, value in run.environment.items():
-        if not launcher.is_fact(key) and not key.startswith(REPORTED) and key not in (MARK, OTHERS, ADDED):
+        if not launcher.is_fact(key) and not key.startswith(_VARY):
             facts[key] = value
     if threads := run.environment.get("torch_threads"):
         facts.setdefault("OMP_NUM_THREADS", threads)  # which torchrun sets, and srun does not

@@ -160,9 +160,12 @@ def test_a_workload_brings_its_config_and_op_and_options_come_first() -> None:
 @pytest.mark.parametrize(
     ("line", "words", "sentence"),
     [
-        ("heads = 99", (), "scenario 'q1', heads: 99 are more than the 4 heads of tiny.json"),
-        ("heads = 3", (), "scenario 'q1', heads: 3 do not divide the 4 heads of tiny.json"),
-        ("axes.heads = 3", (), "axis heads: 3 do not divide the 4 heads of tiny.json"),
+        ("heads = 99", (), "scenario 'q1': 99 heads are no equal share of the 4 heads of tiny.json"),
+        (
+            "axes.heads = 3",
+            (),
+            "scenario 'q1 heads=3': 3 heads are no equal share of the 4 heads of tiny.json",
+        ),
         ("layers = 2", ("--op", "linear"), "scenario 'q1' has layers = 2, and linear is timed alone"),
         (
             "axes.page_size = 16",
@@ -224,7 +227,10 @@ def test_an_option_of_the_layer_beside_one_op_names_where_the_op_is_from(
             ["q1", "-a", "heads=2", "--heads", "4"],
             "error: --heads and an axis of that name are mutually excl",
         ),
-        (["q1", "--heads", "3"], "error: axis heads: 3 do not divide the 16 heads of deepseek-v2-lite"),
+        (
+            ["q1", "--heads", "3"],
+            "error: scenario 'q1 heads=3': 3 heads are no equal share of the 16 heads of ",
+        ),
         (["q1,q1"], "error: --batch-spec lists 'q1' twice: it is measured once."),
     ],
 )

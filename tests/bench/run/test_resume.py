@@ -124,7 +124,6 @@ def test_a_resumed_run_may_be_written_elsewhere(bench: Bench, partial: list[str]
     assert [case.scenario for case in whole] == ["decode kv=1", "decode kv=2", "decode kv=3"]
     assert measured([whole[0], whole[2]]) == measured(kept)
     assert whole[1].latency_ms is not None
-    assert "warning: kept cases" not in done.err
 
 
 def test_nothing_is_measured_when_nothing_is_missing(bench: Bench, partial: list[str]) -> None:
@@ -307,23 +306,13 @@ def test_a_file_of_another_run_is_never_completed(bench: Bench, partial: list[st
     assert "backend build was not given and is " in bench(*partial, "--resume", "run.json").error
 
 
-def test_another_commit_or_what_a_backend_reports_is_a_warning_and_stays_in_the_file(
-    bench: Bench, partial: list[str]
-) -> None:
+def test_another_commit_job_or_clock_is_the_same_run(bench: Bench, partial: list[str]) -> None:
     run = read("run.json")
     run.git_commit = "abc"
-    run.environment |= {"backend.clock": "7 MHz", "slurm_job_id": "7", "local_rank": "1"}
+    run.environment |= {"backend.clock": "7 MHz", "slurm_job_id": "7", "local_rank": "1", "resumed": "once"}
     results.write(run, Path("run.json"))
-    done = bench(*partial, "--resume", "run.json")
-    assert done.code == 0
-    (line,) = [line for line in done.err.splitlines() if line.startswith("warning: kept cases")]
-    assert "; backend.clock was 7 MHz and is not given" in line
-    assert "commit was abc and is " in line
-    assert "slurm" not in line
-    assert line == f"warning: {read('run.json').environment['resumed']}"
-    again = bench(*partial, "--resume", "run.json")
-    assert (again.code, "warning: kept cases" in again.err) == (0, False)
-    assert line == f"warning: {read('run.json').environment['resumed']}"
+    assert bench(*partial, "--resume", "run.json").code == 0
+    assert len(read("run.json").cases) == 3
 
 
 def test_another_state_of_the_backend_has_another_build(
