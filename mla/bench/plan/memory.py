@@ -229,22 +229,20 @@ def _input_numbers(setting: Setting, point: Point) -> int:
 def _host_bytes(setting: Setting, point: Point) -> int:
     """Return what the host holds for all implementations together; outputs of a pass are not among it.
 
-    These are weights, inputs, the oracle in float64, and one forward's rows with those that are expected. The
-    evidence has hidden states and a history of its own, as large, and outputs that are expected.
+    These are weights, inputs, the oracle in float64, and rows of the evidence and of a forward that is judged.
     """
     config, itemsize = setting.config, setting.dtype.itemsize
     copies = 1 if point.layers == 1 else 2  # of the layer that is being rolled
     weights = cost.parameters(config) * (copies * itemsize + 8)
     numbers = config.latent_dim + config.index_head_dim * (config.index_n_heads > 0)
     history = 2 * sum(point.history) * numbers * itemsize
-    evidence = point.inputs * point.tokens * config.hidden_size * (itemsize + 8)
-    judged = point.tokens * config.hidden_size * (itemsize + 4 * 8)
+    rows = (point.inputs + 1) * point.tokens * config.hidden_size * (itemsize + 4 * 8)
     if setting.is_judged_after:  # from all new tokens of its pass
         runs = [Run(1, point.inputs * max(point.query_lens), 0)]
-        judged += 4 * 8 * max(point.final_lens) * config.index_head_dim  # of scores and keys of a request
+        rows += 4 * 8 * max(point.final_lens) * config.index_head_dim  # of scores and keys of a request
     else:
         runs = oracle_runs(config, point)
-    return weights + history + evidence + judged + oracle_bytes(config, runs, itemsize)
+    return weights + history + rows + oracle_bytes(config, runs, itemsize)
 
 
 def _other_bytes(setting: Setting, point: Point, lazy: bool) -> int:

@@ -162,92 +162,70 @@ _HEADER = ("case", "scenario", "implementation", "about forwards", "device", "ho
 
 def describe(request: Request, verbose: bool) -> None:
     """Say what is about to be measured: the plan, or everything that follows from the options."""
-    setting = request.setting
+    for line in _description(request, verbose):
+        note(line)
+
+
+def _description(request: Request, verbose: bool) -> Iterator[str]:
+    setting, plans = request.setting, [scenario.memory for scenario in request.scenarios]
     if verbose:
-        _describe_setting(request)
+        yield from _facts(request)
     if (ranks := setting.ranks) is not None and ranks.assumed:  # for ranks that are not there
         where = f"{counted(ranks.world, 'rank')} of {ranks.layout} on this device, one by one"
-        note(f"simulated  {where}; {ranks.assumed}: times are predicted")
-    _plan(request, verbose)
-    for line in _same_ops(request):
-        note(line)
+        yield f"simulated  {where}; {ranks.assumed}: times are predicted"
+    together = all(plan.side_by_side for plan in plans if plan.fits)
+    order = "interleaved" if together else "one at a time where memory is short"
+    forwards = (
+        f"about {sum(map(request.forwards, request.points))} forwards, checked against a float64 oracle"
+    )
+    yield f"plan       {', '.join(request.implementations)}, {order}; {forwards}"
+    if verbose:
+        counts = [plan.implementations if plan.side_by_side else 1 for plan in plans]
+        device = max(plan.device_bytes(count) for plan, count in zip(plans, counts, strict=True))
+        on_host = max(plan.host_bytes(count) for plan, count in zip(plans, counts, strict=True))
+        available = " and ".join(map(gib, plans[0].available))
+        yield f"memory     {gib(device)} on the device, {gib(on_host)} on the host; available {available}"
+    yield from _same_ops(request)
     if request.options.profile:
-        note(f"profile    {request.options.profile}: one more pass of every case, once all are timed")
+        yield f"profile    {request.options.profile}: one more pass of every case, once all are timed"
 
 
-def _describe_setting(request: Request) -> None:
+def _facts(request: Request) -> Iterator[str]:
+    """Yield what runs where, the fused ops of implementations of ours, and all scenarios."""
     setting = request.setting
     facts = environment.environment(setting.backend)
-    name = setting.backend.device_info().name
-    note(f"backend    {setting.backend.name} on {name}, torch {facts['torch']}, {_threads(facts)}")
-    note(
+    threads, source = counted(int(facts["torch_threads"]), "thread"), facts.get("backend.threads_from")
+    device = setting.backend.device_info().name
+    threads += f" ({source})" if source else ""
+    yield f"backend    {setting.backend.name} on {device}, torch {facts['torch']}, {threads}"
+    yield (
         f"config     {setting.config.name}, {dtype_name(setting.dtype)}, attention {setting.attention}, "
         f"page size {setting.page_size}, seed {setting.seed}"
     )
-    for line in _ops(request):
-        note(line)
-    for point in request.points:
-        note(f"scenario   {_line(point)}")
-    if len(request.variants.timed) > 1:
-        note(f"timed      {request.variants}")
-
-
-def _ops(request: Request) -> Iterator[str]:
-    """Yield the fused ops of `mla`, and those of each implementation with ops of its own."""
     for name, ops in request.scenarios[0].ops.items():
         if parse_one(name) != Named("mla-reference"):
             fused = [f"{role}={op}" for role, op in ops.items() if op != "reference"]
             yield f"ops        {name}: {', '.join(fused) or 'reference for every op'}"
+    for point in request.points:
+        shortest, longest = min(point.history), max(point.history)
+        layers = f"{point.layers} layers, " if point.layers > 1 else ""
+        yield (
+            f"scenario   {point.name}: {counted(len(point.query_lens), 'request')}, "
+            f"{counted(point.tokens, 'new token')} per forward, "
+            f"history {shortest if shortest == longest else f'{shortest} to {longest}'}, "
+            f"{layers}{counted(point.rounds, 'pass', 'es')} of {point.steps}"
+        )
+    if len(request.variants.timed) > 1:
+        yield f"timed      {request.variants}"
 
 
 def _same_ops(request: Request) -> Iterator[str]:
-    """Yield a line for each implementation that runs the ops of an earlier one, and in how many scenarios."""
-    total = len(request.scenarios)
-    for place, name in enumerate(request.implementations):
-        for other in request.implementations[:place]:
-            pairs = [
-                (scenario.ops[other], scenario.ops[name])
-                for scenario in request.scenarios
-                if {other, name} <= scenario.ops.keys()
-            ]
-            count = sum(first == second for first, second in pairs)
-            if count:
-                where = "" if count == total else f" in {count} of {total} scenarios"
-                yield f"same ops   {name} runs the ops of {other}{where}: a difference between them is noise"
-                break
-
-
-def _threads(facts: Mapping[str, str]) -> str:
-    count, source = facts["torch_threads"], facts.get("backend.threads_from")
-    return counted(int(count), "thread") + (f" ({source})" if source else "")
-
-
-def _line(point: Point) -> str:
-    size = f"{counted(len(point.query_lens), 'request')}, {counted(point.tokens, 'new token')} per forward, "
-    shortest, longest = min(point.history), max(point.history)
-    lengths = f"history {shortest if shortest == longest else f'{shortest} to {longest}'}, "
-    layers = f"{point.layers} layers, " if point.layers > 1 else ""
-    return f"{point.name}: {size}{lengths}{layers}{counted(point.rounds, 'pass', 'es')} of {point.steps}"
-
-
-def _plan(request: Request, verbose: bool) -> None:
-    plans = [scenario.memory for scenario in request.scenarios]
-    together = all(plan.side_by_side for plan in plans if plan.fits)
-    order = "interleaved" if together else "one at a time where memory is short"
-    count = sum(map(request.forwards, request.points))
-    note(
-        f"plan       {', '.join(request.implementations)}, {order}; about {count} forwards, "
-        "checked against a float64 oracle"
-    )
-    if not verbose:
-        return
-    counts = [plan.implementations if plan.side_by_side else 1 for plan in plans]
-    device = max(plan.device_bytes(count) for plan, count in zip(plans, counts, strict=True))
-    on_host = max(plan.host_bytes(count) for plan, count in zip(plans, counts, strict=True))
-    note(
-        f"memory     {gib(device)} on the device, {gib(on_host)} on the host; "
-        f"available {gib(plans[0].available.device)} and {gib(plans[0].available.host)}"
-    )
+    """Yield a line for each implementation that runs the ops of an earlier one in every scenario."""
+    ops = {name: [plan.ops.get(name) for plan in request.scenarios] for name in request.implementations}
+    names = [name for name in ops if None not in ops[name]]
+    for place, name in enumerate(names):
+        if same := [other for other in names[:place] if ops[other] == ops[name]]:
+            yield f"same ops   {name} runs the ops of {same[0]}: a difference between them is noise"
 
 
 def require_memory(request: Request) -> None:
@@ -278,32 +256,28 @@ class _Case:
 
 
 def dry_run(request: Request) -> None:
-    """List every case with its memory and the time of a forward, measured or estimated from others.
+    """List every case with its memory and the time of a forward, measured or estimated from all others.
 
     What is spread over ranks is not tried: all would have to take part.
     """
     cases = _cases(request)
-    tried = [case for case in cases if case.seconds]
-    for case in (case for case in cases if not case.said):  # by the rate of this implementation, or of all
-        alike = [other for other in tried if other.name == case.name] or tried
-        if work := sum(other.work for other in alike):
-            case.seconds = sum(other.seconds for other in alike) * case.work / work
+    work = sum(case.work for case in cases if case.seconds)
+    rate = sum(case.seconds for case in cases) / work if work else 0.0
+    for case in (case for case in cases if not case.said):
+        case.seconds = rate * case.work
         case.said = f"not tried, about {spoken(case.seconds)}" if case.seconds else "not tried"
     by_scenario = grouped(cases, lambda case: case.scenario.name).values()
     seconds = [sum(case.count * case.seconds for case in scenario) for scenario in by_scenario]
     total = sum(seconds if request.options.counted else (min(each, MAX_S) for each in seconds))
     rows = [case.row(number) for number, case in enumerate(cases, 1)]
-    note("")
-    note(aligned(_HEADER, rows, _HEADER).rstrip("\n"))
-    note("")
+    note(f"\n{aligned(_HEADER, rows, _HEADER)}")
     for scenario in request.scenarios:
         for name, reason in scenario.refused.items():
             note(f"{scenario.name}, {name} will be skipped: {reason}")
-    beside = ["limits", "float64 oracle"]
-    if any(case.said == "not tried" for case in cases):
-        beside = ["limits, float64 oracle", "what was not tried"]
-    said = f"{counted(len(cases), 'case')}, about {spoken(total)} of forwards"
-    note(f"{said}, plus {' and '.join(beside)}")
+    beside = "limits, float64 oracle and what was not tried"
+    if all(case.said != "not tried" for case in cases):
+        beside = "limits and float64 oracle"
+    note(f"{counted(len(cases), 'case')}, about {spoken(total)} of forwards, plus {beside}")
 
 
 def _cases(request: Request) -> list[_Case]:

@@ -103,59 +103,45 @@ def _points(options: RunOptions) -> tuple[RunOptions, list[Point]]:
     values = {name: getattr(options, name) for name in ("cache_format", "index_format", *commands.SELECTS)}
     short = [f"{name}={value}" for name, value in values.items() if value is not None]
     options = replace(options, axes=(*options.axes, *short))
-    grid.parse(options.axes)  # what the user wrote is judged before any file
+    axes = grid.parse(options.axes)  # what the user wrote is judged before any file
     commands.refuse(commands.of_lengths(options))
-    alone = options.op is not None and options.workload_flag is None  # an op of equal requests
-    workload = None if options.batch_specs or alone else read_workload(options.workload_name)
-    by_file = workload.op if workload is not None and options.op is None else None
-    options = _with_defaults(options, workload)
-    axes = grid.parse(options.axes)
+    scenarios: Sequence[Scenario] = batch_scenarios(options.batch_specs) if options.batch_specs else ()
+    by_file = None  # the op of a workload
+    if not options.batch_specs and (options.op is None or options.workload_flag):
+        workload = read_workload(options.workload_name)
+        scenarios = select(workload.scenarios, options.scenarios)
+        by_file = workload.op if options.op is None else None
+        options = _with_defaults(options, workload, scenarios)
+        axes = grid.parse(options.axes)
     commands.refuse(commands.of_options(options, axes, by_file))
-    if options.batch_specs and options.op is None and options.heads is not None:
+    if options.op is not None:
+        alone = op_scenario(options.op, options.batch, options.kv, options.q_len, options.heads)
+        scenarios = [op_of_batch(options.op, each, options.heads) for each in scenarios] or [alone]
+    elif options.batch_specs and options.heads is not None:
         axes = {**axes, "heads": (options.heads,)}
-    points = grid.points_of(_counted(options, workload), axes)
+    counts = {name: getattr(options, name) for name in ("runs", "passes", "warmups", "layers")}
+    given = {name: count for name, count in counts.items() if count is not None}
+    points = grid.points_of([msgspec.structs.replace(each, **given) for each in scenarios], axes)
     commands.refuse(commands.of_points(options, points))
     return options, points
 
 
-def _with_defaults(options: RunOptions, workload: Workload | None) -> RunOptions:
-    """Return the options with the config and the op of a workload that names them, unless the user did.
+def _with_defaults(options: RunOptions, workload: Workload, scenarios: Sequence[Scenario]) -> RunOptions:
+    """Return the options with the config and the op of the workload, unless the user named others.
 
-    An option that a chosen scenario has an axis for replaces it, as an axis of the command line does, and
-    becomes one. Raises `UsageError`.
+    An option that one of the scenarios has an axis for replaces it, as an axis of the command line does, and
+    becomes one.
     """
-    if workload is None:
-        return options
-    config = options.config
-    if config is None and options.model_path is None:
-        config = workload.config
-    op = workload.op if options.op is None else options.op
-    axes = {axis for scenario in select(workload.scenarios, options.scenarios) for axis in scenario.axes}
-    axes -= {axis.partition("=")[0] for axis in options.axes}
-    options = replace(options, config=config, op=op)
-    for name in ("dtype", "page_size"):
-        if (value := getattr(options, name)) is not None and name in axes:
-            changed: dict[str, Any] = {name: None, "axes": (*options.axes, f"{name}={value}")}
-            options = replace(options, **changed)
-    return options
-
-
-def _counted(options: RunOptions, workload: Workload | None) -> list[Scenario]:
-    """Return the scenarios that were chosen, or the op, with the counts that the user set."""
-    counts = {name: getattr(options, name) for name in ("runs", "passes", "warmups", "layers")}
-    changes = {name: count for name, count in counts.items() if count is not None}
-    return [msgspec.structs.replace(scenario, **changes) for scenario in _chosen(options, workload)]
-
-
-def _chosen(options: RunOptions, workload: Workload | None) -> Sequence[Scenario]:
-    listed: Sequence[Scenario] = batch_scenarios(options.batch_specs) if options.batch_specs else ()
-    if workload is not None:
-        listed = select(workload.scenarios, options.scenarios)
+    changed: dict[str, Any] = {"axes": options.axes}
+    if options.config is None and options.model_path is None:
+        changed["config"] = workload.config
     if options.op is None:
-        return listed
-    if not listed:
-        return [op_scenario(options.op, options.batch, options.kv, options.q_len, options.heads)]
-    return [op_of_batch(options.op, scenario, options.heads) for scenario in listed]
+        changed["op"] = workload.op
+    axes = {axis for scenario in scenarios for axis in scenario.axes}
+    for name in axes.difference(axis.partition("=")[0] for axis in options.axes) & {"dtype", "page_size"}:
+        if (value := getattr(options, name)) is not None:
+            changed |= {name: None, "axes": (*changed["axes"], f"{name}={value}")}
+    return replace(options, **changed)
 
 
 # ---------------------------------------------------------------------------------------------- link
@@ -168,10 +154,23 @@ def with_link(options: RunOptions) -> RunOptions:
 
     Raises `UsageError` and `ResultError`.
     """
-    if not options.simulate or options.parallel is None:
+    layout, text = options.parallel, (options.link or IDEAL).strip()
+    if not options.simulate or layout is None:
         return options
-    link, source = _read(options.link or IDEAL)
-    layout = options.parallel
+    if text == IDEAL or "alpha=" in text:
+        link, source = Link.parse(text), "given" if text != IDEAL else "none given: collectives take no time"
+    elif not Path(text).exists():
+        raise UsageError(
+            f"--link takes alpha=5us,beta=300GB/s, the result file of a run over real ranks, or ideal, got "
+            f"'{text}'. {_MEASURE} measures a link."
+        )
+    else:
+        spreads = [case.spread for case in results.read(Path(text)).cases if case.spread]
+        measured = next((each for each in spreads if each.link and not each.predicted), None)  # all are alike
+        if measured is None:
+            raise UsageError(f"'{text}' holds no measured link; a run over real ranks does: {_MEASURE}.")
+        link = Link({line.collective: line.line() for line in measured.link})
+        source = f"{measured.link_source}, {Path(text).name}"
     kinds = [ALL_REDUCE] * (layout.head_parts > 1) + [ALL_GATHER, ALL_TO_ALL] * (layout.dcp > 1)
     if missing := link.missing(kinds):
         raise UsageError(
@@ -179,25 +178,6 @@ def with_link(options: RunOptions) -> RunOptions:
             f"'{missing[0]}:alpha=5us,beta=300GB/s' to it."
         )
     return replace(options, link=str(link), link_source=source)
-
-
-def _read(text: str) -> tuple[Link, str]:
-    if text.strip() == IDEAL:
-        return Link.parse(text), "none given: collectives take no time"
-    if "alpha=" in text:
-        return Link.parse(text), "given"
-    path = Path(text)
-    if not path.exists():
-        raise UsageError(
-            f"--link takes alpha=5us,beta=300GB/s, the result file of a run over real ranks, or ideal, got "
-            f"'{text}'. {_MEASURE} measures a link."
-        )
-    spreads = [case.spread for case in results.read(path).cases if case.spread and not case.spread.predicted]
-    measured = next((spread for spread in spreads if spread.link), None)  # the same for all cases
-    if measured is None:
-        raise UsageError(f"'{path}' holds no measured link; a run over real ranks does: {_MEASURE}.")
-    link = Link({line.collective: line.line() for line in measured.link})
-    return link, f"{measured.link_source}, {path.name}"
 
 
 # ------------------------------------------------------------------------------------- layer and ranks

@@ -64,16 +64,8 @@ def _checkpoint(folder: Path, copy: int) -> None:
 @pytest.mark.parametrize(
     ("write", "words", "sentence"),
     [
-        (
-            _config,
-            (),
-            "rank 1 differs from rank 0 in config's kv_lora_rank (32, not 16): all need the same",
-        ),
-        (
-            _checkpoint,
-            ("--model-path", "model"),
-            "rank 1 differs from rank 0 in q_a_proj.weight (",
-        ),
+        (_config, (), "rank 1 differs from rank 0 in config's kv_lora_rank (32, not 16): all need the same"),
+        (_checkpoint, ("--model-path", "model"), "rank 1 differs from rank 0 in q_a_proj.weight ("),
     ],
 )
 def test_a_rank_whose_files_of_the_same_name_hold_something_else_is_named(

@@ -40,7 +40,7 @@ def test_who_answers_new_inputs_from_memory_has_no_number(start: Start, tmp_path
 
 
 # Without warm-ups, whose number depends on the machine, the checked pass is over by call 40.
-LATER = (
+LATER = [
     "-O",
     "fault=scale",
     "-O",
@@ -53,15 +53,12 @@ LATER = (
     "decode",
     "--warmups",
     "0",
-)
+]
 
 
 @pytest.mark.parametrize(
     ("layout", "where"),
-    [
-        ("dp=2", "on rank 1: "),
-        ("tp=2", "on ranks 0 and 1, which hold one sum: any may be at fault: "),
-    ],
+    [("dp=2", "on rank 1: "), ("tp=2", "on ranks 0 and 1, which hold one sum: any may be at fault: ")],
 )
 def test_a_rank_that_is_wrong_in_later_passes_alone_is_found(start: Start, layout: str, where: str) -> None:
     words = ("--parallel", layout, "-o", "run.json", *LATER)

@@ -164,10 +164,7 @@ def test_every_output_of_a_pass_is_due(measure: Bench, name: str, said: str) -> 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        (
-            "Plainly",
-            "facts() of 'elsewhere:Plainly' returns 'dict', not `mla.bench.",
-        ),
+        ("Plainly", "facts() of 'elsewhere:Plainly' returns 'dict', not `mla.bench."),
         ("Bare", "'elsewhere:Bare' cannot be called as here: "),
         ("Numberless", "'elsewhere:Numberless' cannot be called as here: "),
     ],

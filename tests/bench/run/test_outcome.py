@@ -37,21 +37,9 @@ def run_of(make_run: MakeRun) -> Callable[..., results.Run]:
     [
         ({"mla": "ok", "mla_reference": "ok"}, Exit.OK, ()),
         ({"mla": "ok", "transformers": "not run"}, Exit.OK, ()),
-        (
-            {"mla": "doubtful", "mla_reference": "ok"},
-            Exit.DOUBTFUL,
-            ("suspect timing: ",),
-        ),
-        (
-            {"mla": "ok", "mla_reference": "doubtful"},
-            Exit.DOUBTFUL,
-            ("suspect timing: ",),
-        ),
-        (
-            {"mla": "doubtful", "mla_reference": "wrong"},
-            Exit.WRONG,
-            ("wrong result: ", "suspect"),
-        ),
+        ({"mla": "doubtful", "mla_reference": "ok"}, Exit.DOUBTFUL, ("suspect timing: ",)),
+        ({"mla": "ok", "mla_reference": "doubtful"}, Exit.DOUBTFUL, ("suspect timing: ",)),
+        ({"mla": "doubtful", "mla_reference": "wrong"}, Exit.WRONG, ("wrong result: ", "suspect")),
         (
             {"mla": "not run", "mla_reference": "ok"},
             Exit.NOTHING_RAN,

@@ -85,17 +85,8 @@ def test_every_case_has_its_pass_with_a_range_per_op(bench: Bench, small: list[s
 
 
 def test_an_op_alone_and_several_layers_have_their_ranges(bench: Bench, small: list[str]) -> None:
-    words = [
-        "--op",
-        "latent_attention",
-        "--kv",
-        "5",
-        "--implementations",
-        f"mla,{SECOND}",
-        "--profile",
-        "op.json",
-    ]
-    assert bench(*SEVERAL, *small[:2], *QUICK[:4], "--cache", "warm", *words).code == 0
+    op = ["--op", "latent_attention", "--kv", "5", "--profile", "op.json", "--implementations"]
+    assert bench(*SEVERAL, *small[:2], *QUICK[:4], "--cache", "warm", *op, f"mla,{SECOND}").code == 0
     names = [event["name"] for event in ranges(read("op.json"))]
     assert names.count("latent_attention (first)") == names.count("latent_attention (second)") == 4
     words = ["--scenario", "decode", "--layers", "3", "--implementations", "mla", "--profile", "layers.json"]
@@ -126,16 +117,8 @@ def test_nothing_is_recorded_before_all_is_timed_and_nothing_timed_changes(
     bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The clock is scripted, so numbers are equal only if the same forwards were timed in the same order."""
-    words = [
-        *VIRTUAL,
-        *small,
-        "-O",
-        "script=1~9*50",
-        "--implementations",
-        "mla,mla-reference",
-        "-o",
-        "run.json",
-    ]
+    given = ["-O", "script=1~9*50", "--implementations", "mla,mla-reference", "-o", "run.json"]
+    words = [*VIRTUAL, *small, *given]
     assert bench(*words, fakes=["virtual_clock"]).code == 0
     plain, log = samples(), []
     measure, record = engine.measure, profile.record

@@ -105,7 +105,7 @@ def test_a_quantised_cache_is_attended_as_it_is_stored(measure: Bench) -> None:
 )
 def test_the_format_of_index_keys_is_an_axis(measure: Bench, bench: Bench, words: tuple[str, ...]) -> None:
     """Of the layer and of its ops; fp8 moves and takes fewer bytes."""
-    options = (
+    options = [
         "--backend",
         "torch",
         "-O",
@@ -114,7 +114,7 @@ def test_the_format_of_index_keys_is_an_axis(measure: Bench, bench: Bench, words
         "sparse.json",
         "--implementations",
         "mla",
-    )
+    ]
     done = bench(*options, *words, "--runs", "2", *COUNTS, "-a", "index_format=plain,fp8", "-o", "run.json")
     assert done.code == 0, done.out + done.err
     plain, coded = sorted(cases(), key=lambda case: case.point["index_format"] == "fp8")
@@ -157,7 +157,7 @@ def test_ranks_that_are_predicted_select_for_themselves(
     done = measure(*options, "--scenario", "decode", "--scenario", "prefill")
     assert done.code == 0, done.out + done.err
     assert {case.check.status for case in cases()} == {"ok"}
-    keys_are_others(monkeypatch)
+    KEYS_ARE_OTHERS(monkeypatch)
     assert measure(*options, "--scenario", "prefill").code == 4
     reasons = [case.check.reason for case in cases()]
     assert all("on rank " in reason and "selections leave out" in reason for reason in reasons)
@@ -288,39 +288,29 @@ def test_attention_within_topk_is_the_dense_one(measure: Bench) -> None:
 
 # ------------------------------------------------------------------------------------ indexers that are wrong
 
+Mutant = Callable[[Patch], None]
 
-def scored(patch: Patch, score: Callable[..., torch.Tensor]) -> None:
+
+def scored(score: Callable[..., torch.Tensor]) -> Mutant:
     right = sparse.index_scores
-    patch.setattr(sparse, "index_scores", lambda q, weights, keys: score(right, q, weights, keys))
+    wrong: Any = lambda q, weights, keys: score(right, q, weights, keys)  # noqa: E731
+    return lambda patch: patch.setattr(sparse, "index_scores", wrong)
 
 
-def without_relu(patch: Patch) -> None:
-    scored(patch, lambda right, q, w, k: torch.einsum("thk,th->tk", q.float() @ k.float().T, w))
-
-
-def relu_behind_the_weight(patch: Patch) -> None:
-    scored(patch, lambda right, q, w, k: ((q.float() @ k.float().T) * w[..., None]).relu().sum(1))
-
-
-def a_head_is_lost(patch: Patch) -> None:
-    scored(patch, lambda right, q, w, k: right(q[:, 1:], w[:, 1:], k))
-
-
-def keys_are_others(patch: Patch) -> None:
-    scored(patch, lambda right, q, w, k: right(q, w, k.roll(1, 0)))
-
-
-def written(patch: Patch, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+def written(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Mutant:
     right = sparse.WriteIndexKey.__call__
-    patch.setattr(sparse.WriteIndexKey, "__call__", lambda op, **given: right(op, **given | change(given)))
+    wrong: Any = lambda op, **given: right(op, **given | change(given))  # noqa: E731
+    return lambda patch: patch.setattr(sparse.WriteIndexKey, "__call__", wrong)
 
 
-def the_other_rope_layout(patch: Patch) -> None:
-    written(patch, lambda given: {"interleaved": not given["interleaved"]})
+def chosen(change: Callable[[torch.Tensor, torch.Tensor], object]) -> Mutant:
+    right = sparse._select
 
+    def select(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, out: torch.Tensor) -> None:
+        right(q, weights, keys, out)
+        change(out, torch.arange(len(q)) + len(keys) - len(q) + 1)
 
-def no_bias(patch: Patch) -> None:
-    written(patch, lambda given: {"bias": given["bias"] * 0})
+    return lambda patch: patch.setattr(sparse, "_select", select)
 
 
 def weights_unscaled(patch: Patch) -> None:
@@ -334,56 +324,30 @@ def weights_unscaled(patch: Patch) -> None:
     patch.setattr(Step, "select", select)
 
 
-def chosen(patch: Patch, change: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
-    right = sparse._select
-
-    def select(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, out: torch.Tensor) -> None:
-        right(q, weights, keys, out)
-        seen = torch.arange(len(q)) + len(keys) - len(q) + 1
-        change(out, seen)
-
-    patch.setattr(sparse, "_select", select)
+def the_most_recent(out: torch.Tensor, seen: torch.Tensor) -> None:
+    out.copy_((seen[:, None] - 1 - torch.arange(out.shape[1])).clamp_min(-1))
 
 
-def one_too_few(patch: Patch) -> None:
-    chosen(patch, lambda out, seen: out[:, -1].fill_(-1))
+KEYS_ARE_OTHERS = scored(lambda right, q, w, k: right(q, w, k.roll(1, 0)))
+MUTANTS: dict[str, Mutant] = {
+    "without ReLU": scored(lambda right, q, w, k: torch.einsum("thk,th->tk", q.float() @ k.float().T, w)),
+    "ReLU behind the weight": scored(
+        lambda right, q, w, k: ((q.float() @ k.float().T) * w[..., None]).relu().sum(1)
+    ),
+    "a head is lost": scored(lambda right, q, w, k: right(q[:, 1:], w[:, 1:], k)),
+    "keys are others": KEYS_ARE_OTHERS,
+    "the other rope layout": written(lambda given: {"interleaved": not given["interleaved"]}),
+    "no bias": written(lambda given: {"bias": given["bias"] * 0}),
+    "weights unscaled": weights_unscaled,
+    "one too few": chosen(lambda out, seen: out[:, -1].fill_(-1)),
+    "a token twice": chosen(lambda out, seen: out[:, 1].copy_(out[:, 0])),
+    "causality off by one": chosen(lambda out, seen: out[:, 0].copy_(seen)),
+    "the most recent": chosen(the_most_recent),
+}
 
 
-def a_token_twice(patch: Patch) -> None:
-    chosen(patch, lambda out, seen: out[:, 1].copy_(out[:, 0]))
-
-
-def causality_off_by_one(patch: Patch) -> None:
-    chosen(patch, lambda out, seen: out[:, 0].copy_(seen))
-
-
-def the_most_recent(patch: Patch) -> None:
-    def change(out: torch.Tensor, seen: torch.Tensor) -> None:
-        recent = seen[:, None] - 1 - torch.arange(out.shape[1])
-        out.copy_(recent.clamp_min(-1))
-
-    chosen(patch, change)
-
-
-@pytest.mark.parametrize(
-    "mutant",
-    [
-        without_relu,
-        relu_behind_the_weight,
-        a_head_is_lost,
-        keys_are_others,
-        the_other_rope_layout,
-        no_bias,
-        weights_unscaled,
-        one_too_few,
-        a_token_twice,
-        causality_off_by_one,
-        the_most_recent,
-    ],
-)
-def test_a_wrong_indexer_is_caught(
-    measure: Bench, monkeypatch: Patch, mutant: Callable[[Patch], None]
-) -> None:
+@pytest.mark.parametrize("mutant", MUTANTS.values(), ids=list(MUTANTS))
+def test_a_wrong_indexer_is_caught(measure: Bench, monkeypatch: Patch, mutant: Mutant) -> None:
     mutant(monkeypatch)
     words = ("--implementations", "mla-reference", "-o", "run.json", "--scenario", "prefill")
     assert measure(*words, "--scenario", "decode").code == 4

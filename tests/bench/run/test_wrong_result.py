@@ -91,16 +91,3 @@ def test_an_op_that_refuses_the_layer_is_passed_over_with_its_reason(measure: Be
     assert lines[lines.index("latent_attention: reference") + 1] == reason
     assert measure("spec").code == 0
     assert list(cases()) == ["mla"]
-
-
-def test_an_op_that_refuses_the_batch_is_not_run_and_the_reference_is(measure: Bench) -> None:
-    done = measure("batch")
-    assert done.code == 3, "the reference alone is not what was asked for"
-    refused, reference = cases().values()
-    assert (refused.check.status, refused.latency_ms) == ("not run", None)
-    assert refused.check.reason == (
-        "fused op 'loop' (latent_attention/1) refuses this batch: 2 requests are too many. "
-        "Use the reference ops for it (`--ops reference`)."
-    )
-    assert (reference.check.status, bool(reference.latency_ms)) == ("ok", True)
-    assert measure("batch", "--ops", "reference").code == 0
