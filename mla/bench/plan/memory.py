@@ -229,7 +229,7 @@ def _input_numbers(setting: Setting, point: Point) -> int:
 def _host_bytes(setting: Setting, point: Point) -> int:
     """Return what the host holds for all implementations together; outputs of a pass are not among it.
 
-    These are weights, inputs, the oracle in float64, and rows of the evidence and of a forward that is judged.
+    These are weights, inputs, the oracle in float64, and rows of the evidence and of a judged forward.
     """
     config, itemsize = setting.config, setting.dtype.itemsize
     copies = 1 if point.layers == 1 else 2  # of the layer that is being rolled
