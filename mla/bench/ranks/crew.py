@@ -52,42 +52,29 @@ HANGS = "it is assumed to hang; raise --hang-after to wait longer"
 # Bytes of the tensors that the link is measured with: below the first, a message costs about as much as an
 # empty one; the second is that of a prefill's output. Collectives of each, after as many warm-ups.
 LINK_BYTES, LINK_TIMES, LINK_WARMUPS = (32 << 10, 8 << 20), 11, 3
-INTERRUPTED: dict[int, str] = {
-    Exit.INTERRUPTED: "interrupted",
-    Exit.TERMINATED: "by SIGTERM",
-    Exit.HUNG_UP: "by SIGHUP",
-}
+INTERRUPTED = {Exit.INTERRUPTED: "interrupted", Exit.TERMINATED: "by SIGTERM", Exit.HUNG_UP: "by SIGHUP"}
 T = TypeVar("T")
 
 
-class Failure(msgspec.Struct, frozen=True):
-    """Why a rank could not do its part of a case: an op refuses, or memory is short.
+def failure(error: Exception, implementation: str) -> MLAError | None:
+    """Return what an error costs that is a case on one device: an op refuses, or memory is short.
 
     On one device the next case runs after that. On several it does as well, unless another rank waits in a
-    collective by then, which cannot be taken back.
+    collective by then, which cannot be taken back. None for an error that ends the run.
     """
-
-    sentence: str
-    refused: bool  # by an op; else memory is short
-
-
-def failure(error: Exception, implementation: str) -> Failure | None:
-    """Return what to tell the other ranks of an error; None for one that ends the run."""
-    reason = str(error) if isinstance(error, UnsupportedOps) else refusal(error, implementation)
-    if reason or too_large(error):
-        return Failure(reason or first_line(error) or type(error).__name__, bool(reason))
-    return None
+    if reason := str(error) if isinstance(error, UnsupportedOps) else refusal(error, implementation):
+        return UnsupportedBatch(reason)
+    return OutOfMemory(first_line(error) or type(error).__name__) if too_large(error) else None
 
 
-def error_of(failures: Sequence[Failure | None]) -> MLAError | None:
-    """Return what the failures of all ranks are on rank 0, with the first that failed; None if none did."""
-    failed = [(rank, each) for rank, each in enumerate(failures) if each is not None]
+def error_of(parts: Sequence[object]) -> MLAError | None:
+    """Return what failed on ranks, as the first of them has it; None if every part is there."""
+    failed = {rank: part for rank, part in enumerate(parts) if isinstance(part, MLAError)}
     if not failed:
         return None
-    rank, first = failed[0]
-    alike = len({each.sentence for _, each in failed}) == 1 and len(failed) == len(failures)
-    sentence = first.sentence if alike else f"rank {rank}: {first.sentence}"
-    return UnsupportedBatch(sentence) if first.refused else OutOfMemory(sentence)
+    rank, first = next(iter(failed.items()))
+    alike = len(set(map(str, failed.values()))) == 1 and len(failed) == len(parts)
+    return type(first)(str(first) if alike else f"rank {rank}: {first}")
 
 
 def word_of(error: BaseException) -> tuple[str, int]:
@@ -206,7 +193,7 @@ class Crew(Ranks):
             yield
         except Exception as error:
             if (failed := failure(error, implementation)) is not None:
-                raise RanksError(f"rank {self.rank}: {failed.sentence}", common=True) from error
+                raise RanksError(f"rank {self.rank}: {failed}", common=True) from error
             raise
 
     def end(self, code: int) -> int:
@@ -215,7 +202,7 @@ class Crew(Ranks):
         A run that was interrupted may have left them in a forward: they are told otherwise.
         """
         if code in INTERRUPTED:
-            self.leave(INTERRUPTED[code], code)
+            self.leave(INTERRUPTED[Exit(code)], code)
         else:
             self.tell("end", int(code))
         return code
@@ -269,19 +256,18 @@ class Crew(Ranks):
         `together`: parts need each other once no op has refused them. On rank 0, raises `UnsupportedBatch` or
         `OutOfMemory` where any rank's part failed; on one that leaves others waiting, `RanksError`.
         """
-        mine: T | Failure
+        mine: T | MLAError
         try:
             mine = work()
         except Exception as error:
             refused = failure(error, implementation)
-            if refused is None or (together and not refused.refused):
+            if refused is None or (together and isinstance(refused, OutOfMemory)):
                 with self.awaited(implementation):
                     raise
             mine = refused
         parts: list[Any] = self.gather(mine)
-        error_of_all = error_of([part if isinstance(part, Failure) else None for part in parts])
-        if error_of_all is not None:
-            raise error_of_all
+        if (failed := error_of(parts)) is not None:
+            raise failed
         return parts
 
     # ----------------------------------------------------------------------------------------- measuring

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import product
 from time import perf_counter_ns as now_ns
 from typing import TYPE_CHECKING
 
@@ -48,33 +49,27 @@ def footprints(cache: int | None, free: int | None) -> list[int]:
 def all_tasks(backend: Backend, dtypes: list[torch.dtype]) -> list[Task]:
     """Return what there is to measure: reading, copying, squares, and the default config's projections."""
     from mla.bench.limits.microbench import Microbenchmark
-
-    assert backend.device is not None
-    benchmarks = [Microbenchmark(backend, backend.device, dtype) for dtype in dtypes]
-    sizes = footprints(backend.device_info().cache_bytes, backend.memory().free)
-    tasks: list[Task] = []
-    for work, measure in (("read", benchmarks[0].read), ("copy", benchmarks[0].copy)):
-        tasks += [(f"{work} of {size(count)}", partial(map, measure, [count])) for count in sizes]
-    for benchmark, dtype in zip(benchmarks, dtypes, strict=True):
-        name = dtype_name(dtype)
-        tasks.append((f"square {name} products", benchmark.squares))
-        for inputs, outputs in _projections(dtype, backend):
-            for tokens in TOKENS:
-                what = f"{name} product {tokens} x {inputs} x {outputs}"
-                tasks.append((what, partial(map, benchmark.product, [tokens], [inputs], [outputs])))
-    return tasks
-
-
-def _projections(dtype: torch.dtype, backend: Backend) -> list[tuple[int, int]]:
-    """Return inputs and outputs of the default config's projections."""
     from mla.config import MLAConfig
     from mla.config.presets import DEFAULT_CONFIG
     from mla.layer.ops import Ops
 
     assert backend.device is not None
-    ops = Ops(MLAConfig.preset(DEFAULT_CONFIG), {}, dtype, backend.device)
-    specs = [ops[role].spec for role in PROJECTIONS]
-    return [(spec.in_features, spec.out_features) for spec in specs]
+    sizes = footprints(backend.device_info().cache_bytes, backend.memory().free)
+    first = Microbenchmark(backend, backend.device, dtypes[0])
+    tasks: list[Task] = [
+        (f"{work} of {size(count)}", partial(map, measure, [count]))
+        for work, measure in (("read", first.read), ("copy", first.copy))
+        for count in sizes
+    ]
+    for dtype in dtypes:
+        benchmark, name = Microbenchmark(backend, backend.device, dtype), dtype_name(dtype)
+        ops = Ops(MLAConfig.preset(DEFAULT_CONFIG), {}, dtype, backend.device)
+        tasks.append((f"square {name} products", benchmark.squares))
+        for spec, tokens in product((ops[role].spec for role in PROJECTIONS), TOKENS):
+            sides = tokens, spec.in_features, spec.out_features
+            what = f"{name} product {' x '.join(map(str, sides))}"
+            tasks.append((what, partial(map, benchmark.product, *([side] for side in sides))))
+    return tasks
 
 
 def run_tasks(tasks: list[Task]) -> tuple[list[Ceiling], bool]:

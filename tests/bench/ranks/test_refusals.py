@@ -10,7 +10,7 @@ import pytest
 from ranks_of_a_run import BOUND, Start
 
 from mla.bench import results
-from mla.bench.ranks.crew import Crew, Failure, error_of
+from mla.bench.ranks.crew import Crew, error_of
 from mla.bench.ranks.layers import Follower, LeadLayer
 from mla.errors import OutOfMemory, UnsupportedBatch
 from mla.parallel.layout import Layout
@@ -110,7 +110,7 @@ def test_no_rank_keeps_a_layer_that_rank_0_does_not_measure(
 
 
 def test_the_first_rank_that_failed_is_named() -> None:
-    refused, short = Failure("no tile", True), Failure("no memory", False)
+    refused, short = UnsupportedBatch("no tile"), OutOfMemory("no memory")
     for failure, kind, sentence in (
         ([None, refused], UnsupportedBatch, "rank 1: no tile"),
         ([refused, refused], UnsupportedBatch, "no tile"),
@@ -168,5 +168,5 @@ def test_short_memory_for_other_inputs_or_lengths_is_told_to_all_ranks(what: str
     follower._fixture, follower._layers = fixture, {"mla": part}
     for number, (command, *arguments) in enumerate(first.told):
         getattr(follower, command)(*arguments)
-        assert number or second.gave == Failure("no memory for inputs", False)
+        assert number or repr(second.gave) == repr(OutOfMemory("no memory for inputs"))
     assert not follower._layers
