@@ -17,8 +17,9 @@ import mla
 from mla.checkpoint import CheckpointError, read_layer
 
 Tensors = dict[str, torch.Tensor]
+Damage = Callable[[Tensors], Tensors]
 FILE = "model.safetensors"
-O_PROJ, SCALE = f"{maker.LAYER}o_proj.weight", f"{maker.LAYER}o_proj.weight_scale_inv"
+O_PROJ, BAD = f"{maker.LAYER}o_proj.weight", (torch.nan, torch.inf, -1.0)
 
 
 def make(folder: Path, layout: str = "fp8") -> tuple[maker.Made, Tensors]:
@@ -42,123 +43,87 @@ def spoilt(tensor: torch.Tensor, value: float) -> torch.Tensor:
     return copy.to(tensor.dtype)
 
 
-PLAIN: list[tuple[Callable[[Tensors], Tensors], str]] = [
-    (lambda t: put(t, o_proj__weight=None), r"has no tensor 'o_proj.weight' next to 'model\.layers\.3\."),
-    (lambda t: put(t, q_a_layernorm__weight=None), "has no tensor 'q_a_layernorm.weight' next to"),
+def without(name: str) -> Damage:
+    return lambda t: put(t, **{name: None})
+
+
+def beside(name: str, tensor: torch.Tensor | None = None) -> Damage:
+    """Add a tensor to the layer's, or replace one."""
+    return lambda t: put(t, **{name: torch.ones(2) if tensor is None else tensor})
+
+
+def o_proj(change: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
+    return lambda t: put(t, o_proj__weight=change(t[O_PROJ]))
+
+
+def o_scale(scale: torch.Tensor) -> Damage:
+    return beside("o_proj__weight_scale_inv", scale)
+
+
+E4M3, FOREIGN = torch.float8_e4m3fn, "output; this layer does not compute that"
+PLAIN: list[tuple[Damage, str]] = [
+    (without("o_proj__weight"), r"has no tensor 'o_proj.weight' next to 'model\.layers\.3\."),
+    (without("q_a_layernorm__weight"), "has no tensor 'q_a_layernorm.weight' next to"),
     (
-        lambda t: put(t, o_proj__weight=t[O_PROJ].T.contiguous()),
+        o_proj(lambda x: x.T.contiguous()),
         r"'model\.layers\.3\.self_attn\.o_proj\.weight' in '.*model\.safetensors' has shape \[36, 72\], the "
         r"config asks for \[72, 36\] \(it is transposed\)",
     ),
+    (o_proj(lambda x: x[1:]), r"has shape \[71, 36\], the config asks for \[72, 36\]\."),
+    (beside("kv_a_layernorm__weight", torch.tensor(1.0)), r"has shape \[\], the config asks for \[40\]"),
+    (o_proj(lambda x: x.to(torch.int8)), r"o_proj.weight' in .* is I8: only BF16, F16, F32"),
+    (o_proj(torch.Tensor.double), "o_proj.weight' in .* is F64: only"),
+    (o_proj(lambda x: x.to(torch.float8_e5m2)), "is F8_E5M2: only"),
+    (o_proj(lambda x: x.to(E4M3)), "is FP8 but has no scale"),
     (
-        lambda t: put(t, o_proj__weight=t[O_PROJ][1:]),
-        r"has shape \[71, 36\], the config asks for \[72, 36\]\.",
+        beside("kv_a_layernorm__weight", torch.ones(40).to(E4M3)),
+        "kv_a_layernorm.* F8_E4M3: only .* of matrices",
     ),
-    (
-        lambda t: put(t, kv_a_layernorm__weight=torch.tensor(1.0)),
-        r"has shape \[\], the config asks for \[40\]",
-    ),
-    (
-        lambda t: put(t, o_proj__weight=t[O_PROJ].to(torch.int8)),
-        r"o_proj.weight' in .* is I8: only BF16, F16, F32",
-    ),
-    (lambda t: put(t, o_proj__weight=t[O_PROJ].double()), "o_proj.weight' in .* is F64: only"),
-    (lambda t: put(t, o_proj__weight=t[O_PROJ].to(torch.float8_e5m2)), "is F8_E5M2: only"),
-    (lambda t: put(t, o_proj__weight=t[O_PROJ].to(torch.float8_e4m3fn)), "is FP8 but has no scale"),
-    (
-        lambda t: put(t, kv_a_layernorm__weight=torch.ones(40).to(torch.float8_e4m3fn)),
-        "kv_a_layernorm.weight' in .* is F8_E4M3: only .* of matrices",
-    ),
-    (
-        lambda t: put(t, o_proj__weight_scale_inv=torch.ones(5, 2)),
-        "is BF16 but has a scale, .*it is unclear if",
-    ),
-    (
-        lambda t: put(t, o_proj__weight=spoilt(t[O_PROJ], torch.nan)),
-        "holds NaN or infinity, .* in rows 0 to 71",
-    ),
-    (
-        lambda t: put(t, o_proj__weight=spoilt(t[O_PROJ], -torch.inf)),
-        "o_proj.weight' .* holds NaN or infinity",
-    ),
-    (lambda t: put(t, o_proj__bias=torch.ones(72)), r"is a bias that the config does not announce"),
-    (
-        lambda t: put(t, q_proj__weight=torch.ones(2)),
-        "q_proj.weight' in .* does not fit the config, whose q_lora",
-    ),
-    (
-        lambda t: put(t, indexer__wq_b__weight=torch.ones(2)),
-        "indexer.wq_b.weight' in .* belongs to an indexer",
-    ),
-    (
-        lambda t: put(t, sinks=torch.ones(2)),
-        r"sinks' in .* which the config does not announce \(sink_logits\)\.$",
-    ),
-    (
-        lambda t: put(t, attention_sink=torch.ones(2)),
-        "'model.layers.3.self_attn.attention_sink' in .* is not",
-    ),
-    (
-        lambda t: put(t, g_proj__weight=torch.ones(2)),
-        r"g_proj.weight' in .* gates the attention's output, and the config has no gate \(output_gate\)\.$",
-    ),
-    (lambda t: put(t, q_gate_proj__weight=torch.ones(2)), "output; this layer does not compute that"),
-    (lambda t: put(t, gate_proj__weight=torch.ones(2)), "output; this layer does not compute that"),
-    (
-        lambda t: put(t, k_norm__weight=torch.ones(2)),
-        "k_norm.weight' in .* is not one of this layer's weights",
-    ),
-    (lambda t: put(t, o_proj__weight_scale=torch.ones(2)), "belongs to a quantization that is not read"),
+    (o_scale(torch.ones(5, 2)), "is BF16 but has a scale, .*it is unclear if"),
+    (o_proj(lambda x: spoilt(x, torch.nan)), "o_proj.weight' .* holds NaN or infinity, .* in rows 0 to 71"),
+    (o_proj(lambda x: spoilt(x, -torch.inf)), "o_proj.weight' .* holds NaN or infinity"),
+    (beside("o_proj__bias", torch.ones(72)), r"is a bias that the config does not announce"),
+    (beside("q_proj__weight"), "q_proj.weight' in .* does not fit the config, whose q_lora"),
+    (beside("indexer__wq_b__weight"), "indexer.wq_b.weight' in .* belongs to an indexer"),
+    (beside("sinks"), r"sinks' in .* which the config does not announce \(sink_logits\)\.$"),
+    (beside("attention_sink"), "'model.layers.3.self_attn.attention_sink' in .* is not"),
+    (beside("g_proj__weight"), r"g_proj.weight' in .* and the config has no gate \(output_gate\)\.$"),
+    (beside("q_gate_proj__weight"), FOREIGN),
+    (beside("gate_proj__weight"), FOREIGN),
+    (beside("k_norm__weight"), "k_norm.weight' in .* is not one of this layer's weights"),
+    (beside("o_proj__weight_scale"), "belongs to a quantization that is not read"),
     (lambda t: put(t, o_proj__weight=None, o_proj__qweight=torch.ones(2)), "belongs to a quantization"),
-    (
-        lambda t: put(t, wo__weight=torch.ones(2)),
-        r"holds 'o_proj.weight' twice: .*(o_proj|wo).weight' in 'model.safetensors'\. ",
-    ),
+    (beside("wo__weight"), r"holds 'o_proj.weight' twice: .*(o_proj|wo).weight' in 'model.safetensors'\. "),
     (lambda t: {"lm_head.weight": torch.ones(2)}, r"holds no MLA attention weights, such as 'model\.layers"),
     (lambda t: {}, "holds no MLA attention weights"),
 ]
 
 
 @pytest.mark.parametrize(("damage", "reason"), PLAIN)
-def test_broken_tensors_are_named(damage: Callable[[Tensors], Tensors], reason: str, tmp_path: Path) -> None:
+def test_broken_tensors_are_named(damage: Damage, reason: str, tmp_path: Path) -> None:
     made, tensors = make(tmp_path, "full-names")
     save_file(damage(tensors), made.folder / FILE)
     refused(made.folder, made.config, reason)
 
 
-FP8: list[tuple[Callable[[Tensors], Tensors], str]] = [
-    (lambda t: put(t, o_proj__weight_scale_inv=None), "o_proj.weight' in .* is FP8 but has no scale"),
+FP8: list[tuple[Damage, str]] = [
+    (without("o_proj__weight_scale_inv"), "o_proj.weight' in .* is FP8 but has no scale"),
     (
-        lambda t: put(t, o_proj__weight_scale_inv=torch.ones(5, 3)),
+        o_scale(torch.ones(5, 3)),
         r"weight_scale_inv' in .* has shape \[5, 3\]: \[72, 36\] in blocks of \[16, 20\] needs \[5, 2\]",
     ),
-    (lambda t: put(t, o_proj__weight_scale_inv=torch.ones(4, 2)), r"has shape \[4, 2\]"),
-    (lambda t: put(t, o_proj__weight_scale_inv=torch.ones(1)), r"has shape \[1\]"),
-    (
-        lambda t: put(t, o_proj__weight_scale_inv=torch.ones(5, 2).int()),
-        "o_proj.weight_scale_inv' in .* is I32",
-    ),
-    *(
-        (
-            lambda t, bad=bad: put(t, o_proj__weight_scale_inv=spoilt(t[SCALE], bad)),
-            "scale_inv' in .* holds NaN, inf",
-        )
-        for bad in (torch.nan, torch.inf, -1.0)
-    ),
-    (
-        lambda t: put(t, o_proj__weight=spoilt(t[O_PROJ], torch.nan)),
-        "o_proj.weight' in .* holds NaN or infinity",
-    ),
-    (
-        lambda t: put(t, o_proj__weight_scale_inv=torch.full((5, 2), 3e38)),
-        "o_proj.weight' in .* holds NaN or infinity",
-    ),
-    (lambda t: put(t, o_proj__weight=t[O_PROJ].view(torch.int8)), "is I8: only"),
+    (o_scale(torch.ones(4, 2)), r"has shape \[4, 2\]"),
+    (o_scale(torch.ones(1)), r"has shape \[1\]"),
+    (o_scale(torch.ones(5, 2).int()), "o_proj.weight_scale_inv' in .* is I32"),
+    *((o_scale(spoilt(torch.ones(5, 2), bad)), "scale_inv' in .* holds NaN, inf") for bad in BAD),
+    (o_proj(lambda x: spoilt(x, torch.nan)), "o_proj.weight' in .* holds NaN or infinity"),
+    (o_scale(torch.full((5, 2), 3e38)), "o_proj.weight' in .* holds NaN or infinity"),
+    (o_proj(lambda x: x.view(torch.int8)), "is I8: only"),
 ]
 
 
 @pytest.mark.parametrize(("damage", "reason"), FP8)
-def test_broken_fp8_is_named(damage: Callable[[Tensors], Tensors], reason: str, tmp_path: Path) -> None:
+def test_broken_fp8_is_named(damage: Damage, reason: str, tmp_path: Path) -> None:
     made, tensors = make(tmp_path)
     save_file(damage(tensors), made.folder / FILE)
     refused(made.folder, made.config, reason)
