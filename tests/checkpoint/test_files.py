@@ -134,14 +134,8 @@ def indexed(folder: Path) -> tuple[maker.Made, dict[str, str]]:
         ("\0.safetensors", "cannot be opened"),
         ("\ud800.safetensors", r"cannot be opened"),
         ("x" * 300 + ".safetensors", "cannot be opened|is missing"),
-        (
-            "model-00009-of-000002.safetensors",
-            "'model-00009-of-000002.safetensors' of checkpoint .* is missing",
-        ),
-        (
-            "model-00001-of-000002.safetensors",
-            "index.json' says that tensor '.*o_proj.weight' is in 'model-00001",
-        ),
+        ("model-00009-of-000002.safetensors", "00009-of-000002.safetensors' of checkpoint .* is missing"),
+        ("model-00001-of-000002.safetensors", "index.json' says that tensor '.*o_proj.weight' is in"),
     ],
 )
 def test_an_index_that_points_astray_is_refused(file: str, reason: str, tmp_path: Path) -> None:

@@ -64,21 +64,14 @@ E4M3, FOREIGN = torch.float8_e4m3fn, "output; this layer does not compute that"
 PLAIN: list[tuple[Damage, str]] = [
     (without("o_proj__weight"), r"has no tensor 'o_proj.weight' next to 'model\.layers\.3\."),
     (without("q_a_layernorm__weight"), "has no tensor 'q_a_layernorm.weight' next to"),
-    (
-        o_proj(lambda x: x.T.contiguous()),
-        r"'model\.layers\.3\.self_attn\.o_proj\.weight' in '.*model\.safetensors' has shape \[36, 72\], the "
-        r"config asks for \[72, 36\] \(it is transposed\)",
-    ),
+    (o_proj(lambda x: x.T.contiguous()), r"'model.*o_proj.weight' .* \[36, 72\], .* \[72, 36\] \(it is tr"),
     (o_proj(lambda x: x[1:]), r"has shape \[71, 36\], the config asks for \[72, 36\]\."),
     (beside("kv_a_layernorm__weight", torch.tensor(1.0)), r"has shape \[\], the config asks for \[40\]"),
     (o_proj(lambda x: x.to(torch.int8)), r"o_proj.weight' in .* is I8: only BF16, F16, F32"),
     (o_proj(torch.Tensor.double), "o_proj.weight' in .* is F64: only"),
     (o_proj(lambda x: x.to(torch.float8_e5m2)), "is F8_E5M2: only"),
     (o_proj(lambda x: x.to(E4M3)), "is FP8 but has no scale"),
-    (
-        beside("kv_a_layernorm__weight", torch.ones(40).to(E4M3)),
-        "kv_a_layernorm.* F8_E4M3: only .* of matrices",
-    ),
+    (beside("kv_a_layernorm__weight", torch.ones(40).to(E4M3)), "layernorm.* F8_E4M3: only .* of matrices"),
     (o_scale(torch.ones(5, 2)), "is BF16 but has a scale, .*it is unclear if"),
     (o_proj(lambda x: spoilt(x, torch.nan)), "o_proj.weight' .* holds NaN or infinity, .* in rows 0 to 71"),
     (o_proj(lambda x: spoilt(x, -torch.inf)), "o_proj.weight' .* holds NaN or infinity"),
@@ -108,10 +101,7 @@ def test_broken_tensors_are_named(damage: Damage, reason: str, tmp_path: Path) -
 
 FP8: list[tuple[Damage, str]] = [
     (without("o_proj__weight_scale_inv"), "o_proj.weight' in .* is FP8 but has no scale"),
-    (
-        o_scale(torch.ones(5, 3)),
-        r"weight_scale_inv' in .* has shape \[5, 3\]: \[72, 36\] in blocks of \[16, 20\] needs \[5, 2\]",
-    ),
+    (o_scale(torch.ones(5, 3)), r"scale_inv' .* shape \[5, 3\]: .* blocks of \[16, 20\] needs \[5, 2\]"),
     (o_scale(torch.ones(4, 2)), r"has shape \[4, 2\]"),
     (o_scale(torch.ones(1)), r"has shape \[1\]"),
     (o_scale(torch.ones(5, 2).int()), "o_proj.weight_scale_inv' in .* is I32"),

@@ -50,74 +50,49 @@ LISTS = {"short_factor": [1.0, 1.5, 4.0, 9.0], "long_factor": [1.0, 1.5, 4.0, 9.
 
 @dataclass(frozen=True)
 class Case:
-    """A family's tiny config.json, where its class is, and changes that it must show."""
+    """A family's tiny config.json, changes that it must show, and its class where it is another's."""
 
     keys: dict[str, Any]
-    module: str
-    prefix: str
-    attention: str = "Attention"
-    reorders: bool = True  # it caches interleaved rotary channels as evens, then odds
-    wrong: tuple[Callable[[MLAConfig], MLAConfig], ...] = ()
+    wrong: tuple[Callable[[MLAConfig], MLAConfig], ...]
     selects: tuple[Callable[[MLAConfig], MLAConfig], ...] = ()  # other keys, and attends them rightly
+    reorders: bool = True  # it caches interleaved rotary channels as evens, then odds
+    of: tuple[str, str] = ("", "")  # the module and the first part of the name of its class
+    attention: str = "Attention"
 
 
 def without(**fields: Any) -> Callable[[MLAConfig], MLAConfig]:
     return lambda config: replace(config, **fields)
 
 
-WRONG = (without(rope_interleave=False), without(rope_theta=77.0))
+WRONG, PLAIN = (without(rope_interleave=False), without(rope_theta=77.0)), without(rope_scaling=None)
+SCALED, TURNED = {"type": "yarn", **YARN}, (without(rope_theta=1e4),)
+WIDE = {"qk_nope_head_dim": 24, "v_head_dim": 32}
+ONCE = {**SCALED, "mscale": 1.0, "mscale_all_dim": 1.0, "rope_theta": 1e4, "llama_4_scaling_beta": 0.1}
+KIMI = {"rms_norm_eps": 1e-5, "mla_use_nope": True}
 CASES = {
-    "deepseek_v2": Case(
-        {"rope_scaling": {"type": "yarn", **YARN}},
-        "deepseek_v2",
-        "DeepseekV2",
-        reorders=False,
-        wrong=(*WRONG, without(rope_scaling=None)),
-    ),
+    "deepseek_v2": Case({"rope_scaling": SCALED}, (*WRONG, PLAIN), reorders=False),
     "deepseek_v3": Case(
-        {
-            "rope_theta": 5e4,
-            "rope_scaling": {"type": "yarn", **YARN, "beta_fast": 1.0},
-            "attention_bias": True,
-        },
-        "deepseek_v3",
-        "DeepseekV3",
-        wrong=(*WRONG, without(rope_scaling=None)),
+        {"rope_theta": 5e4, "rope_scaling": {**SCALED, "beta_fast": 1.0}, "attention_bias": True},
+        (*WRONG, PLAIN),
     ),
     "deepseek_v32": Case(
-        {"rope_scaling": {"type": "yarn", **YARN}, **INDEXER},
-        "deepseek_v32",
-        "DeepseekV32",
-        wrong=WRONG,
-        selects=(without(indexer_rope_interleave=True),),
+        {"rope_scaling": SCALED, **INDEXER}, WRONG, selects=(without(indexer_rope_interleave=True),)
     ),
     "glm_moe_dsa": Case(
-        {"qk_nope_head_dim": 24, "v_head_dim": 32, "rms_norm_eps": 1e-5, "num_hidden_layers": 2, **INDEXER},
-        "glm_moe_dsa",
-        "GlmMoeDsa",
-        wrong=WRONG,
+        {**WIDE, "rms_norm_eps": 1e-5, "num_hidden_layers": 2, **INDEXER},
+        WRONG,
         selects=(without(indexer_rope_interleave=False),),
     ),
-    "glm4_moe_lite": Case(
-        {"qk_nope_head_dim": 24, "v_head_dim": 32, "rope_theta": 1e6, "partial_rotary_factor": 1.0},
-        "glm4_moe_lite",
-        "Glm4MoeLite",
-        wrong=WRONG,
-    ),
-    "youtu": Case(
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1.6e6}}, "youtu", "Youtu", wrong=WRONG
-    ),
+    "glm4_moe_lite": Case({**WIDE, "rope_theta": 1e6, "partial_rotary_factor": 1.0}, WRONG),
+    "youtu": Case({"rope_parameters": {"rope_type": "default", "rope_theta": 1.6e6}}, WRONG),
     "axk1": Case(
-        {"rope_scaling": {"type": "yarn", **YARN, "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.0}},
-        "axk1",
-        "AXK1",
-        wrong=(*WRONG, without(rope_scaling=YarnScaling(4.0, 16, mscale=1.0, mscale_all_dim=1.0))),
+        {"rope_scaling": {**SCALED, "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.0}},
+        (*WRONG, without(rope_scaling=YarnScaling(4.0, 16, mscale=1.0, mscale_all_dim=1.0))),
     ),
     "sarvam_mla": Case(
         {"q_lora_rank": None, "rope_scaling": {"type": "deepseek_yarn", **YARN}, "head_dim": 40},
-        "deepseek_v3",
-        "DeepseekV3",
-        wrong=(*WRONG, without(rope_scaling=None)),
+        (*WRONG, PLAIN),
+        of=("deepseek_v3", "DeepseekV3"),
     ),
     "minicpm3": Case(
         {
@@ -125,53 +100,26 @@ CASES = {
             "rms_norm_eps": 1e-5,
             "rope_scaling": {"type": "longrope", **LISTS, "original_max_position_embeddings": 4096},
         },
-        "minicpm3",
-        "MiniCPM3",
+        (without(rope_interleave=True), PLAIN),
         reorders=False,
-        wrong=(without(rope_interleave=True), without(rope_scaling=None)),
     ),
     "longcat_flash": Case(
         {"rms_norm_eps": 1e-5, "head_dim": 8},
-        "longcat_flash",
-        "LongcatFlash",
+        (*WRONG, without(q_latent_scale=1.0), without(kv_latent_scale=1.0)),
         attention="MLA",
-        wrong=(*WRONG, without(q_latent_scale=1.0), without(kv_latent_scale=1.0)),
     ),
     "mistral4": Case(
-        {
-            "rope_parameters": {
-                "type": "yarn",
-                **YARN,
-                "mscale": 1.0,
-                "mscale_all_dim": 1.0,
-                "rope_theta": 1e4,
-                "llama_4_scaling_beta": 0.1,
-            },
-            "partial_rotary_factor": 8 / 24,
-        },
-        "mistral4",
-        "Mistral4",
-        wrong=(*WRONG, without(query_scaling=None), without(query_scaling=QueryScaling(0.1, 32))),
+        {"rope_parameters": ONCE, "partial_rotary_factor": 8 / 24},
+        (*WRONG, without(query_scaling=None), without(query_scaling=QueryScaling(0.1, 32))),
     ),
-    "kimi_linear": Case(
-        {"q_lora_rank": None, "rms_norm_eps": 1e-5, "mla_use_nope": True},
-        "kimi_linear",
-        "KimiLinear",
-        reorders=False,
-        wrong=(without(rope_theta=1e4),),
-    ),
+    "kimi_linear": Case({**KIMI, "q_lora_rank": None}, TURNED, reorders=False),
     "kimi_k3": Case(
-        {"rms_norm_eps": 1e-5, "mla_use_nope": True, "mla_use_output_gate": True},
-        "kimi_linear",
-        "KimiLinear",
-        reorders=False,
-        wrong=(without(rope_theta=1e4),),
+        {**KIMI, "mla_use_output_gate": True}, TURNED, reorders=False, of=("kimi_linear", "KimiLinear")
     ),
     "bailing_hybrid": Case(
         {"rope_theta": 6e6, "head_dim": 16, "partial_rotary_factor": 0.5, "use_qk_norm": True},
-        "bailing_hybrid",
-        "BailingHybrid",
-        wrong=WRONG,
+        WRONG,
+        of=("bailing_hybrid", "BailingHybrid"),
     ),
 }
 # Of these `transformers` has a class; Kimi K3's is made here of the one without its gate.
@@ -208,11 +156,14 @@ def own_class(kind: str, **change: Any) -> TransformersModel:
     model_type = values.pop("model_type")
     twin = AutoConfig.for_model("kimi_linear" if kind == "kimi_k3" else model_type, **values)
     twin._attn_implementation = "eager"
-    modeling = importlib.import_module(f"transformers.models.{case.module}.modeling_{case.module}")
-    attention = getattr(modeling, case.prefix + case.attention)
+    module, prefix = (
+        case.of if case.of[0] else (kind, FAMILIES[kind].architecture.removesuffix("ForCausalLM"))
+    )
+    modeling = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+    attention = getattr(modeling, prefix + case.attention)
     return TransformersModel(
         attention_class=with_gate(attention) if kind == "kimi_k3" else attention,
-        rotary_class=getattr(modeling, f"{case.prefix}RotaryEmbedding", None),
+        rotary_class=getattr(modeling, f"{prefix}RotaryEmbedding", None),
         config=twin,
         eps=1e-5 if kind == "kimi_k3" else 1e-6,  # what the classes have anyway, see the test of eps
         reorders=case.reorders,

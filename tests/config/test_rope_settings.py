@@ -171,10 +171,7 @@ def test_longrope_with_one_list_agrees(change: dict[str, Any]) -> None:
         ({"rope_scaling": {"type": None, **YARN}}, "type None is not supported"),
         ({"rope_scaling": {"type": "yarn", **YARN, "truncate": None}}, "'truncate' must be true or false"),
         ({"rope_scaling": {"type": "yarn", **YARN, "truncate": 1}}, "'truncate' must be true or false"),
-        (
-            {"rope_scaling": {"type": "yarn", **YARN, "attention_factor": 0}},
-            "needs a positive number .*got 0",
-        ),
+        ({"rope_scaling": {"type": "yarn", **YARN, "attention_factor": 0}}, "needs a positive number .*got"),
         ({"rope_scaling": {"type": "yarn", **YARN, "attn_factor": 1.0}}, "'attn_factor' is not supported"),
         ({"rope_scaling": {"type": "yarn", **YARN, "factor": 0}}, "needs a positive number 'factor'"),
         ({"rope_scaling": "yarn"}, "rope_scaling must be an object or null, got 'yarn'"),
@@ -182,10 +179,7 @@ def test_longrope_with_one_list_agrees(change: dict[str, Any]) -> None:
         ({"rope_scaling": {"rope_type": ["yarn"], **YARN}}, r"type \['yarn'\] is not supported"),
         ({"rope_scaling": YARN}, "key 'beta_fast' is not supported"),
         ({"rope_parameters": {"rope_theta": None}}, "rope_theta must be a positive number, got None"),
-        (
-            {"rope_parameters": {"full_attention": {}}},
-            "rope_parameters key 'full_attention' is not supported",
-        ),
+        ({"rope_parameters": {"full_attention": {}}}, "rope_parameters key 'full_attention' is not"),
         ({"rope_parameters": [1]}, r"rope_parameters must be an object or null, got \[1\]"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 of 64 channels does not rotate the 64"),
         (
@@ -197,14 +191,8 @@ def test_longrope_with_one_list_agrees(change: dict[str, Any]) -> None:
             {"rope_scaling": {**LONGROPE, "original_max_position_embeddings": None}},
             "'original_max_position_emb",
         ),
-        (
-            {"rope_scaling": {**LONGROPE, "short_factor": [1.0] * 32}},
-            "short_factor and long_factor that differ",
-        ),
-        (
-            {"rope_scaling": {**LONGROPE, "long_factor": [1.0]}},
-            "lists 'short_factor' and 'long_factor' of 32",
-        ),
+        ({"rope_scaling": {**LONGROPE, "short_factor": [1.0] * 32}}, "short_factor and long_factor that"),
+        ({"rope_scaling": {**LONGROPE, "long_factor": [1.0]}}, "lists 'short_factor' and 'long_factor' of"),
         ({"rope_scaling": {**LONGROPE, "long_factor": 3}}, "lists 'short_factor' and 'long_factor' of 32"),
         ({"rope_scaling": {**LONGROPE, "mscale_all_dim": 1.0}}, "key 'mscale_all_dim' is not supported"),
     ],

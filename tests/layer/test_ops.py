@@ -120,11 +120,7 @@ def test_an_op_that_refuses_a_batch_raises_and_never_falls_back(make_case: Any, 
 @pytest.mark.parametrize(
     ("name", "contract", "reason"),
     [
-        (
-            "mine",
-            "latent_atention/1",
-            "has an unknown contract 'latent_atention/1'. Did you mean 'latent_att",
-        ),
+        ("mine", "latent_atention/1", "unknown contract 'latent_atention/1'. Did you mean 'lat"),
         ("reference", "linear/1", "needs a name other than 'reference'"),
     ],
 )
@@ -182,18 +178,9 @@ def test_an_override_changes_its_role_alone(
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (
-            {"latent_atention": "first"},
-            "has an unknown role 'latent_atention'. Did you mean 'latent_attention'?",
-        ),
-        (
-            {"latent_attention": "frist"},
-            "unknown op of role latent_attention 'frist'. Did you mean 'first'? It takes: reference",
-        ),
-        (
-            {"latent_attention": "rows"},
-            "unknown op of role latent_attention 'rows'. It takes: reference",
-        ),
+        ({"latent_atention": "first"}, "has an unknown role 'latent_atention'. Did you mean 'lat"),
+        ({"latent_attention": "frist"}, "role latent_attention 'frist'. Did you mean 'first'? It"),
+        ({"latent_attention": "rows"}, "unknown op of role latent_attention 'rows'. It takes: reference"),
         ({"rotate_query": "auto"}, "unknown op of role rotate_query 'auto'. It takes: reference."),
     ],
 )
