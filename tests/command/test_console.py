@@ -65,6 +65,8 @@ def test_a_result_that_cannot_be_printed_is_told_and_changes_a_zero_alone(redire
     assert ended(SAID, redirection) == (5, "", sentence)
     assert ended(f"{SAID}; return 0", redirection) == (2, "", sentence)
     assert ended("console.note('a remark'); return 0", redirection) == (0, "", "a remark\n")
+    helped = "from mla.bench.cli.main import cli; return cli.main(['--help'], standalone_mode=False)"
+    assert ended(helped, redirection) == (2, "", sentence.partition("\n")[2])
 
 
 def test_a_file_does_not_get_the_number_of_a_closed_stream(tmp_path: Path) -> None:

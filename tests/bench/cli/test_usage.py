@@ -228,14 +228,6 @@ def test_a_bad_config_file_gets_its_sentence(bench: Bench, small: list[str], tex
     assert message in done.error
 
 
-def test_a_config_may_be_a_folder(bench: Bench, small: list[str]) -> None:
-    Path("model").mkdir()
-    Path("tiny.json").rename("model/config.json")
-    done = bench(*CPU, "--config", "model", *small[2:], "--dry-run")
-    assert done.code == 0
-    assert "config     model, bfloat16" in done.err
-
-
 def test_a_known_backend_that_is_not_installed_says_how_to_install_it(isolated: Bench) -> None:
     done = isolated("--backend", "metax")
     assert done.code == 3
