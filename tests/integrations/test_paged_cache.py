@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -112,29 +111,6 @@ def test_a_model_without_our_ops_does_not_read_it(family: str, prompts: Prompts)
     cache = paged(use_mla(make_model(family)))
     with pytest.raises((AttributeError, TypeError), match="NewLatents"):
         generate(make_model(family), prompts, **cache, max_new_tokens=1)
-
-
-def in_another_dtype(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    return restore(model).to(torch.bfloat16)
-
-
-def of_another_rank(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setitem(FAMILIES["deepseek_v3"][2], "kv_lora_rank", 24)
-    return make_model("deepseek_v3")
-
-
-@pytest.mark.parametrize("change", [in_another_dtype, of_another_rank])
-def test_a_model_of_other_numbers_does_not_write_to_it(
-    model: Any, prompts: Prompts, change: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache = paged(use_mla(model))
-    other = use_mla(change(model, monkeypatch))
-    with pytest.raises(
-        UnsupportedModel, match=r"holds 40 numbers a token, torch\.float32 on cpu, and .* make a"
-    ):
-        generate(other, prompts, **cache)
-    latents = cache[CACHE].latents
-    assert (cache[CACHE].columns, latents.free_pages) == (0, latents.num_pages)
 
 
 def test_beams_are_refused(model: Any, prompts: Prompts) -> None:

@@ -205,7 +205,7 @@ def _faults(model: Any, layers: list[Any], config: MLAConfig) -> Iterator[str]:
 
 def _faults_of(layer: Any, config: MLAConfig) -> Iterator[str]:
     """Yield why one layer cannot be served: it computes something else than its config announces."""
-    kind = type(layer).__name__
+    kind, number = type(layer).__name__, layer.layer_idx
     gate, indexer = getattr(layer, "g_proj", None), getattr(layer, "indexer", None)
     if not hasattr(layer, "expand_kv"):
         yield (
@@ -218,20 +218,16 @@ def _faults_of(layer: Any, config: MLAConfig) -> Iterator[str]:
                 f"{name} of this model is {more}: load it unquantized, without adapters or offloading, in "
                 "bfloat16, float16 or float32."
             )
-    if (rows := 0 if gate is None else gate.weight.shape[0]) != config.gate_width:
-        yield (
-            f"{kind} has {rows or 'no'} output gates per token, and its config announces "
-            f"{config.gate_width or 'none'}: this class computes another model."
-        )
-    heads = config.of_layer(layer.layer_idx).index_n_heads
-    if (actual := 0 if indexer is None else indexer.n_heads) != heads:
-        yield (
-            f"layer {layer.layer_idx} has {actual or 'no'} index heads, and its config announces "
-            f"{heads or 'none'}: this class computes another model."
-        )
-    if abs(layer.scaling - config.softmax_scale) > 1e-6 * config.softmax_scale:
-        scale = f"{layer.scaling:.6g}, and its config says {config.softmax_scale:.6g}"
-        yield f"{kind} scales logits by {scale}: this class computes another model."
+    for what, has, announced in (
+        ("output gates per token", 0 if gate is None else gate.weight.shape[0], config.gate_width),
+        ("index heads", 0 if indexer is None else indexer.n_heads, config.of_layer(number).index_n_heads),
+        ("as the scale of logits", layer.scaling, config.softmax_scale),
+    ):
+        if abs(has - announced) > 1e-6 * announced:
+            yield (
+                f"layer {number}, a {kind}, has {has:.6g} {what}, and its config announces {announced:.6g}: "
+                "this class computes another model."
+            )
 
 
 def _projections(layer: Any) -> list[tuple[str, Any]]:

@@ -52,13 +52,6 @@ class PagedLayer(CacheLayerMixin):
         """Hand new latents [B, 1, t, c] and [B, 1, t, r] to the attention, to be written to the pages."""
         if not hasattr(self._layer, "mla_attention"):
             raise UnsupportedModel("this model no longer runs our ops, and only they read a PagedCache.")
-        latents, width = self._cache.latents, key_states.shape[-1] + value_states.shape[-1]
-        holds = (latents.config.latent_dim, latents.dtype, latents.pages.device)
-        if holds != (width, key_states.dtype, key_states.device):
-            raise UnsupportedModel(
-                f"this PagedCache holds {holds[0]} numbers a token, {holds[1]} on {holds[2]}, and the model "
-                f"gives {width}, {key_states.dtype} on {key_states.device}: make a PagedCache of this model."
-            )
         return NewLatents(key_states, self), value_states
 
     def step(self, flags: torch.Tensor, queries: int) -> Step:
