@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import pty
 import re
 import subprocess
 import sys
@@ -58,35 +55,6 @@ def test_a_broken_checkpoint_ends_in_one_sentence(
     assert (done.code, done.out) == (2, "")
     assert done.error.startswith(sentence)
     assert not Path("run.json").exists()
-
-
-def drain(descriptor: int) -> bytes:
-    """Read until the other side is closed, which a terminal reports as an error."""
-    text = b""
-    with contextlib.suppress(OSError):
-        while part := os.read(descriptor, 1 << 16):
-            text += part
-    os.close(descriptor)
-    return text
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_reading_shows_a_bar_on_a_terminal_only(small: list[str], terminal: bool, tmp_path: Path) -> None:
-    maker.LAYOUTS["fp8-sharded"].make(tmp_path / "model")
-    words = ["--backend", "cpu", *small[2:], "--model-path", "model", "--list-ops"]
-    words += ["--implementations", "mla"]
-    ours, theirs = pty.openpty() if terminal else os.pipe()
-    with subprocess.Popen(
-        [sys.executable, "-m", "mla.bench", *words],
-        cwd=tmp_path,
-        env={**os.environ, "TERM": "xterm"},
-        stdout=subprocess.DEVNULL,
-        stderr=theirs,
-    ) as process:
-        os.close(theirs)
-        shown = drain(ours)
-    assert process.returncode == 0, shown
-    assert (b"reading model" in shown) == terminal
 
 
 def attention_test(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -59,13 +59,18 @@ class Write(FusedOp):
 """
 
 
+NO_TORCH = "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')\n"
+
+
 @pytest.fixture
-def no_torch(tmp_path: Path) -> Path:
-    """Return a folder in which `torch` is as good as not installed."""
-    folder = tmp_path / "no_torch"
-    folder.mkdir()
-    (folder / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')\n")
-    return folder
+def torch_that(tmp_path: Path) -> Callable[[str], Path]:
+    """Return a function that makes a folder in which `torch` is this code."""
+
+    def torch_that(code: str) -> Path:
+        (tmp_path / "torch.py").write_text(code)
+        return tmp_path
+
+    return torch_that
 
 
 @pytest.fixture
@@ -155,19 +160,23 @@ def test_an_option_that_the_backend_does_not_take_is_the_users_mistake(bench: Be
     ]
 
 
-def test_json_holds_the_same_for_machines(process: Bench, no_torch: Path) -> None:
-    done = process("doctor", "fake-no-device", "--json", fakes=["no_device", "good"], path=[no_torch])
+def test_json_holds_the_same_for_machines(process: Bench, torch_that: Any) -> None:
+    path = [torch_that(NO_TORCH)]
+    done = process("doctor", "fake-no-device", "--json", fakes=["no_device", "good"], path=path)
     assert (done.code, done.err) == (3, "")
     diagnosed = json.loads(done.out)
     assert diagnosed["host"]["python"].endswith(f"({sys.executable})")
     (backend,) = diagnosed["backends"]
-    assert (backend["name"], backend["state"], backend["version"]) == ("fake-no-device", "no device", "1.0")
-    assert (backend["reason"], backend["evidence"], backend["fixes"], backend["facts"]) == (
-        "no card on the bus",
-        {"cards": "0"},
-        ["plug one in"],
-        {},
-    )
+    assert backend == {
+        "name": "fake-no-device",
+        "state": "no device",
+        "distribution": "mla-backend-fake-no-device",
+        "version": "1.0",
+        "reason": "no card on the bus",
+        "evidence": {"cards": "0"},
+        "facts": {},
+        "fixes": ["plug one in"],
+    }
     assert diagnosed["usable"] == []
 
 
@@ -257,8 +266,8 @@ def test_a_probe_that_promises_too_much_is_found_out(
 # ------------------------------------------------------------------------------------------------ torch
 
 
-def test_without_torch_it_says_so_and_where_to_get_it(process: Bench, no_torch: Path) -> None:
-    done = process("doctor", "cpu", path=[no_torch])
+def test_without_torch_it_says_so_and_where_to_get_it(process: Bench, torch_that: Any) -> None:
+    done = process("doctor", "cpu", path=[torch_that(NO_TORCH)])
     assert (done.code, done.err) == (3, "")
     by_title = blocks(done.out)
     assert by_title["torch: does not import"] == [
@@ -270,16 +279,14 @@ def test_without_torch_it_says_so_and_where_to_get_it(process: Bench, no_torch: 
 
 
 def test_a_torch_that_is_broken_itself_blames_no_extension(
-    process: Bench, extension: Any, tmp_path: Path
+    process: Bench, extension: Any, torch_that: Any
 ) -> None:
-    folder = tmp_path / "broken"
-    folder.mkdir()
-    (folder / "torch.py").write_text("raise OSError('libvendor.so: cannot open shared object file')\n")
-    good = extension("torch_fine", "")
-    done = process("doctor", "cpu", "--json", path=[folder, good])
+    why = "OSError: libvendor.so: cannot open shared object file"
+    broken = torch_that("raise OSError('libvendor.so: cannot open shared object file')\n")
+    done = process("doctor", "cpu", "--json", path=[broken, extension("torch_fine", "")])
     assert done.code == 3
     torch = json.loads(done.out)["torch"]
-    assert torch["problem"] == "OSError: libvendor.so: cannot open shared object file"
+    assert torch["problem"] == why
     assert torch["extensions"] == ["torch_fine of torch-fine 2.5"]
     assert torch["fixes"][0] == "reinstall torch in a build that fits this system"
 
