@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from string import ascii_uppercase
 from typing import NamedTuple
 
-from mla.bench.report.data import ResultFile
 from mla.bench.results import compare
 from mla.bench.results.compare import compare_implementations
 from mla.bench.results.rows import COLUMNS, case_rows, cell, timing_rows
-from mla.bench.results.schema import Case
+from mla.bench.results.schema import Case, Run
 from mla.bench.terminal import ceilings, run_table, verdict
 from mla.bench.terminal.digits import between, known, number
 from mla.bench.terminal.lines import BUSY, name, of_case
 from mla.bench.terminal.tables import NAMES, Table, comparison
 from mla.bench.terminal.verdict import is_yardstick, status, why_unreliable
 from mla.text import counted, grouped
+from mla_backends.outside import escaped
 
 # Most tiles of one file, and most cases without a number that are named on the first screen.
 MOST_TILES, MOST_NAMED = 6, 4
@@ -33,6 +36,39 @@ _WORDS = {
 }
 # Kinds of warnings about a busy machine, as said of a count, where the kind itself does not do.
 _WARNED = {"drifts": "drifting", "outliers": "with outliers"}
+
+
+@dataclass(frozen=True)
+class ResultFile:
+    """One result file. `key` is the letter that stands for it; empty for a single file.
+
+    `name` is the end of its path; `config` is "" if the file does not name it.
+    """
+
+    key: str
+    name: str
+    run: Run
+    config: str = ""
+
+    @property
+    def title(self) -> str:
+        """Letter and name."""
+        return f"{self.key} {self.name}".strip()
+
+    @property
+    def about(self) -> str:
+        """Letter, device and config."""
+        return ", ".join(filter(None, (f"{self.key} {self.run.backend.device}".strip(), self.config)))
+
+
+def result_files(paths: Sequence[str], runs: Sequence[Run]) -> list[ResultFile]:
+    """Return the files with their letters if there are several: A to Z, A1, B1 and so on."""
+    files = []
+    for at, (path, run) in enumerate(zip(paths, runs, strict=True)):
+        key = f"{ascii_uppercase[at % 26]}{at // 26 or ''}" * (len(runs) > 1)
+        parts, config = re.split(r"[/\\]+", path), re.split(r"[/\\]+", str(run.config.get("name") or ""))
+        files.append(ResultFile(key, escaped("/".join(parts[-2:])), run, config[-1].removesuffix(".json")))
+    return files
 
 
 class Badge(NamedTuple):

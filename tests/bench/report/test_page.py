@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from mla.bench import results
-from mla.bench.report import data, figures, page
+from mla.bench.report import figures, page, summary
 from mla.bench.results.schema import NewLengths
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -71,7 +71,7 @@ def render(*runs: results.Run) -> str:
 
 def drawn(runs: Sequence[results.Run], title: str) -> tuple[str, str]:
     """Return the caption of one chart, and the chart."""
-    files = data.result_files([f"{place}.json" for place in range(len(runs))], runs)
+    files = summary.result_files([f"{place}.json" for place in range(len(runs))], runs)
     (chart,) = [
         candidate
         for section in page.sections(files)

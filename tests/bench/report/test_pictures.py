@@ -84,7 +84,7 @@ def test_a_folder_that_cannot_be_is_one_sentence(bench: Any) -> None:
     done = bench("report", "one.json", "--pictures", "gone/pictures")
     assert (done.code, done.err) == (
         2,
-        "error: cannot make the folder 'gone/pictures': there is no folder 'gone'.\n",
+        "error: cannot make the folder 'gone/pictures': No such file or directory.\n",
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mla.bench import results
-from mla.bench.report import data, summary
+from mla.bench.report import summary
 
 Case = Callable[..., results.Case]
 
@@ -20,12 +20,12 @@ def timed(case: Case, ms: float, **changes: Any) -> results.Case:
     return case(**{"latency_ms": latency, "passes": 6, **changes})
 
 
-def file(make_run: Any, *cases: results.Case, **changes: Any) -> data.ResultFile:
+def file(make_run: Any, *cases: results.Case, **changes: Any) -> summary.ResultFile:
     run = make_run()
     run.cases = list(cases)
     for name, value in changes.items():
         setattr(run, name, value)
-    return data.result_files(["run.json"], [run])[0]
+    return summary.result_files(["run.json"], [run])[0]
 
 
 def with_status(case: Case, status: Any, **changes: Any) -> results.Case:
@@ -121,8 +121,8 @@ def test_files_are_compared_with_their_intervals_and_verdicts(make_run: Any, cas
     for run, times in zip(runs, ({"mla": 2.0, "a": 1.0}, {"mla": 1.0, "b": 1.0}), strict=True):
         run.cases = [timed(case, ms, implementation=name) for name, ms in times.items()]
     runs[1].seed = 1
-    table = summary.compared(*data.result_files(["/x/old.json", "/x/new.json"], runs))
-    assert table.title == "B new.json against A old.json"
+    table = summary.compared(*summary.result_files(["/x/old.json", "/x/new.json"], runs))
+    assert table.title == "B x/new.json against A x/old.json"
     assert list(table.rows[0])[4:] == ["0.500", "0.490 .. 0.510", "FASTER"]
     assert table.notes == [
         "Warning: seed differs: 0 and 1.",

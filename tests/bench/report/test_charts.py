@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
 from mla.bench import results
-from mla.bench.report import data, figures
-from mla.bench.report.data import ResultFile
+from mla.bench.report import charts, figures, summary
+from mla.bench.report.summary import ResultFile
 
 Case = Callable[..., results.Case]
 
@@ -24,7 +23,7 @@ def source(make_run: Any) -> Callable[..., ResultFile]:
         run.cases = list(cases)
         for name, value in changes.items():
             setattr(run, name, value)
-        return data.result_files(["run.json"], [run])[0]
+        return summary.result_files(["run.json"], [run])[0]
 
     return source
 
@@ -33,41 +32,25 @@ def point(case: Case, implementation: str = "mla", **values: Any) -> results.Cas
     return case(scenario=f"sweep {values}", base="sweep", implementation=implementation, point=values)
 
 
-def places(entries: Sequence[data.Entry], axis: str = "kv") -> list[tuple[str, list[float]]]:
+def places(entries: Sequence[charts.Entry], axis: str = "kv") -> list[tuple[str, list[float]]]:
     """Return name and places of every curve."""
-    lines = [line for group in data.curves(entries, axis).values() for line in group]
+    lines = [line for group in charts.curves(entries, axis).values() for line in group]
     return [(line.name, [x for x, _ in line.points]) for line in lines]
-
-
-@pytest.mark.parametrize(
-    ("paths", "names"),
-    [
-        (["/a/b/run.json"], ["run.json"]),
-        (["/a/x.json", "/b/y.json"], ["x.json", "y.json"]),
-        (["/r/old/run.json", "/r/new/run.json"], ["old/run.json", "new/run.json"]),
-        (["C:\\r\\a\\run.json", "C:\\r\\b\\run.json"], ["a/run.json", "b/run.json"]),
-        (["run.json", "a/run.json"], ["run.json", "a/run.json"]),
-    ],
-)
-def test_names_are_as_short_as_tells_them_apart(paths: list[str], names: list[str]) -> None:
-    assert list(data.short_names(paths).values()) == names
-
-
-def test_different_paths_never_share_a_name() -> None:
-    every = ["/".join(parts) for length in (1, 2, 3, 4) for parts in itertools.product("ab", repeat=length)]
-    every += [f"{path}/x/run.json" for path in every]
-    assert len(set(data.short_names(every).values())) == len(every)
 
 
 def test_several_files_get_letters_and_short_names(make_run: Any) -> None:
     runs = [make_run() for _ in range(3)]
     runs[0].config = {"name": "/home/somebody/tiny.json"}
     runs[2].config = {"name": "other"}
-    loaded = data.result_files(["/r/old/run.json", "/r/new/run.json", "/r/x\x1b.json"], runs)
-    assert [file.title for file in loaded] == ["A old/run.json", "B new/run.json", "C x\\x1b.json"]
+    loaded = summary.result_files(["/r/old/run.json", "/r/new/run.json", "/r/x\x1b.json"], runs)
+    assert [file.title for file in loaded] == ["A old/run.json", "B new/run.json", "C r/x\\x1b.json"]
     assert [file.config for file in loaded] == ["tiny", "", "other"]
-    assert data.result_files(["x"], runs[:1])[0].key == ""
-    assert [file.key for file in data.result_files(["x"] * 28, [make_run()] * 28)][25:] == ["Z", "A1", "B1"]
+    assert summary.result_files(["x"], runs[:1])[0].key == ""
+    assert [file.key for file in summary.result_files(["x"] * 28, [make_run()] * 28)][25:] == [
+        "Z",
+        "A1",
+        "B1",
+    ]
 
 
 def test_a_curve_has_one_implementation_and_one_value_of_every_other_axis(source: Any, case: Case) -> None:
@@ -77,7 +60,7 @@ def test_a_curve_has_one_implementation_and_one_value_of_every_other_axis(source
         for batch in (1, 8)
         for name in ("mla", "other")
     ]
-    entries = data.entries([source(*cases)])
+    entries = charts.entries([source(*cases)])
     assert places(entries) == [
         ("mla, batch 1", [16, 32, 64]),
         ("other, batch 1", [16, 32, 64]),
@@ -85,28 +68,28 @@ def test_a_curve_has_one_implementation_and_one_value_of_every_other_axis(source
         ("other, batch 8", [16, 32, 64]),
     ]
     assert len(places(entries, "batch")) == 6
-    assert data.bars(entries) == {}
+    assert charts.bars(entries) == {}
 
 
 def test_files_have_curves_of_their_own(make_run: Any, case: Case) -> None:
     runs = [make_run(), make_run()]
     for run in runs:
         run.cases = [point(case, kv=kv) for kv in (1, 2)]
-    entries = data.entries(data.result_files(["x", "x"], runs))
+    entries = charts.entries(summary.result_files(["x", "x"], runs))
     assert places(entries) == [("A mla", [1, 2]), ("B mla", [1, 2])]
 
 
 @pytest.mark.parametrize("values", [[{"kv": 5}, {"kv": 5}], [{"kv": "1..5"}, {"kv": "2..6"}], [{"heads": 8}]])
 def test_what_makes_no_curve_is_a_bar(source: Any, case: Case, values: list[dict[str, Any]]) -> None:
-    entries = data.entries([source(*(point(case, **each) for each in values))])
+    entries = charts.entries([source(*(point(case, **each) for each in values))])
     assert places(entries) == []
-    assert [len(group) for group in data.bars(entries).values()] == [len(values)]
+    assert [len(group) for group in charts.bars(entries).values()] == [len(values)]
 
 
 def test_yardsticks_are_in_no_chart(source: Any, case: Case) -> None:
     yardstick = {"implementation": "read", "check": results.Check(status="not run", reason="only reads")}
     points = [point(case, kv=kv) for kv in (1, 2)]
-    entries = data.entries([source(case(), case(**yardstick), *points, case(base="sweep", **yardstick))])
+    entries = charts.entries([source(case(), case(**yardstick), *points, case(base="sweep", **yardstick))])
     assert len(entries) == 3
     assert places(entries) == [("mla", [1, 2])]
 
@@ -116,14 +99,14 @@ def test_charts_hold_one_workload_and_say_what_tells_them_apart(make_run: Any, c
     for run, name in zip(runs, ("small", "large"), strict=True):
         run.config = {"name": name}
         run.cases = [case(), case(scenario="decode", base="decode", op="latent_attention")]
-    groups = data.bars(data.entries(data.result_files(["x", "y"], runs)))
-    assert list(data.titles(groups).values()) == [
+    groups = charts.bars(charts.entries(summary.result_files(["x", "y"], runs)))
+    assert list(charts.titles(groups).values()) == [
         "prefill, small",
         "decode, latent_attention, small",
         "prefill, large",
         "decode, latent_attention, large",
     ]
-    assert list(data.titles(list(groups)[:1]).values()) == ["prefill"]
+    assert list(charts.titles(list(groups)[:1]).values()) == ["prefill"]
 
 
 def test_the_highest_and_the_lowest_limits_are_the_roofs(source: Any, case: Case) -> None:
@@ -135,8 +118,8 @@ def test_the_highest_and_the_lowest_limits_are_the_roofs(source: Any, case: Case
         ceiling("copy", 9e9),
         *(ceiling("matmul", value, dtype="bfloat16") for value in (1e12, 2e12)),
     ]
-    assert [roof.value for roof in data.roofs(source(case(), ceilings=limits))] == [5e9, 1e9, 2e12]
-    assert data.roofs(source(case())) == []
+    assert [roof.value for roof in charts.roofs_of(source(case(), ceilings=limits))] == [5e9, 1e9, 2e12]
+    assert charts.roofs_of(source(case())) == []
 
 
 def test_colours_of_known_implementations_are_the_same_in_all_reports_and_no_two_are_equal() -> None:
