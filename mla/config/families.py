@@ -69,6 +69,12 @@ def _sparse(interleaved: bool) -> dict[str, Any]:
     }
 
 
+def _ling_gate(gated_attention_proj_granularity_type: Any = "head_wise", **others: Any) -> Any:
+    """Return the output gate of a granularity; an unknown one as it is, which no config takes."""
+    kind = gated_attention_proj_granularity_type
+    return {"head_wise": "head", "element_wise": "element"}.get(str(kind), kind)
+
+
 INDEXER_KEYS = ("index_topk", "index_n_heads", "index_head_dim", "indexer_types")
 _INDEXED = {**_DIMS, "index_topk": 2048, "index_head_dim": 128}
 
@@ -158,19 +164,11 @@ FAMILIES: Mapping[str, Family] = {
     "bailing_hybrid": Family(  # Ling 3
         "BailingMoeV3ForCausalLM",
         defaults={**_DIMS, "q_lora_rank": None, "rope_theta": 6e6},
-        derived={"output_gate": lambda values: _ling_gate(values.get(_LING_GATE, "head_wise"))},
+        derived={"output_gate": lambda values: _ling_gate(**values)},
         fixed=_INTERLEAVED,
         ignores=frozenset({"use_qk_norm", "partial_rotary_factor"}),  # of its layers that are not MLA
     ),
 }
-
-_LING_GATE = "gated_attention_proj_granularity_type"
-
-
-def _ling_gate(kind: Any) -> Any:
-    """Return the output gate of a granularity; an unknown one as it is, which no config takes."""
-    return {"head_wise": "head", "element_wise": "element"}.get(kind, kind) if isinstance(kind, str) else kind
-
 
 # For configs that name no family: the keys mean what they say.
 UNNAMED = Family()

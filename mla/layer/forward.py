@@ -14,7 +14,6 @@ import torch
 from mla.cache.formats import Codec, codec_of, decode_slots
 from mla.cache.ragged_batch import RaggedBatch
 from mla.config import MLAConfig
-from mla.errors import WeightError
 from mla.layer.ops import Ops
 from mla.layer.packed_weights import PackedWeights
 from mla.layer.plan import (
@@ -32,8 +31,6 @@ from mla.layer.workspace import (
     StepViews,
     Turn,
     Workspace,
-    check_batch,
-    require,
     require_pages,
 )
 from mla_backends.api import Backend, BatchView
@@ -442,26 +439,16 @@ class AttentionCore:
 
     @torch.no_grad()
     def __call__(
-        self, q: torch.Tensor, batch: RaggedBatch, pages: torch.Tensor, selection: torch.Tensor | None = None
+        self, batch: RaggedBatch, pages: torch.Tensor, selection: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Attend the batch's new tokens with q [T, h, n + r], best made by `queries`; return [T, h, v].
+        """Attend the T new tokens of a batch with what `queries(T)` was given; return [T, h, v].
 
         `pages` [pages, page, c + r] hold the latents of all tokens, the new ones included; of these, only a
-        `selection` [T, topk] int32 is attended where there is one. The result is
-        scratch memory, valid until the next call. Raises ValueError when a tensor does not fit, and
-        RuntimeError in a thread that does not hold `scratch.turn`.
+        `selection` [T, topk] int32 is attended where there is one. The result is scratch memory, valid until
+        the next call. Raises ValueError for pages of another cache.
         """
-        if not self._weights.packed:
-            raise WeightError("this attention core has no weight yet: call load() first.")
-        if not self.scratch.turn.held:
-            raise RuntimeError("hold `core.scratch.turn` from queries() until the result has been read.")
-        config = self.config
-        check_batch(batch, (RaggedBatch,), self._at)
-        shape = (batch.num_tokens, config.num_attention_heads, config.qk_head_dim)
-        require("q", q, shape, self.dtype, self._at)
         require_pages(pages, self.ops, (None, batch.page_size), self._at)
-        held = self.queries(batch.num_tokens)  # which views are kept of
-        q = q if q.data_ptr() == held.data_ptr() and q.stride() == held.stride() else held.copy_(q)
+        q = self.queries(batch.num_tokens)
         heads = self.scratch.take("heads", *q.shape[:2], self.config.v_head_dim)
         flat = q.flatten(1)
         projected = Projected(flat, flat, None, flat, q, flat, heads, heads.flatten(1))

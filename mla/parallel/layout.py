@@ -192,14 +192,13 @@ def _of_context(
 
 def _pairs(query_len: int, kv_len: int, world: int, place: int) -> int:
     """Return the pairs of new tokens and keys that are held: the sum of `Share.held` over what they see."""
-    first, shift = kv_len - query_len, world - 1 - place
-    return _quotients(kv_len + shift, world) - _quotients(first + shift, world)
 
+    def seen(tokens: int) -> int:  # by the first of them: the sum of x // world for x up to `last`
+        last = tokens + world - 1 - place
+        whole = (last + 1) // world
+        return world * whole * (whole - 1) // 2 + whole * (last + 1 - whole * world)
 
-def _quotients(last: int, world: int) -> int:
-    """Return the sum of x // world for x from 0 to `last`."""
-    whole = (last + 1) // world
-    return world * whole * (whole - 1) // 2 + whole * (last + 1 - whole * world)
+    return seen(kv_len) - seen(kv_len - query_len)
 
 
 # ------------------------------------------------------------------------------------------------------ links

@@ -144,7 +144,7 @@ class Attention:
             counts = [span.tokens for span in step.spans]
             for span, place in zip(step.spans, q.split(counts), strict=True):
                 place.copy_(rows[span.request, span.queries])
-            heads = self.core(q, step.batch, held.write(step, latent, pe), selection)
+            heads = self.core(step.batch, held.write(step, latent, pe), selection)
             for span, rows_out in zip(step.spans, heads.split(counts), strict=True):
                 out[span.request, span.queries] = rows_out
         return out

@@ -52,20 +52,24 @@ def use_mla(
     and `BackendError` for a backend that is not there.
     """
     surveyed = survey(model)
-    opened = backend if isinstance(backend, Backend) else _load(backend, surveyed.device, arguments)
-    if opened is backend and arguments:
+    device = surveyed.device
+    if isinstance(backend, Backend) and arguments:
         raise UnsupportedModel(f"this backend is open: give {', '.join(arguments)} to `mla.load_backend`.")
+    if device.index is not None:
+        arguments = {"index": device.index, **arguments}
+    opened = backend if isinstance(backend, Backend) else mla.load_backend(backend, **arguments)
     if stored_index_format(index_format) and not surveyed.config.index_n_heads:
         raise UnsupportedModel("this model has no indexer, and so no index keys: leave index_format out.")
-    if opened.device is None or not _same(opened.device, surveyed.device):
+    there = opened.device
+    if there is None or (there.type, there.index or 0) != (device.type, device.index or 0):
         name = getattr(backend, "name", backend)
         raise UnsupportedModel(
-            f"this model is on {surveyed.device}, and backend '{name}' computes on {opened.device}: move it "
+            f"this model is on {device}, and backend '{name}' computes on {there}: move it "
             "there with `model.to(...)` first."
         )
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, visible_keys)
-    steps = Steps(surveyed.dtype, surveyed.device, WORKSPACE_BYTES, Turn.of(opened))
+    steps = Steps(surveyed.dtype, device, WORKSPACE_BYTES, Turn.of(opened))
     outer, owner, inner = surveyed.models[0], surveyed.owner, surveyed.models[-1]
     outer.mla_used, owner.mla_before = True, owner.config._attn_implementation
     try:
@@ -73,25 +77,13 @@ def use_mla(
             _prepare(layer, surveyed, opened, steps, cache_format, index_format)
         owner.set_attn_implementation(NAME)
         for served in surveyed.models:  # a guard comes first, as methods go through children in their order
-            guard = Guard(torch.empty(0, dtype=surveyed.dtype, device=surveyed.device))
+            guard = Guard(torch.empty(0, dtype=surveyed.dtype, device=device))
             served._modules = {"mla_guard": guard, **served._modules}
         inner.mla_check = inner.register_forward_pre_hook(Check(surveyed), with_kwargs=True)
     except BaseException:
         restore(model)
         raise
     return model
-
-
-def _load(name: str, device: torch.device, arguments: dict[str, Any]) -> Backend:
-    """Load a backend for the model's device."""
-    if device.index is not None:
-        arguments = {"index": device.index, **arguments}
-    return mla.load_backend(name, **arguments)
-
-
-def _same(backend: torch.device, model: torch.device) -> bool:
-    """Return whether these are one device; the host has no index."""
-    return backend.type == model.type and (model.index or 0) == (backend.index or 0)
 
 
 def _prepare(
