@@ -82,8 +82,6 @@ GUESSED: dict[str, Way] = {
 WAYS: dict[str, Way] = {
     "greedy": ask(),
     "sampled": ask(do_sample=True, temperature=0.7),
-    "beams": ask(num_beams=3),
-    "sampled beams": ask(num_beams=2, do_sample=True, num_return_sequences=2),
     "several sequences": ask(num_return_sequences=2, do_sample=True),
     "chunked prefill": ask(prefill_chunk_size=25),
     "guidance": ask(guidance_scale=1.5),
@@ -93,6 +91,8 @@ WAYS: dict[str, Way] = {
     **GUESSED,
 }
 STOCK_ALONE: dict[str, Way] = {
+    "beams": ask(num_beams=3),
+    "sampled beams": ask(num_beams=2, do_sample=True, num_return_sequences=2),
     "no cache": ask(use_cache=False),
     "static": ask(cache_implementation="static"),
     "static beams": ask(cache_implementation="static", num_beams=2),
