@@ -252,14 +252,9 @@ class RunOptions(BackendOptions):
         return self.preset or self.workload or STANDARD
 
     @property
-    def workload_flag(self) -> str | None:
-        """The flag that chose the workload; None: the standard one, which nobody asked for."""
-        flags = {
-            "--preset": self.preset is not None,
-            "--workload": self.workload not in (None, STANDARD),
-            "--scenario": bool(self.scenarios),
-        }
-        return next((flag for flag, given in flags.items() if given), None)
+    def workload_flag(self) -> str:
+        """The flag that chose the workload; "": the standard one, which nobody asked for."""
+        return _given(self, _SOURCES[1:])
 
     @property
     def is_first_look(self) -> bool:
@@ -377,24 +372,38 @@ def refuse(faults: Iterable[str]) -> None:
         raise UsageError(fault)
 
 
-def _first(flags: Mapping[str, object]) -> str:
+_LENGTHS, _SOURCES = ("--batch", "--kv", "--q-len"), ("--batch-spec", "--preset", "--workload", "--scenario")
+# Options of which one of the first and one of the second exclude each other, and why.
+_EXCLUSIVE = (
+    (("--preset",), ("--workload",), "a preset is a shipped workload"),
+    (("--batch-spec",), _SOURCES[1:], "a batch spec is the scenario"),
+    (_LENGTHS, _SOURCES, "both give the lengths of the requests"),
+    (("--config",), ("--model-path",), "the checkpoint's own config.json is used"),
+)
+_OF_LAYERS = ("--model-path", "--attention", "--layers", "--stages")
+_OF_ONE_DEVICE = ("--op", "--layers", "--stages", "--profile", "--dump-failure")
+_OF_ONE_DEVICE += ("--mode", "--cache", "--clock")
+# Values that are as good as none, and options that are not called like their fields.
+_AS_NONE = {"attention": "auto", "mode": "eager", "cache": "warm", "clock": "host", "layers": 1}
+_AS_NONE |= {"workload": STANDARD}
+_FLAGS = {"batch_specs": "--batch-spec", "scenarios": "--scenario"}
+
+
+def _given(options: RunOptions, flags: Iterable[str]) -> str:
     """Return the first of some flags that was given; "" if none was."""
-    return next((flag for flag, value in flags.items() if value), "")
+    values = vars(options).items()
+    given = [name for name, value in values if value not in (None, (), False, _AS_NONE.get(name))]
+    named = [_FLAGS.get(name, f"--{name.replace('_', '-')}") for name in given]
+    return next((flag for flag in flags if flag in named), "")
 
 
 def of_lengths(options: RunOptions) -> Iterator[str]:
-    """Yield that a threshold has no run to compare with, and that lengths have two sources."""
+    """Yield which options exclude each other, and that a threshold has no run to compare with."""
     if options.baseline is None and options.fail_slower is not None:
         yield "--fail-slower needs a run to compare with: add --baseline FILE."
-    if options.preset and options.workload:
-        yield "--preset and --workload are mutually exclusive: a preset is a shipped workload."
-    flag = options.workload_flag
-    if options.batch_specs and flag:
-        yield f"--batch-spec and {flag} are mutually exclusive: a batch spec is the scenario."
-    lengths = [flag for flag, value in options.op_shape.items() if value is not None and flag != "--heads"]
-    source = "--batch-spec" if options.batch_specs else flag
-    if lengths and source:
-        yield f"{lengths[0]} and {source} are mutually exclusive: both give the lengths of the requests."
+    for flags, others, why in _EXCLUSIVE:
+        if (flag := _given(options, flags)) and (other := _given(options, others)):
+            yield f"{flag} and {other} are mutually exclusive: {why}."
 
 
 def of_options(options: RunOptions, axes: Axes, op_of_file: str | None = None) -> Iterator[str]:
@@ -404,11 +413,17 @@ def of_options(options: RunOptions, axes: Axes, op_of_file: str | None = None) -
     name of an implementation that cannot be read.
     """
     options.implementation_names  # noqa: B018  # raises
-    yield from _of_op(options, axes, op_of_file)
+    shape = [flag for flag, value in options.op_shape.items() if value is not None]
+    for flag in shape:
+        if flag[2:].replace("-", "_") in axes:
+            yield f"{flag} and an axis of that name are mutually exclusive: keep one."
+    if shape and options.op is None and not options.batch_specs:
+        yield f"{shape[0]} shapes one op: it needs --op; a workload has its own lengths, and axes (-a)."
+    if options.op is not None and (flag := _given(options, _OF_LAYERS)):
+        where = f" by workload '{options.workload_name}'" if op_of_file else ""
+        yield f"{flag} is about the whole layer, and {options.op} is timed alone{where}: leave one out."
     if options.layer is not None and not options.model_path:
         yield "--layer chooses a layer of a checkpoint: it needs --model-path."
-    if options.model_path and options.config is not None:
-        yield "--config and --model-path are mutually exclusive: the checkpoint's own config.json is used."
     size, trace = options.page_size, options.profile
     if trace is not None and not trace.name.endswith((".json", ".json.gz")):
         yield f"--profile writes a Chrome trace, FILE.json or FILE.json.gz, got '{trace}'."
@@ -419,58 +434,25 @@ def of_options(options: RunOptions, axes: Axes, op_of_file: str | None = None) -
     yield from _of_ranks(options)
 
 
-def _of_op(options: RunOptions, axes: Axes, op_of_file: str | None) -> Iterator[str]:
-    """Yield which options of one op are without one, and which are about the whole layer with one."""
-    given = [flag for flag, value in options.op_shape.items() if value is not None]
-    for flag in given:
-        if flag[2:].replace("-", "_") in axes:
-            yield f"{flag} and an axis of that name are mutually exclusive: keep one."
-    if options.op is None:
-        if given and not options.batch_specs:
-            yield f"{given[0]} shapes one op: it needs --op; a workload has its own lengths, and axes (-a)."
-        return
-    layer = {
-        "--model-path": options.model_path,
-        "--attention": options.attention != "auto",
-        "--layers": options.layers is not None,
-        "--stages": options.stages,
-    }
-    if flag := _first(layer):
-        where = f" by workload '{options.workload_name}'" if op_of_file else ""
-        yield f"{flag} is about the whole layer, and {options.op} is timed alone{where}: leave one out."
-
-
 def _of_ranks(options: RunOptions) -> Iterator[str]:
     """Yield what is not measured over ranks, and what simulates nothing or would be repeated by them."""
-    layout = options.parallel
-    alone = {
-        "--op": options.op,
-        "--layers": options.layers not in (None, 1),
-        "--stages": options.stages,
-        "--profile": options.profile,
-        "--dump-failure": options.dump_failure,
-        "--mode": options.mode not in (None, "eager"),
-        "--cache": options.cache not in (None, "warm"),
-        "--clock": options.clock not in (None, "host"),
-    }
-    if layout and (flag := _first(alone)):
+    layout, started = options.parallel, launcher.count() or 1
+    if layout and (flag := _given(options, _OF_ONE_DEVICE)):
         yield f"{flag} is for one device: leave it out with --parallel, or run without."
     if layout and layout.dcp > 1 and options.attention == "expanded":
         yield "dcp supports --attention absorbed only: leave out expanded, or dcp."
     if layout and options.foreign:
         yield f"{options.foreign[0]} runs on one device: --parallel times mla and mla-reference."
-    if not options.simulate:
-        if options.link is not None:
-            yield "--link sets the link of a simulation: add --simulate."
-        return
-    if layout is None:
+    if options.link is not None and not options.simulate:
+        yield "--link sets the link of a simulation: add --simulate."
+    if options.simulate and layout is None:
         yield "--simulate predicts the ranks of a layout: add --parallel, as in tp=8."
-    elif (count := launcher.count() or 1) > 1:
+    if options.simulate and started > 1:
         yield (
-            f"--simulate predicts all ranks in one process, and {count} were started: start one, or leave "
+            f"--simulate predicts all ranks in one process, and {started} were started: start one, or leave "
             "--simulate out to measure the real ranks."
         )
-    elif layout.world > MAX_SIMULATED:
+    if options.simulate and layout and layout.world > MAX_SIMULATED:
         yield f"--simulate predicts ranks, {MAX_SIMULATED} at most, and layout '{layout}' has {layout.world}."
 
 
