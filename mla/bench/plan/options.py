@@ -259,15 +259,8 @@ class RunOptions(BackendOptions):
     @property
     def is_first_look(self) -> bool:
         """Whether nobody chose what is measured: the standard scenarios of the default config run."""
-        chosen = (
-            self.implementations,
-            self.config not in (None, DEFAULT_CONFIG),
-            self.model_path,
-            self.workload_flag,
-            self.op,
-            self.parallel,
-        )
-        return not any((*chosen, self.batch_specs, self.axes, self.stages, self.layers not in (None, 1)))
+        flags = ("--implementations", "--model-path", "--op", "--parallel", "--axes", "--stages", "--layers")
+        return not _given(self, (*_SOURCES, *flags)) and self.config in (None, DEFAULT_CONFIG)
 
     @property
     def counted(self) -> bool:
@@ -381,7 +374,7 @@ _EXCLUSIVE = (
     (("--config",), ("--model-path",), "the checkpoint's own config.json is used"),
 )
 _OF_LAYERS = ("--model-path", "--attention", "--layers", "--stages")
-_OF_ONE_DEVICE = ("--op", "--layers", "--stages", "--profile", "--dump-failure")
+_OF_ONE_DEVICE: tuple[str, ...] = ("--op", "--layers", "--stages", "--profile", "--dump-failure")
 _OF_ONE_DEVICE += ("--mode", "--cache", "--clock")
 # Values that are as good as none, and options that are not called like their fields.
 _AS_NONE = {"attention": "auto", "mode": "eager", "cache": "warm", "clock": "host", "layers": 1}
