@@ -71,17 +71,6 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Ranks]]:
             end.close()
 
 
-def test_several_that_are_silent_are_named_together(run: Callable[[int], Ranks]) -> None:
-    ranks = run(3)
-    ranks.join(1)
-    ranks.join(2)
-    error = lost(ranks.zero)
-    names = f"{AWAY.format(1)} and {AWAY.format(2)}"
-    assert str(error).startswith(f"{names}: no heartbeat for 0 s; killed, perhaps for lack of memory, ")
-    assert error is not None
-    assert (error.exit_code, error.common) == (3, False)
-
-
 def test_a_word_comes_before_silence_and_is_heard_before_all_seem_to_be_there(
     run: Callable[[int], Ranks],
 ) -> None:
@@ -119,14 +108,6 @@ def test_rank_0_waits_for_those_that_have_not_heard_why_it_ends(
             launch.meet(ranks.real(rank), TIMEOUT_S)
     leaving.join(TIMEOUT_S)
     assert not leaving.is_alive()
-
-
-def test_a_second_rank_of_one_number_is_refused_and_the_first_goes_on(run: Callable[[int], Ranks]) -> None:
-    ranks = run(2)
-    launch.meet(ranks.real(1), TIMEOUT_S)
-    with pytest.raises(RanksError, match=r"^another run has a rank 1 at this port: set MASTER_PORT"):
-        ranks.real(1)
-    assert lost(ranks.zero, 0.2) is None
 
 
 @pytest.mark.parametrize("rank", [1, 2])
