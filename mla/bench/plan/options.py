@@ -117,8 +117,7 @@ class RunOptions(BackendOptions):
     )]
     implementations: Annotated[str | None, what_to_run(
         "--implementations", metavar="A,B", common=True,
-        help="Any of mla, mla-reference, transformers, transformers-eager, mla[ROLE=OP,...]. "
-        "mla[ROLE=*]: each op that serves the role.",
+        help="Any of mla, mla-reference, transformers, transformers-eager, mla[ROLE=OP,...], mla[ROLE=*].",
     )]
     dtype: Annotated[str | None, how(
         "--dtype", metavar="DTYPE", type=Dtype(), common=True, show_default="bf16",
