@@ -46,11 +46,10 @@ def true_rotation(x: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool) -> 
     """Multiply channel pairs, as complex numbers, with cos + i sin, in float64; x [T, .., r]."""
     turn = torch.complex(*cos_sin.double().chunk(2, dim=-1))
     turn = turn.view(turn.shape[0], *(1,) * (x.dim() - 2), turn.shape[1])
-    wide, half = x.double(), x.shape[-1] // 2
+    wide = x.double()
     if interleaved:
-        return torch.view_as_real(
-            torch.view_as_complex(wide.unflatten(-1, (half, 2)).contiguous()) * turn
-        ).flatten(-2)
+        pairs = torch.complex(wide[..., 0::2], wide[..., 1::2])
+        return torch.view_as_real(pairs * turn).flatten(-2)
     turned = torch.complex(*wide.chunk(2, dim=-1)) * turn
     return torch.cat((turned.real, turned.imag), dim=-1)
 
