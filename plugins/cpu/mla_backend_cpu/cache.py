@@ -1,21 +1,20 @@
 """Kernels that came with the installation, and those that were compiled here, in the user's cache folder.
 
-A build happens in a private folder that is renamed into place: one that is killed leaves nothing broken.
-Processes that start at once wait for the first. Nothing is loaded that another user could have written: the
-file, its folder and the cache are opened, and belong to this user, or root, who alone may write them. Folders
-above decide which folder of this user is the cache, and not what is in it.
+A build happens in a private folder that is renamed into place: one that is killed leaves nothing broken, and
+of processes that start at once, the first to be done serves the others. Nothing is loaded that another user
+could have written: the file, its folder and the cache are opened, and belong to this user, or root, who alone
+may write them. Folders above decide which folder of this user is the cache, and not what is in it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,9 +23,7 @@ from mla_backend_cpu.compilation import (
     Artifact,
     BuildError,
     Level,
-    NoCompiler,
     check_flags,
-    compiler_version,
     find_compiler,
     kernels_name,
     make_kernels,
@@ -54,59 +51,31 @@ _OTHER_FOLDER = "set MLA_CACHE_DIR to a folder that only you can write"
 
 
 def find(level: Level) -> Artifact | None:
-    """Return the kernels that the present compiler has made, or the newest of any if there is no compiler.
-
-    Raises `BuildError` if the compiler does not say its version.
-    """
-    name = kernels_name(level)
+    """Return the kernels that were built here; None if there are none. Arguments in CXX make others."""
     try:
-        which = _version(find_compiler())
-    except NoCompiler:
-        which = "*"
-    try:
-        made = sorted(folder().glob(f"{name}-{which}"), key=_age)
-    except (BuildError, OSError):  # `make` says why
+        return _opened(_place(folder(), level))
+    except BuildError:  # `make` says why
         return None
-    return next(filter(None, map(_opened, made)), None)
 
 
 def make(level: Level, since: str) -> Artifact:
     """Compile the kernels of a level and keep them; say so on stderr, and why. Raises `BuildError`."""
     command = find_compiler()
-    kept = prepare() / f"{kernels_name(level)}-{_version(command)}"
+    kept = _place(prepare(), level)
     check_flags(command, level)
-    with _alone(kept.parent / f".{level.name}.lock", level):
-        if kernels := _opened(kept):  # by another process in the meantime
-            return kernels
-        note(f"building the CPU kernels for {level.name}, once, with {command[0]}, since {since} ...")
-        try:
-            kernels = _build(command, level, kept)
-        except OSError as error:
-            raise _not_stored(error) from error
+    note(f"building the CPU kernels for {level.name}, once, with {command[0]}, since {since} ...")
+    try:
+        kernels = _build(command, level, kept)
+    except OSError as error:
+        raise _not_stored(error) from error
     if kernels is None:
         raise BuildError(f"built kernels cannot be stored: '{kept}' cannot be replaced ({_OTHER_FOLDER})")
     return kernels
 
 
-@contextlib.contextmanager
-def _alone(path: Path, level: Level) -> Iterator[None]:
-    """Hold a lock, so that processes that start at once compile once; it goes with a process that dies.
-
-    A file system without locks has none; a compiler that hangs ends after `compilation.TIMEOUT`.
-    """
-    import fcntl  # not on Windows
-
-    with contextlib.ExitStack() as undo:
-        with contextlib.suppress(OSError):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
-            undo.callback(os.close, descriptor)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                note(f"waiting for another process that builds the CPU kernels for {level.name} ...")
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            undo.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)  # a child forked meanwhile has it, too
-        yield
+def _place(parent: Path, level: Level) -> Path:
+    """Return where the kernels of a level are kept that the compiler named by CXX makes."""
+    return parent / f"{kernels_name(level)}-{zlib.crc32(os.environ.get('CXX', '').encode()):08x}"
 
 
 def prepare() -> Path:
@@ -167,18 +136,6 @@ def _opened(kept: Path) -> Artifact | None:
         if kernels:
             os.close(kernels.descriptor)
     return None
-
-
-def _version(command: tuple[str, ...]) -> str:
-    """Return a digest of the compiler and the arguments that CXX adds, such as -O0."""
-    words = (compiler_version(command), *command[1:])
-    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:8]
-
-
-def _age(made: Path) -> float:
-    with contextlib.suppress(OSError):
-        return -made.stat().st_mtime
-    return 0.0
 
 
 def _build(command: tuple[str, ...], level: Level, kept: Path) -> Artifact | None:

@@ -63,19 +63,11 @@ def native_ops(level: str) -> dict[str, FusedOp]:
     """
     kernels = in_use(level)
     if isinstance(kernels, Library):
-        return _built(kernels, insist=level != "auto")
+        prefix = f"{kernels.level}_" if kernels.emulated else ""  # emulation must show wherever ops are named
+        return {f"{prefix}{name}": op(kernels, insist=level != "auto") for name, op in OPS.items()}
     if level not in ("auto", "off"):  # the user named it: nothing else may run instead
         raise BackendError(f"backend 'cpu' has no kernels for native={level}: {kernels}.")
     return {name: NotBuilt(op.contract, kernels) for name, op in OPS.items()}
-
-
-def _built(kernels: Library, insist: bool) -> dict[str, FusedOp]:
-    """Return the ops on these kernels, after stand-ins for those of better levels that are not available."""
-    ops: dict[str, FusedOp] = {}
-    for level, reason in kernels.passed_over.items():
-        ops |= {f"{level}_{name}": NotBuilt(op.contract, reason) for name, op in OPS.items()}
-    prefix = f"{kernels.level}_" if kernels.emulated else ""  # emulation must show wherever ops are named
-    return ops | {f"{prefix}{name}": op(kernels, insist=insist) for name, op in OPS.items()}
 
 
 def facts(level: str) -> dict[str, str]:

@@ -10,7 +10,6 @@ without the package around it.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import os
 import platform
@@ -80,35 +79,19 @@ _BASE = {"x86_64": ("-march=x86-64",), "aarch64": ("-march=armv8-a",)}
 # Stripped, so that the result depends on nothing else, such as the names of folders. Linked without an OpenMP
 # runtime: torch's own is already loaded.
 LINK_FLAGS = ("-shared", "-s")
-# How compilers and assemblers report an unknown instruction set.
-_UNKNOWN = ("unrecognized command", "unknown argument", "no such instruction")
-
-
-class NoCompiler(BuildError):
-    """There is no compiler, or CXX does not name one."""
-
-
-class FlagError(BuildError):
-    """The compiler, or its assembler, does not know the instructions of a level."""
 
 
 def find_compiler() -> tuple[str, ...]:
-    """Return the command of the C++ compiler: $CXX, else g++, else c++. Raises `NoCompiler`."""
+    """Return the command of the C++ compiler: $CXX, else g++, else c++. Raises `BuildError`."""
     try:
         chosen = shlex.split(os.environ.get("CXX", ""))
     except ValueError as error:
-        raise NoCompiler(f"CXX is not a valid command: {error}") from error
+        raise BuildError(f"CXX is not a valid command: {error}") from error
     for candidate in [chosen] if chosen else [["g++"], ["c++"]]:
         if shutil.which(candidate[0]):
             return tuple(candidate)
     name = chosen[0] if chosen else "g++"
-    raise NoCompiler(f"no C++ compiler '{name}' was found (install g++, or set CXX)")
-
-
-@functools.cache
-def compiler_version(command: tuple[str, ...]) -> str:
-    """Return what the compiler says about itself, of which the first line names it. Raises `BuildError`."""
-    return _run([*command, "--version"])
+    raise BuildError(f"no C++ compiler '{name}' was found (install g++, or set CXX)")
 
 
 def compiled_machine(command: tuple[str, ...]) -> str:
@@ -129,7 +112,7 @@ def flags_of(level: Level, machine: str) -> tuple[str, ...]:
 
 
 def check_flags(command: tuple[str, ...], level: Level) -> None:
-    """Raise `FlagError` at once if the compiler does not know the instructions of a level."""
+    """Raise `BuildError` at once if the compiler does not know the instructions of a level."""
     if level.flags:
         _run([*command, *level.flags, "-fsyntax-only", "-x", "c++", os.devnull])
 
@@ -151,9 +134,7 @@ def _run(command: list[str]) -> str:
     if done.returncode:
         lines = (done.stderr or done.stdout).splitlines()
         first = next((line for line in lines if "error" in line.lower()), (lines or ["no message"])[0])
-        unknown = any(text in first for text in _UNKNOWN)
-        kind = FlagError if unknown else BuildError
-        raise kind(f"the compiler '{command[0]}' failed: {first.strip()}")
+        raise BuildError(f"the compiler '{command[0]}' failed: {first.strip()}")
     return done.stdout
 
 
@@ -196,7 +177,7 @@ def make_kernels(command: tuple[str, ...], level: Level, folder: Path, machine: 
     if not library.is_file():
         raise BuildError(f"the compiler '{command[0]}' wrote no file (set CXX to a C++ compiler)")
     (folder / _CHECKSUM).write_text(hashlib.sha256(library.read_bytes()).hexdigest())
-    (folder / _COMPILER).write_text(compiler_version(command).partition("\n")[0])
+    (folder / _COMPILER).write_text(_run([*command, "--version"]).partition("\n")[0])
     for file in folder.iterdir():
         file.chmod(0o644)  # whatever the umask: nobody else may change what is loaded later
 

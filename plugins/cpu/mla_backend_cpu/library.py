@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 
 from mla_backend_cpu import cache, instruction_sets
-from mla_backend_cpu.compilation import Artifact, BuildError, FlagError, Level
+from mla_backend_cpu.compilation import Artifact, BuildError, Level
 
 # Types by letter: p address, s text, i int64, f float, n int.
 _TYPES = {
@@ -95,38 +95,27 @@ def loaded(wanted: str) -> Library | str:
 
 
 def _first(wanted: str) -> Library:
-    """Return the kernels of the first candidate that may run and can be had.
-
-    One that could not be built keeps no worse level from being used, but nothing more is built then.
-    """
+    """Return the kernels of the first level that may run and can be had. Raises `BuildError`."""
     passed_over: dict[str, str] = {}
-    failure: BuildError | None = None
-    for level in instruction_sets.candidates(wanted):
-        reason = instruction_sets.missing(level)
-        if reason is None:
-            try:
-                return _loaded(level, passed_over, build=failure is None)
-            except BuildError as error:
-                reason = str(failure or error)
-                if not isinstance(error, FlagError):
-                    failure = failure or error
+    for level in instruction_sets.levels(wanted):
+        try:
+            if (reason := instruction_sets.missing(level)) is None:
+                return _loaded(level, passed_over)
+        except BuildError as error:
+            reason = str(error)
         passed_over[level.name] = reason
-    raise failure or BuildError(reason or "there is no level for this processor")
+    raise BuildError(passed_over[level.name])
 
 
-def _loaded(level: Level, passed_over: Mapping[str, str], build: bool) -> Library:
-    """Load what came with this installation, else what was built here, else (`build`) build it now."""
+def _loaded(level: Level, passed_over: Mapping[str, str]) -> Library:
+    """Load what came with this installation, else what was built here, else build it now."""
     prebuilt = cache.find_prebuilt(level)
     if isinstance(prebuilt, Artifact):
         try:
             return _library(level, prebuilt, "came with this installation", passed_over)
         except OSError as error:  # pip keeps wheels it has built, perhaps on a newer system
             prebuilt = f"those that came with this installation cannot be loaded ({error})"
-    kept = cache.find(level)
-    if kept is None:
-        if not build:
-            raise BuildError("nothing is built after a build that failed")
-        kept = cache.make(level, since=prebuilt)
+    kept = cache.find(level) or cache.make(level, since=prebuilt)
     try:
         return _library(level, kept, "built here", passed_over)
     except OSError as error:

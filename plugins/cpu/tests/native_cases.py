@@ -41,7 +41,7 @@ def levels_here() -> list[str]:
     names = []
     for level in LEVELS:
         try:
-            names.append(instruction_sets.choose_level(level.name).name)
+            names.append(instruction_sets.levels(level.name)[0].name)
         except BuildError:
             continue
     return names

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
-import fcntl
 import os
 import platform
 import shutil
@@ -13,14 +11,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from native_builds import BUILD, PORTABLE, built, finish, small_sources, start
 
-from mla_backend_cpu import cache, compilation, instruction_sets
-from mla_backend_cpu.compilation import LEVELS, BuildError, FlagError, Level
+from mla_backend_cpu import compilation, instruction_sets
+from mla_backend_cpu.compilation import BuildError, Level
 from mla_backend_cpu.library import Library
 
 Script = Callable[[str], Path]
@@ -33,32 +31,30 @@ def loads(path: Path) -> bool:
 
 
 def left(tmp_path: Path) -> list[str]:
-    """Return what is in the cache beside the files of locks."""
-    return sorted(path.name for path in (tmp_path / "cache" / "cpu").iterdir() if path.suffix != ".lock")
+    """Return what is in the cache."""
+    return sorted(path.name for path in (tmp_path / "cache" / "cpu").iterdir())
 
 
 # ------------------------------------------------------------------------------------------ building
 
 
-def test_processes_at_once_compile_once(compiler: Script, tmp_path: Path) -> None:
-    compiler(f"echo >> {tmp_path}/compiled\nwhile [ ! -e {tmp_path}/go ]; do sleep 0.05; done")
-    processes = [start("-c", BUILD) for _ in range(3)]
-    said = sorted(str(process.stderr and process.stderr.readline()) for process in processes)
+def test_processes_at_once_use_the_same_kernels(compiler: Script, tmp_path: Path) -> None:
+    compiler(f"while [ ! -e {tmp_path}/go ]; do sleep 0.05; done")
+    processes = [start("-c", BUILD) for _ in range(2)]
+    said = [str(process.stderr and process.stderr.readline()) for process in processes]
     (tmp_path / "go").touch()
     outcomes = [finish(process) for process in processes]
-    assert [(code, err) for code, _, err in outcomes] == [(0, "")] * 3
-    assert said[0].startswith("building the CPU kernels for portable, once, with")
-    assert said[1:] == ["waiting for another process that builds the CPU kernels for portable ...\n"] * 2
-    assert (tmp_path / "compiled").read_text() == "\n"
+    assert [(code, err) for code, _, err in outcomes] == [(0, "")] * 2
+    assert all(line.startswith("building the CPU kernels for portable, once, with") for line in said)
     (path,) = {Path(out.strip()) for _, out, _ in outcomes}
     assert left(tmp_path) == [path.parent.name]
     assert Library("portable", ctypes.CDLL(str(path))).dot_bf16 is False
     assert path.parent.stat().st_mode & 0o777 == 0o755
-    code, out, err = finish(start("-c", BUILD))  # a fourth one has nothing to build
+    code, out, err = finish(start("-c", BUILD))  # a third one has nothing to build
     assert (code, out.strip(), err) == (0, str(path), "")
 
 
-def test_a_killed_build_leaves_nothing_broken_and_no_lock(compiler: Script, tmp_path: Path) -> None:
+def test_a_killed_build_leaves_nothing_broken(compiler: Script, tmp_path: Path) -> None:
     """Its compiler may outlive it."""
     compiler(f'touch {tmp_path}/started; for last; do :; done; echo half > "$last"; sleep 600')
     process = start("-c", BUILD)
@@ -72,43 +68,13 @@ def test_a_killed_build_leaves_nothing_broken_and_no_lock(compiler: Script, tmp_
         assert private.startswith(".building-")
         compiler("")
         code, out, err = finish(start("-c", BUILD))
-        assert (code, "waiting" in err) == (0, False)
+        assert code == 0, err
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     path = Path(out.strip())
     assert Library("portable", ctypes.CDLL(str(path))).dot_bf16 is False
     assert left(tmp_path) == [private, path.parent.name]  # somebody may still be building there
-
-
-@pytest.mark.usefixtures("compiler")
-def test_a_child_that_outlives_a_build_does_not_keep_its_lock() -> None:
-    """What is forked while a build holds the lock, as by another thread, has its descriptor too."""
-    with cache._alone(cache.prepare() / ".portable.lock", PORTABLE):
-        child = os.fork()
-        if not child:
-            signal.pause()
-    try:
-        with open(cache.folder() / ".portable.lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-
-
-@pytest.mark.parametrize("refusal", ["open", "flock"])
-def test_a_file_system_without_locks_builds_all_the_same(
-    compiler: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, refusal: str
-) -> None:
-    def flock(descriptor: int, operation: int) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(compilation, "SOURCES", small_sources(tmp_path / "sources"))
-    if refusal == "flock":
-        monkeypatch.setattr(fcntl, "flock", flock)
-    else:
-        (cache.prepare() / ".portable.lock").mkdir()
-    assert loads(built())
 
 
 @pytest.mark.parametrize("spoil", ["truncate", "overwrite", "remove", "empty", "pipe", "pipes beside it"])
@@ -156,21 +122,10 @@ def test_kernels_that_were_built_need_no_compiler(
 ) -> None:
     monkeypatch.setattr(compilation, "SOURCES", small_sources(tmp_path / "sources"))
     first = built()
-    again = tmp_path / "another"
-    again.write_text(
-        f'#!/bin/sh\n[ "$1" = --version ] && echo another && exit 0\nexec {tmp_path}/compiler "$@"\n'
-    )
-    again.chmod(0o755)
-    monkeypatch.setenv("CXX", str(again))
-    second = built()
-    assert second != first
-    os.utime(first.parent, (1, 1))
-    monkeypatch.setenv("CXX", "g++-none")
-    assert built() == second  # the newest
-    second.write_bytes(b"spoilt")
+    (tmp_path / "compiler").unlink()
     assert built() == first
     (tmp_path / "sources" / "more.h").write_text("// another source\n")
-    with pytest.raises(BuildError, match=r"no C\+\+ compiler 'g\+\+-none' was found"):
+    with pytest.raises(BuildError, match=r"no C\+\+ compiler '.*compiler' was found"):
         built()
 
 
@@ -208,7 +163,7 @@ def test_instructions_that_a_compiler_does_not_know_are_not_announced(
 ) -> None:
     """Such a level is tried by every process."""
     unknown = Level("unknown", ("-mnone",), frozenset())
-    with pytest.raises(FlagError, match="unrecognized command-line option '-mnone'"):
+    with pytest.raises(BuildError, match="unrecognized command-line option '-mnone'"):
         built(unknown)
     assert capfd.readouterr().err == ""
     assert left(tmp_path) == []
@@ -256,37 +211,8 @@ def test_a_processor_without_the_instructions_is_told_so(monkeypatch: pytest.Mon
     monkeypatch.setattr(
         instruction_sets, "processor_flags", lambda: frozenset({"sse2", "avx2", "fma", "f16c", "bmi2"})
     )
-    assert instruction_sets.choose_level().name == "avx2"
+    assert [level.name for level in instruction_sets.levels()] == ["avx2", "portable"]
     with pytest.raises(BuildError, match=r"this processor lacks avx512bw, .*, which level 'avx512' needs"):
-        instruction_sets.choose_level("avx512")
+        instruction_sets.levels("avx512")
     monkeypatch.setattr(instruction_sets, "processor_flags", frozenset)  # arm64, or no /proc
-    assert instruction_sets.choose_level().name == "portable"
-    with pytest.raises(BuildError, match="unknown level 'best'"):
-        instruction_sets.choose_level("best")
-
-
-@pytest.fixture
-def asked_anew() -> Iterator[None]:
-    """The processor is asked again, and again after the test."""
-    if platform.machine() != "x86_64":
-        pytest.skip("only x86-64 is asked")
-    instruction_sets.processor_flags.cache_clear()
-    yield
-    instruction_sets.processor_flags.cache_clear()
-
-
-@pytest.mark.usefixtures("asked_anew")
-def test_an_older_c_library_leaves_what_the_system_reports(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(instruction_sets, "_CPU_FEATURES", "no_such_function")
-    words = set(Path("/proc/cpuinfo").read_text().split())
-    assert instruction_sets.processor_flags() == words & LEVELS[0].needs
-
-
-@pytest.mark.usefixtures("asked_anew")
-def test_the_processor_is_asked_and_not_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only instructions count whose registers the system saves: the second half of what glibc has."""
-    if not hasattr(ctypes.CDLL(None), instruction_sets._CPU_FEATURES):
-        pytest.skip("needs glibc 2.33 or newer")
-    monkeypatch.setattr(instruction_sets, "_reported", frozenset)
-    words = set(Path("/proc/cpuinfo").read_text().split())
-    assert instruction_sets.processor_flags() == words & LEVELS[0].needs
+    assert [level.name for level in instruction_sets.levels()] == ["portable"]

@@ -77,7 +77,8 @@ def test_without_kernels_a_layer_computes_and_the_result_names_the_reason(tmp_pa
     assert done.stdout == f"True\nnone: {why}\n"
     slower = f"no CPU kernels: the reference ops run, which is several times slower, since {why}"
     assert [line for line in done.stderr.splitlines() if "building" not in line] == [slower]
-    assert (tmp_path / "compiler.log").read_text() == "counted\n"  # tried once, not for every question
+    tried = (tmp_path / "compiler.log").read_text().count("counted")
+    assert tried == len(instruction_sets.levels())  # once for each level, not for every question
 
 
 @pytest.mark.parametrize(
@@ -150,12 +151,12 @@ def test_a_compiler_that_does_not_know_the_instructions_leaves_the_next_level(co
 
 @pytest.mark.usefixtures("avx2", "nothing_loaded", "no_level_named")
 def test_a_worse_level_that_is_there_serves_if_a_better_one_cannot_be_built(
-    compiler: Script, monkeypatch: pytest.MonkeyPatch
+    compiler: Script, tmp_path: Path
 ) -> None:
     built()
-    monkeypatch.setenv("CXX", "g++-none")
+    (tmp_path / "compiler").unlink()
     backend = mla.load_backend("cpu")
-    why = "no C++ compiler 'g++-none' was found (install g++, or set CXX)"
+    why = f"no C++ compiler '{tmp_path}/compiler' was found (install g++, or set CXX)"
     assert backend.environment()["kernels"] == f"portable; not avx2: {why}"
     assert backend.remarks() == [f"CPU kernels for portable instead of avx2: {why}"]
     with pytest.raises(BackendError, match="no kernels for native=avx2: no C"):

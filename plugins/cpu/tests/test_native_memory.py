@@ -23,7 +23,7 @@ UNTILED = next(name for name in levels_here() if name != "amx")
 @pytest.mark.parametrize("name", dict.fromkeys(("portable", UNTILED, instruction_sets.EMULATED)))
 def test_the_sanitizers_find_nothing(tmp_path: Path, name: str) -> None:
     """Ragged, page-boundary and poisoned cases stay within memory that is just large enough."""
-    level, program = instruction_sets.choose_level(name), tmp_path / "driver"
+    (level,), program = instruction_sets.levels(name), tmp_path / "driver"
     flags = [flag for flag in compilation.FLAGS if flag not in ("-O3", "-fPIC", "-fvisibility=hidden")]
     checks = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     driver = Path(__file__).with_name("native_driver.cpp")

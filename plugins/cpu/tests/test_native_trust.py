@@ -135,7 +135,7 @@ def test_what_was_checked_is_what_is_loaded(
         source = tmp_path / "sources" / "api.cpp"
         source.write_text(source.read_text().replace(f"return {value - 1};", f"return {value};"))
         built()
-        artifact = cache.find(library.instruction_sets.choose_level("portable"))
+        artifact = cache.find(PORTABLE)
         assert isinstance(artifact, compilation.Artifact)
         path = Path(os.readlink(f"/proc/self/fd/{artifact.descriptor}"))
         path.unlink()
