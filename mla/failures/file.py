@@ -23,7 +23,7 @@ from mla_backends.api import Backend, FusedOp, current
 NAME = "failure.safetensors"
 BEFORE = "failure-before.safetensors"
 KEY = "failure"
-VERSION = 2  # 1: operands as pieces of memory
+VERSION = 2
 
 
 class Origin(msgspec.Struct, kw_only=True):
@@ -41,13 +41,10 @@ class Origin(msgspec.Struct, kw_only=True):
     environment: dict[str, str] = {}
 
 
-class _Versioned(msgspec.Struct):
-    version: int = VERSION
-
-
-class Document(_Versioned, kw_only=True):
+class Document(msgspec.Struct, kw_only=True):
     """The metadata of a failure; without `call` it holds tensors of a layer, and cannot be replayed."""
 
+    version: int = VERSION
     origin: Origin
     replay: str = ""  # the line that makes the call again
     call: CallFacts | None = None
@@ -142,11 +139,10 @@ def read(folder: Path) -> Failure:
 
 def _read(path: Path) -> Failure:
     with safetensors.safe_open(path, framework="pt") as file:
-        words = (file.metadata() or {}).get(KEY, "")
-        if (version := msgspec.json.decode(words, type=_Versioned).version) != VERSION:
-            said = f"its version is {version}, and this program reads version {VERSION}"
+        document = msgspec.json.decode((file.metadata() or {}).get(KEY, ""), type=Document)
+        if document.version != VERSION:
+            said = f"its version is {document.version}, and this program reads version {VERSION}"
             raise ValueError(f"{said}: run the command that kept it again")
-        document = msgspec.json.decode(words, type=Document)
         return Failure(document, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  # no mapping
 
 

@@ -17,14 +17,13 @@ from mla.bench.results.rows import COLUMNS, case_rows, cell, timing_rows
 from mla.bench.results.schema import Case, Run
 from mla.bench.terminal import ceilings, run_table, verdict
 from mla.bench.terminal.digits import between, known, number
-from mla.bench.terminal.lines import BUSY, name, of_case
+from mla.bench.terminal.lines import BUSY, of_case
 from mla.bench.terminal.tables import NAMES, Table, comparison
 from mla.bench.terminal.verdict import is_yardstick, status, why_unreliable
 from mla.text import counted, grouped
 from mla_backends.outside import escaped
 
-# Most tiles of one file, and most cases without a number that are named on the first screen.
-MOST_TILES, MOST_NAMED = 6, 4
+MOST_TILES = 6  # of one file
 # Kinds of cases that are not simply right, the worst first, as said of a count.
 _WORDS = {
     "wrong": "wrong",
@@ -110,17 +109,6 @@ def badges(cases: Sequence[Case]) -> list[Badge]:
 def _busy(case: Case) -> set[str]:
     """Return the kinds of the warnings about a case that show a busy machine."""
     return {warned.kind for warned in of_case(case)} & set(BUSY)
-
-
-def named(cases: Sequence[Case]) -> list[Badge]:
-    """Return the cases that are wrong or in doubt, with the reasons; the worst first, and not too many."""
-    badges = []
-    for kind in ("wrong", "doubtful", "in-doubt"):
-        for case in (case for case in cases if css_class(case) == kind):
-            reason = _doubt(case) if kind == "in-doubt" else f"{kind}: {case.check.reason}"
-            badges.append(Badge(kind, f"{name(case)}: {reason}"))
-    more = len(badges) - MOST_NAMED
-    return badges[:MOST_NAMED] + [Badge("soft", f"and {more} more in the table")] * (more > 0)
 
 
 def tiles(file: ResultFile) -> list[Tile]:

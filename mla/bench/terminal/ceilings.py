@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from mla.bench import results
 from mla.bench.results.schema import Ceiling, CeilingRun
 from mla.bench.terminal.digits import per_second
-from mla.command.display import table
+from mla.bench.terminal.tables import Table
 from mla.errors import ResultError
 from mla.text import DTYPES, grouped, size
 
@@ -23,10 +23,9 @@ def render(run: CeilingRun, kind: str) -> str:
     if kind == "json":
         return results.encode(run).decode()
     rows = [_row(run, ceiling) for ceiling in run.measured]
-    body = table(kind, _HEADER, rows, ("work", "size", "fastest way"))
-    declared = [f"declared {_work(peak)}: {rate(peak)} ({peak.source})\n" for peak in run.declared]
-    none = "The backend declares no peaks for this device.\n"
-    return f"{_device(run)}\n\n{body}\n{''.join(declared) or none}"
+    declared = [f"declared {_work(peak)}: {rate(peak)} ({peak.source})" for peak in run.declared]
+    notes = declared or ["The backend declares no peaks for this device."]
+    return Table(_device(run), _HEADER, rows, notes, ("work", "size", "fastest way")).text(kind)
 
 
 def run_lines(ceilings: Sequence[Ceiling]) -> list[str]:

@@ -105,17 +105,6 @@ def test_badges_count_cases_the_worst_first(case: Case) -> None:
     assert said([case(), yardstick]) == [("ok", "the only case agrees with the oracle")]
 
 
-def test_the_cases_in_doubt_are_named_with_reasons_up_to_a_few(case: Case) -> None:
-    cases = [with_status(case, "doubtful", scenario=f"s{place}") for place in range(9)]
-    assert [
-        badge.text for badge in summary.named([case(), *cases, with_status(case, "wrong", scenario="bad")])
-    ] == [
-        "bad, mla: wrong: because",
-        *(f"s{place}, mla: doubtful: because" for place in range(3)),
-        "and 6 more in the table",
-    ]
-
-
 def test_files_are_compared_with_their_intervals_and_verdicts(make_run: Any, case: Case) -> None:
     runs = [make_run(), make_run()]
     for run, times in zip(runs, ({"mla": 2.0, "a": 1.0}, {"mla": 1.0, "b": 1.0}), strict=True):
