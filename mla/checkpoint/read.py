@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +76,14 @@ class Location:
         """Return whether it belongs to a multi-token-prediction module next to the model."""
         return "mtp" in self.prefix.split(".")
 
+    def named(self, number: int | None) -> str:
+        """Return what asks for it where its layer has this number."""
+        return f"{number or 0}" if self.part is None else f"{number or 0}.{self.part}"
+
+    def order(self) -> tuple[int, int]:
+        """Return its place among others."""
+        return self.layer or 0, self.part or 0
+
 
 def locate(key: str) -> tuple[Location, str] | None:
     """Return a tensor's location and its weight's Hugging Face name, or None outside attention."""
@@ -106,7 +114,6 @@ def _hugging_face(name: str) -> str:
 
 # A layer's number, or "N.M" for attention M of a layer that has several.
 Wanted = int | str | None
-_WANTED = re.compile(r"([0-9]{1,6})(?:\.([0-9]{1,3}))?")
 
 
 def choose(
@@ -114,7 +121,8 @@ def choose(
 ) -> tuple[Location, int | None]:
     """Return the location of the wanted layer, and the number that the model's config knows it by.
 
-    None means the only main layer. Raises `CheckpointError`.
+    None means the only main layer. A folder of one layer may have lost its number, or have 0 for it. Raises
+    `CheckpointError`.
     """
     patterns = sorted({location.pattern for location in locations})
     if len(patterns) > 1:
@@ -122,49 +130,21 @@ def choose(
             f"checkpoint '{folder}' holds MLA attention weights under several names, '{patterns[0]}' and "
             f"'{patterns[1]}': it is unclear which are meant."
         )
-    layers = {location.layer for location in locations}
+    layers, asked = {location.layer for location in locations}, str(wanted)
+    number = int(asked.partition(".")[0]) if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,3})?", asked) else None
     if wanted is None:
-        number = layer = _only_main(layers, facts, folder)
-        part = None
-    elif match := _WANTED.fullmatch(str(wanted)):
-        number, part = int(match[1]), int(match[2]) if match[2] else None
-        layer = number if number in layers else _renumbered(layers, number, facts, folder)
+        chosen = [location for location in locations if not facts.is_draft(location.layer)]
+        number = chosen[0].layer if chosen else None
     else:
-        raise CheckpointError(
-            f"checkpoint '{folder}' has no layer {wanted!r}: layers are numbers, such as 3, or 3.1 for the "
-            "second attention of a layer."
-        )
-    parts = {location.part: location for location in locations if location.layer == layer}
-    if part in parts:
-        return parts[part], number
-    there, named = f"layer {layer or 0} of checkpoint '{folder}'", layer or 0
-    if None in parts:
-        raise CheckpointError(f"{there} has one attention, not a {named}.{part}: name {named}.")
-    choices = " or ".join(f"'{named}.{each or 0}'" for each in sorted(parts, key=lambda each: each or 0))
-    raise CheckpointError(f"{there} has several attentions: choose one with layer={choices}.")
-
-
-def _only_main(layers: set[int | None], facts: Facts, folder: str) -> int | None:
-    main = {layer for layer in layers if not facts.is_draft(layer)}
-    if len(main) == 1:
-        return main.pop()
-    held = (
-        f"layers {_listed(main)}" if main else f"layers for multi-token prediction alone, {_listed(layers)}"
+        lost = layers == {None} or (layers == {0} and facts.layers == 1)
+        chosen = [each for each in locations if each.named(number if lost else each.layer) == asked]
+    if len(chosen) == 1:
+        return chosen[0], number
+    lack = "" if wanted is None else f"no MLA weights of layer {wanted}, only of "
+    held = shortened(
+        ", ".join(each.named(each.layer) for each in sorted(chosen or locations, key=Location.order))
     )
-    raise CheckpointError(f"checkpoint '{folder}' holds {held}: choose one with layer=N (--layer N).")
-
-
-def _renumbered(layers: set[int | None], number: int, facts: Facts, folder: str) -> int | None:
-    """Return the stored number of layer `number`, which a folder of one layer may have lost or changed."""
-    if layers == {None} or (layers == {0} and facts.layers == 1):
-        return next(iter(layers))
-    raise CheckpointError(
-        f"checkpoint '{folder}' has no MLA weights of layer {number}; it holds layers {_listed(layers)}."
-    )
-
-
-def _listed(layers: Iterable[int | None]) -> str:
-    return shortened(", ".join(str(layer) for layer in sorted(layer or 0 for layer in layers)))
+    raise CheckpointError(f"checkpoint '{folder}' holds {lack}layers {held}: choose one with --layer N.")
 
 
 # --------------------------------------------------------------------------------------------- read
