@@ -351,7 +351,7 @@ class StoredLayer(LazyState):
 
     `layer[name]` reads one weight to the host, in `dtype` if given, else as stored (FP8 as BF16);
     `read_into` writes it to existing memory, on any device and in any dtype, rounded once. Both
-    raise `CheckpointError`. `progress(done_bytes, total_bytes)` is called after each block of a first read.
+    raise `CheckpointError`. `progress(done_bytes, total_bytes)` is called after each block.
     """
 
     def __init__(
@@ -364,7 +364,6 @@ class StoredLayer(LazyState):
         super().__init__(weights)
         self._weights, self._dtype, self._progress = weights, dtype, progress
         self.config = config  # of this layer among those of its model
-        self._unread = set(weights)
         self._done = 0
         self.nbytes = sum(weight.nbytes for weight in weights.values())  # in the files
 
@@ -378,12 +377,10 @@ class StoredLayer(LazyState):
 
     def read_into(self, name: str, out: torch.Tensor, part: Part = WHOLE) -> None:
         """Write a weight, or a part of it, into `out`, block by block."""
-        counted = name in self._unread
-        self._weights[name].read_into(out, self._advance if counted else lambda done: None, part)
-        self._unread.discard(name)
+        self._weights[name].read_into(out, self._advance, part)
 
     def _advance(self, done: int) -> None:
-        self._done += done
+        self._done = min(self._done + done, self.nbytes)  # a weight may be read again
         if self._progress is not None:
             self._progress(self._done, self.nbytes)
 

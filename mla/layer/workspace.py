@@ -138,14 +138,11 @@ def require(name: str, x: Any, shape: Sequence[int | None], dtype: torch.dtype, 
 def require_pages(pages: Any, ops: Ops, shape: Sequence[int | None], device: torch.device) -> None:
     """Raise ValueError unless these are pages [pages, page, ..] of a cache as the ops expect it."""
     spec = ops["latent_attention"].spec
-    if not spec.cache_format:
-        width = spec.kv_lora_rank + spec.qk_rope_head_dim
-        require("pages", pages, (*shape, width), spec.dtype, device)
-        return
-    try:
-        require("pages", pages, (*shape, spec.token_bytes), torch.uint8, device)
-    except ValueError as error:
-        raise ValueError(f"{error} This layer has cache_format='{spec.cache_format}'.") from None
+    if spec.cache_format:
+        name, width, dtype = f"pages of {spec.cache_format}", spec.token_bytes, torch.uint8
+    else:
+        name, width, dtype = "pages", spec.kv_lora_rank + spec.qk_rope_head_dim, spec.dtype
+    require(name, pages, (*shape, width), dtype, device)
 
 
 def require_index_pages(pages: Any, ops: Ops, config: MLAConfig, like: torch.Tensor) -> None:
