@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mla.cases.case import OPTIONAL, OpCase
-from mla.cases.memory import GUARD, NO_GAPS, Layout, Pages, Tensors, blank, poison_all
+from mla.cases.memory import NO_GAPS, Layout, Pages, Tensors, blank, poison_all
 from mla.cases.varied import Change, Pool
 from mla.reference import REFERENCE
 from mla.verify.layer_check import TAIL
@@ -65,15 +65,13 @@ class Call:
         """That of the cache: slots past a request's end hold what the op can bear."""
         return dataclasses.replace(self.case.layout, tail=torch.nan if self.op.nan_safe_tail else TAIL)
 
-    def laid(
-        self, name: str, tensor: torch.Tensor, fill: float = torch.nan, guard: int = GUARD
-    ) -> torch.Tensor:
-        """Return memory that holds a host tensor. A subclass may have `guard` rows of `fill` around it."""
+    def laid(self, name: str, tensor: torch.Tensor, fill: float = torch.nan) -> torch.Tensor:
+        """Return memory that holds a host tensor. A subclass may have rows of `fill` around it."""
         return self.blank(name, tuple(tensor.shape)).copy_(tensor)
 
-    def lay(self, name: str, tensor: torch.Tensor, fill: float = torch.nan, guard: int = GUARD) -> None:
+    def lay(self, name: str, tensor: torch.Tensor, fill: float = torch.nan) -> None:
         """Put an operand into memory."""
-        self.arguments[name] = self.laid(name, tensor, fill, guard)
+        self.arguments[name] = self.laid(name, tensor, fill)
 
     def lay_pages(self, pages: Pages, keys: torch.Tensor) -> None:
         """Put keys [K, w] into the pages of a cache."""

@@ -270,11 +270,17 @@ class Kind:
         reference, by row.
         """
         for name, result in results.items():
-            if name == "lse":
-                ratio, reason = judge_lse(result, truth[name], dtype, places)
-            else:
-                ratio, reason = judge(result, truth[name], errors[name], dtype, places, truth.get("lse"))
+            ratio, reason = self.fault(name, result, truth, errors, dtype, places)
             yield ratio, f"{name}: {reason}" if reason else ""
+
+    def fault(
+        self, name: str, result: torch.Tensor, truth: Tensors, errors: Tensors, dtype: torch.dtype,
+        places: Places | None,
+    ) -> tuple[float, str]:  # fmt: skip
+        """Return the error of one result over its bound, and what is wrong with it: see `faults`."""
+        if name == "lse":
+            return judge_lse(result, truth[name], dtype, places)
+        return judge(result, truth[name], errors[name], dtype, places, truth.get("lse"))
 
     def judge(
         self, results: Tensors, truth: Tensors, errors: Tensors, dtype: torch.dtype,

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -259,18 +259,16 @@ class Stores(OfBytes):
     def judged(self, op: FusedOp) -> list[str]:
         return [*self.decoded, "bytes" if op.encodes_rounded else "codes"]
 
-    def faults(
-        self, results: Tensors, truth: Tensors, *, errors: Tensors, dtype: torch.dtype,
-        places: Places | None = None,
-    ) -> Iterable[tuple[float, str]]:  # fmt: skip
-        widths = [truth[name].shape[1] for name in self.decoded]
-        parts = {end: dict(zip(self.decoded, truth[end].split(widths, dim=1), strict=True)) for end in ENDS}
-        for name, result in results.items():
-            if name in BYTES:
-                ratio, reason = judge_bytes(result, truth[name], places)
-            else:
-                ratio, reason = judge_decoded(result, parts["low"][name], parts["high"][name], places)
-            yield ratio, f"{name}: {reason}" if reason else ""
+    def fault(
+        self, name: str, result: torch.Tensor, truth: Tensors, errors: Tensors, dtype: torch.dtype,
+        places: Places | None,
+    ) -> tuple[float, str]:  # fmt: skip
+        if name in BYTES:
+            return judge_bytes(result, truth[name], places)
+        widths = [truth[part].shape[1] for part in self.decoded]
+        place = [*self.decoded].index(name)
+        low, high = (truth[end].split(widths, dim=1)[place] for end in ENDS)
+        return judge_decoded(result, low, high, places)
 
 
 class Reads(OfBytes):
@@ -289,8 +287,10 @@ class Reads(OfBytes):
         return super().keys(spec, {"keys": keys})  # type: ignore[misc]  # of an op that has keys
 
 
-class StoredLatent(Stores, WriteLatent):
-    """A write of latents to a cache of bytes."""
+def over_bytes(*parts: type[Kind]) -> Kind:
+    """Return the entry of an op over a cache of bytes: what that differs in, then the op's own class."""
+    entry: Kind = type(f"Stored{parts[-1].__name__}", parts, {})()
+    return entry
 
 
 class OfQueries(Kind):
@@ -407,10 +407,6 @@ class LatentAttention(OverPages, Attention):
         return keys, keys[..., : spec.kv_lora_rank]
 
 
-class StoredAttention(Reads, LatentAttention):
-    """The same over a cache of bytes."""
-
-
 class ExpandedAttention(Attention):
     """Attention over keys and values of every head."""
 
@@ -439,4 +435,5 @@ KINDS.update(
     latent_attention=LatentAttention(),
     expanded_attention=ExpandedAttention(),
 )
-KINDS["write_latent"].stored, KINDS["latent_attention"].stored = StoredLatent(), StoredAttention()
+KINDS["write_latent"].stored = over_bytes(Stores, WriteLatent)
+KINDS["latent_attention"].stored = over_bytes(Reads, LatentAttention)

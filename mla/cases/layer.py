@@ -137,7 +137,7 @@ class LayerHost:
 class LayerCall:
     """A layer and a cache that holds a case's history, in shuffled pages; all other slots are poisoned."""
 
-    def __init__(self, case: LayerCase, layer: MLA, page_size: int = 64, shuffle: int = 0) -> None:
+    def __init__(self, case: LayerCase, layer: MLA, page_size: int = 64) -> None:
         self.case, self.layer = case, layer
         device, host, indexed = layer.device, case.host, case.config.index_n_heads > 0
         pages = sum(-(-length // page_size) for length in case.final_lens) + 3
@@ -147,7 +147,7 @@ class LayerCall:
             page_size=page_size,
             device=device,
             dtype=case.dtype,
-            shuffle=shuffle,
+            shuffle=0,
             cache_format=layer.ops["latent_attention"].spec.cache_format,
             index_format=layer.ops["write_index_key"].spec.index_format if indexed else None,
         )

@@ -219,12 +219,10 @@ class Laid(Call):
         self.untouched = True  # since it was laid
         self._before: Tensors = {}  # what the last call wrote, which is to be called again
 
-    def laid(
-        self, name: str, tensor: torch.Tensor, fill: float = torch.nan, guard: int = GUARD
-    ) -> torch.Tensor:
+    def laid(self, name: str, tensor: torch.Tensor, fill: float = torch.nan) -> torch.Tensor:
         if self.case.layout.apart and name in ROWS and tensor.is_floating_point():
             return scattered(tensor, self.device, self.case.layout.apart)
-        gaps, rows = self.case.layout.gaps.get(name, NO_GAPS), 1 if name == "cache" else guard
+        gaps, rows = self.case.layout.gaps.get(name, NO_GAPS), 1 if name == "cache" else GUARD
         dtype, beside = self.case.dtype(name), MAX_BESIDE
         if self.alone and name in (*OUTPUTS, "cache"):
             beside = GUARD_BYTES // dtype.itemsize

@@ -22,6 +22,7 @@ from mla.cases.kinds import (
     Reads,
     Stores,
     WritesSlots,
+    over_bytes,
 )
 from mla.cases.memory import Tensors, poison
 from mla.cases.varied import Change, Pool, Queries
@@ -237,12 +238,11 @@ class SelectLatents(OverPages):
         """Return the keys [K, d]."""
         return given["keys"]
 
-    def faults(
-        self, results: Tensors, truth: Tensors, *, errors: Tensors, dtype: torch.dtype,
-        places: Places | None = None,
-    ) -> Iterable[tuple[float, str]]:  # fmt: skip
-        for name, result in results.items():
-            yield judge_selection(result, truth, places, in_bf16=name == "coarse")
+    def fault(
+        self, name: str, result: torch.Tensor, truth: Tensors, errors: Tensors, dtype: torch.dtype,
+        places: Places | None,
+    ) -> tuple[float, str]:  # fmt: skip
+        return judge_selection(result, truth, places, in_bf16=name == "coarse")
 
     def judged(self, op: FusedOp) -> list[str]:
         return ["coarse" if op.scores_in_bf16 else "out"]
@@ -307,14 +307,11 @@ class SparseLatentAttention(LatentAttention):
         return attend_selected(given["q"], k[:, 0], v[:, 0], chosen, given["softmax_scale"], change)
 
 
-class StoredSparse(Reads, SparseLatentAttention):
-    """The same over a cache of bytes."""
-
-
 KINDS.update(
     write_index_key=WriteIndexKey(),
     select_latents=SelectLatents(),
     sparse_latent_attention=SparseLatentAttention(),
 )
-KINDS["write_index_key"].stored, KINDS["select_latents"].stored = StoredIndexKey(), SelectStored()
-KINDS["sparse_latent_attention"].stored = StoredSparse()
+KINDS["write_index_key"].stored = over_bytes(OfIndexBytes, Stores, WriteIndexKey)
+KINDS["select_latents"].stored = SelectStored()
+KINDS["sparse_latent_attention"].stored = over_bytes(Reads, SparseLatentAttention)

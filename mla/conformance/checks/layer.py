@@ -83,14 +83,12 @@ def prepare(
     case: LayerCase,
     attention: str = "auto",
     *,
-    page_size: int = 64,
-    shuffle: int = 0,
     layer: MLA | None = None,
     **arguments: Any,
 ) -> LayerCall:
     """Set a case up in the trial's dtype."""
     layer = layer or make_layer(trial, case.config, attention, model=case.model, **arguments)
-    return LayerCall(replace(case, dtype=trial.dtype), layer, page_size, shuffle)
+    return LayerCall(replace(case, dtype=trial.dtype), layer)
 
 
 def judge(trial: Trial, call: LayerCall, outputs: Iterable[torch.Tensor]) -> None:
