@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from wrong_attention.base import FAR, Makers, after, altered, given, starts, wrong
+from wrong_attention.base import FAR, Makers, after, altered, curried, given, starts, wrong
 from wrong_attention.both import waits
 from wrong_attention.habits import reads_first, ring_of_outputs, ring_of_states, writes_again
 from wrong_attention.latent import host_query
@@ -168,15 +168,12 @@ def narrow(dtype: torch.dtype) -> Callable[..., Tensor]:
     return lambda *parts: index_scores(*parts).to(dtype).float()
 
 
-def zeros_from(most: int) -> Callable[..., Tensor]:
+@curried
+def zeros_from(most: int, q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
     """A sum over the wrong axis, or a buffer of scores that is too short."""
-
-    def score(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
-        scores = index_scores(q, weights, keys)
-        scores[:, most:] = 0
-        return scores
-
-    return score
+    scores = index_scores(q, weights, keys)
+    scores[:, most:] = 0
+    return scores
 
 
 def later(by: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -204,16 +201,13 @@ def first_reached(scores: Tensor, count: int) -> Tensor:
     return reached.float().sort(dim=1, descending=True, stable=True).indices[:, :count]
 
 
-def overflowing(room: int) -> Callable[[Tensor, int], Tensor]:
+@curried
+def overflowing(room: int, scores: Tensor, count: int) -> Tensor:
     """Of the scores that share their leading bits with the last of the best, the first few are looked at."""
-
-    def pick(scores: Tensor, count: int) -> Tensor:
-        bins = scores.to(torch.bfloat16).float()
-        last = bins.topk(count, dim=1).values[:, -1:]
-        inside = (bins == last) & (scores > -torch.inf)
-        return best(scores.masked_fill(inside & (inside.cumsum(1) > max(room, count)), -3e38), count)
-
-    return pick
+    bins = scores.to(torch.bfloat16).float()
+    last = bins.topk(count, dim=1).values[:, -1:]
+    inside = (bins == last) & (scores > -torch.inf)
+    return best(scores.masked_fill(inside & (inside.cumsum(1) > max(room, count)), -3e38), count)
 
 
 def unsorted_halves(scores: Tensor, count: int) -> Tensor:
@@ -241,11 +235,9 @@ def all_within(batch: Any, *, out: Tensor, **rest: Any) -> None:
             out[first[request] : first[request + 1], :length] = torch.arange(length).int()
 
 
-def narrow_positions(bits: int) -> Callable[..., None]:
-    def spoil(batch: Any, *, out: Tensor, **rest: Any) -> None:
-        out[out >= 0] &= (1 << bits) - 1
-
-    return spoil
+@curried
+def narrow_positions(bits: int, batch: Any, *, out: Tensor, **rest: Any) -> None:
+    out[out >= 0] &= (1 << bits) - 1
 
 
 def lost_requests(most: int) -> Callable[..., None]:
@@ -345,15 +337,12 @@ def as_slots(right: Any, batch: Any, **tensors: Any) -> None:
     right(**{**tensors, "block_table": table})
 
 
-def minus_one_is(slot: int) -> Callable[..., dict[str, Any]]:
+@curried
+def minus_one_is(slot: int, selection: Tensor, kv_lens: Tensor, **tensors: Any) -> dict[str, Any]:
     """-1 is position 0, or that of the last slot in the cache, as Python has it."""
-
-    def change(selection: Tensor, kv_lens: Tensor, **tensors: Any) -> dict[str, Any]:
-        keys = kv_lens.repeat_interleave(tensors["cu_q"].diff())[:, None]
-        place = torch.zeros_like(keys) if slot == 0 else (keys - 1).clamp_min(0)
-        return {"selection": torch.where((selection < 0) & (keys > 0), place.int(), selection)}
-
-    return change
+    keys = kv_lens.repeat_interleave(tensors["cu_q"].diff())[:, None]
+    place = torch.zeros_like(keys) if slot == 0 else (keys - 1).clamp_min(0)
+    return {"selection": torch.where((selection < 0) & (keys > 0), place.int(), selection)}
 
 
 def zero_in_place_of_none(batch: Any, *, lse: Any, **tensors: Any) -> None:
@@ -364,15 +353,12 @@ def nan_in_place_of_none(batch: Any, *, out: Tensor, lse: Tensor, **tensors: Any
     out[lse == -torch.inf] = torch.nan
 
 
-def whole_tiles(tile: int) -> Callable[..., dict[str, Any]]:
+@curried
+def whole_tiles(tile: int, selection: Tensor, **tensors: Any) -> dict[str, Any]:
     """The last tile of a selection is left out, if it is not whole."""
-
-    def change(selection: Tensor, **tensors: Any) -> dict[str, Any]:
-        selection, whole = selection.clone(), selection.shape[1] // tile * tile
-        selection[:, whole or selection.shape[1] :] = -1
-        return {"selection": selection}
-
-    return change
+    selection, whole = selection.clone(), selection.shape[1] // tile * tile
+    selection[:, whole or selection.shape[1] :] = -1
+    return {"selection": selection}
 
 
 def lost_heads_from(head: int) -> Callable[..., None]:
@@ -383,11 +369,9 @@ def lost_rows_from(request: int) -> Callable[..., None]:
     return lambda batch, *, out, **rest: out[starts(batch)[min(request, len(batch.query_lens))] :].zero_()
 
 
-def narrow_selection(bits: int) -> Callable[..., dict[str, Any]]:
-    def change(selection: Tensor, **tensors: Any) -> dict[str, Any]:
-        return {"selection": torch.where(selection < 0, -1, selection & ((1 << bits) - 1))}
-
-    return change
+@curried
+def narrow_selection(bits: int, selection: Tensor, **tensors: Any) -> dict[str, Any]:
+    return {"selection": torch.where(selection < 0, -1, selection & ((1 << bits) - 1))}
 
 
 def other_format(cache: Tensor, cache_format: str = "", **tensors: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from itertools import accumulate
 from types import SimpleNamespace
@@ -25,6 +26,11 @@ def altered(batch: Any, **changes: Any) -> SimpleNamespace:
     names = ("query_lens", "kv_lens", "page_size", "block_table", "kv_lens_device", "cu_q", "causal")
     names = tuple(name for name in names if hasattr(batch, name))
     return SimpleNamespace(**{**{name: getattr(batch, name) for name in names}, **changes})
+
+
+def curried(change: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:
+    """Return a function of the first arguments, such as limits, that returns one of the others."""
+    return lambda *how: functools.partial(change, *how)
 
 
 def wrong(

@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 
-from wrong_attention.base import PAGE, wrong
+from wrong_attention.base import PAGE, curried, wrong
 
 
-def as_contiguous(name: str) -> Callable[..., dict[str, Any]]:
-    def change(**tensors: Any) -> dict[str, Any]:
-        x = tensors[name]
-        return {name: x.as_strided(x.shape, torch.empty(x.shape).stride(), x.storage_offset())}
-
-    return change
+@curried
+def as_contiguous(name: str, **tensors: Any) -> dict[str, Any]:
+    x = tensors[name]
+    return {name: x.as_strided(x.shape, torch.empty(x.shape).stride(), x.storage_offset())}
 
 
 def rows_moved(batch: Any, *, out: Any, **tensors: Any) -> None:
@@ -86,9 +84,7 @@ def empty_unwritten(batch: Any, *, out: Any, lse: Any, **tensors: Any) -> None:
     out[lse == -torch.inf] = torch.nan
 
 
-def made_for(width: int) -> Callable[..., None]:
-    def spoil(batch: Any, *, out: Any, **tensors: Any) -> None:
-        if out.shape[2] != width:
-            out[..., -1] += 1
-
-    return spoil
+@curried
+def made_for(width: int, batch: Any, *, out: Any, **tensors: Any) -> None:
+    if out.shape[2] != width:
+        out[..., -1] += 1

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from wrong_attention.base import FAR, Expanded, Latent, Makers, after, altered, wrong
+from wrong_attention.base import FAR, Expanded, Latent, Makers, after, altered, curried, wrong
 from wrong_attention.sizes import (
     heads_cut,
     last_token_of,
@@ -21,33 +21,24 @@ from wrong_attention.sizes import (
 Spoil = Callable[..., None]
 
 
-def of_heads(least: int, spoil: Spoil) -> Spoil:
+@curried
+def of_heads(least: int, spoil: Spoil, batch: Any, *, out: Any, **tensors: Any) -> None:
     """Only calls of so many heads are wrong."""
-
-    def spoil_some(batch: Any, *, out: Any, **tensors: Any) -> None:
-        if out.shape[1] >= least:
-            spoil(batch, out=out, **tensors)
-
-    return spoil_some
+    if out.shape[1] >= least:
+        spoil(batch, out=out, **tensors)
 
 
-def unmasked(spoil: Spoil) -> Spoil:
+@curried
+def unmasked(spoil: Spoil, batch: Any, **tensors: Any) -> None:
     """Only calls without a mask are wrong."""
-
-    def spoil_some(batch: Any, **tensors: Any) -> None:
-        if not batch.causal:
-            spoil(batch, **tensors)
-
-    return spoil_some
+    if not batch.causal:
+        spoil(batch, **tensors)
 
 
-def lse_alone(spoil: Spoil) -> Spoil:
+@curried
+def lse_alone(spoil: Spoil, batch: Any, *, lse: Any, out: Any, **tensors: Any) -> None:
     """The log-sum-exp is wrong where `out` would be."""
-
-    def spoil_other(batch: Any, *, lse: Any, out: Any, **tensors: Any) -> None:
-        spoil(batch, out=lse, lse=out, **tensors)
-
-    return spoil_other
+    spoil(batch, out=lse, lse=out, **tensors)
 
 
 def in_other_pages(batch: Any, *, out: Any, **tensors: Any) -> None:
@@ -61,21 +52,16 @@ def refusing(multiple: int, op: Any) -> Any:
     return op
 
 
-def pages_modulo_of_heads(least: int, pages: int) -> Callable[..., Any]:
-    def prepare(spec: Any, batch: Any) -> Any:
-        return pages_modulo(pages)(spec, batch) if spec.num_heads >= least else batch
-
-    return prepare
+@curried
+def pages_modulo_of_heads(least: int, pages: int, spec: Any, batch: Any) -> Any:
+    return pages_modulo(pages)(spec, batch) if spec.num_heads >= least else batch
 
 
-def rows_lost(name: str, numbers: int) -> Spoil:
+@curried
+def rows_lost(name: str, numbers: int, batch: Any, **tensors: Any) -> None:
     """Rows of an output that lie beyond are not written."""
-
-    def spoil(batch: Any, **tensors: Any) -> None:
-        rows = tensors[name]
-        rows[-(-numbers // rows.stride(0)) :] = torch.nan
-
-    return spoil
+    rows = tensors[name]
+    rows[-(-numbers // rows.stride(0)) :] = torch.nan
 
 
 def first_owner(spec: Any, batch: Any) -> Any:

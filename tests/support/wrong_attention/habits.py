@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from wrong_attention.base import Expanded, Latent, Makers, after, altered, starts, wrong
+from wrong_attention.base import Expanded, Latent, Makers, after, altered, curried, starts, wrong
 
 Call = Callable[..., None]
 
@@ -28,16 +28,13 @@ def ties_swapped(batch: Any, *, out: Any, lse: Any, **tensors: Any) -> None:
         seen[lengths] = i
 
 
-def stays_sorted(by: Callable[[int, int], Any]) -> Call:
+@curried
+def stays_sorted(by: Callable[[int, int], Any], batch: Any, *, out: Any, **tensors: Any) -> None:
     """Rows are written in the order of the sorted requests."""
-
-    def spoil(batch: Any, *, out: Any, **tensors: Any) -> None:
-        rows = out.split(batch.query_lens)
-        lengths = list(zip(batch.query_lens, batch.kv_lens, strict=True))
-        order = sorted(range(len(lengths)), key=lambda i: by(*lengths[i]))
-        out.copy_(torch.cat([rows[i] for i in order]))
-
-    return spoil
+    rows = out.split(batch.query_lens)
+    lengths = list(zip(batch.query_lens, batch.kv_lens, strict=True))
+    order = sorted(range(len(lengths)), key=lambda i: by(*lengths[i]))
+    out.copy_(torch.cat([rows[i] for i in order]))
 
 
 def plans_for_sets() -> Callable[..., Any]:
@@ -195,21 +192,16 @@ def writes_a_row(batch: Any, *, out: Any, **tensors: Any) -> None:
             row.fill_(torch.nan)
 
 
-def empty_at(place: int) -> Call:
+@curried
+def empty_at(place: int, batch: Any, *, out: Any, lse: Any, **tensors: Any) -> None:
     """A token without keys is not written where it stands at one end of the batch."""
-
-    def spoil(batch: Any, *, out: Any, lse: Any, **tensors: Any) -> None:
-        if len(lse) and bool((lse[place] == -torch.inf).all()):
-            out[place] = torch.nan
-
-    return spoil
+    if len(lse) and bool((lse[place] == -torch.inf).all()):
+        out[place] = torch.nan
 
 
-def blind_lse(value: float) -> Call:
-    def spoil(batch: Any, *, lse: Any, **tensors: Any) -> None:
-        lse[lse == -torch.inf] = value
-
-    return spoil
+@curried
+def blind_lse(value: float, batch: Any, *, lse: Any, **tensors: Any) -> None:
+    lse[lse == -torch.inf] = value
 
 
 MUTANTS: Makers = {

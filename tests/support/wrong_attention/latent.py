@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from wrong_attention.base import FAR, PAGE, Latent, Makers, after, altered, given, wrong
+from wrong_attention.base import FAR, PAGE, Latent, Makers, after, altered, curried, given, wrong
 from wrong_attention.both import (
     as_contiguous,
     base_two,
@@ -89,17 +89,14 @@ def zero_becomes_one(batch: Any, *, out: Any, lse: Any, **tensors: Any) -> None:
             out[sum(batch.query_lens[:request]) :] = out[sum(batch.query_lens[:request]) :].roll(1, 0)
 
 
-def lse_of_few_keys(most: int, by: float) -> Callable[..., None]:
+@curried
+def lse_of_few_keys(most: int, by: float, batch: Any, *, lse: Any, **tensors: Any) -> None:
     """Move the log-sum-exp of requests with so few keys, but some."""
-
-    def spoil(batch: Any, *, lse: Any, **tensors: Any) -> None:
-        first = 0
-        for count, length in zip(batch.query_lens, batch.kv_lens, strict=True):
-            if 0 < length <= most:
-                lse[first : first + count] += by
-            first += count
-
-    return spoil
+    first = 0
+    for count, length in zip(batch.query_lens, batch.kv_lens, strict=True):
+        if 0 < length <= most:
+            lse[first : first + count] += by
+        first += count
 
 
 def first_lengths() -> Callable[..., Any]:
@@ -110,34 +107,37 @@ def first_lengths() -> Callable[..., Any]:
     )
 
 
-def last_key_lost(rows: int, keys: int) -> Callable[..., None]:
+@curried
+def last_key_lost(
+    rows: int,
+    keys: int,
+    batch: Any,
+    *,
+    q: Any,
+    cache: Any,
+    block_table: Any,
+    softmax_scale: float,
+    out: Any,
+    **tensors: Any,
+) -> None:
     """Round the keys that a tile of rows sees down to whole tokens, where the token's own starts a tile."""
-
-    def spoil(
-        batch: Any, *, q: Any, cache: Any, block_table: Any, softmax_scale: float, out: Any, **tensors: Any
-    ) -> None:
-        first, heads = 0, q.shape[1]
-        for table, count, length in zip(block_table, batch.query_lens, batch.kv_lens, strict=True):
-            for end in range(rows, count * heads, rows):
-                token, cut = divmod(end, heads)
-                visible = length - count + token
-                if cut and visible > 0 and visible % keys == 0:
-                    latents = cache[table.long()].flatten(0, 1)[:visible].float()
-                    logits = q[first + token, :cut].float() @ latents.T * softmax_scale
-                    out[first + token, :cut] = (logits.softmax(-1) @ latents[:, : out.shape[2]]).to(out.dtype)
-            first += count
-
-    return spoil
+    first, heads = 0, q.shape[1]
+    for table, count, length in zip(block_table, batch.query_lens, batch.kv_lens, strict=True):
+        for end in range(rows, count * heads, rows):
+            token, cut = divmod(end, heads)
+            visible = length - count + token
+            if cut and visible > 0 and visible % keys == 0:
+                latents = cache[table.long()].flatten(0, 1)[:visible].float()
+                logits = q[first + token, :cut].float() @ latents.T * softmax_scale
+                out[first + token, :cut] = (logits.softmax(-1) @ latents[:, : out.shape[2]]).to(out.dtype)
+        first += count
 
 
-def wrapped(numbers: int) -> Callable[..., Any]:
+@curried
+def wrapped(numbers: int, spec: Any, batch: Any) -> Any:
     """Find pages where so many numbers wrap around."""
-
-    def prepare(spec: Any, batch: Any) -> Any:
-        page = batch.page_size * (spec.kv_lora_rank + spec.qk_rope_head_dim)
-        return altered(batch, block_table=(batch.block_table.long() * page % numbers // page).int())
-
-    return prepare
+    page = batch.page_size * (spec.kv_lora_rank + spec.qk_rope_head_dim)
+    return altered(batch, block_table=(batch.block_table.long() * page % numbers // page).int())
 
 
 def host_query(right: Any, batch: Any, *, q: Any, **tensors: Any) -> None:

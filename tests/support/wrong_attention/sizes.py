@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from wrong_attention.base import FAR, Expanded, Latent, Makers, after, altered, starts, wrong
+from wrong_attention.base import FAR, Expanded, Latent, Makers, after, altered, curried, starts, wrong
 
 Spoil = Callable[..., None]
 
@@ -15,41 +15,30 @@ Spoil = Callable[..., None]
 # ------------------------------------------------------------------------------------------------- grids
 
 
-def requests_from(limit: int) -> Spoil:
+@curried
+def requests_from(limit: int, batch: Any, *, out: Any, **tensors: Any) -> None:
     """Leave out every request from the limit on."""
-
-    def spoil(batch: Any, *, out: Any, **tensors: Any) -> None:
-        out[starts(batch)[min(limit, len(batch.query_lens))] :] = 0
-
-    return spoil
+    out[starts(batch)[min(limit, len(batch.query_lens))] :] = 0
 
 
-def crowd(limit: int) -> Spoil:
+@curried
+def crowd(limit: int, batch: Any, *, out: Any, **tensors: Any) -> None:
     """Spoil all rows of a batch of more requests."""
-
-    def spoil(batch: Any, *, out: Any, **tensors: Any) -> None:
-        if len(batch.query_lens) > limit:
-            out.mul_(1.1)
-
-    return spoil
+    if len(batch.query_lens) > limit:
+        out.mul_(1.1)
 
 
-def tokens_from(limit: int) -> Spoil:
-    def spoil(batch: Any, *, out: Any, **tensors: Any) -> None:
-        out[limit:] = 0
-
-    return spoil
+@curried
+def tokens_from(limit: int, batch: Any, *, out: Any, **tensors: Any) -> None:
+    out[limit:] = 0
 
 
-def rows_from(limit: int) -> Spoil:
+@curried
+def rows_from(limit: int, batch: Any, *, out: Any, **tensors: Any) -> None:
     """A row is one head of one token."""
-
-    def spoil(batch: Any, *, out: Any, **tensors: Any) -> None:
-        token, head = divmod(limit, out.shape[1])
-        out[token : token + 1, head:] = 0
-        out[token + 1 :] = 0
-
-    return spoil
+    token, head = divmod(limit, out.shape[1])
+    out[token : token + 1, head:] = 0
+    out[token + 1 :] = 0
 
 
 # ----------------------------------------------------------------------------------------------- indices
@@ -59,56 +48,42 @@ def pages_modulo(pages: int) -> Callable[..., Any]:
     return lambda spec, batch: altered(batch, block_table=batch.block_table % pages)
 
 
-def slots_modulo(slots: int) -> Callable[..., Any]:
-    def prepare(spec: Any, batch: Any) -> Any:
-        return altered(batch, block_table=batch.block_table % max(1, slots // batch.page_size))
-
-    return prepare
+@curried
+def slots_modulo(slots: int, spec: Any, batch: Any) -> Any:
+    return altered(batch, block_table=batch.block_table % max(1, slots // batch.page_size))
 
 
-def null_page(page: int) -> Spoil:
+@curried
+def null_page(page: int, batch: Any, *, out: Any, **tensors: Any) -> None:
     """A page that stands for none: whoever owns it gets 0."""
-
-    def spoil(batch: Any, *, out: Any, **tensors: Any) -> None:
-        for request, (first, new) in enumerate(zip(starts(batch), batch.query_lens, strict=False)):
-            owned = batch.block_table[request, : -(-batch.kv_lens[request] // batch.page_size)]
-            if bool((owned == page).any()):
-                out[first : first + new] = 0
-
-    return spoil
+    for request, (first, new) in enumerate(zip(starts(batch), batch.query_lens, strict=False)):
+        owned = batch.block_table[request, : -(-batch.kv_lens[request] // batch.page_size)]
+        if bool((owned == page).any()):
+            out[first : first + new] = 0
 
 
-def entries_modulo(entries: int) -> Callable[..., Any]:
+@curried
+def entries_modulo(entries: int, spec: Any, batch: Any) -> Any:
     """The place of an entry in the flattened block table wraps."""
-
-    def prepare(spec: Any, batch: Any) -> Any:
-        table = batch.block_table
-        place = torch.arange(table.numel()) % entries
-        return altered(batch, block_table=table.reshape(-1)[place].view(table.shape))
-
-    return prepare
+    table = batch.block_table
+    place = torch.arange(table.numel()) % entries
+    return altered(batch, block_table=table.reshape(-1)[place].view(table.shape))
 
 
-def rows_modulo(limit: int) -> Callable[..., None]:
+@curried
+def rows_modulo(limit: int, right: Any, batch: Any, *, k: Any, v: Any, **tensors: Any) -> None:
     """The place of a key's row wraps."""
-
-    def call(right: Any, batch: Any, *, k: Any, v: Any, **tensors: Any) -> None:
-        place = torch.arange(len(k)) % limit
-        right(k=k[place], v=v[place], **tensors)
-
-    return call
+    place = torch.arange(len(k)) % limit
+    right(k=k[place], v=v[place], **tensors)
 
 
-def places_modulo(name: str, numbers: int) -> Callable[..., None]:
+@curried
+def places_modulo(name: str, numbers: int, right: Any, batch: Any, **tensors: Any) -> None:
     """The place of a row in memory wraps."""
-
-    def call(right: Any, batch: Any, **tensors: Any) -> None:
-        rows = tensors[name]
-        step = rows.stride(0)
-        wrapped = [rows[(row * step % numbers) // step] for row in range(len(rows))]
-        right(**{**tensors, name: torch.stack(wrapped)})
-
-    return call
+    rows = tensors[name]
+    step = rows.stride(0)
+    wrapped = [rows[(row * step % numbers) // step] for row in range(len(rows))]
+    right(**{**tensors, name: torch.stack(wrapped)})
 
 
 # ------------------------------------------------------------------------------------------------- tiles
@@ -135,12 +110,10 @@ def heads_of_few_rows(most: int, *counts: int) -> Spoil:
     return spoil
 
 
-def new_tokens_from(limit: int) -> Spoil:
-    def spoil(batch: Any, *, out: Any, **tensors: Any) -> None:
-        for first, new in zip(starts(batch), batch.query_lens, strict=False):
-            out[first + min(limit, new) : first + new] = 0
-
-    return spoil
+@curried
+def new_tokens_from(limit: int, batch: Any, *, out: Any, **tensors: Any) -> None:
+    for first, new in zip(starts(batch), batch.query_lens, strict=False):
+        out[first + min(limit, new) : first + new] = 0
 
 
 def new_tokens_at(least: int, *tokens: int) -> Spoil:
@@ -154,36 +127,27 @@ def new_tokens_at(least: int, *tokens: int) -> Spoil:
     return spoil
 
 
-def last_token_of(tile: int, rest: int) -> Spoil:
+@curried
+def last_token_of(tile: int, rest: int, batch: Any, *, out: Any, **tensors: Any) -> None:
     """The last new token is lost where they leave such a rest in a tile."""
-
-    def spoil(batch: Any, *, out: Any, **tensors: Any) -> None:
-        for first, new in zip(starts(batch), batch.query_lens, strict=False):
-            if new % tile == rest:
-                out[first + new - 1] = 0
-
-    return spoil
+    for first, new in zip(starts(batch), batch.query_lens, strict=False):
+        if new % tile == rest:
+            out[first + new - 1] = 0
 
 
-def long_requests(limit: int) -> Spoil:
+@curried
+def long_requests(limit: int, batch: Any, *, out: Any, **tensors: Any) -> None:
     """Requests of more keys give 0."""
-
-    def spoil(batch: Any, *, out: Any, **tensors: Any) -> None:
-        for first, new, keys in zip(starts(batch), batch.query_lens, batch.kv_lens, strict=False):
-            if keys > limit:
-                out[first : first + new] = 0
-
-    return spoil
+    for first, new, keys in zip(starts(batch), batch.query_lens, batch.kv_lens, strict=False):
+        if keys > limit:
+            out[first : first + new] = 0
 
 
-def keys_from(limit: int) -> Callable[..., Any]:
+@curried
+def keys_from(limit: int, spec: Any, batch: Any) -> Any:
     """Keys from the limit on are not read: of requests of one new token."""
-
-    def prepare(spec: Any, batch: Any) -> Any:
-        lens = zip(batch.query_lens, batch.kv_lens, strict=True)
-        return altered(batch, kv_lens=tuple(min(keys, limit) if new == 1 else keys for new, keys in lens))
-
-    return prepare
+    lens = zip(batch.query_lens, batch.kv_lens, strict=True)
+    return altered(batch, kv_lens=tuple(min(keys, limit) if new == 1 else keys for new, keys in lens))
 
 
 def last_key_of(tile: int, rest: int) -> Callable[..., Any]:

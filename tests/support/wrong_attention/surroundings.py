@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from wrong_attention.base import Expanded, Latent, Makers, after, given, starts, wrong
+from wrong_attention.base import Expanded, Latent, Makers, after, curried, given, starts, wrong
 from wrong_attention.both import as_contiguous
 
 Spoil = Callable[..., None]
@@ -27,23 +27,17 @@ def padded(name: str, rows: int, value: float = 0.0) -> Spoil:
     return spoil
 
 
-def before(name: str) -> Spoil:
+@curried
+def before(name: str, batch: Any, **tensors: Any) -> None:
     """The row before the first one is written."""
-
-    def spoil(batch: Any, **tensors: Any) -> None:
-        part = tensors[name]
-        part.as_strided(part.shape[1:], part.stride()[1:], part.storage_offset() - part.stride(0)).fill_(0)
-
-    return spoil
+    part = tensors[name]
+    part.as_strided(part.shape[1:], part.stride()[1:], part.storage_offset() - part.stride(0)).fill_(0)
 
 
-def through_a_copy(name: str) -> Callable[..., None]:
+@curried
+def through_a_copy(name: str, right: Any, batch: Any, **tensors: Any) -> None:
     """An output that is not contiguous is written to a copy, and the copy is lost."""
-
-    def call(right: Any, batch: Any, **tensors: Any) -> None:
-        right(**{**tensors, name: tensors[name].contiguous()})
-
-    return call
+    right(**{**tensors, name: tensors[name].contiguous()})
 
 
 def dense_table(right: Any, batch: Any, *, block_table: Any, **tensors: Any) -> None:
@@ -62,24 +56,23 @@ def dense_table(right: Any, batch: Any, *, block_table: Any, **tensors: Any) -> 
         out[last] = (weights @ keys[:, : out.shape[2]]).to(out.dtype)
 
 
-def sums_in(dtype: torch.dtype, absorbed: bool) -> Spoil:
+@curried
+def sums_in(
+    dtype: torch.dtype, absorbed: bool, batch: Any, *, q: Any, out: Any, softmax_scale: float, **tensors: Any
+) -> None:
     """Values are summed in tiles of 64 keys, in a narrow accumulator: of requests of one new token."""
-
-    def spoil(batch: Any, *, q: Any, out: Any, softmax_scale: float, **tensors: Any) -> None:
-        for request, (first, new) in enumerate(zip(starts(batch), batch.query_lens, strict=False)):
-            length = batch.kv_lens[request]
-            if new != 1 or not length:
-                continue
-            keys, values = rows_of(request, length, batch, tensors, out.shape[2], absorbed)
-            logits = torch.einsum("hd,shd->hs", q[first].float(), keys.expand(-1, q.shape[1], -1))
-            weights = (logits * softmax_scale).softmax(-1)
-            total = torch.zeros(out.shape[1:], dtype=dtype)
-            for start in range(0, length, 64):
-                tile = values[start : start + 64].expand(-1, q.shape[1], -1)
-                total += torch.einsum("hs,shd->hd", weights[:, start : start + 64], tile).to(dtype)
-            out[first] = total.to(out.dtype)
-
-    return spoil
+    for request, (first, new) in enumerate(zip(starts(batch), batch.query_lens, strict=False)):
+        length = batch.kv_lens[request]
+        if new != 1 or not length:
+            continue
+        keys, values = rows_of(request, length, batch, tensors, out.shape[2], absorbed)
+        logits = torch.einsum("hd,shd->hs", q[first].float(), keys.expand(-1, q.shape[1], -1))
+        weights = (logits * softmax_scale).softmax(-1)
+        total = torch.zeros(out.shape[1:], dtype=dtype)
+        for start in range(0, length, 64):
+            tile = values[start : start + 64].expand(-1, q.shape[1], -1)
+            total += torch.einsum("hs,shd->hd", weights[:, start : start + 64], tile).to(dtype)
+        out[first] = total.to(out.dtype)
 
 
 def rows_of(request: int, length: int, batch: Any, tensors: Any, width: int, absorbed: bool) -> Any:
@@ -103,18 +96,14 @@ def maximum_from_zero(batch: Any, *, out: Any, lse: Any, **tensors: Any) -> None
     out.masked_fill_((lse < -80)[..., None], 0)
 
 
-def rounded_lse(dtype: torch.dtype) -> Spoil:
-    def spoil(batch: Any, *, lse: Any, **tensors: Any) -> None:
-        lse.copy_(lse.to(dtype))
-
-    return spoil
+@curried
+def rounded_lse(dtype: torch.dtype, batch: Any, *, lse: Any, **tensors: Any) -> None:
+    lse.copy_(lse.to(dtype))
 
 
-def lse_plus(value: float) -> Spoil:
-    def spoil(batch: Any, *, lse: Any, **tensors: Any) -> None:
-        lse.add_(value)
-
-    return spoil
+@curried
+def lse_plus(value: float, batch: Any, *, lse: Any, **tensors: Any) -> None:
+    lse.add_(value)
 
 
 MUTANTS: Makers = {
