@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -156,14 +157,13 @@ class Call:
 
     def damage(self) -> str:
         """Return what the last call wrote outside the results, as a clause; "" if nothing."""
-        if self._change is None:
-            return self.pool.entry.strays(self.case, self.arguments)
-        changed = [name for name in self._pools if not self._intact(self._change, name)]
+        strays, change = self.pool.entry.strays(self.case, self.arguments), self._change
+        if change is None:
+            return strays
+        same = {name: all(starmap(torch.equal, self._contents(change, name))) for name in self._pools}
+        changed = [name for name, kept in same.items() if not kept]
         clause = f"the op wrote to its input {' and '.join(changed)}" if changed else ""
-        return "; ".join(filter(None, (self.pool.entry.strays(self.case, self.arguments), clause)))
-
-    def _intact(self, change: Change, name: str) -> bool:
-        return all(torch.equal(target, values) for target, values in self._contents(change, name))
+        return "; ".join(filter(None, (strays, clause)))
 
     def _contents(self, change: Change, name: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the parts of an operand, and what a call gets in them."""
@@ -186,7 +186,7 @@ class Checker:
     def check(self, results: Tensors, change: Change, places: Places) -> Check:
         """Return the verdict on a call's results on the host, rows [T, ..] by name."""
         entry, dtype = self._pool.entry, self._pool.case.spec.dtype
-        truth = {name: change.expected(name) for name in self._pool.truth}
+        truth = {name: self._pool.expected(change, name) for name in self._pool.truth}
         none = {name: torch.zeros(truth[name].shape[:-1], dtype=torch.float64) for name in entry.held}
         check = entry.judge(results, truth, none, dtype, places)
         if check.status == "ok" or not entry.held or (check.error_ratio or HOPELESS) >= HOPELESS:

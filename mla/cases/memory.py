@@ -74,11 +74,7 @@ def blank(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device, gaps: Gaps = NO_GAPS
 ) -> torch.Tensor:
     """Return poisoned memory, and poison in the gaps."""
-    if not any(gaps):
-        return poison(torch.empty(tuple(shape), dtype=dtype, device=device))
-    stride = strides(shape, gaps)
-    whole = poison(torch.empty(gaps[0] + shape[0] * stride[0], dtype=dtype, device=device))
-    return whole.as_strided(tuple(shape), stride, gaps[0])
+    return Piece(shape, dtype, device, gaps, guard=0).part
 
 
 def poison(tensor: torch.Tensor) -> torch.Tensor:

@@ -36,14 +36,9 @@ HOMES, VARIETY, MOST_CHOICES = 20, 2**20, 128
 class Change:
     """The operands of one call. `signs`: of operands (per block of columns, [blocks, ..]) and of results."""
 
-    pool: Pool
     number: int  # of the pass
     rows: torch.Tensor  # [blocks, n] int64: which rows of the pool
     signs: Tensors = field(default_factory=dict)
-
-    def expected(self, name: str) -> torch.Tensor:
-        """Return what the call must write to the result `name`, in float64 on the host."""
-        return self.pool.expected(self, name)
 
 
 class Pool:
@@ -93,7 +88,7 @@ class Pool:
         draw, (pool, rows) = self.random(number, index), self.size
         signs = self.entry.signs(self.case, draw)
         signs |= {name: signs[name][None] for name in self.entry.varied if name in signs}
-        return Change(self, number, torch.randperm(pool, generator=draw)[None, :rows], signs)
+        return Change(number, torch.randperm(pool, generator=draw)[None, :rows], signs)
 
     def pass_signs(self, number: int) -> Tensors:
         """Return the signs of the operands that change once per pass, by name."""
@@ -141,7 +136,7 @@ class Products(Pool):
         draw, blocks, (pool, rows) = self.random(number, index), len(self.columns), self.size
         chosen = torch.stack([torch.randperm(pool, generator=draw)[:rows] for _ in range(blocks)])
         heads = self.given["x"].shape[1:-1]
-        return Change(self, number, chosen, {"x": draw_signs(draw, blocks, rows, *heads, 1)})
+        return Change(number, chosen, {"x": draw_signs(draw, blocks, rows, *heads, 1)})
 
     def expected(self, change: Change, name: str) -> torch.Tensor:
         total = torch.zeros(self.case.results[name], dtype=torch.float64)
@@ -217,18 +212,15 @@ class Queries(Pool):
         draw, heads = self.random(number, index), self.case.spec.num_heads
         signs = {name: signs[None] for name, signs in self.pass_signs(number).items()}
         order = torch.arange(heads) if "k" in self.given else torch.randperm(heads, generator=draw)
-        chosen = self._some_chosen(draw, number, index).view(-1, heads)[:, order].reshape(1, -1)
-        return Change(self, number, chosen, self.turned(signs) if signs else {})
+        chosen = self._chosen(draw, number, index).view(-1, heads)[:, order].reshape(1, -1)
+        return Change(number, chosen, self.turned(signs) if signs else {})
 
-    def _chosen(self, choices: torch.Tensor) -> torch.Tensor:
-        """Return the queries' rows in the pool [T * h], given what each home takes (0: itself)."""
+    def _chosen(self, draw: torch.Generator, number: int, index: int) -> torch.Tensor:
+        """Return the queries' rows in the pool [T * h]: each home takes itself or one of its alternatives."""
+        choices = torch.randint(0, self.choices, (len(self.homes),), generator=draw)
+        order = torch.randperm(self.choices, generator=self.random(number))
+        choices[0] = order[index % self.choices]  # so that a single query, too, is another one every time
         count, more = self.size[1] // self.together, self.choices - 1
         groups, homes = torch.arange(count), torch.tensor(self.homes)
         groups[homes] = torch.where(choices > 0, count + torch.arange(len(homes)) * more + choices - 1, homes)
         return (groups[:, None] * self.together + torch.arange(self.together)).flatten()
-
-    def _some_chosen(self, draw: torch.Generator, number: int, index: int) -> torch.Tensor:
-        choices = torch.randint(0, self.choices, (len(self.homes),), generator=draw)
-        order = torch.randperm(self.choices, generator=self.random(number))
-        choices[0] = order[index % self.choices]  # so that a single query, too, is another one every time
-        return self._chosen(choices)

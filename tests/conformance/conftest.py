@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
+from judged import judged
 from right_ops import RIGHT_OPS
 from smaller_cases import make_nearer, make_smaller
 from sound_backend import Allocated, Asynchronous, Sound
 
 from mla.conformance.report import CheckResult
-from mla.conformance.selection import Xfails
-from mla.conformance.suite import carry_out, instances
-from mla.conformance.trial import BackendUnderTest
-from mla_backends import Backend, FusedOp
+from mla_backends import FusedOp
 
 Run = Callable[..., list[CheckResult]]
 
@@ -46,20 +44,8 @@ def smaller(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def judge() -> Run:
-    """Return a function that runs checks of a backend, as --quick does and by default in fp32."""
-
-    def judge(
-        backend: Backend,
-        *only: str,
-        dtypes: tuple[torch.dtype, ...] = (torch.float32,),
-        xfails: Xfails | None = None,
-        **facts: Any,
-    ) -> list[CheckResult]:
-        subject = BackendUnderTest(backend, backend.name, **facts)
-        chosen = instances(subject, dtypes, only)
-        return [carry_out(choice, subject, xfails or Xfails()) for choice in chosen]
-
-    return judge
+    """Return a function that runs checks of a backend, by default in fp32."""
+    return functools.partial(judged, dtypes=(torch.float32,))
 
 
 @pytest.fixture

@@ -25,12 +25,13 @@ def judged(
     *only: str,
     dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
     wanted: Callable[[Instance], bool] = lambda instance: True,
+    xfails: Xfails | None = None,
     **known: Any,
 ) -> list[CheckResult]:
     """Return the results of checks, as --quick has them. `known`: of `BackendUnderTest`."""
     subject = BackendUnderTest(backend, backend.name, **known)
     chosen = filter(wanted, instances(subject, dtypes, only))
-    return [carry_out(instance, subject, Xfails()) for instance in chosen]
+    return [carry_out(instance, subject, xfails or Xfails()) for instance in chosen]
 
 
 def judged_op(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -64,10 +65,24 @@ STEPPING = plain((1, 1, 1, 1), (60, 10, 125, 65), steps=8)
 
 
 def layer_check(
-    name: str, catches: str, fails: str = "formula"
-) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
-    """Register a check that runs once per dtype and policy of ops."""
-    return check(f"layer.{name}", catches=catches, scope=LAYER, fails=fails)
+    name: str, catches: str, fails: str = "formula", *cases: LayerCase, modes: Sequence[str] = BOTH
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a check that runs once per dtype and policy of ops.
+
+    Given cases, it is what `body(trial, call, mode)` does with each of them, set up in each attention mode.
+    """
+
+    def register(body: Callable[..., None]) -> Callable[..., None]:
+        def of_cases(trial: Trial) -> None:
+            for case, mode in itertools.product(cases, modes):
+                with trial.case(f"{mode}, {case.label}"):
+                    body(trial, prepare(trial, case, mode), mode)
+
+        of_cases.__doc__ = body.__doc__
+        check(f"layer.{name}", catches=catches, scope=LAYER, fails=fails)(of_cases if cases else body)
+        return body
+
+    return register
 
 
 def make_layer(trial: Trial, config: MLAConfig, attention: str, *, model: int = 0, **arguments: Any) -> MLA:
@@ -109,28 +124,6 @@ def check_layer(trial: Trial, *cases: LayerCase, modes: Sequence[str] = BOTH, **
                 judge(trial, call, call.run())
 
 
-Body = Callable[[Trial, LayerCall, str], None]
-
-
-def mode_check(
-    name: str, catches: str, fails: str, *cases: LayerCase, modes: Sequence[str] = BOTH
-) -> Callable[[Body], Body]:
-    """Register what is done with each prepared case in these attention modes as a check."""
-
-    def register(body: Body) -> Body:
-        def run(trial: Trial) -> None:
-            for case in cases:
-                for mode in modes:
-                    with trial.case(f"{mode}, {case.label}"):
-                        body(trial, prepare(trial, case, mode), mode)
-
-        run.__doc__ = body.__doc__
-        layer_check(name, catches, fails)(run)
-        return body
-
-    return register
-
-
 @layer_check("mixed", "tokens that land in the rows of another request, or see what they should not")
 def mixed(trial: Trial) -> None:
     """Prefill, decode, several tokens after a history and a request without any share a batch."""
@@ -159,7 +152,7 @@ def formats(trial: Trial) -> None:
     check_layer(trial, cached, modes=MODES[:1], cache_format=FIRST_FORMAT, index_format="fp8")
 
 
-@mode_check(
+@layer_check(
     "shared_plan",
     "a plan or a sequence that one forward uses up, or that remembers its cache",
     "state",
@@ -174,7 +167,7 @@ def shared_plan(trial: Trial, call: LayerCall, mode: str) -> None:
         judge(trial, now, [now.forward(0, batch)])
 
 
-@mode_check(
+@layer_check(
     "two_layers",
     "weights or scratch memory that another layer of the same shape takes over",
     "state",
@@ -243,7 +236,7 @@ def any_selection(query_lens: Lengths, history: Lengths) -> torch.Tensor:
     return selection
 
 
-@mode_check(
+@layer_check(
     "no_tokens",
     "an empty batch that raises, or that a later one suffers from",
     "emptiness",
@@ -264,7 +257,7 @@ def no_tokens(trial: Trial, call: LayerCall, mode: str) -> None:
 # -------------------------------------------------------------------------------- what changes in place
 
 
-@mode_check(
+@layer_check(
     "update",
     "a plan that is remembered for the batch object, or index keys that only steps that read them write",
     "state",

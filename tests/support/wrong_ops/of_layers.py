@@ -7,23 +7,30 @@ from functools import partial
 from typing import Any
 
 import wrong_sparse as sparse
-from wrong_attention.base import given, wrong
-from wrong_attention.latent import host_query
+from wrong_attention.base import Expanded, Latent, after, given, wrong
+from wrong_attention.both import base_two, first_layers
+from wrong_attention.expanded import causal
+from wrong_attention.latent import FrozenLengths, host_query
+from wrong_attention.sizes import requests_from
 
 from wrong_ops import extents, formats, habits, layers
 from wrong_ops.base import mutant
 
 MUTANTS: Mapping[str, list[Callable[[], Any]]] = {
     "layer.mixed": [
-        *(layers.RowsMoved, layers.FutureLeak, layers.Unrotated, layers.EarlyKeys, layers.Unnormed),
+        lambda: after(Latent, layers.moved_if_mixed),
+        lambda: wrong(Expanded, prepare=causal(False)),
+        layers.unrotated,
+        lambda: wrong(Latent, prepare=layers.early_keys),
+        layers.unnormed,
     ],
-    "layer.decode": [layers.LastPageDropped],
-    "layer.pages": [layers.ConsecutivePages],
-    "layer.chunks": [layers.BaseTwo],
-    "layer.variant": [layers.NoBias, layers.AlwaysInterleaved],
+    "layer.decode": [lambda: wrong(Latent, prepare=layers.last_page_dropped)],
+    "layer.pages": [lambda: wrong(Latent, prepare=layers.consecutive_pages)],
+    "layer.chunks": [lambda: after(Expanded, base_two)],
+    "layer.variant": [layers.no_bias, layers.always_interleaved],
     "layer.formats": [formats.NextCodes, formats.LastBitLost, formats.AsScaled],
-    "layer.untouched": [layers.TwoSlots],
-    "layer.shared_plan": [layers.FirstCache, layers.Accumulating],
+    "layer.untouched": [layers.two_slots],
+    "layer.shared_plan": [lambda: wrong(Latent, first_layers("cache")), layers.accumulating],
     "layer.two_layers": [
         partial(habits.packs_once, "linear", "shape"),
         partial(habits.packs_once, "batched_linear", "shape"),
@@ -39,9 +46,13 @@ MUTANTS: Mapping[str, list[Callable[[], Any]]] = {
         lambda: given(sparse.Sparse, sparse.everything),
         lambda: given(sparse.Sparse, sparse.neighbour_table),
         *(lambda layout=layout: mutant(sparse.KEY, sparse.always(layout)) for layout in (False, True)),
-        layers.AlwaysInterleaved,
+        layers.always_interleaved,
     ],
-    "layer.indexer_steps": [layers.KeyOfTheStepBefore, layers.KeysOfNewPages, layers.SelectsForTheObject],
+    "layer.indexer_steps": [
+        layers.key_of_the_step_before,
+        layers.keys_of_new_pages,
+        lambda: wrong(sparse.Select, prepare=layers.of_the_object()),
+    ],
     "layer.indexer_formats": [
         lambda: sparse.stores(sparse.scales_first),
         lambda: sparse.reads_bytes(sparse.neighbour_scales),
@@ -53,8 +64,7 @@ MUTANTS: Mapping[str, list[Callable[[], Any]]] = {
         lambda: given(sparse.Sparse, sparse.minus_one_is(0)),
     ],
     "layer.requests": [
-        layers.FewRequests,
-        layers.FewerRequests,
+        *(lambda n=n: after(Latent, requests_from(n)) for n in (128, 8)),
         partial(extents.lost_from, "write_latent", 128),
         partial(extents.lost_from, "rotate_query", 100),
     ],
@@ -63,10 +73,10 @@ MUTANTS: Mapping[str, list[Callable[[], Any]]] = {
         partial(extents.lost_from, "write_latent", 300),
         partial(extents.lost_from, "rotate_query", 513),
     ],
-    "layer.equal": [layers.Ties, layers.ShiftedTies],
-    "layer.no_tokens": [layers.FirstSlotIfEmpty, layers.ScratchOfNothing],
+    "layer.equal": [lambda r=r: after(Latent, layers.ties(r)) for r in (True, False)],
+    "layer.no_tokens": [layers.first_slot_if_empty, layers.scratch_of_nothing],
     "layer.weights": [layers.Lossy],
-    "layer.update": [layers.PlanOfTheObject],
-    "layer.graph": [layers.OnTheHost, lambda: wrong(sparse.Select, host_query)],
-    "layer.graph_lengths": [layers.FrozenLengths, sparse.FrozenSelect],
+    "layer.update": [lambda: wrong(Latent, prepare=layers.of_the_object())],
+    "layer.graph": [layers.on_the_host, lambda: wrong(sparse.Select, host_query)],
+    "layer.graph_lengths": [FrozenLengths, sparse.FrozenSelect],
 }
