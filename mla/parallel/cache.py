@@ -220,8 +220,8 @@ class ShardedCache:
     """A `LatentCache` that holds one share of the tokens; lengths are those of whole requests.
 
     `share` says which tokens. Other arguments are `LatentCache`'s, with `max_tokens` of all ranks together.
-    `pages` [layers, pages, page_size, c + r, or bytes] and `index_pages` hold this share's latents and index
-    keys; every rank has `num_pages` of them.
+    `pages` [layers, pages, page_size, c + r, or bytes] hold this share's latents; every rank has `num_pages`
+    of them.
     """
 
     def __init__(self, config: MLAConfig, share: Share, *, max_tokens: int, **arguments: Any) -> None:
@@ -294,17 +294,15 @@ class ShardedCache:
             del self._lengths[sequence]
 
     def load(
-        self, sequence: int, kv: torch.Tensor, pe: torch.Tensor, layer: int = 0, *, index: Any = None
+        self, sequence: int, kv: torch.Tensor, pe: torch.Tensor, layer: int = 0, *, index: None = None
     ) -> None:
         """Store this rank's tokens of a whole history: kv [s, c] already normed, pe [s, r] already rotated.
 
-        As `LatentCache.load`, with the history of all ranks.
+        As `LatentCache.load`, with the history of all ranks; no indexer selects from a part of a context.
         """
-        indexed = layer in self.index_layers
-        count = check_history(self.config, self.length(sequence), indexed, kv, pe, index)
+        count = check_history(self.config, self.length(sequence), False, kv, pe, index)
         local = self.share.owns(torch.arange(count, device="cpu"))
         missing = self.share.first(count) - int(local.sum())  # rows that rank 0 has and this one has not
-        spare = lambda x: torch.cat((x[local.to(x.device)], x.new_zeros(missing, x.shape[1])))  # noqa: E731
-        keys = None if index is None else spare(index)
-        self._local.load(sequence, spare(kv), spare(pe), layer, index=keys)
+        kv, pe = (torch.cat((x[local.to(x.device)], x.new_zeros(missing, x.shape[1]))) for x in (kv, pe))
+        self._local.load(sequence, kv, pe, layer)
         self._lengths[sequence] = count

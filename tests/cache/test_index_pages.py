@@ -13,8 +13,6 @@ import torch
 
 from mla import MLA, LatentCache, MLAConfig
 from mla.errors import CacheFormatError
-from mla.parallel.cache import ShardedCache
-from mla.parallel.layout import Share
 
 D = 20
 LAYERS = ("full", "shared", "full")
@@ -151,25 +149,3 @@ def test_copies_and_what_is_printed(make: Any) -> None:
     cache.load(again, *cache.read(sequence), index=keys)
     assert torch.equal(cache.read_index(again), keys)  # bytes of powers of two come back as they were
     assert "torch.float32 + 24 of 2 indexers on cpu" in repr(cache)
-
-
-@pytest.mark.parametrize("index_format", ["", "fp8"])
-def test_a_shard_holds_its_tokens_keys(model: MLAConfig, index_format: str) -> None:
-    whole = LatentCache(model, max_tokens=64, page_size=4, dtype=torch.float32, index_format=index_format)
-    kv, pe, index = history(model, 23, 4)
-    whole.load(whole.new_sequences(1)[0], kv, pe, index=index)
-    for rank in range(3):
-        share = Share(rank, 3)
-        cache = ShardedCache(
-            model, share, max_tokens=64, page_size=4, dtype=torch.float32, index_format=index_format
-        )
-        (sequence,) = cache.new_sequences(1)
-        with pytest.raises(ValueError, match=r"load\(\) takes index"):
-            cache.load(sequence, kv, pe)
-        cache.load(sequence, kv, pe, index=index)
-        held = share.owns(torch.arange(23))
-        local = cache._local.read_index(sequence)[: int(held.sum())]
-        assert torch.equal(local, whole.read_index(0)[held])
-        assert cache.of_layer(0)[1].data_ptr() == cache.index_pages.data_ptr()
-        cache.release([sequence])
-        assert not cache.index_pages.any()
