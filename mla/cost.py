@@ -140,34 +140,35 @@ def select_latents_cost(spec: IndexerSpec, query_lens: Sequence[int], kv_lens: S
 # ------------------------------------------------------------------------------------- weights of a layer
 
 
-def projection_parameters(config: MLAConfig) -> int:
-    """Return the number of weights in the projections of every new token: q, kv_a, gate and o."""
-    q_width = config.num_attention_heads * config.qk_head_dim
-    q = config.hidden_size * q_width
-    if config.q_lora_rank:
-        q = config.q_lora_rank * (config.hidden_size + q_width)
-    o = config.num_attention_heads * config.v_head_dim * config.hidden_size
-    return q + config.hidden_size * (config.latent_dim + config.gate_width) + o
+def weights(config: MLAConfig) -> dict[str, int]:
+    """Return role -> how many weights it has, without norms and biases, which are negligible; 0 of none.
 
-
-def kv_b_parameters(config: MLAConfig) -> int:
-    """Return the number of weights in kv_b: W_UK and W_UV of all heads."""
-    return config.kv_lora_rank * config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
-
-
-def indexer_parameters(config: MLAConfig) -> int:
-    """Return the number of weights in the indexer, if there is one: of its queries, keys and weights.
-
-    q_lora_rank * H * D of wq_b, hidden_size * D of wk and hidden_size * H of weights_proj.
+    Those of q (or q_a) and kv_a are one weight, and kv_b is W_UK and W_UV.
     """
-    heads, width = config.index_n_heads, config.index_head_dim
-    per_layer = (config.q_lora_rank or 0) * heads * width + config.hidden_size * (width + heads)
-    return per_layer if heads else 0
+    d, h, c, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank, config.q_lora_rank
+    q_width, heads, width = h * config.qk_head_dim, config.index_n_heads, config.index_head_dim
+    return {
+        "qkv_a_proj": d * ((rank or q_width) + config.latent_dim),
+        "q_b_proj": (rank or 0) * q_width,
+        "g_proj": d * config.gate_width,
+        "o_proj": h * config.v_head_dim * d,
+        "w_uk": h * c * config.qk_nope_head_dim,
+        "w_uv": h * c * config.v_head_dim,
+        "index_q_proj": (rank or 0) * heads * width,
+        "index_k_proj": d * width if heads else 0,
+        "index_weights_proj": d * heads,
+    }
 
 
-def parameters(config: MLAConfig) -> int:
-    """Return the number of weights in the layer, without norms and biases, which are negligible."""
-    return projection_parameters(config) + kv_b_parameters(config) + indexer_parameters(config)
+# Roles of the projections of every new token, of kv_b, and of an indexer: of keys, and of a selection.
+PROJECTIONS = ("qkv_a_proj", "q_b_proj", "g_proj", "o_proj")
+KV_B, INDEXER = ("w_uk", "w_uv"), ("index_k_proj", "index_q_proj", "index_weights_proj")
+
+
+def parameters(config: MLAConfig, roles: Sequence[str] = (*PROJECTIONS, *KV_B, *INDEXER)) -> int:
+    """Return the number of weights of some roles, by default of the layer."""
+    counts = weights(config)
+    return sum(counts[role] for role in roles)
 
 
 # ------------------------------------------------------------------------------------------ a layer step
@@ -208,23 +209,50 @@ def role_costs(
     request is absorbed, else for kv_b_proj. With a context beyond `config.index_topk`, all requests are
     absorbed, and each attends at least so many different latents.
     """
-    chooser, sparse = PathChooser(config), 0 < config.index_topk < max(kv_lens, default=0)
-    attention = ABSORBED if sparse else attention
-    requests: dict[str, list[tuple[int, int]]] = {ABSORBED: [], EXPANDED: []}
-    for query_len, kv_len in zip(query_lens, kv_lens, strict=True):
-        path = chooser.path(query_len, kv_len) if attention == "auto" else attention
-        requests[path].append((query_len, kv_len))
+    h, c, r = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
+    sparse, counts, tokens = 0 < config.index_topk < max(kv_lens, default=0), weights(config), sum(query_lens)
+    absorbed, expanded = _by_path(config, query_lens, kv_lens, ABSORBED if sparse else attention)
     cached = token_bytes or element_size * config.latent_dim
-    costs = _projections(config, sum(query_lens), element_size, cached)
+    rows = dict.fromkeys((role for role in PROJECTIONS if counts[role]), tokens)  # of products with weights
+    costs = {"write_latent": Work(bytes=tokens * cached)}
     if config.index_n_heads:
         key = index_bytes or element_size * config.index_head_dim
-        costs |= _indexer(config, query_lens, kv_lens, element_size, key, sparse)
-    if requests[ABSORBED]:
-        costs |= _absorbed(config, requests[ABSORBED], element_size, cached, sparse)
-    if requests[EXPANDED]:
-        weights = 0 if requests[ABSORBED] else kv_b_parameters(config)
-        costs |= _expanded(config, requests[EXPANDED], weights, element_size, cached)
+        rows |= dict.fromkeys(INDEXER if sparse else INDEXER[:1], tokens)
+        costs["write_index_key"] = Work(bytes=tokens * key)
+        scores = 2 * config.index_n_heads * config.index_head_dim
+        if sparse:
+            pairs = sum(map(attended_pairs, query_lens, kv_lens))
+            costs["select_latents"] = Work(scores * pairs, sum(kv_lens) * key)
+    if absorbed:  # every head's W_UK and W_UV on new tokens; each attended latent is read once
+        topk = config.index_topk if sparse else MAX_KEYS
+        rows |= dict.fromkeys(KV_B, sum(new for new, _ in absorbed))
+        pairs = sum(selected_pairs(*request, topk) for request in absorbed)
+        read = sum(min(keys, topk) for _, keys in absorbed) * cached
+        role = "sparse_latent_attention" if sparse else "latent_attention"
+        costs[role] = Work(latent_attention_flops(h, pairs, c, r), read)
+    if expanded:  # kv_b over the context, whose latents are read once; its keys and values move no byte
+        keys, held = sum(keys for _, keys in expanded), parameters(config, KV_B)
+        pairs = sum(attended_pairs(*request) for request in expanded)
+        read = keys * cached + element_size * held * (not absorbed)
+        costs["kv_b_proj"] = Work(2 * keys * held, read)
+        dims = config.qk_head_dim, config.v_head_dim
+        costs["expanded_attention"] = Work(expanded_attention_flops(h, pairs, *dims))
+    for role, count in rows.items():  # weights are read once; the first reads hidden states, the last writes
+        wide = 4 if role == "index_weights_proj" else element_size
+        moved = tokens * config.hidden_size if role in ("qkv_a_proj", "o_proj") else 0
+        costs[role] = Work(2 * count * counts[role], wide * (counts[role] + moved))
     return costs
+
+
+def _by_path(
+    config: MLAConfig, query_lens: Sequence[int], kv_lens: Sequence[int], attention: str
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Return the requests that are absorbed, and those that are expanded."""
+    chooser = PathChooser(config)
+    requests: dict[str, list[tuple[int, int]]] = {ABSORBED: [], EXPANDED: []}
+    for lengths in zip(query_lens, kv_lens, strict=True):
+        requests[chooser.path(*lengths) if attention == "auto" else attention].append(lengths)
+    return requests[ABSORBED], requests[EXPANDED]
 
 
 def step_work(
@@ -239,78 +267,3 @@ def step_work(
     """Return the work of one forward: weights once, each attended latent once, hidden states in and out."""
     costs = role_costs(config, query_lens, kv_lens, element_size, attention, token_bytes, index_bytes)
     return sum(costs.values(), Work())
-
-
-def _projections(config: MLAConfig, tokens: int, element_size: int, cached: int) -> dict[str, Work]:
-    """Projections of all new tokens, which the first reads and the last writes; and their latents."""
-    d, q_width = config.hidden_size, config.num_attention_heads * config.qk_head_dim
-    first = d * ((config.q_lora_rank or q_width) + config.latent_dim)  # q (or q_a) and kv_a as one weight
-    last = config.num_attention_heads * config.v_head_dim * d
-    costs = {
-        "qkv_a_proj": _product(first, tokens, element_size, moved=tokens * d),
-        "o_proj": _product(last, tokens, element_size, moved=tokens * d),
-        "write_latent": Work(bytes=tokens * cached),
-    }
-    if config.q_lora_rank:
-        costs["q_b_proj"] = _product(config.q_lora_rank * q_width, tokens, element_size)
-    if config.gate_width:
-        costs["g_proj"] = _product(d * config.gate_width, tokens, element_size)
-    return costs
-
-
-def _indexer(
-    config: MLAConfig,
-    query_lens: Sequence[int],
-    kv_lens: Sequence[int],
-    element_size: int,
-    key_bytes: int,
-    sparse: bool,
-) -> dict[str, Work]:
-    """Index keys of new tokens; if a selection is made, also queries, fp32 weights and scores of all keys."""
-    heads, width, tokens = config.index_n_heads, config.index_head_dim, sum(query_lens)
-    costs = {
-        "index_k_proj": _product(config.hidden_size * width, tokens, element_size),
-        "write_index_key": Work(bytes=tokens * key_bytes),
-    }
-    if sparse:
-        pairs = sum(map(attended_pairs, query_lens, kv_lens))
-        costs |= {
-            "index_q_proj": _product((config.q_lora_rank or 0) * heads * width, tokens, element_size),
-            "index_weights_proj": _product(config.hidden_size * heads, tokens, element_size=4),
-            "select_latents": Work(2 * heads * width * pairs, sum(kv_lens) * key_bytes),
-        }
-    return costs
-
-
-def _absorbed(
-    config: MLAConfig, requests: Sequence[tuple[int, int]], element_size: int, cached: int, sparse: bool
-) -> dict[str, Work]:
-    """W_UK and W_UV of every head on new tokens; each attended latent is read once."""
-    h, c, tokens = config.num_attention_heads, config.kv_lora_rank, sum(new for new, _ in requests)
-    role, topk = ("sparse_latent_attention", config.index_topk) if sparse else ("latent_attention", MAX_KEYS)
-    pairs = sum(selected_pairs(*request, topk) for request in requests)
-    keys = sum(min(kv, topk) for _, kv in requests)
-    flops = latent_attention_flops(h, pairs, c, config.qk_rope_head_dim)
-    return {
-        "w_uk": _product(h * c * config.qk_nope_head_dim, tokens, element_size),
-        role: Work(flops, keys * cached),
-        "w_uv": _product(h * c * config.v_head_dim, tokens, element_size),
-    }
-
-
-def _expanded(
-    config: MLAConfig, requests: Sequence[tuple[int, int]], weights: int, element_size: int, cached: int
-) -> dict[str, Work]:
-    """kv_b over the context, reading each latent and `weights` once; its keys and values move no byte."""
-    pairs, keys = sum(attended_pairs(*request) for request in requests), sum(kv for _, kv in requests)
-    flops = expanded_attention_flops(config.num_attention_heads, pairs, config.qk_head_dim, config.v_head_dim)
-    moved = element_size * weights + keys * cached
-    return {
-        "kv_b_proj": Work(2 * keys * kv_b_parameters(config), moved),
-        "expanded_attention": Work(flops),
-    }
-
-
-def _product(weights: int, rows: int, element_size: int, moved: int = 0) -> Work:
-    """A product with weights that are read once; `moved` counts the other elements it moves."""
-    return Work(2 * rows * weights, element_size * (weights + moved))

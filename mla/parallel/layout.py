@@ -12,14 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mla.config import MLAConfig
-from mla.cost import (
-    Work,
-    kv_b_parameters,
-    latent_attention_flops,
-    parameters,
-    projection_parameters,
-    step_work,
-)
+from mla.cost import KV_B, PROJECTIONS, Work, latent_attention_flops, parameters, step_work
 from mla.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -184,7 +177,7 @@ def _of_context(
         part.kv_lora_rank,
         part.qk_rope_head_dim,
     )
-    per_token = projection_parameters(part) + kv_b_parameters(part)
+    per_token = parameters(part, (*PROJECTIONS, *KV_B))
     flops = 2 * tokens * per_token + latent_attention_flops(heads, pairs, c, r)
     moved = parameters(part) + 2 * tokens * part.hidden_size
     return Work(flops, itemsize * moved + (keys + new) * cached)

@@ -26,7 +26,7 @@ def config_of(c: int, n: int, r: int, v: int, heads: int = 2) -> MLAConfig:
 def attention_flops(config: MLAConfig, query_len: int, kv_len: int, path: str) -> int:
     """Return the FLOPs of a request's attention on one path, without the projections of its new tokens."""
     step = cost.step_work(config, [query_len], [kv_len], 2, path)
-    return step.flops - 2 * cost.projection_parameters(config) * query_len
+    return step.flops - 2 * cost.parameters(config, cost.PROJECTIONS) * query_len
 
 
 @settings(max_examples=200, deadline=None)
@@ -55,7 +55,7 @@ def test_a_step_costs_its_projections_and_the_cheaper_path_of_each_request(
 ) -> None:
     config = MLAConfig.preset("deepseek-v2-lite")
     query_lens, kv_lens = zip(*requests, strict=True)
-    projections = 2 * cost.projection_parameters(config) * sum(query_lens)
+    projections = 2 * cost.parameters(config, cost.PROJECTIONS) * sum(query_lens)
     cheaper = sum(min(attention_flops(config, *request, path) for path in PATHS) for request in requests)
     assert cost.step_work(config, query_lens, kv_lens, 2).flops == projections + cheaper
 
@@ -168,8 +168,8 @@ def test_an_absorbed_and_an_expanded_step_by_hand() -> None:
 def test_where_both_paths_run_the_weights_they_share_count_once(tiny: Any) -> None:
     config = tiny()
     costs = cost.role_costs(config, [1, 200], [3000, 200], 2)
-    assert costs["w_uk"].bytes + costs["w_uv"].bytes == 2 * cost.kv_b_parameters(config)
-    assert costs["w_uk"].flops == 2 * cost.kv_b_parameters(config) - costs["w_uv"].flops
+    assert costs["w_uk"].bytes + costs["w_uv"].bytes == 2 * cost.parameters(config, cost.KV_B)
+    assert costs["w_uk"].flops == 2 * cost.parameters(config, cost.KV_B) - costs["w_uv"].flops
     assert costs["kv_b_proj"].bytes == 2 * 200 * config.latent_dim
 
 
@@ -195,7 +195,7 @@ def test_a_token_of_deepseek_v32_by_hand(keys: int, scores: float, attended: flo
     assert read / 1e6 == pytest.approx(megabytes, abs=0.06)
     assert "latent_attention" not in roles
     indexer = sum(roles[f"index_{part}_proj"].flops for part in ("q", "k", "weights"))
-    assert indexer == 2 * cost.indexer_parameters(V32)
+    assert indexer == 2 * cost.parameters(V32, cost.INDEXER)
     assert indexer / 1e9 == pytest.approx(0.028, abs=5e-4)
     assert roles["index_weights_proj"].bytes == 4 * 7168 * 64, "which is kept in float32"
 

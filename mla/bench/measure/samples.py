@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import permutations
 from typing import Any
 
 import msgspec
@@ -35,6 +36,10 @@ class Samples:
     method: str = ""
     passes: list[list[float]] = field(default_factory=list)  # milliseconds
     after_switch: list[bool] = field(default_factory=list)  # per pass: another variant ran before it
+
+    def per_layer(self, layers: int) -> list[list[float]]:
+        """Return the milliseconds of one layer of so many, pass by pass."""
+        return [[sample / layers for sample in samples] for samples in self.passes]
 
     def discard(self) -> None:
         """Drop all samples."""
@@ -117,22 +122,17 @@ def fill(case: Case, scenario: Scenario, measurement: Measurement, facts: Facts)
     case.warmups, case.settled = measurement.warmups, measurement.settled
     case.device_state, case.new_lengths = measurement.device_state, measurement.new_lengths
     case.timings = [_timing(samples, scenario.layers) for samples in measurement.others]
-    case.planned = results.Planned(
-        passes=scenario.rounds, steps=scenario.steps, due=measurement.due or scenario.rounds
-    )
+    due = measurement.due or scenario.rounds
+    case.planned = results.Planned(passes=scenario.rounds, steps=scenario.steps, due=due)
     if not measurement.passes:
         return
-    passes = _per_layer(measurement.passes, scenario.layers)
+    passes = measurement.headline.per_layer(scenario.layers)
     case.latency_ms, case.tokens_per_s = latency_of(passes), throughput_of(passes, scenario.tokens)
     case.plan_ms = None if facts.plan_ms is None else facts.plan_ms / scenario.layers
     switched = enumerate(measurement.headline.after_switch)
     case.steps_per_pass = len(passes[0])
     case.switch_steps = [index * case.steps_per_pass for index, flag in switched if flag]
     case.launch_bound = launch_bound(case)
-
-
-def _per_layer(passes: Sequence[Sequence[float]], layers: int) -> list[list[float]]:
-    return [[sample / layers for sample in samples] for samples in passes]
 
 
 def _timing(samples: Samples, layers: int) -> results.Timing:
@@ -142,7 +142,7 @@ def _timing(samples: Samples, layers: int) -> results.Timing:
         clock=samples.clock,
         passes=len(samples.passes),
         check=samples.check,
-        latency_ms=latency_of(_per_layer(samples.passes, layers)) if samples.passes else None,
+        latency_ms=latency_of(samples.per_layer(layers)) if samples.passes else None,
         method=samples.method,
     )
 
@@ -161,24 +161,20 @@ def launch_bound(case: Case) -> bool | None:
 
 
 def compare(cases: Sequence[Case], outputs: Mapping[str, Outputs]) -> None:
-    """Fill the `agreement` of every case with the others; `outputs` are of the same inputs."""
+    """Fill the `agreement` of every case with the others, by forwards whose outputs both kept.
+
+    `outputs` are of the same inputs.
+    """
     compared = [case for case in cases if case.implementation in outputs]
-    for case in compared:
-        others = (_agreement(case, other, outputs) for other in compared if other is not case)
-        case.agreement = [agreement for agreement in others if agreement is not None]
-
-
-def _agreement(case: Case, other: Case, outputs: Mapping[str, Outputs]) -> Agreement | None:
-    """Compare two cases by the forwards whose outputs both kept; None if there are none."""
-    mine, theirs = outputs[case.implementation], outputs[other.implementation]
-    pairs = [(mine[index], theirs[index]) for index in sorted(mine.keys() & theirs.keys())]
-    if not pairs:
-        return None
-    return Agreement(
-        implementation=other.implementation,
-        relative_difference=relative_error(*pairs),
-        speed_ratio=compare_cases(other, case).speedup,
-    )
+    for case, other in permutations(compared, 2):
+        mine, theirs = outputs[case.implementation], outputs[other.implementation]
+        if pairs := [(mine[index], theirs[index]) for index in sorted(mine.keys() & theirs.keys())]:
+            agreement = Agreement(
+                implementation=other.implementation,
+                relative_difference=relative_error(*pairs),
+                speed_ratio=compare_cases(other, case).speedup,
+            )
+            case.agreement = [*case.agreement, agreement]
 
 
 # ----------------------------------------------------------------------------------------------- memory

@@ -183,7 +183,7 @@ def _held_bytes(setting: Setting, point: Point, share: int) -> int:
     lengths = [math.ceil(length / share) for length in point.final_lens]  # on the rank that has most
     pages = sum(math.ceil(length / page) for length in lengths) + SPARE_PAGES
     weights = sum(cost.parameters(config.of_layer(layer)) for layer in range(count))
-    weights += count * cost.kv_b_parameters(config)
+    weights += count * cost.parameters(config, cost.KV_B)
     token_bytes = count * setting.token_bytes + len(config.index_layers(count)) * setting.index_bytes
     rotary = count * RotaryTable.bytes_for(config, max(point.final_lens))
     return weights * setting.dtype.itemsize + pages * page * token_bytes + rotary

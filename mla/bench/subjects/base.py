@@ -11,18 +11,22 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import inf
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
 from mla.bench.results.schema import Spread
-from mla.bench.subjects.inputs import Expected, Inputs, Turn, TurnedHidden
+from mla.bench.subjects.inputs import Inputs, Turn, TurnedHidden, expected_outputs, expected_plain
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
+from mla.config import MLAConfig
 from mla.errors import UsageError
 from mla.verify.layer_check import Checker, Forward
+from mla.verify.layer_oracle import Held, State, oracle
 from mla.verify.places import Places
 from mla.verify.selected import Taken
 from mla.verify.verdict import Check
@@ -197,12 +201,10 @@ def called(name: str, function: Callable[..., Any], *given: Any) -> Any:
 
 def worst(checks: Sequence[Check]) -> int:
     """Return the place of the worst of several verdicts: a wrong one, and the one with the largest error."""
-
-    def badness(place: int) -> tuple[bool, float]:
-        check = checks[place]
-        return check.status != "ok", float("inf") if check.error_ratio is None else check.error_ratio
-
-    return max(range(len(checks)), key=badness)
+    badness = [
+        (check.status != "ok", inf if check.error_ratio is None else check.error_ratio) for check in checks
+    ]
+    return badness.index(max(badness))
 
 
 # ------------------------------------------------------------------------------------------------ outputs
@@ -261,22 +263,31 @@ def poison(buffer: torch.Tensor) -> None:
 # ------------------------------------------------------------------------------------ of the whole layer
 
 
-@dataclass(kw_only=True)
 class LayerChecker(Checker):
-    """Judges the layer's outputs for any turn of `inputs`.
+    """Judges the layer's outputs for any turn of `inputs`, by the float64 oracle of its weights.
 
-    `oracle` returns the outputs [n, T, d] in float64 of the first n forwards of a plain pass of any inputs,
-    and `any_oracle` those [T, d] of hidden states [T, d], lengths and history.
+    Only positions that are `held` are attended.
     """
 
-    inputs: Inputs
-    turned: Expected
-    oracle: Any = None
-    any_oracle: Any = None
+    def __init__(
+        self,
+        config: MLAConfig,
+        state: State,
+        inputs: Inputs,
+        dtype: torch.dtype,
+        reference_outputs: Callable[[], torch.Tensor],
+        held: Held | None = None,
+    ) -> None:
+        """Run the oracle, which may take minutes; `reference_outputs` as in `Checker`."""
+        self._layer, self.inputs, self._held = (config, state), inputs, held
+        self._turned = expected_outputs(config, state, inputs, held)
+        super().__init__(self._turned.plain, dtype, reference_outputs)
 
     def of(self, inputs: Inputs, count: int) -> LayerChecker:
         """Return a checker of the first forwards of a plain pass of other inputs, within the same bounds."""
-        return replace(self, inputs=inputs, turned=replace(self.turned, plain=self.oracle(inputs, count)))
+        checker, plain = copy(self), expected_plain(*self._layer, inputs, count, self._held)
+        checker.inputs, checker._turned = inputs, replace(self._turned, plain=plain)
+        return checker
 
     def on_lengths(self, query_lens: Sequence[int], kv_lens: Sequence[int], outputs: torch.Tensor) -> Check:
         """Judge the outputs [t, d] of the first rows of a plain pass, run as a batch of other lengths.
@@ -285,7 +296,7 @@ class LayerChecker(Checker):
         """
         past = [length - new for length, new in zip(kv_lens, query_lens, strict=True)]
         history = [(kv[:n], pe[:n]) for n, (kv, pe) in zip(past, self.inputs.history, strict=True)]
-        expected = self.any_oracle(self.inputs.hidden[0, : len(outputs)], query_lens, history)
+        expected = oracle(*self._layer, self.inputs.hidden[0, : len(outputs)], query_lens, history)
         judge = Checker(expected[None], self.dtype, lambda: expected)
         return judge.check(outputs[None], held_to_reference=False)
 
@@ -297,7 +308,7 @@ class LayerChecker(Checker):
                 scenario.step(index),
                 f"{'step' if scenario.mode == 'decode' else 'forward'} {index}",
             )
-            expected = self.turned.rows(step, self.inputs.turn(left.number, index))
+            expected = self._turned.rows(step, self.inputs.turn(left.number, index))
             yield index, Forward(step, rows, expected, where, partial(left.places or self._places, step))
 
     def _places(self, step: int) -> Places:

@@ -10,7 +10,6 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ import torch
 from mla.bench import results
 from mla.bench.subjects import op as one_op
 from mla.bench.subjects.base import METHODS, Foreign, Implementation, LayerChecker, called
-from mla.bench.subjects.inputs import Inputs, expected_outputs, expected_plain, make_inputs
+from mla.bench.subjects.inputs import Inputs, make_inputs
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.selected import TakenChecker
 from mla.bench.subjects.setting import Setting, implementation_setting, make_ops, sharing_weights
@@ -32,7 +31,7 @@ from mla.cost import Work, step_work
 from mla.errors import UnsupportedBatch, UsageError, unknown
 from mla.layer.ops import Ops
 from mla.layer.plan import check_lengths
-from mla.verify.layer_oracle import Held, State, TrueLayer, oracle
+from mla.verify.layer_oracle import Held, State, TrueLayer
 from mla.verify.selected import SelectionJudge
 from mla.weights import random_state_dict
 from mla_backends.errors import describe
@@ -179,16 +178,7 @@ def layer_checker(
             beat()
         return torch.stack(outputs)
 
-    expected = expected_outputs(config, state, inputs.scenario, inputs, held)
-    return LayerChecker(
-        expected.plain,
-        dtype,
-        reference_outputs,
-        inputs=inputs,
-        turned=expected,
-        oracle=lambda inputs, count: expected_plain(config, state, inputs, count, held),
-        any_oracle=partial(oracle, config, state),
-    )
+    return LayerChecker(config, state, inputs, dtype, reference_outputs, held)
 
 
 class LayerFixture(Fixture):
@@ -200,7 +190,6 @@ class LayerFixture(Fixture):
         super().__init__(sharing_weights(setting), point)
         self._given, self._after_forward = state, after_forward
         self._state: State = {}
-        self._costs: dict[int, results.Cost] = {}  # by the number of steps
 
     def _make_inputs(self) -> Inputs:
         self._state = self._weights()
@@ -237,19 +226,22 @@ class LayerFixture(Fixture):
         """Return the mean work of the first forwards of a pass, counted for our layer's paths."""
         setting, point = self.setting, self.point
         count = min(point.inputs, steps or point.inputs)
-        if count not in self._costs:
-            size, cached = setting.dtype.itemsize, (setting.token_bytes, setting.index_bytes)
-            lengths = [(point.query_lens, point.kv_lens(step)) for step in range(count)]
-            layers = range(point.layers if setting.config.indexer_types else 1)  # else all are alike
-            configs = [setting.config.of_layer(layer) for layer in layers]
-            works = (
-                step_work(config, *lens, size, setting.attention, *cached)
-                for config in configs
-                for lens in lengths
+        layers = range(point.layers if setting.config.indexer_types else 1)  # else all are alike
+        works = [
+            step_work(
+                setting.config.of_layer(layer),
+                point.query_lens,
+                point.kv_lens(step),
+                setting.dtype.itemsize,
+                setting.attention,
+                setting.token_bytes,
+                setting.index_bytes,
             )
-            flops, moved = (total / (count * len(configs)) for total in sum(works, Work()))
-            self._costs[count] = results.Cost(flops=round(flops), bytes=round(moved))
-        return self._costs[count]
+            for layer in layers
+            for step in range(count)
+        ]
+        flops, moved = (round(total / len(works)) for total in sum(works, Work()))
+        return results.Cost(flops=flops, bytes=moved)
 
     def _check_lengths(self, ops: Ops) -> None:
         point, setting = self.point, self.setting

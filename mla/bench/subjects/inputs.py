@@ -11,8 +11,7 @@ differ in all tokens of a pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import msgspec
@@ -44,6 +43,7 @@ class Turn:
     choices: torch.Tensor  # [B] int64
 
 
+@dataclass(frozen=True)
 class Turns:
     """The turns of a scenario by number, the same for all implementations; 0 is the plain one.
 
@@ -51,35 +51,22 @@ class Turns:
     the orders of requests are independent: no combination is likely to come twice.
     """
 
-    def __init__(self, requests: int, choices: int, signed: bool, seed: int) -> None:
-        self._requests, self._choices, self._seed = requests, choices, seed
-        self._part = slice(None)  # of the requests
-        self._period = choices * (2 if signed else 1)
-        self._epoch, self._orders = -1, torch.empty(0)
+    requests: int
+    choices: int
+    signed: bool
+    seed: int
+    part: slice = field(default_factory=lambda: slice(None))  # of the requests
 
     def turn(self, number: int) -> Turn:
         """Return a turn by its number."""
-        if number == 0:
-            places = torch.zeros(self._requests, dtype=torch.int64)
-        else:
-            epoch, place = divmod(number - 1, self._period)
-            places = self._order(epoch)[:, place]
-        places = places[self._part]
-        return Turn(1 - 2 * (places // self._choices), places % self._choices)
-
-    def of(self, part: slice) -> Turns:
-        """Return the turns of some of the requests."""
-        turns = copy(self)
-        turns._part = part
-        return turns
-
-    def _order(self, epoch: int) -> torch.Tensor:
-        """Return a permutation of the period for every request [B, period]."""
-        if epoch != self._epoch:
-            random = torch.Generator().manual_seed((self._seed * 1_000_003 + epoch) % 2**63)
-            self._orders = torch.rand(self._requests, self._period, generator=random).argsort(1)
-            self._epoch = epoch
-        return self._orders
+        places = torch.zeros(self.requests, dtype=torch.int64)
+        if number:
+            period = self.choices * (2 if self.signed else 1)
+            epoch, place = divmod(number - 1, period)
+            random = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+            places = torch.rand(self.requests, period, generator=random).argsort(1)[:, place]
+        places = places[self.part]
+        return Turn(1 - 2 * (places // self.choices), places % self.choices)
 
 
 def choices(scenario: Scenario, signed: bool) -> int:
@@ -235,7 +222,7 @@ class Requests:
             history=inputs.history[part],
             index=inputs.index[part],
             others=others,
-            turns=inputs.turns.of(part),
+            turns=replace(inputs.turns, part=part),
         )
 
 
@@ -267,15 +254,10 @@ def make_inputs(config: MLAConfig, scenario: Scenario, seed: int, dtype: torch.d
 # ------------------------------------------------------------------------------------------------- oracle
 
 
-def expected_outputs(
-    config: MLAConfig,
-    state: State,
-    scenario: Scenario,
-    inputs: Inputs,
-    held: Held | None = None,
-) -> Expected:
+def expected_outputs(config: MLAConfig, state: State, inputs: Inputs, held: Held | None = None) -> Expected:
     """Return the oracle's outputs: all decode steps from one prefill per request, for every choice."""
-    lens, history = scenario.query_lens, inputs.history
+    scenario, history = inputs.scenario, inputs.history
+    lens = scenario.query_lens
     if scenario.mode == "decode":
         every = torch.cat((inputs.hidden[None], inputs.others))
         outputs = _of_steps(config, state, lens, every, history, held)

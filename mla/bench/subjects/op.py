@@ -84,9 +84,8 @@ def gaps(role: str, config: MLAConfig) -> dict[str, Gaps]:
 def check_lengths(choice: Choice, case: OpCase) -> None:
     """Raise `UnsupportedBatch` if the op refuses the case's lengths."""
     if case.entry.prepares:
-        choice.check_batch(
-            case.query_lens, case.kv_lens, case.layout.page_size if case.entry.cached else None
-        )
+        page_size = case.layout.page_size if case.entry.cached else None
+        choice.check_batch(case.query_lens, case.kv_lens, page_size)
 
 
 class OpImplementation(Implementation):
@@ -116,11 +115,11 @@ class OpImplementation(Implementation):
         self._shelf.clear(number)
         self.number = number
         self._kept: dict[int, Tensors] | None = None  # index of a call -> its results on the host
-        calls = self._pool.calls if self._pool.calls * self._pool.size[1] <= EARLY_ROWS else 0
-        self._early = [self._call.upload(self.truth_of(index)) for index in range(calls)]
+        early = range(self._pool.calls) if self._pool.calls * self._pool.size[1] <= EARLY_ROWS else ()
+        self._early = {index: self._call.upload(self.truth_of(index)) for index in early}
 
     def before(self, index: int) -> None:
-        change = self._early[index] if self._early else self._call.upload(self.truth_of(index))
+        change = self._early.get(index) or self._call.upload(self.truth_of(index))
         self._call.take(change, self._shelf.next())
 
     def step(self, index: int) -> None:
@@ -137,26 +136,20 @@ class OpImplementation(Implementation):
 
     def _results(self) -> dict[int, Tensors]:
         if self._kept is None:
-            names = self._call.written
-            kept = {index: on_host(results) for index, results in sorted(self._shelf.kept.items())}
-            self._kept = {index: {name: results[name] for name in names} for index, results in kept.items()}
+            kept, names = sorted(self._shelf.kept.items()), self._call.written
+            self._kept = {call: on_host({name: results[name] for name in names}) for call, results in kept}
         return self._kept
 
     def outputs(self) -> Outputs:
         """Return the results [T, ..] without log-sum-exps, by call."""
-        names = [name for name in self._call.written if name != "lse"]
-        return {
-            index: torch.cat([results[name] for name in names], dim=-1)
-            for index, results in self._results().items()
-        }
+        rows = [name for name in self._call.written if name != "lse"]
+        kept = self._results().items()
+        return {call: torch.cat([results[name] for name in rows], dim=-1) for call, results in kept}
 
     def check(self, checker: Checker) -> Check:
         """Check everything that the kept calls wrote, including log-sum-exps and the cache."""
-        places = self._call.places()
-        checks = {
-            index: checker.check(results, self.truth_of(index), places)
-            for index, results in self._results().items()
-        }
+        places, kept = self._call.places(), self._results().items()
+        checks = {call: checker.check(results, self.truth_of(call), places) for call, results in kept}
         return summary(checks, self._call.damage())
 
     def truth_of(self, index: int) -> Change:
@@ -164,10 +157,10 @@ class OpImplementation(Implementation):
         return self._pool.change(self.number, index)
 
     def facts(self) -> Facts:
-        called = hasattr(self, "_call")  # the op may have refused to pack
+        call = getattr(self, "_call", None)  # the op may have refused to pack
         return Facts(
-            cache_bytes=self._call.cache_bytes if called else 0,
-            weight_bytes=self._call.weight_bytes if called else 0,
+            cache_bytes=call.cache_bytes if call else 0,
+            weight_bytes=call.weight_bytes if call else 0,
             plan_ms=self._plan_ms,
             ops={self._role: self._choice.name},
             remarks=self._ops.remarks(),
@@ -183,18 +176,18 @@ def summary(checks: Mapping[int, Check], damage: str = "") -> Check:
 
     The reason is that of the first wrong call.
     """
-    wrong = [index for index, check in checks.items() if check.status != "ok"]
+    wrong, count = [index for index, check in checks.items() if check.status != "ok"], len(checks)
     reasons = [damage] * bool(damage) or ["there are no results to judge"] * (not checks)
     if wrong:
         numbers = ", ".join(str(index + 1) for index in wrong[:NAMED])  # the first call is 1
         calls = f"call{'s' * (len(wrong) > 1)} {numbers}{', ..' * (len(wrong) > NAMED)} of the pass"
-        reasons.append(f"{checks[wrong[0]].reason} ({calls}; {len(wrong)} of {len(checks)} checked)")
+        reasons.append(f"{checks[wrong[0]].reason} ({calls}; {len(wrong)} of {count} checked)")
     ratios = [check.error_ratio for check in checks.values() if check.error_ratio is not None]
     squares = [check.relative_error**2 for check in checks.values() if check.relative_error is not None]
     return Check(
         status="wrong" if reasons else "ok",
-        error_ratio=max(ratios) if checks and len(ratios) == len(checks) else None,
-        relative_error=statistics.fmean(squares) ** 0.5 if checks and len(squares) == len(checks) else None,
+        error_ratio=max(ratios) if ratios and len(ratios) == count else None,
+        relative_error=statistics.fmean(squares) ** 0.5 if squares and len(squares) == count else None,
         reason="; ".join(reasons),
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import msgspec
 import pytest
@@ -40,69 +39,59 @@ def a_second(forward: int) -> float:
     return 1.0
 
 
-@dataclass
-class Ran:
-    """What was timed of two implementations; a pass is the number of its forwards."""
-
-    first: list[int]
-    cold: list[int]
-    cold_reason: str
-    other: list[int]
-    other_cold: list[int]
-    due: list[int | None]
-    said: list[str]
-
-
-def run(
-    bench: Bench,
-    seconds: float = math.inf,
-    most: float = math.inf,
-    asked: bool = False,
-    script: Callable[[int], float] = a_second,
-) -> Ran:
-    Slow.now, Slow.forwards, Slow.seconds, said = 0.0, 0, staticmethod(script), list[str]()
-
-    def slow(scenario: Scenario, variants: object, first: float, ms: float, most: float, *_: bool) -> object:
-        return yardstick.shortened(scenario, BOTH, 1e3, 1e3, most)
-
-    hooks = Hooks(target=Target(seconds, most, lambda: Slow.now))
-    parrots = (Slow(bench, "first"), Slow(bench, "other"))
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(engine, "detail", said.append)
-        patched.setattr(engine, "shortened", slow)
-        measured_by_name = bench.measure(*parrots, variants=Variants(BOTH, asked=asked), hooks=hooks)
-    first, other = measured_by_name["first"], measured_by_name["other"]
-    lengths: list[list[int]] = [
-        [len(samples) for samples in passes]
-        for passes in (first.passes, *(variant.passes for variant in first.others), other.passes)
-    ]
-    (cold,) = first.others
-    other_cold = [len(samples) for extra in other.others for samples in extra.passes]
-    return Ran(
-        lengths[0], lengths[1], cold.check.reason, lengths[2], other_cold, [first.due, other.due], said
-    )
-
-
 def measured(
     bench: Bench,
     *names: str,
     seconds: float = math.inf,
     most: float = math.inf,
     script: Callable[[int], float] = a_second,
-    variants: tuple[Variant, ...] = (HEADLINE,),
+    variants: Variants = Variants(),  # noqa: B008  # immutable
+    shortened: Callable[..., object] = lambda *given: None,
+    said: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Measurement]:
-    """Time these, none of which is shortened; "first" is the run's first."""
+    """Time these; "first" is the run's first, and `shortened` says what others run that are slow."""
     Slow.now, Slow.forwards, Slow.seconds = 0.0, 0, staticmethod(script)
-    limits = Target(seconds, most, lambda: Slow.now)
-    hooks = Hooks(target=limits, first="first")
+    hooks = Hooks(target=Target(seconds, most, lambda: Slow.now), first="first")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(engine, "shortened", lambda *given: None)
-        return bench.measure(*(Slow(bench, name) for name in names), hooks=hooks, variants=Variants(variants))
+        patched.setattr(engine, "detail", said)
+        patched.setattr(engine, "shortened", shortened)
+        return bench.measure(*(Slow(bench, name) for name in names), hooks=hooks, variants=variants)
+
+
+class Ran:
+    """What was timed of two implementations, of which the other is slow; a pass is its number of forwards."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        seconds: float = math.inf,
+        most: float = math.inf,
+        asked: bool = False,
+        script: Callable[[int], float] = a_second,
+    ) -> None:
+        def slow(
+            scenario: Scenario, variants: object, first: float, ms: float, most: float, *_: bool
+        ) -> object:
+            return yardstick.shortened(scenario, BOTH, 1e3, 1e3, most)
+
+        self.said: list[str] = []
+        variants, said = Variants(BOTH, asked=asked), self.said.append
+        limits = {"seconds": seconds, "most": most}
+        by_name = measured(
+            bench, "first", "other", **limits, script=script, variants=variants, shortened=slow, said=said
+        )
+        first, other = by_name["first"], by_name["other"]
+        (cold,) = first.others
+        self.first, self.other, self.cold = (
+            [len(samples) for samples in passes] for passes in (first.passes, other.passes, cold.passes)
+        )
+        self.other_cold = [len(samples) for extra in other.others for samples in extra.passes]
+        self.cold_reason, self.due = cold.check.reason, [first.due, other.due]
 
 
 def test_with_time_enough_nothing_gives_way(make_bench: MakeBench) -> None:
     for seconds, most in ((math.inf, math.inf), (1e4, 2e4)):
-        ran = run(make_bench(LONG), seconds, most)
+        ran = Ran(make_bench(LONG), seconds, most)
         assert (ran.first, ran.other) == ([4] * 12, [4] * 12)
         assert (ran.cold, ran.other_cold) == ([1] * EXTRA_PASSES if ran.cold[0] == 1 else [4] * 6, ran.cold)
         assert (ran.due, ran.said) == ([None, None], [])
@@ -112,7 +101,7 @@ def test_with_time_enough_nothing_gives_way(make_bench: MakeBench) -> None:
 def test_variants_go_first_then_the_passes_of_others_and_then_those_of_the_first(
     make_bench: MakeBench, seconds: float
 ) -> None:
-    ran = run(make_bench(LONG), seconds)
+    ran = Ran(make_bench(LONG), seconds)
     shrunk = len(ran.other) * len(set(ran.other)) < 12 or ran.other[0] < 4
     assert not (shrunk and (ran.cold or ran.other_cold)), "a variant was timed for want of passes"
     if len(ran.first) < 12:
@@ -126,7 +115,7 @@ def test_variants_go_first_then_the_passes_of_others_and_then_those_of_the_first
 def test_no_variant_begins_that_does_not_fit_beside_the_others(make_bench: MakeBench) -> None:
     names, timed = ("first", "second", "third"), []
     for seconds in range(320, 440, 20):
-        by_name = measured(make_bench(LONG), *names, seconds=seconds, variants=BOTH)
+        by_name = measured(make_bench(LONG), *names, seconds=seconds, variants=Variants(BOTH))
         timed.append([len(cold.passes) for name in names for cold in by_name[name].others])
     whole = EXTRA_PASSES
     assert all(set(cold) <= {0, whole} for cold in timed)
@@ -134,7 +123,7 @@ def test_no_variant_begins_that_does_not_fit_beside_the_others(make_bench: MakeB
 
 
 def test_a_first_forward_that_compiles_for_long_leaves_what_costs_little(make_bench: MakeBench) -> None:
-    ran = run(make_bench(LONG), TARGET_S, MAX_S, script=lambda number: 0.001 if number else 40.0)
+    ran = Ran(make_bench(LONG), TARGET_S, MAX_S, script=lambda number: 0.001 if number else 40.0)
     assert (ran.first, ran.cold) == ([4] * 12, [4] * EXTRA_PASSES)
     assert (ran.other, ran.other_cold) == (ran.first, ran.cold)
     assert (ran.due, ran.said) == ([None, None], [])
@@ -142,7 +131,7 @@ def test_a_first_forward_that_compiles_for_long_leaves_what_costs_little(make_be
 
 def test_a_variant_that_is_cut_is_named(make_bench: MakeBench) -> None:
     """Forwards become slower once it is known to fit."""
-    ran = run(make_bench(LONG), 600, script=lambda number: 1.0 if number < 120 else 4.0)
+    ran = Ran(make_bench(LONG), 600, script=lambda number: 1.0 if number < 120 else 4.0)
     assert 0 < len(ran.cold) < EXTRA_PASSES
     said = f"d, first, cold: {len(ran.cold)} of 6 passes fit into a scenario's time, too few for an interval"
     assert f"{said}; give --passes or --runs to time them all" in ran.said
@@ -150,7 +139,7 @@ def test_a_variant_that_is_cut_is_named(make_bench: MakeBench) -> None:
 
 def test_every_step_of_shrinking_is_met(make_bench: MakeBench) -> None:
     """And the less time there is, the less is run."""
-    all_ran = [run(make_bench(LONG), seconds) for seconds in (1000, 245, 200, 160, 140)]
+    all_ran = [Ran(make_bench(LONG), seconds) for seconds in (1000, 245, 200, 160, 140)]
     assert [len(ran.first) for ran in all_ran] == sorted((len(ran.first) for ran in all_ran), reverse=True)
     assert [sum(ran.other) for ran in all_ran] == sorted((sum(ran.other) for ran in all_ran), reverse=True)
     kept = [(bool(ran.cold), sum(ran.other) == 48, len(ran.first) == 12) for ran in all_ran]
@@ -161,7 +150,7 @@ def test_every_step_of_shrinking_is_met(make_bench: MakeBench) -> None:
 
 
 def test_a_prefill_keeps_the_forwards_of_its_headline(make_bench: MakeBench) -> None:
-    ran = run(make_bench(SHORT), 0.0)
+    ran = Ran(make_bench(SHORT), 0.0)
     assert ran.first == [2] * 10
     assert len(ran.other) == MIN_PASSES
     assert ran.due == [None, MIN_PASSES]
@@ -189,20 +178,20 @@ def test_evidence_has_the_time_that_it_takes(
 def test_no_pass_begins_that_would_end_too_late_but_each_headline_has_one(
     make_bench: MakeBench, scenario: Scenario
 ) -> None:
-    ran = run(make_bench(scenario), 0.0, 0.0)
+    ran = Ran(make_bench(scenario), 0.0, 0.0)
     assert (len(ran.first), len(ran.other)) == (1, 1)
     assert ran.due == [1, 1]
     assert (
         f"{scenario.name}, first: 1 of {scenario.rounds} passes fit into a scenario's time, too few for "
         "an interval; give --passes or --runs to time them all"
     ) in ran.said
-    few = run(make_bench(scenario), 0.0, 60.0)
+    few = Ran(make_bench(scenario), 0.0, 60.0)
     assert 1 < len(few.first) < scenario.rounds
     assert few.due[0] == len(few.first)
 
 
 def test_variants_that_the_user_gave_are_run(make_bench: MakeBench) -> None:
-    ran = run(make_bench(LONG), 0.0, asked=True)
+    ran = Ran(make_bench(LONG), 0.0, asked=True)
     assert len(ran.cold) == EXTRA_PASSES
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mla.bench import results
-from mla.bench.subjects import fixture
+from mla.bench.subjects import base, fixture
 from mla.bench.terminal.run_table import headlines
 from mla_backends import BackendError
 from mla_backends.testing import HostBackend
@@ -106,7 +106,7 @@ def test_a_dry_run_says_what_is_refused_before_an_oracle_is_computed(
     assert len(lines) == 1
     assert lines[0].split()[1:4] == ["decode", "kv=30", SECOND]
     assert f"\ndecode kv=30, {SECOND} will be skipped: fused op 'second' (latent_attention/2) " in done.err
-    monkeypatch.setattr(fixture, "expected_outputs", None)
+    monkeypatch.setattr(base, "expected_outputs", None)
     assert measure(SECOND, "second:batch", *LONG).code == 3
 
 

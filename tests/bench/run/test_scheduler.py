@@ -61,16 +61,16 @@ def test_a_point_that_does_not_fit_is_named_and_the_others_run(bench: Bench, sma
 def test_a_point_the_device_has_no_memory_for_after_all_does_not_cost_the_others(
     bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mla.bench.subjects import fixture
+    from mla.bench.subjects import base
 
-    expected_outputs = fixture.expected_outputs
+    expected_outputs = base.expected_outputs
 
-    def refuse(config: Any, state: Any, scenario: Any, *rest: Any) -> Any:
-        if scenario.history[0] == 3:
+    def refuse(config: Any, state: Any, inputs: Any, *rest: Any) -> Any:
+        if inputs.scenario.history[0] == 3:
             raise MemoryError("no room\nfor 3")
-        return expected_outputs(config, state, scenario, *rest)
+        return expected_outputs(config, state, inputs, *rest)
 
-    monkeypatch.setattr(fixture, "expected_outputs", refuse)
+    monkeypatch.setattr(base, "expected_outputs", refuse)
     done = bench(*VIRTUAL, *small, *SHORT_RUN, *GRID, "-o", "run.json", fakes=["virtual_clock"])
     assert done.code == 0
     cases = {case.point["kv"]: case for case in results.read(Path("run.json")).cases}
@@ -81,19 +81,19 @@ def test_a_point_the_device_has_no_memory_for_after_all_does_not_cost_the_others
 def test_weights_and_oracle_of_one_scenario_are_gone_before_the_next(
     bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mla.bench.subjects import fixture
+    from mla.bench.subjects import base
 
     tensors: list[Any] = []
     alive: list[int] = []
-    expected_outputs = fixture.expected_outputs
+    expected_outputs = base.expected_outputs
 
-    def watched(config: Any, state: Any, scenario: Any, inputs: Any, *rest: Any) -> Any:
+    def watched(config: Any, state: Any, inputs: Any, *rest: Any) -> Any:
         alive.append(sum(tensor() is not None for tensor in tensors))
-        outputs = expected_outputs(config, state, scenario, inputs, *rest)
+        outputs = expected_outputs(config, state, inputs, *rest)
         tensors.extend(map(weakref.ref, (outputs, inputs.hidden, *state.values())))
         return outputs
 
-    monkeypatch.setattr(fixture, "expected_outputs", watched)
+    monkeypatch.setattr(base, "expected_outputs", watched)
     bench(*VIRTUAL, *small, *SHORT_RUN, *GRID, fakes=["virtual_clock"])
     assert alive == [0] * 6
     assert tensors

@@ -15,7 +15,7 @@ import torch
 import mla
 from mla.bench import results
 from mla.bench.subjects.base import LayerChecker
-from mla.bench.subjects.inputs import expected_outputs, make_inputs
+from mla.bench.subjects.inputs import make_inputs
 from mla.bench.subjects.layer import MlaLayer, layer_state
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
@@ -147,10 +147,8 @@ def make_stack(tiny: Callable[..., MLAConfig]) -> Callable[..., tuple[MlaLayer, 
         inputs = make_inputs(config, scenario, 0, dtype)
         stack = MlaLayer(setting, state, "mla-reference", "reference")
         stack.load(scenario, inputs)
-        expected = expected_outputs(config, state, scenario, inputs)
-        return stack, LayerChecker(
-            expected.plain, dtype, lambda: expected.plain, inputs=inputs, turned=expected
-        )
+        checker = LayerChecker(config, state, inputs, dtype, lambda: checker.expected)
+        return stack, checker
 
     return make
 

@@ -95,7 +95,7 @@ def test_the_expected_outputs_of_a_turn_are_the_oracles(
         random_state_dict(config, 0, torch.float32),
         make_inputs(config, scenario, 0, torch.float32),
     )
-    expected, hidden = expected_outputs(config, state, scenario, inputs), TurnedHidden(scenario, inputs, CPU)
+    expected, hidden = expected_outputs(config, state, inputs), TurnedHidden(scenario, inputs, CPU)
     for number in range(6):
         turn = inputs.turns.turn(number)
         hidden.take(turn)
