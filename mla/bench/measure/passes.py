@@ -48,6 +48,7 @@ class PassTimes:
     late: list[float] = field(default_factory=list)  # that a copy to the host waited for afterwards
 
 
+@dataclass(eq=False)
 class PassRunner:
     """Runs and times the passes of one implementation in one variant.
 
@@ -57,26 +58,21 @@ class PassRunner:
     ones.
     """
 
-    def __init__(
-        self,
-        implementation: Implementation,
-        forwards: Any,
-        synchronize: Callable[[], None],
-        timer: Timer | None,
-        flush: Callable[[], None] | None,
-        steps: Steps,
-        samples: Samples,
-    ) -> None:
-        self.implementation, self.steps, self.samples = implementation, steps, samples
-        self.forwards, self.timer = forwards, timer
-        self._synchronize, self._flush = synchronize, flush
-        self._there = torch.zeros(1, device=implementation.setting.device)
-        self._here = torch.zeros(1)
-        self.passes: list[PassTimes] = []
-        self.ms = 0.0  # of the fastest forward of the warm-up after its first
-        self.forward_s = 0.0  # seconds of a forward of the headline, with all that goes with it, once known
-        self.seconds: list[float] = []  # of passes, with all that goes with them
-        self.confirmed = False  # whether the host's clock agrees with that of the timer
+    implementation: Implementation
+    forwards: Any
+    synchronize: Callable[[], None]
+    timer: Timer | None
+    flush: Callable[[], None] | None
+    steps: Steps
+    samples: Samples
+    passes: list[PassTimes] = field(default_factory=list)
+    ms: float = 0.0  # of the fastest forward of the warm-up after its first
+    forward_s: float = 0.0  # seconds of a forward of the headline, with all that goes with it, once known
+    seconds: list[float] = field(default_factory=list)  # of passes, with all that goes with them
+    confirmed: bool = False  # whether the host's clock agrees with that of the timer
+
+    def __post_init__(self) -> None:
+        self._there, self._here = torch.zeros(1, device=self.implementation.setting.device), torch.zeros(1)
 
     @property
     def headline(self) -> bool:
@@ -93,12 +89,12 @@ class PassRunner:
         self.wait()
         start = now_ns()
         self.forwards.step(index)
-        self._synchronize()
+        self.synchronize()
         return (now_ns() - start) / 1e6
 
     def rewarm(self, number: int) -> None:
         """Reload into the caches what checks or another variant have evicted, unless they are flushed."""
-        if self._flush is None and self.ms < LONG_MS:
+        if self.flush is None and self.ms < LONG_MS:
             self.forwards.restore(number)
             self.forwards.before(0)
             self.implementation.meet()
@@ -123,12 +119,12 @@ class PassRunner:
         """Run a pass, or its first `count` forwards; `beat` is called after every forward."""
         forwards, implementation, taken = self.forwards, self.implementation, PassTimes()
         forwards.restore(number)
-        self._synchronize()
+        self.synchronize()
         for index in self.steps.run[:count]:
             timed = index in self.steps.timed
             forwards.before(index)
-            if timed and self._flush is not None:
-                self._flush()
+            if timed and self.flush is not None:
+                self.flush()
             implementation.meet()
             self.wait()
             self._region(index, taken if timed else PassTimes(), self.timer if timed else None)
@@ -144,7 +140,7 @@ class PassRunner:
         start = now_ns()
         if timer is None:
             self.forwards.step(index)
-            self._synchronize()
+            self.synchronize()
         else:
             timer.start()
             self.forwards.step(index)

@@ -309,7 +309,7 @@ def _tried(fixture: Fixture, scenario: ScenarioPlan, name: str) -> float:
 
 def _forward(fixture: Fixture, scenario: ScenarioPlan, name: str) -> float:
     """Return the seconds of the second forward: the first may compile what others use."""
-    inputs = fixture.inputs()
+    inputs = fixture.inputs
     impl = fixture.build(name)
     impl.load(scenario.point, inputs)
     for _ in range(2):

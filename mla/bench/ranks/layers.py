@@ -328,7 +328,7 @@ class Follower:
         self._crew.attempt(implementation, partial(self._load, self._fixture, plan, implementation, fresh))
 
     def _load(self, fixture: Fixture, plan: ScenarioPlan, implementation: str, fresh: int | None) -> None:
-        inputs = fixture.inputs()
+        inputs = fixture.inputs
         part: Any = self._layers.get(implementation) or fixture.build(implementation)
         part.load(plan.point, inputs if fresh is None else inputs.fresh(fresh))
         self._layers[implementation] = part

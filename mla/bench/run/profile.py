@@ -65,7 +65,7 @@ def profile(request: Request, run: results.Run, target: Path, budget: Budget, co
                 for name in names:
                     where = f"{plan.name} / {name}"
                     progress.advance(f"profiling {where}", 0)
-                    inputs, impl = fixture.inputs(), with_ranges(fixture.build(name))
+                    inputs, impl = fixture.inputs, with_ranges(fixture.build(name))
                     impl.load(plan.point, inputs)
                     trace.add(record(impl, plan.point, plan.setting.backend.synchronize))
                     progress.advance(f"profiling {where}", 1)

@@ -10,6 +10,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -92,36 +93,29 @@ class Fixture(ABC):
     def __init__(self, setting: Setting, point: Point) -> None:
         """`setting`: that of the scenario, with its own heads, dtype and layers."""
         self.setting, self.point = setting, point
-        self._inputs: Any = None
-        self._checker: Any = None
 
     @property
     def prepared(self) -> bool:
         """Whether anything large was made."""
-        return self._inputs is not None
+        return "inputs" in vars(self)
 
+    @cached_property
     def inputs(self) -> Any:
-        """Return what `Implementation.load` takes, made once."""
-        if self._inputs is None:
-            self._inputs = self._make_inputs()
-        return self._inputs
+        """What `Implementation.load` takes."""
+        raise NotImplementedError
+
+    @cached_property
+    def checker(self) -> Any:
+        """What `Implementation.check` takes: with the oracle, which may take minutes."""
+        raise NotImplementedError
 
     def prepare(self) -> tuple[Any, Any]:
         """Return what `Implementation.load` and `Implementation.check` take, made once."""
-        if self._checker is None:
-            self._checker = self._make_checker(self.inputs())
-        return self.inputs(), self._checker
-
-    @abstractmethod
-    def _make_inputs(self) -> Any: ...
-
-    @abstractmethod
-    def _make_checker(self, inputs: Any) -> Any:
-        """Compute the oracle, which may take minutes."""
+        return self.inputs, self.checker
 
     @abstractmethod
     def build(self, name: str) -> Implementation:
-        """Return an implementation by name; `inputs` or `prepare` has been called."""
+        """Return an implementation by name."""
 
     @abstractmethod
     def cost(self, steps: int | None = None) -> results.Cost:
@@ -189,36 +183,37 @@ class LayerFixture(Fixture):
     ) -> None:
         super().__init__(sharing_weights(setting), point)
         self._given, self._after_forward = state, after_forward
-        self._state: State = {}
 
-    def _make_inputs(self) -> Inputs:
-        self._state = self._weights()
-        return make_inputs(self.setting.config, self.point, self.setting.seed, self.setting.dtype)
-
-    def _make_checker(self, inputs: Inputs) -> Any:
-        setting, state, beat = self.setting, self._state, self._after_forward
-        if setting.ranks is not None and (made := setting.ranks.checker(setting, state, inputs, beat)):
-            return made
-        return layer_checker(setting, state, inputs, self._reference, beat)
-
-    def _weights(self) -> State:
+    @cached_property
+    def weights(self) -> State:
+        """The layer's weights, by their Hugging Face names."""
         if self._given is None:
             return random_state_dict(self.setting.config, self.setting.seed, self.setting.dtype)
         if isinstance(self._given, LazyState):  # of which a rank reads its part, and rounds that
             return self._given
         return {name: weight.to(self.setting.dtype) for name, weight in self._given.items()}
 
+    @cached_property
+    def inputs(self) -> Inputs:
+        return make_inputs(self.setting.config, self.point, self.setting.seed, self.setting.dtype)
+
+    @cached_property
+    def checker(self) -> Any:
+        setting, state, beat = self.setting, self.weights, self._after_forward
+        if setting.ranks is not None and (made := setting.ranks.checker(setting, state, self.inputs, beat)):
+            return made
+        return layer_checker(setting, state, self.inputs, self._reference, beat)
+
     def _reference(self) -> MlaLayer:
-        of = replace(self.setting, layers=1), self._state, "mla-reference", "reference"
-        reference = MlaLayer(*of)
-        reference.load(self.point, self.inputs())
+        reference = MlaLayer(replace(self.setting, layers=1), self.weights, "mla-reference", "reference")
+        reference.load(self.point, self.inputs)
         return reference
 
     def build(self, name: str) -> Implementation:
         named = parse_one(name)
         if self.setting.cache_format is not None and named.base not in ("mla", "mla-reference"):
             raise UsageError(f"{name} has a cache of its own, without formats: leave cache_format out.")
-        made = _make(named.base, implementation_setting(self.setting, named), self._state)
+        made = _make(named.base, implementation_setting(self.setting, named), self.weights)
         made.name = name
         return made
 
@@ -260,12 +255,14 @@ class OpFixture(Fixture):
         assert point.op is not None
         self.op, self.pool = point.op, one_op.op_problem(setting, point)
 
-    def _make_inputs(self) -> Pool:
+    @cached_property
+    def inputs(self) -> Pool:
         self.pool.draw()
         return self.pool
 
-    def _make_checker(self, inputs: Pool) -> Checker:
-        return Checker(inputs)
+    @cached_property
+    def checker(self) -> Checker:
+        return Checker(self.inputs)
 
     def build(self, name: str) -> Implementation:
         setting = implementation_setting(self.setting, parse_one(name))

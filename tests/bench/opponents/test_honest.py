@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from opponents.base import Call, Opponent
+from opponents.base import Call, Opponent, Sequences
 from opponents.clocks import LyingTimer
-from opponents.honest import Compiles, Noisy, Polls, Rounds, Sequences, Threads
+from opponents.honest import Compiles, Noisy, Polls, Rounds, Threads
 from opponents.late import Late
 from opponents.limits import SlowWait
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
-from mla_backends.api import OpCall, Timer
+from mla_backends.api import Timer
 from opponents.base import Call, Opponent
 
 
@@ -125,19 +124,3 @@ class Rounds(Opponent):
         if call.out is not None and call.kind.endswith("linear"):
             noise = torch.rand(call.out.shape, generator=self._random) - 0.5
             call.out.mul_(1 + 1e-7 * noise)
-
-
-class Sequences(Opponent):
-    """Makes a repeated forward in one call."""
-
-    def sequence(self, calls: Any, moving: Any) -> Callable[..., None]:
-        def run(*moved: torch.Tensor) -> None:
-            replaced = dict(zip(map(id, moving), moved, strict=True))
-            for call in calls:
-                self._again(call, replaced)
-
-        return run
-
-    def _again(self, call: OpCall, replaced: dict[int, torch.Tensor]) -> None:
-        tensors = {name: replaced.get(id(value), value) for name, value in call.tensors.items()}
-        call.op(*call.arguments, **tensors)

@@ -10,8 +10,7 @@ from unittest.mock import patch
 
 import torch
 
-from mla_backends.api import OpCall
-from opponents.base import Call, Opponent
+from opponents.base import Call, Opponent, Sequences
 
 Works = Callable[["Lazy"], bool]
 
@@ -127,26 +126,13 @@ class Lazy(Opponent):
         return timed
 
 
-class LazySequence(Opponent):
-    """Makes a repeated forward in one call, which computes only every `every`th time."""
+class LazySequence(Sequences):
+    """Computes only every `every`th of the forwards that it makes in one call."""
 
     def __init__(self, every: int, **given: Any) -> None:
         super().__init__(**given)
         self._every, self._times = every, 0
 
-    def sequence(self, calls: Any, moving: Any) -> Callable[..., None]:
-        def run(*moved: torch.Tensor) -> None:
-            self._times += 1
-            if self._times % self._every:
-                self.gain()
-                return
-            replaced = dict(zip(map(id, moving), moved, strict=True))
-            for call in calls:
-                _make(call, replaced)
-
-        return run
-
-
-def _make(call: OpCall, replaced: dict[int, torch.Tensor]) -> None:
-    tensors = {name: replaced.get(id(value), value) for name, value in call.tensors.items()}
-    call.op(*call.arguments, **tensors)
+    def skips(self) -> bool:
+        self._times += 1
+        return self._times % self._every > 0
