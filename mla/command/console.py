@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from mla_backends.outside import escaped, safe, shortened, wait
 
+_noted: set[str] = set()
 _MAX_SAID = 4000  # characters of a sentence: more can only be what a file says
 
 _results: TextIO | None = None  # stdout while `results_apart` keeps it for results; None: sys.stdout
@@ -98,6 +99,13 @@ def note(text: str) -> None:
     """Print a remark where it cannot disturb the result; on rank 0 alone, as the others have the same."""
     if not _rank:
         _print(text)
+
+
+def note_once(text: str, about: str = "") -> None:
+    """Print a remark, unless this process has printed the same, or one about the same."""
+    if (about or text) not in _noted:
+        _noted.add(about or text)
+        note(text)
 
 
 def verbose(on: bool) -> None:

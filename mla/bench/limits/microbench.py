@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from mla.bench.results.schema import Ceiling
-from mla.command.console import note
+from mla.command.console import note_once
 from mla.layer.ops import Choice, choose
 from mla.text import dtype_name, size
 from mla.verify.tolerances import BOUNDS, ROW_SLACK
@@ -271,9 +271,10 @@ class Microbenchmark:
                     add(own_product(choice, weight, tokens))
         except Wrong:
             self._out.add(name)
-            _leave_out(name, f"is left out of the limits: its result is wrong for {work}")
+            note_once(f"{name} is left out of the limits: its result is wrong for {work}", about=name)
         except Exception as error:  # noqa: BLE001  # a plugin may raise anything
-            _leave_out(name, f"failed when {work}, and is left out of the limits: {describe(error)}")
+            left_out = f"failed when {work}, and is left out of the limits: {describe(error)}"
+            note_once(f"{name} {left_out}", about=name)
         if not timed:
             raise failed[0] if failed else Wrong(f"no op is left for {work}")
         return sorted(timed, key=lambda pair: pair[0])
@@ -300,16 +301,6 @@ class Microbenchmark:
         if not way.right():
             raise Wrong
         return seconds
-
-
-_SAID: set[str] = set()  # ways that were said to be left out, once in a process
-
-
-def _leave_out(way: str, why: str) -> None:
-    """Say once in a process why a way does not count; `why` follows its name."""
-    if way not in _SAID:
-        _SAID.add(way)
-        note(f"{way} {why}")
 
 
 def _ceiling(

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -21,7 +23,7 @@ from mla.bench.subjects.base import METHODS, Foreign, Implementation, LayerCheck
 from mla.bench.subjects.inputs import Inputs, make_inputs
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.selected import TakenChecker
-from mla.bench.subjects.setting import Setting, implementation_setting, make_ops, sharing_weights
+from mla.bench.subjects.setting import Setting, implementation_setting, make_ops
 from mla.bench.subjects.transformers_layer import TransformersLayer
 from mla.bench.workload.grid import Point
 from mla.bench.workload.implementations import parse_one
@@ -181,7 +183,7 @@ class LayerFixture(Fixture):
     def __init__(
         self, setting: Setting, point: Point, state: State | None, after_forward: Callable[[], None]
     ) -> None:
-        super().__init__(sharing_weights(setting), point)
+        super().__init__(replace(setting, weights=defaultdict(WeakValueDictionary)), point)
         self._given, self._after_forward = state, after_forward
 
     @cached_property

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 
@@ -16,7 +15,7 @@ from mla.bench.workload.grid import Point, roles_of
 from mla.bench.workload.implementations import EVERY, Named, parse_one
 from mla.bench.workload.scenario import Scenario
 from mla.cache.formats import Codec, IndexFp8, codec_of, index_codec, stored_format, stored_index_format
-from mla.command.console import note
+from mla.command.console import note, note_once
 from mla.config import MLAConfig
 from mla.errors import UnsupportedOps, UsageError
 from mla.layer.ops import Ops, layer_roles, refusals
@@ -32,7 +31,6 @@ ScenarioWeights = defaultdict[int, SharedWeights]
 SPARE_PAGES = 16
 
 TAKES = "mla[ROLE=OP] takes as ROLE"  # what a wrong role is answered with
-_SAID: set[str] = set()  # remarks of ops
 
 
 class Ranks(ABC):
@@ -134,11 +132,6 @@ class Setting:
         return self.backend.device
 
 
-def sharing_weights(setting: Setting) -> Setting:
-    """Return the setting of implementations that share weights among them, and with no others."""
-    return replace(setting, weights=defaultdict(WeakValueDictionary))
-
-
 def scenario_setting(setting: Setting, scenario: Point) -> Setting:
     """Return the setting a scenario runs in: with its own heads, top-k, dtype, page size and cache format."""
     config = setting.config.with_heads(scenario.heads) if scenario.heads else setting.config
@@ -218,7 +211,5 @@ def make_ops(setting: Setting, role: str | None = None) -> Ops:
 def say_remarks(remarks: Mapping[str, Sequence[str]]) -> None:
     """Say on stderr what ops say of how they run here, by their names; once in a process."""
     for name, sentences in remarks.items():
-        for line in (f"{name}: {sentence}" for sentence in sentences):
-            if line not in _SAID:
-                _SAID.add(line)
-                note(line)
+        for sentence in sentences:
+            note_once(f"{name}: {sentence}")

@@ -15,6 +15,7 @@ from leaving_backend import Leaving
 
 import mla.conformance.cli
 from mla.bench.limits import microbench
+from mla.command import console
 
 Bench = Callable[..., Any]
 
@@ -81,7 +82,7 @@ def test_what_packing_raises_is_named_by_the_op(
 def test_an_op_that_fails_as_a_limit_is_named_and_costs_no_limit(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str, what: str
 ) -> None:
-    monkeypatch.setattr(microbench, "_SAID", set())
+    monkeypatch.setattr(console, "_noted", set())
     backend = Leaving({"at": place, "raises": what})
     measured = microbench.Microbenchmark(backend, torch.device("cpu"), torch.float32)
     for _ in range(2):

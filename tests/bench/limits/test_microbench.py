@@ -14,6 +14,7 @@ import mla
 from mla.bench.limits import microbench
 from mla.bench.limits.microbench import Microbenchmark, Way, grown, no_garbage_collection, per_call
 from mla.bench.results.schema import Ceiling
+from mla.command import console
 from mla.reference import REFERENCE
 from mla_backends.testing import HostBackend
 
@@ -187,7 +188,7 @@ def test_an_op_whose_product_is_wrong_never_counts(
         op = Ones
     monkeypatch.setattr(microbench, "REPEATS", 12)
     monkeypatch.setattr(microbench, "MAX_REPEAT_S", 60.0)
-    monkeypatch.setattr(microbench, "_SAID", set())
+    monkeypatch.setattr(console, "_noted", set())
     native = op()
     ceiling = with_op(native).product(tokens, 256, 128) if tokens > 1 else with_op(native).read(1 << 19)
     assert native.calls > 0, "it was not even tried"
