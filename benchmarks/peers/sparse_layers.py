@@ -35,7 +35,7 @@ from mla.bench.results.stats import median_interval
 from mla.bench.subjects.inputs import Inputs, make_inputs
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.setting import Setting
-from mla.bench.subjects.transformers_layer import _Classes, _dims, _rope
+from mla.bench.subjects.transformers_layer import classes_of, dims, rope
 from mla.bench.workload.scenario import Scenario
 from mla.command import console
 from mla.command.environment import environment
@@ -73,10 +73,9 @@ class Stock:
     def __init__(self, config: MLAConfig, state: State, inputs: Inputs) -> None:
         from transformers import DynamicCache
 
-        classes = _Classes("deepseek_v32", "DeepseekV32")
-        attention, rotary, config_class = classes.load()
+        attention, rotary, config_class = classes_of("deepseek_v32", "DeepseekV32")
         indexer = {name: getattr(config, name) for name in ("index_n_heads", "index_head_dim", "index_topk")}
-        built = config_class(**_dims(config), **indexer, **_rope(config, classes), num_hidden_layers=1)
+        built = config_class(**dims(config), **indexer, **rope(config, "deepseek_v32"), num_hidden_layers=1)
         built._attn_implementation = "sdpa"
         self._layer = attention(built, 0).to(torch.bfloat16).eval()
         self._layer.load_state_dict(dict(state))

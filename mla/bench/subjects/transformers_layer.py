@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from mla.bench.subjects.inputs import Inputs, Turn
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
 from mla.config import DIMENSIONS, LongRopeScaling, MLAConfig, QueryScaling, YarnScaling
+from mla.config.families import FAMILIES
 from mla.errors import MLAError
 from mla.integrations import require_transformers
 from mla.verify.layer_oracle import State
@@ -116,52 +116,34 @@ class NoEquivalentClass(MLAError):
     """No class of `transformers` computes a config."""
 
 
-@dataclass(frozen=True)
-class _Classes:
-    """Where a family's classes are, and what they do regardless of their config."""
-
-    module: str
-    prefix: str
-    attention: str = "Attention"
-    interleaved: bool | None = None  # None: as rope_interleave says
-    reorders: bool = True  # interleaved channels are cached as evens, then odds
-    by_position: bool = False  # scales queries by position, and so takes position_ids
-    scales_latents: bool = False
-    rotates: bool = True
-    takes_head_dim: bool = False  # as a separate field, which must be r
-    output_gate: str | None = None
-
-    def load(self) -> tuple[type, type | None, type]:
-        """Return the attention, rotary embedding (if any) and config classes. Raises `ImportError`."""
-        modeling, configs = (
-            importlib.import_module(f"transformers.models.{self.module}.{part}_{self.module}")
-            for part in ("modeling", "configuration")
-        )
-        rotary = getattr(modeling, f"{self.prefix}RotaryEmbedding") if self.rotates else None
-        attention = getattr(modeling, f"{self.prefix}{self.attention}")
-        return attention, rotary, getattr(configs, f"{self.prefix}Config")
-
-
-_CLASSES: Mapping[str, _Classes] = {
-    "deepseek_v2": _Classes("deepseek_v2", "DeepseekV2", interleaved=True, reorders=False),
-    "deepseek_v3": _Classes("deepseek_v3", "DeepseekV3"),
-    "sarvam_mla": _Classes("deepseek_v3", "DeepseekV3"),  # that family's own class is a config only
-    "glm4_moe_lite": _Classes("glm4_moe_lite", "Glm4MoeLite"),
-    "youtu": _Classes("youtu", "Youtu"),
-    "axk1": _Classes("axk1", "AXK1"),
-    "minicpm3": _Classes("minicpm3", "MiniCPM3", interleaved=False),
-    "longcat_flash": _Classes(
-        "longcat_flash",
-        "LongcatFlash",
-        attention="MLA",
-        interleaved=True,
-        scales_latents=True,
-        takes_head_dim=True,
-    ),
-    "mistral4": _Classes("mistral4", "Mistral4", by_position=True),
-    "kimi_linear": _Classes("kimi_linear", "KimiLinear", reorders=False, rotates=False),
-    "bailing_hybrid": _Classes("bailing_hybrid", "BailingHybrid", interleaved=True, output_gate="head"),
+# Modules of `transformers` that have an attention, and how the names of their classes begin.
+_PREFIXES = {
+    "deepseek_v2": "DeepseekV2",
+    "glm4_moe_lite": "Glm4MoeLite",
+    "youtu": "Youtu",
+    "axk1": "AXK1",
+    "minicpm3": "MiniCPM3",
+    "deepseek_v3": "DeepseekV3",
+    "kimi_linear": "KimiLinear",
+    "mistral4": "Mistral4",
+    "longcat_flash": "LongcatFlash",
+    "bailing_hybrid": "BailingHybrid",
 }
+# Those that also compute configs of other families, the plainest first.
+_COMMON = ("deepseek_v3", "kimi_linear", "mistral4", "longcat_flash", "bailing_hybrid")
+# Those that cache interleaved channels as they are; others cache evens, then odds.
+_AS_THEY_ARE = ("deepseek_v2", "kimi_linear")
+
+
+def classes_of(module: str, prefix: str) -> tuple[type, type | None, type]:
+    """Return the attention, rotary embedding (if any) and config classes. Raises `ImportError`."""
+    modeling, configs = (
+        importlib.import_module(f"transformers.models.{module}.{part}_{module}")
+        for part in ("modeling", "configuration")
+    )
+    attention = f"{prefix}{'MLA' if module == 'longcat_flash' else 'Attention'}"
+    rotary = getattr(modeling, f"{prefix}RotaryEmbedding") if FAMILIES[module].rotates else None
+    return getattr(modeling, attention), rotary, getattr(configs, f"{prefix}Config")
 
 
 @dataclass(frozen=True)
@@ -203,68 +185,57 @@ def transformers_model(config: MLAConfig, kind: str = "sdpa") -> TransformersMod
     `kind` is "sdpa" or "eager". Raises `NoEquivalentClass`, and `ImportError` when `transformers` is
     missing or too old to have the class.
     """
-    classes = _CLASSES.get(config.model_type or "") or _CLASSES[_closest(config)]
-    if not _computes(classes, config):
-        raise NoEquivalentClass(f"transformers has no attention that computes config '{config.name}'.")
-    attention, rotary, config_class = classes.load()
-    head = {"head_dim": config.qk_rope_head_dim} if classes.takes_head_dim else {}
-    built = config_class(**_dims(config), **head, **_rope(config, classes))
-    built._attn_implementation = kind
-    reorders = classes.reorders and config.rope_interleave
-    return TransformersModel(attention, rotary, built, config.rms_norm_eps, reorders, classes.by_position)
+    named = "deepseek_v3" if config.model_type == "sarvam_mla" else config.model_type  # whose own is a config
+    modules = (named,) if named in _PREFIXES else _COMMON
+    for module in modules if config.qk_rope_head_dim else ():  # none does without rotary channels
+        attention, rotary, config_class = classes_of(module, _PREFIXES[module])
+        built = _built(config, config_class, module)
+        if built is not None:
+            built._attn_implementation = kind
+            reorders = module not in _AS_THEY_ARE and config.rope_interleave
+            by_position = FAMILIES[module].scales_queries
+            return TransformersModel(attention, rotary, built, config.rms_norm_eps, reorders, by_position)
+    raise NoEquivalentClass(f"transformers has no attention that computes config '{config.name}'.")
 
 
-def _closest(config: MLAConfig) -> str:
-    if config.output_gate == "head":
-        return "bailing_hybrid"
-    if config.rope_theta is None:
-        return "kimi_linear"
-    if config.query_scaling is not None:
-        return "mistral4"
-    return "longcat_flash" if (config.q_latent_scale, config.kv_latent_scale) != (1, 1) else "deepseek_v3"
+def _built(config: MLAConfig, config_class: Any, module: str) -> Any | None:
+    """Return a config of a class of `transformers`; None if it is not read as the same layer again.
+
+    The eps of its norms does not count: it is set on the module.
+    """
+    head = {"head_dim": config.qk_rope_head_dim} if module == "longcat_flash" else {}
+    try:
+        built = config_class(**dims(config), **head, **rope(config, module))
+        read = MLAConfig.from_dict(built.to_dict())
+    except Exception:  # noqa: BLE001  # classes check types, and families what they can have
+        return None
+    same = {name: getattr(config, name) for name in ("name", "model_type", "rms_norm_eps")}
+    return built if replace(read, **same) == config else None
 
 
-def _computes(classes: _Classes, config: MLAConfig) -> bool:
-    """Return whether the classes honour every field of the config that a family may fix."""
-    scales = (1.0, 1.0)
-    if classes.scales_latents:
-        d = config.hidden_size
-        scales = ((d / (config.q_lora_rank or d)) ** 0.5, (d / config.kv_lora_rank) ** 0.5)
-    queries, scaling = config.query_scaling, config.rope_scaling
-    original = scaling.original_max_position_embeddings if isinstance(scaling, YarnScaling) else None
-    if queries is not None and not (classes.by_position and original in (None, queries.period)):
-        return False  # whose period must be YaRN's original length
-    return (
-        (config.q_lora_rank is not None or not classes.scales_latents)
-        and (config.q_latent_scale, config.kv_latent_scale) == scales
-        and (config.rope_theta is not None) == classes.rotates
-        and config.output_gate == classes.output_gate
-        and not (config.sink_logits or config.qk_rope_head_dim == 0 or config.index_topk)
-        and (not classes.rotates or classes.interleaved in (None, config.rope_interleave))
-    )
+def dims(config: MLAConfig) -> dict[str, Any]:
+    """Return what all config classes of `transformers` take alike."""
+    given = {name: getattr(config, name) for name in (*DIMENSIONS, "attention_bias", "rope_interleave")}
+    return {**given, "num_key_value_heads": config.num_attention_heads, "max_position_embeddings": 163840}
 
 
-def _dims(config: MLAConfig) -> dict[str, Any]:
-    dims = {name: getattr(config, name) for name in (*DIMENSIONS, "attention_bias", "rope_interleave")}
-    return {**dims, "num_key_value_heads": config.num_attention_heads, "max_position_embeddings": 163840}
-
-
-def _rope(config: MLAConfig, classes: _Classes) -> dict[str, Any]:
+def rope(config: MLAConfig, module: str) -> dict[str, Any]:
     """Return complete `rope_parameters`, so that the classes' own defaults never apply."""
-    if not classes.rotates:
+    family = FAMILIES[module]
+    if not family.rotates or config.rope_theta is None:
         return {}
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     scaling = config.rope_scaling
     if isinstance(scaling, YarnScaling):
-        rope |= {key: value for key, value in asdict(scaling).items() if value is not None}
-        rope["rope_type"] = "yarn"
+        parameters |= {key: value for key, value in asdict(scaling).items() if value is not None}
+        parameters["rope_type"] = "yarn"
     if isinstance(scaling, LongRopeScaling):
         factors = list(scaling.factors)
-        rope |= {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
-        rope |= {"factor": 1.0, "attention_factor": scaling.attention_factor}
-        rope |= {"original_max_position_embeddings": 163840}
-    if classes.by_position:
+        parameters |= {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
+        parameters |= {"factor": 1.0, "attention_factor": scaling.attention_factor}
+        parameters |= {"original_max_position_embeddings": 163840}
+    if family.scales_queries:
         queries = config.query_scaling or QueryScaling(beta=0.0, period=1)
-        rope["llama_4_scaling_beta"] = queries.beta
-        rope.setdefault("original_max_position_embeddings", queries.period)
-    return {"rope_parameters": rope}
+        parameters["llama_4_scaling_beta"] = queries.beta
+        parameters.setdefault("original_max_position_embeddings", queries.period)
+    return {"rope_parameters": parameters}
