@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mla_backends import host
 from mla_backends.api import Availability, DeviceInfo, MemoryInfo, Timer
-from mla_backends.cuda import OUTDATED_DRIVER, cuda_build
+from mla_backends.cuda import cuda_build
 from mla_backends.discovery import entries
 from mla_backends.errors import BackendOptionError, DeviceUnavailable, describe, plugin_code
 from mla_backends.hookspecs import hookimpl
@@ -98,13 +98,6 @@ class AnyDevice(TorchBackend):
         if not hasattr(module, "is_available"):
             return Availability(True, evidence={**evidence, "is_available": "missing; setup will tell"})
         return self.probe_module(module, evidence)
-
-    def cure(self, reason: str) -> str:
-        """Return what to do if the driver is too old for this torch; it may pass the probe."""
-        import torch
-
-        older = f"a torch older than {torch.__version__} that the driver supports"
-        return f"update the driver, or install {older}" if OUTDATED_DRIVER.search(reason) else ""
 
     def device_hint(self) -> str:
         """Return what to check: most often, that torch is the wrong build."""

@@ -6,7 +6,6 @@ by what the device can do, and never by environment variables or tools alone: ho
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,15 +18,6 @@ from mla_backends.api import Availability
 from mla_backends.known import KNOWN
 from mla_backends.torch_backend import TorchBackend
 
-# What torch.cuda and the runtime below it say of a driver that is too old for this torch.
-OUTDATED_DRIVER = re.compile(
-    r"driver on your system is too old"
-    r"|driver version is insufficient"
-    r"|unsupported display driver"
-    r"|forward compatibility was attempted"
-    r"|unsupported toolchain",
-    re.IGNORECASE,
-)
 Marks = dict[str, str]  # what was looked at -> what was seen
 
 

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,6 +25,17 @@ from mla_backends.monitor import Address, Dialect, Monitor, NvmlSampler
 
 if TYPE_CHECKING:
     import torch
+
+
+# What a torch module and the runtime below it say of a driver that is too old for this torch.
+OUTDATED_DRIVER = re.compile(
+    r"driver on your system is too old"
+    r"|driver version is insufficient"
+    r"|unsupported display driver"
+    r"|forward compatibility was attempted"
+    r"|unsupported toolchain",
+    re.IGNORECASE,
+)
 
 
 class TorchBackend(Backend):
@@ -110,8 +122,11 @@ class TorchBackend(Backend):
         return f"check that {tool} lists the device and that this container was given it"
 
     def cure(self, reason: str) -> str:
-        """Return what to do about why the device does not start; "" for what `device_hint` says."""
-        return ""
+        """Return what to do about a driver that is too old, which may pass the probe; "" for others."""
+        import torch
+
+        older = f"a torch older than {torch.__version__} that the driver supports"
+        return f"update the driver, or install {older}" if OUTDATED_DRIVER.search(reason) else ""
 
     # ------------------------------------------------------------------------------------------ setup
 
@@ -242,24 +257,12 @@ class TorchBackend(Backend):
         """Return the number of multiprocessors; None if the stack does not report it."""
         return known(self.properties(), "multi_processor_count")
 
-    def native_bfloat16(self) -> bool | None:
-        """Return whether the stack reports bfloat16 without emulation; None if it cannot say."""
-        function = getattr(self.module, "is_bf16_supported", None)
-        try:
-            return None if function is None else bool(function(including_emulation=False))
-        except TypeError:  # an older torch includes emulation
-            return None
-
     def floats_since(self, capability: tuple[int, int]) -> tuple[torch.dtype, ...]:
-        """Return float16, float32 and, where it is native, bfloat16.
-
-        A stack that cannot say has it from this capability on.
-        """
+        """Return float16, float32 and, from this capability on, bfloat16: what is older emulates it."""
         import torch
 
-        native, properties = self.native_bfloat16(), self.properties()
-        if native is None:
-            native = (properties.major, properties.minor) >= capability
+        properties = self.properties()
+        native = (properties.major, properties.minor) >= capability
         return (*((torch.bfloat16,) if native else ()), torch.float16, torch.float32)
 
     def device_info(self) -> DeviceInfo:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -187,22 +185,12 @@ def read_tuning(path: str | Path) -> Tuning:
 
 
 def write_tuning(path: str | Path, tuning: Tuning, facts: Mapping[str, str]) -> None:
-    """Write a tuning for `read_tuning`, whole or not at all, in the place of an older one.
+    """Write a tuning for `read_tuning`; `facts` say where it was measured: card, torch, triton, date.
 
-    `facts` say where it was measured: card, torch, triton, date. Raises OSError.
+    Raises OSError.
     """
     tiles = {name: _rows(getattr(tuning, name)) for name in ("latent", "expanded")}
-    document = {"format": FORMAT, **facts, **tiles}
-    target = Path(os.path.realpath(path))  # what a link leads to
-    with tempfile.NamedTemporaryFile("w", dir=target.parent, encoding="utf-8", delete=False) as file:
-        try:
-            file.write(json.dumps(document, indent=2) + "\n")
-            file.flush()
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, target)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    Path(path).write_text(json.dumps({"format": FORMAT, **facts, **tiles}, indent=2) + "\n", encoding="utf-8")
 
 
 def _tiles(rows: Any) -> dict[int, Tile]:

@@ -22,24 +22,25 @@ if TYPE_CHECKING:
     import torch
 
 
-def operand(name: str, x: Any, dtype: torch.dtype, *shape: int | None) -> torch.Tensor:
-    """Return x. Raises ValueError unless it is a plain host tensor of this dtype and shape (None: any)."""
-    return _checked(name, x, dtype, shape)
+def operand(
+    name: str, x: Any, dtype: torch.dtype, *shape: int | None, direct: bool = False, written: bool = False
+) -> torch.Tensor:
+    """Return x. Raises ValueError unless it is a plain host tensor of this dtype and shape (None: any).
+
+    `direct`: as the kernels read it. It may be a copy: bind it to a name, so that it outlives the call.
+    `written`: raises ValueError too if its elements share memory, as expanded ones do.
+    """
+    if wrong := misfit(x, shape, dtype, _host()) or _lost(x) or (_shared(x) if written else ""):
+        raise ValueError(f"{name} {wrong}")
+    return _direct(name, x) if direct else x
 
 
-def rows(name: str, x: Any, dtype: torch.dtype, *shape: int | None) -> torch.Tensor:
-    """Return x as the kernels read it. It may be a copy: bind it to a name, so that it outlives the call."""
-    return _direct(name, _checked(name, x, dtype, shape))
+def _direct(name: str, x: torch.Tensor) -> torch.Tensor:
+    return x if is_direct(x) else operand(name, x.contiguous(), x.dtype, *x.shape)  # which a mode may fake
 
 
-def written(name: str, x: Any, dtype: torch.dtype, *shape: int | None) -> torch.Tensor:
-    """Return x, which is written. Raises ValueError if its elements share memory, as expanded ones do."""
-    return _distinct(name, _checked(name, x, dtype, shape))
-
-
-def output(name: str, x: Any, dtype: torch.dtype, *shape: int | None) -> torch.Tensor:
-    """Return where the kernels write x: x itself, or a copy for the caller to copy back."""
-    return _direct(name, _distinct(name, _checked(name, x, dtype, shape)))
+rows = functools.partial(operand, direct=True)
+output = functools.partial(operand, direct=True, written=True)  # of a copy, the caller copies back
 
 
 #: Address and bytes of caches in a storage; another one may get its memory.
@@ -72,25 +73,16 @@ def is_direct(x: torch.Tensor) -> bool:
     return x.stride(-1) == 1 or x.shape[-1] == 1
 
 
-def _checked(name: str, x: Any, dtype: torch.dtype, shape: tuple[int | None, ...]) -> torch.Tensor:
-    if wrong := misfit(x, shape, dtype, _host()) or _lost(x):
-        raise ValueError(f"{name} {wrong}")
-    return x
-
-
-def _distinct(name: str, x: torch.Tensor) -> torch.Tensor:
+def _shared(x: torch.Tensor) -> str:
+    """Return that elements of x share memory; "" if none do."""
     if x.is_contiguous():
-        return x
+        return ""
     reach = 0
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1 and stride <= reach:
-            raise ValueError(f"{name} has strides {list(x.stride())}, so several elements share memory.")
+            return f"has strides {list(x.stride())}, so several elements share memory."
         reach += (size - 1) * stride
-    return x
-
-
-def _direct(name: str, x: torch.Tensor) -> torch.Tensor:
-    return x if is_direct(x) else operand(name, x.contiguous(), x.dtype, *x.shape)  # which a mode may fake
+    return ""
 
 
 def span(x: torch.Tensor) -> int:
@@ -501,7 +493,7 @@ class NativeLatentAttention(NativeOp):
         table = rows("block_table", block_table, torch.int32, requests, None)
         layout = layout_of(cache_format, out.shape[2], width - out.shape[2])
         cache = pages(self.kernels, cache, *layout.row)
-        lse = written("lse", lse, torch.float32, tokens, heads)
+        lse = operand("lse", lse, torch.float32, tokens, heads, written=True)
         wrong = self.functions.mla_latent_attention(
             q.data_ptr(), *q.stride()[:2], tokens, cache.data_ptr(), *layout.arguments, cache.shape[0],
             table.data_ptr(), table.stride(0), table.shape[1], kv_lens.data_ptr(), cu_q.data_ptr(),
@@ -545,7 +537,7 @@ class NativeExpandedAttention(NativeOp):
         v = rows("v", v, torch.bfloat16, k.shape[0], heads, None)
         require_sizes(*self.misfitting(v.shape[2], width))
         target = output("out", out, torch.bfloat16, tokens, heads, v.shape[2])
-        lse = written("lse", lse, torch.float32, tokens, heads)
+        lse = operand("lse", lse, torch.float32, tokens, heads, written=True)
         (query_lens, segments), (kv_lens, _) = state.query_lens.buffer_info(), state.kv_lens.buffer_info()
         wrong = self.functions.mla_expanded_attention(
             q.data_ptr(), *q.stride()[:2], tokens, k.data_ptr(), *k.stride()[:2], k.shape[0],

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from mla_backend_nvidia.cards import driver_version, outdated, peaks, tuning_for
+from mla_backend_nvidia.cards import driver_version, peaks, tuning_for
 from mla_backend_nvidia.kernels import (
     ADA,
     ahead_of,
@@ -68,10 +68,6 @@ class Nvidia(TritonBackend, CudaBackend):
     def probe_module(self, module: ModuleType, evidence: Mapping[str, str]) -> Availability:
         with _asking_nvml():
             return super().probe_module(module, evidence)
-
-    def cure(self, reason: str) -> str:
-        """Return what to do about a driver that is too old: it may pass the probe, which asks NVML."""
-        return outdated(reason)
 
     def prepare_device(self) -> None:
         """Refuse a device of another vendor that got past the marks of the build."""

@@ -1,4 +1,4 @@
-"""What depends on the card and its driver: peak rates, tiles of the Triton kernels, and wheels of torch.
+"""What depends on the card: peak rates, and tiles of the Triton kernels; and the version of its driver.
 
 Peak rates are those that NVIDIA publishes, for cards identified by name and memory. All others are unknown.
 A name alone is not enough: a MIG slice and a card with different memory may share it. FLOP/s are dense;
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mla_backends.api import Peak
-from mla_backends.cuda import OUTDATED_DRIVER
 from mla_backends.triton_ops import Tile, Tuning
 
 
@@ -148,31 +147,7 @@ def tuning_for(shared_memory: int | None, name: str = "", triton: tuple[int, ...
     return replace(tuning, caches={form: {**tuning.latent, 33: tile} for form, tile in spared.items()})
 
 
-# ------------------------------------------------------------------------------------------- driver
-# The kernel driver: its version, and what to do when it is older than torch's CUDA asks for.
-
-# Oldest driver -> the newest wheels of torch that run on it, with CUDA's compatibility of minor versions.
-WHEELS = ((525, "cu126"), (450, "cu118"))
-
-
 def driver_version(file: Path = Path("/proc/driver/nvidia/version")) -> str:
     """Return the version of the kernel driver, for hosts without a management library; "" if unknown."""
     match = re.search(r"Module.*?\s(\d+(?:\.\d+)+)\s", file.read_text()) if file.is_file() else None
     return match[1] if match else ""
-
-
-def outdated(reason: str) -> str:
-    """Return what to do if `reason` is that the driver is too old for this torch; "" if it is not."""
-    if not OUTDATED_DRIVER.search(reason):
-        return ""
-    index = f"https://download.pytorch.org/whl/{_wheels(reason)}"
-    return f"update the driver, or install torch for an older CUDA: pip install torch --index-url {index}"
-
-
-def _wheels(reason: str) -> str:
-    """Return the folder of wheels for the driver that torch found (12020 is CUDA 12.2), or the one here."""
-    cuda = re.search(r"found version (\d+)", reason)
-    if cuda:
-        return "cu126" if int(cuda[1]) >= 12000 else "cu118"
-    major = int(driver_version().partition(".")[0] or 525)
-    return next((wheels for oldest, wheels in WHEELS if major >= oldest), "cu118")

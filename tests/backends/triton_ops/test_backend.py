@@ -73,19 +73,6 @@ def test_a_file_of_the_user_comes_before_all(measured: Path, tmp_path: Path) -> 
     assert backend.vendor_facts()["tuning"].startswith("mine.json: of an unknown card (crc32 ")
 
 
-def test_a_tuning_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "mine.json"
-    write_tuning(path, SMALL, {"card": CARD})
-    before = path.read_text()
-    with path.open() as reader:  # that another process has opened
-        write_tuning(path, LARGE, {"card": CARD})
-        assert reader.read() == before != path.read_text()
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError, match="folder"):
-        write_tuning(tmp_path / "folder", LARGE, {"card": CARD})
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folder", "mine.json"]
-
-
 def test_the_kernels_can_be_switched_off() -> None:
     """So that no compiler runs, and the vendor's attention still does."""
     assert Acme({"triton": "off"}).triton_ops() == {}
