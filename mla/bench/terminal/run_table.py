@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Literal
 
 from mla.bench import results
-from mla.bench.results.cases import as_planned, labelled
+from mla.bench.results.cases import as_planned, by_kind, labelled
 from mla.bench.results.rows import Row, as_csv, baseline, by_scenario, case_rows, first_run, withheld
 from mla.bench.results.schema import Case, Latency, Run
 from mla.bench.terminal import ceilings, tables
@@ -33,12 +33,12 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "GB/s": lambda row: number(row.per_second(row.case.cost.bytes, 1e9)),
     "% of limit": lambda row: limit(row.case.roofline),
     "rel. error": lambda row: _exponent(row.check.relative_error),
+    "check": lambda row: row.check.status,
     "difference": lambda row: _exponent(row.difference),
     "cache": lambda row: size(row.case.memory.cache_bytes),
     "transient": lambda row: size(row.case.memory.transient_bytes),
     "passes": lambda row: f"{row.case.passes} x {row.case.steps_per_pass}" if row.case.passes else "-",
     "format error": lambda row: _exponent(row.case.format_error),
-    "check": lambda row: row.check.status,
 }
 
 # What the short table holds beside its numbers, the first to go last; and which of its columns are words.
@@ -109,6 +109,7 @@ def _parts(run: Run, kind: str) -> list[str]:
 def columns(cases: Sequence[Case]) -> dict[str, Callable[[Row], str]]:
     """Return the columns of a detailed table of these cases: some only where a case has something there."""
     shown = {
+        "cold ms": any("cold" in by_kind(case) for case in cases),
         "difference": any(case.agreement for case in cases),
         "passes": not all(map(as_planned, cases)),
         "format error": any(case.format_error for case in cases),

@@ -312,7 +312,7 @@ def test_a_doubtful_case_has_its_word_its_colour_and_its_reason_and_nothing_is_g
     assert "badge ok" not in text
     assert '<article class="file doubtful">' in text
     row, reason = re.findall(r'<tr class="[^"]*doubtful">.*?</tr>', text)
-    assert row.count("<td>-</td>") == 10
+    assert row.count("<td>-</td>") == 9
     assert "<td>doubtful</td>" in row
     assert why in reason
     assert Page(text).charts() == {}
