@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,9 +17,8 @@ from hypothesis import strategies as st
 
 from mla.bench.cli.run import run
 from mla.bench.measure import variants
-from mla.bench.workload import grid, implementations
-from mla.bench.workload.grid import batch_scenarios
-from mla.bench.workload.scenario import MAX_COUNT, MAX_REQUESTS, Scenario
+from mla.bench.workload import grid
+from mla.bench.workload.scenario import Scenario
 from mla.command import launcher
 from mla.command.options import key_values
 from mla.conformance import selection
@@ -43,15 +43,6 @@ def option(command: click.Command, flag: str, word: str) -> Any:
     return command.make_context("x", [f"{flag}={word}"]).params[name]
 
 
-@FUZZ
-@given(damaged_text(("4q8s2049_16q1s3072", "q1", "2q1ks4k,q8"), "0123456789qsk_, Q"))
-def test_batch_specs(text: str) -> None:
-    for scenario in attempt(lambda: batch_scenarios([text])) or ():
-        assert 0 < len(scenario.query_lens) <= MAX_REQUESTS
-        assert 0 < min(scenario.query_lens) <= max(scenario.final_lens) <= MAX_COUNT
-        assert attempt(lambda name=scenario.name: batch_scenarios([name])) == [scenario]
-
-
 AXIS = (
     "kv=1k..64k*4",
     "batch=1,8,64",
@@ -73,95 +64,77 @@ def test_axes(words: list[str]) -> None:
         assert grid.points_of([SCENARIO], grid.parse(flags[1::2])) == [point], "its own command repeats it"
 
 
+def layout_is_right(layout: Layout) -> bool:
+    size = math.prod(getattr(layout, axis) for axis in AXES)
+    return layout.world == size and Layout.parse(str(layout)) == layout
+
+
+def link_is_right(link: Link) -> bool:
+    possible = all(0 <= line.alpha < math.inf and line.beta > 0 for line in link.lines.values())
+    return possible and Link.parse(str(link)).lines.keys() == link.lines.keys()
+
+
+DURATIONS = ("90", "10m", "1.5h"), "0123456789.smhe- ²٣"
+NUMBERS = ("0", "1", "64", "4k"), "0123456789-+_.ek "
+INTEGERS = ("runs", "passes", "layers", "warmups", "page-size", "seed", "heads", "batch", "kv")
+# What reads a word; words that it reads, letters to damage them with; what holds of what is read.
+Words = tuple[tuple[str, ...], str]
+READ: dict[str, tuple[Callable[[str], Any], Words, Callable[[Any], bool]]] = {
+    "parallel": (
+        lambda text: option(run, "--parallel", text),
+        (("tp=2,dcp=2", "dp=4", "tp=4096,dp=1,dcp=3"), "tpdc=,0123456789 "),
+        layout_is_right,
+    ),
+    **{
+        flag: (partial(option, run, f"--{flag}"), DURATIONS, lambda seconds: 0 < seconds < math.inf)
+        for flag in ("budget", "hang-after")
+    },
+    **{
+        flag: (partial(option, run, f"--{flag}"), NUMBERS, lambda number: isinstance(number, int))
+        for flag in INTEGERS
+    },
+    "fail-slower": (
+        lambda text: option(run, "--fail-slower", text),
+        (("3%", "0.5", "1e2"), "0123456789.%e-infa"),
+        lambda share: 0 <= share < 10,
+    ),
+    "link": (
+        Link.parse,
+        (
+            ("alpha=5us,beta=300GB/s", "ideal", "all-reduce:alpha=1e-3s,beta=inf TiB/s;all-gather:alpha=0ns"),
+            "alphbet=0123456789.-:;,/GBinfus ",
+        ),
+        link_is_right,
+    ),
+    "options of a backend": (
+        lambda text: Cpu(key_values(text.split())),
+        (("native=off", "threads=2 native=auto"), "nativethreads=0123456789 -"),
+        bool,
+    ),
+    "ways of timing": (
+        lambda text: variants.parse(text, text, text),
+        (("eager", "warm,cold", "host,device"), "eagr, "),
+        bool,
+    ),
+    "names of checks": (
+        selection.split,
+        (
+            ("latent.tiles", "*.drawn", "latent.tiles[my_op-bfloat16]#3", "latent#" + "9" * 5000),
+            "latn.*[]#0123 ",
+        ),
+        bool,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", READ)
 @FUZZ
-@given(damaged_text(("tp=2,dcp=2", "dp=4", "tp=4096,dp=1,dcp=3"), "tpdc=,0123456789 "))
-def test_layouts(text: str) -> None:
-    layout = attempt(lambda: option(run, "--parallel", text))
-    if layout is not None:
-        assert layout.world == math.prod(getattr(layout, axis) for axis in AXES)
-        assert Layout.parse(str(layout)) == layout
-
-
-@FUZZ
-@given(
-    st.sampled_from(("--budget", "--hang-after")), damaged_text(("90", "10m", "1.5h"), "0123456789.smhe- ²٣")
-)
-def test_durations(flag: str, text: str) -> None:
-    seconds = attempt(lambda: option(run, flag, text))
-    assert seconds is None or 0 < seconds < math.inf
-
-
-@FUZZ
-@given(damaged_text(("3%", "0.5", "1e2"), "0123456789.%e-infa"))
-def test_percentages(text: str) -> None:
-    share = attempt(lambda: option(run, "--fail-slower", text))
-    assert share is None or 0 <= share < 10
-
-
-NAMED = ("mla", "mla-reference,transformers", "mla[latent_attention=mine,linear=reference]")
-
-
-@FUZZ
-@given(damaged_text(NAMED, "mla[]=, -"))
-def test_implementations(text: str) -> None:
-    names = attempt(lambda: implementations.parse(text)) or []
-    assert implementations.parse(",".join(map(str, names))) == names
-
-
-LINKS = (
-    "alpha=5us,beta=300GB/s",
-    "all-reduce:alpha=1e-3s,beta=inf TiB/s;all-gather:alpha=0ns,beta=1kb/s",
-    "ideal",
-)
-
-
-@FUZZ
-@given(damaged_text(LINKS, "alphbet=0123456789.-:;,/GBinfus "))
-def test_links(text: str) -> None:
-    link = attempt(lambda: Link.parse(text))
-    if link is not None:
-        assert all(0 <= line.alpha < math.inf and line.beta > 0 for line in link.lines.values())
-        assert Link.parse(str(link)).lines.keys() == link.lines.keys()
-
-
-@FUZZ
-@given(st.lists(damaged_text(("native=off", "threads=2"), "nativethreads=0123456789 -"), max_size=3))
-def test_options_of_a_backend(words: list[str]) -> None:
-    attempt(lambda: Cpu(key_values(words)))
-
-
-@FUZZ
-@given(damaged_text(("eager", "warm,cold", "host,device"), "eagr, "))
-def test_ways_of_timing(text: str) -> None:
-    attempt(lambda: variants.parse(text, text, text))
-
-
-@FUZZ
-@example("latent#" + "9" * 5000)
-@given(
-    damaged_text(("latent.tiles", "latent", "*.drawn", "latent.tiles[my_op-bfloat16]#3"), "latn.*[]#0123 ")
-)
-def test_names_of_checks(text: str) -> None:
-    attempt(lambda: selection.split(text))
-
-
-INTEGERS = (
-    "--runs",
-    "--passes",
-    "--layers",
-    "--warmups",
-    "--page-size",
-    "--seed",
-    "--heads",
-    "--batch",
-    "--kv",
-)
-
-
-@FUZZ
-@given(st.sampled_from(INTEGERS), damaged_text(("0", "1", "64", "4k"), "0123456789-+_.ek "))
-def test_numbers(flag: str, text: str) -> None:
-    attempt(lambda: option(run, flag, text))
+@given(data=st.data())
+def test_words(what: str, data: st.DataObject) -> None:
+    read, words, right = READ[what]
+    text = data.draw(damaged_text(*words))
+    value = attempt(lambda: read(text))
+    assert value is None or right(value)
 
 
 MORE = ("RANK", "SLURM_PROCID", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "SLURM_CPUS_PER_TASK")
