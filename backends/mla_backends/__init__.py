@@ -2,7 +2,7 @@
 
 from mla_backends.api import API_VERSION, Availability, Backend, FusedOp
 from mla_backends.errors import BackendError, BackendOptionError
-from mla_backends.hookspecs import hookimpl
+from mla_backends.registry import hookimpl
 from mla_backends.torch_backend import TorchBackend
 
 __all__ = [

@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any
 from mla_backends import host
 from mla_backends.api import Availability, DeviceInfo, MemoryInfo, Timer
 from mla_backends.cuda import cuda_build
-from mla_backends.discovery import entries
 from mla_backends.errors import BackendOptionError, DeviceUnavailable, describe, plugin_code
-from mla_backends.hookspecs import hookimpl
 from mla_backends.known import GENERAL, KNOWN
+from mla_backends.registry import entries, hookimpl
 from mla_backends.torch_backend import TF32_VARIABLES, TorchBackend, ask, attempt, whole, working_dtypes
 
 if TYPE_CHECKING:

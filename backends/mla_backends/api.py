@@ -19,7 +19,7 @@ from mla_backends.errors import BackendOptionError
 if TYPE_CHECKING:
     import torch
 
-    from mla_backends.discovery import Entry
+    from mla_backends.registry import Entry
 
 __all__ = [
     "API_VERSION",

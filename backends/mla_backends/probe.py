@@ -21,10 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from mla_backends.discovery import entries, locate
 from mla_backends.errors import BackendError, BackendImportError, DeviceUnavailable, original
 from mla_backends.known import KNOWN
-from mla_backends.registry import create, probe_backend
+from mla_backends.registry import create, entries, locate, probe_backend
 
 USABLE = "usable"
 NO_ANSWER = "no answer"  # of a process that hung or crashed: nothing is known of the device

@@ -1,7 +1,7 @@
 """Turning a backend's name into a backend that is ready to use, or into a sentence that says why not.
 
-Only the chosen plugin is imported. Whatever a plugin does wrong surfaces as a `BackendError`: nothing is
-skipped, and nothing falls back to another backend.
+Backends are found in the metadata of what is installed, and only the chosen plugin is imported. Whatever a
+plugin does wrong surfaces as a `BackendError`: nothing is skipped, and nothing falls back to another backend.
 """
 
 from __future__ import annotations
@@ -13,34 +13,133 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
 
 import pluggy
 
-from mla_backends import hookspecs
 from mla_backends.api import API_VERSION, Availability, Backend
-from mla_backends.discovery import Entry, entries, locate
 from mla_backends.errors import (
     BackendError,
     BackendImportError,
+    BackendNotInstalled,
     BackendOptionError,
     BackendVersionError,
     DeviceUnavailable,
+    DuplicateBackend,
+    NoPlugin,
+    UnknownBackend,
     describe,
     probe_hint,
     refused,
     setup_hint,
 )
-from mla_backends.known import KNOWN
-
-__all__ = ["Entry", "create", "entries", "open_backend", "probe_backend"]
+from mla_backends.known import GENERAL, KNOWN, WITHOUT_PLUGIN
 
 HOOK = "mla_backend"
 REPORT = "report it to the backend's authors"
 PATH_HINT = "check the spelling, run from the folder it is in, or put that folder on PYTHONPATH"
+PROJECT = "mla"
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
+@hookspec(firstresult=True)
+def mla_backend(options: Mapping[str, str]) -> Backend | None:
+    """Return the backend of this plugin, made with the user's `-O key=value` options.
+
+    Called once, after the user chose the plugin by the name of its entry point in the group
+    `mla.backends`; no other plugin is imported. Must not touch the device: `Backend.probe` comes next.
+
+    `options` are the user's, all strings; pass them to `Backend.__init__`, which rejects those the backend
+    does not know.
+    """
+
+
+# ------------------------------------------------------------------------------------------ entries
+
+GROUP = "mla.backends"
+DISTRIBUTION = "mla-backends"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One backend on offer: an entry point, or code the user pointed at (then without a distribution)."""
+
+    name: str
+    distribution: str | None
+    version: str | None
+    value: str  # "package.module" or "package.module:attribute"
+
+    @property
+    def origin(self) -> str:
+        """Name the code for messages: the distribution and its version, or the module."""
+        if self.distribution is None:
+            return f"module {self.value.partition(':')[0]}"
+        return f"{self.distribution} {self.version}"
+
+
+def entries() -> list[Entry]:
+    """List the backends on offer, sorted by name.
+
+    A name may occur twice, from different distributions. One distribution found twice on `sys.path`
+    (an editable install seen from its own folder) counts once; the first on the path wins, as for imports.
+    """
+    entries: dict[tuple[str, str], Entry] = {}
+    for point in metadata.entry_points(group=GROUP):
+        distribution, version = _identity(point)
+        entry = Entry(point.name, distribution, version, point.value)
+        key = (point.name, re.sub(r"[-_.]+", "-", distribution).lower())  # normalised as PEP 503 does
+        entries.setdefault(key, entry)
+    return sorted(entries.values(), key=lambda entry: (entry.name, entry.distribution or ""))
+
+
+def locate(name: str) -> Entry:
+    """Return the one entry called `name`, or the code that `package.module:attribute` points at.
+
+    Raises `UnknownBackend`, `BackendNotInstalled`, `NoPlugin` or `DuplicateBackend`.
+    """
+    if ":" in name:
+        return Entry(name, None, None, name)
+    offers = entries()
+    chosen = [entry for entry in (*offers, general()) if entry.name == name]
+    if len(chosen) > 1:
+        raise DuplicateBackend(name, [(entry.distribution or "?", entry.version or "?") for entry in chosen])
+    if chosen:
+        return chosen[0]
+    if name in KNOWN:
+        raise BackendNotInstalled(KNOWN[name])
+    if name in WITHOUT_PLUGIN:
+        raise NoPlugin(WITHOUT_PLUGIN[name])
+    raise UnknownBackend(name, sorted({entry.name for entry in offers}), KNOWN)
+
+
+def general() -> Entry:
+    """Return the backend of this package itself, which needs no metadata."""
+    try:
+        version = metadata.version(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        version = "?"
+    return Entry(GENERAL, DISTRIBUTION, version, "mla_backends.any_device")
+
+
+def _identity(point: metadata.EntryPoint) -> tuple[str, str]:
+    """Return name and version of the distribution that declares `point`.
+
+    A half-removed installation may lack them; it must not hide all other backends.
+    """
+    try:
+        if point.dist is not None and point.dist.name:
+            return point.dist.name, point.dist.version
+    except (KeyError, OSError):
+        pass  # Python 3.10 to 3.12 say None where METADATA is missing, later ones may raise
+    return "(unnamed distribution)", "?"
+
+
+# ----------------------------------------------------------------------------------------- backends
 def open_backend(
     name: str,
     index: int | Callable[[int | None], int | None] | None = None,
@@ -146,8 +245,8 @@ def _build(entry: Entry, provider: Any, options: dict[str, str]) -> Any:
         return provider
     if isinstance(provider, type) and issubclass(provider, Backend):
         return provider(options)
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(sys.modules[__name__])
     plugin = provider() if isinstance(provider, type) else provider
     if inspect.isroutine(provider):  # the attribute *is* the hook, whatever it is called
         plugin = SimpleNamespace(**{HOOK: provider})

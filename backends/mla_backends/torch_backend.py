@@ -556,12 +556,8 @@ def _libraries() -> dict[str, Any]:
     """Return the members of `torch.backends` with a switch. Looked up only: to read a switch may raise."""
     import torch
 
-    return {
-        name: member
-        for name, member in vars(torch.backends).items()
-        if not name.startswith("_")
-        and any(SWITCH in getattr(place, "__dict__", {}) for place in (member, *type(member).__mro__))
-    }
+    members = vars(torch.backends).items()
+    return {name: member for name, member in members if not name.startswith("_") and SWITCH in dir(member)}
 
 
 @contextlib.contextmanager

@@ -22,8 +22,8 @@ from mla.command.last_words import while_loading
 from mla.errors import MLAError, UsageError
 from mla.text import named_dtype
 from mla_backends import host, probe
-from mla_backends.discovery import locate
 from mla_backends.known import GENERAL
+from mla_backends.registry import locate
 
 if TYPE_CHECKING:
     from mla_backends.api import Backend

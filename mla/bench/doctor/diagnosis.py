@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 import mla
 from mla.command.environment import distribution_version
 from mla.text import dtype_name, size
-from mla_backends.discovery import locate
 from mla_backends.errors import BackendError, BackendNotInstalled, DuplicateBackend, describe, plugin_code
 from mla_backends.known import GENERAL, KNOWN
 from mla_backends.probe import NO_ANSWER, USABLE, NoAnswer, ask, names, status
+from mla_backends.registry import locate
 
 if TYPE_CHECKING:
     from mla_backends.api import Backend, FusedOp

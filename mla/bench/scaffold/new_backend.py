@@ -13,8 +13,8 @@ from string import Template
 import mla
 from mla.errors import MLAError
 from mla_backends import API_VERSION
-from mla_backends.discovery import entries
 from mla_backends.known import KNOWN
+from mla_backends.registry import entries
 
 TEMPLATE = Path(__file__).with_name("template")
 SUFFIX = ".template"  # keeps linters and type checkers away from templates
