@@ -205,10 +205,7 @@ class Microbenchmark:
         """Return bytes per second, reads plus writes, of copying half of `count` bytes to the other half."""
         source = torch.ones(count // 8, dtype=torch.float32, device=self._device)
         target, moved = torch.empty_like(source), 2 * source.nbytes
-        ways = [
-            Way("copy_", lambda: target.copy_(source)),
-            Way("neg", lambda: torch.neg(source, out=target)),
-        ]
+        ways = [Way("copy_", lambda: target.copy_(source)), Way("neg", lambda: torch.neg(source, out=target))]
         seconds, way = self._timed(ways, f"copying {moved}")[0]
         return _ceiling("copy", moved / seconds, way, size(moved, MiB=".3g"), moved)
 

@@ -32,10 +32,7 @@ class Target:
     """Two limits from now on: `seconds` for what may be left out, and `most` for passes. By default none."""
 
     def __init__(
-        self,
-        seconds: float = math.inf,
-        most: float = math.inf,
-        clock: Callable[[], float] = time.monotonic,
+        self, seconds: float = math.inf, most: float = math.inf, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """Both limits count from now on, by `clock`."""
         self._seconds, self._most, self.now = seconds, most, clock

@@ -150,12 +150,7 @@ def _chosen(
 
 
 def _write(
-    rows: torch.Tensor,
-    scenario: Scenario,
-    plain: torch.Tensor,
-    others: torch.Tensor,
-    step: int,
-    turn: Turn,
+    rows: torch.Tensor, scenario: Scenario, plain: torch.Tensor, others: torch.Tensor, step: int, turn: Turn
 ) -> None:
     """Write the rows [T, d] of one step of a turn in place, on the device that these tensors are on."""
     lens, device = torch.tensor(scenario.query_lens), rows.device
@@ -268,11 +263,7 @@ def expected_outputs(config: MLAConfig, state: State, inputs: Inputs, held: Held
 
 
 def expected_plain(
-    config: MLAConfig,
-    state: State,
-    inputs: Inputs,
-    count: int,
-    held: Held | None = None,
+    config: MLAConfig, state: State, inputs: Inputs, count: int, held: Held | None = None
 ) -> torch.Tensor:
     """Return the oracle's outputs [count, T, d] of the first forwards of a plain pass."""
     hidden = inputs.hidden[None, :count]

@@ -12,14 +12,7 @@ from typing import Any
 
 import torch
 
-from mla.bench.subjects.base import (
-    KEPT,
-    Facts,
-    LayerImplementation,
-    Left,
-    Outputs,
-    worst,
-)
+from mla.bench.subjects.base import KEPT, Facts, LayerImplementation, Left, Outputs, worst
 from mla.bench.subjects.inputs import HistorySigns, Inputs, Turn
 from mla.bench.subjects.setting import SPARE_PAGES, Setting
 from mla.bench.workload.scenario import Scenario

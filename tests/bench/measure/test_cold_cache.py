@@ -9,13 +9,7 @@ import pytest
 import torch
 
 from mla.bench.measure import passes as cold_cache
-from mla.bench.measure.passes import (
-    FALLBACK_BYTES,
-    MAX_FLUSH_BYTES,
-    MIN_FLUSH_BYTES,
-    CacheFlush,
-    sweep,
-)
+from mla.bench.measure.passes import FALLBACK_BYTES, MAX_FLUSH_BYTES, MIN_FLUSH_BYTES, CacheFlush, sweep
 from mla_backends.testing import HostBackend
 
 MIB = 1 << 20

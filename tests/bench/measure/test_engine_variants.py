@@ -14,7 +14,7 @@ from mla.bench.measure.variants import Variant, VariantError, Variants
 
 # All variants that need no graphs.
 EAGER = Variants(
-    (Variant(), Variant(cache="cold"), Variant(clock="device"), Variant(cache="cold", clock="device")),
+    (Variant(), Variant(cache="cold"), Variant(clock="device"), Variant(cache="cold", clock="device"))
 )
 COLD = Variants((Variant(), Variant(cache="cold")))
 

@@ -68,8 +68,7 @@ def test_a_declared_peak_that_is_too_low(
 
 
 @pytest.mark.parametrize(
-    ("ms", "collecting_only", "scenario"),
-    [(3.0, True, "prefill"), (1.0, False, "prefill")],
+    ("ms", "collecting_only", "scenario"), [(3.0, True, "prefill"), (1.0, False, "prefill")]
 )
 def test_a_wait_that_is_slow_while_limits_are_measured(
     play: Play, honest: Honest, ms: float, collecting_only: bool, scenario: str

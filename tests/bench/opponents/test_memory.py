@@ -40,14 +40,7 @@ def test_what_another_pass_computed_does_not_pass_for_this_one(play: Play, key: 
 
 
 @pytest.mark.parametrize(
-    "key",
-    [
-        "six numbers",
-        "the whole operand",
-        "amounts without signs",
-        "the address of x",
-        "nothing",
-    ],
+    "key", ["six numbers", "the whole operand", "amounts without signs", "the address of x", "nothing"]
 )
 def test_what_another_forward_of_the_pass_computed_does_not_pass_for_this_one(play: Play, key: str) -> None:
     opponent = Remembers(key, within_a_pass=True)

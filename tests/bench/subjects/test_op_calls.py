@@ -71,10 +71,7 @@ def computed(bench: OpBench, given: dict[str, torch.Tensor]) -> dict[str, torch.
     if keys is None or values is None:  # the cached rows are the problem's, turned
         keys = held["keys"] * given["signs"]
         values = keys[:, : config.kv_lora_rank]
-    parts = (
-        given["q"].split(problem.query_lens),
-        *(x.split(problem.kv_lens) for x in (keys, values)),
-    )
+    parts = (given["q"].split(problem.query_lens), *(x.split(problem.kv_lens) for x in (keys, values)))
     out, lse = attend_segments(zip(*parts, strict=True), problem.spec.softmax_scale)
     return {"out": out, "lse": lse}
 
