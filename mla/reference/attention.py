@@ -212,10 +212,6 @@ def _put(target: torch.Tensor, tokens: slice | torch.Tensor, rows: torch.Tensor)
 
 def _cut(batch: BatchView, heads: int) -> Iterator[_Row]:
     """Cut each request's queries into runs whose logits fit the cap."""
-    if batch.query_lens.count(1) == len(batch.query_lens):  # decode: nothing to cut
-        requests = range(len(batch.kv_lens))
-        yield from map(_Row._make, zip(batch.query_lens, batch.kv_lens, requests, requests, strict=True))
-        return
     start = 0
     for request, (query_len, kv_len) in enumerate(zip(batch.query_lens, batch.kv_lens, strict=True)):
         step = queries_per_call(heads, kv_len)

@@ -24,7 +24,8 @@ from mla.conformance.report import ConformanceReport
 # The CPU, with a fused op that is right, wrong, raises or gets a signal, as `-O fault=...` says.
 MODULE = """
 import signal
-from mla_backends import Availability, Backend, FusedOp
+from mla_backends import Availability, FusedOp
+from mla_backends.testing import HostBackend
 
 class Doubles(FusedOp):
     contract = "linear/1"
@@ -48,9 +49,8 @@ class Doubles(FusedOp):
         if self.fault == "nan":
             out.fill_(float("nan"))
 
-class Mine(Backend):
+class Mine(HostBackend):
     name = "mine"
-    api_version = 1
 
     @classmethod
     def known_options(cls):
@@ -59,13 +59,6 @@ class Mine(Backend):
     def probe(self):
         absent = Availability(False, "it is switched off", "switch it on")
         return absent if self.options.get("fault") == "absent" else Availability(True)
-
-    def setup(self, index=None):
-        import torch
-        return torch.device("cpu")
-
-    def synchronize(self):
-        pass
 
     def environment(self):
         if self.options.get("fault") == "environment":

@@ -22,40 +22,24 @@ from mla_backends import Backend
 
 OUTSIDE = r"""
 import pytest
+import torch
 from mla.conformance import BackendConformance
 from mla.reference import REFERENCE
-from mla_backends import Availability, Backend
+from mla_backends.testing import HostBackend
 
 class NoBias(type(REFERENCE["linear"])):
     def __call__(self, packed, *, x, bias, out):
         super().__call__(packed, x=x, bias=None, out=out)
 
-class Mine(Backend):
+class Mine(HostBackend):
     name = "mine"
-    api_version = 1
-
-    def probe(self):
-        return Availability(True)
-
-    def setup(self, index=None):
-        import torch
-        return torch.device("cpu")
-
-    def synchronize(self):
-        pass
 
     def dtypes(self):
-        import torch
         return (torch.float32,)
-
-    def ops(self):
-        return {"nobias": NoBias()}
 
 @pytest.fixture(scope="module")
 def backend():
-    mine = Mine()
-    mine.device = mine.setup()
-    return mine
+    return Mine(ops={"nobias": NoBias()})
 
 class TestMine(BackendConformance):
     pass

@@ -1,22 +1,11 @@
 """The CPU, claiming to compute float32 only."""
 
-from mla_backends import Availability, Backend, hookimpl
+from mla_backends import hookimpl
+from mla_backends.testing import HostBackend
 
 
-class Float32Only(Backend):
+class Float32Only(HostBackend):
     name = "fake-float32-only"
-    api_version = 1
-
-    def probe(self):
-        return Availability(ok=True)
-
-    def setup(self, index=None):
-        import torch
-
-        return torch.device("cpu")
-
-    def synchronize(self):
-        pass
 
     def dtypes(self):
         import torch
