@@ -71,6 +71,17 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Ranks]]:
             end.close()
 
 
+def test_several_that_are_silent_are_named_together(run: Callable[[int], Ranks]) -> None:
+    ranks = run(3)
+    ranks.join(1)
+    ranks.join(2)
+    error = lost(ranks.zero)
+    names = f"{AWAY.format(1)} and {AWAY.format(2)}"
+    assert str(error).startswith(f"{names}: no heartbeat for 0 s; killed, perhaps for lack of memory, ")
+    assert error is not None
+    assert (error.exit_code, error.common) == (3, False)
+
+
 def test_a_word_comes_before_silence_and_is_heard_before_all_seem_to_be_there(
     run: Callable[[int], Ranks],
 ) -> None:
