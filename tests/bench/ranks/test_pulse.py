@@ -163,15 +163,16 @@ def test_a_rank_0_that_has_ended_first_is_not_missed(
     crew._pulse = ranks.real(1, store=store)
     launch.meet(crew._pulse, TIMEOUT_S)
 
-    def destroy() -> None:
-        store.fails = True
-        time.sleep(10 * pulse.BEAT)
-
+    closed: list[bool] = []
+    destroy = lambda: closed.append(crew._pulse._closed.is_set())  # noqa: E731
     monkeypatch.setattr(torch.distributed, "destroy_process_group", destroy)
+    monkeypatch.setattr(pulse, "BEAT", TIMEOUT_S)
     with crew:
-        pass
-    assert store.fails
-    assert lost(crew._pulse, 0.0) is None
+        store.fails = True
+        time.sleep(0.2)  # its next beat fails meanwhile
+    assert closed == [True]
+    assert not crew._pulse._thread.is_alive()
+    assert crew._pulse.lost is None
 
 
 class Broken:
