@@ -45,7 +45,7 @@ struct Work {
                 const bf16* const b[2] = {&q[p * LANES * CHANNELS], &q[(p + 1) * LANES * CHANNELS]};
                 Block<2, 2>::zero();
                 for (int64_t k = 0; k < CHANNELS / TILE_DEPTH; k++)
-                    Block<2, 2>::multiply(a, k * TILE_DEPTH, CHANNELS * sizeof(bf16), b, k * TILE_BF16);
+                    Block<2, 2>::multiply<true>(a, k * TILE_DEPTH, CHANNELS * sizeof(bf16), b, k * TILE_BF16);
                 Block<2, 2>::store(&scores[p / 2 % 2 * 2 * KEYS * LANES + i * TILE_FLOATS], TILE_FLOATS, KEYS * LANES);
             }
     }
@@ -67,7 +67,7 @@ struct Work {
                 for (int64_t t = 0; t < STEPS; t++) {
                     if (!p && !t) zip_keys(0, c);
                     if (!p && t + 1 < STEPS) zip_keys(t + 1, c);
-                    Block<2, 2>::multiply(a, t * TILE_BF16, TILE_ROW, b, t * 2 * TILE_BF16);
+                    Block<2, 2>::multiply<true>(a, t * TILE_BF16, TILE_ROW, b, t * 2 * TILE_BF16);
                 }
                 Block<2, 2>::store(sum, LANES * VALUES, TILE_FLOATS);
             }

@@ -30,6 +30,7 @@ struct Row {
 struct Panel {
     float* sum;     // [16, dv]
     vf top, total;  // running maximum and sum of weights
+    vf rounded;     // that sum, of weights rounded as they are multiplied where that is known: it cancels for a lone large one
     vi visible;     // keys each lane sees
     int64_t least, most;
 };
@@ -74,7 +75,8 @@ static inline void soften_part(Panel& panel, int lane, float* score, int64_t fir
         if (j & 1) put_weights(weights, j - 1, lane, pair[0], pair[1]);
     }
     store((float*)&panel.top + lane, top);
-    store((float*)&panel.total + lane, load<pf>((float*)&panel.total + lane) * fade + total);
+    for (vf* sum : {&panel.total, &panel.rounded})
+        store((float*)sum + lane, load<pf>((float*)sum + lane) * fade + total);
     store(fades + lane, fade);
 }
 
@@ -114,7 +116,7 @@ class Attention {
     void finish() const {
         for (int64_t i = 0; i < count_; i++) {
             const Panel& panel = panel_[i / LANES];
-            const float total = panel.total[i % LANES], factor = total == 0 ? 0 : 1 / total;
+            const float total = panel.total[i % LANES], factor = total == 0 ? 0 : 1 / panel.rounded[i % LANES];
             for (int64_t c = 0; c < width_; c += 2 * LANES)
                 round_to(rows_[i].out + c, load<vf>(panel.sum + sum_at(i % LANES, c, width_)) * factor,
                          load<vf>(panel.sum + sum_at(i % LANES, c + LANES, width_)) * factor);
@@ -122,8 +124,9 @@ class Attention {
         }
     }
 
-    // Save what a part of the keys gave, [rows, width + 2] fp32, and merge it later.
-    int64_t part_size() const { return panels_ * LANES * (width_ + 2); }
+    // Save what a part of the keys gave, [rows, part_width] fp32, and merge it later.
+    static int64_t part_width(int64_t value_width) { return value_width + 3; }
+    int64_t part_size() const { return panels_ * LANES * part_width(width_); }
     void save(float* to) const;
     void merge(const float* from);
 
@@ -138,7 +141,7 @@ class Attention {
     void open(int64_t p, float* sum) {
         Panel& panel = panel_[p];
         panel.sum = sum;
-        panel.top = splat(-INFINITY), panel.total = splat(0);
+        panel.top = splat(-INFINITY), panel.total = panel.rounded = splat(0);
         panel.least = INT64_MAX, panel.most = 0;
         for (int64_t i = 0; i < LANES; i++) {
             const int64_t row = p * LANES + i;
@@ -157,15 +160,16 @@ class Attention {
 };
 
 inline void Attention::save(float* to) const {
-    for (int64_t p = 0; p < panels_; p++, to += LANES * (width_ + 2)) {
+    for (int64_t p = 0; p < panels_; p++, to += LANES * part_width(width_)) {
         std::memcpy(to, panel_[p].sum, LANES * width_ * sizeof(float));
         store(to + LANES * width_, panel_[p].top);
         store(to + LANES * (width_ + 1), panel_[p].total);
+        store(to + LANES * (width_ + 2), panel_[p].rounded);
     }
 }
 
 inline void Attention::merge(const float* from) {
-    for (int64_t p = 0; p < panels_; p++, from += LANES * (width_ + 2)) {
+    for (int64_t p = 0; p < panels_; p++, from += LANES * part_width(width_)) {
         Panel& panel = panel_[p];
         const vf top = load<vf>(from + LANES * width_), total = load<vf>(from + LANES * (width_ + 1));
         const vf both = maximum(top, panel.top), base = both == splat(-INFINITY) ? splat(0) : both;
@@ -177,6 +181,7 @@ inline void Attention::merge(const float* from) {
                       load<vf>(panel.sum + at) * old_factor[i] + load<vf>(from + at) * new_factor[i]);
             }
         panel.total = panel.total * old_factor + total * new_factor;
+        panel.rounded = panel.rounded * old_factor + load<vf>(from + LANES * (width_ + 2)) * new_factor;
         panel.top = both;
     }
 }

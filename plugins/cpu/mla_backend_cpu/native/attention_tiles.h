@@ -52,7 +52,7 @@ class Attending : public Attention {
           keys_(layout, key_width, value_width, pitch),
           whole_(key_width / TILE_DEPTH),
           rest_(key_width % TILE_DEPTH),
-          score_(scratch<13>().take<float>(4 * KEYS * LANES)),
+          score_(scratch<13>().take<float>(2 * KEYS * LANES)),
           weights_(scratch<14>().take<vu>(KEYS / 2)),
           spread_(scratch<15>().take<uint32_t>(panels_ * keys_.value_spans() * STEPS * TILE_FLOATS)),
           zipped_(scratch<16>().take<bf16>(2 * STEPS * TILE_BF16)),
@@ -66,25 +66,22 @@ class Attending : public Attention {
                 const bf16* const* next = nullptr) {
         next_ = next && keys_.decoded() ? Lines(next, KEYS, keys_.lines()) : Lines();
         take(keys, count);
-        Softening soft;
-        Between between = {next_, soft};
         for (int64_t p = 0; p < panels_; p += 2) {
             const bool two = p + 1 < panels_;
             const int64_t most = two ? std::max(panel_[p].most, panel_[p + 1].most) : panel_[p].most;
             const int64_t seen = std::max<int64_t>(0, std::min(count, most - first));
             steps_[p] = (seen + TILE_DEPTH - 1) / TILE_DEPTH;
             if (!seen) continue;
-            float* const scores = score_ + p / 2 % 2 * 2 * KEYS * LANES;
-            score(p, two, 0, (seen + LANES - 1) / LANES, scores, KEYS * LANES, between);
-            soft.finish();
             const bool all = two && first + count <= std::min(panel_[p].least, panel_[p + 1].least);
-            if (all && count % TILE_DEPTH == 0 && !keys_.decoded())
-                soft.begin(panel_ + p, scores, KEYS * LANES, count, scale_, width_, spread(p, 0), spread(p + 1, 0));
-            else
-                for (int half = 0; half <= two; half++)
-                    weight(p + half, scores + half * KEYS * LANES, first, count, steps_[p]);
+            if (all && count % TILE_DEPTH == 0 && !keys_.decoded() && whole_) {
+                keys_.copied(0) ? soften_scores<true>(p, count) : soften_scores<false>(p, count);
+                continue;
+            }
+            finish_softening();
+            score(p, two, 0, (seen + LANES - 1) / LANES, score_, KEYS * LANES, next_);
+            for (int half = 0; half <= two; half++) weight(p + half, score_ + half * KEYS * LANES, first, count, steps_[p]);
         }
-        soft.finish();
+        finish_softening();
         if (values == keys || keys_.decoded()) values = keys_.rows();
         if (panels_ == 1)
             weigh_one(values, count);
@@ -132,21 +129,47 @@ class Attending : public Attention {
     }
 
  private:
-    // What attention does after each product of tiles for scores.
-    struct Between {
-        Lines& lines;
-        Softening& soft;
-
-        void fetch(int64_t count) {
-            lines.fetch(count);
-            soft.step();
-        }
-    };
     // Some tiles of keys whose scores with a group of panels are made together, and used together later.
     struct Piece {
         int64_t tiles, p, key;
         float* scores;  // or null: there is none
     };
+    // Weights of two panels that see all keys of the block, 32 keys at a time. Their scores stay in registers until the next
+    // keys' operands are loaded, as storing at once waits for the last products, and become weights while these are
+    // multiplied. They share the first-level cache with the queries, past which keys that were copied are read ONCE.
+    template <bool ONCE>
+    void soften_scores(int64_t p, int64_t count) {
+        typedef Block<2, 2> Sums;
+        const bf16* const b[2] = {(const bf16*)(q_ + p * depth_), (const bf16*)(q_ + (p + 1) * depth_)};
+        for (int64_t t = 0; t < count / TILE_DEPTH; t++) {
+            const bf16* const a[2] = {keys_[2 * t], keys_[2 * t + 1]};
+            const bf16* const rest[2] = {rests_ + 2 * t * TILE_BF16, rests_ + (2 * t + 1) * TILE_BF16};
+            const auto before = [&](auto i) {
+                if (held_.scores) Sums::template store_tile<i>(held_.scores, TILE_FLOATS, 2 * TILE_FLOATS);
+                tile::zero<i>();
+            };
+            Sums::template multiply<ONCE>(a, 0, keys_.pitch() * sizeof(bf16), b, 0, before);
+            begin_softening();
+            for (int64_t k = 1; k < whole_; k++) {
+                Sums::template multiply<ONCE>(a, k * TILE_DEPTH, keys_.pitch() * sizeof(bf16), b, k * TILE_BF16);
+                soft_.step();
+            }
+            if (rest_) Sums::multiply(rest, 0, TILE_ROW, b, whole_ * TILE_BF16);
+            soft_.finish();
+            held_ = {t, p, 0, score_};
+        }
+    }
+    void begin_softening() {
+        if (!held_.scores) return;
+        const int64_t t = held_.tiles, p = held_.p, at = t * TILE_FLOATS;
+        soft_.begin(panel_ + p, held_.scores, scale_, width_, spread(p, 0) + at, spread(p + 1, 0) + at, t);
+    }
+    void finish_softening() {
+        if (held_.scores) Block<2, 2>::store(held_.scores, TILE_FLOATS, 2 * TILE_FLOATS);
+        begin_softening();
+        soft_.finish();
+        held_ = Piece();
+    }
     template <class Use>
     static void use_piece(const Piece& piece, const Use& use) {
         for (int64_t m = 0; m < piece.tiles; m++)
@@ -168,7 +191,7 @@ class Attending : public Attention {
             for (int m = 0; m < M; m++) a[m] = keys_[i / LANES + m];
             float* const to = held.scores ? held.scores : scores;
             unrolled<DEPTH>([&](auto k) {
-                Sums::multiply(a, k * TILE_DEPTH, row, b, k * TILE_BF16, [&](auto i) {
+                Sums::template multiply<true>(a, k * TILE_DEPTH, row, b, k * TILE_BF16, [&](auto i) {
                     if constexpr (k == 0) Sums::template store_tile<i>(to, TILE_FLOATS, M * TILE_FLOATS), tile::zero<i>();
                 });
                 for (int j = 0; j < SOME && next; j++) RowsAhead::fetch_row(next, i + k * SOME + j, DEPTH);
@@ -206,7 +229,8 @@ class Attending : public Attention {
             return;
         }
         const auto block = [&](auto m, auto n) {
-            score_block<m, n>(p, i, to, column, ahead);
+            keys_.copied(0) ? score_block<m, n, true>(p, i, to, column, ahead)
+                            : score_block<m, n, false>(p, i, to, column, ahead);
             i += m, to += m * TILE_FLOATS;
         };
         constexpr std::integral_constant<int, 1> one;
@@ -220,7 +244,7 @@ class Attending : public Attention {
         if (i + 2 <= end) block(both, one);
         if (i < end) block(one, one);
     }
-    template <int M, int N, class Fetched>
+    template <int M, int N, bool ONCE, class Fetched>
     void score_block(int64_t p, int64_t tile, float* to, int64_t column, Fetched& ahead) {
         const bf16 *a[M], *rest[M], *b[N];
         for (int m = 0; m < M; m++) a[m] = keys_[tile + m], rest[m] = rests_ + (tile + m) * TILE_BF16;
@@ -229,7 +253,7 @@ class Attending : public Attention {
             const Span& span = keys_.span(s);
             Block<M, N>::zero();
             for (; k < (span.column + span.columns) / TILE_DEPTH; k++) {
-                Block<M, N>::multiply(a, k * TILE_DEPTH, keys_.pitch() * sizeof(bf16), b, k * TILE_BF16);
+                Block<M, N>::template multiply<ONCE>(a, k * TILE_DEPTH, keys_.pitch() * sizeof(bf16), b, k * TILE_BF16);
                 ahead.fetch(2 * M);
             }
             if (rest_ && s + 1 == keys_.spans()) Block<M, N>::multiply(rest, 0, TILE_ROW, b, whole_ * TILE_BF16);
@@ -363,6 +387,7 @@ class Attending : public Attention {
     void weigh(int64_t p, int64_t span, int64_t c, const bf16* const* values, int64_t count, int64_t& zipped,
                int64_t mask) {
         typedef Block<M, N> Sums;
+        constexpr int64_t SOME = N * TILE_FLOATS / STEPS;  // sums of a panel that are fetched each step, for the next products
         const int64_t steps = steps_[p], row = LANES * width_;
         if (!steps) return;
         if (M == 1) store_sums();
@@ -370,14 +395,17 @@ class Attending : public Attention {
         for (int m = 0; m < M; m++) a[m] = (const bf16*)spread(p + m, span);
         for (int n = 0; n < N; n++) b[n] = zipped_ + n * TILE_BF16;
         float* sum = panel_[p].sum + sum_at(0, c, width_);
+        const float* const next = p + M < panels_ ? sum + M * row : panel_->sum + sum_at(0, c + N * LANES, width_);
         for (int64_t t = 0; t < steps; t++) {
             for (; zipped < std::min(t + 2, steps); zipped++)  // one ahead
                 zip_step<N>(values, count, zipped, c, zipped_ + (zipped & mask) * N * TILE_BF16);
-            Sums::multiply(a, t * TILE_BF16, TILE_ROW, b, (t & mask) * N * TILE_BF16, [&](auto i) {
+            Sums::template multiply<M == 2>(a, t * TILE_BF16, TILE_ROW, b, (t & mask) * N * TILE_BF16, [&](auto i) {
                 if (t) return;
                 if (M == 2 && sums_) Sums::template store_tile<i>(sums_, row, TILE_FLOATS);
                 Sums::template load_tile<i>(sum, row, TILE_FLOATS);
             });
+            for (int64_t i = 0; M == 2 && i < SOME; i += LANES)
+                __builtin_prefetch(next + t * SOME + i), __builtin_prefetch(next + row + t * SOME + i);
         }
         sums_ = sum;
         if (M == 1) Sums::store(sum, row, TILE_FLOATS), sums_ = nullptr;
@@ -411,6 +439,7 @@ class Attending : public Attention {
     bf16 *zipped_, *rests_;
     Lines next_;
     float* sums_ = nullptr;  // which are in registers, or null
+    Softening soft_;
     Piece held_ = {}, ready_ = {};  // in the registers of tiles, and in memory
     int64_t* steps_;  // of 32 keys that a pair of panels sees, at its first one
     alignas(64) const bf16 zeros_[2 * LANES] = {};

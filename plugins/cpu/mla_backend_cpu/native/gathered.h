@@ -74,6 +74,8 @@ class Gathered {
     const bf16* operator[](int64_t group) const { return group_[group]; }
     int64_t pitch() const { return pitch_; }
     bool decoded() const { return layout_.count; }
+    // Whether those of group i are copies.
+    bool copied(int64_t i) const { return group_[i] == copy_ + i * LANES * pitch_; }
     // The keys, where they lie for the products.
     const bf16* const* rows() const { return rows_; }
     // All columns of a key, and those that are its value.

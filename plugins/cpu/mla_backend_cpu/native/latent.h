@@ -77,7 +77,7 @@ static void plan_latent(const Latent& a, int threads, std::vector<LatentTask>& t
             for (int64_t part = 0; part < parts; part++) {
                 tasks.push_back(
                     {(int32_t)b, (int32_t)row, (int32_t)count, (int32_t)part, (int32_t)parts, size, saved});
-                if (parts > 1) saved += (count + LANES - 1) / LANES * LANES * (a.latent + 2);
+                if (parts > 1) saved += (count + LANES - 1) / LANES * LANES * Attention::part_width(a.latent);
             }
         }
     }

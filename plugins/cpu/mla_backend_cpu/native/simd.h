@@ -145,6 +145,15 @@ static inline auto narrow_pairs(F low, F high) {
 #endif
 }
 
+// Sums of both numbers of pairs, lane by lane.
+static inline vf add_pairs(vf sums, vu pairs) {
+#if MLA_DOT_BF16
+    return (vf)_mm512_dpbf16_ps((__m512)sums, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32(0x3f803f80));
+#else
+    return sums + low_half(pairs) + high_half(pairs);
+#endif
+}
+
 #if defined(__AVX2__)
 // Transpose eight rows of eight words that lie in rows of sixteen.
 static inline void transpose_eight(const uint32_t* from, uint32_t* to) {
@@ -196,6 +205,15 @@ static inline void transpose(const vu* from, uint32_t* to) {
 #endif
 }
 
+static inline bool any_above(vf a, vf b) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+#else
+    bool any = false;
+    for (int i = 0; i < LANES; i++) any |= a[i] > b[i];
+    return any;
+#endif
+}
 static inline bool same(vf x, float value) {
     bool same = true;
     for (int i = 0; i < LANES; i++) same &= x[i] == value;

@@ -13,35 +13,36 @@ static inline void scale_tiles(float* sum, int64_t width, const vf& factors) {
 
 class Softening {
  public:
-    // Panels that see all of `count` keys, a multiple of 32, and their scores [count][16], `column` apart. Tiles
-    // [count / 32][row][pair] are written.
-    void begin(Panel* panels, const float* scores, int64_t column, int64_t count, float scale, int64_t width,
-               uint32_t* first, uint32_t* second) {
-        panel_ = panels, scores_ = scores, column_ = column, scale_ = scale, width_ = width;
-        tiles_[0] = first, tiles_[1] = second;
-        maxima_ = count / LANES, at_ = 0, end_ = maxima_ + count / 2;
-        for (int p = 0; p < 2; p++) top_[p] = splat(-INFINITY), total_[p] = vf{};
+    // Panels that see all of 32 keys, and their scores [2][32][16]. A tile [row][pair] of each is written, behind `before`
+    // tiles of the same values.
+    void begin(Panel* panels, const float* scores, float scale, int64_t width, uint32_t* first, uint32_t* second,
+               int64_t before) {
+        panel_ = panels, scores_ = scores, scale_ = scale, width_ = width, before_ = before;
+        tiles_[0] = first, tiles_[1] = second, at_ = 0;
+        for (int p = 0; p < 2; p++) top_[p] = splat(-INFINITY), total_[p] = rounded_[p] = vf{};
     }
     void step() {
-        if (at_ == end_) return;
-        if (at_ < maxima_) {
+        if (at_ == END) return;
+        if (at_ < MAXIMA) {
             find_top(at_ * LANES);
-            if (at_ + 1 == maxima_) settle();
+            if (at_ + 1 == MAXIMA) settle();
         } else {
-            weigh(at_ - maxima_);
+            weigh(at_ - MAXIMA);
         }
-        if (++at_ == end_)
-            for (int p = 0; p < 2; p++) panel_[p].total += total_[p];
+        if (++at_ == END)
+            for (int p = 0; p < 2; p++) panel_[p].total += total_[p], panel_[p].rounded += rounded_[p];
     }
     void finish() {
-        while (at_ < end_) step();
+        while (at_ < END) step();
     }
 
  private:
     // A panel's weights are relative to e^top, which is left as it is while they are below e^STEADY: sums are then not scaled.
-    static constexpr float STEADY = 8, LOG2E = 1.44269504f;
+    // It is a whole power of two, so that weights which were rounded are scaled exactly.
+    static constexpr float STEADY = 8, LOG2E = 1.44269504f, WHOLE = 12582912.0f;  // adding it rounds
+    static constexpr int64_t KEYS = 2 * LANES, MAXIMA = KEYS / LANES, END = MAXIMA + KEYS / 2;
 
-    const float* scores(int p, int64_t key) const { return scores_ + p * column_ + key * LANES; }
+    const float* scores(int p, int64_t key) const { return scores_ + (p * KEYS + key) * LANES; }
     void find_top(int64_t key) {
         for (int p = 0; p < 2; p++) {
             vf top = top_[p];
@@ -53,15 +54,22 @@ class Softening {
         for (int p = 0; p < 2; p++) {
             Panel& panel = panel_[p];
             const vf top = top_[p] * scale_;
-            bool steady = true;
-            for (int i = 0; i < LANES; i++) steady &= top[i] <= panel.top[i] + STEADY;
-            if (!steady) {
-                const vf most = maximum(top, panel.top), old = panel.top;
+            if (any_above(top, panel.top + STEADY)) {
+                const vf most = (maximum(top, panel.top) * LOG2E + WHOLE - WHOLE) * (1 / LOG2E), old = panel.top;
                 const vf fade = exponential(old - (most == splat(-INFINITY) ? vf{} : most));
-                if (!same(old, -INFINITY) && !same(fade, 1)) scale_tiles(panel.sum, width_, fade);
-                panel.total *= fade, panel.top = most;
+                if (!same(old, -INFINITY) && !same(fade, 1)) {
+                    scale_tiles(panel.sum, width_, fade);
+                    fade_weights(tiles_[p] - before_ * LANES * LANES, fade);
+                }
+                panel.total *= fade, panel.rounded *= fade, panel.top = most;
             }
             base_[p] = panel.top == splat(-INFINITY) ? vf{} : panel.top * LOG2E;
+        }
+    }
+    void fade_weights(uint32_t* tiles, const vf& factors) const {
+        for (int64_t i = 0; i < before_ * LANES; i++, tiles += LANES) {
+            const vu pairs = load<vu>(tiles);
+            store(tiles, narrow_pairs(low_half(pairs) * factors[i % LANES], high_half(pairs) * factors[i % LANES]));
         }
     }
     void weigh(int64_t pair) {
@@ -71,17 +79,18 @@ class Softening {
                 weight[half] = two_to(load<vf>(scores(p, 2 * pair + half)) * (scale_ * LOG2E) - base_[p]);
             }
             total_[p] += weight[0] + weight[1];
-            pairs_[p][pair % LANES] = narrow_pairs(weight[0], weight[1]);
-            if (pair % LANES == LANES - 1) transpose(pairs_[p], tiles_[p] + pair / LANES * LANES * LANES);
+            pairs_[p][pair] = narrow_pairs(weight[0], weight[1]);
+            rounded_[p] = add_pairs(rounded_[p], pairs_[p][pair]);
+            if (pair == LANES - 1) transpose(pairs_[p], tiles_[p]);
         }
     }
 
     Panel* panel_ = nullptr;
     const float* scores_ = nullptr;
-    int64_t column_ = 0, width_ = 0, maxima_ = 0, at_ = 0, end_ = 0;
+    int64_t width_ = 0, before_ = 0, at_ = END;
     float scale_ = 0;
     uint32_t* tiles_[2] = {};
-    vf top_[2], base_[2], total_[2];
+    vf top_[2], base_[2], total_[2], rounded_[2];
     vu pairs_[2][LANES];
 };
 

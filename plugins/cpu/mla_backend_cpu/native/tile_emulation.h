@@ -74,6 +74,10 @@ static inline void load(const void* from, int64_t stride) {
     for (int r = 0; r < s.rows[T]; r++) std::memcpy(s.data[T][r], (const char*)from + r * stride, s.bytes[T]);
 }
 template <int T>
+static inline void load_once(const void* from, int64_t stride) {
+    load<T>(from, stride);
+}
+template <int T>
 static inline void store(void* to, int64_t stride) {
     const State& s = configured<T>();
     for (int r = 0; r < s.rows[T]; r++) std::memcpy((char*)to + r * stride, s.data[T][r], s.bytes[T]);

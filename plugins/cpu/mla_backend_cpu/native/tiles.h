@@ -32,6 +32,11 @@ template <int T>
 static inline void load(const void* from, int64_t stride) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");
 }
+// The same of what is not read again soon: it does not take the place of other lines in the first-level cache.
+template <int T>
+static inline void load_once(const void* from, int64_t stride) {
+    asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");
+}
 template <int T>
 static inline void store(void* to, int64_t stride) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(T) : "memory");
@@ -100,19 +105,21 @@ struct Block {
     static void store_tile(float* to, int64_t row, int64_t column) {
         tile::store<I>(to + I / N * row + I % N * column, TILE_ROW);
     }
-    // Add the products of A's tiles at a[m] + a_at, whose rows lie a_row bytes apart, and B's at b[n] + b_at.
+    // Add the products of A's tiles at a[m] + a_at, whose rows lie a_row bytes apart, and B's at b[n] + b_at. If A passes
+    // through the second-level cache ONCE for a B that stays in the first, it is loaded so.
+    template <bool ONCE = false>
     static void multiply(const bf16* const* a, int64_t a_at, int64_t a_row, const bf16* const* b,
                          int64_t b_at) {
-        multiply(a, a_at, a_row, b, b_at, [](auto) {});
+        multiply<ONCE>(a, a_at, a_row, b, b_at, [](auto) {});
     }
     // The same, where the sums of tile i are first used for something else: before(i), when its operands are loaded. Stores
     // of finished sums cost nothing there; right behind their last product, they would wait for it.
-    template <class Before>
+    template <bool ONCE = false, class Before>
     static void multiply(const bf16* const* a, int64_t a_at, int64_t a_row, const bf16* const* b, int64_t b_at,
                          const Before& before) {
         unrolled<M * N>([&](auto i) {
             constexpr int m = i / N, n = i % N, A = a_register(m), B = b_register(n);
-            if constexpr (n == 0) tile::load<A>(a[m] + a_at, a_row);
+            if constexpr (n == 0) ONCE ? tile::load_once<A>(a[m] + a_at, a_row) : tile::load<A>(a[m] + a_at, a_row);
             if constexpr (m == 0) tile::load<B>(b[n] + b_at, TILE_ROW);
             before(i);
             tile::dot<i, A, B>();
