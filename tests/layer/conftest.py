@@ -5,7 +5,6 @@ from layer_cases import (
     check_expanded,
     check_latent,
     check_layer,
-    latent_problem,
     make_case,
 )
 
@@ -14,6 +13,5 @@ __all__ = [
     "check_expanded",
     "check_latent",
     "check_layer",
-    "latent_problem",
     "make_case",
 ]

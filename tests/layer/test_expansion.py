@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from layer_cases import attention_case
 
 from mla import MLA, LatentCache, MLAConfig
+from mla.cases.played import Laid, Scene
 from mla.layer.plan import rebuilt_bytes
 from mla.reference import REFERENCE
 from mla.verify.layer_oracle import oracle
@@ -122,13 +124,8 @@ def test_on_the_expanded_path_merging_reads_it(
     assert op.given == [not optional] if rounds == 1 else all(op.given)
 
 
-def test_the_reference_gives_the_same_bits_without(latent_problem: Any) -> None:
-    problem = latent_problem([3, 1, 9, 1], [40, 7, 30, 0])
-    expected, op = problem.run(Latent())[0], Latent()
-    out = torch.full_like(expected, torch.nan)
-    op(
-        op.prepare(problem.spec, problem.view), q=problem.q, cache=problem.cache, out=out, lse=None,
-        block_table=problem.view.block_table, kv_lens=problem.view.kv_lens_device,
-        cu_q=problem.view.cu_q, softmax_scale=problem.spec.softmax_scale,
-    )  # fmt: skip
-    assert torch.equal(out, expected)
+def test_the_reference_gives_the_same_bits_without() -> None:
+    case = attention_case("latent_attention", [3, 1, 9, 1], [40, 7, 30, 0])
+    calls = [Laid(case, Latent(), Scene((case,), lse=lse)) for lse in (True, False)]
+    assert [call.call() for call in calls] == ["", ""]
+    assert torch.equal(*(call.results()["out"] for call in calls))

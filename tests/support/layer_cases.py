@@ -7,28 +7,25 @@ per row of the last dimension: per token for the layer, per token and head for a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from float64_attention import attend_segments
 
 from mla import MLA, LatentCache, MLAConfig, RaggedBatch
+from mla.cases.case import OpCase
+from mla.cases.memory import Layout
+from mla.cases.played import Laid
 from mla.config import YarnScaling
 from mla.verify.layer_oracle import oracle
 from mla.weights import random_state_dict
 from mla_backends import FusedOp
-from mla_backends.api import AttentionSpec, SegmentLengths
+from mla_backends.api import AttentionSpec
 from mla_backends.testing import HostBackend
 
-# Per (token, head). Rounding the output to bf16 once costs at most 2^-8; in fp32 7e-7 was measured.
-OP_BOUND = {torch.bfloat16: 1.05 * 2.0**-8, torch.float32: 2e-6}
 # Per token, for the whole layer with tiny heads; 9.7e-3 and 7e-7 were measured.
 LAYER_BOUND = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
-# Absolute, for log-sum-exps of a few units, fp32 whatever the dtype of the tensors; 7e-7 was measured.
-LSE_BOUND = 1e-5
 
 Lengths = Sequence[int]
 DTYPES = (torch.float32, torch.bfloat16)
@@ -177,124 +174,37 @@ def check_layer(make_case: Any, tiny: Any, assert_rows_close: Any) -> Callable[.
 # ----------------------------------------------------------------------------------------- attention ops
 
 
-@dataclass
-class LatentProblem:
-    """Arguments of one `latent_attention` call; slots that no request owns are NaN."""
-
-    spec: AttentionSpec
-    view: SimpleNamespace
-    q: torch.Tensor
-    cache: torch.Tensor
-    owned: list[torch.Tensor] = field(default_factory=list)  # per request its latents [s, c + r]
-
-    def run(self, op: FusedOp) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return out and lse, which held NaN before the call."""
-        out = torch.full((*self.q.shape[:2], self.spec.kv_lora_rank), torch.nan, dtype=self.q.dtype)
-        lse = torch.full(self.q.shape[:2], torch.nan)
-        op(
-            op.prepare(self.spec, self.view),
-            q=self.q,
-            cache=self.cache,
-            block_table=self.view.block_table,
-            kv_lens=self.view.kv_lens_device,
-            cu_q=self.view.cu_q,
-            softmax_scale=self.spec.softmax_scale,
-            out=out,
-            lse=lse,
-        )
-        return out, lse
-
-    def truth(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return out and lse in float64, query by query; a query without keys gives 0 and -inf."""
-        pieces = zip(self.q.split(list(self.view.query_lens)), self.owned, strict=True)
-        shared = ((q, rows, rows[:, : self.spec.kv_lora_rank]) for q, rows in pieces)
-        return attend_segments(shared, self.spec.softmax_scale)
-
-
-def _spec(heads: int, dtype: torch.dtype) -> AttentionSpec:
-    return AttentionSpec(heads, 32, 16, 8, 12, 24**-0.5, dtype, torch.device("cpu"))
+def attention_case(kind: str, query_lens: Lengths, kv_lens: Lengths, **changes: Any) -> OpCase:
+    """Return a call of attention with small heads, over shuffled pages if it has any."""
+    spec = AttentionSpec(3, 32, 16, 8, 12, 24**-0.5, torch.float32, torch.device("cpu"))
+    layout = Layout(16, shuffle=1, unowned=torch.nan)
+    return OpCase(kind, spec, tuple(query_lens), tuple(kv_lens), layout=layout).but(**changes)
 
 
 @pytest.fixture(scope="session")
-def latent_problem() -> Callable[..., LatentProblem]:
-    """Return a maker of latent attention problems over shuffled pages, all else NaN."""
-
-    def make(
-        query_lens: Lengths,
-        kv_lens: Lengths,
-        *,
-        dtype: torch.dtype = torch.float32,
-        heads: int = 3,
-        page_size: int = 16,
-        seed: int = 0,
-    ) -> LatentProblem:
-        spec, generator = _spec(heads, dtype), torch.Generator().manual_seed(seed)
-        width = spec.kv_lora_rank + spec.qk_rope_head_dim
-        columns = max(1, -(-max(kv_lens) // page_size))
-        pages = torch.randperm(len(kv_lens) * columns + 1, generator=generator).int()
-        table = pages[1:].view(len(kv_lens), columns)
-        cache = torch.full((len(pages), page_size, width), torch.nan, dtype=dtype)
-        owned = [torch.randn(s, width, generator=generator).to(dtype) for s in kv_lens]
-        for row, latents in zip(table, owned, strict=True):
-            position = torch.arange(len(latents))
-            cache[row[position // page_size].long(), position % page_size] = latents
-        view = SimpleNamespace(
-            query_lens=tuple(query_lens),
-            kv_lens=tuple(kv_lens),
-            page_size=page_size,
-            block_table=table,
-            kv_lens_device=torch.tensor(kv_lens, dtype=torch.int32),
-            cu_q=torch.tensor([sum(query_lens[:i]) for i in range(len(query_lens) + 1)], dtype=torch.int32),
-        )
-        q = torch.randn(sum(query_lens), heads, width, generator=generator).to(dtype)
-        return LatentProblem(spec, view, q, cache, owned)
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def check_latent(latent_problem: Any, assert_rows_close: Any) -> Callable[[FusedOp], None]:
+def check_latent() -> Callable[[FusedOp], None]:
     """Return a check of a latent attention op against float64, per token and head, out and lse."""
     steps = (((5, 1, 20), (5, 1, 20)), ((3, 1, 9, 2), (40, 7, 30, 18)), ((1,) * 6, (33, 16, 47, 3, 65, 1)))
-
-    def check(op: FusedOp) -> None:
-        for dtype in DTYPES:
-            for query_lens, kv_lens in steps:
-                problem = latent_problem(query_lens, kv_lens, dtype=dtype)
-                (out, lse), (true_out, true_lse) = problem.run(op), problem.truth()
-                assert_rows_close(out, true_out, OP_BOUND[dtype])
-                assert (lse - true_lse).abs().max() <= LSE_BOUND, "worst lse error is too large"
-
-    return check
+    return lambda op: check_op("latent_attention", op, *steps)
 
 
 @pytest.fixture(scope="session")
-def check_expanded(assert_rows_close: Any) -> Callable[..., None]:
+def check_expanded() -> Callable[..., None]:
     """Return a check of an expanded attention op against float64, per token and head, out and lse."""
 
     def check(
         op: FusedOp,
         query_lens: Lengths = (5, 1, 20, 3),
         kv_lens: Lengths = (5, 9, 20, 31),
-        causal: bool = True,
-        heads: int = 3,
+        **changes: Any,
     ) -> None:
-        for dtype in DTYPES:
-            spec, generator = _spec(heads, dtype), torch.Generator().manual_seed(3)
-            shapes = ((sum(query_lens), 24), (sum(kv_lens), 24), (sum(kv_lens), 12))
-            q, k, v = (torch.randn(t, heads, d, generator=generator).to(dtype) for t, d in shapes)
-            out, lse = (
-                torch.full((len(q), heads, 12), torch.nan, dtype=dtype),
-                torch.full(q.shape[:2], torch.nan),
-            )
-            state = op.prepare(spec, SegmentLengths(tuple(query_lens), tuple(kv_lens), causal))
-            op(state, q=q, k=k, v=v, softmax_scale=spec.softmax_scale, out=out, lse=lse)
-            pieces = zip(
-                q.split(list(query_lens)), k.split(list(kv_lens)), v.split(list(kv_lens)), strict=True
-            )
-            true_out, true_lse = attend_segments(pieces, spec.softmax_scale, causal)
-            assert_rows_close(out, true_out, OP_BOUND[dtype])
-            gap = torch.where(lse == true_lse, 0.0, (lse - true_lse).abs())  # -inf is -inf
-            assert gap.max() <= LSE_BOUND, "worst lse error is too large"
+        check_op("expanded_attention", op, (query_lens, kv_lens), **changes)
 
     return check
+
+
+def check_op(kind: str, op: FusedOp, *steps: tuple[Lengths, Lengths], **changes: Any) -> None:
+    for dtype in DTYPES:
+        for lengths in steps:
+            reason = Laid(attention_case(kind, *lengths, dtype=dtype, **changes), op).call()
+            assert not reason, reason
