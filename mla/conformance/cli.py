@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import click
+import msgspec
 
 import mla
 from mla.command import files
@@ -174,7 +175,6 @@ def cli(options: Options) -> int:
 def _run(suite: Suite, words: Sequence[str]) -> int:
     """Run the checks, print the card and write the report; return the exit code."""
     from mla.conformance.card import card
-    from mla.conformance.report import write
 
     options = suite.options
     if options.dump_failure:
@@ -184,7 +184,8 @@ def _run(suite: Suite, words: Sequence[str]) -> int:
     report = suite.run(words)
     try:
         if options.report:
-            write(report, options.report)
+            data = msgspec.json.format(msgspec.json.encode(report), indent=1)
+            files.write_bytes(data + b"\n", options.report)
     finally:  # the card must survive a disk that has filled up
         if not files.is_stdout(options.report):
             out(card(report))

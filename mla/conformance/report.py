@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Literal
 
 import msgspec
-
-from mla.command.files import write_bytes
 
 SCHEMA_VERSION = 3
 
@@ -106,8 +103,3 @@ class ConformanceReport(msgspec.Struct, kw_only=True):
     def counts(self) -> Counter[Status]:
         """Return status -> number of checks."""
         return Counter(result.status for result in self.checks)
-
-
-def write(report: ConformanceReport, path: Path) -> None:
-    """Write a report whole or not at all. Raises `mla.errors.ResultError`."""
-    write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n", path)

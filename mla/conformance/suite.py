@@ -42,7 +42,7 @@ from mla.conformance.selection import (
     require_cases,
     split,
 )
-from mla.conformance.trial import DTYPES, BackendUnderTest, Drawing, Trial, ask
+from mla.conformance.trial import DTYPES, BackendUnderTest, Drawing, Trial, ask, kind_of
 from mla.errors import UsageError
 from mla.failures import file
 from mla.failures.call import Watched, Watcher
@@ -129,7 +129,7 @@ def instances(
 
     @cache
     def served(kind: str, dtype: torch.dtype) -> bool:
-        of_kind = ((name, op) for name, op in offered.items() if _kind(op) == kind)
+        of_kind = ((name, op) for name, op in offered.items() if kind_of(op) == kind)
         return any(_serves(subject, kind, dtype, *named) for named in of_kind)
 
     named = [pattern for pattern in only if "[reference" in pattern]
@@ -160,7 +160,7 @@ def _of_check(
         yield from (Instance(check, dtype=dtype) for dtype in (*dtypes, *more))
     elif check.scope == OP:
         for dtype in dtypes:
-            of_kind = {name: op for name, op in offered.items() if _kind(op) == check.kind}
+            of_kind = {name: op for name, op in offered.items() if kind_of(op) == check.kind}
             yield from (Instance(check, name, dtype, op) for name, op in of_kind.items())
             yield Instance(check, "reference", dtype, REFERENCE[check.kind])
     else:  # without fused ops both policies are the same
@@ -222,10 +222,6 @@ def _verdict(trial: Trial, expected: str | None) -> tuple[Status, str]:
     if trial.drawn is not None and trial.drawn.judged < MIN_DRAWS:
         return "incomplete", f"{trial.drawn.judged} of {MIN_DRAWS} drawn cases were judged"
     return ("pass", "") if expected is None else ("xpass", expected)
-
-
-def _kind(op: FusedOp) -> str:
-    return str(getattr(op, "contract", "")).partition("/")[0]
 
 
 def require_hypothesis() -> None:
@@ -432,7 +428,7 @@ class Keeper:
 def with_watched_ops(backend: Backend, watcher: Watcher) -> Backend:
     """Return the backend with ops that are watched, called one by one."""
     watched: dict[str, FusedOp] = {
-        name: Watched(op.contract.partition("/")[0], name, op, watcher) for name, op in backend.ops().items()
+        name: Watched(kind_of(op), name, op, watcher) for name, op in backend.ops().items()
     }
     twin = copy.copy(backend)
     twin.ops = lambda: watched  # type: ignore[method-assign]  # of this twin alone

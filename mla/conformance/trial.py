@@ -271,6 +271,11 @@ def expect(condition: bool, reason: str) -> None:
         raise CheckFailed(reason)
 
 
+def kind_of(op: FusedOp) -> str:
+    """Return the kind that an op's contract names, whatever its version."""
+    return str(getattr(op, "contract", "")).partition("/")[0]
+
+
 def ask(question: Callable[[], Answer], otherwise: Default) -> Answer | Default:
     """Return what a plugin answers, or `otherwise` if it raises: a check asks the same, and reports it."""
     try:

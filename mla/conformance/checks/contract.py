@@ -13,7 +13,7 @@ from mla.cases import KINDS
 from mla.config import MLAConfig
 from mla.conformance.checks.borders import EXAMPLES, SMALL_SPEC
 from mla.conformance.registry import check
-from mla.conformance.trial import DTYPES, BackendUnderTest, Refused, Trial, expect
+from mla.conformance.trial import DTYPES, BackendUnderTest, Refused, Trial, expect, kind_of
 from mla.layer.ops import Ops, preflight_reasons
 from mla_backends.api import AttentionSpec, FusedOp, IndexerSpec, LinearSpec, NormSpec, claimed_formats
 
@@ -38,7 +38,7 @@ def known(trial: Trial) -> None:
             Ops(MLAConfig(256, 16), {name: op}, torch.float32, trial.device)
             expect(isinstance(op.nan_safe_tail, bool), f"nan_safe_tail is {op.nan_safe_tail!r}")
             for claimed in claimed_formats(op):
-                if KINDS[_kind(op)].spec is IndexerSpec:
+                if KINDS[kind_of(op)].spec is IndexerSpec:
                     index_codec(claimed, 128)
                 else:
                     find_format(f"{claimed}1" if claimed.endswith(":") else claimed)
@@ -52,7 +52,7 @@ def reasons(trial: Trial) -> None:
         with trial.case(name):
             for spec in specs(op, trial.subject):
                 _expect_reasons("unsupported_reasons()", [op.unsupported_reasons(spec) for _ in range(2)])
-                for batch in lengths if KINDS[_kind(op)].prepares else ():
+                for batch in lengths if KINDS[kind_of(op)].prepares else ():
                     asked = [op.unsupported_batch(spec, *batch) for _ in range(2)]
                     _expect_reasons("unsupported_batch()", asked)
 
@@ -77,17 +77,13 @@ def _some(offered: Mapping[str, FusedOp]) -> Mapping[str, FusedOp]:
 
 def specs(op: FusedOp, subject: BackendUnderTest) -> Iterator[Any]:
     """Yield specs of the op's kind, common and odd ones."""
-    kind = _kind(op)
+    kind = kind_of(op)
     usual, odd = EXAMPLES[kind], ODD[KINDS[kind].spec]
     for dtype in (*DTYPES, torch.float64):
         for case in (usual, usual.but(**odd)):
             for heads in (1, 3, 16, 128):
                 names = {"num_heads", "groups"} & {*vars(case.spec)} if kind != "linear" else ()
                 yield case.but(dtype=dtype, device=subject.device, **dict.fromkeys(names, heads)).spec
-
-
-def _kind(op: FusedOp) -> str:
-    return op.contract.partition("/")[0]
 
 
 def _expect_reasons(what: str, asked: list[Any]) -> None:
