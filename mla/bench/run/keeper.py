@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mla.bench.subjects.base import Implementation, LayerImplementation
+from mla.bench.subjects.fixture import Fixture
 from mla.bench.subjects.op import OpImplementation
 from mla.bench.workload.grid import Point
 from mla.cases.memory import Tensors
@@ -23,17 +24,6 @@ from mla.verify.verdict import Check
 from mla_backends.errors import describe
 
 
-@dataclass(frozen=True)
-class FailedCase:
-    """One implementation of one scenario."""
-
-    point: Point
-    inputs: Any
-    checker: Any
-    command: str  # that repeats it
-    heartbeat: Callable[[], None]
-
-
 @dataclass
 class Keeper:
     """Writes the first failure of a run into a folder."""
@@ -43,68 +33,63 @@ class Keeper:
     options: list[str]  # KEY=VALUE, of the backend
     kept: bool = field(default=False, init=False)
 
-    def keep(self, impl: Implementation, check: Check, case: FailedCase) -> None:
+    def keep(
+        self, impl: Implementation, check: Check, fixture: Fixture, command: str, beat: Callable[[], None]
+    ) -> None:
         """Keep the failure of an implementation, if it is the first; its cache and inputs are in place.
 
-        Raises nothing: the run has its own verdict.
+        `command`: that repeats the case. Raises nothing: the run has its own verdict.
         """
         if self.kept:
             return
         self.kept = True
-        try:
-            self._keep(impl, check, case)
-        except Exception as error:  # noqa: BLE001  # whatever a backend raises when it is called again
-            note(f"--dump-failure kept nothing of {case.point.name}, {impl.name}: {describe(error)}")
-
-    def _keep(self, impl: Implementation, check: Check, case: FailedCase) -> None:
-        seen = layer_tensors(impl, case.checker)  # before the search overwrites them
-        watcher, forwards = search(impl, case.point, case.inputs, case.heartbeat)
-        path, replay, alone = (
-            self.folder / file.NAME,
-            file.replay_command(self.folder),
-            case.point.op is not None,
-        )
-        origin = self._origin(impl, check, case)
-        why = (
-            f"the failure did not repeat: every op was right in {counted(forwards, 'forward')} repeated op "
-            "by op. It may be a race, or depend on earlier work or a graph"
-        )
-        if watcher.reason or not watcher.judged:
-            why = watcher.reason or "no call is kept: none of its ops can be judged alone"
-        if watcher.wrong is not None:
-            file.write_call(self.folder, watcher.wrong, origin)
-            facts, what = (
-                watcher.wrong.call.facts,
-                "is the first wrong op of this forward; its inputs were right",
-            )
-            said = (
-                f"{facts.role} (op '{facts.op}') {'is wrong again' if alone else what}. Its call is kept in "
-            )
-            said += f"'{path}'; replay it with: {replay}"
-        elif watcher.last is not None and alone:
-            file.write_call(self.folder, watcher.last, origin)
-            said = f"{why}. A call is kept in '{path}'; repeat it with: {replay} --runs 1000"
-        elif sum(tensor.nbytes for tensor in seen.values()) > MAX_CALL_BYTES:
-            said = f"{why}. Nothing is kept: the outputs take more than {size(MAX_CALL_BYTES)}"
-        else:
-            file.write(self.folder, file.Document(origin=origin, reason=why), seen)
-            said = f"{why}. The inputs and outputs of its first wrong forward are kept in '{path}'"
-        note(f"{origin.where}: {said}")
-
-    def _origin(self, impl: Implementation, check: Check, case: FailedCase) -> file.Origin:
+        where = f"{fixture.point.name}, {impl.name}"
         backend = impl.setting.backend
-        return file.Origin(
-            backend=self.backend,
-            options=self.options,
-            device=str(impl.setting.device),
-            command=case.command,
-            where=f"{case.point.name}, {impl.name}",
-            reason=check.reason,
-            seed=impl.setting.seed,
-            created=environment.now(),
-            git_commit=environment.git_commit(),
-            environment={**environment.environment(backend), "argv": " ".join(sys.argv[1:])},
-        )
+        try:
+            origin = file.Origin(
+                backend=self.backend,
+                options=self.options,
+                device=str(impl.setting.device),
+                command=command,
+                where=where,
+                reason=check.reason,
+                seed=impl.setting.seed,
+                created=environment.now(),
+                git_commit=environment.git_commit(),
+                environment={**environment.environment(backend), "argv": " ".join(sys.argv[1:])},
+            )
+            note(f"{where}: {self._keep(impl, fixture, origin, beat)}")
+        except Exception as error:  # noqa: BLE001  # whatever a backend raises when it is called again
+            note(f"--dump-failure kept nothing of {where}: {describe(error)}")
+
+    def _keep(
+        self, impl: Implementation, fixture: Fixture, origin: file.Origin, beat: Callable[[], None]
+    ) -> str:
+        """Write what can be kept, and return what that is."""
+        inputs, checker = fixture.prepare()
+        seen = layer_tensors(impl, checker)  # before the search overwrites them
+        watcher, forwards = search(impl, fixture.point, inputs, beat)
+        path, replay = self.folder / file.NAME, file.replay_command(self.folder)
+        if (wrong := watcher.wrong) is not None:
+            file.write_call(self.folder, wrong, origin)
+            what = "is wrong again"
+            if fixture.op is None:
+                what = "is the first wrong op of this forward; its inputs were right"
+            kept = f"Its call is kept in '{path}'; replay it with: {replay}"
+            return f"{wrong.call.facts.role} (op '{wrong.call.facts.op}') {what}. {kept}"
+        why = watcher.reason or "no call is kept: none of its ops can be judged alone"
+        if watcher.judged and not watcher.reason:
+            why = (
+                f"the failure did not repeat: every op was right in {counted(forwards, 'forward')} repeated "
+                "op by op. It may be a race, or depend on earlier work or a graph"
+            )
+        if watcher.last is not None and fixture.op is not None:
+            file.write_call(self.folder, watcher.last, origin)
+            return f"{why}. A call is kept in '{path}'; repeat it with: {replay} --runs 1000"
+        if sum(tensor.nbytes for tensor in seen.values()) > MAX_CALL_BYTES:
+            return f"{why}. Nothing is kept: the outputs take more than {size(MAX_CALL_BYTES)}"
+        file.write(self.folder, file.Document(origin=origin, reason=why), seen)
+        return f"{why}. The inputs and outputs of its first wrong forward are kept in '{path}'"
 
 
 def layer_tensors(impl: Implementation, checker: Any) -> Tensors:

@@ -22,7 +22,7 @@ from mla.bench.plan.options import case_command
 from mla.bench.plan.request import Request, ScenarioPlan
 from mla.bench.results.cases import busiest
 from mla.bench.results.schema import Case, Cost, Roofline
-from mla.bench.run.keeper import FailedCase, Keeper
+from mla.bench.run.keeper import Keeper
 from mla.bench.run.profile import add_stages
 from mla.bench.subjects.base import Implementation, Outputs
 from mla.bench.subjects.fixture import make_fixture
@@ -136,11 +136,9 @@ class ScenarioRun:
 
     def _failed(self, impl: Implementation, check: Check) -> None:
         """Keep the first failure of the run, if asked for: called once per wrong implementation."""
-        if self._keeper is None:
-            return
-        command = case_command(self._request.command, self._point, self._fixture.repeated_as(impl.name))
-        case = FailedCase(self._point, *self._fixture.prepare(), command, self._hooks.heartbeat)
-        self._keeper.keep(impl, check, case)
+        if self._keeper is not None:
+            command = case_command(self._request.command, self._point, self._fixture.repeated_as(impl.name))
+            self._keeper.keep(impl, check, self._fixture, command, self._hooks.heartbeat)
 
     def _enter(self, name: str) -> None:
         self._restore_threads()
