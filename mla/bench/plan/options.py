@@ -511,8 +511,8 @@ def of_heads(config: MLAConfig, points: Sequence[Point]) -> Iterator[str]:
         heads = point.point.get("heads", None if point.op else point.heads)
         if isinstance(heads, int) and whole % heads:
             yield (
-                f"scenario '{point.name}': {heads} heads are no equal share of the {whole} heads of "
-                f"{config.name}, which a tensor-parallel rank has."
+                f"scenario '{point.name}': {heads} heads do not divide the {whole} heads of {config.name}; a "
+                "tensor-parallel rank has an equal share of them."
             )
 
 

@@ -160,11 +160,11 @@ def test_a_workload_brings_its_config_and_op_and_options_come_first() -> None:
 @pytest.mark.parametrize(
     ("line", "words", "sentence"),
     [
-        ("heads = 99", (), "scenario 'q1': 99 heads are no equal share of the 4 heads of tiny.json"),
+        ("heads = 99", (), "scenario 'q1': 99 heads do not divide the 4 heads of tiny.json"),
         (
             "axes.heads = 3",
             (),
-            "scenario 'q1 heads=3': 3 heads are no equal share of the 4 heads of tiny.json",
+            "scenario 'q1 heads=3': 3 heads do not divide the 4 heads of tiny.json",
         ),
         ("layers = 2", ("--op", "linear"), "scenario 'q1' has layers = 2, and linear is timed alone"),
         (
@@ -229,7 +229,7 @@ def test_an_option_of_the_layer_beside_one_op_names_where_the_op_is_from(
         ),
         (
             ["q1", "--heads", "3"],
-            "error: scenario 'q1 heads=3': 3 heads are no equal share of the 16 heads of ",
+            "error: scenario 'q1 heads=3': 3 heads do not divide the 16 heads of ",
         ),
         (["q1,q1"], "error: --batch-spec lists 'q1' twice: it is measured once."),
     ],

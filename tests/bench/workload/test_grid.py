@@ -140,8 +140,8 @@ def test_two_points_of_one_name_are_refused() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["-a", "heads=8"], "8 heads are no equal share of the 4 heads of tiny"),
-        (["-a", "heads=3"], "3 heads are no equal share of the 4 heads of tiny"),
+        (["-a", "heads=8"], "8 heads do not divide the 4 heads of tiny"),
+        (["-a", "heads=3"], "3 heads do not divide the 4 heads of tiny"),
         (["-a", "dtype=fp16"], "does not compute float16 natively"),
         (["-a", "dtype=bf16", "--dtype", "float32"], "--dtype and an axis dtype are mutually exclusive"),
         (
