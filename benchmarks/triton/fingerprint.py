@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mla_backends.triton_ops as ops
 from benchmarks.triton.cases import Case
-from benchmarks.triton.shipped import CURRENT, OLD, PORTABLE, TRITON_3_6, TRITON_3_8
+from benchmarks.triton.shipped import CURRENT, PORTABLE, TRITON_3_6, TRITON_3_8
 from benchmarks.triton.sources import kernel_of, specialised
 
 KERNELS = Path(ops.__file__).parent / "jit"
@@ -24,7 +24,7 @@ SILENT = (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING)
 def fingerprint() -> str:
     """Return it. Comments, docstrings, lines, run-time numbers and the file of a kernel do not change it."""
     other = [tiles for tiles in (*TRITON_3_8, *TRITON_3_6) if tiles not in CURRENT]
-    everything = (*CURRENT, *other, *PORTABLE, *OLD)
+    everything = (*CURRENT, *other, *PORTABLE)
     shipped = ((name, case) for tiles in everything for name, case in tiles.cases().items())
     compiled = (f"{name} {_compiled_for(case)}" for name, case in shipped)
     return _digest([*sorted(text for path in KERNELS.glob("*.py") for text in code(path)), *compiled])

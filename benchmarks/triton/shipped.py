@@ -10,7 +10,7 @@ from benchmarks.triton.problems import launches
 from mla_backend_iluvatar import TILES as ILUVATAR
 from mla_backend_metax import TILES as METAX
 from mla_backend_moore.kernels import TILES as MOORE
-from mla_backend_nvidia.cards import SPARING_TRITON, tuning_for
+from mla_backend_nvidia.cards import tuning_for
 from mla_backends.triton_ops import Tuning
 
 KIB = 1024
@@ -42,14 +42,12 @@ def _nvidia(cards: str, arch: int, shared: int) -> Shipped:
 
 def with_triton(triton: tuple[int, ...], new: Iterable[Shipped]) -> tuple[Shipped, ...]:
     """Return what the same cards get with an older Triton. Only NVIDIA's plugin looks at the version."""
-    return tuple(_with(triton, shipped) if shipped.bounds else shipped for shipped in new)
-
-
-def _with(triton: tuple[int, ...], new: Shipped) -> Shipped:
-    older = replace(new, tuning=tuning_for(new.shared * KIB, new.cards, triton))
-    if triton >= SPARING_TRITON:
-        return older
-    return replace(older, early=False, native_e4m3=False, bounds=False)
+    return tuple(
+        replace(shipped, tuning=tuning_for(shipped.shared * KIB, shipped.cards, triton))
+        if shipped.bounds
+        else shipped
+        for shipped in new
+    )
 
 
 def _cuda(arch: int) -> Target:
@@ -74,5 +72,3 @@ PORTABLE = (
     Shipped("Iluvatar", ILUVATAR, _cuda(80), SMALL),
     Shipped("Moore Threads", MOORE, _cuda(80), SMALL),
 )
-# With Triton 3.1 as well; the plugin refuses it on newer cards.
-OLD = with_triton((3, 1), (A100, L40))

@@ -22,7 +22,7 @@ from benchmarks.triton.cases import Case
 from benchmarks.triton.compiling import compile_cases
 from benchmarks.triton.faults import faults, programs, tile_of
 from benchmarks.triton.fingerprint import fingerprint
-from benchmarks.triton.shipped import CURRENT, OLD, PORTABLE, TRITON_3_6, TRITON_3_8, Shipped
+from benchmarks.triton.shipped import CURRENT, PORTABLE, TRITON_3_6, TRITON_3_8, Shipped
 
 TABLE = Path(__file__).with_name("table.md")
 HEADER = """# What the kernels need of a GPU
@@ -49,7 +49,6 @@ PARTS = (
     Part("3.8.0", "which torch 2.14 pins", TRITON_3_8),
     Part("3.6.0", "which torch 2.11 pins", TRITON_3_6),
     Part("3.1.0", "whose language the vendors' compilers speak", PORTABLE),
-    Part("3.1.0", "on cards that have a newer one", OLD),
 )
 
 

@@ -18,7 +18,6 @@ from mla_backend_nvidia.kernels import (
     kernels,
     old_triton,
     since_ampere,
-    spills,
     starts_early,
 )
 from mla_backends import Availability, FusedOp, hookimpl
@@ -99,12 +98,11 @@ class Nvidia(TritonBackend, CudaBackend):
         return tuning_for(self.shared_memory(), str(self.properties().name), installed_triton()[1])
 
     def triton_reason(self, device: torch.device) -> str:
-        return since_ampere(self.architecture)(device) or old_triton(self.architecture)
+        return since_ampere(self.architecture)(device) or old_triton()
 
     def launcher(self) -> Launcher:
         early = starts_early(self.architecture, driver_version())
-        new = not spills()  # an old Triton spills what the card converts, and what is bounded
-        return Launcher(early, native_e4m3=new and self.architecture() >= ADA, bounds=new)
+        return Launcher(early, native_e4m3=self.architecture() >= ADA, bounds=True)
 
     def vendor_facts(self) -> Mapping[str, str]:
         import torch

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mla_backends.api import Peak
 from mla_backends.triton_ops import Tile, Tuning
@@ -61,8 +61,6 @@ def peaks(name: str, memory_bytes: int | None) -> tuple[Peak | None, dict[str, P
 # Not run on hardware. They fit, and Triton 3.6 to 3.9 spill none of them: benchmarks/triton/table.md.
 
 KIB = 1024
-# The oldest Triton that keeps two warps' share of 16 rows, or 64 keys, in registers.
-SPARING_TRITON = (3, 6)
 
 # Bytes of shared memory that a block may use -> the tuning for as many and more. Two programs with 16 rows
 # fit on a multiprocessor: such steps wait for memory, so one computes while the other loads.
@@ -87,24 +85,6 @@ BY_SHARED_MEMORY = {
         expanded={1: Tile(32, 32, 4, 1)},
         source="defaults for little or unknown shared memory",
     ),
-}
-# Triton 3.1 does not compile loads by selected keys in stages.
-ONE_STAGE: Mapping[str, Any] = {"sparse_plain": {1: Tile(16, 32, 4, 1, programs=2)}}
-# What Triton before 3.6 spills, or computes twice, gets other tiles: fewer rows, or keys.
-OLD_TRITON: Mapping[int, Mapping[str, Any]] = {
-    200 * KIB: {
-        "latent": {1: Tile(16, 32, 4, 3, halves=False, programs=2), 33: Tile(64, 64, 8, 2, halves=False)}
-    },
-    160 * KIB: {
-        "latent": {1: Tile(16, 32, 4, 2, programs=2)},
-        "expanded": {1: Tile(32, 32, 4, 2)},
-        "caches": ONE_STAGE,
-    },
-    96 * KIB: {
-        "latent": {1: Tile(16, 16, 4, 2, programs=2)},
-        "expanded": {1: Tile(32, 32, 4, 2)},
-        "caches": ONE_STAGE,
-    },
 }
 # The shared memory of Hopper, but products of 64 rows keep their sums in tensor memory, where less fits. They
 # move to registers and back in every step: 18 to 36 % of the tensor peak, counted in compiled code. Rescaling
@@ -141,8 +121,6 @@ def tuning_for(shared_memory: int | None, name: str = "", triton: tuple[int, ...
     """
     least = next(least for least in BY_SHARED_MEMORY if least <= (shared_memory or 0))
     tuning = BLACKWELL if DATACENTER_BLACKWELL.search(name) else BY_SHARED_MEMORY[least]
-    if () < triton < SPARING_TRITON and tuning is not BLACKWELL:
-        return replace(tuning, **OLD_TRITON.get(least, {}))
     spared = SPARING.get((triton, tuning.source), {})
     return replace(tuning, caches={form: {**tuning.latent, 33: tile} for form, tile in spared.items()})
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mla_backend_nvidia.cards import SPARING_TRITON
 from mla_backends import FusedOp
 from mla_backends.kernels import (
     FlashAttnVarlen,
@@ -46,10 +45,9 @@ TILE = 64
 # Its planner takes 20 bytes of shared memory per row, of which Hopper has 227 KiB; beyond, the process ends.
 FLASH_MLA_ROWS = 11_000
 
-# Architecture -> the oldest Triton that compiles our kernels for it and newer ones.
-OLDEST_TRITON = {(10, 0): (3, 3), (9, 0): (3, 2), (0, 0): (3, 1)}
-# The oldest Triton that our kernels were compiled with for programmatic dependent launch.
-EARLY_TRITON = (3, 6)
+# The oldest Triton for our kernels: older ones spill what newer ones keep in registers, have no programmatic
+# dependent launch, and end the process on newer cards.
+OLDEST_TRITON = (3, 6)
 # The driver of CUDA 12.3, whose graphs are the first that can hold such launches: with an older one, capture
 # fails. Torch's wheels for CUDA 12 run on drivers from 525 on.
 EARLY_DRIVER = 545
@@ -157,37 +155,21 @@ def _only(architecture: Architecture, *wanted: tuple[int, int]) -> DeviceReason:
     return reason
 
 
-def old_triton(architecture: Architecture) -> str:
-    """Return why the installed Triton must not compile our kernels for this card; "" if it may.
-
-    An older compiler does not raise, it ends the process: compiled ahead of time with 3.1 to 3.9.
-    """
+def old_triton() -> str:
+    """Return why the installed Triton is not tried; "" if it may be, or if there is none."""
     installed, version = installed_triton()
-    if not installed:
+    if not () < version < OLDEST_TRITON:
         return ""
-    needed = next(least for since, least in OLDEST_TRITON.items() if architecture() >= since)
-    if version >= needed:
-        return ""
-    name = _name(architecture())
-    return (
-        f"Triton {installed} is too old for {name} and may end the process: "
-        f"use a torch whose Triton is {needed[0]}.{needed[1]} or newer"
-    )
+    return f"Triton {installed} is too old for these kernels: use a torch whose Triton is 3.6 or newer"
 
 
 def starts_early(architecture: Architecture, driver: str = "") -> bool:
-    """Return whether card, Triton and driver have programmatic dependent launch, in graphs too.
+    """Return whether card and driver have programmatic dependent launch, in graphs too.
 
     `driver` is its version, such as "535.183.01"; "" is unknown, and taken for a new one.
     """
     major = driver.partition(".")[0]
-    old_driver = major.isdecimal() and int(major) < EARLY_DRIVER
-    return architecture() >= HOPPER[0] and installed_triton()[1] >= EARLY_TRITON and not old_driver
-
-
-def spills() -> bool:
-    """Return whether the installed Triton spills tiles of 16 rows that newer ones do not."""
-    return () < installed_triton()[1] < SPARING_TRITON
+    return architecture() >= HOPPER[0] and not (major.isdecimal() and int(major) < EARLY_DRIVER)
 
 
 def installed_triton() -> tuple[str, tuple[int, ...]]:

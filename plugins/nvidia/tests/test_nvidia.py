@@ -19,7 +19,6 @@ from mla_backend_nvidia.kernels import (
     installed_triton,
     kernels,
     old_triton,
-    spills,
     starts_early,
 )
 from mla_backends.api import AttentionSpec
@@ -221,22 +220,6 @@ def test_tensor_memory_has_tiles_of_its_own(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reported", "few_rows", "most"),
-    [
-        (H100, Tile(16, 32, 4, 3, halves=False, programs=2), 64),
-        (A100, Tile(16, 32, 4, 2, programs=2), 16),
-        (L40S, Tile(16, 16, 4, 2, programs=2), 16),
-    ],
-)
-def test_an_old_triton_gets_tiles_that_it_does_not_spill(reported: int, few_rows: Tile, most: int) -> None:
-    new, old = tuning_for(reported), tuning_for(reported, triton=(3, 1))
-    assert old.latent[1] == few_rows
-    assert max(tile.rows for tile in old.latent.values()) == most
-    assert max(tile.rows for tile in old.expanded.values()) == 2 * most
-    assert old.source == new.source
-
-
-@pytest.mark.parametrize(
     ("name", "reported", "triton", "spared"),
     [
         ("NVIDIA H200", H100, (3, 8), {"fp8_ds_mla": Tile(64, 32, 8, 2), "int8": Tile(64, 32, 8, 2)}),
@@ -268,31 +251,10 @@ def test_what_one_triton_spills_has_a_smaller_tile_with_that_triton_alone(
         assert tuning.of_latents(cache, sparse=True) == latest.latent
 
 
-@pytest.mark.parametrize("reported", [A100, L40S])
-def test_selected_keys_are_loaded_in_one_stage_with_a_triton_that_takes_no_more(reported: int) -> None:
-    """Of a plain cache: of bytes, it compiles several."""
-    tuning = tuning_for(reported, triton=(3, 1))
-    assert tile_for(tuning.of_latents("", sparse=True), 128).across_pages().stages == 1
-    assert (
-        tuning.of_latents("fp8_ds_mla", sparse=True) == tuning.of_latents("", sparse=False) == tuning.latent
-    )
-
-
-@pytest.mark.parametrize(("installed", "new"), [("3.1.0", False), ("3.5.1", False), ("3.6.0", True)])
-def test_an_old_triton_is_not_asked_for_what_it_spills(
-    installed: str, new: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(metadata, "version", lambda package: installed)
-    monkeypatch.setattr(Nvidia, "architecture", lambda backend: (8, 9))
-    launcher = Nvidia().launcher()
-    assert (launcher.native_e4m3, launcher.bounds) == (new, new)
-
-
-@pytest.mark.parametrize("triton", [(), (3, 1)])
 @pytest.mark.parametrize("reported", [H100, A100, L40S, 49_152])
-def test_what_a_tile_holds_fits_the_card(reported: int, triton: tuple[int, ...]) -> None:
+def test_what_a_tile_holds_fits_the_card(reported: int) -> None:
     """A lower bound: queries once, and keys of all stages but the one that is multiplied (bfloat16)."""
-    tuning = tuning_for(reported, triton=triton)
+    tuning = tuning_for(reported)
     for width, values, tiles in ((576, 0, tuning.latent), (192, 128, tuning.expanded)):
         for tile in tiles.values():
             held = 2 * (tile.rows * width + max(1, tile.stages - 1) * tile.keys * (width + values))
@@ -395,25 +357,12 @@ def test_a_uuid_finds_the_card_whatever_hides_the_others(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("installed", "architecture", "needed"),
-    [
-        ("3.0.0", (8, 0), "3.1"),
-        ("3.1.0", (9, 0), "3.2"),
-        ("3.2.0", (9, 0), ""),
-        ("3.2.0", (10, 0), "3.3"),
-        ("3.2.0+git9641", (12, 0), "3.3"),
-        ("3.10.1", (10, 3), ""),
-        ("3.1.0", (8, 9), ""),
-        (None, (9, 0), ""),
-    ],
+    ("installed", "old"),
+    [("3.5.1", True), ("3.2.0+git9641", True), ("3.6.0", False), ("3.10.1", False), (None, False)],
 )
 @pytest.mark.parametrize("package", ["triton", "pytorch-triton"])
-def test_a_triton_that_would_end_the_process_is_not_tried(
-    package: str,
-    installed: str | None,
-    architecture: tuple[int, int],
-    needed: str,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_triton_that_is_too_old_is_not_tried(
+    package: str, installed: str | None, old: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def version(name: str) -> str:
         if installed is None or name != package:
@@ -421,9 +370,11 @@ def test_a_triton_that_would_end_the_process_is_not_tried(
         return installed
 
     monkeypatch.setattr(metadata, "version", version)
-    assert starts_early(lambda: architecture) == (installed == "3.10.1")
-    assert not starts_early(lambda: architecture, "535.183.01"), "its graphs cannot hold such a launch"
-    assert starts_early(lambda: architecture, "545.23.08") == (installed == "3.10.1")
-    assert spills() == (installed is not None and installed != "3.10.1")
-    reason = old_triton(lambda: architecture)
-    assert reason.endswith(f"whose Triton is {needed} or newer") if needed else reason == ""
+    assert old_triton().endswith("whose Triton is 3.6 or newer") == old
+
+
+def test_launches_start_early_on_hopper_and_newer_with_a_driver_whose_graphs_hold_them() -> None:
+    assert starts_early(lambda: (9, 0))
+    assert starts_early(lambda: (10, 0), "545.23.08")
+    assert not starts_early(lambda: (9, 0), "535.183.01")
+    assert not starts_early(lambda: (8, 9))
