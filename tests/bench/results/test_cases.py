@@ -9,6 +9,7 @@ import pytest
 from mla.bench import results
 from mla.bench.results.cases import device_cost, imbalance, imbalances, repeated
 from mla.bench.results.schema import Cost, RankFacts, Spread
+from mla.bench.terminal import tables
 
 Case = Callable[..., results.Case]
 
@@ -49,3 +50,11 @@ def test_without_the_work_of_every_rank_nothing_is_known(case: Case) -> None:
     assert repeated(split) is None
     assert repeated(case()) is None
     assert device_cost(case()) == case().cost
+
+
+def test_ranks_of_a_prediction_that_were_not_timed_have_no_row(case: Case) -> None:
+    parts = spread(*(facts(rank, 2.0 + rank) for rank in range(4)))
+    parts.predicted, parts.timed_ranks = True, [0, 3]
+    (table,) = tables.ranks([case(), case(spread=parts)])
+    assert [row[:2] for row in table.rows] == [("0", "2"), ("3", "5")]
+    assert table.notes[0].startswith("dp=4, predicted: 2 of 4 ranks ran alone")
