@@ -20,7 +20,7 @@ from mla.command.console import note
 from mla.command.exit_codes import Exit
 from mla.command.last_words import while_loading
 from mla.errors import MLAError, UsageError
-from mla.text import named_dtype
+from mla.text import counted, named_dtype
 from mla_backends import host, probe
 from mla_backends.known import GENERAL
 from mla_backends.registry import locate
@@ -247,24 +247,20 @@ def open_backend(options: BackendOptions) -> OpenedBackend:
     index = launcher.local_device(note) if options.device is None else options.device
     with while_loading(name):
         backend: Backend = mla.load_backend(name, index, options.threads, settings)
-    for remark in (*backend.remarks(), *_crowded()):
+    for remark in backend.remarks():
         note(remark)
+    import torch
+
+    threads, cpus = torch.get_num_threads(), host.cpu_limit()
+    if threads > cpus:
+        note(
+            f"{threads} host threads share {counted(cpus, 'CPU')}: they wait for each other, and "
+            f"times are long and uneven; --threads {cpus} gives each a CPU of its own"
+        )
     device = options.device
     if device is None and launcher.local_number() is not None and backend.device is not None:
         device = backend.device.index  # commands that repeat this run need no launcher then
     return OpenedBackend(backend, name, locate(name).version, device)
-
-
-def _crowded() -> list[str]:
-    """Return what is odd about more threads than CPUs, as the one item of a list."""
-    import torch
-
-    threads, cpus = torch.get_num_threads(), host.cpu_limit()
-    remark = (
-        f"{threads} host threads share {cpus} {'CPU' if cpus == 1 else 'CPUs'}: they wait for each other, "
-        f"and times are long and uneven; --threads {cpus} gives each a CPU of its own"
-    )
-    return [remark] * (threads > cpus)
 
 
 def only_usable() -> str:

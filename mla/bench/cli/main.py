@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
 
 import click
 from click.shell_completion import CompletionItem
@@ -96,32 +96,22 @@ for command in (
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     words = sys.argv[1:] if arguments is None else arguments
+    on_ranks = any(word.partition("=")[0] == "--parallel" for word in words)
 
     def command() -> int | None:
-        if _on_ranks(words):
+        if on_ranks:
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a page of frames for a closed connection
             console.become(launcher.rank() or 0)
         return cli.main(words, prog_name=program("mla.bench"), standalone_mode=False)
 
     console.become(0)
     code = guarded(command)
-    if code and _on_ranks(words):
-        _tell_ranks(code)
-    return code
-
-
-def _on_ranks(words: Sequence[str]) -> bool:
-    return any(word.partition("=")[0] == "--parallel" for word in words)
-
-
-def _tell_ranks(code: int) -> None:
-    """Let other ranks know why this one ended before it met them."""
-    sentence = console.complaint()
-    try:
-        from mla.bench.ranks.launch import leave_word
-
-        heard = leave_word(sentence, code)
-    except Exception:  # noqa: BLE001  # without a usable torch there is no way to tell them
+    if code and on_ranks:  # others are to know why this one ended before it met them
         heard = False
-    if not heard:
-        console.insist()
+        with contextlib.suppress(Exception):  # without a usable torch there is no way to tell them
+            from mla.bench.ranks.launch import leave_word
+
+            heard = leave_word(console.complaint(), code)
+        if not heard:
+            console.insist()
+    return code
