@@ -347,15 +347,14 @@ class LatentCache:
         not fit; both change nothing.
         """
         sequence, layer = whole_numbers("a sequence and its layer", (sequence, layer))
-        self._pages_of(layer)
-        indexed = layer in self.index_layers
+        pages, indexed = self._pages_of(layer), layer in self.index_layers
         count = check_history(self.config, self.length(sequence), indexed, kv, pe, index)
         kept = [x.detach().to(self.pages.device, self.dtype) for x in (kv, pe)]
         rows = self.encoded(*kept)
         if count and self.length(sequence) == 0:
             self.extend([sequence], [count])
         slots = self.slots(sequence)
-        self._flat(layer).index_copy_(0, slots, rows)
+        pages.flatten(0, 1).index_copy_(0, slots, rows)
         if index is not None:
             self.write_index(layer, slots, index.detach().to(slots.device, self.dtype))
 
@@ -413,14 +412,11 @@ class LatentCache:
 
         They are float32 where the cache has a format.
         """
-        rows = self._flat(layer).index_select(0, self.slots(sequence)[start:])
+        rows = self._pages_of(layer).flatten(0, 1).index_select(0, self.slots(sequence)[start:])
         if self.codec is not None:
             return self.codec.decode(rows)
         kv, pe = rows.split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), dim=1)
         return kv.contiguous(), pe.contiguous()
-
-    def _flat(self, layer: int) -> torch.Tensor:
-        return self._pages_of(layer).flatten(0, 1)
 
     def _get(self, sequence: int) -> _Sequence:
         try:

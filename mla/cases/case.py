@@ -179,7 +179,7 @@ class OpCase:
         pairs = zip(self.query_lens, self.kv_lens, strict=True)
         new = torch.cat([torch.arange(keys - tokens, keys) for tokens, keys in pairs])
         before = torch.arange(rows - len(new)) * longest // rows
-        return table.gather(torch.cat((new, before)))
+        return table.table[torch.cat((new, before))]
 
 
 def entry_of(kind: str, cache_format: str = "") -> Kind:

@@ -309,11 +309,7 @@ class MLAConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name not in (*DIMENSIONS, "name") and value != field.default:
-                scaling = isinstance(value, (YarnScaling, LongRopeScaling, QueryScaling))
-                text = f"{type(value).__name__}(...)" if scaling else repr(value)
-                if field.name == "indexer_types":
-                    text = f"({value.count('full')} of {len(value)} full)"
-                shown.append(f"{field.name}={text}")
+                shown.append(f"{field.name}={shortened(repr(value), 60)}")
         return f"MLAConfig({self.name!r}, {', '.join(shown)})"
 
     def _error(self, what: str) -> ConfigError:

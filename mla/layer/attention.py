@@ -275,9 +275,10 @@ class MLA(nn.Module):
 
     def _angles(self, batch: Any) -> torch.Tensor:
         """Return the cosines and sines [T, r] of a batch's positions, in memory that is the batch's."""
-        memory = batch.memory.keep(self._plan_key, lambda: self.rotary.empty(batch.num_tokens))
         self.rotary.reserve(max(batch.kv_lens))
-        return self.rotary.gather(batch.positions, memory)
+        shape, table = (batch.num_tokens, self.config.qk_rope_head_dim), self.rotary.table
+        memory = batch.memory.keep(self._plan_key, lambda: table.new_empty(shape))
+        return torch.index_select(table, 0, batch.positions, out=memory)
 
     def _make_plan_key(self) -> object:
         """Return a stand-in for the specs a plan depends on: one object for layers with equal specs."""

@@ -81,11 +81,3 @@ class RotaryTable:
         size = self.table.shape[0]
         if positions > size:
             self.table = self._compute(max(positions, 2 * size))
-
-    def gather(self, positions: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the rows [T, r] of `positions` [T], in `out` if given; the caller has reserved them."""
-        return torch.index_select(self.table, 0, positions, out=out)
-
-    def empty(self, count: int) -> torch.Tensor:
-        """Return memory for `count` rows."""
-        return self.table.new_empty(count, self.table.shape[1])

@@ -59,8 +59,8 @@ class Groups:
         self.layout = layout
         self.rank = dist.get_rank()
         self.place = layout.place(self.rank)
-        self.heads = _group_of(layout.head_groups(), self.rank, timeout)
-        self._context = _group_of(layout.context_groups(), self.rank, timeout)
+        self.heads = _group_of(layout.groups(layout.head_parts), self.rank, timeout)
+        self._context = _group_of(layout.groups(layout.dcp), self.rank, timeout)
         self._clocked: tuple[Traffic, Callable[[], int]] | None = None
         self.entered = self.left = 0  # collectives, for whoever asks where this rank is
 

@@ -88,14 +88,9 @@ class Layout:
         """Return which part of the heads' weights a rank has."""
         return rank % self.head_parts
 
-    def head_groups(self) -> list[list[int]]:
-        """Return the ranks that together have all heads, group by group."""
-        size = self.head_parts
+    def groups(self, size: int) -> list[list[int]]:
+        """Return all ranks in groups of `size`: `head_parts` have all heads, `dcp` all of a request."""
         return [list(range(first, first + size)) for first in range(0, self.world, size)]
-
-    def context_groups(self) -> list[list[int]]:
-        """Return the ranks that together have all tokens of a request, group by group."""
-        return [list(range(first, first + self.dcp)) for first in range(0, self.world, self.dcp)]
 
     def check(self, config: MLAConfig) -> None:
         """Raise `UsageError` unless the heads of `config`, and its contexts, can be split this way."""

@@ -61,15 +61,15 @@ class Threads(SimulatedGroups):
 
     def add_heads(self, out: torch.Tensor) -> None:
         super().add_heads(out)
-        out.copy_(torch.stack(self._exchange(out, self.layout.head_groups())).sum(0))
+        out.copy_(torch.stack(self._exchange(out, self.layout.groups(self.layout.head_parts))).sum(0))
 
     def gather_context(self, x: torch.Tensor, out: torch.Tensor) -> None:
         super().gather_context(x, out)
-        out.copy_(torch.stack(self._exchange(x, self.layout.context_groups())))
+        out.copy_(torch.stack(self._exchange(x, self.layout.groups(self.layout.dcp))))
 
     def exchange_context(self, parts: torch.Tensor, out: torch.Tensor) -> None:
         super().exchange_context(parts, out)
-        given = self._exchange(parts, self.layout.context_groups())
+        given = self._exchange(parts, self.layout.groups(self.layout.dcp))
         out.copy_(torch.stack([other[self.place.dcp] for other in given]))
 
 

@@ -18,8 +18,8 @@ def test_ranks_of_a_context_are_neighbours() -> None:
     places = [layout.place(rank) for rank in range(8)]
     assert places[:4] == [Place(0, 0, 0), Place(0, 0, 1), Place(0, 1, 0), Place(0, 1, 1)]
     assert places[4:] == [replace(place, dp=1) for place in places[:4]]
-    assert layout.head_groups() == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert layout.context_groups() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert layout.groups(layout.head_parts) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert layout.groups(layout.dcp) == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert [layout.head_part(rank) for rank in range(8)] == [0, 1, 2, 3] * 2
 
 
