@@ -28,7 +28,8 @@ def test_a_config_shows_its_dimensions_and_what_is_not_default() -> None:
     assert repr(MLAConfig.preset("deepseek-v2-lite")) == (
         "MLAConfig('deepseek-v2-lite', hidden_size=2048, num_attention_heads=16, q_lora_rank=None, "
         "kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, "
-        "rope_scaling=YarnScaling(factor=40, origi ... on_factor=None, truncate=True), model_type='deepseek_v2')"
+        "rope_scaling=YarnScaling(factor=40, orig ... factor=None, truncate=True), "
+        "model_type='deepseek_v2')"
     )
 
 
