@@ -164,7 +164,7 @@ def test_short_memory_for_other_inputs_or_lengths_is_told_to_all_ranks(what: str
     plan = SimpleNamespace(name="decode", point=scenario)
     request: Any = SimpleNamespace(setting=setting, scenarios=[plan])
     follower = Follower(request, second)
-    fixture: Any = SimpleNamespace(point=scenario, inputs=lambda: inputs)
+    fixture: Any = SimpleNamespace(point=scenario, inputs=inputs)
     follower._fixture, follower._layers = fixture, {"mla": part}
     for number, (command, *arguments) in enumerate(first.told):
         getattr(follower, command)(*arguments)
