@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from mla.bench.measure import engine, evidence, passes
-from mla.bench.measure.passes import PassRunner, Setup
+from mla.bench.measure.engine import _Engine
+from mla.bench.measure.passes import PassRunner
 from mla.bench.run import profile
 
 
@@ -17,12 +18,12 @@ def script_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Scripted times contradict all other evidence, which is not asked for then.
     """
-    make_runner = Setup._runner
+    make_runner = _Engine.runner
     warm_up = passes.warm_up
 
-    def runner(self: Setup, *arguments: Any) -> PassRunner:
+    def runner(self: _Engine, *arguments: Any) -> PassRunner:
         made = make_runner(self, *arguments)
-        scripted = getattr(self._backend, "scripted", None)
+        scripted = getattr(self.backend, "scripted", None)
         if scripted is not None:
             made.timer = made.timer or scripted()
             made.scripted = scripted  # type: ignore[attr-defined]
@@ -61,6 +62,6 @@ def script_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     look_for_doubts, measure_new_lengths = evidence.doubts, evidence.on_new_lengths
     monkeypatch.setattr(evidence, "doubts", doubts)
     monkeypatch.setattr(evidence, "on_new_lengths", time_new_lengths)
-    monkeypatch.setattr(Setup, "_runner", runner)
+    monkeypatch.setattr(_Engine, "runner", runner)
     monkeypatch.setattr(engine, "warm_up", warmed)
     monkeypatch.setattr(profile, "HostTimer", stage_timer)

@@ -21,12 +21,12 @@ from typing import Any
 
 from mla.bench.limits.microbench import no_garbage_collection
 from mla.bench.measure import evidence
-from mla.bench.measure.passes import PassRunner, Setup, warm_up
+from mla.bench.measure.passes import CacheFlush, PassRunner, warm_up
 from mla.bench.measure.samples import Measurement, Samples, TransientBytes, read_sensors
 from mla.bench.measure.target import MIN_PASSES, NO_TIME, Target, Timetable, shortened
-from mla.bench.measure.variants import HEADLINE, Variant, Variants
+from mla.bench.measure.variants import HEADLINE, Variant, VariantError, Variants, steps
 from mla.bench.subjects.base import Implementation
-from mla.bench.subjects.layer import MlaLayer
+from mla.bench.subjects.layer import CapturedForwards, MlaLayer, NoGraph
 from mla.bench.workload.implementations import parse_one
 from mla.bench.workload.scenario import Scenario
 from mla.command import exit_codes
@@ -97,8 +97,8 @@ def measure(
     implementation its numbers, and no other. Raises `VariantError` if graphs are
     required and the first implementation has none.
     """
-    setup = Setup(backend, variants or Variants(), scenario)
-    engine = _Engine(implementations, scenario, inputs, checker, setup, backend, progress, hooks)
+    timed = variants or Variants()
+    engine = _Engine(implementations, scenario, inputs, checker, timed, backend, progress, hooks)
     gc.collect()
     with no_garbage_collection():  # the same for checks and timing: no op can tell them apart by it
         try:
@@ -124,7 +124,7 @@ class _Engine:
     scenario: Scenario
     inputs: Any
     checker: Any
-    setup: Setup
+    variants: Variants
     backend: Backend
     progress: ProgressCallback
     hooks: Hooks
@@ -133,7 +133,9 @@ class _Engine:
         self.measurements: dict[str, Measurement] = {}
         self.prefill, self.target = self.scenario.mode == "prefill", self.hooks.target
         self.first = self.hooks.first or self.implementations[0].name
-        self.times = Timetable(self.target, self.prefill, self.setup.asked, self.first, self.correct)
+        self.times = Timetable(self.target, self.prefill, self.variants.asked, self.first, self.correct)
+        cold = any(variant.cache == "cold" for variant in self.variants.timed)
+        self.flush = CacheFlush(self.backend) if cold else None
         self.runners: list[PassRunner] = []  # that are timed
         self.untimed = count(UNTIMED)  # numbers of passes that are not timed
         self.unseen: evidence.Unseen | None = None
@@ -167,7 +169,7 @@ class _Engine:
             measurement.headline.check.reason = reason
             return
         implementation.load(self.scenario, self.inputs)
-        runner = self.setup.headline(implementation, measurement)
+        runner = self.runner(implementation, implementation, measurement.headline)
         self._warm_up(runner)
         self._shorten(runner)
         self.times.headlines.append(runner)
@@ -213,7 +215,7 @@ class _Engine:
             return
         waiting = len(self.implementations) - len(self.times.headlines)  # this one included
         most, added = self.times.forwards(runner, waiting), name in self.hooks.added
-        less = shortened(self.scenario, self.setup.timed, first_ms, measurement.warm_ms, most, added)
+        less = shortened(self.scenario, self.variants.timed, first_ms, measurement.warm_ms, most, added)
         if less is not None:
             runner.steps, whole = less, runner.steps
             measurement.due = less.passes
@@ -229,8 +231,7 @@ class _Engine:
             measurement = self.measurements[implementation.name]
             if measurement.due is None:
                 with self.running(implementation):
-                    first = implementation.name == self.first
-                    made_here += self.setup.others(implementation, measurement, first)
+                    made_here += self._others(implementation, measurement)
             made += [(runner, headline.forward_s) for runner in made_here]
         for runner, forward_s in made:
             if not runner.headline and self.correct(runner):
@@ -239,6 +240,51 @@ class _Engine:
         self.runners = [
             runner for runner, _ in made if self.correct(runner) and runner.samples.check.status == "ok"
         ]
+
+    def _others(self, implementation: Implementation, measurement: Measurement) -> list[PassRunner]:
+        """Return a runner per further variant of an implementation that has run a whole pass.
+
+        All variants are noted in `measurement`, unavailable ones with the reason. Raises `VariantError` if
+        graphs are required and this is the first implementation and has none.
+        """
+        timed = [variant for variant in self.variants.timed if variant != HEADLINE]
+        further = [Samples(variant, Check(status="not run")) for variant in timed]
+        measurement.others += further
+        replayed: CapturedForwards | None = None
+        if graphs := [samples for samples in further if samples.variant.mode == "graph"]:
+            try:
+                if not isinstance(implementation, MlaLayer):
+                    raise NoGraph(f"{implementation.name} is not captured")
+                replayed = CapturedForwards(implementation, self.scenario)
+            except NoGraph as error:
+                where = f"--mode graph: {self.scenario.name}, {implementation.name}"
+                if implementation.name == self.first and self.variants.graphs_required:
+                    raise VariantError(f"{where} cannot be replayed from graphs: {error}.") from error
+                for samples in graphs:
+                    samples.check.reason = str(error)
+        runners = []
+        for samples in further:
+            forwards: Any = implementation if samples.variant.mode == "eager" else replayed
+            if forwards is replayed and replayed is not None and samples.variant.clock == "device":
+                forwards = replayed.without_bookkeeping()
+            if forwards is not None:
+                runners.append(self.runner(implementation, forwards, samples))
+        return runners
+
+    def runner(self, implementation: Implementation, forwards: Any, samples: Samples) -> PassRunner:
+        """Return what runs and times the passes of one variant."""
+        variant, backend = samples.variant, self.backend
+        plan = steps(variant, self.scenario)
+        timer = backend.device_timer() if variant.clock == "device" else None
+        if timer is None and variant.clock == "device":
+            raise VariantError(
+                f"backend '{backend.name}' no longer has a device timer: device_timer() returned None."
+            )
+        flush = self.flush if variant.cache == "cold" else None
+        parts = [getattr(forwards, "method", ""), flush.method if flush else "", plan.method()]
+        samples.clock = timer.clock if timer else "host"
+        samples.method = "; ".join(filter(None, parts))
+        return PassRunner(implementation, forwards, backend.synchronize, timer, flush, plan, samples)
 
     def _check_variant(self, runner: PassRunner, forward_s: float) -> None:
         implementation, samples, start = runner.implementation, runner.samples, self.target.now()
@@ -268,9 +314,9 @@ class _Engine:
             ends.append(self.target.now())
             self.tick("warming up", implementation, count)
 
-        steps, least = self.scenario.steps, self.scenario.warmups
+        each, least = self.scenario.steps, self.scenario.warmups
         must = min(least, self.hooks.warmups)
-        result = warm_up(runner.forwards, steps, least, runner.time_step, self.untimed, tick, must)
+        result = warm_up(runner.forwards, each, least, runner.time_step, self.untimed, tick, must)
         runner.ms = result.ms or 0.0
         if runner.headline:
             measurement = self.measurements[implementation.name]

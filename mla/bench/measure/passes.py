@@ -17,14 +17,11 @@ from typing import Any
 
 import torch
 
-from mla.bench.measure.samples import Measurement, Samples
-from mla.bench.measure.variants import HEADLINE, Steps, VariantError, Variants, steps
+from mla.bench.measure.samples import Samples
+from mla.bench.measure.variants import HEADLINE, Steps
 from mla.bench.subjects.base import Implementation
-from mla.bench.subjects.layer import CapturedForwards, MlaLayer, NoGraph
-from mla.bench.workload.scenario import Scenario
 from mla.errors import MLAError
 from mla.text import size
-from mla.verify.verdict import Check
 from mla_backends import host
 from mla_backends.api import Backend, Timer
 
@@ -266,62 +263,3 @@ class CacheFlush:
         """Flush. Nothing of the backend is called: it could warm the cache again."""
         self._buffer.add_(1)
         self._buffer[-1].to("cpu")  # waits for the sweep, in the order of the stream
-
-
-class Setup:
-    """What one scenario is timed with on one backend."""
-
-    def __init__(self, backend: Backend, variants: Variants, scenario: Scenario) -> None:
-        self._backend, self._variants, self._scenario = backend, variants, scenario
-        self.asked, self.timed = variants.asked, variants.timed
-        cold = any(variant.cache == "cold" for variant in variants.timed)
-        self._flush = CacheFlush(backend) if cold else None
-
-    def headline(self, implementation: Implementation, measurement: Measurement) -> PassRunner:
-        """Return the runner of an implementation's headline."""
-        return self._runner(implementation, implementation, measurement.headline)
-
-    def others(
-        self, implementation: Implementation, measurement: Measurement, first: bool
-    ) -> list[PassRunner]:
-        """Return a runner per further variant of an implementation that has run a whole pass.
-
-        All variants are noted in `measurement`, unavailable ones with the reason. Raises `VariantError` if
-        graphs are required and this is the `first` implementation and has none.
-        """
-        further = [Samples(variant, Check(status="not run")) for variant in self.timed if variant != HEADLINE]
-        measurement.others += further
-        replayed: CapturedForwards | None = None
-        if graphs := [samples for samples in further if samples.variant.mode == "graph"]:
-            try:
-                if not isinstance(implementation, MlaLayer):
-                    raise NoGraph(f"{implementation.name} is not captured")
-                replayed = CapturedForwards(implementation, self._scenario)
-            except NoGraph as error:
-                where = f"--mode graph: {self._scenario.name}, {implementation.name}"
-                if first and self._variants.graphs_required:
-                    raise VariantError(f"{where} cannot be replayed from graphs: {error}.") from error
-                for samples in graphs:
-                    samples.check.reason = str(error)
-        runners = []
-        for samples in further:
-            forwards: Any = implementation if samples.variant.mode == "eager" else replayed
-            if forwards is replayed and replayed is not None and samples.variant.clock == "device":
-                forwards = replayed.without_bookkeeping()
-            if forwards is not None:
-                runners.append(self._runner(implementation, forwards, samples))
-        return runners
-
-    def _runner(self, implementation: Implementation, forwards: Any, samples: Samples) -> PassRunner:
-        variant, backend = samples.variant, self._backend
-        plan = steps(variant, self._scenario)
-        timer = backend.device_timer() if variant.clock == "device" else None
-        if timer is None and variant.clock == "device":
-            raise VariantError(
-                f"backend '{backend.name}' no longer has a device timer: device_timer() returned None."
-            )
-        flush = self._flush if variant.cache == "cold" else None
-        parts = [getattr(forwards, "method", ""), flush.method if flush else "", plan.method()]
-        samples.clock = timer.clock if timer else "host"
-        samples.method = "; ".join(filter(None, parts))
-        return PassRunner(implementation, forwards, backend.synchronize, timer, flush, plan, samples)

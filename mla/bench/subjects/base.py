@@ -304,10 +304,7 @@ class LayerChecker(Checker):
         """Yield the forwards of a pass by index, each with what it should be."""
         scenario = self.inputs.scenario
         for index, rows in sorted(left.outputs.items()):
-            step, where = (
-                scenario.step(index),
-                f"{'step' if scenario.mode == 'decode' else 'forward'} {index}",
-            )
+            step, where = scenario.step(index), scenario.forward_name(index)
             expected = self._turned.rows(step, self.inputs.turn(left.number, index))
             yield index, Forward(step, rows, expected, where, partial(left.places or self._places, step))
 

@@ -12,7 +12,7 @@ import torch
 from mla.bench.subjects.base import Left
 from mla.bench.subjects.inputs import Inputs
 from mla.bench.subjects.layer import MlaLayer
-from mla.cost import latent_attention_flops, parameters
+from mla.cost import ABSORBED, step_work
 from mla.verify.layer_check import Checker, Forward
 from mla.verify.selected import Judged, Past, SelectionJudge, Taken
 from mla.verify.tolerances import layer_bounds, mean_over, row_errors, table_decides
@@ -72,12 +72,11 @@ class TakenChecker:
         alone.
         """
         scenario = self.inputs.scenario
-        decode, lens = scenario.mode == "decode", (scenario.query_lens, scenario.history)
         for index, out in sorted(left.outputs.items()):
-            steps = range(index + 1) if decode else [index]
+            steps = range(index + 1) if scenario.mode == "decode" else [index]
             hidden = [self.inputs.forward(left.number, step)[0] for step in steps]
-            where = f"{'step' if decode else 'forward'} {index}"
-            yield index, *self._judge(out, hidden, *lens, left.taken.get(index), where)
+            of = scenario.query_lens, scenario.history, left.taken.get(index), scenario.forward_name(index)
+            yield index, *self._judge(out, hidden, *of)
 
     def forwards(self, left: Left) -> Iterator[tuple[int, Forward]]:
         """Yield the forwards of a pass by index, each with what its output should be."""
@@ -127,10 +126,6 @@ class TakenChecker:
     def _rows(self, query_lens: Sequence[int], kv_lens: Sequence[int]) -> torch.Tensor:
         """Return the rows of a forward that are judged: all, or a random choice of many, in order."""
         config, count = self.judge.truth.config, sum(query_lens)
-        flops = 2 * parameters(config) + 2 * config.index_n_heads * config.index_head_dim * max(kv_lens)
-        keys = config.index_topk if config.index_n_heads else max(kv_lens)
-        flops += latent_attention_flops(
-            config.num_attention_heads, keys, config.kv_lora_rank, config.qk_rope_head_dim
-        )
-        most = max(ROWS, int(ROWS_FLOPS / flops))
+        of_a_row = step_work(config, [1], [max(kv_lens)], element_size=8, attention=ABSORBED)
+        most = max(ROWS, int(ROWS_FLOPS / of_a_row.flops))
         return torch.tensor(sorted(_random.sample(range(count), min(count, most))))

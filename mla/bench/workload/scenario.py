@@ -63,6 +63,10 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """Return the step whose lengths and inputs forward `index` of a pass has: 0 in prefill."""
         return index if self.mode == "decode" else 0
 
+    def forward_name(self, index: int) -> str:
+        """Return what forward `index` of a pass is called."""
+        return f"{'step' if self.mode == 'decode' else 'forward'} {index}"
+
     @property
     def tokens(self) -> int:
         """Number of new tokens in one forward."""
