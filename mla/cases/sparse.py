@@ -312,6 +312,6 @@ KINDS.update(
     select_latents=SelectLatents(),
     sparse_latent_attention=SparseLatentAttention(),
 )
-KINDS["write_index_key"].stored = over_bytes(OfIndexBytes, Stores, WriteIndexKey)
+KINDS["write_index_key"].stored = StoredIndexKey()
 KINDS["select_latents"].stored = SelectStored()
 KINDS["sparse_latent_attention"].stored = over_bytes(Reads, SparseLatentAttention)
