@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -84,10 +85,10 @@ class Row:
         """Return needed work over the median time; extra work of an implementation does not count."""
         return amount / self.latency.median * 1e3 / unit if self.latency else None
 
-    def cold(self) -> Latency | None:
-        """Return the latency with a cold cache, otherwise timed like the headline."""
-        timing = by_kind(self.case).get("cold")
-        return timing.latency_ms if timing and self._has_number else None
+    def further(self, kind: str) -> Latency | None:
+        """Return the latency of one of `KINDS`, of the headline's row alone."""
+        timing = by_kind(self.case).get(kind) if self.headline else None
+        return timing.latency_ms if timing else None
 
 
 def withheld(case: Case) -> bool:
@@ -141,14 +142,9 @@ def timing_rows(files: Iterable[tuple[Path, Run]]) -> list[Row]:
     ]
 
 
-def _further(name: str) -> Callable[[Row], Cell]:
-    """Return the median of a further way of timing, of the headline's row alone."""
-
-    def of(row: Row) -> Cell:
-        timing = by_kind(row.case).get(name) if row.headline else None
-        return timing.latency_ms.median if timing and timing.latency_ms else None
-
-    return of
+def _further_ms(row: Row, kind: str) -> Cell:
+    latency = row.further(kind)
+    return latency.median if latency else None
 
 
 # Column -> where its cell is in a row, or what makes it. Names and order are stable: new columns come last.
@@ -230,7 +226,7 @@ COLUMNS: dict[str, str | Callable[[Row], Cell]] = {
     "speedup": "speedup.speedup",
     "speedup_low": "speedup.speedup_interval.0",
     "speedup_high": "speedup.speedup_interval.1",
-    **{f"{name}_ms": _further(name) for name in KINDS},
+    **{f"{name}_ms": partial(_further_ms, kind=name) for name in KINDS},
     "cache_format": "case.point.cache_format",
     "format_error": "case.format_error",
     "topk": "case.point.topk",

@@ -27,7 +27,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "latency ms": lambda row: estimated(row.latency),
     "95% CI": lambda row: _interval(row.latency),
     "p10 .. p90": lambda row: _spread(row.latency),
-    "cold ms": lambda row: estimated(row.cold()),
+    "cold ms": lambda row: estimated(row.further("cold")),
     "tok/s": lambda row: estimated(row.throughput),
     "FLOP/s": lambda row: per_second(row.per_second(row.case.cost.flops, 1), ""),
     "GB/s": lambda row: number(row.per_second(row.case.cost.bytes, 1e9)),
