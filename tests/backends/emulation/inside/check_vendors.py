@@ -58,8 +58,7 @@ def test_nvidia_names_a_driver_that_is_too_old(
     monkeypatch.setattr(module, "synchronize", fail)
     done = bench()
     assert done.code == 3
-    assert "update the driver, or install torch for an older CUDA" in done.error
-    assert "https://download.pytorch.org/whl/cu126" in done.error
+    assert "update the driver, or install a torch older than" in done.error
     assert "nvidia-smi" not in done.error
 
 
