@@ -79,9 +79,7 @@ class Layout:
         return self.tp * self.dcp
 
     def place(self, rank: int) -> Place:
-        """Return where a rank is. Raises ValueError unless it is one of the world's."""
-        if not 0 <= rank < self.world:
-            raise ValueError(f"rank {rank} is not one of the {self.world} ranks of layout '{self}'.")
+        """Return where a rank is."""
         return Place(rank // self.head_parts, rank % self.head_parts // self.dcp, rank % self.dcp)
 
     def head_part(self, rank: int) -> int:
@@ -111,10 +109,6 @@ class Share:
 
     rank: int
     world: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.world:
-            raise ValueError(f"no share has rank {self.rank} of {self.world}.")
 
     def owns(self, position: Any) -> Any:
         """Return whether the token at a position is on this rank; of positions [T], for each."""

@@ -126,7 +126,6 @@ def test_all_ranks_are_full_at_the_same_time(rank: int) -> None:
         (lambda cache, ids: cache.extend([9], [1]), "no sequence 9"),
         (lambda cache, ids: cache.truncate(ids[0], 9), "cannot truncate a sequence of 3 tokens to 9"),
         (lambda cache, ids: cache.load(ids[0], torch.ones(2, 6), torch.ones(2, 2)), "for a sequence of 3"),
-        (lambda cache, ids: Share(2, 2), "no share has rank 2 of 2"),
     ],
 )
 def test_a_wrong_call_changes_nothing(

@@ -47,11 +47,6 @@ def test_heads_that_cannot_be_split_are_named() -> None:
         Layout(tp=3).check(config)
 
 
-def test_a_rank_outside_the_world_is_refused() -> None:
-    with pytest.raises(ValueError, match="rank 2 is not one of the 2 ranks"):
-        Layout(tp=2).place(2)
-
-
 def test_without_processes_there_are_no_groups() -> None:
     with pytest.raises(UsageError, match="start this with torchrun or srun"):
         Groups(Layout(tp=2))

@@ -105,7 +105,8 @@ def _prepare(
         index_format=index_format,
     )
     core.load(layer.kv_b_proj.weight)
-    layer.mla_attention, layer.expand_kv = Attention(core, steps, surveyed.config), _as_they_are
+    layer.mla_attention = Attention(core, steps, surveyed.config)
+    layer.expand_kv = lambda latent, pe: (latent, pe)  # the latents, in the place of keys and values
     if config.index_n_heads:
         layer.indexer.forward = Indexing(layer.indexer, config)
     layer.kv_b_proj = PackedKvB(layer.kv_b_proj, core)
@@ -140,11 +141,6 @@ def restore(model: Any) -> Any:
         if "mla_before" in vars(part):
             part.set_attn_implementation(vars(part).pop("mla_before"))
     return model
-
-
-def _as_they_are(latent: torch.Tensor, pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the attention function the latents, in the place of keys and values."""
-    return latent, pe
 
 
 # ----------------------------------------------------------------------------------------------------- packed
