@@ -114,7 +114,7 @@ def _run_on_ranks(request: Request, measure: Callable[[Request], int]) -> int:
 
     crew = request.setting.ranks
     assert isinstance(crew, Crew)
-    with crew, crew.told():
+    with crew:
         request = crew.agreed(request, facts(request))
         if crew.rank:
             with last_words.while_running(request.setting.backend.name):

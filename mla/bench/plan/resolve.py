@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -63,33 +62,30 @@ def resolve(options: RunOptions, join: Join | None = None, resumed: results.Run 
     from mla.bench.subjects.setting import implementation_setting, scenario_setting, with_each_op
     from mla.layer.ops import layer_roles
 
-    with setting.ranks.told() if setting.ranks else contextlib.nullcontext():
-        roles = layer_roles(setting.config, setting.dtype, setting.device)
-        points = expand_ops(points, setting.config, {role: kind for role, (kind, _) in roles.items()})
-        listed = _listed_implementations(options, points, setting.config)
-        listed = [
-            each for name in listed for each in with_each_op(scenario_setting(setting, points[0]), name)
-        ]
-        ours = {name: parse_one(name) for name in listed or ["mla"] if is_ours(name)}
-        asked = {name: dict(implementation_setting(setting, named).overrides) for name, named in ours.items()}
-        commands.refuse(commands.of_roles(options, points, asked))
-        cold = "cold" in (wanted.get("cache") or ("cold",))
-        baselines = _added_baselines(setting.config, resumed) if options.is_first_look else []
-        plans, names = plan_scenarios(setting, points, listed, cold, state, baselines)
-        if not listed and "mla-reference" not in names:
-            note("mla-reference is skipped: no fused op was chosen, so it is identical to mla")
-        return Request(
-            setting=setting,
-            scenarios=plans,
-            implementations=names,
-            added=[name for name in baselines if name in names],
-            command=commands.common_options(options, opened.name, opened.device),
-            selection=commands.selection(options),
-            options=given,
-            backend_version=opened.version,
-            state=state,
-            variants=variants.available(wanted, opened.backend),
-        )
+    roles = layer_roles(setting.config, setting.dtype, setting.device)
+    points = expand_ops(points, setting.config, {role: kind for role, (kind, _) in roles.items()})
+    listed = _listed_implementations(options, points, setting.config)
+    listed = [each for name in listed for each in with_each_op(scenario_setting(setting, points[0]), name)]
+    ours = {name: parse_one(name) for name in listed or ["mla"] if is_ours(name)}
+    asked = {name: dict(implementation_setting(setting, named).overrides) for name, named in ours.items()}
+    commands.refuse(commands.of_roles(options, points, asked))
+    cold = "cold" in (wanted.get("cache") or ("cold",))
+    baselines = _added_baselines(setting.config, resumed) if options.is_first_look else []
+    plans, names = plan_scenarios(setting, points, listed, cold, state, baselines)
+    if not listed and "mla-reference" not in names:
+        note("mla-reference is skipped: no fused op was chosen, so it is identical to mla")
+    return Request(
+        setting=setting,
+        scenarios=plans,
+        implementations=names,
+        added=[name for name in baselines if name in names],
+        command=commands.common_options(options, opened.name, opened.device),
+        selection=commands.selection(options),
+        options=given,
+        backend_version=opened.version,
+        state=state,
+        variants=variants.available(wanted, opened.backend),
+    )
 
 
 # ----------------------------------------------------------------------------------------- scenarios

@@ -33,13 +33,12 @@ from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.setting import Ranks, Setting
 from mla.checkpoint import fingerprint, read_layer
 from mla.command.environment import build_digest
-from mla.command.exit_codes import Exit, interrupted
+from mla.command.exit_codes import Exit
 from mla.errors import MLAError, OutOfMemory, RanksError, UnsupportedBatch, UnsupportedOps
 from mla.parallel.groups import CollectiveError, Groups, all_gather
 from mla.parallel.layout import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, Call, Layout, Line, fit
 from mla.text import listed, numbered
-from mla_backends import BackendError
-from mla_backends.errors import describe, first_line
+from mla_backends.errors import first_line
 
 if TYPE_CHECKING:
     from mla.bench.plan.request import Request
@@ -75,17 +74,6 @@ def error_of(parts: Sequence[object]) -> MLAError | None:
     rank, first = next(iter(failed.items()))
     alike = len(set(map(str, failed.values()))) == 1 and len(failed) == len(parts)
     return type(first)(str(first) if alike else f"rank {rank}: {first}")
-
-
-def word_of(error: BaseException) -> tuple[str, int]:
-    """Return what to tell the other ranks of an error of this one, and the exit code for all."""
-    if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED[interrupted()], interrupted()
-    if isinstance(error, MLAError):
-        return str(error).rstrip("."), int(error.exit_code)
-    if isinstance(error, BackendError):
-        return str(error).rstrip("."), Exit.BACKEND
-    return describe(error), Exit.BACKEND
 
 
 @contextmanager
@@ -138,18 +126,9 @@ class Crew(Ranks):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pulse.close()  # first: rank 0 may be gone before this one has ended its libraries
-        if error is None:
-            dist.destroy_process_group()  # which may wait for ranks that are not there, after an error
-
-    @contextmanager
-    def told(self) -> Iterator[None]:
-        """Tell the other ranks why this one fails in the block, if it does."""
-        try:
-            yield
-        except BaseException as error:
-            self.leave(*word_of(error))
-            raise
+        if error is None:  # else the others are told why, and a library may wait for ranks that are not there
+            self._pulse.close()  # first: rank 0 may be gone before this one has ended its libraries
+            dist.destroy_process_group()
 
     def agreed(self, request: Request, facts: Mapping[str, str]) -> Request:
         """Return what all ranks run: rank 0's implementations, with the ops that it chose. All must call it.

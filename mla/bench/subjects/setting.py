@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -59,10 +58,6 @@ class Ranks(ABC):
         `inputs`: those of the scenario. `beat` is called after every forward of the reference.
         """
         return None
-
-    def told(self) -> AbstractContextManager[None]:
-        """Tell other ranks why this one fails in the block, if it does."""
-        return nullcontext()
 
     def leave(self, reason: str, code: int) -> None:  # noqa: B027  # nobody else is there
         """Tell other ranks why this one ends, unless they know."""
