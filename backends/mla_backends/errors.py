@@ -154,13 +154,9 @@ class BackendVersionError(NamedError):
         )
         contract = "another contract" if missing else f"contract {built_for}"
         reason = f"{origin} is built for {contract}, but this mla-backends has contract {speaks}"
-        if missing:
-            super().__init__(
-                name, f"{reason} ({missing})", f"upgrade whichever is older: {origin}, or {core}"
-            )
-        else:
-            newer = isinstance(built_for, int) and built_for > speaks
-            super().__init__(name, reason, f"upgrade {core if newer else origin}")
+        newer = isinstance(built_for, int) and built_for > speaks
+        older = f"whichever is older: {origin}, or {core}" if missing else core if newer else origin
+        super().__init__(name, f"{reason} ({missing})" if missing else reason, f"upgrade {older}")
 
 
 class DeviceUnavailable(NamedError):

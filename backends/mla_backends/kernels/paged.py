@@ -73,35 +73,28 @@ def groups(batch: BatchView, most: int | None) -> tuple[Group, ...]:
         return ()  # no new tokens
     members = [list(alike) for _, alike in groupby(rows, key=lambda row: row.queries)]
     if len(members) == 1 and [row.request for row in rows] == list(range(len(batch.query_lens))):
-        tokens = slice(0, sum(row.queries for row in rows))  # the rows are the requests, one by one
-        return (_describe(rows, tokens, batch.block_table, batch.kv_lens_device, True),)
+        return (_group(rows, None, batch),)
     columns = ((row.request for row in rows), (row.keys for row in rows), (row.first for row in rows))
     index = upload(integers(chain(*columns), wide=True), batch.block_table.device).view(3, -1)
     parts = index.split([len(alike) for alike in members], dim=1)
     return tuple(_group(alike, part, batch) for alike, part in zip(members, parts, strict=True))
 
 
-def _group(rows: Sequence[Row], index: torch.Tensor, batch: BatchView) -> Group:
-    """Gather what a part of the batch needs; `index` [3, rows] int64 holds request, keys and first query."""
+def _group(rows: Sequence[Row], index: torch.Tensor | None, batch: BatchView) -> Group:
+    """Gather what a part of the batch needs; `index` [3, rows] int64 holds request, keys and first query.
+
+    None: the rows are the requests, one by one.
+    """
     import torch
 
-    queries, first = rows[0].queries, rows[0].first
+    queries, first, keys = rows[0].queries, rows[0].first, [row.keys for row in rows]
     tokens: slice | torch.Tensor = slice(first, first + queries * len(rows))
-    if any(row.first != first + i * queries for i, row in enumerate(rows)):
-        tokens = (index[2][:, None] + torch.arange(queries, device=index.device)).view(-1)
-    table = batch.block_table.index_select(0, index[0])
-    return _describe(rows, tokens, table, index[1].int(), False)
-
-
-def _describe(
-    rows: Sequence[Row],
-    tokens: slice | torch.Tensor,
-    table: torch.Tensor,
-    kv_lens: torch.Tensor,
-    follows: bool,
-) -> Group:
-    keys = [row.keys for row in rows]
-    return Group(len(rows), rows[0].queries, tokens, table, kv_lens, max(keys), min(keys) == 0, follows)
+    table, kv_lens = batch.block_table, batch.kv_lens_device
+    if index is not None:
+        table, kv_lens = table.index_select(0, index[0]), index[1].int()
+        if any(row.first != first + i * queries for i, row in enumerate(rows)):
+            tokens = (index[2][:, None] + torch.arange(queries, device=index.device)).view(-1)
+    return Group(len(rows), queries, tokens, table, kv_lens, max(keys), min(keys) == 0, index is None)
 
 
 # ------------------------------------------------------------------------------------------- limits
