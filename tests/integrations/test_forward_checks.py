@@ -78,31 +78,21 @@ def another_attention(model: Any, **words: Any) -> None:
         model.set_attn_implementation(before)
 
 
+def masked(mask: torch.Tensor) -> Callable[..., Any]:
+    return lambda model, **words: forward(model, **words, attention_mask=mask)
+
+
+OTHER = r"takes no mask \[batch, 1"
 REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "attention weights": (lambda *a, **k: forward(*a, **k, output_attentions=True), "no attention weights"),
-    "mask": (lambda *a, **k: forward(*a, **k, attention_mask=torch.zeros(1, 1, 1, 7)), "takes no mask"),
-    "whole numbers": (
-        lambda *a, **k: forward(*a, **k, attention_mask=torch.zeros(1, 1, 1, 7, dtype=torch.int32)),
-        r"takes no mask \[batch, 1",
-    ),
-    "mask by place": (
-        lambda model, **words: model.model(TOKEN, torch.zeros(1, 1, 1, 7), **words),
-        r"takes no mask \[batch, 1",
-    ),
-    "a mask of ours for other queries": (
-        lambda *a, **k: forward(*a, **k, attention_mask=causal(2, 5)),
-        r"takes no mask \[batch, 1",
-    ),
-    "a mask of ours for other tokens": (
-        lambda *a, **k: forward(*a, **k, attention_mask=causal(1, 0)),
-        r"takes no mask \[batch, 1",
-    ),
-    "a mask of ours for other requests": (
-        lambda *a, **k: forward(*a, **k, attention_mask=causal(1, 6, requests=2)),
-        r"takes no mask \[batch, 1",
-    ),
+    "mask": (masked(torch.zeros(1, 1, 1, 7)), OTHER),
+    "whole numbers": (masked(torch.zeros(1, 1, 1, 7, dtype=torch.int32)), OTHER),
+    "mask by place": (lambda model, **words: model.model(TOKEN, torch.zeros(1, 1, 1, 7), **words), OTHER),
+    "a mask of ours for other queries": (masked(causal(2, 5)), OTHER),
+    "a mask of ours for other tokens": (masked(causal(1, 0)), OTHER),
+    "a mask of ours for other requests": (masked(causal(1, 6, requests=2)), OTHER),
     "a mask of other requests": (
-        lambda *a, **k: forward(*a, **k, attention_mask=torch.ones(2, 7, dtype=torch.int64)),
+        masked(torch.ones(2, 7, dtype=torch.int64)),
         r"shape \[2, 7\] for 7 tokens so far of 1 requests",
     ),
     "all keys at once": (all_keys, "is_causal = False"),

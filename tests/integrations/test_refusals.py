@@ -29,92 +29,60 @@ class Linear8bit(nn.Linear):
     """As libraries of quantized weights make theirs."""
 
 
-def quantized() -> Any:
-    model = make_model("deepseek_v3")
-    model.model.layers[1].self_attn.kv_b_proj.__class__ = Linear8bit
-    return model
+def changed(change: Callable[[Any, Any, Any], object], family: str = "deepseek_v3") -> Callable[[], Any]:
+    """Return a maker of a model that `change` is given, with the attention of its last two layers."""
+
+    def make() -> Any:
+        model = make_model(family)
+        change(model, *(layer.self_attn for layer in model.model.layers[-2:]))
+        return model
+
+    return make
 
 
-def split() -> Any:
-    model = make_model("deepseek_v3")
-    model.model.layers[1].self_attn.to("meta")
-    return model
-
-
-def offloaded() -> Any:
-    """As `device_map` leaves a model, but for the hooks."""
-    model = make_model("deepseek_v3")
-    model.hf_device_map = {"model.layers.0": "cpu", "model.layers.1": "disk"}
-    return model
-
-
-def in_fp8() -> Any:
+def in_fp8(model: Any, first: Any, second: Any) -> None:
     """As a checkpoint with `weight_scale_inv` is loaded on a GPU; on a CPU it comes in bfloat16."""
     from transformers.integrations.finegrained_fp8 import FP8Linear
 
-    model = make_model("deepseek_v3")
-    model.model.layers[1].self_attn.o_proj = FP8Linear(64, 64, block_size=(128, 128))
-    return model
+    second.o_proj = FP8Linear(64, 64, block_size=(128, 128))
 
 
-def with_attention_weights() -> Any:
-    model = make_model("deepseek_v3")
+def with_attention_weights(model: Any, first: Any, second: Any) -> None:
     model.set_attn_implementation("eager")
     model.config.output_attentions = True
-    return model
 
 
-def two_models() -> Any:
-    model = make_model("deepseek_v3")
-    model.draft = make_model("deepseek_v2")
-    return model
-
-
-def biased() -> Any:
-    """Of all projections the one whose bias no op takes."""
-    model = make_model("deepseek_v3")
-    model.model.layers[1].self_attn.kv_b_proj.bias = nn.Parameter(torch.ones(128))
-    return model
-
-
-def scaled() -> Any:
-    model = make_model("deepseek_v3")
-    model.model.layers[1].self_attn.scaling *= 2
-    return model
-
-
-def mixed_within_a_layer() -> Any:
-    model = make_model("deepseek_v3")
-    model.model.layers[1].self_attn.o_proj.to(torch.bfloat16)
-    return model
-
-
-def tied() -> Any:
-    model = make_model("deepseek_v3")
-    first, second = (layer.self_attn for layer in model.model.layers)
-    second.o_proj.weight = first.o_proj.weight
-    return model
-
-
-def tied_to_another_part() -> Any:
-    model = make_model("deepseek_v3")
+def tied_to_another_part(model: Any, first: Any, second: Any) -> None:
     model.spare = nn.Linear(64, 64, bias=False)
-    model.spare.weight = model.model.layers[0].self_attn.o_proj.weight
-    return model
+    model.spare.weight = first.o_proj.weight
 
 
-def one_module_twice() -> Any:
-    model = make_model("deepseek_v3")
-    first, second = (layer.self_attn for layer in model.model.layers)
-    second.kv_b_proj = first.kv_b_proj
-    return model
-
-
-def without_an_indexer() -> Any:
-    """Of a model whose config says that all layers have one."""
-    model = make_model("glm_moe_dsa")
-    model.model.layers[2].self_attn.indexer = None
-    return model
+MAP = {"model.layers.0": "cpu", "model.layers.1": "disk"}  # as `device_map` leaves a model, but for the hooks
+CHANGED: list[tuple[Callable[[Any, Any, Any], object], str]] = [
+    (
+        lambda m, a, b: setattr(b.kv_b_proj, "__class__", Linear8bit),
+        r"kv_b_proj of .*\.Linear8bit: load it unq",
+    ),
+    (lambda m, a, b: setattr(m, "hf_device_map", MAP), r"split over devices or offloaded \(cpu, disk\)"),
+    (in_fp8, r"o_proj of this model is transformers\..*\.FP8Linear: load it unquantized"),
+    (with_attention_weights, "computes no attention weights"),
+    (lambda m, a, b: setattr(m, "draft", make_model("deepseek_v2")), "holds several language models"),
+    (lambda m, a, b: b.to("meta"), "split over devices"),
+    (
+        lambda m, a, b: setattr(b.kv_b_proj, "bias", nn.Parameter(torch.ones(128))),
+        "is an nn.Linear with a bias",
+    ),
+    (lambda m, a, b: setattr(b.o_proj, "weight", a.o_proj.weight), "o_proj of layer 0 shares its weight"),
+    (tied_to_another_part, "o_proj of layer 0 shares its weight"),
+    (lambda m, a, b: setattr(b, "kv_b_proj", a.kv_b_proj), "kv_b_proj of layer 0 shares its weight"),
+    (
+        lambda m, a, b: setattr(b, "scaling", 2 * b.scaling),
+        "as the scale of logits, and its config announces",
+    ),
+    (lambda m, a, b: b.to(torch.bfloat16), "differ in dtype"),
+    (lambda m, a, b: b.o_proj.to(torch.bfloat16), r"differ in dtype \(torch.bfloat16, torch.float32\)"),
+    (lambda m, a, b: use_mla(m), "runs our ops already"),
+]
 
 
 def with_another_indexer() -> Any:
@@ -123,45 +91,26 @@ def with_another_indexer() -> Any:
     return AXK2ForCausalLM(AXK2Config(**PLAIN))
 
 
-def mixed() -> Any:
-    model = make_model("deepseek_v3")
-    model.model.layers[1].self_attn.to(torch.bfloat16)
-    return model
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        *((changed(change), message) for change, message in CHANGED),
         (without_mla, "LlamaForCausalLM has no multi-head latent attention"),
         (lambda: nn.Linear(2, 2), "Linear is not a model of `transformers`"),
-        (quantized, r"kv_b_proj of this model is .*test_refusals\.Linear8bit: load it unquantized"),
-        (offloaded, r"split over devices or offloaded \(cpu, disk\)"),
-        (in_fp8, r"o_proj of this model is transformers\..*\.FP8Linear: load it unquantized"),
-        (with_attention_weights, "computes no attention weights"),
-        (two_models, "DeepseekV3ForCausalLM holds several language models"),
-        (split, "split over devices"),
-        (biased, "kv_b_proj of this model is an nn.Linear with a bias"),
-        (tied, "o_proj of layer 0 shares its weight"),
-        (tied_to_another_part, "o_proj of layer 0 shares its weight"),
-        (one_module_twice, "kv_b_proj of layer 0 shares its weight"),
-        (without_an_indexer, "layer 2, .* has 0 index heads, and its config announces 16"),
+        (
+            changed(lambda m, a, b: setattr(a, "indexer", None), "glm_moe_dsa"),
+            "has 0 index heads, .* announces 16",
+        ),
         (
             lambda: make_model("deepseek_v32", index_topk_freq=2, index_skip_topk_offset=1),
             "layer 1, .* has 16 index heads, and its config announces 0",
         ),
         (with_another_indexer, "AXK2ForCausalLM cannot be served: .* its output gate reads the query latent"),
-        (
-            lambda: make_model("kimi_linear", mla_use_output_gate=True),
-            "KimiLinearAttention, has 0 output gates",
-        ),
+        (lambda: make_model("kimi_linear", mla_use_output_gate=True), "Attention, has 0 output gates"),
         (
             lambda: make_model("bailing_hybrid", gated_attention_proj_granularity_type="element_wise"),
             "has 4 output gates per token, and its config announces 64",
         ),
-        (scaled, "as the scale of logits, and its config announces"),
-        (mixed, "differ in dtype"),
-        (mixed_within_a_layer, r"differ in dtype \(torch.bfloat16, torch.float32\)"),
-        (lambda: use_mla(make_model("deepseek_v3")), "runs our ops already"),
     ],
 )
 def test_models_that_cannot_be_served(make: Callable[[], Any], message: str) -> None:
