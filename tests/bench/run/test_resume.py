@@ -280,7 +280,6 @@ FACTS = {
         {"latent_attention": "fast"},
         "latent_attention of case 'decode kv=1, mla' was fast and is ",
     ),
-    "cases.0.query_lens": ([1, 1, 1], "is not a result file: Expected a history for every request"),
 }
 
 
