@@ -15,7 +15,7 @@ from mla.bench.report.summary import ResultFile
 from mla.bench.results.cases import device_cost
 from mla.bench.results.schema import Case, Ceiling
 from mla.bench.terminal import ceilings, verdict
-from mla.bench.terminal.digits import known, limit, number
+from mla.bench.terminal.digits import estimated, known, limit, number
 from mla.bench.terminal.lines import name as case_name
 from mla.bench.terminal.verdict import is_yardstick, status
 from mla.text import grouped, size
@@ -183,7 +183,7 @@ class Charts:
         look = self._colours[case.implementation], near.floor_ms or None, case.check.status, bool(near.doubt)
         if latency is None:
             return Row(name, None, None, f"{status(case)}: no number", *look)
-        return Row(name, latency.median, latency.ci95, known(latency.median, latency.ci95), *look)
+        return Row(name, latency.median, latency.ci95, estimated(latency), *look)
 
     def roofline(self) -> Iterator[Chart]:
         """Yield the roofline of every file with numbers: cases that did work, nearest to a limit first."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from mla.bench.results.cases import LEFT_OUT, as_planned, by_kind
 from mla.bench.results.compare import Comparison
 from mla.bench.results.schema import Case, Latency, NewLengths, Run, Timing
-from mla.bench.terminal.digits import known, number
+from mla.bench.terminal.digits import estimated, number
 from mla.text import counted
 
 # A mean of passes this far from the median of forwards is explained: both are printed, side by side.
@@ -53,9 +53,8 @@ def _timings(case: Case) -> Iterator[str]:
 
 def _timing(warm: Latency, kind: str, timing: Timing) -> str:
     assert timing.latency_ms is not None
-    latency = timing.latency_ms
-    ratio = f" ({number(latency.median / warm.median)}x warm)" if kind == "cold" else ""
-    return f"{kind.replace('_', ' ')} {known(latency.median, latency.ci95)} ms{ratio}"
+    ratio = f" ({number(timing.latency_ms.median / warm.median)}x warm)" if kind == "cold" else ""
+    return f"{kind.replace('_', ' ')} {estimated(timing.latency_ms)} ms{ratio}"
 
 
 def _passes(case: Case) -> Iterator[str]:
@@ -86,8 +85,7 @@ def _beside(case: Case) -> Iterator[str]:
     if latency is not None and rate is not None:
         mean = 1e3 * sum(case.query_lens) / rate.median
         if abs(mean / latency.median - 1) > APART:
-            median = known(latency.median, latency.ci95)
-            yield f"mean {number(mean)} ms, median {median} ms (tok/s uses the mean)"
+            yield f"mean {number(mean)} ms, median {estimated(latency)} ms (tok/s uses the mean)"
 
 
 class Warned(NamedTuple):
