@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from judged import judged_op
 
@@ -65,6 +65,7 @@ def test_requests_without_new_tokens_cut_no_tiles(
     heads=st.sampled_from(flashinfer.HEADS),
     drawn=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 130)), min_size=1, max_size=4),
 )
+@example(heads=128, drawn=[(1, 64), (0, 5), (0, 5)])
 def test_no_batch_loses_a_key(installed: Any, make_spec: Any, heads: int, drawn: Any) -> None:
     kv_lens = [new + old for new, old in drawn]
     table, spec = torch.zeros(len(drawn), 200, dtype=torch.int32), make_spec(num_heads=heads)
