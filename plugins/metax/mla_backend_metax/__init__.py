@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["Metax", "mla_backend"]
 
 KERNELS_HINT = "its wheel for this MACA SDK is on MetaX's own index; those on PyPI are not for this device"
-MCFLASHMLA = LatentLimits(max_rows=4095, empty_rows=False, graph=False)
 # Of the Triton kernels; not run on hardware. A block has 64 KiB of shared memory, and larger tiles have made
 # the compiler hang (FlagGems, issue 6191).
 TILES = Tuning(latent={1: Tile(16, 16, 4, 1)}, expanded={1: Tile(32, 32, 4, 1)})
@@ -59,9 +58,8 @@ class Metax(TritonBackend, CudaBackend):
     def kernels(self) -> Mapping[str, FusedOp]:
         """Return mcFlashMLA, flash-attn built for MACA, and SDPA.
 
-        mcFlashMLA reportedly takes any power of two as page size; deployments use 64. Not documented: what it
-        gives for rows without keys, and whether its planning can be captured into a graph. The planner of
-        FlashMLA's first generation ends the process for 4096 rows and more.
+        mcFlashMLA reportedly takes any page size of a power of two; deployments use 64. Unknown: what rows
+        without keys give, and if a graph can hold its plans. FlashMLA's first planner has 4095 rows at most.
 
         Values are padded to the width of keys: SDPA's FlashAttention requires that (check_head_dim_size_flash
         in mcPytorch's sdp_utils.cpp at 2ee4c34), and flash-attn takes it; vLLM-metax calls flash-attn without
@@ -69,7 +67,9 @@ class Metax(TritonBackend, CudaBackend):
         registers it: what the MACA library behind it does with bounds of int32 is not public.
         """
         return {
-            "flash_mla": FlashMla(MCFLASHMLA, install=KERNELS_HINT),
+            "flash_mla": FlashMla(
+                LatentLimits(max_rows=4095, empty_rows=False, graph=False), install=KERNELS_HINT
+            ),
             "flash_attn": FlashAttnVarlen(install=KERNELS_HINT),
             "sdpa": SdpaExpanded(pads_values=True),
         }
