@@ -1,6 +1,6 @@
 """Formats of the latent cache: what the bytes of one token of one layer are.
 
-A format is an entry of `FORMATS`: a name and a codec, which is the definition of its bytes. Fused
+A format is an entry of `FORMATS`: data for people, and a codec, which is the definition of its bytes. Fused
 ops claim formats by name (`FusedOp.cache_formats`), and are judged by the codec. `register` adds a format
 to a process; an entry point of the group `mla.cache_formats` adds it wherever its package is installed.
 
@@ -279,10 +279,13 @@ def _int8(x: torch.Tensor) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------ formats
 @dataclass(frozen=True)
 class Format:
-    """A format. `codec(c, r)` makes its codec for latents of c and rotary keys of r numbers."""
+    """A format as data. `codec(c, r)` makes its codec for latents of c and rotary keys of r numbers."""
 
     name: str
     codec: Callable[[int, int], Codec]
+    layout: str = ""  # of a token, in order
+    scale_rule: str = ""
+    deployed: str = ""  # who writes it
     source: str = ""  # what was read
 
     def token_bytes(self, c: int = 512, r: int = 64) -> int:
@@ -392,14 +395,38 @@ def stored_format(name: str | None, dtype: torch.dtype) -> str:
     return find_format(name).name
 
 
+_TILED = "c e4m3 latent, a float32 scale for every 128 of it, r bfloat16 rotary key"
 for _entry in (
-    *(Format(_short, partial(Plain, dtype=getattr(torch, _long))) for _short, _long in DTYPES.items()),
-    Format("fp8", FlatFp8, "vLLM 0.33.0, concat_and_cache_mla; sgl-flash-mla 1.0.0"),
-    Format("fp8_ds_mla", TiledFp8, "vLLM 0.33.0, flashmla_sparse.py; FlashMLA 9241ae3, tests/quant.py"),
-    Format("fp8_ds_mla_any", partial(TiledFp8, powers=False), "SGLang 0.5.23, dsa_quant_k_cache.py"),
-    Format("int8", Int8, "ixformer, ref_vllm_paged_attention_mla_int8"),
-    Format("q8_0", Q8, "ggml, quantize_row_q8_0_ref"),
-):
+    *(
+        Format(_short, partial(Plain, dtype=getattr(torch, _long)), f"c + r {_long}", "none", "every engine")
+        for _short, _long in DTYPES.items()
+    ),
+    Format(
+        "fp8", FlatFp8, "c e4m3 latent, r e4m3 rotary key", "one for all tokens: 1, or that of the name",
+        deployed="vLLM, FlashInfer, FlashMLA (dense), TensorRT-LLM",
+        source="vLLM 0.33.0, concat_and_cache_mla; sgl-flash-mla 1.0.0",
+    ),
+    Format(
+        "fp8_ds_mla", TiledFp8, _TILED, "2^ceil(log2(max(amax / 448, 1e-4)))",
+        deployed="vLLM since September 2026, FlashMLA (sparse)",
+        source="vLLM 0.33.0, flashmla_sparse.py; FlashMLA 9241ae3, tests/quant.py",
+    ),
+    Format(
+        "fp8_ds_mla_any", partial(TiledFp8, powers=False), _TILED, "amax / 448, and 2^-126 at least",
+        deployed="SGLang, vLLM before September 2026", source="SGLang 0.5.23, dsa_quant_k_cache.py",
+    ),
+    Format(
+        "int8", Int8, "c int8 latent, r int8 rotary key, float32 scales of latent and key",
+        "amax / 127 of a token, and 2^-126 at least",
+        deployed="ixformer, which keeps the scales in a tensor of their own",
+        source="ixformer, ref_vllm_paged_attention_mla_int8",
+    ),
+    Format(
+        "q8_0", Q8, "for every 32 numbers of latent and rotary key: a float16 scale, 32 int8",
+        "amax / 127 of a block, rounded to float16 behind the codes",
+        deployed="llama.cpp, ik_llama.cpp", source="ggml, quantize_row_q8_0_ref",
+    ),
+):  # fmt: skip
     register(_entry)
 
 

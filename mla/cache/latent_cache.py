@@ -126,6 +126,21 @@ class LatentCache:
         self._last_tables: dict[int, torch.Tensor] = {}  # of those sequences, by the least width asked for
         self._memory: dict[bool, BatchMemory] = {}  # of the last step without and with a least width
 
+    @property
+    def kv_cache(self) -> torch.Tensor:
+        """The latent part of `pages`: [layers, pages, page_size, c]. RuntimeError where they are bytes."""
+        return self._plain_pages()[..., : self.config.kv_lora_rank]
+
+    @property
+    def pe_cache(self) -> torch.Tensor:
+        """The rotary part of `pages`: [layers, pages, page_size, r], channels in checkpoint order."""
+        return self._plain_pages()[..., self.config.kv_lora_rank :]
+
+    def _plain_pages(self) -> torch.Tensor:
+        if self.codec is not None:
+            raise RuntimeError(f"this cache holds bytes of {self.cache_format}: read() decodes them.")
+        return self.pages
+
     def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return a layer's pages and its index pages, None where it has no indexer. Raises ValueError."""
         pages = self._pages_of(layer)

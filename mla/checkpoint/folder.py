@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mla.config import MLAConfig
-from mla.config.families import language_model
+from mla.config.families import language_model, mla_layers
 from mla.config.layer_config import json_object
 from mla.errors import MLAError
 from mla_backends import outside
@@ -183,6 +183,7 @@ class Facts:
 
     source: str
     layers: int | None = None
+    mla_layers: tuple[int, ...] | None = None  # of a model whose other layers attend in another way
     draft_layers: int = 0  # for multi-token prediction; numbered after the main ones
     quantization: Mapping[str, Any] = field(default_factory=dict)
 
@@ -191,6 +192,12 @@ class Facts:
         if self.layers is None or layer is None:
             return False
         return self.layers <= layer < self.layers + self.draft_layers
+
+    def attends_otherwise(self, layer: int | None) -> bool:
+        """Return whether a layer is one of the main ones that are not MLA."""
+        if self.mla_layers is None or layer is None or layer in self.mla_layers:
+            return False
+        return self.layers is None or layer < self.layers
 
     def block_size(self, tensor: str) -> tuple[int, int]:
         """Return how many rows and columns share one FP8 scale, as declared: shapes do not determine it."""
@@ -219,6 +226,7 @@ def read_facts(folder: Folder) -> Facts:
     return Facts(
         str(folder.path / "config.json"),
         layers if isinstance(layers, int) else None,
+        mla_layers(inner),
         drafts if isinstance(drafts, int) else 0,
         quantization if isinstance(quantization, dict) else {},
     )

@@ -138,13 +138,20 @@ def choose(
     else:
         lost = layers == {None} or (layers == {0} and facts.layers == 1)
         chosen = [each for each in locations if each.named(number if lost else each.layer) == asked]
+        if (lost or not chosen) and facts.attends_otherwise(number):
+            raise CheckpointError(
+                f"layer {number} of checkpoint '{folder}' has another attention: its MLA layers, counted from "
+                f"0, are {shortened(', '.join(map(str, facts.mla_layers or ())))}."
+            )
     if len(chosen) == 1:
         return chosen[0], number
     lack = "" if wanted is None else f"no MLA weights of layer {wanted}, only of "
     held = shortened(
         ", ".join(each.named(each.layer) for each in sorted(chosen or locations, key=Location.order))
     )
-    raise CheckpointError(f"checkpoint '{folder}' holds {lack}layers {held}: choose one with --layer N.")
+    raise CheckpointError(
+        f"checkpoint '{folder}' holds {lack}layers {held}: choose one with layer=N (--layer N)."
+    )
 
 
 # --------------------------------------------------------------------------------------------- read

@@ -256,6 +256,24 @@ def refuse(name: str, values: Mapping[str, Any]) -> None:
             raise ConfigError(f"config '{name}': {what} '{kind}' is not supported: {reason}.")
 
 
+def mla_layers(values: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Return the numbers, from 0, of a model's MLA layers; None where its keys name none.
+
+    Kimi counts from 1 in its list; Ling attends with the last layer of each group and a rest that fills none.
+    """
+    hybrid, kinds = values.get("linear_attn_config"), values.get("layer_types")
+    count, group = values.get("num_hidden_layers"), values.get("layer_group_size")
+    listed = hybrid.get("full_attn_layers") if isinstance(hybrid, Mapping) else None
+    if isinstance(listed, list) and all(isinstance(layer, int) for layer in listed):
+        return tuple(layer - 1 for layer in listed)
+    if isinstance(kinds, list) and "linear_attention" in kinds:
+        return tuple(layer for layer, kind in enumerate(kinds) if kind == "full_attention")
+    if isinstance(count, int) and isinstance(group, int) and 0 < group <= count < 1 << 16:
+        rest = count // group * group
+        return tuple(layer for layer in range(count) if (layer + 1) % group == 0 or layer >= rest)
+    return None
+
+
 def find_family(name: str, values: Mapping[str, Any]) -> tuple[str | None, Family]:
     """Return the family's common name and its table; `architectures` stands in for a missing model_type.
 

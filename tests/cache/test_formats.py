@@ -43,6 +43,7 @@ def rows(seed: int, c: int = 512, r: int = 64, tokens: int = 9) -> tuple[torch.T
 def test_bytes_of_a_token() -> None:
     assert {name: entry.token_bytes() for name, entry in FORMATS.items()} == WIDTHS
     assert FORMATS["fp8_ds_mla"].token_bytes(512, 0) == 528
+    assert all(entry.layout and entry.scale_rule and entry.deployed for entry in FORMATS.values())
 
 
 @pytest.mark.parametrize(

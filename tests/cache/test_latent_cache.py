@@ -60,6 +60,30 @@ def test_load_and_read_are_a_round_trip_per_layer(
             assert torch.equal(actual, given_)
 
 
+def test_freed_pages_are_zero_in_every_layer_and_kept_pages_keep_their_content(make_cache: Any) -> None:
+    cache = make_cache(64, num_layers=2)
+    ids = cache.new_sequences(2)
+    cache.extend(ids, [33, 16])
+    cache.pages.fill_(7.0)
+    slots = cache.slots(ids[0])
+    cache.truncate(ids[0], 17)
+    rows = cache.pages.view(2, -1, cache.config.latent_dim)
+    assert (rows[:, slots[32:]] == 0).all()
+    assert (rows[:, slots[:17]] == 7).all()
+    cache.release(ids)
+    assert (cache.pages == 0).all()
+
+
+def test_kv_cache_and_pe_cache_are_views_of_the_pages(make_cache: Any) -> None:
+    cache = make_cache()
+    (sequence,) = cache.new_sequences(1)
+    cache.load(sequence, *latents(cache, 16))
+    page = cache.slots(sequence)[0].item() // 16
+    for view, kept in zip((cache.kv_cache, cache.pe_cache), cache.read(sequence), strict=True):
+        assert torch.equal(view[0, page], kept)
+        assert view.untyped_storage().data_ptr() == cache.pages.untyped_storage().data_ptr()
+
+
 def test_a_full_cache_changes_nothing(make_cache: Any) -> None:
     cache = make_cache(80)
     ids = cache.new_sequences(3)

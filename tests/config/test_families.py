@@ -16,7 +16,7 @@ from transformers_peer import needs_transformers
 
 from mla import MLAConfig
 from mla.config import LongRopeScaling, QueryScaling, YarnScaling
-from mla.config.families import ALIASES, CHANGES, FAMILIES, REFUSED
+from mla.config.families import ALIASES, CHANGES, FAMILIES, REFUSED, mla_layers
 from mla.config.presets import PRESETS
 from mla.errors import ConfigError
 
@@ -254,6 +254,16 @@ def test_an_architecture_with_another_attention_is_refused_by_name(kind: str) ->
         with pytest.raises(ConfigError) as info:
             MLAConfig.from_dict({**V3, "name": "x", "model_type": model_type, "architectures": [kind]})
         assert str(info.value) == f"config 'x': architecture '{kind}' is not supported: {REFUSED[kind]}."
+
+
+def test_the_mla_layers_of_hybrid_models_are_counted_from_zero() -> None:
+    part = PUBLISHED["kimi-k3"]["config"]["text_config"]
+    assert mla_layers(part) == (*range(3, 92, 4), 92)
+    assert mla_layers(PUBLISHED["ling-3-flash"]["config"]) == (5, 11, 17, 23, 29, 35, 41)
+    assert mla_layers({"num_hidden_layers": 14, "layer_group_size": 6}) == (5, 11, 12, 13)
+    assert mla_layers({"layer_types": ["linear_attention", "full_attention"] * 2}) == (1, 3)
+    for values in (V3, {"layer_types": ["full_attention"]}, {"linear_attn_config": {"full_attn_layers": 3}}):
+        assert mla_layers(values) is None
 
 
 def test_an_unknown_family_is_refused_with_the_way_out() -> None:

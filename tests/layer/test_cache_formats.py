@@ -101,6 +101,8 @@ def test_bytes_are_only_copied(name: str) -> None:
     held.extend([first], [30])
     assert torch.equal(held.pages[0].flatten(0, 1)[held.slots(first)][:20], kept)
     assert not held.pages[0].flatten(0, 1)[held.slots(first)][32:].any(), "freed pages are zeros"
+    with pytest.raises(RuntimeError, match=rf"bytes of {name}: read\(\) decodes them"):
+        _ = held.kv_cache
 
 
 def test_a_format_of_the_layer_s_dtype_is_the_plain_cache() -> None:
