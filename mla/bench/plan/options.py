@@ -19,8 +19,10 @@ from mla.bench.workload.grid import (
     DEFAULT_QUERY,
     READS_HISTORY,
     SELECTIONS,
+    SPARSE,
     Axes,
     Point,
+    ops_of,
 )
 from mla.bench.workload.implementations import is_ours, parse
 from mla.bench.workload.scenario import MAX_COUNT, MAX_LAYERS, MAX_REQUESTS, duration, size
@@ -396,6 +398,17 @@ def of_lengths(options: RunOptions) -> Iterator[str]:
     for flags, others, why in _EXCLUSIVE:
         if (flag := _given(options, flags)) and (other := _given(options, others)):
             yield f"{flag} and {other} are mutually exclusive: {why}."
+
+
+def of_sparse(options: RunOptions, op_of_file: str | None) -> Iterator[str]:
+    """Yield that an op selects nothing, on a workload whose ops, `op_of_file`, do."""
+    ops = [] if options.op is None else ops_of(options.op)
+    dense = next((op for op in ops if op not in SPARSE), None)
+    if dense and op_of_file and not set(SPARSE).isdisjoint(ops_of(op_of_file)):
+        yield (
+            f"workload '{options.workload_name}' is for {', '.join(SPARSE)}, and {dense} selects nothing: "
+            "leave --op out, or give its batches with --batch-spec."
+        )
 
 
 def of_options(options: RunOptions, axes: Axes, op_of_file: str | None = None) -> Iterator[str]:

@@ -107,6 +107,7 @@ def _points(options: RunOptions) -> tuple[RunOptions, list[Point]]:
         workload = read_workload(options.workload_name)
         scenarios = select(workload.scenarios, options.scenarios)
         by_file = workload.op if options.op is None else None
+        commands.refuse(commands.of_sparse(options, workload.op))
         options = _with_defaults(options, workload, scenarios)
         axes = grid.parse(options.axes)
     commands.refuse(commands.of_options(options, axes, by_file))

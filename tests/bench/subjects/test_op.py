@@ -236,6 +236,11 @@ def test_latents_without_rotary_channels_are_written_alone_and_no_query_is_rotat
         ),
         (["--topk", "4"], "error: topk applies to one op: add --op sparse_latent_attention. A layer takes "),
         (
+            ["--op", "latent_attention", "--preset", "sparse"],
+            "error: workload 'sparse' is for write_index_key, select_latents, sparse_latent_attention, and "
+            "latent_attention selects nothing: leave --op out, or give its batches with --batch-spec.",
+        ),
+        (
             ["--op", "select_latents"],
             "error: a layer of config 'deepseek-v2-lite' has no select_latents, because it has no indexer: "
             "choose a config that does, such as --config deepseek-v3.2.",
