@@ -140,8 +140,8 @@ def choose(
         chosen = [each for each in locations if each.named(number if lost else each.layer) == asked]
         if (lost or not chosen) and facts.attends_otherwise(number):
             raise CheckpointError(
-                f"layer {number} of checkpoint '{folder}' has another attention: its MLA layers, counted from "
-                f"0, are {shortened(', '.join(map(str, facts.mla_layers or ())))}."
+                f"layer {number} of checkpoint '{folder}' has another attention: its MLA layers, counted "
+                f"from 0, are {shortened(', '.join(map(str, facts.mla_layers or ())))}."
             )
     if len(chosen) == 1:
         return chosen[0], number
