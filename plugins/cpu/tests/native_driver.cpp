@@ -444,6 +444,7 @@ int main() {
         for (int64_t page : {1, 16, 24, 64})
             test_latent({1, 1, 3, 0, 1, 2, 1, 1, 1, 1}, {127, 128, 129, 5, 0, 1, 64, 255, 256, 257}, 5, page, 32, 4, threads);
         test_latent({1}, {1700}, 17, 64, 64, 32, threads);
+        test_latent({1, 2}, {288, 320}, 33, 16, 64, 6, threads);  // whole steps of keys, and columns that are left
         test_latent({40, 2}, {40, 130}, 2, 16, 32, 4, threads);
         for (bool causal : {true, false}) {
             test_expanded({1, 4, 0, 3, 2}, {127, 129, 3, 1, 0}, 2, 6, 32, causal, threads);
