@@ -556,8 +556,12 @@ def _libraries() -> dict[str, Any]:
     """Return the members of `torch.backends` with a switch. Looked up only: to read a switch may raise."""
     import torch
 
-    members = vars(torch.backends).items()
-    return {name: member for name, member in members if not name.startswith("_") and SWITCH in dir(member)}
+    return {
+        name: member
+        for name, member in vars(torch.backends).items()
+        # A module does not list what its class has.
+        if not name.startswith("_") and SWITCH in {*dir(member), *dir(type(member))}
+    }
 
 
 @contextlib.contextmanager
