@@ -1,7 +1,7 @@
 """Kernels that came with the installation, and those that were compiled here, in the user's cache folder.
 
-A build happens in a private folder that is renamed into place: one that is killed leaves nothing broken, and
-of processes that start at once, the first to be done serves the others. Nothing is loaded that another user
+A build happens in a private folder that is renamed into place: one that is killed leaves nothing broken. Of
+processes that start at once, one builds, and the others wait. Nothing is loaded that another user
 could have written: the file, its folder and the cache are opened, and belong to this user, or root, who alone
 may write them. Folders above decide which folder of this user is the cache, and not what is in it.
 """
@@ -15,6 +15,7 @@ import stat
 import sys
 import tempfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,14 +64,35 @@ def make(level: Level, since: str) -> Artifact:
     command = find_compiler()
     kept = _place(prepare(), level)
     check_flags(command, level)
-    note(f"building the CPU kernels for {level.name}, once, with {command[0]}, since {since} ...")
-    try:
-        kernels = _build(command, level, kept)
-    except OSError as error:
-        raise _not_stored(error) from error
+    with _alone(kept.parent / f".{level.name}.lock", level):
+        if kernels := _opened(kept):  # by another process in the meantime
+            return kernels
+        note(f"building the CPU kernels for {level.name}, once, with {command[0]}, since {since} ...")
+        try:
+            kernels = _build(command, level, kept)
+        except OSError as error:
+            raise _not_stored(error) from error
     if kernels is None:
         raise BuildError(f"built kernels cannot be stored: '{kept}' cannot be replaced ({_OTHER_FOLDER})")
     return kernels
+
+
+@contextlib.contextmanager
+def _alone(path: Path, level: Level) -> Iterator[None]:
+    """Hold a lock, which goes with a process that dies; a file system without locks has none."""
+    import fcntl  # not on Windows
+
+    with contextlib.ExitStack() as undo:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+            undo.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                note(f"waiting for another process that builds the CPU kernels for {level.name} ...")
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            undo.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)  # a child forked meanwhile has it, too
+        yield
 
 
 def _place(parent: Path, level: Level) -> Path:
