@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -317,44 +316,28 @@ class DecodeState:
     ) -> None:
         """Attend all requests. In a capture, lengths are read on the device, as a replay finds them."""
         masks: Iterable[_Masks] = self.masks
+        heads = q.shape[1]
         if not self.captured and capturing(q.device):  # one part at a time
             masks = (_masks(kv_lens[part], self.keys, self.queries) for part in self.parts)
         for part, masked in zip(self.parts, masks, strict=True):
             tokens = slice(part.start * self.queries, part.stop * self.queries)
-            value, sums = out[tokens], None if lse is None else lse[tokens]
-            # No name here for the keys: they would live on while those of the next part are gathered.
-            keys_of = partial(self._keys, cache, block_table[part], masked, codec)
-            self._attend(q[tokens], keys_of(), kv_lens[part], masked, scale, value, sums)
-
-    def _keys(
-        self, cache: torch.Tensor, table: torch.Tensor, masks: _Masks, codec: Codec | None
-    ) -> torch.Tensor:
-        """Gather the latents [b, keys, c + r] in fp32; what a request does not own becomes zero."""
-        rows = cache.index_select(0, table.reshape(-1)).view(table.shape[0], self.keys, cache.shape[2])
-        return latents(rows, codec).masked_fill_(masks.foreign, 0)
-
-    def _attend(
-        self,
-        q: torch.Tensor,  # [b * queries, h, c + r]
-        keys: torch.Tensor,  # [b, keys, c + r] fp32
-        kv_lens: torch.Tensor,  # [b]
-        masks: _Masks,
-        scale: float,
-        out: torch.Tensor,  # [b * queries, h, c]
-        lse: torch.Tensor | None,  # [b * queries, h]
-    ) -> None:
-        """Attend one part."""
-        requests, heads = keys.shape[0], q.shape[1]
-        wide = q.to(torch.float32, memory_format=torch.contiguous_format)
-        newest = masks.bias[:, -1:]  # what the newest token may not see, no other may
-        folded = wide.view(requests, -1, q.shape[2])
-        logits = torch.baddbmm(newest, folded, keys.transpose(1, 2), alpha=scale)
-        if self.queries > 1:
-            logits.view(requests, self.queries, heads, -1).add_(masks.bias[:, :, None])
-        out.copy_(torch.bmm(logits.softmax(-1), keys[..., : out.shape[2]]).view(out.shape))
-        if lse is not None:
-            sums = logits.logsumexp(-1).masked_fill_((kv_lens == 0)[:, None], -torch.inf)
-            lse.copy_(sums.view(lse.shape))
+            table = block_table[part]
+            # No name for the keys as cached: these would live on while those in fp32 are used.
+            rows = table.shape[0], self.keys, cache.shape[2]
+            keys = latents(cache.index_select(0, table.reshape(-1)).view(rows), codec)
+            keys.masked_fill_(masked.foreign, 0)  # what a request does not own
+            wide = q[tokens].to(torch.float32, memory_format=torch.contiguous_format)
+            newest = masked.bias[:, -1:]  # what the newest token may not see, no other may
+            folded = wide.view(len(keys), -1, q.shape[2])
+            logits = torch.baddbmm(newest, folded, keys.transpose(1, 2), alpha=scale)
+            if self.queries > 1:
+                logits.view(len(keys), self.queries, heads, -1).add_(masked.bias[:, :, None])
+            value = out[tokens]
+            value.copy_(torch.bmm(logits.softmax(-1), keys[..., : out.shape[2]]).view(value.shape))
+            if lse is not None:
+                sums = logits.logsumexp(-1).masked_fill_((kv_lens[part] == 0)[:, None], -torch.inf)
+                lse[tokens].copy_(sums.view(-1, heads))
+            del keys, logits  # before those of the next part are made
 
 
 def _masks(kv_lens: torch.Tensor, keys: int, queries: int) -> _Masks:

@@ -34,36 +34,25 @@ FEW_BYTES = 1 << 21  # of all that heads are given which are attended together
 def oracle(
     config: MLAConfig,
     state: State,
-    hidden: torch.Tensor,  # [T, d], requests back to back
+    hidden: torch.Tensor,  # [T, d], requests back to back; or [n, T, d]: choices of them
     query_lens: Sequence[int],
     history: Sequence[Pair],  # per request kv [s, c] normed, pe [s, r] rotated
     held: Held | None = None,
-    selection: torch.Tensor | None = None,  # [T, topk]
+    selection: torch.Tensor | None = None,  # [T, topk], or [n, T, topk]
 ) -> torch.Tensor:
-    """Return the layer's output [T, d] in float64; weights and inputs are taken as they are stored.
+    """Return the layer's outputs like `hidden` in float64; weights and inputs are taken as they are stored.
 
     Only tokens at positions that are `held` are attended, by default all; without any, attention is 0.
     Given a `selection`, a token attends the positions within its request that it names (-1 is none).
+    The history is expanded once for all choices.
     """
-    picks = None if selection is None else selection[None]
-    return oracle_of_choices(config, state, hidden[None], query_lens, history, held, picks)[0]
-
-
-def oracle_of_choices(
-    config: MLAConfig,
-    state: State,
-    hidden: torch.Tensor,  # [n, T, d]: choices of new tokens, requests back to back
-    query_lens: Sequence[int],
-    history: Sequence[Pair],
-    held: Held | None = None,
-    selections: torch.Tensor | None = None,  # [n, T, topk]
-) -> torch.Tensor:
-    """Return the outputs [n, T, d] in float64 of every choice; the history is expanded once for all."""
-    layer, lengths = TrueLayer(config, state), list(query_lens)
-    picks = [None] * len(lengths) if selections is None else selections.cpu().long().split(lengths, dim=1)
-    requests = zip(hidden.cpu().double().split(lengths, dim=1), picks, history, strict=True)
+    layer, lengths, rows = TrueLayer(config, state), list(query_lens), hidden.cpu().double()
+    choices, picks = rows.view(-1, *rows.shape[-2:]), [None] * len(lengths)
+    if selection is not None:
+        picks = selection.cpu().long().view(len(choices), len(choices[0]), -1).split(lengths, dim=1)
+    requests = zip(choices.split(lengths, dim=1), picks, history, strict=True)
     outputs = [layer.request(new, past, held, pick) for new, pick, past in requests if new.shape[1]]
-    return torch.cat(outputs or [hidden.cpu().double()], dim=1)
+    return torch.cat(outputs or [choices], dim=1).view(rows.shape)
 
 
 def oracle_of_last(

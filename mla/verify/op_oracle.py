@@ -161,11 +161,7 @@ def attend_selected(
     together = max(1, LOGITS_BYTES // (8 * max(1, chosen.shape[1]) * (q.shape[1] + q.shape[2])))
     for first in range(0, len(q) if len(k) else 0, together):
         run = slice(first, first + together)
-        absent, rows = (chosen[run] < 0)[:, None], chosen[run].clamp_min(0)
-        logits = torch.einsum("thd,tnd->thn", q[run].double(), k[rows].double()) * scale
-        logits.masked_fill_(absent, -torch.inf)
-        lse[run] = logits.logsumexp(-1)
-        weights = (logits - lse[run].clamp_min(-1e300)[..., None]).exp()
-        weights = change(weights) if change else weights
-        out[run] = torch.einsum("thn,tnd->thd", weights, v[rows].double())
+        rows, absent = chosen[run].clamp_min(0), (chosen[run] < 0)[:, None]
+        parts = q[run, None].double(), *(x[rows].double()[:, :, None] for x in (k, v))
+        out[run], lse[run] = (x[:, 0] for x in _attend_padded(*parts, absent, scale, change))
     return out, lse

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mla.verify import layer_oracle
-from mla.verify.layer_oracle import oracle, oracle_of_choices
+from mla.verify.layer_oracle import oracle
 from mla.weights import random_state_dict
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def test_choices_give_what_each_gives_alone(
     config = tiny(**changes)
     state, past = random_state_dict(config, 0, torch.float32), history(config, PAST)
     hidden = drawn(5, sum(LENS), config.hidden_size)
-    together = oracle_of_choices(config, state, hidden, LENS, past)
+    together = oracle(config, state, hidden, LENS, past)
     apart = torch.stack([oracle(config, state, tensor, LENS, past) for tensor in hidden])
     torch.testing.assert_close(together, apart, rtol=1e-12, atol=1e-12)
 
@@ -62,7 +62,7 @@ def test_logits_of_all_choices_are_not_made_at_once(
     monkeypatch.setattr(layer_oracle, "FEW_BYTES", 0)  # each head by itself
     monkeypatch.setattr(layer_oracle, "LOGITS_BYTES", 3 * 8 * 2 * (7 + 2))  # three choices of 2 tokens over 9
     hidden = drawn(8, 2, config.hidden_size)
-    oracle_of_choices(config, random_state_dict(config, 0, torch.float32), hidden, [2], history(config, (7,)))
+    oracle(config, random_state_dict(config, 0, torch.float32), hidden, [2], history(config, (7,)))
     assert at_once == [3, 3, 2] * config.num_attention_heads
 
 
@@ -73,6 +73,6 @@ def test_a_long_history_is_expanded_once_for_all_choices(tiny: Callable[..., MLA
     counts = []
     for choices in (1, 16):
         with FlopCounterMode(display=False) as counted:
-            oracle_of_choices(config, state, drawn(choices, 2, config.hidden_size), [2], past)
+            oracle(config, state, drawn(choices, 2, config.hidden_size), [2], past)
         counts.append(counted.get_total_flops())
     assert counts[1] < 1.2 * counts[0]

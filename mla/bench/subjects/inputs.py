@@ -22,7 +22,7 @@ from mla.cache import LatentCache
 from mla.cache.formats import Codec, IndexFp8, given_back
 from mla.cases.case import generator
 from mla.config import MLAConfig
-from mla.verify.layer_oracle import Held, Run, State, oracle, oracle_of_choices, oracle_of_last
+from mla.verify.layer_oracle import Held, Run, State, oracle, oracle_of_last
 
 # The most last tokens of a prefill's request; and rows of them over all requests.
 LAST_TOKENS, LAST_ROWS = 64, 256
@@ -292,7 +292,7 @@ def _of_steps(
     steps = every.shape[1]
     rows = torch.cat([request.flatten(1, 2) for request in every.split(lens, dim=2)], dim=1)
     lengths = [length * steps for length in lens]
-    outputs = oracle_of_choices(config, state, rows, lengths, history, held).split(lengths, dim=1)
+    outputs = oracle(config, state, rows, lengths, history, held).split(lengths, dim=1)
     return torch.cat([request.unflatten(1, (steps, -1)) for request in outputs], dim=2)
 
 
