@@ -79,7 +79,8 @@ def _answers(backend: Backend) -> Iterator[tuple[str, str, Any, bool, str]]:
         a_number = isinstance(peak.value, (int, float)) and type(peak.value) is not bool
         fits = a_number and 1 <= peak.value <= most
         yield of, f"{field} per second", peak.value, fits, f"a number from 1 to {most:g}"
-        yield of, f"{field} of the source", peak.source, _is_text(peak.source or "-"), "a printable text"
+        source = isinstance(peak.source, str) and peak.source.isprintable()
+        yield of, f"{field} of the source", peak.source, source, "a printable text"
     memory = backend.memory()
     yield "memory()", "", memory, isinstance(memory, MemoryInfo), "a MemoryInfo"
     for field in ("free", "total", "allocated", "peak"):

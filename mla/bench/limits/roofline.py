@@ -146,16 +146,13 @@ class RooflineModel:
         return merged(chain.from_iterable(zip(*filter(None, pairs), strict=True)))
 
     def _highest(self, work: Literal["read", "matmul"]) -> Iterator[Ceiling]:
-        """Yield what is known of one kind of work: measured or, where nothing was, declared."""
+        """Yield what is known of one kind of work: measured, and then declared, for what was not."""
         info, dtype = self._backend.device_info(), self._dtype if work == "matmul" else None
         peak = info.flops.get(self._dtype) if dtype else info.bandwidth
         every = (ceiling for what in self._asked for ceiling in self._measured[what])
         measured = merged(ceiling for ceiling in every if ceiling is not None and ceiling.work == work)
-        if peak is None:
-            yield from measured
-        elif measured:
-            yield from (_with_declared(ceiling, peak) for ceiling in measured)
-        else:
+        yield from measured if peak is None else (_with_declared(ceiling, peak) for ceiling in measured)
+        if peak is not None:
             yield Ceiling(work=work, value=peak.value, source=peak.source, dtype=dtype)
 
     def known(self, footprint: int) -> tuple[Ceiling, Ceiling] | None:

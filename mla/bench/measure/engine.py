@@ -338,11 +338,11 @@ class _Engine:
                 self.unseen = evidence.Unseen(self.inputs, self.checker, most)
             self.hooks.heartbeat()
         readings = read_sensors(self.backend, "before")
+        for measurement in self.measurements.values():
+            measurement.device_state = readings  # which an interrupt leaves as they are
         self._time_passes(order)
         self._say_cut()
         readings += read_sensors(self.backend, "after")
-        for measurement in self.measurements.values():
-            measurement.device_state = [dict(reading) for reading in readings]
 
     @contextmanager
     def _spared(self, implementation: Implementation | None = None) -> Iterator[None]:

@@ -192,7 +192,7 @@ def watched_step(impl: MlaLayer, watch: Stopwatch) -> None:
     with watch.region(BETWEEN):
         batch = impl.batch if impl.scenario.mode == "prefill" else impl.extend()
         impl.layer.plan(batch)
-        impl.forward(batch, impl.x, impl.out)
+        impl.forward(batch, impl.x, impl.outs)
 
 
 def add_stages(

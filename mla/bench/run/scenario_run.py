@@ -183,10 +183,11 @@ class ScenarioRun:
             peak_bytes=self._setting.backend.memory().peak,
             transient_bytes=measured.transient_bytes,
         )
-        fewest = replace(self._setting, attention="auto")  # paths that others may take
-        least = self._whole(self._costs(fewest, case.steps_per_pass))
-        judge(case, least, self.ceilings, self._hooks.heartbeat)
-        roofline.place_case(case, self.ceilings.used())
+        if impl.computes:
+            fewest = replace(self._setting, attention="auto")  # paths that others may take
+            least = self._whole(self._costs(fewest, case.steps_per_pass))
+            judge(case, least, self.ceilings, self._hooks.heartbeat)
+            roofline.place_case(case, self.ceilings.used())
         return case
 
     def _whole(self, costs: Sequence[Cost]) -> Cost:

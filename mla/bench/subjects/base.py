@@ -68,6 +68,7 @@ class Implementation(ABC):
 
     name: str
     held_to_reference = False  # at most twice its error, as well as the absolute bounds
+    computes = True  # the work that is counted: its time cannot be shorter than the device's limits allow
     number = 0  # of the present pass
 
     def __init__(self, setting: Setting) -> None:

@@ -178,7 +178,7 @@ class MlaLayer(LayerImplementation):
 
     def ready(self, index: int) -> None:
         super().ready(index)
-        self._outs = list(self.out)  # views, made before anything is timed
+        self.outs = list(self.out)  # views, made before anything is timed
         if self._prefills:
             self.clear_new(self.batch)
 
@@ -188,17 +188,14 @@ class MlaLayer(LayerImplementation):
             poison.clear(batch.slots)
 
     def step(self, index: int) -> None:
-        self._run(self.batch if self._prefills else self.extend(), self.x, self._outs)
+        self.forward(self.batch if self._prefills else self.extend(), self.x, self.outs)
 
     def extend(self, table_tokens: int = 0) -> RaggedBatch:
         """Make room for the next decode step and return its batch (`LatentCache.extend`)."""
         return self.cache.extend(self._sequences, self.scenario.query_lens, table_tokens=table_tokens)
 
-    def forward(self, batch: RaggedBatch, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        """Run the layers on any batch of the cache; `out` is [layers, T, d]."""
-        self._run(batch, hidden, list(out))
-
-    def _run(self, batch: RaggedBatch, hidden: torch.Tensor, outs: list[torch.Tensor]) -> None:
+    def forward(self, batch: RaggedBatch, hidden: torch.Tensor, outs: Sequence[torch.Tensor]) -> None:
+        """Run the layers on any batch of the cache; each writes one of `outs` [T, d]."""
         selection = None
         parts = zip(self.layers, self._pages, self._index_pages, outs, strict=True)
         for layer, pages, index_pages, out in parts:
@@ -346,7 +343,7 @@ class CapturedForwards:
     def _work(self) -> None:
         if self._decode:
             self._batch.update_(self._batch)  # drops the plan, so that planning is captured too
-        self._layer.forward(self._batch, self._hidden, self.out)
+        self._layer.forward(self._batch, self._hidden, list(self.out))
 
     def without_bookkeeping(self) -> CapturedForwards:
         """Return the same forwards for the device's clock: the host's part of a step is done before it."""

@@ -211,6 +211,10 @@ DEVICE = "    def device_info(self): return {}\nfrom mla_backends.api import Dev
             "device_info() returned bandwidth per second 0, ",
         ),
         (
+            DEVICE.format("DeviceInfo('d', bandwidth=Peak(1e9, None))"),
+            "device_info() returned bandwidth of the source None, not a printable text",
+        ),
+        (
             DEVICE.format("DeviceInfo('d', flops={'x': 3})"),
             "device_info() returned flops of 'x' 3, not a Peak",
         ),

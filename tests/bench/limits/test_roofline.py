@@ -148,6 +148,16 @@ def test_a_declared_peak_serves_a_device_that_cannot_be_measured(
     ]
 
 
+def test_a_declared_peak_serves_a_footprint_that_cannot_be_read(
+    setting: Setting, script: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    declare(setting, monkeypatch, 1e9, 1e12)
+    model = RooflineModel(setting)
+    model.known(1 << 18)
+    monkeypatch.setattr(Microbenchmark, "read", lambda *sizes: 1 / 0)
+    assert known(model)[0].source == "a sheet"
+
+
 def test_the_highest_of_several_measurements_is_kept_with_the_lowest(
     setting: Setting, script: Scripted
 ) -> None:

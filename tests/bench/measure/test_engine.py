@@ -126,6 +126,7 @@ def test_an_interrupt_keeps_complete_passes_and_flags_all(decode: Bench) -> None
     assert all(len(samples) == DECODE.runs for samples in kept)
     assert len(kept) == len(decode.order())
     assert all(measurement.interrupted for measurement in measured.values())
+    assert measured["a"].device_state == [{"when": "before", "timed": "0"}]
     assert gc.isenabled()
 
 

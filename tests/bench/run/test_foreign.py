@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 
 from mla.bench import results
+from mla.bench.limits.roofline import RooflineModel
+from mla.bench.run import scenario_run
 from mla.bench.subjects import transformers_layer
 
 Bench = Callable[..., Any]
 
 MODULE = """
 import torch
-from mla.bench.subjects.base import Facts
+from mla.bench.subjects.base import Facts, Implementation
 from mla.verify.layer_oracle import oracle
+from mla.verify.verdict import Check
 
 class Plain:
     off = 1.0
@@ -88,6 +91,15 @@ class Numberless(Plain):
 class Half:
     load = restore = step = lambda self, *given: None
 
+class Baseline(Implementation):
+    __init__ = lambda self, setting, state: super(Baseline, self).__init__(setting)
+    computes = False
+    load = before = step = after = lambda self, *given: None
+    restore = lambda self, number=0: None
+    outputs = lambda self: {}
+    check = lambda self, checker: Check(status="ok")
+    facts = lambda self: Facts()
+
 class Remembers(Plain):
     known = {}
 
@@ -129,6 +141,15 @@ def test_it_is_timed_checked_and_compared(measure: Bench) -> None:
         assert case.memory.weight_bytes > 0
         assert [agreement.implementation for agreement in case.agreement] == ["mla"]
         assert "elsewhere:Plain" in case.repro
+
+
+def test_a_baseline_that_computes_nothing_has_no_limit(
+    measure: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RooflineModel, "implausible", lambda *work: "it cannot be")
+    monkeypatch.setattr(scenario_run, "PAUSES_S", ())
+    measure("mla,elsewhere:Baseline", "--scenario", "prefill")
+    assert [case.check.status for case in cases().values()] == ["doubtful", "ok"]
 
 
 def test_a_wrong_one_has_no_number(measure: Bench) -> None:

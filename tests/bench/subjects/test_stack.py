@@ -201,7 +201,7 @@ def swapped_caches(stack: MlaLayer) -> None:
 
 
 def same_output(stack: MlaLayer) -> None:
-    stack._outs[1:] = [stack._outs[0]] * (LAYERS - 1)
+    stack.outs[1:] = [stack.outs[0]] * (LAYERS - 1)
 
 
 @pytest.mark.parametrize(
