@@ -30,6 +30,7 @@ from mla.cases.memory import (
     changed_slots,
     poison,
     same_numbers,
+    strides,
 )
 from mla.errors import MLAError
 from mla.reference import REFERENCE
@@ -139,25 +140,37 @@ class RecordedCall:
         cache[self.kept_pages.to(device)] = self.pages.to(device)
         return {**given, "cache": cache}
 
+    def _shapes(self) -> dict[str, tuple[torch.Size, torch.dtype, Gaps]]:
+        """Return shape, dtype and gaps of every tensor given, but for a packed weight and the cache."""
+        facts, packed = self.facts, {"weight"} if self.entry.packed else set[str]()
+        shapes = {name: (x.shape, x.dtype) for name, x in self.operands.items() if name not in packed}
+        shapes |= {name: (torch.Size(shape), self.case.dtype(name)) for name, shape in facts.outputs.items()}
+        return {name: (*known, facts.gaps.get(name, NO_GAPS)) for name, known in shapes.items()}
+
+    @property
+    def placed_bytes(self) -> int:
+        """How much memory the call takes without its cache: gaps included, and once more (`Piece.seal`)."""
+        return 2 * sum(
+            (gaps[0] + shape[0] * strides(shape, gaps)[0]) * dtype.itemsize
+            for shape, dtype, gaps in self._shapes().values()
+        )
+
     def _placed(self, device: torch.device) -> tuple[dict[str, Piece], dict[str, Any]]:
         """Return the call's memory on a device by name, strided as it was, and its arguments.
 
         Nobody may write beside it: there is NaN, and beside tables a valid entry, so that an op which reads
         too far gives a wrong result and no invalid address.
         """
-        facts, packed = self.facts, {"weight"} if self.entry.packed else set[str]()
-        shapes = {name: (x.shape, x.dtype) for name, x in self.operands.items() if name not in packed}
-        outputs = {name: (torch.Size(shape), self.case.dtype(name)) for name, shape in facts.outputs.items()}
         pieces: dict[str, Piece] = {}
-        for name, (shape, dtype) in (shapes | outputs).items():
+        for name, (shape, dtype, gaps) in self._shapes().items():
             operand, fill = self.operands.get(name), torch.nan
             if operand is not None and operand.numel() and not operand.is_floating_point():
                 fill = operand.flatten()[-1].item()
-            piece = pieces[name] = Piece(shape, dtype, device, facts.gaps.get(name, NO_GAPS), fill=fill)
+            piece = pieces[name] = Piece(shape, dtype, device, gaps, fill=fill)
             poison(piece.part) if operand is None else piece.part.copy_(operand)
             piece.seal()
         arguments = self._arguments({name: piece.part for name, piece in pieces.items()}, device)
-        return pieces, arguments | ({"out": arguments["x"]} if facts.in_place else {})
+        return pieces, arguments | ({"out": arguments["x"]} if self.facts.in_place else {})
 
     def make(self, op: FusedOp, device: torch.device, synchronize: Wait = lambda: None) -> Made:
         """Make the call on a device, in fresh memory of the same layout."""

@@ -41,10 +41,13 @@ class Origin(msgspec.Struct, kw_only=True):
     environment: dict[str, str] = {}
 
 
-class Document(msgspec.Struct, kw_only=True):
+class _Versioned(msgspec.Struct):
+    version: int = VERSION
+
+
+class Document(_Versioned, kw_only=True):
     """The metadata of a failure; without `call` it holds tensors of a layer, and cannot be replayed."""
 
-    version: int = VERSION
     origin: Origin
     replay: str = ""  # the line that makes the call again
     call: CallFacts | None = None
@@ -139,10 +142,11 @@ def read(folder: Path) -> Failure:
 
 def _read(path: Path) -> Failure:
     with safetensors.safe_open(path, framework="pt") as file:
-        document = msgspec.json.decode((file.metadata() or {}).get(KEY, ""), type=Document)
-        if document.version != VERSION:
-            said = f"its version is {document.version}, and this program reads version {VERSION}"
+        words = (file.metadata() or {}).get(KEY, "")
+        if (version := msgspec.json.decode(words, type=_Versioned).version) != VERSION:
+            said = f"its version is {version}, and this program reads version {VERSION}"
             raise ValueError(f"{said}: run the command that kept it again")
+        document = msgspec.json.decode(words, type=Document)
         return Failure(document, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  # no mapping
 
 
@@ -198,11 +202,11 @@ def _refusals(call: RecordedCall, name: str, op: FusedOp, spec: object) -> list[
 
 
 def _require_memory(call: RecordedCall, backend: Backend) -> None:
-    """Raise `OutOfMemory` if the device has no room for the cache, of which the file holds only a part."""
+    """Raise `OutOfMemory` if the device has no room for the call; the file holds only a part of a cache."""
     cache = 0 if call.pages is None else call.facts.pages * call.pages[:1].nbytes
     compared = cache if cache <= MAX_CALL_BYTES else 0
     on_host = backend.device is not None and backend.device.type == "cpu"
-    needed = cache + compared * (4 if on_host else 1)
+    needed = cache + compared * (4 if on_host else 1) + call.placed_bytes
     free = host.memory_available() if on_host else backend.memory().free
     if free is not None and needed > free:
         raise OutOfMemory(f"this call needs {size(needed)} of memory, and {size(free)} are free: free more.")

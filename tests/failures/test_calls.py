@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import torch
 from faulty_backend import FaultyOp
+from safetensors.torch import save_file
 
 from mla import MLA, LatentCache, MLAConfig
 from mla.cache.formats import codec_of, index_codec
@@ -247,10 +248,11 @@ def changed(kept: file.Failure, **changes: Any) -> file.Failure:
     return file.Failure(msgspec.structs.replace(kept.document, call=facts), kept.tensors)
 
 
-def test_a_cache_that_does_not_fit_is_not_made(kept_attention: file.Failure) -> None:
+@pytest.mark.parametrize("large", [{"pages": 2**42}, {"gaps": {"q": (0, 2**40, 0)}}], ids=["cache", "gaps"])
+def test_memory_that_does_not_fit_is_not_made(kept_attention: file.Failure, large: dict[str, Any]) -> None:
     said = r"this call needs .* GiB of memory, and .* are free: free more\."
     with pytest.raises(OutOfMemory, match=said):
-        replay(changed(kept_attention, pages=2**42), HostBackend(), "reference")
+        replay(changed(kept_attention, **large), HostBackend(), "reference")
 
 
 def test_an_op_that_writes_lse_is_not_blamed_for_a_call_without_one(kept_attention: file.Failure) -> None:
@@ -311,8 +313,9 @@ def test_files_that_are_none_are_refused_in_one_sentence(tmp_path: Path) -> None
     file.write(tmp_path, file.Document(origin=ORIGIN), {"output": torch.zeros(2)})
     with pytest.raises(ResultError, match=r"holds tensors of a whole layer.*with: repeat"):
         file.read(tmp_path).call()
-    file.write(tmp_path, file.Document(version=3, origin=ORIGIN), {})
-    said = "its version is 3, and this program reads version 2: run the command that kept it again"
+    words = {file.KEY: '{"version": 1, "call": 5}'}  # all else was another before
+    save_file({}, tmp_path / file.NAME, words)
+    said = "its version is 1, and this program reads version 2: run the command that kept it again"
     with pytest.raises(ResultError, match=said):
         file.read(tmp_path)
     (tmp_path / file.NAME).unlink()
