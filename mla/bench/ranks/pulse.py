@@ -122,14 +122,12 @@ class Pulse:
     def _watch(self) -> None:
         """Miss a store that does not answer, whose operations wait without limit; end what waits for ever."""
         turn, quiet = -1, 0.0
-        while self.lost is None:
-            if self._closed.wait(BEAT):
-                return
+        while self.lost is None and not self._closed.wait(BEAT):
             last, turn = turn, self.beats[self.rank].turn
             quiet = quiet + BEAT if turn == last else 0.0
             if quiet > SILENT:
                 self._lose(self._silent([0]))
-        if not self._closed.wait(GRACE):
+        if self.lost is not None and not self._closed.wait(GRACE):
             self.die(self.lost)
 
     def _end(self, *verdict: Any) -> None:

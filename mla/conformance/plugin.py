@@ -1,1 +1,0 @@
-"""Nothing: an installation of before names this module as a plugin of pytest."""
