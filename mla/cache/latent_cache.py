@@ -217,36 +217,49 @@ class LatentCache:
 
         The block table is as wide as the longest sequence needs, or as `table_tokens` tokens would if that is
         more: steps of sequences that grow up to there have one shape and one memory, as a graph needs.
-        Raises `CacheFull` when pages run out and ValueError for bad arguments; both change nothing.
+        Raises `CacheFull` when pages run out and ValueError for bad arguments; both change nothing. After any
+        other error, as for want of memory, lengths are as before, and earlier batches out of date.
         """
         query_lens = whole_numbers("query_lens", query_lens)
         reserved = table_tokens and whole_numbers("table_tokens", [table_tokens])[0]
         width = -(-reserved // self.page_size)
         if width > self._tables.shape[1]:  # before anything changes: there may be no memory
             self._grow_tables(self._tables.shape[0], width)
-        entries = self._grow(sequences, query_lens)
+        entries, kv_lens = self._with_room(sequences, query_lens)
         table = self._table(entries, width)
         slots = None
         if query_lens.count(1) == len(query_lens):  # decode: a few integers, not worth tensor arithmetic
             size = self.page_size
-            slots = [entry.pages[-1] * size + (entry.length - 1) % size for entry in entries]
+            slots = [
+                entry.pages[(length - 1) // size] * size + (length - 1) % size
+                for entry, length in zip(entries, kv_lens, strict=True)
+            ]
         memory = self._batch_memory(sum(query_lens), table, reserved=reserved > 0)
         of = (table, self.page_size, self.pages.device, self, slots, memory)
-        return RaggedBatch(query_lens, [entry.length for entry in entries], *of)
+        batch = RaggedBatch(query_lens, kv_lens, *of)
+        self._set_lengths(entries, kv_lens)  # last: until here memory may be short
+        return batch
 
     def grow(self, sequences: Sequence[int], query_lens: Sequence[int]) -> torch.Tensor:
         """Make room as `extend` does, and return the host's block table [B, n] int32 alone."""
-        return self._table(self._grow(sequences, whole_numbers("query_lens", query_lens)), 0)
+        entries, kv_lens = self._with_room(sequences, whole_numbers("query_lens", query_lens))
+        table = self._table(entries, 0)
+        self._set_lengths(entries, kv_lens)
+        return table
 
-    def _grow(self, sequences: Sequence[int], query_lens: Sequence[int]) -> list[_Sequence]:
-        """Give sequences the pages and the lengths that they have after a step."""
+    def _with_room(
+        self, sequences: Sequence[int], query_lens: Sequence[int]
+    ) -> tuple[list[_Sequence], list[int]]:
+        """Give sequences the pages that a step needs; return them and the lengths that it gives them."""
         entries = self._entries(sequences, query_lens)
         kv_lens = [entry.length + new for entry, new in zip(entries, query_lens, strict=True)]
         self._reserve(entries, kv_lens)
+        self.generation += 1
+        return entries, kv_lens
+
+    def _set_lengths(self, entries: Sequence[_Sequence], kv_lens: Sequence[int]) -> None:
         for entry, kv_len in zip(entries, kv_lens, strict=True):
             entry.length = kv_len
-        self.generation += 1
-        return entries
 
     def _batch_memory(self, tokens: int, table: torch.Tensor, reserved: bool) -> BatchMemory:
         """Return where the step's tables go: the last step's memory while the shape is the same.

@@ -278,6 +278,27 @@ def test_sizes_are_integers_of_any_kind(make_cache: Any) -> None:
     assert cache.extend(cache.new_sequences(1), [20]).block_table.tolist() == [[0, 1]]
 
 
+@pytest.mark.parametrize("new", [[1, 1], [40, 0], [200, 1]])
+@pytest.mark.parametrize("fault", ["BatchMemory.fill", "upload_into"])
+def test_a_step_that_cannot_be_described_leaves_lengths_as_they_were(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, new: list[int], fault: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    cache, size = shared_or_not(tiny, False), 16
+    before = [cache.length(sequence) for sequence in (0, 1)]
+    with monkeypatch.context() as broken:
+        broken.setattr(f"mla.cache.ragged_batch.{fault}", fail)
+        with pytest.raises(MemoryError):
+            cache.extend([0, 1], new)
+    assert [cache.length(sequence) for sequence in (0, 1)] == before
+    batch = cache.extend([0, 1], [1, 1])
+    for request, length in enumerate(before):
+        page = batch.block_table_host[request, length // size]
+        assert batch.slots[request] == page * size + length % size
+
+
 def test_a_cache_shows_its_pages_and_how_full_they_are(make_cache: Any) -> None:
     cache = make_cache(64, 16, num_layers=2)
     cache.extend(cache.new_sequences(2), [17, 1])

@@ -109,8 +109,16 @@ def test_it_needs_a_model_that_runs_our_ops(model: Any, prompts: Prompts) -> Non
 def test_a_model_without_our_ops_does_not_read_it(family: str, prompts: Prompts) -> None:
     """Not even for the first token, though the model has the layers of the one that the cache is for."""
     cache = paged(use_mla(make_model(family)))
-    with pytest.raises((AttributeError, TypeError), match="NewLatents"):
+    with pytest.raises(UnsupportedModel, match="call `use_mla` on this model first"):
         generate(make_model(family), prompts, **cache, max_new_tokens=1)
+
+
+def test_a_model_of_other_numbers_does_not_write_to_it(model: Any, prompts: Prompts) -> None:
+    cache = paged(use_mla(model))
+    with pytest.raises(UnsupportedModel, match=r"40 numbers of torch\.float32 a token, .* make a PagedCache"):
+        generate(use_mla(restore(model).to(torch.bfloat16)), prompts, **cache)
+    latents = cache[CACHE].latents
+    assert (cache[CACHE].columns, latents.free_pages) == (0, latents.num_pages)
 
 
 def test_beams_are_refused(model: Any, prompts: Prompts) -> None:

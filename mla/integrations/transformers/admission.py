@@ -27,8 +27,8 @@ NOT_CAUSAL = (
     "`restore(model)` before setting it."
 )
 NOT_PREPARED = (
-    "this config was copied from a model under `use_mla`, as `use_mtp` does. Give the model its own config "
-    "and call `model.set_attn_implementation('sdpa')` first."
+    "this config was copied from a model under `use_mla`, as `use_mtp` does: leave that out. Give another "
+    "model its own config and call `model.set_attn_implementation('sdpa')` first."
 )
 NOT_NUMBERED = (
     "the requests of this forward have different lengths in the PagedCache: give position_ids "

@@ -23,11 +23,21 @@ from mla.integrations.transformers.attention import Step, left_padded, left_padd
 class NewLatents:
     """A step's new latents [B, 1, t, c], for the attention alone: it reads all others from the pages.
 
-    A model that does not run our ops cannot take them for the whole history: they are no tensor.
+    A model that does not run our ops would take them for the whole history: it is stopped at its first use.
     """
 
     def __init__(self, rows: torch.Tensor, paged: PagedLayer) -> None:
         self.rows, self.paged, self.requires_grad = rows, paged, rows.requires_grad
+
+    @classmethod
+    def __torch_function__(cls, *arguments: Any) -> NoReturn:
+        """Raise `UnsupportedModel`."""
+        raise UnsupportedModel("only our ops read a PagedCache: call `use_mla` on this model first.")
+
+    @property
+    def shape(self) -> NoReturn:
+        """Raise `UnsupportedModel`."""
+        self.__torch_function__()
 
 
 class PagedLayer(CacheLayerMixin):
@@ -52,6 +62,13 @@ class PagedLayer(CacheLayerMixin):
         """Hand new latents [B, 1, t, c] and [B, 1, t, r] to the attention, to be written to the pages."""
         if not hasattr(self._layer, "mla_attention"):
             raise UnsupportedModel("this model no longer runs our ops, and only they read a PagedCache.")
+        latents, width = self._cache.latents, key_states.shape[-1] + value_states.shape[-1]
+        holds, given = (latents.config.latent_dim, latents.dtype), (width, key_states.dtype)
+        if holds != given:
+            raise UnsupportedModel(
+                f"this PagedCache holds {holds[0]} numbers of {holds[1]} a token, and this model gives "
+                f"{given[0]} of {given[1]}: make a PagedCache of this model."
+            )
         return NewLatents(key_states, self), value_states
 
     def step(self, flags: torch.Tensor, queries: int) -> Step:
