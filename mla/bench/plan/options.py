@@ -369,7 +369,6 @@ def refuse(faults: Iterable[str]) -> None:
 _LENGTHS, _SOURCES = ("--batch", "--kv", "--q-len"), ("--batch-spec", "--preset", "--workload", "--scenario")
 # Options of which one of the first and one of the second exclude each other, and why.
 _EXCLUSIVE = (
-    (("--preset",), ("--workload",), "a preset is a shipped workload"),
     (("--batch-spec",), _SOURCES[1:], "a batch spec is the scenario"),
     (_LENGTHS, _SOURCES, "both give the lengths of the requests"),
     (("--config",), ("--model-path",), "the checkpoint's own config.json is used"),
@@ -385,8 +384,8 @@ _FLAGS = {"batch_specs": "--batch-spec", "scenarios": "--scenario"}
 
 def _given(options: RunOptions, flags: Iterable[str]) -> str:
     """Return the first of some flags that was given; "" if none was."""
-    values = vars(options).items()
-    given = [name for name, value in values if value not in (None, (), False, _AS_NONE.get(name))]
+    values = {name: value for name, value in vars(options).items() if value is not False}  # 0 is given
+    given = [name for name, value in values.items() if value not in (None, (), _AS_NONE.get(name))]
     named = [_FLAGS.get(name, f"--{name.replace('_', '-')}") for name in given]
     return next((flag for flag in flags if flag in named), "")
 
@@ -395,6 +394,8 @@ def of_lengths(options: RunOptions) -> Iterator[str]:
     """Yield which options exclude each other, and that a threshold has no run to compare with."""
     if options.baseline is None and options.fail_slower is not None:
         yield "--fail-slower needs a run to compare with: add --baseline FILE."
+    if options.preset and options.workload:
+        yield "--preset and --workload are mutually exclusive: a preset is a shipped workload."
     for flags, others, why in _EXCLUSIVE:
         if (flag := _given(options, flags)) and (other := _given(options, others)):
             yield f"{flag} and {other} are mutually exclusive: {why}."

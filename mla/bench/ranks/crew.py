@@ -140,8 +140,8 @@ class Crew(Ranks):
         chosen_by_all, facts_of_all = zip(*self.share((chosen, facts)), strict=True)
         agree(facts_of_all)
         for plan in request.scenarios:
-            for name, roles in plan.ops.items():
-                ops = chosen_by_all[0][plan.name][name]
+            for name, ops in chosen_by_all[0][plan.name].items():
+                roles = plan.ops.get(name, {})  # `mla[ROLE=*]` may stand for others here
                 others = {role: op for role, op in ops.items() if roles.get(role) != op}
                 self._overrides[_key(plan.setting, name)] = others
         with blamed_on(self._pulse):

@@ -159,10 +159,11 @@ def implementation_setting(setting: Setting, named: Named) -> Setting:
     return replace(setting, ops=policy, overrides=tuple(overrides.items()))
 
 
-def with_each_op(setting: Setting, name: str) -> list[str]:
+def with_each_op(settings: Sequence[Setting], name: str) -> list[str]:
     """Return the names that `mla[ROLE=*]` stands for, one for each op that serves the role; else the name.
 
-    Ops that don't run here are named on stderr. Raises `UnsupportedOps` where none does, and `UsageError`.
+    `settings`: of the scenarios, in all of which an op must run. Others are named on stderr. Raises
+    `UnsupportedOps` where none does, and `UsageError`.
     """
     named = parse_one(name)
     anything = [role for role, op in named.ops if op == EVERY]
@@ -170,15 +171,18 @@ def with_each_op(setting: Setting, name: str) -> list[str]:
         return [name]
     if len(anything) > 1:
         raise UsageError(f"'{name}': one role takes `{EVERY}`; give the others an op.")
-    of = setting.config, setting.dtype, setting.device, 1, setting.cache_format, setting.index_format
-    roles = layer_roles(*of)
-    kinds = {role: kind for role, (kind, _) in roles.items()}
-    kind, spec = roles[roles_of(anything[0], setting.config, kinds, TAKES, "role")[0]]
+    specs = {}  # in the order of scenarios, each once
+    for setting in settings:
+        of = setting.config, setting.dtype, setting.device, 1, setting.cache_format, setting.index_format
+        roles = layer_roles(*of)
+        kinds = {role: kind for role, (kind, _) in roles.items()}
+        kind, spec = roles[roles_of(anything[0], setting.config, kinds, TAKES, "role")[0]]
+        specs[spec] = kind
     serving, reasons = [], []
-    for op_name, op in setting.backend.ops().items():
+    for op_name, op in settings[0].backend.ops().items():
         if op.contract.partition("/")[0] != kind:
             continue
-        if why := refusals(op_name, op, kind, spec, note):
+        if why := next(filter(None, (refusals(op_name, op, kind, spec, note) for spec in specs)), None):
             reasons.append(f"{op_name} is left out: {'; '.join(why)}")
         else:
             serving.append(op_name)

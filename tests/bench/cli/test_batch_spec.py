@@ -218,7 +218,11 @@ def test_an_option_of_the_layer_beside_one_op_names_where_the_op_is_from(
             ["q1", "--op", "linear", "--batch", "2"],
             "error: --batch and --batch-spec are mutually exclusive: ",
         ),
-        (["q1", "--kv", "2"], "error: --kv and --batch-spec are mutually exclusive: both give the lengths"),
+        (
+            ["q1", "--preset", "smoke", "--workload", "standard"],
+            "error: --preset and --workload are mutually",
+        ),
+        (["q1", "--kv", "0"], "error: --kv and --batch-spec are mutually exclusive: both give the lengths"),
         (
             ["q1", "-a", "kv=1,2"],
             "error: axis kv: the lengths of 'q1' come from a batch spec: list a spec",

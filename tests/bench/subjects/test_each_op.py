@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,13 +21,13 @@ from mla_backends import FusedOp
 class Kernel(FusedOp):
     contract = "latent_attention/2"
 
-    def __init__(self, reason: str = "", fails: str = "", contract: str = contract) -> None:
+    def __init__(self, reason: str = "", fails: str = "", contract: str = contract, heads: int = 0) -> None:
         self._reasons, self._fails, self.contract = [reason] * bool(reason), fails, contract
-        self.asked: list[Any] = []
+        self._heads, self.asked = heads, list[Any]()
 
     def unsupported_reasons(self, spec: Any) -> list[str]:
         self.asked.append(spec)
-        return self._reasons
+        return [f"it has no {spec.num_heads} heads"] if spec.num_heads < self._heads else self._reasons
 
     def preflight(self, spec: Any) -> list[str]:
         return [self._fails] * bool(self._fails)
@@ -44,35 +45,45 @@ def test_ops_that_run_here_take_turns_and_the_others_say_why_not(capsys: pytest.
         first=Kernel(), old=Kernel("it needs another card"), broken=Kernel(fails="no compiler"),
         second=Kernel(), other=Kernel(contract="expanded_attention/1"),
     )  # fmt: skip
-    assert with_each_op(there, "mla[latent_attention=*,linear=reference]") == [
+    assert with_each_op([there], "mla[latent_attention=*,linear=reference]") == [
         "mla[latent_attention=first,linear=reference]", "mla[latent_attention=second,linear=reference]",
     ]  # fmt: skip
     said = ["old is left out: it needs another card", "broken is left out: no compiler"]
     assert capsys.readouterr().err.splitlines() == said
     for name in ("mla", "transformers", "package.module:Class", "mla[latent_attention=first]"):
-        assert with_each_op(there, name) == [name]
+        assert with_each_op([there], name) == [name]
 
 
 @pytest.mark.parametrize(("kind", "heads"), [("sparse_latent_attention", 128), ("select_latents", 64)])
 def test_ops_are_asked_about_the_layer_of_the_run(kind: str, heads: int) -> None:
     kernel = Kernel(contract=f"{kind}/1")
-    assert with_each_op(setting("deepseek-v3.2", kernel=kernel), f"mla[{kind}=*]") == [f"mla[{kind}=kernel]"]
+    assert with_each_op([setting("deepseek-v3.2", kernel=kernel)], f"mla[{kind}=*]") == [
+        f"mla[{kind}=kernel]"
+    ]
     assert [(spec.num_heads, spec.topk) for spec in kernel.asked] == [(heads, 2048)]
+
+
+def test_an_op_must_serve_every_scenario(capsys: pytest.CaptureFixture[str]) -> None:
+    there = setting(any=Kernel(), wide=Kernel(heads=16))
+    fewer = replace(there, config=there.config.with_heads(8))
+    assert with_each_op([there, fewer], "mla[latent_attention=*]") == ["mla[latent_attention=any]"]
+    assert capsys.readouterr().err == "wide is left out: it has no 8 heads\n"
 
 
 def test_without_an_op_there_is_no_run() -> None:
     with pytest.raises(UnsupportedOps, match="no latent_attention op runs here: none is offered"):
-        with_each_op(setting(), "mla[latent_attention=*]")
+        with_each_op([setting()], "mla[latent_attention=*]")
     with pytest.raises(UnsupportedOps, match="old is left out: it needs another card"):
-        with_each_op(setting(old=Kernel("it needs another card")), "mla[latent_attention=*]")
+        with_each_op([setting(old=Kernel("it needs another card"))], "mla[latent_attention=*]")
     with pytest.raises(UsageError, match="one role takes `\\*`"):
-        with_each_op(setting(), "mla[latent_attention=*,linear=*]")
+        with_each_op([setting()], "mla[latent_attention=*,linear=*]")
 
 
 def test_a_run_keeps_the_names_of_the_ops(bench: Any, tmp_path: Path) -> None:
     shape = ("--batch", "1", "--kv", "8", "--heads", "2", "--runs", "1", "--passes", "1", "--warmups", "0")
     words = ("--op", "latent_attention", *shape, "--cache", "warm", "-o", "x.json")
-    done = bench("run", "--backend", "cpu", *words, "--implementations", "mla[latent_attention=*]")
+    twice = "mla[latent_attention=*],mla[latent_attention=native_latent_attention]"
+    done = bench("run", "--backend", "cpu", *words, "--implementations", twice)
     assert done.code == 0, done.err
     run = results.read(tmp_path / "x.json")
     assert [case.implementation for case in run.cases] == ["mla[latent_attention=native_latent_attention]"]
