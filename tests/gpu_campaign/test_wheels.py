@@ -146,6 +146,7 @@ DEFINED = "def f(here): ..."
         },
         {"p/__init__.py": "from .a import f", "p/a/__init__.py": "from ..b import f", "p/b.py": DEFINED},
         {"p/__init__.py": "def g(here): ...\nf = g"},
+        {"p/__init__.py": f"try:\n    {DEFINED}\nexcept ImportError:\n    def f(*any): ..."},
         {"p/__init__.py": "try:\n    from .a import f\nexcept ImportError:\n    f = g", "p/a.py": DEFINED},
         {"p/__init__.py": f"if True:\n    {DEFINED}"},
         {"p/__init__.py": f"@overload\ndef f(a): ...\n@overload\ndef f(b): ...\n@api(trace=1)\n{DEFINED}"},

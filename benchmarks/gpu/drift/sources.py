@@ -5,6 +5,7 @@ Nothing is imported: griffe reads the sources. Wheels come with pip from its ind
 
 from __future__ import annotations
 
+import ast
 import atexit
 import functools
 import inspect
@@ -72,6 +73,15 @@ def _parameter(taken: griffe.Parameter) -> Parameter:
     return Parameter(taken.name, kind, default=default)
 
 
+class _Tried(griffe.Extension):
+    """Leaves out what except handlers do, which is a substitute."""
+
+    def on_module_node(self, *, node: ast.AST | griffe.ObjectNode, **_: object) -> None:
+        for tried in ast.walk(node) if isinstance(node, ast.AST) else ():
+            if isinstance(tried, ast.Try):
+                tried.handlers.clear()
+
+
 class Sources:
     """The packages in a folder. What is above them (`name-1.0/`, `src/`) does not matter."""
 
@@ -111,7 +121,8 @@ class Sources:
             raise Lost(f"there is no module {module}")
         file = min(files, key=lambda path: len(path.parts))
         root = file.parents[module.count(".") + (file.name == "__init__.py")]
-        loader = griffe.GriffeLoader(search_paths=[root], allow_inspection=False)
+        tried = griffe.load_extensions(_Tried)
+        loader = griffe.GriffeLoader(search_paths=[root], allow_inspection=False, extensions=tried)
         loader.load(module.partition(".")[0], try_relative_path=False)
         loader.resolve_aliases(implicit=True, external=False)
         return loader.modules_collection
