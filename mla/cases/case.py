@@ -23,8 +23,7 @@ from mla.verify.verdict import Check
 from mla_backends.api import FusedOp, SegmentLengths
 
 if TYPE_CHECKING:
-    from mla.cases.call import Call
-    from mla.cases.varied import Pool
+    from mla.cases.varied import Call, Pool
 
 Lengths = tuple[int, ...]
 Normal = Callable[..., torch.Tensor]  # shape, scale -> N(0, scale^2) in the case's dtype

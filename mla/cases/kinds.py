@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 
@@ -16,15 +16,12 @@ from mla.cache.formats import Codec, codec_of, latents
 from mla.cases import stress
 from mla.cases.case import BYTES, KINDS, Kind, Lengths, Normal, OpCase
 from mla.cases.memory import Pages, Tensors, changed_slots, poison
-from mla.cases.varied import Pool, Products, Queries, draw_signs
+from mla.cases.varied import Call, Pool, Products, Queries, draw_signs
 from mla.verify.layer_check import TAIL
 from mla.verify.op_oracle import Weights, attend_requests, lost_weights, product, true_norm, true_rotation
 from mla.verify.places import Places
 from mla.verify.stored import in_parts, judge_bytes, judge_decoded, stored_truth
 from mla_backends.api import AttentionSpec, FusedOp, LinearSpec, NormSpec, SegmentLengths
-
-if TYPE_CHECKING:
-    from mla.cases.call import Call
 
 LINEAR = {"i": "in_features", "o": "out_features", "h": "groups"}
 ATTENTION = {

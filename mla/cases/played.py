@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 
-from mla.cases.call import Call
 from mla.cases.case import OpCase
 from mla.cases.memory import (
     GUARD,
@@ -30,6 +29,7 @@ from mla.cases.memory import (
 )
 from mla.cases.stress import LARGE_ONES, USUAL, drawing
 from mla.cases.stress import shape as shaped
+from mla.cases.varied import Call
 from mla.reference import REFERENCE
 from mla.verify.layer_check import stands_for
 from mla.verify.places import Places

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 
@@ -25,15 +25,12 @@ from mla.cases.kinds import (
     over_bytes,
 )
 from mla.cases.memory import Tensors, poison
-from mla.cases.varied import Change, Pool, Queries
+from mla.cases.varied import Call, Change, Pool, Queries
 from mla.cost import Work
 from mla.verify.op_oracle import Weights, attend_selected, spans_of, true_layer_norm, true_rotation
 from mla.verify.places import Places
 from mla.verify.selections import judge_selection, true_selection
 from mla_backends.api import FusedOp, IndexerSpec, SegmentLengths
-
-if TYPE_CHECKING:
-    from mla.cases.call import Call
 
 OF_KEYS = {"d": "head_dim", "r": "rope_head_dim"}
 INDEXER = {"h": "num_heads", **OF_KEYS, "k": "topk"}

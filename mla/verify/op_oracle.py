@@ -162,6 +162,7 @@ def attend_selected(
     for first in range(0, len(q) if len(k) else 0, together):
         run = slice(first, first + together)
         rows, absent = chosen[run].clamp_min(0), (chosen[run] < 0)[:, None]
-        parts = q[run, None].double(), *(x[rows].double()[:, :, None] for x in (k, v))
-        out[run], lse[run] = (x[:, 0] for x in _attend_padded(*parts, absent, scale, change))
+        keys, values = (x[rows].double()[:, :, None] for x in (k, v))
+        attended = _attend_padded(q[run, None].double(), keys, values, absent, scale, change)
+        out[run], lse[run] = (x[:, 0] for x in attended)
     return out, lse

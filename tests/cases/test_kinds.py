@@ -15,13 +15,12 @@ from wrong_sparse import MUTANTS
 
 from mla import MLAConfig
 from mla.cases import KINDS
-from mla.cases.call import Call, Checker
 from mla.cases.case import OpCase
 from mla.cases.memory import Layout, Pages, Piece
 from mla.cases.played import Laid, Scene, host_of
 from mla.cases.sparse import SELECTIONS, selected_keys, selection_of
 from mla.cases.stress import Stress
-from mla.cases.varied import Pool
+from mla.cases.varied import Call, Pool
 from mla.reference import REFERENCE
 from mla.verify import op_oracle
 from mla_backends.api import OPS, AttentionSpec, IndexerSpec, LinearSpec, NormSpec, SegmentLengths
@@ -190,7 +189,7 @@ def called(pool: Pool, change: Callable[[Call], object] = lambda call: None) -> 
     call.run()
     change(call)
     call.fetch(results)
-    check = Checker(pool).check(results, drawn, call.places())
+    check = pool.check(results, drawn, call.places())
     return call, "; ".join(filter(None, (check.reason, call.damage())))
 
 

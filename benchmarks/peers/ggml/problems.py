@@ -20,10 +20,10 @@ from benchmarks.peers.ggml.ways import Way, own
 from mla import MLAConfig
 from mla.bench.subjects.setting import Setting, make_ops
 from mla.bench.workload.workload_file import read_workload
-from mla.cases.call import Call
 from mla.cases.case import OpCase
 from mla.cases.memory import Layout
 from mla.cases.played import Host
+from mla.cases.varied import Call
 from mla.layer.ops import layer_roles
 from mla.reference import REFERENCE
 from mla.text import dtype_name

@@ -16,10 +16,9 @@ from mla.bench.subjects.base import Facts, Implementation, Outputs
 from mla.bench.subjects.setting import SPARE_PAGES, Setting, make_ops
 from mla.bench.workload.grid import Point
 from mla.bench.workload.scenario import Scenario
-from mla.cases.call import Call, Checker
 from mla.cases.case import OpCase
 from mla.cases.memory import Gaps, Layout, Tensors, on_host, poison_all
-from mla.cases.varied import Change, Pool
+from mla.cases.varied import Call, Change, Pool
 from mla.config import MLAConfig
 from mla.layer.forward import INDEX_EPS
 from mla.layer.ops import Choice, layer_roles
@@ -146,7 +145,7 @@ class OpImplementation(Implementation):
         kept = self._results().items()
         return {call: torch.cat([results[name] for name in rows], dim=-1) for call, results in kept}
 
-    def check(self, checker: Checker) -> Check:
+    def check(self, checker: Pool) -> Check:
         """Check everything that the kept calls wrote, including log-sum-exps and the cache."""
         places, kept = self._call.places(), self._results().items()
         checks = {call: checker.check(results, self.truth_of(call), places) for call, results in kept}
