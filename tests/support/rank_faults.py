@@ -1,7 +1,7 @@
 """The CPU with an op that fails on rank `-O rank=...` as `-O fault=...` says, after `-O call=...` calls.
 
 scale: what it writes is 5 % too large. raises: it raises. hangs: the process stops. waits: for ever.
-With `-O choice=rank` rank 0 would choose a right op, and the others the wrong one.
+With `-O choice=rank` rank 0 would choose a right op, and the others the wrong one; they have one more.
 With `-O library=none` it has no collectives. The variable RANK_THREADS sets its threads.
 """
 
@@ -70,4 +70,4 @@ class FaultyRank(HostBackend):
         if "choice" not in self.options:
             return ops
         right = {"right_linear": Faulty({})}
-        return right | ops if os.environ["RANK"] == "0" else ops | right
+        return right | ops if os.environ["RANK"] == "0" else {**ops, "other_linear": Faulty({})} | right

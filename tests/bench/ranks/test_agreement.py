@@ -127,6 +127,14 @@ def test_all_ranks_run_the_ops_that_rank_0_chose(start: Start) -> None:
     assert results.read(ranks.folder / "run.json").cases[0].ops["o_proj"] == "right_linear"
 
 
+def test_each_op_in_turns_is_each_of_rank_0(start: Start) -> None:
+    words = ("-O", "choice=rank", "--implementations", "mla[o_proj=*]", "-o", "run.json")
+    ranks = start("--parallel", "tp=2", "--scenario", "decode", *words, backend=FAULTY)
+    assert ranks.wait(BOUND) == [0, 0], (ranks.err(0), ranks.err(1))
+    ops = [case.ops["o_proj"] for case in results.read(ranks.folder / "run.json").cases]
+    assert ops == ["right_linear", "faulty_linear"]
+
+
 def test_a_wrong_rank_is_named(start: Start) -> None:
     words = ("-O", "fault=scale", "-O", "rank=1")
     ranks = start("--parallel", "dp=2", "--scenario", "decode", "-o", "run.json", *words, backend=FAULTY)
