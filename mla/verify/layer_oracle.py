@@ -47,9 +47,9 @@ def oracle(
     The history is expanded once for all choices.
     """
     layer, lengths, rows = TrueLayer(config, state), list(query_lens), hidden.cpu().double()
-    choices, picks = rows.view(-1, *rows.shape[-2:]), [None] * len(lengths)
+    choices, picks = rows if rows.dim() == 3 else rows[None], [None] * len(lengths)
     if selection is not None:
-        picks = selection.cpu().long().view(len(choices), len(choices[0]), -1).split(lengths, dim=1)
+        picks = selection.cpu().long().view(*choices.shape[:2], selection.shape[-1]).split(lengths, dim=1)
     requests = zip(choices.split(lengths, dim=1), picks, history, strict=True)
     outputs = [layer.request(new, past, held, pick) for new, pick, past in requests if new.shape[1]]
     return torch.cat(outputs or [choices], dim=1).view(rows.shape)

@@ -46,6 +46,8 @@ def test_choices_give_what_each_gives_alone(
     together = oracle(config, state, hidden, LENS, past)
     apart = torch.stack([oracle(config, state, tensor, LENS, past) for tensor in hidden])
     torch.testing.assert_close(together, apart, rtol=1e-12, atol=1e-12)
+    nothing = drawn(0, config.hidden_size)
+    assert oracle(config, state, nothing, [0] * len(PAST), past).shape == nothing.shape
 
 
 def test_logits_of_all_choices_are_not_made_at_once(
