@@ -185,8 +185,7 @@ class SelectLatents(OverPages):
     """The selection of tokens by their scores; among equals any will do.
 
     Token s scores ``sum over h of weights[t, h] * max(0, q[t, h] . key[s])`` for query t (DeepSeek-V3.2's
-    report, section 2.1). An op is held to `out`, or to `coarse` if it compares scores that are rounded to
-    bfloat16.
+    report, section 2.1). An op is held to `out`, or to `out_in_bf16` if it compares rounded scores.
     """
 
     spec, letters, pool, usual = IndexerSpec, INDEXER, Selecting, V32
@@ -199,9 +198,9 @@ class SelectLatents(OverPages):
         "cu_q": "B+1",
         "out": "T k",
     }
-    results = {"out": "T k", "coarse": "T k"}  # the same, of ops that compare scores in fp32 and in bf16
+    results = {"out": "T k", "out_in_bf16": "T k"}  # of ops that compare scores in fp32, in bf16
     truths = {"reach": "T L", "rival": "T k+1", "floor": "T k+1"}
-    dtypes = {**DTYPES, "out": torch.int32, "coarse": torch.int32}
+    dtypes = {**DTYPES, "out": torch.int32, "out_in_bf16": torch.int32}
     varied = ("q", "weights")
     cached = "d"
     cost = staticmethod(cost.select_latents_cost)
@@ -239,10 +238,10 @@ class SelectLatents(OverPages):
         self, name: str, result: torch.Tensor, truth: Tensors, errors: Tensors, dtype: torch.dtype,
         places: Places | None,
     ) -> tuple[float, str]:  # fmt: skip
-        return judge_selection(result, truth, places, in_bf16=name == "coarse")
+        return judge_selection(result, truth, places, in_bf16=name == "out_in_bf16")
 
     def judged(self, op: FusedOp) -> list[str]:
-        return ["coarse" if op.scores_in_bf16 else "out"]
+        return ["out_in_bf16" if op.scores_in_bf16 else "out"]
 
     def written(self, arguments: Mapping[str, Any]) -> Tensors:
         return dict.fromkeys(self.results, arguments["out"])

@@ -179,7 +179,7 @@ def op_of(call: RecordedCall, offered: Mapping[str, FusedOp], name: str) -> Fuse
     """Return an op by name. Raises `UnknownOp` if the backend has none of that kind and name."""
     kind = call.facts.kind
     known = {"reference": REFERENCE[kind]}
-    known |= {own: op for own, op in offered.items() if current(op.contract, kind) and own not in known}
+    known |= {key: op for key, op in offered.items() if current(op.contract, kind) and key not in known}
     if name not in known:
         raise UnknownOp(
             f"this backend offers no {kind} named '{name}'.{did_you_mean(name, list(known))} "

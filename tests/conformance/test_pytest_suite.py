@@ -18,6 +18,7 @@ import mla
 import mla_backends
 from mla.conformance import BackendConformance
 from mla.conformance.registry import all_checks
+from mla.conformance.selection import Xfails
 from mla_backends import Backend
 
 OUTSIDE = r"""
@@ -115,3 +116,13 @@ def test_an_author_sees_which_check_failed_and_why(tmp_path: Path) -> None:
     assert "expected to fail, but passed" in done.stdout
     assert outcome("TestMisspelt::test_conformance[linear.grid]") == "ERROR"
     assert "unknown check 'linear.gird'. Did you mean 'linear.grid'?" in done.stdout
+
+
+def test_without_hypothesis_the_backend_is_not_to_blame(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    suite = BackendConformance()
+    suite.test_conformance("rms_norm.formula", backend, Xfails())
+    with pytest.raises(pytest.fail.Exception, match="the suite needs hypothesis to draw cases"):
+        suite.test_conformance("rms_norm.drawn", backend, Xfails())

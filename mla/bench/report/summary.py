@@ -65,8 +65,9 @@ def result_files(paths: Sequence[str], runs: Sequence[Run]) -> list[ResultFile]:
     files = []
     for at, (path, run) in enumerate(zip(paths, runs, strict=True)):
         key = f"{ascii_uppercase[at % 26]}{at // 26 or ''}" * (len(runs) > 1)
-        parts, config = re.split(r"[/\\]+", path), re.split(r"[/\\]+", str(run.config.get("name") or ""))
-        files.append(ResultFile(key, escaped("/".join(parts[-2:])), run, config[-1].removesuffix(".json")))
+        config = str(run.config.get("name") or "").removesuffix("/config.json")  # as that of any model
+        parts, names = re.split(r"[/\\]+", path), re.split(r"[/\\]+", config)
+        files.append(ResultFile(key, escaped("/".join(parts[-2:])), run, names[-1].removesuffix(".json")))
     return files
 
 

@@ -125,7 +125,7 @@ def captured(trial: Trial, first: OpCase, second: OpCase, follows: bool) -> None
         call.restore(held)
         replay()
         trial.backend.synchronize()
-        trial.right(held, call.judge(held, only=("out", "coarse")))
+        trial.right(held, call.judge(held, only=("out", "out_in_bf16")))
 
 
 @op_check("graph", "state", PAGED, "a call that waits, allocates or reads inputs on the host while captured")
