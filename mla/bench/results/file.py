@@ -42,6 +42,10 @@ def decode_any(data: bytes) -> Run | CeilingRun:
     What is not printable in its strings is escaped, so that no file can act on a terminal or break a table.
     """
     head = _parsed(data, _Head)
+    if head.checks is not None:
+        raise ResultError(
+            "not a result file: it holds a report of `mla-conformance`, which printed its card."
+        )
     newest = CEILINGS_VERSION if head.report == "ceilings" else SCHEMA_VERSION
     if head.schema_version > newest:
         raise ResultError(
@@ -54,10 +58,11 @@ def decode_any(data: bytes) -> Run | CeilingRun:
 
 
 class _Head(msgspec.Struct):
-    """What tells runs from ceilings."""
+    """What tells runs from ceilings, and from reports of conformance."""
 
     schema_version: int = 0
     report: Any = None
+    checks: Any = None
 
 
 def _parsed(data: bytes, type_: type[T]) -> T:

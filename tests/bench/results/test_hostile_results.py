@@ -199,6 +199,8 @@ def test_another_file_of_this_program_is_named(
             2,
             "error: 'x.json' is not a result file: it holds ceilings; `mla-bench show` prints them.\n",
         )
+    Path("x.json").write_text('{"schema_version": 3, "checks": []}')
+    assert "it holds a report of `mla-conformance`" in bench(command, "x.json", "good.json", *options).err
 
 
 @pytest.mark.parametrize(
