@@ -171,7 +171,7 @@ def with_each_op(settings: Sequence[Setting], name: str) -> list[str]:
         return [name]
     if len(anything) > 1:
         raise UsageError(f"'{name}': one role takes `{EVERY}`; give the others an op.")
-    specs = {}  # in the order of scenarios, each once
+    specs: dict[Any, str] = {}  # -> kind, in the order of scenarios
     for setting in settings:
         of = setting.config, setting.dtype, setting.device, 1, setting.cache_format, setting.index_format
         roles = layer_roles(*of)
