@@ -17,7 +17,7 @@ from mla_backends.known import GENERAL, GENERAL_DEVICES, GENERAL_USE, WITHOUT_PL
 if TYPE_CHECKING:
     from mla_backends.known import KnownBackend, KnownDevice
 
-LONGEST_LINE = 160  # characters of another's text that are quoted whole
+LONGEST_LINE = 240  # characters of another's text that are quoted whole: torch's own of host memory take 180
 
 
 def probe_hint(name: str) -> str:

@@ -14,7 +14,7 @@ import mla
 from mla.bench.cli.main import main
 from mla_backends import BackendError, BackendOptionError
 from mla_backends.any_device import parse
-from mla_backends.errors import describe
+from mla_backends.errors import describe, out_of_memory
 
 
 def refusal(device: str, **options: str) -> str:
@@ -119,6 +119,12 @@ def test_a_missing_kernel_is_one_clause() -> None:
     )
     assert describe(ValueError("no kernel\nfor you")) == "ValueError: no kernel"
     assert describe(ValueError("none. Set CC.")) == "ValueError: none. Set CC."
+
+
+def test_an_allocator_that_finds_no_memory_is_still_heard() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert out_of_memory(describe(caught.value))
 
 
 def test_the_cpu_runs_as_any_device_does(
