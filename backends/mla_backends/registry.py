@@ -250,7 +250,11 @@ def _build(entry: Entry, provider: Any, options: dict[str, str]) -> Any:
     plugin = provider() if isinstance(provider, type) else provider
     if inspect.isroutine(provider):  # the attribute *is* the hook, whatever it is called
         plugin = SimpleNamespace(**{HOOK: provider})
-    manager.register(plugin, name=entry.name)
+    try:
+        manager.register(plugin, name=entry.name)
+    except pluggy.PluginValidationError as error:
+        reason = f"the hook of {entry.origin} takes the wrong arguments"
+        raise BackendImportError(entry.name, reason, f"define it as {HOOK}(options)") from error
     hooks = manager.get_hookcallers(plugin) or []
     if wrong := ", ".join(repr(hook.name) for hook in hooks if not hook.has_spec()):
         reason = f"{entry.origin} implements {wrong}, not a hook"

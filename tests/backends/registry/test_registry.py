@@ -190,7 +190,7 @@ ABSENT = "backend 'local_code:it' has no usable device: "
         ),
         (
             "@hookimpl\ndef it(options, card): return 1",
-            FAILED + "mla_backend(options) of module local_code raised PluginValidationError: Plugin",
+            FAILED + "the hook of module local_code takes the wrong arguments; define it as mla_backend",
         ),
         ("class it(Local): name = 5", FAILED + "the backend of module local_code has no name;"),
         (
