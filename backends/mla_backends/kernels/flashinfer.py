@@ -8,7 +8,9 @@ there and warn. (Read in flashinfer 0.6.18, 0.7.2.post1 and 0.7.4, whose kernels
 from __future__ import annotations
 
 import functools
+import importlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -43,6 +45,7 @@ PAIRS = ("query", "kv_cache")
 RUN = ("out", "lse", "return_lse", "return_lse_base_on_e")
 SCALES = ("ckv_scale", "kpe_scale")
 LAYOUTS = {"query_layout": "split", "kv_cache_layout": "split"}
+OLDEST = (0, 6, 11)  # whose kernels are the first that compute the place of a page in 64 bits (its PR 3136)
 
 
 class Release:
@@ -52,12 +55,16 @@ class Release:
         self.vendor = VendorModule("flashinfer.mla", {CLASS: ()}, install)
 
     def reasons(self) -> list[str]:
-        """Return how the class differs from what is expected (empty if it does not)."""
+        """Return why the release is not used, or how its class differs from what is expected."""
+        version = str(getattr(importlib.import_module("flashinfer"), "__version__", ""))
+        if () < tuple(map(int, re.findall(r"\d+", version)[:3])) < OLDEST:
+            why = f"flashinfer {version} reads other pages in large caches: use 0.6.11 or newer"
+            return [self.vendor.with_hint(why)]
         plan = ("metadata", *PLAN) if self._structured else (*FLAT, *PLAN)
         run = (*(PAIRS if self.takes("run", *PAIRS) else PARTS), *RUN)
         wanted = {"plan": plan, "run": run}
         return [
-            reason
+            self.vendor.with_hint(reason)
             for method, names in wanted.items()
             for reason in missing(getattr(self.wrapper, method), f"{CLASS}.{method}", names)
         ]

@@ -59,7 +59,7 @@ class VendorModule:
     def differences(self) -> list[str]:
         """Return which keywords its functions do not take (empty if they take all)."""
         return [
-            reason
+            self.with_hint(reason)
             for name, arguments in self._needs.items()
             for reason in missing(getattr(self, name), f"{self.name}.{name}", arguments)
         ]

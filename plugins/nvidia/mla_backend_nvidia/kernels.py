@@ -28,6 +28,7 @@ from mla_backends.kernels import (
 from mla_backends.kernels.expanded import TORCH_LIMITS
 from mla_backends.kernels.flashinfer import LIMITS as FLASHINFER_LIMITS
 from mla_backends.kernels.flashinfer import compiled_kernels
+from mla_backends.kernels.latent import ARGUMENTS, DECODE, PLAN
 from mla_backends.kernels.sparse import LIMITS as SPARSE_LIMITS
 from mla_backends.kernels.sparse import TRTLLM_LIMITS
 from mla_backends.kernels.tokenspeed import LIMITS as TOKENSPEED_LIMITS
@@ -88,6 +89,12 @@ def ahead_of(architecture: tuple[int, int]) -> Mapping[str, str]:
     return {"triton_latent": "flashinfer"} if architecture in AHEAD_OF_FLASHINFER else {}
 
 
+class NewerFlashMla(FlashMla):
+    """FlashMLA since 2025-09-24. The planner before it ends the process for more than 4095 rows."""
+
+    needs: Mapping[str, tuple[str, ...]] = {DECODE: (*ARGUMENTS, "is_fp8_kvcache"), PLAN: ()}
+
+
 def kernels(architecture: Architecture, multiprocessors: int | None) -> Mapping[str, FusedOp]:
     """Return the ops, best first. `multiprocessors` None means unknown."""
     hopper, blackwell = _only(architecture, *HOPPER), _only(architecture, *BLACKWELL)
@@ -98,7 +105,7 @@ def kernels(architecture: Architecture, multiprocessors: int | None) -> Mapping[
     tokenspeed = _TOKENSPEED if here in BLACKWELL else ""
     flashinfer = f"pip install flashinfer-python, and where there is no nvcc, {compiled_kernels()}"
     return {
-        "flash_mla": FlashMla(flash_mla, install=flash_mla_source() if here in HOPPER else ""),
+        "flash_mla": NewerFlashMla(flash_mla, install=flash_mla_source() if here in HOPPER else ""),
         "flash_mla_sparse": FlashMlaSparse(
             replace(SPARSE_LIMITS, device_reason=_only(architecture, *SPARSE_FLASH_MLA)),
             install=flash_mla_source() if here in SPARSE_FLASH_MLA else "",

@@ -192,6 +192,20 @@ def test_flash_mla_is_named_for_the_torch_at_hand(
     assert re.fullmatch(rf"flash_mla is not installed \({hint}\)", reason), reason
 
 
+def test_the_first_generation_of_flash_mla_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its planner has room for 4095 rows, and ends the process for more."""
+
+    def decode(
+        q: Any, k_cache: Any, block_table: Any, cache_seqlens: Any, head_dim_v: Any,
+        tile_scheduler_metadata: Any, num_splits: Any, softmax_scale: Any = None, causal: Any = False,
+    ) -> None: ...  # fmt: skip
+
+    module = SimpleNamespace(get_mla_metadata=decode, flash_mla_with_kvcache=decode)
+    monkeypatch.setitem(sys.modules, "flash_mla", module)  # type: ignore[arg-type]
+    reason = missing((9, 0), "latent")["flash_mla"]
+    assert reason.startswith("flash_mla.flash_mla_with_kvcache takes no argument is_fp8_kvcache (")
+
+
 # --------------------------------------------------------------------------------------- our own kernels
 
 H100, A100, L40S = 232_448, 166_912, 101_376  # bytes of shared memory that a block may use

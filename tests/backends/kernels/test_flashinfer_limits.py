@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from dataclasses import replace
 from types import SimpleNamespace
@@ -199,6 +200,19 @@ def test_a_kernel_that_runs_and_is_wrong_fails_its_preflight(
     with installed("flashinfer"):
         monkeypatch.setattr(ragged(), "run", lambda plan, *tensors: tensors[4].zero_())
         assert FlashInferMla().preflight(make_spec()) != []
+
+
+@pytest.mark.parametrize(
+    ("version", "old"),
+    [("0.6.10.post1", True), ("0.6.11", False), ("0.7.2.post1", False), ("0.10.0", False), ("", False)],
+)
+def test_a_release_that_loses_its_way_in_large_caches_is_refused(
+    installed: Any, make_spec: Any, version: str, old: bool
+) -> None:
+    with installed("flashinfer"):
+        importlib.import_module("flashinfer").__version__ = version  # type: ignore[attr-defined]
+        why = f"flashinfer {version} reads other pages in large caches: use 0.6.11 or newer"
+        assert FlashInferMla().unsupported_reasons(make_spec()) == [why] * old
 
 
 # ------------------------------------------------------------------------------------ the plan of a step

@@ -114,7 +114,7 @@ RENAMED = {
 def test_a_function_of_other_arguments_is_a_reason(make_spec: Any, package_file: Any, package: str) -> None:
     source, reason = RENAMED[package]
     package_file(package, source)
-    assert OPS[package]().unsupported_reasons(make_spec()) == [reason]
+    assert OPS[package]().unsupported_reasons(make_spec()) == [f"{reason} (pip install it)"]
 
 
 def test_no_log_sum_exp_is_claimed_of_a_package_that_is_missing() -> None:
