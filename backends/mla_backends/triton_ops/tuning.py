@@ -145,12 +145,8 @@ class Tuning:
             object.__setattr__(self, name, MappingProxyType(dict(tiles)))
 
     def of_latents(self, cache_format: str, sparse: bool) -> Tiles:
-        """Return the tiles of attention over a cache of this format, "" for the plain one.
-
-        Those of sparse attention stand in `caches` as "sparse_int8"; plain is "sparse_plain".
-        """
-        name = f"sparse_{cache_format or 'plain'}" if sparse else cache_format
-        return self.caches.get(name, self.latent)
+        """Return the tiles of attention over a cache of this format; sparse attention has `latent`."""
+        return self.latent if sparse else self.caches.get(cache_format, self.latent)
 
 
 def tile_for(tiles: Tiles, rows: int) -> Tile:
