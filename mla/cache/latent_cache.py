@@ -37,7 +37,8 @@ def check_history(config: MLAConfig, length: int, indexed: bool, kv: Any, pe: An
     if index is not None and not indexed:
         raise ValueError("load() got index keys of a layer without an indexer: leave index= out.")
     parts = [("kv", kv, config.kv_lora_rank), ("pe", pe, config.qk_rope_head_dim)]
-    parts += [("index", index, config.index_head_dim)] * indexed
+    if indexed:
+        parts.append(("index", index, config.index_head_dim))
     count = kv.shape[0] if isinstance(kv, torch.Tensor) and kv.dim() else 0
     for name, rows, width in parts:
         if not isinstance(rows, torch.Tensor) or not rows.is_floating_point() or rows.is_meta:
@@ -237,14 +238,16 @@ class LatentCache:
         memory = self._batch_memory(sum(query_lens), table, reserved=reserved > 0)
         of = (table, self.page_size, self.pages.device, self, slots, memory)
         batch = RaggedBatch(query_lens, kv_lens, *of)
-        self._set_lengths(entries, kv_lens)  # last: until here memory may be short
+        for entry, length in zip(entries, kv_lens, strict=True):  # last: until here memory may be short
+            entry.length = length
         return batch
 
     def grow(self, sequences: Sequence[int], query_lens: Sequence[int]) -> torch.Tensor:
         """Make room as `extend` does, and return the host's block table [B, n] int32 alone."""
         entries, kv_lens = self._with_room(sequences, whole_numbers("query_lens", query_lens))
         table = self._table(entries, 0)
-        self._set_lengths(entries, kv_lens)
+        for entry, length in zip(entries, kv_lens, strict=True):
+            entry.length = length
         return table
 
     def _with_room(
@@ -256,10 +259,6 @@ class LatentCache:
         self._reserve(entries, kv_lens)
         self.generation += 1
         return entries, kv_lens
-
-    def _set_lengths(self, entries: Sequence[_Sequence], kv_lens: Sequence[int]) -> None:
-        for entry, kv_len in zip(entries, kv_lens, strict=True):
-            entry.length = kv_len
 
     def _batch_memory(self, tokens: int, table: torch.Tensor, reserved: bool) -> BatchMemory:
         """Return where the step's tables go: the last step's memory while the shape is the same.
@@ -398,10 +397,9 @@ class LatentCache:
         except BaseException:
             home.release([made])
             raise
-        source, target = (
-            host_ints(pages).to(self.pages.device)
-            for pages in (self._get(sequence).pages, home._get(made).pages)
-        )
+        new = home._get(made).pages
+        old = self._get(sequence).pages[: len(new)]  # a step that failed may have left it more
+        source, target = (host_ints(pages).to(self.pages.device) for pages in (old, new))
         for held, theirs in ((self.pages, home.pages), (self.index_pages, home.index_pages)):
             theirs.index_copy_(1, target, held.index_select(1, source))
         return made

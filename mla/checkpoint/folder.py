@@ -195,9 +195,8 @@ class Facts:
 
     def attends_otherwise(self, layer: int | None) -> bool:
         """Return whether a layer is one of the main ones that are not MLA."""
-        if self.mla_layers is None or layer is None or layer in self.mla_layers:
-            return False
-        return self.layers is None or layer < self.layers
+        main = layer is not None and (self.layers is None or layer < self.layers)
+        return main and self.mla_layers is not None and layer not in self.mla_layers
 
     def block_size(self, tensor: str) -> tuple[int, int]:
         """Return how many rows and columns share one FP8 scale, as declared: shapes do not determine it."""

@@ -186,7 +186,7 @@ def _yarn(keys: _RopeKeys) -> YarnScaling:
             given.pop(key, None)
     if not isinstance(given.get("truncate", True), bool):
         raise keys.error("key 'truncate' must be true or false")
-    for key in {"factor", _ORIGINAL, *given} - {"truncate"}:
+    for key in sorted({"factor", _ORIGINAL, *given} - {"truncate"}):
         keys.number(key)
     return YarnScaling(**given)
 
@@ -204,6 +204,8 @@ def _longrope(keys: _RopeKeys, values: Mapping[str, Any], half: int) -> LongRope
     if "attention_factor" in keys.values:
         return LongRopeScaling(tuple(lists[0]), keys.number("attention_factor"))
     original, longest = keys.number(_ORIGINAL), values.get("max_position_embeddings")
+    if original <= 1:  # its logarithm is divided by
+        raise keys.error(f"needs a number '{_ORIGINAL}' above 1, got {quoted(original)}")
     if "factor" not in keys.values and is_positive(longest):
         keys.values["factor"] = longest / original
     factor = max(1.0, keys.number("factor"))

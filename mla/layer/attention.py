@@ -138,6 +138,10 @@ class MLA(nn.Module):
         if backend is not None and backend.device is None:
             raise ValueError(f"backend '{backend.name}' is not set up; use mla.load_backend().")
         self.config = config
+        if not isinstance(overrides, Mapping):
+            raise ValueError(f"overrides must map roles to names of ops, got {overrides!r:.80}.")
+        if not isinstance(workspace_bytes, int) or workspace_bytes < 0:
+            raise ValueError(f"workspace_bytes must be a number of bytes, got {workspace_bytes!r:.80}.")
         stored_index_format(index_format, config.index_topk)
         self.dtype = check_dtype(dtype)
         self.attention = attention

@@ -60,7 +60,7 @@ class Layout:
         for word in text.split(","):
             match = re.fullmatch(r"\s*([a-z]+)=([0-9]{1,6})\s*", word)
             if match is None or match[1] in sizes or match[1] not in AXES:
-                raise UsageError(f"a layout is written as in 'tp=2,dcp=2', of dp, tp, dcp, got '{text}'.")
+                raise UsageError(f"a layout has tp, dcp and dp at most once, as 'tp=2,dcp=2', got '{text}'.")
             sizes[match[1]] = int(match[2])
         return cls(**sizes)
 

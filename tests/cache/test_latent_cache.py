@@ -293,6 +293,7 @@ def test_a_step_that_cannot_be_described_leaves_lengths_as_they_were(
         with pytest.raises(MemoryError):
             cache.extend([0, 1], new)
     assert [cache.length(sequence) for sequence in (0, 1)] == before
+    assert all(map(torch.equal, cache.read(cache.copy(0, cache)), cache.read(0)))
     batch = cache.extend([0, 1], [1, 1])
     for request, length in enumerate(before):
         page = batch.block_table_host[request, length // size]

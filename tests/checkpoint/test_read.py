@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 import mla
 from mla.checkpoint import CheckpointError, StoredLayer, fingerprint, read_layer
 from mla.checkpoint import folder as stored_module
+from mla.checkpoint.folder import Facts
+from mla.checkpoint.read import Location, choose
 from mla.errors import WeightError
 from mla.weights import weight_shapes
 
@@ -44,6 +46,10 @@ def test_a_layer_with_another_attention_is_refused_by_its_number(tmp_path: Path)
             read_layer(made.folder, made.config, layer)
     with pytest.raises(CheckpointError, match="no MLA weights of layer 5, only of layers 3, 4"):
         read_layer(made.folder, made.config, 5)
+    lost = {Location("", None, "self_attn")}  # of a folder of one layer
+    assert choose(lost, 4, Facts("", 5, (3, 4)), "x") == (*lost, 4)
+    with pytest.raises(CheckpointError, match="layer 2 of checkpoint 'x' has another attention"):
+        choose(lost, 2, Facts("", 5, (3, 4)), "x")
 
 
 def test_the_fixtures_hold_what_their_names_promise() -> None:

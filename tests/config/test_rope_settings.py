@@ -193,6 +193,7 @@ def test_longrope_with_one_list_agrees(change: dict[str, Any]) -> None:
         ),
         ({"rope_scaling": {**LONGROPE, "short_factor": [1.0] * 32}}, "short_factor and long_factor that"),
         ({"rope_scaling": {**LONGROPE, "long_factor": [1.0]}}, "lists 'short_factor' and 'long_factor' of"),
+        ({"rope_scaling": {**LONGROPE, "original_max_position_embeddings": 1}}, "above 1, got 1"),
         ({"rope_scaling": {**LONGROPE, "long_factor": 3}}, "lists 'short_factor' and 'long_factor' of 32"),
         ({"rope_scaling": {**LONGROPE, "mscale_all_dim": 1.0}}, "key 'mscale_all_dim' is not supported"),
     ],

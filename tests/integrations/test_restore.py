@@ -131,6 +131,14 @@ def test_what_was_prepared_is_restored_alone_or_in_a_whole(
         restore(model)
 
 
+def test_all_models_that_something_holds_are_restored() -> None:
+    both = torch.nn.ModuleList(use_mla(make_model("deepseek_v3")) for _ in range(2))
+    restore(both)
+    for model in both:
+        with pytest.raises(UnsupportedModel, match="nothing to restore"):
+            restore(model)
+
+
 def test_a_move_of_the_models_own_is_kept(model: Any) -> None:
     """A method that its user gave it is called while it is in use, and is there afterwards."""
     moved: list[object] = []

@@ -131,6 +131,9 @@ def test_a_layer_shows_its_shapes_ops_and_weights(make_case: Any, tiny: Any) -> 
         ({"backend": "cpu"}, r"backend must be what mla.load_backend\(\) returns, got a str"),
         ({"dtype": "bfloat16"}, "dtype must be a floating-point one, such as torch.bfloat16, got 'bfloat16'"),
         ({"dtype": torch.int32}, "dtype must be a floating-point one, such as torch.bfloat16, got"),
+        ({"overrides": ["linear"]}, r"overrides must map roles to names of ops, got \['linear'\]"),
+        ({"workspace_bytes": "1G"}, "workspace_bytes must be a number of bytes, got '1G'"),
+        ({"workspace_bytes": -1}, "workspace_bytes must be a number of bytes, got -1"),
     ],
 )
 def test_a_name_in_place_of_an_object_says_what_to_pass(

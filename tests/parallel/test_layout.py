@@ -26,13 +26,13 @@ def test_ranks_of_a_context_are_neighbours() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("tp2", "a layout is written as in 'tp=2,dcp=2', of dp, tp, dcp, got 'tp2'"),
-        ("", "a layout is written as"),
-        ("tp=-1", "a layout is written as"),
+        ("tp2", "a layout has tp, dcp and dp at most once, as 'tp=2,dcp=2', got 'tp2'"),
+        ("", "a layout has tp, dcp and dp at most once"),
+        ("tp=-1", "a layout has tp, dcp and dp at most once"),
         ("tp=0", "tp must be between 1 and 4096, got 0"),
         ("dp=5000", "dp must be between 1 and 4096, got 5000"),
-        ("pp=2", "a layout is written as"),
-        ("tp=2,tp=4", "a layout is written as"),
+        ("pp=2", "a layout has tp, dcp and dp at most once"),
+        ("tp=2,tp=4", "a layout has tp, dcp and dp at most once"),
     ],
 )
 def test_a_wrong_layout_is_one_sentence(text: str, message: str) -> None:

@@ -123,8 +123,11 @@ def restore(model: Any) -> Any:
     Raises `UnsupportedModel` where there is nothing to undo.
     """
     parts: list[Any] = list(model.modules()) if isinstance(model, nn.Module) else []
-    if not any(vars(part).pop("mla_used", False) for part in parts):
-        raise UnsupportedModel("`use_mla` was not called on this model: there is nothing to restore.")
+    used = [vars(part).pop("mla_used", False) for part in parts]
+    if not any(used):
+        raise UnsupportedModel(
+            "`use_mla` was given neither this model nor a part of it: there is nothing to restore."
+        )
     for part in parts:
         part._modules.pop("mla_guard", None)
         for name, child in list(part.named_children()):

@@ -15,7 +15,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mla.cache import LatentCache
 from mla.cache.ragged_batch import RaggedBatch
-from mla.errors import CacheFull
 from mla.integrations.transformers.admission import UnsupportedModel, find_attention, uncompiled
 from mla.integrations.transformers.attention import Step, left_padded, left_padding
 
@@ -220,7 +219,7 @@ class PagedCache(Cache):
         made = [] if self._sequences else self.latents.new_sequences(len(new))
         try:
             batch = self.latents.extend(self._sequences or made, new)
-        except CacheFull:
+        except BaseException:
             self.latents.release(made)
             raise
         self._sequences = self._sequences or made
