@@ -36,6 +36,7 @@ from mla.errors import MLAError
 from mla.reference import REFERENCE
 from mla.text import dtype_name, size
 from mla.verify.layer_check import stands_for
+from mla_backends import host
 from mla_backends.api import FusedOp, LinearSpec, NormSpec, SegmentLengths
 from mla_backends.errors import BackendError, describe
 
@@ -252,7 +253,7 @@ def record(
     weight: torch.Tensor | None = None,
     of_step: Lengths | None = None,
 ) -> RecordedCall:
-    """Copy a call to the host before it is made. Raises `TooLarge` beyond `MAX_CALL_BYTES`.
+    """Copy a call to the host before it is made. Raises `TooLarge` beyond `MAX_CALL_BYTES`, or free memory.
 
     `tensors` are the arguments by name, scalars included. `of_step`: new tokens and keys per request, to name
     the rows of ops that are not told. Waits for the device.
@@ -280,10 +281,15 @@ def record(
     facts.outputs = {name: list(given[name].shape) for name in written}
     facts.gaps = {name: gaps for name, x in given.items() if any(gaps := gaps_of(x))}
     operands = {name: x.to("cpu", copy=True).contiguous() for name, x in inputs.items()}
-    if cache is None or kept is None:
-        return RecordedCall(facts, operands)
-    facts.pages = cache.shape[0]
-    return RecordedCall(facts, operands, kept, cache[kept.to(cache.device)].cpu())
+    call = RecordedCall(facts, operands)
+    if cache is not None and kept is not None:
+        facts.pages = cache.shape[0]
+        call = RecordedCall(facts, operands, kept, cache[kept.to(cache.device)].cpu())
+    free = host.memory_available()
+    if free is not None and call.placed_bytes > free:  # the reference makes it again, in the same layout
+        taken = f"takes {size(call.placed_bytes)} with its strides, and {size(free)} of memory are free"
+        raise TooLarge(f"a call of {facts.role} {taken}: free more.")
+    return call
 
 
 def _lengths(

@@ -302,6 +302,11 @@ def test_a_call_that_reads_too_much_is_not_kept(monkeypatch: pytest.MonkeyPatch)
     watcher = run_layer(faulty("w_uv", "scale"), "absorbed")
     assert watcher.reason.startswith("a call of qkv_a_proj reads ")
     assert watcher.reason.endswith("more than the 9.77 KiB that are kept: choose a smaller shape.")
+    monkeypatch.undo()
+    monkeypatch.setattr("mla_backends.host.memory_available", lambda: 10_000)
+    watcher = run_layer(faulty("w_uv", "scale"), "absorbed")
+    assert watcher.reason.startswith("a call of qkv_a_proj takes ")
+    assert watcher.reason.endswith(" with its strides, and 9.77 KiB of memory are free: free more.")
 
 
 def test_files_that_are_none_are_refused_in_one_sentence(tmp_path: Path) -> None:
