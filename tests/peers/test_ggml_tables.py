@@ -89,17 +89,19 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ways, "PAUSE", 0)
 
 
-def test_only_slow_ways_of_the_peer_are_passed_over() -> None:
+def test_only_slow_ways_of_others_are_passed_over() -> None:
     tried = [
         way("ours", "ours", 9.0),
         way("reference", "reference", 90.0),
         way("fast peer", "peer", 2.0),
         way("peer", "peer", 2.9),
         way("slow peer", "peer", 3.1),
+        way("slow reference", "reference", 2100.0),
+        way("slow", "ours", 2100.0),
     ]
     kept = [candidate.name for candidate in try_out(tried)]
-    assert kept == ["ours", "reference", "fast peer", "peer"]
-    assert [candidate.calls for candidate in tried] == [3, 1, 15, 10, 9]
+    assert kept == ["ours", "reference", "fast peer", "peer", "slow"]
+    assert [candidate.calls for candidate in tried] == [3, 1, 15, 10, 9, 1, 1]
 
 
 def test_every_way_is_visited_once_per_round_in_changing_order() -> None:

@@ -283,10 +283,12 @@ def new_lengths(impl: MlaLayer, scenario: Scenario) -> Iterator[Lengths]:
         less = [each[draw % len(each)] for each in amounts]
         shrunk = [_shrunk(*lens, by) for lens, by in zip(requests, less, strict=True)]
         lengths = Lengths(*zip(*shrunk, strict=True))
-        if left and lengths not in _seen and _paths(impl, lengths) == paths and _served(impl, lengths):
-            left -= 1
+        if lengths not in _seen and _paths(impl, lengths) == paths and _served(impl, lengths):
             _seen.add(lengths)
             yield lengths
+            left -= 1
+        if not left:
+            return
 
 
 def _amounts(mode: str, new: int, history: int) -> list[int]:
@@ -354,13 +356,14 @@ class LayerBench:
         saved = [kept.index_select(1, pages) for kept in held]
         out, samples = self.layer.out.narrow(-2, 0, len(slots)), list[Sample]()
         try:
-            for _ in range(count):
+            for place in range(count):
                 out.fill_(torch.nan)
                 samples.append(self._time(lengths, out))
-                self._ran += len(samples) == 1
-                if self.judged and len(samples) == 1 and not _random.randrange(self._ran):
-                    taken = self.layer.evidence(*lengths)
-                    self._kept = *lengths, out[0].to("cpu", copy=True), *taken
+                if place == 0 and self.judged:
+                    self._ran += 1
+                    if not _random.randrange(self._ran):
+                        taken = self.layer.evidence(*lengths)
+                        self._kept = *lengths, out[0].to("cpu", copy=True), *taken
                 beat()
             return samples
         finally:

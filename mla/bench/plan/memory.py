@@ -229,14 +229,14 @@ def _input_numbers(setting: Setting, point: Point) -> int:
 def _host_bytes(setting: Setting, point: Point) -> int:
     """Return what the host holds for all implementations together; outputs of a pass are not among it.
 
-    These are weights, inputs, the oracle in float64, and rows of the evidence and of a judged forward.
+    These are weights, inputs, the oracle in float64, rows of the evidence and those of a judged forward.
     """
     config, itemsize = setting.config, setting.dtype.itemsize
     copies = 1 if point.layers == 1 else 2  # of the layer that is being rolled
     weights = cost.parameters(config) * (copies * itemsize + 8)
     numbers = config.latent_dim + config.index_head_dim * (config.index_n_heads > 0)
     history = 2 * sum(point.history) * numbers * itemsize
-    rows = (point.inputs + 1) * point.tokens * config.hidden_size * (itemsize + 4 * 8)
+    rows = point.tokens * config.hidden_size * (point.inputs * (itemsize + 8) + itemsize + 4 * 8)
     if setting.is_judged_after:  # from all new tokens of its pass
         runs = [Run(1, point.inputs * max(point.query_lens), 0)]
         rows += 4 * 8 * max(point.final_lens) * config.index_head_dim  # of scores and keys of a request

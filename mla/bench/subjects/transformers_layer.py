@@ -136,11 +136,14 @@ _AS_THEY_ARE = ("deepseek_v2", "kimi_linear")
 
 
 def classes_of(module: str, prefix: str) -> tuple[type, type | None, type]:
-    """Return the attention, rotary embedding (if any) and config classes. Raises `ImportError`."""
-    modeling, configs = (
-        importlib.import_module(f"transformers.models.{module}.{part}_{module}")
-        for part in ("modeling", "configuration")
-    )
+    """Return the attention, rotary embedding (if any) and config classes. Raises `TransformersMissing`."""
+    where = f"transformers.models.{module}"
+    try:
+        modeling = importlib.import_module(f"{where}.modeling_{module}")
+        configs = importlib.import_module(f"{where}.configuration_{module}")
+    except Exception as error:  # a release may lack it, and what it imports may raise anything
+        said = f"implementation 'transformers' needs a release that has {where}"
+        raise TransformersMissing(f"{said} ({first_line(error)}).") from error
     attention = f"{prefix}{'MLA' if module == 'longcat_flash' else 'Attention'}"
     rotary = getattr(modeling, f"{prefix}RotaryEmbedding") if FAMILIES[module].rotates else None
     return getattr(modeling, attention), rotary, getattr(configs, f"{prefix}Config")
@@ -182,8 +185,8 @@ class TransformersModel:
 def transformers_model(config: MLAConfig, kind: str = "sdpa") -> TransformersModel:
     """Return the family's own class if the config has a known `model_type`, else one that computes the same.
 
-    `kind` is "sdpa" or "eager". Raises `NoEquivalentClass`, and `ImportError` when `transformers` is
-    missing or too old to have the class.
+    `kind` is "sdpa" or "eager". Raises `NoEquivalentClass`, and `TransformersMissing` when `transformers` is
+    missing, too old to have the class, or does not import.
     """
     named = "deepseek_v3" if config.model_type == "sarvam_mla" else config.model_type  # whose own is a config
     modules = (named,) if named in _PREFIXES else _COMMON

@@ -12,6 +12,7 @@ import transformers
 from transformers_peer import needs_transformers
 
 from mla.bench import results
+from mla.bench.subjects.transformers_layer import TransformersMissing, classes_of
 
 TINY_MODEL = {
     "hidden_size": 64,
@@ -77,6 +78,12 @@ def test_a_torch_that_transformers_refuses_is_named_before_anything_runs(
         f"error: implementation 'transformers': transformers {transformers.__version__} does not work with "
         f"torch {torch.__version__}: install a newer torch."
     )
+
+
+@needs_transformers
+def test_a_release_without_the_class_of_a_config_is_named() -> None:
+    with pytest.raises(TransformersMissing, match=r"a release that has transformers\.models\.nobodys \("):
+        classes_of("nobodys", "Nobodys")
 
 
 @needs_transformers
