@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate, groupby
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -132,12 +132,6 @@ class OpCase:
         return (lengths.cumsum(0) - lengths).repeat_interleave(lengths), lengths.repeat_interleave(lengths)
 
     @property
-    def new_keys(self) -> torch.Tensor:
-        """The keys [T] int64 of the new tokens, among those of all requests."""
-        pairs = zip(accumulate(self.kv_lens), self.query_lens, strict=True)
-        return torch.cat([torch.arange(stop - new, stop) for stop, new in pairs])
-
-    @property
     def scalars(self) -> dict[str, Any]:
         """Operands that are no tensors."""
         return {
@@ -175,8 +169,7 @@ class OpCase:
             return stress.angles(self, rows)
         longest, table = max(self.kv_lens), RotaryTable(self.rope, torch.device("cpu"))
         table.reserve(longest)
-        pairs = zip(self.query_lens, self.kv_lens, strict=True)
-        new = torch.cat([torch.arange(keys - tokens, keys) for tokens, keys in pairs])
+        new = self.places().position
         before = torch.arange(rows - len(new)) * longest // rows
         return table.table[torch.cat((new, before))]
 

@@ -27,8 +27,6 @@ from mla_backends.api import AttentionSpec, IndexerSpec, LinearSpec, NormSpec
 
 Draw = Callable[..., Any]
 Pairs = list[tuple[int, int]]  # per request: new tokens and keys
-Serves = Callable[[Any], bool]
-Takes = Callable[[Any, tuple[int, ...], tuple[int, ...], "int | None"], bool]  # of a spec: lengths, page size
 
 # Sizes of tiles, pages, splits and blocks, and their neighbours.
 BORDERS = (*range(1, 6), *range(7, 10), *((1 << bits) + by for bits in range(4, 13) for by in (-1, 0, 1)))
@@ -193,15 +191,11 @@ class Field:
     kind: str
     dtype: torch.dtype
     device: torch.device
-    serves: Serves = lambda spec: True
+    serves: Callable[[Any], bool] = lambda spec: True
     lse_optional: bool = False
-    takes: Takes = lambda spec, new, keys, page: True
+    takes: Callable[..., bool] = lambda spec, new, keys, page: True  # of a spec: lengths, page size or None
     formats: tuple[str, ...] = ()  # of caches, that the op claims
     topk: int = 0  # of what is drawn next
-
-    def pages(self, spec: Any) -> list[int]:
-        """Return the page sizes that the op serves; all of them if it serves none."""
-        return [size for size in PAGE_SIZES if self.takes(spec, (1,), (size,), size)] or [*PAGE_SIZES]
 
     def served(self, spec: Any) -> Any:
         """Return the spec in widths that the op serves, and with few groups if it serves no more."""
@@ -349,8 +343,10 @@ def batch(
     A few cases of `narrow` keys have a request of HUGE tokens or more, whose positions need 18 bits.
     """
     entry, page = KINDS[field.kind], draw(among(*PAGE_SIZES))
-    if entry.cached and page not in (served := field.pages(spec_of(heads))):
-        page = served[PAGE_SIZES.index(page) % len(served)]
+    if entry.cached:
+        spec = spec_of(heads)
+        served = [size for size in PAGE_SIZES if field.takes(spec, (1,), (size,), size)] or [*PAGE_SIZES]
+        page = page if page in served else served[PAGE_SIZES.index(page) % len(served)]
     of = page if entry.cached else 1  # what keys come by
     pairs, room = requests(draw, page, causal), draw(among(*ROOMS))
     if any(keys > 900 for _, keys in pairs):
@@ -521,7 +517,9 @@ def sequence(draw: Draw, field: Field, scene: Scene) -> Scene:
         return replace(scene, order=((0, 1), (0, draw(whole(1, 3)))), kept=kept)
     if what == "often":
         times = draw(among(*REPEATS))
-        few = small(case, times)
+        some_new, some_keys = (3, 70) if times < 100 else (1, 9)  # the less, the more often it is called
+        new = min(case.query_lens[0], some_new)
+        few = of_lengths(case, [(new, max(new, min(case.kv_lens[0], some_keys)))])
         times = min(times, max(REPEATS[0], MOST_BYTES // max(1, few.work.bytes)))
         return replace(scene, cases=(few,), order=((0, 1), (0, times)), kept=True)
     if what == "others":
@@ -539,13 +537,6 @@ def sequence(draw: Draw, field: Field, scene: Scene) -> Scene:
         scene, cases=(case, other), order=order, kept=kept or lent, early=early,
         one_memory=memory, states=(0, 0) if lent else (),
     )  # fmt: skip
-
-
-def small(case: OpCase, times: int) -> OpCase:
-    """Return a case of the same spec that takes little time, the less the more often it is called."""
-    few, most = (3, 70) if times < 100 else (1, 9)
-    new = min(case.query_lens[0], few)
-    return of_lengths(case, [(new, max(new, min(case.kv_lens[0], most)))])
 
 
 def of_lengths(case: OpCase, pairs: Pairs) -> OpCase:

@@ -17,7 +17,7 @@ from mla.cases import stress
 from mla.cases.case import BYTES, KINDS, Kind, Lengths, Normal, OpCase
 from mla.cases.memory import Pages, Tensors, changed_slots, poison
 from mla.cases.varied import Call, Pool, Products, Queries, draw_signs
-from mla.verify.layer_check import TAIL
+from mla.verify.layer_check import TAIL, stands_for
 from mla.verify.op_oracle import Weights, attend_requests, lost_weights, product, true_norm, true_rotation
 from mla.verify.places import Places
 from mla.verify.stored import in_parts, judge_bytes, judge_decoded, stored_truth
@@ -120,14 +120,8 @@ class RotateQuery(Kind):
         return {"out": true_rotation(given["x"], given["cos_sin"], given["interleaved"])}
 
     def signs(self, case: OpCase, draw: torch.Generator) -> Tensors:
-        signs = pair_signs(case, draw, case.spec.num_heads, case.spec.qk_rope_head_dim)
+        signs = draw_signs(draw, case.spec.num_heads, 1)
         return {"x": signs, "out": signs}
-
-
-def pair_signs(case: OpCase, draw: torch.Generator, *shape: int) -> torch.Tensor:
-    """Return signs that are alike in the two columns of a rotated pair."""
-    signs = draw_signs(draw, *shape[:-1], shape[-1] // 2)
-    return signs.repeat_interleave(2, dim=-1) if case.interleaved else torch.cat((signs, signs), dim=-1)
 
 
 class WritesSlots(Kind):
@@ -147,9 +141,9 @@ class WritesSlots(Kind):
             call.lay("slots", slots, fill=count * case.layout.page_size - 1)
             return
         call.pages = pages = Pages.of(case.kv_lens, case.layout)
-        call.lay("slots", pages.slots[case.new_keys])
+        call.lay("slots", pages.slots[[first + seen - 1 for first, seen in case.spans]])
         cache = call.blank("cache", (pages.count, case.layout.page_size, *case.shape(self.cached)))
-        call.arguments["cache"] = cache.fill_(marker(cache.dtype))
+        call.arguments["cache"] = cache.fill_(stands_for(TAIL, cache.dtype))
 
     def blank(self, case: OpCase) -> Tensors:
         shape = (stress.slots(case)[1], case.layout.page_size, *case.shape(self.cached))
@@ -161,15 +155,11 @@ class WritesSlots(Kind):
 
     def strays(self, case: OpCase, arguments: Mapping[str, Any]) -> str:
         cache = self.by_token(arguments["cache"])
-        before = self.blank(case)["cache"] if case.rope is None else marker(cache.dtype)
+        before = torch.tensor(stands_for(TAIL, cache.dtype), dtype=cache.dtype)  # where nobody writes
+        before = self.blank(case)["cache"] if case.rope is None else before
         count, first = changed_slots(cache, before, arguments["slots"])
         clause = f"{count} slots other than those of the new tokens have changed, the first is {first}"
         return clause if count else ""
-
-
-def marker(dtype: torch.dtype) -> torch.Tensor:
-    """Return what is in slots that nobody writes."""
-    return torch.tensor(TAIL if dtype.is_floating_point else 77, dtype=dtype)
 
 
 class WriteLatent(WritesSlots):
@@ -198,7 +188,7 @@ class WriteLatent(WritesSlots):
 
     def signs(self, case: OpCase, draw: torch.Generator) -> Tensors:
         latent = draw_signs(draw, case.spec.kv_lora_rank)
-        key = pair_signs(case, draw, case.spec.qk_rope_head_dim)
+        key = draw_signs(draw, 1).expand(case.spec.qk_rope_head_dim)
         return {"kv_a": torch.cat((latent, key)), "latent": latent, "key": key}
 
     def written(self, arguments: Mapping[str, Any]) -> Tensors:
@@ -273,11 +263,9 @@ class Reads(OfBytes):
 
     def encoded(self, case: OpCase, given: Tensors) -> Tensors:
         codec = self.codec(case.spec)
-
-        def encode(keys: torch.Tensor) -> torch.Tensor:
-            return codec.encode(*keys.split((codec.c, codec.r), dim=1))
-
-        return {**given, "keys": in_parts(encode, given["keys"])}
+        widths = codec.c, codec.r
+        keys = in_parts(lambda rows: codec.encode(*rows.split(widths, dim=1)), given["keys"])
+        return {**given, "keys": keys}
 
     def keys(self, spec: Any, given: Mapping[str, torch.Tensor]) -> Any:
         keys = in_parts(partial(latents, codec=self.codec(spec)), given["keys"])

@@ -16,7 +16,7 @@ from mla.cases.case import Lengths
 from mla.config import MLAConfig
 from mla.layer.attention import MLA
 from mla.verify.layer_check import Checker, Poison
-from mla.verify.layer_oracle import TrueLayer, oracle
+from mla.verify.layer_oracle import TrueLayer, oracle_of_steps
 from mla.verify.selected import Past, SelectionJudge, Taken, take
 from mla.verify.verdict import Check
 from mla.weights import random_state_dict
@@ -66,11 +66,6 @@ def weights(config: MLAConfig, dtype: torch.dtype, model: int = 0) -> dict[str, 
     return random_state_dict(config, model, dtype)
 
 
-@functools.lru_cache(maxsize=8)
-def _selecting(config: MLAConfig, dtype: torch.dtype, model: int) -> TrueLayer:
-    return TrueLayer(config, weights(config, dtype, model))
-
-
 class LayerHost:
     """Inputs N(0, 1) of a case, and what they must give."""
 
@@ -92,14 +87,9 @@ class LayerHost:
 
     @functools.cached_property
     def truth(self) -> torch.Tensor:
-        """The outputs [steps, T, d] in float64: all steps' come from one prefill of all their tokens."""
-        case = self.case
-        by_request = self.hidden.split(list(case.query_lens), dim=1)  # each [steps, t, d]
-        lengths = [length * case.steps for length in case.query_lens]
-        tokens = torch.cat([tokens.flatten(0, 1) for tokens in by_request])
-        flat = oracle(case.config, self.state, tokens, lengths, self.history)
-        parts = [part.unflatten(0, (case.steps, -1)) for part in flat.split(lengths) if len(part)]
-        return torch.cat(parts, dim=1)
+        """The outputs [steps, T, d] in float64."""
+        case, hidden = self.case, self.hidden[None]
+        return oracle_of_steps(case.config, self.state, hidden, case.query_lens, self.history)[0]
 
     @functools.cached_property
     def reference(self) -> torch.Tensor:
@@ -122,7 +112,7 @@ class LayerHost:
         stored = self.history if codec is None else [given_back(codec, *past) for past in self.history]
         index = [keys if coded is None else coded.given_back(keys) for keys in self.index]
         past = [Past(kv, pe, keys) for (kv, pe), keys in zip(stored, index, strict=True)]
-        judge = SelectionJudge(_selecting(case.config, case.dtype, case.model), case.dtype, codec, coded)
+        judge = SelectionJudge(TrueLayer(case.config, self.state), case.dtype, codec, coded)
         by_request, expected = self.hidden.split(list(case.query_lens), dim=1), []
         for step, left in enumerate(taken):
             new = [tokens[: step + 1].flatten(0, 1) for tokens in by_request]

@@ -70,13 +70,6 @@ def strides(shape: Sequence[int], gaps: Gaps) -> tuple[int, ...]:
     return tuple(stride)
 
 
-def blank(
-    shape: Sequence[int], dtype: torch.dtype, device: torch.device, gaps: Gaps = NO_GAPS
-) -> torch.Tensor:
-    """Return poisoned memory, and poison in the gaps."""
-    return Piece(shape, dtype, device, gaps, guard=0).part
-
-
 def poison(tensor: torch.Tensor) -> torch.Tensor:
     """Overwrite a tensor with NaN; integers with their largest."""
     return _fill(tensor, torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
@@ -198,15 +191,12 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
 def scattered(tensor: torch.Tensor, device: torch.device, apart: int) -> torch.Tensor:
     """Copy the rows of [n, ..] to the device, so many numbers apart. What is between them is never touched.
 
-    Raises `NoRoom` if that takes more memory than there is.
+    They are copied one by one: a stack may count places in 32 bits. Raises `NoRoom` if that takes more memory
+    than there is.
     """
     whole = allocate((tensor.shape[0] * apart,), tensor.dtype, device)
-    return copy_rows(whole.as_strided(tensor.shape, (apart, *tensor.contiguous().stride()[1:])), tensor)
-
-
-def copy_rows(rows: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """Copy rows one by one to where they lie apart, and return them: a stack may count places in 32 bits."""
-    for row, values in zip(rows, source, strict=True):
+    rows = whole.as_strided(tensor.shape, (apart, *tensor.contiguous().stride()[1:]))
+    for row, values in zip(rows, tensor, strict=True):
         row.copy_(values)
     return rows
 
@@ -222,7 +212,7 @@ def hardly_touched(pages: Pages, rows: torch.Tensor, device: torch.device) -> to
     """Return a cache of keys [K, w], nothing else of it written. Raises `NoRoom` if it is too large."""
     blocks = pages.blocks(rows)
     cache = allocate((pages.count, *blocks.shape[1:]), blocks.dtype, device)
-    for page, block in zip(pages.order.tolist(), blocks, strict=True):  # one by one, as in `copy_rows`
+    for page, block in zip(pages.order.tolist(), blocks, strict=True):  # one by one, as in `scattered`
         cache[page].copy_(block)
     return cache
 

@@ -96,12 +96,11 @@ class Host:
     def __init__(self, case: OpCase, given: Tensors | None = None) -> None:
         """Draw the operands unless they are given. `case` is on the host."""
         self.case, self.entry = case, case.entry
-        drawn = given
-        if drawn is None:
-            drawn = shaped(case, self.entry.draw(case, drawing(case), self.entry.rows(case)))
-            drawn = self.entry.encoded(case, drawn)
+        if given is None:
+            given = shaped(case, self.entry.draw(case, drawing(case), self.entry.rows(case)))
+            given = self.entry.encoded(case, given)
         shapes = {name: case.shape(self.entry.operands[name]) for name in self.entry.varied}
-        self.given = drawn | {name: drawn[name].view(shape) for name, shape in shapes.items()}
+        self.given = given | {name: given[name].view(shape) for name, shape in shapes.items()}
         self.numbers = sum(x.numel() for x in self.given.values()) + sum(map(prod, case.results.values()))
 
     @functools.cached_property

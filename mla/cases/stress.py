@@ -127,12 +127,11 @@ def slots(case: OpCase) -> tuple[torch.Tensor, int]:
     tokens, size, order = case.rows, case.layout.page_size, case.stress.order
     pages = max(-(-(tokens + min(2 * tokens, 1000)) // size) + 1, case.layout.pages)
     generator = torch.Generator().manual_seed(tokens + case.seed)
-    if order == "a run":
-        return torch.arange(tokens) + size // 2, pages
-    if order == "a shuffled run":  # its ends are where those of a run are
-        inner = 1 + torch.randperm(max(0, tokens - 2), generator=generator)
-        ends = torch.arange(tokens)[:1], torch.arange(tokens)[1:][-1:]
-        return torch.cat((ends[0], inner, ends[1])) + size // 2, pages
+    if order in ("a run", "a shuffled run"):
+        run = torch.arange(tokens)
+        if order == "a shuffled run":  # its ends are where those of a run are
+            run[1:-1] = 1 + torch.randperm(max(0, tokens - 2), generator=generator)
+        return run + size // 2, pages
     slots = torch.randperm(pages * size - 1, generator=generator)[:tokens]
     return slots if order == "shuffled" else slots.sort(descending=order == "falling").values, pages
 
@@ -205,14 +204,10 @@ def zeros(case: OpCase, given: Tensors, every: int) -> None:
         operand[::every] = 0
 
 
-def large_row(case: OpCase, given: Tensors) -> None:
+def large(case: OpCase, given: Tensors, dim: int) -> None:
+    """Make one row large, or one channel."""
     for operand in itertools.islice(rows(case, given), 1):
-        operand[len(operand) // 2] *= LARGE
-
-
-def large_channel(case: OpCase, given: Tensors) -> None:
-    for operand in itertools.islice(rows(case, given), 1):
-        operand[..., operand.shape[-1] // 2] *= LARGE
+        operand.select(dim, operand.shape[dim] // 2).mul_(LARGE)
 
 
 def denormals(case: OpCase, given: Tensors) -> None:
@@ -288,8 +283,8 @@ ALL = (*BY_ROW, *ATTENTION, *SELECT)
 UNUSUAL: Mapping[str, tuple[Sequence[str], Pattern | Mapping[str, Any]]] = {
     "rows of zeros": (ALL, partial(zeros, every=3)),
     "all zero": (ALL, partial(zeros, every=1)),
-    "one large row": ((*BY_ROW, *SELECT), large_row),
-    "one large channel": (ALL, large_channel),
+    "one large row": ((*BY_ROW, *SELECT), partial(large, dim=0)),
+    "one large channel": (ALL, partial(large, dim=-1)),
     "denormals": (ALL, denormals),
     "weights of zero": (NORMS, zero_weights),
     "angle 0": ((*TURN, *NORMS[1:]), no_turn),

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mla.cases.case import OPTIONAL, OpCase, generator
-from mla.cases.memory import NO_GAPS, Layout, Pages, Tensors, blank, poison_all
+from mla.cases.memory import NO_GAPS, Layout, Pages, Piece, Tensors, poison_all
 from mla.reference import REFERENCE
 from mla.verify.layer_check import TAIL
-from mla.verify.op_oracle import attend, product
+from mla.verify.op_oracle import attend_requests, product
 from mla.verify.places import Places
 from mla.verify.verdict import Check
-from mla_backends.api import FusedOp
+from mla_backends.api import FusedOp, SegmentLengths
 
 if TYPE_CHECKING:
     from mla.cases.kinds import Attention
@@ -223,7 +223,8 @@ class Queries(Pool):
             token, head = divmod(home, heads)
             rows = self.keys_of(token)
             head_of = slice(head, head + 1) if k.shape[1] > 1 else slice(None)
-            out, lse = attend(queries[None], k[rows, head_of], v[rows, head_of], scale, False)
+            seen = SegmentLengths((1,), (len(k[rows]),), causal=False)
+            out, lse = attend_requests(queries[None], k[rows, head_of], v[rows, head_of], seen, scale)
             results.append((out[0], lse[0]))
         return tuple(torch.cat(part) for part in zip(*results, strict=True))
 
@@ -336,7 +337,8 @@ class Call:
 
     def blank(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Return poisoned memory for an operand, or a result."""
-        return blank(shape, self.case.dtype(name), self.device, self.case.layout.gaps.get(name, NO_GAPS))
+        gaps = self.case.layout.gaps.get(name, NO_GAPS)
+        return Piece(shape, self.case.dtype(name), self.device, gaps, guard=0).part
 
     def buffers(self, count: int) -> list[Tensors]:
         """Return memory for the results of so many calls."""

@@ -70,39 +70,27 @@ class ExpandedAttention(FusedOp):
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,  # [Tq, h, n + r], [Tk, h, n + r], [Tk, h, v]
         softmax_scale: float, out: torch.Tensor, lse: torch.Tensor | None,  # out [Tq, h, v], lse [Tq, h] fp32
     ) -> None:  # fmt: skip
-        queries, keys = state.query_lens, state.kv_lens
-        sums = [None] * len(queries) if lse is None else lse.split(queries)
-        segments = zip(q.split(queries), k.split(keys), v.split(keys), out.split(queries), sums, strict=True)
-        for segment in segments:
-            _attend_segment(*segment, softmax_scale, state.causal)
-
-
-def _attend_segment(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    scale: float,
-    causal: bool,
-) -> None:
-    """Attend one segment, cutting its queries so that the logits fit the cap."""
-    heads, (queries, keys) = q.shape[1], (q.shape[0], k.shape[0])
-    k, v = (tensor.transpose(0, 1).float() for tensor in (k, v))  # [h, s, d]
-    step = queries_per_call(heads, keys)
-    for start in range(0, queries, step):
-        run = slice(start, min(start + step, queries))
-        seen = max(0, keys - queries + run.stop) if causal else keys
-        hidden = None
-        if causal and run.stop - run.start > 1:
-            last = torch.arange(run.start, run.stop, device=q.device) + (keys - queries)
-            first_hidden = max(0, seen - (run.stop - run.start) + 1)  # every query sees all keys before it
-            hidden = torch.arange(first_hidden, seen, device=q.device) > last[:, None]
-        parts = (q[run].transpose(0, 1), k[:, :seen], v[:, :seen])
-        value, row_lse = attend(*parts, scale, hidden, with_lse=lse is not None)
-        out[run] = value.transpose(0, 1)
-        if lse is not None and row_lse is not None:
-            lse[run] = row_lse[..., 0].transpose(0, 1)
+        first = first_key = 0
+        for new, count in zip(state.query_lens, state.kv_lens, strict=True):
+            segment = slice(first_key, first_key + count)
+            keys, values = (x[segment].transpose(0, 1).float() for x in (k, v))  # [h, s, d]
+            step = queries_per_call(q.shape[1], count)  # so that the logits fit the cap
+            for start in range(0, new, step):
+                stop, hidden = min(start + step, new), None
+                seen = max(0, count - new + stop) if state.causal else count
+                if state.causal and stop - start > 1:
+                    last = torch.arange(start, stop, device=q.device) + (count - new)
+                    first_hidden = max(0, seen - (stop - start) + 1)  # every query sees all keys before it
+                    hidden = torch.arange(first_hidden, seen, device=q.device) > last[:, None]
+                run = slice(first + start, first + stop)
+                parts = (q[run].transpose(0, 1), keys[:, :seen], values[:, :seen])
+                value, sums = attend(*parts, softmax_scale, hidden, with_lse=lse is not None)
+                out[run] = value.transpose(0, 1)
+                if lse is not None and sums is not None:
+                    lse[run] = sums[..., 0].transpose(0, 1)
+                del parts
+            first, first_key = first + new, first_key + count
+            del keys, values  # before those of the next segment are made
 
 
 # ------------------------------------------------------------------------------------------- latent
@@ -133,11 +121,6 @@ class _Group(NamedTuple):
     hidden: torch.Tensor | None  # [rows, queries, m] bool: which of the last m keys a query may not see
 
 
-class _LatentState(NamedTuple):
-    groups: tuple[_Group, ...]
-    empty: tuple[slice, ...]  # tokens that see no key: rows a graph pads its batch with
-
-
 class LatentAttention(OfFormats):
     """Absorbed attention: all heads are queries of one key/value head, the latent row itself."""
 
@@ -145,60 +128,36 @@ class LatentAttention(OfFormats):
     nan_safe_tail = True
     lse_optional = True
 
-    def prepare(self, spec: AttentionSpec, batch: BatchView) -> _LatentState | DecodeState:
-        return fixed_shapes(spec, batch) or self._grouped(spec, batch)
-
-    def _grouped(self, spec: AttentionSpec, batch: BatchView) -> _LatentState:
-        rows = sorted(_cut(batch, spec.num_heads))
-        width = spec.kv_lora_rank + spec.qk_rope_head_dim
-        groups = list(_gather_rows([row for row in rows if row.keys > 0], spec.num_heads, width))
-        empty = [slice(row.first_query, row.first_query + row.queries) for row in rows if row.keys <= 0]
-        return _LatentState(tuple(_groups(groups, batch)), tuple(empty))
+    def prepare(self, spec: AttentionSpec, batch: BatchView) -> tuple[_Group, ...] | DecodeState:
+        return fixed_shapes(spec, batch) or _grouped(spec, batch)
 
     def __call__(
-        self, state: _LatentState | DecodeState, *,
+        self, state: tuple[_Group, ...] | DecodeState, *,
         q: torch.Tensor, cache: torch.Tensor,  # [T, h, c + r], [pages, page, c + r] or bytes
         block_table: torch.Tensor, kv_lens: torch.Tensor, cu_q: torch.Tensor,
         softmax_scale: float, out: torch.Tensor, lse: torch.Tensor | None,  # out [T, h, c], lse [T, h] fp32
         cache_format: str = "",
     ) -> None:  # fmt: skip
-        codec = codec_of(cache_format, out.shape[2], q.shape[2] - out.shape[2])
+        heads, width, latent = q.shape[1], q.shape[2], out.shape[2]
+        codec = codec_of(cache_format, latent, width - latent)
         if isinstance(state, DecodeState):
             state.attend(q, cache, block_table, kv_lens, softmax_scale, out, lse, codec)
             return
-        for group in state.groups:
-            _attend_group(group, q, _keys(group, cache, codec), softmax_scale, out, lse)
-        for tokens in state.empty:
-            out[tokens] = 0
-            if lse is not None:
-                lse[tokens] = -torch.inf
-
-
-def _keys(group: _Group, cache: torch.Tensor, codec: Codec | None) -> torch.Tensor:
-    """Gather a group's latents [rows, keys, c + r] in fp32; what a row does not own becomes zero."""
-    rows = cache.index_select(0, group.pages).view(group.rows, -1, cache.shape[-1])
-    keys = latents(rows[:, : group.keys], codec)
-    return keys if group.padding is None else keys.masked_fill_(group.padding, 0)
-
-
-def _attend_group(
-    group: _Group,
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    scale: float,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-) -> None:
-    """Attend one group over its keys [rows, keys, c + r]. Heads fold into the query dimension."""
-    heads, width, latent = q.shape[1], q.shape[2], out.shape[2]
-    hidden = group.hidden
-    if hidden is not None:
-        hidden = hidden.repeat_interleave(heads, dim=1, output_size=group.queries * heads)
-    folded = q[group.tokens].reshape(-1, group.queries * heads, width)
-    value, lse_rows = attend(folded, keys, keys[..., :latent], scale, hidden, with_lse=lse is not None)
-    _put(out, group.tokens, value.view(-1, heads, latent))
-    if lse is not None and lse_rows is not None:
-        _put(lse, group.tokens, lse_rows.view(-1, heads))
+        for group in state:
+            slots = group.rows, len(group.pages) // group.rows * cache.shape[1], cache.shape[2]
+            keys = latents(cache.index_select(0, group.pages).view(slots)[:, : group.keys], codec)
+            if group.padding is not None:  # what a row does not own
+                keys.masked_fill_(group.padding, 0)
+            hidden = group.hidden
+            if hidden is not None:
+                hidden = hidden.repeat_interleave(heads, dim=1, output_size=group.queries * heads)
+            folded = q[group.tokens].reshape(group.rows, group.queries * heads, width)
+            parts = folded, keys, keys[..., :latent], softmax_scale, hidden
+            value, sums = attend(*parts, with_lse=lse is not None)
+            _put(out, group.tokens, value.view(-1, heads, latent))
+            if lse is not None and sums is not None:
+                _put(lse, group.tokens, sums.view(-1, heads))
+            del keys, parts  # before the next ones are gathered
 
 
 def _put(target: torch.Tensor, tokens: slice | torch.Tensor, rows: torch.Tensor) -> None:
@@ -216,7 +175,8 @@ def _cut(batch: BatchView, heads: int) -> Iterator[_Row]:
         step = queries_per_call(heads, kv_len)
         for offset in range(0, query_len, step):
             count = min(step, query_len - offset)
-            yield _Row(count, kv_len - query_len + offset + count, request, start + offset)
+            keys = max(0, kv_len - query_len + offset + count)
+            yield _Row(count, keys, request, start + offset)
         start += query_len
 
 
@@ -239,14 +199,16 @@ def _gather_rows(rows: Sequence[_Row], heads: int, width: int) -> Iterator[list[
         yield members
 
 
-def _groups(groups: Sequence[Sequence[_Row]], batch: BatchView) -> Iterator[_Group]:
+def _grouped(spec: AttentionSpec, batch: BatchView) -> tuple[_Group, ...]:
     """Resolve groups; one copy takes [rows, 3] int64 to the device: request, owned keys, first query."""
+    width = spec.kv_lora_rank + spec.qk_rope_head_dim
+    groups = list(_gather_rows(sorted(_cut(batch, spec.num_heads)), spec.num_heads, width))
     values = [
         value for members in groups for row in members for value in (row.request, row.keys, row.first_query)
     ]
     index = upload(host_ints(values).view(-1, 3), batch.block_table.device)
-    for members, part in zip(groups, index.split([len(members) for members in groups]), strict=True):
-        yield _group(members, part, batch)
+    parts = index.split([len(members) for members in groups])
+    return tuple(_group(members, part, batch) for members, part in zip(groups, parts, strict=True))
 
 
 def _group(members: Sequence[_Row], index: torch.Tensor, batch: BatchView) -> _Group:

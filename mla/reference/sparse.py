@@ -67,6 +67,30 @@ class _Padded:
     queries: int
     graph_safe = True
 
+    def select(
+        self,
+        q: torch.Tensor,  # [B * queries, H, D]
+        weights: torch.Tensor,
+        cache: torch.Tensor,
+        block_table: torch.Tensor,  # [B, n]
+        kv_lens: torch.Tensor,  # [B]
+        out: torch.Tensor,
+        codec: IndexFp8 | None,
+    ) -> None:
+        """Select over all slots of the block table, in parts."""
+        queries, (tokens, heads, width) = self.queries, q.shape
+        slots = block_table.shape[1] * cache.shape[1]
+        together = max(1, LOGITS_BYTES // (4 * max(1, slots) * (queries * heads + width)))
+        behind = torch.arange(queries - 1, -1, -1, device=q.device)
+        for first in range(0, tokens // queries, together):
+            part = slice(first, first + together)
+            rows = slice(first * queries, min(tokens, (first + together) * queries))
+            table = block_table[part].reshape(-1)
+            keys = index_keys(cache.index_select(0, table), codec).view(-1, slots, width)
+            products = torch.bmm(q[rows].float().view(len(keys), -1, width), keys.mT).relu_()
+            scores = torch.bmm(weights[rows].float()[:, None], products.view(-1, heads, slots))[:, 0]
+            _take_best(scores, (kv_lens[part, None] - 1 - behind).view(-1, 1), out[rows])
+
 
 class SelectLatents(OfFormats):
     """Score every token that a query sees and take the best, one request after another.
@@ -91,48 +115,19 @@ class SelectLatents(OfFormats):
     ) -> None:  # fmt: skip
         codec, page, start = index_codec(cache_format, q.shape[2]), cache.shape[1], 0
         if isinstance(state, _Padded):
-            _select_padded(state.queries, q, weights, cache, block_table, kv_lens, out, codec)
+            state.select(q, weights, cache, block_table, kv_lens, out, codec)
             return
         for request, (queries, length) in enumerate(zip(state.query_lens, state.kv_lens, strict=True)):
-            tokens = slice(start, start := start + queries)
             pages = cache.index_select(0, block_table[request, : -(-length // page)])
             keys = index_keys(pages, codec).flatten(0, 1)[:length]
-            _select(q[tokens], weights[tokens], keys, out[tokens])
-
-
-def _select(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, out: torch.Tensor) -> None:
-    """Select for the last queries [t, H, D] of one request over all its keys [s, D], in runs."""
-    queries, length = q.shape[0], keys.shape[0]
-    step = max(1, LOGITS_BYTES // (4 * q.shape[1] * max(1, length)))
-    for first in range(0, queries, step):
-        run = slice(first, min(first + step, queries))
-        last = torch.arange(run.start, run.stop, device=q.device)[:, None] + (length - queries)
-        seen = max(0, length - queries + run.stop)
-        scores = index_scores(q[run], weights[run], keys[:seen])
-        _take_best(scores, last, out[run])
-
-
-def _select_padded(
-    queries: int,  # of each request
-    q: torch.Tensor,
-    weights: torch.Tensor,
-    cache: torch.Tensor,
-    block_table: torch.Tensor,  # [B, n]
-    kv_lens: torch.Tensor,  # [B]
-    out: torch.Tensor,
-    codec: IndexFp8 | None,
-) -> None:
-    """Select for a decode step of q [B * queries, H, D] over all slots of the block table, in parts."""
-    (tokens, heads, width), slots = q.shape, block_table.shape[1] * cache.shape[1]
-    together = max(1, LOGITS_BYTES // (4 * max(1, slots) * (queries * heads + width)))
-    behind = torch.arange(queries - 1, -1, -1, device=q.device)
-    for first in range(0, tokens // queries, together):
-        part = slice(first, first + together)
-        rows = slice(first * queries, min(tokens, (first + together) * queries))
-        keys = index_keys(cache.index_select(0, block_table[part].reshape(-1)), codec).view(-1, slots, width)
-        products = torch.bmm(q[rows].float().view(len(keys), -1, width), keys.mT).relu_()
-        scores = torch.bmm(weights[rows].float()[:, None], products.view(-1, heads, slots))[:, 0]
-        _take_best(scores, (kv_lens[part, None] - 1 - behind).view(-1, 1), out[rows])
+            step = max(1, LOGITS_BYTES // (4 * q.shape[1] * max(1, length)))
+            for first in range(start, start + queries, step):
+                run = slice(first, min(first + step, start + queries))
+                behind = length - queries - start  # the position of row 0
+                last = torch.arange(run.start, run.stop, device=q.device)[:, None] + behind
+                scores = index_scores(q[run], weights[run], keys[: max(0, behind + run.stop)])
+                _take_best(scores, last, out[run])
+            start += queries
 
 
 def _take_best(scores: torch.Tensor, last: torch.Tensor, out: torch.Tensor) -> None:

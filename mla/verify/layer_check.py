@@ -77,7 +77,18 @@ class Checker:
                 place = forward.name(row) + what + forward.common(bad)
         if not parts:
             return Check(status="wrong", reason="there are no outputs to judge")
-        return _verdict(torch.cat(parts, dim=1), bounds, place)
+        errors, allowed, sizes = torch.cat(parts, dim=1)
+        infinite, far = int(errors.isinf().sum()), int((errors > allowed).sum())
+        if infinite:
+            what = f"{infinite} of {len(errors)} output rows hold NaN or infinity; the first is {place}"
+            return Check(status="wrong", reason=what)
+        total, bound = mean_over(errors, sizes), bounds.of_whole(allowed, sizes)
+        ratio = max((errors / allowed).max().item(), total / bound)
+        reason = "" if ratio <= 1 else f"relative error {total:.1e} of the whole output, allowed {bound:.1e}"
+        if far:
+            reason = f"{far} of {len(errors)} output rows are too far from the oracle; worst is {place}"
+        status: Literal["ok", "wrong"] = "wrong" if reason else "ok"
+        return Check(status=status, error_ratio=ratio, relative_error=total, reason=reason)
 
     def _bounds(self, held_to_reference: bool) -> Bounds:
         """Return the bounds, those of rows [inputs, T], made once. The reference runs if it matters."""
@@ -88,25 +99,7 @@ class Checker:
         return self._kept[held]
 
 
-def _verdict(rows: torch.Tensor, bounds: Bounds, place: str) -> Check:
-    """Return the verdict on rows [3, T]: errors, what is allowed, and sizes. The worst is at a `place`."""
-    errors, allowed, sizes = rows
-    broken, bad = int(errors.isinf().sum()), int((errors > allowed).sum())
-    if broken:
-        what = f"{broken} of {len(errors)} output rows hold NaN or infinity; the first is {place}"
-        return Check(status="wrong", reason=what)
-    total, bound = mean_over(errors, sizes), bounds.of_whole(allowed, sizes)
-    worst = max((errors / allowed).max().item(), total / bound)
-    reason = "" if worst <= 1 else f"relative error {total:.1e} of the whole output, allowed {bound:.1e}"
-    if bad:
-        reason = f"{bad} of {len(errors)} output rows are too far from the oracle; worst is {place}"
-    status: Literal["ok", "wrong"] = "ok" if worst <= 1 else "wrong"
-    return Check(status=status, error_ratio=worst, relative_error=total, reason=reason)
-
-
 TAIL = 1e4
-
-
 FINITE = 0x42  # in every byte: numbers of up to 1e4 in all formats of a cache
 
 
@@ -144,16 +137,14 @@ class Poison:
         owned = torch.cat([cache.slots(sequence) for sequence in sequences])
         for sequence, length in reversed(list(zip(sequences, history, strict=True))):
             cache.truncate(sequence, length)  # last first, to restore the free list
-        value = torch.full((cache.num_pages, cache.page_size), torch.nan, device=owned.device)
-        value[owned // cache.page_size] = torch.nan if nan_safe_tail else TAIL
+        kind = self._pages.dtype
+        nothing, tail = (stands_for(value, kind) for value in (torch.nan, TAIL))
+        value = torch.full((cache.num_pages, cache.page_size), nothing, dtype=kind, device=owned.device)
+        value[owned // cache.page_size] = nothing if nan_safe_tail else tail
         free = torch.ones(value.numel(), dtype=torch.bool, device=owned.device)
         free[kept] = False
         self._slots = free.nonzero()[:, 0]
-        held = value.view(-1)[self._slots, None]
-        kind = self._pages.dtype
-        if not kind.is_floating_point:
-            held = torch.where(held.isnan(), stands_for(torch.nan, kind), stands_for(TAIL, kind))
-        self._rows = held.to(kind)
+        self._rows = value.view(-1)[self._slots, None]
 
     def apply(self) -> None:
         """Overwrite every slot that holds no history."""

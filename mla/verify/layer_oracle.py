@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import linear
 
 from mla.config import MLAConfig
 from mla.layer.rope import inverse_frequencies
@@ -53,6 +54,22 @@ def oracle(
     requests = zip(choices.split(lengths, dim=1), picks, history, strict=True)
     outputs = [layer.request(new, past, held, pick) for new, pick, past in requests if new.shape[1]]
     return torch.cat(outputs or [choices], dim=1).view(rows.shape)
+
+
+def oracle_of_steps(
+    config: MLAConfig,
+    state: State,
+    hidden: torch.Tensor,  # [n, steps, T, d]: choices of all steps' tokens, requests back to back in each
+    query_lens: Sequence[int],  # of one step
+    history: Sequence[Pair],
+    held: Held | None = None,
+) -> torch.Tensor:
+    """Return the outputs [n, steps, T, d] in float64: all steps come from one prefill per request."""
+    steps, lens = hidden.shape[1], list(query_lens)
+    every = [new * steps for new in lens]
+    rows = torch.cat([request.flatten(1, 2) for request in hidden.split(lens, dim=2)], dim=1)
+    requests = zip(oracle(config, state, rows, every, history, held).split(every, dim=1), lens, strict=True)
+    return torch.cat([request.unflatten(1, (steps, new)) for request, new in requests], dim=2)
 
 
 def oracle_of_last(
@@ -97,12 +114,13 @@ class TrueLayer:
         They are times 1 + beta ln(1 + floor(position / period)) in a layer that scales them.
         """
         config, nope = self.config, self.config.qk_nope_head_dim
+        name, x = "q_proj", hidden
+        if config.q_lora_rank is not None:
+            name, x = "q_b_proj", self._normed("q_a_layernorm", self._project("q_a_proj", hidden))
         q = (
-            self._project("q_proj", hidden)
-            if config.q_lora_rank is None
-            else self._project("q_b_proj", self._normed("q_a_layernorm", self._project("q_a_proj", hidden)))
+            self._project(name, x).unflatten(1, (config.num_attention_heads, config.qk_head_dim))
+            * config.q_latent_scale
         )
-        q = q.unflatten(1, (config.num_attention_heads, config.qk_head_dim)) * config.q_latent_scale
         if config.query_scaling is not None:
             beta, period = config.query_scaling.beta, config.query_scaling.period
             factors = [1.0 + beta * math.log(1 + position // period) for position in positions.tolist()]
@@ -118,9 +136,7 @@ class TrueLayer:
         k = true_layer_norm(self._project("indexer.wk", hidden.cpu().double()), weight, bias, 1e-6)
         return self._turned(k[:, None], positions)[:, 0]
 
-    def index_queries(
-        self, hidden: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def index_queries(self, hidden: torch.Tensor, positions: torch.Tensor) -> Pair:
         """Return what `select_latents` is to be given for tokens [t, d]: q [t, H, D] and weights [t, H].
 
         Queries are wq_b of the normed query latent, their first r channels rotated. Weights are weights_proj
@@ -168,19 +184,33 @@ class TrueLayer:
         at_once = max(1, LOGITS_BYTES // max(1, 8 * t * (p + t)))
         width = q.shape[3] + config.v_head_dim
         few = max(1, FEW_BYTES // max(1, 8 * (n * t * (p + t) + (n * t + p) * width)))  # heads
-        every = [torch.cat((old, now.flatten(0, 1))) for old, now in zip(past, new, strict=True)]
-        sinks = self._state["sinks"] if config.sink_logits else torch.full((len(kv_b),), -math.inf).double()
-        heads = []
-        for some, sink, weight in zip(q.split(few, 2), sinks.split(few), kv_b.split(few), strict=True):
-            expanded = _expanded(weight, every, config.qk_nope_head_dim)
-            seen = [x[:, :p] for x in expanded]
-            fresh = [x[:, p:].unflatten(1, (n, t)) for x in expanded]
-            parts = [x.split(at_once, 1) for x in (some.movedim(2, 0), *fresh)]
-            of = [None] * len(parts[0]) if hides is None else hides.split(at_once)
-            chunks = zip(*parts, of, strict=True)
-            attended = [_softmax_attention(config.softmax_scale, sink, *seen, *chunk) for chunk in chunks]
-            heads.append(torch.cat(attended, dim=1))
-        return torch.cat(heads).movedim(0, 2)
+        kv, pe = (torch.cat((old, now.flatten(0, 1))) for old, now in zip(past, new, strict=True))
+        later = torch.ones(t, t, dtype=torch.bool).triu(1)
+        out = torch.empty((len(kv_b), n, t, config.v_head_dim), dtype=torch.float64)
+        for first in range(0, len(kv_b), few):
+            heads = slice(first, first + few)
+            expanded = (kv @ kv_b[heads].flatten(0, 1).T).unflatten(-1, kv_b[heads].shape[:2]).movedim(-2, 0)
+            keys, values = expanded.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
+            keys = torch.cat((keys, pe.expand(len(keys), *pe.shape)), dim=-1)
+            own_keys, own_values = (x[:, p:].unflatten(1, (n, t)) for x in (keys, values))
+            for choice in range(0, n, at_once):
+                some = slice(choice, choice + at_once)
+                queries = q[some, :, heads].movedim(2, 0)  # [h, n, t, nope + r]
+                own = (queries @ own_keys[:, some].mT).masked_fill_(later, -torch.inf)
+                logits = torch.cat((queries.flatten(1, 2) @ keys[:, :p].mT, own.flatten(1, 2)), dim=2)
+                if hides is not None:
+                    logits.masked_fill_(hides[some].flatten(0, 1), -torch.inf)
+                weights = logits.mul_(config.softmax_scale).softmax(-1)
+                if hides is not None:  # a token may attend nothing
+                    weights.masked_fill_(logits.isneginf().all(-1, keepdim=True), 0.0)
+                if config.sink_logits:  # they take their share of what all keys had
+                    sink = self._state["sinks"][heads, None, None]
+                    weights /= 1 + (sink - logits.logsumexp(-1, keepdim=True)).exp()
+                from_past, from_own = weights.unflatten(1, (-1, t)).split((p, t), dim=-1)
+                of_past = (from_past.flatten(1, 2) @ values[:, :p]).unflatten(1, (-1, t))
+                out[heads, some] = of_past + from_own @ own_values[:, some]
+                del own, logits, weights, from_past, from_own  # before the next are made
+        return out.movedim(0, 2)
 
     def attended(
         self,
@@ -218,9 +248,7 @@ class TrueLayer:
         return self._project("o_proj", heads.flatten(-2))
 
     def _project(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(
-            x, self._state[f"{name}.weight"], self._state.get(f"{name}.bias")
-        )  # fmt: skip
+        return linear(x, self._state[f"{name}.weight"], self._state.get(f"{name}.bias"))
 
     def _normed(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return true_norm(x, self._state[f"{name}.weight"], self.config.rms_norm_eps)
@@ -243,39 +271,6 @@ class TrueLayer:
         return torch.cat((self._rotated(x[..., :r], positions, interleaved), x[..., r:]), dim=-1)
 
 
-def _expanded(weight: torch.Tensor, latents: Sequence[torch.Tensor], nope: int) -> Pair:
-    """Return keys [h, s, nope + r] and values [h, s, v] of latents, given weights [h, nope + v, c]."""
-    kv, pe = latents
-    expanded = (kv @ weight.flatten(0, 1).T).unflatten(-1, weight.shape[:2]).movedim(-2, 0)
-    keys, values = expanded.split((nope, weight.shape[1] - nope), dim=-1)
-    return torch.cat((keys, pe.expand(len(weight), *pe.shape)), dim=-1), values
-
-
-def _softmax_attention(
-    scale: float,
-    sink: torch.Tensor,  # [h], logits that are not scaled, of no value
-    past_keys: torch.Tensor,  # [h, p, nope + r]
-    past_values: torch.Tensor,  # [h, p, v]
-    q: torch.Tensor,  # [h, n, t, nope + r]
-    keys: torch.Tensor,
-    values: torch.Tensor,  # [h, n, t, v]
-    hides: torch.Tensor | None,  # [n, t, p + t] bool
-) -> torch.Tensor:
-    """Return attention [h, n, t, v] over what all choices see, and each over its own tokens."""
-    (n, t), past = q.shape[1:3], past_keys.shape[1]
-    among_new = (q @ keys.mT).masked_fill_(torch.ones(t, t, dtype=torch.bool).triu(1), -torch.inf)
-    logits = torch.cat((q.flatten(1, 2) @ past_keys.mT, among_new.flatten(1, 2)), dim=2)
-    if hides is not None:
-        logits.masked_fill_(hides.flatten(0, 1), -torch.inf)
-    weights = logits.mul_(scale).softmax(-1)
-    if hides is not None:  # a token may attend nothing
-        weights.masked_fill_(logits.isneginf().all(-1, keepdim=True), 0.0)
-    if not bool(sink.isneginf().all()):  # it takes its share of what all keys had
-        weights /= 1 + (sink[:, None, None] - logits.logsumexp(-1, keepdim=True)).exp()
-    from_past = (weights[..., :past] @ past_values).unflatten(1, (n, t))
-    return from_past + weights[..., past:].unflatten(1, (n, t)) @ values
-
-
 FLOAT64_BYTES = 8
 
 
@@ -290,11 +285,6 @@ class Run(NamedTuple):
     @property
     def rows(self) -> int:
         return self.choices * self.new
-
-    @property
-    def pairs(self) -> int:
-        """Query-key pairs whose logits are made, masked ones too."""
-        return self.rows * (self.past + self.new)
 
 
 def oracle_bytes(config: MLAConfig, runs: Sequence[Run], itemsize: int) -> int:
@@ -313,7 +303,7 @@ def _run_bytes(config: MLAConfig, run: Run) -> int:
     per_row = 2 * config.hidden_size + 4 * config.num_attention_heads * config.qk_head_dim
     per_row += 3 * config.gate_width and config.num_attention_heads * config.v_head_dim  # gated heads
     per_key = 2 * config.latent_dim + 2 * config.qk_head_dim + config.v_head_dim
-    logits = FLOAT64_BYTES * run.pairs
+    logits = FLOAT64_BYTES * run.rows * (run.past + run.new)  # masked ones too
     at_once = min(logits, max(logits // run.choices, LOGITS_BYTES))
     uncached = run.uncached * (config.hidden_size + 2 * config.latent_dim)
     return FLOAT64_BYTES * (run.rows * per_row + run.past * per_key + uncached) + 3 * at_once

@@ -54,16 +54,6 @@ def true_rotation(x: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool) -> 
     return torch.cat((turned.real, turned.imag), dim=-1)
 
 
-def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend q [t, h, dk] over k [s, 1 or h, dk] and v [s, 1 or h, dv] in float64: out and lse [t, h].
-
-    When causal, the last query sees the last key. A query that sees no key gives 0 and -inf.
-    """
-    return attend_requests(q, k, v, SegmentLengths((len(q),), (len(k),), causal), scale)
-
-
 def attend_requests(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -72,8 +62,9 @@ def attend_requests(
     scale: float,
     change: Weights = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend q [T, h, dk] request by request over k [K, 1 or h, dk] and v [K, 1 or h, dv], as `attend`.
+    """Attend q [T, h, dk] over k [K, 1 or h, dk] and v [K, 1 or h, dv] in float64: out and lse [T, h].
 
+    When causal, the last query of a request sees its last key. A query that sees no key gives 0 and -inf.
     Requests of similar lengths are attended together, padded. `change`: of weights, before they meet values.
     """
     out = torch.zeros((*q.shape[:2], v.shape[2]), dtype=torch.float64)

@@ -60,9 +60,6 @@ class Places:
         selected = self.request[rows], self.position[rows], self.first[rows]
         return Places(*selected, self.kv_lens, slot, self.page_size, rows)
 
-    def __len__(self) -> int:
-        return len(self.request)
-
     def name(self, row: int, head: int | None = None) -> str:
         """Return "request 3, position 105, head 6 (row 12; page 9, slot 41)"."""
         words = [f"request {int(self.request[row])}", f"position {int(self.position[row])}"]

@@ -8,9 +8,9 @@ selection and what is stored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, cast
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -41,11 +41,10 @@ class Taken:
 
     def of(self, request: int, rows: torch.Tensor) -> Taken:
         """Return what was left of some rows [n] int64 of the forward, all of one request."""
-        latents, keys = self.latents[request : request + 1], self.keys[request : request + 1]
-        selection, q, weights = (
-            None if part is None else part[rows] for part in (self.selection, self.q, self.weights)
-        )
-        return Taken(latents, selection, q, weights, keys, self.in_bf16)
+        parts = {"selection": self.selection, "q": self.q, "weights": self.weights}
+        chosen: dict[str, Any] = {name: part if part is None else part[rows] for name, part in parts.items()}
+        one = slice(request, request + 1)
+        return replace(self, latents=self.latents[one], keys=self.keys[one], **chosen)
 
 
 def take(
@@ -135,17 +134,32 @@ class SelectionJudge:
         for request in places.request.unique().tolist():
             indices = (places.request == request).nonzero()[:, 0]
             part = past[request], new[request], taken.of(request, rows[indices]), places.of(indices)
-            expected[indices] = self._expected(*part)
-            faults += self._faults(f"of request {request}", *part)
+            expected[indices], of_request = self._request(f"of request {request}", *part)
+            faults += of_request
         reason = next((said for _, said in faults if said), "")
         return Judged(expected, places, max(ratio for ratio, _ in faults), reason)
 
-    def _expected(self, past: Past, new: torch.Tensor, taken: Taken, places: Places) -> torch.Tensor:
-        """Return the outputs [n, d] in float64 of some rows of one request, given the selection."""
-        count, chosen = len(past.kv), taken.selection
-        parts = self.truth.latents(new, self._positions(past, new))
-        for part, stored in zip(parts, taken.latents[0] if self.codec else (), strict=False):
-            part[self._held(past, new)] = stored.double()  # of others nobody asks
+    def _request(
+        self, of: str, past: Past, new: torch.Tensor, taken: Taken, places: Places
+    ) -> tuple[torch.Tensor, list[tuple[float, str]]]:
+        """Return outputs [n, d] in float64 of rows of a request, given the selection; and all that is wrong.
+
+        These are errors over their bounds, with reasons. What is in a cache of some format may err by the
+        format's error as well.
+        """
+        truth, dtype, count, chosen = self.truth, self.dtype, len(past.kv), taken.selection
+        positions = torch.arange(count, count + len(new))
+        held: Any = slice(None) if self.held is None else self.held(positions)  # of all new tokens
+        parts, faults = truth.latents(new, positions), list[tuple[float, str]]()
+        if self.codec is not None:
+            near = given_back(self.codec, *(part[held].float() for part in parts))
+            pairs = zip(("latents", "keys"), parts, taken.latents[0], near, strict=True)
+            for name, part, stored, rounded in pairs:
+                exact = part[held].clone()
+                part[held] = stored.double()  # of others nobody asks
+                if stored.numel():
+                    beside = row_errors(rounded, exact)
+                    faults.append(_row_fault(f"cached {name} {of}", stored, exact, dtype, beside=beside))
 
         def cached(positions: torch.Tensor) -> Pair:
             old, rows = positions < count, [part.new_empty(len(positions), part.shape[1]) for part in parts]
@@ -156,48 +170,23 @@ class SelectionJudge:
         if chosen is not None:  # what is wrong with it is said by itself
             chosen = chosen.masked_fill(chosen > places.position[:, None], -1)
         hidden = new[places.position - count]
-        return self.truth.attended(hidden, places.position, cached, chosen, self.held)
-
-    def _positions(self, past: Past, new: torch.Tensor) -> torch.Tensor:
-        return torch.arange(len(past.kv), len(past.kv) + len(new))
-
-    def _held(self, past: Past, new: torch.Tensor) -> torch.Tensor:
-        """Return which of all new tokens are here, bool [t]."""
-        positions = self._positions(past, new)
-        return torch.ones_like(positions, dtype=torch.bool) if self.held is None else self.held(positions)
-
-    def _faults(
-        self, of: str, past: Past, new: torch.Tensor, taken: Taken, places: Places
-    ) -> Iterator[tuple[float, str]]:
-        """Yield errors over their bounds, and what is wrong with some rows of one request.
-
-        What a cache of some format has stored, and index keys in one, may err by the format's error as well.
-        """
-        truth, dtype, positions = self.truth, self.dtype, self._positions(past, new)
-        if self.codec is not None:
-            true = [part[self._held(past, new)] for part in truth.latents(new, positions)]
-            near = given_back(self.codec, *(part.float() for part in true))
-            parts = zip(("latents", "keys"), taken.latents[0], true, near, strict=True)
-            for name, stored, exact, rounded in parts:
-                if stored.numel():
-                    beside = row_errors(rounded, exact)
-                    yield _row_fault(f"cached {name} {of}", stored, exact, dtype, beside=beside)
+        outputs = truth.attended(hidden, places.position, cached, chosen, self.held)
         if taken.q is None or taken.weights is None:  # the selection is another layer's
-            return
+            return outputs, faults
         (keys,), true_keys = taken.keys, truth.index_keys(new, positions)
         beside = true_keys.new_zeros(len(keys))
         if self.index_codec is not None:
             beside = row_errors(self.index_codec.given_back(true_keys.float()), true_keys)
-        yield _row_fault(f"index keys {of}", keys, true_keys, dtype, beside=beside)
-        if taken.selection is None:
-            return
-        q, weights = truth.index_queries(new[places.position - len(past.kv)], places.position)
-        yield _row_fault("index queries", taken.q, q, dtype, places)
-        yield _row_fault("index weights", taken.weights, weights, torch.float32, places)
-        whole = torch.cat((past.keys, keys))
-        spans = [(0, position + 1) for position in places.position.tolist()]
-        best = true_selection(taken.q, taken.weights, whole, spans, taken.selection.shape[1], len(whole))
-        yield judge_selection(taken.selection, best, places, taken.in_bf16)
+        faults.append(_row_fault(f"index keys {of}", keys, true_keys, dtype, beside=beside))
+        if taken.selection is not None:
+            q, weights = truth.index_queries(hidden, places.position)
+            faults.append(_row_fault("index queries", taken.q, q, dtype, places))
+            faults.append(_row_fault("index weights", taken.weights, weights, torch.float32, places))
+            whole = torch.cat((past.keys, keys))
+            spans = [(0, position + 1) for position in places.position.tolist()]
+            best = true_selection(taken.q, taken.weights, whole, spans, taken.selection.shape[1], len(whole))
+            faults.append(judge_selection(taken.selection, best, places, taken.in_bf16))
+        return outputs, faults
 
 
 def _row_fault(

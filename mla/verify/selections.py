@@ -89,12 +89,12 @@ def judge_selection(
         return 0.0, ""
     chosen, seen = result.long(), (reach > -torch.inf).sum(1, keepdim=True)
     named = torch.arange(result.shape[1]) < seen  # which entries name a key
-    inside = (chosen >= 0) & (chosen < seen)
+    inside, ordered = (chosen >= 0) & (chosen < seen), chosen.masked_fill(~named, -1).sort(dim=1).values
     for bad, what in (
         ((~named & (chosen != -1)).any(1), "name a token, or something other than -1, behind the last"),
         ((named & (chosen == -1)).any(1), "are not complete"),
         ((named & ~inside).any(1), "name a token that the query does not see"),
-        (_repeats(chosen.masked_fill(~named, -1)), "name a token twice"),
+        (((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1), "name a token twice"),
     ):
         if bool(bad.any()):
             return math.inf, f"{int(bad.sum())} of {len(bad)} selections {what}: {describe(bad, places)}"
@@ -132,12 +132,6 @@ def _by_scores(
         f"{describe(bad, places, index)} leaves out position {int(missed[index])}, which scores at least "
         f"{highest[index].item():.5g}, and takes one of at most {lowest[index].item():.5g}"
     )
-
-
-def _repeats(chosen: torch.Tensor) -> torch.Tensor:
-    """Return which rows [T, k] name a token twice; -1 is none."""
-    ordered = chosen.sort(dim=1).values
-    return ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
 
 
 def _bf16_unit(scores: torch.Tensor) -> torch.Tensor:

@@ -161,35 +161,21 @@ def judge(
         return 0.0, ""
     result, truth = result.detach().cpu().double(), truth.double()
     gaps, sizes = (result - truth).norm(dim=-1), truth.norm(dim=-1).clamp_min(LEAST_NORM)
-    broken = ~gaps.isfinite()
+    broken, count = ~gaps.isfinite(), gaps.numel()
+    if broken.any() and bool(result.isnan().all()):  # or NaN was computed, from NaN
+        return math.inf, f"it was probably not written: all {count} rows are NaN, as before the call"
     if broken.any():
-        return math.inf, not_finite(result, broken, places)
+        where = "" if places is None else f": {describe(broken, places)}"
+        return math.inf, f"{int(broken.sum())} of {count} rows hold NaN or infinity{where}"
     errors, bounds = gaps / sizes, op_bounds(known, truth, dtype, lse)
     total = mean_over(errors, sizes)
     allowed = bounds.of_whole(bounds.rows, sizes)
     if total > allowed:  # rows that repeat err alike, such as those of all heads that see one key
-        allowed = bounds.of_whole(bounds.rows * repeats(truth).sqrt(), sizes)
+        _, place, counts = truth.flatten(0, -2).unique(dim=0, return_inverse=True, return_counts=True)
+        allowed = bounds.of_whole(bounds.rows * counts[place].view(sizes.shape).double().sqrt(), sizes)
     ratios = errors / bounds.rows
     worst = max(ratios.max().item(), total / max(allowed, LEAST_NORM))  # zeros are allowed no error
     return worst, "" if worst <= 1 else _reason(errors, ratios, total, allowed, places)
-
-
-def repeats(truth: torch.Tensor) -> torch.Tensor:
-    """Return how many rows of truth [.., w] each row is equal to, itself included: float64 [..]."""
-    _, place, counts = truth.flatten(0, -2).unique(dim=0, return_inverse=True, return_counts=True)
-    return counts[place].view(truth.shape[:-1]).double()
-
-
-def not_finite(result: torch.Tensor, broken: torch.Tensor, places: Places | None) -> str:
-    """Return what to say of an output whose rows `broken` hold NaN or infinity.
-
-    Outputs hold NaN before the call. NaN everywhere may also have been computed, from NaN.
-    """
-    bad, rows = int(broken.sum()), broken.numel()
-    if bool(result.isnan().all()):
-        return f"it was probably not written: all {rows} rows are NaN, as before the call"
-    where = "" if places is None else f": {describe(broken, places)}"
-    return f"{bad} of {rows} rows hold NaN or infinity{where}"
 
 
 def _reason(

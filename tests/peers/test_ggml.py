@@ -15,7 +15,8 @@ from benchmarks.peers.ggml import build, peer, record
 from benchmarks.peers.ggml.peer import DRIVER, Peer, PeerError
 from benchmarks.peers.ggml.ways import require_passive_waiting
 from mla.errors import UsageError
-from mla.verify.op_oracle import attend, product
+from mla.verify.op_oracle import attend_requests, product
+from mla_backends.api import SegmentLengths
 
 HERE = Path(__file__).parent
 FOLDER = HERE.parents[1] / "benchmarks" / "peers" / "ggml"
@@ -55,12 +56,9 @@ def test_operands_and_results_pass_through_the_driver(folder: Path, layout: str)
         work = running.attention(q, keys, lengths, 0.3, 6, "f16", layout)
         assert len(work.time(1, 4)) == 4
         output = work.result()
-    parts = keys.split(lengths)
-    truth = [
-        attend(query[None], k[:, None], k[:, None, :6], 0.3, True)[0]
-        for query, k in zip(q, parts, strict=True)
-    ]
-    torch.testing.assert_close(output.double(), torch.cat(truth), rtol=1e-5, atol=1e-5)
+    decode = SegmentLengths((1,) * len(lengths), lengths, causal=True)
+    truth, _ = attend_requests(q, keys[:, None], keys[:, None, :6], decode, 0.3)
+    torch.testing.assert_close(output.double(), truth, rtol=1e-5, atol=1e-5)
 
 
 def test_a_product_passes_through_the_driver(folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mla.verify import layer_oracle
@@ -53,18 +54,21 @@ def test_choices_give_what_each_gives_alone(
 def test_logits_of_all_choices_are_not_made_at_once(
     tiny: Callable[..., MLAConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, at_once = tiny(), []
-    attention = layer_oracle._softmax_attention
+    config, at_once = tiny(), list[int]()
 
-    def watched(*arguments: Any, **unseen: Any) -> torch.Tensor:
-        at_once.append(arguments[-2].shape[1])
-        return attention(*arguments, **unseen)
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, function: Any, types: Any, arguments: Any = (), named: Any = None
+        ) -> Any:
+            if function is torch.ops.aten._softmax.default:
+                at_once.append(arguments[0].shape[1] // 2)
+            return function(*arguments, **(named or {}))
 
-    monkeypatch.setattr(layer_oracle, "_softmax_attention", watched)
     monkeypatch.setattr(layer_oracle, "FEW_BYTES", 0)  # each head by itself
     monkeypatch.setattr(layer_oracle, "LOGITS_BYTES", 3 * 8 * 2 * (7 + 2))  # three choices of 2 tokens over 9
     hidden = drawn(8, 2, config.hidden_size)
-    oracle(config, random_state_dict(config, 0, torch.float32), hidden, [2], history(config, (7,)))
+    with Watched():
+        oracle(config, random_state_dict(config, 0, torch.float32), hidden, [2], history(config, (7,)))
     assert at_once == [3, 3, 2] * config.num_attention_heads
 
 

@@ -36,13 +36,13 @@ def places() -> Places:
 
 
 def test_every_row_has_the_name_of_its_request_and_position(places: Places) -> None:
-    pages = table(LENGTHS[1])
+    pages, count = table(LENGTHS[1]), len(places.request)
     for request, position, index in rows(*LENGTHS):
         page, slot = int(pages[request, position // PAGE]), position % PAGE
         where = f"row {index}; page {page}, slot {slot}"
-        assert name_row(index, (len(places),), places) == f"request {request}, position {position} ({where})"
+        assert name_row(index, (count,), places) == f"request {request}, position {position} ({where})"
         named = f"request {request}, position {position}, head 3 ({where})"
-        assert name_row(4 * index + 3, (len(places), 4), places) == named
+        assert name_row(4 * index + 3, (count, 4), places) == named
 
 
 def test_without_a_cache_there_are_no_pages_and_without_requests_only_rows() -> None:
@@ -138,13 +138,13 @@ HEADS = {(6,): "only head 6", (6, 7): "only heads 6 and 7", (0, 1, 2, 7): "only 
 
 @pytest.mark.parametrize("heads", HEADS)
 def test_few_heads_are_named_where_the_rows_have_no_pattern(places: Places, heads: tuple[int, ...]) -> None:
-    bad = torch.zeros(len(places), 8, dtype=torch.bool)
+    bad = torch.zeros(len(places.request), 8, dtype=torch.bool)
     bad[torch.tensor([0, 7, 41, 44, 50])[:, None], list(heads)] = True
     assert pattern_of(bad, places) == HEADS[heads]
 
 
 def test_part_of_a_request_is_named_and_nothing_is_said_of_one_row_or_rows_all_over(places: Places) -> None:
-    bad = torch.zeros(len(places), dtype=torch.bool)
+    bad = torch.zeros(len(places.request), dtype=torch.bool)
     bad[[3, 9, 17]] = True
     assert pattern_of(bad, places) == "only request 0"
     bad[[46, 47]] = True
@@ -169,7 +169,7 @@ def test_what_is_said_is_true(data: st.DataObject) -> None:
     if data.draw(st.booleans()):
         kept = data.draw(st.sets(st.integers(0, heads - 1), min_size=1))
         bad = bad & torch.tensor([head in kept for head in range(heads)])
-    for row in data.draw(st.lists(st.integers(0, len(places) - 1), max_size=3)):
+    for row in data.draw(st.lists(st.integers(0, len(places.request) - 1), max_size=3)):
         bad[row, data.draw(st.integers(0, heads - 1))] ^= True
     text = pattern_of(bad, places)
     if text.startswith("only"):
@@ -179,7 +179,7 @@ def test_what_is_said_is_true(data: st.DataObject) -> None:
 
 
 def test_a_description_names_one_row_and_what_all_have_in_common(places: Places) -> None:
-    bad = torch.zeros(len(places), 8, dtype=torch.bool)
+    bad = torch.zeros(len(places.request), 8, dtype=torch.bool)
     bad[41:46, 6:] = True
     first, worst = describe(bad, places), describe(bad, places, 43 * 8 + 7)
     assert re.fullmatch(
@@ -194,5 +194,5 @@ def test_a_description_names_one_row_and_what_all_have_in_common(places: Places)
 def test_some_of_the_rows_keep_their_names() -> None:
     whole = Places.new_tokens([2, 3], [5, 9], torch.tensor([[1, 0], [3, 2]]), 8)
     part = whole.of(torch.tensor([1, 4]))
-    assert len(part) == 2
+    assert len(part.request) == 2
     assert [part.name(row) for row in (0, 1)] == [whole.name(row) for row in (1, 4)]

@@ -22,7 +22,7 @@ from mla.cache import LatentCache
 from mla.cache.formats import Codec, IndexFp8, given_back
 from mla.cases.case import generator
 from mla.config import MLAConfig
-from mla.verify.layer_oracle import Held, Run, State, oracle, oracle_of_last
+from mla.verify.layer_oracle import Held, Run, State, oracle, oracle_of_last, oracle_of_steps
 
 # The most last tokens of a prefill's request; and rows of them over all requests.
 LAST_TOKENS, LAST_ROWS = 64, 256
@@ -255,7 +255,7 @@ def expected_outputs(config: MLAConfig, state: State, inputs: Inputs, held: Held
     lens = scenario.query_lens
     if scenario.mode == "decode":
         every = torch.cat((inputs.hidden[None], inputs.others))
-        outputs = _of_steps(config, state, lens, every, history, held)
+        outputs = oracle_of_steps(config, state, every, lens, history, held)
         return Expected(scenario, outputs[0], outputs[1:])
     plain = oracle(config, state, inputs.hidden[0], lens, history, held)
     last = oracle_of_last(config, state, inputs.hidden[0], inputs.others, lens, history, held)
@@ -267,7 +267,7 @@ def expected_plain(
 ) -> torch.Tensor:
     """Return the oracle's outputs [count, T, d] of the first forwards of a plain pass."""
     hidden = inputs.hidden[None, :count]
-    return _of_steps(config, state, inputs.scenario.query_lens, hidden, inputs.history, held)[0]
+    return oracle_of_steps(config, state, hidden, inputs.scenario.query_lens, inputs.history, held)[0]
 
 
 def oracle_runs(config: MLAConfig, scenario: Scenario) -> list[Run]:
@@ -278,22 +278,6 @@ def oracle_runs(config: MLAConfig, scenario: Scenario) -> list[Run]:
         return [Run(count, new * scenario.inputs, past) for new, past in requests]
     last = [Run(count - 1, 1, past + new - 1, uncached=new - 1) for new, past in requests]
     return [*(Run(1, *request) for request in requests), *last]
-
-
-def _of_steps(
-    config: MLAConfig,
-    state: State,
-    lens: tuple[int, ...],
-    every: torch.Tensor,
-    history: History,
-    held: Held | None,
-) -> torch.Tensor:
-    """Return the outputs [n, inputs, T, d] of every choice of hidden states [n, inputs, T, d]."""
-    steps = every.shape[1]
-    rows = torch.cat([request.flatten(1, 2) for request in every.split(lens, dim=2)], dim=1)
-    lengths = [length * steps for length in lens]
-    outputs = oracle(config, state, rows, lengths, history, held).split(lengths, dim=1)
-    return torch.cat([request.unflatten(1, (steps, -1)) for request in outputs], dim=2)
 
 
 # ---------------------------------------------------------------------------------------------- on a device

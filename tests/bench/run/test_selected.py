@@ -304,13 +304,13 @@ def written(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Mutant:
 
 
 def chosen(change: Callable[[torch.Tensor, torch.Tensor], object]) -> Mutant:
-    right = sparse._select
+    right = sparse._take_best
 
-    def select(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, out: torch.Tensor) -> None:
-        right(q, weights, keys, out)
-        change(out, torch.arange(len(q)) + len(keys) - len(q) + 1)
+    def take(scores: torch.Tensor, last: torch.Tensor, out: torch.Tensor) -> None:
+        right(scores, last, out)
+        change(out, last[:, 0] + 1)
 
-    return lambda patch: patch.setattr(sparse, "_select", select)
+    return lambda patch: patch.setattr(sparse, "_take_best", take)
 
 
 def weights_unscaled(patch: Patch) -> None:
