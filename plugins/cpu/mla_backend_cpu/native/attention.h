@@ -30,7 +30,7 @@ struct Row {
 struct Panel {
     float* sum;     // [16, dv]
     vf top, total;  // running maximum and sum of weights
-    vf rounded;     // that sum, of weights rounded as they are multiplied where that is known: it cancels for a lone large one
+    vf rounded;     // divides the sums: of weights as bf16 rounds them, where known, so that one which outweighs all cancels
     vi visible;     // keys each lane sees
     int64_t least, most;
 };

@@ -134,6 +134,10 @@ class Attending : public Attention {
         int64_t tiles, p, key;
         float* scores;  // or null: there is none
     };
+    // Scores of two panels with 32 keys that registers of tiles hold: the first panel, or -1 if there are none, and the keys.
+    struct Scored {
+        int64_t p = -1, step = 0;
+    };
     // Weights of two panels that see all keys of the block, 32 keys at a time. Their scores stay in registers until the next
     // keys' operands are loaded, as storing at once waits for the last products, and become weights while these are
     // multiplied. They share the first-level cache with the queries, past which keys that were copied are read ONCE.
@@ -145,7 +149,7 @@ class Attending : public Attention {
             const bf16* const a[2] = {keys_[2 * t], keys_[2 * t + 1]};
             const bf16* const rest[2] = {rests_ + 2 * t * TILE_BF16, rests_ + (2 * t + 1) * TILE_BF16};
             const auto before = [&](auto i) {
-                if (held_.scores) Sums::template store_tile<i>(held_.scores, TILE_FLOATS, 2 * TILE_FLOATS);
+                if (scored_.p >= 0) Sums::template store_tile<i>(score_, TILE_FLOATS, 2 * TILE_FLOATS);
                 tile::zero<i>();
             };
             Sums::template multiply<ONCE>(a, 0, keys_.pitch() * sizeof(bf16), b, 0, before);
@@ -156,19 +160,18 @@ class Attending : public Attention {
             }
             if (rest_) Sums::multiply(rest, 0, TILE_ROW, b, whole_ * TILE_BF16);
             soft_.finish();
-            held_ = {t, p, 0, score_};
+            scored_ = {p, t};
         }
     }
     void begin_softening() {
-        if (!held_.scores) return;
-        const int64_t t = held_.tiles, p = held_.p, at = t * TILE_FLOATS;
-        soft_.begin(panel_ + p, held_.scores, scale_, width_, spread(p, 0) + at, spread(p + 1, 0) + at, t);
+        const int64_t p = scored_.p;
+        if (p >= 0) soft_.begin(panel_ + p, score_, scale_, width_, spread(p, 0), spread(p + 1, 0), scored_.step);
     }
     void finish_softening() {
-        if (held_.scores) Block<2, 2>::store(held_.scores, TILE_FLOATS, 2 * TILE_FLOATS);
+        if (scored_.p >= 0) Block<2, 2>::store(score_, TILE_FLOATS, 2 * TILE_FLOATS);
         begin_softening();
         soft_.finish();
-        held_ = Piece();
+        scored_ = Scored();
     }
     template <class Use>
     static void use_piece(const Piece& piece, const Use& use) {
@@ -440,7 +443,8 @@ class Attending : public Attention {
     Lines next_;
     float* sums_ = nullptr;  // which are in registers, or null
     Softening soft_;
-    Piece held_ = {}, ready_ = {};  // in the registers of tiles, and in memory
+    Scored scored_;
+    Piece held_ = {}, ready_ = {};  // in registers of tiles, and in memory
     int64_t* steps_;  // of 32 keys that a pair of panels sees, at its first one
     alignas(64) const bf16 zeros_[2 * LANES] = {};
 };

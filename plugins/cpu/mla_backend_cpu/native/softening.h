@@ -13,11 +13,11 @@ static inline void scale_tiles(float* sum, int64_t width, const vf& factors) {
 
 class Softening {
  public:
-    // Panels that see all of 32 keys, and their scores [2][32][16]. A tile [row][pair] of each is written, behind `before`
-    // tiles of the same values.
+    // Two panels that see all keys of a step, 32 of their block, and their scores [2][32][16]. `first` and `second` are the
+    // panels' tiles of weights [steps][row][pair], of which those of earlier steps are there, and that of this one is written.
     void begin(Panel* panels, const float* scores, float scale, int64_t width, uint32_t* first, uint32_t* second,
-               int64_t before) {
-        panel_ = panels, scores_ = scores, scale_ = scale, width_ = width, before_ = before;
+               int64_t step) {
+        panel_ = panels, scores_ = scores, scale_ = scale, width_ = width, step_ = step;
         tiles_[0] = first, tiles_[1] = second, at_ = 0;
         for (int p = 0; p < 2; p++) top_[p] = splat(-INFINITY), total_[p] = rounded_[p] = vf{};
     }
@@ -38,11 +38,11 @@ class Softening {
 
  private:
     // A panel's weights are relative to e^top, which is left as it is while they are below e^STEADY: sums are then not scaled.
-    // It is a whole power of two, so that weights which were rounded are scaled exactly.
+    // What replaces it is a power of two, so that rounded weights are scaled without rounding them again.
     static constexpr float STEADY = 8, LOG2E = 1.44269504f, WHOLE = 12582912.0f;  // adding it rounds
-    static constexpr int64_t KEYS = 2 * LANES, MAXIMA = KEYS / LANES, END = MAXIMA + KEYS / 2;
+    static constexpr int64_t MAXIMA = TILE_DEPTH / LANES, END = MAXIMA + TILE_DEPTH / 2;
 
-    const float* scores(int p, int64_t key) const { return scores_ + (p * KEYS + key) * LANES; }
+    const float* scores(int p, int64_t key) const { return scores_ + (p * TILE_DEPTH + key) * LANES; }
     void find_top(int64_t key) {
         for (int p = 0; p < 2; p++) {
             vf top = top_[p];
@@ -59,7 +59,7 @@ class Softening {
                 const vf fade = exponential(old - (most == splat(-INFINITY) ? vf{} : most));
                 if (!same(old, -INFINITY) && !same(fade, 1)) {
                     scale_tiles(panel.sum, width_, fade);
-                    fade_weights(tiles_[p] - before_ * LANES * LANES, fade);
+                    fade_weights(tiles_[p], fade);
                 }
                 panel.total *= fade, panel.rounded *= fade, panel.top = most;
             }
@@ -67,7 +67,7 @@ class Softening {
         }
     }
     void fade_weights(uint32_t* tiles, const vf& factors) const {
-        for (int64_t i = 0; i < before_ * LANES; i++, tiles += LANES) {
+        for (int64_t i = 0; i < step_ * LANES; i++, tiles += LANES) {
             const vu pairs = load<vu>(tiles);
             store(tiles, narrow_pairs(low_half(pairs) * factors[i % LANES], high_half(pairs) * factors[i % LANES]));
         }
@@ -81,13 +81,13 @@ class Softening {
             total_[p] += weight[0] + weight[1];
             pairs_[p][pair] = narrow_pairs(weight[0], weight[1]);
             rounded_[p] = add_pairs(rounded_[p], pairs_[p][pair]);
-            if (pair == LANES - 1) transpose(pairs_[p], tiles_[p]);
+            if (pair == LANES - 1) transpose(pairs_[p], tiles_[p] + step_ * TILE_FLOATS);
         }
     }
 
     Panel* panel_ = nullptr;
     const float* scores_ = nullptr;
-    int64_t width_ = 0, before_ = 0, at_ = END;
+    int64_t width_ = 0, step_ = 0, at_ = END;
     float scale_ = 0;
     uint32_t* tiles_[2] = {};
     vf top_[2], base_[2], total_[2], rounded_[2];
