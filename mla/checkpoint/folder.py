@@ -68,7 +68,7 @@ def opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(str(file), framework="pt") as tensors:
             yield tensors
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         text = shortened(escaped(" ".join(str(error).split())))
         raise CheckpointError(
             f"checkpoint file '{file}' cannot be read, it is truncated or damaged: {text}."
