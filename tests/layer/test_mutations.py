@@ -33,12 +33,10 @@ class MovedMask(Latent):  # type: ignore[misc, valid-type]
     by = 0
 
     def prepare(self, spec: Any, batch: Any) -> Any:
-        state = super().prepare(spec, batch)
-        groups = [
+        return tuple(
             group if group.hidden is None else group._replace(hidden=self.moved(group.hidden))
-            for group in state.groups
-        ]
-        return state._replace(groups=tuple(groups))
+            for group in super().prepare(spec, batch)
+        )
 
     def moved(self, hidden: torch.Tensor) -> torch.Tensor:
         moved = hidden.roll(self.by, dims=-1)  # a query that may see more keys, or fewer

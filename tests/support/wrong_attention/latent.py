@@ -53,8 +53,7 @@ class LeakingMask(Latent):  # type: ignore[misc, valid-type]
 
     def prepare(self, spec: Any, batch: Any) -> Any:
         state = super().prepare(spec, batch)
-        groups = (g if g.hidden is None else g._replace(hidden=self.moved(g.hidden)) for g in state.groups)
-        return state._replace(groups=tuple(groups))
+        return tuple(g if g.hidden is None else g._replace(hidden=self.moved(g.hidden)) for g in state)
 
     def moved(self, hidden: torch.Tensor) -> torch.Tensor:
         moved = hidden.roll(self.by, dims=-1)
