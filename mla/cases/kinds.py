@@ -120,8 +120,14 @@ class RotateQuery(Kind):
         return {"out": true_rotation(given["x"], given["cos_sin"], given["interleaved"])}
 
     def signs(self, case: OpCase, draw: torch.Generator) -> Tensors:
-        signs = draw_signs(draw, case.spec.num_heads, 1)
+        signs = pair_signs(case, draw, case.spec.num_heads, case.spec.qk_rope_head_dim)
         return {"x": signs, "out": signs}
+
+
+def pair_signs(case: OpCase, draw: torch.Generator, *shape: int) -> torch.Tensor:
+    """Return signs that are alike in the two columns of a rotated pair."""
+    signs = draw_signs(draw, *shape[:-1], shape[-1] // 2)
+    return signs.repeat_interleave(2, dim=-1) if case.interleaved else torch.cat((signs, signs), dim=-1)
 
 
 class WritesSlots(Kind):
@@ -188,7 +194,7 @@ class WriteLatent(WritesSlots):
 
     def signs(self, case: OpCase, draw: torch.Generator) -> Tensors:
         latent = draw_signs(draw, case.spec.kv_lora_rank)
-        key = draw_signs(draw, 1).expand(case.spec.qk_rope_head_dim)
+        key = pair_signs(case, draw, case.spec.qk_rope_head_dim)
         return {"kv_a": torch.cat((latent, key)), "latent": latent, "key": key}
 
     def written(self, arguments: Mapping[str, Any]) -> Tensors:
