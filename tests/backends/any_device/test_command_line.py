@@ -54,7 +54,7 @@ def test_a_missing_kernel_names_the_operator_and_the_device(bench: Any) -> None:
     assert done.code == 3
     assert done.error.startswith(
         "error: scenario 'prefill' failed: NotImplementedError: Could not run 'aten::bmm' with "
-        "arguments from the 'acme' backend ("
+        "arguments from the 'acme' backend"
     )
     assert "op 'reference' of " in done.error
     assert "registered at" not in done.err
