@@ -58,17 +58,8 @@ def names() -> list[str]:
     return installed + [name for name in KNOWN if name not in installed]
 
 
-def status(
-    name: str,
-    timeout: float = 30.0,
-    variables: Mapping[str, str] | None = None,
-    options: Mapping[str, str] | None = None,
-) -> Status:
-    """Report on one backend; a child process that answers later than `timeout` seconds is killed.
-
-    `variables` are set in the child's environment, in addition to those of this process. `options` are the
-    backend's.
-    """
+def status(name: str, timeout: float = 30.0, options: Mapping[str, str] | None = None) -> Status:
+    """Report on one backend with its options; a child that answers later than `timeout` seconds is killed."""
     try:
         entry = locate(name)
     except BackendError as error:
@@ -76,7 +67,7 @@ def status(
     words = [entry.name, *(f"{key}={value}" for key, value in (options or {}).items())]
     fields = ("state", "reason", "hint", "evidence")
     try:
-        answer = ask(["-m", "mla_backends.probe", *words], fields, timeout, variables)
+        answer = ask(["-m", "mla_backends.probe", *words], fields, timeout)
     except NoAnswer as none:
         hint = f"`python -X faulthandler -m mla_backends.probe {' '.join(words)}` shows where it stops"
         answer = {"state": NO_ANSWER, "reason": f"the probe {none}", "hint": hint}

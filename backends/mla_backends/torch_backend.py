@@ -267,10 +267,8 @@ class TorchBackend(Backend):
 
     def device_info(self) -> DeviceInfo:
         properties = self.properties()
-        if properties is None:
-            return DeviceInfo(name=self.device_type)
         return DeviceInfo(
-            name=str(properties.name),
+            name=self.device_type if properties is None else str(properties.name),
             memory_bytes=known(properties, "total_memory"),
             cache_bytes=known(properties, "L2_cache_size"),
         )
