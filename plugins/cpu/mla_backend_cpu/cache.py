@@ -1,8 +1,8 @@
 """Kernels that came with the installation, and those that were compiled here, in the user's cache folder.
 
 A build happens in a private folder that is renamed into place: one that is killed leaves nothing broken. Of
-processes that start at once, one builds, and the others wait. Nothing is loaded that another user
-could have written: the file, its folder and the cache are opened, and belong to this user, or root, who alone
+processes that start at once, one builds, and the others wait. Nothing is loaded that another user could have
+written: the cache, its folder of kernels and the file that was opened belong to this user, or root, who alone
 may write them. Folders above decide which folder of this user is the cache, and not what is in it.
 """
 
@@ -16,11 +16,9 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from mla_backend_cpu.compilation import (
-    LIBRARY,
     Artifact,
     BuildError,
     Level,
@@ -145,17 +143,12 @@ def folder() -> Path:
 
 def _opened(kept: Path) -> Artifact | None:
     """Return kernels, unless they are damaged or others could have written them."""
-    with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
-        place = None  # what is examined stays open, so that it cannot be replaced meanwhile
-        for part in (kept.parent, kept.name):
-            place = os.open(part, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=place)
-            undo.callback(os.close, place)
-            if distrust(os.fstat(place)):
-                return None
-        kernels = opened_kernels(Path(f"/proc/self/fd/{place}"))
-        if kernels and not distrust(os.fstat(kernels.descriptor)):
-            return replace(kernels, path=kept / LIBRARY)
-        if kernels:
+    with contextlib.suppress(OSError):
+        if any(distrust(place.lstat()) for place in (kept.parent, kept)):
+            return None
+        if kernels := opened_kernels(kept):
+            if not distrust(os.fstat(kernels.descriptor)):
+                return kernels
             os.close(kernels.descriptor)
     return None
 

@@ -15,13 +15,11 @@ import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 
 # --------------------------------------------------------------------------------- instruction sets
@@ -187,21 +185,11 @@ def opened_kernels(folder: Path) -> Artifact | None:
 
     Loading a truncated library ends the process.
     """
-    with contextlib.suppress(OSError, UnicodeDecodeError), contextlib.ExitStack() as files:
-        names = (LIBRARY, _CHECKSUM, _COMPILER)
-        library, checksum, compiler = (files.enter_context(_opened(folder / name)) for name in names)
-        if hashlib.sha256(library.read()).hexdigest().encode() == checksum.read():
-            return Artifact(folder / LIBRARY, os.dup(library.fileno()), compiler.read().decode())
+    with contextlib.suppress(OSError, UnicodeDecodeError), open(folder / LIBRARY, "rb") as library:
+        compiler = (folder / _COMPILER).read_text()
+        if hashlib.sha256(library.read()).hexdigest() == (folder / _CHECKSUM).read_text():
+            return Artifact(folder / LIBRARY, os.dup(library.fileno()), compiler)
     return None
-
-
-def _opened(path: Path) -> BinaryIO:
-    """Open a regular file, without waiting for the writer of a pipe. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return open(descriptor, "rb")
-    os.close(descriptor)
-    raise OSError(f"'{path}' is not a regular file")
 
 
 # -------------------------------------------------------------------------- all levels, for a wheel

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 from array import array
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from weakref import WeakKeyDictionary
 
@@ -173,8 +172,8 @@ def layout_of(cache_format: str, c: int, r: int) -> Layout:
     name, _, scale = cache_format.partition(":")
     if name not in _FORMATS:
         raise ValueError(f"the native ops do not know the cache format '{cache_format}'.")
-    if name == "q8_0":
-        require_sizes(*_misfitting({"kv_lora_rank + qk_rope_head_dim": 32}, c + r))
+    if name == "q8_0" and (c + r) % 32:
+        raise ValueError(f"kv_lora_rank + qk_rope_head_dim {c + r} is not a multiple of 32.")
     runs = _FORMATS[name](c, r)
     size = sum(columns * _BYTES.get(kind, 1) + _SCALE_BYTES.get(kind, 4) for columns, kind, *_ in runs)
     return Layout(array("q", (number for run in runs for number in run)), size, float(scale or 1))
@@ -212,7 +211,8 @@ class NativeOp(FusedOp):
 
     def misfitting(self, *sizes: int) -> list[str]:
         """Return which of the sizes in `multiples` are none of these."""
-        return _misfitting(self.multiples, *sizes)
+        named = zip(self.multiples.items(), sizes, strict=True)
+        return [f"{name} {n} is not a multiple of {of}" for (name, of), n in named if n <= 0 or n % of]
 
     def calling(self, functions: Any) -> NativeOp:
         """Return this op with other functions in the place of its kernels."""
@@ -252,13 +252,6 @@ def finish(wrong: bytes | None, target: torch.Tensor, out: torch.Tensor) -> None
         out.copy_(target)
 
 
-def _misfitting(multiples: Mapping[str, int], *sizes: int) -> list[str]:
-    named = zip(multiples.items(), sizes, strict=True)
-    return [
-        f"{name} {size} is not a multiple of {of}" for (name, of), size in named if size <= 0 or size % of
-    ]
-
-
 def require_sizes(*reasons: str) -> None:
     """Raise ValueError with the first reason why the kernels cannot serve these sizes, if there is one."""
     if reasons:
@@ -278,15 +271,11 @@ def whole_pages(elements: int, dtype: torch.dtype) -> torch.Tensor:
     return memory[begin : begin + elements]
 
 
-class Panels(NamedTuple):
-    """A packed weight [o, i] or [h, o, i]."""
-
-    data: torch.Tensor
-    shape: tuple[int, ...]
-
-
 class _Product(NativeOp):
-    """Weights in panels of 16 outputs: of pairs of inputs in bf16, of single ones in fp32."""
+    """Weights in panels of 16 outputs: of pairs of inputs in bf16, of single ones in fp32.
+
+    Packed data are the panels and the weight's shape, [o, i] or [h, o, i].
+    """
 
     dims: int  # of a weight
     multiples: Mapping[str, int] = {"in_features": 2}  # in bf16
@@ -320,7 +309,7 @@ class _Product(NativeOp):
             weight.data_ptr(), weight.stride(0) if self.dims == 3 else 0, *weight.stride()[-2:], groups,
             outputs, inputs, packed.data_ptr(), threads(),
         )  # fmt: skip
-        return Packed(Panels(packed, shape), packed.nbytes)
+        return Packed((packed, shape), packed.nbytes)
 
     def unpack(self, packed: Packed) -> torch.Tensor:
         data, shape = packed.data
@@ -503,13 +492,7 @@ class NativeLatentAttention(NativeOp):
         finish(wrong, target, out)
 
 
-@dataclass(frozen=True)
-class _Segments:
-    """Lengths in the layout that the kernel reads."""
-
-    query_lens: array[int]
-    kv_lens: array[int]
-    causal: bool
+Lengths = tuple["array[int]", "array[int]", bool]  # of queries and keys, as the kernel reads them; causal
 
 
 class NativeExpandedAttention(NativeOp):
@@ -521,11 +504,11 @@ class NativeExpandedAttention(NativeOp):
     def misfits(self, spec: AttentionSpec) -> list[str]:
         return self.misfitting(spec.v_head_dim, spec.qk_nope_head_dim + spec.qk_rope_head_dim)
 
-    def prepare(self, spec: AttentionSpec, batch: SegmentLengths) -> _Segments:
-        return _Segments(array("q", batch.query_lens), array("q", batch.kv_lens), batch.causal)
+    def prepare(self, spec: AttentionSpec, batch: SegmentLengths) -> Lengths:
+        return array("q", batch.query_lens), array("q", batch.kv_lens), batch.causal
 
     def __call__(
-        self, state: _Segments, *,
+        self, state: Lengths, *,
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,  # [Tq, h, n + r], [Tk, h, n + r], [Tk, h, v]
         softmax_scale: float, out: torch.Tensor, lse: torch.Tensor,  # out [Tq, h, v], lse [Tq, h] fp32
     ) -> None:  # fmt: skip
@@ -538,11 +521,11 @@ class NativeExpandedAttention(NativeOp):
         require_sizes(*self.misfitting(v.shape[2], width))
         target = output("out", out, torch.bfloat16, tokens, heads, v.shape[2])
         lse = operand("lse", lse, torch.float32, tokens, heads, written=True)
-        (query_lens, segments), (kv_lens, _) = state.query_lens.buffer_info(), state.kv_lens.buffer_info()
+        (query_lens, segments), (kv_lens, _) = state[0].buffer_info(), state[1].buffer_info()
         wrong = self.functions.mla_expanded_attention(
             q.data_ptr(), *q.stride()[:2], tokens, k.data_ptr(), *k.stride()[:2], k.shape[0],
             v.data_ptr(), *v.stride()[:2], heads, width, v.shape[2], softmax_scale,
             target.data_ptr(), *target.stride()[:2], lse.data_ptr(), *lse.stride(),
-            query_lens, kv_lens, segments, state.causal, threads(),
+            query_lens, kv_lens, segments, state[2], threads(),
         )  # fmt: skip
         finish(wrong, target, out)
