@@ -66,7 +66,8 @@ def resolve(options: RunOptions, join: Join | None = None, resumed: results.Run 
     points = expand_ops(points, setting.config, {role: kind for role, (kind, _) in roles.items()})
     listed = _listed_implementations(options, points, setting.config)
     settings = [scenario_setting(setting, point) for point in points]
-    listed = list(dict.fromkeys(each for name in listed for each in with_each_op(settings, name)))
+    timed = {point.op for point in points}
+    listed = list(dict.fromkeys(each for name in listed for each in with_each_op(settings, name, timed)))
     ours = {name: parse_one(name) for name in listed or ["mla"] if is_ours(name)}
     asked = {name: dict(implementation_setting(setting, named).overrides) for name, named in ours.items()}
     commands.refuse(commands.of_roles(options, points, asked))

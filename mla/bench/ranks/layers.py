@@ -123,9 +123,9 @@ class RankLayer(MlaLayer):
 
         All ranks must do it together.
         """
-        mine = slice(self.requests.first, self.requests.stop)
+        mine = Lengths(*(lens[self.requests.part] for lens in lengths))
         self._meet()  # once: a rank that refuses such lengths comes to no further forward
-        return self._bench.run(Lengths(lengths.query_lens[mine], lengths.kv_lens[mine]), count, beat)
+        return self._bench.run(mine, count, beat)
 
 
 class LeadLayer(Implementation):

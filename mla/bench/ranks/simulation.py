@@ -47,9 +47,7 @@ class SimulatedPart(RankLayer):
         self.groups.rehearse(lambda: self.step(index))
         self.clear_new(self.batch)
         if self.scenario.mode == "decode":
-            grown = list(zip(self._sequences, self.scenario.query_lens, strict=True))
-            for sequence, new in reversed(grown):  # the free list, and so the next pages, are as before
-                self.cache.truncate(sequence, self.cache.length(sequence) - new)
+            self._shrink(index)
         poison(self.out)
 
     def time(self, index: int) -> float:

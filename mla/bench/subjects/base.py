@@ -244,16 +244,12 @@ class Shelf(Generic[T]):
     def keep(self, index: int) -> None:
         """Keep the buffer that forward `index` wrote, or one of those kept so far instead."""
         self._done += 1
-        filled = self._free.pop()
-        if len(self.kept) < self._room:
-            self.kept[index] = filled
-            return
-        place = self._random.randrange(self._done)
-        if place < self._room:
-            given_up = list(self.kept)[place]
-            self.kept[index], filled = filled, self.kept.pop(given_up)
-        self._poison(filled)
-        self._free.append(filled)
+        self.kept[index] = self._free.pop()
+        if len(self.kept) > self._room:
+            place = min(self._random.randrange(self._done), self._room)  # the last one is this forward's
+            given_up = self.kept.pop(list(self.kept)[place])
+            self._poison(given_up)
+            self._free.append(given_up)
 
 
 def poison(buffer: torch.Tensor) -> None:

@@ -111,7 +111,7 @@ class Inputs:
         In decode the history is that of the pass: the tokens of earlier steps are not in it.
         """
         turn, step = self.turn(number, index), self.scenario.step(index)
-        hidden = _chosen(self.scenario, self.hidden, self.others, step, turn)
+        hidden = TurnedRows(self.scenario, self.hidden, self.others).rows(step, turn)
         signs = turn.signs.to(hidden.dtype)
         signed = [(sign * kv, sign * pe) for sign, (kv, pe) in zip(signs, self.history, strict=True)]
         return hidden, signed
@@ -140,75 +140,63 @@ class Inputs:
         return replace(self, hidden=hidden, history=history, seed=seed, index=index)
 
 
-def _chosen(
-    scenario: Scenario, plain: torch.Tensor, others: torch.Tensor, step: int, turn: Turn
-) -> torch.Tensor:
-    """Return the rows [T, d] of a turn, from the plain ones [inputs, T, d] and the others (see `Inputs`)."""
-    rows = torch.empty_like(plain[step])
-    _write(rows, scenario, plain, others, step, turn)
-    return rows
-
-
-def _write(
-    rows: torch.Tensor, scenario: Scenario, plain: torch.Tensor, others: torch.Tensor, step: int, turn: Turn
-) -> None:
-    """Write the rows [T, d] of one step of a turn in place, on the device that these tensors are on."""
-    lens, device = torch.tensor(scenario.query_lens), rows.device
-    rows.copy_(plain[step])
-    if scenario.mode == "prefill":  # the last row of every request that chooses another one
-        requests = turn.choices.nonzero()[:, 0]
-        chosen, places = lens.cumsum(0)[requests] - 1, (turn.choices[requests] - 1, requests)
-    else:  # all rows of every request that chooses others
-        choices = turn.choices.repeat_interleave(lens)
-        chosen = choices.nonzero()[:, 0]
-        others, places = others[:, step], (choices[chosen] - 1, chosen)
-    if len(chosen):
-        choice, place = (index.to(device) for index in places)
-        rows.index_copy_(0, chosen.to(device), others[choice, place])
-    rows.mul_(turn.signs.repeat_interleave(lens).to(device, rows.dtype)[:, None])
-
-
 @dataclass(frozen=True)
-class Expected:
-    """The oracle's outputs in float64 for every turn."""
+class TurnedRows:
+    """The rows of every turn: hidden states, or the oracle's outputs in float64."""
 
     scenario: Scenario
     plain: torch.Tensor  # [inputs, T, d]
     others: torch.Tensor  # as in `Inputs`
 
     def rows(self, step: int, turn: Turn) -> torch.Tensor:
-        """Return the outputs [T, d] of one forward; `step` is 0 in prefill."""
-        return _chosen(self.scenario, self.plain, self.others, step, turn)
+        """Return the rows [T, d] of one forward; `step` is 0 in prefill."""
+        rows = torch.empty_like(self.plain[step])
+        self.write(rows, step, turn)
+        return rows
+
+    def write(self, rows: torch.Tensor, step: int, turn: Turn) -> None:
+        """Write the rows [T, d] of one forward in place, on the device that these tensors are on."""
+        lens, device = torch.tensor(self.scenario.query_lens), rows.device
+        rows.copy_(self.plain[step])
+        if self.scenario.mode == "prefill":  # the last row of every request that chooses another one
+            requests = turn.choices.nonzero()[:, 0]
+            chosen, places = lens.cumsum(0)[requests] - 1, (turn.choices[requests] - 1, requests)
+            others = self.others
+        else:  # all rows of every request that chooses others
+            choices = turn.choices.repeat_interleave(lens)
+            chosen = choices.nonzero()[:, 0]
+            others, places = self.others[:, step], (choices[chosen] - 1, chosen)
+        if len(chosen):
+            choice, place = (index.to(device) for index in places)
+            rows.index_copy_(0, chosen.to(device), others[choice, place])
+        rows.mul_(turn.signs.repeat_interleave(lens).to(device, rows.dtype)[:, None])
 
 
 @dataclass(frozen=True)
 class Requests:
     """The requests of one part of `dp`: a block of the scenario's."""
 
-    first: int
-    stop: int
+    part: slice
 
     @classmethod
     def of(cls, scenario: Scenario, part: int, parts: int) -> Requests:
         """Return block `part` of `parts`, as even as can be."""
         count = len(scenario.query_lens)
-        return cls(part * count // parts, (part + 1) * count // parts)
+        return cls(slice(part * count // parts, (part + 1) * count // parts))
 
     def rows(self, scenario: Scenario) -> slice:
         """Return where the block's new tokens are among those of the scenario."""
         lens = scenario.query_lens
-        return slice(sum(lens[: self.first]), sum(lens[: self.stop]))
+        return slice(sum(lens[: self.part.start]), sum(lens[: self.part.stop]))
 
     def scenario(self, whole: AnyScenario) -> AnyScenario:
         """Return the scenario of the block alone."""
-        part = slice(self.first, self.stop)
-        return msgspec.structs.replace(
-            whole, query_lens=whole.query_lens[part], history=whole.history[part], axes={}
-        )
+        query_lens, history = whole.query_lens[self.part], whole.history[self.part]
+        return msgspec.structs.replace(whole, query_lens=query_lens, history=history, axes={})
 
     def inputs(self, whole: Scenario, inputs: Inputs) -> Inputs:
         """Return the block's part of a scenario's inputs."""
-        part, rows = slice(self.first, self.stop), self.rows(whole)
+        part, rows = self.part, self.rows(whole)
         others = inputs.others[:, part] if whole.mode == "prefill" else inputs.others[:, :, rows]
         return replace(
             inputs,
@@ -249,17 +237,17 @@ def make_inputs(config: MLAConfig, scenario: Scenario, seed: int, dtype: torch.d
 # ------------------------------------------------------------------------------------------------- oracle
 
 
-def expected_outputs(config: MLAConfig, state: State, inputs: Inputs, held: Held | None = None) -> Expected:
+def expected_outputs(config: MLAConfig, state: State, inputs: Inputs, held: Held | None = None) -> TurnedRows:
     """Return the oracle's outputs: all decode steps from one prefill per request, for every choice."""
     scenario, history = inputs.scenario, inputs.history
     lens = scenario.query_lens
     if scenario.mode == "decode":
         every = torch.cat((inputs.hidden[None], inputs.others))
         outputs = oracle_of_steps(config, state, every, lens, history, held)
-        return Expected(scenario, outputs[0], outputs[1:])
+        return TurnedRows(scenario, outputs[0], outputs[1:])
     plain = oracle(config, state, inputs.hidden[0], lens, history, held)
     last = oracle_of_last(config, state, inputs.hidden[0], inputs.others, lens, history, held)
-    return Expected(scenario, plain[None], last)
+    return TurnedRows(scenario, plain[None], last)
 
 
 def expected_plain(
@@ -291,12 +279,11 @@ class TurnedHidden:
 
     def __init__(self, scenario: Scenario, inputs: Inputs, device: torch.device) -> None:
         self.rows = inputs.hidden.to(device, copy=True)
-        self._scenario, self._plain = scenario, inputs.hidden.to(device, copy=True)
-        self._others = inputs.others.to(device)
+        self._turned = TurnedRows(scenario, inputs.hidden.to(device, copy=True), inputs.others.to(device))
 
     def change(self, inputs: Inputs) -> None:
         """Take other plain inputs, at the same addresses."""
-        self._plain.copy_(inputs.hidden)
+        self._turned.plain.copy_(inputs.hidden)
 
     def take(self, turn: Turn) -> None:
         """Hide the hidden states of the last turn; those of this one are there once they are shown."""
@@ -305,7 +292,7 @@ class TurnedHidden:
 
     def show(self, step: int) -> None:
         """Write the hidden states of one step of the turn."""
-        _write(self.rows[step], self._scenario, self._plain, self._others, step, self._turn)
+        self._turned.write(self.rows[step], step, self._turn)
 
 
 class HistorySigns:

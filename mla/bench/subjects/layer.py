@@ -160,10 +160,13 @@ class MlaLayer(LayerImplementation):
             all_taken.append(replace(taken, selection=all_taken[-1].selection) if shares else taken)
         return all_taken
 
-    def _shrink(self) -> None:
-        """Undo the pass, last pages first, so that the free list and thus every pass's pages are the same."""
+    def _shrink(self, first: int = 0) -> None:
+        """Undo the steps of the pass from `first` on, last pages first.
+
+        So the free list and thus every pass's pages are the same.
+        """
         scenario = self.scenario
-        for step in reversed(range(scenario.inputs)):
+        for step in reversed(range(first, scenario.inputs)):
             grown = zip(self._sequences, scenario.kv_lens(step), scenario.query_lens, strict=True)
             for sequence, length, new in reversed(list(grown)):
                 if self.cache.length(sequence) > length - new:

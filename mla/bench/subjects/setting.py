@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -159,11 +159,14 @@ def implementation_setting(setting: Setting, named: Named) -> Setting:
     return replace(setting, ops=policy, overrides=tuple(overrides.items()))
 
 
-def with_each_op(settings: Sequence[Setting], name: str) -> list[str]:
+def with_each_op(
+    settings: Sequence[Setting], name: str, timed: Collection[str | None] = (None,)
+) -> list[str]:
     """Return the names that `mla[ROLE=*]` stands for, one for each op that serves the role; else the name.
 
-    `settings`: of the scenarios, in all of which an op must run. Others are named on stderr. Raises
-    `UnsupportedOps` where none does, and `UsageError`.
+    `settings`: of the scenarios, in all of which an op must run, in every role that it stands for and that is
+    `timed` (None: the whole layer). Others are named on stderr. Raises `UnsupportedOps` where none does, and
+    `UsageError`.
     """
     named = parse_one(name)
     anything = [role for role, op in named.ops if op == EVERY]
@@ -171,13 +174,15 @@ def with_each_op(settings: Sequence[Setting], name: str) -> list[str]:
         return [name]
     if len(anything) > 1:
         raise UsageError(f"'{name}': one role takes `{EVERY}`; give the others an op.")
-    specs: dict[Any, str] = {}  # -> kind, in the order of scenarios
+    specs: dict[Any, None] = {}  # in the order of scenarios
     for setting in settings:
         of = setting.config, setting.dtype, setting.device, 1, setting.cache_format, setting.index_format
         roles = layer_roles(*of)
         kinds = {role: kind for role, (kind, _) in roles.items()}
-        kind, spec = roles[roles_of(anything[0], setting.config, kinds, TAKES, "role")[0]]
-        specs[spec] = kind
+        for role in roles_of(anything[0], setting.config, kinds, TAKES, "role"):
+            kind, spec = roles[role]
+            if {role, None} & set(timed):
+                specs[spec] = None
     serving, reasons = [], []
     for op_name, op in settings[0].backend.ops().items():
         if op.contract.partition("/")[0] != kind:

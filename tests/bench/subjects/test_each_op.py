@@ -63,6 +63,25 @@ def test_ops_are_asked_about_the_layer_of_the_run(kind: str, heads: int) -> None
     assert [(spec.num_heads, spec.topk) for spec in kernel.asked] == [(heads, 2048)]
 
 
+def test_an_op_must_serve_every_role_that_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    class Linear(Kernel):
+        contract = "linear/1"
+
+        def __init__(self, *dtypes: torch.dtype) -> None:
+            self._dtypes = dtypes
+
+        def unsupported_reasons(self, spec: Any) -> list[str]:
+            return [f"it has no {spec.dtype}"] * (spec.dtype not in self._dtypes)
+
+        def preflight(self, spec: Any) -> list[str]:
+            return []
+
+    there = setting("deepseek-v3.2", narrow=Linear(torch.bfloat16), any=Linear(torch.bfloat16, torch.float32))
+    assert with_each_op([there], "mla[linear=*]") == ["mla[linear=any]"]  # for index_weights_proj
+    assert capsys.readouterr().err == "narrow is left out: it has no torch.float32\n"
+    assert with_each_op([there], "mla[linear=*]", {"o_proj"}) == ["mla[linear=narrow]", "mla[linear=any]"]
+
+
 def test_an_op_must_serve_every_scenario(capsys: pytest.CaptureFixture[str]) -> None:
     there = setting(any=Kernel(), wide=Kernel(heads=16))
     fewer = replace(there, config=there.config.with_heads(8))
