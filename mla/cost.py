@@ -174,21 +174,25 @@ def parameters(config: MLAConfig, roles: Sequence[str] = (*PROJECTIONS, *KV_B, *
 # ------------------------------------------------------------------------------------------ a layer step
 
 
-class PathChooser:
-    """Picks the path with fewer FLOPs per request; the config's part of the sum is computed once."""
+def by_path(
+    config: MLAConfig, query_lens: Sequence[int], kv_lens: Sequence[int], attention: str = "auto"
+) -> dict[str, list[int]]:
+    """Return path -> the requests that take it; by "auto", each takes the one with fewer FLOPs."""
+    members: dict[str, list[int]] = {ABSORBED: [], EXPANDED: []}
+    everyone, per_head = list(range(len(query_lens))), config.qk_nope_head_dim + config.v_head_dim
+    per_pair, per_token = 2 * config.kv_lora_rank - per_head, config.kv_lora_rank * per_head
 
-    def __init__(self, config: MLAConfig) -> None:
-        self._per_pair = 2 * config.kv_lora_rank - config.qk_nope_head_dim - config.v_head_dim
-        self._per_token = config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
+    def extra(query_len: int, kv_len: int) -> int:  # (absorbed - expanded) / 2h, as in `role_costs`
+        return attended_pairs(query_len, kv_len) * per_pair + (query_len - kv_len) * per_token
 
-    def path(self, query_len: int, kv_len: int) -> str:
-        """Return ABSORBED or EXPANDED: the sign of (absorbed - expanded) / 2h, as in `role_costs`."""
-        extra = attended_pairs(query_len, kv_len) * self._per_pair + (query_len - kv_len) * self._per_token
-        return ABSORBED if extra <= 0 else EXPANDED
-
-    def always_absorbs(self, least: int) -> bool:
-        """Return whether single tokens with at least `least` keys take the absorbed path, as in decode."""
-        return self._per_pair <= self._per_token and self.path(1, least) == ABSORBED
+    # Decode: of single tokens, the more keys each has, the less.
+    falls = everyone and per_pair <= per_token and query_lens.count(1) == len(everyone)
+    if attention != "auto" or (falls and extra(1, min(kv_lens)) <= 0):
+        members[ABSORBED if attention == "auto" else attention] = everyone
+        return members
+    for request, lengths in enumerate(zip(query_lens, kv_lens, strict=True)):
+        members[ABSORBED if extra(*lengths) <= 0 else EXPANDED].append(request)
+    return members
 
 
 def role_costs(
@@ -211,7 +215,9 @@ def role_costs(
     """
     h, c, r = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
     sparse, counts, tokens = 0 < config.index_topk < max(kv_lens, default=0), weights(config), sum(query_lens)
-    absorbed, expanded = _by_path(config, query_lens, kv_lens, ABSORBED if sparse else attention)
+    requests = list(zip(query_lens, kv_lens, strict=True))
+    members = by_path(config, query_lens, kv_lens, ABSORBED if sparse else attention)
+    absorbed, expanded = ([requests[i] for i in members[path]] for path in (ABSORBED, EXPANDED))
     cached = token_bytes or element_size * config.latent_dim
     rows = dict.fromkeys((role for role in PROJECTIONS if counts[role]), tokens)  # of products with weights
     costs = {"write_latent": Work(bytes=tokens * cached)}
@@ -242,17 +248,6 @@ def role_costs(
         moved = tokens * config.hidden_size if role in ("qkv_a_proj", "o_proj") else 0
         costs[role] = Work(2 * count * counts[role], wide * (counts[role] + moved))
     return costs
-
-
-def _by_path(
-    config: MLAConfig, query_lens: Sequence[int], kv_lens: Sequence[int], attention: str
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Return the requests that are absorbed, and those that are expanded."""
-    chooser = PathChooser(config)
-    requests: dict[str, list[tuple[int, int]]] = {ABSORBED: [], EXPANDED: []}
-    for lengths in zip(query_lens, kv_lens, strict=True):
-        requests[chooser.path(*lengths) if attention == "auto" else attention].append(lengths)
-    return requests[ABSORBED], requests[EXPANDED]
 
 
 def step_work(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from mla.errors import UsageError, did_you_mean
 
@@ -16,7 +16,6 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 MAX_LISTED = 8  # words of a sentence's list
 _BYTES = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}  # descending: `size` takes the first that fits
-_FORMATS = dict.fromkeys(_BYTES, ".3g")
 
 
 def named_dtype(word: str) -> str:
@@ -60,16 +59,13 @@ def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
     return groups
 
 
-def size(count: int | Decimal | None, unknown: str = "-", **formats: str | Callable[[Any], str]) -> str:
+def size(count: int | Decimal | None, unknown: str = "-", unit: str = "", style: str = ".3g") -> str:
     """Return bytes with a unit, such as "1.5 MiB"; `unknown` for None.
 
-    `formats` maps each allowed unit (GiB, MiB, KiB) to its number format: a format spec, or a function from
-    the number to text. The largest unit that `count` reaches is used, otherwise the smallest allowed one.
-    Default: any of the three, with three significant digits. A `Decimal` is for counts beyond a float.
+    `unit` is one of GiB, MiB and KiB; by default the largest that `count` reaches, or KiB. `style` is the
+    number's format. A `Decimal` is for counts beyond a float.
     """
     if count is None:
         return unknown
-    allowed = [unit for unit in _BYTES if unit in (formats or _FORMATS)]
-    unit = next((unit for unit in allowed if count >= _BYTES[unit]), allowed[-1])
-    number, style = count / _BYTES[unit], (formats or _FORMATS)[unit]
-    return f"{style(number) if callable(style) else format(number, style)} {unit}"
+    unit = unit or next((name for name, least in _BYTES.items() if count >= least), "KiB")
+    return f"{count / _BYTES[unit]:{style}} {unit}"

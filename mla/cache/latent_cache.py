@@ -53,12 +53,6 @@ def check_history(config: MLAConfig, length: int, indexed: bool, kv: Any, pe: An
     return count
 
 
-def check_shorter(length: int, held: int) -> None:
-    """Raise ValueError unless a sequence of `held` tokens can be truncated to `length`."""
-    if not 0 <= length <= held:
-        raise ValueError(f"cannot truncate a sequence of {held} tokens to {length}: choose 0 to {held}.")
-
-
 @dataclass(slots=True)
 class _Sequence:
     row: int  # of the block table
@@ -235,7 +229,8 @@ class LatentCache:
                 entry.pages[(length - 1) // size] * size + (length - 1) % size
                 for entry, length in zip(entries, kv_lens, strict=True)
             ]
-        memory = self._batch_memory(sum(query_lens), table, reserved=reserved > 0)
+        shape, own = (sum(query_lens), table.shape, self.pages.device), reserved > 0
+        memory = self._memory[own] = BatchMemory.of(self._memory.get(own), *shape)
         of = (table, self.page_size, self.pages.device, self, slots, memory)
         batch = RaggedBatch(query_lens, kv_lens, *of)
         for entry, length in zip(entries, kv_lens, strict=True):  # last: until here memory may be short
@@ -259,16 +254,6 @@ class LatentCache:
         self._reserve(entries, kv_lens)
         self.generation += 1
         return entries, kv_lens
-
-    def _batch_memory(self, tokens: int, table: torch.Tensor, reserved: bool) -> BatchMemory:
-        """Return where the step's tables go: the last step's memory while the shape is the same.
-
-        Steps of a reserved width have their own memory.
-        """
-        memory = self._memory.get(reserved)
-        if memory is None or not memory.fits(tokens, table.shape):
-            memory = self._memory[reserved] = BatchMemory(tokens, table.shape, self.pages.device)
-        return memory
 
     def _table(self, entries: list[_Sequence], least: int) -> torch.Tensor:
         """Return the block table [B, n >= least] of these; the last one while no page has changed."""
@@ -295,10 +280,10 @@ class LatentCache:
             self._last_tables.clear()
         return self._last_entries[1]
 
-    def _reserve(self, entries: Sequence[_Sequence], kv_lens: Sequence[int]) -> None:
-        """Give each entry the pages its new length needs; raises before giving any."""
+    def _reserve(self, entries: Sequence[_Sequence], lengths: Sequence[int]) -> None:
+        """Give each entry the pages for so many rows; raises before giving any."""
         size = self.page_size
-        wanted = [-(-n // size) - len(e.pages) for e, n in zip(entries, kv_lens, strict=True)]
+        wanted = [-(-n // size) - len(e.pages) for e, n in zip(entries, lengths, strict=True)]
         if max(wanted) <= 0:  # most steps of a decode
             return
         if sum(wanted) > len(self._free):
@@ -306,17 +291,14 @@ class LatentCache:
                 f"the cache has {len(self._free)} free pages of {self.page_size} tokens and this step needs "
                 f"{sum(wanted)}: release sequences or make the cache larger."
             )
-        for entry, count in zip(entries, wanted, strict=True):
-            if count > 0:
-                self._append_pages(entry, count)
-
-    def _append_pages(self, entry: _Sequence, count: int) -> None:
-        start = len(entry.pages)
-        if start + count > self._tables.shape[1]:
-            self._grow_tables(self._tables.shape[0], width=2 * (start + count))
         self._last_tables.clear()
-        entry.pages += [self._free.pop() for _ in range(count)]
-        self._tables[entry.row, start : start + count] = host_ints(entry.pages[start:], torch.int32)
+        for entry, count in zip(entries, wanted, strict=True):
+            start = len(entry.pages)
+            if count > 0 and start + count > self._tables.shape[1]:
+                self._grow_tables(self._tables.shape[0], width=2 * (start + count))
+            if count > 0:
+                entry.pages += [self._free.pop() for _ in range(count)]
+                self._tables[entry.row, start : start + count] = host_ints(entry.pages[start:], torch.int32)
 
     def _grow_tables(self, rows: int, width: int) -> None:
         with torch.inference_mode(False):
@@ -331,8 +313,10 @@ class LatentCache:
         """
         sequence, length = whole_numbers("a sequence and its length", (sequence, length))
         entry = self._get(sequence)
-        check_shorter(length, entry.length)
-        keep = -(-length // self.page_size)
+        held = entry.length
+        if not 0 <= length <= held:
+            raise ValueError(f"cannot truncate a sequence of {held} tokens to {length}: choose 0 to {held}.")
+        keep = -(-self._rows(length) // self.page_size)
         if dropped := entry.pages[keep:]:
             freed = torch.tensor(dropped, device=self.pages.device)
             self.pages[:, freed] = 0
@@ -376,14 +360,23 @@ class LatentCache:
         sequence, layer = whole_numbers("a sequence and its layer", (sequence, layer))
         pages, indexed = self._pages_of(layer), layer in self.index_layers
         count = check_history(self.config, self.length(sequence), indexed, kv, pe, index)
-        kept = [x.detach().to(self.pages.device, self.dtype) for x in (kv, pe)]
-        rows = self.encoded(*kept)
+        given = (kv, pe) if index is None else (kv, pe, index)
+        kept = [self._held(x.detach().to(self.pages.device, self.dtype)) for x in given]
+        rows = self.encoded(*kept[:2])
         if count and self.length(sequence) == 0:
-            self.extend([sequence], [count])
+            self.grow([sequence], [count])
         slots = self.slots(sequence)
         pages.flatten(0, 1).index_copy_(0, slots, rows)
         if index is not None:
-            self.write_index(layer, slots, index.detach().to(slots.device, self.dtype))
+            self.write_index(layer, slots, kept[2])
+
+    def _rows(self, length: int) -> int:
+        """Return the rows of pages that the first tokens of a sequence take."""
+        return length
+
+    def _held(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what is stored here of all of a sequence's tokens, the rows of x."""
+        return x
 
     def copy(self, sequence: int, home: LatentCache) -> int:
         """Return the id of a copy of a sequence in `home`, this cache or one like it: bytes stay as they are.

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mla.cache.latent_cache import LatentCache
 
 Value = TypeVar("Value")
+Memory = TypeVar("Memory", bound="BatchMemory")
 
 MAX_TOKENS = 2**31 - 1  # lengths and positions are int32
 
@@ -58,6 +59,16 @@ def check_dtype(dtype: Any) -> torch.dtype:
     return dtype
 
 
+def slots_at(table: torch.Tensor, starts: Any, positions: torch.Tensor, page_size: int) -> torch.Tensor:
+    """Return the rows [t] int64 of a flattened cache that hold tokens at `positions` [t] of requests.
+
+    `starts` says where the row of each in the block table [B, n] begins, once that is flattened.
+    """
+    shift, mask = page_size.bit_length() - 1, page_size - 1
+    pages = table.view(-1).index_select(0, starts + (positions >> shift)).long()
+    return (pages << shift) + (positions & mask)
+
+
 class BatchMemory:
     """The int32 device buffer of a batch's tables, and views of its parts.
 
@@ -79,9 +90,14 @@ class BatchMemory:
         self._held: torch.Tensor | None = None  # the host's block table that `block_table` is a copy of
         self._kept: dict[Hashable, Any] = {}
 
-    def fits(self, tokens: int, shape: Sequence[int]) -> bool:
-        """Return whether a batch of this shape fits here."""
-        return self.positions.shape[0] == tokens and self.block_table.shape == shape
+    @classmethod
+    def of(
+        cls: type[Memory], last: Memory | None, tokens: int, shape: Sequence[int], device: torch.device
+    ) -> Memory:
+        """Return the memory of the last step where a batch of this shape fits it, else a new one."""
+        if last is not None and last.positions.shape[0] == tokens and last.block_table.shape == shape:
+            return last
+        return cls(tokens, shape, device)
 
     def keep(self, key: Hashable, build: Callable[[], Value]) -> Value:
         """Return memory for data derived from a batch, made once per key.
@@ -211,18 +227,17 @@ class RaggedBatch(Batch):
             numbers.extend(self.cu_q_host)
             return torch.frombuffer(numbers, dtype=torch.int32)
         lengths = host_ints((*self.kv_lens, *self.cu_q_host), torch.int32)
-        return torch.cat((*self._slots_and_positions(self.block_table_host.view(-1)), lengths))
+        slots_of_all, positions = self._slots_and_positions()
+        return torch.cat((slots_of_all.view(torch.int32), positions.int(), lengths))
 
-    def _slots_and_positions(self, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the slots [2 T] (int64 as pairs of int32) and positions [T] int32 of all new tokens."""
+    def _slots_and_positions(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the slots [T] and positions [T] int64 of all new tokens."""
         width, queries = self.block_table_host.shape[1], host_ints(self.query_lens)
-        starts = zip(self.kv_lens, self.query_lens, self.cu_q_host, strict=False)
-        offset = host_ints(kv_len - query_len - first for kv_len, query_len, first in starts)
+        firsts = zip(self.kv_lens, self.query_lens, self.cu_q_host, strict=False)
+        offset = host_ints(kv_len - query_len - first for kv_len, query_len, first in firsts)
         positions = torch.arange(self.num_tokens, device="cpu") + offset.repeat_interleave(queries)
-        rows = host_ints(range(0, width * len(queries), width)).repeat_interleave(queries)
-        shift, mask = self.page_size.bit_length() - 1, self.page_size - 1
-        pages = table.index_select(0, rows + (positions >> shift)).long()
-        return ((pages << shift) + (positions & mask)).view(torch.int32), positions.int()
+        starts = host_ints(range(0, width * len(queries), width)).repeat_interleave(queries)
+        return slots_at(self.block_table_host, starts, positions, self.page_size), positions
 
     def subset(self, requests: Sequence[int]) -> RaggedBatch:
         """Return a batch of only `requests` (indices into this one)."""

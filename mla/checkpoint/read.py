@@ -80,10 +80,6 @@ class Location:
         """Return what asks for it where its layer has this number."""
         return f"{number or 0}" if self.part is None else f"{number or 0}.{self.part}"
 
-    def order(self) -> tuple[int, int]:
-        """Return its place among others."""
-        return self.layer or 0, self.part or 0
-
 
 def locate(key: str) -> tuple[Location, str] | None:
     """Return a tensor's location and its weight's Hugging Face name, or None outside attention."""
@@ -146,9 +142,8 @@ def choose(
     if len(chosen) == 1:
         return chosen[0], number
     lack = "" if wanted is None else f"no MLA weights of layer {wanted}, only of "
-    held = shortened(
-        ", ".join(each.named(each.layer) for each in sorted(chosen or locations, key=Location.order))
-    )
+    ordered = sorted(chosen or locations, key=lambda each: (each.layer or 0, each.part or 0))
+    held = shortened(", ".join(each.named(each.layer) for each in ordered))
     raise CheckpointError(
         f"checkpoint '{folder}' holds {lack}layers {held}: choose one with layer=N (--layer N)."
     )

@@ -75,15 +75,13 @@ class Repeated:
         The addresses in a recording depend on `owners`, by identity, and on `layout`, by value; and on the
         weights, so callers that replace weights must call `forget`. The number of owners never changes.
         """
-        if self._sequence is None:
-            return None
         if layout != self._layout or any(a is not b for a, b in zip(owners, self._owners, strict=True)):
             self.forget()
             self._owners, self._layout = owners, layout
         elif not self._asked:
             calls: list[OpCall] = []
             record(calls)
-            self._asked, self._call = True, self._sequence(calls, moving)
+            self._asked, self._call = True, self._sequence(calls, moving) if self._sequence else None
         return self._call
 
 

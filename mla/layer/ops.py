@@ -115,32 +115,33 @@ def choose(
     spec: Any,
     offered: Mapping[str, FusedOp],
     policy: str,
-    required_by: str = "",
+    override: str = "",
     say: Say | None = None,
     reads_lse: bool = False,
 ) -> Choice:
     """Return the first offered op of `kind` that serves `spec`, else the reference.
 
     `policy`: "auto"; "reference" takes no fused op; "fused" requires one wherever the backend offers any;
-    names, separated by commas, require those for their kinds. Raises `UnsupportedOps` when one cannot serve,
-    naming `required_by` (default: the policy).
+    names, separated by commas, require those for their kinds. With an `override`, such as
+    "latent_attention=mine", it is the one op of a role. Raises `UnsupportedOps` when one cannot serve.
     `say` is told what an op compiles before it does (`mla.layer.ops`). With `reads_lse`, the layer reads the
     log-sum-exp whatever the batch, and so takes no op that writes none.
     """
     if policy == "reference":
         return Choice("reference", REFERENCE[kind], spec)
     candidates = _of_kind(kind, offered)
-    named = {name: op for name, op in candidates.items() if name in _names(policy)}
+    required = (policy,) if override else _names(policy)
+    named = {name: op for name, op in candidates.items() if name in required}
     reasons: list[str] = []
     for name, op in (named or candidates).items():
         muted = reads_lse and not op.writes_lse
         why = [_NO_LSE] if muted else refusals(name, op, kind, spec, say)
         if not why:
-            return Choice(name, op, spec, tuple(reasons))
+            return Choice(name, op, spec, tuple(reasons), override)
         reasons += [f"fused op '{name}' not used because {reason}" for reason in why]
     if named or (candidates and policy == "fused"):
         raise UnsupportedOps(
-            f"no fused {kind} serves this layer, but {required_by or f'--ops {policy}'} requires one: "
+            f"no fused {kind} serves this layer, but {override or f'--ops {policy}'} requires one: "
             f"{'; '.join(reasons)}."
         )
     return Choice("reference", REFERENCE[kind], spec, tuple(reasons))
@@ -213,14 +214,10 @@ class Ops:
         self._choices: dict[str, Choice] = {}
         sinks = config.sink_logits
         for chosen in roles if role is None else (role,):
-            kind, spec = roles[chosen]
-            name = overrides.get(chosen)
-            if name is None or name == "reference":
-                self._choices[chosen] = choose(kind, spec, offered, name or policy, "", say, sinks)
-            else:
-                override = f"{chosen}={name}"
-                choice = choose(kind, spec, {name: offered[name]}, "fused", override, say, sinks)
-                self._choices[chosen] = dataclasses.replace(choice, override=override)
+            name = overrides.get(chosen, "reference")
+            override = "" if name == "reference" else f"{chosen}={name}"
+            named = overrides.get(chosen, policy)
+            self._choices[chosen] = choose(*roles[chosen], offered, named, override, say, sinks)
 
     def __getitem__(self, role: str) -> Choice:
         return self._choices[role]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mla import cost
-from mla.cache.ragged_batch import RaggedBatch
+from mla.cache.ragged_batch import RaggedBatch, slots_at
 from mla.config import MLAConfig
 from mla.layer.ops import Choice, Ops
 from mla.layer.workspace import Tokens
@@ -113,7 +113,7 @@ def make_plan(
     """
     if selected or is_sparse(config, batch.query_lens, batch.kv_lens):
         return StepPlan(cos_sin, _sparse(ops, batch, cos_sin, selected), None)
-    members = _split(config, batch.query_lens, batch.kv_lens, attention)
+    members = cost.by_path(config, batch.query_lens, batch.kv_lens, attention)
     return StepPlan(
         cos_sin=cos_sin,
         absorbed=_absorbed(ops, batch, members[cost.ABSORBED], cos_sin),
@@ -157,7 +157,7 @@ def check_lengths(
         for role in SPARSE_ROLES if config.index_n_heads else SPARSE_ROLES[:1]:
             ops[role].check_batch(query_lens, kv_lens, page_size)
         return
-    members = _split(config, query_lens, kv_lens, attention)
+    members = cost.by_path(config, query_lens, kv_lens, attention)
     for path, role, pages in (
         (cost.ABSORBED, "latent_attention", page_size),
         (cost.EXPANDED, "expanded_attention", None),
@@ -165,24 +165,6 @@ def check_lengths(
         new = [query_lens[request] for request in members[path]]
         if sum(new):
             ops[role].check_batch(new, [kv_lens[request] for request in members[path]], pages)
-
-
-def _split(
-    config: MLAConfig, query_lens: Sequence[int], kv_lens: Sequence[int], attention: str
-) -> dict[str, list[int]]:
-    """Return path -> the requests that take it."""
-    members: dict[str, list[int]] = {cost.ABSORBED: [], cost.EXPANDED: []}
-    if attention != "auto":
-        members[attention] = list(range(len(query_lens)))
-        return members
-    chooser = cost.PathChooser(config)
-    count = len(query_lens)
-    if query_lens.count(1) == count and chooser.always_absorbs(min(kv_lens)):
-        members[cost.ABSORBED] = list(range(count))
-        return members
-    for request, (query_len, kv_len) in enumerate(zip(query_lens, kv_lens, strict=True)):
-        members[chooser.path(query_len, kv_len)].append(request)
-    return members
 
 
 def _absorbed(
@@ -258,7 +240,9 @@ def _chunks(batch: RaggedBatch, limit: int) -> Iterator[list[_Span]]:
 
 def _round(batch: RaggedBatch, choice: Choice, spans: Sequence[_Span]) -> Round:
     """Resolve a round's slots, and its queries: those inside it (causal), then those after it."""
-    slots = upload(torch.cat([_slots(batch, span) for span in spans]), batch.device)
+    table, size = batch.block_table_host, batch.page_size
+    tokens = [(span.request * table.shape[1], torch.arange(*span[1:], device="cpu")) for span in spans]
+    slots = upload(torch.cat([slots_at(table, *token, size) for token in tokens]), batch.device)
     inside, after, keys = zip(*(_seen(batch, span) for span in spans), strict=True)
     stop = batch.cu_q_host[spans[-1].request + 1] - after[-1]
 
@@ -278,11 +262,3 @@ def _seen(batch: RaggedBatch, span: _Span) -> tuple[int, int, int]:
     past = batch.kv_lens[span.request] - query_len
     before, until = max(0, span.start - past), max(0, span.stop - past)
     return until - before, query_len - until, span.stop - span.start
-
-
-def _slots(batch: RaggedBatch, span: _Span) -> torch.Tensor:
-    """Return the flattened cache rows of a span, on the host."""
-    shift, mask = batch.page_size.bit_length() - 1, batch.page_size - 1
-    position = torch.arange(span.start, span.stop, device="cpu")
-    pages = batch.block_table_host[span.request, position >> shift].long()
-    return (pages << shift) + (position & mask)

@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mla.cache import LatentCache
-from mla.cache.latent_cache import check_history, check_shorter
-from mla.cache.ragged_batch import Batch, BatchMemory, host_ints, whole_numbers
+from mla.cache.ragged_batch import Batch, BatchMemory, host_ints, slots_at, whole_numbers
 from mla.config import MLAConfig
 from mla.parallel.layout import Share
 
@@ -50,7 +49,7 @@ class ShardedMemory(BatchMemory):
     A step of as many tokens may own fewer of them, or ask for fewer rows: it takes the first ones.
     """
 
-    def __init__(self, tokens: int, shape: tuple[int, int], device: torch.device) -> None:
+    def __init__(self, tokens: int, shape: Sequence[int], device: torch.device) -> None:
         super().__init__(tokens, shape, device, wide=4)
         self.local, self.order, self.back = self.wides
         # The host's table of rows, and what it was made of.
@@ -144,9 +143,8 @@ class ShardedBatch(Batch):
         """Work out a step of any number of new tokens."""
         request, positions, seen = self._tokens
         local = self._share.owns(positions).nonzero().view(-1)
-        index = seen[local] - 1
-        page = self._table[request[local], index // self.page_size].long()
-        slots = page * self.page_size + index % self.page_size
+        starts = request[local] * self._table.shape[1]
+        slots = slots_at(self._table, starts, seen[local] - 1, self.page_size)
         cut = self._cut(slice(0, self.num_tokens))
         return _Step(local.tolist(), slots.tolist(), positions.tolist(), cut)
 
@@ -216,93 +214,45 @@ def _cut(request: torch.Tensor, seen: torch.Tensor) -> tuple[torch.Tensor, tuple
     return request[starts], tuple(cu_q.diff().tolist()), tuple(seen[cu_q[1:] - 1].tolist())
 
 
-class ShardedCache:
+class ShardedCache(LatentCache):
     """A `LatentCache` that holds one share of the tokens; lengths are those of whole requests.
 
     `share` says which tokens. Other arguments are `LatentCache`'s, with `max_tokens` of all ranks together.
     `pages` [layers, pages, page_size, c + r, or bytes] hold this share's latents; every rank has `num_pages`
-    of them.
+    of them. Ids of sequences are the same on every rank; `load` takes the history of all ranks, and `slots`
+    and `read` return this one's tokens.
     """
 
     def __init__(self, config: MLAConfig, share: Share, *, max_tokens: int, **arguments: Any) -> None:
+        super().__init__(config, max_tokens=share.first(max_tokens), **arguments)
         self.share = share
-        self._local = LatentCache(config, max_tokens=share.first(max_tokens), **arguments)
-        self.config, self.pages = config, self._local.pages
-        self.index_pages, self.index_layers = self._local.index_pages, self._local.index_layers
-        self.page_size, self.num_pages = self._local.page_size, self._local.num_pages
-        self._lengths: dict[int, int] = {}
-        self._memory: ShardedMemory | None = None  # of the last step
-
-    def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return a layer's pages and its index pages, None where it has no indexer."""
-        return self._local.of_layer(layer)
-
-    @property
-    def generation(self) -> int:
-        """A number that changes with every change of lengths."""
-        return self._local.generation
-
-    def length(self, sequence: int) -> int:
-        """Return the tokens cached for a sequence, on all ranks."""
-        self._local.length(sequence)  # raises ValueError for an unknown one
-        return self._lengths[sequence]
+        self._last_memory: ShardedMemory | None = None
 
     def slots(self, sequence: int) -> torch.Tensor:
         """Return the rows of a flattened layer that hold this rank's tokens of a sequence, in their order."""
-        return self._local.slots(sequence)[: self.share.held(self.length(sequence))]
+        return super().slots(sequence)[: self.share.held(self.length(sequence))]
 
-    def new_sequences(self, count: int) -> list[int]:
-        """Return the ids of `count` empty sequences, the same on every rank."""
-        made = self._local.new_sequences(count)
-        self._lengths.update(dict.fromkeys(made, 0))
-        return made
-
-    def extend(self, sequences: Sequence[int], query_lens: Sequence[int]) -> ShardedBatch:
+    def extend(  # type: ignore[override]
+        self, sequences: Sequence[int], query_lens: Sequence[int]
+    ) -> ShardedBatch:
         """Make room for `query_lens[i]` new tokens of each sequence and return the step's batch.
 
         Raises what `LatentCache.extend` does, on every rank or on none.
         """
         sequences, query_lens = whole_numbers("sequences", sequences), whole_numbers("query_lens", query_lens)
-        past = [self.length(sequence) for sequence in sequences]
-        kv_lens = [length + new for length, new in zip(past, query_lens, strict=False)]
-        grown = list(query_lens)  # in case the cache refuses them
-        if len(past) == len(grown) and min(grown, default=0) >= 0:
-            grown = [
-                self.share.first(now) - self.share.first(old) for now, old in zip(kv_lens, past, strict=True)
-            ]
-        table = self._local.grow(sequences, grown)
-        self._lengths.update(zip(sequences, kv_lens, strict=True))
+        table = self.grow(sequences, query_lens)
         # Each of `world` classes of tokens is a row, and its first token one more where it sees no key.
         rows = sum(min(new, 2 * self.share.world) for new in query_lens)
-        size = sum(query_lens), (rows, table.shape[1])
-        if self._memory is None or not self._memory.fits(*size):
-            self._memory = ShardedMemory(*size, self.pages.device)
-        return ShardedBatch(self._local, self.share, sequences, query_lens, kv_lens, table, self._memory)
+        size = sum(query_lens), (rows, table.shape[1]), self.pages.device
+        memory = self._last_memory = ShardedMemory.of(self._last_memory, *size)
+        kv_lens = [*map(self.length, sequences)]
+        return ShardedBatch(self, self.share, sequences, query_lens, kv_lens, table, memory)
 
-    def truncate(self, sequence: int, length: int) -> None:
-        """Forget all tokens of a sequence past `length`."""
-        sequence, length = whole_numbers("a sequence and its length", (sequence, length))
-        check_shorter(length, self.length(sequence))
-        self._local.truncate(sequence, self.share.first(length))
-        self._lengths[sequence] = length
+    def _rows(self, length: int) -> int:
+        return self.share.first(length)
 
-    def release(self, sequences: Sequence[int]) -> None:
-        """Free the pages of sequences and forget their ids."""
-        sequences = whole_numbers("sequences", sequences)
-        self._local.release(sequences)
-        for sequence in sequences:
-            del self._lengths[sequence]
+    def _reserve(self, entries: Any, lengths: Sequence[int]) -> None:
+        super()._reserve(entries, [*map(self.share.first, lengths)])
 
-    def load(
-        self, sequence: int, kv: torch.Tensor, pe: torch.Tensor, layer: int = 0, *, index: None = None
-    ) -> None:
-        """Store this rank's tokens of a whole history: kv [s, c] already normed, pe [s, r] already rotated.
-
-        As `LatentCache.load`, with the history of all ranks; no indexer selects from a part of a context.
-        """
-        count = check_history(self.config, self.length(sequence), False, kv, pe, index)
-        local = self.share.owns(torch.arange(count, device="cpu"))
-        missing = self.share.first(count) - int(local.sum())  # rows that rank 0 has and this one has not
-        kv, pe = (torch.cat((x[local.to(x.device)], x.new_zeros(missing, x.shape[1]))) for x in (kv, pe))
-        self._local.load(sequence, kv, pe, layer)
-        self._lengths[sequence] = count
+    def _held(self, x: torch.Tensor) -> torch.Tensor:
+        return x[self.share.owns(torch.arange(x.shape[0], device=x.device))]

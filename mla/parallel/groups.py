@@ -115,11 +115,6 @@ class Groups:
         self.left += 1
 
 
-def summed_bytes(out: torch.Tensor, ranks: int) -> int:
-    """Return the bytes of what so many ranks add up of an output: many of them, copies in float32."""
-    return out.nbytes if ranks <= MOST_HOPS else out.numel() * torch.float32.itemsize
-
-
 def lse_of(rows: torch.Tensor) -> torch.Tensor:
     """Return the lse [...] of rows [..., width] of out and lse, as a view: their last four bytes in fp32."""
     return rows.view(torch.float32)[..., -1]
@@ -142,6 +137,7 @@ class SimulatedGroups(Groups):
 
     def __init__(self, layout: Layout, rank: int) -> None:
         self.layout, self.rank, self.place = layout, rank, layout.place(rank)
+        self.heads = self._context = None
         self.calls: list[Call] = []  # of the last rehearsal
         self._rehearses, self._received = True, Counter[int]()  # by address
 
@@ -151,30 +147,19 @@ class SimulatedGroups(Groups):
         forward()
         self._rehearses = False
 
-    def add_heads(self, out: torch.Tensor) -> None:
-        """Leave this rank's part of the output as it is, once it is widened and rounded as `Groups` does."""
-        if (size := self.layout.head_parts) > MOST_HOPS:
-            out.copy_(out.float())
-        if self._rehearses and size > 1:
-            self.calls.append(Call(ALL_REDUCE, size, summed_bytes(out, size)))
-
-    def gather_context(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Write x [t, ...] to out [dcp, t, ...] once for every rank."""
-        if self._receives(Call(ALL_GATHER, self.layout.dcp, x.nbytes), out):
-            out.copy_(x)
-
-    def exchange_context(self, parts: torch.Tensor, out: torch.Tensor) -> None:
-        """Write parts [dcp, ..., width] to out, which are alike: together they weigh as much as one.
-
-        Of a token that attends nothing here, they weigh nothing.
-        """
-        if self._receives(Call(ALL_TO_ALL, self.layout.dcp, parts.nbytes), out):
-            out.copy_(parts)
-            lse_of(out).sub_(math.log(self.layout.dcp)).clamp_(min=LEAST_LSE)
-
-    def _receives(self, call: Call, out: torch.Tensor) -> bool:
-        """Return whether a message has to be written."""
+    def _run(self, call: Call, collective: object, *tensors: torch.Tensor, group: object) -> None:
+        """Write what all ranks are taken to send, where it is received; a sum stays this rank's part."""
         if self._rehearses:
             self.calls.append(call)
+        if call.kind == ALL_REDUCE:
+            return
+        out, given = tensors
+        if self._rehearses:
             self._received[out.data_ptr()] += 1
-        return self._rehearses or self._received[out.data_ptr()] != 1
+        elif self._received[out.data_ptr()] == 1:
+            return
+        if call.kind == ALL_GATHER:
+            out.unflatten(0, (call.ranks, -1)).copy_(given)
+        else:  # parts are alike: together they weigh as much as one; of a token that attends nothing, nothing
+            out.copy_(given)
+            lse_of(out).sub_(math.log(call.ranks)).clamp_(min=LEAST_LSE)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -105,6 +105,7 @@ def test_int8_scales_are_of_latent_and_key() -> None:
 
 
 @pytest.mark.parametrize("name", [*WIDTHS, "fp8:0.25"])
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**20))
 def test_what_is_stored_is_near_and_stays(name: str, seed: int) -> None:
     """Errors are within half of what the codec says; and what a power of two scaled is stored as it was."""

@@ -191,8 +191,7 @@ def test_a_copy_that_does_not_fit_leaves_no_sequence(make_cache: Any) -> None:
 def everything(cache: Any) -> tuple[Any, ...]:
     """Return all that a cache says of itself."""
     lengths = {sequence: cache.length(sequence) for sequence in (0, 1)}
-    local = getattr(cache, "_local", cache)
-    return cache.generation, lengths, local.free_pages, local.sequences, cache.pages.clone().view(torch.int32)
+    return cache.generation, lengths, cache.free_pages, cache.sequences, cache.pages.clone().view(torch.int32)
 
 
 def shared_or_not(tiny: Any, shared: bool) -> Any:

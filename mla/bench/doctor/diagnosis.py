@@ -222,7 +222,7 @@ def _lines(backend: Facts) -> Iterator[tuple[str, str]]:
     yield from (("evidence", f"{marker}: {seen}") for marker, seen in backend["evidence"].items())
     if facts := backend["facts"]:
         yield "device", f"{facts['device_name']} ({facts['device']})"
-        yield "memory", size(facts["memory_bytes"] or None, unknown="unknown", GiB=".1f")
+        yield "memory", size(facts["memory_bytes"] or None, "unknown", "GiB", ".1f")
         yield "dtypes", ", ".join(facts["dtypes"])
         yield "ops", f"for {facts['config']} in {facts['dtype']}:"
         for role, choice in facts["ops"].items():

@@ -197,7 +197,7 @@ class Microbenchmark:
         """Return bytes per second of reading about `count` bytes repeatedly."""
         rows = max(16, count // (FEATURES * self._dtype.itemsize) // 16 * 16)
         count = rows * FEATURES * self._dtype.itemsize
-        weight, what = random_rows(rows, FEATURES, self._dtype, self._device), size(count, MiB=".3g")
+        weight, what = random_rows(rows, FEATURES, self._dtype, self._device), size(count, unit="MiB")
         seconds, way = self._timed(read_ways(weight), f"reading {what}", weight)[0]
         return _ceiling("read", count / seconds, way, what, count)
 
@@ -207,7 +207,7 @@ class Microbenchmark:
         target, moved = torch.empty_like(source), 2 * source.nbytes
         ways = [Way("copy_", lambda: target.copy_(source)), Way("neg", lambda: torch.neg(source, out=target))]
         seconds, way = self._timed(ways, f"copying {moved}")[0]
-        return _ceiling("copy", moved / seconds, way, size(moved, MiB=".3g"), moved)
+        return _ceiling("copy", moved / seconds, way, size(moved, unit="MiB"), moved)
 
     def product(self, tokens: int, inputs: int, outputs: int) -> Ceiling:
         """Return FLOP per second of [tokens, inputs] x [inputs, outputs]; a multiply-add counts as 2."""

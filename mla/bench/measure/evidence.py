@@ -23,7 +23,7 @@ from mla.bench.subjects.base import Implementation
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.workload.scenario import Scenario
 from mla.cache.ragged_batch import BatchMemory, RaggedBatch
-from mla.cost import PathChooser
+from mla.cost import by_path
 from mla.errors import UnsupportedBatch
 from mla.layer.plan import check_lengths
 from mla_backends import BackendError
@@ -276,14 +276,16 @@ def new_lengths(impl: MlaLayer, scenario: Scenario) -> Iterator[Lengths]:
     requests = list(zip(scenario.query_lens, scenario.history, strict=True))
     amounts = [_amounts(scenario.mode, *lens) for lens in requests]
     planned = Lengths(scenario.query_lens, scenario.kv_lens(0))
-    paths = _paths(impl, planned)
+    config, attention = impl.setting.config, impl.setting.attention
+    paths = by_path(config, *planned, attention)
     _seen.add(planned)
     left = TUPLES
     for draw in range(TUPLES * DRAWS):
         less = [each[draw % len(each)] for each in amounts]
         shrunk = [_shrunk(*lens, by) for lens, by in zip(requests, less, strict=True)]
         lengths = Lengths(*zip(*shrunk, strict=True))
-        if lengths not in _seen and _paths(impl, lengths) == paths and _served(impl, lengths):
+        same = lengths not in _seen and by_path(config, *lengths, attention) == paths
+        if same and _served(impl, lengths):
             _seen.add(lengths)
             yield lengths
             left -= 1
@@ -302,13 +304,6 @@ def _amounts(mode: str, new: int, history: int) -> list[int]:
 def _shrunk(new: int, history: int, less: int) -> tuple[int, int]:
     """Return new and attended tokens of a request with less history, or fewer new ones if it has none."""
     return (new, history + new - less) if history else (new - less, new - less)
-
-
-def _paths(impl: MlaLayer, lengths: Lengths) -> list[str]:
-    if impl.setting.attention != "auto":
-        return []
-    chooser = PathChooser(impl.setting.config)
-    return [chooser.path(*pair) for pair in zip(*lengths, strict=True)]
 
 
 def _served(impl: MlaLayer, lengths: Lengths) -> bool:
@@ -337,8 +332,8 @@ class LayerBench:
 
     def _batch(self, lengths: Lengths) -> RaggedBatch:
         cache = self.layer.cache
-        if not self._memory.fits(tokens := sum(lengths.query_lens), self._table.shape):
-            self._memory = BatchMemory(tokens, self._table.shape, self._device)
+        size = sum(lengths.query_lens), self._table.shape, self._device
+        self._memory = BatchMemory.of(self._memory, *size)
         return RaggedBatch(
             *lengths, self._table, cache.page_size, self._device, source=cache, memory=self._memory
         )

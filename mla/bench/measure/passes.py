@@ -243,7 +243,7 @@ def sweep(backend: Backend) -> tuple[int, str]:
     if cache < MIN_CACHE_BYTES:
         unknown = f"that cannot be as small as the {cache} bytes declared" if cache else "of unknown size"
         return FALLBACK_BYTES, f"for a last-level cache {unknown}"
-    reason = f"for a last-level cache of {size(cache, MiB='g')}"
+    reason = f"for a last-level cache of {size(cache, '-', 'MiB', 'g')}"
     if declared is not None and declared < cache:
         reason += " (as the host reports; the backend declares less)"
     if CACHE_SIZES * cache > MAX_FLUSH_BYTES:
@@ -256,7 +256,9 @@ class CacheFlush:
 
     def __init__(self, backend: Backend) -> None:
         self.bytes, reason = sweep(backend)
-        self.method = f"{size(self.bytes, MiB='g')} read and written before every timed forward, {reason}"
+        self.method = (
+            f"{size(self.bytes, '-', 'MiB', 'g')} read and written before every timed forward, {reason}"
+        )
         self._buffer = torch.zeros(self.bytes // 4, dtype=torch.float32, device=backend.device)
 
     def __call__(self) -> None:

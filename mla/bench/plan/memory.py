@@ -106,7 +106,7 @@ class MemoryPlan:
 def gib(count: int | None) -> str:
     """Return bytes in GiB, or "an unknown amount"."""
     exact = None if count is None else Decimal(count)  # mistyped lengths overflow a float
-    return size(exact, "an unknown amount", GiB=lambda gibs: format(gibs, ".2f" if gibs < 10**6 else ".1e"))
+    return size(exact, "an unknown amount", "GiB", ".2f" if (count or 0) < 10**6 << 30 else ".1e")
 
 
 def plan_memory(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mla.cache.formats import FORMATS, Plain, codec_of
+from mla.cache.formats import FORMATS
 from mla.cache.ragged_batch import RaggedBatch
 from mla.cases.case import Lengths
 from mla.cases.layer import LayerCall, LayerCase, weights
@@ -143,9 +143,8 @@ FIRST_FORMAT = "fp8_ds_mla"  # the one that is rebuilt as well: that is the same
 @layer_check("formats", "new tokens that are attended as they were before the cache has rounded them")
 def formats(trial: Trial) -> None:
     """The output is that of the bytes the step has cached, latents and index keys, within their format."""
-    for name in FORMATS:
-        codec = codec_of(name, PLAIN_CONFIG.kv_lora_rank, PLAIN_CONFIG.qk_rope_head_dim)
-        if codec is not None and not isinstance(codec, Plain):
+    for name, entry in FORMATS.items():
+        if entry.scale_rule != "none":
             modes = BOTH if name == FIRST_FORMAT else BOTH[:1]
             check_layer(trial, plain(*MIXED), modes=modes, cache_format=name)
     cached = LayerCase((3, 1), (70, 130), INDEXED[0])

@@ -114,7 +114,7 @@ def _prepare(
     steps.zeroes = not all(core.ops[role].op.nan_safe_tail for role in roles)
     for name in PROJECTIONS:
         if isinstance(linear := getattr(layer, name, None), nn.Linear):  # which kv_b_proj is no more
-            setattr(layer, name, PackedLinear(linear, backend.ops(), "auto", steps.scratch.turn))
+            setattr(layer, name, PackedLinear(linear, backend.ops(), steps.scratch.turn))
 
 
 def restore(model: Any) -> Any:
@@ -215,15 +215,13 @@ class Packed(Guard):
 class PackedLinear(Packed):
     """An `nn.Linear` run by one of our ops."""
 
-    def __init__(
-        self, linear: nn.Linear, offered: Mapping[str, FusedOp], policy: str, turn: Turn | None = None
-    ) -> None:
-        """`policy` is the `ops` of `mla.MLA`, and `turn` that of the backend which offers them."""
+    def __init__(self, linear: nn.Linear, offered: Mapping[str, FusedOp], turn: Turn) -> None:
+        """`turn`: that of the backend whose ops are `offered`."""
         super().__init__(linear)
         weight = linear.weight.detach()
         spec = LinearSpec(linear.in_features, linear.out_features, 1, weight.dtype, weight.device)
-        self._choice: Choice = choose("linear", spec, offered, policy)
-        self._turn = turn or Turn()
+        self._choice: Choice = choose("linear", spec, offered, "auto")
+        self._turn = turn
         with self._turn:
             self._packed = self._choice.op.pack(weight)
         self.take_weight()

@@ -19,6 +19,7 @@ from mla.bench.subjects.fixture import LayerFixture
 from mla.bench.subjects.layer import MlaLayer
 from mla.bench.subjects.setting import Setting
 from mla.bench.workload.scenario import Scenario
+from mla.cost import by_path
 from mla.verify.verdict import Check
 from mla_backends.testing import HostBackend
 
@@ -307,7 +308,6 @@ def test_a_slow_layer_runs_fewer(tiny: Callable[..., MLAConfig], time: Time) -> 
 def test_paths_stay_those_of_the_scenario(tiny: Callable[..., MLAConfig]) -> None:
     """A request at the border of two paths: fewer keys, or fewer tokens, would be expanded."""
     loaded = Loaded(tiny(), PREFILL)
-    layer, scenario = loaded.layer, PREFILL
-    planned = evidence._paths(layer, Lengths(scenario.query_lens, scenario.kv_lens(0)))
-    for lengths in new_lengths(layer, scenario):
-        assert evidence._paths(layer, lengths) == planned
+    planned = by_path(tiny(), PREFILL.query_lens, PREFILL.kv_lens(0))
+    for lengths in new_lengths(loaded.layer, PREFILL):
+        assert by_path(tiny(), *lengths) == planned
