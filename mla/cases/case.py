@@ -252,24 +252,23 @@ class Kind:
         """Return signs per column, drawn anew for a call: of operands, and what they make of results."""
         return {}
 
-    def faults(
-        self, results: Tensors, truth: Tensors, *, errors: Tensors, dtype: torch.dtype,
-        places: Places | None = None,
-    ) -> Iterable[tuple[float, str]]:  # fmt: skip
+    def faults(self, results: Tensors, truth: Tensors, **known: Any) -> Iterable[tuple[float, str]]:
         """Yield the error over its bound of every result, and what is wrong with it; "" if nothing is.
 
-        `results` are what a call wrote and `truth` what it had to, rows [T, ..]; `errors` are those of the
-        reference, by row.
+        `results` are what a call wrote and `truth` what it had to, rows [T, ..]; for the rest see `fault`.
         """
         for name, result in results.items():
-            ratio, reason = self.fault(name, result, truth, errors, dtype, places)
+            ratio, reason = self.fault(name, result, truth, **known)
             yield ratio, f"{name}: {reason}" if reason else ""
 
     def fault(
-        self, name: str, result: torch.Tensor, truth: Tensors, errors: Tensors, dtype: torch.dtype,
+        self, name: str, result: torch.Tensor, truth: Tensors, *, errors: Tensors, dtype: torch.dtype,
         places: Places | None,
     ) -> tuple[float, str]:  # fmt: skip
-        """Return the error of one result over its bound, and what is wrong with it: see `faults`."""
+        """Return the error of one result over its bound, and what is wrong with it.
+
+        `errors` are those of the reference, by row, and `dtype` is the op's.
+        """
         if name == "lse":
             return judge_lse(result, truth[name], dtype, places)
         return judge(result, truth[name], errors[name], dtype, places, truth.get("lse"))

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ from mla.verify.stored import in_parts, judge_bytes, judge_decoded, stored_truth
 from mla_backends.api import AttentionSpec, FusedOp, LinearSpec, NormSpec, SegmentLengths
 
 LINEAR = {"i": "in_features", "o": "out_features", "h": "groups"}
+TABLES = {"block_table": "B m", "kv_lens": "B", "cu_q": "B+1"}
 ATTENTION = {
     "h": "num_heads",
     "c": "kv_lora_rank",
@@ -253,9 +254,8 @@ class Stores(OfBytes):
         return [*self.decoded, "bytes" if op.encodes_rounded else "codes"]
 
     def fault(
-        self, name: str, result: torch.Tensor, truth: Tensors, errors: Tensors, dtype: torch.dtype,
-        places: Places | None,
-    ) -> tuple[float, str]:  # fmt: skip
+        self, name: str, result: torch.Tensor, truth: Tensors, *, places: Places | None, **known: Any
+    ) -> tuple[float, str]:
         if name in BYTES:
             return judge_bytes(result, truth[name], places)
         widths = [truth[part].shape[1] for part in self.decoded]
@@ -358,14 +358,11 @@ class OverPages(OfQueries):
         return table[owned].long().unique()
 
     def place(self, call: Call) -> None:
-        case = call.case
-        call.pages = pages = Pages.of(case.kv_lens, call.layout)
+        case, tail = call.case, torch.nan if call.op.nan_safe_tail else TAIL  # past a request's end
+        call.pages = pages = Pages.of(case.kv_lens, replace(case.layout, tail=tail))
         call.lay_pages(pages, call.pool.given["keys"])
-        lengths = {
-            "kv_lens": torch.tensor(case.kv_lens),
-            "cu_q": torch.tensor([0, *case.query_lens]).cumsum(0),
-        }
-        call.lay_tables({**lengths, "block_table": pages.table})
+        kv_lens, cu_q = torch.tensor(case.kv_lens), torch.tensor([0, *case.query_lens]).cumsum(0)
+        call.lay_tables({"kv_lens": kv_lens, "cu_q": cu_q, "block_table": pages.table})
 
     def batch(self, arguments: Mapping[str, Any], lengths: SegmentLengths) -> Batch:
         tables = (arguments[name] for name in ("block_table", "kv_lens", "cu_q"))
@@ -376,14 +373,7 @@ class LatentAttention(OverPages, Attention):
     """Attention over latents in pages; values are the first columns of keys."""
 
     title = "q {q} kv {kv}, {h} heads, page {page}, latents of {c} and {r}"
-    operands = {
-        "q": "T h c+r",
-        "block_table": "B m",
-        "kv_lens": "B",
-        "cu_q": "B+1",
-        "out": "T h c",
-        "lse": "T h",
-    }
+    operands = {"q": "T h c+r", **TABLES, "out": "T h c", "lse": "T h"}
     results = {"out": "T h c", "lse": "T h"}
     cached = "c+r"
     cost = staticmethod(cost.latent_attention_cost)

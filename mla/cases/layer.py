@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -32,10 +31,9 @@ class LayerCase:
     history: Lengths
     config: MLAConfig
     steps: int = 1
-    seed: int = 0  # of inputs, which are drawn from it plus `SEED`
+    seed: int = 0  # of inputs
     model: int = 0  # seed of the weights
     dtype: torch.dtype = torch.float32
-    SEED: ClassVar[int] = 7
 
     @property
     def label(self) -> str:
@@ -55,15 +53,7 @@ class LayerCase:
         return _host(self)
 
 
-@functools.lru_cache(maxsize=64)
-def _host(case: LayerCase) -> LayerHost:
-    return LayerHost(case)
-
-
-@functools.lru_cache(maxsize=8)
-def weights(config: MLAConfig, dtype: torch.dtype, model: int = 0) -> dict[str, torch.Tensor]:
-    """Return host weights N(0, 1 / fan_in)."""
-    return random_state_dict(config, model, dtype)
+weights = functools.lru_cache(maxsize=8)(random_state_dict)
 
 
 class LayerHost:
@@ -71,16 +61,14 @@ class LayerHost:
 
     def __init__(self, case: LayerCase) -> None:
         self.case, config = case, case.config
-        generator = torch.Generator().manual_seed(case.seed + case.SEED)
+        generator = torch.Generator().manual_seed(case.seed + 7)
 
         def draw(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=generator).to(case.dtype)
 
-        self.state = weights(config, case.dtype, case.model)
-        widths = (config.kv_lora_rank, config.qk_rope_head_dim)
-        self.history: History = [
-            (draw(length, widths[0]), draw(length, widths[1])) for length in case.history
-        ]
+        self.state = weights(config, case.model, case.dtype)
+        c, r = config.kv_lora_rank, config.qk_rope_head_dim
+        self.history: History = [(draw(length, c), draw(length, r)) for length in case.history]
         self.hidden = draw(case.steps, sum(case.query_lens), config.hidden_size)
         width = config.index_head_dim if config.index_n_heads else 0
         self.index = [draw(length, width) for length in case.history]  # keys, of a layer with an indexer
@@ -122,6 +110,9 @@ class LayerHost:
             expected.append(judged.expected)
         checker = Checker(torch.stack(expected), case.dtype, lambda: outputs)
         return checker.check(outputs, held_to_reference=False)
+
+
+_host = functools.lru_cache(maxsize=64)(LayerHost)
 
 
 class LayerCall:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mla.verify.layer_check import stands_for
+from mla.verify.places import Places
 
 Tensors = dict[str, torch.Tensor]
 Gaps = tuple[int, int, int]
@@ -130,9 +131,8 @@ class Pages:
         if layout.repeated:
             full = keys >= 2 * size
             table[full, 1] = table[full, 0]
-        owner = torch.arange(len(lengths)).repeat_interleave(keys)
-        place = torch.arange(len(owner)) - (keys.cumsum(0) - keys)[owner]
-        slots = table[owner, place // size].long() * size + place % size
+        slots = Places.new_tokens(lengths, lengths, table, size).slot
+        assert slots is not None  # there is a table
         return cls(layout, count, order, table, slots)
 
     @property

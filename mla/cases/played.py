@@ -153,12 +153,9 @@ class Host:
             return {}
         sizes = self.given["q"].double().norm(dim=-1)
         keys, _ = case.entry.keys(case.spec, self.given)  # type: ignore[attr-defined]  # of attention
-        lengths, requests = keys.double().norm(dim=-1), torch.arange(len(case.kv_lens))
-        longest = torch.zeros(len(requests), keys.shape[1]).double()
-        of_key = requests.repeat_interleave(torch.tensor(case.kv_lens))[:, None].expand_as(lengths)
-        longest.scatter_reduce_(0, of_key, lengths, "amax")
-        of_query = requests.repeat_interleave(torch.tensor(case.query_lens))
-        noise = NOISE * case.spec.softmax_scale * sizes * longest[of_query]
+        none, lengths = torch.zeros(1, keys.shape[1]), keys.double().norm(dim=-1).split(case.kv_lens)
+        longest = torch.stack([torch.cat((none, of_request)).amax(0) for of_request in lengths])
+        noise = NOISE * case.spec.softmax_scale * sizes * longest[case.places().request]
         if alike:
             noise += DRIFT * max(case.kv_lens) if exact else torch.finfo(case.spec.dtype).eps * 3 / 8
         out = self.truth["out"].norm(dim=-1)
@@ -235,7 +232,8 @@ class Laid(Call):
         return weight
 
     def lay_pages(self, pages: Pages, keys: torch.Tensor) -> None:
-        if self.layout.sparse and pages.count * self.layout.page_size * keys.shape[1] > MAX_FILLED:
+        layout = self.case.layout
+        if layout.sparse and pages.count * layout.page_size * keys.shape[1] > MAX_FILLED:
             self.arguments["cache"] = hardly_touched(pages, keys, self.device)
         else:
             self.lay("cache", pages.cache(keys))

@@ -16,6 +16,7 @@ from mla.cases import stress
 from mla.cases.case import DTYPES, KINDS, Normal, OpCase, generator
 from mla.cases.kinds import (
     DEEPSEEK,
+    TABLES,
     LatentAttention,
     OfBytes,
     OverPages,
@@ -190,14 +191,7 @@ class SelectLatents(OverPages):
 
     spec, letters, pool, usual = IndexerSpec, INDEXER, Selecting, V32
     title = "q {q} kv {kv}, top {k}, page {page}, {h} heads of {d}"
-    operands = {
-        "q": "T h d",
-        "weights": "T h",
-        "block_table": "B m",
-        "kv_lens": "B",
-        "cu_q": "B+1",
-        "out": "T k",
-    }
+    operands = {"q": "T h d", "weights": "T h", **TABLES, "out": "T k"}
     results = {"out": "T k", "out_in_bf16": "T k"}  # of ops that compare scores in fp32, in bf16
     truths = {"reach": "T L", "rival": "T k+1", "floor": "T k+1"}
     dtypes = {**DTYPES, "out": torch.int32, "out_in_bf16": torch.int32}
@@ -235,9 +229,8 @@ class SelectLatents(OverPages):
         return given["keys"]
 
     def fault(
-        self, name: str, result: torch.Tensor, truth: Tensors, errors: Tensors, dtype: torch.dtype,
-        places: Places | None,
-    ) -> tuple[float, str]:  # fmt: skip
+        self, name: str, result: torch.Tensor, truth: Tensors, *, places: Places | None, **known: Any
+    ) -> tuple[float, str]:
         return judge_selection(result, truth, places, in_bf16=name == "out_in_bf16")
 
     def judged(self, op: FusedOp) -> list[str]:

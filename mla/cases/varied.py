@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mla.cases.case import OPTIONAL, OpCase, generator
-from mla.cases.memory import NO_GAPS, Layout, Pages, Piece, Tensors, poison_all
+from mla.cases.memory import NO_GAPS, Pages, Piece, Tensors, poison_all
 from mla.reference import REFERENCE
-from mla.verify.layer_check import TAIL
 from mla.verify.op_oracle import attend_requests, product
 from mla.verify.places import Places
 from mla.verify.verdict import Check
@@ -293,11 +292,6 @@ class Call:
         self.arguments.update(self.case.scalars)
         entry.place(self)
         self._pools = {name: given[name].to(self.device) for name in pool.varied}
-
-    @property
-    def layout(self) -> Layout:
-        """That of the cache: slots past a request's end hold what the op can bear."""
-        return replace(self.case.layout, tail=torch.nan if self.op.nan_safe_tail else TAIL)
 
     def laid(self, name: str, tensor: torch.Tensor, fill: float = torch.nan) -> torch.Tensor:
         """Return memory that holds a host tensor. A subclass may have rows of `fill` around it."""

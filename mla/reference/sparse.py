@@ -58,13 +58,13 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
 
 # ---------------------------------------------------------------------------------------- selection
 @dataclass(frozen=True)
-class _Padded:
-    """A decode step on a device: requests of `queries` new tokens each, padded to the block table's width.
+class _OnDevice:
+    """A state whose launches depend on shapes alone, and follow lengths on the device.
 
-    Launches depend on shapes alone, and follow lengths on the device.
+    Of a decode step that selects: requests of `queries` new tokens each, padded to the block table's width.
     """
 
-    queries: int
+    queries: int = 0
     graph_safe = True
 
     def select(
@@ -102,19 +102,19 @@ class SelectLatents(OfFormats):
     contract = OPS["select_latents"]
     nan_safe_tail = True
 
-    def prepare(self, spec: IndexerSpec, batch: BatchView) -> BatchView | _Padded:
+    def prepare(self, spec: IndexerSpec, batch: BatchView) -> BatchView | _OnDevice:
         fits = spec.device.type != "cpu" and is_decode(batch)
-        return _Padded(batch.query_lens[0]) if fits else batch
+        return _OnDevice(batch.query_lens[0]) if fits else batch
 
     def __call__(
-        self, state: BatchView | _Padded, *,
+        self, state: BatchView | _OnDevice, *,
         q: torch.Tensor, weights: torch.Tensor, cache: torch.Tensor,  # [T, H, D], [T, H], [pages, page, D]
         block_table: torch.Tensor, kv_lens: torch.Tensor, cu_q: torch.Tensor,
         out: torch.Tensor,  # [T, topk] int32
         cache_format: str = "",
     ) -> None:  # fmt: skip
         codec, page, start = index_codec(cache_format, q.shape[2]), cache.shape[1], 0
-        if isinstance(state, _Padded):
+        if isinstance(state, _OnDevice):
             state.select(q, weights, cache, block_table, kv_lens, out, codec)
             return
         for request, (queries, length) in enumerate(zip(state.query_lens, state.kv_lens, strict=True)):
@@ -146,13 +146,6 @@ def index_scores(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor) -> 
 
 
 # ---------------------------------------------------------------------------------------- attention
-@dataclass(frozen=True)
-class _FollowsTensors:
-    """A state that nothing depends on: calls go by shapes, and by lengths on the device."""
-
-    graph_safe = True
-
-
 class SparseLatentAttention(OfFormats):
     """Absorbed attention to the latents that each query selects.
 
@@ -164,11 +157,11 @@ class SparseLatentAttention(OfFormats):
     nan_safe_tail = True
     lse_optional = True
 
-    def prepare(self, spec: AttentionSpec, batch: BatchView) -> _FollowsTensors:
-        return _FollowsTensors()
+    def prepare(self, spec: AttentionSpec, batch: BatchView) -> _OnDevice:
+        return _OnDevice()
 
     def __call__(
-        self, state: _FollowsTensors, *,
+        self, state: _OnDevice, *,
         q: torch.Tensor, cache: torch.Tensor,  # [T, h, c + r], [pages, page, c + r] or bytes
         block_table: torch.Tensor, kv_lens: torch.Tensor, cu_q: torch.Tensor,
         selection: torch.Tensor,  # [T, topk] int32

@@ -89,7 +89,7 @@ def make_layer(trial: Trial, config: MLAConfig, attention: str, *, model: int = 
     """Build a layer with the backend's ops and random weights."""
     given = {"backend": trial.backend, "dtype": trial.dtype, "ops": trial.policy, **arguments}
     layer = MLA(config, attention=attention, **given)
-    layer.load_state_dict(weights(config, trial.dtype, model))
+    layer.load_state_dict(weights(config, model, trial.dtype))
     return layer
 
 
@@ -188,7 +188,7 @@ def state_dict(trial: Trial) -> None:
     """The layer returns the weights it was given, bit for bit."""
     for config in (PLAIN_CONFIG, VARIANT):
         with trial.case(config.name):
-            given, back = weights(config, trial.dtype), make_layer(trial, config, "auto").state_dict()
+            given, back = weights(config, 0, trial.dtype), make_layer(trial, config, "auto").state_dict()
             expect(set(back) == set(given), "state_dict() has different names from the weights it was given")
             different = [name for name, weight in given.items() if not same_bits(back[name], weight)]
             expect(not different, f"weight {', '.join(different)} came back with different bits")
