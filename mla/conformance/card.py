@@ -86,11 +86,9 @@ def _failures(report: ConformanceReport) -> Iterator[str]:
 
 def failed_cases(result: CheckResult) -> list[str]:
     """Return a line for each of the first wrong cases of a check, and one that counts the others."""
-    texts = {
-        case.id: ": ".join(filter(None, (case.case, case.reason))) for case in result.failures[:MOST_CASES]
-    }
-    more = len(result.failures) - len(texts)
-    return [*(f"`{id}`: {_flat(text)}" for id, text in texts.items()), *([f"and {more} more"] * bool(more))]
+    lines = [f"`{case.id}`: {_flat(str(case))}" for case in result.failures[:MOST_CASES]]
+    more = len(result.failures) - len(lines)
+    return lines + [f"and {more} more"] * bool(more)
 
 
 def _seconds(checks: Iterable[CheckResult]) -> str:

@@ -168,7 +168,7 @@ def cli(options: Options) -> int:
     words, started = click.get_current_context().obj
     suite = Suite.opened(options, xfails, started)
     if options.list_only:
-        return selection.list_cases(suite.planned, suite.subject)
+        return selection.list_cases(suite.planned)
     return _run(suite, words)
 
 
@@ -177,10 +177,6 @@ def _run(suite: Suite, words: Sequence[str]) -> int:
     from mla.conformance.card import card
 
     options = suite.options
-    if options.dump_failure:
-        from mla.conformance.suite import Keeper
-
-        suite.keeper = Keeper(options.dump_failure, suite)
     report = suite.run(words)
     try:
         if options.report:

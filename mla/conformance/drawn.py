@@ -15,14 +15,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from mla.cases.case import KINDS
 from mla.cases.played import Player, Scene
 from mla.command.console import note
 from mla.conformance.report import Drawn
 from mla.conformance.trial import CheckFailed, Drawing, Refused, Trial, ask, raised
-from mla.text import dtype_name
 from mla_backends.api import FusedOp, claimed_formats
 from mla_backends.errors import BackendError, describe, plugin_code
 
@@ -142,7 +138,7 @@ def draw(trial: Trial) -> None:
     from mla.cases.drawn import scenes
 
     player = Player(op, trial.require_case)
-    name = f"{trial.kind}[{trial.name}-{dtype_name(trial.dtype)}]"
+    name = f"{trial.check.kind}[{trial.brackets}]"
     if drawing.again:
         if name in drawing.smallest:
             _fail(drawing.smallest[name], player.play(drawing.smallest[name]), player)
@@ -230,7 +226,7 @@ def field_of(trial: Trial, op: FusedOp) -> Field:
         return not ask(lambda: list(op.unsupported_batch(spec, new, keys, page)), [])
 
     formats = tuple(f"{name}0.5" if name.endswith(":") else name for name in claimed_formats(op))
-    return Field(trial.kind, trial.dtype, trial.device, serves, bool(op.lse_optional), takes, formats)
+    return Field(trial.check.kind, trial.dtype, trial.device, serves, bool(op.lse_optional), takes, formats)
 
 
 def _fail(scene: Scene, reason: str, player: Player) -> None:
@@ -259,8 +255,3 @@ def _words(values: Counter[Any]) -> str:
         return f"{min(values)} .. {max(values)} ({len(values)} different)"
     most = [f"{value} {count}" for value, count in values.most_common(MOST_WORDS)]
     return ", ".join(most) + f" and {len(values) - MOST_WORDS} more" * (len(values) > MOST_WORDS)
-
-
-def usual_spec(kind: str, dtype: torch.dtype, device: torch.device | None) -> Any:
-    """Return the spec of an op in a layer as most are."""
-    return KINDS[kind].spec(**KINDS[kind].usual, dtype=dtype, device=device)

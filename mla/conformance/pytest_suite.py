@@ -34,7 +34,7 @@ from mla.conformance.card import failed_cases
 from mla.conformance.registry import DRAWN, all_checks
 from mla.conformance.report import CheckResult, Status
 from mla.conformance.selection import Xfails, require_known
-from mla.conformance.suite import carry_out, claimed_dtypes, instances, require_hypothesis
+from mla.conformance.suite import carry_out, claimed_dtypes, require_hypothesis, trials
 from mla.conformance.trial import BackendUnderTest, Drawing
 from mla.errors import UsageError
 from mla_backends.api import Backend
@@ -71,8 +71,8 @@ class BackendConformance:
                 pytest.fail(str(error), pytrace=False)
         subject = BackendUnderTest(backend, backend.name, drawing=Drawing(self.draws))
         only = [check_id, *[f"{check_id}[reference-*"] * (not self.quick)]
-        chosen = instances(subject, claimed_dtypes(subject), only)
-        results = [carry_out(instance, subject, expected_failures) for instance in chosen]
+        chosen = trials(subject, claimed_dtypes(subject), only)
+        results = [carry_out(trial, expected_failures) for trial in chosen]
         conclude(_CHECKS[check_id].description, results)
 
 

@@ -28,6 +28,9 @@ class Failure(msgspec.Struct):
     case: str
     reason: str
 
+    def __str__(self) -> str:
+        return ": ".join(filter(None, (self.case, self.reason)))
+
 
 class Refusal(msgspec.Struct):
     """A case that was not served, and the op's reasons."""

@@ -18,8 +18,7 @@ from mla_backends import outside
 from mla_backends.outside import quoted
 
 if TYPE_CHECKING:
-    from mla.conformance.suite import Instance
-    from mla.conformance.trial import BackendUnderTest
+    from mla.conformance.trial import Trial
 
 Numbers = frozenset[int] | None  # of cases, from 1; None: all
 MARK = "#"  # between the id of a check and the number of a case
@@ -55,16 +54,13 @@ def chosen_cases(patterns: Sequence[str], check_id: str, subject: str) -> Number
     return frozenset(number for number in numbers if number is not None)
 
 
-def require_cases(planned: Iterable[Instance], subject: BackendUnderTest) -> None:
+def require_cases(planned: Iterable[Trial]) -> None:
     """Raise `UsageError` unless every check has the cases that were chosen of it."""
-    for instance in planned:
-        count = max(1, len(instance.labels(subject))) if instance.chosen else 0
-        missing = max(instance.chosen or [0])
+    for trial in (trial for trial in planned if trial.chosen):
+        count, missing = max(1, len(trial.all_labels())), max(trial.chosen or ())
         if missing > count:
             cases = f"{count} cases" if count > 1 else "one case"
-            raise UsageError(
-                f"there is no case '{case_id(instance.id, missing)}': {instance.id} has {cases}."
-            )
+            raise UsageError(f"there is no case '{case_id(trial.id, missing)}': {trial.id} has {cases}.")
 
 
 def require_known(pattern: str, where: str) -> None:
@@ -100,17 +96,19 @@ def list_checks(only: Sequence[str]) -> Exit:
     return Exit.OK
 
 
-def list_cases(planned: Sequence[Instance], subject: BackendUnderTest) -> Exit:
+def list_cases(planned: Sequence[Trial]) -> Exit:
     """Print the id of every case of what would run."""
     count = 0
-    for instance in planned:
-        of_ops = instance.check.scope in (OP, LAYER)  # the cases of others are known when they have run
-        labels = instance.labels(subject) if of_ops else ()
-        chosen = [n for n in range(1, len(labels) + 1) if instance.chosen is None or n in instance.chosen]
-        out(f"{instance.id} ({instance.check.fails})\n")
-        for number in chosen:
-            out(f"  {case_id(instance.id, number)}  {labels[number - 1]}\n")
-        count += max(1, len(chosen))
+    for trial in planned:
+        of_ops = trial.check.scope in (OP, LAYER)  # the cases of others are known when they have run
+        labels = enumerate(trial.all_labels() if of_ops else (), 1)
+        listed = [
+            (number, label) for number, label in labels if trial.chosen is None or number in trial.chosen
+        ]
+        out(f"{trial.id} ({trial.check.fails})\n")
+        for number, label in listed:
+            out(f"  {case_id(trial.id, number)}  {label}\n")
+        count += max(1, len(listed))
     out(f"{len(planned)} checks, {count} cases\n")
     return Exit.OK
 

@@ -9,19 +9,17 @@ import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from mla.cases import KINDS
 from mla.command import environment
 from mla.command.console import note
 from mla.command.display import Progress
 from mla.command.options import key_values, open_backend
 from mla.conformance.card import blind
-from mla.conformance.drawn import usual_spec
 from mla.conformance.registry import DEVICE, DRAWN, DTYPE, LAYER, OP, ConformanceCheck, all_checks
 from mla.conformance.report import (
     SCHEMA_VERSION,
@@ -30,13 +28,10 @@ from mla.conformance.report import (
     CheckResult,
     ConformanceReport,
     Failure,
-    Refusal,
     Status,
 )
 from mla.conformance.selection import (
-    Numbers,
     Xfails,
-    case_id,
     chosen_cases,
     nothing_matches,
     require_cases,
@@ -46,10 +41,9 @@ from mla.conformance.trial import DTYPES, BackendUnderTest, Drawing, Trial, ask,
 from mla.errors import UsageError
 from mla.failures import file
 from mla.failures.call import Watched, Watcher
-from mla.layer.ops import preflight_reasons
 from mla.reference import REFERENCE
 from mla.text import dtype_name
-from mla_backends.api import Backend, FusedOp, current
+from mla_backends.api import Backend, FusedOp
 from mla_backends.errors import describe
 from mla_backends.registry import create
 
@@ -69,39 +63,6 @@ SLOWEST = 10  # checks that --verbose names at the end
 UNUSUAL = 0.2  # times the time of an op that serves what most layers have
 
 
-@dataclass(frozen=True)
-class Instance:
-    """A check of one subject: the device, a dtype, an op in a dtype, or a layer in a dtype."""
-
-    check: ConformanceCheck
-    of: str = ""  # op or policy
-    dtype: torch.dtype | None = None
-    op: FusedOp | None = None
-    chosen: Numbers = None  # of its cases; None: all
-
-    @property
-    def subject(self) -> str:
-        """What stands in brackets behind the check's id."""
-        return "-".join(filter(None, (self.of, dtype_name(self.dtype) if self.dtype else "")))
-
-    @property
-    def id(self) -> str:
-        return f"{self.check.id}[{self.subject}]" if self.subject else self.check.id
-
-    def run(self, subject: BackendUnderTest) -> Trial:
-        """Run the check. Raises nothing but KeyboardInterrupt."""
-        of_ops = self.check.scope in (OP, LAYER)
-        trial = Trial(subject, self.dtype or torch.float32, self.op, self.of, self.check.kind)
-        trial.policy = self.of if self.check.scope == LAYER else "auto"
-        trial.may_refuse, trial.chosen = of_ops, self.chosen
-        trial.run(self.check.run)
-        return trial
-
-    def labels(self, subject: BackendUnderTest) -> tuple[str, ...]:
-        """Return the labels of all its cases, of which none runs; empty for a check without cases."""
-        return tuple(replace(self, chosen=frozenset()).run(subject).labels)
-
-
 def claimed_dtypes(subject: BackendUnderTest) -> tuple[torch.dtype, ...]:
     """Return the dtypes of a layer that the backend claims; float32 if it claims none."""
     claimed = _claimed(subject)
@@ -114,37 +75,37 @@ def _claimed(subject: BackendUnderTest) -> list[torch.dtype]:
     return list(dict.fromkeys(dtypes))
 
 
-def instances(
+def trials(
     subject: BackendUnderTest, dtypes: Sequence[torch.dtype], only: Sequence[str] = ()
-) -> tuple[Instance, ...]:
+) -> tuple[Trial, ...]:
     """Return what runs on this backend, in order; `only` keeps what matches any of its patterns.
 
     The reference is checked where no op serves what most layers have, or where it is asked for.
     """
     offers: Mapping[str, FusedOp] = ask(lambda: dict(subject.backend.ops()), {})
     offered = {str(name): op for name, op in offers.items() if isinstance(op, FusedOp)}
-    every = (instance for check in all_checks() for instance in _of_check(check, subject, dtypes, offered))
-    kept = ((instance, chosen_cases(only, instance.check.id, instance.subject)) for instance in every)
-    chosen = (replace(instance, chosen=numbers) for instance, numbers in kept if numbers != frozenset())
+    every = [trial for check in all_checks() for trial in _of_check(check, subject, dtypes, offered)]
+    for trial in every:
+        trial.chosen = chosen_cases(only, trial.check.id, trial.brackets)
 
     @cache
     def served(kind: str, dtype: torch.dtype) -> bool:
-        of_kind = ((name, op) for name, op in offered.items() if kind_of(op) == kind)
-        return any(_serves(subject, kind, dtype, *named) for named in of_kind)
+        fused = (trial for trial in every if trial.check.kind == kind and trial.of != "reference")
+        return any(trial.dtype == dtype and trial.serves_most() for trial in fused)
 
     named = [pattern for pattern in only if "[reference" in pattern]
 
-    def idle(instance: Instance) -> bool:
-        check, drawn = instance.check, instance.check.fails == DRAWN
-        if instance.of != "reference":
+    def idle(trial: Trial) -> bool:
+        check, drawn = trial.check, trial.check.fails == DRAWN
+        if trial.of != "reference":
             return False
-        if named and not drawn and chosen_cases(named, check.id, instance.subject) != frozenset():
+        if named and not drawn and chosen_cases(named, check.id, trial.brackets) != frozenset():
             return False
-        among = [instance.dtype or torch.float32] if drawn else dtypes
+        among = [trial.dtype] if drawn else dtypes
         return check.scope == LAYER or any(served(check.kind, dtype) for dtype in among)
 
-    needed = (instance for instance in chosen if not idle(instance))
-    return tuple(sorted(needed, key=lambda instance: instance.check.fails == DRAWN))  # which come last
+    needed = (trial for trial in every if trial.chosen != frozenset() and not idle(trial))
+    return tuple(sorted(needed, key=lambda trial: trial.check.fails == DRAWN))  # which come last
 
 
 def _of_check(
@@ -152,57 +113,43 @@ def _of_check(
     subject: BackendUnderTest,
     dtypes: Sequence[torch.dtype],
     offered: Mapping[str, FusedOp],
-) -> Iterator[Instance]:
+) -> Iterator[Trial]:
     if check.scope == DEVICE:
-        yield Instance(check)
+        yield Trial(subject, check, torch.float32)
     elif check.scope == DTYPE:  # those that no layer has, but the backend claims, as well
         more = (dtype for dtype in _claimed(subject) if dtype not in DTYPES)
-        yield from (Instance(check, dtype=dtype) for dtype in (*dtypes, *more))
+        yield from (Trial(subject, check, dtype) for dtype in (*dtypes, *more))
     elif check.scope == OP:
+        of_kind = {name: op for name, op in offered.items() if kind_of(op) == check.kind}
         for dtype in dtypes:
-            of_kind = {name: op for name, op in offered.items() if kind_of(op) == check.kind}
-            yield from (Instance(check, name, dtype, op) for name, op in of_kind.items())
-            yield Instance(check, "reference", dtype, REFERENCE[check.kind])
+            yield from (Trial(subject, check, dtype, name, op) for name, op in of_kind.items())
+            yield Trial(subject, check, dtype, "reference", REFERENCE[check.kind])
     else:  # without fused ops both policies are the same
         policies = ("auto", "reference") if offered else ("auto",)
-        yield from (Instance(check, policy, dtype) for dtype in dtypes for policy in policies)
+        yield from (Trial(subject, check, dtype, policy) for dtype in dtypes for policy in policies)
 
 
-def _serves(subject: BackendUnderTest, kind: str, dtype: torch.dtype, name: str, op: FusedOp) -> bool:
-    """Return whether an op serves what most layers have."""
-
-    def reasons() -> list[str]:
-        spec = usual_spec(kind, dtype, ask(lambda: subject.device, None))
-        said = list(op.unsupported_reasons(spec)) or preflight_reasons(name, op, spec, subject.say)
-        if said or not KINDS[kind].prepares:
-            return said
-        return list(op.unsupported_batch(spec, (1,), (64,), 64 if KINDS[kind].cached else None))
-
-    return current(op.contract, kind) and not ask(reasons, ["it raises"])
-
-
-def carry_out(instance: Instance, subject: BackendUnderTest, xfails: Xfails) -> CheckResult:
+def carry_out(trial: Trial, xfails: Xfails) -> CheckResult:
     """Run one check and classify its outcome."""
     start = time.perf_counter()
-    trial = instance.run(subject)
-    status, reason = _verdict(trial, xfails.reason(instance.check.id, instance.subject))
-    failed, refused = trial.ended("failed"), trial.ended("refused")
+    trial.run()
+    status, reason = _verdict(trial, xfails.reason(trial.check.id, trial.brackets))
     return CheckResult(
-        id=instance.id,
-        check=instance.check.id,
-        kind=instance.check.fails,
-        of=instance.of,
-        dtype=dtype_name(instance.dtype) if instance.dtype else "",
+        id=trial.id,
+        check=trial.check.id,
+        kind=trial.check.fails,
+        of=trial.of,
+        dtype=trial.dtype_name,
         status=status,
         reason=reason,
         cases=Cases(
-            passed=len(trial.ended("passed")),
-            refused=len(refused),
-            failed=len(failed),
-            left_out=len(trial.labels) - sum(case.number > 0 for case in trial.cases),
+            passed=trial.passed,
+            refused=len(trial.refusals),
+            failed=len(trial.failures),
+            left_out=trial.left_out,
         ),
-        failures=[Failure(case_id(instance.id, case.number), case.label, case.reason) for case in failed],
-        refusals=[Refusal(case.label, case.reason) for case in refused],
+        failures=trial.failures,
+        refusals=trial.refusals,
         error_ratio=trial.worst,
         note=trial.note,
         seconds=round(time.perf_counter() - start, 4),
@@ -213,12 +160,12 @@ def carry_out(instance: Instance, subject: BackendUnderTest, xfails: Xfails) -> 
 
 def _verdict(trial: Trial, expected: str | None) -> tuple[Status, str]:
     """Return how a check ended, and why; `expected` is why it should fail."""
-    if failed := trial.ended("failed"):
-        of = "" if len(trial.cases) == 1 else f"{len(failed)} of {len(trial.cases)} cases; "
-        reason = f"{of}{failed[0]}"
+    if trial.failures:
+        of = "" if trial.ran == 1 else f"{len(trial.failures)} of {trial.ran} cases; "
+        reason = f"{of}{trial.failures[0]}"
         return ("fail", reason) if expected is None else ("xfail", f"{expected} ({reason})")
-    if not trial.ended("passed"):
-        return "refused", "; ".join(dict.fromkeys(case.reason for case in trial.cases))
+    if not trial.passed:
+        return "refused", "; ".join(dict.fromkeys(refusal.reason for refusal in trial.refusals))
     if trial.drawn is not None and trial.drawn.judged < MIN_DRAWS:
         return "incomplete", f"{trial.drawn.judged} of {MIN_DRAWS} drawn cases were judged"
     return ("pass", "") if expected is None else ("xpass", expected)
@@ -241,9 +188,9 @@ class Suite:
     subject: BackendUnderTest
     dtypes: tuple[torch.dtype, ...]
     xfails: Xfails = field(default_factory=Xfails)
-    keeper: Keeper | None = None
     ended: set[str] = field(default_factory=set)  # the ids of checks that ended
     start: float = field(default_factory=time.monotonic)  # of the run, later by what is beside its time
+    kept: bool = False  # whether a wrong call was
 
     @classmethod
     def opened(cls, options: Options, xfails: Xfails, start: float) -> Suite:
@@ -266,13 +213,13 @@ class Suite:
         return cls(options, subject, chosen, xfails, start=start)
 
     @cached_property
-    def planned(self) -> tuple[Instance, ...]:
+    def planned(self) -> tuple[Trial, ...]:
         """What runs, in order. Raises `UsageError` where a pattern matches nothing."""
         only = self.options.only
-        planned = instances(self.subject, self.dtypes, only)
+        planned = trials(self.subject, self.dtypes, only)
         if not planned:
-            raise nothing_matches(only, [peer.id for peer in instances(self.subject, self.dtypes)])
-        require_cases(planned, self.subject)
+            raise nothing_matches(only, [trial.id for trial in trials(self.subject, self.dtypes)])
+        require_cases(planned)
         return planned
 
     @property
@@ -280,55 +227,54 @@ class Suite:
         """The seconds that are left of a run's; below 0 if it is late."""
         return self.start + self.options.seconds - time.monotonic()
 
-    def share(self, instance: Instance) -> float:
+    def share(self, trial: Trial) -> float:
         """Return the seconds for a check that draws: its share of those left."""
-        if not (weight := self._weight(instance)):
+        if not (weight := self._weight(trial)):
             return 0.0
-        others = (self._weight(peer) for peer in self.planned if peer.id not in {*self.ended, instance.id})
+        others = (self._weight(peer) for peer in self.planned if peer.id not in {*self.ended, trial.id})
         return max(0.0, self.left) * weight / (weight + sum(others))
 
-    def _weight(self, instance: Instance) -> float:
+    def _weight(self, trial: Trial) -> float:
         """Return the weight of a check that draws, which is small if its op refuses what most layers have."""
-        check, op, dtype = instance.check, instance.op, instance.dtype
-        if check.fails != DRAWN or op is None or dtype is None:
-            return 0.0
-        spec = usual_spec(check.kind, dtype, self.subject.device)
-        usual = DRAW_TIMES.get(check.kind, 1.0)
-        return usual * (UNUSUAL if ask(partial(op.unsupported_reasons, spec), []) else 1.0)
+        usual = DRAW_TIMES.get(trial.check.kind, 1.0) if trial.check.fails == DRAWN else 0.0
+        return usual * (UNUSUAL if usual and not trial.serves_most() else 1.0)
 
     @property
     def until(self) -> float:
         """When a check that starts now and draws nothing is to end, by `time.monotonic`."""
         if self.options.draws is not None:
             return math.inf
-        drawn = any(instance.check.fails == DRAWN for instance in self.planned)
+        drawn = any(trial.check.fails == DRAWN for trial in self.planned)
         now, end = time.monotonic(), self.options.seconds * (1 - FOR_DRAWS[self.options.quick] * drawn)
         return now + (self.start + end - now) * (MAX_SHARE if len(self.planned) > 1 else 1)
 
-    def carry_out(self, instance: Instance) -> CheckResult:
+    def carry_out(self, trial: Trial) -> CheckResult:
         """Run one check, and keep the first wrong call if that was asked for."""
-        drawing, share = self.subject.drawing, self.share(instance)
+        drawing, share = self.subject.drawing, self.share(trial)
         drawing.seconds, drawing.least = share, MIN_DRAWS
         drawing.most, drawing.until = min(STRETCH * share, max(0.0, self.left)), self.until
-        result = carry_out(instance, self.subject, self.xfails)
-        self.ended.add(instance.id)
+        result = carry_out(trial, self.xfails)
+        self.ended.add(trial.id)
         if result.drawn is not None:
             self.start += result.seconds - result.drawn.seconds  # shrinking is beside the time of the run
-        if self.keeper is not None:
-            self.keeper.see(instance, result)
+        if self.options.dump_failure and not self.kept and result.status == "fail":
+            self._keep(trial, result.failures[0], self.options.dump_failure)
         return result
 
     def run(self, words: Sequence[str]) -> ConformanceReport:
         """Run all checks, or those before Ctrl-C or a signal. `words`: those of the command line."""
         results: list[CheckResult] = []
+        if self.options.dump_failure:
+            file.prepare(self.options.dump_failure)
+            self.subject.drawing.folder = self.options.dump_failure
         with Progress(len(self.planned)) as progress:
             try:
-                for instance in self.planned:
-                    progress.advance(instance.id, 0)
+                for trial in self.planned:
+                    progress.advance(trial.id, 0)
                     if self.options.verbose:  # in case it ends the process
-                        note(instance.id)
-                    results.append(self.carry_out(instance))
-                    progress.advance(instance.id, 1)
+                        note(trial.id)
+                    results.append(self.carry_out(trial))
+                    progress.advance(trial.id, 1)
             except KeyboardInterrupt:
                 pass
         if self.options.verbose:
@@ -361,68 +307,46 @@ class Suite:
             blind=list(blind(results, planned, options.quick, options.only, claimed, dtypes)),
         )
 
-
-# ------------------------------------------------------------------------------------------ kept failures
-
-
-@dataclass
-class Keeper:
-    """Writes the first failure of a suite into a folder."""
-
-    folder: Path
-    suite: Suite
-    kept: bool = field(default=False, init=False)
-
-    def __post_init__(self) -> None:
-        """Make the folder before a long run. Raises `ResultError`."""
-        file.prepare(self.folder)
-        self.suite.subject.drawing.folder = self.folder
-
-    def see(self, instance: Instance, result: CheckResult) -> None:
-        """Keep the call that a check's first wrong case found, unless one was kept before. Raises nothing."""
-        if self.kept or result.status != "fail":
-            return
-        case = result.failures[0]
+    def _keep(self, trial: Trial, case: Failure, folder: Path) -> None:
+        """Keep the call that a wrong case found, or say why there is none. Raises nothing."""
+        subject, options = self.subject, self.options
         try:
-            self._see(instance, case)
+            watcher = self._watched(trial, split(case.id)[1])
+            if watcher.wrong is None:
+                why = watcher.reason or "no call of an op in it was wrong when it ran again"
+                note(f"--dump-failure kept nothing of {case.id}: {why}")
+                return
+            self.kept = True
+            origin = file.Origin(
+                backend=subject.name,
+                options=list(options.backend_options),
+                device=str(subject.backend.device),
+                command=shlex.join([*options.alone, "--only", case.id]),
+                where=case.id,
+                reason=case.reason,
+                created=environment.now(),
+                git_commit=environment.git_commit(),
+                environment=environment.environment(subject.backend),
+            )
+            file.write_call(folder, watcher.wrong, origin)
         except Exception as error:  # noqa: BLE001  # whatever a backend raises when it is called again
             note(f"--dump-failure kept nothing of {case.id}: {describe(error)}")
-
-    def _see(self, instance: Instance, case: Failure) -> None:
-        drawn = instance.check.fails == DRAWN  # and says what outputs hold before a call
-        subject = self.suite.subject
-        watcher = Watcher(subject.backend.synchronize, poisons=not drawn)
-        op = instance.op and Watched(instance.check.kind, instance.of, instance.op, watcher)
-        backend = with_watched_ops(subject.backend, watcher)
-        number = split(case.id)[1]
-        chosen = None if number is None else frozenset({number})
-        again = replace(instance, op=op, chosen=chosen)
-        drawing = replace(subject.drawing, again=True)
-        again.run(replace(subject, backend=backend, drawing=drawing))
-        if watcher.wrong is None:
-            why = watcher.reason or "no call of an op in it was wrong when it ran again"
-            note(f"--dump-failure kept nothing of {case.id}: {why}")
             return
-        self.kept = True
-        file.write_call(self.folder, watcher.wrong, self._origin(case))
-        note(
-            f"{case.id}: the first wrong call is kept in '{self.folder / file.NAME}'; replay it with: "
-            f"{file.replay_command(self.folder)}"
-        )
+        path, replay = folder / file.NAME, file.replay_command(folder)
+        note(f"{case.id}: the first wrong call is kept in '{path}'; replay it with: {replay}")
 
-    def _origin(self, case: Failure) -> file.Origin:
-        subject, options = self.suite.subject, self.suite.options
-        return file.Origin(
-            backend=subject.name,
-            options=list(options.backend_options),
-            device=str(subject.backend.device),
-            command=shlex.join([*options.alone, "--only", case.id]),
-            where=case.id,
-            reason=case.reason,
-            created=environment.now(),
-            git_commit=environment.git_commit(),
-            environment=environment.environment(subject.backend),
+    def _watched(self, trial: Trial, number: int | None) -> Watcher:
+        """Run a case again, or the check as a whole; return what judged each call of its ops."""
+        drawn = trial.check.fails == DRAWN  # and says what outputs hold before a call
+        watcher = Watcher(self.subject.backend.synchronize, poisons=not drawn)
+        again = replace(
+            self.subject,
+            backend=with_watched_ops(self.subject.backend, watcher),
+            drawing=replace(self.subject.drawing, again=True),
         )
+        op = trial.op and Watched(trial.check.kind, trial.of, trial.op, watcher)
+        replace(trial, subject=again, op=op, chosen=None if number is None else frozenset({number})).run()
+        return watcher
 
 
 def with_watched_ops(backend: Backend, watcher: Watcher) -> Backend:

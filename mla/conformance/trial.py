@@ -11,18 +11,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from mla.cases import KINDS
 from mla.cases.case import OpCase
 from mla.cases.memory import NoRoom, Tensors
 from mla.cases.played import Host, Laid, Player, Scene, on_host
-from mla.conformance.report import Drawn
+from mla.conformance.registry import DEVICE, LAYER, OP
+from mla.conformance.report import Drawn, Failure, Refusal
+from mla.conformance.selection import case_id
 from mla.errors import UnsupportedBatch
 from mla.layer.ops import Say, preflight_reasons
+from mla.text import dtype_name
 from mla_backends.api import OPS, Backend, FusedOp, current, format_refusals
 from mla_backends.errors import BackendError, describe, original, plugin_code
+
+if TYPE_CHECKING:
+    from mla.conformance.registry import ConformanceCheck
 
 # Dtypes that a layer can have.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -37,26 +44,9 @@ class Refused(Exception):
     """The backend declared beforehand that it does not serve a case, as the contract allows."""
 
 
-class _NotChosen(Exception):
-    """Ends a case that does not run."""
-
-
-Outcome = Literal["passed", "refused", "failed"]
+REFUSALS = (Refused, NoRoom, UnsupportedBatch)  # of a case that is not served
 Answer = TypeVar("Answer")
 Default = TypeVar("Default")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One case that ran."""
-
-    number: int  # from 1, in the order of the check; 0 is the check as a whole
-    label: str
-    outcome: Outcome
-    reason: str = ""
-
-    def __str__(self) -> str:
-        return ": ".join(filter(None, (self.label, self.reason)))
 
 
 @dataclass(eq=False)  # a subject is a key of what a run keeps
@@ -100,34 +90,42 @@ class BackendUnderTest:
         return type(self.backend)(options)
 
 
-# What a case that is not chosen cannot have: without it nothing is drawn, computed or called.
-_NEEDED = frozenset({"subject", "dtype", "op", "backend", "device", "require", "serve", "play"})
-
-
 @dataclass
 class Trial:
-    """What a check needs, and what it found. Its cases are counted one by one."""
+    """A check of one subject, what it needs, and what it found. Its cases are counted one by one.
+
+    The subject is the device, a dtype, an op in a dtype, or a layer in a dtype.
+    """
 
     subject: BackendUnderTest
-    dtype: torch.dtype = torch.float32
+    check: ConformanceCheck
+    dtype: torch.dtype
+    of: str = ""  # op, or the policy of a layer's ops
     op: FusedOp | None = None
-    name: str = ""  # of the op
-    kind: str = ""
-    policy: str = "auto"  # of the layer's ops
-    may_refuse: bool = False  # a `BackendError` is an op's refusal, not a failure
-    chosen: frozenset[int] | None = None  # numbers of the cases that run; None: all
-    late: int = 0  # cases that were left out because time was up
-    labels: list[str] = field(default_factory=list)  # of all cases, chosen or not
-    cases: list[Case] = field(default_factory=list)  # that ran
-    worst: float | None = None  # largest error over its bound
-    note: str = ""  # a figure worth reading
-    drawn: Drawn | None = None  # what was drawn, of a check that draws its cases
-    _left_out: bool = field(default=False, init=False)  # inside a case that is not chosen
+    chosen: frozenset[int] | None = None  # numbers of the cases that run, from 1; None: all
+    labels: list[str] = field(default_factory=list, init=False)  # of all cases, chosen or not
+    passed: int = field(default=0, init=False)
+    left_out: int = field(default=0, init=False)  # because they are not chosen, or late
+    late: int = field(default=0, init=False)  # left out because time was up
+    failures: list[Failure] = field(default_factory=list, init=False)
+    refusals: list[Refusal] = field(default_factory=list, init=False)
+    worst: float | None = field(default=None, init=False)  # largest error over its bound
+    note: str = field(default="", init=False)  # a figure worth reading
+    drawn: Drawn | None = field(default=None, init=False)  # what was drawn, of a check that draws its cases
 
-    def __getattribute__(self, name: str) -> Any:
-        if name in _NEEDED and object.__getattribute__(self, "_left_out"):
-            raise _NotChosen
-        return object.__getattribute__(self, name)
+    @property
+    def dtype_name(self) -> str:
+        """The dtype; "" where it does not matter."""
+        return "" if self.check.scope == DEVICE else dtype_name(self.dtype)
+
+    @property
+    def brackets(self) -> str:
+        """What stands in brackets behind the check's id."""
+        return "-".join(filter(None, (self.of, self.dtype_name)))
+
+    @property
+    def id(self) -> str:
+        return f"{self.check.id}[{self.brackets}]" if self.brackets else self.check.id
 
     @property
     def backend(self) -> Backend:
@@ -137,20 +135,23 @@ class Trial:
     def device(self) -> torch.device:
         return self.subject.device
 
-    def ended(self, outcome: Outcome) -> list[Case]:
-        """Return the cases that ended so."""
-        return [case for case in self.cases if case.outcome == outcome]
-
     @property
-    def _served(self) -> bool:
-        return any(case.outcome != "refused" for case in self.cases)
+    def ran(self) -> int:
+        """Number of cases that ran; a check that ends outside of its cases is one as well."""
+        return self.passed + len(self.refusals) + len(self.failures)
 
-    def run(self, check: Callable[[Trial], None]) -> None:
-        """Run a check. What it raises outside of its cases is case 0, as is a check without cases."""
+    def run(self) -> Trial:
+        """Run the check, once. What it raises outside of its cases is a case, as is a check without cases.
+
+        Raises nothing but KeyboardInterrupt.
+        """
         with self._judged(0, "", may_refuse=False):
-            check(self)
-        if self.cases[-1].outcome == "passed" and self.labels:
-            self.cases.pop()
+            self.check.run(self)
+        return self
+
+    def all_labels(self) -> list[str]:
+        """Return the labels of all cases, of which none runs; empty for a check without cases."""
+        return replace(self, chosen=frozenset()).run().labels
 
     @contextmanager
     def case(self, label: str = "") -> Iterator[None]:
@@ -159,37 +160,39 @@ class Trial:
         A case that is not chosen or comes too late ends where it first asks for the dtype, device or op.
         """
         self.labels.append(label)
-        number = len(self.labels)
+        number, served = len(self.labels), self.passed or self.failures
         chosen = self.chosen is None or number in self.chosen
-        late = chosen and self._served and time.monotonic() > self.subject.drawing.until
-        self.late += late
+        late = chosen and bool(served) and time.monotonic() > self.subject.drawing.until
         if chosen and not late:
-            with self._judged(number, label, self.may_refuse):
+            with self._judged(number, label, may_refuse=self.check.scope in (OP, LAYER)):
                 yield
             return
-        self._left_out = True
+        self.late, self.left_out = self.late + late, self.left_out + 1
+        held, self.__dict__ = self.__dict__, {}  # so that nothing is drawn, computed or called
         try:
-            yield
-        except Exception:  # noqa: BLE001  # `_NotChosen`, or what the body made of it
-            pass
+            with contextlib.suppress(Exception):  # AttributeError, or what the body made of it
+                yield
         finally:
-            self._left_out = False
+            self.__dict__ = held
 
     @contextmanager
     def _judged(self, number: int, label: str, may_refuse: bool) -> Iterator[None]:
-        ended: tuple[Outcome, str] = "passed", ""
+        """Judge case `number`; 0 is the check as a whole, which is counted if it fails or has no cases.
+
+        A `BackendError` may be a refusal: ops raise it on the host, before anything is launched.
+        """
         try:
             with plugin_code():
                 yield
-        except (Refused, NoRoom, UnsupportedBatch) as why:
-            ended = "refused", str(why)
-        except CheckFailed as why:
-            ended = "failed", str(why)
-        except BackendError as why:  # ops raise it on the host, before anything is launched
-            ended = ("refused", str(why)) if may_refuse else ("failed", raised(why))
         except Exception as error:  # noqa: BLE001  # whatever is raised is a finding, even SystemExit
-            ended = "failed", raised(error)
-        self.cases.append(Case(number, label, *ended))
+            refused = isinstance(error, (*REFUSALS, *[BackendError] * may_refuse))
+            reason = str(error) if refused or isinstance(error, CheckFailed) else raised(error)
+            if refused:
+                self.refusals.append(Refusal(label, reason))
+            else:
+                self.failures.append(Failure(case_id(self.id, number), label, reason))
+        else:
+            self.passed += number > 0 or not self.labels
 
     def serve(self, case: OpCase, given: Tensors | None = None) -> Laid:
         """Return a call of the op for a case in the trial's dtype; its operands are drawn unless given.
@@ -199,10 +202,6 @@ class Trial:
         case = case.but(dtype=self.dtype, device=self.device)
         op = self.require_case(case)
         return Laid(case, op, host=None if given is None else Host(on_host(case), given))
-
-    def check(self, call: Laid) -> None:
-        """Make a call and judge its results. Raises `CheckFailed`."""
-        self.right(call, call.call())
 
     def right(self, judged: Laid | Player, reason: str) -> None:
         """Remember the largest error over its bound. Raises `CheckFailed` if there is a reason."""
@@ -243,7 +242,7 @@ class Trial:
         """Return the op if it serves this spec; raises `Refused` with its reasons."""
         op = self.op_of_contract()
         reasons = format_refusals(op, spec) or list(op.unsupported_reasons(spec))
-        reasons = reasons or preflight_reasons(self.name, op, spec, self.subject.say)
+        reasons = reasons or preflight_reasons(self.of, op, spec, self.subject.say)
         if reasons:
             raise Refused("; ".join(reasons))
         return op
@@ -257,11 +256,21 @@ class Trial:
                 raise Refused("; ".join(reasons))
         return op
 
+    def serves_most(self) -> bool:
+        """Return whether the op serves what most layers have."""
+        kind, entry = self.check.kind, KINDS[self.check.kind]
+
+        def serves() -> bool:
+            spec = entry.spec(**entry.usual, dtype=self.dtype, device=self.device)
+            return self.require_case(OpCase(kind, spec, (1,), (64,))) is not None
+
+        return ask(serves, False)
+
     def op_of_contract(self) -> FusedOp:
         """Return the op; raises `Refused` if it implements another version of its contract."""
         assert self.op is not None, "only checks of ops have one"
-        if not current(self.op.contract, self.kind):
-            raise Refused(f"it implements {self.op.contract}, but this suite checks {OPS[self.kind]}")
+        if not current(self.op.contract, self.check.kind):
+            raise Refused(f"it implements {self.op.contract}, but this suite checks {OPS[self.check.kind]}")
         return self.op
 
 

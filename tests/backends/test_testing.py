@@ -9,7 +9,7 @@ import torch
 
 from mla import MLA, LatentCache, MLAConfig
 from mla.conformance.selection import Xfails
-from mla.conformance.suite import carry_out, instances
+from mla.conformance.suite import carry_out, trials
 from mla.conformance.trial import BackendUnderTest, Drawing
 from mla.weights import random_state_dict
 from mla_backends import BackendError, BackendOptionError, FusedOp
@@ -33,8 +33,8 @@ class Linear(FusedOp):
 def test_the_suite_accepts_it_and_judges_the_ops_it_is_given() -> None:
     host = HostBackend(ops={"mine": Linear()})
     subject = BackendUnderTest(host, "host", drawing=Drawing(0))
-    chosen = instances(subject, (torch.float32,), ["device", "linear"])
-    results = [carry_out(choice, subject, Xfails()) for choice in chosen]
+    chosen = trials(subject, (torch.float32,), ["device", "linear"])
+    results = [carry_out(choice, Xfails()) for choice in chosen]
     assert not [(result.id, result.reason) for result in results if result.status not in ("pass", "refused")]
     assert any(result.of == "mine" and result.status == "pass" for result in results)
 

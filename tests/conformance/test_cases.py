@@ -15,8 +15,8 @@ from mla.conformance.cli import main
 from mla.conformance.registry import LAYER, OP
 from mla.conformance.report import CheckResult
 from mla.conformance.selection import Xfails
-from mla.conformance.suite import Instance, carry_out, instances
-from mla.conformance.trial import BackendUnderTest, Drawing
+from mla.conformance.suite import carry_out, trials
+from mla.conformance.trial import BackendUnderTest, Drawing, Trial
 from mla.reference import REFERENCE
 from mla_backends.api import Packed
 
@@ -35,9 +35,9 @@ class Counting(type(REFERENCE["linear"])):  # type: ignore[misc]
         super().__call__(packed, x=x, **rest)
 
 
-def of_ops(subject: BackendUnderTest, *only: str) -> list[Instance]:
-    chosen = instances(subject, (torch.float32,), only)
-    return [instance for instance in chosen if instance.check.scope in (OP, LAYER)]
+def of_ops(subject: BackendUnderTest, *only: str) -> list[Trial]:
+    chosen = trials(subject, (torch.float32,), only)
+    return [trial for trial in chosen if trial.check.scope in (OP, LAYER)]
 
 
 def test_cases_are_counted_without_a_call_of_an_op_or_the_oracle(
@@ -54,18 +54,18 @@ def test_cases_are_counted_without_a_call_of_an_op_or_the_oracle(
         monkeypatch.setattr(owner, "pack", touched)
     monkeypatch.setattr(torch, "randn", touched)
     subject = BackendUnderTest(sound(ops=right_ops), "sound")
-    for instance in of_ops(subject):
-        refused = replace(instance, chosen=frozenset()).run(subject).cases
-        assert all(case.number == 0 and case.outcome == "refused" for case in refused), (instance.id, refused)
-        assert instance.labels(subject) or refused, instance.id
+    for trial in of_ops(subject):
+        counted = replace(trial, chosen=frozenset()).run()
+        assert (counted.passed, counted.failures) == (0, []), trial.id
+        assert trial.all_labels() or counted.refusals, trial.id
 
 
 def test_the_cases_that_are_counted_are_those_that_run(sound: Any) -> None:
     subject = BackendUnderTest(sound(), "sound")
-    for instance in of_ops(subject, "linear", "latent.tiles", "layer.decode", "rms_norm"):
-        ran = instance.run(subject).cases
-        assert [case.label for case in ran] == list(instance.labels(subject)), instance.id
-        assert [case.number for case in ran] == list(range(1, len(ran) + 1)), instance.id
+    for trial in of_ops(subject, "linear", "latent.tiles", "layer.decode", "rms_norm"):
+        labels = trial.all_labels()
+        assert trial.run().labels == labels
+        assert trial.ran == len(labels), trial.id
 
 
 @pytest.mark.parametrize(
@@ -90,11 +90,11 @@ def test_a_check_that_is_late_runs_its_first_case(sound: Any) -> None:
     op = Counting()
     drawing = Drawing(until=time.monotonic() - 1)
     subject = BackendUnderTest(sound(ops={"mine": op}), "sound", drawing=drawing)
-    (instance,) = instances(subject, (torch.float32,), ["linear.formula[mine-*]"])
-    late = carry_out(instance, subject, Xfails())
+    (trial,) = trials(subject, (torch.float32,), ["linear.formula[mine-*]"])
+    late = carry_out(trial, Xfails())
     assert (late.status, late.cases.passed, late.cases.left_out, late.late, op.rows) == ("pass", 1, 3, 3, [1])
-    (chosen,) = instances(subject, (torch.float32,), ["linear.formula[mine-*]#3"])
-    assert carry_out(chosen, subject, Xfails()).late == 0
+    (chosen,) = trials(subject, (torch.float32,), ["linear.formula[mine-*]#3"])
+    assert carry_out(chosen, Xfails()).late == 0
     assert op.rows == [1, 130]
 
 
@@ -112,8 +112,8 @@ def test_a_check_that_is_late_is_not_refused_by_its_first_cases(sound: Any) -> N
     """It would claim that the op serves none, of which others were not asked."""
     drawing = Drawing(until=time.monotonic() - 1)
     subject = BackendUnderTest(sound(ops={"mine": Narrow()}), "sound", drawing=drawing)
-    (instance,) = instances(subject, (torch.float32,), ["rms_norm.formula[mine-*]"])
-    late = carry_out(instance, subject, Xfails())
+    (trial,) = trials(subject, (torch.float32,), ["rms_norm.formula[mine-*]"])
+    late = carry_out(trial, Xfails())
     assert (late.status, late.cases.passed, late.cases.refused, late.late) == ("pass", 1, 2, 1)
 
 
@@ -142,7 +142,7 @@ def test_the_reference_runs_where_no_op_serves_a_kind_or_where_it_is_asked_for_a
 ) -> None:
     def ids(*only: str) -> list[str]:
         subject = BackendUnderTest(sound(ops={"mine": OnlyBfloat16()}), "sound")
-        return [instance.id for instance in instances(subject, (torch.bfloat16, torch.float32), only)]
+        return [trial.id for trial in trials(subject, (torch.bfloat16, torch.float32), only)]
 
     planned = ids("linear", "layer.weights", "rms_norm.grid")
     assert {"rms_norm.grid[reference-float32]", "layer.weights[auto-float32]"} <= {*planned}
@@ -180,7 +180,7 @@ def test_the_reference_is_checked_where_no_op_serves_a_layer(
     sound: Any, op: Any, only: str, checked: list[str]
 ) -> None:
     subject = BackendUnderTest(sound(ops={"mine": op()}), "sound")
-    assert [instance.of for instance in instances(subject, (torch.float32,), [only])] == checked
+    assert [trial.of for trial in trials(subject, (torch.float32,), [only])] == checked
 
 
 def test_cases_are_listed_with_a_backend_alone(capsys: Any) -> None:

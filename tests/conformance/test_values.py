@@ -16,7 +16,8 @@ from mla.cases.memory import Layout
 from mla.cases.played import CPU, Host, Laid, Scene
 from mla.cases.stress import PATTERNS, UNUSUAL, Stress
 from mla.conformance.checks import ops as reach
-from mla.conformance.trial import BackendUnderTest, Trial
+from mla.conformance.suite import trials
+from mla.conformance.trial import BackendUnderTest
 from mla.reference import REFERENCE
 from mla_backends.api import AttentionSpec, NormSpec
 
@@ -130,7 +131,8 @@ def test_rows_far_apart_are_copied_one_by_one(
 
 def test_a_device_does_not_compute_the_errors_it_may_have(sound: Any) -> None:
     case = NORM.but(device=torch.device("meta"), layout=Layout(page_size=16))
-    trial = Trial(BackendUnderTest(sound(), "sound"), op=REFERENCE["rms_norm"], kind="rms_norm")
+    subject = BackendUnderTest(sound(), "sound")
+    (trial,) = trials(subject, (torch.float32,), ["rms_norm.formula[reference-*"])
     trial.subject.backend.device = torch.device("meta")
     given = Host(NORM).given
     host = trial.serve(case, given=given).pool

@@ -9,8 +9,8 @@ import torch
 
 from mla.conformance.report import CheckResult
 from mla.conformance.selection import Xfails
-from mla.conformance.suite import Instance, carry_out, instances
-from mla.conformance.trial import BackendUnderTest, Drawing
+from mla.conformance.suite import carry_out, trials
+from mla.conformance.trial import BackendUnderTest, Drawing, Trial
 from mla_backends.api import Backend
 from mla_backends.testing import HostBackend
 
@@ -24,14 +24,14 @@ def judged(
     backend: Backend,
     *only: str,
     dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
-    wanted: Callable[[Instance], bool] = lambda instance: True,
+    wanted: Callable[[Trial], bool] = lambda trial: True,
     xfails: Xfails | None = None,
     **known: Any,
 ) -> list[CheckResult]:
     """Return the results of checks, as --quick has them. `known`: of `BackendUnderTest`."""
     subject = BackendUnderTest(backend, backend.name, **known)
-    chosen = filter(wanted, instances(subject, dtypes, only))
-    return [carry_out(instance, subject, xfails or Xfails()) for instance in chosen]
+    chosen = filter(wanted, trials(subject, dtypes, only))
+    return [carry_out(trial, xfails or Xfails()) for trial in chosen]
 
 
 def judged_op(

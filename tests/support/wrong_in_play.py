@@ -215,7 +215,7 @@ def until_one_fails(case: Callable[..., Any]) -> Callable[..., Any]:
 
     def next_case(self: Any, label: str = "") -> Any:
         trials.extend([self] if not any(self is trial for trial in trials) else [])
-        if any(trial.name == self.name and trial.ended("failed") for trial in trials):
+        if any(trial.of == self.of and trial.failures for trial in trials):
             self.chosen = frozenset()
         return case(self, label)
 

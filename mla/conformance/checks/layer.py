@@ -87,7 +87,7 @@ def layer_check(
 
 def make_layer(trial: Trial, config: MLAConfig, attention: str, *, model: int = 0, **arguments: Any) -> MLA:
     """Build a layer with the backend's ops and random weights."""
-    given = {"backend": trial.backend, "dtype": trial.dtype, "ops": trial.policy, **arguments}
+    given = {"backend": trial.backend, "dtype": trial.dtype, "ops": trial.of, **arguments}
     layer = MLA(config, attention=attention, **given)
     layer.load_state_dict(weights(config, model, trial.dtype))
     return layer

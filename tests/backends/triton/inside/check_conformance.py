@@ -15,8 +15,8 @@ from mla.cases import drawn
 from mla.conformance.registry import DRAWN
 from mla.conformance.report import CheckResult
 from mla.conformance.selection import Xfails
-from mla.conformance.suite import Instance, carry_out, instances
-from mla.conformance.trial import BackendUnderTest, Drawing
+from mla.conformance.suite import carry_out, trials
+from mla.conformance.trial import BackendUnderTest, Drawing, Trial
 
 SMALL = (
     5000  # of `smaller_cases`: an interpreter's time goes by programs, of which large cases start thousands
@@ -49,35 +49,32 @@ def subject(**more: Any) -> BackendUnderTest:
     return BackendUnderTest(interpreted.Interpreted(), "interpreted", **more)
 
 
-def is_of_a_kernel(instance: Instance) -> bool:
+def is_of_a_kernel(trial: Trial) -> bool:
     """Return whether a check is about one of the kernels, and worth its time."""
-    planned = instance.of == "triton_latent" or instance.check.fails not in HOST
+    planned = trial.of == "triton_latent" or trial.check.fails not in HOST
     return (
-        instance.of.startswith("triton_")
+        trial.of.startswith("triton_")
         and planned
-        and instance.check.fails != DRAWN
-        and instance.check.id not in LEFT_OUT | GRAPHS
+        and trial.check.fails != DRAWN
+        and trial.check.id not in LEFT_OUT | GRAPHS
     )
 
 
-def results(under_test: BackendUnderTest, chosen: Iterable[Instance]) -> dict[str, CheckResult]:
+def results(chosen: Iterable[Trial]) -> dict[str, CheckResult]:
     """Run the first and the last case of each check."""
-    few = (replace(each, chosen=frozenset((1, len(each.labels(under_test))))) for each in chosen)
-    return {each.id: carry_out(each, under_test, Xfails()) for each in few}
+    few = (replace(each, chosen=frozenset((1, len(each.all_labels())))) for each in chosen)
+    return {each.id: carry_out(each, Xfails()) for each in few}
 
 
 def test_every_kernel_keeps_the_contract() -> None:
-    device = subject()
-    chosen = [instance for instance in instances(device, (torch.bfloat16,)) if is_of_a_kernel(instance)]
-    answers = results(device, chosen)
+    answers = results(filter(is_of_a_kernel, trials(subject(), (torch.bfloat16,))))
     assert {result.id: result.reason for result in answers.values() if result.status != "pass"} == {}
     assert len(answers) >= 31
     assert not any(result.cases.refused for result in answers.values())
 
 
 def test_a_layer_of_interpreted_kernels_keeps_the_contract() -> None:
-    device = subject()
-    answers = results(device, instances(device, (torch.bfloat16,), LAYERS))
+    answers = results(trials(subject(), (torch.bfloat16,), LAYERS))
     assert {result.id: result.reason for result in answers.values() if result.status != "pass"} == {}
 
 
@@ -101,12 +98,8 @@ def test_drawn_cases_of_a_kernel(monkeypatch: pytest.MonkeyPatch, check: str) ->
     for name, value in TINY_DRAWS.items():
         monkeypatch.setattr(drawn, name, value)
     device = subject(drawing=Drawing(DRAWS, seed=5))
-    chosen = [
-        instance
-        for instance in instances(device, (torch.bfloat16,), [check])
-        if instance.of.startswith("triton_")
-    ]
-    (result,) = results(device, chosen).values()
+    chosen = [trial for trial in trials(device, (torch.bfloat16,), [check]) if trial.of.startswith("triton_")]
+    (result,) = results(chosen).values()
     assert (result.status, result.failures) == ("incomplete", [])
     assert result.drawn is not None
     assert result.drawn.judged == DRAWS
