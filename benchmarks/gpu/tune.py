@@ -29,7 +29,7 @@ from mla.bench.workload.scenario import duration
 from mla.command import console, environment
 from mla.command.display import aligned
 from mla.command.exit_codes import Exit, guarded
-from mla.command.options import parsed_by
+from mla.command.options import Read
 from mla.errors import UnsupportedOps
 from mla_backends.triton_ops.tuning import card_file, write_tuning
 
@@ -70,7 +70,7 @@ OUTPUT = click.option(
 )
 BACKEND = click.option("--backend", default="nvidia", show_default=True, help="Backend whose card is tuned.")
 BUDGET = click.option(
-    "--budget", metavar="TIME", default="10m", show_default=True, callback=parsed_by(duration),
+    "--budget", metavar="TIME", default="10m", show_default=True, type=Read(duration),
     help="Stay within this time.",
 )  # fmt: skip
 SMOKE = click.option("--smoke", is_flag=True, help="Tiny shapes and few tiles: try the sweep itself.")

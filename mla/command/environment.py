@@ -20,10 +20,9 @@ from mla.command import launcher
 from mla_backends import host
 from mla_backends.api import Backend
 
-# Variables that say how many threads there are, where they run, and how they wait.
-THREADS = ("OMP_NUM_THREADS", "KMP_AFFINITY", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-# What glibc does with freed memory: mapping large tensors anew in every call costs as much as small ops.
-ALLOCATOR = "GLIBC_TUNABLES"
+# Variables that say how many threads there are, where they run, and how they wait; and what glibc does with
+# freed memory: mapping large tensors anew in every call costs as much as small ops.
+_VARIABLES = ("OMP_NUM_THREADS", "KMP_AFFINITY", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "GLIBC_TUNABLES")
 # CPUs that others may use before a run is said to have shared its own.
 _TOLERATED = 0.25
 # What can change a number: sources, and libraries that were built from them. Not those in a folder `kernels`:
@@ -45,7 +44,7 @@ def environment(backend: Backend) -> dict[str, str]:
         "torch_threads": str(torch.get_num_threads()),
     }
     facts |= {name: value for name in ("transformers", "numpy") if (value := distribution_version(name))}
-    facts |= {key: value for key in (*THREADS, ALLOCATOR) if (value := os.environ.get(key))}
+    facts |= {key: value for key in _VARIABLES if (value := os.environ.get(key))}
     facts |= launcher.facts()
     return facts | {f"backend.{key}": str(value) for key, value in backend.environment().items()}
 

@@ -211,7 +211,8 @@ def place(error: BaseException) -> str:
     frames, at = _frames(error)
     if at is None:
         inside = [frame for frame in frames if _package(frame[0]) != "torch"]
-        named = _method(frames)
+        backends = [(frame, held) for frame, _ in frames if isinstance(held := _self(frame), Backend)]
+        named = next((f"{frame.f_code.co_name}() of backend '{held.name}'" for frame, held in backends), "")
     else:
         package = type(_self(frames[at][0])).__module__.partition(".")[0]
         inside = [frame for frame in frames[at:] if _package(frame[0]) == package]
@@ -232,13 +233,6 @@ def _frames(error: BaseException) -> tuple[_Frames, int | None]:
     frames = list(traceback.walk_tb(original(error).__traceback__))
     ops = (at for at, (frame, _) in enumerate(frames) if isinstance(_self(frame), FusedOp))
     return frames, next(ops, None)
-
-
-def _method(frames: _Frames) -> str:
-    """Return "ops() of backend 'name'" if a method of a backend was running; "" otherwise."""
-    named = ((frame.f_code.co_name, _self(frame)) for frame, _ in frames)
-    said = (f"{name}() of backend '{held.name}'" for name, held in named if isinstance(held, Backend))
-    return next(said, "")
 
 
 def _name(frames: _Frames, at: int) -> str:

@@ -53,10 +53,11 @@ def result_path(path: Path, shared: bool = False) -> Path:
 def _value(text: str, letter: str) -> str:
     if letter == "%":
         return letter
-    if (variable := _first(LETTERS[letter])) is None:
+    _, value = _first(LETTERS[letter])
+    if not value:
         stands = f"%{letter} in '{text}' stands for {' or '.join(LETTERS[letter])}"
         raise LaunchError(f"{stands}, but that is not set; write %% for a percent sign.")
-    return variable[1]
+    return value
 
 
 def rank() -> int | None:
@@ -86,7 +87,7 @@ def local_device(note: Callable[[str], None]) -> Callable[[int | None], int | No
         if not count:
             return None
         wrapped = f" {number}" if number >= count else ""
-        note(f"device {number % count} of {count}, from {_source(LOCAL)}{wrapped}")
+        note(f"device {number % count} of {count}, from {_first(LOCAL)[0]}{wrapped}")
         return number % count
 
     return None if (number := local_number()) is None else partial(choose, number)
@@ -97,7 +98,7 @@ def start_words(world: int) -> list[str]:
 
     With several nodes, torchrun is to be started on each, with its options of a rendezvous.
     """
-    if _source(TASKS) == "SLURM_STEP_NUM_TASKS":
+    if _first(TASKS)[0] == "SLURM_STEP_NUM_TASKS":
         threads = os.environ.get("SLURM_CPUS_PER_TASK")
         return ["srun", "-n", str(world), *([f"--cpus-per-task={threads}"] if threads else []), "python"]
     nodes = _number(("GROUP_WORLD_SIZE",)) or 1
@@ -127,21 +128,14 @@ _SLURM = (
 )
 
 
-def _first(names: tuple[str, ...]) -> tuple[str, str] | None:
-    """Return name and value of the first variable that is set."""
-    return next(((name, value) for name in names if (value := os.environ.get(name))), None)
-
-
-def _source(names: tuple[str, ...]) -> str:
-    variable = _first(names)
-    return variable[0] if variable else ""
+def _first(names: tuple[str, ...]) -> tuple[str, str]:
+    """Return name and value of the first variable that is set; both are "" if none is."""
+    return next(((name, value) for name in names if (value := os.environ.get(name))), ("", ""))
 
 
 def _number(names: tuple[str, ...]) -> int | None:
     """Return the first variable that is set, as a number. Raises `LaunchError` when it is none."""
-    variable = _first(names)
-    if variable is None:
-        return None
-    if not variable[1].isdecimal() or len(variable[1]) > _MAX_DIGITS:
-        raise LaunchError(f"the variable {variable[0]} must be a number from 0, got '{variable[1]}'.")
-    return int(variable[1])
+    name, text = _first(names)
+    if name and (not text.isdecimal() or len(text) > _MAX_DIGITS):
+        raise LaunchError(f"the variable {name} must be a number from 0, got '{text}'.")
+    return int(text) if name else None

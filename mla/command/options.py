@@ -30,20 +30,26 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Record = TypeVar("Record")
-Callback = Callable[[click.Context, click.Parameter, "str | None"], Any]
 
 FILE = click.Path(path_type=Path)
 
 
-class Dtype(click.types.StringParamType):
-    """A dtype by its short name or torch's, read as torch's: bf16 and bfloat16 are one word."""
+class Read(click.types.StringParamType):
+    """What `parse` makes of a word, whose ValueError or `UsageError` names the mistake."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return torch's name."""
+    def __init__(self, parse: Callable[[str], Any]) -> None:
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return what was read; what was already is as it is."""
         try:
-            return named_dtype(value)
-        except UsageError as error:
-            self.fail(str(error), param, ctx)
+            return self._parse(value) if isinstance(value, str) else value
+        except (UsageError, ValueError) as error:
+            self.fail(f"{str(error).rstrip('.')}.", param, ctx)
+
+
+# A dtype by its short name or torch's, read as torch's: bf16 and bfloat16 are one word.
+DTYPE = Read(named_dtype)
 
 
 class Word(click.Argument):
@@ -136,18 +142,6 @@ def format_option(kinds: Sequence[str], text: str) -> Callable[[Command], Comman
     """Return the option --format, `text` in the help, whose default is the first of its kinds."""
     kind = click.Choice(kinds)
     return click.option("--format", "kind", type=kind, default=kinds[0], show_default=True, help=text)
-
-
-def parsed_by(parse: Callable[[str], Any]) -> Callback:
-    """Return a click callback that reads a value with `parse`, whose ValueError names the mistake."""
-
-    def read(ctx: click.Context, parameter: click.Parameter, value: str | None) -> Any:
-        try:
-            return None if value is None else parse(value)
-        except ValueError as error:
-            raise click.BadParameter(f"{str(error).rstrip('.')}.") from error
-
-    return read
 
 
 def percent(text: str) -> float:

@@ -17,10 +17,10 @@ from mla.command import files
 from mla.command.console import out
 from mla.command.exit_codes import Exit, carried_out, guarded, interrupted
 from mla.command.options import (
+    DTYPE,
     FILE,
     HELP_NAMES,
     BackendOptions,
-    Dtype,
     GroupedCommand,
     how,
     output,
@@ -79,7 +79,7 @@ class Options(BackendOptions):
         "--backend", metavar="NAME", common=True, help="Backend to check, or package.module:attribute.",
     )]
     dtypes: Annotated[tuple[str, ...], what_to_run(
-        "--dtype", "dtypes", metavar="DTYPE", multiple=True, type=Dtype(),
+        "--dtype", "dtypes", metavar="DTYPE", multiple=True, type=DTYPE,
         show_default="all that the backend claims",
         help=f"Check only this dtype ({', '.join(DTYPES)}); repeatable.",
     )]

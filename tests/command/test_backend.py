@@ -47,42 +47,43 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @COMMANDS
+@pytest.mark.parametrize(
+    ("chosen", "call", "said"),
+    [
+        (
+            ["--threads", "3", "-O", "native=off"],
+            ("cpu", 1, 3, {"native": "off"}),
+            "device 1 of 4, from LOCAL_RANK\n",
+        ),
+        (["--device", "0"], ("cpu", 0, None, {}), ""),
+    ],
+)
 @pytest.mark.usefixtures("second_of_two")
-def test_a_command_takes_the_device_of_its_task(
-    main: Main, words: list[str], file_option: str, asked: list[Any], capsys: pytest.CaptureFixture[str]
+def test_a_command_takes_the_device_of_its_task_or_that_which_was_named(
+    main: Main,
+    words: list[str],
+    file_option: str,
+    chosen: list[str],
+    call: Any,
+    said: str,
+    asked: list[Any],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main([*words, "--backend", "cpu", "--threads", "3", "-O", "native=off"]) == 3
-    assert asked == [("cpu", 1, 3, {"native": "off"})]
-    assert "device 1 of 4, from LOCAL_RANK\n" in capsys.readouterr().err
+    assert main([*words, "--backend", "cpu", *chosen]) == 3
+    assert asked == [call]
+    assert said in capsys.readouterr().err
 
 
 @COMMANDS
 @pytest.mark.usefixtures("second_of_two")
-def test_a_device_that_was_named_counts_more(
-    main: Main, words: list[str], file_option: str, asked: list[Any]
-) -> None:
-    assert main([*words, "--backend", "cpu", "--device", "0"]) == 3
-    assert asked == [("cpu", 0, None, {})]
-
-
-@COMMANDS
-@pytest.mark.usefixtures("second_of_two")
-def test_tasks_do_not_share_a_file(
+def test_a_file_of_all_tasks_and_an_option_of_none_are_refused_in_a_sentence(
     main: Main, words: list[str], file_option: str, asked: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*words, "--backend", "cpu", file_option, "out.json"]) == 2
-    assert asked == []
     assert "2 tasks would all write 'out.json'" in capsys.readouterr().err
-
-
-@COMMANDS
-@pytest.mark.usefixtures("second_of_two")
-def test_a_mistake_in_the_backends_options_is_one_sentence(
-    main: Main, words: list[str], file_option: str, asked: list[Any], capsys: pytest.CaptureFixture[str]
-) -> None:
     assert main([*words, "--backend", "cpu", "-O", "native"]) == 2
-    assert asked == []
     assert capsys.readouterr().err == "error: -O takes KEY=VALUE, got 'native'.\n"
+    assert asked == []
 
 
 @pytest.mark.parametrize(

@@ -91,10 +91,7 @@ def test_without_a_launcher_nothing_is_chosen(launched: SetVariables) -> None:
         ({}, "torchrun --nproc-per-node 8"),
         ({"WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "1"}, "torchrun --nproc-per-node 8"),
         ({"WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "2"}, "torchrun --nnodes 2 --nproc-per-node 4"),
-        (
-            {"SLURM_STEP_NUM_TASKS": "8", "SLURM_CPUS_PER_TASK": "3"},
-            "srun -n 8 --cpus-per-task=3 python",
-        ),
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_CPUS_PER_TASK": "3"}, "srun -n 8 --cpus-per-task=3 python"),
         ({"SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}, "torchrun --nproc-per-node 8"),
     ],
 )

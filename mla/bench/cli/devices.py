@@ -19,7 +19,6 @@ from mla.bench.workload.workload_file import read_workload
 from mla.command import files
 from mla.command.console import note, out
 from mla.command.display import aligned
-from mla.command.environment import distribution_version
 from mla.command.exit_codes import Exit, end_early
 from mla.command.options import (
     FILE,
@@ -106,16 +105,11 @@ def _table(titles: Sequence[str], rows: Iterable[Sequence[str]], last: str) -> s
 
 def presets() -> list[dict[str, Any]]:
     """Return per preset the config, its checkpoint, and the address of its config.json."""
-    rows = [(MLAConfig.preset(name), preset) for name, preset in PRESETS.items()]
-    return [
-        {
-            **asdict(config),
-            "softmax_scale": config.softmax_scale,
-            "checkpoint": preset.checkpoint,
-            "source": preset.source,
-        }
-        for config, preset in rows
-    ]
+    made = []
+    for name, preset in PRESETS.items():
+        config, read = MLAConfig.preset(name), {"checkpoint": preset.checkpoint, "source": preset.source}
+        made.append({**asdict(config), "softmax_scale": config.softmax_scale, **read})
+    return made
 
 
 def _row(preset: dict[str, Any]) -> list[str]:
@@ -163,9 +157,6 @@ def doctor(name: str | None, backend_options: tuple[str, ...], as_json: bool) ->
     """
     from mla.bench.doctor import diagnosis
 
-    if distribution_version("mla") and distribution_version("mla-bench"):
-        again = "run `pip uninstall mla mla-bench`, then install again"
-        note(f"`mla` (the old name) and `mla-bench` are both installed and own the same files: {again}")
     if backend_options and name is None:
         raise UsageError("-O is an option of one backend: name it, as in `doctor torch -O device=cpu`.")
     report = diagnosis.diagnose(name, key_values(backend_options))

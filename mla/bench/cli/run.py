@@ -138,7 +138,7 @@ def _list_ops(request: Request) -> Exit:
 
 def _run(request: Request, budget: Budget, old: results.Run | None, baseline: results.Run | None) -> int:
     """Say what will run, run it, write it and print it."""
-    from mla.bench.plan.request import describe, dry_run, empty_run, require_memory
+    from mla.bench.plan.request import description, dry_run, empty_run, require_memory
     from mla.bench.run import scheduler
     from mla.bench.run.scheduler import verdict
     from mla.bench.run.steering import steering
@@ -146,7 +146,8 @@ def _run(request: Request, budget: Budget, old: results.Run | None, baseline: re
     options = request.options
     verbose(options.detail == "verbose")
     if options.detail != "quiet" or options.dry_run:
-        describe(request, options.detail == "verbose" or options.dry_run)
+        for line in description(request, options.detail == "verbose" or options.dry_run):
+            note(line)
     require_memory(request)
     if options.dry_run:
         with last_words.while_running(request.setting.backend.name):

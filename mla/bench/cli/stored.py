@@ -22,7 +22,7 @@ from mla.bench.workload.scenario import repeated
 from mla.command import files
 from mla.command.console import note, out
 from mla.command.exit_codes import Exit
-from mla.command.options import DETAIL, FILE, Word, add_options, format_option, parsed_by, percent
+from mla.command.options import DETAIL, FILE, Read, Word, add_options, format_option, percent
 from mla.errors import UsageError
 from mla.text import counted, size
 
@@ -36,10 +36,10 @@ DOCUMENT = files.Kind("a document of a case", lambda data: infinimetrics.START.m
 @click.argument("base", cls=Word, type=FILE, help="Result file (-o) that the others are compared with.")
 @click.argument("runs", cls=Word, type=FILE, nargs=-1, required=True, help="Result files to compare.")
 @click.option(
-    "--noise", callback=parsed_by(percent), default="2%", show_default=True, help="What counts as the same."
+    "--noise", type=Read(percent), default="2%", show_default=True, help="What counts as the same."
 )  # fmt: skip
 @click.option(
-    "--fail-slower", callback=parsed_by(percent), metavar="PERCENT",
+    "--fail-slower", type=Read(percent), metavar="PERCENT",
     help="Exit 1 if the whole interval of a case's time ratio lies above this.",
 )  # fmt: skip
 @format_option(["table", "md"], "Format of what is printed; md for a pull request.")

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -114,50 +114,41 @@ def plan_memory(
 ) -> MemoryPlan:
     """Return a scenario's needs next to the memory that is available.
 
+    On the device these are those of the rank that holds most, or of all that are simulated there.
     `fused`: an op is not the reference. `lazy`: weights are those of a checkpoint. `cold`: forwards are also
     timed after the caches were flushed.
     """
     setting, point, ranks = fixture.setting, fixture.point, fixture.setting.ranks
-    pool = fixture.pool if isinstance(fixture, OpFixture) else None
-    on_device = op_bytes(pool) if pool else layer_bytes(setting, point)
-    plan = MemoryPlan(
-        per_implementation=on_device,
-        host=_op_host_bytes(pool, on_device) if pool else _host_bytes(setting, point),
-        outputs=one_op.output_bytes(pool) if pool else _output_bytes(setting, point, point),
-        implementations=len(names),
-        available=available,
-        shared=setting.device.type == "cpu",
-        sweep=sweep(setting.backend)[0] if cold else 0,
-    )
-    timed = len(ranks.timed(point)) if ranks is not None else 0
-    if fused and pool is None:
-        alone = replace(setting, ranks=None, layers=1), msgspec.structs.replace(point, layers=1)
-        plan = replace(plan, per_reference=max(_by_part(setting, point)) if timed else layer_bytes(*alone))
-    if ranks is None:
-        return plan
-    expected = 8 * setting.config.hidden_size * sum(run.rows for run in oracle_runs(setting.config, point))
-    return replace(
-        plan,
-        host=plan.host + max(0, timed - 1) * expected,
-        gathered=ranks.layout.dcp if timed else 2 * ranks.layout.head_parts,  # twice while they come
-        others=ranks.beside,
+    of_all: dict[str, Any] = {
+        "implementations": len(names),
+        "available": available,
+        "shared": setting.device.type == "cpu",
+        "sweep": sweep(setting.backend)[0] if cold else 0,
+    }
+    if isinstance(fixture, OpFixture):
+        pool, on_device = fixture.pool, op_bytes(fixture.pool)
+        return MemoryPlan(on_device, _op_host_bytes(pool, on_device), one_op.output_bytes(pool), **of_all)
+    each, layout = _by_part(setting, point), Layout() if ranks is None else ranks.layout
+    timed = [] if ranks is None else [layout.place(rank).dp for rank in ranks.timed(point)]
+    again = max(0, len(timed) - 1)  # ranks that are simulated beside the first, and attend one by one
+    room, width = WORKSPACE + _longest_bytes(setting, point, layout.dcp), 8 * setting.config.hidden_size
+    expected = width * sum(run.rows for run in oracle_runs(setting.config, point))
+    alone = replace(setting, ranks=None, layers=1), msgspec.structs.replace(point, layers=1)
+    reference = max(each if timed else _by_part(*alone)) if fused else 0
+    gathered = layout.dcp if timed else 2 * layout.head_parts  # twice while they come
+    return MemoryPlan(
+        per_implementation=sum(each[part] for part in timed) - again * room if timed else max(each),
+        host=_host_bytes(setting, point) + again * expected,
+        outputs=_output_bytes(setting, point, point),
+        per_reference=reference,
+        gathered=1 if ranks is None else gathered,
+        others=0 if ranks is None else ranks.beside,
         per_other=_other_bytes(setting, point, lazy),
+        **of_all,
     )
 
 
 # ---------------------------------------------------------------------------------------------- layer
-
-
-def layer_bytes(setting: Setting, point: Point) -> int:
-    """Return what one implementation holds on the device.
-
-    Of ranks that are simulated there, it is what those that are timed hold; else of the rank that holds most.
-    """
-    each, ranks = _by_part(setting, point), setting.ranks
-    if ranks is None or not (timed := ranks.timed(point)):
-        return max(each)
-    one_by_one = WORKSPACE + _longest_bytes(setting, point, ranks.layout.dcp)
-    return sum(each[ranks.layout.place(rank).dp] for rank in timed) - (len(timed) - 1) * one_by_one
 
 
 def _by_part(setting: Setting, point: Point) -> list[int]:

@@ -30,14 +30,14 @@ from mla.bench.workload.workload_file import PRESETS, STANDARD
 from mla.command import launcher
 from mla.command.options import (
     DETAIL,
+    DTYPE,
     FILE,
     BackendOptions,
-    Dtype,
+    Read,
     add_options,
     evidence,
     how,
     output,
-    parsed_by,
     percent,
     result_path,
     scale,
@@ -98,7 +98,7 @@ class RunOptions(BackendOptions):
         help="Requests of --op.",
     )]
     kv: Annotated[int | None, what_to_run(
-        "--kv", callback=parsed_by(size), metavar="LEN", show_default=str(DEFAULT_HISTORY),
+        "--kv", type=Read(size), metavar="LEN", show_default=str(DEFAULT_HISTORY),
         help="Cached tokens per request of --op, such as 4k.",
     )]
     q_len: Annotated[int | None, what_to_run(
@@ -122,11 +122,11 @@ class RunOptions(BackendOptions):
         help="Any of mla, mla-reference, transformers, transformers-eager, mla[ROLE=OP,...], mla[ROLE=*].",
     )]
     dtype: Annotated[str | None, how(
-        "--dtype", metavar="DTYPE", type=Dtype(), common=True, show_default="bf16",
-        help=f"Dtype of weights, cache and activations: {', '.join(DTYPES)}.",
+        "--dtype", metavar="DTYPE", type=DTYPE, common=True, show_default="bf16",
+        help=f"DTYPE of weights, cache and activations: {', '.join(DTYPES)}.",
     )]
     budget: Annotated[float | None, how(
-        "--budget", metavar="TIME", callback=parsed_by(duration), common=True,
+        "--budget", metavar="TIME", type=Read(duration), common=True,
         help="Time limit: 90s, 10m or 1h; what does not fit is skipped.",
     )]
     attention: Annotated[str, how(
@@ -187,7 +187,7 @@ class RunOptions(BackendOptions):
     parallel: Annotated[Layout | None, scale(
         "--parallel", metavar="LAYOUT",
         is_eager=True,  # -o asks whether it was given
-        callback=parsed_by(Layout.parse),
+        type=Read(Layout.parse),
         help="Spread over torchrun or srun: tp=2 (heads), dcp=2 (context), dp=2 (requests), tp=2,dcp=2.",
     )]
     simulate: Annotated[bool, scale(
@@ -215,7 +215,7 @@ class RunOptions(BackendOptions):
         help="Run one forward per case, print memory and estimated time on stderr; then exit.",
     )]
     hang_after: Annotated[float, evidence(
-        "--hang-after", metavar="TIME", callback=parsed_by(duration), default="10m", show_default=True,
+        "--hang-after", metavar="TIME", type=Read(duration), default="10m", show_default=True,
         help="Abort if no forward finishes for this long; results so far are kept.",
     )]
     resume: Annotated[Path | None, evidence(
@@ -226,7 +226,7 @@ class RunOptions(BackendOptions):
         "--baseline", metavar="FILE", type=FILE, help="Compare with this result file after the run.",
     )]
     fail_slower: Annotated[float | None, evidence(
-        "--fail-slower", metavar="PERCENT", callback=parsed_by(percent),
+        "--fail-slower", metavar="PERCENT", type=Read(percent),
         help="With --baseline: exit 1 if the whole interval of a case's time ratio lies above this.",
     )]
     strict: Annotated[bool, evidence(
@@ -493,11 +493,21 @@ def of_points(options: RunOptions, points: Sequence[Point]) -> Iterator[str]:
         yield "--stages times one layer: leave out --layers."
 
 
-def of_indexer(options: RunOptions, config: MLAConfig, points: Sequence[Point]) -> Iterator[str]:
-    """Yield what is not measured of a layer with an indexer, or needs one."""
+def of_layer(options: RunOptions, config: MLAConfig, points: Sequence[Point]) -> Iterator[str]:
+    """Yield what the layer contradicts, and what is not measured of one with an indexer, or needs one.
+
+    Heads divide those of the model, as a tensor-parallel rank's do; one op alone may have any number.
+    """
+    whole, layers = config.num_attention_heads, [point for point in points if point.op is None]
+    for point in layers:
+        if point.heads and whole % point.heads:
+            yield (
+                f"scenario '{point.name}': {point.heads} heads do not divide the {whole} heads of "
+                f"{config.name}; a tensor-parallel rank has an equal share of them."
+            )
     if not config.index_n_heads and any(point.index_format not in (None, "plain") for point in points):
         yield f"--index-format stores index keys, and '{config.name}' has no indexer: omit it."
-    if not config.index_topk or all(point.op for point in points):
+    if not config.index_topk or not layers:
         return
     if not config.index_n_heads:
         yield f"config '{config.name}' has index_topk but no indexer: set its index_n_heads."
@@ -516,18 +526,6 @@ def of_dtype(backend: Backend, dtype: object) -> Iterator[str]:
             f"backend '{backend.name}' does not compute {dtype_name(dtype)} natively; "
             f"choose --dtype from: {', '.join(map(dtype_name, native))}."
         )
-
-
-def of_heads(config: MLAConfig, points: Sequence[Point]) -> Iterator[str]:
-    """Yield a number of heads that no tensor-parallel rank of the model has; one op alone may have any."""
-    whole = config.num_attention_heads
-    for point in points:
-        heads = point.point.get("heads", None if point.op else point.heads)
-        if isinstance(heads, int) and whole % heads:
-            yield (
-                f"scenario '{point.name}': {heads} heads do not divide the {whole} heads of {config.name}; a "
-                "tensor-parallel rank has an equal share of them."
-            )
 
 
 def of_roles(

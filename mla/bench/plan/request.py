@@ -160,13 +160,8 @@ TRYING_S = 20.0
 _HEADER = ("case", "scenario", "implementation", "about forwards", "device", "host", "one forward")
 
 
-def describe(request: Request, verbose: bool) -> None:
-    """Say what is about to be measured: the plan, or everything that follows from the options."""
-    for line in _description(request, verbose):
-        note(line)
-
-
-def _description(request: Request, verbose: bool) -> Iterator[str]:
+def description(request: Request, verbose: bool) -> Iterator[str]:
+    """Yield what is about to be measured: the plan, or everything that follows from the options."""
     setting, plans = request.setting, [scenario.memory for scenario in request.scenarios]
     if verbose:
         yield from _facts(request)
@@ -291,20 +286,16 @@ def _cases(request: Request) -> list[_Case]:
             unable = "refused, skipped" if name in scenario.refused else ""
             unable = unable if scenario.memory.fits else "does not fit, skipped"
             cases.append(case := _Case(scenario, name, work, count, unable))
-            if not case.said and request.setting.ranks is None and time.monotonic() < end:
-                case.seconds = _tried(fixture, scenario, name)
-                case.said = spoken(case.seconds) if case.seconds else "failed"
+            if case.said or request.setting.ranks is not None or time.monotonic() >= end:
+                continue
+            try:
+                with plugin_code(), torch.no_grad():
+                    case.seconds = _forward(fixture, scenario, name)
+                case.said = spoken(case.seconds)
+            except Exception as error:  # noqa: BLE001  # a dry run says what would happen
+                note(f"{scenario.name}, {name}: one forward was tried and failed: {describe_error(error)}")
+                case.said = "failed"
     return cases
-
-
-def _tried(fixture: Fixture, scenario: ScenarioPlan, name: str) -> float:
-    """Return the seconds of a forward; 0 if it fails, which is said."""
-    try:
-        with plugin_code(), torch.no_grad():
-            return _forward(fixture, scenario, name)
-    except Exception as error:  # noqa: BLE001  # a dry run says what would happen
-        note(f"{scenario.name}, {name}: one forward was tried and failed: {describe_error(error)}")
-        return 0.0
 
 
 def _forward(fixture: Fixture, scenario: ScenarioPlan, name: str) -> float:

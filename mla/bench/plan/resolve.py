@@ -195,7 +195,7 @@ def _layer(
     for dtype_needed in dtypes:
         commands.refuse(commands.of_dtype(opened.backend, dtype_needed))
     config = _config(options)
-    commands.refuse([*commands.of_heads(config, points), *commands.of_indexer(options, config, points)])
+    commands.refuse(commands.of_layer(options, config, points))
     stored = dtype if len(dtypes) == 1 else torch.float32  # each scenario rounds to its own
     state = _weights(options, config, stored) if options.model_path else None
     page_size = options.page_size

@@ -19,7 +19,7 @@ from mla.bench.workload.scenario import (
     check_lengths,
     repeated,
 )
-from mla.errors import CacheFormatError, UsageError, unknown
+from mla.errors import UsageError, unknown
 from mla.text import named_dtype
 from mla_backends.api import OPS
 from mla_backends.outside import shortened
@@ -39,10 +39,7 @@ SELECTIONS = ("random", "recent", "clustered", "tied")
 def _format(item: str) -> str:
     from mla.cache.formats import find_format  # needs torch
 
-    try:
-        return find_format(item).name
-    except CacheFormatError as error:
-        raise UsageError(str(error)) from error
+    return find_format(item).name
 
 
 def _index_format(item: str) -> str:

@@ -131,7 +131,4 @@ def test_a_mistake_gets_its_sentence(bench: Bench, words: list[str], code: int, 
 def test_show_refuses_a_format_that_ceilings_do_not_have(bench: Bench, ceiling_run: CeilingRun) -> None:
     Path("c.json").write_bytes(results.encode(ceiling_run))
     done = bench("show", "c.json", "--format", "csv")
-    assert (done.code, done.error) == (
-        2,
-        "error: ceilings cannot be printed as csv: use table, md or json.",
-    )
+    assert (done.code, done.error) == (2, "error: ceilings cannot be printed as csv: use table, md or json.")

@@ -65,9 +65,7 @@ def attention_test(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @needs_transformers
-def test_the_original_command_line_prints_the_original_format(
-    tmp_path: Path,
-) -> None:
+def test_the_original_command_line_prints_the_original_format(tmp_path: Path) -> None:
     made = maker.LAYOUTS["bare-names"].make(tmp_path / "model")
     done = attention_test("--cpu", "--model_path", str(made.folder), "--runs", "6", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -65,10 +65,7 @@ def _threads() -> Any:
     ("offered", "sentence"),
     [
         ("{'x': Op}", "the backend's op 'x' is the class Op itself, not an instance of a FusedOp."),
-        (
-            "{'x': print}",
-            "the backend's op 'x' is a builtin_function_or_method, not an inst",
-        ),
+        ("{'x': print}", "the backend's op 'x' is a builtin_function_or_method, not an inst"),
         ("{'': Op()}", "a backend's op needs a name other than 'reference', and <odd_"),
         ("{3: Op()}", "a backend's op needs a name other than 'reference', and <odd_"),
         ("[Op()]", "the backend's ops() returned a list, not a mapping of ops."),

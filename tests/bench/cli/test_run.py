@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launch_variables import SECOND, SetVariables, launched
 from transformers_peer import needs_transformers
 
 from mla.bench import results
 
+__all__ = ["launched"]
 Bench = Callable[..., Any]
 CPU = ("--backend", "cpu", "--threads", "1", "--implementations", "mla")
 VIRTUAL = ("--backend", "fake-virtual-clock")
@@ -137,6 +139,23 @@ def test_code_that_is_not_packaged_can_be_measured(
     run = read("run.json")
     assert (run.backend.name, run.backend.version) == ("virtual", None)
     assert "--backend loose_backend:VirtualClock " in run.cases[0].repro
+
+
+def test_a_task_of_several_writes_its_own_result_with_what_slurm_said(
+    bench: Bench, small: list[str], launched: SetVariables
+) -> None:
+    words = ("--passes", "1", "--scenario", "decode")
+    launched(**SECOND, SLURM_JWT="secret", SLURM_JOB_USER="somebody")
+    done = bench(*VIRTUAL, *small, *words, "-o", "run-%t.json", fakes=["virtual_clock"])
+    assert done.code == 0
+    assert "device" not in done.err.splitlines()[0], "a backend that counts no devices chooses none"
+    text = Path("run-1.json").read_text()
+    assert "secret" not in text
+    assert "somebody" not in text
+    result = results.decode(text.encode())
+    facts = {key: value for key, value in result.environment.items() if "slurm" in key}
+    assert facts == {name.lower(): value for name, value in SECOND.items()}
+    assert all("--device" not in case.repro for case in result.cases)
 
 
 @needs_transformers

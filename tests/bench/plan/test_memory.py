@@ -1,9 +1,9 @@
-"""The memory a run needs: of every layer, and refused before anything is allocated."""
+"""What a run will do, and the memory that it needs: of every layer, refused before anything is allocated."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,54 +27,84 @@ from mla_backends.testing import HostBackend
 
 Bench = Callable[..., Any]
 CPU = ("--backend", "cpu", "--threads", "1", "--implementations", "mla")
+CONFIG = mla.MLAConfig(hidden_size=64, num_attention_heads=2, kv_lora_rank=32)
+FUSED = {"mine": REFERENCE["linear"]}
+
+
+def setting_of(ops: Any = None, **changes: Any) -> Setting:
+    setting = Setting(CONFIG, HostBackend(ops=ops or {}), torch.float32, "auto", 16, 0)
+    return replace(setting, **changes)
+
+
+def point_of(query_lens: Sequence[int], history: Sequence[int], runs: int, layers: int = 1) -> Point:
+    lengths: dict[str, Any] = {"query_lens": tuple(query_lens), "history": tuple(history)}
+    return Point(name=f"{layers}", base="d", mode="decode", runs=runs, layers=layers, **lengths)
+
+
+def planned(setting: Setting, *points: Point, names: Sequence[str] = ("mla",)) -> list[memory.MemoryPlan]:
+    return [plan.memory for plan in plan_scenarios(setting, points, names)[0]]
+
+
+def test_baselines_join_what_nobody_chose() -> None:
+    setting, point = setting_of(FUSED), point_of((1, 1), (3, 9), 4)
+    with_baseline = plan_scenarios(setting, [point], baselines=["transformers"])[1]
+    assert with_baseline == ["mla", "mla-reference", "transformers"]
+    assert plan_scenarios(setting, [point], ["mla"], baselines=["transformers"])[1] == ["mla"]
+
+
+@pytest.mark.parametrize(
+    ("fused", "names", "chosen", "references"),
+    [
+        (True, [], ["mla", "mla-reference"], 1),
+        (False, [], ["mla"], 0),
+        (True, ["mla"], ["mla"], 1),
+        (True, ["mla-reference"], ["mla-reference"], 0),
+        (False, ["mla"], ["mla"], 0),
+    ],
+)
+def test_fused_ops_bring_the_reference_and_its_memory(
+    fused: bool, names: Sequence[str], chosen: list[str], references: int
+) -> None:
+    setting = setting_of(FUSED if fused else None)
+    (plan,), implementations = plan_scenarios(setting, [point_of((1, 1), (3, 9), 4)], names)
+    assert implementations == chosen
+    each = plan.memory.per_implementation
+    assert plan.memory.per_reference == references * each
+    assert plan.memory.device_bytes(len(chosen)) == (len(chosen) + references) * each
 
 
 def test_the_memory_plan_counts_every_layer() -> None:
-    config, backend = mla.MLAConfig.preset("deepseek-v2-lite"), mla.load_backend("cpu", threads=1)
-    setting = Setting(config, backend, torch.bfloat16, "auto", 64, 0)
-    lengths = {"query_lens": (1,) * 16, "history": (1000,) * 16}
-    points = [
-        Point(name=f"{layers}", base="d", mode="decode", runs=10, layers=layers, **lengths)
-        for layers in (1, 5)
-    ]
-    single, five = (plan.memory for plan in plan_scenarios(setting, points, ["mla"])[0])
+    config = mla.MLAConfig.preset("deepseek-v2-lite")
+    setting = setting_of(config=config, dtype=torch.bfloat16)
+    single, five = planned(setting, *(point_of((1,) * 16, (1000,) * 16, 10, layers) for layers in (1, 5)))
     layer = MlaLayer(setting, random_state_dict(config))
     assert five.per_implementation - single.per_implementation >= 4 * layer.facts().weight_bytes
 
 
 def test_an_indexer_has_weights_and_keys_of_all_tokens() -> None:
     """16 x 4000 keys of 128 numbers are on the device, and twice on the host, once with other signs."""
-    preset, backend = mla.MLAConfig.preset("deepseek-v3.2"), mla.load_backend("cpu", threads=1)
+    preset, point = mla.MLAConfig.preset("deepseek-v3.2"), point_of((1,) * 16, (4000,) * 16, 2)
     config = replace(preset, hidden_size=256, num_attention_heads=2, q_lora_rank=128)
-    point = Point(name="d", base="d", mode="decode", runs=2, query_lens=(1,) * 16, history=(4000,) * 16)
-    plans = []
-    for heads in (64, 0):
-        setting = Setting(replace(config, index_n_heads=heads), backend, torch.bfloat16, "auto", 64, 0)
-        plans.append(plan_scenarios(setting, [point], ["mla"])[0][0].memory)
-    (indexed, other), keys = plans, 2 * 16 * 4000 * 128
-    weights = 2 * (64 * 128 * 128 + 256 * (64 + 128))
+    configs = (replace(config, index_n_heads=heads) for heads in (64, 0))
+    settings = (setting_of(config=config, dtype=torch.bfloat16) for config in configs)
+    indexed, other = (planned(setting, point)[0] for setting in settings)
+    keys, weights = 2 * 16 * 4000 * 128, 2 * (64 * 128 * 128 + 256 * (64 + 128))
     assert indexed.per_implementation - other.per_implementation >= keys + weights
 
 
 def test_the_judging_reference_has_one_layer() -> None:
-    config = mla.MLAConfig(hidden_size=64, num_attention_heads=2, kv_lora_rank=32)
-    setting = Setting(config, HostBackend(ops={"mine": REFERENCE["linear"]}), torch.float32, "auto", 16, 0)
-    lengths = {"query_lens": (1,), "history": (3,)}
-    points = [Point(name=f"{n}", base="d", mode="decode", runs=2, layers=n, **lengths) for n in (1, 9)]
-    single, nine = (plan.memory for plan in plan_scenarios(setting, points, ["mla"])[0])
+    single, nine = planned(setting_of(FUSED), *(point_of((1,), (3,), 2, layers) for layers in (1, 9)))
     assert nine.per_reference == single.per_reference == single.per_implementation
 
 
 def test_the_plan_counts_what_every_layer_keeps_for_rebuilt_keys() -> None:
-    config = mla.MLAConfig.preset("deepseek-r1")
-    setting = Setting(config, HostBackend(), torch.bfloat16, "expanded", 64, 0)
-    lengths = {"query_lens": (1,) * 16, "history": (1024,) * 16}
-    point = Point(name="d", base="d", mode="decode", runs=1, layers=61, **lengths)
-    needs = {}
-    for attention in ("expanded", "absorbed"):
-        what = replace(setting, attention=attention)
-        needs[attention] = plan_scenarios(what, [point], ["mla-reference"])[0][0].memory.per_implementation
-    assert needs["expanded"] - needs["absorbed"] == 60 * WORKSPACE_BYTES
+    setting = setting_of(config=mla.MLAConfig.preset("deepseek-r1"), dtype=torch.bfloat16)
+    point = point_of((1,) * 16, (1024,) * 16, 1, layers=61)
+    expanded, absorbed = (
+        planned(replace(setting, attention=attention), point, names=["mla-reference"])[0].per_implementation
+        for attention in ("expanded", "absorbed")
+    )
+    assert expanded - absorbed == 60 * WORKSPACE_BYTES
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
@@ -123,10 +153,8 @@ def test_the_plan_counts_the_outputs_that_implementations_keep_on_the_host(
 ) -> None:
     """Those of the checked pass, of all implementations, and those of the last pass, of the ones loaded."""
     monkeypatch.setattr(shelf, "SHELF_BYTES", limit)
-    config = mla.MLAConfig(hidden_size=64, num_attention_heads=2, kv_lora_rank=32)
-    setting = Setting(config, HostBackend(), torch.float32, "auto", 16, 0)
-    point = Point(name="d", base="d", mode="decode", query_lens=(2,), history=(3,), runs=5, layers=layers)
-    (plan,), _ = plan_scenarios(setting, [point], ["mla", "mla-reference"])
+    point = point_of((2,), (3,), 5, layers)
+    (plan,), _ = plan_scenarios(setting_of(), [point], ["mla", "mla-reference"])
     fixture = make_fixture(plan.setting, plan.point)
     inputs, _ = fixture.prepare()
     kept = []
@@ -155,11 +183,8 @@ def test_the_plan_counts_the_outputs_that_implementations_keep_on_the_host(
 
 
 def test_a_run_whose_outputs_do_not_fit_on_the_host_is_told_so() -> None:
-    config = mla.MLAConfig(hidden_size=64, num_attention_heads=2, kv_lora_rank=32)
-    setting = Setting(config, HostBackend(), torch.float32, "auto", 16, 0)
-    point = Point(name="d", base="d", mode="decode", query_lens=(2,), history=(3,), runs=5)
-    (plan,), _ = plan_scenarios(setting, [point], ["mla", "mla-reference"])
-    alone, together = (plan.memory.host_bytes(count) + plan.memory.device_bytes(count) for count in (1, 2))
+    (plan,) = planned(setting_of(), point_of((2,), (3,), 5), names=["mla", "mla-reference"])
+    alone, together = (plan.host_bytes(count) + plan.device_bytes(count) for count in (1, 2))
     for free, fits in ((alone - 1, (False, False)), (alone, (True, False)), (together, (True, True))):
-        now = replace(plan.memory, available=memory.Available(free, free))
+        now = replace(plan, available=memory.Available(free, free))
         assert (now.fits, now.side_by_side) == fits

@@ -19,19 +19,8 @@ def read(path: str) -> results.Run:
 
 
 def test_the_repro_line_reruns_the_case(bench: Bench, small: list[str]) -> None:
-    options = [
-        "--seed",
-        "5",
-        "--attention",
-        "expanded",
-        "-O",
-        "script=5,7",
-        "--passes",
-        "3",
-        "--warmups",
-        "0",
-    ]
-    bench(*VIRTUAL, *small, *options, "-o", "first.json", fakes=["virtual_clock"])
+    options = "--seed 5 --attention expanded -O script=5,7 --passes 3 --warmups 0"
+    bench(*VIRTUAL, *small, *options.split(), "-o", "first.json", fakes=["virtual_clock"])
     for case in read("first.json").cases:
         python, flag, module, *words = shlex.split(case.repro)
         assert (python, flag, module) == ("python", "-m", "mla.bench")

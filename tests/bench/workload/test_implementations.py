@@ -63,10 +63,7 @@ def test_only_our_own_layer_is_ours() -> None:
         ("mla[a=b,]", "'mla[a=b,]': brackets hold ROLE=OP, separated by commas, got ''."),
         ("mla[a=b,a=c]", "'mla[a=b,a=c]' gives a two ops: keep one."),
         ("mla,mla", "--implementations names 'mla' twice: it is measured once."),
-        (
-            "mla[a=b,c=d],mla[ c=d, a=b]",
-            "--implementations names 'mla[a=b,c=d]' twice: it is measured once.",
-        ),
+        ("mla[a=b,c=d],mla[ c=d, a=b]", "--implementations names 'mla[a=b,c=d]' twice: it is measured once."),
         (
             "transformers[a=b]",
             "'transformers[a=b]': transformers cannot be given ops in brackets; only mla and mla-reference "
