@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from mla_backends import TorchBackend
 from mla_backends.torch_backend import LEAD_CYCLES, EventTimer
 
 LEAD = LEAD_CYCLES / 2e3  # us at 2 GHz
@@ -80,19 +79,3 @@ def broken(cycles: int) -> None:
 def test_a_stack_that_cannot_keep_its_device_busy_counts_the_first_launch(more: dict[str, Any]) -> None:
     stream = Stream()
     assert timed(stream, module_of(stream, **more), (30, 100)) == pytest.approx(130)
-
-
-class Host(TorchBackend):
-    """The CPU as `torch.cpu`, whose events mark an order and take no time."""
-
-    name = "host"
-    api_version = 1
-    device_type = "cpu"
-
-
-def test_a_module_whose_events_take_no_time_has_no_device_clock() -> None:
-    backend = Host()
-    assert backend.probe().ok
-    assert str(backend.setup()) == "cpu"
-    assert backend.device_timer() is None
-    assert backend.timer().clock == "host"

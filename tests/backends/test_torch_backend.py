@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mla_backends import BackendError, TorchBackend
+from mla_backends import upload as uploads
 from mla_backends.any_device import AnyDevice
 from mla_backends.errors import DeviceUnavailable
 from mla_backends.torch_backend import working_dtypes
@@ -103,3 +104,22 @@ def test_a_dtype_whose_products_are_wrong_is_left_out(scale: float, monkeypatch:
     works, left_out = working_dtypes(cpu, lambda: None)
     assert works == (torch.bfloat16, torch.float32)
     assert left_out["float16"].startswith("a sum of 16 products came out as ")
+
+
+def test_a_module_whose_events_take_no_time_has_no_device_clock() -> None:
+    """`torch.cpu` has some, which mark an order."""
+    backend = Host(Event=torch.cpu.Event, is_available=lambda: True)
+    assert backend.probe().ok
+    assert str(backend.setup()) == "cpu"
+    assert backend.device_timer() is None
+    assert backend.timer().clock == "host"
+
+
+def test_on_the_cpu_a_table_is_where_it_belongs_and_a_buffer_is_filled_at_once() -> None:
+    """What uploads do on a device is in `emulation/inside/check_uploads.py`."""
+    table, target = torch.arange(3), torch.zeros(3, dtype=torch.int64)
+    assert uploads.upload(table, torch.device("cpu")) is table
+    uploads.upload_into(table, target)
+    table.zero_()
+    assert target.tolist() == [0, 1, 2]
+    assert not uploads._RINGS

@@ -14,7 +14,7 @@ import native_cases
 import pytest
 import torch
 
-from mla_backend_cpu import cache, library
+from mla_backend_cpu import cache, compilation, library
 from mla_backend_cpu.compilation import BuildError
 from mla_backend_cpu.instruction_sets import EMULATED
 from mla_backend_cpu.library import Library
@@ -79,6 +79,13 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
 
     write()
     return write
+
+
+@pytest.fixture
+def small(compiler: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Return the folder of sources that compile at once, which stand in for the kernels."""
+    monkeypatch.setattr(compilation, "SOURCES", native_builds.small_sources(tmp_path / "sources"))
+    return tmp_path / "sources"
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from native_builds import PORTABLE, built, small_sources
+from native_builds import PORTABLE, built
 
 from mla_backend_cpu import cache, compilation, library
 from mla_backend_cpu.cache import distrust
@@ -22,9 +22,8 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another u
 
 
 @pytest.fixture
-def kept(compiler: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def kept(small: Path) -> Path:
     """Return kernels that were built into an empty cache, two folders below `tmp_path / "cache"`."""
-    monkeypatch.setattr(compilation, "SOURCES", small_sources(tmp_path / "sources"))
     return built()
 
 
@@ -110,10 +109,8 @@ def test_a_folder_that_others_make_during_a_build_is_not_used(
     assert list((tmp_path / "cache" / "cpu").iterdir()) == []
 
 
-def test_no_umask_makes_a_cache_that_is_distrusted(
-    compiler: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(compilation, "SOURCES", small_sources(tmp_path / "sources"))
+@pytest.mark.usefixtures("small")
+def test_no_umask_makes_a_cache_that_is_distrusted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MLA_CACHE_DIR", str(tmp_path / "new" / "cache"))
     umask = os.umask(0)
     try:
@@ -143,3 +140,46 @@ def test_what_was_checked_is_what_is_loaded(
         values.append(library._library(PORTABLE, artifact, "", {}).mla_dot_bf16())
     assert values == [1, 2]
     assert ctypes.CDLL(str(kept)).mla_dot_bf16() == 0
+
+
+# ------------------------------------------------------------------------------------------ which folder
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"MLA_CACHE_DIR": "/a", "XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/a/cpu"),
+        ({"XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/b/mla/cpu"),
+        ({"XDG_CACHE_HOME": "b", "HOME": "/c"}, "/c/.cache/mla/cpu"),
+        ({"HOME": "/c"}, "/c/.cache/mla/cpu"),
+    ],
+)
+def test_the_folder_is_the_first_that_is_named(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: str
+) -> None:
+    for name in ("MLA_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert str(cache.folder()) == expected
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"MLA_CACHE_DIR": "kernels"}, "MLA_CACHE_DIR must be an absolute path, but is 'kernels'"),
+        ({"HOME": "here"}, r"this user has no home folder to keep built kernels in \(set MLA_CACHE_DIR to"),
+    ],
+)
+def test_a_folder_that_depends_on_the_working_directory_is_refused(
+    compiler: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variables: dict[str, str], reason: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for name in ("MLA_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BuildError, match=reason):
+        built()
+    assert list(Path().iterdir()) == []

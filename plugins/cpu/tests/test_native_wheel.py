@@ -18,7 +18,7 @@ from native_builds import PORTABLE, built
 from native_cases import load
 
 from mla_backend_cpu import cache, compilation, instruction_sets
-from mla_backend_cpu.compilation import LEVELS, levels_of
+from mla_backend_cpu.compilation import LEVELS, LIBRARY, levels_of
 
 PROJECT = Path(__file__).resolve().parents[1]
 MACHINE = os.uname().machine
@@ -64,7 +64,7 @@ def kernels_in(folder: Path) -> tuple[str, set[str]]:
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         files = [Path(name) for name in archive.namelist()]
-    kernels = {file.parent.name for file in files if file.name == compilation.LIBRARY}
+    kernels = {file.parent.name for file in files if file.name == LIBRARY}
     return wheel.stem.partition("-py3-")[2], kernels
 
 
@@ -150,74 +150,46 @@ def test_levels_that_do_not_compile_are_left_out_and_named(
 
 
 @pytest.mark.parametrize(
-    ("options", "why"),
+    ("pretends", "variables", "target", "why"),
     [
         (
             {"writes": "__kmpc_fork_call"},
+            {},
+            "wheel",
             "LLVM's OpenMP, but torch loads GNU's (set CXX to g++)",
         ),
-        ({"fails": " -c ", "why": "fatal error: Killed"}, "failed: fatal error: Killed"),
+        ({"fails": " -c ", "why": "fatal error: Killed"}, {}, "wheel", "failed: fatal error: Killed"),
+        ({}, {"CXX": "g++-none"}, "wheel", "no C++ compiler 'g++-none' was found (install g++, or set CXX)"),
+        ({}, {"CXX": "false"}, "wheel", "the compiler 'false' failed"),
+        ({}, {"CXX": "g++-none", "MLA_CPU_KERNELS": "off"}, "wheel", ""),
+        ({}, {"CXX": "g++-none", "MLA_CPU_KERNELS": "require"}, "wheel:editable", ""),
     ],
-    ids=["another OpenMP", "no level compiles"],
+    ids=["another OpenMP", "no level compiles", "no compiler", "it fails", "off", "editable"],
 )
-def test_a_wheel_with_no_kernel_that_would_load_is_a_pure_one(
-    pretended: Callable[..., str], tmp_path: Path, options: dict[str, str], why: str
-) -> None:
-    compiler = pretended("x86_64", **options)
-    done = build(tmp_path / "wheels", CXX=compiler)
+def test_a_wheel_without_a_kernel_that_would_load_is_a_pure_one_or_an_error(
+    pretended: Callable[..., str], tmp_path: Path, pretends: dict[str, str], variables: dict[str, str],
+    target: str, why: str,
+) -> None:  # fmt: skip
+    variables = {"CXX": pretended("x86_64", **pretends), **variables}
+    done = build(tmp_path / "wheels", target, **variables)
     assert done.returncode == 0, done.stderr
     assert kernels_in(tmp_path / "wheels") == ("none-any", set())
     said = done.stdout + done.stderr
-    assert said.count("no kernels") == 1
-    assert "no kernels in this wheel, since " in said
-    assert why in said
-    assert build(tmp_path / "none", CXX=compiler, MLA_CPU_KERNELS="require").returncode == 1
+    assert said.count("no kernels") == bool(why)
+    assert why in said.partition("no kernels in this wheel, since ")[2]
+    if why:
+        done = build(tmp_path / "none", target, **variables, MLA_CPU_KERNELS="require")
+        assert done.returncode == 1
+        assert why in done.stdout + done.stderr
+        assert "(MLA_CPU_KERNELS=require)." in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        assert not list(tmp_path.glob("none/*"))
 
 
-@pytest.mark.parametrize(
-    ("target", "variables", "said"),
-    [
-        (
-            "wheel",
-            {"CXX": "g++-none"},
-            "no kernels in this wheel, since no C++ compiler 'g++-none' was",
-        ),
-        ("wheel", {"CXX": "false"}, "no kernels in this wheel, since the compiler 'false' failed"),
-        ("wheel", {"CXX": "g++-none", "MLA_CPU_KERNELS": "off"}, ""),
-        ("wheel:editable", {"CXX": "g++-none", "MLA_CPU_KERNELS": "require"}, ""),
-    ],
-    ids=["no compiler", "it fails", "off", "editable"],
-)
-def test_a_wheel_without_kernels_is_for_any_machine(
-    tmp_path: Path, target: str, variables: dict[str, str], said: str
-) -> None:
-    done = build(tmp_path, target, **variables)
-    assert done.returncode == 0, done.stderr
-    assert kernels_in(tmp_path) == ("none-any", set())
-    assert said in done.stdout + done.stderr
-    assert ("no kernels" in done.stdout + done.stderr) == bool(said)
-
-
-@pytest.mark.parametrize(
-    ("variables", "said"),
-    [
-        (
-            {"CXX": "g++-none", "MLA_CPU_KERNELS": "require"},
-            "no kernels in this wheel, since no C++ compiler 'g++-none' was found (install g++, or set CXX) "
-            "(MLA_CPU_KERNELS=require).",
-        ),
-        ({"MLA_CPU_KERNELS": "yes"}, "MLA_CPU_KERNELS must be auto, require or off, but is 'yes'."),
-    ],
-    ids=["required", "misspelt"],
-)
-def test_a_build_that_must_not_go_on_says_why_in_one_sentence(
-    tmp_path: Path, variables: dict[str, str], said: str
-) -> None:
-    done = build(tmp_path, **variables)
+def test_a_misspelt_choice_ends_the_build(tmp_path: Path) -> None:
+    done = build(tmp_path, MLA_CPU_KERNELS="yes")
     assert done.returncode == 1
-    assert said in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert "MLA_CPU_KERNELS must be auto, require or off, but is 'yes'." in done.stdout + done.stderr
 
 
 @pytest.mark.usefixtures("compiler")
@@ -235,6 +207,9 @@ def test_the_same_sources_make_the_same_bytes_in_any_folder(
 
 
 # ------------------------------------------------------------------------------------------ the installation
+
+
+CAME = "those that came with this installation"
 
 
 @pytest.fixture(scope="session")
@@ -257,7 +232,7 @@ def came(portable: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pat
     copying = tmp_path / "copying"
     copying.write_text(
         '#!/bin/sh\n[ "$1" = --version ] && echo copying && exit\n'
-        f'for last; do :; done\ncp {portable}/{compilation.LIBRARY} "$last"\n'
+        f'for last; do :; done\ncp {portable}/{LIBRARY} "$last"\n'
     )
     copying.chmod(0o755)
     monkeypatch.setenv("CXX", str(copying))
@@ -266,32 +241,14 @@ def came(portable: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pat
     return folder
 
 
-def truncate(folder: Path) -> None:
-    kernels = folder / compilation.LIBRARY
-    kernels.write_bytes(kernels.read_bytes()[:5000])
-
-
-def change(folder: Path) -> None:
-    kernels = folder / compilation.LIBRARY
-    kernels.write_bytes(kernels.read_bytes()[:-1] + b"x")
-
-
-def lose(folder: Path) -> None:
-    (folder / compilation.LIBRARY).unlink()
-
-
-def replace(folder: Path) -> None:
-    folder.rename(folder.with_name("avx2-0123456789abcdef"))
-
-
-def remove(folder: Path) -> None:
-    shutil.rmtree(folder.parent)
+def change(library: Path) -> None:
+    library.write_bytes(library.read_bytes()[:-1] + b"x")
 
 
 def misbuild(folder: Path) -> None:
     """As built for another system: whole, but not to be loaded here."""
     foreign = b"of another system"
-    (folder / compilation.LIBRARY).write_bytes(foreign)
+    (folder / LIBRARY).write_bytes(foreign)
     (folder / "sha256").write_text(hashlib.sha256(foreign).hexdigest())
 
 
@@ -315,13 +272,17 @@ def test_kernels_that_came_are_used_before_all_others(
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
-        (truncate, "those that came with this installation are damaged: "),
-        (change, "those that came with this installation are damaged: "),
-        (lose, "those that came with this installation are damaged: "),
-        (misbuild, "those that came with this installation cannot be loaded ("),
-        (replace, "this installation came with kernels, but not with these"),
-        (remove, "no kernels came with this installation"),
+        (lambda came: os.truncate(came / LIBRARY, 5000), f"{CAME} are damaged: "),
+        (lambda came: change(came / LIBRARY), f"{CAME} are damaged: "),
+        (lambda came: (came / LIBRARY).unlink(), f"{CAME} are damaged: "),
+        (misbuild, f"{CAME} cannot be loaded ("),
+        (
+            lambda came: came.rename(came.with_name("avx2-0123")),
+            "this installation came with kernels, but not ",
+        ),
+        (lambda came: shutil.rmtree(came.parent), "no kernels came with this installation"),
     ],
+    ids=["truncated", "changed", "lost", "built elsewhere", "others", "none"],
 )
 def test_kernels_that_cannot_serve_are_built_here_and_the_reason_is_said(
     came: Path, capfd: pytest.CaptureFixture[str], spoil: Callable[[Path], None], why: str

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from tiny_run import write_tiny_run
 
 import mla
+from mla.bench import results
 from mla.bench.cli.main import main
 from mla_backends import BackendError, BackendOptionError
 from mla_backends.any_device import parse
@@ -49,9 +50,15 @@ def test_hip_is_cuda_in_a_build_for_it_and_in_no_other(name: str, monkeypatch: p
     assert "torch.cuda.is_available() is False" in refusal(name)
 
 
-def test_a_module_that_registers_something_else_is_named() -> None:
-    said = refusal("nosuch", **{"import": "json"})
-    assert "has no torch.nosuch, and importing json does not bring it; name the module that" in said
+@pytest.mark.parametrize(
+    ("device", "package", "said"),
+    [
+        ("nosuch", "json", "has no torch.nosuch, and importing json does not bring it; name the module that"),
+        ("cpu", "no_such_package", "no_such_package is not installed; -O import=no_such_package names it"),
+    ],
+)
+def test_a_module_that_brings_nothing_or_is_missing_is_named(device: str, package: str, said: str) -> None:
+    assert said in refusal(device, **{"import": package})
 
 
 def test_names_are_lower_case_to_torch() -> None:
@@ -104,12 +111,6 @@ def test_a_package_that_does_not_bring_its_device(
         sys.modules.pop("torch_unheard", None)
 
 
-def test_a_package_that_is_named_and_missing() -> None:
-    assert "no_such_package is not installed; -O import=no_such_package names it" in (
-        refusal("cpu", **{"import": "no_such_package"})
-    )
-
-
 def test_a_missing_kernel_is_one_clause() -> None:
     with pytest.raises(NotImplementedError) as caught:
         torch.zeros(1, device="vulkan")
@@ -130,26 +131,13 @@ def test_an_allocator_that_finds_no_memory_is_still_heard() -> None:
 def test_the_cpu_runs_as_any_device_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tiny_run import write_tiny_run
-
     monkeypatch.chdir(tmp_path)
-    words: list[Any] = [
-        "--backend",
-        "torch",
-        "-O",
-        "device=cpu",
-        *write_tiny_run(tmp_path),
-        "--cache",
-        "warm",
-    ]
-    words += ["-v", "-o", "run.json"]
-    assert main(words) == 0
+    words = ("--backend", "torch", "-O", "device=cpu", "--cache", "warm", "-v", "-o", "run.json")
+    assert main([*words, *write_tiny_run(tmp_path)]) == 0
     out, err = capsys.readouterr()
     assert out.count(" ok") == 2
     assert err.startswith("backend 'cpu' is made for this device and has ops of its own: ")
     assert "pip install" not in err.splitlines()[0]  # it is installed
-    from mla.bench import results
-
     run = results.decode((tmp_path / "run.json").read_bytes())
     assert run.environment["backend.device_clock"].startswith("none: torch.cpu")
     assert {case.clock for case in run.cases} == {"host"}

@@ -103,17 +103,12 @@ import torch
 from mla_backends.registry import open_backend
 backend = open_backend("fake-good", options={"threads": "1"})
 print(backend.name, backend.device, backend.device == torch.zeros(1).device, backend.options)
+print(backend.entry.name, backend.entry.distribution, backend.entry.version, backend.entry.value)
 """
-    assert python(code, "good", everything=True).strip() == "fake-good cpu True {'threads': '1'}"
-
-
-def test_a_backend_knows_the_distribution_it_came_from(python: Python) -> None:
-    code = """
-from mla_backends.registry import create
-entry = create("fake-good").entry
-print(entry.name, entry.distribution, entry.version, entry.value)
-"""
-    assert python(code, "good").strip() == "fake-good mla-backend-fake-good 1.0 fake_good"
+    assert python(code, "good", everything=True).splitlines() == [
+        "fake-good cpu True {'threads': '1'}",
+        "fake-good mla-backend-fake-good 1.0 fake_good",
+    ]
 
 
 def test_an_absent_torch_is_named_with_its_cure(python: Python) -> None:
@@ -227,6 +222,10 @@ ABSENT = "backend 'local_code:it' has no usable device: "
             "class it(Local):\n    def setup(self, index=None): pass",
             ABSENT + "setup(None) returned no device;",
         ),
+        (  # which it chose itself
+            "from mla_backends import BackendError\ndef it(options): raise BackendError('no licence; buy.')",
+            "no licence; buy.",
+        ),
     ],
 )
 def test_every_fault_of_a_plugin_becomes_one_sentence(
@@ -257,14 +256,6 @@ except Exception as error:
     ]
 
 
-def test_the_error_a_backend_chose_itself_passes_through(python: Python, tmp_path: Path) -> None:
-    text = (
-        "from mla_backends import BackendError\ndef it(options): raise BackendError('no licence; buy one.')\n"
-    )
-    (tmp_path / "local_code.py").write_text(text)
-    assert refusal(python, "local_code:it") == "BackendError: no licence; buy one."
-
-
 def test_an_interrupt_is_no_fault_of_the_plugin(python: Python, tmp_path: Path) -> None:
     (tmp_path / "local_code.py").write_text("raise KeyboardInterrupt\n")
     code = """
@@ -286,49 +277,36 @@ def test_the_example_in_the_readme_works(python: Python, tmp_path: Path) -> None
     assert python(code, everything=True).strip() == "cpu"
 
 
-def test_the_probe_can_be_run_by_hand_and_shows_the_traceback(
-    install: Callable[[str], Path], contract_alone: Path, tmp_path: Path
-) -> None:
-    path = os.pathsep.join([str(install("broken_import")), str(contract_alone)])
-    shown = subprocess.run(
-        [sys.executable, "-m", "mla_backends.probe", "fake-broken-import"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert shown.returncode == 3
-    assert json.loads(shown.stdout.splitlines()[-1])["state"] == "import failed"
-    assert "Traceback" in shown.stderr
-    assert "and this line is not for users" in shown.stderr
-
-
 @pytest.mark.parametrize(
-    ("names", "code", "said"),
+    ("names", "code", "last"),
     [
         (["fake-good"], 0, ""),
         (["fake-goud"], 3, "error: unknown backend 'fake-goud' (did you mean 'fake-good'?); installed: "),
+        (["fake-broken-import"], 3, "error: backend 'fake-broken-import' failed to load: "),
         ([], 2, "usage: python -m mla_backends.probe NAME"),
     ],
 )
-def test_the_probe_tells_by_its_exit_code_whether_a_backend_is_usable(
+def test_the_probe_by_hand_says_what_is_wrong_and_shows_the_traceback(
     install: Callable[[str], Path],
     contract_alone: Path,
     tmp_path: Path,
     names: list[str],
     code: int,
-    said: str,
+    last: str,
 ) -> None:
-    path = os.pathsep.join([str(install("good")), str(contract_alone)])
+    folders = [str(install("good")), str(install("broken_import")), str(contract_alone)]
     shown = subprocess.run(
         [sys.executable, "-S", "-m", "mla_backends.probe", *names],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
         capture_output=True,
         text=True,
         timeout=60,
     )
+    *trace, said = shown.stderr.splitlines() or [""]
     assert shown.returncode == code
-    assert shown.stderr.startswith(said)
-    assert len(shown.stderr.splitlines()) == bool(said)
+    assert said.startswith(last)
+    assert bool(trace) == ("Traceback" in shown.stderr) == (names == ["fake-broken-import"])
+    if trace:
+        assert json.loads(shown.stdout.splitlines()[-1])["state"] == "import failed"
+        assert "and this line is not for users" in shown.stderr

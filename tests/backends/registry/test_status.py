@@ -7,15 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 Python = Callable[..., str]
 
 STATUSES = """
-import json, time
+import json, sys, time
 from dataclasses import asdict
 from mla_backends.probe import statuses
 start = time.monotonic()
 told = [asdict(status) for status in statuses(timeout={timeout})]
-print(json.dumps([time.monotonic() - start, told]))
+imported = [module for module in sys.modules if module.startswith("fake_")]
+print(json.dumps([time.monotonic() - start, told, imported]))
 """
 
 STATUS = """
@@ -33,7 +36,8 @@ def status_of(python: Python, name: str, *fakes: str, **environment: str) -> dic
 
 def test_no_backend_can_spoil_the_report_on_the_others(python: Python) -> None:
     fakes = ["good", "hang", "crash", "broken_import", "no_device", "duplicate_a", "duplicate_b"]
-    seconds, statuses = json.loads(python(STATUSES.format(timeout=6), *fakes))
+    seconds, statuses, imported = json.loads(python(STATUSES.format(timeout=6), *fakes))
+    assert imported == [], "no plugin is imported into this process"
     assert [(status["name"], status["state"]) for status in statuses] == [
         ("fake-broken-import", "import failed"),
         ("fake-crash", "no answer"),
@@ -54,16 +58,6 @@ def test_no_backend_can_spoil_the_report_on_the_others(python: Python) -> None:
     assert seconds < 11, "two probes that hang for 6 s must hang at the same time"
 
 
-def test_asking_for_states_imports_no_plugin_into_this_process(python: Python) -> None:
-    code = """
-import sys
-from mla_backends.probe import statuses
-statuses()
-print([module for module in sys.modules if module.startswith("fake_")])
-"""
-    assert python(code, "good", "no_device").strip() == "[]"
-
-
 def test_a_torch_that_does_not_import_is_explained(python: Python, tmp_path: Path) -> None:
     torch = tmp_path / "torch"
     torch.mkdir()
@@ -76,20 +70,30 @@ def test_a_torch_that_does_not_import_is_explained(python: Python, tmp_path: Pat
     assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in status["hint"]
 
 
-def test_a_missing_torch_is_not_taken_for_a_broken_one(python: Python, tmp_path: Path) -> None:
-    (tmp_path / "local_code.py").write_text("import no_such_torch\n")
-    assert "AUTOLOAD" not in status_of(python, "local_code:it")["hint"]
-
-
-def test_what_a_plugin_prints_does_not_hide_the_answer(python: Python, tmp_path: Path) -> None:
-    code = "import atexit\nprint('loading', end='')\natexit.register(print, 'bye')\nit = 3\n"
+@pytest.mark.parametrize(
+    ("code", "state", "reason", "hint"),
+    [
+        (
+            "import no_such_torch", "import failed", "importing module local_code raised ModuleNotFoundError",
+            "shows the traceback",
+        ),
+        (  # what it prints does not hide the answer
+            "import atexit\nprint('loading', end='')\natexit.register(print, 'bye')\nit = 3",
+            "import failed", "module local_code has no hook", "mark its mla_backend(options)",
+        ),
+        (
+            "import os\nos._exit(7)", "no answer", "the probe exited with status 7 without an answer",
+            "`python -X faulthandler -m mla_backends.probe local_code:it`",
+        ),
+    ],
+    ids=["no torch of that name", "prints", "leaves"],
+)  # fmt: skip
+def test_what_a_plugin_does_in_its_process_is_reported(
+    python: Python, tmp_path: Path, code: str, state: str, reason: str, hint: str
+) -> None:
     (tmp_path / "local_code.py").write_text(code)
-    assert status_of(python, "local_code:it")["reason"] == "module local_code has no hook"
-
-
-def test_a_child_that_leaves_without_an_answer_is_reported(python: Python, tmp_path: Path) -> None:
-    (tmp_path / "local_code.py").write_text("import os\nos._exit(7)\n")
     status = status_of(python, "local_code:it")
-    assert status["state"] == "no answer"
-    assert status["reason"] == "the probe exited with status 7 without an answer"
-    assert "python -X faulthandler -m mla_backends.probe local_code:it" in status["hint"]
+    assert status["state"] == state
+    assert status["reason"].startswith(reason)
+    assert hint in status["hint"]
+    assert "AUTOLOAD" not in status["hint"]
