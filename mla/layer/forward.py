@@ -431,9 +431,8 @@ class AttentionCore:
         in `index_pages` [pages, page, D or bytes].
         """
         choice = self.ops["select_latents"]
-        choice.check_batch(batch.query_lens, batch.kv_lens, batch.page_size)
         out = torch.empty(batch.num_tokens, self.config.index_topk, dtype=torch.int32, device=self.device)
-        state, stored = choice.op.prepare(choice.spec, batch), self._step.index_stored
+        state, stored = choice.prepare(batch), self._step.index_stored
         choice.op(state, q=q, weights=weights, out=out, **paged(index_pages, batch), **stored)
         return out
 

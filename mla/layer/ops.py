@@ -22,6 +22,7 @@ from mla_backends import BackendError
 from mla_backends.api import (
     OPS,
     AttentionSpec,
+    BatchView,
     FusedOp,
     IndexerSpec,
     LinearSpec,
@@ -101,6 +102,11 @@ class Choice:
                 f"fused op '{self.name}' ({self.op.contract}) refuses this batch: {'; '.join(reasons)}. "
                 f"{cure if self.override else 'Use the reference ops for it (`--ops reference`).'}"
             )
+
+    def prepare(self, batch: BatchView) -> Any:
+        """Return what the op prepares for a batch. Raises `UnsupportedBatch` where it refuses it."""
+        self.check_batch(batch.query_lens, batch.kv_lens, batch.page_size)
+        return self.op.prepare(self.spec, batch)
 
 
 _NO_LSE = "it writes no log-sum-exp, which sinks need for their share (sink_logits)"

@@ -138,9 +138,7 @@ def _sparse(ops: Ops, batch: RaggedBatch, cos_sin: torch.Tensor, selected: bool)
     if not batch.num_tokens:
         return None
     roles = ("sparse_latent_attention",) if selected else SPARSE_ROLES
-    for role in roles:
-        ops[role].check_batch(batch.query_lens, batch.kv_lens, batch.page_size)
-    states = [ops[role].op.prepare(ops[role].spec, batch) for role in roles]
+    states = [ops[role].prepare(batch) for role in roles]
     return AbsorbedGroup(slice(0, batch.num_tokens), cos_sin, batch, states[0], *roles[:1], *states[1:])
 
 
@@ -173,10 +171,8 @@ def _absorbed(
     tokens, part = _part(batch, requests)
     if part is None:
         return None
-    choice = ops["latent_attention"]
-    choice.check_batch(part.query_lens, part.kv_lens, part.page_size)
     angles = cos_sin if part is batch else cos_sin[tokens]
-    return AbsorbedGroup(tokens, angles, part, choice.op.prepare(choice.spec, part))
+    return AbsorbedGroup(tokens, angles, part, ops["latent_attention"].prepare(part))
 
 
 def _expanded(

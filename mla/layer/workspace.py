@@ -43,11 +43,6 @@ class Turn(_Lock):  # type: ignore[misc]
         """Return the turn that all callers of a backend's ops share; a new one without a backend."""
         return cls() if backend is None else cast("Turn", vars(backend).setdefault("_turn", cls()))
 
-    @property
-    def held(self) -> bool:
-        """Whether it is this thread's turn."""
-        return bool(self._is_owned())  # as threading.Condition asks
-
     def __reduce__(self) -> tuple[Any, ...]:
         return Turn, ()
 

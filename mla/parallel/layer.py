@@ -290,11 +290,9 @@ class ParallelMLA(MLA):
         cos_sin = self._angles(batch)
         choice = self.ops["latent_attention"]
         parts = batch.parts(self._context.tokens_at_once(self.workspace_bytes))
-        for part in parts:
-            choice.check_batch(part.query_lens, part.kv_lens, part.page_size)
         if not parts:
             return StepPlan(cos_sin, None, None)
-        states = tuple((part, choice.op.prepare(choice.spec, part)) for part in parts)
+        states = tuple((part, choice.prepare(part)) for part in parts)
         everything = slice(0, batch.num_tokens)
         return StepPlan(cos_sin, AbsorbedGroup(everything, cos_sin, parts[0], states), None)
 

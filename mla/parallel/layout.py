@@ -280,18 +280,13 @@ class Link:
             return str(lines.pop())
         return ";".join(f"{kind}:{line}" for kind, line in self.lines.items())
 
-    @property
-    def ideal(self) -> bool:
-        """Whether nothing is known of the link, so that collectives count nothing."""
-        return not self.lines
-
     def missing(self, kinds: Sequence[str]) -> list[str]:
         """Return which of these kinds the link has no line for; an ideal link lacks none."""
-        return [] if self.ideal else [kind for kind in kinds if kind not in self.lines]
+        return [kind for kind in kinds if self.lines and kind not in self.lines]
 
     def seconds(self, calls: Sequence[Call]) -> float:
         """Return what collectives take one after the other. Raises KeyError for a kind without a line."""
-        return 0.0 if self.ideal else sum(self.lines[call.kind].seconds(call) for call in calls)
+        return sum((self.lines[call.kind].seconds(call) for call in calls if self.lines), 0.0)
 
 
 def fit(small: tuple[Call, float], large: tuple[Call, float]) -> Line:

@@ -134,26 +134,22 @@ def test_a_layer_is_chosen_by_its_number(layer: int | str, tmp_path: Path) -> No
     same(read_layer(folder, config, layer), maker.plain(maker.values_of("tiny"), int(layer)))
 
 
-def test_several_layers_must_be_chosen_from_and_the_draft_layer_is_not_among_them(tmp_path: Path) -> None:
-    folder, config = with_layers(tmp_path / "model", *range(4), 7, 9, 10, 61)
-    with pytest.raises(CheckpointError, match=r"holds layers 0, 1, 2, 3, 7, 9, 10: choose one with layer=N"):
-        read_layer(folder, config)
-
-
-@pytest.mark.parametrize("drafts", [0, None])
-def test_layer_61_counts_where_the_config_announces_no_draft_layer(
-    drafts: int | None, tmp_path: Path
+@pytest.mark.parametrize(
+    ("layers", "changes", "held"),
+    [
+        ((*range(4), 7, 9, 10, 61), {}, "0, 1, 2, 3, 7, 9, 10"),
+        ((60, 61), {"num_nextn_predict_layers": 0}, "60, 61"),
+        ((60, 61), {"num_nextn_predict_layers": None}, "60, 61"),
+        ((61,), {}, "61"),
+    ],
+)
+def test_a_layer_must_be_chosen_and_a_draft_layer_is_none_of_several(
+    layers: tuple[int, ...], changes: dict[str, Any], held: str, tmp_path: Path
 ) -> None:
-    folder, config = with_layers(tmp_path / "model", 60, 61, num_nextn_predict_layers=drafts)
-    with pytest.raises(CheckpointError, match="holds layers 60, 61: choose one"):
+    """Layer 61 is one where the config announces it, and even alone it is not the main one."""
+    folder, config = with_layers(tmp_path / "model", *layers, **changes)
+    with pytest.raises(CheckpointError, match=f"holds layers {held}: choose one with layer=N"):
         read_layer(folder, config)
-
-
-def test_a_draft_layer_is_read_only_when_it_is_asked_for(tmp_path: Path) -> None:
-    folder, config = with_layers(tmp_path / "model", 61)
-    with pytest.raises(CheckpointError, match="holds layers 61: choose one"):
-        read_layer(folder, config)
-    same(read_layer(folder, config, 61), maker.plain(maker.values_of("tiny"), 61))
 
 
 @pytest.mark.parametrize(
@@ -192,17 +188,12 @@ def test_attentions_under_two_prefixes_are_refused(tmp_path: Path) -> None:
         read_layer(folder, mla.MLAConfig.from_dict(values), 3)
 
 
-def test_a_draft_module_beside_the_model_is_no_layer_of_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["model.mtp.layers.0.self_attn.", "model.layers.3.predictor.self_attn."])
+def test_what_is_in_another_module_is_no_layer_of_the_model(place: str, tmp_path: Path) -> None:
+    """One that drafts tokens beside the model, or one within the layer."""
     values = maker.values_of("tiny")
-    draft = maker.named(maker.plain(values, 5), "model.mtp.layers.0.self_attn.")
-    folder = maker.write(tmp_path / "model", values, maker.named(maker.plain(values), maker.LAYER) | draft)
-    same(read_layer(folder, mla.MLAConfig.from_dict(values)), maker.plain(values))
-
-
-def test_an_attention_inside_another_module_of_the_layer_is_not_the_layers(tmp_path: Path) -> None:
-    values = maker.values_of("tiny")
-    inner = maker.named(maker.plain(values, 5), "model.layers.3.predictor.self_attn.")
-    folder = maker.write(tmp_path / "model", values, maker.named(maker.plain(values), maker.LAYER) | inner)
+    other = maker.named(maker.plain(values, 5), place)
+    folder = maker.write(tmp_path / "model", values, maker.named(maker.plain(values), maker.LAYER) | other)
     same(read_layer(folder, mla.MLAConfig.from_dict(values)), maker.plain(values))
 
 

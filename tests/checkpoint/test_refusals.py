@@ -92,13 +92,6 @@ PLAIN: list[tuple[Damage, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "reason"), PLAIN)
-def test_broken_tensors_are_named(damage: Damage, reason: str, tmp_path: Path) -> None:
-    made, tensors = make(tmp_path, "full-names")
-    save_file(damage(tensors), made.folder / FILE)
-    refused(made.folder, made.config, reason)
-
-
 FP8: list[tuple[Damage, str]] = [
     (without("o_proj__weight_scale_inv"), "o_proj.weight' in .* is FP8 but has no scale"),
     (o_scale(torch.ones(5, 3)), r"scale_inv' .* shape \[5, 3\]: .* blocks of \[16, 20\] needs \[5, 2\]"),
@@ -112,9 +105,12 @@ FP8: list[tuple[Damage, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "reason"), FP8)
-def test_broken_fp8_is_named(damage: Damage, reason: str, tmp_path: Path) -> None:
-    made, tensors = make(tmp_path)
+@pytest.mark.parametrize(
+    ("layout", "damage", "reason"),
+    [*(("full-names", *row) for row in PLAIN), *(("fp8", *row) for row in FP8)],
+)
+def test_broken_tensors_are_named(layout: str, damage: Damage, reason: str, tmp_path: Path) -> None:
+    made, tensors = make(tmp_path, layout)
     save_file(damage(tensors), made.folder / FILE)
     refused(made.folder, made.config, reason)
 

@@ -110,6 +110,8 @@ def test_what_sets_a_family_apart_is_read() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_equals_its_published_config(name: str) -> None:
     assert MLAConfig.preset(name) == replace(read(name), name=name)
+    assert PRESETS[name].source.startswith("https://huggingface.co/")
+    assert PRESETS[name].source.endswith("/config.json")
 
 
 @needs_transformers
@@ -298,14 +300,26 @@ def test_a_key_that_changes_attention_is_refused_where_it_is_set(key: str) -> No
         assert str(info.value) == f"config 'x': {key} is set, so {CHANGES[key]}; that is not supported."
 
 
-def test_keys_that_a_family_knows_are_not_refused() -> None:
-    sarvam = {**V3, "model_type": "sarvam_mla"}
-    assert MLAConfig.from_dict({**sarvam, "use_qk_norm": True}) == MLAConfig.from_dict(sarvam)
-    window = {**V3, "sliding_window": 4096, "use_sliding_window": False}
-    assert MLAConfig.from_dict(window) == MLAConfig.from_dict(V3)
-    longcat = {**V3, "model_type": "longcat_flash", "q_lora_rank": 24}
-    flags = {"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "attention_method": "mla"}
-    assert MLAConfig.from_dict({**longcat, **flags}) == MLAConfig.from_dict(longcat)
+LONGCAT = {"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "attention_method": "mla"}
+HEADS = {"num_key_value_heads": 4, "head_dim": 576, "qk_head_dim": 192, "max_position_embeddings": 8}
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        ("sarvam_mla", {"use_qk_norm": True}),
+        ("deepseek_v3", {"sliding_window": 4096, "use_sliding_window": False}),
+        ("longcat_flash", LONGCAT),
+        ("deepseek_v3", HEADS),
+        ("deepseek_v3", {"partial_rotary_factor": 1.0}),
+        ("mistral4", {"partial_rotary_factor": 0.5}),  # of n + r, which are 64 each
+    ],
+    ids=str,
+)
+def test_keys_that_change_nothing_in_a_family(kind: str, keys: dict[str, Any]) -> None:
+    """It knows them, they say what holds anyway, or no number depends on them."""
+    plain = {**V3, "q_lora_rank": 24, "model_type": kind}
+    assert MLAConfig.from_dict({**plain, **keys}) == MLAConfig.from_dict(plain)
 
 
 @pytest.mark.parametrize(
@@ -340,18 +354,6 @@ def test_what_a_family_does_not_compute_is_refused(values: dict[str, Any], messa
     with pytest.raises(ConfigError) as info:
         MLAConfig.from_dict({**V3, **values, "name": "x"})
     assert str(info.value).startswith(f"config 'x': {message}")
-
-
-def test_keys_no_number_depends_on_are_ignored() -> None:
-    heads = {"num_key_value_heads": 4, "head_dim": 576, "qk_head_dim": 192, "max_position_embeddings": 8}
-    assert MLAConfig.from_dict({**V3, **heads}) == MLAConfig.from_dict(V3)
-
-
-def test_a_rotary_share_of_the_head_is_understood() -> None:
-    """Mistral 4 gives the share of n + r, other families that of r."""
-    mistral = {**V3, "model_type": "mistral4", "partial_rotary_factor": 0.5}
-    assert MLAConfig.from_dict(mistral).qk_rope_head_dim == 64
-    assert MLAConfig.from_dict({**V3, "partial_rotary_factor": 1.0}) == MLAConfig.from_dict(V3)
 
 
 def test_a_query_scale_of_zero_is_none() -> None:

@@ -19,6 +19,8 @@ DIMS = {"hidden_size": 64, "num_attention_heads": 2, "q_lora_rank": None, "kv_lo
 DIMS = {**DIMS, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 16}
 YARN = {"factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
 R1 = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}
+FACTORS = [1.0 + i / 7 for i in range(32)]
+LONGROPE = {"type": "longrope", "short_factor": FACTORS, "long_factor": FACTORS}
 LENGTH = {"max_position_embeddings": 163840}
 
 
@@ -50,6 +52,7 @@ SPELLINGS: list[dict[str, Any]] = [
     {"rope_parameters": {"type": "yarn", "rope_theta": 10000, **R1}},
     {"rope_parameters": {"rope_type": "yarn", "type": "nonsense", "rope_theta": 10000, **R1}},
     {"rope_scaling": {"type": "yarn", **R1}},
+    {"rope_scaling": {}, "rope_parameters": {"type": "yarn", **R1}},
 ]
 
 
@@ -67,15 +70,20 @@ def test_every_spelling_of_one_scaling_is_the_same(keys: dict[str, Any]) -> None
         {},
         {"rope_theta": 500000.0},
         {"rope_scaling": None},
-        {"rope_scaling": {}, "rope_parameters": {"type": "yarn", **R1}},
         {"rope_scaling": {"type": "default"}},
         {"rope_parameters": {"rope_theta": 50000.0}},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}, "rope_theta": 7.0},
+        {"rope_scaling": {**LONGROPE, "original_max_position_embeddings": 163840}},
+        {"rope_scaling": {**LONGROPE, "original_max_position_embeddings": 4096}},
+        {"rope_scaling": {**LONGROPE, "original_max_position_embeddings": 4096, "factor": 8.0}},
+        {"rope_scaling": {**LONGROPE, "original_max_position_embeddings": 4096, "factor": 1.0}},
+        {"rope_scaling": {**LONGROPE, "original_max_position_embeddings": 4096, "attention_factor": 1.5}},
     ],
     ids=str,
 )
-def test_plain_rotation_has_many_spellings(keys: dict[str, Any]) -> None:
+def test_plain_rotation_and_longrope_with_one_list_agree(keys: dict[str, Any]) -> None:
     assert_same(**keys)
+    assert ours(**keys)[2] == 192**-0.5
 
 
 def test_rope_scaling_wins_over_rope_parameters_as_a_whole() -> None:
@@ -138,27 +146,6 @@ def test_any_yarn_agrees(
     assert_same(
         rope_theta=theta, rope_scaling={"type": "yarn", **yarn, "beta_fast": betas[0], "beta_slow": betas[1]}
     )
-
-
-FACTORS = [1.0 + i / 7 for i in range(32)]
-LONGROPE = {"type": "longrope", "short_factor": FACTORS, "long_factor": FACTORS}
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"original_max_position_embeddings": 163840},
-        {"original_max_position_embeddings": 4096},
-        {"original_max_position_embeddings": 4096, "factor": 8.0},
-        {"original_max_position_embeddings": 4096, "factor": 1.0},
-        {"original_max_position_embeddings": 4096, "attention_factor": 1.5},
-    ],
-    ids=str,
-)
-def test_longrope_with_one_list_agrees(change: dict[str, Any]) -> None:
-    keys = {"rope_scaling": {**LONGROPE, **change}}
-    assert_same(**keys)
-    assert ours(**keys)[2] == 192**-0.5
 
 
 @pytest.mark.parametrize(

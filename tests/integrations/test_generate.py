@@ -48,6 +48,15 @@ def run(*words: str, name: str = "generate.py") -> subprocess.CompletedProcess[s
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
+def refused(main: Any, *words: str, code: int) -> str:
+    """Return the one sentence that a command ends with."""
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == code, done.stderr
+    assert isinstance(done.exception, SystemExit), done.exception
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    return error
+
+
 def test_both_runs_are_side_by_side(model_dir: Path, tmp_path: Path) -> None:
     """The prompt is long, so that what `transformers` expands is most of the memory."""
     (tmp_path / "prompt.txt").write_text("once upon a time " * 40)
@@ -122,11 +131,7 @@ def test_what_goes_wrong_is_one_sentence(
     bad: Path, example: str, name: str, words: list[str], code: int, message: str
 ) -> None:
     main = importlib.import_module(example).main
-    done = CliRunner().invoke(main, ["--prompt", "once", *words, str(bad / name)])
-    assert done.exit_code == code, done.stderr
-    assert isinstance(done.exception, SystemExit), done.exception
-    (error,) = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
-    assert message in error
+    assert message in refused(main, "--prompt", "once", *words, str(bad / name), code=code)
 
 
 @pytest.mark.parametrize("example", ["generate", "serve_loop"])
@@ -160,10 +165,7 @@ def test_a_device_that_fails_is_one_sentence(
     """When the model is moved there, and while it runs: its directory is not to blame."""
     main = importlib.import_module(example).main
     monkeypatch.setattr(kind, method, fail)
-    done = CliRunner().invoke(main, [str(model_dir), "--prompt", "once"])
-    assert done.exit_code == 1
-    assert isinstance(done.exception, SystemExit), done.exception
-    (error,) = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    error = refused(main, str(model_dir), "--prompt", "once", code=1)
     assert message in error
     assert "can be loaded" not in error
 

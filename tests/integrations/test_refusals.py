@@ -12,7 +12,7 @@ from tiny_models import CACHE, PLAIN, make_model
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
 
-from mla.integrations.transformers import UnsupportedModel, restore, use_mla
+from mla.integrations.transformers import UnsupportedModel, use_mla
 from mla.integrations.transformers.model import PackedLinear
 from mla.layer.forward import AttentionCore
 from mla_backends import BackendError
@@ -212,11 +212,6 @@ def test_inputs_of_another_dtype_are_refused(model: Any) -> None:
         pytest.raises(UnsupportedModel, match="autocast"),
     ):
         model.model.layers[0].self_attn.o_proj(torch.zeros(1, 64, dtype=torch.bfloat16))
-
-
-def test_there_must_be_something_to_restore(model: Any) -> None:
-    with pytest.raises(UnsupportedModel, match="nothing to restore"):
-        restore(model)
 
 
 def attention_weights_of_a_generation(model: Any) -> None:

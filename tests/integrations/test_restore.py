@@ -81,16 +81,16 @@ def test_nothing_is_left(family: str) -> None:
 def test_a_model_that_was_training_goes_on(model: Any) -> None:
     model.train()
     model.model.layers[0].self_attn.q_b_proj.weight.requires_grad = False
-    before = [
-        (module.training, [parameter.requires_grad for parameter in module.parameters()])
-        for module in model.modules()
-    ]
+
+    def switches() -> list[tuple[bool, list[bool]]]:
+        return [
+            (module.training, [parameter.requires_grad for parameter in module.parameters()])
+            for module in model.modules()
+        ]
+
+    before = switches()
     restore(use_mla(model))
-    after = [
-        (module.training, [parameter.requires_grad for parameter in module.parameters()])
-        for module in model.modules()
-    ]
-    assert after == before
+    assert switches() == before
 
 
 def test_no_plain_weight_stays_beside_a_packed_one() -> None:

@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 import mla
 from mla import MLA, MLAConfig
 from mla.config import YarnScaling
+from mla_backends.testing import HostBackend
 
 MODES = ("auto", "absorbed", "expanded")
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+NOT_SET_UP = HostBackend()
+NOT_SET_UP.device = None
 YARN = YarnScaling(40, 64, mscale=0.707, mscale_all_dim=0.707)
 
 
@@ -129,6 +132,8 @@ def test_a_layer_shows_its_shapes_ops_and_weights(make_case: Any, tiny: Any) -> 
     [
         ({"config": "deepseek-r1"}, "config must be an MLAConfig, as .*, got 'deepseek-r1'"),
         ({"backend": "cpu"}, r"backend must be what mla.load_backend\(\) returns, got a str"),
+        ({"backend": NOT_SET_UP}, "backend 'host' is not set up"),
+        ({"attention": "absorb"}, r"attention must be one of .* got 'absorb'"),
         ({"dtype": "bfloat16"}, "dtype must be a floating-point one, such as torch.bfloat16, got 'bfloat16'"),
         ({"dtype": torch.int32}, "dtype must be a floating-point one, such as torch.bfloat16, got"),
         ({"overrides": ["linear"]}, r"overrides must map roles to names of ops, got \['linear'\]"),

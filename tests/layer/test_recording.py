@@ -44,6 +44,10 @@ class Pair:
         for layer in self.layers:
             layer.load_state_dict(random_state_dict(self.config, seed, FP32))
 
+    def decode(self, times: int) -> None:
+        for _ in range(times):
+            self.forward()
+
     def forward(self, query_lens: Sequence[int] = (1, 1)) -> None:
         """Run both layers on the same new tokens; their results must be the same bits."""
         hidden = torch.randn(sum(query_lens), self.config.hidden_size)
@@ -60,15 +64,13 @@ class Pair:
 def pair(tiny: Any) -> Pair:
     made = Pair(tiny())
     made.forward([17, 20])
-    made.forward()
-    made.forward()  # the memory that a decode needs is there
+    made.decode(2)  # the memory that a decode needs is there
     return made
 
 
 def test_a_repeated_step_is_asked_for_once(pair: Pair) -> None:
     before = pair.backend.asked, pair.backend.ran
-    for _ in range(5):
-        pair.forward()
+    pair.decode(5)
     assert pair.backend.asked - before[0] <= 1
     assert pair.backend.ran - before[1] >= 4
 
@@ -76,35 +78,29 @@ def test_a_repeated_step_is_asked_for_once(pair: Pair) -> None:
 def test_a_backend_that_refuses_is_not_asked_again(tiny: Any) -> None:
     pair = Pair(tiny(), refuses=True)
     pair.forward([17, 20])
-    for _ in range(8):
-        pair.forward()
+    pair.decode(8)
     assert (pair.backend.asked, pair.backend.ran) == (1, 0)
 
 
 def test_a_step_that_an_op_prepares_anew_is_never_asked_for(tiny: Any) -> None:
     pair = Pair(tiny(), stateless=False)
     pair.forward([17, 20])
-    for _ in range(5):
-        pair.forward()
+    pair.decode(5)
     assert pair.backend.asked == 0
 
 
 def test_a_wider_block_table_and_another_batch_are_new(pair: Pair) -> None:
-    for _ in range(20):  # across a page
-        pair.forward()
+    pair.decode(20)  # across a page
     pair.forward([1])
     pair.forward([3, 1])
-    for _ in range(4):
-        pair.forward()
+    pair.decode(4)
     assert pair.backend.asked >= 3
 
 
 def test_new_weights_and_new_ops_are_new(pair: Pair) -> None:
-    for _ in range(3):
-        pair.forward()
+    pair.decode(3)
     pair.reload(1)
-    for _ in range(3):
-        pair.forward()
+    pair.decode(3)
     ran = pair.backend.ran
     pair.layers[0].ops = pair.layers[0].ops.replaced(lambda role, op: op)
     pair.forward()
@@ -136,14 +132,11 @@ def test_a_step_in_place_is_another_forward_than_one_that_is_not(pair: Pair) -> 
 def test_a_forward_with_scaled_queries_is_never_asked_for(tiny: Any) -> None:
     pair = Pair(tiny(query_scaling=QueryScaling(beta=0.5, period=24)))
     pair.forward([17, 17])
-    for _ in range(5):
-        pair.forward()
+    pair.decode(5)
     assert pair.backend.ran > 0
-    for _ in range(6):  # the first tokens past the period
-        pair.forward()
+    pair.decode(6)  # the first tokens past the period
     ran = pair.backend.ran
-    for _ in range(3):
-        pair.forward()
+    pair.decode(3)
     assert pair.backend.ran == ran
 
 
@@ -173,8 +166,7 @@ def test_inference_mode_may_come_and_go(tiny: Any, inside: tuple[int, int]) -> N
 
 
 def test_a_copy_of_a_layer_computes_the_same_without_the_backend(pair: Pair) -> None:
-    for _ in range(3):
-        pair.forward()
+    pair.decode(3)
     ran = pair.backend.ran
     layers = [
         pair.layers[0],
@@ -211,8 +203,7 @@ def test_what_a_subclass_does_is_done_in_every_step(pair: Pair) -> None:
 def test_inputs_that_begin_where_the_pages_do_are_another_forward(pair: Pair) -> None:
     """A record finds what moves by its address."""
     layer, cache = pair.layers[0], pair.caches[0]
-    pair.forward()
-    pair.forward()
+    pair.decode(2)
     ran = pair.backend.ran
     strange = torch.as_strided(
         cache.pages, (2, pair.config.hidden_size), (pair.config.hidden_size, 1)
@@ -240,8 +231,7 @@ def test_a_backend_that_never_makes_sequences_is_offered_none(tiny: Any) -> None
     layer = MLA(pair.config, backend=HostBackend(ops={"stateless": Stateless()}), dtype=FP32)
     layer.load_state_dict(random_state_dict(pair.config, 0, FP32))
     pair.layers[0] = layer
-    for _ in range(4):
-        pair.forward()
+    pair.decode(4)
     assert not layer._repeated.offered
     assert layer._repeated._owners == ()
 
@@ -261,12 +251,10 @@ def test_replaced_ops_are_called_one_by_one(tiny: Any) -> None:
             seen.append(self._role)
             self._op(*leading, **tensors)
 
-    for _ in range(4):
-        pair.forward()
+    pair.decode(4)
     ran, asked = pair.backend.ran, pair.backend.asked
     assert ran > 0
     pair.layers[0].replace_ops(Watched)
-    for _ in range(4):
-        pair.forward()
+    pair.decode(4)
     assert (pair.backend.ran, pair.backend.asked) == (ran, asked)
     assert seen.count("o_proj") == seen.count("qkv_a_proj") == 4

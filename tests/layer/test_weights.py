@@ -15,7 +15,6 @@ from mla.reference import REFERENCE
 from mla.weights import random_state_dict, weight_shapes
 from mla_backends import FusedOp
 from mla_backends.api import OPS, Packed
-from mla_backends.testing import HostBackend
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -135,18 +134,6 @@ def test_a_layer_cannot_be_moved_or_cast(make_case: Any, move: Any) -> None:
     case = make_case([1], [4])
     with pytest.raises(RuntimeError, match=r"cannot be moved or cast: its weights are packed"):
         move(case.layer)
-
-
-def test_an_unknown_attention_mode_is_refused(tiny: Any) -> None:
-    with pytest.raises(ValueError, match=r"attention must be one of .* got 'absorb'"):
-        MLA(tiny(), attention="absorb")
-
-
-def test_a_backend_that_is_not_set_up_is_refused(tiny: Any) -> None:
-    backend = HostBackend()
-    backend.device = None
-    with pytest.raises(ValueError, match="backend 'host' is not set up"):
-        MLA(tiny(), backend=backend)
 
 
 def test_forward_needs_no_gradient_and_builds_no_graph(make_case: Any) -> None:
