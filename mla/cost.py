@@ -185,9 +185,9 @@ def by_path(
     def extra(query_len: int, kv_len: int) -> int:  # (absorbed - expanded) / 2h, as in `role_costs`
         return attended_pairs(query_len, kv_len) * per_pair + (query_len - kv_len) * per_token
 
-    # Decode: of single tokens, the more keys each has, the less.
-    falls = everyone and per_pair <= per_token and query_lens.count(1) == len(everyone)
-    if attention != "auto" or (falls and extra(1, min(kv_lens)) <= 0):
+    # Of a single token, it is positive for any number of keys, or falls with it.
+    decodes = everyone and query_lens.count(1) == len(everyone)
+    if attention != "auto" or (decodes and extra(1, min(kv_lens)) <= 0):
         members[ABSORBED if attention == "auto" else attention] = everyone
         return members
     for request, lengths in enumerate(zip(query_lens, kv_lens, strict=True)):

@@ -100,6 +100,7 @@ def test_a_full_cache_changes_nothing(make_cache: Any) -> None:
     assert cache.extend(ids, [12, 15, 15]).kv_lens == (32, 16, 16)  # what is left fits to the last slot
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -108,13 +109,18 @@ def test_a_full_cache_changes_nothing(make_cache: Any) -> None:
         (lambda cache: cache.new_sequences(-1), r"new_sequences\(\) takes a count from 0 on, got -1"),
         (lambda cache: LatentCache(cache.config, max_tokens=3, dtype=torch.int8), "floating-point one"),
         (lambda cache: LatentCache(cache.config, max_tokens=3, dtype="bf16"), "got 'bf16'"),
+        (lambda cache: cache.extend([0, 1], [1]), "got 2 sequences and 1 query_lens"),
+        (lambda cache: cache.extend([0, 1], [1, -1]), "must not be negative, got -1"),
+        (lambda cache: cache.extend([0, 0], [1, 1]), "only once"),
+        (lambda cache: cache.extend([9], [1]), "no sequence 9"),
+        (lambda cache: cache.truncate(0, 9), "cannot truncate a sequence of 5 tokens to 9"),
+        (lambda cache: cache.load(0, *latents(cache, 2)), "got 2 tokens for a sequence of 5"),
     ],
 )
 def test_what_a_cache_cannot_be_asked_is_refused_by_sentence(
-    make_cache: Any, call: Callable[[LatentCache], Any], message: str
+    tiny: Any, shared: bool, call: Callable[[LatentCache], Any], message: str
 ) -> None:
-    cache = make_cache()
-    cache.new_sequences(1)
+    cache = shared_or_not(tiny, shared)
     with pytest.raises(ValueError, match=message):
         call(cache)
 

@@ -20,8 +20,10 @@ INDEX = "model.safetensors.index.json"
 O_PROJ, SCALE = f"{maker.LAYER}o_proj.weight", f"{maker.LAYER}o_proj.weight_scale_inv"
 
 
-def make(folder: Path) -> maker.Made:
-    return maker.LAYOUTS["fp8"].make(folder / "model", "ragged")
+@pytest.fixture
+def made(tmp_path: Path) -> maker.Made:
+    """A layer in FP8, in one file."""
+    return maker.LAYOUTS["fp8"].make(tmp_path / "model", "ragged")
 
 
 def header(tensors: object, body: bytes = b"") -> bytes:
@@ -45,15 +47,13 @@ def header(tensors: object, body: bytes = b"") -> bytes:
         (bytes(4096), "truncated or damaged"),
     ],
 )
-def test_broken_files_are_named(content: bytes, reason: str, tmp_path: Path) -> None:
-    made = make(tmp_path)
+def test_broken_files_are_named(content: bytes, reason: str, made: maker.Made) -> None:
     (made.folder / FILE).write_bytes(content)
     refused(made.folder, made.config, reason)
 
 
 @pytest.mark.parametrize("lost", [1, 1000])
-def test_a_truncated_body_is_refused_before_anything_is_read(lost: int, tmp_path: Path) -> None:
-    made = make(tmp_path)
+def test_a_truncated_body_is_refused_before_anything_is_read(lost: int, made: maker.Made) -> None:
     content = (made.folder / FILE).read_bytes()
     (made.folder / FILE).write_bytes(content[:-lost])
     with pytest.raises(
@@ -62,8 +62,7 @@ def test_a_truncated_body_is_refused_before_anything_is_read(lost: int, tmp_path
         read_layer(made.folder, made.config)
 
 
-def test_a_file_that_vanishes_while_it_is_read_is_refused(tmp_path: Path) -> None:
-    made = make(tmp_path)
+def test_a_file_that_vanishes_while_it_is_read_is_refused(made: maker.Made) -> None:
     layer = read_layer(made.folder, made.config)
     (made.folder / FILE).unlink()
     with pytest.raises(CheckpointError, match=r"model.safetensors' cannot be read"):
@@ -80,8 +79,7 @@ def test_a_file_that_vanishes_while_it_is_read_is_refused(tmp_path: Path) -> Non
         ("weights.npz", r"holds no \*.safetensors files"),
     ],
 )
-def test_other_formats_are_refused_and_never_opened(name: str, reason: str, tmp_path: Path) -> None:
-    made = make(tmp_path)
+def test_other_formats_are_refused_and_never_opened(name: str, reason: str, made: maker.Made) -> None:
     (made.folder / FILE).unlink()
     os.mkfifo(made.folder / name)  # to open it would hang
     refused(made.folder, made.config, reason)
@@ -90,15 +88,13 @@ def test_other_formats_are_refused_and_never_opened(name: str, reason: str, tmp_
             refuse_other_formats(made.folder)
 
 
-def test_safetensors_beside_a_pickle_are_read(tmp_path: Path) -> None:
-    made = make(tmp_path)
+def test_safetensors_beside_a_pickle_are_read(made: maker.Made) -> None:
     os.mkfifo(made.folder / "pytorch_model.bin")
     refuse_other_formats(made.folder)
     assert len(dict(read_layer(made.folder, made.config))) == 7
 
 
-def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
-    made = make(tmp_path)
+def test_a_folder_that_is_none_is_refused(made: maker.Made, tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere", made.folder / FILE):
         refused(path, made.config, f"checkpoint '{path}' is not a directory")
         refuse_other_formats(path)
@@ -107,8 +103,9 @@ def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make_special", "reason"), [(os.mkfifo, "it is not a regular file"), (os.mkdir, "Is a directory")]
 )
-def test_special_files_are_refused(make_special: Callable[[Path], None], reason: str, tmp_path: Path) -> None:
-    made = make(tmp_path)
+def test_special_files_are_refused(
+    make_special: Callable[[Path], None], reason: str, made: maker.Made
+) -> None:
     (made.folder / FILE).unlink()
     make_special(made.folder / FILE)
     refused(made.folder, made.config, f"'model.safetensors' of checkpoint .* cannot be opened: {reason}")
@@ -117,9 +114,10 @@ def test_special_files_are_refused(make_special: Callable[[Path], None], reason:
 # ------------------------------------------------------------------------------------------ the index
 
 
-def indexed(folder: Path) -> tuple[maker.Made, dict[str, str]]:
-    made = maker.LAYOUTS["fp8-sharded"].make(folder / "model", "ragged")
-    return made, json.loads((made.folder / INDEX).read_text())["weight_map"]
+@pytest.fixture
+def indexed(tmp_path: Path) -> maker.Made:
+    """The same in two files, with an index."""
+    return maker.LAYOUTS["fp8-sharded"].make(tmp_path / "model", "ragged")
 
 
 @pytest.mark.parametrize(
@@ -138,10 +136,10 @@ def indexed(folder: Path) -> tuple[maker.Made, dict[str, str]]:
         ("model-00001-of-000002.safetensors", "index.json' says that tensor '.*o_proj.weight' is in"),
     ],
 )
-def test_an_index_that_points_astray_is_refused(file: str, reason: str, tmp_path: Path) -> None:
-    made, weight_map = indexed(tmp_path)
-    (made.folder / INDEX).write_text(json.dumps({"weight_map": {**weight_map, O_PROJ: file}}))
-    refused(made.folder, made.config, reason)
+def test_an_index_that_points_astray_is_refused(file: str, reason: str, indexed: maker.Made) -> None:
+    weight_map = json.loads((indexed.folder / INDEX).read_text())["weight_map"]
+    (indexed.folder / INDEX).write_text(json.dumps({"weight_map": {**weight_map, O_PROJ: file}}))
+    refused(indexed.folder, indexed.config, reason)
 
 
 @pytest.mark.parametrize(
@@ -158,24 +156,23 @@ def test_an_index_that_points_astray_is_refused(file: str, reason: str, tmp_path
         ('{"weight_map": ' + "9" * 5000 + "}", "is not valid JSON"),
     ],
 )
-def test_a_broken_index_is_refused(content: str | bytes, reason: str, tmp_path: Path) -> None:
-    made, _ = indexed(tmp_path)
-    (made.folder / INDEX).write_bytes(content if isinstance(content, bytes) else content.encode())
-    refused(made.folder, made.config, reason)
+def test_a_broken_index_is_refused(content: str | bytes, reason: str, indexed: maker.Made) -> None:
+    (indexed.folder / INDEX).write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused(indexed.folder, indexed.config, reason)
 
 
-def test_a_huge_index_is_not_parsed(tmp_path: Path) -> None:
-    made, _ = indexed(tmp_path)
-    os.truncate(made.folder / INDEX, 1 << 40)
-    refused(made.folder, made.config, "cannot be opened: it is larger than 64 MiB")
+def test_a_huge_index_is_not_parsed(indexed: maker.Made) -> None:
+    os.truncate(indexed.folder / INDEX, 1 << 40)
+    refused(indexed.folder, indexed.config, "cannot be opened: it is larger than 64 MiB")
 
 
-def test_several_indexes_are_refused_unless_one_is_the_models(tmp_path: Path) -> None:
-    made, _ = indexed(tmp_path)
-    (made.folder / "other.safetensors.index.json").write_text("{}")
-    assert len(dict(read_layer(made.folder, made.config))) == 7
-    (made.folder / INDEX).rename(made.folder / "a.safetensors.index.json")
-    refused(made.folder, made.config, "has several indexes: a.safetensors.index.json, other.safetensors")
+def test_several_indexes_are_refused_unless_one_is_the_models(indexed: maker.Made) -> None:
+    (indexed.folder / "other.safetensors.index.json").write_text("{}")
+    assert len(dict(read_layer(indexed.folder, indexed.config))) == 7
+    (indexed.folder / INDEX).rename(indexed.folder / "a.safetensors.index.json")
+    refused(
+        indexed.folder, indexed.config, "has several indexes: a.safetensors.index.json, other.safetensors"
+    )
 
 
 def test_the_same_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
@@ -195,8 +192,9 @@ def test_the_same_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [FILE, "config.json"])
 @pytest.mark.parametrize("relative", [True, False])
-def test_links_that_leave_the_directory_are_refused(name: str, relative: bool, tmp_path: Path) -> None:
-    made = make(tmp_path)
+def test_links_that_leave_the_directory_are_refused(
+    name: str, relative: bool, made: maker.Made, tmp_path: Path
+) -> None:
     away = tmp_path / "elsewhere"
     (made.folder / name).rename(away)
     (made.folder / name).symlink_to(os.path.relpath(away, made.folder) if relative else away)
@@ -213,8 +211,7 @@ def test_links_that_leave_a_hub_cache_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [FILE, "config.json", INDEX])
-def test_dangling_and_circular_links_are_refused(name: str, tmp_path: Path) -> None:
-    made = make(tmp_path)
+def test_dangling_and_circular_links_are_refused(name: str, made: maker.Made) -> None:
     (made.folder / name).unlink(missing_ok=True)
     (made.folder / name).symlink_to("gone")
     refused(made.folder, made.config, f"'{name}' of checkpoint .* is missing")

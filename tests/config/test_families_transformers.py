@@ -232,6 +232,12 @@ def errors(case: Any, twin: Twin) -> tuple[float, float]:
     return worst[0], worst[1]
 
 
+def assert_agrees(case: Any, twin: Twin) -> None:
+    output, latents = errors(case, twin)
+    assert output <= BOUND
+    assert latents <= LATENT_BOUND
+
+
 # Prefill from empty, decode, and prefill with history; positions on both sides of 16 and 32.
 STEP = ([20, 1, 6], [0, 90, 33])
 
@@ -241,9 +247,7 @@ STEP = ([20, 1, 6], [0, 90, 33])
 def test_a_family_agrees_with_its_class(make_case: Any, kind: str, attention: str) -> None:
     config = MLAConfig.from_dict(config_json(kind))
     case = make_case(*STEP, config, attention=attention)
-    output, latents = errors(case, Twin(own_class(kind), case.state))
-    assert output <= BOUND
-    assert latents <= LATENT_BOUND
+    assert_agrees(case, Twin(own_class(kind), case.state))
 
 
 @pytest.mark.parametrize("attention", ["absorbed", "expanded"])
@@ -310,9 +314,7 @@ def test_sinks_are_those_of_hy_v4(make_case: Any, attention: str) -> None:
     model.config._attn_implementation = "hy_v4_eager"
     twin = Twin(model, {name: weight for name, weight in case.state.items() if name != "sinks"})
     twin.attention.sinks = case.state["sinks"]
-    output, latents = errors(case, twin)
-    assert output <= BOUND
-    assert latents <= LATENT_BOUND
+    assert_agrees(case, twin)
     twin.attention.sinks = case.state["sinks"] - 1
     assert errors(make_case(*STEP, config, attention=attention), twin)[0] > VISIBLE
 
@@ -343,9 +345,7 @@ def test_a_peer_built_from_our_config_is_the_family_s_own(make_case: Any, kind: 
     peer = transformers_model(config, "eager")
     assert peer.attention_class is own_class(kind).attention_class
     case = make_case(*STEP, config)
-    output, latents = errors(case, Twin(peer, case.state))
-    assert output <= BOUND
-    assert latents <= LATENT_BOUND
+    assert_agrees(case, Twin(peer, case.state))
 
 
 @pytest.mark.parametrize(

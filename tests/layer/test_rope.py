@@ -4,24 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 
-from mla import MLAConfig
 from mla.layer.rope import RotaryTable, inverse_frequencies
 
 CPU = torch.device("cpu")
-
-
-def test_yarn_keeps_fast_channels_and_divides_slow_ones() -> None:
-    """At DeepSeek's dimensions the ramp runs from channel 10 to channel 23."""
-    config = MLAConfig.preset("deepseek-r1")
-    truth = [10000.0 ** (-i / 64) for i in range(0, 64, 2)]
-    frequencies = inverse_frequencies(config).tolist()
-    assert frequencies[:11] == pytest.approx(truth[:11], rel=3e-7)
-    assert frequencies[23:] == pytest.approx([value / 40 for value in truth[23:]], rel=3e-7)
-    middle = [frequencies[i] / truth[i] for i in range(11, 23)]
-    assert middle == pytest.approx([1 - (1 - 1 / 40) * (i - 10) / 13 for i in range(11, 23)], rel=1e-6)
 
 
 def test_angles_are_fp32_products_of_position_and_frequency(tiny: Any) -> None:
